@@ -26,7 +26,7 @@ from .backends import register_backend
 from .convert import convert
 from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError
 from .targets.attention_layouts import register_layout
-from .targets.target import Rows, Target
+from .targets.target import RowIndices, Rows, Target
 from .testing.verification import verify
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ __all__ = [
     "MergeReport",
     "Pretrained",
     "Projection",
+    "RowIndices",
     "Rows",
     "ShapeError",
     "SuperLoRA",

@@ -187,3 +187,47 @@ def test_a_long_run_is_seen_behind_a_short_one_that_begins_later() -> None:
         with pytest.raises(tna.TargetError, match="overlap: both update row 3 "):
             check_distinct(targets)
     check_distinct([long, short, Target("a", (12, 4), rows=Rows(5, 1, 6, 2))])
+
+
+# -- Lists of rows, and stacks of matrices -----------------------------------------------------------------------
+
+
+def listed(*numbers: int, index: int | None = None) -> Target:
+    stored = (12, 2) if index is None else (3, 12, 2)
+    return Target("a", stored, rows=tna.RowIndices(numbers), index=index)
+
+
+@given(
+    st.lists(
+        st.one_of(views(12), st.sets(st.integers(0, 11), min_size=1, max_size=5).map(lambda s: listed(*sorted(s)))),
+        min_size=2, max_size=4,
+    )
+)  # fmt: skip
+def test_lists_and_patterns_overlap_where_their_rows_do(targets: list[Target]) -> None:
+    rows = [set(target.rows.indices()) if target.rows is not None else set(range(12)) for target in targets]
+    if sum(map(len, rows)) == len(set.union(*rows)):
+        check_distinct(targets)
+        return
+    with pytest.raises(tna.TargetError) as caught:
+        check_distinct(targets)
+    found = OVERLAP.search(str(caught.value))
+    assert found is not None
+    one, two, row = map(int, found.groups())
+    assert row in rows[one] & rows[two]
+
+
+def test_matrices_of_one_stack_are_separate() -> None:
+    check_distinct([listed(1, 2, index=0), listed(1, 2, index=1), Target("a", (3, 12, 2), index=2)])
+    with pytest.raises(tna.TargetError, match=r"both update row 2 of matrix 1 of 'a.weight' .*rows 2, 5; 1: .* all 12"):
+        check_distinct([listed(2, 5, index=1), Target("a", (3, 12, 2), index=1)])
+    with pytest.raises(tna.TargetError, match=r"describe 'a\.weight' differently"):
+        check_distinct([Target("a", (3, 12, 2), index=1), Target("a", (3, 12, 2))])
+
+
+def test_long_lists_take_linear_time() -> None:
+    size = 200_000
+    target = Target("a", (4 * size, 2), rows=tna.RowIndices(tuple(range(0, 2 * size, 2))))
+    other = Target("a", (4 * size, 2), rows=tna.RowIndices(tuple(range(1, 2 * size, 2))))
+    start = time.process_time()
+    check_distinct([target, other, Target("a", (4 * size, 2), rows=Rows(2 * size, 2 * size, 4 * size))])
+    assert time.process_time() - start < 3.0

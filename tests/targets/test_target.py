@@ -20,8 +20,8 @@ from tnadapt import Rows, Target, TargetError
         ({"parameter": None}, "parameter must be a string; got None"),
         ({"layer": 0}, "layer must be a string; got 0"),
         ({"parameter": ""}, "parameter must be a name, such as 'weight'; got ''"),
-        ({"role": "query"}, "role must be one of q, k, v, o, linear, conv; got 'query'"),
-        ({"role": None}, "role must be one of q, k, v, o, linear, conv; got None"),
+        ({"role": "query"}, "role must be one of q, k, v, o, linear, conv, embedding; got 'query'"),
+        ({"role": None}, "role must be one of q, k, v, o, linear, conv, embedding; got None"),
         ({"transposed": 1}, "transposed must be True or False; got 1"),
         ({"stored": 6}, "stored shape must be two to eight sizes; got 6"),
         ({"stored": "64"}, "stored shape must be two to eight sizes; got '64'"),
@@ -111,8 +111,14 @@ def test_a_list_keeps_all_of_a_target(target: Target) -> None:
         ("abc", r"a target must be \[module, shape, role\] and at most its settings; got 'abc'"),
         (["a", [1, 1]], "at most its settings"),
         (["a", [1, 1], "q", {}, {}], "at most its settings"),
-        (["a", [1, 1], "q", []], "a target's settings must be among layer, parameter, rows, transposed; got"),
-        (["a", [1, 1], "q", {"row": 1}], "a target's settings must be among layer, parameter, rows, transposed; got"),
+        (
+            ["a", [1, 1], "q", []],
+            "a target's settings must be among index, layer, parameter, rows, tied, transposed; got",
+        ),
+        (
+            ["a", [1, 1], "q", {"row": 1}],
+            "a target's settings must be among index, layer, parameter, rows, tied, transposed; got",
+        ),
     ],
 )
 def test_a_list_that_is_no_target_is_refused(value: Any, message: str) -> None:

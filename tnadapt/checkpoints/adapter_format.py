@@ -46,13 +46,17 @@ a default is omitted if it has that value.
     arrays, ``draws`` has those of the groups whose F is nonlinear, unless ``start`` is not "zero".
 ``targets``
     List of the updated weights, in the order of the long vector. Each is a list ``[module, stored, role]``: the dotted
-    path of the module; the shape of the parameter in the model; one of q, k, v, o, linear, conv, which if groups is
-    "role" is equal for the weights of one group. Unless the target is an ordinary weight, an object follows, with
+    path of the module; the shape of the parameter in the model; one of q, k, v, o, linear, conv, embedding, which if
+    groups is "role" is equal for the weights of one group. Unless the target is an ordinary weight, an object follows,
+    with
     ``parameter`` (its name in the module; default "weight"), ``rows`` (``[start, length, stride, count]``: in each of
-    count blocks of stride output rows, the rows start to start + length - 1 are updated; default all rows),
-    ``transposed`` (whether it is stored as (in, out); default false) and, only if groups is "layer", ``layer`` (equal
-    for the weights of one group; default ""). The shape of the update is (number of updated output rows, product of
-    the other sizes). No two targets share a row of a parameter.
+    count blocks of stride output rows, the rows start to start + length - 1 are updated; or an object whose
+    ``indices`` lists rows in increasing order; default all rows),
+    ``transposed`` (whether it is stored as (in, out); default false), ``index`` (for a parameter of three axes that
+    stacks matrices along the first one: which matrix it is; the rest describes that matrix; default none), ``tied``
+    (list of other paths of the same parameter, whose modules are updated as well; default none) and, only if groups is
+    "layer", ``layer`` (equal for the weights of one group; default ""). The shape of the update is (number of updated
+    output rows, product of the other sizes). No two targets share a row of a matrix.
 ``model``
     Class name of the base model, for human readers. Default "".
 ``pretrained``

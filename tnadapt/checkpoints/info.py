@@ -164,9 +164,13 @@ def _target(target: Target) -> dict[str, Any]:
     found: dict[str, Any] = {"role": target.role, "name": target.name, "stored": list(target.stored)}
     found["shape"] = list(target.shape)
     if target.rows is not None:
-        found["rows"] = list(target.rows)
+        found["rows"] = target.rows.to_json()
     if target.transposed:
         found["transposed"] = True
+    if target.index is not None:
+        found["index"] = target.index
+    if target.tied:
+        found["tied"] = list(target.tied)
     return found
 
 
@@ -175,11 +179,18 @@ def _grouped(targets: Iterable[Target]) -> list[dict[str, Any]]:
     alike: dict[Any, list[Target]] = {}
     for target in targets:
         key = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", target.name)
-        alike.setdefault((key, target.role, target.stored, target.rows, target.transposed), []).append(target)
-    return [
-        {"count": len(found), **_target(found[0]), "name": _pattern([target.name for target in found])}
-        for found in alike.values()
-    ]
+        kind = (key, target.role, target.stored, target.rows, target.transposed, target.index is None, target.tied)
+        alike.setdefault(kind, []).append(target)
+    return [_summary(found) for found in alike.values()]
+
+
+def _summary(found: list[Target]) -> dict[str, Any]:
+    """Describe targets of one kind: all matrices of the stacks of several layers, say."""
+    own = {"count": len(found), **_target(found[0]), "name": _pattern(list(dict.fromkeys(one.name for one in found)))}
+    several = {one.index for one in found}
+    if len(several) > 1:
+        own["index"] = _ranges(str(index) for index in several)
+    return own
 
 
 def _pattern(names: list[str]) -> str:

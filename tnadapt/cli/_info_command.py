@@ -138,13 +138,20 @@ def _targets(found: dict[str, Any], title: str) -> Iterable[str]:
 
 def _view(one: dict[str, Any]) -> str:
     notes = []
-    if "rows" in one:
+    if "index" in one:
+        notes.append(f"matrix {one['index']}")
+    if isinstance(one.get("rows"), dict):
+        numbers = one["rows"]["indices"]
+        notes.append(f"rows {', '.join(map(str, numbers[:4]))}" + f" and {len(numbers) - 4} more" * (len(numbers) > 4))
+    elif "rows" in one:
         start, length, stride, count = one["rows"]
         notes.append(f"rows {start} to {start + length - 1}" + (f" of each {stride}, {count} times" * (count > 1)))
     if one.get("transposed"):
         notes.append("stored transposed")
     if notes:
         notes.append(f"of {_times(one['stored'])}")
+    if "tied" in one:
+        notes.append(f"tied to {', '.join(one['tied'])}")
     return ", ".join(notes)
 
 

@@ -190,6 +190,16 @@ class FileFormat:
 
     def check_target(self, target: Target) -> None:
         """Raise ConfigError unless the library can adapt the target's parameter; by default, the weight of a module."""
+        if target.index is not None:
+            raise ConfigError(
+                f"{target.label} cannot be converted: it is one of the {target.stored[0]} matrices of a parameter, as "
+                "experts are kept; merge the adapter into the base with tnadapt.merge"
+            )
+        if target.tied:
+            raise ConfigError(
+                f"{target.name} cannot be converted: it is updated together with {', '.join(target.tied)}, to which it "
+                f"is tied, and {self.library} updates one layer; merge the adapter into the base with tnadapt.merge"
+            )
         if target.parameter == "in_proj_weight":
             raise ConfigError(
                 f"{target.name} cannot be converted to {self.library}: {self.no_attention}; merge the adapter into the "

@@ -26,6 +26,9 @@ from ._base_model import Base, target_of
 from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
 from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, pickle_error, safetensors_content
 from ._peft_content import CONFIG_NAME, PREFIX, TRANSPOSED, check_transposed, kept_array, kept_name, recorded
+from ._peft_embeddings import EMBEDDING, as_embedding, is_embedding, stored_bases
+from ._peft_embeddings import decoded as decoded_embedding
+from ._peft_embeddings import encoded as encoded_embedding
 from ._peft_methods import METHODS
 from ._peft_settings import LOW_RANK, PeftSettings, config_of, settings_of
 from ._tensors import (
@@ -55,8 +58,6 @@ _SUFFIXES = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up"} | {name: 
 _HIRA = {"hira_A": "lora_down", "hira_B": "lora_up"}
 _MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 _REFUSED = {
-    "lora_embedding_A": "the update of an embedding",
-    "lora_embedding_B": "the update of an embedding",
     "lora_A.bias": "a bias",
     "lora_B.bias": "it adds to the layer's bias, which is not in the file",
     "trainable_tokens_delta": "rows of an embedding",
@@ -173,10 +174,14 @@ class PeftFormat(FileFormat):
             alpha = alpha_of([update.scale], rank)
             whole = update if alpha is not None else update.absorb_scale()
             own = encode(whole, module.stored, "lora_A.weight", "lora_B.weight")
+            own = encoded_embedding(own) if is_embedding(module) else own
             tensors |= {f"{PREFIX}{module.path}.{name}": array for name, array in own.items()}
             alphas.append(float(rank) if alpha is None else alpha)
         transposed = {module.path: module.transposed for module in modules}
         config = config_of(kind, transposed, choice.ranks, alphas, kept) | choice.settings
+        linear = [module.transposed for module in modules if not is_embedding(module)]
+        if kind == "lora" and linear:  # PEFT does not ask it of embeddings
+            config["fan_in_fan_out"] = all(linear)
         return EncodedAdapter(tensors, config=config, record={TRANSPOSED: transposed})
 
     def encode_file(self, kind: str, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
@@ -198,6 +203,12 @@ class PeftFormat(FileFormat):
     ) -> EncodedAdapter:
         """Encode DoRA, by rows, or HiRA; both next to LoRA's factors."""
         assert encoded.config is not None  # of encode
+        embedding = next((module.path for module in modules if is_embedding(module)), None)
+        if embedding is not None:
+            raise ConfigError(
+                f"{safe_repr(embedding)} is an embedding, and apply={application.apply!r} of it is not written for "
+                f"{self.library}: merge the adapter into the base with tnadapt.merge"
+            )
         if kind == "lora" and application.apply == "magnitude" and application.magnitude_axis == "rows":
             found = {
                 f"{PREFIX}{m.path}.{_MAGNITUDES[0]}": application.magnitudes[m.path].reshape(
@@ -277,9 +288,15 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
     kept, bits = dict[str, np.ndarray](), dict[str, str]()
     dtypes, unknown = set[str](), list[str]()
     magnitudes, hira = dict[str, Float](), settings.apply == "hadamard"
+    embeddings = dict[str, bool]()
     for name, entry in container.entries.items():
         path, suffix = _split_name(name)
-        if suffix in (_HIRA if hira else _SUFFIXES):
+        if suffix in EMBEDDING and settings.kind == "lora" and settings.apply == "add":
+            array = widen(name, entry.dtype, container.array(name))
+            modules.setdefault(path, {})[EMBEDDING[suffix]] = decoded_embedding(suffix, array)
+            embeddings[path] = True
+            dtypes.add(DTYPES[entry.dtype])
+        elif suffix in (_HIRA if hira else _SUFFIXES):
             own_name = (_HIRA if hira else _SUFFIXES)[suffix]
             modules.setdefault(path, {})[own_name] = widen(name, entry.dtype, container.array(name))
             dtypes.add(DTYPES[entry.dtype])
@@ -295,6 +312,8 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
             bits |= {f"kept.{own}": kind} if kind else {}
         else:
             unknown.append(name)
+    bases = stored_bases(unknown, PREFIX, embeddings)
+    unknown = [name for name in unknown if name not in bases]
     if unknown:
         raise FileError(f"has tensors that do not belong to a {settings.kind} adapter: {summarize(unknown)}")
     if not modules:
@@ -312,23 +331,28 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
         if kind != settings.kind:
             raise FileError(f"{safe_repr(path)} has tensors of {kind}, and {CONFIG_NAME} says {settings.kind}")
         update, shape = decode(path, modules[path], functools.partial(settings.scale, path), kron_last_axes=True)
-        says = transposed.get(path, settings.transposed)
+        says = transposed.get(path, settings.transposed) and path not in embeddings
         target = target_of(path, shape, base, says and len(shape) == 2, settings.kind == "lora")
-        found.append(TargetUpdate(target, update))
+        found.append(as_embedding(TargetUpdate(target, update), embeddings))
     if base is not None and settings.kind == "lora":
-        check_transposed([one.target for one in found if one.target.module not in transposed], settings.transposed)
+        known = {*transposed, *embeddings}
+        check_transposed([one.target for one in found if one.target.module not in known], settings.transposed)
     if settings.apply == "magnitude" and magnitudes.keys() != modules.keys():
         wrong = summarize(magnitudes.keys() ^ modules.keys())
         raise FileError(f"use_dora of {CONFIG_NAME} is true, and these lack a magnitude or factors: {wrong}")
     application = Application(settings.apply, magnitudes=magnitudes)
     named = {"add": settings.kind, "magnitude": "dora", "hadamard": "hira"}[settings.apply]
-    return ForeignAdapter(named, found, common_dtype(dtypes), kept, bits, settings.model, application=application)
+    notes = (f"left out {summarize(bases)}: PEFT saves the base's own weight next to an embedding's update",)
+    return ForeignAdapter(
+        named, found, common_dtype(dtypes), kept, bits, settings.model, notes=notes if bases else (),
+        application=application,
+    )  # fmt: skip
 
 
 def _split_name(name: str) -> tuple[str, str]:
     """Split a name into the module's path and the suffix of an adapter's tensor, "" if it has none."""
     path = name.removeprefix(PREFIX)
-    for suffix in (*_SUFFIXES, *_HIRA, *_MAGNITUDES, *_REFUSED):
+    for suffix in (*_SUFFIXES, *EMBEDDING, *_HIRA, *_MAGNITUDES, *_REFUSED):
         if path != name and path.endswith(f".{suffix}"):
             return path.removesuffix(f".{suffix}"), suffix
     return path, ""

@@ -25,6 +25,7 @@ from ._files import StoredFiles
 from ._join import join
 from ._lycoris_format import LycorisFormat
 from ._nearest import ExportSpec, choose
+from ._peft_embeddings import check_lora
 from ._peft_format import PeftFormat
 from ._unpack import Module, Unpacked, modules_of
 from ._updates import ModuleUpdate, check_range, errors_of, is_rounding, low_rank_norms, narrow, norms_of, round_to
@@ -303,8 +304,7 @@ def _own(found: ConvertedFrom, dtype: str | None) -> Conversion:
     before, after, norms = Unpacked(found.file, found.updates), Unpacked(file), {}
     for number, target in enumerate(file.targets):
         pair = low_rank_norms(before.form(number), after.form(number))
-        place = "" if target.rows is None else f"[{target.rows.start}:{target.rows.start + target.rows.length}]"
-        norms[f"{target.name}{place}"] = pair or norms_of(before.delta(number), after.delta(number))
+        norms[target.label] = pair or norms_of(before.delta(number), after.delta(number))
     error, errors = errors_of(norms)
     exact = all(is_rounding(one, file.dtype, True) for one in (error, *errors.values()))
     return Conversion(_OWN, found.kind, exact, error, errors, sizes, found.notes, file)
@@ -361,6 +361,7 @@ def _modules(file: AdapterFile, spec: ExportSpec) -> list[Module]:
         spec.format.check_target(target)
     modules = modules_of(file)
     for module in modules:
+        check_lora(module, spec.kind, spec.format.library)
         spec.format.check_module(module, spec.kind)
     spec.format.check_adapter(modules, file.kept)
     return modules

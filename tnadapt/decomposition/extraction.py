@@ -318,11 +318,11 @@ def _others(
 
 
 def _rest_differs(own: Sequence[Target], base: Checkpoint, place: str, tuned: Checkpoint) -> bool:
-    if any(target.rows is None for target in own):
+    if any(target.is_whole for target in own):
         return False
     before, after = _alike(base, place, tuned, own[0].name)
     for target in own:
-        target.block(after)[...] = target.block(before)
+        target.write(after, target.select(before))
     return not np.array_equal(before, after, equal_nan=True)
 
 

@@ -1,6 +1,7 @@
 """Check that no two targets update the same element of a stored parameter.
 
-Rows are periodic patterns whose sizes a file may choose freely, so they are compared by arithmetic, never enumerated.
+Patterns of rows have sizes that a file may choose freely, so they are compared by arithmetic, never enumerated. Lists
+of rows are as long in the file as they are here.
 """
 
 from __future__ import annotations
@@ -8,12 +9,12 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from tnadapt.errors import TargetError, safe_repr
 
-from .target import Rows, Target
+from .target import RowIndices, Rows, Target
 
 __all__ = ["check_distinct"]
 
@@ -46,7 +47,7 @@ def check_distinct(targets: Sequence[Target]) -> None:
 
     Notes
     -----
-    The time is O(n log n) in the number of targets, whatever sizes and rows they claim.
+    The time is O(n log n) in the number of targets and listed rows, whatever sizes and patterns they claim.
 
     Examples
     --------
@@ -73,22 +74,36 @@ def check_distinct(targets: Sequence[Target]) -> None:
 def _check_one(targets: Sequence[Target], numbers: Sequence[int]) -> None:
     """Check the targets of one parameter."""
     first = targets[numbers[0]]
+    by_index: dict[int | None, list[int]] = {}
     for number in numbers:
         other = targets[number]
-        if (other.stored, other.transposed) != (first.stored, first.transposed):
+        if (other.stored, other.transposed, other.index is None) != (
+            first.stored, first.transposed, first.index is None
+        ):  # fmt: skip
             raise TargetError(
                 f"targets {numbers[0]} and {number} describe {safe_repr(first.name)} differently: as {first.stored}"
                 f"{_order(first)} and as {other.stored}{_order(other)}. One of them is wrong"
             )
+        by_index.setdefault(other.index, []).append(number)
+    for matrix in by_index.values():
+        if len(matrix) > 1:
+            _check_matrix(targets, matrix)
+
+
+def _check_matrix(targets: Sequence[Target], numbers: Sequence[int]) -> None:
+    """Check the targets of one matrix."""
     by_stride: dict[int, list[_Part]] = {}
+    listed: list[int] = []
     for number in numbers:
+        if isinstance(targets[number].rows, RowIndices):
+            listed.append(number)
+            continue
         rows = _rows(targets[number])
         by_stride.setdefault(rows.stride, []).append(_Part(rows.start, rows.start + rows.length, number))
     if len(by_stride) > _MAX_STRIDES:
         raise TargetError(
-            f"the targets of {safe_repr(first.name)} divide its rows into blocks of {len(by_stride)} different "
-            "lengths; at "
-            f"most {_MAX_STRIDES} are supported"
+            f"the targets of {safe_repr(targets[numbers[0]].name)} divide its rows into blocks of {len(by_stride)} "
+            f"different lengths; at most {_MAX_STRIDES} are supported"
         )
     for parts in by_stride.values():
         parts.sort()
@@ -99,6 +114,22 @@ def _check_one(targets: Sequence[Target], numbers: Sequence[int]) -> None:
         # Both patterns repeat over all rows, so every multiple of the strides' greatest common divisor occurs as an
         # offset between two blocks: two spans share a row if and only if they do so modulo that divisor.
         _check_folded(targets, several, others, math.gcd(stride, longer))
+    _check_listed(targets, listed, by_stride)
+
+
+def _check_listed(targets: Sequence[Target], listed: Sequence[int], by_stride: Mapping[int, list[_Part]]) -> None:
+    """Check the targets whose rows are a list against each other, and against the sorted parts of the others."""
+    owner: dict[int, int] = {}
+    starts = {stride: [part.start for part in parts] for stride, parts in by_stride.items()}
+    for number in listed:
+        for row in targets[number].rows.indices():  # type: ignore[union-attr]  # a list of rows
+            other = owner.setdefault(row, number)
+            if other != number:
+                raise _overlap(targets, other, number, row)
+            for stride, parts in by_stride.items():
+                place = bisect.bisect_right(starts[stride], row % stride) - 1
+                if place >= 0 and row % stride < parts[place].stop:
+                    raise _overlap(targets, parts[place].number, number, row)
 
 
 def _check_folded(targets: Sequence[Target], ones: Sequence[_Part], twos: Sequence[_Part], period: int) -> None:
@@ -128,18 +159,17 @@ def _folded(part: _Part, period: int) -> list[_Part]:
 
 
 def _rows(target: Target) -> Rows:
-    if target.rows is not None:
-        return target.rows
-    out = target.stored[1] if target.transposed else target.stored[0]
-    return Rows(0, out, out)
+    assert not isinstance(target.rows, RowIndices)  # these are compared row by row
+    return Rows(0, target.out, target.out) if target.rows is None else target.rows
 
 
-def _overlap(targets: Sequence[Target], one: int, two: int) -> TargetError:
+def _overlap(targets: Sequence[Target], one: int, two: int, row: int | None = None) -> TargetError:
     one, two = sorted((one, two))
     first, second = targets[one], targets[two]
-    row = _shared(_rows(first), _rows(second))
+    row = _shared(_rows(first), _rows(second)) if row is None else row
+    name = safe_repr(first.name) if first.index is None else f"matrix {first.index} of {safe_repr(first.name)}"
     return TargetError(
-        f"targets {one} and {two} overlap: both update row {row} of {safe_repr(first.name)} ({one}: {_words(first)}; "
+        f"targets {one} and {two} overlap: both update row {row} of {name} ({one}: {_words(first)}; "
         f"{two}: {_words(second)}). Give each row of a weight to one target"
     )
 
@@ -157,6 +187,10 @@ def _shared(one: Rows, two: Rows) -> int:
 
 
 def _words(target: Target) -> str:
+    if isinstance(target.rows, RowIndices):
+        numbers = target.rows.numbers
+        more = f" and {len(numbers) - 4} more" if len(numbers) > 4 else ""
+        return f"role {target.role}, rows {', '.join(map(str, numbers[:4]))}{more}"
     rows = _rows(target)
     if target.rows is None:
         return f"role {target.role}, all {rows.length} rows"

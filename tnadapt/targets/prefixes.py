@@ -5,6 +5,7 @@ A model's backbone is saved without the prefix, such as ``bert.``, that it has w
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from tnadapt.errors import TargetError, safe_repr
 
 from .target import Target
 
-__all__ = ["Prefix", "found_prefix", "near_names"]
+__all__ = ["Prefix", "found_prefix", "near_names", "stored_names"]
 
 
 class Prefix(NamedTuple):
@@ -45,7 +46,8 @@ class Prefix(NamedTuple):
         name = self.of(target.name)
         if name is None:
             raise TargetError(f"{target.name} does not begin with {safe_repr(self.taken)}")
-        return target.renamed(name.removesuffix(target.parameter).removesuffix("."))
+        # The other names of a tied weight are those of the model.
+        return dataclasses.replace(target, module=name.removesuffix(target.parameter).removesuffix("."), tied=())
 
     def __str__(self) -> str:
         if self.taken:
@@ -92,6 +94,41 @@ def found_prefix(targets: Sequence[Target], stored: Mapping[str, tuple[int, ...]
             )
         fitting = shaped
     return fitting[0] if fitting else None
+
+
+def stored_names(
+    targets: Sequence[Target], stored: Mapping[str, tuple[int, ...]]
+) -> tuple[Sequence[Target], Prefix | None]:
+    """Return targets whose names are stored, under one prefix, with the prefix; of a tied weight any of its names.
+
+    Raises
+    ------
+    TargetError
+        As :func:`found_prefix`.
+
+    Examples
+    --------
+    >>> tied = Target("embed", (9, 4), tied=("head.weight",))
+    >>> found, prefix = stored_names([tied], {"model.head.weight": (9, 4)})
+    >>> found[0].name, found[0].tied, prefix
+    ('head.weight', ('embed.weight',), Prefix(taken='', given='model.'))
+    """
+    most = max((len(target.tied) for target in targets), default=0)
+    for turn in range(most + 1):
+        named = [_turned(target, turn) for target in targets]
+        prefix = found_prefix(named, stored)
+        if prefix is not None:
+            return named, prefix
+    return targets, None
+
+
+def _turned(target: Target, turn: int) -> Target:
+    """Return a target under another of its names."""
+    names = [target.name, *target.tied]
+    if turn == 0 or turn >= len(names):
+        return target
+    other = target.tied_targets()[turn - 1]
+    return dataclasses.replace(other, tied=tuple(name for name in names if name != names[turn]))
 
 
 def _prefixes(stored: Iterable[str], name: str) -> Iterator[Prefix]:

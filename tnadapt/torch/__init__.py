@@ -9,7 +9,7 @@ Examples
 (368, 2)
 """
 
-from tnadapt.targets.target import Rows, Target
+from tnadapt.targets.target import RowIndices, Rows, Target
 
 from . import starts
 from ._adapter import Adapter, adapters
@@ -22,11 +22,13 @@ from ._reference_model import reference_model
 from ._registry import mix
 from ._rows import rows
 from ._target_selection import find_targets
+from ._token_rows import token_targets
 from ._trainer_checkpoints import adapter_checkpoints
 
 __all__ = [
     "Adapter",
     "QuantizedLayer",
+    "RowIndices",
     "Rows",
     "Target",
     "adapter_checkpoints",
@@ -43,4 +45,5 @@ __all__ = [
     "register_quantized",
     "rows",
     "starts",
+    "token_targets",
 ]

@@ -74,7 +74,7 @@ class Adapter(AdapterFiles):
     @property
     def strategy(self) -> tuple[str, ...]:
         """How each weight is updated: ``"weight"``, ``"factored"`` or ``"additive"``."""
-        return tuple(slot.strategy for slot in self._state.slots)
+        return tuple(slot.strategy for slot in self._state.slots[: len(self._state.targets)])
 
     @property
     def dropout(self) -> float:

@@ -40,6 +40,7 @@ def load(
     *,
     check_base: bool = True,
     untie: bool = False,
+    keep_tied: bool = False,
     detach_norm: bool = False,
     dropout: float = 0.0,
 ) -> Adapter:
@@ -58,6 +59,9 @@ def load(
         the same shapes.
     untie : bool
         As in :func:`tnadapt.torch.attach`; an adapter that was attached with it must be loaded with it.
+    keep_tied : bool
+        As in :func:`tnadapt.torch.attach`. A file of an adapter that was attached with it says so; it is for files that
+        do not, such as those that :func:`tnadapt.extract` makes of checkpoints.
     detach_norm : bool
         As in :func:`tnadapt.torch.attach`.
     dropout : float
@@ -92,8 +96,9 @@ def load(
     368
     """
     return attach_file(
-        model, adapter_format.load(path), path, name, check_base, untie=untie, detach_norm=detach_norm, dropout=dropout
-    )
+        model, adapter_format.load(path), path, name, check_base, untie=untie, keep_tied=keep_tied,
+        detach_norm=detach_norm, dropout=dropout,
+    )  # fmt: skip
 
 
 def attach_file(
@@ -154,6 +159,7 @@ def from_pretrained(
     *,
     check_base: bool = True,
     untie: bool = False,
+    keep_tied: bool = False,
     detach_norm: bool = False,
     dropout: float = 0.0,
     revision: str | None = None,
@@ -163,8 +169,10 @@ def from_pretrained(
 
     ``revision`` and ``token`` are those of a repository on the hub. :func:`load_pretrained` builds the model, too.
     """
-    path = adapter_path(folder, revision, token)
-    return load(model, path, name, check_base=check_base, untie=untie, detach_norm=detach_norm, dropout=dropout)
+    return load(
+        model, adapter_path(folder, revision, token), name, check_base=check_base, untie=untie, keep_tied=keep_tied,
+        detach_norm=detach_norm, dropout=dropout,
+    )  # fmt: skip
 
 
 def _recorded(model: nn.Module, about: Pretrained | None, check_base: bool) -> Pretrained | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
 from tnadapt.checkpoints.fingerprint import Fingerprint, fingerprint
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import FileError, TargetError, TnadaptError
+from tnadapt.targets.target import Target
 
 from . import _merging as merging
 from ._arrays import checked_pairs, named_parameters
@@ -132,7 +133,7 @@ def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
         for what, theirs, ours in (
             ("config", file.config, adapter.plan.config),
             ("activation", file.activation, adapter.activation),
-            ("targets", [(t.name, t.shape) for t in file.targets], [(t.name, t.shape) for t in adapter.targets]),
+            ("targets", _places(file.targets), _places(adapter.targets)),
             ("list of kept parameters", sorted(file.kept), sorted(adapter.kept)),
         ):
             if theirs != ours:
@@ -150,6 +151,10 @@ def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
                     "name"
                 )
     copy_all([*checked_pairs(adapter, file.arrays), *kept_pairs(adapter.model, file)])
+
+
+def _places(targets: Sequence[Target]) -> list[tuple[Any, ...]]:
+    return [(target.name, target.shape, target.index, target.rows, target.tied) for target in targets]
 
 
 class FileErrorContext:

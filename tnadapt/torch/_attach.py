@@ -19,6 +19,7 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
 from tnadapt.errors import BackendError, ConfigError, TargetError, integer, safe_repr
 from tnadapt.targets.overlaps import check_distinct
+from tnadapt.targets.target import Target
 
 from . import _freezing as freezing
 from ._adapter import Adapter
@@ -57,6 +58,7 @@ def attach(
     activation: str | None = None,
     dtype: torch.dtype = torch.float32,
     untie: bool = False,
+    keep_tied: bool = False,
     given: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     detach_norm: bool = False,
@@ -107,7 +109,10 @@ def attach(
     dtype : torch.dtype
         Dtype of the adapter's parameters. float32 also on half-precision models: small updates would vanish in less.
     untie : bool
-        Where two targets are one tensor (tied weights), give the second its own copy. Otherwise they are rejected.
+        Where the weight of a target is shared with another module (tied weights), give the second its own copy.
+    keep_tied : bool
+        Where the weight of a target is shared, update it in all modules that hold it, with one ΔW. With neither of the
+        two, tied weights are rejected.
     given : mapping of str to array, optional
         Frozen arrays of the config's ``Given`` sources, by their names in the plan.
     progress : callable, optional
@@ -177,15 +182,15 @@ def attach(
             raise ConfigError(
                 f"the keys of a mapping of configs are the targets; got targets={safe_repr(targets)}, too"
             )
-        cfg, targets = of_patterns(model, cfg, layers=layers, exclude=exclude, untie=untie)
+        cfg, targets = of_patterns(model, cfg, layers=layers, exclude=exclude, untie=untie, keep_tied=keep_tied)
         layers = exclude = None
     elif isinstance(cfg, CompositeConfig):
         check_ordered(targets)
     cfg = config_of(cfg, settings, "attach", keywords)
     return attach_with(
         model, cfg, targets, name, layers=layers, exclude=exclude, keep_trainable=keep_trainable, biases=biases,
-        strategy=strategy, tokens=tokens, activation=activation, dtype=dtype, untie=untie, given=given,
-        progress=progress, detach_norm=detach_norm, dropout=dropout,
+        strategy=strategy, tokens=tokens, activation=activation, dtype=dtype, untie=untie, keep_tied=keep_tied,
+        given=given, progress=progress, detach_norm=detach_norm, dropout=dropout,
     )  # fmt: skip
 
 
@@ -204,6 +209,7 @@ def attach_with(
     activation: str | None = None,
     dtype: torch.dtype = torch.float32,
     untie: bool = False,
+    keep_tied: bool = False,
     given: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     detach_norm: bool = False,
@@ -224,7 +230,7 @@ def attach_with(
     if not isinstance(detach_norm, bool):
         raise ConfigError(f"detach_norm must be True or False; got {safe_repr(detach_norm)}")
     dropout = check_dropout(dropout)
-    found = find_targets(model, targets, layers=layers, exclude=exclude, untie=untie)
+    found = find_targets(model, targets, layers=layers, exclude=exclude, untie=untie, keep_tied=keep_tied)
     check_distinct(found)
     plan = SuperLoRA(
         cfg,
@@ -234,15 +240,16 @@ def attach_with(
         given=given,
     )
     kept = kept_names(model, keep_trainable, biases, found)
-    owners = [model.get_submodule(target.module) for target in found]
-    paths = paths_of(model)
-    hosts = [model.get_submodule(host_of(model, target, paths)) for target in found]
+    # A target of a tied weight has several places; those of the first names come first, in the order of the targets.
+    places = [*enumerate(found), *((index, one) for index, target in enumerate(found) for one in target.tied_targets())]
+    owners = [model.get_submodule(target.module) for _, target in places]
+    hosts = _hosts(model, [target for _, target in places])
     if not is_bound(plan):
         refuse_merged(model, f"adapter {name!r} is attached, whose arrays are computed from it")
-        plan = bound(plan, found, owners, progress)
+        plan = bound(plan, found, owners[: len(found)], progress)
     strategies = [
         strategy_of(strategy, plan, index, tokens, target, owner, host, activation, dropout > 0.0)
-        for index, (target, owner, host) in enumerate(zip(found, owners, hosts, strict=True))
+        for (index, target), owner, host in zip(places, owners, hosts, strict=True)
     ]
     # Leave inference mode: tensors created in it could never be trained.
     with torch.inference_mode(False):
@@ -251,7 +258,7 @@ def attach_with(
     state = AdapterState(model, name, plan, found, kept, activation, detach_norm, dropout)
     adapter = Adapter(state)
     try:
-        _put_on(state, arrays, owners, hosts, strategies)
+        _put_on(state, arrays, places, owners, hosts, strategies)
     except BaseException:
         take_off(state)
         raise
@@ -261,17 +268,18 @@ def attach_with(
 def _put_on(
     state: AdapterState,
     arrays: Mapping[str, torch.Tensor],
+    places: Sequence[tuple[int, Target]],
     owners: Sequence[nn.Module],
     hosts: Sequence[nn.Module],
     strategies: Sequence[tuple[str, Factoring | None]],
 ) -> None:
-    model, found = state.model, state.targets
-    for _, second in tied(model, found):
+    model = state.model
+    for _, second in tied(model, state.targets):
         freezing.untie(state, second)
     freezing.freeze(state)
     for array, tensor in arrays.items():
         model.register_parameter(state.parameter_names[array], nn.Parameter(tensor))
-    for index, (target, owner, host, chosen) in enumerate(zip(found, owners, hosts, strategies, strict=True)):
+    for (index, target), owner, host, chosen in zip(places, owners, hosts, strategies, strict=True):
         there = ForwardPatch.of(host)
         patch = ForwardPatch(host) if there is None else there
         # Recorded before it is installed, so that take_off() finds everything that is in the model.
@@ -287,6 +295,15 @@ def _put_on(
     model.register_forward_hook(hooks.end, always_call=True)
     model.__dict__.setdefault(ADAPTERS_ATTR, {})[state.name] = state
     TransformersModel.install(model)
+
+
+def _hosts(model: nn.Module, targets: Sequence[Target]) -> list[nn.Module]:
+    """Return the module whose forward applies each target."""
+    paths, found = paths_of(model), dict[str, nn.Module]()
+    for target in targets:
+        if target.name not in found:  # the many experts of one parameter have one host
+            found[target.name] = model.get_submodule(host_of(model, target, paths))
+    return [found[target.name] for target in targets]
 
 
 def check_name(model: nn.Module, name: str) -> None:

@@ -52,7 +52,7 @@ def bound(
 def fill(state: AdapterState) -> None:
     """Compute the arrays of an adapter that was attached on the meta device, now that the weights have values."""
     if not is_bound(state.plan):
-        owners = [slot.owner for slot in state.slots]
+        owners = [slot.owner for slot in state.slots[: len(state.targets)]]
         state.plan.fill(bound(state.plan, state.targets, owners))
 
 

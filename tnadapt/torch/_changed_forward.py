@@ -27,6 +27,7 @@ from ._merged_linear import in_dispatch_mode, in_functorch
 from ._merging import numbers
 from ._quotient import Quotient, wide_pair
 from ._row_assignment import mixing_weight
+from ._row_features import index_tensor
 from ._state import AdapterSlot
 
 __all__ = ["added_matrix", "changed_linear", "changed_weight", "scaled_output"]
@@ -51,14 +52,31 @@ def changed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Sequen
 
 def changed_weight(stored: Tensor, slots: Sequence[AdapterSlot], drop: ColumnDropout | None = None) -> Tensor:
     """Return a changed weight, by ordinary operations; with dropout of columns of the changes."""
+    if slots[0].target.index is not None:
+        return _changed_matrices(stored, slots, drop)
     total = stored
     for slot in slots:
         rows = slot.target.select(total)
-        found = _changed_rows(slot, stored, rows)
-        if drop is not None and drop.acts(slot):
-            found = rows + drop(slot, found - rows)
-        total = changed(total, [(slot.target, found)])
+        total = changed(total, [(slot.target, _with_dropout(slot, stored, rows, drop))])
     return total
+
+
+def _with_dropout(slot: AdapterSlot, stored: Tensor, rows: Tensor, drop: ColumnDropout | None) -> Tensor:
+    found = _changed_rows(slot, stored, rows)
+    return found if drop is None or not drop.acts(slot) else rows + drop(slot, found - rows)
+
+
+def _changed_matrices(stored: Tensor, slots: Sequence[AdapterSlot], drop: ColumnDropout | None) -> Tensor:
+    """Return a stack of matrices of which some are changed, with one operation on the whole stack."""
+    by_index: dict[int, Tensor] = {}
+    for slot in slots:
+        assert slot.target.index is not None
+        matrix, alone = by_index.get(slot.target.index, stored[slot.target.index]), slot.target.of_matrix()
+        rows = _with_dropout(slot, stored, alone.select(matrix), drop)
+        by_index[slot.target.index] = changed(matrix, [(alone, rows)])
+    return stored.index_copy(
+        0, torch.tensor(list(by_index), device=stored.device), torch.stack(list(by_index.values()))
+    )
 
 
 def _changed_rows(slot: AdapterSlot, stored: Tensor, rows: Tensor) -> Tensor:
@@ -101,12 +119,10 @@ def quotient(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
 def scaled_output(y: Tensor, bias: Tensor | None, slot: AdapterSlot, stored: Tensor | None) -> Tensor:
     """Return a layer's output with the features of the target's rows times q; the bias is not scaled."""
     found = quotient(slot, stored)
-    rows = slot.target.rows
-    if rows is not None:
+    if slot.target.rows is not None:
         # Ones for all other features.
-        place = torch.ones(rows.stride * rows.count, dtype=found.dtype, device=found.device)
-        places = torch.tensor(rows.indices(), device=found.device)
-        found = place.index_copy(0, places, found)
+        place = torch.ones(slot.target.out, dtype=found.dtype, device=found.device)
+        found = place.index_copy(0, index_tensor(slot.target, found.device), found)
     found = found.to(y.device)
     kind = torch.promote_types(y.dtype, found.dtype)
     own = y if bias is None else y - bias.to(y.device, y.dtype)

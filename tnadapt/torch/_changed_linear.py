@@ -89,12 +89,12 @@ def changed(stored: Tensor, rows: Sequence[tuple[Target, Tensor]]) -> Tensor:
     total, own = stored, False
     for target, matrix in rows:
         matrix = matrix.to(stored.dtype)
-        if target.rows is None:
+        if target.is_whole:
             total, own = (matrix.T if target.transposed else matrix.reshape(stored.shape)), True
             continue
         if not own or not total.is_contiguous():
             total, own = total.clone(memory_format=torch.contiguous_format), True
-        target.block(total).copy_(target.like_block(matrix))
+        target.write(total, matrix)
     return total
 
 

@@ -16,6 +16,7 @@ from tnadapt.targets.target import Target
 
 from ._target_search import TargetSearch
 from ._target_selection import check_usable, filtered, in_order
+from ._tied_weights import with_tied
 
 __all__ = ["check_ordered", "of_patterns"]
 
@@ -27,6 +28,7 @@ def of_patterns(
     layers: Any = None,
     exclude: Any = None,
     untie: bool = False,
+    keep_tied: bool = False,
 ) -> tuple[Config, list[Target]]:
     """Return the config of a mapping from patterns to configs, and its targets: those of the first pattern, and so on.
 
@@ -37,7 +39,7 @@ def of_patterns(
         From what ``targets`` of :func:`tnadapt.torch.find_targets` may be, with a tuple for a list, to a config or the
         name of a preset. Another string than a role or keyword is a regular expression for the path of a module, or
         for its last whole parts; of a module that holds no weight itself, all linear weights in it are meant.
-    layers, exclude, untie
+    layers, exclude, untie, keep_tied
         As for :func:`tnadapt.torch.find_targets`.
 
     Returns
@@ -75,6 +77,7 @@ def of_patterns(
         if not own:
             raise TargetError(f"layers and exclude leave no target of {safe_repr(pattern)}: leave this pattern out")
     targets = [target for own in chosen.values() for target in own]
+    targets = with_tied(model, targets, keep_tied)
     check_usable(model, targets, untie)
     parts = [(configs[pattern], len(own)) for pattern, own in chosen.items()]
     return (parts[0][0] if len(parts) == 1 else CompositeConfig(parts)), targets
@@ -112,10 +115,10 @@ def _found(search: TargetSearch, pattern: Any) -> list[Target]:
 
 def _check_apart(found: Mapping[Any, list[Target]]) -> None:
     """Raise a TargetError if two patterns find the same rows of a weight."""
-    before: dict[tuple[str, str], list[tuple[Any, Target]]] = {}
+    before: dict[tuple[str, str, int | None], list[tuple[Any, Target]]] = {}
     for pattern, own in found.items():
         for target in own:
-            others = before.setdefault((target.module, target.parameter), [])
+            others = before.setdefault((target.module, target.parameter, target.index), [])
             for other, one in others:
                 if other is not pattern and _overlap(one, target):
                     raise TargetError(

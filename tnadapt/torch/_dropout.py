@@ -41,6 +41,8 @@ def drops_input(slot: AdapterSlot, host: nn.Module) -> bool:
     """Return whether elements of the host's input are dropped for this slot."""
     if slot.adapter.dropout == 0.0 or not host.training:
         return False
+    if isinstance(host, nn.Embedding):
+        return False  # its input are indices
     return slot.strategy != "weight" or _shows_input(slot, host)
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from tnadapt.algebra.factoring import Factored, Matrix
 from tnadapt.backends import load_backend
-from tnadapt.targets.target import Target
+from tnadapt.targets.target import RowIndices, Rows, Target
 
 from ._merged_linear import in_dispatch_mode, in_functorch
 
@@ -116,6 +116,8 @@ def can_fuse(x: Tensor, weight: Tensor, changes: Sequence[tuple[Target, Factored
     """Return whether all tensors share dtype and device, and no trace or mode intercepts single operations."""
     if torch.compiler.is_compiling() or in_functorch() or in_dispatch_mode():
         return False
+    if any(isinstance(target.rows, RowIndices) for target, _ in changes):
+        return False  # of these features there is no view to accumulate in
     if x.is_nested or x.ndim == 0 or x.device.type == "meta" or torch.is_autocast_enabled(x.device.type):
         return False
     if not x.is_contiguous():
@@ -260,6 +262,7 @@ def _part(target: Target, features: Tensor) -> Tensor:
     if target.rows is None:
         return features
     rows = target.rows
+    assert isinstance(rows, Rows)  # ensured by can_fuse
     blocks = features.view(features.shape[0], rows.count, rows.stride)[:, :, rows.start : rows.start + rows.length]
     return blocks[:, 0] if rows.count == 1 else blocks
 

@@ -31,17 +31,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tnadapt.algebra.factoring import Factored, Matrix
-from tnadapt.targets.target import Target
 
 from ._changed_forward import added_matrix, changed_linear, changed_weight, scaled_output
 from ._dropout import ColumnDropout, dropped_inputs, drops_input
+from ._embedding_forward import embedded, is_lookup
 from ._factored_linear import can_fuse, factored_linear, product
 from ._forward_pass import acts, check_recomputation, delta, delta_source, factors, scaled
 from ._merged_linear import DeltaSource, MergedWeightLinear, in_dispatch_mode, in_functorch, summed
 from ._patched_parameter import PatchedParameter
 from ._row_assignment import mixing_weight
+from ._row_features import add_features
 from ._row_pass import run_by_rows
 from ._state import AdapterSlot, AdapterState
+from ._summed_matrices import summed_matrices
 
 __all__ = ["ACTIVATIONS", "STRATEGIES", "ForwardPatch"]
 
@@ -75,6 +77,8 @@ class ForwardPatch:
         self.before: Callable[..., Any] | None = host.__dict__.get("forward")
         #: Whether the original is the unmodified forward of torch's Linear or convolutions, on the host's own weight.
         self.is_plain = False
+        #: Whether the original is the forward of an embedding, so that rows can be looked up in updates.
+        self.looks_up = False
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -99,6 +103,7 @@ class ForwardPatch:
         self.weights.append(PatchedParameter(slot.owner, slot.target.parameter))
         self.weights[-1].put([slot])
         self.is_plain = self._is_plain()
+        self.looks_up = self.before is None and is_lookup(self.host)
 
     def exchange(self, slots: Mapping[AdapterSlot, AdapterSlot]) -> None:
         """Put other slots in the place of some, each for the same weight."""
@@ -171,11 +176,13 @@ class ForwardPatch:
             fused = self._fused(to_output, args, kwargs)
             if fused is not None:
                 return self.rescaled(fused, to_output)
+        if to_output and self.looks_up:
+            return self._embedded(to_weights, to_output, args, kwargs)
         y = self._base(to_weights, args, kwargs)
         if to_output:
             x = _input(args, kwargs)
             for slot in to_output:
-                y = _plus(y, slot.target, self.output(slot, x))
+                y = add_features(y, slot.target, self.output(slot, x))
             y = self.rescaled(y, to_output)
         return self._with_dropout(y, dropping, _input(args, kwargs)) if dropping else y
 
@@ -184,7 +191,7 @@ class ForwardPatch:
         for dropped, slots in dropped_inputs([slot for _, slot in dropping], x):
             if all(slot.strategy != "weight" for slot in slots) and slots[0].adapter.plan.applying.additive:
                 for slot in slots:
-                    y = _plus(y, slot.target, self.output(slot, dropped))
+                    y = add_features(y, slot.target, self.output(slot, dropped))
                 continue
             own = [placed for placed in dropping if placed[1] in slots]
             if isinstance(self.host, nn.Linear) and self.is_plain and own[0][0].sums:
@@ -195,6 +202,18 @@ class ForwardPatch:
                 # Right for any layer that is linear in x, whatever its W' is; the bias cancels.
                 y = y + (self.run(own, (dropped,), {}, drop=False) - self._original(dropped))
         return y
+
+    def _embedded(
+        self,
+        to_weights: list[tuple[PatchedParameter, list[AdapterSlot]]],
+        added: list[AdapterSlot],
+        args: Any,
+        kwargs: Any,
+    ) -> Tensor:
+        """Return the output of an embedding, whose updates are looked up like its weight."""
+        host: Any = self.host
+        weight = _sum(*to_weights[0], self.host) if to_weights else self.weights[0].tensor
+        return embedded(host, weight, _input(args, kwargs), added)
 
     def rescaled(self, y: Any, added: list[AdapterSlot]) -> Any:
         """Return the output with the features scaled that a magnitude scales."""
@@ -322,6 +341,8 @@ def _sum(patched: PatchedParameter, slots: Sequence[AdapterSlot], host: nn.Modul
     drop = ColumnDropout(host)
     if not patched.sums:
         return changed_weight(patched.tensor, slots, drop)
+    if slots[0].target.index is not None:
+        return summed_matrices(patched.tensor, slots, drop)
     return summed(patched.tensor, [(slot.target, drop(slot, delta(slot))) for slot in slots])
 
 
@@ -358,15 +379,3 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Sequence[Adap
         sources.append(source)
         arrays += own
     return cast(Tensor, MergedWeightLinear.apply(x, weight, bias, tuple(sources), *arrays))  # type: ignore[no-untyped-call]
-
-
-def _plus(y: Tensor, target: Target, change: Tensor) -> Tensor:
-    """Return the output with a change added to the features of the target's rows."""
-    change = change.to(y.dtype)
-    if target.rows is None:
-        return y + change
-    rows = target.rows
-    blocks = y.reshape(*y.shape[:-1], rows.count, rows.stride)
-    stop = rows.start + rows.length
-    middle = blocks[..., rows.start : stop] + change.reshape(*y.shape[:-1], rows.count, rows.length)
-    return torch.cat([blocks[..., : rows.start], middle, blocks[..., stop:]], -1).reshape(y.shape)

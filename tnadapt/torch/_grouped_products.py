@@ -12,10 +12,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from tnadapt.targets.target import Target
+from tnadapt.targets.target import RowIndices, Target
 
 from ._forward_pass import delta, factors
 from ._row_assignment import RowAssignment, mixing_weight
+from ._row_features import add_features
 from ._state import AdapterSlot
 
 __all__ = ["add_changes", "grouped", "looped"]
@@ -113,9 +114,12 @@ def _are_alike(groups: Sequence[Slots]) -> bool:
 
 def _plus(y: Tensor, target: Target | None, rows: Tensor, change: Tensor, in_place: bool) -> Tensor:
     """Return y with a change added to some rows, and there to the features of the target's rows."""
-    part = y
-    if target is not None and target.rows is not None:
-        own = target.rows
+    part, own = y, None if target is None else target.rows
+    if target is not None and isinstance(own, RowIndices):
+        found = add_features(y.index_select(0, rows), target, change)
+        return y.index_copy_(0, rows, found) if in_place else y.index_copy(0, rows, found)
+    assert not isinstance(own, RowIndices)
+    if own is not None:
         blocks = y.view(*y.shape[:-1], own.count, own.stride) if in_place else y.reshape(*y.shape[:-1], own.count, -1)
         part = blocks[..., own.start : own.start + own.length]
         change = change.reshape(*change.shape[:-1], own.count, own.length)
@@ -123,6 +127,6 @@ def _plus(y: Tensor, target: Target | None, rows: Tensor, change: Tensor, in_pla
         part.index_add_(0, rows, change)
         return y
     part = part.index_add(0, rows, change)
-    if target is None or target.rows is None:
+    if own is None:
         return part
     return torch.cat([blocks[..., : own.start], part, blocks[..., own.start + own.length :]], -1).reshape(y.shape)

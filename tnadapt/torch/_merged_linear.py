@@ -21,9 +21,10 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from tnadapt.targets.target import Target
+from tnadapt.targets.target import RowIndices, Target
 
 from ._delta import Slice
+from ._row_features import features_of, index_tensor
 
 __all__ = ["DeltaSource", "MergedWeightLinear", "in_dispatch_mode", "in_functorch", "linear", "summed"]
 
@@ -59,6 +60,11 @@ def summed(stored: Tensor, changes: Sequence[tuple[Target, Tensor]]) -> Tensor:
         delta = delta.to(stored.device)
         if target.rows is None:
             total, own = total + (delta.T if target.transposed else delta.reshape(stored.shape)), True
+            continue
+        if isinstance(target.rows, RowIndices):
+            axis = 1 if target.transposed else 0
+            change = (delta.T if target.transposed else delta.reshape(-1, *stored.shape[1:])).to(kind)
+            total, own = total.index_add(axis, index_tensor(target, stored.device), change), True
             continue
         # Only the target's rows are written, so the other rows keep their exact bits. In a channels_last weight the
         # block would be a copy instead of a view, hence the contiguous clone.
@@ -147,7 +153,7 @@ class MergedWeightLinear(torch.autograd.Function):
                 found += pull(torch.mm(rows.T, inputs, out=scratch).to(kind))
                 scratch = None
             else:
-                found += pull((_of_rows(source.target, rows).T @ inputs).to(kind))
+                found += pull((features_of(source.target, rows).T @ inputs).to(kind))
         if need_bias:
             found[2] = rows.sum(0)
         return tuple(found)
@@ -256,12 +262,3 @@ def _recompute_vjp_once(
         return torch.autograd.grad(outputs, leaves, gradients)
 
     return delta, pull
-
-
-def _of_rows(target: Target, features: Tensor) -> Tensor:
-    """Select from ``(n, out)`` features those of the target's rows, in order."""
-    if target.rows is None:
-        return features
-    rows, count = target.rows, features.shape[0]
-    blocks = features.view(count, rows.count, rows.stride)[:, :, rows.start : rows.start + rows.length]
-    return blocks.reshape(count, rows.count * rows.length)

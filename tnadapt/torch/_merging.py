@@ -223,11 +223,11 @@ def _put_back(adapter: AdapterState, weights: Sequence[Tensor], merged: Sequence
 def _write(target: Target, weight: Tensor, matrix: Tensor) -> None:
     """Write ``(rows, cols)`` to the target's place in a stored weight."""
     if weight.ndim == 2 or weight.is_contiguous():
-        target.block(weight).copy_(target.like_block(matrix))
+        target.write(weight, matrix)
         return
     # For a convolution in channels_last, a block would be a copy instead of a view.
     whole = weight.contiguous()
-    target.block(whole).copy_(target.like_block(matrix))
+    target.write(whole, matrix)
     weight.copy_(whole)
 
 

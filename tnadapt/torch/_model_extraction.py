@@ -41,6 +41,7 @@ def extract(
     max_error: float | None = None,
     max_rank: int | None = None,
     keep_trainable: str | Sequence[str] = (),
+    keep_tied: bool = False,
     progress: Callable[[Step], None] | None = None,
     **settings: Any,
 ) -> Adapter:
@@ -66,6 +67,8 @@ def extract(
     keep_trainable : str or sequence of str
         Parameters to copy from the tuned model and save with the adapter, as in :func:`tnadapt.torch.attach`: a new
         head, say.
+    keep_tied : bool
+        Whether a target whose weight is shared with other modules updates it in all of them.
     progress : callable, optional
         Called with a :class:`~tnadapt.decomposition.Step`.
     **settings
@@ -114,7 +117,7 @@ def extract(
     for other in overlapping(base):
         if other.merged is not None:
             raise TargetError(f"adapter {other.name!r} is merged into the base: unmerge it first")
-    found = find_targets(base, targets)
+    found = find_targets(base, targets, keep_tied=keep_tied)
     # Raise the errors of attach() now rather than after the fit.
     check_distinct(found)
     check_name(base, name)
@@ -127,7 +130,7 @@ def extract(
     def read(weight: int) -> Tensor:
         before, after = weights[weight]
         # The difference of two close half-precision numbers is exact in single precision.
-        difference: Tensor = found[weight].select(after.to(like) - before.to(like))
+        difference: Tensor = found[weight].select(after).to(like) - found[weight].select(before).to(like)
         return difference
 
     def fit(config: Config) -> tuple[dict[str, Tensor], FitReport]:
@@ -215,7 +218,8 @@ def _others(
     base: nn.Module, theirs: Mapping[str, Tensor], targets: Sequence[Target], adapter: AdapterState
 ) -> Iterator[str]:
     """Yield the parameters and buffers that differ and are neither targets nor kept."""
-    kept, adapted = set(adapter.kept), {target.name for target in targets}
+    kept = set(adapter.kept)
+    adapted = {name for target in targets for name in (target.name, *target.tied)}
     own = set(adapter.parameter_names.values())
     parameters = dict(base.named_parameters(remove_duplicate=False))  # a tied weight under each of its names
     ours = {**parameters, **dict(base.named_buffers())}
@@ -228,12 +232,12 @@ def _others(
             continue
         before, after = gather_full(before.detach()), gather_full(there.detach()).to(before)
         if name in adapted:
-            mine = [target for target in targets if target.name == name]
-            if any(target.rows is None for target in mine):
+            mine = [target for target in targets if name in (target.name, *target.tied)]
+            if any(target.is_whole for target in mine):
                 continue
             after = after.clone()
             for target in mine:
-                target.block(after).copy_(target.block(before))
+                target.write(after, target.select(before))
         if not torch.equal(before, after):
             yield name
     # Only parameters: a state dict omits buffers that the model recomputes.

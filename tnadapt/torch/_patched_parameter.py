@@ -8,9 +8,9 @@ from typing import cast
 from torch import Tensor, nn
 
 from tnadapt.errors import TargetError
-from tnadapt.targets.target import Target
 
 from ._forward_pass import acts
+from ._row_features import overlap
 from ._state import AdapterSlot, not_a_sum
 
 __all__ = ["PatchedParameter"]
@@ -39,11 +39,12 @@ class PatchedParameter:
         self.slots = slots
         others = [slot for slot in slots if not slot.adapter.plan.applying.additive]
         self.sums = not others
+        alone = len({id(slot.adapter) for slot in slots}) < 2  # as with the many experts of one weight
         self.rivals = [
             (one, other)
-            for one in others
+            for one in ([] if alone else others)
             for other in slots
-            if other.adapter is not one.adapter and _overlap(one.target, other.target)
+            if other.adapter is not one.adapter and overlap(one.target, other.target)
         ]
 
     def check_alone(self) -> None:
@@ -62,10 +63,3 @@ class PatchedParameter:
         found = self.owner._parameters.get(self.parameter)
         # A parametrized weight is computed and not registered as a parameter.
         return cast(Tensor, getattr(self.owner, self.parameter) if found is None else found)
-
-
-def _overlap(one: Target, other: Target) -> bool:
-    """Return whether two targets of one parameter have rows in common."""
-    if one.rows is None or other.rows is None:
-        return True
-    return not set(one.rows.indices()).isdisjoint(other.rows.indices())

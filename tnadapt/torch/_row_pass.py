@@ -43,6 +43,7 @@ class RowPatch(Protocol):
 
     host: nn.Module
     is_plain: bool
+    looks_up: bool
     weights: list[PatchedParameter]
 
     def acting(self, alone: bool = True) -> list[Placed]:
@@ -174,6 +175,8 @@ def selected(
 
 def _is_linear(patch: RowPatch) -> bool:
     """Return whether all updates can be added to the output of the host, from its input."""
+    if patch.looks_up:
+        return False  # indices are not multiplied
     slots = [slot for patched in patch.weights for slot in patched.slots]
     return all(slot.strategy != "weight" for slot in slots) or (patch.is_plain and isinstance(patch.host, nn.Linear))
 

@@ -66,6 +66,12 @@ def start_targets(adapter: Adapter, what: str) -> list[StartTarget]:
             f"before the network, such as tnadapt.presets.lora(8, start='given'); adapter {adapter.name!r} has "
             f"start={plan.config.start!r} and before={plan.config.before!r}"
         )
+    shared = next((target for target in state.targets if target.tied), None)
+    if shared is not None:
+        raise ConfigError(
+            f"{what} observes one layer for each weight, and {shared.name} is tied to {', '.join(shared.tied)}: leave "
+            "it out of the targets"
+        )
     found = []
     for slot, patch in zip(state.slots, state.patches, strict=True):
         layer, target = slot.owner, slot.target

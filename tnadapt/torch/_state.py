@@ -146,9 +146,9 @@ class AdapterState:
     trained : tuple of str or None
         The arrays that are trained, by their names in the plan; None for all.
     slots : list of AdapterSlot
-        One for each target, in their order.
+        One for each target, in their order; then one for each other module that holds a tied weight.
     patches : list of Patch
-        The patch that uses each slot; the same one several times where one forward uses several targets.
+        The patch that uses each slot, in their order; the same one several times where one forward uses several.
     was_trainable : dict of str to bool
         ``requires_grad`` of the base's parameters before ``attach``.
     untied : list of UntiedWeight

@@ -9,8 +9,10 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.factoring import Factoring, factoring
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ConfigError, TargetError, safe_repr
-from tnadapt.targets.target import Target
+from tnadapt.targets.target import RowIndices, Target
 
+from ._embedding_forward import is_lookup
+from ._forward_patch import ForwardPatch
 from ._merging import numbers
 from ._quantized import quantized_type
 from ._step_cost import MACHINES, choose
@@ -34,6 +36,8 @@ def strategy_of(
     weight = owner._parameters.get(target.parameter)
     quantized = is_quantized(owner, target)
     # Adding to the output must be equivalent to changing the weight, which is known only for linear forwards.
+    if host is owner and _looks_up(owner) and not quantized and target.parameter == "weight" and activation is None:
+        return _of_lookup(wanted, plan, index, target, config, applying)
     linear = quantized or type(owner).forward is nn.Linear.forward or type(owner).__name__ == "Conv1D"
     own = host is owner and linear and len(target.stored) == 2 and target.parameter == "weight"
     how = factoring(plan, index) if own and applying.takes_factors else None
@@ -64,6 +68,11 @@ def strategy_of(
                 "array that has to start at zero behind it: nothing would learn. Use another activation, or train it"
             )
         return "factored", how
+    if target.index is not None and wanted in ("factored", "additive"):
+        raise ConfigError(
+            f"strategy={wanted!r} acts on the output of a layer, and {target.label} is one of the experts whose "
+            f"products {type(host).__name__} computes itself: use 'weight', or 'auto'"
+        )
     if wanted == "factored" and not can_factor:
         raise ConfigError(
             "strategy='factored' needs a linear layer, and an update whose rows and columns are separate, as those of "
@@ -83,6 +92,8 @@ def strategy_of(
         raise ConfigError(f"strategy='weight' cannot add to {target.name}, which is quantized: use 'additive'")
     if wanted != "auto":
         return wanted, how if wanted == "factored" else None
+    if own and not quantized and isinstance(target.rows, RowIndices) and applying.additive:
+        return "additive", None  # a product with a few rows, rather than a copy of the weight of a whole vocabulary
     if own and not quantized:
         device = weight.device.type if weight is not None else "cpu"
         chosen = choose(plan, index, how, tokens, MACHINES.get(device, MACHINES["cpu"]), applying, dropout)
@@ -94,6 +105,36 @@ def strategy_of(
             f"{target.name} is quantized and read by {type(host).__name__} itself: leave it out of the targets"
         )
     return "additive" if quantized else "weight", None
+
+
+def _of_lookup(
+    wanted: str, plan: SuperLoRA, index: int, target: Target, config: Config, applying: Applying
+) -> tuple[str, Factoring | None]:
+    """Return the strategy for an embedding, whose updates can be looked up like its weight."""
+    if not applying.additive:
+        if wanted in ("auto", "weight"):
+            return "weight", None
+        raise ConfigError(
+            f"strategy={wanted!r} looks up rows of ΔW, and apply={config.apply!r} of {target.label} does more than add "
+            "them: use 'weight', or 'auto'"
+        )
+    # The rows of a few tokens are as cheap to compute as their factors.
+    few = isinstance(target.rows, RowIndices)
+    how = factoring(plan, index) if wanted == "factored" or (wanted == "auto" and not few) else None
+    if wanted == "factored" and how is None:
+        raise ConfigError(
+            "strategy='factored' looks up rows of a factor, and needs an update whose rows and columns are separate, "
+            f"as those of tnadapt.presets.lora(rank) are; {target.label} has {safe_repr(config)}: use strategy='auto'"
+        )
+    if wanted == "auto":
+        return ("additive" if how is None else "factored"), how
+    return wanted, how
+
+
+def _looks_up(host: nn.Module) -> bool:
+    patch = ForwardPatch.of(host)
+    before = host.__dict__.get("forward") if patch is None else patch.before
+    return before is None and is_lookup(host)
 
 
 def is_quantized(owner: nn.Module, target: Target) -> bool:

@@ -77,7 +77,7 @@ class Summary:
                 slot.strategy,
                 plan.largest_rank(index),
             )
-            for index, (target, slot) in enumerate(zip(adapter.targets, adapter.slots, strict=True))
+            for index, (target, slot) in enumerate(zip(adapter.targets, adapter.slots, strict=False))
         ]
         self.groups = plan.num_groups
         self.lora_rank, self._says = _exported(adapter, [row.rank for row in self.rows])

@@ -19,7 +19,7 @@ from ._weights import plain
 __all__ = ["in_layers", "without"]
 
 _ROLES = frozenset("qkvo")
-_WORDS = ("all-linear", "conv")
+_WORDS = ("all-linear", "conv", "embeddings")
 
 
 # -- Layers ------------------------------------------------------------------------------------------

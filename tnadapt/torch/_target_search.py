@@ -41,6 +41,14 @@ class TargetSearch:
     def weights(self) -> list[Weight]:
         return [weight for path, module in self.places for weight in weights_of(path, module)]
 
+    @functools.cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        return dict(self.places)
+
+    @functools.cached_property
+    def by_name(self) -> dict[tuple[str, str], Weight]:
+        return {(weight.path, weight.parameter): weight for weight in self.weights}
+
     def find(self, targets: Any) -> list[Target]:
         if isinstance(targets, str):
             return self._by_word(targets)
@@ -48,22 +56,23 @@ class TargetSearch:
             return self._by_function(targets)
         if not isinstance(targets, (list, tuple, set, frozenset)):
             raise TargetError(
-                "targets must be roles such as 'qv', 'all-linear', 'conv', a regular expression, a list or a function; "
-                f"got {safe_repr(targets)}"
+                "targets must be roles such as 'qv', 'all-linear', 'conv', 'embeddings', a regular expression, a list "
+                f"or a function; got {safe_repr(targets)}"
             )
         entries = sorted(targets, key=str) if isinstance(targets, (set, frozenset)) else targets
         return [target for entry in entries for target in self._by_entry(entry)]
 
     def nothing(self, targets: Any) -> TargetError:
         """Return the error of a search that found nothing."""
-        linear = [weight.name for weight in self.weights if weight.kind != "other"]
+        linear = list(dict.fromkeys(weight.name for weight in self.weights if weight.kind != "other"))
         some = ", ".join(linear[:10]) + (f" and {len(linear) - 10} more" if len(linear) > 10 else "")
         there = (
             f"it has {len(linear)} linear or convolution weights: {some}" if linear else "it has no such weight at all"
         )
         return TargetError(
             f"no target in {type(self.model).__name__} for {safe_repr(targets)}; {there}. Name them in a list, as "
-            "targets=['path', …], or give 'all-linear', 'conv', a regular expression for paths, or a function"
+            "targets=['path', …], or give 'all-linear', 'conv', 'embeddings', a regular expression for paths, or a "
+            "function"
         )
 
     # -- Words -------------------------------------------------------------------------------
@@ -76,6 +85,8 @@ class TargetSearch:
             return [
                 _whole(weight) for weight in self.weights if weight.kind == "linear" and id(weight.module) not in heads
             ]
+        if word == "embeddings":
+            return [_whole(weight) for weight in self.weights if isinstance(weight.module, nn.Embedding)]
         if word == "conv":
             return [_whole(weight) for weight in self.weights if weight.kind == "conv"]
         try:
@@ -156,7 +167,8 @@ class TargetSearch:
         return found
 
     def _no_match(self, name: str, what: str = "", among: list[str] | None = None) -> TargetError:
-        names = among or [plain(weight.path) for weight in self.weights if weight.kind != "other"]
+        own = (plain(weight.path) for weight in self.weights if weight.kind != "other")
+        names = among or list(dict.fromkeys(own))
         last = {path.rpartition(".")[2]: path for path in reversed(names)}
         close = [last.get(near, near) for near in difflib.get_close_matches(name, [*last, *names], 4)]
         some = list(dict.fromkeys(close)) or names[:6]
@@ -192,13 +204,15 @@ class TargetSearch:
 
     def _checked(self, target: Target) -> Target:
         """Return a caller's target after checking that the model has that weight in that shape."""
-        module = next((module for path, module in self.places if path == target.module), None)
+        module = self.modules.get(target.module)
         if module is None:
             raise self._no_match(target.module)
-        for weight in weights_of(target.module, module):
-            if weight.parameter == target.parameter and weight.stored is not None:
-                stored, transposed = weight.stored, weight.transposed
-                break
+        weight = self.by_name.get((target.module, target.parameter))
+        if weight is not None and weight.stored is not None:
+            stored, transposed = weight.stored, weight.transposed
+            if (weight.index is None) != (target.index is None):
+                kind = "one matrix" if weight.index is None else f"{stored[0]} matrices, of which an index selects one"
+                raise TargetError(f"{target.name} is {kind}; the target given for it has index={target.index}")
         else:
             tensor = module._parameters.get(target.parameter)
             if tensor is None:
@@ -213,7 +227,7 @@ class TargetSearch:
 
 
 def _whole(weight: Weight) -> Target:
-    role = "conv" if weight.kind == "conv" else "linear"
+    role = "embedding" if isinstance(weight.module, nn.Embedding) else "conv" if weight.kind == "conv" else "linear"
     # The last component is dropped: a module's index in a Sequential is not the number of a layer.
     return weight.target(role, layer_of(plain(weight.path).rpartition(".")[0]))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from tnadapt.errors import TargetError
@@ -14,7 +13,8 @@ from tnadapt.targets.target import ROLES, Target
 from ._hosts import host_of, paths_of, reads_outside
 from ._target_filters import in_layers, without
 from ._target_search import TargetSearch
-from ._weights import check_embedding, join, modules_of
+from ._tied_weights import tied, with_tied
+from ._weights import check_embedding
 
 __all__ = [
     "check_usable",
@@ -29,7 +29,13 @@ __all__ = [
 
 
 def find_targets(
-    model: nn.Module, targets: Any = "qv", *, layers: Any = None, exclude: Any = None, untie: bool = False
+    model: nn.Module,
+    targets: Any = "qv",
+    *,
+    layers: Any = None,
+    exclude: Any = None,
+    untie: bool = False,
+    keep_tied: bool = False,
 ) -> list[Target]:
     """Find the weights of a model to adapt.
 
@@ -40,14 +46,16 @@ def find_targets(
     targets : str, list or callable
         - roles, such as ``"qv"``, ``"q"`` or ``"qkvo"``: projections of attention modules, whatever their names and
           storage, including rows of a fused weight;
-        - ``"all-linear"``: every linear layer except the output head; fused weights whole;
+        - ``"all-linear"``: every linear layer except the output head, and every matrix of experts that a module keeps
+          stacked in a parameter of three axes; fused weights whole;
         - ``"conv"``: every convolution of any kernel size as a matrix ``(out, in * kh * kw)``, grouped ones as they are
           stored; transposed convolutions are skipped, because the first axis of their weight is not the output;
+        - ``"embeddings"``: every ``nn.Embedding``, of tokens, positions or types;
         - any other string: a regular expression for the whole dotted path of a module;
         - a list whose entries are paths, full or their last parts (``"query"``, ``"attention.self.query"``),
           :class:`tnadapt.Target` objects, or ``"path:roles"``, such as ``"blocks.0.attn:qv"`` or ``"attn.qkv:v"``,
           which selects roles of the attention or weight at that path. A path without roles selects a fused weight
-          whole. Only a path selects an ``nn.Embedding`` (its whole update is computed in each forward pass);
+          whole;
         - a function of a path and a module, called for every module, that returns True for the whole weight, roles, a
           Target or a list of Targets, or None.
     layers : int, range or list of int, optional
@@ -58,7 +66,11 @@ def find_targets(
         Targets to leave out, in the words of ``targets``. The path of a module, as an entry of a list or matched by a
         regular expression, stands for everything in it: ``["vision_tower"]``.
     untie : bool
-        Whether to allow targets whose weight is shared with another module: see :func:`tied`.
+        Whether to allow targets whose weight is shared with another module, which :func:`attach` then gives its own
+        copy.
+    keep_tied : bool
+        Whether a target whose weight is shared with other modules updates it in all of them. The target then has its
+        first name in the model, and the others as ``tied``.
 
     Returns
     -------
@@ -71,8 +83,8 @@ def find_targets(
     ------
     TargetError
         If nothing is found, an entry of a list matches nothing, the layout of a fused weight or the shape of a
-        quantized weight is unknown, a weight is tied and ``untie`` is false, or an embedding has ``sparse=True`` or a
-        ``max_norm``. If a layer does not exist, or ``exclude`` matches nothing or everything.
+        quantized weight is unknown, a weight is tied and neither ``untie`` nor ``keep_tied`` is true, or an embedding
+        has ``sparse=True`` or a ``max_norm``. If a layer does not exist, or ``exclude`` matches nothing or everything.
 
     Examples
     --------
@@ -94,7 +106,9 @@ def find_targets(
     found = search.find(targets)
     if not found:
         raise search.nothing(targets)
-    found = filtered(search, found, layers, exclude)
+    if untie and keep_tied:
+        raise TargetError("untie=True gives tied weights their own copies, and keep_tied=True keeps them one: give one")
+    found = with_tied(model, filtered(search, found, layers, exclude), keep_tied)
     own = not isinstance(targets, str) and not callable(targets) and all(isinstance(entry, Target) for entry in targets)
     # Of given Targets nothing is dropped: each has its place in the vector of all updates.
     chosen = list(found) if own else in_order(search, found)
@@ -112,63 +126,19 @@ def filtered(search: TargetSearch, found: Sequence[Target], layers: Any, exclude
 def in_order(search: TargetSearch, found: Iterable[Target]) -> list[Target]:
     """Return targets in the order of the model's modules and of roles, each once."""
     order = {path: place for place, (path, _) in enumerate(search.places)}
-    chosen = {(target.module, target.parameter, target.rows): target for target in found}.values()
+    chosen = {(target.module, target.parameter, target.index, target.rows): target for target in found}.values()
     return sorted(chosen, key=lambda target: (order[target.module], ROLES.index(target.role)))
 
 
 def check_usable(model: nn.Module, chosen: Sequence[Target], untie: bool) -> None:
     """Raise a TargetError if a weight is tied, and ``untie`` is false, or is that of an embedding that changes it."""
-    for target in chosen:
-        check_embedding(target.name, model.get_submodule(target.module))
+    places = dict.fromkeys((one.module, one.name) for target in chosen for one in (target, *target.tied_targets()))
+    for module, name in places:
+        check_embedding(name, model.get_submodule(module))
     shared = [] if untie else tied(model, chosen)
     if shared:
         raise TargetError(
-            f"{shared[0][0]} and {shared[0][1]} are one tensor (tied weights), and an update of one would change both; "
-            "leave it out of the targets, or untie=True, which gives the second its own copy"
+            f"{shared[0][0]} and {shared[0][1]} are one tensor (tied weights), and an update of one would change both: "
+            "give keep_tied=True, so that one update acts in both, or untie=True, which gives the second its own copy, "
+            "or leave it out of the targets"
         )
-
-
-def tied(model: nn.Module, targets: Iterable[Target]) -> list[tuple[str, str]]:
-    """Return pairs of names that refer to one tensor, where the tensor belongs to a target.
-
-    Parameters
-    ----------
-    model : Module
-    targets : iterable of Target
-
-    Returns
-    -------
-    list of (str, str)
-        Dotted paths of parameters. The first entry of each pair is the tensor's first name in the model's order.
-
-    Notes
-    -----
-    One module registered under two paths is not a tie: it is a single module with a single update.
-
-    Examples
-    --------
-    >>> model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
-    >>> model["head"].weight = model["embed"].weight
-    >>> tied(model, [Target("head", (5, 4))])
-    [('embed.weight', 'head.weight')]
-    """
-    names: dict[tuple[Any, ...], list[str]] = {}
-    for path, module in modules_of(model):
-        for name, tensor in module._parameters.items():
-            if tensor is not None:
-                names.setdefault(_place(tensor), []).append(join(path, name))
-    wanted = {target.name for target in targets}
-    return [(same[0], other) for same in names.values() if not wanted.isdisjoint(same) for other in same[1:]]
-
-
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return a key of the tensor's memory: parameters with equal keys are one, even as different objects."""
-    if nn.parameter.is_lazy(tensor):
-        return (id(tensor),)
-    try:
-        pointer = tensor.data_ptr()
-    except RuntimeError:
-        pointer = 0  # a subclass without storage
-    if pointer == 0 or tensor.device.type == "meta":
-        return (id(tensor),)
-    return tensor.device, pointer, tuple(tensor.shape)

@@ -12,6 +12,7 @@ from tnadapt.errors import TargetError
 from tnadapt.targets.attention_grouping import main_projection
 from tnadapt.targets.target import Rows, Target
 
+from ._experts import stacks_of
 from ._quantized import quantized_type
 
 __all__ = ["Weight", "check_embedding", "join", "modules_of", "plain", "projections_in", "weights_of", "wraps"]
@@ -36,6 +37,8 @@ class Weight(NamedTuple):
         "other" is an embedding or a matrix of an unknown module: it becomes a target only where it is named.
     transposed : bool
         Whether it is stored as ``(in, out)``.
+    index : int, optional
+        Which of the matrices that the parameter stacks, as experts are kept.
     """
 
     path: str
@@ -44,6 +47,7 @@ class Weight(NamedTuple):
     stored: tuple[int, ...] | None
     kind: str
     transposed: bool = False
+    index: int | None = None  # type: ignore[assignment]  # hides tuple.index
 
     @property
     def name(self) -> str:
@@ -71,7 +75,7 @@ class Weight(NamedTuple):
                 f"{self.name} of {type(self.module).__name__} is quantized, and the module has no in_features and "
                 "out_features that tell its shape: leave it out, or give tnadapt.Target(path, shape, …) yourself"
             )
-        return Target(self.path, self.stored, role, self.parameter, rows, self.transposed, layer)
+        return Target(self.path, self.stored, role, self.parameter, rows, self.transposed, layer, self.index)
 
 
 def check_embedding(name: str, module: nn.Module) -> None:
@@ -137,7 +141,7 @@ def plain(path: str) -> str:
 
 
 def weights_of(path: str, module: nn.Module) -> list[Weight]:
-    """Return the weights that a module itself holds.
+    """Return the weights that a module itself holds: one for each expert where it stacks the matrices of experts.
 
     Usually one; those of q, k and v where a module like :class:`torch.nn.MultiheadAttention` keeps them as its own
     parameters; none for a norm or a transposed convolution.
@@ -156,6 +160,11 @@ def weights_of(path: str, module: nn.Module) -> list[Weight]:
         for name, tensor in module._parameters.items()
         if name.endswith("_proj_weight") or name == "in_proj_weight"
         if tensor is not None and tensor.ndim == 2 and tensor.is_floating_point()
+    ]
+    own += [
+        Weight(path, name, module, stored, "linear", transposed, index)
+        for name, stored, transposed in stacks_of(module)
+        for index in range(stored[0])
     ]
     one = _weight(path, module)
     return [*own, one] if one is not None else own

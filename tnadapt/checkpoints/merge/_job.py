@@ -53,7 +53,7 @@ class Job:
         #: The updates; None until the arrays that come from the base weights are computed.
         self.updates = Float64Deltas(file.plan, file.arrays, file.dtype) if file.complete else None
         self.of: dict[str, list[tuple[int, Target]]] = {}
-        for index, target in enumerate(placed.targets):
+        for index, target in placed.places:
             self.of.setdefault(target.name, []).append((index, target))
         self.resumed = self.bytes = 0
 
@@ -85,12 +85,23 @@ class Job:
 
     def _weights(self, kind: str) -> Iterator[np.ndarray]:
         last: tuple[str, np.ndarray] | None = None
-        for target in self.placed.targets:
+        for index, target in enumerate(self.placed.targets):
+            if index in self.placed.parts:
+                yield self._joined(index, kind)
+                continue
             if last is None or last[0] != target.name:
                 last = None
                 last = target.name, self.checkpoint.array(target.name)
             weight, own = target.select(last[1]), FLOATS[self.checkpoint.entries[target.name].dtype]
             yield weight if own == kind else widened(weight, own).astype(kind)
+
+    def _joined(self, index: int, kind: str) -> np.ndarray:
+        """Return a weight that is stored as several tensors, in a dtype that represents its values."""
+        found = []
+        for part in self.placed.parts[index]:
+            array, own = self.checkpoint.array(part.name), FLOATS[self.checkpoint.entries[part.name].dtype]
+            found.append(array if own == kind else widened(array, own).astype(kind))
+        return np.concatenate(found)
 
     def _compute_from_base(self, check_base: bool) -> None:
         """Compute the arrays that come from the base weights, of the base that the adapter was trained on."""
@@ -109,6 +120,8 @@ class Job:
         self.updates = Float64Deltas(plan, self.file.arrays, self.file.dtype)
 
     def _base_weight(self, index: int) -> np.ndarray:
+        if index in self.placed.parts:
+            return self._joined(index, "float64")
         target = self.placed.targets[index]
         own = FLOATS[self.checkpoint.entries[target.name].dtype]
         return np.asarray(widened(target.select(self.checkpoint.array(target.name)), own).reshape(target.shape))
@@ -188,11 +201,12 @@ class Job:
         dtype = FLOATS[self.checkpoint.entries[name].dtype]
         for index, target in self.of[name]:
             assert self.updates is not None  # computed before anything is written
-            flat = np.ascontiguousarray(target.select(stored)).reshape(-1)
+            whole = self._with_others(index, name, stored) if index in self.placed.parts else target.select(stored)
+            flat = np.ascontiguousarray(whole).reshape(-1)
             plan, arrays = self.file.plan, self.file.arrays
             own = [arrays[name] for name in plan.weight_param_names[index]]
             problem = change_in_place(
-                plan.applying, flat, target.shape, dtype, self.updates.of(index), own, self.file.dtype
+                plan.applying, flat, whole.shape, dtype, self.updates.of(index), own, self.file.dtype
             )
             if problem == "update":
                 raise Unfit(f"the update of {safe_repr(name)} is not finite; nothing was merged")
@@ -202,9 +216,27 @@ class Job:
                     "into the "
                     "checkpoint in a wider dtype"
                 )
+            if index in self.placed.parts:
+                flat = flat.reshape(whole.shape)[self._rows_of(index, name)]
             if not np.may_share_memory(flat, stored):
-                target.block(stored)[...] = target.like_block(flat.reshape(target.shape))
+                target.write(stored, flat.reshape(target.shape))
         return stored
+
+    def _with_others(self, index: int, name: str, stored: np.ndarray) -> np.ndarray:
+        """Return a weight of which a tensor is a part, with the other parts from the checkpoint."""
+        entries, parts = self.checkpoint.entries, self.placed.parts[index]
+        other = next((part.name for part in parts if entries[part.name].dtype != entries[name].dtype), None)
+        if other is not None:
+            raise Unfit(f"has {safe_repr(name)} and {safe_repr(other)}, parts of one weight, in different dtypes")
+        return np.concatenate([stored if part.name == name else self.checkpoint.array(part.name) for part in parts])
+
+    def _rows_of(self, index: int, name: str) -> slice:
+        start = 0
+        for part in self.placed.parts[index]:
+            if part.name == name:
+                return slice(start, start + part.out)
+            start += part.out
+        raise AssertionError(name)
 
     def _replaced(self, name: str, stored_name: str, stored: np.ndarray) -> np.ndarray:
         tag = self.checkpoint.entries[stored_name].dtype

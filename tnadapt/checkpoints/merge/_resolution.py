@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from tnadapt.errors import FileError, TargetError, pluralize, safe_repr, summarize
 from tnadapt.targets.checkpoint_targets import find_stored
+from tnadapt.targets.expert_names import expert_tensors
 from tnadapt.targets.fused_rows import LayoutError
 from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.pairing import paired
-from tnadapt.targets.prefixes import Prefix, found_prefix
+from tnadapt.targets.prefixes import Prefix, found_prefix, stored_names
 from tnadapt.targets.target import Target
 
 from ..adapter_file import AdapterFile
@@ -38,19 +39,32 @@ class ResolvedTargets(NamedTuple):
         Maps each kept parameter that the checkpoint lacks to its new name.
     how : str
         How the names were matched, for human readers; empty if they are the adapter's own.
+    also : tuple of (int, Target)
+        Copies of tied weights that the checkpoint has under other names, with the indices of their targets.
+    parts : dict of int to tuple of Target
+        For targets that the checkpoint stores as several tensors, one after the other by rows: all of them.
     """
 
     targets: tuple[Target, ...]
     kept: dict[str, str]
     added: dict[str, str]
     how: str
+    also: tuple[tuple[int, Target], ...] = ()
+    parts: Mapping[int, tuple[Target, ...]] = {}
+
+    @property
+    def places(self) -> list[tuple[int, Target]]:
+        """Every tensor to change, with the index of its target."""
+        first = [place for place in enumerate(self.targets) if place[0] not in self.parts]
+        return [*first, *((index, part) for index, parts in self.parts.items() for part in parts), *self.also]
 
 
 def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
     """Find all of an adapter's weights in a checkpoint.
 
     Weights are matched by name; otherwise by name after adding or removing one common prefix (``bert.``, ``model.``);
-    otherwise by role and shape, as modules are renamed between releases.
+    experts also by the names of the tensors that checkpoints have for each of them; otherwise by role and shape, as
+    modules are renamed between releases.
 
     Parameters
     ----------
@@ -81,23 +95,47 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
     ('layer.0.query.weight', "names without 'bert.'")
     """
     entries = checkpoint.entries
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    also: tuple[tuple[int, Target], ...] = ()
+    parts: dict[int, tuple[Target, ...]] = {}
     try:
-        shift = found_prefix(file.targets, {name: entry.shape for name, entry in entries.items()})
+        named, shift = stored_names(file.targets, shapes)
+        if shift is None:
+            named, shift, parts = _experts(file.targets, shapes)
     except TargetError as error:
         raise FileError(str(error)) from error
     if shift is not None:
-        targets = tuple(shift.target(target) for target in file.targets)
+        targets = tuple(shift.target(target) for target in named)
         how = str(shift)
+        also = tuple(
+            (index, shift.target(other))
+            for index, target in enumerate(named)
+            for other in target.tied_targets()
+            if shift.of(other.name) in entries
+        )
     else:
         targets, how = _by_role(checkpoint, file), "weights of the same roles and shapes under other names"
-    check_distinct(targets)
-    for target in targets:
+    found = ResolvedTargets(targets, {}, {}, how, also, parts)
+    check_distinct([target for _, target in found.places])
+    for _, target in found.places:
         _check_target(target, entries[target.name])
     kept, added = _kept(entries, file, shift or Prefix())
-    both = {target.name for target in targets}.intersection(kept.values())
+    both = {target.name for _, target in found.places}.intersection(kept.values())
     if both:
         raise FileError(f"the adapter both updates and replaces {summarize(both)}")
-    return ResolvedTargets(targets, kept, added, how)
+    return found._replace(kept=kept, added=added)
+
+
+def _experts(
+    targets: Sequence[Target], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Sequence[Target], Prefix | None, dict[int, tuple[Target, ...]]]:
+    """Find experts in tensors of their own; return the first tensor of each target, the prefix, and several tensors."""
+    for several in expert_tensors(targets):
+        shift = found_prefix([part for parts in several for part in parts], shapes)
+        if shift is not None:
+            moved = {index: tuple(map(shift.target, parts)) for index, parts in enumerate(several) if len(parts) > 1}
+            return [parts[0] for parts in several], shift, moved
+    return targets, None, {}
 
 
 def _by_role(checkpoint: Checkpoint, file: AdapterFile) -> tuple[Target, ...]:

@@ -1,0 +1,121 @@
+"""LoRA of embeddings, to PEFT and back, compared with PEFT's own outputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tnadapt as tna
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+import tnadapt.torch as tt  # noqa: E402
+
+from .conversions import fill  # noqa: E402
+
+IDS = torch.tensor([[3, 0, 11, 3], [7, 2, 3, 9]])
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(12, 6)
+        self.fc = torch.nn.Linear(6, 8)
+
+    def forward(self, ids: Any) -> Any:
+        return self.fc(self.embed(ids))
+
+
+def test_what_peft_saved_gives_its_outputs(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["embed", "fc"], rank_pattern={"fc": 2})
+    theirs = peft.get_peft_model(Model(), config)
+    fill(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    found = tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base={"embed": (12, 6), "fc": (8, 6)})
+    assert found.exact
+    model = Model()
+    adapter = tt.load(model, tmp_path / "ours.safetensors")
+    assert [target.role for target in adapter.targets] == ["embedding", "linear"]
+    torch.testing.assert_close(model(IDS), theirs(IDS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_we_write_gives_our_outputs(alone: bool, tmp_path: Path) -> None:
+    model = Model()
+    base = model(IDS)
+    adapter = tt.attach(model, tna.presets.lora(3, alpha=5), ["embed"] if alone else ["embed", "fc"])
+    fill(adapter.parameters())
+    adapter.save(tmp_path / "ours.safetensors")
+    found = tna.convert(tmp_path / "ours.safetensors", tmp_path / "theirs", to="peft-lora")
+    assert found.exact
+    theirs = peft.PeftModel.from_pretrained(Model(), tmp_path / "theirs")
+    assert not torch.allclose(model(IDS), base)
+    torch.testing.assert_close(theirs(IDS), model(IDS), rtol=1e-5, atol=1e-5)
+    merged = theirs.merge_and_unload()
+    torch.testing.assert_close(merged(IDS), model(IDS), rtol=1e-5, atol=1e-5)
+    again = tna.convert(tmp_path / "theirs").file
+    assert again.targets[0].role == "embedding"
+
+
+def test_the_base_s_weight_next_to_an_update_is_left_out(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    theirs = peft.get_peft_model(Model(), peft.LoraConfig(r=2, target_modules=["embed"]))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    path = tmp_path / "adapter_model.safetensors"
+    name = "base_model.model.embed.base_layer.weight"
+    save_file({**load_file(path), name: Model().embed.weight.detach().clone()}, path)
+    found = tna.convert(tmp_path)
+    assert found.notes == (f"left out {name!r}: PEFT saves the base's own weight next to an embedding's update",)
+    save_file({**load_file(path), "base_model.model.fc.base_layer.weight": torch.zeros(2)}, path)
+    with pytest.raises(tna.FileError, match=r"tensors that do not belong to a lora adapter: .*fc\.base_layer"):
+        tna.convert(tmp_path)
+
+
+@pytest.mark.parametrize("to", ["peft-lokr", "peft-loha", "lycoris-lora", "lycoris-full"])
+def test_other_forms_have_no_embeddings(to: str) -> None:
+    file = tna.AdapterFile(*_own(tna.presets.lora(2)))
+    with pytest.raises(tna.ConfigError, match=r"'embed' is an embedding, and .* has no .* of such a layer: convert to"):
+        tna.convert(file, to=to)
+
+
+def test_what_cannot_be_written_is_named() -> None:
+    for cfg in (tna.presets.dora(2), tna.presets.hira(2)):
+        with pytest.raises(
+            tna.ConfigError, match=r"'embed' is an embedding, and apply=.* of it is not written for PEFT"
+        ):
+            tna.convert(tna.AdapterFile(*_own(cfg)), to="peft-lora")
+    file = tna.AdapterFile(*_own(tna.presets.lora(2), tied=("head.weight",)))
+    with pytest.raises(
+        tna.ConfigError, match=r"embed\.weight .* updated together with head\.weight, to which it is tied"
+    ):
+        tna.convert(file, to="peft-lora")
+    target = tna.Target("experts", (3, 6, 4), parameter="down_proj", index=1)
+    plan = tna.SuperLoRA(tna.presets.lora(2), [(6, 4)])
+    file = tna.AdapterFile(plan.config, [target], plan.init())
+    with pytest.raises(
+        tna.ConfigError, match=r"experts\.down_proj\[1\] cannot be converted: it is one of the 3 matrices"
+    ):
+        tna.convert(file, to="peft-lora")
+
+
+def _own(cfg: tna.Config, **settings: Any) -> tuple[tna.Config, list[tna.Target], dict[str, Any]]:
+    plan = tna.SuperLoRA(cfg, [(12, 6)])
+    plan = plan.with_base(lambda _: torch.randn(12, 6).numpy())
+    return cfg, [tna.Target("embed", (12, 6), "embedding", **settings)], plan.init()
+
+
+def test_settings_that_peft_would_misread(tmp_path: Path) -> None:
+    """A Conv1D next to an embedding: PEFT's one setting is that of the Conv1D."""
+    cfg = tna.presets.lora(2)
+    plan = tna.SuperLoRA(cfg, [(12, 6), (8, 6)])
+    targets = [tna.Target("embed", (12, 6), "embedding"), tna.Target("fc", (6, 8), transposed=True)]
+    tna.convert(tna.AdapterFile(cfg, targets, plan.init()), tmp_path / "theirs", to="peft-lora")
+    assert json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    again = tna.convert(tmp_path / "theirs").file
+    assert [(target.stored, target.transposed) for target in again.targets] == [((12, 6), False), ((6, 8), True)]

@@ -1,0 +1,220 @@
+"""Updates of embeddings: rows looked up next to the weight's, in every strategy, with the gradients of the formula."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import tnadapt as tna
+import tnadapt.torch as tt
+from tnadapt.torch._embedding_forward import is_lookup
+
+from .small import stir
+
+P = tna.presets
+CONFIGS = {
+    "lora": P.lora(2, alpha=4),
+    "pissa": P.lora(2, start="pissa"),
+    "lokr": P.lokr(2),
+    "dense": P.dense(),
+    "superlora": P.superlora(2),
+    "loha": P.loha(2),
+}
+IDS = torch.tensor([[3, 0, 11, 3], [7, 2, 3, 9]])
+
+
+class Scaled(nn.Embedding):
+    """As in Gemma."""
+
+    def __init__(self, *sizes: int, **settings: Any) -> None:
+        super().__init__(*sizes, **settings)
+        self.register_buffer("embed_scale", torch.tensor(2.5), persistent=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids) * self.embed_scale.to(self.weight.dtype)
+
+
+class Normed(nn.Embedding):
+    """A forward that is not just a lookup."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) / self.weight.norm()
+
+
+def embedding(cls: type[nn.Embedding] = nn.Embedding, **settings: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(cls(12, 6, **settings))
+
+
+def expected(adapter: tt.Adapter, model: nn.Module, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The output on W + ΔW in float64, and the gradients of the sum of its squares."""
+    arrays = {name: array.detach().double().requires_grad_() for name, array in adapter.arrays().items()}
+    (delta,) = adapter.plan.deltas(arrays)
+    own = copy.deepcopy(model[0]).double()
+    own.__dict__.pop("forward", None)
+    y = torch.func.functional_call(own, {"weight": own.weight.detach() + adapter.weight * delta}, (ids,))
+    return y.detach(), list(torch.autograd.grad(y.square().sum(), list(arrays.values())))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "weight", "additive", "factored"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_strategy_is_the_formula(name: str, strategy: str) -> None:
+    for cls, settings in ((nn.Embedding, {}), (nn.Embedding, {"padding_idx": 3}), (Scaled, {"padding_idx": 0})):
+        model = embedding(cls, **settings)
+        base = model(IDS)
+        if strategy == "factored" and name in ("dense", "superlora"):
+            with pytest.raises(tna.ConfigError, match=r"looks up rows of a factor.*0\.weight has"):
+                tt.attach(model, CONFIGS[name], "embeddings", strategy=strategy)
+            continue
+        adapter = tt.attach(model, CONFIGS[name], "embeddings", strategy=strategy)
+        if strategy == "auto":
+            assert adapter.strategy == ("additive" if name in ("dense", "superlora") else "factored",)
+        assert torch.equal(model(IDS), base)
+        stir(adapter, 0.3)
+        adapter.set_weight(0.5)
+        y, gradients = expected(adapter, model, IDS)
+        found = model(IDS)
+        torch.testing.assert_close(found.double(), y, rtol=1e-5, atol=1e-5)
+        found.square().sum().backward()
+        for parameter, gradient in zip(adapter.parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad.double(), gradient, rtol=1e-4, atol=1e-4)
+        adapter.merge()
+        torch.testing.assert_close(model(IDS), found.detach(), rtol=1e-5, atol=1e-6)
+        adapter.unmerge()
+        adapter.detach()
+        assert torch.equal(model(IDS), base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_rows_are_rounded_once_as_the_sum_is(dtype: torch.dtype) -> None:
+    model = embedding(Scaled).to(dtype)
+    found = []
+    for strategy in ("weight", "additive"):
+        adapter = tt.attach(model, P.dense(), "embeddings", strategy=strategy)
+        stir(adapter, 0.3)
+        found.append(model(IDS).detach())
+        adapter.detach()
+    assert found[0].dtype == dtype
+    assert torch.equal(*found)
+
+
+@given(st.sampled_from(list(CONFIGS)), st.lists(st.integers(0, 11), max_size=7), st.booleans())
+def test_lookups_are_the_rows_of_the_sum(name: str, ids: list[int], second: bool) -> None:
+    model = embedding()
+    adapters = [tt.attach(model, CONFIGS[name], "embeddings")]
+    if second:
+        adapters.append(tt.attach(model, P.lora(1), "embeddings", "second", strategy="weight"))
+    for adapter in adapters:
+        stir(adapter, 0.3)
+    with torch.no_grad():
+        total = model[0].weight + sum(adapter.deltas()[0] for adapter in adapters)
+        torch.testing.assert_close(model(torch.tensor(ids, dtype=torch.long)), total[ids], rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_batch_s_rows_are_computed() -> None:
+    model = nn.Sequential(nn.Embedding(100_000, 64))
+    adapter = tt.attach(model, P.lora(2), "embeddings")
+    stir(adapter)
+    largest = 0
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            found = function(*args, **(kwargs or {}))
+            if isinstance(found, Tensor) and not found._is_view() and function is not torch.ops.aten.t.default:
+                largest = max(largest, found.untyped_storage().nbytes() if found._base is None else 0)
+            return found
+
+    with Largest(), torch.no_grad():
+        model(IDS)
+    # The left factor itself is 100,000 × 2; the sum would have 6.4 million elements.
+    assert largest <= 4 * 100_000 * 2
+
+
+def test_lookups_are_recognized_by_their_source() -> None:
+    assert is_lookup(nn.Embedding(4, 2))
+    assert is_lookup(Scaled(4, 2))
+    assert not is_lookup(Normed(4, 2))
+    assert not is_lookup(nn.Embedding(4, 2, scale_grad_by_freq=True))
+    assert not is_lookup(nn.Linear(4, 2))
+    for cls in (nn.Embedding, Normed):
+        model = embedding(cls, **({"scale_grad_by_freq": True} if cls is nn.Embedding else {}))
+        adapter = tt.attach(model, P.lora(2), "embeddings")
+        assert adapter.strategy == ("weight",)
+        stir(adapter, 0.3)
+        y, _ = expected(adapter, model, IDS)
+        torch.testing.assert_close(model(IDS).double(), y, rtol=1e-5, atol=1e-5)
+
+
+def test_models_of_transformers_scale_their_embeddings_in_a_known_way() -> None:
+    modeling = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
+    assert is_lookup(modeling.Gemma3TextScaledWordEmbedding(4, 2, 0, embed_scale=2.0))
+    modeling = pytest.importorskip("transformers.models.bart.modeling_bart")
+    assert is_lookup(modeling.BartScaledWordEmbedding(4, 2, 0, embed_scale=2.0))
+
+
+def test_what_is_more_than_a_sum_changes_the_weight() -> None:
+    model = embedding()
+    with pytest.raises(tna.ConfigError, match=r"looks up rows of ΔW, and apply='magnitude' of 0\.weight does more"):
+        tt.attach(model, P.dora(2), "embeddings", strategy="factored")
+    adapter = tt.attach(model, P.dora(2), "embeddings")
+    assert adapter.strategy == ("weight",)
+    stir(adapter, 0.3)
+    before = model(IDS).detach()
+    adapter.merge()
+    torch.testing.assert_close(model(IDS), before, rtol=1e-5, atol=1e-6)
+
+
+def test_indices_are_not_dropped() -> None:
+    model = embedding()
+    adapter = tt.attach(model, P.lora(2), "embeddings", dropout=0.5)
+    stir(adapter, 0.3)
+    assert torch.equal(model.train()(IDS), model.eval()(IDS))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "additive", "weight"])
+def test_rows_of_a_batch_have_their_own_adapter(strategy: str) -> None:
+    model = embedding()
+    first = tt.attach(model, P.lora(2), "embeddings", "first", strategy=strategy)
+    second = tt.attach(model, P.dense(), tt.token_targets(model, [3, 7]), "second")
+    expected = []
+    for adapter, ids in zip((first, second), IDS, strict=True):
+        stir(adapter, 0.3)
+        adapter.activate()
+        expected.append(model(ids))
+    with tt.rows(model, ["first", "second"]):
+        found = model(IDS)
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+def test_a_copied_and_a_compiled_model_look_up_the_same() -> None:
+    model = embedding(padding_idx=3)
+    adapter = tt.attach(model, P.lora(2), "embeddings")
+    stir(adapter, 0.3)
+    expected = model(IDS)
+    assert torch.equal(copy.deepcopy(model)(IDS), expected)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(IDS), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_embeddings_are_a_word_and_a_role(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(12, 6), nn.Linear(6, 6), nn.Embedding(5, 3))
+    found = tt.find_targets(model, "embeddings")
+    assert [(target.name, target.role) for target in found] == [("0.weight", "embedding"), ("2.weight", "embedding")]
+    assert [target.role for target in tt.find_targets(model, ["0", "1"])] == ["embedding", "linear"]
+    assert [t.name for t in tt.find_targets(model, "embeddings", exclude=["2"])] == ["0.weight"]
+    with pytest.raises(tna.TargetError, match=r"no target in Sequential for 'embeddings'"):
+        tt.find_targets(nn.Sequential(nn.Linear(2, 2)), "embeddings")
+    adapter = tt.attach(model[:1], P.lora(2), "embeddings")
+    stir(adapter, 0.3)
+    adapter.save(tmp_path / "a.safetensors")
+    fresh = embedding()
+    model[0].weight.data.copy_(fresh[0].weight)
+    tt.load(fresh, tmp_path / "a.safetensors", check_base=False)
+    assert torch.equal(fresh(IDS), model[:1](IDS))

@@ -1,0 +1,278 @@
+"""Experts that a model keeps in parameters of three axes: found, updated, saved and merged one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import tnadapt as tna
+import tnadapt.torch as tt
+
+from .small import stir
+
+transformers = pytest.importorskip("transformers")
+
+P = tna.presets
+IDS = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(1))
+SIZES = {
+    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "intermediate_size": 24}
+
+
+def mixtral() -> Any:
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(intermediate_size=24, num_local_experts=4, **SIZES)
+    )
+
+
+def qwen2_moe() -> Any:
+    config = transformers.Qwen2MoeConfig(shared_expert_intermediate_size=8, **SPARSE, **SIZES)
+    return transformers.Qwen2MoeForCausalLM(config)
+
+
+def qwen3_moe() -> Any:
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(head_dim=8, **SPARSE, **SIZES))
+
+
+def gpt_oss() -> Any:
+    config = transformers.GptOssConfig(
+        intermediate_size=24, num_local_experts=4, num_experts_per_tok=2, head_dim=8, **SIZES
+    )
+    return transformers.GptOssForCausalLM(config)
+
+
+MODELS = {"mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss}
+EXPERTS = r".*\.mlp\.experts"
+
+
+def made(name: str, implementation: str = "eager") -> Any:
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    model.set_experts_implementation(implementation)
+    return model
+
+
+def by_formula(adapter: tt.Adapter, model: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The logits of a model whose parameters are changed in float64, and the gradients of the sum of their squares."""
+    model = model.double()
+    arrays = {name: array.detach().double().requires_grad_() for name, array in adapter.arrays().items()}
+    weights = [target.select(model.get_parameter(target.name).detach()) for target in adapter.targets]
+    changed: dict[str, torch.Tensor] = {}
+    for target, weight in zip(adapter.targets, adapter.plan.merged(arrays, weights), strict=True):
+        whole = changed.get(target.name, model.get_parameter(target.name).detach())
+        own = weight.T if target.transposed else weight
+        if target.index is not None:
+            own = torch.cat([whole[: target.index], own[None], whole[target.index + 1 :]])
+        changed[target.name] = own
+    y = torch.func.functional_call(model, changed, (IDS,)).logits
+    return y.detach(), list(torch.autograd.grad(y.square().sum(), list(arrays.values())))
+
+
+def check(name: str, cfg: tna.Config, implementation: str) -> None:
+    model = made(name, implementation)
+    base = model(IDS).logits
+    adapter = tt.attach(model, cfg, EXPERTS)
+    assert len(adapter.targets) == 2 * 2 * 4
+    assert torch.equal(model(IDS).logits, base)
+    stir(adapter, 0.2)
+    found = model(IDS).logits
+    y, gradients = by_formula(adapter, made(name))
+    torch.testing.assert_close(found.double(), y, rtol=1e-5, atol=1e-5)
+    found.square().sum().backward()
+    for parameter, gradient in zip(adapter.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad.double(), gradient, rtol=1e-3, atol=1e-5)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    adapter.merge()
+    torch.testing.assert_close(model(IDS).logits, found, rtol=1e-4, atol=1e-5)
+    adapter.unmerge()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    adapter.detach()
+    assert torch.equal(model(IDS).logits, base)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_trained_adapter_is_the_formula(name: str) -> None:
+    check(name, P.lora(2), "grouped_mm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("cfg", [P.superlora(2), P.dora(2), P.hira(2)], ids=["superlora", "dora", "hira"])
+@pytest.mark.parametrize("name", MODELS)
+def test_any_config_in_any_implementation_is_the_formula(name: str, cfg: tna.Config, implementation: str) -> None:
+    check(name, cfg, implementation)
+
+
+def test_all_linear_finds_them() -> None:
+    model = made("qwen2_moe")
+    found = tt.find_targets(model, "all-linear")
+    experts = [target for target in found if target.index is not None]
+    assert len(experts) == 16
+    assert [(one.label, one.shape, one.layer) for one in experts[3:5]] == [
+        ("model.layers.0.mlp.experts.gate_up_proj[3]", (24, 16), experts[0].layer),
+        ("model.layers.0.mlp.experts.down_proj[0]", (16, 12), experts[0].layer),
+    ]
+    assert len({target.layer for target in experts}) == 2
+    assert {target.role for target in experts} == {"linear"}
+    assert tt.find_targets(model, ["experts.down_proj"]) == [one for one in experts if one.parameter == "down_proj"]
+    assert tt.find_targets(model, "all-linear", exclude=[f"layers.{i}.mlp.experts" for i in (0, 1)]) == [
+        target for target in found if target.index is None
+    ]
+    assert len(tt.find_targets(model, EXPERTS, layers=1)) == 8
+    gpt = [target for target in tt.find_targets(made("gpt_oss"), "all-linear") if target.index is not None]
+    assert gpt[0].transposed
+    assert (gpt[0].stored, gpt[0].shape) == ((4, 16, 48), (48, 16))
+
+
+def test_one_group_for_the_experts_of_a_layer_and_one_half_of_a_fused_matrix() -> None:
+    model = made("mixtral")
+    adapter = tt.attach(model, tna.Config(groups="layer", rank=2, fold="hypercube"), EXPERTS)
+    assert adapter.plan.num_groups == 2
+    adapter.detach()
+    whole = tt.find_targets(model, ["experts.gate_up_proj"])
+    gates = [
+        tna.Target(one.module, one.stored, parameter=one.parameter, rows=tna.Rows(0, 24, 48), index=one.index)
+        for one in whole
+    ]
+    adapter = tt.attach(model, P.lora(1), gates)
+    stir(adapter, 0.3)
+    y, _ = by_rows(adapter, made("mixtral"))
+    torch.testing.assert_close(model(IDS).logits.double(), y, rtol=1e-5, atol=1e-5)
+
+
+def by_rows(adapter: tt.Adapter, model: Any) -> tuple[torch.Tensor, None]:
+    model = model.double()
+    with torch.no_grad():
+        for target, update in zip(adapter.targets, adapter.deltas(), strict=True):
+            stored = model.get_parameter(target.name)
+            target.write(stored, target.select(stored) + update.double())
+        return model(IDS).logits, None
+
+
+def test_rows_of_a_batch_have_their_own_adapter() -> None:
+    model, expected = made("mixtral", "grouped_mm"), []
+    for name, ids in zip(("first", "second"), IDS, strict=True):
+        adapter = tt.attach(model, {"experts": P.lora(1)}, name=name)
+        stir(adapter, 0.2, len(expected))
+        adapter.activate()
+        expected.append(model(ids[None]).logits)
+    with tt.rows(model, ["first", "second"]):
+        found = model(IDS, use_cache=False).logits
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = made("gpt_oss")
+    adapter = tt.attach(model, P.lora(2), "all-linear")
+    stir(adapter, 0.2)
+    adapter.save(tmp_path / "a.safetensors")
+    fresh = made("gpt_oss")
+    loaded = tt.load(fresh, tmp_path / "a.safetensors")
+    assert [target.label for target in loaded.targets] == [target.label for target in adapter.targets]
+    assert torch.equal(fresh(IDS).logits, model(IDS).logits)
+    with torch.no_grad():
+        fresh.model.layers[0].mlp.experts.down_proj[2] += 1.0
+    with pytest.raises(tna.FileError, match="trained on another base"):
+        tt.load(fresh, tmp_path / "a.safetensors", "second")
+    again = tt.extract(made("gpt_oss"), merged(model, adapter), P.lora(2), "all-linear")
+    assert again.report.error < 1e-4
+
+
+def merged(model: Any, adapter: tt.Adapter) -> Any:
+    adapter.bake()
+    return model
+
+
+def on_disk(name: str, cfg: tna.Config, dtype: torch.dtype, folder: Path) -> None:
+    model = made(name).to(dtype)
+    model.save_pretrained(folder / "base")
+    adapter = tt.attach(model, cfg, "all-linear", exclude=["shared_expert_gate"] if name == "qwen2_moe" else None)
+    stir(adapter, 0.2)
+    adapter.save(folder / "a.safetensors")
+    report = tna.merge(folder / "base", folder / "a.safetensors", folder / "out")
+    assert report.base_checked
+    adapter.bake()
+    model.save_pretrained(folder / "memory")
+    found, expected = (load_file(folder / which / "model.safetensors") for which in ("out", "memory"))
+    assert found.keys() == expected.keys()
+    assert report.changed == sum("experts." in key or "_proj" in key for key in found if "bias" not in key)
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.law("merge-disk-is-memory")
+@pytest.mark.parametrize("name", MODELS)
+def test_a_checkpoint_is_merged_to_the_bits_of_the_model(name: str, tmp_path: Path) -> None:
+    on_disk(name, P.lora(2), torch.bfloat16, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cfg",
+    [P.superlora(2, projection="linear"), P.dora(2), P.lora(2, start="pissa")],
+    ids=["superlora", "dora", "pissa"],
+)
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_a_checkpoint_is_merged_for_any_config(name: str, cfg: tna.Config, tmp_path: Path) -> None:
+    on_disk(name, cfg, torch.float32, tmp_path)
+
+
+@pytest.mark.parametrize("strategy", ["factored", "additive"])
+def test_strategies_of_a_layer_are_refused(strategy: str) -> None:
+    with pytest.raises(
+        tna.ConfigError, match=rf"strategy='{strategy}' acts on the output of a layer, and .*\[0\] is one"
+    ):
+        tt.attach(made("mixtral"), P.lora(2), EXPERTS, strategy=strategy)
+
+
+def test_a_target_has_an_index_where_its_parameter_is_a_stack() -> None:
+    model = made("mixtral")
+    name = "model.layers.0.mlp.experts"
+    with pytest.raises(
+        tna.TargetError, match=r"is 4 matrices, of which an index selects one; the target .* index=None"
+    ):
+        tt.find_targets(model, [tna.Target(name, (4, 16, 24), parameter="down_proj")])
+    with pytest.raises(tna.TargetError, match=r"is one matrix; the target given for it has index=1"):
+        tt.find_targets(nn.Sequential(nn.Conv1d(4, 6, 3)), [tna.Target("0", (6, 4, 3), index=1)])
+    with pytest.raises(tna.TargetError, match=r"is stored as \(4, 16, 24\); the target given for it says .* which is"):
+        tt.find_targets(model, [tna.Target(name, (4, 16, 24), parameter="down_proj", index=1, transposed=True)])
+
+
+def test_a_parameter_of_three_axes_that_says_nothing_is_left_alone() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("bi,eoi->bo", x, self.weight)
+
+    model = nn.Sequential(nn.Linear(5, 5), Odd())
+    assert [target.name for target in tt.find_targets(model, "all-linear")] == ["0.weight"]
+    adapter = tt.attach(model, P.lora(1), [tna.Target("1", (3, 4, 5), index=2)])
+    stir(adapter, 0.3)
+    x = torch.randn(2, 5)
+    expected = torch.einsum("bi,oi->bo", model[0](x), model[1].weight.sum(0) + adapter.deltas()[0])
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_classes_that_store_them_transposed_are_known() -> None:
+    config = transformers.Llama4TextConfig(num_local_experts=3, hidden_size=8, intermediate_size=6)
+    modeling = pytest.importorskip("transformers.models.llama4.modeling_llama4")
+    experts = modeling.Llama4TextExperts(config)
+    nn.init.normal_(experts.gate_up_proj)
+    nn.init.normal_(experts.down_proj)
+    adapter = tt.attach(experts, P.lora(1), "all-linear")
+    assert [target.shape for target in adapter.targets[::3]] == [(12, 8), (8, 6)]
+    stir(adapter, 0.3)
+    x = torch.randn(6, 8)
+    found = experts(x)
+    adapter.merge()
+    torch.testing.assert_close(experts(x), found, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,183 @@
+"""Tied weights: one update that acts in all modules that hold the tensor, in memory and on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import tnadapt as tna
+import tnadapt.torch as tt
+
+from .small import stir
+
+P = tna.presets
+IDS = torch.tensor([[3, 0, 11, 3], [7, 2, 3, 9]])
+CONFIGS = {"lora": P.lora(2), "dense": P.dense(), "superlora": P.superlora(2), "dora": P.dora(2), "hira": P.hira(2)}
+
+
+class Tied(nn.Module):
+    def __init__(self, tie: bool = True, third: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(12, 6)
+        self.inner = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 12, bias=True)
+        if tie:
+            self.head.weight = self.embed.weight
+        if third:
+            self.other = nn.Linear(6, 12, bias=False)
+            self.other.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.inner(self.embed(ids)))
+
+
+def changed(adapter: tt.Adapter, model: Tied) -> Tensor:
+    """The output of a model whose one tensor is the changed weight in float64."""
+    arrays = {name: array.detach().double() for name, array in adapter.arrays().items()}
+    (weight,) = adapter.plan.merged(arrays, [model.embed.weight.detach().double()])
+    plain = Tied().double()
+    with torch.no_grad():
+        plain.embed.weight.copy_(weight)
+        return plain(IDS)
+
+
+@pytest.mark.law("tied-weights")
+@pytest.mark.parametrize("strategy", ["auto", "weight"])
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("targets", [["embed"], ["head"], ["head", "embed"]])
+def test_one_update_acts_in_both(name: str, targets: list[str], strategy: str, tmp_path: Path) -> None:
+    model = Tied()
+    base = model(IDS)
+    adapter = tt.attach(model, CONFIGS[name], targets, keep_tied=True, strategy=strategy)
+    (target,) = adapter.targets
+    assert (target.name, target.tied, len(adapter.strategy)) == ("embed.weight", ("head.weight",), 1)
+    assert torch.equal(model(IDS), base)
+    stir(adapter, 0.3)
+    y = model(IDS)
+    torch.testing.assert_close(y.double(), changed(adapter, model), rtol=1e-5, atol=1e-5)
+    adapter.save(tmp_path / "a.safetensors")
+    fresh = Tied()
+    loaded = tt.load(fresh, tmp_path / "a.safetensors")
+    torch.testing.assert_close(fresh(IDS), y, rtol=1e-5, atol=1e-6)
+    adapter.merge()
+    assert model.head.weight is model.embed.weight
+    torch.testing.assert_close(model(IDS), y, rtol=1e-5, atol=1e-6)
+    adapter.unmerge()
+    adapter.detach()
+    assert model.head.weight is model.embed.weight
+    assert torch.equal(model(IDS), base)
+    loaded.bake()
+    assert fresh.head.weight is fresh.embed.weight
+    torch.testing.assert_close(fresh(IDS), y, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_come_from_both() -> None:
+    model = Tied().double()
+    adapter = tt.attach(model, P.lora(2), ["embed"], keep_tied=True, dtype=torch.float64)
+    stir(adapter, 0.3)
+    model(IDS).square().sum().backward()
+    arrays = {name: array.detach().clone().requires_grad_() for name, array in adapter.arrays().items()}
+    weight = Tied().double().embed.weight.detach() + adapter.plan.deltas(arrays)[0]
+    plain = Tied().double()
+    y = torch.func.functional_call(plain, {"embed.weight": weight, "head.weight": weight}, (IDS,))
+    for parameter, gradient in zip(
+        adapter.parameters(), torch.autograd.grad(y.square().sum(), list(arrays.values())), strict=True
+    ):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_a_mapping_of_configs_keeps_them_tied() -> None:
+    model = Tied()
+    with pytest.raises(tna.TargetError, match="keep_tied=True"):
+        tt.attach(model, {"head": "lora", "inner": P.lokr(1)})
+    adapter = tt.attach(model, {"head": P.lora(1), "inner": P.lokr(1)}, keep_tied=True)
+    assert [(target.name, target.tied) for target in adapter.targets] == [
+        ("embed.weight", ("head.weight",)), ("inner.weight", ()),
+    ]  # fmt: skip
+
+
+def test_the_error_names_both_ways() -> None:
+    for targets in (["embed"], ["head"], "embeddings"):
+        with pytest.raises(tna.TargetError, match=r"are one tensor.*: give keep_tied=True, .*, or untie=True, which"):
+            tt.attach(Tied(), P.lora(2), targets)
+    with pytest.raises(tna.TargetError, match="untie=True gives tied weights their own copies, and keep_tied=True"):
+        tt.attach(Tied(), P.lora(2), ["embed"], untie=True, keep_tied=True)
+
+
+def test_keep_tied_changes_nothing_where_nothing_is_tied() -> None:
+    model = Tied(tie=False)
+    assert tt.find_targets(model, ["embed", "head"], keep_tied=True) == tt.find_targets(model, ["embed", "head"])
+    assert tt.find_targets(Tied(), ["inner"], keep_tied=True)[0].tied == ()
+
+
+def test_three_modules_share_one_update() -> None:
+    model = Tied(third=True)
+    adapter = tt.attach(model, P.lora(2), ["head"], keep_tied=True)
+    assert adapter.targets[0].tied == ("head.weight", "other.weight")
+    stir(adapter, 0.3)
+    x = torch.randn(3, 6)
+    expected = x @ (model.embed.weight + adapter.deltas()[0]).T
+    torch.testing.assert_close(model.other(x), expected, rtol=1e-5, atol=1e-5)
+    assert all(name in str(adapter.summary()) for name in ("embed.weight", "factored"))
+
+
+def test_a_file_fits_only_models_that_are_tied_alike(tmp_path: Path) -> None:
+    adapter = tt.attach(Tied(), P.lora(2), ["embed"], keep_tied=True)
+    adapter.save(tmp_path / "a.safetensors")
+    with pytest.raises(
+        tna.TnadaptError, match=r"together with head\.weight, as one tensor, and in this Tied it is not"
+    ):
+        tt.load(Tied(tie=False), tmp_path / "a.safetensors")
+    with pytest.raises(tna.TnadaptError, match=r"in this Tied it is tied to head\.weight, other\.weight: tie the"):
+        tt.load(Tied(third=True), tmp_path / "a.safetensors")
+
+
+def test_a_file_that_does_not_say_so_can_be_loaded_into_a_tied_model(tmp_path: Path) -> None:
+    single = Tied(tie=False)
+    adapter = tt.attach(single, P.lora(2), ["embed"])
+    stir(adapter, 0.3)
+    adapter.save(tmp_path / "a.safetensors")
+    with pytest.raises(tna.TargetError, match=r"keep_tied=True"):
+        tt.load(Tied(), tmp_path / "a.safetensors")
+    model = Tied()
+    loaded = tt.load(model, tmp_path / "a.safetensors", keep_tied=True)
+    torch.testing.assert_close(model(IDS).double(), changed(loaded, model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [("embed",), ("head",), ("embed", "head"), ("model.embed",), ("model.head",)])
+def test_a_checkpoint_is_merged_under_any_name_that_it_has(names: tuple[str, ...], tmp_path: Path) -> None:
+    model = Tied()
+    adapter = tt.attach(model, P.lora(2), ["embed"], keep_tied=True)
+    stir(adapter, 0.3)
+    adapter.save(tmp_path / "a.safetensors")
+    weight = model.embed.weight.detach()
+    save_file({f"{name}.weight": weight.clone() for name in names}, tmp_path / "base.safetensors")
+    tna.merge(tmp_path / "base.safetensors", tmp_path / "a.safetensors", tmp_path / "out.safetensors")
+    adapter.merge()
+    found = load_file(tmp_path / "out.safetensors")
+    assert found.keys() == {f"{name}.weight" for name in names}
+    for tensor in found.values():
+        assert torch.equal(tensor, model.embed.weight)
+
+
+def test_extraction_finds_the_change_of_a_tied_weight() -> None:
+    base, tuned = Tied(), Tied()
+    with torch.no_grad():
+        tuned.embed.weight += 0.1 * torch.outer(torch.arange(12.0), torch.arange(6.0))
+    with pytest.raises(tna.TargetError, match="keep_tied=True"):
+        tt.extract(base, tuned, P.lora(1), ["embed"])
+    adapter = tt.extract(base, tuned, P.lora(1), ["embed"], keep_tied=True)  # no warning of other parameters
+    assert adapter.report.error < 1e-5
+    torch.testing.assert_close(base(IDS), tuned(IDS), rtol=1e-4, atol=1e-4)
+
+
+def test_a_data_driven_start_refuses_tied_weights() -> None:
+    model = Tied()
+    adapter = tt.attach(model, P.lora(2, start="given"), ["head"], keep_tied=True)
+    with pytest.raises(tna.ConfigError, match=r"embed\.weight is tied to head\.weight: leave it out of the targets"):
+        tt.starts.eva(adapter, [IDS])

@@ -1,0 +1,49 @@
+"""The matrices of experts that a module keeps stacked in parameters of three axes, and multiplies by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+__all__ = ["stacks_of"]
+
+# Classes that do not say how they store their matrices: whether as (in, out).
+_TRANSPOSED = {
+    "InklingSharedExperts": False,
+    "JetMoeParallelExperts": False,
+    "Llama4TextExperts": True,
+    "LongcatFlashExperts": False,
+    "Step3p7Experts": False,
+}
+
+
+def stacks_of(module: nn.Module) -> list[tuple[str, tuple[int, int, int], bool]]:
+    """Return the parameters of a module that stack the matrices of experts along their first axis.
+
+    Parameters
+    ----------
+    module : Module
+
+    Returns
+    -------
+    list of (str, tuple of int, bool)
+        Name, shape, and whether each matrix is stored as ``(in, out)``. Empty for a module that does not say this, as
+        transformers' modules of experts do by their attributes, and is not in the table of classes that is kept here.
+    """
+    transposed = _is_transposed(module)
+    if transposed is None:
+        return []
+    return [
+        (name, (tensor.shape[0], tensor.shape[1], tensor.shape[2]), transposed)
+        for name, tensor in module._parameters.items()
+        if tensor is not None and tensor.ndim == 3 and tensor.is_floating_point()
+    ]
+
+
+def _is_transposed(module: Any) -> bool | None:
+    # Set on every module by transformers.integrations.moe.use_experts_implementation.
+    own: Any = module.__dict__.get("is_transposed")
+    if isinstance(own, bool) and isinstance(module.__dict__.get("is_concatenated"), bool):
+        return own
+    return next((_TRANSPOSED[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _TRANSPOSED), None)
