@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -23,10 +24,18 @@ METHODS = {
 }
 
 
+# What a file records of its base model.
+ABOUT = tna.Pretrained(
+    "user/base", "0a1b", "q.gguf", task="text-classification", labels=["no", "yes"], dtype="float16",
+    settings={"pad_token_id": 0}, inputs={"max_length": 16, "mean": [0.5]},
+)  # fmt: skip
+
+
 def main() -> None:
     """Write the seeds."""
-    for name, config in SEEDS.items():
-        file = made(config)
+    files = {name: made(config) for name, config in SEEDS.items()}
+    files["described"] = dataclasses.replace(files["lora"], pretrained=ABOUT)
+    for name, file in files.items():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "adapter"
             tna.save(path, file)

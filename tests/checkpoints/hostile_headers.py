@@ -130,6 +130,11 @@ HEADERS: dict[str, Callable[[int], str]] = {
     "recipe of trained and a target": lambda size: in_entry(
         RECIPE % ('{},"trained":' + filled("[", repeated('"",'), '""]', size * 3 // 5), '[["a",[1,1],"q"]]')
     ),
+    "recipe of labels": lambda size: in_entry(
+        filled(
+            (RECIPE % ("{}", '[["a",[1,1],"q"]]'))[:-1] + ',"pretrained":{},"labels":[', repeated('"a",'), '"a"]}', size
+        )
+    ),
     "recipe of unknown keys": lambda size: in_entry(
         RECIPE % ("{}" + "".join(f',"{n}":{many_lists(60_000)}' for n in range(min(size // 60_000, 60))), "[]")
     ),
