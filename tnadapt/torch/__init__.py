@@ -20,6 +20,7 @@ from ._pretrained_loading import load_pretrained, load_processor
 from ._quantized import QuantizedLayer, register_quantized
 from ._reference_model import reference_model
 from ._registry import mix
+from ._requantizing import RequantizationReport, RequantizedWeight
 from ._rows import rows
 from ._target_selection import find_targets
 from ._token_rows import token_targets
@@ -28,6 +29,8 @@ from ._trainer_checkpoints import adapter_checkpoints
 __all__ = [
     "Adapter",
     "QuantizedLayer",
+    "RequantizationReport",
+    "RequantizedWeight",
     "RowIndices",
     "Rows",
     "Target",

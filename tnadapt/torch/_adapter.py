@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from . import _arrays, _begin, _merging, _removal, _trainable
 from ._adapter_files import AdapterFiles
 from ._bound_plan import fill
 from ._registry import attached, mix, set_weight
+from ._requantizing import RequantizationReport
 from ._state import AdapterState, need_unmerged
 from ._summary import Summary
 
@@ -95,6 +96,11 @@ class Adapter(AdapterFiles):
     def merged(self) -> bool:
         """Whether ΔW is merged into the weights; see :meth:`merge`."""
         return self._state.merged is not None
+
+    @property
+    def merge_report(self) -> RequantizationReport | None:
+        """How well the quantized weights hold what was merged into them, one row each; None if nothing is merged."""
+        return cast("RequantizationReport | None", self._state.merge_report)
 
     @property
     def enabled(self) -> bool:
@@ -283,13 +289,20 @@ class Adapter(AdapterFiles):
 
     # -- Merging -----------------------------------------------------------------------------
 
-    def merge(self) -> None:
+    def merge(self, max_error: float | None = None) -> None:
         """Add ΔW to the weights; the model then runs at the speed of the base.
+
+        Parameters
+        ----------
+        max_error : float, optional
+            For quantized weights: refuse if quantizing W + ΔW again is off by more than this part of ‖ΔW‖. At 1 a
+            merge is as far off as none. :attr:`merge_report` has the errors.
 
         Raises
         ------
         TargetError
-            If it is merged, inactive, or a weight cannot be written to (quantized, sharded); nothing is changed.
+            If it is merged, inactive, a weight cannot be written to (sharded, of a quantized type that cannot be
+            merged into), or the error is above ``max_error``; nothing is changed.
         ConfigError
             If the update depends on the input (LoDA).
         BackendError
@@ -298,11 +311,11 @@ class Adapter(AdapterFiles):
         Notes
         -----
         The sum is computed in float64 and rounded to float32 and then to the weight's dtype, exactly as
-        :func:`tnadapt.merge` does on disk (:mod:`tnadapt.algebra.rounding`). The original rows are kept, so that
-        :meth:`unmerge` restores the exact bits in every dtype. This takes the memory of the adapted weights once more,
-        and twice during the merge.
+        :func:`tnadapt.merge` does on disk (:mod:`tnadapt.algebra.rounding`). A quantized weight is dequantized, and the
+        sum is quantized again by its library. The original rows, or codes, are kept, so that :meth:`unmerge` restores
+        the exact bits. This takes the memory of the adapted weights once more, and twice during the merge.
         """
-        _merging.merge(self._state)
+        _merging.merge(self._state, max_error)
 
     def unmerge(self) -> None:
         """Restore the exact bits that the weights had before :meth:`merge`.
@@ -325,8 +338,10 @@ class Adapter(AdapterFiles):
         """
         _removal.detach(self._state)
 
-    def bake(self) -> nn.Module:
+    def bake(self, max_error: float | None = None) -> nn.Module:
         """Merge for good and remove the adapter; return the model, which then has no trace of tnadapt.
+
+        ``max_error`` is that of :meth:`merge`; :attr:`merge_report` stays readable.
 
         Examples
         --------
@@ -337,7 +352,7 @@ class Adapter(AdapterFiles):
         >>> [name for name, _ in model.named_parameters()] == names
         True
         """
-        _removal.bake(self._state)
+        _removal.bake(self._state, max_error)
         return self.model
 
 

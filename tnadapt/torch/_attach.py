@@ -29,6 +29,7 @@ from ._dropout import check_dropout
 from ._forward_pass import PassHooks
 from ._forward_patch import ACTIVATIONS, STRATEGIES, ForwardPatch
 from ._kept_parameters import kept_names
+from ._quantized_base import prepare
 from ._registry import overlapping, refuse_merged
 from ._removal import take_off
 from ._sharding import is_sharded
@@ -290,6 +291,7 @@ def _put_on(
         slot = AdapterSlot(state, index, owner, target, *chosen, quantized)
         state.slots.append(slot)
         patch.add(slot)
+    prepare(state)
     hooks = PassHooks(state)
     model.register_forward_pre_hook(hooks.begin)
     model.register_forward_hook(hooks.end, always_call=True)

@@ -39,10 +39,12 @@ from ._factored_linear import can_fuse, factored_linear, product
 from ._forward_pass import acts, check_recomputation, delta, delta_source, factors, scaled
 from ._merged_linear import DeltaSource, MergedWeightLinear, in_dispatch_mode, in_functorch, summed
 from ._patched_parameter import PatchedParameter
+from ._quantized import is_packed
 from ._row_assignment import mixing_weight
 from ._row_features import add_features
 from ._row_pass import run_by_rows
 from ._state import AdapterSlot, AdapterState
+from ._straight_through import blocks_gradient, straight_through
 from ._summed_matrices import summed_matrices
 
 __all__ = ["ACTIVATIONS", "STRATEGIES", "ForwardPatch"]
@@ -79,6 +81,8 @@ class ForwardPatch:
         self.is_plain = False
         #: Whether the original is the forward of an embedding, so that rows can be looked up in updates.
         self.looks_up = False
+        #: Whether backward through the original does not reach its input, because it rounds it.
+        self.blocks = blocks_gradient(host)
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -268,9 +272,17 @@ class ForwardPatch:
     def _is_plain(self) -> bool:
         if self.before is not None or len(self.weights) != 1 or self.weights[0].owner is not self.host:
             return False
-        return self.weights[0].parameter == "weight" and type(self.host).forward in _PLAIN
+        if self.weights[0].parameter != "weight" or type(self.host).forward not in _PLAIN:
+            return False
+        held = self.host._parameters.get("weight")
+        return held is None or not is_packed(held)
 
     def _original(self, *args: Any, **kwargs: Any) -> Any:
+        if self.blocks and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            return straight_through(args[0], self.host, self._run)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         if self.before is not None:
             return self.before(*args, **kwargs)
         return type(self.host).forward(self.host, *args, **kwargs)

@@ -8,7 +8,8 @@ be written back, and writing them twice does no harm.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -18,20 +19,24 @@ from torch import Tensor, nn
 from tnadapt.algebra.changed_weights import change_in_place, changed_spans
 from tnadapt.algebra.rounding import PIECE, Float64Deltas
 from tnadapt.backends import load_backend
-from tnadapt.errors import BackendError, TargetError
+from tnadapt.errors import BackendError, ConfigError, TargetError, safe_repr
 from tnadapt.targets.target import Target
 
 from ._arrays import full_arrays
-from ._quantized import quantized_type
+from ._merged_rows import MergedRows, checksum, write
+from ._quantized import is_packed, quantized_type
+from ._requantizing import RequantizationReport, requantized
 from ._sharding import gather_full, is_sharded
-from ._state import AdapterState, MergedRows, need_attached, need_linear, not_a_sum
+from ._state import AdapterState, Merged, need_attached, need_linear, not_a_sum
 
 __all__ = ["computed", "disabled", "merge", "original", "stored", "unmerge"]
 
 
 @torch.no_grad()
-def merge(adapter: AdapterState) -> None:
+def merge(adapter: AdapterState, max_error: float | None = None) -> None:
     """Merge an adapter; see :meth:`Adapter.merge`."""
+    if max_error is not None and not (isinstance(max_error, (int, float)) and max_error >= 0.0):
+        raise ConfigError(f"max_error must be a number from 0 up, or None; got {safe_repr(max_error)}")
     need_attached(adapter)
     if adapter.merged is not None:
         raise TargetError(f"adapter {adapter.name!r} is merged already; a second merge would add its update twice")
@@ -46,26 +51,47 @@ def merge(adapter: AdapterState) -> None:
                 f"adapter {rival.name!r} is merged into a weight of adapter {adapter.name!r}, and "
                 f"{not_a_sum(adapter, rival)}: unmerge {rival.name!r} first"
             )
-    weights = [_writable(adapter, index) for index in range(len(adapter.targets))]
-    # Everything is computed and checked before the first weight is changed.
-    updates = _Exact(adapter)
-    sums = [
-        updates.sum(index, target, weight)
-        for index, (target, weight) in enumerate(zip(adapter.targets, weights, strict=True))
-    ]
-    merged = [
-        MergedRows(target.select(weight).clone(), _checksum(after))
-        for target, weight, after in zip(adapter.targets, weights, sums, strict=True)
-    ]
+    merged, writes, report = _prepared(adapter)
+    if max_error is not None and report.update_error > max_error:
+        worst = max(report, key=lambda row: row.update_error)
+        raise TargetError(
+            f"quantizing {worst.name} plus its update again is off by {worst.update_error:.3g} of the update's norm, "
+            f"more than max_error={max_error:g}; no weight was changed: keep the adapter attached, or merge into the "
+            "unquantized model"
+        )
     try:
         # Set before any weight is written to: whatever happens from here on, unmerge() has the original bits.
         adapter.merged = merged
-        for target, weight, after in zip(adapter.targets, weights, sums, strict=True):
-            _write(target, weight, after)
+        for write_one in writes:
+            write_one()
     except BaseException:  # KeyboardInterrupt, too
-        _put_back(adapter, weights, merged)
+        _put_back(adapter, merged)
         raise
+    adapter.merge_report = report
     adapter.cache.forget()
+
+
+def _prepared(adapter: AdapterState) -> tuple[list[Merged], list[Callable[[], None]], RequantizationReport]:
+    """Return what is kept of each target, the calls that write all sums, and the report; change nothing.
+
+    Everything is computed and checked here, before the first weight is changed.
+    """
+    indices = range(len(adapter.targets))
+    plain = {index: _writable(adapter, index) for index in indices if not _requantizes(adapter, index)}
+    updates = _Exact(adapter)
+    merged: dict[int, Merged] = {}
+    writes: list[Callable[[], None]] = []
+    for index, weight in plain.items():
+        target = adapter.targets[index]
+        after = updates.sum(index, target, weight)
+        merged[index] = MergedRows(target.select(weight).clone(), checksum(after))
+        writes.append(functools.partial(write, target, weight, after))
+    rows = []
+    for layer in requantized(adapter, updates.sum):
+        merged.update(zip(layer.indices, layer.kept, strict=True))
+        writes.append(layer.write)
+        rows.append(layer.row)
+    return [merged[index] for index in indices], writes, RequantizationReport(rows)
 
 
 # Elements per piece: small enough for the CPU's cache, and large enough on CUDA to launch few kernels.
@@ -169,26 +195,17 @@ def unmerge(adapter: AdapterState) -> None:
     """Restore the original weights; see :meth:`Adapter.unmerge`."""
     if adapter.merged is None:
         raise TargetError(f"adapter {adapter.name!r} is not merged; there is nothing to undo")
-    weights = [_writable(adapter, index) for index in range(len(adapter.targets))]
-    for target, weight, merged in zip(adapter.targets, weights, adapter.merged, strict=True):
-        if weight.dtype != merged.before.dtype:
-            raise TargetError(
-                f"{target.name} was {merged.before.dtype} when it was merged and is {weight.dtype} now: its original "
-                "bits cannot be restored; convert the model back, or detach by bake()"
-            )
-        # Rows that already have their original values come from an unmerge() that was interrupted.
-        now = _checksum(target.select(weight))
-        if now != merged.checksum and now != _checksum(merged.before):
-            raise TargetError(
-                f"{target.name} was changed after adapter {adapter.name!r} was merged into it (by another adapter, "
-                "training or loading), and unmerging would discard that change: undo it first, or detach by bake()"
-            )
     before = adapter.merged
+    for index, (target, one) in enumerate(zip(adapter.targets, before, strict=True)):
+        if not _requantizes(adapter, index):
+            _writable(adapter, index)
+        one.check(adapter, target, owner_of(adapter, index))
     try:
-        _put_back(adapter, weights, before)
+        _put_back(adapter, before)
     except BaseException:  # finish when interrupted: half of it would be neither the merged model nor the base
-        _put_back(adapter, weights, before)
+        _put_back(adapter, before)
         raise
+    adapter.merge_report = None
 
 
 @contextlib.contextmanager
@@ -213,22 +230,16 @@ def _enable(adapter: AdapterState, enabled: bool, merged: bool) -> None:
         merge(adapter)
 
 
-def _put_back(adapter: AdapterState, weights: Sequence[Tensor], merged: Sequence[MergedRows]) -> None:
+def _put_back(adapter: AdapterState, merged: Sequence[Merged]) -> None:
     """Write the original rows back into the weights; can be repeated."""
-    for target, weight, one in zip(adapter.targets, weights, merged, strict=True):
-        _write(target, weight, one.before)
+    for target, slot, one in zip(adapter.targets, adapter.slots, merged, strict=False):  # tied weights have more slots
+        one.put_back(target, slot.owner)
     adapter.merged = None
 
 
-def _write(target: Target, weight: Tensor, matrix: Tensor) -> None:
-    """Write ``(rows, cols)`` to the target's place in a stored weight."""
-    if weight.ndim == 2 or weight.is_contiguous():
-        target.write(weight, matrix)
-        return
-    # For a convolution in channels_last, a block would be a copy instead of a view.
-    whole = weight.contiguous()
-    target.write(whole, matrix)
-    weight.copy_(whole)
+def _requantizes(adapter: AdapterState, index: int) -> bool:
+    """Return whether a weight is of a known quantized type."""
+    return quantized_type(owner_of(adapter, index)) is not None
 
 
 def original(adapter: AdapterState, index: int) -> Tensor | None:
@@ -249,7 +260,9 @@ def numbers(owner: nn.Module, parameter: str) -> Tensor | None:
         return quantized.dequantize(owner)
     weight: Tensor | None = owner._parameters.get(parameter)
     weight = computed(owner, parameter) if weight is None else weight
-    return gather_full(weight.detach()) if weight is not None and weight.is_floating_point() else None
+    if weight is None or is_packed(weight) or not weight.is_floating_point():
+        return None
+    return gather_full(weight.detach())
 
 
 def stored(adapter: AdapterState, index: int) -> Tensor | None:
@@ -278,19 +291,13 @@ def _writable(adapter: AdapterState, index: int) -> Tensor:
             "adapter attached, or call torch.nn.utils.parametrize.remove_parametrizations() first"
         )
     # torch also counts float8 and narrower types as floating point, hence the check of the element size.
-    packed = quantized_type(owner_of(adapter, index)) is not None
-    if packed or weight is None or not weight.is_floating_point() or weight.element_size() < 2:
-        raise TargetError(f"{name} is quantized: an update cannot be merged into it; keep the adapter attached")
+    if weight is None or is_packed(weight) or not weight.is_floating_point() or weight.element_size() < 2:
+        raise TargetError(
+            f"{name} is quantized, and {type(owner_of(adapter, index)).__name__} is no type that tnadapt can merge "
+            "into: keep the adapter attached, or register the type with tnadapt.torch.register_quantized"
+        )
     if is_sharded(weight):
         raise TargetError(f"{name} is sharded over processes: save the adapter and merge it in one process")
     if weight.device.type == "meta":
         raise TargetError(f"{name} is on the meta device and has no values to merge into")
     return weight.detach()
-
-
-def _checksum(tensor: Tensor) -> int:
-    """Return a checksum of the bits: the sum, and the sum weighted by position, of the elements as integers."""
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    bits = tensor.contiguous().view(kind).reshape(-1).to(torch.int64)
-    place = torch.arange(1, bits.numel() + 1, device=bits.device)
-    return hash((int(bits.sum()), int((bits * place).sum())))

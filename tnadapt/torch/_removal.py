@@ -9,6 +9,7 @@ from tnadapt.errors import TargetError
 from ._forward_pass import PassHooks
 from ._freezing import restore
 from ._merging import merge
+from ._quantized_base import put_back
 from ._state import ADAPTERS_ATTR, AdapterState, need_attached, need_unmerged
 from ._transformers_model import TransformersModel
 
@@ -21,10 +22,10 @@ def detach(state: AdapterState) -> None:
     let_go(state)
 
 
-def bake(state: AdapterState) -> None:
+def bake(state: AdapterState, max_error: float | None = None) -> None:
     """Merge an adapter for good; see :meth:`Adapter.bake`."""
     _need_own_arrays(state, "bake()")
-    let_go_merged(state)
+    let_go_merged(state, max_error)
 
 
 def let_go(state: AdapterState) -> None:
@@ -38,11 +39,11 @@ def let_go(state: AdapterState) -> None:
         raise
 
 
-def let_go_merged(state: AdapterState) -> None:
+def let_go_merged(state: AdapterState, max_error: float | None = None) -> None:
     """Bake an adapter whose arrays the caller manages."""
     need_attached(state)
     if state.merged is None:
-        merge(state)
+        merge(state, max_error)
     try:
         _take_off_merged(state)
     except BaseException:  # finish when interrupted: half of it would add the update twice
@@ -73,6 +74,7 @@ def take_off(state: AdapterState) -> None:
             del state.owner[name]  # a ParameterDict also keeps a list of names
         state.owner._parameters.pop(name, None)
     restore(state)
+    put_back(state)
     # Last: an adapter that is still listed can be removed again after an interruption.
     registered = state.model.__dict__.get(ADAPTERS_ATTR, {})
     registered.pop(state.name, None)

@@ -29,7 +29,7 @@ __all__ = [
     "PREFIX",
     "AdapterSlot",
     "AdapterState",
-    "MergedRows",
+    "Merged",
     "UntiedWeight",
     "encoded",
     "is_array",
@@ -91,11 +91,18 @@ class UntiedWeight(NamedTuple):
     parameter: nn.Parameter
 
 
-class MergedRows(NamedTuple):
-    """The rows of one merged weight: the original values, and a checksum of the merged ones."""
+class Merged(Protocol):
+    """The interface of what is kept for one target while its update is in the weight."""
 
-    before: Tensor
-    checksum: int
+    @property
+    def before(self) -> Tensor:
+        """The original rows as numbers."""
+
+    def check(self, state: AdapterState, target: Target, owner: nn.Module) -> None:
+        """Raise a TargetError if the weight has changed since, so that its original bits cannot be put back."""
+
+    def put_back(self, target: Target, owner: nn.Module) -> None:
+        """Write the original rows back into the weight; can be repeated."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -152,8 +159,12 @@ class AdapterState:
     was_trainable : dict of str to bool
         ``requires_grad`` of the base's parameters before ``attach``.
     untied : list of UntiedWeight
-    merged : list of MergedRows or None
+    settings : list of (Module, str, object)
+        Attributes of a quantized model that were set for the adapter, with their values before.
+    merged : list of Merged or None
         One for each target while ΔW is in the weights.
+    merge_report : RequantizationReport or None
+        How well the quantized weights among them hold the sum, typed loosely because its class is defined above.
     cache : DeltaCache
     quotients : QuotientCache
         The quotients of a magnitude and a norm, where the plan has magnitudes.
@@ -212,7 +223,9 @@ class AdapterState:
         self.patches: list[Patch] = []
         self.was_trainable: dict[str, bool] = {}
         self.untied: list[UntiedWeight] = []
-        self.merged: list[MergedRows] | None = None
+        self.settings: list[Any] = []
+        self.merged: list[Merged] | None = None
+        self.merge_report: Any = None
         self.cache = DeltaCache(plan.arrays_plan)
         self.quotients = QuotientCache()
         self.made = None if plan.theta is None else ThetaArrays(plan)

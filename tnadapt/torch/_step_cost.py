@@ -16,7 +16,7 @@ from tnadapt.algebra.factoring import Factoring, Size
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
 
-__all__ = ["MACHINES", "TOKENS", "Machine", "StepWork", "choose", "costs"]
+__all__ = ["MACHINES", "TOKENS", "Machine", "StepWork", "choose", "costs", "dequantized"]
 
 #: Default number of rows of x per call of a layer: about ten images of 197 tokens, or four texts of 512.
 TOKENS = 2048
@@ -171,13 +171,25 @@ def choose(
     machine: Machine = MACHINES["cpu"],
     applying: Applying = _SUM,
     dropout: bool = False,
+    packed: float | None = None,
 ) -> str:
-    """Return the cheapest strategy for a weight that can be added to.
+    """Return the cheapest strategy for a weight; of a quantized one, to which nothing can be added, with ``packed``.
 
-    With dropout the weight strategy has a second product in training, as the additive one.
+    Parameters
+    ----------
+    plan, index, how, tokens, applying
+        As for :func:`costs`.
+    machine : Machine
+    dropout : bool
+        Whether there is dropout: then the weight strategy has a second product in training, as the additive one.
+    packed : float, optional
+        For a quantized weight: elements moved to dequantize one element of it.
 
+    Notes
+    -----
     "additive" is never cheaper for a sum. For another change it can be, by a little where x has few rows, but keeps a
-    matrix of the weight's size for backward, as much as a second model: it is not chosen.
+    matrix of the weight's size for backward, as much as a second model: it is not chosen unless the weight is
+    quantized, and then only if it is cheaper than "factored".
 
     Examples
     --------
@@ -186,12 +198,36 @@ def choose(
     >>> plan = tna.SuperLoRA(tna.presets.krona(), [(768, 768)])
     >>> [choose(plan, 0, factoring(plan, 0), tokens) for tokens in (64, 8192)]
     ['factored', 'weight']
+    >>> [choose(plan, 0, factoring(plan, 0), tokens, packed=6.0) for tokens in (64, 8192)]
+    ['factored', 'factored']
     """
     found = costs(plan, index, how, tokens, applying)
     additive = found.pop("additive", None)
-    if dropout and additive is not None and applying.additive:
+    if packed is not None:
+        extra = dequantized(applying, plan.shapes[index], packed)
+        del found["weight"]
+        found |= {} if additive is None else {"additive": additive}
+        found = {strategy: work + extra[strategy] for strategy, work in found.items()}
+    elif dropout and additive is not None and applying.additive:
         found["weight"] = additive
     return min(found, key=lambda strategy: found[strategy].seconds(machine))
+
+
+def dequantized(applying: Applying, shape: tuple[int, int], packed: float) -> dict[str, StepWork]:
+    """Return the work of dequantizing that the strategies for a quantized weight add to a step of the layer itself.
+
+    A sum needs none: the layer's own product is as without an adapter. W ∘ ΔW is formed from the numbers of W, once: it
+    is kept for backward. The norms of W + ΔW are computed in forward and again in backward.
+
+    Examples
+    --------
+    >>> {strategy: work.moved for strategy, work in dequantized(Add(), (4, 8), 6.0).items()}
+    {'additive': 0.0, 'factored': 0.0}
+    """
+    once = StepWork(0.0, 0.0, packed * math.prod(shape), 4)
+    norms = once + once if applying.rescales else StepWork()
+    multiplied = StepWork() if applying.takes_factors else once
+    return {"additive": norms + multiplied, "factored": norms}
 
 
 def _factored(how: Factoring, tokens: int) -> StepWork:

@@ -14,10 +14,12 @@ from tnadapt.targets.target import RowIndices, Target
 from ._embedding_forward import is_lookup
 from ._forward_patch import ForwardPatch
 from ._merging import numbers
-from ._quantized import quantized_type
+from ._quantized import QuantizedLayer, is_packed, quantized_type
 from ._step_cost import MACHINES, choose
 
 __all__ = ["is_quantized", "strategy_of"]
+
+_NOT_LINEAR = (nn.Embedding, nn.modules.conv._ConvNd)
 
 
 def strategy_of(
@@ -38,7 +40,8 @@ def strategy_of(
     # Adding to the output must be equivalent to changing the weight, which is known only for linear forwards.
     if host is owner and _looks_up(owner) and not quantized and target.parameter == "weight" and activation is None:
         return _of_lookup(wanted, plan, index, target, config, applying)
-    linear = quantized or type(owner).forward is nn.Linear.forward or type(owner).__name__ == "Conv1D"
+    linear = type(owner).forward is nn.Linear.forward or type(owner).__name__ == "Conv1D"
+    linear = linear or (quantized and not isinstance(owner, _NOT_LINEAR))
     own = host is owner and linear and len(target.stored) == 2 and target.parameter == "weight"
     how = factoring(plan, index) if own and applying.takes_factors else None
     if activation is not None and not applying.additive:
@@ -94,17 +97,17 @@ def strategy_of(
         return wanted, how if wanted == "factored" else None
     if own and not quantized and isinstance(target.rows, RowIndices) and applying.additive:
         return "additive", None  # a product with a few rows, rather than a copy of the weight of a whole vocabulary
-    if own and not quantized:
+    if own:
         device = weight.device.type if weight is not None else "cpu"
-        chosen = choose(plan, index, how, tokens, MACHINES.get(device, MACHINES["cpu"]), applying, dropout)
+        machine = MACHINES.get(device, MACHINES["cpu"])
+        packed = _moved(owner) if quantized else None
+        chosen = choose(plan, index, how, tokens, machine, applying, dropout, packed)
         return chosen, how if chosen == "factored" else None
-    if can_factor:
-        return "factored", how
-    if quantized and not own:
+    if quantized:
         raise TargetError(
             f"{target.name} is quantized and read by {type(host).__name__} itself: leave it out of the targets"
         )
-    return "additive" if quantized else "weight", None
+    return "weight", None
 
 
 def _of_lookup(
@@ -140,7 +143,15 @@ def _looks_up(host: nn.Module) -> bool:
 def is_quantized(owner: nn.Module, target: Target) -> bool:
     """Return whether a weight has no numbers to read in place."""
     weight = owner._parameters.get(target.parameter)
-    return weight is None or not weight.is_floating_point() or quantized_type(owner) is not None
+    if weight is None or not weight.is_floating_point() or is_packed(weight):
+        return True
+    return quantized_type(owner) is not None
+
+
+def _moved(owner: nn.Module) -> float:
+    """Return the elements that dequantizing moves for each element of a quantized weight."""
+    kind = quantized_type(owner)
+    return QuantizedLayer.moved if kind is None else kind.moved
 
 
 def _check_quantized(config: Config, applying: Applying, target: Target, owner: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,8 +12,10 @@ from tnadapt.algebra.rank_bounds import lora_rank
 from tnadapt.errors import escaped
 
 from ._arrays import named_parameters
+from ._quantized import quantized_type
 from ._state import AdapterState, is_array
 from ._trainable import num_parameters
+from ._weights import join
 
 __all__ = ["Summary", "SummaryRow"]
 
@@ -84,12 +87,7 @@ class Summary:
         self.parameters = num_parameters(adapter)
         self.frozen = plan.num_parameters - self.parameters
         self.adapted = plan.size
-        own = {id(parameter) for _, parameter in named_parameters(adapter)}
-        sizes = {
-            name: parameter.numel()
-            for name, parameter in adapter.model.named_parameters()
-            if not is_array(name) and id(parameter) not in own
-        }
+        sizes = _sizes(adapter)
         self.kept = sum(sizes.get(name, 0) for name in adapter.kept)
         self.base = sum(sizes.values())
 
@@ -117,6 +115,24 @@ class Summary:
     def _cells(row: SummaryRow) -> tuple[str, ...]:
         slices = " + ".join(f"{group}[{start}:{stop}]" for group, start, stop in row.slices)
         return escaped(row.target), row.role, "×".join(map(str, row.shape)), slices, row.strategy
+
+
+def _sizes(adapter: AdapterState) -> dict[str, int]:
+    """Return the elements of each of the base's parameters; of a quantized weight, those that it stands for."""
+    model = adapter.model
+    own = {id(parameter) for _, parameter in named_parameters(adapter)}
+    sizes = {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if not is_array(name) and id(parameter) not in own
+    }
+    for path, module in model.named_modules():
+        kind = quantized_type(module)
+        if kind is not None:
+            for name in kind.stored:
+                sizes.pop(join(path, name), None)
+            sizes[join(path, "weight")] = math.prod(kind.shape(module))
+    return sizes
 
 
 def _exported(adapter: AdapterState, ranks: Sequence[int]) -> tuple[int | None, str]:

@@ -1,0 +1,183 @@
+"""Layers of GPTQ and AWQ, by the formats' definitions: read, adapted, saved, and never merged into."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+from tnadapt.torch._merging import numbers  # noqa: E402
+from tnadapt.torch._quantized._integer_codes import crossing, unpacked  # noqa: E402
+
+P = tna.presets
+ROWS, COLS, GROUP = 64, 96, 32
+
+
+def words(codes: Any, bits: int) -> Any:
+    """Pack integers along the first axis as one string of bits, cut into words of 32, in Python's integers."""
+    packed = []
+    for column in codes.T.tolist():
+        total = sum(code << (bits * place) for place, code in enumerate(column))
+        count = -(-len(column) * bits // 32)
+        found = [(total >> (32 * place)) & 0xFFFFFFFF for place in range(count)]
+        packed.append([word - (1 << 32) if word >> 31 else word for word in found])
+    return torch.tensor(packed, dtype=torch.int32).T.contiguous()
+
+
+class Layer(torch.nn.Module):
+    """The interface, and a forward by the numbers that the test knows."""
+
+    def __init__(self, weight: Any, tensors: dict[str, Any], **attributes: Any) -> None:
+        super().__init__()
+        self.known = weight
+        self.in_features, self.out_features = COLS, ROWS
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Any) -> Any:
+        return x @ self.known.T
+
+
+def drawn(bits: int) -> tuple[Any, Any, Any]:
+    """Return codes (cols, rows), zeros and scales (groups, rows)."""
+    torch.manual_seed(bits)
+    groups = COLS // GROUP
+    return (
+        torch.randint(0, 1 << bits, (COLS, ROWS)),
+        torch.randint(1, 1 << bits, (groups, ROWS)),
+        torch.rand(groups, ROWS) * 0.02 + 0.001,
+    )
+
+
+def gptq(bits: int, ordered: bool = True, second: bool = False) -> Any:
+    codes, zeros, scales = drawn(bits)
+    group = torch.arange(COLS) // GROUP
+    if not ordered:  # act-order: which group a feature is in is arbitrary
+        group = group[torch.randperm(COLS)]
+    weight = ((codes - zeros[group]) * scales[group]).T
+    tensors = {
+        "qweight": words(codes, bits),
+        "qzeros": words((zeros if second else zeros - 1).T, bits).T.contiguous(),
+        "scales": scales,
+        "g_idx": group.to(torch.int32),
+    }
+    return Layer(weight, tensors, bits=bits, **({"qzero_format": lambda: 2} if second else {}))
+
+
+def awq() -> Any:
+    codes, zeros, scales = drawn(4)
+    group = torch.arange(COLS) // GROUP
+    weight = ((codes - zeros[group]) * scales[group]).T
+
+    def packed(integers: Any) -> Any:
+        # The word's places hold these of its eight output features.
+        order = [8 * word + feature for word in range(ROWS // 8) for feature in (0, 2, 4, 6, 1, 3, 5, 7)]
+        return words(integers[:, order].T, 4).T.contiguous()
+
+    return Layer(
+        weight, {"qweight": packed(codes), "qzeros": packed(zeros), "scales": scales}, w_bit=4, group_size=GROUP
+    )
+
+
+LAYERS = {
+    "gptq 4 bits": lambda: gptq(4),
+    "gptq 2 bits": lambda: gptq(2),
+    "gptq 3 bits": lambda: gptq(3),
+    "gptq 8 bits": lambda: gptq(8),
+    "gptq in order of activations": lambda: gptq(4, ordered=False),
+    "gptq, second format": lambda: gptq(4, second=True),
+    "awq": awq,
+}
+layers = pytest.mark.parametrize("layer", LAYERS)
+
+
+@layers
+def test_the_numbers_are_those_of_the_format(layer: str) -> None:
+    made = LAYERS[layer]()
+    torch.testing.assert_close(numbers(made, "weight"), made.known, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_aligned_integers_are_those_of_the_general_way(bits: int) -> None:
+    torch.manual_seed(bits)
+    packed = torch.randint(-(1 << 31), 1 << 31, (3, 5), dtype=torch.int64).to(torch.int32)
+    for count in (5 * 32 // bits, 5 * 32 // bits - 1):
+        assert torch.equal(unpacked(packed, bits, count, axis=1), crossing(packed, bits, count))
+        across = unpacked(packed.T.contiguous(), bits, count, axis=0)
+        assert torch.equal(across, crossing(packed, bits, count).T)
+
+
+@layers
+def test_attach_train_save_load(layer: str, tmp_path: Path) -> None:
+    base = torch.nn.Sequential(LAYERS[layer]())
+    adapter = tt.attach(base, P.lora(2), "all-linear")
+    assert adapter.targets[0].shape == (ROWS, COLS)
+    x = torch.randn(5, COLS)
+    optimizer = torch.optim.Adam(adapter.parameters(), 0.02)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = (base(x) - 1.0).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    adapter.save(tmp_path / "a.safetensors")
+    again = torch.nn.Sequential(LAYERS[layer]())
+    tt.load(again, tmp_path / "a.safetensors")
+    assert torch.equal(again(x), base(x))
+    other = torch.nn.Sequential(LAYERS[layer]())
+    other[0].scales *= 2.0
+    with pytest.raises(tna.FileError, match="another base"):
+        tt.load(other, tmp_path / "a.safetensors")
+
+
+@layers
+def test_starts_and_changes_read_the_numbers(layer: str) -> None:
+    made = torch.nn.Sequential(LAYERS[layer]())
+    plain = torch.nn.Sequential(torch.nn.Linear(COLS, ROWS, bias=False))
+    with torch.no_grad():
+        plain[0].weight.copy_(numbers(made[0], "weight"))
+    for config in (P.lora_xs(2), P.dora(2)):
+        found, expected = (tt.attach(one, config, "all-linear", name="x") for one in (made, plain))
+        for name, array in found.arrays().items():
+            assert torch.equal(array, expected.arrays()[name])
+        found.detach()
+        expected.detach()
+
+
+@layers
+def test_a_merge_is_refused(layer: str) -> None:
+    base = torch.nn.Sequential(LAYERS[layer]())
+    adapter = tt.attach(base, P.lora(2), "all-linear")
+    before = {name: tensor.clone() for name, tensor in base.named_buffers()}
+    how = layer[:4].strip(" ,").upper()
+    with pytest.raises(tna.TargetError, match=rf"0\.weight is quantized: Layer is quantized by {how}, which chose its"):
+        adapter.merge()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.named_buffers())
+
+
+def test_other_layouts_are_adapted_and_not_read() -> None:
+    class MarlinLinear(Layer):
+        """A kernel's own order, in tensors of the same names."""
+
+    made = gptq(4)
+    made.__class__ = MarlinLinear
+    assert numbers(made, "weight") is None
+    other = awq()
+    other.qweight = other.qweight.T.contiguous()  # the layout of GEMV
+    assert numbers(other, "weight") is None
+    base = torch.nn.Sequential(made, torch.nn.Identity())
+    adapter = tt.attach(base, P.lora(2), "all-linear")
+    assert adapter.strategy == ("factored",)
+    with pytest.raises(
+        tna.TargetError, match=r"cannot be merged into: it is on the meta device, or in a layout whose n"
+    ):
+        adapter.merge()

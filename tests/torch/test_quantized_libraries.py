@@ -1,0 +1,282 @@
+"""Layers of bitsandbytes, torchao, quanto and HQQ: found, adapted, trained, saved, loaded, merged into and restored."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+from tnadapt.torch._merging import numbers  # noqa: E402
+
+from .quantized_models import KINDS, OUT, SIZE, equal, model, plain, values  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    # The libraries' own calls of torch.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+kinds = pytest.mark.parametrize("kind", KINDS)
+P = tna.presets
+
+
+def batch() -> Any:
+    return torch.randn(16, SIZE, generator=torch.Generator().manual_seed(3))
+
+
+def moved(adapter: Any, size: float = 0.05) -> Any:
+    """Return the adapter as if it had been trained."""
+    noise = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += size * torch.randn(parameter.shape, generator=noise)
+    return adapter
+
+
+def of_numbers(made: Any) -> Any:
+    """Return the model of the numbers that the quantized weights stand for."""
+    found = plain()
+    with torch.no_grad():
+        for place in (0, 2):
+            found[place].weight.copy_(numbers(made[place], "weight"))
+    return found
+
+
+@kinds
+@pytest.mark.parametrize(
+    "config", [P.lora(4), P.superlora(2), P.hira(4), P.dora(4)], ids=["lora", "all", "hira", "dora"]
+)
+def test_outputs_and_gradients_are_those_of_the_numbers(kind: str, config: tna.Config) -> None:
+    made = model(kind)
+    adapter = moved(tt.attach(made, config, "all-linear"))
+    assert set(adapter.strategy) <= {"factored", "additive"}
+    like = of_numbers(made)
+    reference = tt.attach(like, config, "all-linear")
+    reference.load_arrays(adapter.arrays())
+    x, grad = batch(), torch.randn(16, OUT, generator=torch.Generator().manual_seed(4))
+    tolerance = 1e-5 if KINDS[kind].exact else 0.03
+    found, expected = (
+        [m(x), *torch.autograd.grad(m(x), list(a.parameters()), grad)] for m, a in ((made, adapter), (like, reference))
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert torch.linalg.norm(one - other) <= tolerance * torch.linalg.norm(other)
+
+
+@kinds
+def test_training_lowers_the_loss_and_changes_no_bit_of_the_base(kind: str) -> None:
+    made, x = model(kind), batch()
+    before = values(made)
+    adapter = tt.attach(made, P.lora(4), "all-linear")
+    optimizer = torch.optim.Adam(adapter.parameters(), 0.01)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = (made(x) - 0.5).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+    assert equal(values(made), before)
+
+
+@kinds
+def test_merged_it_computes_the_sum_and_unmerged_the_same_bytes(kind: str) -> None:
+    made, x = model(kind), batch()
+    first = made(x).detach()
+    adapter = moved(tt.attach(made, P.lora(4), "all-linear"), 0.1)
+    before, base = values(made), [numbers(made[place], "weight").clone() for place in (0, 2)]
+    attached = made(x).detach()
+    updates = [update.detach() for update in adapter.deltas()]
+    assert adapter.merge_report is None
+    adapter.merge()
+    report = adapter.merge_report
+    assert report is not None
+    assert [row.name for row in report] == ["0.weight", "2.weight"]
+    for row, place, old, update in zip(report, (0, 2), base, updates, strict=True):
+        now = numbers(made[place], "weight")
+        off = torch.linalg.norm(now - (old + update))
+        assert row.error == pytest.approx(float(off / torch.linalg.norm(old + update)), rel=1e-3)
+        assert row.update_error == pytest.approx(float(off / torch.linalg.norm(update)), rel=1e-3)
+        assert row.kept == pytest.approx(float(((now - old) * update).sum() / update.square().sum()), rel=1e-3)
+        assert 0.5 < row.kept < 1.5
+    merged = made(x).detach()
+    assert torch.linalg.norm(merged - attached) < torch.linalg.norm(first - attached)
+    assert not equal(values(made), before)
+    with adapter.disabled():
+        assert equal(values(made), before)
+        assert torch.equal(made(x), first)
+    assert torch.equal(made(x), merged)
+    adapter.unmerge()
+    assert equal(values(made), before)
+    assert torch.equal(made(x).detach(), attached)
+
+
+@kinds
+def test_baked_no_trace_is_left(kind: str) -> None:
+    made, x = model(kind), batch()
+    names = set(made.state_dict())
+    adapter = moved(tt.attach(made, P.lora(4), "all-linear"))
+    adapter.merge()
+    merged = made(x).detach()
+    adapter.unmerge()
+    assert adapter.bake() is made
+    assert torch.equal(made(x).detach(), merged)
+    assert set(made.state_dict()) == names
+    assert not any(hasattr(module, "_tnadapt_adapters") for module in made.modules())
+    assert adapter.merge_report is not None
+
+
+@kinds
+def test_a_file_knows_its_base(kind: str, tmp_path: Path) -> None:
+    made, x = model(kind), batch()
+    adapter = moved(tt.attach(made, P.lora(4), "all-linear"))
+    adapter.save(tmp_path / "a.safetensors")
+    adapter.merge()
+    adapter.save(tmp_path / "merged.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "merged.safetensors").read_bytes()
+    adapter.unmerge()
+    again = model(kind)
+    loaded = tt.load(again, tmp_path / "a.safetensors")
+    assert torch.equal(again(x), made(x))
+    loaded.swap(tmp_path / "a.safetensors")
+    other = model(kind)
+    tt.attach(other, P.dense(), "all-linear").load_arrays(
+        {name: torch.full(shape, 0.1) for name, shape in tt.adapters(other)["default"].plan.param_shapes.items()}
+    )
+    tt.adapters(other)["default"].bake()
+    with pytest.raises(tna.FileError, match="another base"):
+        tt.load(other, tmp_path / "a.safetensors")
+
+
+@kinds
+@pytest.mark.parametrize("config", [P.lora_xs(4), P.tinylora(4), P.lora(4, start="pissa")], ids=["xs", "tiny", "pissa"])
+def test_what_is_computed_from_the_base_is_computed_from_its_numbers(kind: str, config: tna.Config) -> None:
+    made = model(kind)
+    found = tt.attach(made, config, "all-linear").arrays()
+    expected = tt.attach(of_numbers(made), config, "all-linear").arrays()
+    for name, array in found.items():
+        assert torch.equal(array, expected[name]), name
+
+
+@kinds
+@pytest.mark.parametrize("config", [P.hira(4), P.dora(4)], ids=["hira", "dora"])
+def test_changes_that_are_no_sums_are_merged(kind: str, config: tna.Config) -> None:
+    made, x = model(kind), batch()
+    first, before = made(x).detach(), values(made)
+    adapter = moved(tt.attach(made, config, "all-linear"), 0.4)
+    attached = made(x).detach()
+    adapter.merge()
+    assert torch.linalg.norm(made(x) - attached) < torch.linalg.norm(first - attached)
+    adapter.unmerge()
+    assert equal(values(made), before)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, one in KINDS.items() if one.copies])
+@pytest.mark.parametrize("merged", [False, True])
+def test_copies_work_on_their_own(kind: str, merged: bool) -> None:
+    made, x = model(kind), batch()
+    adapter = moved(tt.attach(made, P.lora(4), "all-linear"))
+    before, attached = values(made), made(x).detach()
+    if merged:
+        adapter.merge()
+    other = copy.deepcopy(made)
+    again = tt.adapters(other)["default"]
+    if merged:
+        assert torch.equal(other(x), made(x))
+        again.unmerge()
+        assert equal(values(other), before)
+        assert not equal(values(made), before)
+        adapter.unmerge()
+    assert torch.equal(other(x).detach(), attached)
+    again.merge()
+    assert torch.equal(made(x).detach(), attached)
+
+
+@kinds
+def test_the_weight_is_never_added_to(kind: str) -> None:
+    made = model(kind)
+    before = values(made)
+    with pytest.raises(tna.ConfigError, match=r"strategy='weight' cannot add to 0\.weight, which is quantized"):
+        tt.attach(made, P.lora(4), "all-linear", strategy="weight")
+    assert equal(values(made), before)
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes nf4", "torchao int8", "quanto int8"])
+def test_in_bfloat16(kind: str) -> None:
+    made, x = model(kind, torch.bfloat16), batch().bfloat16()
+    adapter = moved(tt.attach(made, P.lora(4), "all-linear"))
+    before, attached = values(made), made(x).detach()
+    adapter.merge()
+    assert torch.linalg.norm(made(x) - attached) < 0.2 * torch.linalg.norm(attached)
+    adapter.unmerge()
+    assert equal(values(made), before)
+    assert torch.equal(made(x).detach(), attached)
+
+
+def test_an_update_that_nf4_cannot_show_vanishes() -> None:
+    made = model("bitsandbytes nf4")
+    adapter = moved(tt.attach(made, P.lora(4), "all-linear"), 1e-3)
+    adapter.merge()
+    report = adapter.merge_report
+    assert report is not None
+    assert max(row.kept for row in report) < 0.1
+    assert max(row.error for row in report) < 0.01  # relative to W, the merge looks good
+    adapter.unmerge()
+    with pytest.raises(tna.TargetError, match=r"off by .* of the update's norm, more than max_error=0\.5; no weight"):
+        adapter.merge(max_error=0.5)
+    assert not adapter.merged
+
+
+def test_the_input_of_a_layer_that_rounds_it_has_a_gradient() -> None:
+    made = model("torchao int8 dynamic")
+    with pytest.warns(UserWarning, match=r"1 layers pass no gradient to their input.* \(2, …\)"):
+        adapter = tt.attach(made, P.lora(4), ["0.weight"])
+    adapter.detach()
+    adapter = moved(tt.attach(made, P.lora(4), "all-linear"))
+    x = batch().requires_grad_()
+    (found,) = torch.autograd.grad(made(x).sum(), x)
+    like = of_numbers(made)
+    tt.attach(like, P.lora(4), "all-linear").load_arrays(adapter.arrays())
+    (expected,) = torch.autograd.grad(like(x).sum(), x)
+    assert torch.linalg.norm(found - expected) < 0.03 * torch.linalg.norm(expected)
+
+
+def test_evaluation_leaves_nf4_layers_as_they_are() -> None:
+    # On a CPU with AVX-512 BF16 bitsandbytes repacks them for good, for a kernel without a backward.
+    made, x = model("bitsandbytes nf4, double"), batch()
+    flags = [getattr(made[place], "support_avx512bf16_for_cpu", None) for place in (0, 2)]
+    adapter = moved(tt.attach(made, P.lora(4), ["2.weight"]))
+    base = numbers(made[0], "weight").clone()
+    with torch.no_grad():
+        made.eval()(x)
+    assert torch.equal(numbers(made[0], "weight"), base)
+    made.train()(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+    adapter.detach()
+    assert [getattr(made[place], "support_avx512bf16_for_cpu", None) for place in (0, 2)] == flags
+
+
+def test_nf4_layers_that_were_repacked_are_read() -> None:
+    made, x = model("bitsandbytes nf4"), batch()
+    base = numbers(made[0], "weight").clone()
+    with torch.no_grad():
+        made.eval()(x)
+    # The scales are rounded to bfloat16 where the CPU has the kernel, and nothing has happened elsewhere.
+    assert torch.allclose(numbers(made[0], "weight"), base, rtol=0.01)
+    adapter = moved(tt.attach(made, P.lora(4), "all-linear"))
+    before = values(made)
+    adapter.merge()
+    adapter.unmerge()
+    assert equal(values(made), before)
+
+
+def test_a_torchao_weight_elsewhere_is_not_taken_for_numbers() -> None:
+    made = torch.nn.Sequential(torch.nn.Embedding(32, SIZE), model("torchao int8"))
+    made[0].weight = torch.nn.Parameter(made[1][0].weight, requires_grad=False)
+    with pytest.raises(tna.TargetError, match=r"0\.weight is quantized and read by Embedding itself"):
+        tt.attach(made, P.lora(4), ["0.weight"])

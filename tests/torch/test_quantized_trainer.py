@@ -1,0 +1,195 @@
+"""A model that transformers loads quantized: attach, its Trainer, save, load, merge, and the same bytes again."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+
+from .quantized_models import equal, library, values  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    # The libraries' own calls of torch.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+P = tna.presets
+
+
+@pytest.fixture(scope="module")
+def hf() -> Any:
+    """Return transformers, if its Trainer can run and bitsandbytes is there."""
+    for needed in ("accelerate", "transformers"):
+        pytest.importorskip(needed)
+    library("bitsandbytes")
+    return importlib.import_module("transformers")
+
+
+@pytest.fixture(scope="module")
+def folder(hf: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a small Llama of random weights, whose sizes are multiples of nf4's blocks."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    found = tmp_path_factory.mktemp("llama")
+    hf.LlamaForCausalLM(config).save_pretrained(found)
+    return found
+
+
+def four_bit(hf: Any, kind: str = "nf4") -> Any:
+    return hf.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+
+
+def loaded(hf: Any, folder: Path, settings: Any) -> Any:
+    torch.manual_seed(1)
+    return hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=settings)
+
+
+def texts() -> list[dict[str, Any]]:
+    """Return rows that count upwards, which can be learned."""
+    return [{"input_ids": row, "labels": row} for row in ((torch.arange(12) + start) % 60 + 3 for start in range(16))]
+
+
+def trainer(hf: Any, made: Any, folder: Path, **settings: Any) -> Any:
+    arguments = hf.TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=8, max_steps=20, learning_rate=0.03, report_to=[],
+        logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True, seed=0, **settings,
+    )  # fmt: skip
+    return hf.Trainer(model=made, args=arguments, train_dataset=texts(), eval_dataset=texts())
+
+
+def losses(run: Any) -> list[float]:
+    return [float(entry["loss"]) for entry in run.state.log_history if "loss" in entry]
+
+
+def outputs(made: Any) -> Any:
+    with torch.no_grad():
+        return made.eval()(torch.arange(3, 15)[None]).logits
+
+
+def test_from_attach_to_the_same_bytes(hf: Any, folder: Path, tmp_path: Path) -> None:
+    made = loaded(hf, folder, four_bit(hf))
+    before = values(made)
+    with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
+        trainer(hf, made, tmp_path)
+    adapter = tt.attach(made, P.lora(4), "all-linear")
+    run = trainer(hf, made, tmp_path, eval_strategy="steps", eval_steps=3)
+    run.train()
+    assert losses(run)[-1] < 0.8 * losses(run)[0]
+    assert equal(values(made), before)
+    trained = outputs(made)
+    adapter.save(tmp_path / "a.safetensors")
+
+    again = loaded(hf, folder, four_bit(hf))
+    base = outputs(copy.deepcopy(again))
+    second = tt.load(again, tmp_path / "a.safetensors")
+    assert torch.equal(outputs(again), trained)
+    second.merge()
+    report = second.merge_report
+    assert report is not None
+    assert len(report) == 14
+    assert all(0.3 < row.kept < 1.7 for row in report)
+    merged = outputs(again)
+    assert torch.linalg.norm(merged - trained) < torch.linalg.norm(base - trained)
+    second.unmerge()
+    assert equal(values(again), before)
+    assert torch.equal(outputs(again), trained)
+
+
+def test_the_trainer_takes_it_while_an_adapter_is_attached(hf: Any, folder: Path, tmp_path: Path) -> None:
+    made = loaded(hf, folder, four_bit(hf))
+    one = tt.attach(made, P.lora(2), ["model.layers.0.mlp.up_proj.weight"], name="one")
+    other = tt.attach(made, P.lora(2), ["model.layers.1.mlp.up_proj.weight"], name="other")
+    one.detach()
+    trainer(hf, made, tmp_path)
+    with pytest.raises(ValueError, match="cast"):
+        made.half()
+    other.detach()
+    with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
+        trainer(hf, made, tmp_path)
+    for copied in (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
+        tt.attach(made, P.lora(2), ["model.layers.0.mlp.up_proj.weight"])
+        twin = copied(made)
+        trainer(hf, twin, tmp_path)
+        tt.adapters(twin)["default"].detach()
+        tt.adapters(made)["default"].detach()
+        with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
+            trainer(hf, twin, tmp_path)
+
+
+def test_generate_and_save_the_model_as_before(hf: Any, folder: Path, tmp_path: Path) -> None:
+    made = loaded(hf, folder, four_bit(hf))
+    made.save_pretrained(tmp_path / "plain")
+    adapter = tt.attach(made, P.lora(2), "all-linear")
+    start = torch.arange(3, 8)[None]
+    tokens = made.generate(start, max_new_tokens=4, do_sample=False)
+    assert tokens.shape == (1, 9)
+    adapter.bake()
+    made.save_pretrained(tmp_path / "baked")
+    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("plain", "baked")]
+    assert names[0] == names[1]
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "baked", dtype=torch.float32)
+    assert torch.allclose(outputs(again), outputs(made), atol=1e-5)
+
+
+def test_the_fingerprint_is_that_of_the_saved_model(hf: Any, folder: Path, tmp_path: Path) -> None:
+    made = loaded(hf, folder, four_bit(hf))
+    adapter = tt.attach(made, P.lora(2), "all-linear")
+    adapter.save(tmp_path / "a.safetensors")
+    adapter.detach()
+    made.save_pretrained(tmp_path / "model")
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    tt.load(again, tmp_path / "a.safetensors").detach()
+    other = loaded(hf, folder, four_bit(hf, "fp4"))
+    with pytest.raises(tna.FileError, match="another base"):
+        tt.load(other, tmp_path / "a.safetensors")
+
+
+OTHERS = {
+    "bitsandbytes int8": ("bitsandbytes", lambda hf: hf.BitsAndBytesConfig(load_in_8bit=True)),
+    "torchao int8": (
+        "torchao.quantization",
+        lambda hf: hf.TorchAoConfig(library("torchao.quantization").Int8WeightOnlyConfig()),
+    ),
+    "quanto int8": ("optimum.quanto", lambda hf: hf.QuantoConfig(weights="int8")),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_libraries_through_transformers(kind: str, hf: Any, folder: Path, tmp_path: Path) -> None:
+    needed, settings = OTHERS[kind]
+    library(needed)
+    made = loaded(hf, folder, settings(hf))
+    before = values(made)
+    adapter = tt.attach(made, P.lora(4), "all-linear")
+    assert not any(target.module == "lm_head" for target in adapter.targets)
+    run = trainer(hf, made, tmp_path)
+    run.train()
+    assert losses(run)[-1] < 0.8 * losses(run)[0]
+    assert equal(values(made), before)
+    trained = outputs(made)
+    adapter.merge()
+    report = adapter.merge_report
+    assert report is not None
+    assert len(report) == 14
+    assert report.update_error < 0.2
+    assert torch.linalg.norm(outputs(made) - trained) < 0.2 * torch.linalg.norm(trained)
+    adapter.unmerge()
+    assert equal(values(made), before)
+    assert torch.equal(outputs(made), trained)

@@ -1,0 +1,371 @@
+"""Merging into quantized weights: what is kept, reported, refused and put back, with a layer of a test's own."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+from tnadapt.torch._quantized import QUANTIZED  # noqa: E402
+
+from .interrupts import interrupted, moments  # noqa: E402
+
+P = tna.presets
+
+
+class GridLinear(torch.nn.Module):
+    """Int8 codes in steps of one number a row, and a bias."""
+
+    def __init__(self, rows: int, cols: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = cols, rows
+        self.register_buffer("codes", torch.randint(-100, 101, (rows, cols), dtype=torch.int8))
+        self.register_buffer("step", torch.full((rows, 1), 0.01))
+        self.bias = torch.nn.Parameter(torch.randn(rows))
+
+    def numbers(self) -> Any:
+        return self.codes.float() * self.step
+
+    def forward(self, x: Any) -> Any:
+        return x @ self.numbers().T + self.bias
+
+
+class Grid(tt.QuantizedLayer):
+    stored = ("codes", "step")
+
+    def matches(self, module: Any) -> bool:
+        return isinstance(module, GridLinear)
+
+    def dequantize(self, module: Any) -> Any:
+        return None if module.codes.device.type == "meta" else module.numbers()
+
+    def requantize(self, module: Any, weight: Any) -> Mapping[str, Any]:
+        step = weight.abs().amax(1, keepdim=True) / 100.0
+        return {"codes": (weight / step).round().to(torch.int8), "step": step}
+
+
+@pytest.fixture(autouse=True)
+def _grid() -> Iterator[None]:
+    QUANTIZED.forget()
+    tt.register_quantized("grid", Grid)
+    yield
+    QUANTIZED.forget()
+
+
+def model() -> Any:
+    """Return a model of a quantized layer and one of numbers."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(GridLinear(12, 8), torch.nn.Tanh(), torch.nn.Linear(12, 6))
+
+
+def adapted(config: Any = None, targets: Any = "all-linear", size: float = 0.3) -> tuple[Any, Any]:
+    made = model()
+    adapter = tt.attach(made, P.lora(2) if config is None else config, targets)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += size * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    return made, adapter
+
+
+def bits(made: Any) -> list[Any]:
+    return [tensor.detach().clone() for tensor in (made[0].codes, made[0].step, made[0].bias, made[2].weight)]
+
+
+def same(one: list[Any], other: list[Any]) -> bool:
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def batch() -> Any:
+    return torch.randn(5, 8, generator=torch.Generator().manual_seed(2))
+
+
+def test_the_sum_is_quantized_by_the_layers_own_rule() -> None:
+    made, adapter = adapted()
+    before, update = made[0].numbers().clone(), adapter.deltas()[0].detach()
+    expected = Grid().requantize(made[0], (before.double() + update.double()).float())
+    adapter.merge()
+    assert torch.equal(made[0].codes, expected["codes"])
+    torch.testing.assert_close(made[0].step, expected["step"], rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    "config", [P.lora(2), P.superlora(2), P.hira(2), P.dora(2)], ids=["lora", "all", "hira", "dora"]
+)
+def test_unmerged_every_byte_is_back(config: tna.Config) -> None:
+    made, adapter = adapted(config)
+    before, first = bits(made), made(batch()).detach()
+    for _ in range(3):
+        adapter.merge()
+        assert not same(bits(made), before)
+        adapter.unmerge()
+        assert same(bits(made), before)
+    assert torch.equal(made(batch()).detach(), first)
+
+
+def test_the_report_measures_what_is_stored() -> None:
+    made, adapter = adapted()
+    old, update = made[0].numbers().double(), adapter.deltas()[0].detach().double()
+    adapter.merge()
+    report = adapter.merge_report
+    assert report is not None
+    (row,) = report  # the layer of numbers is not quantized
+    off = torch.linalg.norm(made[0].numbers().double() - old - update)
+    assert row[:2] == ("0.weight", "GridLinear")
+    assert row.error == pytest.approx(float(off / torch.linalg.norm(old + update)), rel=1e-5)
+    assert row.update_error == pytest.approx(float(off / torch.linalg.norm(update)), rel=1e-5)
+    change = made[0].numbers().double() - old
+    assert row.kept == pytest.approx(float((change * update).sum() / update.square().sum()), rel=1e-5)
+    assert (report.update_error, report.kept) == (row.update_error, row.kept)
+    assert str(report).splitlines()[0].split() == ["weight", "layer", "error", "update's", "kept"]
+    assert str(report).splitlines()[1].split()[:2] == ["0.weight", "GridLinear"]
+    adapter.unmerge()
+    assert adapter.merge_report is None
+
+
+def test_without_quantized_weights_the_report_is_empty() -> None:
+    _, adapter = adapted(targets=["2.weight"])
+    adapter.merge()
+    report = adapter.merge_report
+    assert report is not None
+    assert (len(report), report.update_error, report.kept) == (0, 0.0, 1.0)
+    assert str(report) == "no quantized weight was merged into"
+
+
+def test_an_update_of_zero_is_kept() -> None:
+    made = model()
+    adapter = tt.attach(made, P.lora(2), "all-linear")
+    adapter.merge(max_error=0.0)
+    report = adapter.merge_report
+    assert report is not None
+    assert (report[0].update_error, report[0].kept) == (0.0, 1.0)
+
+
+def test_too_large_an_error_is_refused() -> None:
+    made, adapter = adapted(size=0.02)
+    before = bits(made)
+    for merge in (adapter.merge, adapter.bake):
+        with pytest.raises(
+            tna.TargetError, match=r"0\.weight plus its update again is off by .* max_error=0\.001; no w"
+        ):
+            merge(max_error=0.001)
+        assert same(bits(made), before)
+        assert not adapter.merged
+        assert adapter.merge_report is None
+    adapter.merge(max_error=1e6)
+    assert adapter.merged
+    with pytest.raises(tna.ConfigError, match=r"max_error must be a number from 0 up, or None; got -1"):
+        adapter.merge(max_error=-1)
+    with pytest.raises(tna.ConfigError, match=r"max_error must be a number from 0 up, or None; got 'low'"):
+        adapter.merge(max_error="low")  # type: ignore[arg-type]
+
+
+def test_rows_of_one_layer_are_merged_together() -> None:
+    rows = [tna.Rows(0, 4, 12), tna.Rows(8, 4, 12)]
+    targets = [tna.Target("0", (12, 8), role, rows=own) for role, own in zip("qv", rows, strict=True)]
+    made, adapter = adapted(P.lora(2), targets)
+    before, old = bits(made), made[0].numbers().clone()
+    updates = [update.detach() for update in adapter.deltas()]
+    adapter.merge()
+    report = adapter.merge_report
+    assert report is not None
+    assert len(report) == 1
+    wanted = old.clone()
+    wanted[:4] += updates[0]
+    wanted[8:] += updates[1]
+    torch.testing.assert_close(made[0].numbers(), wanted, rtol=0.0, atol=float(made[0].step.max()) * 0.51)
+    assert torch.equal(made[0].codes[4:8], Grid().requantize(made[0], old)["codes"][4:8])
+    adapter.unmerge()
+    assert same(bits(made), before)
+
+
+def test_another_adapter_sees_the_base_that_was_merged_into() -> None:
+    made, adapter = adapted(targets=["0.weight"])
+    before = bits(made)
+    other = tt.attach(made, P.dense(), ["0.weight"], name="other")
+    other.load_arrays({name: torch.full(shape, 0.2) for name, shape in other.plan.param_shapes.items()})
+    adapter.merge()
+    other.merge()
+    with pytest.raises(tna.TargetError, match=r"0\.weight was changed after adapter 'default' was merged"):
+        adapter.unmerge()
+    other.unmerge()
+    adapter.unmerge()
+    assert same(bits(made), before)
+
+
+def test_a_layer_that_was_written_to_is_not_overwritten() -> None:
+    made, adapter = adapted()
+    adapter.merge()
+    made[0].codes[0, 0] += 1
+    with pytest.raises(tna.TargetError, match=r"0\.weight was changed after adapter 'default' was merged"):
+        adapter.unmerge()
+    made[0].codes[0, 0] -= 1
+    adapter.unmerge()
+
+
+def test_disabled_and_baked() -> None:
+    made, adapter = adapted()
+    before = bits(made)
+    adapter.merge()
+    merged = bits(made)
+    with adapter.disabled():
+        assert same(bits(made), before)
+    assert same(bits(made), merged)
+    assert adapter.merge_report is not None
+    adapter.bake()
+    assert same(bits(made), merged)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("merged", [False, True])
+def test_copies_and_pickles(copied: Any, merged: bool) -> None:
+    made, adapter = adapted()
+    before, attached = bits(made), made(batch()).detach()
+    if merged:
+        adapter.merge()
+    other = copied(made)
+    again = tt.adapters(other)["default"]
+    if merged:
+        again.unmerge()
+        assert same(bits(other), before)
+        assert not same(bits(made), before)
+    assert torch.equal(other(batch()).detach(), attached)
+    again.merge()
+    again.unmerge()
+
+
+@pytest.mark.slow
+def test_an_interruption_leaves_the_base_or_the_sum() -> None:
+    made, adapter = adapted()
+    before = bits(made)
+    for stop in moments(lambda: (adapter.merge(), adapter.unmerge())):
+        interrupted(lambda: (adapter.merge(), adapter.unmerge()), stop)
+        if adapter.merged:
+            adapter.unmerge()
+        assert same(bits(made), before), stop
+    adapter.merge()
+    merged = bits(made)
+    adapter.unmerge()
+    for stop in itertools.islice(moments(adapter.bake), 0, None, 5):
+        made, adapter = adapted()
+        interrupted(adapter.bake, stop)
+        if "tnadapt" not in "".join(name for name, _ in made.named_parameters()):
+            assert same(bits(made), merged), stop
+        elif not adapter.merged:
+            assert same(bits(made), before), stop
+
+
+class Failing(Grid):
+    """A type whose library fails."""
+
+    def requantize(self, module: Any, weight: Any) -> Mapping[str, Any]:
+        raise RuntimeError("out of memory")
+
+
+class Short(Grid):
+    """A type that forgets a part."""
+
+    def requantize(self, module: Any, weight: Any) -> Mapping[str, Any]:
+        return {"codes": module.codes}
+
+
+class Infinite(Grid):
+    """A type whose codes stand for no number."""
+
+    def requantize(self, module: Any, weight: Any) -> Mapping[str, Any]:
+        return {"codes": module.codes, "step": module.step / 0.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "text"),
+    [
+        (Failing, RuntimeError, "out of memory"),
+        (Short, tna.TargetError, r"Short\.requantize\(\) returned codes, and its stored is codes, step"),
+        (
+            Infinite,
+            tna.BackendError,
+            r"0\.weight plus its update cannot be quantized as GridLinear: the result is not f",
+        ),
+    ],
+)
+def test_a_library_that_fails_changes_nothing(kind: Any, error: Any, text: str) -> None:
+    tt.register_quantized("grid", kind)
+    made, adapter = adapted()
+    before = bits(made)
+    with pytest.raises(error, match=text):
+        adapter.merge()
+    assert same(bits(made), before)
+    assert not adapter.merged
+    tt.register_quantized("grid", Grid)
+    adapter.merge()
+    adapter.unmerge()
+    assert same(bits(made), before)
+
+
+def test_an_update_that_is_not_finite_is_refused() -> None:
+    made, adapter = adapted()
+    before = bits(made)
+    with torch.no_grad():
+        next(iter(adapter.parameters()))[0, 0] = float("nan")
+    with pytest.raises(tna.BackendError, match=r"the update of 0\.weight is not finite"):
+        adapter.merge()
+    assert same(bits(made), before)
+
+
+def test_unknown_and_empty_layers_are_refused() -> None:
+    class Codes(torch.nn.Module):
+        """Nobody knows how its codes are to be read."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_features, self.out_features = 8, 12
+            self.register_parameter("weight", torch.nn.Parameter(torch.zeros(12, 8, dtype=torch.int8), False))
+
+        def forward(self, x: Any) -> Any:
+            return x @ self.weight.float().T
+
+    adapter = tt.attach(torch.nn.Sequential(Codes()), P.lora(2), "all-linear")
+    with pytest.raises(
+        tna.TargetError, match=r"0\.weight is quantized, and Codes is no type that tnadapt can merge int"
+    ):
+        adapter.merge()
+    empty = model().to("meta")
+    adapter = tt.attach(empty, P.lora(2), ["0.weight"])
+    with pytest.raises(
+        tna.TargetError, match=r"0\.weight of GridLinear cannot be merged into: it is on the meta device"
+    ):
+        adapter.merge()
+
+
+def test_the_summary_counts_what_the_codes_stand_for() -> None:
+    _, adapter = adapted()
+    assert adapter.summary().base == 12 * 8 + 12 + 6 * 12 + 6
+
+
+def test_a_registered_type_is_asked_before_the_built_in_ones() -> None:
+    assert QUANTIZED.built_in == ("bitsandbytes-4bit", "bitsandbytes-int8", "torchao", "quanto", "hqq", "gptq", "awq")
+    with pytest.raises(tna.ConfigError, match="quantized layer 'hqq' is built in and cannot be replaced"):
+        tt.register_quantized("hqq", Grid)
+
+    class Words(GridLinear):
+        """It has the tensors of GPTQ, and is none."""
+
+        def __init__(self) -> None:
+            super().__init__(12, 8)
+            self.bits = 8
+            for name in ("qweight", "qzeros", "scales", "g_idx"):
+                self.register_buffer(name, torch.zeros(1, 1))
+
+    adapter = tt.attach(torch.nn.Sequential(Words()), P.lora(2), "all-linear")
+    adapter.merge()
+    assert adapter.merge_report is not None
+    assert adapter.merge_report[0].kind == "Words"

@@ -1,0 +1,134 @@
+"""Layers of bitsandbytes: 4-bit codes of nf4 and fp4, and int8 rows with a scale each (LLM.int8())."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ._quantized_layer import QuantizedLayer, is_instance
+
+__all__ = ["FourBitLayer", "Int8Layer"]
+
+
+class FourBitLayer(QuantizedLayer):
+    """``bitsandbytes.nn.Linear4bit``: nf4 or fp4, with plain or quantized scales."""
+
+    stored = ("weight", "quant_state")
+    moved = 1.0
+
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether it is a Linear4bit."""
+        return is_instance(module, "bitsandbytes.nn.modules.Linear4bit")
+
+    def dequantize(self, module: nn.Module) -> Tensor | None:
+        """Return the weight; before its first move to a device it is not quantized yet."""
+        weight: Any = module._parameters["weight"]
+        if weight.device.type == "meta":
+            return None
+        state = _quant_state(module)
+        if state is None:
+            return cast(Tensor, weight.detach()) if weight.is_floating_point() else None
+        _unpack(module)
+        weight = module._parameters["weight"]
+        found: Tensor = _functional().dequantize_4bit(weight.data, _quant_state(module))
+        return found.reshape(self.shape(module))
+
+    def while_attached(self, module: nn.Module) -> Mapping[str, Any]:
+        """Keep the weight as it is in evaluation on CPUs with AVX-512 BF16.
+
+        There the first call in evaluation mode would repack it for a kernel that has no backward, with scales rounded
+        to bfloat16, for good.
+        """
+        _unpack(module)
+        return {"support_avx512bf16_for_cpu": False} if hasattr(module, "support_avx512bf16_for_cpu") else {}
+
+    def state(self, module: nn.Module) -> dict[str, Any]:
+        """Return weight and quantization state, in the layout that files have."""
+        _unpack(module)
+        return super().state(module)
+
+    def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
+        """Quantize by ``quantize_4bit`` with the weight's own type, block size and dtypes."""
+        held: Any = module._parameters["weight"]
+        known = _quant_state(module)
+        if known is None:
+            return {"weight": _same_class(held, weight.to(held.dtype)), "quant_state": None}
+        codes, found = _functional().quantize_4bit(
+            weight.to(known.dtype).contiguous(),
+            blocksize=known.blocksize,
+            compress_statistics=known.nested,
+            quant_type=known.quant_type,
+            quant_storage=held.dtype,
+        )
+        new = _same_class(held, codes.reshape(held.shape))
+        new.quant_state = found
+        return {"weight": new, "quant_state": found}
+
+
+class Int8Layer(QuantizedLayer):
+    """``bitsandbytes.nn.Linear8bitLt``: int8 codes, with the largest absolute value of each row as its scale."""
+
+    stored = ("weight", "state")
+    moved = 1.0
+
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether it is a Linear8bitLt."""
+        return is_instance(module, "bitsandbytes.nn.modules.Linear8bitLt")
+
+    def dequantize(self, module: nn.Module) -> Tensor | None:
+        """Return the weight; before its first move to a device it is not quantized yet."""
+        weight: Any = module._parameters["weight"]
+        if weight.device.type == "meta":
+            return None
+        if weight.dtype is not torch.int8:
+            return cast(Tensor, weight.detach())
+        scales = next(
+            scales for holder in (weight, module.state) if (scales := getattr(holder, "SCB", None)) is not None
+        )
+        codes: Tensor = weight.detach().as_subclass(Tensor)
+        return codes.float() * cast(Tensor, scales.float() / 127.0).view(-1, 1)
+
+    def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
+        """Quantize by ``int8_vectorwise_quant`` from float16, as the library does when a layer is moved."""
+        held: Any = module._parameters["weight"]
+        state: Any = copy.copy(module.state)
+        state.reset_grads()  # forgets the codes and scales of the original
+        if held.dtype is not torch.int8:
+            return {"weight": _same_class(held, weight.to(held.dtype)), "state": state}
+        codes, scales, _ = _functional().int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+        new = _same_class(held, codes)
+        new.CB, new.SCB = codes, scales
+        return {"weight": new, "state": state}
+
+
+def _functional() -> Any:
+    return sys.modules["bitsandbytes"].functional
+
+
+def _quant_state(module: nn.Module) -> Any:
+    # A parameter that was converted, as by FSDP, has lost it, and the module still has it.
+    found = getattr(module._parameters["weight"], "quant_state", None)
+    return getattr(module, "quant_state", None) if found is None else found
+
+
+def _unpack(module: Any) -> None:
+    """Undo the packing for the CPU's kernel, by the library's own code, which runs when a state dict is made."""
+    state = _quant_state(module)
+    if state is not None and getattr(state, "packing_format_for_cpu", False):
+        module._save_to_state_dict({}, "", False)
+        state = _quant_state(module)
+    # That code (0.50) leaves plain scales transposed and in bfloat16, as the kernel reads them.
+    if state is not None and not state.nested and state.absmax.ndim == 2:
+        state.absmax = state.absmax.T.reshape(-1).float()
+
+
+def _same_class(held: Any, data: Tensor) -> Any:
+    """Return a parameter of the same class and settings with other data."""
+    new = torch.Tensor._make_subclass(type(held), data, held.requires_grad)
+    new.__dict__.update(held.__dict__)
+    return new

@@ -1,0 +1,145 @@
+"""Layers whose weight is a tensor of torchao: the module is torch's own Linear, and the tensor's class is torchao's.
+
+Such a tensor reports the dtype that it was quantized from, and the shape that it stands for: nothing but its class
+tells it from ordinary numbers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnadapt.errors import TargetError
+
+from ._quantized_layer import QuantizedLayer
+
+__all__ = ["TorchAOLayer"]
+
+
+class TorchAOLayer(QuantizedLayer):
+    """A linear layer after ``torchao.quantization.quantize_``: int8, float8, int4 and other integers, nf4."""
+
+    stored = ("weight",)
+    moved = 2.0
+
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether it is a linear layer and its weight is of a class of torchao's."""
+        weight = module._parameters.get("weight")
+        return isinstance(module, nn.Linear) and weight is not None and _is_torchao(weight)
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """Return the shape that the tensor reports."""
+        rows, cols = module._parameters["weight"].shape  # type: ignore[union-attr]
+        return rows, cols
+
+    def dequantize(self, module: nn.Module) -> Tensor | None:
+        """Return the weight; None if its class has no dequantize(), as kernels' own layouts."""
+        weight: Any = module._parameters["weight"]
+        if weight.device.type == "meta":
+            return None
+        method = getattr(weight, "get_original_weight", weight.dequantize)  # nf4's own name
+        with torch.no_grad():
+            try:
+                found: Tensor = method()
+            except (AttributeError, NotImplementedError):
+                return None
+            # A class that does not define the method inherits torch's, which returns something else.
+            return found if type(found) is Tensor and found.shape == weight.shape else None
+
+    def passes_gradient(self, module: nn.Module) -> bool:
+        """Return False for weights whose layer quantizes its input, too."""
+        weight: Any = module._parameters["weight"]
+        names = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
+        return all(getattr(weight, name, None) is None for name in names)
+
+    def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
+        """Quantize by the tensor class's own method with the settings of the module's weight."""
+        held: Any = module._parameters["weight"]
+        how = _AGAIN.get(type(held).__name__)
+        if how is None:
+            raise TargetError(
+                f"torchao's {type(held).__name__} cannot be merged into: tnadapt knows how to quantize again for "
+                f"{', '.join(_AGAIN)}. Keep the adapter attached, or register a type with tnadapt.torch."
+                "register_quantized"
+            )
+        new = how(held, weight.to(held.dtype).contiguous())
+        for name in ("act_pre_scale", "act_quant_scale", "act_quant_zero_point"):
+            if getattr(held, name, None) is not None:
+                setattr(new, name, getattr(held, name))
+        return {"weight": nn.Parameter(new, requires_grad=False)}
+
+
+def _is_torchao(tensor: Tensor) -> bool:
+    return any(f"{cls.__module__}.".startswith("torchao.") for cls in type(tensor).__mro__)
+
+
+def _granularity(held: Any) -> Any:
+    """Return the granularity that a block size stands for."""
+    found = importlib.import_module("torchao.quantization.granularity")
+    block = tuple(held.block_size)
+    if block == tuple(held.shape):
+        return found.PerTensor()
+    if block == (1, held.shape[1]):
+        return found.PerRow()
+    return found.PerGroup(block[1]) if block[0] == 1 else found.PerBlock(block)
+
+
+def _mapping(held: Any) -> Any:
+    found = importlib.import_module("torchao.quantization.quant_primitives").MappingType
+    plain = held.zero_point is None or not bool(held.zero_point.any())
+    return found.SYMMETRIC if plain else found.ASYMMETRIC
+
+
+def _int8(held: Any, weight: Tensor) -> Any:
+    return type(held).from_hp(
+        weight,
+        _granularity(held),
+        mapping_type=_mapping(held),
+        act_quant_kwargs=held.act_quant_kwargs,
+        reduce_range=held.reduce_range,
+    )
+
+
+def _float8(held: Any, weight: Tensor) -> Any:
+    return type(held).from_hp(
+        weight,
+        float8_dtype=held.qdata.dtype,
+        granularity=_granularity(held),
+        mm_config=held.mm_config,
+        kernel_preference=held.kernel_preference,
+        act_quant_kwargs=held.act_quant_kwargs,
+    )
+
+
+def _intx(held: Any, weight: Tensor) -> Any:
+    return type(held).from_hp(
+        weight,
+        tuple(held.block_size),
+        held.target_dtype,
+        mapping_type=_mapping(held),
+        activation_quantization=held.activation_quantization,
+    )
+
+
+def _int4(held: Any, weight: Tensor) -> Any:
+    return type(held).from_hp(weight, list(held.block_size))
+
+
+def _nf4(held: Any, weight: Tensor) -> Any:
+    return type(held).from_tensor(weight, held.block_size, held.scaler_block_size)
+
+
+#: By the name of the tensor's class: quantize numbers again with a tensor's settings.
+_AGAIN: Mapping[str, Callable[[Any, Tensor], Any]] = {
+    "Int8Tensor": _int8,
+    "Float8Tensor": _float8,
+    "IntxUnpackedToInt8Tensor": _intx,
+    "Int4Tensor": _int4,
+    "Int4PlainInt32Tensor": _int4,
+    "Int4TilePackedTo4dTensor": _int4,
+    "NF4Tensor": _nf4,
+}
