@@ -296,6 +296,50 @@ def test_a_language_model(tmp_path: Path) -> None:
         assert torch.equal(loaded(words).logits, model(words).logits)
 
 
+WORD = {"vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+OTHERS: dict[str, tuple[Any, str, dict[str, Any], list[str]]] = {
+    "a decoder that classifies": (
+        lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, **WORD)),
+        "SequenceClassification", named(), ["score"],
+    ),
+    "a head on another head's base": (
+        lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SMALL, **WORD)),
+        "TokenClassification", named(("O", "B", "I")), ["classifier"],
+    ),
+    "a regression": (
+        lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SMALL, **WORD)),
+        "SequenceClassification", {"num_labels": 1, "problem_type": "regression"}, ["classifier"],
+    ),
+    "an encoder and a decoder": (
+        lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(
+            d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0, vocab_size=32
+        )),
+        "Seq2SeqLM", {}, [],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_heads(tmp_path: Path, case: str) -> None:
+    make, auto, settings, keep = OTHERS[case]
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path / "base")
+    build = getattr(transformers, f"AutoModelFor{auto}").from_pretrained
+    model = build(tmp_path / "base", **settings).eval()
+    adapter = tt.attach(model, keep_trainable=keep)
+    stir(adapter)
+    adapter.save_pretrained(tmp_path / "mine")
+    loaded = tt.load_pretrained(tmp_path / "mine")
+    words = torch.tensor([[5, 6, 7, 8], [9, 5, 6, 7]])
+    more = {"decoder_input_ids": words} if auto == "Seq2SeqLM" else {}
+    with torch.no_grad():
+        assert torch.equal(loaded(words, **more).logits, model(words, **more).logits)
+    assert loaded.config.id2label == model.config.id2label
+    assert loaded.config.problem_type == model.config.problem_type
+    with pytest.raises(FileError, match=r"there is no tokenizer in '.*base': save one with the adapter, or load it"):
+        tt.load_processor(tmp_path / "mine")
+
+
 @pytest.mark.parametrize(
     ("kind", "task"),
     [

@@ -87,7 +87,13 @@ class TransformersModels(ModelLibrary):
             refusing(f"cannot load the {task.processor} from {safe_repr(folder)}", "load it yourself"),
             _silent(transformers),
         ):
-            return getattr(transformers, task.processor).from_pretrained(folder, trust_remote_code=False, **settings)
+            found = getattr(transformers, task.processor).from_pretrained(folder, trust_remote_code=False, **settings)
+        # Where there are no files of a tokenizer, transformers makes one without words, or with a space alone.
+        if task.processor == "AutoTokenizer" and len(found.get_vocab()) <= len(set(found.all_special_ids)) + 1:
+            raise FileError(
+                f"there is no tokenizer in {safe_repr(folder)}: save one with the adapter, or load it yourself"
+            )
+        return found
 
     def set_labels(self, model: nn.Module, about: Pretrained) -> None:
         """Set ``id2label`` and ``label2id`` of the model's config."""
