@@ -35,6 +35,9 @@ MORE_PRESETS: dict[str, dict[str, Any]] = {
 #: The models of such rows.
 FIRST = ("MLP",)
 
+#: Tests that look at the class of the config.
+BY_CLASS = ("test_mixed_adapter_batches", "test_generate_with_mixed_adapter_batches")
+
 # How plain LoRA's keywords translate. A row with any other keyword tests something that only LoRA has.
 _LEFT_OUT = ("r", "lora_alpha", "lora_dropout")
 _SAME = ("task_type", "modules_to_save", "target_modules")
@@ -82,7 +85,6 @@ class Suite:
                     # All models are in the local cache, and each access to the hub would take half a minute to fail.
                     one.hub_online_once = lambda *args, **kwargs: contextlib.nullcontext()
             if common is not None:
-                _include(common, self.ours)
                 # It has a list of the methods that can adapt GPT-2's layers; tnadapt can, too.
                 _lengthen(common, self.ours)
             for function in _functions(module):
@@ -148,6 +150,16 @@ class Suite:
         return CONTROL if classes[0] is self.lora else "superlora"
 
     @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_call(self, item: Any) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            if item.originalname in BY_CLASS and self.label(item) != CONTROL:
+                # They are skipped for other classes than those that PEFT lists: ours takes LoRA's place in the list.
+                for module in (item.module, sys.modules.get(f"{item.module.__package__}.testing_common")):
+                    if hasattr(module, "LoraConfig"):
+                        patch.setattr(module, "LoraConfig", self.ours)
+            yield
+
+    @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item: Any, call: Any) -> Iterator[None]:
         outcome = yield
         report = outcome.get_result()
@@ -201,27 +213,6 @@ def _lengthen(common: Any, ours: type) -> None:
 
         changed.original = skip  # type: ignore[attr-defined]
         common._skip_if_conv1d_not_supported = changed
-
-
-#: Tests of features that PEFT checks for by the class of the config.
-_BY_CLASS = ("_test_mixed_adapter_batches", "_test_generate_with_mixed_adapter_batches_and_beam_search")
-
-
-def _include(common: Any, ours: type) -> None:
-    """While these tests run with our config, LoRA's class in their module is ours: they take it for one of the list."""
-    for name in _BY_CLASS:
-        test = getattr(common.PeftCommonTester, name)
-        if hasattr(test, "original"):
-            continue
-
-        def changed(self: Any, model_id: str, config_cls: type, *args: Any, test: Any = test) -> None:
-            with pytest.MonkeyPatch.context() as patch:
-                if config_cls is ours:
-                    patch.setattr(common, "LoraConfig", ours)
-                test(self, model_id, config_cls, *args)
-
-        changed.original = test  # type: ignore[attr-defined]
-        setattr(common.PeftCommonTester, name, changed)
 
 
 def _functions(module: Any) -> Iterator[Any]:

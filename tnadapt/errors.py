@@ -90,6 +90,7 @@ _PEFT_KEYWORDS = {
     "target_modules": ("targets", "an argument of tnadapt.torch.attach"),
     "modules_to_save": ("keep_trainable", "an argument of tnadapt.torch.attach"),
     "layers_to_transform": ("layers", "an argument of tnadapt.torch.attach"),
+    "lora_dropout": ("dropout", "an argument of tnadapt.torch.attach"),
     "exclude_modules": ("exclude", "an argument of tnadapt.torch.attach"),
     "rank_pattern": ("cfg", "an argument of tnadapt.torch.attach: a mapping of patterns to configs"),
     "alpha_pattern": ("cfg", "an argument of tnadapt.torch.attach: a mapping of patterns to configs"),

@@ -40,6 +40,14 @@ def test_a_part_runs_and_its_contestants_agree(part: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_mixed_batches_agree_with_one_adapter_at_a_time() -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    command = [sys.executable, str(BENCHMARKS / "mixed_batch.py"), "--smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_the_page_is_that_of_its_results(scripts: ModuleType, tmp_path: Path) -> None:
     page = importlib.import_module("page")
     page.write(scripts.read(scripts.RESULTS), tmp_path)

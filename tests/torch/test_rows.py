@@ -384,6 +384,17 @@ def test_no_names(names: Any, error: type[Exception], text: str) -> None:
         pass
 
 
+def test_the_counterpart_of_weighted_adapters_is_named() -> None:
+    model = adapted(nn.Sequential(nn.Linear(WIDTH, 4)), "lora", "all-linear")
+    handle = tt.adapters(model)["a"]
+    text = r"PEFT's add_weighted_adapter is tnadapt\.torch\.mix\(model, \{'first': 0\.5, 'second': 0\.5\}\), which"
+    with pytest.raises(AttributeError, match=text):
+        handle.add_weighted_adapter(["a", "b"], [0.5, 0.5], "c")
+    with pytest.raises(AttributeError, match=r"^'Adapter' object has no attribute 'other'$"):
+        _ = handle.other
+    assert copy.deepcopy(handle).name == "a"
+
+
 def test_merged_and_disabled_adapters() -> None:
     model = adapted(nn.Sequential(nn.Linear(WIDTH, 4)), "lora", "all-linear")
     a, b = tt.adapters(model).values()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from tnadapt.decomposition import FitReport
 from . import _arrays, _begin, _merging, _removal, _trainable
 from ._adapter_files import AdapterFiles
 from ._bound_plan import fill
+from ._peft_words import refuse_attribute
 from ._registry import attached, mix, set_weight
 from ._requantizing import RequantizationReport
 from ._state import AdapterState, need_unmerged
@@ -59,6 +60,11 @@ class Adapter(AdapterFiles):
             f"<tnadapt adapter {self.name!r}: {self.num_parameters:,} parameters for {len(self.targets)} weights of "
             f"{type(self.model).__name__}, {state}, weight {self.weight:g}>"
         )
+
+    if not TYPE_CHECKING:  # where every attribute would pass for existing
+
+        def __getattr__(self, name: str) -> Any:
+            refuse_attribute(type(self).__name__, name)
 
     # -- Properties --------------------------------------------------------------------------
 

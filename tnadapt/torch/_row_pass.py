@@ -82,13 +82,15 @@ def run_by_rows(patch: RowPatch, args: Any, kwargs: Any) -> Any:
             check_usable(slot.adapter, slot.adapter in assignment.groups)
     acting = patch.acting(alone=False)
     always = [placed for placed in acting if placed[1].adapter not in assignment.governed]
+    of_adapter: dict[AdapterState | None, list[Placed]] = {}
+    for placed in acting:
+        of_adapter.setdefault(placed[1].adapter, []).append(placed)
     groups: list[Group] = []
     # Adapters that do not act in this layer leave the base's rows, which are one group.
     rest: list[int] = []
     for state, numbers in assignment.groups.items():
-        own = [placed for placed in acting if placed[1].adapter is state]
-        if own:
-            groups.append((numbers, [*own, *always]))
+        if state in of_adapter:
+            groups.append((numbers, [*of_adapter[state], *always]))
         else:
             rest += numbers
     if rest:
