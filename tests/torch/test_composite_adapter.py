@@ -156,6 +156,20 @@ def test_on_a_model_of_many_forms(tmp_path: Path) -> None:
     assert all(torch.equal(merged[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_updates_behind_f_are_computed_for_their_part_alone() -> None:
+    model = small()
+    patterns = {
+        "q_proj|v_proj": P.lora(2),
+        "linear[12]": P.superlora(2, projection="linear", ratio=0.5),
+        "head": "dense",
+    }
+    adapter = tt.attach(model, patterns, strategy="weight")
+    run(model)
+    # Updates of one weight have its number as a key, and those of all weights of a part a number below zero.
+    entries = {key[2]: sorted(entry.made) for key, entry in adapter._state.cache._entries.items()}
+    assert entries == {0: [0], 1: [1], -2: [2, 3], 4: [4]}
+
+
 def test_training_one_part_and_starting_over() -> None:
     model = small()
     adapter = tt.attach(model, {"q_proj|v_proj": P.lora(2), "linear1": P.lora(3, seed=1), "head": "dense"})
@@ -278,6 +292,11 @@ def test_patterns_are_roles_words_and_ends_of_paths() -> None:
     assert found_by({"linear[12]": "lora", "q_proj|v_proj": "dense"}, exclude=["v_proj", "linear1"]) == [
         "blocks.4.linear2", "blocks.1.q_proj",
     ]  # fmt: skip
+    model = nn.ModuleDict({"words": nn.Embedding(5, 4), "out": nn.Linear(4, 4)})
+    assert [target.module for target in tt.attach(model, {"out": "lora", "embeddings": "lora"}).targets] == [
+        "out",
+        "words",
+    ]
     assert found_by({"linear1": "lora", "q_proj": "dense"}, layers=[1, 4]) == ["blocks.4.linear1", "blocks.1.q_proj"]
 
 
@@ -318,7 +337,7 @@ def test_one_pattern_is_one_config() -> None:
         ),
         ({"q": "lora", "v": "lora"}, {"exclude": "o"}, "exclude='o' excludes none of the 10 targets"),
         ({"q": "lora"}, {"rank": 3}, "argument 'rank': a config has its settings already: use config.replace(rank=…)"),
-        ({3: "lora"}, {}, "targets must be roles such as 'qv', 'all-linear', 'conv', a regular expression"),
+        ({3: "lora"}, {}, "targets must be roles such as 'qv', 'all-linear', 'conv', "),
     ],
 )
 def test_mappings_that_are_refused(patterns: Any, words: dict[str, Any], text: str) -> None:

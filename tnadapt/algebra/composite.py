@@ -311,6 +311,14 @@ class CompositePlan(SuperLoRA, of=CompositeConfig):
         place = max(place for place, (first, _) in enumerate(self.layout.firsts) if first <= i)
         return self.parts[place], i - self.layout.firsts[place][0]
 
+    @property
+    def alone(self) -> list[tuple[SuperLoRA, dict[str, str], int]]:
+        """The plan of each part's updates alone, the names here of its arrays, and the number of its first weight."""
+        return [
+            (part.arrays_plan, self._names(place, part.array_shapes), self.layout.firsts[place][0])
+            for place, part in enumerate(self.parts)
+        ]
+
     # -- Groups ------------------------------------------------------------------------------
 
     def start_place(self, group: int) -> StartPlace:

@@ -16,7 +16,7 @@ from .config import Config
 __all__ = ["config_of", "named_config"]
 
 # What a caller means who gives one of these as the config, which comes before the targets.
-_TARGETS = ("all-linear", "conv")
+_TARGETS = ("all-linear", "conv", "embeddings")
 _ROLES = frozenset("qkvo")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._guards import TracingContext
 
+from tnadapt.algebra.composite import CompositePlan
 from tnadapt.algebra.superlora import SuperLoRA
 
 from ._delta import DeltaFunction, Slice, Whole, pieces, vector, version
@@ -41,7 +43,7 @@ class DeltaCache:
     On the CPU such a comparison costs microseconds. On a GPU it waits for the device. Updates that a layer can compute
     alone are therefore not cached there but computed in each call, as in training.
 
-    Entries are keyed by (gradients enabled, inference mode, weight or None for all weights at once). Entries with
+    Entries are keyed by (gradients enabled, inference mode, weight; or -1, -2 … for all of a part). Entries with
     gradients hold the graph as well: they are valid only for the same parameter objects with unchanged
     ``requires_grad`` and version counters, because the graph leads to these objects and its backward pass refuses
     arrays that were written to.
@@ -52,11 +54,14 @@ class DeltaCache:
         # Filled completely here: a list that grows later would trigger recompilation of compiled programs.
         self._slices = [Slice(plan, index) for index in range(len(plan.shapes))]
         self._alone = [Slice.of(plan, index) is not None for index in range(len(plan.shapes))]
-        self._entries: dict[tuple[bool, bool, int | None], CacheEntry] = {}
+        #: Parts of the plan whose updates are computed at once, and the part of each weight.
+        self._parts = _parts(plan)
+        self._part = [part for part in self._parts for _ in part.plan.shapes]
+        self._entries: dict[tuple[bool, bool, int], CacheEntry] = {}
         #: The latest copy of each array, which entries share.
         self._copies: dict[tuple[str, bool], Tensor] = {}
-        #: Number of the current compiler trace, and the updates it has computed for all its layers.
-        self._traced: tuple[int, list[Tensor]] | None = None
+        #: Number of the current compiler trace, and the updates of each part that it has computed for all its layers.
+        self._traced: tuple[int, dict[int, list[Tensor]]] | None = None
         #: Whether the last forward pass of the whole model began with gradients.
         self.began_with_gradients = False
 
@@ -93,7 +98,8 @@ class DeltaCache:
             return DeltaFunction.apply(own, *given)  # type: ignore[no-any-return, no-untyped-call]
         # An update with a graph cannot replace one without (outputs would require gradients, and the graph would stay
         # alive), nor can an inference tensor replace an ordinary one.
-        key = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), index if alone else None
+        part = self._part[index]
+        key = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), index if alone else part.key
         # No lock is needed: entries are immutable, and reading or replacing one is a single dictionary operation. Two
         # threads that both find none compute it twice, with equal results.
         entry = self._entries.get(key)
@@ -102,7 +108,7 @@ class DeltaCache:
         # Drop the stale entry before computing the new one, to keep peak memory down.
         entry = None
         self._entries.pop(key, None)
-        new = self._entry(index, given) if alone else self._whole(lookup)
+        new = self._entry(index, given) if alone else self._whole(lookup, part)
         # A graph belongs to the arrays themselves, which another thread may have changed since they were copied. Such
         # an entry is returned to this caller but not cached.
         if new.leaves is None or new.is_of(own.names, given):
@@ -115,20 +121,20 @@ class DeltaCache:
         copies = self._copied(own.names, given)
         return CacheEntry(copies, {index: own(*copies.values())})
 
-    def _whole(self, lookup: Lookup) -> CacheEntry:
-        """Compute the entry of all weights at once; with gradients, as one graph that all layers share."""
-        names = list(self.plan.param_shapes)
+    def _whole(self, lookup: Lookup, part: CachedPart) -> CacheEntry:
+        """Compute the entry of all weights of a part; with gradients, as one graph that all layers share."""
+        names = part.names
         given = lookup(names)
         # State before copies: a write in between makes the copies newer than the state, which invalidates the entry.
         state = array_state(given) if torch.is_grad_enabled() else None
         copies = self._copied(names, given)
         if state is None:
             # Computed from the copies, so that the entry is consistent whatever is written to the arrays meanwhile.
-            made = pieces(self.plan, Whole(self.plan, names)(*copies.values()))
-            return CacheEntry(copies, dict(enumerate(made)))
-        made = pieces(self.plan, vector(self.plan, dict(zip(names, given, strict=True))))
+            made = pieces(part.plan, Whole(part.plan, part.own)(*copies.values()))
+            return CacheEntry(copies, dict(enumerate(made, part.first)))
+        made = part.updates(given)
         leaves = dict(zip(names, zip(given, state, strict=True), strict=True))
-        return CacheEntry(copies, dict(enumerate(made)), leaves, sum(map(version, given)))
+        return CacheEntry(copies, dict(enumerate(made, part.first)), leaves, sum(map(version, given)))
 
     def _copied(self, names: Sequence[str], given: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return copies of arrays, reusing existing copies that are equal.
@@ -159,15 +165,53 @@ class DeltaCache:
         # Between two programs of one pass, and after an interrupted pass, _traced may hold tensors of another trace.
         # They must not be reused: a program cannot check whether the arrays have changed since.
         if self._traced is None or self._traced[0] != number or number == 0:
-            names = list(self.plan.param_shapes)
-            self._traced = number, pieces(self.plan, vector(self.plan, dict(zip(names, lookup(names), strict=True))))
-        return self._traced[1][index]
+            self._traced = number, {}
+        part, made = self._part[index], self._traced[1]
+        if part.key not in made:
+            made[part.key] = part.updates(lookup(part.names))
+        return made[part.key][index - part.first]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeltaCache:
         return DeltaCache(self.plan)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return DeltaCache, (self.plan,)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CachedPart:
+    """A part of a plan whose updates are computed at once: all of it, or those of one of its configs.
+
+    Attributes
+    ----------
+    plan : SuperLoRA
+        Of this part alone.
+    own, names : list of str
+        Names of its arrays there, and in the whole plan.
+    first : int
+        The number of its first weight in the whole plan.
+    key : int
+    """
+
+    plan: SuperLoRA
+    own: list[str]
+    names: list[str]
+    first: int
+    key: int
+
+    def updates(self, arrays: Sequence[Tensor]) -> list[Tensor]:
+        """Compute the updates of its weights, differentiable."""
+        return pieces(self.plan, vector(self.plan, dict(zip(self.own, arrays, strict=True))))
+
+
+def _parts(plan: SuperLoRA) -> list[CachedPart]:
+    if not isinstance(plan, CompositePlan):
+        names = list(plan.param_shapes)
+        return [CachedPart(plan, names, names, 0, -1)]
+    return [
+        CachedPart(part, list(names), list(names.values()), first, -1 - place)
+        for place, (part, names, first) in enumerate(plan.alone)
+    ]
 
 
 class CacheEntry(NamedTuple):

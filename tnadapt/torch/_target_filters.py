@@ -13,13 +13,12 @@ from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.roles import number
 from tnadapt.targets.target import Target
 
-from ._target_search import TargetSearch
+from ._target_search import WORDS, TargetSearch
 from ._weights import plain
 
 __all__ = ["in_layers", "without"]
 
 _ROLES = frozenset("qkvo")
-_WORDS = ("all-linear", "conv", "embeddings")
 
 
 # -- Layers ------------------------------------------------------------------------------------------
@@ -171,7 +170,7 @@ def without(search: TargetSearch, found: Sequence[Target], exclude: Any) -> list
 def _excluded(search: TargetSearch, exclude: Any) -> tuple[set[str], list[Target]]:
     """Return the paths of modules that are excluded with everything below, and the targets that are."""
     paths = [path for path, _ in search.places]
-    if isinstance(exclude, str) and exclude and (exclude in _WORDS or _ROLES.issuperset(exclude)):
+    if isinstance(exclude, str) and exclude and (exclude in WORDS or _ROLES.issuperset(exclude)):
         return set(), search.find(exclude)
     if isinstance(exclude, str):
         try:

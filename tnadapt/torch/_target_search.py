@@ -17,9 +17,11 @@ from tnadapt.targets.target import Target
 from ._attention_search import AttentionModule, attentions
 from ._weights import Weight, modules_of, plain, weights_of, wraps
 
-__all__ = ["TargetSearch"]
+__all__ = ["WORDS", "TargetSearch"]
 
 _ROLES = frozenset("qkvo")
+#: Words that name targets, besides roles.
+WORDS = ("all-linear", "conv", "embeddings")
 
 # Names of a model's direct children that hold the output head, which is trained whole rather than adapted.
 _HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs", "head", "heads", "fc", "classification_head")
@@ -109,7 +111,7 @@ class TargetSearch:
 
         Of a module that holds no weight itself, those are all linear weights in it.
         """
-        if pattern in ("all-linear", "conv") or (pattern and _ROLES.issuperset(pattern)):
+        if pattern in WORDS or (pattern and _ROLES.issuperset(pattern)):
             return self._by_word(pattern)
         try:
             ends = re.compile(rf"(?:.*\.)?(?:{pattern})")
