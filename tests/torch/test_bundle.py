@@ -296,6 +296,26 @@ def test_a_language_model(tmp_path: Path) -> None:
         assert torch.equal(loaded(words).logits, model(words).logits)
 
 
+@pytest.mark.slow
+def test_a_quantized_base(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**SMALL, "hidden_size": 64, "intermediate_size": 64}, vocab_size=32)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    four = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama", quantization_config=four).eval()
+    adapter = tt.attach(model)
+    stir(adapter)
+    adapter.save_pretrained(tmp_path / "mine")
+    words = torch.arange(8)[None]
+    loaded = tt.load_pretrained(tmp_path / "mine", quantization_config=four, device="cpu")
+    with torch.no_grad():
+        assert torch.equal(loaded(words).logits, model(words).logits)
+    assert "it was trained on another base model" in refusal(tmp_path / "mine")
+    tt.load_pretrained(tmp_path / "mine", check_base=False)
+
+
 WORD = {"vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 OTHERS: dict[str, tuple[Any, str, dict[str, Any], list[str]]] = {
     "a decoder that classifies": (
