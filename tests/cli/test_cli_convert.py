@@ -57,7 +57,7 @@ def test_what_is_lost_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "lora"], "to must be one of tnadapt, peft-lora"),
+        (["--to", "lora"], "to must be one of tnadapt, peft, peft-lora"),
         (["--to", "peft-lora", "--rank", "0"], "Invalid value for '--rank'"),
         (["--to", "peft-lora", "--max-error", "7"], "max_error must be a number from 0 to 1"),
         (["--rank", "2"], "belongs to LoRA, LoKr and LoHa"),

@@ -86,3 +86,23 @@ def fill(parameters: Iterator[Any], seed: int = 0, scale: float = 0.5) -> None:
     with torch.no_grad():
         for parameter in parameters:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def tiny_unet() -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """A UNet of diffusers with random weights, and the shapes of some of its linear layers and convolutions."""
+    import warnings
+
+    import pytest
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of packages that diffusers imports
+        diffusers = pytest.importorskip("diffusers")
+        torch.manual_seed(0)
+        unet = diffusers.UNet2DConditionModel(
+            block_out_channels=(8, 16), layers_per_block=1, sample_size=8, cross_attention_dim=12, norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=4,
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+    ends = ("to_q", "to_v", "to_out.0", "ff.net.0.proj", "proj_in", "conv1", "time_emb_proj")
+    return unet, {path: tuple(layer.weight.shape) for path, layer in unet.named_modules() if path.endswith(ends)}

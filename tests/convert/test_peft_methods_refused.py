@@ -343,5 +343,7 @@ def test_weights_that_peft_does_not_adapt_so() -> None:
 def test_a_rank_belongs_to_other_forms() -> None:
     with pytest.raises(ConfigError, match="rank=2 belongs to LoRA, LoKr and LoHa; 'peft-miss' keeps all there is"):
         tna.convert(made(P.miss(2), FLAT), to="peft-miss", rank=2)
-    with pytest.raises(ConfigError, match="to must be one of tnadapt, peft-lora, peft-lokr, peft-loha, peft-vera"):
+    with pytest.raises(
+        ConfigError, match="to must be one of tnadapt, peft, peft-lora, peft-lokr, peft-loha, peft-vera"
+    ):
         tna.convert(made(P.lora(2), FLAT), to="peft-vblora")

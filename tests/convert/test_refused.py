@@ -415,7 +415,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"to": "lora"}, "to must be one of tnadapt, peft-lora"),
+        ({"to": "lora"}, "to must be one of tnadapt, peft, peft-lora"),
         ({"to": ["peft-lora"]}, "to must be one of"),
         ({"to": "peft-lora", "rank": 0}, "rank must be from 1"),
         ({"to": "peft-lora", "rank": 2.0}, "rank must be an integer"),

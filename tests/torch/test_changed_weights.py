@@ -524,7 +524,7 @@ def test_the_summary_says_that_it_is_no_lora() -> None:
     summary = tt.attach(layers(), P.dora(2), "all-linear").summary()
     assert summary.lora_rank is None
     assert summary.parameters == 49
-    assert str(summary).endswith("does not export as LoRA: apply='magnitude' does more than add its updates")
+    assert str(summary).endswith("merge only: apply='magnitude' does more than add its updates")
 
 
 def test_checkpointed_layers_recompute_the_same() -> None:

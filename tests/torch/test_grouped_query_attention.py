@@ -66,7 +66,7 @@ def test_from_the_first_step_to_a_merged_model(name: str, tmp_path: Path) -> Non
     assert [row.slices[0][0] for row in summary.rows] == [0, 1] * 3
     if name == "superlora":
         assert summary.lora_rank is None
-        assert str(summary).endswith("does not export exactly as LoRA: its updates may have matrix rank 32")
+        assert str(summary).endswith("merge only: its updates may have matrix rank 32")
     else:
         assert summary.lora_rank == 2
         assert [row.rank for row in summary.rows] == [2] * 6
@@ -121,11 +121,11 @@ def test_groups_by_role_are_fitted_to_a_tuned_model(tmp_path: Path) -> None:
 def test_a_summary_says_why_there_is_no_lora() -> None:
     attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
     line = str(tt.attach(torch.nn.ModuleDict({"attn": attention}), P.lora(2)).summary()).rpartition("\n")[2]
-    assert line == "does not export as LoRA: attn.in_proj_weight is not the weight of a layer"
+    assert line == "merge only: attn.in_proj_weight is not the weight of a layer"
     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
     adapter = tt.attach(model, P.lora(2), targets="all-linear", activation="relu")
     line = str(adapter.summary()).rpartition("\n")[2]
-    assert line == "does not export as LoRA: an activation acts between its factors"
+    assert line == "neither LoRA nor merged: an activation acts between its factors"
     assert adapter.summary().lora_rank is None
 
 

@@ -18,6 +18,7 @@ from .adapter_file import AdapterFile
 from .adapter_format import likeness, read
 from .checkpoint import Checkpoint, open_checkpoint
 from .container import file_error_context, opened
+from .lora_export import lora_export
 
 __all__ = ["info"]
 
@@ -93,6 +94,7 @@ def _of_adapter(path: str, every: bool) -> dict[str, Any]:
         "base": recipe.get("base"),
         "draws": draws,
         "draws_here": draws_here,
+        "export": lora_export(file.plan, file.targets, file.activation).to_dict(),
         "sha256": recipe["sha256"],
     }
     if file.pretrained is not None:

@@ -18,7 +18,9 @@ __all__ = ["convert_command"]
 
 
 def convert_command(
-    source: Annotated[Path, typer.Argument(help="A tnadapt file, a PEFT folder, or a LyCORIS or kohya file.")],
+    source: Annotated[
+        Path, typer.Argument(help="A tnadapt file, a PEFT folder, or a file of LyCORIS, kohya or diffusers.")
+    ],
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="A file, or a folder for PEFT; without it, nothing is written.")
     ] = None,
@@ -29,11 +31,17 @@ def convert_command(
     ] = None,
     base: Annotated[
         Path | None,
-        typer.Option(help="The base model (safetensors): to find the paths of LyCORIS' names, and to check shapes."),
+        typer.Option(
+            help="The base model (safetensors): to find the paths of LyCORIS' names, and to check shapes; for "
+            "gguf-lora with its config.json, or a GGUF file."
+        ),
     ] = None,
     part: Annotated[
         str | None,
-        typer.Option(help="The adapter to read from a kohya file with several, by its prefix, e.g. lora_unet."),
+        typer.Option(
+            help="The adapter to read from a kohya or diffusers file with several, or the component to write, e.g. "
+            "lora_te2 or text_encoder_2."
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="dtype of the result: float32, float16, bfloat16 or float64.")
@@ -44,7 +52,9 @@ def convert_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Convert an adapter between tnadapt, PEFT, LyCORIS and others: exactly, or with a measured error.
+    """Convert an adapter between tnadapt, PEFT, LyCORIS, kohya, diffusers, llama.cpp and others.
+
+    Conversions are exact, or have a measured error.
 
     Exit code: 0, or 2 if the conversion is not possible; nothing is written then.
     """

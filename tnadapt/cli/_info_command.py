@@ -53,6 +53,7 @@ def _adapter(found: dict[str, Any]) -> Iterable[str]:
         rows.insert(1, ("given", f"{given['elements']:,} float32 in {_counted(given['arrays'], 'array')}, not trained"))
     if found["activation"]:
         rows.append(("activation", f"{found['activation']} (LoDA: it cannot be merged)"))
+    rows.append(("serving", found["export"]["says"]))
     rows.append(("model", found["model"] or "unknown"))
     rows += _pretrained(found.get("pretrained", {}))
     base = found["base"]

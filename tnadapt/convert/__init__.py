@@ -1,7 +1,7 @@
 """Convert adapters from and to PEFT, LyCORIS and other libraries: exactly if possible, otherwise with a known error.
 
 :func:`convert` is the entry point, and ``_pipeline`` runs its steps: read, choose, write, measure. The
-:class:`FileFormat` of a library (``_peft_format``, ``_lycoris_format``) reads its files as one ``ModuleUpdate`` per
+:class:`FileFormat` of a library (such as ``_peft_format``) reads its files as one ``ModuleUpdate`` per
 module (``_updates``), and ``_unpack`` joins these into an adapter file. For export, ``_unpack`` determines the form of
 each module's update, ``_nearest`` chooses the form to write, and the format encodes and writes it. The result is read
 back to measure the error. Other packages add a format with a class and :func:`register_file_format`.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ._conversion import Conversion
     from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
     from ._files import StoredFiles
-    from ._pipeline import register_file_format
+    from ._format_registry import register_file_format
     from ._unpack import Module, TargetUpdate
     from ._updates import ModuleUpdate, Pair
 
@@ -54,14 +54,14 @@ _LAZY = {
     "Pair": "_updates",
     "StoredFiles": "_files",
     "TargetUpdate": "_unpack",
-    "register_file_format": "_pipeline",
+    "register_file_format": "_format_registry",
     "target_of": "_base_model",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name == "FORMS":  # never stored, as it grows with every format that is registered
-        return importlib.import_module("._pipeline", __name__).forms()
+        return importlib.import_module("._format_registry", __name__).forms()
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

@@ -33,13 +33,16 @@ def convert(
     source : str, PathLike or AdapterFile
         A tnadapt file; a folder that PEFT saved (LoRA, LoKr, LoHa, VeRA, RandLoRA, FourierFT, WaveFT, C3A, SHiRA, MiSS,
         Uni-LoRA, TinyLoRA, VB-LoRA); a safetensors file of LyCORIS or kohya (LoRA,
-        LoKr, LoHa, full differences); or any path that a registered file format reads.
+        LoKr, LoHa, full differences) or of diffusers (LoRA); a GGUF adapter that this library wrote; or any path that a
+        registered file format reads.
     out : str or PathLike, optional
         Where to write the result: a folder for PEFT, otherwise a file. Nothing is written if None.
     to : str
         "tnadapt", "peft-lora", "peft-lokr", "peft-loha", "lycoris-lora", "lycoris-lokr", "lycoris-loha",
-        "lycoris-full", or a form of a registered file format. "peft-vera", "peft-randlora", "peft-fourierft",
-        "peft-waveft", "peft-c3a", "peft-shira", "peft-miss" and "peft-tinylora" are written from a config of that
+        "lycoris-full", the same with "kohya" for "lycoris", "diffusers-lora", "gguf-lora" for llama.cpp, "vllm-lora",
+        or a form of a registered file format. A format alone, such as "kohya", takes the adapter's own method if all of
+        its updates have one, and otherwise LoRA. "peft-vera", "peft-randlora", "peft-fourierft", "peft-waveft",
+        "peft-c3a", "peft-shira", "peft-miss" and "peft-tinylora" are written from a config of that
         structure only.
     rank : int, optional
         Largest rank allowed. Without it, an update keeps its rank; LoRA also finds the smallest rank within
@@ -53,8 +56,11 @@ def convert(
         other files, the adapter's names and shapes are checked against it. Some of PEFT's methods do not store the
         shapes of the weights, or depend on the order of the modules, which a mapping gives. If this library's adapter
         has arrays that are computed from the base weights and not stored, base must be a path: the weights are read.
+        "gguf-lora" needs a path with a config.json, or the GGUF file of the model.
     part : str, optional
-        Prefix of the adapter to read from a kohya file with the adapters of several models, such as "lora_unet".
+        The adapter to read from a file with those of several models: its prefix in a file of kohya's, such as
+        "lora_unet", or its component in one of diffusers, such as "unet". When such a file is written, the component
+        that the model is; by default it follows from the names of the modules.
     dtype : str, optional
         The dtype of the result's tensors. By default that of the source, or float32 if that would round any value.
     without_kept : bool

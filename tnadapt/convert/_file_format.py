@@ -188,6 +188,23 @@ class FileFormat:
 
     # -- Writing -------------------------------------------------------------------------------
 
+    def configure(self, base: Any, part: str | None) -> Any:
+        """Take what the caller gives for an export, before the source is read; by default nothing.
+
+        Parameters
+        ----------
+        base : optional
+            The argument of :func:`tnadapt.convert`.
+        part : str, optional
+            The component of a model with several that the adapter is of.
+
+        Returns
+        -------
+        optional
+            The base for reading and checking the source.
+        """
+        return base
+
     def check_target(self, target: Target) -> None:
         """Raise ConfigError unless the library can adapt the target's parameter; by default, the weight of a module."""
         if target.index is not None:

@@ -48,6 +48,10 @@ class LycorisFormat(FileFormat):
     library = "LyCORIS"
     kinds = ("lora", "lokr", "loha", "full")
 
+    def flat_name(self, path: str) -> str:
+        """Return the name of a module in a file, with underscores for dots."""
+        return f"lycoris_{path.replace('.', '_')}"
+
     def detect(self, path: str) -> str | None:
         """Return the path if the names of the file's tensors are those of LyCORIS or kohya."""
         names = None if os.path.isdir(path) else foreign_tensor_names(path)
@@ -75,7 +79,7 @@ class LycorisFormat(FileFormat):
         """Raise ConfigError for paths that map to the same name, and for parameters trained alongside the adapter."""
         names = dict[str, str]()
         for module in modules:
-            name = _flat_name(module.path)
+            name = self.flat_name(module.path)
             if name in names:
                 raise ConfigError(
                     f"LyCORIS writes dots as underscores, and {safe_repr(names[name])} and "
@@ -100,7 +104,7 @@ class LycorisFormat(FileFormat):
         """
         tensors, alphas = dict[str, Float](), dict[str, Float]()
         for module, update, rank in zip(modules, choice.updates, choice.ranks, strict=True):
-            name = _flat_name(module.path)
+            name = self.flat_name(module.path)
             alpha = alpha_of([update.scale], rank) if update.kind == "lora" else None
             if alpha is None or float(np.float32(alpha)) != alpha:
                 update, alpha = update.absorb_scale(), float(rank)
@@ -109,7 +113,7 @@ class LycorisFormat(FileFormat):
             if update.kind != "dense":
                 # Stored in float32, as bfloat16 rounds integers from 257 on.
                 alphas[f"{name}.alpha"] = np.asarray(alpha)
-        listed = {_flat_name(module.path): [module.path, list(module.stored)] for module in modules}
+        listed = {self.flat_name(module.path): [module.path, list(module.stored)] for module in modules}
         return EncodedAdapter(tensors, alphas, record={_MODULES: listed})
 
     def write(
@@ -121,11 +125,6 @@ class LycorisFormat(FileFormat):
     ) -> dict[str, bytes]:
         """Serialize the file."""
         return {"": safetensors_content(tensors, dtypes, {RECORD: json_text(record)})}
-
-
-def _flat_name(path: str) -> str:
-    """Return the name of a module in LyCORIS, with underscores for dots."""
-    return f"lycoris_{path.replace('.', '_')}"
 
 
 # -- LoKr's sizes --------------------------------------------------------------------------------
@@ -241,7 +240,7 @@ def _recorded(metadata: Mapping[str, str]) -> dict[str, tuple[str, tuple[int, ..
         found = {str(name): (str(path), tuple(map(int, shape))) for name, (path, shape) in listed.items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
         return {}
-    return {name: own for name, own in found.items() if name.partition("_")[2] == own[0].replace(".", "_")}
+    return {name: own for name, own in found.items() if _PREFIXES.sub("", name, count=1) == own[0].replace(".", "_")}
 
 
 def _path(name: str, base: Base | None, recorded: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:

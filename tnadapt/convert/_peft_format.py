@@ -68,7 +68,7 @@ class PeftFormat(FileFormat):
     """Folders saved by PEFT."""
 
     library = "PEFT"
-    kinds = ("lora", "lokr", "loha")
+    kinds: tuple[str, ...] = ("lora", "lokr", "loha")
     structures = tuple(name.lower() for name, method in METHODS.items() if method.writable)
     folder = (_WEIGHTS, CONFIG_NAME)
     no_attention = "its LoRA layer of nn.MultiheadAttention adds the update of the output projection twice"

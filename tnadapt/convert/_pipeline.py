@@ -1,4 +1,4 @@
-"""The steps of a conversion: read, choose, write and measure; and the registry of file formats."""
+"""The steps of a conversion: read, choose, write and measure."""
 
 from __future__ import annotations
 
@@ -13,81 +13,26 @@ import numpy as np
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.adapter_format import load
 from tnadapt.checkpoints.container import file_error_context, path_of
-from tnadapt.errors import ConfigError, FileError, TnadaptError, integer, safe_repr
-from tnadapt.plugins import Registry, load_plugins
+from tnadapt.errors import ConfigError, FileError, TnadaptError
+from tnadapt.plugins import load_plugins
 
 from ._application import application_of, not_additive, with_application
 from ._base_model import Base, as_base
 from ._base_numbers import with_base_arrays
 from ._conversion import Conversion, check_free
-from ._file_format import KINDS, FileFormat
 from ._files import StoredFiles
+from ._format_registry import OWN, format_names, format_of, is_built_in
 from ._join import join
-from ._lycoris_format import LycorisFormat
 from ._nearest import ExportSpec, choose
 from ._peft_embeddings import check_lora
-from ._peft_format import PeftFormat
+from ._request import checked_request, has_rank, with_method
 from ._unpack import Module, Unpacked, modules_of
 from ._updates import ModuleUpdate, check_range, errors_of, is_rounding, low_rank_norms, narrow, norms_of, round_to
 
-__all__ = ["forms", "register_file_format", "run"]
+__all__ = ["run"]
 
-_DTYPES = ("float32", "float16", "bfloat16", "float64")
-
-# The name of this library's own form, and of its file in a folder written by save_pretrained of tnadapt.torch.
-_OWN, _OWN_FILE = "tnadapt", "adapter.safetensors"
-
-
-# -- The formats ---------------------------------------------------------------------------------
-
-_formats: Registry[FileFormat] = Registry("file format", FileFormat, {"peft": PeftFormat, "lycoris": LycorisFormat})
-
-
-def register_file_format(name: str, cls: type[FileFormat]) -> None:
-    """Register a file format of adapters for :func:`tnadapt.convert` and ``tnadapt convert``.
-
-    Parameters
-    ----------
-    name : str
-        Lower-case letters, digits, ``.`` and ``_``. The format's forms are named ``NAME-lora`` and so on.
-    cls : type
-        A subclass of :class:`FileFormat`, called without arguments.
-
-    Raises
-    ------
-    ConfigError
-        If the name has another form or is built in, or the class lacks a method; the message names it.
-
-    Notes
-    -----
-    Formats are asked to detect a path in reverse order of registration. Registering a name again replaces the class, so
-    that a notebook cell can be rerun.
-    """
-    if isinstance(name, str) and "-" in name:
-        raise ConfigError(f"the name of a file format has no '-', which begins the form: {name}-lora; got {name!r}")
-    if name == _OWN:
-        raise ConfigError(f"file format {name!r} is built in and cannot be replaced: choose another name")
-    _formats.check(name, cls)
-    if unknown := [kind for kind in cls.kinds if kind not in KINDS]:
-        raise ConfigError(f"kinds of {cls.__name__} may have {', '.join(KINDS)}; got {safe_repr(unknown[0])}")
-    asked = ["detect", "read"]
-    asked += ["encode", "write"] if cls.kinds else []
-    asked += ["fit_kronecker"] if "lokr" in cls.kinds else []
-    asked += ["encode_file", "write"] if cls.structures else []
-    if missing := [method for method in dict.fromkeys(asked) if getattr(cls, method) is getattr(FileFormat, method)]:
-        raise ConfigError(f"the file format {name!r} lacks {', '.join(missing)}: define that on {cls.__name__}")
-    _formats.register(name, cls)
-
-
-def forms() -> tuple[str, ...]:
-    """Return all valid values of ``to``."""
-    return (_OWN, *(f"{name}-{kind}" for name, cls in _formats.items() for kind in (*cls.kinds, *cls.structures)))
-
-
-def _format_of(name: str) -> FileFormat:
-    found = _formats.find(name)()
-    found.name = name
-    return found
+# In a folder written by save_pretrained of tnadapt.torch.
+_OWN_FILE = "adapter.safetensors"
 
 
 # -- The call ------------------------------------------------------------------------------------
@@ -107,10 +52,10 @@ def run(
     overwrite: bool,
 ) -> Conversion:
     """Run a conversion with the arguments of :func:`tnadapt.convert`."""
-    spec = _checked(to, rank, max_error, dtype)
+    spec = checked_request(to, rank, max_error, dtype)
     if out is not None:
         check_free(path_of(out), spec.format.folder if spec else (), overwrite)
-    found = _read(source, base, part)
+    found = _read(source, base if spec is None else spec.format.configure(base, part), part)
     if without_kept:
         found = found._replace(file=_without_kept(found.file))
     found.file.check_finite()
@@ -127,30 +72,6 @@ def run(
     return result
 
 
-def _checked(to: Any, rank: Any, max_error: Any, dtype: Any) -> ExportSpec | None:
-    """Check the arguments; return the requested form, or None for a file of this library."""
-    if to not in forms():
-        load_plugins()
-    if to not in (known := forms()):
-        raise ConfigError(f"to must be one of {', '.join(known)}; got {safe_repr(to)}")
-    if dtype is not None and dtype not in _DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}; got {safe_repr(dtype)}")
-    if max_error is not None and (
-        isinstance(max_error, bool) or not isinstance(max_error, (int, float)) or not 0 <= max_error <= 1
-    ):
-        raise ConfigError(f"max_error must be a number from 0 to 1; got {safe_repr(max_error)}")
-    name, _, kind = to.rpartition("-")
-    if rank is not None:
-        rank = integer("rank", rank, 1, 1 << 40, ConfigError)
-        if not _has_rank(to):
-            raise ConfigError(f"rank={rank} belongs to LoRA, LoKr and LoHa; {to!r} keeps all there is")
-    return None if to == _OWN else ExportSpec(to, _format_of(name), kind, rank, max_error)
-
-
-def _has_rank(form: str) -> bool:
-    return form.rpartition("-")[2] in KINDS and not form.endswith("-full")
-
-
 def _without_kept(file: AdapterFile) -> AdapterFile:
     dtypes = {name: dtype for name, dtype in file.dtypes.items() if name in file.arrays}
     return dataclasses.replace(file, kept={}, dtypes=dtypes)
@@ -160,7 +81,7 @@ def _check_error(result: Conversion, max_error: float | None) -> None:
     if result.error <= (max_error or 0.0) or (result.exact and max_error is None):
         return
     allowed = "nothing but rounding is allowed" if max_error is None else f"max_error={max_error:g} is allowed"
-    whole = not _has_rank(result.kind)
+    whole = not has_rank(result.kind)
     ways = "a wider dtype" if whole else "a larger rank or a wider dtype"
     full = "" if whole else ", or to='lycoris-full', which holds every update"
     worst = max(result.errors, key=lambda name: result.errors[name])
@@ -241,20 +162,20 @@ def _read(source: Any, base: Any = None, part: str | None = None) -> ConvertedFr
 
 def _detect(path: str) -> tuple[str, str] | None:
     """Return the name of the format that detects a path, and the path of its adapter."""
-    for name in reversed(tuple(_formats)):
-        if (place := _format_of(name).detect(path)) is not None:
+    for name in format_names():
+        if (place := format_of(name).detect(path)) is not None:
             return name, place
     return None
 
 
 def _read_foreign(name: str, files: StoredFiles, base: Base | None, part: str | None) -> ConvertedFrom:
-    reader = _format_of(name)
+    reader = format_of(name)
     try:
         adapter = reader.read(files, base, part)
     except (TnadaptError, OSError, MemoryError):
         raise
     except Exception as error:
-        if name in _formats.built_in:
+        if is_built_in(name):
             raise  # a bug of ours must not look like a damaged file
         # Damaged files raise whatever another package's libraries raise.
         raise FileError(
@@ -275,7 +196,7 @@ def _read_foreign(name: str, files: StoredFiles, base: Base | None, part: str | 
 def _from_own(file: AdapterFile, known: Base | None, base: Any) -> ConvertedFrom:
     if known is not None:
         known.check_targets(file.targets)
-    return ConvertedFrom(_OWN, with_base_arrays(file, base), file.num_parameters)
+    return ConvertedFrom(OWN, with_base_arrays(file, base), file.num_parameters)
 
 
 def _in_folder(folder: str) -> str:
@@ -300,14 +221,14 @@ def _own(found: ConvertedFrom, dtype: str | None) -> Conversion:
     sizes = found.parameters, file.num_parameters
     if file.activation is not None:
         names = [target.name for target in file.targets]
-        return Conversion(_OWN, found.kind, True, 0.0, dict.fromkeys(names, 0.0), sizes, found.notes, file)
+        return Conversion(OWN, found.kind, True, 0.0, dict.fromkeys(names, 0.0), sizes, found.notes, file)
     before, after, norms = Unpacked(found.file, found.updates), Unpacked(file), {}
     for number, target in enumerate(file.targets):
         pair = low_rank_norms(before.form(number), after.form(number))
         norms[target.label] = pair or norms_of(before.delta(number), after.delta(number))
     error, errors = errors_of(norms)
     exact = all(is_rounding(one, file.dtype, True) for one in (error, *errors.values()))
-    return Conversion(_OWN, found.kind, exact, error, errors, sizes, found.notes, file)
+    return Conversion(OWN, found.kind, exact, error, errors, sizes, found.notes, file)
 
 
 # -- To another library's form -------------------------------------------------------------------
@@ -324,7 +245,9 @@ def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None) -> Conver
     file, form = found.file, spec.format
     if file.activation is not None:
         file.deltas()  # raises an error, as an activation has no ΔW
-    modules, unpacked = _modules(file, spec), Unpacked(file, found.updates)
+    modules, unpacked = modules_of(file), Unpacked(file, found.updates)
+    spec = with_method(spec, modules, unpacked)
+    _check_modules(file, modules, spec)
     if not file.plan.applying.additive:
         if spec.kind in form.structures:
             raise not_additive(file.config.apply, spec.form)
@@ -355,16 +278,14 @@ def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None) -> Conver
     )
 
 
-def _modules(file: AdapterFile, spec: ExportSpec) -> list[Module]:
-    """Return the adapted modules, after checking that the form supports all of them."""
+def _check_modules(file: AdapterFile, modules: Sequence[Module], spec: ExportSpec) -> None:
+    """Raise ConfigError unless the form supports all adapted modules."""
     for target in file.targets:
         spec.format.check_target(target)
-    modules = modules_of(file)
     for module in modules:
         check_lora(module, spec.kind, spec.format.library)
         spec.format.check_module(module, spec.kind)
     spec.format.check_adapter(modules, file.kept)
-    return modules
 
 
 # -- Measuring -----------------------------------------------------------------------------------

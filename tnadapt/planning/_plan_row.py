@@ -10,6 +10,7 @@ from typing import Any
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.checkpoints.lora_export import LoraExport, lora_export
 
 from ._flops import step_cost
 from ._freedom import degrees_of_freedom
@@ -76,10 +77,15 @@ class Row:
         """
         return largest_rank(self.adapter)
 
+    @functools.cached_property
+    def export(self) -> LoraExport:
+        """Whether it exports exactly as LoRA, at which rank, and at which rank vLLM serves it; or why not."""
+        return lora_export(self.adapter)
+
     @property
     def lora_rank(self) -> int | None:
         """Rank of LoRA that holds every update exactly, or None: :attr:`tnadapt.SuperLoRA.lora_rank`."""
-        return self.adapter.lora_rank
+        return self.export.rank
 
     @property
     def fraction(self) -> float:
@@ -90,9 +96,9 @@ class Row:
         """Return the row as a dictionary for JSON, including the rank."""
         return {
             "family": self.name.family, "label": self.name.label, "parameters": self.parameters, "bytes": self.bytes,
-            "rank": self.rank.value, "rank_exact": self.rank.exact, "lora_rank": self.lora_rank,
-            "freedom": self.freedom, "fraction": self.fraction, "waste": self.waste, "cost": self.cost,
-            "config": self.config.to_dict(),
+            "rank": self.rank.value, "rank_exact": self.rank.exact, "export": self.export.to_dict(),
+            "lora_rank": self.lora_rank, "freedom": self.freedom, "fraction": self.fraction, "waste": self.waste,
+            "cost": self.cost, "config": self.config.to_dict(),
         }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from tnadapt.checkpoints.lora_export import LoraExport
 from tnadapt.errors import ConfigError, safe_repr
 
 from ._plan_row import Row
@@ -92,7 +93,7 @@ class Plan:
             f"● front: no other setting is as good in {told}, and better in one",
             "  other rows: for each method, the setting with the most freedom",
             "rank: the largest that a weight's update can have; step: multiply-adds of updates and gradients",
-            "LoRA: exports exactly as LoRA of that rank; –: no LoRA that is smaller than the updates holds them",
+            "LoRA: exports exactly as LoRA of that rank, padded for vLLM to the one in brackets; –: merge only",
             "freedom: the dimension of the set of all updates, and its share of their elements",
             f"{_counted(len(self.shapes), 'weight')} of {_counted(self.size, 'element')}; at most "
             f"{_counted(self.budget, 'parameter')}; {_counted(len(self.rows), 'setting')} compared",
@@ -114,9 +115,15 @@ TITLES = ("", "method", "setting", "parameters", "bytes", "rank", "LoRA", "freed
 def _cells(row: Row, front: bool) -> tuple[str, ...]:
     return (
         "●" if front else "", row.name.family, row.name.label, f"{row.parameters:,}", f"{row.bytes:,}",
-        str(row.rank), str(row.lora_rank or "–"), f"{row.freedom:,}", _percent(row.fraction),
+        str(row.rank), _exported(row.export), f"{row.freedom:,}", _percent(row.fraction),
         f"{row.waste:.1%}", _short(row.cost),
     )  # fmt: skip
+
+
+def _exported(export: LoraExport) -> str:
+    if export.rank is None:
+        return "–"
+    return str(export.rank) if export.served in (export.rank, None) else f"{export.rank} ({export.served})"
 
 
 def _counted(number: int, what: str) -> str:

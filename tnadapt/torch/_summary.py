@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections import Counter
-from collections.abc import Sequence
 from typing import NamedTuple
 
-from tnadapt.algebra.rank_bounds import lora_rank
+from tnadapt.checkpoints.lora_export import LoraExport, lora_export
 from tnadapt.errors import escaped
 
 from ._arrays import named_parameters
@@ -63,9 +60,9 @@ class Summary:
         Elements of the model's own parameters that ``keep_trainable`` left free.
     base : int
         Elements of the base model.
-    lora_rank : int or None
-        The rank of LoRA that holds the update of every module exactly, so that :func:`tnadapt.convert` exports it; None
-        if there is none that is smaller than the updates.
+    export : LoraExport
+        Whether :func:`tnadapt.convert` exports the adapter exactly as LoRA, at which rank, and at which rank vLLM
+        serves it; or why it can only be merged.
     """
 
     def __init__(self, adapter: AdapterState) -> None:
@@ -83,13 +80,18 @@ class Summary:
             for index, (target, slot) in enumerate(zip(adapter.targets, adapter.slots, strict=False))
         ]
         self.groups = plan.num_groups
-        self.lora_rank, self._says = _exported(adapter, [row.rank for row in self.rows])
+        self.export: LoraExport = lora_export(plan, adapter.targets, adapter.activation)
         self.parameters = num_parameters(adapter)
         self.frozen = plan.num_parameters - self.parameters
         self.adapted = plan.size
         sizes = _sizes(adapter)
         self.kept = sum(sizes.get(name, 0) for name in adapter.kept)
         self.base = sum(sizes.values())
+
+    @property
+    def lora_rank(self) -> int | None:
+        """The rank of LoRA that holds the update of every module exactly, or None: that of ``export``."""
+        return self.export.rank
 
     def __str__(self) -> str:
         head = ("target", "role", "shape", "group[slice]", "strategy")
@@ -107,7 +109,7 @@ class Summary:
             count += f"; {self.frozen:,} more frozen"
         if self.kept:
             count += f"; {self.kept:,} of the model kept trainable"
-        return "\n".join([self.title, *lines, count, self._says])
+        return "\n".join([self.title, *lines, count, str(self.export)])
 
     __repr__ = __str__
 
@@ -133,23 +135,3 @@ def _sizes(adapter: AdapterState) -> dict[str, int]:
                 sizes.pop(join(path, name), None)
             sizes[join(path, "weight")] = math.prod(kind.shape(module))
     return sizes
-
-
-def _exported(adapter: AdapterState, ranks: Sequence[int]) -> tuple[int | None, str]:
-    """Return the rank of LoRA that holds the update of every module, or None; and a line that says so, or why."""
-    if adapter.activation is not None:
-        return None, "does not export as LoRA: an activation acts between its factors"
-    if not adapter.plan.applying.additive:
-        return None, f"does not export as LoRA: apply={adapter.plan.config.apply!r} does more than add its updates"
-    other = next((target for target in adapter.targets if target.parameter != "weight"), None)
-    if other is not None:
-        return None, f"does not export as LoRA: {escaped(other.name)} is not the weight of a layer"
-    total = Counter[str]()
-    for target, rank in zip(adapter.targets, ranks, strict=True):
-        total[target.module] += rank  # rows of one fused weight are updated as a whole
-    whole = {target.module: dataclasses.replace(target, rows=None).shape for target in adapter.targets}
-    found = lora_rank([whole[module] for module in total], list(total.values()))
-    if found is None:
-        most = max(min(rank, *whole[module]) for module, rank in total.items())
-        return None, f"does not export exactly as LoRA: its updates may have matrix rank {most}"
-    return found, f"exports exactly as LoRA of rank {found}"

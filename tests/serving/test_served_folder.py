@@ -1,0 +1,157 @@
+"""Files in a folder become LoRA on demand: once for each content, for the right base, and under safe names alone."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tnadapt as tna
+from tnadapt import FileError, TargetError, TnadaptError
+from tnadapt.serving import ServedFolder, _served_folder
+
+from .adapters import adapter, complete, saved_model, tiny
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "adapters").mkdir()
+    saved_model(tmp_path / "base")
+    return tmp_path
+
+
+def served(place: Path, base: str | None = "base") -> ServedFolder:
+    return ServedFolder(place / "adapters", place / "cache", None if base is None else place / base)
+
+
+def test_thirteen_parameters_are_served_as_lora(place: Path) -> None:
+    file = tiny()
+    assert file.num_parameters == 13
+    assert not file.complete
+    tna.save(place / "adapters" / "tiny.safetensors", file)
+    found = served(place).find("tiny", "org/model")
+    assert found is not None
+    config = json.loads(Path(found.path, "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (8, 8, "LORA")
+    again = tna.convert(found.path).file
+    assert again is not None
+    for target, delta, own in zip(again.targets, again.deltas(), complete(file).deltas(), strict=True):
+        assert target.module in {one.module for one in file.targets}
+        np.testing.assert_allclose(delta, own, rtol=0, atol=1e-6 * float(np.abs(own).max()))
+
+
+def test_a_folder_of_save_pretrained_is_an_adapter(place: Path) -> None:
+    (place / "adapters" / "math").mkdir()
+    tna.save(place / "adapters" / "math" / "adapter.safetensors", adapter(tna.presets.lora(2)))
+    assert served(place).find("math", "m") is not None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../secret", "..", ".", "", "a/b", "a\\b", "/etc/passwd", ".hidden", "a\0b", "a b", "x" * 129, "math\n", "~root"],
+)
+def test_names_that_are_paths_are_not_looked_up(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tna.save(place / "secret.safetensors", adapter(tna.presets.lora(2)))
+    folder = served(place)
+
+    def refuse(*_: object) -> bool:
+        raise AssertionError("the disk is not asked")
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    assert folder.file_of(name) is None
+    assert folder.find(name, "m") is None
+
+
+def test_an_unknown_name_is_none(place: Path) -> None:
+    assert served(place).find("nobody", "m") is None
+    with pytest.raises(FileError, match="is not a folder of adapters; make it first"):
+        ServedFolder(place / "nowhere", place / "cache")
+
+
+def test_it_is_expanded_once_for_each_content_and_base(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = place / "adapters" / "math.safetensors"
+    tna.save(path, adapter(tna.presets.lora(2)))
+    first = served(place).find("math", "m")
+    assert first is not None
+    assert first.number > 0
+    calls = []
+    real = _served_folder.convert
+    monkeypatch.setattr(_served_folder, "convert", lambda *args, **more: calls.append(args) or real(*args, **more))
+    assert served(place).find("math", "m") == first
+    assert calls == []
+    tna.save(place / "adapters" / "same.safetensors", adapter(tna.presets.lora(2)))
+    assert served(place).find("same", "m") == first
+    tna.save(path, adapter(tna.presets.lora(2), seed=1))
+    second = served(place).find("math", "m")
+    assert second is not None
+    assert {first.path, first.number}.isdisjoint({second.path, second.number})
+    saved_model(place / "base", seed=5)
+    third = served(place).find("math", "m")
+    assert third not in (first, second)
+    assert len(calls) == 2
+
+
+def find(place: Path) -> tuple[str, int] | None:
+    return served(place).find("tiny", "m")
+
+
+def test_requests_at_once_get_one_complete_folder(place: Path) -> None:
+    tna.save(place / "adapters" / "tiny.safetensors", tiny())
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = set(pool.map(find, [place] * 16))
+    assert len(found) == 1
+    (one,) = (place / "cache").iterdir()  # and nothing is left of the others
+    assert sorted(path.name for path in one.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.slow
+def test_processes_at_once_get_one_complete_folder(place: Path) -> None:
+    tna.save(place / "adapters" / "tiny.safetensors", tiny())
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        found = set(pool.map(find, [place] * 6))
+    assert len(found) == 1
+    (one,) = (place / "cache").iterdir()
+    assert sorted(path.name for path in one.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_another_base_is_refused(place: Path) -> None:
+    saved_model(place / "other", seed=1)
+    for file in (tiny(), adapter(tna.presets.lora(2), base=0)):
+        tna.save(place / "adapters" / "math.safetensors", file)
+        with pytest.raises(TargetError, match="base is another model than the one that the adapter was trained on"):
+            served(place, "other").find("math", "m")
+        assert not (place / "cache").exists() or not list((place / "cache").iterdir())
+
+
+def test_the_base_is_what_vllm_serves(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tna.save(place / "adapters" / "tiny.safetensors", tiny())
+    folder = served(place, None)
+    assert folder.find("tiny", str(place / "base")) is not None
+    hub = pytest.importorskip("huggingface_hub")
+    with pytest.raises(TargetError, match="set TNADAPT_VLLM_BASE to the folder of the model that vLLM serves"):
+        folder.find("tiny", "nobody/has-this-model")
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, local_files_only: place / "base")
+    assert folder.find("tiny", "org/model") is not None
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (tna.presets.dora(2), "apply='magnitude' of this adapter does more than add"),
+        (tna.presets.dense(), "and LoRA of that rank is larger than the update itself"),
+    ],
+)
+def test_what_is_merge_only_is_refused(config: tna.Config, why: str, place: Path) -> None:
+    tna.save(place / "adapters" / "math.safetensors", adapter(config))
+    with pytest.raises(TnadaptError, match=why):
+        served(place).find("math", "m")
+
+
+def test_a_damaged_file_is_refused(place: Path) -> None:
+    (place / "adapters" / "bad.safetensors").write_bytes(b"no adapter")
+    with pytest.raises(FileError, match=r"bad\.safetensors"):
+        served(place).find("bad", "m")

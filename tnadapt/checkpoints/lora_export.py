@@ -1,0 +1,123 @@
+"""Whether an adapter exports exactly as LoRA, at which rank, and at which rank vLLM serves it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tnadapt.algebra.rank_bounds import lora_rank
+from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.errors import escaped
+from tnadapt.targets.target import Target
+
+__all__ = ["SERVED_RANKS", "LoraExport", "lora_export", "served_rank"]
+
+#: What vLLM takes as ``--max-lora-rank``.
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class LoraExport(NamedTuple):
+    """What programs that serve LoRA can make of an adapter.
+
+    Attributes
+    ----------
+    rank : int or None
+        The rank of LoRA that holds the update of every module exactly, whatever the parameters are; None if there is
+        none that is smaller than the updates.
+    reason : str
+        Why not, for a rank of None.
+    mergeable : bool
+        Whether the adapter can be merged into the weights instead.
+
+    Examples
+    --------
+    >>> print(LoraExport(8))
+    exports exactly as LoRA of rank 8
+    >>> print(LoraExport(5))
+    exports exactly as LoRA of rank 5 (padded to 8 for vLLM)
+    >>> print(LoraExport(None, "its updates may have matrix rank 768"))
+    merge only: its updates may have matrix rank 768
+    """
+
+    rank: int | None
+    reason: str = ""
+    mergeable: bool = True
+
+    @property
+    def served(self) -> int | None:
+        """The rank at which vLLM serves it, or None: ``served_rank(rank)``."""
+        return None if self.rank is None else served_rank(self.rank)
+
+    def __str__(self) -> str:
+        if self.rank is None:
+            return f"merge only: {self.reason}" if self.mergeable else f"neither LoRA nor merged: {self.reason}"
+        if self.served is None:
+            note = f" (vLLM takes ranks up to {SERVED_RANKS[-1]}: merge it)"
+        else:
+            note = "" if self.served == self.rank else f" (padded to {self.served} for vLLM)"
+        return f"exports exactly as LoRA of rank {self.rank}{note}"
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the fields, and the sentence, as a dictionary for JSON."""
+        return {"lora_rank": self.rank, "served_rank": self.served, "says": str(self)}
+
+
+def served_rank(rank: int) -> int | None:
+    """Return the smallest rank of ``SERVED_RANKS`` that holds a rank, or None if it is too large.
+
+    Examples
+    --------
+    >>> served_rank(1), served_rank(2), served_rank(300), served_rank(513)
+    (1, 8, 320, None)
+    """
+    return next((served for served in SERVED_RANKS if served >= rank), None)
+
+
+def lora_export(plan: SuperLoRA, targets: Sequence[Target] | None = None, activation: str | None = None) -> LoraExport:
+    """Return whether an adapter exports exactly as LoRA, and at which rank.
+
+    Parameters
+    ----------
+    plan : SuperLoRA
+    targets : sequence of Target, optional
+        The weights. Updates of some rows of a fused weight become one update of the whole weight, whose rank is the sum
+        of theirs. By default, every update is that of a whole weight of a layer.
+    activation : str, optional
+        LoDA's nonlinearity.
+
+    Returns
+    -------
+    LoraExport
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> vit = [(768, 768)] * 24
+    >>> for config in (tna.presets.tinylora(parameters=13), tna.presets.lotr(4), tna.presets.superlora(1)):
+    ...     print(lora_export(tna.SuperLoRA(config, vit)))
+    exports exactly as LoRA of rank 2 (padded to 8 for vLLM)
+    exports exactly as LoRA of rank 4 (padded to 8 for vLLM)
+    merge only: its updates may have matrix rank 768
+    """
+    if activation is not None:
+        return LoraExport(None, "an activation acts between its factors", mergeable=False)
+    if not plan.applying.additive:
+        return LoraExport(None, f"apply={plan.config.apply!r} does more than add its updates")
+    other = next((target for target in targets or () if target.parameter != "weight"), None)
+    if other is not None:
+        return LoraExport(None, f"{escaped(other.name)} is not the weight of a layer")
+    ranks = [plan.largest_rank(index) for index in range(len(plan.shapes))]
+    shapes: Sequence[tuple[int, int]] = plan.shapes
+    if targets is not None:
+        total = Counter[str]()
+        for target, rank in zip(targets, ranks, strict=True):
+            total[target.module] += rank
+        whole = {target.module: dataclasses.replace(target, rows=None).shape for target in targets}
+        shapes, ranks = [whole[module] for module in total], list(total.values())
+    found = lora_rank(shapes, ranks)
+    if found is not None:
+        return LoraExport(found)
+    most = max(min(rank, *shape) for rank, shape in zip(ranks, shapes, strict=True))
+    return LoraExport(None, f"its updates may have matrix rank {most}")

@@ -1,0 +1,147 @@
+"""The format of diffusers: PEFT's tensors of LoRA in one safetensors file, under the name of the component."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tnadapt.checkpoints.container import DTYPES, Container
+from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
+from tnadapt.targets.roles import natural
+
+from ._base_model import Base, target_of
+from ._diffusion_component import checked_component, component_of
+from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
+from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, safetensors_content
+from ._peft_settings import PeftSettings, settings_of
+from ._tensors import decode, encode
+from ._uniform import uniform
+from ._unpack import Module, TargetUpdate
+from ._updates import Float, common_dtype, widen
+
+__all__ = ["DiffusersFormat"]
+
+_COMPONENTS = (
+    "unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "controlnet", "prior",
+)  # fmt: skip
+_NAME = re.compile(rf"({'|'.join(_COMPONENTS)})\.(.+)\.(lora_A\.weight|lora_B\.weight|alpha)")
+_SUFFIXES = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up"}
+
+# Entry of the metadata with the settings of PEFT by component.
+_SETTINGS = "lora_adapter_metadata"
+
+
+class DiffusersFormat(FileFormat):
+    """Files saved by diffusers' ``save_lora_weights``."""
+
+    library = "diffusers"
+    kinds = ("lora",)
+    _part: str | None = None
+
+    def detect(self, path: str) -> str | None:
+        """Return the path if the names of the file's tensors begin with a component of a pipeline."""
+        names = None if os.path.isdir(path) else foreign_tensor_names(path)
+        return path if any(map(_NAME.fullmatch, names or ())) else None
+
+    def configure(self, base: Any, part: str | None) -> Any:
+        """Take the component, such as "text_encoder_2"; by default it follows from the names of the modules."""
+        self._part = checked_component(part, _COMPONENTS, self.name)
+        return base
+
+    def read(self, files: StoredFiles, base: Base | None, part: str | None) -> ForeignAdapter:
+        """Read the adapter of a file; ``part`` is one of its components, such as "unet"."""
+        with files.container() as container:
+            return _read(container, base, part)
+
+    def check_module(self, module: Module, kind: str) -> None:
+        """Raise ConfigError for weights stored as (in, out), and for kernels with more than three axes."""
+        axes = len(module.stored) - 2
+        if module.transposed or axes > 3:
+            what = f"has a kernel of {axes} dimensions" if axes > 3 else "is stored as (in, out)"
+            raise ConfigError(f"{safe_repr(module.path)} {what}, and diffusers adapts no such layer")
+
+    def encode(self, kind: str, modules: Sequence[Module], choice: ExportChoice, kept: Sequence[str]) -> EncodedAdapter:
+        """Encode the tensors.
+
+        Without the metadata of an adapter, diffusers takes α = r. The scale is therefore multiplied into a factor.
+        Older releases take the first rank for all modules: all factors have one.
+        """
+        component = self._part or component_of([module.path for module in modules])
+        tensors = dict[str, Float]()
+        for module, update in zip(modules, uniform(choice.updates), strict=True):
+            own = encode(update, module.stored, "lora_A.weight", "lora_B.weight")
+            tensors |= {f"{component}.{module.path}.{name}": array for name, array in own.items()}
+        return EncodedAdapter(tensors)
+
+    def write(
+        self,
+        tensors: Mapping[str, np.ndarray],
+        dtypes: Mapping[str, str],
+        record: Mapping[str, Any],
+        config: Mapping[str, Any] | None,
+    ) -> dict[str, bytes]:
+        """Serialize the file."""
+        return {"": safetensors_content(tensors, dtypes, {RECORD: json_text(record), "format": "pt"})}
+
+
+def _read(container: Container, base: Base | None, part: str | None) -> ForeignAdapter:
+    """Read the adapter of an open file."""
+    modules: dict[str, dict[str, Float]] = {}
+    components, unknown, dtypes = dict[str, None](), list[str](), set[str]()
+    for name, entry in container.entries.items():
+        found = _NAME.fullmatch(name)
+        if found is None:
+            unknown.append(name)
+            continue
+        component, path, suffix = found.groups()
+        components[component] = None
+        if part in (None, component):
+            array = widen(name, entry.dtype, container.array(name))
+            modules.setdefault(path, {})[_SUFFIXES.get(suffix, suffix)] = array
+            dtypes |= {DTYPES[entry.dtype]} if suffix != "alpha" else set()
+    if unknown:
+        raise FileError(f"has tensors that do not belong to a LoRA of diffusers: {summarize(unknown)}")
+    component = _chosen(sorted(components), part)
+    settings = _settings(container.metadata, component)
+    updates = []
+    for path in sorted(modules, key=natural):
+        tensors = modules[path]
+        alpha = tensors.pop("alpha", None)
+        update, shape = decode(path, tensors, functools.partial(_scale, path, alpha, settings))
+        updates.append(TargetUpdate(target_of(path, shape, base), update))
+    return ForeignAdapter("lora", updates, common_dtype(dtypes))
+
+
+def _chosen(components: Sequence[str], part: str | None) -> str:
+    if part is not None and part not in components:
+        raise FileError(f"has no part {safe_repr(part)}; its parts are {', '.join(components)}")
+    if part is None and len(components) > 1:
+        raise FileError(f"has the adapters of several models: {', '.join(components)}; name one of them by part=")
+    return part or components[0]
+
+
+def _settings(metadata: Mapping[str, str], component: str) -> PeftSettings | None:
+    """Return the settings that diffusers saved for a component, or None if it saved none."""
+    if _SETTINGS not in metadata:
+        return None
+    try:
+        stored = json.loads(metadata[_SETTINGS])
+        own = {name.removeprefix(f"{component}."): value for name, value in stored.items()
+               if name.startswith(f"{component}.")}  # fmt: skip
+    except (ValueError, AttributeError, RecursionError):
+        raise FileError(f"the entry {_SETTINGS} of its metadata is not a JSON object") from None
+    return settings_of({**own, "peft_type": "LORA"}) if own else None
+
+
+def _scale(path: str, alpha: Float | None, settings: PeftSettings | None, rank: int | None) -> float:
+    if alpha is not None and rank:
+        if alpha.size != 1:
+            raise FileError(f"alpha of {safe_repr(path)} must be one number; it has the shape {alpha.shape}")
+        return float(alpha.reshape(())) / rank
+    return 1.0 if settings is None else settings.scale(path, rank)

@@ -1,0 +1,190 @@
+"""The format of llama.cpp: LoRA in a GGUF file, for ``--lora``.
+
+Names are those of llama.cpp's tensors, with ``.lora_a`` and ``.lora_b``. Where llama.cpp permutes the rows of a weight,
+the rows of its ``lora_b`` are permuted as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
+from tnadapt.targets.roles import natural
+
+from ._base_model import Base, target_of
+from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
+from ._files import RECORD, StoredFiles, json_text
+from ._gguf_base import GgufBase, base_of_gguf, gguf_package, is_gguf
+from ._tensors import decode
+from ._uniform import uniform
+from ._unpack import Module, TargetUpdate
+from ._updates import Float, alpha_of, common_dtype
+
+__all__ = ["GgufFormat"]
+
+# Entry of a conversion's record: path, shape, transposed and permuted heads by llama.cpp's names.
+_MODULES = "modules"
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class GgufFormat(FileFormat):
+    """Adapters of llama.cpp; those that this library wrote can be read."""
+
+    library = "llama.cpp"
+    kinds = ("lora",)
+    _given: Any = None
+
+    def detect(self, path: str) -> str | None:
+        """Return the path of a GGUF file."""
+        return path if is_gguf(path) else None
+
+    def configure(self, base: Any, part: str | None) -> Any:
+        """Take the base model; a GGUF file says nothing of the source."""
+        self._given = base
+        return None if is_gguf(base) else base
+
+    def read(self, files: StoredFiles, base: Base | None, part: str | None) -> ForeignAdapter:
+        """Read the adapter of a file that this library wrote; ``part`` does not apply."""
+        with files.open() as stream, tempfile.TemporaryDirectory() as folder:
+            place = os.path.join(folder, "adapter.gguf")
+            with open(place, "wb") as copy:
+                copy.write(stream.read())
+            return _read(place, base)
+
+    def check_module(self, module: Module, kind: str) -> None:
+        """Raise ConfigError for convolutions; llama.cpp stores all matrices as (out, in)."""
+        if len(module.stored) != 2:
+            raise ConfigError(f"{safe_repr(module.path)} is a convolution, and llama.cpp has LoRA for matrices only")
+
+    def encode(self, kind: str, modules: Sequence[Module], choice: ExportChoice, kept: Sequence[str]) -> EncodedAdapter:
+        """Encode the tensors; the file has one α, and each tensor is scaled by α / rank."""
+        base, updates = base_of_gguf(self._given), choice.updates
+        alpha = alpha_of([update.scale for update in updates], updates[0].rank)
+        if alpha is None or len(set(choice.ranks)) > 1 or float(np.float32(alpha)) != alpha:
+            updates = uniform(updates)
+            alpha = float(updates[0].rank)
+        tensors, listed = dict[str, Float](), dict[str, Any]()
+        for module, update in zip(modules, updates, strict=True):
+            name = base.tensor_of(module.path, module.shape)
+            if name in listed:
+                raise ConfigError(f"{safe_repr(module.path)} and {safe_repr(listed[name][0])} are both {name}")
+            heads = _checked_heads(base, name, module)
+            listed[name] = [module.path, list(module.stored), module.transposed, heads]
+            tensors[f"{name}.lora_a"] = update.pair.a.T
+            tensors[f"{name}.lora_b"] = _interleaved(update.pair.b, heads)
+        config = {"general.architecture": base.architecture, "adapter.lora.alpha": alpha}
+        return EncodedAdapter(tensors, config=config, record={_MODULES: listed})
+
+    def write(
+        self,
+        tensors: Mapping[str, np.ndarray],
+        dtypes: Mapping[str, str],
+        record: Mapping[str, Any],
+        config: Mapping[str, Any] | None,
+    ) -> dict[str, bytes]:
+        """Serialize the file."""
+        assert config is not None  # of encode
+        gguf = gguf_package()
+        with tempfile.TemporaryDirectory() as folder:
+            place = os.path.join(folder, "adapter.gguf")
+            writer = gguf.GGUFWriter(place, config["general.architecture"])
+            writer.add_type(gguf.GGUFType.ADAPTER)
+            writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, config["adapter.lora.alpha"])
+            writer.add_string(RECORD, json_text(record))
+            for name, array in tensors.items():
+                if array.dtype == np.float64:
+                    raise ConfigError("llama.cpp computes with no float64: give dtype='float32' (--dtype float32)")
+                if dtypes.get(name) == "bfloat16":
+                    kind = gguf.GGMLQuantizationType.BF16
+                    writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+                else:
+                    writer.add_tensor(name, np.ascontiguousarray(array))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            with open(place, "rb") as file:
+                return {"": file.read()}
+
+
+def _checked_heads(base: GgufBase, name: str, module: Module) -> int | None:
+    heads = base.heads_of(name)
+    if heads is not None and module.shape[0] % (2 * heads):
+        raise ConfigError(
+            f"{safe_repr(module.path)} has {module.shape[0]} rows, which are not {heads} heads of two halves: is base "
+            "the model that the adapter was made for?"
+        )
+    return heads
+
+
+def _interleaved(b: Float, heads: int | None) -> Float:
+    """Return rows in the order of llama.cpp, which interleaves the two halves of each head."""
+    return b if heads is None else b.reshape(heads, 2, -1, b.shape[1]).swapaxes(1, 2).reshape(b.shape)
+
+
+def _in_halves(b: Float, heads: int | None) -> Float:
+    """Undo :func:`_interleaved`."""
+    return b if heads is None else b.reshape(heads, -1, 2, b.shape[1]).swapaxes(1, 2).reshape(b.shape)
+
+
+def _read(path: str, base: Base | None) -> ForeignAdapter:
+    """Read the adapter of a file."""
+    gguf = gguf_package()
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise FileError(f"is not a valid GGUF file: {error}") from None
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    if (fields.get("general.type"), fields.get("adapter.type")) != ("adapter", "lora"):
+        raise FileError(f"is a GGUF file of the type {safe_repr(fields.get('general.type'))}, and no LoRA adapter")
+    listed = _recorded(fields.get(RECORD))
+    tensors, dtypes = dict[str, Float](), set[str]()
+    for tensor in reader.tensors:
+        kind = tensor.tensor_type.name
+        if kind not in _DTYPES:
+            raise FileError(f"{safe_repr(tensor.name)} is {kind}; converted are {', '.join(_DTYPES)}")
+        dtypes.add(_DTYPES[kind])
+        tensors[tensor.name] = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+    expected = {f"{name}.lora_{which}" for name in listed for which in "ab"}
+    if wrong := expected ^ tensors.keys():
+        raise FileError(f"its tensors are not those of its record: {summarize(wrong)}")
+    updates = []
+    for name, (module, stored, transposed, heads) in sorted(listed.items(), key=lambda item: natural(item[1][0])):
+        own = {"lora_down": tensors[f"{name}.lora_a"], "lora_up": _in_halves(tensors[f"{name}.lora_b"], heads)}
+
+        def scale(rank: int | None) -> float:
+            assert rank is not None  # of LoRA
+            return float(fields["adapter.lora.alpha"]) / rank or 1.0
+
+        update, shape = decode(module, own, scale)
+        if shape != (tuple(stored)[::-1] if transposed else tuple(stored)):
+            raise FileError(f"{safe_repr(name)} has the shape {shape}, and its record says {tuple(stored)}")
+        updates.append(TargetUpdate(target_of(module, shape, base, transposed), update))
+    return ForeignAdapter("lora", updates, common_dtype(dtypes))
+
+
+def _recorded(text: Any) -> dict[str, tuple[str, list[int], bool, int | None]]:
+    """Return the modules by llama.cpp's names, from the record of a conversion."""
+    try:
+        found = {name: tuple(entry) for name, entry in json.loads(text)[_MODULES].items()}
+        well = all(
+            len(one) == 4 and isinstance(one[0], str) and len(one[1]) == 2 and isinstance(one[2], bool)
+            and (one[3] is None or (isinstance(one[3], int) and one[3] > 0))
+            for one in found.values()
+        )  # fmt: skip
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        well = False
+    if not well or not found:
+        raise FileError(
+            "is an adapter of llama.cpp that does not say the model's own names and heads, as those do that this "
+            "library wrote; convert the adapter of PEFT from which it was made"
+        )
+    return found

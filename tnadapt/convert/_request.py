@@ -1,0 +1,60 @@
+"""The requested form of a conversion: checked arguments, and the method where only a format is named."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from tnadapt.errors import ConfigError, integer, safe_repr
+from tnadapt.plugins import load_plugins
+
+from ._file_format import KINDS
+from ._format_registry import OWN, format_of, forms
+from ._nearest import ExportSpec
+from ._unpack import Module, Unpacked
+
+__all__ = ["checked_request", "has_rank", "with_method"]
+
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def checked_request(to: Any, rank: Any, max_error: Any, dtype: Any) -> ExportSpec | None:
+    """Check the arguments; return the requested form, or None for a file of this library."""
+    if to not in forms():
+        load_plugins()
+    if to not in (known := forms()):
+        close = difflib.get_close_matches(to, known, n=2) if isinstance(to, str) else []
+        meant = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise ConfigError(f"to must be one of {', '.join(known)}; got {safe_repr(to)}{meant}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}; got {safe_repr(dtype)}")
+    if max_error is not None and (
+        isinstance(max_error, bool) or not isinstance(max_error, (int, float)) or not 0 <= max_error <= 1
+    ):
+        raise ConfigError(f"max_error must be a number from 0 to 1; got {safe_repr(max_error)}")
+    if rank is not None:
+        rank = integer("rank", rank, 1, 1 << 40, ConfigError)
+        if not has_rank(to):
+            raise ConfigError(f"rank={rank} belongs to LoRA, LoKr and LoHa; {to!r} keeps all there is")
+    if to == OWN:
+        return None
+    name, _, kind = to.partition("-")
+    return ExportSpec(to, format_of(name), kind, rank, max_error)
+
+
+def has_rank(form: str) -> bool:
+    """Return whether a form is of a rank: not the full differences, nor a structure of its own."""
+    _, _, kind = form.partition("-")
+    return form != OWN and kind in ("", *KINDS) and kind != "full"
+
+
+def with_method(spec: ExportSpec, modules: Sequence[Module], unpacked: Unpacked) -> ExportSpec:
+    """Return a form with its method; for a format alone, that of all updates, or else the format's first: LoRA."""
+    if spec.kind:
+        return spec
+    kinds = spec.format.kinds
+    found = {form.kind if (form := module.form(unpacked)) is not None else "" for module in modules}
+    own = found.pop() if len(found) == 1 else ""
+    kind = own if own in kinds else kinds[0]
+    return spec._replace(form=f"{spec.format.name}-{kind}", kind=kind)

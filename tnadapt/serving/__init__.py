@@ -1,0 +1,27 @@
+"""Serving adapters: a folder of adapter files, expanded to LoRA at request.
+
+:class:`ServedFolder` expands files of this library to PEFT's LoRA, and keeps the result in a cache. vLLM finds
+:func:`register_vllm_resolver` by its entry point, and asks the resolver for adapters by name.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._served_folder import ServedFolder
+    from ._vllm_resolver import register_vllm_resolver, vllm_resolver
+
+__all__ = ["ServedFolder", "register_vllm_resolver", "vllm_resolver"]
+
+# Imported on first use: vLLM imports this package in every process, and most do not serve adapters.
+_LAZY = {
+    "ServedFolder": "_served_folder",
+    "register_vllm_resolver": "_vllm_resolver",
+    "vllm_resolver": "_vllm_resolver",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

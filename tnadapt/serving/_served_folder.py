@@ -1,0 +1,175 @@
+"""A folder of adapter files, and the LoRA that each of them becomes when it is first asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import tnadapt
+from tnadapt.checkpoints.adapter_file import AdapterFile
+from tnadapt.checkpoints.adapter_format import load
+from tnadapt.checkpoints.base_weights import BaseWeights
+from tnadapt.checkpoints.checkpoint import open_checkpoint
+from tnadapt.convert import convert
+from tnadapt.errors import FileError, TargetError
+
+__all__ = ["ServedAdapter", "ServedFolder"]
+
+# One component of a path that is neither hidden nor a parent.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+
+# PEFT's settings, which are moved into place last.
+_COMPLETE = "adapter_config.json"
+
+
+class ServedAdapter(NamedTuple):
+    """An adapter as LoRA.
+
+    Attributes
+    ----------
+    path : str
+        The folder of PEFT.
+    number : int
+        A positive number that identifies the content: the same in every process.
+    """
+
+    path: str
+    number: int
+
+
+class ServedFolder:
+    """A folder of adapter files that are expanded to PEFT's LoRA on demand.
+
+    Parameters
+    ----------
+    folder : str or PathLike
+        ``NAME.safetensors`` is the adapter NAME; ``NAME/adapter.safetensors`` is, too.
+    cache : str or PathLike
+        Where expanded adapters are kept; created if it does not exist. Entries are named by the content of the file and
+        the base, and never change: any number of processes may share them.
+    base : str or PathLike, optional
+        The base model's weights: a safetensors file, an index or a folder. Names, shapes and the fingerprint of an
+        adapter are checked against them, and arrays that are computed from the base weights come from them. By default,
+        the served model's name if that is a folder, or a model in the cache of Hugging Face's hub.
+
+    Examples
+    --------
+    >>> import json, tempfile, numpy as np, tnadapt as tna
+    >>> targets = [tna.Target(f"model.layers.{layer}.self_attn.q_proj", (64, 64), "q") for layer in range(4)]
+    >>> plan = tna.SuperLoRA(tna.presets.lotr(rank=2), [target.shape for target in targets])
+    >>> arrays = {name: np.ones(shape, "f4") for name, shape in plan.param_shapes.items()}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tna.save(folder + "/math.safetensors", tna.AdapterFile(plan.config, targets, arrays))
+    ...     served = ServedFolder(folder, folder + "/cache")
+    ...     found = served.find("math", "org/model")
+    ...     config = json.loads(Path(found.path, "adapter_config.json").read_text())
+    ...     config["r"], served.find("math", "org/model") == found, served.find("../math", "org/model")
+    (8, True, None)
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        cache: str | os.PathLike[str],
+        base: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.folder, self.cache = Path(folder), Path(cache)
+        self.base = None if base is None else os.fspath(base)
+        if not self.folder.is_dir():
+            raise FileError(f"{self.folder} is not a folder of adapters; make it first, or give another one")
+
+    def file_of(self, name: str) -> Path | None:
+        """Return the file of an adapter, or None if there is none of this name.
+
+        Names that are more than one component of a path are never looked up: they may come from anybody.
+        """
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            return None
+        places = self.folder / f"{name}.safetensors", self.folder / name / "adapter.safetensors"
+        return next((place for place in places if place.is_file()), None)
+
+    def find(self, name: str, model: str) -> ServedAdapter | None:
+        """Return an adapter as LoRA, expanded if it is not in the cache, or None if there is none of this name.
+
+        Parameters
+        ----------
+        name : str
+            Name of the adapter.
+        model : str
+            Name or path of the served model.
+
+        Raises
+        ------
+        TnadaptError
+            If the adapter cannot be served: the file is damaged, of another base, or holds no LoRA.
+        """
+        path = self.file_of(name)
+        if path is None:
+            return None
+        base = self.base or _weights_of(model)
+        # The bytes that are hashed are those that are expanded, whatever happens to the path.
+        content = path.read_bytes()
+        digest = _digest(content, model, base)
+        place = self.cache / digest
+        if not (place / _COMPLETE).is_file():
+            self._expand(path, content, base, place)
+        return ServedAdapter(str(place), int(digest[:8], 16) & 0x7FFFFFFF or 1)
+
+    def _expand(self, path: Path, content: bytes, base: str | None, place: Path) -> None:
+        """Write an adapter's LoRA; of several writers of one place, any one wins, as all write the same."""
+        file = load(path)
+        if path.read_bytes() != content:
+            raise FileError(f"{path}: was replaced while it was read; ask for it again")
+        if base is None and not file.complete:
+            raise TargetError(
+                f"{path}: arrays of the adapter are computed from the base weights, and those were not found: set "
+                "TNADAPT_VLLM_BASE to the folder of the model that vLLM serves"
+            )
+        if base is not None:
+            _check_base(file, base)
+        self.cache.mkdir(parents=True, exist_ok=True)
+        try:
+            convert(file, place, to="vllm-lora", base=base)
+        except FileError:
+            if not (place / _COMPLETE).is_file():  # otherwise somebody else was faster
+                raise
+
+
+def _check_base(file: AdapterFile, base: str) -> None:
+    """Raise TargetError unless the weights are those that the adapter was trained on, as far as the file knows them."""
+    if file.base is not None:
+        BaseWeights(file, open_checkpoint(base)).check_fingerprint()
+
+
+def _weights_of(model: str) -> str | None:
+    """Return the folder with the weights of a served model, or None if it is not on this machine."""
+    if os.path.exists(model):
+        return model
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        return None
+    try:
+        return str(snapshot_download(model, local_files_only=True))  # vLLM has downloaded it there
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def _digest(content: bytes, model: str, base: str | None) -> str:
+    """Return a digest of all that the expanded adapter depends on."""
+    found = hashlib.sha256()
+    for part in (tnadapt.__version__.encode(), model.encode(), str(base).encode(), *_state(base), content):
+        found.update(len(part).to_bytes(8, "little") + part)
+    return found.hexdigest()
+
+
+def _state(base: str | None) -> list[bytes]:
+    """Return the sizes and times of the files of a base, which tell whether it was replaced."""
+    if base is None:
+        return []
+    states = [os.stat(file) for file in open_checkpoint(base).files]
+    return [f"{state.st_size} {state.st_mtime_ns}".encode() for state in states]
