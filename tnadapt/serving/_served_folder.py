@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import tnadapt
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.adapter_format import load
 from tnadapt.checkpoints.base_weights import BaseWeights
@@ -20,6 +19,9 @@ __all__ = ["ServedAdapter", "ServedFolder"]
 
 # One component of a path that is neither hidden nor a parent.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+
+# Of what is written: to be raised when that changes, as entries of the cache are never written again.
+_VERSION = b"1"
 
 # PEFT's settings, which are moved into place last.
 _COMPLETE = "adapter_config.json"
@@ -162,7 +164,7 @@ def _weights_of(model: str) -> str | None:
 def _digest(content: bytes, model: str, base: str | None) -> str:
     """Return a digest of all that the expanded adapter depends on."""
     found = hashlib.sha256()
-    for part in (tnadapt.__version__.encode(), model.encode(), str(base).encode(), *_state(base), content):
+    for part in (_VERSION, model.encode(), str(base).encode(), *_state(base), content):
         found.update(len(part).to_bytes(8, "little") + part)
     return found.hexdigest()
 
