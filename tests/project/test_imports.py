@@ -141,11 +141,12 @@ def test_every_import_is_declared() -> None:
         "torch_fidelity",
     }
     optional |= {"triton"}  # comes with torch, where torch is for CUDA
+    optional |= {"vllm"}  # which imports its plug-in, and is installed by whoever serves with it
     optional |= {"llvmlite"}  # numba's own compiler, of the version that numba asks for
     extras = {
         d.split(">")[0].split("[")[0].replace("-", "_") for e in project["optional-dependencies"].values() for d in e
     }
-    assert optional - {"cupy", "sklearn", "PIL", "llvmlite", "triton"} <= extras
+    assert optional - {"cupy", "sklearn", "PIL", "llvmlite", "triton", "vllm"} <= extras
     assert {"cupy_cuda12x", "scikit_learn", "pillow"} <= extras
     assert names <= declared
     own = {"tnadapt", "paper"}

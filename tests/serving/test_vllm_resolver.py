@@ -153,9 +153,12 @@ def test_vllm_itself_takes_the_resolver(place: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("config", [None, tna.presets.lora(3, alpha=5), tna.presets.lotr(2, groups="role")])
-def test_vllm_itself_loads_what_is_resolved(config: tna.Config | None, place: Path) -> None:
+def test_vllm_itself_loads_what_is_resolved(
+    config: tna.Config | None, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     helper_module, model_module = vllm("lora.peft_helper"), vllm("lora.lora_model")
     config_module = vllm("config.lora")
+    monkeypatch.setattr(model_module, "PIN_MEMORY", False, raising=False)  # pages are locked for a GPU alone
     file = tiny() if config is None else adapter(config)
     tna.save(place / "adapters" / "own.safetensors", file)
     found = resolved(place, "own")
