@@ -93,6 +93,15 @@ def test_merge_only_says_why(config: Config, more: dict[str, Any], sentence: str
         tna.convert(file, to="vllm")
 
 
+def test_vllm_serves_no_embedding() -> None:
+    file = adapter(P.lora(2), [Target("embed_tokens", (48, 40), "embedding")])
+    assert said(file) == "exports exactly as LoRA of rank 2 (of PEFT only: vLLM serves no LoRA of an embedding)"
+    assert tna.convert(file, to="peft-lora").exact
+    for to in ("vllm", "diffusers", "kohya-lora"):
+        with pytest.raises(ConfigError, match=r"'embed_tokens' is an embedding, and .* has no lora of such a layer"):
+            tna.convert(file, to=to)
+
+
 def test_vllm_takes_a_short_list_of_ranks() -> None:
     assert [served_rank(rank) for rank in SERVED_RANKS] == list(SERVED_RANKS)
     assert [served_rank(rank + 1) for rank in SERVED_RANKS] == [8, 16, 32, 64, 128, 256, 320, 512, None]

@@ -30,6 +30,8 @@ class LoraExport(NamedTuple):
         Why not, for a rank of None.
     mergeable : bool
         Whether the adapter can be merged into the weights instead.
+    embedding : bool
+        Whether a weight is that of an embedding, whose LoRA PEFT has, and vLLM does not serve.
 
     Examples
     --------
@@ -44,16 +46,19 @@ class LoraExport(NamedTuple):
     rank: int | None
     reason: str = ""
     mergeable: bool = True
+    embedding: bool = False
 
     @property
     def served(self) -> int | None:
         """The rank at which vLLM serves it, or None: ``served_rank(rank)``."""
-        return None if self.rank is None else served_rank(self.rank)
+        return None if self.rank is None or self.embedding else served_rank(self.rank)
 
     def __str__(self) -> str:
         if self.rank is None:
             return f"merge only: {self.reason}" if self.mergeable else f"neither LoRA nor merged: {self.reason}"
-        if self.served is None:
+        if self.embedding:
+            note = " (of PEFT only: vLLM serves no LoRA of an embedding)"
+        elif self.served is None:
             note = f" (vLLM takes ranks up to {SERVED_RANKS[-1]}: merge it)"
         else:
             note = "" if self.served == self.rank else f" (padded to {self.served} for vLLM)"
@@ -118,6 +123,6 @@ def lora_export(plan: SuperLoRA, targets: Sequence[Target] | None = None, activa
         shapes, ranks = [whole[module] for module in total], list(total.values())
     found = lora_rank(shapes, ranks)
     if found is not None:
-        return LoraExport(found)
+        return LoraExport(found, embedding=any(target.role == "embedding" for target in targets or ()))
     most = max(min(rank, *shape) for rank, shape in zip(ranks, shapes, strict=True))
     return LoraExport(None, f"its updates may have matrix rank {most}")
