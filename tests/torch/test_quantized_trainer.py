@@ -193,3 +193,38 @@ def test_other_libraries_through_transformers(kind: str, hf: Any, folder: Path, 
     adapter.unmerge()
     assert equal(values(made), before)
     assert torch.equal(outputs(made), trained)
+
+
+def test_exported_to_peft_it_computes_the_same_on_the_same_base(hf: Any, folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    made = loaded(hf, folder, four_bit(hf))
+    adapter = tt.attach(made, P.lora(4), "all-linear")
+    draws = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=draws)
+    adapter.save(tmp_path / "a.safetensors")
+    tna.convert(tmp_path / "a.safetensors", tmp_path / "peft", to="peft-lora")
+    other = peft.PeftModel.from_pretrained(loaded(hf, folder, four_bit(hf)), str(tmp_path / "peft"))
+    for module in other.modules():
+        # As attach() does: on some CPUs the first evaluation would round the scales.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    torch.testing.assert_close(outputs(other), outputs(made), rtol=1e-4, atol=1e-4)
+
+
+def test_checkpoints_of_the_trainer_while_attached(hf: Any, folder: Path, tmp_path: Path) -> None:
+    made = loaded(hf, folder, four_bit(hf))
+    adapter = tt.attach(made, P.lora(4), "all-linear")
+    run = trainer(hf, made, tmp_path)
+    tt.adapter_checkpoints(run)
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved" / "model.safetensors").exists()
+    again = loaded(hf, folder, four_bit(hf))
+    tt.from_pretrained(again, tmp_path / "saved")
+    assert torch.equal(outputs(again), outputs(made))
+    with pytest.warns(UserWarning, match="save_pretrained writes the whole LlamaForCausalLM"):
+        made.save_pretrained(tmp_path / "whole")
+    assert "quantization_config" in (tmp_path / "whole" / "config.json").read_text(encoding="utf-8")
+    assert not adapter.merged

@@ -14,7 +14,7 @@ import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 from tnadapt.algebra.factoring import factoring  # noqa: E402
 from tnadapt.testing.strategies import plans  # noqa: E402
-from tnadapt.torch._step_cost import MACHINES, Machine, StepWork, choose, costs  # noqa: E402
+from tnadapt.torch._step_cost import MACHINES, Machine, StepWork, choose, costs, dequantized  # noqa: E402
 
 P = tna.presets
 
@@ -39,6 +39,31 @@ def test_a_kronecker_product_of_dense_matrices_goes_into_the_weight_of_many_toke
 def test_what_does_not_factor_is_never_factored() -> None:
     for tokens in (1, 1024, 8192):
         assert chosen(P.superlora(8, groups="weight", fold=(3072, 192)), 768, tokens) == "weight"
+
+
+def test_a_quantized_weight_is_never_added_to() -> None:
+    def of_packed(config: tna.Config, width: int, tokens: int = 2048) -> str:
+        plan = tna.SuperLoRA(config, [(width, width)])
+        return choose(plan.arrays_plan, 0, factoring(plan, 0), tokens, applying=plan.applying, packed=4.0)
+
+    assert of_packed(P.lora(4), 768) == of_packed(P.dora(4), 768) == "factored"
+    # Three large products are faster than many narrow ones.
+    assert of_packed(P.lora(400), 768) == "additive"
+    assert of_packed(P.hira(4), 768) == of_packed(P.superlora(8, groups="weight", fold=(3072, 192)), 768) == "additive"
+
+
+@pytest.mark.parametrize(
+    ("config", "additive", "factored"),
+    [(P.lora(2), 0, 0), (P.hira(2), 1, 0), (P.dora(2), 2, 2)],
+    ids=["lora", "hira", "dora"],
+)
+@pytest.mark.parametrize("packed", [1.0, 100.0])
+def test_dequantizing_counts_where_numbers_are_needed(
+    config: tna.Config, additive: int, factored: int, packed: float
+) -> None:
+    found = dequantized(tna.SuperLoRA(config, [(4, 8)]).applying, (4, 8), packed)
+    assert found["additive"].moved == additive * 32 * packed
+    assert found["factored"].moved == factored * 32 * packed
 
 
 @given(plans(), st.sampled_from([1, 10, 1000]), st.sampled_from(sorted(MACHINES)))
