@@ -131,6 +131,11 @@ def test_words_without_tags_and_prompts_without_completions(tmp_path: Path) -> N
     found = predict(file, tiny.rows(tmp_path / "b.jsonl", [{"tokens": ["good", "film"]}]))
     assert found.metrics == {}
     assert len(found.rows[0]["prediction"]) == 2
+    # A word that is cut off, or has no token, keeps its place.
+    long = predict(file, tiny.rows(tmp_path / "e.jsonl", [{"tokens": ["good", "\u200b", "film", *["very"] * 60]}]))
+    tags = long.rows[0]["prediction"]
+    assert len(tags) == len(long.rows[0]["scores"]) == 63
+    assert [place for place, tag in enumerate(tags) if tag is None] == [1, *range(31, 63)]
     _, _, file = trained(tmp_path, tiny.gpt2(tmp_path / "gpt2"), tiny.completions(tmp_path / "c.jsonl"))
     found = predict(file, tiny.rows(tmp_path / "d.jsonl", [{"prompt": "what is"}, {"prompt": "the"}]), new_tokens=4)
     assert found.metrics == {}

@@ -286,6 +286,11 @@ def test_the_whole_job(tmp_path: Path, model: Any, data: Any, name: str, referen
     count = 3 if reference == "untrained base" else 4
     assert f"{count} of {count} trainings were finished before" in again.stderr
     assert json.loads(again.stdout) == found
+    told = invoke(*given[:-1]).stdout
+    warning = found["control"]["warning"]
+    assert ("warning: " in told) == (warning is not None)
+    assert warning is None or warning in told
+    assert f"a better test {TASKS[name].metric.name}." in told
     lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
     assert sum('"control"' in line for line in lines) == 1
     points = points_in(tmp_path / "out" / "results.jsonl")

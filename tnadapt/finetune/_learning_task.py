@@ -172,6 +172,10 @@ class LearningTask(abc.ABC):
     def answer(self, row: Tensor) -> dict[str, Any]:
         """Return the prediction for one sample as the user reads it: JSON values by column."""
 
+    def answers(self, rows: Rows, part: Part, samples: Samples) -> list[dict[str, Any]]:
+        """Return the prediction for each sample."""
+        return [self.answer(row) for row in rows]
+
     def complete(
         self,
         model: Any,

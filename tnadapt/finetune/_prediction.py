@@ -108,16 +108,16 @@ def predict(
     progress("loading the model")
     # A base by another name is the caller's choice; without one the file's name is used.
     model = tnt.load_pretrained(adapter, base=base, device=device, dtype=torch.float32)
-    where, shown = torch.device(device), [_shown(one, place) for place, one in enumerate(samples.inputs)]
+    where = torch.device(device)
     progress("predicting")
     if task.kind == "image":
-        return _finished(task, model, about, _pixels(inputs, samples), known, shown, batch, where, None)
+        return _finished(task, model, about, _pixels(inputs, samples), samples, known, batch, where, None)
     name = tokenizer or inputs.get("tokenizer") or base or about.name
     words = tokenizer_of(str(name), transformers_library())
     longest = longest_text(inputs.get("max_length"), str(base or about.name), words, model)
     made = task.complete(model, words, samples, longest, batch, new_tokens, where)
     part = encoded(task, {"data": samples}, words, longest, model, str(name))["data"] if known or made is None else None
-    return _finished(task, model, about, part, known, shown, batch, where, made)
+    return _finished(task, model, about, part, samples, known, batch, where, made)
 
 
 def _finished(
@@ -125,20 +125,21 @@ def _finished(
     model: nn.Module,
     about: Pretrained,
     part: Part | None,
+    samples: Samples,
     known: bool,
-    shown: list[dict[str, Any]],
     batch: int,
     device: torch.device,
     made: list[str] | None,
 ) -> Predictions:
     """Return predictions from logits, or from the completions that were made, with the metrics of known targets."""
+    shown = [_shown(one, place) for place, one in enumerate(samples.inputs)]
     answers: list[dict[str, Any]] = [{} if made is None else {"prediction": one} for one in made or shown]
     metrics: dict[str, float] = {}
     if part is not None:
         compute = logits_of(model, task.kind, about.library)
         with silent(transformers_library()):
             rows = evaluate(model, compute, task, part, device, batch)
-        answers = [{**one, **task.answer(row)} for one, row in zip(answers, rows, strict=True)]
+        answers = [{**one, **more} for one, more in zip(answers, task.answers(rows, part, samples), strict=True)]
         if known:
             found = task.measure(rows, part.labels)
             metrics = {task.metric.name: found.score, **found.more}

@@ -21,7 +21,7 @@ from .._score import Metric
 from .._specification import Part, Spec
 from ._columns import test_of
 
-__all__ = ["TokenClassification"]
+__all__ = ["TaggedWords", "TokenClassification"]
 
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("tags", "ner_tags", "pos_tags", "labels")
@@ -29,6 +29,28 @@ TAG_COLUMNS = ("tags", "ner_tags", "pos_tags", "labels")
 OUTSIDE = "O"
 #: The target of tokens that do not begin a word.
 IGNORED = -100
+
+
+class TaggedWords(TokenLists):
+    """Words as tokens, the first token of each with its tag: a part of a :class:`~tnadapt.finetune.Problem`.
+
+    Parameters
+    ----------
+    tokens, targets : sequence of sequence of int
+    pad : int
+    words : sequence of sequence of int
+        The place of each word that has a target, in its text.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[int]],
+        pad: int,
+        words: Sequence[Sequence[int]],
+    ) -> None:
+        super().__init__(tokens, targets, pad, IGNORED)
+        self.words = words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +138,13 @@ class TokenClassification(LearningTask):
                 f"{type(tokenizer).__name__} is none: give another with --tokenizer"
             )
         found = tokenizer(list(samples.inputs), is_split_into_words=True, truncation=True, max_length=longest)
-        targets = []
+        targets, words = [], []
         for row, tags in enumerate(samples.labels):
-            last, here = None, []
-            for word in found.word_ids(row):
-                here.append(IGNORED if word is None or word == last else tags[word])
-                last = word
-            targets.append(here)
-        return TokenLists(found["input_ids"], targets, tokenizer.pad_token_id, IGNORED)
+            owners = found.word_ids(row)
+            first = [one is not None and one != last for one, last in zip(owners, [None, *owners], strict=False)]
+            targets.append([tags[word] if begins else IGNORED for word, begins in zip(owners, first, strict=True)])
+            words.append([word for word, begins in zip(owners, first, strict=True) if begins])
+        return TaggedWords(found["input_ids"], targets, tokenizer.pad_token_id, words)
 
     def check(self, compute: Callable[[Any], Tensor], inputs: Any, model: str, data: str) -> None:
         """Raise an error unless there are logits of each tag for each token."""
@@ -160,8 +181,21 @@ class TokenClassification(LearningTask):
         """Return the numbers of the tags."""
         return row.argmax(1)
 
+    def answers(self, rows: Rows, part: Part, samples: Samples) -> list[dict[str, Any]]:
+        """Return a tag for each word; None for one that is cut off or has no token."""
+        assert isinstance(part, TaggedWords)
+        found = []
+        for row, places, words in zip(rows, part.words, samples.inputs, strict=True):
+            here = self.answer(row)
+            whole: dict[str, list[Any]] = {name: [None] * len(words) for name in here}
+            for name, values in here.items():
+                for place, value in zip(places, values, strict=True):
+                    whole[name][place] = value
+            found.append(whole)
+        return found
+
     def answer(self, row: Tensor) -> dict[str, Any]:
-        """Return the tag of each word."""
+        """Return the tag of each word that has a token."""
         scores = row.double().softmax(1).amax(1) if len(row) else row.new_zeros(0)
         return {
             "prediction": [self.classes[int(one)] for one in self.predicted(row)] if len(row) else [],
