@@ -172,6 +172,33 @@ def test_a_folder_of_images_without_classes(tmp_path: Path) -> None:
         predict(file, tiny.classes(tmp_path / "b.jsonl"))
 
 
+@pytest.mark.slow
+def test_a_model_of_timm(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    sizes = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 32}
+    made = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=10, **sizes)
+    timm.models.save_for_hf(made, str(tmp_path / "vit"), model_args=sizes, safe_serialization=True)
+    data = tiny.shades(tmp_path / "a.npz")
+    _, record, file = trained(tmp_path, f"timm:local-dir:{tmp_path / 'vit'}", data)
+    assert record["test"] == 1
+    found = predict(file, data)
+    assert found.metrics == {"accuracy": 1.0}
+    assert [row["prediction"] for row in found.rows] == ["0", "1"] * 20
+
+
+def test_an_adapter_of_an_unknown_task(classifier: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "a.safetensors"
+    file = tna.load(classifier[2])
+    for inputs, message in (
+        ({"task": "sorting"}, "was trained for a task that is unknown here: task must be one of 'classification'"),
+        ({"task": "regression", "task_mean": 1.0}, "the description of the task 'regression' is damaged"),
+    ):
+        about = dataclasses.replace(file.pretrained, inputs=inputs)
+        tna.save(broken, dataclasses.replace(file, pretrained=about))
+        with pytest.raises(FileError, match=message):
+            predict(broken, str(classifier[1]))
+
+
 def test_a_base_that_moved_and_another_base(classifier: tuple[Path, Path, Path], tmp_path: Path) -> None:
     model, data, file = classifier
     moved = tmp_path / "moved"

@@ -127,7 +127,7 @@ def test_labels_of_a_csv(
             ["yes", "no", "yes"], {"task": "image-classification"},
             "--task image-classification does not fit: data.csv is a table, not a folder of images or an .npz",
         ),
-        (["yes", "no", "yes"], {"task": "sorting"}, "no task 'sorting'; --task is one of classification, multi-label,"),
+        (["yes", "no", "yes"], {"task": "sorting"}, "--task must be one of 'classification', 'multi-label',"),
         (
             ["yes", "no", "yes", "no"], {"separator": "/"},
             "--separator is for --task multi-label; the task of data.csv is classification",

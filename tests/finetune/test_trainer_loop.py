@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import random
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,21 @@ def test_reports_go_to_a_folder_of_the_run(problem: Any, tmp_path: Path, monkeyp
     name = task.file_name().removesuffix(".safetensors")
     assert {one[:2] for one in seen} == {(str(tmp_path / "logs" / name), name)}
     assert {"loss", "learning_rate", "grad_norm"} <= {one[2] for one in seen}
+
+
+def test_a_run_that_is_left_open_is_ended(problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    integrations = importlib.import_module("transformers.integrations.integration_utils")
+    for name, run in (("wandb", "open"), ("wandb", None), ("trackio", "open")):
+        library = types.SimpleNamespace(run=run, finish=lambda name=name: ended.append(name))
+        monkeypatch.setitem(sys.modules, name, library)
+        monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, name, transformers_callback())
+        train(problem, Task(METHOD, 0, 0.01), Training(1, 40, report_to=name), tmp_path / "adapters")
+    assert ended == ["wandb"]
+
+
+def transformers_callback() -> Any:
+    return importlib.import_module("transformers").TrainerCallback
 
 
 def test_reports_change_no_result(problem: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tnadapt.checkpoints.pretrained_model import Pretrained
-from tnadapt.errors import ConfigError, FileError, TnadaptError, safe_repr
+from tnadapt.errors import ConfigError, FileError, TnadaptError
 
 from ._learning_task import LearningTask
 from .problem import Problem
@@ -57,9 +57,10 @@ def task_in(about: Pretrained | None, path: str) -> tuple[LearningTask, Mapping[
             f"{path} does not say for which task it was trained; tnadapt predict takes adapters of tnadapt finetune "
             "--model. For others use tnadapt.torch.load_pretrained"
         )
-    if name not in TASKS:
-        raise FileError(f"{path} was trained for the task {safe_repr(name)}; known are {', '.join(TASKS)}")
-    cls = TASKS[name]
+    try:
+        cls = TASKS.find(name)
+    except ConfigError as error:
+        raise FileError(f"{path} was trained for a task that is unknown here: {error}") from None
     fields = {one.removeprefix(_PREFIX): value for one, value in about.inputs.items() if one.startswith(_PREFIX)}
     if _CLASSES in {field.name for field in dataclasses.fields(cls)}:  # type: ignore[arg-type]
         fields[_CLASSES] = about.labels

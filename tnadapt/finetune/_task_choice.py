@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tnadapt.errors import TnadaptError, safe_repr
+from tnadapt.errors import ConfigError, TnadaptError
 
 from ._data import Data
 from ._data_sources import LABEL_COLUMNS, TEXT_COLUMNS
@@ -52,15 +52,17 @@ def _evident(source: Table | Data, spec: Spec) -> type[LearningTask]:
 
 
 def _named(source: Table | Data, spec: Spec, name: str) -> type[LearningTask]:
-    if name not in TASKS:
-        raise TnadaptError(f"no task {safe_repr(name)}; --task is one of {', '.join(TASKS)}")
-    evidence = TASKS[name].fits(source, spec)
+    try:
+        chosen = TASKS.find(name)
+    except ConfigError as error:
+        raise TnadaptError(f"--{error}") from None
+    evidence = chosen.fits(source, spec)
     if evidence.level == "no":
         levels = {other: task.fits(source, spec).level for other, task in TASKS.items()}
         others = [other for other, level in levels.items() if level in ("evident", "possible")]
         way = f"; these data fit {_given(others)}" if others else ""
         raise TnadaptError(f"--task {name} does not fit: {evidence.why}{way}")
-    return TASKS[name]
+    return chosen
 
 
 def _given(names: list[str]) -> str:

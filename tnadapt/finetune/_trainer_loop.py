@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ __all__ = ["RunReport", "need_trainer", "train_with_trainer"]
 
 # Points in the curve of a training that is reported.
 _POINTS = 50
+
+#: Libraries whose runs the Trainer's callback leaves open; that of trackio ends them itself.
+_LEFT_OPEN = ("wandb",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +135,7 @@ def _kept_random_state() -> Iterator[None]:
 
 
 def _end_run(library: str) -> None:
-    """End a run that the callback leaves open, such as that of W&B, so that the next training begins another."""
-    finish = getattr(sys.modules.get(library), "finish", None)
-    if finish is not None and getattr(sys.modules[library], "run", None) is not None:
-        finish()
+    """End a run that the Trainer's callback leaves open, so that the next training begins another."""
+    module: Any = sys.modules.get(library) if library in _LEFT_OPEN else None
+    if module is not None and module.run is not None:
+        module.finish()
