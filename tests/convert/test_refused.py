@@ -225,7 +225,10 @@ def refused(source: Path, message: str, **more: Any) -> None:
         (tensors(a__q__lora_B__weight=np.zeros((6, 2, 2, 1), "f4")), "lora_up must be a matrix"),
         (tensors(a__q__lora_magnitude_vector=np.ones(6, "f4")), "is a magnitude of DoRA, and use_dora of"),
         (tensors(a__q__lora_B__bias=np.ones(6, "f4")), "it adds to the layer's bias"),
-        (tensors(a__q__lora_embedding_A=np.ones((2, 6), "f4")), "the update of an embedding"),
+        (
+            tensors(a__q__lora_embedding_A=np.ones((2, 6), "f4")),
+            "'a.q' has lora_embedding_A next to tensors of another layer",
+        ),
         (
             tensors(head__weight=np.ones((2, 6), "f4")),
             "do not belong to a lora adapter: 'base_model.model.head.weight'",

@@ -138,6 +138,20 @@ def test_only_the_batch_s_rows_are_computed() -> None:
     assert largest <= 4 * 100_000 * 2
 
 
+def test_a_quantized_embedding_is_refused() -> None:
+    class Packed(nn.Embedding):
+        def __init__(self) -> None:
+            super().__init__(12, 6)
+            self.weight = nn.Parameter(torch.zeros(12, 6, dtype=torch.int8), requires_grad=False)
+            self.in_features, self.out_features = 6, 12
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids).float()
+
+    with pytest.raises(tna.TargetError, match=r"0\.weight belongs to a quantized embedding: leave it out"):
+        tt.attach(nn.Sequential(Packed()), P.lora(2), ["0"])
+
+
 def test_lookups_are_recognized_by_their_source() -> None:
     assert is_lookup(nn.Embedding(4, 2))
     assert is_lookup(Scaled(4, 2))

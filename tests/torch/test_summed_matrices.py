@@ -100,6 +100,15 @@ def test_one_copy_of_the_stack_is_made_however_many_experts_there_are() -> None:
     assert 1 <= len(large) <= 6
 
 
+def test_a_compiled_module_computes_the_same() -> None:
+    module = Experts(3, 4, 5, True)
+    adapter = tt.attach(module, P.lora(1), "all-linear")
+    stir(adapter, 0.3)
+    x = torch.randn(2, 5)
+    expected = module(x)
+    torch.testing.assert_close(torch.compile(module, backend="eager")(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_second_derivative_and_dropout() -> None:
     module = Experts(3, 4, 3, True)
     adapter = tt.attach(module, P.lora(1), "all-linear", dropout=0.5)

@@ -166,3 +166,17 @@ def test_wrong_tokens_are_refused(tokens: Any, settings: Any, why: str) -> None:
     model = nn.Sequential(nn.Embedding(12, 6), nn.Linear(6, 6), nn.Embedding(5, 3))
     with pytest.raises(tna.TargetError, match=why):
         tt.token_targets(model, tokens, **settings)
+
+
+def test_an_embedding_is_extracted_from_checkpoints_for_a_tied_model(tmp_path: Path) -> None:
+    base, tuned = llama(), llama()
+    with torch.no_grad():
+        tuned.model.embed_tokens.weight += torch.outer(torch.arange(50.0), torch.arange(16.0)) / 100
+    for name, model in (("base", base), ("tuned", tuned)):
+        model.save_pretrained(tmp_path / name)
+    found = tna.extract(tmp_path / "base", tmp_path / "tuned", P.lora(1), "embeddings")
+    tna.save(tmp_path / "a.safetensors", found.file)
+    model = llama()
+    adapter = tt.load(model, tmp_path / "a.safetensors", keep_tied=True)
+    assert (adapter.targets[0].role, adapter.targets[0].tied) == ("embedding", ("lm_head.weight",))
+    torch.testing.assert_close(model(IDS).logits, tuned(IDS).logits, rtol=1e-3, atol=1e-3)

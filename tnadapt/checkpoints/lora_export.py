@@ -110,7 +110,11 @@ def lora_export(plan: SuperLoRA, targets: Sequence[Target] | None = None, activa
         return LoraExport(None, "an activation acts between its factors", mergeable=False)
     if not plan.applying.additive:
         return LoraExport(None, f"apply={plan.config.apply!r} does more than add its updates")
-    other = next((target for target in targets or () if target.parameter != "weight"), None)
+    tied = next((target for target in targets or () if target.tied), None)
+    if tied is not None:
+        return LoraExport(None, f"{escaped(tied.name)} is tied to {escaped(', '.join(tied.tied))}")
+    own = targets or ()
+    other = next((target for target in own if target.parameter != "weight" or target.index is not None), None)
     if other is not None:
         return LoraExport(None, f"{escaped(other.name)} is not the weight of a layer")
     ranks = [plan.largest_rank(index) for index in range(len(plan.shapes))]

@@ -286,18 +286,19 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
     """Read the adapter of an open file of weights."""
     modules: dict[str, dict[str, Float]] = {}
     kept, bits = dict[str, np.ndarray](), dict[str, str]()
-    dtypes, unknown = set[str](), list[str]()
+    dtypes, unknown, linear = set[str](), list[str](), set[str]()
     magnitudes, hira = dict[str, Float](), settings.apply == "hadamard"
-    embeddings = dict[str, bool]()
+    embeddings = dict[str, list[str]]()
     for name, entry in container.entries.items():
         path, suffix = _split_name(name)
         if suffix in EMBEDDING and settings.kind == "lora" and settings.apply == "add":
             array = widen(name, entry.dtype, container.array(name))
             modules.setdefault(path, {})[EMBEDDING[suffix]] = decoded_embedding(suffix, array)
-            embeddings[path] = True
+            embeddings.setdefault(path, []).append(suffix)
             dtypes.add(DTYPES[entry.dtype])
         elif suffix in (_HIRA if hira else _SUFFIXES):
             own_name = (_HIRA if hira else _SUFFIXES)[suffix]
+            linear.add(path)
             modules.setdefault(path, {})[own_name] = widen(name, entry.dtype, container.array(name))
             dtypes.add(DTYPES[entry.dtype])
         elif suffix in _MAGNITUDES:
@@ -312,6 +313,9 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
             bits |= {f"kept.{own}": kind} if kind else {}
         else:
             unknown.append(name)
+    both = sorted(linear.intersection(embeddings))
+    if both:
+        raise FileError(f"{safe_repr(both[0])} has {', '.join(embeddings[both[0]])} next to tensors of another layer")
     bases = stored_bases(unknown, PREFIX, embeddings)
     unknown = [name for name in unknown if name not in bases]
     if unknown:

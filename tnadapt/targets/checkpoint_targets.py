@@ -21,6 +21,12 @@ __all__ = ["find_stored"]
 
 _LETTERS = frozenset("qkvo")
 
+# Last parts of the paths of embeddings, by which they are told from other matrices.
+_EMBEDDINGS = {
+    "embed_in", "embed_positions", "embed_tokens", "position_embeddings", "shared", "tok_embeddings",
+    "token_type_embeddings", "word_embedding", "word_embeddings", "wpe", "wte",
+}  # fmt: skip
+
 
 def find_stored(
     shapes: Mapping[str, tuple[int, ...]], targets: Any = "qv", config: Mapping[str, Any] | None = None
@@ -32,8 +38,8 @@ def find_stored(
     shapes : mapping of str to tuple of int
         The name and shape of every stored tensor.
     targets : str or list of str
-        Roles such as ``"qv"``; a list of module paths, whole or their last parts; or a regular expression that matches
-        the whole path of a module.
+        Roles such as ``"qv"``; ``"embeddings"``, those of the usual names; a list of module paths, whole or their last
+        parts; or a regular expression that matches the whole path of a module.
     config : mapping, optional
         The model's ``config.json``, for the model type and numbers of heads.
 
@@ -58,6 +64,8 @@ def find_stored(
     model = StoredModel(shapes, config)
     if isinstance(targets, str) and targets and _LETTERS.issuperset(targets):
         found = targets_of(model, targets)
+    elif targets == "embeddings":
+        found = [_whole(model, name) for name in sorted(model.weights, key=natural) if _is_embedding(model, name)]
     else:
         chosen = _chosen(targets)
         found = [_whole(model, name) for name in sorted(model.weights, key=natural) if chosen(_module(name))]
@@ -68,6 +76,10 @@ def find_stored(
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
+
+
+def _is_embedding(model: StoredModel, name: str) -> bool:
+    return _module(name).rpartition(".")[2] in _EMBEDDINGS and len(model.weights[name]) == 2
 
 
 def _chosen(targets: Any) -> Callable[[str], bool]:
@@ -105,6 +117,7 @@ def _whole(model: StoredModel, name: str) -> Target:
     path = _module(name)
     says = parse_projection_name(path.rpartition(".")[2])
     role = says.letters if says is not None and says.letters in ("q", "k", "v") else "linear"
+    role = "embedding" if _is_embedding(model, name) else role
     role = "conv" if role == "linear" and len(model.weights[name]) > 2 else role
     # A number at the end is the module's own place in a Sequential, not the layer's.
     return model.whole(name, role, layer_of(_module(path)))

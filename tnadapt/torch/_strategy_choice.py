@@ -38,6 +38,8 @@ def strategy_of(
     weight = owner._parameters.get(target.parameter)
     quantized = is_quantized(owner, target)
     # Adding to the output must be equivalent to changing the weight, which is known only for linear forwards.
+    if isinstance(owner, nn.Embedding) and quantized:
+        raise TargetError(f"{target.name} belongs to a quantized embedding: leave it out of the targets")
     if host is owner and _looks_up(owner) and not quantized and target.parameter == "weight" and activation is None:
         return _of_lookup(wanted, plan, index, target, config, applying)
     linear = type(owner).forward is nn.Linear.forward or type(owner).__name__ == "Conv1D"

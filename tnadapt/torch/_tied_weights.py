@@ -69,7 +69,12 @@ def with_tied(model: nn.Module, targets: Sequence[Target], keep: bool) -> list[T
             )
         if len(same) > 1 and (keep or target.tied):
             module, _, parameter = same[0].rpartition(".")
-            target = dataclasses.replace(target, module=module, parameter=parameter, tied=tuple(same[1:]))
+            # With its first name it has the role of its first module; a file keeps the role that it was saved with.
+            is_embedding = isinstance(model.get_submodule(module), nn.Embedding) and not target.tied
+            target = dataclasses.replace(
+                target, module=module, parameter=parameter, tied=tuple(same[1:]),
+                role="embedding" if is_embedding else target.role,
+            )  # fmt: skip
         found.append(target)
     return found
 

@@ -1,0 +1,25 @@
+"""Targets of a checkpoint by kind: embeddings have their role by the usual names."""
+
+from __future__ import annotations
+
+import pytest
+
+from tnadapt import TargetError
+from tnadapt.targets.checkpoint_targets import find_stored
+
+STORED = {
+    "model.embed_tokens.weight": (40, 8), "model.wte.weight": (40, 8), "model.layers.0.fc.weight": (16, 8),
+    "model.layers.0.wte.norm.weight": (8,), "model.layers.0.shared.weight": (4, 4, 3), "lm_head.weight": (40, 8),
+}  # fmt: skip
+
+
+def test_embeddings_are_a_word_and_a_role() -> None:
+    found = find_stored(STORED, "embeddings")
+    assert [(target.module, target.role) for target in found] == [
+        ("model.embed_tokens", "embedding"), ("model.wte", "embedding"),
+    ]  # fmt: skip
+    assert [target.role for target in find_stored(STORED, ["embed_tokens", "fc", "shared"])] == [
+        "embedding", "linear", "conv",
+    ]  # fmt: skip
+    with pytest.raises(TargetError, match="no tensor of the checkpoint is a target for 'embeddings'"):
+        find_stored({"layers.0.fc.weight": (4, 4)}, "embeddings")
