@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -289,6 +290,17 @@ def test_measures_of_a_composite_plan() -> None:
     params, report = tna.decompose([rng.normal(size=shape) for shape in shapes], config)
     assert params.keys() == plan.param_shapes.keys()
     assert report.groups[-1].error < 1e-6
+
+
+def test_pictures_of_every_group(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from tnadapt import plot
+
+    config = CompositeConfig([(P.lora(2), 2), (P.superlora(3, projection="linear", ratio=0.5), 2)])
+    shapes = [(12, 8), (8, 8), (16, 8), (8, 4)]
+    for group in range(3):
+        plot.network(config, shapes, tmp_path / f"{group}.svg", group=group)
+    assert "ρ = 0.5" in (tmp_path / "2.svg").read_text(encoding="utf-8")
 
 
 def test_verification_checks_every_part() -> None:

@@ -321,7 +321,7 @@ def _steps(plan: SuperLoRA, group: Group, index: int) -> list[FlowStep]:
     if not projection.map.identity:
         lines = (
             f"F: {projection_name(projection.kind)}, fixed, not trained",
-            f"{_ratio(plan, projection)}{projection.n_in:,} → {projection.n_out:,}",
+            f"{_ratio(plan.part_of(group.pieces[0].weight)[0], projection)}{projection.n_in:,} → {projection.n_out:,}",
         )
         steps.append(FlowStep(lines, note, fixed=True))
         note = "minus F at the start" if group.subtracts else ""

@@ -127,8 +127,9 @@ def laid_out(plan: SuperLoRA, group: Group, k: int) -> SplitDrawing:
     split = _Split(group, k)
     style = group.network.splits[k].diagram
     if style not in _STYLES:
+        config = plan.part_of(group.pieces[0].weight)[0].config
         raise ConfigError(
-            f"format {plan.config.format!r} has diagram={style!r}; expected one of {', '.join(_STYLES)}: 'network' "
+            f"format {config.format!r} has diagram={style!r}; expected one of {', '.join(_STYLES)}: 'network' "
             "draws any format from its formula"
         )
     _STYLES[style](split)
