@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tnadapt as tna
 import tnadapt.torch as tt
@@ -276,3 +278,18 @@ def test_classes_that_store_them_transposed_are_known() -> None:
     found = experts(x)
     adapter.merge()
     torch.testing.assert_close(experts(x), found, rtol=1e-4, atol=1e-5)
+
+
+def test_activation_checkpointing_gives_the_same_gradients() -> None:
+    found = []
+    for on in (False, True):
+        model = made("mixtral", "grouped_mm").train()
+        if on:
+            for layer in model.model.layers:
+                layer.mlp.forward = functools.partial(checkpoint, layer.mlp.forward, use_reentrant=False)
+        adapter = tt.attach(model, P.lora(1), EXPERTS)
+        stir(adapter, 0.2)
+        model(IDS, use_cache=False).logits.square().sum().backward()
+        found.append([parameter.grad for parameter in adapter.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
