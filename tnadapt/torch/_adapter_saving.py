@@ -83,7 +83,7 @@ def to_file(adapter: AdapterState, store_bases: bool = False) -> AdapterFile:
 
 
 def base_fingerprint(adapter: AdapterState) -> Fingerprint | None:
-    """Return the fingerprint of the adapted weights without the update; None if any is quantized."""
+    """Return the fingerprint of the adapted weights without the update; None if one cannot be dequantized."""
     need_base(adapter.model, adapter)
     return fingerprint_of([merging.original(adapter, index) for index in range(len(adapter.targets))])
 
