@@ -278,6 +278,7 @@ def test_the_weight_strategy_keeps_no_matrix_for_backward() -> None:
 @compiles_whole
 @pytest.mark.parametrize("config", ["lora", "superlora", "dora"])
 def test_compiled(config: str) -> None:
+    torch._dynamo.reset()
     made, adapter = adapted(config)
     program = torch.compile(made, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 6, dtype=torch.float64)
@@ -394,3 +395,11 @@ def test_the_plug_in_of_peft_keeps_it_in_its_config(tmp_path: Path) -> None:
     plain = peft.get_peft_model(layer(torch.float32), plugin.TnadaptConfig(target_modules="all-linear"))
     plain.save_pretrained(tmp_path / "without")
     assert "dropout" not in (tmp_path / "without" / "adapter_config.json").read_text(encoding="utf-8")
+
+
+def test_embeddings_have_none() -> None:
+    made = nn.Sequential(nn.Embedding(9, 4))
+    adapter = tt.attach(made, P.lora(2), ["0"], dropout=0.5)
+    stir(adapter, 0.3)
+    ids = torch.tensor([[3, 1, 8]])
+    assert torch.equal(made.train()(ids), made.eval()(ids))

@@ -139,8 +139,10 @@ class ForwardPatch:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward with every active update."""
-        if any(slot.adapter.by_rows for patched in self.weights for slot in patched.slots):
-            return run_by_rows(self, args, kwargs)
+        for patched in self.weights:  # plain loops: any() of a generator takes as long as a small layer's overhead
+            for slot in patched.slots:
+                if slot.adapter.by_rows:
+                    return run_by_rows(self, args, kwargs)
         return self.run(self.acting(), args, kwargs)
 
     def acting(self, alone: bool = True) -> list[Placed]:

@@ -82,7 +82,7 @@ def assignment_of(state: AdapterState) -> RowAssignment | None:
 
 def mixing_weight(state: AdapterState) -> float:
     """Return the factor of an adapter's update in this thread."""
-    found = assignment_of(state)
+    found = assignment_of(state) if state.by_rows else None
     return state.weight if found is None else found.weight(state)
 
 

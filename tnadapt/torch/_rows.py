@@ -45,7 +45,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     Notes
     -----
     A row's output is that of the row alone with its adapter activated: with the adapter's mixing weight, or 1 if that
-    is 0. Adapters that no row has do not act. Gradients flow as usual.
+    is 0. Adapters that no row has do not act; one that is attached inside acts on every row. Gradients flow as usual.
 
     It holds for the thread that enters it (more precisely, for its context), so threads with different rows do not mix;
     a thread that is started inside has to enter it itself. Inside another ``with rows(...)``, the inner one counts.
