@@ -126,6 +126,7 @@ def test_data_without_labels(classifier: tuple[Path, Path, Path], tmp_path: Path
     assert found.rows == predict(file, str(data)).rows
 
 
+@pytest.mark.slow
 def test_words_without_tags_and_prompts_without_completions(tmp_path: Path) -> None:
     _, _, file = trained(tmp_path, tiny.bert(tmp_path / "bert"), tiny.tags(tmp_path / "a.jsonl"))
     found = predict(file, tiny.rows(tmp_path / "b.jsonl", [{"tokens": ["good", "film"]}]))
@@ -144,6 +145,7 @@ def test_words_without_tags_and_prompts_without_completions(tmp_path: Path) -> N
         predict(file, str(tmp_path / "d.jsonl"), new_tokens=48)
 
 
+@pytest.mark.slow
 def test_completions_are_those_of_generate(tmp_path: Path) -> None:
     problem, _, file = trained(tmp_path, tiny.gpt2(tmp_path / "gpt2"), tiny.completions(tmp_path / "c.jsonl"))
     found = predict(file, str(tmp_path / "c.jsonl"), new_tokens=5, limit=6)

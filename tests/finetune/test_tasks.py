@@ -299,6 +299,7 @@ def test_the_whole_job(tmp_path: Path, model: Any, data: Any, name: str, referen
     assert len({line for line in lines if '"session"' in line}) == 1
 
 
+@pytest.mark.slow
 def test_what_is_learnt_is_learnt(tmp_path: Path) -> None:
     problem = open_problem(Spec(model=tiny.bert(tmp_path / "bert"), data=tiny.tags(tmp_path / "a.jsonl")))
     method = dataclasses.replace(LORA, config=tna.presets.lora(8))

@@ -47,7 +47,7 @@ def both(problem: Any, training: Training, rate: float, folder: Path) -> tuple[l
     "training",
     [
         Training(2, 7, warmup=0.3, weight_decay=0.01, clip=0.1),
-        Training(1, 8, optimiser="sgd", shape="onecycle", steps=4),
+        pytest.param(Training(1, 8, optimiser="sgd", shape="onecycle", steps=4), marks=pytest.mark.slow),
     ],
     ids=["epochs", "steps"],
 )
@@ -95,6 +95,7 @@ def test_reports_go_to_a_folder_of_the_run(problem: Any, tmp_path: Path, monkeyp
     assert {"loss", "learning_rate", "grad_norm"} <= {one[2] for one in seen}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_left_open_is_ended(problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     integrations = importlib.import_module("transformers.integrations.integration_utils")
