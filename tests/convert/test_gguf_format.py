@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -176,14 +177,16 @@ def test_what_llama_cpp_has_no_place_for_is_refused(llama: Path, tmp_path: Path)
 
 
 def test_other_gguf_files_are_refused(tmp_path: Path) -> None:
-    for name, kind, why in (
-        ("model", "model", "is a GGUF file of the type 'model', and no LoRA adapter"),
-        ("theirs", "adapter", "is an adapter of llama.cpp that does not say the model's own names and heads"),
+    for name, kind, alpha, why in (
+        ("model", "model", 1.0, "is a GGUF file of the type 'model', and no LoRA adapter"),
+        ("theirs", "adapter", 1.0, "is an adapter of llama.cpp that does not say the model's own names and heads"),
+        ("infinite", "adapter", math.inf, "its adapter.lora.alpha must be a finite number; it is inf"),
     ):
         path = tmp_path / f"{name}.gguf"
         writer = gguf.GGUFWriter(path, "llama")
         writer.add_type(kind)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         writer.add_tensor("blk.0.attn_q.weight.lora_a", np.zeros((2, 3), "f4"))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -194,6 +197,25 @@ def test_other_gguf_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.gguf").write_bytes((tmp_path / "model.gguf").read_bytes()[:40])
     with pytest.raises(FileError, match="is not a valid GGUF file"):
         tna.convert(tmp_path / "cut.gguf")
+
+
+def test_a_damaged_file_is_refused_or_reads(llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.gguf"
+    tna.convert(made(tna.presets.lora(2), SHAPES), path, to="gguf", base=llama)
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for turn in range(150):
+        damaged = bytearray(content)
+        if turn % 3:
+            damaged[int(rng.integers(4, 1500))] = int(rng.integers(0, 256))  # in the fields
+        else:
+            del damaged[int(rng.integers(4, len(damaged))) :]
+        path.write_bytes(damaged)
+        try:
+            tna.convert(path)
+        except tna.TnadaptError:
+            refused += 1
+    assert refused >= 50
 
 
 def smollm2() -> Path:

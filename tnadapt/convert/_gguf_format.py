@@ -7,6 +7,7 @@ the rows of its ``lora_b`` are permuted as well.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -137,22 +138,13 @@ def _in_halves(b: Float, heads: int | None) -> Float:
 
 def _read(path: str, base: Base | None) -> ForeignAdapter:
     """Read the adapter of a file."""
-    gguf = gguf_package()
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise FileError(f"is not a valid GGUF file: {error}") from None
-    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    fields, tensors, dtypes = _stored(path)
     if (fields.get("general.type"), fields.get("adapter.type")) != ("adapter", "lora"):
         raise FileError(f"is a GGUF file of the type {safe_repr(fields.get('general.type'))}, and no LoRA adapter")
+    alpha = fields.get("adapter.lora.alpha")
+    if not isinstance(alpha, float) or not math.isfinite(alpha):
+        raise FileError(f"its adapter.lora.alpha must be a finite number; it is {safe_repr(alpha)}")
     listed = _recorded(fields.get(RECORD))
-    tensors, dtypes = dict[str, Float](), set[str]()
-    for tensor in reader.tensors:
-        kind = tensor.tensor_type.name
-        if kind not in _DTYPES:
-            raise FileError(f"{safe_repr(tensor.name)} is {kind}; converted are {', '.join(_DTYPES)}")
-        dtypes.add(_DTYPES[kind])
-        tensors[tensor.name] = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
     expected = {f"{name}.lora_{which}" for name in listed for which in "ab"}
     if wrong := expected ^ tensors.keys():
         raise FileError(f"its tensors are not those of its record: {summarize(wrong)}")
@@ -162,13 +154,32 @@ def _read(path: str, base: Base | None) -> ForeignAdapter:
 
         def scale(rank: int | None) -> float:
             assert rank is not None  # of LoRA
-            return float(fields["adapter.lora.alpha"]) / rank or 1.0
+            return alpha / rank or 1.0
 
         update, shape = decode(module, own, scale)
         if shape != (tuple(stored)[::-1] if transposed else tuple(stored)):
             raise FileError(f"{safe_repr(name)} has the shape {shape}, and its record says {tuple(stored)}")
         updates.append(TargetUpdate(target_of(module, shape, base, transposed), update))
-    return ForeignAdapter("lora", updates, common_dtype(dtypes))
+    return ForeignAdapter("lora", updates, common_dtype(set(dtypes.values())))
+
+
+def _stored(path: str) -> tuple[dict[str, Any], dict[str, Float], dict[str, str]]:
+    """Return the fields, the tensors and their dtypes of a GGUF file."""
+    gguf = gguf_package()
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+        kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+        wide = {
+            tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+            for tensor in reader.tensors
+            if kinds[tensor.name] in _DTYPES
+        }
+    except Exception as error:  # whatever a damaged file makes the package raise
+        raise FileError(f"is not a valid GGUF file: {type(error).__name__}: {error}") from None
+    if other := [name for name, kind in kinds.items() if kind not in _DTYPES]:
+        raise FileError(f"{safe_repr(other[0])} is {kinds[other[0]]}; converted are {', '.join(_DTYPES)}")
+    return fields, wide, {name: _DTYPES[kind] for name, kind in kinds.items()}
 
 
 def _recorded(text: Any) -> dict[str, tuple[str, list[int], bool, int | None]]:
