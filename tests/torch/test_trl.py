@@ -147,3 +147,29 @@ def test_another_reference_would_show(tokenizer: Any, tmp_path: Path) -> None:
         # At its start, as a reference is to which nothing was copied.
         tt.adapters(trainer.model)["ref"].reset()
         assert abs(first_log(trainer)[key] - start) > 1e-3
+
+
+@pytest.mark.parametrize("preset", ["superlora", "tinylora"])
+def test_sft_resumes_to_the_bit(preset: str, tokenizer: Any, tmp_path: Path) -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    def run(checkpoint: str | None) -> tuple[list[float], dict[str, Any]]:
+        how = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_checkpointing": True}
+        sizes = {name: SIZES[name] for name in inspect.signature(getattr(presets, preset)).parameters if name in SIZES}
+        trainer = SFTTrainer(
+            tiny_language_model.llama(),
+            args=SFTConfig(**tiny_language_model.settings(tmp_path, max_length=16, **how)),
+            train_dataset=datasets.Dataset.from_list([{"text": "w1 w2 w3 w4 w5"}] * 4),
+            processing_class=tokenizer,
+            peft_config=plugin.TnadaptConfig(task_type="CAUSAL_LM", preset=preset, settings=sizes),
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], arrays(trainer, "default")
+
+    losses, ended = run(None)
+    assert losses[-1] < losses[0]
+    assert not list(tmp_path.rglob("model*.safetensors"))
+    again = run(str(tmp_path / "checkpoint-2"))
+    assert again[0] == losses
+    assert all(torch.equal(again[1][name], ended[name]) for name in ended)
