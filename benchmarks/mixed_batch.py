@@ -6,7 +6,8 @@ adapters on q and v, each with as many rows as the others: once with 32 tokens a
 gives each one a ratio to PEFT's LoRA with ``adapter_names=`` in that round; the printed value is the median.
 *one by one* is a pass for each adapter on its rows.
 
-Rows are written to ``results/mixed_batch.jsonl``. Keep the machine otherwise idle. ``--smoke`` only checks, on a tiny
+Rows are written to ``results/mixed_batch.jsonl``, and the documentation's table to ``mixed_batch.rst`` beside it. Keep
+the machine otherwise idle. ``--smoke`` only checks, on a tiny
 model, that every way gives the same outputs.
 """
 
@@ -176,6 +177,25 @@ def check(several: dict[str, Callable[[Tensor, Sequence[str]], Tensor]], ids: Te
         torch.testing.assert_close(output, outputs[other], rtol=1e-3, atol=1e-3, msg=lambda text: f"{name}: {text}")  # noqa: B023
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the documentation's table: the median ratio of each case, and its range over the rounds."""
+    about, *rows = rows
+    columns = [(work, number) for work in TOKENS for number in ADAPTERS]
+    found = {(row["work"], row["adapters"], row["case"]): row for row in rows}
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    lines = [".. list-table::", "   :header-rows: 1", "", "   * -"]
+    lines += [f"     - {work}, {number}" for work, number in columns]
+    for case in cases:
+        lines.append(f"   * - {case}")
+        for work, number in columns:
+            row = found[work, number, case]
+            lines.append(f"     - {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})")
+    how = about["machine"]
+    kept = ("processor", "cores", "layers", "threads", "batch", "torch", "peft", "transformers", "date")
+    listed = ", ".join(f"{name} {how[name]}" for name in kept if name in how)
+    return "\n".join([*lines, "", f"({listed})", ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=6)
@@ -198,6 +218,7 @@ def main() -> None:
             rows.append(row)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     given.results.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    given.results.with_suffix(".rst").write_text(table(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

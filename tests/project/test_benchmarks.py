@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,6 +47,12 @@ def test_mixed_batches_agree_with_one_adapter_at_a_time() -> None:
     command = [sys.executable, str(BENCHMARKS / "mixed_batch.py"), "--smoke"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_table_of_mixed_batches_is_that_of_its_results(benchmark_scripts: Callable[[str], ModuleType]) -> None:
+    results = BENCHMARKS / "results" / "mixed_batch.jsonl"
+    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    assert benchmark_scripts("mixed_batch").table(rows) == results.with_suffix(".rst").read_text(encoding="utf-8")
 
 
 def test_the_page_is_that_of_its_results(scripts: ModuleType, tmp_path: Path) -> None:
