@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor, nn
 
-import tnadapt as tna
-import tnadapt.torch as tt
-from tnadapt.torch._embedding_forward import is_lookup
+torch = pytest.importorskip("torch")
 
-from .small import stir
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+from tnadapt.torch._embedding_forward import is_lookup  # noqa: E402
+
+from .small import stir  # noqa: E402
 
 P = tna.presets
 CONFIGS = {

@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
-import tnadapt as tna
-import tnadapt.torch as tt
+torch = pytest.importorskip("torch")
 
-from .small import stir
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+
+from .small import stir  # noqa: E402
 
 P = tna.presets
 IDS = torch.tensor([[3, 0, 11, 3], [7, 2, 3, 9]])

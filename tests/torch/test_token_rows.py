@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from torch import nn
 
-import tnadapt as tna
-import tnadapt.torch as tt
+torch = pytest.importorskip("torch")
 
-from .small import stir
+from safetensors.torch import load_file  # noqa: E402
+from torch import nn  # noqa: E402
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+
+from .small import stir  # noqa: E402
 
 P = tna.presets
 IDS = torch.tensor([[3, 0, 11, 9], [7, 9, 3, 5]])
