@@ -59,7 +59,7 @@ def write(options, adapter, tokenizer, started, **found):
         **found,
         "trained parameters": adapter.num_parameters,
         "bytes of the file": (options.out / "adapter.safetensors").stat().st_size,
-        "settings": {name: str(value) for name, value in vars(options).items() if name != "out"},
+        "settings": {name: str(value) for name, value in vars(options).items() if name not in ("cache", "out")},
         "seconds": round(time.time() - started),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "trl")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {model_device(adapter)}",

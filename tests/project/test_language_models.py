@@ -33,7 +33,8 @@ def percent(share: float) -> str:
 
 def cells(text: str) -> list[str]:
     """Return the cells of the list tables of a page."""
-    return [line.strip().lstrip("*- ").strip() for line in text.splitlines() if line.strip().startswith(("* - ", "- "))]
+    lines = [line.strip().removeprefix("* ") for line in text.splitlines()]
+    return [line[1:].strip() for line in lines if line == "-" or line.startswith("- ")]
 
 
 def test_the_tables_are_those_of_the_results() -> None:
