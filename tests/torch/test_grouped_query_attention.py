@@ -70,7 +70,7 @@ def test_from_the_first_step_to_a_merged_model(name: str, tmp_path: Path) -> Non
     else:
         assert summary.lora_rank == 2
         assert [row.rank for row in summary.rows] == [2] * 6
-        assert str(summary).endswith("exports exactly as LoRA of rank 2")
+        assert str(summary).endswith("exports exactly as LoRA of rank 2 (padded to 8 for vLLM)")
     model(input_ids=torch.arange(12).reshape(2, 6)).last_hidden_state.square().sum().backward()
     for group in range(2):
         assert any(p.grad.any() for n, p in adapter.named_parameters() if f"group{group}" in n)

@@ -56,8 +56,8 @@ def reference_model(model: nn.Module, *, with_adapters: bool = False) -> nn.Modu
     >>> with torch.no_grad():
     ...     for array in adapter.parameters():
     ...         _ = array.add_(1.0)
-    >>> torch.allclose(reference(x), before), torch.allclose(model(x), before)
-    (True, False)
+    >>> [torch.allclose(one(x), before, atol=1e-5) for one in (reference, model)]
+    [True, False]
     >>> reference.linear1.weight is model.linear1.weight
     True
 
