@@ -156,7 +156,13 @@ def test_a_parent_that_is_killed_or_interrupted_leaves_no_worker(number: signal.
         while len(list((tmp_path / "processes").iterdir())) < 3 and time.monotonic() < limit:
             time.sleep(0.05)
         os.kill(process.pid, number) if number == signal.SIGKILL else os.killpg(process.pid, number)
-        assert process.wait(timeout=60) == (-number if number == signal.SIGKILL else -signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert told.splitlines()[-1] == "KeyboardInterrupt"
+        # Python forgets that it was interrupted if code is compiled at exit, as torch does where tabulate is installed.
+        assert process.returncode in (-signal.SIGINT, 1)
+    else:
+        assert process.returncode == -number
     assert len(list((tmp_path / "processes").iterdir())) == 3
     assert gone(tmp_path / "processes")
 
