@@ -338,7 +338,7 @@ def test_dropout_in_training() -> None:
 @pytest.mark.slow
 @compiles_whole
 def test_a_compiled_model_runs_adapted_layers_outside_of_its_program() -> None:
-    """Correct, with any rows, and without compiling anew for other rows or other active adapters."""
+    """Correct, with any rows, and without recompiling for other rows or other active adapters."""
     torch._dynamo.reset()
     model = adapted(
         nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 4)), "lora and superlora", "all-linear"

@@ -32,7 +32,10 @@ def predict_command(
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub name, instead of the base's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 32,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Length limit of completions; 64, or half of what the model has room for.")
+        int | None,
+        typer.Option(
+            min=1, help="Length limit of completions; 64, or half of the model's positions if these are fewer."
+        ),
     ] = None,
     text_column: Annotated[str | None, typer.Option(help="Column of texts, words or prompts.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of labels, tags or completions.")] = None,

@@ -26,7 +26,7 @@ class TrainerArguments(transformers.TrainingArguments):  # type: ignore[misc]
 
 
 class _Batches:
-    """The batches of a part as indices, drawn anew in each epoch."""
+    """The batches of a part as indices, redrawn in each epoch."""
 
     def __init__(self, problem: Problem, size: int) -> None:
         self.dataset, self.size = problem.parts["training"], size

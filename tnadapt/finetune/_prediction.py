@@ -85,7 +85,7 @@ def predict(
     batch : int
         Batch size.
     new_tokens : int, optional
-        The most tokens of a completion; 64 by default, or half of what the model has room for.
+        The most tokens of a completion; 64 by default, or half of the model's positions if these are fewer.
     device : str
     progress : callable
         Called with the name of each step that takes time.

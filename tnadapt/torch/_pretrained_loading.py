@@ -80,6 +80,22 @@ def load_pretrained(
     -----
     A file may come from someone else. It can name a base, of which only safetensors and GGUF files are read; no code
     from a repository is run. With ``base`` you decide what is loaded.
+
+    Examples
+    --------
+    >>> import tempfile, torch, transformers, tnadapt.torch
+    >>> config = transformers.BertConfig(
+    ...     vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> transformers.BertModel(config).save_pretrained(folder.name + "/base")
+    >>> model = transformers.BertForSequenceClassification.from_pretrained(
+    ...     folder.name + "/base", id2label={0: "bad", 1: "good"})
+    >>> adapter = tnadapt.torch.attach(model, "superlora", keep_trainable="classifier", rank=2)
+    >>> adapter.save(folder.name + "/mine.safetensors")
+    >>> loaded = tnadapt.torch.load_pretrained(folder.name + "/mine.safetensors")
+    >>> type(loaded).__name__, loaded.config.id2label
+    ('BertForSequenceClassification', {0: 'bad', 1: 'good'})
+    >>> folder.cleanup()
     """
     path = adapter_path(where, revision, token)
     file = adapter_format.load(path)
@@ -122,6 +138,19 @@ def load_processor(
         If the file is damaged, or does not say for which task its model is.
     TnadaptError
         If it cannot be loaded, or a library is missing.
+
+    Examples
+    --------
+    >>> import tempfile, transformers, tnadapt.torch
+    >>> words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "bad", "good"]
+    >>> config = transformers.BertConfig(
+    ...     vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    >>> adapter = tnadapt.torch.attach(transformers.BertForSequenceClassification(config), "superlora", rank=2)
+    >>> tokenizer = transformers.BertTokenizerFast({word: number for number, word in enumerate(words)})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     adapter.save_pretrained(folder, tokenizer=tokenizer)
+    ...     load_processor(folder)("good bad")["input_ids"]
+    [2, 6, 5, 3]
     """
     path = adapter_path(where, revision, token)
     about = adapter_format.load(path, check_draws=False).pretrained

@@ -48,5 +48,18 @@ def register_task(cls: type[LearningTask]) -> None:
     ------
     ConfigError
         If its name is built in or of another form, or the class is not such a subclass.
+
+    Examples
+    --------
+    Classification that never applies unless ``--task strict`` asks for it:
+
+    >>> class Strict(Classification):
+    ...     name = "strict"
+    ...     @classmethod
+    ...     def fits(cls, source, spec):
+    ...         return Evidence("possible", "it was asked for")
+    >>> register_task(Strict)
+    >>> list(TASKS)[-1]
+    'strict'
     """
     TASKS.register(cls.name, cls)

@@ -184,11 +184,13 @@ class CausalLM(LearningTask):
         device: torch.device,
     ) -> list[str] | None:
         """Return what greedy decoding writes after each prompt, up to the end of the text or ``new_tokens`` tokens."""
-        room = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-        new_tokens = min(64, room // 2) if new_tokens is None else new_tokens
-        if new_tokens >= room:
-            raise TnadaptError(f"--max-new-tokens must be below the {room} positions of the model; got {new_tokens}")
-        prompts = [_given(one, tokenizer)[-min(longest, room - new_tokens) :] for one in samples.inputs]
+        positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+        new_tokens = min(64, positions // 2) if new_tokens is None else new_tokens
+        if new_tokens >= positions:
+            raise TnadaptError(
+                f"--max-new-tokens must be below the {positions} positions of the model; got {new_tokens}"
+            )
+        prompts = [_given(one, tokenizer)[-min(longest, positions - new_tokens) :] for one in samples.inputs]
         found = [""] * len(prompts)
         # Prompts of similar length share a batch, to reduce padding.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tnadapt.errors import FileError, safe_repr
+from tnadapt.errors import safe_repr
 
 from .._data import Data, Samples
 from .._data_sources import labelled_texts
@@ -17,7 +17,7 @@ from .._learning_task import Evidence, LearningTask, Measured, Rows
 from .._sample_tables import Table
 from .._score import ACCURACY, Metric
 from .._specification import Spec
-from ._columns import columns_of, label_facts, labels_of, missing_columns, texts_of
+from ._columns import class_numbers, columns_of, label_facts, labels_of, missing_columns, texts_of
 
 __all__ = ["Classification"]
 
@@ -92,12 +92,7 @@ class Classification(LearningTask):
         FileError
             If the task has no such class.
         """
-        place = {one: index for index, one in enumerate(self.classes)}
-        for label in labels:
-            if str(label).strip() not in place:
-                known = ", ".join(map(repr, self.classes[:20]))
-                raise FileError(f"{name} has the label {safe_repr(label)}; the adapter knows {known}")
-        return np.array([place[str(label).strip()] for label in labels], np.int64)
+        return np.array(class_numbers(self.classes, [str(label).strip() for label in labels], name), np.int64)
 
     @property
     def outputs(self) -> int | None:

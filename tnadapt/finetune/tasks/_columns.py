@@ -14,7 +14,23 @@ from .._learning_task import Evidence
 from .._sample_tables import Table, find_column, needed_column
 from .._specification import Spec
 
-__all__ = ["columns_of", "label_facts", "labels_of", "missing_columns", "test_of", "texts_of"]
+__all__ = ["class_numbers", "columns_of", "label_facts", "labels_of", "missing_columns", "test_of", "texts_of"]
+
+
+def class_numbers(classes: Sequence[str], labels: Sequence[str], name: str) -> list[int]:
+    """Return the numbers of classes by their names.
+
+    Raises
+    ------
+    FileError
+        If there is no such class.
+    """
+    place = {one: index for index, one in enumerate(classes)}
+    for label in labels:
+        if label not in place:
+            known = ", ".join(map(repr, classes[:20]))
+            raise FileError(f"{name} has the label {safe_repr(label)}; the adapter knows {known}")
+    return [place[label] for label in labels]
 
 
 def columns_of(table: Table, spec: Spec) -> tuple[str | None, str | None]:

@@ -18,7 +18,7 @@ from .._learning_task import Evidence, LearningTask, Measured, Rows
 from .._sample_tables import Table
 from .._score import Metric
 from .._specification import Spec
-from ._columns import columns_of, label_facts, labels_of, missing_columns, test_of, texts_of
+from ._columns import class_numbers, columns_of, label_facts, labels_of, missing_columns, test_of, texts_of
 
 __all__ = ["MultiLabel"]
 
@@ -92,14 +92,9 @@ class MultiLabel(LearningTask):
         return Samples(texts, self._marks(labels, source.name)), True
 
     def _marks(self, labels: Sequence[Sequence[str]], name: str) -> NDArray[np.float32]:
-        place = {one: index for index, one in enumerate(self.classes)}
         found = np.zeros((len(labels), len(self.classes)), np.float32)
         for row, some in enumerate(labels):
-            for one in some:
-                if one not in place:
-                    known = ", ".join(map(repr, self.classes[:20]))
-                    raise FileError(f"{name} has the label {safe_repr(one)}; the adapter knows {known}")
-                found[row, place[one]] = 1
+            found[row, class_numbers(self.classes, some, name)] = 1
         return found
 
     @property

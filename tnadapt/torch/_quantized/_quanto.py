@@ -1,4 +1,4 @@
-"""Layers of optimum-quanto: int8, int4, int2 and float8 weights, frozen, or quantized anew in each forward pass."""
+"""Layers of optimum-quanto: int8, int4, int2 and float8 weights, frozen, or requantized in each forward pass."""
 
 from __future__ import annotations
 
