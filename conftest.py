@@ -31,9 +31,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not isinstance(item, pytest.DoctestItem):
             continue
         source = "".join(example.source for example in item.dtest.examples)
-        for name in re.findall(r"^(?:import|from) (\w+)", source, flags=re.MULTILINE):
-            if importlib.util.find_spec(name) is None:
-                item.add_marker(pytest.mark.skip(reason=f"its example imports {name}, which is not installed"))
+        lines = re.findall(r"^(?:import (.+)|from (\w+))", source, flags=re.MULTILINE)
+        names = [name.split()[0].partition(".")[0] for several, one in lines for name in (several or one).split(",")]
+        missing = next((name for name in names if importlib.util.find_spec(name) is None), None)
+        if missing is not None:
+            item.add_marker(pytest.mark.skip(reason=f"its example imports {missing}, which is not installed"))
 
 
 @pytest.fixture(autouse=True)
