@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,24 @@ def test_other_gguf_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.gguf").write_bytes((tmp_path / "model.gguf").read_bytes()[:40])
     with pytest.raises(FileError, match="is not a valid GGUF file"):
         tna.convert(tmp_path / "cut.gguf")
+
+
+def test_a_record_that_does_not_fit_the_tensors_is_refused(llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.gguf"
+    tna.convert(made(tna.presets.lora(2), SHAPES), path, to="gguf", base=llama)
+    content = path.read_bytes()
+    heads = re.search(rb"false, ?(\d)\]", content)
+    assert heads is not None
+    path.write_bytes(content[: heads.start(1)] + b"7" + content[heads.end(1) :])
+    with pytest.raises(FileError, match="rows, which are not those of 7 heads in halves"):
+        tna.convert(path)
+
+
+def test_a_damaged_model_is_refused(llama: Path, tmp_path: Path) -> None:
+    base = tmp_path / "model.gguf"
+    base.write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(FileError, match=r"model\.gguf is not a valid GGUF file"):
+        tna.convert(made(tna.presets.lora(2), SHAPES), tmp_path / "adapter.gguf", to="gguf", base=base)
 
 
 def test_a_damaged_file_is_refused_or_reads(llama: Path, tmp_path: Path) -> None:

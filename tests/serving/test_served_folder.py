@@ -138,6 +138,33 @@ def test_the_base_is_what_vllm_serves(place: Path, monkeypatch: pytest.MonkeyPat
     assert folder.find("tiny", "org/model") is not None
 
 
+@pytest.mark.parametrize("kind", ["quantized", "pickled"])
+def test_a_base_that_cannot_be_compared_is_not(kind: str, place: Path) -> None:
+    tna.save(place / "adapters" / "math.safetensors", adapter(tna.presets.lora(2)))
+    tna.save(place / "adapters" / "tiny.safetensors", tiny())
+    base, settings = place / "base", {"model_type": "llama"}
+    if kind == "quantized":
+        (base / "config.json").write_text(json.dumps({**settings, "quantization_config": {"quant_method": "awq"}}))
+    else:
+        for file in base.iterdir():
+            file.unlink()
+        (base / "pytorch_model.bin").write_bytes(b"")
+        (base / "config.json").write_text(json.dumps(settings))
+    folder = served(place, None)
+    assert folder.find("math", str(base)) is not None
+    with pytest.raises(TargetError, match="TNADAPT_VLLM_BASE to the folder of the model that vLLM serves, unquantized"):
+        folder.find("tiny", str(base))
+
+
+def test_an_entry_that_lost_a_file_is_written_again(place: Path) -> None:
+    tna.save(place / "adapters" / "math.safetensors", adapter(tna.presets.lora(2)))
+    found = served(place).find("math", "m")
+    assert found is not None
+    Path(found.path, "adapter_config.json").unlink()
+    assert served(place).find("math", "m") == found
+    assert Path(found.path, "adapter_config.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("config", "why"),
     [

@@ -138,6 +138,24 @@ def test_what_is_recorded_can_be_changed(bert: Path, tmp_path: Path) -> None:
         adapter.pretrained = {}
 
 
+def test_an_unusual_config_does_not_keep_an_adapter_from_being_saved(bert: Path, tmp_path: Path) -> None:
+    model, adapter = adapted(bert)
+    model.config.problem_type = "ranking"
+    adapter.save(tmp_path / "adapter.safetensors")
+    about = tna.load(tmp_path / "adapter.safetensors").pretrained
+    assert about is not None
+    assert (about.name, about.task, about.labels) == (str(bert), "", ())
+
+
+def test_a_merge_that_fails_leaves_the_callers_model_as_it_was(bert: Path, tmp_path: Path) -> None:
+    model = transformers.BertForSequenceClassification.from_pretrained(bert, **named())
+    tt.attach(model, "lora", activation="gelu", rank=2).save(tmp_path / "adapter.safetensors")
+    other = transformers.BertForSequenceClassification.from_pretrained(bert, **named())
+    with pytest.raises(tna.ConfigError, match="cannot be merged"):
+        tt.load_pretrained(tmp_path / "adapter.safetensors", base=other, merge=True)
+    assert tt.adapters(other) == {}
+
+
 def test_a_model_of_no_library_records_nothing(tmp_path: Path) -> None:
     adapter = tt.attach(small())
     assert adapter.pretrained is None
@@ -194,8 +212,8 @@ def test_a_head_that_nobody_has_is_refused(bert: Path, tmp_path: Path) -> None:
     _, adapter = adapted(bert, keep=())
     adapter.save_pretrained(tmp_path)
     assert refusal(tmp_path) == (
-        f"{tmp_path / 'adapter.safetensors'}: its base model '{bert}' has no numbers for 'classifier.bias', "
-        "'classifier.weight', and the file has none either, so that the model's outputs would be random: attach with "
+        f"{tmp_path / 'adapter.safetensors'}: its base model '{bert}' has no values for 'classifier.bias', "
+        "'classifier.weight', and neither does the file, so that the model's outputs would be random: attach with "
         "keep_trainable for these parameters, train and save again; or give base= with a model that has them"
     )
 
@@ -237,6 +255,9 @@ def test_an_address_that_only_the_file_names_is_not_opened(bert: Path, tmp_path:
     adapter.save_pretrained(tmp_path)
     assert "an address or network share, which is not opened because a file says so: give base=" in refusal(tmp_path)
     tt.load_pretrained(tmp_path, base=bert)
+    with pytest.raises(FileError, match="an address or network share, which is not opened because a file says so"):
+        tt.load_processor(tmp_path)
+    assert tna.Pretrained("local-dir://host/share", library="timm").remote
 
 
 def test_paths_that_are_not_there(tmp_path: Path) -> None:
@@ -448,6 +469,7 @@ def test_the_card(bert: Path, tmp_path: Path) -> None:
         "| Updated weights | 4 weights (q, v): `bert.encoder.layer.0.attention.self.query.weight` …",
         '| Config | `rank=1`, `groups=1`, `fold="hypercube"`, `projection="linear"` |',
         "| Also trained | `classifier.weight`, `classifier.bias` |",
+        "| Task | text-classification |",
         "Labels: 0 neg, 1 neutral, 2 pos.",
         "| accuracy | 0.9375 |\n| f1 | 0.333333 |",
         'model = tnadapt.torch.load_pretrained("my-adapter")',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -295,3 +296,27 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
         found.append([parameter.grad for parameter in adapter.parameters()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_of_tokens_in_order_take_rows(name: str) -> None:
+    model = made(name)
+    for one in "ab":
+        tt.attach(model, tna.presets.lora(1), r".*\.experts", one)
+    with tt.rows(model, ["a", "b"]):
+        pass
+
+
+def test_experts_of_sorted_tokens_take_no_rows() -> None:
+    config = transformers.Llama4TextConfig(num_local_experts=3, hidden_size=8, intermediate_size=6)
+    modeling = importlib.import_module("transformers.models.llama4.modeling_llama4")
+    model = nn.ModuleDict({"feed_forward": modeling.Llama4TextExperts(config)})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    for one in "ab":
+        tt.attach(model, tna.presets.lora(1), "feed_forward", one)
+    with (
+        pytest.raises(tna.TargetError, match="belongs to experts, which see selected tokens of all rows"),
+        tt.rows(model, ["a", "b"]),
+    ):
+        pass

@@ -11,6 +11,8 @@ from torch import nn  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 from tnadapt import presets  # noqa: E402
 from tnadapt.errors import TargetError  # noqa: E402
+from tnadapt.torch import _reference_model  # noqa: E402
+from tnadapt.torch._removal import take_off  # noqa: E402
 
 
 def perceptron() -> nn.Module:
@@ -90,3 +92,34 @@ def test_refused() -> None:
     with pytest.raises(TargetError) as caught:
         tt.reference_model(model)
     assert str(caught.value) == ("adapter 'default' is merged into the weights that the reference shares: unmerge() it")
+
+
+def test_a_reference_is_not_merged_and_leaves_no_trace_when_detached() -> None:
+    model, reference, _ = trained_pair(with_adapters=True)
+    (adapter,) = tt.adapters(reference).values()
+    expected, flags = model(x), [parameter.requires_grad for parameter in model.parameters()]
+    for call in (adapter.merge, adapter.bake):
+        with pytest.raises(TargetError) as caught:
+            call()
+        assert str(caught.value) == (
+            "adapter 'default' is on a reference model, whose weights are those of the model in training: a merge "
+            "would change both; leave it attached"
+        )
+    adapter.detach()
+    assert torch.equal(model(x), expected)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+
+def test_interrupted_it_leaves_the_model_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = perceptron()
+    tt.attach(model, targets="all-linear")
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+
+    def interrupted(state: object) -> None:
+        take_off(state)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_reference_model, "take_off", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tt.reference_model(model)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags

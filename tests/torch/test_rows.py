@@ -473,3 +473,32 @@ def test_modules_that_keep_state_or_return_something_else() -> None:
     model = adapted(Reader(lambda y: y.sum(0)), "lora", ["inner"])
     with pytest.raises(tna.TargetError, match=r"of 1 rows it made a tensor of shape \(5, 4\)"):
         by_rows(model, ["a", "b"], x)
+
+
+@pytest.mark.parametrize("target", ["linear1", "self_attn"])
+def test_layers_around_an_attention_that_has_the_batch_second_are_refused(target: str) -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=False))
+    for name in "ab":
+        tt.attach(model, "lora", f".*{target}.*", name, rank=1)
+    with pytest.raises(tna.TargetError, match="has batch_first=False"), tt.rows(model, ["a", "b"]):
+        pass
+
+
+def test_tables_of_relative_positions_are_refused() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    model = transformers.T5EncoderModel(transformers.T5Config(**sizes)).eval()
+    for name in "ab":
+        tt.attach(model, "lora", "embeddings", name, rank=1, keep_tied=True)
+    with (
+        pytest.raises(tna.TargetError, match=r"relative_attention_bias\.weight is not an embedding of tokens or posi"),
+        tt.rows(model, ["a", "b"]),
+    ):
+        pass
+
+
+def test_a_copy_made_with_rows_has_none() -> None:
+    model = adapted(small(), "lora")
+    with tt.rows(model, ["a", "b"]):
+        other = copy.deepcopy(model)
+    assert not any(adapter._state.by_rows for adapter in tt.adapters(other).values())

@@ -123,6 +123,16 @@ def test_asked_twice_it_still_falls_back_to_the_trainer(hf: Any, tmp_path: Path)
         trainer._load_from_checkpoint(str(tmp_path))
 
 
+@pytest.mark.parametrize("end", ["bake", "detach"])
+def test_without_an_adapter_the_whole_model_is_saved(end: str, hf: Any, tmp_path: Path) -> None:
+    model = hf.bert()
+    adapter = tt.attach(model)
+    trainer = trainer_of(hf, model, tmp_path)
+    getattr(adapter, end)()
+    trainer.save_model(str(tmp_path / "end"))
+    assert (tmp_path / "end" / "model.safetensors").is_file()
+
+
 def test_refused(hf: Any, tmp_path: Path) -> None:
     model = hf.bert()
     with pytest.raises(TargetError) as caught:
@@ -138,6 +148,10 @@ def test_refused(hf: Any, tmp_path: Path) -> None:
         "BertForSequenceClassification has no adapter: call attach() before adapter_checkpoints()"
     )
     tt.attach(model)
+    trainer.args.save_on_each_node = True
+    with pytest.raises(TargetError, match="written by process 0 alone: leave save_on_each_node=True out"):
+        tt.adapter_checkpoints(trainer)
+    trainer.args.save_on_each_node = False
     trainer.is_fsdp_enabled = True
     with pytest.raises(TargetError) as caught:
         tt.adapter_checkpoints(trainer)

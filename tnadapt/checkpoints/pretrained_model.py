@@ -132,7 +132,7 @@ class Pretrained:
             _check_line(field, getattr(self, field))
         if not re.fullmatch(r"(?!.*\.\.)[\w./-]*", self.revision, re.ASCII):
             raise ConfigError(f"revision must be a commit, branch or tag; got {safe_repr(self.revision)}")
-        if not re.fullmatch(r"(?!/|.*\.\.)[\w. /-]*", self.file):
+        if not re.fullmatch(r"(?!/|.*\.\.)[\w. /()+,=@~-]*", self.file):
             raise ConfigError(f"file must be a file in the base's folder; got {safe_repr(self.file)}")
         _check_choice("library", self.library, tuple(_SETTINGS))
         _check_choice("task", self.task, ("", *TASKS))
@@ -160,7 +160,7 @@ class Pretrained:
     @property
     def remote(self) -> bool:
         """Whether the name is an address or a network share, neither on the hub nor in a folder of this machine."""
-        return re.match(r"[/\\]{2}|(?!local-dir:|hf-hub:)\w[\w+.-]+:", self.name) is not None
+        return re.match(r"(local-dir:)?[/\\]{2}|(?!local-dir:|hf-hub:)\w[\w+.-]+:", self.name) is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values that differ from the defaults, as JSON-compatible values."""

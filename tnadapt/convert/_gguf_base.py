@@ -127,7 +127,11 @@ def base_of_gguf(base: Any) -> GgufBase:
 
 
 def _of_gguf(path: str) -> GgufBase:
-    reader = gguf_package().GGUFReader(path)
+    gguf = gguf_package()
+    try:
+        reader = gguf.GGUFReader(path)
+    except Exception as error:  # whatever a damaged file makes the package raise
+        raise FileError(f"{path} is not a valid GGUF file: {type(error).__name__}: {error}") from None
 
     def field(name: str) -> Any:
         if name not in reader.fields:

@@ -150,7 +150,12 @@ def _read(path: str, base: Base | None) -> ForeignAdapter:
         raise FileError(f"its tensors are not those of its record: {summarize(wrong)}")
     updates = []
     for name, (module, stored, transposed, heads) in sorted(listed.items(), key=lambda item: natural(item[1][0])):
-        own = {"lora_down": tensors[f"{name}.lora_a"], "lora_up": _in_halves(tensors[f"{name}.lora_b"], heads)}
+        a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        if a.ndim != 2 or b.ndim != 2:
+            raise FileError(f"the factors of {safe_repr(name)} must be matrices; they are {a.shape} and {b.shape}")
+        if heads is not None and (heads < 1 or b.shape[0] % (2 * heads)):
+            raise FileError(f"{safe_repr(name)} has {b.shape[0]} rows, which are not those of {heads} heads in halves")
+        own = {"lora_down": a, "lora_up": _in_halves(b, heads)}
 
         def scale(rank: int | None) -> float:
             assert rank is not None  # of LoRA

@@ -128,13 +128,14 @@ class ServedFolder:
         if base is None and not file.complete:
             raise TargetError(
                 f"{path}: arrays of the adapter are computed from the base weights, and those were not found: set "
-                "TNADAPT_VLLM_BASE to the folder of the model that vLLM serves"
+                "TNADAPT_VLLM_BASE to the folder of the model that vLLM serves, unquantized and in safetensors files"
             )
         if base is not None:
             _check_base(file, base)
         self.cache.mkdir(parents=True, exist_ok=True)
         try:
-            convert(file, place, to="vllm-lora", base=base)
+            # A folder appears whole. One that is there without its last file has lost it since, and is written again.
+            convert(file, place, to="vllm-lora", base=base, overwrite=place.is_dir())
         except FileError:
             if not (place / _COMPLETE).is_file():  # otherwise somebody else was faster
                 raise
@@ -147,7 +148,22 @@ def _check_base(file: AdapterFile, base: str) -> None:
 
 
 def _weights_of(model: str) -> str | None:
-    """Return the folder with the weights of a served model, or None if it is not on this machine."""
+    """Return the folder with the weights of a served model, or None if they are not here or cannot be compared.
+
+    That is so for quantized models and for weights in other files than safetensors.
+    """
+    place = _folder_of(model)
+    if place is None:
+        return None
+    try:
+        config = open_checkpoint(place).config
+    except FileError:
+        return None
+    return None if config is not None and "quantization_config" in config else place
+
+
+def _folder_of(model: str) -> str | None:
+    """Return the folder of a served model, or None if it is not on this machine."""
     if os.path.exists(model):
         return model
     try:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
 
-__all__ = ["stacks_of"]
+__all__ = ["sees_tokens_in_order", "stacks_of"]
 
 # Classes that do not say how they store their matrices: whether as (in, out).
 _TRANSPOSED = {
@@ -39,6 +40,16 @@ def stacks_of(module: nn.Module) -> list[tuple[str, tuple[int, int, int], bool]]
         for name, tensor in module._parameters.items()
         if tensor is not None and tensor.ndim == 3 and tensor.is_floating_point()
     ]
+
+
+def sees_tokens_in_order(module: nn.Module) -> bool:
+    """Return whether a module of experts gets all tokens in the batch's order, next to the experts of each.
+
+    Others get the tokens sorted, or repeated, by expert. Those of transformers that are called with the choice of
+    experts do the sorting themselves.
+    """
+    names = list(inspect.signature(type(module).forward).parameters)
+    return names[1:2] == ["hidden_states"] and names[2:3] in (["top_k_index"], ["router_indices"])
 
 
 def _is_transposed(module: Any) -> bool | None:

@@ -35,13 +35,19 @@ __all__ = ["computed", "disabled", "merge", "original", "stored", "unmerge"]
 @torch.no_grad()
 def merge(adapter: AdapterState, max_error: float | None = None) -> None:
     """Merge an adapter; see :meth:`Adapter.merge`."""
-    if max_error is not None and not (isinstance(max_error, (int, float)) and max_error >= 0.0):
+    is_number = isinstance(max_error, (int, float)) and not isinstance(max_error, bool)
+    if max_error is not None and not (is_number and max_error >= 0.0):
         raise ConfigError(f"max_error must be a number from 0 up, or None; got {safe_repr(max_error)}")
     need_attached(adapter)
     if adapter.merged is not None:
         raise TargetError(f"adapter {adapter.name!r} is merged already; a second merge would add its update twice")
     if not adapter.enabled:
         raise TargetError(f"adapter {adapter.name!r} is disabled; merge it outside of disabled()")
+    if adapter.shares_weights:
+        raise TargetError(
+            f"adapter {adapter.name!r} is on a reference model, whose weights are those of the model in training: a "
+            "merge would change both; leave it attached"
+        )
     need_linear(adapter, "it cannot be merged")
     if adapter.weight == 0.0:
         raise TargetError(f"adapter {adapter.name!r} is not active (its weight is 0): call activate() first")

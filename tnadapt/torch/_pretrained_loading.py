@@ -110,9 +110,13 @@ def load_pretrained(
     if device is not None and quantization_config is None:
         model = model.to(device)
     adapter = attach_file(model, file, path, name, check_base, untie=untie, detach_norm=detach_norm)
-    LIBRARIES[about.library].set_labels(model, about)
-    if merge:
-        adapter.merge()
+    try:
+        LIBRARIES[about.library].set_labels(model, about)
+        if merge:
+            adapter.merge()
+    except BaseException:  # a model of the caller's keeps no part of it
+        adapter.detach()
+        raise
     return model.eval()
 
 
@@ -158,7 +162,18 @@ def load_processor(
         if about is None:
             raise FileError("it does not say what its base model is: load its tokenizer or processor yourself")
         own = _own_folder(where, path, revision, token)
+        if own is None:
+            _refuse_remote(about)
         return LIBRARIES[about.library].processor(about, own, token)
+
+
+def _refuse_remote(about: Pretrained) -> None:
+    """Raise a FileError if a file's base is an address or network share."""
+    if about.remote:
+        raise FileError(
+            f"it names as its base {safe_repr(about.name)}, an address or network share, which is not opened because a "
+            "file says so: give base= with it, or load the tokenizer or processor yourself"
+        )
 
 
 def _about(file: AdapterFile, base: str | os.PathLike[str] | nn.Module | None) -> Pretrained:
@@ -170,11 +185,7 @@ def _about(file: AdapterFile, base: str | os.PathLike[str] | nn.Module | None) -
             f"it does not say what its base model is, only its class {safe_repr(file.model)}: give base= with the model"
         )
     if base is None:
-        if file.pretrained.remote:
-            raise FileError(
-                f"it names as its base {safe_repr(file.pretrained.name)}, an address or network share, which is "
-                "not opened because a file says so: give base= with it"
-            )
+        _refuse_remote(file.pretrained)
         return file.pretrained
     about, name = file.pretrained, os.fspath(base)
     if name.endswith(".gguf") and os.path.isfile(name):
@@ -190,8 +201,8 @@ def _check_known(file: AdapterFile, about: Pretrained, random: frozenset[str]) -
     """Raise FileError if a parameter is neither in the base nor in the file."""
     if unknown := random - file.kept.keys():
         raise FileError(
-            f"its base model {safe_repr(about.name)} has no numbers for {summarize(unknown)}, and the file has none "
-            "either, so that the model's outputs would be random: attach with keep_trainable for these parameters, "
+            f"its base model {safe_repr(about.name)} has no values for {summarize(unknown)}, and neither does the "
+            "file, so that the model's outputs would be random: attach with keep_trainable for these parameters, "
             "train and save again; or give base= with a model that has them"
         )
 

@@ -43,7 +43,8 @@ def reference_model(model: nn.Module, *, with_adapters: bool = False) -> nn.Modu
     -----
     Parameters that ``keep_trainable`` left free are copied with their current values: create the reference before
     training. The frozen parameters are the same objects in both models, so do not move only one of them to another
-    device or dtype, and do not shard them (FSDP).
+    device or dtype, and do not shard them (FSDP). Merge the adapter that was trained once the reference is no longer
+    used: the sum would be in both models. Merging on the reference itself is refused.
 
     Examples
     --------
@@ -73,14 +74,14 @@ def reference_model(model: nn.Module, *, with_adapters: bool = False) -> nn.Modu
     if merged is not None:
         raise TargetError(f"adapter {merged.name!r} is merged into the weights that the reference shares: unmerge() it")
     shared = _shared(model)
-    flags = [(tensor, tensor.requires_grad) for tensor in shared]
     # A tensor that the memo names is not copied.
     reference = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
-    if not with_adapters:
-        for state in attached(reference).values():
+    for state in attached(reference).values():
+        state.shares_weights = True
+        # Removing an adapter restores what was trainable before attach(), which here would be in the model in training.
+        state.was_trainable = dict.fromkeys(state.was_trainable, False)
+        if not with_adapters:
             take_off(state)
-        for tensor, flag in flags:
-            tensor.requires_grad_(flag)  # take_off() has restored what was trainable before attach()
     own = {id(tensor) for tensor in shared}
     for parameter in reference.parameters():
         if id(parameter) not in own:

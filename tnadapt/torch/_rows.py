@@ -9,6 +9,7 @@ from torch import nn
 
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 
+from ._experts import sees_tokens_in_order
 from ._registry import attached, overlapping
 from ._row_assignment import RowAssignment, entered
 from ._row_pass import check_usable
@@ -97,6 +98,7 @@ def assigned(
         check_usable(state, state in named)
     _check_batch_first(model, named)
     _check_experts(named)
+    _check_embeddings(model, named)
     return RowAssignment(states, governed, weights)
 
 
@@ -104,7 +106,10 @@ def _check_batch_first(model: nn.Module, named: set[AdapterState]) -> None:
     owners = {id(slot.owner): slot.target.name for state in named for slot in state.slots}
     for path, module in model.named_modules():
         if getattr(module, "batch_first", True) is False:
-            inside = next((owners[id(one)] for one in module.modules() if id(one) in owners), None)
+            # torch's Transformer layers have it in their attention alone, and their other layers see the same order.
+            around = isinstance(module, nn.MultiheadAttention) and path
+            outer = model.get_submodule(path.rpartition(".")[0]) if around else module
+            inside = next((owners[id(one)] for one in outer.modules() if id(one) in owners), None)
             if inside is not None:
                 raise TargetError(
                     f"{path or type(model).__name__} has batch_first=False: the first dimension of its input, which "
@@ -115,10 +120,37 @@ def _check_batch_first(model: nn.Module, named: set[AdapterState]) -> None:
 
 def _check_experts(named: set[AdapterState]) -> None:
     for state in named:
-        for target in state.targets:
-            # A module that has the matrices of all experts sees the tokens of all rows, in order.
-            if target.index is None and "experts" in target.module.split("."):
+        for slot in state.slots:
+            target = slot.target
+            if target.index is None:
+                apart = "experts" not in target.module.split(".")
+            else:
+                apart = sees_tokens_in_order(slot.owner)
+            if not apart:
                 raise TargetError(
                     f"{target.name} belongs to experts, which see selected tokens of all rows: their rows cannot be "
                     f"told apart. Run the rows of adapter {state.name!r} on their own, after activate()"
+                )
+
+
+# Embeddings that are looked up by each row's own tokens or positions. Others, such as tables of relative positions, get
+# indices without rows.
+_BY_ROWS = ("embed_positions", "position", "token_type", "wpe", "wte")
+
+
+def _check_embeddings(model: nn.Module, named: set[AdapterState]) -> None:
+    found = [module.get_input_embeddings for module in model.modules() if hasattr(module, "get_input_embeddings")]
+    if not found:
+        return  # not one of transformers' models, whose embeddings are known
+    inputs = set()
+    for one in found:
+        with contextlib.suppress(NotImplementedError, AttributeError):
+            inputs.add(id(one()))
+    for state in named:
+        for slot in state.slots:
+            name = slot.target.module.rpartition(".")[2]
+            if isinstance(slot.owner, nn.Embedding) and id(slot.owner) not in inputs and not name.startswith(_BY_ROWS):
+                raise TargetError(
+                    f"{slot.target.name} is not an embedding of tokens or positions, and its indices may have no rows: "
+                    f"run the rows of adapter {state.name!r} on their own, after activate()"
                 )

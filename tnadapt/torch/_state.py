@@ -197,6 +197,8 @@ class AdapterState:
         If another library manages the adapter, what to call instead of ``detach()`` and ``bake()``.
     pretrained : Pretrained or None
         What files record of the base model, if a file or the user determined it.
+    shares_weights : bool
+        Whether another model has the same parameters, so that nothing may be merged into them (a reference).
     handle : Adapter
         The public interface, typed loosely because its class is defined above this module.
     """
@@ -241,8 +243,13 @@ class AdapterState:
             array: f"{PREFIX}{encoded(name)}_{array.replace('.', '_')}" for array in plan.param_shapes
         }
         self.managed_by: str | None = None
+        self.shares_weights = False
         self.pretrained: Pretrained | None = None
         self.handle: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Passes with rows are those of this object: none is open for a copy.
+        return {**self.__dict__, "row_passes": 0, "by_rows": False}
 
 
 def need_attached(state: AdapterState) -> None:

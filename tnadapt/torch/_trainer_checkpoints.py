@@ -41,7 +41,8 @@ def adapter_checkpoints(trainer: Any) -> None:
     ------
     TargetError
         If it is not such a trainer, its model has no adapter or is a PEFT model (which saves its adapters alone
-        already), or the trainer shards the model by FSDP or DeepSpeed, which write checkpoints of their own.
+        already), or the trainer shards the model by FSDP or DeepSpeed, which write checkpoints of their own, or it
+        saves on each node.
 
     Notes
     -----
@@ -81,6 +82,8 @@ def adapter_checkpoints(trainer: Any) -> None:
                 f"this trainer shards the model by {library}, which writes checkpoints of its own: leave "
                 "adapter_checkpoints out, and call adapter.save(path) in every process when it has trained"
             )
+    if getattr(trainer.args, "save_on_each_node", False):
+        raise TargetError("adapters are written by process 0 alone: leave save_on_each_node=True out of the arguments")
     checkpoints = _AdapterCheckpoints(trainer)
     if not checkpoints.adapters():
         raise TargetError(f"{type(trainer.model).__name__} has no adapter: call attach() before adapter_checkpoints()")
@@ -124,14 +127,16 @@ class _AdapterCheckpoints:
 
     def save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the adapters, and beside them what the Trainer writes beside a model."""
-        trainer = self.trainer
+        trainer, states = self.trainer, self.adapters()
+        if not states:  # baked or detached since: the model is an ordinary one
+            self.otherwise["_save"](output_dir, state_dict)
+            return
         folder = Path(trainer.args.output_dir if output_dir is None else output_dir)
-        states = self.adapters()
-        # Every process calls: arrays may be sharded. Process 0 writes.
-        for name, file in self.files(folder).items():
-            states[name].handle.save_pretrained(file.parent)
         if not trainer.args.should_save:
             return
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, file in self.files(folder).items():
+            states[name].handle.save_pretrained(file.parent)
         processing = trainer.processing_class
         processing = getattr(trainer.data_collator, "tokenizer", None) if processing is None else processing
         if processing is not None:

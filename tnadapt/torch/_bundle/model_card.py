@@ -103,10 +103,10 @@ def _what(file: AdapterFile, about: Pretrained) -> Iterator[str]:
         *_configs(file.config.to_dict()),
     ]
     if file.kept:
-        kept = [f"`{_text(name)}`" for name in file.kept]
+        kept = [f"`{_code(name)}`" for name in file.kept]
         rows.append(("Also trained", ", ".join(kept[:6]) + (f" and {len(kept) - 6} more" if len(kept) > 6 else "")))
     if about.task:
-        rows.append(("PretrainedTask", about.task))
+        rows.append(("Task", about.task))
     yield from _table(("", ""), rows)
 
 
@@ -129,7 +129,7 @@ def _config(settings: dict[str, Any]) -> str:
 def _base(about: Pretrained) -> str:
     name = Path(about.name).name if about.local else about.name
     parts = [about.file and f"file {about.file}", about.revision and f"revision {about.revision}"]
-    return _text(", ".join(filter(None, (name, *parts))))
+    return _code(", ".join(filter(None, (name, *parts))))
 
 
 def _labels(about: Pretrained) -> Iterator[str]:
@@ -174,3 +174,8 @@ def _text(text: str) -> str:
     """Return text that stays text in Markdown, on one line."""
     line = " ".join(text.split())
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", line)
+
+
+def _code(text: str) -> str:
+    """Return text for a code span, in which Markdown escapes nothing; a table's cells end at a bar."""
+    return " ".join(text.replace("`", "'").split()).replace("|", "\\|")

@@ -57,7 +57,7 @@ class ModelLibrary(abc.ABC):
 
     @abc.abstractmethod
     def build(self, about: Pretrained, options: BuildOptions) -> tuple[nn.Module, frozenset[str]]:
-        """Build the model; return it with the names of the parameters that its base has no numbers for."""
+        """Build the model; return it with the names of the parameters that its base has no values for."""
 
     @abc.abstractmethod
     def processor(self, about: Pretrained, folder: str | None, token: str | bool | None) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tnadapt.checkpoints.pretrained_model import TASKS, Pretrained, PretrainedTask
-from tnadapt.errors import FileError, safe_repr
+from tnadapt.errors import ConfigError, FileError, safe_repr
 
 from .._state import is_array
 from .model_library import BuildOptions, ModelLibrary, missing, quiet_loggers, refusing
@@ -44,7 +44,13 @@ class TransformersModels(ModelLibrary):
             # Some configs have -1 for no padding token.
             settings = {name: value for name, value in found.items() if value is not None and value != -1}
         labels = _labels(config) if task and TASKS[task].labelled else ()
-        return Pretrained(name, revision, file, self.name, task, labels, _dtype(model), settings)
+        try:
+            return Pretrained(name, revision, file, self.name, task, labels, _dtype(model), settings)
+        except ConfigError:
+            # An unusual config must not keep an adapter from being saved: record the base alone, or nothing.
+            with contextlib.suppress(ConfigError):
+                return Pretrained(name, revision, "", self.name)
+            return None
 
     def build(self, about: Pretrained, options: BuildOptions) -> tuple[nn.Module, frozenset[str]]:
         """Build the model with the head of its task and labels."""
