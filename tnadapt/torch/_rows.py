@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -139,13 +140,13 @@ _BY_ROWS = ("embed_positions", "position", "token_type", "wpe", "wte")
 
 
 def _check_embeddings(model: nn.Module, named: set[AdapterState]) -> None:
-    found = [module.get_input_embeddings for module in model.modules() if hasattr(module, "get_input_embeddings")]
+    found: list[Any] = [module for module in model.modules() if hasattr(module, "get_input_embeddings")]
     if not found:
         return  # not one of transformers' models, whose embeddings are known
     inputs = set()
     for one in found:
         with contextlib.suppress(NotImplementedError, AttributeError):
-            inputs.add(id(one()))
+            inputs.add(id(one.get_input_embeddings()))
     for state in named:
         for slot in state.slots:
             name = slot.target.module.rpartition(".")[2]
