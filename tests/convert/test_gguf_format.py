@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import tnadapt as tna
+from tests.support.depth import long_only
 from tnadapt import AdapterFile, ConfigError, FileError, Target
 from tnadapt.convert._gguf_base import base_of_gguf
 
@@ -268,6 +269,7 @@ def test_a_gguf_model_says_its_heads_and_shapes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@long_only
 def test_the_merged_weights_of_smollm2_are_those_of_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor

@@ -18,6 +18,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 typer_testing = pytest.importorskip("typer.testing")
 
+from tests.support.depth import in_depth  # noqa: E402
 from tnadapt.cli import app  # noqa: E402
 from tnadapt.errors import TnadaptError  # noqa: E402
 
@@ -113,7 +114,7 @@ def test_a_proof_that_fails_is_exit_code_1(cache: Path, tmp_path: Path, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.law("killed-sweep")
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", in_depth([1, 2], [2]))
 def test_killed_in_the_middle_it_goes_on(cache: Path, tmp_path: Path, jobs: int) -> None:
     out = tmp_path / "run"
     arguments = (

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.support.depth import in_depth
 from tnadapt.backends import Backend, get_backend
 from tnadapt.planning import degrees_of_freedom, largest_rank, step_cost
 from tnadapt.testing import FormatContract, MapContract, SourceContract
@@ -112,7 +113,7 @@ def test_a_name_is_found_when_it_is_first_asked_for() -> None:
 # -- The algebra ----------------------------------------------------------------------------------
 
 
-@named
+@pytest.mark.parametrize("name", in_depth(CONFIGS, [*CONFIGS][::3]))
 @pytest.mark.usefixtures("plugins")
 def test_verify_holds_the_laws(name: str, backend: Backend) -> None:
     if not backend.usable():

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import BENCHMARKS
-from tests.support.depth import LONG
+from tests.support.depth import long_only
 
 ROOT = BENCHMARKS.parent
 PAGE = ROOT / "docs" / "language_models.rst"
@@ -65,13 +65,12 @@ def test_few_parameters_learned_something(name: str) -> None:
 
 
 @pytest.mark.slow
+@long_only
 @pytest.mark.parametrize("script", ["sft", "grpo"])
 def test_a_script_runs(script: str, tmp_path: Path) -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"{missing[0]} is not installed")
-    if not LONG:
-        pytest.skip("minutes: HYPOTHESIS_PROFILE=long runs it")
     command = [sys.executable, "-m", f"examples.language_models.{script}_smollm2", "--steps", "1", "--tests", "4"]
     extra = ["--cache", str(tmp_path / "data")] if script == "sft" else ["--prompts", "1"]
     done = subprocess.run(

@@ -6,9 +6,14 @@ import os
 from collections.abc import Iterable
 from typing import TypeVar
 
-__all__ = ["LONG", "in_depth"]
+import pytest
+
+__all__ = ["LONG", "in_depth", "long_only"]
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
+
+#: Marks a test that takes more than half a minute.
+long_only = pytest.mark.skipif(not LONG, reason="takes long: HYPOTHESIS_PROFILE=long runs it")
 
 
 T = TypeVar("T")

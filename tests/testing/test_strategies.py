@@ -10,6 +10,7 @@ from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.support.depth import in_depth
 from tnadapt.algebra.applying import APPLYING
 from tnadapt.algebra.starting_points import STARTS
 from tnadapt.testing.strategies import base_weights, configs, plans
@@ -20,7 +21,10 @@ def first(wanted: Callable[[tna.SuperLoRA], bool]) -> tna.SuperLoRA:
     return find(plans(), wanted, settings=settings(phases=[Phase.generate], max_examples=2000))
 
 
-@pytest.mark.parametrize(("apply", "start"), list(itertools.product(APPLYING.built_in, STARTS.built_in)))
+EVERY = list(itertools.product(APPLYING.built_in, STARTS.built_in))
+
+
+@pytest.mark.parametrize(("apply", "start"), in_depth(EVERY, EVERY[::3]))
 def test_every_change_of_a_weight_is_drawn_with_every_start(apply: str, start: str) -> None:
     plan = first(lambda plan: (plan.config.apply, plan.config.start) == (apply, start))
     assert not plan.needs_base

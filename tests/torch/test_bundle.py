@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.depth import long_only  # noqa: E402
 from tnadapt.errors import FileError, TnadaptError  # noqa: E402
 from tnadapt.torch._bundle.model_card import model_card  # noqa: E402
 
@@ -573,6 +574,7 @@ def test_a_pretrained_classifier_in_a_new_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@long_only
 def test_a_language_model_in_gguf(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")

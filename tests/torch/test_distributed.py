@@ -24,6 +24,7 @@ if sys.platform == "win32":
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch  # noqa: E402
+from tests.support.depth import in_depth  # noqa: E402
 
 from . import distributed_jobs as jobs  # noqa: E402
 from .distributed_checks import CHECKS  # noqa: E402
@@ -89,7 +90,8 @@ DEATHS = {"killed": "Signal 9 (SIGKILL) received by PID", "raises": "the data of
 
 @pytest.mark.law("dead-process")
 @pytest.mark.parametrize(
-    ("how", "death", "world"), [("ddp", "killed", 2), ("fsdp2", "raises", 2), ("ddp", "raises", 4)]
+    ("how", "death", "world"),
+    in_depth([("ddp", "killed", 2), ("fsdp2", "raises", 2), ("ddp", "raises", 4)], [("ddp", "killed", 2)]),
 )
 def test_a_process_that_dies_ends_the_job_with_a_message(tmp_path: Path, how: str, death: str, world: int) -> None:
     job = [*TORCHRUN, "--standalone", "--nproc-per-node", world, "-m", f"{__package__}.distributed_dying"]

@@ -15,6 +15,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.func import functional_call, grad, vmap  # noqa: E402
 
 import tnadapt.torch  # noqa: E402
+from tests.support.depth import in_depth  # noqa: E402
 from tnadapt.torch import Adapter, attach  # noqa: E402
 
 from .distributed_jobs import Block  # noqa: E402
@@ -156,7 +157,8 @@ def three_losses(config: str, parts: int, compiled_by: Callable[[nn.Module], Any
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
-    ("config", "backend"), [*((config, "aot_eager") for config in CONFIGS), ("default", "inductor")]
+    ("config", "backend"),
+    [*((config, "aot_eager") for config in in_depth(CONFIGS, [*CONFIGS][::3])), ("default", "inductor")],
 )
 def test_compiled_training(config: str, backend: str) -> None:
     if backend == "inductor" and shutil.which("g++") is None:

@@ -108,6 +108,10 @@ def arrays(trainer: Any, name: str) -> dict[str, Any]:
     return dict(tt.adapters(trainer.model)[name].named_parameters())
 
 
+#: A preset of each format, source, map and way of changing a weight.
+ONE_OF_EACH = ("lora", "superlora", "dora", "tinylora", "vera", "fourierft")
+
+
 def assert_reference_is_the_adapter(trainer: Any, before: dict[str, Any]) -> None:
     policy, reference = arrays(trainer, "default"), arrays(trainer, "ref")
     assert all(torch.equal(reference[name], before[name]) for name in before)
@@ -118,7 +122,7 @@ def assert_reference_is_the_adapter(trainer: Any, before: dict[str, Any]) -> Non
 
 
 @pytest.mark.law("trl-reference")
-@pytest.mark.parametrize("preset", presets.__all__)
+@pytest.mark.parametrize("preset", in_depth(presets.__all__, ONE_OF_EACH))
 def test_dpo_starts_at_log_2(preset: str, tokenizer: Any, tmp_path: Path) -> None:
     model = trained(preset)
     before = tt.adapters(model)["default"].arrays()
@@ -128,9 +132,7 @@ def test_dpo_starts_at_log_2(preset: str, tokenizer: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.law("trl-reference")
-@pytest.mark.parametrize(
-    "preset", in_depth(presets.__all__, ("lora", "superlora", "dora", "tinylora", "vera", "fourierft"))
-)
+@pytest.mark.parametrize("preset", in_depth(presets.__all__, ONE_OF_EACH))
 def test_grpo_starts_without_divergence(preset: str, tokenizer: Any, tmp_path: Path) -> None:
     model = trained(preset)
     before = tt.adapters(model)["default"].arrays()
