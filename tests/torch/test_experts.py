@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tnadapt.torch import _parameter_sums  # noqa: E402
 
 from .small import stir  # noqa: E402
 
@@ -80,11 +81,12 @@ def by_formula(adapter: tt.Adapter, model: Any) -> tuple[torch.Tensor, list[torc
     return y.detach(), list(torch.autograd.grad(y.square().sum(), list(arrays.values())))
 
 
-def check(name: str, cfg: tna.Config, implementation: str) -> None:
+def check(name: str, cfg: tna.Config, implementation: str, strategy: str = "weight") -> None:
     model = made(name, implementation)
     base = model(IDS).logits
-    adapter = tt.attach(model, cfg, EXPERTS)
+    adapter = tt.attach(model, cfg, EXPERTS, strategy=strategy)
     assert len(adapter.targets) == 2 * 2 * 4
+    assert set(adapter.strategy) == {strategy}
     assert torch.equal(model(IDS).logits, base)
     stir(adapter, 0.2)
     found = model(IDS).logits
@@ -102,17 +104,64 @@ def check(name: str, cfg: tna.Config, implementation: str) -> None:
     assert torch.equal(model(IDS).logits, base)
 
 
+@pytest.mark.parametrize("strategy", ["weight", "factored"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_trained_adapter_is_the_formula(name: str) -> None:
-    check(name, P.lora(2), "grouped_mm")
+def test_a_trained_adapter_is_the_formula(name: str, strategy: str) -> None:
+    check(name, P.lora(2), "grouped_mm", strategy)
+
+
+STRATEGIES = [
+    (cfg, strategy)
+    for cfg in ("superlora", "dora", "hira", "lokr")
+    for strategy in ("weight", "factored", "additive")
+    if (cfg, strategy) not in {("superlora", "factored"), ("hira", "factored"), ("lokr", "weight")}
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("cfg", [P.superlora(2), P.dora(2), P.hira(2)], ids=["superlora", "dora", "hira"])
+@pytest.mark.parametrize(("cfg", "strategy"), STRATEGIES)
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_any_config_in_any_implementation_and_strategy_is_the_formula(
+    name: str, cfg: str, strategy: str, implementation: str
+) -> None:
+    check(name, getattr(P, cfg)(2), implementation, strategy)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("name", MODELS)
-def test_any_config_in_any_implementation_is_the_formula(name: str, cfg: tna.Config, implementation: str) -> None:
-    check(name, cfg, implementation)
+def test_factors_are_used_without_the_sum_of_a_stack(
+    name: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made(name, implementation)
+    adapter = tt.attach(model, P.lora(2), EXPERTS)
+    assert set(adapter.strategy) == {"factored"}
+    stir(adapter, 0.2)
+    monkeypatch.setattr(_parameter_sums, "parameter_sum", None)
+    model(IDS).logits.sum().backward()
+
+
+def test_unknown_implementations_get_the_sum() -> None:
+    model = made("mixtral")
+    adapter = tt.attach(model, P.lora(2), EXPERTS, strategy="factored")
+    stir(adapter, 0.2)
+    expected = model(IDS).logits
+    kernel = functools.partial(_with_addresses, [])
+    for layer in model.model.layers:
+        layer.mlp.experts.config._experts_implementation = "a_kernel"
+    ALL_EXPERTS_FUNCTIONS = importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS
+    ALL_EXPERTS_FUNCTIONS.register("a_kernel", kernel)
+    try:
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    finally:
+        ALL_EXPERTS_FUNCTIONS._global_mapping.pop("a_kernel", None)
+    assert kernel.args[0]
+
+
+def _with_addresses(seen: list[int], module: Any, *args: Any) -> Any:
+    assert type(module.up_proj if hasattr(module, "up_proj") else module.gate_up_proj) is torch.Tensor
+    seen.append(module.down_proj.data_ptr())
+    return type(module).forward.__wrapped__(module, *args)
 
 
 def test_all_linear_finds_them() -> None:
@@ -227,14 +276,6 @@ def test_a_checkpoint_is_merged_to_the_bits_of_the_model(name: str, tmp_path: Pa
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_a_checkpoint_is_merged_for_any_config(name: str, cfg: tna.Config, tmp_path: Path) -> None:
     on_disk(name, cfg, torch.float32, tmp_path)
-
-
-@pytest.mark.parametrize("strategy", ["factored", "additive"])
-def test_strategies_of_a_layer_are_refused(strategy: str) -> None:
-    with pytest.raises(
-        tna.ConfigError, match=rf"strategy='{strategy}' acts on the output of a layer, and .*\[0\] is one"
-    ):
-        tt.attach(made("mixtral"), P.lora(2), EXPERTS, strategy=strategy)
 
 
 def test_a_target_has_an_index_where_its_parameter_is_a_stack() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["sees_tokens_in_order", "stacks_of"]
+__all__ = ["sees_tokens_in_order", "shows_products", "stacks_of", "tokens_of_one"]
 
 # Classes that do not say how they store their matrices: whether as (in, out).
 _TRANSPOSED = {
@@ -50,6 +50,21 @@ def sees_tokens_in_order(module: nn.Module) -> bool:
     """
     names = list(inspect.signature(type(module).forward).parameters)
     return names[1:2] == ["hidden_states"] and names[2:3] in (["top_k_index"], ["router_indices"])
+
+
+# Of transformers' ways to multiply, those that consist of torch's functions.
+_OF_TORCH = (None, "eager", "grouped_mm", "batched_mm")
+
+
+def shows_products(module: Any) -> bool:
+    """Return whether the products of a module of experts are functions of torch, and not kernels of other libraries."""
+    return getattr(getattr(module, "config", None), "_experts_implementation", None) in _OF_TORCH
+
+
+def tokens_of_one(module: Any, tokens: int, experts: int) -> int:
+    """Return how many of a layer's tokens one of its experts gets on average."""
+    chosen = getattr(getattr(module, "config", None), "num_experts_per_tok", None)
+    return max(1, tokens * (chosen if isinstance(chosen, int) else 1) // experts)
 
 
 def _is_transposed(module: Any) -> bool | None:

@@ -12,6 +12,8 @@ forward could not clean up after an interrupted pass, for which torch runs no ho
   between the two factors this is LoDA.
 - *additive*: ``x Wᵀ + x ΔWᵀ``, for weights that cannot be added to (quantized ones).
 
+For experts, whose products are inside a module's forward, :mod:`tnadapt.torch._lazy_stack` does the last two.
+
 That is for ``apply="add"``. :mod:`tnadapt.torch._changed_forward` has the same strategies for W' that is not a sum, of
 an adapter that has to act on its rows alone (:meth:`ForwardPatch.rivals`).
 
@@ -32,12 +34,13 @@ from torch.nn import functional
 
 from tnadapt.algebra.factoring import Factored, Matrix
 
-from ._changed_forward import added_matrix, changed_linear, changed_weight, scaled_output
-from ._dropout import ColumnDropout, dropped_inputs, drops_input
+from ._changed_forward import added_matrix, changed_linear, scaled_output
+from ._dropout import dropped_inputs, drops_input
 from ._embedding_forward import embedded, is_lookup
 from ._factored_linear import can_fuse, factored_linear, product
 from ._forward_pass import acts, check_recomputation, delta, delta_source, factors, scaled
 from ._merged_linear import DeltaSource, MergedWeightLinear, in_dispatch_mode, in_functorch, summed
+from ._parameter_sums import changed_parameter, is_read, parameter_sum
 from ._patched_parameter import PatchedParameter
 from ._quantized import is_packed
 from ._row_assignment import mixing_weight
@@ -45,7 +48,6 @@ from ._row_features import add_features
 from ._row_pass import run_by_rows
 from ._state import AdapterSlot, AdapterState
 from ._straight_through import blocks_gradient, straight_through
-from ._summed_matrices import summed_matrices
 
 __all__ = ["ACTIVATIONS", "STRATEGIES", "ForwardPatch"]
 
@@ -172,7 +174,7 @@ class ForwardPatch:
         for patched, slot in acting:
             if drop and drops_input(slot, self.host):
                 dropping.append((patched, slot))
-            elif slot.strategy != "weight":
+            elif not is_read(slot):
                 to_output.append(slot)
             elif to_weights and to_weights[-1][0] is patched:
                 to_weights[-1][1].append(slot)
@@ -218,7 +220,7 @@ class ForwardPatch:
     ) -> Tensor:
         """Return the output of an embedding, whose updates are looked up like its weight."""
         host: Any = self.host
-        weight = _sum(*to_weights[0], self.host) if to_weights else self.weights[0].tensor
+        weight = parameter_sum(*to_weights[0], self.host) if to_weights else self.weights[0].tensor
         return embedded(host, weight, _input(args, kwargs), added)
 
     def rescaled(self, y: Any, added: list[AdapterSlot]) -> Any:
@@ -242,7 +244,7 @@ class ForwardPatch:
         plain = self.is_plain and len(args) == 1 and not kwargs
         if not to_weights:
             # Another thread, with other rows of adapters, may have its sum in the place of a weight at this moment.
-            summing = not plain and any(slot.strategy == "weight" for one in self.weights for slot in one.slots)
+            summing = not plain and any(is_read(slot) for one in self.weights for slot in one.slots)
             return self._shadowed([], args, kwargs) if summing else self._original(*args, **kwargs)
         # The fast path for nearly all layers: the sum is passed as an argument, without shadowing and lock. Only for
         # torch's own forwards (_PLAIN), because a subclass may do more in its forward.
@@ -254,7 +256,7 @@ class ForwardPatch:
                     return changed_linear(args[0], patched.tensor, host.bias, here)
                 return _linear(args[0], patched.tensor, host.bias, here)
             if isinstance(host, nn.modules.conv._ConvNd):
-                return host._conv_forward(args[0], _sum(patched, here, host), host.bias)
+                return host._conv_forward(args[0], parameter_sum(patched, here, host), host.bias)
         return self._shadowed(to_weights, args, kwargs)
 
     def _fused(self, added: list[AdapterSlot], args: Any, kwargs: Any) -> Tensor | None:
@@ -297,7 +299,7 @@ class ForwardPatch:
         parameter stays registered and unchanged: ``parameters()`` and the state dict never show the sum.
         """
         names = [(patched.owner, patched.parameter) for patched, _ in to_weights]
-        sums = [_sum(patched, here, self.host) for patched, here in to_weights]
+        sums = [changed_parameter(patched, here, self.host, self.output) for patched, here in to_weights]
         # All threads see the shadow. Without the lock, a second thread could compute with this thread's sum (of another
         # dtype, graph or mixing weight), or read the base weight after this thread has removed the shadow. The lock is
         # reentrant because a forward may call itself. The sums are computed outside of it, so that threads wait only
@@ -349,15 +351,6 @@ def _moved(factored: Factored, device: torch.device) -> Factored:
         for term in factored.terms
     ]
     return Factored(terms, factored.scale)
-
-
-def _sum(patched: PatchedParameter, slots: Sequence[AdapterSlot], host: nn.Module) -> Tensor:
-    drop = ColumnDropout(host)
-    if not patched.sums:
-        return changed_weight(patched.tensor, slots, drop)
-    if slots[0].target.index is not None:
-        return summed_matrices(patched.tensor, slots, drop)
-    return summed(patched.tensor, [(slot.target, drop(slot, delta(slot))) for slot in slots])
 
 
 def _input(args: Any, kwargs: Any) -> Any:

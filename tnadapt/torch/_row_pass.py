@@ -26,6 +26,7 @@ from tnadapt.errors import TargetError
 
 from ._dropout import drops_input
 from ._grouped_products import add_changes
+from ._parameter_sums import is_read
 from ._patched_parameter import PatchedParameter
 from ._row_assignment import RowAssignment, assignment_of
 from ._state import AdapterSlot, AdapterState
@@ -180,7 +181,7 @@ def _is_linear(patch: RowPatch) -> bool:
     if patch.looks_up:
         return False  # indices are not multiplied
     slots = [slot for patched in patch.weights for slot in patched.slots]
-    return all(slot.strategy != "weight" for slot in slots) or (patch.is_plain and isinstance(patch.host, nn.Linear))
+    return not any(is_read(slot) for slot in slots) or (patch.is_plain and isinstance(patch.host, nn.Linear))
 
 
 def _is_light(patch: RowPatch, group: Group, tokens: int, x: Tensor) -> bool:

@@ -12,6 +12,7 @@ from tnadapt.errors import ConfigError, TargetError, safe_repr
 from tnadapt.targets.target import RowIndices, Target
 
 from ._embedding_forward import is_lookup
+from ._experts import tokens_of_one
 from ._forward_patch import ForwardPatch
 from ._merging import numbers
 from ._quantized import QuantizedLayer, is_packed, quantized_type
@@ -45,6 +46,9 @@ def strategy_of(
     linear = type(owner).forward is nn.Linear.forward or type(owner).__name__ == "Conv1D"
     linear = linear or (quantized and not isinstance(owner, _NOT_LINEAR))
     own = host is owner and linear and len(target.stored) == 2 and target.parameter == "weight"
+    if target.index is not None and not quantized and activation is None:
+        # Whatever the module does with the matrices of its experts, the update of one acts on products with it.
+        own, tokens = True, tokens_of_one(owner, tokens, target.stored[0])
     how = factoring(plan, index) if own and applying.takes_factors else None
     if activation is not None and not applying.additive:
         raise ConfigError(
@@ -73,11 +77,6 @@ def strategy_of(
                 "array that has to start at zero behind it: nothing would learn. Use another activation, or train it"
             )
         return "factored", how
-    if target.index is not None and wanted in ("factored", "additive"):
-        raise ConfigError(
-            f"strategy={wanted!r} acts on the output of a layer, and {target.label} is one of the experts whose "
-            f"products {type(host).__name__} computes itself: use 'weight', or 'auto'"
-        )
     if wanted == "factored" and not can_factor:
         raise ConfigError(
             "strategy='factored' needs a linear layer, and an update whose rows and columns are separate, as those of "
