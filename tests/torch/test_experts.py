@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tnadapt.checkpoints.checkpoint import open_checkpoint  # noqa: E402
+from tnadapt.targets.checkpoint_targets import find_stored  # noqa: E402
 from tnadapt.torch import _parameter_sums  # noqa: E402
 
 from .small import stir  # noqa: E402
@@ -276,6 +278,58 @@ def test_a_checkpoint_is_merged_to_the_bits_of_the_model(name: str, tmp_path: Pa
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_a_checkpoint_is_merged_for_any_config(name: str, cfg: tna.Config, tmp_path: Path) -> None:
     on_disk(name, cfg, torch.float32, tmp_path)
+
+
+def tuned_pair(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Save a model, and the model with updates of its experts, which are returned by their labels."""
+    model = made(name).to(dtype)
+    model.save_pretrained(folder / "base")
+    adapter = tt.attach(model, P.lora(2), EXPERTS)
+    stir(adapter, 0.2)
+    updates = dict(zip([target.label for target in adapter.targets], adapter.deltas(), strict=True))
+    adapter.bake()
+    model.save_pretrained(folder / "tuned")
+    return updates
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_adapter_is_extracted_from_checkpoints(name: str, tmp_path: Path) -> None:
+    expected = tuned_pair(name, tmp_path)
+    found = tna.extract(tmp_path / "base", tmp_path / "tuned", P.lora(2), EXPERTS)
+    stored = open_checkpoint(tmp_path / "tuned")
+    shapes = {key: entry.shape for key, entry in stored.entries.items()}
+    assert find_stored(shapes, EXPERTS, stored.config) == tt.find_targets(made(name), EXPERTS)
+    assert found.report.error < 1e-4
+    assert found.others == ()
+    tna.save(tmp_path / "a.safetensors", found.file)
+    loaded = tt.load(made(name), tmp_path / "a.safetensors")  # the fingerprint is that of the model in memory
+    for target, update in zip(loaded.targets, loaded.deltas(), strict=True):
+        torch.testing.assert_close(update, expected[target.label], rtol=1e-3, atol=1e-4)
+    assert tna.merge(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "merged").base_checked
+    merged, tuned = (load_file(tmp_path / which / "model.safetensors") for which in ("merged", "tuned"))
+    for key, tensor in tuned.items():
+        torch.testing.assert_close(merged[key], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_one_parameter_of_half_precision_is_extracted_and_the_rest_is_named(tmp_path: Path) -> None:
+    tuned_pair("mixtral", tmp_path, torch.bfloat16)
+    found = tna.extract(tmp_path / "base", tmp_path / "tuned", P.lora(2), ["experts.down_proj"])
+    assert {target.parameter for target in found.file.targets} == {"down_proj"}
+    assert found.file.base is not None
+    assert found.file.base.dtype == "bfloat16"
+    assert set(found.others) == {
+        f"model.layers.{layer}.block_sparse_moe.experts.{index}.{one}.weight"
+        for layer in (0, 1) for index in range(4) for one in ("w1", "w3")
+    }  # fmt: skip
+    tuned_pair("gpt_oss", tmp_path / "gpt")
+    found = tna.extract(tmp_path / "gpt" / "base", tmp_path / "gpt" / "tuned", P.lora(2), ["layers.0.mlp.experts"])
+    assert found.others == tuple(f"model.layers.1.mlp.experts.{one}" for one in ("down_proj", "gate_up_proj"))
+
+
+def test_single_tensors_of_experts_are_extracted_by_their_own_names(tmp_path: Path) -> None:
+    tuned_pair("mixtral", tmp_path)
+    found = tna.extract(tmp_path / "base", tmp_path / "tuned", P.lora(2), r".*\.experts\.\d+\.w1")
+    assert found.file.targets[0].name == "model.layers.0.block_sparse_moe.experts.0.w1.weight"
 
 
 def test_a_target_has_an_index_where_its_parameter_is_a_stack() -> None:

@@ -115,13 +115,15 @@ class Checkpoint:
         path = os.path.join(self.folder, "config.json")
         return _json(path, MAX_CONFIG) if os.path.lexists(path) else None
 
-    def array(self, name: str) -> np.ndarray:
-        """Read a tensor.
+    def array(self, name: str, index: int | None = None) -> np.ndarray:
+        """Read a tensor, or a part of it.
 
         Parameters
         ----------
         name : str
             One of ``entries``.
+        index : int, optional
+            Along the first axis: read ``tensor[index]`` only.
 
         Returns
         -------
@@ -141,8 +143,8 @@ class Checkpoint:
                 )
             with open(file, "rb", buffering=0) as raw:
                 check_held(entry.stop - entry.start, held_bytes(os.fstat(raw.fileno())), safe_repr(name), raw)
-                made = np.empty(entry.shape, raw_dtype(entry.dtype))
-                raw.seek(self.data[file] + entry.start)
+                made = np.empty(entry.shape if index is None else entry.shape[1:], raw_dtype(entry.dtype))
+                raw.seek(self.data[file] + entry.start + (0 if index is None else index * made.nbytes))
                 rest = made.reshape(-1).view(np.uint8).data
                 while rest:
                     got = raw.readinto(rest)  # Linux reads at most 2 GiB at a time

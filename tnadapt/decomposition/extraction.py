@@ -20,18 +20,17 @@ from tnadapt.backends import load_backend
 from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
 from tnadapt.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from tnadapt.checkpoints.container import DTYPES
-from tnadapt.checkpoints.fingerprint import Fingerprint, fingerprint
+from tnadapt.checkpoints.stored_weights import FLOATS, StoredWeights, numbers
 from tnadapt.errors import FileError, ShapeError, TargetError, safe_repr
 from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.overlaps import check_distinct
-from tnadapt.targets.prefixes import Prefix, found_prefix, near_names
+from tnadapt.targets.prefixes import Prefix
 from tnadapt.targets.target import Target
 
 from . import FitReport, Settings, Step, smallest_rank
 
 __all__ = ["Extraction", "extract", "within"]
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _PIECE = 1 << 20
 
 
@@ -134,39 +133,35 @@ def extract(
     shapes = {name: entry.shape for name, entry in after.entries.items()}
     found = find_stored(shapes, targets, after.config or before.config)
     check_distinct(found)
-    prefix = _prefix(found, before)
-    places = {target.name: prefix.target(target).name for target in found}
-    for target in found:
-        _check(target, after, target.name, "tuned")
-        _check(target, before, places[target.name], "base")
-    kept = _kept(after, keep_trainable, {target.name for target in found})
+    new, old = StoredWeights(after, found, "tuned"), StoredWeights(before, found, "base")
+    kept = _kept(after, keep_trainable, new.names)
     arrays, report, config = within(
         [target.shape for target in found],
         [target.layer for target in found],
         [target.role for target in found],
         cfg,
-        lambda weight: _difference(found[weight], before, places[found[weight].name], after),
-        lambda weight: found[weight].select(_numbers(before, places[found[weight].name])),
+        lambda weight: _difference(found[weight].label, old.numbers(weight), new.numbers(weight)),
+        old.numbers,
         chosen,
         max_error,
         max_rank,
         progress,
     )
     dtypes = {KEPT + name: "bfloat16" for name in kept if after.entries[name].dtype == "BF16"}
-    base_print = _fingerprint(found, before, places)
+    base_print = old.fingerprint()
     # A base that has no fingerprint could not be recognized, so that what is computed from it is stored.
     given = {} if base_print is not None else report.plan.given
     file = AdapterFile(
         config,
         found,
         arrays,
-        kept={name: _numbers(after, name) for name in kept},
+        kept={name: numbers(after, name) for name in kept},
         dtypes=dtypes,
         base=base_print,
         given=given,
         model=_model(after),
     )
-    others = tuple(_others(before, after, found, prefix, set(kept))) if compare else ()
+    others = tuple(_others(before, after, new, old.prefix, set(kept))) if compare else ()
     return Extraction(file, report, others)
 
 
@@ -198,72 +193,22 @@ def within(
     return found.params, found.report, found.config
 
 
-def _prefix(targets: Sequence[Target], base: Checkpoint) -> Prefix:
-    stored = {name: entry.shape for name, entry in base.entries.items()}
-    found = found_prefix(targets, stored)
-    if found is None:
-        missing = [target.name for target in targets if target.name not in stored]
-        near = near_names(missing[0], stored)
-        raise TargetError(
-            f"the base checkpoint lacks {len(missing)} of {len(targets)} targets, such as "
-            f"{safe_repr(missing[0])}, under "
-            f"any prefix{'; ' + near if near else ''}: give two checkpoints of the same model"
-        )
-    return found
-
-
 # -- Reading ---------------------------------------------------------------------------------------
 
 
-def _check(target: Target, checkpoint: Checkpoint, name: str, which: str) -> None:
-    entry = checkpoint.entries[name]
-    if entry.dtype not in _FLOATS:
-        raise TargetError(
-            f"{name} of the {which} checkpoint is {entry.dtype}; expected one of {', '.join(_FLOATS)}: give an "
-            "unquantized checkpoint"
-        )
-    if entry.shape != target.stored:
-        raise TargetError(
-            f"{name} has shape {entry.shape} in the {which} checkpoint and {target.stored} in the other: give two "
-            "checkpoints of the same model"
-        )
-
-
-def _numbers(checkpoint: Checkpoint, name: str) -> np.ndarray:
-    """Read a tensor in a dtype that NumPy supports: bfloat16 as float32."""
-    array = checkpoint.array(name)
-    if checkpoint.entries[name].dtype == "BF16":
-        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
-
-
-def _difference(target: Target, base: Checkpoint, place: str, tuned: Checkpoint) -> np.ndarray:
-    after = target.select(_numbers(tuned, target.name)).astype(np.float64)
+def _difference(label: str, before: np.ndarray, after: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):  # checked below
-        wide = after - target.select(_numbers(base, place))
+        wide = after.astype(np.float64) - before
         found: np.ndarray = wide.astype(np.float32)
     if not np.isfinite(found).all():
-        raise ShapeError(f"{target.name} holds NaN or infinity, or differs by more than float32 can represent")
+        raise ShapeError(f"{label} holds NaN or infinity, or differs by more than float32 can represent")
     largest = float(np.max(np.abs(wide), initial=0.0))
     if 0.0 < largest < np.finfo(np.float32).smallest_normal:
         raise ShapeError(
-            f"{target.name} differs by at most {largest:.3g}, which is too small for float32, in which updates are "
+            f"{label} differs by at most {largest:.3g}, which is too small for float32, in which updates are "
             "fitted: scale both checkpoints up, or leave this weight out of the targets"
         )
     return found
-
-
-def _fingerprint(targets: Sequence[Target], base: Checkpoint, places: dict[str, str]) -> Fingerprint | None:
-    kinds = {base.entries[places[target.name]].dtype for target in targets}
-    if len(kinds) > 1:
-        return None
-    kind = DTYPES[kinds.pop()]
-
-    def weights() -> Iterator[np.ndarray]:
-        for target in targets:
-            yield target.select(base.array(places[target.name]))
-
-    return fingerprint(weights(), kind)
 
 
 def _model(checkpoint: Checkpoint) -> str:
@@ -295,18 +240,22 @@ def _kept(tuned: Checkpoint, patterns: str | Sequence[str], targets: set[str]) -
 
 
 def _others(
-    base: Checkpoint, tuned: Checkpoint, targets: Sequence[Target], prefix: Prefix, kept: set[str]
+    base: Checkpoint, tuned: Checkpoint, weights: StoredWeights, prefix: Prefix, kept: set[str]
 ) -> Iterator[str]:
-    adapted = {target.name for target in targets}
+    adapted: dict[str, list[Target]] = {}
+    for part in (part for parts in weights.parts for part in parts):
+        adapted.setdefault(part.name, []).append(part)
     for name, entry in tuned.entries.items():
         if name in kept:
             continue
         # Tensors outside of the backbone may have the same name, without the prefix, in both.
         place = next((one for one in (prefix.of(name), name) if one in base.entries), None)
-        if place is None:
+        if any(part.is_whole for part in adapted.get(name, ())):
+            differs = False
+        elif place is None:
             differs = True
         elif name in adapted:
-            differs = _rest_differs([t for t in targets if t.name == name], base, place, tuned)
+            differs = _rest_differs(adapted[name], base, place, tuned)
         elif base.entries[place].shape != entry.shape:
             differs = True
         elif base.entries[place].dtype != entry.dtype:
@@ -318,8 +267,6 @@ def _others(
 
 
 def _rest_differs(own: Sequence[Target], base: Checkpoint, place: str, tuned: Checkpoint) -> bool:
-    if any(target.is_whole for target in own):
-        return False
     before, after = _alike(base, place, tuned, own[0].name)
     for target in own:
         target.write(after, target.select(before))
@@ -327,19 +274,19 @@ def _rest_differs(own: Sequence[Target], base: Checkpoint, place: str, tuned: Ch
 
 
 def _same_numbers(base: Checkpoint, place: str, tuned: Checkpoint, name: str) -> bool:
-    if base.entries[place].dtype not in _FLOATS or tuned.entries[name].dtype not in _FLOATS:
+    if base.entries[place].dtype not in FLOATS or tuned.entries[name].dtype not in FLOATS:
         return False
     return np.array_equal(*_alike(base, place, tuned, name), equal_nan=True)
 
 
 def _alike(base: Checkpoint, place: str, tuned: Checkpoint, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Read two tensors; round both to the narrower dtype if they differ, so that a mere cast is not a difference."""
-    before, after = _numbers(base, place), _numbers(tuned, name)
+    before, after = numbers(base, place), numbers(tuned, name)
     kinds = base.entries[place].dtype, tuned.entries[name].dtype
     if kinds[0] == kinds[1]:
         return before, after
     # Neither of bfloat16 and float16 can represent all numbers of the other; either choice is fine.
-    narrow = DTYPES[min(kinds, key=_FLOATS[::-1].index)]
+    narrow = DTYPES[min(kinds, key=FLOATS[::-1].index)]
     return tuple(widened(rounded(one.astype(np.float64), narrow), narrow) for one in (before, after))  # type: ignore[return-value]
 
 

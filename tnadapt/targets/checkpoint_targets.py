@@ -14,6 +14,7 @@ from typing import Any
 from tnadapt.errors import TargetError, safe_repr
 
 from ._checkpoint_attention import StoredModel, targets_of
+from ._checkpoint_experts import experts_of
 from .roles import layer_of, natural, parse_projection_name
 from .target import Target
 
@@ -39,7 +40,8 @@ def find_stored(
         The name and shape of every stored tensor.
     targets : str or list of str
         Roles such as ``"qv"``; ``"embeddings"``, those of the usual names; a list of module paths, whole or their last
-        parts; or a regular expression that matches the whole path of a module.
+        parts; or a regular expression that matches the whole path of a module. Experts have the paths that transformers
+        gives them in memory, such as ``mlp.experts`` and ``mlp.experts.down_proj``, however they are stored.
     config : mapping, optional
         The model's ``config.json``, for the model type and numbers of heads.
 
@@ -60,6 +62,8 @@ def find_stored(
     ['h.0.attn.q_proj', 'h.0.attn.v_proj', 'h.2.attn.q_proj']
     >>> find_stored({"blocks.0.attn.qkv.weight": (24, 8)}, "v")[0].rows
     Rows(start=16, length=8, stride=24, count=1)
+    >>> find_stored({"moe.experts.0.w2.weight": (4, 6), "moe.experts.1.w2.weight": (4, 6)}, ["experts"])[1].label
+    'moe.experts.down_proj[1]'
     """
     model = StoredModel(shapes, config)
     if isinstance(targets, str) and targets and _LETTERS.issuperset(targets):
@@ -67,11 +71,24 @@ def find_stored(
     elif targets == "embeddings":
         found = [_whole(model, name) for name in sorted(model.weights, key=natural) if _is_embedding(model, name)]
     else:
-        chosen = _chosen(targets)
-        found = [_whole(model, name) for name in sorted(model.weights, key=natural) if chosen(_module(name))]
+        found = _named(model, shapes, targets)
     if not found:
         raise _nothing(targets, model.weights)
     return found
+
+
+def _named(model: StoredModel, shapes: Mapping[str, tuple[int, ...]], targets: Any) -> list[Target]:
+    chosen = _chosen(targets)
+    several = isinstance(targets, (list, tuple))
+    experts = experts_of(
+        shapes,
+        model.config,
+        lambda module, parameter: chosen(module) or (several and chosen(f"{module}.{parameter}")),
+    )
+    # A pattern that also fits the single tensors of experts selects them once, as the model has them in memory.
+    theirs = {name for one in experts for name in one.tensors}
+    names = [name for name in model.weights if name not in theirs and chosen(_module(name))]
+    return [*(_whole(model, name) for name in sorted(names, key=natural)), *(one.target for one in experts)]
 
 
 def _module(name: str) -> str:

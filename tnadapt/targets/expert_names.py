@@ -13,15 +13,15 @@ from collections.abc import Iterator, Sequence
 
 from .target import Target
 
-__all__ = ["expert_tensors"]
+__all__ = ["MODULES", "PARTS", "expert_tensors"]
 
-# The tensors of which a parameter consists, in each convention.
-_PARTS = (
+#: The tensors of which a parameter consists, in each convention.
+PARTS = (
     {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)},
     {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)},
 )
-# The module's name in memory and in the checkpoint, where it is not the same.
-_MODULES = (("", ""), (".mlp.experts", ".block_sparse_moe.experts"))
+#: The module's name in memory and in the checkpoint, where it is not the same.
+MODULES = (("", ""), (".mlp.experts", ".block_sparse_moe.experts"))
 
 
 def expert_tensors(targets: Sequence[Target]) -> Iterator[list[tuple[Target, ...]]]:
@@ -43,10 +43,10 @@ def expert_tensors(targets: Sequence[Target]) -> Iterator[list[tuple[Target, ...
     experts = [target for target in targets if target.index is not None]
     if not experts or any(target.rows is not None or target.transposed for target in experts):
         return
-    for old, new in _MODULES:
+    for old, new in MODULES:
         if any(not target.module.endswith(old) for target in experts):
             continue
-        for parts in _PARTS:
+        for parts in PARTS:
             found = [_tensors(target, old, new, parts.get(target.parameter, ())) for target in targets]
             if all(found):
                 yield found

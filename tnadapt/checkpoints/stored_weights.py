@@ -1,0 +1,114 @@
+"""The weights of targets in a checkpoint, whether each is a tensor, a part of one, or several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from tnadapt.errors import TargetError, safe_repr
+from tnadapt.targets.expert_names import expert_tensors
+from tnadapt.targets.prefixes import Prefix, found_prefix, near_names
+from tnadapt.targets.target import Target
+
+from .checkpoint import Checkpoint
+from .container import DTYPES
+from .fingerprint import Fingerprint, fingerprint
+
+__all__ = ["FLOATS", "StoredWeights", "numbers"]
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def numbers(checkpoint: Checkpoint, name: str, index: int | None = None) -> np.ndarray:
+    """Read a tensor, or one of the matrices that it stacks, in a dtype that NumPy supports: bfloat16 as float32."""
+    array = checkpoint.array(name, index)
+    if checkpoint.entries[name].dtype == "BF16":
+        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+class StoredWeights:
+    """The weights of targets in one of two checkpoints of a model.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    targets : sequence of Target
+    which : str
+        What to call the checkpoint in messages.
+
+    Attributes
+    ----------
+    parts : list of tuple of Target
+        For each target the tensor that has it, or those whose rows are its rows, one after the other.
+    prefix : Prefix
+        By which names differ from the targets' own.
+
+    Raises
+    ------
+    TargetError
+        If a target is missing, has another shape, or is not floating.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, targets: Sequence[Target], which: str) -> None:
+        self.checkpoint = checkpoint
+        self.parts, self.prefix = _placed(checkpoint, targets, which)
+        for part in (part for parts in self.parts for part in parts):
+            _check(part, checkpoint, which)
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all tensors that have a target's rows."""
+        return {part.name for parts in self.parts for part in parts}
+
+    def numbers(self, index: int) -> np.ndarray:
+        """Read the weight of a target, of shape ``(rows, cols)``, in a dtype that NumPy supports."""
+        return _joined([_selected(one, numbers(self.checkpoint, one.name, one.index)) for one in self.parts[index]])
+
+    def fingerprint(self) -> Fingerprint | None:
+        """Return the fingerprint of the weights; None if they have several dtypes."""
+        kinds = {self.checkpoint.entries[name].dtype for name in self.names}
+        return None if len(kinds) > 1 else fingerprint(self._raw(), DTYPES[kinds.pop()])
+
+    def _raw(self) -> Iterator[np.ndarray]:
+        for parts in self.parts:
+            yield _joined([_selected(part, self.checkpoint.array(part.name, part.index)) for part in parts])
+
+
+def _joined(rows: Sequence[np.ndarray]) -> np.ndarray:
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+
+def _selected(part: Target, stored: np.ndarray) -> np.ndarray:
+    found: np.ndarray = (part if part.index is None else part.of_matrix()).select(stored)
+    return found
+
+
+def _placed(checkpoint: Checkpoint, targets: Sequence[Target], which: str) -> tuple[list[tuple[Target, ...]], Prefix]:
+    stored = {name: entry.shape for name, entry in checkpoint.entries.items()}
+    plain: list[tuple[Target, ...]] = [(target,) for target in targets]
+    for several in (plain, *expert_tensors(targets)):
+        prefix = found_prefix([part for parts in several for part in parts], stored)
+        if prefix is not None:
+            return [tuple(map(prefix.target, parts)) for parts in several], prefix
+    missing = [target.name for target in targets if target.name not in stored]
+    near = near_names(missing[0], stored)
+    raise TargetError(
+        f"the {which} checkpoint lacks {len(missing)} of {len(targets)} targets, such as {safe_repr(missing[0])}, "
+        f"under any prefix{'; ' + near if near else ''}: give two checkpoints of the same model"
+    )
+
+
+def _check(part: Target, checkpoint: Checkpoint, which: str) -> None:
+    entry = checkpoint.entries[part.name]
+    if entry.dtype not in FLOATS:
+        raise TargetError(
+            f"{part.name} of the {which} checkpoint is {entry.dtype}; expected one of {', '.join(FLOATS)}: give an "
+            "unquantized checkpoint"
+        )
+    if entry.shape != part.stored:
+        raise TargetError(
+            f"{part.name} has shape {entry.shape} in the {which} checkpoint and {part.stored} in the other: give two "
+            "checkpoints of the same model"
+        )

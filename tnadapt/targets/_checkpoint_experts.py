@@ -1,0 +1,162 @@
+"""Find the matrices of experts in a checkpoint, as stacks or as a tensor for each expert.
+
+Either way they become the targets that the model has in memory, where transformers stacks them:
+:mod:`tnadapt.targets.expert_names` has the names of single tensors for these. Whether the matrices of a stack are
+stored as ``(in, out)`` follows from the shapes of two parameters: the rows of one are the columns of the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tnadapt.errors import TargetError
+
+from .expert_names import MODULES, PARTS
+from .roles import layer_of, natural
+from .target import Target
+
+__all__ = ["StoredExpert", "experts_of"]
+
+_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+_SINGLE = re.compile(r"(.*\bexperts)\.(\d+)\.([a-z0-9_]+)\.weight", re.ASCII)
+
+Shape = tuple[int, ...]
+
+
+class StoredExpert(NamedTuple):
+    """The matrix of one expert as a target, and the tensors that it is stored in."""
+
+    target: Target
+    tensors: tuple[str, ...]
+
+
+def experts_of(
+    shapes: Mapping[str, Sequence[int]],
+    config: Mapping[str, Any] | None = None,
+    chosen: Callable[[str, str], bool] = lambda module, parameter: True,
+) -> list[StoredExpert]:
+    """Return the matrices of experts.
+
+    Parameters
+    ----------
+    shapes : mapping of str to sequence of int
+        The name and shape of every stored tensor.
+    config : mapping, optional
+        The model's ``config.json``, whose ``hidden_size`` tells the axes of stacks without a gate.
+    chosen : function of (str, str), optional
+        Whether a module's parameter, by their names in memory, is wanted.
+
+    Returns
+    -------
+    list of StoredExpert
+        Module by module, and in each one parameter after the other.
+
+    Raises
+    ------
+    TargetError
+        If it is unclear how the matrices of a wanted stack are stored.
+
+    Examples
+    --------
+    >>> stacks = {"mlp.experts.gate_up_proj": (2, 8, 12), "mlp.experts.down_proj": (2, 6, 8)}
+    >>> [(one.target.label, one.target.shape) for one in experts_of(stacks)][1:3]
+    [('mlp.experts.gate_up_proj[1]', (12, 8)), ('mlp.experts.down_proj[0]', (8, 6))]
+    >>> single = {f"moe.experts.{i}.{x}_proj.weight": (4, 8) for i in (0, 1) for x in ("gate", "up")}
+    >>> [(one.target.label, one.tensors[0]) for one in experts_of(single)]
+    [('moe.experts.gate_up_proj[0]', 'moe.experts.0.gate_proj.weight'),
+     ('moe.experts.gate_up_proj[1]', 'moe.experts.1.gate_proj.weight')]
+    """
+    single = [one for one in _single(shapes) if chosen(one.target.module, one.target.parameter)]
+    found = [*_stacked(shapes, config, chosen), *single]
+    return sorted(
+        found, key=lambda one: (natural(one.target.module), _PARAMETERS.index(one.target.parameter), one.target.index)
+    )
+
+
+# -- Stacks ------------------------------------------------------------------------------------------------------
+
+
+def _stacked(
+    shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any] | None, chosen: Callable[[str, str], bool]
+) -> list[StoredExpert]:
+    of_module: dict[str, dict[str, Shape]] = {}
+    for name, shape in shapes.items():
+        module, _, parameter = name.rpartition(".")
+        if parameter in _PARAMETERS and len(shape) == 3 and min(shape) > 0 and "experts" in module.rpartition(".")[2]:
+            of_module.setdefault(module, {})[parameter] = tuple(shape)
+    found = []
+    for module, own in of_module.items():
+        wanted = {parameter: shape for parameter, shape in own.items() if chosen(module, parameter)}
+        transposed = bool(wanted) and _is_transposed(module, own, config or {})
+        for parameter, shape in wanted.items():
+            whole = Target(module, shape, "linear", parameter, None, transposed, _layer(module), 0)
+            found += [StoredExpert(dataclasses.replace(whole, index=index), (whole.name,)) for index in range(shape[0])]
+    return found
+
+
+def _is_transposed(module: str, own: Mapping[str, Shape], config: Mapping[str, Any]) -> bool:
+    down = own.get("down_proj")
+    first, factor = (own["gate_up_proj"], 2) if "gate_up_proj" in own else (own.get("up_proj"), 1)
+    if first is not None and down is not None:
+        # (out, in), where in of one matrix is out of the other; gate and up are twice as many rows.
+        plain = (first[1], first[2]) == (factor * down[2], down[1])
+        turned = (first[2], first[1]) == (factor * down[1], down[2])
+        if plain != turned:
+            return turned
+        hidden = config.get("hidden_size")
+        if plain and first[1] != first[2] and hidden in first[1:]:
+            return bool(first[1] == hidden)
+    raise TargetError(
+        f"{module} stacks the matrices of experts in tensors of shapes {list(own.values())}, which do not tell inputs "
+        "from outputs: build the model and use tnadapt.torch, which reads its classes"
+    )
+
+
+# -- A tensor for each expert ------------------------------------------------------------------------------------
+
+
+def _single(shapes: Mapping[str, Sequence[int]]) -> list[StoredExpert]:
+    of_module: dict[str, dict[str, dict[int, Shape]]] = {}
+    for name, shape in shapes.items():
+        match = _SINGLE.fullmatch(name)
+        if match is not None and len(shape) == 2 and min(shape) > 0:
+            own = of_module.setdefault(match[1], {}).setdefault(match[3], {})
+            own[int(match[2])] = tuple(shape)
+    return [one for module, own in of_module.items() for one in _joined(module, own)]
+
+
+def _joined(module: str, own: Mapping[str, Mapping[int, Shape]]) -> list[StoredExpert]:
+    """Return the experts of one module whose tensors have known names, are complete and have one shape."""
+    known: set[str] = set()
+    found = []
+    for parts in PARTS:
+        for parameter, names in parts.items():
+            several = [own[name] for name in names if name in own]
+            if len(several) < len(names) or known.intersection(names):
+                continue
+            (shape, *others) = {shape for one in several for shape in one.values()}
+            numbers = {frozenset(one) for one in several}
+            count = len(several[0])
+            if others or numbers != {frozenset(range(count))}:
+                continue
+            known.update(names)
+            stored = (count, len(names) * shape[0], shape[1])
+            whole = Target(_in_memory(module), stored, "linear", parameter, None, False, _layer(module), 0)
+            for index in range(count):
+                tensors = tuple(f"{module}.{index}.{name}.weight" for name in names)
+                found.append(StoredExpert(dataclasses.replace(whole, index=index), tensors))
+    return found
+
+
+def _in_memory(module: str) -> str:
+    for old, new in MODULES:
+        if new and module.endswith(new):
+            return module.removesuffix(new) + old
+    return module
+
+
+def _layer(module: str) -> str:
+    return layer_of(module.rpartition(".")[0])
