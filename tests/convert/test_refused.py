@@ -269,7 +269,7 @@ def kohya(**more: Any) -> dict[str, np.ndarray]:
         (kohya(), {"base": {"a.q": "x"}}, "base must be the path of a safetensors file"),
         (kohya(), {"base": "no/such/file"}, "base: no/such/file: No such file or directory"),
         (kohya(), {"part": "lora_te"}, "has no part 'lora_te'; its parts are lora_unet"),
-        (kohya(lora_te_x__diff=np.ones((2, 2), "f4")), {}, "has the adapters of several models: lora_te, lora_unet"),
+        (kohya(lora_te_x__diff=np.ones((2, 2), "f4")), {}, "has adapters of several models: lora_te, lora_unet"),
         (kohya(lora_unet_a_q__dora_scale=np.ones((6, 1), "f4")), {}, "DoRA"),
         (kohya(lora_unet_a_q__diff_b=np.ones(6, "f4")), {}, "the change of a bias"),
         (kohya(lora_unet_n__w_norm=np.ones(6, "f4")), {}, "the change of a normalization"),

@@ -35,4 +35,5 @@ def test_a_format_alone_takes_the_adapters_own_method_or_lora() -> None:
         for name in ("peft", "lycoris"):
             found = tna.convert(made(config), to=name)
             assert (found.kind, found.exact) == (f"{name}-{kind}", True)
-    assert tna.convert(made(tna.presets.lokr(2)), to="diffusers", rank=2, max_error=1).kind == "diffusers-lora"
+    found = tna.convert(made(tna.presets.lokr(2)), to="diffusers", part="transformer", rank=2, max_error=1)
+    assert found.kind == "diffusers-lora"

@@ -58,9 +58,10 @@ def convert(
         has arrays that are computed from the base weights and not stored, base must be a path: the weights are read.
         "gguf-lora" needs a path with a config.json, or the GGUF file of the model.
     part : str, optional
-        The adapter to read from a file with those of several models: its prefix in a file of kohya's, such as
-        "lora_unet", or its component in one of diffusers, such as "unet". When such a file is written, the component
-        that the model is; by default it follows from the names of the modules.
+        The part of a diffusion pipeline, by diffusers' name or kohya's prefix, such as "unet", "text_encoder_2" or
+        "lora_te2". It selects the adapter in a file of kohya's or diffusers that has those of several models, and names
+        the part that is written. By default, that is the part that was read, or follows from the names of the modules;
+        if they do not show it, it must be given.
     dtype : str, optional
         The dtype of the result's tensors. By default that of the source, or float32 if that would round any value.
     without_kept : bool

@@ -16,7 +16,7 @@ from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.targets.roles import natural
 
 from ._base_model import Base, target_of
-from ._diffusion_component import checked_component, component_of
+from ._diffusion_component import COMPONENTS, PREFIXES, chosen_part, written_component
 from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
 from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, safetensors_content
 from ._peft_settings import PeftSettings, settings_of
@@ -27,10 +27,7 @@ from ._updates import Float, common_dtype, widen
 
 __all__ = ["DiffusersFormat"]
 
-_COMPONENTS = (
-    "unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "controlnet", "prior",
-)  # fmt: skip
-_NAME = re.compile(rf"({'|'.join(_COMPONENTS)})\.(.+)\.(lora_A\.weight|lora_B\.weight|alpha)")
+_NAME = re.compile(rf"({'|'.join(COMPONENTS)})\.(.+)\.(lora_A\.weight|lora_B\.weight|alpha)")
 _SUFFIXES = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up"}
 
 # Entry of the metadata with the settings of PEFT by component.
@@ -42,17 +39,17 @@ class DiffusersFormat(FileFormat):
 
     library = "diffusers"
     kinds = ("lora",)
-    _part: str | None = None
+    parts_read = parts_written = (*COMPONENTS, *PREFIXES)
+    _component = "unet"
 
     def detect(self, path: str) -> str | None:
         """Return the path if the names of the file's tensors begin with a component of a pipeline."""
         names = None if os.path.isdir(path) else foreign_tensor_names(path)
         return path if any(map(_NAME.fullmatch, names or ())) else None
 
-    def configure(self, base: Any, part: str | None) -> Any:
-        """Take the component, such as "text_encoder_2"; by default it follows from the names of the modules."""
-        self._part = checked_component(part, _COMPONENTS, self.name)
-        return base
+    def choose_part(self, modules: Sequence[Module], part: str | None, source: str) -> None:
+        """Choose the component, such as "text_encoder_2"."""
+        self._component = written_component(self.name, part, source, [module.path for module in modules])
 
     def read(self, files: StoredFiles, base: Base | None, part: str | None) -> ForeignAdapter:
         """Read the adapter of a file; ``part`` is one of its components, such as "unet"."""
@@ -72,11 +69,10 @@ class DiffusersFormat(FileFormat):
         Without the metadata of an adapter, diffusers takes α = r. The scale is therefore multiplied into a factor.
         Older releases take the first rank for all modules: all factors have one.
         """
-        component = self._part or component_of([module.path for module in modules])
         tensors = dict[str, Float]()
         for module, update in zip(modules, uniform(choice.updates), strict=True):
             own = encode(update, module.stored, "lora_A.weight", "lora_B.weight")
-            tensors |= {f"{component}.{module.path}.{name}": array for name, array in own.items()}
+            tensors |= {f"{self._component}.{module.path}.{name}": array for name, array in own.items()}
         return EncodedAdapter(tensors)
 
     def write(
@@ -92,38 +88,25 @@ class DiffusersFormat(FileFormat):
 
 def _read(container: Container, base: Base | None, part: str | None) -> ForeignAdapter:
     """Read the adapter of an open file."""
-    modules: dict[str, dict[str, Float]] = {}
-    components, unknown, dtypes = dict[str, None](), list[str](), set[str]()
-    for name, entry in container.entries.items():
-        found = _NAME.fullmatch(name)
-        if found is None:
-            unknown.append(name)
-            continue
-        component, path, suffix = found.groups()
-        components[component] = None
-        if part in (None, component):
-            array = widen(name, entry.dtype, container.array(name))
-            modules.setdefault(path, {})[_SUFFIXES.get(suffix, suffix)] = array
-            dtypes |= {DTYPES[entry.dtype]} if suffix != "alpha" else set()
-    if unknown:
+    found = {name: _NAME.fullmatch(name) for name in container.entries}
+    if unknown := [name for name, match in found.items() if match is None]:
         raise FileError(f"has tensors that do not belong to a LoRA of diffusers: {summarize(unknown)}")
-    component = _chosen(sorted(components), part)
-    settings = _settings(container.metadata, component)
+    chosen = chosen_part(list(dict.fromkeys(match[1] for match in found.values() if match)), part)
+    modules: dict[str, dict[str, Float]] = {}
+    dtypes = set[str]()
+    for name, match in found.items():
+        if match and match[1] == chosen:
+            path, suffix, dtype = match[2], match[3], container.entries[name].dtype
+            modules.setdefault(path, {})[_SUFFIXES.get(suffix, suffix)] = widen(name, dtype, container.array(name))
+            dtypes |= {DTYPES[dtype]} if suffix != "alpha" else set()
+    settings = _settings(container.metadata, chosen)
     updates = []
     for path in sorted(modules, key=natural):
         tensors = modules[path]
         alpha = tensors.pop("alpha", None)
         update, shape = decode(path, tensors, functools.partial(_scale, path, alpha, settings))
         updates.append(TargetUpdate(target_of(path, shape, base), update))
-    return ForeignAdapter("lora", updates, common_dtype(dtypes))
-
-
-def _chosen(components: Sequence[str], part: str | None) -> str:
-    if part is not None and part not in components:
-        raise FileError(f"has no part {safe_repr(part)}; its parts are {', '.join(components)}")
-    if part is None and len(components) > 1:
-        raise FileError(f"has the adapters of several models: {', '.join(components)}; name one of them by part=")
-    return part or components[0]
+    return ForeignAdapter("lora", updates, common_dtype(dtypes), part=chosen)
 
 
 def _settings(metadata: Mapping[str, str], component: str) -> PeftSettings | None:

@@ -53,6 +53,8 @@ class ForeignAdapter(NamedTuple):
         Number of elements of the stored tensors; by default those of the updates.
     application : Application
         How the updates meet the weights; by default they are added.
+    part : str
+        The part that was read, if files of the format have parts.
     """
 
     kind: str
@@ -65,6 +67,7 @@ class ForeignAdapter(NamedTuple):
     notes: tuple[str, ...] = ()
     parameters: int | None = None
     application: Application = Application()
+    part: str = ""
 
     @classmethod
     def of(
@@ -139,6 +142,10 @@ class FileFormat:
         form ``NAME-vera``.
     folder : tuple of str
         Names of the files if an adapter is a folder with several; the last one is moved into place last.
+    parts_read : tuple of str
+        What a caller's ``part`` may be when a file is read, if a file may hold the adapters of several models.
+    parts_written : tuple of str
+        What it may be when one is written, if a file says of which part of a model the adapter is.
     no_attention : str
         Reason why the parameters of ``nn.MultiheadAttention`` cannot be converted, for messages.
     no_kronecker : str
@@ -150,6 +157,8 @@ class FileFormat:
     kinds: tuple[str, ...] = ()
     structures: tuple[str, ...] = ()
     folder: tuple[str, ...] = ()
+    parts_read: tuple[str, ...] = ()
+    parts_written: tuple[str, ...] = ()
     no_attention = "it has no module for nn.MultiheadAttention"
     no_kronecker = "no Kronecker product of this rank can be loaded there: give another rank"
 
@@ -188,15 +197,13 @@ class FileFormat:
 
     # -- Writing -------------------------------------------------------------------------------
 
-    def configure(self, base: Any, part: str | None) -> Any:
-        """Take what the caller gives for an export, before the source is read; by default nothing.
+    def configure(self, base: Any) -> Any:
+        """Take the base for an export, before the source is read; by default nothing.
 
         Parameters
         ----------
         base : optional
             The argument of :func:`tnadapt.convert`.
-        part : str, optional
-            The component of a model with several that the adapter is of.
 
         Returns
         -------
@@ -204,6 +211,23 @@ class FileFormat:
             The base for reading and checking the source.
         """
         return base
+
+    def choose_part(self, modules: Sequence[Module], part: str | None, source: str) -> None:
+        """Choose the part of a model that the adapter is written as, if ``parts_written`` is not empty.
+
+        Parameters
+        ----------
+        modules : sequence of Module
+        part : str, optional
+            One of ``parts_read`` of the source's format or of ``parts_written``, as the caller names it.
+        source : str
+            The part that was read; "" if the source has no parts.
+
+        Raises
+        ------
+        ConfigError
+            If it is not known.
+        """
 
     def check_target(self, target: Target) -> None:
         """Raise ConfigError unless the library can adapt the target's parameter; by default, the weight of a module."""

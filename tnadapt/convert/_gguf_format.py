@@ -46,7 +46,7 @@ class GgufFormat(FileFormat):
         """Return the path of a GGUF file."""
         return path if is_gguf(path) else None
 
-    def configure(self, base: Any, part: str | None) -> Any:
+    def configure(self, base: Any) -> Any:
         """Take the base model; a GGUF file says nothing of the source."""
         self._given = base
         return None if is_gguf(base) else base

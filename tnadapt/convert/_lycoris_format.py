@@ -19,6 +19,7 @@ from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.targets.roles import natural
 
 from ._base_model import Base, missing_base, target_of
+from ._diffusion_component import COMPONENTS, PREFIXES, chosen_part
 from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
 from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, safetensors_content
 from ._tensors import DIFF, LOHA, LOKR, are_both_low, decode, encode, factorization, is_low, kind_of, kronecker_sizes_of
@@ -47,6 +48,7 @@ class LycorisFormat(FileFormat):
 
     library = "LyCORIS"
     kinds = ("lora", "lokr", "loha", "full")
+    parts_read = (*PREFIXES, *COMPONENTS, "lycoris")
 
     def flat_name(self, path: str) -> str:
         """Return the name of a module in a file, with underscores for dots."""
@@ -170,7 +172,7 @@ def _inferred_factor(first: tuple[int, int], last: tuple[int, ...], low: bool) -
 
 
 def _read(container: Container, base: Base | None, part: str | None) -> ForeignAdapter:
-    flat, dtypes = _modules(container, part)
+    chosen, flat, dtypes = _modules(container, part)
     recorded = _recorded(container.metadata)
     found, kinds = [], set[str]()
     paths: dict[str, str] = {}
@@ -186,21 +188,23 @@ def _read(container: Container, base: Base | None, part: str | None) -> ForeignA
         kinds.add({"dense": "full"}.get(kind := kind_of(path, tensors), kind))
         shape = recorded[paths[path]][1] if paths[path] in recorded else shape
         found.append(TargetUpdate(target_of(path, shape, base), update))
-    return ForeignAdapter(kinds.pop() if len(kinds) == 1 else "", found, common_dtype(dtypes))
+    return ForeignAdapter(kinds.pop() if len(kinds) == 1 else "", found, common_dtype(dtypes), part=chosen)
 
 
-def _modules(container: Container, part: str | None) -> tuple[dict[str, dict[str, Float]], set[str]]:
-    """Return the tensors by the modules' flat names and their own names, and the dtypes of the factors."""
-    entries, found = container.entries, dict[str, dict[str, Float]]()
-    prefixes, unknown, dtypes = set[str](), list[str](), set[str]()
-    for name in entries:
-        prefix, (flat, _, suffix) = _PREFIXES.match(name), name.partition(".")
-        if prefix is None or (suffix not in _SUFFIXES and suffix != "alpha" and suffix not in _REFUSED):
-            unknown.append(name)
+def _modules(container: Container, part: str | None) -> tuple[str, dict[str, dict[str, Float]], set[str]]:
+    """Return the part that is read, its tensors by the modules' flat names and their own, and the factors' dtypes."""
+    entries, found, dtypes = container.entries, dict[str, dict[str, Float]](), set[str]()
+    prefixes = {name: _PREFIXES.match(name) for name in entries}
+    known = (*_SUFFIXES, *_REFUSED, "alpha")
+    if unknown := [name for name in entries if prefixes[name] is None or name.partition(".")[2] not in known]:
+        raise FileError(
+            f"has tensors that do not belong to a LoRA, LoKr, LoHa or full difference: {summarize(unknown)}"
+        )
+    chosen = chosen_part(list(dict.fromkeys(match[1] for match in prefixes.values() if match)), part)
+    for name, match in prefixes.items():
+        if match is None or match[1] != chosen:
             continue
-        prefixes.add(prefix[1])
-        if part is not None and prefix[1] != part:
-            continue
+        flat, _, suffix = name.partition(".")
         array = widen(name, entries[name].dtype, container.array(name))
         if suffix in _REFUSED:
             if array.any() or suffix != "diff_b":
@@ -208,20 +212,7 @@ def _modules(container: Container, part: str | None) -> tuple[dict[str, dict[str
             continue
         dtypes |= {DTYPES[entries[name].dtype]} if suffix != "alpha" else set()
         found.setdefault(flat, {})[_SUFFIXES.get(suffix, suffix)] = array
-    if unknown:
-        raise FileError(
-            f"has tensors that do not belong to a LoRA, LoKr, LoHa or full difference: {summarize(unknown)}"
-        )
-    _check_part(prefixes, part)
-    return found, dtypes
-
-
-def _check_part(prefixes: set[str], part: str | None) -> None:
-    listed = ", ".join(sorted(prefixes))
-    if part is not None and part not in prefixes:
-        raise FileError(f"has no part {safe_repr(part)}; its parts are {listed}")
-    if part is None and len(prefixes) > 1:
-        raise FileError(f"has the adapters of several models: {listed}; name one of them by part=")
+    return chosen, found, dtypes
 
 
 def _scale(path: str, alpha: Float | None, rank: int | None) -> float:

@@ -20,12 +20,13 @@ from ._application import application_of, not_additive, with_application
 from ._base_model import Base, as_base
 from ._base_numbers import with_base_arrays
 from ._conversion import Conversion, check_free
+from ._file_format import FileFormat
 from ._files import StoredFiles
 from ._format_registry import OWN, format_names, format_of, is_built_in
 from ._join import join
 from ._nearest import ExportSpec, choose
 from ._peft_embeddings import check_lora
-from ._request import checked_request, has_rank, with_method
+from ._request import check_part, checked_request, has_rank, with_method
 from ._unpack import Module, Unpacked, modules_of
 from ._updates import ModuleUpdate, check_range, errors_of, is_rounding, low_rank_norms, narrow, norms_of, round_to
 
@@ -55,12 +56,13 @@ def run(
     spec = checked_request(to, rank, max_error, dtype)
     if out is not None:
         check_free(path_of(out), spec.format.folder if spec else (), overwrite)
-    found = _read(source, base if spec is None else spec.format.configure(base, part), part)
+    target = None if spec is None else spec.format
+    found = _read(source, base if target is None else target.configure(base), part, target)
     if without_kept:
         found = found._replace(file=_without_kept(found.file))
     found.file.check_finite()
     try:
-        result = _own(found, dtype) if spec is None else _export(found, spec, dtype)
+        result = _own(found, dtype) if spec is None else _export(found, spec, dtype, part)
     except MemoryError as error:
         rows, cols = max((target.shape for target in found.file.targets), key=math.prod)
         raise ConfigError(
@@ -115,6 +117,8 @@ class ConvertedFrom(NamedTuple):
         Remarks from reading it.
     updates : tuple of ModuleUpdate
         The update of each target as stored in another library's file; empty for a file of this library.
+    part : str
+        The part of the file that was read; "" if it has no parts.
     """
 
     kind: str
@@ -122,21 +126,25 @@ class ConvertedFrom(NamedTuple):
     parameters: int
     notes: tuple[str, ...] = ()
     updates: tuple[ModuleUpdate, ...] = ()
+    part: str = ""
 
 
-def _read(source: Any, base: Any = None, part: str | None = None) -> ConvertedFrom:
+def _read(source: Any, base: Any, part: str | None, target: FileFormat | None) -> ConvertedFrom:
     """Read the adapter at a path, in any format.
 
     Raises
     ------
     FileError
         If there is no such file, or it is damaged or cannot be converted. The message begins with the path.
+    ConfigError
+        If neither the source nor the target has such a part.
     """
     known = None
     if base is not None:
         with file_error_context("base"):
             known = as_base(base)
     if isinstance(source, AdapterFile):
+        check_part(part, None, target)
         return _from_own(source, known, base)
     path = path_of(source)
     with file_error_context(path):
@@ -144,20 +152,25 @@ def _read(source: Any, base: Any = None, part: str | None = None) -> ConvertedFr
         if found is None and os.path.isdir(path):
             path = _in_folder(path)
             found = _detect(path)
-        if found is not None:
-            name, place = found
-            return _read_foreign(name, StoredFiles(place), known, part)
-    try:
-        file = load(path)
-    except FileError:
-        # Neither a file of this library nor of a registered format: a plug-in may register one.
-        load_plugins()
-        with file_error_context(path):
-            if (found := _detect(path)) is not None:
-                return _read_foreign(found[0], StoredFiles(found[1]), known, part)
-        raise
+    if found is None:
+        try:
+            file = load(path)
+        except FileError:
+            # Neither a file of this library nor of a registered format: a plug-in may register one.
+            load_plugins()
+            with file_error_context(path):
+                found = _detect(path)
+            if found is None:
+                raise
+        else:
+            check_part(part, None, target)
+            with file_error_context(path):
+                return _from_own(file, known, base)
+    name, place = found
+    check_part(part, format_of(name), target)
     with file_error_context(path):
-        return _from_own(file, known, base)
+        # A format without parts to read is not asked for one: the caller means that of the result.
+        return _read_foreign(name, StoredFiles(place), known, part if format_of(name).parts_read else None)
 
 
 def _detect(path: str) -> tuple[str, str] | None:
@@ -187,10 +200,10 @@ def _read_foreign(name: str, files: StoredFiles, base: Base | None, part: str | 
     if count is None:
         count = sum(update.num_parameters for update in updates)
     if adapter.file is not None:
-        return ConvertedFrom(kind, adapter.file, count, adapter.notes, updates)
+        return ConvertedFrom(kind, adapter.file, count, adapter.notes, updates, adapter.part)
     file, updates = join(adapter.updates, adapter.dtype, adapter.kept, adapter.kept_dtypes, adapter.model)
     file = with_application(file, adapter.application, adapter.dtype)
-    return ConvertedFrom(kind, file, count, adapter.notes, updates)
+    return ConvertedFrom(kind, file, count, adapter.notes, updates, adapter.part)
 
 
 def _from_own(file: AdapterFile, known: Base | None, base: Any) -> ConvertedFrom:
@@ -234,7 +247,7 @@ def _own(found: ConvertedFrom, dtype: str | None) -> Conversion:
 # -- To another library's form -------------------------------------------------------------------
 
 
-def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None) -> Conversion:
+def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None, part: str | None) -> Conversion:
     """Encode an adapter in another library's form, and measure its error on the bytes to write.
 
     Raises
@@ -247,6 +260,7 @@ def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None) -> Conver
         file.deltas()  # raises an error, as an activation has no ΔW
     modules, unpacked = modules_of(file), Unpacked(file, found.updates)
     spec = with_method(spec, modules, unpacked)
+    form.choose_part(modules, part, found.part)
     _check_modules(file, modules, spec)
     if not file.plan.applying.additive:
         if spec.kind in form.structures:

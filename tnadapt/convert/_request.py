@@ -9,12 +9,12 @@ from typing import Any
 from tnadapt.errors import ConfigError, integer, safe_repr
 from tnadapt.plugins import load_plugins
 
-from ._file_format import KINDS
+from ._file_format import KINDS, FileFormat
 from ._format_registry import OWN, format_of, forms
 from ._nearest import ExportSpec
 from ._unpack import Module, Unpacked
 
-__all__ = ["checked_request", "has_rank", "with_method"]
+__all__ = ["check_part", "checked_request", "has_rank", "with_method"]
 
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -24,9 +24,7 @@ def checked_request(to: Any, rank: Any, max_error: Any, dtype: Any) -> ExportSpe
     if to not in forms():
         load_plugins()
     if to not in (known := forms()):
-        close = difflib.get_close_matches(to, known, n=2) if isinstance(to, str) else []
-        meant = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise ConfigError(f"to must be one of {', '.join(known)}; got {safe_repr(to)}{meant}")
+        raise _no_choice("to", to, known)
     if dtype is not None and dtype not in _DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}; got {safe_repr(dtype)}")
     if max_error is not None and (
@@ -41,6 +39,35 @@ def checked_request(to: Any, rank: Any, max_error: Any, dtype: Any) -> ExportSpe
         return None
     name, _, kind = to.partition("-")
     return ExportSpec(to, format_of(name), kind, rank, max_error)
+
+
+def _no_choice(what: str, given: Any, known: Sequence[str]) -> ConfigError:
+    close = difflib.get_close_matches(given, known, n=2) if isinstance(given, str) else []
+    meant = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return ConfigError(f"{what} must be one of {', '.join(known)}; got {safe_repr(given)}{meant}")
+
+
+def check_part(part: Any, source: FileFormat | None, target: FileFormat | None) -> None:
+    """Raise ConfigError unless ``part`` is None, or a part that the source may have or the result may be.
+
+    Parameters
+    ----------
+    part : str or None
+        The argument of the caller.
+    source, target : FileFormat or None
+        The formats of both; None for a file of this library.
+    """
+    if part is None:
+        return
+    known = [*(source.parts_read if source else ()), *(target.parts_written if target else ())]
+    if not known:
+        one, other = (form.name if form else OWN for form in (source, target))
+        raise ConfigError(
+            f"part={safe_repr(part)} has no effect on a conversion from {one} to {other}: only files of kohya and "
+            "diffusers have parts. Leave it out"
+        )
+    if part not in known:
+        raise _no_choice("part", part, list(dict.fromkeys(known)))
 
 
 def has_rank(form: str) -> bool:
