@@ -93,13 +93,43 @@ def test_merge_only_says_why(config: Config, more: dict[str, Any], sentence: str
         tna.convert(file, to="vllm")
 
 
-def test_vllm_serves_no_embedding() -> None:
-    file = adapter(P.lora(2), [Target("embed_tokens", (48, 40), "embedding")])
-    assert said(file) == "exports exactly as LoRA of rank 2 (of PEFT only: vLLM serves no LoRA of an embedding)"
+def test_vllm_serves_embeddings_of_one_name() -> None:
+    file = adapter(P.lora(2), [Target("model.embed_tokens", (48, 40), "embedding")])
+    assert said(file) == (
+        "exports exactly as LoRA of rank 2 (of rank 8 for vLLM, if it has LoRA of this model's embedding)"
+    )
+    assert lora_export(file.plan, file.targets).served == 8
     assert tna.convert(file, to="peft-lora").exact
-    for to in ("vllm", "diffusers", "kohya-lora"):
-        with pytest.raises(ConfigError, match=r"'embed_tokens' is an embedding, and .* has no lora of such a layer"):
-            tna.convert(file, to=to)
+    found = tna.convert(file, to="vllm")
+    assert (found.exact, found.config and found.config["r"]) == (True, 8)
+    other = adapter(P.lora(2), [Target("wte", (48, 40), "embedding")])
+    assert said(other) == (
+        "exports exactly as LoRA of rank 2 (PEFT only: vLLM has no LoRA of the embedding wte, so merge it for vLLM)"
+    )
+    assert lora_export(other.plan, other.targets).served is None
+    with pytest.raises(ConfigError, match="'wte' is an embedding, and vLLM has LoRA only of those named embed_tokens"):
+        tna.convert(other, to="vllm")
+    for to in ("diffusers", "kohya-lora"):
+        with pytest.raises(ConfigError, match=r"'wte' is an embedding, and .* has no lora of such a layer"):
+            tna.convert(other, to=to, part="text_encoder")
+
+
+@pytest.mark.parametrize("stored", [(48, 4, 3, 3), (48, 40, 1, 1)])
+def test_no_convolution_is_padded_for_vllm(stored: tuple[int, ...]) -> None:
+    targets = [Target("mid_block.conv", stored, "conv"), Target("mid_block.attn.to_q", (48, 40), "q")]
+    file = adapter(P.lora(2), targets)
+    export = lora_export(file.plan, file.targets)
+    assert str(export) == (
+        "exports exactly as LoRA of rank 2 (PEFT, LyCORIS and diffusers only: vLLM and llama.cpp have no LoRA of "
+        "convolutions, so merge it for them)"
+    )
+    assert export.to_dict()["served_rank"] is None
+    for to in ("peft-lora", "lycoris", "diffusers", "kohya-lora"):
+        assert tna.convert(file, to=to).exact
+    with pytest.raises(
+        ConfigError, match=r"'mid_block\.conv' is a convolution, and vLLM has no LoRA of convolutions: m"
+    ):
+        tna.convert(file, to="vllm")
 
 
 def test_vllm_takes_a_short_list_of_ranks() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import tnadapt as tna
 from tests.convert.conversions import made
@@ -50,17 +51,17 @@ def test_what_is_lost_is_said(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "NOT exact: relative error 0." in done.stdout
     assert "blocks.0.attn.q_proj.weight" in done.stdout
-    assert done.stdout.endswith("nothing written: give -o OUT\n")
+    assert done.stdout.endswith("nothing was written: give -o OUT to write it\n")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "lora"], "to must be one of tnadapt, peft, peft-lora"),
+        (["--to", "lora"], "--to must be one of tnadapt, peft, peft-lora"),
         (["--to", "peft-lora", "--rank", "0"], "Invalid value for '--rank'"),
-        (["--to", "peft-lora", "--max-error", "7"], "max_error must be a number from 0 to 1"),
-        (["--rank", "2"], "belongs to LoRA, LoKr and LoHa"),
+        (["--to", "peft-lora", "--max-error", "7"], "--max-error must be a number from 0 to 1"),
+        (["--rank", "2"], "--rank 2 applies to LoRA, LoKr and LoHa only"),
         (["--base", "no/such"], "base: no/such: No such file or directory"),
         (["-o", "no/such/out"], "does not exist; make it first"),
         (["-o", "."], "exists; give another path, or --overwrite"),
@@ -90,6 +91,26 @@ def test_what_is_there_is_replaced_if_asked(tmp_path: Path) -> None:
     done = run(*arguments, "--overwrite")
     assert done.returncode == 0, done.stderr
     assert tna.load(out).config == tna.presets.lora(1)
+
+
+def test_messages_name_options(tmp_path: Path) -> None:
+    arrays = {}
+    for prefix, path in (("lora_unet", "mid"), ("lora_te", "text")):
+        arrays[f"{prefix}_{path}.lora_up.weight"] = np.ones((4, 2), "f4")
+        arrays[f"{prefix}_{path}.lora_down.weight"] = np.ones((2, 3), "f4")
+    save_file(arrays, source := tmp_path / "kohya.safetensors")
+    for given, message in (
+        ((), "has adapters of several models: lora_te, lora_unet. Choose one, for example --part lora_te"),
+        (("--part", "lora_te", "--to", "diffusers", "--rank", "3", "-o", str(source)), "another path, or --overwrite"),
+        (("--part", "lora_te", "--to", "gguf-lora"), "give --base, a folder of the base model with its config.json"),
+    ):
+        refused = run("convert", str(source), *given)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith("tnadapt: ")
+        assert message in refused.stderr
+        assert "= " not in refused.stderr
+    done = run("convert", str(source), "--part", "lora_te", "--to", "diffusers")
+    assert done.returncode == 0, done.stderr
 
 
 def test_it_is_among_the_commands() -> None:

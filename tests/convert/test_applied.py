@@ -134,10 +134,14 @@ def own_file(config: tna.Config, **settings: Any) -> tna.AdapterFile:
         (
             own_file(P.dora(2)),
             "peft-lokr",
-            "and peft-lokr holds nothing else: merge it into the base with tnadapt.merge",
+            "and peft-lokr can only add: merge it into the base with tnadapt.merge, or convert it to 'peft-lora'",
         ),
         (own_file(P.hira(2)), "lycoris-full", "apply='hadamard' of this adapter does more than add"),
-        (own_file(P.dora(2, magnitude_axis="cols")), "peft-lora", "and peft-lora holds nothing else"),
+        (
+            own_file(P.dora(2, magnitude_axis="cols")),
+            "peft-lora",
+            "and peft-lora can only add: merge it into the base with tnadapt.merge",
+        ),
         (own_file(P.dora(2), rows=True), "peft-lora", "'attn.qkv' has magnitudes of some of its rows only"),
     ],
 )

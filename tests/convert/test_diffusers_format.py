@@ -81,7 +81,7 @@ def test_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
     rewritten(tmp_path / "in.safetensors", {"lora_adapter_metadata": "["}, {})
     with pytest.raises(FileError, match="the entry lora_adapter_metadata of its metadata is not a JSON object"):
         tna.convert(tmp_path / "in.safetensors")
-    with pytest.raises(ConfigError, match=r"holds nothing else: merge it into the base with tnadapt.merge"):
+    with pytest.raises(ConfigError, match=r"can only add: merge it into the base with tnadapt.merge"):
         tna.convert(made(tna.presets.dora(rank=2), SHAPES), to="diffusers-lora")
 
 

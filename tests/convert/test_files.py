@@ -174,7 +174,7 @@ def test_a_disk_that_fails_for_good_says_where_the_old_files_are(
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_where_a_file_is_to_be_is_kept(name: str, tmp_path: Path) -> None:
     (tmp_path / "out" / name / "precious").mkdir(parents=True)
-    with pytest.raises(tna.FileError, match=f"out: has a folder {name}, where a file is to be; move it away"):
+    with pytest.raises(tna.FileError, match=f"out: has a folder {name}, where a file has to be; move it away"):
         written(NEW, tmp_path / "out", overwrite=True)
     assert os.listdir(tmp_path / "out") == [name]
     assert os.listdir(tmp_path / "out" / name) == ["precious"]

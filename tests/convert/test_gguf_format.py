@@ -100,7 +100,7 @@ def test_the_dtype_is_one_that_llama_cpp_has(kind: str, llama: Path, tmp_path: P
     again = tna.convert(tmp_path / "out.gguf").file
     assert again is not None
     assert again.dtype == dtype
-    with pytest.raises(ConfigError, match=r"llama.cpp computes with no float64: give dtype='float32'"):
+    with pytest.raises(ConfigError, match=r"llama.cpp does not compute in float64: give dtype='float32'"):
         tna.convert(made(tna.presets.lora(2), SHAPES), to="gguf", base=llama, dtype="float64")
 
 

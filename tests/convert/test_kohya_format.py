@@ -52,7 +52,7 @@ def test_the_method_is_the_adapters_own() -> None:
 
 @pytest.mark.parametrize("preset", [tna.presets.dora, tna.presets.hira])
 def test_what_is_no_sum_is_refused(preset: Any) -> None:
-    with pytest.raises(ConfigError, match="does more than add ΔW to the weight, and kohya-lora holds nothing else"):
+    with pytest.raises(ConfigError, match="does more than add ΔW to the weight, and kohya-lora can only add"):
         tna.convert(made(preset(rank=2)), to="kohya-lora", part="unet")
 
 

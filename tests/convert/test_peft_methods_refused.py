@@ -201,7 +201,7 @@ def test_shapes_that_are_not_stored(method: str, tmp_path: Path) -> None:
 def test_an_unknown_method_lists_what_is_read(tmp_path: Path) -> None:
     place = folder(tmp_path / "a", "VERA", {"peft_type": "BOFT"})
     known = ", ".join(("LORA", "LOKR", "LOHA", "HIRA", *CONTENT))
-    with pytest.raises(FileError, match=f"peft_type is 'BOFT'; converted are {known}$"):
+    with pytest.raises(FileError, match=f"peft_type is 'BOFT'; only {known} can be converted$"):
         tna.convert(place, base=SHAPES)
 
 
@@ -341,7 +341,9 @@ def test_weights_that_peft_does_not_adapt_so() -> None:
 
 
 def test_a_rank_belongs_to_other_forms() -> None:
-    with pytest.raises(ConfigError, match="rank=2 belongs to LoRA, LoKr and LoHa; 'peft-miss' keeps all there is"):
+    with pytest.raises(
+        ConfigError, match="rank=2 applies to LoRA, LoKr and LoHa only; 'peft-miss' has no rank to choose"
+    ):
         tna.convert(made(P.miss(2), FLAT), to="peft-miss", rank=2)
     with pytest.raises(
         ConfigError, match="to must be one of tnadapt, peft, peft-lora, peft-lokr, peft-loha, peft-vera"

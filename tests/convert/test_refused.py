@@ -70,7 +70,7 @@ def tensors(**fields: Any) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (changed(peft_type="IA3"), "peft_type is 'IA3'; converted are LORA, LOKR, LOHA, HIRA"),
+        (changed(peft_type="IA3"), "peft_type is 'IA3'; only LORA, LOKR, LOHA, HIRA"),
         ({"r": 2}, "peft_type is None"),
         ("[1]", "must be a JSON object"),
         ("{", "is not JSON"),
@@ -161,9 +161,9 @@ def test_tensors_that_make_no_update(tensors: dict[str, tuple[int, ...]], messag
 @pytest.mark.parametrize(
     ("targets", "to", "message"),
     [
-        ([tna.Target("a", (4, 2, 1, 2, 1, 1))], "peft-lora", "of 4 dimensions, and PEFT has lora for up to 3"),
-        ([tna.Target("a", (4, 2, 1, 2, 1))], "peft-loha", "of 3 dimensions, and PEFT has loha for up to 2"),
-        ([tna.Target("a", (4, 2, 1, 2, 1, 1))], "lycoris-full", "of 4 dimensions, and LyCORIS has full for up to 3"),
+        ([tna.Target("a", (4, 2, 1, 2, 1, 1))], "peft-lora", "of 4 dimensions, and PEFT has lora only for up to 3"),
+        ([tna.Target("a", (4, 2, 1, 2, 1))], "peft-loha", "of 3 dimensions, and PEFT has loha only for up to 2"),
+        ([tna.Target("a", (4, 2, 1, 2, 1, 1))], "lycoris-full", "of 4 dimensions, and LyCORIS has full only for up to 3"),
         ([tna.Target("a.b", (4, 4)), tna.Target("a_b", (4, 4))], "lycoris-full", "'a.b' and 'a_b' would have one name"),
     ],
 )  # fmt: skip
@@ -258,7 +258,7 @@ def kohya(**more: Any) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("given", "more", "message"),
     [
-        (kohya(), {"base": None}, "give base=: a safetensors file of the base model, or a list of its modules' paths"),
+        (kohya(), {"base": None}, "give base=, a safetensors file of the base model, or a list of its modules' paths"),
         (kohya(), {"base": ["a.k"]}, "base has no module for the name 'a_q'; it has 'a_k', 1 in all"),
         (kohya(), {"base": ["a.q", "a_q"]}, "the name 'a_q' may be 'a.q' or 'a_q'"),
         (kohya(), {"base": {"a.q": (6, 9)}}, "of 'a.q' has the shape (6, 8), and the weight in base has (6, 9)"),
@@ -404,7 +404,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / "half" / "adapter_config.json").write_text(json.dumps(CONFIG))
     refused(tmp_path / "half", "has adapter_config.json and no adapter_model.safetensors")
     save_file(lora(), tmp_path / "half" / "other.safetensors")
-    refused(tmp_path / "half" / "other.safetensors", "no use without adapter_config.json")
+    refused(tmp_path / "half" / "other.safetensors", "which cannot be read without adapter_config.json")
     save_file({"x": np.ones(2, "f4")}, tmp_path / "x.safetensors")
     refused(tmp_path / "x.safetensors", "has no entry 'tnadapt'")
     for wrong in (5, None, ["a"], "", "a\0b", "\ud800"):
@@ -422,7 +422,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
         ({"to": ["peft-lora"]}, "to must be one of"),
         ({"to": "peft-lora", "rank": 0}, "rank must be from 1"),
         ({"to": "peft-lora", "rank": 2.0}, "rank must be an integer"),
-        ({"rank": 2}, "rank=2 belongs to LoRA, LoKr and LoHa"),
+        ({"rank": 2}, "rank=2 applies to LoRA, LoKr and LoHa only"),
         ({"to": "peft-lora", "max_error": -1}, "max_error must be a number from 0 to 1"),
         ({"to": "peft-lora", "max_error": float("nan")}, "max_error must be a number from 0 to 1"),
         ({"dtype": "int8"}, "dtype must be one of float32"),

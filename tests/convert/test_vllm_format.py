@@ -43,7 +43,7 @@ def test_ranks_that_differ_become_one() -> None:
 def test_what_vllm_does_not_serve_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"apply='magnitude' of this adapter does more than add ΔW .*vllm-lora"):
         tna.convert(made(tna.presets.dora(rank=2)), to="vllm")
-    with pytest.raises(ConfigError, match=r"'stem.conv' is a convolution, and vLLM has LoRA for linear layers only"):
+    with pytest.raises(ConfigError, match=r"'stem.conv' is a convolution, and vLLM has no LoRA of convolutions: merge"):
         tna.convert(made(tna.presets.lora(2), CONVS), to="vllm")
     wide = {"layers.0.q_proj": (1200, 1200)}
     with pytest.raises(ConfigError, match="the LoRA of this adapter has rank 513, and vLLM takes ranks up to 512"):
@@ -51,7 +51,9 @@ def test_what_vllm_does_not_serve_is_refused() -> None:
     plain = made(tna.presets.lora(2), SHAPES)
     kept = {"lm_head.weight": np.ones((3, 4), "f4")}
     other = AdapterFile(plain.config, plain.targets, plain.arrays, kept=kept)
-    with pytest.raises(ConfigError, match="vLLM loads no trained modules but classifier and score next to LoRA, and"):
+    with pytest.raises(
+        ConfigError, match="besides LoRA, vLLM loads only trained modules named classifier or score, and"
+    ):
         tna.convert(other, to="vllm")
     assert tna.convert(other, to="vllm", without_kept=True).exact
     head = AdapterFile(plain.config, plain.targets, plain.arrays, kept={"score.weight": np.ones((3, 4), "f4")})

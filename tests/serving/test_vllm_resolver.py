@@ -173,3 +173,22 @@ def test_vllm_itself_loads_what_is_resolved(
         assert own.rank == 8
         got = own.scaling * own.lora_b.double().numpy() @ own.lora_a.double().numpy()
         np.testing.assert_allclose(got, delta, rtol=0, atol=1e-6 * float(np.abs(delta).max()))
+
+
+def test_vllm_itself_loads_an_embedding(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    helper_module, model_module = vllm("lora.peft_helper"), vllm("lora.lora_model")
+    monkeypatch.setattr(model_module, "PIN_MEMORY", False, raising=False)
+    target = tna.Target("model.embed_tokens", (48, 40), "embedding")
+    plan = tna.SuperLoRA(tna.presets.lora(2, alpha=3), [target.shape])
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=shape).astype("f4") for name, shape in plan.param_shapes.items()}
+    tna.convert(tna.AdapterFile(plan.config, [target], arrays), place / "out", to="vllm")
+    model = model_module.LoRAModel.from_local_checkpoint(
+        str(place / "out"), {"embed_tokens"}, helper_module.PEFTHelper.from_local_dir(str(place / "out"), None),
+        lora_model_id=1, device="cpu", model_vocab_size=48,
+    )  # fmt: skip
+    own = model.loras["model.embed_tokens"]
+    # Its layer looks tokens up in the transpose of lora_a, and multiplies by lora_b.
+    got = own.scaling * own.lora_a.double().numpy().T @ own.lora_b.double().numpy().T
+    delta = plan.delta({name: array.astype("f8") for name, array in arrays.items()}, 0)
+    np.testing.assert_allclose(got, delta, rtol=0, atol=1e-6 * float(np.abs(delta).max()))

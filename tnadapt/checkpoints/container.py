@@ -231,7 +231,7 @@ def _header_length(head: bytes, size: int) -> int:
         raise FileError(f"is not a safetensors file: it has {size} bytes, and the header's length alone takes 8")
     length = int.from_bytes(head[:8], "little")
     if length > size - 8:
-        raise FileError(f"is cut off, or no safetensors file: the header is said to have {length} bytes of {size - 8}")
+        raise FileError(f"is not a safetensors file, or is cut off: the header would have {length} bytes of {size - 8}")
     if length > MAX_HEADER:
         raise FileError(f"has a header of {length} bytes; at most {MAX_HEADER} are read")
     if head[8:9] != b"{":

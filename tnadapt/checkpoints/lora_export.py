@@ -12,10 +12,13 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import escaped
 from tnadapt.targets.target import Target
 
-__all__ = ["SERVED_RANKS", "LoraExport", "lora_export", "served_rank"]
+__all__ = ["SERVED_EMBEDDING", "SERVED_RANKS", "LoraExport", "lora_export", "served_rank"]
 
 #: What vLLM takes as ``--max-lora-rank``.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+#: The name of the embedding for which vLLM has LoRA, in the models for which it has any.
+SERVED_EMBEDDING = "embed_tokens"
 
 
 class LoraExport(NamedTuple):
@@ -31,7 +34,9 @@ class LoraExport(NamedTuple):
     mergeable : bool
         Whether the adapter can be merged into the weights instead.
     embedding : bool
-        Whether a weight is that of an embedding, whose LoRA PEFT has, and vLLM does not serve.
+        Whether a weight is that of an embedding, whose LoRA vLLM has for some models.
+    limits : str
+        Who has no LoRA of some of the weights, and who has; "" if all have.
 
     Examples
     --------
@@ -47,19 +52,22 @@ class LoraExport(NamedTuple):
     reason: str = ""
     mergeable: bool = True
     embedding: bool = False
+    limits: str = ""
 
     @property
     def served(self) -> int | None:
         """The rank at which vLLM serves it, or None: ``served_rank(rank)``."""
-        return None if self.rank is None or self.embedding else served_rank(self.rank)
+        return None if self.rank is None or self.limits else served_rank(self.rank)
 
     def __str__(self) -> str:
         if self.rank is None:
             return f"merge only: {self.reason}" if self.mergeable else f"neither LoRA nor merged: {self.reason}"
-        if self.embedding:
-            note = " (of PEFT only: vLLM serves no LoRA of an embedding)"
+        if self.limits:
+            note = f" ({self.limits})"
         elif self.served is None:
             note = f" (vLLM takes ranks up to {SERVED_RANKS[-1]}: merge it)"
+        elif self.embedding:
+            note = f" (of rank {self.served} for vLLM, if it has LoRA of this model's embedding)"
         else:
             note = "" if self.served == self.rank else f" (padded to {self.served} for vLLM)"
         return f"exports exactly as LoRA of rank {self.rank}{note}"
@@ -127,6 +135,16 @@ def lora_export(plan: SuperLoRA, targets: Sequence[Target] | None = None, activa
         shapes, ranks = [whole[module] for module in total], list(total.values())
     found = lora_rank(shapes, ranks)
     if found is not None:
-        return LoraExport(found, embedding=any(target.role == "embedding" for target in targets or ()))
+        return LoraExport(found, embedding=any(target.role == "embedding" for target in own), limits=_limits(own))
     most = max(min(rank, *shape) for rank, shape in zip(ranks, shapes, strict=True))
     return LoraExport(None, f"its updates may have matrix rank {most}")
+
+
+def _limits(targets: Sequence[Target]) -> str:
+    """Return who has no LoRA of some of the weights, and who has."""
+    if any(len(target.stored) != 2 for target in targets):
+        return "PEFT, LyCORIS and diffusers only: vLLM and llama.cpp have no LoRA of convolutions, so merge it for them"
+    embeddings = [target.module for target in targets if target.role == "embedding"]
+    if other := [path for path in embeddings if path.rpartition(".")[2] != SERVED_EMBEDDING]:
+        return f"PEFT only: vLLM has no LoRA of the embedding {escaped(other[0])}, so merge it for vLLM"
+    return ""

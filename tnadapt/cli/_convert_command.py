@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -12,51 +11,71 @@ from rich.console import Console
 from tnadapt.convert import FORMS, convert
 from tnadapt.errors import TnadaptError
 
+from ._option_names import as_options
 from ._printing import echo, echo_json, echo_table
 
 __all__ = ["convert_command"]
 
+# Arguments of convert that are options here.
+_OPTIONS = ("to", "rank", "max_error", "base", "part", "dtype")
+
 
 def convert_command(
     source: Annotated[
-        Path, typer.Argument(help="A tnadapt file, a PEFT folder, or a file of LyCORIS, kohya or diffusers.")
+        Path,
+        typer.Argument(
+            help="The adapter: a tnadapt file or folder, a PEFT folder, a safetensors file of LyCORIS, kohya or "
+            "diffusers, or a GGUF adapter that tnadapt wrote."
+        ),
     ],
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="A file, or a folder for PEFT; without it, nothing is written.")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            help="Where to write the result: a folder for PEFT and vLLM, otherwise a file. Without it, "
+            "only the error is measured.",
+        ),
     ] = None,
-    to: Annotated[str, typer.Option(metavar="FORM", help=f"One of {', '.join(FORMS)}.")] = "tnadapt",
-    rank: Annotated[int | None, typer.Option(help="Largest rank allowed.", min=1)] = None,
+    to: Annotated[str, typer.Option(metavar="FORM", help=f"Form of the result: {', '.join(FORMS)}.")] = "tnadapt",
+    rank: Annotated[int | None, typer.Option(help="Largest rank of the result.", min=1)] = None,
     max_error: Annotated[
-        float | None, typer.Option(help="Largest relative error allowed; without it, only rounding is.")
+        float | None,
+        typer.Option(help="Largest relative error allowed, from 0 to 1. Without it, only rounding errors are."),
     ] = None,
     base: Annotated[
         Path | None,
         typer.Option(
-            help="The base model (safetensors): to find the paths of LyCORIS' names, and to check shapes; for "
-            "gguf-lora with its config.json, or a GGUF file."
+            help="The base model: a safetensors file, an index or a folder. LyCORIS and kohya files need it, as their "
+            "names lack the dots of module paths, and so do adapters with arrays computed from the base weights. For "
+            "gguf-lora, a folder with config.json, or the GGUF file of the model."
         ),
     ] = None,
     part: Annotated[
         str | None,
         typer.Option(
-            help="The adapter to read from a kohya or diffusers file with several, or the component to write, e.g. "
-            "lora_te2 or text_encoder_2."
+            help="Part of a diffusion pipeline, such as unet, text_encoder_2 or lora_te2: the one to read from a kohya "
+            "or diffusers file with several, and the one to write."
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="dtype of the result: float32, float16, bfloat16 or float64.")
+        str | None,
+        typer.Option(help="dtype of the result: float32, float16, bfloat16 or float64. By default, the source's."),
     ] = None,
     without_kept: Annotated[
-        bool, typer.Option("--without-kept", help="Omit parameters trained alongside the adapter, e.g. a head.")
+        bool,
+        typer.Option(
+            "--without-kept", help="Leave out parameters trained with the adapter, such as a classifier head."
+        ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Convert an adapter between tnadapt, PEFT, LyCORIS, kohya, diffusers, llama.cpp and others.
+    """Convert an adapter between tnadapt, PEFT, LyCORIS, kohya, diffusers, llama.cpp and vLLM.
 
-    Conversions are exact, or have a measured error.
+    The error of the result is measured. By default, only rounding errors are allowed.
 
-    Exit code: 0, or 2 if the conversion is not possible; nothing is written then.
+    Exit code: 0, or 2 if the conversion is not possible. Nothing is written then.
     """
     try:
         with Console(stderr=True).status("converting"):
@@ -65,18 +84,9 @@ def convert_command(
                 without_kept=without_kept, overwrite=overwrite,
             )  # fmt: skip
     except TnadaptError as error:
-        raise TnadaptError(_as_options(str(error))) from None
+        raise TnadaptError(as_options(str(error), _OPTIONS)) from None
     if as_json:
         echo_json({**found.to_dict(), "out": None if out is None else str(out)})
         return
     echo_table(str(found))
-    echo("nothing written: give -o OUT" if out is None else f"written to {out}")
-
-
-def _as_options(text: str) -> str:
-    """Return a message of the library with its arguments rewritten as command-line options."""
-    text = text.replace("without_kept=True (--without-kept)", "--without-kept")
-    text = re.sub(r"overwrite=True \(--\w+\)", "--overwrite", text)
-    text = re.sub(r"to='([\w.-]+)'", r"--to \1", text)
-    text = text.replace("a max_error of", "--max-error").replace("max_error=", "--max-error=")
-    return re.sub(r"(?<![\w-])(rank|base|part)=", r"--\1=", text).replace("= ", " ").replace("=,", ",")
+    echo("nothing was written: give -o OUT to write it" if out is None else f"written to {out}")

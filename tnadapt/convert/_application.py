@@ -61,9 +61,10 @@ def with_application(file: AdapterFile, application: Application, dtype: str) ->
 
 def not_additive(apply: str, form: str) -> ConfigError:
     """Return the error of a form that holds nothing but added updates."""
+    other = "" if form == "peft-lora" else ", or convert it to 'peft-lora', which has DoRA and HiRA"
     return ConfigError(
-        f"apply={apply!r} of this adapter does more than add ΔW to the weight, and {form} holds nothing else: merge it "
-        "into the base with tnadapt.merge, and extract an adapter from the merged weights"
+        f"apply={apply!r} of this adapter does more than add ΔW to the weight, and {form} can only add: merge it into "
+        f"the base with tnadapt.merge{other}"
     )
 
 

@@ -61,7 +61,7 @@ class DiffusersFormat(FileFormat):
         axes = len(module.stored) - 2
         if module.transposed or axes > 3:
             what = f"has a kernel of {axes} dimensions" if axes > 3 else "is stored as (in, out)"
-            raise ConfigError(f"{safe_repr(module.path)} {what}, and diffusers adapts no such layer")
+            raise ConfigError(f"{safe_repr(module.path)} {what}, and diffusers supports no such layer")
 
     def encode(self, kind: str, modules: Sequence[Module], choice: ExportChoice, kept: Sequence[str]) -> EncodedAdapter:
         """Encode the tensors.

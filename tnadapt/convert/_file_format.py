@@ -140,6 +140,8 @@ class FileFormat:
     structures : tuple of str
         Methods that can be written only from a config of that structure, by :meth:`encode_file`: "vera" defines the
         form ``NAME-vera``.
+    embeddings : tuple of str
+        Those of both that can be of an embedding.
     folder : tuple of str
         Names of the files if an adapter is a folder with several; the last one is moved into place last.
     parts_read : tuple of str
@@ -156,6 +158,7 @@ class FileFormat:
     library = ""
     kinds: tuple[str, ...] = ()
     structures: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
     folder: tuple[str, ...] = ()
     parts_read: tuple[str, ...] = ()
     parts_written: tuple[str, ...] = ()
@@ -257,7 +260,7 @@ class FileFormat:
         if module.transposed or len(module.stored) != 2:
             what = "as (in, out)" if module.transposed else f"in {len(module.stored)} axes"
             raise ConfigError(
-                f"{safe_repr(module.path)} is stored {what}, and {self.library} has {kind} for matrices (out, in) alone"
+                f"{safe_repr(module.path)} is stored {what}, and {self.library} has {kind} only for matrices (out, in)"
             )
 
     def check_applied(self, kind: str, apply: str, magnitude_axis: str) -> None:

@@ -188,7 +188,7 @@ def replace_folder(path: str, files: Mapping[str, bytes], overwrite: bool = True
         raise FileError(f"the folder {parent} does not exist; make it first")
     for name in files:
         if os.path.isdir(os.path.join(path, name)):
-            raise FileError(f"has a folder {name}, where a file is to be; move it away")
+            raise FileError(f"has a folder {name}, where a file has to be; move it away")
     if not os.path.isdir(path):
         with _stage(parent) as stage:
             for name, content in files.items():

@@ -62,7 +62,7 @@ class GgufFormat(FileFormat):
     def check_module(self, module: Module, kind: str) -> None:
         """Raise ConfigError for convolutions; llama.cpp stores all matrices as (out, in)."""
         if len(module.stored) != 2:
-            raise ConfigError(f"{safe_repr(module.path)} is a convolution, and llama.cpp has LoRA for matrices only")
+            raise ConfigError(f"{safe_repr(module.path)} is a convolution, and llama.cpp has no LoRA of convolutions")
 
     def encode(self, kind: str, modules: Sequence[Module], choice: ExportChoice, kept: Sequence[str]) -> EncodedAdapter:
         """Encode the tensors; the file has one α, and each tensor is scaled by α / rank."""
@@ -102,7 +102,7 @@ class GgufFormat(FileFormat):
             writer.add_string(RECORD, json_text(record))
             for name, array in tensors.items():
                 if array.dtype == np.float64:
-                    raise ConfigError("llama.cpp computes with no float64: give dtype='float32' (--dtype float32)")
+                    raise ConfigError("llama.cpp does not compute in float64: give dtype='float32' (--dtype float32)")
                 if dtypes.get(name) == "bfloat16":
                     kind = gguf.GGMLQuantizationType.BF16
                     writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
@@ -183,7 +183,7 @@ def _stored(path: str) -> tuple[dict[str, Any], dict[str, Float], dict[str, str]
     except Exception as error:  # whatever a damaged file makes the package raise
         raise FileError(f"is not a valid GGUF file: {type(error).__name__}: {error}") from None
     if other := [name for name, kind in kinds.items() if kind not in _DTYPES]:
-        raise FileError(f"{safe_repr(other[0])} is {kinds[other[0]]}; converted are {', '.join(_DTYPES)}")
+        raise FileError(f"{safe_repr(other[0])} is {kinds[other[0]]}; only {', '.join(_DTYPES)} can be converted")
     return fields, wide, {name: _DTYPES[kind] for name, kind in kinds.items()}
 
 

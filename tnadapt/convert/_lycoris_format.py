@@ -68,13 +68,13 @@ class LycorisFormat(FileFormat):
         """Raise ConfigError for weights stored as (in, out), and for kernels with more than three axes."""
         if module.transposed:
             raise ConfigError(
-                f"{safe_repr(module.path)} is stored as (in, out), and LyCORIS adapts no such layer; convert to "
+                f"{safe_repr(module.path)} is stored as (in, out), and LyCORIS supports no such layer; convert to "
                 "'peft-lora'"
             )
         axes = len(module.stored) - 2
         if axes > 3:
             raise ConfigError(
-                f"{safe_repr(module.path)} has a kernel of {axes} dimensions, and LyCORIS has {kind} for up to 3"
+                f"{safe_repr(module.path)} has a kernel of {axes} dimensions, and LyCORIS has {kind} only for up to 3"
             )
 
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:

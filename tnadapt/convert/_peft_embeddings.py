@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tnadapt.errors import ConfigError, FileError, safe_repr
+from tnadapt.errors import FileError
 from tnadapt.targets.target import Target
 
 from ._unpack import Module, TargetUpdate
 from ._updates import Float
 
-__all__ = ["EMBEDDING", "as_embedding", "check_lora", "decoded", "encoded", "is_embedding", "stored_bases"]
+__all__ = ["EMBEDDING", "as_embedding", "decoded", "encoded", "is_embedding", "stored_bases"]
 
 #: Maps suffixes of names in the file to the names under which the transposed tensors are decoded.
 EMBEDDING = {"lora_embedding_A": "lora_up", "lora_embedding_B": "lora_down"}
@@ -29,15 +29,6 @@ _BASE = "base_layer.weight"
 def is_embedding(module: Module) -> bool:
     """Return whether a module is an embedding."""
     return module.targets[0][1].role == "embedding"
-
-
-def check_lora(module: Module, kind: str, library: str) -> None:
-    """Raise ConfigError for an embedding, unless it is to be LoRA of PEFT."""
-    if is_embedding(module) and (library, kind) != ("PEFT", "lora"):
-        raise ConfigError(
-            f"{safe_repr(module.path)} is an embedding, and {library} has no {kind} of such a layer: convert to "
-            "'peft-lora', or merge the adapter into the base with tnadapt.merge"
-        )
 
 
 def encoded(factors: Mapping[str, Float]) -> dict[str, Float]:

@@ -70,6 +70,7 @@ class PeftFormat(FileFormat):
     library = "PEFT"
     kinds: tuple[str, ...] = ("lora", "lokr", "loha")
     structures = tuple(name.lower() for name, method in METHODS.items() if method.writable)
+    embeddings = ("lora",)
     folder = (_WEIGHTS, CONFIG_NAME)
     no_attention = "its LoRA layer of nn.MultiheadAttention adds the update of the output projection twice"
     no_kronecker = (
@@ -91,8 +92,8 @@ class PeftFormat(FileFormat):
             return folder or "."
         if any(name.startswith(PREFIX) for name in names):
             raise FileError(
-                f"has weights of a PEFT adapter, which are no use without {CONFIG_NAME}: give the folder that has it "
-                f"and {_WEIGHTS}"
+                f"has weights of a PEFT adapter, which cannot be read without {CONFIG_NAME}: give the folder that "
+                f"has it and {_WEIGHTS}"
             )
         return None
 
@@ -105,7 +106,7 @@ class PeftFormat(FileFormat):
                 return METHODS[kind].load(container, config, base)
         if kind not in LOW_RANK:
             known = ", ".join((*LOW_RANK, *METHODS))
-            raise FileError(f"peft_type is {safe_repr(config.get('peft_type'))}; converted are {known}")
+            raise FileError(f"peft_type is {safe_repr(config.get('peft_type'))}; only {known} can be converted")
         settings = settings_of(config)
         with files.container(_WEIGHTS) as container:
             return _read(container, settings, base)
@@ -123,7 +124,7 @@ class PeftFormat(FileFormat):
         axes, most = len(module.stored) - 2, 3 if kind == "lora" else 2
         if axes > most:
             raise ConfigError(
-                f"{safe_repr(module.path)} has a kernel of {axes} dimensions, and PEFT has {kind} for up to {most}"
+                f"{safe_repr(module.path)} has a kernel of {axes} dimensions, and PEFT has {kind} only for up to {most}"
             )
 
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.adapter_format import load
 from tnadapt.checkpoints.container import file_error_context, path_of
-from tnadapt.errors import ConfigError, FileError, TnadaptError
+from tnadapt.errors import ConfigError, FileError, TnadaptError, safe_repr
 from tnadapt.plugins import load_plugins
 
 from ._application import application_of, not_additive, with_application
@@ -25,7 +25,7 @@ from ._files import StoredFiles
 from ._format_registry import OWN, format_names, format_of, is_built_in
 from ._join import join
 from ._nearest import ExportSpec, choose
-from ._peft_embeddings import check_lora
+from ._peft_embeddings import is_embedding
 from ._request import check_part, checked_request, has_rank, with_method
 from ._unpack import Module, Unpacked, modules_of
 from ._updates import ModuleUpdate, check_range, errors_of, is_rounding, low_rank_norms, narrow, norms_of, round_to
@@ -66,7 +66,7 @@ def run(
     except MemoryError as error:
         rows, cols = max((target.shape for target in found.file.targets), key=math.prod)
         raise ConfigError(
-            f"there is not enough memory for the largest update, {rows} × {cols}: is the adapter what it says?"
+            f"there is not enough memory for the largest update, {rows} × {cols}: check that the adapter is not damaged"
         ) from error
     _check_error(result, max_error)
     if out is not None:
@@ -297,7 +297,11 @@ def _check_modules(file: AdapterFile, modules: Sequence[Module], spec: ExportSpe
     for target in file.targets:
         spec.format.check_target(target)
     for module in modules:
-        check_lora(module, spec.kind, spec.format.library)
+        if is_embedding(module) and spec.kind not in spec.format.embeddings:
+            raise ConfigError(
+                f"{safe_repr(module.path)} is an embedding, and {spec.format.library} has no {spec.kind} of such a "
+                "layer: convert to 'peft-lora', or merge the adapter into the base with tnadapt.merge"
+            )
         spec.format.check_module(module, spec.kind)
     spec.format.check_adapter(modules, file.kept)
 

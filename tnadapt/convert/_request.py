@@ -34,7 +34,7 @@ def checked_request(to: Any, rank: Any, max_error: Any, dtype: Any) -> ExportSpe
     if rank is not None:
         rank = integer("rank", rank, 1, 1 << 40, ConfigError)
         if not has_rank(to):
-            raise ConfigError(f"rank={rank} belongs to LoRA, LoKr and LoHa; {to!r} keeps all there is")
+            raise ConfigError(f"rank={rank} applies to LoRA, LoKr and LoHa only; {to!r} has no rank to choose")
     if to == OWN:
         return None
     name, _, kind = to.partition("-")

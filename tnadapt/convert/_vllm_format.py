@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tnadapt.checkpoints.lora_export import SERVED_RANKS, served_rank
-from tnadapt.errors import ConfigError, summarize
+from tnadapt.checkpoints.lora_export import SERVED_EMBEDDING, SERVED_RANKS, served_rank
+from tnadapt.errors import ConfigError, safe_repr, summarize
 
 from ._application import not_additive
 from ._file_format import EncodedAdapter, ExportChoice
+from ._peft_embeddings import is_embedding
 from ._peft_format import PeftFormat
 from ._uniform import uniform
 from ._unpack import Module
@@ -36,9 +37,20 @@ class VllmFormat(PeftFormat):
         """Leave folders to the format of PEFT."""
 
     def check_module(self, module: Module, kind: str) -> None:
-        """Raise ConfigError for convolutions; weights stored as (in, out) are the same for LoRA's factors."""
+        """Raise ConfigError for convolutions, and for embeddings that vLLM does not look up in an adapter.
+
+        Weights stored as (in, out) are the same for LoRA's factors.
+        """
         if len(module.stored) != 2:
-            raise ConfigError(f"{module.path!r} is a convolution, and vLLM has LoRA for linear layers only")
+            raise ConfigError(
+                f"{safe_repr(module.path)} is a convolution, and vLLM has no LoRA of convolutions: merge the adapter "
+                "into the base with tnadapt.merge"
+            )
+        if is_embedding(module) and module.path.rpartition(".")[2] != SERVED_EMBEDDING:
+            raise ConfigError(
+                f"{safe_repr(module.path)} is an embedding, and vLLM has LoRA only of those named {SERVED_EMBEDDING}: "
+                "merge the adapter into the base with tnadapt.merge"
+            )
 
     def check_applied(self, kind: str, apply: str, magnitude_axis: str) -> None:
         """Refuse DoRA and HiRA, which vLLM does not serve."""
@@ -50,7 +62,7 @@ class VllmFormat(PeftFormat):
         other = [name for name in kept if name.rpartition(".")[0] not in _HEADS]
         if other:
             raise ConfigError(
-                f"vLLM loads no trained modules but {' and '.join(_HEADS)} next to LoRA, and this adapter has "
+                f"besides LoRA, vLLM loads only trained modules named {' or '.join(_HEADS)}, and this adapter has "
                 f"{summarize(other)}: convert without them by without_kept=True (--without-kept)"
             )
 
@@ -61,7 +73,8 @@ class VllmFormat(PeftFormat):
         if rank is None:
             raise ConfigError(
                 f"the LoRA of this adapter has rank {most}, and vLLM takes ranks up to {SERVED_RANKS[-1]}: give rank= "
-                "and max_error= for the nearest of lower rank, or merge the adapter into the base with tnadapt.merge"
+                "and max_error= for an approximation of lower rank, or merge the adapter into the base with "
+                "tnadapt.merge"
             )
         padded = choice._replace(updates=uniform(choice.updates, rank), ranks=[rank] * len(modules))
         return super().encode(kind, modules, padded, kept)
