@@ -163,7 +163,7 @@ def test_tensors_that_make_no_update(tensors: dict[str, tuple[int, ...]], messag
     [
         ([tna.Target("a", (4, 2, 1, 2, 1, 1))], "peft-lora", "of 4 dimensions, and PEFT has lora only for up to 3"),
         ([tna.Target("a", (4, 2, 1, 2, 1))], "peft-loha", "of 3 dimensions, and PEFT has loha only for up to 2"),
-        ([tna.Target("a", (4, 2, 1, 2, 1, 1))], "lycoris-full", "of 4 dimensions, and LyCORIS has full only for up to 3"),
+        ([tna.Target("a", (4, 2, 1, 2, 1, 1))], "lycoris-full", "4 dimensions, and LyCORIS has full only for up to 3"),
         ([tna.Target("a.b", (4, 4)), tna.Target("a_b", (4, 4))], "lycoris-full", "'a.b' and 'a_b' would have one name"),
     ],
 )  # fmt: skip
@@ -258,7 +258,7 @@ def kohya(**more: Any) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("given", "more", "message"),
     [
-        (kohya(), {"base": None}, "give base=, a safetensors file of the base model, or a list of its modules' paths"),
+        (kohya(), {"base": None}, "give base=, a safetensors file, an index or a folder; or, in Python, a list of"),
         (kohya(), {"base": ["a.k"]}, "base has no module for the name 'a_q'; it has 'a_k', 1 in all"),
         (kohya(), {"base": ["a.q", "a_q"]}, "the name 'a_q' may be 'a.q' or 'a_q'"),
         (kohya(), {"base": {"a.q": (6, 9)}}, "of 'a.q' has the shape (6, 8), and the weight in base has (6, 9)"),

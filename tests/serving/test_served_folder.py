@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
-from tnadapt import FileError, TargetError, TnadaptError
+from tnadapt import ConfigError, FileError, TargetError, TnadaptError
 from tnadapt.serving import ServedFolder, _served_folder
 
 from .adapters import adapter, complete, saved_model, tiny
@@ -182,3 +182,61 @@ def test_a_damaged_file_is_refused(place: Path) -> None:
     (place / "adapters" / "bad.safetensors").write_bytes(b"no adapter")
     with pytest.raises(FileError, match=r"bad\.safetensors"):
         served(place).find("bad", "m")
+
+
+def test_a_refusal_is_remembered_until_the_file_changes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, folder, calls = place / "adapters" / "math.safetensors", served(place), []
+    real = _served_folder.convert
+    monkeypatch.setattr(_served_folder, "convert", lambda *args, **more: calls.append(args) or real(*args, **more))
+    tna.save(path, adapter(tna.presets.dense()))
+    told = set()
+    for _ in range(3):
+        with pytest.raises(ConfigError, match="LoRA of that rank is larger than the update itself") as error:
+            folder.find("math", "m")
+        told.add(str(error.value))
+    assert len(calls) == 1
+    assert len(told) == 1
+    tna.save(path, adapter(tna.presets.dense(), seed=1))  # another one, of the same size
+    with pytest.raises(ConfigError, match="larger than the update itself"):
+        folder.find("math", "m")
+    assert len(calls) == 2
+    tna.save(path, adapter(tna.presets.lora(2)))
+    assert folder.find("math", "m") is not None
+    tna.save(path, adapter(tna.presets.dense(), seed=1))
+    with pytest.raises(ConfigError, match="larger than the update itself"):
+        folder.find("math", "m")
+    assert len(calls) == 3
+
+
+def test_a_refusal_is_of_one_base(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved_model(place / "base", seed=1)
+    folder, reads = served(place), []
+    real = _served_folder.load
+    monkeypatch.setattr(_served_folder, "load", lambda path: reads.append(path) or real(path))
+    tna.save(place / "adapters" / "math.safetensors", adapter(tna.presets.lora(2), base=0))
+    for _ in range(2):
+        with pytest.raises(TargetError, match="base is another model than the one that the adapter was trained on"):
+            folder.find("math", "m")
+    assert len(reads) == 1
+    saved_model(place / "base", seed=0)
+    assert folder.find("math", "m") is not None
+
+
+def test_errors_that_may_pass_are_not_remembered(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tna.save(place / "adapters" / "math.safetensors", adapter(tna.presets.lora(2)))
+    folder, real = served(place), _served_folder.convert
+
+    def without_memory(*_: object, **more: object) -> None:
+        raise ConfigError("there is not enough memory") from MemoryError()
+
+    def full(*_: object, **more: object) -> None:
+        raise FileError("No space left on device")
+
+    for convert, error in ((without_memory, ConfigError), (full, FileError)):
+        monkeypatch.setattr(_served_folder, "convert", convert)
+        with pytest.raises(error):
+            folder.find("math", "m")
+        monkeypatch.setattr(_served_folder, "convert", real)
+        found = folder.find("math", "m")
+        assert found is not None
+        Path(found.path, "adapter_config.json").unlink()

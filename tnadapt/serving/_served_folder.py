@@ -13,7 +13,7 @@ from tnadapt.checkpoints.adapter_format import load
 from tnadapt.checkpoints.base_weights import BaseWeights
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 from tnadapt.convert import convert
-from tnadapt.errors import FileError, TargetError
+from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError
 
 __all__ = ["ServedAdapter", "ServedFolder"]
 
@@ -80,6 +80,9 @@ class ServedFolder:
     ) -> None:
         self.folder, self.cache = Path(folder), Path(cache)
         self.base = None if base is None else os.fspath(base)
+        # Adapters that cannot be served, by name: the digest, and the type and message of the error. An exception would
+        # keep the adapter's arrays alive by its traceback.
+        self._refused: dict[str, tuple[str, type[TnadaptError], str]] = {}
         if not self.folder.is_dir():
             raise FileError(f"{self.folder} is not a folder of adapters; make it first, or give another one")
 
@@ -106,7 +109,8 @@ class ServedFolder:
         Raises
         ------
         TnadaptError
-            If the adapter cannot be served: the file is damaged, of another base, or holds no LoRA.
+            If the adapter cannot be served: the file is damaged, of another base, or holds no LoRA. Until the file or
+            the base changes, later calls raise the same error at once.
         """
         path = self.file_of(name)
         if path is None:
@@ -117,8 +121,21 @@ class ServedFolder:
         digest = _digest(content, model, base)
         place = self.cache / digest
         if not (place / _COMPLETE).is_file():
-            self._expand(path, content, base, place)
+            self._check_refused(name, digest)
+            try:
+                self._expand(path, content, base, place)
+            except (ConfigError, TargetError) as error:
+                # Of the adapter itself. Others may pass: a file that is being written, a full disk or memory.
+                if not isinstance(error.__cause__, MemoryError):
+                    self._refused[name] = digest, type(error), str(error)
+                raise
         return ServedAdapter(str(place), int(digest[:8], 16) & 0x7FFFFFFF or 1)
+
+    def _check_refused(self, name: str, digest: str) -> None:
+        """Raise the error of an adapter again if the same content was refused before."""
+        known, kind, message = self._refused.get(name, ("", TnadaptError, ""))
+        if known == digest:
+            raise kind(message)
 
     def _expand(self, path: Path, content: bytes, base: str | None, place: Path) -> None:
         """Write an adapter's LoRA; of several writers of one place, any one wins, as all write the same."""
