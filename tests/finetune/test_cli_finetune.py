@@ -22,6 +22,8 @@ from tests.support.depth import in_depth  # noqa: E402
 from tnadapt.cli import app  # noqa: E402
 from tnadapt.errors import TnadaptError  # noqa: E402
 
+from . import tiny_models as tiny  # noqa: E402
+
 QUICK = ("--pretrain-epochs", "1", "--epochs", "1", "--batch", "64", "--lr", "0.03")
 
 
@@ -72,6 +74,15 @@ def test_the_whole_job(cache: Path, tmp_path: Path) -> None:
     assert found["best"]["proof"]["loaded_same"] is True
     assert found["best"]["proof"]["merged_different"] == 0
     assert Path(found["picture"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_weight_is_counted_as_one(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    given = ["--model", tiny.bert(tmp_path / "bert"), "--data", tiny.classes(tmp_path / "a.jsonl")]
+    done = invoke(*given, "--targets", "bert.encoder.layer.0.attention.self.query", "--preset", "lora", "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "\n1 weight of a.jsonl with bert; " in done.stdout
 
 
 def test_a_budget_of_settings(cache: Path) -> None:

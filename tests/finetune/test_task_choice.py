@@ -153,8 +153,8 @@ def test_data_that_do_not_fit(tmp_path: Path, labels: list[Any], options: dict[s
         ({"text": "x", "label": None}, {}, r"fits no task \(classification: 'label' has no words or integers; "),
         ({"tokens": ["x"], "tags": ["O", "O"]}, {}, "row 0 of .*: 1 words and 2 tags; each word needs one"),
         ({"tokens": ["x"], "tags": ["O"]}, {}, "has the tag 'O' alone; --task token-classification needs two"),
-        ({"messages": [{"role": "user"}]}, {}, "is no conversation; expected"),
-        ({"prompt": "x", "completion": 3}, {}, "row 0 of .*: 3 in 'completion' is no text"),
+        ({"messages": [{"role": "user"}]}, {}, "is not a conversation; expected"),
+        ({"prompt": "x", "completion": 3}, {}, "row 0 of .*: 3 in 'completion' is not a text"),
         ({"text": "x", "label": ["", "a"]}, {}, "has an empty label"),
     ],
 )  # fmt: skip

@@ -249,7 +249,7 @@ def _print_plan(study: Study, as_json: bool) -> None:
 def _sizes(study: Study) -> str:
     parts = ", ".join(f"{len(part.labels):,} {name}" for name, part in study.problem.parts.items())
     return (
-        f"{len(study.targets)} weights of {study.problem.name}; {parts} samples; "
+        f"{_counted(len(study.targets), 'weight')} of {study.problem.name}; {parts} samples; "
         f"{_counted(len(study.methods), 'setting')} x {_counted(len(study.rates), 'rate')} x "
         f"{_counted(len(study.seeds), 'seed')} = {_counted(len(study.tasks), 'training')}"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,13 +43,15 @@ def predict_command(
     separator: Annotated[str | None, typer.Option(help="Between several labels of a text.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT.")] = False,
 ) -> None:
     """Predict with an adapter that tnadapt finetune saved, on the base that its file names.
 
-    If the data have labels, the task's metrics are printed, too. Exit code: 0, or 2 if it is not possible.
+    If the data have labels, the task's metrics are printed, too. If the data have a test part, only that is predicted.
+    Exit code: 0, or 2 if it is not possible.
     """
     if out is not None:
-        _check(out)
+        _check_out(out, {"--data": data, "the adapter": str(adapter)}, overwrite)
     if not adapter.is_file():
         what = "it is a folder" if adapter.is_dir() else "there is no such file"
         raise FileError(f"no adapter at {adapter}: {what}; give a file such as best.safetensors")
@@ -62,29 +65,35 @@ def predict_command(
     except KeyboardInterrupt:
         echo("stopped; nothing was written", err=True)
         raise typer.Exit(130) from None
+    of_part = f" of the {found.part} part" if found.part else ""
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
     if out is None:
         for row in found.rows:
-            echo(json.dumps(row, ensure_ascii=False))
+            echo(_json(row))
     else:
         replace_file(str(out), _written(found.rows, out.suffix.lower()).encode())
-        echo(f"{len(found.rows):,} predictions: {out}")
+        echo(f"{len(found.rows):,} predictions{of_part}: {out}")
     if metrics:
-        echo(f"{found.task}: {metrics}", err=out is None)
+        echo(f"{found.task}{of_part}: {metrics}", err=out is None)
 
 
-def _check(out: Path) -> None:
+def _check_out(out: Path, inputs: Mapping[str, str], overwrite: bool) -> None:
     """Raise an error if the predictions cannot be written there, before anything is computed."""
     if out.suffix.lower() not in FORMATS:
         raise TnadaptError(f"--out must end in {' or '.join(FORMATS)}; got {out}")
     if out.is_dir() or not out.parent.is_dir():
         what = "is a folder" if out.is_dir() else "is in a folder that does not exist"
         raise FileError(f"--out {out} {what}; give the name of a file in a folder that exists")
+    for what, path in inputs.items():
+        if out.exists() and os.path.exists(path) and out.samefile(path):
+            raise FileError(f"--out {out} is {what}, which predictions would replace; give another file")
+    if out.exists() and not overwrite:
+        raise FileError(f"{out} exists; give another --out, or --overwrite to replace it")
 
 
 def _written(rows: Sequence[Mapping[str, Any]], suffix: str) -> str:
     if suffix == ".jsonl":
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        return "".join(_json(row) + "\n" for row in rows)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -93,7 +102,9 @@ def _written(rows: Sequence[Mapping[str, Any]], suffix: str) -> str:
 
 
 def _cell(value: Any) -> Any:
-    """Return a value as a cell of a table: labels with bars between them, other lists and dictionaries as JSON."""
-    if isinstance(value, list) and all(isinstance(one, str) for one in value):
-        return "|".join(value)
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+    """Return a value as a cell of a table: lists and dictionaries as JSON, whatever is in them."""
+    return _json(value) if isinstance(value, (list, dict)) else value
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

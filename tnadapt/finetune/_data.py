@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tnadapt.errors import TnadaptError, pluralize
+from tnadapt.errors import FileError, TnadaptError, pluralize
 
 __all__ = ["HOLDOUT", "PARTS", "Data", "Labels", "Samples", "choose", "divide"]
 
@@ -62,6 +62,10 @@ class Data:
         For training and validation, and for the test if ``test`` is None.
     test : Samples, optional
         The test part, if the source has one.
+    test_name : str
+        The source's name of it.
+    hidden : tuple of str and sequence, optional
+        The source's name and the inputs of a part that comes before ``test`` but has no labels.
     """
 
     name: str
@@ -69,11 +73,24 @@ class Data:
     classes: tuple[str, ...]
     samples: Samples
     test: Samples | None = None
+    test_name: str = "test"
+    hidden: tuple[str, Any] | None = None
 
     def with_words(self, words: Sequence[str]) -> Data:
-        """Return the data with these class names if the classes are their numbers; else unchanged."""
-        numbered = self.classes == tuple(map(str, range(len(words))))
-        return dataclasses.replace(self, classes=tuple(words)) if numbered else self
+        """Return the data with these names of the classes, which are numbers.
+
+        Raises
+        ------
+        FileError
+            If there is no class of one of the numbers.
+        """
+        known = {str(number): word for number, word in enumerate(words)}
+        if unknown := [one for one in self.classes if one not in known]:
+            raise FileError(
+                f"{self.name} has the label {unknown[0]}, which is not the number of a class; expected 0 to "
+                f"{len(words) - 1}: leave such samples out"
+            )
+        return dataclasses.replace(self, classes=tuple(known[one] for one in self.classes))
 
 
 def divide(

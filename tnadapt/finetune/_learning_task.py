@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from tnadapt.errors import TnadaptError
+from tnadapt.errors import ConfigError, TnadaptError, safe_repr
 
 from ._data import Data, Samples
 from ._encode import Texts
@@ -69,6 +69,8 @@ class LearningTask(abc.ABC):
     auto: ClassVar[str]
     kind: ClassVar[Literal["text", "image"]] = "text"
     metric: ClassVar[Metric]
+    #: Whether the tokenizer takes texts as lists of words.
+    split_words: ClassVar[bool] = False
     #: Whether labels are numbers of classes, of which every part gets an equal share.
     stratified: ClassVar[bool] = False
     #: Options of the user that other tasks do not take, as fields of Spec.
@@ -203,7 +205,8 @@ class LearningTask(abc.ABC):
 
     def largest_gap(self, rows: Rows, others: Rows) -> float:
         """Return the largest difference between two outputs."""
-        return max((float((one - other).abs().max()) for one, other in zip(rows, others, strict=True)), default=0.0)
+        gaps = ((one - other).abs() for one, other in zip(rows, others, strict=True))
+        return max((float(gap.max()) for gap in gaps if gap.numel()), default=0.0)
 
     # -- Files -------------------------------------------------------------------------------------
 
@@ -226,6 +229,16 @@ class LearningTask(abc.ABC):
             return cls(**given)
         except TypeError as error:
             raise TnadaptError(f"the description of the task {cls.name!r} is damaged: {error}") from None
+
+    def _require(self, field: str, value: Any, possible: bool, expected: str) -> None:
+        """Raise a ConfigError that names the field unless its value is possible."""
+        if not possible:
+            raise ConfigError(f"{field} of the task {self.name!r} must be {expected}; got {safe_repr(value)}")
+
+    def _require_classes(self, classes: Any) -> None:
+        words = isinstance(classes, tuple) and all(isinstance(one, str) for one in classes)
+        possible = words and len(set(classes)) == len(classes) >= 2
+        self._require("classes", classes, possible, "two or more different names")
 
     def settings(self) -> dict[str, Any]:
         """Return what a study's settings say about the task."""

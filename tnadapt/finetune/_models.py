@@ -61,7 +61,7 @@ class Block(nn.Module):
 
 
 class SmallViT(nn.Module):
-    """A vision transformer: patches, learnt positions, blocks, the mean over patches, a linear head.
+    """A vision transformer: patches, learned positions, blocks, the mean over patches, a linear head.
 
     Parameters
     ----------

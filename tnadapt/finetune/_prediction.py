@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,24 +16,22 @@ from torch import nn
 from tnadapt import torch as tnt
 from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.pretrained_model import Pretrained
-from tnadapt.errors import FileError, TnadaptError
+from tnadapt.errors import FileError, safe_repr
 
 from ._data import Data, Samples
 from ._data_sources import IMAGES, open_source
 from ._encode import Images
-from ._foreign_messages import silent, transformers_library
+from ._foreign_messages import refused, silent, transformers_library
 from ._learning_task import LearningTask
 from ._pretrained import logits_of
 from ._sample_tables import Table
+from ._saved_inputs import pixel_settings, tokenizer_in
 from ._saved_task import task_in
 from ._specification import Part, Spec
-from ._text_inputs import encoded, longest_text, tokenizer_of
+from ._text_inputs import encoded, lengths, longest_text, tokenizer_of
 from .loop import evaluate
 
 __all__ = ["Predictions", "predict"]
-
-#: Settings of images in a file.
-_PIXELS = ("image_size", "channels", "pixel_mean", "pixel_std")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +42,18 @@ class Predictions:
     ----------
     task : str
     rows : list of dict
-        For each sample its input, ``prediction``, and scores where the task has them: JSON values.
+        For each sample its input, ``prediction``, and scores where the task has them: JSON values, with None for a
+        number that is not finite.
     metrics : dict of str to float
         Of all samples; empty if the data have no targets.
+    part : str
+        The part that was predicted, such as ``test``; "" if the data are not divided.
     """
 
     task: str
     rows: list[dict[str, Any]]
     metrics: dict[str, float]
+    part: str = ""
 
 
 def predict(
@@ -75,7 +78,8 @@ def predict(
     adapter : path-like
         The file.
     data : str
-        As for a study, with or without targets. For images also a folder of images.
+        As for a study, with or without targets. For images also a folder of images. Of data with parts, only the test
+        part is predicted.
     base, tokenizer : str, optional
         Folder or hub name, instead of those in the file.
     text_column, label_column, separator : str, optional
@@ -99,71 +103,117 @@ def predict(
     TnadaptError
         If the file has no task, the data do not fit it, or the base is missing or another one.
     """
+    path = os.fspath(adapter)
     about = adapter_format.load(adapter, check_draws=False).pretrained
-    task, inputs = task_in(about, os.fspath(adapter))
+    task, inputs = task_in(about, path)
     assert about is not None
     spec = Spec(data=data, text_column=text_column, label_column=label_column, separator=separator)
-    samples, known = _samples(task, data, spec)
+    which, samples, known = _samples(task, data, spec)
     samples = samples if limit is None else samples.take(np.arange(min(limit, len(samples))))
+    pixels = pixel_settings(inputs, path) if task.kind == "image" else None
+    vocabulary, at = tokenizer_in(about, inputs, tokenizer, base, path)
     progress("loading the model")
     # A base by another name is the caller's choice; without one the file's name is used.
     model = tnt.load_pretrained(adapter, base=base, device=device, dtype=torch.float32)
-    where = torch.device(device)
-    progress("predicting")
-    if task.kind == "image":
-        return _finished(task, model, about, _pixels(inputs, samples), samples, known, batch, where, None)
-    name = tokenizer or inputs.get("tokenizer") or base or about.name
-    words = tokenizer_of(str(name), transformers_library())
-    longest = longest_text(inputs.get("max_length"), str(base or about.name), words, model)
-    made = task.complete(model, words, samples, longest, batch, new_tokens, where)
-    part = encoded(task, {"data": samples}, words, longest, model, str(name))["data"] if known or made is None else None
-    return _finished(task, model, about, part, samples, known, batch, where, made)
+    where, made = torch.device(device), None
+    progress(f"predicting the {which} part of {data}" if which else "predicting")
+    part: Part | None
+    if pixels is not None:
+        part = _images(pixels, samples)
+    else:
+        words = tokenizer_of(vocabulary, transformers_library(), split_words=task.split_words, revision=at)
+        longest = _longest(inputs, path, str(base or about.name), words, model)
+        made = task.complete(model, words, samples, longest, batch, new_tokens, where)
+        wanted = known or made is None
+        part = encoded(task, {"data": samples}, words, longest, model, vocabulary)["data"] if wanted else None
+    answers: list[dict[str, Any]] = [{}] * len(samples) if made is None else [{"prediction": one} for one in made]
+    metrics: dict[str, float] = {}
+    if part is not None:
+        with silent(transformers_library()):
+            more, measured = _outputs(task, model, about, part, samples, batch, where, f"the model of {path}", data)
+        answers = [{**one, **other} for one, other in zip(answers, more, strict=True)]
+        metrics = measured if known else {}
+    rows = [
+        _json({**_shown(one, place), **answer})
+        for place, (one, answer) in enumerate(zip(samples.inputs, answers, strict=True))
+    ]
+    return Predictions(task.name, rows, metrics, which)
 
 
-def _finished(
+def _outputs(
     task: LearningTask,
     model: nn.Module,
     about: Pretrained,
-    part: Part | None,
+    part: Part,
     samples: Samples,
-    known: bool,
     batch: int,
     device: torch.device,
-    made: list[str] | None,
-) -> Predictions:
-    """Return predictions from logits, or from the completions that were made, with the metrics of known targets."""
-    shown = [_shown(one, place) for place, one in enumerate(samples.inputs)]
-    answers: list[dict[str, Any]] = [{} if made is None else {"prediction": one} for one in made or shown]
-    metrics: dict[str, float] = {}
-    if part is not None:
-        compute = logits_of(model, task.kind, about.library)
-        with silent(transformers_library()):
-            rows = evaluate(model, compute, task, part, device, batch)
-        answers = [{**one, **more} for one, more in zip(answers, task.answers(rows, part, samples), strict=True)]
-        if known:
-            found = task.measure(rows, part.labels)
-            metrics = {task.metric.name: found.score, **found.more}
-    return Predictions(task.name, [{**one, **more} for one, more in zip(shown, answers, strict=True)], metrics)
+    name: str,
+    data: str,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Return the answer for each sample, and the metrics, after checking the model on the first two samples."""
+    compute = logits_of(model, task.kind, about.library)
+    if task.outputs is not None:
+        with refused(f"{name} does not take the samples of {data}"), torch.no_grad():
+            first = part.batch(torch.arange(min(2, len(part.labels))), device)
+            task.check(lambda inputs: compute(model, inputs), first, name, data)
+    rows = evaluate(model, compute, task, part, device, batch)
+    found = task.measure(rows, part.labels)
+    return task.answers(rows, part, samples), {task.metric.name: found.score, **found.more}
 
 
-def _samples(task: LearningTask, data: str, spec: Spec) -> tuple[Samples, bool]:
+def _longest(inputs: Mapping[str, Any], path: str, base: str, tokenizer: Any, model: Any) -> int:
+    """Return the tokens to which texts are cut.
+
+    Raises
+    ------
+    FileError
+        If the length in the file is not possible.
+    """
+    given, (least, most) = inputs.get("max_length"), lengths(tokenizer, model)
+    if given is not None and not least <= given <= most:
+        raise FileError(
+            f"{path} has the max_length {given}; expected {least} to {most}, for the base {safe_repr(base)} and its "
+            "tokenizer"
+        )
+    return longest_text(given, base, tokenizer, model)
+
+
+def _samples(task: LearningTask, data: str, spec: Spec) -> tuple[str, Samples, bool]:
+    """Return the name of the part that is predicted, its samples, and whether they have targets."""
     path = Path(data)
     if task.kind == "image" and path.is_dir():
         files = sorted(one for one in path.iterdir() if one.suffix.lower() in IMAGES and one.is_file())
         if files:
-            return Samples(files, np.zeros(len(files), np.int64)), False
+            return "", Samples(files, np.zeros(len(files), np.int64)), False
     source: Table | Data = open_source(data, spec.text_column, spec.label_column)
     if task.kind == "text" and isinstance(source, Data):
         raise FileError(f"{source.name} has images, and the adapter was trained on texts ({task.name})")
-    return task.samples(source, spec)
+    part = ""
+    if isinstance(source, Table) and source.tests:
+        part = next(iter(source.tests))
+        source = source.part(part)
+    elif isinstance(source, Data) and source.hidden is not None:
+        part, inputs = source.hidden
+        return part, Samples(inputs, np.zeros(len(inputs), np.int64)), False
+    elif isinstance(source, Data) and source.test is not None:
+        part, source = source.test_name, dataclasses.replace(source, samples=source.test, test=None)
+    return part, *task.samples(source, spec)
 
 
-def _pixels(inputs: Mapping[str, Any], samples: Samples) -> Part:
-    if any(inputs.get(name) is None for name in _PIXELS):
-        raise TnadaptError("the adapter's file does not say how images are scaled")
-    size, channels, mean, std = (inputs[name] for name in _PIXELS)
-    shape = (channels, 1, 1)
-    return Images(samples, size, channels, (torch.tensor(mean).reshape(shape), torch.tensor(std).reshape(shape)))
+def _images(settings: tuple[Any, ...], samples: Samples) -> Images:
+    size, channels, *statistics = settings
+    mean, std = (torch.tensor(numbers, dtype=torch.float32).reshape(channels, 1, 1) for numbers in statistics)
+    return Images(samples, size, channels, (mean, std))
+
+
+def _json(value: Any) -> Any:
+    """Return a value with None in place of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _json(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_json(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shown(one: Any, place: int) -> dict[str, Any]:

@@ -55,7 +55,9 @@ def pretrained(spec: Spec) -> Problem:
     task = kind.of(data, samples["training"])
     if spec.model.startswith("timm:"):
         if spec.head_rows:
-            raise TnadaptError("head_rows needs a head that transformers loads; give --model a folder or a hub name")
+            raise TnadaptError(
+                "head_rows needs a head that transformers loads: use --model with a folder or a hub name"
+            )
         return _timm(spec, data, task, samples)
     return _transformers(spec, data, task, samples)
 
@@ -90,7 +92,7 @@ def _transformers(spec: Spec, data: Data, task: LearningTask, samples: dict[str,
             setattr(model.config, setting, value)
         return model  # type: ignore[no-any-return]
 
-    way = "" if Path(name).exists() else "; give --model a folder"
+    way = "" if Path(name).exists() else "; use --model with a folder"
     with refused(f"cannot load {safe_repr(name)} for {data.kind}s through transformers", way):
         model = build(0)
     drawn = tuple(dict.fromkeys(key.rpartition(".")[0] or key for key in new))
@@ -119,7 +121,7 @@ def _inputs(
         images = dict(divided_images(samples, size, channels, given))
         return images, _described(images)
     vocabulary = spec.tokenizer or name
-    tokenizer = tokenizer_of(vocabulary, transformers)
+    tokenizer = tokenizer_of(vocabulary, transformers, split_words=task.split_words)
     settings["pad_token_id"] = tokenizer.pad_token_id
     longest = longest_text(spec.max_length, name, tokenizer, model)
     parts = encoded(task, samples, tokenizer, longest, model, vocabulary)

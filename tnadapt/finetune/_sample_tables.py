@@ -29,8 +29,8 @@ class Table:
         The source as the user gave it, for messages.
     columns : mapping of str to sequence
         The values of each column: strings in a ``.csv``, else any JSON values.
-    tests : tuple of mapping
-        Columns of the parts that could be the test part, best first.
+    tests : mapping of str to mapping
+        Columns of the parts that could be the test part, by their names, best first.
     lines : tuple of int
         The line of the file that each row ends in; empty if there are no lines.
     words : mapping of str to tuple of str
@@ -40,7 +40,7 @@ class Table:
     name: str
     path: str
     columns: Mapping[str, Sequence[Any]]
-    tests: tuple[Mapping[str, Sequence[Any]], ...] = ()
+    tests: Mapping[str, Mapping[str, Sequence[Any]]] = dataclasses.field(default_factory=dict)
     lines: tuple[int, ...] = ()
     words: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
@@ -50,6 +50,40 @@ class Table:
     def place(self, row: int) -> str:
         """Return where a row is, for messages."""
         return f"{self.path}, line {self.lines[row]}" if self.lines else f"row {row} of {self.path}"
+
+    def part(self, name: str) -> Table:
+        """Return one of :attr:`tests` as a table."""
+        path = f"the {name} part of {self.path}"
+        return dataclasses.replace(self, path=path, columns=self.tests[name], tests={})
+
+    def test(self, columns: Sequence[str], label: str | None = None) -> Table | None:
+        """Return the first test part that has these columns, and in the column ``label`` labels that are not hidden."""
+        parts = [self.part(name) for name, part in self.tests.items() if all(column in part for column in columns)]
+        return next((part for part in parts if label is None or not part.hides(label)), None)
+
+    def hides(self, column: str) -> bool:
+        """Return whether all labels in a column are -1, which is how benchmarks hide those of a test part."""
+        cells = self.columns[column]
+        pieces = [one for cell in cells for one in (cell if isinstance(cell, list) else [cell])]
+        return bool(pieces) and all(isinstance(one, (int, float)) and one == -1 for one in pieces)
+
+    def word(self, column: str, row: int, label: Any) -> Any:
+        """Return the name of a class by its number; a label as it is if it is text, or the classes have no names.
+
+        Raises
+        ------
+        FileError
+            If there is no class of this number.
+        """
+        words = self.words.get(column, ())
+        if not words or isinstance(label, str):
+            return label
+        if type(label) is not int or not 0 <= label < len(words):
+            raise FileError(
+                f"{self.place(row)}: {safe_repr(label)} in {column!r} is not the number of a class; expected 0 to "
+                f"{len(words) - 1}: leave the row out"
+            )
+        return words[label]
 
     def filled(self, columns: Sequence[str]) -> None:
         """Raise a FileError that names the line if a row of a ``.csv`` has nothing in one of these columns."""
@@ -65,16 +99,23 @@ class Table:
         return ", ".join(map(repr, self.columns))
 
 
-def find_column(given: str | None, usual: Sequence[str], names: Sequence[str]) -> str | None:
+def find_column(source: str, given: str | None, usual: Sequence[str], names: Sequence[str]) -> str | None:
     """Return the column that was asked for, or one with a usual name; None if there is none.
+
+    Raises
+    ------
+    FileError
+        If the column that was asked for is not there.
 
     Examples
     --------
-    >>> find_column(None, ["text", "review"], ["Review", "stars"])
+    >>> find_column("a.csv", None, ["text", "review"], ["Review", "stars"])
     'Review'
     """
     if given is not None:
-        return given if given in names else None
+        if given not in names:
+            raise FileError(f"{source} has no column {given!r}; its columns are {', '.join(map(repr, names))}")
+        return given
     lower = {name.strip().lower(): name for name in reversed(list(names)) if name}
     return next((lower[name] for name in usual if name in lower), None)
 
@@ -87,12 +128,10 @@ def needed_column(source: str, what: str, given: str | None, usual: Sequence[str
     FileError
         If there is none.
     """
-    found = find_column(given, usual, names)
+    found = find_column(source, given, usual, names)
     if found is not None:
         return found
     listed = ", ".join(map(repr, names))
-    if given is not None:
-        raise FileError(f"{source} has no column {given!r}; its columns are {listed}")
     raise FileError(
         f"which column of {source} is the {what}? It has {listed}: give --{what}-column NAME, or call it {what}"
     )
@@ -114,7 +153,7 @@ def read_table(path: Path) -> Table:
         raise FileError(f"cannot read {path} as a table in UTF-8: {error}") from None
     if not rows:
         raise FileError(f"{path} has no rows{' under its line of column names' if suffix in ('.csv', '.tsv') else ''}")
-    return Table(path.name, str(path), {name: [row.get(name) for row in rows] for name in names}, (), tuple(lines))
+    return Table(path.name, str(path), {name: [row.get(name) for row in rows] for name in names}, {}, tuple(lines))
 
 
 _Rows = tuple[Sequence[str], list[dict[str, Any]], list[int]]

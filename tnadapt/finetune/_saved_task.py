@@ -10,6 +10,7 @@ from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, FileError, TnadaptError
 
 from ._learning_task import LearningTask
+from ._saved_inputs import check_inputs
 from .problem import Problem
 from .tasks import TASKS
 
@@ -35,10 +36,10 @@ def check_recordable(problem: Problem) -> None:
     Raises
     ------
     TnadaptError
-        If there are too many classes, or one has a name that is too long.
+        If there are too many classes, one has a name that is too long, or a setting is none that a file may have.
     """
     try:
-        recorded(Pretrained(), problem)
+        check_inputs(recorded(Pretrained(), problem).inputs)
     except ConfigError as error:
         raise TnadaptError(f"an adapter's file cannot hold the task of {problem.name}: {error}") from None
 
@@ -49,7 +50,7 @@ def task_in(about: Pretrained | None, path: str) -> tuple[LearningTask, Mapping[
     Raises
     ------
     FileError
-        If it describes none, or one that is unknown.
+        If it describes none or one that is unknown, or a value cannot be used.
     """
     name = None if about is None else about.inputs.get(_TASK)
     if about is None or not isinstance(name, str):
@@ -65,6 +66,13 @@ def task_in(about: Pretrained | None, path: str) -> tuple[LearningTask, Mapping[
     if _CLASSES in {field.name for field in dataclasses.fields(cls)}:  # type: ignore[arg-type]
         fields[_CLASSES] = about.labels
     try:
-        return cls.from_dict(fields), about.inputs
+        task = cls.from_dict(fields)
     except TnadaptError as error:
         raise FileError(f"{path}: {error}") from None
+    if about.library == "timm" and task.kind != "image":
+        raise FileError(f"{path} was trained for {name!r}, a task of texts, but its model is one of timm, of images")
+    try:
+        check_inputs(about.inputs)
+    except ConfigError as error:
+        raise FileError(f"{path}: {error}") from None
+    return task, about.inputs

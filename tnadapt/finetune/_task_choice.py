@@ -74,7 +74,7 @@ def _need_columns(table: Table, spec: Spec, texts: bool) -> None:
     names = list(table.columns)
     needed_column(table.path, "text", spec.text_column, TEXT_COLUMNS, names)
     usual = (*spec.label_names, *LABEL_COLUMNS)
-    if texts and spec.label_column is None and find_column(None, usual, names) is None:
+    if texts and spec.label_column is None and find_column(table.path, None, usual, names) is None:
         raise TnadaptError(
             f"which column of {table.path} is the label? It has {table.listed()}: give --label-column NAME, or "
             "--task causal-lm to learn the texts themselves"

@@ -15,13 +15,15 @@ from ._foreign_messages import refused, silent
 from ._learning_task import LearningTask
 from ._specification import Part
 
-__all__ = ["encoded", "longest_text", "tokenizer_of"]
+__all__ = ["encoded", "lengths", "longest_text", "tokenizer_of"]
 
 LONGEST = 256
 
 
-def tokenizer_of(name: str, transformers: Any) -> Any:
+def tokenizer_of(name: str, transformers: Any, *, split_words: bool = False, revision: str | None = None) -> Any:
     """Return the tokenizer of a folder or hub name, with a padding token.
+
+    With ``split_words``, it takes lists of words. No code that comes with a tokenizer is run.
 
     Raises
     ------
@@ -30,15 +32,22 @@ def tokenizer_of(name: str, transformers: Any) -> Any:
     """
     way = "; give a folder or hub name that has one with --tokenizer"
     with refused(f"no tokenizer in {safe_repr(name)}", way), silent(transformers):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        if getattr(tokenizer, "add_prefix_space", None) is False:
-            # Byte-level tokenizers take words that are split already only with this.
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, add_prefix_space=True)
+        settings = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **settings)
+        if split_words and getattr(tokenizer, "add_prefix_space", None) is False:
+            # Byte-level tokenizers take words that are split already only with this. It adds a space to other texts.
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, add_prefix_space=True, **settings)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise TnadaptError(f"the tokenizer of {name} has neither a padding token nor an end-of-sequence token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def lengths(tokenizer: Any, model: Any) -> tuple[int, int]:
+    """Return the least and the most tokens that texts can be cut to."""
+    most = min(getattr(model.config, "max_position_embeddings", None) or 1 << 30, tokenizer.model_max_length)
+    return tokenizer.num_special_tokens_to_add() + 1, most
 
 
 def longest_text(given: int | None, name: str, tokenizer: Any, model: Any) -> int:
@@ -49,8 +58,8 @@ def longest_text(given: int | None, name: str, tokenizer: Any, model: Any) -> in
     TnadaptError
         If the length that the user gave is not possible.
     """
-    most = min(getattr(model.config, "max_position_embeddings", None) or 1 << 30, tokenizer.model_max_length)
-    longest, least = given or min(LONGEST, most), tokenizer.num_special_tokens_to_add() + 1
+    least, most = lengths(tokenizer, model)
+    longest = given or min(LONGEST, most)
     if not least <= longest <= most:
         raise TnadaptError(f"--max-length must be from {least} to {most} for {safe_repr(name)}; got {longest}")
     return int(longest)

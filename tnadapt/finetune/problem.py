@@ -39,7 +39,7 @@ class Problem:
     drawn : tuple of str
         Modules or parameters that ``build`` draws from the seed, such as a new head; the rest is the base.
     task : LearningTask
-        What is learnt: its loss and metrics.
+        Its loss and metrics.
     threads : int, optional
         Number of threads per training; all if None.
     sketch : callable, optional

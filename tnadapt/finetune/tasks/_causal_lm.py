@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -19,14 +20,15 @@ from .._learning_task import Evidence, LearningTask, Measured, Rows
 from .._sample_tables import Table, find_column
 from .._score import Metric
 from .._specification import Part, Spec
-from ._columns import columns_of, test_of
+from ._columns import columns_of
 
 __all__ = ["CausalLM"]
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question")
 COMPLETION_COLUMNS = ("completion", "response", "answer", "output")
 MESSAGES = "messages"
-#: The target of tokens that are not learnt.
+_FORMS = ("text", "completion", MESSAGES)
+#: The target of tokens that are not learned.
 IGNORED = -100
 
 
@@ -34,9 +36,9 @@ IGNORED = -100
 class CausalLM(LearningTask):
     """The model continues texts: loss per token, perplexity, and exact matches of completions.
 
-    Of prompts and completions only the completions are learnt, and of conversations the last turn. An exact match is a
-    completion that greedy decoding reproduces up to its end. No text is generated to count them: greedy decoding does
-    so if and only if every token of the completion is the most probable one after those before it.
+    The model is trained on whole texts, on the completions of prompts, or on the last turn of conversations. An exact
+    match is a completion that greedy decoding reproduces up to its end. No text is generated to count them: greedy
+    decoding does so if and only if every token of the completion is the most probable one after those before it.
 
     Attributes
     ----------
@@ -52,6 +54,9 @@ class CausalLM(LearningTask):
 
     form: str
 
+    def __post_init__(self) -> None:
+        self._require("form", self.form, self.form in _FORMS, f"one of {', '.join(map(repr, _FORMS))}")
+
     @classmethod
     def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
         """Conversations and completions are for this task alone, and so are texts with nothing else."""
@@ -65,7 +70,7 @@ class CausalLM(LearningTask):
         if columns:
             labelled = columns_of(source, spec)[1] is not None
             return Evidence(
-                "allowed" if labelled else "possible", f"the texts in {columns[0]!r} may be what is to be learnt"
+                "allowed" if labelled else "possible", f"the texts in {columns[0]!r} may be what is to be learned"
             )
         needed = "a column text, columns prompt and completion, or a column messages"
         return Evidence("no", f"{source.name} has {source.listed()}; it needs {needed}")
@@ -75,10 +80,10 @@ class CausalLM(LearningTask):
         """Return texts, pairs of prompt and completion, or conversations."""
         assert isinstance(source, Table)
         columns = _columns(source, spec)
-        test = test_of(source, columns)
+        test = source.test(columns)
         source.filled(columns)
-        held = None if test is None else _samples(source, test, columns)
-        return Data(source.name, "text", (), _samples(source, source.columns, columns), held)
+        held = None if test is None else _to_train_on(test, columns)
+        return Data(source.name, "text", (), _to_train_on(source, columns), held)
 
     @classmethod
     def of(cls, data: Data, training: Samples) -> Self:
@@ -96,9 +101,9 @@ class CausalLM(LearningTask):
             needed = {"text": "text", "completion": "prompt", "messages": MESSAGES}[self.form]
             raise FileError(f"{source.name} has {source.listed()}; the adapter was trained on a column {needed!r}")
         if self.form == "completion" and not known:
-            prompts = _samples(source, source.columns, columns).inputs
+            prompts = _samples(source, columns).inputs
             return Samples([(prompt, "") for prompt in prompts], np.zeros(len(prompts), np.int64)), False
-        found = _samples(source, source.columns, columns[:1] if self.form == "text" else columns)
+        found = _samples(source, columns[:1] if self.form == "text" else columns)
         if self.form == MESSAGES:
             known = all(some[-1]["role"] == "assistant" for some in found.inputs)
         return found, known
@@ -109,7 +114,7 @@ class CausalLM(LearningTask):
         return None
 
     def encode(self, samples: Samples, tokenizer: Any, longest: int) -> Part:
-        """Return tokens; what is not learnt has no target.
+        """Return tokens; what the model is not trained on has no target.
 
         Of a completion that is too long the end is cut off, and of a prompt the beginning.
         """
@@ -132,8 +137,8 @@ class CausalLM(LearningTask):
         one, two = compute(first), compute({**first, "input_ids": other})
         if not torch.allclose(one[:, :-1], two[:, :-1], rtol=1e-3, atol=1e-4):
             raise TnadaptError(
-                f"{model} sees the tokens that it is to predict, so it is no causal language model: give --model one, "
-                "such as a GPT-2 or a Llama"
+                f"{model} sees the tokens that it is to predict, so it is no causal language model: use --model with "
+                "one, such as GPT-2 or Llama"
             )
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -143,7 +148,7 @@ class CausalLM(LearningTask):
         return nn.functional.cross_entropy(some[chosen].float(), truth[chosen])
 
     def rows(self, logits: Tensor, labels: Tensor) -> Rows:
-        """Return the loss of each token that is learnt, and the token that the model expected there."""
+        """Return the loss of each token that has a target, and the token that the model expected there."""
         found = []
         for some, truth in zip(*_next(logits, labels.to(logits.device)), strict=True):
             chosen = truth != IGNORED
@@ -161,8 +166,10 @@ class CausalLM(LearningTask):
             right = [
                 bool((row[:, 1] == truth[truth != IGNORED]).all())
                 for row, truth in zip(rows, labels[:, 1:], strict=True)
+                if len(row)  # else there is nothing to match
             ]
-            more["exact match"] = sum(right) / len(right)
+            if right:
+                more["exact match"] = sum(right) / len(right)
         return Measured(loss, loss, more)
 
     def predicted(self, row: Tensor) -> Tensor:
@@ -184,37 +191,75 @@ class CausalLM(LearningTask):
         device: torch.device,
     ) -> list[str] | None:
         """Return what greedy decoding writes after each prompt, up to the end of the text or ``new_tokens`` tokens."""
+        if not getattr(model, "can_generate", lambda: False)():
+            raise TnadaptError(
+                f"the adapter's task is {self.name!r}, but its model, a {type(model).__name__}, cannot continue texts"
+            )
         positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         new_tokens = min(64, positions // 2) if new_tokens is None else new_tokens
         if new_tokens >= positions:
             raise TnadaptError(
                 f"--max-new-tokens must be below the {positions} positions of the model; got {new_tokens}"
             )
-        prompts = [_given(one, tokenizer)[-min(longest, positions - new_tokens) :] for one in samples.inputs]
+        prompts = _prompts(samples, tokenizer, min(longest, positions - new_tokens))
         found = [""] * len(prompts)
         # Prompts of similar length share a batch, to reduce padding.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        for start in range(0, len(order), batch):
-            some = order[start : start + batch]
-            width = max(len(prompts[index]) for index in some)
-            tokens = torch.full((len(some), width), tokenizer.pad_token_id)
-            for row, index in enumerate(some):
-                tokens[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
-            lengths = torch.tensor([len(prompts[index]) for index in some])
-            mask = (torch.arange(width) >= width - lengths[:, None]).long()
-            made = model.generate(
-                tokens.to(device), attention_mask=mask.to(device), max_new_tokens=new_tokens, do_sample=False,
-                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, use_cache=True,
-            )  # fmt: skip
-            texts = tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
-            for index, text in zip(some, texts, strict=True):
-                found[index] = text
+        with _greedy(model, tokenizer, new_tokens):
+            for start in range(0, len(order), batch):
+                some = order[start : start + batch]
+                texts = _continued(model, tokenizer, [prompts[index] for index in some], device)
+                for index, text in zip(some, texts, strict=True):
+                    found[index] = text
         return found
 
     def answer(self, row: Tensor) -> dict[str, Any]:
-        """Return the loss and the perplexity."""
+        """Return the loss and the perplexity; None if nothing follows the prompt."""
+        if not len(row):
+            return {"loss": None, "perplexity": None}
         loss = float(row[:, 0].mean())
         return {"loss": round(loss, 6), "perplexity": round(math.exp(min(loss, 700.0)), 4)}
+
+
+@contextlib.contextmanager
+def _greedy(model: Any, tokenizer: Any, new_tokens: int) -> Iterator[None]:
+    """Set the model to greedy decoding inside ``with``, whatever its own settings are."""
+    # Settings given to generate() are completed by the model's own, such as a penalty of repetitions.
+    own = model.generation_config
+    model.generation_config = type(own)(
+        max_new_tokens=new_tokens, do_sample=False, use_cache=True,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _prompts(samples: Samples, tokenizer: Any, longest: int) -> list[list[int]]:
+    """Return the last tokens, at most ``longest``, of each prompt."""
+    found = [_given(one, tokenizer)[-longest:] for one in samples.inputs]
+    for row, (tokens, one) in enumerate(zip(found, samples.inputs, strict=True)):
+        if not tokens:
+            raise TnadaptError(
+                f"the tokenizer finds no token in the prompt of row {row}, "
+                f"{safe_repr(one[0] if isinstance(one, tuple) else one)}, so there is nothing to continue; give each "
+                "row a prompt"
+            )
+    return found
+
+
+def _continued(model: Any, tokenizer: Any, prompts: Sequence[list[int]], device: torch.device) -> list[str]:
+    """Return what the model writes after each prompt of a batch, which is padded on the left."""
+    width = max(map(len, prompts))
+    tokens = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = torch.tensor(prompt)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    mask = (torch.arange(width) >= width - lengths[:, None]).long()
+    made = model.generate(tokens.to(device), attention_mask=mask.to(device))
+    found: list[str] = tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+    return found
 
 
 def _given(one: Any, tokenizer: Any) -> list[int]:
@@ -233,8 +278,8 @@ def _columns(table: Table, spec: Spec, alone: bool = False) -> list[str]:
     With ``alone``, prompts need no completions.
     """
     names = list(table.columns)
-    prompt = find_column(spec.text_column, PROMPT_COLUMNS, names)
-    completion = find_column(spec.label_column, COMPLETION_COLUMNS, names)
+    prompt = find_column(table.path, spec.text_column, PROMPT_COLUMNS, names)
+    completion = find_column(table.path, spec.label_column, COMPLETION_COLUMNS, names)
     if prompt is not None and completion is not None:
         return [prompt, completion]
     if MESSAGES in names and spec.text_column is None:
@@ -243,17 +288,29 @@ def _columns(table: Table, spec: Spec, alone: bool = False) -> list[str]:
     return [] if text is None else [text]
 
 
-def _samples(table: Table, columns: Mapping[str, Sequence[Any]], names: Sequence[str]) -> Samples:
-    found: list[Any] = list(columns[names[0]])
+def _to_train_on(table: Table, names: Sequence[str]) -> Samples:
+    """Return samples to train on: conversations must end with a turn of the assistant."""
+    found = _samples(table, names)
+    for row, one in enumerate(found.inputs if names[0] == MESSAGES else ()):
+        if one[-1]["role"] != "assistant":
+            raise FileError(
+                f"{table.place(row)}: the last turn is of the role {safe_repr(one[-1]['role'])}; expected 'assistant', "
+                "because the model is trained on the last turn: end each conversation with an answer"
+            )
+    return found
+
+
+def _samples(table: Table, names: Sequence[str]) -> Samples:
+    found: list[Any] = list(table.columns[names[0]])
     if names[0] == MESSAGES:
         for row, one in enumerate(found):
             _check_messages(table, row, one)
     for name in names if names[0] != MESSAGES else ():
-        for row, text in enumerate(columns[name]):
+        for row, text in enumerate(table.columns[name]):
             if not isinstance(text, str):
-                raise FileError(f"{table.place(row)}: {safe_repr(text)} in {name!r} is no text")
+                raise FileError(f"{table.place(row)}: {safe_repr(text)} in {name!r} is not a text")
     if len(names) == 2:
-        found = list(zip(found, columns[names[1]], strict=True))
+        found = list(zip(found, table.columns[names[1]], strict=True))
     return Samples(found, np.zeros(len(found), np.int64))
 
 
@@ -261,7 +318,7 @@ def _check_messages(table: Table, row: int, turns: Any) -> None:
     whole = isinstance(turns, list) and turns and all(isinstance(one, dict) for one in turns)
     if not whole or not all(isinstance(one.get(key), str) for one in turns for key in ("role", "content")):
         raise FileError(
-            f'{table.place(row)}: {safe_repr(turns)} is no conversation; expected [{{"role": …, "content": …}}, …]'
+            f'{table.place(row)}: {safe_repr(turns)} is not a conversation; expected [{{"role": …, "content": …}}, …]'
         )
 
 
@@ -272,7 +329,7 @@ def _plain(text: Any, tokenizer: Any) -> list[int]:
 
 
 def _split(one: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the tokens that are given, and those that are learnt, which end with the token for the end."""
+    """Return the tokens that are given, and those to train on, which end with the token for the end."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if isinstance(one, str):
         return [], [*_plain(one, tokenizer), *end]
@@ -287,10 +344,10 @@ def _turns(turns: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list
             "the tokenizer has no chat template, by which conversations become text; give another with --tokenizer, "
             "or data with columns prompt and completion"
         )
-    learnt = turns[-1]["role"] == "assistant"
-    given = turns[:-1] if learnt else turns
+    answered = turns[-1]["role"] == "assistant"
+    given = turns[:-1] if answered else turns
     before = tokenizer.apply_chat_template(given, add_generation_prompt=True, tokenize=False)
-    whole = tokenizer.apply_chat_template(turns, tokenize=False) if learnt else before
+    whole = tokenizer.apply_chat_template(turns, tokenize=False) if answered else before
     if not whole.startswith(before):
         raise TnadaptError(
             "the chat template writes a conversation otherwise once it has an answer, so the answer cannot be told "

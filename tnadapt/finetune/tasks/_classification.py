@@ -38,6 +38,9 @@ class Classification(LearningTask):
 
     classes: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        self._require_classes(self.classes)
+
     @classmethod
     def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
         """Words are classes, and so are two numbers; more numbers may be."""
@@ -77,11 +80,9 @@ class Classification(LearningTask):
         assert isinstance(source, Table)
         texts = texts_of(source, spec)
         label = columns_of(source, spec)[1]
-        if label is None:
+        if label is None or (source.hides(label) and "-1" not in self.classes):
             return Samples(texts, np.zeros(len(texts), np.int64)), False
-        cells = labels_of(source, spec)
-        if label in source.words:
-            cells = [source.words[label][cell] for cell in cells]
+        cells = [source.word(label, row, cell) for row, cell in enumerate(labels_of(source, spec))]
         return Samples(texts, self.numbered(cells, source.name)), True
 
     def numbered(self, labels: list[Any], name: str) -> np.ndarray:

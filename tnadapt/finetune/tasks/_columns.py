@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tnadapt.errors import FileError, safe_repr
@@ -14,7 +14,14 @@ from .._learning_task import Evidence
 from .._sample_tables import Table, find_column, needed_column
 from .._specification import Spec
 
-__all__ = ["class_numbers", "columns_of", "label_facts", "labels_of", "missing_columns", "test_of", "texts_of"]
+__all__ = [
+    "class_numbers",
+    "columns_of",
+    "label_facts",
+    "labels_of",
+    "missing_columns",
+    "texts_of",
+]
 
 
 def class_numbers(classes: Sequence[str], labels: Sequence[str], name: str) -> list[int]:
@@ -37,7 +44,8 @@ def columns_of(table: Table, spec: Spec) -> tuple[str | None, str | None]:
     """Return the columns of texts and of labels; None for one that is not there."""
     names = list(table.columns)
     usual = (*spec.label_names, *LABEL_COLUMNS)
-    return find_column(spec.text_column, TEXT_COLUMNS, names), find_column(spec.label_column, usual, names)
+    text = find_column(table.path, spec.text_column, TEXT_COLUMNS, names)
+    return text, find_column(table.path, spec.label_column, usual, names)
 
 
 def missing_columns(source: Table | Data, spec: Spec) -> Evidence | None:
@@ -59,7 +67,7 @@ def label_facts(table: Table, spec: Spec) -> tuple[str, LabelFacts]:
     return name, facts_of(list(table.columns[name]), spec.separator)
 
 
-def texts_of(table: Table, spec: Spec, columns: Mapping[str, Sequence[Any]] | None = None) -> list[str]:
+def texts_of(table: Table, spec: Spec) -> list[str]:
     """Return the texts.
 
     Raises
@@ -68,16 +76,15 @@ def texts_of(table: Table, spec: Spec, columns: Mapping[str, Sequence[Any]] | No
         If there is no column of texts, or a cell of it holds something else.
     """
     name = needed_column(table.path, "text", spec.text_column, TEXT_COLUMNS, list(table.columns))
-    if columns is None:
-        table.filled([name])
-    texts = list((table.columns if columns is None else columns)[name])
+    table.filled([name])
+    texts = list(table.columns[name])
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise FileError(f"the text of sample {index} of {table.name} is {safe_repr(text)}")
     return texts
 
 
-def labels_of(table: Table, spec: Spec, columns: Mapping[str, Sequence[Any]] | None = None) -> list[Any]:
+def labels_of(table: Table, spec: Spec) -> list[Any]:
     """Return the labels.
 
     Raises
@@ -87,11 +94,5 @@ def labels_of(table: Table, spec: Spec, columns: Mapping[str, Sequence[Any]] | N
     """
     usual = (*spec.label_names, *LABEL_COLUMNS)
     name = needed_column(table.path, "label", spec.label_column, usual, list(table.columns))
-    if columns is None:
-        table.filled([name])
-    return list((table.columns if columns is None else columns)[name])
-
-
-def test_of(table: Table, columns: Sequence[str]) -> Mapping[str, Sequence[Any]] | None:
-    """Return the first test part that has these columns."""
-    return next((part for part in table.tests if all(name in part for name in columns)), None)
+    table.filled([name])
+    return list(table.columns[name])

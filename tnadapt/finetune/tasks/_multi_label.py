@@ -18,7 +18,14 @@ from .._learning_task import Evidence, LearningTask, Measured, Rows
 from .._sample_tables import Table
 from .._score import Metric
 from .._specification import Spec
-from ._columns import class_numbers, columns_of, label_facts, labels_of, missing_columns, test_of, texts_of
+from ._columns import (
+    class_numbers,
+    columns_of,
+    label_facts,
+    labels_of,
+    missing_columns,
+    texts_of,
+)
 
 __all__ = ["MultiLabel"]
 
@@ -38,6 +45,9 @@ class MultiLabel(LearningTask):
     options: ClassVar[tuple[str, ...]] = ("separator",)
 
     classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        self._require_classes(self.classes)
 
     @classmethod
     def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
@@ -64,14 +74,14 @@ class MultiLabel(LearningTask):
         """Return the texts; targets are 1 for the labels of a text and 0 for others."""
         assert isinstance(source, Table)
         name, facts = label_facts(source, spec)
-        words, test = source.words.get(name, ()), test_of(source, [name])
-        labels = _lists(source, labels_of(source, spec), facts.separator, words)
-        more = [] if test is None else _lists(source, list(test[name]), facts.separator, words)
+        test = source.test([name], name)
+        labels = _lists(source, name, labels_of(source, spec), facts.separator)
+        more = [] if test is None else _lists(test, name, list(test.columns[name]), facts.separator)
         classes = tuple(sorted({one for some in (*labels, *more) for one in some}))
         if len(classes) < 2:
             raise FileError(f"{name!r} of {source.name} has {len(classes)} different label; --task multi-label needs 2")
         made = cls(classes)
-        held = None if test is None else Samples(texts_of(source, spec, test), made._marks(more, source.name))
+        held = None if test is None else Samples(texts_of(test, spec), made._marks(more, source.name))
         return Data(
             source.name, "text", classes, Samples(texts_of(source, spec), made._marks(labels, source.name)), held
         )
@@ -85,10 +95,11 @@ class MultiLabel(LearningTask):
         """Return texts, with their labels if there is a column of them."""
         assert isinstance(source, Table)
         texts = texts_of(source, spec)
-        if columns_of(source, spec)[1] is None:
+        label = columns_of(source, spec)[1]
+        if label is None or (source.hides(label) and "-1" not in self.classes):
             return Samples(texts, np.zeros((len(texts), len(self.classes)), np.float32)), False
         name, facts = label_facts(source, spec)
-        labels = _lists(source, labels_of(source, spec), facts.separator, source.words.get(name, ()))
+        labels = _lists(source, name, labels_of(source, spec), facts.separator)
         return Samples(texts, self._marks(labels, source.name)), True
 
     def _marks(self, labels: Sequence[Sequence[str]], name: str) -> NDArray[np.float32]:
@@ -129,14 +140,14 @@ class MultiLabel(LearningTask):
         return {"prediction": labels, "scores": scores}
 
 
-def _lists(table: Table, cells: Sequence[Any], separator: str | None, words: Sequence[str]) -> list[list[str]]:
+def _lists(table: Table, column: str, cells: Sequence[Any], separator: str | None) -> list[list[str]]:
     """Return the labels of each cell as words."""
     found = []
     for row, cell in enumerate(cells):
         pieces: Any = cell if not isinstance(cell, str) else cell.split(separator) if separator else [cell]
         if not isinstance(pieces, list) or not all(isinstance(one, (str, int)) for one in pieces):
-            raise FileError(f"{table.place(row)}: {safe_repr(cell)} is no list of labels")
-        named = [words[one] if words and isinstance(one, int) else str(one).strip() for one in pieces]
+            raise FileError(f"{table.place(row)}: {safe_repr(cell)} is not a list of labels")
+        named = [str(table.word(column, row, one)).strip() for one in pieces]
         if not all(named):
             raise FileError(f"{table.place(row)}: {safe_repr(cell)} has an empty label")
         found.append(named)

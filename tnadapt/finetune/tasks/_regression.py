@@ -20,7 +20,7 @@ from .._learning_task import Evidence, LearningTask, Measured, Rows
 from .._sample_tables import Table
 from .._score import Metric
 from .._specification import Spec
-from ._columns import columns_of, label_facts, labels_of, missing_columns, test_of, texts_of
+from ._columns import columns_of, label_facts, labels_of, missing_columns, texts_of
 
 __all__ = ["Regression"]
 
@@ -46,6 +46,12 @@ class Regression(LearningTask):
 
     mean: float
     deviation: float
+
+    def __post_init__(self) -> None:
+        for name, low in (("mean", -math.inf), ("deviation", 0.0)):
+            value = getattr(self, name)
+            possible = type(value) in (int, float) and math.isfinite(value) and value > low
+            self._require(name, value, possible, "a positive number" if low == 0 else "a finite number")
 
     @classmethod
     def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
@@ -75,8 +81,8 @@ class Regression(LearningTask):
         assert isinstance(source, Table)
         name = columns_of(source, spec)[1]
         assert name is not None
-        test = test_of(source, [name])
-        held = None if test is None else Samples(texts_of(source, spec, test), _numbers(source, list(test[name])))
+        test = source.test([name], name)
+        held = None if test is None else Samples(texts_of(test, spec), _numbers(test, list(test.columns[name])))
         return Data(
             source.name, "text", (), Samples(texts_of(source, spec), _numbers(source, labels_of(source, spec))), held
         )
@@ -95,7 +101,9 @@ class Regression(LearningTask):
         """Return texts, with their numbers if there is a column of labels."""
         assert isinstance(source, Table)
         texts = texts_of(source, spec)
-        if columns_of(source, spec)[1] is None:
+        label = columns_of(source, spec)[1]
+        # One text may well have the number -1.
+        if label is None or (len(texts) > 1 and source.hides(label)):
             return Samples(texts, np.zeros(len(texts))), False
         return Samples(texts, _numbers(source, labels_of(source, spec))), True
 

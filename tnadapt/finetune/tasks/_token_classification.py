@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -19,7 +19,6 @@ from .._learning_task import Evidence, LearningTask, Measured, Rows
 from .._sample_tables import Table, find_column
 from .._score import Metric
 from .._specification import Part, Spec
-from ._columns import test_of
 
 __all__ = ["TaggedWords", "TokenClassification"]
 
@@ -68,8 +67,12 @@ class TokenClassification(LearningTask):
     name: ClassVar[str] = "token-classification"
     auto: ClassVar[str] = "AutoModelForTokenClassification"
     metric: ClassVar[Metric] = Metric("F1 of words")
+    split_words: ClassVar[bool] = True
 
     classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        self._require_classes(self.classes)
 
     @classmethod
     def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
@@ -88,9 +91,9 @@ class TokenClassification(LearningTask):
         """Return the words with the numbers of their tags."""
         assert isinstance(source, Table)
         names = _columns(source, spec)
-        test = test_of(source, [name for name in names if name])
-        words, tags = _both(source, source.columns, names)
-        more = ([], []) if test is None else _both(source, test, names)
+        test = source.test([name for name in names if name], names[1])
+        words, tags = _both(source, names)
+        more = ([], []) if test is None else _both(test, names)
         classes = tuple(sorted({tag for some in (*tags, *more[1]) for tag in some}))
         if len(classes) < 2:
             raise FileError(f"{source.name} has the tag {classes[0]!r} alone; --task token-classification needs two")
@@ -109,8 +112,8 @@ class TokenClassification(LearningTask):
         words, tags = _columns(source, spec)
         if words is None:
             raise FileError(f"{source.name} has no column 'tokens', only {source.listed()}: give --text-column NAME")
-        if tags is not None:
-            found = _both(source, source.columns, (words, tags))
+        if tags is not None and (not source.hides(tags) or "-1" in self.classes):
+            found = _both(source, (words, tags))
             return Samples(found[0], self._numbered(found[1], source.name)), True
         lists = [_pieces(source, row, cell, "words") for row, cell in enumerate(source.columns[words])]
         return Samples(lists, self._numbered([[self.classes[0]] * len(some) for some in lists], source.name)), False
@@ -205,21 +208,20 @@ class TokenClassification(LearningTask):
 
 def _columns(table: Table, spec: Spec) -> tuple[str | None, str | None]:
     names = list(table.columns)
-    return find_column(spec.text_column, WORD_COLUMNS, names), find_column(spec.label_column, TAG_COLUMNS, names)
+    words = find_column(table.path, spec.text_column, WORD_COLUMNS, names)
+    return words, find_column(table.path, spec.label_column, TAG_COLUMNS, names)
 
 
-def _both(
-    table: Table, columns: Mapping[str, Sequence[Any]], names: tuple[str | None, str | None]
-) -> tuple[list[list[str]], list[list[str]]]:
+def _both(table: Table, names: tuple[str | None, str | None]) -> tuple[list[list[str]], list[list[str]]]:
     """Return words and tags."""
     words_in, tags_in = names
     assert words_in is not None
     assert tags_in is not None
-    known, words, tags = table.words.get(tags_in, ()), [], []
-    for row, (cell, marks) in enumerate(zip(columns[words_in], columns[tags_in], strict=True)):
+    words, tags = [], []
+    for row, (cell, marks) in enumerate(zip(table.columns[words_in], table.columns[tags_in], strict=True)):
         words.append(_pieces(table, row, cell, "words"))
-        if known and isinstance(marks, list):
-            marks = [known[one] if isinstance(one, int) else one for one in marks]
+        if isinstance(marks, list):
+            marks = [table.word(tags_in, row, one) for one in marks]
         tags.append(_pieces(table, row, marks, "tags"))
         if len(words[-1]) != len(tags[-1]):
             raise FileError(f"{table.place(row)}: {len(words[-1])} words and {len(tags[-1])} tags; each word needs one")
@@ -229,5 +231,5 @@ def _both(
 def _pieces(table: Table, row: int, cell: Any, what: str) -> list[str]:
     pieces = cell.split() if isinstance(cell, str) else cell
     if not isinstance(pieces, list) or not pieces or not all(isinstance(one, (str, int)) for one in pieces):
-        raise FileError(f"{table.place(row)}: {safe_repr(cell)} is no list of {what}")
+        raise FileError(f"{table.place(row)}: {safe_repr(cell)} is not a list of {what}")
     return [str(one) for one in pieces]
