@@ -141,6 +141,7 @@ def test_a_table_with_named_columns_and_tabs(tmp_path: Path) -> None:
         ("text,label\n", {}, "has no rows"),
         ("", {}, "is empty; expected a line of column names"),
         ("text,label\nfilm 1, good,1\n", {}, "line 2: more fields than column names; a text that has commas in it"),
+        ("text;label\nx;1\n", {}, r"a\.csv: its columns seem to be separated by ';': 'text;label'; expected commas"),
         ("text,label,text\na,1,b\n", {}, "has more than one column 'text'"),
         ("text,label\nx,  \n", {}, "line 2: nothing in column 'label'"),
         ("text,label\n  ,1\n", {}, "line 2: nothing in column 'text'"),
@@ -157,9 +158,10 @@ def test_bad_tables(tmp_path: Path, text: str, options: dict[str, Any], message:
 
 def test_a_table_in_another_encoding(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_bytes("text,label\nschön,1\n".encode("latin-1"))
-    with pytest.raises(FileError, match="as a table in UTF-8"):
-        read(str(path))
+    for encoding, line in (("latin-1", 3), ("utf-16", 1)):
+        path.write_bytes("text,label\ngood,0\nschön,1\n".encode(encoding))
+        with pytest.raises(FileError, match=rf"a\.csv, line {line} is not UTF-8; save the file in that encoding"):
+            read(str(path))
 
 
 @pytest.mark.parametrize("name", ["nothing.csv", "./nothing", "/nothing/here.npz"])

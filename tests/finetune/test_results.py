@@ -84,6 +84,19 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: bytes, 
     assert path.read_bytes() == content
 
 
+def test_long_settings_are_told_where_they_differ(tmp_path: Path) -> None:
+    study = {**STUDY, "targets": [[f"bert.encoder.layer.{number}.query", 32] for number in range(4)]}
+    path = tmp_path / "results.jsonl"
+    Results(path, study).close()
+    changed = json.loads(json.dumps(study))
+    changed["targets"][2][1] = 48
+    message = r"another study \(targets was \[.bert\.encoder\.layer\.2\.query., 32\], now .* 48\]\)"
+    with pytest.raises(FileError, match=message):
+        Results(path, changed)
+    with pytest.raises(FileError, match=r"another study \(targets was a list of 4, now a list of 3\)"):
+        Results(path, {**study, "targets": changed["targets"][:3]})
+
+
 def test_another_study_is_refused_and_told(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     start(path, "a")

@@ -92,6 +92,26 @@ def test_labels_of_a_csv(
 
 
 @pytest.mark.parametrize(
+    ("column", "labels", "name"),
+    [
+        ("stars", ["good", "bad"], "classification"),
+        ("answer", ["yes", "no"], ""),
+        ("stars", [0.5, 1.25, 2.5, 3.75], "regression"),
+    ],
+)
+def test_named_columns_are_texts_and_labels_unless_they_are_called_completions(
+    tmp_path: Path, column: str, labels: list[Any], name: str
+) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text("\n".join([f"review,{column}", *(f"text {i},{labels[i % len(labels)]}" for i in range(8))]))
+    if not name:  # completions are few words, too
+        with pytest.raises(TnadaptError, match=r"'review' and 'answer' are prompts and completions \(--task causal-lm"):
+            chosen(path, text_column="review", label_column=column)
+        return
+    assert chosen(path, text_column="review", label_column=column)[0].name == name
+
+
+@pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
         (

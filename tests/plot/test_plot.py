@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,14 @@ def test_every_family_is_in_the_legend(tmp_path: Path) -> None:
     text = (tmp_path / "a.svg").read_text()
     for mark in MARKS:
         assert f"<!-- {mark.family}" in text
+
+
+@pytest.mark.parametrize(("counts", "ticks"), [((256, 512), {"300", "400"}), ((31, 4096), {"100", "1,000"})])
+def test_ticks_are_whole_numbers(tmp_path: Path, counts: tuple[int, int], ticks: set[str]) -> None:
+    pareto([Mark("LoRA", "", count, (0.5,)) for count in counts], tmp_path / "a.svg")
+    written = set(re.findall(r"<!-- (.+) -->", (tmp_path / "a.svg").read_text()))
+    assert ticks <= written
+    assert not [text for text in written if "times" in text or "^" in text]
 
 
 def test_mean_and_spread() -> None:

@@ -122,7 +122,8 @@ def _outcome(record: Mapping[str, Any]) -> str:
     if record["diverged"]:
         return "diverged"
     if "metric" in record:
-        told = f"{record['metric']} {record['validation']:.4g}"
+        shown = f"{record['validation']:.1%}" if record.get("percent") else f"{record['validation']:.4g}"
+        told = f"{record['metric']} {shown}"
     else:
         told = f"{record['validation']:.1%}" if "validation" in record else f"loss {record['validation_loss']:.4f}"
     return f"validation {told}, {record['seconds']:.1f} s"

@@ -149,11 +149,24 @@ def read_table(path: Path) -> Table:
     try:
         with path.open(encoding="utf-8-sig", newline="" if suffix in (".csv", ".tsv") else None) as file:
             names, rows, lines = _READERS[suffix](path, file)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise FileError(f"cannot read {path} as a table in UTF-8: {error}") from None
+    except UnicodeDecodeError:
+        raise _not_utf8(path) from None
+    except (OSError, csv.Error) as error:
+        raise FileError(f"cannot read {path} as a table: {error}") from None
     if not rows:
         raise FileError(f"{path} has no rows{' under its line of column names' if suffix in ('.csv', '.tsv') else ''}")
     return Table(path.name, str(path), {name: [row.get(name) for row in rows] for name in names}, {}, tuple(lines))
+
+
+def _not_utf8(path: Path) -> FileError:
+    """Return the error for a file in another encoding, with the line of the first byte that shows it."""
+    content = path.read_bytes()
+    where = str(path)
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:  # the error of reading has a position within a block of the file
+        where += f", line {content.count(10, 0, error.start) + 1}"
+    return FileError(f"{where} is not UTF-8; save the file in that encoding (in Excel, the type 'CSV UTF-8')")
 
 
 _Rows = tuple[Sequence[str], list[dict[str, Any]], list[int]]
@@ -164,6 +177,12 @@ def _separated(delimiter: str, path: Path, file: Any) -> _Rows:
     names = reader.fieldnames or []
     if not names:
         raise FileError(f"{path} is empty; expected a line of column names and rows of texts and labels")
+    other = next((mark for mark in ";\t|" if mark in names[0]), None)
+    if len(names) == 1 and delimiter == "," and other is not None:
+        raise FileError(
+            f"{path}: its columns seem to be separated by {other!r}: {safe_repr(names[0])}; expected commas; save it "
+            "again with commas, or with tabs as a .tsv"
+        )
     if doubled := {name for name in names if names.count(name) > 1}:
         raise FileError(f"{path} has more than one column {sorted(doubled)[0]!r}")
     rows, lines = [], []

@@ -258,7 +258,7 @@ def trained_on(samples: Sequence[int], seeds: int, rates: int, at: str = "each a
     Parameters
     ----------
     samples : sequence of int
-        Numbers of training, held-out and test samples.
+        Numbers of training, validation and test samples.
     seeds, rates : int
         Numbers of seeds and rates.
     at : str
@@ -271,15 +271,15 @@ def trained_on(samples: Sequence[int], seeds: int, rates: int, at: str = "each a
     Examples
     --------
     >>> trained_on([800, 200, 1000], 3, 4)
-    '800 / 200 / 1,000 samples to train on, choose the rate by, and test; 3 seeds; each at the best of 4 rates'
+    '800 training, 200 validation, 1,000 test samples; 3 seeds; each at the best of 4 rates'
     >>> trained_on([49900, 100, 10000], 1, 1)
-    '49,900 / 100 / 10,000 samples to train on, hold out, and test; 1 seed; one rate for all'
+    '49,900 training, 100 validation, 10,000 test samples; 1 seed; one rate for all'
     """
-    sizes = " / ".join(f"{count:,}" for count in samples)
-    middle, last = ("choose the rate by", f"{at} {rates} rates")
-    if rates == 1:
-        middle, last = "hold out", "one rate for all"
-    return f"{sizes} samples to train on, {middle}, and test; {seeds} seed{'s' * (seeds > 1)}; {last}"
+    sizes = ", ".join(
+        f"{count:,} {part}" for count, part in zip(samples, ("training", "validation", "test"), strict=True)
+    )
+    last = "one rate for all" if rates == 1 else f"{at} {rates} rates"
+    return f"{sizes} samples; {seeds} seed{'s' * (seeds > 1)}; {last}"
 
 
 def columns(seeds: int) -> list[str]:

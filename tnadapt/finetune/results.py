@@ -192,16 +192,23 @@ def _difference(there: Any, here: Mapping[str, Any]) -> str:
     there = there if isinstance(there, dict) else {}
     names = sorted({*there, *here})
     found = [
-        f"{name} was {_short(there.get(name))}, now {_short(here.get(name))}"
+        f"{name} was {was}, now {now}"
         for name in names
         if there.get(name) != here.get(name)
+        for was, now in [_shortened(there.get(name), here.get(name))]
     ]
     return "; ".join(found) or "its digest does not fit its settings"
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:24] + "…"
+def _shortened(was: Any, now: Any) -> tuple[str, str]:
+    """Return two different values as text in which the difference shows."""
+    whole = [json.dumps(value, ensure_ascii=False) for value in (was, now)]
+    if max(map(len, whole)) > 40 and isinstance(was, list) and isinstance(now, list):
+        if len(was) != len(now):
+            return f"a list of {len(was)}", f"a list of {len(now)}"
+        return _shortened(*next((one, other) for one, other in zip(was, now, strict=True) if one != other))
+    texts = [text if len(text) <= 40 else text[:24] + "…" for text in whole]
+    return texts[0], texts[1]
 
 
 def machine() -> dict[str, Any]:

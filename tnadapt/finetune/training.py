@@ -211,7 +211,7 @@ def train(
         **measured,
     }
     if problem.task.settings():
-        record["metric"] = problem.task.metric.name
+        record["metric"], record["percent"] = problem.task.metric.name, problem.task.metric.percent
     record["seconds"] = round(time.perf_counter() - began, 2)
     kept = training.keep_references or not task.method.reference
     if adapter is not None and adapters is not None and kept and not diverged:

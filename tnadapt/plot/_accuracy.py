@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .canvas import INK, OTHERS, PALE, STYLES, figure, quiet, saved
+from .canvas import INK, OTHERS, PALE, STYLES, count_ticks, figure, quiet, saved
 
 __all__ = ["Axis", "Mark", "pareto"]
 
@@ -160,7 +160,7 @@ def _axes(axes: Any, points: Sequence[Mark], marks: Sequence[Mark], axis: Axis) 
         axes.set_ylim(*((high + margin, low - 1.6 * margin) if axis.lower else (low - margin, high + 1.6 * margin)))
     axes.set_xlabel("trainable parameters of the adapter", fontsize=9, color=INK)
     axes.set_ylabel(f"{axis.label}, %" if axis.percent else axis.label, fontsize=9, color=INK)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    count_ticks(axes.xaxis)
     axes.grid(axis="both", which="major", color="#E6E6E6", linewidth=0.7)
     quiet(axes)
 

@@ -9,7 +9,7 @@ from typing import Any
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.checkpoints.container import file_error_context
 
-__all__ = ["INK", "OTHERS", "PALE", "STYLES", "figure", "quiet", "saved"]
+__all__ = ["INK", "OTHERS", "PALE", "STYLES", "count_ticks", "figure", "quiet", "saved"]
 
 # The colour-blind safe palette of Okabe and Ito, with different shapes for print in grey.
 STYLES: dict[str, tuple[str, str]] = {
@@ -45,6 +45,22 @@ def quiet(axes: Any) -> None:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(PALE)
+
+
+def count_ticks(axis: Any) -> None:
+    """Write the ticks of a logarithmic axis as whole numbers.
+
+    Within a decade there are few powers of ten, so that matplotlib labels some ticks between them, as 3 × 10².
+    """
+    from matplotlib.ticker import LogFormatterSciNotation
+
+    class _Counts(LogFormatterSciNotation):  # it decides which ticks have a label
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:,.0f}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axis.set_minor_formatter(_Counts(labelOnlyBase=False))
+    axis.set_tick_params(which="minor", labelsize=8, labelcolor=INK)
 
 
 def saved(drawn: Any, path: str | os.PathLike[str]) -> None:

@@ -26,6 +26,7 @@ __all__ = ["CausalLM"]
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question")
 COMPLETION_COLUMNS = ("completion", "response", "answer", "output")
+_USUAL = {*PROMPT_COLUMNS, *COMPLETION_COLUMNS}
 MESSAGES = "messages"
 _FORMS = ("text", "completion", MESSAGES)
 #: The target of tokens that are not learned.
@@ -64,7 +65,13 @@ class CausalLM(LearningTask):
             return Evidence("no", f"{source.name} has images")
         columns = _columns(source, spec)
         if len(columns) == 2 or columns == [MESSAGES]:
-            return Evidence("evident", f"{' and '.join(map(repr, columns))} are prompts and completions")
+            # Columns with other names, which the user gave, may as well be texts and labels.
+            usual = columns == [MESSAGES] or {name.strip().lower() for name in columns} & _USUAL
+            what = "are" if usual else "may be"
+            return Evidence(
+                "evident" if usual else "possible",
+                f"{' and '.join(map(repr, columns))} {what} prompts and completions",
+            )
         if columns and len(source.columns) == 1:
             return Evidence("evident", f"{columns[0]!r} has texts, and there is no other column")
         if columns:
