@@ -1,9 +1,9 @@
 """What works on each library's quantized layers, and how much of an update survives a merge into them.
 
-``python benchmarks/quantized.py``. On one layer of 1024 by 1024 of each kind: attach, train, save, load, merge and
-unmerge, each tried; the time to dequantize; and, for updates of several sizes relative to the weight, the error of the
-merged weight and the part of the update that it has (:class:`tnadapt.torch.RequantizedWeight`). The weight is normal
-with standard deviation 0.02, and the update is of rank 8.
+``python benchmarks/quantized.py``. On one layer or embedding of 1024 by 1024 of each kind: attach, train, save, load,
+merge and unmerge, each tried; the time to dequantize; and, for updates of several sizes relative to the weight, the
+error of the merged weight and the part of the update that it has (:class:`tnadapt.torch.RequantizedWeight`). The weight
+is normal with standard deviation 0.02, and the update is of rank 8.
 
 Results go to ``results/quantized.json``, and the tables of the documentation, made of them, to
 ``results/quantized.rst``; ``--tables`` makes the tables alone.
@@ -36,28 +36,29 @@ WIDTH, RANK, SEED = 1024, 8, 0
 def kinds() -> dict[str, Any]:
     """Return what makes a layer of each kind of a linear one; those of a library that is missing raise when called."""
     sys.path.insert(0, str(ROOT))
-    from tests.torch.quantized_models import KINDS, library
+    from tests.torch.quantized_models import EMBEDDINGS, KINDS, library
     from tests.torch.test_calibrated_layers import awq, gptq
 
     def of(kind: Any) -> Any:
-        return lambda linear: kind.quantize(library(kind.library), linear)
+        return lambda plain: kind.quantize(library(kind.library), plain)
 
-    found = {name: of(kind) for name, kind in KINDS.items()}
+    found = {name: of(kind) for name, kind in {**KINDS, **EMBEDDINGS}.items()}
     # Nothing quantizes to these formats without data: layers of the tests, which are small.
     return {**found, "GPTQ 4 bits": lambda _: gptq(4), "AWQ 4 bits": lambda _: awq()}
 
 
-def linear() -> Any:
-    """Return the layer before quantization."""
+def before(name: str) -> Any:
+    """Return the layer of a kind before quantization."""
     import torch
 
-    made = torch.nn.Linear(WIDTH, WIDTH, bias=False)
+    table = "embedding" in name
+    made: Any = torch.nn.Embedding(WIDTH, WIDTH) if table else torch.nn.Linear(WIDTH, WIDTH, bias=False)
     with torch.no_grad():
         made.weight.copy_(0.02 * torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(SEED)))
     return made
 
 
-def tried(make: Any) -> dict[str, str]:
+def tried(name: str, make: Any) -> dict[str, str]:
     """Return "yes", or the error, for each step."""
     import torch
 
@@ -74,24 +75,26 @@ def tried(make: Any) -> dict[str, str]:
         except Exception as error:
             done[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
-    model = torch.nn.Sequential(make(linear()))
+    model = torch.nn.Sequential(make(before(name)))
+    table = "embedding" in name
     with step("attach"):
-        adapter = tt.attach(model, tna.presets.lora(RANK), "all-linear")
+        adapter = tt.attach(model, tna.presets.lora(RANK), "embeddings" if table else "all-linear")
     x = torch.randn(32, adapter.targets[0].shape[1], generator=torch.Generator().manual_seed(1))
+    x = torch.arange(0, WIDTH, 8) if table else x
     with step("train"):
         train(model, adapter, x)
     with tempfile.TemporaryDirectory() as folder:
         with step("save"):
             adapter.save(Path(folder) / "a.safetensors")
         with step("load"):
-            other = torch.nn.Sequential(make(linear()))
+            other = torch.nn.Sequential(make(before(name)))
             tt.load(other, Path(folder) / "a.safetensors")
             assert torch.equal(other(x), model(x))
     with step("merge"):
-        before = model(x).detach()
+        attached = model(x).detach()
         adapter.merge()
         adapter.unmerge()
-        assert torch.equal(model(x), before)
+        assert torch.equal(model(x), attached)
     return done
 
 
@@ -155,7 +158,7 @@ def seconds_to_dequantize(layer: Any) -> float:
     return min(times) / found.numel()
 
 
-def merged(make: Any, size: float) -> dict[str, float]:
+def merged(name: str, make: Any, size: float) -> dict[str, float]:
     """Return what a merge of an update of this size relative to the weight does."""
     import torch
 
@@ -163,9 +166,9 @@ def merged(make: Any, size: float) -> dict[str, float]:
     import tnadapt.torch as tt
     from tnadapt.torch._merging import numbers
 
-    model = torch.nn.Sequential(make(linear()))
+    model = torch.nn.Sequential(make(before(name)))
     weight = numbers(model[0], "weight").float()
-    adapter = tt.attach(model, tna.presets.lora(RANK), "all-linear")
+    adapter = tt.attach(model, tna.presets.lora(RANK), "embeddings" if "embedding" in name else "all-linear")
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -188,16 +191,16 @@ def measure() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, make in kinds().items():
         print(name, flush=True)
-        row: dict[str, Any] = {"steps": tried(make)}
-        layer = make(linear())
+        row: dict[str, Any] = {"steps": tried(name, make)}
+        layer = make(before(name))
         values = numbers(layer, "weight").float()
         whole = values.numel() == WIDTH * WIDTH
         row["dequantize"] = seconds_to_dequantize(layer if whole else codes_alone(name))
         if row["steps"]["merge"] == "yes":
-            own = linear().weight.detach()
+            own = before(name).weight.detach()
             row["quantization"] = float(torch.linalg.norm(values - own) / torch.linalg.norm(own))
-            row["merges"] = {str(size): merged(make, size) for size in SIZES}
-        if name.startswith("bitsandbytes"):
+            row["merges"] = {str(size): merged(name, make, size) for size in SIZES}
+        if name.startswith("bitsandbytes") and "embedding" not in name:
             row["64 by 96"], row["96 by 64"] = off_by(make, 64, 96), off_by(make, 96, 64)
         found[name] = row
     versions = {}

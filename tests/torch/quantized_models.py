@@ -59,7 +59,7 @@ def values(made: Any) -> dict[str, Any]:
     found = {}
     for name, value in made.state_dict().items():
         if "tnadapt" not in name:
-            found.update(_tensors(name, value))
+            found.update(tensors_in(name, value))
     return {name: value.detach().clone() for name, value in found.items()}
 
 
@@ -70,12 +70,13 @@ def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
-def _tensors(name: str, value: Any) -> dict[str, Tensor]:
+def tensors_in(name: str, value: Any) -> dict[str, Tensor]:
+    """Return the tensors that a value consists of."""
     # A tensor of torchao or quanto consists of others.
     if not hasattr(value, "__tensor_flatten__"):
         return {name: value.as_subclass(Tensor)} if isinstance(value, Tensor) else {}
     parts, _ = value.__tensor_flatten__()
-    return {key: tensor for part in parts for key, tensor in _tensors(f"{name}.{part}", getattr(value, part)).items()}
+    return {key: tensor for part in parts for key, tensor in tensors_in(f"{name}.{part}", getattr(value, part)).items()}
 
 
 def _four_bit(kind: str, nested: bool) -> Callable[[Any, Any], Any]:
@@ -128,6 +129,37 @@ def _hqq(bits: int, group: int, axis: int = 1) -> Callable[[Any, Any], Any]:
     return quantize
 
 
+def embedding(name: str) -> Any:
+    """Return the quantized embedding of one of ``EMBEDDINGS``, always of the same numbers."""
+    kind = EMBEDDINGS[name]
+    torch.manual_seed(0)
+    return kind.quantize(library(kind.library), nn.Embedding(OUT, SIZE))
+
+
+def _embedding_of_bitsandbytes(name: str) -> Callable[[Any, Any], Any]:
+    def quantize(own: Any, table: Any) -> Any:
+        made = getattr(own.nn, name)(table.num_embeddings, table.embedding_dim)
+        made.weight.data = table.weight.data
+        return made.to("cpu")
+
+    return quantize
+
+
+def _embedding_of_torchao(config: str, **settings: Any) -> Callable[[Any, Any], Any]:
+    def quantize(own: Any, table: Any) -> Any:
+        groups = library("torchao.quantization.granularity")
+        how = getattr(own, config)(**{name: value(groups) for name, value in settings.items()})
+        own.quantize_(table, how, lambda module, _: isinstance(module, nn.Embedding))
+        return table
+
+    return quantize
+
+
+def _after_training(own: Any, table: Any) -> Any:
+    quantizer = own.Int4WeightOnlyEmbeddingQATQuantizer(group_size=32)
+    return quantizer.convert(quantizer.prepare(nn.Sequential(table)))[0]
+
+
 BNB, AO, QUANTO, HQQ = "bitsandbytes", "torchao.quantization", "optimum.quanto", "hqq.core.quantize"
 
 KINDS = {
@@ -149,4 +181,19 @@ KINDS = {
     "hqq 4 bits": Kind(HQQ, _hqq(4, 64), copies=False),
     "hqq 3 bits": Kind(HQQ, _hqq(3, 64), copies=False),
     "hqq 8 bits, axis 0": Kind(HQQ, _hqq(8, 64, axis=0), copies=False),
+}
+
+EMBEDDINGS = {
+    "bitsandbytes nf4 embedding": Kind(BNB, _embedding_of_bitsandbytes("EmbeddingNF4")),
+    "bitsandbytes fp4 embedding": Kind(BNB, _embedding_of_bitsandbytes("EmbeddingFP4")),
+    "bitsandbytes int8 embedding": Kind(BNB, _embedding_of_bitsandbytes("Embedding8bit")),
+    "torchao int8 embedding": Kind(AO, _embedding_of_torchao("Int8WeightOnlyConfig")),
+    "torchao float8 embedding": Kind(AO, _embedding_of_torchao("Float8WeightOnlyConfig")),
+    "torchao int4 embedding": Kind(
+        AO,
+        _embedding_of_torchao(
+            "IntxWeightOnlyConfig", weight_dtype=lambda _: torch.int4, granularity=lambda g: g.PerGroup(32)
+        ),
+    ),
+    "torchao int4 embedding, trained": Kind("torchao.quantization.qat.embedding", _after_training),
 }

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 from tnadapt.torch._merging import numbers  # noqa: E402
-from tnadapt.torch._quantized._integer_codes import crossing, unpacked  # noqa: E402
+from tnadapt.torch._quantized._integer_codes import crossing, planar, unpacked  # noqa: E402
 
 P = tna.presets
 ROWS, COLS, GROUP = 64, 96, 32
@@ -27,6 +27,18 @@ def words(codes: Any, bits: int) -> Any:
         found = [(total >> (32 * place)) & 0xFFFFFFFF for place in range(count)]
         packed.append([word - (1 << 32) if word >> 31 else word for word in found])
     return torch.tensor(packed, dtype=torch.int32).T.contiguous()
+
+
+def planes(codes: Any, bits: int) -> Any:
+    """Pack integers along the first axis in blocks of 32, each as the bits of 1, 2, 4 or 8 places at a time."""
+    widths = [width for width in (8, 4, 2, 1) if bits & width]
+    found = []
+    for block in codes.split(32):
+        low = 0
+        for width in widths:
+            found.append(words(block >> low & (1 << width) - 1, width))
+            low += width
+    return torch.cat(found)
 
 
 class Layer(torch.nn.Module):
@@ -56,33 +68,33 @@ def drawn(bits: int) -> tuple[Any, Any, Any]:
     )
 
 
-def gptq(bits: int, ordered: bool = True, second: bool = False) -> Any:
+def gptq(bits: int, ordered: bool = True, second: bool = False, pack: Any = words, **attributes: Any) -> Any:
     codes, zeros, scales = drawn(bits)
     group = torch.arange(COLS) // GROUP
     if not ordered:  # act-order: which group a feature is in is arbitrary
         group = group[torch.randperm(COLS)]
     weight = ((codes - zeros[group]) * scales[group]).T
     tensors = {
-        "qweight": words(codes, bits),
-        "qzeros": words((zeros if second else zeros - 1).T, bits).T.contiguous(),
+        "qweight": pack(codes, bits),
+        "qzeros": pack((zeros if second else zeros - 1).T, bits).T.contiguous(),
         "scales": scales,
         "g_idx": group.to(torch.int32),
     }
-    return Layer(weight, tensors, bits=bits, **({"qzero_format": lambda: 2} if second else {}))
+    return Layer(weight, tensors, bits=bits, **attributes)
 
 
-def awq() -> Any:
-    codes, zeros, scales = drawn(4)
+def awq(bits: int = 4) -> Any:
+    codes, zeros, scales = drawn(bits)
     group = torch.arange(COLS) // GROUP
     weight = ((codes - zeros[group]) * scales[group]).T
 
     def packed(integers: Any) -> Any:
-        # The word's places hold these of its eight output features.
+        # The word's places hold these of its eight output features, where there are eight.
         order = [8 * word + feature for word in range(ROWS // 8) for feature in (0, 2, 4, 6, 1, 3, 5, 7)]
-        return words(integers[:, order].T, 4).T.contiguous()
+        return words((integers[:, order] if bits == 4 else integers).T, bits).T.contiguous()
 
     return Layer(
-        weight, {"qweight": packed(codes), "qzeros": packed(zeros), "scales": scales}, w_bit=4, group_size=GROUP
+        weight, {"qweight": packed(codes), "qzeros": packed(zeros), "scales": scales}, w_bit=bits, group_size=GROUP
     )
 
 
@@ -92,8 +104,17 @@ LAYERS = {
     "gptq 3 bits": lambda: gptq(3),
     "gptq 8 bits": lambda: gptq(8),
     "gptq in order of activations": lambda: gptq(4, ordered=False),
-    "gptq, second format": lambda: gptq(4, second=True),
+    "gptq, second format": lambda: gptq(4, second=True, qzero_format=lambda: 2),
+    # A model that was stored in the second format: the kernel needs it, and nothing was converted.
+    "gptq, second format in the file": lambda: gptq(4, second=True, qzero_format=lambda: 1, REQUIRES_FORMAT_V2=True),
+    "gptq 3 bits in planes": lambda: gptq(3, pack=planes, planar=True),
+    "gptq 5 bits": lambda: gptq(5, pack=planes, planar=True),
+    "gptq 6 bits": lambda: gptq(6, ordered=False, pack=planes, planar=True),
+    "gptq 7 bits": lambda: gptq(7, pack=planes, planar=True),
     "awq": awq,
+    "awq 3 bits": lambda: awq(3),
+    "awq 5 bits": lambda: awq(5),
+    "awq 8 bits": lambda: awq(8),
 }
 layers = pytest.mark.parametrize("layer", LAYERS)
 
@@ -112,6 +133,15 @@ def test_aligned_integers_are_those_of_the_general_way(bits: int) -> None:
         assert torch.equal(unpacked(packed, bits, count, axis=1), crossing(packed, bits, count))
         across = unpacked(packed.T.contiguous(), bits, count, axis=0)
         assert torch.equal(across, crossing(packed, bits, count).T)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_one_plane_is_the_same_as_whole_codes(bits: int) -> None:
+    torch.manual_seed(bits)
+    packed = torch.randint(-(1 << 31), 1 << 31, (3, 4 * bits), dtype=torch.int64).to(torch.int32)
+    assert torch.equal(planar(packed, bits, 125, axis=1), unpacked(packed, bits, 125, axis=1))
+    across = packed.T.contiguous()
+    assert torch.equal(planar(across, bits, 125, axis=0), unpacked(across, bits, 125, axis=0))
 
 
 @layers
@@ -168,6 +198,13 @@ def test_other_layouts_are_adapted_and_not_read() -> None:
     class MarlinLinear(Layer):
         """A kernel's own order, in tensors of the same names."""
 
+    class ParoLinear(Layer):
+        """A rotation of the input before the product."""
+
+    made = awq()
+    made.__class__ = ParoLinear
+    assert numbers(made, "weight") is None
+    assert numbers(gptq(4, online_full_had=True), "weight") is None
     made = gptq(4)
     made.__class__ = MarlinLinear
     assert numbers(made, "weight") is None
@@ -180,4 +217,67 @@ def test_other_layouts_are_adapted_and_not_read() -> None:
     with pytest.raises(
         tna.TargetError, match=r"cannot be merged into: it is on the meta device, or in a layout whose n"
     ):
+        adapter.merge()
+
+
+class Deciding(Layer):
+    """A layer of GPTQModel's for CPUs: evaluated first, it repacks its words for a kernel without a backward."""
+
+    def forward(self, x: Any) -> Any:
+        if self.linear_mode is None:
+            self.linear_mode = "train" if self.training or x.requires_grad else "inference"
+            if self.linear_mode == "inference":
+                self.qweight = self.qweight.to(torch.uint8)
+        y = super().forward(x)
+        return y.detach() if self.linear_mode == "inference" else y
+
+
+@pytest.mark.parametrize("layer", [gptq, awq])
+def test_a_layer_is_not_repacked_while_an_adapter_is_attached(layer: Any) -> None:
+    made, fresh = layer(4), layer(4)
+    for one in (made, fresh):
+        one.__class__, one.linear_mode = Deciding, None
+    base = torch.nn.Sequential(made).eval()
+    adapter = tt.attach(base, P.lora(2), "all-linear")
+    x = torch.randn(3, COLS)
+    with torch.no_grad():
+        base(x)
+    x.requires_grad_()
+    base(x).sum().backward()
+    torch.testing.assert_close(x.grad, made.known.sum(0).expand(3, -1))
+    torch.testing.assert_close(numbers(made, "weight"), made.known, rtol=1e-6, atol=0.0)
+    adapter.detach()
+    assert made.linear_mode is None
+
+    fresh.eval()(x.detach())
+    other = torch.nn.Sequential(fresh)
+    tt.attach(other, P.lora(2), "all-linear")
+    with pytest.raises(tna.TargetError, match=r"Deciding passes no gradient .* attach to a freshly loaded model"):
+        other(x).sum().backward()
+
+
+def test_gptq_embeddings_are_no_linear_layers() -> None:
+    class TorchQuantEmbeddings(Layer):
+        """GPTQModel's, whose forward takes indices."""
+
+        def forward(self, ids: Any) -> Any:
+            return torch.nn.functional.embedding(ids, self.known.T)
+
+    TorchQuantEmbeddings.__module__ = "gptqmodel.nn_modules.qlinear.torch"
+    TorchQuantEmbeddings.__qualname__ = "TorchQuantEmbeddings"
+    table = gptq(4)
+    table.__class__ = TorchQuantEmbeddings
+    base = torch.nn.Sequential(table, gptq(4))
+    base[0].known = base[0].known.contiguous()
+    assert [target.name for target in tt.find_targets(base, "all-linear")] == ["1.weight"]
+    adapter = tt.attach(torch.nn.Sequential(table), P.lora(2), "embeddings")
+    assert (adapter.targets[0].shape, adapter.targets[0].role) == ((COLS, ROWS), "embedding")
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    ids = torch.tensor([[0, 5, 95]])
+    expected = (table.known.T + adapter.deltas()[0])[ids]
+    torch.testing.assert_close(adapter.model(ids), expected)
+    torch.testing.assert_close(numbers(table, "weight"), table.known.T, rtol=1e-6, atol=0.0)
+    with pytest.raises(tna.TargetError, match=r"0\.weight is quantized: TorchQuantEmbeddings is quantized by GPTQ"):
         adapter.merge()

@@ -352,7 +352,7 @@ def test_the_summary_counts_what_the_codes_stand_for() -> None:
 
 
 def test_a_registered_type_is_asked_before_the_built_in_ones() -> None:
-    assert QUANTIZED.built_in == ("bitsandbytes-4bit", "bitsandbytes-int8", "torchao", "quanto", "hqq", "gptq", "awq")
+    assert {"bitsandbytes-4bit", "bitsandbytes-int8-embedding", "torchao", "hqq", "gptq"} < set(QUANTIZED.built_in)
     with pytest.raises(tna.ConfigError, match="quantized layer 'hqq' is built in and cannot be replaced"):
         tt.register_quantized("hqq", Grid)
 

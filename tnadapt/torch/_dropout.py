@@ -41,8 +41,10 @@ def drops_input(slot: AdapterSlot, host: nn.Module) -> bool:
     """Return whether elements of the host's input are dropped for this slot."""
     if slot.adapter.dropout == 0.0 or not host.training:
         return False
-    if isinstance(host, nn.Embedding) or slot.target.index is not None:
-        return False  # its input are indices, or not what the experts' second matrices multiply
+    if isinstance(host, nn.Embedding) or getattr(host.__dict__.get("forward"), "looks_up", False):
+        return False  # its input are indices
+    if slot.target.index is not None:
+        return False  # it is not what the experts' second matrices multiply
     return slot.strategy != "weight" or _shows_input(slot, host)
 
 

@@ -6,7 +6,8 @@ the whole vocabulary: the rows are added in the wider dtype and rounded once.
 - *factored*: rows of the left factor are looked up and multiplied by the right one; ΔW is never formed.
 - *additive*: ΔW is formed, as for a list of tokens' rows, and its rows are looked up.
 
-Only where the module's forward is known to be a lookup, times a scale perhaps (:func:`is_lookup`).
+Only where the module's forward is known to be a lookup, times a scale perhaps (:func:`is_lookup`). A quantized
+embedding's own forward is run, and the rows of updates are added to its output.
 """
 
 from __future__ import annotations
@@ -25,23 +26,27 @@ from torch.nn import functional
 from tnadapt.algebra.factoring import Matrix
 
 from ._forward_pass import delta, factors, scaled
+from ._quantized import quantized_type
 from ._row_features import updated_places
 from ._state import AdapterSlot
 
-__all__ = ["embedded", "is_lookup"]
+__all__ = ["beside", "embedded", "is_lookup"]
 
 # What a subclass may do with the rows, as in Gemma and BART.
 _SCALES = ("super().forward({0}) * self.embed_scale", "super().forward({0}) * self.embed_scale.to(self.weight.dtype)")
 
 
 def is_lookup(module: nn.Module) -> bool:
-    """Return whether a module's forward is that of nn.Embedding, times ``embed_scale`` perhaps.
+    """Return whether a module's forward is that of nn.Embedding, times ``embed_scale`` perhaps, or a quantized one's.
 
     Examples
     --------
     >>> is_lookup(nn.Embedding(5, 2)), is_lookup(nn.EmbeddingBag(5, 2))
     (True, False)
     """
+    kind = quantized_type(module)
+    if kind is not None and kind.looks_up(module):
+        return True
     # Gradients of a factor cannot be divided by the frequencies of tokens.
     if not isinstance(module, nn.Embedding) or module.scale_grad_by_freq:
         return False
@@ -69,12 +74,24 @@ def embedded(module: nn.Embedding, weight: Tensor, ids: Tensor, slots: Sequence[
     kind, total = weight.dtype, functional.embedding(ids, weight, module.padding_idx)
     for slot in slots:
         total = _plus_rows(total, slot, ids.to(weight.device), module.padding_idx)
-    y = total.to(kind)
-    if type(module).forward is nn.Embedding.forward:
-        return y
-    scale: Any = module.embed_scale
-    scaled_rows: Tensor = y * (scale.to(kind) if isinstance(scale, Tensor) else scale)
-    return scaled_rows
+    return _times_scale(module, total.to(kind))
+
+
+def beside(module: nn.Module, y: Tensor, ids: Tensor, slots: Sequence[AdapterSlot]) -> Tensor:
+    """Return a quantized embedding's output ``y`` plus the updates of slots, looked up."""
+    total, padding = torch.zeros_like(y), getattr(module, "padding_idx", None)
+    for slot in slots:
+        total = _plus_rows(total, slot, ids.to(y.device), padding)
+    return (y + _times_scale(module, total)).to(y.dtype)
+
+
+def _times_scale(module: Any, rows: Tensor) -> Tensor:
+    """Return rows as the forward of a module returns them, which :func:`is_lookup` knows."""
+    scale = getattr(module, "embed_scale", None)
+    if scale is None or type(module).forward is nn.Embedding.forward:
+        return rows
+    found: Tensor = rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
+    return found
 
 
 def _plus_rows(total: Tensor, slot: AdapterSlot, ids: Tensor, padding: int | None) -> Tensor:

@@ -36,13 +36,13 @@ from tnadapt.algebra.factoring import Factored, Matrix
 
 from ._changed_forward import added_matrix, changed_linear, scaled_output
 from ._dropout import dropped_inputs, drops_input
-from ._embedding_forward import embedded, is_lookup
+from ._embedding_forward import beside, embedded, is_lookup
 from ._factored_linear import can_fuse, factored_linear, product
 from ._forward_pass import acts, check_recomputation, delta, delta_source, factors, scaled
 from ._merged_linear import DeltaSource, MergedWeightLinear, in_dispatch_mode, in_functorch, summed
 from ._parameter_sums import changed_parameter, is_read, parameter_sum
 from ._patched_parameter import PatchedParameter
-from ._quantized import is_packed
+from ._quantized import is_packed, quantized_type
 from ._row_assignment import mixing_weight
 from ._row_features import add_features
 from ._row_pass import run_by_rows
@@ -83,6 +83,7 @@ class ForwardPatch:
         self.is_plain = False
         #: Whether the original is the forward of an embedding, so that rows can be looked up in updates.
         self.looks_up = False
+        self.is_quantized = quantized_type(host) is not None
         #: Whether backward through the original does not reach its input, because it rounds it.
         self.blocks = blocks_gradient(host)
         self._lock = threading.RLock()
@@ -220,6 +221,8 @@ class ForwardPatch:
     ) -> Tensor:
         """Return the output of an embedding, whose updates are looked up like its weight."""
         host: Any = self.host
+        if self.is_quantized:
+            return beside(host, self._original(*args, **kwargs), _input(args, kwargs), added)
         weight = parameter_sum(*to_weights[0], self.host) if to_weights else self.weights[0].tensor
         return embedded(host, weight, _input(args, kwargs), added)
 

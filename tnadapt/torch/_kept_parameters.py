@@ -79,7 +79,12 @@ def _biases_of(weight: str) -> tuple[str, ...]:
 def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[str]) -> list[str]:
     """Return the parameters and buffers whose dotted paths contain a pattern as whole components, in order."""
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    state = set(model.state_dict(keep_vars=True))
+    # What a state dict leaves out. Making one raises an error for some modules, as bitsandbytes' embeddings.
+    left_out = {
+        join(path, name)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
     # A tied weight has several names and is kept under the first.
     tensors = list(
         itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
@@ -87,7 +92,7 @@ def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[
     first: dict[int, str] = {}
     for name, tensor in tensors:
         first.setdefault(id(tensor), name)
-    names = {name: first[id(tensor)] for name, tensor in tensors if name in state and not is_array(name)}
+    names = {name: first[id(tensor)] for name, tensor in tensors if name not in left_out and not is_array(name)}
     kept: dict[str, None] = {}
     for pattern in patterns:
         found = [own for name, own in names.items() if f".{pattern}." in f".{name}."]

@@ -166,6 +166,9 @@ def _layer(adapter: AdapterState, indices: Sequence[int], added: Sum) -> Requant
         # The sums of rows that do not overlap are independent of each other.
         target.write(wanted, added(index, target, before))
     state = _quantize(kind, owner, name, wanted)
+    changed = (wanted != before).any(1)
+    if not bool(changed.all()):
+        state = kind.keep_rows(owner, state, changed)
     after = _numbers(kind, owner, state)
     if not bool(torch.isfinite(after).all()):
         raise BackendError(

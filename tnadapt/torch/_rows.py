@@ -11,6 +11,7 @@ from torch import nn
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 
 from ._experts import sees_tokens_in_order
+from ._quantized import is_embedding
 from ._registry import attached, overlapping
 from ._row_assignment import RowAssignment, entered
 from ._row_pass import check_usable
@@ -150,7 +151,7 @@ def _check_embeddings(model: nn.Module, named: set[AdapterState]) -> None:
     for state in named:
         for slot in state.slots:
             name = slot.target.module.rpartition(".")[2]
-            if isinstance(slot.owner, nn.Embedding) and id(slot.owner) not in inputs and not name.startswith(_BY_ROWS):
+            if is_embedding(slot.owner) and id(slot.owner) not in inputs and not name.startswith(_BY_ROWS):
                 raise TargetError(
                     f"{slot.target.name} is not an embedding of tokens or positions, and its indices may have no rows: "
                     f"run the rows of adapter {state.name!r} on their own, after activate()"

@@ -57,7 +57,8 @@ class _StraightThrough(torch.autograd.Function):
         weight = None if kind is None else kind.dequantize(ctx.host)
         if weight is None:
             raise TargetError(
-                f"{type(ctx.host).__name__} rounds its input, and its weight cannot be dequantized for the gradient: "
-                "use a type of quantization that leaves the input alone"
+                f"{type(ctx.host).__name__} passes no gradient to its input, and its weight cannot be dequantized to "
+                "compute one: attach to a freshly loaded model, before its first evaluation, or use a type of "
+                "quantization that leaves the input alone"
             )
         return (grad @ weight.to(grad.dtype)).to(ctx.dtype), None, None

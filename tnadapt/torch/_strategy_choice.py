@@ -15,12 +15,10 @@ from ._embedding_forward import is_lookup
 from ._experts import tokens_of_one
 from ._forward_patch import ForwardPatch
 from ._merging import numbers
-from ._quantized import QuantizedLayer, is_packed, quantized_type
+from ._quantized import QuantizedLayer, is_embedding, is_packed, quantized_type
 from ._step_cost import MACHINES, choose
 
 __all__ = ["is_quantized", "strategy_of"]
-
-_NOT_LINEAR = (nn.Embedding, nn.modules.conv._ConvNd)
 
 
 def strategy_of(
@@ -39,12 +37,16 @@ def strategy_of(
     weight = owner._parameters.get(target.parameter)
     quantized = is_quantized(owner, target)
     # Adding to the output must be equivalent to changing the weight, which is known only for linear forwards.
-    if isinstance(owner, nn.Embedding) and quantized:
-        raise TargetError(f"{target.name} belongs to a quantized embedding: leave it out of the targets")
-    if host is owner and _looks_up(owner) and not quantized and target.parameter == "weight" and activation is None:
-        return _of_lookup(wanted, plan, index, target, config, applying)
+    embeds, looks_up = is_embedding(owner), host is owner and _looks_up(owner) and target.parameter == "weight"
+    if embeds and quantized and (quantized_type(owner) is None or not looks_up):
+        raise TargetError(
+            f"{target.name} belongs to a quantized embedding, {type(owner).__name__}, whose forward tnadapt does not "
+            "know as a lookup: leave it out of the targets, or register its type with tnadapt.torch.register_quantized"
+        )
+    if looks_up and activation is None:
+        return _of_lookup(wanted, plan, index, target, config, applying, quantized)
     linear = type(owner).forward is nn.Linear.forward or type(owner).__name__ == "Conv1D"
-    linear = linear or (quantized and not isinstance(owner, _NOT_LINEAR))
+    linear = linear or (quantized and not embeds and not isinstance(owner, nn.modules.conv._ConvNd))
     own = host is owner and linear and len(target.stored) == 2 and target.parameter == "weight"
     if target.index is not None and not quantized and activation is None:
         # Whatever the module does with the matrices of its experts, the update of one acts on products with it.
@@ -112,9 +114,16 @@ def strategy_of(
 
 
 def _of_lookup(
-    wanted: str, plan: SuperLoRA, index: int, target: Target, config: Config, applying: Applying
+    wanted: str, plan: SuperLoRA, index: int, target: Target, config: Config, applying: Applying, quantized: bool
 ) -> tuple[str, Factoring | None]:
     """Return the strategy for an embedding, whose updates can be looked up like its weight."""
+    if quantized and not applying.additive:
+        raise ConfigError(
+            f"apply={config.apply!r} of {target.label} does more than add rows of ΔW, and the embedding is quantized: "
+            "use apply='add', or leave it out of the targets"
+        )
+    if quantized and wanted == "weight":
+        raise ConfigError(f"strategy='weight' cannot add to {target.name}, which is quantized: use 'additive'")
     if not applying.additive:
         if wanted in ("auto", "weight"):
             return "weight", None

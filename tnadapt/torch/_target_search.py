@@ -15,6 +15,7 @@ from tnadapt.targets.roles import layer_of
 from tnadapt.targets.target import Target
 
 from ._attention_search import AttentionModule, attentions
+from ._quantized import is_embedding
 from ._weights import Weight, modules_of, plain, weights_of, wraps
 
 __all__ = ["WORDS", "TargetSearch"]
@@ -88,7 +89,7 @@ class TargetSearch:
                 _whole(weight) for weight in self.weights if weight.kind == "linear" and id(weight.module) not in heads
             ]
         if word == "embeddings":
-            return [_whole(weight) for weight in self.weights if isinstance(weight.module, nn.Embedding)]
+            return [_whole(weight) for weight in self.weights if is_embedding(weight.module)]
         if word == "conv":
             return [_whole(weight) for weight in self.weights if weight.kind == "conv"]
         try:
@@ -229,7 +230,7 @@ class TargetSearch:
 
 
 def _whole(weight: Weight) -> Target:
-    role = "embedding" if isinstance(weight.module, nn.Embedding) else "conv" if weight.kind == "conv" else "linear"
+    role = "embedding" if is_embedding(weight.module) else "conv" if weight.kind == "conv" else "linear"
     # The last component is dropped: a module's index in a Sequential is not the number of a layer.
     return weight.target(role, layer_of(plain(weight.path).rpartition(".")[0]))
 

@@ -12,6 +12,7 @@ from torch import nn
 from tnadapt.errors import TargetError
 from tnadapt.targets.target import Target
 
+from ._quantized import is_embedding
 from ._weights import join, modules_of
 
 __all__ = ["tied", "with_tied"]
@@ -70,10 +71,10 @@ def with_tied(model: nn.Module, targets: Sequence[Target], keep: bool) -> list[T
         if len(same) > 1 and (keep or target.tied):
             module, _, parameter = same[0].rpartition(".")
             # With its first name it has the role of its first module; a file keeps the role that it was saved with.
-            is_embedding = isinstance(model.get_submodule(module), nn.Embedding) and not target.tied
+            embeds = is_embedding(model.get_submodule(module)) and not target.tied
             target = dataclasses.replace(
                 target, module=module, parameter=parameter, tied=tuple(same[1:]),
-                role="embedding" if is_embedding else target.role,
+                role="embedding" if embeds else target.role,
             )  # fmt: skip
         found.append(target)
     return found

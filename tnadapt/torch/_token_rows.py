@@ -12,6 +12,7 @@ from tnadapt.errors import TargetError, integer, safe_repr
 from tnadapt.targets.row_sets import MAX_SIZE
 from tnadapt.targets.target import RowIndices, Target
 
+from ._quantized import is_embedding
 from ._weights import modules_of, weights_of
 
 __all__ = ["token_targets"]
@@ -70,7 +71,7 @@ def token_targets(model: nn.Module, tokens: Iterable[int], module: str | None = 
 
 def _embedding(model: nn.Module, path: str | None) -> Target:
     """Return the whole weight of a model's token embedding."""
-    embeddings = {name: module for name, module in modules_of(model) if isinstance(module, nn.Embedding)}
+    embeddings = {name: module for name, module in modules_of(model) if is_embedding(module)}
     if path is not None:
         found = [name for name in embeddings if name == path]
     else:

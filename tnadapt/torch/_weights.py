@@ -13,7 +13,7 @@ from tnadapt.targets.attention_grouping import main_projection
 from tnadapt.targets.target import Rows, Target
 
 from ._experts import stacks_of
-from ._quantized import quantized_type
+from ._quantized import is_embedding, quantized_type
 
 __all__ = ["Weight", "check_embedding", "join", "modules_of", "plain", "projections_in", "weights_of", "wraps"]
 
@@ -186,7 +186,7 @@ def projections_in(path: str, module: nn.Module) -> list[Weight]:
         for below, inner in modules_of(module)
         for weight in weights_of(join(path, below), inner)
         if weight.kind != "other" or not plain(below)
-        if not isinstance(inner, nn.Embedding)
+        if not is_embedding(inner)
         if not (isinstance(inner, nn.modules.conv._ConvNd) and inner.groups == inner.in_channels > 1)
     ]
     return main_projection(found, path, lambda weight: weight.path)
@@ -196,7 +196,7 @@ def _weight(path: str, module: nn.Module) -> Weight | None:
     anything: Any = module
     own = quantized_type(module)
     if own is not None:
-        return Weight(path, "weight", module, own.shape(module), "linear")
+        return Weight(path, "weight", module, own.shape(module), "other" if is_embedding(module) else "linear")
     # It need not be a parameter: it may be parametrized, quantized, or a method of this name.
     weight: Any = module._parameters.get("weight")
     weight = getattr(module, "weight", None) if weight is None else weight

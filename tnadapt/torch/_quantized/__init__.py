@@ -1,4 +1,4 @@
-"""Quantized linear layers: how to recognize them, their shapes, their dequantized weights, and how to merge into them.
+"""Quantized layers: how to recognize them, their shapes, their dequantized weights, and how to merge into them.
 
 One class in one file for each type of layer, listed in one table. None of them imports the library whose layers it
 knows: layers are recognized by the names of their classes, and a library is loaded already if a model has its layers.
@@ -18,13 +18,14 @@ from tnadapt.plugins import Registry, load_plugins
 
 from ._awq import AWQLayer
 from ._bitsandbytes import FourBitLayer, Int8Layer
-from ._gptq import GPTQLayer
+from ._gptq import GPTQEmbedding, GPTQLayer
 from ._hqq import HQQLayer
+from ._quantized_embeddings import FourBitEmbedding, Int4Embedding, Int8Embedding
 from ._quantized_layer import QuantizedLayer, twin
 from ._quanto import QuantoLayer
 from ._torchao import TorchAOLayer
 
-__all__ = ["QUANTIZED", "QuantizedLayer", "is_packed", "quantized_type", "register_quantized", "twin"]
+__all__ = ["QUANTIZED", "QuantizedLayer", "is_embedding", "is_packed", "quantized_type", "register_quantized", "twin"]
 
 QUANTIZED: Registry[QuantizedLayer] = Registry(
     "quantized layer",
@@ -32,17 +33,21 @@ QUANTIZED: Registry[QuantizedLayer] = Registry(
     {
         "bitsandbytes-4bit": FourBitLayer,
         "bitsandbytes-int8": Int8Layer,
+        "bitsandbytes-4bit-embedding": FourBitEmbedding,
+        "bitsandbytes-int8-embedding": Int8Embedding,
         "torchao": TorchAOLayer,
+        "torchao-int4-embedding": Int4Embedding,
         "quanto": QuantoLayer,
         "hqq": HQQLayer,
         "gptq": GPTQLayer,
+        "gptq-embedding": GPTQEmbedding,
         "awq": AWQLayer,
     },
 )
 
 
 def register_quantized(name: str, cls: type[QuantizedLayer]) -> None:
-    """Make a type of quantized linear layer known to :func:`attach` and :func:`load`.
+    """Make a type of quantized layer known to :func:`attach` and :func:`load`.
 
     Parameters
     ----------
@@ -91,6 +96,20 @@ def quantized_type(module: nn.Module) -> QuantizedLayer | None:
         if found.matches(module):
             return found
     return None
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Return whether a module is an embedding, of numbers or quantized.
+
+    Examples
+    --------
+    >>> is_embedding(nn.Embedding(4, 2)), is_embedding(nn.Linear(4, 2))
+    (True, False)
+    """
+    if isinstance(module, nn.Embedding):
+        return True
+    kind = quantized_type(module)
+    return kind is not None and kind.looks_up(module)
 
 
 def is_packed(weight: Tensor) -> bool:

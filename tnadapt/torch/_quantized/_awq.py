@@ -1,17 +1,13 @@
-"""Layers of AWQ: 4-bit codes along the output features, eight to a word in interleaved order."""
+"""Layers of AWQ: codes along the output features, those of 4 bits eight to a word in interleaved order."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from tnadapt.errors import TargetError
-
+from ._calibrated_layer import CalibratedLayer, is_readable
 from ._integer_codes import unpacked
-from ._quantized_layer import QuantizedLayer
 
 __all__ = ["AWQLayer"]
 
@@ -19,15 +15,17 @@ __all__ = ["AWQLayer"]
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-class AWQLayer(QuantizedLayer):
+class AWQLayer(CalibratedLayer):
     """The linear layers of AutoAWQ and of GPTQModel for AWQ in the GEMM layout, recognized by what they hold.
 
-    ``qweight`` is ``(cols, rows / 8)``, ``qzeros`` ``(groups, rows / 8)`` and ``scales`` ``(groups, rows)``. The weight
-    is ``(codes - zeros) * scales``. Layouts of other kernels (GEMV, Marlin, ExLlama) have other shapes: their layers
-    are adapted, and their weights are not read.
+    ``qweight`` is ``(cols, rows * bits / 32)``, ``qzeros`` ``(groups, rows * bits / 32)`` and ``scales`` ``(groups,
+    rows)``. The weight is ``(codes - zeros) * scales``. Codes of other than 4 bits, which GPTQModel has, are in order,
+    and may cross from one word to the next. Layouts of other kernels (GEMV, Marlin, ExLlama) have other shapes: their
+    layers are adapted, and their weights are not read.
     """
 
-    moved = 100.0
+    method = "AWQ"
+    chosen = "scales"
 
     def matches(self, module: nn.Module) -> bool:
         """Return whether it has the tensors of this format, and no groups by index, which GPTQ has."""
@@ -37,25 +35,19 @@ class AWQLayer(QuantizedLayer):
     def dequantize(self, module: nn.Module) -> Tensor | None:
         """Return the weight in the dtype of the scales; None for another layout."""
         layer: Any = module
+        bits = _bits(module)
+        if bits is None or not is_readable(module):
+            return None
         rows, cols = self.shape(module)
-        groups = layer.scales.shape[0]
-        expected = (cols, rows // 8), (groups, rows // 8), (groups, rows)
+        groups, words = layer.scales.shape[0], -(-rows * bits // 32)
+        expected = (cols, words), (groups, words), (groups, rows)
         found = tuple(tuple(tensor.shape) for tensor in (layer.qweight, layer.qzeros, layer.scales))
-        if layer.qweight.device.type == "meta" or layer.qweight.dtype is not torch.int32 or _bits(module) != 4:
+        if found != expected or cols % groups or (bits == 4 and rows % 8):
             return None
-        if found != expected or _own_layout(layer):
-            return None
-        codes, zeros = (_in_order(unpacked(words, 4, rows, axis=1)) for words in (layer.qweight, layer.qzeros))
+        codes, zeros = (_in_order(unpacked(held, bits, rows, axis=1), bits) for held in (layer.qweight, layer.qzeros))
         size = cols // groups
         scales, zeros = (tensor.repeat_interleave(size, 0) for tensor in (layer.scales, zeros))
         return ((codes - zeros).to(scales.dtype) * scales).T.contiguous()
-
-    def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
-        """Raise a TargetError: the scales come from calibration data."""
-        raise TargetError(
-            f"{type(module).__name__} is quantized by AWQ, which chose its scales by calibration data: rounding W + ΔW "
-            "to them would undo that. Keep the adapter attached, or merge into the unquantized model and quantize that"
-        )
 
 
 def _bits(module: Any) -> int | None:
@@ -63,10 +55,5 @@ def _bits(module: Any) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _in_order(codes: Tensor) -> Tensor:
-    return codes.view(len(codes), -1, 8)[:, :, list(_PLACES)].reshape(codes.shape)
-
-
-def _own_layout(layer: Any) -> bool:
-    name = type(layer).__name__.lower()
-    return any(own in name for own in ("gemv", "marlin", "exllama", "machete", "bitblas", "swordfish"))
+def _in_order(codes: Tensor, bits: int) -> Tensor:
+    return codes if bits != 4 else codes.view(len(codes), -1, 8)[:, :, list(_PLACES)].reshape(codes.shape)

@@ -73,7 +73,7 @@ class FourBitLayer(QuantizedLayer):
 class Int8Layer(QuantizedLayer):
     """``bitsandbytes.nn.Linear8bitLt``: int8 codes, with the largest absolute value of each row as its scale."""
 
-    stored = ("weight", "state")
+    stored: tuple[str, ...] = ("weight", "state")
     moved = 1.0
 
     def matches(self, module: nn.Module) -> bool:
@@ -87,23 +87,24 @@ class Int8Layer(QuantizedLayer):
             return None
         if weight.dtype is not torch.int8:
             return cast(Tensor, weight.detach())
-        scales = next(
-            scales for holder in (weight, module.state) if (scales := getattr(holder, "SCB", None)) is not None
-        )
+        holders = (weight, getattr(module, "state", None))  # an embedding has no state
+        scales = next(scales for holder in holders if (scales := getattr(holder, "SCB", None)) is not None)
         codes: Tensor = weight.detach().as_subclass(Tensor)
         return codes.float() * cast(Tensor, scales.float() / 127.0).view(-1, 1)
 
     def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
         """Quantize by ``int8_vectorwise_quant`` from float16, as the library does when a layer is moved."""
         held: Any = module._parameters["weight"]
-        state: Any = copy.copy(module.state)
-        state.reset_grads()  # forgets the codes and scales of the original
+        found: dict[str, Any] = {}
+        if "state" in self.stored:
+            found["state"] = copy.copy(module.state)
+            found["state"].reset_grads()  # forgets the codes and scales of the original
         if held.dtype is not torch.int8:
-            return {"weight": _same_class(held, weight.to(held.dtype)), "state": state}
+            return {**found, "weight": _same_class(held, weight.to(held.dtype))}
         codes, scales, _ = _functional().int8_vectorwise_quant(weight.to(torch.float16).contiguous())
         new = _same_class(held, codes)
         new.CB, new.SCB = codes, scales
-        return {"weight": new, "state": state}
+        return {**found, "weight": new}
 
 
 def _functional() -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["crossing", "unpacked"]
+__all__ = ["crossing", "planar", "unpacked"]
 
 
 def unpacked(words: Tensor, bits: int, count: int, axis: int) -> Tensor:
@@ -32,6 +32,41 @@ def unpacked(words: Tensor, bits: int, count: int, axis: int) -> Tensor:
     words = words.movedim(axis, -1)
     found = _aligned(words, bits, count) if 32 % bits == 0 else crossing(words, bits, count)
     return found.movedim(-1, axis)
+
+
+def planar(words: Tensor, bits: int, count: int, axis: int) -> Tensor:
+    """Return the integers that words hold along an axis in planes: each 32 integers are in ``bits`` words.
+
+    First come the words of the lowest bits of all 32, then those of the next. The widths of these planes are the powers
+    of two that make up ``bits``, the largest first: 4, 2 and 1 for 7 bits. None crosses from one word to the next.
+
+    Parameters
+    ----------
+    words : Tensor, int32, 2-D
+    bits : int
+    count : int
+        Number of integers along the axis; the rest is padding.
+    axis : int
+
+    Returns
+    -------
+    Tensor, int32
+
+    Examples
+    --------
+    >>> low, high = [0xC, 0], [0x1]  # 2 bits each of the first 16 and the last, and the third bit of all
+    >>> planar(torch.tensor([low + high], dtype=torch.int32), 3, 4, axis=1)
+    tensor([[4, 3, 0, 0]], dtype=torch.int32)
+    """
+    words = words.movedim(axis, -1)
+    blocks = words.reshape(*words.shape[:-1], -1, bits)
+    found = torch.zeros(*blocks.shape[:-1], 32, dtype=torch.int32, device=words.device)
+    low = 0
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            found |= _aligned(blocks[..., low : low + width], width, 32) << low
+            low += width
+    return found.flatten(-2)[..., :count].movedim(-1, axis)
 
 
 def _aligned(words: Tensor, bits: int, count: int) -> Tensor:

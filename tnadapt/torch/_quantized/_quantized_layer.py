@@ -1,4 +1,4 @@
-"""The contract of a type of quantized linear layer, which one class per type fulfills."""
+"""The contract of a type of quantized layer, linear or an embedding, which one class per type fulfills."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tnadapt.errors import TargetError
 
-__all__ = ["QuantizedLayer", "is_instance", "twin"]
+__all__ = ["QuantizedLayer", "is_instance", "rows_of", "twin"]
 
 
 class QuantizedLayer:
-    """Support for one type of quantized linear layer.
+    """Support for one type of quantized layer: a linear one, or an embedding.
 
-    A subclass defines :meth:`matches`, and :meth:`shape` where the layer has no ``in_features`` and ``out_features``.
+    A subclass defines :meth:`matches`, :meth:`shape` where the layer has no ``in_features`` and ``out_features``, and
+    :meth:`looks_up` for an embedding with a forward of its own.
     Adapters act on it by the strategies ``"factored"`` and ``"additive"``, which leave the weight alone. With
     :meth:`dequantize`, files have a fingerprint of the base, and settings that need its numbers work. With
     :meth:`requantize` as well, updates can be merged into it.
@@ -43,14 +45,23 @@ class QuantizedLayer:
         raise TargetError(f"{type(self).__name__} does not define matches(module)")
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
-        """Return rows and columns of the weight: output and input features."""
+        """Return rows and columns of the weight: output and input features; of an embedding, number and size."""
         rows, cols = getattr(module, "out_features", None), getattr(module, "in_features", None)
+        if self.looks_up(module) or isinstance(module, nn.Embedding):
+            rows, cols = getattr(module, "num_embeddings", None), getattr(module, "embedding_dim", None)
         if not (isinstance(rows, int) and isinstance(cols, int)):
             raise TargetError(
                 f"{type(module).__name__} has no in_features and out_features: define "
                 f"{type(self).__name__}.shape(module)"
             )
         return rows, cols
+
+    def looks_up(self, module: nn.Module) -> bool:
+        """Return whether the module is an embedding: its forward takes indices, and returns those rows of the weight.
+
+        The forward of :class:`torch.nn.Embedding` is known; others are known by this method only.
+        """
+        return False
 
     def dequantize(self, module: nn.Module) -> Tensor | None:
         """Return the weight as numbers, ``(rows, cols)``, or None if that is not possible.
@@ -98,6 +109,23 @@ class QuantizedLayer:
             "requantize(module, weight)"
         )
 
+    def keep_rows(self, module: nn.Module, state: Mapping[str, Any], changed: Tensor) -> Mapping[str, Any]:
+        """Return a new state with the module's own codes and scales in all rows but some; do not change the module.
+
+        Called where an update leaves rows as they are. A library that quantizes its own numbers again may round them to
+        others; where that is so, and rows have codes and scales of their own, they can be kept. By default, the state
+        is returned as it is.
+
+        Parameters
+        ----------
+        module : Module
+        state : mapping of str to object
+            As :meth:`requantize` returned it.
+        changed : Tensor of bool, shape (rows,)
+            The rows whose new codes are needed.
+        """
+        return state
+
     def state(self, module: nn.Module) -> dict[str, Any]:
         """Return what stores the module's weight: the attributes in ``stored``, not copied."""
         return {name: getattr(module, name, None) for name in self.stored}
@@ -132,3 +160,15 @@ def twin(module: nn.Module) -> Any:
     for name in ("_parameters", "_buffers", "_modules"):
         found.__dict__[name] = dict(module.__dict__[name])
     return found
+
+
+def rows_of(changed: Tensor, new: Tensor, own: Tensor) -> Tensor:
+    """Return the rows of one tensor where a mask is true, and those of another elsewhere.
+
+    Examples
+    --------
+    >>> rows_of(torch.tensor([True, False]), torch.ones(2, 2), torch.zeros(2, 2))
+    tensor([[1., 1.],
+            [0., 0.]])
+    """
+    return torch.where(changed.to(own.device).view(-1, *[1] * (own.ndim - 1)), new, own)

@@ -1,4 +1,4 @@
-"""Layers whose weight is a tensor of torchao: the module is torch's own Linear, and the tensor's class is torchao's.
+"""Layers whose weight is a tensor of torchao: the module is torch's own, and the tensor's class is torchao's.
 
 Such a tensor reports the dtype that it was quantized from, and the shape that it stands for: nothing but its class
 tells it from ordinary numbers.
@@ -15,21 +15,21 @@ from torch import Tensor, nn
 
 from tnadapt.errors import TargetError
 
-from ._quantized_layer import QuantizedLayer
+from ._quantized_layer import QuantizedLayer, rows_of
 
 __all__ = ["TorchAOLayer"]
 
 
 class TorchAOLayer(QuantizedLayer):
-    """A linear layer after ``torchao.quantization.quantize_``: int8, float8, int4 and other integers, nf4."""
+    """A linear layer or an embedding after ``torchao.quantization.quantize_``: int8, float8, int4 and others, nf4."""
 
     stored = ("weight",)
     moved = 2.0
 
     def matches(self, module: nn.Module) -> bool:
-        """Return whether it is a linear layer and its weight is of a class of torchao's."""
+        """Return whether it is a linear layer or an embedding, and its weight is of a class of torchao's."""
         weight = module._parameters.get("weight")
-        return isinstance(module, nn.Linear) and weight is not None and _is_torchao(weight)
+        return isinstance(module, (nn.Linear, nn.Embedding)) and weight is not None and _is_torchao(weight)
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         """Return the shape that the tensor reports."""
@@ -71,6 +71,21 @@ class TorchAOLayer(QuantizedLayer):
             if getattr(held, name, None) is not None:
                 setattr(new, name, getattr(held, name))
         return {"weight": nn.Parameter(new, requires_grad=False)}
+
+    def keep_rows(self, module: nn.Module, state: Mapping[str, Any], changed: Tensor) -> Mapping[str, Any]:
+        """Keep codes and scales where all of them are row by row: not those of one scale, or of a kernel's layout."""
+        weight: Any = module._parameters["weight"]
+        held, new = weight.data, state["weight"].data
+        names, settings = held.__tensor_flatten__()
+        rows = len(changed)
+        parts = {name: (getattr(new, name), getattr(held, name)) for name in names}
+        # Blocks of one row: codes and scales have a row for each.
+        by_rows = tuple(getattr(held, "block_size", ()))[:1] == (1,)
+        if not by_rows or any(len(own) != rows or one.shape != own.shape for one, own in parts.values()):
+            return state
+        kept = {name: rows_of(changed, one, own) for name, (one, own) in parts.items()}
+        found = type(held).__tensor_unflatten__(kept, settings, held.shape, held.stride())
+        return {"weight": nn.Parameter(found, requires_grad=False)}
 
 
 def _is_torchao(tensor: Tensor) -> bool:

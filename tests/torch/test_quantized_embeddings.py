@@ -1,0 +1,182 @@
+"""Quantized embeddings of each library: looked up with updates, trained, saved, loaded, merged, and the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import Tensor, nn  # noqa: E402
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+from tnadapt.torch._merging import numbers  # noqa: E402
+from tnadapt.torch._quantized import quantized_type  # noqa: E402
+
+from .quantized_models import EMBEDDINGS, OUT, SIZE, embedding, equal, library, tensors_in  # noqa: E402
+
+# The libraries' own calls of torch.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:Deprecation. TorchAODType:UserWarning"
+)
+P = tna.presets
+IDS = torch.tensor([[0, 3, 3, 7], [OUT - 1, 1, 0, 2]])
+kinds = pytest.mark.parametrize("kind", EMBEDDINGS)
+
+
+def moved(adapter: Any, size: float = 0.3) -> Any:
+    draws = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += size * torch.randn(parameter.shape, generator=draws)
+    return adapter
+
+
+def stored(made: Any) -> dict[str, Any]:
+    """Return copies of what stores the weight: bitsandbytes' embeddings have no state dict."""
+    kind = quantized_type(made)
+    assert kind is not None
+    found = {}
+    for name, value in kind.state(made).items():
+        found.update(tensors_in(name, value))
+        for part in ("SCB", "absmax"):
+            held = getattr(value, part, getattr(getattr(value, "quant_state", None), part, None))
+            if isinstance(held, Tensor):
+                found[f"{name}.{part}"] = held
+    return {name: value.detach().clone() for name, value in found.items()}
+
+
+@kinds
+def test_the_numbers_are_what_the_forward_returns(kind: str) -> None:
+    made = embedding(kind)
+    assert torch.equal(numbers(made, "weight"), made(torch.arange(OUT)))
+
+
+@kinds
+@pytest.mark.parametrize("strategy", ["factored", "additive"])
+def test_rows_of_the_update_are_added(kind: str, strategy: str) -> None:
+    model = nn.Sequential(embedding(kind))
+    base = numbers(model[0], "weight")
+    adapter = moved(tt.attach(model, P.lora(2), "embeddings", strategy=strategy))
+    assert (adapter.strategy, adapter.targets[0].shape) == ((strategy,), (OUT, SIZE))
+    torch.testing.assert_close(model(IDS), (base + adapter.deltas()[0])[IDS], rtol=1e-5, atol=1e-5)
+    with pytest.raises(tna.TargetError, match="all-linear"):
+        tt.find_targets(model, "all-linear")
+
+
+@kinds
+def test_trained_saved_loaded_merged_and_the_same_bytes(kind: str, tmp_path: Path) -> None:
+    model = nn.Sequential(embedding(kind), nn.Linear(SIZE, 4))
+    torch.nn.init.ones_(model[1].weight)
+    before = stored(model[0])
+    adapter = tt.attach(model, P.lora(4), "embeddings")
+    optimizer = torch.optim.Adam(adapter.parameters(), 0.1)
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = (model(torch.arange(OUT)) - 1.0).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+    assert equal(stored(model[0]), before)
+    adapter.save(tmp_path / "a.safetensors")
+    trained = model[0](IDS).detach()
+
+    again = nn.Sequential(embedding(kind), model[1])
+    second = tt.load(again, tmp_path / "a.safetensors")
+    assert torch.equal(again[0](IDS), trained)
+    base, update = numbers(again[0], "weight").double(), second.deltas()[0].detach().double()
+    second.merge()
+    assert second.merge_report is not None
+    (row,) = second.merge_report
+    off = numbers(again[0], "weight").double() - base - update
+    assert row.update_error == pytest.approx(float(off.norm() / update.norm()), rel=1e-4)
+    assert row.update_error < (0.25 if "8" in kind else 1.0)
+    assert torch.equal(again[0](IDS), numbers(again[0], "weight")[IDS])
+    assert not equal(stored(again[0]), before)
+    second.unmerge()
+    assert equal(stored(again[0]), before)
+    assert torch.equal(again[0](IDS), trained)
+
+
+@kinds
+def test_rows_of_a_few_tokens(kind: str) -> None:
+    model = nn.Sequential(embedding(kind))
+    base = model(IDS)
+    adapter = moved(tt.attach(model, P.dense(), tt.token_targets(model, [3, 7])))
+    changed = (model(IDS) != base).any(-1)
+    assert torch.equal(changed, (IDS == 3) | (IDS == 7))
+    before = stored(model[0])
+    adapter.merge()
+    # The other rows have the same codes: they are kept, or rounded again to the same, but for a scale's last bits.
+    others = numbers(model[0], "weight")[IDS[~changed]]
+    exact = "torchao" in kind and "float8" not in kind
+    torch.testing.assert_close(others, base[~changed], rtol=0.0 if exact else 1e-6, atol=0.0)
+    adapter.unmerge()
+    assert equal(stored(model[0]), before)
+
+
+@kinds
+def test_dropout_leaves_indices_alone(kind: str) -> None:
+    model = nn.Sequential(embedding(kind))
+    moved(tt.attach(model, P.lora(2), "embeddings", dropout=0.5))
+    assert torch.equal(model.train()(IDS), model.eval()(IDS))
+
+
+def test_other_layers_of_a_model_with_a_quantized_embedding_are_adapted(tmp_path: Path) -> None:
+    # bitsandbytes' embeddings refuse to be in a state dict.
+    model = nn.Sequential(embedding("bitsandbytes nf4 embedding"), nn.Linear(SIZE, 4), nn.LayerNorm(4))
+    adapter = moved(tt.attach(model, P.lora(2), "all-linear", keep_trainable=["2"]))
+    assert [target.name for target in adapter.targets] == ["1.weight"]
+    adapter.save(tmp_path / "a.safetensors")
+    again = nn.Sequential(embedding("bitsandbytes nf4 embedding"), nn.Linear(SIZE, 4), nn.LayerNorm(4))
+    again[1].load_state_dict({name: value for name, value in model[1].state_dict().items() if "tnadapt" not in name})
+    tt.load(again, tmp_path / "a.safetensors")
+    assert torch.equal(again(IDS), model(IDS))
+
+
+def test_what_is_no_sum_and_no_lookup_is_refused() -> None:
+    model = nn.Sequential(embedding("torchao int8 embedding"))
+    with pytest.raises(tna.ConfigError, match=r"apply='magnitude' of 0\.weight does more than add rows .* quantized"):
+        tt.attach(model, P.dora(2), "embeddings")
+    with pytest.raises(tna.ConfigError, match=r"strategy='weight' cannot add to 0\.weight, which is quantized"):
+        tt.attach(model, P.lora(2), "embeddings", strategy="weight")
+
+    class Normed(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            return nn.functional.normalize(super().forward(ids), dim=-1)
+
+    other = nn.Sequential(Normed(OUT, SIZE))
+    other[0].weight = model[0].weight
+    with pytest.raises(
+        tna.TargetError, match=r"a quantized embedding, Normed, whose forward .* tnadapt\.torch\.register_quantized"
+    ):
+        tt.attach(other, P.lora(2), "embeddings")
+
+
+def test_a_scaled_embedding_scales_the_update() -> None:
+    class Scaled(nn.Embedding):
+        embed_scale = 8.0
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) * self.embed_scale
+
+    model = nn.Sequential(Scaled(OUT, SIZE))
+    model[0].weight = embedding("torchao int8 embedding").weight
+    base = numbers(model[0], "weight")
+    adapter = moved(tt.attach(model, P.lora(2), "embeddings"))
+    torch.testing.assert_close(model(IDS), 8.0 * (base + adapter.deltas()[0])[IDS], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.slow  # for the import
+def test_quanto_leaves_embeddings_as_numbers() -> None:
+    own = library("optimum.quanto")
+    model = nn.Sequential(nn.Embedding(OUT, SIZE))
+    own.quantize(model, weights=own.qint8)
+    own.freeze(model)
+    assert type(model[0]) is nn.Embedding
+    assert type(model[0].weight.data) is Tensor
