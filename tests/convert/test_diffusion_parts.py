@@ -129,3 +129,62 @@ def test_a_part_where_there_are_none_is_refused(to: str, tmp_path: Path) -> None
             match=f"part='unet' has no effect on a conversion from {name} to {to.partition('-')[0]}: only files of",
         ):
             tna.convert(source, to=to, part="unet")
+
+
+FLAT = "encoder.layers.0.self_attn.q_proj"  # of CLIPTextModel since transformers 5.6
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+def test_files_name_the_modules_of_clip_as_loaders_expect(to: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    file = made(tna.presets.lora(2), {FLAT: (8, 6)})
+    found = tna.convert(file, out, to=to)
+    name = f"lora_te_text_model_{FLAT.replace('.', '_')}." if to == "kohya" else f"text_encoder.{TEXT}."
+    assert all(one.startswith(name) for one in found.tensors)
+    for base, path in ((None, FLAT), ([FLAT], FLAT), ([TEXT], TEXT), ([FLAT, TEXT], TEXT)):
+        back = tna.convert(out, base=base).file
+        assert back is not None
+        assert [target.module for target in back.targets] == [path]
+        np.testing.assert_allclose(back.deltas()[0], file.deltas()[0], rtol=0, atol=1e-6)
+
+
+def test_other_encoders_keep_their_names() -> None:
+    t5 = {"encoder.block.0.layer.0.SelfAttention.q": (8, 6)}
+    (name, *_) = tna.convert(made(tna.presets.lora(2), t5), to="diffusers", part="text_encoder_2").tensors
+    assert name.startswith("text_encoder_2.encoder.block.0")
+    (name, *_) = tna.convert(made(tna.presets.lora(2), {FLAT: (8, 6)}), to="kohya", part="unet").tensors
+    assert name.startswith("lora_unet_encoder_layers_0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+def test_diffusers_loads_it_into_a_text_encoder(to: str, tmp_path: Path) -> None:
+    import warnings
+
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of packages that diffusers imports
+        diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    config = transformers.CLIPTextConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=20,
+        max_position_embeddings=8, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    encoder = transformers.CLIPTextModel(config).requires_grad_(False)
+    # diffusers recognizes kohya's names of a text encoder by out_proj alone.
+    paths = [path for path, _ in encoder.named_modules() if path.endswith(("q_proj", "v_proj", "out_proj"))]
+    file = made(tna.presets.lora(2, alpha=3), dict.fromkeys(paths, (8, 8)))
+    tna.convert(file, tmp_path / "out.safetensors", to=to, part="text_encoder")
+    before = {path: encoder.get_submodule(path).weight.detach().clone() for path in paths}
+    mixin = diffusers.loaders.StableDiffusionLoraLoaderMixin
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state, alphas = mixin.lora_state_dict(str(tmp_path / "out.safetensors"))
+        mixin.load_lora_into_text_encoder(state, alphas, encoder)
+    deltas = {target.module: delta for target, delta in zip(file.targets, file.deltas(), strict=True)}
+    for path in paths:
+        layer = encoder.get_submodule(path)
+        got = layer.get_delta_weight(layer.active_adapters[0])
+        assert torch.equal(layer.base_layer.weight, before[path])
+        np.testing.assert_allclose(got.numpy(), deltas[path], rtol=0, atol=1e-6 * float(np.abs(deltas[path]).max()))

@@ -89,11 +89,15 @@ def test_the_base_is_checked(tmp_path: Path) -> None:
 
 
 def test_what_a_format_does_not_say_it_can_hold_is_refused() -> None:
-    with pytest.raises(tna.ConfigError, match=r"'stem\.conv' is stored in 4 axes, and the npz library has lora only for m"):
+    with pytest.raises(
+        tna.ConfigError, match=r"'stem\.conv' is stored in 4 axes, and the npz library has lora only for m"
+    ):
         tna.convert(made(tna.presets.lora(1), {"stem.conv": CONVS["stem.conv"]}), to="npz-lora")
     file = made(tna.presets.lora(1), {"a.q": (4, 4)})
     turned = dataclasses.replace(file, targets=[tna.Target("a.q", (4, 4), transposed=True)])
-    with pytest.raises(tna.ConfigError, match=r"'a\.q' is stored as \(in, out\), and the npz library has lora only for m"):
+    with pytest.raises(
+        tna.ConfigError, match=r"'a\.q' is stored as \(in, out\), and the npz library has lora only for m"
+    ):
         tna.convert(turned, to="npz-lora")
     kept = dataclasses.replace(file, kept={"head.weight": np.ones((2, 2), "f4")})
     with pytest.raises(tna.ConfigError, match=r"the npz library has no place for .*head\.weight.*without_kept=True"):

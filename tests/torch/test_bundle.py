@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -460,8 +461,8 @@ def test_the_card(bert: Path, tmp_path: Path) -> None:
     card = (tmp_path / "my-adapter" / "README.md").read_text()
     yaml = pytest.importorskip("yaml")
     assert yaml.safe_load(card.split("---\n")[1]) == {
-        "base_model": "user/base", "library_name": "tnadapt", "pipeline_tag": "text-classification",
-        "tags": ["tnadapt"],
+        "base_model": "user/base", "base_model_relation": "adapter", "library_name": "tnadapt",
+        "pipeline_tag": "text-classification", "tags": ["tnadapt"],
     }  # fmt: skip
     for line in (
         "# my-adapter",
@@ -476,8 +477,11 @@ def test_the_card(bert: Path, tmp_path: Path) -> None:
         'model = tnadapt.torch.load_pretrained("my-adapter")',
     ):
         assert line in card
-    with pytest.raises(tna.ConfigError, match="metrics must be numbers by name"):
-        adapter.save_pretrained(tmp_path, metrics={"accuracy": "high"})
+    for metrics in ({"accuracy": "high"}, {"accuracy": True}, {1: 0.5}, [0.5], "accuracy"):
+        with pytest.raises(tna.ConfigError, match="metrics must be numbers by name"):
+            adapter.save_pretrained(tmp_path, metrics=metrics)
+    adapter.save_pretrained(tmp_path, metrics={"accuracy": np.float32(0.5), "steps": np.int64(7)})
+    assert "| accuracy | 0.5 |\n| steps | 7 |" in (tmp_path / "README.md").read_text()
     with pytest.raises(tna.ConfigError, match="tokenizer and processor must have save_pretrained"):
         adapter.save_pretrained(tmp_path, tokenizer="bert")
 
@@ -531,7 +535,35 @@ def test_text_of_others_stays_text_in_a_card(bert: Path, tmp_path: Path) -> None
     adapter.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert r"Labels: 0 \<script\>, 1 a\|b \# title, 2 \[link\](x)." in card
-    assert 'base_model: "user/\\"x: y\\""' in card
+    assert "base_model" not in card
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("user/base", True), ("bert-base-uncased", True), ("1e3", True), ("true", True), ("no", True),
+        ('user/"x: y"', False), ("A model of 2 words", False), ("user/na:me", False), ("a/b/c", False),
+        ("a--b/c", False),
+    ],
+)  # fmt: skip
+def test_the_hub_reads_the_card(name: str, known: bool, bert: Path, tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    adapter = adapted(bert)[1]
+    adapter.pretrained = dataclasses.replace(adapter.pretrained, name=name)
+    adapter.save_pretrained(tmp_path)
+    found = hub.ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert found == hub.metadata_load(tmp_path / "README.md")
+    base = {"base_model": name, "base_model_relation": "adapter"} if known else {}
+    assert found == base | {"library_name": "tnadapt", "pipeline_tag": "text-classification", "tags": ["tnadapt"]}
+    assert ('base="…"' not in (tmp_path / "README.md").read_text()) == known
+    if known:
+        hub.utils.validate_repo_id(name)
+
+
+def test_a_folder_of_peft_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileError, match=r"it has an adapter of PEFT, which tnadapt\.convert turns into one"):
+        tt.load_pretrained(tmp_path)
 
 
 # -- Pretrained models -------------------------------------------------------------------------

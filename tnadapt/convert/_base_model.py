@@ -33,9 +33,15 @@ class Base:
         for path in self.shapes:
             self._flat.setdefault(path.replace(".", "_"), []).append(path)
 
-    def named(self, flat: str) -> str:
-        """Return the path whose dots are underscores in ``flat``; raise TargetError unless there is exactly one."""
-        found = self._flat.get(flat, [])
+    def named(self, flat: str, other: str = "") -> str:
+        """Return the path whose dots are underscores in ``flat``, or else in ``other``.
+
+        Raises
+        ------
+        TargetError
+            Unless there is exactly one.
+        """
+        found = self._flat.get(flat) or self._flat.get(other, [])
         if len(found) > 1:
             raise TargetError(
                 f"the name {safe_repr(flat)} may be {' or '.join(map(safe_repr, found))}, as LyCORIS writes dots as "

@@ -16,9 +16,10 @@ from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.targets.roles import natural
 
 from ._base_model import Base, target_of
-from ._diffusion_component import COMPONENTS, PREFIXES, chosen_part, written_component
+from ._diffusion_component import COMPONENTS, PREFIXES, chosen_part, other_path, stored_path, written_component
 from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
 from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, safetensors_content
+from ._peft_content import recorded
 from ._peft_settings import PeftSettings, settings_of
 from ._tensors import decode, encode
 from ._uniform import uniform
@@ -29,6 +30,9 @@ __all__ = ["DiffusersFormat"]
 
 _NAME = re.compile(rf"({'|'.join(COMPONENTS)})\.(.+)\.(lora_A\.weight|lora_B\.weight|alpha)")
 _SUFFIXES = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up"}
+
+# Entry of a conversion's record: the paths of modules by those in the file, where they differ.
+_RENAMED = "renamed"
 
 # Entry of the metadata with the settings of PEFT by component.
 _SETTINGS = "lora_adapter_metadata"
@@ -69,11 +73,13 @@ class DiffusersFormat(FileFormat):
         Without the metadata of an adapter, diffusers takes α = r. The scale is therefore multiplied into a factor.
         Older releases take the first rank for all modules: all factors have one.
         """
-        tensors = dict[str, Float]()
+        tensors, renamed = dict[str, Float](), dict[str, str]()
         for module, update in zip(modules, uniform(choice.updates), strict=True):
             own = encode(update, module.stored, "lora_A.weight", "lora_B.weight")
-            tensors |= {f"{self._component}.{module.path}.{name}": array for name, array in own.items()}
-        return EncodedAdapter(tensors)
+            path = stored_path(self._component, module.path)
+            tensors |= {f"{self._component}.{path}.{name}": array for name, array in own.items()}
+            renamed |= {path: module.path} if path != module.path else {}
+        return EncodedAdapter(tensors, record={_RENAMED: renamed} if renamed else {})
 
     def write(
         self,
@@ -99,14 +105,23 @@ def _read(container: Container, base: Base | None, part: str | None) -> ForeignA
             path, suffix, dtype = match[2], match[3], container.entries[name].dtype
             modules.setdefault(path, {})[_SUFFIXES.get(suffix, suffix)] = widen(name, dtype, container.array(name))
             dtypes |= {DTYPES[dtype]} if suffix != "alpha" else set()
-    settings = _settings(container.metadata, chosen)
+    settings, renamed = _settings(container.metadata, chosen), recorded(container.metadata, _RENAMED, str)
     updates = []
     for path in sorted(modules, key=natural):
         tensors = modules[path]
         alpha = tensors.pop("alpha", None)
         update, shape = decode(path, tensors, functools.partial(_scale, path, alpha, settings))
-        updates.append(TargetUpdate(target_of(path, shape, base), update))
+        own = _path(path, base, renamed)
+        updates.append(TargetUpdate(target_of(own, shape, base), update))
     return ForeignAdapter("lora", updates, common_dtype(dtypes), part=chosen)
+
+
+def _path(path: str, base: Base | None, renamed: Mapping[str, str]) -> str:
+    """Return the path of a module in the base, or else in the adapter that was converted."""
+    own = other_path(path)
+    if base is None:
+        return own if renamed.get(path) == own else path
+    return own if own in base.shapes and path not in base.shapes else path
 
 
 def _settings(metadata: Mapping[str, str], component: str) -> PeftSettings | None:

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 
 from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 
-__all__ = ["COMPONENTS", "PREFIXES", "chosen_part", "component_of", "written_component", "written_prefix"]
+__all__ = [
+    "COMPONENTS", "PREFIXES", "chosen_part", "component_of", "other_path", "stored_path", "written_component",
+    "written_prefix",
+]  # fmt: skip
 
 # diffusers' names, and kohya's prefixes for each; the first prefix is the one to write. kohya's scripts call the
 # transformer of Flux and SD3 lora_unet, and T5 lora_te3, which is the second text encoder of Flux and the third of SD3.
@@ -28,6 +31,10 @@ _PREFIXES_OF: dict[str, tuple[str, ...]] = {
 COMPONENTS = tuple(_PREFIXES_OF)
 #: The parts by kohya's prefixes.
 PREFIXES = tuple(dict.fromkeys(prefix for prefixes in _PREFIXES_OF.values() for prefix in prefixes))
+
+# transformers 5.6 dropped this from the names in CLIPTextModel. Files have it, and kohya's loaders look for it.
+_CLIP = "text_model."
+_FLAT_CLIP = re.compile(r"(encoder\.layers|embeddings|final_layer_norm)(\.|$)")
 
 _UNET = re.compile(r"(down_blocks|mid_block|up_blocks)\.")
 _TEXT = re.compile(r"(text_model|encoder\.layers|encoder\.block)\.|text_projection$")
@@ -49,6 +56,23 @@ def component_of(paths: Sequence[str]) -> str | None:
     patterns = {"unet": _UNET, "text_encoder": _TEXT, "transformer": _TRANSFORMER}
     found = [name for name, pattern in patterns.items() if any(map(pattern.match, paths))]
     return found[0] if len(found) == 1 else None
+
+
+def stored_path(part: str, path: str) -> str:
+    """Return the path under which a file of a part names a module: CLIP's begin with ``text_model``.
+
+    Examples
+    --------
+    >>> stored_path("lora_te1", "encoder.layers.0.mlp.fc1"), stored_path("unet", "mid_block.attentions.0")
+    ('text_model.encoder.layers.0.mlp.fc1', 'mid_block.attentions.0')
+    """
+    is_text = any(component.startswith("text_encoder") for component in _components(part))
+    return f"{_CLIP}{path}" if is_text and _FLAT_CLIP.match(path) else path
+
+
+def other_path(path: str) -> str:
+    """Return the path of a module of CLIP in the releases of transformers before 5.6, given the one since, or back."""
+    return path.removeprefix(_CLIP) if path.startswith(_CLIP) else _CLIP + path
 
 
 def _components(part: str) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ._diffusion_component import COMPONENTS, PREFIXES, written_prefix
+from ._diffusion_component import COMPONENTS, PREFIXES, stored_path, written_prefix
 from ._lycoris_format import LycorisFormat
 from ._unpack import Module
 
@@ -27,4 +27,4 @@ class KohyaFormat(LycorisFormat):
 
     def flat_name(self, path: str) -> str:
         """Return the name of a module in a file: the component's prefix, and underscores for dots."""
-        return f"{self._prefix}_{path.replace('.', '_')}"
+        return f"{self._prefix}_{stored_path(self._prefix, path).replace('.', '_')}"

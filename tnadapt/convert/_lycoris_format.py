@@ -19,7 +19,7 @@ from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.targets.roles import natural
 
 from ._base_model import Base, missing_base, target_of
-from ._diffusion_component import COMPONENTS, PREFIXES, chosen_part
+from ._diffusion_component import COMPONENTS, PREFIXES, chosen_part, other_path
 from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
 from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, safetensors_content
 from ._tensors import DIFF, LOHA, LOKR, are_both_low, decode, encode, factorization, is_low, kind_of, kronecker_sizes_of
@@ -231,13 +231,17 @@ def _recorded(metadata: Mapping[str, str]) -> dict[str, tuple[str, tuple[int, ..
         found = {str(name): (str(path), tuple(map(int, shape))) for name, (path, shape) in listed.items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
         return {}
-    return {name: own for name, own in found.items() if _PREFIXES.sub("", name, count=1) == own[0].replace(".", "_")}
+    return {name: own for name, own in found.items() if _names(_PREFIXES.sub("", name, count=1), own[0])}
+
+
+def _names(flat: str, path: str) -> bool:
+    return flat in (path.replace(".", "_"), other_path(path).replace(".", "_"))
 
 
 def _path(name: str, base: Base | None, recorded: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
     flat = _PREFIXES.sub("", name, count=1)
     if base is not None:
-        return base.named(flat)
+        return base.named(flat, other_path(flat.replace("text_model_", "text_model.", 1)).replace(".", "_"))
     if name in recorded:
         return recorded[name][0]
     if "_" in flat:

@@ -59,7 +59,7 @@ def load_pretrained(
     name, check_base, untie, detach_norm
         As in :func:`load`.
     merge : bool
-        Whether to merge ΔW into the weights (:meth:`Adapter.merge`), for the speed of the base.
+        Whether to merge ΔW into the weights (:meth:`Adapter.merge`), so that the model runs as fast as its base.
 
     Returns
     -------

@@ -51,11 +51,17 @@ def adapter_path(where: str | os.PathLike[str], revision: str | None = None, tok
     path = Path(os.fsdecode(where))
     if path.is_dir():
         if not (path / FILE_NAME).is_file():
-            raise FileError(f"{path}: this folder has no {FILE_NAME}, which save_pretrained writes")
+            raise FileError(f"{path}: this folder has no {FILE_NAME}, which save_pretrained writes{_peft_hint(path)}")
         return path / FILE_NAME
     if not path.exists():
         raise FileError(f"{path}: there is no such file or folder; a name on the hub is like 'user/my-adapter'")
     return path
+
+
+def _peft_hint(folder: Path) -> str:
+    if not (folder / "adapter_config.json").is_file():
+        return ""
+    return "; it has an adapter of PEFT, which tnadapt.convert turns into one"
 
 
 def _downloaded(name: str, revision: str | None, token: str | bool | None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import numbers
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from .hub import README
 
 __all__ = ["checked_metrics", "model_card", "write_card"]
 
+# Names of repositories on the hub.
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _MARK = re.compile(r"\n<!-- tnadapt wrote this: ([0-9a-f]{16}) -->\n\Z")
 #: Labels that a card lists.
 _LISTED = 20
@@ -29,14 +32,16 @@ _HUB_TASKS = {"speech-seq2seq": "automatic-speech-recognition", "speech-ctc": "a
 
 def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     """Return the metrics; raise ConfigError unless they are numbers by name."""
-    found = dict(metrics or {})
+    found: Any = {} if metrics is None else metrics
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"metrics must be numbers by name, such as {{'accuracy': 0.9}}; got {safe_repr(found)}")
     for name, value in found.items():
-        if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise ConfigError(
                 f"metrics must be numbers by name, such as {{'accuracy': 0.9}}; got {safe_repr(name)}: "
                 f"{safe_repr(value)}"
             )
-    return found
+    return {name: float(value) for name, value in found.items()}
 
 
 def model_card(file: AdapterFile, where: str, metrics: Mapping[str, float]) -> str:
@@ -79,14 +84,21 @@ def _digest(text: str) -> str:
 
 
 def _front_matter(about: Pretrained) -> Iterator[str]:
-    if about.name and not about.local:
-        name = about.name.removeprefix("hf-hub:")
-        in_timm = about.library == "timm" and "/" not in name
-        yield f"base_model: {json.dumps(f'timm/{name}' if in_timm else name)}"
+    if name := _repository(about):
+        yield f"base_model: {json.dumps(name)}"
+        yield "base_model_relation: adapter"
     yield "library_name: tnadapt"
     if about.task:
         yield f"pipeline_tag: {_HUB_TASKS.get(about.task, about.task)}"
     yield from ("tags:", "- tnadapt")
+
+
+def _repository(about: Pretrained) -> str:
+    """Return the base's name on the hub; "" if it has none, as the hub refuses cards with other names."""
+    name = about.name.removeprefix("hf-hub:")
+    if about.local or _REPOSITORY.fullmatch(name) is None or "--" in name or ".." in name:
+        return ""
+    return f"timm/{name}" if about.library == "timm" and "/" not in name else name
 
 
 def _what(file: AdapterFile, about: Pretrained) -> Iterator[str]:
@@ -148,8 +160,7 @@ def _metrics(metrics: Mapping[str, float]) -> Iterator[str]:
 
 
 def _use(about: Pretrained, where: str) -> Iterator[str]:
-    known = bool(about.name and not about.local)
-    base = "" if known else ', base="…"'
+    base = "" if _repository(about) else ', base="…"'
     yield from ("```python", "import tnadapt.torch", "")
     if about.task and about.library:
         yield f"model = tnadapt.torch.load_pretrained({json.dumps(where)}{base})"
@@ -157,11 +168,12 @@ def _use(about: Pretrained, where: str) -> Iterator[str]:
     else:
         yield f"adapter = tnadapt.torch.from_pretrained(model, {json.dumps(where)})  # on the base model"
     yield from ("```", "")
-    if not known:
+    if base:
         yield "The base model is not on the hub: give its folder, or the model itself."
         yield ""
-    yield "`load_pretrained(…, merge=True)` adds the update to the weights, for the speed of the base. `tnadapt merge`"
-    yield "writes a checkpoint with the update, which any server of models can load. `tnadapt info` describes the file."
+    yield "`load_pretrained(…, merge=True)` adds the update to the weights, so that the model runs as fast as its base."
+    yield "`tnadapt merge` writes a checkpoint with the update in its weights, which loads as that of the base does."
+    yield "`tnadapt info` describes the file."
 
 
 def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> Iterator[str]:
