@@ -94,6 +94,10 @@ _PEFT_KEYWORDS = {
     "exclude_modules": ("exclude", "an argument of tnadapt.torch.attach"),
     "rank_pattern": ("cfg", "an argument of tnadapt.torch.attach: a mapping of patterns to configs"),
     "alpha_pattern": ("cfg", "an argument of tnadapt.torch.attach: a mapping of patterns to configs"),
+    "use_dora": ("dora", "a preset"),
+    "use_rslora": ("alpha", "a setting of tnadapt.Config and its presets, which rsLoRA multiplies by √rank"),
+    "init_lora_weights": ("start", "a setting of tnadapt.Config and its presets"),
+    "trainable_token_indices": ("targets", "with tnadapt.torch.token_targets(model, indices)"),
     "bias": ("biases", "an argument of tnadapt.torch.attach: 'none', 'adapted' or 'all'"),
 }
 

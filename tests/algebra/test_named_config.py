@@ -46,6 +46,8 @@ def test_without_a_name() -> None:
         ("qv", {}, "no preset 'qv'; to adapt these weights write attach(…, targets='qv'). The presets are"),
         ("conv", {}, "to adapt these weights write attach(…, targets='conv'). "),
         ("nothing like it", {}, "no preset 'nothing like it'; the presets are"),
+        (tna.presets.lora, {}, "got the preset lora itself: give its name, 'lora', or what it returns, "),
+        ("LoRA", {}, "no preset 'LoRA'; did you mean 'lora'?"),
         (3, {}, "expected a tnadapt.Config, the name of a preset such as 'lora', or None; got int"),
         (
             "randlora",

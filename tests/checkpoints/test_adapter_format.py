@@ -805,6 +805,12 @@ def test_numbers_that_are_none_are_not_saved(tmp_path: Path, kept: bool, bad: fl
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_in_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "b.safetensors").touch()
+    with pytest.raises(FileError, match=r"is a folder; give the path of a file in it, such as b\.safetensors$"):
+        adapter_format.load(tmp_path)
+
+
 def test_what_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileError, match=f"^{tmp_path}: is a folder; give the path of a file in it"):
         tna.save(tmp_path, made())

@@ -192,6 +192,12 @@ def test_a_tied_weight_may_be_excluded() -> None:
     [
         ("lm_head", "exclude='lm_head' excludes none of the 5 targets, such as encoder.layers.0.q_proj.weight"),
         (["head"], "exclude=['head'] excludes none of the 5 targets"),
+        (
+            "layers",
+            "exclude='layers' is a regular expression for the whole path of a module, and excludes none of the 5 "
+            "targets, such as encoder.layers.0.q_proj.weight",
+        ),
+        ("layers", "; a list takes the last whole parts of paths: exclude=['layers']"),
         (["haed"], "matches 'haed'"),
         (["q_proj"], "exclude=['q_proj'] excludes all of the 5 targets"),
         (".*", "excludes all of the 5 targets"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -205,6 +206,14 @@ def test_the_wrong_base_is_refused(bert: Path, tmp_path: Path) -> None:
     said = refusal(tmp_path / "mine", base=tmp_path / "other")
     assert "it was trained on another base model than this BertForSequenceClassification" in said
     assert said.endswith("Give the model it was trained on, or check_base=False")
+    assert "apart" not in said
+    near = transformers.BertModel.from_pretrained(bert)
+    with torch.no_grad():
+        for parameter in near.parameters():
+            parameter += 0.1 * parameter.std() * torch.randn_like(parameter)
+    near.save_pretrained(tmp_path / "near")
+    said = refusal(tmp_path / "mine", base=tmp_path / "near")
+    assert re.search(r"They are about \d+ % apart, as quantized weights are from the originals\. Give the model", said)
     loaded = tt.load_pretrained(tmp_path / "mine", base=tmp_path / "other", check_base=False)
     found = tt.adapters(loaded)["default"].pretrained
     assert (found.name, found.labels) == (str(tmp_path / "other"), LABELS)

@@ -299,6 +299,11 @@ def test_a_swap_takes_the_same_kept_parameters_or_nothing(tmp_path: Path) -> Non
 def test_a_mix_is_done_whole_or_not_at_all(weight: Any) -> None:
     model = small()
     a, b = (tt.attach(model, name=name) for name in "ab")
+    for weights in (["a"], "ab", [("a", 1.0, 2.0)]):
+        with pytest.raises(tna.ConfigError, match=r"mix\(\) needs weights by name, such as {'first': 0.5}; got"):
+            tt.mix(model, weights)
+    with pytest.raises(tna.TargetError, match="adapters are on a torch module; got 'model'"):
+        tt.mix("model", {"a": 1.0})
     with pytest.raises(tna.ConfigError, match="a mixing weight must be a finite number; got"):
         tt.mix(model, {"a": 0.5, "b": weight})
     assert (a.weight, b.weight) == (1.0, 1.0)

@@ -159,7 +159,7 @@ def test_settings_may_be_a_config() -> None:
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        ({"preset": "superlorra"}, "preset must be one of c3a, cara, .*; got 'superlorra'"),
+        ({"preset": "superlorra"}, "preset must be one of c3a, cara, .*; got 'superlorra'; did you mean 'superlora'?"),
         ({"preset": "lora", "settings": {"rnak": 2}}, "did you mean 'rank'"),
         ({"preset": "lora", "settings": {"rank": 0}}, "rank must be from 1"),
         ({"preset": "lora", "settings": tna.Config()}, "settings must be a mapping"),

@@ -357,9 +357,19 @@ def test_swapping_takes_what_fits(tmp_path: Path) -> None:
     assert torch.equal(run(model), on)
     _, other = trained(P.superlora(3))
     other.save(tmp_path / "b.safetensors")
-    with pytest.raises(tna.FileError, match=r"its config differs from that of adapter 'default'"):
+    with pytest.raises(tna.FileError) as caught:
         adapter.swap(tmp_path / "b.safetensors")
+    assert str(caught.value) == (
+        f"{tmp_path / 'b.safetensors'}: its config differs from that of adapter 'default' (rank: 3 in the file, 8 "
+        "here): attach the adapter as it was for this file, or load the file under another name"
+    )
     assert torch.equal(run(model), on)
+    for targets, text in (("q", "5 weights in the file, 10 here; not in"), ("qkv", "15 weights in the file, 10 here;")):
+        tt.attach(small(), targets=targets).save(tmp_path / "d.safetensors")
+        with pytest.raises(
+            tna.FileError, match=rf"its list of targets differs from that of adapter 'default' \({text}"
+        ):
+            adapter.swap(tmp_path / "d.safetensors")
     foreign = tt.attach(small(seed=7))
     foreign.save(tmp_path / "c.safetensors")
     with pytest.raises(tna.FileError, match="another base model"):

@@ -222,6 +222,11 @@ def test_a_regular_expression_is_for_the_whole_path() -> None:
     assert roles(model, ".*self.value") == [("linear", (32, 32))] * 2
     with pytest.raises(TargetError, match=r"no module .* matches 'query' \(14 could\); close matches: .*self\.query"):
         find_targets(model, "query")
+    with pytest.raises(TargetError, match=r"is a regular expression for a whole path: \['query'\] matches 2 of them$"):
+        find_targets(model, "query")
+    for word, meant in (("all_linear", "all-linear"), ("linear", "all-linear"), ("embedding", "embeddings")):
+        with pytest.raises(TargetError, match=rf"'{word}' \(14 could\); did you mean '{meant}'\? it has: bert\."):
+            find_targets(model, word)
     with pytest.raises(
         TargetError, match=r"'bert.encoder.layer.0' is a BertLayer, .* such as bert.encoder.layer.0.att"
     ):

@@ -13,7 +13,7 @@ from tnadapt.errors import ConfigError, UnexpectedKeywordError, peft_hint, safe_
 from . import presets
 from .config import Config
 
-__all__ = ["config_of", "named_config"]
+__all__ = ["close_presets", "config_of", "named_config"]
 
 # What a caller means who gives one of these as the config, which comes before the targets.
 _TARGETS = ("all-linear", "conv", "embeddings")
@@ -59,6 +59,12 @@ def config_of(
     if isinstance(cfg, str):
         return named_config(cfg, settings, function, keywords)
     if cfg is not None and not isinstance(cfg, Config):
+        preset = getattr(cfg, "__name__", "")
+        if preset in presets.__all__ and cfg is getattr(presets, preset):
+            raise ConfigError(
+                f"got the preset {preset} itself: give its name, {preset!r}, or what it returns, "
+                f"tnadapt.presets.{preset}(…)"
+            )
         raise ConfigError(
             f"expected a tnadapt.Config, the name of a preset such as 'lora', or None; got {type(cfg).__name__}"
         )
@@ -111,7 +117,7 @@ def named_config(
 
 
 def _instead(name: str, function: str) -> str:
-    close = difflib.get_close_matches(name, presets.__all__, n=1)
+    close = close_presets(name)
     if close:
         meant = f"did you mean {close[0]!r}? The presets are "
     elif name in _TARGETS or (name and _ROLES.issuperset(name)):
@@ -119,6 +125,17 @@ def _instead(name: str, function: str) -> str:
     else:
         meant = "the presets are "
     return f"{meant}{', '.join(presets.__all__)}"
+
+
+def close_presets(name: str) -> list[str]:
+    """Return the preset that is meant by an unknown name, if there is one.
+
+    Examples
+    --------
+    >>> close_presets("LoRA"), close_presets("lora-fa"), close_presets("all-linear")
+    (['lora'], ['lora_fa'], [])
+    """
+    return difflib.get_close_matches(name.lower().replace("-", "_"), presets.__all__, n=1)
 
 
 def _meant(name: str, setting: str, keywords: Collection[str]) -> str:

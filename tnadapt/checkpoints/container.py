@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.errors import FileError, TnadaptError, safe_repr
+from tnadapt.errors import FileError, TnadaptError, escaped, safe_repr
 
 from ._header import raw_dtype, read_header
 from ._header_entries import DTYPES, FOREIGN, Entries, Entry
@@ -209,7 +209,9 @@ def opened(path: str, foreign: bool = False) -> Iterator[Container]:
     """
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
-        raise FileError("is a folder; give the path of a file in it")
+        names = sorted(name for name in map(os.fsdecode, os.listdir(path)) if name.endswith(".safetensors"))
+        found = f", such as {escaped(names[0])}" if names else ""
+        raise FileError(f"is a folder; give the path of a file in it{found}")
     if not stat.S_ISREG(mode):
         # Opening a pipe would block until somebody writes to it.
         raise FileError("is neither a file nor a folder")

@@ -216,6 +216,8 @@ class Module(NamedTuple):
 
     def form(self, unpacked: Unpacked) -> ModuleUpdate | None:
         """Return the exact factors of ΔW, or None if there are none."""
+        if any(target.index is not None for _, target in self.targets):
+            return None  # several matrices instead of one, as of experts
         forms = [unpacked.form(number) for number, _ in self.targets]
         found = [form for form in forms if form is not None]
         if len(self.targets) == 1 and self.targets[0][1].rows is None:

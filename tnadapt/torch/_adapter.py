@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tnadapt.algebra.config import Config
 from tnadapt.decomposition import FitReport
+from tnadapt.errors import pluralize
 
 from . import _arrays, _begin, _merging, _removal, _trainable
 from ._adapter_files import AdapterFiles
@@ -56,8 +57,9 @@ class Adapter(AdapterFiles):
 
     def __repr__(self) -> str:
         state = "merged" if self.merged else "attached" if self.enabled else "disabled"
+        weights = pluralize(len(self.targets), "weight")
         return (
-            f"<tnadapt adapter {self.name!r}: {self.num_parameters:,} parameters for {len(self.targets)} weights of "
+            f"<tnadapt adapter {self.name!r}: {self.num_parameters:,} parameters for {weights} of "
             f"{type(self.model).__name__}, {state}, weight {self.weight:g}>"
         )
 

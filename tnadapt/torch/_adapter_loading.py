@@ -32,6 +32,9 @@ from ._trainable import keep
 
 __all__ = ["attach_file", "from_pretrained", "load"]
 
+# Of weights whose sketches are not far apart; those of another model are 1.4 apart.
+_CLOSE = "They are about {:.2g} % apart, as quantized weights are from the originals. "
+
 
 def load(
     model: nn.Module,
@@ -117,9 +120,12 @@ def attach_file(
         if check_base and file.base is not None and base is not None:
             difference = file.base.difference(base)
             if difference is not None:
+                apart = file.base.apart(base)
+                close = _CLOSE.format(100 * apart) if apart < 0.5 else ""
                 raise FileError(
                     f"it was trained on another base model than this {type(model).__name__}: of the adapted weights, "
-                    f"{difference}. Give the model it was trained on, or check_base=False"
+                    f"{difference}. {close}Give the model it was trained on, or "
+                    "check_base=False"
                 )
         if not file.complete and (not check_base or file.base is None or base is None):
             raise FileError(

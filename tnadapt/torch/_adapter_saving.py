@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,12 @@ from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
 from tnadapt.checkpoints.fingerprint import Fingerprint, fingerprint
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import FileError, TargetError, TnadaptError
-from tnadapt.targets.target import Target
 
 from . import _merging as merging
 from ._arrays import checked_pairs, named_parameters
 from ._bound_plan import is_bound
 from ._registry import refuse_merged
+from ._same_adapter import check_same
 from ._sharding import copy_all, gather_full
 from ._state import AdapterState, need_attached
 
@@ -130,14 +130,7 @@ def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
     need_attached(adapter)
     file = adapter_format.load(path)
     with FileErrorContext(path):
-        for what, theirs, ours in (
-            ("config", file.config, adapter.plan.config),
-            ("activation", file.activation, adapter.activation),
-            ("targets", _places(file.targets), _places(adapter.targets)),
-            ("list of kept parameters", sorted(file.kept), sorted(adapter.kept)),
-        ):
-            if theirs != ours:
-                raise FileError(f"its {what} differs from that of adapter {adapter.name!r}: load it under another name")
+        check_same(adapter, file)
         kept_parameters(adapter.model, file)
         base = base_fingerprint(adapter)
         if file.base is not None and base is not None and not file.base.matches(base):
@@ -151,10 +144,6 @@ def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
                     "name"
                 )
     copy_all([*checked_pairs(adapter, file.arrays), *kept_pairs(adapter.model, file)])
-
-
-def _places(targets: Sequence[Target]) -> list[tuple[Any, ...]]:
-    return [(target.name, target.shape, target.index, target.rows, target.tied) for target in targets]
 
 
 class FileErrorContext:

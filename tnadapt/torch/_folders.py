@@ -18,7 +18,7 @@ from ._bundle.hub import FILE_NAME, upload
 from ._bundle.model_card import checked_metrics, model_card, write_card
 from ._state import AdapterState, need_attached
 
-__all__ = ["push", "save"]
+__all__ = ["for_others", "push", "save"]
 
 
 def save(
@@ -66,9 +66,14 @@ def push(
     options: Mapping[str, Any],
 ) -> str:
     """Upload a folder; see :meth:`Adapter.push_to_hub`."""
-    if about is not None and about.local:
-        # Nobody else has this folder, and its path may tell a user's name.
-        about = dataclasses.replace(about, name="", revision="", file="")
     with tempfile.TemporaryDirectory() as folder:
-        save(adapter, folder, about, processors, metrics, store_bases, True, name)
+        save(adapter, folder, for_others(about), processors, metrics, store_bases, True, name)
         return upload(Path(folder), name, overwrite_card=overwrite_card, **options)
+
+
+def for_others(about: Pretrained | None) -> Pretrained | None:
+    """Return what an uploaded file says about its base: no local folder, which nobody else has."""
+    if about is None or not about.local:
+        return about
+    # Its path may tell a user's name, too.
+    return dataclasses.replace(about, name="", revision="", file="")

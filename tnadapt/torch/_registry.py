@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ __all__ = ["attached", "mix", "overlapping", "refuse_merged", "set_weight"]
 def attached(model: nn.Module) -> dict[str, AdapterState]:
     """Return the adapters on a model and its submodules by name; raise a TargetError if two have one name."""
     found: dict[str, AdapterState] = {}
+    if not callable(getattr(model, "modules", None)):
+        raise TargetError(f"adapters are on a torch module; got {safe_repr(model)}")
     for module in model.modules():
         for name, adapter in module.__dict__.get(ADAPTERS_ATTR, {}).items():
             if name in found:
@@ -79,7 +82,7 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
     (0.25, 0.75)
     """
     there = attached(model)
-    wanted = {name: _finite(weight) for name, weight in dict(weights).items()}
+    wanted = {name: _finite(weight) for name, weight in _pairs(weights)}
     for name in wanted:
         if name not in there:
             raise TargetError(f"no adapter {name!r} on this model; there are: {', '.join(map(repr, there)) or 'none'}")
@@ -89,6 +92,14 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
     new = [(adapter, wanted.get(name, 0.0)) for name, adapter in there.items()]
     old = [(adapter, adapter.weight) for adapter in there.values()]
     all_or_none(set_weight, new, old)
+
+
+def _pairs(weights: Any) -> list[tuple[str, float]]:
+    """Return names with their weights, or raise a ConfigError."""
+    pairs = list(weights.items() if isinstance(weights, Mapping) else weights)
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        raise ConfigError(f"mix() needs weights by name, such as {{'first': 0.5}}; got {safe_repr(weights)}")
+    return [(name, weight) for name, weight in pairs]
 
 
 def set_weight(adapter: AdapterState, weight: float) -> None:

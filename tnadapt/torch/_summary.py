@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from tnadapt.checkpoints.lora_export import LoraExport, lora_export
-from tnadapt.errors import escaped
+from tnadapt.errors import escaped, pluralize
 
 from ._arrays import named_parameters
 from ._quantized import quantized_type
@@ -103,7 +103,7 @@ class Summary:
         share = 100.0 * self.parameters / self.base
         count = (
             f"{self.parameters:,} parameters in {self.groups} group{'s' * (self.groups != 1)} for {self.adapted:,} "
-            f"elements of {len(self.rows)} weights; {share:.3g} % of the base's {self.base:,}"
+            f"elements of {pluralize(len(self.rows), 'weight')}; {share:.3g} % of the base's {self.base:,}"
         )
         if self.frozen:
             count += f"; {self.frozen:,} more frozen"

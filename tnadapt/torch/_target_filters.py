@@ -158,6 +158,12 @@ def without(search: TargetSearch, found: Sequence[Target], exclude: Any) -> list
     ]
     if len(kept) == len(found):
         some = ", ".join(dict.fromkeys(target.name for target in found[:4]))
+        if isinstance(exclude, str) and any(exclude in target.module.split(".") for target in found):
+            raise TargetError(
+                f"exclude={safe_repr(exclude)} is a regular expression for the whole path of a module, and excludes "
+                f"none of the {pluralize(len(found), 'target')}, such as {some}; a list takes the last whole parts of "
+                f"paths: exclude=[{exclude!r}]"
+            )
         raise TargetError(
             f"exclude={safe_repr(exclude)} excludes none of the {pluralize(len(found), 'target')}, such as {some}; "
             "leave it out, or give the path of a module, roles or a regular expression for the whole path of a module"

@@ -176,10 +176,15 @@ class TargetSearch:
         close = [last.get(near, near) for near in difflib.get_close_matches(name, [*last, *names], 4)]
         some = list(dict.fromkeys(close)) or names[:6]
         there = f"{'close matches' if close else 'it has'}: {', '.join(some)}" if some else "the model has none at all"
+        word = [] if close or what else difflib.get_close_matches(name.replace("_", "-"), WORDS, 1, 0.75)
+        meant = f"did you mean {word[0]!r}? " if word else ""
+        listed = len({weight.path for weight in self.weights if _ends(name, weight.path)})
+        way = f": [{name!r}] matches {listed} of them" if listed else ""
         return TargetError(
             f"no module of {type(self.model).__name__} matches {safe_repr(name)}{what} ({len(names)} could); "
-            f"{there}. A "
+            f"{meant}{there}. A "
             "list takes whole paths or their last whole parts, a plain string is a regular expression for a whole path"
+            f"{way}"
         )
 
     # -- Functions and targets ---------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from torch import nn
 
 from tnadapt.errors import FileError, TargetError
 
-from ._adapter_saving import swap
+from . import _folders as folders
+from ._adapter_saving import is_writer, swap
 from ._bundle.hub import FILE_NAME
+from ._bundle.trainer_card import complete_trainer_card
 from ._registry import attached
 from ._state import AdapterState, encoded
 
@@ -20,7 +23,13 @@ __all__ = ["adapter_checkpoints"]
 
 # The Trainer's file of its own arguments in a checkpoint.
 _ARGUMENTS = "training_args.bin"
-_METHODS = ("_save", "_load_from_checkpoint", "_load_best_model")
+_METHODS = {
+    "_save": "save",
+    "_load_from_checkpoint": "load",
+    "_load_best_model": "load_best",
+    "_push_from_checkpoint": "push",
+    "create_model_card": "write_card",
+}
 
 
 def adapter_checkpoints(trainer: Any) -> None:
@@ -30,6 +39,7 @@ def adapter_checkpoints(trainer: Any) -> None:
     :func:`tnadapt.torch.load_pretrained` read, next to the optimizer, the schedule and the random states as usual.
     ``train(resume_from_checkpoint=…)``, ``load_best_model_at_end`` and ``save_model`` work as before; checkpoints of
     whole models can still be resumed. With several adapters on the model, each has a folder of its name.
+    ``push_to_hub`` uploads the adapter, with a card that says how to load it, followed by the Trainer's own text.
 
     Parameters
     ----------
@@ -93,9 +103,14 @@ def adapter_checkpoints(trainer: Any) -> None:
             f"adapter {managed.name!r} belongs to a PEFT model, whose checkpoints hold adapters alone already: leave "
             "adapter_checkpoints out"
         )
-    trainer._save = checkpoints.save
-    trainer._load_from_checkpoint = checkpoints.load
-    trainer._load_best_model = checkpoints.load_best
+    if hasattr(trainer.model, "peft_config"):
+        raise TargetError(
+            "this trainer's model is a PEFT model, whose checkpoints hold PEFT's adapters, and an adapter that was "
+            "attached besides is frozen there: leave peft_config out, or give a TnadaptConfig as peft_config and call "
+            "neither attach() nor adapter_checkpoints()"
+        )
+    for theirs, ours in _METHODS.items():
+        setattr(trainer, theirs, getattr(checkpoints, ours))
 
 
 class _AdapterCheckpoints:
@@ -135,13 +150,46 @@ class _AdapterCheckpoints:
         if not trainer.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        about_of = folders.for_others if self.uploads else lambda about: about
         for name, file in self.files(folder).items():
-            states[name].handle.save_pretrained(file.parent)
+            about = about_of(states[name].handle.pretrained)
+            folders.save(states[name], file.parent, about, (), None, False, False, self.where(file.parent))
+        self.complete_card(folder)
         processing = trainer.processing_class
         processing = getattr(trainer.data_collator, "tokenizer", None) if processing is None else processing
         if processing is not None:
             processing.save_pretrained(folder)
         torch.save(trainer.args, folder / _ARGUMENTS)
+
+    @property
+    def uploads(self) -> bool:
+        """Whether the files go to the hub."""
+        return getattr(self.trainer, "hub_model_id", None) is not None
+
+    def where(self, folder: Path) -> str:
+        """Return the name from which a card loads the adapter: the repository, or else the folder."""
+        is_root = folder.absolute() == Path(self.trainer.args.output_dir).absolute()
+        return self.trainer.hub_model_id if self.uploads and is_root else folder.absolute().name
+
+    def push(self, checkpoint_folder: str) -> None:
+        """Upload the output folder during training, with the adapters of a checkpoint in it."""
+        root, target = Path(checkpoint_folder), Path(self.trainer.args.output_dir)
+        if self.adapters() and is_writer():
+            for file in filter(Path.is_file, self.files(root).values()):
+                copy = target / file.relative_to(root)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, copy)
+            self.complete_card(target)
+        self.otherwise["_push_from_checkpoint"](checkpoint_folder)
+
+    def write_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the Trainer's card, and the adapter's before it if the folder has one."""
+        self.otherwise["create_model_card"](*args, **kwargs)
+        self.complete_card(Path(self.trainer.args.output_dir))
+
+    def complete_card(self, folder: Path) -> None:
+        if self.adapters() and is_writer():
+            complete_trainer_card(folder, self.where(folder))
 
     def load(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Read the adapters of a checkpoint, or a whole model."""

@@ -17,7 +17,7 @@ from tnadapt.errors import ConfigError, FileError, pluralize, safe_repr
 
 from .hub import README
 
-__all__ = ["checked_metrics", "model_card", "write_card"]
+__all__ = ["checked_metrics", "marked", "model_card", "unmarked", "write_card"]
 
 # Names of repositories on the hub.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -57,8 +57,19 @@ def model_card(file: AdapterFile, where: str, metrics: Mapping[str, float]) -> s
     about = file.pretrained or Pretrained()
     lines = ["---", *_front_matter(about), "---", "", f"# {_text(Path(where).name)}", ""]
     lines += [*_what(file, about), "", *_labels(about), *_metrics(metrics), "## Use", "", *_use(about, where)]
-    text = "\n".join(lines) + "\n"
+    return marked("\n".join(lines) + "\n")
+
+
+def marked(text: str) -> str:
+    """Return a card with the mark by which :func:`unmarked` knows that nobody edited it."""
     return f"{text}\n<!-- tnadapt wrote this: {_digest(text)} -->\n"
+
+
+def unmarked(card: str) -> str | None:
+    """Return a card without its mark, or None if it has none or was edited."""
+    found = _MARK.search(card)
+    text = card[: found.start()] if found is not None else ""
+    return text if found is not None and _digest(text) == found[1] else None
 
 
 def write_card(folder: Path, text: str, overwrite: bool) -> bool:
@@ -74,9 +85,7 @@ def write_card(folder: Path, text: str, overwrite: bool) -> bool:
 
 
 def _untouched(path: Path) -> bool:
-    text = path.read_text(encoding="utf-8", errors="replace")
-    found = _MARK.search(text)
-    return found is not None and _digest(text[: found.start()]) == found[1]
+    return unmarked(path.read_text(encoding="utf-8", errors="replace")) is not None
 
 
 def _digest(text: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Self
 from tnadapt.algebra import presets
 from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.algebra.config import Config
+from tnadapt.algebra.named_config import close_presets
 from tnadapt.algebra.starting_points import starting_point
 from tnadapt.errors import ConfigError, UnexpectedKeywordError, safe_repr
 
@@ -291,7 +292,9 @@ def _settings(preset: Any, settings: Any) -> dict[str, Any]:
             )
         return (settings if isinstance(settings, Config) else Config.from_dict(settings)).to_dict()
     if preset not in presets.__all__:
-        raise ConfigError(f"preset must be one of {', '.join(presets.__all__)}; got {safe_repr(preset)}")
+        close = close_presets(preset) if isinstance(preset, str) else []
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"preset must be one of {', '.join(presets.__all__)}; got {safe_repr(preset)}{meant}")
     if settings is not None and not isinstance(settings, Mapping):
         raise ConfigError(f"with a preset, settings must be a mapping of its arguments; got {safe_repr(settings)}")
     try:
