@@ -38,6 +38,15 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return untrained(folder / "a.safetensors", tiny.bert(folder / "bert"), data), Path(data)
 
 
+def test_a_base_that_has_moved(tmp_path: Path) -> None:
+    data = tiny.classes(tmp_path / "a.jsonl")
+    adapter = untrained(tmp_path / "a.safetensors", tiny.bert(tmp_path / "bert"), data)
+    (tmp_path / "bert").rename(tmp_path / "moved")
+    done = invoke(adapter, "--data", data)
+    assert "there is no such folder here; give --base with a folder, a name or a model" in str(done.exception)
+    assert invoke(adapter, "--data", data, "--base", tmp_path / "moved").exit_code == 0
+
+
 # -- Files that are there already --------------------------------------------------------------
 
 

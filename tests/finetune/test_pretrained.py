@@ -266,12 +266,12 @@ def test_no_such_models(table: Path, tmp_path: Path, bert: Path) -> None:
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         (bare / name).write_bytes((bert / name).read_bytes())
-    refused(str(bare), "no tokenizer in")
+    refused(str(bare), "bare' has no tokenizer, or one that knows no word of the texts; give a folder or hub name")
 
 
 def test_a_hub_that_cannot_be_reached(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def from_pretrained(*given: Any, **settings: Any) -> None:
-        raise OSError("We couldn't connect to the hub\nand much more")
+        raise OSError("We couldn't connect to the hub.\nand much more")
 
     monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", from_pretrained)
     with pytest.raises(
@@ -282,9 +282,11 @@ def test_a_hub_that_cannot_be_reached(table: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_model_of_another_kind(vit: Path, table: Path, bert: Path, shades: Path) -> None:
-    with pytest.raises(TnadaptError, match=r"cannot load .* for texts through transformers"):
+    found = r"has a ViTConfig, for which transformers has no AutoModelForSequenceClassification; the task is class"
+    with pytest.raises(TnadaptError, match=found):
         open_problem(Spec(model=str(vit), data=str(table)))
-    with pytest.raises(TnadaptError, match=r"cannot load .* for images through transformers"):
+    found = r"has a BertConfig, for which transformers has no AutoModelForImageClassification; the task is image-"
+    with pytest.raises(TnadaptError, match=found):
         open_problem(Spec(model=str(bert), data=str(shades)))
 
 

@@ -128,7 +128,7 @@ def test_named_columns_are_texts_and_labels_unless_they_are_called_completions(
         ),
         (
             ["yes", "no", "yes"], {"task": "regression"},
-            "--task regression does not fit: 'label' has labels that are no numbers; these data fit --task "
+            "--task regression does not fit: 'label' has labels that are not numbers; these data fit --task "
             "classification",
         ),
         (

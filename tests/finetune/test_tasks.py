@@ -199,7 +199,7 @@ def test_a_text_model_that_sees_what_it_is_to_predict_is_refused(tmp_path: Path)
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     bare, data = tiny.gpt2(tmp_path / "gpt2", tokenizer=False), tiny.completions(tmp_path / "a.jsonl")
     with pytest.raises(
-        TnadaptError, match=r"no tokenizer in .*; give a folder or hub name that has one with --tokenizer"
+        TnadaptError, match=r"has no tokenizer, or one .*; give a folder or hub name with one as --tokenizer"
     ):
         open_problem(Spec(model=bare, data=data))
     problem = open_problem(Spec(model=bare, data=data, tokenizer=tiny.words(tmp_path / "words")))

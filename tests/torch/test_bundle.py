@@ -191,7 +191,9 @@ def test_another_place_of_the_base(bert: Path, tmp_path: Path) -> None:
     adapter.save_pretrained(tmp_path / "mine")
     said = refusal(tmp_path / "mine")
     assert said.startswith(f"{tmp_path / 'mine' / 'adapter.safetensors'}: cannot load its base model '{tmp_path}/moved")
-    assert said.endswith("give base= with a folder, a name or a model")
+    assert said.endswith(
+        "away' through transformers: there is no such folder here; give base= with a folder, a name or a model"
+    )
     for base in (bert, str(bert), transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=3)):
         loaded = tt.load_pretrained(tmp_path / "mine", base=base)
         assert torch.equal(outputs(loaded), outputs(model))

@@ -17,6 +17,7 @@ from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import FileError
 
 from ._finetune_command import job_package
+from ._option_names import as_options
 from ._printing import echo
 
 __all__ = ["predict_command"]
@@ -65,6 +66,8 @@ def predict_command(
     except KeyboardInterrupt:
         echo("stopped; nothing was written", err=True)
         raise typer.Exit(130) from None
+    except TnadaptError as error:
+        raise TnadaptError(as_options(str(error), ("base",))) from None
     of_part = f" of the {found.part} part" if found.part else ""
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
     if out is None:

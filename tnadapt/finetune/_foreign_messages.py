@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from tnadapt.errors import TnadaptError
+from tnadapt.errors import TnadaptError, safe_repr
 
 from ._data_sources import first_line, quiet
 
-__all__ = ["refused", "silent", "transformers_library"]
+__all__ = ["class_expected", "refused", "silent", "transformers_library"]
 
 
 @contextlib.contextmanager
@@ -21,7 +22,22 @@ def refused(what: str, way: str = "") -> Iterator[None]:
     except TnadaptError:
         raise
     except Exception as error:
-        raise TnadaptError(f"{what}: {first_line(error)}{way}") from None
+        raise TnadaptError(f"{what}: {first_line(error).rstrip('.') if way else first_line(error)}{way}") from None
+
+
+@contextlib.contextmanager
+def class_expected(name: str, auto: str, task: str) -> Iterator[None]:
+    """Say it plainly if transformers has no class of a task for a model, such as a BERT for images."""
+    try:
+        yield
+    except ValueError as error:
+        found = re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", str(error))
+        if found is None:
+            raise
+        raise TnadaptError(
+            f"{safe_repr(name)} has a {found[1]}, for which transformers has no {auto}; the task is {task}: give "
+            "another --model, or other data"
+        ) from None
 
 
 @contextlib.contextmanager

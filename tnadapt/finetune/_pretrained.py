@@ -14,7 +14,7 @@ from tnadapt.errors import FileError, TnadaptError, safe_repr
 
 from ._data import Data, Samples, choose, divide
 from ._data_sources import open_source, quiet
-from ._foreign_messages import refused, silent, transformers_library
+from ._foreign_messages import class_expected, refused, silent, transformers_library
 from ._image_inputs import divided_images, image_settings
 from ._learning_task import LearningTask
 from ._saved_task import check_recordable
@@ -93,7 +93,8 @@ def _transformers(spec: Spec, data: Data, task: LearningTask, samples: dict[str,
         return model  # type: ignore[no-any-return]
 
     way = "" if Path(name).exists() else "; use --model with a folder"
-    with refused(f"cannot load {safe_repr(name)} for {data.kind}s through transformers", way):
+    what = f"cannot load {safe_repr(name)} for {data.kind}s through transformers"
+    with refused(what, way), class_expected(name, task.auto, task.name):
         model = build(0)
     drawn = tuple(dict.fromkeys(key.rpartition(".")[0] or key for key in new))
     if len(new) == len(model.state_dict()):

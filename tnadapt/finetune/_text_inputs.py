@@ -84,8 +84,8 @@ def encoded(
         # If the folder has no tokenizer, transformers returns one without a vocabulary.
         if all(bool(torch.isin(tokens, special).all()) for tokens in texts.tokens):
             raise TnadaptError(
-                f"no tokenizer in {safe_repr(name)} whose vocabulary has any word of the texts; give a folder or hub "
-                "name that has one with --tokenizer"
+                f"{safe_repr(name)} has no tokenizer, or one that knows no word of the texts; give a folder or hub "
+                "name with one as --tokenizer"
             )
         if texts.lengths is not None and not bool(texts.lengths.all()):
             empty = some.inputs[int(texts.lengths.argmin())]

@@ -62,7 +62,7 @@ class Regression(LearningTask):
         name, facts = label_facts(source, spec)
         if facts.kind not in ("integers", "fractions"):
             return Evidence(
-                "no", f"{name!r} has {facts.kind if facts.kind == 'lists' else 'labels that are no numbers'}"
+                "no", f"{name!r} has {facts.kind if facts.kind == 'lists' else 'labels that are not numbers'}"
             )
         if name in source.words:
             return Evidence("no", f"{name!r} has the numbers of {len(source.words[name])} classes")

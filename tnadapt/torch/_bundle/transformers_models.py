@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -73,6 +74,8 @@ class TransformersModels(ModelLibrary):
             _silent(transformers),
             torch.random.fork_rng(devices=[]),
         ):
+            if os.path.isabs(about.name) and not os.path.exists(about.name):  # not a name on a hub
+                raise FileNotFoundError("there is no such folder here")
             model, loaded = getattr(transformers, task.model).from_pretrained(
                 about.name, revision=about.revision or None, dtype=options.dtype_for(about) or "auto",
                 token=options.token, trust_remote_code=False, output_loading_info=True, **settings,
