@@ -132,6 +132,19 @@ def test_no_convolution_is_padded_for_vllm(stored: tuple[int, ...]) -> None:
         tna.convert(file, to="vllm")
 
 
+def test_experts_are_lora_of_peft() -> None:
+    file = adapter(P.lora(2), [Target("experts", (3, 48, 40), parameter="up_proj", index=1)])
+    assert said(file) == (
+        "exports exactly as LoRA of rank 2 (PEFT only: that of experts is not written for vLLM and others, so merge it "
+        "for them)"
+    )
+    assert tna.convert(file, to="peft-lora").exact
+    with pytest.raises(ConfigError, match=r"experts\.up_proj\[1\] cannot be converted to 'vllm-lora': it is one of"):
+        tna.convert(file, to="vllm")
+    other = adapter(P.lora(2), [Target("experts", (3, 48, 40), parameter="w", index=1)])
+    assert said(other) == "merge only: experts.w is not the weight of a layer"
+
+
 def test_vllm_takes_a_short_list_of_ranks() -> None:
     assert [served_rank(rank) for rank in SERVED_RANKS] == list(SERVED_RANKS)
     assert [served_rank(rank + 1) for rank in SERVED_RANKS] == [8, 16, 32, 64, 128, 256, 320, 512, None]

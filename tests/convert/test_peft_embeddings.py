@@ -95,17 +95,6 @@ def test_what_cannot_be_written_is_named() -> None:
         tna.ConfigError, match=r"embed\.weight .* updated together with head\.weight, to which it is tied"
     ):
         tna.convert(file, to="peft-lora")
-    target = tna.Target("experts", (3, 6, 4), parameter="down_proj", index=1)
-    plan = tna.SuperLoRA(tna.presets.lora(2), [(6, 4)])
-    file = tna.AdapterFile(plan.config, [target], plan.init())
-    two = [tna.Target("experts", (3, 6, 4), parameter="down_proj", index=index) for index in (0, 1)]
-    plan = tna.SuperLoRA(tna.presets.lora(2), [(6, 4)] * 2)
-    with pytest.raises(tna.ConfigError, match=r"experts\.down_proj\[0\] cannot be converted: it is one of the 3"):
-        tna.convert(tna.AdapterFile(plan.config, two, plan.init()), to="peft")
-    with pytest.raises(
-        tna.ConfigError, match=r"experts\.down_proj\[1\] cannot be converted: it is one of the 3 matrices"
-    ):
-        tna.convert(file, to="peft-lora")
 
 
 def _own(cfg: tna.Config, **settings: Any) -> tuple[tna.Config, list[tna.Target], dict[str, Any]]:

@@ -88,7 +88,7 @@ def tensors(**fields: Any) -> dict[str, np.ndarray]:
         (changed(monteclora_config={"a": 1}), "MonteCLoRA"),
         (changed(use_bdlora={"a": 1}), "block-diagonal"),
         (changed(lora_bias=True), "it adds to the layer's bias"),
-        (changed(target_parameters=["a"]), "no layer's weight"),
+        (changed(target_parameters=["a"]), "does not store which parameter"),
         (changed(trainable_token_indices=[1]), "rows of an embedding"),
         (changed(use_tomorrow=1), "this field is not known here"),
         (changed(init_lora_weights="pissa_niter_4"), "whose weights it has changed"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import tnadapt as tna
-from tnadapt.targets._checkpoint_experts import experts_of
+from tnadapt.targets.checkpoint_experts import experts_of
 from tnadapt.targets.checkpoint_targets import find_stored
 
 STACKS = {"mlp.experts.gate_up_proj": (2, 8, 12), "mlp.experts.down_proj": (2, 6, 8)}

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from tnadapt.algebra.rank_bounds import lora_rank
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import escaped
+from tnadapt.targets.checkpoint_experts import PARAMETERS
 from tnadapt.targets.target import Target
 
 __all__ = ["SERVED_EMBEDDING", "SERVED_RANKS", "LoraExport", "lora_export", "served_rank"]
@@ -122,7 +123,7 @@ def lora_export(plan: SuperLoRA, targets: Sequence[Target] | None = None, activa
     if tied is not None:
         return LoraExport(None, f"{escaped(tied.name)} is tied to {escaped(', '.join(tied.tied))}")
     own = targets or ()
-    other = next((target for target in own if target.parameter != "weight" or target.index is not None), None)
+    other = next((target for target in own if not _is_layer(target)), None)
     if other is not None:
         return LoraExport(None, f"{escaped(other.name)} is not the weight of a layer")
     ranks = [plan.largest_rank(index) for index in range(len(plan.shapes))]
@@ -130,8 +131,8 @@ def lora_export(plan: SuperLoRA, targets: Sequence[Target] | None = None, activa
     if targets is not None:
         total = Counter[str]()
         for target, rank in zip(targets, ranks, strict=True):
-            total[target.module] += rank
-        whole = {target.module: dataclasses.replace(target, rows=None).shape for target in targets}
+            total[_place(target)] += rank
+        whole = {_place(target): dataclasses.replace(target, rows=None).shape for target in targets}
         shapes, ranks = [whole[module] for module in total], list(total.values())
     found = lora_rank(shapes, ranks)
     if found is not None:
@@ -142,9 +143,24 @@ def lora_export(plan: SuperLoRA, targets: Sequence[Target] | None = None, activa
 
 def _limits(targets: Sequence[Target]) -> str:
     """Return who has no LoRA of some of the weights, and who has."""
+    if any(map(_is_expert, targets)):
+        return "PEFT only: that of experts is not written for vLLM and others, so merge it for them"
     if any(len(target.stored) != 2 for target in targets):
         return "PEFT, LyCORIS and diffusers only: vLLM and llama.cpp have no LoRA of convolutions, so merge it for them"
     embeddings = [target.module for target in targets if target.role == "embedding"]
     if other := [path for path in embeddings if path.rpartition(".")[2] != SERVED_EMBEDDING]:
         return f"PEFT only: vLLM has no LoRA of the embedding {escaped(other[0])}, so merge it for vLLM"
     return ""
+
+
+def _is_expert(target: Target) -> bool:
+    return target.index is not None and target.parameter in PARAMETERS
+
+
+def _is_layer(target: Target) -> bool:
+    """Return whether PEFT has LoRA of a parameter: the weight of a layer, or the matrices of experts."""
+    return _is_expert(target) or (target.parameter == "weight" and target.index is None)
+
+
+def _place(target: Target) -> str:
+    return target.module if target.index is None else f"{target.name}[{target.index}]"

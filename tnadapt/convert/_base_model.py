@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 from tnadapt.errors import FileError, TargetError, safe_repr
+from tnadapt.targets.checkpoint_experts import experts_of
 from tnadapt.targets.roles import layer_of, parse_projection_name
 from tnadapt.targets.target import Target
 
@@ -27,11 +29,29 @@ class Base:
         Whether the modules are in the order of the model's ``named_modules()``, as far as is known.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...] | None], ordered: bool = True) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...] | None],
+        ordered: bool = True,
+        tensors: Mapping[str, Sequence[int]] | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self.shapes, self.ordered = dict(shapes), ordered
+        self._tensors, self._config = tensors or {}, config
         self._flat: dict[str, list[str]] = {}
         for path in self.shapes:
             self._flat.setdefault(path.replace(".", "_"), []).append(path)
+
+    @functools.cached_property
+    def experts(self) -> list[Target]:
+        """The parameters that stack the matrices of experts, each as the target of its first matrix.
+
+        Raises
+        ------
+        TargetError
+            If it is unclear how the matrices are stored.
+        """
+        return [one.target for one in experts_of(self._tensors, self._config) if one.target.index == 0]
 
     def named(self, flat: str, other: str = "") -> str:
         """Return the path whose dots are underscores in ``flat``, or else in ``other``.
@@ -89,7 +109,7 @@ def as_base(base: Any) -> Base | None:
     if base is None:
         return None
     if isinstance(base, (str, os.PathLike)):
-        return Base(_of_file(os.fspath(base)), ordered=False)  # safetensors sorts its tensors
+        return _of_file(os.fspath(base))
     try:
         if isinstance(base, Mapping):
             shapes = {_module(name): None if shape is None else tuple(map(int, shape)) for name, shape in base.items()}
@@ -100,15 +120,18 @@ def as_base(base: Any) -> Base | None:
             f"base must be the path of a safetensors file, a list of modules' paths, or a mapping of paths to shapes; "
             f"got {safe_repr(base)}"
         ) from None
-    return Base(shapes)
+    tensors = base if isinstance(base, Mapping) else {}
+    return Base(shapes, tensors={name: shape for name, shape in tensors.items() if shape is not None})
 
 
-def _of_file(path: str) -> dict[str, tuple[int, ...] | None]:
-    entries = open_checkpoint(path).entries
+def _of_file(path: str) -> Base:
+    checkpoint = open_checkpoint(path)
+    entries = checkpoint.entries
     found = {_module(name): entry.shape for name, entry in entries.items() if name.endswith(".weight")}
     if not found:
         raise FileError(f"{path} has no tensor whose name ends in .weight, and is not a base model")
-    return dict(found)
+    tensors = {name: entry.shape for name, entry in entries.items()}
+    return Base(found, ordered=False, tensors=tensors, config=checkpoint.config)  # safetensors sorts its tensors
 
 
 def _module(name: str) -> str:

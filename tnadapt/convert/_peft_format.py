@@ -20,6 +20,7 @@ from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.container import DTYPES, Container
 from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.targets.roles import natural
+from tnadapt.targets.target import Target
 
 from ._application import Application, not_additive
 from ._base_model import Base, target_of
@@ -29,6 +30,9 @@ from ._peft_content import CONFIG_NAME, PREFIX, TRANSPOSED, check_transposed, ke
 from ._peft_embeddings import EMBEDDING, as_embedding, is_embedding, stored_bases
 from ._peft_embeddings import decoded as decoded_embedding
 from ._peft_embeddings import encoded as encoded_embedding
+from ._peft_experts import EXPERTS, is_expert, record_of
+from ._peft_experts import decoded as decoded_experts
+from ._peft_experts import encoded as encoded_experts
 from ._peft_methods import METHODS
 from ._peft_settings import LOW_RANK, PeftSettings, config_of, settings_of
 from ._tensors import (
@@ -111,6 +115,11 @@ class PeftFormat(FileFormat):
         with files.container(_WEIGHTS) as container:
             return _read(container, settings, base)
 
+    def check_target(self, target: Target) -> None:
+        """Allow the matrices of experts; raise ConfigError as usual for others."""
+        if target.index is None:
+            super().check_target(target)
+
     def check_module(self, module: Module, kind: str) -> None:
         """Raise ConfigError for kernels with too many axes and, except for LoRA, for weights stored as (in, out)."""
         if kind in self.structures:
@@ -170,20 +179,33 @@ class PeftFormat(FileFormat):
 
     def encode(self, kind: str, modules: Sequence[Module], choice: ExportChoice, kept: Sequence[str]) -> EncodedAdapter:
         """Encode the tensors and ``adapter_config.json``."""
+        places = [place for place, module in enumerate(modules) if not is_expert(module)]
+        plain = [modules[place] for place in places]
         tensors, alphas = dict[str, Float](), []
-        for module, update, rank in zip(modules, choice.updates, choice.ranks, strict=True):
+        for place in places:
+            module, update, rank = modules[place], choice.updates[place], choice.ranks[place]
             alpha = alpha_of([update.scale], rank)
             whole = update if alpha is not None else update.absorb_scale()
             own = encode(whole, module.stored, "lora_A.weight", "lora_B.weight")
             own = encoded_embedding(own) if is_embedding(module) else own
             tensors |= {f"{PREFIX}{module.path}.{name}": array for name, array in own.items()}
             alphas.append(float(rank) if alpha is None else alpha)
-        transposed = {module.path: module.transposed for module in modules}
-        config = config_of(kind, transposed, choice.ranks, alphas, kept) | choice.settings
-        linear = [module.transposed for module in modules if not is_embedding(module)]
+        transposed = {module.path: module.transposed for module in plain}
+        experts = encoded_experts(modules, choice.updates)
+        tensors |= {PREFIX + name: array for name, array in experts.tensors.items()}
+        ranks = [*(choice.ranks[place] for place in places), *experts.ranks.values()]
+        names = transposed | dict.fromkeys(experts.ranks, False)
+        config = config_of(kind, names, ranks, [*alphas, *experts.alphas.values()], kept, list(experts.ranks))
+        config |= choice.settings
+        linear = [module.transposed for module in plain if not is_embedding(module)]
         if kind == "lora" and linear:  # PEFT does not ask it of embeddings
             config["fan_in_fan_out"] = all(linear)
-        return EncodedAdapter(tensors, config=config, record={TRANSPOSED: transposed})
+        if experts.ranks and config.get("fan_in_fan_out"):
+            raise ConfigError(
+                f"{safe_repr(plain[0].path)} is stored as (in, out), which PEFT takes for a setting of all weights and "
+                "refuses for experts: convert an adapter of either"
+            )
+        return EncodedAdapter(tensors, config=config, record={TRANSPOSED: transposed, EXPERTS: record_of(modules)})
 
     def encode_file(self, kind: str, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode the tensors and settings of a method with a structure of its own."""
@@ -204,10 +226,11 @@ class PeftFormat(FileFormat):
     ) -> EncodedAdapter:
         """Encode DoRA, by rows, or HiRA; both next to LoRA's factors."""
         assert encoded.config is not None  # of encode
-        embedding = next((module.path for module in modules if is_embedding(module)), None)
-        if embedding is not None:
+        other = next((module for module in modules if is_embedding(module) or is_expert(module)), None)
+        if other is not None:
+            what = "one of the matrices of a parameter" if is_expert(other) else "an embedding"
             raise ConfigError(
-                f"{safe_repr(embedding)} is an embedding, and apply={application.apply!r} of it is not written for "
+                f"{safe_repr(other.place)} is {what}, and apply={application.apply!r} of it is not written for "
                 f"{self.library}: merge the adapter into the base with tnadapt.merge"
             )
         if kind == "lora" and application.apply == "magnitude" and application.magnitude_axis == "rows":
@@ -323,19 +346,20 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
         raise FileError(f"has tensors that do not belong to a {settings.kind} adapter: {summarize(unknown)}")
     if not modules:
         raise FileError("has no adapted weight")
-    wrapped = next((path for path in modules if ".base_layer." in f".{path}."), None)
+    found, rest = decoded_experts(modules, settings, recorded(container.metadata, EXPERTS, list), base)
+    wrapped = next((path for path in rest if ".base_layer." in f".{path}."), None)
     if wrapped is not None:
         raise FileError(
             f"{safe_repr(wrapped)} cannot be converted: it is PEFT's LoRA on nn.MultiheadAttention, which adds "
             "its update "
             "of the output projection twice, and of q, k and v to a parameter that is no module's weight"
         )
-    transposed, found = recorded(container.metadata, TRANSPOSED, bool), []
-    for path in sorted(modules, key=natural):
-        kind = kind_of(path, modules[path])
+    transposed = recorded(container.metadata, TRANSPOSED, bool)
+    for path in sorted(rest, key=natural):
+        kind = kind_of(path, rest[path])
         if kind != settings.kind:
             raise FileError(f"{safe_repr(path)} has tensors of {kind}, and {CONFIG_NAME} says {settings.kind}")
-        update, shape = decode(path, modules[path], functools.partial(settings.scale, path), kron_last_axes=True)
+        update, shape = decode(path, rest[path], functools.partial(settings.scale, path), kron_last_axes=True)
         says = transposed.get(path, settings.transposed) and path not in embeddings
         target = target_of(path, shape, base, says and len(shape) == 2, settings.kind == "lora")
         found.append(as_embedding(TargetUpdate(target, update), embeddings))

@@ -40,6 +40,7 @@ _HARMLESS = frozenset(
 _READ = frozenset(
     {
         "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "use_dora",
+        "target_parameters",
     }
 )  # fmt: skip
 _REFUSED = {
@@ -52,7 +53,6 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA draws its factors",
     "trainable_token_indices": "rows of an embedding were trained, too",
     "lora_bias": "it adds to the layer's bias, which is not in the file",
-    "target_parameters": "its updates are of parameters that are no layer's weight",
     "megatron_config": "its factors are parts of Megatron's parallel layers",
 }
 # These methods subtract their initial update from the base's weights, so the adapter belongs to a base that is not on
@@ -80,6 +80,8 @@ class PeftSettings(NamedTuple):
         Class name of the base model, or "".
     apply : str
         How the updates meet the weights: "magnitude" for DoRA, "hadamard" for HiRA.
+    parameters : tuple of str
+        ``target_parameters``: parameters that LoRA adapts directly.
     """
 
     kind: str
@@ -93,6 +95,7 @@ class PeftSettings(NamedTuple):
     bias: str
     model: str
     apply: str = "add"
+    parameters: tuple[str, ...] = ()
 
     def scale(self, path: str, rank: int | None) -> float:
         """Return the scale, ``alpha / r``, of a module with factors of this rank; None if they have no rank."""
@@ -144,6 +147,7 @@ def settings_of(config: Mapping[str, Any]) -> PeftSettings:
         bias,
         model,
         _apply(config, kind),
+        _parameters(config, kind),
     )
 
 
@@ -218,6 +222,15 @@ def _apply(config: Mapping[str, Any], kind: str) -> str:
     return "magnitude"
 
 
+def _parameters(config: Mapping[str, Any], kind: str) -> tuple[str, ...]:
+    found = config.get("target_parameters") or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise FileError(f"target_parameters must be a list of names; got {safe_repr(found)}")
+    if found and (kind != "lora" or _apply(config, kind) != "add"):
+        raise FileError(f"target_parameters={safe_repr(found)} belongs to LoRA; peft_type is {config['peft_type']}")
+    return tuple(found)
+
+
 def _pattern(field: str, config: Mapping[str, Any]) -> dict[str, Any]:
     found = config.get(field) or {}
     if not isinstance(found, dict):
@@ -262,7 +275,12 @@ def common_config(kind: str, paths: Sequence[str], kept: Sequence[str]) -> dict[
 
 
 def config_of(
-    kind: str, transposed: Mapping[str, bool], ranks: Sequence[int], alphas: Sequence[float], kept: Sequence[str]
+    kind: str,
+    transposed: Mapping[str, bool],
+    ranks: Sequence[int],
+    alphas: Sequence[float],
+    kept: Sequence[str],
+    parameters: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return ``adapter_config.json``, with full paths of all weights, and patterns for differing ranks and alphas.
 
@@ -275,11 +293,13 @@ def config_of(
         Ranks and alphas of the modules.
     kept : sequence of str
         Names of the parameters of ``modules_to_save``.
+    parameters : sequence of str
+        Those of the paths that are names of parameters, for ``target_parameters``.
     """
     rank, alpha = (Counter(values).most_common(1)[0][0] for values in (ranks, alphas))
     paths = list(transposed)
     config = {
-        **common_config(kind, paths, kept),
+        **common_config(kind, [path for path in paths if path not in parameters], kept),
         "r": rank,
         ("lora_alpha" if kind == "lora" else "alpha"): _json_number(alpha),
         "rank_pattern": _pattern_of(paths, ranks, rank),
@@ -287,7 +307,7 @@ def config_of(
     }
     if kind == "lora":
         config |= {"bias": "none", "fan_in_fan_out": all(transposed.values())}
-    return config
+    return config | ({"target_parameters": sorted(parameters)} if parameters else {})
 
 
 def _json_number(value: float) -> int | float:

@@ -26,8 +26,9 @@ from ._format_registry import OWN, format_names, format_of, is_built_in
 from ._join import join
 from ._nearest import ExportSpec, choose
 from ._peft_embeddings import is_embedding
+from ._peft_experts import check_method
 from ._request import check_part, checked_request, has_rank, with_method
-from ._unpack import Module, Unpacked, modules_of
+from ._unpack import Module, Unpacked, modules_of, place_of
 from ._updates import ModuleUpdate, check_range, errors_of, is_rounding, low_rank_norms, narrow, norms_of, round_to
 
 __all__ = ["run"]
@@ -302,6 +303,7 @@ def _check_modules(file: AdapterFile, modules: Sequence[Module], spec: ExportSpe
                 f"{safe_repr(module.path)} is an embedding, and {spec.format.library} has no {spec.kind} of such a "
                 "layer: convert to 'peft-lora', or merge the adapter into the base with tnadapt.merge"
             )
+        check_method(module, spec.form)
         spec.format.check_module(module, spec.kind)
     spec.format.check_adapter(modules, file.kept)
 
@@ -314,12 +316,15 @@ def _measured(
 ) -> tuple[float, dict[str, float]]:
     """Read the written bytes back, and return their error."""
     back = _read_foreign(spec.format.name, StoredFiles(contents=files), None, None).file
-    again, places = Unpacked(back), {target.module: number for number, target in enumerate(back.targets)}
-    if places.keys() != {module.path for module in modules}:
+    again, places = Unpacked(back), {place_of(target): number for number, target in enumerate(back.targets)}
+    wanted = {module.place for module in modules}
+    # Other libraries have all experts of a parameter; those without a target have zeros.
+    others = [place for place, number in places.items() if place not in wanted and back.targets[number].index is None]
+    if others or not places.keys() >= wanted:
         raise FileError("what was written does not read back: please report this")
     norms = {}
     for module in modules:
-        number = places[module.path]
+        number = places[module.place]
         found = low_rank_norms(module.form(unpacked), again.form(number))
         norms[module.name] = found or norms_of(module.delta(unpacked), again.delta(number))
     return errors_of(norms)

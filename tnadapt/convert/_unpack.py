@@ -21,7 +21,7 @@ from tnadapt.targets.target import Target
 from ._slices import low_rank_slice
 from ._updates import Float, ModuleUpdate, Pair, as_matrix
 
-__all__ = ["Module", "TargetUpdate", "Unpacked", "modules_of"]
+__all__ = ["Module", "TargetUpdate", "Unpacked", "modules_of", "place_of"]
 
 
 # -- Unpacking: the update of one target ---------------------------------------------------------
@@ -183,7 +183,7 @@ class Module(NamedTuple):
     path : str
         Path of the module whose ``weight`` is updated.
     stored : tuple of int
-        Shape of the weight as the model stores it.
+        Shape of the weight as the model stores it; of an expert that of its matrix.
     transposed : bool
         Whether that shape is ``(in, out)``.
     targets : tuple of (int, Target)
@@ -203,8 +203,14 @@ class Module(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of the weight in a state dict."""
-        return self.targets[0][1].name
+        """Name of the weight in a state dict, with the index of an expert."""
+        first = self.targets[0][1]
+        return first.name if first.index is None else place_of(first)
+
+    @property
+    def place(self) -> str:
+        """The path; of an expert also which one it is."""
+        return place_of(self.targets[0][1])
 
     def delta(self, unpacked: Unpacked) -> Float:
         """Return ΔW of the whole weight, which is zero in rows without a target."""
@@ -245,15 +251,20 @@ def _rows(target: Target) -> slice | list[int]:
 
 
 def modules_of(file: AdapterFile) -> list[Module]:
-    """Return the modules of an adapter file, layer by layer."""
+    """Return the modules of an adapter file, layer by layer; each expert is one of its own."""
     places: dict[str, list[tuple[int, Target]]] = {}
     for number, target in enumerate(file.targets):
-        places.setdefault(target.module, []).append((number, target))
+        places.setdefault(place_of(target), []).append((number, target))
     found = []
-    for path in sorted(places, key=natural):
-        first = places[path][0][1]  # all targets of a weight agree on how it is stored
-        found.append(Module(path, first.stored, first.transposed, tuple(places[path])))
+    for place in sorted(places, key=natural):
+        first = places[place][0][1]  # all targets of a weight agree on how it is stored
+        found.append(Module(first.module, first.matrix_sizes, first.transposed, tuple(places[place])))
     return found
+
+
+def place_of(target: Target) -> str:
+    """Return what all targets of one matrix have in common: the module's path; of an expert also which it is."""
+    return target.module if target.index is None else f"{target.name}[{target.index}]"
 
 
 # -- Updates of another library ------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 from tnadapt.errors import TargetError, safe_repr
 
 from ._checkpoint_attention import StoredModel, targets_of
-from ._checkpoint_experts import experts_of
+from .checkpoint_experts import experts_of
 from .roles import layer_of, natural, parse_projection_name
 from .target import Target
 

@@ -18,9 +18,10 @@ from .expert_names import MODULES, PARTS
 from .roles import layer_of, natural
 from .target import Target
 
-__all__ = ["StoredExpert", "experts_of"]
+__all__ = ["PARAMETERS", "StoredExpert", "experts_of"]
 
-_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+#: Names of parameters that stack matrices, in the order in which modules define them.
+PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 _SINGLE = re.compile(r"(.*\bexperts)\.(\d+)\.([a-z0-9_]+)\.weight", re.ASCII)
 
 Shape = tuple[int, ...]
@@ -72,7 +73,7 @@ def experts_of(
     single = [one for one in _single(shapes) if chosen(one.target.module, one.target.parameter)]
     found = [*_stacked(shapes, config, chosen), *single]
     return sorted(
-        found, key=lambda one: (natural(one.target.module), _PARAMETERS.index(one.target.parameter), one.target.index)
+        found, key=lambda one: (natural(one.target.module), PARAMETERS.index(one.target.parameter), one.target.index)
     )
 
 
@@ -85,7 +86,7 @@ def _stacked(
     of_module: dict[str, dict[str, Shape]] = {}
     for name, shape in shapes.items():
         module, _, parameter = name.rpartition(".")
-        if parameter in _PARAMETERS and len(shape) == 3 and min(shape) > 0 and "experts" in module.rpartition(".")[2]:
+        if parameter in PARAMETERS and len(shape) == 3 and min(shape) > 0 and "experts" in module.rpartition(".")[2]:
             of_module.setdefault(module, {})[parameter] = tuple(shape)
     found = []
     for module, own in of_module.items():

@@ -1,0 +1,182 @@
+"""LoRA of experts, which PEFT calls target_parameters, to PEFT and back, compared with PEFT's own outputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tnadapt as tna
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import tnadapt.torch as tt  # noqa: E402
+from tests.torch.test_experts import EXPERTS, IDS, MODELS, made  # noqa: E402
+from tnadapt.convert._peft_experts import _experts, _is_turned  # noqa: E402
+from tnadapt.targets.checkpoint_experts import experts_of  # noqa: E402
+
+from .conversions import fill  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    # It does not count parameters, though it applies the pattern to them.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
+]
+
+P = tna.presets
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def saved_by_peft(name: str, folder: Path, **settings: Any) -> Any:
+    config = peft.LoraConfig(r=3, lora_alpha=5, **{"target_modules": [], "target_parameters": BOTH, **settings})
+    theirs = peft.get_peft_model(made(name), config)
+    fill(parameter for parameter in theirs.parameters() if parameter.requires_grad)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_peft_saved_gives_its_outputs(name: str, tmp_path: Path) -> None:
+    settings = {"rank_pattern": {"experts.down_proj": 2}, "target_modules": ["q_proj"]}
+    theirs = saved_by_peft(name, tmp_path / "theirs", **settings)
+    made(name).save_pretrained(tmp_path / "base")
+    found = tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=tmp_path / "base")
+    assert found.exact
+    model = made(name)
+    base = model(IDS).logits
+    adapter = tt.load(model, tmp_path / "ours.safetensors")
+    assert sum(target.index is not None for target in adapter.targets) == 16
+    assert not torch.allclose(model(IDS).logits, base, atol=1e-2)
+    torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-5)
+    assert tna.convert(tmp_path / "theirs", base=shapes_of(made(name))).file.targets == found.file.targets
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_we_write_gives_our_outputs(name: str, tmp_path: Path) -> None:
+    model = made(name)
+    adapter = tt.attach(model, {EXPERTS: P.lora(3, alpha=5), "qv": P.lora(2)})
+    fill(adapter.parameters())
+    adapter.save(tmp_path / "ours.safetensors")
+    found = tna.convert(tmp_path / "ours.safetensors", tmp_path / "theirs", to="peft-lora")
+    assert found.exact
+    assert found.errors.keys() == {target.name if target.index is None else target.label for target in adapter.targets}
+    theirs = peft.PeftModel.from_pretrained(made(name), tmp_path / "theirs")
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+    merged = theirs.merge_and_unload()
+    torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+    again = tna.convert(tmp_path / "theirs").file  # by the shapes in the record
+    assert {target.label for target in again.targets} == {target.label for target in adapter.targets}
+
+
+def test_some_experts_of_one_parameter_with_ranks_of_their_own(tmp_path: Path) -> None:
+    model = made("mixtral")
+    every = tt.find_targets(model, ["layers.1.mlp.experts.down_proj"])
+    adapter = tt.attach(model, tna.CompositeConfig([(P.lora(1), 1), (P.lora(3, alpha=2), 1)]), [every[3], every[0]])
+    fill(adapter.parameters())
+    adapter.save(tmp_path / "ours.safetensors")
+    found = tna.convert(tmp_path / "ours.safetensors", tmp_path / "theirs", to="peft-lora")
+    assert found.exact
+    config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    assert config["target_parameters"] == ["model.layers.1.mlp.experts.down_proj"]
+    assert config["r"] == 3
+    theirs = peft.PeftModel.from_pretrained(made("mixtral"), tmp_path / "theirs")
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_other_methods_become_the_nearest_lora_of_each_expert(tmp_path: Path) -> None:
+    model = made("qwen3_moe")
+    adapter = tt.attach(model, P.superlora(4), ["layers.0.mlp.experts"])
+    fill(adapter.parameters())
+    adapter.save(tmp_path / "ours.safetensors")
+    found = tna.convert(tmp_path / "ours.safetensors", tmp_path / "theirs", to="peft-lora", rank=4, max_error=0.99)
+    assert not found.exact
+    assert len(found.errors) == 8
+    theirs = peft.PeftModel.from_pretrained(made("qwen3_moe"), tmp_path / "theirs")
+    again = made("qwen3_moe")
+    tna.convert(tmp_path / "theirs", tmp_path / "again.safetensors")
+    tt.load(again, tmp_path / "again.safetensors")
+    torch.testing.assert_close(theirs(IDS).logits, again(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_that_peft_takes_for_the_other_order() -> None:
+    """Llama 4 stores (in, out) and does not say so: PEFT's factors of it are those of the transposes."""
+    base = {"feed_forward.experts.gate_up_proj": (2, 4, 6), "feed_forward.experts.down_proj": (2, 3, 4)}
+    draw = torch.Generator().manual_seed(0)
+    (target,) = [one.target for one in experts_of(base) if one.target.index == 0 and "gate" in one.target.parameter]
+    a, b = (torch.randn(size, generator=draw).double().numpy() for size in ((2 * 2, 6), (4, 2 * 2)))
+    assert target.transposed
+    assert not _is_turned([(target, a, b)])
+    updates = _experts(target, a, b, False, lambda path, rank: 1.0)
+    stored = torch.einsum("ore,eri->eoi", torch.tensor(b).reshape(4, 2, 2), torch.tensor(a).reshape(2, 2, 6))
+    for index, one in enumerate(updates):
+        torch.testing.assert_close(torch.tensor(one.update.delta()).T, stored[index])
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    saved_by_peft("mixtral", tmp_path)
+    model = made("mixtral")
+    with pytest.raises(tna.FileError, match=r"target_parameters=.* does not store which .* give base=, a folder"):
+        tna.convert(tmp_path)
+    with pytest.raises(tna.FileError, match=r"names 'experts\.\w+', .* base has no experts of that name"):
+        tna.convert(tmp_path, base={"fc.weight": (3, 4)})
+    wrong = {**shapes_of(model), "model.layers.0.mlp.experts.down_proj": (4, 16, 40)}
+    wrong["model.layers.0.mlp.experts.gate_up_proj"] = (4, 80, 16)
+    with pytest.raises(tna.FileError, match=r"up_proj' has the shape .* in base have \(80, 16\): this is another"):
+        tna.convert(tmp_path, base=wrong)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    less = {name: tensor for name, tensor in tensors.items() if "layers.0.mlp.experts.base_layer" not in name}
+    save_file(less, path)
+    with pytest.raises(tna.FileError, match=r"experts' has factors for 1 parameters, and target_parameters names"):
+        tna.convert(tmp_path, base=shapes_of(model))
+    for name in tensors:
+        if "layers.0.mlp.experts.lora_" in name:
+            tensors[name] = (tensors[name][:, :6] if "_B" in name else tensors[name][:6]).contiguous()
+    save_file(tensors, path)
+    with pytest.raises(tna.FileError, match=r"down_proj' have 6 rows and 6 columns, and there are 4 experts"):
+        tna.convert(tmp_path, base=shapes_of(model))
+
+
+@pytest.mark.parametrize("to", ["peft-lokr", "vllm-lora", "lycoris-lora"])
+def test_other_forms_have_no_experts(to: str) -> None:
+    with pytest.raises(tna.ConfigError, match=r"experts\.down_proj\[1\] cannot be converted.*one of the 2 matrices"):
+        tna.convert(own(P.lora(1)), to=to)
+
+
+def test_a_format_alone_takes_lora() -> None:
+    cfg = P.lora(1)
+    targets = [tna.Target("experts", (2, 6, 4), parameter="down_proj", index=index) for index in (0, 1)]
+    found = tna.convert(tna.AdapterFile(cfg, targets, tna.SuperLoRA(cfg, [(6, 4)] * 2).init()), to="peft")
+    assert (found.kind, found.exact) == ("peft-lora", True)
+
+
+def own(cfg: tna.Config, **fields: Any) -> tna.AdapterFile:
+    target = tna.Target("experts", (2, 6, 4), index=1, **{"parameter": "down_proj", **fields})
+    plan = tna.SuperLoRA(cfg, [(6, 4)]).with_base(lambda _: torch.ones(6, 4).numpy())
+    return tna.AdapterFile(cfg, [target], plan.init())
+
+
+def test_what_cannot_be_written_is_named() -> None:
+    with pytest.raises(
+        tna.ConfigError, match=r"'experts\.down_proj\[1\]' is one of the matrices .* apply='magnitude' of it is not"
+    ):
+        tna.convert(own(P.dora(1)), to="peft-lora")
+    with pytest.raises(tna.ConfigError, match=r"'experts' has parameters weight, and it is unknown in which order"):
+        tna.convert(own(P.lora(1), parameter="weight"), to="peft-lora")
+    cfg, plan = P.lora(1), tna.SuperLoRA(P.lora(1), [(6, 4), (6, 4)])
+    targets = [
+        tna.Target("experts", (2, 6, 4), parameter="up_proj", index=0),
+        tna.Target("fc", (4, 6), transposed=True),
+    ]
+    with pytest.raises(tna.ConfigError, match=r"'fc' is stored as \(in, out\), which PEFT .* refuses for experts"):
+        tna.convert(tna.AdapterFile(cfg, targets, plan.init()), to="peft-lora")
