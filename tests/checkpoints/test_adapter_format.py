@@ -377,6 +377,8 @@ def test_a_file_of_torch_is_not_opened(tmp_path: Path) -> None:
         ("base_model.model.fc.lora_A.weight", {"format": "pt"}, "an adapter of PEFT: 1 tensor such as 'base_model.mod"),
         ("lora_unet_fc.lora_up.weight", {}, "an adapter of LyCORIS or kohya: 1 tensor"),
         ("lycoris_fc.lokr_w1", {}, "an adapter of LyCORIS or kohya: 1 tensor"),
+        ("lora_transformer_fc.lora_up.weight", {}, "an adapter of LyCORIS or kohya: 1 tensor"),
+        ("unet.mid_block.to_q.lora_A.weight", {"format": "pt"}, "an adapter of diffusers: 1 tensor"),
         ("model.fc.weight", {"format": "pt"}, "weights that torch saved: 1 tensor such as 'model.fc.weight'"),
         ("x", None, "a file of another library: 1 tensor such as 'x'"),
     ],

@@ -113,5 +113,17 @@ def test_messages_name_options(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("to", "library"), [("peft", "PEFT"), ("kohya", "LyCORIS or kohya"), ("diffusers", "diffusers")]
+)
+def test_info_says_whose_adapter_it_is(to: str, library: str, tmp_path: Path) -> None:
+    tna.convert(made(tna.presets.lora(2), {"mid_block.attn.to_q": (8, 6)}), tmp_path / "out", to=to)
+    path = tmp_path / "out" / "adapter_model.safetensors" if to == "peft" else tmp_path / "out"
+    done = run("info", str(path))
+    assert done.returncode == 0, done.stderr
+    assert f"an adapter of {library}: " in done.stdout
+    assert done.stdout.endswith("tnadapt convert reads it\n")
+
+
 def test_it_is_among_the_commands() -> None:
     assert "convert" in run("--help").stdout

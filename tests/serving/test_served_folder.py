@@ -68,7 +68,7 @@ def test_names_that_are_paths_are_not_looked_up(name: str, place: Path, monkeypa
 
 def test_an_unknown_name_is_none(place: Path) -> None:
     assert served(place).find("nobody", "m") is None
-    with pytest.raises(FileError, match="is not a folder of adapters; make it first"):
+    with pytest.raises(FileError, match="is not a folder: create it, or give another folder"):
         ServedFolder(place / "nowhere", place / "cache")
 
 

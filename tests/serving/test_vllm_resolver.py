@@ -114,7 +114,7 @@ def test_it_is_registered_only_if_a_folder_is_named(
     assert found is not None
     assert Path(found.lora_path).parent == place / "user" / "tnadapt" / "vllm"
     monkeypatch.setenv("TNADAPT_VLLM_ADAPTERS", str(place / "nowhere"))
-    with pytest.raises(tna.FileError, match="is not a folder of adapters"):
+    with pytest.raises(tna.FileError, match="nowhere is not a folder: create it"):
         register_vllm_resolver()
 
 

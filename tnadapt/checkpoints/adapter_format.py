@@ -348,8 +348,12 @@ def likeness(names: Collection[str], metadata: Mapping[str, str]) -> str:
     """Describe a foreign safetensors file, judging by the names of its tensors and its metadata."""
     if any(name.startswith("base_model.model.") for name in names):
         what = "an adapter of PEFT"
-    elif any(name.startswith(("lycoris_", "lora_unet_", "lora_te")) for name in names):
+    elif any(
+        name.startswith(("lycoris_", "lora_unet_", "lora_te", "lora_transformer_", "lora_prior_")) for name in names
+    ):
         what = "an adapter of LyCORIS or kohya"
+    elif any(name.endswith(".lora_A.weight") for name in names):
+        what = "an adapter of diffusers"
     else:
         what = "weights that torch saved" if metadata.get("format") == "pt" else "a file of another library"
     return f"{what}: {pluralize(len(names), 'tensor')}" + (f" such as {safe_repr(min(names))}" if names else "")

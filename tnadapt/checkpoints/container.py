@@ -229,11 +229,15 @@ def _header_length(head: bytes, size: int) -> int:
             f"is {what}, which can run arbitrary code when opened, so it was not opened. "
             "Save it as a safetensors file: an adapter by tnadapt.save, a model by save_pretrained"
         )
+    if head[:4] == b"GGUF":
+        raise FileError("is a GGUF file, where a safetensors file is expected")
     if size < 8:
         raise FileError(f"is not a safetensors file: it has {size} bytes, and the header's length alone takes 8")
     length = int.from_bytes(head[:8], "little")
     if length > size - 8:
-        raise FileError(f"is not a safetensors file, or is cut off: the header would have {length} bytes of {size - 8}")
+        raise FileError(
+            f"is not a safetensors file, or is cut off: the header would have {length} bytes, and {size - 8} are there"
+        )
     if length > MAX_HEADER:
         raise FileError(f"has a header of {length} bytes; at most {MAX_HEADER} are read")
     if head[8:9] != b"{":

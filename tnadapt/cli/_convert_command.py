@@ -24,8 +24,10 @@ def convert_command(
     source: Annotated[
         Path,
         typer.Argument(
+            metavar="SOURCE",
+            show_default=False,
             help="The adapter: a tnadapt file or folder, a PEFT folder, a safetensors file of LyCORIS, kohya or "
-            "diffusers, or a GGUF adapter that tnadapt wrote."
+            "diffusers, or a GGUF adapter that tnadapt wrote.",
         ),
     ],
     out: Annotated[

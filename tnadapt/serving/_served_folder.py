@@ -84,7 +84,7 @@ class ServedFolder:
         # keep the adapter's arrays alive by its traceback.
         self._refused: dict[str, tuple[str, type[TnadaptError], str]] = {}
         if not self.folder.is_dir():
-            raise FileError(f"{self.folder} is not a folder of adapters; make it first, or give another one")
+            raise FileError(f"{self.folder} is not a folder: create it, or give another folder of adapters")
 
     def file_of(self, name: str) -> Path | None:
         """Return the file of an adapter, or None if there is none of this name.
@@ -141,7 +141,7 @@ class ServedFolder:
         """Write an adapter's LoRA; of several writers of one place, any one wins, as all write the same."""
         file = load(path)
         if path.read_bytes() != content:
-            raise FileError(f"{path}: was replaced while it was read; ask for it again")
+            raise FileError(f"{path}: changed while it was read: request it again")
         if base is None and not file.complete:
             raise TargetError(
                 f"{path}: arrays of the adapter are computed from the base weights, and those were not found: set "
