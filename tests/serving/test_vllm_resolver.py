@@ -152,6 +152,37 @@ def test_vllm_itself_takes_the_resolver(place: Path, monkeypatch: pytest.MonkeyP
     assert isinstance(found, request_module.LoRARequest)
 
 
+def test_vllms_server_asks_the_resolver_by_name(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The class behind vLLM's routes, with an engine that only notes what it is given."""
+    resolver_module, serving = vllm("lora.resolver"), vllm("entrypoints.openai.models.serving")
+    monkeypatch.setenv("TNADAPT_VLLM_ADAPTERS", str(place / "adapters"))
+    monkeypatch.setenv("TNADAPT_VLLM_CACHE", str(place / "cache"))
+    monkeypatch.setattr(resolver_module.LoRAResolverRegistry, "resolvers", {})
+    register_vllm_resolver()
+    loaded: list[Any] = []
+
+    async def add_lora(request: Any) -> bool:
+        loaded.append(request)
+        return True
+
+    engine = types.SimpleNamespace(
+        model_config=types.SimpleNamespace(model=str(place / "base"), max_model_len=8), renderer=None,
+        input_processor=None, add_lora=add_lora,
+    )  # fmt: skip
+    models = serving.OpenAIServingModels(engine, [])
+
+    async def ask() -> list[Any]:
+        return [await models.resolve_lora(name) for name in ("tiny", "tiny", "wide", "nobody")]
+
+    first, again, wide, nobody = asyncio.run(ask())
+    assert first is again
+    assert [Path(request.lora_path).parent for request in loaded] == [place / "cache"]
+    assert [one.error.code for one in (wide, nobody)] == [404, 404]
+    assert "the adapter 'wide' cannot be served as LoRA" in caplog.text
+
+
 @pytest.mark.parametrize("config", [None, tna.presets.lora(3, alpha=5), tna.presets.lotr(2, groups="role")])
 def test_vllm_itself_loads_what_is_resolved(
     config: tna.Config | None, place: Path, monkeypatch: pytest.MonkeyPatch

@@ -221,6 +221,16 @@ def test_the_wrong_base_is_refused(bert: Path, tmp_path: Path) -> None:
     assert (found.name, found.labels) == (str(tmp_path / "other"), LABELS)
 
 
+def test_a_base_of_another_class_is_named(bert: Path, tmp_path: Path) -> None:
+    adapted(bert)[1].save_pretrained(tmp_path / "mine")
+    config = transformers.LlamaConfig(**SMALL, vocab_size=len(WORDS), max_position_embeddings=24)
+    transformers.LlamaModel(config).save_pretrained(tmp_path / "llama")
+    assert refusal(tmp_path / "mine", base=tmp_path / "llama").endswith(
+        f"its base model '{tmp_path / 'llama'}' is a LlamaForSequenceClassification, and the adapter was trained on a "
+        "'BertForSequenceClassification': give base= with the model it was trained on"
+    )
+
+
 def test_a_head_that_nobody_has_is_refused(bert: Path, tmp_path: Path) -> None:
     _, adapter = adapted(bert, keep=())
     adapter.save_pretrained(tmp_path)

@@ -106,7 +106,7 @@ def load_pretrained(
         else:
             options = BuildOptions(device, dtype, quantization_config, token, trusted=base is not None)
             model, random = LIBRARIES[about.library].build(about, options)
-            _check_known(file, about, random)
+            _check_known(file, about, type(model).__name__, random)
     if device is not None and quantization_config is None:
         model = model.to(device)
     adapter = attach_file(model, file, path, name, check_base, untie=untie, detach_norm=detach_norm)
@@ -197,9 +197,15 @@ def _about(file: AdapterFile, base: str | os.PathLike[str] | nn.Module | None) -
     )
 
 
-def _check_known(file: AdapterFile, about: Pretrained, random: frozenset[str]) -> None:
+def _check_known(file: AdapterFile, about: Pretrained, built: str, random: frozenset[str]) -> None:
     """Raise FileError if a parameter is neither in the base nor in the file."""
-    if unknown := random - file.kept.keys():
+    unknown = random - file.kept.keys()
+    if unknown and file.model and built != file.model:
+        raise FileError(
+            f"its base model {safe_repr(about.name)} is a {built}, and the adapter was trained on a "
+            f"{safe_repr(file.model)}: give base= with the model it was trained on"
+        )
+    if unknown:
         raise FileError(
             f"its base model {safe_repr(about.name)} has no values for {summarize(unknown)}, and neither does the "
             "file, so that the model's outputs would be random: attach with keep_trainable for these parameters, "
