@@ -89,7 +89,6 @@ def tensors(**fields: Any) -> dict[str, np.ndarray]:
         (changed(use_bdlora={"a": 1}), "block-diagonal"),
         (changed(lora_bias=True), "it adds to the layer's bias"),
         (changed(target_parameters=["a"]), "does not store which parameter"),
-        (changed(trainable_token_indices=[1]), "rows of an embedding"),
         (changed(use_tomorrow=1), "this field is not known here"),
         (changed(init_lora_weights="pissa_niter_4"), "whose weights it has changed"),
         (changed(init_lora_weights="olora"), "path_initial_model_for_weight_conversion"),
@@ -227,7 +226,7 @@ def refused(source: Path, message: str, **more: Any) -> None:
         (tensors(a__q__lora_B__bias=np.ones(6, "f4")), "it adds to the layer's bias"),
         (
             tensors(a__q__lora_embedding_A=np.ones((2, 6), "f4")),
-            "'a.q' has lora_embedding_A next to tensors of another layer",
+            "'a.q' has tensors of an embedding next to those of another layer",
         ),
         (
             tensors(head__weight=np.ones((2, 6), "f4")),

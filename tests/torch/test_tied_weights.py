@@ -127,7 +127,9 @@ def test_three_modules_share_one_update() -> None:
     expected = x @ (model.embed.weight + adapter.deltas()[0]).T
     torch.testing.assert_close(model.other(x), expected, rtol=1e-5, atol=1e-5)
     assert all(name in str(adapter.summary()) for name in ("embed.weight", "factored"))
-    assert "merge only: embed.weight is tied to head.weight, other.weight" in str(adapter.summary())
+    assert "embed.weight is tied to head.weight, other.weight, and only PEFT has one LoRA of both" in str(
+        adapter.summary()
+    )
 
 
 def test_a_file_fits_only_models_that_are_tied_alike(tmp_path: Path) -> None:

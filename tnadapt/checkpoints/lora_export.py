@@ -120,7 +120,7 @@ def lora_export(plan: SuperLoRA, targets: Sequence[Target] | None = None, activa
     if not plan.applying.additive:
         return LoraExport(None, f"apply={plan.config.apply!r} does more than add its updates")
     tied = next((target for target in targets or () if target.tied), None)
-    if tied is not None:
+    if tied is not None and not _is_tied_embedding(tied):
         return LoraExport(None, f"{escaped(tied.name)} is tied to {escaped(', '.join(tied.tied))}")
     own = targets or ()
     other = next((target for target in own if not _is_layer(target)), None)
@@ -145,6 +145,10 @@ def _limits(targets: Sequence[Target]) -> str:
     """Return who has no LoRA of some of the weights, and who has."""
     if any(map(_is_expert, targets)):
         return "PEFT only: that of experts is not written for vLLM and others, so merge it for them"
+    tied = next((target for target in targets if target.tied), None)
+    if tied is not None:
+        names = escaped(", ".join(tied.tied))
+        return f"{escaped(tied.name)} is tied to {names}, and only PEFT has one LoRA of both, so merge it for others"
     if any(len(target.stored) != 2 for target in targets):
         return "PEFT, LyCORIS and diffusers only: vLLM and llama.cpp have no LoRA of convolutions, so merge it for them"
     embeddings = [target.module for target in targets if target.role == "embedding"]
@@ -155,6 +159,11 @@ def _limits(targets: Sequence[Target]) -> str:
 
 def _is_expert(target: Target) -> bool:
     return target.index is not None and target.parameter in PARAMETERS
+
+
+def _is_tied_embedding(target: Target) -> bool:
+    """Return whether a target is an embedding that is tied to weights of modules, as PEFT has it."""
+    return target.role == "embedding" and all(name.endswith(".weight") for name in target.tied)
 
 
 def _is_layer(target: Target) -> bool:

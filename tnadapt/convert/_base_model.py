@@ -9,7 +9,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tnadapt.checkpoints.checkpoint import open_checkpoint
+import numpy as np
+
+from tnadapt.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from tnadapt.checkpoints.stored_weights import FLOATS
+from tnadapt.checkpoints.stored_weights import numbers as tensor_of
 from tnadapt.errors import FileError, TargetError, safe_repr
 from tnadapt.targets.checkpoint_experts import experts_of
 from tnadapt.targets.roles import layer_of, parse_projection_name
@@ -34,10 +38,10 @@ class Base:
         shapes: Mapping[str, tuple[int, ...] | None],
         ordered: bool = True,
         tensors: Mapping[str, Sequence[int]] | None = None,
-        config: Mapping[str, Any] | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         self.shapes, self.ordered = dict(shapes), ordered
-        self._tensors, self._config = tensors or {}, config
+        self._tensors, self._checkpoint = tensors or {}, checkpoint
         self._flat: dict[str, list[str]] = {}
         for path in self.shapes:
             self._flat.setdefault(path.replace(".", "_"), []).append(path)
@@ -51,7 +55,30 @@ class Base:
         TargetError
             If it is unclear how the matrices are stored.
         """
-        return [one.target for one in experts_of(self._tensors, self._config) if one.target.index == 0]
+        config = None if self._checkpoint is None else self._checkpoint.config
+        return [one.target for one in experts_of(self._tensors, config) if one.target.index == 0]
+
+    def rows(self, path: str, numbers: Sequence[int]) -> np.ndarray:
+        """Read rows of a module's weight, in float64.
+
+        Raises
+        ------
+        TargetError
+            If there is no such module or row, or the base is not the path of a model.
+        """
+        self.check_module(path)
+        if self._checkpoint is None:
+            raise TargetError(
+                f"the values of {safe_repr(path)} are needed, and base has shapes: give a folder or safetensors file"
+            )
+        name = f"{path}.weight"
+        shape = self._checkpoint.entries[name].shape
+        if len(shape) != 2 or max(numbers) >= shape[0] or self._checkpoint.entries[name].dtype not in FLOATS:
+            raise TargetError(
+                f"{name} in base has shape {shape} and dtype {self._checkpoint.entries[name].dtype}, and row "
+                f"{max(numbers)} of a floating-point matrix is wanted: this is another model"
+            )
+        return np.stack([tensor_of(self._checkpoint, name, number).astype(np.float64) for number in numbers])
 
     def named(self, flat: str, other: str = "") -> str:
         """Return the path whose dots are underscores in ``flat``, or else in ``other``.
@@ -131,7 +158,7 @@ def _of_file(path: str) -> Base:
     if not found:
         raise FileError(f"{path} has no tensor whose name ends in .weight, and is not a base model")
     tensors = {name: entry.shape for name, entry in entries.items()}
-    return Base(found, ordered=False, tensors=tensors, config=checkpoint.config)  # safetensors sorts its tensors
+    return Base(found, ordered=False, tensors=tensors, checkpoint=checkpoint)  # safetensors sorts its tensors
 
 
 def _module(name: str) -> str:

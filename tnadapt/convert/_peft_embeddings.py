@@ -16,9 +16,12 @@ from tnadapt.errors import FileError
 from tnadapt.targets.target import Target
 
 from ._unpack import Module, TargetUpdate
-from ._updates import Float
+from ._updates import Float, ModuleUpdate
 
-__all__ = ["EMBEDDING", "as_embedding", "decoded", "encoded", "is_embedding", "stored_bases"]
+__all__ = [
+    "EMBEDDING", "as_embedding", "decoded", "encoded", "is_embedding", "joined_ties", "stored_bases", "tied_paths",
+    "without_ties",
+]  # fmt: skip
 
 #: Maps suffixes of names in the file to the names under which the transposed tensors are decoded.
 EMBEDDING = {"lora_embedding_A": "lora_up", "lora_embedding_B": "lora_down"}
@@ -31,9 +34,14 @@ def is_embedding(module: Module) -> bool:
     return module.targets[0][1].role == "embedding"
 
 
-def encoded(factors: Mapping[str, Float]) -> dict[str, Float]:
-    """Return the factors of an embedding's update, given those of a linear layer."""
-    return {"lora_embedding_A": factors["lora_B.weight"].T, "lora_embedding_B": factors["lora_A.weight"].T}
+def encoded(module: Module, factors: Mapping[str, Float]) -> dict[str, Float]:
+    """Return the tensors of a module's update, given the factors of a linear layer's: by path and name."""
+    if not is_embedding(module):
+        return {f"{module.path}.{name}": array for name, array in factors.items()}
+    own = {"lora_embedding_A": factors["lora_B.weight"].T, "lora_embedding_B": factors["lora_A.weight"].T}
+    # A head that is tied to the embedding has the same update once more, as a linear layer.
+    heads = {f"{path}.{name}": array for path in tied_paths(module) for name, array in factors.items()}
+    return {f"{module.path}.{name}": array for name, array in own.items()} | heads
 
 
 def decoded(suffix: str, array: Float) -> Float:
@@ -52,6 +60,36 @@ def as_embedding(update: TargetUpdate, embeddings: Mapping[str, object]) -> Targ
 
 def _with_role(target: Target) -> Target:
     return dataclasses.replace(target, role="embedding", transposed=False)
+
+
+def without_ties(target: Target) -> Target:
+    """Return an embedding's target as one that is not tied, if its other names are the weights of modules."""
+    ties = target.role == "embedding" and all(name.endswith(".weight") for name in target.tied)
+    return dataclasses.replace(target, tied=()) if ties else target
+
+
+def tied_paths(module: Module) -> list[str]:
+    """Return the paths of the modules to which an embedding is tied."""
+    return [name.removesuffix(".weight") for name in module.targets[0][1].tied]
+
+
+def joined_ties(found: Sequence[TargetUpdate]) -> list[TargetUpdate]:
+    """Return updates of which those of a head that equal an embedding's are one with it."""
+    joined = list(found)
+    for one in found:
+        if one.target.role != "embedding" or one.update.kind != "lora":
+            continue
+        others = [other for other in joined if other is not one and _same(one.update, other.update)]
+        if others:
+            tied = dataclasses.replace(one.target, tied=tuple(other.target.name for other in others))
+            joined = [one._replace(target=tied) if own is one else own for own in joined if own not in others]
+    return joined
+
+
+def _same(one: ModuleUpdate, other: ModuleUpdate) -> bool:
+    if other.kind != "lora" or (one.shape, one.scale, one.rank) != (other.shape, other.scale, other.rank):
+        return False
+    return all(np.array_equal(a, b) for a, b in zip(one.pair, other.pair, strict=True))
 
 
 def stored_bases(unknown: Sequence[str], prefix: str, embeddings: Mapping[str, object]) -> list[str]:

@@ -12,7 +12,7 @@ import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,7 +27,15 @@ from ._base_model import Base, target_of
 from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
 from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, pickle_error, safetensors_content
 from ._peft_content import CONFIG_NAME, PREFIX, TRANSPOSED, check_transposed, kept_array, kept_name, recorded
-from ._peft_embeddings import EMBEDDING, as_embedding, is_embedding, stored_bases
+from ._peft_embeddings import (
+    EMBEDDING,
+    as_embedding,
+    is_embedding,
+    joined_ties,
+    stored_bases,
+    tied_paths,
+    without_ties,
+)
 from ._peft_embeddings import decoded as decoded_embedding
 from ._peft_embeddings import encoded as encoded_embedding
 from ._peft_experts import EXPERTS, is_expert, record_of
@@ -35,13 +43,15 @@ from ._peft_experts import decoded as decoded_experts
 from ._peft_experts import encoded as encoded_experts
 from ._peft_methods import METHODS
 from ._peft_settings import LOW_RANK, PeftSettings, config_of, settings_of
+from ._peft_tokens import TOKENS
+from ._peft_tokens import decoded as decoded_tokens
 from ._tensors import (
     LOHA,
     LOKR,
     are_both_low,
     decode,
+    decompose_factor,
     encode,
-    factorization,
     is_low,
     kind_of,
     kronecker_sizes_of,
@@ -53,9 +63,6 @@ __all__ = ["PeftFormat"]
 
 _WEIGHTS = "adapter_model.safetensors"
 
-# Limits of the search for a decompose_factor: how far above the sides, and how many candidates.
-_BEYOND, _MOST = 64, 1 << 16
-
 # Maps suffixes of names in the file to the names under which the tensors are decoded.
 _SUFFIXES = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up"} | {name: name for name in (*LOKR, *LOHA)}
 # Those of HiRA are not in "LORA" adapters, nor the others in "HIRA" ones.
@@ -64,7 +71,7 @@ _MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 _REFUSED = {
     "lora_A.bias": "a bias",
     "lora_B.bias": "it adds to the layer's bias, which is not in the file",
-    "trainable_tokens_delta": "rows of an embedding",
+    "trainable_tokens_delta": "rows of an embedding, of a method of their own",
 }
 
 
@@ -75,6 +82,7 @@ class PeftFormat(FileFormat):
     kinds: tuple[str, ...] = ("lora", "lokr", "loha")
     structures = tuple(name.lower() for name, method in METHODS.items() if method.writable)
     embeddings = ("lora",)
+    ties: ClassVar[bool] = True
     folder = (_WEIGHTS, CONFIG_NAME)
     no_attention = "its LoRA layer of nn.MultiheadAttention adds the update of the output projection twice"
     no_kronecker = (
@@ -116,9 +124,9 @@ class PeftFormat(FileFormat):
             return _read(container, settings, base)
 
     def check_target(self, target: Target) -> None:
-        """Allow the matrices of experts; raise ConfigError as usual for others."""
+        """Allow the matrices of experts, and heads tied to embeddings; raise ConfigError as usual for others."""
         if target.index is None:
-            super().check_target(target)
+            super().check_target(without_ties(target) if self.ties else target)
 
     def check_module(self, module: Module, kind: str) -> None:
         """Raise ConfigError for kernels with too many axes and, except for LoRA, for weights stored as (in, out)."""
@@ -155,7 +163,7 @@ class PeftFormat(FileFormat):
         """
         sizes = [kronecker_sizes_of(update, shape) for update, shape in zip(updates, stored, strict=True)]
         known = [size for size in sizes if size is not None]
-        factor = _decompose_factor(known, stored)
+        factor = decompose_factor(known, stored)
         if len(known) < len(sizes) or factor is None:
             return None
         both = all(are_both_low(update, size) for update, size in zip(updates, known, strict=True))
@@ -181,22 +189,23 @@ class PeftFormat(FileFormat):
         """Encode the tensors and ``adapter_config.json``."""
         places = [place for place, module in enumerate(modules) if not is_expert(module)]
         plain = [modules[place] for place in places]
-        tensors, alphas = dict[str, Float](), []
+        tensors, ranks, alphas, transposed = dict[str, Float](), list[int](), list[float](), dict[str, bool]()
         for place in places:
             module, update, rank = modules[place], choice.updates[place], choice.ranks[place]
             alpha = alpha_of([update.scale], rank)
             whole = update if alpha is not None else update.absorb_scale()
             own = encode(whole, module.stored, "lora_A.weight", "lora_B.weight")
-            own = encoded_embedding(own) if is_embedding(module) else own
-            tensors |= {f"{PREFIX}{module.path}.{name}": array for name, array in own.items()}
-            alphas.append(float(rank) if alpha is None else alpha)
-        transposed = {module.path: module.transposed for module in plain}
+            tensors |= {PREFIX + name: array for name, array in encoded_embedding(module, own).items()}
+            paths = [module.path, *tied_paths(module)]
+            transposed |= dict.fromkeys(paths, module.transposed)
+            alphas += [float(rank) if alpha is None else alpha] * len(paths)
+            ranks += [rank] * len(paths)
         experts = encoded_experts(modules, choice.updates)
         tensors |= {PREFIX + name: array for name, array in experts.tensors.items()}
-        ranks = [*(choice.ranks[place] for place in places), *experts.ranks.values()]
+        ranks += experts.ranks.values()
         names = transposed | dict.fromkeys(experts.ranks, False)
         config = config_of(kind, names, ranks, [*alphas, *experts.alphas.values()], kept, list(experts.ranks))
-        config |= choice.settings
+        config |= choice.settings | ({"ensure_weight_tying": True} if any(map(tied_paths, plain)) else {})
         linear = [module.transposed for module in plain if not is_embedding(module)]
         if kind == "lora" and linear:  # PEFT does not ask it of embeddings
             config["fan_in_fan_out"] = all(linear)
@@ -287,22 +296,6 @@ def _check_weights(folder: str) -> None:
     raise FileError(f"has {CONFIG_NAME} and no {_WEIGHTS} next to it")
 
 
-def _decompose_factor(sizes: Sequence[tuple[int, int, int, int]], stored: Sequence[Sequence[int]]) -> int | None:
-    """Return a ``decompose_factor`` that gives every weight the right sizes, or None."""
-    wanted = dict.fromkeys((size, tuple(shape[:2])) for size, shape in zip(sizes, stored, strict=False))
-    sides = [side for size, _ in wanted for side in size[:2]]
-    # PEFT takes a factor that does not divide a side as an upper limit. A factor slightly above the sides may therefore
-    # work for all weights where the sides themselves divide some of the others.
-    factors: list[int] = [-1, *sides, *range(1, max(sides, default=0) + _BEYOND)]
-    for factor in dict.fromkeys(factors[:_MOST]):
-        if all(
-            factorization(rows, factor) == (p, k) and factorization(cols, factor) == (q, n)
-            for (p, q, k, n), (rows, cols) in wanted
-        ):
-            return factor
-    return None
-
-
 # -- Reading the weights -------------------------------------------------------------------------
 
 
@@ -312,7 +305,7 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
     kept, bits = dict[str, np.ndarray](), dict[str, str]()
     dtypes, unknown, linear = set[str](), list[str](), set[str]()
     magnitudes, hira = dict[str, Float](), settings.apply == "hadamard"
-    embeddings = dict[str, list[str]]()
+    embeddings, tokens = dict[str, list[str]](), dict[str, Float]()
     for name, entry in container.entries.items():
         path, suffix = _split_name(name)
         if suffix in EMBEDDING and settings.kind == "lora" and settings.apply == "add":
@@ -324,6 +317,9 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
             own_name = (_HIRA if hira else _SUFFIXES)[suffix]
             linear.add(path)
             modules.setdefault(path, {})[own_name] = widen(name, entry.dtype, container.array(name))
+            dtypes.add(DTYPES[entry.dtype])
+        elif suffix == TOKENS:
+            tokens[path] = widen(name, entry.dtype, container.array(name))
             dtypes.add(DTYPES[entry.dtype])
         elif suffix in _MAGNITUDES:
             if settings.apply != "magnitude":
@@ -337,14 +333,14 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
             bits |= {f"kept.{own}": kind} if kind else {}
         else:
             unknown.append(name)
-    both = sorted(linear.intersection(embeddings))
+    both = sorted(linear.intersection(embeddings) | tokens.keys() & modules.keys())
     if both:
-        raise FileError(f"{safe_repr(both[0])} has {', '.join(embeddings[both[0]])} next to tensors of another layer")
+        raise FileError(f"{safe_repr(both[0])} has tensors of an embedding next to those of another layer")
     bases = stored_bases(unknown, PREFIX, embeddings)
     unknown = [name for name in unknown if name not in bases]
     if unknown:
         raise FileError(f"has tensors that do not belong to a {settings.kind} adapter: {summarize(unknown)}")
-    if not modules:
+    if not modules and not tokens:
         raise FileError("has no adapted weight")
     found, rest = decoded_experts(modules, settings, recorded(container.metadata, EXPERTS, list), base)
     wrapped = next((path for path in rest if ".base_layer." in f".{path}."), None)
@@ -366,6 +362,7 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
     if base is not None and settings.kind == "lora":
         known = {*transposed, *embeddings}
         check_transposed([one.target for one in found if one.target.module not in known], settings.transposed)
+    found = [*(joined_ties(found) if settings.ties else found), *decoded_tokens(tokens, settings.tokens, base)]
     if settings.apply == "magnitude" and magnitudes.keys() != modules.keys():
         wrong = summarize(magnitudes.keys() ^ modules.keys())
         raise FileError(f"use_dora of {CONFIG_NAME} is true, and these lack a magnitude or factors: {wrong}")
@@ -381,7 +378,7 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
 def _split_name(name: str) -> tuple[str, str]:
     """Split a name into the module's path and the suffix of an adapter's tensor, "" if it has none."""
     path = name.removeprefix(PREFIX)
-    for suffix in (*_SUFFIXES, *EMBEDDING, *_HIRA, *_MAGNITUDES, *_REFUSED):
+    for suffix in (TOKENS, *_SUFFIXES, *EMBEDDING, *_HIRA, *_MAGNITUDES, *_REFUSED):
         if path != name and path.endswith(f".{suffix}"):
             return path.removesuffix(f".{suffix}"), suffix
     return path, ""

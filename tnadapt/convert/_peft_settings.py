@@ -40,7 +40,7 @@ _HARMLESS = frozenset(
 _READ = frozenset(
     {
         "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "use_dora",
-        "target_parameters",
+        "target_parameters", "trainable_token_indices",
     }
 )  # fmt: skip
 _REFUSED = {
@@ -51,7 +51,6 @@ _REFUSED = {
     "use_bdlora": "its factors are block-diagonal and stored in another shape",
     "kasa_config": "KaSA changes the weight itself, too",
     "monteclora_config": "MonteCLoRA draws its factors",
-    "trainable_token_indices": "rows of an embedding were trained, too",
     "lora_bias": "it adds to the layer's bias, which is not in the file",
     "megatron_config": "its factors are parts of Megatron's parallel layers",
 }
@@ -82,6 +81,10 @@ class PeftSettings(NamedTuple):
         How the updates meet the weights: "magnitude" for DoRA, "hadamard" for HiRA.
     parameters : tuple of str
         ``target_parameters``: parameters that LoRA adapts directly.
+    tokens : list, dict or None
+        ``trainable_token_indices``.
+    ties : bool
+        ``ensure_weight_tying``: whether an embedding and a head have one update.
     """
 
     kind: str
@@ -96,6 +99,8 @@ class PeftSettings(NamedTuple):
     model: str
     apply: str = "add"
     parameters: tuple[str, ...] = ()
+    tokens: Any = None
+    ties: bool = False
 
     def scale(self, path: str, rank: int | None) -> float:
         """Return the scale, ``alpha / r``, of a module with factors of this rank; None if they have no rank."""
@@ -148,6 +153,8 @@ def settings_of(config: Mapping[str, Any]) -> PeftSettings:
         model,
         _apply(config, kind),
         _parameters(config, kind),
+        config.get("trainable_token_indices"),
+        bool(config.get("ensure_weight_tying")),
     )
 
 

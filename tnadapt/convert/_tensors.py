@@ -16,8 +16,8 @@ from tnadapt.errors import FileError, safe_repr
 from ._updates import Float, ModuleUpdate, Pair, as_matrix
 
 __all__ = [
-    "DIFF", "LOHA", "LOKR", "LORA", "are_both_low", "decode", "encode", "factorization", "is_low", "kind_of",
-    "kronecker_sizes_of",
+    "DIFF", "LOHA", "LOKR", "LORA", "are_both_low", "decode", "decompose_factor", "encode", "factorization", "is_low",
+    "kind_of", "kronecker_sizes_of",
 ]  # fmt: skip
 
 LORA = ("lora_down", "lora_up", "lora_mid")
@@ -26,6 +26,9 @@ LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"
 DIFF = ("diff",)
 
 Tensors = Mapping[str, Float]
+
+# Limits of the search for a decompose_factor: how far above the sides, and how many candidates.
+_BEYOND, _MOST = 64, 1 << 16
 
 
 def kind_of(path: str, tensors: Tensors) -> str:
@@ -267,3 +270,19 @@ def is_low(part: Pair | Float, sides: Sequence[int], rank: int) -> bool:
 def are_both_low(update: ModuleUpdate, size: tuple[int, int, int, int]) -> bool:
     """Return whether W1 and W2 are both stored as two factors, and so both have the larger of the two ranks."""
     return all(is_low(part, sides, update.rank) for part, sides in zip(update.parts, (size[:2], size[2:]), strict=True))
+
+
+def decompose_factor(sizes: Sequence[tuple[int, int, int, int]], stored: Sequence[Sequence[int]]) -> int | None:
+    """Return a ``decompose_factor`` that gives every weight the right sizes, or None."""
+    wanted = dict.fromkeys((size, tuple(shape[:2])) for size, shape in zip(sizes, stored, strict=False))
+    sides = [side for size, _ in wanted for side in size[:2]]
+    # PEFT takes a factor that does not divide a side as an upper limit. A factor slightly above the sides may therefore
+    # work for all weights where the sides themselves divide some of the others.
+    factors: list[int] = [-1, *sides, *range(1, max(sides, default=0) + _BEYOND)]
+    for factor in dict.fromkeys(factors[:_MOST]):
+        if all(
+            factorization(rows, factor) == (p, k) and factorization(cols, factor) == (q, n)
+            for (p, q, k, n), (rows, cols) in wanted
+        ):
+            return factor
+    return None

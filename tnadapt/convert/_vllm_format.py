@@ -32,6 +32,7 @@ class VllmFormat(PeftFormat):
     library = "vLLM"
     kinds = ("lora",)
     structures = ()
+    ties = False
 
     def detect(self, path: str) -> None:
         """Leave folders to the format of PEFT."""

@@ -1,0 +1,74 @@
+"""Rows of an embedding that PEFT trained for single tokens (``trainable_token_indices``).
+
+PEFT stores the new rows themselves, in the order of the tokens' numbers in its settings. Here an update is added, so it
+is the difference of these rows and the base's, and reading needs the base's numbers. A row that is added to the base
+rounds to the stored one: exactly in half precision, to the last bit in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tnadapt.errors import FileError, safe_repr
+from tnadapt.targets.row_sets import RowIndices
+from tnadapt.targets.target import Target
+
+from ._base_model import Base
+from ._unpack import TargetUpdate
+from ._updates import Float, ModuleUpdate
+
+__all__ = ["TOKENS", "decoded"]
+
+#: The suffix of the tensors' names.
+TOKENS = "token_adapter.trainable_tokens_delta"
+
+
+def decoded(tensors: Mapping[str, Float], indices: Any, base: Base | None) -> list[TargetUpdate]:
+    """Return the updates of embeddings.
+
+    Parameters
+    ----------
+    tensors : mapping of str to ndarray
+        The new rows, by the path of the embedding.
+    indices
+        ``trainable_token_indices`` of the settings.
+    base : Base, optional
+
+    Raises
+    ------
+    FileError, TargetError
+        If the base or its numbers are missing, or rows and indices do not fit.
+    """
+    found = []
+    for path, rows in tensors.items():
+        numbers = _numbers(path, indices)
+        if rows.ndim != 2 or len(rows) != len(numbers):
+            raise FileError(f"{safe_repr(path)} has rows of shape {rows.shape} for {len(numbers)} tokens")
+        if base is None:
+            raise FileError(
+                f"the rows of tokens of {safe_repr(path)} replace those of the base, and an update is the "
+                "difference: give base=, a folder or safetensors file of the base model"
+            )
+        order = np.argsort(numbers)
+        chosen = tuple(numbers[place] for place in order)
+        before = base.rows(path, chosen)
+        if before.shape != (len(chosen), rows.shape[1]):
+            raise FileError(f"{safe_repr(path)} has rows of {rows.shape[1]} numbers, and in base of {before.shape[1]}")
+        stored = base.shapes[path]
+        assert stored is not None  # its rows were read
+        target = Target(path, stored, "embedding", rows=RowIndices(chosen))
+        found.append(TargetUpdate(target, ModuleUpdate("dense", target.shape, (rows[order] - before,))))
+    return found
+
+
+def _numbers(path: str, indices: Any) -> list[int]:
+    if isinstance(indices, Mapping):
+        own = [value for key, value in indices.items() if f".{path}".endswith(f".{key}")]
+        indices = own[0] if len(own) == 1 else None
+    whole = isinstance(indices, list) and all(type(number) is int and number >= 0 for number in indices)
+    if not whole or not indices or len(set(indices)) < len(indices):
+        raise FileError(f"trainable_token_indices has no list of different tokens for {safe_repr(path)}")
+    return list(indices)
