@@ -119,3 +119,64 @@ def shades(path: Path) -> str:
     labels = np.arange(40) % 2
     np.savez(path, x=random.integers(0, 100, (40, 12, 20, 3), np.uint8) + 100 * labels[:, None, None, None], y=labels)
     return str(path)
+
+
+def gguf(folder: Path, name: str = "tiny.gguf") -> str:
+    """A Llama in a GGUF file with its tokenizer: bytes, and the words as merged bytes."""
+    import gguf
+
+    alphabet = sorted({letter for word in WORDS[5:] for letter in word})
+    tokens, merges = ["<pad>", "<s>", "</s>", "\u0120", *alphabet], []
+    for word in WORDS[5:]:
+        pieces = ["\u0120", *word]
+        while len(pieces) > 1:
+            left, right, *rest = pieces
+            if left + right not in tokens:
+                tokens.append(left + right)
+                merges.append(f"{left} {right}")
+            pieces = [left + right, *rest]
+    width, inner, heads, shared = 32, 64, 4, 2
+    folder.mkdir(exist_ok=True)
+    writer = gguf.GGUFWriter(folder / name, "llama")
+    writer.add_context_length(48)
+    writer.add_embedding_length(width)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(shared)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(width // heads)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3))
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    random = np.random.default_rng(0)
+
+    def tensor(name: str, *shape: int, kind: Any = gguf.GGMLQuantizationType.Q8_0) -> None:
+        weight = (0.3 * random.standard_normal(shape)).astype("f4") if len(shape) == 2 else np.ones(shape, "f4")
+        if len(shape) == 2:
+            writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, weight)
+
+    tensor("token_embd.weight", len(tokens), width)
+    tensor("output_norm.weight", width)
+    for block in range(2):
+        for norm in ("attn_norm", "ffn_norm"):
+            tensor(f"blk.{block}.{norm}.weight", width)
+        for own, rows, cols in (
+            ("attn_q", width, width), ("attn_k", width * shared // heads, width),
+            ("attn_v", width * shared // heads, width), ("attn_output", width, width),
+            ("ffn_gate", inner, width), ("ffn_up", inner, width), ("ffn_down", width, inner),
+        ):  # fmt: skip
+            tensor(f"blk.{block}.{own}.weight", rows, cols)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(folder / name)

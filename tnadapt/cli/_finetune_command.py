@@ -47,7 +47,9 @@ OTHERS = Usual(3, 32, (0.0003, 0.002, 0.016))
 def finetune_command(
     model: Annotated[
         str | None,
-        typer.Option(help="A local folder or a hub name for transformers; or timm:NAME.", rich_help_panel=OWN),
+        typer.Option(
+            help="A local folder, .gguf file or hub name for transformers; or timm:NAME.", rich_help_panel=OWN
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -73,7 +75,7 @@ def finetune_command(
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="A folder or hub name, for a model without a tokenizer.", rich_help_panel=OWN),
+        typer.Option(help="A folder, .gguf file or hub name, for a model without a tokenizer.", rich_help_panel=OWN),
     ] = None,
     image_size: Annotated[
         int | None,

@@ -30,7 +30,9 @@ def predict_command(
     adapter: Annotated[Path, typer.Argument(help="A file of tnadapt finetune, such as best.safetensors.")],
     data: Annotated[str, typer.Option(help="As for tnadapt finetune, with labels or without.")],
     out: Annotated[Path | None, typer.Option(help="A .csv or .jsonl; by default lines of JSON are printed.")] = None,
-    base: Annotated[str | None, typer.Option(help="Folder or hub name of the base, if it is not where it was.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Folder, .gguf file or hub name of the base, if it is not where it was.")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub name, instead of the base's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 32,
     max_new_tokens: Annotated[

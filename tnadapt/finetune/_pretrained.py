@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnadapt.errors import FileError, TnadaptError, safe_repr
+from tnadapt.checkpoints.gguf_place import hidden_bar
+from tnadapt.errors import TnadaptError, safe_repr
 
 from ._data import Data, Samples, choose, divide
 from ._data_sources import open_source, quiet
 from ._foreign_messages import class_expected, refused, silent, transformers_library
 from ._image_inputs import divided_images, image_settings
 from ._learning_task import LearningTask
+from ._model_place import model_place
 from ._saved_task import check_recordable
 from ._specification import Part, Spec
 from ._task_choice import choose_task
@@ -67,12 +69,7 @@ def pretrained(spec: Spec) -> Problem:
 
 def _transformers(spec: Spec, data: Data, task: LearningTask, samples: dict[str, Samples]) -> Problem:
     name = str(spec.model)
-    if not Path(name).exists() and name.startswith((".", "/", "~")):
-        raise FileError(f"no model at {name}: there is no such folder")
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise FileError(f"no model at {name}: the folder has no config.json")
-    if Path(name).is_file():
-        raise FileError(f"no model at {name}: expected a folder with a config.json, or a hub name, not a file")
+    place = model_place(name, data.kind)
     transformers = transformers_library()
     auto = getattr(transformers, task.auto)
     new: list[str] = []
@@ -82,9 +79,11 @@ def _transformers(spec: Spec, data: Data, task: LearningTask, samples: dict[str,
     head = {"num_labels": task.outputs, "ignore_mismatched_sizes": True} if new_head else {}
 
     def build(seed: int) -> nn.Module:
-        with silent(transformers), torch.random.fork_rng(devices=[]):
+        with silent(transformers), hidden_bar(place.file), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, loaded = auto.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **head)
+            model, loaded = auto.from_pretrained(
+                place.folder, output_loading_info=True, dtype=torch.float32, **place.settings, **head
+            )
         if spec.head_rows:
             _cut_head(model, loaded["missing_keys"], spec.head_rows, len(data.classes))
         new[:] = sorted({*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])})

@@ -82,7 +82,7 @@ def pixel_settings(inputs: Mapping[str, Any], path: str) -> tuple[Any, ...]:
 def tokenizer_in(
     about: Pretrained, inputs: Mapping[str, Any], given: str | None, base: str | None, path: str
 ) -> tuple[str, str | None]:
-    """Return the folder or hub name of the tokenizer, and its revision.
+    """Return the folder, GGUF file or hub name of the tokenizer, and its revision.
 
     Parameters
     ----------
@@ -106,4 +106,5 @@ def tokenizer_in(
             "because a file says so: use --tokenizer with it"
         )
     own = not given and not named and base in (None, about.name)
-    return given or named or base or about.name, (about.revision or None) if own else None
+    recorded = f"{about.name}/{about.file}" if about.file else about.name
+    return given or named or (recorded if own else str(base)), (about.revision or None) if own else None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tnadapt.checkpoints.gguf_place import gguf_place, need_gguf
 from tnadapt.errors import TnadaptError, safe_repr
 
 from ._data import Samples
@@ -21,7 +22,7 @@ LONGEST = 256
 
 
 def tokenizer_of(name: str, transformers: Any, *, split_words: bool = False, revision: str | None = None) -> Any:
-    """Return the tokenizer of a folder or hub name, with a padding token.
+    """Return the tokenizer of a folder, GGUF file or hub name, with a padding token.
 
     With ``split_words``, it takes lists of words. No code that comes with a tokenizer is run.
 
@@ -31,12 +32,16 @@ def tokenizer_of(name: str, transformers: Any, *, split_words: bool = False, rev
         If there is none, or it has no token that can serve as padding.
     """
     way = "; give a folder or hub name that has one with --tokenizer"
+    folder, file = gguf_place(name)
+    if file:
+        need_gguf(name)
     with refused(f"no tokenizer in {safe_repr(name)}", way), silent(transformers):
-        settings = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **settings)
+        settings: dict[str, Any] = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
+        settings |= {"gguf_file": file} if file else {}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **settings)
         if split_words and getattr(tokenizer, "add_prefix_space", None) is False:
             # Byte-level tokenizers take words that are split already only with this. It adds a space to other texts.
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, add_prefix_space=True, **settings)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, add_prefix_space=True, **settings)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise TnadaptError(f"the tokenizer of {name} has neither a padding token nor an end-of-sequence token")

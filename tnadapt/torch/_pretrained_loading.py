@@ -12,6 +12,7 @@ from torch import nn
 
 from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.adapter_file import AdapterFile
+from tnadapt.checkpoints.gguf_place import gguf_place
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import FileError, safe_repr, summarize
 
@@ -47,7 +48,8 @@ def load_pretrained(
         A folder that :meth:`Adapter.save_pretrained` wrote, a file that :meth:`Adapter.save` wrote, or the name of a
         repository on the hub.
     base : path-like, str or Module, optional
-        The base to use instead of the recorded one: a folder, a name on the hub, or a model, which is changed in place.
+        The base to use instead of the recorded one: a folder, a GGUF file, a name on the hub, or a model, which is
+        changed in place.
     device : str or torch.device, optional
         Where to put the model; the CPU if None.
     dtype : torch.dtype, optional
@@ -188,13 +190,11 @@ def _about(file: AdapterFile, base: str | os.PathLike[str] | nn.Module | None) -
         _refuse_remote(file.pretrained)
         return file.pretrained
     about, name = file.pretrained, os.fspath(base)
-    if name.endswith(".gguf") and os.path.isfile(name):
-        return dataclasses.replace(about, name=str(Path(name).parent), revision="", file=Path(name).name)
     same = name == about.name
-    keeps_file = same or os.path.isfile(os.path.join(name, about.file))
-    return dataclasses.replace(
-        about, name=name, revision=about.revision if same else "", file=about.file if keeps_file else ""
-    )
+    if same or (about.file and os.path.isfile(os.path.join(name, about.file))):
+        return dataclasses.replace(about, name=name, revision=about.revision if same else "")
+    folder, gguf = gguf_place(name)
+    return dataclasses.replace(about, name=folder, revision="", file=gguf)
 
 
 def _check_known(file: AdapterFile, about: Pretrained, built: str, random: frozenset[str]) -> None:

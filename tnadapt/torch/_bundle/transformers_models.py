@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tnadapt.checkpoints.gguf_place import gguf_files, hidden_bar, need_gguf
 from tnadapt.checkpoints.pretrained_model import TASKS, Pretrained, PretrainedTask
 from tnadapt.errors import ConfigError, FileError, safe_repr
 
@@ -62,6 +63,7 @@ class TransformersModels(ModelLibrary):
         if about.labels:
             settings |= {"id2label": about.id2label, "label2id": about.label2id, "ignore_mismatched_sizes": True}
         if about.file:
+            need_gguf(about.file)
             settings["gguf_file"] = about.file
         elif not options.trusted:
             settings["use_safetensors"] = True
@@ -72,6 +74,7 @@ class TransformersModels(ModelLibrary):
         with (
             refusing(f"cannot load its base model {_shown(about)} through transformers", _WAY),
             _silent(transformers),
+            hidden_bar(about.file),
             torch.random.fork_rng(devices=[]),
         ):
             if os.path.isabs(about.name) and not os.path.exists(about.name):  # not a name on a hub
@@ -91,6 +94,7 @@ class TransformersModels(ModelLibrary):
                 raise FileError("it has no tokenizer or processor of its own, and does not name its base model")
             folder, settings = about.name, {"revision": about.revision or None, "token": token}
             if about.file:
+                need_gguf(about.file)
                 settings["gguf_file"] = about.file
         with (
             refusing(f"cannot load the {task.processor} from {safe_repr(folder)}", "load it yourself"),
@@ -139,12 +143,17 @@ def _task_of(model: nn.Module, config: Any) -> str:
 def _origin(name: str, config: Any) -> tuple[str, str, str]:
     """Return the name, revision and GGUF file of a model by the name it was loaded by."""
     if (cached := _CACHED.fullmatch(name)) is not None:
-        return cached["name"].replace("--", "/"), cached["revision"], ""
+        return cached["name"].replace("--", "/"), cached["revision"], _gguf(config)
     if name and Path(name).is_dir():
         folder = Path(name).absolute()
-        files = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
-        return str(folder), "", files[0].name if len(files) == 1 else ""
-    return name, getattr(config, "_commit_hash", None) or "", ""
+        files = gguf_files(folder)
+        return str(folder), "", _gguf(config) or (files[0] if len(files) == 1 else "")
+    return name, getattr(config, "_commit_hash", None) or "", _gguf(config)
+
+
+def _gguf(config: Any) -> str:
+    """Return the GGUF file that a model was loaded from, which transformers (as of 5.24) keeps in its config."""
+    return str(getattr(getattr(config, "quantization_config", None), "gguf_file", None) or "")
 
 
 def _labels(config: Any) -> list[str]:
