@@ -110,6 +110,18 @@ def test_unmerged_every_byte_is_back(config: tna.Config) -> None:
     assert torch.equal(made(batch()).detach(), first)
 
 
+def test_an_update_of_zero_leaves_the_codes_alone() -> None:
+    made, adapter = adapted(size=0.0)
+    before = bits(made)
+    assert not torch.equal(Grid().requantize(made[0], made[0].numbers())["codes"], made[0].codes)
+    adapter.merge()
+    assert same(bits(made), before)
+    assert adapter.merge_report is not None
+    assert adapter.merge_report[0][2:] == (0.0, 0.0, 1.0)
+    adapter.unmerge()
+    assert same(bits(made), before)
+
+
 def test_the_report_measures_what_is_stored() -> None:
     made, adapter = adapted()
     old, update = made[0].numbers().double(), adapter.deltas()[0].detach().double()
