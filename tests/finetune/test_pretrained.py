@@ -258,7 +258,7 @@ def test_no_such_models(table: Path, tmp_path: Path, bert: Path) -> None:
 
     refused("./nowhere", "no model at ./nowhere: there is no such folder")
     refused(str(tmp_path), "the folder has no config.json")
-    refused(str(table), "expected a folder with a config.json, or a hub name, not a file")
+    refused(str(table), "expected a folder with a config.json, a .gguf file or a hub name")
     (tmp_path / "config.json").write_text("{}")
     refused(str(tmp_path), "cannot load .* for texts through transformers")
     refused("timm:vit_tiny_patch16_224", "is an image model, but films.csv has texts")
