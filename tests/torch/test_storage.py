@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -346,6 +348,32 @@ def test_a_folder_is_read_as_strictly_as_a_file(tmp_path: Path) -> None:
     assert model.blocks[1].q_proj.weight is not model.blocks[0].proj.weight
     assert torch.equal(run(model), run(adapter.model))
     tt.from_pretrained(made(seed=7), tmp_path, untie=True, check_base=False)
+
+
+def test_a_second_save_only_checks_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, adapter = trained()
+    adapter.save(tmp_path / "a.safetensors")
+    calls = []
+
+    def fingerprint(*args: Any) -> Any:
+        calls.append(args)
+        return saving_fingerprint(*args)
+
+    saving = importlib.import_module("tnadapt.torch._adapter_saving")
+    saving_fingerprint = saving.fingerprint
+    monkeypatch.setattr(saving, "fingerprint", fingerprint)
+    adapter.save(tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    tt.load(small(), tmp_path / "b.safetensors")
+    assert not calls
+    # Also a write that no version counter shows.
+    first = adapter.targets[0]
+    getattr(model.get_submodule(first.module), first.parameter).data.add_(0.5)
+    adapter.save(tmp_path / "c.safetensors")
+    assert len(calls) == 1
+    with pytest.raises(tna.FileError, match="another base model"):
+        tt.load(small(), tmp_path / "c.safetensors")
+    tt.load(model, tmp_path / "c.safetensors", name="again")
 
 
 def test_swapping_takes_what_fits(tmp_path: Path) -> None:

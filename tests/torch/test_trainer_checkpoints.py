@@ -133,6 +133,39 @@ def test_without_an_adapter_the_whole_model_is_saved(end: str, hf: Any, tmp_path
     assert (tmp_path / "end" / "model.safetensors").is_file()
 
 
+def test_training_that_would_reach_no_adapter_is_refused(hf: Any, tmp_path: Path) -> None:
+    model = hf.bert()
+    one, other = tt.attach(model, name="one"), tt.attach(model, name="other")
+    trainer = trainer_of(hf, model, tmp_path, max_steps=1)
+    one.merge()
+    with pytest.raises(TargetError) as caught:
+        trainer.train()
+    assert str(caught.value) == "adapter 'one' is merged, and would not be trained: call unmerge() before train()"
+    one.unmerge()
+    tt.mix(model, {})
+    with pytest.raises(TargetError) as caught:
+        trainer.train()
+    assert str(caught.value) == (
+        "no adapter is active, so none would be trained: call activate() of one of 'one', 'other'"
+    )
+    other.activate()
+    before = snapshot(one), snapshot(other)
+    trainer.train()
+    assert same(snapshot(one), before[0])
+    assert not same(snapshot(other), before[1])
+
+
+def test_a_name_is_one_folder(hf: Any, tmp_path: Path) -> None:
+    model, outside = hf.bert(), str(tmp_path / "elsewhere")
+    for name in ("a/b", "..", outside):
+        tt.attach(model, name=name)
+    trainer = trainer_of(hf, model, tmp_path / "out")
+    trainer.save_model()
+    assert len([path for path in (tmp_path / "out").iterdir() if (path / "adapter.safetensors").is_file()]) == 3
+    assert not Path(outside).exists()
+    trainer._load_from_checkpoint(str(tmp_path / "out"))
+
+
 def test_refused(hf: Any, tmp_path: Path) -> None:
     model = hf.bert()
     with pytest.raises(TargetError) as caught:

@@ -116,7 +116,7 @@ def attach_file(
     with FileErrorContext(path):
         targets = _located(model, file)
         kept = kept_parameters(model, file)
-        base = _base(model, targets)
+        base = _base(model, targets, file.base)
         if check_base and file.base is not None and base is not None:
             difference = file.base.difference(base)
             if difference is not None:
@@ -221,10 +221,10 @@ def _counted(weights: list[tuple[str, tuple[int, int]]]) -> str:
     return ", ".join(listed) + (", …" if len(counts) > 6 else "") or "none"
 
 
-def _base(model: nn.Module, targets: list[Target]) -> Fingerprint | None:
+def _base(model: nn.Module, targets: list[Target], expected: Fingerprint | None) -> Fingerprint | None:
     need_base(model)
     weights: list[Tensor | None] = []
     for target in targets:
         weight = merging.numbers(model.get_submodule(target.module), target.parameter)
         weights.append(None if weight is None else target.select(weight))
-    return fingerprint_of(weights)
+    return fingerprint_of(weights, expected)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tnadapt.algebra.factoring import Factoring
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.checkpoints.fingerprint import Fingerprint
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, TargetError
 from tnadapt.targets.target import Target
@@ -197,6 +198,8 @@ class AdapterState:
         If another library manages the adapter, what to call instead of ``detach()`` and ``bake()``.
     pretrained : Pretrained or None
         What files record of the base model, if a file or the user determined it.
+    base : Fingerprint or None
+        The fingerprint of the base when it was last computed.
     shares_weights : bool
         Whether another model has the same parameters, so that nothing may be merged into them (a reference).
     handle : Adapter
@@ -243,6 +246,7 @@ class AdapterState:
             array: f"{PREFIX}{encoded(name)}_{array.replace('.', '_')}" for array in plan.param_shapes
         }
         self.managed_by: str | None = None
+        self.base: Fingerprint | None = None
         self.shares_weights = False
         self.pretrained: Pretrained | None = None
         self.handle: Any = None

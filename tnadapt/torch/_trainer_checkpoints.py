@@ -24,6 +24,7 @@ __all__ = ["adapter_checkpoints"]
 # The Trainer's file of its own arguments in a checkpoint.
 _ARGUMENTS = "training_args.bin"
 _METHODS = {
+    "train": "train",
     "_save": "save",
     "_load_from_checkpoint": "load",
     "_load_best_model": "load_best",
@@ -138,7 +139,21 @@ class _AdapterCheckpoints:
         names, root = list(self.adapters()), Path(folder)
         if len(names) == 1:
             return {names[0]: root / FILE_NAME}
-        return {name: root / encoded(name) / FILE_NAME for name in names}
+        return {name: root / _folder(name) / FILE_NAME for name in names}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, unless the loss would not depend on any adapter.
+
+        Gradient checkpointing lets gradients through the inputs, so that such a run would not fail.
+        """
+        states = list(self.adapters().values())
+        merged = next((state.name for state in states if state.merged is not None), None)
+        if merged is not None:
+            raise TargetError(f"adapter {merged!r} is merged, and would not be trained: call unmerge() before train()")
+        if states and not any(state.weight and state.enabled for state in states):
+            names = ", ".join(repr(state.name) for state in states)
+            raise TargetError(f"no adapter is active, so none would be trained: call activate() of one of {names}")
+        return self.otherwise["train"](*args, **kwargs)
 
     def save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the adapters, and beside them what the Trainer writes beside a model."""
@@ -220,3 +235,8 @@ class _AdapterCheckpoints:
         for name, file in files.items():
             swap(states[name], file)
         return True
+
+
+def _folder(name: str) -> str:
+    """Return the name of an adapter's folder; what separates folders would be the name of several."""
+    return encoded(name).replace("/", "%2F").replace("\\", "%5C")
