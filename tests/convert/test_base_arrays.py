@@ -143,3 +143,29 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
         tna.convert(known, to="peft-lora", base=path)
     save_file({name: array.astype("f2") for name, array in base.items()}, path)
     assert tna.convert(file, to="peft-lora", base=path).exact
+
+
+@pytest.mark.parametrize("name", ["lora_xs", "lora_fa"])
+@pytest.mark.parametrize("renamed", ["headless", "earlier"])
+def test_the_base_may_name_its_weights_otherwise(name: str, renamed: str, tmp_path: Path) -> None:
+    # A checkpoint without the prefix of the model with a head, or with names of an earlier release.
+    own = {f"encoder.{path}": shape for path, shape in SHAPES.items()}
+    other = {path: path.removeprefix("encoder.") for path in own}
+    if renamed == "earlier":
+        kinds = {"q": "query", "v": "value"}
+        other = {path: f"block.{path.split('.')[2]}.attention.{kinds[path[-6]]}" for path in own}
+    config, plain = LOW_RANK[name][0], made(LOW_RANK[name][0])
+    targets = [tna.Target(path, shape, path[-6]) for path, shape in own.items()]
+    base = dict(zip(own, weights().values(), strict=True))
+    save_file({f"{other[path]}.weight": array for path, array in base.items()}, tmp_path / "model.safetensors")
+    file = tna.AdapterFile(config, targets, plain.arrays, base=fingerprint(list(base.values()), "float32"))
+    found = tna.convert(file, tmp_path / "theirs", to="peft-lora", base=tmp_path / "model.safetensors")
+    assert found.exact
+    assert all(path.startswith("base_model.model.encoder.layers.") for path in found.tensors)
+    again = tna.convert(tmp_path / "theirs").file
+    assert again is not None
+    want = file if file.complete else file.with_base(list(base.values()))
+    for path, delta in updates(again).items():
+        assert error(delta, updates(want)[path]) <= TOLERANCE
+    with pytest.raises(tna.TargetError, match=r"base has no module 'encoder.layers.0.q_proj'"):
+        tna.convert(file, to="peft-lora", base=list(other.values()))

@@ -6,11 +6,32 @@ import os
 from typing import Any
 
 from tnadapt.checkpoints.adapter_file import AdapterFile
-from tnadapt.checkpoints.base_weights import BaseWeights
+from tnadapt.checkpoints.base_weights import BaseWeights, located
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.errors import ConfigError, summarize
+from tnadapt.errors import ConfigError, TargetError, summarize
 
-__all__ = ["with_base_arrays"]
+from ._base_model import Base
+
+__all__ = ["check_base", "with_base_arrays"]
+
+
+def check_base(file: AdapterFile, known: Base, base: Any) -> None:
+    """Raise TargetError unless a base has the modules of a file of this library, with the shapes of its targets.
+
+    Parameters
+    ----------
+    file : AdapterFile
+    known : Base
+    base : object
+        The argument of :func:`tnadapt.convert`. If it is a path, weights may have other names there.
+    """
+    try:
+        known.check_targets(file.targets)
+    except TargetError:
+        found = located(file, open_checkpoint(base)) if isinstance(base, (str, os.PathLike)) else file.targets
+        if found is file.targets:
+            raise
+        known.check_targets(found)
 
 
 def with_base_arrays(file: AdapterFile, base: Any) -> AdapterFile:

@@ -18,7 +18,7 @@ from tnadapt.plugins import load_plugins
 
 from ._application import application_of, not_additive, with_application
 from ._base_model import Base, as_base
-from ._base_numbers import with_base_arrays
+from ._base_numbers import check_base, with_base_arrays
 from ._conversion import Conversion, check_free
 from ._file_format import FileFormat
 from ._files import StoredFiles
@@ -209,7 +209,7 @@ def _read_foreign(name: str, files: StoredFiles, base: Base | None, part: str | 
 
 def _from_own(file: AdapterFile, known: Base | None, base: Any) -> ConvertedFrom:
     if known is not None:
-        known.check_targets(file.targets)
+        check_base(file, known, base)
     return ConvertedFrom(OWN, with_base_arrays(file, base), file.num_parameters)
 
 

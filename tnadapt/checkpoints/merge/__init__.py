@@ -1,6 +1,6 @@
 """Merge an adapter into a checkpoint on disk, one tensor at a time, without a framework: ``tnadapt.merge``.
 
-``merge_checkpoint`` defines the function. ``_resolution`` finds the adapter's weights in the checkpoint, ``_job``
+``merge_checkpoint`` defines the function. ``checkpoints._resolution`` finds the weights in the checkpoint, ``_job``
 computes each tensor and file, ``_shards`` writes them, and ``_journal`` resumes an interrupted merge. ``_work_lock``
 serializes processes that write to the same destination, ``_publishing`` moves the finished output into place.
 """

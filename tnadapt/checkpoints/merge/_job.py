@@ -17,6 +17,7 @@ from tnadapt.backends.blas_threads import one_blas_thread
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 from tnadapt.targets.target import Target
 
+from .._resolution import FLOATS, ResolvedTargets
 from ..adapter_file import KEPT, AdapterFile
 from ..atomic_files import sync_file
 from ..checkpoint import Checkpoint, file_state
@@ -25,7 +26,6 @@ from ..fingerprint import compare
 from ._comparison import open_regular
 from ._destination import Destination
 from ._journal import MergeJournal
-from ._resolution import FLOATS, ResolvedTargets
 from ._shards import Change, Shard, Writer
 from ._symlinks import Belonging
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from tnadapt.errors import ConfigError, FileError, escaped, pluralize
 
+from .._resolution import resolve
 from ..adapter_file import AdapterFile
 from ..adapter_format import content_of, load
 from ..checkpoint import file_state, open_checkpoint
@@ -18,7 +19,6 @@ from ._comparison import open_regular
 from ._destination import destination
 from ._job import Job, Unfit
 from ._journal import partial
-from ._resolution import resolve
 
 __all__ = ["MergeReport", "merge"]
 

@@ -16,9 +16,9 @@ from tnadapt.targets.pairing import paired
 from tnadapt.targets.prefixes import Prefix, found_prefix, stored_names
 from tnadapt.targets.target import Target
 
-from ..adapter_file import AdapterFile
-from ..checkpoint import Checkpoint
-from ..container import DTYPES, Entry
+from .adapter_file import AdapterFile
+from .checkpoint import Checkpoint
+from .container import DTYPES, Entry
 
 __all__ = ["FLOATS", "ResolvedTargets", "resolve"]
 
