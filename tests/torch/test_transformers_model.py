@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import tnadapt as tna  # noqa: E402
 from tnadapt.torch import adapters, attach  # noqa: E402
 
 
@@ -119,3 +120,56 @@ def test_a_quantized_model_is_not_saved_in_pefts_format(hf: Any, tmp_path: Path)
     assert (tmp_path / "config.json").is_file()
     assert not (tmp_path / "adapter_config.json").exists()
     pytest.importorskip("transformers.trainer_utils").validate_quantization_for_training(model)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_methods_for_adapters_of_peft_are_those_for_ours(hf: Any, quantized: bool) -> None:
+    model, words = hf.bert().eval(), torch.arange(4, 12).view(1, 8)
+    model.is_quantized = quantized
+    base = model(words).logits
+    one, other = attach(model, name="a"), attach(model, name="b")
+    train(one)
+    train(other)
+    assert model.active_adapters() == ["a", "b"]
+    model.set_adapter("b")
+    assert (model.active_adapters(), one.weight, other.weight) == (["b"], 0.0, 1.0)
+    changed = model(words).logits
+    model.disable_adapters()
+    assert model.active_adapters() == []
+    assert torch.equal(model(words).logits, base)
+    assert not torch.equal(changed, base)
+    model.enable_adapters()
+    assert torch.equal(model(words).logits, changed)
+    model.set_adapter(["a", "b"])
+    assert (one.weight, other.weight) == (1.0, 1.0)
+    with pytest.raises(tna.TargetError, match=r"adapters\(model\)\['b'\]\.arrays\(\) are the arrays of its own, and"):
+        model.get_adapter_state_dict("b")
+    with pytest.raises(tna.TargetError, match="no adapter 'c' on this model; there are: 'a', 'b'"):
+        model.delete_adapter("c")
+    with pytest.raises(tna.TargetError, match="no adapter 'c' on this model; there are: 'a', 'b'"):
+        model.set_adapter("c")
+    other.merge()
+    with pytest.raises(tna.TargetError, match=r"'b' is merged, and disable_adapters\(\) needs it unmerged"):
+        model.disable_adapters()
+    other.unmerge()
+    model.delete_adapter(["a", "b"])
+    assert "active_adapters" not in model.__dict__
+
+
+def test_adapters_of_peft_keep_their_methods(hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hf.bert()
+    attach(model)
+    # As transformers' add_adapter() leaves a model.
+    model.peft_config = {"theirs": None}
+    monkeypatch.setattr(type(model), "active_adapters", lambda self: list(self.peft_config))
+    assert model.active_adapters() == ["theirs"]
+    model.peft_config = {}
+    assert model.active_adapters() == ["default"]
+
+
+def test_a_copy_lists_its_own_adapters(hf: Any) -> None:
+    model = hf.bert()
+    attach(model)
+    other = copy.deepcopy(model)
+    other.disable_adapters()
+    assert (model.active_adapters(), other.active_adapters()) == (["default"], [])

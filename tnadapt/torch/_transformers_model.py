@@ -2,7 +2,8 @@
 
 transformers knows PEFT's adapters alone. Two of its methods would go wrong with others: ``save_pretrained``, which
 writes a model that loads without its adapter; and the Trainer, which refuses to train a quantized model unless an
-adapter is on it. (A model from a GGUF file counts as quantized, although its weights are dequantized.)
+adapter is on it. (A model from a GGUF file counts as quantized, although its weights are dequantized.) Those that
+switch and list adapters are in :mod:`tnadapt.torch._adapter_methods`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ._adapter_methods import AdapterMethod
 from ._registry import attached
 from ._state import ADAPTERS_ATTR, is_array
 
@@ -41,6 +43,7 @@ class TransformersModel:
         if not callable(getattr(type(model), _SAVE, None)) or _SAVE in model.__dict__:
             return
         own = model.__dict__[_SAVE] = TransformersModel(model)
+        AdapterMethod.install(model)
         if own.marked:
             model.__dict__[_HAS_ADAPTERS] = True
 
@@ -50,6 +53,7 @@ class TransformersModel:
         own = model.__dict__.get(_SAVE)
         if not isinstance(own, TransformersModel) or model.__dict__.get(ADAPTERS_ATTR):
             return
+        AdapterMethod.remove(model)
         if own.marked:
             model.__dict__.pop(_HAS_ADAPTERS, None)
         del model.__dict__[_SAVE]
