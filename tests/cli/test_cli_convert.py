@@ -125,5 +125,12 @@ def test_info_says_whose_adapter_it_is(to: str, library: str, tmp_path: Path) ->
     assert done.stdout.endswith("tnadapt convert reads it\n")
 
 
+def test_ways_out_are_commands(tmp_path: Path) -> None:
+    tna.save(tmp_path / "dora.safetensors", made(tna.presets.dora(rank=2)))
+    refused = run("convert", str(tmp_path / "dora.safetensors"), "--to", "vllm")
+    assert refused.returncode == 2
+    assert "merge it into the base with tnadapt merge, or convert it with --to peft-lora" in refused.stderr
+
+
 def test_it_is_among_the_commands() -> None:
     assert "convert" in run("--help").stdout

@@ -26,14 +26,15 @@ def as_options(text: str, names: Sequence[str]) -> str:
     'exists; give another path, or --overwrite'
     >>> as_options("to must be one of tnadapt, peft; got 'pfet'", names)
     "--to must be one of tnadapt, peft; got 'pfet'"
-    >>> as_options("merge it into the base with tnadapt.merge", names)
-    'merge it into the base with tnadapt merge'
+    >>> as_options("merge it into the base with tnadapt.merge, or convert it to 'peft-lora'", names)
+    'merge it into the base with tnadapt merge, or convert it with --to peft-lora'
     """
     known = "|".join(map(re.escape, names))
     text = re.sub(r"\b\w+='?\w+'? \((--[^)]*)\)", r"\1", text)
     text = re.sub(rf"\ba ({known}) of\b", lambda found: _option(found[1]), text)
     text = re.sub(rf"(?<![\w.\"'-])({known})=(?:'([^']*)'|([\w.-]*\w))?(?![{{\[])", _given, text)
     text = re.sub(rf"^({known})(?= must be )", lambda found: _option(found[1]), text)
+    text = re.sub(r"\bconvert (it )?to '([\w-]+)'", r"convert \1with --to \2", text)
     return re.sub(r"\btnadapt\.(merge|convert|extract)\b", r"tnadapt \1", text)
 
 
