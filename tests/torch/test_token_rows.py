@@ -148,8 +148,19 @@ def test_adapters_of_other_tokens_are_swapped_only_for_each_other(tmp_path: Path
     tt.attach(model, P.dense(), tt.token_targets(model, [1, 2])).save(tmp_path / "a.safetensors")
     other = nn.Sequential(nn.Embedding(12, 6))
     adapter = tt.attach(other, P.dense(), tt.token_targets(other, [1, 3]))
-    with pytest.raises(tna.FileError, match="its targets differs"):
+    with pytest.raises(tna.FileError, match="its list of targets differs"):
         adapter.swap(tmp_path / "a.safetensors")
+
+
+def test_tokens_of_a_larger_vocabulary_are_refused_with_its_size(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(14, 6))
+    tt.attach(model, P.dense(), tt.token_targets(model, [12, 13])).save(tmp_path / "a.safetensors")
+    with pytest.raises(tna.FileError) as caught:
+        tt.load(nn.Sequential(nn.Embedding(12, 6)), tmp_path / "a.safetensors")
+    assert str(caught.value) == (
+        f"{tmp_path / 'a.safetensors'}: this Sequential does not have its weights: 0.weight is stored as (12, 6), and "
+        "was stored as (14, 6) when it was trained: call resize_token_embeddings() as before training"
+    )
 
 
 @pytest.mark.parametrize(

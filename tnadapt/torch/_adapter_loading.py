@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -194,7 +195,7 @@ def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
     try:
         return find_targets(model, list(file.targets), untie=True)
     except TargetError as error:
-        wrong = str(error).partition(";")[0]
+        wrong = str(error).partition(";")[0] + _in_the_file(str(error), file.targets)
     roles = "".join(dict.fromkeys(target.role for target in file.targets))
     if not set(roles) <= set("qkvo"):
         raise FileError(f"this {type(model).__name__} does not have its weights: {wrong}")
@@ -211,6 +212,15 @@ def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
             f"shapes{unclear}: the file has {_counted(theirs)}, the model {_counted(ours)}"
         )
     return [dataclasses.replace(new, layer=old.layer) for new, old in zip(partners, file.targets, strict=True)]
+
+
+def _in_the_file(error: str, targets: Sequence[Target]) -> str:
+    """Return how the file's target is stored, if that is what an error is about."""
+    target = next((target for target in targets if error.startswith(f"{target.name} is stored as ")), None)
+    if target is None:
+        return ""
+    resized = ": call resize_token_embeddings() as before training" if target.role == "embedding" else ""
+    return f", and was stored as {target.stored} when it was trained{resized}"
 
 
 def _counted(weights: list[tuple[str, tuple[int, int]]]) -> str:
