@@ -290,6 +290,12 @@ def test_a_model_of_another_kind(vit: Path, table: Path, bert: Path, shades: Pat
         open_problem(Spec(model=str(bert), data=str(shades)))
 
 
+def test_a_name_to_train_that_is_not_there(table: Path, bert: Path) -> None:
+    found = "--keep-trainable nothing: the model has no such parameter or module; its top-level parts are 'bert', 'clas"
+    with pytest.raises(TnadaptError, match=found):
+        open_problem(Spec(model=str(bert), data=str(table), keep_trainable=("nothing",)))
+
+
 def test_a_tokenizer_of_another_model(bert: Path, table: Path, tmp_path: Path) -> None:
     for path in bert.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

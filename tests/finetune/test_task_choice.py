@@ -132,6 +132,15 @@ def test_named_columns_are_texts_and_labels_unless_they_are_called_completions(
             "classification",
         ),
         (
+            [0.5, 1.25, "n/a", 3.5], {},
+            "the task is not evident from data.csv: most of the 4 different labels in 'label' are numbers, but not "
+            "'n/a' (--task classification)",
+        ),
+        (
+            [0.5, 1.25, "nan", 3.5], {"task": "regression"},
+            "--task regression does not fit: 'label' has labels that are not numbers, such as 'nan'; these data fit",
+        ),
+        (
             ["yes", "no", "yes"], {"task": "multi-label"},
             "--task multi-label does not fit: no label in 'label' has '|' or ';'; give --separator if there is another",
         ),

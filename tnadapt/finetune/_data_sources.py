@@ -264,8 +264,8 @@ def _from_datasets(
         import datasets
     except ImportError:
         raise TnadaptError(
-            f"no file or folder {safe_repr(source)}; give --data one, or pip install 'tnadapt[hub]', to read it as a "
-            "datasets name"
+            f"no file or folder {safe_repr(source)}; give one with --data, or pip install 'tnadapt[hub]' to load data "
+            "by their name on the hub"
         ) from None
     name, _, config = source.partition(":")
     try:

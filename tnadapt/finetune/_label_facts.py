@@ -31,6 +31,8 @@ class LabelFacts:
         One that is in some of the words.
     joint, alone : str
         A label with the separator, and a piece of it that is in no other label; both empty if there is none.
+    odd : str
+        Of words that are mostly numbers, the first that is not; empty otherwise.
     """
 
     kind: str
@@ -40,6 +42,7 @@ class LabelFacts:
     separator: str | None = None
     joint: str = ""
     alone: str = ""
+    odd: str = ""
 
 
 def number(value: Any) -> float:
@@ -82,6 +85,8 @@ def facts_of(labels: Sequence[Any], separator: str | None = None) -> LabelFacts:
     ('fractions', '1 to 5')
     >>> facts_of(["a|b", "a", "b"]).separator, facts_of(["R|B", "soul"]).alone
     ('|', 'R')
+    >>> facts_of(["3.5", "2", "n/a", "1.5"]).odd
+    'n/a'
     """
     if all(isinstance(label, list) for label in labels):
         return LabelFacts("lists", len({str(label) for label in labels}), len(labels))
@@ -98,7 +103,21 @@ def facts_of(labels: Sequence[Any], separator: str | None = None) -> LabelFacts:
     for mark in (separator,) if separator else SEPARATORS:
         if joint := sorted(word for word in words if mark in word):
             return LabelFacts("words", len(words), len(labels), "", mark, *_lonely(joint, words, mark))
-    return LabelFacts("words", len(words), len(labels))
+    return LabelFacts("words", len(words), len(labels), odd=_odd(labels))
+
+
+def _odd(labels: Sequence[str]) -> str:
+    """Return the first label that is not a number, if most are."""
+    odd = [label.strip() for label in labels if not _is_number(label)]
+    return odd[0] if 0 < 2 * len(odd) < len(labels) else ""
+
+
+def _is_number(label: str) -> bool:
+    try:
+        number(label)
+    except ValueError:
+        return False
+    return True
 
 
 def _lonely(joint: Sequence[str], words: set[str], mark: str) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from ._specification import Part, Spec
 from ._task_choice import choose_task
 from ._text_inputs import encoded, longest_text, tokenizer_of
 from ._trainer_loop import need_trainer
-from .problem import Problem, under
+from .problem import Problem, check_kept, under
 
 __all__ = ["logits_of", "pretrained"]
 
@@ -241,6 +241,7 @@ def _problem(
         inputs = part.batch(largest[:2], torch.device("cpu"))
         model.eval()
         task.check(lambda inputs: logits(model, inputs), inputs, f"{safe_repr(spec.model)}", data.name)
+    check_kept(model, spec.keep_trainable)
     # Randomly initialized modules must be trained and saved in any case.
     keep = (*(spec.keep_trainable or head), *(name for name in drawn if not under(name, spec.keep_trainable or head)))
     name = Path(str(spec.model).removeprefix("timm:")).name

@@ -16,7 +16,7 @@ from tnadapt.errors import TargetError
 from ._learning_task import LearningTask
 from ._specification import Part, Spec
 
-__all__ = ["Part", "Problem", "Spec", "base_digest", "free", "samples_digest", "under"]
+__all__ = ["Part", "Problem", "Spec", "base_digest", "check_kept", "free", "samples_digest", "under"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,17 @@ def under(name: str, keep: Sequence[str]) -> bool:
     return any(f".{kept}." in f".{name}." for kept in keep)
 
 
+def check_kept(model: nn.Module, keep: Sequence[str]) -> None:
+    """Raise a TargetError if a name to keep matches nothing."""
+    named = [name for name, _ in model.named_parameters()]
+    for kept in keep:
+        if not any(under(name, [kept]) for name in named):
+            tops = ", ".join(sorted({repr(name.split(".")[0]) for name in named}))
+            raise TargetError(
+                f"--keep-trainable {kept}: the model has no such parameter or module; its top-level parts are {tops}"
+            )
+
+
 def free(model: nn.Module, keep: Sequence[str]) -> list[nn.Parameter]:
     """Freeze all except the kept parameters, and return the kept ones.
 
@@ -84,13 +95,8 @@ def free(model: nn.Module, keep: Sequence[str]) -> list[nn.Parameter]:
     TargetError
         If a name to keep matches nothing.
     """
+    check_kept(model, keep)
     named = dict(model.named_parameters())
-    for kept in keep:
-        if not any(under(name, [kept]) for name in named):
-            tops = sorted({name.split(".")[0] for name in named})
-            raise TargetError(
-                f"--keep-trainable {kept}: the model has no such parameter or module; its top-level parts are {tops}"
-            )
     found = []
     for name, parameter in named.items():
         parameter.requires_grad_(under(name, keep))

@@ -60,6 +60,11 @@ class Classification(LearningTask):
             return Evidence("no", f"{name!r} has {facts.kind if facts.kind == 'lists' else 'no words or integers'}")
         if facts.separator:
             return Evidence("possible", f"{safe_repr(facts.joint)} in {name!r} may be one class")
+        if facts.odd:
+            return Evidence(
+                "possible",
+                f"most of the {facts.count} different labels in {name!r} are numbers, but not {safe_repr(facts.odd)}",
+            )
         if facts.count > 2 and 2 * facts.count > facts.rows:
             return Evidence("possible", f"{name!r} has {facts.count} different labels in {facts.rows} rows")
         return Evidence("evident", f"{name!r} has {facts.count} different words")

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tnadapt.errors import FileError
+from tnadapt.errors import FileError, safe_repr
 
 from .._data import Data, Samples
 from .._label_facts import number
@@ -61,9 +61,9 @@ class Regression(LearningTask):
         assert isinstance(source, Table)
         name, facts = label_facts(source, spec)
         if facts.kind not in ("integers", "fractions"):
-            return Evidence(
-                "no", f"{name!r} has {facts.kind if facts.kind == 'lists' else 'labels that are not numbers'}"
-            )
+            what = "lists" if facts.kind == "lists" else "labels that are not numbers"
+            such = f", such as {safe_repr(facts.odd)}" if facts.odd else ""
+            return Evidence("no", f"{name!r} has {what}{such}")
         if name in source.words:
             return Evidence("no", f"{name!r} has the numbers of {len(source.words[name])} classes")
         if facts.count > 2 and facts.kind == "fractions":
