@@ -20,6 +20,7 @@ typer_testing = pytest.importorskip("typer.testing")
 
 from tests.support.depth import in_depth  # noqa: E402
 from tnadapt.cli import app  # noqa: E402
+from tnadapt.cli._progress import _outcome  # noqa: E402
 from tnadapt.errors import TnadaptError  # noqa: E402
 
 from . import tiny_models as tiny  # noqa: E402
@@ -42,6 +43,19 @@ def records(out: Path) -> list[dict[str, Any]]:
         if line[-1:] == b"\n"
     ]
     return [line for line in lines if "key" in line]
+
+
+@pytest.mark.parametrize(
+    ("record", "shown"),
+    [
+        ({"validation": 0.875}, "validation 87.5%, 2.0 s"),
+        ({"validation": 0.875, "metric": "micro F1", "percent": True}, "validation micro F1 87.5%, 2.0 s"),
+        ({"validation": 5.3861, "metric": "RMSE", "percent": False}, "validation RMSE 5.386, 2.0 s"),
+        ({"validation": 0.5, "metric": "RMSE"}, "validation RMSE 0.5, 2.0 s"),
+    ],
+)
+def test_progress_shows_scores_as_the_table_does(record: dict[str, Any], shown: str) -> None:
+    assert _outcome({"diverged": False, "seconds": 2.0, **record}) == shown
 
 
 @pytest.mark.slow
