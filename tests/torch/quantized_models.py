@@ -160,6 +160,25 @@ def _after_training(own: Any, table: Any) -> Any:
     return quantizer.convert(quantizer.prepare(nn.Sequential(table)))[0]
 
 
+def _gguf(kind: str) -> Callable[[Any, Any], Any]:
+    """Return what makes a layer of transformers that holds GGUF's blocks."""
+
+    def quantize(own: Any, layer: Any) -> Any:
+        gguf = library("gguf")
+        number = gguf.GGMLQuantizationType[kind]
+        if isinstance(layer, nn.Embedding):
+            made = own.GgufEmbedding(layer.num_embeddings, layer.embedding_dim, int(number))
+        else:
+            made = own.GgufLinear(layer.in_features, layer.out_features, int(number), layer.bias is not None)
+            made.bias = layer.bias
+        blocks = torch.from_numpy(gguf.quants.quantize(layer.weight.detach().float().numpy(), number))
+        made.weight = nn.Parameter(blocks, requires_grad=False)
+        return made
+
+    return quantize
+
+
+GGUF = "transformers.integrations.gguf.utils"
 BNB, AO, QUANTO, HQQ = "bitsandbytes", "torchao.quantization", "optimum.quanto", "hqq.core.quantize"
 
 KINDS = {
@@ -178,6 +197,8 @@ KINDS = {
     "quanto int8, not frozen": Kind(QUANTO, _quanto("qint8", frozen=False)),
     "quanto int4": Kind(QUANTO, _quanto("qint4"), copies=False),
     "quanto float8": Kind(QUANTO, _quanto("qfloat8"), copies=False),
+    "gguf q8_0": Kind(GGUF, _gguf("Q8_0")),
+    "gguf q4_1": Kind(GGUF, _gguf("Q4_1")),
     "hqq 4 bits": Kind(HQQ, _hqq(4, 64), copies=False),
     "hqq 3 bits": Kind(HQQ, _hqq(3, 64), copies=False),
     "hqq 8 bits, axis 0": Kind(HQQ, _hqq(8, 64, axis=0), copies=False),
@@ -196,4 +217,5 @@ EMBEDDINGS = {
         ),
     ),
     "torchao int4 embedding, trained": Kind("torchao.quantization.qat.embedding", _after_training),
+    "gguf q8_0 embedding": Kind(GGUF, _gguf("Q8_0")),
 }

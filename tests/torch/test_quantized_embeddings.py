@@ -16,7 +16,7 @@ import tnadapt.torch as tt  # noqa: E402
 from tnadapt.torch._merging import numbers  # noqa: E402
 from tnadapt.torch._quantized import quantized_type  # noqa: E402
 
-from .quantized_models import EMBEDDINGS, OUT, SIZE, embedding, equal, library, tensors_in  # noqa: E402
+from .quantized_models import EMBEDDINGS, KINDS, OUT, SIZE, embedding, equal, library, tensors_in  # noqa: E402
 
 # The libraries' own calls of torch.
 pytestmark = pytest.mark.filterwarnings(
@@ -180,3 +180,33 @@ def test_quanto_leaves_embeddings_as_numbers() -> None:
     own.freeze(model)
     assert type(model[0]) is nn.Embedding
     assert type(model[0].weight.data) is Tensor
+
+
+@pytest.mark.slow  # transformers is imported
+def test_gguf_layers_that_permute_their_input() -> None:
+    model = nn.Sequential(KINDS["gguf q8_0"].quantize(library(KINDS["gguf q8_0"].library), nn.Linear(SIZE, OUT)))
+    model[0].input_permutation = torch.randperm(SIZE, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(16, SIZE, requires_grad=True)
+    weight = numbers(model[0], "weight")
+    torch.testing.assert_close(model(x), x @ weight.T + model[0].bias, rtol=1e-4, atol=1e-4)
+    before = model[0].weight.clone()
+    adapter = moved(tt.attach(model, P.lora(2), "all-linear"), 0.1)
+    (gradient,) = torch.autograd.grad(model(x).sum(), x)
+    changed = weight + adapter.deltas()[0].detach()
+    torch.testing.assert_close(gradient, changed.sum(0).expand(16, -1), rtol=1e-4, atol=1e-4)
+    adapter.merge()
+    assert adapter.merge_report is not None
+    assert adapter.merge_report.update_error < 0.1
+    torch.testing.assert_close(numbers(model[0], "weight"), changed, rtol=0.0, atol=0.02)
+    adapter.unmerge()
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.slow
+def test_a_merge_into_blocks_that_gguf_cannot_make_is_refused() -> None:
+    own, gguf = library(KINDS["gguf q8_0"].library), library("gguf")
+    model = nn.Sequential(own.GgufLinear(256, OUT, int(gguf.GGMLQuantizationType.Q4_K)))
+    model[0].weight.data = torch.zeros_like(model[0].weight)
+    adapter = tt.attach(model, P.lora(2), "all-linear")
+    with pytest.raises(tna.TargetError, match=r"0\.weight is quantized: the package gguf cannot quantize to Q4_K"):
+        adapter.merge()

@@ -18,6 +18,7 @@ from tnadapt.plugins import Registry, load_plugins
 
 from ._awq import AWQLayer
 from ._bitsandbytes import FourBitLayer, Int8Layer
+from ._gguf_blocks import GgufEmbedding, GgufLayer
 from ._gptq import GPTQEmbedding, GPTQLayer
 from ._hqq import HQQLayer
 from ._quantized_embeddings import FourBitEmbedding, Int4Embedding, Int8Embedding
@@ -39,6 +40,8 @@ QUANTIZED: Registry[QuantizedLayer] = Registry(
         "torchao-int4-embedding": Int4Embedding,
         "quanto": QuantoLayer,
         "hqq": HQQLayer,
+        "gguf": GgufLayer,
+        "gguf-embedding": GgufEmbedding,
         "gptq": GPTQLayer,
         "gptq-embedding": GPTQEmbedding,
         "awq": AWQLayer,
