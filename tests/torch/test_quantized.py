@@ -122,3 +122,30 @@ def test_what_is_missing_is_named() -> None:
         tt.attach(model(), tna.presets.lora(2), targets="all-linear")
     with pytest.raises(tna.ConfigError, match=r"inherits from tnadapt\.torch\.QuantizedLayer; got"):
         tt.register_quantized("dict", dict)
+
+
+def test_an_embedding_of_another_package_is_looked_up() -> None:
+    class PackedEmbedding(PackedLinear):
+        def forward(self, ids: Any) -> Any:
+            return self.numbers()[ids]
+
+    class PackedTable(Packed):
+        def matches(self, module: Any) -> bool:
+            return isinstance(module, PackedEmbedding)
+
+        def looks_up(self, module: Any) -> bool:
+            return True
+
+    tt.register_quantized("packed-table", PackedTable)  # asked first, because it is registered first
+    tt.register_quantized("packed", Packed)
+    made = torch.nn.Sequential(PackedEmbedding(12, 8), PackedLinear(4, 8))
+    assert [target.module for target in tt.find_targets(made, "embeddings")] == ["0"]
+    assert [target.module for target in tt.find_targets(made, "all-linear")] == ["1"]
+    adapter = tt.attach(made[:1], tna.presets.lora(2), "embeddings")
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += torch.randn(parameter.shape)
+    ids = torch.tensor([[0, 11, 3]])
+    torch.testing.assert_close(made[0](ids), (made[0].numbers() + adapter.deltas()[0])[ids])
+    with pytest.raises(tna.TargetError, match="PackedTable does not define requantize"):
+        adapter.merge()

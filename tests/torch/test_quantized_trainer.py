@@ -228,3 +228,16 @@ def test_checkpoints_of_the_trainer_while_attached(hf: Any, folder: Path, tmp_pa
         made.save_pretrained(tmp_path / "whole")
     assert "quantization_config" in (tmp_path / "whole" / "config.json").read_text(encoding="utf-8")
     assert not adapter.merged
+
+
+def test_a_method_that_transformers_calls_not_trainable(hf: Any, folder: Path, tmp_path: Path) -> None:
+    own, groups = library("torchao.quantization"), library("torchao.quantization.granularity")
+    settings = hf.TorchAoConfig(own.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups.PerGroup(32)))
+    made = loaded(hf, folder, settings)
+    assert not made.hf_quantizer.is_trainable
+    with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
+        trainer(hf, made, tmp_path)
+    tt.attach(made, P.lora(4), "all-linear")
+    run = trainer(hf, made, tmp_path)
+    run.train()
+    assert losses(run)[-1] < 0.8 * losses(run)[0]
