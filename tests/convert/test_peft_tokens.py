@@ -75,6 +75,22 @@ def test_tokens_alone_in_half_precision_are_the_stored_rows(tmp_path: Path) -> N
     assert torch.equal(ours.model.embed_tokens.weight[[7, 3, 39]], rows)
 
 
+@pytest.mark.parametrize("tie", [False, True])
+def test_the_method_for_tokens_alone(tie: bool, tmp_path: Path) -> None:
+    made(tie).save_pretrained(tmp_path / "base")
+    config = peft.TrainableTokensConfig(token_indices=[9, 5, 2], target_modules=["embed_tokens"])
+    theirs = peft.get_peft_model(made(tie), config).eval()
+    fill(parameter for parameter in theirs.parameters() if parameter.requires_grad)
+    theirs.save_pretrained(tmp_path / "theirs")
+    found = tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=tmp_path / "base")
+    assert (found.origin, found.exact, found.parameters) == ("peft-trainable_tokens", True, (96 if tie else 48, 48))
+    model = made(tie)
+    tt.load(model, tmp_path / "ours.safetensors", keep_tied=tie)
+    torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(tna.FileError, match="replace those of the base"):
+        tna.convert(tmp_path / "theirs")
+
+
 def test_tokens_that_do_not_fit_are_named(tmp_path: Path) -> None:
     made().save_pretrained(tmp_path / "base")
     theirs = tmp_path / "theirs"
@@ -87,8 +103,8 @@ def test_tokens_that_do_not_fit_are_named(tmp_path: Path) -> None:
     settings = theirs / "adapter_config.json"
     text = settings.read_text()
     for wrong, match in (
-        ('{"other": [5, 2]}', "has no list of different tokens for 'model.embed_tokens'"),
-        ("[5, 5]", "has no list of different tokens"),
+        ('{"other": [5, 2]}', "have no list of different tokens for 'model.embed_tokens'"),
+        ("[5, 5]", "have no list of different tokens"),
         ("[1, 2, 3]", r"has rows of shape \(2, 16\) for 3 tokens"),
         ("[1, 400]", r"row 400 of a floating-point matrix is wanted: this is another model"),
     ):

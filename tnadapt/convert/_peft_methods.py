@@ -9,6 +9,7 @@ from ._peft_miss import PeftMiss
 from ._peft_randlora import PeftRandLora
 from ._peft_shira import PeftShira
 from ._peft_tinylora import PeftTinyLora
+from ._peft_trainable_tokens import PeftTrainableTokens
 from ._peft_unilora import PeftUniLora
 from ._peft_vblora import PeftVbLora
 from ._peft_vera import PeftVera
@@ -27,4 +28,5 @@ METHODS: dict[str, PeftMethod] = {
     "UNILORA": PeftUniLora(),
     "TINYLORA": PeftTinyLora(),
     "VBLORA": PeftVbLora(),
+    "TRAINABLE_TOKENS": PeftTrainableTokens(),
 }

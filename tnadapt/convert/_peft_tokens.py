@@ -1,4 +1,4 @@
-"""Rows of an embedding that PEFT trained for single tokens (``trainable_token_indices``).
+"""Rows of an embedding that PEFT trained for single tokens: next to LoRA, or by a method of their own.
 
 PEFT stores the new rows themselves, in the order of the tokens' numbers in its settings. Here an update is added, so it
 is the difference of these rows and the base's, and reading needs the base's numbers. A row that is added to the base
@@ -34,7 +34,7 @@ def decoded(tensors: Mapping[str, Float], indices: Any, base: Base | None) -> li
     tensors : mapping of str to ndarray
         The new rows, by the path of the embedding.
     indices
-        ``trainable_token_indices`` of the settings.
+        The tokens' numbers in the settings: a list, or one for each embedding.
     base : Base, optional
 
     Raises
@@ -42,8 +42,10 @@ def decoded(tensors: Mapping[str, Float], indices: Any, base: Base | None) -> li
     FileError, TargetError
         If the base or its numbers are missing, or rows and indices do not fit.
     """
-    found = []
+    found, copies = [], {} if base is None else _copies(tensors, base)
     for path, rows in tensors.items():
+        if path in copies:
+            continue
         numbers = _numbers(path, indices)
         if rows.ndim != 2 or len(rows) != len(numbers):
             raise FileError(f"{safe_repr(path)} has rows of shape {rows.shape} for {len(numbers)} tokens")
@@ -59,9 +61,22 @@ def decoded(tensors: Mapping[str, Float], indices: Any, base: Base | None) -> li
             raise FileError(f"{safe_repr(path)} has rows of {rows.shape[1]} numbers, and in base of {before.shape[1]}")
         stored = base.shapes[path]
         assert stored is not None  # its rows were read
-        target = Target(path, stored, "embedding", rows=RowIndices(chosen))
+        tied = tuple(f"{copy}.weight" for copy, of in copies.items() if of == path)
+        target = Target(path, stored, "embedding", rows=RowIndices(chosen), tied=tied)
         found.append(TargetUpdate(target, ModuleUpdate("dense", target.shape, (rows[order] - before,))))
     return found
+
+
+def _copies(tensors: Mapping[str, Float], base: Base) -> dict[str, str]:
+    """Return the heads that a base does not store because they are tied, each with the embedding of the same rows."""
+    there = [path for path in tensors if path in base.shapes]
+    return {
+        path: of
+        for path in tensors
+        if path not in base.shapes
+        for of in there
+        if np.array_equal(tensors[path], tensors[of])
+    }
 
 
 def _numbers(path: str, indices: Any) -> list[int]:
@@ -70,5 +85,5 @@ def _numbers(path: str, indices: Any) -> list[int]:
         indices = own[0] if len(own) == 1 else None
     whole = isinstance(indices, list) and all(type(number) is int and number >= 0 for number in indices)
     if not whole or not indices or len(set(indices)) < len(indices):
-        raise FileError(f"trainable_token_indices has no list of different tokens for {safe_repr(path)}")
+        raise FileError(f"the settings have no list of different tokens for {safe_repr(path)}")
     return list(indices)
