@@ -36,6 +36,11 @@ def named(plan: SuperLoRA, seed: int = 0) -> AdapterFile:
     return AdapterFile(plan.config, targets, arrays, given=plan.given)
 
 
+def part_of(form: str) -> str | None:
+    """What a form needs to be told where the names of the modules do not show the part of a pipeline."""
+    return "unet" if form.startswith(("kohya", "diffusers")) else None
+
+
 def holds(plan: SuperLoRA, form: str) -> bool:
     """Whether a form has what apply= makes of the update: all hold a ΔW, and one DoRA by rows, and HiRA."""
     return plan.applying.additive or (form == "peft-lora" and plan.config.magnitude_axis == "rows")
@@ -46,16 +51,16 @@ def holds(plan: SuperLoRA, form: str) -> bool:
 def test_any_adapter_is_converted_exactly_or_refused(plan: SuperLoRA, form: str, rank: int | None) -> None:
     assume(plan.config.groups != "layer")
     file = named(plan)
-    rank = None if form.endswith("-full") else rank
+    rank, part = None if form.endswith("-full") else rank, part_of(form)
     if not holds(plan, form):
         with pytest.raises(tna.ConfigError, match="does more than add"):
-            tna.convert(file, to=form, rank=rank)
+            tna.convert(file, to=form, rank=rank, part=part)
         return
     try:
-        found = tna.convert(file, to=form, rank=rank)
+        found = tna.convert(file, to=form, rank=rank, part=part)
     except tna.ConfigError:
         with pytest.raises(tna.ConfigError, match="lycoris-full"):  # which takes every update
-            tna.convert(file, to=form, rank=rank)
+            tna.convert(file, to=form, rank=rank, part=part)
         assert not form.endswith("-full")
         return
     assert found.exact
@@ -71,12 +76,12 @@ def test_any_adapter_is_converted_exactly_or_refused(plan: SuperLoRA, form: str,
 @given(plan=plans(), form=st.sampled_from(FOREIGN), rank=st.integers(1, 4))
 def test_any_adapter_is_converted_with_its_error(plan: SuperLoRA, form: str, rank: int) -> None:
     assume(plan.config.groups != "layer")
-    file, most = named(plan), None if form.endswith("-full") else rank
+    file, most, part = named(plan), None if form.endswith("-full") else rank, part_of(form)
     if not holds(plan, form):
         with pytest.raises(tna.ConfigError, match="does more than add"):
-            tna.convert(file, to=form, rank=most, max_error=1.0)
+            tna.convert(file, to=form, rank=most, max_error=1.0, part=part)
         return
-    found = tna.convert(file, to=form, rank=most, max_error=1.0)
+    found = tna.convert(file, to=form, rank=most, max_error=1.0, part=part)
     assert (found.error <= TOLERANCE) or not found.exact
     # The error is that of what a reader finds in the bytes.
     if form.startswith(("lycoris", "kohya")):
