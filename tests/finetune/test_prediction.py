@@ -115,7 +115,27 @@ def test_a_table_and_lines_of_predictions(classifier: tuple[Path, Path, Path], t
     with table.open(newline="") as opened:
         read = list(csv.DictReader(opened))
     assert [row["prediction"] for row in read] == [row["prediction"] for row in rows]
-    assert list(read[0]) == ["text", "prediction", "score"]
+    assert list(read[0]) == ["text", "label", "prediction", "score"]
+
+
+def test_columns_of_the_data_stay_and_new_ones_do_not_replace_them(
+    classifier: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    data, first, second = tmp_path / "a.csv", tmp_path / "b.csv", tmp_path / "c.jsonl"
+    data.write_text('id,review,note\n007,good film,"a, b"\n8,bad film,\n')
+    given = ("--text-column", "review")
+    assert invoke(classifier[2], "--data", data, "--out", first, *given).exit_code == 0
+    with first.open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    assert [list(row.values())[:3] for row in rows] == [["007", "good film", "a, b"], ["8", "bad film", ""]]
+    assert list(rows[0]) == ["id", "review", "note", "prediction", "score"]
+    # The predictions of one adapter are data for the next.
+    assert invoke(classifier[2], "--data", first, "--out", second, *given).exit_code == 0
+    again = [json.loads(line) for line in second.read_text().splitlines()]
+    assert list(again[0]) == [*rows[0], "prediction_2", "score_2"]
+    for row, before in zip(again, rows, strict=True):
+        assert {name: row[name] for name in before} == before
+        assert row["prediction_2"] == before["prediction"]
 
 
 def test_data_without_labels(classifier: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -123,7 +143,8 @@ def test_data_without_labels(classifier: tuple[Path, Path, Path], tmp_path: Path
     texts = [{"text": json.loads(line)["text"]} for line in data.read_text().splitlines()]
     found = predict(file, tiny.rows(tmp_path / "b.jsonl", texts))
     assert found.metrics == {}
-    assert found.rows == predict(file, str(data)).rows
+    labelled = predict(file, str(data)).rows
+    assert found.rows == [{name: row[name] for name in ("text", "prediction", "score")} for row in labelled]
 
 
 @pytest.mark.slow

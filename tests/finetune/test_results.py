@@ -125,6 +125,8 @@ def test_a_fresh_beginning_knows_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     with Results(path, STUDY) as results:
         results.add(training("a", adapter="lora-a.safetensors"))
+        results.add(training("b", adapter="...safetensors"))  # whose logs would be in the folder of the study itself
+        results.add(training("c", adapter="../c.safetensors"))
     with Results(path, {"epochs": 7}, fresh=True) as results:
         assert (results.records, results.dropped) == ({}, ["lora-a.safetensors"])
     assert len(path.read_text().splitlines()) == 1

@@ -19,6 +19,7 @@ pytest.importorskip("accelerate")
 
 from tnadapt.errors import TnadaptError  # noqa: E402
 from tnadapt.finetune import Choice, Spec, Task, Training, open_problem  # noqa: E402
+from tnadapt.finetune._run_logs import clear_logs  # noqa: E402
 from tnadapt.finetune.training import train  # noqa: E402
 
 from . import tiny_models as tiny  # noqa: E402
@@ -93,6 +94,52 @@ def test_reports_go_to_a_folder_of_the_run(problem: Any, tmp_path: Path, monkeyp
     name = task.file_name().removesuffix(".safetensors")
     assert {one[:2] for one in seen} == {(str(tmp_path / "logs" / name), name)}
     assert {"loss", "learning_rate", "grad_norm"} <= {one[2] for one in seen}
+
+
+def test_a_training_that_is_repeated_replaces_its_curve(
+    problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    # TensorBoard is not needed: this is what the Trainer's callback for it does.
+    found: list[str] = []
+
+    class Callback(transformers.TrainerCallback):  # type: ignore[misc]
+        logging_dir: str | None = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            folder = Path(self.logging_dir or f"{args.output_dir}/runs/time_host")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"events.out.tfevents.{len(found)}").touch()
+            found.append(str(folder))
+
+    integrations = importlib.import_module("transformers.integrations.integration_utils")
+    monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, "tensorboard", Callback)
+    task, other = Task(METHOD, 0, 0.01), Task(METHOD, 1, 0.01)
+    for one in (task, other, task):
+        train(problem, one, Training(1, 40, report_to="tensorboard"), tmp_path / "adapters")
+    logs = tmp_path / "logs"
+    folders = [logs / one.file_name().removesuffix(".safetensors") for one in (task, other, task)]
+    assert found == list(map(str, folders))
+    assert sorted(path.relative_to(logs) for path in logs.rglob("events*")) == sorted(
+        folders[place].relative_to(logs) / f"events.out.tfevents.{place}" for place in (1, 2)
+    )
+    # The folder that the user's environment names is kept.
+    monkeypatch.setattr(Callback, "logging_dir", str(tmp_path / "own"))
+    train(problem, task, Training(1, 40, report_to="tensorboard"), tmp_path / "adapters")
+    assert found[-1] == str(tmp_path / "own")
+
+
+def test_only_what_was_reported_is_deleted(tmp_path: Path) -> None:
+    folder = tmp_path / "logs" / "run"
+    for name in ("events.out.tfevents.1.host", "runs/day_host/events.out.tfevents.2", "notes.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    clear_logs(folder)
+    assert [path.name for path in folder.rglob("*")] == ["notes.txt"]
+    (folder / "notes.txt").unlink()
+    clear_logs(folder)
+    assert not folder.exists()
+    clear_logs(folder)  # nothing to do
 
 
 @pytest.mark.slow

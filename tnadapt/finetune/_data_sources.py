@@ -289,7 +289,8 @@ def _from_datasets(
     words = {name: names for name, feature in train.features.items() if (names := _class_names(feature))}
     if text_column is not None or not pictured:
         tests = {part: _Columns(rows) for part, rows in parts.items()}
-        return Table(source, source, _Columns(train), tests, (), words)
+        opaque = tuple(name for name, feature in train.features.items() if _is_decoded(feature))
+        return Table(source, source, _Columns(train), tests, (), words, opaque)
     label = needed_column(source, "label", label_column, label_names, train.column_names)
     part = next((name for name, rows in parts.items() if set(rows[label]) != {-1}), None)
     column = next((name for name in IMAGE_COLUMNS if name in pictured), pictured[0])
@@ -298,6 +299,11 @@ def _from_datasets(
     if parts and (first := next(iter(parts))) != part:
         data = dataclasses.replace(data, hidden=(first, _Pictures(parts[first], column)))
     return data.with_words(words[label]) if label in words else data
+
+
+def _is_decoded(feature: Any) -> bool:
+    """Return whether a column holds files, such as images or sounds, rather than values of JSON."""
+    return hasattr(feature, "decode_example") and type(feature).__name__ != "Json"
 
 
 def _class_names(feature: Any) -> tuple[str, ...]:

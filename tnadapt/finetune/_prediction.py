@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from ._data_sources import IMAGES, open_source
 from ._encode import Images
 from ._foreign_messages import refused, silent, transformers_library
 from ._learning_task import LearningTask
+from ._prediction_rows import prediction_rows
 from ._pretrained import logits_of
 from ._sample_tables import Table
 from ._saved_inputs import pixel_settings, tokenizer_in
@@ -42,8 +42,9 @@ class Predictions:
     ----------
     task : str
     rows : list of dict
-        For each sample its input, ``prediction``, and scores where the task has them: JSON values, with None for a
-        number that is not finite.
+        For each sample the columns of the data, ``prediction``, and scores where the task has them: JSON values, with
+        None for a number that is not finite. Where the data have such a column, the new ones are called
+        ``prediction_2`` and so on. Of images there is one column, ``image``.
     metrics : dict of str to float
         Of all samples; empty if the data have no targets.
     part : str
@@ -108,7 +109,7 @@ def predict(
     task, inputs = task_in(about, path)
     assert about is not None
     spec = Spec(data=data, text_column=text_column, label_column=label_column, separator=separator)
-    which, samples, known = _samples(task, data, spec)
+    which, samples, known, table = _samples(task, data, spec)
     samples = samples if limit is None else samples.take(np.arange(min(limit, len(samples))))
     pixels = pixel_settings(inputs, path) if task.kind == "image" else None
     vocabulary, at = tokenizer_in(about, inputs, tokenizer, base, path)
@@ -133,11 +134,7 @@ def predict(
             more, measured = _outputs(task, model, about, part, samples, batch, where, f"the model of {path}", data)
         answers = [{**one, **other} for one, other in zip(answers, more, strict=True)]
         metrics = measured if known else {}
-    rows = [
-        _json({**_shown(one, place), **answer})
-        for place, (one, answer) in enumerate(zip(samples.inputs, answers, strict=True))
-    ]
-    return Predictions(task.name, rows, metrics, which)
+    return Predictions(task.name, prediction_rows(table, samples.inputs, answers), metrics, which)
 
 
 def _outputs(
@@ -179,13 +176,13 @@ def _longest(inputs: Mapping[str, Any], path: str, base: str, tokenizer: Any, mo
     return longest_text(given, base, tokenizer, model)
 
 
-def _samples(task: LearningTask, data: str, spec: Spec) -> tuple[str, Samples, bool]:
-    """Return the name of the part that is predicted, its samples, and whether they have targets."""
+def _samples(task: LearningTask, data: str, spec: Spec) -> tuple[str, Samples, bool, Table | None]:
+    """Return the name of the part that is predicted, its samples, whether they have targets, and their table."""
     path = Path(data)
     if task.kind == "image" and path.is_dir():
         files = sorted(one for one in path.iterdir() if one.suffix.lower() in IMAGES and one.is_file())
         if files:
-            return "", Samples(files, np.zeros(len(files), np.int64)), False
+            return "", Samples(files, np.zeros(len(files), np.int64)), False, None
     source: Table | Data = open_source(data, spec.text_column, spec.label_column)
     if task.kind == "text" and isinstance(source, Data):
         raise FileError(f"{source.name} has images, and the adapter was trained on texts ({task.name})")
@@ -195,33 +192,13 @@ def _samples(task: LearningTask, data: str, spec: Spec) -> tuple[str, Samples, b
         source = source.part(part)
     elif isinstance(source, Data) and source.hidden is not None:
         part, inputs = source.hidden
-        return part, Samples(inputs, np.zeros(len(inputs), np.int64)), False
+        return part, Samples(inputs, np.zeros(len(inputs), np.int64)), False, None
     elif isinstance(source, Data) and source.test is not None:
         part, source = source.test_name, dataclasses.replace(source, samples=source.test, test=None)
-    return part, *task.samples(source, spec)
+    return part, *task.samples(source, spec), source if isinstance(source, Table) else None
 
 
 def _images(settings: tuple[Any, ...], samples: Samples) -> Images:
     size, channels, *statistics = settings
     mean, std = (torch.tensor(numbers, dtype=torch.float32).reshape(channels, 1, 1) for numbers in statistics)
     return Images(samples, size, channels, (mean, std))
-
-
-def _json(value: Any) -> Any:
-    """Return a value with None in place of numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {name: _json(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_json(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _shown(one: Any, place: int) -> dict[str, Any]:
-    """Return an input as a reader of the predictions recognizes it."""
-    if isinstance(one, str):
-        return {"text": one}
-    if isinstance(one, tuple):
-        return {"prompt": one[0]}
-    if isinstance(one, list):
-        return {"tokens": one} if all(isinstance(word, str) for word in one) else {"messages": one}
-    return {"image": str(one) if isinstance(one, Path) else place}

@@ -35,6 +35,8 @@ class Table:
         The line of the file that each row ends in; empty if there are no lines.
     words : mapping of str to tuple of str
         Class names of columns that hold the numbers of classes.
+    opaque : tuple of str
+        Columns of images, sounds or videos, which are decoded when they are read.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Table:
     tests: Mapping[str, Mapping[str, Sequence[Any]]] = dataclasses.field(default_factory=dict)
     lines: tuple[int, ...] = ()
     words: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    opaque: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))

@@ -18,6 +18,7 @@ from ._best import Proof, prove
 from ._choice import Chooser
 from ._controls import Control, control_of
 from ._problem_loading import open_problem
+from ._run_logs import clear_logs, log_folder
 from ._specification import Spec
 from .grid import BASE, HEAD, Method
 from .loop import threads
@@ -239,6 +240,7 @@ class Study:
             for name in results.dropped:
                 with contextlib.suppress(OSError):
                     (adapters / name).unlink()
+                clear_logs(log_folder(adapters, name))
             before = len(results.records)
             found = sum(task.key in results.records for task in self.tasks)
             rest = self.seeds[self.tuned_by :] if self.tuned_by else ()

@@ -22,6 +22,7 @@ from torch import nn
 from tnadapt.errors import TnadaptError
 
 from ._data_sources import quiet
+from ._run_logs import clear_logs, log_to
 from .loop import Schedule, steps_of
 from .problem import Problem
 
@@ -45,7 +46,7 @@ class RunReport:
     name : str
         The name of the run.
     folder : Path, optional
-        For the files of TensorBoard.
+        For the files of TensorBoard. Those of an earlier training are deleted when this one begins.
     """
 
     to: str = "none"
@@ -102,8 +103,8 @@ def train_with_trainer(
         stack.enter_context(_kept_random_state())
         stack.enter_context(quiet("transformers", "accelerate"))
         state = torch.get_rng_state()
-        kept = report.folder is not None and report.to != "none"
-        out = str(report.folder) if kept else stack.enter_context(tempfile.TemporaryDirectory())
+        folder = None if report.to == "none" else report.folder
+        out = stack.enter_context(tempfile.TemporaryDirectory()) if folder is None else str(folder)
         arguments = TrainerArguments(
             output_dir=out, max_steps=steps, per_device_train_batch_size=batch, max_grad_norm=schedule.clip,
             learning_rate=schedule.rate, report_to=report.to, run_name=report.name, save_strategy="no",
@@ -111,6 +112,9 @@ def train_with_trainer(
             disable_tqdm=True, logging_nan_inf_filter=False, use_cpu=device.type == "cpu",
         )  # fmt: skip
         trainer = indexed_trainer(model, problem, device, arguments, progress)
+        if folder is not None:
+            clear_logs(folder)
+            log_to(trainer.callback_handler.callbacks, folder)
         trainer.optimizer, trainer.lr_scheduler = schedule.begin(parameters, steps)
         # The Trainer has seeded everything; the training goes on from the state that its caller chose.
         torch.set_rng_state(state)

@@ -90,7 +90,9 @@ class Results:
             raise FileError(f"{self.path} is not a results file; move it away, or give another folder with --out")
         lines = content[:whole].splitlines()
         if fresh or not lines:
-            self.dropped = re.findall(r'"adapter": "([\w.-]+)"', content.decode("utf-8", "replace"))
+            # No name of dots alone: next to the adapters, a training's logs are in a folder of the rest of the name.
+            name = r'"adapter": "(?!\.+safetensors")([\w.-]+\.safetensors)"'
+            self.dropped = re.findall(name, content.decode("utf-8", "replace"))
             self._file.truncate(0)
             self._append({"format": FORMAT, "digest": digest, "study": study})
             return

@@ -17,6 +17,7 @@ from torch import nn
 from tnadapt import torch as tnt
 from tnadapt.errors import TnadaptError, safe_repr
 
+from ._run_logs import log_folder
 from ._saved_task import recorded
 from ._trainer_loop import RunReport, train_with_trainer
 from .grid import Method
@@ -236,7 +237,7 @@ def _fitted(
     how = (training.schedule(task.rate), training.epochs, training.batch, torch.device(training.device), training.steps)
     if problem.trainer:
         name = task.file_name().removesuffix(".safetensors")
-        folder = None if adapters is None else adapters.parent / "logs" / name
+        folder = None if adapters is None else log_folder(adapters, task.file_name())
         report = RunReport(training.report_to, name, folder)
         return train_with_trainer(model, problem, parameters, *how, report, progress)
     value = math.nan
