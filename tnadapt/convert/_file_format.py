@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tnadapt.checkpoints.adapter_file import AdapterFile
+from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, safe_repr, summarize
 from tnadapt.targets.target import Target
 
@@ -278,6 +279,10 @@ class FileFormat:
     ) -> EncodedAdapter:
         """Return what :meth:`encode` returned for updates that are not just added; refused unless overridden."""
         raise not_additive(application.apply, f"{self.name}-{kind}")
+
+    def of_base(self, encoded: EncodedAdapter, about: Pretrained | None) -> EncodedAdapter:
+        """Add what is known of the base model to an encoded adapter; by default nothing."""
+        return encoded
 
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
         """Raise ConfigError unless the whole adapter can be represented; by default, without kept parameters."""

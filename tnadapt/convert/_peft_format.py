@@ -18,6 +18,7 @@ import numpy as np
 
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.container import DTYPES, Container
+from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.targets.roles import natural
 from tnadapt.targets.target import Target
@@ -42,6 +43,7 @@ from ._peft_experts import EXPERTS, is_expert, record_of
 from ._peft_experts import decoded as decoded_experts
 from ._peft_experts import encoded as encoded_experts
 from ._peft_methods import METHODS
+from ._peft_origin import origin_settings
 from ._peft_settings import LOW_RANK, PeftSettings, config_of, settings_of
 from ._peft_tokens import TOKENS
 from ._peft_tokens import decoded as decoded_tokens
@@ -264,6 +266,11 @@ class PeftFormat(FileFormat):
             config = {key: value for key, value in encoded.config.items() if key not in left_out}
             return encoded._replace(tensors=tensors, config={**config, "r": most, "peft_type": "HIRA"})
         return super().applied(encoded, kind, modules, choice, application)
+
+    def of_base(self, encoded: EncodedAdapter, about: Pretrained | None) -> EncodedAdapter:
+        """Name the base and its task for ``AutoPeftModel``."""
+        config = encoded.config or {}
+        return encoded._replace(config={**config, **origin_settings(about, config.get("modules_to_save"))})
 
     def kept_name(self, name: str) -> str:
         """Return the name of a tensor of ``modules_to_save``."""

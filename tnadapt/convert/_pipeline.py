@@ -274,6 +274,7 @@ def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None, part: str
         encoded, known = form.encode(spec.kind, modules, choice, list(file.kept)), choice.exact
         if not file.plan.applying.additive:
             encoded = form.applied(encoded, spec.kind, modules, choice, application_of(file, modules))
+    encoded = form.of_base(encoded, file.pretrained)
     stored, kinds = (round_to if dtype is not None else narrow)(encoded.tensors, dtype or file.dtype)
     check_range(stored, dtype or file.dtype)
     scalars = {name: array.astype(np.float32) for name, array in encoded.scalars.items()}
