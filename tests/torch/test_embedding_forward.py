@@ -190,7 +190,8 @@ def test_what_is_more_than_a_sum_changes_the_weight() -> None:
 
 def test_indices_are_not_dropped() -> None:
     model = embedding()
-    adapter = tt.attach(model, P.lora(2), "embeddings", dropout=0.5)
+    with pytest.warns(UserWarning, match="drops nothing"):
+        adapter = tt.attach(model, P.lora(2), "embeddings", dropout=0.5)
     stir(adapter, 0.3)
     assert torch.equal(model.train()(IDS), model.eval()(IDS))
 

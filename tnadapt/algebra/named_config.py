@@ -13,7 +13,7 @@ from tnadapt.errors import ConfigError, UnexpectedKeywordError, peft_hint, safe_
 from . import presets
 from .config import Config
 
-__all__ = ["close_presets", "config_of", "named_config"]
+__all__ = ["close_presets", "config_of", "is_setting", "named_config"]
 
 # What a caller means who gives one of these as the config, which comes before the targets.
 _TARGETS = ("all-linear", "conv", "embeddings")
@@ -72,7 +72,7 @@ def config_of(
         hint = peft_hint(name)
         if hint is not None:
             way = hint
-        elif name not in _fields() and not any(name in _own(preset) for preset in presets.__all__):
+        elif not is_setting(name):
             close = difflib.get_close_matches(name, keywords, n=1)
             way = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(keywords)}"
         elif cfg is None:
@@ -144,6 +144,17 @@ def _meant(name: str, setting: str, keywords: Collection[str]) -> str:
     close = difflib.get_close_matches(setting, [*own, *_fields(), *keywords], n=1)
     meant = f"{hint}. It has " if hint else f"did you mean {close[0]!r}? It has " if close else "it has "
     return f"{meant}{''.join(f'{each}, ' for each in own)}{'and ' * bool(own)}the fields of tnadapt.Config"
+
+
+def is_setting(name: Any) -> bool:
+    """Return whether something is the name of a setting of Config or of a preset.
+
+    Examples
+    --------
+    >>> is_setting("rank"), is_setting("split_size"), is_setting("qv"), is_setting(8)
+    (True, True, False, False)
+    """
+    return name in _fields() or any(name in _own(preset) for preset in presets.__all__)
 
 
 def _own(name: str) -> dict[str, inspect.Parameter]:

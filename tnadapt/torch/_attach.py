@@ -23,6 +23,7 @@ from tnadapt.targets.target import Target
 
 from . import _freezing as freezing
 from ._adapter import Adapter
+from ._argument_places import refuse_misplaced, warn_undropped
 from ._bound_plan import bound, is_bound
 from ._config_patterns import check_ordered, of_patterns
 from ._dropout import check_dropout
@@ -178,6 +179,7 @@ def attach(
     ...
     """
     keywords = list(inspect.signature(attach).parameters)[:-1]
+    refuse_misplaced(cfg, targets)
     if isinstance(cfg, Mapping):
         if targets != "qv":
             raise ConfigError(
@@ -188,11 +190,13 @@ def attach(
     elif isinstance(cfg, CompositeConfig):
         check_ordered(targets)
     cfg = config_of(cfg, settings, "attach", keywords)
-    return attach_with(
+    adapter = attach_with(
         model, cfg, targets, name, layers=layers, exclude=exclude, keep_trainable=keep_trainable, biases=biases,
         strategy=strategy, tokens=tokens, activation=activation, dtype=dtype, untie=untie, keep_tied=keep_tied,
         given=given, progress=progress, detach_norm=detach_norm, dropout=dropout,
     )  # fmt: skip
+    warn_undropped(adapter.targets, adapter.dropout)
+    return adapter
 
 
 def attach_with(

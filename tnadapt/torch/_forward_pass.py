@@ -16,6 +16,7 @@ from tnadapt.errors import TargetError
 
 from ._arrays import current, named_parameters
 from ._delta import DeltaFunction
+from ._idle_training import warn_idle
 from ._merged_linear import DeltaSource
 from ._row_assignment import assignment_of, mixing_weight
 from ._sharding import refuse_reentrant
@@ -135,7 +136,13 @@ class PassHooks:
         """Clean up after the pass, also if it failed; ``output`` is then None (forward hook)."""
         state = self.state
         state.cache.end()
-        if torch.compiler.is_compiling() or state.warned or output is None or not acts(state):
+        if torch.compiler.is_compiling() or output is None:
+            return
+        if not acts(state):
+            if module.training:
+                warn_idle(state, args, output)
+            return
+        if state.warned:
             return
         if threading.get_ident() in state.threads:
             return

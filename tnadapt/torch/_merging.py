@@ -65,6 +65,7 @@ def merge(adapter: AdapterState, max_error: float | None = None) -> None:
             f"more than max_error={max_error:g}; no weight was changed: keep the adapter attached, or merge into the "
             "unquantized model"
         )
+    adapter.references.warn_of_merge(adapter.name)
     try:
         # Set before any weight is written to: whatever happens from here on, unmerge() has the original bits.
         adapter.merged = merged

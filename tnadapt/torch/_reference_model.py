@@ -44,7 +44,7 @@ def reference_model(model: nn.Module, *, with_adapters: bool = False) -> nn.Modu
     Parameters that ``keep_trainable`` left free are copied with their current values: create the reference before
     training. The frozen parameters are the same objects in both models, so do not move only one of them to another
     device or dtype, and do not shard them (FSDP). Merge the adapter that was trained once the reference is no longer
-    used: the sum would be in both models. Merging on the reference itself is refused.
+    used: the sum would be in both models, and ``merge()`` warns of it. Merging on the reference itself is refused.
 
     Examples
     --------
@@ -76,6 +76,8 @@ def reference_model(model: nn.Module, *, with_adapters: bool = False) -> nn.Modu
     shared = _shared(model)
     # A tensor that the memo names is not copied.
     reference = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    for state in states.values():
+        state.references.add(reference)
     for state in attached(reference).values():
         state.shares_weights = True
         # Removing an adapter restores what was trainable before attach(), which here would be in the model in training.

@@ -22,6 +22,7 @@ from tnadapt.targets.target import Target
 
 from ._delta_cache import DeltaCache
 from ._quotient import QuotientCache
+from ._shared_references import SharedReferences
 from ._theta_arrays import ThetaArrays
 
 __all__ = [
@@ -187,6 +188,10 @@ class AdapterState:
         Ids of the threads in whose current forward pass a patch has used this adapter.
     warned : bool
         Whether the warning that no patch was used has been issued.
+    idle_warned : bool
+        Whether the warning that a training does not change the adapter has been issued.
+    references : SharedReferences
+        Other models that share the base's parameters.
     passes : (int, set)
         The sum of the arrays' version counters, and the settings with which forward passes with gradients have begun
         at that version: the recomputation of activation checkpointing must match one of them in backward.
@@ -239,7 +244,8 @@ class AdapterState:
         self.weight_tensor = torch.tensor(1.0)
         self.row_passes, self.by_rows = 0, False
         self.threads: set[int] = set()
-        self.warned = False
+        self.warned = self.idle_warned = False
+        self.references = SharedReferences()
         self.passes: tuple[int, set[tuple[Hashable, ...]]] = -1, set()
         self.owner = model
         self.parameter_names = {

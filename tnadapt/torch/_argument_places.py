@@ -1,0 +1,62 @@
+"""Arguments of attach() in another's place, such as a rank where the targets come: what the caller meant."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.named_config import is_setting
+from tnadapt.errors import ConfigError, TargetError, safe_repr
+from tnadapt.targets.target import Target
+
+__all__ = ["refuse_misplaced", "warn_undropped"]
+
+
+def refuse_misplaced(cfg: Any, targets: Any) -> None:
+    """Raise an error for settings in the place of the config or of the targets, with the call that was meant.
+
+    Raises
+    ------
+    ConfigError
+        For a mapping of settings as the config.
+    TargetError
+        For a number or a mapping as the targets.
+    """
+    name = cfg if isinstance(cfg, str) else "lora"
+    if _are_settings(cfg) and not any(isinstance(value, (str, Config)) for value in cfg.values()):
+        raise ConfigError(
+            f"a mapping has a config for each pattern of weights; got settings, {safe_repr(dict(cfg))}: give them as "
+            f"keywords, with the name of a preset: {_call(name, cfg)}"
+        )
+    if isinstance(targets, (int, float)) and not isinstance(targets, bool):
+        raise TargetError(
+            f"the third argument is the targets, such as 'qv'; got the number {safe_repr(targets)}: settings are "
+            f"keywords, as in {_call(name, {'rank': targets})}"
+        )
+    if isinstance(targets, Mapping):
+        meant = _call(name, targets) if _are_settings(targets) else "attach(model, {'qv': 'lora'})"
+        raise TargetError(
+            f"the third argument is the targets, such as 'qv'; got {safe_repr(dict(targets))}: settings are keywords, "
+            f"and a mapping of patterns to configs is the second argument: {meant}"
+        )
+
+
+def warn_undropped(targets: Sequence[Target], dropout: float) -> None:
+    """Warn of dropout that drops nothing, as all targets are embeddings: their inputs are indices."""
+    if dropout > 0.0 and all(target.role == "embedding" for target in targets):
+        warnings.warn(
+            f"dropout={dropout:g} drops nothing here: all targets are embeddings, whose inputs are indices. Leave it "
+            "out, or adapt other weights as well",
+            stacklevel=3,
+        )
+
+
+def _are_settings(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(map(is_setting, value))
+
+
+def _call(name: str, settings: Mapping[str, Any]) -> str:
+    listed = ", ".join(f"{key}={safe_repr(value)}" for key, value in settings.items())
+    return f"attach(model, {name!r}, {listed})"
