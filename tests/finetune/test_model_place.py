@@ -46,7 +46,7 @@ def test_a_language_model_in_a_gguf_file(
     assert about is not None
     assert (about.name, about.file, about.task) == (str(model.parent), model.name, "text-generation")
     found = predict(file, data, limit=3, new_tokens=2)
-    assert [set(row) for row in found.rows] == [{"prompt", "prediction", "loss", "perplexity"}] * 3
+    assert [set(row) for row in found.rows] == [{"prompt", "completion", "prediction", "loss", "perplexity"}] * 3
     assert torch.equal(logits(tna.torch.load_pretrained(file)), logits(problem.build(0)))
     tokenizer = tna.torch.load_processor(file)
     assert tokenizer.decode(tokenizer(" the film")["input_ids"]) == " the film"
