@@ -41,6 +41,11 @@ class JaxBackend(Backend):
                 "JAX computes in float32, not float64, unless 64-bit numbers are switched on: "
                 "jax.config.update('jax_enable_x64', True), or ask for dtype='float32'"
             )
+        if name == "complex128" and jax.dtypes.canonicalize_dtype(np.complex128) != np.complex128:
+            raise BackendError(
+                "JAX computes in complex64, not complex128, unless 64-bit numbers are switched on: "
+                "jax.config.update('jax_enable_x64', True)"
+            )
         return super().dtype(name)
 
     def asarray(self, array: np.ndarray, dtype: str | None = None, device: Any = None) -> Array:
@@ -87,9 +92,20 @@ class JaxBackend(Backend):
     ) -> dict[str, Array] | None:
         return dict(jax.grad(function)(arrays))
 
+    def register_result(self, kind: type[tuple[Any, ...]]) -> None:
+        _register_result(kind)
+
     def zeros(self, shape: Any, like: Array) -> Array:
         return jnp.zeros(tuple(shape), dtype=like.dtype, device=self.device(like))
 
 
 # One program instead of eight: JAX takes longer to call an operation than to transform a small matrix.
 _dft2 = jax.jit(functools.partial(dft2_by_fft, jnp))
+
+
+@functools.cache
+def _register_result(kind: type[tuple[Any, ...]]) -> None:
+    # JAX rebuilds results with placeholders in place of arrays, which the class itself would refuse.
+    jax.tree_util.register_pytree_node(
+        kind, lambda one: (tuple(one), None), lambda _, parts: tuple.__new__(kind, tuple(parts))
+    )

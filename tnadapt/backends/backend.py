@@ -21,6 +21,7 @@ Array = Any  # an array of any supported library
 Map = Callable[[Array], Array]
 
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
+COMPLEX_DTYPES = ("complex128", "complex64")
 #: Methods of a backend that may return None, if :meth:`Backend.lacks` lists them.
 OPTIONAL = ("gradient", "fwht", "fastfood", "shuffle", "dft2")
 
@@ -139,7 +140,7 @@ class Backend:
 
     def dtype(self, name: str) -> Any:
         """Return the library's dtype with that name, or raise a BackendError."""
-        found = getattr(self.xp, name, None) if name in FLOAT_DTYPES else None
+        found = getattr(self.xp, name, None) if name in FLOAT_DTYPES + COMPLEX_DTYPES else None
         if found is None:
             raise BackendError(f"{self.name} has no floating dtype {name!r}; expected one of {', '.join(FLOAT_DTYPES)}")
         return found
@@ -242,9 +243,34 @@ class Backend:
         """Compute the square root element by element, correctly rounded."""
         return self.xp.sqrt(x)
 
+    def conj(self, x: Array) -> Array:
+        """Compute the complex conjugate element by element; x itself if it is real."""
+        return self.xp.conj(x) if self.is_complex(x) else x
+
     def apart(self, arrays: Sequence[Array]) -> list[Array]:
         """Return the arrays behind an optimization barrier: no compiler merges their computation into what follows."""
         return list(arrays)
+
+    # -- Linear algebra ----------------------------------------------------------------------
+
+    def svd(self, x: Array) -> tuple[Array, Array, Array]:
+        """Compute the reduced singular value decomposition of a matrix: u, s in descending order, and vh."""
+        u, s, vh = self.xp.linalg.svd(x, full_matrices=False)
+        return u, s, vh
+
+    def qr(self, x: Array) -> tuple[Array, Array]:
+        """Compute the reduced QR decomposition of a matrix."""
+        q, r = self.xp.linalg.qr(x)
+        return q, r
+
+    def eigh(self, x: Array) -> tuple[Array, Array]:
+        """Compute the eigenvalues of a symmetric or Hermitian matrix in ascending order, and its eigenvectors."""
+        values, vectors = self.xp.linalg.eigh(x)
+        return values, vectors
+
+    def solve(self, a: Array, b: Array) -> Array:
+        """Solve ``a @ x = b`` for a square matrix a and a matrix b."""
+        return self.xp.linalg.solve(a, b)
 
     # -- Optional features -------------------------------------------------------------------
 
@@ -301,6 +327,11 @@ class Backend:
         """Compute ``Re(ifft2(x))`` of the real matrices in the last two axes by an FFT; this map is its own adjoint."""
         return None
 
+    # -- Results -----------------------------------------------------------------------------
+
+    def register_result(self, kind: type[tuple[Any, ...]]) -> None:
+        """Let a subclass of tuple pass through the library's transformations with the arrays that it holds."""
+
     # -- Used by the checks of the laws ------------------------------------------------------
 
     def double_precision(self) -> AbstractContextManager[Any]:
@@ -318,6 +349,10 @@ class Backend:
     def is_float(self, x: Array) -> bool:
         """Return whether x has a real floating dtype that tnadapt computes in."""
         return self.dtype_name(x) in FLOAT_DTYPES
+
+    def is_complex(self, x: Array) -> bool:
+        """Return whether x has a complex dtype; only :mod:`tnadapt.tensors` computes in these."""
+        return self.dtype_name(x) in COMPLEX_DTYPES
 
     def require_float(self, x: Array, what: str) -> None:
         """Raise a BackendError that names ``what`` unless x has a real floating dtype."""

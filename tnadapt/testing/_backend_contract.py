@@ -154,6 +154,26 @@ class BackendContract:
         self._same(b.astype(x, "float32"), host)
         assert b.astype(x, "float32") is x
 
+    def test_linear_algebra(self) -> None:
+        b = self.backend
+        host = np.array([[2.0, 1.0], [1.0, 3.0], [0.0, 1.0]])
+        for matrix in (host, host.T):
+            x = b.asarray(matrix, "float32")
+            u, s, vh = b.svd(x)
+            assert (tuple(u.shape), tuple(s.shape), tuple(vh.shape)) == ((len(matrix), 2), (2,), (2, len(matrix[0])))
+            self._equal(b.matmul(u * s, vh), x)
+            self._equal(s, b.asarray(np.linalg.svd(matrix)[1], "float32"))
+            q, r = b.qr(x)
+            assert (tuple(q.shape), tuple(r.shape)) == ((len(matrix), 2), (2, len(matrix[0])))
+            self._equal(b.matmul(q, r), x)
+        square = b.asarray(host[:2], "float32")
+        values, vectors = b.eigh(square)
+        self._equal(b.matmul(vectors * values, b.matrix_transpose(vectors)), square)
+        assert values[0] < values[1]
+        right = b.asarray(host[:, :1][:2], "float32")
+        self._equal(b.matmul(square, b.solve(square, right)), right)
+        assert b.conj(square) is square
+
     def _found(self, method: str, found: Any) -> Any:
         """Return the result of an optional method, which must be None exactly if lacks() lists the method."""
         listed = self.backend.lacks(self._arange(1))

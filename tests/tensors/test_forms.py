@@ -1,0 +1,309 @@
+"""Every form of a tensor against the tensor that it forms: entries, slices, arithmetic, norms; on every library."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorly
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnadapt.tensors as tt
+from tests.conftest import relative_error
+from tnadapt.backends import Backend
+from tnadapt.errors import BackendError, ShapeError
+
+from .test_modes import numbers
+
+
+def kronecker(shape: tuple[int, ...], seed: int, **words: Any) -> tt.KroneckerTensor:
+    # Each size n as 2 × n, so that every factor has something.
+    cp = tt.random_cp((2, 3, *shape), 2, random_state=seed, **words)
+    backend = cp.backend
+    terms = []
+    for term in range(2):
+        column = [factor[:, term] for factor in cp.factors]
+        small = tt.outer([column[0]] * len(shape))
+        large = tt.outer(column[2:])
+        terms.append([small, large])
+    return tt.KroneckerTensor(backend.asarray(np.array([1.5, -0.5]), words.get("dtype", "float64")), terms)
+
+
+MAKERS: dict[str, Any] = {
+    "cp": lambda shape, seed, **words: tt.random_cp(shape, 3, random_state=seed, normalized=True, **words),
+    "tucker": lambda shape, seed, **words: tt.random_tucker(shape, 2, random_state=seed, **words),
+    "tt": lambda shape, seed, **words: tt.random_tt(shape, 3, random_state=seed, **words),
+    "tr": lambda shape, seed, **words: tt.random_tr(shape, 2, random_state=seed, **words),
+    "kronecker": kronecker,
+    "hadamard": lambda shape, seed, **words: tt.HadamardTensor(
+        [tt.random_cp(shape, rank, random_state=seed + rank, **words) for rank in (1, 2)]
+    ),
+}
+FORMS = st.sampled_from(sorted(MAKERS))
+SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
+MATRIX = tt.random_tt_matrix((2, 3, 2), (3, 1, 2), 2, random_state=4)
+
+
+@pytest.mark.law("tensor-arithmetic")
+@given(FORMS, SHAPES, st.sampled_from(["float64", "complex128"]))
+def test_entries_and_inner_products_are_those_of_the_tensor(form: str, shape: tuple[int, ...], dtype: str) -> None:
+    one, other = (MAKERS[form](shape, seed, dtype=dtype) for seed in (1, 2))
+    whole, second = one.to_tensor(), other.to_tensor()
+    assert one.shape == whole.shape
+    assert (one.order, one.size) == (whole.ndim, whole.size)
+    every = np.indices(whole.shape).reshape(whole.ndim, -1).T
+    scale = np.linalg.norm(whole)
+    assert np.abs(one.entries(every) - whole.reshape(-1)).max() < 1e-12 * scale
+    assert np.abs(one.entries(every - whole.shape) - whole.reshape(-1)).max() < 1e-12 * scale
+    assert abs(one.entry(*[0] * whole.ndim) - whole.reshape(-1)[0]) < 1e-12 * scale
+    assert abs(one.inner(other) - np.vdot(whole, second)) < 1e-12 * scale * np.linalg.norm(second)
+    assert abs(one.norm() - scale) < 1e-12 * sum(float(abs(array).max()) for array in one.arrays) ** 2 + 1e-12 * scale
+
+
+@pytest.mark.law("tensor-arithmetic")
+@given(FORMS, SHAPES)
+def test_sums_and_products_are_those_of_the_tensors(form: str, shape: tuple[int, ...]) -> None:
+    one, other = (MAKERS[form](shape, seed) for seed in (1, 2))
+    whole, second = one.to_tensor(), other.to_tensor()
+    pairs = [(one * 2.5, 2.5 * whole), (-one, -whole), (3 * one, 3 * whole), (one * other, whole * second)]
+    if form != "hadamard":
+        pairs += [(one + other, whole + second), (one - other, whole - second)]
+    scale = (np.abs(whole).max() + np.abs(second).max() + 1.0) ** 2
+    for found, expected in pairs:
+        assert type(found) is type(one)
+        assert np.abs(found.to_tensor() - expected).max() < 1e-11 * scale
+
+
+@pytest.mark.law("tensor-arithmetic")
+@given(FORMS, SHAPES, st.data())
+def test_a_part_is_the_slice(form: str, shape: tuple[int, ...], data: st.DataObject) -> None:
+    one = MAKERS[form](shape, 1)
+    whole = one.to_tensor()
+    index, expected = [], []
+    for mode, size in enumerate(one.shape):
+        if form == "kronecker":
+            inner = one.factor_shapes[1][mode]
+            start = inner * data.draw(st.integers(0, size // inner - 1))
+            index.append(slice(start, start + inner))
+        elif data.draw(st.booleans()):
+            index.append(data.draw(st.integers(-size, size - 1)))
+        else:
+            start = data.draw(st.integers(0, size - 1))
+            index.append(slice(start, None, data.draw(st.integers(1, 3))))
+        last = index[-1]
+        expected.append(last if isinstance(last, slice) else slice(last % size, last % size + 1))
+    found = one.part(*index)
+    assert type(found) is type(one)
+    assert np.abs(found.to_tensor() - whole[tuple(expected)]).max() < 1e-12 * (np.abs(whole).max() + 1)
+
+
+@pytest.mark.parametrize("form", MAKERS)
+def test_on_every_library(form: str, backend: Backend) -> None:
+    with backend.double_precision():
+        words = {"backend": backend.name, "dtype": "float64"}
+        one = MAKERS[form]((3, 4, 2), 1, **words)
+        host = MAKERS[form]((3, 4, 2), 1)
+        whole = backend.to_numpy(one.to_tensor())
+        assert relative_error(whole, host.to_tensor()) < 1e-12
+        indices = np.array([[0] * one.order, [size - 1 for size in one.shape]])
+        assert relative_error(backend.to_numpy(one.entries(indices)), host.entries(indices)) < 1e-12
+        assert float(one.norm()) == pytest.approx(float(host.norm()), rel=1e-12)
+        assert one.num_parameters == sum(math.prod(array.shape) for array in one.arrays)
+        if form not in ("hadamard",):
+            assert relative_error(backend.to_numpy((one + one).to_tensor()), 2 * whole) < 1e-12
+
+
+# -- Each form -------------------------------------------------------------------------------------
+
+
+@pytest.mark.law("tensorly-conventions")
+@pytest.mark.parametrize(
+    ("form", "theirs"),
+    [
+        ("cp", lambda one: tensorly.cp_tensor.CPTensor(tuple(one))),
+        ("tucker", lambda one: tensorly.tucker_tensor.TuckerTensor(tuple(one))),
+        ("tt", lambda one: tensorly.tt_tensor.TTTensor(list(one))),
+        ("tr", lambda one: tensorly.tr_tensor.TRTensor(list(one))),
+    ],
+)
+def test_tensorly_takes_ours_and_we_take_theirs(form: str, theirs: Any) -> None:
+    one = MAKERS[form]((3, 4, 5), 1)
+    made = theirs(one)
+    assert relative_error(one.to_tensor(), made.to_tensor()) < 1e-12
+    parts = list(made) if form in ("tt", "tr") else tuple(made)
+    again = type(one)(*parts) if form in ("cp", "tucker") else type(one)(parts)
+    assert np.array_equal(again.to_tensor(), one.to_tensor())
+
+
+def test_a_tt_matrix_is_tensorlys() -> None:
+    theirs = tensorly.tt_matrix.TTMatrix(list(MATRIX))
+    assert relative_error(MATRIX.to_tensor(), theirs.to_tensor()) < 1e-12
+    assert relative_error(MATRIX.to_matrix(), theirs.to_matrix()) < 1e-12
+
+
+@pytest.mark.law("tensor-arithmetic")
+def test_a_tt_matrix_multiplies_without_being_formed() -> None:
+    matrix = MATRIX.to_matrix()
+    x = numbers((MATRIX.shape[1], 3))
+    assert relative_error(MATRIX @ x, matrix @ x) < 1e-12
+    assert relative_error(MATRIX @ x[:, 0], matrix @ x[:, 0]) < 1e-12
+    assert relative_error((MATRIX.T @ MATRIX).to_matrix(), matrix.T @ matrix) < 1e-12
+    assert relative_error((MATRIX + MATRIX * 2).round(max_error=1e-12).to_matrix(), 3 * matrix) < 1e-10
+    assert relative_error((MATRIX * MATRIX).to_matrix(), matrix * matrix) < 1e-12
+    every = np.indices(MATRIX.shape).reshape(2, -1).T
+    assert relative_error(MATRIX.entries(every), matrix.reshape(-1)) < 1e-12
+    assert float(MATRIX.norm()) == pytest.approx(np.linalg.norm(matrix), rel=1e-12)
+    with pytest.raises(ShapeError, match="take entries"):
+        MATRIX.part(0)
+
+
+@pytest.mark.law("tensor-arithmetic")
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=5).map(tuple), st.integers(1, 3))
+def test_rounding_a_sum_finds_its_ranks(shape: tuple[int, ...], rank: int) -> None:
+    train = tt.random_tt(shape, rank, random_state=3)
+    double = train + train
+    found = double.round(max_error=1e-10)
+    assert relative_error(found.to_tensor(), 2 * train.to_tensor()) < 1e-9
+    assert all(a <= b for a, b in zip(found.rank, train.rank, strict=True))
+    assert relative_error(double.round(rank).to_tensor(), 2 * train.to_tensor()) < 1e-9
+
+
+@pytest.mark.law("tensor-arithmetic")
+@given(st.integers(0, 5), st.floats(1e-3, 0.9))
+def test_rounding_keeps_to_its_error(seed: int, error: float) -> None:
+    train = tt.random_tt((4, 5, 4, 3), 4, random_state=seed)
+    whole = train.to_tensor()
+    found = train.round(max_error=error)
+    assert np.linalg.norm(found.to_tensor() - whole) <= error * np.linalg.norm(whole) * (1 + 1e-9)
+    # Each bond's truncation is the best one of its unfolding, so one rank less would lose too much in some bond.
+    limited = train.round(found.rank[1:-1])
+    assert relative_error(limited.to_tensor(), found.to_tensor()) < 1e-9
+
+
+def test_truncated_keeps_the_largest_components() -> None:
+    cp = tt.CPTensor(np.array([1.0, -5.0, 3.0]), [np.eye(3), np.eye(3)])
+    assert np.array_equal(np.diag(cp.truncated(2).to_tensor()), [0.0, -5.0, 3.0])
+    assert np.array_equal(cp.normalized().to_tensor(), cp.to_tensor())
+
+
+def test_orthogonal_factors_are_the_same_tensor() -> None:
+    tucker = tt.random_tucker((5, 4, 3), (3, 2, 3), random_state=1)
+    found = tucker.orthogonal()
+    assert relative_error(found.to_tensor(), tucker.to_tensor()) < 1e-12
+    for factor in found.factors:
+        assert relative_error(factor.T @ factor, np.eye(factor.shape[1])) < 1e-12
+
+
+def test_mode_products_without_forming() -> None:
+    matrix = numbers((2, 4), 7)
+    for form in ("cp", "tucker"):
+        one = MAKERS[form]((3, 4, 5), 1)
+        assert relative_error(one.mode_dot(matrix, 1).to_tensor(), tt.mode_dot(one.to_tensor(), matrix, 1)) < 1e-12
+
+
+@pytest.mark.parametrize("form", MAKERS)
+def test_copies_and_pickles_keep_the_outcome(form: str) -> None:
+    one = MAKERS[form]((3, 4), 1)
+    one.with_outcome(tt.FitOutcome(0.5, 0.25, False, True, (0.7, 0.5), "ALS"))
+    for again in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+        assert type(again) is type(one)
+        assert np.array_equal(again.to_tensor(), one.to_tensor())
+        assert again.outcome == one.outcome
+    assert (one.error, one.bound, one.certified, one.converged, one.history) == (0.5, 0.25, False, True, (0.7, 0.5))
+    assert "error 0.5 (at least 0.25)" in repr(one)
+    assert "<td>ALS</td>" in one._repr_html_()
+
+
+def test_html_is_escaped() -> None:
+    one = MAKERS["cp"]((3, 4), 1)
+    one.with_outcome(tt.FitOutcome(0.5, 0.25, True, False, (), "<b>"))
+    assert "&lt;b&gt;" in one._repr_html_()
+    assert "converged" in one._repr_html_()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", MAKERS)
+def test_a_result_passes_through_jax(form: str) -> None:
+    jax = pytest.importorskip("jax")
+    one = MAKERS[form]((3, 4), 1, backend="jax")
+    expected = np.asarray(one.to_tensor())
+    assert (
+        relative_error(
+            jax.jit(lambda x: x * 2.0 if form != "hadamard" else x)(one).to_tensor(),
+            expected * (1 if form == "hadamard" else 2),
+        )
+        < 1e-12
+    )
+    gradient = jax.grad(lambda x: x.norm())(one)
+    assert type(gradient) is type(one)
+
+
+@pytest.mark.parametrize("form", MAKERS)
+def test_torch_differentiates_a_norm(form: str) -> None:
+    torch = pytest.importorskip("torch")
+    one = MAKERS[form]((3, 4), 1, backend="torch")
+    leaves = [array.requires_grad_() for array in one.arrays]
+    one.norm().backward()
+    direct = torch.autograd.grad(torch.linalg.vector_norm(one.to_tensor()), leaves)
+    for leaf, expected in zip(leaves, direct, strict=True):
+        torch.testing.assert_close(leaf.grad, expected)
+
+
+ONE = np.ones((2, 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: tt.CPTensor(None, []), ShapeError, "at least one array"),
+        (lambda: tt.CPTensor(None, [ONE, np.ones((2, 3))]), ShapeError, "CP factor 1 .*like factor 0"),
+        (lambda: tt.CPTensor(np.ones(3), [ONE]), ShapeError, r"CP weights .*expected \(2,\)"),
+        (lambda: tt.CPTensor(None, [ONE, ONE.astype(np.float32)]), BackendError, "two dtypes"),
+        (lambda: tt.TuckerTensor(ONE, [ONE]), ShapeError, "needs 2 factors; got 1"),
+        (lambda: tt.TuckerTensor(ONE, [ONE, np.ones((2, 3))]), ShapeError, "Tucker factor 1"),
+        (lambda: tt.TTTensor([ONE]), ShapeError, r"core 0 of a tensor train has shape \(2, 2\)"),
+        (lambda: tt.TTTensor([np.ones((1, 2, 2)), np.ones((3, 2, 1))]), ShapeError, r"expected \(2, size, 1\)"),
+        (lambda: tt.TRTensor([np.ones((2, 2, 3)), np.ones((3, 2, 4))]), ShapeError, "ends with rank 4"),
+        (lambda: tt.TTMatrix([np.ones((1, 2, 2, 2))]), ShapeError, "core 0 of a TT matrix"),
+        (lambda: tt.KroneckerTensor(None, [[ONE, np.ones(2)]]), ShapeError, "same number of axes"),
+        (lambda: tt.KroneckerTensor(None, [[ONE, ONE], [ONE, np.ones((1, 2))]]), ShapeError, "like term 0"),
+        (lambda: tt.KroneckerTensor(np.ones(2), [[ONE, ONE]]), ShapeError, "one per term"),
+        (lambda: tt.KroneckerTensor(None, [[ONE], [ONE]]).factors, ShapeError, "use terms"),
+        (lambda: tt.KroneckerTensor(None, [[ONE, ONE]]).part(slice(1, 3)), ShapeError, "multiples of 2"),
+        (lambda: tt.HadamardTensor([ONE]), ShapeError, "a list of CP tensors"),
+        (lambda: tt.random_cp((2, 2), 1) + tt.random_cp((2, 3), 1), ShapeError, "expected the same shape"),
+        (lambda: tt.random_cp((2, 2), 1).inner(tt.random_tt((2, 2), 1)), ShapeError, "expected another CPTensor"),
+        (lambda: tt.random_cp((2, 2), 1) + 1, TypeError, "unsupported"),
+        (lambda: tt.random_cp((2, 2), 1).entry(0), ShapeError, "has 2 indices; got 1"),
+        (lambda: tt.random_cp((2, 2), 1).entry(0, 2), ShapeError, "index 2 is out of range for mode 1"),
+        (lambda: tt.random_cp((2, 2), 1).entries([[0.0, 1.0]]), ShapeError, "must be integers"),
+        (lambda: tt.random_cp((2, 2), 1).part(0, 0, 0), ShapeError, "has 2 modes; got 3"),
+        (lambda: tt.random_cp((2, 2), 1).part(slice(2, 3)), ShapeError, "takes|must take"),
+        (lambda: tt.random_cp((2, 2), 1).part(slice(None, None, -1)), ShapeError, "positive step"),
+        (lambda: tt.random_tt((2, 2), 1).round(), ShapeError, "either rank= or max_error="),
+        (lambda: tt.random_tt((2, 2), 1).round(max_error=1.0), ShapeError, "from 0 to below 1"),
+        (lambda: tt.random_tt((2, 2), (1, 2)), ShapeError, "one for each of the 1 bonds"),
+        (lambda: tt.random_cp((2, 3), 3, orthogonal=True), ShapeError, "at most 2"),
+        (lambda: tt.random_cp((2, 0), 3), ShapeError, "at least 1"),
+        (lambda: tt.random_cp((), 3), ShapeError, "shape is empty"),
+        (lambda: MATRIX @ np.ones(3), ShapeError, r"expected \(6,\)"),
+        (lambda: MATRIX @ MATRIX, ShapeError, "do not multiply rows"),
+        (lambda: MATRIX + MATRIX.T, ShapeError, "shape|modes"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_draws_repeat() -> None:
+    for make in MAKERS.values():
+        assert np.array_equal(make((3, 4), 5).to_tensor(), make((3, 4), 5).to_tensor())
+    rng = np.random.default_rng(0)
+    one, other = (tt.random_cp((3,), 1, random_state=rng).factors[0] for _ in range(2))
+    assert not np.array_equal(one, other)

@@ -1,0 +1,59 @@
+"""Tensors as small networks: products, arithmetic and decompositions, on every array library.
+
+Conventions are TensorLy's: row-major unfoldings, factors of shape ``(size, rank)``, and results that unpack as
+``weights, factors`` or as a list of cores. A result is a tuple with methods: it forms the tensor, single entries and
+slices, and adds, multiplies and rounds without forming it.
+"""
+
+from tnadapt.algebra.products import (
+    cp_to_tensor,
+    kron_matvec,
+    kronecker,
+    tt_to_tensor,
+    tucker_to_tensor,
+)
+
+from ._cp_tensor import CPTensor
+from ._decomposed import Decomposed, FitOutcome
+from ._hadamard_tensor import HadamardTensor
+from ._kronecker_tensor import KroneckerTensor
+from ._matrix_products import contract, inner, khatri_rao, outer, row_khatri_rao
+from ._modes import fold, mode_dot, multi_mode_dot, tensor_to_vec, unfold, vec, vec_to_tensor
+from ._random_tensors import random_cp, random_tr, random_tt, random_tt_matrix, random_tucker
+from ._tensor_chains import TRTensor, TTTensor
+from ._tt_matrix import TTMatrix
+from ._tucker_tensor import TuckerTensor
+
+__all__ = [
+    "CPTensor",
+    "Decomposed",
+    "FitOutcome",
+    "HadamardTensor",
+    "KroneckerTensor",
+    "TRTensor",
+    "TTMatrix",
+    "TTTensor",
+    "TuckerTensor",
+    "contract",
+    "cp_to_tensor",
+    "fold",
+    "inner",
+    "khatri_rao",
+    "kron_matvec",
+    "kronecker",
+    "mode_dot",
+    "multi_mode_dot",
+    "outer",
+    "random_cp",
+    "random_tr",
+    "random_tt",
+    "random_tt_matrix",
+    "random_tucker",
+    "row_khatri_rao",
+    "tensor_to_vec",
+    "tt_to_tensor",
+    "tucker_to_tensor",
+    "unfold",
+    "vec",
+    "vec_to_tensor",
+]

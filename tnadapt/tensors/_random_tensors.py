@@ -1,0 +1,296 @@
+"""Random tensors in each form, for tests, benchmarks and starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tnadapt.backends import load_backend
+from tnadapt.errors import ConfigError, ShapeError
+
+from ._checks import integer_of
+from ._cp_tensor import CPTensor
+from ._tensor_chains import TRTensor, TTTensor
+from ._truncation import ranks_of
+from ._tt_matrix import TTMatrix
+from ._tucker_tensor import TuckerTensor
+
+__all__ = ["generator", "random_cp", "random_tr", "random_tt", "random_tt_matrix", "random_tucker"]
+
+
+def generator(random_state: Any) -> np.random.Generator:
+    """Return a generator of random numbers from a seed or a generator; None is the seed 0.
+
+    Raises
+    ------
+    ConfigError
+        If it is something else.
+    """
+    if isinstance(random_state, np.random.Generator):
+        return random_state
+    if isinstance(random_state, np.random.RandomState):
+        return np.random.default_rng(random_state.randint(0, 1 << 31, size=4))
+    try:
+        return np.random.default_rng(0 if random_state is None else random_state)
+    except (TypeError, ValueError):
+        raise ConfigError(f"random_state must be a seed or a NumPy generator; got {random_state!r}") from None
+
+
+class _Draws:
+    """Normal numbers in a library and dtype."""
+
+    def __init__(self, random_state: Any, backend: str, dtype: str, device: Any) -> None:
+        self.rng, self.backend = generator(random_state), load_backend(backend)
+        self.dtype, self.device = dtype, device
+
+    def __call__(self, *shape: int) -> Any:
+        numbers = self.rng.standard_normal(shape)
+        if self.dtype.startswith("complex"):
+            numbers = (numbers + 1j * self.rng.standard_normal(shape)) * math.sqrt(0.5)
+        return self.backend.asarray(numbers, self.dtype, self.device)
+
+
+def _shape(shape: Sequence[int]) -> tuple[int, ...]:
+    found = tuple(integer_of("a size", size, 1) for size in shape)
+    if not found:
+        raise ShapeError("the shape is empty; expected at least one mode")
+    return found
+
+
+def random_cp(
+    shape: Sequence[int],
+    rank: int,
+    *,
+    orthogonal: bool = False,
+    normalized: bool = False,
+    random_state: Any = None,
+    backend: str = "numpy",
+    dtype: str = "float64",
+    device: Any = None,
+) -> CPTensor:
+    """Draw a random CP tensor with normal factors.
+
+    Parameters
+    ----------
+    shape : sequence of int
+    rank : int
+    orthogonal : bool
+        Whether the columns of each factor are orthonormal; the rank must be at most the smallest size.
+    normalized : bool
+        Whether the columns have norm 1.
+    random_state : int or Generator, optional
+        Seed; 0 if None, so that results repeat.
+    backend : str
+        Name of the library.
+    dtype : str
+        A real or complex dtype.
+    device : optional
+        Device of the library.
+
+    Returns
+    -------
+    CPTensor
+        With weights of ones.
+
+    Raises
+    ------
+    ShapeError
+        If a size or the rank is out of range.
+
+    Examples
+    --------
+    >>> random_cp((3, 4, 5), 2).factors[1].shape
+    (4, 2)
+    """
+    sizes, rank = _shape(shape), integer_of("rank", rank, 1)
+    draw = _Draws(random_state, backend, dtype, device)
+    factors = [draw(size, rank) for size in sizes]
+    if orthogonal:
+        if rank > min(sizes):
+            raise ShapeError(f"{rank} orthonormal columns do not fit sizes {sizes}: use a rank of at most {min(sizes)}")
+        factors = [draw.backend.qr(factor)[0] for factor in factors]
+    found = CPTensor(draw.backend.asarray(np.ones(rank), dtype, device), factors)
+    return CPTensor(found.weights, found.normalized().factors) if normalized else found
+
+
+def random_tucker(
+    shape: Sequence[int],
+    rank: int | Sequence[int],
+    *,
+    orthogonal: bool = False,
+    random_state: Any = None,
+    backend: str = "numpy",
+    dtype: str = "float64",
+    device: Any = None,
+) -> TuckerTensor:
+    """Draw a random Tucker tensor with a normal core and factors.
+
+    Parameters
+    ----------
+    shape : sequence of int
+    rank : int or sequence of int
+        One for all modes, or one each.
+    orthogonal : bool
+        Whether the columns of each factor are orthonormal.
+    random_state, backend, dtype, device
+        As for :func:`random_cp`.
+
+    Returns
+    -------
+    TuckerTensor
+
+    Raises
+    ------
+    ShapeError
+        If a size or a rank is out of range.
+
+    Examples
+    --------
+    >>> random_tucker((3, 4), (2, 2)).core.shape
+    (2, 2)
+    """
+    sizes = _shape(shape)
+    ranks = ranks_of(rank, len(sizes), "modes")
+    draw = _Draws(random_state, backend, dtype, device)
+    core = draw(*ranks)
+    factors = [draw(size, r) for size, r in zip(sizes, ranks, strict=True)]
+    if orthogonal:
+        if any(r > size for size, r in zip(sizes, ranks, strict=True)):
+            raise ShapeError(f"orthonormal columns of ranks {tuple(ranks)} do not fit sizes {sizes}")
+        factors = [draw.backend.qr(factor)[0] for factor in factors]
+    return TuckerTensor(core, factors)
+
+
+def random_tt(
+    shape: Sequence[int],
+    rank: int | Sequence[int],
+    *,
+    random_state: Any = None,
+    backend: str = "numpy",
+    dtype: str = "float64",
+    device: Any = None,
+) -> TTTensor:
+    """Draw a random tensor train with normal cores.
+
+    Parameters
+    ----------
+    shape : sequence of int
+    rank : int or sequence of int
+        One for all bonds, one each, or one each with the 1 at both ends, as TensorLy writes it.
+    random_state, backend, dtype, device
+        As for :func:`random_cp`.
+
+    Returns
+    -------
+    TTTensor
+
+    Raises
+    ------
+    ShapeError
+        If a size or a rank is out of range.
+
+    Examples
+    --------
+    >>> random_tt((3, 4, 5), 2).rank
+    (1, 2, 2, 1)
+    """
+    sizes = _shape(shape)
+    ranks = [1, *_inner(rank, len(sizes)), 1]
+    draw = _Draws(random_state, backend, dtype, device)
+    return TTTensor([draw(ranks[m], size, ranks[m + 1]) for m, size in enumerate(sizes)])
+
+
+def random_tr(
+    shape: Sequence[int],
+    rank: int | Sequence[int],
+    *,
+    random_state: Any = None,
+    backend: str = "numpy",
+    dtype: str = "float64",
+    device: Any = None,
+) -> TRTensor:
+    """Draw a random tensor ring with normal cores.
+
+    Parameters
+    ----------
+    shape : sequence of int
+    rank : int or sequence of int
+        One for all bonds, one each, or one each with the first again at the end, as TensorLy writes it.
+    random_state, backend, dtype, device
+        As for :func:`random_cp`.
+
+    Returns
+    -------
+    TRTensor
+
+    Raises
+    ------
+    ShapeError
+        If a size or a rank is out of range.
+
+    Examples
+    --------
+    >>> random_tr((3, 4), (2, 3)).rank
+    (2, 3, 2)
+    """
+    sizes = _shape(shape)
+    listed = list(rank) if isinstance(rank, (list, tuple)) else rank
+    if isinstance(listed, list) and len(listed) == len(sizes) + 1 and listed[0] == listed[-1]:
+        listed = listed[:-1]
+    ranks = ranks_of(listed, len(sizes), "bonds")
+    draw = _Draws(random_state, backend, dtype, device)
+    return TRTensor([draw(ranks[m], size, ranks[(m + 1) % len(sizes)]) for m, size in enumerate(sizes)])
+
+
+def random_tt_matrix(
+    rows: Sequence[int],
+    cols: Sequence[int],
+    rank: int | Sequence[int],
+    *,
+    random_state: Any = None,
+    backend: str = "numpy",
+    dtype: str = "float64",
+    device: Any = None,
+) -> TTMatrix:
+    """Draw a random TT matrix with normal cores.
+
+    Parameters
+    ----------
+    rows, cols : sequence of int
+        How the rows and the columns are divided into modes.
+    rank : int or sequence of int
+        As for :func:`random_tt`.
+    random_state, backend, dtype, device
+        As for :func:`random_cp`.
+
+    Returns
+    -------
+    TTMatrix
+
+    Raises
+    ------
+    ShapeError
+        If a size or a rank is out of range, or rows and columns have different numbers of modes.
+
+    Examples
+    --------
+    >>> random_tt_matrix((2, 3), (4, 5), 2).shape
+    (6, 20)
+    """
+    tall, wide = _shape(rows), _shape(cols)
+    if len(tall) != len(wide):
+        raise ShapeError(f"rows {tall} and columns {wide} must have the same number of modes")
+    ranks = [1, *_inner(rank, len(tall)), 1]
+    draw = _Draws(random_state, backend, dtype, device)
+    return TTMatrix([draw(ranks[m], r, c, ranks[m + 1]) for m, (r, c) in enumerate(zip(tall, wide, strict=True))])
+
+
+def _inner(rank: Any, order: int) -> list[int]:
+    """Return the ranks of the inner bonds of a train."""
+    listed = list(rank) if isinstance(rank, (list, tuple)) else rank
+    if isinstance(listed, list) and len(listed) == order + 1 and (listed[0], listed[-1]) == (1, 1):
+        listed = listed[1:-1]
+    return ranks_of(listed, order - 1, "bonds")

@@ -1,0 +1,268 @@
+"""Tensor trains and tensor rings: chains of cores of three axes.
+
+Oseledets, "Tensor-train decomposition" (SIAM J. Sci. Comput. 33, 2011); Zhao et al., "Tensor ring decomposition"
+(arXiv 1606.05535).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from tnadapt.algebra.products import tt_left, tt_to_tensor
+from tnadapt.backends import Backend
+from tnadapt.backends.backend import Array
+from tnadapt.errors import ShapeError
+
+from ._block_diagonal import block_diagonal
+from ._checks import as_tensors
+from ._decomposed import Decomposed
+from ._truncation import rounded_cores
+
+__all__ = ["CoreChain", "TRTensor", "TTTensor"]
+
+
+class CoreChain(Decomposed, tuple[Array, ...]):
+    """What tensor trains and tensor rings share. Unpacks as a list of its cores."""
+
+    __repr__ = Decomposed.__repr__
+
+    @property
+    def factors(self) -> list[Array]:
+        """The cores, as TensorLy calls them."""
+        return list(self)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(core.shape[1]) for core in self)
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        return (*(int(core.shape[0]) for core in self), int(self[-1].shape[2]))
+
+    @property
+    def arrays(self) -> list[Array]:
+        return list(self)
+
+    def entries(self, indices: Any) -> Array:
+        backend, places = self.backend, self.places(indices)
+        found: Array = None
+        for core, place in zip(self, places, strict=True):
+            # (r, d, r') -> one matrix per element: (n, r, r').
+            own = backend.take(
+                backend.permute_dims(core, (1, 0, 2)), backend.constant(place, backend.device(core)), axis=0
+            )
+            found = own if found is None else backend.matmul(found, own)
+        return self._closed(backend, found)
+
+    def part(self, *index: int | slice) -> Self:
+        slices = self.slices(index)
+        return type(self)([core[:, one, :] for core, one in zip(self, slices, strict=True)])
+
+    def inner(self, other: Self) -> Array:
+        self.same_shape(other)
+        backend = self.backend
+        found: Array = None
+        for mine, theirs in zip(self, other, strict=True):
+            own = self._transfer(backend, backend.conj(mine), theirs)
+            found = own if found is None else backend.matmul(found, own)
+        return self._closed(backend, backend.reshape(found, (1, *found.shape)))[0]
+
+    @staticmethod
+    def _transfer(backend: Backend, a: Array, b: Array) -> Array:
+        """Contract the modes of two cores: a matrix of shape (r_a * r_b, r_a' * r_b')."""
+        (left_a, size, right_a), (left_b, _, right_b) = a.shape, b.shape
+        rows = backend.reshape(backend.permute_dims(a, (0, 2, 1)), (left_a * right_a, size))
+        cols = backend.reshape(backend.permute_dims(b, (1, 0, 2)), (size, left_b * right_b))
+        both = backend.reshape(backend.matmul(rows, cols), (left_a, right_a, left_b, right_b))
+        return backend.reshape(backend.permute_dims(both, (0, 2, 1, 3)), (left_a * left_b, right_a * right_b))
+
+    @staticmethod
+    def _closed(backend: Backend, matrices: Array) -> Array:
+        """Return the trace of each matrix."""
+        size = int(matrices.shape[-1])
+        if size == 1:
+            return backend.reshape(matrices, (-1,))
+        flat = backend.reshape(matrices, (-1, size * size))
+        places = np.arange(size) * (size + 1)
+        return backend.sum(backend.take(flat, backend.constant(places, backend.device(flat)), axis=1), axis=1)
+
+    def __add__(self, other: Any) -> Self:
+        if not isinstance(other, CoreChain):
+            return NotImplemented
+        self.same_shape(other)
+        backend, last = self.backend, self.order - 1
+        if last == 0 and isinstance(self, TTTensor):
+            return type(self)([self[0] + other[0]])
+        cores = []
+        for number, (mine, theirs) in enumerate(zip(self, other, strict=True)):
+            ends = isinstance(self, TTTensor)
+            axes = [axis for axis, end in ((0, number == 0), (2, number == last)) if not (ends and end)]
+            cores.append(block_diagonal(backend, mine, theirs, axes))
+        return type(self)(cores)
+
+    def __mul__(self, other: Any) -> Self:
+        if isinstance(other, (int, float, complex)):
+            return type(self)([self[0] * other, *self[1:]])
+        if not isinstance(other, CoreChain):
+            return NotImplemented
+        self.same_shape(other)
+        backend, cores = self.backend, []
+        for a, b in zip(self, other, strict=True):
+            (left_a, size, right_a), (left_b, _, right_b) = a.shape, b.shape
+            product = backend.reshape(a, (left_a, 1, size, right_a, 1)) * backend.reshape(
+                b, (1, left_b, size, 1, right_b)
+            )
+            cores.append(backend.reshape(product, (left_a * left_b, size, right_a * right_b)))
+        return type(self)(cores)
+
+
+class TTTensor(CoreChain):
+    """A tensor train: ``tensor[i, j, …] = cores[0][:, i, :] @ cores[1][:, j, :] @ …``.
+
+    Parameters
+    ----------
+    cores : sequence of array, shape (r_{m-1}, d_m, r_m)
+        With ``r_0 = r_M = 1``.
+
+    Attributes
+    ----------
+    outcome : FitOutcome or None
+        How a decomposition found it.
+
+    Raises
+    ------
+    ShapeError
+        If a core does not have three axes, neighbors differ in rank, or the ends have a rank other than 1.
+    BackendError
+        If libraries, dtypes or devices are mixed.
+
+    Notes
+    -----
+    Behaves as the list of its cores, like TensorLy's TTTensor. ``a + b``, ``a - b`` and ``a * b`` (element by element)
+    are tensor trains again, whose ranks are sums and products of ranks; ``round`` reduces them.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tt = TTTensor([np.ones((1, 2, 2)), np.ones((2, 3, 1))])
+    >>> tt.to_tensor()
+    array([[2., 2., 2.],
+           [2., 2., 2.]])
+    >>> (tt + tt).rank, (tt + tt).round(max_error=1e-12).rank, float(tt.entry(0, 1))
+    ((1, 4, 1), (1, 1, 1), 2.0)
+    """
+
+    def __new__(cls, cores: Sequence[Any]) -> Self:
+        backend, arrays = as_tensors(cores, "cores")
+        left = 1
+        for number, core in enumerate(arrays):
+            right = 1 if number == len(arrays) - 1 else "r"
+            if len(core.shape) != 3 or core.shape[0] != left or (right == 1 and core.shape[2] != 1):
+                raise ShapeError(
+                    f"core {number} of a tensor train has shape {tuple(core.shape)}; expected ({left}, size, {right})"
+                )
+            left = int(core.shape[2])
+        return cls.of(backend, arrays)
+
+    def to_tensor(self) -> Array:
+        return tt_to_tensor(list(self))
+
+    def left_orthogonal(self) -> Self:
+        """Return the same tensor with cores whose left unfoldings have orthonormal columns, but for the last one."""
+        backend, cores = self.backend, list(self)
+        for number in range(len(cores) - 1):
+            left, size, right = cores[number].shape
+            q, r = backend.qr(backend.reshape(cores[number], (left * size, right)))
+            cores[number] = backend.reshape(q, (left, size, q.shape[1]))
+            follower = cores[number + 1]
+            moved = backend.matmul(r, backend.reshape(follower, (follower.shape[0], -1)))
+            cores[number + 1] = backend.reshape(moved, (q.shape[1], *follower.shape[1:]))
+        return type(self)(cores)
+
+    def norm(self) -> Array:
+        """Compute the Frobenius norm without forming the tensor, to full precision, by QR decompositions."""
+        backend = self.backend
+        last = backend.flatten(self.left_orthogonal()[-1])
+        squares = last * backend.conj(last)
+        return backend.sqrt(backend.sum(backend.xp.real(squares) if backend.is_complex(last) else squares, axis=0))
+
+    def round(self, rank: int | Sequence[int] | None = None, *, max_error: float | None = None) -> Self:
+        """Reduce the ranks; the best approximation within a factor √(M - 1).
+
+        Parameters
+        ----------
+        rank : int or sequence of int, optional
+            The largest rank of each bond, or of all.
+        max_error : float, optional
+            Relative Frobenius error that is allowed. Not inside ``jax.jit``, as ranks depend on the values.
+
+        Returns
+        -------
+        TTTensor
+
+        Notes
+        -----
+        Oseledets (2011), algorithm 2: ``M d r^3`` multiply-adds.
+        """
+        orthogonal = self.left_orthogonal()
+        return type(self)(rounded_cores(self.backend, list(orthogonal), rank, max_error))
+
+
+class TRTensor(CoreChain):
+    """A tensor ring: ``tensor[i, j, …] = trace(cores[0][:, i, :] @ cores[1][:, j, :] @ …)``.
+
+    Parameters
+    ----------
+    cores : sequence of array, shape (r_{m-1}, d_m, r_m)
+        With ``r_M = r_0``.
+
+    Attributes
+    ----------
+    outcome : FitOutcome or None
+        How a decomposition found it.
+
+    Raises
+    ------
+    ShapeError
+        If a core does not have three axes, or neighbors differ in rank.
+    BackendError
+        If libraries, dtypes or devices are mixed.
+
+    Notes
+    -----
+    Behaves as the list of its cores, like TensorLy's TRTensor.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ring = TRTensor([np.ones((2, 3, 2)), np.ones((2, 4, 2))])
+    >>> ring.shape, float(ring.entry(0, 0)), float(ring.to_tensor()[0, 0])
+    ((3, 4), 4.0, 4.0)
+    """
+
+    def __new__(cls, cores: Sequence[Any]) -> Self:
+        backend, arrays = as_tensors(cores, "cores")
+        for number, core in enumerate(arrays):
+            left = arrays[number - 1].shape[-1]
+            if len(core.shape) != 3 or core.shape[0] != left:
+                raise ShapeError(
+                    f"core {number} of a tensor ring has shape {tuple(core.shape)}; expected ({left}, size, r), as "
+                    f"core {(number - 1) % len(arrays)} ends with rank {left}"
+                )
+        return cls.of(backend, arrays)
+
+    def to_tensor(self) -> Array:
+        backend, cores = self.backend, list(self)
+        if len(cores) == 1:
+            return self._closed(backend, backend.permute_dims(cores[0], (1, 0, 2)))
+        closing = int(cores[0].shape[0])
+        # The cores but the last, contracted: (r_0, prod d, r), and then closed with the last one in one product.
+        first = tt_left(backend, [backend.reshape(cores[0], (1, closing * cores[0].shape[1], -1)), *cores[1:-1]])
+        rest, size = int(cores[-1].shape[0]), int(cores[-1].shape[1])
+        rows = backend.reshape(first, (closing, -1, rest))
+        rows = backend.reshape(backend.permute_dims(rows, (1, 0, 2)), (-1, closing * rest))
+        cols = backend.reshape(backend.permute_dims(cores[-1], (2, 0, 1)), (closing * rest, size))
+        return backend.reshape(backend.matmul(rows, cols), self.shape)

@@ -1,0 +1,96 @@
+"""Truncation of ranks: by a number, or by an error that is allowed.
+
+The Frobenius error of a sequence of truncations is at most the root of the sum of their squares, so each of n
+truncations may lose ``max_error / sqrt(n)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tnadapt.backends import Backend
+from tnadapt.backends.backend import Array
+from tnadapt.errors import ShapeError, safe_repr
+
+from ._checks import integer_of
+
+__all__ = ["error_limit", "kept", "ranks_of", "rounded_cores"]
+
+
+def error_limit(max_error: Any) -> float:
+    """Return an allowed relative error; raise a ShapeError unless it is from 0 to below 1."""
+    real = isinstance(max_error, (int, float, np.floating)) and not isinstance(max_error, bool)
+    if not real or not 0.0 <= max_error < 1.0:
+        raise ShapeError(f"max_error must be from 0 to below 1, a relative error; got {safe_repr(max_error)}")
+    return float(max_error)
+
+
+def ranks_of(rank: Any, count: int, what: str) -> list[int]:
+    """Return one rank for each of ``count`` bonds or modes, from one number or a sequence of them."""
+    if isinstance(rank, (int, np.integer)) and not isinstance(rank, bool):
+        return [integer_of("rank", rank, 1)] * count
+    listed = list(rank) if isinstance(rank, (list, tuple, np.ndarray)) else None
+    if listed is None or len(listed) != count:
+        raise ShapeError(f"rank must be a number or one for each of the {count} {what}; got {safe_repr(rank)}")
+    return [integer_of(f"rank[{place}]", one, 1) for place, one in enumerate(listed)]
+
+
+def kept(values: np.ndarray, most: int, loss: float) -> int:
+    """Return how many singular values to keep: at least one, at most ``most``, and none that ``loss`` allows to drop.
+
+    Parameters
+    ----------
+    values : ndarray
+        In descending order.
+    most : int
+    loss : float
+        Norm of the values that may be dropped.
+
+    Examples
+    --------
+    >>> kept(np.array([3.0, 0.4, 0.3]), 3, 0.5), kept(np.array([3.0, 0.4, 0.3]), 3, 0.49)
+    (1, 2)
+    """
+    tails = np.sqrt(np.cumsum(np.square(values[::-1], dtype=np.float64)))[::-1]
+    needed = int(np.count_nonzero(tails > loss * (1.0 + 1e-12)))
+    return max(1, min(needed, most))
+
+
+def rounded_cores(
+    backend: Backend, cores: Sequence[Array], rank: int | Sequence[int] | None, max_error: float | None
+) -> list[Array]:
+    """Reduce the ranks of a train whose cores are orthogonal from the left.
+
+    Parameters
+    ----------
+    backend : Backend
+    cores : sequence of array, shape (r_{m-1}, d_m, r_m)
+    rank, max_error
+        As for :meth:`tnadapt.tensors.TTTensor.round`.
+
+    Returns
+    -------
+    list of array
+    """
+    if (rank is None) == (max_error is None):
+        raise ShapeError("give either rank= or max_error=, to say what to round to")
+    cores, bonds = list(cores), len(cores) - 1
+    limits = [0] * bonds if rank is None else ranks_of(rank, bonds, "bonds")
+    loss = 0.0
+    if max_error is not None:
+        norm = float(np.linalg.norm(backend.to_numpy(cores[-1]).reshape(-1)))
+        loss = error_limit(max_error) * norm / math.sqrt(max(1, bonds))
+    for bond in range(bonds - 1, -1, -1):
+        left, size, right = (int(one) for one in cores[bond + 1].shape)
+        u, s, vh = backend.svd(backend.reshape(cores[bond + 1], (left, size * right)))
+        most = int(s.shape[0])
+        keep = min(limits[bond], most) if rank is not None else kept(backend.to_numpy(s), most, loss)
+        cores[bond + 1] = backend.reshape(vh[:keep, :], (keep, size, right))
+        before = cores[bond]
+        flat = backend.reshape(before, (-1, left))
+        cores[bond] = backend.reshape(backend.matmul(flat, u[:, :keep] * s[:keep]), (*before.shape[:2], keep))
+    return cores
