@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tnadapt import Config
-from tnadapt.convert._tensors import factorization
+from tnadapt.convert._stored_tensors import factorization
 
 from .conversions import CONVS, SHAPES, TOLERANCE, error, fill, made, model, updates
 

@@ -18,7 +18,7 @@ from tnadapt.convert import FORMS, ModuleUpdate, Pair, StoredFiles
 from tnadapt.convert._base_model import as_base
 from tnadapt.convert._file_format import KINDS
 from tnadapt.convert._lycoris_format import LycorisFormat
-from tnadapt.convert._tensors import factorization
+from tnadapt.convert._stored_tensors import factorization
 from tnadapt.convert._updates import low_rank_norms, norms_of
 from tnadapt.testing.strategies import plans
 

@@ -21,7 +21,7 @@ from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapt
 from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, safetensors_content
 from ._peft_content import recorded
 from ._peft_settings import PeftSettings, settings_of
-from ._tensors import decode, encode
+from ._stored_tensors import decode, encode
 from ._uniform import uniform
 from ._unpack import Module, TargetUpdate
 from ._updates import Float, common_dtype, widen

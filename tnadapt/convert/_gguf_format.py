@@ -22,7 +22,7 @@ from ._base_model import Base, target_of
 from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
 from ._files import RECORD, StoredFiles, json_text
 from ._gguf_base import GgufBase, base_of_gguf, gguf_package, is_gguf
-from ._tensors import decode
+from ._stored_tensors import decode
 from ._uniform import uniform
 from ._unpack import Module, TargetUpdate
 from ._updates import Float, alpha_of, common_dtype

@@ -22,7 +22,18 @@ from ._base_model import Base, missing_base, target_of
 from ._diffusion_component import COMPONENTS, PREFIXES, chosen_part, other_path
 from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
 from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, safetensors_content
-from ._tensors import DIFF, LOHA, LOKR, are_both_low, decode, encode, factorization, is_low, kind_of, kronecker_sizes_of
+from ._stored_tensors import (
+    DIFF,
+    LOHA,
+    LOKR,
+    are_both_low,
+    decode,
+    encode,
+    factorization,
+    is_low,
+    kind_of,
+    kronecker_sizes_of,
+)
 from ._unpack import Module, TargetUpdate
 from ._updates import Float, ModuleUpdate, Pair, alpha_of, as_matrix, common_dtype, widen
 

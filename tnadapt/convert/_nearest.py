@@ -16,7 +16,7 @@ from tnadapt.algebra.norms import norm, relative, together
 from tnadapt.errors import ConfigError, safe_repr
 
 from ._file_format import ExportChoice, FileFormat
-from ._tensors import factorization
+from ._stored_tensors import factorization
 from ._unpack import Module, Unpacked
 from ._updates import Float, ModuleUpdate, Pair, as_matrix
 

@@ -47,7 +47,7 @@ from ._peft_origin import origin_settings
 from ._peft_settings import LOW_RANK, PeftSettings, config_of, settings_of
 from ._peft_tokens import TOKENS
 from ._peft_tokens import decoded as decoded_tokens
-from ._tensors import (
+from ._stored_tensors import (
     LOHA,
     LOKR,
     are_both_low,
