@@ -38,6 +38,15 @@ if TYPE_CHECKING:
     from .decomposition import decompose, search_rank
     from .decomposition.extraction import extract
     from .planning import plan
+    from .tensors import (
+        cp,
+        hadamard_decomposition,
+        kronecker_decomposition,
+        tensor_ring,
+        tensor_train,
+        tt_matrix,
+        tucker,
+    )
 
 __version__ = "0.1.0"
 
@@ -59,16 +68,19 @@ __all__ = [
     "TargetError",
     "TnadaptError",
     "convert",
+    "cp",
     "cp_to_tensor",
     "decompose",
     "extract",
     "from_hypercube",
     "fwht",
     "geometry",
+    "hadamard_decomposition",
     "hypercube_shape",
     "info",
     "kron_matvec",
     "kronecker",
+    "kronecker_decomposition",
     "load",
     "maps",
     "merge",
@@ -84,8 +96,12 @@ __all__ = [
     "save",
     "search_rank",
     "sources",
+    "tensor_ring",
+    "tensor_train",
     "to_hypercube",
+    "tt_matrix",
     "tt_to_tensor",
+    "tucker",
     "tucker_to_tensor",
     "verify",
 ]
@@ -96,14 +112,21 @@ _LAZY = {
     "AdapterFile": "checkpoints.adapter_file",
     "MergeReport": "checkpoints.merge",
     "Pretrained": "checkpoints.pretrained_model",
+    "cp": "tensors",
     "decompose": "decomposition",
     "extract": "decomposition.extraction",
+    "hadamard_decomposition": "tensors",
     "info": "checkpoints.info",
+    "kronecker_decomposition": "tensors",
     "load": "checkpoints.adapter_format",
     "merge": "checkpoints.merge",
     "plan": "planning",
     "save": "checkpoints.adapter_format",
     "search_rank": "decomposition",
+    "tensor_ring": "tensors",
+    "tensor_train": "tensors",
+    "tt_matrix": "tensors",
+    "tucker": "tensors",
 }
 
 

@@ -37,6 +37,9 @@ class TorchBackend(Backend):
         # Under a compiler or a functional transform, a tensor is a placeholder that must not be kept.
         return type(x) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
+    def differentiates(self, x: Array) -> bool:
+        return not self.is_concrete(x) or (x.requires_grad and torch.is_grad_enabled())
+
     def asarray(self, array: np.ndarray, dtype: str | None = None, device: Any = None) -> Array:
         try:
             place = torch.device("cpu" if device is None else device)

@@ -128,6 +128,10 @@ class Backend:
         """Return whether x holds numbers; False for the placeholders of a tracer or transformation."""
         return True
 
+    def differentiates(self, x: Array) -> bool:
+        """Return whether operations on x are traced or differentiated, so that only the library's own may run."""
+        return not self.is_concrete(x)
+
     def dtype_name(self, x: Array) -> str:
         """Return the name of x's dtype, such as ``"float32"``; the same in every library."""
         return str(x.dtype).rpartition(".")[2]

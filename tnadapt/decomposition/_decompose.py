@@ -19,12 +19,10 @@ from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, safe_
 
 from ._fit_report import FitReport, Step
 from ._group_fits import fit_plan
-from ._linear_algebra import TENSORLY, Algebra
+from ._linear_algebra import SVD_METHODS, TENSORLY, Algebra
 from ._single_tensor import Limits
 
 __all__ = ["Settings", "decompose"]
-
-_SVD = ("auto", "full", "randomized")
 
 
 class Settings:
@@ -42,8 +40,8 @@ class Settings:
         if isinstance(tol, bool) or not isinstance(tol, (int, float, np.floating)) or not 0.0 <= tol < 1.0:
             raise ConfigError(f"tol must be from 0 to below 1; got {safe_repr(tol)}")
         self.limits = Limits(float(tol), integer("max_iterations", max_iterations, 1, 1 << 31, ConfigError))
-        if svd not in _SVD:
-            raise ConfigError(f"svd must be one of {', '.join(_SVD)}; got {safe_repr(svd)}")
+        if svd not in SVD_METHODS:
+            raise ConfigError(f"svd must be one of {', '.join(SVD_METHODS)}; got {safe_repr(svd)}")
         self.svd, self.seed = svd, integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
 
     @classmethod

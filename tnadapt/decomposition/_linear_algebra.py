@@ -18,10 +18,13 @@ from tnadapt.backends import Backend, load_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError
 
-__all__ = ["TENSORLY", "Algebra", "tensorly_on"]
+__all__ = ["SVD_METHODS", "TENSORLY", "Algebra", "tensorly_on"]
 
 # Name of a library in tnadapt -> its name in TensorLy.
 TENSORLY = {"numpy": "numpy", "torch": "pytorch", "jax": "jax", "cupy": "cupy"}
+
+# How leading singular vectors are computed.
+SVD_METHODS = ("auto", "full", "randomized")
 
 # If only few singular vectors are needed, matrices whose smaller side is longer than this get a randomized SVD.
 _WHOLE = 1024

@@ -13,15 +13,21 @@ from tnadapt.algebra.products import (
     tucker_to_tensor,
 )
 
+from ._cp_decomposition import cp
 from ._cp_tensor import CPTensor
 from ._decomposed import Decomposed, FitOutcome
+from ._hadamard_decomposition import hadamard_decomposition
 from ._hadamard_tensor import HadamardTensor
+from ._kronecker_decomposition import kronecker_decomposition
 from ._kronecker_tensor import KroneckerTensor
 from ._matrix_products import contract, inner, khatri_rao, outer, row_khatri_rao
 from ._modes import fold, mode_dot, multi_mode_dot, tensor_to_vec, unfold, vec, vec_to_tensor
 from ._random_tensors import random_cp, random_tr, random_tt, random_tt_matrix, random_tucker
+from ._ring_decomposition import tensor_ring
 from ._tensor_chains import TRTensor, TTTensor
+from ._train_decomposition import tensor_train, tt_matrix
 from ._tt_matrix import TTMatrix
+from ._tucker_decomposition import tucker
 from ._tucker_tensor import TuckerTensor
 
 __all__ = [
@@ -35,12 +41,15 @@ __all__ = [
     "TTTensor",
     "TuckerTensor",
     "contract",
+    "cp",
     "cp_to_tensor",
     "fold",
+    "hadamard_decomposition",
     "inner",
     "khatri_rao",
     "kron_matvec",
     "kronecker",
+    "kronecker_decomposition",
     "mode_dot",
     "multi_mode_dot",
     "outer",
@@ -50,8 +59,12 @@ __all__ = [
     "random_tt_matrix",
     "random_tucker",
     "row_khatri_rao",
+    "tensor_ring",
     "tensor_to_vec",
+    "tensor_train",
+    "tt_matrix",
     "tt_to_tensor",
+    "tucker",
     "tucker_to_tensor",
     "unfold",
     "vec",

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
-import numpy as np
-
 from tnadapt.algebra.products import cp_to_tensor, hadamard_tensor
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
@@ -161,7 +159,7 @@ class CPTensor(Decomposed, _CPParts):
         return type(self)(weights, factors).with_outcome(self.outcome)
 
     def truncated(self, rank: int) -> Self:
-        """Keep the components with the largest norms.
+        """Keep the components with the largest norms, in descending order.
 
         Parameters
         ----------
@@ -173,10 +171,8 @@ class CPTensor(Decomposed, _CPParts):
         backend, unit = self.backend, self.normalized()
         assert unit.weights is not None
         sizes = abs(backend.to_numpy(unit.weights))
-        order = sorted(sizes.argsort(kind="stable")[::-1][:keep].tolist())
-        if order == list(range(self.rank)):
-            return unit
-        places = backend.constant(np.asarray(order), backend.device(unit.weights))
+        order = sizes.argsort(kind="stable")[::-1][:keep]
+        places = backend.constant(order.copy(), backend.device(unit.weights))
         return type(self)(
             backend.take(unit.weights, places), [backend.take(factor, places, axis=1) for factor in unit.factors]
         )

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from tnadapt.algebra.mode_products import mode_product
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ShapeError, safe_repr
@@ -208,18 +209,8 @@ def _product(backend: Backend, tensor: Array, factor: Array, mode: int, transpos
             f"shape {tuple(factor.shape)} does not multiply mode {mode} of a tensor of shape {shape}: expected "
             f"{size} {'elements' if vector else 'columns'}"
         )
-    matrix = backend.reshape(factor, (1, size)) if vector else factor
-    # One product of the shape that is there, without moving axes: batched over the modes before.
-    before, after = math.prod(shape[:mode]), math.prod(shape[mode + 1 :])
-    cube = backend.reshape(tensor, (before, size, after))
-    if after == 1:
-        product = backend.matmul(backend.reshape(cube, (before, size)), backend.matrix_transpose(matrix))
-    elif before == 1:
-        product = backend.matmul(matrix, backend.reshape(cube, (size, after)))
-    else:
-        product = backend.matmul(matrix, cube)
-    kept = () if vector else (int(matrix.shape[0]),)
-    return backend.reshape(product, (*shape[:mode], *kept, *shape[mode + 1 :]))
+    product = mode_product(backend, tensor, backend.reshape(factor, (1, size)) if vector else factor, mode)
+    return backend.reshape(product, shape[:mode] + shape[mode + 1 :]) if vector else product
 
 
 def multi_mode_dot(

@@ -14,11 +14,12 @@ import numpy as np
 
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
+from tnadapt.decomposition.matrix_truncation import kept
 from tnadapt.errors import ShapeError, safe_repr
 
 from ._checks import integer_of
 
-__all__ = ["error_limit", "kept", "ranks_of", "rounded_cores"]
+__all__ = ["error_limit", "inner_ranks", "ranks_of", "rounded_cores"]
 
 
 def error_limit(max_error: Any) -> float:
@@ -39,25 +40,31 @@ def ranks_of(rank: Any, count: int, what: str) -> list[int]:
     return [integer_of(f"rank[{place}]", one, 1) for place, one in enumerate(listed)]
 
 
-def kept(values: np.ndarray, most: int, loss: float) -> int:
-    """Return how many singular values to keep: at least one, at most ``most``, and none that ``loss`` allows to drop.
+def inner_ranks(rank: Any, possible: Sequence[int]) -> list[int]:
+    """Return the ranks of the bonds of a train.
 
     Parameters
     ----------
-    values : ndarray
-        In descending order.
-    most : int
-    loss : float
-        Norm of the values that may be dropped.
+    rank : int or sequence of int
+        One number is cut to what is possible. A sequence has one for each bond, with or without a 1 at both ends.
+    possible : sequence of int
+        The largest rank of each bond.
 
-    Examples
-    --------
-    >>> kept(np.array([3.0, 0.4, 0.3]), 3, 0.5), kept(np.array([3.0, 0.4, 0.3]), 3, 0.49)
-    (1, 2)
+    Raises
+    ------
+    ShapeError
+        If a rank of a sequence is above the possible.
     """
-    tails = np.sqrt(np.cumsum(np.square(values[::-1], dtype=np.float64)))[::-1]
-    needed = int(np.count_nonzero(tails > loss * (1.0 + 1e-12)))
-    return max(1, min(needed, most))
+    listed = list(rank) if isinstance(rank, (list, tuple, np.ndarray)) else rank
+    if not isinstance(listed, list):
+        return [min(one, most) for one, most in zip(ranks_of(listed, len(possible), "bonds"), possible, strict=True)]
+    if len(listed) == len(possible) + 2 and (listed[0], listed[-1]) == (1, 1):
+        listed = listed[1:-1]
+    found = ranks_of(listed, len(possible), "bonds")
+    for bond, (one, most) in enumerate(zip(found, possible, strict=True)):
+        if one > most:
+            raise ShapeError(f"rank {one} of bond {bond} is above {most}, the largest that is possible there")
+    return found
 
 
 def rounded_cores(

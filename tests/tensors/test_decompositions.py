@@ -1,0 +1,425 @@
+"""cp, tucker, tensor_train, tensor_ring, tt_matrix, kronecker and hadamard decompositions: laws, peers, bad input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorly
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+import tnadapt.tensors as tt
+from tests.conftest import relative_error
+from tnadapt.backends import Backend
+from tnadapt.errors import BackendError, ConfigError, ShapeError, TnadaptError
+
+from .test_modes import numbers
+
+SHAPES = st.lists(st.integers(1, 5), min_size=2, max_size=4).map(tuple)
+
+
+def halves(tensor: Any) -> list[tuple[int, ...]]:
+    """Two factors: the first has the whole of the first mode, the second that of the others."""
+    shape = tuple(tensor.shape)
+    return [(shape[0], *[1] * (len(shape) - 1)), (1, *shape[1:])]
+
+
+#: Each decomposition with a small rank.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "cp": lambda tensor, **words: tna.cp(tensor, 1, **words),
+    "tucker": lambda tensor, **words: tna.tucker(tensor, 2, **words),
+    "tensor_train": lambda tensor, **words: tna.tensor_train(tensor, 2, **words),
+    "tensor_ring": lambda tensor, **words: tna.tensor_ring(tensor, 2, **words),
+    "kronecker_decomposition": lambda tensor, **words: tna.kronecker_decomposition(tensor, halves(tensor), **words),
+    "hadamard_decomposition": lambda tensor, **words: tna.hadamard_decomposition(tensor, 1, max_iterations=5, **words),
+}
+NAMES = st.sampled_from(sorted(FUNCTIONS))
+COMPLEX = sorted(set(FUNCTIONS) - {"hadamard_decomposition"})
+
+
+def error_of(found: tt.Decomposed, tensor: np.ndarray) -> float:
+    """The relative error, by NumPy alone."""
+    norm = float(np.linalg.norm(tensor))
+    return float(np.linalg.norm(np.asarray(found.to_tensor()) - tensor)) / norm
+
+
+@pytest.mark.law("decompositions")
+@given(NAMES, SHAPES, st.integers(0, 3))
+def test_the_error_is_the_error_and_the_bound_is_below(name: str, shape: tuple[int, ...], seed: int) -> None:
+    tensor = numbers(shape, seed)
+    found = FUNCTIONS[name](tensor)
+    assert found.shape == shape
+    assert found.error == pytest.approx(error_of(found, tensor), rel=1e-6, abs=1e-12)
+    assert 0.0 <= found.bound <= found.error <= 1.0 + 1e-9
+    assert isinstance(found.certified, bool)
+
+
+@pytest.mark.law("decompositions")
+@given(st.sampled_from(COMPLEX), SHAPES)
+def test_complex_tensors(name: str, shape: tuple[int, ...]) -> None:
+    tensor = numbers(shape, 1, "complex128")
+    found = FUNCTIONS[name](tensor)
+    assert all(array.dtype == np.complex128 for array in found.arrays)
+    assert found.error == pytest.approx(error_of(found, tensor), rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.law("decompositions")
+@given(NAMES, SHAPES, st.integers(-120, 120))
+def test_a_power_of_two_changes_nothing_but_the_size(name: str, shape: tuple[int, ...], power: int) -> None:
+    if name == "hadamard_decomposition":
+        return
+    tensor = numbers(shape, 2)
+    one, other = FUNCTIONS[name](tensor), FUNCTIONS[name](np.ldexp(tensor, power))
+    assert other.error == pytest.approx(one.error, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_equal_seeds_give_equal_bits(name: str) -> None:
+    tensor = numbers((5, 6, 4), 3)
+    one, other = FUNCTIONS[name](tensor, random_state=7), FUNCTIONS[name](tensor, random_state=7)
+    assert all(np.array_equal(a, b) for a, b in zip(one.arrays, other.arrays, strict=True))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_tensor_of_zeros(name: str) -> None:
+    found = FUNCTIONS[name](np.zeros((3, 4, 2)))
+    assert found.error == 0.0
+    assert np.isfinite(np.asarray(found.to_tensor())).all()
+    assert not np.asarray(found.to_tensor()).any()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_on_every_library(name: str, backend: Backend) -> None:
+    if backend.name == "array_api_strict" and name == "hadamard_decomposition":
+        pytest.skip("decompose computes other libraries in NumPy; their tests are its own")
+    host = numbers((5, 4, 6), 5)
+    with backend.double_precision():
+        tensor = backend.asarray(host, "float64")
+        found = FUNCTIONS[name](tensor)
+        assert all(backend.owns(array) for array in found.arrays)
+        assert all(backend.dtype_name(array) == "float64" for array in found.arrays)
+        made = backend.to_numpy(found.to_tensor())
+        assert found.error == pytest.approx(float(np.linalg.norm(made - host) / np.linalg.norm(host)), rel=1e-9)
+        if name in ("tensor_train", "kronecker_decomposition"):  # without an iteration that may end elsewhere
+            assert relative_error(made, FUNCTIONS[name](host).to_tensor()) < 1e-9
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("tensor", "error", "text"),
+    [
+        (np.array([[1.0, np.nan], [0.0, 1.0]]), ShapeError, "NaN"),
+        (np.array([[1.0, np.inf], [0.0, 1.0]]), ShapeError, "infinity"),
+        (np.zeros((0, 3)), ShapeError, "nothing to decompose"),
+        (np.array([["a", "b"]]), BackendError, "numbers"),
+        ("text", BackendError, "got str"),
+        ([[1.0], [1.0, 2.0]], ShapeError, "differ in length"),
+    ],
+    ids=["nan", "infinity", "empty", "letters", "text", "ragged"],
+)
+def test_what_is_no_tensor_is_refused(name: str, tensor: Any, error: type[Exception], text: str) -> None:
+    function = getattr(tna, name)
+    shapes = [[(1, 1), (2, 2)]] if name == "kronecker_decomposition" else [1]
+    with pytest.raises(error, match=text):
+        function(tensor, *shapes)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_lists_and_integers_are_converted(name: str) -> None:
+    listed = [[1, 2, 3], [4, 5, 7]]
+    assert FUNCTIONS[name](np.array(listed)).error == FUNCTIONS[name](np.array(listed, float)).error
+    if name != "kronecker_decomposition":
+        assert FUNCTIONS[name](listed).shape == (2, 3)
+
+
+@pytest.mark.parametrize("state", ["a", -1, 1.5, True])
+def test_a_random_state_is_a_seed(state: Any) -> None:
+    with pytest.raises(ConfigError, match="random_state must be"):
+        tna.cp(np.ones((2, 2, 2)), 1, random_state=state)
+
+
+def test_a_generator_gives_a_seed() -> None:
+    tensor = numbers((4, 4, 4))
+    for make in (np.random.default_rng, np.random.RandomState):
+        one, other = (tna.cp(tensor, 2, random_state=make(3)) for _ in range(2))
+        assert np.array_equal(one.factors[0], other.factors[0])
+
+
+# -- Exact where there is an exact answer --------------------------------------------------------------
+
+
+@pytest.mark.law("decompositions")
+@given(SHAPES, st.integers(1, 3), st.integers(0, 3))
+def test_what_has_the_rank_is_found(shape: tuple[int, ...], rank: int, seed: int) -> None:
+    for found, tensor in (
+        (tna.tensor_train(made := tt.random_tt(shape, rank, random_state=seed).to_tensor(), rank), made),
+        (tna.tucker(made := tt.random_tucker(shape, rank, random_state=seed).to_tensor(), rank), made),
+    ):
+        assert error_of(found, tensor) < 1e-12
+        assert found.certified
+        assert found.converged
+
+
+@pytest.mark.law("decompositions")
+@given(SHAPES, st.floats(1e-3, 0.9), st.sampled_from(["tucker", "tensor_train"]))
+def test_the_ranks_of_an_error_keep_to_it(shape: tuple[int, ...], error: float, name: str) -> None:
+    tensor = numbers(shape, 8)
+    found = getattr(tna, name)(tensor, max_error=error)
+    assert error_of(found, tensor) <= error * (1.0 + 1e-9) + 1e-14
+
+
+@pytest.mark.law("decompositions")
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 4))
+def test_a_matrix_has_the_singular_values_optimum(rows: int, cols: int, rank: int) -> None:
+    rank = min(rank, rows, cols)
+    matrix = numbers((rows, cols), rank)
+    values = np.linalg.svd(matrix, compute_uv=False)
+    best = math.sqrt(float((values[rank:] ** 2).sum() / (values**2).sum()))
+    for found in (tna.cp(matrix, rank), tna.tensor_train(matrix, rank), tna.tucker(matrix, rank)):
+        assert found.error == pytest.approx(best, abs=1e-12)
+        assert found.certified
+
+
+@pytest.mark.law("decompositions")
+@given(st.data())
+def test_the_nearest_kronecker_product_is_the_rearrangements_svd(data: st.DataObject) -> None:
+    left, right = (data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4))) for _ in range(2))
+    matrix = numbers((left[0] * right[0], left[1] * right[1]), 4)
+    terms = data.draw(st.integers(1, 3))
+    # Van Loan's rearrangement, written out: one row for each element of the first factor.
+    blocks = matrix.reshape(left[0], right[0], left[1], right[1]).transpose(0, 2, 1, 3)
+    values = np.linalg.svd(blocks.reshape(left[0] * left[1], -1), compute_uv=False)
+    best = math.sqrt(float((values[terms:] ** 2).sum() / (values**2).sum()))
+    found = tna.kronecker_decomposition(matrix, [left, right], terms)
+    assert found.error == pytest.approx(best, abs=1e-12)
+    assert found.certified
+    whole = sum(np.kron(*term) for term in found.scaled_terms())
+    assert relative_error(found.to_tensor(), whole) < 1e-12
+
+
+def test_a_product_of_three_is_found() -> None:
+    factors = [numbers(shape, seed) for seed, shape in enumerate([(2, 3), (3, 2), (4, 1)])]
+    tensor = np.kron(np.kron(factors[0], factors[1]), factors[2])
+    found = tna.kronecker_decomposition(tensor, [one.shape for one in factors])
+    assert error_of(found, tensor) < 1e-12
+    for ours, one in zip(found.factors, factors, strict=True):
+        cosine = np.vdot(ours, one) / np.linalg.norm(ours) / np.linalg.norm(one)
+        assert abs(cosine) == pytest.approx(1.0)
+    assert tna.kronecker_decomposition(tensor, [one.shape for one in factors], max_error=1e-6).rank == 1
+
+
+def test_a_tt_matrix_of_a_kronecker_product_has_rank_one() -> None:
+    matrix = np.kron(numbers((3, 2), 1), numbers((4, 5), 2))
+    found = tna.tt_matrix(matrix, 1, rows=(3, 4), cols=(2, 5))
+    assert relative_error(found.to_matrix(), matrix) < 1e-12
+    again = tna.tt_matrix(matrix.reshape(3, 4, 2, 5), 1)
+    assert np.array_equal(again.to_matrix(), found.to_matrix())
+    assert tna.tt_matrix(matrix, max_error=1e-9, rows=(3, 4), cols=(2, 5)).rank == (1, 1, 1)
+
+
+# -- Against TensorLy ----------------------------------------------------------------------------------
+
+
+@pytest.mark.law("decompositions")
+@given(st.lists(st.integers(2, 6), min_size=3, max_size=4).map(tuple), st.integers(1, 3))
+def test_trains_are_tensorlys(shape: tuple[int, ...], rank: int) -> None:
+    tensor = numbers(shape, 6)
+    theirs = tensorly.decomposition.tensor_train(tensor, [1, *[rank] * (len(shape) - 1), 1])
+    assert error_of(tna.tensor_train(tensor, rank), tensor) == pytest.approx(
+        float(np.linalg.norm(theirs.to_tensor() - tensor) / np.linalg.norm(tensor)), rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(8, 9, 10), (4, 5, 6, 3)])
+def test_no_error_is_above_tensorlys(shape: tuple[int, ...], noise: float) -> None:
+    def error(made: np.ndarray, tensor: np.ndarray) -> float:
+        return float(np.linalg.norm(made - tensor) / np.linalg.norm(tensor))
+
+    rng = np.random.default_rng(0)
+    tensor = tt.random_cp(shape, 3, random_state=1).to_tensor()
+    tensor = tensor + noise * tensor.std() * rng.normal(size=shape)
+    theirs = tensorly.decomposition.parafac(tensor, 3, n_iter_max=200, random_state=0)
+    assert tna.cp(tensor, 3).error <= error(tensorly.cp_to_tensor(theirs), tensor) * (1 + 1e-4) + 1e-6
+    tucker = tensorly.decomposition.tucker(tensor, [2] * len(shape))
+    assert tna.tucker(tensor, 2).error <= error(tensorly.tucker_to_tensor(tucker), tensor) * (1 + 1e-4)
+    ring = tensorly.decomposition.tensor_ring_als(tensor, [2] * (len(shape) + 1), random_state=0)
+    assert tna.tensor_ring(tensor, 2, starts=3).error <= error(ring.to_tensor(), tensor) * (1 + 1e-3) + 1e-6
+
+
+@pytest.mark.law("decompositions")
+@given(st.lists(st.integers(2, 5), min_size=2, max_size=4).map(tuple), st.integers(1, 3), st.booleans())
+def test_a_sweep_of_cp_is_the_textbooks(shape: tuple[int, ...], rank: int, complex_: bool) -> None:
+    from tnadapt.backends import get_backend
+    from tnadapt.decomposition.cp_als import CPSweeps
+
+    kind = "complex128" if complex_ else "float64"
+    tensor = numbers(shape, 1, kind)
+    factors = [numbers((size, rank), 2 + mode, kind) for mode, size in enumerate(shape)]
+    found = CPSweeps(get_backend(tensor), tensor).sweep(factors, ridge=1e-3)
+    # Kolda & Bader, figure 3.3, mode after mode.
+    for mode in range(len(shape)):
+        others = tensorly.tenalg.khatri_rao(factors, skip_matrix=mode)
+        system = others.T @ others.conj() + 1e-3 * np.eye(rank)
+        factors[mode] = tensorly.base.unfold(tensor, mode) @ others.conj() @ np.linalg.inv(system)
+    for ours, theirs in zip(found, factors, strict=True):
+        assert relative_error(ours, theirs) < 1e-7
+
+
+# -- Starts, fixed parts, callbacks --------------------------------------------------------------------
+
+
+def test_what_is_fixed_stays() -> None:
+    tensor = numbers((4, 5, 6), 1)
+    start = tt.random_cp((4, 5, 6), 2, random_state=3)
+    found = tna.cp(tensor, 2, init=tt.CPTensor(None, start.factors), fixed=[1])
+    assert np.array_equal(found.factors[1], start.factors[1])
+    core = tna.tucker(tensor, 2, init="random", random_state=1)
+    assert np.array_equal(tna.tucker(tensor, 2, init=core, fixed=[-1]).factors[2], core.factors[2])
+    ring = tt.random_tr((4, 5, 6), 2, random_state=1)
+    assert np.array_equal(tna.tensor_ring(tensor, 2, init=ring, fixed=[0])[0], ring[0])
+
+
+def test_more_starts_are_never_worse() -> None:
+    tensor = numbers((4, 4, 4), 9)
+    errors = [tna.cp(tensor, 4, starts=count, max_iterations=30).error for count in (1, 3, 6)]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["cp", "tucker", "tensor_ring"])
+def test_the_history_falls_and_the_callback_stops(name: str) -> None:
+    tensor = numbers((5, 6, 7), 2)
+    seen: list[tuple[int, float]] = []
+    found = getattr(tna, name)(tensor, 2, callback=lambda *step: seen.append(step))
+    assert [error for _, error in seen] == list(found.history)
+    assert [number for number, _ in seen] == list(range(1, len(seen) + 1))
+    assert all(b <= a * (1 + 1e-9) for a, b in zip(found.history, found.history[1:], strict=False))
+    assert found.error == pytest.approx(found.history[-1], rel=1e-6)
+    stopped = getattr(tna, name)(tensor, 2, callback=lambda number, error: number == 2)
+    assert len(stopped.history) == 2
+    assert not stopped.converged
+
+
+def test_an_iteration_that_ends_early_has_not_converged() -> None:
+    tensor = numbers((5, 6, 7), 2)
+    found = tna.cp(tensor, 3, max_iterations=2)
+    assert not found.converged
+    assert "converged no" in repr(found)
+
+
+def test_the_smallest_rank_of_an_error() -> None:
+    tensor = tt.random_cp((6, 7, 8), 3, random_state=0).to_tensor()
+    found = tna.cp(tensor, max_error=1e-5)
+    assert found.rank == 3
+    assert found.error <= 1e-5
+
+
+# -- Differentiated and traced -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tucker", "tensor_train", "tensor_ring"])
+def test_torch_differentiates(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    tensor = torch.tensor(numbers((4, 5, 6), 1), requires_grad=True)
+
+    def loss(x: Any) -> Any:
+        found = getattr(tna, name)(x, 2, **({} if name == "tensor_train" else {"max_iterations": 0}))
+        return ((found.to_tensor() - x) ** 2).sum()
+
+    assert torch.autograd.gradcheck(loss, (tensor,), eps=1e-6, atol=1e-4, rtol=1e-3)
+    found = getattr(tna, name)(tensor, 2)
+    assert found.outcome is None
+    assert found.error is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tucker", "tensor_train", "tensor_ring"])
+def test_jax_compiles_and_differentiates(name: str) -> None:
+    jax = pytest.importorskip("jax")
+    host = numbers((4, 5, 6), 1)
+    words = {} if name == "tensor_train" else {"max_iterations": 0}
+
+    def error(x: Any) -> Any:
+        found = getattr(tna, name)(x, 2, **words)
+        return ((found.to_tensor() - x) ** 2).sum()
+
+    expected = getattr(tna, name)(host, 2, **words).error * np.linalg.norm(host)
+    assert float(jax.jit(error)(host)) == pytest.approx(expected**2, rel=1e-9)
+    compiled = jax.jit(lambda x: getattr(tna, name)(x, 2, **words))(host)
+    assert compiled.rank == getattr(tna, name)(host, 2, **words).rank
+    gradient = jax.grad(error)(jax.numpy.asarray(host))
+    step = numbers((4, 5, 6), 2)
+    numeric = (float(error(host + 1e-6 * step)) - float(error(host - 1e-6 * step))) / 2e-6
+    assert float((gradient * step).sum()) == pytest.approx(numeric, rel=1e-5)
+
+
+def test_what_cannot_be_differentiated_says_so() -> None:
+    torch = pytest.importorskip("torch")
+    tensor = torch.ones((3, 4, 5), requires_grad=True)
+    with pytest.raises(BackendError, match="detach the tensor"):
+        tna.cp(tensor, 1)
+    with pytest.raises(BackendError, match="detach the tensor"):
+        tna.kronecker_decomposition(tensor, [(3, 2, 5), (1, 2, 1)])
+    with pytest.raises(BackendError, match="detach the tensor"):
+        tna.hadamard_decomposition(tensor, 1)
+    with pytest.raises(ShapeError, match="give rank= instead"):
+        tna.tensor_train(tensor, max_error=0.1)
+    with torch.no_grad():
+        assert tna.cp(tensor, 1).error < 1e-6
+
+
+# -- Bad input -----------------------------------------------------------------------------------------
+
+T = numbers((3, 4, 5), 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: tna.cp(T), "either rank= or max_error="),
+        (lambda: tna.cp(T, 2, max_error=0.1), "either rank= or max_error="),
+        (lambda: tna.cp(T, 0), "rank must be an integer of at least 1; got 0"),
+        (lambda: tna.cp(T, True), "rank must be an integer"),
+        (lambda: tna.cp(T, 13), "rank 13 is above 12"),
+        (lambda: tna.cp(T, 2, init="hosvd"), "init must be 'svd', 'random' or a CPTensor; got 'hosvd'"),
+        (lambda: tna.cp(T, 2, init=tt.random_cp((3, 4, 6), 2)), r"init has shape \(3, 4, 6\)"),
+        (lambda: tna.cp(T, 2, init=tt.random_cp((3, 4, 5), 3)), "init has rank 3; expected 2"),
+        (lambda: tna.cp(T, 2, fixed=[0]), "init=CPTensor"),
+        (lambda: tna.cp(T, 2, fixed=[3], init=tt.random_cp((3, 4, 5), 2)), "mode must be from 0 to 2"),
+        (lambda: tna.cp(T, 2, tol=-1), "tol must be"),
+        (lambda: tna.cp(T, 2, callback=3), "callback must be callable"),
+        (lambda: tna.cp(T, 2, starts=0), "starts must be"),
+        (lambda: tna.cp(T, 2, max_iterations=0), "max_iterations must be"),
+        (lambda: tna.cp(T, max_error=1.5), "from 0 to below 1"),
+        (lambda: tna.cp(T, max_error=0.5, init=tt.random_cp((3, 4, 5), 2)), "tries several ranks"),
+        (lambda: tna.tucker(T, [4, 1, 1]), "rank 4 of mode 0 is above its size 3"),
+        (lambda: tna.tucker(T, [1, 1]), "one for each of the 3 modes"),
+        (lambda: tna.tucker(T, 2, fixed=[0]), "init=TuckerTensor"),
+        (lambda: tna.tucker(T, 2, init=tt.random_tucker(T.shape, 3)), "factor 0 of init has shape"),
+        (lambda: tna.tucker(T, 2, init=tt.random_tucker(T.shape, 2), fixed=[0]), "orthonormal columns"),
+        (lambda: tna.tucker(T, max_error=0.1, init="random"), "init='svd'"),
+        (lambda: tna.tensor_train(T, [4, 1]), "rank 4 of bond 0 is above 3"),
+        (lambda: tna.tensor_train(T, [1, 2, 2, 2]), "one for each of the 2 bonds"),
+        (lambda: tna.tensor_train(T, 2, svd="lanczos"), "svd must be one of"),
+        (lambda: tna.tt_matrix(T, 2), "even number of modes"),
+        (lambda: tna.tt_matrix(T[0], 2, rows=(2, 2)), "rows= and cols= together"),
+        (lambda: tna.tt_matrix(T[0], 2, rows=(2, 2), cols=(2, 2)), "do not divide a matrix"),
+        (lambda: tna.tensor_ring(T[0, 0], 2), "at least 2 modes"),
+        (lambda: tna.tensor_ring(T, [2, 2, 2, 3]), "must be the same"),
+        (lambda: tna.tensor_ring(T, 2, init=tt.random_tr(T.shape, 3)), "init has shape"),
+        (lambda: tna.kronecker_decomposition(T[0], [(2, 2), (2, 2)]), "multiply to"),
+        (lambda: tna.kronecker_decomposition(T[0], [(4, 5, 1)]), "2 axes each"),
+        (lambda: tna.kronecker_decomposition(T[0], 3), "a list of shapes"),
+        (lambda: tna.kronecker_decomposition(T[0], [(4, 5)], 1, max_error=0.1), "either terms= or max_error="),
+        (lambda: tna.hadamard_decomposition(T, 0), "rank must be"),
+        (lambda: tna.hadamard_decomposition(T, 61), "more than a tensor"),
+    ],
+)
+def test_what_cannot_be_is_refused(call: Any, text: str) -> None:
+    with pytest.raises(TnadaptError, match=text):
+        call()

@@ -1,0 +1,105 @@
+"""Tensor rings by successive truncations (TR-SVD), and by alternating least squares.
+
+Zhao et al., "Tensor ring decomposition" (arXiv 1606.05535), algorithms 1 and 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+
+from tnadapt.backends import Backend
+from tnadapt.backends.backend import Array
+
+from .matrix_truncation import Triplets
+
+__all__ = ["chain_of", "ring_svd", "ring_sweep"]
+
+
+def ring_svd(backend: Backend, tensor: Array, closing: int, truncated: Callable[[Array, int], Triplets]) -> list[Array]:
+    """Compute the cores of a tensor ring.
+
+    Parameters
+    ----------
+    backend : Backend
+    tensor : array, shape (d_1, …, d_M), M ≥ 2
+    closing : int
+        r_0. The rank of the first truncation is divided by it.
+    truncated : callable
+        Truncates the matrix of a bond; called with the matrix and the number of the bond, from 0. The first one must
+        return a multiple of ``closing`` triplets.
+
+    Returns
+    -------
+    list of array, shape (r_{m-1}, d_m, r_m), with r_M = r_0
+    """
+    sizes = [int(size) for size in tensor.shape]
+    first = truncated(backend.reshape(tensor, (sizes[0], math.prod(sizes[1:]))), 0)
+    rank = int(first.s.shape[0]) // closing
+    core = backend.reshape(first.u, (sizes[0], closing, rank))
+    cores = [backend.permute_dims(core, (1, 0, 2))]
+    # The closing rank goes to the end of what is left: (r_1, d_2 ⋯ d_M, r_0).
+    rest = backend.reshape(backend.reshape(first.s, (-1, 1)) * first.vh, (closing, rank, -1))
+    rest = backend.permute_dims(rest, (1, 2, 0))
+    for bond, size in enumerate(sizes[1:-1], 1):
+        matrix = backend.reshape(rest, (rank * size, -1))
+        found = truncated(matrix, bond)
+        before, rank = rank, int(found.s.shape[0])
+        cores.append(backend.reshape(found.u, (before, size, rank)))
+        rest = backend.reshape(found.s, (-1, 1)) * found.vh
+    return [*cores, backend.reshape(rest, (rank, sizes[-1], closing))]
+
+
+def chain_of(backend: Backend, cores: Sequence[Array]) -> Array:
+    """Contract neighboring cores: shape (r, prod d, r')."""
+    found = cores[0]
+    for core in cores[1:]:
+        left, right = int(found.shape[0]), int(core.shape[2])
+        rows = backend.reshape(found, (-1, int(core.shape[0])))
+        found = backend.reshape(
+            backend.matmul(rows, backend.reshape(core, (int(core.shape[0]), -1))), (left, -1, right)
+        )
+    return found
+
+
+def ring_sweep(
+    backend: Backend, tensor: Array, cores: Sequence[Array], fixed: Collection[int], ridge: float
+) -> list[Array]:
+    """Replace each core by the best one with the others fixed, up to the ridge.
+
+    Parameters
+    ----------
+    backend : Backend
+    tensor : array, shape (d_1, …, d_M), M ≥ 2
+    cores : sequence of array
+    fixed : collection of int
+        Positions of cores that are not changed.
+    ridge : float
+        Added to the diagonal of the equations.
+
+    Returns
+    -------
+    list of array
+    """
+    cores, order = list(cores), len(cores)
+    for mode in range(order):
+        if mode in fixed:
+            continue
+        left, size, right = (int(one) for one in cores[mode].shape)
+        # All other cores, from the next one around: (r_m, d_{m+1} ⋯ d_{m-1}, r_{m-1}), as rows of the unknown core.
+        others = chain_of(backend, [cores[(mode + step) % order] for step in range(1, order)])
+        others = backend.reshape(backend.permute_dims(others, (2, 0, 1)), (left * right, -1))
+        turned = backend.permute_dims(tensor, [(mode + step) % order for step in range(order)])
+        rows = backend.reshape(turned, (size, -1))
+        adjoint = backend.conj(backend.matrix_transpose(others))
+        system = backend.matmul(others, adjoint)
+        if ridge:
+            eye = backend.asarray(np.eye(left * right), backend.dtype_name(tensor), backend.device(tensor))
+            system = system + ridge * eye
+        right_side = backend.matmul(rows, adjoint)
+        solved = backend.solve(backend.matrix_transpose(system), backend.matrix_transpose(right_side))
+        core = backend.reshape(solved, (left, right, size))
+        cores[mode] = backend.permute_dims(core, (0, 2, 1))
+    return cores

@@ -1,0 +1,248 @@
+"""CP decompositions of given tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from tnadapt.algebra.formats import unfolded
+from tnadapt.backends import get_backend
+from tnadapt.backends.backend import Array
+from tnadapt.decomposition.cp_als import CPFactors, CPSweeps, cp_als
+from tnadapt.decomposition.matrix_truncation import MatrixTruncation
+from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
+
+from ._checks import integer_of, mode_of
+from ._cp_tensor import CPTensor
+from ._requests import Callback, Request, Watch, requested
+
+__all__ = ["cp"]
+
+# Standard deviation of the noise on singular vectors: without it, a structured tensor may keep them at a saddle point.
+_MOVED = 0.01
+
+
+def cp(
+    tensor: Any,
+    rank: int | None = None,
+    *,
+    max_error: float | None = None,
+    init: str | CPTensor = "svd",
+    fixed: Collection[int] = (),
+    starts: int = 1,
+    random_state: Any = None,
+    tol: float = 1e-8,
+    max_iterations: int = 200,
+    callback: Callback | None = None,
+) -> CPTensor:
+    """Decompose a tensor into a sum of outer products (CANDECOMP/PARAFAC) by alternating least squares.
+
+    Parameters
+    ----------
+    tensor : array, shape (d_1, …, d_M)
+        Real or complex. Lists and integers are converted.
+    rank : int, optional
+        Number of components.
+    max_error : float, optional
+        Relative Frobenius error that is allowed, instead of a rank: the smallest rank is searched whose fit has no
+        larger error.
+    init : {"svd", "random"} or CPTensor
+        What the iteration starts from: the leading singular vectors of each unfolding, with a little noise; normal
+        numbers; or a given result.
+    fixed : collection of int
+        Modes whose factors of ``init`` are kept.
+    starts : int
+        Number of starts, the first by ``init`` and the others random; the best result is returned.
+    random_state : int or Generator, optional
+        Seed of random numbers.
+    tol : float
+        The iteration stops when a sweep reduces the relative error by no more than this.
+    max_iterations : int
+        Maximum number of sweeps of each start.
+    callback : callable, optional
+        Called with the number and the relative error of each sweep; stops the iteration if it returns True.
+
+    Returns
+    -------
+    CPTensor
+        With factors of shape (d_m, r) whose columns have norm 1, and their weights in descending order of magnitude, in
+        the tensor's library, dtype and device.
+
+    Raises
+    ------
+    ShapeError
+        If the tensor has NaN, infinity or no elements, or the rank is out of range.
+    BackendError
+        If the tensor is not an array of numbers of a known library, or is traced or differentiated.
+    ConfigError
+        If a setting is out of range.
+
+    Notes
+    -----
+    A matrix has an exact answer, its truncated SVD (Eckart & Young). For more modes there is no guarantee; a best
+    approximation may not even exist (de Silva & Lim, 2008). A sweep costs ``4 r prod(d)`` multiply-adds, in two matrix
+    products.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tnadapt.tensors import random_cp
+    >>> tensor = random_cp((5, 6, 7), 2).to_tensor()
+    >>> weights, factors = cp(tensor, 2)
+    >>> weights.shape, [factor.shape for factor in factors]
+    ((2,), [(5, 2), (6, 2), (7, 2)])
+    >>> cp(tensor, max_error=1e-6).rank
+    2
+    """
+    request = requested(tensor, rank, max_error, random_state=random_state)
+    if not request.concrete:
+        raise BackendError(
+            "cp() iterates until it converges, which cannot be traced or differentiated: detach the tensor, or use "
+            "tensor_train() or tucker(max_iterations=0)"
+        )
+    options = _Options(request, init, fixed, starts, tol, max_iterations, callback)
+    if rank is not None:
+        if integer_of("rank", rank, 1) > _useful(request.shape):
+            raise ShapeError(
+                f"rank {rank} is above {_useful(request.shape)}, with which every tensor of shape {request.shape} is a "
+                "CP tensor"
+            )
+        return options.fitted(int(rank))
+    return options.searched()
+
+
+def _useful(shape: tuple[int, ...]) -> int:
+    """The rank with which every tensor of a shape can be represented."""
+    return math.prod(shape) // max(shape)
+
+
+class _Options:
+    """The checked settings of a CP decomposition."""
+
+    def __init__(
+        self,
+        request: Request,
+        init: Any,
+        fixed: Collection[int],
+        starts: int,
+        tol: float,
+        max_iterations: int,
+        callback: Callback | None,
+    ) -> None:
+        self.request, self.init = request, init
+        self.fixed = {mode_of(mode, request.shape) for mode in fixed}
+        self.starts = integer_of("starts", starts, 1)
+        self.iterations = integer_of("max_iterations", max_iterations, 1)
+        self.tol, self.callback = tol, callback
+        if not isinstance(init, CPTensor) and init not in ("svd", "random"):
+            raise ConfigError(f"init must be 'svd', 'random' or a CPTensor; got {safe_repr(init)}")
+        if isinstance(init, str) and self.fixed:
+            raise ConfigError(
+                f"fixed={sorted(self.fixed)} keeps factors of a start: give them as init=CPTensor(None, factors)"
+            )
+        if isinstance(init, CPTensor):
+            get_backend(init.factors[0], request.tensor)
+            if init.shape != request.shape:
+                raise ShapeError(f"init has shape {init.shape}; expected the tensor's, {request.shape}")
+
+    def searched(self) -> CPTensor:
+        """Return the fit of the smallest rank that is found to keep to the error: doubling, then halving."""
+        limit = self.request.max_error
+        assert limit is not None
+        if not isinstance(self.init, str):
+            raise ConfigError("max_error= tries several ranks: use init='svd' or 'random', or give rank=")
+        most = _useful(self.request.shape)
+        low, rank, best = 0, 1, self.fitted(1)
+        while (best.error or 0.0) > limit and rank < most:
+            low, rank = rank, min(2 * rank, most)
+            best = self.fitted(rank)
+        if (best.error or 0.0) > limit:
+            raise ShapeError(
+                f"rank {rank}, which represents any tensor of shape {self.request.shape}, was fitted with an error of "
+                f"{best.error:.2g} only: allow a larger max_error, more max_iterations or more starts"
+            )
+        while rank - low > 1:
+            middle = (low + rank) // 2
+            found = self.fitted(middle)
+            if (found.error or 0.0) <= limit:
+                rank, best = middle, found
+            else:
+                low = middle
+        return best
+
+    def fitted(self, rank: int) -> CPTensor:
+        """Return the fit of one rank."""
+        request, backend = self.request, self.request.backend
+        norm, shape = request.norm(), request.shape
+        if norm == 0.0:
+            zeros = [backend.zeros((size, rank), like=request.tensor) for size in shape]
+            return self._finished(CPTensor(None, zeros), "zero", optimal=True)
+        if len(shape) == 1:
+            column = backend.reshape(request.tensor, (-1, 1))
+            return self._finished(CPTensor(None, [column]), "exact", optimal=True)
+        if len(shape) == 2 and not self.fixed:
+            found = MatrixTruncation(backend, request.tensor, "auto", request.seed).to_rank(request.tensor, rank)
+            factors = [found.u, backend.matrix_transpose(found.vh)]
+            return self._finished(CPTensor(found.s, factors), "SVD", optimal=found.exact)
+        rng = np.random.default_rng(request.seed)
+        best: tuple[CPFactors, Watch] | None = None
+        sweeps = CPSweeps(backend, request.tensor, self.fixed)
+        for number in range(self.starts):
+            watch = Watch(self.tol, self.callback)
+            start = self._start(rank, rng, first=number == 0)
+            run = cp_als(sweeps, start, norm, self.iterations, watch, extrapolate=not self.fixed)
+            if best is None or run.error < best[0].error:
+                best = run, watch
+            if best[0].error <= 64.0 * sweeps.epsilon * norm:
+                break
+        assert best is not None
+        (factors, error, _), watch = best
+        if not math.isfinite(error):
+            raise ShapeError(
+                f"no sweep of rank {rank} succeeded, as the equations are singular: use another init or random_state, "
+                "or a smaller rank"
+            )
+        return self._finished(CPTensor(None, factors), "ALS", watch=watch)
+
+    def _finished(self, found: CPTensor, method: str, optimal: bool = False, watch: Watch | None = None) -> CPTensor:
+        ordered = found if self.fixed else found.truncated(found.rank)
+        history = () if watch is None else watch.history
+        return self.request.finished(
+            ordered, method, optimal=optimal, converged=watch is None or watch.converged, history=history
+        )
+
+    def _start(self, rank: int, rng: np.random.Generator, first: bool) -> list[Array]:
+        request, backend = self.request, self.request.backend
+        kind, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
+
+        def normal(size: int, columns: int) -> Array:
+            numbers = rng.standard_normal((size, columns))
+            if kind.startswith("complex"):
+                numbers = numbers + 1j * rng.standard_normal((size, columns))
+            return backend.asarray(numbers, kind, device)
+
+        if isinstance(self.init, CPTensor):
+            if self.init.rank != rank:
+                raise ShapeError(f"init has rank {self.init.rank}; expected {rank}")
+            factors = list(self.init.factors)
+            if self.init.weights is not None:
+                free = next((mode for mode in range(len(factors)) if mode not in self.fixed), 0)
+                factors[free] = factors[free] * self.init.weights
+            if not first:
+                factors = [
+                    one if mode in self.fixed else normal(int(one.shape[0]), rank) for mode, one in enumerate(factors)
+                ]
+            return factors
+        if self.init == "random" or not first:
+            return [normal(size, rank) for size in request.shape]
+        truncation, factors = MatrixTruncation(backend, request.tensor, "auto", request.seed), []
+        for mode, size in enumerate(request.shape):
+            columns = truncation.to_rank(unfolded(backend, request.tensor, mode), rank).u
+            missing = rank - int(columns.shape[1])
+            if missing:
+                columns = backend.concat([columns, normal(size, missing)], axis=1)
+            factors.append(columns + normal(size, rank) * (_MOVED / math.sqrt(size)))
+        return factors

@@ -1,0 +1,107 @@
+"""Element-by-element products of CP tensors that approximate given tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tnadapt.algebra.config import Config
+from tnadapt.decomposition import Step, decompose
+from tnadapt.errors import BackendError, ShapeError
+
+from ._checks import integer_of
+from ._cp_tensor import CPTensor
+from ._decomposed import FitOutcome
+from ._hadamard_tensor import HadamardTensor
+from ._requests import Callback, Watch, requested
+
+__all__ = ["hadamard_decomposition"]
+
+
+def hadamard_decomposition(
+    tensor: Any,
+    rank: int,
+    parts: int = 2,
+    *,
+    random_state: Any = None,
+    tol: float = 1e-6,
+    max_iterations: int = 100,
+    callback: Callback | None = None,
+) -> HadamardTensor:
+    """Approximate a matrix or tensor by an element-by-element product of CP tensors, as LoHa does.
+
+    Parameters
+    ----------
+    tensor : array, shape (d_1, …, d_M)
+        Real. Lists and integers are converted.
+    rank : int
+        The rank of each part.
+    parts : int
+        Number of parts that are multiplied.
+    random_state : int or Generator, optional
+        Seed of the starts.
+    tol : float
+        The iteration stops when a step reduces the relative error by no more than this.
+    max_iterations : int
+        Maximum number of steps.
+    callback : callable, optional
+        Called with the number and the relative error of each step.
+
+    Returns
+    -------
+    HadamardTensor
+        Its ``parts`` are CP tensors.
+
+    Raises
+    ------
+    ShapeError
+        If the tensor has NaN, infinity or no elements, or the rank is out of range.
+    BackendError
+        If the tensor is not an array of real numbers of a known library, or is traced or differentiated.
+
+    Notes
+    -----
+    Hyeon-Woo, Ye-Bin & Oh, "FedPara" (arXiv 2108.06098). The problem is not convex: the result is the best of several
+    starts, without a guarantee. For matrices a lower bound is reported, as the rank is at most ``rank ** parts``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tensor = np.outer(np.arange(1.0, 5.0), np.arange(1.0, 4.0)) ** 2
+    >>> found = hadamard_decomposition(tensor, 1)
+    >>> len(found.parts), found.shape, found.error < 1e-6
+    (2, (4, 3), True)
+    """
+    request = requested(tensor, rank, None, random_state=random_state)
+    if not request.concrete or request.backend.is_complex(request.tensor):
+        raise BackendError(
+            "hadamard_decomposition() takes real tensors that are neither traced nor differentiated: detach the tensor"
+        )
+    rank, parts = integer_of("rank", rank, 1), integer_of("parts", parts, 1)
+    shape, watch = request.shape, Watch(tol, callback)
+    if parts > 64 or rank > math.prod(shape):
+        raise ShapeError(f"{parts} parts of rank {rank} are more than a tensor of shape {shape} can use")
+
+    def on_step(step: Step) -> None:
+        if step.error is not None:
+            watch(step.iteration, step.error)
+
+    matrix = request.backend.reshape(request.tensor, (shape[0], math.prod(shape[1:])))
+    config = Config(rank=rank, order=len(shape), fold=shape, groups=1, format="cp")
+    if parts > 1:
+        config = config.replace(splits=parts, combine="hadamard", leading="same")
+    params, report = decompose(
+        [matrix], config, tol=tol, max_iterations=max_iterations, seed=request.seed, progress=on_step
+    )
+    names = list(params)
+    each = len(names) // parts
+    found = HadamardTensor(
+        [CPTensor(None, [params[name] for name in names[part * each : (part + 1) * each]]) for part in range(parts)]
+    )
+    (group,) = report.groups
+    return found.with_outcome(
+        FitOutcome(
+            group.error, group.bound, group.certified, group.iterations < max_iterations, tuple(watch.history),
+            group.method,
+        )
+    )  # fmt: skip

@@ -1,0 +1,244 @@
+"""What every decomposition is asked: a tensor, a rank or an error, and perhaps what of the tensor is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tnadapt.backends import Backend, get_backend
+from tnadapt.backends.backend import Array
+from tnadapt.decomposition.frobenius import norm_of
+from tnadapt.errors import ConfigError, ShapeError, safe_repr
+
+from ._checks import as_tensor, finite, integer_of
+from ._decomposed import Decomposed, FitOutcome
+from ._truncation import error_limit
+
+__all__ = ["Request", "Watch", "requested"]
+
+Callback = Callable[[int, float], Any]
+D = TypeVar("D", bound=Decomposed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A checked request.
+
+    Attributes
+    ----------
+    backend : Backend
+    tensor : array
+        Zero where it is not observed.
+    observed : array or None
+        Square roots of the weights of the elements, zero for those that are not observed; None if all count equally.
+    max_error : float or None
+        The relative error that is allowed; None if a rank is given.
+    seed : int
+    """
+
+    backend: Backend
+    tensor: Array
+    observed: Array | None
+    max_error: float | None
+    seed: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return tuple(int(size) for size in self.tensor.shape)
+
+    @property
+    def concrete(self) -> bool:
+        """Whether the values are known, and nothing is differentiated."""
+        return not self.backend.differentiates(self.tensor)
+
+    def norm(self) -> float:
+        """Frobenius norm of the tensor in float64; of the observed elements."""
+        return norm_of(self.backend, self.weighted(self.tensor))
+
+    def weighted(self, tensor: Array) -> Array:
+        """Multiply a tensor by the roots of the weights."""
+        return tensor if self.observed is None else tensor * self.observed
+
+    def error_of(self, found: Decomposed) -> float:
+        """Relative Frobenius error of a decomposition, from its tensor."""
+        norm = self.norm()
+        residual = norm_of(
+            self.backend, self.weighted(self.tensor - self.backend.reshape(found.to_tensor(), self.shape))
+        )
+        return residual / norm if norm else float(residual > 0.0)
+
+    def finished(
+        self,
+        found: D,
+        method: str,
+        *,
+        optimal: bool = False,
+        factor: float = math.inf,
+        bound: float = 0.0,
+        converged: bool = True,
+        history: Sequence[float] = (),
+    ) -> D:
+        """Attach to a result how good it is; inside a trace return it as it is.
+
+        Parameters
+        ----------
+        found : Decomposed
+        method : str
+        optimal : bool
+            Whether theory guarantees the optimum.
+        factor : float
+            The error is at most this many times the least one.
+        bound : float
+            A lower bound on the least relative error.
+        converged : bool
+        history : sequence of float
+        """
+        if not self.concrete:
+            return found
+        error = self.error_of(found)
+        eps = float(np.finfo(self.backend.dtype_name(self.tensor)).eps)
+        rounding = 64.0 * eps
+        bound = max(bound, error / factor if factor < math.inf else 0.0)
+        if optimal:
+            bound = max(bound, error - rounding)
+        bound = max(0.0, min(error, bound))
+        certified = optimal or error <= rounding or error <= bound * (1.0 + 1e-6)
+        return found.with_outcome(FitOutcome(error, bound, certified, converged, tuple(history), method))
+
+
+def requested(
+    tensor: Any,
+    rank: Any,
+    max_error: float | None,
+    *,
+    mask: Any = None,
+    weights: Any = None,
+    random_state: Any = None,
+    least_order: int = 1,
+    what: str = "rank",
+) -> Request:
+    """Check what a decomposition is asked.
+
+    Raises
+    ------
+    ShapeError
+        If the tensor has too few modes, no elements, NaN or infinity; if not exactly one of rank and max_error is
+        given; or if a mask or weights do not fit, or leave a slice without an observed element.
+    BackendError
+        If the tensor is not an array of numbers.
+    ConfigError
+        If the random state is something else than an integer.
+    """
+    backend, tensor = as_tensor(tensor)
+    if len(tensor.shape) < least_order:
+        raise ShapeError(f"the tensor has shape {tuple(tensor.shape)}; expected at least {least_order} modes")
+    if (rank is None) == (max_error is None):
+        raise ShapeError(f"give either {what}= or max_error=, to say how closely to decompose")
+    observed, tensor = _observed(backend, tensor, mask, weights)
+    finite(
+        backend, tensor, way="" if mask is not None else "; if these elements are missing, pass mask=, True where known"
+    )
+    limit = None if max_error is None else error_limit(max_error)
+    if limit is not None and backend.differentiates(tensor):
+        raise ShapeError(
+            "max_error= chooses ranks by the values, which are not known inside a trace and cannot be differentiated: "
+            f"give {what}= instead, or detach the tensor"
+        )
+    return Request(backend, tensor, observed, limit, seed_of(random_state))
+
+
+def seed_of(random_state: Any) -> int:
+    """Return a seed; None is 0. A generator gives its next number."""
+    if random_state is None:
+        return 0
+    if isinstance(random_state, np.random.Generator):
+        return int(random_state.integers(1 << 31))
+    if isinstance(random_state, np.random.RandomState):
+        return int(random_state.randint(1 << 31))
+    try:
+        return integer_of("random_state", random_state, 0, (1 << 64) - 1)
+    except ShapeError:
+        raise ConfigError(
+            f"random_state must be an integer of at least 0 or a NumPy generator; got {safe_repr(random_state)}"
+        ) from None
+
+
+def _observed(backend: Backend, tensor: Array, mask: Any, weights: Any) -> tuple[Array | None, Array]:
+    """Return the roots of the weights, and the tensor with zeros where it is not observed."""
+    if mask is None and weights is None:
+        return None, tensor
+    shape, roots = tuple(tensor.shape), np.ones(tuple(tensor.shape))
+    if weights is not None:
+        host = _host(weights, "weights", shape).astype(np.float64)
+        if not np.isfinite(host).all() or (host < 0.0).any():
+            raise ShapeError("weights must be finite and not negative; 0 leaves an element out")
+        roots = np.sqrt(host)
+    if mask is not None:
+        host = _host(mask, "mask", shape)
+        if host.dtype.kind != "b" and not np.isin(host, (0, 1)).all():
+            raise ShapeError("mask must be True (or 1) where an element is known and False (or 0) elsewhere")
+        roots = roots * host.astype(np.float64)
+    _all_seen(roots)
+    # A missing element may be NaN, which no product with zero removes.
+    known = backend.constant(roots > 0.0, backend.device(tensor))
+    filled = backend.where(known, tensor, backend.zeros(shape, like=tensor))
+    if (roots == 1.0).all():
+        return None, filled
+    return backend.asarray(roots, backend.dtype_name(tensor), backend.device(tensor)), filled
+
+
+def _host(given: Any, what: str, shape: tuple[int, ...]) -> np.ndarray:
+    listed = isinstance(given, (list, tuple, np.ndarray))
+    found = np.asarray(given) if listed else get_backend(given).to_numpy(given)
+    if found.shape != shape or found.dtype.kind not in "biuf":
+        raise ShapeError(
+            f"{what} must be numbers of the tensor's shape {shape}; got {found.dtype} of shape {found.shape}"
+        )
+    return found
+
+
+def _all_seen(roots: np.ndarray) -> None:
+    """Raise a ShapeError if a slice has no observed element: nothing says what its row of a factor is."""
+    for mode in range(roots.ndim):
+        seen = roots.any(axis=tuple(axis for axis in range(roots.ndim) if axis != mode))
+        if not seen.all():
+            index = int(np.flatnonzero(~seen)[0])
+            raise ShapeError(
+                f"index {index} of mode {mode} has no observed element, so that its row of a factor cannot be found: "
+                "remove it from the tensor"
+            )
+
+
+class Watch:
+    """Collects the errors of an iteration, calls the callback, and says when to stop.
+
+    Parameters
+    ----------
+    tol : float
+        Stop when a step reduces the relative error by no more than this.
+    callback : callable, optional
+        Called with the number and the relative error of each iteration; stops the iteration if it returns True.
+    """
+
+    def __init__(self, tol: float, callback: Callback | None) -> None:
+        if not isinstance(tol, (int, float, np.floating)) or isinstance(tol, bool) or not 0.0 <= tol < 1.0:
+            raise ConfigError(f"tol must be from 0 to below 1; got {safe_repr(tol)}")
+        if callback is not None and not callable(callback):
+            raise ConfigError(f"callback must be callable; got {safe_repr(callback)}")
+        self.tol, self.callback = float(tol), callback
+        self.history: list[float] = []
+        self.converged = False
+
+    def __call__(self, iteration: int, error: float) -> bool:
+        """Note an error; return whether to stop."""
+        before = self.history[-1] if self.history else math.inf
+        self.history.append(error)
+        if self.callback is not None and self.callback(iteration, error) is True:
+            return True
+        self.converged = before - error <= self.tol
+        return self.converged

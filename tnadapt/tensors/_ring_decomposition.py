@@ -1,0 +1,192 @@
+"""Tensor rings of given tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from tnadapt.backends import get_backend
+from tnadapt.backends.backend import Array
+from tnadapt.decomposition.matrix_truncation import MatrixTruncation, Triplets
+from tnadapt.decomposition.ring_als import ring_svd, ring_sweep
+from tnadapt.errors import ConfigError, ShapeError, safe_repr
+
+from ._checks import integer_of, mode_of
+from ._requests import Callback, Request, Watch, requested
+from ._tensor_chains import TRTensor
+from ._truncation import ranks_of
+
+__all__ = ["tensor_ring"]
+
+
+def tensor_ring(
+    tensor: Any,
+    rank: int | Sequence[int],
+    *,
+    init: str | TRTensor = "svd",
+    fixed: Collection[int] = (),
+    starts: int = 1,
+    random_state: Any = None,
+    tol: float = 1e-6,
+    max_iterations: int = 100,
+    callback: Callback | None = None,
+) -> TRTensor:
+    """Decompose a tensor into a tensor ring.
+
+    Parameters
+    ----------
+    tensor : array, shape (d_1, …, d_M), M ≥ 2
+        Real or complex. Lists and integers are converted.
+    rank : int or sequence of int
+        The rank of all bonds; or of each of the M bonds, the first one closing the ring, with or without the first
+        again at the end.
+    init : {"svd", "random"} or TRTensor
+        What the iteration starts from: TR-SVD, normal numbers, or a given result. TR-SVD needs ``rank[0] * rank[1]`` of
+        at most d_1; otherwise "svd" starts as "random" does.
+    fixed : collection of int
+        Positions of the cores of ``init`` that are kept.
+    starts : int
+        Number of starts, the first by ``init`` and the others random; the best result is returned.
+    random_state : int or Generator, optional
+        Seed of random numbers.
+    tol : float
+        The iteration stops when a sweep reduces the relative error by no more than this.
+    max_iterations : int
+        Maximum number of sweeps; 0 for TR-SVD alone, which can be differentiated and runs inside ``jax.jit``.
+    callback : callable, optional
+        Called with the number and the relative error of each sweep; stops the iteration if it returns True.
+
+    Returns
+    -------
+    TRTensor
+        Of cores of shape (r_{m-1}, d_m, r_m), in the tensor's library, dtype and device.
+
+    Raises
+    ------
+    ShapeError
+        If the tensor has fewer than two modes, NaN, infinity or no elements, or a rank is out of range.
+    BackendError
+        If the tensor is not an array of numbers of a known library.
+    ConfigError
+        If a setting is out of range.
+
+    Notes
+    -----
+    Zhao et al., "Tensor ring decomposition" (arXiv 1606.05535): TR-SVD, then alternating least squares, which never
+    increases the error. There is no guarantee of the least error. A sweep costs ``prod(d) * r²`` multiply-adds for each
+    mode.
+
+    Examples
+    --------
+    >>> from tnadapt.tensors import random_tr
+    >>> ring = tensor_ring(random_tr((4, 5, 6), 2).to_tensor(), 2)
+    >>> ring.rank, ring.error < 1e-6
+    ((2, 2, 2, 2), True)
+    """
+    request = requested(tensor, rank, None, random_state=random_state, least_order=2)
+    sweeps = integer_of("max_iterations", max_iterations, 0)
+    ranks = _ranks(rank, len(request.shape))
+    held = {mode_of(mode, request.shape) for mode in fixed}
+    rng = np.random.default_rng(request.seed)
+    cores, method = _start(request, ranks, init, held, rng)
+    if not (request.concrete and sweeps):
+        return request.finished(TRTensor(cores), method)
+    found = list[TRTensor]()
+    for number in range(integer_of("starts", starts, 1)):
+        watch = Watch(tol, callback)
+        begun = cores if number == 0 else _random(request, ranks, rng, dict(enumerate(cores)), held)
+        ring = TRTensor(_improved(request, begun, held, watch, sweeps))
+        found.append(request.finished(ring, f"{method}, ALS", converged=watch.converged, history=watch.history))
+    return min(found, key=lambda ring: ring.error or 0.0)
+
+
+def _ranks(rank: Any, order: int) -> list[int]:
+    listed = list(rank) if isinstance(rank, (list, tuple, np.ndarray)) else rank
+    if isinstance(listed, list) and len(listed) == order + 1:
+        if listed[0] != listed[-1]:
+            raise ShapeError(f"the first and the last rank of a ring must be the same; got {safe_repr(rank)}")
+        listed = listed[:-1]
+    return ranks_of(listed, order, "bonds")
+
+
+def _start(
+    request: Request, ranks: list[int], init: Any, held: set[int], rng: np.random.Generator
+) -> tuple[list[Array], str]:
+    backend, shape = request.backend, request.shape
+    if isinstance(init, TRTensor):
+        get_backend(init[0], request.tensor)
+        expected = (shape, (*ranks, ranks[0]))
+        if (init.shape, init.rank) != expected:
+            raise ShapeError(
+                f"init has shape {init.shape} and ranks {init.rank}; expected {expected[0]} and {expected[1]}"
+            )
+        return list(init), "given start"
+    if init not in ("svd", "random"):
+        raise ConfigError(f"init must be 'svd', 'random' or a TRTensor; got {safe_repr(init)}")
+    if held:
+        raise ConfigError(f"fixed={sorted(held)} keeps cores of a start: give them as init=TRTensor(cores)")
+    if init == "svd" and ranks[0] * ranks[1] <= min(shape[0], math.prod(shape[1:])):
+        truncation = MatrixTruncation(backend, request.tensor, "auto", request.seed)
+
+        def truncated(matrix: Array, bond: int) -> Triplets:
+            return truncation.to_rank(matrix, ranks[0] * ranks[1] if bond == 0 else ranks[bond + 1])
+
+        cores = ring_svd(backend, request.tensor, ranks[0], truncated)
+        if [int(core.shape[0]) for core in cores] == ranks:
+            return cores, "TR-SVD"
+    if not request.concrete:
+        raise ShapeError(
+            f"inside a trace a ring is computed by TR-SVD, which needs ranks whose first two multiply to at most "
+            f"{shape[0]}, and others that are possible; got {ranks}"
+        )
+    return _random(request, ranks, rng, {}, set()), "random start"
+
+
+def _random(
+    request: Request, ranks: list[int], rng: np.random.Generator, given: dict[int, Array], held: set[int]
+) -> list[Array]:
+    """Return normal cores, and the given ones where they are held."""
+    backend = request.backend
+    kind, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
+    cores = []
+    for mode, size in enumerate(request.shape):
+        ends = (ranks[mode], size, ranks[(mode + 1) % len(ranks)])
+        numbers = rng.standard_normal(ends)
+        if kind.startswith("complex"):
+            numbers = numbers + 1j * rng.standard_normal(ends)
+        cores.append(given[mode] if mode in held else backend.asarray(numbers, kind, device))
+    return cores
+
+
+def _improved(request: Request, cores: list[Array], held: set[int], watch: Watch, sweeps: int) -> list[Array]:
+    backend, norm = request.backend, request.norm()
+    if norm == 0.0:
+        return [backend.zeros(core.shape, like=core) for core in cores]
+    eps = float(np.finfo(backend.dtype_name(request.tensor)).eps)
+    best, error, ridges = cores, request.error_of(TRTensor(cores)), [0.0, 100.0 * eps, eps**0.5]
+    count = 0
+    while count < sweeps and ridges:
+        ridge = ridges[0] * norm ** (2.0 * (len(cores) - 1) / len(cores))
+        found = _tried(request, best, held, ridge)
+        now = float("inf") if found is None else request.error_of(TRTensor(found))
+        if found is None or not now <= error * (1.0 + 1e-9):
+            ridges.pop(0)
+            continue
+        count += 1
+        best, error = found, min(error, now)
+        if watch(count, error):
+            break
+    return best
+
+
+def _tried(request: Request, cores: list[Array], held: set[int], ridge: float) -> list[Array] | None:
+    with np.errstate(all="ignore"):
+        try:
+            found = ring_sweep(request.backend, request.tensor, cores, held, ridge)
+        except (np.linalg.LinAlgError, RuntimeError):  # torch raises a RuntimeError
+            return None
+    finite = all(np.isfinite(request.backend.to_numpy(core)).all() for core in found)
+    return found if finite else None

@@ -1,0 +1,185 @@
+"""Tensor trains and TT matrices of given tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from tnadapt.backends.backend import Array
+from tnadapt.decomposition.matrix_truncation import MatrixTruncation, Triplets
+from tnadapt.decomposition.tt_svd import tt_svd
+from tnadapt.errors import ShapeError
+
+from ._checks import as_tensor
+from ._requests import Request, requested
+from ._tensor_chains import TTTensor
+from ._truncation import inner_ranks
+from ._tt_matrix import TTMatrix
+
+__all__ = ["tensor_train", "tt_matrix"]
+
+
+def tensor_train(
+    tensor: Any,
+    rank: int | Sequence[int] | None = None,
+    *,
+    max_error: float | None = None,
+    svd: str = "auto",
+    random_state: Any = None,
+) -> TTTensor:
+    """Decompose a tensor into a tensor train by TT-SVD.
+
+    Parameters
+    ----------
+    tensor : array, shape (d_1, …, d_M)
+        Real or complex. Lists and integers are converted.
+    rank : int or sequence of int, optional
+        The largest rank of all bonds; or of each of the M - 1 bonds, with or without the 1 at both ends. A single
+        number may be larger than is possible.
+    max_error : float, optional
+        Relative Frobenius error that is allowed, instead of ranks; the ranks are as small as the truncations of the
+        single bonds allow.
+    svd : {"auto", "full", "randomized"}
+        How to compute leading singular vectors; "auto" computes no more than the rank where that is faster.
+    random_state : int or Generator, optional
+        Seed of random projections.
+
+    Returns
+    -------
+    TTTensor
+        Of cores of shape (r_{m-1}, d_m, r_m), in the tensor's library, dtype and device. Its error is at most √(M - 1)
+        times the least one at these ranks.
+
+    Raises
+    ------
+    ShapeError
+        If the tensor has NaN, infinity or no elements, or a rank is out of range.
+    BackendError
+        If the tensor is not an array of numbers of a known library.
+
+    Notes
+    -----
+    Oseledets, "Tensor-train decomposition" (SIAM J. Sci. Comput. 33, 2011). With ``rank``, it can be differentiated
+    and runs inside ``jax.jit`` and ``torch.func``; gradients are undefined where singular values are equal. Costs the
+    SVDs of M - 1 matrices, the first of shape (d_1, d_2 ⋯ d_M).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tensor = np.arange(24.0).reshape(2, 3, 4)
+    >>> train = tensor_train(tensor, 2)
+    >>> train.rank, bool(np.allclose(train.to_tensor(), tensor)), train.certified
+    ((1, 2, 2, 1), True, True)
+    >>> tensor_train(tensor, max_error=0.2).rank
+    (1, 1, 1, 1)
+    """
+    request = requested(tensor, rank, max_error, random_state=random_state)
+    return _finished(request, rank, svd)
+
+
+def _finished(request: Request, rank: Any, svd: str) -> TTTensor:
+    shape, bonds = request.shape, len(request.shape) - 1
+    truncation = MatrixTruncation(request.backend, request.tensor, svd, request.seed)
+    exact = list[bool]()
+    if rank is not None:
+        possible = [min(math.prod(shape[: bond + 1]), math.prod(shape[bond + 1 :])) for bond in range(bonds)]
+        ranks = inner_ranks(rank, possible)
+    else:
+        loss = (request.max_error or 0.0) * request.norm() / math.sqrt(max(1, bonds))
+
+    def truncated(matrix: Array, bond: int) -> Triplets:
+        found = truncation.to_loss(matrix, loss) if rank is None else truncation.to_rank(matrix, ranks[bond])
+        exact.append(found.exact)
+        return found
+
+    cores, cut = tt_svd(request.backend, request.tensor, truncated)
+    known = all(exact)
+    return request.finished(
+        TTTensor(cores),
+        "TT-SVD" if known else "TT-SVD, randomized",
+        optimal=known and sum(cut) <= 1,
+        factor=math.sqrt(sum(cut)) if known and sum(cut) > 1 else math.inf,
+    )
+
+
+def tt_matrix(
+    matrix: Any,
+    rank: int | Sequence[int] | None = None,
+    *,
+    rows: Sequence[int] | None = None,
+    cols: Sequence[int] | None = None,
+    max_error: float | None = None,
+    svd: str = "auto",
+    random_state: Any = None,
+) -> TTMatrix:
+    """Decompose a matrix whose rows and columns are divided into modes.
+
+    Parameters
+    ----------
+    matrix : array, shape (prod rows, prod cols) or (rows_1, …, rows_M, cols_1, …, cols_M)
+        The second form is TensorLy's, and needs neither ``rows`` nor ``cols``.
+    rank, max_error, svd, random_state
+        As for :func:`tensor_train`.
+    rows, cols : sequence of int, optional
+        How the rows and the columns are divided, into the same number of modes.
+
+    Returns
+    -------
+    TTMatrix
+        Of cores of shape (r_{m-1}, rows_m, cols_m, r_m).
+
+    Raises
+    ------
+    ShapeError
+        If the sizes do not multiply to those of the matrix, or as for :func:`tensor_train`.
+    BackendError
+        If it is not an array of numbers of a known library.
+
+    Notes
+    -----
+    Oseledets, "Approximation of 2^d × 2^d matrices using tensor decomposition" (SIAM J. Matrix Anal. 31, 2010): a
+    tensor train whose mode m is row m and column m together.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> found = tt_matrix(np.eye(12), 1, rows=(3, 4), cols=(3, 4))
+    >>> [core.shape for core in found], bool(np.allclose(found.to_matrix(), np.eye(12)))
+    ([(1, 3, 3, 1), (1, 4, 4, 1)], True)
+    """
+    backend, array = as_tensor(matrix, "the matrix")
+    shape = tuple(int(size) for size in array.shape)
+    tall, wide = _sizes(shape, rows, cols)
+    count = len(tall)
+    paired = backend.permute_dims(
+        backend.reshape(array, (*tall, *wide)), [axis for m in range(count) for axis in (m, count + m)]
+    )
+    merged = backend.reshape(paired, [r * c for r, c in zip(tall, wide, strict=True)])
+    train = tensor_train(merged, rank, max_error=max_error, svd=svd, random_state=random_state)
+    cores = [
+        backend.reshape(core, (core.shape[0], r, c, core.shape[2]))
+        for core, r, c in zip(train, tall, wide, strict=True)
+    ]
+    return TTMatrix(cores).with_outcome(train.outcome)
+
+
+def _sizes(
+    shape: tuple[int, ...], rows: Sequence[int] | None, cols: Sequence[int] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if rows is None and cols is None:
+        if len(shape) < 2 or len(shape) % 2:
+            raise ShapeError(
+                f"a tensor of shape {shape} does not divide into rows and columns: expected an even number of modes, "
+                "or a matrix with rows= and cols="
+            )
+        return shape[: len(shape) // 2], shape[len(shape) // 2 :]
+    if rows is None or cols is None or len(shape) != 2:
+        raise ShapeError(f"give rows= and cols= together, with a matrix; got a tensor of shape {shape}")
+    tall, wide = tuple(int(size) for size in rows), tuple(int(size) for size in cols)
+    if len(tall) != len(wide) or (math.prod(tall), math.prod(wide)) != shape:
+        raise ShapeError(
+            f"rows {tall} and columns {wide} do not divide a matrix of shape {shape}: expected equally many, whose "
+            f"products are {shape[0]} and {shape[1]}"
+        )
+    return tall, wide

@@ -1,0 +1,206 @@
+"""Tucker decompositions of given tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from tnadapt.backends import get_backend
+from tnadapt.backends.backend import Array
+from tnadapt.decomposition.frobenius import norm_of
+from tnadapt.decomposition.hooi import hooi, hosvd, projected
+from tnadapt.decomposition.matrix_truncation import MatrixTruncation, Triplets
+from tnadapt.errors import ConfigError, ShapeError, safe_repr
+
+from ._checks import integer_of, mode_of
+from ._requests import Callback, Request, Watch, requested
+from ._truncation import ranks_of
+from ._tucker_tensor import TuckerTensor
+
+__all__ = ["tucker"]
+
+
+def tucker(
+    tensor: Any,
+    rank: int | Sequence[int] | None = None,
+    *,
+    max_error: float | None = None,
+    init: str | TuckerTensor = "svd",
+    fixed: Collection[int] = (),
+    svd: str = "auto",
+    random_state: Any = None,
+    tol: float = 1e-6,
+    max_iterations: int = 100,
+    callback: Callback | None = None,
+) -> TuckerTensor:
+    """Decompose a tensor into a core and a matrix for each mode.
+
+    Parameters
+    ----------
+    tensor : array, shape (d_1, …, d_M)
+        Real or complex. Lists and integers are converted.
+    rank : int or sequence of int, optional
+        The rank of each mode, or the largest rank of all modes. A rank equal to the size of its mode leaves that mode
+        as it is, up to a rotation.
+    max_error : float, optional
+        Relative Frobenius error that is allowed, instead of ranks.
+    init : {"svd", "random"} or TuckerTensor
+        What the iteration starts from: the truncated HOSVD, random factors, or a given result.
+    fixed : collection of int
+        Modes whose factors of ``init`` are kept; they must have orthonormal columns.
+    svd : {"auto", "full", "randomized"}
+        How to compute leading singular vectors.
+    random_state : int or Generator, optional
+        Seed of random factors and projections.
+    tol : float
+        The iteration stops when a sweep reduces the relative error by no more than this.
+    max_iterations : int
+        Maximum number of sweeps; 0 for the truncated HOSVD alone, which can be differentiated and runs inside
+        ``jax.jit``.
+    callback : callable, optional
+        Called with the number and the relative error of each sweep; stops the iteration if it returns True.
+
+    Returns
+    -------
+    TuckerTensor
+        With orthonormal factors of shape (d_m, r_m), in the tensor's library, dtype and device.
+
+    Raises
+    ------
+    ShapeError
+        If the tensor has NaN, infinity or no elements, or a rank is out of range.
+    BackendError
+        If the tensor is not an array of numbers of a known library.
+    ConfigError
+        If a setting is out of range.
+
+    Notes
+    -----
+    Sequentially truncated HOSVD (Vannieuwenhoven et al., 2012), then HOOI (De Lathauwer et al., 2000). The error is at
+    most √M times the least one, and a lower bound is reported. Inside a trace, and where gradients flow, the HOSVD is
+    returned without sweeps. A sweep costs ``prod(d) * max(r)`` multiply-adds for each mode.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tnadapt.tensors import random_tucker
+    >>> tensor = random_tucker((5, 6, 7), (2, 3, 2)).to_tensor()
+    >>> core, factors = tucker(tensor, (2, 3, 2))
+    >>> core.shape, [factor.shape for factor in factors]
+    ((2, 3, 2), [(5, 2), (6, 3), (7, 2)])
+    >>> tucker(tensor, max_error=1e-10).rank
+    (2, 3, 2)
+    """
+    request = requested(tensor, rank, max_error, random_state=random_state)
+    sweeps, watch = integer_of("max_iterations", max_iterations, 0), Watch(tol, callback)
+    held = _held(request, init, fixed)
+    ranks = None if rank is None else _ranks(rank, request.shape)
+    truncation = MatrixTruncation(request.backend, request.tensor, svd, request.seed)
+    core, factors, lossy, exact = _start(request, ranks, truncation, init, held)
+    ranks = [int(size) for size in core.shape]
+    cut = [mode for mode, (r, d) in enumerate(zip(ranks, request.shape, strict=True)) if r < d]
+    moving = [mode for mode in cut if mode not in held]
+    direct = init == "svd"
+    ran = request.concrete and bool(moving) and sweeps > 0 and not (direct and lossy <= 1)
+    if ran:
+        core, factors = _improved(request, factors, moving, truncation, watch, sweeps)
+    return request.finished(
+        TuckerTensor(core, [factors[mode] for mode in range(len(ranks))]),
+        "HOSVD, HOOI" if ran else "HOSVD",
+        optimal=direct and exact and lossy <= 1,
+        factor=math.sqrt(lossy) if direct and exact and lossy else math.inf,
+        converged=watch.converged or not ran,
+        history=watch.history,
+    )
+
+
+def _ranks(rank: Any, shape: tuple[int, ...]) -> list[int]:
+    ranks = ranks_of(rank, len(shape), "modes")
+    if isinstance(rank, (int, np.integer)):
+        return [min(one, size) for one, size in zip(ranks, shape, strict=True)]
+    for mode, (one, size) in enumerate(zip(ranks, shape, strict=True)):
+        if one > size:
+            raise ShapeError(f"rank {one} of mode {mode} is above its size {size}, the largest that is possible")
+    return ranks
+
+
+def _held(request: Request, init: Any, fixed: Collection[int]) -> set[int]:
+    """Check the start; return the modes whose factors are kept."""
+    held = {mode_of(mode, request.shape) for mode in fixed}
+    if isinstance(init, str):
+        if init not in ("svd", "random"):
+            raise ConfigError(f"init must be 'svd', 'random' or a TuckerTensor; got {safe_repr(init)}")
+        if held:
+            raise ConfigError(
+                f"fixed={sorted(held)} keeps factors of a start: give them as init=TuckerTensor(core, factors)"
+            )
+        return held
+    if not isinstance(init, TuckerTensor):
+        raise ConfigError(f"init must be 'svd', 'random' or a TuckerTensor; got {safe_repr(init)}")
+    if init.shape != request.shape:
+        raise ShapeError(f"init has shape {init.shape}; expected the tensor's, {request.shape}")
+    get_backend(init.core, request.tensor)
+    return held
+
+
+def _start(
+    request: Request, ranks: list[int] | None, truncation: MatrixTruncation, init: Any, held: set[int]
+) -> tuple[Array, dict[int, Array], int, bool]:
+    backend, shape, exact = request.backend, request.shape, list[bool]()
+    if ranks is None:
+        loss = (request.max_error or 0.0) * request.norm() / math.sqrt(len(shape))
+
+    def truncated(matrix: Array, mode: int) -> Triplets:
+        found = truncation.to_loss(matrix, loss) if ranks is None else truncation.to_rank(matrix, ranks[mode])
+        exact.append(found.exact)
+        return found
+
+    # Modes that shrink most come first: what follows is then smaller.
+    order = sorted(range(len(shape)), key=lambda mode: (ranks[mode] if ranks else 1) / shape[mode])
+    if init == "svd":
+        return *hosvd(backend, request.tensor, order, truncated), all(exact)
+    if ranks is None:
+        raise ConfigError("max_error= chooses ranks from the HOSVD: use init='svd', or give rank=")
+    rng = np.random.default_rng(request.seed)
+    kind, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
+    factors = {}
+    for mode, (size, rank) in enumerate(zip(shape, ranks, strict=True)):
+        given = None if init == "random" else init.factors[mode]
+        if given is not None and tuple(given.shape) != (size, rank):
+            raise ShapeError(f"factor {mode} of init has shape {tuple(given.shape)}; expected ({size}, {rank})")
+        if given is None:
+            given = backend.asarray(rng.standard_normal((size, rank)), kind, device)
+        if mode in held:
+            gram = backend.matmul(backend.conj(backend.matrix_transpose(given)), given)
+            wrong = norm_of(backend, gram - backend.asarray(np.eye(rank), kind, device))
+            if wrong > 1e-4:
+                raise ShapeError(f"factor {mode} of init is fixed and needs orthonormal columns: use init.orthogonal()")
+        factors[mode] = given if mode in held else backend.qr(given)[0]
+    core = request.tensor
+    for mode in order:
+        core = projected(backend, core, factors[mode], mode)
+    return core, factors, len(shape), False
+
+
+def _improved(
+    request: Request,
+    factors: dict[int, Array],
+    moving: list[int],
+    truncation: MatrixTruncation,
+    watch: Watch,
+    sweeps: int,
+) -> tuple[Array, dict[int, Array]]:
+    backend, norm = request.backend, request.norm()
+
+    def on_sweep(count: int, core: Array) -> bool:
+        # The factors are orthonormal, so what the core lacks is the error.
+        lost = max(0.0, 1.0 - (norm_of(backend, core) / norm) ** 2) if norm else 0.0
+        return watch(count, math.sqrt(lost))
+
+    def truncated(matrix: Array, mode: int) -> Triplets:
+        return truncation.to_rank(matrix, int(factors[mode].shape[1]))
+
+    return hooi(backend, request.tensor, factors, moving, truncated, on_sweep, sweeps)
