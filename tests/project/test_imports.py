@@ -113,7 +113,7 @@ print(tna.verify(tna.presets.lora(1)).holds)
 
 def test_every_import_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = {"scipy", "numpy", "tensorly", "array_api_compat", "safetensors"}
+    names = {"scipy", "numpy", "opt_einsum", "tensorly", "array_api_compat", "safetensors"}
     declared = {d.split(">")[0].split("[")[0].replace("-", "_") for d in project["dependencies"]}
     optional = {
         "torch",
