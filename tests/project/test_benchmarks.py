@@ -49,6 +49,13 @@ def test_mixed_batches_agree_with_one_adapter_at_a_time() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_a_tensor_is_decomposed_from_a_memory_map(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "large_tensors.py"), "--smoke", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_table_of_mixed_batches_is_that_of_its_results(benchmark_scripts: Callable[[str], ModuleType]) -> None:
     results = BENCHMARKS / "results" / "mixed_batch.jsonl"
     rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]

@@ -134,6 +134,7 @@ def test_every_import_is_declared() -> None:
         "sklearn",
         "threadpoolctl",
         "PIL",
+        "dask",
         "gguf",
         "numba",
         "onnx",

@@ -52,6 +52,10 @@ def as_tensor(given: Any, what: str = "the tensor") -> tuple[Backend, Array]:
         given = _from_lists(given, what)
     if isinstance(given, np.ma.MaskedArray):
         raise BackendError(f"{what} is a masked array: give its data, and mask=~array.mask to a decomposition")
+    if type(given).__module__.partition(".")[0] == "dask":
+        raise BackendError(
+            f"{what} is a dask array, which tucker() and tensor_train() read in blocks; elsewhere pass x.compute()"
+        )
     backend = get_backend(given)
     return backend, numeric(backend, given, what)
 

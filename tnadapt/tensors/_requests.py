@@ -18,7 +18,7 @@ from ._checks import as_tensor, finite, integer_of
 from ._decomposed import Decomposed, FitOutcome
 from ._truncation import error_limit
 
-__all__ = ["Request", "Watch", "requested"]
+__all__ = ["Request", "Watch", "one_of", "requested", "seed_of"]
 
 Callback = Callable[[int, float], Any]
 D = TypeVar("D", bound=Decomposed)
@@ -137,8 +137,7 @@ def requested(
     backend, tensor = as_tensor(tensor)
     if len(tensor.shape) < least_order:
         raise ShapeError(f"the tensor has shape {tuple(tensor.shape)}; expected at least {least_order} modes")
-    if (rank is None) == (max_error is None):
-        raise ShapeError(f"give either {what}= or max_error=, to say how closely to decompose")
+    one_of(what, rank, max_error)
     observed, tensor = _observed(backend, tensor, mask, weights)
     finite(
         backend, tensor, way="" if mask is not None else "; if these elements are missing, pass mask=, True where known"
@@ -150,6 +149,12 @@ def requested(
             f"give {what}= instead, or detach the tensor"
         )
     return Request(backend, tensor, observed, limit, seed_of(random_state))
+
+
+def one_of(what: str, rank: Any, max_error: Any) -> None:
+    """Raise a ShapeError unless exactly one of a rank and an error is given."""
+    if (rank is None) == (max_error is None):
+        raise ShapeError(f"give either {what}= or max_error=, to say how closely to decompose")
 
 
 def seed_of(random_state: Any) -> int:

@@ -6,15 +6,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from tnadapt.backends.backend import Array
+from tnadapt.decomposition.block_passes import BlockPasses, passes_over
 from tnadapt.decomposition.matrix_truncation import MatrixTruncation, Triplets
 from tnadapt.decomposition.tt_svd import tt_svd
 from tnadapt.errors import ShapeError
 
-from ._checks import as_tensor
-from ._requests import Request, requested
+from ._checks import as_tensor, integer_of
+from ._from_blocks import BLOCK, OVERSAMPLED, compressed, expanded_train
+from ._requests import Request, one_of, requested, seed_of
 from ._tensor_chains import TTTensor
-from ._truncation import inner_ranks
+from ._truncation import error_limit, inner_ranks
 from ._tt_matrix import TTMatrix
 
 __all__ = ["tensor_train", "tt_matrix"]
@@ -27,6 +31,7 @@ def tensor_train(
     max_error: float | None = None,
     svd: str = "auto",
     random_state: Any = None,
+    memory: int = BLOCK,
 ) -> TTTensor:
     """Decompose a tensor into a tensor train by TT-SVD.
 
@@ -44,6 +49,10 @@ def tensor_train(
         How to compute leading singular vectors; "auto" computes no more than the rank where that is faster.
     random_state : int or Generator, optional
         Seed of random projections.
+    memory : int
+        Bytes that a block may have, for a tensor that is not in memory: a ``numpy.memmap``, or an array of dask (whose
+        own chunks are used). It is then read two or three
+        times, compressed, and decomposed in memory; the result is of NumPy.
 
     Returns
     -------
@@ -74,8 +83,36 @@ def tensor_train(
     >>> tensor_train(tensor, max_error=0.2).rank
     (1, 1, 1, 1)
     """
+    passes = passes_over(tensor, integer_of("memory", memory, 1))
+    if passes is not None:
+        return _from_blocks(passes, rank, max_error, svd, seed_of(random_state))
     request = requested(tensor, rank, max_error, random_state=random_state)
     return _finished(request, rank, svd)
+
+
+def _from_blocks(passes: BlockPasses, rank: Any, max_error: float | None, svd: str, seed: int) -> TTTensor:
+    """Compress the modes to what a train of these ranks can have, and decompose that."""
+    one_of("rank", rank, max_error)
+    sizes = None
+    if rank is not None:
+        shape = passes.shape
+        ranks = [1, *inner_ranks(rank, _possible(shape)), 1]
+        wanted = [ranks[mode] * ranks[mode + 1] + OVERSAMPLED for mode in range(len(shape))]
+        sizes = [min(size, most) for size, most in zip(shape, wanted, strict=True)]
+    # Both steps together lose the root of the sum of the squares.
+    half = None if max_error is None else error_limit(max_error) / math.sqrt(2.0)
+    found = compressed(passes, sizes, half, seed)
+    left = None
+    if max_error is not None:
+        core = float(np.linalg.norm(found.core))
+        left = math.sqrt(max(0.0, (max_error * found.norm) ** 2 - found.lost**2)) / core if core else 0.0
+    small = tensor_train(found.core, rank, max_error=left, svd=svd, random_state=seed)
+    return expanded_train(passes, found, small)
+
+
+def _possible(shape: tuple[int, ...]) -> list[int]:
+    """Return the largest rank of each bond."""
+    return [min(math.prod(shape[: bond + 1]), math.prod(shape[bond + 1 :])) for bond in range(len(shape) - 1)]
 
 
 def _finished(request: Request, rank: Any, svd: str) -> TTTensor:
@@ -83,8 +120,7 @@ def _finished(request: Request, rank: Any, svd: str) -> TTTensor:
     truncation = MatrixTruncation(request.backend, request.tensor, svd, request.seed)
     exact = list[bool]()
     if rank is not None:
-        possible = [min(math.prod(shape[: bond + 1]), math.prod(shape[bond + 1 :])) for bond in range(bonds)]
-        ranks = inner_ranks(rank, possible)
+        ranks = inner_ranks(rank, _possible(shape))
     else:
         loss = (request.max_error or 0.0) * request.norm() / math.sqrt(max(1, bonds))
 

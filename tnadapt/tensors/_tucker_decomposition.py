@@ -10,13 +10,15 @@ import numpy as np
 
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
+from tnadapt.decomposition.block_passes import BlockPasses, passes_over
 from tnadapt.decomposition.frobenius import norm_of
 from tnadapt.decomposition.hooi import hooi, hosvd, projected
 from tnadapt.decomposition.matrix_truncation import MatrixTruncation, Triplets
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of, mode_of
-from ._requests import Callback, Request, Watch, requested
+from ._from_blocks import BLOCK, OVERSAMPLED, compressed, expanded_tucker
+from ._requests import Callback, Request, Watch, one_of, requested, seed_of
 from ._truncation import ranks_of
 from ._tucker_tensor import TuckerTensor
 
@@ -35,6 +37,7 @@ def tucker(
     tol: float = 1e-6,
     max_iterations: int = 100,
     callback: Callback | None = None,
+    memory: int = BLOCK,
 ) -> TuckerTensor:
     """Decompose a tensor into a core and a matrix for each mode.
 
@@ -62,6 +65,10 @@ def tucker(
         ``jax.jit``.
     callback : callable, optional
         Called with the number and the relative error of each sweep; stops the iteration if it returns True.
+    memory : int
+        Bytes that a block may have, for a tensor that is not in memory: a ``numpy.memmap``, or an array of dask (whose
+        own chunks are used). It is then read two or three
+        times, compressed, and decomposed in memory; the result is of NumPy.
 
     Returns
     -------
@@ -94,6 +101,11 @@ def tucker(
     >>> tucker(tensor, max_error=1e-10).rank
     (2, 3, 2)
     """
+    passes = passes_over(tensor, integer_of("memory", memory, 1))
+    if passes is not None:
+        if init != "svd" or fixed:
+            raise ConfigError("a tensor that is read in blocks starts from its HOSVD: leave init and fixed out")
+        return _from_blocks(passes, rank, max_error, seed_of(random_state), svd, tol, max_iterations, callback)
     request = requested(tensor, rank, max_error, random_state=random_state)
     sweeps, watch = integer_of("max_iterations", max_iterations, 0), Watch(tol, callback)
     held = _held(request, init, fixed)
@@ -115,6 +127,19 @@ def tucker(
         converged=watch.converged or not ran,
         history=watch.history,
     )
+
+
+def _from_blocks(
+    passes: BlockPasses, rank: Any, max_error: float | None, seed: int, svd: str, tol: float, sweeps: int, callback: Any
+) -> TuckerTensor:
+    """Compress the tensor in two passes, and decompose what is left."""
+    one_of("rank", rank, max_error)
+    ranks = None if rank is None else _ranks(rank, passes.shape)
+    sizes = None if ranks is None else [min(d, 2 * r + OVERSAMPLED) for r, d in zip(ranks, passes.shape, strict=True)]
+    found = compressed(passes, sizes, max_error, seed)
+    kept = [int(size) for size in found.core.shape] if ranks is None else ranks
+    small = tucker(found.core, kept, svd=svd, random_state=seed, tol=tol, max_iterations=sweeps, callback=callback)
+    return expanded_tucker(passes, found, small)
 
 
 def _ranks(rank: Any, shape: tuple[int, ...]) -> list[int]:
