@@ -14,7 +14,11 @@ from tnadapt.errors import BackendError
 from ._dft2 import FFT_DTYPES, dft2_in_chunks
 from ._kernels import kernels
 from ._kernels.thin_product import thin_product
+from ._kron import kron_by_rows, kron_plain, short_rows
 from .backend import Array, Backend, Map
+
+# Rows of up to this length are slow in products with broadcasting.
+_SHORT = 64
 
 
 class NumpyBackend(Backend):
@@ -66,6 +70,9 @@ class NumpyBackend(Backend):
         # invalid operation: a warning, and an error where warnings are errors, about a correct product.
         with np.errstate(invalid="ignore"):
             return a @ b
+
+    def kron(self, a: Array, b: Array) -> Array:
+        return (kron_by_rows if short_rows(a, b, _SHORT) else kron_plain)(self, a, b)
 
     def lacks(self, x: Array) -> frozenset[str]:
         compiled = {"fwht": "walsh", "fastfood": "fastfood"}

@@ -13,9 +13,13 @@ from tnadapt.errors import BackendError
 
 from . import _torch_gpu as torch_gpu
 from ._kernels import kernels
+from ._kron import kron_by_rows, kron_plain, short_rows
 from ._torch_dft2 import dft2
 from ._torch_kernels import fastfood, hadamard
 from .backend import OPTIONAL, Array, Backend, FixedArrays, Map
+
+# Rows of up to this length are slow in products with broadcasting.
+_SHORT = 8
 
 # torch.compile treats the return value as a constant and does not trace the call: see TorchBackend.fixed.
 torch.compiler.assume_constant_result(FixedArrays.name_of)  # type: ignore[no-untyped-call]
@@ -80,6 +84,13 @@ class TorchBackend(Backend):
 
     def matmul(self, a: Array, b: Array) -> Array:
         return self._plain(torch.matmul, a, b)
+
+    def kron(self, a: Array, b: Array) -> Array:
+        if short_rows(a, b, _SHORT):
+            return kron_by_rows(self, a, b)
+        # torch.kron has the least overhead, but raises an error for some tensors whose memory is not in C order.
+        ordered = a.is_contiguous() and b.is_contiguous() and 1 not in a.shape and 1 not in b.shape
+        return torch.kron(a, b) if ordered else kron_plain(self, a, b)
 
     def sum(self, x: Array, axis: int) -> Array:
         return self._plain(torch.sum, x, axis)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._kernels import kernels
-from ._torch_maps import KernelPair, KernelWithFallback, Map, in_memory, linear_map
+from ._torch_maps import KernelPair, KernelWithFallback, Map, in_memory, linear_map, on_memory, recorded
 
 __all__ = ["fastfood", "hadamard"]
 
@@ -21,6 +21,9 @@ def hadamard(x: Tensor, scale: float, axis: int, fallback: Map) -> Tensor | None
     def transformed(x: Tensor) -> Tensor:
         return torch.from_numpy(kernels("walsh").transform(x.detach().numpy(), scale, axis))
 
+    # An autograd function takes longer than a small transform.
+    if not recorded(x):
+        return on_memory(transformed, x)
     symmetric = KernelWithFallback(transformed, fallback)
     return linear_map(x, KernelPair(symmetric, symmetric))
 
@@ -39,5 +42,7 @@ def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Ma
     def pulled(y: Tensor) -> Tensor:
         return torch.from_numpy(kernels("fastfood").linear(y.detach().numpy(), draws, n_in, True))
 
+    if not recorded(x):
+        return on_memory(pulled if adjoint else projected, x)
     pair = KernelPair(KernelWithFallback(projected, fallback[0]), KernelWithFallback(pulled, fallback[1]))
     return linear_map(x, pair.transposed if adjoint else pair)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-__all__ = ["KernelPair", "KernelWithFallback", "in_memory", "linear_map"]
+__all__ = ["KernelPair", "KernelWithFallback", "in_memory", "linear_map", "on_memory", "recorded"]
 
 Map = Callable[[Tensor], Tensor]
 
@@ -79,6 +81,31 @@ def in_memory(x: Tensor) -> bool:
     )
 
 
+def on_memory(kernel: Map, x: Tensor) -> Tensor:
+    """Call a kernel on a tensor whose memory is there and up to date; for one that is not :func:`recorded`."""
+    if x._is_zerotensor():
+        return kernel(x.clone())  # a lazy zero tensor does not have its values in memory yet
+    if x.numel():
+        stop = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) + 1
+        if x.untyped_storage().nbytes() < stop * x.element_size():
+            raise RuntimeError(
+                f"a tensor of shape {tuple(x.shape)} has no memory any more: its storage was freed, or shrunk to "
+                f"{x.untyped_storage().nbytes()} bytes"
+            )
+    return kernel(x.resolve_neg())  # a lazily negated tensor does not have its values in memory, either
+
+
+def recorded(x: Tensor) -> bool:
+    """Return whether anything needs to know how a result was computed: derivatives, a transformation, or a tracer."""
+    return (
+        (x.requires_grad and torch.is_grad_enabled())
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)  # one that outlived its transformation
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def _traced_before_dispatch() -> bool:
     """Return whether make_fx(pre_dispatch=True) or an export is tracing."""
     length: Callable[[], int] | None = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", None)
@@ -96,15 +123,7 @@ class LinearMap(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, pair: KernelPair) -> Tensor:
-        if x.numel() and not x._is_zerotensor():
-            stop = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) + 1
-            if x.untyped_storage().nbytes() < stop * x.element_size():
-                raise RuntimeError(
-                    f"a tensor of shape {tuple(x.shape)} has no memory any more: its storage was freed, or shrunk to "
-                    f"{x.untyped_storage().nbytes()} bytes"
-                )
-        # Lazy zero tensors and lazily negated tensors do not have their values in memory yet.
-        return pair.forward.kernel(x.clone() if x._is_zerotensor() else x.resolve_neg())
+        return on_memory(pair.forward.kernel, x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, KernelPair], output: Tensor) -> None:
@@ -123,3 +142,7 @@ class LinearMap(torch.autograd.Function):
         dim = in_dims[0]
         assert dim is not None, "vmap calls a rule only where something is batched"
         return linear_map(x.movedim(dim, 0), pair), 0
+
+
+# torch binds the arguments to the signature in each call, and inspecting it takes longer than a small transform.
+LinearMap.forward.__signature__ = inspect.signature(LinearMap.forward)  # type: ignore[attr-defined]

@@ -17,6 +17,8 @@ import numpy as np
 
 from tnadapt.errors import BackendError
 
+from ._kron import kron_plain
+
 Array = Any  # an array of any supported library
 Map = Callable[[Array], Array]
 
@@ -234,6 +236,10 @@ class Backend:
     def matmul(self, a: Array, b: Array) -> Array:
         """Compute the matrix product over the last two axes, batched over the others."""
         return self.xp.matmul(a, b)
+
+    def kron(self, a: Array, b: Array) -> Array:
+        """Compute the Kronecker product of two arrays with the same number of axes."""
+        return kron_plain(self, a, b)
 
     def sum(self, x: Array, axis: int) -> Array:
         """Sum x along one axis."""

@@ -104,9 +104,9 @@ def decompose(
     max_iterations : int
         Maximum number of iterations per group, at least 1.
     svd : {"auto", "full", "randomized"}
-        How to compute leading singular vectors: from the full matrix, or by random projections (Halko et al.).
-        "auto" uses random projections if both sides are longer than 1024 and few vectors are needed. Their results
-        are never certified.
+        How to compute leading singular vectors: from the full matrix, or by random projections (Halko et al.), whose
+        results are never certified. "auto" uses a Krylov space if few vectors of a large matrix are needed, and the
+        full matrix where it does not converge.
     seed : int
         Seed of random projections and starts.
     progress : callable, optional
@@ -138,7 +138,8 @@ def decompose(
     ============================================ =========================================================
     dense; anything of order 1                   exact
     CP, M = 2 (LoRA)                             truncated SVD: without padding the optimum (Eckart & Young)
-    CP, M > 2                                    ALS (TensorLy), no guarantee; three starts for a small tensor
+    CP, M > 2                                    ALS (TensorLy), no guarantee; three starts for a small tensor;
+                                                 of rank one, the power iteration
     Tucker                                       HOSVD, then HOOI (TensorLy)
     tensor train                                 TT-SVD (TensorLy): within √(M - 1) of the optimum
     K = 2 dense splits                           nearest Kronecker product, by rearrangement and SVD: the optimum

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from tnadapt.backends.backend import Array
 
+from .known_later import LazyProof
+
 __all__ = ["Fit", "Limits"]
 
 Arrays = dict[str, Array]
@@ -17,15 +19,15 @@ class Fit(NamedTuple):
     Attributes
     ----------
     arrays : dict of str to array
-    optimal : bool
-        Whether theory guarantees that they are the optimum.
+    optimal : bool or LazyProof
+        Whether they are known to be the optimum.
     iterations : int
     method : str
         Short description of the method.
     """
 
     arrays: Arrays
-    optimal: bool
+    optimal: bool | LazyProof
     iterations: int
     method: str
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from tnadapt.algebra.norms import relative, together
 from tnadapt.algebra.superlora import SuperLoRA
 
+from .known_later import KnownLater
+
 __all__ = ["FitReport", "GroupReport", "Step"]
 
 
@@ -33,7 +35,7 @@ class Step(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupReport:
+class GroupReport(KnownLater):
     """The accuracy of the fit of one group.
 
     Attributes
@@ -54,6 +56,10 @@ class GroupReport:
         Iterations of the method; 0 if it is direct.
     method : str
         Description of the method.
+
+    Notes
+    -----
+    The bound and the certificate often take longer than the fit: they are computed when one of them is first read.
     """
 
     size: int

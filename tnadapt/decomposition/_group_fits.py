@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,10 +17,12 @@ from tnadapt.errors import ConfigError, ShapeError
 from ._fit_report import FitReport, GroupReport, Step
 from ._linear_algebra import Algebra
 from ._lower_bounds import lower_bound
-from ._parameter_fit import fit_parameters
+from ._parameter_fit import ParameterFit, fit_parameters
 from ._scaling import at_size, power_of
 from ._single_tensor import Fit, Limits
 from ._through_map import fit_group, started
+from .known_later import LazyProof
+from .leading_proof import OPEN
 
 __all__ = ["fit_plan"]
 
@@ -29,6 +32,8 @@ Progress = Callable[[Step], None]
 _ROUNDING = 64
 # A bound counts as met within this relative tolerance.
 _MET = 1e-6
+# Elements of updates that reports keep for bounds that were not read yet.
+_HELD = 1 << 24
 
 
 def fit_plan(
@@ -77,7 +82,7 @@ def fit_plan(
     if plan.theta is not None or any(config.sources for config, _ in plan.config.split(plan.shapes)):
         return _fitted_together(algebra, plan, read, limits, progress)
     params: dict[str, Array] = {}
-    reports = []
+    reports, held = [], 0
     count = len(plan.groups)
     for number, (group, y) in enumerate(_vectors(algebra, plan, read)):
 
@@ -89,6 +94,10 @@ def fit_plan(
         arrays, report = _fitted(algebra, group, y, limits, watch)
         params.update({full: arrays[name] for name, full in group.names.items()})
         reports.append(report)
+        held += group.size
+        if held > _HELD:
+            report.bound  # noqa: B018 - computed now, so that the update is not kept
+            held -= group.size
     return params, FitReport(plan, tuple(reports))
 
 
@@ -133,15 +142,8 @@ def _fitted_together(
     for group, y, norm in zip(plan.groups, wide, norms, strict=True):
         error = float(np.linalg.norm(group.update(numpy, arrays, 0, group.size) - y))
         rounding = _ROUNDING * algebra.eps * norm
-        bound = 0.0
-        if norm and group.projection.map.isometry:
-            bound = lower_bound(Algebra(numpy, y), group.network, group.projection.adjoint(y))
-        if found.optimal and len(wide) == 1:
-            bound = max(bound, error - rounding)
-        bound = min(error, bound)
-        certified = found.optimal or error <= rounding or error <= bound * (1.0 + _MET)
-        relative = (error / norm, bound / norm) if norm else (0.0, 0.0)
-        reports.append(GroupReport(group.size, norm, *relative, certified, found.iterations, found.method))
+        known = _Known(Algebra(numpy, y), group, y, norm, error, rounding, found.optimal, len(wide) == 1)
+        reports.append(_report(known, norm, found))
     return params, FitReport(plan, tuple(reports))
 
 
@@ -165,18 +167,43 @@ def _fitted(
         found = Fit(started(algebra, group), False, found.iterations, f"{found.method}: no better than zero")
         arrays = found.arrays
         error = _error(algebra, group, arrays, scaled, exponent)
-    bound = 0.0
-    if norm and group.projection.map.isometry:
-        bound = lower_bound(algebra, group.network, group.projection.adjoint(scaled))
-    rounding = _ROUNDING * algebra.eps * norm
-    certified = found.optimal or error <= rounding or error <= bound * (1.0 + _MET)
-    if found.optimal:
-        # Other arrays can be better by at most the rounding of the optimum to the dtype.
-        bound = max(bound, error - rounding)
-    bound = min(error, bound)
-    relative = (error / norm, bound / norm) if norm else (0.0, 0.0)
-    whole = math.ldexp(norm, exponent)
-    return arrays, GroupReport(group.size, whole, *relative, certified, found.iterations, found.method)
+    # The caller may change the update before the report is read.
+    kept = scaled if exponent else scaled * 1.0
+    known = _Known(algebra, group, kept, norm, error, _ROUNDING * algebra.eps * norm, found.optimal)
+    return arrays, _report(known, math.ldexp(norm, exponent), found)
+
+
+class _Known(NamedTuple):
+    """What the bound of a group and its certificate are computed from, when they are read."""
+
+    algebra: Algebra
+    group: Group
+    y: Array
+    norm: float
+    error: float
+    rounding: float
+    optimal: bool | LazyProof
+    alone: bool = True
+
+    def facts(self) -> tuple[float, bool]:
+        """Return the relative bound, and whether the fit is certified."""
+        if not self.norm:
+            return 0.0, bool(self.optimal or self.error <= self.rounding)
+        bound, projection = 0.0, self.group.projection
+        if projection.map.isometry:
+            bound = lower_bound(self.algebra, self.group.network, projection.adjoint(self.y))
+        certified = bool(self.optimal or self.error <= self.rounding or self.error <= bound * (1.0 + _MET))
+        if self.optimal and self.alone:
+            # Other arrays can be better by at most the rounding of the optimum to the dtype.
+            bound = max(bound, self.error * (1.0 - OPEN) - self.rounding)
+        return min(self.error, bound) / self.norm, certified
+
+
+def _report(known: _Known, norm: float, found: Fit | ParameterFit) -> GroupReport:
+    return GroupReport.later(
+        known.facts, size=known.group.size, norm=norm, error=known.error / known.norm if known.norm else 0.0,
+        iterations=found.iterations, method=found.method,
+    )  # fmt: skip
 
 
 def _error(algebra: Algebra, group: Group, arrays: Mapping[str, Array], scaled: Array, exponent: int) -> float:

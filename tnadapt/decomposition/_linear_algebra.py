@@ -18,6 +18,10 @@ from tnadapt.backends import Backend, load_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError
 
+from ._truncated_svd import leading_triplets, truncated_pays
+from .known_later import LazyProof
+from .leading_proof import no_matrix_is_closer
+
 __all__ = ["SVD_METHODS", "TENSORLY", "Algebra", "tensorly_on"]
 
 # Name of a library in tnadapt -> its name in TensorLy.
@@ -26,8 +30,6 @@ TENSORLY = {"numpy": "numpy", "torch": "pytorch", "jax": "jax", "cupy": "cupy"}
 # How leading singular vectors are computed.
 SVD_METHODS = ("auto", "full", "randomized")
 
-# If only few singular vectors are needed, matrices whose smaller side is longer than this get a randomized SVD.
-_WHOLE = 1024
 _OVERSAMPLES = 10
 _POWER_ITERATIONS = 4
 _PIECE = 1 << 20
@@ -177,11 +179,9 @@ class Algebra:
 
     def randomized(self, shape: Sequence[int], rank: int) -> bool:
         """Return whether :meth:`svd` of a matrix of this shape uses random projections."""
-        if self.svd_method != "auto":
-            return self.svd_method == "randomized" and rank + _OVERSAMPLES < min(shape)
-        return min(shape) > _WHOLE and 4 * (rank + _OVERSAMPLES) < min(shape)
+        return self.svd_method == "randomized" and rank + _OVERSAMPLES < min(shape)
 
-    def svd(self, matrix: Array, rank: int) -> tuple[Array, np.ndarray, Array, bool]:
+    def svd(self, matrix: Array, rank: int) -> tuple[Array, np.ndarray, Array, bool | LazyProof]:
         """Compute the leading singular triplets of a matrix.
 
         Parameters
@@ -196,9 +196,26 @@ class Algebra:
         s : ndarray, shape (rank,)
             On the host, float64.
         v : array, shape (n, rank)
-        exact : bool
-            False if they come from a random projection (Halko, Martinsson & Tropp, 2011).
+        exact : bool or LazyProof
+            Whether no matrix of that rank is known to be closer. True for the full decomposition; False for random
+            projections (Halko, Martinsson & Tropp, 2011); a claim that is proved when it is needed for triplets from
+            a Krylov space.
         """
+        shape = tuple(int(size) for size in matrix.shape)
+        real = not self.backend.is_complex(matrix)
+        if self.svd_method == "auto" and real and truncated_pays(shape, rank):
+            found = leading_triplets(self.backend, matrix, rank, self.seed)
+            if found.converged:
+                rows = shape[0] <= shape[1]
+                short, left = (matrix, found.u) if rows else (self.backend.matrix_transpose(matrix), found.v)
+                # The caller may change the matrix before the proof is asked for.
+                kept, host = short * 1.0, self.backend.to_numpy
+                proof = LazyProof(lambda: no_matrix_is_closer(host(kept), host(left), self.eps))
+                return found.u, found.s, found.v, proof
+        return self._svd_by_tensorly(matrix, rank)
+
+    def _svd_by_tensorly(self, matrix: Array, rank: int) -> tuple[Array, np.ndarray, Array, bool]:
+        """Compute the full decomposition, the reference, or that of random projections."""
         from tensorly.tenalg.svd import svd_interface
 
         random = self.randomized(matrix.shape, rank)

@@ -21,6 +21,8 @@ from tnadapt.backends.backend import Array
 from ._fit import Fit, Limits
 from ._general_fit import fit_any
 from ._linear_algebra import Algebra, tensorly_on
+from ._rank_one import nearest_rank_one
+from .known_later import all_of
 
 __all__ = ["Fit", "Limits", "fit_format"]
 
@@ -124,7 +126,7 @@ def _batched_cp(algebra: Algebra, split: Any, tensor: Array, start: Any, limits:
         )
         for mode, size in enumerate(tensor.shape[1:])
     }
-    optimal, iterations = all(fit.optimal for fit in fits), max(fit.iterations for fit in fits)
+    optimal, iterations = all_of(fit.optimal for fit in fits), max(fit.iterations for fit in fits)
     return Fit(arrays, optimal, iterations, next((fit.method for fit in fits if fit.arrays), "zero"))
 
 
@@ -138,10 +140,13 @@ def _components(
         return [backend.reshape(tensor, (-1, 1)) * (1.0 / size)], np.array([size]), Fit({}, True, 0, "exact")
     if order == 2:
         u, s, v, exact = algebra.svd(tensor, min(rank, *tensor.shape))
-        return [u, v], s, Fit({}, exact, 0, "SVD" if exact else "randomized SVD")
+        return [u, v], s, Fit({}, exact, 0, _svd_name(algebra, tensor, rank))
     # With this rank every tensor can be represented exactly; more components would only slow convergence.
     rank = min(rank, math.prod(tensor.shape) // max(tensor.shape))
-    factors, iterations = _als(algebra, rank, tensor, start, limits)
+    if rank == 1 and start is None:
+        factors, iterations = nearest_rank_one(algebra, tensor, limits)
+    else:
+        factors, iterations = _als(algebra, rank, tensor, start, limits)
     norms = [algebra.columns(factor) for factor in factors]
     units = [
         factor * algebra.array(1.0 / np.where(norm > 1e-30, norm, 1.0))
@@ -149,6 +154,10 @@ def _components(
     ]
     sizes: np.ndarray = np.prod(norms, axis=0)
     return units, sizes, Fit({}, False, iterations, "ALS")
+
+
+def _svd_name(algebra: Algebra, matrix: Array, rank: int) -> str:
+    return "randomized SVD" if algebra.randomized(matrix.shape, rank) else "SVD"
 
 
 # Sweeps between two checks of the error; number of starts for a small tensor, and its maximum size; size of the noise
@@ -260,7 +269,7 @@ def _tucker(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Lim
     if len(sizes) == len(split.modes) == 2:
         u, values, v, exact = algebra.svd(tensor, ranks[0])
         core = algebra.array(np.diag(values))
-        return Fit({"core": core, "factor0": u, "factor1": v}, exact, 0, "SVD" if exact else "randomized SVD")
+        return Fit({"core": core, "factor0": u, "factor1": v}, exact, 0, _svd_name(algebra, tensor, ranks[0]))
     norm = algebra.norm(tensor)
     init: Any = "svd"
     if start is not None:

@@ -15,6 +15,7 @@ from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, safe_repr
 
 from ._linear_algebra import SVD_METHODS, TENSORLY, Algebra
+from .known_later import LazyProof
 
 __all__ = ["MatrixTruncation", "Triplets", "kept"]
 
@@ -27,14 +28,14 @@ class Triplets(NamedTuple):
     u : array, shape (m, r)
     s : array, shape (r,)
     vh : array, shape (r, n)
-    exact : bool
+    exact : bool or LazyProof
         Whether these are known to be the leading ones.
     """
 
     u: Array
     s: Array
     vh: Array
-    exact: bool
+    exact: bool | LazyProof
 
 
 def kept(values: np.ndarray, most: int, loss: float) -> int:

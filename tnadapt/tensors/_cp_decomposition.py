@@ -12,6 +12,7 @@ from tnadapt.algebra.formats import unfolded
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition.cp_als import CPFactors, CPSweeps, cp_als
+from tnadapt.decomposition.known_later import LazyProof
 from tnadapt.decomposition.matrix_truncation import MatrixTruncation
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
@@ -207,7 +208,9 @@ class _Options:
             )
         return self._finished(CPTensor(None, factors), "ALS", watch=watch)
 
-    def _finished(self, found: CPTensor, method: str, optimal: bool = False, watch: Watch | None = None) -> CPTensor:
+    def _finished(
+        self, found: CPTensor, method: str, optimal: bool | LazyProof = False, watch: Watch | None = None
+    ) -> CPTensor:
         ordered = found if self.fixed else found.truncated(found.rank)
         history = () if watch is None else watch.history
         return self.request.finished(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import html
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
+from tnadapt.decomposition.known_later import KnownLater
 from tnadapt.errors import ShapeError, safe_repr
 
 __all__ = ["Decomposed", "FitOutcome"]
@@ -19,7 +21,8 @@ __all__ = ["Decomposed", "FitOutcome"]
 Index = tuple[int | slice, ...]
 
 
-class FitOutcome(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class FitOutcome(KnownLater):
     """How a decomposition was found, and how good it is.
 
     Attributes
@@ -36,6 +39,10 @@ class FitOutcome(NamedTuple):
         The error after each iteration.
     method : str
         Short description of the method.
+
+    Notes
+    -----
+    The bound and the certificate may take longer than the decomposition: they are computed when they are first read.
     """
 
     error: float

@@ -100,8 +100,8 @@ def hadamard_decomposition(
     )
     (group,) = report.groups
     return found.with_outcome(
-        FitOutcome(
-            group.error, group.bound, group.certified, group.iterations < max_iterations, tuple(watch.history),
-            group.method,
+        FitOutcome.later(
+            lambda: (group.bound, group.certified), error=group.error, converged=group.iterations < max_iterations,
+            history=tuple(watch.history), method=group.method,
         )
     )  # fmt: skip

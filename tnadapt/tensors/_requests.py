@@ -12,6 +12,8 @@ import numpy as np
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition.frobenius import norm_of
+from tnadapt.decomposition.known_later import LazyProof
+from tnadapt.decomposition.leading_proof import OPEN
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._checks import as_tensor, finite, integer_of
@@ -77,7 +79,8 @@ class Request:
         found: D,
         method: str,
         *,
-        optimal: bool = False,
+        optimal: bool | LazyProof = False,
+        known: bool | LazyProof = True,
         factor: float = math.inf,
         bound: float = 0.0,
         converged: bool = True,
@@ -89,8 +92,10 @@ class Request:
         ----------
         found : Decomposed
         method : str
-        optimal : bool
+        optimal : bool or LazyProof
             Whether theory guarantees the optimum.
+        known : bool or LazyProof
+            Whether the steps that ``factor`` rests on are known to be the best ones.
         factor : float
             The error is at most this many times the least one.
         bound : float
@@ -103,12 +108,17 @@ class Request:
         error = self.error_of(found)
         eps = float(np.finfo(self.backend.dtype_name(self.tensor)).eps)
         rounding = 64.0 * eps
-        bound = max(bound, error / factor if factor < math.inf else 0.0)
-        if optimal:
-            bound = max(bound, error - rounding)
-        bound = max(0.0, min(error, bound))
-        certified = optimal or error <= rounding or error <= bound * (1.0 + 1e-6)
-        return found.with_outcome(FitOutcome(error, bound, certified, converged, tuple(history), method))
+
+        def facts() -> tuple[float, bool]:
+            least = max(bound, error / factor if factor < math.inf and known else 0.0)
+            if optimal:
+                least = max(least, error * (1.0 - OPEN) - rounding)
+            least = max(0.0, min(error, least))
+            return least, bool(optimal or error <= rounding or error <= least * (1.0 + 1e-6))
+
+        return found.with_outcome(
+            FitOutcome.later(facts, error=error, converged=converged, history=tuple(history), method=method)
+        )
 
 
 def requested(

@@ -10,6 +10,7 @@ import numpy as np
 
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition.block_passes import BlockPasses, passes_over
+from tnadapt.decomposition.known_later import LazyProof, all_of
 from tnadapt.decomposition.matrix_truncation import MatrixTruncation, Triplets
 from tnadapt.decomposition.tt_svd import tt_svd
 from tnadapt.errors import ShapeError
@@ -118,7 +119,7 @@ def _possible(shape: tuple[int, ...]) -> list[int]:
 def _finished(request: Request, rank: Any, svd: str) -> TTTensor:
     shape, bonds = request.shape, len(request.shape) - 1
     truncation = MatrixTruncation(request.backend, request.tensor, svd, request.seed)
-    exact = list[bool]()
+    exact = list[bool | LazyProof]()
     if rank is not None:
         ranks = inner_ranks(rank, _possible(shape))
     else:
@@ -130,12 +131,13 @@ def _finished(request: Request, rank: Any, svd: str) -> TTTensor:
         return found
 
     cores, cut = tt_svd(request.backend, request.tensor, truncated)
-    known = all(exact)
+    known = all_of(exact)
     return request.finished(
         TTTensor(cores),
-        "TT-SVD" if known else "TT-SVD, randomized",
-        optimal=known and sum(cut) <= 1,
-        factor=math.sqrt(sum(cut)) if known and sum(cut) > 1 else math.inf,
+        "TT-SVD, randomized" if known is False else "TT-SVD",
+        optimal=known if sum(cut) <= 1 else False,
+        known=known,
+        factor=math.sqrt(sum(cut)) if sum(cut) > 1 else math.inf,
     )
 
 

@@ -13,6 +13,7 @@ from tnadapt.backends.backend import Array
 from tnadapt.decomposition.block_passes import BlockPasses, passes_over
 from tnadapt.decomposition.frobenius import norm_of
 from tnadapt.decomposition.hooi import hooi, hosvd, projected
+from tnadapt.decomposition.known_later import LazyProof, all_of
 from tnadapt.decomposition.matrix_truncation import MatrixTruncation, Triplets
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
@@ -122,8 +123,9 @@ def tucker(
     return request.finished(
         TuckerTensor(core, [factors[mode] for mode in range(len(ranks))]),
         "HOSVD, HOOI" if ran else "HOSVD",
-        optimal=direct and exact and lossy <= 1,
-        factor=math.sqrt(lossy) if direct and exact and lossy else math.inf,
+        optimal=exact if direct and lossy <= 1 else False,
+        known=exact,
+        factor=math.sqrt(lossy) if direct and lossy else math.inf,
         converged=watch.converged or not ran,
         history=watch.history,
     )
@@ -173,8 +175,8 @@ def _held(request: Request, init: Any, fixed: Collection[int]) -> set[int]:
 
 def _start(
     request: Request, ranks: list[int] | None, truncation: MatrixTruncation, init: Any, held: set[int]
-) -> tuple[Array, dict[int, Array], int, bool]:
-    backend, shape, exact = request.backend, request.shape, list[bool]()
+) -> tuple[Array, dict[int, Array], int, bool | LazyProof]:
+    backend, shape, exact = request.backend, request.shape, list[bool | LazyProof]()
     if ranks is None:
         loss = (request.max_error or 0.0) * request.norm() / math.sqrt(len(shape))
 
@@ -186,7 +188,7 @@ def _start(
     # Modes that shrink most come first: what follows is then smaller.
     order = sorted(range(len(shape)), key=lambda mode: (ranks[mode] if ranks else 1) / shape[mode])
     if init == "svd":
-        return *hosvd(backend, request.tensor, order, truncated), all(exact)
+        return *hosvd(backend, request.tensor, order, truncated), all_of(exact)
     if ranks is None:
         raise ConfigError("max_error= chooses ranks from the HOSVD: use init='svd', or give rank=")
     rng = np.random.default_rng(request.seed)

@@ -147,6 +147,7 @@ class BackendContract:
         host = np.arange(6.0).reshape(2, 3)
         self._same(b.matmul(x, b.matrix_transpose(x)), host @ host.T)
         self._same(b.matmul(b.reshape(x, (2, 1, 3)), b.reshape(x, (2, 3, 1))), (host**2).sum(1).reshape(2, 1, 1))
+        self._same(b.kron(x, b.matrix_transpose(x)), np.kron(host, host.T))
         self._same(b.sum(x, axis=0), host.sum(0))
         self._same((x + x) * 2.0 - x / 2.0, 3.5 * host)
         np.testing.assert_allclose(b.to_numpy(b.tanh(x)), np.tanh(host), rtol=1e-6)
