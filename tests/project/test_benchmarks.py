@@ -62,6 +62,20 @@ def test_the_table_of_mixed_batches_is_that_of_its_results(benchmark_scripts: Ca
     assert benchmark_scripts("mixed_batch").table(rows) == results.with_suffix(".rst").read_text(encoding="utf-8")
 
 
+def test_decompositions_and_products_agree_with_their_peers() -> None:
+    pytest.importorskip("tensorly")
+    pytest.importorskip("opt_einsum")
+    command = [sys.executable, str(BENCHMARKS / "decompositions.py"), "--smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_table_of_decompositions_is_that_of_its_results(benchmark_scripts: Callable[[str], ModuleType]) -> None:
+    results = BENCHMARKS / "results" / "decompositions.jsonl"
+    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    assert benchmark_scripts("decompositions").table(rows) == results.with_suffix(".rst").read_text(encoding="utf-8")
+
+
 def test_the_page_is_that_of_its_results(scripts: ModuleType, tmp_path: Path) -> None:
     page = importlib.import_module("page")
     page.write(scripts.read(scripts.RESULTS), tmp_path)

@@ -14,7 +14,7 @@ _PART = 16
 _PRODUCTS = 0.5
 # A deflated matrix whose norm exceeds the smallest value found by more than this holds a triplet that was missed.
 _MISSED = 1e-6
-_STEPS = 12
+_STEPS = 8
 
 
 def arpack_pays(shape: tuple[int, ...], rank: int) -> bool:

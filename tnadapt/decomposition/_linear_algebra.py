@@ -18,7 +18,7 @@ from tnadapt.backends import Backend, load_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError
 
-from ._truncated_svd import leading_triplets, truncated_pays
+from ._truncated_svd import leading_triplets, on_host, truncated_pays
 from .known_later import LazyProof
 from .leading_proof import no_matrix_is_closer
 
@@ -33,6 +33,8 @@ SVD_METHODS = ("auto", "full", "randomized")
 _OVERSAMPLES = 10
 _POWER_ITERATIONS = 4
 _PIECE = 1 << 20
+# As many elements are in the cache when they are read again.
+_CACHED = 1 << 15
 # A sum of squares in this range has lost nothing to overflow or underflow of its terms.
 _SAFE = 1e-200, 1e200
 
@@ -69,6 +71,16 @@ def tensorly_on(backend: Backend) -> Iterator[Any]:
             del own.backend
         else:
             tensorly.set_backend(before, local_threadsafe=True)
+
+
+def _squares(flat: np.ndarray) -> float:
+    """Compute the sum of the squares of a vector in float64."""
+    total = 0.0
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        for start in range(0, len(flat), _CACHED):
+            piece = flat[start : start + _CACHED].astype(np.float64)
+            total += float(piece @ piece)
+    return total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +163,8 @@ class Algebra:
 
     def squares(self, x: Array) -> float:
         """Compute the sum of the squares in float64."""
+        if on_host(self.backend, x):
+            return _squares(self.backend.to_numpy(x).reshape(-1))
         double, total = self.double.backend, 0.0
         flat = self.backend.flatten(x)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):

@@ -140,13 +140,15 @@ def _bidiagonalized(
     while True:
         after, coupling = _orthonormal(backend, backend.matmul(across, u), rights)
         beyond, size = _host(backend, coupling), rights.shape[1]
-        full = step == most if most is not None else size + width > limit
+        full = size + width > limit if most is None else step >= most
         if step == check or full:
             if not (np.isfinite(inner).all() and np.isfinite(beyond).all()):
                 return rights[:, :rank], np.full(rank, np.nan), False
             left, s, right = np.linalg.svd(inner[:size, :size])
             residuals = np.linalg.norm(beyond @ left[size - width :, :rank], axis=0)
             converged = bool((residuals <= _ROUNDING * eps * s[0]).all())
+            # A block whose residuals are still far from rounding after two steps needs many.
+            full |= most is not None and width > 1 and step >= 2 and bool(residuals.max() > math.sqrt(eps) * s[0])
             if converged or full:
                 chosen = backend.asarray(
                     np.ascontiguousarray(right[:rank].T), backend.dtype_name(matrix), backend.device(matrix)

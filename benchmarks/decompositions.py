@@ -1,0 +1,349 @@
+"""Decompositions and tensor products against their peers: ``python benchmarks/decompositions.py [--smoke]``.
+
+Contestants take turns in one process, in an order that moves on by one each round. A ratio is the median over the
+rounds of our time over theirs within a round, and *over the best* that to the fastest contestant of the case. Where
+errors differ, only contestants whose error is at most ours (up to 1 % of it and 1e-6) count among the best. Peers:
+TensorLy, SciPy, ``torch.kron``, ``numpy.kron``, einsum along an optimal path (of NumPy, and opt_einsum for torch), and
+quimb if it is installed. One thread of BLAS and torch, so that no contestant waits for another's threads.
+
+Writes ``results/decompositions.jsonl``, and the table of the documentation beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from fourier import threads
+from fwht import optional
+from machine import machine
+
+import tnadapt as tna
+import tnadapt.tensors as tt
+from tnadapt.algebra.rearrangement import rearranged
+from tnadapt.backends import load_backend
+
+__all__ = ["main", "measure", "table"]
+
+RESULTS = Path(__file__).with_name("results") / "decompositions.jsonl"
+ROUNDS = 7
+#: Seconds that the passes of one contestant take in a round, at least.
+SECONDS = 0.02
+OURS = "tnadapt"
+NUMPY = load_backend("numpy")
+
+Run = Callable[[], Any]
+Row = dict[str, Any]
+
+
+class Case(NamedTuple):
+    """One line of the table: what is computed, by whom, and how wrong a result is."""
+
+    kind: str
+    name: str
+    runs: dict[str, Run]
+    error: Callable[[Any], float]
+
+
+def measured(case: Case, rounds: int) -> Row:
+    """Return the median seconds of each contestant, their errors, and our ratios."""
+    errors, repeats = {}, {}
+    for name, run in case.runs.items():
+        errors[name] = case.error(run())
+        start = time.perf_counter()
+        run()
+        repeats[name] = max(1, int(SECONDS / (time.perf_counter() - start))) if rounds > 1 else 1
+    taken: dict[str, list[float]] = {name: [] for name in case.runs}
+    order = list(case.runs)
+    for turn in range(rounds):
+        for place in range(len(order)):
+            name = order[(turn + place) % len(order)]
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                case.runs[name]()
+            taken[name].append((time.perf_counter() - start) / repeats[name])
+    ratios = {
+        name: statistics.median(ours / theirs for ours, theirs in zip(taken[OURS], times, strict=True))
+        for name, times in taken.items()
+        if name != OURS
+    }
+    equal = [name for name in ratios if errors[name] <= 1.01 * errors[OURS] + 1e-6]
+    return {
+        "kind": case.kind,
+        "case": case.name,
+        "seconds": {name: statistics.median(times) for name, times in taken.items()},
+        "errors": errors,
+        "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()},
+        "over the best": round(max((ratios[name] for name in equal), default=0.0), 3),
+        "rounds": rounds,
+    }
+
+
+def relative(tensor: np.ndarray, made: Any) -> float:
+    """Return the relative Frobenius error."""
+    return float(np.linalg.norm(tensor - np.asarray(made)) / np.linalg.norm(tensor))
+
+
+# -- Truncated SVD ---------------------------------------------------------------------------------
+
+
+def singular(size: int) -> Iterator[Case]:
+    """Leading singular triplets of matrices whose values decay fast, slowly, and hardly."""
+    import tensorly
+    from scipy.sparse.linalg import svds
+
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(size, size)))[0] for _ in range(2))
+    noise = rng.normal(size=(size, size))
+    thin = rng.normal(size=(size, 4)) @ rng.normal(size=(4, size))
+    matrices = {
+        "rank 4": thin,
+        "rank 4 and noise": thin + 0.01 * noise,
+        "values 1/k": (left / np.arange(1, size + 1)) @ right,
+        "random": noise,
+    }
+    start = rng.normal(size=size)
+
+    def formed(found: Any) -> np.ndarray:
+        u, s, v = found
+        return (np.asarray(u) * np.asarray(s)) @ np.asarray(v)
+
+    for name, matrix in matrices.items():
+        for kind in ("float32", "float64"):
+            x, v0 = matrix.astype(kind), start.astype(kind)
+
+            def ours(x: np.ndarray = x) -> Any:
+                found = tt.cp(x, 4)
+                return found.factors[0], found.weights, found.factors[1].T
+
+            runs = {
+                OURS: ours,
+                "TensorLy, truncated_svd": lambda x=x: tensorly.tenalg.svd_interface(x, n_eigenvecs=4),
+                "SciPy, svds": lambda x=x, v0=v0: svds(x, 4, v0=v0),
+                "NumPy, svd": lambda x=x: [part[..., :4] if n < 2 else part[:4] for n, part in enumerate(_full(x))],
+            }
+            yield Case("truncated SVD", f"{size}², {name}, {kind}", runs, lambda f, x=x: relative(x, formed(f)))
+
+
+def _full(x: np.ndarray) -> Any:
+    return np.linalg.svd(x, full_matrices=False)
+
+
+# -- Kronecker products ----------------------------------------------------------------------------
+
+
+def nearest_kronecker(smoke: bool) -> Iterator[Case]:
+    """Nearest Kronecker products of two and of three factors, of a random matrix and of one that is near a product."""
+    import tensorly
+    from scipy.sparse.linalg import svds
+    from tensorly.decomposition import parafac, parafac_power_iteration
+
+    rng = np.random.default_rng(0)
+    two = [(8, 8), (8, 8)] if smoke else [(32, 32), (32, 32)]
+    three = [(4, 4), (4, 4), (3, 3)] if smoke else [(8, 8), (8, 8), (12, 12)]
+    for shapes in (two, three):
+        factors = [rng.normal(size=shape) for shape in shapes]
+        product = tt.kronecker(factors)
+        noise = rng.normal(size=product.shape)
+        for name, matrix in {"random": noise, "near": product + 0.1 * product.std() * noise}.items():
+            x = matrix.astype("float32")
+
+            def outer(found: Any, x: np.ndarray = x, shapes: Any = shapes) -> float:
+                weights, vectors = found
+                weights = np.ones(1) if weights is None else np.asarray(weights, np.float64).reshape(1)
+                made = tna.cp_to_tensor((weights, [np.asarray(v, np.float64).reshape(-1, 1) for v in vectors]))
+                return relative(rearranged(NUMPY, x, shapes), made)
+
+            def ours(x: np.ndarray = x, shapes: Any = shapes) -> Any:
+                found = tt.kronecker_decomposition(x, shapes)
+                return found.weights, [np.reshape(factor, (-1, 1)) for factor in found.terms[0]]
+
+            def turned(x: np.ndarray = x, shapes: Any = shapes) -> np.ndarray:
+                return rearranged(NUMPY, x, shapes)
+
+            runs: dict[str, Run] = {OURS: ours}
+            if len(shapes) == 2:
+
+                def with_svd(of: Callable[[np.ndarray], Any], turned: Any = turned) -> Run:
+                    def run() -> Any:
+                        u, s, v = of(turned())
+                        return s, [u, np.asarray(v).T]
+
+                    return run
+
+                runs["TensorLy, truncated_svd"] = with_svd(lambda r: tensorly.tenalg.svd_interface(r, n_eigenvecs=1))
+                runs["SciPy, svds"] = with_svd(lambda r: svds(r, 1, v0=np.ones(min(r.shape), r.dtype)))
+            else:
+                runs["TensorLy, parafac"] = lambda turned=turned: parafac(turned(), 1, n_iter_max=100, tol=1e-8)
+                runs["TensorLy, power iteration"] = lambda turned=turned: parafac_power_iteration(turned(), 1)
+            size = "x".join(map(str, x.shape))
+            yield Case("nearest Kronecker product", f"{size}, {len(shapes)} factors, {name}", runs, outer)
+
+
+def kronecker(smoke: bool) -> Iterator[Case]:
+    """Kronecker products of two matrices."""
+    torch, quimb = optional("torch"), optional("quimb")
+    sizes = ((8, 8), (32, 32), (128, 8), (8, 128), (256, 4), (4, 256), (64, 16), (512, 2))
+    for a, b in sizes[:2] if smoke else sizes:
+        rng = np.random.default_rng(0)
+        x, y = (rng.normal(size=(size, size)).astype("float32") for size in (a, b))
+        expected = np.kron(x, y)
+        peers: dict[str, Run] = {"numpy.kron": lambda x=x, y=y: np.kron(x, y)}
+        if quimb is not None:
+            peers["quimb.kron"] = lambda x=x, y=y: quimb.kron(x, y)
+        runs = {OURS: lambda x=x, y=y: tna.kronecker([x, y]), **peers}
+        yield Case("kronecker", f"{a}² and {b}², NumPy", runs, lambda found, e=expected: relative(e, found))
+        if torch is not None:
+            p, q = torch.from_numpy(x), torch.from_numpy(y)
+            runs = {
+                OURS: lambda p=p, q=q: tna.kronecker([p, q]),
+                "torch.kron": lambda p=p, q=q: torch.kron(p, q),
+            }
+            yield Case("kronecker", f"{a}² and {b}², torch", runs, lambda found, e=expected: relative(e, found))
+
+
+# -- Products of factors ---------------------------------------------------------------------------
+
+
+def products(smoke: bool) -> Iterator[Case]:
+    """Tensors of CP, Tucker and tensor trains against the best path of einsum."""
+    shapes = ((128, 128, 128), (32, 32, 32, 32), (16, 16, 16, 16, 16), (200, 50, 200), (10, 2000, 40), (40, 10, 2000))
+    rng, rank = np.random.default_rng(0), 8
+    for shape in ((6, 5, 4), (3, 4, 2, 5)) if smoke else shapes:
+        modes, order = "abcdefg"[: len(shape)], len(shape)
+        letters = "zyxwvut"[:order]
+        ranks = [1, *[rank] * (order - 1), 1]
+        core = rng.normal(size=(min(rank, 4),) * order)
+        factors = [rng.normal(size=(size, rank)) for size in shape]
+        narrow = [factor[:, : min(rank, 4)] for factor in factors]
+        cores = [rng.normal(size=(ranks[m], size, ranks[m + 1])) for m, size in enumerate(shape)]
+        bonds = [
+            f"{left}{m}{right}"
+            for left, m, right in zip("1" + letters, modes, letters[: order - 1] + "2", strict=False)
+        ]
+        subscripts = {
+            "cp_to_tensor": ",".join(f"{m}z" for m in modes),
+            "tucker_to_tensor": ",".join(
+                [letters, *(f"{m}{letter}" for m, letter in zip(modes, letters, strict=True))]
+            ),
+            "tt_to_tensor": ",".join(bonds).replace("1", "p").replace("2", "q"),
+        }
+        arrays = {
+            "cp_to_tensor": (factors, lambda xs: tna.cp_to_tensor((None, xs))),
+            "tucker_to_tensor": ([core, *narrow], lambda xs: tna.tucker_to_tensor((xs[0], xs[1:]))),
+            "tt_to_tensor": (cores, tna.tt_to_tensor),
+        }
+        for kind, (parts, ours) in arrays.items():
+            yield from _against_einsum(kind, shape, [p.astype("float32") for p in parts], subscripts[kind], modes, ours)
+
+
+def _against_einsum(
+    kind: str, shape: Sequence[int], parts: list[np.ndarray], subscripts: str, modes: str, ours: Callable[[Any], Any]
+) -> Iterator[Case]:
+    import opt_einsum
+
+    torch, text = optional("torch"), f"{subscripts}->{modes}"
+    path = np.einsum_path(text, *parts, optimize="optimal")[0]
+    expected = np.einsum(text, *parts, optimize=path)
+    expression = opt_einsum.contract_expression(text, *(part.shape for part in parts), optimize="optimal")
+    name = "x".join(map(str, shape))
+    peers = {
+        "numpy.einsum, optimal path": lambda: np.einsum(text, *parts, optimize=path),
+        "opt_einsum": lambda: expression(*parts),
+    }
+    yield Case(kind, f"{name}, NumPy", {OURS: lambda: ours(parts), **peers}, lambda found: relative(expected, found))
+    if torch is not None:
+        tensors = [torch.from_numpy(part) for part in parts]
+        peers = {
+            "torch.einsum": lambda: torch.einsum(text, *tensors),
+            "opt_einsum": lambda: expression(*tensors, backend="torch"),
+        }
+        runs = {OURS: lambda: ours(tensors), **peers}
+        yield Case(kind, f"{name}, torch", runs, lambda found: relative(expected, found))
+
+
+# -- CP, Tucker, tensor trains ---------------------------------------------------------------------
+
+
+def decompositions(smoke: bool) -> Iterator[Case]:
+    """CP, Tucker and tensor trains of a tensor that is near one, against TensorLy from its own start."""
+    from tensorly.decomposition import parafac, tensor_train, tucker
+
+    size, rank = (8, 2) if smoke else (50, 5)
+    rng = np.random.default_rng(0)
+    near = tt.random_cp((size, size, size), rank, random_state=0).to_tensor()
+    x = (near + 0.1 * near.std() * rng.normal(size=near.shape)).astype("float32")
+    name = f"{size}³, rank {rank}"
+
+    def of(make: Callable[[Any], Any]) -> Callable[[Any], float]:
+        return lambda found: relative(x, make(found))
+
+    settings: Mapping[str, Any] = {"n_iter_max": 200, "tol": 1e-8}
+    runs: dict[str, Run] = {OURS: lambda: tt.cp(x, rank), "TensorLy": lambda: parafac(x, rank, **settings)}
+    yield Case("CP", name, runs, of(tna.cp_to_tensor))
+    ranks = [rank] * 3
+    runs = {OURS: lambda: tt.tucker(x, ranks), "TensorLy": lambda: tucker(x, ranks, **settings)}
+    yield Case("Tucker", name, runs, of(tna.tucker_to_tensor))
+    bonds = [1, rank, rank, 1]
+    runs = {OURS: lambda: tt.tensor_train(x, (rank, rank)), "TensorLy": lambda: tensor_train(x, bonds)}
+    yield Case("tensor train", name, runs, of(lambda cores: tna.tt_to_tensor(list(cores))))
+
+
+def measure(smoke: bool = False) -> Iterator[Row]:
+    """Yield one row per case."""
+    with warnings.catch_warnings(), threads(1):
+        warnings.simplefilter("ignore")  # of peers
+        for cases in (
+            singular(128 if smoke else 1024), nearest_kronecker(smoke), decompositions(smoke), kronecker(smoke),
+            products(smoke),
+        ):  # fmt: skip
+            for case in cases:
+                row = measured(case, 1 if smoke else ROUNDS)
+                worst = max(row["errors"].values()) if case.kind in ("kronecker", *_PRODUCTS) else 0.0
+                if not worst <= 1e-5:
+                    raise AssertionError(f"{case.kind}, {case.name}: the contestants disagree: {row['errors']}")
+                yield row
+
+
+_PRODUCTS = ("cp_to_tensor", "tucker_to_tensor", "tt_to_tensor")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the documentation's table: our time over each contestant's."""
+    about, *rows = rows
+    lines = [".. list-table::", "   :header-rows: 1", "   :widths: 18 30 12 12 28", ""]
+    lines += ["   * - Function", "     - Case", "     - ms", "     - Over the best", "     - Over each"]
+    for row in rows:
+        each = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
+        best = f"{row['over the best']:.2f}"
+        lines += [f"   * - {row['kind']}", f"     - {row['case']}", f"     - {1e3 * row['seconds'][OURS]:.3g}"]
+        lines += [f"     - {best}", f"     - {each}"]
+    how = about["machine"]
+    kept = ("processor", "cores", "numpy", "torch", "tensorly", "scipy", "date")
+    return "\n".join([*lines, "", f"({', '.join(f'{name} {how[name]}' for name in kept if name in how)})", ""])
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="small sizes, once: only check that contestants agree")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given = parser.parse_args(arguments)
+    rows: list[Row] = [{"machine": machine()}]
+    for row in measure(given.smoke):
+        rows.append(row)
+        print(f"{row['kind']}, {row['case']}: {row['over the best']} {row['ratios']}", flush=True)
+    if not given.smoke:
+        given.results.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        given.results.with_suffix(".rst").write_text(table(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
