@@ -18,6 +18,7 @@ from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of, mode_of
 from ._cp_tensor import CPTensor
+from ._nonnegative_fits import constrained_modes, fitted_cp, refuse_callback
 from ._requests import Callback, Request, Watch, requested
 
 __all__ = ["cp"]
@@ -33,6 +34,7 @@ def cp(
     max_error: float | None = None,
     init: str | CPTensor = "svd",
     fixed: Collection[int] = (),
+    nonnegative: bool | Collection[int] = False,
     starts: int = 1,
     random_state: Any = None,
     tol: float = 1e-8,
@@ -55,6 +57,10 @@ def cp(
         numbers; or a given result.
     fixed : collection of int
         Modes whose factors of ``init`` are kept.
+    nonnegative : bool or collection of int
+        Whether no factor may have negative elements, or the modes whose factors may not. Negative elements of the
+        tensor are allowed and fitted as closely as such factors can; the bound counts what they cost. The iteration is
+        then TensorLy's HALS on the host, without a callback.
     starts : int
         Number of starts, the first by ``init`` and the others random; the best result is returned.
     random_state : int or Generator, optional
@@ -97,6 +103,9 @@ def cp(
     ((2,), [(5, 2), (6, 2), (7, 2)])
     >>> cp(tensor, max_error=1e-6).rank
     2
+    >>> counts = cp(abs(tensor), 4, nonnegative=True)
+    >>> all((factor >= 0.0).all() for factor in counts.factors), counts.outcome.method
+    (True, 'non-negative HALS')
     """
     request = requested(tensor, rank, max_error, random_state=random_state)
     if not request.concrete:
@@ -104,7 +113,7 @@ def cp(
             "cp() iterates until it converges, which cannot be traced or differentiated: detach the tensor, or use "
             "tensor_train() or tucker(max_iterations=0)"
         )
-    options = _Options(request, init, fixed, starts, tol, max_iterations, callback)
+    options = _Options(request, init, fixed, nonnegative, starts, tol, max_iterations, callback)
     if rank is not None:
         if integer_of("rank", rank, 1) > _useful(request.shape):
             raise ShapeError(
@@ -128,6 +137,7 @@ class _Options:
         request: Request,
         init: Any,
         fixed: Collection[int],
+        nonnegative: bool | Collection[int],
         starts: int,
         tol: float,
         max_iterations: int,
@@ -138,6 +148,9 @@ class _Options:
         self.starts = integer_of("starts", starts, 1)
         self.iterations = integer_of("max_iterations", max_iterations, 1)
         self.tol, self.callback = tol, callback
+        self.nonnegative = constrained_modes(nonnegative, request)
+        if self.nonnegative:
+            refuse_callback(callback)
         if not isinstance(init, CPTensor) and init not in ("svd", "random"):
             raise ConfigError(f"init must be 'svd', 'random' or a CPTensor; got {safe_repr(init)}")
         if isinstance(init, str) and self.fixed:
@@ -183,7 +196,12 @@ class _Options:
             return self._finished(CPTensor(None, zeros), "zero", optimal=True)
         if len(shape) == 1:
             column = backend.reshape(request.tensor, (-1, 1))
+            if self.nonnegative:
+                column = backend.where(column > 0.0, column, column * 0.0)
             return self._finished(CPTensor(None, [column]), "exact", optimal=True)
+        if self.nonnegative:
+            tol = Watch(self.tol, None).tol
+            return fitted_cp(request, rank, self.nonnegative, self.init, self.fixed, self.starts, tol, self.iterations)
         if len(shape) == 2 and not self.fixed:
             found = MatrixTruncation(backend, request.tensor, "auto", request.seed).to_rank(request.tensor, rank)
             factors = [found.u, backend.matrix_transpose(found.vh)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
@@ -182,6 +183,10 @@ class CPTensor(Decomposed, _CPParts):
         number = range(self.order)[mode]
         factors = [mode_dot(one, matrix, 0) if m == number else one for m, one in enumerate(self.factors)]
         return type(self)(self.weights, factors)
+
+    def cp_copy(self) -> Self:
+        """Return a copy of the object and its arrays, as the method of this name in TensorLy does."""
+        return copy.deepcopy(self)
 
     def _weights(self, backend: Backend) -> Array:
         if self.weights is not None:

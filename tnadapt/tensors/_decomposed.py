@@ -16,6 +16,8 @@ from tnadapt.backends.backend import Array
 from tnadapt.decomposition.known_later import KnownLater
 from tnadapt.errors import ShapeError, safe_repr
 
+from ._modes import unfold
+
 __all__ = ["Decomposed", "FitOutcome"]
 
 Index = tuple[int | slice, ...]
@@ -173,6 +175,14 @@ class Decomposed(abc.ABC):
         square = self.inner(self)
         real = backend.xp.real(square) if backend.is_complex(square) else square
         return backend.sqrt(backend.where(real > 0.0, real, real * 0.0))
+
+    def to_vec(self) -> Array:
+        """Form the tensor, flattened in row-major order."""
+        return self.backend.flatten(self.to_tensor())
+
+    def to_unfolded(self, mode: int) -> Array:
+        """Form the tensor, unfolded in one mode."""
+        return unfold(self.to_tensor(), mode)
 
     def entry(self, *index: int) -> Array:
         """Compute one element without forming the tensor; an array without axes."""

@@ -20,7 +20,7 @@ from ._checks import as_tensor, finite, integer_of
 from ._decomposed import Decomposed, FitOutcome
 from ._truncation import error_limit
 
-__all__ = ["Request", "Watch", "one_of", "requested", "seed_of"]
+__all__ = ["Observer", "Request", "Watch", "one_of", "requested", "seed_of"]
 
 Callback = Callable[[int, float], Any]
 D = TypeVar("D", bound=Decomposed)
@@ -229,6 +229,22 @@ def _all_seen(roots: np.ndarray) -> None:
             )
 
 
+class Observer:
+    """A callback that is given the arrays of each iteration, too.
+
+    Parameters
+    ----------
+    see : callable
+        Called with the number of the iteration, the relative error and the arrays; stops if it returns True.
+    """
+
+    def __init__(self, see: Callable[[int, float, Sequence[Array]], Any]) -> None:
+        self.see = see
+
+    def __call__(self, iteration: int, error: float) -> Any:
+        return self.see(iteration, error, ())
+
+
 class Watch:
     """Collects the errors of an iteration, calls the callback, and says when to stop.
 
@@ -249,11 +265,16 @@ class Watch:
         self.history: list[float] = []
         self.converged = False
 
-    def __call__(self, iteration: int, error: float) -> bool:
+    def __call__(self, iteration: int, error: float, arrays: Sequence[Array] = ()) -> bool:
         """Note an error; return whether to stop."""
         before = self.history[-1] if self.history else math.inf
         self.history.append(error)
-        if self.callback is not None and self.callback(iteration, error) is True:
+        if self._stopped(iteration, error, arrays):
             return True
         self.converged = before - error <= self.tol
         return self.converged
+
+    def _stopped(self, iteration: int, error: float, arrays: Sequence[Array]) -> bool:
+        if isinstance(self.callback, Observer):
+            return self.callback.see(iteration, error, arrays) is True
+        return self.callback is not None and self.callback(iteration, error) is True

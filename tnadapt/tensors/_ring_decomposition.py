@@ -177,7 +177,7 @@ def _improved(request: Request, cores: list[Array], held: set[int], watch: Watch
             continue
         count += 1
         best, error = found, min(error, now)
-        if watch(count, error):
+        if watch(count, error, best):
             break
     return best
 

@@ -19,6 +19,7 @@ from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of, mode_of
 from ._from_blocks import BLOCK, OVERSAMPLED, compressed, expanded_tucker
+from ._nonnegative_fits import constrained_modes, fitted_tucker, refuse_callback
 from ._requests import Callback, Request, Watch, one_of, requested, seed_of
 from ._truncation import ranks_of
 from ._tucker_tensor import TuckerTensor
@@ -33,6 +34,7 @@ def tucker(
     max_error: float | None = None,
     init: str | TuckerTensor = "svd",
     fixed: Collection[int] = (),
+    nonnegative: bool = False,
     svd: str = "auto",
     random_state: Any = None,
     tol: float = 1e-6,
@@ -55,6 +57,10 @@ def tucker(
         What the iteration starts from: the truncated HOSVD, random factors, or a given result.
     fixed : collection of int
         Modes whose factors of ``init`` are kept; they must have orthonormal columns.
+    nonnegative : bool
+        Whether neither the core nor a factor may have negative elements; the factors are then not orthonormal. Negative
+        elements of the tensor are allowed; the bound counts what they cost. The iteration is then TensorLy's HALS on
+        the host, by ranks only, without ``fixed`` and without a callback.
     svd : {"auto", "full", "randomized"}
         How to compute leading singular vectors.
     random_state : int or Generator, optional
@@ -106,11 +112,16 @@ def tucker(
     if passes is not None:
         if init != "svd" or fixed:
             raise ConfigError("a tensor that is read in blocks starts from its HOSVD: leave init and fixed out")
+        if nonnegative is not False:
+            raise ConfigError("nonnegative= needs the tensor in memory: pass np.asarray(tensor)")
         return _from_blocks(passes, rank, max_error, seed_of(random_state), svd, tol, max_iterations, callback)
     request = requested(tensor, rank, max_error, random_state=random_state)
     sweeps, watch = integer_of("max_iterations", max_iterations, 0), Watch(tol, callback)
     held = _held(request, init, fixed)
     ranks = None if rank is None else _ranks(rank, request.shape)
+    if nonnegative is not False:
+        _refuse(nonnegative, request, ranks, held, callback)
+        return fitted_tucker(request, ranks or [], init, watch.tol, integer_of("max_iterations", max_iterations, 1))
     truncation = MatrixTruncation(request.backend, request.tensor, svd, request.seed)
     core, factors, lossy, exact = _start(request, ranks, truncation, init, held)
     ranks = [int(size) for size in core.shape]
@@ -152,6 +163,21 @@ def _ranks(rank: Any, shape: tuple[int, ...]) -> list[int]:
         if one > size:
             raise ShapeError(f"rank {one} of mode {mode} is above its size {size}, the largest that is possible")
     return ranks
+
+
+def _refuse(
+    nonnegative: Any, request: Request, ranks: list[int] | None, held: set[int], callback: Callback | None
+) -> None:
+    """Raise an error for what does not go with nonnegative=."""
+    if nonnegative is not True:
+        raise ConfigError(
+            "nonnegative must be True or False, as the core is constrained with all factors; got "
+            f"{safe_repr(nonnegative)}. cp() takes single modes"
+        )
+    constrained_modes(nonnegative, request)
+    refuse_callback(callback)
+    if ranks is None or held:
+        raise ConfigError("nonnegative= takes neither max_error= nor fixed=: give rank=, and let all factors change")
 
 
 def _held(request: Request, init: Any, fixed: Collection[int]) -> set[int]:

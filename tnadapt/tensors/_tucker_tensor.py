@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
@@ -137,6 +138,10 @@ class TuckerTensor(Decomposed, _TuckerParts):
         self.same_shape(other)
         factors = [row_khatri_rao(pair) for pair in zip(self.factors, other.factors, strict=True)]
         return type(self)(kronecker_tensor(self.backend, [self.core, other.core]), factors)
+
+    def tucker_copy(self) -> Self:
+        """Return a copy of the object and its arrays, as the method of this name in TensorLy does."""
+        return copy.deepcopy(self)
 
     def orthogonal(self) -> Self:
         """Return the same tensor with factors that have orthonormal columns, at most as many as rows."""
