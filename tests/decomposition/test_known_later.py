@@ -11,6 +11,7 @@ import pytest
 
 import tnadapt as tna
 from tnadapt.decomposition import GroupReport, _group_fits
+from tnadapt.decomposition._linear_algebra import Algebra
 from tnadapt.decomposition.known_later import LazyProof, all_of
 
 KNOWN = {"size": 4, "norm": 2.0, "error": 0.5, "iterations": 0, "method": "SVD"}
@@ -87,3 +88,24 @@ def test_no_bound_is_computed_before_it_is_read(monkeypatch: pytest.MonkeyPatch)
     again = tna.decompose(given, config)[1]
     assert len(asked) == 1
     assert again.bound == bound
+
+
+def test_no_error_is_computed_only_for_progress_that_nobody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    plain = Algebra.norm
+
+    def counted(self: Algebra, x: Any) -> float:
+        asked.append(1)
+        return plain(self, x)
+
+    monkeypatch.setattr(Algebra, "norm", counted)
+    delta = np.random.default_rng(0).normal(size=(8, 6))
+    params, _ = tna.decompose([delta], tna.presets.lora(2))
+    silent = len(asked)
+    asked.clear()
+    seen: list[Any] = []
+    watched, _ = tna.decompose([delta], tna.presets.lora(2), progress=seen.append)
+    assert len(asked) == silent + 2
+    assert seen[-1].error is not None
+    for name, array in params.items():
+        np.testing.assert_array_equal(array, watched[name])

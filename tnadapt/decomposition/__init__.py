@@ -1,7 +1,7 @@
 """Decomposition: fit the parameters of a config to given updates.
 
 Each file has one solver: leading singular triplets (``_truncated_svd``, ``_arpack``) and the proof that they are the
-leading ones (``leading_proof``), the nearest tensor of rank one (``_rank_one``), SVD, ALS, HOOI and TT-SVD of one
+leading ones (``leading_proof``), the nearest tensor of rank one (``rank_one``), SVD, ALS, HOOI and TT-SVD of one
 tensor (``_single_tensor``), alternating least squares of one tensor in any format (``_general_fit``), Kronecker
 products and sums (``_kronecker_sums``), a group before F with free padding (``_network_fit``), and a group through F
 (``_through_map``) by least squares (``_least_squares``), array by array (``_alternating``) or by gradients

@@ -8,9 +8,13 @@ from tnadapt.backends.backend import Array
 
 from .known_later import LazyProof
 
-__all__ = ["Fit", "Limits"]
+__all__ = ["Fit", "Limits", "unwatched"]
 
 Arrays = dict[str, Array]
+
+
+def unwatched(iteration: int, error: float | None) -> None:
+    """Ignore progress. A solver that is given this one computes no error that only progress would show."""
 
 
 class Fit(NamedTuple):

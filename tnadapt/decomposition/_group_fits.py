@@ -14,6 +14,7 @@ from tnadapt.backends import load_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, ShapeError
 
+from ._fit import unwatched
 from ._fit_report import FitReport, GroupReport, Step
 from ._linear_algebra import Algebra
 from ._lower_bounds import lower_bound
@@ -91,7 +92,7 @@ def fit_plan(
                 progress(Step(number, count, iteration, error))
 
         watch(0, None)
-        arrays, report = _fitted(algebra, group, y, limits, watch)
+        arrays, report = _fitted(algebra, group, y, limits, watch if progress is not None else unwatched)
         params.update({full: arrays[name] for name, full in group.names.items()})
         reports.append(report)
         held += group.size

@@ -63,7 +63,8 @@ def _unfoldings(algebra: Algebra, network: Network, vec: Array) -> Iterator[tupl
         if rows != sizes[0] or any(math.prod(s[m] for s in inner) != d for m, d in enumerate(sizes)):
             return
         outer = rearranged(backend, tensor, inner)
-        for k in range(len(inner)):
+        # Of two splits, one unfolding is the other transposed.
+        for k in range(len(inner) if len(inner) > 2 else 1):
             yield _matrix(algebra, outer, [k]), network.terms
     elif len(sizes) == 2:
         # The rank of a Hadamard product is at most the product of the factors' ranks.

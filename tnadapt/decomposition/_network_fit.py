@@ -19,6 +19,7 @@ from tnadapt.algebra.network import Network
 from tnadapt.algebra.rearrangement import rearranged
 from tnadapt.backends.backend import Array
 
+from ._fit import unwatched
 from ._gradient import refine
 from ._kronecker_sums import Term, fit_sum, outer_sum
 from ._linear_algebra import Algebra
@@ -91,7 +92,7 @@ def _completed(algebra: Algebra, network: Network, way: _Way, target: Array, lim
     backend = algebra.backend
     tensor = way.fold(target)
     missing = math.prod(way.sizes) > network.size
-    found = way.solve(tensor, None, limits, (lambda *_: None) if missing else watch)
+    found = way.solve(tensor, None, limits, unwatched if missing else watch)
     if not missing:
         return found
     norm, scale = algebra.norm(target), network.scale
@@ -107,7 +108,7 @@ def _completed(algebra: Algebra, network: Network, way: _Way, target: Array, lim
     few = limits._replace(iterations=min(limits.iterations, 5))
     for count in range(limits.iterations):
         watch(count, error / norm)
-        again = way.solve(way.make(found.arrays) + way.fold(left), found.arrays, few, lambda *_: None)
+        again = way.solve(way.make(found.arrays) + way.fold(left), found.arrays, few, unwatched)
         rounds += max(1, again.iterations)
         left = residual(again.arrays)
         before, error = error, algebra.norm(left)
@@ -153,7 +154,8 @@ def _one_split(algebra: Algebra, network: Network) -> _Way:
 
     def solve(tensor: Array, start: Mapping[str, Array] | None, limits: Limits, watch: Watch) -> Fit:
         found = fit_format(algebra, whole, tensor, None if start is None else joined(start), limits)
-        watch(max(1, found.iterations), algebra.norm(tensor - made(found.arrays)) / algebra.norm(tensor))
+        if watch is not unwatched:
+            watch(max(1, found.iterations), algebra.norm(tensor - made(found.arrays)) / algebra.norm(tensor))
         return found._replace(arrays=parted(found.arrays))
 
     def made(arrays: Mapping[str, Array]) -> Array:

@@ -21,8 +21,8 @@ from tnadapt.backends.backend import Array
 from ._fit import Fit, Limits
 from ._general_fit import fit_any
 from ._linear_algebra import Algebra, tensorly_on
-from ._rank_one import nearest_rank_one
 from .known_later import all_of
+from .rank_one import nearest_rank_one
 
 __all__ = ["Fit", "Limits", "fit_format"]
 

@@ -19,6 +19,7 @@ from tnadapt.algebra.maps.projection import Projection
 from tnadapt.backends.backend import Array
 
 from ._alternating import alternate
+from ._fit import unwatched
 from ._gradient import refine
 from ._least_squares import least_squares
 from ._linear_algebra import Algebra
@@ -64,7 +65,7 @@ def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: W
     if algebra.squares(before.arrays["x"]) == 0.0:
         # y is orthogonal to the range of F.
         return Fit({name: algebra.zeros(shape) for name, shape in network.shapes.items()}, False, 0, before.method)
-    found = fit_network(algebra, network, before.arrays["x"], limits, lambda *_: None)
+    found = fit_network(algebra, network, before.arrays["x"], limits, unwatched)
     if plain:
         return found._replace(optimal=before.optimal, iterations=before.iterations, method=before.method)
     return alternate(algebra, network, projection, y, found.arrays, limits, watch)
@@ -106,8 +107,8 @@ def _nonlinear(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: 
     before = _before(algebra, linear, target, limits, _STEPS).arrays["x"]
     if 0.0 < algebra.largest(before) < np.inf:
         few = limits._replace(iterations=min(limits.iterations, 10))
-        fitted = fit_network(algebra, network, before, few, lambda *_: None).arrays
-        fitted = alternate(algebra, network, linear, target, fitted, few, lambda *_: None).arrays
+        fitted = fit_network(algebra, network, before, few, unwatched).arrays
+        fitted = alternate(algebra, network, linear, target, fitted, few, unwatched).arrays
         near = at_size(algebra, network, fitted, exponent)
         # Add a little of the initial arrays: where two factors of a product are zero, both gradients vanish.
         guesses.append({name: near[name] + begun[name] * 1e-3 for name in network.shapes})

@@ -11,9 +11,11 @@ import numpy as np
 from tnadapt.algebra.formats import unfolded
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
+from tnadapt.decomposition import Limits
 from tnadapt.decomposition.cp_als import CPFactors, CPSweeps, cp_als
 from tnadapt.decomposition.known_later import LazyProof
 from tnadapt.decomposition.matrix_truncation import MatrixTruncation
+from tnadapt.decomposition.rank_one import nearest_rank_one
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of, mode_of
@@ -260,6 +262,8 @@ class _Options:
         if self.init == "random" or not first:
             return [normal(size, rank) for size in request.shape]
         truncation, factors = MatrixTruncation(backend, request.tensor, "auto", request.seed), []
+        if rank == 1 and truncation.algebra is not None:
+            return nearest_rank_one(truncation.algebra, request.tensor, Limits(self.tol, self.iterations))[0]
         for mode, size in enumerate(request.shape):
             columns = truncation.to_rank(unfolded(backend, request.tensor, mode), rank).u
             missing = rank - int(columns.shape[1])
