@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -438,3 +439,31 @@ def test_parts_of_several_dtypes_are_computed_in_the_widest() -> None:
     assert tl.tucker_mode_dot((np.ones((1, 1)), factors), np.ones(3), 1, keep_dim=True).shape == (2, 1)
     assert tl.cp_mode_dot((None, factors), np.ones((4, 3)), 1).shape == (2, 4)
     assert tl.cp_mode_dot((None, factors), np.ones(3), -1, keep_dim=True).shape == (2, 1)
+
+
+TRACED: dict[str, Callable[[Any], Any]] = {
+    "tensor_train": lambda tensor: tl.tt_to_tensor(tl.tensor_train(tensor, [1, 2, 3, 1])),
+    "tensor_train_matrix": lambda tensor: tl.tt_matrix_to_tensor(tl.tensor_train_matrix(tensor.reshape(2, 2, 5, 6), 2)),
+    "tensor_ring": lambda tensor: tl.tr_to_tensor(tl.tensor_ring(tensor, 2)),
+    "tucker": lambda tensor: tl.tucker_to_tensor(tl.tucker(tensor, [2, 3, 2], n_iter_max=0)),
+    "partial_tucker": lambda tensor: tl.partial_tucker(tensor, [2, 3], modes=[0, 2])[0][0],
+    "cp_normalize": lambda tensor: tl.cp_to_tensor(tl.cp_normalize((None, [tensor[0], tensor[1]]))),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_gradients_flow_and_jit_runs(name: str) -> None:
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
+    tensor = torch.from_numpy(TENSOR).requires_grad_()
+    TRACED[name](tensor).square().sum().backward()
+    assert tensor.grad.abs().sum() > 0.0
+    plain = np.asarray(TRACED[name](TENSOR))
+    traced = np.asarray(jax.jit(TRACED[name])(jax.numpy.asarray(TENSOR.astype("float32"))))
+    assert traced.shape == plain.shape
+    assert np.linalg.norm(traced) == pytest.approx(np.linalg.norm(plain), rel=0.05)
+
+
+def test_parafac_of_a_tensor_with_gradients_says_what_to_do() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(BackendError, match="detach the tensor"):
+        tl.parafac(torch.ones(2, 3, 4, requires_grad=True), 1)

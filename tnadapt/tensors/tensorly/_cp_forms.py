@@ -120,7 +120,7 @@ def cp_norm(cp_tensor: Any) -> Array:
     Returns
     -------
     array
-        Without axes. Costs ``r² sum(d)`` multiply-adds; see :meth:`tnadapt.tensors.Decomposed.norm` for its precision.
+        Without axes. Costs ``r² sum(d)`` multiply-adds; see :meth:`tnadapt.tensors.CPTensor.norm` for its precision.
 
     Raises
     ------

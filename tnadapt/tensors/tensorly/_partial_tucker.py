@@ -102,7 +102,8 @@ def partial_tucker(
         return truncation.to_rank(matrix, wanted[mode])
 
     core, found = _begun(request, wanted, init, truncated)
-    norm, sweeps = request.norm(), Sweeps(None, verbose, lambda arrays: TuckerTensor(arrays[0], arrays[1:]))
+    norm = request.norm() if request.concrete else 0.0
+    sweeps = Sweeps(None, verbose, lambda arrays: TuckerTensor(arrays[0], arrays[1:]))
     watch = Watch(tolerance(tol), sweeps.observer)
 
     def on_sweep(count: int, core: Array) -> bool:
