@@ -334,6 +334,23 @@ def test_a_mask_leaves_missing_elements_out_though_they_are_nan() -> None:
     assert tl.tucker(whole, [1, 1, 1], mask=mask * 0 + 1).outcome.method.startswith("HOSVD")
 
 
+def test_a_random_start_is_tensorlys() -> None:
+    tensor = tl.random_cp((6, 7, 8), 3, full=True, random_state=5) + 0.01 * np.random.default_rng(0).normal(
+        size=(6, 7, 8)
+    )
+    for seed in range(3):
+        start = tensorly.random.random_cp((6, 7, 8), 3, random_state=seed, normalise_factors=False)
+        mine = tl.parafac(tensor, 3, init="random", random_state=seed)
+        assert (mine.to_tensor() == tl.parafac(tensor, 3, init=start).to_tensor()).all()
+        other = tensorly.decomposition.parafac(tensor, 3, init="random", random_state=seed)
+        assert mine.error <= 1.01 * np.linalg.norm(tl.cp_to_tensor(other) - tensor) / np.linalg.norm(tensor)
+    assert (
+        tl.parafac(tensor, 3, init="random").weights == tl.parafac(tensor, 3, init="random", random_state=0).weights
+    ).all()
+    # The real start of a complex tensor, of a generator, in another library.
+    assert tl.parafac(tensor * 1j, 3, init="random", random_state=np.random.default_rng(0)).error < 0.1
+
+
 def test_starts_and_fixed_modes() -> None:
     start = tl.random_cp((4, 5, 6), 2, random_state=1)
     kept = tl.parafac(TENSOR, 2, init=(start.weights, start.factors), fixed_modes=[0, 2])

@@ -26,6 +26,7 @@ from ._keywords import (
     svd_method,
     tolerance,
 )
+from ._random_draws import random_cp
 
 __all__ = ["non_negative_parafac", "non_negative_parafac_hals", "parafac"]
 
@@ -63,6 +64,7 @@ def parafac(
     n_iter_max : int
         Maximum number of sweeps.
     init : {"svd", "random"} or (weights, factors)
+        "random" starts from TensorLy's uniform numbers.
     svd : {"truncated_svd", "symeig_svd", "randomized_svd"}
         How the start is computed; its error is corrected by the sweeps.
     normalize_factors : bool
@@ -145,6 +147,8 @@ def parafac(
     sweeps = Sweeps(callback, verbose, lambda factors: CPTensor(None, factors))
     possible = math.prod(shape) // max(1, *shape)
     asked = integer_of("rank", rank, 1)
+    if isinstance(start, str) and start == "random":
+        start = _uniform(backend, array, min(asked, possible), random_state)
     fitted = cp(
         array, min(asked, possible), init=start, fixed=fixed, random_state=random_state, tol=tolerance(tol),
         max_iterations=integer_of("n_iter_max", n_iter_max, 1), callback=sweeps.observer,
@@ -187,6 +191,15 @@ def _start(backend: Backend, tensor: Array, init: Any, fixed: Sequence[int]) -> 
     if start.shape != shape:
         raise ShapeError(f"init has shape {start.shape}; expected the tensor's, {shape}")
     return start
+
+
+def _uniform(backend: Backend, tensor: Array, rank: int, random_state: Any) -> CPTensor:
+    """Return the uniform factors that TensorLy starts from."""
+    kind, device = backend.dtype_name(tensor), backend.device(tensor)
+    drawn = random_cp(
+        tuple(tensor.shape), rank, random_state=0 if random_state is None else random_state, normalise_factors=False
+    )
+    return CPTensor(None, [backend.asarray(factor, kind, device) for factor in drawn.factors])
 
 
 def _scaled(backend: Backend, found: CPTensor, normalize: bool, fixed: Sequence[int], rank: int) -> CPTensor:
