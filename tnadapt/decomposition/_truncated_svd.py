@@ -78,7 +78,7 @@ def leading_triplets(
     seed : int
         Seed of the start.
     start : ndarray, shape (min(m, n), block), optional
-        First block; random by default.
+        First block, of the short side; random by default, multiplied by the matrix once.
     """
     if backend.name != "numpy" and on_host(backend, matrix):
         numpy, kind, device = load_backend("numpy"), backend.dtype_name(matrix), backend.device(matrix)
@@ -90,10 +90,11 @@ def leading_triplets(
     if matrix.shape[0] < matrix.shape[1]:
         u, s, v, converged = leading_triplets(backend, backend.matrix_transpose(matrix), rank, seed, start)
         return KrylovTriplets(v, s, u, converged)
-    short = matrix.shape[1]
+    drawn = np.random.default_rng(seed).standard_normal((int(matrix.shape[0]), rank)) if start is None else start
+    first = backend.asarray(drawn, backend.dtype_name(matrix), backend.device(matrix))
     if start is None:
-        start = np.random.default_rng(seed).standard_normal((short, rank))
-    first = backend.asarray(start, backend.dtype_name(matrix), backend.device(matrix))
+        # In the row space, which is all of the space that is needed where the rank is no larger.
+        first = backend.matmul(backend.matrix_transpose(matrix), backend.qr(first)[0])
     host = backend.name == "numpy" and arpack_pays(matrix.shape, rank)
     steps = min(max(_FIRST[0], _FIRST[1] // rank), _limit(matrix.shape) // rank) if host else None
     vectors, values, converged = _bidiagonalized(backend, matrix, backend.qr(first)[0], rank, steps)
@@ -147,8 +148,8 @@ def _bidiagonalized(
             left, s, right = np.linalg.svd(inner[:size, :size])
             residuals = np.linalg.norm(beyond @ left[size - width :, :rank], axis=0)
             converged = bool((residuals <= _ROUNDING * eps * s[0]).all())
-            # A block whose residuals are still far from rounding after two steps needs many.
-            full |= most is not None and width > 1 and step >= 2 and bool(residuals.max() > math.sqrt(eps) * s[0])
+            # A block whose residuals are still far from rounding needs many steps.
+            full |= most is not None and width > 1 and bool(residuals.max() > math.sqrt(eps) * s[0])
             if converged or full:
                 chosen = backend.asarray(
                     np.ascontiguousarray(right[:rank].T), backend.dtype_name(matrix), backend.device(matrix)
