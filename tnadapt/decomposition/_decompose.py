@@ -138,13 +138,15 @@ def decompose(
     ============================================ =========================================================
     dense; anything of order 1                   exact
     CP, M = 2 (LoRA)                             truncated SVD: without padding the optimum (Eckart & Young)
-    CP, M > 2                                    ALS (TensorLy), no guarantee; three starts for a small tensor;
-                                                 of rank one, the power iteration
+    CP, M > 2                                    ALS (TensorLy), no guarantee; several starts for a small tensor,
+                                                 then Gauss-Newton where the error is small; of rank one, the power
+                                                 iteration
     Tucker                                       HOSVD, then HOOI (TensorLy)
-    tensor train                                 TT-SVD (TensorLy): within √(M - 1) of the optimum
+    tensor train                                 TT-SVD (TensorLy), then ALS: within √(M - 1) of the optimum
     K = 2 dense splits                           nearest Kronecker product, by rearrangement and SVD: the optimum
-    other Kronecker splits, sums                 from there, alternating over splits; no step increases the error
-    Hadamard splits                              L-BFGS on all arrays, starting near one split alone
+    other Kronecker splits, sums                 from there, alternating over splits; if small, then Gauss-Newton
+    Hadamard splits                              L-BFGS on all arrays from several starts; if small, then Gauss-Newton
+    padding that cuts a row                      full rows, the cut row, then Gauss-Newton on the given elements
     shuffle                                      as without F, for the unshuffled vector
     dense through linear F                       least squares: small F directly, the optimum; large F by LSQR
     others through linear F                      from there, alternating least squares over arrays

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -20,9 +20,15 @@ from tnadapt.algebra.rearrangement import contracted
 from tnadapt.backends.backend import Array
 
 from ._linear_algebra import Algebra
+from ._observed_elements import ObservedElements
+from ._observed_fit import affordable, fit_observed, random_start
+from ._refined_format import on_host
 from ._single_tensor import Fit, Limits, fit_format
 
 __all__ = ["Term", "fit_sum", "outer_sum"]
+
+# Up to this many iterations are a start for something else, and not refined. Random starts of the refinement.
+_FEW, _RANDOM = 10, 3
 
 # The arrays of each split of one term.
 Term = list[dict[str, Array]]
@@ -61,7 +67,6 @@ def fit_sum(
         Without arrays.
     """
     limits = limits or Limits()
-    norm = algebra.norm(tensor)
     if start is None:
         vectors, found = _dense_start(algebra, tensor, terms, limits)
         start = [
@@ -73,6 +78,22 @@ def fit_sum(
         ]
         if all(isinstance(split, Dense) for split in splits):
             return list(start), found
+        if limits.iterations > _FEW:
+            arrays, found = _alternated(algebra, tensor, splits, start, limits, watch)
+            return _refined(algebra, tensor, splits, arrays, found, limits, watch)
+    return _alternated(algebra, tensor, splits, start, limits, watch)
+
+
+def _alternated(
+    algebra: Algebra,
+    tensor: Array,
+    splits: Sequence[Format],
+    start: Sequence[Term],
+    limits: Limits,
+    watch: Callable[[int, float], None] | None,
+) -> tuple[list[Term], Fit]:
+    """Optimize the splits of all terms in turn until a sweep gains no more than the tolerance."""
+    norm = algebra.norm(tensor)
     now = _Sum(algebra, tensor, splits, [list(term) for term in start])
     error = now.error()
     sweeps = 0
@@ -85,6 +106,55 @@ def fit_sum(
             break
     method = "term by term" if len(splits) == 1 else "alternating over splits"
     return now.arrays, Fit({}, False, sweeps, method)
+
+
+def _refined(
+    algebra: Algebra,
+    tensor: Array,
+    splits: Sequence[Format],
+    arrays: list[Term],
+    found: Fit,
+    limits: Limits,
+    watch: Callable[[int, float], None] | None,
+) -> tuple[list[Term], Fit]:
+    """Continue on all arrays at once by Gauss-Newton, and from random arrays, if the problem is small."""
+    prefixes = [[f"{term}.{k}." for k in range(len(splits))] for term in range(len(arrays))]
+    if not affordable(_elements(splits, prefixes, 0), math.prod(tensor.shape)):
+        return arrays, found
+    elements, rng = _elements(splits, prefixes, math.prod(tensor.shape)), algebra.rng
+    wanted = on_host(algebra, tensor).reshape(-1)
+    named = {
+        prefix + name: on_host(algebra, array)
+        for own, term in zip(prefixes, arrays, strict=True)
+        for prefix, split in zip(own, term, strict=True)
+        for name, array in split.items()
+    }
+
+    def starts() -> Iterator[dict[str, np.ndarray]]:
+        yield named
+        for _ in range(_RANDOM):
+            yield random_start(elements, rng, float(np.linalg.norm(wanted)), wanted.dtype)
+
+    def seen(count: int, error: float) -> None:
+        if watch is not None:
+            watch(found.iterations + count, error)
+
+    best = fit_observed(elements, wanted, starts(), limits, watch=seen)
+    made = [
+        [
+            {name: algebra.array(best.arrays[prefix + name]) for name in split.shapes}
+            for prefix, split in zip(own, splits, strict=True)
+        ]
+        for own in prefixes
+    ]
+    return made, Fit({}, False, found.iterations + best.iterations, f"{found.method}, Gauss-Newton")
+
+
+def _elements(splits: Sequence[Format], prefixes: Sequence[Sequence[str]], count: int) -> ObservedElements:
+    """Return the first elements of a rearranged tensor."""
+    rows = np.unravel_index(np.arange(count), [math.prod(split.sizes) for split in splits])
+    places = [np.unravel_index(row, split.sizes) for row, split in zip(rows, splits, strict=True)]
+    return ObservedElements(splits, prefixes, places)
 
 
 def outer_sum(algebra: Algebra, splits: Sequence[Format], terms: Sequence[Term]) -> Array:

@@ -1,8 +1,10 @@
 """Fit of a network to one group before F, with free padding.
 
 Padding elements, which a fold or a cropped Kronecker product adds to the tensor, may take any value that helps to fit
-the others. Rows of the first mode with nothing but padding are left out. Other padding is filled with the values of the
-last fit, and the fit is repeated (expectation maximization), which never increases the error.
+the others. Rows of the first mode with nothing but padding are left out. Where there is other padding, a small network
+is fitted to the given elements alone (:mod:`~tnadapt.decomposition._padded_fit`). For a large one, the padding is
+filled with the values of the last fit, and the fit is repeated (expectation maximization), which never increases the
+error.
 """
 
 from __future__ import annotations
@@ -11,27 +13,21 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import numpy as np
-
-from tnadapt.algebra.formats import Dense
-from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.rearrangement import rearranged
 from tnadapt.backends.backend import Array
 
 from ._fit import unwatched
-from ._gradient import refine
+from ._hadamard_fit import fit_hadamard
 from ._kronecker_sums import Term, fit_sum, outer_sum
 from ._linear_algebra import Algebra
+from ._padded_fit import fit_given, from_full_rows
 from ._single_tensor import Fit, Limits, fit_format
 
 __all__ = ["fit_network"]
 
 Arrays = dict[str, Array]
 Watch = Callable[[int, float], None]
-
-# Standard deviation of the noise on arrays that start near the fit to ones.
-_NOISE = 0.1
 
 
 def fit_network(algebra: Algebra, network: Network, vec: Array, limits: Limits, watch: Watch) -> Fit:
@@ -53,10 +49,17 @@ def fit_network(algebra: Algebra, network: Network, vec: Array, limits: Limits, 
         Arrays with the names and shapes of ``network.shapes``.
     """
     if len(network.splits) > 1 and not network.kronecker:
-        return _hadamard(algebra, network, vec, limits, watch)
-    target = vec * (1.0 / network.scale)
+        return fit_hadamard(algebra, network, vec, limits, watch)
     way = _way(algebra, network)
-    return _completed(algebra, network, way, target, limits, watch)
+    if math.prod(way.sizes) == network.size:
+        return way.solve(way.fold(vec * (1.0 / network.scale)), None, limits, watch)
+    # The given elements are fitted in float64 on the host, from starts in float64.
+    double = algebra.double
+    wide = _way(double, network)
+    found = fit_given(double, network, wide.started, wide.fold, algebra.doubled(vec), limits, watch)
+    if found is None:
+        return _completed(algebra, network, way, vec, limits, watch)
+    return found._replace(arrays={name: algebra.array(array) for name, array in found.arrays.items()})
 
 
 class _Way(NamedTuple):
@@ -79,6 +82,10 @@ class _Way(NamedTuple):
     solve: Callable[[Array, Mapping[str, Array] | None, Limits, Watch], Fit]
     make: Callable[[Mapping[str, Array]], Array]
 
+    def started(self, tensor: Array, limits: Limits) -> Arrays:
+        """Return arrays fitted to a tensor, from no initial ones."""
+        return self.solve(tensor, None, limits, unwatched).arrays
+
 
 def _way(algebra: Algebra, network: Network) -> _Way:
     plain = len(network.splits) == 1
@@ -87,19 +94,18 @@ def _way(algebra: Algebra, network: Network) -> _Way:
     return _several(algebra, network)
 
 
-def _completed(algebra: Algebra, network: Network, way: _Way, target: Array, limits: Limits, watch: Watch) -> Fit:
-    """Fit a vector; if there is padding, repeat the fit with the padding filled in from the last one."""
-    backend = algebra.backend
-    tensor = way.fold(target)
-    missing = math.prod(way.sizes) > network.size
-    found = way.solve(tensor, None, limits, unwatched if missing else watch)
-    if not missing:
-        return found
-    norm, scale = algebra.norm(target), network.scale
+def _completed(algebra: Algebra, network: Network, way: _Way, vec: Array, limits: Limits, watch: Watch) -> Fit:
+    """Fit a large vector with padding: repeat the fit with the padding filled in from the last one."""
+    backend, target, scale = algebra.backend, vec * (1.0 / network.scale), network.scale
+    found = way.solve(way.fold(target), None, limits, unwatched)
+    norm = algebra.norm(target)
 
     def residual(arrays: Mapping[str, Array]) -> Array:
         return target - network.whole(backend, arrays) * (1.0 / scale)
 
+    rows = from_full_rows(algebra, network, way.started, vec, limits)
+    if rows is not None and algebra.squares(residual(rows)) < algebra.squares(residual(found.arrays)):
+        found = found._replace(arrays=rows)
     left = residual(found.arrays)
     error, rounds = algebra.norm(left), found.iterations
     if error == 0.0:
@@ -155,7 +161,9 @@ def _one_split(algebra: Algebra, network: Network) -> _Way:
     def solve(tensor: Array, start: Mapping[str, Array] | None, limits: Limits, watch: Watch) -> Fit:
         found = fit_format(algebra, whole, tensor, None if start is None else joined(start), limits)
         if watch is not unwatched:
-            watch(max(1, found.iterations), algebra.norm(tensor - made(found.arrays)) / algebra.norm(tensor))
+            # The tensor may have the first rows alone.
+            same = whole.tensor(backend, found.arrays, [(0, int(size)) for size in tensor.shape])
+            watch(max(1, found.iterations), algebra.norm(tensor - same) / algebra.norm(tensor))
         return found._replace(arrays=parted(found.arrays))
 
     def made(arrays: Mapping[str, Array]) -> Array:
@@ -193,39 +201,3 @@ def _several(algebra: Algebra, network: Network) -> _Way:
         return outer_sum(algebra, splits, by_term(arrays))
 
     return _Way(tuple(math.prod(sizes) for sizes in inner), fold, solve, make)
-
-
-# -- Hadamard products -----------------------------------------------------------------------------
-
-
-def _hadamard(algebra: Algebra, network: Network, vec: Array, limits: Limits, watch: Watch) -> Fit:
-    """Fit a Hadamard product: first one split alone, the others near ones; then refine all arrays by gradients."""
-    backend, splits = algebra.backend, network.splits
-    tensor = backend.reshape(backend.pad_last(vec * (1.0 / network.scale), math.prod(network.sizes)), network.sizes)
-    dense = [k for k, split in enumerate(splits) if isinstance(split, Dense)]
-    first = dense[0] if dense else 0
-    ones, rng = algebra.array(np.ones(network.sizes)), algebra.rng
-    plain: Arrays = {}
-    moved: Arrays = {}
-    for term, prefixes in enumerate(network.prefixes):
-        for k, (prefix, split) in enumerate(zip(prefixes, splits, strict=True)):
-            wanted = tensor if k == first else ones
-            if term and k == first:
-                wanted = tensor * 0.0
-            for name, array in fit_format(algebra, split, wanted, None, limits).arrays.items():
-                plain[prefix + name] = array
-                # At exact zeros or ones, gradients of these arrays can vanish, and they would never change.
-                noise = algebra.array(rng.normal(size=split.shapes[name])) * _NOISE
-                moved[prefix + name] = array if k == first else array + noise
-    if dense:
-        return Fit(plain, True, 0, "exact")
-    identity = Projection("identity", network.size, network.size)
-    found = refine(algebra, network, identity, vec, moved, limits, watch)
-
-    def error(arrays: Mapping[str, Array]) -> float:
-        return algebra.norm(network.whole(backend, arrays) - vec)
-
-    # The fit of one split alone, with the others equal to ones, is a valid result, too: return the better one.
-    if not error(found.arrays) < error(plain):
-        return Fit(plain, False, found.iterations, "one split alone")
-    return found

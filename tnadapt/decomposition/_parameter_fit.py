@@ -2,8 +2,8 @@
 
 The updates are a function of all parameters together: an array may belong to several groups, and θ to all. Its
 derivative is computed exactly from the network, which is linear in each of its arrays. If the updates are linear in the
-parameters, as with one trained array per term, one linear least-squares problem gives the optimum. Otherwise SciPy's
-trust-region method (``least_squares``, Branch, Coleman & Li 1999) iterates, from several starts.
+parameters, as with one trained array per term, one linear least-squares problem gives the optimum. Otherwise the damped
+Gauss-Newton method iterates, from several starts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tnadapt.algebra.group import Group
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
 
+from ._damped_gauss_newton import Descent, damped_gauss_newton
 from ._single_tensor import Limits
 
 __all__ = ["ParameterFit", "fit_parameters"]
@@ -26,6 +27,8 @@ Arrays = dict[str, np.ndarray]
 
 # The derivative is formed as a matrix up to this number of elements, which gives a certified optimum.
 _FORMED = 1 << 22
+# Up to this many columns of it are computed in each step; products with it are enough otherwise.
+_COLUMNS = 256
 # Number of starts of a problem that is not linear: that of training, and random ones.
 _STARTS = 4
 
@@ -237,35 +240,36 @@ def _linear(problem: _Problem, start: Arrays, limits: Limits) -> ParameterFit:
 def _nonlinear(
     problem: _Problem, start: Arrays, limits: Limits, seed: int, watch: Callable[[int, float | None], None]
 ) -> ParameterFit:
-    from scipy.optimize import least_squares
     from scipy.sparse.linalg import LinearOperator
 
-    shape = (problem.wanted.size, problem.flat(start).size)
+    size = problem.flat(start).size
     seen = 0
 
     def jacobian(vec: np.ndarray) -> Any:
-        nonlocal seen
-        seen += 1
-        watch(seen, None)
+        if size <= _COLUMNS and size * problem.wanted.size <= _FORMED:
+            return np.stack([problem.moved(vec, unit) for unit in np.eye(size)], axis=1)
         return LinearOperator(
-            shape,
+            (problem.wanted.size, size),
             lambda way: problem.moved(vec, way.reshape(-1)),
             lambda residual: problem.pulled(vec, residual.reshape(-1)),
             dtype=np.float64,
         )
 
+    def on_step(count: int, error: float) -> None:
+        nonlocal seen
+        seen += 1
+        watch(seen, None)
+
     rng = np.random.RandomState(seed % (1 << 32))
-    best: Any = None
+    best: Descent | None = None
     for attempt in range(_STARTS):
         begun = problem.flat(start)
         if attempt:
             begun = begun + rng.normal(size=begun.size) * (np.sqrt(np.mean(begun**2)) or 1.0)
-        found = least_squares(
-            problem.residual, begun, jacobian, method="trf", tr_solver="lsmr", x_scale=1.0,
-            ftol=max(limits.tol**2, 1e-15), xtol=1e-15, gtol=1e-15, max_nfev=limits.iterations,
-        )  # fmt: skip
-        if best is None or found.cost < best.cost:
+        found = damped_gauss_newton(problem.residual, jacobian, begun, problem.norm, limits, on_step)
+        if best is None or found.error < best.error:
             best = found
-        if math.sqrt(2.0 * best.cost) <= 1e-14 * problem.norm:
+        if best.error <= 1e-14 * problem.norm:
             break
+    assert best is not None
     return ParameterFit(problem.params(best.x), False, seen, "Gauss-Newton")

@@ -8,7 +8,7 @@ methods are TensorLy's. Any other format is fitted by its own ``fit``, or by
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from tnadapt.backends.backend import Array
 from ._fit import Fit, Limits
 from ._general_fit import fit_any
 from ._linear_algebra import Algebra, tensorly_on
+from ._refined_format import refinable, refined_format
+from ._train_sweeps import improved_train
 from .known_later import all_of
 from .rank_one import nearest_rank_one
 
@@ -143,17 +145,18 @@ def _components(
         return [u, v], s, Fit({}, exact, 0, _svd_name(algebra, tensor, rank))
     # With this rank every tensor can be represented exactly; more components would only slow convergence.
     rank = min(rank, math.prod(tensor.shape) // max(tensor.shape))
+    method = "ALS"
     if rank == 1 and start is None:
         factors, iterations = nearest_rank_one(algebra, tensor, limits)
     else:
-        factors, iterations = _als(algebra, rank, tensor, start, limits)
+        factors, iterations, method = _als(algebra, rank, tensor, start, limits)
     norms = [algebra.columns(factor) for factor in factors]
     units = [
         factor * algebra.array(1.0 / np.where(norm > 1e-30, norm, 1.0))
         for factor, norm in zip(factors, norms, strict=True)
     ]
     sizes: np.ndarray = np.prod(norms, axis=0)
-    return units, sizes, Fit({}, False, iterations, "ALS")
+    return units, sizes, Fit({}, False, iterations, method)
 
 
 def _svd_name(algebra: Algebra, matrix: Array, rank: int) -> str:
@@ -161,23 +164,31 @@ def _svd_name(algebra: Algebra, matrix: Array, rank: int) -> str:
 
 
 # Sweeps between two checks of the error; number of starts for a small tensor, and its maximum size; size of the noise
-# on the first start.
+# on the first start; number of starts for Gauss-Newton, and the error up to which it may find an exact answer.
 _SWEEPS = 10
 _STARTS, _SMALL = 3, 1 << 14
+_REFINED, _NEAR = 16, 0.3
 _MOVED = 0.01
 
 
-def _als(algebra: Algebra, rank: int, tensor: Array, start: Any, limits: Limits) -> tuple[list[Array], int]:
+def _als(algebra: Algebra, rank: int, tensor: Array, start: Any, limits: Limits) -> tuple[list[Array], int, str]:
     """Run alternating least squares from one start, or for a small tensor from several; return the best result."""
     if start is not None:
         begun = [start[f"factor{mode}"][:size, :rank] for mode, size in enumerate(tensor.shape)]
         factors, _, sweeps = _descent(algebra, rank, tensor, begun, limits)
-        return factors, sweeps
+        return factors, sweeps, "ALS"
     rng, norm = algebra.rng, algebra.norm(tensor)
     first = _singular_start(algebra, rank, tensor, rng)
-    factors, error, sweeps = _descent(algebra, rank, tensor, first, limits)
-    if math.prod(tensor.shape) <= _SMALL and limits.iterations > _SWEEPS:
-        for _ in range(_STARTS - 1):
+    several = limits.iterations > _SWEEPS
+    fine = several and refinable(CP(tensor.shape, rank))
+    few = limits._replace(iterations=min(limits.iterations, _SWEEPS))
+    factors, error, sweeps = _descent(algebra, rank, tensor, first, few)
+    if not (fine and error <= _NEAR * norm):
+        if several:
+            rest = limits._replace(iterations=limits.iterations - _SWEEPS)
+            factors, error, more = _descent(algebra, rank, tensor, factors, rest)
+            sweeps += more
+        for _ in range(_STARTS - 1 if several and math.prod(tensor.shape) <= _SMALL else 0):
             if error <= 64.0 * algebra.eps * norm:
                 break
             begun = [algebra.array(rng.normal(size=(size, rank))) for size in tensor.shape]
@@ -185,7 +196,33 @@ def _als(algebra: Algebra, rank: int, tensor: Array, start: Any, limits: Limits)
             sweeps += more
             if other < error:
                 factors, error = found, other
-    return factors, sweeps
+    if fine and error <= _NEAR * norm:
+        return _refined_als(algebra, rank, tensor, factors, limits, sweeps)
+    return factors, sweeps, "ALS"
+
+
+def _refined_als(
+    algebra: Algebra, rank: int, tensor: Array, first: list[Array], limits: Limits, swept: int
+) -> tuple[list[Array], int, str]:
+    """Run Gauss-Newton from the factors that sweeps have reached, and from those of other starts after a few sweeps.
+
+    Sweeps make fast progress at first, and then crawl where components are nearly collinear; Gauss-Newton does not.
+    """
+    rng, few = algebra.rng, limits._replace(iterations=_SWEEPS)
+
+    def starts() -> Iterator[Arrays]:
+        nonlocal swept
+        for number in range(_REFINED):
+            factors = first
+            if number:
+                begun = [algebra.array(rng.normal(size=(size, rank))) for size in tensor.shape]
+                factors, _, sweeps = _descent(algebra, rank, tensor, begun, few)
+                swept += sweeps
+            yield {f"factor{mode}": factor for mode, factor in enumerate(factors)}
+
+    found = refined_format(algebra, CP(tensor.shape, rank), tensor, starts(), limits)
+    factors = [found.arrays[f"factor{mode}"] for mode in range(len(tensor.shape))]
+    return factors, swept + found.iterations, "ALS, Gauss-Newton"
 
 
 def _descent(
@@ -320,8 +357,12 @@ def _tensor_train(algebra: Algebra, split: Any, tensor: Array, start: Any, limit
             random_state=algebra.rng,
         )  # fmt: skip
     cut = [left for left, rank in bonds if rank < min(left, total // left)]
+    # With one bond that is cut, the result is the optimum.
+    optimal, sweeps = len(cut) <= 1 and not random, 0
+    if not optimal:
+        cores, sweeps, _ = improved_train(algebra.backend, tensor, cores, limits)
     arrays = {f"core{mode}": core for mode, core in enumerate(cores)}
-    return Fit(arrays, len(cut) <= 1 and not random, 0, "TT-SVD")
+    return Fit(arrays, optimal, sweeps, "TT-SVD" if optimal else "TT-SVD, ALS")
 
 
 _SOLVERS: dict[type[Format], Callable[[Algebra, Any, Array, Any, Limits], Fit]] = {

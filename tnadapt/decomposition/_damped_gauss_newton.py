@@ -1,0 +1,207 @@
+"""Nonlinear least squares by the damped Gauss-Newton method (Levenberg-Marquardt).
+
+The arrays of a network are determined only up to changes that leave its tensor as it is, so the Jacobian never has full
+rank. Damping takes the shortest step among equal ones. In proportion to the residual (Fan & Yuan, 2005), it keeps the
+convergence quadratic where the residual is zero at the solution, whatever the Jacobian's rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._fit import Limits
+
+__all__ = ["Descent", "damped_gauss_newton"]
+
+# Initial damping relative to the mean diagonal of the normal equations; its limits; attempts for one step.
+_FIRST, _LEAST, _MOST = 1e-2, 1e-14, 1e8
+_ATTEMPTS = 12
+# A step that reduces the error itself by this fraction is followed by another one, however small the error is.
+_FAST = 0.1
+# The normal equations are formed for up to this many parameters, and this many multiply-adds.
+_FORMED, _WORK = 1024, 1 << 33
+
+
+class Descent(NamedTuple):
+    """The result of a descent.
+
+    Attributes
+    ----------
+    x : ndarray
+    error : float
+        Norm of the residual.
+    converged : bool
+        Whether it ended because no step reduced the error by more than the tolerance.
+    history : tuple of float
+        The error after each step, relative to the norm of what is fitted.
+    """
+
+    x: np.ndarray
+    error: float
+    converged: bool
+    history: tuple[float, ...]
+
+
+def damped_gauss_newton(
+    residual: Callable[[np.ndarray], np.ndarray],
+    jacobian: Callable[[np.ndarray], Any],
+    start: np.ndarray,
+    norm: float,
+    limits: Limits,
+    watch: Callable[[int, float], None] = lambda *_: None,
+) -> Descent:
+    """Minimize the norm of a residual.
+
+    Parameters
+    ----------
+    residual : callable
+        Maps parameters, shape (p,), to the residual, shape (n,); real or complex.
+    jacobian : callable
+        Maps parameters to the derivative of the residual, shape (n, p): an array, a sparse array, or SciPy's
+        ``LinearOperator``, of which only products are used.
+    start : ndarray, shape (p,)
+    norm : float
+        Norm of what is fitted, to which errors are relative.
+    limits : Limits
+        It ends where a step reduces the relative error by no more than ``tol``, unless it reduces the error itself by a
+        tenth or more.
+    watch : callable
+        Called with each step's number and relative error.
+
+    Returns
+    -------
+    Descent
+        The error never increases.
+
+    Examples
+    --------
+    >>> found = damped_gauss_newton(
+    ...     lambda x: np.array([x[0] * x[1] - 6.0]), lambda x: np.array([[x[1], x[0]]]), np.array([1.0, 1.0]), 6.0,
+    ...     Limits(1e-12, 50))
+    >>> float(np.prod(found.x).round(12)), found.converged
+    (6.0, True)
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _descent(residual, jacobian, start, norm, limits, watch)
+
+
+def _descent(
+    residual: Callable[[np.ndarray], np.ndarray],
+    jacobian: Callable[[np.ndarray], Any],
+    x: np.ndarray,
+    norm: float,
+    limits: Limits,
+    watch: Callable[[int, float], None],
+) -> Descent:
+    left = residual(x)
+    error, damping, history = _norm(left), _FIRST, list[float]()
+    floor = 4.0 * float(np.finfo(left.dtype).eps) * norm
+    for _ in range(limits.iterations):
+        if not error > floor:
+            return Descent(x, error, True, tuple(history))
+        solver = _solver(jacobian(x), left)
+        growth = 4.0
+        for _ in range(_ATTEMPTS):
+            step, predicted = solver.step(damping * min(1.0, error / norm))
+            moved = x + step
+            after = residual(moved)
+            now = _norm(after)
+            if now < error:
+                break
+            damping, growth = min(damping * growth, _MOST), 2.0 * growth
+        else:
+            return Descent(x, error, True, tuple(history))
+        agreement = (error**2 - now**2) / predicted if predicted > 0.0 else 0.0
+        damping = max(_LEAST, damping * (0.2 if agreement > 0.75 else 2.0 if agreement < 0.25 else 0.7))
+        gain, ratio = error - now, now / error
+        x, left, error = moved, after, now
+        history.append(error / norm)
+        watch(len(history), error / norm)
+        if gain <= limits.tol * norm and ratio > 1.0 - _FAST:
+            return Descent(x, error, True, tuple(history))
+    return Descent(x, error, not error > floor, tuple(history))
+
+
+def _norm(x: np.ndarray) -> float:
+    found = float(np.linalg.norm(x))
+    return found if math.isfinite(found) else math.inf
+
+
+# -- Steps ----------------------------------------------------------------------------------------
+
+
+def _solver(jacobian: Any, left: np.ndarray) -> _Formed | _Products:
+    """Return the solver of the damped normal equations for a Jacobian."""
+    rows, columns = jacobian.shape
+    if columns <= _FORMED and rows * columns**2 <= _WORK and (hasattr(jacobian, "toarray") or _dense(jacobian)):
+        return _Formed(jacobian, left)
+    return _Products(jacobian, left)
+
+
+def _dense(jacobian: Any) -> bool:
+    return isinstance(jacobian, np.ndarray)
+
+
+class _Formed:
+    """Steps from the normal equations, formed once for all dampings."""
+
+    def __init__(self, jacobian: Any, left: np.ndarray) -> None:
+        self.matrix = _gram(jacobian)
+        self.gradient = np.asarray(jacobian.conj().T @ left)
+        self.size = max(float(np.trace(self.matrix).real) / len(self.matrix), 1e-300)
+
+    def step(self, damping: float) -> tuple[np.ndarray, float]:
+        """Return a step, and by how much it reduces the square of the linearized residual."""
+        from scipy.linalg import cho_factor, cho_solve
+
+        shift = max(damping, _LEAST) * self.size
+        damped = self.matrix + shift * np.eye(len(self.matrix))
+        try:
+            step = -cho_solve(cho_factor(damped, lower=True, overwrite_a=True, check_finite=False), self.gradient)
+        except np.linalg.LinAlgError:  # not positive definite up to rounding
+            return np.full_like(self.gradient, np.nan), 0.0
+        return step, shift * float(np.vdot(step, step).real) - float(np.vdot(step, self.gradient).real)
+
+
+# Rows of the Jacobian that are made dense at a time.
+_ROWS = 1 << 12
+
+
+def _gram(jacobian: Any) -> np.ndarray:
+    """Compute ``Jᴴ J`` as a dense matrix, from the sparse product or from dense rows, whichever takes less time."""
+    if _dense(jacobian):
+        return np.asarray(jacobian.conj().T @ jacobian)
+    rows, columns = jacobian.shape
+    # An entry of a sparse product costs about as much as 16 multiply-adds of a dense one.
+    if 16 * (jacobian.nnz / rows) ** 2 < columns**2:
+        return np.asarray((jacobian.conj().T @ jacobian).toarray())
+    total = np.zeros((columns, columns), jacobian.dtype)
+    for start in range(0, rows, _ROWS):
+        dense = jacobian[start : start + _ROWS].toarray()
+        total += dense.conj().T @ dense
+    return total
+
+
+class _Products:
+    """Steps from products with the Jacobian and its adjoint, by LSMR (Fong & Saunders, 2011)."""
+
+    def __init__(self, jacobian: Any, left: np.ndarray) -> None:
+        self.jacobian, self.left = jacobian, left
+        self.gradient = np.asarray(jacobian.conj().T @ left if hasattr(jacobian, "toarray") else jacobian.H @ left)
+        # The mean diagonal is that of the gradient's direction: no other product is needed.
+        image = np.linalg.norm(jacobian @ self.gradient) / max(float(np.linalg.norm(self.gradient)), 1e-300)
+        self.size = max(float(image) ** 2, 1e-300)
+
+    def step(self, damping: float) -> tuple[np.ndarray, float]:
+        from scipy.sparse.linalg import lsmr
+
+        shift = max(damping, _LEAST) * self.size
+        step = lsmr(
+            self.jacobian, -self.left, damp=math.sqrt(shift), atol=1e-10, btol=1e-10,
+            maxiter=4 * min(self.jacobian.shape),
+        )[0]  # fmt: skip
+        return step, shift * float(np.vdot(step, step).real) - float(np.vdot(step, self.gradient).real)
