@@ -20,8 +20,9 @@ __all__ = ["Descent", "damped_gauss_newton"]
 # Initial damping relative to the mean diagonal of the normal equations; its limits; attempts for one step.
 _FIRST, _LEAST, _MOST = 1e-2, 1e-14, 1e8
 _ATTEMPTS = 12
-# A step that reduces the error itself by this fraction is followed by another one, however small the error is.
-_FAST = 0.1
+# A step that reduces the error itself by this fraction is followed by another one, however small the error is. The
+# second fraction is for errors below the third number, where it may be on its way to an exact answer.
+_FAST, _SLOW, _NEAR = 0.1, 1e-3, 1e-2
 # The normal equations are formed for up to this many parameters, and this many multiply-adds.
 _FORMED, _WORK = 1024, 1 << 33
 
@@ -68,7 +69,7 @@ def damped_gauss_newton(
         Norm of what is fitted, to which errors are relative.
     limits : Limits
         It ends where a step reduces the relative error by no more than ``tol``, unless it reduces the error itself by a
-        tenth or more.
+        tenth or more, or for a relative error below a hundredth by a thousandth or more.
     watch : callable
         Called with each step's number and relative error.
 
@@ -121,7 +122,7 @@ def _descent(
         x, left, error = moved, after, now
         history.append(error / norm)
         watch(len(history), error / norm)
-        if gain <= limits.tol * norm and ratio > 1.0 - _FAST:
+        if gain <= limits.tol * norm and ratio > 1.0 - (_SLOW if error <= _NEAR * norm else _FAST):
             return Descent(x, error, True, tuple(history))
     return Descent(x, error, not error > floor, tuple(history))
 

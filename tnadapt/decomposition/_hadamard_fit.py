@@ -40,7 +40,7 @@ _RANDOM, _TRIED, _LAST, _NEAR = 4, 25, 50, 0.2
 def fit_hadamard(algebra: Algebra, network: Network, vec: Array, limits: Limits, watch: Watch) -> Fit:
     """Fit the arrays of a Hadamard product to a vector; see :func:`~._network_fit.fit_network` for the parameters."""
     backend = algebra.backend
-    plain, moved = _one_alone(algebra, network, vec)
+    plain, moved = _one_alone(algebra, network, vec, limits)
     if any(isinstance(split, Dense) for split in network.splits):
         return Fit(plain, True, 0, "exact")
     found = _by_gradients(algebra, network, vec, moved, limits, watch)
@@ -59,7 +59,7 @@ def _folded(algebra: Algebra, network: Network, vec: Array) -> Array:
     return algebra.backend.reshape(algebra.backend.pad_last(vec * (1.0 / network.scale), size), network.sizes)
 
 
-def _one_alone(algebra: Algebra, network: Network, vec: Array) -> tuple[Arrays, Arrays]:
+def _one_alone(algebra: Algebra, network: Network, vec: Array, limits: Limits) -> tuple[Arrays, Arrays]:
     """Return the fit of one split with the others ones, and the same with noise on the others."""
     splits = network.splits
     tensor, ones, rng = _folded(algebra, network, vec), algebra.array(np.ones(network.sizes)), algebra.rng
@@ -72,7 +72,7 @@ def _one_alone(algebra: Algebra, network: Network, vec: Array) -> tuple[Arrays, 
             wanted = tensor if k == first else ones
             if term and k == first:
                 wanted = tensor * 0.0
-            for name, array in fit_format(algebra, split, wanted, None, _START).arrays.items():
+            for name, array in fit_format(algebra, split, wanted, None, limits).arrays.items():
                 plain[prefix + name] = array
                 # At exact zeros or ones, gradients of these arrays can vanish, and they would never change.
                 noise = algebra.array(rng.normal(size=split.shapes[name])) * _NOISE
