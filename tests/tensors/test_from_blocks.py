@@ -160,7 +160,7 @@ def test_what_cannot_be_is_refused(source: str, tmp_path: Path) -> None:
         tna.tucker(array, (5, 2, 2))
     with pytest.raises(ShapeError, match="memory must be"):
         tna.tucker(array, 2, memory=0)
-    with pytest.raises(ConfigError, match="leave init and fixed out"):
+    with pytest.raises(ConfigError, match="leave init, fixed, mask and weights out"):
         tna.tucker(array, 2, init="random")
     with pytest.raises(BackendError, match="numbers"):
         tna.tucker(make(tmp_path, np.full((2, 2), b"a")), 1)

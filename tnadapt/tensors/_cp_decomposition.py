@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.algebra.formats import unfolded
+from tnadapt.algebra.formats import CP, unfolded
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition import Limits
@@ -20,6 +20,7 @@ from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of, mode_of
 from ._cp_tensor import CPTensor
+from ._known_elements import METHOD, STARTS, completed, refuse_observed
 from ._nonnegative_fits import constrained_modes, fitted_cp, refuse_callback
 from ._requests import Callback, Request, Watch, requested
 
@@ -34,6 +35,8 @@ def cp(
     rank: int | None = None,
     *,
     max_error: float | None = None,
+    mask: Any = None,
+    weights: Any = None,
     init: str | CPTensor = "svd",
     fixed: Collection[int] = (),
     nonnegative: bool | Collection[int] = False,
@@ -54,6 +57,10 @@ def cp(
     max_error : float, optional
         Relative Frobenius error that is allowed, instead of a rank: the smallest rank is searched whose fit has no
         larger error.
+    mask : array of bool, shape (d_1, …, d_M), optional
+        True where an element is known; others may be NaN. In each mode, every index needs a known element.
+    weights : array, shape (d_1, …, d_M), optional
+        Nonnegative weights of the squared errors of the elements.
     init : {"svd", "random"} or CPTensor
         What the iteration starts from: the leading singular vectors of each unfolding, with a little noise; normal
         numbers; or a given result.
@@ -95,6 +102,10 @@ def cp(
     approximation may not even exist (de Silva & Lim, 2008). A sweep costs ``4 r prod(d)`` multiply-adds, in two matrix
     products.
 
+    With ``mask`` or ``weights``, all arrays are fitted to the known elements: some sweeps of least squares from several
+    starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known
+    elements.
+
     Examples
     --------
     >>> import numpy as np
@@ -109,7 +120,7 @@ def cp(
     >>> all((factor >= 0.0).all() for factor in counts.factors), counts.outcome.method
     (True, 'non-negative HALS')
     """
-    request = requested(tensor, rank, max_error, random_state=random_state)
+    request = requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
     if not request.concrete:
         raise BackendError(
             "cp() iterates until it converges, which cannot be traced or differentiated: detach the tensor, or use "
@@ -193,6 +204,9 @@ class _Options:
         """Return the fit of one rank."""
         request, backend = self.request, self.request.backend
         norm, shape = request.norm(), request.shape
+        if request.observed is not None and norm > 0.0:
+            refuse_observed(self.nonnegative)
+            return self._completed(rank)
         if norm == 0.0:
             zeros = [backend.zeros((size, rank), like=request.tensor) for size in shape]
             return self._finished(CPTensor(None, zeros), "zero", optimal=True)
@@ -227,6 +241,19 @@ class _Options:
                 "or a smaller rank"
             )
         return self._finished(CPTensor(None, factors), "ALS", watch=watch)
+
+    def _completed(self, rank: int) -> CPTensor:
+        """Return the fit to the observed elements."""
+        start, watch = None, Watch(self.tol, self.callback)
+        if isinstance(self.init, CPTensor):
+            begun = self._start(rank, np.random.default_rng(self.request.seed), first=True)
+            start = {f"factor{mode}": factor for mode, factor in enumerate(begun)}
+        found = completed(
+            self.request, [CP(self.request.shape, rank)], watch, iterations=self.iterations,
+            starts=max(self.starts, STARTS), start=start, fixed=self.fixed,
+        )  # fmt: skip
+        made = CPTensor(None, [found.arrays[f"factor{mode}"] for mode in range(len(self.request.shape))])
+        return self.request.finished(made.truncated(rank), METHOD, converged=found.converged, history=found.history)
 
     def _finished(
         self, found: CPTensor, method: str, optimal: bool | LazyProof = False, watch: Watch | None = None

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from tnadapt.algebra.config import Config
+from tnadapt.algebra.formats import CP
 from tnadapt.decomposition import Step, decompose
 from tnadapt.errors import BackendError, ShapeError
 
@@ -13,6 +14,7 @@ from ._checks import integer_of
 from ._cp_tensor import CPTensor
 from ._decomposed import FitOutcome
 from ._hadamard_tensor import HadamardTensor
+from ._known_elements import METHOD, STARTS, completed
 from ._requests import Callback, Watch, requested
 
 __all__ = ["hadamard_decomposition"]
@@ -23,6 +25,8 @@ def hadamard_decomposition(
     rank: int,
     parts: int = 2,
     *,
+    mask: Any = None,
+    weights: Any = None,
     random_state: Any = None,
     tol: float = 1e-6,
     max_iterations: int = 100,
@@ -38,6 +42,8 @@ def hadamard_decomposition(
         The rank of each part.
     parts : int
         Number of parts that are multiplied.
+    mask, weights : array, shape (d_1, …, d_M), optional
+        As for :func:`cp`: what is known, and how much each element counts.
     random_state : int or Generator, optional
         Seed of the starts.
     tol : float
@@ -72,7 +78,7 @@ def hadamard_decomposition(
     >>> len(found.parts), found.shape, found.error < 1e-6
     (2, (4, 3), True)
     """
-    request = requested(tensor, rank, None, random_state=random_state)
+    request = requested(tensor, rank, None, mask=mask, weights=weights, random_state=random_state)
     if not request.concrete or request.backend.is_complex(request.tensor):
         raise BackendError(
             "hadamard_decomposition() takes real tensors that are neither traced nor differentiated: detach the tensor"
@@ -81,6 +87,16 @@ def hadamard_decomposition(
     shape, watch = request.shape, Watch(tol, callback)
     if parts > 64 or rank > math.prod(shape):
         raise ShapeError(f"{parts} parts of rank {rank} are more than a tensor of shape {shape} can use")
+
+    if request.observed is not None:
+        known = completed(
+            request, [CP(shape, rank) for _ in range(parts)], watch, hadamard=True, starts=STARTS,
+            iterations=integer_of("max_iterations", max_iterations, 1),
+        )  # fmt: skip
+        prefixes = [f"term0.split{part}." if parts > 1 else "" for part in range(parts)]
+        own = [[known.arrays[f"{prefix}factor{mode}"] for mode in range(len(shape))] for prefix in prefixes]
+        made = HadamardTensor([CPTensor(None, factors) for factors in own])
+        return request.finished(made, METHOD, converged=known.converged, history=known.history)
 
     def on_step(step: Step) -> None:
         if step.error is not None:

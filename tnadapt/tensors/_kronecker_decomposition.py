@@ -6,13 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from tnadapt.algebra.formats import Dense
 from tnadapt.algebra.rearrangement import rearranged
 from tnadapt.errors import BackendError, ShapeError, safe_repr
 
 from ._checks import integer_of
 from ._cp_decomposition import cp
+from ._known_elements import METHOD, STARTS, completed
 from ._kronecker_tensor import KroneckerTensor
-from ._requests import Callback, requested
+from ._requests import Callback, Watch, requested
 
 __all__ = ["kronecker_decomposition"]
 
@@ -23,6 +25,8 @@ def kronecker_decomposition(
     terms: int | None = None,
     *,
     max_error: float | None = None,
+    mask: Any = None,
+    weights: Any = None,
     starts: int = 1,
     random_state: Any = None,
     tol: float = 1e-8,
@@ -42,6 +46,8 @@ def kronecker_decomposition(
         Number of products that are added; 1 if neither it nor ``max_error`` is given.
     max_error : float, optional
         Relative Frobenius error that is allowed, instead of a number of terms.
+    mask, weights : array, shape (d_1, …, d_M), optional
+        As for :func:`cp`: what is known, and how much each element counts.
     starts, random_state, tol, max_iterations, callback
         Of the iteration for K ≥ 3, as for :func:`cp`.
 
@@ -74,11 +80,25 @@ def kronecker_decomposition(
     ((2, 3), (4, 2), True, True)
     """
     terms = 1 if terms is None and max_error is None else terms
-    request = requested(tensor, terms, max_error, random_state=random_state, what="terms")
+    request = requested(tensor, terms, max_error, mask=mask, weights=weights, random_state=random_state, what="terms")
     if not request.concrete:
         raise BackendError("kronecker_decomposition() cannot be traced or differentiated: detach the tensor")
     sizes = _shapes(shapes, request.shape)
     backend = request.backend
+    if request.observed is not None:
+        watch, many = Watch(tol, callback), integer_of("terms", terms or 1, 1)
+        known = completed(
+            request, [Dense(shape, 1) for shape in sizes], watch, terms=many, starts=max(starts, STARTS),
+            iterations=integer_of("max_iterations", max_iterations, 1),
+        )  # fmt: skip
+        alone = many == len(sizes) == 1
+        found_terms = [
+            [known.arrays["dense" if alone else f"term{term}.split{k}.dense"] for k in range(len(sizes))]
+            for term in range(many)
+        ]
+        return request.finished(
+            KroneckerTensor(None, found_terms), METHOD, converged=known.converged, history=known.history
+        )
     vectors = [math.prod(shape) for shape in sizes]
     most = math.prod(vectors) // max(vectors)
     count = None if terms is None else min(integer_of("terms", terms, 1), most)

@@ -219,6 +219,8 @@ def _host(given: Any, what: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def _all_seen(roots: np.ndarray) -> None:
     """Raise a ShapeError if a slice has no observed element: nothing says what its row of a factor is."""
+    if not roots.any():
+        raise ShapeError("mask and weights leave no element: nothing is known of the tensor")
     for mode in range(roots.ndim):
         seen = roots.any(axis=tuple(axis for axis in range(roots.ndim) if axis != mode))
         if not seen.all():

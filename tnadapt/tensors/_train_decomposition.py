@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 
+from tnadapt.algebra.formats import TensorTrain
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition.block_passes import BlockPasses, passes_over
 from tnadapt.decomposition.known_later import LazyProof, all_of
 from tnadapt.decomposition.matrix_truncation import MatrixTruncation, Triplets
 from tnadapt.decomposition.tt_svd import tt_svd
-from tnadapt.errors import ShapeError
+from tnadapt.errors import ConfigError, ShapeError
 
 from ._checks import as_tensor, integer_of
 from ._from_blocks import BLOCK, OVERSAMPLED, compressed, expanded_train
-from ._requests import Request, one_of, requested, seed_of
+from ._known_elements import METHOD, STARTS, completed
+from ._requests import Callback, Request, Watch, one_of, requested, seed_of
 from ._tensor_chains import TTTensor
 from ._truncation import error_limit, inner_ranks
 from ._tt_matrix import TTMatrix
@@ -30,8 +32,13 @@ def tensor_train(
     rank: int | Sequence[int] | None = None,
     *,
     max_error: float | None = None,
+    mask: Any = None,
+    weights: Any = None,
     svd: str = "auto",
     random_state: Any = None,
+    tol: float = 1e-8,
+    max_iterations: int = 200,
+    callback: Callback | None = None,
     memory: int = BLOCK,
 ) -> TTTensor:
     """Decompose a tensor into a tensor train by TT-SVD.
@@ -46,10 +53,16 @@ def tensor_train(
     max_error : float, optional
         Relative Frobenius error that is allowed, instead of ranks; the ranks are as small as the truncations of the
         single bonds allow.
+    mask : array of bool, shape (d_1, …, d_M), optional
+        True where an element is known; others may be NaN. In each mode, every index needs a known element.
+    weights : array, shape (d_1, …, d_M), optional
+        Nonnegative weights of the squared errors of the elements.
     svd : {"auto", "full", "randomized"}
         How to compute leading singular vectors; "auto" computes no more than the rank where that is faster.
     random_state : int or Generator, optional
         Seed of random projections.
+    tol, max_iterations, callback
+        Of the iteration with ``mask`` or ``weights``, as for :func:`cp`.
     memory : int
         Bytes that a block may have, for a tensor that is not in memory: a ``numpy.memmap``, or an array of dask (whose
         own chunks are used). It is then read two or three
@@ -74,6 +87,10 @@ def tensor_train(
     and runs inside ``jax.jit`` and ``torch.func``; gradients are undefined where singular values are equal. Costs the
     SVDs of M - 1 matrices, the first of shape (d_1, d_2 ⋯ d_M).
 
+    With ``mask`` or ``weights``, all arrays are fitted to the known elements: some sweeps of least squares from several
+    starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known
+    elements.
+
     Examples
     --------
     >>> import numpy as np
@@ -86,8 +103,17 @@ def tensor_train(
     """
     passes = passes_over(tensor, integer_of("memory", memory, 1))
     if passes is not None:
+        if mask is not None or weights is not None:
+            raise ConfigError("a tensor that is read in blocks takes neither mask nor weights: load it into memory")
         return _from_blocks(passes, rank, max_error, svd, seed_of(random_state))
-    request = requested(tensor, rank, max_error, random_state=random_state)
+    request = requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
+    if request.observed is not None:
+        watch, iterations = Watch(tol, callback), integer_of("max_iterations", max_iterations, 1)
+        ranks = None if rank is None else tuple(inner_ranks(rank, _possible(request.shape)))
+        split = TensorTrain(request.shape, 1 if ranks is None else ranks)
+        found = completed(request, [split], watch, iterations=iterations, starts=STARTS)
+        cores = [found.arrays[f"core{mode}"] for mode in range(len(request.shape))]
+        return request.finished(TTTensor(cores), METHOD, converged=found.converged, history=found.history)
     return _finished(request, rank, svd)
 
 

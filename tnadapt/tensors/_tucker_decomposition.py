@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tnadapt.algebra.formats import Tucker
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition.block_passes import BlockPasses, passes_over
@@ -19,6 +20,7 @@ from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of, mode_of
 from ._from_blocks import BLOCK, OVERSAMPLED, compressed, expanded_tucker
+from ._known_elements import METHOD, STARTS, completed, refuse_observed
 from ._nonnegative_fits import constrained_modes, fitted_tucker, refuse_callback
 from ._requests import Callback, Request, Watch, one_of, requested, seed_of
 from ._truncation import ranks_of
@@ -32,6 +34,8 @@ def tucker(
     rank: int | Sequence[int] | None = None,
     *,
     max_error: float | None = None,
+    mask: Any = None,
+    weights: Any = None,
     init: str | TuckerTensor = "svd",
     fixed: Collection[int] = (),
     nonnegative: bool = False,
@@ -53,6 +57,10 @@ def tucker(
         as it is, up to a rotation.
     max_error : float, optional
         Relative Frobenius error that is allowed, instead of ranks.
+    mask : array of bool, shape (d_1, …, d_M), optional
+        True where an element is known; others may be NaN. In each mode, every index needs a known element.
+    weights : array, shape (d_1, …, d_M), optional
+        Nonnegative weights of the squared errors of the elements.
     init : {"svd", "random"} or TuckerTensor
         What the iteration starts from: the truncated HOSVD, random factors, or a given result.
     fixed : collection of int
@@ -97,6 +105,10 @@ def tucker(
     most √M times the least one, and a lower bound is reported. Inside a trace, and where gradients flow, the HOSVD is
     returned without sweeps. A sweep costs ``prod(d) * max(r)`` multiply-adds for each mode.
 
+    With ``mask`` or ``weights``, all arrays are fitted to the known elements: some sweeps of least squares from several
+    starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known
+    elements.
+
     Examples
     --------
     >>> import numpy as np
@@ -110,15 +122,20 @@ def tucker(
     """
     passes = passes_over(tensor, integer_of("memory", memory, 1))
     if passes is not None:
-        if init != "svd" or fixed:
-            raise ConfigError("a tensor that is read in blocks starts from its HOSVD: leave init and fixed out")
+        if init != "svd" or fixed or mask is not None or weights is not None:
+            raise ConfigError(
+                "a tensor that is read in blocks starts from its HOSVD: leave init, fixed, mask and weights out"
+            )
         if nonnegative is not False:
             raise ConfigError("nonnegative= needs the tensor in memory: pass np.asarray(tensor)")
         return _from_blocks(passes, rank, max_error, seed_of(random_state), svd, tol, max_iterations, callback)
-    request = requested(tensor, rank, max_error, random_state=random_state)
+    request = requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
     sweeps, watch = integer_of("max_iterations", max_iterations, 0), Watch(tol, callback)
     held = _held(request, init, fixed)
     ranks = None if rank is None else _ranks(rank, request.shape)
+    if request.observed is not None:
+        refuse_observed(nonnegative)
+        return _completed(request, ranks, init, held, watch, sweeps)
     if nonnegative is not False:
         _refuse(nonnegative, request, ranks, held, callback)
         return fitted_tucker(request, ranks or [], init, watch.tol, integer_of("max_iterations", max_iterations, 1))
@@ -140,6 +157,24 @@ def tucker(
         converged=watch.converged or not ran,
         history=watch.history,
     )
+
+
+def _completed(
+    request: Request, ranks: list[int] | None, init: Any, held: set[int], watch: Watch, iterations: int
+) -> TuckerTensor:
+    """Return the fit to the observed elements."""
+    split = Tucker(request.shape, 1 if ranks is None else tuple(ranks))
+    start = None
+    if isinstance(init, TuckerTensor):
+        start = {"core": init.core} | {f"factor{mode}": factor for mode, factor in enumerate(init.factors)}
+        if {name: tuple(array.shape) for name, array in start.items()} != split.shapes:
+            raise ShapeError(f"init has ranks {init.rank}; expected {tuple(ranks or ())}")
+    found = completed(request, [split], watch, iterations=max(1, iterations), starts=STARTS, start=start, fixed=held)
+    factors = [found.arrays[f"factor{mode}"] for mode in range(len(request.shape))]
+    return request.finished(
+        TuckerTensor(found.arrays["core"], factors).orthogonal(), METHOD, converged=found.converged,
+        history=found.history,
+    )  # fmt: skip
 
 
 def _from_blocks(
