@@ -17,7 +17,7 @@ from tnadapt.decomposition import _network_fit as network_fit
 from tnadapt.decomposition._linear_algebra import Algebra
 from tnadapt.decomposition._observed_elements import ObservedElements
 from tnadapt.decomposition._padded_fit import from_full_rows
-from tnadapt.decomposition._train_sweeps import improved_train
+from tnadapt.decomposition.train_als import improved_train
 from tnadapt.errors import TnadaptError
 
 NUMPY = load_backend("numpy")

@@ -423,3 +423,23 @@ T = numbers((3, 4, 5), 1)
 def test_what_cannot_be_is_refused(call: Any, text: str) -> None:
     with pytest.raises(TnadaptError, match=text):
         call()
+
+
+@pytest.mark.parametrize("kind", ["float64", "complex128"])
+def test_sweeps_improve_a_train_and_report_it(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    tensor = rng.normal(size=(5, 6, 5, 4)).astype(kind)
+    if kind == "complex128":
+        tensor = tensor + 1j * rng.normal(size=tensor.shape)
+    plain = tt.tensor_train(tensor, (3, 4, 2))
+    seen: list[float] = []
+    found = tt.tensor_train(tensor, (3, 4, 2), sweeps=100, tol=1e-6, callback=lambda _, error: seen.append(error))
+    assert found.rank == plain.rank
+    assert found.error is not None
+    assert plain.error is not None
+    assert found.error < plain.error - 1e-4
+    assert found.converged
+    assert (list(found.history), found.outcome.method) == (seen, "TT-SVD, ALS")
+    assert seen[-1] == pytest.approx(found.error)
+    stopped = tt.tensor_train(tensor, (3, 4, 2), sweeps=100, tol=1e-6, callback=lambda *_: True)
+    assert (len(stopped.history), stopped.converged) == (1, False)

@@ -3,7 +3,7 @@
 Each file has one solver: leading singular triplets (``_truncated_svd``, ``_arpack``) and the proof that they are the
 leading ones (``leading_proof``), the nearest tensor of rank one (``rank_one``), SVD, ALS, HOOI and TT-SVD of one
 tensor (``_single_tensor``), alternating least squares of one tensor in any format (``_general_fit``), sweeps over a
-train (``_train_sweeps``), Kronecker products and sums (``_kronecker_sums``), Hadamard products (``_hadamard_fit``), a
+train (``train_als``), Kronecker products and sums (``_kronecker_sums``), Hadamard products (``_hadamard_fit``), a
 group before F with free padding (``_network_fit``, ``_padded_fit``), and a group through F (``_through_map``) by least
 squares (``_least_squares``), array by array (``_alternating``) or by gradients (``_gradient``). Observed elements
 (``_observed_elements``, ``completion``) are fitted by sweeps (``_observed_sweeps``) and the damped Gauss-Newton method

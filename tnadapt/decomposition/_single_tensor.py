@@ -22,9 +22,9 @@ from ._fit import Fit, Limits
 from ._general_fit import fit_any
 from ._linear_algebra import Algebra, tensorly_on
 from ._refined_format import refinable, refined_format
-from ._train_sweeps import improved_train
 from .known_later import all_of
 from .rank_one import nearest_rank_one
+from .train_als import improved_train
 
 __all__ = ["Fit", "Limits", "fit_format"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tnadapt.algebra.products import tt_tensor
 from tnadapt.backends import Backend
@@ -24,7 +25,7 @@ def improved_train(
     tensor: Array,
     cores: Sequence[Array],
     limits: Limits,
-    watch: Callable[[int, float], None] = lambda *_: None,
+    watch: Callable[[int, float], Any] = lambda *_: None,
 ) -> tuple[list[Array], int, bool]:
     """Improve the cores of a train by sweeps until one gains no more than the tolerance.
 
@@ -34,11 +35,11 @@ def improved_train(
     tensor : array, shape (d_1, …, d_M)
         Real or complex.
     cores : sequence of array, shape (r_{m-1}, d_m, r_m)
-        A start, such as that of TT-SVD; the ranks stay.
+        A start, such as that of TT-SVD. The ranks stay, unless one is larger than its neighbors can use.
     limits : Limits
         A sweep goes to the first core and back to the last.
     watch : callable
-        Called with each sweep's number and relative error.
+        Called with each sweep's number and relative error; stops the iteration if it returns True.
 
     Returns
     -------
@@ -57,9 +58,9 @@ def improved_train(
         if not error < before:
             return best, sweep, True
         best = list(train.cores)
-        watch(sweep, error / norm)
-        if before - error <= limits.tol * norm:
-            return best, sweep, True
+        stop = watch(sweep, error / norm) is True
+        if stop or before - error <= limits.tol * norm:
+            return best, sweep, not stop
     return best, limits.iterations, False
 
 
