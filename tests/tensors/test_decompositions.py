@@ -443,3 +443,13 @@ def test_sweeps_improve_a_train_and_report_it(kind: str) -> None:
     assert seen[-1] == pytest.approx(found.error)
     stopped = tt.tensor_train(tensor, (3, 4, 2), sweeps=100, tol=1e-6, callback=lambda *_: True)
     assert (len(stopped.history), stopped.converged) == (1, False)
+
+
+def test_cp_of_nearly_the_greatest_rank_is_recovered() -> None:
+    exact = 0
+    for seed in range(8):
+        made = tt.random_cp((5, 5, 5), 7, random_state=seed).to_tensor()
+        found = tna.cp(made, 7)
+        assert found.error == pytest.approx(error_of(found, made), abs=1e-12)
+        exact += found.error < 1e-6
+    assert exact >= 7

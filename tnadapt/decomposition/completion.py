@@ -17,8 +17,9 @@ from ._fit import Limits
 from ._observed_elements import ObservedElements, unobserved
 from ._observed_fit import ObservedFit, affordable, fit_observed, random_start
 from ._observed_sweeps import sweeps_on_observed
+from ._refined_format import refinable
 
-__all__ = ["complete", "unobserved"]
+__all__ = ["complete", "refinable", "unobserved"]
 
 # Sweeps from each start before Gauss-Newton.
 _SWEEPS = 5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from tnadapt.algebra.formats import CP, unfolded
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition import Limits
+from tnadapt.decomposition.completion import complete, refinable
 from tnadapt.decomposition.cp_als import CPFactors, CPSweeps, cp_als
 from tnadapt.decomposition.known_later import LazyProof
 from tnadapt.decomposition.matrix_truncation import MatrixTruncation
@@ -28,6 +29,10 @@ __all__ = ["cp"]
 
 # Standard deviation of the noise on singular vectors: without it, a structured tensor may keep them at a saddle point.
 _MOVED = 0.01
+# The relative error up to which there may be an exact answer, and the number of other starts that may lead to it.
+_NEAR, _STARTS = 0.3, 15
+# Who allows no more sweeps than this asks for no more than them.
+_FEW = 10
 
 
 def cp(
@@ -105,6 +110,9 @@ def cp(
     With ``mask`` or ``weights``, all arrays are fitted to the known elements: some sweeps of least squares from several
     starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known
     elements.
+
+    Where sweeps end with an error below 0.3 and the tensor is small, there may be an exact answer: damped Gauss-Newton
+    goes on from there and from other starts. Only with ``init="svd"``, more than 10 sweeps, and no ``callback``.
 
     Examples
     --------
@@ -240,7 +248,33 @@ class _Options:
                 f"no sweep of rank {rank} succeeded, as the equations are singular: use another init or random_state, "
                 "or a smaller rank"
             )
+        near = 64.0 * sweeps.epsilon * norm < error <= _NEAR * norm and self.iterations > _FEW
+        plain = isinstance(self.init, str) and self.init == "svd" and self.callback is None
+        if near and plain and refinable(CP(shape, rank)):
+            return self._refined(factors, error / norm, watch)
         return self._finished(CPTensor(None, factors), "ALS", watch=watch)
+
+    def _refined(self, factors: Sequence[Array], error: float, watch: Watch) -> CPTensor:
+        """Continue by Gauss-Newton, and from other starts, as there may be an exact answer."""
+        request, backend, swept = self.request, self.request.backend, len(watch.history)
+        least = error
+
+        def seen(count: int, now: float) -> None:
+            nonlocal least
+            least = min(least, now)
+            watch(swept + count, least)
+
+        found = complete(
+            [CP(request.shape, int(factors[0].shape[1]))], backend.to_numpy(request.tensor),
+            np.ones(request.shape, bool), starts=_STARTS, seed=request.seed, limits=Limits(watch.tol, self.iterations),
+            start={f"factor{mode}": backend.to_numpy(factor) for mode, factor in enumerate(factors)}, watch=seen,
+        )  # fmt: skip
+        if not found.error < error:
+            return self._finished(CPTensor(None, list(factors)), "ALS", watch=watch)
+        kind, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
+        arrays = [backend.asarray(np.ascontiguousarray(one), kind, device) for one in found.arrays.values()]
+        watch.converged = found.converged
+        return self._finished(CPTensor(None, arrays), "ALS, Gauss-Newton", watch=watch)
 
     def _completed(self, rank: int) -> CPTensor:
         """Return the fit to the observed elements."""
