@@ -32,7 +32,8 @@ class Case(NamedTuple):
         return f"{self.module.rpartition('.')[2]}.{self.function}"
 
     def __str__(self) -> str:
-        values = "-".join(str(value) for value in self.words.values())
+        # A function's own text holds its address, which differs from process to process.
+        values = "-".join(str(getattr(value, "__name__", value)) for value in self.words.values())
         return f"{self.name}[{values}]" if values else self.name
 
 

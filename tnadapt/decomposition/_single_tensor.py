@@ -1,12 +1,13 @@
 """Fit of one format to one tensor: SVD, ALS, HOOI, TT-SVD, or the general solver.
 
-There is one function per built-in format. If the optimum is known in closed form, it is returned; the alternating
-methods are TensorLy's. Any other format is fitted by its own ``fit``, or by
+There is one function per built-in format. If the optimum is known in closed form, it is returned. The iterations are
+those of :mod:`tnadapt.tensors`, each in a file of its own. Any other format is fitted by its own ``fit``, or by
 :mod:`~tnadapt.decomposition._general_fit`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,17 +15,20 @@ from typing import Any
 import numpy as np
 
 from tnadapt.algebra.formats import CP, BatchedCP, Dense, Format, Permuted, TensorTrain, Tucker, WeightedCP, unfolded
-from tnadapt.algebra.products import cp_tensor
 from tnadapt.algebra.rearrangement import padded_to
 from tnadapt.backends.backend import Array
 
 from ._fit import Fit, Limits
 from ._general_fit import fit_any
-from ._linear_algebra import Algebra, tensorly_on
+from ._linear_algebra import Algebra
 from ._refined_format import refinable, refined_format
-from .known_later import all_of
+from .cp_als import CPSweeps, cp_als
+from .hooi import SMALL, hooi, hosvd, projected
+from .known_later import LazyProof, all_of
+from .matrix_truncation import MatrixTruncation, Triplets
 from .rank_one import nearest_rank_one
 from .train_als import improved_train
+from .tt_svd import tt_svd
 
 __all__ = ["Fit", "Limits", "fit_format"]
 
@@ -228,50 +232,21 @@ def _refined_als(
 def _descent(
     algebra: Algebra, rank: int, tensor: Array, begun: Sequence[Array], limits: Limits
 ) -> tuple[list[Array], float, int]:
-    """Run a few sweeps at a time, measure the error after each batch of sweeps, and keep the best."""
-    backend = algebra.backend
-    norm = algebra.norm(tensor)
-    best, error, sweeps = list(begun), math.inf, 0
-    # Components that become collinear make the equations singular, or diverge with opposite signs (degeneracy). Then
-    # add a small ridge to the equations, and continue from the best factors.
-    ridges = [0.0, 100.0 * algebra.eps, algebra.eps**0.5]
-    while sweeps < limits.iterations and ridges:
-        few = min(_SWEEPS, limits.iterations - sweeps)
-        found = _swept(algebra, rank, tensor, best, few, ridges[0] * norm ** (2.0 / len(tensor.shape)))
-        now = math.inf if found is None else algebra.norm(tensor - cp_tensor(backend, None, found))
-        if found is None or not now < error:
-            ridges.pop(0)
-            if math.isfinite(error) and found is not None:
-                break  # converged up to rounding
-            continue
-        sweeps += few
-        gain, best, error = error - now, found, now
-        if gain <= limits.tol * few * norm:
-            break
-    if not error < norm:
+    """Run sweeps until as many as are compared at a time gain too little, and keep the best."""
+    norm, before = algebra.norm(tensor), math.inf
+
+    def stops(count: int, error: float, factors: Sequence[Array]) -> bool:
+        nonlocal before
+        if count % _SWEEPS:
+            return False
+        gain, before = before - error, error
+        return gain <= limits.tol * _SWEEPS
+
+    found = cp_als(CPSweeps(algebra.backend, tensor), begun, norm, limits.iterations, stops)
+    if not found.error < norm:
         # No success: return zeros; the report shows the error.
-        return [algebra.zeros((size, rank)) for size in tensor.shape], norm, sweeps
-    return best, error, sweeps
-
-
-def _swept(
-    algebra: Algebra, rank: int, tensor: Array, begun: Sequence[Array], sweeps: int, ridge: float
-) -> list[Array] | None:
-    """Run TensorLy's sweeps from given factors; return None if they fail or diverge."""
-    from tensorly.decomposition import parafac
-
-    ones = algebra.array(np.ones(rank))
-    with tensorly_on(algebra.backend), np.errstate(all="ignore"):
-        try:
-            weights, factors = parafac(
-                tensor, rank, n_iter_max=sweeps, init=(ones, list(begun)), l2_reg=ridge, tol=0, random_state=algebra.rng
-            )
-        except (np.linalg.LinAlgError, RuntimeError):  # torch raises a RuntimeError
-            return None
-    sizes = np.prod([algebra.columns(factor) for factor in factors], axis=0)
-    if not np.isfinite(sizes).all() or sizes.max() > algebra.norm(tensor) * algebra.eps**-0.5:
-        return None
-    return [factors[0] * weights, *factors[1:]]
+        return [algebra.zeros((size, rank)) for size in tensor.shape], norm, found.sweeps
+    return found.factors, found.error, found.sweeps
 
 
 def _singular_start(algebra: Algebra, rank: int, tensor: Array, rng: np.random.RandomState) -> list[Array]:
@@ -296,7 +271,6 @@ def _singular_start(algebra: Algebra, rank: int, tensor: Array, rng: np.random.R
 
 
 def _tucker(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Limits) -> Fit:
-    from tensorly.decomposition import partial_tucker
 
     sizes = tuple(int(size) for size in tensor.shape)
     if not split.modes:
@@ -304,29 +278,42 @@ def _tucker(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Lim
     ranks = _possible_ranks([min(r, d) for r, d in zip(split.core, sizes, strict=True)], split.modes)
     cut = [mode for mode in split.modes if ranks[mode] < sizes[mode]]
     if len(sizes) == len(split.modes) == 2:
-        u, values, v, exact = algebra.svd(tensor, ranks[0])
+        u, values, v, optimal = algebra.svd(tensor, ranks[0])
         core = algebra.array(np.diag(values))
-        return Fit({"core": core, "factor0": u, "factor1": v}, exact, 0, _svd_name(algebra, tensor, ranks[0]))
-    norm = algebra.norm(tensor)
-    init: Any = "svd"
-    if start is not None:
-        shapes = {"core": ranks, **{f"factor{mode}": (sizes[mode], ranks[mode]) for mode in split.modes}}
-        begun = _cut(start, shapes)
-        init = (begun["core"] * (1.0 / norm), [begun[f"factor{mode}"] for mode in split.modes])
-    total = math.prod(sizes)
-    random = any(algebra.randomized((sizes[mode], total // sizes[mode]), ranks[mode]) for mode in cut)
-    # A single sweep is optimal if at most one mode is truncated.
-    sweeps = limits.iterations if len(cut) > 1 else 1
-    with tensorly_on(algebra.backend):
-        (core, factors), errors = partial_tucker(
-            tensor * (1.0 / norm), rank=[ranks[mode] for mode in split.modes], modes=split.modes, init=init,
-            n_iter_max=sweeps, tol=max(limits.tol, algebra.eps), random_state=algebra.rng,
-            svd="randomized_svd" if random else "truncated_svd",
-        )  # fmt: skip
-    arrays = {"core": core * norm} | {f"factor{mode}": one for mode, one in zip(split.modes, factors, strict=True)}
-    if len(cut) <= 1:
-        return Fit(arrays, not random, 1, "randomized SVD" if random else "SVD")
-    return Fit(arrays, False, len(errors), "HOSVD, HOOI")
+        return Fit({"core": core, "factor0": u, "factor1": v}, optimal, 0, _svd_name(algebra, tensor, ranks[0]))
+    backend, exact = algebra.backend, list[bool | LazyProof]()
+    truncation = MatrixTruncation(backend, tensor, algebra.svd_method, algebra.seed)
+
+    def truncated(matrix: Array, mode: int) -> Triplets:
+        found = truncation.to_rank(matrix, ranks[mode])
+        exact.append(found.exact)
+        return found
+
+    if start is None:
+        # Modes that shrink most come first: what follows is then smaller.
+        order = sorted(split.modes, key=lambda mode: ranks[mode] / sizes[mode])
+        core, factors, lossy = hosvd(backend, tensor, order, truncated, sequential=math.prod(sizes) > SMALL)
+    else:
+        begun = _cut(start, {f"factor{mode}": (sizes[mode], ranks[mode]) for mode in split.modes})
+        factors = {mode: backend.qr(begun[f"factor{mode}"])[0] for mode in split.modes}
+        core, lossy = functools.reduce(lambda c, m: projected(backend, c, factors[m], m), split.modes, tensor), len(cut)
+    sweeps = 0
+    if start is not None or lossy > 1:
+        norm, before = algebra.norm(tensor), math.inf
+
+        def stops(count: int, core: Array) -> bool:
+            nonlocal before, sweeps
+            # The factors are orthonormal, so what the core lacks is the error.
+            sweeps, error = count, math.sqrt(max(0.0, 1.0 - (algebra.norm(core) / norm) ** 2))
+            gain, before = before - error, error
+            return gain <= max(limits.tol, algebra.eps)
+
+        core, factors = hooi(backend, tensor, factors, cut, truncated, stops, limits.iterations)
+    arrays = {"core": core} | {f"factor{mode}": factors[mode] for mode in split.modes}
+    name = "randomized SVD" if False in exact and algebra.svd_method == "randomized" else "SVD"
+    if not sweeps:
+        return Fit(arrays, all_of(exact), 1, name)
+    return Fit(arrays, False, sweeps, "HOSVD, HOOI")
 
 
 def _possible_ranks(ranks: list[int], modes: list[int]) -> tuple[int, ...]:
@@ -343,26 +330,23 @@ def _possible_ranks(ranks: list[int], modes: list[int]) -> tuple[int, ...]:
 
 
 def _tensor_train(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Limits) -> Fit:
-    from tensorly.decomposition import tensor_train
-
     if len(tensor.shape) == 1:
         return Fit({"core0": algebra.backend.reshape(tensor, (1, -1, 1))}, True, 0, "exact")
-    lefts = [math.prod(tensor.shape[: mode + 1]) for mode in range(len(tensor.shape) - 1)]
-    total = math.prod(tensor.shape)
-    bonds = list(zip(lefts, split.ranks[1:-1], strict=True))
-    random = any(algebra.randomized((left, total // left), rank) for left, rank in bonds)
-    with tensorly_on(algebra.backend):
-        cores = tensor_train(
-            tensor, rank=[int(rank) for rank in split.ranks], svd="randomized_svd" if random else "truncated_svd",
-            random_state=algebra.rng,
-        )  # fmt: skip
-    cut = [left for left, rank in bonds if rank < min(left, total // left)]
+    truncation = MatrixTruncation(algebra.backend, tensor, algebra.svd_method, algebra.seed)
+    exact = list[bool | LazyProof]()
+
+    def truncated(matrix: Array, bond: int) -> Triplets:
+        found = truncation.to_rank(matrix, int(split.ranks[bond + 1]))
+        exact.append(found.exact)
+        return found
+
+    cores, cut = tt_svd(algebra.backend, tensor, truncated)
     # With one bond that is cut, the result is the optimum.
-    optimal, sweeps = len(cut) <= 1 and not random, 0
-    if not optimal:
+    optimal, sweeps = all_of(exact) if sum(cut) <= 1 else False, 0
+    if sum(cut) > 1 or False in exact:
         cores, sweeps, _ = improved_train(algebra.backend, tensor, cores, limits)
     arrays = {f"core{mode}": core for mode, core in enumerate(cores)}
-    return Fit(arrays, optimal, sweeps, "TT-SVD" if optimal else "TT-SVD, ALS")
+    return Fit(arrays, optimal, sweeps, "TT-SVD, ALS" if sweeps else "TT-SVD")
 
 
 _SOLVERS: dict[type[Format], Callable[[Algebra, Any, Array, Any, Limits], Fit]] = {

@@ -16,7 +16,10 @@ from tnadapt.backends.backend import Array
 
 from .matrix_truncation import Triplets
 
-__all__ = ["hooi", "hosvd", "projected"]
+__all__ = ["SMALL", "hooi", "hosvd", "projected"]
+
+#: Up to this size, each mode is truncated of the whole tensor: the better start on average.
+SMALL = 1 << 14
 
 
 def projected(backend: Backend, tensor: Array, factor: Array, mode: int) -> Array:
@@ -25,9 +28,13 @@ def projected(backend: Backend, tensor: Array, factor: Array, mode: int) -> Arra
 
 
 def hosvd(
-    backend: Backend, tensor: Array, modes: Sequence[int], truncated: Callable[[Array, int], Triplets]
+    backend: Backend,
+    tensor: Array,
+    modes: Sequence[int],
+    truncated: Callable[[Array, int], Triplets],
+    sequential: bool = True,
 ) -> tuple[Array, dict[int, Array], int]:
-    """Truncate one mode after another, each of what the modes before it left.
+    """Truncate one mode after another, each of what the modes before it left, or each of the whole tensor.
 
     Parameters
     ----------
@@ -37,6 +44,8 @@ def hosvd(
         In which order.
     truncated : callable
         Truncates the unfolding of a mode; called with the matrix and the mode.
+    sequential : bool
+        Whether a mode is truncated of what the modes before it left, which is cheaper.
 
     Returns
     -------
@@ -52,7 +61,7 @@ def hosvd(
     """
     factors, core, lossy = dict[int, Array](), tensor, 0
     for mode in modes:
-        matrix = unfolded(backend, core, mode)
+        matrix = unfolded(backend, core if sequential else tensor, mode)
         factors[mode] = truncated(matrix, mode).u
         lossy += int(factors[mode].shape[1]) < min(int(size) for size in matrix.shape)
         core = projected(backend, core, factors[mode], mode)

@@ -13,7 +13,7 @@ from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition.block_passes import BlockPasses, passes_over
 from tnadapt.decomposition.frobenius import norm_of
-from tnadapt.decomposition.hooi import hooi, hosvd, projected
+from tnadapt.decomposition.hooi import SMALL, hooi, hosvd, projected
 from tnadapt.decomposition.known_later import LazyProof, all_of
 from tnadapt.decomposition.matrix_truncation import MatrixTruncation, Triplets
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
@@ -249,7 +249,8 @@ def _start(
     # Modes that shrink most come first: what follows is then smaller.
     order = sorted(range(len(shape)), key=lambda mode: (ranks[mode] if ranks else 1) / shape[mode])
     if init == "svd":
-        return *hosvd(backend, request.tensor, order, truncated), all_of(exact)
+        found = hosvd(backend, request.tensor, order, truncated, sequential=math.prod(shape) > SMALL or len(shape) < 3)
+        return *found, all_of(exact)
     if ranks is None:
         raise ConfigError("max_error= chooses ranks from the HOSVD: use init='svd', or give rank=")
     rng = np.random.default_rng(request.seed)
