@@ -249,7 +249,9 @@ def _start(
     # Modes that shrink most come first: what follows is then smaller.
     order = sorted(range(len(shape)), key=lambda mode: (ranks[mode] if ranks else 1) / shape[mode])
     if init == "svd":
-        found = hosvd(backend, request.tensor, order, truncated, sequential=math.prod(shape) > SMALL or len(shape) < 3)
+        # With ranks of the whole tensor, an error that is allowed would be spent once for each mode and not used up.
+        in_turn = ranks is None or len(shape) < 3 or math.prod(shape) > SMALL
+        found = hosvd(backend, request.tensor, order, truncated, sequential=in_turn)
         return *found, all_of(exact)
     if ranks is None:
         raise ConfigError("max_error= chooses ranks from the HOSVD: use init='svd', or give rank=")
