@@ -56,6 +56,18 @@ def test_a_tensor_is_decomposed_from_a_memory_map(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_figures_of_large_tensors_are_measured() -> None:
+    found = json.loads((BENCHMARKS / "results" / "large_tensors.json").read_text(encoding="utf-8"))
+    ranks, error, train = found["rows"]
+    text = " ".join((BENCHMARKS.parent / "docs" / "tensors.rst").read_text(encoding="utf-8").split())
+    memory = round(ranks["peak above the start, MB"])
+    assert found["shape"] == [1000] * 3
+    assert f"blocks of {found['block, bytes'] >> 20} MiB on {found['cores']} cores" in text
+    assert f"took {ranks['seconds']:.0f} s and {memory} MB of memory" in text
+    assert f"an allowed error of 0.02 {error['seconds']:.0f} s" in text
+    assert f"a tensor train of ranks (10, 8) {train['seconds']:.0f} s" in text
+
+
 def test_the_table_of_mixed_batches_is_that_of_its_results(benchmark_scripts: Callable[[str], ModuleType]) -> None:
     results = BENCHMARKS / "results" / "mixed_batch.jsonl"
     rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]

@@ -172,6 +172,8 @@ def _svd_name(algebra: Algebra, matrix: Array, rank: int) -> str:
 _SWEEPS = 10
 _STARTS, _SMALL = 3, 1 << 14
 _REFINED, _NEAR = 16, 0.3
+# Sweeps that have not converged after this many crawl.
+_CRAWLS = 30
 _MOVED = 0.01
 
 
@@ -184,12 +186,14 @@ def _als(algebra: Algebra, rank: int, tensor: Array, start: Any, limits: Limits)
     rng, norm = algebra.rng, algebra.norm(tensor)
     first = _singular_start(algebra, rank, tensor, rng)
     several = limits.iterations > _SWEEPS
-    fine = several and refinable(CP(tensor.shape, rank))
-    few = limits._replace(iterations=min(limits.iterations, _SWEEPS))
+    few = limits._replace(iterations=min(limits.iterations, _CRAWLS))
     factors, error, sweeps = _descent(algebra, rank, tensor, first, few)
+    # Where sweeps converge fast, Gauss-Newton would take longer than all of them.
+    crawls = several and sweeps >= _CRAWLS
+    fine = crawls and error > 64.0 * algebra.eps * norm and refinable(CP(tensor.shape, rank))
     if not (fine and error <= _NEAR * norm):
-        if several:
-            rest = limits._replace(iterations=limits.iterations - _SWEEPS)
+        if crawls and limits.iterations > _CRAWLS:
+            rest = limits._replace(iterations=limits.iterations - _CRAWLS)
             factors, error, more = _descent(algebra, rank, tensor, factors, rest)
             sweeps += more
         for _ in range(_STARTS - 1 if several and math.prod(tensor.shape) <= _SMALL else 0):

@@ -31,8 +31,8 @@ __all__ = ["cp"]
 _MOVED = 0.01
 # The relative error up to which there may be an exact answer, and the number of other starts that may lead to it.
 _NEAR, _STARTS = 0.3, 15
-# Who allows no more sweeps than this asks for no more than them.
-_FEW = 10
+# Sweeps that have not converged after this many crawl.
+_CRAWLS = 30
 
 
 def cp(
@@ -111,8 +111,9 @@ def cp(
     starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known
     elements.
 
-    Where sweeps end with an error below 0.3 and the tensor is small, there may be an exact answer: damped Gauss-Newton
-    goes on from there and from other starts. Only with ``init="svd"``, more than 10 sweeps, and no ``callback``.
+    Where sweeps crawl, with an error below 0.3, and the tensor is small, there may be an exact answer: damped
+    Gauss-Newton goes on from there and from other starts. Only with ``init="svd"``, more than 30 sweeps, and no
+    ``callback``.
 
     Examples
     --------
@@ -248,7 +249,8 @@ class _Options:
                 f"no sweep of rank {rank} succeeded, as the equations are singular: use another init or random_state, "
                 "or a smaller rank"
             )
-        near = 64.0 * sweeps.epsilon * norm < error <= _NEAR * norm and self.iterations > _FEW
+        # Where sweeps crawl; where they converge fast, Gauss-Newton would take longer than all of them.
+        near = 64.0 * sweeps.epsilon * norm < error <= _NEAR * norm and len(watch.history) > _CRAWLS
         plain = isinstance(self.init, str) and self.init == "svd" and self.callback is None
         if near and plain and refinable(CP(shape, rank)):
             return self._refined(factors, error / norm, watch)
