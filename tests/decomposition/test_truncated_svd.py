@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from tnadapt.backends import Backend, load_backend
 from tnadapt.decomposition import _truncated_svd
@@ -73,6 +75,21 @@ def test_every_spectrum(name: str, dtype: str) -> None:
         u, s, v, exact = algebra.svd(matrix, rank)
         agree(matrix.astype(np.float64), u, s, v, algebra.eps)
         assert exact, (name, rank)
+
+
+@pytest.mark.law("decompositions")
+@given(st.integers(12, 40), st.integers(1, 3), st.sampled_from([256, 500]), st.booleans())
+@example(16, 1, 300, False).via("ARPACK holds 20 vectors, which must be fewer than the short side")
+@example(20, 1, 300, True).via("ARPACK holds 20 vectors, which must be fewer than the short side")
+@settings(max_examples=25)
+def test_every_short_side(short: int, rank: int, long: int, tall: bool) -> None:
+    # Random numbers: values that decay slowly, for which one block does not converge.
+    matrix = np.random.default_rng(short).normal(size=(long, short) if tall else (short, long))
+    found = leading_triplets(NUMPY, matrix, rank, 0)
+    if found.converged:
+        true = np.linalg.svd(matrix, compute_uv=False)[:rank]
+        np.testing.assert_allclose(found.s, true, rtol=1e-10)
+        np.testing.assert_allclose(matrix @ found.v, found.u * found.s, atol=1e-9 * true[0])
 
 
 @pytest.mark.parametrize("shape", [(160, 160), (400, 130), (130, 400), (24, 3000)])

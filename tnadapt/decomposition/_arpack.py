@@ -19,7 +19,12 @@ _STEPS = 8
 
 def arpack_pays(shape: tuple[int, ...], rank: int) -> bool:
     """Return whether :func:`arpack_vectors` can be faster than the full SVD."""
-    return _PART * rank <= min(shape)
+    return _PART * rank <= min(shape) and _width(rank) < min(shape)
+
+
+def _width(rank: int) -> int:
+    """Return how many vectors ARPACK holds, which must be fewer than the short side."""
+    return max(2 * rank + 1, 20)
 
 
 def arpack_vectors(matrix: np.ndarray, rank: int, start: np.ndarray, least: np.ndarray) -> np.ndarray | None:
@@ -42,7 +47,7 @@ def arpack_vectors(matrix: np.ndarray, rank: int, start: np.ndarray, least: np.n
     """
     from scipy.sparse.linalg import ArpackError, svds
 
-    width = max(2 * rank + 1, 20)
+    width = _width(rank)
     most = max(5, int(_PRODUCTS * matrix.shape[1] / (width - rank)))
     try:
         u, s, vt = svds(matrix, rank, ncv=width, v0=start, maxiter=most)
