@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tnadapt.algebra.products import tt_tensor
 from tnadapt.backends import Backend, load_backend
-from tnadapt.decomposition import Limits
+from tnadapt.decomposition import Limits, _padded_fit
 from tnadapt.decomposition import _network_fit as network_fit
 from tnadapt.decomposition._linear_algebra import Algebra
 from tnadapt.decomposition._observed_elements import ObservedElements
@@ -197,3 +197,14 @@ def test_noisy_trains_are_better_than_tt_svd() -> None:
         gains.append(float(np.linalg.norm(theirs - tensor) / np.linalg.norm(tensor)) - report.error)
     assert min(gains) >= 0.0
     assert np.mean(gains) > 1e-3
+
+
+def test_a_cut_row_whose_derivatives_do_not_fit_in_memory_is_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each element of the cut row has as many derivatives as the core has elements: of larger weights these took 10 GB.
+    rng = np.random.default_rng(0)
+    deltas = [rng.normal(size=(20, 21)) for _ in range(5)]
+    config = tna.Config(rank=12, order=3, groups=1, fold="hypercube", format="tucker")
+    with_row = tna.decompose(deltas, config)[1].error
+    monkeypatch.setattr(_padded_fit, "_ENTRIES", 0)
+    monkeypatch.setattr(ObservedElements, "jacobian", None)
+    assert tna.decompose(deltas, config)[1].error == pytest.approx(with_row, rel=0.02)

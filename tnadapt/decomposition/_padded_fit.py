@@ -28,11 +28,13 @@ Solve = Callable[[Array, Limits], Mapping[str, Array]]
 # Iterations of the format's method for a start; random starts; size of the noise on starts that may be saddle points.
 _STARTED, _RANDOM = 10, 8
 _NOISE, _MORE_NOISE = 0.02, 0.1
+# The most entries of the derivatives of the row that padding cuts: 128 MiB.
+_ENTRIES = 1 << 24
 
 
 def from_full_rows(algebra: Algebra, network: Network, solve: Solve, vec: Array, limits: Limits) -> Arrays | None:
-    """Fit the full rows of the first mode, then the row that the vector's end cuts; None if no row is full, or for
-    products of several splits.
+    """Fit the full rows of the first mode, then the row that the vector's end cuts; None if no row is full, for
+    products of several splits, or if the derivatives of the cut row would not fit in memory.
 
     Parameters
     ----------
@@ -51,10 +53,12 @@ def from_full_rows(algebra: Algebra, network: Network, solve: Solve, vec: Array,
     full = network.size // rest
     if not full or len(network.splits) > 1:
         return None
+    tail = ObservedElements.of_network(network, np.arange(full * rest, network.size))
+    if tail.count * sum(tail.positions(name).shape[1] for name in tail.shapes) > _ENTRIES:
+        return None
     rows = backend.reshape(vec[: full * rest] * (1.0 / network.scale), (full, *network.sizes[1:]))
     found = dict(solve(rows, limits))
     host = {name: np.asarray(backend.to_numpy(array), np.float64) for name, array in found.items()}
-    tail = ObservedElements.of_network(network, np.arange(full * rest, network.size))
     at = tail.flat(host)
     # The cut row of the arrays is still zero. The others do not change these elements, so their derivatives are zero.
     jacobian = tail.jacobian(at)
