@@ -20,6 +20,8 @@ pytestmark = [
     pytest.mark.slow,
     # The libraries' own calls of torch.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    # Outputs of HQQ's layers have gradients even where nothing is trained.
+    pytest.mark.filterwarnings("ignore:adapter .* is merged, so training:UserWarning"),
 ]
 kinds = pytest.mark.parametrize("kind", KINDS)
 P = tna.presets
