@@ -74,22 +74,22 @@ def no_matrix_is_closer(matrix: np.ndarray, vectors: np.ndarray, epsilon: float)
 def _bounded(rest: np.ndarray, along: np.ndarray, least: float) -> bool:
     """Return whether errors below ``least`` are excluded for ``U along + rest``."""
     size, rank = float(np.sum(rest * rest)), len(along)
-    room = (size - least * least) / rank
-    if not room > 0.0:
+    margin = (size - least * least) / rank
+    if not margin > 0.0:
         return False
     eps, mixed = float(np.finfo(np.float64).eps), along @ rest.T
     values = np.linalg.svd(along, compute_uv=False)
-    level = max(0.0, float(values[-1]) - _VALUES * eps * float(values[0])) ** 2 + room
-    if size + float(np.sum(mixed * mixed)) / room <= level:
+    level = max(0.0, float(values[-1]) - _VALUES * eps * float(values[0])) ** 2 + margin
+    if size + float(np.sum(mixed * mixed)) / margin <= level:
         return True
     rows, columns = rest.shape
     if rows > _SIDE:
         return False
     # Rounding: of the products in the Gram matrix, and of its factorization.
-    slack = eps * ((columns + rank) * (size + float(np.sum(mixed * mixed)) / room) + (rows + 2) * rows * level)
+    slack = eps * ((columns + rank) * (size + float(np.sum(mixed * mixed)) / margin) + (rows + 2) * rows * level)
     if not level > slack:
         return False
-    scaled = mixed / np.sqrt(room)
+    scaled = mixed / np.sqrt(margin)
     gram = rest @ rest.T
     gram += scaled.T @ scaled
     np.negative(gram, out=gram)
