@@ -20,8 +20,6 @@ from ._modes import unfold
 
 __all__ = ["Decomposed", "FitOutcome"]
 
-Index = tuple[int | slice, ...]
-
 
 @dataclasses.dataclass(frozen=True)
 class FitOutcome(KnownLater):

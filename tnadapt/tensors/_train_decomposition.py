@@ -71,8 +71,8 @@ def tensor_train(
         Of the iteration with ``mask`` or ``weights``, as for :func:`cp`; ``tol`` and ``callback`` of the sweeps, too.
     memory : int
         Bytes that a block may have, for a tensor that is not in memory: a ``numpy.memmap``, or an array of dask (whose
-        own chunks are used). It is then read two or three
-        times, compressed, and decomposed in memory; the result is of NumPy.
+        own chunks are used). It is then read two or three times, compressed, and decomposed in memory; the result is of
+        NumPy.
 
     Returns
     -------
@@ -97,7 +97,7 @@ def tensor_train(
 
     With ``mask`` or ``weights``, all arrays are fitted to the known elements: some sweeps of least squares from several
     starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known
-    elements.
+    elements; ``callback`` is called, but does not stop the iteration.
 
     Examples
     --------

@@ -82,8 +82,8 @@ def tucker(
         Called with the number and the relative error of each sweep; stops the iteration if it returns True.
     memory : int
         Bytes that a block may have, for a tensor that is not in memory: a ``numpy.memmap``, or an array of dask (whose
-        own chunks are used). It is then read two or three
-        times, compressed, and decomposed in memory; the result is of NumPy.
+        own chunks are used). It is then read two or three times, compressed, and decomposed in memory; the result is of
+        NumPy.
 
     Returns
     -------
@@ -107,7 +107,7 @@ def tucker(
 
     With ``mask`` or ``weights``, all arrays are fitted to the known elements: some sweeps of least squares from several
     starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known
-    elements.
+    elements; ``callback`` is called, but does not stop the iteration.
 
     Examples
     --------
