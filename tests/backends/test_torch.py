@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -104,6 +107,24 @@ def test_compile_in_one_graph_from_cold(name: str) -> None:
         with torch.no_grad():
             plan.deltas(other)
         compiled({name: (array.detach() * 2.0).requires_grad_() for name, array in params.items()})
+
+
+COLD = """
+import torch, tnadapt as tna
+plan = tna.SuperLoRA(tna.presets.superlora(2, projection="nonlinear", ratio=0.5), [(8, 8)])
+params = {name: torch.randn(shape, requires_grad=True) for name, shape in plan.param_shapes.items()}
+found = torch.compile(lambda given: plan.vector(given), backend="aot_eager", fullgraph=True)(params)
+assert type(found) is torch.Tensor, type(found)
+torch.testing.assert_close(found, plan.vector(params), rtol=1e-5, atol=1e-6)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.law("compile")
+def test_the_first_thing_that_a_process_does_may_be_compiling() -> None:
+    # The compiler must not be the first to see a tensor: it would trace how its backend is loaded.
+    done = subprocess.run([sys.executable, "-c", COLD], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.law("functional-transforms")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tnadapt.backends import load_imported
 from tnadapt.errors import ConfigError
 
 from ._array_plan import ArrayPlan, checked_given, checked_start, names_of
@@ -86,8 +87,9 @@ class GroupPlan:
         self._given.update(fitting)
         if start_from is not None:
             self._given.update(checked_start(config.start, self.point.brought, start_from, self.array_shapes))
+        # Load backends and lay the groups out now, so that torch.compile and jax.jit never trace this code.
+        load_imported()
         if self.num_groups <= LAID_OUT:
-            # Lay the groups out now, so that torch.compile and jax.jit never trace this code.
             _ = self.param_shapes, self.weight_param_names
         if self._array_plan.tied and is_linear(config.projection):
             _ = self._zeros  # raises a ConfigError if a term cannot start at zero

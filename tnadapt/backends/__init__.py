@@ -13,6 +13,7 @@ Design requirements of this package:
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,15 @@ from tnadapt.errors import BackendError, safe_repr
 from ._kernels import kernels
 from .backend import Backend
 
-__all__ = ["Backend", "available_backends", "get_backend", "kernels", "load_backend", "register_backend"]
+__all__ = [
+    "Backend",
+    "available_backends",
+    "get_backend",
+    "kernels",
+    "load_backend",
+    "load_imported",
+    "register_backend",
+]
 
 
 def _make_numpy() -> Backend:
@@ -146,6 +155,25 @@ def load_backend(name: str) -> Backend:
     # happens.
     _by_type.update(dict.fromkeys(backend.types, backend))
     return backend
+
+
+def load_imported() -> None:
+    """Load the built-in backends of the libraries that this process has imported already.
+
+    A compiler that meets the first array of a library would trace how its backend is loaded, and fail.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> load_imported()
+    >>> load_backend("numpy").name
+    'numpy'
+    """
+    for name in BUILT_IN:
+        if name in sys.modules and name not in _instances:
+            # A library that is broken, or in the middle of its own import, is reported where it is used.
+            with contextlib.suppress(BackendError, AttributeError):
+                load_backend(name)
 
 
 def available_backends() -> list[str]:
