@@ -30,8 +30,9 @@ CLASSES = 3
 @pytest.fixture
 def accelerate() -> Iterator[Any]:
     found = pytest.importorskip("accelerate")
+    # Its state belongs to the process: the trainers of other tests leave one, and the next test must not find ours.
+    found.state.AcceleratorState._reset_state(reset_partial_state=True)
     yield found
-    # Its state belongs to the process, and would decide for the next test.
     found.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
