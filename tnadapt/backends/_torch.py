@@ -61,7 +61,8 @@ class TorchBackend(Backend):
             return torch.from_numpy(array).to(device)
 
     def fixed(self, source: FixedArrays, key: Hashable, device: Any, keep: bool = True) -> Array:
-        if not torch.compiler.is_compiling():
+        # Export without Dynamo runs this code on placeholders, and must leave nothing behind: super() keeps none of them.
+        if not torch.compiler.is_dynamo_compiling():
             return super().fixed(source, key, device, keep)
         # torch.compile must not trace the drawing (NumPy's integer arithmetic): `name_of` runs outside the graph and
         # leaves the array as an attribute of `source`, which the graph then reads like any other tensor. The array is
