@@ -61,7 +61,7 @@ class TorchBackend(Backend):
             return torch.from_numpy(array).to(device)
 
     def fixed(self, source: FixedArrays, key: Hashable, device: Any, keep: bool = True) -> Array:
-        # Export without Dynamo runs this code on placeholders, and must leave nothing behind: super() keeps none of them.
+        # Export without Dynamo runs this code on placeholders, and must leave none behind: super() does not keep them.
         if not torch.compiler.is_dynamo_compiling():
             return super().fixed(source, key, device, keep)
         # torch.compile must not trace the drawing (NumPy's integer arithmetic): `name_of` runs outside the graph and
