@@ -7,7 +7,7 @@ contracted with all others, and its norm is that of the whole train (Holtz, Rohw
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from tnadapt.algebra.products import tt_tensor
@@ -15,6 +15,7 @@ from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 
 from ._fit import Limits
+from ._fixed_cores import AroundFixed, moved_right
 from .frobenius import norm_of
 
 __all__ = ["improved_train"]
@@ -26,6 +27,7 @@ def improved_train(
     cores: Sequence[Array],
     limits: Limits,
     watch: Callable[[int, float], Any] = lambda *_: None,
+    fixed: Collection[int] = (),
 ) -> tuple[list[Array], int, bool]:
     """Improve the cores of a train by sweeps until one gains no more than the tolerance.
 
@@ -33,23 +35,26 @@ def improved_train(
     ----------
     backend : Backend
     tensor : array, shape (d_1, …, d_M)
-        Real or complex.
+        Real or complex; not zero.
     cores : sequence of array, shape (r_{m-1}, d_m, r_m)
         A start, such as that of TT-SVD. The ranks stay, unless one is larger than its neighbors can use.
     limits : Limits
         A sweep goes to the first core and back to the last.
     watch : callable
         Called with each sweep's number and relative error; stops the iteration if it returns True.
+    fixed : collection of int
+        Positions of cores that stay as they are, to the bit.
 
     Returns
     -------
     cores : list of array
-        All but the last one orthogonal from the left. Their error is never above that of the start.
+        Their error is never above that of the start. If any differs from the start, and none is fixed, all but the
+        last one are orthogonal from the left.
     sweeps : int
     converged : bool
         Whether a sweep gained no more than the tolerance.
     """
-    train = _Train(backend, tensor, list(cores))
+    train = AroundFixed(backend, tensor, list(cores), fixed) if fixed else _Train(backend, tensor, list(cores))
     norm = norm_of(backend, tensor)
     best, error = list(cores), train.error()
     for sweep in range(1, limits.iterations + 1):
@@ -72,7 +77,7 @@ class _Train:
         self.sizes = [int(size) for size in tensor.shape]
         self.tensor = tensor
         for mode in range(len(cores) - 1):
-            self._to_the_right(mode)
+            moved_right(self.backend, self.cores, mode)
 
     def error(self) -> float:
         """Return the norm of the residual."""
@@ -94,7 +99,7 @@ class _Train:
         for mode in range(order):
             self.cores[mode] = self._core(rest, after[mode], mode)
             if mode < order - 1:
-                self._to_the_right(mode)
+                moved_right(self.backend, self.cores, mode)
                 rest = self._step(rest, mode)
 
     def _core(self, first: Array, after: Array | None, mode: int) -> Array:
@@ -118,16 +123,6 @@ class _Train:
         flat = backend.reshape(core, (-1, int(core.shape[2])))
         found = flat if after is None else backend.matmul(flat, after)
         return backend.reshape(found, (int(core.shape[0]), -1))
-
-    def _to_the_right(self, mode: int) -> None:
-        """Make a core orthogonal from the left, and multiply the next one by the rest."""
-        backend, core, after = self.backend, self.cores[mode], self.cores[mode + 1]
-        left, size, right = (int(one) for one in core.shape)
-        q, r = backend.qr(backend.reshape(core, (left * size, right)))
-        width = int(q.shape[1])
-        self.cores[mode] = backend.reshape(q, (left, size, width))
-        rest = backend.matmul(r, backend.reshape(after, (right, -1)))
-        self.cores[mode + 1] = backend.reshape(rest, (width, *after.shape[1:]))
 
     def _to_the_left(self, mode: int) -> None:
         """Make a core orthogonal from the right, and multiply the one before it by the rest."""

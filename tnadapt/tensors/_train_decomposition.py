@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from ._from_blocks import BLOCK, OVERSAMPLED, compressed, expanded_train
 from ._known_elements import METHOD, STARTS, completed
 from ._requests import Callback, Request, Watch, one_of, requested, seed_of
 from ._tensor_chains import TTTensor
+from ._train_start import from_start, start_of
 from ._truncation import error_limit, inner_ranks
 from ._tt_matrix import TTMatrix
 
@@ -36,9 +37,11 @@ def tensor_train(
     max_error: float | None = None,
     mask: Any = None,
     weights: Any = None,
+    init: str | Sequence[Any] = "svd",
+    fixed: Collection[int] = (),
     svd: str = "auto",
     random_state: Any = None,
-    sweeps: int = 0,
+    sweeps: int | None = None,
     tol: float = 1e-8,
     max_iterations: int = 200,
     callback: Callback | None = None,
@@ -60,13 +63,18 @@ def tensor_train(
         True where an element is known; others may be NaN. In each mode, every index needs a known element.
     weights : array, shape (d_1, …, d_M), optional
         Nonnegative weights of the squared errors of the elements.
+    init : "svd", TTTensor or sequence of array
+        What the sweeps start from: TT-SVD, or a given train of the same ranks.
+    fixed : collection of int
+        Positions of the cores of ``init`` that are kept, to the bit.
     svd : {"auto", "full", "randomized"}
         How to compute leading singular vectors; "auto" computes no more than the rank where that is faster.
     random_state : int or Generator, optional
         Seed of random projections.
-    sweeps : int
-        Maximum number of sweeps of alternating least squares over the cores after TT-SVD, at the same ranks; they never
-        increase the error. Inside a trace, and where gradients flow, there are none.
+    sweeps : int, optional
+        Maximum number of sweeps of alternating least squares over the cores, at the same ranks; they never increase the
+        error. By default 0 after TT-SVD, and ``max_iterations`` from a given start. Inside a trace, and where gradients
+        flow, there are none.
     tol, max_iterations, callback
         Of the iteration with ``mask`` or ``weights``, as for :func:`cp`; ``tol`` and ``callback`` of the sweeps, too.
     memory : int
@@ -77,8 +85,8 @@ def tensor_train(
     Returns
     -------
     TTTensor
-        Of cores of shape (r_{m-1}, d_m, r_m), in the tensor's library, dtype and device. Its error is at most √(M - 1)
-        times the least one at these ranks.
+        Of cores of shape (r_{m-1}, d_m, r_m), in the tensor's library, dtype and device. After TT-SVD, its error is at
+        most √(M - 1) times the least one at these ranks.
 
     Raises
     ------
@@ -86,6 +94,8 @@ def tensor_train(
         If the tensor has NaN, infinity or no elements, or a rank is out of range.
     BackendError
         If the tensor is not an array of numbers of a known library.
+    ConfigError
+        If a setting is out of range.
 
     Notes
     -----
@@ -111,21 +121,31 @@ def tensor_train(
     >>> noise = np.random.default_rng(0).normal(size=(5, 5, 5, 5))
     >>> tensor_train(noise, 3, sweeps=50).error < tensor_train(noise, 3).error
     True
+    >>> again = tensor_train(noise + 0.01, 3, init=tensor_train(noise, 3), fixed=[0])
+    >>> bool((again[0] == tensor_train(noise, 3)[0]).all()), again.outcome.method
+    (True, 'given start, ALS')
     """
     passes = passes_over(tensor, integer_of("memory", memory, 1))
     if passes is not None:
         if mask is not None or weights is not None:
             raise ConfigError("a tensor that is read in blocks takes neither mask nor weights: load it into memory")
+        if not isinstance(init, str) or fixed:
+            raise ConfigError("a tensor that is read in blocks takes neither init nor fixed: load it into memory")
         return _from_blocks(passes, rank, max_error, svd, seed_of(random_state))
     request = requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
+    watch, iterations = Watch(tol, callback), integer_of("max_iterations", max_iterations, 1)
+    most = None if sweeps is None else integer_of("sweeps", sweeps, 0)
+    ranks = None if rank is None else inner_ranks(rank, _possible(request.shape))
+    begun, held = start_of(request, init, fixed, ranks)
     if request.observed is not None:
-        watch, iterations = Watch(tol, callback), integer_of("max_iterations", max_iterations, 1)
-        ranks = None if rank is None else tuple(inner_ranks(rank, _possible(request.shape)))
-        split = TensorTrain(request.shape, 1 if ranks is None else ranks)
-        found = completed(request, [split], watch, iterations=iterations, starts=STARTS)
+        split = TensorTrain(request.shape, 1 if ranks is None else tuple(ranks))
+        start = None if begun is None else {f"core{mode}": core for mode, core in enumerate(begun)}
+        found = completed(request, [split], watch, iterations=iterations, starts=STARTS, start=start, fixed=held)
         cores = [found.arrays[f"core{mode}"] for mode in range(len(request.shape))]
         return request.finished(TTTensor(cores), METHOD, converged=found.converged, history=found.history)
-    return _finished(request, rank, svd, integer_of("sweeps", sweeps, 0), Watch(tol, callback))
+    if begun is not None:
+        return from_start(request, begun, held, iterations if most is None else most, watch)
+    return _finished(request, ranks, svd, most or 0, watch)
 
 
 def _from_blocks(passes: BlockPasses, rank: Any, max_error: float | None, svd: str, seed: int) -> TTTensor:
@@ -153,17 +173,14 @@ def _possible(shape: tuple[int, ...]) -> list[int]:
     return [min(math.prod(shape[: bond + 1]), math.prod(shape[bond + 1 :])) for bond in range(len(shape) - 1)]
 
 
-def _finished(request: Request, rank: Any, svd: str, sweeps: int, watch: Watch) -> TTTensor:
-    shape, bonds = request.shape, len(request.shape) - 1
+def _finished(request: Request, ranks: list[int] | None, svd: str, sweeps: int, watch: Watch) -> TTTensor:
+    bonds = len(request.shape) - 1
     truncation = MatrixTruncation(request.backend, request.tensor, svd, request.seed)
     exact = list[bool | LazyProof]()
-    if rank is not None:
-        ranks = inner_ranks(rank, _possible(shape))
-    else:
-        loss = (request.max_error or 0.0) * request.norm() / math.sqrt(max(1, bonds))
+    loss = 0.0 if ranks is not None else (request.max_error or 0.0) * request.norm() / math.sqrt(max(1, bonds))
 
     def truncated(matrix: Array, bond: int) -> Triplets:
-        found = truncation.to_loss(matrix, loss) if rank is None else truncation.to_rank(matrix, ranks[bond])
+        found = truncation.to_loss(matrix, loss) if ranks is None else truncation.to_rank(matrix, ranks[bond])
         exact.append(found.exact)
         return found
 
@@ -193,8 +210,14 @@ def tt_matrix(
     rows: Sequence[int] | None = None,
     cols: Sequence[int] | None = None,
     max_error: float | None = None,
+    init: str | Sequence[Any] = "svd",
+    fixed: Collection[int] = (),
     svd: str = "auto",
     random_state: Any = None,
+    sweeps: int | None = None,
+    tol: float = 1e-8,
+    max_iterations: int = 200,
+    callback: Callback | None = None,
 ) -> TTMatrix:
     """Decompose a matrix whose rows and columns are divided into modes.
 
@@ -202,10 +225,12 @@ def tt_matrix(
     ----------
     matrix : array, shape (prod rows, prod cols) or (rows_1, …, rows_M, cols_1, …, cols_M)
         The second form is TensorLy's, and needs neither ``rows`` nor ``cols``.
-    rank, max_error, svd, random_state
+    rank, max_error, fixed, svd, random_state, sweeps, tol, max_iterations, callback
         As for :func:`tensor_train`.
     rows, cols : sequence of int, optional
         How the rows and the columns are divided, into the same number of modes.
+    init : "svd", TTMatrix or sequence of array
+        What the sweeps start from: TT-SVD, or a given TT matrix of the same ranks, divided in the same way.
 
     Returns
     -------
@@ -239,12 +264,25 @@ def tt_matrix(
         backend.reshape(array, (*tall, *wide)), [axis for m in range(count) for axis in (m, count + m)]
     )
     merged = backend.reshape(paired, [r * c for r, c in zip(tall, wide, strict=True)])
-    train = tensor_train(merged, rank, max_error=max_error, svd=svd, random_state=random_state)
+    start = init if isinstance(init, str) else _merged_start(init, tall, wide)
+    train = tensor_train(
+        merged, rank, max_error=max_error, init=start, fixed=fixed, svd=svd, random_state=random_state, sweeps=sweeps,
+        tol=tol, max_iterations=max_iterations, callback=callback,
+    )  # fmt: skip
     cores = [
         backend.reshape(core, (core.shape[0], r, c, core.shape[2]))
         for core, r, c in zip(train, tall, wide, strict=True)
     ]
     return TTMatrix(cores).with_outcome(train.outcome)
+
+
+def _merged_start(init: Sequence[Any], rows: tuple[int, ...], cols: tuple[int, ...]) -> TTTensor:
+    given = init if isinstance(init, TTMatrix) else TTMatrix(init)
+    if (given.row_sizes, given.col_sizes) != (rows, cols):
+        raise ShapeError(
+            f"init divides rows and columns into {given.row_sizes} and {given.col_sizes}; expected {rows} and {cols}"
+        )
+    return given.train()
 
 
 def _sizes(
