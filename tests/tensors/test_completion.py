@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 import tnadapt.tensors as tt
 from tests.conftest import relative_error
+from tnadapt.decomposition import completion
 from tnadapt.errors import BackendError, ConfigError, ShapeError, TnadaptError
 
 from .test_modes import numbers
@@ -138,6 +140,37 @@ def test_a_given_start_and_the_history() -> None:
     assert relative_error(found.to_tensor(), tensor) < 1e-8
     assert seen
     assert found.history
+
+
+@forms
+@pytest.mark.parametrize("swept", [False, True])
+def test_a_callback_stops(form: str, swept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if swept:
+        monkeypatch.setattr(completion, "affordable", lambda elements: 0)
+    make, fit = FORMS[form]
+    tensor, mask = make(3).to_tensor() + 0.1 * numbers(SHAPE, 4), known(1, 0.6)
+    seen: list[tuple[int, float]] = []
+    whole = fit(tensor, mask=mask, callback=lambda *step: seen.append(step))
+    assert [number for number, _ in seen] == list(range(1, len(seen) + 1))
+    assert len(seen) > 2
+    assert all(after <= before for (_, before), (_, after) in itertools.pairwise(seen))
+    assert whole.error == pytest.approx(seen[-1][1])
+    calls: list[float] = []
+
+    def second(number: int, error: float) -> bool:
+        calls.append(error)
+        return number == 2
+
+    stopped = fit(tensor, mask=mask, callback=second)
+    assert calls == [error for _, error in seen[:2]]
+    assert len(stopped.history) <= 2
+    assert not stopped.converged
+    assert stopped.error == pytest.approx(calls[-1])
+
+
+def test_a_hadamard_product_stops() -> None:
+    stopped = tna.hadamard_decomposition(numbers((9, 8), 1), 1, mask=np.eye(9, 8) < 0.5, callback=lambda *_: True)
+    assert (len(stopped.history), stopped.converged) == (1, False)
 
 
 MASK = known(1, 0.6)

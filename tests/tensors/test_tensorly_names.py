@@ -334,6 +334,48 @@ def test_a_mask_leaves_missing_elements_out_though_they_are_nan() -> None:
     assert tl.tucker(whole, [1, 1, 1], mask=mask * 0 + 1).outcome.method.startswith("HOSVD")
 
 
+@pytest.mark.parametrize("init", ["svd", "random", "given"])
+@pytest.mark.parametrize(("share", "noise"), [(0.6, 0.0), (0.5, 0.1)])
+def test_parafac_with_a_mask_is_no_worse_than_tensorlys(init: str, share: float, noise: float) -> None:
+    rng = np.random.default_rng(0)
+    whole = tl.random_cp((6, 7, 8), 2, full=True, random_state=1) + noise * rng.normal(size=(6, 7, 8))
+    mask = rng.random(whole.shape) < share
+    start = tl.random_cp((6, 7, 8), 2, random_state=3) if init == "given" else init
+
+    def error(found: Any) -> float:
+        left = tensorly.cp_to_tensor((found[0], found[1])) - whole
+        return float(np.linalg.norm(left * mask) / np.linalg.norm(whole * mask))
+
+    found, errors = tl.parafac(whole, 2, mask=mask, init=start, return_errors=True)
+    assert (found.weights == 1.0).all()
+    assert found.outcome.method == "least squares on the observed elements"
+    assert errors == list(found.history)
+    assert error(found) == pytest.approx(found.error, abs=1e-12)
+    theirs = tensorly.decomposition.parafac(whole * mask, 2, mask=mask * 1.0, init=start, random_state=0)
+    assert error(found) <= error(theirs)
+    if not noise:
+        assert error(found) < 1e-9
+
+
+def test_parafac_with_a_mask_shows_results_and_stops(capsys: pytest.CaptureFixture[str]) -> None:
+    mask = np.random.default_rng(0).random(TENSOR.shape) < 0.7
+    seen: list[tuple[Any, float]] = []
+
+    def callback(found: Any, error: float) -> bool:
+        seen.append((found, error))
+        return len(seen) == 3
+
+    found = tl.parafac(TENSOR, 2, mask=mask, callback=callback, verbose=True)
+    assert [len(seen), found.converged, capsys.readouterr().out.count("iteration")] == [3, False, 3]
+    for made, error in seen:
+        left = np.linalg.norm((made.to_tensor() - TENSOR) * mask)
+        assert left == pytest.approx(error * np.linalg.norm(TENSOR * mask))
+    assert found.error == pytest.approx(seen[-1][1])
+    kept = tl.parafac(TENSOR, 2, mask=mask, init=found, fixed_modes=[0], n_iter_max=3)
+    assert kept.outcome.method == "TensorLy, parafac"
+    assert np.allclose(kept.factors[0], found.factors[0])
+
+
 def test_a_random_start_is_tensorlys() -> None:
     tensor = tl.random_cp((6, 7, 8), 3, full=True, random_state=5) + 0.01 * np.random.default_rng(0).normal(
         size=(6, 7, 8)

@@ -25,6 +25,11 @@ def random_train(shape: tuple[int, ...], rank: int, seed: int, dtype: str = "flo
     return tna.tensor_train(tt.random_tt(shape, rank, random_state=seed, dtype=dtype).to_tensor(), rank)
 
 
+def error_of(found: Any, tensor: np.ndarray) -> float:
+    """The relative Frobenius error, by NumPy alone."""
+    return float(np.linalg.norm(found.to_tensor() - tensor) / np.linalg.norm(tensor))
+
+
 @pytest.mark.law("decompositions")
 @example((4, 3, 4), 2, {1}, 0, "complex128")
 @example((3, 1, 3, 2), 3, {0, 3}, 1, "float64")
@@ -39,8 +44,8 @@ def test_the_error_never_rises_and_fixed_cores_stay_to_the_bit(
         tensor = tensor + 1j * numbers(shape, seed + 5)
     held = {mode for mode in fixed if mode < len(shape)}
     found = tna.tensor_train(tensor, start.rank, init=start, fixed=held, sweeps=4)
-    before = relative_error(start.to_tensor(), tensor)
-    assert relative_error(found.to_tensor(), tensor) <= before * (1.0 + 1e-12) + 1e-15
+    before = error_of(start, tensor)
+    assert error_of(found, tensor) <= before * (1.0 + 1e-12) + 1e-15
     assert all(np.array_equal(found[mode], start[mode]) for mode in held)
     assert found.outcome.method == "given start, ALS"
 
@@ -88,7 +93,7 @@ def test_a_fixed_core_without_full_rank() -> None:
     start[1] = start[1] * np.array([1.0, 0.0])
     tensor = numbers((3, 4, 5), 1)
     found = tna.tensor_train(tensor, 2, init=start, fixed=[1])
-    assert found.error < relative_error(tt.TTTensor(start).to_tensor(), tensor)
+    assert found.error < error_of(tt.TTTensor(start), tensor)
     start[1] = start[1] * 0.0
     assert tna.tensor_train(tensor, 2, init=start, fixed=[1]).error == pytest.approx(1.0)
 
@@ -133,7 +138,7 @@ def test_tt_matrices() -> None:
     matrix = numbers((12, 12), 2)
     found = tna.tt_matrix(matrix, 3, rows=rows, cols=cols, init=made, fixed=[1])
     assert np.array_equal(found[1], made[1])
-    assert found.error < relative_error(made.to_matrix(), matrix)
+    assert found.error < np.linalg.norm(made.to_matrix() - matrix) / np.linalg.norm(matrix)
     again = tna.tt_matrix(made.to_matrix(), 3, rows=rows, cols=cols, init=list(made), fixed=[0, -1])
     assert again.error < 1e-14
     plain = tna.tt_matrix(matrix, 2, rows=rows, cols=cols)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -136,7 +137,7 @@ def _by_gauss_newton(
     """Continue by Gauss-Newton from the best fit, and from the others where the error is small."""
     now, steps = error, tried[0].iterations
 
-    def seen(count: int, left: float) -> None:
+    def seen(count: int, left: float, _: Any) -> None:
         nonlocal now
         now = min(now, left)
         watch(steps + count, now)

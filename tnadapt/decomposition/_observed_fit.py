@@ -12,9 +12,11 @@ from ._damped_gauss_newton import Descent, damped_gauss_newton
 from ._fit import Limits
 from ._observed_elements import ObservedElements
 
-__all__ = ["ObservedFit", "affordable", "balanced", "fit_observed", "moved", "random_start"]
+__all__ = ["ObservedFit", "Seen", "affordable", "balanced", "fit_observed", "moved", "random_start"]
 
 Arrays = dict[str, np.ndarray]
+#: Called with the number and the relative error of each step, and a function that gives the arrays; True stops.
+Seen = Callable[[int, float, Callable[[], Arrays]], Any]
 
 # Up to this many entries of a Jacobian are kept, and this many multiply-adds go into all steps of one fit, where each
 # step costs at least as much as the second number of them.
@@ -74,7 +76,7 @@ def fit_observed(
     limits: Limits,
     *,
     weights: np.ndarray | None = None,
-    watch: Callable[[int, float], None] = lambda *_: None,
+    watch: Seen = lambda *_: None,
 ) -> ObservedFit:
     """Fit arrays to observed elements from each of several starts, until one reaches zero or three reach one optimum.
 
@@ -90,7 +92,8 @@ def fit_observed(
     weights : ndarray, shape (n,), optional
         Nonnegative weights of the squared errors.
     watch : callable
-        Called with the number and the relative error of each step.
+        Called with the number of each step, the least relative error so far, and a function that gives its arrays;
+        stops all descents if it returns True.
 
     Returns
     -------
@@ -99,36 +102,47 @@ def fit_observed(
     """
     problem = _Weighted(elements, wanted, weights)
     best: Descent | None = None
-    steps, agreeing = 0, 0
+    agreeing, seen = 0, _BestSoFar(watch, elements, problem.norm)
     left = min(max(affordable(elements), _FEW), _DESCENTS * limits.iterations)
 
     def descent(begun: np.ndarray, most: int) -> Descent:
-        seen = _best_so_far(watch, steps, math.inf if best is None else best.error / problem.norm)
         own = limits._replace(iterations=most)
         return damped_gauss_newton(problem.residual, problem.jacobian, begun, problem.norm, own, seen)
 
     for start in starts:
         begun = elements.flat(balanced(elements, start)).astype(problem.kind)
-        found = descent(begun, min(limits.iterations, left - steps))
-        steps += len(found.history)
+        found = descent(begun, min(limits.iterations, left - seen.steps))
         same = best is not None and abs(found.error - best.error) <= _SAME * best.error
         better = best is None or found.error < best.error
         agreeing = agreeing + 1 if same else 1 if better else agreeing
         best = found if better or best is None else best
-        if agreeing == _AGREE or steps >= left or best.error <= _ROUNDING * problem.eps * problem.norm:
+        exact = best.error <= _ROUNDING * problem.eps * problem.norm
+        if agreeing == _AGREE or seen.steps >= left or exact or seen.stopped:
             break
     assert best is not None
-    if not best.converged and steps < left and best.error <= _NEAR * problem.norm:
+    if not best.converged and seen.steps < left and best.error <= _NEAR * problem.norm and not seen.stopped:
         # It may be on its way to an exact answer, slowly.
-        further = descent(best.x, left - steps)
-        steps += len(further.history)
+        further = descent(best.x, left - seen.steps)
         best = further._replace(history=best.history + further.history)
-    error = best.error / problem.norm
-    return ObservedFit(elements.arrays(best.x), error, best.converged, best.history or (error,), steps)
+    error, converged = best.error / problem.norm, best.converged and not seen.stopped
+    return ObservedFit(elements.arrays(best.x), error, converged, best.history or (error,), seen.steps)
 
 
-def _best_so_far(watch: Callable[[int, float], None], steps: int, best: float) -> Callable[[int, float], None]:
-    return lambda count, error: watch(steps + count, min(error, best))
+class _BestSoFar:
+    """Counts the steps of all descents, and passes on the best result so far."""
+
+    def __init__(self, watch: Seen, elements: ObservedElements, norm: float) -> None:
+        self.watch, self.elements, self.norm = watch, elements, norm
+        self.steps, self.error, self.stopped = 0, math.inf, False
+        self.x: np.ndarray | None = None
+
+    def __call__(self, count: int, error: float, x: np.ndarray) -> bool:
+        self.steps += 1
+        if error <= self.error:
+            self.error, self.x = error, x
+        best = self.x if self.x is not None else x
+        self.stopped = self.watch(self.steps, self.error, lambda: self.elements.arrays(best)) is True
+        return self.stopped
 
 
 class _Weighted:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -123,5 +124,8 @@ def fit_given(
         if rows is not None:
             yield from moved([on_host(rows)], rng, _MORE_NOISE)
 
-    found = fit_observed(elements, wanted, starts(), limits, watch=watch)
+    def seen(count: int, error: float, _: Any) -> None:
+        watch(count, error)
+
+    found = fit_observed(elements, wanted, starts(), limits, watch=seen)
     return Fit(found.arrays, False, found.iterations, "Gauss-Newton on the given elements")

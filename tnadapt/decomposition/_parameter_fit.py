@@ -255,7 +255,7 @@ def _nonlinear(
             dtype=np.float64,
         )
 
-    def on_step(count: int, error: float) -> None:
+    def on_step(*_: Any) -> None:
         nonlocal seen
         seen += 1
         watch(seen, None)

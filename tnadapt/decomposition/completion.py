@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from tnadapt.algebra.formats import Format
 
 from ._fit import Limits
 from ._observed_elements import ObservedElements, unobserved
-from ._observed_fit import ObservedFit, affordable, fit_observed, random_start
+from ._observed_fit import ObservedFit, Seen, affordable, fit_observed, random_start
 from ._observed_sweeps import sweeps_on_observed
 from ._refined_format import refinable
 
@@ -36,7 +37,7 @@ def complete(
     starts: int = 8,
     seed: int = 0,
     limits: Limits | None = None,
-    watch: Callable[[int, float], None] = lambda *_: None,
+    watch: Seen = lambda *_: None,
 ) -> ObservedFit:
     """Fit a format, or a sum of products of several, to the elements of a tensor whose weight is not zero.
 
@@ -64,7 +65,8 @@ def complete(
     limits : Limits, optional
         Of each descent.
     watch : callable
-        Called with the number and the relative error of each step.
+        Called with the number and the relative error of each step, and a function that gives the arrays; stops if it
+        returns True.
 
     Returns
     -------
@@ -128,13 +130,13 @@ def _by_sweeps(
     start: Mapping[str, np.ndarray],
     limits: Limits,
     roots: np.ndarray,
-    watch: Callable[[int, float], None],
+    watch: Seen,
 ) -> ObservedFit:
     history = list[float]()
 
-    def seen(count: int, error: float) -> None:
+    def seen(count: int, error: float, made: Callable[[], dict[str, np.ndarray]]) -> Any:
         history.append(error)
-        watch(count, error)
+        return watch(count, error, made)
 
     arrays, error, converged = sweeps_on_observed(elements, wanted, start, limits, roots, seen)
     return ObservedFit(arrays, error if math.isfinite(error) else math.inf, converged, tuple(history), len(history))

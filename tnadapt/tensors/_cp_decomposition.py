@@ -109,7 +109,7 @@ def cp(
 
     With ``mask`` or ``weights``, all arrays are fitted to the known elements: some sweeps of least squares from several
     starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known
-    elements; ``callback`` is called, but does not stop the iteration.
+    elements; ``callback`` is given the least one so far, after each step of Gauss-Newton or each sweep to the end.
 
     Where sweeps crawl, with an error below 0.3, and the tensor is small, there may be an exact answer: damped
     Gauss-Newton goes on from there and from other starts. Only with ``init="svd"``, more than 30 sweeps, and no
@@ -261,7 +261,7 @@ class _Options:
         request, backend, swept = self.request, self.request.backend, len(watch.history)
         least = error
 
-        def seen(count: int, now: float) -> None:
+        def seen(count: int, now: float, _: Any) -> None:
             nonlocal least
             least = min(least, now)
             watch(swept + count, least)

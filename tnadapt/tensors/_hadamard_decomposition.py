@@ -51,7 +51,8 @@ def hadamard_decomposition(
     max_iterations : int
         Maximum number of steps.
     callback : callable, optional
-        Called with the number and the relative error of each step.
+        Called with the number and the relative error of each step; with ``mask`` or ``weights``, it stops the
+        iteration if it returns True.
 
     Returns
     -------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from tnadapt.decomposition import Limits
 from tnadapt.decomposition.completion import complete
 from tnadapt.errors import BackendError, ConfigError
 
-from ._requests import Request, Watch
+from ._requests import Observer, Request, Watch
 
 __all__ = ["METHOD", "STARTS", "Completed", "completed", "refuse_observed"]
 
@@ -80,13 +80,17 @@ def completed(
     roots = np.real(backend.to_numpy(request.observed)).astype(np.float64)
     host = None if start is None else {name: backend.to_numpy(array) for name, array in start.items()}
 
-    def seen(count: int, error: float) -> None:
-        watch(count, error)
+    kind, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
+
+    def given(found: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        return {name: backend.asarray(np.ascontiguousarray(one), kind, device) for name, one in found.items()}
+
+    def seen(count: int, error: float, made: Callable[[], Mapping[str, np.ndarray]]) -> bool:
+        arrays = list(given(made()).values()) if isinstance(watch.callback, Observer) else ()
+        return watch.told(count, error, arrays)
 
     found = complete(
         splits, backend.to_numpy(request.tensor), roots**2, terms=terms, hadamard=hadamard, start=host, starts=starts,
         seed=request.seed, limits=Limits(watch.tol, iterations), watch=seen,
     )  # fmt: skip
-    kind, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
-    arrays = {name: backend.asarray(np.ascontiguousarray(one), kind, device) for name, one in found.arrays.items()}
-    return Completed(arrays, found.converged, found.history)
+    return Completed(given(found.arrays), found.converged, found.history)

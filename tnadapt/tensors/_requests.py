@@ -270,13 +270,14 @@ class Watch:
     def __call__(self, iteration: int, error: float, arrays: Sequence[Array] = ()) -> bool:
         """Note an error; return whether to stop."""
         before = self.history[-1] if self.history else math.inf
-        self.history.append(error)
-        if self._stopped(iteration, error, arrays):
+        if self.told(iteration, error, arrays):
             return True
         self.converged = before - error <= self.tol
         return self.converged
 
-    def _stopped(self, iteration: int, error: float, arrays: Sequence[Array]) -> bool:
+    def told(self, iteration: int, error: float, arrays: Sequence[Array] = ()) -> bool:
+        """Note an error; return whether the callback stops the iteration, whatever the tolerance."""
+        self.history.append(error)
         if isinstance(self.callback, Observer):
             return self.callback.see(iteration, error, arrays) is True
         return self.callback is not None and self.callback(iteration, error) is True

@@ -107,7 +107,7 @@ def tucker(
 
     With ``mask`` or ``weights``, all arrays are fitted to the known elements: some sweeps of least squares from several
     starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known
-    elements; ``callback`` is called, but does not stop the iteration.
+    elements; ``callback`` is given the least one so far, after each step of Gauss-Newton or each sweep to the end.
 
     Examples
     --------

@@ -22,6 +22,7 @@ __all__ = [
     "Sweeps",
     "check_criterion",
     "errors_of",
+    "filled_start",
     "needed_mask",
     "own_arrays",
     "ranks_by_share",
@@ -181,11 +182,7 @@ def own_arrays(
     library = load_backend("numpy") if host else library_for(request.backend)
     sent = _Sent(request.backend, library)
     if mask is not None:
-        like = request.tensor
-        known = np.asarray(mask) if isinstance(mask, (list, tuple, np.ndarray)) else request.backend.to_numpy(mask)
-        words["mask"] = library.asarray(
-            known.astype(np.float64), request.backend.dtype_name(like), library.device(sent(like))
-        )
+        words["mask"] = _sent_mask(request, library, mask)
     if not isinstance(init, str):
         parts = [None if part is None else sent.all(part) for part in init]
         init = tuple(parts) if form is CPTensor or isinstance(init, tuple) else parts
@@ -203,6 +200,32 @@ def own_arrays(
     found: Any = made((None if first is None else back(first), back.all(list(factors))))
     request.finished(found, f"TensorLy, {function}", converged=len(listed) < n_iter_max, history=listed)
     return (found if sparse is None else (found, back(sparse))), listed, request
+
+
+def filled_start(tensor: Any, rank: int, mask: Any, random_state: Any, svd: str, repeats: int) -> CPTensor:
+    """Return what TensorLy starts from if elements are missing: singular vectors of a tensor that they are filled in.
+
+    Parameters
+    ----------
+    tensor, rank, mask, random_state, svd
+        As for TensorLy's ``parafac``.
+    repeats : int
+        How often the missing elements are filled in.
+    """
+    request = requested(tensor, rank, None, mask=mask, random_state=random_state)
+    library = library_for(request.backend)
+    sent, back = _Sent(request.backend, library), _Sent(library, request.backend, like=request.tensor)
+    weights, factors = call(
+        library, "decomposition._cp.initialize_cp", sent(request.tensor), rank, init="svd", svd=svd,
+        random_state=request.seed % (1 << 32), mask=_sent_mask(request, library, mask), svd_mask_repeats=repeats,
+    )  # fmt: skip
+    return as_cp((back(weights), back.all(list(factors))))
+
+
+def _sent_mask(request: Request, library: Backend, mask: Any) -> Array:
+    known = np.asarray(mask) if isinstance(mask, (list, tuple, np.ndarray)) else request.backend.to_numpy(mask)
+    kind, device = request.backend.dtype_name(request.tensor), request.backend.device(request.tensor)
+    return library.asarray(known.astype(np.float64), kind, device if library is request.backend else None)
 
 
 class _Sent:

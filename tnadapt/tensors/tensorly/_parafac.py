@@ -20,6 +20,7 @@ from ._keywords import (
     as_cp,
     check_criterion,
     errors_of,
+    filled_start,
     needed_mask,
     own_arrays,
     ranks_by_share,
@@ -84,13 +85,14 @@ def parafac(
     l2_reg : float
         Added to the diagonal of the equations.
     mask : array, shape (d_1, …, d_M), optional
-        1 or True where an element is known. The others may be NaN.
+        1 or True where an element is known. The others may be NaN. The known elements are fitted by least squares, and
+        all errors are relative to their norm; see the notes.
     cvg_criterion : {"abs_rec_error", "rec_error"}
         The same here, as no sweep increases the error.
     fixed_modes : sequence of int, optional
         Modes whose factors of ``init`` are kept, the last one as well.
     svd_mask_repeats : int
-        How often the start fills in the elements that ``mask`` leaves out.
+        How often the start from singular vectors fills in the elements that ``mask`` leaves out.
     linesearch : bool
         Accepted: sweeps are extrapolated in both cases, and a longer step is kept only if it reduces the error.
     callback : callable, optional
@@ -111,9 +113,16 @@ def parafac(
 
     Notes
     -----
-    A sweep costs ``4 r prod(d)`` multiply-adds. With ``orthogonalise``, ``sparsity``, ``l2_reg`` or ``mask``, with
-    ``n_iter_max=0``, and with ``fixed_modes`` of a start that is not given, TensorLy's own iteration runs, and
-    ``outcome.method`` says so. Kolda & Bader, "Tensor decompositions and applications" (SIAM Review 51, 2009).
+    A sweep costs ``4 r prod(d)`` multiply-adds. With ``orthogonalise``, ``sparsity`` or ``l2_reg``, with
+    ``n_iter_max=0``, and with ``fixed_modes`` of a start that is not given or together with ``mask``, TensorLy's own
+    iteration runs, and ``outcome.method`` says so.
+
+    With ``mask``, TensorLy alternates between filling in what is missing and a sweep on the whole tensor, which
+    converges slowly and often ends far from an answer that reproduces all known elements. Here, as in
+    :func:`tnadapt.cp`, least squares on the known elements start from the same point as TensorLy, and for small tensors
+    from random ones, too; the best result is returned. ``n_iter_max`` is the number of steps from each start.
+
+    Kolda & Bader, "Tensor decompositions and applications" (SIAM Review 51, 2009).
 
     Examples
     --------
@@ -134,8 +143,8 @@ def parafac(
     start = _start(backend, array, init, fixed)
     if isinstance(start, CPTensor) and len(fixed) == len(shape):
         return (start, []) if return_errors else start
-    unlike = orthogonalise or sparsity or l2_reg or mask is not None or n_iter_max == 0
-    if unlike or (fixed and isinstance(start, str)):
+    unlike = orthogonalise or sparsity or l2_reg or n_iter_max == 0
+    if unlike or (fixed and (isinstance(start, str) or mask is not None)):
         found, errors, _ = own_arrays(
             "parafac", CPTensor, array, rank, mask, start, random_state, n_iter_max,
             svd=svd, normalize_factors=normalize_factors, orthogonalise=orthogonalise, tol=tol, verbose=verbose,
@@ -149,8 +158,10 @@ def parafac(
     asked = integer_of("rank", rank, 1)
     if isinstance(start, str) and start == "random":
         start = _uniform(backend, array, min(asked, possible), random_state)
+    if isinstance(start, str) and mask is not None:
+        start = filled_start(array, min(asked, possible), mask, random_state, svd, svd_mask_repeats)
     fitted = cp(
-        array, min(asked, possible), init=start, fixed=fixed, random_state=random_state, tol=tolerance(tol),
+        array, min(asked, possible), mask=mask, init=start, fixed=fixed, random_state=random_state, tol=tolerance(tol),
         max_iterations=integer_of("n_iter_max", n_iter_max, 1), callback=sweeps.observer,
     )  # fmt: skip
     found = _scaled(backend, fitted, normalize_factors, fixed, asked)
