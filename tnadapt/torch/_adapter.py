@@ -295,6 +295,23 @@ class Adapter(AdapterFiles):
         """
         return _merging.disabled(self._state)
 
+    def clear_cache(self) -> None:
+        """Discard the updates that are cached for passes without gradients.
+
+        It is needed only on a GPU, and only after the arrays were written to in a way that torch does not record, such
+        as ``p.data.copy_(…)``, DLPack or a kernel of one's own; ``p.copy_(…)``, optimizers, ``load_state_dict`` and
+        :meth:`load_arrays` are seen. On the CPU every change is.
+
+        Examples
+        --------
+        >>> import torch, tnadapt.torch
+        >>> adapter = tnadapt.torch.attach(torch.nn.TransformerEncoderLayer(8, 2, batch_first=True))
+        >>> for parameter in adapter.parameters():
+        ...     _ = parameter.data.mul_(0.5)
+        >>> adapter.clear_cache()
+        """
+        self._state.clear_cache()
+
     # -- Merging -----------------------------------------------------------------------------
 
     def merge(self, max_error: float | None = None) -> None:

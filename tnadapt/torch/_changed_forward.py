@@ -27,8 +27,8 @@ from ._merged_linear import in_dispatch_mode, in_functorch
 from ._merging import numbers
 from ._quotient import Quotient, wide_pair
 from ._row_assignment import mixing_weight
-from ._row_features import index_tensor
-from ._state import AdapterSlot
+from ._row_features import fixed_indices, index_tensor
+from ._state import AdapterSlot, weight_on
 
 __all__ = ["added_matrix", "changed_linear", "changed_weight", "scaled_output"]
 
@@ -74,9 +74,7 @@ def _changed_matrices(stored: Tensor, slots: Sequence[AdapterSlot], drop: Column
         matrix, alone = by_index.get(slot.target.index, stored[slot.target.index]), slot.target.of_matrix()
         rows = _with_dropout(slot, stored, alone.select(matrix), drop)
         by_index[slot.target.index] = changed(matrix, [(alone, rows)])
-    return stored.index_copy(
-        0, torch.tensor(list(by_index), device=stored.device), torch.stack(list(by_index.values()))
-    )
+    return stored.index_copy(0, fixed_indices(tuple(by_index), stored.device), torch.stack(list(by_index.values())))
 
 
 def _changed_rows(slot: AdapterSlot, stored: Tensor, rows: Tensor) -> Tensor:
@@ -150,7 +148,7 @@ def _unless_inactive(slot: AdapterSlot, found: Tensor, otherwise: Tensor) -> Ten
     """Return what an adapter changes; in a compiled program, which serves all mixing weights, what is there at 0."""
     if not torch.compiler.is_compiling():
         return found
-    return torch.where(slot.adapter.weight_tensor == 0, otherwise, found)
+    return torch.where(weight_on(slot.adapter, found.device) == 0, otherwise, found)
 
 
 def _traced() -> bool:

@@ -72,8 +72,9 @@ def _vjp(
 class Whole:
     """The vector of all updates of a plan as a function of its arrays, in order."""
 
-    def __init__(self, plan: SuperLoRA, names: Sequence[str]) -> None:
+    def __init__(self, plan: SuperLoRA, names: Sequence[str], on_backward: Callable[[], None] | None = None) -> None:
         self.plan, self.names = plan, tuple(names)
+        self.on_backward = on_backward
 
     def __repr__(self) -> str:
         # Traces contain this text and are compared with each other, so it must not contain an address.
@@ -83,7 +84,9 @@ class Whole:
         return cast(Tensor, self.plan.vector(dict(zip(self.names, arrays, strict=True))))
 
     def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
-        """Return the gradients of the wanted arrays, given that of the vector."""
+        """Return the gradients of the wanted arrays, given that of the vector; call ``on_backward`` before."""
+        if self.on_backward is not None:
+            self.on_backward()
         groups = self.plan.groups
         if any(not group.projection.linear or group.projection.map.identity for group in groups):
             return _vjp(self, arrays, wanted, gradient)
@@ -192,11 +195,11 @@ def version(array: Tensor) -> int:
     return -1 if array.is_inference() else array._version
 
 
-def vector(plan: SuperLoRA, arrays: Mapping[str, Tensor]) -> Tensor:
+def vector(plan: SuperLoRA, arrays: Mapping[str, Tensor], on_backward: Callable[[], None] | None = None) -> Tensor:
     """Return the vector of all updates, differentiable; in a compiled program by operations that can be fused."""
     if torch.compiler.is_compiling():
         return cast(Tensor, plan.vector(arrays))
-    return cast(Tensor, DeltaFunction.apply(Whole(plan, tuple(arrays)), *arrays.values()))  # type: ignore[no-untyped-call]
+    return cast(Tensor, DeltaFunction.apply(Whole(plan, tuple(arrays), on_backward), *arrays.values()))  # type: ignore[no-untyped-call]
 
 
 def pieces(plan: SuperLoRA, vec: Tensor) -> list[Tensor]:

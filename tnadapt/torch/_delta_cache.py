@@ -14,9 +14,9 @@ from torch._guards import TracingContext
 from tnadapt.algebra.composite import CompositePlan
 from tnadapt.algebra.superlora import SuperLoRA
 
+from ._array_snapshot import Snapshot, on_host
 from ._delta import DeltaFunction, Slice, Whole, pieces, vector, version
 from ._merged_linear import in_dispatch_mode, in_functorch
-from ._sharding import is_sharded
 
 __all__ = ["CacheEntry", "DeltaCache", "array_state", "can_cache", "trace_number"]
 
@@ -35,13 +35,14 @@ class DeltaCache:
     -----
     The cache does not depend on a "forward pass is running" flag: an interrupted pass never reports its end (torch runs
     no hook on KeyboardInterrupt), and other threads may be in other passes. Instead the invariant is per entry: an
-    entry is immutable, holds a copy of the arrays it was computed from, and is used only after a comparison with that
-    copy. The comparison is by content, because ``param.data.copy_()``, ``param.numpy()[...] = ...`` and writes through
-    DLPack change no version counter. It covers only the arrays of the requested weight, so its cost does not grow with
-    the number of weights.
+    entry is immutable, holds snapshots of the arrays it was computed from, and is used only after a comparison with
+    these. It covers only the arrays of the requested weight, so its cost does not grow with the number of weights.
 
-    On the CPU such a comparison costs microseconds. On a GPU it waits for the device. Updates that a layer can compute
-    alone are therefore not cached there but computed in each call, as in training.
+    On the CPU the comparison is by content, and costs microseconds. On a GPU that would wait for the device. There it
+    is by memory and version counter (:class:`~tnadapt.torch._array_snapshot.Snapshot`), which do not see all writes.
+    Updates that a layer can compute alone are therefore not cached there but computed in each call, as in training.
+    Steps of fused optimizers change no version counter: entries end when gradients are computed, and none is used while
+    arrays have gradients.
 
     Entries are keyed by (gradients enabled, inference mode, weight; or -1, -2 … for all of a part). Entries with
     gradients hold the graph as well: they are valid only for the same parameter objects with unchanged
@@ -58,10 +59,13 @@ class DeltaCache:
         self._parts = _parts(plan)
         self._part = [part for part in self._parts for _ in part.plan.shapes]
         self._entries: dict[tuple[bool, bool, int], CacheEntry] = {}
-        #: The latest copy of each array, which entries share.
-        self._copies: dict[tuple[str, bool], Tensor] = {}
-        #: Number of the current compiler trace, and the updates of each part that it has computed for all its layers.
-        self._traced: tuple[int, dict[int, list[Tensor]]] | None = None
+        #: The latest snapshot of each array, which entries share.
+        self._snapshots: dict[tuple[str, bool], Snapshot] = {}
+        #: The current compiler trace or forward pass, and the updates of each part that it has computed for all its
+        #: layers, where these are not cached.
+        self._traced: tuple[Hashable, dict[int, list[Tensor]]] | None = None
+        #: Number of the current forward pass of the whole model; 0 outside of one.
+        self._pass = 0
         #: Whether the last forward pass of the whole model began with gradients.
         self.began_with_gradients = False
 
@@ -72,19 +76,21 @@ class DeltaCache:
     def begin(self) -> None:
         """Note that a forward pass of the whole model starts."""
         self.began_with_gradients = torch.is_grad_enabled()
+        if not torch.compiler.is_compiling():
+            self._pass = time.perf_counter_ns()
         if self.began_with_gradients and not torch.compiler.is_compiling():
             # In training the arrays have changed since: cached updates would only take memory.
             self.forget()
 
     def end(self) -> None:
         """Note that the pass has returned or failed; not called if it was interrupted."""
-        self._traced = None
+        self._traced, self._pass = None, 0
         self.began_with_gradients = False
 
     def forget(self) -> None:
         """Empty the cache."""
         # New dictionaries instead of clear(): other threads may be reading the old ones.
-        self._entries, self._copies = {}, {}
+        self._entries, self._snapshots = {}, {}
 
     def get(self, lookup: Lookup, index: int) -> Tensor:
         """Return the update of one weight for the current arrays."""
@@ -95,6 +101,9 @@ class DeltaCache:
         given = lookup(own.names)
         # With gradients, an update that is computed alone gets a separate graph in each call.
         if (alone and torch.is_grad_enabled()) or not can_cache(given, alone):
+            if not alone and reuses_in_pass(given):
+                modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+                return self._once((self._pass, *modes) if self._pass else None, lookup, index)
             return DeltaFunction.apply(own, *given)  # type: ignore[no-any-return, no-untyped-call]
         # An update with a graph cannot replace one without (outputs would require gradients, and the graph would stay
         # alive), nor can an inference tensor replace an ordinary one.
@@ -118,8 +127,8 @@ class DeltaCache:
     def _entry(self, index: int, given: Sequence[Tensor]) -> CacheEntry:
         """Compute the entry of one weight alone, without gradients."""
         own = self._slices[index]
-        copies = self._copied(own.names, given)
-        return CacheEntry(copies, {index: own(*copies.values())})
+        copies = self._snapshots_of(own.names, given)
+        return CacheEntry(copies, {index: own(*(copy.array for copy in copies.values()))})
 
     def _whole(self, lookup: Lookup, part: CachedPart) -> CacheEntry:
         """Compute the entry of all weights of a part; with gradients, as one graph that all layers share."""
@@ -127,29 +136,29 @@ class DeltaCache:
         given = lookup(names)
         # State before copies: a write in between makes the copies newer than the state, which invalidates the entry.
         state = array_state(given) if torch.is_grad_enabled() else None
-        copies = self._copied(names, given)
+        copies = self._snapshots_of(names, given)
         if state is None:
             # Computed from the copies, so that the entry is consistent whatever is written to the arrays meanwhile.
-            made = pieces(part.plan, Whole(part.plan, part.own)(*copies.values()))
+            # (Where these are no copies, their version tells of a write, and the entry is not used again.)
+            made = pieces(part.plan, Whole(part.plan, part.own)(*(copy.array for copy in copies.values())))
             return CacheEntry(copies, dict(enumerate(made, part.first)))
-        made = part.updates(given)
+        made = part.updates(given, None if on_host(given[0]) else self.forget)
         leaves = dict(zip(names, zip(given, state, strict=True), strict=True))
         return CacheEntry(copies, dict(enumerate(made, part.first)), leaves, sum(map(version, given)))
 
-    def _copied(self, names: Sequence[str], given: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return copies of arrays, reusing existing copies that are equal.
+    def _snapshots_of(self, names: Sequence[str], given: Sequence[Tensor]) -> dict[str, Snapshot]:
+        """Return snapshots of arrays, reusing existing ones that are equal.
 
         Entries of several weights, with and without gradients, refer to the same arrays and would otherwise hold one
-        copy each. A copy is never written to; an array that has changed gets a new copy.
+        copy each. A copy is never written to; an array that has changed gets a new one.
         """
         found = {}
         for name, array in zip(names, given, strict=True):
             key = name, torch.is_inference_mode_enabled()
-            copy = self._copies.get(key)
-            if copy is None or not _equal([array], [copy]):
-                with torch.no_grad():
-                    copy = self._copies[key] = array.detach().clone()
-            found[name] = copy
+            snapshot = self._snapshots.get(key)
+            if snapshot is None or not snapshot.is_of(array):
+                snapshot = self._snapshots[key] = Snapshot.of(array)
+            found[name] = snapshot
         return found
 
     def _compiled(self, lookup: Lookup, index: int) -> Tensor:
@@ -161,11 +170,14 @@ class DeltaCache:
         if self._alone[index]:
             own = self._slices[index]
             return own(*lookup(own.names))
-        number = trace_number()
+        return self._once(trace_number() or None, lookup, index)
+
+    def _once(self, key: Hashable | None, lookup: Lookup, index: int) -> Tensor:
+        """Compute the updates of a part once for all layers of the trace or pass with this key; None: at each call."""
         # Between two programs of one pass, and after an interrupted pass, _traced may hold tensors of another trace.
         # They must not be reused: a program cannot check whether the arrays have changed since.
-        if self._traced is None or self._traced[0] != number or number == 0:
-            self._traced = number, {}
+        if self._traced is None or self._traced[0] != key or key is None:
+            self._traced = key, {}
         part, made = self._part[index], self._traced[1]
         if part.key not in made:
             made[part.key] = part.updates(lookup(part.names))
@@ -199,9 +211,9 @@ class CachedPart:
     first: int
     key: int
 
-    def updates(self, arrays: Sequence[Tensor]) -> list[Tensor]:
-        """Compute the updates of its weights, differentiable."""
-        return pieces(self.plan, vector(self.plan, dict(zip(self.own, arrays, strict=True))))
+    def updates(self, arrays: Sequence[Tensor], on_backward: Callable[[], None] | None = None) -> list[Tensor]:
+        """Compute the updates of its weights, differentiable; ``on_backward`` is called when gradients are."""
+        return pieces(self.plan, vector(self.plan, dict(zip(self.own, arrays, strict=True)), on_backward))
 
 
 def _parts(plan: SuperLoRA) -> list[CachedPart]:
@@ -219,8 +231,8 @@ class CacheEntry(NamedTuple):
 
     Attributes
     ----------
-    copies : dict of str to Tensor
-        Copies of the arrays as they were.
+    copies : dict of str to Snapshot
+        The arrays as they were.
     made : dict of int to Tensor
         The updates by index of the weight.
     leaves : dict of str to (Tensor, hashable), optional
@@ -229,7 +241,7 @@ class CacheEntry(NamedTuple):
         Sum of the version counters of the leaves.
     """
 
-    copies: dict[str, Tensor]
+    copies: dict[str, Snapshot]
     made: dict[int, Tensor]
     leaves: dict[str, tuple[Tensor, Hashable]] | None = None
     written: int = 0
@@ -245,20 +257,7 @@ class CacheEntry(NamedTuple):
             # One graph covers all arrays, and its backward pass refuses if any of them was written to since.
             if sum([version(leaf) for leaf, _ in self.leaves.values()]) != self.written:
                 return False
-        return _equal(given, [self.copies[name] for name in names])
-
-
-def _equal(arrays: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
-    """Return whether arrays equal their copies; on a GPU this synchronizes with the device, once."""
-    pairs = list(zip(arrays, copies, strict=True))
-    if any(a.device != b.device or a.dtype != b.dtype or a.shape != b.shape for a, b in pairs):
-        return False
-    if any(is_sharded(a) != is_sharded(b) for a, b in pairs):
-        return False  # sharded meanwhile: sharded and ordinary tensors cannot be compared
-    if arrays[0].device.type == "cpu":
-        return all(torch.equal(a, b) for a, b in pairs)
-    with torch.no_grad():
-        return bool(torch.stack([(a == b).all() for a, b in pairs]).all())
+        return all(self.copies[name].is_of(array) for name, array in zip(names, given, strict=True))
 
 
 def array_state(arrays: Sequence[Tensor]) -> list[Hashable]:
@@ -268,14 +267,34 @@ def array_state(arrays: Sequence[Tensor]) -> list[Hashable]:
 
 def can_cache(arrays: Sequence[Tensor], alone: bool) -> bool:
     """Return whether an update of these arrays may be cached."""
-    kind = arrays[0].device.type
-    if kind == "meta" or (alone and kind != "cpu"):
-        return False
+    if not on_host(arrays[0]):
+        if alone or arrays[0].device.type == "meta" or any(array.is_inference() for array in arrays):
+            return False
+        if is_captured() or (not torch.is_grad_enabled() and _can_be_stepped(arrays)):
+            return False
     # A trace or a captured graph must contain the computation of the update, tensors wrapped by torch.func are valid
     # only inside the transform, and a dispatch mode must see the same operations each time.
-    if in_dispatch_mode() or in_functorch():
-        return False
-    return kind != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return not (in_dispatch_mode() or in_functorch())
+
+
+def reuses_in_pass(arrays: Sequence[Tensor]) -> bool:
+    """Return whether an update that is not cached is still the same for all layers of a pass.
+
+    So it is in a CUDA graph, which like a compiled program contains the computation, so that a replay uses the current
+    arrays; and where an optimizer may take a step before the next pass.
+    """
+    traced = in_dispatch_mode() or in_functorch()
+    return not (traced or on_host(arrays[0]) or arrays[0].device.type == "meta")
+
+
+def is_captured() -> bool:
+    """Return whether operations are recorded in a CUDA graph at this moment."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+
+
+def _can_be_stepped(arrays: Sequence[Tensor]) -> bool:
+    """Return whether arrays have gradients: fused optimizers write to these arrays without changing their versions."""
+    return any(array.is_leaf and array.grad is not None for array in arrays)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -14,13 +14,14 @@ from tnadapt.algebra.factoring import Factored
 from tnadapt.backends import load_backend
 from tnadapt.errors import TargetError
 
+from ._array_snapshot import on_host
 from ._arrays import current, named_parameters
 from ._delta import DeltaFunction
 from ._idle_training import warn_idle
 from ._merged_linear import DeltaSource
 from ._row_assignment import assignment_of, mixing_weight
 from ._sharding import refuse_reentrant
-from ._state import AdapterSlot, AdapterState
+from ._state import AdapterSlot, AdapterState, weight_on
 
 __all__ = ["PassHooks", "acts", "check_recomputation", "delta", "delta_source", "factors", "scaled"]
 
@@ -66,10 +67,10 @@ def scaled(state: AdapterState, value: Tensor) -> Tensor:
     """Return a tensor times the adapter's mixing weight."""
     if torch.compiler.is_compiling():
         # torch.where rather than a product alone: an inactive adapter adds nothing, even if it contains a NaN.
-        zero = state.weight_tensor == 0
-        return torch.where(zero, torch.zeros_like(value), value * state.weight_tensor)
-    weight = mixing_weight(state)
-    return value if weight == 1.0 else value * weight
+        weight = weight_on(state, value.device)
+        return torch.where(weight == 0, torch.zeros_like(value), value * weight)
+    factor = mixing_weight(state)
+    return value if factor == 1.0 else value * factor
 
 
 def _refuse_reentrant(state: AdapterState) -> None:
@@ -129,6 +130,9 @@ class PassHooks:
             state.threads.discard(threading.get_ident())
             if torch.is_grad_enabled():
                 _remember_settings(state)
+            if hasattr(state.owner, "unshard") and not all(on_host(array) for _, array in named_parameters(state)):
+                # FSDP2 writes gathered shards into the same memory, and keeps the version counters.
+                state.clear_cache()
         if acts(state) and any(slot.strategy != "factored" for slot in state.slots):
             state.cache.begin()
 

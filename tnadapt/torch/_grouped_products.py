@@ -81,12 +81,13 @@ def grouped(assignment: RowAssignment, groups: Sequence[Slots], x: Tensor) -> Ch
         scales = [
             one.scale * mixing_weight(slots[place].adapter) for one, (_, slots) in zip(several, groups, strict=True)
         ]
-        left, right = (
-            torch.stack([pair.left for pair in pairs]),
-            torch.stack([cast(Tensor, pair.right) for pair in pairs]),
-        )
-        if any(scale != 1.0 for scale in scales):
-            left = left * torch.tensor(scales, dtype=left.dtype, device=left.device).view(-1, 1, 1)
+        # Different scales multiply the factors one by one: a tensor of scales would be copied to the device.
+        lefts = [pair.left for pair in pairs]
+        if len(set(scales)) > 1:
+            lefts = [left * scale for left, scale in zip(lefts, scales, strict=True)]
+        left, right = torch.stack(lefts), torch.stack([cast(Tensor, pair.right) for pair in pairs])
+        if len(set(scales)) == 1 and scales[0] != 1.0:
+            left = left * scales[0]
         given = blocks if torch.is_autocast_enabled(x.device.type) else blocks.to(left.dtype)
         if len(counts) > 1:
             # A copy of the factors for each row: narrow matrices, and fewer calls than groups.

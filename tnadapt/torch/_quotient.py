@@ -15,6 +15,7 @@ from torch import Tensor
 from tnadapt.algebra.applying import Applying
 from tnadapt.backends import load_backend
 
+from ._array_snapshot import Snapshot
 from ._delta import Slice, version
 from ._delta_cache import CacheEntry, can_cache
 
@@ -116,10 +117,14 @@ class QuotientCache:
         if found is not None and found.settings == settings and found.entry.is_of(names, arrays):
             return found.quotient
         # Copied first: computed from the copies, it is consistent whatever is written to the arrays meanwhile.
-        copies = {name: array.detach().clone() for name, array in zip(names, arrays, strict=True)}
-        made = own(*copies.values())
+        copies = {name: Snapshot.of(array) for name, array in zip(names, arrays, strict=True)}
+        made = own(*(copy.array for copy in copies.values()))
         self._kept[key] = _KeptQuotient(CacheEntry(copies, {}), settings, made)
         return made
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        self._kept = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuotientCache:
         return QuotientCache()

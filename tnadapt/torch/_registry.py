@@ -107,12 +107,7 @@ def set_weight(adapter: AdapterState, weight: float) -> None:
     number = _finite(weight)
     if number != adapter.weight:
         need_unmerged(adapter, "another weight")
-    all_or_none(_assign, [(adapter, number)], [(adapter, adapter.weight)])
-
-
-def _assign(adapter: AdapterState, number: float) -> None:
-    adapter.weight = number
-    adapter.weight_tensor.fill_(number)
+    all_or_none(AdapterState.set_weight, [(adapter, number)], [(adapter, adapter.weight)])
 
 
 def _finite(weight: float) -> float:

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from tnadapt.backends import load_backend
+from tnadapt.backends.backend import FixedArrays
 from tnadapt.targets.target import RowIndices, Target
 
-__all__ = ["add_features", "features_of", "index_tensor", "overlap", "updated_places"]
+__all__ = ["add_features", "features_of", "fixed_indices", "index_tensor", "overlap", "updated_places"]
 
 
 def index_tensor(target: Target, device: torch.device) -> Tensor:
-    """Return the indices of a target's rows as a tensor."""
+    """Return the indices of a target's rows as a tensor. Do not write to it."""
     assert target.rows is not None
-    return torch.tensor(target.rows.indices(), device=device)
+    return fixed_indices(tuple(target.rows.indices()), device)
+
+
+def fixed_indices(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return integers as a tensor. Do not write to it."""
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return torch.tensor(numbers, device=device)
+    # A copy from the CPU would wait for the device in each pass, and is forbidden while a CUDA graph is captured.
+    return cast(Tensor, load_backend("torch").fixed(_indices, numbers, device))
+
+
+class _Indices(FixedArrays):
+    """Integers on devices; keys are tuples of them."""
+
+    def make(self, key: Any) -> np.ndarray:
+        return np.asarray(key, dtype=np.int64)
+
+
+_indices = _Indices()
 
 
 def features_of(target: Target, features: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,15 @@ __all__ = [
     "need_linear",
     "need_unmerged",
     "not_a_sum",
+    "weight_on",
 ]
 
 #: Prefix of the names of an adapter's parameters on its model.
 PREFIX = "tnadapt_"
 #: Replacement for a dot of the adapter's name in these names.
 DOT = "%2E"
+#: Prefix of the attributes of a state that are its mixing weight on a device.
+_WEIGHT_ON = "weight on "
 #: The model's attribute that holds the states of its adapters by name.
 ADAPTERS_ATTR = "_tnadapt_adapters"
 
@@ -181,7 +184,8 @@ class AdapterState:
     weight : float
         Mixing weight: the factor of the update.
     weight_tensor : Tensor
-        The same number as a tensor. Compiled programs read this one, so that changing the weight does not recompile.
+        The same number as a tensor. Compiled programs read it, or its copy on their device (:func:`weight_on`), so that
+        changing the weight does not recompile.
     row_passes : int
         Number of open ``with rows(...)`` of the model, in all threads; ``by_rows`` tells whether there are any.
     threads : set of int
@@ -257,9 +261,49 @@ class AdapterState:
         self.pretrained: Pretrained | None = None
         self.handle: Any = None
 
+    def clear_cache(self) -> None:
+        """Discard all cached updates."""
+        self.cache.forget()
+        self.quotients.forget()
+        if self.made is not None:
+            self.made.forget()
+
     def __getstate__(self) -> dict[str, Any]:
-        # Passes with rows are those of this object: none is open for a copy.
-        return {**self.__dict__, "row_passes": 0, "by_rows": False}
+        # Passes with rows are those of this object: none is open for a copy. Tensors on devices are made again.
+        state = {name: value for name, value in self.__dict__.items() if not name.startswith(_WEIGHT_ON)}
+        return {**state, "row_passes": 0, "by_rows": False}
+
+    def set_weight(self, weight: float) -> None:
+        """Set the mixing weight, which is known to be valid."""
+        self.weight = weight
+        for name, value in list(self.__dict__.items()):
+            if name == "weight_tensor" or name.startswith(_WEIGHT_ON):
+                value.fill_(weight)
+
+    def weight_name(self, device: str) -> str:
+        """Return the name of the attribute that is the mixing weight on a device; create it if necessary.
+
+        As in :meth:`tnadapt.backends.backend.FixedArrays.name_of`, a compiler takes the name for a constant.
+        """
+        name = f"{_WEIGHT_ON}{device}"
+        if name not in self.__dict__:
+            with torch.inference_mode(False):
+                self.__dict__[name] = torch.tensor(self.weight, device=device)
+        return name
+
+
+torch.compiler.assume_constant_result(AdapterState.weight_name)  # type: ignore[no-untyped-call]
+
+
+def weight_on(state: AdapterState, device: torch.device) -> Tensor:
+    """Return an adapter's mixing weight as a tensor that a compiled program reads.
+
+    It is on the device of the program, where one scalar on the CPU would keep the compiler from CUDA graphs.
+    """
+    # Export without Dynamo runs this on placeholders, and must leave none behind.
+    if device.type == "cpu" or not torch.compiler.is_dynamo_compiling():
+        return state.weight_tensor
+    return cast(Tensor, getattr(state, state.weight_name(str(device))))
 
 
 def need_attached(state: AdapterState) -> None:

@@ -20,6 +20,7 @@ from tnadapt.targets.target import Target
 from ._dropout import ColumnDropout
 from ._forward_pass import delta, delta_source
 from ._merged_linear import DeltaSource, in_dispatch_mode, in_functorch
+from ._row_features import fixed_indices, index_tensor
 from ._state import AdapterSlot
 
 __all__ = ["SummedMatrices", "stacked_sum", "summed_matrices"]
@@ -53,10 +54,10 @@ def stacked_sum(stored: Tensor, changes: Sequence[tuple[Target, Tensor]]) -> Ten
         change = change.to(stored.device, kind)
         if target.rows is not None:
             whole = torch.zeros(target.out, target.shape[1], dtype=kind, device=stored.device)
-            places = torch.tensor(target.rows.indices(), device=stored.device)
+            places = index_tensor(target, stored.device)
             change = whole.index_copy(0, places, change)
         by_index[target.index] = matrix + (change.mT if target.transposed else change)
-    numbers = torch.tensor(list(by_index), device=stored.device)
+    numbers = fixed_indices(tuple(by_index), stored.device)
     return stored.index_copy(0, numbers, torch.stack(list(by_index.values())).to(stored.dtype))
 
 

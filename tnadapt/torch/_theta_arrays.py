@@ -6,8 +6,7 @@ of any number of backward passes go through it, each by one call of Pᵀ.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +16,7 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.algebra.theta import ThetaPart
 from tnadapt.backends import load_backend
 
+from ._array_snapshot import Snapshot, on_host
 from ._delta_cache import CacheEntry, array_state, can_cache, trace_number
 
 __all__ = ["ThetaArrays"]
@@ -28,16 +28,18 @@ class ThetaFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(part: ThetaPart, theta: Tensor) -> Tensor:
+    def forward(part: ThetaPart, on_backward: Callable[[], None] | None, theta: Tensor) -> Tensor:
         return cast(Tensor, part.projection(theta))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.part, _ = inputs
+        ctx.part, ctx.on_backward, _ = inputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, ctx.part.projection.adjoint(grads[0])
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
+        if ctx.on_backward is not None:
+            ctx.on_backward()
+        return None, None, ctx.part.projection.adjoint(grads[0])
 
 
 class ThetaArrays:
@@ -50,8 +52,8 @@ class ThetaArrays:
 
     Notes
     -----
-    The rules are those of :class:`~tnadapt.torch._delta_cache.DeltaCache`: an entry is immutable, holds copies of the θ
-    it was computed from, and with gradients is valid only for the same parameter objects and version counters.
+    The rules are those of :class:`~tnadapt.torch._delta_cache.DeltaCache`: an entry is immutable, holds snapshots of
+    the θ it was computed from, and with gradients is valid only for the same parameter objects and version counters.
     """
 
     def __init__(self, plan: SuperLoRA) -> None:
@@ -75,20 +77,27 @@ class ThetaArrays:
         if found is not None and found[0].is_of(names, thetas):
             return found[1]
         state: list[Hashable] = array_state(thetas) if torch.is_grad_enabled() else []
-        copies = {name: theta.detach().clone() for name, theta in zip(names, thetas, strict=True)}
+        copies = {name: Snapshot.of(theta) for name, theta in zip(names, thetas, strict=True)}
         made = self._made(thetas)
         leaves = dict(zip(names, zip(thetas, state, strict=True), strict=True)) if state else None
         entry = CacheEntry(copies, {}, leaves, sum(-1 if t.is_inference() else t._version for t in thetas))
         self._entries[key] = entry, made
         return made
 
+    def forget(self) -> None:
+        """Empty the cache."""
+        self._entries = {}
+
     def _made(self, thetas: Sequence[Tensor]) -> dict[str, Tensor]:
         backend = load_backend("torch")
         found: dict[str, Tensor] = {}  # which torch.compile traces, unlike dict[str, Tensor]()
         for part, theta in zip(self.theta.parts, thetas, strict=True):
             sizes = [torch.Size(shape).numel() for shape in part.arrays.values()]
-            apply = part.projection if torch.compiler.is_compiling() else functools.partial(ThetaFunction.apply, part)
-            vec = apply(theta)
+            if torch.compiler.is_compiling():
+                vec = part.projection(theta)
+            else:
+                # Steps of fused optimizers, which follow a backward pass, change no version counter.
+                vec = ThetaFunction.apply(part, None if on_host(theta) else self.forget, theta)  # type: ignore[no-untyped-call]
             for (full, shape), piece in zip(part.arrays.items(), torch.split(vec, sizes), strict=True):
                 moved = piece.view(shape)
                 found[full] = self.plan.array_start(backend, full, theta) + moved if self.theta.offset else moved
