@@ -12,7 +12,7 @@ import pytest
 import tnadapt as tna
 from tnadapt.decomposition import GroupReport, _group_fits
 from tnadapt.decomposition._linear_algebra import Algebra
-from tnadapt.decomposition.known_later import LazyProof, all_of
+from tnadapt.decomposition.known_later import LazyNumber, LazyProof, all_of
 
 KNOWN = {"size": 4, "norm": 2.0, "error": 0.5, "iterations": 0, "method": "SVD"}
 
@@ -59,6 +59,29 @@ def test_a_report_that_is_computed_later_is_like_any_other() -> None:
         assert repr(report) == repr(plain)
     with pytest.raises(AttributeError, match="'GroupReport' object has no attribute 'other'"):
         plain.other  # noqa: B018
+
+
+def test_an_error_that_is_computed_later() -> None:
+    asked: list[str] = []
+
+    def find_error() -> float:
+        asked.append("error")
+        return 0.5
+
+    def find() -> tuple[float, bool]:
+        asked.append("bound")
+        return 0.25, False
+
+    known = {name: value for name, value in KNOWN.items() if name != "error"}
+    plain = GroupReport(**KNOWN, bound=0.25, certified=False)
+    for use in (lambda x: x, copy.copy, lambda x: pickle.loads(pickle.dumps(x))):
+        asked.clear()
+        number = LazyNumber(find_error)
+        report = GroupReport.later(find, number, **known)
+        assert asked == []
+        assert (report.error, float(number), report.error, asked) == (0.5, 0.5, 0.5, ["error"])
+        assert use(report) == plain
+        assert use(GroupReport.later(find, LazyNumber(find_error), **known)) == plain
 
 
 def test_no_bound_is_computed_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tnadapt.backends import Backend, load_backend
 from tnadapt.decomposition import _truncated_svd
-from tnadapt.decomposition._arpack import arpack_pays, arpack_vectors
+from tnadapt.decomposition._lanczos import _misses, lanczos_pays, lanczos_vectors
 from tnadapt.decomposition._linear_algebra import Algebra
 from tnadapt.decomposition._truncated_svd import leading_triplets, truncated_pays
 from tnadapt.decomposition.leading_proof import no_matrix_is_closer
@@ -79,8 +79,8 @@ def test_every_spectrum(name: str, dtype: str) -> None:
 
 @pytest.mark.law("decompositions")
 @given(st.integers(12, 40), st.integers(1, 3), st.sampled_from([256, 500]), st.booleans())
-@example(16, 1, 300, False).via("ARPACK holds 20 vectors, which must be fewer than the short side")
-@example(20, 1, 300, True).via("ARPACK holds 20 vectors, which must be fewer than the short side")
+@example(16, 1, 300, False).via("the space of single vectors reaches the short side")
+@example(20, 1, 300, True).via("the space of single vectors reaches the short side")
 @settings(max_examples=25)
 def test_every_short_side(short: int, rank: int, long: int, tall: bool) -> None:
     # Random numbers: values that decay slowly, for which one block does not converge.
@@ -135,7 +135,7 @@ def test_a_start_that_is_orthogonal_to_the_leading_vectors(name: str) -> None:
 
 def test_what_does_not_converge_is_computed_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = with_values(SPECTRA["random"])
-    monkeypatch.setattr(_truncated_svd, "arpack_vectors", lambda *_: None)
+    monkeypatch.setattr(_truncated_svd, "lanczos_vectors", lambda *_: (None, False))
     assert not leading_triplets(NUMPY, matrix, 3, seed=0).converged
     u, s, v, exact = Algebra(NUMPY, matrix).svd(matrix, 3)
     agree(matrix, u, s, v, float(np.finfo(float).eps))
@@ -146,13 +146,64 @@ def test_copies_that_a_single_vector_misses() -> None:
     block = np.random.default_rng(0).normal(size=(32, 32))
     matrix = np.kron(np.eye(8), block)
     true = np.linalg.svd(matrix, compute_uv=False)
-    # Alone, ARPACK may return other values than the six largest; it is then not believed.
-    vectors = arpack_vectors(matrix, 6, np.ones(256), np.zeros(6))
+    # Single vectors may find the copies that rounding brings in, or nothing; never other values than the largest.
+    vectors, _ = lanczos_vectors(matrix, 6, np.random.default_rng(1).normal(size=256))
     if vectors is not None:
-        np.testing.assert_allclose(np.linalg.norm(matrix @ vectors, axis=0), true[:6], rtol=1e-8)
+        np.testing.assert_allclose(np.linalg.norm(matrix @ vectors[1], axis=0), true[:6], rtol=1e-8)
     np.testing.assert_allclose(Algebra(NUMPY, matrix).svd(matrix, 6)[1], true[:6], rtol=1e-8)
-    # A bound above a value that it found shows that it missed one.
-    assert arpack_vectors(matrix, 1, np.ones(256), np.array([1.1 * true[0]])) is None
+
+
+PAIRS = np.repeat(1.0 / (1.0 + K[: SIZE // 2]), 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (SPECTRA["repeated"], [0, 3]), (SPECTRA["repeated across the rank"], [0, 1, 10]), (PAIRS, [0, 2]),
+        (PAIRS, [0, 2, 4, 6]), (SPECTRA["slow"], [0, 1, 3]), (SPECTRA["slow"], [1, 2]), (SPECTRA["fast"], [0, 2]),
+    ],
+)  # fmt: skip
+def test_another_start_shows_missed_values(values: np.ndarray, found: list[int], dtype: str) -> None:
+    right, rank = np.ascontiguousarray(_orthogonal(2)[: len(values)], dtype), len(found)
+    matrix = with_values(values).astype(dtype)
+    assert _misses(matrix, right[found], values[found])
+    assert not _misses(matrix, right[:rank], values[:rank])
+
+
+@pytest.mark.parametrize("rank", [2, 4, 7])
+def test_pairs_of_values(rank: int) -> None:
+    for seed in range(5):
+        s = Algebra(NUMPY, with_values(PAIRS), seed=seed).svd(with_values(PAIRS), rank)[1]
+        np.testing.assert_allclose(s, PAIRS[:rank], rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("copies", [2, 3, 5])
+def test_copies_below_other_values(copies: int, dtype: str) -> None:
+    # Above the smallest of the seven values that single vectors would find without them; what is left is flat.
+    values = np.r_[8.0, 7.0, np.full(copies, 5.0), np.linspace(4.0, 1.0, 256 - copies - 2)]
+    matrix = (_orthogonal(1, 256) * values).astype(dtype)
+    for seed in range(4):
+        s = Algebra(NUMPY, matrix, seed=seed).svd(matrix, 7)[1]
+        np.testing.assert_allclose(s, values[:7], rtol=1e-5 if dtype == "float32" else 1e-10)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("exponent", [-110, -40, 40, 100])
+def test_squares_outside_the_range(exponent: int, dtype: str) -> None:
+    matrix = with_values(SPECTRA["slow"]).astype(dtype)
+    plain = leading_triplets(NUMPY, matrix, 3, 0)
+    found = leading_triplets(NUMPY, np.ldexp(matrix, exponent), 3, 0)
+    assert found.converged
+    np.testing.assert_allclose(np.ldexp(found.s, -exponent), plain.s, rtol=1e-6)
+
+
+def test_views_that_are_not_contiguous() -> None:
+    whole = np.random.default_rng(0).normal(size=(300, 400))
+    strided = whole[::2, 1::2]
+    agree(strided.copy(), *leading_triplets(NUMPY, strided, 2, 0)[:3], float(np.finfo(float).eps))
+    agree(strided.T.copy(), *leading_triplets(NUMPY, strided.T, 2, 0)[:3], float(np.finfo(float).eps))
 
 
 def test_only_where_few_triplets_are_asked_for() -> None:
@@ -160,8 +211,8 @@ def test_only_where_few_triplets_are_asked_for() -> None:
     assert not truncated_pays((1024, 1024), 100)
     assert not truncated_pays((64, 64), 1)
     assert truncated_pays((64, 4096), 1)
-    assert arpack_pays((1024, 2048), 64)
-    assert not arpack_pays((1024, 2048), 65)
+    assert lanczos_pays((1024, 2048), 64)
+    assert not lanczos_pays((1024, 2048), 65)
 
 
 def test_numbers_that_are_not_finite_do_not_converge() -> None:

@@ -453,3 +453,44 @@ def test_cp_of_nearly_the_greatest_rank_is_recovered() -> None:
         assert found.error == pytest.approx(error_of(found, made), abs=1e-12)
         exact += found.error < 1e-6
     assert exact >= 7
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: tt.cp(x.reshape(12, 10), 3), lambda x: tt.tensor_train(x, 2),
+        lambda x: tt.kronecker_decomposition(x.reshape(12, 10), [(3, 2), (4, 5)]), lambda x: tt.tt_matrix(x, 2),
+    ],
+)  # fmt: skip
+def test_errors_that_are_read_later_are_those_of_the_call(make: Any) -> None:
+    x = np.random.default_rng(0).normal(size=(3, 4, 5, 2))
+    found, again = make(x.copy()), make(x)
+    expected = (found.error, found.bound, found.certified)
+    made = found.to_tensor().reshape(x.shape)
+    assert found.error == pytest.approx(np.linalg.norm(x - made) / np.linalg.norm(x), rel=1e-12)
+    x[:] = 0.0
+    for array in again.arrays:
+        array[:] = 0.0
+    assert (again.error, again.bound, again.certified) == expected
+
+
+def test_errors_of_large_tensors_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tnadapt.tensors._requests._COPIED", 100)
+    x = np.random.default_rng(0).normal(size=(12, 10))
+    assert "error" in vars(tt.cp(x, 3).outcome)
+    assert "error" not in vars(tt.cp(x[:10], 3).outcome)
+    assert tt.cp(x, 3).error == pytest.approx(math.sqrt(np.sum(np.linalg.svd(x)[1][3:] ** 2)) / np.linalg.norm(x))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_finite_numbers_whose_squares_are_not(dtype: str) -> None:
+    x = np.full((6, 8), 0.01 * np.finfo(dtype).max, dtype)
+    for one in (x, x[::2, ::3], x.T):
+        assert tt.cp(one, 1).shape == one.shape
+        for bad, kind in ((np.nan, "NaN"), (np.inf, "infinity")):
+            broken = one.copy()
+            broken[1, 1] = bad
+            with pytest.raises(ShapeError, match=f"holds {kind}"):
+                tt.cp(broken, 1)
+            with pytest.raises(ShapeError, match=f"holds {kind}"):
+                tt.cp(np.repeat(broken, 2, axis=1)[:, ::2], 1)

@@ -181,6 +181,10 @@ class Backend:
         """Return the largest magnitude of the elements of x; 0 if x is empty, NaN if an element is NaN."""
         return float(self.to_numpy(self.xp.max(self.xp.abs(x)))) if all(x.shape) else 0.0
 
+    def all_finite(self, x: Array) -> bool:
+        """Return whether no element of x is NaN or infinite."""
+        return math.isfinite(self.largest(x))
+
     def detached(self, x: Array) -> Array:
         """Return x on its device without any gradient; may share memory."""
         return x

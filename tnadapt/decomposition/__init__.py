@@ -1,6 +1,6 @@
 """Decomposition: fit the parameters of a config to given updates.
 
-Each file has one solver: leading singular triplets (``_truncated_svd``, ``_arpack``) and the proof that they are the
+Each file has one solver: leading singular triplets (``_truncated_svd``, ``_lanczos``) and the proof that they are the
 leading ones (``leading_proof``), the nearest tensor of rank one (``rank_one``), SVD, ALS, HOOI and TT-SVD of one
 tensor (``_single_tensor``), alternating least squares of one tensor in any format (``_general_fit``), sweeps over a
 train (``train_als``), Kronecker products and sums (``_kronecker_sums``), Hadamard products (``_hadamard_fit``), a

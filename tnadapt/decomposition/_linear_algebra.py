@@ -96,12 +96,15 @@ class Algebra:
     svd_method : {"auto", "full", "randomized"}
     seed : int
         Seed of random projections and starts.
+    settled : bool
+        Whether nobody else can change matrices after a call; otherwise what a proof needs is copied.
     """
 
     backend: Backend
     like: Array
     svd_method: str = "auto"
     seed: int = 0
+    settled: bool = False
 
     @property
     def eps(self) -> float:
@@ -223,7 +226,7 @@ class Algebra:
                 rows = shape[0] <= shape[1]
                 short, left = (matrix, found.u) if rows else (self.backend.matrix_transpose(matrix), found.v)
                 # The caller may change the matrix before the proof is asked for.
-                kept, host = short * 1.0, self.backend.to_numpy
+                kept, host = short if self.settled else short * 1.0, self.backend.to_numpy
                 proof = LazyProof(lambda: no_matrix_is_closer(host(kept), host(left), self.eps))
                 return found.u, found.s, found.v, proof
         return self._svd_by_tensorly(matrix, rank)

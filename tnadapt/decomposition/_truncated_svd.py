@@ -1,9 +1,10 @@
-"""Leading singular triplets by block Golub-Kahan-Lanczos bidiagonalization, with residuals at rounding.
+"""Leading singular triplets by Golub-Kahan-Lanczos bidiagonalization, with residuals at rounding.
 
-Golub, Luk & Overton, "A block Lanczos method for computing the singular values and corresponding singular vectors of a
-matrix" (ACM TOMS 7, 1981). All vectors are kept and orthogonalized twice. A block of as many vectors as triplets finds
-repeated values. Where the values decay, a few products with the matrix are enough; where they do not, the basis reaches
-its limit, and the caller computes the whole decomposition.
+On the host with single vectors, which take the fewest and the fastest products. On a device, and where single vectors
+miss copies of a repeated value, with blocks of as many vectors as triplets (Golub, Luk & Overton, "A block Lanczos
+method for computing the singular values and corresponding singular vectors of a matrix", ACM TOMS 7, 1981); all vectors
+are kept and orthogonalized twice. Where the values hardly decay, the basis reaches its limit, and the caller computes
+the whole decomposition.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from tnadapt.backends import Backend, load_backend
 from tnadapt.backends.backend import Array
 
-from ._arpack import arpack_pays, arpack_vectors
+from ._lanczos import lanczos_pays, lanczos_vectors, single_products
 
 __all__ = ["KrylovTriplets", "leading_triplets", "on_host", "truncated_pays"]
 
@@ -24,13 +25,12 @@ __all__ = ["KrylovTriplets", "leading_triplets", "on_host", "truncated_pays"]
 _ROUNDING = 8.0
 # The final residuals, computed from the vectors, add the rounding of the products.
 _ACCEPTED = 64.0
-# Blocks at least, and vectors at least, on the host before ARPACK takes over. Its single vectors need fewer products
-# with the matrix.
-_FIRST = 4, 8
 # Below this number of rows and columns, or of elements, LAPACK takes less time than the calls of a few steps.
 _SHORT, _FEW = 96, 1 << 16
 # Largest part of the short side that the basis may take, and its largest number of vectors.
 _PART, _MOST = 4, 512
+# Part of the dtype's exponents within which norms by sums of squares are right.
+_SAFE = 0.25
 
 
 class KrylovTriplets(NamedTuple):
@@ -90,34 +90,65 @@ def leading_triplets(
     if matrix.shape[0] < matrix.shape[1]:
         u, s, v, converged = leading_triplets(backend, backend.matrix_transpose(matrix), rank, seed, start)
         return KrylovTriplets(v, s, u, converged)
-    drawn = np.random.default_rng(seed).standard_normal((int(matrix.shape[0]), rank)) if start is None else start
+    rng = np.random.default_rng(seed)
+    if backend.name == "numpy" and lanczos_pays(matrix.shape, rank):
+        pair, missed = _by_single_vectors(matrix, rank, rng, start)
+        if pair is not None or not missed:
+            return _checked(backend, matrix, pair, rank)
+    drawn = rng.standard_normal((int(matrix.shape[0]), rank)) if start is None else start
     first = backend.asarray(drawn, backend.dtype_name(matrix), backend.device(matrix))
     if start is None:
         # In the row space, which is all of the space that is needed where the rank is no larger.
         first = backend.matmul(backend.matrix_transpose(matrix), backend.qr(first)[0])
-    host = backend.name == "numpy" and arpack_pays(matrix.shape, rank)
-    steps = min(max(_FIRST[0], _FIRST[1] // rank), _limit(matrix.shape) // rank) if host else None
-    vectors, values, converged = _bidiagonalized(backend, matrix, backend.qr(first)[0], rank, steps)
-    if host and not converged and np.isfinite(values).all():
-        again = arpack_vectors(matrix, rank, np.ascontiguousarray(vectors.sum(axis=1)), values)
-        if again is None:
-            return KrylovTriplets(vectors, values, vectors, False)
-        vectors, converged = again, True
-    # With exact products of the vectors, u s is A v to rounding.
-    q, r = backend.qr(backend.matmul(matrix, vectors))
-    small = _host(backend, r)
+    return _checked(backend, matrix, _bidiagonalized(backend, matrix, backend.qr(first)[0], rank), rank)
+
+
+def _by_single_vectors(
+    matrix: np.ndarray, rank: int, rng: np.random.Generator, start: np.ndarray | None
+) -> tuple[tuple[np.ndarray, np.ndarray] | None, bool]:
+    """Return left and right vectors if they were found, and whether some were missed, which blocks may find."""
+    if not (matrix.flags.c_contiguous or matrix.flags.f_contiguous):
+        matrix = np.ascontiguousarray(matrix)
+    first = rng.standard_normal(len(matrix)) if start is None else start.sum(axis=1)
+    first = np.ascontiguousarray(first, matrix.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        seen = first @ matrix if start is None else matrix @ first
+    size = float(np.max(np.abs(seen), initial=0.0))
+    if not math.isfinite(size) or size == 0.0:
+        return None, size == 0.0
+    exponent, most = math.frexp(size)[1], np.finfo(matrix.dtype).maxexp * _SAFE
+    if abs(exponent) > most:
+        matrix, seen = np.ldexp(matrix, -exponent), np.ldexp(seen, -exponent)
+    return lanczos_vectors(matrix, rank, seen if start is None else first)
+
+
+def _checked(backend: Backend, matrix: Array, pair: tuple[Array, Array] | None, rank: int) -> KrylovTriplets:
+    """Return triplets from approximate vectors of which ``A v = u s`` holds; converged if ``Aᵀ u = v s`` does, too.
+
+    The right vectors are orthonormal; the left ones may have the rounding of large values on those of small ones.
+    """
+    if pair is None:
+        return _unconverged(matrix, rank)
+    left, right = backend.qr(pair[0])[0], pair[1]
+    across = _product(backend, backend.matrix_transpose(matrix), left)
+    small = _host(backend, backend.matmul(backend.matrix_transpose(right), across))
     if not np.isfinite(small).all():
-        return KrylovTriplets(q, values, vectors, False)
-    left, s, right = np.linalg.svd(small)
-    turned = [backend.asarray(one, backend.dtype_name(matrix), backend.device(matrix)) for one in (left, right.T)]
-    u, v = backend.matmul(q, turned[0]), backend.matmul(vectors, turned[1])
-    if converged:
-        rest = backend.matmul(backend.matrix_transpose(matrix), u) - v * backend.asarray(
-            s, backend.dtype_name(matrix), backend.device(matrix)
-        )
-        eps = float(np.finfo(backend.dtype_name(matrix)).eps)
-        converged = bool((np.linalg.norm(_host(backend, rest), axis=0) <= _ACCEPTED * eps * s[0]).all())
-    return KrylovTriplets(u, s, v, converged)
+        return _unconverged(matrix, rank)
+    turned_right, s, turned_left = np.linalg.svd(small)
+    kind, device = backend.dtype_name(matrix), backend.device(matrix)
+    to_left, to_right = (backend.asarray(np.ascontiguousarray(x), kind, device) for x in (turned_left.T, turned_right))
+    u, v = backend.matmul(left, to_left), backend.matmul(right, to_right)
+    rest = _host(backend, backend.matmul(across, to_left)) - _host(backend, v) * s
+    limit = _ACCEPTED * float(np.finfo(kind).eps) * float(s[0])
+    return KrylovTriplets(u, s, v, bool((np.linalg.norm(rest, axis=0) <= limit).all()))
+
+
+def _unconverged(matrix: Array, rank: int) -> KrylovTriplets:
+    return KrylovTriplets(matrix[:, :rank], np.full(rank, np.nan), matrix[:rank, :].T, False)
+
+
+def _product(backend: Backend, matrix: Array, columns: Array) -> Array:
+    return single_products(matrix, columns) if backend.name == "numpy" else backend.matmul(matrix, columns)
 
 
 def on_host(backend: Backend, x: Array) -> bool:
@@ -125,13 +156,11 @@ def on_host(backend: Backend, x: Array) -> bool:
     return "cpu" in str(backend.device(x)).lower()
 
 
-def _bidiagonalized(
-    backend: Backend, matrix: Array, v: Array, rank: int, most: int | None
-) -> tuple[Array, np.ndarray, bool]:
-    """Return right singular vectors and values from a Krylov space of at most so many blocks, and if they converged."""
+def _bidiagonalized(backend: Backend, matrix: Array, v: Array, rank: int) -> tuple[Array, Array] | None:
+    """Return left and right singular vectors from a Krylov space of blocks, if they converge."""
     eps = float(np.finfo(backend.dtype_name(matrix)).eps)
     width = int(v.shape[1])
-    limit = _limit(matrix.shape) if most is None else most * width
+    limit = _limit(matrix.shape)
     across = backend.matrix_transpose(matrix)
     u, corner = backend.qr(backend.matmul(matrix, v))
     lefts, rights = u, v
@@ -141,20 +170,23 @@ def _bidiagonalized(
     while True:
         after, coupling = _orthonormal(backend, backend.matmul(across, u), rights)
         beyond, size = _host(backend, coupling), rights.shape[1]
-        full = size + width > limit if most is None else step >= most
+        full = size + width > limit
         if step == check or full:
             if not (np.isfinite(inner).all() and np.isfinite(beyond).all()):
-                return rights[:, :rank], np.full(rank, np.nan), False
+                return None
             left, s, right = np.linalg.svd(inner[:size, :size])
             residuals = np.linalg.norm(beyond @ left[size - width :, :rank], axis=0)
             converged = bool((residuals <= _ROUNDING * eps * s[0]).all())
-            # A block whose residuals are still far from rounding needs many steps.
-            full |= most is not None and width > 1 and bool(residuals.max() > math.sqrt(eps) * s[0])
-            if converged or full:
-                chosen = backend.asarray(
-                    np.ascontiguousarray(right[:rank].T), backend.dtype_name(matrix), backend.device(matrix)
+            if converged:
+                turned = [np.ascontiguousarray(one) for one in (left[:, :rank], right[:rank].T)]
+                kind, device = backend.dtype_name(matrix), backend.device(matrix)
+                u, v = (
+                    backend.matmul(basis, backend.asarray(one, kind, device))
+                    for basis, one in zip((lefts, rights), turned, strict=True)
                 )
-                return backend.qr(backend.matmul(rights, chosen))[0], s[:rank], converged
+                return u, backend.qr(v)[0]
+            if full:
+                return None
             check += max(1, step // 3)
         # The part of A v along the last u is known; both are removed along the whole basis, twice.
         u, corner = _orthonormal(backend, backend.matmul(matrix, after), lefts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
-__all__ = ["KnownLater", "LazyProof", "all_of"]
+__all__ = ["KnownLater", "LazyNumber", "LazyProof", "all_of"]
 
 
 class LazyProof:
@@ -39,18 +39,44 @@ def all_of(claims: Iterable[bool | LazyProof]) -> bool | LazyProof:
     return LazyProof(lambda: all(proofs)) if proofs else all(claims)
 
 
+class LazyNumber:
+    """A number that is computed when it is first needed.
+
+    Parameters
+    ----------
+    find : callable
+        Returns the number. It is released after the call.
+    """
+
+    def __init__(self, find: Callable[[], float]) -> None:
+        self._find: Callable[[], float] | None = find
+        self._found = 0.0
+
+    def __float__(self) -> float:
+        if self._find is not None:
+            self._found, self._find = float(self._find()), None
+        return self._found
+
+
 class KnownLater:
-    """Base of a frozen dataclass whose ``bound`` and ``certified`` may be computed when one of them is first read."""
+    """Base of a frozen dataclass whose ``error``, ``bound`` and ``certified`` may be computed when they are read.
+
+    The bound and the certificate are computed together.
+    """
 
     @classmethod
-    def later(cls, find: Callable[[], tuple[float, bool]], **known: Any) -> Self:
+    def later(cls, find: Callable[[], tuple[float, bool]], error: float | LazyNumber, **known: Any) -> Self:
         """Make one of all other fields, and a function that returns the bound, and whether it is certified."""
         made = object.__new__(cls)
-        vars(made).update(known, _find=find)
+        vars(made).update(known, _find=find, **{"_error" if isinstance(error, LazyNumber) else "error": error})
         return made
 
     def __getattr__(self, name: str) -> Any:
         # Called only for what is not there.
+        if name == "error" and "_error" in vars(self):
+            vars(self)["error"] = float(vars(self)["_error"])
+            vars(self).pop("_error", None)
+            return vars(self)["error"]
         find = vars(self).get("_find") if name in ("bound", "certified") else None
         if find is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -60,5 +86,6 @@ class KnownLater:
         return vars(self)[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        getattr(self, "bound", None)  # computed before it is copied or pickled
+        getattr(self, "error", None)  # computed before it is copied or pickled
+        getattr(self, "bound", None)
         return vars(self)

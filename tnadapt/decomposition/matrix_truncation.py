@@ -70,14 +70,18 @@ class MatrixTruncation:
     svd : {"auto", "full", "randomized"}
         As for :func:`tnadapt.decompose`.
     seed : int
+    settled : bool
+        Whether nobody else can change the matrices later; otherwise what a proof needs is copied.
     """
 
-    def __init__(self, backend: Backend, like: Array, svd: str = "auto", seed: int = 0) -> None:
+    def __init__(
+        self, backend: Backend, like: Array, svd: str = "auto", seed: int = 0, *, settled: bool = False
+    ) -> None:
         self.backend = backend
         if svd not in SVD_METHODS:
             raise ConfigError(f"svd must be one of {', '.join(SVD_METHODS)}; got {safe_repr(svd)}")
         plain = backend.differentiates(like) or backend.is_complex(like) or backend.name not in TENSORLY
-        self.algebra = None if plain else Algebra(backend, like, svd, seed)
+        self.algebra = None if plain else Algebra(backend, like, svd, seed, settled)
 
     def to_rank(self, matrix: Array, rank: int) -> Triplets:
         """Return at most ``rank`` triplets."""

@@ -103,9 +103,8 @@ def finite(backend: Backend, tensor: Array, what: str = "the tensor", way: str =
         raise BackendError(f"{what} is on the meta device and has no values: move it to a real device")
     if not backend.is_concrete(tensor):
         return
-    largest = backend.largest(tensor)
-    if not math.isfinite(largest):
-        kind = "NaN" if math.isnan(largest) else "infinity"
+    if not backend.all_finite(tensor):
+        kind = "NaN" if math.isnan(backend.largest(tensor)) else "infinity"
         raise ShapeError(f"{what} holds {kind}, so it cannot be decomposed{way}")
 
 

@@ -212,13 +212,15 @@ class _Options:
     def fitted(self, rank: int) -> CPTensor:
         """Return the fit of one rank."""
         request, backend = self.request, self.request.backend
-        norm, shape = request.norm(), request.shape
+        shape = request.shape
+        if len(shape) == 2 and request.observed is None and not self.nonnegative and not self.fixed:
+            return self._by_svd(rank)
+        norm = request.norm()
         if request.observed is not None and norm > 0.0:
             refuse_observed(self.nonnegative)
             return self._completed(rank)
         if norm == 0.0:
-            zeros = [backend.zeros((size, rank), like=request.tensor) for size in shape]
-            return self._finished(CPTensor(None, zeros), "zero", optimal=True)
+            return self._zero(rank)
         if len(shape) == 1:
             column = backend.reshape(request.tensor, (-1, 1))
             if self.nonnegative:
@@ -227,10 +229,6 @@ class _Options:
         if self.nonnegative:
             tol = Watch(self.tol, None).tol
             return fitted_cp(request, rank, self.nonnegative, self.init, self.fixed, self.starts, tol, self.iterations)
-        if len(shape) == 2 and not self.fixed:
-            found = MatrixTruncation(backend, request.tensor, "auto", request.seed).to_rank(request.tensor, rank)
-            factors = [found.u, backend.matrix_transpose(found.vh)]
-            return self._finished(CPTensor(found.s, factors), "SVD", optimal=found.exact)
         rng = np.random.default_rng(request.seed)
         best: tuple[CPFactors, Watch] | None = None
         sweeps = CPSweeps(backend, request.tensor, self.fixed)
@@ -255,6 +253,20 @@ class _Options:
         if near and plain and refinable(CP(shape, rank)):
             return self._refined(factors, error / norm, watch)
         return self._finished(CPTensor(None, factors), "ALS", watch=watch)
+
+    def _by_svd(self, rank: int) -> CPTensor:
+        """Return the truncated SVD of a matrix."""
+        request, backend = self.request.kept(), self.request.backend
+        truncation = MatrixTruncation(backend, request.tensor, "auto", request.seed, settled=request.settled)
+        found = truncation.to_rank(request.tensor, rank)
+        if backend.largest(found.s) == 0.0:
+            return self._zero(rank)
+        made = CPTensor(found.s, [found.u, backend.matrix_transpose(found.vh)])
+        return request.finished(made, "SVD", optimal=found.exact)
+
+    def _zero(self, rank: int) -> CPTensor:
+        zeros = [self.request.backend.zeros((size, rank), like=self.request.tensor) for size in self.request.shape]
+        return self._finished(CPTensor(None, zeros), "zero", optimal=True)
 
     def _refined(self, factors: Sequence[Array], error: float, watch: Watch) -> CPTensor:
         """Continue by Gauss-Newton, and from other starts, as there may be an exact answer."""

@@ -42,7 +42,8 @@ class FitOutcome(KnownLater):
 
     Notes
     -----
-    The bound and the certificate may take longer than the decomposition: they are computed when they are first read.
+    The bound and the certificate may take longer than the decomposition: they are computed when they are first read,
+    and so is the error where no iteration needs it. Until then a copy of the tensor is held, of up to 2^24 elements.
     """
 
     error: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ import numpy as np
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition.frobenius import norm_of
-from tnadapt.decomposition.known_later import LazyProof
+from tnadapt.decomposition.known_later import LazyNumber, LazyProof
 from tnadapt.decomposition.leading_proof import OPEN
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
@@ -24,6 +25,9 @@ __all__ = ["Observer", "Request", "Watch", "one_of", "requested", "seed_of"]
 
 Callback = Callable[[int, float], Any]
 D = TypeVar("D", bound=Decomposed)
+
+# Of larger tensors no copy is held until the error is asked for: it is computed at once.
+_COPIED = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Request:
     max_error : float or None
         The relative error that is allowed; None if a rank is given.
     seed : int
+    settled : bool
+        Whether nobody else can change the tensor, so that the error may be computed when it is read.
     """
 
     backend: Backend
@@ -47,6 +53,7 @@ class Request:
     observed: Array | None
     max_error: float | None
     seed: int
+    settled: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,7 +67,17 @@ class Request:
 
     def norm(self) -> float:
         """Frobenius norm of the tensor in float64; of the observed elements."""
+        return self._norm
+
+    @functools.cached_property
+    def _norm(self) -> float:
         return norm_of(self.backend, self.weighted(self.tensor))
+
+    def kept(self) -> Request:
+        """Return the same request with a tensor of its own, if it is not too large for a copy."""
+        if self.settled or not self.concrete or math.prod(self.shape) > _COPIED:
+            return self
+        return dataclasses.replace(self, tensor=self.tensor * 1, settled=True)
 
     def weighted(self, tensor: Array) -> Array:
         """Multiply a tensor by the roots of the weights."""
@@ -105,20 +122,33 @@ class Request:
         """
         if not self.concrete:
             return found
-        error = self.error_of(found)
+        # The caller may change the arrays before the error is asked for.
+        same: D = tuple.__new__(type(found), _copied(found)) if self.settled else found  # type: ignore[type-var]
+        later = LazyNumber(lambda: self.error_of(same))
+        if not self.settled:
+            float(later)
         eps = float(np.finfo(self.backend.dtype_name(self.tensor)).eps)
         rounding = 64.0 * eps
 
         def facts() -> tuple[float, bool]:
-            least = max(bound, error / factor if factor < math.inf and known else 0.0)
+            value = float(later)
+            least = max(bound, value / factor if factor < math.inf and known else 0.0)
             if optimal:
-                least = max(least, error * (1.0 - OPEN) - rounding)
-            least = max(0.0, min(error, least))
-            return least, bool(optimal or error <= rounding or error <= least * (1.0 + 1e-6))
+                least = max(least, value * (1.0 - OPEN) - rounding)
+            least = max(0.0, min(value, least))
+            return least, bool(optimal or value <= rounding or value <= least * (1.0 + 1e-6))
 
+        error = later if self.settled else float(later)
         return found.with_outcome(
-            FitOutcome.later(facts, error=error, converged=converged, history=tuple(history), method=method)
+            FitOutcome.later(facts, error, converged=converged, history=tuple(history), method=method)
         )
+
+
+def _copied(parts: Any) -> Any:
+    """Copy arrays in nested sequences."""
+    if parts is None:
+        return None
+    return [_copied(part) for part in parts] if isinstance(parts, (list, tuple)) else parts * 1
 
 
 def requested(

@@ -175,7 +175,8 @@ def _possible(shape: tuple[int, ...]) -> list[int]:
 
 def _finished(request: Request, ranks: list[int] | None, svd: str, sweeps: int, watch: Watch) -> TTTensor:
     bonds = len(request.shape) - 1
-    truncation = MatrixTruncation(request.backend, request.tensor, svd, request.seed)
+    request = request if sweeps else request.kept()
+    truncation = MatrixTruncation(request.backend, request.tensor, svd, request.seed, settled=request.settled)
     exact = list[bool | LazyProof]()
     loss = 0.0 if ranks is not None else (request.max_error or 0.0) * request.norm() / math.sqrt(max(1, bonds))
 
