@@ -61,6 +61,10 @@ class JaxBackend(Backend):
         except (TypeError, ValueError) as error:
             raise BackendError(f"JAX cannot use device {device!r}: {error}") from error
 
+    def precise_matmul(self, a: Array, b: Array) -> Array:
+        # By default JAX uses TF32 on GPUs, and bfloat16 on TPUs.
+        return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
     def detached(self, x: Array) -> Array:
         return jax.lax.stop_gradient(x)
 

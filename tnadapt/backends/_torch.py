@@ -86,6 +86,12 @@ class TorchBackend(Backend):
     def matmul(self, a: Array, b: Array) -> Array:
         return self._plain(torch.matmul, a, b)
 
+    def precise_matmul(self, a: Array, b: Array) -> Array:
+        if a.dtype is not torch.float32 or not _rounds_products(a.device.type):
+            return self.matmul(a, b)
+        # The setting is not changed for a moment: all threads share it, and a compiled program would not contain it.
+        return self.matmul(a.double(), b.double()).float()
+
     def kron(self, a: Array, b: Array) -> Array:
         if short_rows(a, b, _SHORT):
             return kron_by_rows(self, a, b)
@@ -145,6 +151,16 @@ class TorchBackend(Backend):
 
     def dft2(self, x: Array, fallback: Map) -> Array | None:
         return dft2(x, fallback)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _rounds_products(device: str) -> bool:
+    """Return whether products of float32 matrices may be computed in TF32 or bfloat16 on a type of device."""
+    # torch.get_float32_matmul_precision() raises an error where only the setting of one library was changed.
+    settings: Any = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn, "xpu": torch.backends.mkldnn}.get(
+        device
+    )
+    return settings is not None and settings.matmul.fp32_precision in ("tf32", "bf16")
 
 
 def _missing(root: Array, x: Array) -> Array:

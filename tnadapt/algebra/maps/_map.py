@@ -189,7 +189,7 @@ class Map(FixedArrays):
                 f"adjoint(backend, y); the default forms a matrix, and {self.n_out} x {self.n_in} elements are too many"
             )
         unit = backend.asarray(np.eye(self.n_in), backend.dtype_name(y), backend.device(y))
-        return backend.matmul(y, backend.matrix_transpose(self.forward(backend, unit)))
+        return backend.precise_matmul(y, backend.matrix_transpose(self.forward(backend, unit)))
 
     def adjoint_at(self, backend: Backend, y: Array, at: Array) -> Array:
         """Compute the adjoint of F's derivative at a point; for a linear map, the adjoint."""

@@ -60,7 +60,7 @@ class Normal(Map):
         parts = []
         for lo, hi in self._blocks(start, stop):
             block = self._block(backend, x, (lo, hi))[max(start - lo, 0) : stop - lo, :]
-            made = backend.matmul(row, backend.matrix_transpose(block))
+            made = backend.precise_matmul(row, backend.matrix_transpose(block))
             parts.append(backend.reshape(made, (*x.shape[:-1], block.shape[0])))
         return backend.concat(parts, axis=-1)
 
@@ -68,7 +68,9 @@ class Normal(Map):
         total = None
         for lo, hi in self._blocks(0, self.n_out):
             row = backend.reshape(y[..., lo:hi], (*y.shape[:-1], 1, hi - lo))
-            part = backend.reshape(backend.matmul(row, self._block(backend, y, (lo, hi))), (*y.shape[:-1], self.n_in))
+            part = backend.reshape(
+                backend.precise_matmul(row, self._block(backend, y, (lo, hi))), (*y.shape[:-1], self.n_in)
+            )
             total = part if total is None else total + part
         return total
 

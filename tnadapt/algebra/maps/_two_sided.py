@@ -41,7 +41,9 @@ class TwoSided(ByRows):
         found = None
         for left, right in self.sides:
             some = self._side(backend, left, x)[first:last, :]
-            part = backend.matmul(some, backend.matmul(x, backend.matrix_transpose(self._side(backend, right, x))))
+            part = backend.precise_matmul(
+                some, backend.precise_matmul(x, backend.matrix_transpose(self._side(backend, right, x)))
+            )
             found = part if found is None else found + part
         return backend.reshape(found, (*batch, (last - first) * self.shape[1]))
 
@@ -50,8 +52,8 @@ class TwoSided(ByRows):
         y = backend.reshape(y, (*batch, *self.shape))
         found = None
         for left, right in self.sides:
-            back = backend.matmul(backend.matrix_transpose(self._side(backend, left, y)), y)
-            part = backend.matmul(back, self._side(backend, right, y))
+            back = backend.precise_matmul(backend.matrix_transpose(self._side(backend, left, y)), y)
+            part = backend.precise_matmul(back, self._side(backend, right, y))
             found = part if found is None else found + part
         return backend.reshape(found, (*batch, self.n_in))
 

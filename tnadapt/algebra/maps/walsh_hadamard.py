@@ -115,7 +115,7 @@ def fwht_plain(backend: Backend, x: Array, normalize: bool = True) -> Array:
         matrix = _small_matrices.on(backend, key, like=x, dtype=kind)
         rows = min(length >> step, _ROWS)
         x = backend.reshape(x, (*batch, 1 << step, (length >> step) // rows, rows))
-        x = backend.matmul(backend.moveaxis(x, -3, -1), matrix)
+        x = backend.precise_matmul(backend.moveaxis(x, -3, -1), matrix)
     return backend.reshape(x, shape)
 
 
