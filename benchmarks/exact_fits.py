@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,31 +19,13 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import tnadapt as tna
-from tnadapt.errors import TnadaptError
+from tests.support.exact_cases import cp_tensor, padded_plans, random_deltas
 
 PADDED_FORMATS = ("cp", "cp-weighted", "tucker", "tt")
 CP_CASES = (((5, 5, 5), 7), ((4, 4, 4), 5), ((4, 4, 4), 6), ((6, 5, 4), 6), ((6, 5, 4), 7))
-
-
-def padded(fmt: str, order: int, fold: str, count: int) -> Iterator[tna.SuperLoRA]:
-    """Yield random plans whose fold ends in the midst of a row, and that have fewer parameters than elements."""
-    seed = found = 0
-    while found < count:
-        seed += 1
-        if seed > 100 * count:
-            return
-        rng = np.random.default_rng(1000 * order + seed)
-        shapes = [(int(rng.integers(3, 15)), int(rng.integers(3, 15))) for _ in range(int(rng.integers(1, 4)))]
-        config = {"rank": int(rng.integers(1, 4)), "order": order, "groups": 1, "fold": fold, "format": fmt}
-        try:
-            plan = tna.SuperLoRA(tna.Config(**config), shapes)
-        except TnadaptError:
-            continue
-        network = plan.groups[0].network
-        if network.size % int(np.prod(network.sizes[1:])) and plan.num_parameters < plan.size:
-            found += 1
-            yield plan
 
 
 def fitted(plans: Iterator[tna.SuperLoRA], noise: float, **settings: Any) -> dict[str, Any]:
@@ -50,7 +33,7 @@ def fitted(plans: Iterator[tna.SuperLoRA], noise: float, **settings: Any) -> dic
     errors, spent = [], 0.0
     for number, plan in enumerate(plans):
         rng = np.random.default_rng(number)
-        made = plan.deltas({name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()})
+        made = random_deltas(plan, rng)
         if noise:
             size = np.sqrt(sum((delta**2).sum() for delta in made) / plan.size)
             made = [delta + noise * size * rng.normal(size=delta.shape) for delta in made]
@@ -72,9 +55,7 @@ def cp_of_rank(sizes: tuple[int, ...], rank: int, count: int) -> dict[str, Any]:
     config = tna.Config(rank=rank, order=len(sizes), fold=sizes, groups=1)
     errors, spent = [], 0.0
     for seed in range(count):
-        rng = np.random.default_rng(seed)
-        factors = [rng.normal(size=(size, rank)) for size in sizes]
-        tensor = np.einsum("ar,br,cr->abc", *factors)
+        tensor = cp_tensor(sizes, rank, seed)
         begun = time.process_time()
         errors.append(tna.decompose(tensor, config)[1].error)
         spent += time.process_time() - begun
@@ -124,7 +105,7 @@ def main() -> None:
             for order in range(2, 6):
                 for fmt in PADDED_FORMATS:
                     name = f"padded, {fmt}, order {order}, {fold}" + (f", noise {noise}" if noise else "")
-                    plans = list(padded(fmt, order, fold, given.cases)) if given.only in name else []
+                    plans = list(padded_plans(fmt, order, fold, given.cases)) if given.only in name else []
                     if plans:
                         put(name, fitted, iter(plans), noise)
     for sizes, rank in CP_CASES:
@@ -133,6 +114,7 @@ def main() -> None:
         put(f"train, noise {noise}", noisy_trains, given.cases, noise)
     some = {
         "loha(2)": tna.presets.loha(2), "loha(4)": tna.presets.loha(4),
+        "loha(2) of 3 parts": tna.presets.loha(2).replace(splits=3),
         "krona of 3 splits": tna.presets.krona(splits=3),
         "lokr(2), all factored": tna.presets.lokr(2, leading="same"),
         "lokr(2) of 2 terms": tna.presets.lokr(2, terms=2),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.support.exact_cases import cp_tensor, padded_plans, random_deltas
 from tnadapt.algebra.products import tt_tensor
 from tnadapt.backends import Backend, load_backend
 from tnadapt.decomposition import Limits, _padded_fit
@@ -18,34 +17,14 @@ from tnadapt.decomposition._linear_algebra import Algebra
 from tnadapt.decomposition._observed_elements import ObservedElements
 from tnadapt.decomposition._padded_fit import from_full_rows
 from tnadapt.decomposition.train_als import improved_train
-from tnadapt.errors import TnadaptError
 
 NUMPY = load_backend("numpy")
 FORMATS = ("cp", "cp-weighted", "tucker", "tt", "cp-batched")
 
 
-def _padded(fmt: str, order: int, fold: str, count: int) -> Iterator[tna.SuperLoRA]:
-    """Random plans whose fold ends in the midst of a row, with fewer parameters than elements."""
-    for seed in range(100 * count):
-        rng = np.random.default_rng(1000 * order + seed)
-        shapes = [(int(rng.integers(3, 15)), int(rng.integers(3, 15))) for _ in range(int(rng.integers(1, 4)))]
-        config = {"rank": int(rng.integers(1, 4)), "order": order, "groups": 1, "fold": fold, "format": fmt}
-        try:
-            plan = tna.SuperLoRA(tna.Config(**config), shapes)
-        except TnadaptError:
-            continue
-        network = plan.groups[0].network
-        if network.size % int(np.prod(network.sizes[1:])) and plan.num_parameters < plan.size:
-            yield plan
-            count -= 1
-            if not count:
-                return
-
-
 def _all_exact(fmt: str, order: int, fold: str, count: int) -> None:
-    for number, plan in enumerate(_padded(fmt, order, fold, count)):
-        rng = np.random.default_rng(number)
-        made = plan.deltas({name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()})
+    for number, plan in enumerate(padded_plans(fmt, order, fold, count)):
+        made = random_deltas(plan, np.random.default_rng(number))
         _, report = tna.decompose(made, plan.config)
         assert report.error < 1e-6, (number, plan.shapes, plan.config)
 
@@ -67,9 +46,8 @@ def test_forty_of_forty_padded_folds_are_fitted_exactly(fmt: str, order: int, fo
 
 
 def test_padded_folds_are_fitted_in_every_library(backend: Backend) -> None:
-    plan = next(_padded("tt", 3, "hypercube", 1))
-    rng = np.random.default_rng(0)
-    made = plan.deltas({name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()})
+    plan = next(padded_plans("tt", 3, "hypercube", 1))
+    made = random_deltas(plan, np.random.default_rng(0))
     params, report = tna.decompose([backend.asarray(delta, "float32") for delta in made], plan.config)
     assert report.error < 1e-5
     assert all(backend.dtype_name(array) == "float32" for array in params.values())
@@ -81,8 +59,7 @@ def test_a_large_padded_fold_starts_from_its_full_rows(fmt: str, monkeypatch: py
     monkeypatch.setattr(network_fit, "fit_given", lambda *_: None)
     config = tna.Config(rank=2, order=3, groups=1, fold="hypercube", format=fmt)
     plan = tna.SuperLoRA(config, [(19, 10)])
-    rng = np.random.default_rng(1)
-    made = plan.deltas({name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()})
+    made = random_deltas(plan, np.random.default_rng(1))
     _, report = tna.decompose(made, config, max_iterations=100)
     assert report.error < (1e-3 if fmt in ("tt", "tucker") else 0.1)
 
@@ -106,12 +83,7 @@ def test_full_rows_and_the_cut_one_are_a_linear_problem() -> None:
 
 def _cp_errors(sizes: tuple[int, ...], rank: int, count: int) -> list[float]:
     config = tna.Config(rank=rank, order=3, fold=sizes, groups=1)
-    errors = []
-    for seed in range(count):
-        rng = np.random.default_rng(seed)
-        tensor = np.einsum("ar,br,cr->abc", *(rng.normal(size=(size, rank)) for size in sizes))
-        errors.append(tna.decompose(tensor, config)[1].error)
-    return errors
+    return [tna.decompose(cp_tensor(sizes, rank, seed), config)[1].error for seed in range(count)]
 
 
 def test_cp_of_rank_7_of_a_cube_of_5_is_recovered() -> None:
@@ -132,19 +104,24 @@ def test_sums_of_factored_kronecker_products_are_recovered() -> None:
         config = tna.presets.lokr(2, leading="same", terms=terms)
         plan = tna.SuperLoRA(config, [(24, 36)])
         for seed in range(3):
-            rng = np.random.default_rng(seed)
-            made = plan.deltas({name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()})
+            made = random_deltas(plan, np.random.default_rng(seed))
             assert tna.decompose(made, config)[1].error < 1e-6
 
 
-def test_hadamard_products_are_recovered() -> None:
-    config = tna.presets.loha(2)
-    plan, exact = tna.SuperLoRA(config, [(24, 36)]), 0
-    for seed in range(5):
-        rng = np.random.default_rng(seed)
-        made = plan.deltas({name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()})
-        exact += tna.decompose(made, config)[1].error < 1e-6
-    assert exact >= 4
+@pytest.mark.parametrize(
+    ("rank", "parts", "seeds"),
+    [
+        (2, 2, 3),
+        (4, 2, 1),
+        (2, 3, 1),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((2, 2, 10), (4, 2, 10))),
+    ],
+)
+def test_hadamard_products_are_recovered(rank: int, parts: int, seeds: int) -> None:
+    config = tna.presets.loha(rank).replace(splits=parts)
+    plan = tna.SuperLoRA(config, [(24, 36)])
+    for seed in range(seeds):
+        assert tna.decompose(random_deltas(plan, np.random.default_rng(seed)), config)[1].error < 1e-6
 
 
 # -- Trains -----------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Fit of a Hadamard product of splits, from several starts.
 
 One start is the fit of one split alone, with the others near ones. In another all splits share the magnitudes: for K
-splits, the K-th root of each element's magnitude, one of them with the signs. The others are random.
+splits, the K-th root of each element's magnitude, one of them with the signs. The others are random. Where all of them
+end far from an answer that may exist, another one comes from the space of a matrix's rows.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.algebra.formats import Dense
+from tnadapt.algebra.formats import CP, Dense
 from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
 from tnadapt.backends.backend import Array
 
 from ._gradient import refine
+from ._hadamard_subspace import subspace_start
 from ._linear_algebra import Algebra
 from ._observed_elements import ObservedElements
 from ._observed_fit import affordable, fit_observed, random_start
@@ -34,8 +36,8 @@ _START = Limits(iterations=10)
 # Standard deviation of the noise on arrays that start near the fit to ones.
 _NOISE = 0.1
 # Random starts of small networks; steps from each start, before the best of them is refined; steps of Gauss-Newton from
-# that; and the error up to which the other starts may lead it to an exact answer.
-_RANDOM, _TRIED, _LAST, _NEAR = 4, 25, 50, 0.2
+# that; the error up to which the other starts may lead it to an exact answer; and that of an exact answer.
+_RANDOM, _TRIED, _LAST, _NEAR, _ANSWER = 4, 25, 50, 0.2, 1e-6
 
 
 def fit_hadamard(algebra: Algebra, network: Network, vec: Array, limits: Limits, watch: Watch) -> Fit:
@@ -121,12 +123,15 @@ def _by_gradients(algebra: Algebra, network: Network, vec: Array, moved: Arrays,
     )
     found = found._replace(iterations=steps + found.iterations)
     if small and limits.iterations > _TRIED:
-        return _by_gauss_newton(algebra, elements, vec, [found, *tried[1:]], error(found) / norm, limits, watch)
+        return _by_gauss_newton(
+            algebra, network, elements, vec, [found, *tried[1:]], error(found) / norm, limits, watch
+        )
     return found
 
 
 def _by_gauss_newton(
     algebra: Algebra,
+    network: Network,
     elements: ObservedElements,
     vec: Array,
     tried: Sequence[Fit],
@@ -149,6 +154,30 @@ def _by_gauss_newton(
                 yield {name: on_host(algebra, array) for name, array in fit.arrays.items()}
 
     own = limits._replace(iterations=min(limits.iterations, _LAST))
-    found = fit_observed(elements, on_host(algebra, vec), starts(), own, watch=seen)
+    wanted = on_host(algebra, vec)
+    found = fit_observed(elements, wanted, starts(), own, watch=seen)
+    steps += found.iterations
+    another = _from_rows(algebra, network, vec, found.error)
+    if another is not None:
+        again = fit_observed(elements, wanted, [another], own, watch=seen)
+        steps += again.iterations
+        found = again if again.error < found.error else found
     arrays = {name: algebra.array(array) for name, array in found.arrays.items()}
-    return Fit(arrays, False, steps + found.iterations, "L-BFGS, Gauss-Newton")
+    return Fit(arrays, False, steps, "L-BFGS, Gauss-Newton")
+
+
+def _from_rows(algebra: Algebra, network: Network, vec: Array, error: float) -> Mapping[str, np.ndarray] | None:
+    """Return a start from the space of a matrix's rows, if it is better than the result so far."""
+    sizes, splits = network.sizes, network.splits
+    plain = len(sizes) == 2 and network.size == math.prod(sizes) and network.terms == 1
+    if not plain or any(type(split) is not CP for split in splits) or error < _ANSWER:
+        return None
+    matrix, ranks = on_host(algebra, _folded(algebra, network, vec)), [split.shapes["factor0"][1] for split in splits]
+    pairs = subspace_start(matrix, ranks, error, algebra.rng)
+    if pairs is None:
+        return None
+    return {
+        f"{prefix}factor{mode}": factor
+        for prefix, pair in zip(network.prefixes[0], pairs, strict=True)
+        for mode, factor in enumerate(pair)
+    }
