@@ -474,12 +474,47 @@ def test_errors_that_are_read_later_are_those_of_the_call(make: Any) -> None:
     assert (again.error, again.bound, again.certified) == expected
 
 
+@pytest.mark.parametrize("shape", [(7, 60), (60, 7), (30, 40), (4, 3000), (2, 3)])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+def test_left_vectors_of_wide_and_tall_matrices(shape: tuple[int, int], dtype: str, backend: Backend) -> None:
+    if dtype != "float32" and backend.name != "numpy":
+        pytest.skip("other libraries compute in float32 here")
+    host = numbers(shape, kind=dtype).astype(dtype)
+    x = backend.asarray(host, dtype)
+    found, rank = tt.tensor_train(x, 2), min(2, *shape)
+    values = np.linalg.svd(host, compute_uv=False)
+    u = backend.to_numpy(found[0])[0]
+    np.testing.assert_allclose(np.conj(u.T) @ u, np.eye(rank), atol=1e-5)
+    least = math.sqrt(np.sum(values[rank:] ** 2)) / np.linalg.norm(host)
+    assert found.error == pytest.approx(least, rel=1e-4, abs=1e-5)
+    assert found.certified
+
+
+def test_the_core_of_a_vector_is_not_read_later() -> None:
+    found = tt.tensor_train(np.array([3.0, 4.0]), 1)
+    found[0][:] = 1.0
+    assert (found.error, found.certified) == (0.0, True)
+
+
 def test_errors_of_large_tensors_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tnadapt.tensors._requests._COPIED", 100)
     x = np.random.default_rng(0).normal(size=(12, 10))
     assert "error" in vars(tt.cp(x, 3).outcome)
     assert "error" not in vars(tt.cp(x[:10], 3).outcome)
     assert tt.cp(x, 3).error == pytest.approx(math.sqrt(np.sum(np.linalg.svd(x)[1][3:] ** 2)) / np.linalg.norm(x))
+
+
+def test_what_is_not_finite_is_found_in_every_library(backend: Backend) -> None:
+    host = np.full((6, 8), 1e30, "float32")
+    assert backend.all_finite(backend.asarray(host, "float32"))
+    for bad in (np.nan, np.inf, -np.inf):
+        for element in ((0, 0), (3, 2), (5, 7)):
+            broken = host.copy()
+            broken[element] = bad
+            x = backend.asarray(broken, "float32")
+            assert not backend.all_finite(x)
+            assert not backend.all_finite(backend.matrix_transpose(x))
+    assert backend.all_finite(backend.asarray(host[:0], "float32"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -43,6 +44,14 @@ class TorchBackend(Backend):
 
     def differentiates(self, x: Array) -> bool:
         return not self.is_concrete(x) or (x.requires_grad and torch.is_grad_enabled())
+
+    def all_finite(self, x: Array) -> bool:
+        # One pass, without an array of magnitudes. The sum of squares of finite numbers may overflow.
+        if x.dtype in (torch.float32, torch.float64) and x.is_contiguous() and x.numel() < 1 << 31:
+            flat = x.detach().reshape(-1)
+            if math.isfinite(float(torch.dot(flat, flat))):
+                return True
+        return super().all_finite(x)
 
     def asarray(self, array: np.ndarray, dtype: str | None = None, device: Any = None) -> Array:
         try:

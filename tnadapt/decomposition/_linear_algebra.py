@@ -32,6 +32,9 @@ SVD_METHODS = ("auto", "full", "randomized")
 
 _OVERSAMPLES = 10
 _POWER_ITERATIONS = 4
+# Columns for each row from which a matrix is reduced to its triangular factor first, and rows up to which that takes
+# less time than a Krylov space, too. With fewer elements, calls take longer than what they compute.
+_WIDE, _NARROW, _TINY = 4, 96, 1 << 10
 _PIECE = 1 << 20
 # As many elements are in the cache when they are read again.
 _CACHED = 1 << 15
@@ -229,20 +232,39 @@ class Algebra:
                 kept, host = short if self.settled else short * 1.0, self.backend.to_numpy
                 proof = LazyProof(lambda: no_matrix_is_closer(host(kept), host(left), self.eps))
                 return found.u, found.s, found.v, proof
-        return self._svd_by_tensorly(matrix, rank)
+        random = self.randomized(shape, rank)
+        u, s, v = self._random_svd(matrix, rank) if random else self.backend.svd(matrix)
+        values = self.backend.to_numpy(s[:rank]).astype(np.float64)
+        return u[:, :rank], values, self.backend.matrix_transpose(v[:rank, :]), not random
 
-    def _svd_by_tensorly(self, matrix: Array, rank: int) -> tuple[Array, np.ndarray, Array, bool]:
-        """Compute the full decomposition, the reference, or that of random projections."""
+    def left(self, matrix: Array, rank: int) -> tuple[Array, bool | LazyProof]:
+        """Compute the leading left singular vectors of a matrix, and whether they are known to be exact."""
+        shape = tuple(int(size) for size in matrix.shape)
+        narrow = shape[0] <= _NARROW and _WIDE * shape[0] <= shape[1]
+        lanczos = self.svd_method == "auto" and truncated_pays(shape, rank) and not narrow
+        if lanczos or self.randomized(shape, rank):
+            u, _, _, exact = self.svd(matrix, rank)
+            return u, exact
+        return self.all_left(matrix)[0][:, :rank], True
+
+    def all_left(self, matrix: Array) -> tuple[Array, Array]:
+        """Compute all left singular vectors of a matrix, and the values.
+
+        Those of a wide matrix ``A = L Q`` are those of L, so that neither Q nor right vectors are formed.
+        """
+        if not on_host(self.backend, matrix):
+            return self.backend.svd(matrix)[:2]
+        host = self.backend.to_numpy(matrix)
+        if _WIDE * host.shape[0] <= host.shape[1] and host.size >= _TINY:
+            host = np.asarray(np.linalg.qr(host.T, mode="r")).T
+        u, s, _ = np.linalg.svd(host, full_matrices=False)
+        return (u, s) if self.backend.name == "numpy" else (self.array(u), self.array(s))
+
+    def _random_svd(self, matrix: Array, rank: int) -> Any:
         from tensorly.tenalg.svd import svd_interface
 
-        random = self.randomized(matrix.shape, rank)
-        settings: dict[str, Any] = {"method": "truncated_svd"}
-        if random:
-            settings = {
-                "method": "randomized_svd", "n_oversamples": _OVERSAMPLES, "n_iter": _POWER_ITERATIONS,
-                "random_state": self.rng,
-            }  # fmt: skip
         with tensorly_on(self.backend):
-            u, s, v = svd_interface(matrix, n_eigenvecs=rank, flip_sign=False, **settings)
-        values = self.backend.to_numpy(s).astype(np.float64)
-        return u, values, self.backend.matrix_transpose(v), not random
+            return svd_interface(
+                matrix, n_eigenvecs=rank, flip_sign=False, method="randomized_svd", n_oversamples=_OVERSAMPLES,
+                n_iter=_POWER_ITERATIONS, random_state=self.rng,
+            )  # fmt: skip

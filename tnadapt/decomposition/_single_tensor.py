@@ -25,7 +25,7 @@ from ._refined_format import refinable, refined_format
 from .cp_als import CPSweeps, cp_als
 from .hooi import SMALL, hooi, hosvd, projected
 from .known_later import LazyProof, all_of
-from .matrix_truncation import MatrixTruncation, Triplets
+from .matrix_truncation import Leading, MatrixTruncation
 from .rank_one import nearest_rank_one
 from .train_als import improved_train
 from .tt_svd import tt_svd
@@ -288,8 +288,8 @@ def _tucker(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Lim
     backend, exact = algebra.backend, list[bool | LazyProof]()
     truncation = MatrixTruncation(backend, tensor, algebra.svd_method, algebra.seed)
 
-    def truncated(matrix: Array, mode: int) -> Triplets:
-        found = truncation.to_rank(matrix, ranks[mode])
+    def truncated(matrix: Array, mode: int) -> Leading:
+        found = truncation.left_to_rank(matrix, ranks[mode])
         exact.append(found.exact)
         return found
 
@@ -339,8 +339,8 @@ def _tensor_train(algebra: Algebra, split: Any, tensor: Array, start: Any, limit
     truncation = MatrixTruncation(algebra.backend, tensor, algebra.svd_method, algebra.seed)
     exact = list[bool | LazyProof]()
 
-    def truncated(matrix: Array, bond: int) -> Triplets:
-        found = truncation.to_rank(matrix, int(split.ranks[bond + 1]))
+    def truncated(matrix: Array, bond: int) -> Leading:
+        found = truncation.left_to_rank(matrix, int(split.ranks[bond + 1]))
         exact.append(found.exact)
         return found
 

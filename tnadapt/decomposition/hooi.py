@@ -14,7 +14,7 @@ from tnadapt.algebra.mode_products import mode_product
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 
-from .matrix_truncation import Triplets
+from .matrix_truncation import Leading
 
 __all__ = ["SMALL", "hooi", "hosvd", "projected"]
 
@@ -31,7 +31,7 @@ def hosvd(
     backend: Backend,
     tensor: Array,
     modes: Sequence[int],
-    truncated: Callable[[Array, int], Triplets],
+    truncated: Callable[[Array, int], Leading],
     sequential: bool = True,
 ) -> tuple[Array, dict[int, Array], int]:
     """Truncate one mode after another, each of what the modes before it left, or each of the whole tensor.
@@ -73,7 +73,7 @@ def hooi(
     tensor: Array,
     factors: dict[int, Array],
     moving: Collection[int],
-    truncated: Callable[[Array, int], Triplets],
+    truncated: Callable[[Array, int], Leading],
     on_sweep: Callable[[int, Array], bool],
     sweeps: int,
 ) -> tuple[Array, dict[int, Array]]:

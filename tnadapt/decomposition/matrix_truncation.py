@@ -17,7 +17,21 @@ from tnadapt.errors import ConfigError, safe_repr
 from ._linear_algebra import SVD_METHODS, TENSORLY, Algebra
 from .known_later import LazyProof
 
-__all__ = ["MatrixTruncation", "Triplets", "kept"]
+__all__ = ["Leading", "MatrixTruncation", "Triplets", "kept"]
+
+
+class Leading(NamedTuple):
+    """The leading left singular vectors of a matrix.
+
+    Attributes
+    ----------
+    u : array, shape (m, r)
+    exact : bool or LazyProof
+        Whether these are known to be the leading ones.
+    """
+
+    u: Array
+    exact: bool | LazyProof
 
 
 class Triplets(NamedTuple):
@@ -91,11 +105,17 @@ class MatrixTruncation:
         u, values, v, exact = self.algebra.svd(matrix, rank)
         return Triplets(u, self.algebra.array(values), self.backend.matrix_transpose(v), exact)
 
-    def to_loss(self, matrix: Array, loss: float) -> Triplets:
-        """Return as many triplets as are needed for an error of at most ``loss``; not inside a trace."""
-        u, s, vh = self.backend.svd(matrix)
-        rank = kept(self.backend.to_numpy(s), int(s.shape[0]), loss)
-        return self._cut(u, s, vh, rank)
+    def left_to_rank(self, matrix: Array, rank: int) -> Leading:
+        """Return at most ``rank`` left vectors."""
+        rank = min(rank, *(int(size) for size in matrix.shape))
+        if self.algebra is None:
+            return Leading(self.backend.svd(matrix)[0][:, :rank], True)
+        return Leading(*self.algebra.left(matrix, rank))
+
+    def left_to_loss(self, matrix: Array, loss: float) -> Leading:
+        """Return as many left vectors as are needed for an error of at most ``loss``; not inside a trace."""
+        u, s = self.backend.svd(matrix)[:2] if self.algebra is None else self.algebra.all_left(matrix)
+        return Leading(u[:, : kept(self.backend.to_numpy(s), int(s.shape[0]), loss)], True)
 
     def _cut(self, u: Array, s: Array, vh: Array, rank: int) -> Triplets:
         # The singular values of a complex matrix are real, but multiply complex vectors.

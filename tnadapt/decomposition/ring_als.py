@@ -13,12 +13,12 @@ import numpy as np
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 
-from .matrix_truncation import Triplets
+from .matrix_truncation import Leading
 
 __all__ = ["chain_of", "ring_svd", "ring_sweep"]
 
 
-def ring_svd(backend: Backend, tensor: Array, closing: int, truncated: Callable[[Array, int], Triplets]) -> list[Array]:
+def ring_svd(backend: Backend, tensor: Array, closing: int, truncated: Callable[[Array, int], Leading]) -> list[Array]:
     """Compute the cores of a tensor ring.
 
     Parameters
@@ -29,26 +29,27 @@ def ring_svd(backend: Backend, tensor: Array, closing: int, truncated: Callable[
         r_0. The rank of the first truncation is divided by it.
     truncated : callable
         Truncates the matrix of a bond; called with the matrix and the number of the bond, from 0. The first one must
-        return a multiple of ``closing`` triplets.
+        return a multiple of ``closing`` vectors.
 
     Returns
     -------
     list of array, shape (r_{m-1}, d_m, r_m), with r_M = r_0
     """
     sizes = [int(size) for size in tensor.shape]
-    first = truncated(backend.reshape(tensor, (sizes[0], math.prod(sizes[1:]))), 0)
-    rank = int(first.s.shape[0]) // closing
-    core = backend.reshape(first.u, (sizes[0], closing, rank))
+    matrix = backend.reshape(tensor, (sizes[0], math.prod(sizes[1:])))
+    u = truncated(matrix, 0).u
+    rank = int(u.shape[1]) // closing
+    core = backend.reshape(u, (sizes[0], closing, rank))
     cores = [backend.permute_dims(core, (1, 0, 2))]
     # The closing rank goes to the end of what is left: (r_1, d_2 ⋯ d_M, r_0).
-    rest = backend.reshape(backend.reshape(first.s, (-1, 1)) * first.vh, (closing, rank, -1))
+    rest = backend.reshape(backend.matmul(backend.conj(backend.matrix_transpose(u)), matrix), (closing, rank, -1))
     rest = backend.permute_dims(rest, (1, 2, 0))
     for bond, size in enumerate(sizes[1:-1], 1):
         matrix = backend.reshape(rest, (rank * size, -1))
-        found = truncated(matrix, bond)
-        before, rank = rank, int(found.s.shape[0])
-        cores.append(backend.reshape(found.u, (before, size, rank)))
-        rest = backend.reshape(found.s, (-1, 1)) * found.vh
+        u = truncated(matrix, bond).u
+        before, rank = rank, int(u.shape[1])
+        cores.append(backend.reshape(u, (before, size, rank)))
+        rest = backend.matmul(backend.conj(backend.matrix_transpose(u)), matrix)
     return [*cores, backend.reshape(rest, (rank, sizes[-1], closing))]
 
 

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 
-from .matrix_truncation import Triplets
+from .matrix_truncation import Leading
 
 __all__ = ["tt_svd"]
 
 
 def tt_svd(
-    backend: Backend, tensor: Array, truncated: Callable[[Array, int], Triplets]
+    backend: Backend, tensor: Array, truncated: Callable[[Array, int], Leading]
 ) -> tuple[list[Array], list[bool]]:
     """Compute the cores of a tensor train.
 
@@ -44,9 +44,9 @@ def tt_svd(
     rest, rank, cores, cut = tensor, 1, list[Array](), list[bool]()
     for bond, size in enumerate(sizes[:-1]):
         matrix = backend.reshape(rest, (rank * size, math.prod(sizes[bond + 1 :])))
-        found = truncated(matrix, bond)
-        before, rank = rank, int(found.s.shape[0])
-        cores.append(backend.reshape(found.u, (before, size, rank)))
+        u = truncated(matrix, bond).u
+        before, rank = rank, int(u.shape[1])
+        cores.append(backend.reshape(u, (before, size, rank)))
         cut.append(rank < min(int(one) for one in matrix.shape))
-        rest = backend.reshape(found.s, (-1, 1)) * found.vh
+        rest = backend.matmul(backend.conj(backend.matrix_transpose(u)), matrix)
     return [*cores, backend.reshape(rest, (rank, sizes[-1], 1))], cut

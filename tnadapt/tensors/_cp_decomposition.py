@@ -340,7 +340,7 @@ class _Options:
         if rank == 1 and truncation.algebra is not None:
             return nearest_rank_one(truncation.algebra, request.tensor, Limits(self.tol, self.iterations))[0]
         for mode, size in enumerate(request.shape):
-            columns = truncation.to_rank(unfolded(backend, request.tensor, mode), rank).u
+            columns = truncation.left_to_rank(unfolded(backend, request.tensor, mode), rank).u
             missing = rank - int(columns.shape[1])
             if missing:
                 columns = backend.concat([columns, normal(size, missing)], axis=1)

@@ -55,10 +55,10 @@ class Request:
     seed: int
     settled: bool = False
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor."""
-        return tuple(int(size) for size in self.tensor.shape)
+        return tuple(map(int, self.tensor.shape))
 
     @property
     def concrete(self) -> bool:
@@ -77,7 +77,7 @@ class Request:
         """Return the same request with a tensor of its own, if it is not too large for a copy."""
         if self.settled or not self.concrete or math.prod(self.shape) > _COPIED:
             return self
-        return dataclasses.replace(self, tensor=self.tensor * 1, settled=True)
+        return Request(self.backend, self.tensor * 1, self.observed, self.max_error, self.seed, settled=True)
 
     def weighted(self, tensor: Array) -> Array:
         """Multiply a tensor by the roots of the weights."""
@@ -127,11 +127,10 @@ class Request:
         later = LazyNumber(lambda: self.error_of(same))
         if not self.settled:
             float(later)
-        eps = float(np.finfo(self.backend.dtype_name(self.tensor)).eps)
-        rounding = 64.0 * eps
+        kind = self.backend.dtype_name(self.tensor)
 
         def facts() -> tuple[float, bool]:
-            value = float(later)
+            value, rounding = float(later), 64.0 * float(np.finfo(kind).eps)
             least = max(bound, value / factor if factor < math.inf and known else 0.0)
             if optimal:
                 least = max(least, value * (1.0 - OPEN) - rounding)
@@ -144,11 +143,9 @@ class Request:
         )
 
 
-def _copied(parts: Any) -> Any:
+def _copied(parts: Any) -> list[Any]:
     """Copy arrays in nested sequences."""
-    if parts is None:
-        return None
-    return [_copied(part) for part in parts] if isinstance(parts, (list, tuple)) else parts * 1
+    return [_copied(part) if isinstance(part, (list, tuple)) else None if part is None else part * 1 for part in parts]
 
 
 def requested(

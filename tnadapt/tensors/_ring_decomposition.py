@@ -10,7 +10,7 @@ import numpy as np
 
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
-from tnadapt.decomposition.matrix_truncation import MatrixTruncation, Triplets
+from tnadapt.decomposition.matrix_truncation import Leading, MatrixTruncation
 from tnadapt.decomposition.ring_als import ring_svd, ring_sweep
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
@@ -131,8 +131,8 @@ def _start(
     if init == "svd" and ranks[0] * ranks[1] <= min(shape[0], math.prod(shape[1:])):
         truncation = MatrixTruncation(backend, request.tensor, "auto", request.seed)
 
-        def truncated(matrix: Array, bond: int) -> Triplets:
-            return truncation.to_rank(matrix, ranks[0] * ranks[1] if bond == 0 else ranks[bond + 1])
+        def truncated(matrix: Array, bond: int) -> Leading:
+            return truncation.left_to_rank(matrix, ranks[0] * ranks[1] if bond == 0 else ranks[bond + 1])
 
         cores = ring_svd(backend, request.tensor, ranks[0], truncated)
         if [int(core.shape[0]) for core in cores] == ranks:

@@ -13,7 +13,7 @@ from tnadapt.backends.backend import Array
 from tnadapt.decomposition import Limits
 from tnadapt.decomposition.block_passes import BlockPasses, passes_over
 from tnadapt.decomposition.known_later import LazyProof, all_of
-from tnadapt.decomposition.matrix_truncation import MatrixTruncation, Triplets
+from tnadapt.decomposition.matrix_truncation import Leading, MatrixTruncation
 from tnadapt.decomposition.train_als import improved_train
 from tnadapt.decomposition.tt_svd import tt_svd
 from tnadapt.errors import ConfigError, ShapeError
@@ -175,13 +175,14 @@ def _possible(shape: tuple[int, ...]) -> list[int]:
 
 def _finished(request: Request, ranks: list[int] | None, svd: str, sweeps: int, watch: Watch) -> TTTensor:
     bonds = len(request.shape) - 1
-    request = request if sweeps else request.kept()
+    # The core of a vector is the vector itself.
+    request = request if sweeps or not bonds else request.kept()
     truncation = MatrixTruncation(request.backend, request.tensor, svd, request.seed, settled=request.settled)
     exact = list[bool | LazyProof]()
     loss = 0.0 if ranks is not None else (request.max_error or 0.0) * request.norm() / math.sqrt(max(1, bonds))
 
-    def truncated(matrix: Array, bond: int) -> Triplets:
-        found = truncation.to_loss(matrix, loss) if ranks is None else truncation.to_rank(matrix, ranks[bond])
+    def truncated(matrix: Array, bond: int) -> Leading:
+        found = truncation.left_to_loss(matrix, loss) if ranks is None else truncation.left_to_rank(matrix, ranks[bond])
         exact.append(found.exact)
         return found
 
@@ -194,7 +195,8 @@ def _finished(request: Request, ranks: list[int] | None, svd: str, sweeps: int, 
         cores, _, ended = improved_train(request.backend, request.tensor, cores, limits, watch)
         watch.converged = watch.converged or ended
     return request.finished(
-        TTTensor(cores),
+        # Without the checks of arrays from a user, which take a third of the time of a small tensor.
+        TTTensor.of(request.backend, cores),
         f"{method}, ALS" if ran else method,
         optimal=known if sum(cut) <= 1 else False,
         known=known,

@@ -15,7 +15,7 @@ from tnadapt.decomposition.block_passes import BlockPasses, passes_over
 from tnadapt.decomposition.frobenius import norm_of
 from tnadapt.decomposition.hooi import SMALL, hooi, hosvd, projected
 from tnadapt.decomposition.known_later import LazyProof, all_of
-from tnadapt.decomposition.matrix_truncation import MatrixTruncation, Triplets
+from tnadapt.decomposition.matrix_truncation import Leading, MatrixTruncation
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of, mode_of
@@ -241,8 +241,8 @@ def _start(
     if ranks is None:
         loss = (request.max_error or 0.0) * request.norm() / math.sqrt(len(shape))
 
-    def truncated(matrix: Array, mode: int) -> Triplets:
-        found = truncation.to_loss(matrix, loss) if ranks is None else truncation.to_rank(matrix, ranks[mode])
+    def truncated(matrix: Array, mode: int) -> Leading:
+        found = truncation.left_to_loss(matrix, loss) if ranks is None else truncation.left_to_rank(matrix, ranks[mode])
         exact.append(found.exact)
         return found
 
@@ -291,7 +291,7 @@ def _improved(
         lost = max(0.0, 1.0 - (norm_of(backend, core) / norm) ** 2) if norm else 0.0
         return watch(count, math.sqrt(lost))
 
-    def truncated(matrix: Array, mode: int) -> Triplets:
-        return truncation.to_rank(matrix, int(factors[mode].shape[1]))
+    def truncated(matrix: Array, mode: int) -> Leading:
+        return truncation.left_to_rank(matrix, int(factors[mode].shape[1]))
 
     return hooi(backend, request.tensor, factors, moving, truncated, on_sweep, sweeps)

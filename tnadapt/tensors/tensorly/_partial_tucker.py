@@ -12,7 +12,7 @@ from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition.frobenius import norm_of
 from tnadapt.decomposition.hooi import hooi, hosvd, projected
-from tnadapt.decomposition.matrix_truncation import MatrixTruncation, Triplets
+from tnadapt.decomposition.matrix_truncation import Leading, MatrixTruncation
 from tnadapt.decomposition.tensorly_calls import call, library_for
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
@@ -98,8 +98,8 @@ def partial_tucker(
     truncation = MatrixTruncation(backend, request.tensor, method, request.seed)
     wanted = dict(zip(chosen, ranks, strict=True))
 
-    def truncated(matrix: Array, mode: int) -> Triplets:
-        return truncation.to_rank(matrix, wanted[mode])
+    def truncated(matrix: Array, mode: int) -> Leading:
+        return truncation.left_to_rank(matrix, wanted[mode])
 
     core, found = _begun(request, wanted, init, truncated)
     norm = request.norm() if request.concrete else 0.0
@@ -123,7 +123,7 @@ def _lost(backend: Backend, core: Array, norm: float) -> float:
 
 
 def _begun(
-    request: Request, wanted: dict[int, int], init: Any, truncated: Callable[[Array, int], Triplets]
+    request: Request, wanted: dict[int, int], init: Any, truncated: Callable[[Array, int], Leading]
 ) -> tuple[Array, dict[int, Array]]:
     backend, modes = request.backend, list(wanted)
     if isinstance(init, str) and init == "svd":

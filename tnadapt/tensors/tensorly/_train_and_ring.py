@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tnadapt.backends.backend import Array
-from tnadapt.decomposition.matrix_truncation import MatrixTruncation, Triplets
+from tnadapt.decomposition.matrix_truncation import Leading, MatrixTruncation
 from tnadapt.decomposition.ring_als import ring_svd
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
@@ -195,8 +195,8 @@ def tensor_ring(
         )
     truncation = MatrixTruncation(backend, request.tensor, svd_method(svd), request.seed)
 
-    def truncated(matrix: Array, bond: int) -> Triplets:
-        return truncation.to_rank(matrix, product if bond == 0 else bonds[bond + 1])
+    def truncated(matrix: Array, bond: int) -> Leading:
+        return truncation.left_to_rank(matrix, product if bond == 0 else bonds[bond + 1])
 
     cores = ring_svd(backend, backend.permute_dims(request.tensor, turned), bonds[0], truncated)
     found = TRTensor([cores[turned.index(number)] for number in range(len(shape))])
