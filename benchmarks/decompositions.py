@@ -4,7 +4,8 @@ Contestants take turns in one process, in an order that moves on by one each rou
 rounds of our time over theirs within a round, and *over the best* that to the fastest contestant of the case. Where
 errors differ, only contestants whose error is at most ours (up to 1 % of it and 1e-6) count among the best. Peers:
 TensorLy, SciPy, ``torch.kron``, ``numpy.kron``, einsum along an optimal path (of NumPy, and opt_einsum for torch), and
-quimb if it is installed. One thread of BLAS and torch, so that no contestant waits for another's threads.
+quimb (``pip install quimb``), without which the table says that it is not installed. One thread of BLAS and torch, so
+that no contestant waits for another's threads.
 
 Writes ``results/decompositions.jsonl``, and the table of the documentation beside it.
 """
@@ -12,6 +13,7 @@ Writes ``results/decompositions.jsonl``, and the table of the documentation besi
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -128,6 +130,10 @@ def singular(size: int) -> Iterator[Case]:
                 OURS: ours,
                 "TensorLy, truncated_svd": lambda x=x: tensorly.tenalg.svd_interface(x, n_eigenvecs=4),
                 "SciPy, svds": lambda x=x, v0=v0: svds(x, 4, v0=v0),
+                **{
+                    f"quimb, {method}": lambda x=x, split=split: split(x, 4)
+                    for method, split in quimb_splits("svds", "rsvd").items()
+                },
                 "NumPy, svd": lambda x=x: [part[..., :4] if n < 2 else part[:4] for n, part in enumerate(_full(x))],
             }
             yield Case("truncated SVD", f"{size}², {name}, {kind}", runs, lambda f, x=x: relative(x, formed(f)))
@@ -135,6 +141,18 @@ def singular(size: int) -> Iterator[Case]:
 
 def _full(x: np.ndarray) -> Any:
     return np.linalg.svd(x, full_matrices=False)
+
+
+def quimb_splits(*methods: str) -> dict[str, Callable[[np.ndarray, int], Any]]:
+    """Return quimb's truncated decompositions of a matrix by their names; none if quimb is not installed."""
+    quimb = optional("quimb.tensor.decomp")
+    if quimb is None:
+        return {}
+
+    def split(x: np.ndarray, rank: int, method: str) -> Any:
+        return quimb.array_split(x, method=method, absorb=None, max_bond=rank, cutoff=0.0)
+
+    return {method: functools.partial(split, method=method) for method in methods}
 
 
 # -- Kronecker products ----------------------------------------------------------------------------
@@ -181,6 +199,8 @@ def nearest_kronecker(smoke: bool) -> Iterator[Case]:
 
                 runs["TensorLy, truncated_svd"] = with_svd(lambda r: tensorly.tenalg.svd_interface(r, n_eigenvecs=1))
                 runs["SciPy, svds"] = with_svd(lambda r: svds(r, 1, v0=np.ones(min(r.shape), r.dtype)))
+                for method, split in quimb_splits("svds").items():
+                    runs[f"quimb, {method}"] = with_svd(lambda r, split=split: split(r, 1))
             else:
                 runs["TensorLy, parafac"] = lambda turned=turned: parafac(turned(), 1, n_iter_max=100, tol=1e-8)
                 runs["TensorLy, power iteration"] = lambda turned=turned: parafac_power_iteration(turned(), 1)
@@ -189,25 +209,29 @@ def nearest_kronecker(smoke: bool) -> Iterator[Case]:
 
 
 def kronecker(smoke: bool) -> Iterator[Case]:
-    """Kronecker products of two matrices."""
+    """Kronecker products of two to four square matrices."""
     torch, quimb = optional("torch"), optional("quimb")
-    sizes = ((8, 8), (32, 32), (128, 8), (8, 128), (256, 4), (4, 256), (64, 16), (512, 2))
-    for a, b in sizes[:2] if smoke else sizes:
+    two = ((2, 2), (4, 4), (8, 8), (16, 16), (32, 32), (128, 8), (8, 128), (256, 4), (4, 256), (64, 16), (512, 2))
+    more = ((2, 2, 2), (4, 4, 4), (8, 8, 8), (4, 4, 64), (64, 4, 4), (4, 4, 4, 4), (8, 8, 4, 4))
+    for sizes in ((8, 8), (3, 2, 4)) if smoke else two + more:
         rng = np.random.default_rng(0)
-        x, y = (rng.normal(size=(size, size)).astype("float32") for size in (a, b))
-        expected = np.kron(x, y)
-        peers: dict[str, Run] = {"numpy.kron": lambda x=x, y=y: np.kron(x, y)}
+        arrays = [rng.normal(size=(size, size)).astype("float32") for size in sizes]
+        expected = functools.reduce(np.kron, arrays)
+        name = " and ".join(f"{size}²" for size in sizes)
+        runs: dict[str, Run] = {
+            OURS: lambda arrays=arrays: tna.kronecker(arrays),
+            "numpy.kron": lambda arrays=arrays: functools.reduce(np.kron, arrays),
+        }
         if quimb is not None:
-            peers["quimb.kron"] = lambda x=x, y=y: quimb.kron(x, y)
-        runs = {OURS: lambda x=x, y=y: tna.kronecker([x, y]), **peers}
-        yield Case("kronecker", f"{a}² and {b}², NumPy", runs, lambda found, e=expected: relative(e, found))
+            runs["quimb.kron"] = lambda arrays=arrays: quimb.kron(*arrays)
+        yield Case("kronecker", f"{name}, NumPy", runs, lambda found, e=expected: relative(e, found))
         if torch is not None:
-            p, q = torch.from_numpy(x), torch.from_numpy(y)
+            tensors = [torch.from_numpy(array) for array in arrays]
             runs = {
-                OURS: lambda p=p, q=q: tna.kronecker([p, q]),
-                "torch.kron": lambda p=p, q=q: torch.kron(p, q),
+                OURS: lambda tensors=tensors: tna.kronecker(tensors),
+                "torch.kron": lambda tensors=tensors: functools.reduce(torch.kron, tensors),
             }
-            yield Case("kronecker", f"{a}² and {b}², torch", runs, lambda found, e=expected: relative(e, found))
+            yield Case("kronecker", f"{name}, torch", runs, lambda found, e=expected: relative(e, found))
 
 
 # -- Products of factors ---------------------------------------------------------------------------
@@ -215,7 +239,10 @@ def kronecker(smoke: bool) -> Iterator[Case]:
 
 def products(smoke: bool) -> Iterator[Case]:
     """Tensors of CP, Tucker and tensor trains against the best path of einsum."""
-    shapes = ((128, 128, 128), (32, 32, 32, 32), (16, 16, 16, 16, 16), (200, 50, 200), (10, 2000, 40), (40, 10, 2000))
+    shapes = (
+        (128, 128, 128), (32, 32, 32, 32), (16, 16, 16, 16, 16), (200, 50, 200), (10, 2000, 40), (40, 10, 2000),
+        (100, 1000, 10),
+    )  # fmt: skip
     rng, rank = np.random.default_rng(0), 8
     for shape in ((6, 5, 4), (3, 4, 2, 5)) if smoke else shapes:
         modes, order = "abcdefg"[: len(shape)], len(shape)
@@ -255,9 +282,16 @@ def _against_einsum(
     expected = np.einsum(text, *parts, optimize=path)
     expression = opt_einsum.contract_expression(text, *(part.shape for part in parts), optimize="optimal")
     name = "x".join(map(str, shape))
+    quimb, inputs = optional("quimb.tensor"), [tuple(term) for term in subscripts.split(",")]
+
+    def theirs(arrays: Sequence[Any]) -> dict[str, Run]:
+        # quimb keeps the path that it finds in the first call.
+        return {} if quimb is None else {"quimb": lambda: quimb.array_contract(arrays, inputs, tuple(modes))}
+
     peers = {
         "numpy.einsum, optimal path": lambda: np.einsum(text, *parts, optimize=path),
         "opt_einsum": lambda: expression(*parts),
+        **theirs(parts),
     }
     yield Case(kind, f"{name}, NumPy", {OURS: lambda: ours(parts), **peers}, lambda found: relative(expected, found))
     if torch is not None:
@@ -265,6 +299,7 @@ def _against_einsum(
         peers = {
             "torch.einsum": lambda: torch.einsum(text, *tensors),
             "opt_einsum": lambda: expression(*tensors, backend="torch"),
+            **theirs(tensors),
         }
         runs = {OURS: lambda: ours(tensors), **peers}
         yield Case(kind, f"{name}, torch", runs, lambda found: relative(expected, found))
@@ -275,7 +310,7 @@ def _against_einsum(
 
 def decompositions(smoke: bool) -> Iterator[Case]:
     """CP, Tucker and tensor trains of a tensor that is near one, against TensorLy from its own start."""
-    from tensorly.decomposition import parafac, tensor_train, tucker
+    from tensorly.decomposition import parafac, tucker
 
     size, rank = (8, 2) if smoke else (50, 5)
     rng = np.random.default_rng(0)
@@ -292,9 +327,71 @@ def decompositions(smoke: bool) -> Iterator[Case]:
     ranks = [rank] * 3
     runs = {OURS: lambda: tt.tucker(x, ranks), "TensorLy": lambda: tucker(x, ranks, **settings)}
     yield Case("Tucker", name, runs, of(tna.tucker_to_tensor))
-    bonds = [1, rank, rank, 1]
-    runs = {OURS: lambda: tt.tensor_train(x, (rank, rank)), "TensorLy": lambda: tensor_train(x, bonds)}
-    yield Case("tensor train", name, runs, of(lambda cores: tna.tt_to_tensor(list(cores))))
+    yield from trains(x, rank)
+
+
+def trains(x: np.ndarray, rank: int) -> Iterator[Case]:
+    """Tensor trains by ranks and by error, and the rounding of a sum, against TensorLy and quimb."""
+    from tensorly.decomposition import tensor_train
+
+    quimb, name = optional("quimb.tensor"), f"{len(x)}³, rank {rank}"
+
+    def error(found: Any) -> float:
+        dense = hasattr(found, "to_dense")
+        return relative(x, found.to_dense().reshape(x.shape) if dense else tna.tt_to_tensor(list(found)))
+
+    bonds, at_most = [1, rank, rank, 1], 0.11
+    ours = tt.tensor_train(x, (rank, rank))
+    twice = ours + ours
+    runs: dict[str, Run] = {
+        OURS: lambda: tt.tensor_train(x, (rank, rank)),
+        "TensorLy": lambda: tensor_train(x, bonds),
+    }
+    bounded: dict[str, Run] = {OURS: lambda: tt.tensor_train(x, max_error=at_most)}
+    rounded: dict[str, Run] = {OURS: lambda: 0.5 * twice.round((rank, rank)).to_tensor()}
+    if quimb is not None:
+        made = quimb.MatrixProductState.from_dense
+        runs["quimb"] = lambda: made(x, x.shape, max_bond=rank, cutoff=0.0)
+        # Each of the two truncations may take half of the squared error.
+        bounded["quimb"] = lambda: made(x, x.shape, cutoff=at_most**2 / 2, cutoff_mode="rsum2", renorm=0)
+        theirs = made(x, x.shape, max_bond=rank, cutoff=0.0)
+        sums = theirs + theirs
+
+        def compressed() -> Any:
+            found = sums.copy()
+            found.compress(max_bond=rank, cutoff=0.0)
+            return 0.5 * found.to_dense().reshape(x.shape)
+
+        rounded["quimb"] = compressed
+    yield Case("tensor train", name, runs, error)
+    yield Case("tensor train", f"{len(x)}³, error at most {at_most}", bounded, error)
+    yield Case("rounding of a train", f"{name} of 2 · {rank}", rounded, lambda found: relative(x, found))
+
+
+def contractions(smoke: bool) -> Iterator[Case]:
+    """Networks that are no format: a ring of tensors, and a lattice without open legs."""
+    import opt_einsum
+
+    quimb, rng = optional("quimb.tensor"), np.random.default_rng(0)
+    size, bond = (3, 2) if smoke else (24, 8)
+    networks = {
+        f"ring of 4 tensors {bond}x{size}x{bond}": ("aib,bjc,ckd,dla->ijkl", {**dict.fromkeys("ijkl", size)}),
+        f"lattice of 3 by 3 tensors, bonds of {bond}": ("ab,acd,ce,bfg,dfhi,ejh,gk,ikl,jl->", {}),
+    }
+    for name, (text, sizes) in networks.items():
+        inputs, output = text.split("->")
+        terms = [tuple(term) for term in inputs.split(",")]
+        # Positive, so that a sum of all does not cancel.
+        arrays = [rng.random([sizes.get(i, bond) for i in term]).astype("float32") for term in terms]
+        expression = opt_einsum.contract_expression(text, *(array.shape for array in arrays), optimize="optimal")
+        expected = expression(*arrays)
+        runs: dict[str, Run] = {
+            OURS: lambda text=text, arrays=arrays: tt.contract(text, *arrays),
+            "opt_einsum, path known": lambda arrays=arrays, expression=expression: expression(*arrays),
+        }
+        if quimb is not None:
+            runs["quimb, path kept"] = lambda a=arrays, t=terms, o=tuple(output): quimb.array_contract(a, t, o)
+        yield Case("contract", name, runs, lambda found, e=expected: relative(e, found))
 
 
 def measure(smoke: bool = False) -> Iterator[Row]:
@@ -303,11 +400,11 @@ def measure(smoke: bool = False) -> Iterator[Row]:
         warnings.simplefilter("ignore")  # of peers
         for cases in (
             singular(128 if smoke else 1024), nearest_kronecker(smoke), decompositions(smoke), kronecker(smoke),
-            products(smoke),
+            products(smoke), contractions(smoke),
         ):  # fmt: skip
             for case in cases:
                 row = measured(case, 1 if smoke else ROUNDS)
-                worst = max(row["errors"].values()) if case.kind in ("kronecker", *_PRODUCTS) else 0.0
+                worst = max(row["errors"].values()) if case.kind in ("kronecker", "contract", *_PRODUCTS) else 0.0
                 if not worst <= 1e-5:
                     raise AssertionError(f"{case.kind}, {case.name}: the contestants disagree: {row['errors']}")
                 yield row
@@ -327,8 +424,9 @@ def table(rows: Sequence[Row]) -> str:
         lines += [f"   * - {row['kind']}", f"     - {row['case']}", f"     - {1e3 * row['seconds'][OURS]:.3g}"]
         lines += [f"     - {best}", f"     - {each}"]
     how = about["machine"]
-    kept = ("processor", "cores", "numpy", "torch", "tensorly", "scipy", "date")
-    return "\n".join([*lines, "", f"({', '.join(f'{name} {how[name]}' for name in kept if name in how)})", ""])
+    kept = ("processor", "cores", "numpy", "torch", "tensorly", "scipy", "opt-einsum", "quimb", "date")
+    said = ", ".join(f"{name} {how.get(name, 'not installed')}" for name in kept)
+    return "\n".join([*lines, "", f"({said})", ""])
 
 
 def main(arguments: list[str]) -> None:

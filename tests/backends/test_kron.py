@@ -40,11 +40,13 @@ def test_every_library_agrees_with_the_plain_product(backend: Backend, sizes: An
 
 def test_short_rows_of_long_results_only() -> None:
     def ask(a: Any, b: Any, limit: int = 8) -> bool:
-        return short_rows(np.empty(a), np.empty(b), limit)
+        return short_rows(a, b, limit, 1 << 14)
 
     assert ask((100, 100), (8, 8))
     assert not ask((100, 100), (8, 9))
     assert not ask((8, 8), (8, 8))
+    assert ask((16, 16), (8, 8))
+    assert not ask((16, 15), (8, 8))
     assert not ask((1, 10000), (8, 8))
     assert not ask((100, 100), (1, 8))
     assert not ask((10000,), (8,))

@@ -90,3 +90,14 @@ def test_a_long_chain_is_not_contracted_by_hand() -> None:
 def test_what_does_not_fit_is_refused(call: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         call()
+
+
+def test_a_kept_path_serves_arrays_of_every_dtype() -> None:
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, np.complex128, np.float64):
+        a, b, c = (rng.normal(size=size).astype(dtype) for size in ((2, 3), (3, 4), (4, 5)))
+        found = tt.contract("ij,jk,kl->il", a, b, c)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found, a @ b @ c, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ShapeError, match="does not fit tensors"):
+        tt.contract("ij,jk,kl->il", a, b, b)

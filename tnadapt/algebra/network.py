@@ -18,10 +18,11 @@ from tnadapt.errors import ConfigError, ShapeError
 
 from ._boxes import boxes
 from .config import Config
+from .factor_products import khatri_rao
 from .folding import balanced_shape, hypercube_shape, kronecker_sizes
 from .formats import Format, Permuted, make_format
 from .named_fold import is_named
-from .products import hadamard_tensor, khatri_rao, kronecker_tensor
+from .products import hadamard_tensor, kronecker_tensor
 from .rearrangement import contracted, rearranged
 from .unfolding import Cut, along, best_cut, row_wise_khatri_rao
 

@@ -19,9 +19,14 @@ from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ShapeError, safe_repr
 
+from ._contraction_order import cp_groups, train_cut, tucker_last
+from .factor_products import cp_in_groups, tucker_in_order, tucker_with_last
 from .folding import MAX_ORDER
 
 __all__ = ["cp_to_tensor", "kron_matvec", "kronecker", "tt_to_tensor", "tucker_to_tensor"]
+
+#: Rows of a Kronecker product with at least this many elements are long.
+_LONG = 64
 
 
 def _several(given: Any, what: str, form: str) -> list[Any]:
@@ -29,16 +34,6 @@ def _several(given: Any, what: str, form: str) -> list[Any]:
         return list(given)
     except TypeError:
         raise ShapeError(f"{what} takes {form}; got {safe_repr(given)}") from None
-
-
-def _middle(sizes: Sequence[int]) -> int:
-    """Return where to cut a list of sizes so that the products of the two halves have the least sum; last of ties.
-
-    The last one makes the left matrix the long one: libraries multiply long by small faster than small by long.
-    """
-    # ``min`` of a list and ``index``: not every compiler that traces this supports ``min`` with a key.
-    halves = [math.prod(sizes[:m]) + math.prod(sizes[m:]) for m in range(len(sizes) - 1, 0, -1)]
-    return len(sizes) - 1 - halves.index(min(halves))
 
 
 def _two(given: Any, what: str, form: str) -> tuple[Any, list[Any]]:
@@ -73,8 +68,9 @@ def cp_to_tensor(cp: Any) -> Array:
     Notes
     -----
     The paper's equation (2) with a diagonal core; M = 2 is LoRA's ``A Bᵀ`` (equation 1). Costs
-    ``r * prod(d)`` multiply-adds in one matrix product. Besides the result it needs ``r * (left + right)``
-    elements of memory, where left and right are the products of the sizes in either half of the modes.
+    ``r * prod(d)`` multiply-adds in one matrix product, or a batch of them. Besides the result it needs memory for
+    its operands, about ``r * (left + right)`` elements, where left and right are the products of the sizes in either
+    half of the modes; less where a batch saves it.
 
     Examples
     --------
@@ -104,21 +100,7 @@ def cp_tensor(backend: Backend, weights: Array | None, factors: Sequence[Array])
     left = factors[0] if weights is None else factors[0] * weights
     if len(factors) == 1:
         return backend.sum(left, axis=1)
-    cut = _middle(sizes)
-    rows = khatri_rao(backend, [left, *factors[1:cut]])
-    cols = khatri_rao(backend, factors[cut:])
-    return backend.reshape(backend.matmul(rows, backend.matrix_transpose(cols)), sizes)
-
-
-def khatri_rao(backend: Backend, factors: Sequence[Array]) -> Array:
-    """Compute the column-wise Kronecker product of (d_m, r) factors: shape (prod d_m, r)."""
-
-    def pair(a: Array, b: Array) -> Array:
-        rank = a.shape[1]
-        product = backend.reshape(a, (-1, 1, rank)) * backend.reshape(b, (1, -1, rank))
-        return backend.reshape(product, (a.shape[0] * b.shape[0], rank))
-
-    return functools.reduce(pair, factors)
+    return cp_in_groups(backend, [left, *factors[1:]], cp_groups(sizes, left.shape[1]))
 
 
 def tucker_to_tensor(tucker: Any) -> Array:
@@ -144,9 +126,9 @@ def tucker_to_tensor(tucker: Any) -> Array:
 
     Notes
     -----
-    The paper's equations (2) and (3), with C the core and A_m the plane factors. Modes are expanded
-    first to last, each by one matrix product; the last one costs ``prod(d) * r_M`` multiply-adds and
-    needs memory for its input, ``prod(d) / d_M * r_M`` elements, in addition to the result.
+    The paper's equations (2) and (3), with C the core and A_m the plane factors. Modes are expanded one
+    after the other, each by matrix products, that of the largest d_m / r_m last; this costs ``prod(d) * r_m``
+    multiply-adds and needs memory for its input, ``prod(d) / d_m * r_m`` elements, in addition to the result.
 
     Examples
     --------
@@ -170,16 +152,10 @@ def tucker_to_tensor(tucker: Any) -> Array:
 
 def tucker_tensor(backend: Backend, core: Array, factors: Sequence[Array | None]) -> Array:
     """:func:`tucker_to_tensor` of checked arrays."""
-    sizes = [core.shape[m] if factor is None else factor.shape[0] for m, factor in enumerate(factors)]
-    # Each step contracts the leading mode and appends the result as the last one: after M steps the modes are in order
-    # again, and no axes had to be permuted.
-    shape = list(core.shape)
-    for factor, size in zip(factors, sizes, strict=True):
-        rank = shape.pop(0)
-        rest = backend.matrix_transpose(backend.reshape(core, (rank, math.prod(shape))))
-        core = rest if factor is None else backend.matmul(rest, backend.matrix_transpose(factor))
-        shape.append(size)
-    return backend.reshape(core, sizes)
+    present = [factor for factor in factors if factor is not None]
+    if len(factors) < 2 or len(present) < len(factors):
+        return tucker_in_order(backend, core, factors)
+    return tucker_with_last(backend, core, present, tucker_last([f.shape[0] for f in present], core.shape))
 
 
 def tt_to_tensor(cores: Any) -> Array:
@@ -233,7 +209,7 @@ def tt_tensor(backend: Backend, cores: Sequence[Array]) -> Array:
     sizes = [core.shape[1] for core in cores]
     if len(cores) == 1:
         return backend.reshape(cores[0], sizes)
-    cut = _middle(sizes)
+    cut = train_cut(sizes, [core.shape[2] for core in cores[:-1]])
     return backend.reshape(backend.matmul(tt_left(backend, cores[:cut]), tt_right(backend, cores[cut:])), sizes)
 
 
@@ -291,12 +267,11 @@ def kronecker(arrays: Sequence[Array]) -> Array:
     if not arrays:
         raise ShapeError("a Kronecker product needs at least one array; got none")
     backend = get_backend(*arrays)
-    order = len(arrays[0].shape)
-    if any(len(array.shape) != order for array in arrays):
-        raise ShapeError(
-            "a Kronecker product needs arrays with the same number of axes; got shapes "
-            + ", ".join(str(tuple(array.shape)) for array in arrays)
-        )
+    order = arrays[0].ndim
+    for array in arrays:  # a generator would take as long as a small product
+        if array.ndim != order:
+            shapes = ", ".join(str(tuple(each.shape)) for each in arrays)
+            raise ShapeError(f"a Kronecker product needs arrays with the same number of axes; got shapes {shapes}")
     if order > MAX_ORDER:
         raise ShapeError(f"a Kronecker product takes arrays of at most {MAX_ORDER} axes; got {order}")
     return kronecker_tensor(backend, arrays)
@@ -304,11 +279,13 @@ def kronecker(arrays: Sequence[Array]) -> Array:
 
 def kronecker_tensor(backend: Backend, arrays: Sequence[Array]) -> Array:
     """:func:`kronecker` of checked arrays."""
-
-    product = arrays[-1]
-    for array in arrays[-2::-1]:
-        product = backend.kron(array, product)
-    return product
+    if len(arrays) == 2:
+        return backend.kron(arrays[0], arrays[1])
+    *others, right = arrays
+    # Products with short rows are slow; once the rows are long, multiplying the others first writes less.
+    while others and (not right.ndim or right.shape[-1] < _LONG):
+        right = backend.kron(others.pop(), right)
+    return backend.kron(kronecker_tensor(backend, others), right) if others else right
 
 
 def kron_matvec(matrices: Sequence[Array], x: Array) -> Array:

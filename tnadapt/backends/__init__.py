@@ -228,24 +228,26 @@ def get_backend(*arrays: Any) -> Backend:
     """
     if not arrays:
         raise BackendError("expected at least one array; got none")
+    # This runs in every public call, on small arrays as well: each attribute is read once.
     first = arrays[0]
     backend = _backend_of(first)
+    if len(arrays) == 1:
+        return backend
+    kind, dtype, place = type(first), first.dtype, backend.device(first)
     for other in arrays[1:]:
-        found = _backend_of(other)
+        found = backend if type(other) is kind else _backend_of(other)
         if found is not backend:
             raise BackendError(
                 f"arrays of two libraries in one call: {backend.name} and {found.name}; convert one of them first"
             )
-        if other.dtype != first.dtype:
+        if other.dtype != dtype:
             raise BackendError(
                 f"arrays of two dtypes in one call: {backend.dtype_name(first)} and {backend.dtype_name(other)}; "
                 "cast one of them first"
             )
-        places = backend.device(first), backend.device(other)
-        if None not in places and places[0] != places[1]:
-            raise BackendError(
-                f"arrays on two devices in one call: {places[0]} and {places[1]}; move one of them first"
-            )
+        there = backend.device(other)
+        if there != place and there is not None and place is not None:
+            raise BackendError(f"arrays on two devices in one call: {place} and {there}; move one of them first")
     return backend
 
 

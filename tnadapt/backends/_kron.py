@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 __all__ = ["kron_by_rows", "kron_plain", "short_rows"]
 
 Array = Any
 Backend = Any  # the interface imports this module
-
-# Below this number of elements the additional operations cost more than they save.
-_FEW = 1 << 14
 
 
 def kron_plain(backend: Backend, a: Array, b: Array) -> Array:
@@ -41,11 +39,12 @@ def kron_by_rows(backend: Backend, a: Array, b: Array) -> Array:
     return backend.reshape(product, [*(m * p for m, p in zip(rows, others, strict=True)), n * q])
 
 
-def short_rows(a: Array, b: Array, limit: int) -> bool:
-    """Return whether :func:`kron_by_rows` pays in a library where rows of up to ``limit`` elements are slow."""
-    size = math.prod(a.shape) * math.prod(b.shape)
-    if size < _FEW or len(a.shape) < 2 or b.shape[-1] > limit:
+def short_rows(a: Sequence[int], b: Sequence[int], limit: int, least: int) -> bool:
+    """Return whether :func:`kron_by_rows` pays for these shapes where rows of up to ``limit`` elements are slow.
+
+    For a result of fewer than ``least`` elements the additional operations cost more than they save.
+    """
+    if len(a) < 2 or b[-1] > limit or math.prod(a) * math.prod(b) < least:
         return False
     # With a single row on either side there is nothing to save.
-    rows, others = math.prod(a.shape[:-1]), math.prod(b.shape[:-1])
-    return rows > 1 and others > 1 and int(a.shape[-1]) > 1
+    return math.prod(a[:-1]) > 1 and math.prod(b[:-1]) > 1 and int(a[-1]) > 1

@@ -20,6 +20,8 @@ from .backend import Array, Backend, Map
 
 # Rows of up to this length are slow in products with broadcasting.
 _SHORT = 64
+# Smaller results than this do not repay additional operations.
+_FEW = 1 << 14
 
 
 class NumpyBackend(Backend):
@@ -88,7 +90,7 @@ class NumpyBackend(Backend):
             return a @ b
 
     def kron(self, a: Array, b: Array) -> Array:
-        return (kron_by_rows if short_rows(a, b, _SHORT) else kron_plain)(self, a, b)
+        return (kron_by_rows if short_rows(a.shape, b.shape, _SHORT, _FEW) else kron_plain)(self, a, b)
 
     def lacks(self, x: Array) -> frozenset[str]:
         compiled = {"fwht": "walsh", "fastfood": "fastfood"}

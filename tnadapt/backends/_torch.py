@@ -21,6 +21,8 @@ from .backend import OPTIONAL, Array, Backend, FixedArrays, Map
 
 # Rows of up to this length are slow in products with broadcasting.
 _SHORT = 8
+# Smaller results than this do not repay additional operations.
+_FEW = 1 << 15
 
 # torch.compile treats the return value as a constant and does not trace the call: see TorchBackend.fixed.
 torch.compiler.assume_constant_result(FixedArrays.name_of)  # type: ignore[no-untyped-call]
@@ -37,6 +39,9 @@ class TorchBackend(Backend):
 
     def owns(self, x: Any) -> bool:
         return isinstance(x, torch.Tensor)
+
+    def device(self, x: Array) -> Any:
+        return x.device
 
     def is_concrete(self, x: Array) -> bool:
         # Under a compiler or a functional transform, a tensor is a placeholder that must not be kept.
@@ -102,10 +107,11 @@ class TorchBackend(Backend):
         return self.matmul(a.double(), b.double()).float()
 
     def kron(self, a: Array, b: Array) -> Array:
-        if short_rows(a, b, _SHORT):
+        left, right = a.shape, b.shape
+        if short_rows(left, right, _SHORT, _FEW):
             return kron_by_rows(self, a, b)
         # torch.kron has the least overhead, but raises an error for some tensors whose memory is not in C order.
-        ordered = a.is_contiguous() and b.is_contiguous() and 1 not in a.shape and 1 not in b.shape
+        ordered = a.is_contiguous() and b.is_contiguous() and 1 not in left and 1 not in right
         return torch.kron(a, b) if ordered else kron_plain(self, a, b)
 
     def sum(self, x: Array, axis: int) -> Array:

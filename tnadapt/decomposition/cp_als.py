@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tnadapt.algebra.products import hadamard_tensor, khatri_rao
+from tnadapt.algebra.factor_products import khatri_rao
+from tnadapt.algebra.products import hadamard_tensor
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 

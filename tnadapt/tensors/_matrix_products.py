@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tnadapt.algebra.products import khatri_rao as columns_of
+from tnadapt.algebra.factor_products import khatri_rao as columns_of
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ShapeError, safe_repr
@@ -218,7 +218,7 @@ def contract(equation: str, *tensors: Any, optimize: Any = "auto") -> Array:
     Notes
     -----
     Smith & Gray, "opt_einsum" (JOSS 3, 2018). Cost and memory are those of the path: see
-    ``opt_einsum.contract_path``.
+    ``opt_einsum.contract_path``. The paths of the last 256 equations and shapes are kept.
 
     Examples
     --------
@@ -231,9 +231,19 @@ def contract(equation: str, *tensors: Any, optimize: Any = "auto") -> Array:
 
     _, arrays = as_tensors(tensors, "tensors")
     try:
+        if isinstance(equation, str) and isinstance(optimize, str):
+            return _expression(equation, tuple(tuple(array.shape) for array in arrays), optimize)(*arrays)
         return opt_einsum.contract(equation, *arrays, optimize=optimize)
     except (ValueError, KeyError, IndexError) as error:
         shapes = ", ".join(str(tuple(array.shape)) for array in arrays)
         raise ShapeError(
             f"the equation {safe_repr(equation)} does not fit tensors of shapes {shapes}: {error}"
         ) from None
+
+
+@functools.lru_cache(maxsize=256)
+def _expression(equation: str, shapes: tuple[tuple[int, ...], ...], optimize: str) -> Any:
+    """Return the contraction of tensors of these shapes. Searching its path may take longer than contracting."""
+    import opt_einsum
+
+    return opt_einsum.contract_expression(equation, *shapes, optimize=optimize)

@@ -11,7 +11,8 @@ from typing import Self
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 
-from ..products import cp_tensor, khatri_rao
+from ..factor_products import khatri_rao
+from ..products import cp_tensor
 from ..unfolding import Cut, along
 from ._contraction import letters
 from ._dimensions import of_cp
