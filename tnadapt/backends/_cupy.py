@@ -66,9 +66,10 @@ class CupyBackend(Backend):
         found = _LAUNCHER.fastfood_adjoint(rows, f) if adjoint else _LAUNCHER.fastfood(rows, f)
         return found.reshape(*batch, found.shape[-1])
 
-    def shuffle(self, x: Array, seed: int, group: int, inverse: bool, fallback: tuple[Map, Map]) -> Array | None:
+    def shuffle(self, x: Array, recipe: str, inverse: bool, fallback: tuple[Map, Map]) -> Array | None:
         if not _has_kernels(x):
             return None
+        seed, group = map(int, recipe.split())
         rows, _ = _rows(x)
         return _LAUNCHER.shuffle(rows, seed, group, inverse).reshape(x.shape)
 

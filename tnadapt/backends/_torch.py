@@ -161,8 +161,8 @@ class TorchBackend(Backend):
         kernel = torch_gpu.fastfood if torch_gpu.there_are_kernels(x) else fastfood
         return kernel(x, draws, n_in, adjoint, fallback)
 
-    def shuffle(self, x: Array, seed: int, group: int, inverse: bool, fallback: tuple[Map, Map]) -> Array | None:
-        return torch_gpu.shuffle(x, seed, group, inverse, fallback) if torch_gpu.there_are_kernels(x) else None
+    def shuffle(self, x: Array, recipe: str, inverse: bool, fallback: tuple[Map, Map]) -> Array | None:
+        return torch_gpu.shuffle(x, recipe, inverse, fallback) if torch_gpu.there_are_kernels(x) else None
 
     def dft2(self, x: Array, fallback: Map) -> Array | None:
         return dft2(x, fallback)

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from . import _torch_operators as operators
 from ._kernels import kernels
 from ._torch_maps import KernelPair, KernelWithFallback, Map, in_memory, linear_map
 
@@ -18,13 +20,28 @@ _CAPABILITY = (8, 0)
 
 
 def there_are_kernels(x: Tensor) -> bool:
-    """Return whether the Triton kernels accept x, or the tensor that x represents in a torch.func transformation."""
-    return (
-        x.is_cuda
-        and in_memory(x)
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(x.device) >= _CAPABILITY
-    )
+    """Return whether the Triton kernels accept x, or the tensor that x represents in a torch.func transformation.
+
+    In a compiled program they are operators of torch. An exported one has to run anywhere, so it contains none.
+    """
+    if torch.compiler.is_compiling():
+        return is_supported(x) and not torch.compiler.is_exporting() and forward_ad._current_level < 0
+    return is_supported(x) and in_memory(x)
+
+
+def is_supported(x: Tensor) -> bool:
+    """Return whether Triton compiles for the device of x."""
+    return x.is_cuda and torch.version.hip is None and _is_capable(x.device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_capable(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= _CAPABILITY
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_launcher() -> bool:
+    return kernels("gpu.triton_launcher") is not None
 
 
 def lacking() -> frozenset[str]:
@@ -34,6 +51,9 @@ def lacking() -> frozenset[str]:
 
 def fwht(x: Tensor, scale: float, axis: int, fallback: Map) -> Tensor | None:
     """Compute ``scale * H x`` along an axis, counted from the last; None if there is no kernel for x."""
+    if torch.compiler.is_compiling():
+        last = _compiled(operators.fwht, x.movedim(axis, -1), scale)
+        return None if last is None else last.movedim(-1, axis)
     launcher, length = _launcher(x), x.shape[axis]
     if launcher is None:
         return None
@@ -48,6 +68,8 @@ def fwht(x: Tensor, scale: float, axis: int, fallback: Map) -> Tensor | None:
 
 def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Tensor | None:
     """Compute the linear part of F along the last axis, or its adjoint; None if there is no kernel for x."""
+    if torch.compiler.is_compiling():
+        return _compiled(operators.fastfood, x, draws.recipe, n_in, draws.lengths["diagonal"], adjoint)
     launcher = _launcher(x)
     if launcher is None:
         return None
@@ -59,11 +81,14 @@ def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Ma
     return linear_map(x, pair.transposed if adjoint else pair)
 
 
-def shuffle(x: Tensor, seed: int, group: int, inverse: bool, fallback: tuple[Map, Map]) -> Tensor | None:
+def shuffle(x: Tensor, recipe: str, inverse: bool, fallback: tuple[Map, Map]) -> Tensor | None:
     """Permute the last axis, or invert the permutation; None if there is no kernel for x."""
+    if torch.compiler.is_compiling():
+        return _compiled(operators.shuffle, x, recipe, inverse)
     launcher = _launcher(x)
     if launcher is None:
         return None
+    seed, group = map(int, recipe.split())
 
     def permuted(x: Tensor, back: bool) -> Tensor:
         return _by_rows(functools.partial(launcher.shuffle, seed=seed, group=group, inverse=back), x)
@@ -73,6 +98,14 @@ def shuffle(x: Tensor, seed: int, group: int, inverse: bool, fallback: tuple[Map
         KernelWithFallback(functools.partial(permuted, back=True), fallback[1]),
     )
     return linear_map(x, pair.transposed if inverse else pair)
+
+
+def _compiled(operator: Any, x: Tensor, *settings: Any) -> Tensor | None:
+    """Call an operator for (vectors, n) on x with any batch; None if there is no kernel for x."""
+    if x.dtype not in (torch.float32, torch.float64) or not _has_launcher():
+        return None
+    rows: Tensor = operator(x.reshape(-1, x.shape[-1]), *settings)
+    return rows.reshape(*x.shape[:-1], rows.shape[-1])
 
 
 def _launcher(x: Tensor) -> Any:

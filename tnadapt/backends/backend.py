@@ -340,8 +340,11 @@ class Backend:
         """
         return None
 
-    def shuffle(self, x: Array, seed: int, group: int, inverse: bool, fallback: tuple[Map, Map]) -> Array | None:
-        """Permute the last axis of x by the fixed permutation of its length, or by its inverse."""
+    def shuffle(self, x: Array, recipe: str, inverse: bool, fallback: tuple[Map, Map]) -> Array | None:
+        """Permute the last axis of x by the fixed permutation of its length, or by its inverse.
+
+        The recipe has seed and group, with a space between them.
+        """
         return None
 
     def dft2(self, x: Array, fallback: Map) -> Array | None:

@@ -238,7 +238,7 @@ class BackendContract:
             def plain(x: Array, order: np.ndarray = order) -> Array:
                 return b.take(x, b.constant(order, b.device(x)))
 
-            found = b.shuffle(x, 5, 0, inverse, fallback=(plain, plain))
+            found = b.shuffle(x, "5 0", inverse, fallback=(plain, plain))
             if self._found("shuffle", found) is not None:
                 self._same(found, b.to_numpy(plain(x)))
 

@@ -23,6 +23,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton", minversion="3.5")
 
 from tnadapt.backends import _torch_gpu as torch_gpu  # noqa: E402
+from tnadapt.backends import _torch_operators as operators  # noqa: E402
 from tnadapt.backends import get_backend  # noqa: E402
 from tnadapt.torch._delta import vector  # noqa: E402
 
@@ -47,15 +48,20 @@ def test_under_the_interpreter() -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Record every run of a kernel, so that no test passes without one."""
     made: list[Any] = []
-    by_rows = torch_gpu._by_rows
+    by_rows, launcher = torch_gpu._by_rows, operators._launcher
 
     def counted(kernel: Any, x: Any) -> Any:
         made.append(kernel)
         return by_rows(kernel, x)
 
+    def launched(x: Any) -> Any:
+        made.append(launcher)
+        return launcher(x)
+
     monkeypatch.setattr(torch_gpu, "_by_rows", counted)
+    monkeypatch.setattr(operators, "_launcher", launched)
     if INTERPRETED:
-        monkeypatch.setattr(torch_gpu, "there_are_kernels", lambda x: not torch.compiler.is_compiling())
+        monkeypatch.setattr(torch_gpu, "is_supported", lambda x: True)
     yield made
     if INTERPRETED or torch.cuda.is_available():
         assert made
@@ -93,8 +99,9 @@ def test_f_keeps_nothing(kind: str, rng: np.random.Generator) -> None:
     f = tna.Projection(kind, 9, 9, seed=2**63 + 5, group=1)
     x = rng.normal(size=(2, 9))
     found = f(torch.tensor(x, device=DEVICE)), f.adjoint(torch.tensor(x, device=DEVICE))
-    assert not f.map.draws.kept
-    assert not f.map.draws.placed
+    draws = f.map if kind == "shuffle" else f.map.draws
+    assert not draws.kept
+    assert not draws.placed
     for ours, plain in zip(found, (f(x), f.adjoint(x)), strict=True):
         assert np.allclose(ours.cpu().numpy(), plain, rtol=1e-13, atol=1e-13)
 
@@ -169,3 +176,43 @@ def test_a_step_of_a_plan(projection: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch_gpu, "there_are_kernels", lambda x: False)
     for ours, plain in zip(found, step(), strict=True):
         assert torch.allclose(ours, plain, rtol=1e-10, atol=1e-12)
+
+
+RECIPE = f"16 8 {2**64 - 59} 3 1"
+CALLS: dict[str, tuple[Any, int, tuple[Any, ...]]] = {
+    "fwht": (operators.fwht, 8, (0.5,)),
+    "fastfood": (operators.fastfood, 7, (RECIPE, 7, 13, False)),
+    "its adjoint": (operators.fastfood, 13, (RECIPE, 7, 13, True)),
+    "shuffle": (operators.shuffle, 7, (f"{2**64 - 59} 3", False)),
+    "back": (operators.shuffle, 7, (f"{2**64 - 59} 3", True)),
+}
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+ALL_CHECKS = (*CHECKS, "test_aot_dispatch_dynamic")
+
+
+@kernels
+@pytest.mark.parametrize("name", CALLS)
+def test_operators_keep_the_rules_of_torch(name: str) -> None:
+    operator, n, settings = CALLS[name]
+    x = torch.randn(3, n, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(operator, (x, *settings), test_utils=CHECKS if name != "fastfood" else ALL_CHECKS)
+    torch.library.opcheck(operator, (x.detach().T.contiguous().T, *settings), test_utils=CHECKS)
+    assert torch.autograd.gradcheck(lambda x: operator(x, *settings), (x,), fast_mode=True)
+    many = torch.randn(3, 2, n, dtype=torch.float64, device=DEVICE)
+    found = torch.func.vmap(lambda x: operator(x, *settings), in_dims=1)(many)
+    assert torch.equal(found, torch.stack([operator(one, *settings) for one in many.unbind(1)]))
+
+
+@kernels
+@pytest.mark.parametrize("kind", ["shuffle", "linear", "nonlinear_v2"])
+def test_compiled_programs_compute_the_same(kind: str, rng: np.random.Generator) -> None:
+    f = tna.Projection(kind, 9, 9, seed=2**63 + 5, group=1)
+    x = torch.tensor(rng.normal(size=(2, 9)), device=DEVICE, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    found, expected = compiled(x), f(x)
+    assert torch.allclose(found, expected, rtol=1e-13, atol=1e-13)
+    pulled = [torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)]
+    assert torch.allclose(*pulled, rtol=1e-12, atol=1e-12)
+    torch._dynamo.reset()

@@ -38,6 +38,8 @@ class FastfoodDraws(FixedArrays):
         self.long = padded >= rng.WORTH
         self.signs = not normal
         self.pruned, self.seed, self.group = pruned, seed, group
+        #: The integers that define the draws. A compiler takes text for a constant, not always a number.
+        self.recipe = f"{padded} {pruned} {seed} {group} {int(not normal)}"
 
     def part(self, name: str, start: int, stop: int) -> np.ndarray:
         """Draw elements ``start`` to ``stop - 1`` of one of the vectors without the rest."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from tnadapt.backends import Backend
@@ -20,6 +22,11 @@ class Shuffle(Map):
     kind = "shuffle"
     square = isometry = True
     fixed = ("perm",)
+
+    def __init__(self, n_in: int, n_out: int, seed: int = 0, group: int = 0, **settings: Any) -> None:
+        super().__init__(n_in, n_out, seed, group, **settings)
+        #: The integers that define the permutation. A compiler takes text for a constant, not always a number.
+        self.recipe = f"{seed} {group}"
 
     def part(self, name: str, start: int, stop: int) -> np.ndarray:
         """Draw elements ``start`` to ``stop - 1`` of the permutation or its inverse without the rest."""
@@ -45,7 +52,7 @@ class Shuffle(Map):
         def back(x: Array) -> Array:
             return backend.take(x, self.on(backend, "inverse", x))
 
-        found = backend.shuffle(x, self.seed, self.group, inverse, fallback=(there, back))
+        found = backend.shuffle(x, self.recipe, inverse, fallback=(there, back))
         return (back if inverse else there)(x) if found is None else found
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:

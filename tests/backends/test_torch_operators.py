@@ -1,0 +1,151 @@
+"""The operators of the Triton kernels in programs of torch.compile, without Triton and without a device.
+
+What they compute is tested in kernels/test_torch_gpu.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import tnadapt as tna
+
+torch = pytest.importorskip("torch")
+
+from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+
+from tnadapt.backends import _torch_gpu as torch_gpu  # noqa: E402
+from tnadapt.backends import _torch_operators as operators  # noqa: E402
+from tnadapt.torch._delta import vector  # noqa: E402
+
+LARGE = 2**64 - 59
+
+
+@pytest.fixture(autouse=True)
+def _pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take any device for one with kernels."""
+    monkeypatch.setattr(torch_gpu, "is_supported", lambda x: True)
+    monkeypatch.setattr(torch_gpu, "_has_launcher", lambda: True)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Traced:
+    """A compiler that runs nothing: it records the operators of the forward and the backward program."""
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        return aot_module_simplified(graph, inputs, fw_compiler=self._record, bw_compiler=self._record)
+
+    def _record(self, graph: Any, inputs: Any) -> Any:
+        nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
+        self.called += [str(node.target) for node in nodes]
+        outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+        metas = [None if node is None else node.meta["val"] for node in outputs]
+        return make_boxed_func(lambda *args: [_zeros(meta) for meta in metas])
+
+    def tnadapt(self) -> list[str]:
+        return [name for name in self.called if name.startswith("tnadapt.")]
+
+
+def _zeros(meta: Any) -> Any:
+    if not isinstance(meta, torch.Tensor):
+        return meta if meta is None else _length(meta)
+    return torch.zeros([_length(size) for size in meta.shape], dtype=meta.dtype)
+
+
+def _length(size: Any) -> int:
+    """Return a length, or the one that a variable length had in the trace."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+FUNCTIONS: dict[str, tuple[Callable[[Any], Any], tuple[int, ...], list[str]]] = {
+    "fwht": (lambda x: tna.fwht(x, axis=0), (8, 3), ["tnadapt.fwht.default"] * 2),
+    "F": (tna.Projection("linear", 5, 12, seed=LARGE), (2, 3, 5), ["tnadapt.fastfood.default"] * 2),
+    "its adjoint": (tna.Projection("linear_v2", 5, 12, seed=1).adjoint, (12,), ["tnadapt.fastfood.default"] * 2),
+    "nonlinear": (tna.Projection("nonlinear", 5, 12, seed=LARGE), (5,), ["tnadapt.fastfood.default"] * 2),
+    "shuffle": (tna.Projection("shuffle", 6, 6, seed=LARGE), (2, 6), ["tnadapt.shuffle.default"] * 2),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_compiled_program_calls_them_forward_and_backward(name: str) -> None:
+    function, shape, expected = FUNCTIONS[name]
+    traced = Traced()
+    x = torch.ones(shape, requires_grad=True)
+    y = torch.compile(function, backend=traced, fullgraph=True)(x)
+    y.sum().backward()
+    assert traced.tnadapt() == expected
+    assert x.grad is not None
+    assert not any("mm" in called for called in traced.called)
+
+
+def test_seeds_stay_constants() -> None:
+    """A second seed makes the compiler take an integer for a variable, which has 63 bits."""
+    traced = Traced()
+
+    @torch.compile(backend=traced, fullgraph=True)
+    def both(f: tna.Projection, g: tna.Projection, x: Any) -> Any:
+        return f(x), g(x)
+
+    for seed in (LARGE, LARGE + 1, LARGE + 2):
+        f, g = tna.Projection("linear", 5, 5, seed=seed), tna.Projection("shuffle", 5, 5, seed=seed)
+        both(f, g, torch.ones(5))
+    assert traced.tnadapt() == ["tnadapt.fastfood.default", "tnadapt.shuffle.default"] * 3
+
+
+def test_any_number_of_rows() -> None:
+    traced = Traced()
+    f = torch.compile(tna.Projection("linear", 5, 12), backend=traced, fullgraph=True, dynamic=True)
+    assert [tuple(f(torch.ones(rows, 5)).shape) for rows in (2, 3, 7)] == [(2, 12)] * 3  # of the first trace
+    assert traced.tnadapt() == ["tnadapt.fastfood.default"]
+
+
+@pytest.mark.parametrize("projection", ["linear", "shuffle"])
+def test_a_plan(projection: str) -> None:
+    settings = {} if projection == "shuffle" else {"ratio": 0.3}
+    plan = tna.SuperLoRA(tna.presets.superlora(2, projection=projection, **settings), [(12, 10), (10, 10)])
+    arrays = {name: torch.tensor(a, requires_grad=True) for name, a in plan.init().items()}
+    traced = Traced()
+    torch.compile(lambda: vector(plan, arrays), backend=traced, fullgraph=True)().sum().backward()
+    assert len(traced.tnadapt()) == 2 * len(plan.groups)
+
+
+def test_half_precision_is_computed_in_single() -> None:
+    traced = Traced()
+    y = torch.compile(tna.fwht, backend=traced, fullgraph=True)(torch.ones(8, dtype=torch.bfloat16))
+    assert y.dtype is torch.bfloat16
+    assert traced.tnadapt() == ["tnadapt.fwht.default"]
+
+
+def test_exported_programs_contain_none() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return tna.fwht(x)
+
+    for strict in (True, False):
+        program = torch.export.export(Module(), (torch.ones(8),), strict=strict)
+        assert not any(str(node.target).startswith("tnadapt.") for node in program.graph.nodes)
+
+
+def test_shapes_without_numbers() -> None:
+    with FakeTensorMode():
+        x = torch.empty(3, 8)
+        assert operators.fwht(x, 0.5).shape == (3, 8)
+        assert operators.fastfood(x, "16 8 1 0 1", 8, 13, False).shape == (3, 13)
+        assert operators.fastfood(torch.empty(3, 13), "16 8 1 0 1", 8, 13, True).shape == (3, 8)
+        assert operators.shuffle(x, "1 0", True).shape == (3, 8)
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "kernels", lambda name: None)
+    with pytest.raises(
+        RuntimeError, match=r"compiled with Triton kernels for a tensor on cpu, and Triton 3\.5 or newer"
+    ):
+        operators.fwht(torch.ones(2, 8), 1.0)
