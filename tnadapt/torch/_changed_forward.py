@@ -23,7 +23,7 @@ from ._changed_linear import ChangedLinear, RowChange, changed
 from ._delta import DeltaFunction
 from ._dropout import ColumnDropout
 from ._forward_pass import delta
-from ._merged_linear import in_dispatch_mode, in_functorch
+from ._interception import in_dispatch_mode, in_functorch
 from ._merging import numbers
 from ._quotient import Quotient, wide_pair
 from ._row_assignment import mixing_weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from tnadapt.algebra.superlora import SuperLoRA
 
 from ._array_snapshot import Snapshot, on_host
 from ._delta import DeltaFunction, Slice, Whole, pieces, vector, version
-from ._merged_linear import in_dispatch_mode, in_functorch
+from ._interception import in_dispatch_mode, in_functorch
 
 __all__ = ["CacheEntry", "DeltaCache", "array_state", "can_cache", "trace_number"]
 
@@ -69,6 +69,10 @@ class DeltaCache:
         #: Whether the last forward pass of the whole model began with gradients.
         self.began_with_gradients = False
 
+    def names(self, index: int) -> Sequence[str]:
+        """Return the names of all arrays that are read for the update of one weight."""
+        return self._slices[index].names if self._alone[index] else self._part[index].names
+
     def slice(self, index: int) -> Slice | None:
         """Return the slice that computes one weight's update alone; None where that costs more than as part of all."""
         return self._slices[index] if self._alone[index] else None
@@ -92,10 +96,11 @@ class DeltaCache:
         # New dictionaries instead of clear(): other threads may be reading the old ones.
         self._entries, self._snapshots = {}, {}
 
-    def get(self, lookup: Lookup, index: int) -> Tensor:
-        """Return the update of one weight for the current arrays."""
+    def get(self, lookup: Lookup, index: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the update of one weight for the current arrays; in another dtype, which is cached, too."""
         if torch.compiler.is_compiling():
-            return self._compiled(lookup, index)
+            found = self._compiled(lookup, index)
+            return found if dtype is None else found.to(dtype)
         own, alone = self._slices[index], self._alone[index]
         # Look up once: everything below refers to these tensors, even if another thread replaces them meanwhile.
         given = lookup(own.names)
@@ -103,8 +108,10 @@ class DeltaCache:
         if (alone and torch.is_grad_enabled()) or not can_cache(given, alone):
             if not alone and reuses_in_pass(given):
                 modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-                return self._once((self._pass, *modes) if self._pass else None, lookup, index)
-            return DeltaFunction.apply(own, *given)  # type: ignore[no-any-return, no-untyped-call]
+                made = self._once((self._pass, *modes) if self._pass else None, lookup, index)
+            else:
+                made = cast(Tensor, DeltaFunction.apply(own, *given))  # type: ignore[no-untyped-call]
+            return made if dtype is None else made.to(dtype)
         # An update with a graph cannot replace one without (outputs would require gradients, and the graph would stay
         # alive), nor can an inference tensor replace an ordinary one.
         part = self._part[index]
@@ -113,7 +120,7 @@ class DeltaCache:
         # threads that both find none compute it twice, with equal results.
         entry = self._entries.get(key)
         if entry is not None and entry.is_of(own.names, given):
-            return entry.made[index]
+            return entry.update(index, dtype)
         # Drop the stale entry before computing the new one, to keep peak memory down.
         entry = None
         self._entries.pop(key, None)
@@ -122,7 +129,7 @@ class DeltaCache:
         # an entry is returned to this caller but not cached.
         if new.leaves is None or new.is_of(own.names, given):
             self._entries[key] = new
-        return new.made[index]
+        return new.update(index, dtype)
 
     def _entry(self, index: int, given: Sequence[Tensor]) -> CacheEntry:
         """Compute the entry of one weight alone, without gradients."""
@@ -226,7 +233,8 @@ def _parts(plan: SuperLoRA) -> list[CachedPart]:
     ]
 
 
-class CacheEntry(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class CacheEntry:
     """Updates, and the arrays they were computed from.
 
     Attributes
@@ -239,12 +247,27 @@ class CacheEntry(NamedTuple):
         Where the updates have a graph, the arrays themselves with their states: gradients go to these objects.
     written : int
         Sum of the version counters of the leaves.
+    rounded : dict of (int, dtype) to Tensor
+        Updates in other dtypes, added as they are asked for; only where there is no graph.
     """
 
     copies: dict[str, Snapshot]
     made: dict[int, Tensor]
     leaves: dict[str, tuple[Tensor, Hashable]] | None = None
     written: int = 0
+    rounded: dict[tuple[int, torch.dtype], Tensor] = dataclasses.field(default_factory=dict)
+
+    def update(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the update of one weight, in a dtype if one is given."""
+        made = self.made[index]
+        if dtype is None or dtype == made.dtype:
+            return made
+        if self.leaves is not None:
+            return made.to(dtype)
+        found = self.rounded.get((index, dtype))
+        if found is None:
+            found = self.rounded[index, dtype] = made.to(dtype)
+        return found
 
     def is_of(self, names: Sequence[str], given: Sequence[Tensor]) -> bool:
         """Return whether the arrays of these names that it was computed from equal the given ones."""

@@ -20,7 +20,7 @@ from tnadapt.algebra.factoring import Factored, Matrix
 from tnadapt.backends import load_backend
 from tnadapt.targets.target import RowIndices, Rows, Target
 
-from ._merged_linear import in_dispatch_mode, in_functorch
+from ._interception import in_dispatch_mode, in_functorch
 
 __all__ = ["Branch", "FactoredLinear", "can_fuse", "factored_linear", "product"]
 

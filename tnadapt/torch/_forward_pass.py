@@ -23,7 +23,7 @@ from ._row_assignment import assignment_of, mixing_weight
 from ._sharding import refuse_reentrant
 from ._state import AdapterSlot, AdapterState, weight_on
 
-__all__ = ["PassHooks", "acts", "check_recomputation", "delta", "delta_source", "factors", "scaled"]
+__all__ = ["PassHooks", "acts", "check_recomputation", "delta", "delta_source", "factors", "rounded_delta", "scaled"]
 
 
 def acts(state: AdapterState) -> bool:
@@ -43,6 +43,13 @@ def delta(slot: AdapterSlot) -> Tensor:
     if made is None:
         return scaled(state, state.cache.get(lambda names: current(state, names), slot.index))
     return scaled(state, DeltaFunction.apply(made, *current(state, made.names)))  # type: ignore[no-untyped-call]
+
+
+def rounded_delta(slot: AdapterSlot, dtype: torch.dtype) -> Tensor:
+    """Return the update of one weight in a dtype, without the adapter's mixing weight and without gradients."""
+    state = slot.adapter
+    _refuse_reentrant(state)
+    return state.cache.get(lambda names: current(state, names), slot.index, dtype)
 
 
 def delta_source(slot: AdapterSlot) -> tuple[DeltaSource, list[Tensor]]:
@@ -140,6 +147,8 @@ class PassHooks:
         """Clean up after the pass, also if it failed; ``output`` is then None (forward hook)."""
         state = self.state
         state.cache.end()
+        if state.made is not None:
+            state.made.end()
         if torch.compiler.is_compiling() or output is None:
             return
         if not acts(state):

@@ -38,8 +38,10 @@ from ._changed_forward import added_matrix, changed_linear, scaled_output
 from ._dropout import dropped_inputs, drops_input
 from ._embedding_forward import beside, embedded, is_lookup
 from ._factored_linear import can_fuse, factored_linear, product
+from ._few_rows import added_products, has_few_rows
 from ._forward_pass import acts, check_recomputation, delta, delta_source, factors, scaled
-from ._merged_linear import DeltaSource, MergedWeightLinear, in_dispatch_mode, in_functorch, summed
+from ._interception import in_dispatch_mode, in_functorch
+from ._merged_linear import DeltaSource, MergedWeightLinear, summed
 from ._parameter_sums import changed_parameter, is_read, parameter_sum
 from ._patched_parameter import PatchedParameter
 from ._quantized import is_packed, quantized_type
@@ -371,6 +373,8 @@ _PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.for
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Sequence[AdapterSlot]) -> Tensor:
+    if has_few_rows(x, weight, slots):
+        return added_products(x, weight, bias, slots)
     # Where operations are traced or intercepted, a custom autograd function would hide them: use ordinary ones, which
     # give the same numbers.
     if (

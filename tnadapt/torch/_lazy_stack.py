@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from ._merged_linear import in_dispatch_mode, in_functorch
+from ._interception import in_dispatch_mode, in_functorch
 from ._routed_changes import RoutedChanges
 
 __all__ = ["LazyStack", "can_be_lazy"]

@@ -17,16 +17,16 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from tnadapt.targets.target import RowIndices, Target
 
 from ._delta import Slice
+from ._interception import in_functorch
+from ._rounded_sum import can_sum_in_blocks, sum_in_blocks
 from ._row_features import features_of, index_tensor
 
-__all__ = ["DeltaSource", "MergedWeightLinear", "in_dispatch_mode", "in_functorch", "linear", "summed"]
+__all__ = ["DeltaSource", "MergedWeightLinear", "linear", "summed"]
 
 
 class DeltaSource(NamedTuple):
@@ -52,6 +52,8 @@ class DeltaSource(NamedTuple):
 
 def summed(stored: Tensor, changes: Sequence[tuple[Target, Tensor]]) -> Tensor:
     """Return the stored weight plus the updates of its rows, summed in the wider dtype and rounded once."""
+    if len(changes) == 1 and can_sum_in_blocks(stored, *changes[0]):
+        return sum_in_blocks(stored, changes[0][1])
     kind = stored.dtype
     for _, delta in changes:
         kind = torch.promote_types(kind, delta.dtype)
@@ -157,24 +159,6 @@ class MergedWeightLinear(torch.autograd.Function):
         if need_bias:
             found[2] = rows.sum(0)
         return tuple(found)
-
-
-def in_functorch() -> bool:
-    """Return whether a torch.func transform is active."""
-    active: Callable[[], bool] | None = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return active is None or active()
-
-
-def in_dispatch_mode() -> bool:
-    """Return whether operations are intercepted: by a trace, by forward-mode AD or by a dispatch mode.
-
-    Such a mode may keep results for later, as selective checkpointing does, so no result may be overwritten.
-    """
-    return (
-        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or forward_ad._current_level >= 0
-        or _get_current_dispatch_mode() is not None
-    )
 
 
 def _shared_out(sources: Sequence[DeltaSource], arrays: Sequence[Tensor]) -> list[tuple[DeltaSource, Sequence[Tensor]]]:

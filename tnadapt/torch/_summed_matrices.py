@@ -19,7 +19,8 @@ from tnadapt.targets.target import Target
 
 from ._dropout import ColumnDropout
 from ._forward_pass import delta, delta_source
-from ._merged_linear import DeltaSource, in_dispatch_mode, in_functorch
+from ._interception import in_dispatch_mode, in_functorch
+from ._merged_linear import DeltaSource
 from ._row_features import fixed_indices, index_tensor
 from ._state import AdapterSlot
 

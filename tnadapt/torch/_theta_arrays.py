@@ -88,6 +88,10 @@ class ThetaArrays:
         """Empty the cache."""
         self._entries = {}
 
+    def end(self) -> None:
+        """Note that a pass has ended, so that the next one does not begin with what a trace left."""
+        self._traced = None
+
     def _made(self, thetas: Sequence[Tensor]) -> dict[str, Tensor]:
         backend = load_backend("torch")
         found: dict[str, Tensor] = {}  # which torch.compile traces, unlike dict[str, Tensor]()
