@@ -32,6 +32,7 @@ PARTS = {
     "fourier": ("the Fourier transform of FourierFT", 2),
     "steps": ("training steps against PEFT and LyCORIS", 2),
     "memory": ("peak memory of a training step", 2),
+    "decoding": ("decoding with adapters that are not merged", 2),
     "strategies": ("how a layer applies its update", 2),
     "growth": ("cost against the number of elements", 1),
     "slices": ("one weight out of a large group", 1),

@@ -37,6 +37,11 @@ WHAT = {
         "batch 8 of 224², random weights; MiniLM: batch 32 of 64 tokens. Query and value are adapted, and a head is "
         "trained.",
     ),
+    "decoding": (
+        "Decoding",
+        "One token through two layers of Llama-8B's shape, q and v adapted and not merged, compared with the base in "
+        "the same round. *first* is the first pass after the numbers have changed, in seconds.",
+    ),
     "memory": (
         "Memory of a training step",
         "Peak resident memory over three steps of ViT-base, each case in a separate process. The dense update has "

@@ -95,6 +95,17 @@ WHOLE = (
 WEIGHT_WISE = ("lokr", "krona", "loha", "lonkr stack", "compacter", "superlora weight-wise")
 THROUGH_F = ("fastfood", "superlora F 0.01", "superlora F 1")
 
+UNMERGED = (
+    "lora(4)",
+    "superlora(4)",
+    "lorta(4)",
+    "loha(4)",
+    "lokr(4)",
+    "fourierft(1000)",
+    "dense",
+    "superlora(4) + F, ρ = 0.1",
+)
+
 TARGETS: list[Target] = [
     Target(
         "1",
@@ -222,6 +233,25 @@ TARGETS: list[Target] = [
         )
         for kind, problem in (("vit", "ViT-base"), ("minilm", "MiniLM"))
         for what, state in (("merged", "merged"), ("the update cached", "attached"))
+    ),
+    *(
+        Target(
+            "3",
+            f"decoding, not merged, {dtype}, the slowest preset over the base",
+            1.10,
+            "decoding",
+            largest("ratio", dtype=dtype, case=UNMERGED),
+            "The product with ΔW reads as many bytes again as the adapted weights have.",
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
+    Target(
+        "3",
+        "decoding: the first token after a change of an adapter with F, s",
+        0.5,
+        "decoding",
+        largest("first", how="eager", case="superlora(4) + F, ρ = 0.1"),
+        "Every update is computed through F.",
     ),
     Target(
         "3",

@@ -17,7 +17,19 @@ from tests.support.depth import in_depth
 
 pytest.importorskip("torch")
 
-PARTS = ("fwht", "fastfood", "fourier", "steps", "memory", "strategies", "growth", "slices", "startup", "gpu")
+PARTS = (
+    "fwht",
+    "fastfood",
+    "fourier",
+    "steps",
+    "memory",
+    "decoding",
+    "strategies",
+    "growth",
+    "slices",
+    "startup",
+    "gpu",
+)
 
 pytestmark = [
     pytest.mark.slow,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
@@ -55,6 +56,11 @@ class DeltaCache:
         # Filled completely here: a list that grows later would trigger recompilation of compiled programs.
         self._slices = [Slice(plan, index) for index in range(len(plan.shapes))]
         self._alone = [Slice.of(plan, index) is not None for index in range(len(plan.shapes))]
+        #: Whether the arrays of a weight are as large as its update, as dense ones: comparing them costs more than it.
+        self._large = [
+            alone and sum(math.prod(plan.param_shapes[name]) for name in own.names) >= own.size
+            for own, alone in zip(self._slices, self._alone, strict=True)
+        ]
         #: Parts of the plan whose updates are computed at once, and the part of each weight.
         self._parts = _parts(plan)
         self._part = [part for part in self._parts for _ in part.plan.shapes]
@@ -97,21 +103,20 @@ class DeltaCache:
         self._entries, self._snapshots = {}, {}
 
     def get(self, lookup: Lookup, index: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the update of one weight for the current arrays; in another dtype, which is cached, too."""
+        """Return the update of one weight for the current arrays; where it is cached, in ``dtype`` if one is given."""
         if torch.compiler.is_compiling():
-            found = self._compiled(lookup, index)
-            return found if dtype is None else found.to(dtype)
+            return self._compiled(lookup, index)
         own, alone = self._slices[index], self._alone[index]
         # Look up once: everything below refers to these tensors, even if another thread replaces them meanwhile.
         given = lookup(own.names)
         # With gradients, an update that is computed alone gets a separate graph in each call.
-        if (alone and torch.is_grad_enabled()) or not can_cache(given, alone):
+        if self._large[index] or (alone and torch.is_grad_enabled()) or not can_cache(given, alone):
             if not alone and reuses_in_pass(given):
                 modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
                 made = self._once((self._pass, *modes) if self._pass else None, lookup, index)
             else:
                 made = cast(Tensor, DeltaFunction.apply(own, *given))  # type: ignore[no-untyped-call]
-            return made if dtype is None else made.to(dtype)
+            return made
         # An update with a graph cannot replace one without (outputs would require gradients, and the graph would stay
         # alive), nor can an inference tensor replace an ordinary one.
         part = self._part[index]

@@ -18,7 +18,7 @@ from ._interception import in_dispatch_mode, in_functorch
 from ._row_assignment import mixing_weight
 from ._row_features import add_features
 from ._state import AdapterSlot
-from ._update_product import update_product
+from ._update_product import update_product, wide_product
 
 __all__ = ["LEAST_ELEMENTS", "MOST_ROWS", "added_products", "has_few_rows"]
 
@@ -46,15 +46,19 @@ def added_products(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Sequen
     for slot in slots:
         state = slot.adapter
         if torch.compiler.is_compiling():
-            arrays = current(state, state.cache.names(slot.index))
-            change = update_product(state.cache, x.to(y.dtype), arrays, slot.index)
-            y = add_features(y, slot.target, scaled(state, change))
+            y = add_features(y, slot.target, scaled(state, _compiled_product(slot, x.to(y.dtype))))
             continue
         update = rounded_delta(slot, weight.dtype).to(x.device).reshape(-1, weight.shape[-1])
         scale = mixing_weight(state)
-        if slot.target.rows is None and y.dtype == x.dtype == update.dtype and x.ndim == 2:
-            y.addmm_(x, update.T, alpha=scale)
-            continue
-        change = functional.linear(x, update)
+        # An update that is not cached keeps its own dtype where that is the wider one: converting it takes longer.
+        change = wide_product(x, update)
         y = add_features(y, slot.target, change if scale == 1.0 else change * scale)
     return y
+
+
+def _compiled_product(slot: AdapterSlot, x: Tensor) -> Tensor:
+    cache, index = slot.adapter.cache, slot.index
+    if x.device.type != "cpu" and cache.slice(index) is not None:
+        # On a device such an update is not cached, and the compiler can fuse its computation.
+        return wide_product(x, rounded_delta(slot, x.dtype).reshape(-1, x.shape[-1]))
+    return update_product(cache, x, current(slot.adapter, cache.names(index)), index)

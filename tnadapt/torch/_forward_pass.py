@@ -46,7 +46,7 @@ def delta(slot: AdapterSlot) -> Tensor:
 
 
 def rounded_delta(slot: AdapterSlot, dtype: torch.dtype) -> Tensor:
-    """Return the update of one weight in a dtype, without the adapter's mixing weight and without gradients."""
+    """Return the update of one weight, in a dtype if it is cached; without the mixing weight, and without gradients."""
     state = slot.adapter
     _refuse_reentrant(state)
     return state.cache.get(lambda names: current(state, names), slot.index, dtype)

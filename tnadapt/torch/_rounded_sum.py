@@ -35,7 +35,7 @@ def sum_in_blocks(stored: Tensor, delta: Tensor) -> Tensor:
     """
     total = torch.empty_like(stored)
     with torch.no_grad():
-        parts = zip(*(tensor.reshape(-1).split(BLOCK) for tensor in (total, stored, delta)), strict=True)
+        parts = zip(*(torch.split(tensor.reshape(-1), BLOCK) for tensor in (total, stored, delta)), strict=True)
         for out, weight, change in parts:
             out.copy_(weight.float().add_(change))
     return total

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ._delta_cache import DeltaCache
 
-__all__ = ["update_product"]
+__all__ = ["update_product", "wide_product"]
 
 # An operator takes tensors and numbers only. Caches are numbered when the first program that uses them is compiled.
 _caches: weakref.WeakValueDictionary[int, DeltaCache] = weakref.WeakValueDictionary()
@@ -41,6 +41,12 @@ def update_product(cache: DeltaCache, x: Tensor, arrays: Sequence[Tensor], index
     return cast(Tensor, _update_product(x, list(arrays), _number(cache), index, cache.plan.shapes[index][0]))
 
 
+def wide_product(x: Tensor, update: Tensor) -> Tensor:
+    """Return ``x ΔWᵀ`` in the wider dtype of both."""
+    kind = torch.promote_types(x.dtype, update.dtype)
+    return functional.linear(x.to(kind), update.to(kind))
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _number(cache: DeltaCache) -> int:
     """Return the number by which the operator finds a cache."""
@@ -56,7 +62,7 @@ def _update_product(x: Tensor, arrays: Sequence[Tensor], cache: int, index: int,
     found = _caches[cache]
     named = dict(zip(found.names(index), arrays, strict=True))
     update = found.get(lambda names: [named[name] for name in names], index, x.dtype)
-    return functional.linear(x, update.to(x.device).reshape(rows, x.shape[-1]))
+    return wide_product(x, update.to(x.device).reshape(rows, x.shape[-1])).to(x.dtype)
 
 
 @_update_product.register_fake

@@ -1,0 +1,164 @@
+"""Decoding with adapters that are not merged, for ``fast.py``: one token at a time through two layers of Llama-8B.
+
+Each contestant is a copy of the model's modules that shares its weights, with q and v adapted. A pass gets one token
+and a static cache of 64 tokens, as in ``generate``. Contestants alternate, and each ratio is to the base in the same
+round. *first* is the first pass after the adapter's numbers have changed, which computes every update.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tnadapt as tna
+import tnadapt.torch
+
+P = tna.presets
+THREADS = 2
+ROUNDS = 15
+CASES: dict[str, tna.Config] = {
+    "lora(4)": P.lora(4),
+    "superlora(4)": P.superlora(4),
+    "lorta(4)": P.lorta(4),
+    "loha(4)": P.loha(4),
+    "lokr(4)": P.lokr(4),
+    "fourierft(1000)": P.fourierft(1000),
+    "dense": P.dense(),
+    "superlora(4) + F, ρ = 0.1": P.superlora(4, projection="linear", ratio=0.1),
+}
+
+
+def base(dtype: torch.dtype, smoke: bool) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = (
+        {"hidden_size": 256, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+        if smoke
+        else {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(num_hidden_layers=2, vocab_size=256, **sizes)
+    return LlamaForCausalLM(config).to(dtype).requires_grad_(False).eval()
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules with the same weights."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def stir(parameters: Any) -> None:
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+
+
+def ours(model: nn.Module, config: tna.Config) -> tuple[nn.Module, Callable[[], None]]:
+    adapted = shared_copy(model)
+    adapter = tnadapt.torch.attach(adapted, config, "qv")
+    return adapted, lambda: stir(adapter.parameters())
+
+
+def peft_lora(model: nn.Module) -> tuple[nn.Module, Callable[[], None]]:
+    import peft
+
+    adapted = peft.get_peft_model(shared_copy(model), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).eval()
+    return adapted, lambda: stir(p for name, p in adapted.named_parameters() if "lora_" in name)
+
+
+def static_cache(model: nn.Module) -> Any:
+    from transformers import StaticCache
+
+    return StaticCache(config=model.config, max_cache_len=64)
+
+
+def decoder(model: nn.Module, caches: Any) -> Callable[[], Tensor]:
+    token = torch.tensor([[3]])
+
+    def step() -> Tensor:
+        caches.reset()
+        return model(input_ids=token, past_key_values=caches, use_cache=True).logits
+
+    return step
+
+
+@torch.no_grad()
+def compare(dtype: torch.dtype, smoke: bool, compiled: bool) -> list[dict[str, Any]]:
+    """Return one row for each case."""
+    model = base(dtype, smoke)
+    several: dict[str, tuple[nn.Module, Callable[[], None]]] = {"base": (model, lambda: None)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        several["peft lora(4)"] = peft_lora(model)
+        several.update({name: ours(model, config) for name, config in CASES.items()})
+    kind = "compiled" if compiled else "eager"
+    steps: dict[str, Callable[[], Tensor]] = {}
+    first: dict[str, float] = {}
+    for name, (adapted, change) in several.items():
+        if compiled:
+            torch._dynamo.reset()
+            adapted.forward = torch.compile(adapted.forward)
+        steps[name] = decoder(adapted, static_cache(model))
+        steps[name]()
+        change()
+        start = time.perf_counter()
+        steps[name]()
+        first[name] = time.perf_counter() - start
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    for turn in range(2 if smoke else ROUNDS):
+        for place in range(len(order)):
+            name = order[(turn + place) % len(order)]
+            start = time.perf_counter()
+            steps[name]()
+            times[name].append(time.perf_counter() - start)
+    rows = []
+    for name, own in times.items():
+        ratios = [mine / other for mine, other in zip(own, times["base"], strict=True)]
+        rows.append(
+            {
+                "case": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "how": kind,
+                "ratio": round(statistics.median(ratios), 3),
+                "low": round(min(ratios), 3),
+                "high": round(max(ratios), 3),
+                "seconds": round(statistics.median(own), 5),
+                "first": round(first[name], 4),
+            }
+        )
+    return rows
+
+
+@torch.no_grad()
+def same_outputs() -> list[dict[str, Any]]:
+    """For the smoke run: check each case against its merged model."""
+    rows = []
+    for name, config in CASES.items():
+        model = base(torch.float32, smoke=True)
+        adapted, change = ours(model, config)
+        change()
+        found = decoder(adapted, static_cache(model))()
+        merged = copy.deepcopy(adapted)
+        next(iter(tnadapt.torch.adapters(merged).values())).merge()
+        torch.testing.assert_close(found, decoder(merged, static_cache(model))(), rtol=1e-4, atol=1e-5, msg=name)
+        rows.append({"case": name, "equal": True})
+    return rows
+
+
+def measure(smoke: bool) -> list[dict[str, Any]]:
+    """Return rows for the page; in the smoke run use a tiny model, and only check equality."""
+    torch.set_num_threads(1 if smoke else THREADS)
+    if smoke:
+        return same_outputs()
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for compiled in (False, True):
+            found += compare(dtype, smoke, compiled)
+    return found
