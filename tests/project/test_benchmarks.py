@@ -100,6 +100,17 @@ def test_the_table_of_decompositions_is_that_of_its_results(benchmark_scripts: C
     assert benchmark_scripts("decompositions").table(rows) == results.with_suffix(".rst").read_text(encoding="utf-8")
 
 
+def test_only_results_as_good_as_ours_are_among_the_best(benchmark_scripts: Callable[[str], ModuleType]) -> None:
+    over_the_best = benchmark_scripts("decompositions").over_the_best
+    ratios = {"slow": 0.5, "as good": 1.5, "fast and wrong": 9.0, "fast, of a random matrix": 8.0}
+    errors = {"tnadapt": 0.1, "slow": 0.1, "as good": 0.1005, "fast and wrong": 0.2, "fast, of a random matrix": 0.2}
+    assert over_the_best(ratios, errors) == 1.5
+    # A rank of 4 leaves 99 % of a random matrix, whatever the triplets.
+    random = {**dict.fromkeys(errors, 0.990), "fast, of a random matrix": 0.995, "fast and wrong": 0.999}
+    assert over_the_best(ratios, random) == 1.5
+    assert over_the_best({"wrong": 2.0}, {"tnadapt": 0.1, "wrong": 0.2}) == 0.0
+
+
 def test_the_page_is_that_of_its_results(scripts: ModuleType, tmp_path: Path) -> None:
     page = importlib.import_module("page")
     page.write(scripts.read(scripts.RESULTS), tmp_path)

@@ -19,7 +19,7 @@ from ._kron import kron_by_rows, kron_plain, short_rows
 from .backend import Array, Backend, Map
 
 # Rows of up to this length are slow in products with broadcasting.
-_SHORT = 64
+_SHORT = 256
 # Smaller results than this do not repay additional operations.
 _FEW = 1 << 14
 
