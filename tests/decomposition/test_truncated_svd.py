@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tnadapt.backends import Backend, load_backend
 from tnadapt.decomposition import _truncated_svd
-from tnadapt.decomposition._lanczos import _misses, lanczos_pays, lanczos_vectors
+from tnadapt.decomposition._lanczos import _Bidiagonalization, _leading, _misses, lanczos_pays, lanczos_vectors
 from tnadapt.decomposition._linear_algebra import Algebra
 from tnadapt.decomposition._truncated_svd import leading_triplets, truncated_pays
 from tnadapt.decomposition.leading_proof import no_matrix_is_closer
@@ -151,6 +151,34 @@ def test_copies_that_a_single_vector_misses() -> None:
     if vectors is not None:
         np.testing.assert_allclose(np.linalg.norm(matrix @ vectors[1], axis=0), true[:6], rtol=1e-8)
     np.testing.assert_allclose(Algebra(NUMPY, matrix).svd(matrix, 6)[1], true[:6], rtol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_right_vectors_stay_orthonormal_until_the_space_ends(name: str, dtype: str) -> None:
+    matrix, eps = with_values(SPECTRA[name] / np.max(SPECTRA[name])).astype(dtype), float(np.finfo(dtype).eps)
+    run = _Bidiagonalization(matrix, np.random.default_rng(5).normal(size=SIZE).astype(dtype))
+    while len(run.alphas) < 100 and not (run.betas and run.betas[-1] <= 16.0 * eps * max(run.alphas)):
+        run.step()
+    size = len(run.alphas)
+    rights, lefts = (np.asarray(rows[:size], np.float64) for rows in (run.rights, run.lefts))
+    np.testing.assert_allclose(rights @ rights.T, np.eye(size), atol=100.0 * eps)
+    inner = np.diag(run.alphas) + np.diag(run.betas[:-1], 1)
+    np.testing.assert_allclose(matrix @ rights.T, lefts.T @ inner, atol=20.0 * eps * max(run.alphas))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_close_values_of_a_large_space(seed: int) -> None:
+    # Their vectors in a space of a hundred are known up to rounding over the gaps: they must still be orthonormal.
+    rng = np.random.default_rng(seed)
+    diagonal, above = rng.uniform(0.9, 1.1, 120), rng.uniform(0.9, 1.1, 120)
+    left, s, right = _leading(list(diagonal), list(above), 4)
+    inner, eps = np.diag(diagonal) + np.diag(above[:-1], 1), float(np.finfo(float).eps)
+    np.testing.assert_allclose(s, np.linalg.svd(inner)[1][:4], rtol=20.0 * eps)
+    for vectors in (left, right):
+        np.testing.assert_allclose(vectors.T @ vectors, np.eye(4), atol=10.0 * eps)
+    np.testing.assert_allclose(inner @ right, left * s, atol=20.0 * eps)
+    np.testing.assert_allclose(inner.T @ left, right * s, atol=20.0 * eps)
 
 
 PAIRS = np.repeat(1.0 / (1.0 + K[: SIZE // 2]), 2)

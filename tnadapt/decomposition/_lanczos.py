@@ -25,8 +25,9 @@ _MOST, _SHORT = 1024, 96
 _ALLOCATED = 32
 # A residual of up to this many times epsilon and the largest value is rounding.
 _ROUNDING = 16.0
-# Up to this size the projected matrix is decomposed in full, which takes less time than its leading triplets alone.
-_SMALL = 32
+# Up to this size, or multiple of the rank, the projected matrix is decomposed in full, which takes less time than its
+# leading triplets alone.
+_SMALL, _MULTIPLE = 32, 8
 # A deflated matrix whose norm exceeds the smallest value found by more than this holds a triplet that was missed.
 _MISSED, _FIRST, _STEPS = 1e-6, 3, 8
 # Relative error that a sum of squares in float32 may have.
@@ -107,6 +108,7 @@ class _Bidiagonalization:
         most = min(_ALLOCATED, matrix.shape[1] + 1)
         self.lefts, self.rights = (np.empty((most, size), matrix.dtype) for size in matrix.shape)
         self.rights[0] = start / _norm(start)
+        self.negligible = float(np.finfo(matrix.dtype).eps) ** 2
 
     @property
     def squares(self) -> float:
@@ -124,13 +126,15 @@ class _Bidiagonalization:
         if self.betas:
             left -= self.lefts[size - 2] * self.betas[-1]
         alpha = _norm(left)
+        if alpha <= self.negligible * max(self.alphas, default=0.0):
+            alpha = 0.0  # of an invariant space; its square may have underflowed
         left *= 1.0 / alpha if alpha > 0.0 else 0.0
         right = left @ self.matrix
         length = _norm(right)
-        right -= (basis @ right) @ basis
+        right -= basis[-1] * alpha
+        # What is along the others is rounding; what is left after cancellation may again be.
         right -= (basis @ right) @ basis
         beta = _norm(right)
-        # What is left after cancellation may be rounding along the basis.
         if beta < 0.1 * length:
             right -= (basis @ right) @ basis
             beta = _norm(right)
@@ -146,19 +150,24 @@ def _norm(x: np.ndarray) -> float:
 def _leading(alphas: list[float], betas: list[float], rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the leading left vectors, values and right vectors of a bidiagonal matrix."""
     size = len(alphas)
-    if size <= _SMALL:
+    if size <= max(_SMALL, _MULTIPLE * rank):
         left, s, right = np.linalg.svd(np.diag(alphas) + np.diag(betas[:-1], 1))
         return left[:, :rank], s[:rank], right[:rank].T
     from scipy.linalg import eigh_tridiagonal
 
-    # The vectors of [[0, B], [Bᵀ, 0]] with interleaved rows: right, left, right, …, of norm √2.
+    # The vectors of [[0, B], [Bᵀ, 0]] with interleaved rows: right, left, right, …
     between = np.empty(2 * size - 1)
     between[::2], between[1::2] = alphas, betas[:-1]
-    s, both = eigh_tridiagonal(
+    _, both = eigh_tridiagonal(
         np.zeros(2 * size), between, select="i", select_range=(2 * size - rank, 2 * size - 1), check_finite=False
     )
-    both = both[:, ::-1] * math.sqrt(2.0)
-    return both[1::2], s[::-1], both[::2]
+    # Each half is orthonormal up to rounding over the gaps between values: make both so, with B right = left s.
+    right = np.linalg.qr(both[::2])[0]
+    product = between[::2, None] * right
+    product[:-1] += between[1::2, None] * right[1:]
+    left, inner = np.linalg.qr(product)
+    turn, s, back = np.linalg.svd(inner)
+    return left @ turn, s, right @ back.T
 
 
 def _steps_left(before: tuple[int, float], now: tuple[int, float], target: float) -> int:
