@@ -68,6 +68,22 @@ def test_a_tensor_is_decomposed_from_a_memory_map(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_adapters_are_extracted_from_shards(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "extract_large.py"),
+        "--smoke",
+        "--layers",
+        "1",
+        "--folder",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [json.loads(line)["targets"] for line in done.stdout.splitlines()] == [2, 7, 2, 2]
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_figures_of_large_tensors_are_measured() -> None:
     found = json.loads((BENCHMARKS / "results" / "large_tensors.json").read_text(encoding="utf-8"))
     ranks, error, train = found["rows"]
