@@ -13,9 +13,10 @@ import os
 import signal
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from tnadapt.backends import Backend, load_backend, register_backend
 from tnadapt.backends.backend import OPTIONAL
 
 from .laws import markers
+from .support.depth import in_depth
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60, suppress_health_check=SLOW)
@@ -68,11 +70,26 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(markers)
 
 
+LIBRARIES = ("numpy", "array_api_strict", "torch", "jax", "cupy")
 # JAX compiles every operation for every shape: a grid over it takes minutes.
-LIBRARIES = ("numpy", "array_api_strict", "torch", pytest.param("jax", marks=pytest.mark.slow), "cupy")
+SLOW_LIBRARIES = ("jax",)
 
 
-@pytest.fixture(params=LIBRARIES, scope="session")
+def of_library(library: str, *values: Any) -> Any:
+    """Return the parameters of a case with a library, marked as slow where it is."""
+    marks = [pytest.mark.slow] if library in SLOW_LIBRARIES else []
+    return pytest.param(library, *values, id="-".join([library, *map(str, values)]), marks=marks)
+
+
+def on_every_library(name: str, cases: Iterable[Any], few: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrize a test over the libraries and cases; slow libraries have all of them in the long profile only."""
+    every = list(cases)
+    some = in_depth(every, few)
+    pairs = [(one, case) for one in LIBRARIES for case in (some if one in SLOW_LIBRARIES else every)]
+    return pytest.mark.parametrize(("backend", name), [of_library(*pair) for pair in pairs], indirect=["backend"])
+
+
+@pytest.fixture(params=[of_library(name) for name in LIBRARIES], scope="session")
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each library in turn; skipped, with the reason, where it cannot compute here."""
     name = request.param

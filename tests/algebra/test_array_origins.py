@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tests.conftest import relative_error
+from tests.conftest import on_every_library, relative_error
 from tnadapt.algebra.sources import (
     BaseCore,
     FromBase,
@@ -136,7 +136,7 @@ def test_a_plan_survives_copies_and_its_config_a_dictionary(config: tna.Config) 
             assert ours.tobytes() == theirs.tobytes()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@on_every_library("name", NETWORKS, ["train", "lokr", "projected"])
 def test_gradients_of_tied_and_scaled_arrays_in_every_library(name: str, backend: Backend) -> None:
     config = NETWORKS[name]
     names = tna.SuperLoRA(config, SHAPES).groups[0].network.shapes

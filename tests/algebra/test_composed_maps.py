@@ -27,7 +27,7 @@ from tnadapt.maps import (
 )
 
 import tnadapt as tna
-from tests.conftest import relative_error
+from tests.conftest import on_every_library, relative_error
 from tnadapt.algebra import rng as draws
 from tnadapt.algebra.maps import Chain, Map, PerWeight, make_map, make_map_on_weights
 from tnadapt.algebra.maps._daubechies import DAUBECHIES
@@ -290,7 +290,7 @@ def test_the_sum_of_squares(projection: Any) -> None:
 
 
 @pytest.mark.law("equal-seeds", "update-formula", "update-slice")
-@pytest.mark.parametrize("projection", [*VECTORS, *MATRICES], ids=str)
+@on_every_library("projection", [*VECTORS, *MATRICES], [*VECTORS, *MATRICES][::3])
 def test_every_library_gives_numpys_numbers(projection: Any, backend: Backend, rng: np.random.Generator) -> None:
     f = maps_of(projection)[-1]
     x, y = rng.normal(size=(2, f.n_in)), rng.normal(size=(2, f.n_out))

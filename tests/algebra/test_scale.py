@@ -13,6 +13,7 @@ import pytest
 
 import tnadapt as tna
 from tests.conftest import peak_of
+from tests.support.depth import in_depth
 from tnadapt.algebra import rng
 from tnadapt.backends import Backend
 
@@ -184,8 +185,10 @@ print(adapter.num_parameters, after - before, highest() - after)
 @pytest.mark.law("meta-device")
 @pytest.mark.parametrize(
     ("config", "count"),
-    [("tna.presets.lora(8)", 32 * 2 * 8 * 8192), ("tna.presets.superlora(8)", 8 * 2 * 32768)],
-    ids=["lora", "superlora"],
+    in_depth(
+        [("tna.presets.lora(8)", 32 * 2 * 8 * 8192), ("tna.presets.superlora(8)", 8 * 2 * 32768)],
+        [("tna.presets.superlora(8)", 8 * 2 * 32768)],
+    ),
 )
 def test_attaching_to_a_model_of_7_billion_on_the_meta_device_takes_no_memory(config: str, count: int) -> None:
     pytest.importorskip("transformers")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tests.conftest import relative_error
+from tests.conftest import on_every_library, relative_error
 from tnadapt.algebra.formats import make_format
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.unfolding import along, best_cut, row_wise_khatri_rao
@@ -112,7 +112,7 @@ CONFIGS = {
 
 
 @pytest.mark.law("update-formula")
-@pytest.mark.parametrize("name", CONFIGS)
+@on_every_library("name", CONFIGS, ["partial", "terms", "hadamard"])
 def test_it_is_what_the_boxes_make(name: str, backend: Backend, rng: np.random.Generator) -> None:
     plan = tna.SuperLoRA(CONFIGS[name], [(9, 8)] * 3)
     group = plan.groups[0]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 import tnadapt as tna
 from tests.conftest import relative_error
+from tests.support.depth import in_depth
 from tnadapt.backends import load_backend
 
 from .test_torch import LARGER, NONLINEAR, PRESETS, SHAPES
@@ -62,7 +65,7 @@ def test_draws_first_met_under_jit_are_not_kept_as_tracers() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", in_depth(PRESETS, [*PRESETS][::2]))
 def test_the_start_under_jit(name: str) -> None:
     plan = tna.SuperLoRA(PRESETS[name], SHAPES)
     for dtype in ("float64", "float32"):
@@ -92,8 +95,13 @@ def test_some_parameters_may_be_constants_of_the_program() -> None:
     assert relative_error(found, plan.vector(params)) < 1e-12
 
 
-@pytest.mark.parametrize("name", NONLINEAR)
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    in_depth(
+        [*itertools.product(NONLINEAR, ["float64", "float32", "bfloat16", "float16"])],
+        [*itertools.product(NONLINEAR, ["float32"]), ("tucker", "bfloat16"), ("cp", "float64")],
+    ),
+)
 def test_a_larger_start_under_jit(name: str, dtype: str) -> None:
     plan = tna.SuperLoRA(NONLINEAR[name], LARGER)
     params = plan.init("jax", dtype)

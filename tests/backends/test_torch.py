@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -83,7 +84,7 @@ def test_first_step_gradients_are_not_zero(plan: tna.SuperLoRA) -> None:
     "name",
     in_depth(
         ["lora", "lonkr", "lorta", "cara", "F shuffle", "F linear", "F nonlinear_v2", "compacter"],
-        ["lonkr", "F linear", "compacter"],
+        ["lonkr", "F linear"],
     ),
 )
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
@@ -265,9 +266,14 @@ NONLINEAR = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NONLINEAR)
+# The compiler may round otherwise than the operations alone do.
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "dtype", ["float32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bfloat16", "float16"))]
+    ("name", "dtype"),
+    in_depth(
+        [*itertools.product(NONLINEAR, ["float32", "bfloat16", "float16"])],
+        [*itertools.product(NONLINEAR, ["float32"]), ("tucker", "bfloat16")],
+    ),
 )
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_a_compiled_start_is_exactly_zero(name: str, dtype: str) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import tnadapt
+from tests.support.in_process import run_here
+from tnadapt.__main__ import main
 
 pytest.importorskip("typer")
 
@@ -83,7 +85,7 @@ def test_a_broken_law_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_users_mistake_is_exit_code_2_and_no_traceback(arguments: list[str], message: str) -> None:
-    done = run("verify", *arguments)
+    done = run_here(main, "verify", *arguments)
     assert done.returncode == 2
     assert message in " ".join(done.stderr.replace("│", " ").split())
     assert "Traceback" not in done.stderr

@@ -11,6 +11,8 @@ from safetensors.numpy import save_file
 
 import tnadapt as tna
 from tests.convert.conversions import made
+from tests.support.in_process import run_here
+from tnadapt.__main__ import main
 
 pytest.importorskip("typer")
 
@@ -71,13 +73,16 @@ def test_what_is_lost_is_said(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
     tna.save(tmp_path / "ours.safetensors", made(tna.presets.lora(4)))
-    done = run("convert", str(tmp_path / "ours.safetensors"), *arguments)
+    done = run_here(main, "convert", tmp_path / "ours.safetensors", *arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert (
-        run("convert", str(tmp_path / "missing")).stderr == f"tnadapt: {tmp_path}/missing: No such file or directory\n"
-    )
+
+
+def test_a_file_that_is_missing_is_one_line(tmp_path: Path) -> None:
+    done = run("convert", str(tmp_path / "missing"))
+    assert done.returncode == 2
+    assert done.stderr == f"tnadapt: {tmp_path}/missing: No such file or directory\n"
 
 
 def test_what_is_there_is_replaced_if_asked(tmp_path: Path) -> None:

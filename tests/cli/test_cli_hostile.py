@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.support import checkpoint_files as cp
+from tests.support.depth import LONG
 from tnadapt.convert import FORMS
 
 typer = pytest.importorskip("typer")
@@ -289,7 +290,7 @@ def check(command: str, line: Line, commands: CommandLines, yard: Yard) -> Done:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_ends_with_its_own_word(command: str, commands: CommandLines, yard: Yard) -> None:
     # A process each: fewer than of what is computed.
-    @settings(max_examples=settings.default.max_examples // 4)
+    @settings(max_examples=settings.default.max_examples // (4 if LONG else 6))
     @given(lines(command))
     def holds(line: Line) -> None:
         check(command, line, commands, yard)

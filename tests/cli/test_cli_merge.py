@@ -16,6 +16,8 @@ import pytest
 
 import tnadapt as tna
 from tests.support import checkpoint_files as cp
+from tests.support.in_process import run_here
+from tnadapt.__main__ import main
 
 pytest.importorskip("typer")
 
@@ -84,10 +86,9 @@ def test_another_base_needs_to_be_wished_for(base: Path, tmp_path: Path) -> None
 def test_a_mistake_is_one_message_and_exit_code_2(
     arguments: list[str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "second.safetensors").write_bytes(b"")  # "." then has two
-    done = run(*arguments)
+    done = run_here(main, *arguments)
     assert done.returncode == 2, done.stdout
     assert "Traceback" not in done.stderr
     assert done.stderr

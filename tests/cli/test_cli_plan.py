@@ -19,15 +19,15 @@ pytest.importorskip("typer")
 
 from typer.testing import CliRunner
 
+from tests.support.in_process import run_here
 from tnadapt import cli
+from tnadapt.__main__ import main
 from tnadapt.errors import FileError
 from tnadapt.planning import model_targets
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tnadapt", "plan", *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
+    return run_here(main, "plan", *arguments)
 
 
 @pytest.fixture
@@ -48,7 +48,8 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_shapes_as_a_table() -> None:
-    done = run("--shape", "64x64*8", "--budget", "300")
+    command = [sys.executable, "-m", "tnadapt", "plan", "--shape", "64x64*8", "--budget", "300"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip("\n") == str(tna.plan([(64, 64)] * 8, 300))
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.conftest import on_every_library
 from tnadapt import presets
 from tnadapt.backends import Backend
 from tnadapt.decomposition import Step
@@ -269,7 +270,7 @@ EACH = {
 }
 
 
-@pytest.mark.parametrize("name", EACH)
+@on_every_library("name", EACH, ["lorta", "weighted", "linear"])
 def test_every_library_fits_as_numpy_does_and_keeps_its_arrays(name: str, backend: Backend) -> None:
     config = EACH[name]
     rng = np.random.default_rng(0)

@@ -144,12 +144,12 @@ def test_killed_in_the_middle_it_goes_on(cache: Path, tmp_path: Path, jobs: int)
     out = tmp_path / "run"
     arguments = (
         *("--pretrain-epochs", 1, "--cache", cache, "--out", out, "--jobs", jobs, "--batch", 64, "--epochs", 4),
-        *("--lr", 0.01, "--lr", 0.02, "--lr", 0.03, "--rank", 1, "--rank", 2),
+        *("--lr", 0.01, "--lr", 0.02, "--lr", 0.03, "--rank", 1),
     )
     process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     told = ""
-    while "[2/9]" not in told:
+    while "[2/6]" not in told:
         line = process.stderr.readline()
         assert line, f"it ended by itself: {told}"
         told += line
@@ -157,7 +157,7 @@ def test_killed_in_the_middle_it_goes_on(cache: Path, tmp_path: Path, jobs: int)
     process.wait(timeout=30)
     process.stderr.close()
     before = records(out)
-    assert 2 <= len(before) < 9
+    assert 2 <= len(before) < 6
     # What SIGKILL in the middle of a write would leave.
     with (out / "results.jsonl").open("ab") as file:
         file.write(b'{"key": "half a li')
@@ -169,10 +169,10 @@ def test_killed_in_the_middle_it_goes_on(cache: Path, tmp_path: Path, jobs: int)
         command(*arguments), capture_output=True, encoding="latin-1", timeout=300, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert f"{len(before)} of 9 trainings were finished before" in done.stderr
+    assert f"{len(before)} of 6 trainings were finished before" in done.stderr
     after = records(out)
     assert after[: len(before)] == before
-    assert len(after) == len({one["key"] for one in after}) == 9
+    assert len(after) == len({one["key"] for one in after}) == 6
     assert "? Pareto front" in done.stdout
     assert "the same predictions on 269 test samples; merged: the same predictions" in done.stdout
 

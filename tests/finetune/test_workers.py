@@ -20,6 +20,7 @@ pytest.importorskip("torch")
 import torch
 
 import tnadapt as tna
+from tests.support.depth import in_depth
 from tnadapt.finetune import Method, Task
 from tnadapt.finetune.workers import Do, run_tasks
 
@@ -149,7 +150,7 @@ def script(folder: Path, guard: str) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("keyboard")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", in_depth([signal.SIGKILL, signal.SIGINT], [signal.SIGKILL]))
 def test_a_parent_that_is_killed_or_interrupted_leaves_no_worker(number: signal.Signals, tmp_path: Path) -> None:
     with script(tmp_path, GUARD) as process:
         limit = time.monotonic() + 120

@@ -8,10 +8,20 @@ from typing import Any
 import pytest
 
 import tnadapt as tna
+from tests.support.depth import in_depth
 from tnadapt.algebra.folding import FOLDS
 from tnadapt.algebra.maps import KINDS, SQUARE
 
-__all__ = ["KINDS_OF_GROUP", "SHAPES", "config_of", "every_group", "everything", "in_one_fold"]
+__all__ = [
+    "KINDS_OF_GROUP",
+    "SHAPES",
+    "SORTS",
+    "config_of",
+    "every_group",
+    "everything",
+    "everything_in_depth",
+    "in_one_fold",
+]
 
 #: Wide, tall and square; their 106 elements are cut in two groups of 53, a prime. Half of each is a multiple of its
 #: columns, as a stack through a projection must be.
@@ -42,6 +52,11 @@ def config_of(kind: str, fold: str, projection: str) -> tna.Config:
 def everything(test: Callable[..., None]) -> Callable[..., None]:
     """The test over all of them."""
     return _over(test, KINDS)
+
+
+def everything_in_depth(test: Callable[..., None]) -> Callable[..., None]:
+    """The test over all of them in the long profile, and else over one F of each sort: of what takes long."""
+    return _over(test, in_depth(KINDS, SORTS))
 
 
 def every_group(test: Callable[..., None]) -> Callable[..., None]:

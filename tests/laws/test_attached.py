@@ -16,7 +16,7 @@ import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 from tests.torch.small import batch, small, stir  # noqa: E402
 
-from .grid import config_of, every_group, everything  # noqa: E402
+from .grid import config_of, every_group, everything_in_depth  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -146,7 +146,7 @@ def test_on_the_meta_device_nothing_is_allocated(kind: str, fold: str, projectio
 
 
 @pytest.mark.law("derivatives-of-presets", "derivatives-of-projections")
-@everything
+@everything_in_depth
 def test_first_and_second_derivatives_are_finite_differences(kind: str, fold: str, projection: str) -> None:
     plan = tna.SuperLoRA(config_of(kind, fold, projection), [(4, 3), (2, 6)])
     made = torch.Generator().manual_seed(3)

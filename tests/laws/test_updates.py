@@ -13,11 +13,12 @@ import pytest
 
 import tnadapt as tna
 from tests.conftest import relative_error
+from tests.support.depth import in_depth
 from tnadapt.algebra.maps import KINDS
 from tnadapt.backends import Backend, load_backend
 from tnadapt.testing import _reference as reference
 
-from .grid import KINDS_OF_GROUP, SHAPES, config_of, everything, in_one_fold
+from .grid import KINDS_OF_GROUP, SHAPES, SORTS, config_of, everything, in_one_fold
 
 # Relative to the largest element: of float64 as everywhere, of float32 some hundred of its last digits.
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5}
@@ -52,7 +53,7 @@ def test_the_update_is_the_textbook_formula(
 
 @pytest.mark.slow
 @pytest.mark.law("update-formula")
-@pytest.mark.parametrize("projection", KINDS)
+@pytest.mark.parametrize("projection", in_depth(KINDS, SORTS))
 @pytest.mark.parametrize("kind", KINDS_OF_GROUP)
 @pytest.mark.parametrize("backend", ["jax"], indirect=True)
 def test_the_update_is_the_textbook_formula_on_jax(backend: Backend, kind: str, projection: str) -> None:

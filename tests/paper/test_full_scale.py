@@ -17,6 +17,7 @@ from paper import open_recipe, run
 from paper.adapted_weights import WEIGHTS, AdaptedWeights
 from paper.recipe import Recipe
 from tests.cli.command_lines import CommandLines, command_lines
+from tests.support.depth import in_depth
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -188,7 +189,7 @@ def test_vit_base_has_the_weights_of_its_recipes() -> None:
     assert len({target.layer for target in targets}) == 12
 
 
-@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize("name", in_depth(STARTS, ["cifar10", "groups-dense"]))
 def test_a_full_recipe_makes_its_first_steps(name: str, makers: dict[str, Path], tmp_path: Path) -> None:
     images = (usual if name == "cifar10" else hubs)(tmp_path / "images")
     outcome = run(short(name), tmp_path / "run", model=str(makers[name]), data=str(images))

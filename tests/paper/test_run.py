@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import subprocess
 import sys
@@ -16,22 +14,14 @@ import tnadapt as tna
 from paper import names, open_recipe, redraw, run
 from paper.__main__ import main
 from paper.recipe import parse
+from tests.support.in_process import run_here
 
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m paper`` in this process, which has imported what it needs."""
-    out, err = io.StringIO(), io.StringIO()
-    code = 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["paper", *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
+    return run_here(main, *arguments)
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -160,16 +150,23 @@ def test_what_has_not_been_run_cannot_be_drawn(name: str, tmp_path: Path) -> Non
     assert "run it first" in " ".join(done.stderr.split())
 
 
-def test_other_weights_than_the_recipes_are_refused(cache: Path, tmp_path: Path) -> None:
+def test_other_weights_than_the_recipes_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("sklearn")
     text = SMALL.format(kind="classification", how="").replace('weights = "digits"', 'weights = "minilm"')
     with pytest.raises(tna.TnadaptError, match="12 of 384 × 384"):
-        run(parse("small", text, "mini"), tmp_path, cache=cache)
+        run(parse("small", text, "mini"), tmp_path, cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists(), "nothing was pretrained"
 
 
-def test_a_word_that_is_no_setting_is_refused(cache: Path, tmp_path: Path) -> None:
+def test_a_word_that_is_no_setting_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("sklearn")
     for how, word in (("colour = 3", "colour"), ('optimiser = "lion"', "lion"), ('shape = "square"', "square")):
+        recipe = parse("small", SMALL.format(kind="classification", how=how), "mini")
         with pytest.raises(tna.TnadaptError, match=word):
-            run(parse("small", SMALL.format(kind="classification", how=how), "mini"), tmp_path, cache=cache)
+            run(recipe, tmp_path, cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists(), "nothing was pretrained"
 
 
 @pytest.mark.slow
@@ -196,6 +193,7 @@ def test_the_geometry_is_that_of_the_adapters(cache: Path, tmp_path: Path) -> No
     assert {one["arm"] for one in outcome.rows} == {"LoRA", "SuperLoRA 2D, reshape"}
 
 
+@pytest.mark.slow
 def test_without_its_adapters_the_geometry_says_so(cache: Path, tmp_path: Path) -> None:
     recipe = parse("small", SMALL.format(kind="geometry", how=""), "mini")
     run(recipe, tmp_path / "run", cache=cache)

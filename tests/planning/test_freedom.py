@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.support.depth import in_depth
 from tnadapt.algebra.network import Network
 from tnadapt.planning import degrees_of_freedom
 from tnadapt.testing.strategies import plans
@@ -130,19 +132,23 @@ def test_the_rank_of_the_jacobian_of_padded_matrices(
     assert rank(jacobian(plan)) == degrees_of_freedom(plan)
 
 
-@pytest.mark.parametrize("projection", ["nonlinear", "nonlinear_v2"])
+BUILT: dict[str, Callable[..., tna.Config]] = {
+    "superlora": lambda more: tna.presets.superlora(2, **more),
+    "lorta": lambda more: tna.presets.lorta(2, order=3, **more),
+    "lonkr": lambda more: tna.presets.lonkr(1, splits=2, split_size=2, **more),
+}
+
+
 @pytest.mark.parametrize(
-    "build",
-    [
-        lambda more: tna.presets.superlora(2, **more),
-        lambda more: tna.presets.lorta(2, order=3, **more),
-        lambda more: tna.presets.lonkr(1, splits=2, split_size=2, **more),
-    ],
-    ids=["superlora", "lorta", "lonkr"],
+    ("name", "projection"),
+    in_depth(
+        [*itertools.product(BUILT, ["nonlinear", "nonlinear_v2"])],
+        [("superlora", "nonlinear"), ("lonkr", "nonlinear_v2")],
+    ),
 )
-def test_a_nonlinear_f_does_not_reduce_freedom(build: Callable[..., tna.Config], projection: str) -> None:
+def test_a_nonlinear_f_does_not_reduce_freedom(name: str, projection: str) -> None:
     jax = pytest.importorskip("jax")
-    plan = tna.SuperLoRA(build({"projection": projection, "ratio": 0.5}), [(6, 8), (8, 6)])
+    plan = tna.SuperLoRA(BUILT[name]({"projection": projection, "ratio": 0.5}), [(6, 8), (8, 6)])
     params = {name: 3.0 * jax.numpy.asarray(array) for name, array in point(plan).items()}
     blocks = jax.jacfwd(plan.vector)(params)
     found = np.concatenate([np.asarray(block).reshape(plan.size, -1) for block in blocks.values()], axis=1)

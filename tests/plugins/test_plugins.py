@@ -177,7 +177,7 @@ def test_rings_of_any_size_are_their_einsum(order: int, rank: int, sides: list[i
 # -- Decomposition, planning, pictures ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["ring", "ring of ranks", "sketch", "sketch of a ring"])
+@pytest.mark.parametrize("name", in_depth(["ring", "ring of ranks", "sketch", "sketch of a ring"], ["ring", "sketch"]))
 @pytest.mark.usefixtures("plugins")
 def test_decompose_recovers_what_it_made(name: str) -> None:
     plan = plan_of(name)

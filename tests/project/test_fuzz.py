@@ -15,12 +15,12 @@ if not (ROOT / "fuzz").is_dir():
     pytest.skip("the fuzz targets are not in this copy of the project", allow_module_level=True)
 
 from fuzz.targets import TARGETS, FaultError, measured  # noqa: E402
+from tests.support.depth import LONG, in_depth  # noqa: E402
 
 CORPUS = ROOT / "fuzz" / "corpus"
 INPUTS = [(target, path.name) for target in TARGETS for path in sorted((CORPUS / target).iterdir())]
 # In the long profile every target for a minute; else what is read of files, for seconds.
-LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
-SECONDS = 60 if LONG else 4
+SECONDS = 60 if LONG else 2
 
 
 @pytest.mark.law("fuzz")
@@ -37,7 +37,7 @@ def test_memory_is_measured() -> None:
 
 @pytest.mark.law("fuzz")
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
-@pytest.mark.parametrize("target", TARGETS if LONG else ["recipe", "config", "adapter"])
+@pytest.mark.parametrize("target", in_depth(TARGETS, ["config", "adapter"]))
 def test_a_short_run(tmp_path: Path, target: str) -> None:
     command = [sys.executable, "-m", "fuzz", target, "--seconds", str(SECONDS), "--corpus", str(tmp_path / "found")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -760,7 +760,7 @@ def test_compiled_whole_is_eager(variant: str) -> None:
 @pytest.mark.law("compile")
 @compiles_whole
 @asks_for_grad
-@pytest.mark.parametrize("variant", ["default", "lora", "superlora linear"])
+@pytest.mark.parametrize("variant", in_depth(["default", "lora", "superlora linear"], ["default", "superlora linear"]))
 def test_a_swap_of_adapters_recompiles_nothing(variant: str) -> None:
     model, a = attached(variant, name="a")
     b = tt.attach(model, VARIANTS[variant], name="b")

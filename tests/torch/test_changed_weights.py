@@ -17,6 +17,7 @@ from torch.nn import functional  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.depth import in_depth  # noqa: E402
 from tnadapt.torch import _quotient as quotients  # noqa: E402
 from tnadapt.torch._quantized import QUANTIZED  # noqa: E402
 
@@ -151,8 +152,9 @@ def test_derivatives_of_the_layer(config: tna.Config, strategy: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize(("config", "strategy"), WAYS, ids=IDS)
-def test_compiled(config: tna.Config, strategy: str) -> None:
+@pytest.mark.parametrize("way", in_depth(IDS, IDS[::2]))
+def test_compiled(way: str) -> None:
+    config, strategy = WAYS[IDS.index(way)]
     torch._dynamo.reset()
     model, x = layers(torch.float32), torch.randn(3, 6)
     adapter = tt.attach(model, config, "all-linear", strategy=strategy)

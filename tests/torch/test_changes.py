@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 from torch import Tensor, nn  # noqa: E402
 
+from tests.support.depth import in_depth  # noqa: E402
 from tnadapt.torch import Adapter, attach  # noqa: E402
 
 from .distributed_jobs import Block  # noqa: E402
@@ -219,7 +220,7 @@ def test_a_pass_interrupted_from_the_keyboard_leaves_no_old_update() -> None:
 @pytest.mark.slow
 @pytest.mark.law("array-changes")
 @compiles_whole
-@pytest.mark.parametrize("config", ["default", "linear"])
+@pytest.mark.parametrize("config", in_depth(["default", "linear"], ["default"]))
 def test_a_compiled_pass_that_was_interrupted_leaves_no_old_update(config: str) -> None:
     class Slow(nn.Module):
         def __init__(self) -> None:

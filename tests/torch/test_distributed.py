@@ -38,7 +38,9 @@ TRAINER = all(importlib.util.find_spec(name) for name in ("accelerate", "transfo
 pytestmark = pytest.mark.slow
 
 # Four processes take a job of each kind; two take all.
-FOUR = ["ddp-default", "ddp-lora", "fsdp2-default", "fsdp2-linear", "fsdp2-mixed"]
+FOUR = in_depth(
+    ["ddp-default", "ddp-lora", "fsdp2-default", "fsdp2-linear", "fsdp2-mixed"], ["ddp-default", "fsdp2-mixed"]
+)
 
 
 def run(*commands: Sequence[Any], timeout: float = 200.0) -> list[str]:

@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.depth import in_depth  # noqa: E402
 
 P = tna.presets
 BY_ROLE: dict[str, tna.Config] = {
@@ -154,10 +155,13 @@ class Layers(torch.nn.Module):
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [
-        *itertools.product(["lotr", "metatt", "metatt, heads"], ["weight", "factored"]),
-        ("gralora", "weight"),  # blocks of a weight have no two factors
-    ],
+    in_depth(
+        [
+            *itertools.product(["lotr", "metatt", "metatt, heads"], ["weight", "factored"]),
+            ("gralora", "weight"),  # blocks of a weight have no two factors
+        ],
+        [("metatt", "weight"), ("metatt, heads", "factored"), ("gralora", "weight")],
+    ),
 )
 def test_a_compiler_traces_slices_in_any_order_of_axes(name: str, strategy: str) -> None:
     model = Layers()

@@ -184,7 +184,8 @@ def _try(lock: Any, free: list[bool]) -> None:
 
 #: Everything else that a pass executes computes numbers and keeps none but the draws of F.
 WHERE = PACKAGE if EVERY else TORCH
-ACTIONS = CALLS if EVERY else (whole, gradients)
+# What has gradients begins like a pass without.
+ACTIONS = CALLS if EVERY else (gradients,)
 
 
 @pytest.mark.law("interrupted-pass")

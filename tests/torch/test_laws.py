@@ -13,6 +13,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.depth import in_depth  # noqa: E402
 
 from .architectures import MODELS, Inputs, build, output  # noqa: E402
 from .small import compiles_whole, stir  # noqa: E402
@@ -156,7 +157,10 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.law("compile")
 @compiles_whole
-@pytest.mark.parametrize("name", ["timm_vit", "timm_swinv2", "bert", "gpt2", "llama", "torchvision_vit"])
+@pytest.mark.parametrize(
+    "name",
+    in_depth(["timm_vit", "timm_swinv2", "bert", "gpt2", "llama", "torchvision_vit"], ["timm_vit", "gpt2", "llama"]),
+)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_whole(name: str) -> None:
     model, inputs, adapter = attached(name)

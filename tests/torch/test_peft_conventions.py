@@ -37,6 +37,7 @@ from transformers import (  # noqa: E402
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 import tnadapt.torch.peft as plugin  # noqa: E402
+from tests.support.depth import in_depth  # noqa: E402
 from tnadapt import presets  # noqa: E402
 from tnadapt.torch.peft import TnadaptConfig  # noqa: E402
 
@@ -222,7 +223,7 @@ def test_targets_that_are_missing_are_asked_for_in_peft_s_words() -> None:
 # -- Dtypes and starts -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", presets.__all__)
+@pytest.mark.parametrize("preset", in_depth(presets.__all__, presets.__all__[::4]))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_arrays_take_the_dtype_of_the_base_only_when_asked(dtype: Any, preset: str, tmp_path: Path) -> None:
     plain = run(llama().to(dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ torch = pytest.importorskip("torch")
 
 from torch import Tensor, nn  # noqa: E402
 
+from tests.support.depth import in_depth  # noqa: E402
 from tnadapt.torch import Adapter, attach  # noqa: E402
 
 from .loops import CONFIGS, bits, relative, same, snapshot  # noqa: E402
@@ -86,8 +88,10 @@ def test_trainer_accumulates_gradients(hf: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.law("activation-checkpointing")
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("config", ["default", "lora"])
+@pytest.mark.parametrize(
+    ("config", "reentrant"),
+    in_depth([*itertools.product(["default", "lora"], [True, False])], [("default", True), ("lora", False)]),
+)
 def test_trainer_with_activation_checkpointing(hf: Any, tmp_path: Path, config: str, reentrant: bool) -> None:
     losses, adapter = trained(hf, tmp_path / "plain", config)
     again, other = trained(hf, tmp_path / "again", config, **hf.checkpointing(reentrant))

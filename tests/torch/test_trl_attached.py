@@ -15,6 +15,7 @@ pytest.importorskip("tokenizers")
 trl = pytest.importorskip("trl")
 
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.depth import in_depth  # noqa: E402
 from tnadapt import presets  # noqa: E402
 
 from .loops import bits, same, snapshot  # noqa: E402
@@ -63,7 +64,7 @@ def sft(model: Any, folder: Path, **changes: Any) -> Any:
     return quiet(trainer)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", in_depth(CONFIGS, ["default"]))
 def test_sft_resumes_to_the_bit(config: str, tmp_path: Path) -> None:
     def run(checkpoint: str | None) -> tuple[list[float], dict[str, Any]]:
         model = llama()
@@ -83,7 +84,7 @@ def test_sft_resumes_to_the_bit(config: str, tmp_path: Path) -> None:
     assert same(again[1], arrays)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", in_depth(CONFIGS, ["lora"]))
 def test_sft_with_gradient_checkpointing(config: str, tmp_path: Path) -> None:
     found = []
     for checkpointing in (False, True):
@@ -121,7 +122,7 @@ def dpo(model: Any, folder: Path, **others: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", in_depth(CONFIGS, ["default", "unilora"]))
 def test_dpo_against_a_reference_that_shares_the_base(config: str, tmp_path: Path) -> None:
     model = llama()
     adapter = tt.attach(model, CONFIGS[config])
@@ -175,7 +176,7 @@ def grpo(model: Any, folder: Path, beta: float) -> Any:
     )
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", in_depth(CONFIGS, ["unilora"]))
 def test_grpo(config: str, tmp_path: Path) -> None:
     model = llama()
     adapter = tt.attach(model, CONFIGS[config])

@@ -66,6 +66,9 @@ class Training:
     keep_references: bool = False
     report_to: str = "none"
 
+    def __post_init__(self) -> None:
+        self.schedule(1.0)  # refuses unknown words now rather than after a base model has been trained
+
     def schedule(self, rate: float) -> Schedule:
         """Return the schedule for one rate."""
         return Schedule(rate, self.warmup, self.weight_decay, self.clip, self.optimiser, self.shape)

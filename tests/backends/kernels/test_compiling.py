@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.depth import in_depth
+
 CALL = """
 import logging
 logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
@@ -69,7 +71,7 @@ def test_without_a_compiler_plain_operations_are_used(before: str, environment: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", [".nbc", ".nbi"])
+@pytest.mark.parametrize("ending", in_depth([".nbc", ".nbi"], [".nbi"]))
 def test_a_damaged_cache_is_recompiled(ending: str, tmp_path: Path) -> None:
     pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
     environment = {"NUMBA_CACHE_DIR": str(tmp_path)}

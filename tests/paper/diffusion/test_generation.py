@@ -18,7 +18,10 @@ import pytest
 
 import tnadapt as tna
 from paper import open_recipe, redraw, run
+from paper.__main__ import main
 from paper.recipe import Recipe
+from tests.support.depth import in_depth
+from tests.support.in_process import run_here
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("typer")
@@ -250,7 +253,7 @@ def test_a_rate_at_which_all_diverge_is_still_one() -> None:
 
 
 # The others are like svhn-mnist: see tests/paper/test_paper_settings.py.
-@pytest.mark.parametrize("name", ["svhn-mnist", "mnist-svhn"])
+@pytest.mark.parametrize("name", in_depth(["svhn-mnist", "mnist-svhn"], ["mnist-svhn"]))
 def test_the_full_recipes_make_their_first_steps_on_stand_ins(
     name: str, data: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -296,10 +299,7 @@ def test_a_model_of_ones_own(done: tuple[Path, Any], data: Path, cache: Path, tm
     ],
 )
 def test_a_mistake_is_one_message(arguments: list[str], word: str, tmp_path: Path) -> None:
-    found = subprocess.run(
-        [sys.executable, "-m", "paper", *arguments, "--out", str(tmp_path / "run")],
-        capture_output=True, text=True, check=False, encoding="utf-8",
-    )  # fmt: skip
+    found = run_here(main, *arguments, "--out", tmp_path / "run")
     assert found.returncode == 2, found.stdout
     assert word in " ".join(found.stderr.split())
     assert "Traceback" not in found.stderr
