@@ -19,7 +19,7 @@ from .registries import fetch
 __all__ = ["Arms", "method_of", "study_of"]
 
 _TRAINING = ("epochs", "steps", "batch", "optimiser", "shape", "weight_decay", "warmup", "clip")
-_SPEC = ("image_size", "max_length", "limit", "text_column", "label_column")
+_SPEC = ("image_size", "max_length", "limit", "pretrain_epochs", "text_column", "label_column")
 _SEVERAL = ("label_names", "head_rows")
 _OTHERS = ("model", "data", "fetch", "holdout", "rates", "seeds", "tuned_by")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from paper import names, open_recipe
 from paper.adapted_weights import WEIGHTS
-from paper.recipe import SCALES, parse
+from paper.recipe import SCALES, RecipePoint, parse
 from paper.sweep import configs, numbers
 from tnadapt.testing import _reference as reference
 
@@ -35,12 +36,17 @@ def scales(name: str) -> list[str]:
     return found
 
 
+@functools.cache
+def points_of(name: str, scale: str) -> list[RecipePoint]:
+    """Of large weights they take seconds to count."""
+    return open_recipe(name, scale).points()
+
+
 @pytest.mark.parametrize("name", names())
 def test_every_setting_of_every_recipe_can_be_counted(name: str) -> None:
     assert scales(name)
     for scale in scales(name):
-        recipe = open_recipe(name, scale)
-        points = recipe.points()
+        points = points_of(name, scale)
         assert points
         assert all(point.parameters > 0 for point in points)
         assert len({(point.arm, point.config) for point in points}) == len(points)
@@ -51,8 +57,7 @@ def test_every_setting_of_every_recipe_can_be_counted(name: str) -> None:
 @pytest.mark.parametrize("name", names())
 def test_settings_have_as_many_parameters_as_the_reference_counts(name: str) -> None:
     for scale in scales(name):
-        recipe = open_recipe(name, scale)
-        weights, points = recipe.weights, recipe.points()
+        weights, points = open_recipe(name, scale).weights, points_of(name, scale)
         # The reference looks at every element: of large weights, a few settings from all over the recipe.
         few = min(len(points), 40, 2 + 8_000_000 // sum(rows * cols for rows, cols in weights.shapes))
         for point in points[len(points) // (2 * few) :: len(points) // few]:

@@ -86,6 +86,7 @@ kind = "{kind}"
 [mini]
 weights = "digits"
 epochs = 1
+pretrain_epochs = 1
 batch = 64
 {how}
 rates = [0.02]
@@ -115,7 +116,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tnadapt.finetune import Spec, open_problem
 
     folder = tmp_path_factory.mktemp("cache")
-    open_problem(Spec(cache=folder))
+    open_problem(Spec(cache=folder, pretrain_epochs=1)).build(0)
     return folder
 
 
