@@ -37,7 +37,15 @@ TRAINER = all(importlib.util.find_spec(name) for name in ("accelerate", "transfo
 
 pytestmark = pytest.mark.slow
 
-# Four processes take a job of each kind; two take all.
+# Two processes take jobs of each kind, and all in the long profile; four take fewer.
+CONFIGS = in_depth(jobs.CONFIGS, ["default", "lora"])
+TWO = in_depth(
+    jobs.JOBS,
+    [
+        *(f"{how}-{config}" for how in ("ddp", "fsdp2") for config in ("default", "lora")),
+        *("ddp-reentrant", "ddp-accumulate", "fsdp2-checkpoint", "fsdp2-mixed"),
+    ],
+)
 FOUR = in_depth(
     ["ddp-default", "ddp-lora", "fsdp2-default", "fsdp2-linear", "fsdp2-mixed"], ["ddp-default", "fsdp2-mixed"]
 )
@@ -122,7 +130,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the results of every job and check with two processes."""
     folder = tmp_path_factory.mktemp("two")
     trainer = ["trainer"] if TRAINER else []
-    run([*TORCHRUN, "--standalone", "--nproc-per-node", 2, *JOBS, folder, *jobs.JOBS, *CHECKS, *trainer])
+    run([*TORCHRUN, "--standalone", "--nproc-per-node", 2, *JOBS, folder, *TWO, *CHECKS, *trainer])
     return folder
 
 
@@ -158,7 +166,7 @@ def is_as_by_one_process(folder: Path, name: str, world: int) -> None:
 
 
 @pytest.mark.law("two-processes")
-@pytest.mark.parametrize("name", jobs.JOBS)
+@pytest.mark.parametrize("name", TWO)
 def test_two_processes_train_as_one(two: Path, name: str) -> None:
     is_as_by_one_process(two, name, 2)
 
@@ -170,7 +178,7 @@ def test_four_processes_train_as_one(four: Path, name: str) -> None:
 
 
 @pytest.mark.law("distributed-save")
-@pytest.mark.parametrize("name", jobs.JOBS)
+@pytest.mark.parametrize("name", TWO)
 def test_the_file_is_that_of_one_process(two: Path, tmp_path: Path, name: str) -> None:
     once, twice = (two / f"{name}.{time}.safetensors" for time in ("once", "twice"))
     assert once.read_bytes() == twice.read_bytes()
@@ -191,7 +199,7 @@ def test_the_file_is_that_of_one_process(two: Path, tmp_path: Path, name: str) -
 
 
 @pytest.mark.law("distributed-save")
-@pytest.mark.parametrize("config", jobs.CONFIGS)
+@pytest.mark.parametrize("config", CONFIGS)
 def test_sharded_and_replicated_leave_the_same_bytes(two: Path, config: str) -> None:
     replicated, sharded = (two / f"{how}-{config}.once.safetensors" for how in ("ddp", "fsdp2"))
     assert replicated.read_bytes() == sharded.read_bytes()
