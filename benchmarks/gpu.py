@@ -4,6 +4,10 @@ Transforms and F are compared with a copy of as many bytes on the device (read o
 installed, from CuPy. A step is of ViT-base in bfloat16, batch 128 of 224², q and v adapted, against PEFT's LoRA of
 rank 4. Contestants alternate, each timed from an idle device to an idle device; the numbers are medians, with the name
 of the GPU. Without a device there is one row that says so; the smoke run then tests tiny sizes on the CPU.
+
+``python benchmarks/gpu.py --first-run`` does all that has to be done first on a new card: the kernels' tests, the
+checks of ``gpu_first_run.py``, and these measurements. Each item runs in a process of its own, and the rest goes on if
+one fails. Card, date, versions and figures are written to ``gpu_first_run.json`` (``--out``).
 """
 
 from __future__ import annotations
@@ -13,10 +17,12 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_first_run import CHECKS, first_run
 from steps import CASES, REFERENCE, Contestant, Problem, vit
 
 import tnadapt as tna
@@ -153,10 +159,34 @@ def measure(smoke: bool) -> list[dict[str, Any]]:
     return [{**row, "card": card} for row in rows]
 
 
+def items() -> dict[str, Callable[[str, bool], Iterable[dict[str, Any]]]]:
+    """Return what a first run does, in order."""
+    return {
+        **{name: CHECKS[name] for name in ("kernel tests", "same bits")},
+        "transforms": lambda device, smoke: transforms(
+            device, [4, 6] if smoke else [13, 22, 24], 1 if smoke else ROUNDS
+        ),
+        "F": lambda device, smoke: projections(device, 100 if smoke else 1 << 24, 1 if smoke else ROUNDS),
+        **CHECKS,
+        "step of ViT-base": lambda device, smoke: steps(device, smoke, 1 if smoke else ROUNDS),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one round")
-    for row in measure(parser.parse_args().smoke):
+    parser.add_argument("--first-run", action="store_true", help="all checks and measurements, each in a process")
+    parser.add_argument("--item", choices=list(items()), help="one item of the first run")
+    parser.add_argument("--out", type=Path, default=Path("gpu_first_run.json"), help="the file of the first run")
+    given = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (given.first_run or given.item) and device == "cpu" and not given.smoke:
+        parser.error(
+            "there is no CUDA device, so nothing is measured; --smoke tries all items in tiny sizes on the CPU"
+        )
+    if given.first_run:
+        raise SystemExit(0 if first_run(list(items()), given.out, given.smoke) else 1)
+    for row in items()[given.item](device, given.smoke) if given.item else measure(given.smoke):
         print(json.dumps(row, ensure_ascii=False))
 
 

@@ -61,6 +61,22 @@ def test_mixed_batches_agree_with_one_adapter_at_a_time() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_a_first_run_on_a_card_goes_on_after_a_failure(
+    benchmark_scripts: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    items, out = ["no such item", "same bits"], tmp_path / "found.json"
+    assert not benchmark_scripts("gpu_first_run").first_run(items, out, smoke=True)
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert list(found["items"]) == items
+    failed, done = found["items"].values()
+    assert failed["status"] == "failed"
+    assert "invalid choice: 'no such item'" in failed["error"]
+    assert done["status"] == "done"
+    assert done["rows"] == [{"what": "a second run", "result": "the same bits"}]
+    assert found["machine"]["date"]
+    assert found["card"]
+
+
 def test_a_tensor_is_decomposed_from_a_memory_map(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "large_tensors.py"), "--smoke", "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

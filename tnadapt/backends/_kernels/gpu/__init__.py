@@ -1,4 +1,4 @@
-"""Kernels for CUDA devices, in Triton and in CUDA C: the Hadamard transform, and F without stored draws.
+"""Kernels for CUDA devices, in Triton: the Hadamard transform, and F without stored draws.
 
 Design requirements of this package:
 

@@ -1,4 +1,4 @@
-"""Sequences of kernel launches for the Hadamard transform and for F, shared by Triton and CUDA C.
+"""Sequences of kernel launches for the Hadamard transform and for F.
 
 A launcher runs one pass. Otherwise only ``reshape`` and ``sum`` of arrays are used, so they may be of any library. The
 reference implementations are :func:`tnadapt.algebra.maps.walsh_hadamard.fwht` and the linear part of
