@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -59,6 +59,14 @@ class FixedArrays:
         """Return the array with that key in like's library, on its device, and in ``dtype`` if one is given."""
         found = backend.fixed(self, key, backend.device(like), keep)
         return found if dtype is None else backend.astype(found, dtype)
+
+    def components(self) -> Iterator[FixedArrays]:
+        """Yield this object and those that it is made of, such as the maps of a chain."""
+        yield self
+        for value in self.__dict__.values():
+            for one in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(one, FixedArrays):
+                    yield from one.components()
 
     def name_of(self, backend: str, key: Hashable, device: Any) -> str:
         """Return the name of the attribute that is the array with that key on a device; create it if necessary.

@@ -15,6 +15,7 @@ from . import starts
 from ._adapter import Adapter, adapters
 from ._adapter_loading import from_pretrained, load
 from ._attach import attach
+from ._idle_caches import set_cache_limit
 from ._model_extraction import extract
 from ._pretrained_loading import load_pretrained, load_processor
 from ._quantized import QuantizedLayer, register_quantized
@@ -47,6 +48,7 @@ __all__ = [
     "reference_model",
     "register_quantized",
     "rows",
+    "set_cache_limit",
     "starts",
     "token_targets",
 ]

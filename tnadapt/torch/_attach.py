@@ -31,9 +31,10 @@ from ._forward_pass import PassHooks
 from ._forward_patch import ACTIVATIONS, STRATEGIES, ForwardPatch
 from ._kept_parameters import kept_names
 from ._quantized_base import prepare
-from ._registry import overlapping, refuse_merged
+from ._registry import attached, overlapping, refuse_merged
 from ._removal import take_off
 from ._sharding import is_sharded
+from ._shared_draws import share_draws
 from ._state import ADAPTERS_ATTR, DOT, AdapterSlot, AdapterState
 from ._step_cost import TOKENS
 from ._strategy_choice import is_quantized, strategy_of
@@ -252,6 +253,7 @@ def attach_with(
     if not is_bound(plan):
         refuse_merged(model, f"adapter {name!r} is attached, whose arrays are computed from it")
         plan = bound(plan, found, owners[: len(found)], progress)
+    share_draws(plan, [other.plan for other in attached(model).values()])
     strategies = [
         strategy_of(strategy, plan, index, tokens, target, owner, host, activation, dropout > 0.0)
         for (index, target), owner, host in zip(places, owners, hosts, strict=True)

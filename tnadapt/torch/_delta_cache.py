@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,7 @@ from ._array_snapshot import Snapshot, on_host
 from ._delta import DeltaFunction, Slice, Whole, pieces, vector, version
 from ._interception import in_dispatch_mode, in_functorch
 
-__all__ = ["CacheEntry", "DeltaCache", "array_state", "can_cache", "trace_number"]
+__all__ = ["CacheEntry", "DeltaCache", "array_state", "can_cache", "held_bytes", "trace_number"]
 
 #: Gives the current arrays of an adapter by name.
 Lookup = Callable[[Sequence[str]], list[Tensor]]
@@ -101,6 +101,13 @@ class DeltaCache:
         """Empty the cache."""
         # New dictionaries instead of clear(): other threads may be reading the old ones.
         self._entries, self._snapshots = {}, {}
+
+    def held(self) -> int:
+        """Return the bytes that it keeps."""
+        tensors = [snapshot.array for snapshot in self._snapshots.values() if snapshot.version is None]
+        for entry in self._entries.values():
+            tensors += [*entry.made.values(), *entry.rounded.values()]
+        return held_bytes(tensors)
 
     def get(self, lookup: Lookup, index: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return the update of one weight for the current arrays; where it is cached, in ``dtype`` if one is given."""
@@ -286,6 +293,11 @@ class CacheEntry:
             if sum([version(leaf) for leaf, _ in self.leaves.values()]) != self.written:
                 return False
         return all(self.copies[name].is_of(array) for name, array in zip(names, given, strict=True))
+
+
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the memory behind tensors, counted once where several are views of it."""
+    return sum({one.data_ptr(): one.nbytes() for one in (tensor.untyped_storage() for tensor in tensors)}.values())
 
 
 def array_state(arrays: Sequence[Tensor]) -> list[Hashable]:

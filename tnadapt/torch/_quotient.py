@@ -17,7 +17,7 @@ from tnadapt.backends import load_backend
 
 from ._array_snapshot import Snapshot
 from ._delta import Slice, version
-from ._delta_cache import CacheEntry, can_cache
+from ._delta_cache import CacheEntry, can_cache, held_bytes
 
 __all__ = ["Quotient", "QuotientCache", "wide_pair"]
 
@@ -125,6 +125,10 @@ class QuotientCache:
     def forget(self) -> None:
         """Empty the cache."""
         self._kept = {}
+
+    def held(self) -> int:
+        """Return the bytes that it keeps."""
+        return held_bytes(kept.quotient for kept in self._kept.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuotientCache:
         return QuotientCache()

@@ -12,6 +12,7 @@ from torch import nn
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 
 from ._forward_patch import ForwardPatch
+from ._idle_caches import trim_idle
 from ._state import ADAPTERS_ATTR, AdapterState, need_unmerged
 from ._transaction import all_or_none
 
@@ -91,7 +92,8 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
             raise TargetError(f"adapter {name!r} is merged, so its weight cannot change: call unmerge() first")
     new = [(adapter, wanted.get(name, 0.0)) for name, adapter in there.items()]
     old = [(adapter, adapter.weight) for adapter in there.values()]
-    all_or_none(set_weight, new, old)
+    all_or_none(_set_weight, new, old)
+    trim_idle(there.values())
 
 
 def _pairs(weights: Any) -> list[tuple[str, float]]:
@@ -104,6 +106,11 @@ def _pairs(weights: Any) -> list[tuple[str, float]]:
 
 def set_weight(adapter: AdapterState, weight: float) -> None:
     """Set one mixing weight; see :meth:`Adapter.set_weight`."""
+    _set_weight(adapter, weight)
+    trim_idle(adapter.model.__dict__.get(ADAPTERS_ATTR, {}).values())
+
+
+def _set_weight(adapter: AdapterState, weight: float) -> None:
     number = _finite(weight)
     if number != adapter.weight:
         need_unmerged(adapter, "another weight")

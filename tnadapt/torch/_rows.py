@@ -11,6 +11,7 @@ from torch import nn
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 
 from ._experts import sees_tokens_in_order
+from ._idle_caches import trim_idle
 from ._quantized import is_embedding
 from ._registry import attached, overlapping
 from ._row_assignment import RowAssignment, entered
@@ -70,8 +71,14 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     >>> tnadapt.torch.adapters(model)["a"].activate()
     >>> torch.testing.assert_close(y[2:], model(x[2:]))
     """
-    with entered(assigned(model, names)):
-        yield
+    assignment = assigned(model, names)
+    try:
+        with entered(assignment):
+            for state in filter(None, assignment.groups):
+                state.idle = None
+            yield
+    finally:
+        trim_idle(assignment.governed)
 
 
 def assigned(

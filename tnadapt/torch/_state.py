@@ -31,6 +31,7 @@ __all__ = [
     "PREFIX",
     "AdapterSlot",
     "AdapterState",
+    "Idle",
     "Merged",
     "UntiedWeight",
     "encoded",
@@ -126,6 +127,13 @@ class AdapterSlot:
     quantized: bool = False
 
 
+class Idle(NamedTuple):
+    """Since when an adapter has been idle, in turns of all adapters, and the bytes that it keeps."""
+
+    turn: int
+    held: int
+
+
 class Patch(Protocol):
     """The interface of a patched module's forward that the state needs."""
 
@@ -194,6 +202,8 @@ class AdapterState:
         Whether the warning that no patch was used has been issued.
     idle_warned : bool
         Whether the warning that a training does not change the adapter has been issued.
+    idle : Idle or None
+        What it keeps while it does not act; None while it does.
     references : SharedReferences
         Other models that share the base's parameters.
     passes : (int, set)
@@ -249,6 +259,7 @@ class AdapterState:
         self.row_passes, self.by_rows = 0, False
         self.threads: set[int] = set()
         self.warned = self.idle_warned = False
+        self.idle: Idle | None = None
         self.references = SharedReferences()
         self.passes: tuple[int, set[tuple[Hashable, ...]]] = -1, set()
         self.owner = model

@@ -17,7 +17,7 @@ from tnadapt.algebra.theta import ThetaPart
 from tnadapt.backends import load_backend
 
 from ._array_snapshot import Snapshot, on_host
-from ._delta_cache import CacheEntry, array_state, can_cache, trace_number
+from ._delta_cache import CacheEntry, array_state, can_cache, held_bytes, trace_number
 
 __all__ = ["ThetaArrays"]
 
@@ -87,6 +87,10 @@ class ThetaArrays:
     def forget(self) -> None:
         """Empty the cache."""
         self._entries = {}
+
+    def held(self) -> int:
+        """Return the bytes that it keeps."""
+        return held_bytes(array for _, made in self._entries.values() for array in made.values())
 
     def end(self) -> None:
         """Note that a pass has ended, so that the next one does not begin with what a trace left."""

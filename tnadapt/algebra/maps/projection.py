@@ -39,6 +39,8 @@ class Projection:
     ----------
     map : Map
         The implementation.
+    key : tuple
+        What determines the map: equal for equal maps.
     digest : str
         SHA-256 of the draws.
 
@@ -87,6 +89,7 @@ class Projection:
         n_in = None if n_in is None else integer("n_in", n_in, 1, MAX_SIZE, ConfigError)
         n_out = integer("n_out", n_out, 1, MAX_SIZE, ConfigError)
         self._hold(kind, make_map(kind, n_in, n_out, *_stream(seed, group)))
+        self.key: tuple[Any, ...] = (kind, self.n_in, self.n_out, seed, group)
 
     @classmethod
     def on_weights(
@@ -115,6 +118,7 @@ class Projection:
         kind = checked_projection(kind)
         found = cls.__new__(cls)
         found._hold(kind, make_map_on_weights(kind, shapes, ratio, *_stream(seed, group)))
+        found.key = (kind, tuple(shapes), ratio, seed, group)
         return found
 
     def _hold(self, kind: Any, found: Map) -> None:
@@ -143,6 +147,7 @@ class Projection:
             return self
         found = Projection.__new__(Projection)
         found._hold(part.kind, part)
+        found.key = ("linear part", *self.key)
         return found
 
     # -- F -----------------------------------------------------------------------------------

@@ -1,0 +1,55 @@
+"""The draws that an adapter's plan keeps: shared between adapters of one model, counted, and given back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+
+from tnadapt.algebra.maps.projection import Projection
+from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.backends.backend import FixedArrays
+
+__all__ = ["drawn", "forget_draws", "held_by_draws", "share_draws"]
+
+
+def share_draws(plan: SuperLoRA, others: Iterable[SuperLoRA]) -> None:
+    """Let a plan use the maps of other plans where they are equal, so that their draws exist once."""
+    there = {one.key: one.map for other in others for one in _projections(other)}
+    for one in _projections(plan):
+        one.map = there.get(one.key, one.map)
+
+
+def drawn(plan: SuperLoRA) -> Iterator[FixedArrays]:
+    """Yield what a plan keeps that can be computed again from its integers: draws, frozen and initial arrays."""
+    for group in plan.arrays_plan.groups:
+        yield from group.projection.map.components()
+        yield from group.start.components()
+        yield from group.frozen.components()
+    if plan.theta is not None:
+        for part in plan.theta.parts:
+            yield from part.projection.map.components()
+
+
+def held_by_draws(several: Iterable[FixedArrays]) -> int:
+    """Return the bytes of arrays on the host and, where they are others, on devices; each counted once."""
+    arrays: dict[int, int] = {}
+    for one in several:
+        for host in one.kept.values():
+            arrays[host.__array_interface__["data"][0]] = host.nbytes
+        for placed in one.placed.values():
+            memory = placed.untyped_storage() if hasattr(placed, "untyped_storage") else None
+            if memory is not None:
+                arrays[memory.data_ptr()] = memory.nbytes()
+    return sum(arrays.values())
+
+
+def forget_draws(plan: SuperLoRA, but: Collection[int]) -> None:
+    """Give back what a plan keeps, except for objects with these ids, which others use."""
+    for one in drawn(plan):
+        if id(one) not in but:
+            # New dictionaries instead of clear(): another thread may be reading the old ones.
+            one.kept, one.placed = {}, {}
+
+
+def _projections(plan: SuperLoRA) -> Iterator[Projection]:
+    for group in plan.arrays_plan.groups:
+        yield group.projection
