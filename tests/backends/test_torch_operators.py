@@ -86,6 +86,22 @@ def test_a_compiled_program_calls_them_forward_and_backward(name: str) -> None:
     assert not any("mm" in called for called in traced.called)
 
 
+def test_kept_normal_numbers_are_an_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_gpu, "_draws_fast", lambda device: False)
+    traced, f = Traced(), tna.Projection("linear", 5, 12)
+    torch.compile(f, backend=traced, fullgraph=True)(torch.ones(5, requires_grad=True)).sum().backward()
+    assert traced.tnadapt() == ["tnadapt.fastfood.default"] * 2
+    assert [name for name in f.map.draws.__dict__ if name.startswith("placed on")] == ["placed on cpu: gain"]
+
+
+@pytest.mark.parametrize(("capability", "fast"), [((9, 0), True), ((8, 0), True), ((8, 9), False), ((12, 0), False)])
+def test_cards_with_slow_double_precision_keep_normal_numbers(
+    capability: tuple[int, int], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert torch_gpu._draws_fast(torch.device("cuda", 0)) is fast
+
+
 def test_seeds_stay_constants() -> None:
     """A second seed makes the compiler take an integer for a variable, which has 63 bits."""
     traced = Traced()
@@ -138,8 +154,8 @@ def test_shapes_without_numbers() -> None:
     with FakeTensorMode():
         x = torch.empty(3, 8)
         assert operators.fwht(x, 0.5).shape == (3, 8)
-        assert operators.fastfood(x, "16 8 1 0 1", 8, 13, False).shape == (3, 13)
-        assert operators.fastfood(torch.empty(3, 13), "16 8 1 0 1", 8, 13, True).shape == (3, 8)
+        assert operators.fastfood(x, None, "16 8 1 0 1", 8, 13, False).shape == (3, 13)
+        assert operators.fastfood(torch.empty(3, 13), None, "16 8 1 0 1", 8, 13, True).shape == (3, 8)
         assert operators.shuffle(x, "1 0", True).shape == (3, 8)
 
 

@@ -158,8 +158,9 @@ class TorchBackend(Backend):
         return kernel(x, scale, axis, fallback)
 
     def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Array | None:
-        kernel = torch_gpu.fastfood if torch_gpu.there_are_kernels(x) else fastfood
-        return kernel(x, draws, n_in, adjoint, fallback)
+        if torch_gpu.there_are_kernels(x):
+            return torch_gpu.fastfood(self, x, draws, n_in, adjoint, fallback)
+        return fastfood(x, draws, n_in, adjoint, fallback)
 
     def shuffle(self, x: Array, recipe: str, inverse: bool, fallback: tuple[Map, Map]) -> Array | None:
         return torch_gpu.shuffle(x, recipe, inverse, fallback) if torch_gpu.there_are_kernels(x) else None

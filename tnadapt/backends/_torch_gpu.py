@@ -15,6 +15,10 @@ from ._torch_maps import KernelPair, KernelWithFallback, Map, in_memory, linear_
 
 __all__ = ["fastfood", "fwht", "lacking", "shuffle", "there_are_kernels"]
 
+#: Compute capabilities with float64 at half the speed of float32, from NVIDIA's tables (not measured): drawing a normal
+#: number there takes about as long as three copies of it (H100), elsewhere at 1/64 of the speed 24 (RTX 4090). So cards
+#: that are not listed keep 4 bytes for each.
+_FAST_FLOAT64 = {(8, 0), (9, 0), (10, 0)}
 #: The lowest compute capability that Triton supports.
 _CAPABILITY = (8, 0)
 
@@ -37,6 +41,12 @@ def is_supported(x: Tensor) -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_capable(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= _CAPABILITY
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _draws_fast(device: torch.device) -> bool:
+    """Return whether a device draws normal numbers in less time than it would take to justify keeping them."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) in _FAST_FLOAT64
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -66,14 +76,15 @@ def fwht(x: Tensor, scale: float, axis: int, fallback: Map) -> Tensor | None:
     return linear_map(x, KernelPair(symmetric, symmetric))
 
 
-def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Tensor | None:
+def fastfood(backend: Any, x: Tensor, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Tensor | None:
     """Compute the linear part of F along the last axis, or its adjoint; None if there is no kernel for x."""
     if torch.compiler.is_compiling():
-        return _compiled(operators.fastfood, x, draws.recipe, n_in, draws.lengths["diagonal"], adjoint)
+        gain = None if _draws_fast(x.device) else backend.fixed(draws, "gain", x.device)
+        return _compiled(operators.fastfood, x, gain, draws.recipe, n_in, draws.lengths["diagonal"], adjoint)
     launcher = _launcher(x)
     if launcher is None:
         return None
-    f = launcher.Drawn.of(draws, n_in)
+    f = launcher.Drawn.of(draws, n_in, None if _draws_fast(x.device) else backend.fixed(draws, "gain", x.device))
     pair = KernelPair(
         KernelWithFallback(functools.partial(_by_rows, functools.partial(launcher.fastfood, f=f)), fallback[0]),
         KernelWithFallback(functools.partial(_by_rows, functools.partial(launcher.fastfood_adjoint, f=f)), fallback[1]),

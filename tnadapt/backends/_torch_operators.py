@@ -37,15 +37,15 @@ def fwht(x: Tensor, scale: float) -> Tensor:
 
 
 @torch.library.custom_op("tnadapt::fastfood", mutates_args=())
-def fastfood(x: Tensor, recipe: str, n_in: int, n_out: int, adjoint: bool) -> Tensor:
-    """Compute the linear part of F of every row, or its adjoint.
+def fastfood(x: Tensor, gain: Tensor | None, recipe: str, n_in: int, n_out: int, adjoint: bool) -> Tensor:
+    """Compute the linear part of F of every row, or its adjoint; without ``gain``, normal numbers are drawn as well.
 
     The recipe has the integers of the draws (:attr:`tnadapt.algebra.maps._fastfood_draws.FastfoodDraws.recipe`): as
     text, because a seed of 64 bits without a sign is no integer of an operator.
     """
     launcher = _launcher(x)
     length, period, seed, group, signs = map(int, recipe.split())
-    f = launcher.Drawn(n_in, n_out, length, period, seed, group, bool(signs))
+    f = launcher.Drawn(n_in, n_out, length, period, seed, group, bool(signs), gain)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         found: Tensor = (launcher.fastfood_adjoint if adjoint else launcher.fastfood)(x.contiguous(), f)
     return found
@@ -69,7 +69,7 @@ def _(x: Tensor, scale: float) -> Tensor:
 
 
 @fastfood.register_fake
-def _(x: Tensor, recipe: str, n_in: int, n_out: int, adjoint: bool) -> Tensor:
+def _(x: Tensor, gain: Tensor | None, recipe: str, n_in: int, n_out: int, adjoint: bool) -> Tensor:
     return x.new_empty(x.shape[0], n_in if adjoint else n_out)
 
 
@@ -89,9 +89,9 @@ def _fwht_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return fwht(grad, *ctx.settings), None
 
 
-def _fastfood_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+def _fastfood_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
     *rest, adjoint = ctx.settings
-    return fastfood(grad, *rest, not adjoint), None, None, None, None
+    return fastfood(grad, *rest, not adjoint), None, None, None, None, None
 
 
 def _shuffle_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

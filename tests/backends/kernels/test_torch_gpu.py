@@ -107,6 +107,19 @@ def test_f_keeps_nothing(kind: str, rng: np.random.Generator) -> None:
 
 
 @kernels
+@pytest.mark.parametrize(("n_in", "n_out"), [(9, 9), (3, 600), (300, 500)])
+def test_kept_normal_numbers_change_no_bit(n_in: int, n_out: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    f = tna.Projection("linear", n_in, n_out, seed=2**63 + 5, group=1)
+    x, y = torch.randn(2, n_in, device=DEVICE), torch.randn(2, n_out, device=DEVICE)
+    monkeypatch.setattr(torch_gpu, "_draws_fast", lambda device: True)
+    drawn = f(x), f.adjoint(y)
+    assert not f.map.draws.placed
+    monkeypatch.setattr(torch_gpu, "_draws_fast", lambda device: False)
+    assert all(map(torch.equal, (f(x), f.adjoint(y)), drawn))
+    assert [key for _, _, key in f.map.draws.placed] == ["gain"]
+
+
+@kernels
 def test_under_vmap_and_vjp() -> None:
     f = tna.Projection("linear", 5, 12, seed=1)
     x = torch.randn(5, 3, 2, dtype=torch.float64, device=DEVICE)
@@ -181,8 +194,8 @@ def test_a_step_of_a_plan(projection: str, monkeypatch: pytest.MonkeyPatch) -> N
 RECIPE = f"16 8 {2**64 - 59} 3 1"
 CALLS: dict[str, tuple[Any, int, tuple[Any, ...]]] = {
     "fwht": (operators.fwht, 8, (0.5,)),
-    "fastfood": (operators.fastfood, 7, (RECIPE, 7, 13, False)),
-    "its adjoint": (operators.fastfood, 13, (RECIPE, 7, 13, True)),
+    "fastfood": (operators.fastfood, 7, (None, RECIPE, 7, 13, False)),
+    "its adjoint": (operators.fastfood, 13, (None, RECIPE, 7, 13, True)),
     "shuffle": (operators.shuffle, 7, (f"{2**64 - 59} 3", False)),
     "back": (operators.shuffle, 7, (f"{2**64 - 59} 3", True)),
 }

@@ -40,6 +40,8 @@ def compiled(kernel: Any, capability: int, warps: int, dtype: str = "fp32", **co
         elif parameter.name in ("x", "out"):
             signature[parameter.name] = f"*{dtype}"
             attrs[(index,)] = [["tt.divisibility", 16]]
+        elif parameter.name == "gain":
+            signature[parameter.name] = "*fp32"
         else:
             signature[parameter.name] = parameter.annotation_type
             if parameter.name in ("n_in", "n_out"):
@@ -98,13 +100,15 @@ PASSES = {
 }
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("name", PASSES)
-def test_fastfood(name: str, tmp_path: Path) -> None:
+def test_fastfood(name: str, kept: bool, tmp_path: Path) -> None:
     step, load, store, signs = PASSES[name]
     bits = 12 if step is SHORT else BITS
     made = compiled(
         triton_fastfood.drawn_pass, 90 if name == "gathers" else 80, warps(step), LENGTH=1 << bits, LOG_LENGTH=bits,
-        PERIOD=1 << bits if load == "unpermuted" else 1 << 10, LOAD=load, STORE=store, SIGNS=signs, **shape(step),
+        PERIOD=1 << bits if load == "unpermuted" else 1 << 10, LOAD=load, STORE=store, SIGNS=signs, KEPT=kept,
+        **shape(step),
     )  # fmt: skip
     check(made, tmp_path)
 
@@ -121,6 +125,7 @@ def test_the_gathering_sum(tmp_path: Path) -> None:
             PERIOD=1 << 18,
             ROWS=8,
             COLUMNS=128,
+            KEPT=False,
         )
         check(made, tmp_path)
 

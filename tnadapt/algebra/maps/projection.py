@@ -65,7 +65,7 @@ class Projection:
     ``fast``) keep the signs as bits. If n_in is at most 2**18, they keep 4 bytes, as they regenerate the permutation
     in every call; otherwise, for L up to 2**26, 7 bytes (g 4, the permutation in two steps 3). The v2 kinds need 4
     more. A call then needs memory for one vector of length L in addition to its result, or for two if n_in is larger
-    than 2**18. torch with Triton keeps nothing on a CUDA device.
+    than 2**18. With Triton, CUDA devices keep nothing, or 4 bytes where float64 is slow (:doc:`/gpu`).
 
     References
     ----------

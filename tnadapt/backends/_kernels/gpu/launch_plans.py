@@ -28,12 +28,14 @@ class Drawn(NamedTuple):
     group: int
     signs: bool
     """Whether the final diagonal is signs; otherwise it is normal numbers."""
+    gain: Any = None
+    """The normal numbers ``g[perm]``, float32, if they are not drawn in the kernels."""
 
     @classmethod
-    def of(cls, draws: Any, n_in: int) -> Drawn:
+    def of(cls, draws: Any, n_in: int, gain: Any = None) -> Drawn:
         """Read the integers from a :class:`tnadapt.algebra.maps._fastfood_draws.FastfoodDraws`."""
         n_out = draws.lengths["diagonal"]
-        return cls(n_in, n_out, draws.padded, draws.pruned, draws.seed, draws.group, bool(draws.signs))
+        return cls(n_in, n_out, draws.padded, draws.pruned, draws.seed, draws.group, bool(draws.signs), gain)
 
 
 #: Placeholder for a transform without draws.

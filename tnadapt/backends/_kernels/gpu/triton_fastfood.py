@@ -1,4 +1,6 @@
-"""The passes of F in Triton; every random number is drawn where it is used, and none is stored.
+"""The passes of F in Triton; every random number is drawn where it is used.
+
+None is stored, unless ``KEPT``: then the normal numbers, in the order of the permutation, are read from ``gain``.
 
 The adjoint sums in a fixed order (no atomics), so that two runs give the same bits.
 """
@@ -23,11 +25,20 @@ def _diagonal(tile, first, COLUMNS: tl.constexpr, SIGNS: tl.constexpr, group, se
     return tile
 
 
+@triton.jit
+def _gain(gain, place, first, COLUMNS: tl.constexpr, group, seed, KEPT: tl.constexpr):
+    """Return elements of g that belong to rows of positions, of which ``place`` are the images under the inverse."""
+    # Kept is g[perm], here at the inverse of a position.
+    return tl.load(gain + place) if KEPT else normal_row(first, COLUMNS, 2, group, seed)
+
+
 @triton.jit(do_not_specialize=["vectors", "scale_bits", "group", "seed"])
 def drawn_pass(
-    x, out, vectors: tl.int64, n_in: tl.int64, n_out: tl.int64, scale_bits: tl.int64, group: tl.int64, seed: tl.uint64,
+    x, out, gain, vectors: tl.int64, n_in: tl.int64, n_out: tl.int64, scale_bits: tl.int64, group: tl.int64,
+    seed: tl.uint64,
     LENGTH: tl.constexpr, LOG_LENGTH: tl.constexpr, PERIOD: tl.constexpr, STRIDE: tl.constexpr, BITS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, SIGNS: tl.constexpr,
+    KEPT: tl.constexpr,
 ):  # fmt: skip
     first = tile_rows(ROWS, COLUMNS, STRIDE)
     vector = first // LENGTH
@@ -38,11 +49,12 @@ def drawn_pass(
     if LOAD == "permuted":
         place = feistel(j, feistel_keys(group, seed), LOG_LENGTH, False)
         tile = tl.load(start + place % PERIOD, mask=inside, other=0.0)
-        tile = tile * normal(place, 2, group, seed).to(tile.dtype)
+        factor = tl.load(gain + j) if KEPT else normal(place, 2, group, seed)
+        tile = tile * factor.to(tile.dtype)
     elif LOAD == "unpermuted":
         place = feistel(j, feistel_keys(group, seed), LOG_LENGTH, True)
         tile = tl.load(start + place, mask=inside, other=0.0)
-        tile = tile * normal_row(first, COLUMNS, 2, group, seed).to(tile.dtype)
+        tile = tile * _gain(gain, place, first, COLUMNS, group, seed, KEPT).to(tile.dtype)
     else:
         tile = tl.load(start + j, mask=inside & (j < n_in), other=0.0)
         if LOAD == "diagonal":
@@ -55,8 +67,9 @@ def drawn_pass(
 
 @triton.jit(do_not_specialize=["group", "seed"])
 def gathered_sum(
-    x, out, group: tl.int64, seed: tl.uint64,
+    x, out, gain, group: tl.int64, seed: tl.uint64,
     LENGTH: tl.constexpr, LOG_LENGTH: tl.constexpr, PERIOD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    KEPT: tl.constexpr,
 ):  # fmt: skip
     ACROSS: tl.constexpr = PERIOD // COLUMNS
     program = tl.program_id(0).to(tl.int64)
@@ -68,7 +81,7 @@ def gathered_sum(
     j = first[:, None] + tl.arange(0, COLUMNS)[None, :]
     place = feistel(j, feistel_keys(group, seed), LOG_LENGTH, True)
     tile = tl.load(x + (vector * LENGTH)[:, None] + place)
-    tile = tile * normal_row(first, COLUMNS, 2, group, seed).to(tile.dtype)
+    tile = tile * _gain(gain, place, first, COLUMNS, group, seed, KEPT).to(tile.dtype)
     tl.store(out + program * COLUMNS + tl.arange(0, COLUMNS), tl.sum(tile, axis=0))
 
 

@@ -35,15 +35,15 @@ class TritonLauncher:
     ) -> None:
         vectors = x.shape[0]
         grid = (step.tiles(vectors * length),)
-        numbers = (x, out, vectors, x.shape[1], out.shape[1], _bits(scale))
+        numbers = (vectors, x.shape[1], out.shape[1], _bits(scale))
         shape = {"STRIDE": step.stride, "BITS": step.bits, "ROWS": step.rows, "COLUMNS": step.columns}
         options = {"num_warps": warps(step), "enable_fp_fusion": False}
         if (load, store) == ("plain", "plain"):
-            hadamard_pass[grid](*numbers, LENGTH=length, **shape, **options)
+            hadamard_pass[grid](x, out, *numbers, LENGTH=length, **shape, **options)
             return
         drawn_pass[grid](
-            *numbers, f.group, f.seed, LENGTH=length, LOG_LENGTH=length.bit_length() - 1, PERIOD=f.period, LOAD=load,
-            STORE=store, SIGNS=f.signs, **shape, **options,
+            x, out, _gain(f, x), *numbers, f.group, f.seed, LENGTH=length, LOG_LENGTH=length.bit_length() - 1,
+            PERIOD=f.period, LOAD=load, STORE=store, SIGNS=f.signs, KEPT=f.gain is not None, **shape, **options,
         )  # fmt: skip
 
     def gathered_sum(self, x: Any, f: Drawn) -> Any:
@@ -53,8 +53,8 @@ class TritonLauncher:
         pieces = f.length // f.period // rows
         sums = x.new_empty((vectors, pieces, f.period))
         gathered_sum[(vectors * pieces * (f.period // columns),)](
-            x, sums, f.group, f.seed, LENGTH=f.length, LOG_LENGTH=f.length.bit_length() - 1, PERIOD=f.period,
-            ROWS=rows, COLUMNS=columns, num_warps=4, enable_fp_fusion=False,
+            x, sums, _gain(f, x), f.group, f.seed, LENGTH=f.length, LOG_LENGTH=f.length.bit_length() - 1,
+            PERIOD=f.period, ROWS=rows, COLUMNS=columns, KEPT=f.gain is not None, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         return sums
 
@@ -62,6 +62,11 @@ class TritonLauncher:
 def warps(step: Pass) -> int:
     """Return the number of warps for a tile: sixteen points per thread, at most sixteen warps."""
     return max(1, min(16, step.rows * step.columns // 512))
+
+
+def _gain(f: Drawn, x: Any) -> Any:
+    """Return the kept normal numbers; another pointer, which is not read, if there are none."""
+    return x if f.gain is None else f.gain
 
 
 def _bits(scale: float) -> int:
