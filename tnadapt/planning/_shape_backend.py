@@ -25,6 +25,10 @@ class Shape:
     def __init__(self, shape: Sequence[int], counter: CountingBackend) -> None:
         self.shape, self.counter = tuple(shape), counter
 
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
     def _with(self, other: Any, counted: bool) -> Shape:
         if not isinstance(other, Shape):
             return self  # a scalar: the scale, which is not counted
