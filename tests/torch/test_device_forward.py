@@ -103,6 +103,26 @@ def test_a_step_of_a_fused_optimizer_is_seen(name: str, evaluated: str, hooked: 
         torch.testing.assert_close(without, expected)
 
 
+@compiles_whole
+@pytest.mark.parametrize("name", ["superlora with F", "unilora"])
+def test_a_step_of_a_compiled_program_is_seen(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)), torch.randn(2, 8)
+    adapter = tt.attach(model, CONFIGS[name], "all-linear", strategy="weight")
+    stir(adapter)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.1, fused=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(3):
+        with PretendedDevice(), torch.no_grad():
+            found = model(x)
+        torch.testing.assert_close(found, copy.deepcopy(model)(x).detach())
+        compiled(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch._dynamo.reset()
+
+
 def test_an_update_is_computed_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small()
     adapter = tt.attach(model, CONFIGS["superlora with F"])

@@ -88,8 +88,9 @@ class DeltaCache:
         self.began_with_gradients = torch.is_grad_enabled()
         if not torch.compiler.is_compiling():
             self._pass = time.perf_counter_ns()
-        if self.began_with_gradients and not torch.compiler.is_compiling():
-            # In training the arrays have changed since: cached updates would only take memory.
+        if self.began_with_gradients:
+            # In training the arrays have changed since: cached updates would only take memory. A compiled program does
+            # this, too, each time it runs: nothing else tells of the step of a fused optimizer that follows.
             self.forget()
 
     def end(self) -> None:

@@ -140,6 +140,8 @@ class PassHooks:
             if hasattr(state.owner, "unshard") and not all(on_host(array) for _, array in named_parameters(state)):
                 # FSDP2 writes gathered shards into the same memory, and keeps the version counters.
                 state.clear_cache()
+        elif torch.is_grad_enabled() and state.made is not None:
+            state.made.forget()  # as in DeltaCache.begin
         if acts(state) and any(slot.strategy != "factored" for slot in state.slots):
             state.cache.begin()
 
