@@ -21,6 +21,10 @@ def check(plan: tna.SuperLoRA, params: dict[str, np.ndarray], i: int, how: Facto
     found = how(NUMPY, {name: params[name] for name in how.names})
     expected = plan.delta(params, i)
     np.testing.assert_allclose(found.dense(NUMPY), expected, rtol=1e-12, atol=1e-12)
+    if how.stored is not None:
+        computed = how.computed(NUMPY, {name: params[name] for name in how.names})
+        for mine, theirs in zip(found.terms[0][0], computed.terms[0][0], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
     for term in found.terms:
         for matrix, size in zip(term, how.sizes, strict=True):
             if matrix.right is None:
@@ -100,6 +104,21 @@ def test_the_methods_that_factor(name: str) -> None:
         how = factoring(plan, i)
         assert how is not None
         check(plan, params, i, how)
+
+
+@pytest.mark.parametrize(
+    ("config", "stored"),
+    [
+        (P.lora(4), ("group1.split0.factor0", "group1.split0.factor1")),
+        (P.lora(4, groups=1), None),  # a run of rows of a larger matrix
+        (P.lora_fa(4), None),  # one factor is frozen
+        (P.lokr(4), None),
+        (P.superlora(4, order=3), None),
+    ],
+)
+def test_factors_that_are_stored_are_not_computed(config: tna.Config, stored: tuple[str, str] | None) -> None:
+    how = factoring(tna.SuperLoRA(config, [(8, 8), (8, 8)]), 1)
+    assert (None if how is None else how.stored) == stored
 
 
 def test_an_aligned_cp_is_a_matrix_of_the_same_rank() -> None:

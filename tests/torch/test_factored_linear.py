@@ -271,3 +271,25 @@ def test_slices_train_as_the_whole_does(config: tna.Config, weight: float, monke
     monkeypatch.setattr(Slice, "of", classmethod(lambda cls, plan, index: None))
     for found, expected in zip(sliced, passed(config, "weight", weight=weight), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+
+
+@given(
+    shape=st.sampled_from([(5,), (1, 5), (3, 5), (2, 3, 5), (0, 5)]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    number=st.integers(1, 3),
+    bias=st.booleans(),
+)
+def test_without_gradients_the_bits_are_the_same(
+    shape: tuple[int, ...], dtype: torch.dtype, number: int, bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    x, weight, offset = draw(*shape), draw(7, 5), draw(7) if bias else None
+    changes = [(tna.Target("w", (7, 5)), Factored([[Matrix(draw(7, 2), draw(5, 2))]], 1.0 + k)) for k in range(number)]
+    with torch.no_grad():
+        found = factored_linear(x, weight, offset, changes)
+    assert torch.equal(found, factored_linear(x, weight, offset, changes))
+    assert found.shape == (*shape[:-1], 7)

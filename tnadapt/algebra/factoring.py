@@ -119,11 +119,37 @@ class Factoring:
         """Whether the update is a single low-rank matrix."""
         return self.terms == 1 and len(self.sizes) == 1
 
+    @functools.cached_property
+    def stored(self) -> tuple[str, str] | None:
+        """Names of the plan's arrays that are the two factors as they are, which saves computing them; None if none."""
+        group, split = self.group, self.network.splits[0]
+        if (
+            not self.is_plain
+            or len(self.network.splits) > 1
+            or group.subtracts
+            or group.frozen_names
+            or group.multiplied
+        ):
+            return None
+        halves = split.stored_halves(self.cuts[0])
+        if halves is None:
+            return None
+        (prefix,) = self.network.prefixes[0]
+        return group.names[prefix + halves[0]], group.names[prefix + halves[1]]
+
     def __call__(self, backend: Backend, params: Mapping[str, Array], trained: str | None = None) -> Factored:
         """Compute the factors from parameters, which must include those in ``names``; differentiable.
 
         ``trained`` is the dtype of training, if the parameters have been cast since: frozen arrays are rounded to it.
         """
+        network = self.network
+        if self.stored is not None:
+            left, right = self.stored
+            return Factored([[Matrix(params[left], params[right])]], network.scale)
+        return self.computed(backend, params, trained)
+
+    def computed(self, backend: Backend, params: Mapping[str, Array], trained: str | None = None) -> Factored:
+        """Compute the factors by the network, also where they are stored: what a call returns."""
         network = self.network
         arrays = self.group.arrays(backend, params, trained)
         if len(self.sizes) == 1:

@@ -293,7 +293,11 @@ class CacheEntry:
             # One graph covers all arrays, and its backward pass refuses if any of them was written to since.
             if sum([version(leaf) for leaf, _ in self.leaves.values()]) != self.written:
                 return False
-        return all(self.copies[name].is_of(array) for name, array in zip(names, given, strict=True))
+        copies = self.copies
+        for name, array in zip(names, given, strict=True):  # noqa: SIM110, a generator takes as long as a comparison
+            if not copies[name].is_of(array):
+                return False
+        return True
 
 
 def held_bytes(tensors: Iterable[Tensor]) -> int:

@@ -102,6 +102,8 @@ def factored_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[tuple[Target, Factored]]
 ) -> Tensor:
     """Return ``x Wᵀ + b`` plus each update on the features of its rows; requires :func:`can_fuse`."""
+    if not torch.is_grad_enabled() and all(is_one_low_rank(target, factored) for target, factored in changes):
+        return low_rank_linear(x, weight, bias, changes)
     branches, tensors = [], list[Tensor]()
     for target, factored in changes:
         shape = tuple(tuple(matrix.right is None for matrix in term) for term in factored.terms)
@@ -110,6 +112,25 @@ def factored_linear(
     if torch.is_grad_enabled():
         return cast(Tensor, FactoredLinear.apply(x, weight, bias, tuple(branches), *tensors)[0])  # type: ignore[no-untyped-call]
     return _forward(x, weight, bias, branches, tensors)[0]
+
+
+def is_one_low_rank(target: Target, factored: Factored) -> bool:
+    """Return whether an update of a whole weight is one low-rank matrix, as LoRA's."""
+    terms = factored.terms
+    return target.rows is None and len(terms) == 1 and len(terms[0]) == 1 and terms[0][0].right is not None
+
+
+def low_rank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[tuple[Target, Factored]]
+) -> Tensor:
+    """Compute :func:`factored_linear` without gradients, by the same products; requires :func:`is_one_low_rank`."""
+    rows = x.view(-1, x.shape[-1])
+    y = functional.linear(rows, weight, bias)
+    for _, factored in changes:
+        left, right = factored.terms[0][0]
+        assert right is not None  # it is one low-rank matrix
+        y.addmm_(rows @ right, left.T, alpha=factored.scale)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def can_fuse(x: Tensor, weight: Tensor, changes: Sequence[tuple[Target, Factored]]) -> bool:

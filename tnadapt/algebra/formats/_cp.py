@@ -60,6 +60,12 @@ class CP(Format):
         left, right = half(0, cut.modes, cut.rows), half(cut.modes, len(factors), cut.cols)
         return left, backend.matrix_transpose(right)
 
+    def stored_halves(self, cut: Cut) -> tuple[str, str] | None:
+        if len(self.sizes) != 2 or "weights" in self.shapes:
+            return None
+        whole = (cut.rows, cut.cols) == ((0, self.sizes[0]), (0, self.sizes[1]))
+        return ("factor0", "factor1") if whole else None
+
     def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
         factors = [arrays[f"factor{mode}"] for mode in range(len(self.sizes))]
         weights = arrays.get("weights")

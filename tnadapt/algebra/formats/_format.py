@@ -225,6 +225,10 @@ class Format:
             found[name] = gradient + arrays[name] * 0.0 if shared else gradient
         return found
 
+    def stored_halves(self, cut: Cut) -> tuple[str, str] | None:
+        """Return the names of two arrays that are L and Rᵀ of a part of the unfolding; None if they are computed."""
+        return None
+
     def inner(self, modes: int) -> int | None:
         """Return the number of columns of L in the unfolding ``L R`` with the first ``modes`` modes as rows, or None.
 
