@@ -80,6 +80,7 @@ def test_factors_of_folds_that_line_up(data: st.DataObject) -> None:
 PLANS = {
     "lora": tna.SuperLoRA(P.lora(2, alpha=8), [(12, 16), (6, 16)]),
     "lora in one group": tna.SuperLoRA(P.lora(2, groups=1), [(12, 16), (6, 16)]),
+    "lora of two terms": tna.SuperLoRA(P.lora(2, terms=2), [(12, 16), (6, 16)]),
     "lokr": tna.SuperLoRA(P.lokr(2), [(12, 16)]),
     "krona": tna.SuperLoRA(P.krona(), [(12, 16)]),
     "compacter": tna.SuperLoRA(P.compacter(terms=2), [(12, 16)]),
@@ -111,6 +112,7 @@ def test_the_methods_that_factor(name: str) -> None:
     [
         (P.lora(4), ("group1.split0.factor0", "group1.split0.factor1")),
         (P.lora(4, groups=1), None),  # a run of rows of a larger matrix
+        (P.lora(4, terms=2), None),  # two pairs
         (P.lora_fa(4), None),  # one factor is frozen
         (P.lokr(4), None),
         (P.superlora(4, order=3), None),

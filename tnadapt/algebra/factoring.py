@@ -126,6 +126,7 @@ class Factoring:
         if (
             not self.is_plain
             or len(self.network.splits) > 1
+            or self.network.terms > 1
             or group.subtracts
             or group.frozen_names
             or group.multiplied
