@@ -33,6 +33,7 @@ PARTS = {
     "steps": ("training steps against PEFT and LyCORIS", 2),
     "memory": ("peak memory of a training step", 2),
     "decoding": ("decoding with adapters that are not merged", 2),
+    "adapters": ("overhead of a layer, and many adapters", 1),
     "strategies": ("how a layer applies its update", 2),
     "growth": ("cost against the number of elements", 1),
     "slices": ("one weight out of a large group", 1),

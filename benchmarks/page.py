@@ -42,6 +42,11 @@ WHAT = {
         "One token through two layers of Llama-8B's shape, q and v adapted and not merged, compared with the base in "
         "the same round. *first* is the first pass after the numbers have changed, in seconds.",
     ),
+    "adapters": (
+        "Many weights and many adapters",
+        "Overhead in processor time of a forward pass without gradients through layers of 32 by 32; and adapters on q "
+        "and v of a BERT of MiniLM's size.",
+    ),
     "memory": (
         "Memory of a training step",
         "Peak resident memory over three steps of ViT-base, each case in a separate process. The dense update has "

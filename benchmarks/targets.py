@@ -50,15 +50,20 @@ def largest(column: str, **where: Any) -> Callable[[Rows], float | None]:
     return find
 
 
-def over(case: str, other: str, **where: Any) -> Callable[[Rows], float | None]:
-    """Return a function that computes the ratio of one case relative to another."""
-    one, two = largest("ratio", case=case, **where), largest("ratio", case=other, **where)
+def over_column(column: str, case: str, other: str, **where: Any) -> Callable[[Rows], float | None]:
+    """Return a function that computes the ratio of two cases in a column."""
+    one, two = largest(column, case=case, **where), largest(column, case=other, **where)
 
     def find(rows: Rows) -> float | None:
         mine, theirs = one(rows), two(rows)
         return None if mine is None or theirs is None else mine / theirs
 
     return find
+
+
+def over(case: str, other: str, **where: Any) -> Callable[[Rows], float | None]:
+    """Return a function that computes the ratio of one case relative to another."""
+    return over_column("ratio", case, other, **where)
 
 
 def inverse(column: str, **where: Any) -> Callable[[Rows], float | None]:
@@ -252,6 +257,38 @@ TARGETS: list[Target] = [
         "decoding",
         largest("first", how="eager", case="superlora(4) + F, ρ = 0.1"),
         "Every update is computed through F.",
+    ),
+    Target(
+        "3",
+        "a layer of lora(4) without gradients, over PEFT's",
+        1.0,
+        "adapters",
+        over_column("µs a layer", "lora(4)", "peft lora(4)", layers=224),
+        "Overhead of Python.",
+    ),
+    Target(
+        "3",
+        "a layer of compacter, of 1,000, without gradients, µs",
+        50,
+        "adapters",
+        largest("µs a layer", case="compacter", layers=1000),
+        "Each of its twelve arrays is compared with the copy that the cached update was computed from.",
+    ),
+    Target(
+        "3",
+        "100 adapters that acted once: more memory, MB",
+        50,
+        "adapters",
+        largest("more once each has acted, MB"),
+        "Cached updates and draws, up to the limit of `set_cache_limit`.",
+    ),
+    Target(
+        "3",
+        "switching between 100 adapters, ms",
+        1.0,
+        "adapters",
+        largest("switch, ms"),
+        "The weights of all adapters are set.",
     ),
     Target(
         "3",

@@ -24,6 +24,7 @@ PARTS = (
     "steps",
     "memory",
     "decoding",
+    "adapters",
     "strategies",
     "growth",
     "slices",

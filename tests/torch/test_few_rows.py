@@ -243,3 +243,31 @@ def test_the_operator_is_one_of_torch() -> None:
         (torch.randn(2, 3, SIZE), arrays, number, 0, SIZE),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@pytest.mark.slow
+@pytest.mark.law("attached-is-update")
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["superlora", "F"])
+def test_generating_token_by_token_is_the_merged_model(name: str, cache: str, no_sums: None) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": SIZE, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 100}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=2, **sizes)).eval()
+    adapter = tt.attach(model, CONFIGS[name], strategy="weight")
+    stir(adapter)
+    prompt = torch.tensor([[5, 7, 11]])
+    settings = {
+        "attention_mask": torch.ones_like(prompt),
+        "cache_implementation": cache,
+        "do_sample": False,
+        "max_new_tokens": 6,
+        "output_logits": True,
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+    }
+    attached = model.generate(prompt, **settings)
+    adapter.merge()
+    merged = model.generate(prompt, **settings)
+    assert torch.equal(attached.sequences, merged.sequences)
+    torch.testing.assert_close(attached.logits, merged.logits, rtol=1e-4, atol=1e-4)

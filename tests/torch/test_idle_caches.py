@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +13,9 @@ from torch import Tensor, nn  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tnadapt.algebra.maps._linear import Linear  # noqa: E402
 from tnadapt.torch._idle_caches import _held  # noqa: E402
-from tnadapt.torch._shared_draws import drawn, held_by_draws  # noqa: E402
+from tnadapt.torch._kept_draws import drawn, held_by_draws  # noqa: E402
 
 from .small import stir  # noqa: E402
 
@@ -147,3 +149,24 @@ def test_a_limit_is_a_number_of_bytes(limit: object) -> None:
     model, _ = model_with(CONFIGS["superlora"], 1)
     with pytest.raises(tna.ConfigError, match=r"^limit must be (an integer; got|from 0 to)"):
         tt.set_cache_limit(model, limit)  # type: ignore[arg-type]
+
+
+def test_swapped_files_are_checked_without_drawing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, (adapter,) = model_with(CONFIGS["F"], 1)
+    digested = []
+    plain = Linear.digest
+    monkeypatch.setattr(Linear, "digest", lambda self: digested.append(1) or plain(self))
+    for number in (1.0, 2.0):
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.fill_(number)
+        adapter.save(tmp_path / f"{number}.safetensors")
+    digested.clear()
+    for number in (1.0, 2.0, 1.0):
+        adapter.swap(tmp_path / f"{number}.safetensors")
+        assert all(bool((parameter == number).all()) for parameter in adapter.parameters())
+    assert len(digested) <= 1
+    _, (foreign,) = model_with(CONFIGS["F"].replace(seed=1), 1)
+    foreign.save(tmp_path / "other.safetensors")
+    with pytest.raises(tna.TnadaptError, match="seed"):
+        adapter.swap(tmp_path / "other.safetensors")

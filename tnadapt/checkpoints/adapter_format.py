@@ -103,6 +103,7 @@ from typing import Any
 
 import numpy as np
 
+from tnadapt.algebra.shared_maps import share_maps
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import FileError, pluralize, safe_repr, summarize
 
@@ -219,7 +220,7 @@ def _digest(text: bytes, stored: Mapping[str, tuple[str, np.ndarray]]) -> str:
 # -- Loading -----------------------------------------------------------------------------------
 
 
-def load(path: str | os.PathLike[str], check_draws: bool = True) -> AdapterFile:
+def load(path: str | os.PathLike[str], check_draws: bool = True, like: SuperLoRA | None = None) -> AdapterFile:
     """Read an adapter file.
 
     Parameters
@@ -229,6 +230,8 @@ def load(path: str | os.PathLike[str], check_draws: bool = True) -> AdapterFile:
     check_draws : bool
         Whether to check that this machine draws the same F, and the same omitted arrays, as the one that wrote the
         file, by comparing digests.
+    like : SuperLoRA, optional
+        A plan of which some F may be the file's: their draws are digested once, not for each file.
 
     Returns
     -------
@@ -259,6 +262,8 @@ def load(path: str | os.PathLike[str], check_draws: bool = True) -> AdapterFile:
     with file_error_context(where):
         with opened(where) as container:
             found, recipe, left_out = read(container)
+        if like is not None:
+            share_maps(found.plan, [like], digests=True)
         draws = recipe.get("draws")
         # Not found.draws: another writer may store arrays that this one omits.
         if check_draws and draws != (here := found.draws_without(left_out)):

@@ -136,7 +136,7 @@ def is_writer() -> bool:
 def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
     """Load another adapter's arrays in place; see :meth:`Adapter.swap`."""
     need_attached(adapter)
-    file = adapter_format.load(path)
+    file = adapter_format.load(path, like=adapter.plan)
     with FileErrorContext(path):
         check_same(adapter, file)
         kept_parameters(adapter.model, file)

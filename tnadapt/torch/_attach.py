@@ -15,6 +15,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.factoring import Factoring
 from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.algebra.named_config import config_of
+from tnadapt.algebra.shared_maps import share_maps
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
 from tnadapt.errors import BackendError, ConfigError, TargetError, integer, safe_repr
@@ -34,7 +35,6 @@ from ._quantized_base import prepare
 from ._registry import attached, overlapping, refuse_merged
 from ._removal import take_off
 from ._sharding import is_sharded
-from ._shared_draws import share_draws
 from ._state import ADAPTERS_ATTR, DOT, AdapterSlot, AdapterState
 from ._step_cost import TOKENS
 from ._strategy_choice import is_quantized, strategy_of
@@ -253,7 +253,7 @@ def attach_with(
     if not is_bound(plan):
         refuse_merged(model, f"adapter {name!r} is attached, whose arrays are computed from it")
         plan = bound(plan, found, owners[: len(found)], progress)
-    share_draws(plan, [other.plan for other in attached(model).values()])
+    share_maps(plan, [other.plan for other in attached(model).values()])
     strategies = [
         strategy_of(strategy, plan, index, tokens, target, owner, host, activation, dropout > 0.0)
         for (index, target), owner, host in zip(places, owners, hosts, strict=True)

@@ -14,7 +14,7 @@ from torch import nn
 
 from tnadapt.errors import ConfigError, integer
 
-from ._shared_draws import drawn, forget_draws, held_by_draws
+from ._kept_draws import drawn, forget_draws, held_by_draws
 from ._state import AdapterState, Idle
 
 __all__ = ["DEFAULT_LIMIT", "set_cache_limit", "trim_idle"]

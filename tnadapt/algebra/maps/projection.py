@@ -125,6 +125,12 @@ class Projection:
         self.kind, self.map = kind, found
         self.n_in, self.n_out, self.seed, self.group = found.n_in, found.n_out, found.seed, found.group
 
+    def share(self, other: Projection, digest: bool = False) -> None:
+        """Use the map of another projection with the same ``key``, and with ``digest`` its digest."""
+        self.map = other.map
+        if digest:
+            self.__dict__["digest"] = other.digest
+
     def __repr__(self) -> str:
         kind = self.kind if isinstance(self.kind, str) else projection_name(self.kind)
         return f"Projection({kind!r}, n_in={self.n_in}, n_out={self.n_out}, seed={self.seed}, group={self.group})"

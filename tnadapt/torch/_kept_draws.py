@@ -1,21 +1,13 @@
-"""The draws that an adapter's plan keeps: shared between adapters of one model, counted, and given back."""
+"""The draws that an adapter's plan keeps: counted, and given back."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
-from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends.backend import FixedArrays
 
-__all__ = ["drawn", "forget_draws", "held_by_draws", "share_draws"]
-
-
-def share_draws(plan: SuperLoRA, others: Iterable[SuperLoRA]) -> None:
-    """Let a plan use the maps of other plans where they are equal, so that their draws exist once."""
-    there = {one.key: one.map for other in others for one in _projections(other)}
-    for one in _projections(plan):
-        one.map = there.get(one.key, one.map)
+__all__ = ["drawn", "forget_draws", "held_by_draws"]
 
 
 def drawn(plan: SuperLoRA) -> Iterator[FixedArrays]:
@@ -48,8 +40,3 @@ def forget_draws(plan: SuperLoRA, but: Collection[int]) -> None:
         if id(one) not in but:
             # New dictionaries instead of clear(): another thread may be reading the old ones.
             one.kept, one.placed = {}, {}
-
-
-def _projections(plan: SuperLoRA) -> Iterator[Projection]:
-    for group in plan.arrays_plan.groups:
-        yield group.projection
