@@ -101,6 +101,13 @@ def test_adapters_are_extracted_from_shards(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_table_of_extractions_is_that_of_its_results(benchmark_scripts: Callable[[str], ModuleType]) -> None:
+    results = BENCHMARKS / "results" / "extract_large.json"
+    found = json.loads(results.read_text(encoding="utf-8"))
+    table = benchmark_scripts("extract_large").table(found)
+    assert table == results.with_suffix(".rst").read_text(encoding="utf-8")
+
+
 def test_the_figures_of_large_tensors_are_measured() -> None:
     found = json.loads((BENCHMARKS / "results" / "large_tensors.json").read_text(encoding="utf-8"))
     ranks, error, train = found["rows"]
