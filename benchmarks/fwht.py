@@ -95,7 +95,7 @@ def numbers(size: int, dtype: str) -> np.ndarray:
 
 def in_memory_that_is_there(bits: int, dtype: str, smoke: bool) -> list[dict[str, Any]]:
     """Compare in place with FFHT in place, and from one array into another with a copy."""
-    compiled, ffht = kernels("hadamard"), optional("fht_cpu._core")
+    compiled, ffht = kernels("walsh"), optional("fht_cpu._core")
     if compiled is None:
         return []
     x, y = numbers(1 << bits, dtype), numbers(1 << bits, dtype)
@@ -153,7 +153,7 @@ def in_a_new_array(bits: int, dtype: str, smoke: bool) -> list[dict[str, Any]]:
 
 def along_axes(bits: int, smoke: bool) -> list[dict[str, Any]]:
     """Compare batches and other axes with one transform of as many numbers; all in place."""
-    compiled = kernels("hadamard")
+    compiled = kernels("walsh")
     if compiled is None:
         return []
     rows, half = [], bits // 2
@@ -184,7 +184,7 @@ def along_axes(bits: int, smoke: bool) -> list[dict[str, Any]]:
 
 def double(bits: int, smoke: bool) -> list[dict[str, Any]]:
     """Compare float64 with float32, in place."""
-    compiled = kernels("hadamard")
+    compiled = kernels("walsh")
     if compiled is None:
         return []
     x, y, scale = numbers(1 << bits, "float64"), numbers(1 << bits, "float32"), 2.0 ** (-bits / 2)

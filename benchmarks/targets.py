@@ -81,10 +81,10 @@ def inverse(column: str, **where: Any) -> Callable[[Rows], float | None]:
 FFHT = {
     10: "Calling compiled code from Python and checking its arrays takes longer than the computation; in a batch of "
     "rows this is negligible.",
-    16: "One thread (below 2 MB two are slower), of which Python takes some microseconds.",
-    20: "Two threads exchange data through the L3 cache, and the second is woken for each of two passes.",
+    16: "One thread (below 16 MB two are slower). The additions alone take most of the limit.",
+    20: "One thread (below 16 MB two are slower), and two passes through the L2 and L3 caches.",
     24: "The limit is about one copy of the array, the minimum possible: FFHT takes less than two on this machine.",
-    26: "The limit is little more than one copy of the array; this takes three passes over memory.",
+    26: "The limit is little more than one copy of the array; this takes two passes over memory.",
 }
 
 THIRD = (
@@ -162,7 +162,8 @@ TARGETS: list[Target] = [
             limit,
             "fastfood",
             largest("ours/copy", case=way, size=1 << 24, ρ=ratio),
-            "The remaining cost is the permutation: two more passes over memory, each reading 3 bytes per element.",
+            "The remaining cost is the permutation: drawing it and gathering from a cache, or, for long inputs, two "
+            "more passes over memory, each reading 3 bytes per element, and the pages of a second vector.",
         )
         for ratio, limits in ((0.01, (8, 11)), (1.0, (12, 12)))
         for way, limit in zip(("forward", "backward"), limits, strict=True)

@@ -138,3 +138,75 @@ def test_the_reference_implementation_takes_the_same_arguments(
     settings = {} if normalize is None else {"normalize": normalize}
     expected = backend.to_numpy(tna.fwht(x, **settings))
     assert relative_error(backend.to_numpy(fwht_plain(backend, x, **settings)), expected) < 1e-12
+
+
+# -- Into a given array --------------------------------------------------------------------------------------------
+
+
+def writable(backend: Backend) -> bool:
+    return backend.name in ("numpy", "torch", "cupy")
+
+
+@given(
+    st.sampled_from(["float32", "float64", "float16"]),
+    st.sampled_from(["C", "turned", "every other", "read-only"]),
+    st.sampled_from(["another", "itself", "turned", "every other", "overlapping"]),
+    st.sampled_from([((8,), 0), ((3, 8), -1), ((8, 3), 0), ((2, 16, 3), 1), ((3, 1), 1), ((0, 4), 1)]),
+    st.booleans(),
+)
+def test_out_receives_what_a_call_without_it_returns(
+    dtype: str, how: str, where: str, case: tuple[tuple[int, ...], int], normalize: bool
+) -> None:
+    (shape, axis), rng = case, np.random.default_rng(0)
+    memory = rng.normal(size=4 * int(np.prod(shape)) + 8).astype(dtype)
+
+    def laid_out(name: str, start: int) -> np.ndarray:
+        part = memory[start:]
+        size = int(np.prod(shape))
+        if name == "turned":
+            return part[:size].reshape(shape[::-1]).T
+        return part[: 2 * size : 2].reshape(shape) if name == "every other" else part[:size].reshape(shape)
+
+    x = laid_out(how, 0)
+    out = x if where == "itself" else laid_out(where, 3 if where == "overlapping" else memory.size // 2)
+    if where == "every other":
+        x = x.copy()  # its memory reaches into that of out
+    if how == "read-only" and where != "itself":
+        x = x.copy()
+        x.flags.writeable = False
+    expected = tna.fwht(x.copy(), axis=axis, normalize=normalize)
+    assert tna.fwht(x, axis=axis, normalize=normalize, out=out) is out
+    assert np.array_equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("length", [1, 8, 4096])
+def test_out_on_every_library(backend: Backend, dtype: str, length: int, rng: np.random.Generator) -> None:
+    if dtype == "float16" and not writable(backend):
+        return  # some libraries do not have it
+    x = backend.asarray(rng.normal(size=(3, length)), dtype)
+    out = backend.zeros((3, length), x)
+    if not writable(backend):
+        with pytest.raises(tna.BackendError, match="no arrays that can be written to here: leave out"):
+            tna.fwht(x, out=out)
+        return
+    expected = backend.to_numpy(tna.fwht(x))
+    assert tna.fwht(x, out=out) is out
+    assert np.array_equal(backend.to_numpy(out), expected)
+    assert tna.fwht(x, out=x) is x
+    assert np.array_equal(backend.to_numpy(x), expected)
+
+
+def test_an_out_that_does_not_fit() -> None:
+    x = np.zeros((2, 8), np.float32)
+    with pytest.raises(tna.ShapeError, match=r"out has shape \(8, 2\); expected that of the input, \(2, 8\)"):
+        tna.fwht(x, out=np.zeros((8, 2), np.float32))
+    with pytest.raises(tna.BackendError, match="two dtypes in one call: float32 and float64"):
+        tna.fwht(x, out=np.zeros((2, 8)))
+    with pytest.raises(tna.BackendError, match="got list"):
+        tna.fwht(x, out=[0.0])  # type: ignore[list-item]
+    out = np.ones((2, 8), np.float32)
+    out.flags.writeable = False
+    with pytest.raises(tna.BackendError, match="read-only: give one that can be written to"):
+        tna.fwht(x, out=out)
+    assert (out == 1).all()

@@ -26,6 +26,8 @@ class PretendedDevice(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == Tensor.device.__get__:  # type: ignore[attr-defined]
             return DEVICE
+        if func == Tensor.is_cpu.__get__:  # type: ignore[attr-defined]
+            return False
         if func in _WAITS or (func in _COPIES and not isinstance(args[0], Tensor)):
             raise RuntimeError(f"{func.__name__} waits for the device")
         return func(*(_there(a) for a in args), **{name: _there(a) for name, a in kwargs.items()})

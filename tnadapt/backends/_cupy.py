@@ -44,6 +44,9 @@ class CupyBackend(Backend):
     def to_numpy(self, x: Array) -> np.ndarray:
         return np.asarray(cupy.asnumpy(x))
 
+    def write(self, out: Array, x: Array) -> None:
+        cupy.copyto(out, x)
+
     def lacks(self, x: Array) -> frozenset[str]:
         return frozenset(OPTIONAL) - {"dft2"}
 

@@ -22,6 +22,8 @@ from .backend import Array, Backend, Map
 _SHORT = 256
 # Smaller results than this do not repay additional operations.
 _FEW = 1 << 14
+# Types whose elements a kernel may access.
+_PLAIN = (np.ndarray, np.memmap)
 
 
 class NumpyBackend(Backend):
@@ -98,19 +100,42 @@ class NumpyBackend(Backend):
 
     def fwht(self, x: Array, scale: float, axis: int, fallback: Map) -> Array | None:
         # Other subclasses may redefine operations or attach metadata, which a kernel would ignore.
-        compiled = kernels("walsh") if type(x) in (np.ndarray, np.memmap) else None
+        compiled = kernels("walsh") if type(x) in _PLAIN else None
         return None if compiled is None else compiled.transform(x, scale, axis)
 
+    def fwht_into(self, x: Array, scale: float, axis: int, out: Array) -> bool:
+        # Rows that are apart, or memory that overlaps, would need a copy anyway.
+        if not (type(x) in _PLAIN and type(out) in _PLAIN and _in_order(x) and _in_order(out) and out.flags.writeable):
+            return False
+        compiled = kernels("walsh")
+        if compiled is None or (x is not out and np.may_share_memory(x, out) and _address(x) != _address(out)):
+            return False
+        compiled.transform_into(x, out, scale, axis)
+        return True
+
+    def write(self, out: Array, x: Array) -> None:
+        if not out.flags.writeable:
+            raise BackendError("the array for the result is read-only: give one that can be written to")
+        np.copyto(out, x)
+
     def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Array | None:
-        ours = type(x) in (np.ndarray, np.memmap) and x.dtype == np.float32 and x.size > 0
+        ours = type(x) in _PLAIN and x.dtype == np.float32 and x.size > 0
         compiled = kernels("fastfood") if ours and draws.long else None
         if compiled is None or not compiled.takes(draws.padded):
             return None
         return compiled.linear(x, draws, n_in, adjoint)
 
     def dft2(self, x: Array, fallback: Map) -> Array | None:
-        ours = type(x) in (np.ndarray, np.memmap) and self.dtype_name(x) in FFT_DTYPES and x.size > 0
+        ours = type(x) in _PLAIN and self.dtype_name(x) in FFT_DTYPES and x.size > 0
         return dft2_in_chunks(self.xp, x, np.empty_like) if ours else None
+
+
+def _address(x: np.ndarray) -> int:
+    return int(x.__array_interface__["data"][0])
+
+
+def _in_order(x: np.ndarray) -> bool:
+    return bool(x.flags.c_contiguous and x.flags.aligned)
 
 
 @functools.cache

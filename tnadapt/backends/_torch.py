@@ -16,13 +16,16 @@ from . import _torch_gpu as torch_gpu
 from ._kernels import kernels
 from ._kron import kron_by_rows, kron_plain, short_rows
 from ._torch_dft2 import dft2
-from ._torch_kernels import fastfood, hadamard
+from ._torch_kernels import fastfood, hadamard, hadamard_into
 from .backend import OPTIONAL, Array, Backend, FixedArrays, Map
 
 # Rows of up to this length are slow in products with broadcasting.
 _SHORT = 8
 # Smaller results than this do not repay additional operations.
 _FEW = 1 << 15
+_FLOAT_NAMES = {
+    torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"
+}  # fmt: skip
 
 # torch.compile treats the return value as a constant and does not trace the call: see TorchBackend.fixed.
 torch.compiler.assume_constant_result(FixedArrays.name_of)  # type: ignore[no-untyped-call]
@@ -39,6 +42,10 @@ class TorchBackend(Backend):
 
     def owns(self, x: Any) -> bool:
         return isinstance(x, torch.Tensor)
+
+    def dtype_name(self, x: Array) -> str:
+        # Formatting a dtype takes longer than a dictionary.
+        return _FLOAT_NAMES.get(x.dtype) or super().dtype_name(x)
 
     def device(self, x: Array) -> Any:
         return x.device
@@ -156,6 +163,21 @@ class TorchBackend(Backend):
     def fwht(self, x: Array, scale: float, axis: int, fallback: Map) -> Array | None:
         kernel = torch_gpu.fwht if torch_gpu.there_are_kernels(x) else hadamard
         return kernel(x, scale, axis, fallback)
+
+    def fwht_into(self, x: Array, scale: float, axis: int, out: Array) -> bool:
+        self._refuse_derivatives(x, out)
+        return hadamard_into(x, scale, axis, out)
+
+    def write(self, out: Array, x: Array) -> None:
+        self._refuse_derivatives(x, out)
+        out.copy_(x)
+
+    def _refuse_derivatives(self, *arrays: Array) -> None:
+        if torch.is_grad_enabled() and any(array.requires_grad for array in arrays):
+            raise BackendError(
+                "no derivatives are recorded of a result that is written to a given tensor (out=…), and one of the "
+                "tensors requires gradients: leave it out, or compute under torch.no_grad()"
+            )
 
     def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Array | None:
         if torch_gpu.there_are_kernels(x):

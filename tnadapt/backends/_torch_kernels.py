@@ -4,43 +4,68 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ._kernels import kernels
 from ._torch_maps import KernelPair, KernelWithFallback, Map, in_memory, linear_map, on_memory, recorded
 
-__all__ = ["fastfood", "hadamard"]
+__all__ = ["fastfood", "hadamard", "hadamard_into"]
 
 
 def hadamard(x: Tensor, scale: float, axis: int, fallback: Map) -> Tensor | None:
     """Compute ``scale * H x`` along an axis, counted from the last; None if no kernel accepts x."""
-    if x.device.type != "cpu" or not in_memory(x) or kernels("walsh") is None:
+    compiled = kernels("walsh") if x.is_cpu and in_memory(x) else None
+    if compiled is None:
         return None
-
-    def transformed(x: Tensor) -> Tensor:
-        return torch.from_numpy(kernels("walsh").transform(x.detach().numpy(), scale, axis))
-
     # An autograd function takes longer than a small transform.
     if not recorded(x):
-        return on_memory(transformed, x)
+        return torch.from_numpy(compiled.transform(on_memory(_array, x), scale, axis))
+
+    def transformed(x: Tensor) -> Tensor:
+        return torch.from_numpy(kernels("walsh").transform(_array(x), scale, axis))
+
     symmetric = KernelWithFallback(transformed, fallback)
     return linear_map(x, KernelPair(symmetric, symmetric))
 
 
+def hadamard_into(x: Tensor, scale: float, axis: int, out: Tensor) -> bool:
+    """Compute ``scale * H x`` along an axis into a tensor, without derivatives; False if no kernel can."""
+    if not (x.is_cpu and in_memory(x) and in_memory(out)) or recorded(x) or recorded(out):
+        return False
+    # A conjugated or negated view of out would have to be written to in another way.
+    compiled = kernels("walsh") if x.is_contiguous() and out.is_contiguous() and not out.is_neg() else None
+    if compiled is None or out._is_zerotensor():
+        return False
+    source, target = on_memory(_array, x), on_memory(_array, out)
+    if not (source.flags.aligned and target.flags.aligned):
+        return False
+    if x.data_ptr() != out.data_ptr() and np.may_share_memory(source, target):
+        return False
+    compiled.transform_into(source, target, scale, axis)
+    torch.autograd.graph.increment_version(out)
+    return True
+
+
+def _array(x: Tensor) -> np.ndarray:
+    """Return the memory of a tensor as an array."""
+    return (x.detach() if x.requires_grad else x).numpy()
+
+
 def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Tensor | None:
     """Compute the linear part of a projection, or its adjoint; None if no kernel accepts x."""
-    if not (draws.long and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and in_memory(x)):
+    if not (draws.long and x.is_cpu and x.dtype == torch.float32 and x.numel() and in_memory(x)):
         return None
     compiled = kernels("fastfood")
     if compiled is None or not compiled.takes(draws.padded):
         return None
 
     def projected(x: Tensor) -> Tensor:
-        return torch.from_numpy(kernels("fastfood").linear(x.detach().numpy(), draws, n_in, False))
+        return torch.from_numpy(kernels("fastfood").linear(_array(x), draws, n_in, False))
 
     def pulled(y: Tensor) -> Tensor:
-        return torch.from_numpy(kernels("fastfood").linear(y.detach().numpy(), draws, n_in, True))
+        return torch.from_numpy(kernels("fastfood").linear(_array(y), draws, n_in, True))
 
     if not recorded(x):
         return on_memory(pulled if adjoint else projected, x)

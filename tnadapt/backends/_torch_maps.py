@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 __all__ = ["KernelPair", "KernelWithFallback", "in_memory", "linear_map", "on_memory", "recorded"]
 
 Map = Callable[[Tensor], Tensor]
+Result = TypeVar("Result")
+# Classes of tensors whose elements a kernel may access.
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ def in_memory(x: Tensor) -> bool:
     a kernel calls none.
     """
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
+        type(x) in _PLAIN
         and x.layout is torch.strided
         and not torch.compiler.is_compiling()
         and _get_current_dispatch_mode() is None
@@ -81,18 +84,22 @@ def in_memory(x: Tensor) -> bool:
     )
 
 
-def on_memory(kernel: Map, x: Tensor) -> Tensor:
+def on_memory(kernel: Callable[[Tensor], Result], x: Tensor) -> Result:
     """Call a kernel on a tensor whose memory is there and up to date; for one that is not :func:`recorded`."""
     if x._is_zerotensor():
         return kernel(x.clone())  # a lazy zero tensor does not have its values in memory yet
     if x.numel():
-        stop = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) + 1
+        if x.is_contiguous():
+            stop = x.storage_offset() + x.numel()
+        else:
+            stop = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) + 1
         if x.untyped_storage().nbytes() < stop * x.element_size():
             raise RuntimeError(
                 f"a tensor of shape {tuple(x.shape)} has no memory any more: its storage was freed, or shrunk to "
                 f"{x.untyped_storage().nbytes()} bytes"
             )
-    return kernel(x.resolve_neg())  # a lazily negated tensor does not have its values in memory, either
+    # A lazily negated tensor does not have its values in memory, either.
+    return kernel(x.resolve_neg() if x.is_neg() else x)
 
 
 def recorded(x: Tensor) -> bool:

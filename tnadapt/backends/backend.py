@@ -201,6 +201,10 @@ class Backend:
         """Cast x to another floating dtype; return x itself if it already has that dtype."""
         return x if self.dtype_name(x) == dtype else self.xp.astype(x, self.dtype(dtype))
 
+    def write(self, out: Array, x: Array) -> None:
+        """Write the elements of x to an array of the same shape and dtype; BackendError if it cannot be written to."""
+        raise BackendError(f"{self.name} has no arrays that can be written to here: leave out=… out")
+
     def zeros(self, shape: Sequence[int], like: Array) -> Array:
         """Return zeros of that shape, with like's dtype and device."""
         return self.xp.zeros(tuple(shape), dtype=like.dtype, device=self.device(like))
@@ -340,6 +344,13 @@ class Backend:
         least 2.
         """
         return None
+
+    def fwht_into(self, x: Array, scale: float, axis: int, out: Array) -> bool:
+        """Compute :meth:`fwht` into an array of the same shape and dtype, which may be x; False if no kernel can.
+
+        No derivatives are recorded: a backend raises a BackendError where they would be.
+        """
+        return False
 
     def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Array | None:
         """Compute the linear part of a projection F along the last axis, or its adjoint.

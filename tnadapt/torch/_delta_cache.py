@@ -162,7 +162,8 @@ class DeltaCache:
             # (Where these are no copies, their version tells of a write, and the entry is not used again.)
             made = pieces(part.plan, Whole(part.plan, part.own)(*(copy.array for copy in copies.values())))
             return CacheEntry(copies, dict(enumerate(made, part.first)))
-        made = part.updates(given, None if on_host(given[0]) else self.forget)
+        # Gradients that reach the updates end the cached ones, whose memory the backward pass through F then reuses.
+        made = part.updates(given, self.forget)
         leaves = dict(zip(names, zip(given, state, strict=True), strict=True))
         return CacheEntry(copies, dict(enumerate(made, part.first)), leaves, sum(map(version, given)))
 

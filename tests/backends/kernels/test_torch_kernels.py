@@ -205,3 +205,48 @@ def test_memory_that_was_freed_is_not_read() -> None:
     x.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="no memory any more"):
         tna.fwht(x)
+
+
+@pytest.mark.parametrize("how", ["C", "turned", "negated", "itself", "overlapping"])
+def test_a_result_in_a_given_tensor(how: str) -> None:
+    memory = torch.randn(2, 64)
+    x = memory[0].reshape(8, 8)
+    out = {
+        "C": lambda: torch.empty(8, 8),
+        "turned": lambda: torch.empty(8, 8).T,
+        "negated": lambda: torch._neg_view(torch.empty(8, 8)),
+        "itself": lambda: x,
+        "overlapping": lambda: memory.view(-1)[5:69].reshape(8, 8),
+    }[how]()
+    expected, before = tna.fwht(x.clone()), out._version
+    assert tna.fwht(x, out=out) is out
+    assert torch.equal(out, expected)
+    assert out._version > before
+
+
+def test_a_given_tensor_and_derivatives() -> None:
+    x, out = torch.randn(8, requires_grad=True), torch.zeros(8)
+    for source, target in ((x, out), (x.detach(), torch.zeros(8, requires_grad=True))):
+        with pytest.raises(tna.BackendError, match=r"no derivatives are recorded .* compute under torch.no_grad"):
+            tna.fwht(source, out=target)
+    with torch.no_grad():
+        assert torch.equal(tna.fwht(x, out=out), tna.fwht(x))
+    # What autograd saved of a tensor that is then written to is refused, as with torch's own operations.
+    saved = torch.ones(8)
+    y = (x * saved).sum()
+    tna.fwht(torch.ones(8), out=saved)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_a_given_tensor_in_transformations() -> None:
+    x = torch.randn(3, 8)
+
+    def into(t: torch.Tensor) -> torch.Tensor:
+        return tna.fwht(t, out=torch.empty_like(t))
+
+    assert torch.allclose(torch.func.vmap(into)(x), tna.fwht(x))
+    assert torch.allclose(torch.func.functionalize(into)(x), tna.fwht(x))
+    out = torch.empty(3, 8)
+    torch.compile(lambda t, o: tna.fwht(t, out=o), backend="eager", fullgraph=True)(x, out)
+    assert torch.allclose(out, tna.fwht(x))

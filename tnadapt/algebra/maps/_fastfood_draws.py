@@ -40,6 +40,11 @@ class FastfoodDraws(FixedArrays):
         self.pruned, self.seed, self.group = pruned, seed, group
         #: The integers that define the draws. A compiler takes text for a constant, not always a number.
         self.recipe = f"{padded} {pruned} {seed} {group} {int(not normal)}"
+        #: Memory that the compiled kernels reuse; it ends with the draws.
+        self.space: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "space": None}
 
     def part(self, name: str, start: int, stop: int) -> np.ndarray:
         """Draw elements ``start`` to ``stop - 1`` of one of the vectors without the rest."""

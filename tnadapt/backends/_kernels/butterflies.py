@@ -67,11 +67,12 @@ def stages(x, at, unit, bits, coming, ahead):
 
 
 @compiled
-def block(src, dst, at, low, unit, bits, near, scale):
+def block(src, dst, at, low, unit, bits, near, scale, coming):
     """Do all stages of ``unit << bits`` contiguous elements, a block that fits in the level 2 cache.
 
     The stages within each part of ``unit << near`` elements, which fits in the level 1 cache, come first. If low is
-    not 0, :func:`low_stages` does the first ``low`` of them within runs of ``low_run`` elements.
+    not 0, :func:`low_stages` does the first ``low`` of them within runs of ``low_run`` elements. The last sweep
+    prefetches the elements of src that are ``coming`` further on, unless coming is 0.
     """
     run = LOW_VECTORS * (VECTOR_BYTES // src.itemsize)
     first = 0
@@ -87,8 +88,7 @@ def block(src, dst, at, low, unit, bits, near, scale):
             for j in range(i, i + part, unit << done):
                 across(src, j, unit, dst, j, unit, done, unit, scale, src, part)
         stages(dst, i, unit << done, near - done, src, 0)
-    # The last sweep prefetches the beginning of the next block.
-    stages(dst, at, part, bits - near, src, size)
+    stages(dst, at, part, bits - near, src, coming)
 
 
 @compiled
@@ -97,7 +97,7 @@ def blocks(src, dst, first, last, low, unit, bits, near, scale):
     size = unit << bits
     scale = src.dtype.type(scale)
     for i in range(first * size, last * size, size):
-        block(src, dst, i, low, unit, bits, near, scale)
+        block(src, dst, i, low, unit, bits, near, scale, size if i + size < last * size else 0)
 
 
 @compiled

@@ -36,9 +36,10 @@ from .fastfood_loops import (
     sort_locations,
     unplace,
 )
-from .memory import aligned_empty, readable
+from .memory import aligned_empty, cache_sizes, readable
 from .thread_pool import share, thread_count
 from .walsh import transform
+from .work_space import WorkSpace
 
 __all__ = ["Draws", "buckets_of", "linear", "order_of", "permuted", "permutes", "sorts", "starts_of", "takes"]
 
@@ -54,8 +55,8 @@ _TABLE_BITS = 12
 _SORTED_BITS = 26
 # Blocks take half of the level 2 cache, and their parts half of the level 1 cache.
 _BLOCK_BITS, _NEAR_BITS = 18, 12
-# Rows in one pass, as a power of two, and bytes of a strip of columns across them.
-_STRIP_BITS, _STRIP_BYTES = 8, 512
+# Rows in one pass, as a power of two. The columns of a strip take half of the level 2 cache, within these limits.
+_STRIP_BITS, _STRIP_BYTES = 8, (256, 4096)
 # From this length on, a second thread gains more than it costs to wake it.
 _SHARED_BITS = 17
 # Parts of the vector that the adjoint sums separately. The number is fixed, so that the order of summation does not
@@ -79,6 +80,7 @@ class Draws(Protocol):
     pruned: int
     signs: bool
     lengths: dict[str, int]
+    space: WorkSpace | None
 
     def held(self, key: str) -> np.ndarray: ...
 
@@ -120,7 +122,8 @@ def linear(x: np.ndarray, draws: Draws, n_in: int, adjoint: bool) -> np.ndarray:
     Notes
     -----
     ``draws`` caches 4 bytes per element of the padded length if the period of h is at most 2**18, otherwise 7, and one
-    bit per sign. In addition to x and the result, a call needs one vector of the padded length, or two if it sorts.
+    bit per sign. A call needs one vector of the padded length, or two if it sorts, in addition to a result that is not
+    a view of the first one. That vector comes from the work space of ``draws``, and returns to it with the result.
     """
     f = _Linear(draws, n_in)
     length = n_in if adjoint else f.n_out
@@ -129,7 +132,7 @@ def linear(x: np.ndarray, draws: Draws, n_in: int, adjoint: bool) -> np.ndarray:
     if len(rows) == 1:
         made = way(_row(rows[0]))[:length]
         # The result is a view that keeps the whole padded vector alive; copy it if more than a fifth would be wasted.
-        made = made if made.base is None or 5 * length >= 4 * draws.padded else made.copy()
+        made = made if 5 * length >= 4 * draws.padded else made.copy()
     else:
         made = aligned_empty((len(rows), length), _FLOAT)
         for row, result in zip(rows, made, strict=True):
@@ -158,6 +161,8 @@ class _Linear:
         else:
             self.gain = draws.held("gain")
         self.diagonal = (draws.held("words"), _NO_NUMBERS) if draws.signs else (_NO_WORDS, draws.held("diagonal"))
+        # Two threads may both create one; one of the two then ends with its vectors.
+        self.space = draws.space = draws.space or WorkSpace()
         self.threads = thread_count() if bits >= _SHARED_BITS else 1
         # The factors 1 / sqrt(2**bits) of both transforms, as powers of two at either end, so that nothing overflows in
         # between.
@@ -169,7 +174,7 @@ class _Linear:
         self.table_within = min(_BLOCK_BITS, self.pruned_bits - 2)
 
     def forward(self, x: np.ndarray) -> np.ndarray:
-        out = aligned_empty((1 << self.bits,), _FLOAT)
+        out = self.space.vector(1 << self.bits)
         if self.sorts:
             table = out[: 1 << self.pruned_bits]
             self.begin(x, table, self.table_within, self.first_scale)
@@ -188,7 +193,7 @@ class _Linear:
         return out
 
     def backward(self, y: np.ndarray) -> np.ndarray:
-        u = aligned_empty((1 << self.bits,), _FLOAT)
+        u = self.space.vector(1 << self.bits)
         self.begin(y, u, self.within, self.first_scale, self.diagonal)
         self.end(u, self.within)
         if self.sorts:
@@ -219,10 +224,11 @@ class _Linear:
         """Do the stages across blocks in place, then multiply the first ``count`` elements by scale and diagonal."""
         bits = (out.size - 1).bit_length() - within
         passes = max(1, -(-bits // _STRIP_BITS))
+        least, most = _STRIP_BYTES
         for number in range(passes):
             step = (bits + number) // passes
             apart = 1 << within
-            width = min(apart, _STRIP_BYTES // 4)
+            width = min(apart, max(least, min(most, cache_sizes()[1] // 2 >> step)) // 4)
             within += step
             ended = count if number == passes - 1 else 0
             self.share(end, out.size // (width << step), out, apart, step, width, *diagonal, ended, scale)

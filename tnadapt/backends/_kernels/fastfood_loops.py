@@ -79,7 +79,7 @@ def begin(first, last, x, out, low, near, within, words, numbers, scale):
             if count > 0:
                 _times_diagonal(x, out, part, count, words, numbers, out.dtype.type(scale))
             out[part + count : part + (1 << near)] = 0
-            block(out, out, part, low, 1, near, near, one)
+            block(out, out, part, low, 1, near, near, one, 1 << near)
         _rest_of_block(out, i, near, within)
 
 
@@ -115,7 +115,7 @@ def gather(first, last, table, gain, keys, bits, out, low, near, within):
             for j in range(part, part + (1 << near), _SHORT):
                 fill_images_meanwhile(j, bits, keys, False, image, gain, j + _SHORT, out, j + _SHORT)
                 _gathered(table, mask, image, gain[j : j + _SHORT], out[j : j + _SHORT])
-            block(out, out, part, low, 1, near, near, out.dtype.type(1))
+            block(out, out, part, low, 1, near, near, out.dtype.type(1), 1 << near)
         _rest_of_block(out, i, near, within)
 
 
@@ -244,7 +244,7 @@ def place(first, last, runs, starts, order, out, low, near, within):
             at = i + (part << near)
             _placed(scratch, order[at : at + (1 << near)], out[at : at + (1 << near)])
             if low > 0:
-                block(out, out, at, low, 1, near, near, out.dtype.type(1))
+                block(out, out, at, low, 1, near, near, out.dtype.type(1), 1 << near)
         if low > 0:
             _rest_of_block(out, i, near, CHUNK_BITS)
             if (i + size) >> within << within == i + size:
@@ -307,7 +307,7 @@ def chunks_from_buckets(first, last, runs, g, buckets, starts, low, near, within
                 else:
                     _add_unsorted(run, buckets[some : some + _SHORT], cursor, g[some:], table[i + j :])
         for part in range(i, i + size, 1 << near):
-            block(table, table, part, low, 1, near, near, table.dtype.type(1))
+            block(table, table, part, low, 1, near, near, table.dtype.type(1), 1 << near)
         _rest_of_block(table, i, near, CHUNK_BITS)
         if (i + size) >> within << within == i + size:
             _rest_of_block(table, i + size - (1 << within), CHUNK_BITS, within)

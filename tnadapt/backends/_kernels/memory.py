@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CACHE_LINE", "aligned_empty", "cache_sizes", "readable"]
+__all__ = ["CACHE_LINE", "SMALL", "aligned_empty", "cache_sizes", "readable"]
 
 CACHE_LINE = 64
-_SMALL = 1 << 14
+#: Smaller arrays, in bytes, are not aligned.
+SMALL = 1 << 14
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -24,7 +25,7 @@ def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
     Small arrays are not aligned: that would take longer than it saves.
     """
     nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < _SMALL:
+    if nbytes < SMALL:
         return np.empty(shape, dtype)
     buffer = np.empty(nbytes + CACHE_LINE, np.uint8)
     start = -buffer.__array_interface__["data"][0] % CACHE_LINE

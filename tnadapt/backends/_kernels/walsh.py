@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .butterflies import blocks, low_run, short, strips
-from .memory import aligned_empty, cache_sizes, readable
+from .memory import SMALL, aligned_empty, cache_sizes, readable
 from .simd import RADIX_BITS
 from .thread_pool import share, thread_count
 
@@ -26,8 +26,9 @@ __all__ = ["transform", "transform_into"]
 _STRIP_BITS = 8
 # Minimum and maximum bytes of a strip's row; a strip fills up to half of the level 2 cache.
 _STRIP_BYTES = 256, 4096
-# From this size on, a second thread gains more than it costs to wake it and to move data to its core's cache.
-_SHARED_BYTES = 1 << 21
+# From these sizes on, further threads gain more than it costs to wake them. Several passes also move data between the
+# caches of cores.
+_SHARED_BYTES, _SHARED_BYTES_OF_PASSES = 1 << 21, 1 << 24
 # Pieces of work per thread: with several, other threads take over from a slow one.
 _PIECES = 4
 
@@ -52,8 +53,9 @@ def transform(x: np.ndarray, scale: float, axis: int = -1) -> np.ndarray:
     """
     flags = x.flags
     if flags.c_contiguous and flags.aligned:
-        result = aligned_empty(x.shape, x.dtype)
-        transform_into(x, result, scale, axis)
+        # Alignment takes longer than it saves on a small array.
+        result = np.empty_like(x, subok=False) if x.nbytes < SMALL else aligned_empty(x.shape, x.dtype)
+        _run(x, result, scale, axis)
         return result
     axis %= x.ndim
     order = sorted(range(x.ndim), key=lambda i: -x.strides[i])
@@ -63,7 +65,7 @@ def transform(x: np.ndarray, scale: float, axis: int = -1) -> np.ndarray:
         return result.transpose([order.index(i) for i in range(x.ndim)])
     result = aligned_empty(x.shape, x.dtype)
     np.copyto(result, x)
-    transform_into(result, result, scale, axis)
+    _run(result, result, scale, axis)
     return result
 
 
@@ -79,28 +81,31 @@ def transform_into(src: np.ndarray, dst: np.ndarray, scale: float, axis: int = -
     axis : int
         The axis to transform; its length is a power of two.
     """
-    if src.size == 0:
-        return
-    if src.shape[axis] == 1:
-        np.multiply(src, src.dtype.type(scale), out=dst)
-        return
-    threads = thread_count() if src.nbytes >= _SHARED_BYTES else 1
+    _run(src, dst, scale, axis)
+
+
+def _run(src: np.ndarray, dst: np.ndarray, scale: float, axis: int) -> None:
+    nbytes = src.nbytes
+    threads = thread_count() if nbytes >= _SHARED_BYTES else 1
     passes = _planned(src.shape, axis, src.itemsize, threads)
-    src = readable(src)
+    if threads > 1 and len(passes) > 1 and nbytes < _SHARED_BYTES_OF_PASSES:
+        threads, passes = 1, _planned(src.shape, axis, src.itemsize, 1)
+    if not src.flags.writeable:
+        src = readable(src)
     if src.ndim > 1:
         src, dst = src.reshape(-1), dst.reshape(-1)
     for kernel, count, how in passes:
-        _share(threads, count, kernel, src, dst, *how, scale)
+        if threads == 1 or count < 2:
+            kernel(src, dst, 0, count, *how, scale)
+        else:
+            _share(threads, count, kernel, src, dst, *how, scale)
         src, scale = dst, 1.0
 
 
 def _share(
     threads: int, count: int, kernel: Callable[..., object], src: np.ndarray, dst: np.ndarray, *how: float
 ) -> None:
-    """Run a kernel over 0 to count - 1, in one piece or in parallel pieces."""
-    if threads == 1 or count < 2:
-        kernel(src, dst, 0, count, *how)
-        return
+    """Run a kernel over 0 to count - 1 in parallel pieces."""
     pieces = min(count, threads * _PIECES)
 
     def piece(i: int) -> None:
@@ -117,9 +122,18 @@ class _Pass(NamedTuple):
     how: tuple[int, ...]
 
 
+def _multiply(src: np.ndarray, dst: np.ndarray, first: int, last: int, scale: float) -> None:
+    """Do the transform of length 1."""
+    np.multiply(src, src.dtype.type(scale), out=dst)
+
+
 @functools.lru_cache(maxsize=1024)
 def _planned(shape: tuple[int, ...], axis: int, itemsize: int, threads: int) -> tuple[_Pass, ...]:
-    """Plan the passes of a transform along an axis, for an array that is not empty."""
+    """Plan the passes of a transform along an axis."""
+    if 0 in shape:
+        return ()
+    if shape[axis] == 1:
+        return (_Pass(_multiply, 1, ()),)
     bits = shape[axis].bit_length() - 1
     unit = math.prod(shape[axis % len(shape) + 1 :])  # distance of neighbors along the axis
     outer = math.prod(shape) // (unit << bits)
@@ -127,12 +141,10 @@ def _planned(shape: tuple[int, ...], axis: int, itemsize: int, threads: int) -> 
     low = min(bits, (run // unit).bit_length() - 1) if unit < run and unit & (unit - 1) == 0 else 0
     if low and unit << bits < run:
         return (_Pass(short, -(-math.prod(shape) // run), (unit.bit_length() - 1, bits)),)
-    # `near` stages fit in the level 1 cache, `within` stages in the level 2 cache. Only part of each cache is used,
-    # since it also has to hold other data and what is prefetched.
+    # `near` stages fit in half of the level 1 cache, whose other half holds what is prefetched; with 48 KiB, more would
+    # also need one more sweep. `within` stages fit in the level 2 cache: smaller blocks leave more to the strips.
     first, second = cache_sizes()
-    near, within = (
-        min(bits, max((size // itemsize // unit).bit_length() - 1, 0)) for size in (first * 3 // 4, second // 2)
-    )
+    near, within = (min(bits, max((size // itemsize // unit).bit_length() - 1, 0)) for size in (first // 2, second))
     # At least one block per thread.
     within = max(low, min(within, bits - (-(-threads // outer) - 1).bit_length()))
     if -(-bits // _STRIP_BITS) <= -(-(bits - within) // _STRIP_BITS) and not low:
