@@ -138,7 +138,7 @@ def test_an_aligned_cp_is_a_matrix_of_the_same_rank() -> None:
         (P.superlora(2, groups=2), [(4, 4)] * 3),  # the second weight is in both groups
         (P.superlora(2, projection="shuffle"), [(4, 4)]),
         (P.fastfood(0.5), [(4, 4)]),
-        (P.lokr(1, split_size=5), [(13, 13)]),  # a product of 15 by 15 is cut
+        (P.lokr(3, split_size=5), [(13, 13)]),  # a product of 15 by 15 is cut, and its rank is full
     ],
 )
 def test_what_does_not_factor(config: tna.Config, shapes: list[tuple[int, int]]) -> None:

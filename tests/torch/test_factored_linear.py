@@ -34,6 +34,8 @@ CONFIGS = {
     "tucker": tna.Config(rank=2, format="tucker"),
     "train": tna.Config(rank=2, format="tt"),
     "weighted": tna.Config(rank=2, format="cp-weighted", terms=2),
+    "gralora": P.gralora(2, 2),
+    "a cut product": P.lokr(1, leading="same", split_size=5),
 }
 each = pytest.mark.parametrize("name", CONFIGS)
 

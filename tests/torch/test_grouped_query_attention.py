@@ -157,10 +157,9 @@ class Layers(torch.nn.Module):
     ("name", "strategy"),
     in_depth(
         [
-            *itertools.product(["lotr", "metatt", "metatt, heads"], ["weight", "factored"]),
-            ("gralora", "weight"),  # blocks of a weight have no two factors
+            *itertools.product(["lotr", "metatt", "metatt, heads", "gralora"], ["weight", "factored"]),
         ],
-        [("metatt", "weight"), ("metatt, heads", "factored"), ("gralora", "weight")],
+        [("metatt", "weight"), ("metatt, heads", "factored"), ("gralora", "factored")],
     ),
 )
 def test_a_compiler_traces_slices_in_any_order_of_axes(name: str, strategy: str) -> None:

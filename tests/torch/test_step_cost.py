@@ -38,7 +38,7 @@ def test_a_kronecker_product_of_dense_matrices_goes_into_the_weight_of_many_toke
 
 def test_what_does_not_factor_is_never_factored() -> None:
     for tokens in (1, 1024, 8192):
-        assert chosen(P.superlora(8, groups="weight", fold=(3072, 192)), 768, tokens) == "weight"
+        assert chosen(P.superlora(8, groups="weight", fold=(1024, 576)), 768, tokens) == "weight"
 
 
 def test_a_quantized_weight_is_never_added_to() -> None:
@@ -49,7 +49,7 @@ def test_a_quantized_weight_is_never_added_to() -> None:
     assert of_packed(P.lora(4), 768) == of_packed(P.dora(4), 768) == "factored"
     # Three large products are faster than many narrow ones.
     assert of_packed(P.lora(400), 768) == "additive"
-    assert of_packed(P.hira(4), 768) == of_packed(P.superlora(8, groups="weight", fold=(3072, 192)), 768) == "additive"
+    assert of_packed(P.hira(4), 768) == of_packed(P.superlora(8, groups="weight", fold=(1024, 576)), 768) == "additive"
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,12 @@ Compacter), and a Hadamard product of low-rank matrices is a matrix whose rank i
 With a start that is subtracted, ``L R - L_0 R_0`` is ``(L - L_0) R + L_0 (R - R_0)``: one product of twice the width,
 which is exactly zero at the start, and near it does not subtract large numbers. Kronecker products have no such form.
 
-Separability is decided from the integers of the plan, and is exact. There are no such factors if a fold cuts through
-rows, F mixes elements, or a Kronecker product is cropped.
+Where no unfolding of the network is the weight, as with blocks (GraLoRA), an index that holds parts of rows, or a
+Kronecker product that is cropped, the network is cut where that costs least: one product, whose width is the bound on
+the rank, if that is below both sides.
+
+Separability is decided from the integers of the plan, and is exact. There are no factors if a weight is in several
+groups or F mixes elements.
 """
 
 from __future__ import annotations
@@ -25,8 +29,11 @@ from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 
 from ._boxes import boxes
+from ._network_halves import NetworkHalves, width_at
+from ._weight_places import place_of
 from .formats import Format, Ranges
 from .group import Group
+from .layout import Piece
 from .network import Network
 from .products import kronecker_tensor
 from .superlora import SuperLoRA
@@ -103,6 +110,14 @@ class Factoring:
     terms: int
     sizes: tuple[Size, ...]
     shared: bool = False
+    #: Computes the two factors at the cheapest cut of the network, where no unfolding is the weight.
+    halves: NetworkHalves | None = None
+    #: Names of the plan's arrays that are the two factors as they are, which saves computing them; None if none.
+    stored: tuple[str, str] | None = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        # Here, and not on first access: a compiler cannot trace the lock of a cached property.
+        object.__setattr__(self, "stored", self._stored())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -118,25 +133,6 @@ class Factoring:
     def is_plain(self) -> bool:
         """Whether the update is a single low-rank matrix."""
         return self.terms == 1 and len(self.sizes) == 1
-
-    @functools.cached_property
-    def stored(self) -> tuple[str, str] | None:
-        """Names of the plan's arrays that are the two factors as they are, which saves computing them; None if none."""
-        group, split = self.group, self.network.splits[0]
-        if (
-            not self.is_plain
-            or len(self.network.splits) > 1
-            or self.network.terms > 1
-            or group.subtracts
-            or group.frozen_names
-            or group.multiplied
-        ):
-            return None
-        halves = split.stored_halves(self.cuts[0])
-        if halves is None:
-            return None
-        (prefix,) = self.network.prefixes[0]
-        return group.names[prefix + halves[0]], group.names[prefix + halves[1]]
 
     def __call__(self, backend: Backend, params: Mapping[str, Array], trained: str | None = None) -> Factored:
         """Compute the factors from parameters, which must include those in ``names``; differentiable.
@@ -154,10 +150,9 @@ class Factoring:
         network = self.network
         arrays = self.group.arrays(backend, params, trained)
         if len(self.sizes) == 1:
-            left, right = network.unfolded(backend, arrays, self.cuts[0])
+            left, right = self._two(backend, arrays)
             if self.group.subtracts:
-                begun = self.group.begun(backend, params, trained)
-                left_0, right_0 = network.unfolded(backend, begun, self.cuts[0])
+                left_0, right_0 = self._two(backend, self.group.begun(backend, params, trained))
                 left = backend.concat([left - left_0, left_0], axis=1)
                 right = backend.concat([right, right - right_0], axis=0)
             return Factored([[Matrix(left, backend.matrix_transpose(right))]], network.scale)
@@ -166,6 +161,29 @@ class Factoring:
             own = zip(network.splits, network.of_term(prefixes, arrays), self.cuts, self.sizes, strict=True)
             found.append([_matrix(backend, split, mine, cut, size) for split, mine, cut, size in own])
         return Factored(found, network.scale)
+
+    def _stored(self) -> tuple[str, str] | None:
+        group, split = self.group, self.network.splits[0]
+        if (
+            not self.is_plain
+            or len(self.network.splits) > 1
+            or self.network.terms > 1
+            or group.subtracts
+            or group.frozen_names
+            or group.multiplied
+            or self.halves is not None
+        ):
+            return None
+        halves = split.stored_halves(self.cuts[0])
+        if halves is None:
+            return None
+        (prefix,) = self.network.prefixes[0]
+        return group.names[prefix + halves[0]], group.names[prefix + halves[1]]
+
+    def _two(self, backend: Backend, arrays: Mapping[str, Array]) -> tuple[Array, Array]:
+        if self.halves is not None:
+            return self.halves(backend, arrays)
+        return self.network.unfolded(backend, arrays, self.cuts[0])
 
 
 def _matrix(backend: Backend, split: Format, arrays: Mapping[str, Array], cut: Cut, size: Size) -> Matrix:
@@ -197,6 +215,8 @@ def factoring(plan: SuperLoRA, i: int) -> Factoring | None:
     (Size(rows=768, cols=512, width=4),)
     >>> factoring(SuperLoRA(tna.presets.lokr(4), [(768, 768)]), 0).sizes
     (Size(rows=24, cols=24, width=None), Size(rows=32, cols=32, width=4))
+    >>> factoring(SuperLoRA(tna.presets.gralora(4, blocks=2), [(768, 768)]), 0).sizes
+    (Size(rows=768, cols=768, width=8),)
     >>> factoring(SuperLoRA(tna.presets.superlora(4), [(768, 768)] * 24), 0) is None
     True
     """
@@ -204,25 +224,41 @@ def factoring(plan: SuperLoRA, i: int) -> Factoring | None:
     if len(pieces) != 1:
         return None
     (piece,) = pieces
-    group, cols = plan.groups[piece.group], plan.shapes[i][1]
+    group = plan.groups[piece.group]
     if not group.projection.map.identity:
         return None
-    network = group.network
-    cut = _cut(network.sizes, cols)
-    if cut is None or piece.group_start % cols:
-        return None
-    first, rows = piece.group_start // cols, plan.shapes[i][0]
     shared = len(group.pieces) > 1
+    return _of_modes(group, piece.group_start, plan.shapes[i], shared) or _of_cut(group, piece, plan.shapes[i], shared)
+
+
+def _of_modes(group: Group, start: int, shape: tuple[int, int], shared: bool) -> Factoring | None:
+    """Factor a weight whose columns are the last modes of the network, by the formats' own unfoldings."""
+    network, (rows, cols) = group.network, shape
+    cut = _cut(network.sizes, cols)
+    if cut is None or start % cols:
+        return None
+    first = start // cols
     if network.kronecker and len(network.splits) > 1:
-        if group.subtracts:
-            return None
-        return _of_kronecker(group, cut, (first, first + rows), shared)
+        return None if group.subtracts else _of_kronecker(group, cut, (first, first + rows), shared)
     width = network.inner(cut)
     if width is None:
         return None
     width *= 2 if group.subtracts else 1
-    part = Cut(cut, (first, first + rows), (0, cols), piece.group_start)
+    part = Cut(cut, (first, first + rows), (0, cols), start)
     return Factoring(group, (part,), 1, (Size(rows, cols, width),), shared)
+
+
+def _of_cut(group: Group, piece: Piece, shape: tuple[int, int], shared: bool) -> Factoring | None:
+    """Factor a weight at the cheapest cut of the network between its rows and its columns, if its rank is limited."""
+    rows, cols = shape
+    place = place_of(group.network.sizes, piece.group_start, piece.length, cols)
+    width = None if place is None else width_at(group.network, place)
+    if place is None or width is None:
+        return None
+    width *= 2 if group.subtracts else 1
+    if width >= min(rows, cols):
+        return None
+    return Factoring(group, (), 1, (Size(rows, cols, width),), shared, NetworkHalves(group.network, place))
 
 
 def _of_kronecker(group: Group, cut: int, rows: tuple[int, int], shared: bool) -> Factoring | None:

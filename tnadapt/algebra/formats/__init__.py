@@ -20,6 +20,7 @@ from ._cp import CP, WeightedCP
 from ._dense import Dense
 from ._dimensions import of_cp, of_tucker
 from ._format import Format, Ranges, Rank, rank_a_mode, unfolded
+from ._halves import Legs
 from ._jacobian import jacobian_rank
 from ._permuted import Axes, Permuted
 from ._tensor_train import TensorTrain
@@ -35,6 +36,7 @@ __all__ = [
     "Dense",
     "Format",
     "Formula",
+    "Legs",
     "Permuted",
     "Ranges",
     "TensorTrain",

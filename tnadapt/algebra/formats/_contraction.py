@@ -7,17 +7,16 @@ arrays; it stays open if the output names it.
 
 from __future__ import annotations
 
-import itertools
 import math
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError
 
-__all__ = ["Contraction", "Formula", "least_cut", "letters"]
+__all__ = ["Contraction", "Formula", "letters"]
 
 
 def letters(modes: int, bonds: int) -> tuple[str, str]:
@@ -191,61 +190,3 @@ def _contracted(backend: Backend, pair: _Pair, left: Array, right: Array) -> Arr
 
 def _turned(backend: Backend, array: Array, order: tuple[int, ...]) -> Array:
     return array if order == tuple(range(len(order))) else backend.permute_dims(array, order)
-
-
-def least_cut(formula: Formula, size: Mapping[str, int], rows: Sequence[int]) -> int:
-    """Return the least product of bonds found over the cuts of the network that separate some modes from the others.
-
-    It is an upper bound on the rank of that unfolding; see :func:`least_cut_of_legs`.
-    """
-    legs = [(size[index], 1) if mode in rows else (1, size[index]) for mode, index in enumerate(formula.output)]
-    return least_cut_of_legs(formula, size, legs)
-
-
-def least_cut_of_legs(formula: Formula, size: Mapping[str, int], legs: Sequence[tuple[int, int]]) -> int:
-    """Return the least product of bonds and legs found over the cuts of the network that separate rows from columns.
-
-    Each mode, or a range of it, is a pair of a row index and a column index, of the lengths in ``legs``. A mode that
-    is all rows has one column; a mode at a fixed index is ``(1, 1)``.
-
-    It is an upper bound on the rank of that matrix: every partition of the arrays into two sides gives one. Up to 12
-    arrays, all partitions are searched. With more, arrays are moved to the other side one at a time as long as this
-    makes the product smaller.
-    """
-    lengths = dict(zip(formula.output, legs, strict=True))
-    holders = {index: [k for k, own in enumerate(formula.inputs) if index in own] for index in size}
-    count = len(formula.inputs)
-
-    def cost(side: Sequence[bool]) -> int:
-        total = 1
-        for index, length in size.items():
-            sides = {side[k] for k in holders[index]}
-            rows, cols = lengths.get(index, (1, 1))
-            if len(sides) == 2:
-                total *= rows * cols if index in lengths else length
-            else:
-                # A leg on the other side than its array is cut.
-                total *= cols if True in sides else rows
-        return total
-
-    if count <= 12:
-        return min(cost(side) for side in itertools.product((False, True), repeat=count))
-    # True is the side of the rows. Arrays without a leg begin on one side, and on the other.
-    held = [[lengths[index] for index in own if index in lengths] for own in formula.inputs]
-    starts = [any(rows > 1 for rows, _ in own) for own in held], [all(cols == 1 for _, cols in own) for own in held]
-    return min(_descended(cost, list(side)) for side in starts)
-
-
-def _descended(cost: Callable[[Sequence[bool]], int], side: list[bool]) -> int:
-    """Move one array at a time to the other side as long as the cost falls, and return it."""
-    count, best, improved = len(side), cost(side), True
-    while improved:
-        improved = False
-        for k in range(count):
-            side[k] = not side[k]
-            now = cost(side)
-            if now < best:
-                best, improved = now, True
-            else:
-                side[k] = not side[k]
-    return best

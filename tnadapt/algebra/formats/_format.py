@@ -18,8 +18,10 @@ from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, integer, safe_repr
 
 from ..unfolding import Cut
-from ._contraction import Contraction, Formula, least_cut, least_cut_of_legs
+from ._contraction import Contraction, Formula
+from ._halves import Halves, Legs
 from ._jacobian import jacobian_rank
+from ._minimal_cut import least_cut, least_cut_of_legs
 
 if TYPE_CHECKING:
     from typing import Self
@@ -302,6 +304,11 @@ class Format:
         """
         formula, size = self._parsed
         return least_cut_of_legs(formula, size, legs)
+
+    def halves(self, legs: Legs) -> Halves:
+        """Return a way to compute a box as a product of two matrices, whose inner dimension is :meth:`rank_of_legs`."""
+        formula, size = self._parsed
+        return Halves.of(formula, tuple(size.items()), tuple((m,) for m in range(len(self.sizes))), self.sizes, legs)
 
     def bounded_unfoldings(self) -> Iterator[tuple[list[int], int]]:
         """Yield unfoldings of limited rank, each with its limit, for lower bounds on the error of a fit.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import Self
 
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
@@ -17,29 +17,13 @@ from tnadapt.errors import ConfigError
 
 from ..unfolding import Cut, along
 from ._format import Format, Ranges, rows_of
+from ._halves import Halves, Legs
+from ._mode_digits import Cover, covered
 
 __all__ = ["Axes", "Permuted"]
 
 #: For each mode of the network, the positions in the fold of its digits.
 Axes = tuple[tuple[int, ...], ...]
-
-
-class _Cover(NamedTuple):
-    """The contiguous range of a mode that contains a box of its digits.
-
-    Attributes
-    ----------
-    bounds : (int, int)
-        Start and stop.
-    lengths : list of int
-        How many indices of each digit the range covers.
-    crop : list of slice
-        Which of them are in the box.
-    """
-
-    bounds: tuple[int, int]
-    lengths: list[int]
-    crop: list[slice]
 
 
 class Permuted(Format):
@@ -98,25 +82,10 @@ class Permuted(Format):
     def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
         return self.own.adjoint(backend, arrays, self.turned(backend, tensor))
 
-    def _cover(self, axis: Sequence[int], ranges: Ranges) -> _Cover:
-        start, open_ = 0, False
-        lengths: list[int] = []  # a compiler cannot trace list[int]()
-        crop: list[slice] = []
-        for digit, (lo, hi) in zip(axis, ranges, strict=True):
-            size = self.sizes[digit]
-            if open_:
-                # Digits after the first one with a range: all of them, of which the box is a part.
-                start *= size
-                lengths.append(size)
-                crop.append(slice(lo, hi))
-                continue
-            start = start * size + lo
-            open_ = hi - lo > 1
-            lengths.append(hi - lo)
-            crop.append(slice(None))
-        return _Cover((start, start + math.prod(lengths)), lengths, crop)
+    def _cover(self, axis: Sequence[int], ranges: Ranges) -> Cover:
+        return covered([self.sizes[digit] for digit in axis], ranges)
 
-    def _cropped(self, backend: Backend, array: Array, covers: Sequence[_Cover], more: Sequence[int] = ()) -> Array:
+    def _cropped(self, backend: Backend, array: Array, covers: Sequence[Cover], more: Sequence[int] = ()) -> Array:
         """Return an array over the ranges of some modes, and axes of other lengths, as one over the box's digits."""
         shape = [length for cover in covers for length in cover.lengths]
         cut = tuple(part for cover in covers for part in cover.crop)
@@ -215,6 +184,10 @@ class Permuted(Format):
     def rank_of_legs(self, legs: Sequence[tuple[int, int]]) -> int:
         rows, cols = (self._merged([leg[side] for leg in legs]) for side in (0, 1))
         return self.own.rank_of_legs(list(zip(rows, cols, strict=True)))
+
+    def halves(self, legs: Legs) -> Halves:
+        formula, size = self.own._parsed
+        return Halves.of(formula, tuple(size.items()), self.axes, self.sizes, legs)
 
     def unfolding_rank(self, modes: Sequence[int]) -> int:
         legs = [(size, 1) if mode in modes else (1, size) for mode, size in enumerate(self.sizes)]
