@@ -35,6 +35,10 @@ CASES: dict[str, tna.Config] = {
 }
 
 
+#: Compiling takes half a minute each.
+COMPILED = ("lora(4)", "superlora(4)", "superlora(4) + F, ρ = 0.1")
+
+
 def base(dtype: torch.dtype, smoke: bool) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -95,8 +99,9 @@ def compare(dtype: torch.dtype, smoke: bool, compiled: bool) -> list[dict[str, A
     several: dict[str, tuple[nn.Module, Callable[[], None]]] = {"base": (model, lambda: None)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        several["peft lora(4)"] = peft_lora(model)
-        several.update({name: ours(model, config) for name, config in CASES.items()})
+        if not compiled:
+            several["peft lora(4)"] = peft_lora(model)
+        several.update({name: ours(model, CASES[name]) for name in (COMPILED if compiled else CASES)})
     kind = "compiled" if compiled else "eager"
     steps: dict[str, Callable[[], Tensor]] = {}
     first: dict[str, float] = {}

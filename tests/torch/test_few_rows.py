@@ -233,14 +233,11 @@ def test_an_exported_program_computes_the_update_itself(strict: bool) -> None:
 def test_the_operator_is_one_of_torch() -> None:
     model = layers()
     adapter = attached(model, CONFIGS["superlora"])
-    from tnadapt.torch import _update_product
-
     cache = model._tnadapt_adapters[adapter.name].cache
     arrays = [dict(adapter.named_parameters())[name].detach() for name in cache.names(0)]
-    number = _update_product._number(cache)
     torch.library.opcheck(
         torch.ops.tnadapt.update_product.default,
-        (torch.randn(2, 3, SIZE), arrays, number, 0, SIZE),
+        (torch.randn(2, 3, SIZE), arrays, cache.number, 0, SIZE),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -271,3 +268,21 @@ def test_generating_token_by_token_is_the_merged_model(name: str, cache: str, no
     merged = model.generate(prompt, **settings)
     assert torch.equal(attached.sequences, merged.sequences)
     torch.testing.assert_close(attached.logits, merged.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_program_is_compiled_again_for_another_cache() -> None:
+    torch._dynamo.reset()
+    model = layers()
+    adapter = attached(model, CONFIGS["superlora"].replace(start="given"))
+    x = torch.randn(1, SIZE)
+    program = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        before = program(x)
+        # Another plan, whose updates are differences from other arrays, takes the place of the adapter's.
+        adapter.reset()
+        adapter.start_from({name: torch.ones(shape) for name, shape in adapter.plan.param_shapes.items()})
+        stir(adapter)
+        torch.testing.assert_close(program(x), model(x), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(program(x), before)

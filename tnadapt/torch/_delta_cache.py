@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, cast
 
@@ -19,10 +21,19 @@ from ._array_snapshot import Snapshot, on_host
 from ._delta import DeltaFunction, Slice, Whole, pieces, vector, version
 from ._interception import in_dispatch_mode, in_functorch
 
-__all__ = ["CacheEntry", "DeltaCache", "array_state", "can_cache", "held_bytes", "trace_number"]
+__all__ = ["CacheEntry", "DeltaCache", "array_state", "can_cache", "held_bytes", "numbered_cache", "trace_number"]
 
 #: Gives the current arrays of an adapter by name.
 Lookup = Callable[[Sequence[str]], list[Tensor]]
+
+
+_numbers = itertools.count()
+_caches: weakref.WeakValueDictionary[int, DeltaCache] = weakref.WeakValueDictionary()
+
+
+def numbered_cache(number: int) -> DeltaCache:
+    """Return the cache with that number."""
+    return _caches[number]
 
 
 class DeltaCache:
@@ -53,6 +64,9 @@ class DeltaCache:
 
     def __init__(self, plan: SuperLoRA) -> None:
         self.plan = plan
+        #: By which an operator of a compiled program, which takes tensors and numbers only, finds this object.
+        self.number = next(_numbers)
+        _caches[self.number] = self
         # Filled completely here: a list that grows later would trigger recompilation of compiled programs.
         self._slices = [Slice(plan, index) for index in range(len(plan.shapes))]
         self._alone = [Slice.of(plan, index) is not None for index in range(len(plan.shapes))]

@@ -7,8 +7,6 @@ it was computed from. It returns a new tensor, which the compiler may overwrite;
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from collections.abc import Sequence
 from typing import cast
 
@@ -16,14 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._delta_cache import DeltaCache
+from ._delta_cache import DeltaCache, numbered_cache
 
 __all__ = ["update_product", "wide_product"]
-
-# An operator takes tensors and numbers only. Caches are numbered when the first program that uses them is compiled.
-_caches: weakref.WeakValueDictionary[int, DeltaCache] = weakref.WeakValueDictionary()
-_numbers: weakref.WeakKeyDictionary[DeltaCache, int] = weakref.WeakKeyDictionary()
-_count = itertools.count()
 
 
 def update_product(cache: DeltaCache, x: Tensor, arrays: Sequence[Tensor], index: int) -> Tensor:
@@ -38,7 +31,8 @@ def update_product(cache: DeltaCache, x: Tensor, arrays: Sequence[Tensor], index
     index : int
         The weight.
     """
-    return cast(Tensor, _update_product(x, list(arrays), _number(cache), index, cache.plan.shapes[index][0]))
+    # The number is an attribute that the compiler guards on: a program is compiled again for another cache.
+    return cast(Tensor, _update_product(x, list(arrays), cache.number, index, cache.plan.shapes[index][0]))
 
 
 def wide_product(x: Tensor, update: Tensor) -> Tensor:
@@ -47,19 +41,9 @@ def wide_product(x: Tensor, update: Tensor) -> Tensor:
     return functional.linear(x.to(kind), update.to(kind))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _number(cache: DeltaCache) -> int:
-    """Return the number by which the operator finds a cache."""
-    found = _numbers.get(cache)
-    if found is None:
-        found = _numbers[cache] = next(_count)
-        _caches[found] = cache
-    return found
-
-
 @torch.library.custom_op("tnadapt::update_product", mutates_args=())
 def _update_product(x: Tensor, arrays: Sequence[Tensor], cache: int, index: int, rows: int) -> Tensor:
-    found = _caches[cache]
+    found = numbered_cache(cache)
     named = dict(zip(found.names(index), arrays, strict=True))
     update = found.get(lambda names: [named[name] for name in names], index, x.dtype)
     return wide_product(x, update.to(x.device).reshape(rows, x.shape[-1])).to(x.dtype)
