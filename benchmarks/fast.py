@@ -38,6 +38,7 @@ PARTS = {
     "growth": ("cost against the number of elements", 1),
     "slices": ("one weight out of a large group", 1),
     "startup": ("import and attach", 2),
+    "files": ("planning, extraction and merging", 1),
     "gpu": ("on a GPU", 2),
 }
 

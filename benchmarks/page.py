@@ -59,6 +59,12 @@ WHAT = {
     ),
     "growth": ("Cost against the number of elements", "The slope of log time against log N; 1 is linear."),
     "slices": ("One weight of 4096² out of a group of 2^30", "Compared with a copy of the slice by one thread."),
+    "files": (
+        "Planning, extraction and merging on disk",
+        "`tnadapt.plan` with its table; `tnadapt.extract` and `tnadapt.merge` of the q and v of ViT-base. *cpu* is "
+        "processor time of all threads in seconds; *plain* reads and writes the same file by `safetensors.numpy`, "
+        "*plain_synced* with an fsync, which a merge has, too.",
+    ),
     "startup": ("Import and attach", "In addition to the cost of the libraries and the arrays themselves."),
     "gpu": ("On a GPU", ""),
 }

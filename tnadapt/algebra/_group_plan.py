@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from .applying import applying_of
 from .config import Config
 from .group import Group
 from .init import Initializer
-from .layout import make_layout, require_alike
+from .known_weights import layout_of
+from .layout import require_alike
 from .maps import input_length, is_linear
 from .maps.projection import Projection
 from .named_fold import group_fold, is_named
@@ -30,6 +31,7 @@ from .theta import Theta
 __all__ = ["GroupPlan", "some_names"]
 
 Weights = tuple[tuple[int, int], ...] | None
+_Projections = dict[tuple[int, int, Weights], Projection]
 
 # Plans of up to this many groups are laid out when they are made; larger ones when their arrays are asked for.
 LAID_OUT = 4096
@@ -60,7 +62,7 @@ class GroupPlan:
             raise ConfigError(f"expected a tnadapt.Config; got {type(config).__name__}")
         self.config = config
         self.applying = applying_of(config.apply, config.magnitude_axis)
-        self.layout = make_layout(config.groups, shapes, layers, roles)
+        self.layout = layout_of(config.groups, shapes, layers, roles)
         if config.weight_shape is not None:
             require_alike(self.layout, config.weight_shape, config.fold)  # type: ignore[arg-type]  # Config refuses others
         self.shapes = self.layout.shapes
@@ -77,7 +79,7 @@ class GroupPlan:
         self._base_starts: dict[str, np.ndarray] = {}
         self.point = starting_point(config.start)
         if self.point.needs_base:
-            for group in self._different if config.groups == "weight" else range(self.num_groups):
+            for group in range(self.num_groups):
                 self.point.check(self.start_place(group))
         # Filled in place: groups refer to it.
         self._given: dict[str, np.ndarray] = {}
@@ -87,12 +89,15 @@ class GroupPlan:
         self._given.update(fitting)
         if start_from is not None:
             self._given.update(checked_start(config.start, self.point.brought, start_from, self.array_shapes))
-        # Load backends and lay the groups out now, so that torch.compile and jax.jit never trace this code.
+        self._lay_out()
+        if self._array_plan.tied and is_linear(config.projection):
+            _ = self._zeros  # raises a ConfigError if a term cannot start at zero
+
+    def _lay_out(self) -> None:
+        """Load backends and lay the groups out now, so that torch.compile and jax.jit never trace this code."""
         load_imported()
         if self.num_groups <= LAID_OUT:
             _ = self.param_shapes, self.weight_param_names
-        if self._array_plan.tied and is_linear(config.projection):
-            _ = self._zeros  # raises a ConfigError if a term cannot start at zero
 
     @functools.cached_property
     def num_parameters(self) -> int:
@@ -100,9 +105,7 @@ class GroupPlan:
         if self.theta is not None or self._array_plan.tied:
             return sum(math.prod(shape) for shape in self.param_shapes.values())
         own = sum(math.prod(shape) for shape in self.weight_param_shapes.values())
-        if self._networks_vary:
-            return own + sum(self._num_trained(group) for group in range(self.num_groups))
-        return own + sum(count * self._num_trained(group) for group, count, _ in self.layout.same_size())
+        return own + sum(count * self._num_trained(group) for group, count in self.kinds)
 
     def _num_trained(self, group: int) -> int:
         if not self.config.sources:
@@ -130,6 +133,8 @@ class GroupPlan:
 
         ``weight{i}.magnitude`` with ``apply="magnitude"``. They start at numbers of the base weights.
         """
+        if self.applying.additive:
+            return {}
         return {
             name: own
             for index, shape in enumerate(self.shapes)
@@ -240,31 +245,42 @@ class GroupPlan:
         >>> GroupPlan(tna.presets.fastfood(ratio=0.1), [(10, 10)]).groups[0].projection
         Projection('linear', n_in=10, n_out=100, seed=0, group=0)
         """
-        config, found = self.config, list[Group]()
-        projections: dict[tuple[int, int, Weights], Projection] = {}
-        # Arrays that do not depend on the group are computed and kept once for all groups with the same network.
-        alike, tied = self._array_plan.alike, self._array_plan.tied
+        projections: _Projections = {}
         arrays: dict[tuple[int, int], FrozenArrays] = {}
-        for index in range(self.num_groups):
-            network, size = self._network(index), self.layout.group_size(index)
-            key = size, 0 if config.shared else index, self._weights(index)
-            if key not in projections:
-                projections[key] = self._projection(network.size, *key)
-            origins = self._array_plan.origins(index)
-            names, frozen_names = names_of(index, network.shapes, origins)
-            own = id(network), 0 if alike else index
-            if own not in arrays:
-                arrays[own] = FrozenArrays(self._array_plan.frozen(origins), self._given)
-            frozen = arrays[own]
-            start = Initializer(
-                network, projections[key], config.seed, index, frozen, origins=origins,
-                starts=self._start_of if tied else None, table=self._zero_table if tied else None,
-                point=self.point, given=self._given,
-            )  # fmt: skip
-            multiplied = {name: origin.multiplied for name, origin in origins.items() if origin.multiplied is not None}
-            pieces = self.layout.of_group(index)
-            found.append(Group(size, network, projections[key], start, names, pieces, frozen, frozen_names, multiplied))
-        return found
+        return [self._made(index, projections, arrays) for index in range(self.num_groups)]
+
+    @functools.cached_property
+    def alike(self) -> list[tuple[Group, int]]:
+        """A group of each kind, and the number of groups that have its network, map, and kinds of arrays.
+
+        For what is counted in integers, without laying all groups out. Groups with ``sources`` stand for themselves.
+        """
+        if self.config.sources:
+            return [(group, 1) for group in self.groups]
+        projections: _Projections = {}
+        arrays: dict[tuple[int, int], FrozenArrays] = {}
+        return [(self._made(first, projections, arrays), count) for first, count in self.kinds]
+
+    def _made(self, index: int, projections: _Projections, arrays: dict[tuple[int, int], FrozenArrays]) -> Group:
+        config, alike, tied = self.config, self._array_plan.alike, self._array_plan.tied
+        network, size = self._network(index), self.layout.group_size(index)
+        key = size, 0 if config.shared else index, self._weights(index)
+        if key not in projections:
+            projections[key] = self._projection(network.size, *key)
+        origins = self._array_plan.origins(index)
+        names, frozen_names = names_of(index, network.shapes, origins)
+        # Arrays that do not depend on the group are computed and kept once for all groups with the same network.
+        own = id(network), 0 if alike else index
+        if own not in arrays:
+            arrays[own] = FrozenArrays(self._array_plan.frozen(origins), self._given)
+        start = Initializer(
+            network, projections[key], config.seed, index, arrays[own], origins=origins,
+            starts=self._start_of if tied else None, table=self._zero_table if tied else None,
+            point=self.point, given=self._given,
+        )  # fmt: skip
+        multiplied = {name: origin.multiplied for name, origin in origins.items() if origin.multiplied is not None}
+        pieces = self.layout.of_group(index)
+        return Group(size, network, projections[key], start, names, pieces, arrays[own], frozen_names, multiplied)
 
     def _start_of(self, group: int) -> Initializer:
         return self.groups[group].start
@@ -308,22 +324,22 @@ class GroupPlan:
     def _stacked(self) -> bool:
         return self.config.fold == "stack" and self.config.order == 2
 
-    @property
-    def _networks_vary(self) -> bool:
-        """Whether groups of equal size may have different networks.
+    @functools.cached_property
+    def kinds(self) -> list[tuple[int, int]]:
+        """The groups that may differ in their network: the index of the first of each kind, and how many have it.
 
-        So have stacks and folds in names, of different weights, and groups with a map F of each weight.
+        Groups of equal size have the same network, but for stacks and folds in names, of different weights, and groups
+        with a map F of each weight.
         """
-        if self.config.on == "weight":
-            return True
-        if is_named(self.config.fold):
-            return not self.layout.equal_shapes
-        return self._stacked and not self.layout.equal_columns
+        named = is_named(self.config.fold) and not self.layout.equal_shapes
+        if self.config.on == "weight" or named:
+            return [(group, 1) for group in range(self.num_groups)]
+        return self.layout.kinds(columns=self._stacked)
 
     @property
-    def _different(self) -> Iterable[int]:
+    def _different(self) -> list[int]:
         """Indices of groups that together have every network of the plan."""
-        return range(self.num_groups) if self._networks_vary else [first for first, _, _ in self.layout.same_size()]
+        return [first for first, _ in self.kinds]
 
     def _network(self, group: int) -> Network:
         size = self.layout.group_size(group)

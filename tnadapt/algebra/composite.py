@@ -342,6 +342,11 @@ class CompositePlan(SuperLoRA, of=CompositeConfig):
                 )
         return found
 
+    @functools.cached_property
+    def alike(self) -> list[tuple[Group, int]]:
+        """A group of each kind of each part, and the number of groups like it."""
+        return [kind for part in self.parts for kind in part.alike]
+
     def _starts_if(self, chosen: Collection[str]) -> list[Initializer]:
         found = list[Initializer]()
         for place, part in enumerate(self.parts):

@@ -19,7 +19,10 @@ from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from .folding import MAX_SIZE
 
-__all__ = ["Layout", "Piece", "make_layout", "require_alike"]
+__all__ = ["Layout", "Piece", "checked_shapes", "make_layout", "require_alike"]
+
+# Lists of more pieces are kept: there are few groups of so many weights.
+_LONG = 64
 
 Groups = str | int | tuple[tuple[int, ...], ...]
 
@@ -94,13 +97,14 @@ class Layout:
         self._starts = [0, *itertools.accumulate(self._sizes)]
         self.size = self._starts[-1]
         self._members = members
+        self._long: dict[int, list[Piece]] = {}
         self._length = length if length is not None else 0
         self.num_groups = len(members) if members is not None else -(-self.size // self._length)
 
     def group_size(self, group: int) -> int:
         """Return the number of elements of a group."""
         if self._members is not None:
-            return sum(self._sizes[weight] for weight in self._members[group])
+            return self._member_sizes[group]
         return min(self._length, self.size - group * self._length)
 
     def same_size(self) -> list[tuple[int, int, int]]:
@@ -111,21 +115,59 @@ class Layout:
             return [*runs, (last, 1, self.group_size(last))]
         return [(group, 1, self.group_size(group)) for group in range(self.num_groups)]
 
+    def kinds(self, columns: bool = False) -> list[tuple[int, int]]:
+        """Return the groups that differ in size: the first of each kind, and the number of groups of that kind.
+
+        With ``columns``, also those that differ in :meth:`columns`.
+
+        Examples
+        --------
+        >>> make_layout("weight", [(2, 3), (2, 2), (3, 2)]).kinds(), make_layout(4, [(2, 3), (2, 2)]).kinds()
+        ([(0, 2), (1, 1)], [(0, 3), (3, 1)])
+        """
+        return self._kinds_by_columns if columns and not self.equal_columns else self._kinds_by_size
+
+    @cached_property
+    def _kinds_by_size(self) -> list[tuple[int, int]]:
+        found: dict[int, tuple[int, int]] = {}
+        for first, count, size in self.same_size():
+            group, known = found.get(size, (first, 0))
+            found[size] = group, known + count
+        return list(found.values())
+
+    @cached_property
+    def _kinds_by_columns(self) -> list[tuple[int, int]]:
+        found: dict[tuple[int, int], tuple[int, int]] = {}
+        for group in range(self.num_groups):
+            key = self.group_size(group), self.columns(group)
+            first, known = found.get(key, (group, 0))
+            found[key] = first, known + 1
+        return list(found.values())
+
+    @cached_property
+    def shape_counts(self) -> collections.Counter[tuple[int, int]]:
+        """The number of weights of each shape."""
+        return collections.Counter(self.shapes)
+
     @cached_property
     def equal_columns(self) -> bool:
         """Whether all weights have the same number of columns."""
-        return len({cols for _, cols in self.shapes}) == 1
+        return len({cols for _, cols in self.shape_counts}) == 1
 
     @cached_property
     def equal_shapes(self) -> bool:
         """Whether all weights have the same shape."""
-        return len(set(self.shapes)) == 1
+        return len(self.shape_counts) == 1
 
     def columns(self, group: int) -> int:
         """Return c, the greatest common divisor of the column counts of the weights with elements in the group."""
         if self.equal_columns:
             return self.shapes[0][1]
         return math.gcd(*(self.shapes[piece.weight][1] for piece in self.of_group(group)))
+
+    @cached_property
+    def _member_sizes(self) -> list[int]:
+        return [sum(self._sizes[weight] for weight in members) for members in self._members or ()]
 
     @cached_property
     def _home(self) -> dict[int, tuple[int, int]]:
@@ -150,7 +192,15 @@ class Layout:
         return pieces
 
     def of_group(self, group: int) -> list[Piece]:
-        """Return the pieces of one group, in order; together they cover it."""
+        """Return the pieces of one group, in order; together they cover it. Do not change the list."""
+        if group in self._long:
+            return self._long[group]
+        found = self._of_group(group)
+        if len(found) > _LONG:
+            self._long[group] = found
+        return found
+
+    def _of_group(self, group: int) -> list[Piece]:
         if self._members is not None:
             return [piece for weight in self._members[group] for piece in self.of_weight(weight)]
         start = group * self._length
@@ -228,7 +278,7 @@ def make_layout(
     >>> make_layout("layer", [(2, 2)] * 4, layers=[0, 0, 1, 1]).num_groups
     2
     """
-    shapes = _checked_shapes(shapes)
+    shapes = checked_shapes(shapes)
     if groups == "weight":
         return Layout(shapes, [(weight,) for weight in range(len(shapes))])
     if groups == "layer":
@@ -270,7 +320,7 @@ def require_alike(layout: Layout, shape: tuple[int, int], fold: Sequence[int]) -
     rows, cols = shape
     number = math.prod(fold) // (rows * cols)
     meant = f"fold={tuple(fold)} stands for {number} weight{'s' * (number != 1)} of {rows}×{cols}"
-    counts = collections.Counter(layout.shapes)
+    counts = layout.shape_counts
     if set(counts) != {(rows, cols)}:
         listed = [f"{count} of {r}×{c}" for (r, c), count in list(counts.items())[:6]]
         raise ConfigError(
@@ -307,7 +357,8 @@ def _by_key(what: str, given: Iterable[Hashable] | None, weights: int) -> list[l
     return list(members.values())
 
 
-def _checked_shapes(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def checked_shapes(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the shapes as pairs of integers, or raise a ShapeError."""
     try:
         checked = [tuple(operator.index(size) for size in shape) for shape in shapes]
     except TypeError as error:

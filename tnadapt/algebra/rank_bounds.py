@@ -6,14 +6,14 @@ They are computed from the integers of a plan. LoRA of that rank holds the updat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ._network_halves import width_at
 from ._weight_places import place_of
 from .group import Group
 from .layout import Layout, Piece
 
-__all__ = ["lora_rank", "rank_bound"]
+__all__ = ["lora_rank", "rank_bound", "rank_bounds"]
 
 
 def rank_bound(layout: Layout, groups: Sequence[Group], weight: int) -> int:
@@ -31,6 +31,31 @@ def rank_bound(layout: Layout, groups: Sequence[Group], weight: int) -> int:
     for piece in layout.of_weight(weight):
         total += _of_piece(groups[piece.group], piece, cols)
     return min(total, rows, cols)
+
+
+def rank_bounds(layout: Layout, groups: Sequence[Group]) -> Iterator[int]:
+    """Yield :func:`rank_bound` of every weight; weights at the same place of groups that are alike share theirs.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> plan = tna.SuperLoRA(tna.presets.loha(2), [(8, 6), (8, 6), (3, 6)])
+    >>> list(rank_bounds(plan.layout, plan.groups))
+    [4, 4, 3]
+    """
+    known: dict[tuple[object, ...], int] = {}
+    for weight, (rows, cols) in enumerate(layout.shapes):
+        pieces = [(groups[piece.group], piece) for piece in layout.of_weight(weight)]
+        key = rows, cols, *(_key(group, piece) for group, piece in pieces)
+        if key not in known:
+            known[key] = min(sum(_of_piece(group, piece, cols) for group, piece in pieces), rows, cols)
+        yield known[key]
+
+
+def _key(group: Group, piece: Piece) -> tuple[object, ...]:
+    """Return all that :func:`_of_piece` depends on, besides the shape of the weight."""
+    start = piece.group_start if group.projection.kind == "identity" else 0
+    return id(group.network), group.projection.kind, group.subtracts, piece.weight_start, start, piece.length
 
 
 def lora_rank(shapes: Sequence[tuple[int, int]], ranks: Sequence[int]) -> int | None:

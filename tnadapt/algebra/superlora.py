@@ -19,7 +19,7 @@ from ._base_arrays import base_weight
 from ._parameter_plan import ParameterPlan
 from .config import Config
 from .layout import Piece
-from .rank_bounds import lora_rank, rank_bound
+from .rank_bounds import lora_rank, rank_bound, rank_bounds
 
 __all__ = ["SuperLoRA", "checked_given", "parameter_count"]
 
@@ -155,7 +155,25 @@ class SuperLoRA(ParameterPlan):
         """
         if not self.applying.additive:
             return None
-        return lora_rank(self.shapes, [rank_bound(self.layout, self.groups, i) for i in range(len(self.shapes))])
+        return lora_rank(self.shapes, self.largest_ranks)
+
+    @functools.cached_property
+    def largest_ranks(self) -> list[int]:
+        """:meth:`largest_rank` of every weight."""
+        return list(rank_bounds(self.layout, self.groups))
+
+    def full_rank_bound(self) -> int | None:
+        """Return the rank of the weights' smaller sides if some update may have it and is no smaller as LoRA.
+
+        None if not; no other rank has to be known then.
+        """
+        most = max(map(min, self.shapes))
+        for (rows, cols), rank in zip(self.shapes, rank_bounds(self.layout, self.groups), strict=True):
+            if rank * (rows + cols) < rows * cols:
+                return None
+            if rank == most:
+                return most
+        return None
 
     # -- Arrays ------------------------------------------------------------------------------
 

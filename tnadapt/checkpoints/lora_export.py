@@ -126,7 +126,9 @@ def lora_export(plan: SuperLoRA, targets: Sequence[Target] | None = None, activa
     other = next((target for target in own if not _is_layer(target)), None)
     if other is not None:
         return LoraExport(None, f"{escaped(other.name)} is not the weight of a layer")
-    ranks = [plan.largest_rank(index) for index in range(len(plan.shapes))]
+    if targets is None and (full := plan.full_rank_bound()) is not None:
+        return LoraExport(None, f"its updates may have matrix rank {full}")
+    ranks = plan.largest_ranks
     shapes: Sequence[tuple[int, int]] = plan.shapes
     if targets is not None:
         total = Counter[str]()

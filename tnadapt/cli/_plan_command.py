@@ -15,6 +15,7 @@ from tnadapt.errors import safe_repr
 from tnadapt.planning import Plan, known_as, model_targets
 
 from ._printing import echo, echo_json
+from ._progress import steps_bar
 from ._settings import chosen_config, shapes_of
 from ._tables import print_table
 
@@ -81,7 +82,7 @@ def plan_command(
     if budget is None:
         raise TnadaptError("give a budget: --budget 1000 for parameters, --budget 4kB for bytes")
     drawn = chosen_config(preset, settings or [], None)
-    with Console(stderr=True).status("planning"):
+    with steps_bar("planning") as progress:
         weights = _weights(model, targets, shape)
         found = plan(
             weights.shapes,
@@ -89,6 +90,7 @@ def plan_command(
             layers=weights.layers,
             roles=weights.roles,
             dtype=dtype,
+            progress=progress,
             **({"by": by} if by else {}),
         )
         table = found.table(every)

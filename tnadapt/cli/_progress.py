@@ -23,7 +23,7 @@ from tnadapt.errors import escaped
 if TYPE_CHECKING:
     from tnadapt.finetune import Task
 
-__all__ = ["bytes_bar", "reporter"]
+__all__ = ["bytes_bar", "reporter", "steps_bar"]
 
 
 @contextlib.contextmanager
@@ -36,6 +36,22 @@ def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     bars = Progress(
         TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
         TimeRemainingColumn(), console=console, transient=True,
+    )  # fmt: skip
+    with bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def steps_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback for the steps done and their number, which draws a bar on a terminal and nothing elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
+    bars = Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), console=console,
+        transient=True,
     )  # fmt: skip
     with bars:
         task = bars.add_task(what, total=None)

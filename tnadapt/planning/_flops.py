@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from tnadapt.algebra.applying import Applying
 from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
@@ -46,18 +48,15 @@ def step_cost(plan: SuperLoRA) -> int:
     """
     known: dict[tuple[int, int], int] = {}
     total = 0
-    for group in plan.groups:
+    for group, count in plan.alike:
         key = id(group.network), group.size
         if key not in known:
             start = 1 if group.start.subtracts else 0
-            known[key] = (3 + start) * forward_cost(group.network) + (2 + start) * _projected(group.projection)
-        total += known[key]
-    applied: dict[tuple[int, int], int] = {}
-    for shape in plan.shapes:
-        if shape not in applied:
-            applied[shape] = applied_cost(plan.applying, shape)
-        total += applied[shape]
-    return total
+            known[key] = (3 + start) * forward_cost(group.network) + (2 + start) * of_map(group.projection)
+        total += count * known[key]
+    if plan.applying.additive:
+        return total
+    return total + sum(count * applied_cost(plan.applying, shape) for shape, count in Counter(plan.shapes).items())
 
 
 def applied_cost(applying: Applying, shape: tuple[int, int]) -> int:
@@ -97,7 +96,7 @@ def forward_cost(network: Network) -> int:
     return backend.products
 
 
-def _projected(projection: Projection) -> int:
+def of_map(projection: Projection) -> int:
     """Return the multiply-adds of one call of F: as declared, or by running its operations on shapes."""
     own = projection.map.cost()
     if own is not None:

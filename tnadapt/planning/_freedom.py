@@ -61,12 +61,12 @@ def degrees_of_freedom(plan: SuperLoRA) -> int:
     """
     known: dict[int, int] = {}
     total = 0
-    for group in plan.groups:  # groups of one length share their network
+    for group, count in plan.alike:
         key = id(group.network)
         if key not in known:
             # Frozen arrays leave fewer degrees of freedom than the formulas, which are then an upper bound.
             known[key] = min(of_network(group.network), group.num_parameters, group.projection.map.freedom())
-        total += known[key]
+        total += count * known[key]
     # Arrays that are tied, or made from θ, are counted once. The magnitudes of weights are no part of an update.
     return min(total, plan.num_parameters - sum(map(math.prod, plan.weight_param_shapes.values())))
 

@@ -120,9 +120,9 @@ def padding_waste(plan: SuperLoRA) -> float:
     >>> padding_waste(tna.SuperLoRA(tna.Config(groups=1, fold="hypercube", order=3), [(3, 3)]))  # 27 for 9
     0.6666666666666666
     """
-    networks = [group.network for group in plan.groups]
-    made = sum(map(_elements, networks))
-    return (made - sum(network.size for network in networks)) / made
+    networks = [(group.network, count) for group, count in plan.alike]
+    made = sum(count * _elements(network) for network, count in networks)
+    return (made - sum(count * network.size for network, count in networks)) / made
 
 
 def _elements(network: Network) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.layout import make_layout
+from tnadapt.algebra.known_weights import KnownWeights
 from tnadapt.errors import ConfigError
 
 from ._budget_units import bytes_each, parameters_of
@@ -26,6 +26,7 @@ def plan(
     roles: Sequence[Hashable] | None = None,
     dtype: str = "float32",
     by: Sequence[str] = ("parameters", "freedom", "cost"),
+    progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """Find the settings of all families within a budget, with their capacity and cost, and their Pareto front.
 
@@ -44,6 +45,8 @@ def plan(
     by : sequence of str
         The criteria of the front: ``"parameters"``, ``"freedom"``, ``"cost"``, ``"rank"``, ``"waste"``. With
         ``"rank"``, the rank of every row is computed, which takes a second each for weights of 4096².
+    progress : callable, optional
+        Called with the number of families that are searched and of all, after each.
 
     Returns
     -------
@@ -63,7 +66,8 @@ def plan(
     The families are the methods of table 1 of the paper and settings between them: over G, M, K, format, projection
     and ratio. For each family, bisection finds the setting with the most parameters within the budget (if the family
     has several K and f, or ρ, the one with the most freedom), the same for a tenth of the budget, a hundredth, …, and
-    the smallest setting. No array is created until a rank is needed.
+    the smallest setting. No array is created until a rank is needed. Shapes are checked once, and what settings need of
+    them is counted once for each different group, so that the time hardly depends on the number of weights.
 
     Freedom and rank measure what a setting can represent, not its accuracy; measure that with ``tnadapt finetune``.
 
@@ -77,17 +81,15 @@ def plan(
     """
     names = checked_criteria(by)
     each = bytes_each(dtype)
-    shapes = make_layout("weight", shapes).shapes
-    if layers is not None:
-        layers = list(layers)
-        make_layout("layer", shapes, layers)  # raise errors early
-    if roles is not None:
-        roles = list(roles)
-        make_layout("role", shapes, roles=roles)
+    layers, roles = (None if keys is None else list(keys) for keys in (layers, roles))
+    shapes = KnownWeights(shapes, layers, roles)
+    for name, keys in (("layer", layers), ("role", roles)):
+        if keys is not None:
+            shapes.layout(name)  # raise errors early
     size = sum(rows * cols for rows, cols in shapes)
     wanted = parameters_of(budget, dtype)
     search, kinds = Search(shapes, layers, roles), families(shapes, layers, roles)
-    found = _down(search, kinds, min(wanted, size))
+    found = _down(search, kinds, min(wanted, size), progress)
     if not found:
         least = _least(search, kinds)
         raise ConfigError(
@@ -97,7 +99,7 @@ def plan(
     rows = [Row.of(search.adapter(config), each) for config in found]
     rows.sort(key=lambda row: (-row.parameters, row.cost, -row.freedom))
     front = tuple(front_of(rows, names, min(wanted, size)))
-    return Plan(wanted, dtype, shapes, names, tuple(rows), front, tuple(_freest(rows)))
+    return Plan(wanted, dtype, tuple(shapes), names, tuple(rows), front, tuple(_freest(rows)))
 
 
 def _freest(rows: Sequence[Row]) -> list[Row]:
@@ -113,10 +115,12 @@ def _least(search: Search, kinds: Sequence[Family]) -> Found:
     return min((found for family in kinds if (found := search.least(family))), key=lambda found: found.parameters)
 
 
-def _down(search: Search, kinds: Sequence[Family], allowed: int) -> dict[Config, None]:
+def _down(
+    search: Search, kinds: Sequence[Family], allowed: int, progress: Callable[[int, int], None] | None
+) -> dict[Config, None]:
     """Return for each family the freest of its largest settings within the budget, a tenth of it, …, and the least."""
     found: dict[Config, None] = {}
-    for family in kinds:
+    for number, family in enumerate(kinds):
         least, rung = search.least(family), allowed
         while least is not None and rung >= least.parameters:
             best = search.largest(family, rung, search.freedom)
@@ -125,4 +129,6 @@ def _down(search: Search, kinds: Sequence[Family], allowed: int) -> dict[Config,
             rung //= RUNG
         if least is not None and least.parameters <= allowed:
             found[least.config] = None
+        if progress is not None:
+            progress(number + 1, len(kinds))
     return found

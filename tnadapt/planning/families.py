@@ -124,17 +124,17 @@ def _train(order: int, groups: Any) -> Ladder:
 
 def _by_factors(plan: SuperLoRA) -> int:
     """Return the smallest size of a factored mode, beyond which a rank gains nothing."""
-    return min(shape[0] for name, shape in plan.param_shapes.items() if ".factor" in name)
+    return min(shape[0] for group, _ in plan.alike for name, shape in group.network.shapes.items() if ".factor" in name)
 
 
 def _by_count(plan: SuperLoRA) -> int:
     """Return the rank of CP of an order above 2 at which all elements are free; ranks above the sizes still help."""
-    networks = [group.network for group in plan.groups]
+    networks = [group.network for group, _ in plan.alike]
     return max(network.size // (sum(network.sizes) - len(network.sizes) + 1) for network in networks)
 
 
 def _by_bonds(plan: SuperLoRA) -> int:
     """Return the largest useful rank of a tensor train: the number of elements on the smaller side of a bond."""
-    sizes = max(group.network.sizes for group in plan.groups)
+    sizes = max(group.network.sizes for group, _ in plan.alike)
     cuts = range(1, len(sizes))
     return max(min(math.prod(sizes[:cut]), math.prod(sizes[cut:])) for cut in cuts)

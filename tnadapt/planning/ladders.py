@@ -7,7 +7,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.superlora import SuperLoRA, parameter_count
+from tnadapt.algebra.known_weights import KnownWeights
+from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import TnadaptError
 
 from ._freedom import degrees_of_freedom
@@ -31,6 +32,22 @@ class Ladder(NamedTuple):
 
 
 Family = Sequence[Ladder]
+
+
+class CountedPlan(SuperLoRA):
+    """A plan whose arrays are counted, and whose groups are laid out only when they are used.
+
+    A search makes thousands of plans, of which it lays out a few.
+
+    Examples
+    --------
+    >>> from tnadapt import presets
+    >>> CountedPlan(presets.lora(4), [(768, 768)] * 10_000).num_parameters
+    61440000
+    """
+
+    def _lay_out(self) -> None:
+        """Do nothing."""
 
 
 class Found(NamedTuple):
@@ -78,7 +95,8 @@ class Search:
         layers: Sequence[Hashable] | None = None,
         roles: Sequence[Hashable] | None = None,
     ) -> None:
-        self.shapes, self.layers, self.roles = shapes, layers, roles
+        self.shapes = shapes if isinstance(shapes, KnownWeights) else KnownWeights(shapes, layers, roles)
+        self.layers, self.roles = layers, roles
         self._counted = functools.cache(self._count)
         self._most = functools.cache(self._at_most)
 
@@ -97,8 +115,8 @@ class Search:
         return max(found, key=worth) if len(found) > 1 else next(iter(found), None)
 
     def adapter(self, config: Config) -> SuperLoRA:
-        """Return the plan of a setting on these weights."""
-        return SuperLoRA(config, self.shapes, self.layers, self.roles)
+        """Return the plan of a setting on these weights, whose groups are laid out when they are used."""
+        return CountedPlan(config, self.shapes, self.layers, self.roles)
 
     def freedom(self, found: Found) -> int:
         """Return the degrees of freedom of a setting; a ``worth`` for :meth:`largest`."""
@@ -121,7 +139,7 @@ class Search:
     def _count(self, ladder: Ladder, size: int) -> Found | None:
         try:
             config = ladder.config(size)
-            return Found(config, parameter_count(config, self.shapes, self.layers, self.roles))
+            return Found(config, self.adapter(config).num_parameters)
         except TnadaptError:  # the setting does not fit these weights
             return None
 
