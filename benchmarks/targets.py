@@ -136,8 +136,7 @@ TARGETS: list[Target] = [
         1.3,
         "fwht",
         largest("ours/one of as many"),
-        "All are below the limit except those with an odd small number of elements after the axis: there no two whole "
-        "vectors form a pair, and the first sweep processes one number at a time.",
+        "A few elements after the axis fill only a part of each vector in the first sweep.",
     ),
     Target(
         "1",

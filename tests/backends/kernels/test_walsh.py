@@ -130,6 +130,30 @@ def test_every_schedule_gives_the_same_bits(bits: int, unit: int, dtype: str, te
     assert np.array_equal(x, expected)
 
 
+@pytest.mark.law("kernels-agree")
+@given(
+    unit=st.integers(2, 17),
+    bits=st.integers(1, 9),
+    batch=st.integers(1, 3),
+    dtype=st.sampled_from(DTYPES),
+    in_place=st.booleans(),
+)
+def test_rows_that_are_shorter_than_a_vector(unit: int, bits: int, batch: int, dtype: str, in_place: bool) -> None:
+    """Vectors overlap the next row: nothing of it is changed, nor what lies around the array."""
+    shape = batch, 1 << bits, unit
+    memory = np.random.default_rng(bits).normal(size=math.prod(shape) + 40).astype(dtype)
+    memory[:20] = memory[-20:] = np.nan
+    kept, dst = memory.copy(), memory if in_place else np.full_like(memory, np.nan)
+    with np.errstate(all="raise"):
+        transform_into(memory[20:-20].reshape(shape), dst[20:-20].reshape(shape), 0.7, 1)
+    expected = butterflies(kept[20:-20].reshape(shape) * kept.dtype.type(0.7), 1)
+    assert np.array_equal(dst[20:-20].reshape(shape), expected)
+    assert np.isnan(dst[:20]).all()
+    assert np.isnan(dst[-20:]).all()
+    if not in_place:
+        assert np.array_equal(memory, kept, equal_nan=True)
+
+
 @pytest.mark.parametrize("shape", [(1 << 20,), (4, 1 << 18), (1 << 19, 3), (1 << 10, 1 << 10)])
 def test_large_arrays_with_the_caches_that_there_are(shape: tuple[int, ...], rng: np.random.Generator) -> None:
     x = rng.normal(size=shape).astype(np.float32)
