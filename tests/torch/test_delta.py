@@ -11,6 +11,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tnadapt.backends import load_backend  # noqa: E402
 from tnadapt.testing.strategies import plans  # noqa: E402
 from tnadapt.torch._delta import pieces, vector  # noqa: E402
 
@@ -37,6 +38,19 @@ def test_the_node_is_its_reference_implementation(plan: tna.SuperLoRA, seed: int
     for name, array in arrays.items():
         scale = float(duplicate[name].grad.abs().max()) + 1.0
         assert float((array.grad - 2 * duplicate[name].grad).abs().max()) <= 1e-12 * scale
+
+
+@given(plans(projections=("linear", "linear_v2", "nonlinear", "shuffle")), st.integers(0, 100))
+def test_groups_in_one_call_have_the_same_bits(plan: tna.SuperLoRA, seed: int) -> None:
+    plan, made = plan.arrays_plan, dict[int, list[torch.Tensor]]()
+    weights = torch.randn(plan.size, generator=torch.Generator().manual_seed(seed)).double()
+    for limit in (0, 1 << 20):
+        arrays = moved(plan, seed)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(load_backend("torch"), "at_once", lambda x, limit=limit: limit)
+            update = vector(plan, arrays)
+            made[limit] = [update, *torch.autograd.grad((update * weights).sum(), list(arrays.values()))]
+    assert all(map(torch.equal, *made.values()))
 
 
 @pytest.mark.parametrize("config", [P.superlora(2), P.dense(), P.superlora(2, projection="nonlinear", ratio=0.5)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -13,10 +13,11 @@ from tnadapt.backends.backend import Array
 from .init import Initializer
 from .layout import Piece
 from .maps.projection import Projection
+from .maps.together import slices
 from .network import Network
 from .sources import FrozenArrays, Multiplied
 
-__all__ = ["Group"]
+__all__ = ["Group", "updates"]
 
 
 class Group(NamedTuple):
@@ -117,30 +118,63 @@ class Group(NamedTuple):
 
         ``trained`` is the dtype in which the parameters started, to which x_start is rounded; by default their own.
         """
-        arrays = {name: params[full] for name, full in self.names.items()}
-        if not self.subtracts:
-            return self._projected(backend, arrays, start, stop, trained)
-        like = next(iter(arrays.values()))
-        kind = backend.dtype_name(like)
-        # The difference of two near numbers: taken in single precision at least, and rounded once.
-        wide = kind if kind == "float64" else "float32"
-        begun = [self.start.on(backend, (name, trained or kind), like, wide) for name in self.names]
-        moved = [backend.astype(array, wide) for array in arrays.values()]
-        # A compiler that computed the two by different routes would not find them equal at the start.
-        both = backend.apart([*moved, *begun])
-        now, then = both[: len(moved)], both[len(moved) :]
-        found = backend.apart(
-            [
-                self._projected(backend, dict(zip(self.names, half, strict=True)), start, stop, trained or kind)
-                for half in (now, then)
-            ]
-        )
-        return backend.astype(found[0] - found[1], kind)
+        return updates(backend, [self], params, start, stop, trained)[0]
 
-    def _projected(
-        self, backend: Backend, arrays: Mapping[str, Array], start: int, stop: int, trained: str | None
-    ) -> Array:
-        arrays = self.with_frozen(backend, arrays, trained)
-        if self.projection.map.identity:
-            return self.network.slice(backend, arrays, start, stop)
-        return self.projection.slice(self.network.whole(backend, arrays), start, stop)
+
+def updates(
+    backend: Backend,
+    groups: Sequence[Group],
+    params: Mapping[str, Array],
+    start: int,
+    stop: int,
+    trained: str | None = None,
+) -> list[Array]:
+    """Return the same elements of the updates of groups that share F, which is called once for all of them.
+
+    Parameters
+    ----------
+    backend : Backend
+    groups : sequence of Group
+        Those that :func:`tnadapt.algebra.group_batches.batches` puts together.
+    params : mapping of str to array
+    start, stop : int
+    trained : str, optional
+        As for :meth:`Group.update`.
+
+    Returns
+    -------
+    list of array, shape (stop - start,)
+    """
+    arrays = [{name: params[full] for name, full in group.names.items()} for group in groups]
+    if not groups[0].subtracts:
+        return _projected(backend, groups, arrays, start, stop, trained)
+    like = next(iter(arrays[0].values()))
+    kind = backend.dtype_name(like)
+    # The difference of two near numbers: taken in single precision at least, and rounded once.
+    wide = kind if kind == "float64" else "float32"
+    begun = [group.start.on(backend, (name, trained or kind), like, wide) for group in groups for name in group.names]
+    moved = [backend.astype(array, wide) for own in arrays for array in own.values()]
+    # A compiler that computed the two by different routes would not find them equal at the start.
+    both = iter(backend.apart([*moved, *begun]))
+    now = [{name: next(both) for name in group.names} for group in groups]
+    then = [{name: next(both) for name in group.names} for group in groups]
+    halves = [_projected(backend, groups, half, start, stop, trained or kind) for half in (now, then)]
+    found = backend.apart([part for half in halves for part in half])
+    return [
+        backend.astype(new - old, kind) for new, old in zip(found[: len(groups)], found[len(groups) :], strict=True)
+    ]
+
+
+def _projected(
+    backend: Backend,
+    groups: Sequence[Group],
+    arrays: Sequence[Mapping[str, Array]],
+    start: int,
+    stop: int,
+    trained: str | None,
+) -> list[Array]:
+    every = [group.with_frozen(backend, own, trained) for group, own in zip(groups, arrays, strict=True)]
+    if groups[0].projection.map.identity:
+        return [group.network.slice(backend, own, start, stop) for group, own in zip(groups, every, strict=True)]
+    vectors = [group.network.whole(backend, own) for group, own in zip(groups, every, strict=True)]
+    return slices(backend, groups[0].projection, vectors, start, stop)

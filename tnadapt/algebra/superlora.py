@@ -18,6 +18,7 @@ from ._array_plan import checked_given
 from ._base_arrays import base_weight
 from ._parameter_plan import ParameterPlan
 from .config import Config
+from .group_batches import updates_of_runs
 from .layout import Piece
 from .rank_bounds import lora_rank, rank_bound, rank_bounds
 
@@ -218,8 +219,8 @@ class SuperLoRA(ParameterPlan):
         backend = self._checked(params)
         params = self._arrays(backend, params, dtype)
         parts: dict[int, list[Array]] = {weight: [] for weight in range(len(self.shapes))}
-        for group in self.groups:
-            vec = group.update(backend, params, 0, group.size, dtype)
+        vectors = updates_of_runs(backend, [(group, 0, group.size) for group in self.groups], params, dtype)
+        for group, vec in zip(self.groups, vectors, strict=True):
             found = backend.split(vec, [piece.length for piece in group.pieces])
             for piece, part in zip(group.pieces, found, strict=True):
                 parts[piece.weight].append(part)
@@ -384,12 +385,8 @@ class SuperLoRA(ParameterPlan):
     def _assembled(
         self, backend: Backend, arrays: Mapping[str, Array], pieces: Sequence[Piece], dtype: str | None
     ) -> Array:
-        return backend.concat(
-            [
-                self.groups[run.group].update(backend, arrays, run.group_start, run.group_start + run.length, dtype)
-                for run in pieces
-            ]
-        )
+        runs = [(self.groups[run.group], run.group_start, run.group_start + run.length) for run in pieces]
+        return backend.concat(updates_of_runs(backend, runs, arrays, dtype))
 
 
 def parameter_count(

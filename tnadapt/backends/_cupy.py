@@ -12,7 +12,7 @@ import numpy as np
 from tnadapt.errors import BackendError
 
 from ._dft2 import FFT_DTYPES, dft2_by_fft
-from .backend import OPTIONAL, Array, Backend, Map
+from .backend import LAUNCHED_AT_ONCE, OPTIONAL, Array, Backend, Map
 
 
 class CupyBackend(Backend):
@@ -49,6 +49,9 @@ class CupyBackend(Backend):
 
     def lacks(self, x: Array) -> frozenset[str]:
         return frozenset(OPTIONAL) - {"dft2"}
+
+    def at_once(self, x: Array) -> int:
+        return LAUNCHED_AT_ONCE
 
     def dft2(self, x: Array, fallback: Map) -> Array | None:
         return dft2_by_fft(self.xp, x) if self.dtype_name(x) in FFT_DTYPES and x.size else None

@@ -16,7 +16,7 @@ from ._dft2 import FFT_DTYPES, dft2_in_chunks
 from ._kernels import kernels
 from ._kernels.thin_product import thin_product
 from ._kron import kron_by_rows, kron_plain, short_rows
-from .backend import Array, Backend, Map
+from .backend import CALLED_AT_ONCE, Array, Backend, Map
 
 # Rows of up to this length are slow in products with broadcasting.
 _SHORT = 256
@@ -97,6 +97,9 @@ class NumpyBackend(Backend):
     def lacks(self, x: Array) -> frozenset[str]:
         compiled = {"fwht": "walsh", "fastfood": "fastfood"}
         return frozenset({"gradient", "shuffle", *(name for name, part in compiled.items() if kernels(part) is None)})
+
+    def at_once(self, x: Array) -> int:
+        return CALLED_AT_ONCE
 
     def fwht(self, x: Array, scale: float, axis: int, fallback: Map) -> Array | None:
         # Other subclasses may redefine operations or attach metadata, which a kernel would ignore.

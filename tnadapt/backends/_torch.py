@@ -17,7 +17,7 @@ from ._kernels import kernels
 from ._kron import kron_by_rows, kron_plain, short_rows
 from ._torch_dft2 import dft2
 from ._torch_kernels import fastfood, hadamard, hadamard_into
-from .backend import OPTIONAL, Array, Backend, FixedArrays, Map
+from .backend import CALLED_AT_ONCE, LAUNCHED_AT_ONCE, OPTIONAL, Array, Backend, FixedArrays, Map
 
 # Rows of up to this length are slow in products with broadcasting.
 _SHORT = 8
@@ -159,6 +159,9 @@ class TorchBackend(Backend):
         compiled = {"fwht": "walsh", "fastfood": "fastfood"} if x.device.type == "cpu" else {}
         there = {"gradient", "dft2", *(name for name, part in compiled.items() if kernels(part))}
         return frozenset(set(OPTIONAL) - there)
+
+    def at_once(self, x: Array) -> int:
+        return {"cpu": CALLED_AT_ONCE, "cuda": LAUNCHED_AT_ONCE}.get(x.device.type, 0)
 
     def fwht(self, x: Array, scale: float, axis: int, fallback: Map) -> Array | None:
         kernel = torch_gpu.fwht if torch_gpu.there_are_kernels(x) else hadamard

@@ -26,6 +26,11 @@ FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 COMPLEX_DTYPES = ("complex128", "complex64")
 #: Methods of a backend that may return None, if :meth:`Backend.lacks` lists them.
 OPTIONAL = ("gradient", "fwht", "fastfood", "shuffle", "dft2")
+#: What :meth:`Backend.at_once` returns on a processor: there longer vectors are no faster together.
+CALLED_AT_ONCE = 1 << 16
+#: And on a device: one pass over 64 MiB takes an estimated 50 µs there (not measured),
+#: longer than its launch, so that more would gain no time and cost memory.
+LAUNCHED_AT_ONCE = 1 << 24
 
 
 class FixedArrays:
@@ -369,6 +374,14 @@ class Backend:
     def dft2(self, x: Array, fallback: Map) -> Array | None:
         """Compute ``Re(ifft2(x))`` of the real matrices in the last two axes by an FFT; this map is its own adjoint."""
         return None
+
+    def at_once(self, x: Array) -> int:
+        """Return how many elements of independent vectors to compute in one call, at most, on the device of x.
+
+        Where the call of an operation, or the launch of a kernel, takes longer than a short vector, several vectors in
+        one call are faster. More elements only need more memory. 0 means one vector after another.
+        """
+        return 0
 
     # -- Results -----------------------------------------------------------------------------
 

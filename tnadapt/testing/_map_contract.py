@@ -70,6 +70,11 @@ class MapContract:
             found = np.asarray(f.forward(b, x))
             assert found.shape == (2, 3, f.n_out)
             np.testing.assert_allclose(found[1, 2], f.forward(b, x[1, 2]), rtol=1e-12, atol=1e-12)
+            if f.exact_in_batches:
+                assert np.array_equal(found[1, 2], f.forward(b, x[1, 2]))
+                y = np.random.default_rng(1).normal(size=(4, f.n_out))
+                alone = f.linear_part.adjoint(b, y[3])
+                assert np.array_equal(np.asarray(f.linear_part.adjoint(b, y))[3], alone)
 
     def test_it_is_linear_where_it_says_so(self) -> None:
         b, rng = load_backend("numpy"), np.random.default_rng(0)

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from tnadapt.algebra.group import Group
+from tnadapt.algebra.group_batches import batches
+from tnadapt.algebra.maps.together import adjoints
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
 
@@ -94,26 +96,41 @@ class Whole:
         backend, found = load_backend("torch"), dict[str, Tensor]()
         named = dict(zip(self.names, arrays, strict=True))
         trained = {self.names[index] for index in wanted}
-        starts = [0, *itertools.accumulate(rows * cols for rows, cols in self.plan.shapes)]
-        for group in groups:
-            own = list(group.names.items())
-            places = [place for place, (_, full) in enumerate(own) if full in trained]
-            if not places:
-                continue
-            spans = [(starts[piece.weight] + piece.weight_start, piece.length) for piece in group.pieces]
-            after = backend.concat([gradient[start : start + length] for start, length in _joined(spans)])
-            before = group.projection.adjoint(after)
-
-            def made(*given: Tensor, group: Group = group) -> Tensor:
-                arrays = group.with_frozen(backend, dict(zip(group.names, given, strict=True)))
-                return cast(Tensor, group.network.whole(backend, arrays))
-
-            parts = _vjp(made, [named[full] for _, full in own], places, before)
-            for place, part in zip(places, parts, strict=True):
-                full = own[place][1]
-                # Arrays that are tied occur in several groups.
-                found[full] = found[full] + part if full in found else part
+        groups = [group for group in groups if not trained.isdisjoint(group.names.values())]
+        for numbers in batches(backend, gradient, [(group, 0, group.size) for group in groups]):
+            batch = [groups[number] for number in numbers]
+            for group, before in zip(batch, self._before(batch, gradient), strict=True):
+                for full, part in _of_network(group, named, trained, before):
+                    # Arrays that are tied occur in several groups, or more than once in one.
+                    found[full] = found[full] + part if full in found else part
         return [found[self.names[index]] for index in wanted]
+
+    def _before(self, groups: Sequence[Group], gradient: Tensor) -> list[Tensor]:
+        """Return the gradients of what groups that share a linear F compute before it."""
+        backend = load_backend("torch")
+        starts = [0, *itertools.accumulate(rows * cols for rows, cols in self.plan.shapes)]
+        after = []
+        for group in groups:
+            spans = [(starts[piece.weight] + piece.weight_start, piece.length) for piece in group.pieces]
+            after.append(backend.concat([gradient[start : start + length] for start, length in _joined(spans)]))
+        found = cast("list[Tensor]", adjoints(backend, groups[0].projection, after))
+        # Copies: how a product with a matrix rounds depends on its alignment, and pieces of one array have any.
+        return found if len(found) == 1 else [one.clone() for one in found]
+
+
+def _of_network(
+    group: Group, named: Mapping[str, Tensor], trained: Collection[str], gradient: Tensor
+) -> list[tuple[str, Tensor]]:
+    """Return the gradients of a group's trained arrays, by name, given that of the vector of its network."""
+    backend, own = load_backend("torch"), list(group.names.values())
+    places = [place for place, full in enumerate(own) if full in trained]
+
+    def made(*given: Tensor) -> Tensor:
+        arrays = group.with_frozen(backend, dict(zip(group.names, given, strict=True)))
+        return cast(Tensor, group.network.whole(backend, arrays))
+
+    parts = _vjp(made, [named[full] for full in own], places, gradient)
+    return [(own[place], part) for place, part in zip(places, parts, strict=True)]
 
 
 class Slice:

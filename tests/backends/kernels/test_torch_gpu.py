@@ -191,6 +191,26 @@ def test_a_step_of_a_plan(projection: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert torch.allclose(ours, plain, rtol=1e-10, atol=1e-12)
 
 
+@kernels
+def test_groups_that_share_f_are_launched_together(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tna.presets.superlora(2, projection="linear", ratio=0.3, groups="weight")
+    plan = tna.SuperLoRA(config, [(12, 10)] * 6)
+    arrays = {
+        n: torch.tensor(a + 0.1, device=DEVICE, requires_grad=True) for n, a in plan.init(dtype="float64").items()
+    }
+
+    def step() -> list[Any]:
+        update = vector(plan, arrays)
+        return [update, *torch.autograd.grad(update.square().sum(), list(arrays.values()))]
+
+    found = step()
+    assert len(calls) == 2  # forward and backward
+    calls.clear()
+    monkeypatch.setattr(get_backend(arrays["group0.split0.factor0"]), "at_once", lambda x: 0)
+    assert all(map(torch.equal, found, step()))
+    assert len(calls) == 12
+
+
 RECIPE = f"16 8 {2**64 - 59} 3 1"
 CALLS: dict[str, tuple[Any, int, tuple[Any, ...]]] = {
     "fwht": (operators.fwht, 8, (0.5,)),

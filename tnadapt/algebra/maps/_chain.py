@@ -40,6 +40,7 @@ class Chain(Map):
         self.identity = all(part.identity for part in parts)
         self.square = all(part.square for part in parts)
         self.isometry = all(part.isometry for part in parts)
+        self.exact_in_batches = all(part.exact_in_batches for part in parts)
         # If the last map gives any vector full rank, it does so for what the others compute.
         self.full_rank = parts[-1].full_rank
 

@@ -76,6 +76,7 @@ class GatherMap(Map):
     settings_class = Gather
     settings: Gather
     fixed: tuple[str, ...] = ("index",)
+    exact_in_batches = True
 
     @classmethod
     def fixes_length(cls, settings: Gather) -> bool:

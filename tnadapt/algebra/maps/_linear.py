@@ -40,7 +40,7 @@ class Linear(Map):
     """
 
     kind = "linear"
-    full_rank = True
+    full_rank = exact_in_batches = True
     #: Whether a second normal diagonal replaces the signs.
     normal = False
 

@@ -82,6 +82,9 @@ class Map(FixedArrays):
     full_rank : bool
         Whether, with probability one over its draws, it maps a vector to one whose matrices have full rank. False is
         always safe: the planner then computes the rank.
+    exact_in_batches : bool
+        Whether each row of a batch has the bits that it has alone: groups that share F are then computed in one call.
+        False is always safe. A product of the batch with a matrix, for one, is summed in another order for one row.
     fixed : tuple of str
         Names of the arrays that :meth:`make` draws, in the order in which they are digested.
 
@@ -115,6 +118,7 @@ class Map(FixedArrays):
     linear: bool = True
     isometry: bool = False
     full_rank: bool = False
+    exact_in_batches: bool = False
     fixed: tuple[str, ...] = ()
 
     def __init__(

@@ -34,6 +34,7 @@ class PerWeight(Map):
         self.identity = first.identity
         self.square = all(part.square for part in parts)
         self.isometry = all(part.isometry for part in parts)
+        self.exact_in_batches = all(part.exact_in_batches for part in parts)
         self.full_rank = all(part.full_rank for part in parts)
         self._alike = all(part is first for part in parts)
 

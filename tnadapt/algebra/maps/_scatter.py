@@ -87,6 +87,7 @@ class ScatterMap(Map):
     settings_class = Scatter
     settings: Scatter
     fixed = ("positions",)
+    exact_in_batches = True
 
     @classmethod
     def fixes_length(cls, settings: Scatter) -> bool:

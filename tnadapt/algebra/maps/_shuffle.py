@@ -20,7 +20,7 @@ class Shuffle(Map):
     """``y[j] = x[perm[j]]``; ρ = 1 only."""
 
     kind = "shuffle"
-    square = isometry = True
+    square = isometry = exact_in_batches = True
     fixed = ("perm",)
 
     def __init__(self, n_in: int, n_out: int, seed: int = 0, group: int = 0, **settings: Any) -> None:
