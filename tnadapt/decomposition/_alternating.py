@@ -19,8 +19,9 @@ from ._single_tensor import Fit, Limits
 
 __all__ = ["alternate"]
 
-# Solver steps for each least-squares problem; the next sweep continues from the result.
-_STEPS = 20
+# Solver steps for each least-squares problem; the next sweep continues from the result. A few are enough while the
+# other arrays still change; that the error no longer falls is known from sweeps of many.
+_FEW, _STEPS = 2, 20
 
 
 def alternate(
@@ -53,7 +54,8 @@ def alternate(
 
     Notes
     -----
-    A sweep solves one problem per array, each with up to 20 products with the network, F and their adjoints.
+    A sweep solves one problem per array, each with up to 2 products with the network, F and their adjoints; once that
+    reduces the error by no more than ``tol``, with up to 20. It ends with a sweep of the latter kind.
     """
     backend = algebra.backend
     arrays = dict(start)
@@ -63,18 +65,25 @@ def alternate(
         return projection(network.whole(backend, arrays))
 
     error = algebra.norm(y - whole())
-    best, sweeps = dict(arrays), 0
+    best, sweeps, steps = dict(arrays), 0, _FEW
     for sweeps in range(1, limits.iterations + 1):
         for name in network.shapes:
-            arrays[name] = _solved(algebra, network, projection, y, arrays, name, limits)
+            arrays[name] = _solved(algebra, network, projection, y, arrays, name, limits, steps)
         before, error = error, algebra.norm(y - whole())
         watch(sweeps, error / norm)
         if not error < before:  # converged up to rounding, or NaN
-            arrays = best
-            break
+            arrays, error = dict(best), before
+            if steps == _STEPS:
+                break
+            steps = _STEPS
+            continue
         best = dict(arrays)
         if before - error <= limits.tol * norm:
-            break
+            if steps == _STEPS:
+                break
+            steps = _STEPS
+        else:
+            steps = _FEW
     return Fit(arrays, False, sweeps, "alternating least squares")
 
 
@@ -86,6 +95,7 @@ def _solved(
     arrays: Mapping[str, Array],
     name: str,
     limits: Limits,
+    steps: int,
 ) -> Array:
     """Return the optimal value of one array with the others fixed."""
     backend, shape = algebra.backend, network.shapes[name]
@@ -104,6 +114,6 @@ def _solved(
 
     wanted = y if constant is None else y - constant
     found = least_squares(
-        algebra, forward, adjoint, wanted, backend.flatten(arrays[name]), min(limits.tol, 1e-6), _STEPS
+        algebra, forward, adjoint, wanted, backend.flatten(arrays[name]), min(limits.tol, 1e-6), steps
     )
     return backend.reshape(found.x, shape)
