@@ -23,10 +23,10 @@ from ._contraction_order import cp_groups, train_cut, tucker_last
 from .factor_products import cp_in_groups, tucker_in_order, tucker_with_last
 from .folding import MAX_ORDER
 
-__all__ = ["cp_to_tensor", "kron_matvec", "kronecker", "tt_to_tensor", "tucker_to_tensor"]
+__all__ = ["LONG", "cp_to_tensor", "kron_matvec", "kronecker", "tt_to_tensor", "tucker_to_tensor"]
 
 #: Rows of a Kronecker product with at least this many elements are long.
-_LONG = 64
+LONG = 64
 
 
 def _several(given: Any, what: str, form: str) -> list[Any]:
@@ -283,7 +283,7 @@ def kronecker_tensor(backend: Backend, arrays: Sequence[Array]) -> Array:
         return backend.kron(arrays[0], arrays[1])
     *others, right = arrays
     # Products with short rows are slow; once the rows are long, multiplying the others first writes less.
-    while others and (not right.ndim or right.shape[-1] < _LONG):
+    while others and (not right.ndim or right.shape[-1] < LONG):
         right = backend.kron(others.pop(), right)
     return backend.kron(kronecker_tensor(backend, others), right) if others else right
 

@@ -8,21 +8,23 @@ accumulation without an optimiser step, reentrant checkpointing), and a checkpoi
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.group_batches import batches
+from tnadapt.algebra.kronecker_rows import KroneckerRows
 from tnadapt.algebra.maps.together import adjoints
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
 
-__all__ = ["DeltaFunction", "Slice", "Whole", "pieces", "vector", "version"]
+__all__ = ["DeltaFunction", "OuterRows", "Slice", "Whole", "pieces", "vector", "version"]
 
 
 class DeltaFunction(torch.autograd.Function):
@@ -133,6 +135,25 @@ def _of_network(
     return [(own[place], part) for place, part in zip(places, parts, strict=True)]
 
 
+class OuterRows(NamedTuple):
+    """An update as a run of the elements of rows that are outer products, cut to ``cols``.
+
+    Attributes
+    ----------
+    left, right : Tensor, shapes (n, p) and (n, q)
+    cols : int
+    first : int
+        Position in the rows of the first element of the update.
+    scale : float
+    """
+
+    left: Tensor
+    right: Tensor
+    cols: int
+    first: int
+    scale: float
+
+
 class Slice:
     """The update of one weight as a function of the arrays of its groups, in order.
 
@@ -177,6 +198,24 @@ class Slice:
         own = group.arrays(backend, dict(zip(self.names, arrays, strict=True)))
         start, stop = piece.group_start, piece.group_start + piece.length
         return group.network.slice_factors(backend, own, start, stop)
+
+    @functools.cached_property
+    def _kronecker_rows(self) -> KroneckerRows | None:
+        piece = self._pieces[0]
+        group = self._groups[piece.group]
+        if len(self._pieces) > 1 or group.subtracts:
+            return None
+        return KroneckerRows.of(group.network, piece.group_start, piece.group_start + piece.length)
+
+    def outer(self, *arrays: Tensor) -> OuterRows | None:
+        """Return two vectors for each row of the network that contains a part of the update; None if there are none."""
+        rows = self._kronecker_rows
+        if rows is None or arrays[0].dtype not in (torch.float32, torch.float64):
+            return None
+        (group,) = self._groups.values()
+        backend = load_backend("torch")
+        own = group.arrays(backend, dict(zip(self.names, arrays, strict=True)))
+        return OuterRows(*rows(backend, own), rows.cols, rows.first, group.network.scale)
 
     def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
         """Return the gradients of the wanted arrays, given that of the update."""
