@@ -29,6 +29,7 @@ PARTS = (
     "growth",
     "slices",
     "startup",
+    "files",
     "gpu",
 )
 
