@@ -53,8 +53,9 @@ _GATHERED_BITS = 18
 _TABLE_BITS = 12
 # Beyond this length, the run that a bucket gets from a chunk would be only a few elements.
 _SORTED_BITS = 26
-# Blocks take half of the level 2 cache, and their parts half of the level 1 cache.
-_BLOCK_BITS, _NEAR_BITS = 18, 12
+# Blocks take the level 2 cache, and their parts half of the level 1 cache; parts of a bucket are larger, so that its
+# remaining stages are not a sweep over sixteen rows, which evict each other.
+_BLOCK_BITS, _NEAR_BITS, _BUCKET_NEAR_BITS = 18, 12, 13
 # Rows in one pass, as a power of two. The columns of a strip take half of the level 2 cache, within these limits.
 _STRIP_BITS, _STRIP_BYTES = 8, (256, 4096)
 # From this length on, a second thread gains more than it costs to wake it.
@@ -181,7 +182,7 @@ class _Linear:
             self.end(table, self.table_within)
             runs = np.empty(1 << self.bits, np.float32)
             self.share(chunks_to_buckets, len(self.starts), table, self.g, self.buckets, self.starts, runs)
-            how = _LOW_BITS, _NEAR_BITS, self.within
+            how = _LOW_BITS, _BUCKET_NEAR_BITS, self.within
             self.share(place, out.size >> self.within, runs, self.starts, self.order, out, *how)
         else:
             table = np.zeros(1 << self.pruned_bits, np.float32)
@@ -200,7 +201,7 @@ class _Linear:
             runs = np.empty(1 << self.bits, np.float32)
             self.share(unplace, len(self.starts), u, self.starts, self.order, runs)
             table = u[: 1 << self.pruned_bits]
-            how = self.starts, _LOW_BITS, _NEAR_BITS, self.table_within, table
+            how = self.starts, _LOW_BITS, _BUCKET_NEAR_BITS, self.table_within, table
             blocks = table.size >> self.table_within
             self.share(chunks_from_buckets, blocks, runs, self.g, self.buckets, *how)
             self.end(table, self.table_within, self.last_scale, self.n_in)

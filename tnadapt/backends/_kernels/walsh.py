@@ -29,6 +29,9 @@ _STRIP_BYTES = 256, 4096
 # From these sizes on, further threads gain more than it costs to wake them. Several passes also move data between the
 # caches of cores.
 _SHARED_BYTES, _SHARED_BYTES_OF_PASSES = 1 << 21, 1 << 24
+# Sixteen rows at distances of a power of two evict each other from a level 1 cache of eight ways: a sweep over a block
+# of the level 2 cache has fewer, if need be after larger parts.
+_ALIASED_BITS = 4
 # Pieces of work per thread: with several, other threads take over from a slow one.
 _PIECES = 4
 
@@ -150,6 +153,8 @@ def _planned(shape: tuple[int, ...], axis: int, itemsize: int, threads: int) -> 
     if -(-bits // _STRIP_BITS) <= -(-(bits - within) // _STRIP_BITS) and not low:
         within = 0  # strips alone need no more passes than strips after blocks
     near = min(within, max(near, low, RADIX_BITS))
+    if within - near == _ALIASED_BITS == RADIX_BITS:
+        near += 1
     passes = [_Pass(blocks, outer << (bits - within), (low, unit, within, near))] if within else []
     least, most = _STRIP_BYTES
     strip_passes, done = -(-(bits - within) // _STRIP_BITS), within
