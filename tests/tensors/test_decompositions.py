@@ -17,6 +17,7 @@ import tnadapt.tensors as tt
 from tests.conftest import relative_error
 from tnadapt.backends import Backend
 from tnadapt.errors import BackendError, ConfigError, ShapeError, TnadaptError
+from tnadapt.tensors._truncation import ring_ranks
 
 from .test_modes import numbers
 
@@ -412,17 +413,63 @@ T = numbers((3, 4, 5), 1)
         (lambda: tna.tensor_ring(T[0, 0], 2), "at least 2 modes"),
         (lambda: tna.tensor_ring(T, [2, 2, 2, 3]), "must be the same"),
         (lambda: tna.tensor_ring(T, 2, init=tt.random_tr(T.shape, 3)), "init has shape"),
+        (lambda: tna.tensor_ring(T), "either rank= or max_error="),
+        (lambda: tna.tensor_ring(T, 2, max_error=0.1), "either rank= or max_error="),
+        (lambda: tna.tensor_ring(T, [9, 9, 9]), r"rank 9 of bond 0 is above 4, .* give \(4, 4, 4\)"),
+        (lambda: tna.tensor_ring(T, [2, 2, 99]), r"rank 99 of bond 2 is above 8, .* give \(2, 2, 8\)"),
+        (lambda: tna.tensor_ring(T, max_error=0.1, init=tt.random_tr(T.shape, 2)), "tries several ranks"),
+        (lambda: tna.tensor_ring(T, max_error=0.01, max_iterations=0), "or more starts"),
+        (lambda: tna.tensor_train(T, 2, init=tt.random_cp(T.shape, 2)), "a TTTensor or its cores; got <CPTensor"),
         (lambda: tna.kronecker_decomposition(T[0], [(2, 2), (2, 2)]), "multiply to"),
         (lambda: tna.kronecker_decomposition(T[0], [(4, 5, 1)]), "2 axes each"),
         (lambda: tna.kronecker_decomposition(T[0], 3), "a list of shapes"),
         (lambda: tna.kronecker_decomposition(T[0], [(4, 5)], 1, max_error=0.1), "either terms= or max_error="),
         (lambda: tna.hadamard_decomposition(T, 0), "rank must be"),
         (lambda: tna.hadamard_decomposition(T, 61), "more than a tensor"),
+        (lambda: tna.hadamard_decomposition(T, 2, max_error=0.1), "either rank= or max_error="),
+        (lambda: tna.hadamard_decomposition(T, max_error=0.1, mask=T < 1.0), "need ranks"),
+        (lambda: tna.hadamard_decomposition(T + 1j, 2), "needs a real tensor; got complex128: decompose its real"),
+        (lambda: tt.random_cp(4, 2), "shape must be a sequence of sizes, one for each mode; got 4"),  # type: ignore[arg-type]
     ],
 )
 def test_what_cannot_be_is_refused(call: Any, text: str) -> None:
     with pytest.raises(TnadaptError, match=text):
         call()
+
+
+def test_a_ring_takes_the_smallest_rank_for_an_error() -> None:
+    tensor = tt.random_tr((4, 5, 6), 2, random_state=3).to_tensor() + 0.01 * numbers((4, 5, 6), 1)
+    found = tna.tensor_ring(tensor, max_error=0.1)
+    assert (found.rank, found.error <= 0.1) == ((2, 2, 2, 2), True)  # type: ignore[operator]
+    assert tna.tensor_ring(tensor, 1).error > 0.1  # type: ignore[operator]
+    every = tna.tensor_ring(tensor, 10**6, max_iterations=20)  # as large as is useful, and as fast
+    assert (every.rank, every.error < 1e-6) == ((5, 5, 5, 5), True)  # type: ignore[operator]
+
+
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.data())
+def test_ranks_of_rings_are_cut_to_those_that_are_useful(shape: list[int], data: st.DataObject) -> None:
+    ranks = data.draw(st.lists(st.integers(1, 20), min_size=len(shape), max_size=len(shape)))
+    useful = ring_ranks(ranks, shape)
+    assert all(1 <= cut <= rank for cut, rank in zip(useful, ranks, strict=True))
+    assert ring_ranks(useful, shape) == useful
+    for bond, rank in enumerate(useful):
+        after = (bond + 1) % len(shape)
+        assert rank <= min(useful[bond - 1] * shape[bond - 1], useful[after] * shape[bond])
+    # A train is a ring with one bond of rank 1: one with these ranks reproduces any tensor.
+    most = ring_ranks([4**4] * len(shape), shape)[0]
+    turned = [[*shape[first:], *shape[:first]] for first in range(len(shape))]
+    errors = []
+    for sizes in turned:
+        train = tna.tensor_train(numbers(tuple(sizes), 0), most)
+        errors.append(train.error)
+    assert min(errors) < 1e-12  # type: ignore[type-var, operator]
+
+
+def test_hadamard_parts_take_the_smallest_rank_for_an_error() -> None:
+    tensor = tt.HadamardTensor([tt.random_cp((6, 7), 2, random_state=seed) for seed in (5, 6)]).to_tensor()
+    found = tna.hadamard_decomposition(tensor, max_error=1e-3)
+    assert (found.rank, found.error < 1e-12, found.converged) == ((2, 2), True, True)  # type: ignore[operator]
+    assert tna.hadamard_decomposition(tensor, 1).error > 1e-3  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("kind", ["float64", "complex128"])

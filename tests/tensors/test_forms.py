@@ -70,13 +70,49 @@ def test_entries_and_inner_products_are_those_of_the_tensor(form: str, shape: tu
 def test_sums_and_products_are_those_of_the_tensors(form: str, shape: tuple[int, ...]) -> None:
     one, other = (MAKERS[form](shape, seed) for seed in (1, 2))
     whole, second = one.to_tensor(), other.to_tensor()
-    pairs = [(one * 2.5, 2.5 * whole), (-one, -whole), (3 * one, 3 * whole), (one * other, whole * second)]
+    pairs = [
+        (one * 2.5, 2.5 * whole),
+        (np.float64(2.5) * one, 2.5 * whole),
+        (one / 2, whole / 2),
+        (-one, -whole),
+        (3 * one, 3 * whole),
+        (one * other, whole * second),
+    ]
     if form != "hadamard":
         pairs += [(one + other, whole + second), (one - other, whole - second)]
     scale = (np.abs(whole).max() + np.abs(second).max() + 1.0) ** 2
     for found, expected in pairs:
         assert type(found) is type(one)
         assert np.abs(found.to_tensor() - expected).max() < 1e-11 * scale
+
+
+@pytest.mark.parametrize("form", MAKERS)
+def test_numbers_of_numpy_and_arrays_without_axes_multiply(form: str, backend: Backend) -> None:
+    given = MAKERS[form]((3, 3), 1, dtype="float32")
+    made = MAKERS[form]((3, 3), 1, dtype="float32", backend=backend.name)
+    whole = given.to_tensor()
+    for number in (
+        np.float64(2.0),
+        np.float32(2.0),
+        np.int64(2),
+        np.array(2.0),
+        backend.asarray(np.array(2.0), "float32"),
+    ):
+        for found, expected in ((made * number, 2.0 * whole), (made / number, whole / 2.0)):
+            assert {backend.dtype_name(array) for array in found.arrays} == {"float32"}
+            assert np.allclose(backend.to_numpy(found.to_tensor()), expected, rtol=1e-4, atol=1e-4)
+    for number in (np.float32(2.0), np.int64(2)):
+        assert np.allclose(backend.to_numpy((number * made).to_tensor()), 2.0 * whole, rtol=1e-4, atol=1e-4)
+    unit = made / made.norm()
+    assert abs(float(unit.norm()) - 1.0) < 1e-4
+
+
+def test_arrays_do_not_multiply_a_result() -> None:
+    # NumPy would stack cores of equal shapes, and return a wrong product.
+    train = tt.random_tr((3, 3), 2)
+    for product in (lambda: np.ones(2) * train, lambda: train * np.ones(2), lambda: train / np.ones(2)):
+        with pytest.raises(TypeError, match=r"unsupported operand|does not support ufuncs"):
+            product()
 
 
 @pytest.mark.law("tensor-arithmetic")

@@ -12,7 +12,7 @@ from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError, ShapeError, safe_repr
 
-__all__ = ["as_tensor", "as_tensors", "finite", "integer_of", "mode_of", "numeric"]
+__all__ = ["as_tensor", "as_tensors", "finite", "integer_of", "mode_of", "numeric", "scalar_of"]
 
 #: Dtypes that computations run in; others are converted to the first.
 _NUMERIC = ("float64", "float32", "complex128", "complex64")
@@ -126,3 +126,18 @@ def mode_of(mode: Any, shape: Sequence[int]) -> int:
             f"last; got {safe_repr(mode)}"
         )
     return int(mode) % order
+
+
+def scalar_of(value: Any) -> Any:
+    """Return a number, or an array without axes, that may multiply a tensor; None for anything else.
+
+    Numbers of NumPy become Python's, which change no dtype.
+
+    Examples
+    --------
+    >>> scalar_of(np.float64(2.0)), scalar_of(np.ones(2))
+    (2.0, None)
+    """
+    if isinstance(value, (np.number, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    return value if isinstance(value, (int, float, complex)) or getattr(value, "shape", None) == () else None

@@ -24,6 +24,8 @@ from ._cp_tensor import CPTensor
 from ._known_elements import METHOD, STARTS, completed, refuse_observed
 from ._nonnegative_fits import constrained_modes, fitted_cp, refuse_callback
 from ._requests import Callback, Request, Watch, requested
+from ._smallest_rank import smallest_rank
+from ._truncation import useful_rank
 
 __all__ = ["cp"]
 
@@ -137,18 +139,13 @@ def cp(
         )
     options = _Options(request, init, fixed, nonnegative, starts, tol, max_iterations, callback)
     if rank is not None:
-        if integer_of("rank", rank, 1) > _useful(request.shape):
+        most = useful_rank(request.shape)
+        if integer_of("rank", rank, 1) > most:
             raise ShapeError(
-                f"rank {rank} is above {_useful(request.shape)}, with which every tensor of shape {request.shape} is a "
-                "CP tensor"
+                f"rank {rank} is above {most}, with which every tensor of shape {request.shape} is a CP tensor"
             )
         return options.fitted(int(rank))
     return options.searched()
-
-
-def _useful(shape: tuple[int, ...]) -> int:
-    """The rank with which every tensor of a shape can be represented."""
-    return math.prod(shape) // max(shape)
 
 
 class _Options:
@@ -185,29 +182,10 @@ class _Options:
                 raise ShapeError(f"init has shape {init.shape}; expected the tensor's, {request.shape}")
 
     def searched(self) -> CPTensor:
-        """Return the fit of the smallest rank that is found to keep to the error: doubling, then halving."""
-        limit = self.request.max_error
+        """Return the fit of the smallest rank that is found to keep to the error."""
+        limit, shape = self.request.max_error, self.request.shape
         assert limit is not None
-        if not isinstance(self.init, str):
-            raise ConfigError("max_error= tries several ranks: use init='svd' or 'random', or give rank=")
-        most = _useful(self.request.shape)
-        low, rank, best = 0, 1, self.fitted(1)
-        while (best.error or 0.0) > limit and rank < most:
-            low, rank = rank, min(2 * rank, most)
-            best = self.fitted(rank)
-        if (best.error or 0.0) > limit:
-            raise ShapeError(
-                f"rank {rank}, which represents any tensor of shape {self.request.shape}, was fitted with an error of "
-                f"{best.error:.2g} only: allow a larger max_error, more max_iterations or more starts"
-            )
-        while rank - low > 1:
-            middle = (low + rank) // 2
-            found = self.fitted(middle)
-            if (found.error or 0.0) <= limit:
-                rank, best = middle, found
-            else:
-                low = middle
-        return best
+        return smallest_rank(self.fitted, limit, useful_rank(shape), shape, self.init)
 
     def fitted(self, rank: int) -> CPTensor:
         """Return the fit of one rank."""

@@ -11,7 +11,7 @@ from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ShapeError
 
-from ._checks import as_tensors, integer_of
+from ._checks import as_tensors, integer_of, scalar_of
 from ._decomposed import Decomposed
 from ._matrix_products import row_khatri_rao
 from ._modes import mode_dot
@@ -134,8 +134,9 @@ class CPTensor(Decomposed, _CPParts):
         return type(self)(weights, factors)
 
     def __mul__(self, other: Any) -> Self:
-        if isinstance(other, (int, float, complex)):
-            return type(self)(self._weights(self.backend) * other, self.factors)
+        number = scalar_of(other)
+        if number is not None:
+            return type(self)(self._weights(self.backend) * number, self.factors)
         if not isinstance(other, CPTensor):
             return NotImplemented
         self.same_shape(other)

@@ -16,6 +16,7 @@ from tnadapt.backends.backend import Array
 from tnadapt.decomposition.known_later import KnownLater
 from tnadapt.errors import ShapeError, safe_repr
 
+from ._checks import scalar_of
 from ._modes import unfold
 
 __all__ = ["Decomposed", "FitOutcome"]
@@ -67,6 +68,8 @@ class Decomposed(abc.ABC):
     """
 
     outcome: FitOutcome | None = None
+    # NumPy's numbers and arrays leave products to __rmul__, rather than read a result as an array of its parts.
+    __array_ufunc__ = None
 
     @classmethod
     def of(cls, backend: Backend, parts: Sequence[Any]) -> Self:
@@ -246,6 +249,10 @@ class Decomposed(abc.ABC):
     def __rmul__(self, other: Any) -> Self:
         found: Self = self.__mul__(other)
         return found
+
+    def __truediv__(self, other: Any) -> Self:
+        number = scalar_of(other)
+        return NotImplemented if number is None else self * (1.0 / number)
 
     def __neg__(self) -> Self:
         return self * -1.0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import CP
 from tnadapt.decomposition import Step, decompose
@@ -15,16 +17,19 @@ from ._cp_tensor import CPTensor
 from ._decomposed import FitOutcome
 from ._hadamard_tensor import HadamardTensor
 from ._known_elements import METHOD, STARTS, completed
-from ._requests import Callback, Watch, requested
+from ._requests import Callback, Request, Watch, requested
+from ._smallest_rank import smallest_rank
+from ._truncation import useful_rank
 
 __all__ = ["hadamard_decomposition"]
 
 
 def hadamard_decomposition(
     tensor: Any,
-    rank: int,
+    rank: int | None = None,
     parts: int = 2,
     *,
+    max_error: float | None = None,
     mask: Any = None,
     weights: Any = None,
     random_state: Any = None,
@@ -38,10 +43,13 @@ def hadamard_decomposition(
     ----------
     tensor : array, shape (d_1, …, d_M)
         Real. Lists and integers are converted.
-    rank : int
+    rank : int, optional
         The rank of each part.
     parts : int
         Number of parts that are multiplied.
+    max_error : float, optional
+        Relative Frobenius error that is allowed, instead of a rank: the smallest rank is searched whose fit has no
+        larger error.
     mask, weights : array, shape (d_1, …, d_M), optional
         As for :func:`cp`: what is known, and how much each element counts.
     random_state : int or Generator, optional
@@ -78,13 +86,32 @@ def hadamard_decomposition(
     >>> found = hadamard_decomposition(tensor, 1)
     >>> len(found.parts), found.shape, found.error < 1e-6
     (2, (4, 3), True)
+    >>> hadamard_decomposition(tensor, max_error=1e-6).rank
+    (1, 1)
     """
-    request = requested(tensor, rank, None, mask=mask, weights=weights, random_state=random_state)
-    if not request.concrete or request.backend.is_complex(request.tensor):
+    request = requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
+    if not request.concrete:
+        raise BackendError("hadamard_decomposition() cannot be traced or differentiated: detach the tensor")
+    if request.backend.is_complex(request.tensor):
         raise BackendError(
-            "hadamard_decomposition() takes real tensors that are neither traced nor differentiated: detach the tensor"
+            f"hadamard_decomposition() needs a real tensor; got {request.backend.dtype_name(request.tensor)}: "
+            "decompose its real and imaginary parts, or use cp()"
         )
-    rank, parts = integer_of("rank", rank, 1), integer_of("parts", parts, 1)
+    parts, shape = integer_of("parts", parts, 1), request.shape
+
+    def fitted(one: int) -> HadamardTensor:
+        return _fitted(request, one, parts, tol, max_iterations, callback)
+
+    if rank is not None:
+        return fitted(integer_of("rank", rank, 1))
+    assert request.max_error is not None
+    return smallest_rank(fitted, request.max_error, useful_rank(shape), shape)
+
+
+def _fitted(
+    request: Request, rank: int, parts: int, tol: float, max_iterations: int, callback: Callback | None
+) -> HadamardTensor:
+    """Return the fit of one rank."""
     shape, watch = request.shape, Watch(tol, callback)
     if parts > 64 or rank > math.prod(shape):
         raise ShapeError(f"{parts} parts of rank {rank} are more than a tensor of shape {shape} can use")
@@ -116,9 +143,12 @@ def hadamard_decomposition(
         [CPTensor(None, [params[name] for name in names[part * each : (part + 1) * each]]) for part in range(parts)]
     )
     (group,) = report.groups
+    # Another start may have used up the steps; an exact answer needs no more of them.
+    exact = float(group.error) <= 64.0 * float(np.finfo(request.backend.dtype_name(request.tensor)).eps)
+    converged = exact or group.iterations < max_iterations
     return found.with_outcome(
         FitOutcome.later(
-            lambda: (group.bound, group.certified), error=group.error, converged=group.iterations < max_iterations,
+            lambda: (group.bound, group.certified), error=group.error, converged=converged,
             history=tuple(watch.history), method=group.method,
         )
     )  # fmt: skip

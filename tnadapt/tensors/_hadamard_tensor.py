@@ -11,6 +11,7 @@ from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ShapeError, safe_repr
 
+from ._checks import scalar_of
 from ._cp_tensor import CPTensor
 from ._decomposed import Decomposed
 
@@ -101,8 +102,9 @@ class HadamardTensor(Decomposed, _HadamardParts):
         return NotImplemented
 
     def __mul__(self, other: Any) -> Self:
-        if isinstance(other, (int, float, complex)):
-            return type(self)([self.parts[0] * other, *self.parts[1:]])
+        number = scalar_of(other)
+        if number is not None:
+            return type(self)([self.parts[0] * number, *self.parts[1:]])
         if not isinstance(other, HadamardTensor):
             return NotImplemented
         return type(self)([*self.parts, *other.parts])

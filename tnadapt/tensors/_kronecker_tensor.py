@@ -13,7 +13,7 @@ from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ShapeError
 
-from ._checks import as_tensors, numeric
+from ._checks import as_tensors, numeric, scalar_of
 from ._decomposed import Decomposed
 
 __all__ = ["KroneckerTensor"]
@@ -186,8 +186,9 @@ class KroneckerTensor(Decomposed, _KroneckerParts):
         return type(self)(None, [*self.scaled_terms(), *other.scaled_terms()])
 
     def __mul__(self, other: Any) -> Self:
-        if isinstance(other, (int, float, complex)):
-            return type(self)(None, [[term[0] * other, *term[1:]] for term in self.scaled_terms()])
+        number = scalar_of(other)
+        if number is not None:
+            return type(self)(None, [[term[0] * number, *term[1:]] for term in self.scaled_terms()])
         if not isinstance(other, KroneckerTensor):
             return NotImplemented
         self._same_factors(other)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from tnadapt.backends import load_backend
-from tnadapt.errors import ConfigError, ShapeError
+from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of
 from ._cp_tensor import CPTensor
@@ -54,6 +54,8 @@ class _Draws:
 
 
 def _shape(shape: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(shape, Iterable):
+        raise ShapeError(f"shape must be a sequence of sizes, one for each mode; got {safe_repr(shape)}")
     found = tuple(integer_of("a size", size, 1) for size in shape)
     if not found:
         raise ShapeError("the shape is empty; expected at least one mode")

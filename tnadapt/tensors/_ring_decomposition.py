@@ -16,16 +16,18 @@ from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of, mode_of
 from ._requests import Callback, Request, Watch, requested
+from ._smallest_rank import smallest_rank
 from ._tensor_chains import TRTensor
-from ._truncation import ranks_of
+from ._truncation import ranks_of, ring_ranks
 
 __all__ = ["tensor_ring"]
 
 
 def tensor_ring(
     tensor: Any,
-    rank: int | Sequence[int],
+    rank: int | Sequence[int] | None = None,
     *,
+    max_error: float | None = None,
     init: str | TRTensor = "svd",
     fixed: Collection[int] = (),
     starts: int = 1,
@@ -40,9 +42,12 @@ def tensor_ring(
     ----------
     tensor : array, shape (d_1, …, d_M), M ≥ 2
         Real or complex. Lists and integers are converted.
-    rank : int or sequence of int
+    rank : int or sequence of int, optional
         The rank of all bonds; or of each of the M bonds, the first one closing the ring, with or without the first
-        again at the end.
+        again at the end. A single number may be larger than is useful.
+    max_error : float, optional
+        Relative Frobenius error that is allowed, instead of ranks: the smallest rank of all bonds is searched whose fit
+        has no larger error.
     init : {"svd", "random"} or TRTensor
         What the iteration starts from: TR-SVD, normal numbers, or a given result. TR-SVD needs ``rank[0] * rank[1]`` of
         at most d_1; otherwise "svd" starts as "random" does.
@@ -85,17 +90,41 @@ def tensor_ring(
     >>> ring = tensor_ring(random_tr((4, 5, 6), 2).to_tensor(), 2)
     >>> ring.rank, ring.error < 1e-6
     ((2, 2, 2, 2), True)
+    >>> tensor_ring(ring.to_tensor(), max_error=1e-3).rank
+    (2, 2, 2, 2)
     """
-    request = requested(tensor, rank, None, random_state=random_state, least_order=2)
+    request = requested(tensor, rank, max_error, random_state=random_state, least_order=2)
     sweeps = integer_of("max_iterations", max_iterations, 0)
-    ranks = _ranks(rank, len(request.shape))
+    count = integer_of("starts", starts, 1)
     held = {mode_of(mode, request.shape) for mode in fixed}
+
+    def fitted(one: int | Sequence[int]) -> TRTensor:
+        return _fitted(request, _ranks(one, request.shape), init, held, count, sweeps, tol, callback)
+
+    if rank is not None:
+        return fitted(rank)
+    assert request.max_error is not None
+    most = ring_ranks([math.prod(request.shape)] * len(request.shape), request.shape)[0]
+    return smallest_rank(fitted, request.max_error, most, request.shape, init)
+
+
+def _fitted(
+    request: Request,
+    ranks: list[int],
+    init: Any,
+    held: set[int],
+    starts: int,
+    sweeps: int,
+    tol: float,
+    callback: Callback | None,
+) -> TRTensor:
+    """Return the best fit of given ranks."""
     rng = np.random.default_rng(request.seed)
     cores, method = _start(request, ranks, init, held, rng)
     if not (request.concrete and sweeps):
         return request.finished(TRTensor(cores), method)
     found = list[TRTensor]()
-    for number in range(integer_of("starts", starts, 1)):
+    for number in range(starts):
         watch = Watch(tol, callback)
         begun = cores if number == 0 else _random(request, ranks, rng, dict(enumerate(cores)), held)
         ring = TRTensor(_improved(request, begun, held, watch, sweeps))
@@ -103,13 +132,22 @@ def tensor_ring(
     return min(found, key=lambda ring: ring.error or 0.0)
 
 
-def _ranks(rank: Any, order: int) -> list[int]:
+def _ranks(rank: Any, shape: tuple[int, ...]) -> list[int]:
+    order = len(shape)
     listed = list(rank) if isinstance(rank, (list, tuple, np.ndarray)) else rank
     if isinstance(listed, list) and len(listed) == order + 1:
         if listed[0] != listed[-1]:
             raise ShapeError(f"the first and the last rank of a ring must be the same; got {safe_repr(rank)}")
         listed = listed[:-1]
-    return ranks_of(listed, order, "bonds")
+    ranks = ranks_of(listed, order, "bonds")
+    useful = ring_ranks(ranks, shape)
+    for bond, (one, most) in enumerate(zip(ranks, useful, strict=True)):
+        if one > most and isinstance(listed, list):
+            raise ShapeError(
+                f"rank {one} of bond {bond} is above {most}, the largest that is useful there in a ring of shape "
+                f"{shape} and ranks {tuple(ranks)}: give {tuple(useful)}"
+            )
+    return useful
 
 
 def _start(

@@ -17,7 +17,7 @@ from tnadapt.backends.backend import Array
 from tnadapt.errors import ShapeError
 
 from ._block_diagonal import block_diagonal
-from ._checks import as_tensors
+from ._checks import as_tensors, scalar_of
 from ._decomposed import Decomposed
 from ._truncation import rounded_cores
 
@@ -104,8 +104,9 @@ class CoreChain(Decomposed, tuple[Array, ...]):
         return type(self)(cores)
 
     def __mul__(self, other: Any) -> Self:
-        if isinstance(other, (int, float, complex)):
-            return type(self)([self[0] * other, *self[1:]])
+        number = scalar_of(other)
+        if number is not None:
+            return type(self)([self[0] * number, *self[1:]])
         if not isinstance(other, CoreChain):
             return NotImplemented
         self.same_shape(other)

@@ -11,6 +11,7 @@ from tnadapt.decomposition.train_als import improved_train
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 from ._checks import finite, mode_of
+from ._decomposed import Decomposed
 from ._requests import Request, Watch
 from ._tensor_chains import TTTensor
 
@@ -47,7 +48,8 @@ def start_of(
         If it is of another library, dtype or device, or the tensor is traced or differentiated.
     """
     held = frozenset(mode_of(mode, request.shape) for mode in fixed)
-    if isinstance(init, str) or not isinstance(init, Sequence):
+    other = isinstance(init, Decomposed) and not isinstance(init, TTTensor)
+    if isinstance(init, str) or other or not isinstance(init, Sequence):
         if init != "svd":
             raise ConfigError(f"init must be 'svd', a TTTensor or its cores; got {safe_repr(init)}")
         if held:

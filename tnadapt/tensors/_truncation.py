@@ -19,7 +19,7 @@ from tnadapt.errors import ShapeError, safe_repr
 
 from ._checks import integer_of
 
-__all__ = ["error_limit", "inner_ranks", "ranks_of", "rounded_cores"]
+__all__ = ["error_limit", "inner_ranks", "ranks_of", "ring_ranks", "rounded_cores", "useful_rank"]
 
 
 def error_limit(max_error: Any) -> float:
@@ -65,6 +65,45 @@ def inner_ranks(rank: Any, possible: Sequence[int]) -> list[int]:
         if one > most:
             raise ShapeError(f"rank {one} of bond {bond} is above {most}, the largest that is possible there")
     return found
+
+
+def useful_rank(shape: Sequence[int]) -> int:
+    """Return the rank with which every tensor of a shape is a CP tensor."""
+    return math.prod(shape) // max(shape)
+
+
+def ring_ranks(ranks: Sequence[int], shape: Sequence[int]) -> list[int]:
+    """Cut the ranks of a ring to what is useful.
+
+    A ring that is opened at one bond is a train, and represents any tensor with the full ranks of a train; and no bond
+    has more independent rows than the core on either side of it has columns.
+
+    Parameters
+    ----------
+    ranks : sequence of int
+        Of each bond, the first one left of the first core.
+    shape : sequence of int
+
+    Returns
+    -------
+    list of int
+
+    Examples
+    --------
+    >>> ring_ranks([99, 99, 99], (5, 6, 7)), ring_ranks([99, 2, 2], (5, 6, 7)), ring_ranks([3, 4, 5], (5, 6, 7))
+    ([6, 6, 6], [10, 2, 2], [3, 4, 5])
+    """
+    order, found = len(shape), list(ranks)
+    turned = [[*shape[first:], *shape[:first]] for first in range(order)]
+    most = min(max(min(math.prod(sizes[:cut]), math.prod(sizes[cut:])) for cut in range(1, order)) for sizes in turned)
+    if min(found) >= most:
+        found = [most] * order
+    while True:
+        # Bond m lies between the cores m - 1 and m.
+        cut = [min(found[m], found[m - 1] * shape[m - 1], found[(m + 1) % order] * shape[m]) for m in range(order)]
+        if cut == found:
+            return found
+        found = cut
 
 
 def rounded_cores(

@@ -12,7 +12,7 @@ from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ShapeError
 
-from ._checks import as_tensors, numeric
+from ._checks import as_tensors, numeric, scalar_of
 from ._decomposed import Decomposed
 from ._tensor_chains import TTTensor
 
@@ -192,8 +192,9 @@ class TTMatrix(Decomposed, tuple[Array, ...]):
         return self._from(self.train() + other.train())
 
     def __mul__(self, other: Any) -> Self:
-        if isinstance(other, (int, float, complex)):
-            return type(self)([self[0] * other, *self[1:]])
+        number = scalar_of(other)
+        if number is not None:
+            return type(self)([self[0] * number, *self[1:]])
         if not isinstance(other, TTMatrix):
             return NotImplemented
         self._same_modes(other)

@@ -11,7 +11,7 @@ from tnadapt.backends.backend import Array
 from tnadapt.errors import ShapeError
 
 from ._block_diagonal import block_diagonal
-from ._checks import as_tensors
+from ._checks import as_tensors, scalar_of
 from ._decomposed import Decomposed
 from ._matrix_products import row_khatri_rao
 from ._modes import mode_dot
@@ -131,8 +131,9 @@ class TuckerTensor(Decomposed, _TuckerParts):
         return type(self)(block_diagonal(backend, self.core, other.core, range(self.order)), factors)
 
     def __mul__(self, other: Any) -> Self:
-        if isinstance(other, (int, float, complex)):
-            return type(self)(self.core * other, self.factors)
+        number = scalar_of(other)
+        if number is not None:
+            return type(self)(self.core * number, self.factors)
         if not isinstance(other, TuckerTensor):
             return NotImplemented
         self.same_shape(other)

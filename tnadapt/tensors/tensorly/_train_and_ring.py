@@ -17,7 +17,7 @@ from .. import _ring_decomposition, _train_decomposition
 from .._checks import as_tensor, integer_of, mode_of
 from .._requests import requested
 from .._tensor_chains import TRTensor, TTTensor
-from .._truncation import ranks_of
+from .._truncation import ranks_of, ring_ranks
 from .._tt_matrix import TTMatrix
 from ._keywords import Sweeps, ranks_by_share, svd_method, tolerance
 
@@ -221,7 +221,8 @@ def tensor_ring_als(
     tensor : array, shape (d_1, …, d_M), M ≥ 2
         Real or complex.
     rank : int, sequence of int, float or "same"
-        As for :func:`tensor_ring`, but any rank is allowed.
+        As for :func:`tensor_ring`, but any rank is allowed. Ranks with which a ring represents every tensor are enough:
+        larger ones are cut to them.
     ls_solve : {"lstsq", "normal_eq"}
         Accepted: both are solved by normal equations, with a small ridge if these are singular, and a step that
         increases the error is not taken.
@@ -267,9 +268,11 @@ def tensor_ring_als(
     if ls_solve not in ("lstsq", "normal_eq"):
         raise ConfigError(f"ls_solve must be 'lstsq' or 'normal_eq'; got {safe_repr(ls_solve)}")
     _, array = as_tensor(tensor)
+    shape = tuple(map(int, array.shape))
     sweeps = Sweeps(callback, verbose, TRTensor)
     found = _ring_decomposition.tensor_ring(
-        array, _ring_ranks(tuple(array.shape), rank), init="random", random_state=random_state, tol=tolerance(tol),
+        array, ring_ranks(_ring_ranks(shape, rank), shape), init="random", random_state=random_state,
+        tol=tolerance(tol),
         max_iterations=integer_of("n_iter_max", n_iter_max, 0), callback=sweeps.observer,
     )  # fmt: skip
     sweeps.finish(found)
