@@ -382,8 +382,11 @@ T = numbers((3, 4, 5), 1)
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: tna.cp(T), "either rank= or max_error="),
-        (lambda: tna.cp(T, 2, max_error=0.1), "either rank= or max_error="),
+        (lambda: tna.cp(T), "either rank= or max_error=, .* got neither"),
+        (lambda: tna.cp(T, 2, max_error=0.1), "either rank= or max_error=, .* got both"),
+        (lambda: tna.cp(T, 2, mask=np.full(T.shape, 0.5)), r"got 0.5 at \(0, 0, 0\). Give weights="),
+        (lambda: tna.cp(T, 2, weights=np.where(T.min() == T, np.nan, 1.0)), r"weights must be .* got nan at \("),
+        (lambda: tna.cp(T, 2, weights=-np.ones(T.shape)), r"got -1 at \(0, 0, 0\). 0 leaves"),
         (lambda: tna.cp(T, 0), "rank must be an integer of at least 1; got 0"),
         (lambda: tna.cp(T, True), "rank must be an integer"),
         (lambda: tna.cp(T, 13), "rank 13 is above 12"),

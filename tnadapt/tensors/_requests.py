@@ -191,7 +191,8 @@ def requested(
 def one_of(what: str, rank: Any, max_error: Any) -> None:
     """Raise a ShapeError unless exactly one of a rank and an error is given."""
     if (rank is None) == (max_error is None):
-        raise ShapeError(f"give either {what}= or max_error=, to say how closely to decompose")
+        got = "neither" if rank is None else "both"
+        raise ShapeError(f"give either {what}= or max_error=, to say how closely to decompose; got {got}")
 
 
 def seed_of(random_state: Any) -> int:
@@ -218,12 +219,19 @@ def _observed(backend: Backend, tensor: Array, mask: Any, weights: Any) -> tuple
     if weights is not None:
         host = _host(weights, "weights", shape).astype(np.float64)
         if not np.isfinite(host).all() or (host < 0.0).any():
-            raise ShapeError("weights must be finite and not negative; 0 leaves an element out")
+            place = tuple(int(one) for one in np.argwhere(~(np.isfinite(host) & (host >= 0.0)))[0])
+            raise ShapeError(
+                f"weights must be finite and not negative; got {host[place]:g} at {place}. 0 leaves an element out"
+            )
         roots = np.sqrt(host)
     if mask is not None:
         host = _host(mask, "mask", shape)
         if host.dtype.kind != "b" and not np.isin(host, (0, 1)).all():
-            raise ShapeError("mask must be True (or 1) where an element is known and False (or 0) elsewhere")
+            place = tuple(int(one) for one in np.argwhere(~np.isin(host, (0, 1)))[0])
+            raise ShapeError(
+                f"mask must be True (or 1) where an element is known and False (or 0) elsewhere; got "
+                f"{host[place]:g} at {place}. Give weights= to count elements in part"
+            )
         roots = roots * host.astype(np.float64)
     _all_seen(roots)
     # A missing element may be NaN, which no product with zero removes.

@@ -124,7 +124,8 @@ def tucker(
     if passes is not None:
         if init != "svd" or fixed or mask is not None or weights is not None:
             raise ConfigError(
-                "a tensor that is read in blocks starts from its HOSVD: leave init, fixed, mask and weights out"
+                "a tensor that is read in blocks starts from its HOSVD: leave init, fixed, mask and weights out, or "
+                "load it into memory"
             )
         if nonnegative is not False:
             raise ConfigError("nonnegative= needs the tensor in memory: pass np.asarray(tensor)")
