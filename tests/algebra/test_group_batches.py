@@ -83,6 +83,20 @@ def test_as_few_calls_of_f_as_the_limit_allows(limit: int, calls: int, monkeypat
     assert shapes == {0: [()] * 23, 16: [()] * 23, 63: [(3,)] * 7 + [(2,)], 1 << 20: [(23,)]}[limit]
 
 
+@pytest.mark.parametrize("projection", ["linear", "nonlinear"])
+def test_groups_of_weights_apart_are_computed_once(projection: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tna.presets.superlora(2, groups=[[0, 2], [3, 1]], projection=projection, ratio=0.3)
+    plan = tna.SuperLoRA(config, [(4, 3)] * 4)
+    params = {name: array + 0.5 for name, array in plan.init(dtype="float64").items()}
+    expected = np.concatenate([delta.reshape(-1) for delta in plan.deltas(params)])
+    kind = type(plan.groups[0].projection.map)
+    monkeypatch.setattr(kind, "slice", None)  # not called
+    assert np.array_equal(plan.vector(params), expected)
+    monkeypatch.undo()
+    # Half of one group is missing: it is a slice, and the other one whole.
+    np.testing.assert_allclose(plan.vector(params, 12), expected[12:], rtol=1e-12, atol=1e-14)
+
+
 def test_what_is_not_alike_is_apart() -> None:
     backend, like = load_backend("numpy"), np.zeros(1)
 

@@ -145,3 +145,13 @@ def test_gradients_of_terms_that_are_their_array_accumulate(form: str, order: in
             (made(arrays) * weights).sum().backward()
         for array, gradient in zip(arrays.values(), once, strict=True):
             torch.testing.assert_close(array.grad, 3.0 * gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", ["weight", [[0, 2], [3, 1]]])
+def test_a_compiler_traces_groups_in_one_call(groups: object) -> None:
+    plan = tna.SuperLoRA(P.superlora(2, groups=groups, projection="linear", ratio=0.3), [(4, 3)] * 4)
+    arrays = moved(plan)
+    torch._dynamo.reset()
+    found = torch.compile(lambda given: vector(plan, given), backend="eager", fullgraph=True)(arrays)
+    assert torch.allclose(found, vector(plan, arrays), rtol=1e-12, atol=1e-14)
+    torch._dynamo.reset()

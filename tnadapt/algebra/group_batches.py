@@ -8,7 +8,7 @@ batch adds.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
@@ -39,6 +39,37 @@ def updates_of_runs(
     list of array, shape (stop - start,)
         They may share memory with each other.
     """
+    # The runs of a group whose weights are not adjacent are cut from the whole, which takes one call of F and not many.
+    wanted = list(map(_whole_if_all(runs), runs))
+    distinct = list({_key(run): run for run in wanted}.values())
+    made = dict(zip(map(_key, distinct), _computed(backend, distinct, params, trained), strict=True))
+    return [
+        made[_key(whole)] if run[1:] == whole[1:] else made[_key(whole)][run[1] : run[2]]
+        for run, whole in zip(runs, wanted, strict=True)
+    ]
+
+
+def _key(run: Run) -> tuple[int, int, int]:
+    group, start, stop = run
+    # Each group has its own start. A compiler can trace the id of an object of a class, and not of a tuple.
+    return id(group.start), start, stop
+
+
+def _whole_if_all(runs: Sequence[Run]) -> Callable[[Run], Run]:
+    """Return a function that replaces a run of a group behind an F by the whole group, if these are all of its runs."""
+    length: dict[int, int] = {}
+    for group, start, stop in runs:
+        length[id(group.start)] = length.get(id(group.start), 0) + stop - start
+
+    def replaced(run: Run) -> Run:
+        group = run[0]
+        complete = length[id(group.start)] == group.size and not group.projection.map.identity
+        return (group, 0, group.size) if complete else run
+
+    return replaced
+
+
+def _computed(backend: Backend, runs: Sequence[Run], params: Mapping[str, Array], trained: str | None) -> list[Array]:
     found: dict[int, Array] = {}
     for numbers in batches(backend, params[next(iter(runs[0][0].names.values()))], runs):
         _, start, stop = runs[numbers[0]]
