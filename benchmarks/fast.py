@@ -43,6 +43,10 @@ PARTS = {
 }
 
 
+#: Results of scripts of their own, whose files are next to the folder of the parts', which the page shows, too.
+OTHERS = ("short", "decompositions")
+
+
 def run(part: str, folder: Path, smoke: bool) -> None:
     """Run one part in a separate process, so that no other part's threads, caches or memory affect it."""
     code = (
@@ -70,10 +74,10 @@ def run(part: str, folder: Path, smoke: bool) -> None:
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return a mapping of part to its lines, the first being the machine; parts without results are omitted."""
+    """Return a mapping of part to its lines, the first being the machine; those without results are omitted."""
     found = {}
-    for part in PARTS:
-        path = folder / f"{part}.jsonl"
+    paths = {part: folder / f"{part}.jsonl" for part in PARTS}
+    for part, path in {**paths, **{other: folder.parent / f"{other}.jsonl" for other in OTHERS}}.items():
         if path.is_file():
             found[part] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return found

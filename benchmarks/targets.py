@@ -15,8 +15,8 @@ class Target(NamedTuple):
 
     Attributes
     ----------
-    point, what : str
-        Its number and text.
+    what : str
+        Its text.
     limit : float
         The largest acceptable value.
     part : str
@@ -27,7 +27,6 @@ class Target(NamedTuple):
         Explanation, shown if it is missed or not measured.
     """
 
-    point: str
     what: str
     limit: float
     part: str
@@ -113,7 +112,6 @@ UNMERGED = (
 
 TARGETS: list[Target] = [
     Target(
-        "1",
         "fwht, float32, 2^24, over a copy",
         2.0,
         "fwht",
@@ -121,7 +119,6 @@ TARGETS: list[Target] = [
     ),
     *(
         Target(
-            "1",
             f"fwht, float32, 2^{bits}, over FFHT",
             1 / 1.5,
             "fwht",
@@ -131,7 +128,6 @@ TARGETS: list[Target] = [
         for bits in (10, 16, 20, 24, 26)
     ),
     Target(
-        "1",
         "fwht of batches and on any axis, over one vector of as many",
         1.3,
         "fwht",
@@ -139,7 +135,6 @@ TARGETS: list[Target] = [
         "A few elements after the axis fill only a part of each vector in the first sweep.",
     ),
     Target(
-        "1",
         "fwht, float64 over float32",
         2.2,
         "fwht",
@@ -147,7 +142,6 @@ TARGETS: list[Target] = [
         "Twice the bytes, and half as many numbers in each cache.",
     ),
     Target(
-        "1",
         "fwht without numba, 2^24, over a copy",
         17.0,
         "fwht",
@@ -156,7 +150,6 @@ TARGETS: list[Target] = [
     ),
     *(
         Target(
-            "2",
             f"linear F of 2^24, ρ = {ratio:g}, {way}, over a copy",
             limit,
             "fastfood",
@@ -167,11 +160,10 @@ TARGETS: list[Target] = [
         for ratio, limits in ((0.01, (8, 11)), (1.0, (12, 12)))
         for way, limit in zip(("forward", "backward"), limits, strict=True)
     ),
-    Target("2", "its state, bytes per element", 9, "fastfood", largest("bytes an element", case="state")),
-    Target("2", "its state from the seed, s", 0.4, "fastfood", largest("ours", case="state", size=1 << 24)),
+    Target("its state, bytes per element", 9, "fastfood", largest("bytes an element", case="state")),
+    Target("its state from the seed, s", 0.4, "fastfood", largest("ours", case="state", size=1 << 24)),
     *(
         Target(
-            "2",
             f"linear F without numba, {library}, over stacked butterflies in torch",
             1 / 8,
             "fastfood",
@@ -181,12 +173,11 @@ TARGETS: list[Target] = [
         for library in ("NumPy", "torch")
     ),
     *(
-        Target("3", f"{problem}: LoRA over PEFT's", 1.0, "steps", largest("ratio", problem=kind, case="lora"))
+        Target(f"{problem}: LoRA over PEFT's", 1.0, "steps", largest("ratio", problem=kind, case="lora"))
         for kind, problem in (("vit", "ViT-base"), ("minilm", "MiniLM"))
     ),
     *(
         Target(
-            "3",
             f"{problem}: {what}, the slowest over PEFT's LoRA",
             limit,
             "steps",
@@ -201,11 +192,10 @@ TARGETS: list[Target] = [
             strict=True,
         )
     ),
-    Target("3", "ViT-base: LoKr over PEFT's own", 0.9, "steps", over("lokr", "peft lokr r=4", problem="vit")),
-    Target("3", "ViT-base: LoHa over PEFT's own", 0.9, "steps", over("loha", "peft loha r=4", problem="vit")),
+    Target("ViT-base: LoKr over PEFT's own", 0.9, "steps", over("lokr", "peft lokr r=4", problem="vit")),
+    Target("ViT-base: LoHa over PEFT's own", 0.9, "steps", over("loha", "peft loha r=4", problem="vit")),
     *(
         Target(
-            "3",
             f"ViT-base: peak memory above PEFT's LoRA, MB, {what}",
             150,
             "memory",
@@ -229,7 +219,6 @@ TARGETS: list[Target] = [
     ),
     *(
         Target(
-            "3",
             f"{problem}: inference, {what}, over the base",
             1.005,  # 1.00 as displayed
             "steps",
@@ -241,7 +230,6 @@ TARGETS: list[Target] = [
     ),
     *(
         Target(
-            "3",
             f"decoding, not merged, {dtype}, the slowest preset over the base",
             1.10,
             "decoding",
@@ -251,7 +239,6 @@ TARGETS: list[Target] = [
         for dtype in ("float32", "bfloat16")
     ),
     Target(
-        "3",
         "decoding: the first token after a change of an adapter with F, s",
         0.5,
         "decoding",
@@ -259,7 +246,6 @@ TARGETS: list[Target] = [
         "Every update is computed through F.",
     ),
     Target(
-        "3",
         "a layer of lora(4) without gradients, over PEFT's",
         1.0,
         "adapters",
@@ -267,7 +253,6 @@ TARGETS: list[Target] = [
         "Overhead of Python.",
     ),
     Target(
-        "3",
         "a layer of compacter, of 1,000, without gradients, µs",
         50,
         "adapters",
@@ -275,7 +260,6 @@ TARGETS: list[Target] = [
         "Each of its twelve arrays is compared with the copy that the cached update was computed from.",
     ),
     Target(
-        "3",
         "100 adapters that acted once: more memory, MB",
         50,
         "adapters",
@@ -283,7 +267,6 @@ TARGETS: list[Target] = [
         "Cached updates and draws, up to the limit of `set_cache_limit`.",
     ),
     Target(
-        "3",
         "switching between 100 adapters, ms",
         1.0,
         "adapters",
@@ -291,7 +274,6 @@ TARGETS: list[Target] = [
         "The weights of all adapters are set.",
     ),
     Target(
-        "3",
         "the chosen strategy over the best of the three, worst case",
         1.1,
         "strategies",
@@ -300,7 +282,6 @@ TARGETS: list[Target] = [
         "strategies of similar cost may rank differently.",
     ),
     Target(
-        "4",
         "exponent of time against N, the largest of all formats",
         1.05,
         "growth",
@@ -309,7 +290,6 @@ TARGETS: list[Target] = [
         "in the caches, and the padded length of an F is a power of two.",
     ),
     Target(
-        "4",
         "one 4096² slice of 2^30, CP and Tucker, over a copy by one thread",
         2.0,
         "slices",
@@ -321,7 +301,6 @@ TARGETS: list[Target] = [
         "for copying the result.",
     ),
     Target(
-        "4",
         "memory in addition to that slice, bytes",
         1e8,
         "slices",
@@ -332,7 +311,6 @@ TARGETS: list[Target] = [
         ),
     ),
     Target(
-        "5",
         "on a GPU: fwht of 2^24 over a device copy",
         5.0,
         "gpu",
@@ -340,13 +318,10 @@ TARGETS: list[Target] = [
         "No GPU was available.",
     ),
     Target(
-        "6",
         "attach on Llama-7B in addition to its arrays, s",
         2.0,
         "startup",
         largest("seconds_beyond", device=("meta", "cpu")),
     ),
-    Target(
-        "6", "import tnadapt in addition to NumPy, s", 0.15, "startup", largest("seconds_beyond", case="import tnadapt")
-    ),
+    Target("import tnadapt in addition to NumPy, s", 0.15, "startup", largest("seconds_beyond", case="import tnadapt")),
 ]

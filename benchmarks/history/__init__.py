@@ -1,0 +1,1 @@
+"""What asv runs (``benchmarks/asv.conf.json``)."""

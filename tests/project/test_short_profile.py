@@ -1,0 +1,178 @@
+"""The short profile runs, its table is right, and what asv and the page on speed take from it is there."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.conftest import BENCHMARKS
+
+Scripts = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def short(benchmark_scripts: Scripts) -> ModuleType:
+    pytest.importorskip("torch")
+    return benchmark_scripts("short")
+
+
+ROWS = [
+    {"case": "slower", "over": "a copy", "ratio": 3.0},
+    {"case": "at the tolerance", "over": "a copy", "ratio": 2.5},
+    {"case": "faster", "over": "PEFT", "ratio": 1.0},
+    {"case": "not known before", "over": "PEFT", "ratio": 1.0},
+    {"case": "without its peer", "over": "FFHT", "missing": "No module named 'fht_cpu'"},
+]
+COMMITTED = [
+    {"case": row["case"], "over": row["over"], "ratio": 2.0} for row in ROWS if "known" not in str(row["case"])
+]
+
+
+def test_the_quotient_is_to_the_committed_ratio_and_only_what_is_worse_is_marked(short: ModuleType) -> None:
+    lines = {line.case: line for line in short.compare(ROWS, COMMITTED, tolerance=1.25)}
+    assert [line.quotient for line in lines.values()] == [1.5, 1.25, 0.5, None, None]
+    assert [line.mark for line in lines.values()] == ["WORSE", "", "better", "new", "not installed"]
+    shown = short.table(list(lines.values())).splitlines()
+    assert shown[0].split() == ["case", "over", "ratio", "committed", "quotient"]
+    assert shown[1].split() == ["slower", "a", "copy", "3", "2", "1.5", "WORSE"]
+    assert shown[5].split() == ["without", "its", "peer", "FFHT", "–", "2", "–", "not", "installed"]
+
+
+@pytest.mark.parametrize(("options", "status"), [((), 0), (("--fail-above", "1.4"), 1), (("--fail-above", "1.5"), 0)])
+def test_the_exit_status_is_1_only_above_a_factor_that_is_given(
+    short: ModuleType, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], status: int
+) -> None:
+    monkeypatch.setattr(short, "run", lambda group: ROWS)
+    monkeypatch.setattr(short, "read", lambda: COMMITTED)
+    assert short.main(["arrays", *options]) == status
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (["array"], "no group 'array'; expected one of arrays, step"),
+        (["--smoke", "--record"], "leave out --record and --fail-above"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    short: ModuleType, capsys: pytest.CaptureFixture[str], given: list[str], text: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        short.main(given)
+    assert text in capsys.readouterr().err
+
+
+def ticking(calls: dict[str, list[float]]) -> tuple[Callable[[], None], Callable[[], None], Callable[[], float]]:
+    """Return two contestants, each of whose calls takes the next of its seconds, and the clock that tells them."""
+    now = 0.0
+    left = {name: iter(seconds) for name, seconds in calls.items()}
+
+    def taking(seconds: Iterator[float]) -> Callable[[], None]:
+        def run() -> None:
+            nonlocal now
+            now += next(seconds)
+
+        return run
+
+    return taking(left["ours"]), taking(left["theirs"]), lambda: now
+
+
+def test_a_ratio_is_the_median_of_those_within_a_round(short: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(short, "SECONDS", 0.0)
+    monkeypatch.setattr(short, "ROUNDS", 3)
+    # Two calls first. The machine is ten times as slow in the third round, of which the ratio shows nothing.
+    ours, theirs, clock = ticking({"ours": [9.0, 1.0, 2.0, 3.0, 20.0], "theirs": [9.0, 1.0, 1.0, 1.0, 10.0]})
+    found = short.turns(ours, theirs, clock, smoke=False)
+    assert found == {"ratio": 2.0, "low": 2.0, "high": 2.5, "seconds": 3.0, "other": 1.0, "rounds": 3}
+
+
+def test_short_calls_are_repeated(short: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(short, "SECONDS", 0.0)
+    monkeypatch.setattr(short, "ROUNDS", 1)
+    ours, theirs, clock = ticking({"ours": [1e-3] * 7, "theirs": [2e-3] * 4})
+    assert short.turns(ours, theirs, clock, smoke=False)["ratio"] == pytest.approx(0.5)
+
+
+def test_a_peer_that_is_not_installed_is_named(short: ModuleType) -> None:
+    def build(smoke: bool, folder: Path) -> Any:
+        return importlib.import_module("no_such_peer")
+
+    found = short.measure(short.Case("mine", "its peer", build), smoke=True)
+    assert found == {"case": "mine", "over": "its peer", "missing": "No module named 'no_such_peer'"}
+
+
+def test_the_committed_results_have_every_case(short: ModuleType) -> None:
+    rows = short.read()
+    assert [row["case"] for row in rows] == list(short.CASES)
+    assert all(row["low"] <= row["ratio"] <= row["high"] for row in rows)
+    machine = json.loads(short.RESULTS.read_text(encoding="utf-8").partition("\n")[0])
+    assert {"processor", "cores", "date", "numpy", "torch", "peft"} <= set(machine)
+
+
+def test_recorded_groups_replace_their_rows_and_no_others(
+    short: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    one, two = list(short.CASES)[:2]
+    monkeypatch.setattr(short, "RESULTS", tmp_path / "short.jsonl")
+    short.record([{"case": name, "ratio": 1.0} for name in (two, one)])
+    short.record([{"case": two, "ratio": 2.0}])
+    assert short.read() == [{"case": one, "ratio": 1.0}, {"case": two, "ratio": 2.0}]
+
+
+def test_asv_tracks_every_case(short: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    ratios = importlib.import_module("history.ratios")
+    try:
+        assert ratios.track_ratio.params == list(short.CASES)
+        monkeypatch.setattr(ratios.short, "measure", lambda case: {"case": case.name, "ratio": 0.5})
+        assert ratios.track_ratio(ratios.track_ratio.params[0]) == 0.5
+        monkeypatch.setattr(ratios.short, "measure", lambda case: {"case": case.name, "missing": "a peer"})
+        assert math.isnan(ratios.track_ratio(ratios.track_ratio.params[0]))
+    finally:
+        for name in ("history", "history.ratios"):
+            sys.modules.pop(name, None)
+
+
+def test_the_history_has_no_paths_of_the_machine_that_made_it(short: ModuleType) -> None:
+    files = list((BENCHMARKS / "results" / "asv").glob("*/*-present.json"))
+    assert files
+    for file in files:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        assert "/" not in stored["params"]["python"] + stored["python"] + stored["env_name"]
+        values = stored["results"]["ratios.track_ratio"][0]
+        assert all(value is None or math.isnan(value) or value > 0 for value in values)
+
+
+def test_the_first_lines_of_the_page_are_those_of_the_results(benchmark_scripts: Scripts) -> None:
+    headlines = benchmark_scripts("headlines")
+    rows = [
+        {},
+        {"problem": "vit", "case": "lora", "ratio": 0.98765},
+        {"problem": "vit", "case": "dense", "ratio": 1.04},
+    ]
+    said = list(headlines.lines({"steps": rows, "decompositions": [{}, {"kind": "CP", "ratios": {"TensorLy": 0.5}}]}))
+    assert len(said) == len(headlines.HEADLINES) == 10
+    assert said[0].endswith("PEFT's LoRA**: LoRA 0.988, dense 1.04 (`fast.py steps`, `fast/steps.jsonl`)\n")
+    assert "TensorLy's, the slowest case of each**: CP 0.5 (`decompositions.py`" in said[8]
+    assert [line.count("not measured") for line in said] == [0, 1, 1, 1, 1, 1, 1, 1, 0, 1]
+
+
+@pytest.mark.slow
+def test_every_case_runs() -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    command = [sys.executable, str(BENCHMARKS / "short.py"), "--smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) > 20
