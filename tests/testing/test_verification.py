@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.conftest import installed
 from tests.support.depth import in_depth
-from tnadapt.algebra import products, rng
+from tnadapt.algebra import factor_products, rng
 from tnadapt.algebra.maps import Linear
 from tnadapt.backends import load_backend
 from tnadapt.testing import _reference as reference
@@ -66,7 +66,7 @@ F = tna.presets.superlora(2, projection="nonlinear", ratio=0.3)
 
 
 def test_a_wrong_product_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    true = products.khatri_rao
+    true = factor_products.khatri_rao
     monkeypatch.setattr("tnadapt.algebra.formats._cp.khatri_rao", lambda *a: true(*a) * (1 + 1e-9))
     assert "ΔW = the textbook formula" in broken(monkeypatch, tna.presets.lora(2))
 
