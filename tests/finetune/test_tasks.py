@@ -273,7 +273,9 @@ SHORT = ("regression", "causal-lm", "image-classification")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "model", "data", "reference"), in_depth(JOBS, [job for job in JOBS if job[0] in SHORT]), ids=str
+    ("name", "model", "data", "reference"),
+    in_depth(JOBS, [job for job in JOBS if job[0] in SHORT]),
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_the_whole_job(tmp_path: Path, name: str, model: Any, data: Any, reference: str) -> None:
     path = data(tmp_path / ("a.npz" if name.startswith("image") else "a.jsonl"))
