@@ -170,3 +170,19 @@ def test_swapped_files_are_checked_without_drawing_again(tmp_path: Path, monkeyp
     foreign.save(tmp_path / "other.safetensors")
     with pytest.raises(tna.TnadaptError, match="seed"):
         adapter.swap(tmp_path / "other.safetensors")
+
+
+def test_the_memory_that_kernels_reuse_is_freed_too() -> None:
+    pytest.importorskip("numba")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(192, 192)).eval()  # long enough for the compiled kernels
+    adapter = tt.attach(model, CONFIGS["F"], "all-linear", strategy="weight")
+    stir(adapter)
+    tt.set_cache_limit(model, 0)
+    with torch.no_grad():
+        model(torch.randn(5, 192))
+    spaces = [one for one in drawn(adapter._state.plan) if getattr(one, "space", None) is not None]
+    assert spaces
+    adapter.set_weight(0.0)
+    assert all(one.space is None for one in spaces)
+    assert _held(adapter._state) == 0

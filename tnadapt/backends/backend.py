@@ -65,6 +65,16 @@ class FixedArrays:
         found = backend.fixed(self, key, backend.device(like), keep)
         return found if dtype is None else backend.astype(found, dtype)
 
+    def free(self) -> None:
+        """Give back the memory of everything that can be computed again."""
+        # New dictionaries instead of clear(): another thread may be reading the old ones.
+        self.kept, self.placed = {}, {}
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes of memory that is kept for the next call, beyond the arrays."""
+        return 0
+
     def components(self) -> Iterator[FixedArrays]:
         """Yield this object and those that it is made of, such as the maps of a chain."""
         yield self

@@ -24,19 +24,20 @@ def drawn(plan: SuperLoRA) -> Iterator[FixedArrays]:
 def held_by_draws(several: Iterable[FixedArrays]) -> int:
     """Return the bytes of arrays on the host and, where they are others, on devices; each counted once."""
     arrays: dict[int, int] = {}
+    spare: dict[int, int] = {}
     for one in several:
+        spare[id(one)] = one.spare_bytes
         for host in one.kept.values():
             arrays[host.__array_interface__["data"][0]] = host.nbytes
         for placed in one.placed.values():
             memory = placed.untyped_storage() if hasattr(placed, "untyped_storage") else None
             if memory is not None:
                 arrays[memory.data_ptr()] = memory.nbytes()
-    return sum(arrays.values())
+    return sum(arrays.values()) + sum(spare.values())
 
 
 def forget_draws(plan: SuperLoRA, but: Collection[int]) -> None:
     """Give back what a plan keeps, except for objects with these ids, which others use."""
     for one in drawn(plan):
         if id(one) not in but:
-            # New dictionaries instead of clear(): another thread may be reading the old ones.
-            one.kept, one.placed = {}, {}
+            one.free()

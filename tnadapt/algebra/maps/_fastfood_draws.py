@@ -43,6 +43,14 @@ class FastfoodDraws(FixedArrays):
         #: Memory that the compiled kernels reuse; it ends with the draws.
         self.space: Any = None
 
+    def free(self) -> None:
+        super().free()
+        self.space = None
+
+    @property
+    def spare_bytes(self) -> int:
+        return 0 if self.space is None else int(self.space.nbytes)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "space": None}
 
