@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tnadapt.backends import Backend
-from tnadapt.backends.backend import Array, FixedArrays
+from tnadapt.backends.backend import Array
+from tnadapt.backends.fixed_arrays import FixedArrays
 
 from ._weight_places import Box, WeightPlace, enclosing, run_in_box
 from .formats import Format, Legs

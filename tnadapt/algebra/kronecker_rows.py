@@ -12,7 +12,8 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 
 from tnadapt.backends import Backend
-from tnadapt.backends.backend import Array, FixedArrays
+from tnadapt.backends.backend import Array
+from tnadapt.backends.fixed_arrays import FixedArrays
 
 from .network import Network
 from .products import LONG

@@ -17,7 +17,8 @@ from ._kernels import kernels
 from ._kron import kron_by_rows, kron_plain, short_rows
 from ._torch_dft2 import dft2
 from ._torch_kernels import fastfood, hadamard, hadamard_into
-from .backend import CALLED_AT_ONCE, LAUNCHED_AT_ONCE, OPTIONAL, Array, Backend, FixedArrays, Map
+from .backend import CALLED_AT_ONCE, LAUNCHED_AT_ONCE, OPTIONAL, Array, Backend, Map
+from .fixed_arrays import FixedArrays
 
 # Rows of up to this length are slow in products with broadcasting.
 _SHORT = 8

@@ -15,7 +15,8 @@ import pytest
 from tnadapt.algebra.maps import Dft2, Linear, LinearV2, Shuffle
 from tnadapt.algebra.maps.walsh_hadamard import fwht_plain
 from tnadapt.backends import Backend, get_backend
-from tnadapt.backends.backend import FLOAT_DTYPES, OPTIONAL, Array, FixedArrays
+from tnadapt.backends.backend import FLOAT_DTYPES, OPTIONAL, Array
+from tnadapt.backends.fixed_arrays import FixedArrays
 from tnadapt.errors import BackendError
 
 __all__ = ["BackendContract"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.backends.backend import FixedArrays
+from tnadapt.backends.fixed_arrays import FixedArrays
 
 __all__ = ["drawn", "forget_draws", "held_by_draws"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tnadapt.backends import load_backend
-from tnadapt.backends.backend import FixedArrays
+from tnadapt.backends.fixed_arrays import FixedArrays
 from tnadapt.targets.target import RowIndices, Target
 
 __all__ = ["add_features", "features_of", "fixed_indices", "index_tensor", "overlap", "updated_places"]

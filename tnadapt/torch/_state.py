@@ -280,7 +280,7 @@ class AdapterState:
             self.made.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Passes with rows are those of this object: none is open for a copy. Tensors on devices are made again.
+        # Passes with rows are those of this object: none is open for a copy. Tensors on devices are recomputed.
         state = {name: value for name, value in self.__dict__.items() if not name.startswith(_WEIGHT_ON)}
         return {**state, "row_passes": 0, "by_rows": False}
 
@@ -294,7 +294,7 @@ class AdapterState:
     def weight_name(self, device: str) -> str:
         """Return the name of the attribute that is the mixing weight on a device; create it if necessary.
 
-        As in :meth:`tnadapt.backends.backend.FixedArrays.name_of`, a compiler takes the name for a constant.
+        As in :meth:`tnadapt.backends.fixed_arrays.FixedArrays.name_of`, a compiler takes the name for a constant.
         """
         name = f"{_WEIGHT_ON}{device}"
         if name not in self.__dict__:

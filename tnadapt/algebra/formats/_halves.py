@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tnadapt.backends.backend import Array, Backend, FixedArrays
+from tnadapt.backends.backend import Array, Backend
+from tnadapt.backends.fixed_arrays import FixedArrays
 
 from ._contraction import Contraction, Formula
 from ._minimal_cut import minimal_cut

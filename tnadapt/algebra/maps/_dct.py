@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.backends.backend import FixedArrays
+from tnadapt.backends.fixed_arrays import FixedArrays
 
 from ._two_sided import TwoSided
 

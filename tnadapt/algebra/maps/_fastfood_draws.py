@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from tnadapt.backends import Backend, kernels
-from tnadapt.backends.backend import Array, FixedArrays
+from tnadapt.backends.backend import Array
+from tnadapt.backends.fixed_arrays import FixedArrays
 
 from .. import rng
 

@@ -16,7 +16,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from tnadapt.backends import Backend, load_backend
-from tnadapt.backends.backend import Array, FixedArrays
+from tnadapt.backends.backend import Array
+from tnadapt.backends.fixed_arrays import FixedArrays
 from tnadapt.errors import ConfigError
 
 from .. import rng

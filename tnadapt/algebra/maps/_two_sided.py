@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 from tnadapt.backends import Backend
-from tnadapt.backends.backend import Array, FixedArrays
+from tnadapt.backends.backend import Array
+from tnadapt.backends.fixed_arrays import FixedArrays
 
 from ._by_rows import ByRows
 

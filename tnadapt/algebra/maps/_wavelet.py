@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from tnadapt.backends import Backend
-from tnadapt.backends.backend import Array, FixedArrays
+from tnadapt.backends.backend import Array
+from tnadapt.backends.fixed_arrays import FixedArrays
 from tnadapt.errors import ConfigError, safe_repr
 
 from ._by_rows import ByRows

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from tnadapt.backends import Backend, get_backend
-from tnadapt.backends.backend import FLOAT_DTYPES, Array, FixedArrays
+from tnadapt.backends.backend import FLOAT_DTYPES, Array
+from tnadapt.backends.fixed_arrays import FixedArrays
 from tnadapt.errors import ShapeError, integer
 
 __all__ = ["fwht"]

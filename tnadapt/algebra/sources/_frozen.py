@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tnadapt.backends.backend import FixedArrays
+from tnadapt.backends.fixed_arrays import FixedArrays
 from tnadapt.errors import ConfigError, TnadaptError, safe_repr
 
 from .._dtype_rounding import rounded_to
