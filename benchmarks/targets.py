@@ -65,6 +65,17 @@ def over(case: str, other: str, **where: Any) -> Callable[[Rows], float | None]:
     return over_column("ratio", case, other, **where)
 
 
+def largest_over(cases: Sequence[str], other: str, **where: Any) -> Callable[[Rows], float | None]:
+    """Return a function that computes the largest ratio of several cases relative to another."""
+    several = [over(case, other, **where) for case in cases]
+
+    def find(rows: Rows) -> float | None:
+        found = [one(rows) for one in several]
+        return max((ratio for ratio in found if ratio is not None), default=None)
+
+    return find
+
+
 def inverse(column: str, **where: Any) -> Callable[[Rows], float | None]:
     """Return a function that computes one over the smallest number in a column of speed-ups."""
     least = largest(column, **where)
@@ -92,6 +103,14 @@ THIRD = (
 )
 LOADED = "Numba, loaded for the kernels, takes as much as 'superlora' exceeds LoRA by."
 KEPT = "W + ΔW is formed at each layer; merge if this is too slow."
+
+FORMED = "Forming ΔW from its factors, and their gradients from ΔW's, which a dense update does not need."
+
+PROBLEMS = (("vit", "ViT-base"), ("minilm", "MiniLM"))
+
+#: The settings of ``files.py`` without F; those with it are the others.
+WITHOUT_F = ("lora(4)", "lokr(16)", "superlora(4)", "lorta(4)", "dense")
+WITH_F = ("superlora(4) + F, ρ = 1", "superlora(4) + F, ρ = 0.1", "fastfood(0.01)")
 
 WHOLE = (
     "lonkr", "lotr", "lotr train", "lorta", "lorta_cp", "cara", "fact_tt", "fact_tk", "superlora", "dense",
@@ -174,7 +193,7 @@ TARGETS: list[Target] = [
     ),
     *(
         Target(f"{problem}: LoRA over PEFT's", 1.0, "steps", largest("ratio", problem=kind, case="lora"))
-        for kind, problem in (("vit", "ViT-base"), ("minilm", "MiniLM"))
+        for kind, problem in PROBLEMS
     ),
     *(
         Target(
@@ -191,6 +210,27 @@ TARGETS: list[Target] = [
             limits,
             strict=True,
         )
+    ),
+    *(
+        Target(
+            f"{problem}: superlora, lorta and lonkr, the slowest over dense",
+            1.01,
+            "steps",
+            largest_over(("superlora", "lorta", "lonkr"), "dense", problem=kind),
+            FORMED,
+        )
+        for kind, problem in PROBLEMS
+    ),
+    *(
+        Target(
+            f"{problem}: superlora through F, ρ = {ratio}, over superlora",
+            1.03,
+            "steps",
+            over(f"superlora F {ratio}", "superlora", problem=kind),
+            "F and its adjoint are computed in every step, whatever the size of the batch.",
+        )
+        for kind, problem in PROBLEMS
+        for ratio in ("0.01", "1")
     ),
     Target("ViT-base: LoKr over PEFT's own", 0.9, "steps", over("lokr", "peft lokr r=4", problem="vit")),
     Target("ViT-base: LoHa over PEFT's own", 0.9, "steps", over("loha", "peft loha r=4", problem="vit")),
@@ -225,7 +265,7 @@ TARGETS: list[Target] = [
             largest("ratio", problem=kind, case=tuple(f"inference, {name} {state}" for name in ("lora", "superlora"))),
             KEPT if state == "attached" else "The same model without the adapter: the difference is machine noise.",
         )
-        for kind, problem in (("vit", "ViT-base"), ("minilm", "MiniLM"))
+        for kind, problem in PROBLEMS
         for what, state in (("merged", "merged"), ("the update cached", "attached"))
     ),
     *(
@@ -309,6 +349,33 @@ TARGETS: list[Target] = [
             library=("numpy", "torch"),
             case=tuple([f"CP, M = {m}, r = 8" for m in (2, 3, 4, 5)] + [f"Tucker, M = {m}, r = 4" for m in (3, 5)]),
         ),
+    ),
+    Target(
+        "plan for 10,000 weights and its table, s",
+        5.0,
+        "files",
+        largest("wall", weights=10_000),
+        "Every setting is checked for every shape.",
+    ),
+    Target(
+        "extract through F, q and v of ViT-base, the slowest, s",
+        5.0,
+        "files",
+        largest("wall", case=tuple(f"extract, {name}" for name in WITH_F)),
+        "Every step of the search applies F and its adjoint to the whole group.",
+    ),
+    *(
+        Target(
+            f"merge on disk, {what}, the slowest, over a plain read and write, processor time",
+            limit,
+            "files",
+            largest("cpu_ratio", case=tuple(f"merge, {name}" for name in names)),
+            why,
+        )
+        for what, names, limit, why in (
+            ("no F", WITHOUT_F, 1.5, "ΔW is formed in float64."),
+            ("through F", WITH_F, 3.0, "F is applied in float64."),
+        )
     ),
     Target(
         "on a GPU: fwht of 2^24 over a device copy",
