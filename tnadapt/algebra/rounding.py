@@ -48,7 +48,7 @@ class Float64Deltas:
     Notes
     -----
     If F is the identity, memory is a few pieces. Otherwise groups are computed in spans of 2**24 elements, one of which
-    is kept: this takes about five times 128 MB, plus what F keeps (see :class:`~tnadapt.Projection`), and each span
+    is kept: this takes up to five times 128 MB, plus what F keeps (see :class:`~tnadapt.Projection`), and each span
     takes the time of drawing the whole group. The boundaries of the pieces do not depend on the order of the weights.
 
     Examples

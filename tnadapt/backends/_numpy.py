@@ -122,9 +122,9 @@ class NumpyBackend(Backend):
         np.copyto(out, x)
 
     def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Array | None:
-        ours = type(x) in _PLAIN and x.dtype == np.float32 and x.size > 0
+        ours = type(x) in _PLAIN and x.size > 0
         compiled = kernels("fastfood") if ours and draws.long else None
-        if compiled is None or not compiled.takes(draws.padded):
+        if compiled is None or not compiled.takes(x.dtype, draws.padded, adjoint):
             return None
         return compiled.linear(x, draws, n_in, adjoint)
 

@@ -13,6 +13,8 @@ from ._torch_maps import KernelPair, KernelWithFallback, Map, in_memory, linear_
 
 __all__ = ["fastfood", "hadamard", "hadamard_into"]
 
+_DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+
 
 def hadamard(x: Tensor, scale: float, axis: int, fallback: Map) -> Tensor | None:
     """Compute ``scale * H x`` along an axis, counted from the last; None if no kernel accepts x."""
@@ -55,10 +57,11 @@ def _array(x: Tensor) -> np.ndarray:
 
 def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Tensor | None:
     """Compute the linear part of a projection, or its adjoint; None if no kernel accepts x."""
-    if not (draws.long and x.is_cpu and x.dtype == torch.float32 and x.numel() and in_memory(x)):
+    if not (draws.long and x.is_cpu and x.dtype in _DTYPES and x.numel() and in_memory(x)):
         return None
-    compiled = kernels("fastfood")
-    if compiled is None or not compiled.takes(draws.padded):
+    # A derivative would need the adjoint, which the kernels have in single precision.
+    compiled, record = kernels("fastfood"), recorded(x)
+    if compiled is None or not compiled.takes(_DTYPES[x.dtype], draws.padded, adjoint or record):
         return None
 
     def projected(x: Tensor) -> Tensor:
@@ -67,7 +70,7 @@ def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Ma
     def pulled(y: Tensor) -> Tensor:
         return torch.from_numpy(kernels("fastfood").linear(_array(y), draws, n_in, True))
 
-    if not recorded(x):
+    if not record:
         return on_memory(pulled if adjoint else projected, x)
     pair = KernelPair(KernelWithFallback(projected, fallback[0]), KernelWithFallback(pulled, fallback[1]))
     return linear_map(x, pair.transposed if adjoint else pair)

@@ -78,6 +78,31 @@ def test_sorted(kind: str, n_in: int, n_out: int, seed: int, group: int) -> None
     agree(projection(kind, n_in + (1 << 18), n_out, seed, group), vector(n_in + (1 << 18)), vector(n_out, 1))
 
 
+@pytest.mark.law("kernels-agree")
+@pytest.mark.parametrize("kind", ["linear", "linear_v2"])
+@pytest.mark.parametrize(("n_in", "n_out"), [*LENGTHS, (700, 1 << 19), ((1 << 18) - 5, (1 << 19) + 3)])
+def test_double_precision_has_the_bits_of_the_reference(kind: str, n_in: int, n_out: int) -> None:
+    x = np.random.default_rng(5).standard_normal(n_in)
+    for warm in (False, True):  # what is kept for single precision is used, too
+        f = projection(kind, n_in, n_out)
+        if warm:
+            f(vector(n_in))
+        found = f(x)
+        assert found.dtype == np.float64
+        assert found.tobytes() == f.map.forward_plain(NUMPY, x).tobytes()
+
+
+@settings(max_examples=8)
+@given(KIND, st.integers(1, 300_000), st.integers(1, 300_000), st.integers(0, 2**64 - 1), st.data())
+def test_double_precision(kind: str, n_in: int, n_out: int, seed: int, data: st.DataObject) -> None:
+    f = projection(kind, n_in, n_out + (1 << 14), seed)
+    scale = data.draw(st.sampled_from([1.0, 1e-300, 1e-320, 1e300]))
+    x = np.random.default_rng(seed).standard_normal((data.draw(st.integers(1, 2)), n_in)) * scale
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = f.map.forward_plain(NUMPY, x)
+    assert np.array_equal(f(x), expected, equal_nan=True)
+
+
 def test_shorter_periods_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
     # Many repeats of a table that would be gathered from; and a vector that would be sorted, gathered.
     f = projection("linear", 1 << 18, 1 << 20)
@@ -207,7 +232,7 @@ def test_other_dtypes_and_short_vectors_use_plain_operations(monkeypatch: pytest
     f = projection("linear", 700, 17_000)
     f(vector(700))
     monkeypatch.setattr(compiled, "linear", fail)
-    f(vector(700).astype(np.float64))
+    f.adjoint(vector(17_000).astype(np.float64))
     f.slice(vector(700), 3, 9)
     projection("linear", 70, 1700)(vector(70))
     with pytest.raises(AssertionError):
@@ -244,7 +269,7 @@ class TestTorch:
         f = projection(kind, n_in, n_out)
         x, y = torch.from_numpy(vector(n_in)).requires_grad_(), torch.from_numpy(vector(n_out, 1)).requires_grad_()
         (grad,) = torch.autograd.grad(f(x), x, y, create_graph=True)
-        # Double precision takes torch's own operations.
+        # With derivatives, double precision takes torch's own operations.
         x64, y64 = (z.detach().double().requires_grad_() for z in (x, y))
         (grad64,) = torch.autograd.grad(f(x64), x64, y64, create_graph=True)
         assert relative_error(f(x).detach(), f(x64).detach()) < CLOSE
@@ -300,9 +325,12 @@ class TestTorch:
         f(x.detach().half())
         f(torch.nn.Parameter(x.detach()))
         assert ran == [False, True, False, False, False]
-        f(x.detach().double())
+        f(x.double())
+        f.adjoint(torch.zeros(17_000, dtype=torch.float64))
         f(torch.empty(0, 700))
         assert len(ran) == 5
+        f(x.detach().double())
+        assert ran[5:] == [False]
 
     def test_compiled_by_torch(self) -> None:
         import torch

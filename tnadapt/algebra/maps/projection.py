@@ -61,9 +61,9 @@ class Projection:
     equal. One call costs ``L log2 L`` additions and a gather. Half precision is computed in float32.
 
     The arrays drawn in the first call are kept. They take 9 bytes per element of L: permutation 4, gain ``g[perm]``
-    4, signs 1 (12 bytes for the v2 kinds). The compiled kernels (float32 on the CPU, L from 2**14 on, the extra
-    ``fast``) keep the signs as bits. If n_in is at most 2**18, they keep 4 bytes, as they regenerate the permutation
-    in every call; otherwise, for L up to 2**26, 7 bytes (g 4, the permutation in two steps 3). The v2 kinds need 4
+    4, signs 1 (12 bytes for the v2 kinds). The compiled kernels (on the CPU, L from 2**14 on, the extra ``fast``) keep
+    the signs as bits. If n_in is at most 2**18, they keep 4 bytes in float32, as they regenerate the permutation in
+    every call; otherwise, for L up to 2**26, 7 bytes (g 4, the permutation in two steps 3). The v2 kinds need 4
     more. A call then needs memory for one vector of length L, of which its result is a part if it is about as long, or
     for two if n_in is larger than 2**18. The first of them is kept for the next call when nothing uses it any more, and
     freed with F. With Triton, CUDA devices keep nothing, or 4 bytes where float64 is slow (:doc:`/gpu`).

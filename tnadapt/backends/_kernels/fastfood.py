@@ -11,10 +11,15 @@ algorithms:
   bucket is then put in its final order, also in the cache, by ``order`` (two bytes per element).
 
 The adjoint runs the same steps backwards.
+
+In double precision, which merging needs once per F, the result has the bits of the reference implementation: its
+factors ``1 / sqrt`` stand at the same places. Sorting is then faster for any h, as the arrays for it are drawn in less
+time than ``gain``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -38,7 +43,7 @@ from .fastfood_loops import (
 )
 from .memory import aligned_empty, cache_sizes, readable
 from .thread_pool import share, thread_count
-from .walsh import transform
+from .walsh import transform, transform_into
 from .work_space import WorkSpace
 
 __all__ = ["Draws", "buckets_of", "linear", "order_of", "permuted", "permutes", "sorts", "starts_of", "takes"]
@@ -64,8 +69,7 @@ _SHARED_BITS = 17
 # depend on the number of threads.
 _SUMS = 4
 
-_FLOAT = np.dtype(np.float32)
-_LOW_BITS = low_run(4).bit_length() - 1
+_FLOAT, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
 _NO_WORDS, _NO_NUMBERS = np.empty(0, np.uint32), np.empty(0, np.float32)
 # Signs as bits of words, and numbers; at most one of the two arrays is not empty.
 _Diagonal = tuple[np.ndarray, np.ndarray]
@@ -82,18 +86,25 @@ class Draws(Protocol):
     signs: bool
     lengths: dict[str, int]
     space: WorkSpace | None
+    kept: dict[Any, np.ndarray]
 
     def held(self, key: str) -> np.ndarray: ...
 
 
 def sorts(padded: int, pruned: int) -> bool:
-    """Return whether an F of these lengths uses the sorted algorithm."""
+    """Return whether an F of these lengths uses the sorted algorithm in single precision."""
     return pruned > 1 << _GATHERED_BITS and padded <= 1 << _SORTED_BITS
 
 
-def takes(padded: int) -> bool:
-    """Return whether the loops support an F of that padded length."""
-    return 1 << _LEAST_BITS <= padded <= 1 << _MOST_BITS
+def _sorts_double(draws: Draws) -> bool:
+    """Return whether a short h is sorted, too: not if ``gain`` is there already."""
+    return "gain" not in draws.kept and 1 << (CHUNK_BITS + 2) <= draws.padded <= 1 << _SORTED_BITS
+
+
+def takes(dtype: np.dtype[Any], padded: int, adjoint: bool) -> bool:
+    """Return whether the loops support an F of that padded length: in single precision, and its forward in double."""
+    known = dtype == _FLOAT or (dtype == _DOUBLE and not adjoint)
+    return known and 1 << _LEAST_BITS <= padded <= 1 << _MOST_BITS
 
 
 def permutes(length: int) -> bool:
@@ -106,7 +117,7 @@ def linear(x: np.ndarray, draws: Draws, n_in: int, adjoint: bool) -> np.ndarray:
 
     Parameters
     ----------
-    x : numpy.ndarray, float32
+    x : numpy.ndarray, float32, or float64 without ``adjoint``
         Any strides and flags; leading axes are a batch.
     draws : Draws
         Draws of the F, with a length that :func:`takes` accepts.
@@ -117,16 +128,17 @@ def linear(x: np.ndarray, draws: Draws, n_in: int, adjoint: bool) -> np.ndarray:
 
     Returns
     -------
-    numpy.ndarray, float32, shape (…, n_out) or (…, n_in)
-        The same bits for any number of threads.
+    numpy.ndarray, dtype of x, shape (…, n_out) or (…, n_in)
+        The same bits for any number of threads; in float64, those of the reference implementation.
 
     Notes
     -----
     ``draws`` caches 4 bytes per element of the padded length if the period of h is at most 2**18, otherwise 7, and one
     bit per sign. A call needs one vector of the padded length, or two if it sorts, in addition to a result that is not
-    a view of the first one. That vector comes from the work space of ``draws``, and returns to it with the result.
+    a view of the first one. In float32 that vector comes from the work space of ``draws``, and returns to it with the
+    result.
     """
-    f = _Linear(draws, n_in)
+    f = _Linear(draws, n_in, x.dtype)
     length = n_in if adjoint else f.n_out
     rows = x.reshape(-1, x.shape[-1])
     way = f.backward if adjoint else f.forward
@@ -135,7 +147,7 @@ def linear(x: np.ndarray, draws: Draws, n_in: int, adjoint: bool) -> np.ndarray:
         # The result is a view that keeps the whole padded vector alive; copy it if more than a fifth would be wasted.
         made = made if 5 * length >= 4 * draws.padded else made.copy()
     else:
-        made = aligned_empty((len(rows), length), _FLOAT)
+        made = aligned_empty((len(rows), length), x.dtype)
         for row, result in zip(rows, made, strict=True):
             result[:] = way(_row(row))[:length]
     return made.reshape(*x.shape[:-1], length)
@@ -148,14 +160,15 @@ def _row(x: np.ndarray) -> np.ndarray:
 class _Linear:
     """One F: its algorithm, and the steps of it."""
 
-    def __init__(self, draws: Draws, n_in: int) -> None:
+    def __init__(self, draws: Draws, n_in: int, dtype: np.dtype[Any]) -> None:
         bits = (draws.padded - 1).bit_length()
         # A multiple of a period is a period, too. In a short table, the adjoint would add many elements to one place:
         # these additions depend on each other, and their rounding errors accumulate.
         self.bits, self.pruned_bits, self.n_in = bits, max(_TABLE_BITS, (draws.pruned - 1).bit_length()), n_in
         self.n_out = draws.lengths["diagonal"]
         self.keys = draws.held("keys")
-        self.sorts = sorts(draws.padded, draws.pruned)
+        self.period, self.dtype, self.double = draws.pruned, dtype, dtype == _DOUBLE
+        self.sorts = sorts(draws.padded, draws.pruned) or (self.double and _sorts_double(draws))
         if self.sorts:
             self.g, self.buckets = draws.held("g"), draws.held("buckets")
             self.starts, self.order = draws.held("starts"), draws.held("order")
@@ -171,27 +184,54 @@ class _Linear:
         self.last_scale = 2.0 ** -(bits - bits // 2)
 
         # Each block is a piece of work: short vectors get smaller blocks, so that there are at least four.
-        self.within = min(_BLOCK_BITS, bits - 2)
-        self.table_within = min(_BLOCK_BITS, self.pruned_bits - 2)
+        less = int(self.double)  # half as many elements have the same size
+        self.within = min(_BLOCK_BITS - less, bits - 2)
+        self.table_within = min(_BLOCK_BITS - less, self.pruned_bits - 2)
+        self.low, self.near = low_run(dtype.itemsize).bit_length() - 1, _NEAR_BITS - less
+        self.bucket_near = _BUCKET_NEAR_BITS - less
 
     def forward(self, x: np.ndarray) -> np.ndarray:
+        if self.double:
+            return self.forward_double(x)
         out = self.space.vector(1 << self.bits)
         if self.sorts:
             table = out[: 1 << self.pruned_bits]
             self.begin(x, table, self.table_within, self.first_scale)
             self.end(table, self.table_within)
-            runs = np.empty(1 << self.bits, np.float32)
-            self.share(chunks_to_buckets, len(self.starts), table, self.g, self.buckets, self.starts, runs)
-            how = _LOW_BITS, _BUCKET_NEAR_BITS, self.within
-            self.share(place, out.size >> self.within, runs, self.starts, self.order, out, *how)
         else:
             table = np.zeros(1 << self.pruned_bits, np.float32)
             table[: x.size] = x
             table = transform(table, self.first_scale)
-            how = _LOW_BITS, _NEAR_BITS, self.within
-            self.share(gather, out.size >> self.within, table, self.gain, self.keys, self.bits, out, *how)
+        self.permute(table, out)
         self.end(out, self.within, self.last_scale, self.n_out, self.diagonal)
         return out
+
+    def forward_double(self, x: np.ndarray) -> np.ndarray:
+        """Compute F x with the operations of ``Linear.forward_plain``, in their order."""
+        out = aligned_empty((1 << self.bits,), _DOUBLE)
+        table = out[: self.period]
+        table[: x.size] = x
+        table[x.size :] = 0
+        transform_into(table, table, 1.0 / math.sqrt(self.period))
+        table *= math.sqrt(self.period / out.size)
+        if self.period < 1 << self.pruned_bits:
+            table = np.tile(table, (1 << self.pruned_bits) // self.period)
+        elif not self.sorts:
+            table = table.copy()  # sorting has read it before it writes to out
+        self.permute(table, out, 1.0 / math.sqrt(out.size))
+        self.end(out, self.within, 1.0, self.n_out, self.diagonal)
+        return out
+
+    def permute(self, table: np.ndarray, out: np.ndarray, scale: float = 1.0) -> None:
+        """Do the stages within blocks of ``out = H (scale * z)``, z from its table."""
+        if self.sorts:
+            runs = np.empty(out.size, out.dtype)
+            self.share(chunks_to_buckets, len(self.starts), table, self.g, self.buckets, self.starts, runs)
+            how = self.low, self.bucket_near, self.within, scale
+            self.share(place, out.size >> self.within, runs, self.starts, self.order, out, *how)
+        else:
+            how = self.low, self.near, self.within, scale
+            self.share(gather, out.size >> self.within, table, self.gain, self.keys, self.bits, out, *how)
 
     def backward(self, y: np.ndarray) -> np.ndarray:
         u = self.space.vector(1 << self.bits)
@@ -201,7 +241,7 @@ class _Linear:
             runs = np.empty(1 << self.bits, np.float32)
             self.share(unplace, len(self.starts), u, self.starts, self.order, runs)
             table = u[: 1 << self.pruned_bits]
-            how = self.starts, _LOW_BITS, _BUCKET_NEAR_BITS, self.table_within, table
+            how = self.starts, self.low, self.bucket_near, self.table_within, table
             blocks = table.size >> self.table_within
             self.share(chunks_from_buckets, blocks, runs, self.g, self.buckets, *how)
             self.end(table, self.table_within, self.last_scale, self.n_in)
@@ -217,7 +257,7 @@ class _Linear:
 
     def begin(self, x: np.ndarray, out: np.ndarray, within: int, scale: float, diagonal: _Diagonal = _ONES) -> None:
         """Do the stages within blocks of ``H (scale * diagonal * x)``, x padded with zeros."""
-        self.share(begin, out.size >> within, x, out, _LOW_BITS, _NEAR_BITS, within, *diagonal, scale)
+        self.share(begin, out.size >> within, x, out, self.low, self.near, within, *diagonal, scale)
 
     def end(
         self, out: np.ndarray, within: int, scale: float = 1.0, count: int = 0, diagonal: _Diagonal = _ONES
@@ -229,7 +269,7 @@ class _Linear:
         for number in range(passes):
             step = (bits + number) // passes
             apart = 1 << within
-            width = min(apart, max(least, min(most, cache_sizes()[1] // 2 >> step)) // 4)
+            width = min(apart, max(least, min(most, cache_sizes()[1] // 2 >> step)) // out.itemsize)
             within += step
             ended = count if number == passes - 1 else 0
             self.share(end, out.size // (width << step), out, apart, step, width, *diagonal, ended, scale)
@@ -275,7 +315,7 @@ def permuted(g: np.ndarray, keys: np.ndarray) -> np.ndarray:
     order = order_of(g.size, keys, starts)
     runs, out = np.empty_like(g), aligned_empty(g.shape, g.dtype)
     _over(len(starts), chunks_to_buckets, np.ones(1 << CHUNK_BITS, g.dtype), g, buckets, starts, runs)
-    _over(len(starts), place, runs, starts, order, out, 0, _NEAR_BITS, CHUNK_BITS)
+    _over(len(starts), place, runs, starts, order, out, 0, _NEAR_BITS, CHUNK_BITS, 1.0)
     return out
 
 

@@ -35,8 +35,6 @@ __all__ = [
 
 # Images of the permutation computed at a time.
 _SHORT = 1024
-# Elements of 4 bytes in a cache line.
-_LINE = CACHE_LINE // 4
 #: A chunk of one vector and a bucket of the other have 2**16 elements each, so that 16 bits are enough to number them.
 CHUNK_BITS = 16
 
@@ -107,15 +105,15 @@ def _gathered(table, mask, image, gain, out):
 
 
 @compiled
-def gather(first, last, table, gain, keys, bits, out, low, near, within):
-    """Compute blocks first to last - 1 of ``out = H z``, ``z[j] = gain[j] * table[image of j modulo its size]``."""
+def gather(first, last, table, gain, keys, bits, out, low, near, within, scale):
+    """Compute blocks of ``out = H (scale * z)``, ``z[j] = gain[j] * table[image of j modulo its size]``."""
     image, mask = np.empty(_SHORT, np.uint32), uint32(table.size - 1)
     for i in range(first << within, last << within, 1 << within):
         for part in range(i, i + (1 << within), 1 << near):
             for j in range(part, part + (1 << near), _SHORT):
                 fill_images_meanwhile(j, bits, keys, False, image, gain, j + _SHORT, out, j + _SHORT)
                 _gathered(table, mask, image, gain[j : j + _SHORT], out[j : j + _SHORT])
-            block(out, out, part, low, 1, near, near, out.dtype.type(1), 1 << near)
+            block(out, out, part, low, 1, near, near, out.dtype.type(scale), 1 << near)
         _rest_of_block(out, i, near, within)
 
 
@@ -195,7 +193,7 @@ def number_buckets(first, last, locations, starts, order):
 
 @compiled
 def _fetch(array, at, count):
-    for j in range(at, at + count, _LINE):
+    for j in range(at, at + count, CACHE_LINE // array.itemsize):
         fetch(array, j)
 
 
@@ -229,8 +227,11 @@ def _placed(scratch, order, out):
 
 
 @compiled
-def place(first, last, runs, starts, order, out, low, near, within):
-    """Assemble blocks first to last - 1, each of one or more buckets, from their runs; transform if low is not 0."""
+def place(first, last, runs, starts, order, out, low, near, within, scale):
+    """Assemble blocks first to last - 1, each of one or more buckets, from their runs.
+
+    If low is not 0, also do all stages within them, which first multiply by scale.
+    """
     size, parts = 1 << CHUNK_BITS, 1 << (CHUNK_BITS - near)
     scratch = np.empty(size, out.dtype)
     for i in range(first << within, last << within, size):
@@ -244,7 +245,7 @@ def place(first, last, runs, starts, order, out, low, near, within):
             at = i + (part << near)
             _placed(scratch, order[at : at + (1 << near)], out[at : at + (1 << near)])
             if low > 0:
-                block(out, out, at, low, 1, near, near, out.dtype.type(1), 1 << near)
+                block(out, out, at, low, 1, near, near, out.dtype.type(scale), 1 << near)
         if low > 0:
             _rest_of_block(out, i, near, CHUNK_BITS)
             if (i + size) >> within << within == i + size:
