@@ -164,6 +164,7 @@ PEERS: dict[str, Callable[[Problem], nn.Module]] = {
     "peft loha r=4": _peft("LoHaConfig", r=4, alpha=4),
     "peft vera": _peft("VeraConfig", r=64),
     "peft fourierft": _peft("FourierFTConfig", n_frequency=1000),
+    "peft miss": _peft("MissConfig", r=64),
     "peft unilora": _peft("UniLoraConfig", r=4),
     "lycoris lokr": _lycoris,
 }
@@ -183,6 +184,8 @@ OURS: dict[str, Callable[[Problem], nn.Module]] = {
     "fact_tt": _ours(lambda p: P.fact_tt(4, **_stack(p))),
     "fact_tk": _ours(lambda p: P.fact_tk(4, **_stack(p))),
     "compacter": _ours(lambda p: P.compacter()),
+    "miss": _ours(lambda p: P.miss(64)),
+    "miss weight": _ours(lambda p: P.miss(64), strategy="weight"),
     "superlora": _ours(lambda p: P.superlora(8)),
     "superlora weight-wise": _ours(lambda p: P.superlora(4, groups="weight")),
     "dense": _ours(lambda p: P.dense()),
@@ -216,19 +219,26 @@ class Contestant:
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE)
 
-    def step(self) -> float:
+    def step(self, clock: Callable[[], float] = time.perf_counter) -> float:
         """Take one training step; return its seconds."""
-        start = time.perf_counter()
+        start = clock()
         loss = self.model(**self.batch).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - start
+        return clock() - start
 
 
-def compare(problem: Problem, names: Sequence[str], rounds: int, seconds: float = float("inf")) -> list[dict[str, Any]]:
+def compare(
+    problem: Problem,
+    names: Sequence[str],
+    rounds: int,
+    seconds: float = float("inf"),
+    clock: Callable[[], float] = time.perf_counter,
+    reference: str = REFERENCE,
+) -> list[dict[str, Any]]:
     """Run rounds of alternating steps; return one row per contestant."""
-    contestants = [Contestant(name, problem) for name in dict.fromkeys([REFERENCE, *names])]
+    contestants = [Contestant(name, problem) for name in dict.fromkeys([reference, *names])]
     began = time.monotonic()
     for contestant in contestants:
         contestant.step()
@@ -236,12 +246,12 @@ def compare(problem: Problem, names: Sequence[str], rounds: int, seconds: float 
     for turn in range(rounds):
         for index in range(len(contestants)):
             contestant = contestants[(turn + index) % len(contestants)]
-            times[contestant.name].append(contestant.step())
+            times[contestant.name].append(contestant.step(clock))
         if time.monotonic() - began > seconds * (turn + 1) / (turn + 2):
             break
     rows = []
     for contestant in contestants:
-        ratios = [mine / lora for mine, lora in zip(times[contestant.name], times[REFERENCE], strict=True)]
+        ratios = [mine / lora for mine, lora in zip(times[contestant.name], times[reference], strict=True)]
         rows.append(
             {
                 "case": contestant.name,
@@ -343,6 +353,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after about this time")
+    parser.add_argument("--processor", action="store_true", help="processor time instead of time, for a shared machine")
+    parser.add_argument("--reference", choices=CASES, default=REFERENCE, metavar="CASE", help="what ratios are to")
     parser.add_argument("--inference", action="store_true", help="forward passes without gradients, against the base")
     parser.add_argument("--smoke", action="store_true", help="tiny models, one step: only check equality")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -356,7 +368,8 @@ def main() -> None:
         rows = [{"problem": given.problem, "layers": problem.layers, **row} for row in found]
     else:
         problem = PROBLEMS[given.problem](layers=given.layers)
-        found = compare(problem, given.cases or list(CASES), given.rounds, given.seconds)
+        clock = time.process_time if given.processor else time.perf_counter
+        found = compare(problem, given.cases or list(CASES), given.rounds, given.seconds, clock, given.reference)
         rows = [{"problem": given.problem, "layers": problem.layers, **row} for row in found]
     about = {"torch": torch.__version__, "threads": THREADS, "machine": platform.machine(), "cores": os.cpu_count()}
     for row in rows:

@@ -36,6 +36,10 @@ CONFIGS = {
     "weighted": tna.Config(rank=2, format="cp-weighted", terms=2),
     "gralora": P.gralora(2, 2),
     "a cut product": P.lokr(1, leading="same", split_size=5),
+    "miss": P.miss(4),
+    "miss that is cut": P.miss(3),
+    "miss of rows": P.miss(5, 3),
+    "cosines": tna.Config(projection="dct2", on="weight"),
 }
 each = pytest.mark.parametrize("name", CONFIGS)
 

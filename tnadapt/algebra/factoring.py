@@ -13,8 +13,12 @@ Where no unfolding of the network is the weight, as with blocks (GraLoRA), an in
 Kronecker product that is cropped, the network is cut where that costs least: one product, whose width is the bound on
 the rank, if that is below both sides.
 
+A map F that keeps rows and columns separate, ``F(X) = A X Bᵀ``, as one that repeats or permutes them does, maps the
+factors of X. If X has no narrow ones and is smaller than the weight (MiSS), A and Bᵀ are applied to what the layer
+multiplies: ``A (X (Bᵀ x))``.
+
 Separability is decided from the integers of the plan, and is exact. There are no factors if a weight is in several
-groups or F mixes elements.
+groups or F mixes rows with columns.
 """
 
 from __future__ import annotations
@@ -29,57 +33,18 @@ from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 
 from ._boxes import boxes
+from ._factored import Factored, Matrix, mapped
 from ._network_halves import NetworkHalves, width_at
+from ._separation import Separation, separation_of
 from ._weight_places import place_of
 from .formats import Format, Ranges
 from .group import Group
-from .layout import Piece
+from .maps import Map
 from .network import Network
-from .products import kronecker_tensor
 from .superlora import SuperLoRA
 from .unfolding import Cut
 
 __all__ = ["Factored", "Factoring", "Matrix", "factoring"]
-
-
-class Matrix(NamedTuple):
-    """A matrix, dense or as a product of two narrow ones.
-
-    Attributes
-    ----------
-    left : array, shape (rows, width), or (rows, cols) if ``right`` is None
-    right : array, shape (cols, width), or None
-        The matrix is ``left @ right.T``.
-    """
-
-    left: Array
-    right: Array | None
-
-
-class Factored(NamedTuple):
-    """An update as a sum of Kronecker products of small matrices.
-
-    Attributes
-    ----------
-    terms : list of list of Matrix
-        The matrices of each term; the first one varies slowest in rows and columns.
-    scale : float
-        Factor of the sum.
-    """
-
-    terms: list[list[Matrix]]
-    scale: float
-
-    def dense(self, backend: Backend) -> Array:
-        """Compute the update itself, ``(rows, cols)``."""
-        found = []
-        for term in self.terms:
-            made = [
-                m.left if m.right is None else backend.matmul(m.left, backend.matrix_transpose(m.right)) for m in term
-            ]
-            found.append(kronecker_tensor(backend, made))
-        total = functools.reduce(lambda a, b: a + b, found)
-        return total if self.scale == 1.0 else total * self.scale
 
 
 class Size(NamedTuple):
@@ -112,6 +77,8 @@ class Factoring:
     shared: bool = False
     #: Computes the two factors at the cheapest cut of the network, where no unfolding is the weight.
     halves: NetworkHalves | None = None
+    #: The matrices are those of X before the map behind the network, which makes the update of it.
+    separation: Separation | None = None
     #: Names of the plan's arrays that are the two factors as they are, which saves computing them; None if none.
     stored: tuple[str, str] | None = dataclasses.field(init=False)
 
@@ -132,7 +99,26 @@ class Factoring:
     @functools.cached_property
     def is_plain(self) -> bool:
         """Whether the update is a single low-rank matrix."""
-        return self.terms == 1 and len(self.sizes) == 1
+        return self.terms == 1 and len(self.sizes) == 1 and self.sides is None
+
+    @property
+    def sides(self) -> tuple[Map, Map] | None:
+        """The maps between which the matrices are; None if the factors themselves are mapped."""
+        if self.separation is None or self._is_pair:
+            return None
+        (pair,) = self.separation.sides
+        return pair
+
+    @property
+    def _is_pair(self) -> bool:
+        return len(self.sizes) == 1 and self.sizes[0].width is not None
+
+    @property
+    def width(self) -> int | None:
+        """Width of :meth:`Factored.pair`; None if the update is no single matrix."""
+        if len(self.sizes) > 1:
+            return None
+        return self.sizes[0].width if self._is_pair else min(self.sizes[0][:2])
 
     def __call__(self, backend: Backend, params: Mapping[str, Array], trained: str | None = None) -> Factored:
         """Compute the factors from parameters, which must include those in ``names``; differentiable.
@@ -149,18 +135,24 @@ class Factoring:
         """Compute the factors by the network, also where they are stored: what a call returns."""
         network = self.network
         arrays = self.group.arrays(backend, params, trained)
-        if len(self.sizes) == 1:
+        if len(self.sizes) == 1 and not self._is_pair:
+            matrix = self._one(backend, arrays)
+            if self.group.subtracts:
+                matrix = matrix - self._one(backend, self.group.begun(backend, params, trained))
+            return Factored([[Matrix(matrix, None)]], network.scale, self.sides)
+        if self._is_pair:
             left, right = self._two(backend, arrays)
             if self.group.subtracts:
                 left_0, right_0 = self._two(backend, self.group.begun(backend, params, trained))
                 left = backend.concat([left - left_0, left_0], axis=1)
                 right = backend.concat([right, right - right_0], axis=0)
-            return Factored([[Matrix(left, backend.matrix_transpose(right))]], network.scale)
+            pair = Matrix(left, backend.matrix_transpose(right))
+            return Factored([[self._through(backend, pair)]], network.scale)
         found = []
         for prefixes in network.prefixes:
             own = zip(network.splits, network.of_term(prefixes, arrays), self.cuts, self.sizes, strict=True)
             found.append([_matrix(backend, split, mine, cut, size) for split, mine, cut, size in own])
-        return Factored(found, network.scale)
+        return Factored(found, network.scale, self.sides)
 
     def _stored(self) -> tuple[str, str] | None:
         group, split = self.group, self.network.splits[0]
@@ -172,6 +164,7 @@ class Factoring:
             or group.frozen_names
             or group.multiplied
             or self.halves is not None
+            or self.separation is not None
         ):
             return None
         halves = split.stored_halves(self.cuts[0])
@@ -179,6 +172,26 @@ class Factoring:
             return None
         (prefix,) = self.network.prefixes[0]
         return group.names[prefix + halves[0]], group.names[prefix + halves[1]]
+
+    def _through(self, backend: Backend, pair: Matrix) -> Matrix:
+        """Return the factors of the update, given those of X."""
+        if self.separation is None:
+            return pair
+        kind = backend.dtype_name(pair.left)
+        # As a map's own output: computed in single precision at least, and rounded once.
+        wide = kind if kind == "float64" else "float32"
+        found = []
+        for side, half in enumerate(pair):
+            half = backend.astype(half, wide)
+            several = [mapped(backend, maps[side], half) for maps in self.separation.sides]
+            found.append(backend.astype(backend.concat(several, axis=1), kind))
+        return Matrix(*found)
+
+    def _one(self, backend: Backend, arrays: Mapping[str, Array]) -> Array:
+        """Compute X."""
+        assert self.separation is not None
+        start, shape, _ = self.separation
+        return backend.reshape(self.network.slice(backend, arrays, start, start + math.prod(shape)), shape)
 
     def _two(self, backend: Backend, arrays: Mapping[str, Array]) -> tuple[Array, Array]:
         if self.halves is not None:
@@ -225,10 +238,30 @@ def factoring(plan: SuperLoRA, i: int) -> Factoring | None:
         return None
     (piece,) = pieces
     group = plan.groups[piece.group]
-    if not group.projection.map.identity:
+    separation = separation_of(group, piece, plan.shapes[i][1])
+    if separation is None:
         return None
     shared = len(group.pieces) > 1
-    return _of_modes(group, piece.group_start, plan.shapes[i], shared) or _of_cut(group, piece, plan.shapes[i], shared)
+    start, shape, sides = separation
+    found = _of_modes(group, start, shape, shared) or _of_cut(group, start, shape, shared)
+    return _behind(group, found, separation, plan.shapes[i], shared) if sides else found
+
+
+def _behind(
+    group: Group, found: Factoring | None, separation: Separation, whole: tuple[int, int], shared: bool
+) -> Factoring | None:
+    """Return the factorization of ``sum_t A_t X B_tᵀ``, given that of X."""
+    number, shape = len(separation.sides), separation.shape
+    if found is not None and len(found.sizes) == 1:
+        (size,) = found.sizes
+        if size.width is not None and size.width < min(shape) and size.width * number < min(whole):
+            sizes = (Size(*whole, size.width * number),)
+            return dataclasses.replace(found, sizes=sizes, separation=separation)
+    if number > 1 or shape == whole:
+        return None
+    if found is not None and len(found.sizes) > 1:
+        return dataclasses.replace(found, separation=separation)
+    return Factoring(group, (), 1, (Size(*shape, None),), shared, separation=separation)
 
 
 def _of_modes(group: Group, start: int, shape: tuple[int, int], shared: bool) -> Factoring | None:
@@ -248,10 +281,10 @@ def _of_modes(group: Group, start: int, shape: tuple[int, int], shared: bool) ->
     return Factoring(group, (part,), 1, (Size(rows, cols, width),), shared)
 
 
-def _of_cut(group: Group, piece: Piece, shape: tuple[int, int], shared: bool) -> Factoring | None:
+def _of_cut(group: Group, start: int, shape: tuple[int, int], shared: bool) -> Factoring | None:
     """Factor a weight at the cheapest cut of the network between its rows and its columns, if its rank is limited."""
     rows, cols = shape
-    place = place_of(group.network.sizes, piece.group_start, piece.length, cols)
+    place = place_of(group.network.sizes, start, rows * cols, cols)
     width = None if place is None else width_at(group.network, place)
     if place is None or width is None:
         return None

@@ -6,9 +6,11 @@ They are computed from the integers of a plan. LoRA of that rank holds the updat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from ._network_halves import width_at
+from ._separation import separation_of
 from ._weight_places import place_of
 from .group import Group
 from .layout import Layout, Piece
@@ -54,8 +56,14 @@ def rank_bounds(layout: Layout, groups: Sequence[Group]) -> Iterator[int]:
 
 def _key(group: Group, piece: Piece) -> tuple[object, ...]:
     """Return all that :func:`_of_piece` depends on, besides the shape of the weight."""
-    start = piece.group_start if group.projection.kind == "identity" else 0
-    return id(group.network), group.projection.kind, group.subtracts, piece.weight_start, start, piece.length
+    return (
+        id(group.network),
+        group.projection.kind,
+        group.subtracts,
+        piece.weight_start,
+        piece.group_start,
+        piece.length,
+    )
 
 
 def lora_rank(shapes: Sequence[tuple[int, int]], ranks: Sequence[int]) -> int | None:
@@ -74,12 +82,13 @@ def _of_piece(group: Group, piece: Piece, cols: int) -> int:
     """Return a bound on the rank of the rows of a weight that have elements in a piece."""
     first, last = piece.weight_start // cols, -(-(piece.weight_start + piece.length) // cols)
     touched = min(last - first, cols)
-    # Other maps mix elements across rows and columns.
-    if group.projection.kind != "identity" or piece.weight_start % cols or piece.length % cols:
+    if piece.weight_start % cols or piece.length % cols:
         return touched
-    place = place_of(group.network.sizes, piece.group_start, piece.length, cols)
-    if place is None:
+    found = separation_of(group, piece, cols)
+    if found is None:
         return touched
-    width = width_at(group.network, place)
+    place = place_of(group.network.sizes, found.start, math.prod(found.shape), found.shape[1])
+    width = None if place is None else width_at(group.network, place)
     # The difference of two updates, that of the arrays and that of their start.
-    return touched if width is None else min(touched, width * (2 if group.subtracts else 1))
+    before = min(found.shape) if width is None else min(width * (2 if group.subtracts else 1), *found.shape)
+    return min(touched, before * max(1, len(found.sides)))

@@ -119,9 +119,9 @@ class SuperLoRA(ParameterPlan):
         -----
         The bound follows from the integers of the plan: the least product of bonds of the network between the rows and
         the columns of the weight, as a slice of the folded tensor. It holds for frozen arrays as well. Terms add up,
-        and ranks of the splits of Kronecker and Hadamard products multiply. Behind a map F other than the identity, or
-        where a fold cuts through rows, only ``min(rows, cols)`` is known. Random arrays usually attain it; see
-        :func:`tnadapt.planning.largest_rank` for the rank that they have.
+        and ranks of the splits of Kronecker and Hadamard products multiply. Behind a map F that mixes rows with
+        columns, or where a fold cuts through rows, only ``min(rows, cols)`` is known. Random arrays usually attain it;
+        see :func:`tnadapt.planning.largest_rank` for the rank that they have.
 
         Examples
         --------

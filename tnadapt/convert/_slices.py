@@ -29,13 +29,10 @@ def low_rank_slice(plan: SuperLoRA, weight: int, arrays: Mapping[str, Float], dt
         The dtype in which they were trained.
     """
     how, (rows, cols) = factoring(plan, weight), plan.shapes[weight]
-    if how is None or len(how.sizes) > 1:
+    if how is None or how.width is None or how.width * (rows + cols) >= rows * cols:
         return None
-    (size,) = how.sizes
-    if size.width is None or size.width * (rows + cols) >= rows * cols:
-        return None
-    found = how(load_backend("numpy"), arrays, dtype)
-    ((matrix,),) = found.terms
+    found, backend = how(load_backend("numpy"), arrays, dtype), load_backend("numpy")
+    matrix = found.pair(backend)
     return ModuleUpdate("lora", (rows, cols), (_narrowed(matrix, plan.largest_rank(weight)),), found.scale)
 
 

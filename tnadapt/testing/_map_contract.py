@@ -107,6 +107,21 @@ class MapContract:
             tight = 1e-10 if f.linear else 1e-6
             np.testing.assert_allclose(moved @ y, way @ reached, rtol=tight, atol=tight)
 
+    def test_its_sides_make_the_whole(self) -> None:
+        b, rng = load_backend("numpy"), np.random.default_rng(4)
+        for f in self._each():
+            x, total = rng.normal(size=f.n_in), np.zeros(f.n_out)
+            for rows, cols in f.sides():
+                assert (rows.n_in * cols.n_in, rows.n_out * cols.n_out) == (f.n_in, f.n_out)
+                half = np.asarray(cols.forward(b, x.reshape(rows.n_in, cols.n_in)))
+                total += np.asarray(rows.forward(b, half.T)).T.ravel()
+                for side in (rows, cols):
+                    y = rng.normal(size=side.n_out)
+                    forward = np.asarray(side.forward(b, np.eye(side.n_in)))
+                    np.testing.assert_allclose(side.adjoint(b, y), forward @ y, rtol=1e-10, atol=1e-10)
+            if f.sides():
+                np.testing.assert_allclose(total, f.forward(b, x), rtol=1e-10, atol=1e-10)
+
     def test_a_slice_is_the_whole_cut(self) -> None:
         b, rng = load_backend("numpy"), np.random.default_rng(2)
         for f in self._each():

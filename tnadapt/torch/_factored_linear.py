@@ -4,6 +4,8 @@
 factored). z is x times the right factor of the last matrix, multiplied by the other matrices of the Kronecker product,
 each along its mode. With one matrix per term, which is LoRA, z = x R. The sum is accumulated in place in y: no second
 array of that size is written.
+
+Between two maps, ``A (Σ …) Bᵀ`` as in MiSS, the products are with ``Bᵀ x`` in the place of x, and A maps the result.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tnadapt.algebra.factoring import Factored, Matrix
+from tnadapt.algebra.maps import Map
 from tnadapt.backends import load_backend
 from tnadapt.targets.target import RowIndices, Rows, Target
 
@@ -27,10 +30,13 @@ __all__ = ["Branch", "FactoredLinear", "can_fuse", "factored_linear", "product"]
 
 def product(x: Tensor, factored: Factored, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Return ``x ΔWᵀ`` by ordinary operations, with an optional nonlinearity between the two factors."""
-    if len(factored.terms[0]) == 1:
+    if factored.sides is not None and not x.is_nested:
+        backend, (rows_of, cols_of) = load_backend("torch"), factored.sides
+        inner = product(cols_of.adjoint(backend, x), factored._replace(sides=None))
+        return cast(Tensor, rows_of.forward(backend, inner))
+    if len(factored.terms[0]) == 1 and factored.terms[0][0].right is not None:
         ((last,),) = factored.terms
-        assert last.right is not None
-        inner = functional.linear(x, last.right.T)
+        inner = functional.linear(x, cast(Tensor, last.right).T)
         total = functional.linear(inner if activation is None else activation(inner), last.left)
     elif x.is_nested:
         # Rows of a nested tensor cannot be reshaped into modes.
@@ -84,6 +90,18 @@ class Branch(NamedTuple):
     target: Target
     scale: float
     terms: tuple[tuple[bool, ...], ...]
+    sides: tuple[Map, Map] | None = None
+
+    def narrowed(self, rows: Tensor) -> Tensor:
+        """Return what the matrices are multiplied by, given the rows of x."""
+        if self.sides is None or self.sides[1].identity:
+            return rows
+        return cast(Tensor, self.sides[1].adjoint(load_backend("torch"), rows))
+
+    @property
+    def maps_output(self) -> bool:
+        """Whether a map is applied to the products with the matrices."""
+        return self.sides is not None and not self.sides[0].identity
 
     def gathered(self, tensors: Sequence[Tensor]) -> list[list[Matrix]]:
         """Rebuild the factors from a flat sequence of tensors."""
@@ -107,7 +125,7 @@ def factored_linear(
     branches, tensors = [], list[Tensor]()
     for target, factored in changes:
         shape = tuple(tuple(matrix.right is None for matrix in term) for term in factored.terms)
-        branches.append(Branch(target, factored.scale, shape))
+        branches.append(Branch(target, factored.scale, shape, factored.sides))
         tensors += [tensor for term in factored.terms for matrix in term for tensor in matrix if tensor is not None]
     if torch.is_grad_enabled():
         return cast(Tensor, FactoredLinear.apply(x, weight, bias, tuple(branches), *tensors)[0])  # type: ignore[no-untyped-call]
@@ -117,7 +135,8 @@ def factored_linear(
 def is_one_low_rank(target: Target, factored: Factored) -> bool:
     """Return whether an update of a whole weight is one low-rank matrix, as LoRA's."""
     terms = factored.terms
-    return target.rows is None and len(terms) == 1 and len(terms[0]) == 1 and terms[0][0].right is not None
+    one = target.rows is None and factored.sides is None and len(terms) == 1 and len(terms[0]) == 1
+    return one and terms[0][0].right is not None
 
 
 def low_rank_linear(
@@ -189,12 +208,21 @@ class FactoredLinear(torch.autograd.Function):
         extra, at = iter(grads[1:]), 4
         for branch, own in _shared_out(ctx.branches, tensors):
             part = None if features is None else _part(branch.target, features)
+            if part is not None and branch.maps_output:
+                assert branch.sides is not None
+                part = branch.sides[0].adjoint(load_backend("torch"), part.reshape(len(rows), -1))
+            narrow, own_moved = branch.narrowed(rows), moved
+            if narrow is not rows:
+                own_moved = None if moved is None else torch.zeros_like(narrow)
             for term in branch.gathered(own):
                 inner, given = (next(kept), next(extra)) if _is_kept(term) else (None, None)
-                several = _term_vjp(branch.scale, term, rows, part, inner, given, moved)
+                several = _term_vjp(branch.scale, term, narrow, part, inner, given, own_moved)
                 for tensor in several:
                     found[at] = tensor if needed[at - 4] else None
                     at += 1
+            if moved is not None and own_moved is not None and own_moved is not moved:
+                assert branch.sides is not None
+                moved.add_(branch.sides[1].forward(load_backend("torch"), own_moved))
         found[0] = None if moved is None else moved.view(x.shape)
         return tuple(found)
 
@@ -206,12 +234,19 @@ def _forward(
     rows = x.reshape(-1, x.shape[-1])
     y, kept = functional.linear(rows, weight, bias), []
     for branch, own in _shared_out(branches, tensors):
-        part = _part(branch.target, y)
+        part, narrow = _part(branch.target, y), branch.narrowed(rows)
+        total = part
+        if branch.maps_output:
+            assert branch.sides is not None
+            total = rows.new_zeros((len(rows), branch.sides[0].n_in))
         for term in branch.gathered(own):
-            inner = _inner(rows, term)
+            inner = _inner(narrow, term)
             if _is_kept(term):
                 kept.append(inner)
-            _accumulate(part, _middle(inner, rows.shape[0], term), term[-1].left, branch.scale)
+            _accumulate(total, _middle(inner, rows.shape[0], term), term[-1].left, branch.scale)
+        if branch.maps_output:
+            assert branch.sides is not None
+            part.add_(branch.sides[0].forward(load_backend("torch"), total).view(part.shape))
     y = y.view(*x.shape[:-1], y.shape[-1])
     # The same numbers as a tensor that is no view: autograd forbids in-place writes to views from a custom function.
     return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y, kept

@@ -355,7 +355,7 @@ def _moved(factored: Factored, device: torch.device) -> Factored:
         [Matrix(m.left.to(device), None if m.right is None else m.right.to(device)) for m in term]
         for term in factored.terms
     ]
-    return Factored(terms, factored.scale)
+    return factored._replace(terms=terms)
 
 
 def _input(args: Any, kwargs: Any) -> Any:

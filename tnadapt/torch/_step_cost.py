@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from tnadapt.algebra.applying import AXES, Add, Applying
 from tnadapt.algebra.factoring import Factoring, Size
+from tnadapt.algebra.maps import Map
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
 
@@ -246,7 +247,14 @@ def _factored(how: Factoring, tokens: int) -> StepWork:
             # half the speed of one large product.
             total += StepWork(0.0, 8 * operations, 8.0 * (inner + after), 24)
             inner = after
-    return total
+    return total if how.sides is None else total + _of_sides(*how.sides, tokens)
+
+
+def _of_sides(rows: Map, cols: Map, tokens: int) -> StepWork:
+    """Return the work of the maps before and after the products: once more in backward for each, and its adjoint."""
+    mapped = [map_ for map_ in (rows, cols) if not map_.identity]
+    moved = sum(2.0 * map_.n_in + 3.0 * map_.n_out for map_ in mapped)
+    return StepWork(0.0, 6.0 * tokens * sum(map_.cost() or 0 for map_ in mapped), tokens * moved, 10 * len(mapped))
 
 
 def _of_last(sizes: tuple[Size, ...], tokens: int) -> StepWork:

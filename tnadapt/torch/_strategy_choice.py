@@ -134,6 +134,8 @@ def _of_lookup(
     # The rows of a few tokens are as cheap to compute as their factors.
     few = isinstance(target.rows, RowIndices)
     how = factoring(plan, index) if wanted == "factored" or (wanted == "auto" and not few) else None
+    if how is not None and how.sides is not None:
+        how = None  # a map of rows mixes those of ΔW that are looked up
     if wanted == "factored" and how is None:
         raise ConfigError(
             "strategy='factored' looks up rows of a factor, and needs an update whose rows and columns are separate, "

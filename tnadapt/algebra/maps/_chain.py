@@ -71,6 +71,10 @@ class Chain(Map):
             y = part.adjoint(backend, y)
         return y
 
+    def sides(self) -> Sequence[tuple[Map, Map]]:
+        terms = itertools.product(*(part.sides() for part in self.parts))
+        return [(_composed([a for a, _ in pairs]), _composed([b for _, b in pairs])) for pairs in terms]
+
     @property
     def linear_part(self) -> Map:
         return self if self.linear else Chain([*self.parts[:-1], self.parts[-1].linear_part])
@@ -102,3 +106,10 @@ class Chain(Map):
         for part in self.parts[1:]:
             found = part.matrix() @ found
         return np.asarray(found)
+
+
+def _composed(parts: Sequence[Map]) -> Map:
+    moving = [part for part in parts if not part.identity]
+    if len(moving) > 1:
+        return Chain(moving)
+    return moving[0] if moving else parts[0]

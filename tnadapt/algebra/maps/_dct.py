@@ -35,7 +35,7 @@ class Dct2(TwoSided):
     matrices = _Cosines()
 
     @property
-    def sides(self) -> Sequence[tuple[int, int]]:
+    def side_keys(self) -> Sequence[tuple[int, int]]:
         return [self.shape]
 
     def squared_norm(self) -> float:

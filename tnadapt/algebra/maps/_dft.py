@@ -49,7 +49,7 @@ class Dft2(TwoSided):
     matrices = _Waves()
 
     @property
-    def sides(self) -> Sequence[tuple[tuple[str, int], tuple[str, int]]]:
+    def side_keys(self) -> Sequence[tuple[tuple[str, int], tuple[str, int]]]:
         # The real part of exp(i a) exp(i b): cos a cos b - sin a sin b.
         rows, cols = self.shape
         return [(("cos", rows), ("cos", cols)), (("-sin", rows), ("sin", cols))]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -210,6 +210,15 @@ class Map(FixedArrays):
         if self.linear:
             return self
         raise self._lacks("linear_part, which a map that is not linear needs")
+
+    def sides(self) -> Sequence[tuple[Map, Map]]:
+        """Return maps (A_t, B_t) with ``Y = sum_t A_t X B_tᵀ``; none if the map is no such sum, which is the default.
+
+        X and Y are the input and the output as matrices: A_t maps each column of X, and B_t each row. A map that
+        repeats, permutes or scales rows and columns has one pair. The update behind it needs not be formed: its factors
+        are those of X, mapped, or else B_tᵀ is applied to what a layer multiplies by it.
+        """
+        return ()
 
     # -- Properties ----------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
@@ -37,6 +38,21 @@ class PerWeight(Map):
         self.exact_in_batches = all(part.exact_in_batches for part in parts)
         self.full_rank = all(part.full_rank for part in parts)
         self._alike = all(part is first for part in parts)
+
+    def part_at(self, start: int) -> tuple[int, Map]:
+        """Return where the input of the weight whose output begins at ``start`` begins, and the weight's map."""
+        if self._alike:
+            first = self.parts[0]
+            return start // first.n_out * first.n_in, first
+        return self._places[start]
+
+    @functools.cached_property
+    def _places(self) -> dict[int, tuple[int, Map]]:
+        found, first_in, first_out = dict[int, tuple[int, Map]](), 0, 0
+        for part in self.parts:
+            found[first_out] = first_in, part
+            first_in, first_out = first_in + part.n_in, first_out + part.n_out
+        return found
 
     def __repr__(self) -> str:
         return f"PerWeight({list(self.parts)!r})"

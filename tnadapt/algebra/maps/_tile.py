@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,8 +12,10 @@ from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, integer
 
 from ..folding import MAX_SIZE
+from ._identity import Identity
 from ._map import Map, Space
 from ._map_settings import MapSettings
+from ._repeat import Repeat
 
 __all__ = ["Tile", "TileMap"]
 
@@ -113,6 +116,13 @@ class TileMap(Map):
         found = backend.reshape(found, (*batch, self.shape[0] * cols))
         found = backend.pad_last(found, down * rows * cols)
         return backend.sum(backend.reshape(found, (*batch, down, rows * cols)), axis=-2)
+
+    def sides(self) -> Sequence[tuple[Map, Map]]:
+        rows, cols = (
+            Identity(size, whole) if size == whole else Repeat(size, whole)
+            for size, whole in zip(self._tile, self.shape, strict=True)
+        )
+        return [(rows, cols)]
 
     def squared_norm(self) -> float:
         return float(self.n_out)
