@@ -1,15 +1,22 @@
 """Overhead of a layer, and many adapters on one model, for ``fast.py``.
 
-*A layer*: a forward pass without gradients through linear layers of 32 by 32, each with an update, per layer and in
-processor time; small layers, so that only the overhead counts. *Many*: adapters on q and v of a BERT of MiniLM's size
-(random weights). Memory is resident memory, in a process of its own for each case, after one adapter has acted: what is
-loaded with the first, such as numba, is not counted.
+*A layer*: passes through linear layers of 32 by 32, each with an update, per layer and in processor time; small layers,
+so that only the overhead counts. *Many*: adapters on q and v of a BERT of MiniLM's size (random weights). Memory is
+resident memory, in a process of its own for each case, after one adapter has acted: what is loaded with the first, such
+as numba, is not counted.
+
+``python benchmarks/adapters.py --profile`` prints what a pass consists of, per layer: calls of Python functions and of
+compiled ones, operators of torch (those that others call included), and nodes of the graph that backward goes through.
 """
 
 from __future__ import annotations
 
+import argparse
+import collections
 import gc
+import itertools
 import json
+import operator
 import os
 import shutil
 import statistics
@@ -23,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tnadapt as tna
 import tnadapt.torch
@@ -52,31 +59,98 @@ def peft_lora(model: nn.Module, names: list[str]) -> nn.Module:
     return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=names)).eval()
 
 
-def layers(number: int, rounds: int) -> list[dict[str, Any]]:
-    """Return the processor time of each case, in microseconds a layer."""
+def without_gradients(model: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        model(x)
+
+
+def forward(model: nn.Module, x: Tensor) -> None:
+    model(x)
+
+
+def backward_too(model: nn.Module, x: Tensor) -> None:
+    model(x).sum().backward()
+
+
+HOW = {"without gradients": without_gradients, "forward": forward, "forward and backward": backward_too}
+
+
+def stacks(number: int) -> dict[str, nn.Module]:
+    """Return the same number of layers for each contestant."""
 
     def plain() -> nn.Module:
-        return nn.Sequential(*[nn.Linear(32, 32) for _ in range(number)]).eval()
+        return nn.Sequential(*[nn.Linear(32, 32) for _ in range(number)]).eval().requires_grad_(False)
 
     models = {"base": plain(), "peft lora(4)": peft_lora(plain(), [str(index) for index in range(number)])}
     for name, config in LAYERS.items():
         models[name] = plain()
         tnadapt.torch.attach(models[name], config, "all-linear")
+    return models
+
+
+def layers(number: int, rounds: int, how: str) -> list[dict[str, Any]]:
+    """Return the processor time of each case, in microseconds a layer, and over PEFT's in the same round."""
+    run, models = HOW[how], stacks(number)
     times: dict[str, list[float]] = {name: [] for name in models}
-    x = torch.randn(4, 32)
-    with torch.no_grad():
-        for model in models.values():
-            model(x)
-        for turn in range(rounds):
-            for place in range(len(models)):
-                name = list(models)[(turn + place) % len(models)]
-                start = time.thread_time()
-                models[name](x)
-                times[name].append(time.thread_time() - start)
+    # As behind an embedding whose outputs need gradients: every layer passes one on.
+    x = torch.randn(4, 32, requires_grad=how != "without gradients")
+    for model in models.values():
+        run(model, x)
+    for turn in range(rounds):
+        for place in range(len(models)):
+            name = list(models)[(turn + place) % len(models)]
+            start = time.process_time()
+            run(models[name], x)
+            times[name].append(time.process_time() - start)
     return [
-        {"case": name, "layers": number, "µs a layer": round(min(own) / number * 1e6, 1), "rounds": rounds}
+        {
+            "case": name,
+            "layers": number,
+            "how": how,
+            "µs a layer": round(statistics.median(own) / number * 1e6, 1),
+            "over peft": round(statistics.median(map(operator.truediv, own, times["peft lora(4)"])), 3),
+            "rounds": rounds,
+        }
         for name, own in times.items()
     ]
+
+
+def profile(number: int) -> list[dict[str, Any]]:
+    """Count what the passes of each case consist of, per layer."""
+    rows = []
+    for name, model in stacks(number).items():
+        for how, run in HOW.items():
+            x = torch.randn(4, 32, requires_grad=how != "without gradients")
+            run(model, x)
+            calls: collections.Counter[str] = collections.Counter()
+            sys.setprofile(lambda frame, event, argument, calls=calls: calls.update([event]))
+            run(model, x)
+            sys.setprofile(None)
+            with torch.autograd.profiler.profile(use_kineto=False) as seen:
+                run(model, x)
+            operators = sum(event.name.startswith("aten::") for event in seen.function_events)
+            rows.append(
+                {
+                    "case": name,
+                    "how": how,
+                    "Python calls a layer": round(calls["call"] / number, 1),
+                    "calls of compiled functions a layer": round(calls["c_call"] / number, 1),
+                    "torch operators a layer": round(operators / number, 1),
+                    "graph nodes a layer": 0 if how == "without gradients" else round(nodes(model(x)) / number, 1),
+                }
+            )
+    return rows
+
+
+def nodes(y: Tensor) -> int:
+    """Return the number of nodes of a tensor's graph."""
+    seen, todo = set(), [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [other for other, _ in node.next_functions]
+    return len(seen)
 
 
 # -- Many adapters ---------------------------------------------------------------------------
@@ -187,7 +261,26 @@ def measure(smoke: bool) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rows = [row for number in ((8,) if smoke else (64, 224, 1000)) for row in layers(number, 2 if smoke else 15)]
+        cases = itertools.product((8,) if smoke else (64, 224, 1000), HOW)
+        rows = [row for number, how in cases for row in layers(number, 2 if smoke else 15, how)]
+        rows += profile(8 if smoke else 64)
     rows += [alone("many", case, 3 if smoke else 100, smoke) for case in (list(MANY)[2:3] if smoke else MANY)]
     rows.append(alone("on_disk", "superlora(8) + F, one seed", 3 if smoke else 10_000, smoke))
     return rows
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", action="store_true", required=True, help="count calls, operators and nodes")
+    parser.add_argument("--layers", type=int, default=64)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for row in profile(given.layers):
+            print("  ".join(f"{key} {value}" for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -86,12 +86,13 @@ HEADLINES: tuple[Headline, ...] = (
         },
     ),
     Headline(
-        "A forward pass of 224 small layers, mostly Python's time for each, over PEFT's LoRA",
+        "A pass of 224 small layers, mostly Python's time for each, over PEFT's LoRA",
         "short",
         found_in(
             "ratio",
             {
-                "LoRA": "224 layers, lora(4)",
+                "LoRA, forward": "224 layers, lora(4)",
+                "LoRA, forward and backward": "224 layers with backward, lora(4)",
                 "LoRA without gradients": "224 layers without gradients, lora(4)",
                 "Compacter without gradients": "224 layers without gradients, compacter",
             },

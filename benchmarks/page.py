@@ -48,12 +48,13 @@ WHAT = {
     "decoding": (
         "Decoding",
         "One token through two layers of Llama-8B's shape, q and v adapted and not merged, compared with the base in "
-        "the same round. *first* is the first pass after the numbers have changed, in seconds.",
+        "the same round. *first* is the first pass after the numbers have changed, in seconds; *bytes* are those "
+        "that a token reads, over the base: the limit of the ratio where reading takes all the time.",
     ),
     "adapters": (
         "Many weights and many adapters",
-        "Overhead in processor time of a forward pass without gradients through layers of 32 by 32; and adapters on q "
-        "and v of a BERT of MiniLM's size.",
+        "Overhead in processor time of passes through layers of 32 by 32, and what they consist of (operators of torch "
+        "include those that others call); and adapters on q and v of a BERT of MiniLM's size.",
     ),
     "memory": (
         "Memory of a training step",

@@ -110,8 +110,8 @@ def decoding(dtype: str, config: tna.Config, smoke: bool, folder: Path) -> Pair:
     return ours, theirs
 
 
-def many_weights(config: tna.Config, gradients: bool, smoke: bool, folder: Path) -> Pair:
-    """A forward pass of 224 small layers, whose cost is that of Python for each layer, over PEFT's LoRA."""
+def many_weights(config: tna.Config, how: str, smoke: bool, folder: Path) -> Pair:
+    """A pass of 224 small layers, whose cost is that of Python for each layer, over PEFT's LoRA."""
     import peft
     import torch
     from torch import nn
@@ -122,11 +122,12 @@ def many_weights(config: tna.Config, gradients: bool, smoke: bool, folder: Path)
     adapted, other = copy.deepcopy(layers), copy.deepcopy(layers)
     tnadapt.torch.attach(adapted, config, r"\d+")
     other = peft.get_peft_model(other, peft.LoraConfig(r=4, target_modules=r"\d+"))
-    x = torch.ones(8, 64)
+    x = torch.ones(8, 64, requires_grad=how == "backward")
 
     def run(model: nn.Module) -> object:
-        with torch.set_grad_enabled(gradients):
-            return model(x)
+        with torch.set_grad_enabled(how != "without gradients"):
+            y = model(x)
+        return y.sum().backward() if how == "backward" else y
 
     return functools.partial(run, adapted), functools.partial(run, other)
 
@@ -277,9 +278,12 @@ GROUPS: dict[str, list[Case]] = {
         )
     ],
     "layers": [
-        Case("224 layers, lora(4)", PEFT_LORA, _bind(many_weights, P.lora(4), True)),
-        Case("224 layers without gradients, lora(4)", PEFT_LORA, _bind(many_weights, P.lora(4), False)),
-        Case("224 layers without gradients, compacter", PEFT_LORA, _bind(many_weights, P.compacter(), False)),
+        Case("224 layers, lora(4)", PEFT_LORA, _bind(many_weights, P.lora(4), "forward")),
+        Case("224 layers with backward, lora(4)", PEFT_LORA, _bind(many_weights, P.lora(4), "backward")),
+        *(
+            Case(f"224 layers without gradients, {name}", PEFT_LORA, _bind(many_weights, config, "without gradients"))
+            for name, config in (("lora(4)", P.lora(4)), ("compacter", P.compacter()))
+        ),
         Case("switching between two adapters", "PEFT", _bind(switch)),
     ],
     "files": [

@@ -16,6 +16,7 @@ import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 from tnadapt.algebra.factoring import Factored, Matrix  # noqa: E402
 from tnadapt.testing.strategies import plans  # noqa: E402
+from tnadapt.torch import _low_rank_linear  # noqa: E402
 from tnadapt.torch._delta import Slice  # noqa: E402
 from tnadapt.torch._factored_linear import can_fuse, factored_linear, product  # noqa: E402
 
@@ -87,6 +88,22 @@ def test_all_strategies_are_one_function(name: str, targets: tuple[tna.Target, .
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
 
 
+@pytest.fixture
+def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every layer count as a large one, where low-rank matrices have the autograd function of all others."""
+    if getattr(request, "param", True):
+        monkeypatch.setattr(_low_rank_linear, "MOST_ELEMENTS", -1)
+
+
+@pytest.mark.law("attached-is-update")
+@pytest.mark.parametrize("name", ["lora", "loha", "gralora"])
+def test_large_layers_are_the_same_function(name: str, request: pytest.FixtureRequest) -> None:
+    want = passed(CONFIGS[name], "factored", weight=-0.5)
+    request.getfixturevalue("large")
+    for found, expected in zip(passed(CONFIGS[name], "factored", weight=-0.5), want, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.law("fresh-is-zero")
 @each
 def test_a_fresh_one_changes_no_bit_and_learns(name: str) -> None:
@@ -139,9 +156,13 @@ def factors(name: str) -> Factored:
 
 @pytest.mark.slow
 @pytest.mark.law("derivatives-of-presets")
-@pytest.mark.parametrize("name", ["one", "two", "dense last", "three", "terms"])
+@pytest.mark.parametrize(
+    ("name", "large"),
+    [("one", False), ("one", True), ("two", True), ("dense last", True), ("three", True), ("terms", True)],
+    indirect=["large"],
+)
 @pytest.mark.parametrize("rows", [None, tna.Rows(1, 6, 9), tna.Rows(0, 2, 3, 3)], ids=["all", "some", "blocks"])
-def test_derivatives(name: str, rows: tna.Rows | None) -> None:
+def test_derivatives(name: str, large: None, rows: tna.Rows | None) -> None:
     made = torch.Generator().manual_seed(0)
     out = 6 if rows is None else rows.stride * rows.count
     x, weight, bias = (torch.randn(s, generator=made).double().requires_grad_() for s in ((2, 3, 4), (out, 4), (out,)))
@@ -166,8 +187,8 @@ def test_derivatives(name: str, rows: tna.Rows | None) -> None:
     torch.testing.assert_close(function(x, weight, bias, *flat), plain, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["one", "three"])
-def test_no_rows_at_all(name: str) -> None:
+@pytest.mark.parametrize(("name", "large"), [("one", False), ("one", True), ("three", True)], indirect=["large"])
+def test_no_rows_at_all(name: str, large: None) -> None:
     target, factored = tna.Target("a", (6, 4)), factors(name)
     factored = factored._replace(terms=[[Matrix(*(None if t is None else t.detach().requires_grad_() for t in m))
                                          for m in term] for term in factored.terms])  # fmt: skip
@@ -195,8 +216,10 @@ def test_two_adapters_on_one_layer(strategy: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("strategy", ["weight", "factored"])
-def test_what_is_written_to_in_place_after_the_layer(strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "large"), [("weight", True), ("factored", True), ("factored", False)], indirect=["large"]
+)
+def test_what_is_written_to_in_place_after_the_layer(strategy: str, large: None) -> None:
     model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(inplace=True))
     adapter = tt.attach(model, P.lora(2), ["0"], strategy=strategy)
     stir(adapter, 0.5)
@@ -297,5 +320,8 @@ def test_without_gradients_the_bits_are_the_same(
     changes = [(tna.Target("w", (7, 5)), Factored([[Matrix(draw(7, 2), draw(5, 2))]], 1.0 + k)) for k in range(number)]
     with torch.no_grad():
         found = factored_linear(x, weight, offset, changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_low_rank_linear, "MOST_ELEMENTS", -1)
+        assert torch.equal(found, factored_linear(x, weight, offset, changes))
     assert torch.equal(found, factored_linear(x, weight, offset, changes))
     assert found.shape == (*shape[:-1], 7)

@@ -30,6 +30,18 @@ def test_where_factors_are_narrow_they_stay() -> None:
             assert chosen(P.lora(4), width, tokens) == "factored"
 
 
+def test_low_rank_factors_of_small_layers_stay_too() -> None:
+    for width in (32, 64, 128, 256):
+        for tokens in (1, 64, 1024, 2048):
+            assert chosen(P.lora(4), width, tokens) == "factored"
+
+
+def test_the_calls_of_a_low_rank_matrix_depend_on_the_size() -> None:
+    plan = tna.SuperLoRA(P.lora(4), [(64, 32)])
+    few, many = (costs(plan, 0, factoring(plan, 0), tokens)["factored"] for tokens in (1024, 1025))
+    assert (few.calls, many.calls) == (4, 10)
+
+
 def test_a_kronecker_product_of_dense_matrices_goes_into_the_weight_of_many_tokens() -> None:
     for config in (P.krona(), tna.Config(splits=3, format="dense")):
         found = [chosen(config, 768, tokens) for tokens in (1, 8, 64, 8192, 65536)]
@@ -98,7 +110,11 @@ FORMED: dict[str, tuple[tna.Config, float, float, float]] = {
 }
 # Forward and, twice that, backward: the same of the products with the factors.
 FACTORED: dict[str, tuple[float, float, float]] = {
-    "lora": (6 * TOKENS * (ROWS + COLS) * 3, 4 * TOKENS * (ROWS + COLS), 20),
+    "lora": (
+        6 * TOKENS * (ROWS + COLS) * 3,
+        4 * TOKENS * (ROWS + COLS),
+        4,
+    ),  # small, and its two arrays are the factors
     "loha": (6 * TOKENS * (ROWS + COLS) * 9, 4 * TOKENS * (ROWS + COLS), 20),  # as one matrix of rank 9
     # By the 6x4 matrix (3 columns of 4 for each row of x become 3 of 6), and by the 4x3 one.
     "krona": (

@@ -24,8 +24,9 @@ from tnadapt.backends import load_backend
 from tnadapt.targets.target import RowIndices, Rows, Target
 
 from ._interception import in_dispatch_mode, in_functorch
+from ._low_rank_linear import LowRank, is_small, low_rank_linear
 
-__all__ = ["Branch", "FactoredLinear", "can_fuse", "factored_linear", "product"]
+__all__ = ["Branch", "FactoredLinear", "can_fuse", "factored_linear", "low_rank_updates", "on_device", "product"]
 
 
 def product(x: Tensor, factored: Factored, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -81,6 +82,15 @@ def _middle(inner: Tensor, count: int, term: Sequence[Matrix]) -> Tensor:
     return inner.reshape(count, sizes[-1])
 
 
+def on_device(factored: Factored, device: torch.device) -> Factored:
+    """Return the factors on a device."""
+    terms = [
+        [Matrix(m.left.to(device), None if m.right is None else m.right.to(device)) for m in term]
+        for term in factored.terms
+    ]
+    return factored._replace(terms=terms)
+
+
 class Branch(NamedTuple):
     """The structure of one update without its factors: target rows, scale, and which matrices of each term are whole.
 
@@ -120,8 +130,10 @@ def factored_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[tuple[Target, Factored]]
 ) -> Tensor:
     """Return ``x Wᵀ + b`` plus each update on the features of its rows; requires :func:`can_fuse`."""
-    if not torch.is_grad_enabled() and all(is_one_low_rank(target, factored) for target, factored in changes):
-        return low_rank_linear(x, weight, bias, changes)
+    if not torch.is_grad_enabled() or is_small(x, weight):
+        updates = low_rank_updates(changes)
+        if updates is not None:
+            return low_rank_linear(x, weight, bias, updates)
     branches, tensors = [], list[Tensor]()
     for target, factored in changes:
         shape = tuple(tuple(matrix.right is None for matrix in term) for term in factored.terms)
@@ -132,24 +144,18 @@ def factored_linear(
     return _forward(x, weight, bias, branches, tensors)[0]
 
 
-def is_one_low_rank(target: Target, factored: Factored) -> bool:
-    """Return whether an update of a whole weight is one low-rank matrix, as LoRA's."""
-    terms = factored.terms
-    one = target.rows is None and factored.sides is None and len(terms) == 1 and len(terms[0]) == 1
-    return one and terms[0][0].right is not None
-
-
-def low_rank_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[tuple[Target, Factored]]
-) -> Tensor:
-    """Compute :func:`factored_linear` without gradients, by the same products; requires :func:`is_one_low_rank`."""
-    rows = x.view(-1, x.shape[-1])
-    y = functional.linear(rows, weight, bias)
-    for _, factored in changes:
-        left, right = factored.terms[0][0]
-        assert right is not None  # it is one low-rank matrix
-        y.addmm_(rows @ right, left.T, alpha=factored.scale)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
+def low_rank_updates(changes: Sequence[tuple[Target, Factored]]) -> list[LowRank] | None:
+    """Return updates as low-rank matrices where each is one, of a whole weight, as LoRA's is; else None."""
+    found = []
+    for target, factored in changes:
+        terms = factored.terms
+        if target.rows is not None or factored.sides is not None or len(terms) != 1 or len(terms[0]) != 1:
+            return None
+        left, right = terms[0][0]
+        if right is None:
+            return None
+        found.append(LowRank(left, right, factored.scale))
+    return found
 
 
 def can_fuse(x: Tensor, weight: Tensor, changes: Sequence[tuple[Target, Factored]]) -> bool:

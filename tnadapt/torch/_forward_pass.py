@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -23,7 +23,20 @@ from ._row_assignment import assignment_of, mixing_weight
 from ._sharding import refuse_reentrant
 from ._state import AdapterSlot, AdapterState, weight_on
 
-__all__ = ["PassHooks", "acts", "check_recomputation", "delta", "delta_source", "factors", "rounded_delta", "scaled"]
+__all__ = [
+    "PassHooks",
+    "acts",
+    "check_recomputation",
+    "delta",
+    "delta_source",
+    "factors",
+    "in_backward",
+    "rounded_delta",
+    "scaled",
+]
+
+#: The number of the backward pass that is running, or -1. Private to torch: a version without it only loses the check.
+_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 
 def acts(state: AdapterState) -> bool:
@@ -87,6 +100,11 @@ def _refuse_reentrant(state: AdapterState) -> None:
 
 
 # -- Activation checkpointing ----------------------------------------------------------------------------------
+
+
+def in_backward() -> bool:
+    """Return whether a backward pass is running, as when a checkpointed region is recomputed."""
+    return _graph_task() != -1
 
 
 def check_recomputation(state: AdapterState) -> None:

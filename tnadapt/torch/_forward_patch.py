@@ -32,15 +32,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tnadapt.algebra.factoring import Factored, Matrix
-
 from ._changed_forward import added_matrix, changed_linear, scaled_output
 from ._dropout import dropped_inputs, drops_input
 from ._embedding_forward import beside, embedded, is_lookup
-from ._factored_linear import can_fuse, factored_linear, product
+from ._factored_linear import can_fuse, factored_linear, on_device, product
 from ._few_rows import added_products, has_few_rows
-from ._forward_pass import acts, check_recomputation, delta, delta_source, factors, scaled
+from ._forward_pass import acts, check_recomputation, delta, delta_source, factors, in_backward, scaled
 from ._interception import in_dispatch_mode, in_functorch
+from ._low_rank_layer import LowRankLayer
 from ._merged_linear import DeltaSource, MergedWeightLinear, summed
 from ._parameter_sums import changed_parameter, is_read, parameter_sum
 from ._patched_parameter import PatchedParameter
@@ -85,6 +84,8 @@ class ForwardPatch:
         self.is_plain = False
         #: Whether the original is the forward of an embedding, so that rows can be looked up in updates.
         self.looks_up = False
+        #: The shortest way through the host, where its updates allow it; None while they change.
+        self.short: LowRankLayer | None = None
         self.is_quantized = quantized_type(host) is not None
         #: Whether backward through the original does not reach its input, because it rounds it.
         self.blocks = blocks_gradient(host)
@@ -105,19 +106,24 @@ class ForwardPatch:
 
     def add(self, slot: AdapterSlot) -> None:
         """Add a slot to this module."""
+        self.short = None
         for patched in self.weights:
             if patched.owner is slot.owner and patched.parameter == slot.target.parameter:
                 patched.put([*patched.slots, slot])
-                return
-        self.weights.append(PatchedParameter(slot.owner, slot.target.parameter))
-        self.weights[-1].put([slot])
-        self.is_plain = self._is_plain()
-        self.looks_up = self.before is None and is_lookup(self.host)
+                break
+        else:
+            self.weights.append(PatchedParameter(slot.owner, slot.target.parameter))
+            self.weights[-1].put([slot])
+            self.is_plain = self._is_plain()
+            self.looks_up = self.before is None and is_lookup(self.host)
+        self._look_for_short()
 
     def exchange(self, slots: Mapping[AdapterSlot, AdapterSlot]) -> None:
         """Put other slots in the place of some, each for the same weight."""
+        self.short = None
         for patched in self.weights:
             patched.slots = [slots.get(slot, slot) for slot in patched.slots]
+        self._look_for_short()
 
     def install(self) -> None:
         """Replace the module's forward."""
@@ -126,14 +132,19 @@ class ForwardPatch:
 
     def remove(self, adapter: AdapterState) -> None:
         """Remove an adapter's slots; with the last one, restore the module's forward."""
+        self.short = None
         for patched in self.weights:
             patched.put([slot for slot in patched.slots if slot.adapter is not adapter])
         self.weights = [patched for patched in self.weights if patched.slots]
+        self._look_for_short()
         if not self.weights:
             if self.before is None:
                 self.host.__dict__.pop("forward", None)
             else:
                 self.host.__dict__["forward"] = self.before
+
+    def _look_for_short(self) -> None:
+        self.short = LowRankLayer.of(self.host, self.weights) if self.is_plain else None
 
     def rivals(self, adapter: AdapterState) -> list[AdapterState]:
         """Return the adapters of the same rows with which this one does not add up."""
@@ -144,6 +155,10 @@ class ForwardPatch:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward with every active update."""
+        if self.short is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            y = self.short(args[0])
+            if y is not None:
+                return y
         for patched in self.weights:  # plain loops: any() of a generator takes as long as a small layer's overhead
             for slot in patched.slots:
                 if slot.adapter.by_rows:
@@ -154,7 +169,7 @@ class ForwardPatch:
         """Return the slots of active adapters; with ``alone``, check that those that have to be alone are."""
         found: list[Placed] = []
         compiling = torch.compiler.is_compiling()
-        recomputing = not compiling and _in_backward()
+        recomputing = not compiling and in_backward()
         for patched in self.weights:
             if alone and patched.rivals and not compiling:
                 patched.check_alone()
@@ -338,7 +353,7 @@ class ForwardPatch:
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(first.dtype)
         if x.device != first.device:
-            found = _moved(found, x.device)
+            found = on_device(found, x.device)
         activation = None if adapter.activation is None else ACTIVATIONS[adapter.activation]
         return scaled(adapter, product(x, found, activation))
 
@@ -350,23 +365,8 @@ def _uncover(names: Sequence[tuple[nn.Module, str]]) -> None:
             del owner.__dict__[name]
 
 
-def _moved(factored: Factored, device: torch.device) -> Factored:
-    terms = [
-        [Matrix(m.left.to(device), None if m.right is None else m.right.to(device)) for m in term]
-        for term in factored.terms
-    ]
-    return factored._replace(terms=terms)
-
-
 def _input(args: Any, kwargs: Any) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
-
-
-def _in_backward() -> bool:
-    """Return whether a backward pass is running, as when a checkpointed region is recomputed."""
-    # A private function of torch; a version without it only loses the check.
-    task = getattr(torch._C, "_current_graph_task_id", None)
-    return task is not None and task() != -1
 
 
 _PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)

@@ -17,12 +17,16 @@ from tnadapt.algebra.maps import Map
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
 
+from ._low_rank_linear import MOST_ELEMENTS
+
 __all__ = ["MACHINES", "TOKENS", "Machine", "StepWork", "choose", "costs", "dequantized"]
 
 #: Default number of rows of x per call of a layer: about ten images of 197 tokens, or four texts of 512.
 TOKENS = 2048
 
 _SUM = Add()
+#: Calls of an update that is two stored arrays, in a small layer and in any other; by ``benchmarks/strategies.py``.
+_STORED_SMALL, _STORED = 4, 10
 _ITEM = 4  # bytes of float32; with a smaller dtype all strategies move proportionally less
 
 
@@ -233,6 +237,10 @@ def dequantized(applying: Applying, shape: tuple[int, int], packed: float) -> di
 
 def _factored(how: Factoring, tokens: int) -> StepWork:
     """Return the work of the products with the factors: forward, and twice as much in backward."""
+    if how.stored is not None:
+        # Two arrays as they are, and no Kronecker product: for a small layer four products without Python in backward.
+        small = tokens * max(how.sizes[0].rows, how.sizes[0].cols) <= MOST_ELEMENTS
+        return _of_last(how.sizes, tokens)._replace(calls=_STORED_SMALL if small else _STORED)
     total = StepWork(calls=8)
     for _ in range(how.terms):
         total += _of_last(how.sizes, tokens)

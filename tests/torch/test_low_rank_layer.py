@@ -1,0 +1,317 @@
+"""The shortest way through a layer gives the bits of the general one, and leaves it whatever is out of the ordinary."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+from tnadapt.torch import _low_rank_linear  # noqa: E402
+from tnadapt.torch._forward_patch import ForwardPatch  # noqa: E402
+from tnadapt.torch._low_rank_layer import LowRankLayer  # noqa: E402
+
+from .small import stir  # noqa: E402
+
+P = tna.presets
+
+
+def layers(bias: bool = True) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8, bias=bias), nn.Tanh(), nn.Linear(8, 5))
+
+
+def adapted(model: nn.Module, name: str = "default", config: tna.Config | None = None, **how: Any) -> tt.Adapter:
+    adapter = tt.attach(model, config or P.lora(2, alpha=3), "all-linear", name, strategy="factored", **how)
+    stir(adapter, 0.5)
+    return adapter
+
+
+def patches(model: nn.Module) -> list[ForwardPatch]:
+    return [patch for module in model.modules() if (patch := ForwardPatch.of(module)) is not None]
+
+
+@contextlib.contextmanager
+def general(model: nn.Module) -> Iterator[None]:
+    """Without the shortest way."""
+    before = [(patch, patch.short) for patch in patches(model)]
+    for patch, _ in before:
+        patch.short = None
+    try:
+        yield
+    finally:
+        for patch, short in before:
+            patch.short = short
+
+
+@contextlib.contextmanager
+def taken() -> Iterator[list[bool]]:
+    """Collect for each call whether the shortest way was taken."""
+    found: list[bool] = []
+    original = LowRankLayer.__call__
+
+    def call(self: LowRankLayer, x: Any) -> Tensor | None:
+        y = original(self, x)
+        found.append(y is not None)
+        return y
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LowRankLayer, "__call__", call)
+        yield found
+
+
+def passed(model: nn.Module, x: Tensor, gradients: bool) -> list[Tensor | None]:
+    """Return the output and all gradients."""
+    model.zero_grad()
+    x = x.detach().requires_grad_(gradients)
+    with torch.set_grad_enabled(gradients):
+        y = model(x)
+    if not gradients:
+        return [y]
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.law("attached-is-update")
+@given(
+    shape=st.sampled_from([(6,), (3, 6), (2, 3, 6), (0, 6)]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    weights=st.lists(st.sampled_from([0.0, 1.0, -0.5]), min_size=1, max_size=3),
+    bias=st.booleans(),
+    gradients=st.booleans(),
+    frozen=st.booleans(),
+)
+def test_it_gives_the_bits_of_the_general_way(
+    shape: tuple[int, ...], dtype: torch.dtype, weights: list[float], bias: bool, gradients: bool, frozen: bool
+) -> None:
+    model = layers(bias).to(dtype)
+    for index, weight in enumerate(weights):
+        adapter = adapted(model, f"a{index}", dtype=dtype)
+        adapter.set_weight(weight)
+        if frozen and index == 0:
+            adapter.set_trainable(arrays="factor1")
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    gradients = gradients and any(weights)
+    with taken() as short:
+        found = passed(model, x, gradients)
+    assert short == [any(weights)] * 2
+    with general(model):
+        expected = passed(model, x, gradients)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or other is None or torch.equal(one, other)
+
+
+class Sees(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def in_rows(model: nn.Module, x: Tensor) -> Tensor:
+    with tt.rows(model, ["default", None, "default", None]):
+        return model(x)
+
+
+def in_autocast(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return model(x)
+
+
+def watched(model: nn.Module, x: Tensor) -> Tensor:
+    with Sees():
+        return model(x)
+
+
+def pushed(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.jvp(model, (x,), (torch.ones_like(x),))[1]
+
+
+#: Calls that need the general way.
+CALLS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "rows": in_rows,
+    "autocast": in_autocast,
+    "dispatch mode": watched,
+    "vmap": lambda model, x: torch.vmap(model)(x),
+    "forward mode": pushed,
+    "strides": lambda model, x: model[0](x.T.contiguous().T),
+    "jagged": lambda model, x: model(torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged)).values(),
+}
+
+
+# torch's own: forward_ad registers its decompositions by torch.jit.script. From torch 2.15 on it is a FutureWarning.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", CALLS)
+def test_other_calls_take_the_general_way(name: str) -> None:
+    model = layers()
+    adapted(model)
+    x = torch.randn(4, 6)
+    with torch.no_grad(), taken() as short:
+        found = CALLS[name](model, x)
+    assert short
+    assert not any(short)
+    with torch.no_grad(), general(model):
+        assert torch.equal(found, CALLS[name](model, x))
+
+
+def test_a_half_precision_base_with_float32_factors_takes_the_general_way() -> None:
+    model = layers().to(torch.bfloat16)
+    adapted(model)
+    with taken() as short:
+        y = model(torch.randn(4, 6).to(torch.bfloat16))
+    assert y.dtype is torch.bfloat16
+    assert short == [False] * 2
+
+
+def test_large_layers_with_gradients_take_the_general_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = layers()
+    adapted(model)
+    monkeypatch.setattr(_low_rank_linear, "MOST_ELEMENTS", 4)
+    with taken() as short:
+        model(torch.randn(4, 6))
+        with torch.no_grad():
+            model(torch.randn(4, 6))
+    assert short == [False, False, True, True]
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    model = layers()
+    adapted(model, dropout=0.5)
+    x = torch.randn(4, 6)
+    with taken() as short:
+        assert not torch.equal(model.train()(x), model(x))
+        assert torch.equal(model.eval()(x), model(x))
+    assert short == [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"config": P.lokr(2)}, {"config": P.dora(2)}, {"config": P.loha(2)}, {"config": P.lora(2, start="random")},
+        {"activation": "gelu"},
+    ],
+    ids=["Kronecker", "magnitude", "computed factors", "subtracted start", "activation"],
+)  # fmt: skip
+def test_other_updates_have_no_short_way(how: dict[str, Any]) -> None:
+    model = layers()
+    adapted(model, **how)
+    assert [patch.short for patch in patches(model)] == [None, None]
+    # Neither has an ordinary one next to it, until it is alone.
+    if "activation" not in how and how["config"].apply == "add":
+        adapted(model, "other")
+        assert [patch.short for patch in patches(model)] == [None, None]
+        tt.adapters(model)["default"].detach()
+        assert all(patch.short is not None for patch in patches(model))
+
+
+def test_rows_of_a_weight_have_no_short_way() -> None:
+    model = nn.Sequential(nn.Linear(6, 12))
+    tt.attach(model, P.lora(2), [tna.Target("0", (12, 6), rows=tna.Rows(0, 6, 12))], strategy="factored")
+    assert [patch.short for patch in patches(model)] == [None]
+
+
+def test_it_reads_what_the_model_has_at_each_call() -> None:
+    model = layers()
+    adapter = adapted(model)
+    x = torch.randn(4, 6)
+    first = model(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data.mul_(1.5)
+    assert not torch.equal(model(x), first)
+    state = {name: value * 2 for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    with taken() as short:
+        found = model(x)
+        inside = torch.func.functional_call(model, {name: value * 0.5 for name, value in state.items()}, (x,))
+        adapter.merge()
+        merged = model(x)
+        adapter.unmerge()
+        with adapter.disabled():
+            base = model(x)
+    assert short == [True] * 4 + [False] * 4
+    with general(model):
+        assert torch.equal(found, model(x))
+    assert not torch.equal(inside, found)
+    assert not torch.equal(base, found)
+    torch.testing.assert_close(merged, found)
+
+
+@pytest.mark.law("activation-checkpointing")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    found = []
+    for run in (lambda model, x: model(x), lambda model, x: checkpoint(model, x, use_reentrant=reentrant)):
+        model = layers()
+        adapter = adapted(model)
+        x = torch.linspace(-1, 1, 24).view(4, 6).requires_grad_()
+        run(model, x).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in adapter.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_recomputation_with_other_settings_is_an_error() -> None:
+    model = nn.Sequential(layers())
+    adapter = tt.attach(model, P.lora(2), "all-linear", strategy="factored")
+    stir(adapter, 0.5)
+    inner = model[0].forward
+    model[0].forward = lambda x: checkpoint(inner, x, use_reentrant=False)
+    y = model(torch.randn(4, 6, requires_grad=True))
+    adapter.set_weight(0.5)
+    with pytest.raises(RuntimeError, match="was activated, mixed, merged or disabled, or rows"):
+        y.sum().backward()
+
+
+def test_the_pass_counts_as_one_that_used_the_adapter() -> None:
+    model = layers()
+    adapted(model)
+    with taken() as short:
+        model(torch.randn(4, 6))  # a warning would be an error
+    assert short == [True, True]
+    state = patches(model)[0].weights[0].slots[0].adapter
+    assert state.threads == {threading.get_ident()}
+
+
+def test_copies_have_a_short_way_of_their_own() -> None:
+    model = layers()
+    adapter = adapted(model)
+    other = copy.deepcopy(model)
+    x = torch.randn(4, 6)
+    assert torch.equal(other(x), model(x))
+    before = other(x)
+    for parameter in adapter.parameters():
+        parameter.data.zero_()
+    assert torch.equal(other(x), before)
+    assert not torch.equal(model(x), before)
+    own, others = patches(model)[0].short, patches(other)[0].short
+    assert own is not None
+    assert others is not None
+    assert others.host is other[0]
+    assert own.host is model[0]
+
+
+@pytest.mark.slow
+def test_a_compiled_program_has_the_general_way() -> None:
+    model = layers()
+    adapter = adapted(model)
+    x = torch.randn(4, 6)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with taken() as short:
+        found = compiled(x)
+    assert short == []
+    torch.testing.assert_close(found, model(x))
+    adapter.set_weight(0.25)
+    torch.testing.assert_close(compiled(x), model(x))
