@@ -7,7 +7,12 @@ rotating order, and each round gives each of them one ratio to the step of PEFT'
 The printed value is the median of the ratios; ``memory.py`` has the memory peaks.
 ``--inference`` compares forward passes without gradients, attached and merged, with the base's own.
 
-Rows are appended to a file of JSON lines. Keep the machine otherwise idle.
+``--reference dense`` compares with another case. ``--problem alone`` has the adapted layers without the rest of the
+model, where a difference of a hundredth of the model's step is a large one; with ``--profile`` the rows are the
+operations by which a case differs from the reference.
+
+Rows are appended to a file of JSON lines. Keep the machine otherwise idle, or measure processor time of one thread,
+``THREADS=1`` and ``--processor``.
 """
 
 from __future__ import annotations
@@ -97,7 +102,33 @@ def minilm(smoke: bool = False, layers: int | None = None) -> Problem:
     return Problem(model, batch, ("query", "value"), config.num_hidden_layers, config.hidden_size, heads)
 
 
+class Layers(nn.Module):
+    """Square linear layers one after another, and a head."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        pair = {"q_proj": nn.Linear(width, width), "v_proj": nn.Linear(width, width)}
+        self.blocks = nn.ModuleList(nn.ModuleDict(copy.deepcopy(pair)) for _ in range(layers))
+        self.classifier = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        """Return what has the mean of the head's output as its loss."""
+        for block in self.blocks:
+            for layer in block.values():
+                x = layer(x)
+        return argparse.Namespace(loss=self.classifier(x).mean())
+
+
+def alone(smoke: bool = False, layers: int | None = None) -> Problem:
+    """Return the 24 adapted layers of ViT-base without the rest, and few rows: what formats differ by, nearly alone."""
+    torch.manual_seed(0)
+    width, number, heads = (32, 2, 4) if smoke else (768, layers or 12, 12)
+    return Problem(Layers(number, width), {"x": torch.randn(64, width)}, ("q_proj", "v_proj"), number, width, heads)
+
+
 PROBLEMS: dict[str, Callable[..., Problem]] = {"vit": vit, "minilm": minilm}
+#: Those of the page, and what looks at their parts.
+CHOICES = {**PROBLEMS, "alone": alone}
 
 
 # -- Contestants -----------------------------------------------------------------------------
@@ -156,6 +187,10 @@ def _layers(problem: Problem) -> dict[str, int]:
     return {"layers": problem.layers, "rows": problem.width, "cols": problem.width, "heads": problem.heads}
 
 
+def _miss_rank(problem: Problem) -> int:
+    return min(64, problem.width // 2)
+
+
 PEERS: dict[str, Callable[[Problem], nn.Module]] = {
     REFERENCE: _peft("LoraConfig", r=4, lora_alpha=4),
     "head only": _head_only,
@@ -164,7 +199,7 @@ PEERS: dict[str, Callable[[Problem], nn.Module]] = {
     "peft loha r=4": _peft("LoHaConfig", r=4, alpha=4),
     "peft vera": _peft("VeraConfig", r=64),
     "peft fourierft": _peft("FourierFTConfig", n_frequency=1000),
-    "peft miss": _peft("MissConfig", r=64),
+    "peft miss": lambda p: _peft("MissConfig", r=_miss_rank(p))(p),
     "peft unilora": _peft("UniLoraConfig", r=4),
     "lycoris lokr": _lycoris,
 }
@@ -184,8 +219,8 @@ OURS: dict[str, Callable[[Problem], nn.Module]] = {
     "fact_tt": _ours(lambda p: P.fact_tt(4, **_stack(p))),
     "fact_tk": _ours(lambda p: P.fact_tk(4, **_stack(p))),
     "compacter": _ours(lambda p: P.compacter()),
-    "miss": _ours(lambda p: P.miss(64)),
-    "miss weight": _ours(lambda p: P.miss(64), strategy="weight"),
+    "miss": _ours(lambda p: P.miss(_miss_rank(p))),
+    "miss weight": _ours(lambda p: P.miss(_miss_rank(p)), strategy="weight"),
     "superlora": _ours(lambda p: P.superlora(8)),
     "superlora weight-wise": _ours(lambda p: P.superlora(4, groups="weight")),
     "dense": _ours(lambda p: P.dense()),
@@ -263,6 +298,30 @@ def compare(
                 "trained": sum(parameter.numel() for parameter in contestant.trained),
             }
         )
+    return rows
+
+
+def profiled(problem: Problem, names: Sequence[str], rounds: int, reference: str = REFERENCE) -> list[dict[str, Any]]:
+    """Return the operations on which cases take more or less processor time than the reference, and their sum."""
+    contestants = {name: Contestant(name, problem) for name in dict.fromkeys([reference, *names])}
+    taken: dict[str, dict[str, float]] = {name: {} for name in contestants}
+    for contestant in contestants.values():
+        contestant.step()
+    for _ in range(rounds):
+        for name, contestant in contestants.items():
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                contestant.step()
+            for event in profile.key_averages():
+                spent = event.self_cpu_time_total / 1e3 / rounds
+                taken[name][event.key] = taken[name].get(event.key, 0.0) + spent
+    rows, base = [], taken.pop(reference)
+    for name, own in taken.items():
+        more = {key: own.get(key, 0.0) - base.get(key, 0.0) for key in {*own, *base}}
+        total = {"case": name, "reference": reference, "operation": "all", "more ms": round(sum(more.values()), 2)}
+        rows.append({**total, "reference ms": round(sum(base.values()), 2)})
+        for key in sorted(more, key=lambda key: -abs(more[key]))[:8]:
+            rows.append({**total, "operation": key, "more ms": round(more[key], 2)})
+            rows[-1]["reference ms"] = round(base.get(key, 0.0), 2)
     return rows
 
 
@@ -349,12 +408,13 @@ def measure(smoke: bool) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"one of {', '.join(CASES)}; all by default")
-    parser.add_argument("--problem", choices=PROBLEMS, default="vit")
+    parser.add_argument("--problem", choices=CHOICES, default="vit")
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after about this time")
     parser.add_argument("--processor", action="store_true", help="processor time instead of time, for a shared machine")
     parser.add_argument("--reference", choices=CASES, default=REFERENCE, metavar="CASE", help="what ratios are to")
+    parser.add_argument("--profile", action="store_true", help="the operations by which cases differ")
     parser.add_argument("--inference", action="store_true", help="forward passes without gradients, against the base")
     parser.add_argument("--smoke", action="store_true", help="tiny models, one step: only check equality")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -363,13 +423,16 @@ def main() -> None:
     if given.smoke:
         rows = measure(smoke=True)
     elif given.inference:
-        problem = PROBLEMS[given.problem](layers=given.layers)
+        problem = CHOICES[given.problem](layers=given.layers)
         found = inference(problem, given.rounds, given.seconds)
         rows = [{"problem": given.problem, "layers": problem.layers, **row} for row in found]
     else:
-        problem = PROBLEMS[given.problem](layers=given.layers)
-        clock = time.process_time if given.processor else time.perf_counter
-        found = compare(problem, given.cases or list(CASES), given.rounds, given.seconds, clock, given.reference)
+        problem = CHOICES[given.problem](layers=given.layers)
+        clock, names = time.process_time if given.processor else time.perf_counter, given.cases or list(CASES)
+        if given.profile:
+            found = profiled(problem, names, given.rounds, given.reference)
+        else:
+            found = compare(problem, names, given.rounds, given.seconds, clock, given.reference)
         rows = [{"problem": given.problem, "layers": problem.layers, **row} for row in found]
     about = {"torch": torch.__version__, "threads": THREADS, "machine": platform.machine(), "cores": os.cpu_count()}
     for row in rows:

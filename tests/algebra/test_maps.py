@@ -20,6 +20,7 @@ from tnadapt.maps import (
 
 from tnadapt import ConfigError
 from tnadapt.algebra.maps import KINDS, MAPS, BroughtMap, Map
+from tnadapt.algebra.maps._repeat import Repeat
 from tnadapt.testing import MapContract
 
 
@@ -101,6 +102,12 @@ class TestSignGather(MapContract):
 class TestCenteredWavelet(MapContract):
     kind = MAPS["centered-wavelet"]
     settings = (CenteredWavelet(), CenteredWavelet("db2"), CenteredWavelet("db5"))
+
+
+class TestRepeat(MapContract):
+    kind = Repeat
+    # More than are concatenated, too.
+    lengths = ((1, 1), (3, 3), (3, 7), (4, 8), (5, 64), (2, 509))
 
 
 class TestTile(MapContract):
