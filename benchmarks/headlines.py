@@ -75,6 +75,11 @@ HEADLINES: tuple[Headline, ...] = (
             f"{label} in {dtype}": largest("ratio", case=case, dtype=dtype)
             for dtype in ("float32", "bfloat16")
             for label, case in {"PEFT's LoRA": "peft lora(4)", "LoRA": "lora(4)", "slowest preset": UNMERGED}.items()
+        }
+        | {
+            f"bytes read, {label} in {dtype}": largest("bytes", case=case, dtype=dtype)
+            for dtype in ("float32", "bfloat16")
+            for label, case in {"SuperLoRA": "superlora(4)", "dense": "dense"}.items()
         },
     ),
     Headline(
