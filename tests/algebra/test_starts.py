@@ -467,9 +467,9 @@ def test_a_start_leaves_the_degrees_of_freedom() -> None:
     assert len({degrees_of_freedom(plan) for plan in plans}) == 1
 
 
-def test_kronecker_products_have_no_such_factors() -> None:
-    assert factoring(tna.SuperLoRA(P.lokr(2), [(12, 8)]), 0) is not None
-    assert factoring(tna.SuperLoRA(P.lokr(2, start="given"), [(12, 8)]), 0) is None
+def test_kronecker_products_are_subtracted_matrix_by_matrix() -> None:
+    found = [factoring(tna.SuperLoRA(config, [(12, 8)]), 0) for config in (P.lokr(2), P.lokr(2, start="given"))]
+    assert [(how.terms, len(how.sizes)) for how in found if how is not None] == [(1, 2), (2, 2)]
 
 
 def test_a_fit_has_no_start() -> None:

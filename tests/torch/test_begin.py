@@ -76,7 +76,7 @@ CONFIGS = {
     "θ, pissa": P.unilora(9, rank=2, start="pissa"),
     "vera": P.vera(3, start="given"),
 }
-FACTORED = ("lora", "pissa", "milora", "olora", "loha", "θ", "θ, pissa", "vera")
+FACTORED = ("lora", "pissa", "milora", "olora", "loha", "lokr", "θ", "θ, pissa", "vera")
 CASES = [
     (name, how)
     for name in CONFIGS
@@ -303,9 +303,9 @@ def test_no_start_behind_an_activation(start: str) -> None:
         tt.attach(model(), P.lora(2, start=start), "all-linear", activation="tanh")
 
 
-def test_no_factors_of_a_kronecker_product() -> None:
+def test_no_factors_across_rows() -> None:
     with pytest.raises(tna.ConfigError, match="strategy='factored' needs a linear layer, and an update whose rows"):
-        tt.attach(model(), CONFIGS["lokr"], "all-linear", strategy="factored")
+        tt.attach(model(), CONFIGS["superlora"], "all-linear", strategy="factored")
 
 
 @pytest.mark.law("threads")

@@ -13,7 +13,7 @@ from tnadapt.backends.backend import Array
 from .maps import Map
 from .products import kronecker_tensor
 
-__all__ = ["Factored", "Matrix", "mapped"]
+__all__ = ["Factored", "Matrix", "difference", "mapped"]
 
 
 class Matrix(NamedTuple):
@@ -71,6 +71,14 @@ class Factored(NamedTuple):
         unit = backend.asarray(np.eye(narrow), backend.dtype_name(x), backend.device(x))
         left, right = (unit, backend.matrix_transpose(x)) if x.shape[0] == narrow else (x, unit)
         return Matrix(mapped(backend, rows, left), mapped(backend, cols, right))
+
+
+def difference(backend: Backend, now: Matrix, then: Matrix) -> Matrix:
+    """Return a matrix minus another one; of two products, as a product that is exactly zero if they are equal."""
+    if now.right is None or then.right is None:
+        return Matrix(now.left - then.left, None)
+    left = backend.concat([now.left - then.left, then.left], axis=1)
+    return Matrix(left, backend.concat([now.right, now.right - then.right], axis=1))
 
 
 def mapped(backend: Backend, map_: Map, matrix: Array) -> Array:

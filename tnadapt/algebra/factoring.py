@@ -7,7 +7,8 @@ that lines up with the weights digit for digit. Kronecker products of matrices a
 Compacter), and a Hadamard product of low-rank matrices is a matrix whose rank is the product of the ranks (LoHa).
 
 With a start that is subtracted, ``L R - L_0 R_0`` is ``(L - L_0) R + L_0 (R - R_0)``: one product of twice the width,
-which is exactly zero at the start, and near it does not subtract large numbers. Kronecker products have no such form.
+which is exactly zero at the start, and near it does not subtract large numbers. A difference of Kronecker products is a
+sum of as many as there are matrices, ``A ⊗ B - A_0 ⊗ B_0 = (A - A_0) ⊗ B_0 + A ⊗ (B - B_0)``, with the same properties.
 
 Where no unfolding of the network is the weight, as with blocks (GraLoRA), an index that holds parts of rows, or a
 Kronecker product that is cropped, the network is cut where that costs least: one product, whose width is the bound on
@@ -33,7 +34,7 @@ from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 
 from ._boxes import boxes
-from ._factored import Factored, Matrix, mapped
+from ._factored import Factored, Matrix, difference, mapped
 from ._network_halves import NetworkHalves, width_at
 from ._separation import Separation, separation_of
 from ._weight_places import place_of
@@ -141,18 +142,26 @@ class Factoring:
                 matrix = matrix - self._one(backend, self.group.begun(backend, params, trained))
             return Factored([[Matrix(matrix, None)]], network.scale, self.sides)
         if self._is_pair:
-            left, right = self._two(backend, arrays)
+            pair = self._two(backend, arrays)
             if self.group.subtracts:
-                left_0, right_0 = self._two(backend, self.group.begun(backend, params, trained))
-                left = backend.concat([left - left_0, left_0], axis=1)
-                right = backend.concat([right, right - right_0], axis=0)
-            pair = Matrix(left, backend.matrix_transpose(right))
+                pair = difference(backend, pair, self._two(backend, self.group.begun(backend, params, trained)))
             return Factored([[self._through(backend, pair)]], network.scale)
-        found = []
-        for prefixes in network.prefixes:
-            own = zip(network.splits, network.of_term(prefixes, arrays), self.cuts, self.sizes, strict=True)
-            found.append([_matrix(backend, split, mine, cut, size) for split, mine, cut, size in own])
+        found = self._kronecker(backend, arrays)
+        if self.group.subtracts:
+            begun = self._kronecker(backend, self.group.begun(backend, params, trained))
+            found = [
+                [*now[:k], difference(backend, now[k], then[k]), *then[k + 1 :]]
+                for now, then in zip(found, begun, strict=True)
+                for k in range(len(now))
+            ]
         return Factored(found, network.scale, self.sides)
+
+    def _kronecker(self, backend: Backend, arrays: Mapping[str, Array]) -> list[list[Matrix]]:
+        found = []
+        for prefixes in self.network.prefixes:
+            own = zip(self.network.splits, self.network.of_term(prefixes, arrays), self.cuts, self.sizes, strict=True)
+            found.append([_matrix(backend, split, mine, cut, size) for split, mine, cut, size in own])
+        return found
 
     def _stored(self) -> tuple[str, str] | None:
         group, split = self.group, self.network.splits[0]
@@ -193,10 +202,12 @@ class Factoring:
         start, shape, _ = self.separation
         return backend.reshape(self.network.slice(backend, arrays, start, start + math.prod(shape)), shape)
 
-    def _two(self, backend: Backend, arrays: Mapping[str, Array]) -> tuple[Array, Array]:
+    def _two(self, backend: Backend, arrays: Mapping[str, Array]) -> Matrix:
         if self.halves is not None:
-            return self.halves(backend, arrays)
-        return self.network.unfolded(backend, arrays, self.cuts[0])
+            left, right = self.halves(backend, arrays)
+        else:
+            left, right = self.network.unfolded(backend, arrays, self.cuts[0])
+        return Matrix(left, backend.matrix_transpose(right))
 
 
 def _matrix(backend: Backend, split: Format, arrays: Mapping[str, Array], cut: Cut, size: Size) -> Matrix:
@@ -208,7 +219,7 @@ def _matrix(backend: Backend, split: Format, arrays: Mapping[str, Array], cut: C
     return Matrix(whole[cut.rows[0] : cut.rows[1]], None)
 
 
-def factoring(plan: SuperLoRA, i: int) -> Factoring | None:
+def factoring(plan: SuperLoRA, i: int, single: bool = False) -> Factoring | None:
     """Return the factorization of the update of weight ``i``; None if its rows and columns are not separable.
 
     Parameters
@@ -216,6 +227,8 @@ def factoring(plan: SuperLoRA, i: int) -> Factoring | None:
     plan : SuperLoRA
     i : int
         Index of the weight.
+    single : bool
+        Whether it must be a single matrix, although the update may be a sum of Kronecker products.
 
     Returns
     -------
@@ -243,7 +256,9 @@ def factoring(plan: SuperLoRA, i: int) -> Factoring | None:
         return None
     shared = len(group.pieces) > 1
     start, shape, sides = separation
-    found = _of_modes(group, start, shape, shared) or _of_cut(group, start, shape, shared)
+    found = _of_modes(group, start, shape, shared)
+    if found is None or (single and len(found.sizes) > 1):
+        found = _of_cut(group, start, shape, shared)
     return _behind(group, found, separation, plan.shapes[i], shared) if sides else found
 
 
@@ -272,7 +287,7 @@ def _of_modes(group: Group, start: int, shape: tuple[int, int], shared: bool) ->
         return None
     first = start // cols
     if network.kronecker and len(network.splits) > 1:
-        return None if group.subtracts else _of_kronecker(group, cut, (first, first + rows), shared)
+        return _of_kronecker(group, cut, (first, first + rows), shared)
     width = network.inner(cut)
     if width is None:
         return None
@@ -322,7 +337,9 @@ def _of_kronecker(group: Group, cut: int, rows: tuple[int, int], shared: bool) -
         r, c, width = run[1] - run[0], math.prod(split.sizes[cut:]), split.inner(cut)
         cuts.append(Cut(cut, run, (0, c), run[0] * c))
         sizes.append(Size(r, c, width if width is not None and width * (r + c) < r * c else None))
-    return Factoring(group, tuple(cuts), network.terms, tuple(sizes), shared)
+    # A difference of two products is as many products as there are matrices.
+    terms = network.terms * (len(sizes) if group.subtracts else 1)
+    return Factoring(group, tuple(cuts), terms, tuple(sizes), shared)
 
 
 def _run(sizes: Sequence[int], ranges: Ranges) -> tuple[int, int] | None:

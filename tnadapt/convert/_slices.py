@@ -29,6 +29,8 @@ def low_rank_slice(plan: SuperLoRA, weight: int, arrays: Mapping[str, Float], dt
         The dtype in which they were trained.
     """
     how, (rows, cols) = factoring(plan, weight), plan.shapes[weight]
+    if how is not None and how.group.subtracts:
+        how = factoring(plan, weight, single=True)
     if how is None or how.width is None or how.width * (rows + cols) >= rows * cols:
         return None
     found, backend = how(load_backend("numpy"), arrays, dtype), load_backend("numpy")

@@ -222,9 +222,10 @@ class FactoredLinear(torch.autograd.Function):
                 own_moved = None if moved is None else torch.zeros_like(narrow)
             for term in branch.gathered(own):
                 inner, given = (next(kept), next(extra)) if _is_kept(term) else (None, None)
-                several = _term_vjp(branch.scale, term, narrow, part, inner, given, own_moved)
-                for tensor in several:
-                    found[at] = tensor if needed[at - 4] else None
+                wanted = needed[at - 4 : at - 4 + sum(1 + (matrix.right is not None) for matrix in term)]
+                several = _term_vjp(branch.scale, term, narrow, part, inner, given, own_moved, wanted)
+                for tensor, wants in zip(several, wanted, strict=True):
+                    found[at] = tensor if wants else None
                     at += 1
             if moved is not None and own_moved is not None and own_moved is not moved:
                 assert branch.sides is not None
@@ -266,13 +267,17 @@ def _term_vjp(
     inner: Tensor | None,
     given: Tensor | None,
     moved: Tensor | None,
+    needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Return the gradients of a term's tensors, in order; the gradient of x is added to ``moved`` in place."""
+    """Return the gradients of a term's tensors, in order; the gradient of x is added to ``moved`` in place.
+
+    Those that are not needed may be None.
+    """
     found: list[Tensor | None] = []
     last, others = term[-1], term[:-1]
     pulled = given
     of_left: Tensor | None = None
-    of_others: tuple[Tensor, ...] = ()
+    of_others: tuple[Tensor | None, ...] = ()
     if part is not None:
         if inner is None:
             inner = _inner(rows, term)
@@ -283,21 +288,26 @@ def _term_vjp(
             before = [Matrix(next(rest), None if matrix.right is None else next(rest)) for matrix in others]
             return _middle(inner, rows.shape[0], [*before, last])
 
-        z, pull = cast(Any, torch.func.vjp(through, inner, *flat)) if others else (inner, None)
+        if others and not any(needed[: len(flat)]):  # the start that is subtracted
+            z, pull = cast(Any, torch.func.vjp(lambda inner: through(inner, *flat), inner))
+        else:
+            z, pull = cast(Any, torch.func.vjp(through, inner, *flat)) if others else (inner, None)
         features = part.reshape(-1, last.left.shape[0])
-        of_z, of_left = features @ last.left, (z.T @ features).T
+        of_z = features @ last.left
+        of_left = (z.T @ features).T if needed[len(flat)] else None
         if scale != 1.0:
-            of_z, of_left = of_z * scale, of_left * scale
+            of_z, of_left = of_z * scale, None if of_left is None else of_left * scale
         of_inner = of_z
+        of_others = (None,) * len(flat)
         if pull is not None:
             of_inner, *rest_of = pull(of_z)
-            of_others = tuple(rest_of)
+            of_others = tuple(rest_of) or of_others
         pulled = of_inner if pulled is None else pulled + of_inner
     found += of_others if part is not None else [None] * sum(1 + (m.right is not None) for m in others)
     found.append(of_left)
     cols = last.left.shape[1] if last.right is None else last.right.shape[0]
     if last.right is not None:
-        found.append(None if pulled is None else (pulled.T @ rows.reshape(-1, cols)).T)
+        found.append(None if pulled is None or not needed[-1] else (pulled.T @ rows.reshape(-1, cols)).T)
     if moved is not None and pulled is not None:
         if last.right is None:
             moved.view(-1, cols).add_(pulled)
