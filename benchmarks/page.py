@@ -43,7 +43,8 @@ WHAT = {
         "A training step",
         "Forward, loss, backward and optimiser step, compared with PEFT's LoRA of rank 4 in the same round. ViT-base: "
         "batch 8 of 224², random weights; MiniLM: batch 32 of 64 tokens. Query and value are adapted, and a head is "
-        "trained.",
+        "trained. *alone*: the adapted layers of ViT-base without the rest, 64 rows, in processor time of one thread, "
+        "compared with the dense update.",
     ),
     "decoding": (
         "Decoding",

@@ -29,7 +29,7 @@ def _steps(rows: Rows, path: Path) -> bool:
     """Draw bars: the step time of each method relative to PEFT's LoRA."""
     import matplotlib.pyplot as plt
 
-    problems = list(dict.fromkeys(row["problem"] for row in rows))
+    problems = [problem for problem in dict.fromkeys(row["problem"] for row in rows) if problem != "alone"]
     figure, several = plt.subplots(1, len(problems), figsize=(11, 7), layout="constrained", squeeze=False)
     for axes, problem in zip(several[0], problems, strict=True):
         own = sorted(

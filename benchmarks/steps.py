@@ -228,6 +228,8 @@ OURS: dict[str, Callable[[Problem], nn.Module]] = {
     "superlora F 0.01": _ours(lambda p: P.superlora(8, projection="linear", ratio=0.01)),
     "superlora F 1": _ours(lambda p: P.superlora(8, projection="linear", ratio=1.0)),
 }
+#: Updates of all weights as one vector, formed at each layer: they are compared with the first one.
+FORMED = ("dense", "superlora", "lorta", "lonkr")
 SLOW = ("fastfood", "superlora F 0.01", "superlora F 1")
 CASES = {**PEERS, **OURS}
 #: Rounds of steps by problem: those of ViT-base take some seconds each.
@@ -396,13 +398,21 @@ def measure(smoke: bool) -> list[dict[str, Any]]:
         return [{"problem": kind, **row} for kind in PROBLEMS for row in same_outputs(PROBLEMS[kind](smoke=True))]
     rows = []
     for kind, make in PROBLEMS.items():
-        names = [name for name in CASES if name != REFERENCE]
+        names = [name for name in CASES if name not in (REFERENCE, *FORMED)]
         # Three at a time: short rounds are less affected by other load on the machine.
-        for index in range(0, len(names), 3):
-            found = compare(make(), names[index : index + 3], ROUNDS[kind])
-            rows += [{"problem": kind, **row} for row in found if index == 0 or row["case"] != REFERENCE]
+        trios = [names[index : index + 3] for index in range(0, len(names), 3)]
+        for number, several in enumerate([FORMED, *trios]):
+            found = compare(make(), several, ROUNDS[kind])
+            rows += [{"problem": kind, **row} for row in found if number == 0 or row["case"] != REFERENCE]
         rows += [{"problem": kind, **row} for row in inference(make(), rounds=15)]
-    return rows
+    return rows + of_layers()
+
+
+def of_layers(rounds: int = 24) -> list[dict[str, Any]]:
+    """Compare the adapted layers alone, in processor time of one thread, with those of the dense update."""
+    torch.set_num_threads(1)
+    found = compare(alone(), FORMED[1:], rounds, clock=time.process_time, reference=FORMED[0])
+    return [{"problem": "alone", **row} for row in found]
 
 
 def main() -> None:

@@ -221,6 +221,13 @@ TARGETS: list[Target] = [
         )
         for kind, problem in PROBLEMS
     ),
+    Target(
+        "the adapted layers alone: superlora, lorta and lonkr, the slowest over dense, processor time",
+        1.01,
+        "steps",
+        largest("ratio", problem="alone", case=("superlora", "lorta", "lonkr")),
+        FORMED,
+    ),
     *(
         Target(
             f"{problem}: superlora through F, ρ = {ratio}, over superlora",
