@@ -385,7 +385,7 @@ TARGETS: list[Target] = [
         )
         for what, names, limit, why in (
             ("no F", WITHOUT_F, 1.5, "ΔW is formed in float64."),
-            ("through F", WITH_F, 3.0, "F is applied in float64."),
+            ("through F", WITH_F, 3.0, "F's normals and permutation are drawn in each merge."),
         )
     ),
     Target(

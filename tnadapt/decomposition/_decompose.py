@@ -150,7 +150,8 @@ def decompose(
     padding that cuts a row                      full rows, the cut row, then Gauss-Newton on the given elements
     shuffle                                      as without F, for the unshuffled vector
     dense through linear F                       least squares: small F directly, the optimum; large F by LSQR
-    others through linear F                      from there, alternating least squares over arrays
+    others through linear F                      from there, or for a large group with few parameters from ``Fᵀ ΔW``,
+                                                 alternating least squares over arrays
     nonlinear F                                  from the inverse of tanhshrink, L-BFGS on all arrays
     arrays frozen, tied, scaled, or made from θ  least squares if ΔW is linear in what is trained, else
                                                  Gauss-Newton, in float64 on the host

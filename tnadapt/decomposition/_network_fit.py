@@ -24,10 +24,13 @@ from ._linear_algebra import Algebra
 from ._padded_fit import fit_given, from_full_rows
 from ._single_tensor import Fit, Limits, fit_format
 
-__all__ = ["fit_network"]
+__all__ = ["fit_network", "start_network"]
 
 Arrays = dict[str, Array]
 Watch = Callable[[int, float], None]
+
+# Elements with padding for each one without, up to which a start fits the padding to zero.
+_LITTLE = 1.1
 
 
 def fit_network(algebra: Algebra, network: Network, vec: Array, limits: Limits, watch: Watch) -> Fit:
@@ -60,6 +63,21 @@ def fit_network(algebra: Algebra, network: Network, vec: Array, limits: Limits, 
     if found is None:
         return _completed(algebra, network, way, vec, limits, watch)
     return found._replace(arrays={name: algebra.array(array) for name, array in found.arrays.items()})
+
+
+def start_network(algebra: Algebra, network: Network, vec: Array, limits: Limits) -> Arrays:
+    """Fit the arrays of a network to a vector in a fraction of the time of :func:`fit_network`.
+
+    Where there is little padding, full rows are fitted, and then the one that is cut; or the padding is fitted to zero.
+    """
+    if len(network.splits) == 1 or network.kronecker:
+        way = _way(algebra, network)
+        if math.prod(way.sizes) <= _LITTLE * network.size:
+            rows = from_full_rows(algebra, network, way.started, vec, limits)
+            if rows is not None:
+                return rows
+            return way.solve(way.fold(vec * (1.0 / network.scale)), None, limits, unwatched).arrays
+    return fit_network(algebra, network, vec, limits, unwatched).arrays
 
 
 class _Way(NamedTuple):

@@ -2,7 +2,9 @@
 
 - identity, shuffle: F preserves distances, so the network is fitted to ``Fᵀ y``.
 - linear F: least squares gives the vector before F. If the network is dense, that vector is the result. Otherwise the
-  network is fitted to it, and then refined by alternating least squares through F.
+  network is fitted to it, and then refined by alternating least squares through F. For a large group with few
+  parameters, ``Fᵀ y`` takes the place of that vector: fastfood nearly preserves the lengths of what such a network can
+  be, so that sweeps find the rest in few steps.
 - nonlinear F: the same for the argument that tanhshrink would need, then L-BFGS.
 """
 
@@ -14,7 +16,7 @@ import numpy as np
 
 from tnadapt.algebra.formats import Dense
 from tnadapt.algebra.group import Group
-from tnadapt.algebra.maps import Nonlinear, tanhshrink
+from tnadapt.algebra.maps import Linear, Nonlinear, tanhshrink
 from tnadapt.algebra.maps.projection import Projection
 from tnadapt.backends.backend import Array
 
@@ -23,7 +25,7 @@ from ._fit import unwatched
 from ._gradient import refine
 from ._least_squares import least_squares
 from ._linear_algebra import Algebra
-from ._network_fit import fit_network
+from ._network_fit import fit_network, start_network
 from ._scaling import at_size, power_of
 from ._single_tensor import Fit, Limits
 
@@ -34,6 +36,8 @@ Watch = Callable[[int, float], None]
 _STEPS = 50  # least-squares steps for an initial guess
 _FAR = 100.0  # beyond this, t - tanh(t) is t - 1 in every dtype
 _FORMED = 1 << 21  # F is formed as a matrix up to this number of elements
+# Elements from which a linear F is not inverted for a start, and inputs of F for each parameter of the network.
+_LARGE, _SPARSE = 1 << 18, 6
 
 
 def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Watch) -> Fit:
@@ -61,6 +65,10 @@ def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: W
     if projection.map.isometry:
         return fit_network(algebra, network, projection.adjoint(y), limits, watch)
     plain = len(network.splits) == 1 and isinstance(network.splits[0], Dense)
+    if not plain and _preserves(group):
+        pulled = projection.adjoint(y) * (projection.n_in / projection.map.squared_norm())
+        start = start_network(algebra, network, pulled, limits)
+        return alternate(algebra, network, projection, y, start, limits, watch, preserved=True)
     before = _before(algebra, projection, y, limits, limits.iterations if plain else _STEPS)
     if algebra.squares(before.arrays["x"]) == 0.0:
         # y is orthogonal to the range of F.
@@ -69,6 +77,13 @@ def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: W
     if plain:
         return found._replace(optimal=before.optimal, iterations=before.iterations, method=before.method)
     return alternate(algebra, network, projection, y, found.arrays, limits, watch)
+
+
+def _preserves(group: Group) -> bool:
+    """Return whether F nearly preserves the lengths of the vectors that the network can be, up to a factor."""
+    network, projection = group.network, group.projection
+    few = _SPARSE * network.num_parameters <= projection.n_in
+    return few and projection.n_out >= _LARGE and isinstance(projection.map, Linear)
 
 
 def started(algebra: Algebra, group: Group) -> dict[str, Array]:
