@@ -98,6 +98,8 @@ HEADLINES: tuple[Headline, ...] = (
             {
                 "LoRA, forward": "224 layers, lora(4)",
                 "LoRA, forward and backward": "224 layers with backward, lora(4)",
+                "LoRA next to bfloat16, forward": "224 layers of bfloat16, lora(4)",
+                "LoRA next to bfloat16, forward and backward": "224 layers of bfloat16 with backward, lora(4)",
                 "LoRA without gradients": "224 layers without gradients, lora(4)",
                 "Compacter without gradients": "224 layers without gradients, compacter",
             },

@@ -110,7 +110,7 @@ def decoding(dtype: str, config: tna.Config, smoke: bool, folder: Path) -> Pair:
     return ours, theirs
 
 
-def many_weights(config: tna.Config, how: str, smoke: bool, folder: Path) -> Pair:
+def many_weights(config: tna.Config, how: str, dtype: str, smoke: bool, folder: Path) -> Pair:
     """A pass of 224 small layers, whose cost is that of Python for each layer, over PEFT's LoRA."""
     import peft
     import torch
@@ -118,11 +118,11 @@ def many_weights(config: tna.Config, how: str, smoke: bool, folder: Path) -> Pai
 
     import tnadapt.torch
 
-    layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4 if smoke else 224)))
+    layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4 if smoke else 224))).to(getattr(torch, dtype))
     adapted, other = copy.deepcopy(layers), copy.deepcopy(layers)
     tnadapt.torch.attach(adapted, config, r"\d+")
     other = peft.get_peft_model(other, peft.LoraConfig(r=4, target_modules=r"\d+"))
-    x = torch.ones(8, 64, requires_grad=how == "backward")
+    x = torch.ones(8, 64, dtype=getattr(torch, dtype), requires_grad=how == "backward")
 
     def run(model: nn.Module) -> object:
         with torch.set_grad_enabled(how != "without gradients"):
@@ -278,11 +278,16 @@ GROUPS: dict[str, list[Case]] = {
         )
     ],
     "layers": [
-        Case("224 layers, lora(4)", PEFT_LORA, _bind(many_weights, P.lora(4), "forward")),
-        Case("224 layers with backward, lora(4)", PEFT_LORA, _bind(many_weights, P.lora(4), "backward")),
         *(
-            Case(f"224 layers without gradients, {name}", PEFT_LORA, _bind(many_weights, config, "without gradients"))
-            for name, config in (("lora(4)", P.lora(4)), ("compacter", P.compacter()))
+            Case(f"224 layers{what}, {name}", PEFT_LORA, _bind(many_weights, config, how, dtype))
+            for what, name, config, how, dtype in (
+                ("", "lora(4)", P.lora(4), "forward", "float32"),
+                (" with backward", "lora(4)", P.lora(4), "backward", "float32"),
+                (" without gradients", "lora(4)", P.lora(4), "without gradients", "float32"),
+                (" of bfloat16", "lora(4)", P.lora(4), "forward", "bfloat16"),
+                (" of bfloat16 with backward", "lora(4)", P.lora(4), "backward", "bfloat16"),
+                (" without gradients", "compacter", P.compacter(), "without gradients", "float32"),
+            )
         ),
         Case("switching between two adapters", "PEFT", _bind(switch)),
     ],

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
-from tnadapt.torch import _low_rank_linear  # noqa: E402
+from tnadapt.torch import _forward_patch, _low_rank_linear  # noqa: E402
 from tnadapt.torch._forward_patch import ForwardPatch  # noqa: E402
 from tnadapt.torch._low_rank_layer import LowRankLayer  # noqa: E402
 
@@ -166,13 +166,60 @@ def test_other_calls_take_the_general_way(name: str) -> None:
         assert torch.equal(found, CALLS[name](model, x))
 
 
-def test_a_half_precision_base_with_float32_factors_takes_the_general_way() -> None:
+@pytest.mark.law("half-precision-base")
+@given(
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float64]),
+    weights=st.lists(st.sampled_from([0.0, 1.0, -0.5]), min_size=1, max_size=3),
+    shape=st.sampled_from([(6,), (3, 6), (2, 3, 6)]),
+    gradients=st.booleans(),
+    large=st.booleans(),
+)
+def test_factors_of_another_dtype_give_the_bits_of_the_general_way(
+    dtype: torch.dtype, weights: list[float], shape: tuple[int, ...], gradients: bool, large: bool
+) -> None:
+    model = layers().to(dtype)
+    for index, weight in enumerate(weights):
+        adapted(model, f"a{index}").set_weight(weight)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    gradients = gradients and any(weights)
+    with pytest.MonkeyPatch.context() as patch:
+        if large:
+            patch.setattr(_low_rank_linear, "MOST_ELEMENTS", -1)
+        with taken() as short:
+            found = passed(model, x, gradients)
+        assert short == [any(weights)] * 2
+        with general(model):
+            expected = passed(model, x, gradients)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or other is None or torch.equal(one, other)
+
+
+def test_factors_of_several_dtypes_take_the_general_way() -> None:
     model = layers().to(torch.bfloat16)
-    adapted(model)
+    adapted(model, "one")
+    adapted(model, "two", dtype=torch.bfloat16)
+    x = torch.randn(4, 6).to(torch.bfloat16)
     with taken() as short:
-        y = model(torch.randn(4, 6).to(torch.bfloat16))
-    assert y.dtype is torch.bfloat16
+        y = model(x)
     assert short == [False] * 2
+    with general(model):
+        assert torch.equal(y, model(x))
+
+
+def test_factors_are_computed_once_where_they_cannot_be_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = layers().to(torch.bfloat16)
+    adapted(model, config=P.loha(2))
+    calls: list[object] = []
+    original = _forward_patch.factors
+
+    def counted(slot: Any) -> Any:
+        calls.append(slot)
+        return original(slot)
+
+    monkeypatch.setattr(_forward_patch, "factors", counted)
+    model(torch.randn(4, 6).to(torch.bfloat16))
+    assert len(calls) == 2  # one for each layer
 
 
 def test_large_layers_with_gradients_take_the_general_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def test_gradients_are_those_of_the_autograd_function(
     found = low_rank_linear(x, weight, offset, updates)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_low_rank_linear, "MOST_ELEMENTS", -1)
-        changes = [(target, Factored([[Matrix(left, right)]], own)) for left, right, own in updates]
+        changes = [(target, Factored([[Matrix(one.left, one.right)]], one.scale)) for one in updates]
         expected = factored_linear(x, weight, offset, changes)
     assert torch.equal(found, expected)
     pulled = draw(*found.shape, trained=False)

@@ -32,6 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tnadapt.algebra.factoring import Factored
+
 from ._changed_forward import added_matrix, changed_linear, scaled_output
 from ._dropout import dropped_inputs, drops_input
 from ._embedding_forward import beside, embedded, is_lookup
@@ -198,8 +200,9 @@ class ForwardPatch:
                 to_weights[-1][1].append(slot)
             else:
                 to_weights.append((patched, [slot]))
+        ready: dict[AdapterSlot, Factored] = {}
         if to_output and not to_weights and not dropping and not torch.compiler.is_compiling():
-            fused = self._fused(to_output, args, kwargs)
+            fused = self._fused(to_output, args, kwargs, ready)
             if fused is not None:
                 return self.rescaled(fused, to_output)
         if to_output and self.looks_up:
@@ -208,7 +211,7 @@ class ForwardPatch:
         if to_output:
             x = _input(args, kwargs)
             for slot in to_output:
-                y = add_features(y, slot.target, self.output(slot, x))
+                y = add_features(y, slot.target, self.output(slot, x, ready.get(slot)))
             y = self.rescaled(y, to_output)
         return self._with_dropout(y, dropping, _input(args, kwargs)) if dropping else y
 
@@ -279,8 +282,10 @@ class ForwardPatch:
                 return host._conv_forward(args[0], parameter_sum(patched, here, host), host.bias)
         return self._shadowed(to_weights, args, kwargs)
 
-    def _fused(self, added: list[AdapterSlot], args: Any, kwargs: Any) -> Tensor | None:
-        """Return the output if all updates are factored and the layer is linear with the same dtype; else None."""
+    def _fused(
+        self, added: list[AdapterSlot], args: Any, kwargs: Any, ready: dict[AdapterSlot, Factored]
+    ) -> Tensor | None:
+        """Return the output if all updates are factored and of a linear layer's dtype; else None, and the factors."""
         host, x = self.host, args[0] if len(args) == 1 and not kwargs else None
         if not (self.is_plain and isinstance(host, nn.Linear) and isinstance(x, Tensor)):
             return None
@@ -288,7 +293,7 @@ class ForwardPatch:
             return None
         changes = []
         for slot in added:
-            found = factors(slot)
+            found = ready[slot] = factors(slot)
             changes.append((slot.target, found._replace(scale=found.scale * mixing_weight(slot.adapter))))
         weight = self.weights[0].tensor
         return factored_linear(x, weight, host.bias, changes) if can_fuse(x, weight, changes) else None
@@ -340,15 +345,15 @@ class ForwardPatch:
             # for the weight from then on.
             _uncover(names)
 
-    def output(self, slot: AdapterSlot, x: Tensor) -> Tensor:
-        """Return what the update adds to the output."""
+    def output(self, slot: AdapterSlot, x: Tensor, found: Factored | None = None) -> Tensor:
+        """Return what the update adds to the output; ``found`` are its factors, if they have been computed."""
         adapter = slot.adapter
         if slot.strategy == "additive":
             plain = adapter.plan.applying.takes_factors
             update = delta(slot) if plain else added_matrix(slot, self._stored(slot))
             autocast = torch.is_autocast_enabled(x.device.type)
             return functional.linear(x, update.to(x.device) if autocast else update.to(x))
-        found = factors(slot)
+        found = factors(slot) if found is None else found
         first = found.terms[0][0].left
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(first.dtype)

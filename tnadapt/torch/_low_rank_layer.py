@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ._forward_pass import acts, check_recomputation, in_backward
 from ._interception import in_dispatch_mode, in_functorch
-from ._low_rank_linear import LowRank, is_small, low_rank_linear
+from ._low_rank_linear import LowRank, is_small, low_rank_linear, mixed_low_rank_linear
 from ._patched_parameter import PatchedParameter
 from ._state import AdapterSlot, AdapterState
 
@@ -67,8 +67,6 @@ class LowRankLayer:
         dtype, device = x.dtype, x.device
         if weight.dtype is not dtype or weight.device != device or not _is_ordinary(x):
             return None
-        if torch.is_grad_enabled() and not is_small(x, weight):
-            return None
         changes: list[LowRank] = []
         acting: list[AdapterState] = []
         recomputing = in_backward()
@@ -85,15 +83,20 @@ class LowRankLayer:
             assert left is not None  # ensured by attach
             assert right is not None
             for array in (left, right):
-                if type(array) not in _PLAIN or array.dtype is not dtype or array.device != device:
+                if type(array) not in _PLAIN or array.device != device:
                     return None
-            changes.append(LowRank(left, right, scale * state.weight))
+            if left.dtype is not right.dtype or (changes and left.dtype is not changes[0].left.dtype):
+                return None
+            changes.append(LowRank(left, right, scale, state.weight))
             acting.append(state)
         if not changes:
             return None
+        alike = changes[0].left.dtype is dtype
+        if alike and torch.is_grad_enabled() and not is_small(x, weight):
+            return None
         for state in acting:
             state.threads.add(threading.get_ident())
-        return low_rank_linear(x, weight, bias, changes)
+        return (low_rank_linear if alike else mixed_low_rank_linear)(x, weight, bias, changes)
 
 
 def _stored(slot: AdapterSlot) -> _Stored | None:
