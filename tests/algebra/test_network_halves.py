@@ -133,7 +133,7 @@ def test_cases_whose_cut_is_inside_a_mode(name: str) -> None:
 
 @pytest.mark.parametrize("splits", [2, 3])
 def test_a_difference_of_kronecker_products_is_a_sum_of_them(splits: int) -> None:
-    config = P.lokr(1, start="random", splits=splits)
+    config = P.lokr(1, alpha=3, start="random", splits=splits)
     plan = tna.SuperLoRA(config, [(64, 64)])
     assert check(plan) == 0
     how, narrow = factoring(plan, 0), factoring(plan, 0, single=True)

@@ -83,20 +83,20 @@ def check(plan: tna.SuperLoRA, seed: int = 0) -> list[int | None]:
     weights=st.integers(1, 3), groups=st.sampled_from(["weight", 1]), rank=st.integers(1, 2),
     format=st.sampled_from(["dense", "cp", "cp-weighted", "tucker", "tt"]), start=st.sampled_from(["zero", "random"]),
     chain=st.sampled_from([(), ("dct2",), ("dft2",), ("exchanged",), ("exchanged", "dct2")]), order=st.integers(1, 3),
-    seed=st.integers(0, 3),
+    alpha=st.sampled_from([None, 3.0]), seed=st.integers(0, 3),
 )  # fmt: skip
 @example(
     rows=8, cols=9, tile=(8, 4), weights=2, groups="weight", rank=1, format="dense", start="zero", chain=(), order=1,
-    seed=0,
+    alpha=3.0, seed=0,
 )  # fmt: skip
 def test_factors_are_those_of_the_formed_update(
     rows: int, cols: int, tile: tuple[int, int], weights: int, groups: str | int, rank: int, format: str, start: str,
-    chain: tuple[str, ...], order: int, seed: int,
+    chain: tuple[str, ...], order: int, alpha: float | None, seed: int,
 ) -> None:  # fmt: skip
     few = Tile(min(tile[0], rows), min(tile[1], cols))
     config = tna.Config(
         rank, order=order, fold="balanced" if order > 1 else "hypercube", groups=groups, format=format, start=start,
-        projection=[few, *chain], on="weight",
+        projection=[few, *chain], on="weight", alpha=alpha,
     )  # fmt: skip
     # A weight more, of another shape.
     check(tna.SuperLoRA(config, [(rows, cols)] * weights + [(rows + 2, cols + 1)]), seed)
@@ -120,7 +120,7 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[int, int]], int]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_widths_are_those_before_the_map(name: str) -> None:
     settings, shapes, width = CASES[name]
-    plan = tna.SuperLoRA(tna.Config(2, on="weight", **settings), shapes)
+    plan = tna.SuperLoRA(tna.Config(2, on="weight", alpha=3.0, **settings), shapes)
     assert check(plan) == [width] * len(shapes)
     assert plan.largest_ranks == [width] * len(shapes)
 

@@ -37,6 +37,10 @@ METHODS: dict[str, Config] = {
     "metatt": P.metatt(2, groups="role", alpha=3),
     "metatt, heads": P.metatt(2, head_size=6, groups="role"),
     "metatt, terms": P.metatt(1, terms=2, groups="role"),
+    "miss": P.miss(5, alpha=3),
+    "miss that is cut": P.miss(3),
+    "miss of rows": P.miss(8, 4),
+    "low rank, cosines": Config(2, projection="dct2", on="weight"),
     "Hadamard across weights": P.lotr(1, splits=2, combine="hadamard", leading="same", groups="role"),
 }
 FROZEN = {

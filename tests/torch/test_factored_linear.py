@@ -37,11 +37,12 @@ CONFIGS = {
     "weighted": tna.Config(rank=2, format="cp-weighted", terms=2),
     "gralora": P.gralora(2, 2),
     "a cut product": P.lokr(1, leading="same", split_size=5),
-    "a product that subtracts": P.lokr(1, start="random"),
-    "miss": P.miss(4),
+    "a product that subtracts": P.lokr(1, alpha=3, start="random"),
+    "miss": P.miss(4, alpha=3),
     "miss that is cut": P.miss(3),
     "miss of rows": P.miss(5, 3),
-    "cosines": tna.Config(projection="dct2", on="weight"),
+    "miss that subtracts": P.miss(4, alpha=3, start="random"),
+    "cosines": tna.Config(projection="dct2", on="weight", alpha=3),
 }
 each = pytest.mark.parametrize("name", CONFIGS)
 

@@ -140,7 +140,7 @@ class Factoring:
             matrix = self._one(backend, arrays)
             if self.group.subtracts:
                 matrix = matrix - self._one(backend, self.group.begun(backend, params, trained))
-            return Factored([[Matrix(matrix, None)]], network.scale, self.sides)
+            return Factored([[Matrix(matrix, None)]], 1.0, self.sides)
         if self._is_pair:
             pair = self._two(backend, arrays)
             if self.group.subtracts:
@@ -197,7 +197,7 @@ class Factoring:
         return Matrix(*found)
 
     def _one(self, backend: Backend, arrays: Mapping[str, Array]) -> Array:
-        """Compute X."""
+        """Compute X, times the scale."""
         assert self.separation is not None
         start, shape, _ = self.separation
         return backend.reshape(self.network.slice(backend, arrays, start, start + math.prod(shape)), shape)

@@ -71,8 +71,9 @@ class Unpacked:
     def form(self, weight: int) -> ModuleUpdate | None:
         """Return the exact factors of one target's update; None if its arrays do not have such a form.
 
-        The form requires the identity for F, and either a group of one weight with two modes (or one, dense), or a
-        tensor of which the weight is a slice of low rank (LoTR, FacT, CP across layers).
+        The form requires a group of one weight with two modes (or one, dense) and the identity for F, or a tensor of
+        which the weight is a slice of low rank (LoTR, FacT, CP across layers), and an F that keeps rows and columns
+        separate (MiSS).
         """
         if self.updates:
             return self.updates[weight]
