@@ -33,6 +33,8 @@ __all__ = [
 _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 VECTOR_BYTES = 64 if "+avx512f" in _FEATURES else 32
 
+_FUSED = "+fma" in _FEATURES
+
 # Vectors held in registers at once. They take half of the registers (32 with AVX-512, otherwise 16) and leave the other
 # half for temporaries. With 16 of 16 registers, half of the vectors are spilled to memory in every stage, and a
 # transform takes up to 1.8 times as long.
@@ -122,8 +124,24 @@ class _Lanes:
         for half in (1 << stage for stage in stages):
             for low in (i for i in range(len(values)) if not i & half):
                 a, b = values[low], values[low + half]
-                values[low], values[low + half] = self.builder.fadd(a, b), self.builder.fsub(a, b)
+                values[low], values[low + half] = self.builder.fadd(a, b), self.difference(a, b)
         return values
+
+    def difference(self, a: Any, b: Any) -> Any:
+        """Return a - b, where there are fused instructions as ``-1 * b + a``: the same bits, from other units.
+
+        AMD's Zen has units that only add besides those that multiply and add. With differences in the latter, a sum and
+        a difference are computed at the same time.
+        """
+        if not _FUSED:
+            return self.builder.fsub(a, b)
+        # LLVM would make a subtraction of a product with a constant that it sees.
+        name = f"llvm.arithmetic.fence.{f'v{self.lanes}' if self.lanes > 1 else ''}f{self.itemsize * 8}"
+        kind = ir.FunctionType(self.type, [self.type])
+        hidden = self.builder.module.globals.get(name) or ir.Function(self.builder.module, kind, name)
+        minus = ir.Constant(self.type, [-1.0] * self.lanes if self.lanes > 1 else -1.0)
+        product = self.builder.fmul(b, self.builder.call(hidden, [minus]), flags=("contract",))
+        return self.builder.fadd(a, product, flags=("contract",))
 
     def within(self, value: Any, stage: int) -> Any:
         """Do a stage that combines lanes of one vector, 2**stage lanes apart."""
@@ -144,6 +162,21 @@ class _Lanes:
         if number >= inside:
             return self.between(values, [number - inside])
         return [self.within(value, number) for value in values]
+
+    def all_stages(self, values: list[Any]) -> list[Any]:
+        """Do all stages on contiguous vectors, those of the first half before those of the second.
+
+        Stages within vectors, which are fused, and stages between vectors then alternate in the code, so that the
+        processor computes both at the same time, in different units. Differences are no fused instructions here.
+        """
+        if len(values) == 1:
+            for number in range(self.lanes.bit_length() - 1):
+                values = [self.within(values[0], number)]
+            return values
+        half = len(values) // 2
+        low, high = self.all_stages(values[:half]), self.all_stages(values[half:])
+        sums = [self.builder.fadd(a, b) for a, b in zip(low, high, strict=True)]
+        return [*sums, *(self.builder.fsub(a, b) for a, b in zip(low, high, strict=True))]
 
     def where(self, condition: Any, values: list[Any], change: Callable[[list[Any]], list[Any]]) -> list[Any]:
         """Apply a change to the values if a condition holds; a branch, which is well predicted if it rarely varies."""
@@ -183,12 +216,23 @@ def low_stages(typing: Any, src: Any, at: Any, dst: Any, to: Any, first: Any, la
         for step in steps:
             v.fetch(source, builder.add(later, step))
         values = v.times([v.load(source, builder.add(args[1], step)) for step in steps], args[6])
-        for stage in range((lanes * LOW_VECTORS).bit_length() - 1):
-            number = ir.Constant(args[4].type, stage)
-            wanted = builder.and_(builder.icmp_signed("<=", args[4], number), builder.icmp_signed("<", number, args[5]))
-            values = v.where(wanted, values, functools.partial(v.stage, number=stage))
-        for value, step in zip(values, steps, strict=True):
-            v.store(value, target, builder.add(args[3], step))
+        count = (lanes * LOW_VECTORS).bit_length() - 1
+
+        def store(values: Sequence[Any]) -> None:
+            for value, step in zip(values, steps, strict=True):
+                v.store(value, target, builder.add(args[3], step))
+
+        every = builder.icmp_signed("==", builder.sub(args[5], args[4]), ir.Constant(args[4].type, count))
+        with builder.if_else(every) as (in_every_stage, in_some_stages):
+            with in_every_stage:
+                store(v.all_stages(values))
+            with in_some_stages:
+                for stage in range(count):
+                    number = ir.Constant(args[4].type, stage)
+                    begun = builder.icmp_signed("<=", args[4], number)
+                    wanted = builder.and_(begun, builder.icmp_signed("<", number, args[5]))
+                    values = v.where(wanted, values, functools.partial(v.stage, number=stage))
+                store(values)
         return context.get_dummy_value()
 
     return signature, emit

@@ -24,6 +24,8 @@ __all__ = ["transform", "transform_into"]
 
 # Stages across rows in one pass: a strip has up to 256 rows, which must fit in the cache together.
 _STRIP_BITS = 8
+# A pass over strips does at least this many stages, which take no longer than one: memory is what it waits for.
+_LEAST_STRIP_BITS = 3
 # Minimum and maximum bytes of a strip's row; a strip fills up to half of the level 2 cache.
 _STRIP_BYTES = 256, 4096
 # From these sizes on, further threads gain more than it costs to wake them. Several passes also move data between the
@@ -152,6 +154,8 @@ def _planned(shape: tuple[int, ...], axis: int, itemsize: int, threads: int) -> 
     within = max(low, min(within, bits - (-(-threads // outer) - 1).bit_length()))
     if -(-bits // _STRIP_BITS) <= -(-(bits - within) // _STRIP_BITS) and not low:
         within = 0  # strips alone need no more passes than strips after blocks
+    if within < bits:
+        within = min(within, max(low, bits - _LEAST_STRIP_BITS))
     near = min(within, max(near, low, RADIX_BITS))
     if within - near == _ALIASED_BITS == RADIX_BITS:
         near += 1
