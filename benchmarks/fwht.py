@@ -1,9 +1,10 @@
-"""``tnadapt.fwht`` against a copy of the same bytes and against its peers: ``python benchmarks/fwht.py [--smoke]``.
+"""``tnadapt.fwht`` against a copy of the same bytes and its peers: ``python benchmarks/fwht.py [--profile | --avx2]``.
 
 Two threads make the copy, half each, with ``numpy.copyto``. Peers, skipped if not installed: FFHT, in C
-(through PyPI's fht-cpu, one thread), and PyPI's hadamard-transform (torch). *In place* and *into an array* measure
-only the computation; *a new array* is the public call, for which the copy also goes to new memory, whose zeroing by
-the system is a good part of the time.
+(through PyPI's fht-cpu, one thread, with AVX), and PyPI's hadamard-transform (torch). *In place* and *into an array*
+measure only the computation, not normalized, since FFHT does not normalize either; *a new array* is the public call,
+for which the copy also goes to new memory, whose zeroing by the system is a good part of the time. A *batch* is rows of
+that length, in place and on one thread.
 
 Each round runs all contestants, each once untimed and then timed, so that each finds its arrays as it left
 them; a ratio is the median over the rounds of the ratio within one. Keep the machine otherwise idle.
@@ -99,12 +100,12 @@ def in_memory_that_is_there(bits: int, dtype: str, smoke: bool) -> list[dict[str
     if compiled is None:
         return []
     x, y = numbers(1 << bits, dtype), numbers(1 << bits, dtype)
-    kept, scale = x.copy(), 2.0 ** (-bits / 2)
-    ours: Contestants = {"ours": lambda: compiled.transform_into(x, x, scale), "copy": lambda: copy(y, kept)}
+    kept = x.copy()
+    ours: Contestants = {"ours": lambda: compiled.transform_into(x, x, 1.0), "copy": lambda: copy(y, kept)}
     if ffht is not None:
         peer = ffht.fht_1d_f32 if dtype == "float32" else ffht.fht_1d_f64
         ours["FFHT"] = lambda: peer(x)
-    head = {"size": 1 << bits, "dtype": dtype}
+    head = {"size": 1 << bits, "dtype": dtype, "instructions": instructions()}
     if smoke:
         compiled.transform_into(x, x, 1.0)
         close(x, plain(kept), dtype)
@@ -113,8 +114,39 @@ def in_memory_that_is_there(bits: int, dtype: str, smoke: bool) -> list[dict[str
             peer(x)
             close(x, plain(kept), dtype)
     rows = [{"case": "in place", **head, **timed(ours, lambda: copy(x, kept), smoke)}]
-    into: Contestants = {"ours": lambda: compiled.transform_into(kept, y, scale), "copy": lambda: copy(x, kept)}
+    into: Contestants = {"ours": lambda: compiled.transform_into(kept, y, 1.0), "copy": lambda: copy(x, kept)}
     return [*rows, {"case": "into an array", **head, **timed(into, lambda: None, smoke)}]
+
+
+def in_rows(row_bits: int, bits: int, dtype: str, smoke: bool) -> list[dict[str, Any]]:
+    """Compare a batch of rows with FFHT's, in place and on one thread."""
+    compiled, ffht = kernels("walsh"), optional("fht_cpu._core")
+    if compiled is None or ffht is None:
+        return []
+    peer = ffht.fht_2d_f32_rows if dtype == "float32" else ffht.fht_2d_f64_rows
+    x, y = (numbers(1 << bits, dtype).reshape(-1, 1 << row_bits) for _ in range(2))
+    kept = x.copy()
+
+    def reset() -> None:
+        x[...] = y[...] = kept
+
+    compiled.transform_into(x, x, 1.0)
+    peer(y, 1)
+    close(x, y, dtype)
+    ours: Contestants = {"ours": lambda: compiled.transform_into(x, x, 1.0), "FFHT": lambda: peer(y, 1)}
+    found = timed(ours, reset, smoke)
+    head = {"case": f"a batch of 2^{row_bits}", "size": 1 << bits, "dtype": dtype, "instructions": instructions()}
+    return [{**head, **found}]
+
+
+def instructions() -> str:
+    """Return the name of the vector instructions that the kernels are compiled for."""
+    return {64: "AVX-512", 32: "AVX2"}[kernels("simd").VECTOR_BYTES]
+
+
+def cases(smoke: bool) -> list[tuple[int, str]]:
+    """Return the sizes, as powers of two, and dtypes of the comparisons with FFHT."""
+    return [(bits, dtype) for dtype in ("float32", "float64") for bits in ((6, 10) if smoke else range(10, 27, 2))]
 
 
 def plain(x: np.ndarray) -> np.ndarray:
@@ -198,8 +230,10 @@ def double(bits: int, smoke: bool) -> list[dict[str, Any]]:
 def measure(smoke: bool = False) -> list[dict[str, Any]]:
     """Return one row per case: median seconds of ``ours`` and the others, and median ratios ``ours/other``."""
     rows: list[dict[str, Any]] = []
-    for bits in (6, 10) if smoke else (10, 16, 20, 24, 26):
-        rows += in_memory_that_is_there(bits, "float32", smoke)
+    for bits, dtype in cases(smoke):
+        rows += in_memory_that_is_there(bits, dtype, smoke)
+    for row_bits, bits in ((6, 10),) if smoke else ((10, 12), (10, 16), (10, 22), (14, 22)):
+        rows += [row for dtype in ("float32", "float64") for row in in_rows(row_bits, bits, dtype, smoke)]
     for bits in (6, 10) if smoke else (10, 16, 20, 24):
         rows += in_a_new_array(bits, "float32", smoke)
     rows += along_axes(12 if smoke else 22, smoke)
@@ -207,14 +241,36 @@ def measure(smoke: bool = False) -> list[dict[str, Any]]:
         rows += along_axes(24, smoke)
     for bits in (10,) if smoke else (10, 16, 20, 24):
         rows += double(bits, smoke)
-    return rows
+    return [*rows, *profile(smoke), *with_avx2(smoke)]
+
+
+def profile(smoke: bool) -> list[dict[str, Any]]:
+    """Return the rows of where the time goes: each call on a small vector, and each pass over a large one."""
+    from fwht_profile import call, passes
+
+    kinds = ("float32", "float64")
+    rows = [row for dtype in kinds for row in call(10, dtype, smoke)]
+    sizes = (10,) if smoke else (16, 20, 24, 26)
+    return [*rows, *(row for dtype in kinds for bits in sizes for row in passes(bits, dtype, smoke))]
+
+
+def with_avx2(smoke: bool) -> list[dict[str, Any]]:
+    """Return the rows of the transform in place with AVX2 only, if there is more."""
+    import fwht_profile
+
+    return fwht_profile.with_avx2(smoke)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="small sizes, once: only check the numbers")
-    for row in measure(parser.parse_args().smoke):
+    parser.add_argument("--profile", action="store_true", help="only the share of the call and of each pass")
+    parser.add_argument("--avx2", action="store_true", help="only the transform in place, compiled without AVX-512")
+    given = parser.parse_args()
+    part = profile if given.profile else with_avx2 if given.avx2 else measure
+    for row in part(given.smoke):
         ratios = ", ".join(f"{key} {value:.2f}" for key, value in row.items() if "/" in key)
+        ratios += "".join(f", {key} {1e6 * row[key]:.2f} us" for key in row if key == "kernel" or " - " in key)
         print(
             f"{row['case']:28} {row['size']:>10} {row['dtype']}  {row['ours'] * 1e6:>10.2f} us   {ratios}", flush=True
         )

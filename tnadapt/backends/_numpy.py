@@ -106,6 +106,10 @@ class NumpyBackend(Backend):
         compiled = kernels("walsh") if type(x) in _PLAIN else None
         return None if compiled is None else compiled.transform(x, scale, axis)
 
+    def fwht_at_once(self, x: Array, normalize: bool) -> Array | None:
+        compiled = kernels("walsh") if type(x) is np.ndarray else None
+        return None if compiled is None else compiled.transform_at_once(x, normalize)
+
     def fwht_into(self, x: Array, scale: float, axis: int, out: Array) -> bool:
         # Rows that are apart, or memory that overlaps, would need a copy anyway.
         if not (type(x) in _PLAIN and type(out) in _PLAIN and _in_order(x) and _in_order(out) and out.flags.writeable):

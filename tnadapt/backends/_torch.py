@@ -16,7 +16,7 @@ from . import _torch_gpu as torch_gpu
 from ._kernels import kernels
 from ._kron import kron_by_rows, kron_plain, short_rows
 from ._torch_dft2 import dft2
-from ._torch_kernels import fastfood, hadamard, hadamard_into
+from ._torch_kernels import fastfood, hadamard, hadamard_at_once, hadamard_into
 from .backend import CALLED_AT_ONCE, LAUNCHED_AT_ONCE, OPTIONAL, Array, Backend, Map
 from .fixed_arrays import FixedArrays
 
@@ -167,6 +167,9 @@ class TorchBackend(Backend):
     def fwht(self, x: Array, scale: float, axis: int, fallback: Map) -> Array | None:
         kernel = torch_gpu.fwht if torch_gpu.there_are_kernels(x) else hadamard
         return kernel(x, scale, axis, fallback)
+
+    def fwht_at_once(self, x: Array, normalize: bool) -> Array | None:
+        return hadamard_at_once(x, normalize)
 
     def fwht_into(self, x: Array, scale: float, axis: int, out: Array) -> bool:
         self._refuse_derivatives(x, out)

@@ -11,7 +11,9 @@ from torch import Tensor
 from ._kernels import kernels
 from ._torch_maps import KernelPair, KernelWithFallback, Map, in_memory, linear_map, on_memory, recorded
 
-__all__ = ["fastfood", "hadamard", "hadamard_into"]
+__all__ = ["fastfood", "hadamard", "hadamard_at_once", "hadamard_into"]
+
+_FLOATS = (torch.float32, torch.float64)
 
 _DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 
@@ -30,6 +32,15 @@ def hadamard(x: Tensor, scale: float, axis: int, fallback: Map) -> Tensor | None
 
     symmetric = KernelWithFallback(transformed, fallback)
     return linear_map(x, KernelPair(symmetric, symmetric))
+
+
+def hadamard_at_once(x: Tensor, normalize: bool) -> Tensor | None:
+    """Compute the transform of a small vector without checks before; None for any other tensor."""
+    if x.ndim != 1 or x.dtype not in _FLOATS or not (x.is_cpu and in_memory(x)) or recorded(x):
+        return None
+    compiled = kernels("walsh")
+    found = None if compiled is None else compiled.transform_at_once(on_memory(_array, x), normalize)
+    return None if found is None else torch.from_numpy(found)
 
 
 def hadamard_into(x: Tensor, scale: float, axis: int, out: Tensor) -> bool:

@@ -18,6 +18,8 @@ Map = Callable[[Tensor], Tensor]
 Result = TypeVar("Result")
 # Classes of tensors whose elements a kernel may access.
 _PLAIN = (Tensor, torch.nn.Parameter)
+# torch includes this key for as long as there is a mode before dispatch, and asking for the key is faster.
+_PRE_DISPATCH = getattr(torch._C.DispatchKey, "PreDispatch", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +117,7 @@ def recorded(x: Tensor) -> bool:
 
 def _traced_before_dispatch() -> bool:
     """Return whether make_fx(pre_dispatch=True) or an export is tracing."""
-    length: Callable[[], int] | None = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", None)
-    return length is not None and length() > 0
+    return _PRE_DISPATCH is not None and torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
 
 
 def _functionalized() -> bool:

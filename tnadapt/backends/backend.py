@@ -282,6 +282,14 @@ class Backend:
         """
         return None
 
+    def fwht_at_once(self, x: Array, normalize: bool) -> Array | None:
+        """Compute the transform of a small vector, for which the checks of :func:`tnadapt.fwht` take long; or None.
+
+        x is any array of the library: a backend returns None unless its dtype and shape are such that it would accept
+        it, and where derivatives are recorded. The bits are those of :meth:`fwht`.
+        """
+        return None
+
     def fwht_into(self, x: Array, scale: float, axis: int, out: Array) -> bool:
         """Compute :meth:`fwht` into an array of the same shape and dtype, which may be x; False if no kernel can.
 

@@ -250,3 +250,21 @@ def test_a_given_tensor_in_transformations() -> None:
     out = torch.empty(3, 8)
     torch.compile(lambda t, o: tna.fwht(t, out=o), backend="eager", fullgraph=True)(x, out)
     assert torch.allclose(out, tna.fwht(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_small_vectors(dtype: torch.dtype) -> None:
+    """They skip checks, but not derivatives and transformations."""
+    x = torch.randn(1024, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected, tolerance = plain(x.double()), {"atol": 1e-5, "rtol": 1e-2 if dtype is torch.bfloat16 else 1e-5}
+    found = tna.fwht(x)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.double(), expected, **tolerance)
+    assert torch.equal(tna.fwht(torch.stack((x, x)))[1], found)
+    assert torch.equal(tna.fwht(torch.stack((x, x), -1)[:, 0]), found)
+    assert torch.equal(torch.func.vmap(tna.fwht)(torch.stack((x, x)))[0], found)
+    x.requires_grad_()
+    y = tna.fwht(x)
+    assert torch.equal(torch.autograd.grad(y, x, y.detach())[0], tna.fwht(found))
+    with torch.no_grad():
+        assert not tna.fwht(x).requires_grad

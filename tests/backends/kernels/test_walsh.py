@@ -20,8 +20,8 @@ from tnadapt.backends import load_backend
 pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
 
 from tnadapt.backends._kernels import memory, thread_pool, walsh
-from tnadapt.backends._kernels.butterflies import strips
-from tnadapt.backends._kernels.walsh import transform, transform_into
+from tnadapt.backends._kernels.butterflies import low_run, strips
+from tnadapt.backends._kernels.walsh import transform, transform_at_once, transform_into
 
 DTYPES = ("float32", "float64")
 
@@ -80,10 +80,10 @@ def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
 
 @pytest.fixture
 def small_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    walsh._planned.cache_clear()
+    walsh.planned.cache_clear()
     monkeypatch.setattr(walsh, "cache_sizes", lambda: (1 << 12, 1 << 14))
     yield
-    walsh._planned.cache_clear()
+    walsh.planned.cache_clear()
 
 
 @pytest.mark.law("kernels-agree")
@@ -113,6 +113,32 @@ def test_it_equals_its_reference_implementation(
     if x.flags.c_contiguous and x.flags.aligned and x.flags.writeable:
         transform_into(x, x, 1.0, axis)
         assert np.array_equal(x, butterflies(kept, axis))
+
+
+@pytest.mark.law("kernels-agree")
+@given(
+    shape=st.one_of(
+        st.tuples(st.integers(0, 12).map(lambda bits: 1 << bits)),
+        st.sampled_from([(), (0,), (3,), (1, 512), (512, 1), (2, 256)]),
+    ),
+    dtype=st.sampled_from((*DTYPES, ">f4", "float16", "int32", "complex64")),
+    how=st.sampled_from(LAYOUTS),
+    normalize=st.booleans(),
+)
+def test_small_vectors_without_checks(shape: tuple[int, ...], dtype: str, how: str, normalize: bool) -> None:
+    x = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    x = laid_out(x, how) if x.ndim and x.size else x
+    kept, found = x.copy(), transform_at_once(x, normalize)
+    small = dtype in DTYPES and x.ndim == 1 and low_run(x.itemsize) <= x.size < memory.SMALL // x.itemsize
+    assert (found is not None) == small
+    if found is None:
+        return
+    assert found.flags.carray
+    assert found.dtype == x.dtype
+    assert np.array_equal(x, kept)
+    scale = 1 / math.sqrt(shape[0]) if normalize else 1.0
+    assert np.array_equal(found, transform(x, scale))
+    assert np.array_equal(found, butterflies(x * x.dtype.type(scale)))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.backends import Backend, get_backend
+from tnadapt.backends import Backend, get_backend, known_backend
 from tnadapt.backends.backend import FLOAT_DTYPES, Array
 from tnadapt.backends.fixed_arrays import FixedArrays
 from tnadapt.errors import ShapeError, integer
@@ -19,6 +19,7 @@ __all__ = ["fwht"]
 _RADIX_BITS = 4
 # Rows per product. OpenBLAS splits larger products among threads, which takes up to fourteen times as long.
 _ROWS = 1 << 11
+_LAST = -1
 _HALF = ("float16", "bfloat16")
 
 
@@ -71,7 +72,11 @@ def fwht(x: Array, axis: int = -1, normalize: bool = True, *, out: Array | None 
     True
     """
     # This also runs on small arrays, whose transform takes less than a microsecond: each attribute is read once.
-    backend = get_backend(x) if out is None else get_backend(x, out)
+    backend = (known_backend(type(x)) or get_backend(x)) if out is None else get_backend(x, out)
+    if out is None and axis is _LAST:  # of equal integers as small as this there is only one
+        found = backend.fwht_at_once(x, normalize)
+        if found is not None:
+            return found
     kind, shape = backend.dtype_name(x), x.shape
     if kind not in FLOAT_DTYPES:
         backend.require_float(x, "the input of fwht")

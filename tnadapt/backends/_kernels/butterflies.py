@@ -24,7 +24,7 @@ from .simd import (
     low_stages,
 )
 
-__all__ = ["blocks", "low_run", "short", "strips"]
+__all__ = ["blocks", "low_run", "short", "strips", "vector"]
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
@@ -125,6 +125,22 @@ def blocks(src, dst, first, last, low, unit, bits, near, scale):
     scale = src.dtype.type(scale)
     for i in range(first * size, last * size, size):
         block(src, dst, i, low, unit, bits, near, scale, size if i + size < last * size else 0)
+
+
+@compiled
+def vector(x, scale):
+    """Transform one vector of at least ``low_run`` elements in place, which fits in the level 1 cache.
+
+    As :func:`blocks`, whose many arguments take numba as long to unpack as a thousand numbers take to transform.
+    """
+    run = LOW_VECTORS * (VECTOR_BYTES // x.itemsize)
+    low = 0
+    while run >> low > 1:
+        low += 1
+    bits = low
+    while x.size >> bits > 1:
+        bits += 1
+    block(x, x, 0, low, 1, bits, bits, x.dtype.type(scale), 0)
 
 
 @compiled

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .butterflies import blocks, low_run, short, strips
+from .butterflies import blocks, low_run, short, strips, vector
 from .memory import SMALL, aligned_empty, cache_sizes, readable
 from .simd import RADIX_BITS
 from .thread_pool import share, thread_count
 
-__all__ = ["transform", "transform_into"]
+__all__ = ["planned", "transform", "transform_at_once", "transform_into"]
 
 # Stages across rows in one pass: a strip has up to 256 rows, which must fit in the cache together.
 _STRIP_BITS = 8
@@ -74,6 +74,42 @@ def transform(x: np.ndarray, scale: float, axis: int = -1) -> np.ndarray:
     return result
 
 
+def transform_at_once(x: np.ndarray, normalize: bool) -> np.ndarray | None:
+    """Compute :func:`transform` of one small vector, whose checks and schedule take longer than the kernel.
+
+    Parameters
+    ----------
+    x : numpy.ndarray
+        Any.
+    normalize : bool
+        Whether to divide by the square root of the length.
+
+    Returns
+    -------
+    numpy.ndarray or None
+        The bits of ``transform``; None if x is not a vector of float32 or float64 whose length is a power of two, from
+        :func:`~.butterflies.low_run` elements up to half of 16 KiB.
+    """
+    scale = _AT_ONCE.get(x.dtype, _NO_SHAPE).get(x.shape)
+    if scale is None:
+        return None
+    result = x.copy()  # in C order, aligned and writeable
+    vector(result, scale if normalize else 1.0)  # type: ignore[no-untyped-call]
+    return result
+
+
+_NO_SHAPE: dict[tuple[int, ...], float] = {}
+# The shapes of each dtype, with the scale of the normalized transform.
+_AT_ONCE = {
+    dtype: {
+        (1 << bits,): 1.0 / math.sqrt(1 << bits)
+        for bits in range(SMALL.bit_length())
+        if low_run(dtype.itemsize) <= 1 << bits < SMALL // dtype.itemsize
+    }
+    for dtype in (np.dtype(np.float32), np.dtype(np.float64))
+}
+
+
 def transform_into(src: np.ndarray, dst: np.ndarray, scale: float, axis: int = -1) -> None:
     """Compute ``dst[...] = H (scale * src)`` along one axis; both are in C order and aligned, and may be the same.
 
@@ -86,15 +122,18 @@ def transform_into(src: np.ndarray, dst: np.ndarray, scale: float, axis: int = -
     axis : int
         The axis to transform; its length is a power of two.
     """
+    if src is dst and src.shape in _AT_ONCE.get(src.dtype, _NO_SHAPE):
+        vector(dst, scale)  # type: ignore[no-untyped-call]
+        return
     _run(src, dst, scale, axis)
 
 
 def _run(src: np.ndarray, dst: np.ndarray, scale: float, axis: int) -> None:
     nbytes = src.nbytes
     threads = thread_count() if nbytes >= _SHARED_BYTES else 1
-    passes = _planned(src.shape, axis, src.itemsize, threads)
+    passes = planned(src.shape, axis, src.itemsize, threads)
     if threads > 1 and len(passes) > 1 and nbytes < _SHARED_BYTES_OF_PASSES:
-        threads, passes = 1, _planned(src.shape, axis, src.itemsize, 1)
+        threads, passes = 1, planned(src.shape, axis, src.itemsize, 1)
     if not src.flags.writeable:
         src = readable(src)
     if src.ndim > 1:
@@ -133,7 +172,7 @@ def _multiply(src: np.ndarray, dst: np.ndarray, first: int, last: int, scale: fl
 
 
 @functools.lru_cache(maxsize=1024)
-def _planned(shape: tuple[int, ...], axis: int, itemsize: int, threads: int) -> tuple[_Pass, ...]:
+def planned(shape: tuple[int, ...], axis: int, itemsize: int, threads: int) -> tuple[_Pass, ...]:
     """Plan the passes of a transform along an axis."""
     if 0 in shape:
         return ()
