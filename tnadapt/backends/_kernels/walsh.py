@@ -2,7 +2,7 @@
 
 The lowest stages pair neighbors, the highest stages distant elements. The first pass over memory therefore processes
 blocks that fit in the level 2 cache and does all stages within each block, the lowest of them in parts that fit in the
-level 1 cache. Each further pass does up to eight stages across distant rows, one strip of columns at a time. 2**26
+level 1 cache. Each further pass does up to nine stages across distant rows, one strip of columns at a time. 2**26
 numbers take two passes.
 """
 
@@ -22,8 +22,8 @@ from .thread_pool import share, thread_count
 
 __all__ = ["planned", "transform", "transform_at_once", "transform_into"]
 
-# Stages across rows in one pass: a strip has up to 256 rows, which must fit in the cache together.
-_STRIP_BITS = 8
+# Stages across rows in one pass: a strip has up to 512 rows, which must fit in the cache together.
+_STRIP_BITS = 9
 # A pass over strips does at least this many stages, which take no longer than one: memory is what it waits for.
 _LEAST_STRIP_BITS = 3
 # Minimum and maximum bytes of a strip's row; a strip fills up to half of the level 2 cache.
