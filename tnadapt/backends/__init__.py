@@ -68,8 +68,8 @@ _factories: dict[str, Callable[[], Backend]] = {
 BUILT_IN = tuple(_factories)
 _instances: dict[str, Backend] = {}
 _by_type: dict[type, Backend] = {}
-#: Returns the backend of a type of arrays, or None if :func:`get_backend` has to look for it: one look-up, for calls that
-#: take a microsecond.
+#: Returns the backend of a type of arrays, or None if :func:`get_backend` has to look for it: one look-up, for calls
+#: that take a microsecond.
 known_backend = _by_type.get
 
 
