@@ -200,7 +200,7 @@ class ForwardPatch:
                 to_weights[-1][1].append(slot)
             else:
                 to_weights.append((patched, [slot]))
-        ready: dict[AdapterSlot, Factored] = {}
+        ready: list[Factored] = []
         if to_output and not to_weights and not dropping and not torch.compiler.is_compiling():
             fused = self._fused(to_output, args, kwargs, ready)
             if fused is not None:
@@ -210,8 +210,8 @@ class ForwardPatch:
         y = self._base(to_weights, args, kwargs)
         if to_output:
             x = _input(args, kwargs)
-            for slot in to_output:
-                y = add_features(y, slot.target, self.output(slot, x, ready.get(slot)))
+            for number, slot in enumerate(to_output):
+                y = add_features(y, slot.target, self.output(slot, x, ready[number] if ready else None))
             y = self.rescaled(y, to_output)
         return self._with_dropout(y, dropping, _input(args, kwargs)) if dropping else y
 
@@ -282,9 +282,7 @@ class ForwardPatch:
                 return host._conv_forward(args[0], parameter_sum(patched, here, host), host.bias)
         return self._shadowed(to_weights, args, kwargs)
 
-    def _fused(
-        self, added: list[AdapterSlot], args: Any, kwargs: Any, ready: dict[AdapterSlot, Factored]
-    ) -> Tensor | None:
+    def _fused(self, added: list[AdapterSlot], args: Any, kwargs: Any, ready: list[Factored]) -> Tensor | None:
         """Return the output if all updates are factored and of a linear layer's dtype; else None, and the factors."""
         host, x = self.host, args[0] if len(args) == 1 and not kwargs else None
         if not (self.is_plain and isinstance(host, nn.Linear) and isinstance(x, Tensor)):
@@ -293,7 +291,8 @@ class ForwardPatch:
             return None
         changes = []
         for slot in added:
-            found = ready[slot] = factors(slot)
+            found = factors(slot)
+            ready.append(found)
             changes.append((slot.target, found._replace(scale=found.scale * mixing_weight(slot.adapter))))
         weight = self.weights[0].tensor
         return factored_linear(x, weight, host.bias, changes) if can_fuse(x, weight, changes) else None
