@@ -114,7 +114,7 @@ class _Descent:
         self.algebra, self.network, self.projection, self.y = algebra, network, projection, y
         self.arrays, self.norm = dict(start), algebra.norm(y)
         self.least = tol * self.norm
-        self.reach = 1.0
+        self.reach = _NEAREST
         self.measure()
 
     def measure(self) -> None:
