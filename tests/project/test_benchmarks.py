@@ -55,6 +55,19 @@ def test_a_part_runs_and_its_contestants_agree(part: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.parametrize("command", [["fastfood.py"], ["memory.py", "fastfood"]])
+def test_profiles_have_shares_and_parts(command: list[str]) -> None:
+    if command[0] == "memory.py":
+        pytest.importorskip("peft")
+        pytest.importorskip("transformers")
+    script, *cases = command
+    run = [sys.executable, str(BENCHMARKS / script), "--profile", "--smoke", *cases]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = {"fastfood.py": ("gather", "scatter", "%"), "memory.py": ("peak of backward", "F: gain")}[script]
+    assert all(part in done.stdout for part in expected), done.stdout
+
+
 def test_mixed_batches_agree_with_one_adapter_at_a_time() -> None:
     pytest.importorskip("peft")
     pytest.importorskip("transformers")

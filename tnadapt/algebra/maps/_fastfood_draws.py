@@ -96,7 +96,8 @@ class FastfoodDraws(FixedArrays):
 # Arrays that only the compiled kernels use.
 _FOR_KERNELS: dict[str, Callable[[FastfoodDraws], np.ndarray]] = {
     "keys": lambda d: rng.words(d.seed, d.group, rng.PURPOSE["permutation"], 0, 8),
-    "words": lambda d: rng.words(d.seed, d.group, rng.PURPOSE["signs"], 0, -(-d.lengths["diagonal"] // 32)),
+    # Whole vectors of the padded length: the kernels multiply by signs without asking where the output ends.
+    "words": lambda d: rng.words(d.seed, d.group, rng.PURPOSE["signs"], 0, max(1, d.padded // 32)),
     "buckets": lambda d: kernels("fastfood").buckets_of(d.padded, d.held("keys")),
     "starts": lambda d: kernels("fastfood").starts_of(d.held("buckets")),
     "order": lambda d: kernels("fastfood").order_of(d.padded, d.held("keys"), d.held("starts")),

@@ -9,11 +9,13 @@ from __future__ import annotations
 import numpy as np
 from numba import int64, uint32
 
-from .butterflies import block, stages, strips
+from .butterflies import across, block, evenly, stages, strips
 from .compiling import compiled
-from .feistel import fill_images, fill_images_meanwhile
-from .intrinsics import fetch, signed
+from .feistel import fill_images
+from .gathering import first_images, gather_part, round_keys, scatter_part
+from .intrinsics import fetch, signed, signed_butterfly
 from .memory import CACHE_LINE
+from .simd import RADIX_BITS, VECTOR_BYTES
 
 __all__ = [
     "CHUNK_BITS",
@@ -82,8 +84,33 @@ def begin(first, last, x, out, low, near, within, words, numbers, scale):
 
 
 @compiled
+def _signed_strips(out, first, last, apart, bits, width, words, scale):
+    """Do stages across rows in two sweeps like ``strips``; the second multiplies by the scale and the signs."""
+    line, lanes = CACHE_LINE // out.itemsize, VECTOR_BYTES // out.itemsize
+    wide, done, one, scale = width + line, evenly(bits), out.dtype.type(1), out.dtype.type(scale)
+    scratch = np.empty((wide << bits) + line, out.dtype)
+    start = (-scratch.ctypes.data % CACHE_LINE) // out.itemsize
+    groups = apart // width
+    for strip in range(first, last):
+        at = strip // groups * (apart << bits) + strip % groups * width
+        for i in range(1 << (bits - done)):
+            row, to = at + (i << done) * apart, start + (i << done) * wide
+            across(out, row, apart, scratch, to, wide, done, width, one, out, 0)
+        for i in range(1 << done):
+            row, to = start + i * wide, at + i * apart
+            for j in range(0, width, lanes):
+                signed_butterfly(scratch, row + j, wide << done, out, to + j, apart << done, bits - done, words, scale)
+
+
+@compiled
 def end(first, last, out, apart, bits, width, words, numbers, count, scale):
-    """Do stages across rows like ``strips``; then multiply the first ``count`` elements by scale and diagonal."""
+    """Do stages across rows like ``strips``; then multiply the first ``count`` elements by scale and diagonal.
+
+    Elements after these may be multiplied, too.
+    """
+    if count > 0 and 32 * words.size >= out.size and RADIX_BITS < bits <= 2 * RADIX_BITS:
+        _signed_strips(out, first, last, apart, bits, width, words, scale)
+        return
     groups = apart // width
     for strip in range(first, last):
         if bits > 0:
@@ -99,37 +126,25 @@ def end(first, last, out, apart, bits, width, words, numbers, count, scale):
 
 
 @compiled
-def _gathered(table, mask, image, gain, out):
-    for j in range(out.size):
-        out[j] = table[int64(image[j] & mask)] * gain[j]
-
-
-@compiled
 def gather(first, last, table, gain, keys, bits, out, low, near, within, scale):
     """Compute blocks of ``out = H (scale * z)``, ``z[j] = gain[j] * table[image of j modulo its size]``."""
-    image, mask = np.empty(_SHORT, np.uint32), uint32(table.size - 1)
+    changes = round_keys(keys)
+    images = first_images(first << within, bits, changes, table)
     for i in range(first << within, last << within, 1 << within):
         for part in range(i, i + (1 << within), 1 << near):
-            for j in range(part, part + (1 << near), _SHORT):
-                fill_images_meanwhile(j, bits, keys, False, image, gain, j + _SHORT, out, j + _SHORT)
-                _gathered(table, mask, image, gain[j : j + _SHORT], out[j : j + _SHORT])
+            end = part + (1 << near)
+            gather_part(part, bits, changes, images, table, gain[part:end], out[part:end])
             block(out, out, part, low, 1, near, near, out.dtype.type(scale), 1 << near)
         _rest_of_block(out, i, near, within)
 
 
 @compiled
-def _scattered(u, gain, image, mask, table):
-    for j in range(u.size):
-        table[int64(image[j] & mask)] += u[j] * gain[j]
-
-
-@compiled
 def scatter(first, last, u, gain, keys, bits, table):
     """Apply the adjoint of gathering: add elements first to last - 1 of u to the table."""
-    image, mask = np.empty(_SHORT, np.uint32), uint32(table.size - 1)
+    changes = round_keys(keys)
+    images = first_images(first, bits, changes, table)
     for j in range(first, last, _SHORT):
-        fill_images_meanwhile(j, bits, keys, False, image, gain, j + _SHORT, u, j + _SHORT)
-        _scattered(u[j : j + _SHORT], gain[j : j + _SHORT], image, mask, table)
+        scatter_part(j, bits, changes, images, u[j : j + _SHORT], gain[j : j + _SHORT], table)
 
 
 # -- The sorted algorithm: first into the bucket of its destination, then to its position in the bucket --
@@ -243,6 +258,11 @@ def place(first, last, runs, starts, order, out, low, near, within, scale):
             number += run.size
         for part in range(parts):
             at = i + (part << near)
+            # The next bucket's runs arrive in the cache while this one is computed.
+            for chunk in range(starts.shape[0] * part // parts, starts.shape[0] * (part + 1) // parts):
+                if bucket + 1 < starts.shape[0]:
+                    coming = chunk * size + int64(starts[chunk, bucket + 1])
+                    _fetch(runs, coming, int64(starts[chunk, bucket + 2]) - int64(starts[chunk, bucket + 1]))
             _placed(scratch, order[at : at + (1 << near)], out[at : at + (1 << near)])
             if low > 0:
                 block(out, out, at, low, 1, near, near, out.dtype.type(scale), 1 << near)

@@ -14,11 +14,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from .compiling import compiled
-from .intrinsics import fetch
-from .memory import CACHE_LINE
 from .simd import VECTOR_BYTES
 
-__all__ = ["IMAGES", "fill_images", "fill_images_meanwhile"]
+__all__ = ["IMAGES", "fill_images"]
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
@@ -103,19 +101,3 @@ def fill_images(start, bits, keys, inverse, out):
             _backward(start + i, bits, keys, out, i)
         else:
             _forward(start + i, bits, keys, out, i)
-
-
-@compiled
-def fill_images_meanwhile(start, bits, keys, inverse, out, one, at_one, other, at_other):
-    """:func:`fill_images` that also prefetches as many elements (of 4 bytes) of two arrays.
-
-    The prefetches use memory bandwidth that would be idle during the arithmetic.
-    """
-    for i in range(0, out.size, IMAGES):
-        if inverse:
-            _backward(start + i, bits, keys, out, i)
-        else:
-            _forward(start + i, bits, keys, out, i)
-        for j in range(i, i + IMAGES, CACHE_LINE // 4):
-            fetch(one, at_one + j)
-            fetch(other, at_other + j)

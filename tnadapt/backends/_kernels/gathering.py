@@ -1,0 +1,232 @@
+"""Gathering at the images of the permutation, and scattering to them, while the next images are drawn.
+
+Drawing takes vector instructions only, and gathering takes scalar ones: the processor's instructions that gather a
+vector are no faster. A processor runs both at once if they are near each other in the program. LLVM would schedule one
+after the other within a block of instructions; the rounds of the network are therefore a loop, each pass of which draws
+two rounds and gathers a quarter of the images that were drawn before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types, uint32
+from numba.extending import intrinsic
+
+from .compiling import compiled
+from .intrinsics import fetch
+from .memory import CACHE_LINE
+from .simd import LOW_VECTORS, VECTOR_BYTES
+
+__all__ = ["first_images", "gather_part", "round_keys", "scatter_part"]
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
+_LANES = VECTOR_BYTES // 4
+# Vectors at once, as the multiplications of one wait for each other. Their halves take half of the registers.
+_VECTORS = LOW_VECTORS // 2
+# Images drawn at once.
+_AHEAD = _VECTORS * _LANES
+_PASSES = 4
+# Elements between a prefetch and its use.
+_SOON = 1024
+_INT32, _INT64 = ir.IntType(32), ir.IntType(64)
+_VECTOR = ir.VectorType(_INT32, _LANES)
+
+
+@compiled
+def round_keys(keys):
+    """Return the keys in the form that the loop over rounds uses.
+
+    A half of a number is stored with the key of its next use added (XOR), so that a round adds a key together with
+    its change: the first keys of both halves, their changes in each pass, and the last key of the high half.
+    """
+    found = np.zeros(2 * _PASSES + 3, np.uint32)
+    found[0], found[1] = keys[0], keys[1]
+    for i in range(_PASSES):
+        found[2 + i] = keys[2 * i - 1] ^ keys[2 * i + 1] if i > 0 else 0
+        found[2 + _PASSES + i] = keys[2 * i] ^ keys[2 * i + 2] if i < _PASSES - 1 else keys[2 * i]
+    found[2 + 2 * _PASSES] = keys[2 * _PASSES - 1]
+    return found
+
+
+class _FeistelRounds:
+    """Emit the Feistel network on vectors of 32-bit numbers."""
+
+    def __init__(self, builder: Any, bits: Any, keys: Any) -> None:
+        self.builder, self.keys = builder, keys
+        bits = builder.trunc(bits, _INT32)
+        low_bits = builder.lshr(bits, ir.Constant(_INT32, 1))
+        self.low_mask, self.high_mask = self._mask(low_bits), self._mask(builder.sub(bits, low_bits))
+        self.shift = self.spread(low_bits)
+
+    def spread(self, number: Any) -> Any:
+        one = self.builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, ir.Constant(_INT32, 0))
+        return self.builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), _all(0))
+
+    def _mask(self, size: Any) -> Any:
+        one = ir.Constant(_INT32, 1)
+        return self.spread(self.builder.sub(self.builder.shl(one, size), one))
+
+    def key(self, number: Any) -> Any:
+        return self.spread(self.builder.load(self.builder.gep(self.keys, [number])))
+
+    def halves(self, start: Any) -> list[Any]:
+        """Return the low halves of consecutive numbers, then the high halves, each with its first key."""
+        b, first = self.builder, self.spread(self.builder.trunc(start, _INT32))
+        lanes = [[vector * _LANES + lane for lane in range(_LANES)] for vector in range(_VECTORS)]
+        numbers = [b.add(first, _all(each)) for each in lanes]
+        keys = [self.key(ir.Constant(_INT64, i)) for i in range(2)]
+        low = [b.xor(b.and_(number, self.low_mask), keys[0]) for number in numbers]
+        return low + [b.xor(b.lshr(number, self.shift), keys[1]) for number in numbers]
+
+    def round(self, of: Any, other: Any, mask: Any, key: Any) -> Any:
+        """Return the other half after one round."""
+        b = self.builder
+        x = b.mul(of, _all(0x85EBCA6B))
+        x = b.mul(b.xor(x, b.lshr(x, _all(13))), _all(0xC2B2AE35))
+        return b.xor(b.xor(other, b.and_(b.xor(x, b.lshr(x, _all(16))), mask)), key)
+
+    def passed(self, values: Sequence[Any], number: Any) -> list[Any]:
+        """Return the halves after an even and an odd round."""
+        key = [self.key(self.builder.add(number, ir.Constant(_INT64, 2 + i))) for i in (0, _PASSES)]
+        low, high = values[:_VECTORS], values[_VECTORS:]
+        high = [self.round(one, other, self.high_mask, key[0]) for one, other in zip(low, high, strict=True)]
+        low = [self.round(one, other, self.low_mask, key[1]) for one, other in zip(high, low, strict=True)]
+        return [*low, *high]
+
+    def images(self, values: Sequence[Any]) -> list[Any]:
+        b, key = self.builder, self.key(ir.Constant(_INT64, 2 + 2 * _PASSES))
+        pairs = zip(values[:_VECTORS], values[_VECTORS:], strict=True)
+        return [b.or_(b.shl(b.xor(high, key), self.shift), low) for low, high in pairs]
+
+
+def _all(numbers: Sequence[int] | int) -> Any:
+    return ir.Constant(_VECTOR, [numbers] * _LANES if isinstance(numbers, int) else list(numbers))
+
+
+def _meanwhile(use: Callable[..., None], doc: str) -> Any:
+    def drawn(
+        typing: Any,
+        start: Any,
+        bits: Any,
+        keys: Any,
+        mask: Any,
+        images: Any,
+        to: Any,
+        at: Any,
+        table: Any,
+        vector: Any,
+        where: Any,
+    ) -> Any:
+        intp = types.intp
+        signature = types.void(intp, intp, keys, types.uint32, images, intp, intp, table, vector, intp)
+
+        def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            start, bits, _, mask, _, to, at, _, _, where = args
+            keys, images, table, vector = (
+                context.make_array(signature.args[i])(context, b, args[i]).data for i in (2, 4, 7, 8)
+            )
+            network = _FeistelRounds(b, bits, keys)
+            values = network.halves(start)
+            before = b.block
+            loop, after = b.append_basic_block("rounds"), b.append_basic_block("drawn")
+            b.branch(loop)
+            b.position_at_end(loop)
+            number, halves = b.phi(_INT64), [b.phi(_VECTOR) for _ in values]
+            found = network.passed(halves, number)
+            quarter = ir.Constant(_INT64, _AHEAD // _PASSES)
+            first = b.mul(number, quarter)
+            for i in range(0, _AHEAD // _PASSES, 2):
+                n = b.add(first, ir.Constant(_INT64, i))
+                pair = b.load(b.bitcast(b.gep(images, [b.add(at, n)]), _INT64.as_pointer()), align=4)
+                low = b.and_(pair, ir.Constant(_INT64, 0xFFFFFFFF))
+                for j, image in enumerate((low, b.lshr(pair, ir.Constant(_INT64, 32)))):
+                    use(b, b.gep(table, [image]), b.gep(vector, [b.add(where, b.add(n, ir.Constant(_INT64, j)))]))
+            following = b.add(number, ir.Constant(_INT64, 1))
+            for phi, value, later in zip(
+                (number, *halves), (ir.Constant(_INT64, 0), *values), (following, *found), strict=True
+            ):
+                phi.add_incoming(value, before)
+                phi.add_incoming(later, loop)
+            b.cbranch(b.icmp_signed("<", following, ir.Constant(_INT64, _PASSES)), loop, after)
+            b.position_at_end(after)
+            only = network.spread(mask)
+            for i, image in enumerate(network.images(found)):
+                place = b.gep(images, [b.add(to, ir.Constant(_INT64, i * _LANES))])
+                b.store(b.and_(image, only), b.bitcast(place, _VECTOR.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return signature, emit
+
+    drawn.__doc__ = doc
+    return intrinsic(drawn)
+
+
+def _gathered(b: Any, entry: Any, element: Any) -> None:
+    b.store(b.load(entry), element)
+
+
+def _scattered(b: Any, entry: Any, element: Any) -> None:
+    b.store(b.fadd(b.load(entry), b.load(element)), entry)
+
+
+_draw_and_gather = _meanwhile(
+    _gathered,
+    "Set ``vector[where:]`` to the table at ``images[at:]``; meanwhile draw ``images[to:]``, those from start on.",
+)
+_draw_and_scatter = _meanwhile(
+    _scattered,
+    "Add ``vector[where:]`` to the table at ``images[at:]``; meanwhile draw ``images[to:]``, those from start on.",
+)
+
+
+@compiled
+def first_images(start, bits, changes, table):
+    """Return a buffer for the images of two steps, with those of the first step, modulo the size of the table."""
+    images, nothing = np.zeros(2 * _AHEAD, np.uint32), np.empty(_AHEAD, table.dtype)
+    _draw_and_gather(start, bits, changes, uint32(table.size - 1), images, 0, _AHEAD, table, nothing, 0)
+    return images
+
+
+@compiled
+def gather_part(start, bits, changes, images, table, gain, out):
+    """Set ``out[j]`` to ``gain[j] * table[image of start + j]``, whose first images are in the buffer.
+
+    The length is a multiple of two steps. Afterwards the buffer has the first images that follow.
+    """
+    now = 0
+    for j in range(0, out.size, _AHEAD):
+        following = start + j + _AHEAD
+        _draw_and_gather(following, bits, changes, uint32(table.size - 1), images, _AHEAD - now, now, table, out, j)
+        now = _AHEAD - now
+        _fetch(gain, j)
+        _fetch(out, j)
+    for j in range(out.size):
+        out[j] *= gain[j]
+
+
+@compiled
+def scatter_part(start, bits, changes, images, u, gain, table):
+    """Add ``gain[j] * u[j]`` to ``table[image of start + j]``, with a buffer of images as for :func:`gather_part`."""
+    now, product = 0, np.empty(u.size, u.dtype)
+    for j in range(u.size):
+        product[j] = u[j] * gain[j]
+    for j in range(0, u.size, _AHEAD):
+        following = start + j + _AHEAD
+        _draw_and_scatter(
+            following, bits, changes, uint32(table.size - 1), images, _AHEAD - now, now, table, product, j
+        )
+        now = _AHEAD - now
+        _fetch(gain, j)
+        _fetch(u, j)
+
+
+@compiled
+def _fetch(array, at):
+    """Prefetch the elements of a later step: memory would be idle during the arithmetic."""
+    for j in range(at + _SOON, at + _SOON + _AHEAD, CACHE_LINE // array.itemsize):
+        fetch(array, j)
