@@ -44,7 +44,7 @@ PARTS = {
 
 
 #: Results of scripts of their own, whose files are next to the folder of the parts', which the page shows, too.
-OTHERS = ("short", "decompositions")
+OTHERS = ("short", "decompositions", "fastfood_profile", "memory_profile")
 
 
 def run(part: str, folder: Path, smoke: bool) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from finding import Find, Rows, largest
 from formatting import number
-from targets import UNMERGED, largest
+from targets import UNMERGED
 
 __all__ = ["HEADLINES", "Headline", "lines"]
-
-Rows = Sequence[Mapping[str, Any]]
-Find = Callable[[Rows], float | None]
 
 
 class Headline(NamedTuple):

@@ -35,6 +35,10 @@ WHAT = {
         "Of random numbers, not normalized; out of place, like the public function.",
     ),
     "fastfood": ("The linear F", "Fastfood: two transforms, a permutation, a gain and signs; and its adjoint."),
+    "fastfood_profile": (
+        "The linear F, pass by pass",
+        "Each pass over memory by one thread, in processor time; *copies* are multiples of a copy by one thread.",
+    ),
     "fourier": (
         "The Fourier transform of FourierFT",
         "The map `dft2` by the library's own FFT, compared with the products with cosines and sines, in float32.",
@@ -61,6 +65,11 @@ WHAT = {
         "Memory of a training step",
         "Peak resident memory over three steps of ViT-base, each case in a separate process. The dense update has "
         "14 million parameters, each with a gradient and two numbers of optimiser state.",
+    ),
+    "memory_profile": (
+        "Where the memory of a training step goes",
+        "Peaks of forward and backward in the last of three steps of ViT-base, what the import of numba adds, and the "
+        "arrays of F by name.",
     ),
     "strategies": (
         "How a layer applies its update",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from finding import Find, inverse, largest, largest_over, over, times
 
 __all__ = ["TARGETS", "Target"]
-
-Rows = Sequence[Mapping[str, Any]]
 
 
 class Target(NamedTuple):
@@ -30,71 +29,20 @@ class Target(NamedTuple):
     what: str
     limit: float
     part: str
-    find: Callable[[Rows], float | None]
+    find: Find
     why: str = ""
 
 
-def largest(column: str, **where: Any) -> Callable[[Rows], float | None]:
-    """Return a function that finds the largest number in a column, over the rows that have these values."""
-
-    def find(rows: Rows) -> float | None:
-        found = [
-            row[column]
-            for row in rows
-            if row.get(column) is not None
-            and all(row.get(key) in (value if isinstance(value, tuple) else (value,)) for key, value in where.items())
-        ]
-        return max(found, default=None)
-
-    return find
-
-
-def over_column(column: str, case: str, other: str, **where: Any) -> Callable[[Rows], float | None]:
-    """Return a function that computes the ratio of two cases in a column."""
-    one, two = largest(column, case=case, **where), largest(column, case=other, **where)
-
-    def find(rows: Rows) -> float | None:
-        mine, theirs = one(rows), two(rows)
-        return None if mine is None or theirs is None else mine / theirs
-
-    return find
-
-
-def over(case: str, other: str, **where: Any) -> Callable[[Rows], float | None]:
-    """Return a function that computes the ratio of one case relative to another."""
-    return over_column("ratio", case, other, **where)
-
-
-def largest_over(cases: Sequence[str], other: str, **where: Any) -> Callable[[Rows], float | None]:
-    """Return a function that computes the largest ratio of several cases relative to another."""
-    several = [over(case, other, **where) for case in cases]
-
-    def find(rows: Rows) -> float | None:
-        found = [one(rows) for one in several]
-        return max((ratio for ratio in found if ratio is not None), default=None)
-
-    return find
-
-
-def inverse(column: str, **where: Any) -> Callable[[Rows], float | None]:
-    """Return a function that computes one over the smallest number in a column of speed-ups."""
-    least = largest(column, **where)
-
-    def find(rows: Rows) -> float | None:
-        several = [least([row]) for row in rows]
-        found = [number for number in several if number is not None]
-        return 1 / min(found) if found else None
-
-    return find
-
-
+CACHED = (
+    "In the caches, additions and shuffles take the time: the passes in the table below run far below the bandwidth of "
+    "a copy."
+)
 FFHT = {
-    10: "Calling compiled code from Python and checking its arrays takes longer than the computation; in a batch of "
-    "rows this is negligible.",
-    16: "One thread (below 16 MB two are slower). The additions alone take most of the limit.",
-    20: "One thread (below 16 MB two are slower), and two passes through the L2 and L3 caches.",
-    24: "The limit is about one copy of the array, the minimum possible: FFHT takes less than two on this machine.",
-    26: "The limit is little more than one copy of the array; this takes two passes over memory.",
+    10: "Calling compiled code from Python takes longer than the computation: the rows *a call* below divide the time.",
+    16: CACHED,
+    20: CACHED,
+    24: "Two passes over memory; each takes about as long as a copy, in the table below.",
+    26: "Two passes over memory; each takes about as long as a copy, in the table below.",
 }
 
 THIRD = (
@@ -146,6 +94,34 @@ TARGETS: list[Target] = [
         )
         for bits in (10, 16, 20, 24, 26)
     ),
+    *(
+        Target(
+            f"fwht, {what}, the slowest size over FFHT",
+            1 / 1.5,
+            "fwht",
+            largest("ours/FFHT", case=cases, dtype=dtypes),
+            "As for float32, one vector.",
+        )
+        for what, cases, dtypes in (
+            ("float64", "in place", "float64"),
+            ("batches of rows", ("a batch of 2^10", "a batch of 2^14"), ("float32", "float64")),
+            ("with AVX2 only", "in place, AVX2", ("float32", "float64")),
+        )
+    ),
+    Target(
+        "a public call of fwht at 2^10 beyond the kernel, µs",
+        1.2,
+        "fwht",
+        times(1e6, largest("ours - kernel", case="a call", dtype="float32")),
+        "The new array, one look-up by dtype and shape, and the call of compiled code.",
+    ),
+    Target(
+        "fwht of a tensor of 2^10 beyond NumPy's, µs",
+        5.0,
+        "fwht",
+        times(1e6, largest("torch - ours", case="a call", dtype="float32")),
+        "Checks of torch's modes, and views of the memory of tensors.",
+    ),
     Target(
         "fwht of batches and on any axis, over one vector of as many",
         1.3,
@@ -169,14 +145,25 @@ TARGETS: list[Target] = [
     ),
     *(
         Target(
-            f"linear F of 2^24, ρ = {ratio:g}, {way}, over a copy",
+            f"linear F of 2^24, ρ = {ratio:g}, {way}, over a copy, one thread",
             limit,
-            "fastfood",
-            largest("ours/copy", case=way, size=1 << 24, ρ=ratio),
-            "The remaining cost is the permutation: drawing it and gathering from a cache, or, for long inputs, two "
-            "more passes over memory, each reading 3 bytes per element, and the pages of a second vector.",
+            "fastfood_profile",
+            largest("copies", case="whole", way=way, size=1 << 24, ρ=ratio),
+            why,
         )
-        for ratio, limits in ((0.01, (8, 11)), (1.0, (12, 12)))
+        for ratio, limits, why in (
+            (
+                0.01,
+                (6, 11),
+                "Drawing the permutation and gathering by it takes most of it: the table below lists the passes.",
+            ),
+            (
+                1.0,
+                (10, 12),
+                "Partitioning into buckets and placing in order take two more passes over memory, and the "
+                "new pages of a second vector: the table below lists the passes.",
+            ),
+        )
         for way, limit in zip(("forward", "backward"), limits, strict=True)
     ),
     Target("its state, bytes per element", 9, "fastfood", largest("bytes an element", case="state")),
