@@ -32,7 +32,8 @@ otherwise.
 WHAT = {
     "fwht": (
         "The Hadamard transform",
-        "Of random numbers, not normalized; out of place, like the public function.",
+        "Of random numbers, not normalized; out of place, like the public function. FFHT has one thread, and ours uses "
+        "two for long vectors. *pass* is a pass over memory by one thread; *a call* divides the time of a small vector.",
     ),
     "fastfood": ("The linear F", "Fastfood: two transforms, a permutation, a gain and signs; and its adjoint."),
     "fastfood_profile": (
@@ -135,7 +136,7 @@ def _verdict(target: Target, value: float | None) -> str:
         return target.why
     if value <= target.limit:
         return "met"
-    return f"missed by {100 * (value / target.limit - 1):.0f} %. {target.why}".strip()
+    return f"missed by {number(100 * (value / target.limit - 1))} %. {target.why}".strip()
 
 
 def _of_growth(rows: Rows) -> Rows:
