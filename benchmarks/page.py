@@ -33,7 +33,7 @@ WHAT = {
     "fwht": (
         "The Hadamard transform",
         "Of random numbers, not normalized; out of place, like the public function. FFHT has one thread, and ours uses "
-        "two for long vectors. *pass* is a pass over memory by one thread; *a call* divides the time of a small vector.",
+        "two for long ones. *pass* is a pass over memory by one thread, *a call* divides the time of a small vector.",
     ),
     "fastfood": ("The linear F", "Fastfood: two transforms, a permutation, a gain and signs; and its adjoint."),
     "fastfood_profile": (
