@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -84,6 +84,13 @@ def passed(model: nn.Module, x: Tensor, gradients: bool) -> list[Tensor | None]:
     return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
 
 
+def assert_same_bits(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
+    """Compare outputs and gradients; None is a gradient that is not computed."""
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or other is None or torch.equal(one, other)
+
+
 @pytest.mark.law("attached-is-update")
 @given(
     shape=st.sampled_from([(6,), (3, 6), (2, 3, 6), (0, 6)]),
@@ -109,9 +116,7 @@ def test_it_gives_the_bits_of_the_general_way(
     assert short == [any(weights)] * 2
     with general(model):
         expected = passed(model, x, gradients)
-    for one, other in zip(found, expected, strict=True):
-        assert (one is None) == (other is None)
-        assert one is None or other is None or torch.equal(one, other)
+    assert_same_bits(found, expected)
 
 
 class Sees(torch.utils._python_dispatch.TorchDispatchMode):
@@ -190,9 +195,7 @@ def test_factors_of_another_dtype_give_the_bits_of_the_general_way(
         assert short == [any(weights)] * 2
         with general(model):
             expected = passed(model, x, gradients)
-    for one, other in zip(found, expected, strict=True):
-        assert (one is None) == (other is None)
-        assert one is None or other is None or torch.equal(one, other)
+    assert_same_bits(found, expected)
 
 
 def test_factors_of_several_dtypes_take_the_general_way() -> None:
