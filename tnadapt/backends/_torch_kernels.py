@@ -13,8 +13,7 @@ from ._torch_maps import KernelPair, KernelWithFallback, Map, in_memory, linear_
 
 __all__ = ["fastfood", "hadamard", "hadamard_at_once", "hadamard_into"]
 
-_FLOATS = (torch.float32, torch.float64)
-
+# The dtypes of kernels, with NumPy's.
 _DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 
 
@@ -36,7 +35,7 @@ def hadamard(x: Tensor, scale: float, axis: int, fallback: Map) -> Tensor | None
 
 def hadamard_at_once(x: Tensor, normalize: bool) -> Tensor | None:
     """Compute the transform of a small vector without checks before; None for any other tensor."""
-    if x.ndim != 1 or x.dtype not in _FLOATS or not (x.is_cpu and in_memory(x)) or recorded(x):
+    if x.ndim != 1 or x.dtype not in _DTYPES or not (x.is_cpu and in_memory(x)) or recorded(x):
         return None
     compiled = kernels("walsh")
     found = None if compiled is None else compiled.transform_at_once(on_memory(_array, x), normalize)

@@ -33,7 +33,8 @@ def low_rank_slice(plan: SuperLoRA, weight: int, arrays: Mapping[str, Float], dt
         how = factoring(plan, weight, single=True)
     if how is None or how.width is None or how.width * (rows + cols) >= rows * cols:
         return None
-    found, backend = how(load_backend("numpy"), arrays, dtype), load_backend("numpy")
+    backend = load_backend("numpy")
+    found = how(backend, arrays, dtype)
     matrix = found.pair(backend)
     return ModuleUpdate("lora", (rows, cols), (_narrowed(matrix, plan.largest_rank(weight)),), found.scale)
 

@@ -102,16 +102,20 @@ class Branch(NamedTuple):
     terms: tuple[tuple[bool, ...], ...]
     sides: tuple[Map, Map] | None = None
 
-    def narrowed(self, rows: Tensor) -> Tensor:
-        """Return what the matrices are multiplied by, given the rows of x."""
-        if self.sides is None or self.sides[1].identity:
-            return rows
-        return cast(Tensor, self.sides[1].adjoint(load_backend("torch"), rows))
+    @property
+    def output_map(self) -> Map | None:
+        """The map of the products with the matrices; None for the identity."""
+        return None if self.sides is None or self.sides[0].identity else self.sides[0]
 
     @property
-    def maps_output(self) -> bool:
-        """Whether a map is applied to the products with the matrices."""
-        return self.sides is not None and not self.sides[0].identity
+    def input_map(self) -> Map | None:
+        """The map whose adjoint is applied to x; None for the identity."""
+        return None if self.sides is None or self.sides[1].identity else self.sides[1]
+
+    def narrowed(self, rows: Tensor) -> Tensor:
+        """Return what the matrices are multiplied by, given the rows of x."""
+        map_ = self.input_map
+        return rows if map_ is None else cast(Tensor, map_.adjoint(load_backend("torch"), rows))
 
     def gathered(self, tensors: Sequence[Tensor]) -> list[list[Matrix]]:
         """Rebuild the factors from a flat sequence of tensors."""
@@ -214,12 +218,12 @@ class FactoredLinear(torch.autograd.Function):
         extra, at = iter(grads[1:]), 4
         for branch, own in _shared_out(ctx.branches, tensors):
             part = None if features is None else _part(branch.target, features)
-            if part is not None and branch.maps_output:
-                assert branch.sides is not None
-                part = branch.sides[0].adjoint(load_backend("torch"), part.reshape(len(rows), -1))
+            output_map, input_map = branch.output_map, branch.input_map
+            if part is not None and output_map is not None:
+                part = output_map.adjoint(load_backend("torch"), part.reshape(len(rows), -1))
             narrow, own_moved = branch.narrowed(rows), moved
-            if narrow is not rows:
-                own_moved = None if moved is None else torch.zeros_like(narrow)
+            if moved is not None and input_map is not None:
+                own_moved = torch.zeros_like(narrow)
             for term in branch.gathered(own):
                 inner, given = (next(kept), next(extra)) if _is_kept(term) else (None, None)
                 wanted = needed[at - 4 : at - 4 + sum(1 + (matrix.right is not None) for matrix in term)]
@@ -227,9 +231,8 @@ class FactoredLinear(torch.autograd.Function):
                 for tensor, wants in zip(several, wanted, strict=True):
                     found[at] = tensor if wants else None
                     at += 1
-            if moved is not None and own_moved is not None and own_moved is not moved:
-                assert branch.sides is not None
-                moved.add_(branch.sides[1].forward(load_backend("torch"), own_moved))
+            if moved is not None and input_map is not None:
+                moved.add_(input_map.forward(load_backend("torch"), own_moved))
         found[0] = None if moved is None else moved.view(x.shape)
         return tuple(found)
 
@@ -242,18 +245,15 @@ def _forward(
     y, kept = functional.linear(rows, weight, bias), []
     for branch, own in _shared_out(branches, tensors):
         part, narrow = _part(branch.target, y), branch.narrowed(rows)
-        total = part
-        if branch.maps_output:
-            assert branch.sides is not None
-            total = rows.new_zeros((len(rows), branch.sides[0].n_in))
+        output_map = branch.output_map
+        total = part if output_map is None else rows.new_zeros((len(rows), output_map.n_in))
         for term in branch.gathered(own):
             inner = _inner(narrow, term)
             if _is_kept(term):
                 kept.append(inner)
             _accumulate(total, _middle(inner, rows.shape[0], term), term[-1].left, branch.scale)
-        if branch.maps_output:
-            assert branch.sides is not None
-            part.add_(branch.sides[0].forward(load_backend("torch"), total).view(part.shape))
+        if output_map is not None:
+            part.add_(output_map.forward(load_backend("torch"), total).view(part.shape))
     y = y.view(*x.shape[:-1], y.shape[-1])
     # The same numbers as a tensor that is no view: autograd forbids in-place writes to views from a custom function.
     return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y, kept
