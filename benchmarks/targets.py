@@ -83,6 +83,7 @@ TARGETS: list[Target] = [
         2.0,
         "fwht",
         largest("ours/copy", case="in place", size=1 << 24, dtype="float32"),
+        "Two passes over memory, each of which takes longer than a copy, as the table below lists.",
     ),
     *(
         Target(
@@ -179,7 +180,13 @@ TARGETS: list[Target] = [
         for library in ("NumPy", "torch")
     ),
     *(
-        Target(f"{problem}: LoRA over PEFT's", 1.0, "steps", largest("ratio", problem=kind, case="lora"))
+        Target(
+            f"{problem}: LoRA over PEFT's",
+            1.0,
+            "steps",
+            largest("ratio", problem=kind, case="lora"),
+            "Single rounds are both faster and slower: see *low* and *high* below.",
+        )
         for kind, problem in PROBLEMS
     ),
     *(
