@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tnadapt.finetune import Method, Reporter, Task
+from tnadapt.finetune import Engine, Method, Reporter, Task, open_engine, run_tasks
+from tnadapt.finetune.engines import Do, discard
 from tnadapt.finetune.pareto_report import method_in
 from tnadapt.finetune.results import Results, read_lines
 from tnadapt.finetune.training import checked_rates
-from tnadapt.finetune.workers import Do, cores, run_tasks
 
 from .bench import FIELDS, Adapting, Bench, Setup
 from .loading import open_bench
@@ -49,7 +49,7 @@ class Generated:
 
 @dataclasses.dataclass(frozen=True)
 class _Adaptations:
-    """The :class:`~tnadapt.finetune.workers.Work` that is sent to a worker."""
+    """The :class:`~tnadapt.finetune.engines.Work` that is sent to a worker."""
 
     setup: Setup
     how: Adapting
@@ -109,7 +109,14 @@ class Generation:
         how["generated"] = how.pop("samples")
         return {**self.bench.settings(), **how}
 
-    def run(self, out: Path, jobs: int = 1, fresh: bool = False) -> list[Generated]:
+    def run(
+        self,
+        out: Path,
+        jobs: int = 1,
+        fresh: bool = False,
+        engine: str | Engine = "local",
+        options: Mapping[str, str] | None = None,
+    ) -> list[Generated]:
         """Run the adaptations that are not finished yet.
 
         Parameters
@@ -117,9 +124,12 @@ class Generation:
         out : Path
             The folder for ``results.jsonl``, ``images`` and ``adapters``; created if needed.
         jobs : int
-            Number of parallel adaptations; several run in separate processes. 0 means one per core.
+            Number of parallel adaptations; several run in separate processes. 0 means one per core, or
+            on a cluster as many as it has room for.
         fresh : bool
             Discard the results of an earlier run in that folder.
+        engine, options
+            As in :meth:`tnadapt.finetune.Study.run`.
 
         Returns
         -------
@@ -131,30 +141,35 @@ class Generation:
         FileError
             If the folder cannot be used: see :class:`~tnadapt.finetune.results.Results`.
         """
-        jobs = jobs or (cores() if self.setup.device == "cpu" else 1)
+        if not isinstance(engine, Engine):
+            engine = open_engine(engine, jobs, options, light=self.setup.device == "cpu")
         with Results(out / "results.jsonl", self.settings(), fresh, FIELDS) as results:
             if fresh:
                 _forget(out, results.dropped)
+                discard(out)
             base = Method(PRETRAINED, "", None)
             # The rate makes no difference to the base.
             first = [Task(base, seed, 0.0) for seed in self.seeds]
             first += [Task(method, 0, rate) for method in self.methods for rate in self.rates]
             rest = len(self.methods) * (len(self.seeds) - 1)
             self.reporter.begins(len(first) + rest, sum(task.key in results.records for task in first))
-            self._do(first, results, out, jobs)
+            self._do(first, results, out, engine)
             rates = {method: chosen_rate(results.records, method, self.rates) for method in self.methods}
             others = [Task(method, seed, rates[method]) for seed in self.seeds[1:] for method in self.methods]
-            self._do(others, results, out, jobs)
+            self._do(others, results, out, engine)
             every = {base: 0.0, **rates}
             return [_point(method, rate, self.seeds, results.records) for method, rate in every.items()]
 
-    def _do(self, tasks: Sequence[Task], results: Results, out: Path, jobs: int) -> None:
+    def _do(self, tasks: Sequence[Task], results: Results, out: Path, engine: Engine) -> None:
         missing = [task for task in tasks if task.key not in results.records]
         if not missing:
             return
-        results.begin_session(jobs=jobs, device=self.setup.device)
+        results.begin_session(engine=engine.name, jobs=engine.jobs, device=self.setup.device)
         work = _Adaptations(self.setup, self.how, out)
-        done = run_tasks(work.of(self.bench), work, missing, jobs, None, self.reporter.training)
+        done = run_tasks(
+            work, missing, out, engine=engine, study=results.digest, progress=self.reporter.training,
+            do=work.of(self.bench),
+        )  # fmt: skip
         with contextlib.closing(done):  # an exception here must end the workers immediately
             for task, record in done:
                 results.add(record)

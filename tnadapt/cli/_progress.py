@@ -97,7 +97,7 @@ class _Lines:
 
     def finished(self, task: Task, record: Mapping[str, Any]) -> None:
         self.done += 1
-        self._say(f"[{self.done}/{self.all}] {_told(task)}: {_outcome(record)}")
+        self._say(f"[{self.done}/{self.all}] {task.name}: {_outcome(record)}")
 
 
 class _Bars:
@@ -119,7 +119,7 @@ class _Bars:
 
     def training(self, task: Task, done: float) -> None:
         if task.key not in self.now:
-            self.now[task.key] = self.bars.add_task(escaped(f"  {_told(task)}"), total=1.0, counted="")
+            self.now[task.key] = self.bars.add_task(escaped(f"  {task.name}"), total=1.0, counted="")
         self.bars.update(self.now[task.key], completed=done)
 
     def finished(self, task: Task, record: Mapping[str, Any]) -> None:
@@ -128,10 +128,6 @@ class _Bars:
         self.done += 1
         if self.whole is not None:
             self.bars.update(self.whole, completed=self.done, counted=f"{self.done}/{self.all}")
-
-
-def _told(task: Task) -> str:
-    return f"{task.method.name}, rate {task.rate:g}, seed {task.seed}"
 
 
 def _outcome(record: Mapping[str, Any]) -> str:

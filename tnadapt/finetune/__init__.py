@@ -18,6 +18,7 @@ from ._prediction import Predictions, predict
 from ._problem_loading import open_problem
 from ._specification import Spec
 from ._study import Outcome, Reporter, Study
+from .engines import Engine, open_engine, run_tasks
 from .grid import Method, default_methods
 from .pareto_report import Point, pareto_front
 from .problem import Problem
@@ -25,6 +26,7 @@ from .training import Task, Training, usable_device
 
 __all__ = [
     "Choice",
+    "Engine",
     "Method",
     "Outcome",
     "Point",
@@ -36,9 +38,11 @@ __all__ = [
     "Task",
     "Training",
     "default_methods",
+    "open_engine",
     "open_problem",
     "pareto_front",
     "predict",
+    "run_tasks",
     "usable_device",
     "within",
 ]

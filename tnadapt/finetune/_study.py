@@ -20,20 +20,20 @@ from ._controls import Control, control_of
 from ._problem_loading import open_problem
 from ._run_logs import clear_logs, log_folder
 from ._specification import Spec
+from .engines import Do, Engine, discard, open_engine, run_tasks
 from .grid import BASE, HEAD, Method
 from .loop import threads
 from .pareto_report import Point, best_point, better_rate, points_of, trained_on
 from .problem import Problem, base_digest, samples_digest
 from .results import Results
 from .training import Task, Training, checked_rates, train
-from .workers import Do, cores, run_tasks, threads_each
 
 __all__ = ["Outcome", "Reporter", "Study"]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Trainings:
-    """The :class:`~tnadapt.finetune.workers.Work` that is sent to a worker."""
+    """The :class:`~tnadapt.finetune.engines.Work` that is sent to a worker."""
 
     spec: Spec
     training: Training
@@ -211,7 +211,14 @@ class Study:
             **self.training.settings(),
         }
 
-    def run(self, out: Path, jobs: int = 1, fresh: bool = False) -> Outcome:
+    def run(
+        self,
+        out: Path,
+        jobs: int = 1,
+        fresh: bool = False,
+        engine: str | Engine = "local",
+        options: Mapping[str, str] | None = None,
+    ) -> Outcome:
         """Run the trainings that are not finished yet, and report on all.
 
         Parameters
@@ -220,9 +227,14 @@ class Study:
             The folder for ``results.jsonl``, ``pareto.png``, ``best.safetensors`` and the adapters; created if needed.
         jobs : int
             Number of parallel trainings; several run in separate processes (a script then needs
-            ``if __name__ == "__main__"``). 0 means one per core if a training needs one thread, else 1.
+            ``if __name__ == "__main__"``). 0 means one per core if a training needs one thread, else 1; on a cluster,
+            as many as it has room for.
         fresh : bool
             Discard the results of an earlier run in that folder.
+        engine : str or Engine
+            Where parallel trainings run: see :func:`~tnadapt.finetune.run_tasks`.
+        options : mapping of str to str, optional
+            Settings of the engine.
 
         Returns
         -------
@@ -232,27 +244,32 @@ class Study:
         ------
         FileError
             If the folder cannot be used: see :class:`~tnadapt.finetune.results.Results`.
+        TnadaptError
+            If the engine cannot be used, or a training failed.
         """
+        if not isinstance(engine, Engine):
+            engine = open_engine(engine, jobs, options, self.problem.threads == 1 and self.training.device == "cpu")
         _check(out)
-        jobs = jobs or (cores() if self.problem.threads == 1 and self.training.device == "cpu" else 1)
         adapters = out / "adapters"
         with Results(out / "results.jsonl", self.settings(), fresh) as results:
             for name in results.dropped:
                 with contextlib.suppress(OSError):
                     (adapters / name).unlink()
                 clear_logs(log_folder(adapters, name))
+            if fresh:
+                discard(out)
             before = len(results.records)
             found = sum(task.key in results.records for task in self.tasks)
             rest = self.seeds[self.tuned_by :] if self.tuned_by else ()
             self.reporter.begins(len(self.tasks) + len(rest) * len(self.methods), found)
-            self._train_missing(self.tasks, results, adapters, jobs)
+            self._train_missing(self.tasks, results, adapters, engine)
             metric = self.problem.task.metric
             tuned = {
                 method: better_rate(results.records, method, self.rates, self.seeds[: self.tuned_by], metric)
                 for method in self.methods
             }
             others = [Task(method, seed, rate) for seed in rest for method, rate in tuned.items() if rate is not None]
-            self._train_missing(others, results, adapters, jobs)
+            self._train_missing(others, results, adapters, engine)
             trained = len(results.records) - before
             points = points_of(results.records, self.methods, self.rates, self.seeds, self.tuned_by, metric)
             best = best_point(points)
@@ -261,39 +278,42 @@ class Study:
                 results.remark({"control": control.to_dict()})
             adapter, proof = None, None
             if best is not None:
-                adapter, proof = self._saved(best, results, adapters, out, jobs)
+                adapter, proof = self._saved(best, results, adapters, engine)
         picture = self._draw(points, out / "pareto.png")
         reused = len(self.tasks) + len(others) - trained
         return Outcome(points, best, adapter, proof, picture, trained, reused, control)
 
-    def _train_missing(self, tasks: Sequence[Task], results: Results, adapters: Path, jobs: int) -> None:
+    def _train_missing(self, tasks: Sequence[Task], results: Results, adapters: Path, engine: Engine) -> None:
         missing = [task for task in tasks if task.key not in results.records]
         if missing:
-            results.begin_session(jobs=jobs, device=self.training.device)
-            self._train(missing, results, adapters, jobs)
+            results.begin_session(engine=engine.name, jobs=engine.jobs, device=self.training.device)
+            self._train(missing, results, adapters, engine)
 
-    def _train(self, tasks: Sequence[Task], results: Results, adapters: Path, jobs: int) -> None:
+    def _train(self, tasks: Sequence[Task], results: Results, adapters: Path, engine: Engine) -> None:
         work = _Trainings(self.spec, self.training, adapters)
-        do, wanted = work.of(self.problem), self.problem.threads
-        done = run_tasks(do, work, tasks, jobs, wanted, self.reporter.training)
+        done = run_tasks(
+            work, tasks, adapters.parent, engine=engine, threads=self.problem.threads, study=results.digest,
+            progress=self.reporter.training, do=work.of(self.problem),
+        )  # fmt: skip
         with contextlib.closing(done):  # an exception here must end the workers immediately
             for task, record in done:
                 results.add(record)
                 self.reporter.finished(task, record)
 
-    def _saved(self, best: Point, results: Results, adapters: Path, out: Path, jobs: int) -> tuple[Path, Proof]:
+    def _saved(self, best: Point, results: Results, adapters: Path, engine: Engine) -> tuple[Path, Proof]:
         # The seed with the best validation score.
         quality = best.metric.quality
         record = max(best.records, key=lambda one: (quality(one["validation"]), -one["seed"]))
         task = Task(best.method, record["seed"], best.rate)
+        tasks = len(self.tasks)
         if not (adapters / task.file_name()).is_file():
             self.reporter.begins(1, 0)
-            self._train([task], results, adapters, 1)
-            record, jobs = results.records[task.key], 1
-        path = out / "best.safetensors"
+            self._train([task], results, adapters, engine)
+            record, tasks = results.records[task.key], 1
+        path = adapters.parent / "best.safetensors"
         replace_file(str(path), (adapters / task.file_name()).read_bytes())
         # The same number of threads as in training: another one would change the order of sums, and the rounding.
-        with threads(threads_each(self.problem.threads, min(jobs, len(self.tasks)))):
+        with threads(engine.threads(self.problem.threads, tasks)):
             return path, prove(self.problem, record, path, self.training)
 
     def _draw(self, points: Sequence[Point], path: Path) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tnadapt.errors import FileError
+
+from ._line_files import append_line
 
 __all__ = ["FORMAT", "Results", "machine", "read_lines"]
 
@@ -51,6 +52,8 @@ class Results:
         The finished trainings by key.
     dropped : list of str
         Adapter files named in the lines that a fresh start discarded.
+    digest : str
+        The digest of the study's settings.
     remarks : dict of str to dict
         The last line of each kind of :meth:`remark`, by the name of its only field.
 
@@ -82,7 +85,7 @@ class Results:
             raise
 
     def _read(self, study: dict[str, Any], fresh: bool) -> None:
-        digest = hashlib.sha256(json.dumps(study, sort_keys=True).encode()).hexdigest()
+        self.digest = digest = hashlib.sha256(json.dumps(study, sort_keys=True).encode()).hexdigest()
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
@@ -119,15 +122,9 @@ class Results:
         return found
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        end = self._file.seek(0, os.SEEK_END)
-        rest = memoryview(json.dumps(line).encode() + b"\n")
         try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
+            append_line(self._file, line)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                self._file.truncate(end)
             raise FileError(f"cannot write results to {self.path}: {error.strerror}") from None
 
     def begin_session(self, **more: Any) -> None:

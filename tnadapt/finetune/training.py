@@ -99,6 +99,11 @@ class Task:
         """The key of its result line, unique within a study."""
         return hashlib.sha256(repr((self.settings(), self.seed, self.rate)).encode()).hexdigest()[:16]
 
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return f"{self.method.name}, rate {self.rate:g}, seed {self.seed}"
+
     def settings(self) -> dict[str, Any] | None:
         """Return the config with this seed as JSON values; None for the head alone."""
         if self.method.config is None:

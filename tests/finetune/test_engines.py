@@ -1,0 +1,430 @@
+"""Engines: what is finished is kept, what dies is tried again, and nothing is left running."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("torch")
+
+import torch
+
+import tnadapt as tna
+from tests.support.depth import in_depth
+from tnadapt.finetune import Engine, engines, open_engine, run_tasks
+from tnadapt.finetune.engines import Started
+
+from .played_tasks import ROOT, Act, Play, acts, environment, lines, run, start
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 60.0) -> bool:
+    """Return whether something becomes true."""
+    limit = time.monotonic() + seconds
+    while not what() and time.monotonic() < limit:
+        time.sleep(0.05)
+    return bool(what())
+
+
+def lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    # Where nobody collects what orphans leave.
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return True
+
+
+def gone(folder: Path) -> bool:
+    """Return whether all other processes that opened the work end soon."""
+    others = {int(process) for process in Play(folder).noted("process")} - {os.getpid()}
+    return bool(others) and wait_for(lambda: not any(map(lives, others)), 30)
+
+
+def finish(done: list[str], found: Iterable[tuple[Act, Any]], go: Path | None = None) -> None:
+    """Append what is finished; let a task that waits go on when two others are."""
+    for task, _ in found:
+        done.append(task.does)
+        if go is not None and len(done) == 2:
+            go.touch()
+
+
+def keys(found: list[dict[str, Any]]) -> list[str]:
+    return sorted(one["key"] for one in found)
+
+
+# -- In this process -------------------------------------------------------------------------------
+
+
+def test_one_job_runs_here_in_order_and_as_if_its_lines_had_been_in_a_file(tmp_path: Path) -> None:
+    progress: list[tuple[str, float]] = []
+    before = torch.get_num_threads()
+    found = list(
+        run_tasks(
+            Play(tmp_path), acts(*"cab"), tmp_path, threads=before + 2,
+            progress=lambda task, done: progress.append((task.does, done)),
+        )
+    )  # fmt: skip
+    assert [task.does for task, _ in found] == list("cab")
+    assert [line for _, line in found] == [
+        {"does": name, "pair": [1, 2], "threads": before + 2, "process": os.getpid()} for name in "cab"
+    ]
+    assert progress == [(name, 0.5) for name in "cab"]
+    assert torch.get_num_threads() == before
+    assert not (tmp_path / "workers").exists()
+
+
+def test_what_was_opened_already_is_used_here(tmp_path: Path) -> None:
+    (found,) = run_tasks(Play(tmp_path / "none"), acts("a"), tmp_path, do=lambda task, report: {"own": task.does})
+    assert found == (Act("a"), {"own": "a"})
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [("refuses", tna.TnadaptError, "^not like this$"), ("raises", Exception, "no luck")],
+)
+def test_here_errors_are_what_they_are(name: str, error: type[Exception], message: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=message):
+        list(run_tasks(Play(tmp_path), acts(name), tmp_path))
+
+
+def test_a_line_must_be_json(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, do=lambda task, report: {"set": {1}}))
+
+
+def test_keys_must_differ(tmp_path: Path) -> None:
+    with pytest.raises(tna.TnadaptError, match="tasks need different keys; 2 have the key 'a/0'"):
+        list(run_tasks(Play(tmp_path), [Act("a"), Act("b"), Act("a")], tmp_path))
+
+
+# -- By name ---------------------------------------------------------------------------------------
+
+
+def test_an_unknown_engine_or_option_is_named() -> None:
+    with pytest.raises(tna.TnadaptError, match=f"no engine 'rey'; expected one of {', '.join(engines.ENGINES)}"):
+        open_engine("rey")
+    with pytest.raises(tna.TnadaptError, match="engine local has no option 'partition'; it has none"):
+        open_engine("local", options={"partition": "gpu"})
+
+
+@pytest.mark.parametrize(("jobs", "light", "expected"), [(0, False, 1), (0, True, None), (3, False, 3), (3, True, 3)])
+def test_how_many_run_on_this_machine(jobs: int, light: bool, expected: int | None) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    engine = open_engine("local", jobs, light=light)
+    assert engine.jobs == engine.room == (expected or cores)
+    assert engine.threads(5, 7) == 5
+    assert engine.threads(None, 1) == torch.get_num_threads()
+    assert engine.threads(None, 7) == max(1, torch.get_num_threads() // engine.jobs)
+
+
+# -- Lines that nobody has read --------------------------------------------------------------------
+
+
+def leave(folder: Path, study: str = "") -> Path:
+    """Leave what a program leaves that is killed when two of its workers have finished two tasks each."""
+    run = folder / "workers" / ("0123456789abcdef" * 2)
+    run.mkdir(parents=True)
+    (folder / "workers" / "current.json").write_text(json.dumps({"study": study, "run": run.name}))
+    for worker, names in enumerate(("ab", "cd")):
+        text = "".join(json.dumps({"key": f"{name}/0", "line": {"was": name}}) + "\n" for name in names)
+        (run / f"worker-{worker}.jsonl").write_text(text)
+    (run / "progress-1234").write_text("0.5\n")
+    return run
+
+
+def words(found: Any) -> dict[str, str]:
+    return {task.does: line.get("was", "new") for task, line in found}
+
+
+@pytest.mark.law("killed-sweep")
+def test_what_workers_had_finished_is_not_run_again(tmp_path: Path) -> None:
+    leave(tmp_path)
+    found = run_tasks(Play(tmp_path), [Act(name) for name in "bxda"], tmp_path)
+    assert words(found) == {"b": "b", "d": "d", "a": "a", "x": "new"}
+    assert Play(tmp_path).noted("begun") == ["x/0"]
+    assert not (tmp_path / "workers").exists()
+
+
+@pytest.mark.law("killed-sweep")
+def test_who_stops_reading_loses_none_of_them(tmp_path: Path) -> None:
+    leave(tmp_path)
+    with contextlib.closing(run_tasks(Play(tmp_path), [Act("a"), Act("b")], tmp_path)) as found:
+        assert next(found) == (Act("a"), {"was": "a"})
+    assert words(run_tasks(Play(tmp_path), [Act("b")], tmp_path)) == {"b": "b"}
+
+
+def test_lines_of_another_study_are_discarded(tmp_path: Path) -> None:
+    leave(tmp_path, "one")
+    assert words(run_tasks(Play(tmp_path), [Act("a")], tmp_path, study="other")) == {"a": "new"}
+    assert not (tmp_path / "workers").exists()
+
+
+def test_discarding_takes_its_own_alone(tmp_path: Path) -> None:
+    run = leave(tmp_path)
+    (tmp_path / "workers" / "precious").write_text("mine")
+    engines.discard(tmp_path)
+    assert not run.exists()
+    assert [path.name for path in (tmp_path / "workers").iterdir()] == ["precious"]
+    engines.discard(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", "{}", '{"study": "", "run": 5}', '{"study": "", "run": "../../precious"}', "[" * 9999]
+)
+def test_a_damaged_note_leads_nowhere(content: str, tmp_path: Path) -> None:
+    run = leave(tmp_path / "study")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "study" / "workers" / "current.json").write_text(content)
+    assert words(run_tasks(Play(tmp_path), [Act("a")], tmp_path / "study")) == {"a": "new"}
+    assert (tmp_path / "precious").is_dir()
+    assert run.is_dir()
+
+
+@pytest.mark.law("killed-sweep")
+@given(cut=st.integers(0, 200), junk=st.binary(max_size=20))
+def test_of_a_file_that_was_cut_the_whole_lines_count(
+    cut: int, junk: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    path = leave(folder) / "worker-0.jsonl"
+    whole = path.read_bytes()[:cut]
+    path.write_bytes(whole + junk.replace(b"\n", b""))
+    found = words(run_tasks(Play(folder), [Act(name) for name in "abcd"], folder))
+    expected = [name for name in "ab" if f'{{"key": "{name}/0", "line": {{"was": "{name}"}}}}\n'.encode() in whole]
+    assert found == {name: name if name in [*expected, "c", "d"] else "new" for name in "abcd"}
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "workers").write_text("")
+    with pytest.raises(tna.FileError, match=r"cannot write to .*workers.*; give another folder"):
+        list(run_tasks(Play(tmp_path), acts("a", "b"), tmp_path, jobs=2))
+
+
+# -- An engine of one's own ------------------------------------------------------------------------
+
+
+class Crowded(Engine):
+    """Runs all calls here, at most two at a time, the last one first."""
+
+    name = "crowded"
+    known: ClassVar[Mapping[str, str]] = {"cpus": "cores"}
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self.most = 0
+        self.closed = False
+
+    def threads(self, wanted: int | None, tasks: int) -> int:
+        return wanted or int(self.number("cpus", 1))
+
+    @property
+    def room(self) -> int:
+        return 2
+
+    def start(self, folder: Path, threads: int) -> Started:
+        return _Here(self)
+
+    def advice(self, folder: Path) -> str:
+        return "use a larger room"
+
+
+class _Here(Started):
+    def __init__(self, engine: Crowded) -> None:
+        self.engine = engine
+        self.calls: list[Any] = []
+
+    def submit(self, calls: Any) -> None:
+        self.calls += calls
+        self.engine.most = max(self.engine.most, len(self.calls))
+
+    def wait(self, seconds: float) -> list[tuple[str, Any]]:
+        call = self.calls.pop()
+        if call.task.does.startswith("lost"):
+            if call.task.does == "lost after its line":
+                engines.run_call(call)
+            return [(call.task.key, engines.Died("out of memory"))]
+        return [(call.task.key, engines.run_call(call))]
+
+    def close(self) -> None:
+        self.engine.closed = True
+
+
+def test_another_engine(tmp_path: Path) -> None:
+    engine = Crowded(options={"cpus": "2"})
+    found = list(run_tasks(Play(tmp_path), acts(*"abcde"), tmp_path, engine=engine))
+    assert sorted(task.does for task, _ in found) == list("abcde")
+    assert {line["threads"] for _, line in found} == {2}
+    assert (engine.most, engine.closed) == (2, True)
+    assert not (tmp_path / "workers").exists()
+    with pytest.raises(tna.TnadaptError, match="option cpus of engine crowded must be a number of at least 0; got 'x'"):
+        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine=Crowded(options={"cpus": "x"})))
+    with pytest.raises(tna.TnadaptError, match="engine crowded has no option 'gpus'; it has cpus"):
+        Crowded(options={"gpus": "1"})
+
+
+def test_who_dies_after_its_line_was_written_has_finished(tmp_path: Path) -> None:
+    (found,) = run_tasks(Play(tmp_path), acts("lost after its line"), tmp_path, engine=Crowded())
+    assert found[1]["does"] == "lost after its line"
+    assert len(Play(tmp_path).noted("begun")) == 1
+
+
+def test_who_always_dies_is_named_when_all_others_are_done(tmp_path: Path) -> None:
+    done: list[str] = []
+    with pytest.raises(tna.TnadaptError) as caught:
+        finish(done, run_tasks(Play(tmp_path), acts("lost", *"abcde"), tmp_path, engine=Crowded()))
+    assert sorted(done) == list("abcde")
+    assert str(caught.value) == (
+        "a worker died 3 times while it ran lost/0 (out of memory); use a larger room. What is finished is kept: run "
+        "the same command again to continue"
+    )
+
+
+def test_a_failure_waits_for_no_others(tmp_path: Path) -> None:
+    done: list[str] = []
+    with pytest.raises(RuntimeError, match=r"(?s)a task failed \(raises/1\):\n.*UnpicklableError: no luck"):
+        finish(done, run_tasks(Play(tmp_path), acts("a", "raises", "b", "c"), tmp_path, engine=Crowded()))
+    assert done == []
+    # What is not known to be finished is in the workers' files, if it is.
+    assert words(run_tasks(Play(tmp_path), acts("a"), tmp_path)) == {"a": "new"}
+
+
+# -- Processes of this machine ---------------------------------------------------------------------
+
+
+def test_each_of_two_processes_opens_the_work_once_and_does_several(tmp_path: Path) -> None:
+    progress: list[tuple[str, float]] = []
+    found = list(
+        run_tasks(
+            Play(tmp_path), acts(*"abcdef"), tmp_path, jobs=2, threads=3,
+            progress=lambda task, done: progress.append((task.does, done)),
+        )
+    )  # fmt: skip
+    assert sorted(task.does for task, _ in found) == list("abcdef")
+    processes = {line["process"] for _, line in found}
+    assert os.getpid() not in processes
+    assert len(processes) <= 2
+    assert sorted(map(int, Play(tmp_path).noted("process"))) == sorted(processes)
+    assert {line["threads"] for _, line in found} == {3}
+    assert set(progress) == {(name, 0.5) for name in "abcdef"}
+    assert not (tmp_path / "workers").exists()
+    assert gone(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("refuses", tna.TnadaptError, "^not like this$"),
+        ("raises", RuntimeError, r"(?s)a task failed \(raises/3\):\n.*UnpicklableError: no luck"),
+    ],
+)
+def test_one_that_fails_ends_those_that_run_and_loses_none_that_is_done(
+    name: str, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    finished: list[str] = []
+    began = time.monotonic()
+    with pytest.raises(error, match=message):
+        finish(finished, run_tasks(Play(tmp_path), acts("long", "a", "b", name, "c"), tmp_path, jobs=2))
+    assert finished == ["a", "b"]
+    assert time.monotonic() - began < 120, "it does not wait for the long one"
+    assert gone(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.law("killed-sweep")
+def test_one_that_dies_disturbs_no_other_and_is_tried_again(tmp_path: Path) -> None:
+    finished: list[str] = []
+    names = ("waits", "killed-once", "killed", "a")
+    with pytest.raises(tna.TnadaptError, match=r"a worker died 3 times while it ran killed/2; .*--jobs 1; .*again"):
+        finish(finished, run_tasks(Play(tmp_path), acts(*names), tmp_path, jobs=2), go=tmp_path / "go")
+    assert sorted(finished) == ["a", "killed-once", "waits"]
+    assert Play(tmp_path).noted("begun") == ["a/3", *["killed-once/1"] * 2, *["killed/2"] * 3, "waits/0"]
+    assert gone(tmp_path)
+
+
+@pytest.mark.slow
+def test_who_stops_listening_ends_those_that_run(tmp_path: Path) -> None:
+    with contextlib.closing(run_tasks(Play(tmp_path), acts("a", "long", "long"), tmp_path, jobs=2)) as found:
+        assert next(found)[0].does == "a"
+    assert gone(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("keyboard")
+@pytest.mark.parametrize("number", in_depth([signal.SIGKILL, signal.SIGINT], [signal.SIGKILL]))
+def test_a_parent_that_is_killed_or_interrupted_leaves_no_worker(number: signal.Signals, tmp_path: Path) -> None:
+    with start(tmp_path, "local", "long", "long") as process:
+        assert wait_for(lambda: len(Play(tmp_path).noted("begun")) == 2)
+        os.kill(process.pid, number) if number == signal.SIGKILL else os.killpg(process.pid, number)
+        _, told = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert told.splitlines()[-1] == "KeyboardInterrupt"
+        # Python forgets that it was interrupted if code is compiled at exit, as torch does where tabulate is installed.
+        assert process.returncode in (-signal.SIGINT, 1)
+    else:
+        assert process.returncode == -number
+    assert gone(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import pathlib\nfrom tests.finetune.played_tasks import Play, acts, run_tasks\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "list(run_tasks(Play(folder), acts('long', 'long'), folder, jobs=2))\n"
+    )
+    done = run_script(script)
+    assert done.returncode == 1
+    assert "run the study under if __name__ == '__main__'" in done.stderr.splitlines()[-1]
+
+
+def run_script(path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=120,
+        check=False,
+    )  # fmt: skip
+
+
+# -- Every engine ----------------------------------------------------------------------------------
+
+ENGINES = [("local", ())]
+
+
+@pytest.mark.slow
+@pytest.mark.law("killed-sweep")
+@pytest.mark.parametrize(("engine", "options"), ENGINES)
+def test_a_killed_program_finds_the_lines_of_its_workers(engine: str, options: tuple[str, ...], tmp_path: Path) -> None:
+    names = ("a", "b", "waits", "killed-once")
+    with start(tmp_path, engine, *names, options=options) as process:
+        # Stopped, it cannot read what its workers write.
+        assert wait_for(lambda: len(Play(tmp_path).noted("begun")) >= 1)
+        os.kill(process.pid, signal.SIGSTOP)
+        assert wait_for(lambda: list(tmp_path.glob("workers/*/worker-*.jsonl")))
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+    (tmp_path / "go").touch()
+    files = tmp_path.glob("workers/*/worker-*.jsonl")
+    before = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    done = run(tmp_path, engine, *names, options=options)
+    assert done.returncode == 0, done.stderr
+    own = lines((tmp_path / "own.jsonl").read_text())
+    assert keys(own) == ["a/0", "b/1", "killed-once/3", "waits/2"]
+    assert before
+    for one in before:
+        assert Play(tmp_path).noted("begun").count(one["key"]) == 1
+    assert not (tmp_path / "workers").exists()

@@ -1,0 +1,111 @@
+"""Processes of this machine.
+
+Each of the parallel tasks has a :class:`~concurrent.futures.ProcessPoolExecutor` of one worker. An executor breaks when
+one of its workers dies, and loses whatever the others are doing; so joblib and loky, whose executors do the same, would
+lose the trainings of all workers with one of them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import torch
+
+from ._engine import Engine, Started
+from ._task_call import Died, Ended, Failed, TaskCall, run_call
+
+__all__ = ["LocalEngine"]
+
+
+class LocalEngine(Engine):
+    """Processes of this machine; a single job runs in this process itself."""
+
+    name = "local"
+
+    def __init__(self, jobs: int = 0, options: Mapping[str, str] | None = None, light: bool = False) -> None:
+        super().__init__(jobs or (_cores() if light else 1), options, light)
+
+    def threads(self, wanted: int | None, tasks: int) -> int:
+        """Return as many as wanted, or an equal share of all."""
+        return wanted or max(1, torch.get_num_threads() // max(1, min(self.jobs, tasks)))
+
+    def here(self, tasks: int) -> bool:
+        """Whether only one task runs at a time."""
+        return min(self.jobs, tasks) < 2
+
+    def start(self, folder: Path, threads: int) -> Started:
+        """Start no process yet: each starts with the first task that needs it."""
+        return _Processes()
+
+    def advice(self, folder: Path) -> str:
+        """Return what usually kills processes of one machine."""
+        return "if memory was short, use --jobs 1; in a script, run the study under if __name__ == '__main__'"
+
+
+def _cores() -> int:
+    """Return the number of cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+class _Processes(Started):
+    def __init__(self) -> None:
+        self.context = multiprocessing.get_context("spawn")  # fork is unsafe with torch's threads
+        self.stopped, self.stop = self.context.Pipe(duplex=False)
+        self.idle: list[futures.ProcessPoolExecutor] = []
+        self.busy: dict[futures.Future[Ended], tuple[str, futures.ProcessPoolExecutor]] = {}
+
+    def submit(self, calls: Sequence[TaskCall]) -> None:
+        for call in calls:
+            pool = self.idle.pop() if self.idle else self._pool()
+            self.busy[pool.submit(run_call, call)] = (call.task.key, pool)
+
+    def _pool(self) -> futures.ProcessPoolExecutor:
+        return futures.ProcessPoolExecutor(1, self.context, _begin, (self.stopped,))
+
+    def wait(self, seconds: float) -> Iterator[tuple[str, Ended]]:
+        done, _ = futures.wait(self.busy, timeout=seconds, return_when=futures.FIRST_COMPLETED)
+        for future in done:
+            key, pool = self.busy.pop(future)
+            error = future.exception()
+            if isinstance(error, BrokenProcessPool):
+                pool.shutdown(wait=False)
+                yield key, Died()
+            else:
+                self.idle.append(pool)
+                yield key, future.result() if error is None else Failed(f"{type(error).__name__}: {error}", False)
+
+    def close(self) -> None:
+        # Without this the executors would wait for running tasks, and for interpreters that take seconds to unload
+        # torch.
+        self.stop.send_bytes(b"stop")
+        for pool in [*self.idle, *(pool for _, pool in self.busy.values())]:
+            pool.shutdown(cancel_futures=True)
+        self.stop.close()
+        self.stopped.close()
+
+
+# -- In a worker -------------------------------------------------------------------------------
+
+
+def _begin(stopped: Connection) -> None:
+    # Ctrl-C is handled by the parent, which then ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_when_told, args=(stopped,), daemon=True).start()
+
+
+def _end_when_told(stopped: Connection) -> None:
+    """End this process, even during a task, when the parent says so or has died."""
+    parent = multiprocessing.parent_process()
+    wait([stopped, *([] if parent is None else [parent.sentinel])])
+    os._exit(1)

@@ -1,0 +1,191 @@
+"""Run tasks on an engine: what is finished is kept, what died is tried again."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tnadapt.errors import TnadaptError, safe_repr
+from tnadapt.finetune.loop import threads as torch_threads
+
+from ._engine import Engine
+from ._engine_registry import open_engine
+from ._run_folder import RunFolder
+from ._task_call import Died, Failed, Finished, TaskCall, as_json
+from ._work import Do, Keyed, Work, name_of
+
+__all__ = ["run_tasks"]
+
+#: How often a task is started whose worker dies.
+ATTEMPTS = 3
+
+T = TypeVar("T", bound=Keyed)
+
+
+def run_tasks(
+    work: Work,
+    tasks: Sequence[T],
+    folder: str | os.PathLike[str],
+    *,
+    engine: str | Engine = "local",
+    jobs: int = 1,
+    options: Mapping[str, str] | None = None,
+    threads: int | None = None,
+    progress: Callable[[T, float], None] = lambda task, done: None,
+    study: str = "",
+    do: Do | None = None,
+) -> Generator[tuple[T, dict[str, Any]]]:
+    """Run tasks on this machine or a cluster, and yield each with its result line when it is finished.
+
+    It knows nothing of adapters. The work is any picklable object whose ``open()`` loads what all tasks need, once per
+    process, and returns a function ``do(task, report)``. That runs a task, calls ``report`` with the fraction done as
+    often as it likes, and returns the result line: a dict that JSON can hold. A task is any picklable object with a
+    ``key``: a string, unique among the tasks and the same in every run of the program. If it has a ``name``, messages
+    use it.
+
+    Every worker writes the lines to a file of its own in ``folder / "workers"``, synchronized, before it reports them.
+    Write each line to your own file before you ask for the next one. If the program is then killed at any time, call
+    this again with the tasks that your file lacks: those that workers had finished are yielded from the workers' files
+    and are not run again. A worker that dies is tried again, twice at most.
+
+    Parameters
+    ----------
+    work : Work
+    tasks : sequence
+    folder : path
+        Which all workers can write to: on a cluster, on a file system that its machines share. Only one program at a
+        time may use it.
+    engine : str or Engine
+        ``local``, ``ray`` or ``slurm``; see :func:`open_engine`.
+    jobs : int
+        The largest number of parallel tasks; with ``local`` and 1 they run in this process, and with 0 on a cluster as
+        many as it has room for. Parallel tasks of a script need ``if __name__ == "__main__"``.
+    options : mapping of str to str, optional
+        Settings of the engine.
+    threads : int, optional
+        Torch's threads for each task; by default, an equal share of this machine's, or the engine's option ``cpus``.
+    progress : callable
+        Called with a task and the fraction done.
+    study : str
+        Anything that identifies what the lines depend on besides the keys, such as a digest of the settings. Lines that
+        workers wrote for another study are discarded.
+    do : callable, optional
+        What ``work.open()`` would return, if you have opened it already; used in this process alone.
+
+    Yields
+    ------
+    task, dict
+        In the order in which they are finished.
+
+    Raises
+    ------
+    TnadaptError
+        If two tasks have the same key; if a task raises one; or, after all other tasks, if a worker has died three
+        times with the same task.
+    RuntimeError
+        If a task raises any other exception, with its traceback. Running tasks are ended.
+
+    Examples
+    --------
+    >>> import dataclasses, tempfile
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Power:
+    ...     exponent: int
+    ...     def open(self):
+    ...         return lambda task, report: {"result": task.base**self.exponent}
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Number:
+    ...     base: int
+    ...     @property
+    ...     def key(self):
+    ...         return f"base-{self.base}"
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for task, line in run_tasks(Power(2), [Number(3), Number(4)], folder):
+    ...         print(task.key, line)
+    base-3 {'result': 9}
+    base-4 {'result': 16}
+    """
+    used = engine if isinstance(engine, Engine) else open_engine(engine, jobs, options)
+    keys = collections.Counter(task.key for task in tasks)
+    if twice := [key for key, count in keys.items() if count > 1]:
+        raise TnadaptError(f"tasks need different keys; {keys[twice[0]]} have the key {safe_repr(twice[0])}")
+    place = RunFolder(Path(folder), study)
+    found = place.lines()
+    for task in tasks:
+        if task.key in found:
+            yield task, found[task.key]
+    missing = [task for task in tasks if task.key not in found]
+    share = used.threads(threads, len(missing))
+    if missing and used.here(len(missing)):
+        yield from _one_by_one(do or work.open(), missing, share, progress)
+    elif missing:
+        place.create()
+        calls = {task.key: TaskCall(place.path, os.getcwd(), work, task, share) for task in missing}
+        yield from _side_by_side(used, missing, calls, place, progress)
+    place.remove()
+
+
+def _one_by_one(
+    do: Do, tasks: Sequence[T], share: int, progress: Callable[[T, float], None]
+) -> Generator[tuple[T, dict[str, Any]]]:
+    for task in tasks:
+        with torch_threads(share):
+            line = as_json(do(task, functools.partial(progress, task)))
+        yield task, line
+
+
+def _side_by_side(
+    engine: Engine,
+    tasks: Sequence[T],
+    calls: Mapping[str, TaskCall],
+    place: RunFolder,
+    progress: Callable[[T, float], None],
+) -> Generator[tuple[T, dict[str, Any]]]:
+    waiting = collections.deque(tasks)
+    running: dict[str, T] = {}
+    attempts: collections.Counter[str] = collections.Counter()
+    lost: dict[str, str] = {}
+    with engine.start(place.path, next(iter(calls.values())).threads) as started:
+        while waiting or running:
+            batch = [waiting.popleft() for _ in range(min(len(waiting), engine.room - len(running)))]
+            if batch:
+                running.update({task.key: task for task in batch})
+                attempts.update(task.key for task in batch)
+                started.submit([calls[task.key] for task in batch])
+            failed: list[tuple[T, Failed]] = []
+            for key, ended in started.wait(engine.period):
+                task = running.pop(key)
+                place.report_one(task, progress)
+                place.clear(task)
+                if isinstance(ended, Died):
+                    line = place.lines().get(key)  # perhaps it died after it had written it
+                    if line is not None:
+                        ended = Finished(line)
+                    elif attempts[key] < ATTEMPTS:
+                        waiting.append(task)
+                    else:
+                        lost[name_of(task)] = ended.reason
+                if isinstance(ended, Finished):
+                    yield task, ended.line
+                elif isinstance(ended, Failed):
+                    failed.append((task, ended))
+            # After the lines of all others that have ended, so that none is lost.
+            for task, failure in failed:
+                _raise(task, failure)
+            place.report(running.values(), progress)
+    if lost:
+        told = "; ".join(f"{name} ({reason})" if reason else name for name, reason in lost.items())
+        raise TnadaptError(
+            f"a worker died {ATTEMPTS} times while it ran {told}; {engine.advice(place.path)}. "
+            "What is finished is kept: run the same command again to continue"
+        )
+
+
+def _raise(task: Keyed, failure: Failed) -> None:
+    if failure.expected:
+        raise TnadaptError(failure.message)
+    raise RuntimeError(f"a task failed ({name_of(task)}):\n{failure.message}")
