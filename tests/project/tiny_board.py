@@ -1,0 +1,170 @@
+"""A board of PEFT in small: its own run.py on the CPU, with a tiny model and tiny data in the place of the Hub's.
+
+``python -m tests.project.tiny_board BOARD HOME EXPERIMENT [OPTIONS]`` runs in a process of its own, because it replaces
+functions of torch and datasets. The board refuses to run without a GPU, so the CPU poses as one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+WORDS = [
+    "<pad>",
+    "<end>",
+    "<unknown>",
+    "Question",
+    "Answer",
+    "Think",
+    "step",
+    "by",
+    "The",
+    "answer",
+    "is",
+    "one",
+    "two",
+]
+WORDS += [*"0123456789", ":", ".", "#", "plus"]
+SUMS = [(first, second) for first in range(5) for second in range(5)]
+
+
+class _PosingCPU(str):
+    """The CPU's name; the boards' module ``utils``, which asks for CUDA while it is imported, takes it for that."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        frame = sys._getframe(1)
+        asked = frame.f_code.co_name == "<module>" and frame.f_globals["__name__"] == "utils"
+        return (asked and other == "cuda") or str.__eq__(self, other) is True
+
+    def __hash__(self) -> int:
+        return str.__hash__(self)
+
+
+def load_dataset(name: str, *args: Any, **kwargs: Any) -> Any:
+    """Return sums of two digits, in the columns of each of the board's data sets."""
+    from datasets import Dataset, DatasetDict
+
+    questions = [f"{first} plus {second}" for first, second in SUMS]
+    texts = [f"The answer is : {first + second}" for first, second in SUMS]
+    if name == "meta-math/MetaMathQA":
+        columns = {"query": questions, "response": texts, "type": ["sum"] * len(SUMS), "original_question": questions}
+        return DatasetDict(train=Dataset.from_dict(columns))
+    if name == "openai/gsm8k":
+        columns = {"question": questions[:6], "answer": [f"#### {first + second}" for first, second in SUMS[:6]]}
+        return DatasetDict(train=Dataset.from_dict(columns), test=Dataset.from_dict(columns))
+    if name == "HuggingFaceFW/finewiki":
+        return Dataset.from_dict({"text": texts[:4]})
+    raise ValueError(f"the board asks for data set {name!r}, for which there is no small one")
+
+
+def pose_as_gpu() -> None:
+    """Give the CPU the functions that the boards call of an accelerator."""
+    import peft.utils
+
+    peft.utils.infer_device = lambda: _PosingCPU("cpu")
+    none: Callable[..., int] = lambda *_: 0  # noqa: E731
+    for name in ("memory_allocated", "memory_reserved", "max_memory_reserved", "reset_peak_memory_stats"):
+        setattr(torch.cpu, name, none)
+    for name in ("manual_seed_all", "empty_cache"):
+        setattr(torch.cpu, name, none)
+    torch.cpu.get_device_name = lambda *_: "none"  # type: ignore[attr-defined]
+
+
+class _Folder(tempfile.TemporaryDirectory):  # type: ignore[type-arg]
+    """That of Python 3.12, of which the boards use ``delete``."""
+
+    def __init__(self, *, delete: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not delete:
+            self._finalizer.detach()
+
+    def cleanup(self) -> None:
+        if self._finalizer.alive:
+            super().cleanup()
+
+
+def launcher() -> Any:
+    """Return the module benchmarks/peft_boards/run.py."""
+    spec = importlib.util.spec_from_file_location("peft_boards_run", BENCHMARKS / "peft_boards" / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tiny_llama(**settings: Any) -> Any:
+    """Return a Llama with the board's module names, heads of 128, and fewer values than queries."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 96, "num_hidden_layers": 8, **settings}
+    return LlamaForCausalLM(
+        LlamaConfig(
+            num_attention_heads=2, num_key_value_heads=1, head_dim=128, vocab_size=len(WORDS), pad_token_id=0,
+            bos_token_id=1, eos_token_id=1, max_position_embeddings=256, **sizes,
+        )
+    )  # fmt: skip
+
+
+def tiny_flux(**settings: Any) -> Any:
+    """Return a FLUX.2 transformer with the board's module names and heads of 128."""
+    from diffusers import Flux2Transformer2DModel
+
+    torch.manual_seed(0)
+    sizes = {"in_channels": 4, "num_layers": 2, "num_single_layers": 4, "num_attention_heads": 1, **settings}
+    model = Flux2Transformer2DModel(
+        attention_head_dim=128, joint_attention_dim=24, timestep_guidance_channels=16, guidance_embeds=False, **sizes
+    )
+    return model.requires_grad_(False)
+
+
+def save_model(folder: Path) -> None:
+    """Save the tiny Llama and a tokenizer of words."""
+    import tokenizers
+    import transformers
+
+    tiny_llama().save_pretrained(folder)
+    words = {word: number for number, word in enumerate(WORDS)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unknown>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>"
+    ).save_pretrained(folder)
+
+
+def training_params(model: Path, **changes: Any) -> Mapping[str, Any]:
+    """Return the board's settings for a few steps on the tiny model; the rest is the board's default."""
+    return {
+        "model_id": str(model),
+        "max_seq_length": 64,
+        "batch_size": 4,
+        "batch_size_eval": 6,
+        "max_steps": 4,
+        "eval_steps": 2,
+        "generation_kwargs": {"max_length": 64, "max_new_tokens": 8},
+        **changes,
+    }
+
+
+def main(board: str, home: str, experiment: str, *options: str) -> None:
+    import datasets
+
+    pose_as_gpu()
+    datasets.load_dataset = load_dataset
+    if sys.version_info < (3, 12):
+        tempfile.TemporaryDirectory = _Folder  # type: ignore[misc]
+    launcher().launch(Path(board), Path(home), experiment, options)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
