@@ -287,6 +287,7 @@ def run_board(tmp_path: Path, name: str, experiment: Path, params: dict[str, Any
         shutil.copy(path, board)
     for folder in ("results", "temporary_results", "cancelled_results"):
         (board / folder).mkdir()
+        (board / "sample-images" / folder).mkdir(parents=True)
     place = Path("experiments", "tnadapt", experiment.name)
     shutil.copytree(experiment, home / place)
     own = json.loads((experiment / "training_params.json").read_text())
@@ -342,3 +343,29 @@ def test_metamathqa_runs_on_a_tiny_model(name: str, changes: dict[str, Any], tmp
     assert info["metrics"][1]["train loss"] < info["metrics"][0]["train loss"]
     assert info["metrics"][2]["forgetting"] != 0
     assert found["run_info"]["peft_config"]["peft_type"] == "TNADAPT"
+
+
+@own_code
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("unilora-256", {}),
+        ("superlora-linear-rank4-ratio4e-3", {"use_gc": False, "autocast_adapter_dtype": False}),
+        ("lora_xs-rank8", {"use_amp": True, "dtype": "float32"}),
+    ],
+)
+def test_image_gen_runs_on_a_tiny_model(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    for module in ("datasets", "diffusers", "torchvision"):
+        pytest.importorskip(module)
+    tiny_board.save_pipeline(tmp_path)
+    experiment = FOLDER / "image-gen" / "experiments" / "tnadapt" / f"flux2-klein-{name}"
+    found = run_board(tmp_path, "image-gen", experiment, {**tiny_board.image_training_params(tmp_path), **changes})
+    config = peft.PeftConfig.from_pretrained(str(experiment))
+    handle = tt.attach(tiny_board.tiny_flux(), tna.Config.from_dict(config.settings), config.target_modules)
+    info = found["train_info"]
+    assert info["status"] == "success"
+    assert info["num_trainable_params"] == handle.num_parameters
+    assert info["file_size"] < 4 * handle.num_parameters + 20_000
+    assert [entry["step"] for entry in info["metrics"]] == [2, 4, 4]
+    assert info["metrics"][2]["drift"] > 0
+    assert len(list((tmp_path / "image-gen" / "sample-images").rglob("*.png"))) == 1

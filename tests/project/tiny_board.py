@@ -50,8 +50,9 @@ class _PosingCPU(str):
 
 
 def load_dataset(name: str, *args: Any, **kwargs: Any) -> Any:
-    """Return sums of two digits, in the columns of each of the board's data sets."""
+    """Return sums of two digits, in the columns of each of MetaMathQA's data sets, or the images of image-gen."""
     from datasets import Dataset, DatasetDict
+    from PIL import Image
 
     questions = [f"{first} plus {second}" for first, second in SUMS]
     texts = [f"The answer is : {first + second}" for first, second in SUMS]
@@ -63,6 +64,8 @@ def load_dataset(name: str, *args: Any, **kwargs: Any) -> Any:
         return DatasetDict(train=Dataset.from_dict(columns), test=Dataset.from_dict(columns))
     if name == "HuggingFaceFW/finewiki":
         return Dataset.from_dict({"text": texts[:4]})
+    if name == "peft-internal-testing/cat-image-dataset":
+        return Dataset.from_dict({"image": [Image.new("RGB", (8, 8), (30 * shade, 0, 90)) for shade in range(6)]})
     raise ValueError(f"the board asks for data set {name!r}, for which there is no small one")
 
 
@@ -128,22 +131,82 @@ def tiny_flux(**settings: Any) -> Any:
     return model.requires_grad_(False)
 
 
-def save_model(folder: Path) -> None:
-    """Save the tiny Llama and a tokenizer of words."""
+def tokenizer() -> Any:
+    """Return a tokenizer of words, with a chat template that adds nothing."""
     import tokenizers
     import transformers
 
-    tiny_llama().save_pretrained(folder)
     words = {word: number for number, word in enumerate(WORDS)}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unknown>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>"
-    ).save_pretrained(folder)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>",
+        chat_template="{{ messages[0]['content'] }}",
+    )  # fmt: skip
+
+
+def save_model(folder: Path) -> None:
+    """Save what MetaMathQA loads: the tiny Llama and the tokenizer."""
+    tiny_llama().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
+def save_pipeline(folder: Path) -> None:
+    """Save what image-gen loads: in ``model`` a pipeline around the tiny transformer, in ``dino`` a tiny DINOv2."""
+    import diffusers
+    import transformers
+
+    qwen = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3, "vocab_size": len(WORDS), "head_dim": 8}
+    vision = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 8,
+        "patch_size": 4,
+        "initializer_range": 1.0,
+    }
+    diffusers.Flux2KleinPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=diffusers.AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), block_out_channels=(4,),
+            layers_per_block=1, latent_channels=1, norm_num_groups=1, mid_block_add_attention=False,
+        ),
+        text_encoder=transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(num_attention_heads=1, num_key_value_heads=1, **qwen)
+        ),
+        tokenizer=tokenizer(),
+        transformer=tiny_flux(),
+    ).save_pretrained(folder / "model")  # fmt: skip
+    transformers.Dinov2Model(transformers.Dinov2Config(**vision)).save_pretrained(folder / "dino")
+    size = {"height": 8, "width": 8}
+    transformers.BitImageProcessor(size={"shortest_edge": 8}, crop_size=size).save_pretrained(folder / "dino")
+
+
+def image_training_params(folder: Path, **changes: Any) -> Mapping[str, Any]:
+    """Return image-gen's settings for a few steps and small images on what :func:`save_pipeline` saved."""
+    return {
+        "model_id": str(folder / "model"),
+        "dino_model_id": str(folder / "dino"),
+        "dino_image_size": 8,
+        "resolution": 8,
+        "repeats": 4,
+        "max_steps": 4,
+        "eval_steps": 2,
+        "valid_size": 1,
+        "test_size": 1,
+        "num_inference_steps": 2,
+        "max_sequence_length": 4,
+        "text_encoder_out_layers": [1, 2, 3],
+        "instance_prompts": "one",
+        "sample_image_prompts": ["one"],
+        "drift_image_prompts": ["two", "step"],
+        "optimizer_kwargs": {"lr": 0.5},  # so that the images differ after four steps, in spite of their 8 bits
+        **changes,
+    }
 
 
 def training_params(model: Path, **changes: Any) -> Mapping[str, Any]:
-    """Return the board's settings for a few steps on the tiny model; the rest is the board's default."""
+    """Return MetaMathQA's settings for a few steps on the tiny model; the rest is the board's default."""
     return {
         "model_id": str(model),
         "max_seq_length": 64,
