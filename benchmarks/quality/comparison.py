@@ -1,0 +1,164 @@
+"""What results say: every setting at its chosen rate, and differences that are paired over seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from paper.paired_statistics import interval
+
+from .methods import BASE
+from .tasks import QualityTask
+from .tuning import held_out
+
+__all__ = ["Difference", "Outcome", "at_budget", "base_of", "difference", "leader_of", "outcomes_of"]
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One setting at the rate that was best on the held-out part.
+
+    Attributes
+    ----------
+    method, title, library, label : str
+    budget, parameters, kept : int
+    rate : float
+    tried : tuple of float
+        All rates that were tried, sorted.
+    tuned_by : int
+        The number of seeds with all rates, by which the rate was chosen.
+    held_out, test : dict of int to float
+        Scores by seed.
+    diverged : bool
+        Whether a seed diverged at the chosen rate; then there are no scores.
+    failed : str
+        The error that a training raised; empty if none did.
+    """
+
+    method: str
+    title: str
+    library: str
+    label: str
+    budget: int
+    parameters: int
+    kept: int
+    rate: float
+    tried: tuple[float, ...]
+    tuned_by: int
+    held_out: Mapping[int, float]
+    test: Mapping[int, float]
+    diverged: bool = False
+    failed: str = ""
+
+    @property
+    def name(self) -> str:
+        """The title, with the library if it is not tnadapt."""
+        return f"{self.title} (PEFT)" if self.library == "PEFT" else self.title
+
+    @property
+    def measured(self) -> bool:
+        """Whether it has scores."""
+        return bool(self.test) and not self.diverged and not self.failed
+
+    @property
+    def mean(self) -> float:
+        """The mean test score."""
+        return statistics.fmean(self.test.values())
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation of the test score over seeds; 0 for one seed."""
+        return statistics.stdev(self.test.values()) if len(self.test) > 1 else 0.0
+
+    @property
+    def edge(self) -> bool:
+        """Whether the chosen rate is the lowest or highest that was tried."""
+        return len(self.tried) > 1 and self.rate in (self.tried[0], self.tried[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A mean difference over the seeds that two settings share, and its 95 % interval of Student's t."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    @property
+    def decided(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low > 0 or self.high < 0
+
+
+def outcomes_of(task: QualityTask, lines: Iterable[Mapping[str, Any]], every: bool = False) -> list[Outcome]:
+    """Return an outcome for each setting in some result lines, in the order in which they first appear.
+
+    Parameters
+    ----------
+    task : QualityTask
+    lines : iterable of mapping
+        Result lines.
+    every : bool
+        Also those without the largest number of seeds, which are unfinished.
+    """
+    settings: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for line in lines:
+        settings.setdefault((line["method"], json.dumps(line["config"], sort_keys=True)), []).append(line)
+    found = [_outcome(task, own) for own in settings.values()]
+    seeds = max((len(one.test) for one in found), default=0)
+    return [one for one in found if every or not one.measured or len(one.test) == seeds]
+
+
+def _outcome(task: QualityTask, lines: Lines) -> Outcome:
+    by_rate: dict[float, dict[int, Mapping[str, Any]]] = {}
+    for line in lines:
+        by_rate.setdefault(line["rate"], {})[line["seed"]] = line
+    # The seeds that have every rate are those by which it was chosen; the others have the chosen rate alone.
+    tuning = sorted(set.intersection(*(set(own) for own in by_rate.values())))
+    chosen = max(sorted(by_rate), key=lambda rate: held_out(task, [by_rate[rate][seed] for seed in tuning]))
+    own = by_rate[chosen]
+    failed = next((line["failed"] for line in lines if "failed" in line), "")
+    diverged = any(line["diverged"] or line["validation"] is None or line["test"] is None for line in own.values())
+    first = lines[0]
+    scores = {} if diverged or failed else own
+    return Outcome(
+        first["method"], first["title"], first["library"], first["label"], first["budget"], first["parameters"],
+        max(line["kept"] for line in lines), chosen, tuple(sorted(by_rate)), len(tuning),
+        {seed: line["validation"] for seed, line in sorted(scores.items())},
+        {seed: line["test"] for seed, line in sorted(scores.items())}, diverged, failed,
+    )  # fmt: skip
+
+
+def difference(task: QualityTask, one: Outcome, other: Outcome) -> Difference | None:
+    """Return how much better one setting's test score is than another's; None if they share no seed.
+
+    With each seed, all settings have the same new head and the same order of samples, so differences are paired.
+    """
+    seeds = sorted(one.test.keys() & other.test.keys())
+    if not seeds:
+        return None
+    gains = [task.quality(one.test[seed]) - task.quality(other.test[seed]) for seed in seeds]
+    return Difference(*interval(gains), len(seeds))
+
+
+def at_budget(outcomes: Sequence[Outcome], budget: int) -> list[Outcome]:
+    """Return the measured outcomes at a budget."""
+    return [one for one in outcomes if one.budget == budget and one.library != "control" and one.measured]
+
+
+def leader_of(task: QualityTask, outcomes: Sequence[Outcome]) -> Outcome | None:
+    """Return the setting with the best mean score on the held-out part; test scores play no role."""
+    if not outcomes:
+        return None
+    return max(outcomes, key=lambda one: statistics.fmean(map(task.held_out_quality, one.held_out.values())))
+
+
+def base_of(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """Return the control without an adapter."""
+    return next((one for one in outcomes if one.method == BASE.name and one.measured), None)

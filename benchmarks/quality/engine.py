@@ -1,0 +1,109 @@
+"""The one place that starts trainings: tnadapt's task runner, and the work that is sent to its workers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tnadapt.errors import TnadaptError
+from tnadapt.finetune import Engine, run_tasks
+from tnadapt.finetune.engines import Do
+
+from . import tasks
+from .grid import Trial
+
+__all__ = ["Trainings", "line_of", "run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainings:
+    """The work that is sent to every process: small, and the same for all trainings of a task.
+
+    Attributes
+    ----------
+    task, scale : str
+    cache : Path
+    device : str
+    """
+
+    task: str
+    scale: str
+    cache: Path
+    device: str
+
+    def open(self) -> Do:
+        """Fetch or load model and data; return the function that runs a training."""
+        return self.of(tasks.find(self.task).open(self.scale, self.cache, self.device))
+
+    def of(self, bench: tasks.Bench) -> Do:
+        """Return the function that runs a training on an opened bench."""
+
+        def do(trial: Trial, progress: Callable[[float], None]) -> dict[str, Any]:
+            try:
+                measured = bench.train(trial.setting, trial.seed, trial.rate, progress)
+            except TnadaptError as error:
+                measured = failed(str(error))
+            except Exception as error:  # of a library that a method belongs to; it must not end all other trainings
+                measured = failed(f"{type(error).__name__}: {error}")
+            return line_of(trial, measured)
+
+        return do
+
+
+def failed(why: str) -> dict[str, Any]:
+    """Return what is measured of a training that raised an error."""
+    return {
+        "failed": why[:500], "kept": 0, "diverged": True, "validation": None, "validation_loss": None, "test": None,
+        "seconds": 0.0,
+    }  # fmt: skip
+
+
+def line_of(trial: Trial, measured: dict[str, Any]) -> dict[str, Any]:
+    """Return the result line of a training."""
+    one, method = trial.setting, trial.method
+    return {
+        "key": trial.key,
+        "method": one.method,
+        "title": method.title,
+        "library": method.library,
+        "label": one.label,
+        "budget": one.budget,
+        "parameters": one.parameters,
+        "config": one.values,
+        "seed": trial.seed,
+        "rate": trial.rate,
+        **measured,
+    }
+
+
+def run(
+    work: Trainings,
+    bench: tasks.Bench,
+    trials: Sequence[Trial],
+    folder: Path,
+    engine: Engine,
+    study: str,
+    progress: Callable[[Trial, float], None] = lambda trial, done: None,
+) -> Generator[tuple[Trial, dict[str, Any]]]:
+    """Run trainings with one thread each, and yield each with its result line when it is finished.
+
+    Parameters
+    ----------
+    work : Trainings
+    bench : Bench
+        The opened bench, for trainings in this process.
+    trials : sequence of Trial
+    folder : Path
+        For files of workers.
+    engine : Engine
+        Where parallel trainings run; a single job runs in this process.
+    study : str
+        The digest of what results depend on.
+    progress : callable
+        Called with a trial and the fraction done.
+    """
+    yield from run_tasks(
+        work, trials, folder, engine=engine, threads=1, study=study, progress=progress, do=work.of(bench)
+    )

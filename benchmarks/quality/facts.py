@@ -1,0 +1,73 @@
+"""What methods are fitted to: the weights that a task adapts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from torch import nn
+
+from tnadapt import torch as tnt
+from tnadapt.errors import TnadaptError
+
+__all__ = ["Facts", "facts_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """The adapted weights of a model.
+
+    Attributes
+    ----------
+    modules : tuple of str
+        Paths of the layers.
+    shapes : tuple of (rows, cols)
+    layers, roles : tuple
+        One key per weight, as in :class:`tnadapt.SuperLoRA`.
+    head_size : int, optional
+        Rows of an attention head, if every weight consists of heads.
+    """
+
+    modules: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    layers: tuple[object, ...]
+    roles: tuple[object, ...]
+    head_size: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of elements of all weights."""
+        return sum(rows * cols for rows, cols in self.shapes)
+
+    @property
+    def side(self) -> int:
+        """The shorter side of the smallest weight, beyond which a matrix rank gains nothing."""
+        return min(min(shape) for shape in self.shapes)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all weights have one shape."""
+        return len(set(self.shapes)) == 1
+
+
+def facts_of(model: nn.Module, targets: str | Sequence[str], head_size: int | None = None) -> Facts:
+    """Return the facts of a model, which may be on the meta device.
+
+    Raises
+    ------
+    TnadaptError
+        If a target is only a part of a layer's weight, which PEFT cannot adapt alone.
+    """
+    found = tnt.find_targets(model, targets)
+    for target in found:
+        if target.parameter != "weight" or target.rows is not None or target.index is not None:
+            raise TnadaptError(
+                f"only a part of {target.module}.{target.parameter} is a target; PEFT adapts whole layers, so cut it up"
+            )
+    return Facts(
+        tuple(target.module for target in found),
+        tuple(target.shape for target in found),
+        tuple(target.layer for target in found),
+        tuple(target.role for target in found),
+        head_size,
+    )

@@ -1,0 +1,147 @@
+"""Figures of a task, drawn from its results: scores against parameters, and every method at every budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tnadapt.plot.canvas import INK, PALE, figure, quiet, saved
+
+from .comparison import Outcome, at_budget, leader_of
+from .tasks import QualityTask
+
+__all__ = ["draw_methods", "draw_scores"]
+
+#: Colour and marker of each library.
+LIBRARIES = {"tnadapt": ("#D55E00", "o"), "PEFT": ("#0072B2", "s")}
+#: Methods of each budget that are named in the first figure.
+NAMED = 3
+
+
+def shown(task: QualityTask, value: float) -> float:
+    """Return a score as it is drawn."""
+    return 100 * value if task.percent else value
+
+
+def axis_of(task: QualityTask) -> str:
+    """Return the title of the axis of scores."""
+    unit = ", %" if task.percent else ""
+    return f"test {task.metric}{unit}, {'lower' if task.lower else 'higher'} is better"
+
+
+def budgets_of(outcomes: Sequence[Outcome]) -> list[int]:
+    """Return the budgets at which something was measured."""
+    return sorted({one.budget for one in outcomes if one.library != "control" and one.measured})
+
+
+def draw_scores(task: QualityTask, outcomes: Sequence[Outcome], path: Path, note: str = "") -> None:
+    """Draw the score of every setting against its parameters; name those with the best held-out scores.
+
+    The line of each library joins the settings with the best held-out score at each budget.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    """
+    drawn, axes = figure(10, 5.8)
+    axes.set_xscale("log")
+    for library, (colour, marker) in LIBRARIES.items():
+        own = [one for one in outcomes if one.library == library and one.measured]
+        axes.plot(
+            [one.parameters for one in own], [shown(task, one.mean) for one in own], marker=marker, linestyle="none",
+            color=colour, alpha=0.35, markersize=5, markeredgewidth=0, zorder=2,
+        )  # fmt: skip
+        best = [leader_of(task, at_budget(own, budget)) for budget in budgets_of(own)]
+        line = [one for one in best if one is not None]
+        axes.errorbar(
+            [one.parameters for one in line], [shown(task, one.mean) for one in line],
+            yerr=[shown(task, one.spread) for one in line], color=colour, marker=marker, markersize=6.5, linewidth=1.3,
+            elinewidth=1.0, capsize=2.5, label=f"{library}: best at each budget, by held-out score", zorder=4,
+        )  # fmt: skip
+    for one in (one for one in outcomes if one.library == "control" and one.measured):
+        level = shown(task, one.mean)
+        axes.axhline(level, color=PALE, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+        counted = f", {one.parameters:,} parameters" if one.parameters else ""
+        axes.annotate(
+            f"{one.title}{counted}: {level:.3g}", (0.005, level), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            textcoords="offset points", fontsize=8, color="#666666",
+        )  # fmt: skip
+    _named(task, outcomes, axes)
+    axes.set_xlabel("trained parameters of the adapter", fontsize=9, color=INK)
+    axes.set_ylabel(axis_of(task), fontsize=9, color=INK)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.grid(axis="both", which="major", color="#E6E6E6", linewidth=0.7)
+    axes.set_title(task.title, loc="left", fontsize=11, color=INK, pad=10, parse_math=False)
+    axes.legend(loc="lower right", fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
+    quiet(axes)
+    if note:
+        drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=PALE, parse_math=False)
+    saved(drawn, path)
+
+
+def _named(task: QualityTask, outcomes: Sequence[Outcome], axes: Any) -> None:
+    """Write the names of the best settings of each budget, below each other above the highest of them."""
+    for budget in budgets_of(outcomes):
+        ranked = sorted(at_budget(outcomes, budget), key=lambda one: -_held_out(task, one))[:NAMED]
+        words = "\n".join(f"{place}. {one.name}" for place, one in enumerate(ranked, 1))
+        top = max(ranked, key=lambda one: shown(task, one.mean) + shown(task, one.spread))
+        axes.annotate(
+            words, (budget, shown(task, top.mean) + shown(task, top.spread)), xytext=(0, 7),
+            textcoords="offset points", fontsize=7, color=INK, ha="right", va="bottom", linespacing=1.25, zorder=5,
+            parse_math=False,
+        )  # fmt: skip
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.16 * (high - low))
+
+
+def _held_out(task: QualityTask, one: Outcome) -> float:
+    return sum(map(task.held_out_quality, one.held_out.values())) / len(one.held_out)
+
+
+def draw_methods(task: QualityTask, outcomes: Sequence[Outcome], path: Path, note: str = "") -> None:
+    """Draw a panel per budget with every method's mean and standard deviation, the best first.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    """
+    budgets = budgets_of(outcomes)
+    counts = [len(at_budget(outcomes, budget)) for budget in budgets]
+    columns = min(3, len(budgets))
+    most = [max(counts[start : start + columns]) for start in range(0, len(counts), columns)]
+    drawn, first = figure(4.1 * columns, sum(1.0 + 0.15 * count for count in most))
+    first.remove()
+    ratios = [6.7 + count for count in most]
+    grid = drawn.subplots(len(most), columns, sharex=True, squeeze=False, height_ratios=ratios).reshape(-1)
+    for place, (axes, budget) in enumerate(zip(grid, budgets, strict=False)):
+        _panel(task, outcomes, budget, axes, most[place // columns])
+    for axes in grid[len(budgets) :]:
+        axes.remove()
+    drawn.suptitle(task.title, x=0.01, ha="left", fontsize=11, color=INK, parse_math=False)
+    if note:
+        drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=PALE, parse_math=False)
+    saved(drawn, path)
+
+
+def _panel(task: QualityTask, outcomes: Sequence[Outcome], budget: int, axes: Any, rows: int) -> None:
+    """Draw a panel with room for ``rows`` methods, the best of which is at the top."""
+    ranked = sorted(at_budget(outcomes, budget), key=lambda one: task.quality(one.mean))
+    for place, one in enumerate(ranked):
+        colour, marker = LIBRARIES[one.library]
+        axes.errorbar(
+            [shown(task, one.mean)], [place], xerr=[shown(task, one.spread)], color=colour, marker=marker, markersize=4,
+            elinewidth=0.9,
+        )  # fmt: skip
+    for control in (one for one in outcomes if one.library == "control" and one.measured):
+        axes.axvline(shown(task, control.mean), color=PALE, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+    axes.set_yticks(range(len(ranked)), [one.name for one in ranked], fontsize=7)
+    axes.set_ylim(len(ranked) - rows - 0.7, len(ranked) - 0.3)
+    axes.set_title(f"at most {budget:,} parameters", loc="left", fontsize=9, color=INK)
+    axes.set_xlabel(axis_of(task), fontsize=8, color=INK)
+    axes.grid(axis="x", color="#E6E6E6", linewidth=0.7)
+    quiet(axes)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.tick_params(labelbottom=True)

@@ -1,0 +1,186 @@
+"""The table of a task as Markdown, computed from its results file."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tnadapt.checkpoints.atomic_files import replace_file
+
+from . import store
+from .comparison import Difference, Outcome, at_budget, base_of, difference, leader_of, outcomes_of
+from .figures import budgets_of, draw_methods, draw_scores
+from .tasks import QualityTask
+
+__all__ = ["note_of", "table", "write"]
+
+
+def write(folder: Path, task: QualityTask, scale: str) -> list[Path]:
+    """Write the table and the figures of a task next to its results; return their paths, none if there are no results.
+
+    Raises
+    ------
+    FileError
+        If the results are damaged, or a file cannot be written.
+    ImportError
+        If matplotlib is not installed.
+    """
+    found = store.read(folder, task.name, scale)
+    if found is None:
+        return []
+    outcomes = outcomes_of(task, found.records.values())
+    name = store.path_of(folder, task.name, scale).stem
+    page = folder / f"{name}.md"
+    replace_file(str(page), table(task, found, name).encode())
+    if not budgets_of(outcomes):
+        return [page]
+    scores, methods = folder / f"{name}.png", folder / f"{name}-methods.png"
+    draw_scores(task, outcomes, scores, note_of(task, found, outcomes))
+    draw_methods(task, outcomes, methods, note_of(task, found, outcomes))
+    return [page, scores, methods]
+
+
+def note_of(task: QualityTask, found: store.TaskResults, outcomes: Sequence[Outcome]) -> str:
+    """Return the small print of figures: samples, seeds, rates."""
+    sizes = ", ".join(f"{count:,} {part}" for part, count in found.study["samples"].items())
+    return f"{sizes} samples; {_seeds(outcomes)}; bars: one standard deviation over seeds; {_rates(outcomes)}"
+
+
+def _seeds(outcomes: Sequence[Outcome]) -> str:
+    number = max((len(one.test) for one in outcomes), default=0)
+    return f"{number} seed{'s' * (number != 1)}"
+
+
+def _rates(outcomes: Sequence[Outcome]) -> str:
+    numbers = [len(one.tried) for one in outcomes if one.library != "control"]
+    if not numbers:
+        return "no rates"
+    span = f"{min(numbers)}" if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
+    return f"each at the best of {span} rates by held-out score"
+
+
+# -- The table ------------------------------------------------------------------------------------
+
+
+def table(task: QualityTask, found: store.TaskResults, name: str) -> str:
+    """Return the section of a task: what was done, the figures, and a table for each budget."""
+    return "\n".join(_section(task, found, name)) + "\n"
+
+
+def _section(task: QualityTask, found: store.TaskResults, name: str) -> Iterator[str]:
+    outcomes = outcomes_of(task, found.records.values())
+    yield f"## {task.title}"
+    yield ""
+    yield from _about(task, found, outcomes)
+    if budgets_of(outcomes):
+        yield ""
+        yield f"![{task.metric} against parameters]({name}.png)"
+        yield ""
+        yield f"![Every method at each budget]({name}-methods.png)"
+    controls = [one for one in outcomes if one.library == "control" and one.measured]
+    if controls:
+        yield from ("", "**Controls**", "")
+        yield f"| control | parameters | rate | held-out {task.chosen_by} | test {task.metric} |"
+        yield "|---|--:|--:|--:|--:|"
+        for one in controls:
+            cells = (one.title, f"{one.parameters:,}", _rate(one), _held_out(task, one), _test(task, one))
+            yield _row(cells)
+    base = base_of(outcomes)
+    for budget in budgets_of(outcomes):
+        yield from ("", f"**At most {budget:,} parameters**", "")
+        yield from _budget(task, at_budget(outcomes, budget), base)
+    yield from _missing(task, found, outcomes)
+
+
+def _about(task: QualityTask, found: store.TaskResults, outcomes: Sequence[Outcome]) -> Iterator[str]:
+    study, records = found.study, found.records.values()
+    sizes = ", ".join(f"{count:,} {part}" for part, count in study["samples"].items())
+    kept = max((one.kept for one in outcomes), default=0)
+    yield f"{task.parts}: {sizes} samples."
+    if kept:
+        yield f"In addition to every adapter, and not counted, a head of {kept:,} parameters is trained."
+    rates = sorted({line["rate"] for line in records})
+    tuned = sorted({one.tuned_by for one in outcomes if len(one.tried) > 1})
+    by = " or ".join(map(str, tuned)) or "no"
+    hours = sum(line["seconds"] for line in records) / 3600
+    yield (
+        f"{len(records):,} trainings of {len(outcomes):,} settings, {_seeds(outcomes)}, {hours:.1f} hours in sum. "
+        f"Rates tried, each chosen by {by} seed{'s' * (by != '1')} on held-out {task.chosen_by}: "
+        f"{', '.join(f'{rate:g}' for rate in rates)}."
+    )
+    edges = [one for one in outcomes if one.edge and one.library != "control" and one.measured]
+    if edges:
+        yield f"The best rate of {len(edges)} settings is the lowest or highest that was tried; they are marked with ←."
+    yield f"Machine: {'; '.join(dict.fromkeys(map(_machine, found.sessions)))}."
+
+
+def _machine(session: dict[str, Any]) -> str:
+    versions = {"Python": session["versions"]["python"], **session["versions"], **session.get("peers", {})}
+    versions.pop("python", None)
+    shown = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"{session['cores']} cores of {session['processor']}, device {session.get('device', 'cpu')}, {shown}"
+
+
+def _budget(task: QualityTask, outcomes: Sequence[Outcome], base: Outcome | None) -> Iterator[str]:
+    leader = leader_of(task, outcomes)
+    assert leader is not None
+    yield (
+        f"| | method | setting | parameters | rate | held-out {task.chosen_by} | test {task.metric} | "
+        f"gain over {'no adapter' if base is None else base.title} | behind ● |"
+    )
+    yield "|---|---|---|--:|--:|--:|--:|--:|--:|"
+    for one in sorted(outcomes, key=lambda one: (-task.quality(one.mean), one.name)):
+        behind = None if one is leader else difference(task, leader, one)
+        tied = behind is not None and not behind.decided
+        mark = "●" if one is leader else "○" if tied else ""
+        yield _row(
+            (
+                mark, one.name, one.label, f"{one.parameters:,}", _rate(one), _held_out(task, one), _test(task, one),
+                "" if base is None else _shown(task, difference(task, one, base)), _shown(task, behind),
+            )
+        )  # fmt: skip
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _rate(one: Outcome) -> str:
+    return f"{one.rate:g}{' ←' * one.edge}" if one.tried != (one.rate,) else "–"
+
+
+def _value(task: QualityTask, value: float) -> str:
+    return f"{100 * value:.1f}" if task.percent else f"{value:.4g}"
+
+
+def _held_out(task: QualityTask, one: Outcome) -> str:
+    return _value(task, statistics.fmean(one.held_out.values()))
+
+
+def _test(task: QualityTask, one: Outcome) -> str:
+    return f"{_value(task, one.mean)} ± {_value(task, one.spread)}" if len(one.test) > 1 else _value(task, one.mean)
+
+
+def _shown(task: QualityTask, found: Difference | None) -> str:
+    if found is None:
+        return ""
+    if found.seeds < 2:
+        return _value(task, found.mean)
+    return f"{_value(task, found.mean)} [{_value(task, found.low)}, {_value(task, found.high)}]"
+
+
+def _missing(task: QualityTask, found: store.TaskResults, outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """List settings that have no result, and why."""
+    every = outcomes_of(task, found.records.values(), every=True)
+    unfinished = len(every) - len(outcomes)
+    lines = [
+        f"- {one.name}, at most {one.budget:,}: {f'failed: {one.failed}' if one.failed else 'diverged at every rate'}"
+        for one in outcomes
+        if not one.measured
+    ]
+    if unfinished:
+        lines.append(f"- {unfinished} settings are not finished.")
+    if lines:
+        yield from ("", "**Without a result**", "", *lines)

@@ -1,0 +1,99 @@
+"""A run: what is due is trained, in rounds, until nothing is."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tnadapt.errors import FileError
+from tnadapt.finetune import Engine
+
+from . import engine as engines
+from . import store
+from .grid import Trial
+from .methods import Setting
+from .tasks import QualityTask
+from .tuning import Plan, due
+
+__all__ = ["Listener", "Run"]
+
+
+class Listener:
+    """Receives the progress of a run and ignores it; override the methods to show it."""
+
+    def round(self, task: QualityTask, trials: int) -> None:
+        """Report the number of trainings that can be run now; what they find may make others due."""
+
+    def training(self, trial: Trial, done: float) -> None:
+        """Report the fraction done of a training."""
+
+    def finished(self, trial: Trial, line: Mapping[str, Any]) -> None:
+        """Report a finished training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Where and how trainings run.
+
+    Attributes
+    ----------
+    out : Path
+        The folder of the results files.
+    cache : Path
+        Folder for models and data.
+    engine : Engine
+    device : str
+    shard : (int, int)
+    """
+
+    out: Path
+    cache: Path
+    engine: Engine
+    device: str = "cpu"
+    shard: tuple[int, int] = (1, 1)
+
+    def task(self, task: QualityTask, scale: str, settings: Sequence[Setting], plan: Plan, listener: Listener) -> int:
+        """Run the trainings of a task that are not finished yet, and return their number.
+
+        Results of all shards in the folder count as finished; new ones are written to this shard's file.
+
+        Raises
+        ------
+        TnadaptError
+            If model or data cannot be had, or the folder cannot be used.
+        """
+        bench = task.open(scale, self.cache, self.device)
+        study = json.loads(json.dumps(bench.settings()))
+        known = store.read(self.out, task.name, scale)
+        if known is not None and known.study != study:
+            differing = sorted(name for name in {*study, *known.study} if study.get(name) != known.study.get(name))
+            raise FileError(
+                f"{self.out} has results of {task.name} with other {', '.join(differing)}; give another one with --out"
+            )
+        folder = self.out / "running" / store.path_of(self.out, task.name, scale, self.shard).stem
+        count = 0
+        with store.open_results(self.out, task.name, scale, self.shard, study) as results:
+            records: dict[str, Any] = {} if known is None else dict(known.records)
+            work = engines.Trainings(task.name, scale, self.cache, self.device)
+            while trials := due(task, scale, settings, records, plan):
+                if not count:
+                    results.begin_session(
+                        engine=self.engine.name, jobs=self.engine.jobs, device=self.device, **store.versions()
+                    )
+                listener.round(task, len(trials))
+                done = engines.run(work, bench, trials, folder, self.engine, results.digest, listener.training)
+                with contextlib.closing(done):  # an exception here must end the workers immediately
+                    for trial, line in done:
+                        results.add(line)
+                        records[line["key"]] = line
+                        count += 1
+                        listener.finished(trial, line)
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()  # fails unless it is empty
+        return count

@@ -1,0 +1,143 @@
+"""Results on disk: one file per task and shard, JSON lines by key, read together and merged."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tnadapt.checkpoints.atomic_files import replace_file
+from tnadapt.errors import FileError
+from tnadapt.finetune.results import Results, read_lines
+
+__all__ = ["FIELDS", "TaskResults", "files_of", "merge", "open_results", "path_of", "read", "versions"]
+
+#: Required fields of a training's line.
+FIELDS = {
+    "key", "method", "title", "library", "label", "budget", "parameters", "config", "seed", "rate", "diverged", "kept",
+    "validation", "validation_loss", "test", "seconds",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResults:
+    """The results of a task.
+
+    Attributes
+    ----------
+    study : dict
+        Everything that outcomes depend on, except method, seed and rate.
+    records : dict of str to dict
+        Finished trainings by key.
+    sessions : list of dict
+        Machine and versions of each run.
+    """
+
+    study: dict[str, Any]
+    records: dict[str, dict[str, Any]]
+    sessions: list[dict[str, Any]]
+
+
+def versions() -> dict[str, Any]:
+    """Return the versions of peers, which a session records besides those that tnadapt records."""
+    found = {}
+    for name in ("peft", "trl", "diffusers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return {"peers": found}
+
+
+def stem(task: str, scale: str) -> str:
+    """Return the first part of the name of a task's files; that of the usual scale is the task's name."""
+    return task if scale == "small" else f"{task}-{scale}"
+
+
+def path_of(folder: Path, task: str, scale: str, shard: tuple[int, int] = (1, 1)) -> Path:
+    """Return the file of a shard.
+
+    Examples
+    --------
+    >>> path_of(Path("."), "digits", "small").name, path_of(Path("."), "digits", "full", (2, 4)).name
+    ('digits.jsonl', 'digits-full.2-of-4.jsonl')
+    """
+    number, of = shard
+    return folder / (stem(task, scale) + ("" if of == 1 else f".{number}-of-{of}") + ".jsonl")
+
+
+def files_of(folder: Path, task: str, scale: str) -> list[Path]:
+    """Return the files of all shards of a task, the merged one first."""
+    whole = path_of(folder, task, scale)
+    shards = sorted(folder.glob(f"{stem(task, scale)}.*-of-*.jsonl"))
+    return [path for path in (whole, *shards) if path.is_file()]
+
+
+def open_results(folder: Path, task: str, scale: str, shard: tuple[int, int], study: Mapping[str, Any]) -> Results:
+    """Open the file of a shard to write into.
+
+    Raises
+    ------
+    FileError
+        If it belongs to another study, is damaged, or is in use.
+    """
+    return Results(path_of(folder, task, scale, shard), study, fields=FIELDS)
+
+
+def read(folder: Path, task: str, scale: str) -> TaskResults | None:
+    """Read the results of all shards of a task; None if there are none.
+
+    Raises
+    ------
+    FileError
+        If a file is damaged, or two files belong to different studies.
+    """
+    study: dict[str, Any] | None = None
+    records: dict[str, dict[str, Any]] = {}
+    sessions: list[dict[str, Any]] = []
+    for path in files_of(folder, task, scale):
+        try:
+            lines = read_lines(path)
+        except (OSError, ValueError) as error:
+            raise FileError(f"cannot read {path}: {error}; remove the line, or the file") from None
+        if not lines:
+            continue
+        own = lines[0].get("study")
+        if study is not None and own != study:
+            raise FileError(
+                f"{path} has the results of another study than the files beside it; move it to another folder"
+            )
+        study = own
+        records |= {line["key"]: line for line in lines if "key" in line}
+        sessions += [line["session"] for line in lines if "session" in line]
+    return None if study is None else TaskResults(study, records, sessions)
+
+
+def merge(folder: Path, task: str, scale: str) -> Path | None:
+    """Write the results of all shards of a task into one file, and remove those of the shards.
+
+    Returns
+    -------
+    Path or None
+        The file; None if there are no results.
+
+    Raises
+    ------
+    FileError
+        As in :func:`read`, or if a file cannot be written.
+    """
+    found = read(folder, task, scale)
+    if found is None:
+        return None
+    paths = files_of(folder, task, scale)
+    first = read_lines(paths[0])[0]
+    lines = [first, *({"session": one} for one in found.sessions), *found.records.values()]
+    whole = path_of(folder, task, scale)
+    replace_file(os.fspath(whole), "".join(json.dumps(line) + "\n" for line in lines).encode())
+    for path in paths:
+        if path != whole:
+            path.unlink()
+    return whole

@@ -1,0 +1,43 @@
+"""Reviews: MiniLM, a BERT of 6 layers, learns whether a sentence of a movie review is positive. A minute a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from torch import nn
+
+from paper.registries import fetch
+from tnadapt.finetune import Spec, Training, open_problem
+
+from ._problem_bench import ProblemBench
+from ._quality_task import Bench, QualityTask
+
+__all__ = ["Reviews"]
+
+
+class Reviews(QualityTask):
+    name = "reviews"
+    title = "MiniLM to movie reviews"
+    parts = "sentences of movie reviews, positive or negative (PyPI's vaderSentiment 0.5), split by class"
+    head_size = 32
+    rates = (1e-3, 1e-2, 1e-1, 1.0)
+    scales: ClassVar = {
+        "smoke": {"limit": 60, "epochs": 1, "batch": 16},
+        "small": {"limit": 2000, "epochs": 2, "batch": 16},
+        "full": {"limit": None, "epochs": 3, "batch": 32},
+    }
+
+    def model(self) -> nn.Module:
+        from transformers import BertConfig, BertForSequenceClassification
+
+        config = BertConfig(
+            hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, num_labels=2
+        )
+        return BertForSequenceClassification(config)  # type: ignore[no-any-return]
+
+    def open(self, scale: str, cache: Path, device: str) -> Bench:
+        settings = self.scaled(scale)
+        model, data = fetch("reviews", cache)
+        spec = Spec(model=str(model), data=str(data), limit=settings.pop("limit"))
+        return ProblemBench(self, scale, open_problem(spec), Training(**settings, device=device))

@@ -1,0 +1,57 @@
+"""SFT: SmolLM2-135M completes a prompt with the sentiment of a review, to the token. Minutes a training."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import ClassVar
+
+from torch import nn
+
+from tnadapt.finetune import Spec, Training, open_problem
+
+from ._language_models import HEAD_SIZE, fetched, sketch
+from ._problem_bench import ProblemBench
+from ._quality_task import Bench, QualityTask
+
+__all__ = ["SmolLM2SFT"]
+
+PROMPT = "Review: {}\nSentiment:"
+
+
+class SmolLM2SFT(QualityTask):
+    name = "smollm2-sft"
+    title = "SmolLM2-135M, supervised: sentiment of movie reviews"
+    parts = "sentences of movie reviews as prompts, and the completions 'positive' and 'negative'"
+    metric = "exact match"
+    chosen_by = "exact match"
+    has_head = False
+    head_size = HEAD_SIZE
+    scales: ClassVar = {
+        "smoke": {"limit": 20, "epochs": 1, "batch": 4},
+        "small": {"limit": 1000, "epochs": 1, "batch": 8},
+        "full": {"limit": None, "epochs": 2, "batch": 32},
+    }
+
+    def model(self) -> nn.Module:
+        return sketch()
+
+    def open(self, scale: str, cache: Path, device: str) -> Bench:
+        settings = self.scaled(scale)
+        model, reviews = fetched(cache)
+        spec = Spec(
+            model=str(model), data=str(_prompts(reviews, cache / "prompts.csv")), limit=settings.pop("limit"),
+            task="causal-lm", max_length=128,
+        )  # fmt: skip
+        return ProblemBench(self, scale, open_problem(spec), Training(**settings, device=device), self.metric)
+
+
+def _prompts(reviews: Path, path: Path) -> Path:
+    """Write the reviews as prompts and completions, unless they are there."""
+    if not path.is_file():
+        with reviews.open(encoding="utf-8", newline="") as file:
+            rows = [(PROMPT.format(row["text"]), " " + row["label"]) for row in csv.DictReader(file)]
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([("prompt", "completion"), *rows])
+    return path

@@ -1,0 +1,136 @@
+"""The grid: every setting is within its budget and trains what was counted; shards partition it; keys are stable."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+pytest.importorskip("sklearn")
+pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
+
+from torch import nn
+
+import tnadapt as tna
+from benchmarks.quality import methods, tasks
+from benchmarks.quality.facts import Facts, facts_of
+from benchmarks.quality.grid import BUDGETS, Grid, Trial, grid_of, shard_of
+from tests.support.depth import in_depth
+from tnadapt.errors import TnadaptError
+
+
+@pytest.fixture(scope="module")
+def grid() -> Grid:
+    return grid_of(tasks.find("digits"))
+
+
+def test_every_preset_takes_part() -> None:
+    names = set(methods.names(["tnadapt"]))
+    assert set(tna.presets.__all__) - {"dense"} <= names
+    assert "dense" in methods.names(["control"])
+
+
+@pytest.mark.slow
+def test_settings_are_within_their_budgets(grid: Grid) -> None:
+    for one in grid.settings:
+        if methods.find(one.method).library != "control":
+            assert one.budget / 2 <= one.parameters <= one.budget, one
+    named = {(one.method, one.budget) for one in grid.settings if one.budget}
+    without = {(one.method, one.budget) for one in grid.absent}
+    used = [budget for budget in BUDGETS if budget <= grid.facts.size]
+    assert used == [13, 100, 1_000, 10_000]
+    assert named.isdisjoint(without)
+    assert named | without == set(itertools.product(methods.names(), used))
+    # At the largest budget of these weights, only those that cannot reach half of it are absent.
+    assert {"lora", "superlora", "unilora", "peft-lora", "peft-boft"} <= {one[0] for one in named if one[1] == 10_000}
+
+
+def test_keys_are_stable() -> None:
+    # A change of these keys would orphan published results.
+    lora = methods.Setting("lora", 10_000, "r = 9", 9_216, '{"rank": 9}')
+    assert Trial("digits", "small", lora, 0, 0.1).key == "00400fb4207f9555"
+
+
+@pytest.mark.slow
+def test_keys_are_unique(grid: Grid) -> None:
+    trials = [
+        Trial("digits", scale, one, seed, rate)
+        for one in grid.settings
+        for scale, seed, rate in itertools.product(("small", "full"), (0, 1), (0.1, 1.0))
+    ]
+    assert len({trial.key for trial in trials}) == len(trials)
+
+
+@given(of=st.integers(1, 200))
+def test_shards_partition_the_settings(of: int) -> None:
+    settings = list(range(143))
+    shards = [shard_of(settings, (number, of)) for number in range(1, of + 1)]  # type: ignore[type-var]
+    assert sorted(itertools.chain(*shards)) == settings
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+@pytest.mark.parametrize("shard", [(0, 2), (3, 2)])
+def test_other_shards_are_refused(shard: tuple[int, int]) -> None:
+    with pytest.raises(TnadaptError, match=rf"a shard is I/N with I from 1 to N; got {shard[0]}/2"):
+        shard_of([], shard)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(TnadaptError, match=r"no method 'lara'; expected one of base, dense, lora"):
+        methods.find("lara")
+    with pytest.raises(TnadaptError, match=r"no task 'digit'; expected one of digits, reviews"):
+        tasks.find("digit")
+    with pytest.raises(TnadaptError, match=r"a budget must be at least 1 parameter; got 0"):
+        grid_of(tasks.find("digits"), budgets=[0])
+    with pytest.raises(TnadaptError, match=r"there is a method 'lora' already; give this one another name"):
+        methods.register(methods.find("lora"))
+
+
+# -- What is counted is what is trained --------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+
+
+def small() -> nn.Module:
+    model = nn.Module()
+    model.layers = nn.ModuleList(Attention() for _ in range(2))
+    model.head = nn.Linear(16, 3)
+    return model
+
+
+FACTS: Facts = facts_of(small(), "qv", 8)
+
+
+def fitting(name: str) -> methods.Setting | None:
+    for budget in (1000, 600, 300, 100, 13):
+        try:
+            return methods.find(name).largest(FACTS, small(), budget)
+        except methods.UnfitError:
+            continue
+    return None
+
+
+@pytest.mark.parametrize(
+    "name", in_depth(methods.names(), ("lora", "unilora", "peft-lora", "peft-boft", "peft-tinylora"))
+)
+def test_a_method_trains_as_many_parameters_as_were_counted(name: str) -> None:
+    setting = fitting(name)
+    assert setting is not None, name
+    model = small()
+    attached = methods.find(name).attach(model, setting, FACTS, "qv", seed=3)
+    assert methods.trained(attached) == setting.parameters
+    assert not model.get_submodule("head").weight.requires_grad
+
+
+def test_a_part_of_a_layer_is_no_target() -> None:
+    words = r"only a part of 0\.self_attn\.in_proj_weight is a target; PEFT adapts whole layers, so cut it up"
+    with pytest.raises(TnadaptError, match=words):
+        facts_of(nn.Sequential(nn.TransformerEncoderLayer(8, 2)), "qv")

@@ -1,0 +1,35 @@
+"""The page that the documentation shows is that of the published results."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
+
+from benchmarks.quality import page, report, store, tasks
+from benchmarks.quality.command import PUBLISHED
+from benchmarks.quality.comparison import outcomes_of
+
+
+def test_the_page_is_that_of_the_results() -> None:
+    assert (PUBLISHED / "page.md").read_text(encoding="utf-8") == page.page(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", list(tasks.TASKS))
+def test_a_table_is_that_of_its_results(name: str) -> None:
+    task = tasks.find(name)
+    for scale in task.scales:
+        found = store.read(PUBLISHED, name, scale)
+        if found is None:
+            continue
+        path = store.path_of(PUBLISHED, name, scale)
+        assert store.files_of(PUBLISHED, name, scale) == [path], "merge the shards"
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == report.table(task, found, path.stem)
+        for end in (".png", "-methods.png"):
+            assert (PUBLISHED / (path.stem + end)).read_bytes().startswith(b"\x89PNG")
+        # What is shown has seeds and rates, and every setting is finished.
+        outcomes = outcomes_of(task, found.records.values())
+        assert len(outcomes) == len(outcomes_of(task, found.records.values(), every=True))
+        assert all(len(one.test) >= 3 and len(one.tried) >= 3 for one in outcomes if one.measured and one.budget)

@@ -1,0 +1,176 @@
+"""Runs: played ones for resuming, shards and files; a real one on the digits, with a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
+
+from benchmarks.quality import page, store, tasks
+from benchmarks.quality.command import main
+from benchmarks.quality.grid import shard_of
+from benchmarks.quality.running import Listener, Run
+from benchmarks.quality.tuning import Plan
+from tests.quality.played_task import BEST, PlayedTask, setting_of
+from tests.support.depth import in_depth
+from tnadapt.errors import FileError
+from tnadapt.finetune import open_engine
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = [setting_of(method) for method in BEST]
+PLAN = Plan(PlayedTask.rates, seeds=2)
+
+
+def run(out: Path, shard: tuple[int, int] = (1, 1), plan: Plan = PLAN) -> int:
+    one = Run(out, out / "cache", open_engine("local", 1), shard=shard)
+    return one.task(PlayedTask(), "small", shard_of(SETTINGS, shard), plan, Listener())
+
+
+@pytest.fixture(autouse=True)
+def played(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tasks.TASKS, "played", PlayedTask)
+
+
+def records(out: Path) -> dict[str, Any]:
+    found = store.read(out, "played", "small")
+    return {} if found is None else {key: {**one, "seconds": 0} for key, one in found.records.items()}
+
+
+def test_a_run_is_finished_once(tmp_path: Path) -> None:
+    count = run(tmp_path)
+    before = (tmp_path / "played.jsonl").read_bytes()
+    assert (count, run(tmp_path)) == (len(records(tmp_path)), 0)
+    assert (tmp_path / "played.jsonl").read_bytes() == before
+    # More seeds only add trainings.
+    assert run(tmp_path, plan=Plan(PlayedTask.rates, seeds=3)) == len(SETTINGS)
+
+
+def test_a_run_resumes_after_any_line(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    lines = (tmp_path / "whole" / "played.jsonl").read_bytes().splitlines(keepends=True)
+    for cut in range(1, len(lines), 7):
+        out = tmp_path / str(cut)
+        out.mkdir()
+        # The last line is incomplete, as a killed process leaves it.
+        (out / "played.jsonl").write_bytes(b"".join(lines[:cut]) + lines[cut][:20])
+        run(out)
+        assert records(out) == records(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("of", [2, 3, 9])
+def test_shards_find_what_a_whole_run_finds(tmp_path: Path, of: int) -> None:
+    whole = run(tmp_path / "whole")
+    counts = [run(tmp_path / "parts", (number, of)) for number in range(1, of + 1)]
+    assert sum(counts) == whole
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    path = store.merge(tmp_path / "parts", "played", "small")
+    assert path == tmp_path / "parts" / "played.jsonl"
+    assert [one.name for one in (tmp_path / "parts").glob("*.jsonl")] == ["played.jsonl"]
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    # A merged file is a results file: the run goes on in it.
+    assert run(tmp_path / "parts") == 0
+
+
+def test_results_of_another_study_are_refused(tmp_path: Path) -> None:
+    run(tmp_path, (1, 2))
+    path = tmp_path / "played.1-of-2.jsonl"
+    path.write_text(path.read_text().replace('"targets": "qv"', '"targets": "all"', 1))
+    with pytest.raises(FileError, match=r"has results of played with other targets; give another one with --out"):
+        run(tmp_path, (2, 2))
+
+
+def test_tables_and_figures_are_those_of_the_results(tmp_path: Path) -> None:
+    run(tmp_path)
+    paths = page.write(tmp_path)
+    assert [path.name for path in paths] == ["played.md", "played.png", "played-methods.png", "page.md"]
+    text = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "## A played task" in text
+    assert text.endswith((tmp_path / "played.md").read_text(encoding="utf-8"))
+    assert "`digits`: Small ViT, digits 0 to 4 to digits 5 to 9 (not measured yet)" in text
+    assert page.write(tmp_path) == paths
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == text
+
+
+# -- The command ---------------------------------------------------------------------------------
+
+
+def test_a_dry_run_lists_settings_and_an_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", "digits", "--dry-run", "--methods", "lora,peft-vera", "--budgets", "1000,10000"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "digits (Small ViT, digits 0 to 4 to digits 5 to 9): 4 settings" in shown
+    assert "10,000     9,216  lora" in shown
+    assert "0 trainings are finished; 32 to 48 are left" in shown
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    in_depth(
+        [
+            (["run", "--profile", "fast"], "no profile 'fast'; expected one of quick, day, full"),
+            (["run", "numbers"], "no task 'numbers'; expected one of digits"),
+            (["run", "--shard", "3/2"], "--shard takes I/N with I from 1 to N, such as 2/8; got '3/2'"),
+            (["run", "--rates", "0.1,x"], "--rates takes numbers with commas between them; got '0.1,x'"),
+            (["run", "--seeds", "0"], "--seeds and --tuned-by must be at least 1; got 0 and 1"),
+            (["run", "played", "--scale", "big"], "task played has the scales small; got 'big'"),
+            (["run", "played", "--option", "cpus"], "--option takes NAME=VALUE; got 'cpus'"),
+            (["run", "played", "--engine", "cloud"], "no engine 'cloud'; expected one of local"),
+        ],
+        [(["run", "--profile", "fast"], "no profile 'fast'; expected one of quick, day, full")],
+    ),
+)
+def test_wrong_arguments_are_explained(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = ["--methods", "lora", "--budgets", "1000", "--out", str(tmp_path)]
+    assert main([*arguments, *rest]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_real_run_resumes_after_a_kill(tmp_path: Path) -> None:
+    chosen = ["--methods", "lora_xs,peft-fourierft", "--budgets", "100", "--scale", "smoke"]
+    short = [*chosen, "--rates", "0.01,0.1", "--seeds", "2", "--no-refine"]
+    where = ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--jobs", "1"]
+    command = [sys.executable, "-m", "benchmarks.quality", "run", "digits", *short, *where]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        results = tmp_path / "out" / "digits-smoke.jsonl"
+        deadline = time.monotonic() + 240
+        while not (results.is_file() and results.read_bytes().count(b'"key"') >= 2):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    before = [json.loads(line) for line in results.read_bytes().split(b"\n")[:-1]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    after = [json.loads(line) for line in results.read_bytes().splitlines()]
+    assert after[: len(before)] == before
+    lines = [line for line in after if "key" in line]
+    assert {line["method"] for line in lines} == {"base", "dense", "lora_xs", "peft-fourierft"}
+    assert len({line["key"] for line in lines}) == len(lines)
+    assert not any(line["diverged"] or "failed" in line for line in lines)
+    # The head has as many parameters beside an adapter of either library.
+    assert {line["kept"] for line in lines} == {5 * 64 + 5}
+    found = store.read(tmp_path / "out", "digits", "smoke")
+    assert found is not None
+    assert len(found.sessions) == 2
+    text = (tmp_path / "out" / "digits-smoke.md").read_text(encoding="utf-8")
+    assert "| FourierFT (PEFT) | n = 12 | 96 |" in text

@@ -1,0 +1,114 @@
+"""Rates: the same rule for every method, by held-out scores alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
+
+from benchmarks.quality.comparison import outcomes_of
+from benchmarks.quality.engine import failed, line_of
+from benchmarks.quality.estimate import estimate
+from benchmarks.quality.grid import Trial
+from benchmarks.quality.methods import Setting
+from benchmarks.quality.tuning import BEYOND, Plan, due, tuned
+from tests.quality.played_task import BEST, FOUND, PlayedBench, PlayedTask, setting_of
+
+TASK = PlayedTask()
+
+
+def line(trial: Trial) -> dict[str, Any]:
+    return line_of(trial, PlayedBench().train(trial.setting, trial.seed, trial.rate, lambda done: None))
+
+
+def played(setting: Setting, plan: Plan, make: Callable[[Trial], dict[str, Any]] = line) -> dict[str, Any]:
+    """Train all that is due until nothing is; return the lines by key."""
+    records: dict[str, Any] = {}
+    rounds = []
+    while trials := due(TASK, "small", [setting], records, plan):
+        assert len({trial.key for trial in trials}) == len(trials)
+        assert not any(trial.key in records for trial in trials)
+        rounds.append(len(trials))
+        records |= {trial.key: make(trial) for trial in trials}
+        assert len(rounds) < 20
+    return records
+
+
+@pytest.mark.parametrize(
+    ("method", "tried"),
+    [
+        ("lora", [0.001, 0.01, 0.032, 0.1, 0.0032, 1.0]),  # inside the list: two neighbours of 0.01
+        ("lora_xs", [0.001, 0.01, 0.1, 1.0, 10.0, 3.2, 0.32]),  # one beyond, then neighbours of 1
+        ("peft-lora", [0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 3.2, 32.0]),  # two beyond: the second is worse
+        ("unilora", [1e-5, 1e-4, 0.001, 0.01, 0.1, 1.0, 3.2e-6, 3.2e-5]),  # at the limit of two beyond
+    ],
+)
+def test_rates_are_extended_and_refined(method: str, tried: list[float]) -> None:
+    records = played(setting_of(method), Plan(TASK.rates, seeds=1))
+    assert sorted({one["rate"] for one in records.values()}) == sorted(tried)
+
+
+@pytest.mark.parametrize("method", ["lora", "peft-lora"])
+@pytest.mark.parametrize("tuned_by", [1, 2, 3])
+def test_all_seeds_get_the_rate_that_is_best_on_held_out_samples(method: str, tuned_by: int) -> None:
+    plan = Plan(TASK.rates, seeds=4, tuned_by=tuned_by)
+    records = played(setting_of(method), plan)
+    rates: dict[int, set[float]] = {}
+    for one in records.values():
+        rates.setdefault(one["seed"], set()).add(one["rate"])
+    assert sorted(rates) == [0, 1, 2, 3]
+    assert all(len(rates[seed]) > 1 for seed in range(tuned_by))
+    assert all(rates[seed] == {FOUND[method]} for seed in range(tuned_by, 4))
+    state = tuned(TASK, "small", setting_of(method), records, plan)
+    assert (state.rate, state.missing) == (FOUND[method], ())
+    # What the results alone say is the same.
+    (outcome,) = outcomes_of(TASK, records.values())
+    assert (outcome.rate, outcome.tuned_by, outcome.tried) == (FOUND[method], tuned_by, state.tried)
+    assert list(outcome.test) == [0, 1, 2, 3]
+
+
+def test_a_method_that_fails_is_not_tried_again_and_others_go_on() -> None:
+    plan, bad = Plan(TASK.rates, seeds=2), setting_of("lora")
+    records = {trial.key: line_of(trial, failed("ValueError: no")) for trial in due(TASK, "small", [bad], {}, plan)}
+    assert due(TASK, "small", [bad], records, plan) == []
+    assert {trial.setting.method for trial in due(TASK, "small", [bad, setting_of("dense")], records, plan)} == {
+        "dense"
+    }
+    (outcome,) = outcomes_of(TASK, records.values())
+    assert (outcome.measured, outcome.failed) == (False, "ValueError: no")
+
+
+def test_a_rate_that_diverges_is_not_chosen() -> None:
+    plan, setting = Plan(TASK.rates, seeds=1), setting_of("dense")
+
+    def make(trial: Trial) -> dict[str, Any]:
+        lost = {"diverged": True, "validation": None, "test": None} if trial.rate >= 0.01 else {}
+        return line(trial) | lost
+
+    assert tuned(TASK, "small", setting, played(setting, plan, make), plan).rate == 0.0032
+
+
+def test_a_method_that_always_diverges_ends() -> None:
+    plan, setting = Plan(TASK.rates, seeds=2), setting_of("dense")
+    records = played(setting, plan, lambda trial: line(trial) | {"diverged": True, "validation": None})
+    (outcome,) = outcomes_of(TASK, records.values())
+    assert (outcome.measured, outcome.diverged) == (False, True)
+
+
+@pytest.mark.parametrize("method", sorted(set(BEST) - {"base"}))
+@pytest.mark.parametrize("done", [0, 3, 5, 99])
+def test_an_estimate_holds(method: str, done: int) -> None:
+    plan, setting = Plan(TASK.rates, seeds=3, tuned_by=2), setting_of(method)
+    every = played(setting, plan)
+    some = dict(list(every.items())[:done])
+    left = estimate(TASK, "small", [setting], some, plan, list(every.values()))
+    assert left.finished == len(some)
+    assert left.least <= len(every) - len(some) <= left.most
+    assert left.least_seconds == pytest.approx(2.0 * left.least)
+    assert left.most_seconds == pytest.approx(2.0 * left.most)
+    assert left.most - left.least <= 2 * BEYOND * 2
