@@ -9,7 +9,7 @@ from typing import Any
 
 from tnadapt.algebra.config import Config
 from tnadapt.errors import ConfigError, TnadaptError
-from tnadapt.finetune import Method, Reporter, Spec, Study, Training, usable_device
+from tnadapt.finetune import Engine, Method, Reporter, Spec, Study, Training, usable_device
 from tnadapt.finetune.grid import Shapes, head_alone
 from tnadapt.planning import known_as
 
@@ -82,6 +82,7 @@ def study_of(
     device: str | None = None,
     keep_references: bool = False,
     reporter: Reporter | None = None,
+    engine: Engine | None = None,
 ) -> Study:
     """Return the study that a recipe describes.
 
@@ -99,6 +100,8 @@ def study_of(
     keep_references : bool
         Whether to save the adapter of the dense update, too.
     reporter : Reporter, optional
+    engine : Engine, optional
+        Where it will run: the device is looked for there.
 
     Returns
     -------
@@ -126,7 +129,10 @@ def study_of(
         source["holdout"] = _fraction(recipe, settings["holdout"])
     spec = Spec(**source, cache=cache)
     how = {name: settings[name] for name in _TRAINING if name in settings}
-    training = Training(**{"epochs": 1, **how}, device=usable_device(device), keep_references=keep_references)
+    assumed = None if engine is None else engine.device(device)
+    training = Training(
+        **{"epochs": 1, **how}, device=assumed or usable_device(device), keep_references=keep_references
+    )
     return Study(
         spec, Arms(recipe), training, rates, seeds or settings["seeds"], reporter,
         settings.get("tuned_by"),

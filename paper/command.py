@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from tnadapt import TnadaptError
-from tnadapt.cli.terminal import EscapingCommand, echo, echo_json, help_text, print_table, reporter
+from tnadapt.cli.terminal import (
+    ENGINE_HELP,
+    ENGINE_OPTION_HELP,
+    EscapingCommand,
+    echo,
+    echo_json,
+    engine_options,
+    help_text,
+    print_table,
+    reporter,
+)
 
 from .recipe import SCALES, Recipe, names, open_recipe
 from .run import RecipeOutcome, redraw, run
@@ -35,7 +45,12 @@ def experiment(
     arm: Annotated[list[str] | None, typer.Option(help="Only this method; repeat for more.")] = None,
     lr: Annotated[list[float] | None, typer.Option(help="Other learning rates; repeat for more.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds, instead of the recipe's.")] = None,
-    jobs: Annotated[int, typer.Option(min=0, help="Parallel trainings; 0: as many as fit.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=0, help="Parallel trainings; 0: as many as fit. 1 by default, and on a cluster 0."),
+    ] = None,
+    engine: Annotated[str, typer.Option(help=ENGINE_HELP)] = "local",
+    engine_option: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help=ENGINE_OPTION_HELP)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard the results of an earlier run.")] = False,
     redrawn: Annotated[
@@ -67,7 +82,8 @@ def experiment(
         with reporter() as shown:
             outcome = run(
                 recipe, folder, cache=cache, model=model, data=data, features=features, rates=lr or (), seeds=seeds,
-                jobs=jobs, device=device, fresh=fresh, reporter=shown,
+                jobs=jobs, device=device, fresh=fresh, reporter=shown, engine=engine,
+                options=engine_options(engine_option or ()),
             )  # fmt: skip
     except KeyboardInterrupt:
         echo("", err=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +50,12 @@ def run(
     features: str | None = None,
     rates: Sequence[float] = (),
     seeds: int | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
     device: str | None = None,
     fresh: bool = False,
     reporter: Reporter | None = None,
+    engine: str = "local",
+    options: Mapping[str, str] | None = None,
 ) -> RecipeOutcome:
     """Run the unfinished trainings of a recipe, and draw its figure from all results.
 
@@ -69,12 +71,16 @@ def run(
         As in :func:`~paper.classification.study_of`.
     features : str, optional
         What measures generated images, as in :func:`~paper.diffusion.opening.generation_of`.
-    jobs : int
-        Number of parallel trainings.
+    jobs : int, optional
+        Number of parallel trainings; 0 for as many as fit. By default 1 on this machine, and 0 on a cluster.
     fresh : bool
         Discard the results of an earlier run in that folder.
     reporter : Reporter, optional
         Receives progress.
+    engine : str
+        Where parallel trainings run: see :func:`tnadapt.finetune.run_tasks`.
+    options : mapping of str to str, optional
+        Settings of the engine.
 
     Returns
     -------
@@ -101,22 +107,27 @@ def run(
             [{"arm": one.arm, "rank": one.config.rank, "parameters": one.parameters} for one in recipe.points()], out
         )
     elif recipe.kind == "diffusion":
+        from tnadapt.finetune import open_engine
+
         from .diffusion.opening import generation_of
 
+        open_engine(engine, jobs, options)  # refuses what is wrong before a base is trained
         points = generation_of(
             recipe, cache or out / "cache", model=model, data=data, features=features, rates=rates, seeds=seeds,
             device=device, reporter=reporter,
-        ).run(out, jobs, fresh)  # fmt: skip
+        ).run(out, jobs, fresh, engine, options)  # fmt: skip
     else:
         if features is not None:
             raise TnadaptError(f"recipe {recipe.name} generates no images, so --features does not apply; leave it out")
+        from tnadapt.finetune import open_engine
+
         from .classification import study_of
 
         study = study_of(
             recipe, cache or out / "cache", model=model, data=data, rates=rates, seeds=seeds, device=device,
-            keep_references=recipe.kind == "geometry", reporter=reporter,
+            keep_references=recipe.kind == "geometry", reporter=reporter, engine=open_engine(engine, jobs, options),
         )  # fmt: skip
-        points = study.run(out, jobs, fresh).points
+        points = study.run(out, jobs, fresh, engine, options).points
         if recipe.kind == "geometry":
             from .similarity import at_one_rate, measured
 

@@ -112,7 +112,7 @@ class Generation:
     def run(
         self,
         out: Path,
-        jobs: int = 1,
+        jobs: int | None = None,
         fresh: bool = False,
         engine: str | Engine = "local",
         options: Mapping[str, str] | None = None,
@@ -123,9 +123,9 @@ class Generation:
         ----------
         out : Path
             The folder for ``results.jsonl``, ``images`` and ``adapters``; created if needed.
-        jobs : int
-            Number of parallel adaptations; several run in separate processes. 0 means one per core, or
-            on a cluster as many as it has room for.
+        jobs : int, optional
+            Number of parallel adaptations; several run in separate processes. 0 means one per core, or on a cluster as
+            many as it has room for. By default 1 on this machine, and 0 on a cluster.
         fresh : bool
             Discard the results of an earlier run in that folder.
         engine, options

@@ -127,6 +127,25 @@ def test_settings_arrive_in_the_config(cache: Path) -> None:
     )
 
 
+def test_the_engine_and_its_options_arrive_in_the_study(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    from tnadapt.finetune import Study
+
+    def run(self: Study, *arguments: Any) -> None:
+        given.append((self.training.device, *arguments))
+        raise KeyboardInterrupt
+
+    given: list[Any] = []
+    monkeypatch.setattr(Study, "run", run)
+    where = ["--engine", "slurm", "--engine-option", "gpus=1", "--engine-option", "partition=gpu"]
+    done = invoke(*QUICK, "--cache", cache, "--out", tmp_path, "--rank", 1, *where)
+    assert done.exit_code == 130, done.output
+    # The device is that of the cluster's machines; this one may have none.
+    assert given == [("cuda", tmp_path, 0, False, "slurm", {"gpus": "1", "partition": "gpu"})]
+
+
 def test_a_proof_that_fails_is_exit_code_1(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tnadapt.finetune import _study as study
     from tnadapt.finetune._best import Proof
@@ -235,6 +254,10 @@ def test_interrupted_it_says_how_to_go_on(cache: Path, tmp_path: Path) -> None:
         (["--lr", "0"], "--lr must be above 0 and at most 1e6; got 0.0"),
         (["--lr", "nan"], "--lr must be above 0 and at most 1e6; got nan"),
         (["--device", "abacus"], "no device 'abacus' here"),
+        (["--engine", "rey"], "no engine 'rey'; expected one of local, ray, slurm"),
+        (["--engine-option", "gpus"], "--engine-option takes KEY=VALUE; got 'gpus'"),
+        (["--engine-option", "gpus=1"], "engine local has no option 'gpus'; it has none"),
+        (["--engine-option", "a=1", "--engine-option", "a=2"], "--engine-option a is given twice"),
         (["--model", "here"], "--model needs --data, too; with neither, the data are scikit-learn's digits"),
         (["--data", "here.csv"], "--data needs --model, too"),
         (

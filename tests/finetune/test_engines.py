@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +28,15 @@ from tests.support.depth import in_depth
 from tnadapt.finetune import Engine, engines, open_engine, run_tasks
 from tnadapt.finetune.engines import Started
 
+from . import fake_slurm
 from .played_tasks import ROOT, Act, Play, acts, environment, lines, run, start
+
+
+def needs(engine: str) -> pytest.MarkDecorator:
+    """Skip a test where an engine's library is not installed."""
+    library = engines.ENGINES[engine].library
+    there = not library or importlib.util.find_spec(library) is not None
+    return pytest.mark.skipif(not there, reason=f"{library} is not installed (the extra {engine})")
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 60.0) -> bool:
@@ -121,11 +131,44 @@ def test_an_unknown_engine_or_option_is_named() -> None:
         open_engine("local", options={"partition": "gpu"})
 
 
-@pytest.mark.parametrize(("jobs", "light", "expected"), [(0, False, 1), (0, True, None), (3, False, 3), (3, True, 3)])
-def test_how_many_run_on_this_machine(jobs: int, light: bool, expected: int | None) -> None:
+@pytest.mark.parametrize("engine", ["ray", "slurm"])
+def test_a_library_that_is_not_installed_is_named_with_its_extra(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    library = {"ray": "ray", "slurm": "submitit"}[engine]
+    message = f"engine {engine} needs {library}, which is not installed: pip install 'tnadapt[{engine}]'"
+    with pytest.raises(tna.TnadaptError, match=re.escape(message)):
+        open_engine(engine)
+
+
+@pytest.mark.parametrize(
+    "engine", [pytest.param("ray", marks=needs("ray")), pytest.param("slurm", marks=needs("slurm"))]
+)
+def test_a_clusters_engine_has_options_and_room(engine: str) -> None:
+    assert open_engine(engine).room == open_engine(engine, 0).room == 1000
+    assert open_engine(engine, 7).room == 7
+    assert open_engine(engine, options={"cpus": "4"}).threads(None, 9) == 4
+    assert open_engine(engine, options={"cpus": "4"}).threads(1, 9) == 1
+    with pytest.raises(tna.TnadaptError, match=f"engine {engine} has no option 'gpu'; it has .*cpus, gpus"):
+        open_engine(engine, options={"gpu": "1"})
+    with pytest.raises(
+        tna.TnadaptError, match=f"option cpus of engine {engine} must be a number of at least 0; got '-1'"
+    ):
+        open_engine(engine, options={"cpus": "-1"}).threads(None, 1)
+    assert all(engines.engine_options(engine).values())
+    assert open_engine(engine).device(None) == open_engine(engine, options={"gpus": "0"}).device(None) == "cpu"
+    assert open_engine(engine, options={"gpus": "1"}).device(None) == "cuda"
+    assert open_engine(engine).device("cuda:1") == "cuda:1"
+
+
+@pytest.mark.parametrize(
+    ("jobs", "light", "expected"),
+    [(None, False, 1), (None, True, 1), (0, False, 1), (0, True, None), (3, False, 3), (3, True, 3)],
+)
+def test_how_many_run_on_this_machine(jobs: int | None, light: bool, expected: int | None) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     engine = open_engine("local", jobs, light=light)
     assert engine.jobs == engine.room == (expected or cores)
+    assert engine.device("cuda") is None, "it is looked for"
     assert engine.threads(5, 7) == 5
     assert engine.threads(None, 1) == torch.get_num_threads()
     assert engine.threads(None, 7) == max(1, torch.get_num_threads() // engine.jobs)
@@ -364,23 +407,6 @@ def test_who_stops_listening_ends_those_that_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("keyboard")
-@pytest.mark.parametrize("number", in_depth([signal.SIGKILL, signal.SIGINT], [signal.SIGKILL]))
-def test_a_parent_that_is_killed_or_interrupted_leaves_no_worker(number: signal.Signals, tmp_path: Path) -> None:
-    with start(tmp_path, "local", "long", "long") as process:
-        assert wait_for(lambda: len(Play(tmp_path).noted("begun")) == 2)
-        os.kill(process.pid, number) if number == signal.SIGKILL else os.killpg(process.pid, number)
-        _, told = process.communicate(timeout=60)
-    if number == signal.SIGINT:
-        assert told.splitlines()[-1] == "KeyboardInterrupt"
-        # Python forgets that it was interrupted if code is compiled at exit, as torch does where tabulate is installed.
-        assert process.returncode in (-signal.SIGINT, 1)
-    else:
-        assert process.returncode == -number
-    assert gone(tmp_path)
-
-
-@pytest.mark.slow
 def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
@@ -402,29 +428,142 @@ def run_script(path: Path) -> subprocess.CompletedProcess[str]:
 
 # -- Every engine ----------------------------------------------------------------------------------
 
-ENGINES = [("local", ())]
+#: Each as it is without a cluster: Ray's is started on this machine, and submitit's jobs are processes of it.
+OPTIONS = {"local": (), "ray": ("address=local",), "slurm": ("cluster=local",)}
+EACH = [pytest.param(name, marks=needs(name)) for name in OPTIONS]
 
 
 @pytest.mark.slow
 @pytest.mark.law("killed-sweep")
-@pytest.mark.parametrize(("engine", "options"), ENGINES)
-def test_a_killed_program_finds_the_lines_of_its_workers(engine: str, options: tuple[str, ...], tmp_path: Path) -> None:
-    names = ("a", "b", "waits", "killed-once")
-    with start(tmp_path, engine, *names, options=options) as process:
+@pytest.mark.parametrize("engine", EACH)
+def test_nothing_that_is_finished_is_lost_whatever_dies(engine: str, tmp_path: Path) -> None:
+    names = ("a", "waits", "killed-once", "killed")
+    with start(tmp_path, engine, *names[:-1], options=OPTIONS[engine]) as process:
         # Stopped, it cannot read what its workers write.
-        assert wait_for(lambda: len(Play(tmp_path).noted("begun")) >= 1)
+        assert wait_for(lambda: Play(tmp_path).noted("begun"))
         os.kill(process.pid, signal.SIGSTOP)
         assert wait_for(lambda: list(tmp_path.glob("workers/*/worker-*.jsonl")))
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate(timeout=60)
-    (tmp_path / "go").touch()
+        # Of Ray, the whole cluster.
+        (os.killpg if engine == "ray" else os.kill)(process.pid, signal.SIGKILL)
     files = tmp_path.glob("workers/*/worker-*.jsonl")
-    before = [json.loads(line) for path in files for line in path.read_text().splitlines()]
-    done = run(tmp_path, engine, *names, options=options)
-    assert done.returncode == 0, done.stderr
-    own = lines((tmp_path / "own.jsonl").read_text())
-    assert keys(own) == ["a/0", "b/1", "killed-once/3", "waits/2"]
+    before = [json.loads(line)["key"] for path in files for line in path.read_text().splitlines()]
     assert before
-    for one in before:
-        assert Play(tmp_path).noted("begun").count(one["key"]) == 1
+    assert engine == "slurm" or gone(tmp_path)
+    (tmp_path / "go").touch()
+    done = run(tmp_path, engine, *names, options=OPTIONS[engine])
+    assert done.returncode == 1
+    assert "a worker died 3 times while it ran killed/3" in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].endswith("run the same command again to continue")
+    own = lines((tmp_path / "own.jsonl").read_text())
+    assert keys(own) == ["a/0", "killed-once/2", "waits/1"]
+    assert {one["threads"] for one in own} == {3}
+    assert 0.5 in {one["progress"] for one in own}
+    begun = Play(tmp_path).noted("begun")
+    assert [begun.count(key) for key in before] == [1] * len(before)
+    assert begun.count("killed/3") == 3
+    assert gone(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("keyboard")
+@pytest.mark.parametrize(
+    ("engine", "number"),
+    in_depth(
+        [("local", signal.SIGKILL), ("local", signal.SIGINT), ("ray", signal.SIGINT), ("slurm", signal.SIGINT)],
+        [("local", signal.SIGKILL)],
+    ),
+)
+def test_a_parent_that_is_killed_or_interrupted_leaves_no_worker(
+    engine: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    with start(tmp_path, engine, "long", "long", options=OPTIONS[engine]) as process:
+        assert wait_for(lambda: len(Play(tmp_path).noted("begun")) == 2)
+        os.kill(process.pid, number) if number == signal.SIGKILL else os.killpg(process.pid, number)
+        _, told = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert told.splitlines()[-1] == "KeyboardInterrupt"
+        # Python forgets that it was interrupted if code is compiled at exit, as torch does where tabulate is installed.
+        assert process.returncode in (-signal.SIGINT, 1)
+    else:
+        assert process.returncode == -number
+    assert gone(tmp_path)
+
+
+# -- Ray -------------------------------------------------------------------------------------------
+
+
+@needs("ray")
+def test_ray_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def init(**given: Any) -> None:
+        asked.append(given["address"])
+        raise ConnectionError("could not find\nany")
+
+    asked: list[str] = []
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(tna.TnadaptError, match=r"^no Ray cluster at 'ray\.example:6379': could not find$"):
+        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="ray", options={"address": "ray.example:6379"}))
+    monkeypatch.setenv("RAY_ADDRESS", "another:1")
+    with pytest.raises(tna.TnadaptError, match=r"^no Ray cluster at 'another:1': could not find$"):
+        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="ray"))
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(ConnectionError):
+        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="ray"))
+    assert asked == ["ray.example:6379", "another:1", "auto", "local"]
+
+
+# -- Slurm -----------------------------------------------------------------------------------------
+
+
+@needs("slurm")
+def test_slurm_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(tna.TnadaptError, match=r'^engine slurm cannot start: Could not detect "srun"'):
+        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="slurm"))
+    with pytest.raises(tna.TnadaptError, match=r"^engine slurm cannot start: .* executor named moon"):
+        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="slurm", options={"cluster": "moon"}))
+
+
+@pytest.mark.slow
+@needs("slurm")
+@pytest.mark.law("killed-sweep")
+def test_jobs_of_slurm_are_an_array_with_the_options_and_go_on_without_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in fake_slurm.install(tmp_path / "slurm").items():
+        monkeypatch.setenv(name, value)
+    names, options = ("waits", "waits", "a"), ("partition=gpu", "gpus=1", "time=60", "mem=4GB", "setup=export THIS=1")
+    with start(tmp_path, "slurm", *names, jobs=0, options=options) as process:
+        assert wait_for(lambda: len(Play(tmp_path).noted("begun")) == 3)
+        os.kill(process.pid, signal.SIGKILL)
+    script = (tmp_path / "slurm" / "script-100").read_text()
+    for line in ("partition=gpu", "gpus-per-node=1", "time=60", "mem=4GB", "cpus-per-task=3", "array=0-2%3"):
+        assert f"#SBATCH --{line}\n" in script
+    assert "\nexport THIS=1\n" in script
+    with start(tmp_path, "slurm", *names, jobs=0, options=options) as process:
+        # It waits for the jobs that there are.
+        assert wait_for(
+            lambda: "a/2" in (tmp_path / "own.jsonl").read_text() if (tmp_path / "own.jsonl").exists() else 0
+        )
+        (tmp_path / "go").touch()
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 0, told
+    assert keys(lines((tmp_path / "own.jsonl").read_text())) == ["a/2", "waits/0", "waits/1"]
+    assert Play(tmp_path).noted("begun") == ["a/2", "waits/0", "waits/1"], "none was begun twice"
+    assert not (tmp_path / "slurm" / "script-101").exists()
     assert not (tmp_path / "workers").exists()
+
+
+@pytest.mark.slow
+@needs("slurm")
+@pytest.mark.usefixtures("keyboard")
+def test_an_interrupt_cancels_jobs_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in fake_slurm.install(tmp_path / "slurm").items():
+        monkeypatch.setenv(name, value)
+    with start(tmp_path, "slurm", "long", "long", jobs=0) as process:
+        assert wait_for(lambda: len(Play(tmp_path).noted("begun")) == 2)
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=60)
+    assert {path.name for path in (tmp_path / "slurm").glob("cancelled-*")} == {"cancelled-100_0", "cancelled-100_1"}
+    assert gone(tmp_path)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from tnadapt.finetune.pareto_report import points_in  # noqa: E402
 from tnadapt.finetune.problem import base_digest, free  # noqa: E402
 from tnadapt.finetune.training import train, usable_device  # noqa: E402
 
+from .played_tasks import ROOT  # noqa: E402
 from .small import CHOICE, TRAINING, spec, study  # noqa: E402
 
 
@@ -51,6 +55,10 @@ def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 def lines(out: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     return [line for line in found if "key" in line]
+
+
+def numbers(out: Path) -> dict[str, Any]:
+    return {one["key"]: {name: value for name, value in one.items() if name != "seconds"} for one in lines(out)}
 
 
 def test_the_outcome(finished: tuple[Path, Any]) -> None:
@@ -121,11 +129,33 @@ def test_a_study_grows_by_rates_seeds_and_methods(finished: tuple[Path, Any], ca
 def test_side_by_side_gives_the_same_numbers(finished: tuple[Path, Any], cache: Path, tmp_path: Path) -> None:
     out, _ = finished
     study(cache).run(tmp_path, jobs=2)
-
-    def numbers(folder: Path) -> dict[str, Any]:
-        return {one["key"]: {name: value for name, value in one.items() if name != "seconds"} for one in lines(folder)}
-
     assert numbers(tmp_path) == numbers(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "library", "options"),
+    [("ray", "ray", {"address": "local"}), ("slurm", "submitit", {"cluster": "local"})],
+)
+def test_a_cluster_gives_the_same_numbers(
+    finished: tuple[Path, Any], cache: Path, engine: str, library: str, options: dict[str, str], tmp_path: Path
+) -> None:
+    pytest.importorskip(library)
+    script = (
+        "from pathlib import Path\nfrom tests.finetune.small import study\n"
+        f"outcome = study(Path({str(cache)!r})).run(Path('run'), 2, engine={engine!r}, options={options!r})\n"
+        "assert outcome.proof.holds\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert numbers(tmp_path / "run") == numbers(finished[0])
+    assert not (tmp_path / "run" / "workers").exists()
+    sessions = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert [one["session"]["engine"] for one in sessions if "session" in one] == [engine]
 
 
 def test_other_settings_are_another_study(finished: tuple[Path, Any], cache: Path) -> None:

@@ -61,6 +61,8 @@ def test_figure_2_is_drawn(tmp_path: Path) -> None:
     [
         (["imagenet"], "expected one of"), (["cifar100", "--scale", "mini"], "it has full"),
         (["params", "--scale", "giant"], "full, mini"), (["svhn-mnist"], "give --features"),
+        (["digits", "--scale", "mini", "--engine", "rey"], "no engine 'rey'; expected one of local, ray, slurm"),
+        (["svhn-mnist", "--scale", "mini", "--engine-option", "gpus=1"], "engine local has no option 'gpus'"),
         (["params", "--out", "file"], "file"), (["cifar10", "--arm", "LoRa", "--dry-run"], "no arm 'LoRa'"),
     ],
 )  # fmt: skip

@@ -140,6 +140,8 @@ def test_every_import_is_declared() -> None:
         "onnx",
         "diffusers",
         "torch_fidelity",
+        "ray",
+        "submitit",
     }
     optional |= {"triton"}  # comes with torch, where torch is for CUDA
     optional |= {"vllm"}  # which imports its plug-in, and is installed by whoever serves with it

@@ -13,6 +13,7 @@ import typer
 
 from tnadapt import TnadaptError
 
+from ._engine_options import ENGINE_HELP, ENGINE_OPTION_HELP, engine_options
 from ._printing import echo, echo_json
 from ._progress import reporter
 from ._settings import setting, word_or_number
@@ -129,8 +130,16 @@ def finetune_command(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …", rich_help_panel=HOW)] = None,
     jobs: Annotated[
         int,
-        typer.Option(min=0, help="Parallel trainings; 0: one per core for the digits, else 1.", rich_help_panel=HOW),
+        typer.Option(
+            min=0,
+            help="Parallel trainings; 0: one per core for the digits, else 1; on a cluster, as many as fit.",
+            rich_help_panel=HOW,
+        ),
     ] = 0,
+    engine: Annotated[str, typer.Option(help=ENGINE_HELP, rich_help_panel=HOW)] = "local",
+    engine_option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help=ENGINE_OPTION_HELP, rich_help_panel=HOW)
+    ] = None,
     report_to: Annotated[
         ReportTo,
         typer.Option(help="Where transformers' Trainer reports the trainings of your own model.", rich_help_panel=HOW),
@@ -172,7 +181,10 @@ def finetune_command(
     own = {"task": task, "separator": separator, "tokenizer": tokenizer, "report-to": report_to.given}
     check_options(own, model is not None or data is not None, report_to)
     changes = {name: value for name, value in changes.items() if value is not None} | dict(map(setting, settings or []))
+    where = engine_options(engine_option or ())
     job = job_package()
+    # Refuses what is wrong before a model is opened.
+    assumed = None if dry_run else job.open_engine(engine, jobs, where).device(device)
     digits = model is None and data is None
     usual = DIGITS if digits else OTHERS
     spec = job.Spec(
@@ -186,7 +198,7 @@ def finetune_command(
         short=not digits,
     )  # fmt: skip
     training = job.Training(
-        epochs=epochs or usual.epochs, batch=batch or usual.batch, device=job.usable_device(device),
+        epochs=epochs or usual.epochs, batch=batch or usual.batch, device=assumed or job.usable_device(device),
         targets="qv" if not targets else targets[0] if len(targets) == 1 else tuple(targets), report_to=report_to.value,
     )  # fmt: skip
     folder = out or Path("runs", "digits" if digits else f"{_word(model)}-{_word(data)}")
@@ -194,7 +206,7 @@ def finetune_command(
         with reporter() as shown:
             study = job.Study(spec, choice, training, _rates(lr or usual.rates), seeds, shown)
             if not dry_run:
-                outcome = study.run(folder, jobs, fresh)
+                outcome = study.run(folder, jobs, fresh, engine, where)
     except KeyboardInterrupt:
         echo("", err=True)
         echo(f"stopped; finished trainings are in {folder}, and the same command resumes", err=True)

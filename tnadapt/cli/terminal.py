@@ -16,16 +16,20 @@ from typer.core import TyperCommand, TyperGroup
 
 from tnadapt.errors import TnadaptError, escaped
 
+from ._engine_options import ENGINE_HELP, ENGINE_OPTION_HELP, engine_options
 from ._printing import echo, echo_json, echo_table
 from ._progress import reporter
 from ._tables import print_table
 
 __all__ = [
+    "ENGINE_HELP",
+    "ENGINE_OPTION_HELP",
     "EscapingCommand",
     "EscapingGroup",
     "echo",
     "echo_json",
     "echo_table",
+    "engine_options",
     "exit_on_error",
     "help_text",
     "print_table",

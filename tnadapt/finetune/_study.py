@@ -22,7 +22,6 @@ from ._run_logs import clear_logs, log_folder
 from ._specification import Spec
 from .engines import Do, Engine, discard, open_engine, run_tasks
 from .grid import BASE, HEAD, Method
-from .loop import threads
 from .pareto_report import Point, best_point, better_rate, points_of, trained_on
 from .problem import Problem, base_digest, samples_digest
 from .results import Results
@@ -44,6 +43,34 @@ class _Trainings:
 
     def of(self, problem: Problem) -> Do:
         return lambda task, progress: train(problem, task, self.training, self.adapters, progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Proofs:
+    """The work of checking a saved adapter, where the training's device is."""
+
+    spec: Spec
+    training: Training
+
+    def open(self) -> Do:
+        return self.of(open_problem(self.spec))
+
+    def of(self, problem: Problem) -> Do:
+        return lambda task, progress: prove(problem, task.record, task.path, self.training)._asdict()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """A saved adapter, with the result line of its training."""
+
+    record: Mapping[str, Any]
+    path: Path
+
+    @property
+    def key(self) -> str:
+        return f"proof of {self.record['key']}"
+
+    name = key  # in messages
 
 
 class Reporter:
@@ -214,7 +241,7 @@ class Study:
     def run(
         self,
         out: Path,
-        jobs: int = 1,
+        jobs: int | None = None,
         fresh: bool = False,
         engine: str | Engine = "local",
         options: Mapping[str, str] | None = None,
@@ -225,10 +252,10 @@ class Study:
         ----------
         out : Path
             The folder for ``results.jsonl``, ``pareto.png``, ``best.safetensors`` and the adapters; created if needed.
-        jobs : int
+        jobs : int, optional
             Number of parallel trainings; several run in separate processes (a script then needs
             ``if __name__ == "__main__"``). 0 means one per core if a training needs one thread, else 1; on a cluster,
-            as many as it has room for.
+            as many as it has room for. By default 1 on this machine, and 0 on a cluster.
         fresh : bool
             Discard the results of an earlier run in that folder.
         engine : str or Engine
@@ -312,9 +339,14 @@ class Study:
             record, tasks = results.records[task.key], 1
         path = adapters.parent / "best.safetensors"
         replace_file(str(path), (adapters / task.file_name()).read_bytes())
+        work = _Proofs(self.spec, self.training)
         # The same number of threads as in training: another one would change the order of sums, and the rounding.
-        with threads(engine.threads(self.problem.threads, tasks)):
-            return path, prove(self.problem, record, path, self.training)
+        share = engine.threads(self.problem.threads, tasks)
+        ((_, found),) = run_tasks(
+            work, [_Saved(record, path)], path.parent, engine=engine, threads=share, study=results.digest,
+            do=work.of(self.problem),
+        )  # fmt: skip
+        return path, Proof(**found)
 
     def _draw(self, points: Sequence[Point], path: Path) -> Path | None:
         from tnadapt.plot import Axis, Mark, pareto

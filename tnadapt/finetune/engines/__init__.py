@@ -5,7 +5,7 @@ your own class to :func:`run_tasks`.
 """
 
 from ._engine import Engine, Started
-from ._engine_registry import ENGINES, open_engine
+from ._engine_registry import ENGINES, engine_options, open_engine
 from ._run_folder import discard
 from ._running import run_tasks
 from ._task_call import Died, Ended, Failed, Finished, TaskCall, run_call
@@ -24,6 +24,7 @@ __all__ = [
     "TaskCall",
     "Work",
     "discard",
+    "engine_options",
     "open_engine",
     "run_call",
     "run_tasks",

@@ -6,6 +6,7 @@ import abc
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar
 
 from tnadapt.errors import TnadaptError, safe_repr
@@ -42,8 +43,9 @@ class Engine(abc.ABC):
 
     Parameters
     ----------
-    jobs : int
-        The largest number of tasks at a time; 0 for as many as the engine has room for.
+    jobs : int, optional
+        The largest number of tasks at a time; 0 for as many as the engine has room for. By default 1 on this machine,
+        and 0 on a cluster.
     options : mapping of str to str, optional
         Settings of this engine: see ``known``.
     light : bool
@@ -66,13 +68,13 @@ class Engine(abc.ABC):
     """
 
     name: ClassVar[str]
-    known: ClassVar[Mapping[str, str]] = {}
+    known: ClassVar[Mapping[str, str]] = MappingProxyType({})
     library: ClassVar[str] = ""
     extra: ClassVar[str] = ""
     period: ClassVar[float] = 0.1
 
-    def __init__(self, jobs: int = 0, options: Mapping[str, str] | None = None, light: bool = False) -> None:
-        self.jobs, self.options = jobs, dict(options or {})
+    def __init__(self, jobs: int | None = None, options: Mapping[str, str] | None = None, light: bool = False) -> None:
+        self.jobs, self.options = jobs or 0, dict(options or {})
         if unknown := sorted(self.options.keys() - self.known.keys()):
             have = f"it has {', '.join(self.known)}" if self.known else "it has none"
             raise TnadaptError(f"engine {self.name} has no option {safe_repr(unknown[0])}; {have}")
@@ -105,6 +107,16 @@ class Engine(abc.ABC):
     def here(self, tasks: int) -> bool:
         """Whether so many tasks run one after the other in this process."""
         return False
+
+    def device(self, given: str | None) -> str | None:
+        """Return the device of the workers' machines, or None if it is this machine's, where it can be looked for.
+
+        Parameters
+        ----------
+        given : str, optional
+            What the user wants. By default CUDA if the option ``gpus`` is above 0, else the CPU.
+        """
+        return given or ("cuda" if "gpus" in self.options and self.number("gpus", 0) else "cpu")
 
     @property
     def room(self) -> int:

@@ -30,8 +30,8 @@ class LocalEngine(Engine):
 
     name = "local"
 
-    def __init__(self, jobs: int = 0, options: Mapping[str, str] | None = None, light: bool = False) -> None:
-        super().__init__(jobs or (_cores() if light else 1), options, light)
+    def __init__(self, jobs: int | None = None, options: Mapping[str, str] | None = None, light: bool = False) -> None:
+        super().__init__(jobs or (_cores() if jobs == 0 and light else 1), options, light)
 
     def threads(self, wanted: int | None, tasks: int) -> int:
         """Return as many as wanted, or an equal share of all."""
@@ -40,6 +40,10 @@ class LocalEngine(Engine):
     def here(self, tasks: int) -> bool:
         """Whether only one task runs at a time."""
         return min(self.jobs, tasks) < 2
+
+    def device(self, given: str | None) -> None:
+        """Return None: the workers have this machine's devices."""
+        return
 
     def start(self, folder: Path, threads: int) -> Started:
         """Start no process yet: each starts with the first task that needs it."""

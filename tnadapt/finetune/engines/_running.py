@@ -32,7 +32,7 @@ def run_tasks(
     folder: str | os.PathLike[str],
     *,
     engine: str | Engine = "local",
-    jobs: int = 1,
+    jobs: int | None = None,
     options: Mapping[str, str] | None = None,
     threads: int | None = None,
     progress: Callable[[T, float], None] = lambda task, done: None,
@@ -61,9 +61,9 @@ def run_tasks(
         time may use it.
     engine : str or Engine
         ``local``, ``ray`` or ``slurm``; see :func:`open_engine`.
-    jobs : int
-        The largest number of parallel tasks; with ``local`` and 1 they run in this process, and with 0 on a cluster as
-        many as it has room for. Parallel tasks of a script need ``if __name__ == "__main__"``.
+    jobs : int, optional
+        The largest number of parallel tasks. By default 1 on this machine, where one at a time runs in this process,
+        and as many as there is room for on a cluster. Parallel tasks of a script need ``if __name__ == "__main__"``.
     options : mapping of str to str, optional
         Settings of the engine.
     threads : int, optional

@@ -1,0 +1,94 @@
+"""Slurm's commands, as far as submitit uses them, with processes of this machine as jobs."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+STATE = "FAKE_SLURM"
+
+
+def install(folder: Path) -> dict[str, str]:
+    """Write the commands to a folder; return the environment in which they are found."""
+    (folder / "bin").mkdir(parents=True)
+    for name in ("sbatch", "srun", "sacct", "scancel"):
+        path = folder / "bin" / name
+        path.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {name} "$@"\n')
+        path.chmod(0o755)
+    return {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", STATE: str(folder)}
+
+
+def sbatch(path: str) -> None:
+    """Start all jobs of an array at once."""
+    folder = Path(os.environ[STATE])
+    text = Path(path).read_text()
+    number = 100
+    while True:
+        try:
+            (folder / f"script-{number}").open("x").write(text)
+            break
+        except FileExistsError:
+            number += 1
+    array = re.search(r"--array='?0-(\d+)%", text)
+    for index in range(int(array[1]) + 1) if array else [None]:
+        job = str(number) if index is None else f"{number}_{index}"
+        more = {} if index is None else {"SLURM_ARRAY_JOB_ID": str(number), "SLURM_ARRAY_TASK_ID": str(index)}
+        script = f"bash {path}; echo $? > {folder}/ended-{job}"
+        process = subprocess.Popen(
+            ["bash", "-c", script], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, "SLURM_JOB_ID": job, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+                 "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1", **more},
+        )  # fmt: skip
+        process.returncode = 0  # it outlives this command
+        (folder / f"job-{job}").write_text(str(process.pid))
+    print(f"Submitted batch job {number}")
+
+
+def srun(*given: str) -> None:
+    """Run a command with its output in files."""
+    options = list(given)
+    files = {}
+    while options[0].startswith("--"):
+        name = options.pop(0)
+        if name != "--unbuffered":
+            files[name] = options.pop(0)
+    names = {"%A": "SLURM_ARRAY_JOB_ID", "%a": "SLURM_ARRAY_TASK_ID", "%j": "SLURM_JOB_ID", "%t": "SLURM_PROCID"}
+    for stream, name in ((1, "--output"), (2, "--error")):
+        path = re.sub("%[Aajt]", lambda found: os.environ[names[found[0]]], files[name])
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.execvp(options[0], options)
+
+
+def sacct(*given: str) -> None:
+    """Print the states of jobs."""
+    folder = Path(os.environ[STATE])
+    asked = [number for name, number in itertools.pairwise(given) if name == "-j"]
+    print("JobID|State|NodeList")
+    for path in sorted(folder.glob("job-*")):
+        job = path.name.removeprefix("job-")
+        if job.partition("_")[0] in asked:
+            ended = folder / f"ended-{job}"
+            cancelled = (folder / f"cancelled-{job}").exists()
+            state = "CANCELLED by 0" if cancelled else "RUNNING" if not ended.exists() else "COMPLETED"
+            if ended.exists() and ended.read_text().strip() != "0" and not cancelled:
+                state = "OUT_OF_MEMORY"
+            print(f"{job}|{state}|node1")
+
+
+def scancel(number: str) -> None:
+    """End a job, or all of an array that still run."""
+    folder = Path(os.environ[STATE])
+    for path in [*folder.glob(f"job-{number}"), *folder.glob(f"job-{number}_*")]:
+        job = path.name.removeprefix("job-")
+        if not (folder / f"ended-{job}").exists():
+            (folder / f"cancelled-{job}").touch()
+            os.killpg(int(path.read_text()), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    {"sbatch": sbatch, "srun": srun, "sacct": sacct, "scancel": scancel}[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,123 @@
+"""Tasks on a Ray cluster. Ray is imported when the engine starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from tnadapt.errors import TnadaptError, safe_repr
+
+from ._engine import Engine, Started
+from ._task_call import Died, Ended, Failed, TaskCall, run_call
+
+__all__ = ["RayEngine"]
+
+
+class RayEngine(Engine):
+    """Tasks of Ray: on the cluster that there is, else on one that is started on this machine."""
+
+    name = "ray"
+    library = extra = "ray"
+    period = 0.25
+    known = MappingProxyType(
+        {
+            "address": "of the cluster; by default RAY_ADDRESS, else a cluster on this machine; local starts a new one",
+            "cpus": "of each task; torch uses as many threads, unless the problem fixes their number",
+            "gpus": "of each task, such as 1 or 0.25",
+            "memory": "of each task, in GiB",
+        }
+    )
+
+    def threads(self, wanted: int | None, tasks: int) -> int:
+        """Return as many as wanted, else the option ``cpus``."""
+        return wanted or max(1, int(self.number("cpus", 1)))
+
+    def start(self, folder: Path, threads: int) -> Started:
+        """Connect to a cluster, or start one.
+
+        Raises
+        ------
+        TnadaptError
+            If there is none at the given address.
+        """
+        needs = {"num_cpus": self.number("cpus", threads), "num_gpus": self.number("gpus", 0)}
+        if memory := self.number("memory", 0):
+            needs["memory"] = memory * 2**30
+        return _Cluster(self.options.get("address"), needs, self.jobs)
+
+    def advice(self, folder: Path) -> str:
+        """Return where to look."""
+        return "Ray's logs say why, and the option memory reserves memory"
+
+
+class _Cluster(Started):
+    def __init__(self, address: str | None, needs: dict[str, float], jobs: int) -> None:
+        import ray
+
+        self.ray = ray
+        self.calls: dict[Any, str] = {}
+        self.connected = not ray.is_initialized()  # otherwise the program did it, and will end it
+        if self.connected:
+            _connect(ray, address, needs, jobs)
+        # Another attempt is run_tasks' business, which knows what was finished.
+        self.remote = ray.remote(run_call).options(max_retries=0, **needs)
+
+    def submit(self, calls: Sequence[TaskCall]) -> None:
+        for call in calls:
+            self.calls[self.remote.remote(call)] = call.task.key
+
+    def wait(self, seconds: float) -> Iterator[tuple[str, Ended]]:
+        ready, _ = self.ray.wait(list(self.calls), timeout=seconds)
+        if ready:
+            ready, _ = self.ray.wait(list(self.calls), num_returns=len(self.calls), timeout=0)
+        for call in ready:
+            yield self.calls.pop(call), self._ended(call)
+
+    def _ended(self, call: Any) -> Ended:
+        try:
+            found: Ended = self.ray.get(call)
+        except self.ray.exceptions.RayTaskError as error:  # the call could not be unpickled there
+            return Failed(str(error), False)
+        except self.ray.exceptions.RayError as error:
+            return Died(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        return found
+
+    def close(self) -> None:
+        for call in self.calls:
+            self.ray.cancel(call, force=True)
+        if self.connected:
+            self.ray.shutdown()
+
+
+def _connect(ray: Any, address: str | None, needs: dict[str, float], jobs: int) -> None:
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    given = address or os.environ.get("RAY_ADDRESS")
+    if given != "local":
+        try:
+            ray.init(address=given or "auto", **quiet)
+        except ConnectionError as error:
+            if given is not None:
+                raise TnadaptError(f"no Ray cluster at {safe_repr(given)}: {str(error).splitlines()[0]}") from None
+        else:
+            return
+    cores = jobs * needs["num_cpus"] if jobs else max(os.cpu_count() or 1, needs["num_cpus"])
+    with _no_telemetry():
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+
+
+@contextlib.contextmanager
+def _no_telemetry() -> Iterator[None]:
+    """Start Ray without its reports of usage, unless the user has decided about them."""
+    name = "RAY_USAGE_STATS_ENABLED"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[name]

@@ -1,0 +1,197 @@
+"""Tasks as jobs of Slurm, through submitit, which is imported when the engine starts."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from tnadapt.errors import TnadaptError
+from tnadapt.finetune._line_files import undamaged_lines
+
+from ._engine import Engine, Started
+from ._task_call import Died, Ended, Failed, TaskCall, run_call
+
+__all__ = ["SlurmEngine"]
+
+# Slurm's default MaxArraySize is 1001.
+_ARRAY = 1000
+# File systems of clusters show a new file on other machines after some seconds.
+_LAG = 15.0
+# Seconds in which processes of this machine end after they were told to.
+_PATIENCE = 10.0
+# Submitit's default of five minutes would end most trainings.
+_MINUTES = 240
+# Of jobs that will give a result, or may.
+_ALIVE = frozenset({"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "PREEMPTED"})
+#: Options that are submitit's under another name, as whole numbers or as text.
+_NUMBERS = MappingProxyType({"time": "timeout_min", "gpus": "gpus_per_node", "cpus": "cpus_per_task"})
+_TEXTS = MappingProxyType(
+    {
+        "partition": "slurm_partition",
+        "account": "slurm_account",
+        "qos": "slurm_qos",
+        "constraint": "slurm_constraint",
+        "gres": "slurm_gres",
+        "mem": "slurm_mem",
+        "exclude": "slurm_exclude",
+    }
+)
+
+
+class SlurmEngine(Engine):
+    """Arrays of jobs of Slurm, one job for each task."""
+
+    name = "slurm"
+    library = "submitit"
+    extra = "slurm"
+    period = 1.0
+    known = MappingProxyType(
+        {
+            "time": f"limit of each job in minutes; {_MINUTES} by default",
+            "cpus": "of each job; torch uses as many threads, unless the problem fixes their number",
+            "gpus": "of each job",
+            "mem": "of each job, such as 16GB",
+            "partition": "of the cluster",
+            "account": "to charge",
+            "qos": "quality of service",
+            "constraint": "on nodes",
+            "gres": "generic resources, such as gpu:a100:1",
+            "exclude": "nodes",
+            "setup": "a shell command to run before each job, such as module load cuda",
+            "cluster": "slurm; or local, for processes of this machine",
+        }
+    )
+
+    def threads(self, wanted: int | None, tasks: int) -> int:
+        """Return as many as wanted, else the option ``cpus``."""
+        return wanted or max(1, int(self.number("cpus", 1)))
+
+    @property
+    def room(self) -> int:
+        """The largest number of jobs that are queued at a time."""
+        return self.jobs or _ARRAY
+
+    def start(self, folder: Path, threads: int) -> Started:
+        """Prepare to submit jobs.
+
+        Raises
+        ------
+        TnadaptError
+            If there is no Slurm, or submitit refuses an option.
+        """
+        import submitit
+
+        cluster = self.options.get("cluster", "slurm")
+        parameters: dict[str, Any] = {"timeout_min": _MINUTES, "cpus_per_task": threads, "name": "tnadapt"}
+        parameters |= {theirs: int(self.number(ours, 0)) for ours, theirs in _NUMBERS.items() if ours in self.options}
+        parameters |= {theirs: self.options[ours] for ours, theirs in _TEXTS.items() if ours in self.options}
+        if "setup" in self.options:
+            parameters[f"{cluster}_setup"] = [self.options["setup"]]
+        parameters["slurm_array_parallelism"] = self.room
+        try:
+            executor = submitit.AutoExecutor(folder=_logs(folder), cluster=cluster)
+            executor.update_parameters(**parameters)
+        except (RuntimeError, ValueError, NameError, AssertionError) as error:
+            raise TnadaptError(f"engine slurm cannot start: {str(error).splitlines()[0]}") from None
+        return _SlurmJobs(executor, _logs(folder)) if cluster == "slurm" else _Jobs(executor)
+
+    def advice(self, folder: Path) -> str:
+        """Return where to look, and what usually ends jobs."""
+        return f"the logs are in {_logs(folder)}; the options time and mem give jobs more of both"
+
+
+def _logs(folder: Path) -> Path:
+    return folder / "slurm"
+
+
+class _Jobs(Started):
+    """Jobs of any executor of submitit."""
+
+    lag = 0.0
+
+    def __init__(self, executor: Any) -> None:
+        self.executor = executor
+        self.jobs: dict[str, Any] = {}
+        self.ended: dict[str, float] = {}
+
+    def submit(self, calls: Sequence[TaskCall]) -> None:
+        jobs = self.executor.map_array(run_call, calls)
+        self.jobs.update({call.task.key: job for call, job in zip(calls, jobs, strict=True)})
+
+    def wait(self, seconds: float) -> Iterator[tuple[str, Ended]]:
+        time.sleep(seconds)
+        for key, job in list(self.jobs.items()):
+            ended = self._ended(key, job)
+            if ended is not None:
+                del self.jobs[key]
+                yield key, ended
+
+    def _ended(self, key: str, job: Any) -> Ended | None:
+        if not job.done():
+            return None
+        if not job.paths.result_pickle.exists():
+            # It ended without a result, or the result cannot be seen yet.
+            if time.monotonic() - self.ended.setdefault(key, time.monotonic()) < self.lag:
+                return None
+            del self.ended[key]
+            return Died(f"job {job.job_id}: {job.state}")
+        self.ended.pop(key, None)
+        try:
+            found: Ended = job.result()
+        except Exception as error:  # the call could not be unpickled there
+            return Failed(str(error), False)
+        return found
+
+    def close(self) -> None:
+        for job in self.jobs.values():
+            job.cancel(check=False)
+        limit = time.monotonic() + _PATIENCE
+        while not all(job.done() for job in self.jobs.values()) and time.monotonic() < limit:
+            time.sleep(0.05)
+
+
+class _SlurmJobs(_Jobs):
+    """Jobs of Slurm, which outlive the program that submits them: their numbers are noted in a file."""
+
+    lag = _LAG
+
+    def __init__(self, executor: Any, folder: Path) -> None:
+        import submitit
+
+        super().__init__(executor)
+        self.submitit, self.folder = submitit, folder
+        self.notes = folder / "jobs.jsonl"
+        # All are registered before the first is asked for, so that one command answers for all.
+        self.earlier = {
+            one["key"]: submitit.SlurmJob(folder=folder, job_id=one["job"])
+            for one in undamaged_lines(self.notes)
+            if {"key", "job"} <= one.keys()
+        }
+
+    def submit(self, calls: Sequence[TaskCall]) -> None:
+        new = [call for call in calls if not self._goes_on(call.task.key)]
+        if new:
+            super().submit(new)
+            with open(self.notes, "ab", buffering=0) as file:
+                for key in (call.task.key for call in new):
+                    file.write(json.dumps({"key": key, "job": self.jobs[key].job_id}).encode() + b"\n")
+
+    def _goes_on(self, key: str) -> bool:
+        """Return whether a job of an earlier program does this task, and wait for that one."""
+        job = self.earlier.pop(key, None)
+        if job is None:
+            return False
+        state = job.watcher.get_state(job.job_id).upper().partition(" ")[0]
+        if state not in _ALIVE and not job.paths.result_pickle.exists():
+            return False
+        self.jobs[key] = job
+        return True
+
+    def close(self) -> None:
+        # The rest of an array with one command.
+        for number in {job.job_id.partition("_")[0] for job in self.jobs.values()}:
+            self.submitit.SlurmJob(folder=self.folder, job_id=number).cancel(check=False)
