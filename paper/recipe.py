@@ -16,7 +16,7 @@ from tnadapt.planning import known_as
 from .adapted_weights import WEIGHTS, AdaptedWeights
 from .sweep import configs
 
-__all__ = ["SCALES", "Arm", "Recipe", "RecipePoint", "names", "open_recipe", "parse"]
+__all__ = ["SCALES", "Arm", "Recipe", "RecipePoint", "at_scale", "names", "open_recipe", "parse"]
 
 SCALES = ("full", "mini")
 KINDS = ("counts", "classification", "diffusion", "geometry")
@@ -159,6 +159,24 @@ def names() -> list[str]:
     """
     folder = importlib.resources.files(__package__) / "recipes"
     return sorted(one.name.removesuffix(".toml") for one in folder.iterdir() if one.name.endswith(".toml"))
+
+
+def at_scale(scale: str) -> list[str]:
+    """Return the names of the recipes that have a scale.
+
+    Raises
+    ------
+    TnadaptError
+        If there is no such scale.
+
+    Examples
+    --------
+    >>> "cifar100" in at_scale("full"), "cifar100" in at_scale("mini")
+    (True, False)
+    """
+    if scale not in SCALES:
+        raise TnadaptError(f"scale must be one of {', '.join(SCALES)}; got {safe_repr(scale)}")
+    return [name for name in names() if scale in tomllib.loads(_text(name))]
 
 
 def open_recipe(name: str, scale: str = "full") -> Recipe:

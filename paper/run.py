@@ -111,10 +111,9 @@ def run(
 
         from .diffusion.opening import generation_of
 
-        open_engine(engine, jobs, options)  # refuses what is wrong before a base is trained
         points = generation_of(
             recipe, cache or out / "cache", model=model, data=data, features=features, rates=rates, seeds=seeds,
-            device=device, reporter=reporter,
+            device=device, reporter=reporter, engine=open_engine(engine, jobs, options),
         ).run(out, jobs, fresh, engine, options)  # fmt: skip
     else:
         if features is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tnadapt.errors import FileError, TnadaptError
 from tnadapt.finetune.archives import DEFLATED, filled
 
-__all__ = ["CLASSES", "DATASETS", "ImageSet", "balanced", "read_images"]
+__all__ = ["CLASSES", "DATASETS", "ImageSet", "balanced", "missing_files", "read_images"]
 
 CLASSES = 10
 
@@ -87,6 +87,17 @@ def balanced(images: ImageSet, count: int, seed: int = 0) -> ImageSet:
     return images[order[(turn * CLASSES + labels).argsort(stable=True)][:count]]
 
 
+def missing_files(name: str, folder: Path) -> list[str]:
+    """Return which of the original files of a set are not in its folder.
+
+    Examples
+    --------
+    >>> missing_files("mnist", Path("nowhere"))[0]
+    'train-images-idx3-ubyte'
+    """
+    return [file for file in FILES[name] if not _there(folder / name / file)]
+
+
 def read_images(name: str, folder: Path, size: int, channels: int, test: bool = False) -> ImageSet:
     """Read a set of images, resized to squares, in grey or colour.
 
@@ -123,8 +134,7 @@ def read_images(name: str, folder: Path, size: int, channels: int, test: bool = 
     if name not in DATASETS:
         raise TnadaptError(f"images must be one of {', '.join(DATASETS)}; got {name!r}")
     place = folder / name
-    missing = [file for file in FILES[name] if not _there(place / file)]
-    if missing:
+    if missing := missing_files(name, folder):
         raise TnadaptError(
             f"no {missing[0]} in {place}; give --data a folder with a folder {name!r} that holds "
             f"{', '.join(FILES[name])}"

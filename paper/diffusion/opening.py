@@ -8,7 +8,7 @@ from typing import Any
 
 from tnadapt import torch as tnt
 from tnadapt.errors import ConfigError, TnadaptError
-from tnadapt.finetune import Reporter, usable_device
+from tnadapt.finetune import Engine, Reporter, usable_device
 
 from ..classification import method_of
 from ..recipe import Recipe
@@ -39,6 +39,7 @@ def generation_of(
     seeds: int | None = None,
     device: str | None = None,
     reporter: Reporter | None = None,
+    engine: Engine | None = None,
 ) -> Generation:
     """Return the adaptations that a recipe describes.
 
@@ -54,8 +55,8 @@ def generation_of(
         A folder of the images: see :func:`~paper.diffusion.images.read_images`.
     features : str, optional
         ``classifier``, or a file of Inception's weights; the recipe's by default.
-    rates, seeds, device, reporter
-        As in :func:`~paper.classification.study_of`.
+    rates, seeds, device, reporter, engine
+        As in :func:`~paper.classification.study_of`; but this machine must have the device, too, for the base.
 
     Returns
     -------
@@ -92,7 +93,7 @@ def generation_of(
         process=Process(**of(_PROCESS)),
         model=None if model is None else Path(model),
         features=looks,
-        device=usable_device(device),
+        device=usable_device(device if engine is None else engine.device(device) or device),
         **of(_SETUP),
     )
     model_there = Generator(setup.channels, setup.base)
