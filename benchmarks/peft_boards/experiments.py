@@ -100,12 +100,14 @@ def _everywhere() -> Iterator[Experiment]:
         yield Experiment(f"unilora-{parameters}", "unilora", _FEW, {"parameters": parameters})
     for rank in (8, 16, 32):
         yield Experiment(f"lora_xs-rank{rank}", "lora_xs", _CORES, {"rank": rank})
-    # One group of all weights, by F from a long vector that is a product of two matrices, at four sizes.
-    for rank, ratio in ((1, "1e-5"), (1, "1e-3"), (4, "4e-3"), (16, "1e-2")):
-        settings = {"rank": rank, "projection": "linear", "ratio": float(ratio)}
-        yield Experiment(f"superlora-linear-rank{rank}-ratio{ratio}", "superlora", _PRODUCTS, settings)
+    # By F from a vector that is a product of two matrices: one group for all weights, or one for each layer, which
+    # needs less memory.
+    for groups, rank, ratio in ((1, 1, "1e-5"), (1, 1, "1e-3"), ("layer", 1, "1e-3"), ("layer", 8, "2e-3")):
+        settings = {"rank": rank, "groups": groups, "projection": "linear", "ratio": float(ratio)}
+        place = "-layer" if groups == "layer" else ""
+        yield Experiment(f"superlora{place}-linear-rank{rank}-ratio{ratio}", "superlora", _PRODUCTS, settings)
     yield Experiment("superlora-rank1", "superlora", _PRODUCTS, {"rank": 1})
-    yield Experiment("fastfood-ratio1e-5", "fastfood", _FEW, {"ratio": 1e-5})
+    yield Experiment("fastfood-layer-ratio1e-5", "fastfood", _FEW, {"ratio": 1e-5, "groups": "layer"})
     yield Experiment("lonkr-rank4", "lonkr", _PRODUCTS, {"rank": 4})
     yield Experiment("lonkr-rank8-splits4", "lonkr", _PRODUCTS, {"rank": 8, "splits": 4})
     yield Experiment("lorta-rank4", "lorta", _PRODUCTS, {"rank": 4})
@@ -217,6 +219,10 @@ python benchmarks/peft_boards/run.py ../peft/method_comparison/MetaMathQA \\
 The rates are taken from small runs on other models (`benchmarks/results/few.jsonl` and `reviews.jsonl`, or the most
 similar method there); nobody has tuned them on these boards. Everything else is the board's default, except for the
 weight decay, which is 0: multiplied by rates like these, the default would erase what is learned.
+
+Settings with F (`superlora-linear`, `fastfood`) compute the updates of a group together, in float32: they need more
+memory and time than the others, most of all with one group for all weights. `fourierft` transforms every weight in
+every step. `craft` decomposes all weights of a role together when it is attached, which needs memory, too.
 """
 
 

@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 
 
 # The folders of which the fast tests try one each; the slow ones try all.
-QUICK = ("unilora-256", "superlora-linear-rank4-ratio4e-3", "lora_xs-rank8")
+QUICK = ("unilora-256", "superlora-layer-linear-rank1-ratio1e-3", "lora_xs-rank8")
 
 
 def folders(board: str) -> list[Any]:
@@ -184,7 +184,9 @@ def test_a_folder_of_image_gen_trains(folder: Path, tmp_path: Path) -> None:
     check(folder, tmp_path, tiny_board.tiny_flux, flux_loss, targets)
 
 
-@pytest.mark.parametrize("name", ["unilora-256", "lora_xs-rank8", "superlora-linear-rank4-ratio4e-3", "lotr-rank4"])
+@pytest.mark.parametrize(
+    "name", ["unilora-256", "lora_xs-rank8", "superlora-layer-linear-rank1-ratio1e-3", "lotr-rank4"]
+)
 def test_the_arrays_may_have_the_base_dtype(name: str, tmp_path: Path) -> None:
     folder = FOLDER / "MetaMathQA" / "experiments" / "tnadapt" / f"llama-3.2-3B-{name}"
     check(folder, tmp_path, tiny_board.tiny_llama, llama_loss, {"q_proj", "v_proj"}, autocast=False)
@@ -322,7 +324,7 @@ def own_code(test: Any) -> Any:
     ("name", "changes"),
     [
         ("unilora-256", {}),
-        ("superlora-linear-rank4-ratio4e-3", {"use_gc": True, "autocast_adapter_dtype": False}),
+        ("superlora-layer-linear-rank1-ratio1e-3", {"use_gc": True, "autocast_adapter_dtype": False}),
         ("lora_xs-rank8", {"use_amp": True, "dtype": "float32"}),
     ],
 )
@@ -350,7 +352,7 @@ def test_metamathqa_runs_on_a_tiny_model(name: str, changes: dict[str, Any], tmp
     ("name", "changes"),
     [
         ("unilora-256", {}),
-        ("superlora-linear-rank4-ratio4e-3", {"use_gc": False, "autocast_adapter_dtype": False}),
+        ("superlora-layer-linear-rank1-ratio1e-3", {"use_gc": False, "autocast_adapter_dtype": False}),
         ("lora_xs-rank8", {"use_amp": True, "dtype": "float32"}),
     ],
 )
