@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tnadapt.cli.terminal import ENGINE_HELP, ENGINE_OPTION_HELP, engine_options
 from tnadapt.errors import TnadaptError
-from tnadapt.finetune import open_engine, usable_device
+from tnadapt.finetune import Engine, open_engine, usable_device
 from tnadapt.finetune.training import checked_rates
 
 from . import methods, page, report, store, tasks
@@ -64,10 +65,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="only list the settings, and estimate the time")
     run.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder of the results")
     run.add_argument("--cache", type=Path, default=Path("runs/quality-cache"), help="folder of models and data")
-    run.add_argument("--jobs", type=int, default=0, help="parallel trainings of one thread; default one per core")
+    run.add_argument(
+        "--jobs", type=int, default=0, help="parallel trainings of one thread; default one per core, or one on a GPU"
+    )
     run.add_argument("--device", help="such as cuda; default the CPU")
-    run.add_argument("--engine", default="local", help="where parallel trainings run, as in tnadapt finetune")
-    run.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="a setting of the engine")
+    run.add_argument("--engine", default="local", help=ENGINE_HELP)
+    run.add_argument("--engine-option", action="append", default=[], metavar="KEY=VALUE", help=ENGINE_OPTION_HELP)
 
     for name, do, words in (
         ("merge", _merge, "write the results of all shards into one file per task"),
@@ -92,14 +95,16 @@ def _run(options: argparse.Namespace) -> None:
     scale = options.scale or profile.scale
     shard = _shard(options.shard)
     chosen = [tasks.find(name) for name in options.tasks or profile.tasks]
+    engine, device = _where(options)
     for task in chosen:
+        task.scaled(scale)  # refuses unknown scales before anything is counted
         grid = _grid(task, profile, options)
         plan = _plan(task, profile, options)
         if options.dry_run:
             _list(task, scale, grid, shard, plan, options.out)
             continue
-        engine = open_engine(options.engine, options.jobs, _settings(options.option), light=True)
-        run = Run(options.out, options.cache, engine, usable_device(options.device or "cpu"), shard)
+        # Workers on other machines may start in another folder.
+        run = Run(options.out.resolve(), options.cache.resolve(), engine, device, shard)
         count = run.task(task, scale, shard_of(grid.settings, shard), plan, Progress())
         print(f"{task.name}: {count} trainings finished")
         if shard == (1, 1):
@@ -193,14 +198,15 @@ def _shard(text: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
-def _settings(given: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise TnadaptError(f"--option takes NAME=VALUE; got {text!r}")
-        found[name] = value
-    return found
+def _where(options: argparse.Namespace) -> tuple[Engine, str]:
+    """Return the engine, and the device of trainings; that of a cluster need not be on this machine."""
+    given = engine_options(options.engine_option)
+    cluster = options.engine != "local"
+    device = options.device or ("cuda" if cluster and float(given.get("gpus", 0)) > 0 else "cpu")
+    if not cluster:
+        usable_device(device)
+    # A training uses one core, so that there is room for one per core; but not for several on one GPU.
+    return open_engine(options.engine, options.jobs, given, light=device == "cpu"), device
 
 
 class Progress(Listener):

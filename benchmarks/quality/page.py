@@ -77,8 +77,9 @@ that was stopped resumes. In a clone of the repository:
 $ pip install -e '.[quality]'
 $ python -m benchmarks.quality run --profile quick    # half an hour on two cores; also: day, full
 $ python -m benchmarks.quality run digits --dry-run   # what would be trained, and how long that would take
-$ python -m benchmarks.quality run --profile full --device cuda --shard 1/8
-$ python -m benchmarks.quality merge && python -m benchmarks.quality report
+$ python -m benchmarks.quality run --profile full --engine slurm --engine-option gpus=1
+$ python -m benchmarks.quality run --profile full --device cuda --shard 1/8   # without Slurm or Ray: on each of 8 machines
+$ python -m benchmarks.quality merge && python -m benchmarks.quality report   # then, of their files in one folder
 ```
 
 **Methods.** {ours} presets of tnadapt, {theirs} methods of PEFT through its `get_peft_model`, and controls: no adapter

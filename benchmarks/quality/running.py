@@ -67,7 +67,8 @@ class Run:
         TnadaptError
             If model or data cannot be had, or the folder cannot be used.
         """
-        bench = task.open(scale, self.cache, self.device)
+        # On a cluster, this process trains nothing and needs no GPU; settings do not depend on the device.
+        bench = task.open(scale, self.cache, self.device if self.engine.name == "local" else "cpu")
         study = json.loads(json.dumps(bench.settings()))
         known = store.read(self.out, task.name, scale)
         if known is not None and known.study != study:

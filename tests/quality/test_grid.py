@@ -13,13 +13,13 @@ pytest.importorskip("peft")
 pytest.importorskip("sklearn")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
+import torch
 from torch import nn
 
 import tnadapt as tna
 from benchmarks.quality import methods, tasks
 from benchmarks.quality.facts import Facts, facts_of
 from benchmarks.quality.grid import BUDGETS, Grid, Trial, grid_of, shard_of
-from tests.support.depth import in_depth
 from tnadapt.errors import TnadaptError
 
 
@@ -110,16 +110,21 @@ FACTS: Facts = facts_of(small(), "qv", 8)
 
 
 def fitting(name: str) -> methods.Setting | None:
+    with torch.device("meta"):
+        sketch = small()
     for budget in (1000, 600, 300, 100, 13):
         try:
-            return methods.find(name).largest(FACTS, small(), budget)
+            return methods.find(name).largest(FACTS, sketch, budget)
         except methods.UnfitError:
             continue
     return None
 
 
+FEW = ("lora", "unilora", "peft-lora", "peft-boft", "peft-tinylora")
+
+
 @pytest.mark.parametrize(
-    "name", in_depth(methods.names(), ("lora", "unilora", "peft-lora", "peft-boft", "peft-tinylora"))
+    "name", [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in methods.names()]
 )
 def test_a_method_trains_as_many_parameters_as_were_counted(name: str) -> None:
     setting = fitting(name)

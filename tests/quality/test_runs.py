@@ -19,15 +19,18 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
-from benchmarks.quality import page, store, tasks
+from benchmarks.quality import methods, page, store, tasks
 from benchmarks.quality.command import main
 from benchmarks.quality.grid import shard_of
 from benchmarks.quality.running import Listener, Run
 from benchmarks.quality.tuning import Plan
 from tests.quality.played_task import BEST, PlayedTask, setting_of
 from tests.support.depth import in_depth
+from tnadapt import Config
 from tnadapt.errors import FileError
-from tnadapt.finetune import open_engine
+from tnadapt.finetune import Method as Family
+from tnadapt.finetune import Task, open_engine
+from tnadapt.finetune.training import train
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = [setting_of(method) for method in BEST]
@@ -127,8 +130,8 @@ def test_a_dry_run_lists_settings_and_an_estimate(tmp_path: Path, capsys: pytest
             (["run", "--rates", "0.1,x"], "--rates takes numbers with commas between them; got '0.1,x'"),
             (["run", "--seeds", "0"], "--seeds and --tuned-by must be at least 1; got 0 and 1"),
             (["run", "played", "--scale", "big"], "task played has the scales small; got 'big'"),
-            (["run", "played", "--option", "cpus"], "--option takes NAME=VALUE; got 'cpus'"),
-            (["run", "played", "--engine", "cloud"], "no engine 'cloud'; expected one of local"),
+            (["run", "played", "--engine-option", "cpus"], "--engine-option takes KEY=VALUE; got 'cpus'"),
+            (["run", "played", "--engine", "cloud"], "no engine 'cloud'; expected one of local, ray, slurm"),
         ],
         [(["run", "--profile", "fast"], "no profile 'fast'; expected one of quick, day, full")],
     ),
@@ -174,3 +177,17 @@ def test_a_real_run_resumes_after_a_kill(tmp_path: Path) -> None:
     assert len(found.sessions) == 2
     text = (tmp_path / "out" / "digits-smoke.md").read_text(encoding="utf-8")
     assert "| FourierFT (PEFT) | n = 12 | 96 |" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["base", "dense", "lora_xs"])
+def test_a_training_is_that_of_tnadapt_finetune(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    task = tasks.find("digits")
+    cache = tmp_path_factory.getbasetemp() / "quality-cache"
+    bench: Any = task.open("smoke", cache, "cpu")
+    setting = methods.find(name).largest(bench.facts, task.sketch(), 100)
+    config = None if setting.values is None else Config.from_dict(setting.values)
+    ours = bench.train(setting, 1, 0.05, lambda done: None)
+    theirs = train(bench.problem, Task(Family("", "", config), 1, 0.05), bench.training)
+    for field in ("validation", "validation_loss", "test", "predictions", "training_loss", "kept", "diverged"):
+        assert ours[field] == theirs[field], field

@@ -231,6 +231,11 @@ def _unilora(size: int, facts: Facts) -> Arguments:
     return {"theta_d_length": size, "r": rank}
 
 
+def _road_group(facts: Facts) -> int:
+    """Return the largest even block up to PEFT's default; 1 if there is none."""
+    return max((size for size in _blocks(facts) if size <= 64 and size % 2 == 0), default=1)
+
+
 def _vector_length(facts: Facts) -> int:
     return max(size for size in _blocks(facts) if size <= 256)
 
@@ -281,7 +286,9 @@ PEFT_METHODS = (
         "ia3", "IA³", "IA3Config", lambda size, facts: {"feedforward_modules": []}, lambda facts: 1, lambda one: ""
     ),
     PeftMethod(
-        "road", "RoAd", "RoadConfig", lambda size, facts: {"variant": f"road_{2 ** (size - 1)}"}, lambda facts: 3,
+        "road", "RoAd", "RoadConfig",
+        lambda size, facts: {"variant": f"road_{2 ** (size - 1)}", "group_size": _road_group(facts)},
+        lambda facts: 3 if _road_group(facts) > 1 else 0,
         lambda one: one["variant"].replace("road_", "variant "),
     ),
     PeftMethod(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
+import time
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-from tnadapt.finetune import Method as Family
-from tnadapt.finetune import Problem, Task, Training
-from tnadapt.finetune.problem import base_digest, samples_digest
-from tnadapt.finetune.training import train
+from tnadapt.finetune import Problem, Training
+from tnadapt.finetune._trainer_loop import train_with_trainer
+from tnadapt.finetune.loop import evaluate, fit
+from tnadapt.finetune.problem import base_digest, samples_digest, under
 
 from .. import methods
 from ..methods import Setting
@@ -54,25 +57,49 @@ class ProblemBench:
         }
 
     def train(self, setting: Setting, seed: int, rate: float, progress: Progress) -> dict[str, Any]:
+        began = time.perf_counter()
+        problem, device = self.problem, torch.device(self.training.device)
         method = methods.find(setting.method)
-        model = method.attach(self.problem.build(seed), setting, self.facts, self.task.targets, seed)
-        adapter = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            model = method.attach(problem.build(seed), setting, self.facts, self.task.targets, seed).to(device)
+            adapter = [one for one in model.parameters() if one.requires_grad]
+            head = [one for name, one in model.named_parameters() if under(name, problem.keep_trainable)]
+            for parameter in head:
+                parameter.requires_grad_(True)
+            # The order of samples and dropout are the same for all methods.
+            torch.manual_seed(seed)
+            loss = self._fitted(model, [*adapter, *head], rate, progress) if adapter or head else 0.0
+            found = self._measured(model, device)
+        found["diverged"] = not math.isfinite(loss) or None in (found["validation"], found["test"])
+        found["training_loss"] = finite(loss)
+        found["kept"] = methods.trained(model) - setting.parameters
+        return {**found, "seconds": round(time.perf_counter() - began, 2)}
 
-        def build(seed: int) -> nn.Module:
-            return model
+    def _fitted(self, model: nn.Module, parameters: Sequence[nn.Parameter], rate: float, progress: Progress) -> float:
+        """Train with the loop of ``tnadapt finetune``, and return the last loss."""
+        problem, training = self.problem, self.training
+        device = torch.device(training.device)
+        how = (training.schedule(rate), training.epochs, training.batch, device, training.steps)
+        if problem.trainer:
+            return train_with_trainer(model, problem, parameters, *how, progress=progress)
+        value = math.nan
+        for done, steps, loss in fit(model, problem.logits, problem.task, problem.parts["training"], parameters, *how):
+            value = loss
+            progress(done / steps)
+        return value
 
-        # The training frees what a problem keeps trainable: here, the adapter of any library as well.
-        keep = (*self.problem.keep_trainable, *adapter)
-        problem = dataclasses.replace(self.problem, build=build, keep_trainable=keep)
-        record = train(
-            problem, Task(Family(method.title, setting.label, None), seed, rate), self.training, None, progress
-        )
-        found: dict[str, Any] = {
-            "kept": record["parameters"] + record["kept"] - setting.parameters,
-            **{name: record[name] for name in ("diverged", "training_loss", "predictions", "seconds")},
-            "validation_loss": record["validation_loss"],
-        }
-        for part in ("validation", "test"):
-            found[part] = record[part] if self.score is None else record[f"{part}_metrics"].get(self.score)
-            found[f"{part}_loss"] = record[f"{part}_loss"]
-        return found
+    def _measured(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
+        """Measure the held-out and the test part; numbers that are not finite are None."""
+        problem, found = self.problem, dict[str, Any]()
+        for name in ("validation", "test"):
+            part = problem.parts[name]
+            rows = evaluate(model, problem.logits, problem.task, part, device, self.training.batch)
+            measured = problem.task.measure(rows, part.labels)
+            score = measured.score if self.score is None else measured.more[self.score]
+            found[name], found[f"{name}_loss"] = finite(score), finite(measured.loss)
+        return {**found, "predictions": problem.task.digest(rows)}
+
+
+def finite(value: float) -> float | None:
+    """Return a rounded number, or None if it is not finite: JSON has no NaN."""
+    return round(value, 6) if math.isfinite(value) else None
