@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--no-refine", action="store_true", help="do not try the neighbours of the best rate")
     run.add_argument("--scale", help="smoke, small or full: of data and training")
     run.add_argument("--shard", default="1/1", metavar="I/N", help="only every N-th setting, with a file of its own")
+    run.add_argument("--retry", action="store_true", help="try trainings again that failed with an error")
     run.add_argument("--dry-run", action="store_true", help="only list the settings, and estimate the time")
     run.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder of the results")
     run.add_argument("--cache", type=Path, default=Path("runs/quality-cache"), help="folder of models and data")
@@ -104,7 +105,7 @@ def _run(options: argparse.Namespace) -> None:
             _list(task, scale, grid, shard, plan, options.out)
             continue
         # Workers on other machines may start in another folder.
-        run = Run(options.out.resolve(), options.cache.resolve(), engine, device, shard)
+        run = Run(options.out.resolve(), options.cache.resolve(), engine, device, shard, options.retry)
         count = run.task(task, scale, shard_of(grid.settings, shard), plan, Progress())
         print(f"{task.name}: {count} trainings finished")
         if shard == (1, 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,7 +45,9 @@ def page(folder: Path) -> str:
 def _page(folder: Path) -> Iterator[str]:
     ours, theirs = (len(methods.names([library])) for library in ("tnadapt", "PEFT"))
     budgets = ", ".join(f"{budget:,}" for budget in BUDGETS)
-    yield INTRODUCTION.format(ours=ours, theirs=theirs, budgets=budgets, beyond=BEYOND)
+    for paragraph in INTRODUCTION.format(ours=ours, theirs=theirs, budgets=budgets, beyond=BEYOND).split("\n\n"):
+        yield paragraph if paragraph.startswith(("#", "```")) else textwrap.fill(paragraph, 120, break_on_hyphens=False)
+        yield ""
     studies = _studies(folder)
     yield "**Tasks.**"
     yield ""
@@ -75,17 +78,17 @@ that was stopped resumes. In a clone of the repository:
 
 ```console
 $ pip install -e '.[quality]'
-$ python -m benchmarks.quality run --profile quick    # half an hour on two cores; also: day, full
+$ python -m benchmarks.quality run --profile quick    # a choice of methods; also: day, full
 $ python -m benchmarks.quality run digits --dry-run   # what would be trained, and how long that would take
 $ python -m benchmarks.quality run --profile full --engine slurm --engine-option gpus=1
-$ python -m benchmarks.quality run --profile full --device cuda --shard 1/8   # without Slurm or Ray: on each of 8 machines
-$ python -m benchmarks.quality merge && python -m benchmarks.quality report   # then, of their files in one folder
+$ python -m benchmarks.quality run --profile full --device cuda --shard 1/8     # or so on each of 8 machines,
+$ python -m benchmarks.quality merge && python -m benchmarks.quality report     # then, with their files in one folder
 ```
 
-**Methods.** {ours} presets of tnadapt, {theirs} methods of PEFT through its `get_peft_model`, and controls: no adapter
-(a new head alone, or the base as it is), and dense updates of the same weights. All methods of a task adapt the same
-weights, and add to them whatever their own library adds. Budgets are {budgets} parameters. At each, a method takes part
-with its largest setting within the budget, if that has at least half as many parameters.
+**Methods.** {ours} methods of tnadapt, which are its presets, {theirs} of PEFT through its `get_peft_model`, and
+controls: no adapter (a new head alone, or the base as it is), and dense updates of the same weights. All methods of a
+task adapt the same weights, and add to them whatever their own library adds. Budgets are {budgets} parameters. At each,
+a method takes part with its largest setting within the budget, if that has at least half as many parameters.
 
 **Rates.** Every method gets the same list of learning rates and the same rule. While the best one is the lowest or
 highest of those tried, one beyond it is tried, at most {beyond} on each side. Then the best one's neighbours are tried,

@@ -176,7 +176,7 @@ def _missing(task: QualityTask, found: store.TaskResults, outcomes: Sequence[Out
     every = outcomes_of(task, found.records.values(), every=True)
     unfinished = len(every) - len(outcomes)
     lines = [
-        f"- {one.name}, at most {one.budget:,}: {f'failed: {one.failed}' if one.failed else 'diverged at every rate'}"
+        f"- {one.name}, at most {one.budget:,}: {f'failed: {one.failed}' if one.failed else 'diverged at its rate'}"
         for one in outcomes
         if not one.measured
     ]

@@ -49,6 +49,8 @@ class Run:
     engine : Engine
     device : str
     shard : (int, int)
+    retry : bool
+        Whether trainings that failed with an error are tried again.
     """
 
     out: Path
@@ -56,6 +58,7 @@ class Run:
     engine: Engine
     device: str = "cpu"
     shard: tuple[int, int] = (1, 1)
+    retry: bool = False
 
     def task(self, task: QualityTask, scale: str, settings: Sequence[Setting], plan: Plan, listener: Listener) -> int:
         """Run the trainings of a task that are not finished yet, and return their number.
@@ -80,6 +83,8 @@ class Run:
         count = 0
         with store.open_results(self.out, task.name, scale, self.shard, study) as results:
             records: dict[str, Any] = {} if known is None else dict(known.records)
+            if self.retry:
+                records = {key: line for key, line in records.items() if "failed" not in line}
             work = engines.Trainings(task.name, scale, self.cache, self.device)
             while trials := due(task, scale, settings, records, plan):
                 if not count:

@@ -24,7 +24,7 @@ from benchmarks.quality.command import main
 from benchmarks.quality.grid import shard_of
 from benchmarks.quality.running import Listener, Run
 from benchmarks.quality.tuning import Plan
-from tests.quality.played_task import BEST, PlayedTask, setting_of
+from tests.quality.played_task import BEST, PlayedBench, PlayedTask, setting_of
 from tests.support.depth import in_depth
 from tnadapt import Config
 from tnadapt.errors import FileError
@@ -71,6 +71,22 @@ def test_a_run_resumes_after_any_line(tmp_path: Path) -> None:
         (out / "played.jsonl").write_bytes(b"".join(lines[:cut]) + lines[cut][:20])
         run(out)
         assert records(out) == records(tmp_path / "whole")
+
+
+def test_what_failed_is_tried_again_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: object) -> dict[str, Any]:
+        raise ValueError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PlayedBench, "train", broken)
+        assert run(tmp_path) == len(SETTINGS) * len(PlayedTask.rates)
+    assert {one["failed"] for one in records(tmp_path).values()} == {"ValueError: no memory"}
+    assert run(tmp_path) == 0
+    again = Run(tmp_path, tmp_path, open_engine("local", 1), retry=True)
+    assert again.task(PlayedTask(), "small", SETTINGS, PLAN, Listener()) == len(records(tmp_path))
+    assert not any("failed" in one for one in records(tmp_path).values())
+    run(tmp_path / "whole")
+    assert records(tmp_path) == records(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("of", [2, 3, 9])
