@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,14 +72,23 @@ def draw_scores(task: QualityTask, outcomes: Sequence[Outcome], path: Path, note
     _named(task, outcomes, axes)
     axes.set_xlabel("trained parameters of the adapter", fontsize=9, color=INK)
     axes.set_ylabel(axis_of(task), fontsize=9, color=INK)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    budgets = budgets_of(outcomes)
+    axes.set_xlim(min(budgets) / 3, max(budgets) * 1.5)
+    axes.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
+    axes.minorticks_off()
     axes.grid(axis="both", which="major", color="#E6E6E6", linewidth=0.7)
     axes.set_title(task.title, loc="left", fontsize=11, color=INK, pad=10, parse_math=False)
     axes.legend(loc="lower right", fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
     quiet(axes)
-    if note:
-        drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=PALE, parse_math=False)
+    _small_print(drawn, note)
     saved(drawn, path)
+
+
+def _small_print(drawn: Any, note: str) -> None:
+    """Write a note below a figure, in as many lines as it needs."""
+    if note:
+        lines = textwrap.fill(note, int(18 * drawn.get_figwidth()))
+        drawn.supxlabel(lines, x=0.01, ha="left", fontsize=7, color=PALE, parse_math=False)
 
 
 def _named(task: QualityTask, outcomes: Sequence[Outcome], axes: Any) -> None:
@@ -112,7 +122,7 @@ def draw_methods(task: QualityTask, outcomes: Sequence[Outcome], path: Path, not
     counts = [len(at_budget(outcomes, budget)) for budget in budgets]
     columns = min(3, len(budgets))
     most = [max(counts[start : start + columns]) for start in range(0, len(counts), columns)]
-    drawn, first = figure(4.1 * columns, sum(1.0 + 0.15 * count for count in most))
+    drawn, first = figure(max(7.5, 4.1 * columns), 0.9 + sum(1.0 + 0.15 * count for count in most))
     first.remove()
     ratios = [6.7 + count for count in most]
     grid = drawn.subplots(len(most), columns, sharex=True, squeeze=False, height_ratios=ratios).reshape(-1)
@@ -121,8 +131,7 @@ def draw_methods(task: QualityTask, outcomes: Sequence[Outcome], path: Path, not
     for axes in grid[len(budgets) :]:
         axes.remove()
     drawn.suptitle(task.title, x=0.01, ha="left", fontsize=11, color=INK, parse_math=False)
-    if note:
-        drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=PALE, parse_math=False)
+    _small_print(drawn, note)
     saved(drawn, path)
 
 
