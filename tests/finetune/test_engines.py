@@ -131,6 +131,16 @@ def test_an_unknown_engine_or_option_is_named() -> None:
         open_engine("local", options={"partition": "gpu"})
 
 
+def test_libraries_of_clusters_are_imported_where_an_engine_starts() -> None:
+    code = (
+        "import sys, tnadapt.finetune, paper.command; from tnadapt.cli import app; "
+        "tnadapt.finetune.open_engine('local'); "
+        "print([name for name in ('ray', 'submitit', 'cloudpickle') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
 @pytest.mark.parametrize("engine", ["ray", "slurm"])
 def test_a_library_that_is_not_installed_is_named_with_its_extra(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -500,17 +510,38 @@ def test_ray_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         asked.append(given["address"])
         raise ConnectionError("could not find\nany")
 
-    asked: list[str] = []
+    def start(**options: str) -> None:
+        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="ray", options=options))
+
+    asked: list[str | None] = []
     monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(tna.TnadaptError, match=r"^no Ray cluster at 'ray\.example:6379': could not find$"):
-        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="ray", options={"address": "ray.example:6379"}))
+    hint = "; one that wants a token needs RAY_AUTH_MODE=token, and the option address=local starts a new one$"
+    with pytest.raises(tna.TnadaptError, match=rf"^no Ray cluster at 'ray\.example:6379': could not find{hint}"):
+        start(address="ray.example:6379")
     monkeypatch.setenv("RAY_ADDRESS", "another:1")
-    with pytest.raises(tna.TnadaptError, match=r"^no Ray cluster at 'another:1': could not find$"):
-        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="ray"))
+    with pytest.raises(tna.TnadaptError, match=rf"^no Ray cluster at 'another:1': could not find{hint}"):
+        start()
     monkeypatch.delenv("RAY_ADDRESS")
-    with pytest.raises(ConnectionError):
-        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="ray"))
-    assert asked == ["ray.example:6379", "another:1", "auto", "local"]
+    with pytest.raises(tna.TnadaptError, match=rf"^no Ray cluster where ray start has left its address: .*{hint}"):
+        start()
+    assert asked == ["ray.example:6379", "another:1", None]
+
+
+@needs("ray")
+def test_a_new_cluster_on_which_no_task_would_start_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    told: list[Any] = []
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **given: told.append((given, os.environ["RAY_USAGE_STATS_ENABLED"])))
+    monkeypatch.setattr(ray, "shutdown", lambda: told.append("ended"))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    options = {"address": "local", "gpus": "0.5"}
+    with pytest.raises(tna.TnadaptError, match=r"^this machine's Ray cluster has 0 GPUs, and each task needs 0\.5$"):
+        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="ray", options=options))
+    (given, usage), ended = told
+    assert (given["num_cpus"], usage, ended) == (max(os.cpu_count() or 1, 1), "0", "ended")
+    assert "RAY_USAGE_STATS_ENABLED" not in os.environ
 
 
 # -- Slurm -----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ class RayEngine(Engine):
     period = 0.25
     known = MappingProxyType(
         {
-            "address": "of the cluster; by default RAY_ADDRESS, else a cluster on this machine; local starts a new one",
+            "address": "of the cluster; by default RAY_ADDRESS, else that of ray start; local starts a new one",
             "cpus": "of each task; torch uses as many threads, unless the problem fixes their number",
             "gpus": "of each task, such as 1 or 0.25",
             "memory": "of each task, in GiB",
@@ -94,19 +94,35 @@ class _Cluster(Started):
 
 
 def _connect(ray: Any, address: str | None, needs: dict[str, float], jobs: int) -> None:
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    """Connect to the cluster at an address; without one, to the cluster of this machine, or a new one."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     given = address or os.environ.get("RAY_ADDRESS")
-    if given != "local":
-        try:
-            ray.init(address=given or "auto", **quiet)
-        except ConnectionError as error:
-            if given is not None:
-                raise TnadaptError(f"no Ray cluster at {safe_repr(given)}: {str(error).splitlines()[0]}") from None
-        else:
-            return
-    cores = jobs * needs["num_cpus"] if jobs else max(os.cpu_count() or 1, needs["num_cpus"])
-    with _no_telemetry():
-        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+    if given == "local":
+        quiet["num_cpus"] = jobs * needs["num_cpus"] if jobs else max(os.cpu_count() or 1, needs["num_cpus"])
+    if given in (None, "local"):
+        quiet["include_dashboard"] = False
+    try:
+        with _no_telemetry():
+            ray.init(address=given, **quiet)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        where = f"at {safe_repr(given)}" if given else "where ray start has left its address"
+        raise TnadaptError(
+            f"no Ray cluster {where}: {str(error).splitlines()[0]}; one that wants a token needs RAY_AUTH_MODE=token, "
+            "and the option address=local starts a new one"
+        ) from None
+    if given in (None, "local"):  # another one may grow when it is asked to
+        _check(ray, needs)
+
+
+def _check(ray: Any, needs: dict[str, float]) -> None:
+    """Refuse a cluster on which no task would ever start."""
+    have = ray.cluster_resources()
+    for name, word in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
+        if needs[name] > have.get(word, 0):
+            ray.shutdown()
+            raise TnadaptError(
+                f"this machine's Ray cluster has {have.get(word, 0):g} {word}s, and each task needs {needs[name]:g}"
+            )
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ __all__ = ["SlurmEngine"]
 _ARRAY = 1000
 # File systems of clusters show a new file on other machines after some seconds.
 _LAG = 15.0
+# Looking for the results of jobs may take this fraction of the program's time, however slow the file system is.
+_SHARE = 0.05
 # Seconds in which processes of this machine end after they were told to.
 _PATIENCE = 10.0
 # Submitit's default of five minutes would end most trainings.
@@ -116,6 +118,7 @@ class _Jobs(Started):
     def __init__(self, executor: Any) -> None:
         self.executor = executor
         self.jobs: dict[str, Any] = {}
+        self.pause = 0.0
         self.ended: dict[str, float] = {}
 
     def submit(self, calls: Sequence[TaskCall]) -> None:
@@ -123,12 +126,13 @@ class _Jobs(Started):
         self.jobs.update({call.task.key: job for call, job in zip(calls, jobs, strict=True)})
 
     def wait(self, seconds: float) -> Iterator[tuple[str, Ended]]:
-        time.sleep(seconds)
-        for key, job in list(self.jobs.items()):
-            ended = self._ended(key, job)
-            if ended is not None:
-                del self.jobs[key]
-                yield key, ended
+        time.sleep(max(seconds, self.pause))
+        began = time.monotonic()
+        found = {key: ended for key, job in self.jobs.items() if (ended := self._ended(key, job)) is not None}
+        self.pause = (time.monotonic() - began) / _SHARE
+        for key, ended in found.items():
+            del self.jobs[key]
+            yield key, ended
 
     def _ended(self, key: str, job: Any) -> Ended | None:
         if not job.done():
