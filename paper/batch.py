@@ -118,8 +118,6 @@ def check_inputs(recipes: Sequence[Recipe], data: str | None, features: str | No
 def _missing(recipe: Recipe, data: str | None, features: str | None) -> Iterator[str]:
     if recipe.kind != "diffusion":
         return
-    from .diffusion.images import missing_files
-
     if (features or recipe.settings["features"]) == "inception":
         yield "it needs --features, a file of Inception's weights or classifier"
     elif features not in (None, "classifier") and not Path(features).is_file():
@@ -130,6 +128,8 @@ def _missing(recipe: Recipe, data: str | None, features: str | None) -> Iterator
     if data is None:
         yield f"it needs --data, with the folders {' and '.join(names)}"
     else:
+        from .diffusion.images import missing_files
+
         for name in names:
             if files := missing_files(name, Path(data)):
                 yield f"no {', '.join(files)} in {Path(data, name)}"

@@ -206,8 +206,8 @@ def words(found: Any) -> dict[str, str]:
 @pytest.mark.law("killed-sweep")
 def test_what_workers_had_finished_is_not_run_again(tmp_path: Path) -> None:
     leave(tmp_path)
-    found = run_tasks(Play(tmp_path), [Act(name) for name in "bxda"], tmp_path)
-    assert words(found) == {"b": "b", "d": "d", "a": "a", "x": "new"}
+    found = run_tasks(Play(tmp_path), [Act(name) for name in "bxdac"], tmp_path)
+    assert words(found) == {"b": "b", "d": "d", "a": "a", "c": "c", "x": "new"}
     assert Play(tmp_path).noted("begun") == ["x/0"]
     assert not (tmp_path / "workers").exists()
 
@@ -218,6 +218,20 @@ def test_who_stops_reading_loses_none_of_them(tmp_path: Path) -> None:
     with contextlib.closing(run_tasks(Play(tmp_path), [Act("a"), Act("b")], tmp_path)) as found:
         assert next(found) == (Act("a"), {"was": "a"})
     assert words(run_tasks(Play(tmp_path), [Act("b")], tmp_path)) == {"b": "b"}
+
+
+@pytest.mark.law("killed-sweep")
+def test_lines_of_tasks_that_nobody_has_asked_for_yet_are_kept(tmp_path: Path) -> None:
+    leave(tmp_path)
+    assert words(run_tasks(Play(tmp_path), [Act("a"), Act("d"), Act("x")], tmp_path)) == {
+        "a": "a",
+        "d": "d",
+        "x": "new",
+    }
+    assert len(list(tmp_path.glob("workers/*/worker-*.jsonl"))) == 1
+    assert words(run_tasks(Play(tmp_path), [Act("c"), Act("a")], tmp_path)) == {"c": "c", "a": "new"}
+    assert words(run_tasks(Play(tmp_path), [Act("b")], tmp_path)) == {"b": "b"}
+    assert not (tmp_path / "workers").exists()
 
 
 def test_lines_of_another_study_are_discarded(tmp_path: Path) -> None:

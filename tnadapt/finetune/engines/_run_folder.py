@@ -7,15 +7,15 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import FileError
-from tnadapt.finetune._line_files import undamaged_lines
+from tnadapt.finetune._line_files import append_line, undamaged_lines
 
-from ._task_call import progress_file, worker_files
+from ._task_call import new_worker_file, progress_file, worker_files
 from ._work import Keyed
 
 __all__ = ["RunFolder", "discard"]
@@ -96,9 +96,21 @@ class RunFolder:
         with contextlib.suppress(OSError):
             progress_file(self.path, task).unlink()
 
-    def remove(self) -> None:
-        """Delete the folder, after its lines have been written elsewhere."""
-        discard(self.folder)
+    def forget(self, keys: Set[str]) -> None:
+        """Delete the lines with these keys, which have been written elsewhere; and the folder, if no others are left.
+
+        Others are of tasks of the same study that this program has not asked for yet.
+        """
+        left = {key: line for key, line in self.lines().items() if key not in keys}
+        if not left:
+            discard(self.folder)
+            return
+        read = worker_files(self.path)
+        with open(new_worker_file(self.path), "ab", buffering=0) as file:
+            for key, line in left.items():
+                append_line(file, {"key": key, "line": line})
+        for path in read:
+            path.unlink()
 
 
 def _current(folder: Path) -> dict[str, str] | None:

@@ -50,7 +50,8 @@ def run_tasks(
     Every worker writes the lines to a file of its own in ``folder / "workers"``, synchronized, before it reports them.
     Write each line to your own file before you ask for the next one. If the program is then killed at any time, call
     this again with the tasks that your file lacks: those that workers had finished are yielded from the workers' files
-    and are not run again. A worker that dies is tried again, twice at most.
+    and are not run again; lines of other tasks are kept until you ask for these. A worker that dies is tried again,
+    twice at most.
 
     Parameters
     ----------
@@ -126,7 +127,7 @@ def run_tasks(
         place.create()
         calls = {task.key: TaskCall(place.path, os.getcwd(), work, task, share) for task in missing}
         yield from _side_by_side(used, missing, calls, place, progress)
-    place.remove()
+    place.forget(keys.keys())
 
 
 def _one_by_one(

@@ -21,7 +21,18 @@ from tnadapt.finetune.loop import threads
 
 from ._work import Do, Keyed, Work
 
-__all__ = ["Died", "Ended", "Failed", "Finished", "TaskCall", "as_json", "progress_file", "run_call", "worker_files"]
+__all__ = [
+    "Died",
+    "Ended",
+    "Failed",
+    "Finished",
+    "TaskCall",
+    "as_json",
+    "new_worker_file",
+    "progress_file",
+    "run_call",
+    "worker_files",
+]
 
 #: Seconds between two reports of one task.
 PERIOD = 0.25
@@ -112,6 +123,11 @@ def worker_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("worker-*.jsonl"))
 
 
+def new_worker_file(folder: Path) -> Path:
+    """Return a path for another results file, without names of hosts or users."""
+    return folder / f"worker-{uuid.uuid4().hex}.jsonl"
+
+
 def progress_file(folder: Path, task: Keyed) -> Path:
     """Return the file with the fraction done of a task."""
     return folder / f"progress-{hashlib.sha256(task.key.encode()).hexdigest()[:16]}"  # a key may be any text
@@ -135,8 +151,7 @@ class _Worker:
 
     def __init__(self, call: TaskCall) -> None:
         self.folder = call.folder
-        # Without names of hosts or users.
-        self.path = call.folder / f"worker-{uuid.uuid4().hex}.jsonl"
+        self.path = new_worker_file(call.folder)
         if not self.folder.is_dir():
             raise TnadaptError(
                 f"{self.folder} is not there: either this run was discarded, or this machine does not share the "
