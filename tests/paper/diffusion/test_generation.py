@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -314,20 +315,22 @@ def test_a_killed_run_of_two_workers_goes_on_and_gives_the_same(
         "import sys\nfrom pathlib import Path\nfrom tests.paper.diffusion.test_generation import tiny\n"
         "from paper import run\n"
         f"if __name__ == '__main__':\n    run(tiny(), Path({str(tmp_path / 'run')!r}), cache=Path({str(cache)!r}), "
-        f"data={str(data)!r}, jobs=int(sys.argv[1]))\n",
+        f"data={str(data)!r}, jobs=2, engine=sys.argv[1], options=dict(one.split('=') for one in sys.argv[2:]))\n",
         encoding="utf-8",
     )
     root = str(Path(__file__).parents[3])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     results = tmp_path / "run" / "results.jsonl"
-    with subprocess.Popen([sys.executable, str(script), "2"], cwd=root, env=environment) as process:
+    with subprocess.Popen([sys.executable, str(script), "local"], cwd=root, env=environment) as process:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not (results.is_file() and b'"key"' in results.read_bytes()):
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
     first = {line["key"] for line in lines(tmp_path / "run")}
     assert first
-    again = subprocess.run([sys.executable, str(script), "1"], cwd=root, env=environment, check=False)
+    # On another engine, if its library is installed.
+    where = ["slurm", "cluster=local"] if importlib.util.find_spec("submitit") else ["local"]
+    again = subprocess.run([sys.executable, str(script), *where], cwd=root, env=environment, check=False)
     assert again.returncode == 0
     one, two = ({line["key"]: {**line, "seconds": 0} for line in lines(folder)} for folder in (out, tmp_path / "run"))
     assert len(lines(tmp_path / "run")) == len(two) == 8
