@@ -30,11 +30,11 @@ OPTIONS = {
     "reviews": ["--limit", "2000", "--epochs", "2", "--batch", "16"],
     "few": [
         "--limit", "2000", "--epochs", "2", "--batch", "16", "--preset", "tinylora", "--preset", "unilora", "--preset",
-        "lora_xs", "--preset", "vera", "--lr", "0.01", "--lr", "0.1", "--lr", "1",
+        "lora_xs", "--preset", "vera",
     ],
     "llama": [
         "--limit", "800", "--epochs", "1", "--batch", "8", "--preset", "tinylora", "--preset", "unilora", "--preset",
-        "lora_xs", "--lr", "0.01", "--lr", "0.1",
+        "lora_xs",
     ],
     "cifar10": ["--limit", "1000", "--epochs", "2", "--batch", "16", "--image-size", "56"],
 }

@@ -112,16 +112,16 @@ plt.show()
 # Training
 # --------
 #
-# An ordinary loop over the parameters that require a gradient. Each method uses the best of three learning rates. They
-# were chosen on these same test images, with one seed: the curves are an illustration, not a benchmark.
+# An ordinary loop over the parameters that require a gradient. All adapters have the same learning rate: presets train
+# in units for which one rate suits all of them. One seed: the curves are an illustration, not a benchmark.
 
 P = tna.presets
 methods = {
     "head alone": (None, 0.1),
     "LoRA, r = 1": (P.lora(1), 0.01),
-    "SuperLoRA, r = 2": (P.superlora(2), 0.03),
+    "SuperLoRA, r = 2": (P.superlora(2), 0.01),
     "LoRA, r = 4": (P.lora(4), 0.01),
-    "SuperLoRA, r = 8 (default)": (P.superlora(8), 0.03),
+    "SuperLoRA, r = 8 (default)": (P.superlora(8), 0.01),
     "all of q and v": (P.dense(), 0.01),
 }
 curves, trained = {}, {}

@@ -77,7 +77,7 @@ np.savez(base_path, **{name: value.numpy() for name, value in model.state_dict()
 adapter = tnadapt.torch.attach(
     model, tna.presets.superlora(rank=3, projection="linear", ratio=0.25), keep_trainable="head"
 )
-fit(model, new & ~held_out, rate=3e-2, epochs=30)
+fit(model, new & ~held_out, rate=1e-2, epochs=30)
 adapter.save(path)
 with torch.no_grad():
     torch_logits = model.eval()(torch.tensor(images[new & held_out])).numpy()

@@ -31,11 +31,10 @@ LIMIT = 100_000
 
 @dataclass(frozen=True)
 class Experiment:
-    """One row: a preset, its arguments and the rate of AdamW."""
+    """One row: a preset and its arguments."""
 
     name: str
     preset: str
-    rate: float
     settings: Mapping[str, Any] = field(default_factory=dict)
     targets: str = "qv"
 
@@ -85,48 +84,46 @@ def flux() -> torch.nn.Module:
 
 # -- The experiments ------------------------------------------------------------------------------
 
-# For the methods that benchmarks/results/few.jsonl and reviews.jsonl tried, the best rate of their coarse grids, on
-# another model and task; for the others, the rate of the most similar method. Nobody has tuned them on these boards.
-_FEW = 0.1  # few parameters that many entries share, and diagonals between frozen factors
-_PRODUCTS = 0.016  # products of small arrays
-_CORES = 0.01  # cores between singular vectors of the weight
+# Presets train in units for which one rate suits all of them (docs/learning_rate.rst). Nobody has tuned it on these
+# boards.
+_RATE = 1e-2
 
 
 def _everywhere() -> Iterator[Experiment]:
     """Yield what both boards have."""
-    yield Experiment("tinylora-13", "tinylora", _FEW, {"parameters": 13})
-    yield Experiment("tinylora-64", "tinylora", _FEW, {"parameters": 64})
+    yield Experiment("tinylora-13", "tinylora", {"parameters": 13})
+    yield Experiment("tinylora-64", "tinylora", {"parameters": 64})
     for parameters in (256, 1_000, 10_000):
-        yield Experiment(f"unilora-{parameters}", "unilora", _FEW, {"parameters": parameters})
+        yield Experiment(f"unilora-{parameters}", "unilora", {"parameters": parameters})
     for rank in (8, 16, 32):
-        yield Experiment(f"lora_xs-rank{rank}", "lora_xs", _CORES, {"rank": rank})
+        yield Experiment(f"lora_xs-rank{rank}", "lora_xs", {"rank": rank})
     # By F from a vector that is a product of two matrices: one group for all weights, or one for each layer, which
     # needs less memory.
     for groups, rank, ratio in ((1, 1, "1e-5"), (1, 1, "1e-3"), ("layer", 1, "1e-3"), ("layer", 8, "2e-3")):
         settings = {"rank": rank, "groups": groups, "projection": "linear", "ratio": float(ratio)}
         place = "-layer" if groups == "layer" else ""
-        yield Experiment(f"superlora{place}-linear-rank{rank}-ratio{ratio}", "superlora", _PRODUCTS, settings)
-    yield Experiment("superlora-rank1", "superlora", _PRODUCTS, {"rank": 1})
-    yield Experiment("fastfood-layer-ratio1e-5", "fastfood", _FEW, {"ratio": 1e-5, "groups": "layer"})
-    yield Experiment("lonkr-rank4", "lonkr", _PRODUCTS, {"rank": 4})
-    yield Experiment("lonkr-rank8-splits4", "lonkr", _PRODUCTS, {"rank": 8, "splits": 4})
-    yield Experiment("lorta-rank4", "lorta", _PRODUCTS, {"rank": 4})
+        yield Experiment(f"superlora{place}-linear-rank{rank}-ratio{ratio}", "superlora", settings)
+    yield Experiment("superlora-rank1", "superlora", {"rank": 1})
+    yield Experiment("fastfood-layer-ratio1e-5", "fastfood", {"ratio": 1e-5, "groups": "layer"})
+    yield Experiment("lonkr-rank4", "lonkr", {"rank": 4})
+    yield Experiment("lonkr-rank8-splits4", "lonkr", {"rank": 8, "splits": 4})
+    yield Experiment("lorta-rank4", "lorta", {"rank": 4})
     for preset in ("lotr", "metatt"):
         # In a Llama queries have three times the rows of values, so each role is a group of its own.
-        yield Experiment(f"{preset}-rank4", preset, _PRODUCTS, {"rank": 4, "groups": "role"})
+        yield Experiment(f"{preset}-rank4", preset, {"rank": 4, "groups": "role"})
     heads = {"rank": 4, "groups": "role", "head_size": 128}
-    yield Experiment("lorta_cp-rank4", "lorta_cp", _PRODUCTS, heads)
-    yield Experiment("craft-rank8", "craft", _CORES, {"rank": 8, "groups": "role"})
-    yield Experiment("nola-100", "nola", _PRODUCTS, {"parameters": 100})
+    yield Experiment("lorta_cp-rank4", "lorta_cp", heads)
+    yield Experiment("craft-rank8", "craft", {"rank": 8, "groups": "role"})
+    yield Experiment("nola-100", "nola", {"parameters": 100})
     for n in (100, 1_000):
-        yield Experiment(f"fourierft-{n}", "fourierft", _FEW, {"n": n})
-    yield Experiment("vera-values-rank256", "vera", _FEW, {"rank": 256}, targets="v")
+        yield Experiment(f"fourierft-{n}", "fourierft", {"n": n})
+    yield Experiment("vera-values-rank256", "vera", {"rank": 256}, targets="v")
 
 
 _ALL_LINEAR = (
-    Experiment("tinylora-13-all-linear", "tinylora", _FEW, {"parameters": 13}, targets="all-linear"),
-    Experiment("unilora-1000-all-linear", "unilora", _FEW, {"parameters": 1_000}, targets="all-linear"),
-    Experiment("lora_xs-rank16-all-linear", "lora_xs", _CORES, {"rank": 16}, targets="all-linear"),
+    Experiment("tinylora-13-all-linear", "tinylora", {"parameters": 13}, targets="all-linear"),
+    Experiment("unilora-1000-all-linear", "unilora", {"parameters": 1_000}, targets="all-linear"),
+    Experiment("lora_xs-rank16-all-linear", "lora_xs", {"rank": 16}, targets="all-linear"),
 )
 
 BOARDS = (
@@ -172,8 +169,8 @@ def adapter_config(experiment: Experiment) -> str:
 
 
 def training_params(experiment: Experiment) -> str:
-    """Return ``training_params.json``: the rate, and no decay, which at such rates would erase what is learned."""
-    return _json({"optimizer_kwargs": {"lr": experiment.rate, "weight_decay": 0.0}})
+    """Return ``training_params.json``: the rate, and no decay."""
+    return _json({"optimizer_kwargs": {"lr": _RATE, "weight_decay": 0.0}})
 
 
 def _json(content: Any) -> str:
@@ -195,7 +192,7 @@ def files() -> dict[Path, str]:
             found[Path(board.name) / place / "training_params.json"] = training_params(experiment)
             arguments = ", ".join(f"{name}={value!r}" for name, value in experiment.settings.items())
             row = f"| `{place.name}` | `{experiment.preset}({arguments})` | `{experiment.targets}` "
-            rows.append((parameters, f"{row}| {parameters:,} | {experiment.rate:g} |"))
+            rows.append((parameters, f"{row}| {parameters:,} | {_RATE:g} |"))
         head = ["| folder | preset | targets | parameters | rate |", "|---|---|---|---:|---:|"]
         table = "\n".join([*head, *(row for _, row in sorted(rows))])
         tables.append(f"## {board.title}\n\n{table}\n")
@@ -216,9 +213,8 @@ python benchmarks/peft_boards/run.py ../peft/method_comparison/MetaMathQA \\
 ```
 
 **None of these rows has been measured.** The number of parameters is that of a plan on the shapes of the base model.
-The rates are taken from small runs on other models (`benchmarks/results/few.jsonl` and `reviews.jsonl`, or the most
-similar method there); nobody has tuned them on these boards. Everything else is the board's default, except for the
-weight decay, which is 0: multiplied by rates like these, the default would erase what is learned.
+The rate is the one that presets are made for (`docs/learning_rate.rst`); nobody has tuned it on these boards.
+Everything else is the board's default, except for the weight decay, which is 0.
 
 Settings with F (`superlora-linear`, `fastfood`) compute the updates of a group together, in float32: they need more
 memory and time than the others, most of all with one group for all weights. `fourierft` transforms every weight in

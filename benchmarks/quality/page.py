@@ -92,8 +92,8 @@ a method takes part with its largest setting within the budget, if that has at l
 
 **Rates.** Every method gets the same list of learning rates and the same rule. While the best one is the lowest or
 highest of those tried, one beyond it is tried, at most {beyond} on each side. Then the best one's neighbours are tried,
-half a step away. A new head is trained at the adapter's rate. The score on the held-out part decides. Test samples
-choose nothing: not the rate, not what has a ●, not when to stop.
+half a step away. A new head has a rate of its own, the same with all adapters. The score on the held-out part decides.
+Test samples choose nothing: not the rate, not what has a ●, not when to stop.
 
 **Reading the tables.** ● has the best held-out score at its budget. *behind ●* is the difference between its test score
 and that of the row, paired over seeds (the same new head and order of samples), with the 95 % interval of Student's t.

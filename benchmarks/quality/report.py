@@ -100,7 +100,8 @@ def _about(task: QualityTask, found: store.TaskResults, outcomes: Sequence[Outco
     kept = max((one.kept for one in outcomes), default=0)
     yield f"{task.parts}: {sizes} samples."
     if kept:
-        yield f"In addition to every adapter, and not counted, a head of {kept:,} parameters is trained."
+        at = f", at the rate {study['head_rate']:g} with all adapters" if "head_rate" in study else ""
+        yield f"In addition to every adapter, and not counted, a head of {kept:,} parameters is trained{at}."
     rates = sorted({line["rate"] for line in records})
     tuned = sorted({one.tuned_by for one in outcomes if len(one.tried) > 1})
     by = " or ".join(map(str, tuned)) or "no"

@@ -24,7 +24,8 @@ def pretrained():
 
 def config(options):
     """Return the adapter's config: at most 1,000 parameters for all linear layers together."""
-    return getattr(tna.presets, options.preset)(options.parameters, options.rank)
+    # The default rates of the scripts, and their recorded results, are those of θ itself.
+    return getattr(tna.presets, options.preset)(options.parameters, options.rank, rate="sgd")
 
 
 def parser(description):

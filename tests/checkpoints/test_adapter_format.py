@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.support import forge
+from tests.support.array_presets import P
 from tnadapt import AdapterFile, Config, FileError, Rows, SuperLoRA, Target
 from tnadapt.checkpoints import _adapter_recipe, adapter_format
 from tnadapt.checkpoints.fingerprint import Fingerprint, fingerprint
@@ -46,7 +47,7 @@ FULL_TARGETS = (
 def full(config: Config | None = None, dtype: str = "float32") -> AdapterFile:
     """A file that has everything a file can have."""
     rng = np.random.default_rng(3)
-    config = config or tna.presets.superlora(1, projection="linear", ratio=0.5, seed=9)
+    config = config or P.superlora(1, projection="linear", ratio=0.5, seed=9)
     shapes = [target.shape for target in FULL_TARGETS]
     plan = SuperLoRA(config, shapes, layers=[target.layer for target in FULL_TARGETS])
     arrays = {name: rng.standard_normal(shape).astype(dtype) for name, shape in plan.param_shapes.items()}

@@ -13,6 +13,7 @@ import pytest
 from tnadapt.sources import Given, Scaled, Seeded, Tied
 
 import tnadapt as tna
+from tests.support.array_presets import P
 from tnadapt.checkpoints.adapter_format import content_of
 
 TARGETS = [tna.Target("m", (6, 4))]
@@ -89,7 +90,7 @@ def test_given_arrays_in_a_file(tmp_path: Path) -> None:
 
 
 def test_files_of_version_one_keep_their_bytes(tmp_path: Path) -> None:
-    plan = tna.SuperLoRA(tna.presets.lora(2, alpha=4, seed=3), [(6, 4)])
+    plan = tna.SuperLoRA(P.lora(2, alpha=4, seed=3), [(6, 4)])
     shapes = plan.param_shapes.items()
     arrays = {name: np.arange(np.prod(shape), dtype=np.float32).reshape(shape) for name, shape in shapes}
     tna.save(tmp_path / "a.safetensors", tna.AdapterFile(plan.config, TARGETS, arrays, model="ViT"))

@@ -13,10 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import tnadapt as tna
+from tests.support.array_presets import P
 from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.checkpoints.adapter_format import content_of
 
-P = tna.presets
 TARGETS = [
     tna.Target("a.q", (6, 4), "q", layer="a"), tna.Target("a.v", (5, 4), "v", layer="a"),
     tna.Target("b.q", (6, 4), "q", layer="b"), tna.Target("b.up", (8, 4), "linear", layer="b"),

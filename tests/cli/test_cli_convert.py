@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 import tnadapt as tna
 from tests.convert.conversions import made
+from tests.support.array_presets import P
 from tests.support.in_process import run_here
 from tnadapt.__main__ import main
 
@@ -20,7 +21,7 @@ from .test_cli import run
 
 
 def test_there_and_back(tmp_path: Path) -> None:
-    file = made(tna.presets.lora(4, alpha=8))
+    file = made(P.lora(4, alpha=8))
     tna.save(tmp_path / "ours.safetensors", file)
     done = run("convert", str(tmp_path / "ours.safetensors"), "-o", str(tmp_path / "theirs"), "--to", "peft-lora")
     assert done.returncode == 0, done.stderr
@@ -41,7 +42,7 @@ def test_there_and_back(tmp_path: Path) -> None:
 
 
 def test_what_is_lost_is_said(tmp_path: Path) -> None:
-    tna.save(tmp_path / "ours.safetensors", made(tna.presets.lora(4)))
+    tna.save(tmp_path / "ours.safetensors", made(P.lora(4)))
     source = str(tmp_path / "ours.safetensors")
     refused = run("convert", source, "-o", str(tmp_path / "theirs"), "--to", "peft-lora", "--rank", "2")
     assert refused.returncode == 2
@@ -72,7 +73,7 @@ def test_what_is_lost_is_said(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
-    tna.save(tmp_path / "ours.safetensors", made(tna.presets.lora(4)))
+    tna.save(tmp_path / "ours.safetensors", made(P.lora(4)))
     done = run_here(main, "convert", tmp_path / "ours.safetensors", *arguments)
     assert done.returncode == 2
     assert message in done.stderr
@@ -86,7 +87,7 @@ def test_a_file_that_is_missing_is_one_line(tmp_path: Path) -> None:
 
 
 def test_what_is_there_is_replaced_if_asked(tmp_path: Path) -> None:
-    tna.save(tmp_path / "ours.safetensors", made(tna.presets.lora(1)))
+    tna.save(tmp_path / "ours.safetensors", made(P.lora(1)))
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"old")
     arguments = ("convert", str(tmp_path / "ours.safetensors"), "-o", str(out))
@@ -95,7 +96,7 @@ def test_what_is_there_is_replaced_if_asked(tmp_path: Path) -> None:
     assert refused.stderr == f"tnadapt: {out}: exists; give another path, or --overwrite\n"
     done = run(*arguments, "--overwrite")
     assert done.returncode == 0, done.stderr
-    assert tna.load(out).config == tna.presets.lora(1)
+    assert tna.load(out).config == P.lora(1)
 
 
 def test_messages_name_options(tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_messages_name_options(tmp_path: Path) -> None:
     ("to", "library"), [("peft", "PEFT"), ("kohya", "LyCORIS or kohya"), ("diffusers", "diffusers")]
 )
 def test_info_says_whose_adapter_it_is(to: str, library: str, tmp_path: Path) -> None:
-    tna.convert(made(tna.presets.lora(2), {"mid_block.attn.to_q": (8, 6)}), tmp_path / "out", to=to)
+    tna.convert(made(P.lora(2), {"mid_block.attn.to_q": (8, 6)}), tmp_path / "out", to=to)
     path = tmp_path / "out" / "adapter_model.safetensors" if to == "peft" else tmp_path / "out"
     done = run("info", str(path))
     assert done.returncode == 0, done.stderr
@@ -131,7 +132,7 @@ def test_info_says_whose_adapter_it_is(to: str, library: str, tmp_path: Path) ->
 
 
 def test_ways_out_are_commands(tmp_path: Path) -> None:
-    tna.save(tmp_path / "dora.safetensors", made(tna.presets.dora(rank=2)))
+    tna.save(tmp_path / "dora.safetensors", made(P.dora(rank=2)))
     refused = run("convert", str(tmp_path / "dora.safetensors"), "--to", "vllm")
     assert refused.returncode == 2
     assert "merge it into the base with tnadapt merge, or convert it with --to peft-lora" in refused.stderr

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
+from tests.support.array_presets import P
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -21,7 +22,6 @@ from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 import tnadapt.torch as tt  # noqa: E402
 
-P = tna.presets
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import tnadapt as tna
+from tests.support.array_presets import P
 from tnadapt import ConfigError
 
 from .conversions import SHAPES, TOLERANCE, error, made, model, tiny_unet, updates
@@ -23,7 +24,7 @@ PREFIXES = {"unet": "lora_unet", "text encoder": "lora_te", "transformer": "lora
 
 @pytest.mark.parametrize("name", PATHS)
 def test_the_prefix_is_that_of_the_component(name: str, tmp_path: Path) -> None:
-    file = made(tna.presets.lora(2, alpha=3), PATHS[name])
+    file = made(P.lora(2, alpha=3), PATHS[name])
     found = tna.convert(file, tmp_path / "out.safetensors", to="kohya")
     flat = [f"{PREFIXES[name]}_{path.replace('.', '_')}" for path in PATHS[name]]
     assert sorted(found.tensors) == sorted(
@@ -37,7 +38,7 @@ def test_the_prefix_is_that_of_the_component(name: str, tmp_path: Path) -> None:
 
 
 def test_the_caller_names_the_second_text_encoder() -> None:
-    file = made(tna.presets.lora(2), PATHS["text encoder"])
+    file = made(P.lora(2), PATHS["text encoder"])
     found = tna.convert(file, to="kohya-lora", part="lora_te2")
     assert all(name.startswith("lora_te2_text_model_encoder") for name in found.tensors)
     again = tna.convert(file, to="kohya-lora", part="text_encoder_2")  # diffusers' name
@@ -45,19 +46,19 @@ def test_the_caller_names_the_second_text_encoder() -> None:
 
 
 def test_the_method_is_the_adapters_own() -> None:
-    for config, kind in ((tna.presets.lokr(2), "lokr"), (tna.presets.loha(2), "loha"), (tna.presets.lora(2), "lora")):
+    for config, kind in ((P.lokr(2), "lokr"), (P.loha(2), "loha"), (P.lora(2), "lora")):
         found = tna.convert(made(config), to="kohya", part="transformer")
         assert (found.kind, found.exact) == (f"kohya-{kind}", True)
 
 
-@pytest.mark.parametrize("preset", [tna.presets.dora, tna.presets.hira])
+@pytest.mark.parametrize("preset", [P.dora, P.hira])
 def test_what_is_no_sum_is_refused(preset: Any) -> None:
     with pytest.raises(ConfigError, match="does more than add ΔW to the weight, and kohya-lora can only add"):
         tna.convert(made(preset(rank=2)), to="kohya-lora", part="unet")
 
 
 def test_a_lossy_one_must_be_asked_for() -> None:
-    file = made(tna.presets.krona(), {"mid_block.attn.to_q": (12, 18)})
+    file = made(P.krona(), {"mid_block.attn.to_q": (12, 18)})
     with pytest.raises(ConfigError, match="the conversion to kohya-lora would change the updates by a relative error"):
         tna.convert(file, to="kohya-lora", rank=2)
     assert 0 < tna.convert(file, to="kohya-lora", rank=2, max_error=1).error < 1
@@ -70,7 +71,7 @@ def test_lycoris_loads_it_by_its_loader_of_kohyas_names(form: str, tmp_path: Pat
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from lycoris.kohya import create_network_from_weights
-    file = made(tna.presets.lora(2, alpha=3), SHAPES)
+    file = made(P.lora(2, alpha=3), SHAPES)
     tna.convert(file, tmp_path / "out.safetensors", to=form, part="lora_unet")
     own = model(SHAPES)
     with warnings.catch_warnings():
@@ -87,7 +88,7 @@ def test_lycoris_loads_it_by_its_loader_of_kohyas_names(form: str, tmp_path: Pat
 def test_diffusers_loads_it_into_a_unet(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     unet, shapes = tiny_unet()
-    file = made(tna.presets.lora(2, alpha=3), shapes)
+    file = made(P.lora(2, alpha=3), shapes)
     tna.convert(file, tmp_path / "out.safetensors", to="kohya")
     before = {path: unet.get_submodule(path).weight.detach().clone() for path in shapes}
     with warnings.catch_warnings():

@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.support.array_presets import P
 from tnadapt import Config
 from tnadapt.convert._stored_tensors import factorization
 
@@ -100,7 +101,7 @@ def test_dense_updates_of_lokr_are_found_again(tmp_path: Path) -> None:
     factors = tna.convert(tmp_path / "theirs", base=shapes).file
     assert factors is not None
     arrays = {f"group{number}.split0.dense": delta.reshape(-1) for number, delta in enumerate(factors.deltas())}
-    file = tna.AdapterFile(tna.presets.dense(), factors.targets, arrays)
+    file = tna.AdapterFile(P.dense(), factors.targets, arrays)
     with pytest.raises(tna.ConfigError, match=r"not exactly LoKr: give rank="):
         tna.convert(file, to="peft-lokr")
     again = tna.convert(file, tmp_path / "again", to="peft-lokr", rank=9)
@@ -185,21 +186,21 @@ def check_loaded(folder: Path, expected: dict[str, Any], shapes: dict[str, tuple
 
 
 OURS: dict[str, tuple[Config, str]] = {
-    "lora": (tna.presets.lora(3, alpha=7), "peft-lora"),
+    "lora": (P.lora(3, alpha=7), "peft-lora"),
     "cp-weighted": (Config(rank=3, format="cp-weighted"), "peft-lora"),
     "tucker": (Config(rank=(2, 3), format="tucker"), "peft-lora"),
     "tucker, one factor": (Config(rank=(None, 3), format="tucker"), "peft-lora"),
     "tt": (Config(rank=3, format="tt", alpha=2), "peft-lora"),
     "terms": (Config(rank=2, terms=3), "peft-lora"),
-    "a CP across weights": (tna.presets.superlora(2, groups=2), "peft-lora"),
-    "krona": (tna.presets.krona(alpha=3), "peft-lokr"),
-    "lokr": (tna.presets.lokr(1, alpha=3), "peft-lokr"),
-    "lokr of low-rank W1": (tna.presets.lokr(1, leading="same"), "peft-lokr"),
-    "lokr of a factor": (tna.presets.lokr(1, split_size=2), "peft-lokr"),
-    "lonkr": (tna.presets.lonkr(1, splits=3, groups="weight", fold="stack", split_size="balanced"), "peft-lokr"),
-    "lora to lokr": (tna.presets.lora(2), "peft-lokr"),
-    "loha": (tna.presets.loha(2, alpha=3), "peft-loha"),
-    "lora to loha": (tna.presets.lora(2, alpha=6), "peft-loha"),
+    "a CP across weights": (P.superlora(2, groups=2), "peft-lora"),
+    "krona": (P.krona(alpha=3), "peft-lokr"),
+    "lokr": (P.lokr(1, alpha=3), "peft-lokr"),
+    "lokr of low-rank W1": (P.lokr(1, leading="same"), "peft-lokr"),
+    "lokr of a factor": (P.lokr(1, split_size=2), "peft-lokr"),
+    "lonkr": (P.lonkr(1, splits=3, groups="weight", fold="stack", split_size="balanced"), "peft-lokr"),
+    "lora to lokr": (P.lora(2), "peft-lokr"),
+    "loha": (P.loha(2, alpha=3), "peft-loha"),
+    "lora to loha": (P.lora(2, alpha=6), "peft-loha"),
 }
 
 
@@ -220,7 +221,7 @@ def test_what_we_write_gives_our_updates(name: str, tmp_path: Path) -> None:
 
 
 def test_factors_keep_their_bits(tmp_path: Path) -> None:
-    file = made(tna.presets.lora(3, alpha=7), SHAPES)
+    file = made(P.lora(3, alpha=7), SHAPES)
     found = tna.convert(file, tmp_path / "a", to="peft-lora")
     again = tna.convert(tmp_path / "a").file
     assert again.config == file.config

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import tnadapt as tna
+from tests.support.array_presets import P
 
 from .conversions import fill
 
@@ -64,7 +65,7 @@ def test_our_adapter_becomes_peft_s(folder: str, tmp_path: Path) -> None:
 
     ours = bert(folder)
     plain = output(ours)
-    adapter = tnadapt.torch.attach(ours, tna.presets.lotr(rank=4, weights=12, rows=384, cols=384))
+    adapter = tnadapt.torch.attach(ours, P.lotr(rank=4, weights=12, rows=384, cols=384))
     fill(adapter.parameters(), scale=0.2)
     adapter.save(tmp_path / "ours.safetensors")
     found = tna.convert(tmp_path / "ours.safetensors", tmp_path / "theirs", to="peft-lora", base=folder)

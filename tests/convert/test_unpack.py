@@ -13,6 +13,7 @@ import pytest
 
 import tnadapt as tna
 from tests.support import checkpoint_files as cp
+from tests.support.array_presets import P
 from tnadapt import AdapterFile, Config, Rows, SuperLoRA, Target
 from tnadapt.checkpoints.container import DTYPES
 
@@ -35,7 +36,7 @@ def fused(config: Config, interleaved: bool = False) -> AdapterFile:
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("to", ["peft-lora", "peft-lokr", "peft-loha", "lycoris-lora", "lycoris-full"])
 def test_fused_rows_become_a_whole_module(to: str, interleaved: bool, tmp_path: Path) -> None:
-    file = fused(tna.presets.lora(2, alpha=3), interleaved)
+    file = fused(P.lora(2, alpha=3), interleaved)
     found = tna.convert(file, tmp_path / "out", to=to)
     assert found.exact
     assert found.error <= TOLERANCE
@@ -51,7 +52,7 @@ def test_fused_rows_become_a_whole_module(to: str, interleaved: bool, tmp_path: 
 
 def test_fused_rows_in_peft(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    file = fused(tna.presets.lora(2, alpha=3))
+    file = fused(P.lora(2, alpha=3))
     tna.convert(file, tmp_path / "out", to="peft-lora")
     wrapped = peft.PeftModel.from_pretrained(model(FUSED), tmp_path / "out")
     for path, delta in updates(file).items():
@@ -59,7 +60,7 @@ def test_fused_rows_in_peft(tmp_path: Path) -> None:
 
 
 def test_updates_of_one_weight_are_summed(tmp_path: Path) -> None:
-    file = made(tna.presets.lora(2), {"a.q": (6, 8), "b.q": (6, 8)})
+    file = made(P.lora(2), {"a.q": (6, 8), "b.q": (6, 8)})
     halves = [Target("a.q", (12, 8), rows=tna.Rows(start, 6, 12)) for start in (0, 6)]
     found = tna.convert(dataclasses.replace(file, targets=halves), tmp_path / "out", to="peft-lora")
     assert found.exact
@@ -81,7 +82,7 @@ def test_transposed_weights_are_peft_s_fan_in_fan_out(tmp_path: Path) -> None:
         return torch.nn.ModuleDict({"h": root}).requires_grad_(False)
 
     targets = [Target("h.c_attn", (8, 24), transposed=True), Target("h.c_square", (8, 8), transposed=True)]
-    config = tna.presets.lora(3, alpha=5)
+    config = P.lora(3, alpha=5)
     plan = SuperLoRA(config, [target.shape for target in targets])
     rng = np.random.default_rng(0)
     file = AdapterFile(config, targets, {n: rng.standard_normal(s).astype("f4") for n, s in plan.param_shapes.items()})
@@ -112,14 +113,14 @@ def test_transposed_weights_are_peft_s_fan_in_fan_out(tmp_path: Path) -> None:
 
 
 def test_multihead_attention_and_other_parameters_are_refused() -> None:
-    arrays = SuperLoRA(tna.presets.lora(1), [(4, 4)]).init()
-    whole = AdapterFile(tna.presets.lora(1), [Target("attn", (12, 4), "q", "in_proj_weight", Rows(0, 4, 12))], arrays)
+    arrays = SuperLoRA(P.lora(1), [(4, 4)]).init()
+    whole = AdapterFile(P.lora(1), [Target("attn", (12, 4), "q", "in_proj_weight", Rows(0, 4, 12))], arrays)
     for to, why in (("peft-lora", "adds the update of the output projection twice"), ("lycoris-full", "has no module")):
         with pytest.raises(tna.ConfigError, match=f"attn.in_proj_weight cannot be converted.*{why}"):
             tna.convert(whole, to=to)
     for target in (Target("attn", (4, 4), parameter="table"), Target("", (4, 4))):
         with pytest.raises(tna.ConfigError, match="this is another parameter"):
-            tna.convert(AdapterFile(tna.presets.lora(1), [target], arrays), to="peft-lora")
+            tna.convert(AdapterFile(P.lora(1), [target], arrays), to="peft-lora")
 
 
 def test_a_head_goes_with_it(tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_trained_biases_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("to", ["peft-lora", "lycoris-lora"])
 def test_dtypes_come_and_go_unchanged(to: str, dtype: str, tmp_path: Path) -> None:
-    file = tna.convert(made(tna.presets.lora(4, alpha=8), dtype="f8"), dtype=dtype).file
+    file = tna.convert(made(P.lora(4, alpha=8), dtype="f8"), dtype=dtype).file
     assert file is not None
     assert file.dtype == dtype
     found = tna.convert(file, tmp_path / "out", to=to)
@@ -223,7 +224,7 @@ def test_different_dtypes_become_one_that_holds_all_numbers(library: str, names:
 
 
 def test_what_has_to_be_rounded_becomes_float32(tmp_path: Path) -> None:
-    file = tna.convert(made(tna.presets.lora(4, alpha=8), dtype="f8"), dtype="bfloat16").file
+    file = tna.convert(made(P.lora(4, alpha=8), dtype="f8"), dtype="bfloat16").file
     assert file is not None
     assert dict(file.dtypes)
     found = tna.convert(file, to="peft-lora", rank=2, max_error=0.9)
@@ -232,8 +233,8 @@ def test_what_has_to_be_rounded_becomes_float32(tmp_path: Path) -> None:
     rounded = tna.convert(file, to="peft-lora", rank=2, max_error=0.9, dtype="bfloat16")
     assert set(rounded.dtypes.values()) == {"bfloat16"}
     assert rounded.error > found.error
-    large = dataclasses.replace(made(tna.presets.lora(1)), arrays={
-        name: array * np.float32(1e6) for name, array in made(tna.presets.lora(1)).arrays.items()
+    large = dataclasses.replace(made(P.lora(1)), arrays={
+        name: array * np.float32(1e6) for name, array in made(P.lora(1)).arrays.items()
     })  # fmt: skip
     with pytest.raises(tna.ConfigError, match="too large for float16; use float32"):
         tna.convert(large, dtype="float16")
@@ -243,7 +244,7 @@ def test_factors_that_cancel_lose_more_than_their_last_digit() -> None:
     rng = np.random.default_rng(0)
     b, a = rng.standard_normal((8, 1)), rng.standard_normal((12, 1))
     near = {"group0.split0.factor0": np.hstack([b, b + 1e-6]), "group0.split0.factor1": np.hstack([a, -a])}
-    file = AdapterFile(tna.presets.lora(2), [Target("a.q", (8, 12))], near)
+    file = AdapterFile(P.lora(2), [Target("a.q", (8, 12))], near)
     assert tna.convert(file, to="peft-lora").error == 0.0  # in float64, as it was
     with pytest.raises(tna.ConfigError, match=r"nothing but rounding is allowed: give a larger rank or a wider dtype"):
         tna.convert(file, to="peft-lora", dtype="float32")
@@ -271,7 +272,7 @@ def test_ranks_and_scales_that_differ_keep_the_update(tmp_path: Path) -> None:
 
 
 def test_a_fresh_adapter_is_zero_everywhere(tmp_path: Path) -> None:
-    config = tna.presets.superlora(2, groups=1)
+    config = P.superlora(2, groups=1)
     file = AdapterFile(config, [Target("a.q", (6, 8))], SuperLoRA(config, [(6, 8)]).init())
     for to in ("peft-lora", "peft-lokr", "peft-loha", "lycoris-full"):
         found = tna.convert(file, to=to)

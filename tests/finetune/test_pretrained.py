@@ -87,7 +87,7 @@ def check(outcome: Any, targets: int) -> None:
 
 
 def test_a_text_model(bert: Path, table: Path, tmp_path: Path) -> None:
-    outcome = run(Spec(model=str(bert), data=str(table)), tmp_path, epochs=20, rate=0.05)
+    outcome = run(Spec(model=str(bert), data=str(table)), tmp_path, epochs=20, rate=0.01)
     check(outcome, targets=4)
     assert outcome.points[0].kept == 2 * 16 + 2
 

@@ -21,7 +21,7 @@ import tnadapt as tna  # noqa: E402
 from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError  # noqa: E402
 from tnadapt.finetune import Choice, Reporter, Spec, Study, Task, Training, open_problem  # noqa: E402
 from tnadapt.finetune._best import prove  # noqa: E402
-from tnadapt.finetune.loop import Schedule, fit, threads  # noqa: E402
+from tnadapt.finetune.loop import OwnRates, Schedule, fit, threads  # noqa: E402
 from tnadapt.finetune.pareto_report import points_in  # noqa: E402
 from tnadapt.finetune.problem import base_digest, free  # noqa: E402
 from tnadapt.finetune.training import train, usable_device  # noqa: E402
@@ -377,6 +377,23 @@ def test_the_schedule_rises_and_falls_to_nothing() -> None:
     assert all(one > other for one, other in itertools.pairwise(factors[10:]))
     assert factors[-1] < 1e-3
     assert Schedule(1.0, warmup=0.0).factor(0, 1) == 1.0
+
+
+@pytest.mark.parametrize("shape", ["cosine", "onecycle"])
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+def test_the_rate_of_a_head(optimiser: str, shape: str) -> None:
+    adapter, head = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    schedule = Schedule(0.1, optimiser=optimiser, shape=shape)
+    for own, expected in ((OwnRates([head], 0.4), 4.0), (OwnRates([head]), 1.0), (OwnRates(), 1.0)):
+        made, rates = schedule.begin([adapter, head], 10, own)
+        of = {id(p): group for group in made.param_groups for p in group["params"]}
+        assert of.keys() == {id(adapter), id(head)}
+        for _ in range(4):
+            assert of[id(head)]["lr"] / of[id(adapter)]["lr"] == pytest.approx(expected)
+            made.step()
+            rates.step()
+    alone, _ = schedule.begin([head], 10, OwnRates([head], 0.4))
+    assert len(alone.param_groups) == 1
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_before_its_step(cache: Path) -> None:

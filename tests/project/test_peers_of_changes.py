@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.support.array_presets import P
 from tnadapt import presets
 
 torch = pytest.importorskip("torch")
@@ -97,7 +98,7 @@ def test_gradients_are_peft_s_with_a_detached_norm(strategy: str) -> None:
     model, layer = peft_layer(peft.LoraConfig(r=3, lora_alpha=6, use_dora=True, target_modules=["0"]), 12, 8, 0)
     own = torch.nn.Sequential(torch.nn.Linear(8, 12))
     own[0].load_state_dict(layer.base_layer.state_dict())
-    adapter = tt.attach(own, presets.dora(3, alpha=6), "all-linear", strategy=strategy, detach_norm=True)
+    adapter = tt.attach(own, P.dora(3, alpha=6), "all-linear", strategy=strategy, detach_norm=True)
     adapter.load_arrays(of_dora(layer))
     x = torch.randn(5, 8)
     torch.testing.assert_close(own(x), model(x), rtol=1e-5, atol=1e-5)

@@ -85,7 +85,7 @@ def test_the_shapes_are_those_of_the_base_models(experiments: ModuleType) -> Non
 
 
 def test_a_setting_that_is_too_large_is_refused(experiments: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    large = experiments.Experiment("large", "lora", 0.01, {"rank": 8})
+    large = experiments.Experiment("large", "lora", {"rank": 8})
     board = experiments.Board("b", "B", "b", tiny_board.tiny_llama, 0, (large,))
     monkeypatch.setattr(experiments, "BOARDS", (board,))
     monkeypatch.setattr(experiments, "LIMIT", 57_344)

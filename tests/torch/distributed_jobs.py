@@ -16,16 +16,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import tnadapt.torch
-from tnadapt import Config, presets
+from tests.support.array_presets import P
+from tnadapt import Config
 from tnadapt.torch._sharding import gather_full
 
 STEPS, BATCH, TOKENS, WIDTH, CLASSES = 4, 8, 5, 16, 3
 
 CONFIGS: dict[str, Config | None] = {
     "default": None,
-    "linear": presets.superlora(4, projection="linear", ratio=0.5),
-    "lora": presets.lora(2),
-    "dense": presets.dense(),
+    "linear": P.superlora(4, projection="linear", ratio=0.5),
+    "lora": P.lora(2),
+    "dense": P.dense(),
 }
 
 

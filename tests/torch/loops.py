@@ -8,19 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tnadapt import Config, presets
+from tests.support.array_presets import P
+from tnadapt import Config
 from tnadapt.torch import Adapter, attach
 
 from .distributed_jobs import TOKENS, WIDTH, Block
 
 CONFIGS: dict[str, Config | None] = {
     "default": None,
-    "linear": presets.superlora(4, projection="linear", ratio=0.5),
-    "nonlinear": presets.superlora(4, projection="nonlinear", ratio=0.5),
-    "lora": presets.lora(2),
-    "lokr": presets.lokr(2),
-    "lorta": presets.lorta(2),
-    "dense": presets.dense(),
+    "linear": P.superlora(4, projection="linear", ratio=0.5),
+    "nonlinear": P.superlora(4, projection="nonlinear", ratio=0.5),
+    "lora": P.lora(2),
+    "lokr": P.lokr(2),
+    "lorta": P.lorta(2),
+    "dense": P.dense(),
 }
 
 

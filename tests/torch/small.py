@@ -91,5 +91,5 @@ def stir(adapter: object, size: float = 0.05, seed: int = 2) -> None:
     """Move an adapter's arrays as training would."""
     made = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, parameter in adapter.named_parameters():  # type: ignore[attr-defined]
-            parameter.add_(size * torch.randn(parameter.shape, generator=made).to(parameter))
+        for name, parameter in adapter.named_parameters():  # type: ignore[attr-defined]
+            parameter.add_(size / adapter.plan.units[name] * torch.randn(parameter.shape, generator=made).to(parameter))

@@ -15,9 +15,9 @@ from tnadapt.sources import FromBase, Given, Scaled, Seeded, Tied  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 from tests.support.depth import in_depth  # noqa: E402
 
-P = tna.presets
 GIVEN = {"group0.split0.factor0": np.random.default_rng(0).normal(size=(16, 2))}
 CONFIGS: dict[str, tna.Config] = {
     "vera": P.vera(3),
@@ -96,7 +96,7 @@ def reference(adapter: Any) -> tuple[Any, dict[str, Any]]:
     plain = model()
     params = {key: p.detach().clone().requires_grad_() for key, p in adapter.named_parameters()}
     state = {key: p.detach() for key, p in plain.named_parameters()}
-    for target, delta in zip(adapter.targets, adapter.plan.deltas(params), strict=True):
+    for target, delta in zip(adapter.targets, adapter.plan.training_plan.deltas(params), strict=True):
         state[target.name] = state[target.name] + delta
     out = torch.func.functional_call(plain, state, (x,))
     (out * weights).sum().backward()
@@ -271,8 +271,8 @@ def test_other_dtypes_train_merge_and_load(name: str, dtype: str, tmp_path: Path
     adapter = attached(name, base, dtype=getattr(torch, dtype))
     x, weights = (one.to(getattr(torch, dtype)) for one in inputs())
     with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+        for array, parameter in adapter.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1 / adapter.plan.units[array])
     expected = base(x)
     adapter.save(tmp_path / "adapter.safetensors")
     other = model().to(getattr(torch, dtype))

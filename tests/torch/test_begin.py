@@ -16,11 +16,11 @@ torch = pytest.importorskip("torch")
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 from tnadapt.torch import _begin  # noqa: E402
 
 from .small import compiles_whole  # noqa: E402
 
-P = tna.presets
 LEFT, RIGHT = "group0.split0.factor0", "group0.split0.factor1"
 
 asks_for_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

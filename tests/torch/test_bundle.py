@@ -490,7 +490,7 @@ def test_the_card(bert: Path, tmp_path: Path) -> None:
         f"`user/base, revision {'a' * 40}` (BertForSequenceClassification).",
         f"| Trained parameters | {adapter.num_parameters:,} float32 |",
         "| Updated weights | 4 weights (q, v): `bert.encoder.layer.0.attention.self.query.weight` …",
-        '| Config | `rank=1`, `groups=1`, `fold="hypercube"`, `projection="linear"` |',
+        '| Config | `rank=1`, `groups=1`, `fold="hypercube"`, `projection="linear"`, `rate="adam"` |',
         "| Also trained | `classifier.weight`, `classifier.bias` |",
         "| Task | text-classification |",
         "Labels: 0 neg, 1 neutral, 2 pos.",
@@ -513,8 +513,8 @@ def test_a_card_of_several_configs_and_of_a_long_one(tmp_path: Path) -> None:
     first, second = names[:2]
     tt.attach(model, {first: tna.presets.lora(2), second: tna.presets.superlora(3)}).save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert "| Config | `rank=2` for 1 weight |\n" in card
-    assert '| Config | `rank=3`, `groups=1`, `fold="hypercube"` for 1 weight |\n' in card
+    assert '| Config | `rank=2`, `rate="adam"` for 1 weight |\n' in card
+    assert '| Config | `rank=3`, `groups=1`, `fold="hypercube"`, `rate="adam"` for 1 weight |\n' in card
     file = tna.load(tmp_path / "adapter.safetensors")
     config = tna.Config(rank=1, groups=[[number] for number in range(99)], fold="hypercube")
     targets = [tna.Target(f"layer{number}", (2, 2), "q") for number in range(99)]

@@ -11,10 +11,10 @@ torch = pytest.importorskip("torch")
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 from tnadapt.torch._merging import numbers  # noqa: E402
 from tnadapt.torch._quantized._integer_codes import crossing, planar, unpacked  # noqa: E402
 
-P = tna.presets
 ROWS, COLS, GROUP = 64, 96, 32
 
 

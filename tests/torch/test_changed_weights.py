@@ -17,6 +17,7 @@ from torch.nn import functional  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 from tests.support.depth import in_depth  # noqa: E402
 from tnadapt.torch import _quotient as quotients  # noqa: E402
 from tnadapt.torch._quantized import QUANTIZED  # noqa: E402
@@ -25,7 +26,6 @@ from .small import batch, small, stir  # noqa: E402
 from .test_quantized import Packed  # noqa: E402
 from .test_quantized import model as packed  # noqa: E402
 
-P = tna.presets
 COLUMNS = P.dora(2, magnitude_axis="cols")
 #: Every way to apply W' with every strategy that it has.
 WAYS = [
@@ -55,8 +55,8 @@ def layers(kind: Any = torch.float64) -> Any:
 def stirred(adapter: tt.Adapter, size: float = 0.3) -> tt.Adapter:
     torch.manual_seed(1)
     with torch.no_grad():
-        for _, parameter in adapter.named_parameters():
-            parameter += size * torch.randn_like(parameter)
+        for name, parameter in adapter.named_parameters():
+            parameter += size / adapter.plan.units[name] * torch.randn_like(parameter)
     return adapter
 
 
@@ -423,7 +423,7 @@ def test_quantized_weights(name: str) -> None:
     assert torch.equal(model(x), expected)
     stirred(adapter)
     leaves = {key: array.detach().clone().requires_grad_() for key, array in adapter.arrays().items()}
-    one, two = adapter.plan.merged(leaves, [model[0].numbers(), model[2].numbers()])
+    one, two = adapter.plan.training_plan.merged(leaves, [model[0].numbers(), model[2].numbers()])
     reference = torch.tanh(x @ one.T) @ two.T
     reference.sum().backward()
     found = model(x)

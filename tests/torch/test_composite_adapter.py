@@ -21,11 +21,11 @@ from torch import Tensor, nn  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 from tnadapt.algebra.composite import CompositeConfig  # noqa: E402
 
 from .small import WIDTH, batch, small, stir  # noqa: E402
 
-P = tna.presets
 PATTERNS: dict[Any, Any] = {
     "qv": P.lora(2),
     "o_proj|proj": P.superlora(3, projection="linear", ratio=0.5, seed=4),
@@ -132,7 +132,7 @@ def test_on_a_model_of_many_forms(tmp_path: Path) -> None:
     adapter = tt.attach(model, PATTERNS, keep_trainable="blocks.1.k_proj")
     assert torch.equal(run(model), base)
     assert isinstance(adapter.config, CompositeConfig)
-    assert [part.config for part in adapter.config.parts] == [*list(PATTERNS.values())[:3], P.dense()]
+    assert [part.config for part in adapter.config.parts] == [*list(PATTERNS.values())[:3], tna.presets.dense()]
     assert [part.weights for part in adapter.config.parts] == [10, 2, 2, 1]
     assert {row.strategy for row in adapter.summary().rows} == {"factored", "weight"}
     assert "848 parameters in 14 groups for 4,016 elements of 15 weights" in str(adapter.summary())

@@ -9,14 +9,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 from tnadapt.torch import _delta_cache as delta_cache  # noqa: E402
 
 from .pretended_device import PretendedDevice  # noqa: E402
 from .small import batch, compiles_whole, small, stir  # noqa: E402
 
-P = tna.presets
 F = {"projection": "linear", "ratio": 0.5}
 CONFIGS = {
     "lora": P.lora(2), "lokr": P.lokr(2), "superlora": P.superlora(2), "superlora with F": P.superlora(2, **F),

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 from tnadapt.algebra.factoring import factoring  # noqa: E402
 from tnadapt.torch._quantized import QUANTIZED  # noqa: E402
 from tnadapt.torch._step_cost import choose  # noqa: E402
@@ -23,7 +24,6 @@ from tnadapt.torch._step_cost import choose  # noqa: E402
 from .small import batch, compiles_whole, small, stir  # noqa: E402
 from .test_quantized import Packed, model  # noqa: E402
 
-P = tna.presets
 CONFIGS = {
     "lora": P.lora(2), "lokr": P.lokr(2), "superlora": P.superlora(2), "theta": P.unilora(9, 2),
     "behind F": P.superlora(2, projection="linear", ratio=0.5), "pissa": P.lora(2, start="pissa"),

@@ -16,11 +16,11 @@ from torch import Tensor, nn  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 from tnadapt.torch._embedding_forward import is_lookup  # noqa: E402
 
 from .small import stir  # noqa: E402
 
-P = tna.presets
 CONFIGS = {
     "lora": P.lora(2, alpha=4),
     "pissa": P.lora(2, start="pissa"),
@@ -58,7 +58,7 @@ def embedding(cls: type[nn.Embedding] = nn.Embedding, **settings: Any) -> nn.Seq
 def expected(adapter: tt.Adapter, model: nn.Module, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The output on W + ΔW in float64, and the gradients of the sum of its squares."""
     arrays = {name: array.detach().double().requires_grad_() for name, array in adapter.arrays().items()}
-    (delta,) = adapter.plan.deltas(arrays)
+    (delta,) = adapter.plan.training_plan.deltas(arrays)
     own = copy.deepcopy(model[0]).double()
     own.__dict__.pop("forward", None)
     y = torch.func.functional_call(own, {"weight": own.weight.detach() + adapter.weight * delta}, (ids,))

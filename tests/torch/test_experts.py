@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 from tnadapt.checkpoints.checkpoint import open_checkpoint  # noqa: E402
 from tnadapt.targets.checkpoint_targets import find_stored  # noqa: E402
 from tnadapt.torch import _parameter_sums  # noqa: E402
@@ -25,7 +26,6 @@ from .small import stir  # noqa: E402
 
 transformers = pytest.importorskip("transformers")
 
-P = tna.presets
 IDS = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(1))
 SIZES = {
     "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -73,7 +73,7 @@ def by_formula(adapter: tt.Adapter, model: Any) -> tuple[torch.Tensor, list[torc
     arrays = {name: array.detach().double().requires_grad_() for name, array in adapter.arrays().items()}
     weights = [target.select(model.get_parameter(target.name).detach()) for target in adapter.targets]
     changed: dict[str, torch.Tensor] = {}
-    for target, weight in zip(adapter.targets, adapter.plan.merged(arrays, weights), strict=True):
+    for target, weight in zip(adapter.targets, adapter.plan.training_plan.merged(arrays, weights), strict=True):
         whole = changed.get(target.name, model.get_parameter(target.name).detach())
         own = weight.T if target.transposed else weight
         if target.index is not None:

@@ -14,6 +14,7 @@ from torch import nn  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 from tnadapt.algebra.factoring import Factored, Matrix  # noqa: E402
 from tnadapt.testing.strategies import plans  # noqa: E402
 from tnadapt.torch import _low_rank_linear  # noqa: E402
@@ -22,7 +23,6 @@ from tnadapt.torch._factored_linear import can_fuse, factored_linear, product  #
 
 from .small import stir  # noqa: E402
 
-P = tna.presets
 CONFIGS = {
     "lora": P.lora(2, alpha=8),
     "lokr": P.lokr(2),

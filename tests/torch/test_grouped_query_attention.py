@@ -14,9 +14,9 @@ transformers = pytest.importorskip("transformers")
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 from tests.support.depth import in_depth  # noqa: E402
 
-P = tna.presets
 BY_ROLE: dict[str, tna.Config] = {
     "lotr": P.lotr(2, groups="role"),
     "lotr, train": P.lotr(2, train=True, groups="role"),

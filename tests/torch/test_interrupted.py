@@ -21,12 +21,12 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 
 from .interrupts import EVERY, PACKAGE, interrupted, moments  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-P = tna.presets
 CONFIGS = {
     "alone": P.superlora(2),  # each weight computes its own update
     "at once": P.superlora(2, projection="linear", ratio=0.5),  # all are computed at once

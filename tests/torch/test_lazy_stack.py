@@ -17,13 +17,13 @@ from torch.nn import functional  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 from tnadapt.torch import _parameter_sums  # noqa: E402
 from tnadapt.torch._lazy_stack import LazyStack  # noqa: E402
 from tnadapt.torch._row_features import overlap  # noqa: E402
 
 from .small import stir  # noqa: E402
 
-P = tna.presets
 CONFIGS = [
     (P.lora(1), "factored"), (P.lokr(2), "factored"), (P.superlora(2), "additive"), (P.dora(1), "factored"),
     (P.dora(2), "additive"), (P.hira(1), "additive"), (P.lora(1), "weight"), (P.dora(1), "weight"),

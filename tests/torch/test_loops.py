@@ -225,3 +225,22 @@ def test_gradients_of_each_sample(config: str) -> None:
         loss_of(model, sample[None]).backward()
         for name in names:
             torch.testing.assert_close(found[name][index], model.get_parameter(name).grad, rtol=1e-4, atol=1e-7)
+
+
+# A fused weight, whose rows get updates, has no batch dimension of its own.
+@pytest.mark.law("functional-transforms")
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("config", CONFIGS)
+def test_several_adapters_at_once(config: str) -> None:
+    model = make(config)[0].double()
+    x = batch().double()
+    names = [name for name, _ in model.named_parameters() if "tnadapt" in name]
+    torch.manual_seed(1)
+    parameters = {
+        name: model.get_parameter(name).detach() + 1e-3 * torch.randn(3, *model.get_parameter(name).shape).double()
+        for name in names
+    }
+    outputs = vmap(lambda values: functional_call(model, values, (x,)))(parameters)
+    for index, output in enumerate(outputs):
+        one = {name: values[index] for name, values in parameters.items()}
+        torch.testing.assert_close(output, functional_call(model, one, (x,)), rtol=1e-9, atol=1e-12)

@@ -19,13 +19,12 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 from tnadapt.torch import _forward_patch, _low_rank_linear  # noqa: E402
 from tnadapt.torch._forward_patch import ForwardPatch  # noqa: E402
 from tnadapt.torch._low_rank_layer import LowRankLayer  # noqa: E402
 
 from .small import stir  # noqa: E402
-
-P = tna.presets
 
 
 def layers(bias: bool = True) -> nn.Sequential:

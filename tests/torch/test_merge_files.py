@@ -12,12 +12,11 @@ transformers = pytest.importorskip("transformers")
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 from tnadapt.checkpoints.checkpoint import open_checkpoint  # noqa: E402
 
 from .hugging_face import bert, vit  # noqa: E402
 from .small import stir  # noqa: E402
-
-P = tna.presets
 
 
 def gpt2() -> Any:
@@ -117,7 +116,7 @@ def made(name: str, config: tna.Config | None, kind: Any, folder: Path, **settin
 
 
 def test_no_preset_is_left_out() -> None:
-    assert set(P.__all__) <= CONFIGS.keys()
+    assert set(tna.presets.__all__) <= CONFIGS.keys()
 
 
 @pytest.mark.slow

@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 from tnadapt.torch._merged_linear import DeltaSource, MergedWeightLinear, summed  # noqa: E402
 
-P = tna.presets
 CASES = [
     (P.lora(3), "weight"), (P.lora(3), "factored"), (P.lora(3), "additive"),
     (P.lokr(2), "weight"), (P.lokr(2), "factored"), (P.superlora(3), "weight"), (P.superlora(3), "additive"),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import tnadapt as tna
+from tests.support.array_presets import P
 from tnadapt import Config
 
 pytest.importorskip("onnxscript")
@@ -17,8 +17,6 @@ onnxruntime = pytest.importorskip("onnxruntime")
 torch = pytest.importorskip("torch")
 
 from tnadapt.torch import attach  # noqa: E402
-
-P = tna.presets
 
 pytestmark = pytest.mark.slow
 

@@ -12,10 +12,10 @@ from torch import nn  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 
 from .small import batch, small, stir  # noqa: E402
 
-P = tna.presets
 CONFIGS = {
     "shira": P.shira(9),
     "fourierft": P.fourierft(9),
@@ -63,7 +63,7 @@ def test_gradients_are_those_of_the_plan(name: str) -> None:
     stir(adapter)
     weights = [torch.randn(target.shape, dtype=torch.float64) for target in adapter.targets]
     arrays = {key: value.detach().clone().requires_grad_() for key, value in adapter.named_parameters()}
-    through = sum((d * w).sum() for d, w in zip(adapter.plan.deltas(arrays), weights, strict=True))
+    through = sum((d * w).sum() for d, w in zip(adapter.plan.training_plan.deltas(arrays), weights, strict=True))
     expected = torch.autograd.grad(through, list(arrays.values()))
     ours = sum((d * w).sum() for d, w in zip(adapter.deltas(), weights, strict=True))
     found = torch.autograd.grad(ours, [value for _, value in adapter.named_parameters()])

@@ -78,8 +78,9 @@ def config(preset: str = "lora", **more: Any) -> TnadaptConfig:
 def stir(model: PeftModel, name: str = "default") -> None:
     generator = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
-        for _, array in tt.adapters(model)[name].named_parameters():
-            array.add_(0.3 * torch.randn(array.shape, generator=generator).to(array))
+        handle = tt.adapters(model)[name]
+        for own, array in handle.named_parameters():
+            array.add_(0.3 / handle.plan.units[own] * torch.randn(array.shape, generator=generator).to(array))
 
 
 @torch.no_grad()
@@ -323,7 +324,7 @@ def test_token_classification_and_question_answering(make: Any, task: str, head:
     assert {name for name in trained if "tnadapt_arrays.default." not in name} == {
         f"base_model.model.{head}.modules_to_save.default.{name}" for name in ("weight", "bias")
     }
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     losses = []
     for _ in range(4):
         loss = model(input_ids=ids, **labels).loss

@@ -13,6 +13,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 from tnadapt.torch._merging import numbers  # noqa: E402
 from tnadapt.torch._quantized import quantized_type  # noqa: E402
 
@@ -22,7 +23,6 @@ from .quantized_models import EMBEDDINGS, KINDS, OUT, SIZE, embedding, equal, li
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:Deprecation. TorchAODType:UserWarning"
 )
-P = tna.presets
 IDS = torch.tensor([[0, 3, 3, 7], [OUT - 1, 1, 0, 2]])
 kinds = pytest.mark.parametrize("kind", EMBEDDINGS)
 

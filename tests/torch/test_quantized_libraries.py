@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 from tnadapt.torch._merging import numbers  # noqa: E402
 
 from .quantized_models import KINDS, OUT, SIZE, equal, model, plain, values  # noqa: E402
@@ -24,7 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:adapter .* is merged, so training:UserWarning"),
 ]
 kinds = pytest.mark.parametrize("kind", KINDS)
-P = tna.presets
 
 
 def batch() -> Any:

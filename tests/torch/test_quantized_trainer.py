@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 
 from .quantized_models import equal, library, values  # noqa: E402
 
@@ -22,7 +23,6 @@ pytestmark = [
     # The libraries' own calls of torch.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
-P = tna.presets
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 from tnadapt.torch import _row_pass as passes  # noqa: E402
 from tnadapt.torch._quantized import QUANTIZED  # noqa: E402
 
@@ -25,7 +26,6 @@ from .small import WIDTH, batch, compiles_whole, small, stir  # noqa: E402
 from .test_quantized import Packed  # noqa: E402
 from .test_quantized import model as packed  # noqa: E402
 
-P = tna.presets
 NAMES: list[str | None] = ["a", None, "b", "a"]
 #: Pairs of adapters, with the settings of ``attach``.
 PAIRS: dict[str, list[tuple[tna.Config, dict[str, Any]]]] = {

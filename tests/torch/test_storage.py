@@ -19,10 +19,10 @@ from torch import nn  # noqa: E402
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 from paper.diffusion.unet import UNet  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 
 from .small import WIDTH, Separate, Small, batch, small, stir  # noqa: E402
 
-P = tna.presets
 ROOT = Path(__file__).parents[2]
 
 

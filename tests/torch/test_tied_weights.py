@@ -13,10 +13,10 @@ from torch import Tensor, nn  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 
 from .small import stir  # noqa: E402
 
-P = tna.presets
 IDS = torch.tensor([[3, 0, 11, 3], [7, 2, 3, 9]])
 CONFIGS = {"lora": P.lora(2), "dense": P.dense(), "superlora": P.superlora(2), "dora": P.dora(2), "hira": P.hira(2)}
 

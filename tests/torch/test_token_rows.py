@@ -14,10 +14,10 @@ from torch import nn  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.array_presets import P  # noqa: E402
 
 from .small import stir  # noqa: E402
 
-P = tna.presets
 IDS = torch.tensor([[3, 0, 11, 9], [7, 9, 3, 5]])
 
 

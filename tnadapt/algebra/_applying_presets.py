@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ._preset_config import preset_config
 from .config import Config
 
 __all__ = ["dora", "hira"]
@@ -44,4 +45,4 @@ def hira(rank: int = 32, **changes: Any) -> Config:
 
 def _lora(rank: int, apply: str, changes: dict[str, Any]) -> Config:
     base = {"groups": "weight", "fold": "stack", "order": 2, "format": "cp", "rank": rank, "apply": apply}
-    return Config.from_dict({**base, **changes})
+    return preset_config(base, changes)

@@ -10,6 +10,7 @@ from typing import Any
 
 from tnadapt.errors import ConfigError, integer, safe_repr
 
+from ._preset_config import preset_config
 from .config import Config
 from .folding import MAX_SIZE
 
@@ -40,7 +41,7 @@ def _stacked(
         own = {**own, "order": len(made), "fold": made}
     else:
         own = {**own, "order": len(made), "fold": made, "weight_shape": (sizes["rows"], sizes["cols"])}
-    return Config.from_dict({"groups": 1, **own, **changes})
+    return preset_config({"groups": 1, **own}, changes)
 
 
 def _in_heads(rows: int | str, heads: int | None, head_size: int | None) -> Fold:

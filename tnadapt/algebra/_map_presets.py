@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ._preset_config import preset_config
 from .config import Config
 from .maps import Circulant, Scatter, Tile, Wavelet
 
@@ -25,7 +26,7 @@ def _few_values(projection: Any, changes: dict[str, Any]) -> Config:
         "projection": projection,
         "on": "weight",
     }
-    return Config.from_dict({**own, **changes})
+    return preset_config(own, changes)
 
 
 def shira(n: int = 1000, positions: Sequence[int] | None = None, **changes: Any) -> Config:

@@ -101,7 +101,10 @@ class ParameterPlan(GroupPlan):
         """
         own = self.given
         self._given.update({name: array for name, array in other.given.items() if name not in own})
-        self._base_starts = {**other.base_starts, **self._base_starts}
+        # In place, like the given arrays: the plan in other units has the same ones.
+        self._base_starts.update(
+            {name: start for name, start in other.base_starts.items() if name not in self._base_starts}
+        )
 
     # -- Start -------------------------------------------------------------------------------
 

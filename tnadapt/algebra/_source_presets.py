@@ -10,6 +10,7 @@ from typing import Any
 
 from tnadapt.errors import ConfigError, integer
 
+from ._preset_config import preset_config
 from .config import Config
 from .folding import MAX_SIZE
 from .sources import BaseCore, FromBase, Mixed, Scaled, Seeded, Source, Tied
@@ -32,7 +33,7 @@ __all__ = [
 def _lora(rank: int, sources: dict[str, Source], changes: dict[str, Any], **own: Any) -> Config:
     """LoRA's settings with sources: one group per weight, stack, M = 2, CP."""
     base = {"groups": "weight", "fold": "stack", "order": 2, "format": "cp", "rank": rank, "sources": sources}
-    return Config.from_dict({**base, **own, **changes})
+    return preset_config({**base, **own}, changes)
 
 
 def lora_fa(rank: int = 4, **changes: Any) -> Config:
@@ -236,7 +237,7 @@ def craft(rank: int = 64, *, weights: int | None = None, **changes: Any) -> Conf
         "sources": {"core": BaseCore(), "factor0": bases, "factor1": bases, "factor2": bases},
         "start": "random",
     }
-    return Config.from_dict({**base, **changes})
+    return preset_config(base, changes)
 
 
 def tinylora(parameters: int = 13, rank: int = 2, **changes: Any) -> Config:

@@ -22,6 +22,7 @@ from ._composite_config import CompositeConfig, ConfigPart
 from ._composite_layout import CompositeLayout
 from ._group_plan import LAID_OUT
 from ._parameter_plan import ParameterPlan
+from ._rates import RATES
 from .applying import applying_of
 from .group import Group
 from .init import Initializer
@@ -166,6 +167,33 @@ class CompositePlan(SuperLoRA, of=CompositeConfig):
             for place, part in enumerate(self.parts)
         ]
 
+    # -- Units -------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def units(self) -> dict[str, float]:
+        """The unit of each parameter; see :attr:`SuperLoRA.units`. A step of all parts is that of one plan."""
+        return self._units_for([part.config.rate for part in self.parts])
+
+    def units_for(self, rate: str) -> dict[str, float]:
+        """Return the units of another value of ``config.rate`` of all parts."""
+        return self._units_for([rate] * len(self.parts))
+
+    def _units_for(self, rates: Sequence[str]) -> dict[str, float]:
+        found = dict.fromkeys(self.param_shapes, 1.0)
+        for place, (part, rate) in enumerate(zip(self.parts, rates, strict=True)):
+            own = RATES[rate](part, self.size)
+            found |= {full: own[name] for name, full in self._names(place, part.array_shapes).items()}
+        return found
+
+    def with_units(self, units: Mapping[str, float]) -> CompositePlan:
+        """Return the plan whose parameters are in these units; see :attr:`SuperLoRA.training_plan`."""
+        found = super().with_units(units)
+        found.parts = tuple(
+            part.with_units({name: units[full] for name, full in self._names(place, part.array_shapes).items()})
+            for place, part in enumerate(self.parts)
+        )
+        return found
+
     # -- Groups ------------------------------------------------------------------------------
 
     def start_place(self, group: int) -> StartPlace:
@@ -230,7 +258,9 @@ class CompositePlan(SuperLoRA, of=CompositeConfig):
         """Add what is computed from the base weights and this plan lacks, in place; see :meth:`SuperLoRA.fill`."""
         own = self.given
         self._bring({name: array for name, array in other.given.items() if name not in own})
-        self._base_starts = {**other.base_starts, **self._base_starts}
+        self._base_starts.update(
+            {name: start for name, start in other.base_starts.items() if name not in self._base_starts}
+        )
 
 
 def _renumbered(name: str, first: int) -> str:

@@ -20,6 +20,7 @@ from ._config_checks import (
     checked_weight_shape,
     checked_word,
 )
+from ._rate_names import RATE_NAMES
 from .applying import APPLYING, AXES
 from .folding import MAX_ORDER
 from .formats import FORMATS
@@ -54,6 +55,7 @@ _NEWER: dict[str, Any] = {
     "apply": "add",
     "magnitude_axis": "rows",
     "start": "zero",
+    "rate": "sgd",
 }
 
 # Values beyond these are typing errors or hostile.
@@ -150,6 +152,11 @@ class Config:
         subtracts, ``ΔW = net(x) - net(x_0)``, and x starts at x_0: "given" for arrays that the caller brings
         (``SuperLoRA(…, start_from=…)``, ``adapter.start_from(…)``); "random" for arrays of which none is zero; "pissa",
         "milora" and "olora" for LoRA's factors computed from the base weight. Adapter files leave out "zero".
+    rate : "adam" or "sgd"
+        The optimizer for which one learning rate fits all configs. It determines the units in which the arrays are
+        trained (:attr:`tnadapt.SuperLoRA.training_plan`) and does not affect ΔW, its arrays or files of them. With
+        "adam", which is that of the presets, train with Adam at a rate of about 1e-2; "sgd" trains the
+        arrays themselves. Adapter files leave out "sgd".
 
     Raises
     ------
@@ -193,6 +200,7 @@ class Config:
     apply: str = "add"
     magnitude_axis: str = "rows"
     start: str = "zero"
+    rate: str = "sgd"
 
     def __new__(cls, *args: Any, **settings: Any) -> Config:
         # Raise ConfigError for an unknown field, where a dataclass would raise TypeError.
@@ -210,6 +218,7 @@ class Config:
             ("combine", COMBINES),
             ("leading", LEADINGS),
             ("on", ON),
+            ("rate", RATE_NAMES),
         ):
             checked_word(name, getattr(self, name), words)
         put("rank", FORMATS.find(self.format).checked_rank(self.format, self.rank, self.order))
@@ -327,7 +336,7 @@ class Config:
             ...
         tnadapt.errors.ConfigError: Config has no field 'rnak'; did you mean 'rank'? Fields: rank, order,
         splits, groups, fold, format, combine, split_size, leading, terms, projection, ratio, shared, alpha, seed,
-        sources, on, before, parameters, scope, offset, weight_shape, axes, apply, magnitude_axis, start
+        sources, on, before, parameters, scope, offset, weight_shape, axes, apply, magnitude_axis, start, rate
         """
         if not isinstance(settings, Mapping):
             raise ConfigError(f"expected a mapping of field names to values; got {type(settings).__name__}")

@@ -127,6 +127,16 @@ class Initializer(FixedArrays):
         self.point = starting_point("zero") if point is None else point
         self.subtracts = self.point.subtracts
         self._given: Mapping[str, np.ndarray] = {} if given is None else given
+        self._units: Mapping[str, float] = {}
+
+    def in_units(self, units: Mapping[str, float]) -> Initializer:
+        """Return the same start for parameters in units, by the names of arrays: an array is its unit times one."""
+        found = Initializer(
+            self.network, self.projection, self.seed, self.group, self.frozen, self.trained, self.origins,
+            self._starts, self._table, self.point, self._given,
+        )  # fmt: skip
+        found._units = units
+        return found
 
     @functools.cached_property
     def _zero(self) -> list[ZeroArray]:
@@ -169,6 +179,7 @@ class Initializer(FixedArrays):
         found = Initializer(
             self.network, self.projection, self.seed, self.group, self.frozen, trained, self.origins, starts, table
         )
+        found._units = self._units
         if table is not None:
             return found
         return self if found.zeros == self.zeros else found
@@ -179,15 +190,15 @@ class Initializer(FixedArrays):
         return self._std(0)
 
     def _std(self, term: int) -> float:
-        zero = self._zero[term]
-        # Terms with the same zero have the same σ: that of the first of them.
-        key = zero.split, zero.name, zero.multiplier
+        zero, frozen = self._zero[term], self._frozen_in_term(term)
+        # Terms with the same zero and frozen arrays have the same σ: that of the first of them.
+        key = zero.split, zero.name, zero.multiplier, frozen
         if key not in self._stds:
             self._stds[key] = self._computed_std(term)
         return self._stds[key]
 
     @functools.cached_property
-    def _stds(self) -> dict[tuple[int, str, str], float]:
+    def _stds(self) -> dict[tuple[int, str, str, tuple[float, int]], float]:
         return {}
 
     def _computed_std(self, term: int) -> float:
@@ -206,6 +217,64 @@ class Initializer(FixedArrays):
             ) from None
         # Round to single precision: the last bit of a power differs between machines, and x_start must not.
         return float(np.float32(found))
+
+    def mean_square(self, name: str) -> float:
+        """Return the mean square of an array or multiplier, by its name in the network, apart from being the zero.
+
+        That of an array that is computed from the base does not depend on the base.
+        """
+        array, _, multiplier = name.rpartition(".")
+        if name not in self.network.shapes:
+            source = self.origins[array].multiplied
+            assert source is not None
+            return (source.starts[multiplier] or 1.0) ** 2
+        if name in self.frozen.entries:
+            return self.frozen.expected_square(name)
+        split = self.network.splits[int(name.rpartition(".")[0].rpartition("split")[2])]
+        term = int(name.partition(".")[0].removeprefix("term")) if self.network.terms > 1 else 0
+        return 1.0 if name.rpartition(".")[2] in split.ones else self._std(term) ** 2
+
+    def step(self, moved: Collection[str], distance: float) -> float:
+        """Return the root mean square of the step of ΔW if entries of arrays move by ± ``distance`` from the start.
+
+        Parameters
+        ----------
+        moved : collection of str
+            Names of the arrays and multipliers that move, in the network.
+        distance : float
+
+        Notes
+        -----
+        The signs of the moves, and the entries of different arrays, are taken for independent. The mean square of a
+        product of arrays is then that of each, plus ``distance²`` where it moves, multiplied.
+        """
+        change = total = 0.0
+        for prefixes in self.network.prefixes:
+            before = after = 1.0
+            for prefix, split in zip(prefixes, self.network.splits, strict=True):
+                before, after = before * split.num_terms, after * split.num_terms
+                for name in split.shapes:
+                    before *= self._square(prefix + name, (), 0.0)
+                    after *= self._square(prefix + name, moved, distance)
+            change, total = change + after - before, total + after
+        gain = self.network.scale**2 * self.projection.map.variance()
+        if self.projection.linear:
+            return math.sqrt(gain * change)
+        # The derivative of tanhshrink(t) is tanh(t)² ~ t², as for the standard deviation, and at most 1.
+        return math.sqrt(gain * change * min(1.0, self.projection.map.fourth_moment() * (gain * total) ** 2))
+
+    def _square(self, name: str, moved: Collection[str], distance: float) -> float:
+        """Return the mean square of an array times its multipliers, if some of them have moved from the start."""
+
+        def of(part: str, products: int = 1) -> float:
+            start = 0.0 if part in self.zeros else self.mean_square(part)
+            return start + products * distance**2 if part in moved else start
+
+        square, origin = of(name), self.origins.get(name)
+        if origin is not None and origin.multiplied is not None:
+            source, shape = origin.multiplied, self.network.shapes[name]
+            square *= math.prod(of(f"{name}.{part}", source.touched(part, 1, shape)[1]) for part in source.multipliers)
+        return square
 
     def _source_of_zero(self, term: int) -> Multiplied | None:
         """Return the source of the array that is zero in a term, if it has multipliers."""
@@ -242,13 +311,18 @@ class Initializer(FixedArrays):
         """Compute an array in float32, by its name, or by (name, dtype) to round its values to that dtype."""
         if isinstance(key, tuple):
             return rounded_to(self.make(key[0]), key[1])
+        found, unit = self._array(key), self._units.get(key, 1.0)
+        return found if unit == 1.0 else found * np.float32(1.0 / unit)  # exact: units are powers of two
+
+    def _array(self, key: str) -> np.ndarray:
+        """Compute an array itself, whatever its unit is."""
         if not self.draws(key):
             return self._brought(key)
         if key not in self.network.shapes:
             return self._multiplier(key)
         origin = self.origins.get(key)
         if origin is not None and origin.key != (self.group, key):
-            return self._start_of(origin.group).make(origin.name)
+            return self._start_of(origin.group)._array(origin.name)
         shape = self.network.shapes[key]
         if key in self.zeros:
             return np.zeros(shape, np.float32)
@@ -283,7 +357,7 @@ class Initializer(FixedArrays):
         array, _, multiplier = key.rpartition(".")
         origin = self.origins[array]
         if origin.owner != (self.group, array):
-            return self._start_of(origin.owner[0]).make(f"{origin.owner[1]}.{multiplier}")
+            return self._start_of(origin.owner[0])._array(f"{origin.owner[1]}.{multiplier}")
         assert origin.multiplied is not None
         # A multiplier that would be zero and is not trained is one: another array is the zero then.
         value = 0.0 if key in self.zeros else origin.multiplied.starts[multiplier] or 1.0

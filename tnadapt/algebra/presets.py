@@ -24,6 +24,7 @@ from tnadapt.errors import ConfigError, integer, safe_repr
 from ._applying_presets import dora, hira
 from ._joint_presets import cara, fact_tk, fact_tt, lorta_cp, lotr, metatt
 from ._map_presets import c3a, fourierft, loca, miss, shira, waveft
+from ._preset_config import preset_config
 from ._source_presets import (
     craft,
     lora_fa,
@@ -82,7 +83,7 @@ __all__ = [
 
 
 def _config(own: dict[str, Any], changes: dict[str, Any]) -> Config:
-    return Config.from_dict({**own, **changes})
+    return preset_config(own, changes)
 
 
 def dense(**changes: Any) -> Config:

@@ -16,7 +16,7 @@ from tnadapt.errors import BackendError, ShapeError, integer
 
 from ._array_plan import checked_given
 from ._base_arrays import base_weight
-from ._rank_plan import RankPlan
+from ._unit_plan import UnitPlan
 from .config import Config
 from .group_batches import updates_of_runs
 from .layout import Piece
@@ -24,7 +24,7 @@ from .layout import Piece
 __all__ = ["SuperLoRA", "checked_given", "parameter_count"]
 
 
-class SuperLoRA(RankPlan):
+class SuperLoRA(UnitPlan):
     """The weight updates of a model as one long vector, cut into groups, each made from a small tensor network.
 
     ``ΔW_group = F(scale * sum_t kron_k(core_k x_1 A_k1 … x_M A_kM))``, unfolded and cut to length.
@@ -84,7 +84,7 @@ class SuperLoRA(RankPlan):
     def __repr__(self) -> str:
         return f"SuperLoRA({self.config!r}, {len(self.shapes)} weights, {self.num_groups} groups, {self.size} elements)"
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def _reduced(self) -> tuple[Any, ...]:
         # Recompute it from its few integers, instead of pickling the cached draws.
         arguments = self.config, self.shapes, self._layers, self._roles
         return functools.partial(SuperLoRA, given=self.given), arguments, {"_base_starts": self._base_starts}

@@ -7,6 +7,7 @@ with the group index ``2**31`` plus the index of θ, which no map after a networ
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -39,11 +40,23 @@ class ThetaPart(NamedTuple):
         P.
     arrays : dict of str to tuple of int
         Names and shapes of the arrays, in the order of the vector.
+    unit : float
+        What θ is multiplied by; see :attr:`tnadapt.SuperLoRA.training_plan`.
     """
 
     name: str
     projection: Projection
     arrays: dict[str, tuple[int, ...]]
+    unit: float = 1.0
+
+    def forward(self, theta: Array) -> Array:
+        """Compute ``P θ`` as one vector."""
+        return self.projection(theta if self.unit == 1.0 else theta * self.unit)
+
+    def adjoint(self, gradient: Array) -> Array:
+        """Compute ``Pᵀ g``, the gradient of θ from that of the vector."""
+        found = self.projection.adjoint(gradient)
+        return found if self.unit == 1.0 else found * self.unit
 
 
 class Theta:
@@ -89,6 +102,12 @@ class Theta:
         self._takers = {f"{part.name}.{taker.brings}": taker for part in self.parts if (taker := _taker(part))}
         self.brought_shapes = {name: taker.brought_shape for name, taker in self._takers.items()}
         self._brought: dict[str, np.ndarray] = {}
+
+    def in_units(self, units: Mapping[str, float]) -> Theta:
+        """Return the same map for θ in these units, by its names."""
+        found = copy.copy(self)
+        found.parts = [part._replace(unit=units[part.name]) for part in self.parts]
+        return found
 
     # -- Arrays that the caller brings -------------------------------------------------------
 
@@ -157,7 +176,7 @@ class Theta:
     def moved(backend: Backend, part: ThetaPart, theta: Array) -> dict[str, Array]:
         """Compute ``P θ``, cut into the arrays."""
         sizes = [math.prod(shape) for shape in part.arrays.values()]
-        pieces = backend.split(part.projection(theta), sizes)
+        pieces = backend.split(part.forward(theta), sizes)
         return {
             full: backend.reshape(piece, shape)
             for (full, shape), piece in zip(part.arrays.items(), pieces, strict=True)
@@ -165,7 +184,7 @@ class Theta:
 
     def pulled(self, backend: Backend, part: ThetaPart, gradients: Sequence[Array]) -> Array:
         """Compute ``Pᵀ g``, for the gradients of the arrays in order: the gradient of θ."""
-        return part.projection.adjoint(backend.concat([backend.flatten(gradient) for gradient in gradients]))
+        return part.adjoint(backend.concat([backend.flatten(gradient) for gradient in gradients]))
 
 
 def _rounded(backend: Backend, array: Array, dtype: str | None) -> Array:

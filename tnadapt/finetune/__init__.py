@@ -6,7 +6,7 @@
     from tnadapt.finetune import Choice, Spec, Study, Training
 
     if __name__ == "__main__":  # parallel trainings run in separate processes, which import this file
-        study = Study(Spec(), Choice(), Training(epochs=25, batch=32), rates=[0.008, 0.03, 0.1])
+        study = Study(Spec(), Choice(), Training(epochs=25, batch=32), rates=[0.005, 0.01, 0.02])
         outcome = study.run(Path("runs/digits"), jobs=2)
 
 It prints nothing; progress goes to a :class:`Reporter`. Needs torch and ``pip install "tnadapt[demo]"``.

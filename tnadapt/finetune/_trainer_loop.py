@@ -23,7 +23,7 @@ from tnadapt.errors import TnadaptError
 
 from ._data_sources import quiet
 from ._run_logs import clear_logs, log_to
-from .loop import Schedule, steps_of
+from .loop import OwnRates, Schedule, steps_of
 from .problem import Problem
 
 __all__ = ["RunReport", "need_trainer", "train_with_trainer"]
@@ -78,6 +78,7 @@ def train_with_trainer(
     batch: int,
     device: torch.device,
     steps: int | None = None,
+    own_rates: OwnRates | None = None,
     report: RunReport = RunReport(),
     progress: Callable[[float], None] = lambda done: None,
 ) -> float:
@@ -89,7 +90,7 @@ def train_with_trainer(
         On the device.
     problem : Problem
     parameters : sequence of nn.Parameter
-    schedule, epochs, batch, device, steps
+    schedule, epochs, batch, device, steps, own_rates
         As in :func:`tnadapt.finetune.loop.fit`.
     report : RunReport
     progress : callable
@@ -115,7 +116,7 @@ def train_with_trainer(
         if folder is not None:
             clear_logs(folder)
             log_to(trainer.callback_handler.callbacks, folder)
-        trainer.optimizer, trainer.lr_scheduler = schedule.begin(parameters, steps)
+        trainer.optimizer, trainer.lr_scheduler = schedule.begin(parameters, steps, own_rates)
         # The Trainer has seeded everything; the training goes on from the state that its caller chose.
         torch.set_rng_state(state)
         try:

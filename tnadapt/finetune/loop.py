@@ -18,7 +18,7 @@ from tnadapt.errors import TnadaptError
 from ._learning_task import LearningTask
 from ._specification import Part
 
-__all__ = ["Schedule", "accuracy", "batches", "evaluate", "fit", "steps_of", "threads"]
+__all__ = ["OwnRates", "Schedule", "accuracy", "batches", "evaluate", "fit", "steps_of", "threads"]
 
 Logits = Callable[[nn.Module, Any], Tensor]
 
@@ -30,6 +30,30 @@ POOL = 16
 
 OPTIMISERS = ("adamw", "sgd")
 SHAPES = ("cosine", "onecycle")
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnRates:
+    """Parameters that are trained at another rate than the others, such as those of a head.
+
+    Attributes
+    ----------
+    parameters : sequence of nn.Parameter
+    rate : float, optional
+        None for that of the others.
+    """
+
+    parameters: Sequence[nn.Parameter] = ()
+    rate: float | None = None
+
+    def groups(self, parameters: Sequence[nn.Parameter], rate: float) -> list[dict[str, Any]]:
+        """Return the parameter groups of an optimiser."""
+        if self.rate is None or not self.parameters:
+            return [{"params": list(parameters)}]
+        own = {id(parameter) for parameter in self.parameters}
+        others = [parameter for parameter in parameters if id(parameter) not in own]
+        found = [{"params": others, "lr": rate}] if others else []
+        return [*found, {"params": list(self.parameters), "lr": self.rate}]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +107,22 @@ class Schedule:
             return (step + 1) / warm
         return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
-    def begin(self, parameters: Sequence[nn.Parameter], steps: int) -> tuple[Optimizer, LRScheduler]:
-        """Return an optimiser of these parameters and its scheduler, to be stepped after each step."""
+    def begin(
+        self, parameters: Sequence[nn.Parameter], steps: int, own_rates: OwnRates | None = None
+    ) -> tuple[Optimizer, LRScheduler]:
+        """Return an optimiser of these parameters and its scheduler, to be stepped after each step.
+
+        ``own_rates`` are those of parameters that are not trained at ``rate``.
+        """
         optimiser: Optimizer
+        groups = (own_rates or OwnRates()).groups(parameters, self.rate)
         if self.optimiser == "sgd":
-            optimiser = torch.optim.SGD(parameters, lr=self.rate, momentum=0.9, weight_decay=self.weight_decay)
+            optimiser = torch.optim.SGD(groups, lr=self.rate, momentum=0.9, weight_decay=self.weight_decay)
         else:
-            optimiser = torch.optim.AdamW(parameters, lr=self.rate, weight_decay=self.weight_decay)
+            optimiser = torch.optim.AdamW(groups, lr=self.rate, weight_decay=self.weight_decay)
         if self.shape == "onecycle":
-            return optimiser, lr_scheduler.OneCycleLR(optimiser, self.rate, total_steps=max(2, steps))
+            rates = [group["lr"] for group in optimiser.param_groups]
+            return optimiser, lr_scheduler.OneCycleLR(optimiser, rates, total_steps=max(2, steps))
         return optimiser, lr_scheduler.LambdaLR(optimiser, lambda step: self.factor(step, steps))
 
 
@@ -111,6 +142,7 @@ def fit(
     batch: int,
     device: torch.device,
     steps: int | None = None,
+    own_rates: OwnRates | None = None,
 ) -> Iterator[tuple[int, int, float]]:
     """Train for ``steps`` steps, or else ``epochs`` epochs; yield ``(steps done, total steps, loss)`` after each step.
 
@@ -118,7 +150,7 @@ def fit(
     is yielded and ends the training before its step.
     """
     steps = steps_of(part, epochs, batch, steps)
-    optimiser, rates = schedule.begin(parameters, steps)
+    optimiser, rates = schedule.begin(parameters, steps, own_rates)
     done = 0
     model.train()
     while done < steps:

@@ -21,7 +21,7 @@ from ._run_logs import log_folder
 from ._saved_task import recorded
 from ._trainer_loop import RunReport, train_with_trainer
 from .grid import Method
-from .loop import Schedule, evaluate, fit
+from .loop import OwnRates, Schedule, evaluate, fit
 from .problem import Problem, free
 
 __all__ = ["Task", "Training", "checked_rates", "train", "usable_device"]
@@ -29,7 +29,7 @@ __all__ = ["Task", "Training", "checked_rates", "train", "usable_device"]
 
 # Fields added later. They are left out of a study's settings while they have their defaults, so that the digest of
 # results written before these fields existed still matches.
-_LATER = ("optimiser", "shape", "steps")
+_LATER = ("optimiser", "shape", "steps", "head_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Training:
         See :class:`~tnadapt.finetune.loop.Schedule`.
     steps : int, optional
         Instead of epochs.
+    head_rate : float, optional
+        The rate of what is trained along with every adapter, such as a new head; by default that of the adapter.
     keep_references : bool
         Whether adapters of references, such as the dense update, are saved, too.
     report_to : str
@@ -63,10 +65,13 @@ class Training:
     optimiser: str = "adamw"
     shape: str = "cosine"
     steps: int | None = None
+    head_rate: float | None = None
     keep_references: bool = False
     report_to: str = "none"
 
     def __post_init__(self) -> None:
+        if self.head_rate is not None:
+            checked_rates([self.head_rate])
         self.schedule(1.0)  # refuses unknown words now rather than after a base model has been trained
 
     def schedule(self, rate: float) -> Schedule:
@@ -206,7 +211,9 @@ def train(
                 raise TnadaptError(f"there is not enough memory for the parameters of {task.method.name}") from None
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # With a frozen head and no adapter, there is nothing to train.
-        value = _fitted(problem, model, parameters, task, training, adapters, progress) if parameters else 0.0
+        trained = {id(parameter) for parameter in (() if adapter is None else adapter.parameters())}
+        head = OwnRates([one for one in parameters if id(one) not in trained], training.head_rate)
+        value = _fitted(problem, model, parameters, head, task, training, adapters, progress) if parameters else 0.0
     own = 0 if adapter is None else adapter.num_parameters
     measured = _measured(problem, model, device, training.batch)
     diverged = not math.isfinite(value) or None in measured.values()
@@ -236,13 +243,21 @@ def _fitted(
     problem: Problem,
     model: nn.Module,
     parameters: Sequence[nn.Parameter],
+    head: OwnRates,
     task: Task,
     training: Training,
     adapters: Path | None,
     progress: Callable[[float], None],
 ) -> float:
     """Train, and return the last loss."""
-    how = (training.schedule(task.rate), training.epochs, training.batch, torch.device(training.device), training.steps)
+    how = (
+        training.schedule(task.rate),
+        training.epochs,
+        training.batch,
+        torch.device(training.device),
+        training.steps,
+        head,
+    )
     if problem.trainer:
         name = task.file_name().removesuffix(".safetensors")
         folder = None if adapters is None else log_folder(adapters, task.file_name())

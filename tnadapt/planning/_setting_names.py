@@ -60,6 +60,7 @@ def known_as(config: Config) -> Name:
     >>> print(known_as(tna.presets.lora(8, start="pissa")))
     LoRA r = 8, pissa
     """
+    config = config.replace(rate="adam")  # as that of presets is
     rank = config.rank
     last, weights = (rank, None) if isinstance(rank, int) else (rank[-1], rank[0])
     if last is not None and config == presets.craft(

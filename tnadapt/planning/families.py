@@ -115,11 +115,15 @@ def _projected(preset: Any, ratio: float) -> Ladder:
 
 
 def _cp(order: int, groups: Any) -> Ladder:
-    return Ladder(lambda rank: Config(rank, order, groups=groups, fold="hypercube", format="cp"), _by_count)
+    return Ladder(
+        lambda rank: Config(rank, order, groups=groups, fold="hypercube", format="cp", rate="adam"), _by_count
+    )
 
 
 def _train(order: int, groups: Any) -> Ladder:
-    return Ladder(lambda rank: Config(rank, order, groups=groups, fold="hypercube", format="tt"), _by_bonds)
+    return Ladder(
+        lambda rank: Config(rank, order, groups=groups, fold="hypercube", format="tt", rate="adam"), _by_bonds
+    )
 
 
 def _by_factors(plan: SuperLoRA) -> int:

@@ -51,7 +51,7 @@ class Adapter(AdapterFiles):
     def __init__(self, state: AdapterState) -> None:
         self._state = state
         state.handle = self
-        self.model, self.name, self.plan = state.model, state.name, state.plan
+        self.model, self.name, self.plan = state.model, state.name, state.plan.file_plan
         self.targets, self.activation = state.targets, state.activation
         self.report: FitReport | None = None
 
@@ -132,8 +132,11 @@ class Adapter(AdapterFiles):
         return (parameter for _, parameter in self.named_parameters() if parameter.requires_grad)
 
     def arrays(self) -> dict[str, Tensor]:
-        """Return the arrays by name; sharded ones are gathered (every process must call)."""
-        return _arrays.full_arrays(self._state)
+        """Return the arrays by name, as files have them; sharded ones are gathered (every process must call).
+
+        They are the parameters times their units in ``plan.units``, which are 1 for ``rate="sgd"``.
+        """
+        return self._state.plan.to_arrays(_arrays.full_arrays(self._state))
 
     def deltas(self) -> list[Tensor]:
         """Return the update of every target, ``(rows, cols)``, differentiable and without the mixing weight.
@@ -196,6 +199,28 @@ class Adapter(AdapterFiles):
         Hayou, Ghosh, Yu, "LoRA+: efficient low rank adaptation of large models", arXiv 2402.12354.
         """
         return _trainable.parameter_groups(self._state, lr, ratio)
+
+    def adam_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return parameter groups with which Adam takes the steps of ``rate="adam"``, whatever the config's rate is.
+
+        For adapters that train the arrays themselves (``rate="sgd"``: a config without a preset, an older file): each
+        array has its own rate, ``lr * unit``. With ``rate="adam"`` the rates are all ``lr``, and
+        ``adapter.parameters()`` does the same.
+
+        Parameters
+        ----------
+        lr : float
+            1e-2 suits all configs.
+
+        Examples
+        --------
+        >>> import torch, tnadapt as tna, tnadapt.torch
+        >>> adapter = tnadapt.torch.attach(torch.nn.Sequential(torch.nn.Linear(64, 64)), tna.Config(), "all-linear")
+        >>> [group["lr"] for group in adapter.adam_groups(1e-2)]
+        [0.04]
+        >>> optimizer = torch.optim.Adam(adapter.adam_groups(1e-2))
+        """
+        return _trainable.adam_groups(self._state, lr)
 
     def reset(self) -> None:
         """Reinitialize the arrays: ΔW = 0, with the zero in an array that is trained.

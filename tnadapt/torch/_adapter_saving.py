@@ -53,7 +53,7 @@ def to_file(adapter: AdapterState, store_bases: bool = False) -> AdapterFile:
             f"adapter {adapter.name!r} has arrays that are computed from the base weights, which had no values when it "
             "was attached: call reset() once the model has its weights"
         )
-    plan, base = adapter.plan, base_fingerprint(adapter)
+    plan, base = adapter.plan.file_plan, base_fingerprint(adapter)
     all_stored = store_bases or base is None
     stored = {name: array for name, array in plan.given.items() if all_stored or name not in plan.base_shapes}
     dtypes: dict[str, str] = {}
@@ -69,9 +69,9 @@ def to_file(adapter: AdapterState, store_bases: bool = False) -> AdapterFile:
 
     own = {**dict(adapter.model.named_parameters()), **dict(adapter.model.named_buffers())}
     return AdapterFile(
-        config=adapter.plan.config,
+        config=plan.config,
         targets=adapter.targets,
-        arrays={name: host(name, parameter) for name, parameter in named_parameters(adapter)},
+        arrays=adapter.plan.to_arrays({name: host(name, parameter) for name, parameter in named_parameters(adapter)}),
         kept={name: host(KEPT + name, own[name]) for name in adapter.kept},
         dtypes=dtypes,
         base=base,
@@ -136,7 +136,7 @@ def is_writer() -> bool:
 def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
     """Load another adapter's arrays in place; see :meth:`Adapter.swap`."""
     need_attached(adapter)
-    file = adapter_format.load(path, like=adapter.plan)
+    file = adapter_format.load(path, like=adapter.plan.file_plan)
     with FileErrorContext(path):
         check_same(adapter, file)
         kept_parameters(adapter.model, file)

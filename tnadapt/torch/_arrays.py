@@ -50,7 +50,7 @@ def _parameters(state: AdapterState, names: Sequence[str]) -> list[Tensor]:
 
 
 def full_arrays(state: AdapterState) -> dict[str, Tensor]:
-    """Return all arrays by name; sharded ones are gathered (every process must call)."""
+    """Return all parameters by the names of their arrays; sharded ones are gathered (every process must call)."""
     return {name: gather_full(parameter) for name, parameter in named_parameters(state)}
 
 
@@ -66,18 +66,18 @@ def load_arrays(state: AdapterState, arrays: Mapping[str, Any]) -> None:
 
 
 def checked_pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:
-    """Pair each parameter with the array to copy into it; raise a ShapeError if they do not fit."""
+    """Pair each parameter with what to copy into it from an array of a file; raise a ShapeError if they do not fit."""
     need_unmerged(state, "new arrays")
     expected = state.plan.param_shapes
     found = {name: tuple(array.shape) for name, array in arrays.items()}
     if found != expected:
         wrong = sorted(set(found.items()) ^ set(expected.items()))[:4]
         raise ShapeError(f"adapter {state.name!r} needs arrays named and shaped as its plan says; differing: {wrong}")
-    return pairs(state, arrays)
+    return pairs(state, state.plan.from_arrays(arrays))
 
 
 def pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:
-    """Pair each parameter with its array; names and shapes are known to fit."""
+    """Pair each parameter with its new value, in its unit; names and shapes are known to fit."""
     need_unmerged(state, "new arrays")
     reshard(state.model, state.owner)
     return [(parameter, arrays[name]) for name, parameter in named_parameters(state) if name in arrays]

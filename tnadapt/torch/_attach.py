@@ -254,6 +254,7 @@ def attach_with(
         refuse_merged(model, f"adapter {name!r} is attached, whose arrays are computed from it")
         plan = bound(plan, found, owners[: len(found)], progress)
     share_maps(plan, [other.plan for other in attached(model).values()])
+    plan = plan.training_plan
     strategies = [
         strategy_of(strategy, plan, index, tokens, target, owner, host, activation, dropout > 0.0)
         for (index, target), owner, host in zip(places, owners, hosts, strict=True)

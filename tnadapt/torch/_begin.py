@@ -27,7 +27,7 @@ def start_from(adapter: AdapterState, arrays: Mapping[str, Any]) -> None:
     """Start from given arrays; see :meth:`Adapter.start_from`."""
     need_attached(adapter)
     need_unmerged(adapter, "start_from()")
-    plan = adapter.plan.with_start(_on_host(arrays))
+    plan = adapter.plan.with_start(_on_host(arrays)).training_plan
     current = dict(named_parameters(adapter))
     if next(iter(current.values())).device.type == "meta":
         raise ConfigError(
@@ -98,4 +98,4 @@ def _exchange(adapter: AdapterState, plan: SuperLoRA) -> None:
     for patch in dict.fromkeys(adapter.patches):
         patch.exchange(slots)
     adapter.slots = list(slots.values())
-    adapter.handle.plan = plan
+    adapter.handle.plan = plan.file_plan

@@ -71,7 +71,11 @@ def summed(stored: Tensor, changes: Sequence[tuple[Target, Tensor]]) -> Tensor:
             continue
         # Only the target's rows are written, so the other rows keep their exact bits. In a channels_last weight the
         # block would be a copy instead of a view, hence the contiguous clone.
-        if not own or not total.is_contiguous():
+        if in_functorch():
+            # Under vmap the update may have a batch dimension that the weight lacks. What new_ones returns has it, and
+            # so has a selection by it, which is a copy.
+            total, own = torch.where(delta.new_ones((), dtype=torch.bool), total, total), True
+        elif not own or not total.is_contiguous():
             total, own = total.clone(memory_format=torch.contiguous_format), True
         target.block(total).add_(target.like_block(delta))
     return total.to(stored.dtype)

@@ -17,7 +17,8 @@ __all__ = ["check_same"]
 def check_same(adapter: AdapterState, file: AdapterFile) -> None:
     """Raise a FileError unless config, activation, targets and kept parameters are the same."""
     compared: list[tuple[str, Any, Any, Callable[[Any, Any], str]]] = [
-        ("config", file.config, adapter.plan.config, _settings),
+        # How it is trained changes no array.
+        ("config", file.config.replace(rate="sgd"), adapter.plan.config.replace(rate="sgd"), _settings),
         ("activation", file.activation, adapter.activation, _values),
         ("list of targets", _places(file.targets), _places(adapter.targets), _targets),
         ("list of kept parameters", sorted(file.kept), sorted(adapter.kept), _values),

@@ -157,6 +157,7 @@ class AdapterState:
     model : Module
     name : str
     plan : SuperLoRA
+        Of the parameters, which are in units; ``plan.file_plan`` is that of the arrays in files.
     targets : tuple of Target
     activation : str or None
     model_name : str

@@ -29,7 +29,7 @@ class ThetaFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(part: ThetaPart, on_backward: Callable[[], None] | None, theta: Tensor) -> Tensor:
-        return cast(Tensor, part.projection(theta))
+        return cast(Tensor, part.forward(theta))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -39,7 +39,7 @@ class ThetaFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
         if ctx.on_backward is not None:
             ctx.on_backward()
-        return None, None, ctx.part.projection.adjoint(grads[0])
+        return None, None, ctx.part.adjoint(grads[0])
 
 
 class ThetaArrays:
@@ -102,7 +102,7 @@ class ThetaArrays:
         for part, theta in zip(self.theta.parts, thetas, strict=True):
             sizes = [torch.Size(shape).numel() for shape in part.arrays.values()]
             if torch.compiler.is_compiling():
-                vec = part.projection(theta)
+                vec = part.forward(theta)
             else:
                 # Steps of fused optimizers, which follow a backward pass, change no version counter.
                 vec = ThetaFunction.apply(part, None if on_host(theta) else self.forget, theta)  # type: ignore[no-untyped-call]

@@ -211,6 +211,17 @@ def parameter_groups(adapter: AdapterState, lr: float, ratio: float) -> list[dic
     return [{"params": slow, "lr": lr}, *([{"params": fast, "lr": lr * ratio}] if fast else [])]
 
 
+def adam_groups(adapter: AdapterState, lr: float) -> list[dict[str, Any]]:
+    """Return parameter groups of equal rates; see :meth:`Adapter.adam_groups`."""
+    plan = adapter.plan.file_plan
+    wanted, own = plan.units_for("adam"), plan.units
+    groups: dict[float, list[Tensor]] = {}
+    for name, parameter in named_parameters(adapter):
+        if parameter.requires_grad:
+            groups.setdefault(lr * wanted[name] / own[name], []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+
+
 def _start_zero(adapter: AdapterState) -> Iterator[str]:
     for group, start in zip(adapter.plan.groups, adapter.plan.starts(adapter.trained), strict=True):
         for name, full in group.names.items():

@@ -12,7 +12,7 @@ from torch import nn
 
 from tnadapt.finetune import Problem, Training
 from tnadapt.finetune._trainer_loop import train_with_trainer
-from tnadapt.finetune.loop import evaluate, fit
+from tnadapt.finetune.loop import OwnRates, evaluate, fit
 from tnadapt.finetune.problem import base_digest, samples_digest, under
 
 from .. import methods
@@ -68,18 +68,22 @@ class ProblemBench:
                 parameter.requires_grad_(True)
             # The order of samples and dropout are the same for all methods.
             torch.manual_seed(seed)
-            loss = self._fitted(model, [*adapter, *head], rate, progress) if adapter or head else 0.0
+            # Without an adapter, the head is trained at the rate that is tuned.
+            own = OwnRates(head, self.training.head_rate if adapter else None)
+            loss = self._fitted(model, [*adapter, *head], own, rate, progress) if adapter or head else 0.0
             found = self._measured(model, device)
         found["diverged"] = not math.isfinite(loss) or None in (found["validation"], found["test"])
         found["training_loss"] = finite(loss)
         found["kept"] = methods.trained(model) - setting.parameters
         return {**found, "seconds": round(time.perf_counter() - began, 2)}
 
-    def _fitted(self, model: nn.Module, parameters: Sequence[nn.Parameter], rate: float, progress: Progress) -> float:
+    def _fitted(
+        self, model: nn.Module, parameters: Sequence[nn.Parameter], own: OwnRates, rate: float, progress: Progress
+    ) -> float:
         """Train with the loop of ``tnadapt finetune``, and return the last loss."""
         problem, training = self.problem, self.training
         device = torch.device(training.device)
-        how = (training.schedule(rate), training.epochs, training.batch, device, training.steps)
+        how = (training.schedule(rate), training.epochs, training.batch, device, training.steps, own)
         if problem.trainer:
             return train_with_trainer(model, problem, parameters, *how, progress=progress)
         value = math.nan

@@ -28,9 +28,9 @@ class Cifar10(QualityTask):
     )
     head_size = 64
     scales: ClassVar = {
-        "smoke": {"image_size": 28, "limit": 60, "epochs": 1, "batch": 16},
-        "small": {"image_size": 56, "limit": 1000, "epochs": 2, "batch": 16},
-        "full": {"image_size": 112, "limit": None, "epochs": 5, "batch": 64},
+        "smoke": {"image_size": 28, "limit": 60, "epochs": 1, "batch": 16, "head_rate": 0.001},
+        "small": {"image_size": 56, "limit": 1000, "epochs": 2, "batch": 16, "head_rate": 0.001},
+        "full": {"image_size": 112, "limit": None, "epochs": 5, "batch": 64, "head_rate": 0.001},
     }
 
     def model(self) -> nn.Module:

@@ -63,9 +63,9 @@ class Digits(QualityTask):
     parts = "scikit-learn's digits 5 to 9, split by class"
     head_size = 16
     scales: ClassVar = {
-        "smoke": {"pretrain_epochs": 1, "epochs": 1, "batch": 64},
-        "small": {"epochs": 15, "batch": 32},
-        "full": {"epochs": 15, "batch": 32},
+        "smoke": {"pretrain_epochs": 1, "epochs": 1, "batch": 64, "head_rate": 0.02},
+        "small": {"epochs": 15, "batch": 32, "head_rate": 0.02},
+        "full": {"epochs": 15, "batch": 32, "head_rate": 0.02},
     }
 
     def model(self) -> nn.Module:

@@ -23,9 +23,9 @@ class Reviews(QualityTask):
     head_size = 32
     rates = (1e-3, 1e-2, 1e-1, 1.0)
     scales: ClassVar = {
-        "smoke": {"limit": 60, "epochs": 1, "batch": 16},
-        "small": {"limit": 2000, "epochs": 2, "batch": 16},
-        "full": {"limit": None, "epochs": 3, "batch": 32},
+        "smoke": {"limit": 60, "epochs": 1, "batch": 16, "head_rate": 0.001},
+        "small": {"limit": 2000, "epochs": 2, "batch": 16, "head_rate": 0.001},
+        "full": {"limit": None, "epochs": 3, "batch": 32, "head_rate": 0.001},
     }
 
     def model(self) -> nn.Module:

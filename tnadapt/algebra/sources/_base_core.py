@@ -50,6 +50,10 @@ class BaseCore(Source):
                 f"BaseCore is for the core of format='tucker'; {place.name!r} has the shape {place.shape}"
             )
 
+    def expected_square(self, shape: tuple[int, ...]) -> float:
+        """See :meth:`Source.expected_square`: every slice of the first mode has singular values of 1."""
+        return 1.0 / max(shape[1:] or shape)
+
     def array(self, shape: tuple[int, ...], stream: Stream) -> np.ndarray:
         """See :meth:`Source.array`."""
         assert stream.base is not None  # the plan gives both to a source that needs them

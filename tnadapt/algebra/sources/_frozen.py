@@ -113,8 +113,13 @@ class FrozenArrays(FixedArrays):
 
     def mean_square(self, name: str) -> float:
         """Return the mean square of an array, rounded to eight bits so that all machines agree."""
-        entry = self.entries[name]
-        known = entry.source.mean_square(entry.shape)
+        return self._square(name, self.entries[name].source.mean_square(self.entries[name].shape))
+
+    def expected_square(self, name: str) -> float:
+        """Return the same of an array, but for any base; see :meth:`Source.expected_square`."""
+        return self._square(name, self.entries[name].source.expected_square(self.entries[name].shape))
+
+    def _square(self, name: str, known: float | None) -> float:
         if known is None:
             wide = self.host(name).astype(np.float64).reshape(-1)
             known = float(wide @ wide) / wide.size

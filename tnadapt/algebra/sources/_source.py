@@ -148,3 +148,10 @@ class Source:
     def mean_square(self, shape: tuple[int, ...]) -> float | None:
         """Return the mean square of the array if it is known without computing it; None otherwise."""
         return None
+
+    def expected_square(self, shape: tuple[int, ...]) -> float | None:
+        """Return the same for the units of training, which are those of any base; None to compute the array.
+
+        A source that needs the base weights, and whose mean square depends on them, returns that for usual weights.
+        """
+        return self.mean_square(shape)

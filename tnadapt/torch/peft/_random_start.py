@@ -17,7 +17,9 @@ def start_randomly(handle: Adapter) -> None:
 
     PEFT's methods draw from that generator, too, so ``torch.manual_seed`` has the same effect.
     """
-    arrays = [array for _, array in handle.named_parameters() if array.device.type != "meta"]
+    units = handle.plan.units
+    named = [(name, array) for name, array in handle.named_parameters() if array.device.type != "meta"]
+    arrays = [array for _, array in named]
     zero = [array for array in arrays if not array.any()]
     # A single array is the update itself, so its numbers must be small; otherwise the small initial values of the other
     # arrays scale the product.
@@ -30,5 +32,6 @@ def start_randomly(handle: Adapter) -> None:
             array.add_(torch.randn_like(array), alpha=0.3 * float(array.square().mean().sqrt()))
         return
     enlarged = max(group.network.scale * math.sqrt(group.projection.map.variance()) for group in handle.plan.groups)
-    for array in zero or arrays:
-        array.add_(torch.randn_like(array), alpha=0.1 / max(1.0, enlarged) if alone else 1.0)
+    for name, array in named:
+        if not zero or not array.any():
+            array.add_(torch.randn_like(array), alpha=(0.1 / max(1.0, enlarged) if alone else 1.0) / units[name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -227,7 +227,9 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
             base = layer.base_of(adapter_name)
             config.keep_base(base, computed_from(handle, base))
         config.keep_trained(handle.trained)
-        return {key: tensor for key, tensor in state_dict.items() if in_file(key, adapter_name) is not None}
+        own = {key: tensor for key, tensor in state_dict.items() if in_file(key, adapter_name) is not None}
+        # PEFT's files have the arrays, as tnadapt's do.
+        return _converted(own, handle._state, handle._state.plan.to_arrays)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -250,7 +252,22 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
             raise FileError(
                 f"these arrays do not fit adapter {adapter_name!r}, and none was loaded; they differ in: {wrong}"
             )
-        return {names.get(key, key): tensor for key, tensor in state_dict.items()}
+        renamed = {names.get(key, key): tensor for key, tensor in state_dict.items()}
+        state = _layer_of(model).handle(adapter_name)._state
+        own = {key: tensor for key, tensor in renamed.items() if in_file(key, adapter_name) is not None}
+        return renamed | _converted(own, state, state.plan.from_arrays)
+
+
+def _converted(
+    own: Mapping[str, Tensor], state: AdapterState, convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Convert an adapter's tensors in a state dict between parameters and arrays, which their units are between."""
+    arrays = {name: array for array, name in state.parameter_names.items()}
+    found = {}
+    for key, tensor in own.items():
+        array = arrays[key.rpartition(".")[2]]
+        found[key] = convert({array: tensor})[array]
+    return found
 
 
 def _layer_of(model: nn.Module) -> TnadaptLayer:
@@ -282,7 +299,7 @@ def _choose(handle: Adapter, trained: Sequence[str]) -> None:
             f"{safe_repr(list(there))}: give some of these names, or None to train all"
         )
     meta = any(array.device.type == "meta" for _, array in handle.named_parameters())
-    keep(handle._state, trained, None if meta else handle.plan.init(trained=trained))
+    keep(handle._state, trained, None if meta else handle._state.plan.init(trained=trained))
 
 
 def _attach(model: nn.Module, config: TnadaptConfig, name: str) -> Adapter:

@@ -1,0 +1,203 @@
+"""Does one learning rate fit all settings? ``python benchmarks/rates.py TASK FOLDER`` trains each at five rates.
+
+``digits``, ``reviews`` and ``cifar10`` are the tasks of ``benchmarks/finetune.py``. Presets have ``rate="adam"``, whose
+default is 1e-3. Each setting is trained at a quarter, half, once, twice and four times that rate, with several seeds;
+the new head has a rate of its own, the same for all settings, so that it does not favor one. Results are written to
+``results/rates/TASK.jsonl``, one line per training; an interrupted run resumes. On two idle cores the digits take half
+an hour, the others three to four hours with three seeds.
+
+``python benchmarks/rates.py table`` writes the tables that ``docs/learning_rate.rst`` shows from the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from paper.paired_statistics import interval
+from paper.registries import SOURCES, fetch
+from tnadapt import presets
+from tnadapt.finetune import Method, Spec, Study, Training
+from tnadapt.finetune.grid import method_of
+from tnadapt.finetune.results import read_lines
+
+RESULTS = Path(__file__).parent / "results" / "rates"
+DEFAULT = 1e-2
+RATES = [DEFAULT * factor for factor in (0.25, 0.5, 1.0, 2.0, 4.0)]
+
+P = presets
+CONFIGS = {
+    "digits": [
+        P.tinylora(13), P.superlora(1, projection="linear", ratio=0.01), P.lorta(1, 5), P.lonkr(1, 3, split_size=6),
+        P.unilora(100), P.fastfood(0.01), P.superlora(1), P.fourierft(50),
+        P.superlora(4, projection="linear", ratio=0.1), P.vera(8), P.lokr(1), P.lorta(6, 3), P.lora(1), P.unilora(1000),
+        P.loha(1), P.superlora(8), P.fastfood(0.1),
+        P.lora(4), P.lora(16), P.dense(),
+    ],
+    "reviews": [
+        P.tinylora(13), P.unilora(100), P.lorta(1, 5), P.superlora(1, projection="linear", ratio=0.01), P.unilora(1000),
+        P.fourierft(100), P.superlora(1), P.vera(64), P.lorta(8, 3), P.lokr(4), P.lora(1), P.superlora(8),
+        P.fastfood(0.01), P.lora(8), P.dense(),
+    ],
+}  # fmt: skip
+CONFIGS["cifar10"] = CONFIGS["reviews"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What a task trains on, and how."""
+
+    training: Training
+    limit: int | None = None
+    image_size: int | None = None
+
+    def spec(self, name: str, folder: Path) -> Spec:
+        given: dict[str, Any] = {}
+        if name in SOURCES:
+            model, data = fetch(name, folder)
+            given = {"model": str(model), "data": str(data), "limit": self.limit, "image_size": self.image_size}
+        return Spec(**given, cache=folder / "cache")
+
+
+# The rates of the heads are those that are best for a head alone, of a factor of 4 apart.
+TASKS = {
+    "digits": _Settings(Training(epochs=25, batch=32, head_rate=0.004)),
+    "reviews": _Settings(Training(epochs=2, batch=16, head_rate=0.001), limit=2000),
+    "cifar10": _Settings(Training(epochs=2, batch=16, head_rate=0.001), limit=1500, image_size=56),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """The settings of a task, for a Study."""
+
+    name: str
+
+    def methods(self, shapes: Sequence[tuple[int, int]], layers: int) -> list[Method]:
+        return [Method("dense", "", one) if one.format == "dense" and one.groups == "weight" and one.projection
+                == "identity" else method_of(one) for one in CONFIGS[self.name]]  # fmt: skip
+
+
+def run(name: str, folder: Path, seeds: int, jobs: int, engine: str = "local") -> Path:
+    """Run the missing trainings of a task, and return its file of results."""
+    kept, out = RESULTS / f"{name}.jsonl", folder / "runs" / f"rates-{name}"
+    if kept.is_file() and not (out / "results.jsonl").is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(kept, out / "results.jsonl")
+    settings = TASKS[name]
+    study = Study(settings.spec(name, folder), _Chosen(name), settings.training, RATES, seeds)
+    study.run(out, jobs, engine=engine)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(out / "results.jsonl", kept)
+    return kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One setting of a task.
+
+    Attributes
+    ----------
+    name : str
+    parameters : int
+    best : float
+        The rate with the best mean validation score; of several that are equal, the nearest to the default.
+    test_best, test_default : tuple of float
+        Test scores of the seeds at these rates.
+    seeds : int
+    """
+
+    name: str
+    parameters: int
+    best: float
+    test_best: tuple[float, ...]
+    test_default: tuple[float, ...]
+    validation: dict[float, float]
+
+    @property
+    def factor(self) -> float:
+        """The best rate over the default."""
+        return self.best / DEFAULT
+
+    @property
+    def loss(self) -> tuple[float, float, float]:
+        """Points that the default loses against the best rate, on the test samples: mean and 95 % interval."""
+        pairs = zip(self.test_best, self.test_default, strict=True)
+        mean, low, high = interval([100.0 * (best - default) for best, default in pairs])
+        return mean, low, high
+
+
+def rows_of(lines: Iterable[dict[str, Any]]) -> list[Row]:
+    """Return the rows of a task, from the fewest parameters to the most."""
+    by: dict[str, dict[float, dict[int, dict[str, Any]]]] = {}
+    for line in lines:
+        if "key" in line:
+            name = f"{line['family']} {line['label']}".strip()
+            by.setdefault(name, {}).setdefault(line["rate"], {})[line["seed"]] = line
+    rows = []
+    for name, rates in by.items():
+        seeds = sorted(set.intersection(*(set(found) for found in rates.values())))
+        if len(rates) < len(RATES) or not seeds:
+            continue
+        validation = {
+            rate: statistics.fmean(found[seed]["validation"] or 0.0 for seed in seeds) for rate, found in rates.items()
+        }
+        best = max(validation, key=lambda rate: (validation[rate], -abs(RATES.index(rate) - RATES.index(DEFAULT))))
+        tests = {rate: tuple(found[seed]["test"] or 0.0 for seed in seeds) for rate, found in rates.items()}
+        count = next(iter(rates[best].values()))["parameters"]
+        rows.append(Row(name, count, best, tests[best], tests[DEFAULT], validation))
+    return sorted(rows, key=lambda row: row.parameters)
+
+
+def table(name: str) -> str:
+    """Return the table of a task in reStructuredText."""
+    rows = rows_of(read_lines(RESULTS / f"{name}.jsonl"))
+    seeds = {len(row.test_best) for row in rows}
+    within = sum(0.5 <= row.factor <= 2.0 for row in rows)
+    lost = [row.loss[0] for row in rows]
+    text = [
+        f"{within} of {len(rows)} settings have their best rate within a factor of 2 of the default; the default loses "
+        f"{statistics.fmean(lost):.2f} points on average, and at most {max(lost):.2f} "
+        f"({', '.join(map(str, sorted(seeds)))} seeds).",
+        "", ".. list-table::", "   :header-rows: 1", "",
+        "   * - setting", "     - parameters", *(f"     - {rate:g}" for rate in RATES), "     - best",
+        "     - test at best", "     - at the default", "     - lost",
+    ]  # fmt: skip
+    for row in rows:
+        mean, low, high = row.loss
+        spread = f" ({low:+.1f} to {high:+.1f})" if len(row.test_best) > 1 else ""
+        text += [
+            f"   * - {row.name}", f"     - {row.parameters:,}",
+            *(f"     - {100 * row.validation[rate]:.1f}" for rate in RATES), f"     - {row.best:g}",
+            f"     - {100 * statistics.fmean(row.test_best):.1f}",
+            f"     - {100 * statistics.fmean(row.test_default):.1f}",
+            f"     - {mean:+.1f}{spread}",
+        ]  # fmt: skip
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    """Run a task, or write the tables."""
+    parser = argparse.ArgumentParser(description="Settings at several learning rates.")
+    parser.add_argument("task", choices=[*TASKS, "table"])
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--engine", default="local")
+    given = parser.parse_args()
+    if given.task != "table":
+        if given.folder is None:
+            parser.error("give a folder for models and data")
+        run(given.task, given.folder, given.seeds, given.jobs, given.engine)
+    for name in TASKS:
+        if (RESULTS / f"{name}.jsonl").is_file():
+            (RESULTS / f"{name}.rst").write_text(table(name), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Units of the parameters: the plan in units computes the same updates, and Adam steps move ΔW equally."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tnadapt.algebra import presets
+from tnadapt.algebra._adam_units import RATE, STEP_NORM, STEPS
+from tnadapt.algebra._rate_names import RATE_NAMES
+from tnadapt.algebra._rates import RATES
+from tnadapt.errors import ConfigError
+from tnadapt.testing import strategies
+
+SHAPES = [(24, 24)] * 6
+LAYERS, ROLES = [0, 0, 1, 1, 2, 2], ["q", "v"] * 3
+
+# Arguments of presets that need some on these weights.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "cara": {"heads": 4}, "lorta_cp": {"heads": 4}, "lonkr": {"splits": 3, "split_size": 2}, "quanta": {"digits": (4,)},
+    "randlora": {"rank": 2, "rows": 24, "cols": 24}, "svft": {"rank": 4}, "c3a": {"block": 8}, "fourierft": {"n": 30},
+    "loca": {"n": 30}, "waveft": {"n": 30}, "shira": {"n": 30}, "unilora": {"parameters": 40},
+    "nola": {"parameters": 20}, "tinylora": {"parameters": 5}, "fastfood": {"ratio": 0.05}, "metatt": {"rank": 3},
+    "vera": {"rank": 8}, "miss": {"r": 4}, "gralora": {"rank": 4, "blocks": 2},
+}  # fmt: skip
+
+
+def preset(name: str, **changes: Any) -> tna.Config:
+    return getattr(presets, name)(**ARGUMENTS.get(name, {}), **changes)
+
+
+def plan_of(config: tna.Config) -> tna.SuperLoRA:
+    plan = tna.SuperLoRA(config, SHAPES, LAYERS, ROLES)
+    rng = np.random.default_rng(0)
+    return plan.with_base([rng.normal(size=shape) / 5 for shape in SHAPES])
+
+
+NAMES = sorted(set(presets.__all__))
+
+
+def signs(plan: tna.SuperLoRA, rate: float, seed: int = 1) -> dict[str, np.ndarray]:
+    """The parameters after one step of Adam for a gradient of random signs, which moves each by the rate."""
+    rng = np.random.default_rng(seed)
+    start = plan.init(dtype="float64")
+    return {name: array + rate * rng.choice([-1.0, 1.0], array.shape) for name, array in start.items()}
+
+
+def norm(deltas: list[np.ndarray]) -> float:
+    return math.sqrt(sum(float((delta**2).sum()) for delta in deltas))
+
+
+def in_adam(plan: tna.SuperLoRA) -> tna.SuperLoRA:
+    return tna.SuperLoRA(plan.config.replace(rate="adam"), plan.shapes, plan._layers, plan._roles, given=plan.given)
+
+
+@pytest.mark.law("training-units")
+@given(st.data())
+def test_the_training_plan_computes_the_same_updates(data: st.DataObject) -> None:
+    plan = in_adam(data.draw(strategies.plans()))
+    training = plan.training_plan
+    arrays = data.draw(strategies.parameters(plan))
+    params = training.from_arrays(arrays)
+    assert training.param_shapes == plan.param_shapes
+    for name, array in training.to_arrays(params).items():
+        assert array.tobytes() == arrays[name].tobytes()
+    for one, other in zip(training.deltas(params), plan.deltas(arrays), strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.law("training-units")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_training_plan_of_presets(name: str) -> None:
+    plan = plan_of(preset(name))
+    training = plan.training_plan
+    assert plan.config.rate == "adam"
+    assert all(unit == 2.0 ** round(math.log2(unit)) for unit in plan.units.values())
+    start, arrays = training.init(dtype="float64"), plan.init(dtype="float64")
+    for array, own in training.to_arrays(start).items():
+        assert own.tobytes() == arrays[array].tobytes(), array
+    assert norm(training.deltas(start)) == 0.0
+    moved = signs(training, 1e-2)
+    for one, other in zip(training.deltas(moved), plan.deltas(training.to_arrays(moved)), strict=True):
+        assert one.tobytes() == other.tobytes()
+    assert training.training_plan is training
+    assert training.file_plan is plan
+
+
+def check_steps(plan: tna.SuperLoRA) -> None:
+    training = plan.training_plan
+    moved = [norm(training.deltas(signs(training, STEPS * RATE, seed))) for seed in range(8)]
+    found = math.sqrt(sum(one**2 for one in moved) / len(moved)) / (STEPS * STEP_NORM)
+    # Units are rounded to powers of two, so that a product of k arrays is up to a factor of 2 ** (k / 2) off.
+    most = max(len(prefixes) for prefixes in (training.groups[0].network.shapes, [1]))
+    assert 2.0 ** (-most / 2) / 1.5 < found < 2.0 ** (most / 2) * 1.5
+
+
+@pytest.mark.law("one-rate")
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_of_adam_move_all_presets_equally(name: str) -> None:
+    check_steps(plan_of(preset(name)))
+
+
+@pytest.mark.law("one-rate")
+@pytest.mark.parametrize("changes", [
+    {"rank": 1}, {"rank": 8}, {"order": 3, "fold": "hypercube", "format": "tucker", "rank": 2},
+    {"order": 5, "fold": "hypercube", "format": "cp", "rank": 2}, {"order": 4, "fold": "balanced", "format": "tt"},
+    {"splits": 2}, {"splits": 3, "split_size": 2}, {"splits": 2, "combine": "hadamard"}, {"terms": 3, "splits": 2},
+    {"projection": "linear", "ratio": 0.1, "groups": 2, "fold": "hypercube"}, {"projection": "linear_v2"},
+    {"projection": "gather", "ratio": 0.25, "fold": "hypercube"}, {"groups": 1, "fold": "hypercube"},
+    {"format": "cp-weighted"}, {"leading": "same", "splits": 2}, {"alpha": 32.0}, {"alpha": 0.01},
+    {"start": "pissa"}, {"start": "random"}, {"start": "given"},
+])  # fmt: skip
+def test_steps_of_adam_move_all_settings_equally(changes: dict[str, Any]) -> None:
+    check_steps(plan_of(tna.Config(rate="adam", **{"rank": 4, **changes})))
+
+
+def test_parts_of_a_composite_take_the_step_of_one() -> None:
+    config = tna.CompositeConfig([(presets.lora(4), 4), (presets.lokr(2), 2)])
+    plan = tna.SuperLoRA(config, SHAPES)
+    training = plan.training_plan
+    moved = signs(training, 1e-2)
+    for one, other in zip(training.deltas(moved), plan.deltas(training.to_arrays(moved)), strict=True):
+        assert one.tobytes() == other.tobytes()
+    alone = tna.SuperLoRA(presets.lora(4), SHAPES[:4])
+    # The same step of all elements: of more of them, each moves less.
+    assert plan.units["group0.split0.factor0"] <= alone.units["group0.split0.factor0"]
+    assert [part.config.rate for part in config.parts] == ["adam", "adam"]
+
+
+def test_copies_are_in_the_same_units() -> None:
+    training = plan_of(preset("lora")).training_plan
+    for other in (pickle.loads(pickle.dumps(training)), copy.deepcopy(training)):
+        params = signs(training, 1e-3)
+        assert other.deltas(params)[0].tobytes() == training.deltas(params)[0].tobytes()
+        assert other.file_plan.config == training.config
+
+
+def test_sgd_trains_the_arrays_themselves() -> None:
+    plan = tna.SuperLoRA(tna.Config(rank=2), SHAPES)
+    assert plan.training_plan is plan
+    assert set(plan.units.values()) == {1.0}
+    assert plan.to_arrays(plan.init()).keys() == plan.init().keys()
+    assert "rate" not in tna.Config().to_dict()
+    assert presets.lora(2).to_dict()["rate"] == "adam"
+    assert tna.Config.from_dict({}).rate == "sgd"
+
+
+def test_terms_of_different_sources() -> None:
+    config = tna.Config(rate="adam", terms=2, sources={"term0.split0.factor1": tna.sources.Seeded("normal")})
+    plan = tna.SuperLoRA(config, SHAPES)
+    with pytest.raises(ConfigError, match=r"rate='adam' needs terms with the same sources, .* or use rate='sgd'"):
+        _ = plan.training_plan
+
+
+def test_every_rate_has_units() -> None:
+    assert RATES.keys() == set(RATE_NAMES)
+
+
+def test_unknown_rates() -> None:
+    with pytest.raises(ConfigError, match="rate must be one of"):
+        tna.Config(rate="adamw")
+
+
+def test_other_trained_arrays_keep_their_units() -> None:
+    plan = plan_of(preset("lora"))
+    training, chosen = plan.training_plan, ["group0.split0.factor1"]
+    arrays = plan.init(trained=chosen)
+    for name, own in training.to_arrays(training.init(trained=chosen)).items():
+        assert own.tobytes() == arrays[name].tobytes()
+
+
+def test_a_given_start_is_one_of_arrays() -> None:
+    name, start = "group0.split0.factor0", np.full((24, 4), 0.5, np.float32)
+    plan = tna.SuperLoRA(presets.lora(4, start="given"), SHAPES).with_start({name: start})
+    training = plan.training_plan
+    params = training.init()
+    assert training.to_arrays(params)[name].tobytes() == start.tobytes()
+    assert norm(training.deltas(params)) == 0.0
+
+
+def test_terms_of_different_sources_all_learn() -> None:
+    config = tna.Config(terms=2, sources={"term0.split0.factor1": tna.sources.Seeded("normal")})
+    start = tna.SuperLoRA(config, SHAPES).init()
+    # The one random array of the second term is what it would be without the frozen one of the first.
+    usual = tna.SuperLoRA(tna.Config(terms=2), SHAPES).init()["group0.term1.split0.factor1"]
+    assert start["group0.term1.split0.factor1"].std() == pytest.approx(usual.std(), rel=0.01)

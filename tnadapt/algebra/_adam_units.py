@@ -1,0 +1,170 @@
+"""Units of the trained arrays for Adam: with them, one learning rate fits all configs.
+
+A step of Adam moves each entry of a parameter by about the learning rate, whatever its gradient is. An array that is
+trained as ``a = unit * parameter`` moves by ``unit`` times the rate. All arrays of a product have the same unit. It
+makes the first ``STEPS`` steps at ``RATE``, in all arrays together, move ΔW by
+
+    STEPS * STEP_NORM / sqrt(N)
+
+per element (root mean square), where N is the number of elements of all adapted weights: the Frobenius norm of a step
+is about ``STEP_NORM``, whatever is trained and however large the model is.
+
+For ΔW that is linear in the parameters (dense updates, a map F of them) the number of steps does not matter. A product
+of several arrays grows faster than in proportion to the steps: at first only the array that starts from zero counts,
+multiplied by the small random ones, and soon the moves of all of them, multiplied with each other.
+
+The moves are taken to have independent signs, and entries of different arrays to be independent: an array that moves by
+x adds x² to its mean square, and mean squares of products multiply. With ``before``, θ has a unit, by what its arrays
+move, and the arrays have none. Magnitudes (``apply="magnitude"``) have the unit 1.
+
+Units are powers of two, so that the conversions are exact. They do not depend on which arrays are trained. The two
+constants are fits: docs/learning_rate.rst has the measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+
+from tnadapt.errors import ConfigError
+
+from ._group_plan import GroupPlan
+from .group import Group
+from .init import Initializer
+
+__all__ = ["RATE", "STEPS", "STEP_NORM", "adam_units", "term_product"]
+
+#: The learning rate for which the units are made. With it, most units are between 1/16 and 16.
+RATE = 1e-2
+#: Frobenius norm of a step of all weights.
+STEP_NORM = 1.0
+#: Number of steps after which ΔW has moved by so many times the norm.
+STEPS = 5
+
+
+def adam_units(plan: GroupPlan, size: int) -> dict[str, float]:
+    """Return the unit of each parameter of a plan, by its name in ``param_shapes``.
+
+    Parameters
+    ----------
+    plan : GroupPlan
+        One that is not composite.
+    size : int
+        N, of the whole plan that it is a part of.
+
+    Returns
+    -------
+    dict of str to float
+        Powers of two.
+    """
+    target = STEPS * STEP_NORM / math.sqrt(size)
+    steps = _steps_of_arrays(plan) if plan.theta is None else _steps_of_theta(plan)
+    # What moves the same groups, as all arrays of a group do, has the same unit.
+    distances = {id(step): step.distance(target) for step in steps.values()}
+    found = {name: _power(distances[id(step)] / (STEPS * RATE * step.gain)) for name, step in steps.items()}
+    return {name: found.get(name, 1.0) for name in plan.param_shapes}
+
+
+def _power(number: float) -> float:
+    """Return the nearest power of two."""
+    return float(2.0 ** round(math.log2(number)))
+
+
+class _UpdateStep:
+    """The root mean square of the step of ΔW, over the elements that something moves, as a function of the distance.
+
+    Parameters
+    ----------
+    gain : float
+        How far arrays move if the parameter moves by 1.
+    """
+
+    def __init__(self, gain: float = 1.0) -> None:
+        self.gain = gain
+        self._groups: dict[tuple[object, ...], tuple[Initializer, Collection[str], int]] = {}
+
+    def add(self, group: Group, moved: Collection[str]) -> None:
+        """Note that arrays of a group move, by their names in its network."""
+        start = group.start
+        # Groups with the same networks, maps and frozen arrays take the same steps.
+        key = id(group.network), id(group.projection), id(start.frozen), start.zeros, frozenset(moved)
+        _, _, elements = self._groups.get(key, (start, moved, 0))
+        self._groups[key] = start, moved, elements + group.size
+
+    @property
+    def kinds(self) -> Collection[tuple[object, ...]]:
+        """What is different between its groups, apart from the number of elements."""
+        return self._groups.keys()
+
+    def __call__(self, distance: float) -> float:
+        square = sum(elements * start.step(moved, distance) ** 2 for start, moved, elements in self._groups.values())
+        return math.sqrt(square / sum(elements for _, _, elements in self._groups.values()))
+
+    def distance(self, target: float) -> float:
+        """Return the distance that makes such a step, to 1 %."""
+        low, high = -100.0, 100.0
+        while high - low > 0.015:
+            middle = (low + high) / 2.0
+            low, high = (middle, high) if self(2.0**middle) < target else (low, middle)
+        return float(2.0**high)
+
+
+def _steps_of_arrays(plan: GroupPlan) -> dict[str, _UpdateStep]:
+    """Return the step of each array; the same object for those that move the same groups."""
+    groups: dict[str, list[int]] = {}
+    for index, group in enumerate(plan.groups):
+        for full in group.names.values():
+            own = groups.setdefault(full, [])
+            if index not in own[-1:]:
+                own.append(index)
+    made: dict[tuple[int, ...], _UpdateStep] = {}
+    alike: dict[tuple[object, ...], _UpdateStep] = {}
+    found = {}
+    for full, indices in groups.items():
+        key = tuple(indices)
+        if key not in made:
+            made[key] = _step_of([(plan.groups[index], plan.groups[index].names) for index in indices], alike)
+        found[full] = made[key]
+    return found
+
+
+def _step_of(
+    moves: Collection[tuple[Group, Collection[str]]], alike: dict[tuple[object, ...], _UpdateStep]
+) -> _UpdateStep:
+    """Return the step of arrays of some groups; for a single group that of a group like it, if there is one."""
+    step = _UpdateStep()
+    for group, moved in moves:
+        step.add(group, moved)
+    return alike.setdefault(tuple(step.kinds), step) if len(moves) == 1 else step
+
+
+def _steps_of_theta(plan: GroupPlan) -> dict[str, _UpdateStep]:
+    assert plan.theta is not None
+    found = {}
+    for part in plan.theta.parts:
+        step = found[part.name] = _UpdateStep(math.sqrt(part.projection.map.variance()))
+        for group in plan.groups:
+            # Other θ move the other arrays of the group at the same time.
+            if not part.arrays.keys().isdisjoint(group.names.values()):
+                step.add(group, group.names)
+    return found
+
+
+def term_product(group: Group, units: Mapping[str, float]) -> float:
+    """Return the product of the units of the arrays of each term, which is a factor of the scale.
+
+    Raises
+    ------
+    ConfigError
+        If it differs between terms.
+    """
+    products = {
+        math.prod(units[full] for name, full in group.names.items() if name.startswith(tuple(prefixes)))
+        for prefixes in group.network.prefixes
+    }
+    if len(products) > 1:
+        raise ConfigError(
+            "rate='adam' needs terms with the same sources, and those of this config differ, so that each would have a "
+            "scale of its own: give every term the same sources, or use rate='sgd'"
+        )
+    return products.pop()
