@@ -206,7 +206,7 @@ def _where(options: argparse.Namespace) -> tuple[Engine, str]:
     device = options.device or ("cuda" if cluster and float(given.get("gpus", 0)) > 0 else "cpu")
     if not cluster:
         usable_device(device)
-    # A training uses one core, so that there is room for one per core; but not for several on one GPU.
+    # A training uses one core, so that one per core can run; but not several on one GPU.
     return open_engine(options.engine, options.jobs, given, light=device == "cpu"), device
 
 

@@ -136,7 +136,7 @@ def draw_methods(task: QualityTask, outcomes: Sequence[Outcome], path: Path, not
 
 
 def _panel(task: QualityTask, outcomes: Sequence[Outcome], budget: int, axes: Any, rows: int) -> None:
-    """Draw a panel with room for ``rows`` methods, the best of which is at the top."""
+    """Draw a panel that holds ``rows`` methods, the best of which is at the top."""
     ranked = sorted(at_budget(outcomes, budget), key=lambda one: task.quality(one.mean))
     for place, one in enumerate(ranked):
         colour, marker = LIBRARIES[one.library]

@@ -125,7 +125,7 @@ class Generation:
             The folder for ``results.jsonl``, ``images`` and ``adapters``; created if needed.
         jobs : int, optional
             Number of parallel adaptations; several run in separate processes. 0 means one per core, or on a cluster as
-            many as it has room for. By default 1 on this machine, and 0 on a cluster.
+            many as it can run. By default 1 on this machine, and 0 on a cluster.
         fresh : bool
             Discard the results of an earlier run in that folder.
         engine, options

@@ -154,8 +154,8 @@ def test_a_library_that_is_not_installed_is_named_with_its_extra(engine: str, mo
     "engine", [pytest.param("ray", marks=needs("ray")), pytest.param("slurm", marks=needs("slurm"))]
 )
 def test_a_clusters_engine_has_options_and_room(engine: str) -> None:
-    assert open_engine(engine).room == open_engine(engine, 0).room == 1000
-    assert open_engine(engine, 7).room == 7
+    assert open_engine(engine).capacity == open_engine(engine, 0).capacity == 1000
+    assert open_engine(engine, 7).capacity == 7
     assert open_engine(engine, options={"cpus": "4"}).threads(None, 9) == 4
     assert open_engine(engine, options={"cpus": "4"}).threads(1, 9) == 1
     with pytest.raises(tna.TnadaptError, match=f"engine {engine} has no option 'gpu'; it has .*cpus, gpus"):
@@ -177,7 +177,7 @@ def test_a_clusters_engine_has_options_and_room(engine: str) -> None:
 def test_how_many_run_on_this_machine(jobs: int | None, light: bool, expected: int | None) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     engine = open_engine("local", jobs, light=light)
-    assert engine.jobs == engine.room == (expected or cores)
+    assert engine.jobs == engine.capacity == (expected or cores)
     assert engine.device("cuda") is None, "it is looked for"
     assert engine.threads(5, 7) == 5
     assert engine.threads(None, 1) == torch.get_num_threads()
@@ -299,14 +299,14 @@ class Crowded(Engine):
         return wanted or int(self.number("cpus", 1))
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         return 2
 
     def start(self, folder: Path, threads: int) -> Started:
         return _Here(self)
 
     def advice(self, folder: Path) -> str:
-        return "use a larger room"
+        return "use larger machines"
 
 
 class _Here(Started):
@@ -355,7 +355,7 @@ def test_who_always_dies_is_named_when_all_others_are_done(tmp_path: Path) -> No
         finish(done, run_tasks(Play(tmp_path), acts("lost", *"abcde"), tmp_path, engine=Crowded()))
     assert sorted(done) == list("abcde")
     assert str(caught.value) == (
-        "a worker died 3 times while it ran lost/0 (out of memory); use a larger room. What is finished is kept: run "
+        "a worker died 3 times while it ran lost/0 (out of memory); use larger machines. What is finished is kept: run "
         "the same command again to continue"
     )
 

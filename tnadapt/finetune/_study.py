@@ -255,7 +255,7 @@ class Study:
         jobs : int, optional
             Number of parallel trainings; several run in separate processes (a script then needs
             ``if __name__ == "__main__"``). 0 means one per core if a training needs one thread, else 1; on a cluster,
-            as many as it has room for. By default 1 on this machine, and 0 on a cluster.
+            as many as it can run. By default 1 on this machine, and 0 on a cluster.
         fresh : bool
             Discard the results of an earlier run in that folder.
         engine : str or Engine

@@ -21,7 +21,7 @@ class Started(abc.ABC):
 
     @abc.abstractmethod
     def submit(self, calls: Sequence[TaskCall]) -> None:
-        """Run calls, as soon as there is room for them."""
+        """Run calls, each as soon as the engine can."""
 
     @abc.abstractmethod
     def wait(self, seconds: float) -> Iterable[tuple[str, Ended]]:
@@ -44,7 +44,7 @@ class Engine(abc.ABC):
     Parameters
     ----------
     jobs : int, optional
-        The largest number of tasks at a time; 0 for as many as the engine has room for. By default 1 on this machine,
+        The largest number of tasks at a time; 0 for as many as the engine can run. By default 1 on this machine,
         and 0 on a cluster.
     options : mapping of str to str, optional
         Settings of this engine: see ``known``.
@@ -119,7 +119,7 @@ class Engine(abc.ABC):
         return given or ("cuda" if "gpus" in self.options and self.number("gpus", 0) else "cpu")
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         """The largest number of calls that are submitted at a time."""
         return self.jobs or 1000
 

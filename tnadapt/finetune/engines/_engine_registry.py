@@ -27,7 +27,7 @@ def open_engine(
         ``local``: processes of this machine. ``ray``: a Ray cluster; the one that there is, else one that is started on
         this machine. ``slurm``: jobs of Slurm, through submitit.
     jobs : int, optional
-        The largest number of parallel tasks; 0 for as many as there is room for: on this machine one, or one per core
+        The largest number of parallel tasks; 0 for as many as can run: on this machine one, or one per core
         if the tasks are light. By default 1 on this machine, and 0 on a cluster.
     options : mapping of str to str, optional
         Settings of the engine: see :func:`engine_options`.
@@ -41,7 +41,7 @@ def open_engine(
 
     Examples
     --------
-    >>> open_engine("local", jobs=2).room
+    >>> open_engine("local", jobs=2).capacity
     2
     >>> open_engine("loca")
     Traceback (most recent call last):

@@ -64,7 +64,7 @@ def run_tasks(
         ``local``, ``ray`` or ``slurm``; see :func:`open_engine`.
     jobs : int, optional
         The largest number of parallel tasks. By default 1 on this machine, where one at a time runs in this process,
-        and as many as there is room for on a cluster. Parallel tasks of a script need ``if __name__ == "__main__"``.
+        and as many as can run on a cluster. Parallel tasks of a script need ``if __name__ == "__main__"``.
     options : mapping of str to str, optional
         Settings of the engine.
     threads : int, optional
@@ -152,7 +152,7 @@ def _side_by_side(
     lost: dict[str, str] = {}
     with engine.start(place.path, next(iter(calls.values())).threads) as started:
         while waiting or running:
-            batch = [waiting.popleft() for _ in range(min(len(waiting), engine.room - len(running)))]
+            batch = [waiting.popleft() for _ in range(min(len(waiting), engine.capacity - len(running)))]
             if batch:
                 running.update({task.key: task for task in batch})
                 attempts.update(task.key for task in batch)

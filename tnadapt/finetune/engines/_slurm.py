@@ -73,7 +73,7 @@ class SlurmEngine(Engine):
         return wanted or max(1, int(self.number("cpus", 1)))
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         """The largest number of jobs that are queued at a time."""
         return self.jobs or _ARRAY
 
@@ -93,7 +93,7 @@ class SlurmEngine(Engine):
         parameters |= {theirs: self.options[ours] for ours, theirs in _TEXTS.items() if ours in self.options}
         if "setup" in self.options:
             parameters[f"{cluster}_setup"] = [self.options["setup"]]
-        parameters["slurm_array_parallelism"] = self.room
+        parameters["slurm_array_parallelism"] = self.capacity
         try:
             executor = submitit.AutoExecutor(folder=_logs(folder), cluster=cluster)
             executor.update_parameters(**parameters)
