@@ -29,6 +29,7 @@ from collections.abc import Collection, Mapping
 from tnadapt.errors import ConfigError
 
 from ._group_plan import GroupPlan
+from ._update_size import update_step
 from .group import Group
 from .init import Initializer
 
@@ -97,7 +98,9 @@ class _UpdateStep:
         return self._groups.keys()
 
     def __call__(self, distance: float) -> float:
-        square = sum(elements * start.step(moved, distance) ** 2 for start, moved, elements in self._groups.values())
+        square = sum(
+            elements * update_step(start, moved, distance) ** 2 for start, moved, elements in self._groups.values()
+        )
         return math.sqrt(square / sum(elements for _, _, elements in self._groups.values()))
 
     def distance(self, target: float) -> float:

@@ -218,63 +218,11 @@ class Initializer(FixedArrays):
         # Round to single precision: the last bit of a power differs between machines, and x_start must not.
         return float(np.float32(found))
 
-    def mean_square(self, name: str) -> float:
-        """Return the mean square of an array or multiplier, by its name in the network, apart from being the zero.
-
-        That of an array that is computed from the base does not depend on the base.
-        """
-        array, _, multiplier = name.rpartition(".")
-        if name not in self.network.shapes:
-            source = self.origins[array].multiplied
-            assert source is not None
-            return (source.starts[multiplier] or 1.0) ** 2
-        if name in self.frozen.entries:
-            return self.frozen.expected_square(name)
+    def std_of(self, name: str) -> float:
+        """Return σ of an array that is random, by its name in the network; 1 for CP weights, which start at one."""
         split = self.network.splits[int(name.rpartition(".")[0].rpartition("split")[2])]
         term = int(name.partition(".")[0].removeprefix("term")) if self.network.terms > 1 else 0
-        return 1.0 if name.rpartition(".")[2] in split.ones else self._std(term) ** 2
-
-    def step(self, moved: Collection[str], distance: float) -> float:
-        """Return the root mean square of the step of ΔW if entries of arrays move by ± ``distance`` from the start.
-
-        Parameters
-        ----------
-        moved : collection of str
-            Names of the arrays and multipliers that move, in the network.
-        distance : float
-
-        Notes
-        -----
-        The signs of the moves, and the entries of different arrays, are taken for independent. The mean square of a
-        product of arrays is then that of each, plus ``distance²`` where it moves, multiplied.
-        """
-        change = total = 0.0
-        for prefixes in self.network.prefixes:
-            before = after = 1.0
-            for prefix, split in zip(prefixes, self.network.splits, strict=True):
-                before, after = before * split.num_terms, after * split.num_terms
-                for name in split.shapes:
-                    before *= self._square(prefix + name, (), 0.0)
-                    after *= self._square(prefix + name, moved, distance)
-            change, total = change + after - before, total + after
-        gain = self.network.scale**2 * self.projection.map.variance()
-        if self.projection.linear:
-            return math.sqrt(gain * change)
-        # The derivative of tanhshrink(t) is tanh(t)² ~ t², as for the standard deviation, and at most 1.
-        return math.sqrt(gain * change * min(1.0, self.projection.map.fourth_moment() * (gain * total) ** 2))
-
-    def _square(self, name: str, moved: Collection[str], distance: float) -> float:
-        """Return the mean square of an array times its multipliers, if some of them have moved from the start."""
-
-        def of(part: str, products: int = 1) -> float:
-            start = 0.0 if part in self.zeros else self.mean_square(part)
-            return start + products * distance**2 if part in moved else start
-
-        square, origin = of(name), self.origins.get(name)
-        if origin is not None and origin.multiplied is not None:
-            source, shape = origin.multiplied, self.network.shapes[name]
-            square *= math.prod(of(f"{name}.{part}", source.touched(part, 1, shape)[1]) for part in source.multipliers)
-        return square
+        return 1.0 if name.rpartition(".")[2] in split.ones else self._std(term)
 
     def _source_of_zero(self, term: int) -> Multiplied | None:
         """Return the source of the array that is zero in a term, if it has multipliers."""
