@@ -135,12 +135,24 @@ def test_parts_of_a_composite_take_the_step_of_one() -> None:
     assert [part.config.rate for part in config.parts] == ["adam", "adam"]
 
 
-def test_copies_are_in_the_same_units() -> None:
-    training = plan_of(preset("lora")).training_plan
-    for other in (pickle.loads(pickle.dumps(training)), copy.deepcopy(training)):
-        params = signs(training, 1e-3)
-        assert other.deltas(params)[0].tobytes() == training.deltas(params)[0].tobytes()
-        assert other.file_plan.config == training.config
+@pytest.mark.parametrize("name", ["lora", "unilora", "dora", "hira", "vera", "craft"])
+def test_copies_are_in_the_same_units(name: str) -> None:
+    whole = plan_of(preset(name)).training_plan
+    for training in (whole, whole.arrays_plan):
+        for other in (pickle.loads(pickle.dumps(training)), copy.deepcopy(training)):
+            params = signs(training, 1e-3)
+            for one, delta in zip(other.deltas(params), training.deltas(params), strict=True):
+                assert one.tobytes() == delta.tobytes()
+            assert other.file_plan.config == training.file_plan.config
+
+
+@pytest.mark.parametrize("name", ["lora", "unilora", "dora", "hira"])
+def test_the_arrays_plan_computes_the_same_updates(name: str) -> None:
+    training = plan_of(preset(name)).training_plan
+    params = signs(training, 1e-2)
+    alone = training.arrays_plan
+    for one, other in zip(alone.deltas(training.arrays(params)), training.deltas(params), strict=True):
+        assert one.tobytes() == other.tobytes()
 
 
 def test_sgd_trains_the_arrays_themselves() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,16 @@ def test_groups_of_an_adapter_in_units_have_one_rate() -> None:
     (group,) = adapter.adam_groups(2e-3)
     assert group["lr"] == 2e-3
     assert len(group["params"]) == len(list(adapter.parameters()))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_pickled_model_goes_on(name: str) -> None:
+    model = base()
+    adapter = attach(model, CONFIGS[name], "all-linear")
+    trained(model, adapter.parameters())
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(loss_of(again), loss_of(model))
+    # The same after another step, from the same gradients.
+    for one in (model, again):
+        trained(one, [parameter for parameter in one.parameters() if parameter.requires_grad], 1)
+    assert torch.equal(loss_of(again), loss_of(model))

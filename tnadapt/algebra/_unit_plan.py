@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import operator
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -84,6 +83,24 @@ class UnitPlan(RankPlan):
         found.groups = self._groups_in(units)
         return found
 
+    @functools.cached_property
+    def arrays_plan(self) -> Self:
+        """The plan of the updates alone, whose parameters are the arrays of this one, in their units.
+
+        Itself, unless ``config.before`` makes them from θ, or ``config.apply`` adds parameters of the weights.
+        """
+        if not self._in_units:
+            return super().arrays_plan
+        alone = self.file_plan.arrays_plan
+        if alone is self.file_plan:
+            return self
+        # θ has a unit, and the arrays that it makes have none.
+        return (
+            alone
+            if self.theta is not None
+            else alone.with_units({name: self._units[name] for name in alone.param_shapes})
+        )
+
     def _groups_in(self, units: Mapping[str, float]) -> list[Group]:
         if self.theta is not None:
             return self.groups
@@ -117,11 +134,15 @@ class UnitPlan(RankPlan):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._in_units:
-            return operator.attrgetter("training_plan"), (self.file_plan,)
+            return _with_units, (self.file_plan, dict(self._units))
         return self._reduced()
 
     def _reduced(self) -> tuple[Any, ...]:
         raise NotImplementedError
+
+
+def _with_units(plan: UnitPlan, units: Mapping[str, float]) -> UnitPlan:
+    return plan.with_units(units)
 
 
 def _times(array: Array, factor: float) -> Array:
