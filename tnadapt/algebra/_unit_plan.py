@@ -43,7 +43,17 @@ class UnitPlan(RankPlan):
         return self.units_for(self.config.rate)
 
     def units_for(self, rate: str) -> dict[str, float]:
-        """Return the units of another value of ``config.rate``."""
+        """Return the units of another value of ``config.rate``.
+
+        Parameters
+        ----------
+        rate : "adam" or "sgd"
+
+        Returns
+        -------
+        dict of str to float
+            Powers of two, by the names in ``param_shapes``.
+        """
         return RATES[rate](self, self.size)
 
     @functools.cached_property
@@ -73,7 +83,18 @@ class UnitPlan(RankPlan):
         return self.with_units(self.units)
 
     def with_units(self, units: Mapping[str, float]) -> Self:
-        """Return the plan whose parameters are in these units; see :attr:`training_plan`."""
+        """Return the plan whose parameters are in these units; see :attr:`training_plan`.
+
+        Parameters
+        ----------
+        units : mapping of str to float
+            A power of two for each name in ``param_shapes``.
+
+        Raises
+        ------
+        ConfigError
+            If the units of the arrays of a term have another product than those of the other terms of its group.
+        """
         found = object.__new__(type(self))
         own = {"units", "training_plan", "file_plan", "arrays_plan", "alike", "groups", "theta"}
         found.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
@@ -94,12 +115,9 @@ class UnitPlan(RankPlan):
         alone = self.file_plan.arrays_plan
         if alone is self.file_plan:
             return self
-        # θ has a unit, and the arrays that it makes have none.
-        return (
-            alone
-            if self.theta is not None
-            else alone.with_units({name: self._units[name] for name in alone.param_shapes})
-        )
+        if self.theta is not None:
+            return alone  # θ has a unit, and the arrays that it makes have none
+        return alone.with_units({name: self._units[name] for name in alone.param_shapes})
 
     def _groups_in(self, units: Mapping[str, float]) -> list[Group]:
         if self.theta is not None:
@@ -127,7 +145,18 @@ class UnitPlan(RankPlan):
         return {name: _times(param, self._units.get(name, 1.0)) for name, param in params.items()}
 
     def from_arrays(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the parameters of this plan from the arrays of its ``file_plan``: the inverse of :meth:`to_arrays`."""
+        """Return the parameters of this plan from the arrays of its ``file_plan``: the inverse of :meth:`to_arrays`.
+
+        Parameters
+        ----------
+        arrays : mapping of str to array
+            For all or some names in ``param_shapes``, of any library.
+
+        Returns
+        -------
+        dict of str to array
+            Of the same library and dtype; differentiable.
+        """
         return {name: _times(array, 1.0 / self._units.get(name, 1.0)) for name, array in arrays.items()}
 
     _units: Mapping[str, float] = {}

@@ -212,6 +212,11 @@ class Adapter(AdapterFiles):
         lr : float
             1e-2 suits all configs.
 
+        Returns
+        -------
+        list of dict
+            Each with ``params``, trained parameters of one unit, and ``lr``.
+
         Examples
         --------
         >>> import torch, tnadapt as tna, tnadapt.torch
