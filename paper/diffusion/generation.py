@@ -162,13 +162,12 @@ class Generation:
 
     def _do(self, tasks: Sequence[Task], results: Results, out: Path, engine: Engine) -> None:
         missing = [task for task in tasks if task.key not in results.records]
-        if not missing:
-            return
-        results.begin_session(engine=engine.name, jobs=engine.jobs, device=self.setup.device)
+        if missing:
+            results.begin_session(engine=engine.name, jobs=engine.jobs, device=self.setup.device)
         work = _Adaptations(self.setup, self.how, out)
         done = run_tasks(
-            work, missing, out, engine=engine, study=results.digest, progress=self.reporter.training,
-            do=work.of(self.bench),
+            work, missing, out, engine=engine, study=results.digest, known=results.records,
+            progress=self.reporter.training, do=work.of(self.bench),
         )  # fmt: skip
         with contextlib.closing(done):  # an exception here must end the workers immediately
             for task, record in done:

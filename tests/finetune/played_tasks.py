@@ -123,7 +123,7 @@ def main() -> None:
     tasks = [task for task in acts(*names) if task.key not in there]
     progress: dict[str, float] = {}
     found = run_tasks(
-        Play(Path(folder)), tasks, Path(folder), engine=engine, jobs=int(jobs), threads=3,
+        Play(Path(folder)), tasks, Path(folder), engine=engine, jobs=int(jobs), threads=3, known=there,
         options=dict(option.split("=", 1) for option in json.loads(options)),
         progress=lambda task, done: progress.update({task.key: done}),
     )  # fmt: skip

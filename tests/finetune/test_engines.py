@@ -234,6 +234,21 @@ def test_lines_of_tasks_that_nobody_has_asked_for_yet_are_kept(tmp_path: Path) -
     assert not (tmp_path / "workers").exists()
 
 
+@pytest.mark.law("killed-sweep")
+def test_lines_that_a_killed_program_had_read_are_deleted(tmp_path: Path) -> None:
+    leave(tmp_path)
+    found = run_tasks(Play(tmp_path), [Act("c"), Act("x")], tmp_path, known=[Act(name).key for name in "abd"])
+    assert words(found) == {"c": "c", "x": "new"}
+    assert not (tmp_path / "workers").exists()
+
+
+@pytest.mark.law("killed-sweep")
+def test_the_files_of_a_program_that_was_killed_at_its_end_are_deleted(tmp_path: Path) -> None:
+    leave(tmp_path)
+    assert not list(run_tasks(Play(tmp_path), [], tmp_path, known=[Act(name).key for name in "abcd"]))
+    assert not (tmp_path / "workers").exists()
+
+
 def test_lines_of_another_study_are_discarded(tmp_path: Path) -> None:
     leave(tmp_path, "one")
     assert words(run_tasks(Play(tmp_path), [Act("a")], tmp_path, study="other")) == {"a": "new"}

@@ -314,13 +314,14 @@ class Study:
         missing = [task for task in tasks if task.key not in results.records]
         if missing:
             results.begin_session(engine=engine.name, jobs=engine.jobs, device=self.training.device)
-            self._train(missing, results, adapters, engine)
+        # Even if none is missing: a program that was killed may have left files of its workers.
+        self._train(missing, results, adapters, engine)
 
     def _train(self, tasks: Sequence[Task], results: Results, adapters: Path, engine: Engine) -> None:
         work = _Trainings(self.spec, self.training, adapters)
         done = run_tasks(
             work, tasks, adapters.parent, engine=engine, threads=self.problem.threads, study=results.digest,
-            progress=self.reporter.training, do=work.of(self.problem),
+            known=results.records, progress=self.reporter.training, do=work.of(self.problem),
         )  # fmt: skip
         with contextlib.closing(done):  # an exception here must end the workers immediately
             for task, record in done:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ def run_tasks(
     threads: int | None = None,
     progress: Callable[[T, float], None] = lambda task, done: None,
     study: str = "",
+    known: Collection[str] = (),
     do: Do | None = None,
 ) -> Generator[tuple[T, dict[str, Any]]]:
     """Run tasks on this machine or a cluster, and yield each with its result line when it is finished.
@@ -49,9 +50,9 @@ def run_tasks(
 
     Every worker writes the lines to a file of its own in ``folder / "workers"``, synchronized, before it reports them.
     Write each line to your own file before you ask for the next one. If the program is then killed at any time, call
-    this again with the tasks that your file lacks: those that workers had finished are yielded from the workers' files
-    and are not run again; lines of other tasks are kept until you ask for these. A worker that dies is tried again,
-    twice at most.
+    this again with the tasks that your file lacks, and with the keys that it holds as ``known``: tasks that workers had
+    finished are yielded from the workers' files and are not run again. Lines of any other tasks are kept until you ask
+    for these. A worker that dies is tried again, twice at most.
 
     Parameters
     ----------
@@ -74,6 +75,8 @@ def run_tasks(
     study : str
         Anything that identifies what the lines depend on besides the keys, such as a digest of the settings. Lines that
         workers wrote for another study are discarded.
+    known : collection of str
+        Keys of tasks whose lines your file holds already; what workers wrote for them is deleted.
     do : callable, optional
         What ``work.open()`` would return, if you have opened it already; used in this process alone.
 
@@ -127,7 +130,7 @@ def run_tasks(
         place.create()
         calls = {task.key: TaskCall(place.path, os.getcwd(), work, task, share) for task in missing}
         yield from _side_by_side(used, missing, calls, place, progress)
-    place.forget(keys.keys())
+    place.forget(keys.keys() | set(known))
 
 
 def _one_by_one(
