@@ -6,13 +6,16 @@ the new head has a rate of its own, the same for all settings, so that it does n
 ``results/rates/TASK.jsonl``, one line per training; an interrupted run resumes. On two idle cores the digits take half
 an hour, the others three to four hours with three seeds.
 
-``python benchmarks/rates.py table`` writes the tables that ``docs/learning_rate.rst`` shows from the results.
+``python benchmarks/rates.py table`` writes the tables that ``docs/learning_rate.rst`` shows from the results; among
+them that of the powers of N / n in ``results/rates/power.jsonl``, which were trained with ``SPREAD = 0`` in
+``tnadapt.algebra._adam_units``.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import shutil
 import statistics
 from collections.abc import Iterable, Sequence
@@ -181,6 +184,40 @@ def table(name: str) -> str:
     return "\n".join(text) + "\n"
 
 
+def power_table() -> str:
+    """Return the powers of N / n by which the norm of a map's best step is larger, in reStructuredText.
+
+    The best rate is that of the lowest validation loss, as a mean over seeds.
+    """
+    losses: dict[tuple[str, str, int], dict[float, list[float]]] = {}
+    sizes: dict[tuple[str, str, int], int] = {}
+    for line in read_lines(RESULTS / "power.jsonl"):
+        key = line["task"], f"{line['family']} {line['label']}".strip(), line["parameters"]
+        losses.setdefault(key, {}).setdefault(line["rate"], []).append(line["validation_loss"] or math.inf)
+        sizes[key] = line["elements"]
+    powers: dict[str, list[float]] = {}
+    text = []
+    for (task, name, parameters), rates in sorted(losses.items()):
+        best = min(rates, key=lambda rate: statistics.fmean(rates[rate]))
+        power = math.log(best / DEFAULT) / math.log(sizes[task, name, parameters] / parameters)
+        powers.setdefault(task, []).append(power)
+        edge = best in (min(rates), max(rates))
+        text += [
+            f"   * - {task}", f"     - {name}", f"     - {parameters:,}", f"     - {len(rates)}",
+            f"     - {best:g}{' (the edge)' * edge}", f"     - {power:.2f}",
+        ]  # fmt: skip
+    head = [
+        "; ".join(
+            f"{task}: {statistics.fmean(own):.2f} on average, {min(own):.2f} to {max(own):.2f} ({len(own)} maps)"
+            for task, own in powers.items()
+        )
+        + ".",
+        "", ".. list-table::", "   :header-rows: 1", "", "   * - task", "     - map", "     - parameters",
+        "     - rates tried", "     - best", "     - power",
+    ]  # fmt: skip
+    return "\n".join([*head, *text]) + "\n"
+
+
 def main() -> None:
     """Run a task, or write the tables."""
     parser = argparse.ArgumentParser(description="Settings at several learning rates.")
@@ -197,6 +234,7 @@ def main() -> None:
     for name in TASKS:
         if (RESULTS / f"{name}.jsonl").is_file():
             (RESULTS / f"{name}.rst").write_text(table(name), encoding="utf-8")
+    (RESULTS / "power.rst").write_text(power_table(), encoding="utf-8")
 
 
 if __name__ == "__main__":

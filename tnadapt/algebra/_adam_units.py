@@ -9,6 +9,10 @@ makes the first ``STEPS`` steps at ``RATE``, in all arrays together, move ΔW by
 per element (root mean square), where N is the number of elements of all adapted weights: the Frobenius norm of a step
 is about ``STEP_NORM``, whatever is trained and however large the model is.
 
+A map of n to N numbers, F or P, makes the norm larger by ``(N / n) ** SPREAD``. A step in a random subspace of n of N
+dimensions points less along the gradient: by sqrt(n / N), so that for equal progress the norm would be larger by the
+inverse. But it is limited by the curvature, too.
+
 For ΔW that is linear in the parameters (dense updates, a map F of them) the number of steps does not matter. A product
 of several arrays grows faster than in proportion to the steps: at first only the array that starts from zero counts,
 multiplied by the small random ones, and soon the moves of all of them, multiplied with each other.
@@ -17,7 +21,7 @@ The moves are taken to have independent signs, and entries of different arrays t
 x adds x² to its mean square, and mean squares of products multiply. With ``before``, θ has a unit, by what its arrays
 move, and the arrays have none. Magnitudes (``apply="magnitude"``) have the unit 1.
 
-Units are powers of two, so that the conversions are exact. They do not depend on which arrays are trained. The two
+Units are powers of two, so that the conversions are exact. They do not depend on which arrays are trained. The three
 constants are fits: docs/learning_rate.rst has the measurements.
 """
 
@@ -32,8 +36,9 @@ from ._group_plan import GroupPlan
 from ._update_size import update_step
 from .group import Group
 from .init import Initializer
+from .maps.projection import Projection
 
-__all__ = ["RATE", "STEPS", "STEP_NORM", "adam_units", "term_product"]
+__all__ = ["RATE", "SPREAD", "STEPS", "STEP_NORM", "adam_units", "spread", "term_product"]
 
 #: The learning rate for which the units are made. With it, most units are between 1/16 and 16.
 RATE = 1e-2
@@ -41,6 +46,8 @@ RATE = 1e-2
 STEP_NORM = 1.0
 #: Number of steps after which ΔW has moved by so many times the norm.
 STEPS = 5
+#: The power of N / n by which a map of n to N numbers makes the norm larger.
+SPREAD = 1.0 / 3.0
 
 
 def adam_units(plan: GroupPlan, size: int) -> dict[str, float]:
@@ -66,6 +73,11 @@ def adam_units(plan: GroupPlan, size: int) -> dict[str, float]:
     return {name: found.get(name, 1.0) for name in plan.param_shapes}
 
 
+def spread(projection: Projection) -> float:
+    """Return the factor of the norm of a step in the image of a map."""
+    return float(max(1.0, projection.map.n_out / projection.map.n_in) ** SPREAD)
+
+
 def _power(number: float) -> float:
     """Return the nearest power of two."""
     return float(2.0 ** round(math.log2(number)))
@@ -74,14 +86,18 @@ def _power(number: float) -> float:
 class _UpdateStep:
     """The root mean square of the step of ΔW, over the elements that something moves, as a function of the distance.
 
+    It is relative to the factors of the norm of the maps.
+
     Parameters
     ----------
     gain : float
         How far arrays move if the parameter moves by 1.
+    factor : float
+        Of the norm, by a map before the network.
     """
 
-    def __init__(self, gain: float = 1.0) -> None:
-        self.gain = gain
+    def __init__(self, gain: float = 1.0, factor: float = 1.0) -> None:
+        self.gain, self.factor = gain, factor
         self._groups: dict[tuple[object, ...], tuple[Initializer, Collection[str], int]] = {}
 
     def add(self, group: Group, moved: Collection[str]) -> None:
@@ -99,9 +115,10 @@ class _UpdateStep:
 
     def __call__(self, distance: float) -> float:
         square = sum(
-            elements * update_step(start, moved, distance) ** 2 for start, moved, elements in self._groups.values()
+            elements * (update_step(start, moved, distance) / spread(start.projection)) ** 2
+            for start, moved, elements in self._groups.values()
         )
-        return math.sqrt(square / sum(elements for _, _, elements in self._groups.values()))
+        return math.sqrt(square / sum(elements for _, _, elements in self._groups.values())) / self.factor
 
     def distance(self, target: float) -> float:
         """Return the distance that makes such a step, to 1 %."""
@@ -145,7 +162,7 @@ def _steps_of_theta(plan: GroupPlan) -> dict[str, _UpdateStep]:
     assert plan.theta is not None
     found = {}
     for part in plan.theta.parts:
-        step = found[part.name] = _UpdateStep(math.sqrt(part.projection.map.variance()))
+        step = found[part.name] = _UpdateStep(math.sqrt(part.projection.map.variance()), spread(part.projection))
         for group in plan.groups:
             # Other θ move the other arrays of the group at the same time.
             if not part.arrays.keys().isdisjoint(group.names.values()):
