@@ -14,7 +14,7 @@ from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Engine, open_engine, usable_device
 from tnadapt.finetune.training import checked_rates
 
-from . import methods, page, report, store, tasks
+from . import combinations, evidence, methods, page, report, store, tasks
 from .estimate import estimate
 from .grid import Grid, Trial, grid_of, shard_of
 from .profiles import PROFILES, Profile, profile_of
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("tasks", nargs="*", metavar="TASK", help=f"of the profile by default: {', '.join(tasks.TASKS)}")
     about = "; ".join(f"{name}: {one.about}" for name, one in PROFILES.items())
     run.add_argument("--profile", default="quick", help=f"default quick. {about}")
-    run.add_argument("--methods", help="names, or tnadapt, PEFT or all, with commas between them")
+    run.add_argument("--methods", help="names, or tnadapt, PEFT, new or all (the first two), with commas")
     run.add_argument("--budgets", help="numbers of parameters, with commas between them")
     run.add_argument("--seeds", type=int, help="seeds 0 to N - 1")
     run.add_argument("--tuned-by", type=int, help="number of seeds with which rates are tried")
@@ -80,7 +80,10 @@ def parser() -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=words)
         one.set_defaults(do=do)
         one.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder of the results")
-    shown = commands.add_parser("page", help="generate the page of the documentation from the published results")
+    shown = commands.add_parser(
+        "page",
+        help="generate the pages of the documentation, and what tnadapt plan ranks by, from the published results",
+    )
     shown.set_defaults(do=_page)
     shown.add_argument("--out", type=Path, default=PUBLISHED, help="folder of the results")
     listed = commands.add_parser("methods", help="list all methods")
@@ -123,15 +126,19 @@ def _report(options: argparse.Namespace) -> None:
     for task, scale in _every():
         for path in report.write(options.out, task, scale):
             print(path)
+    if any(store.files_of(options.out, task.name, scale) for task, scale in _every()):
+        print(combinations.write(options.out))
 
 
 def _page(options: argparse.Namespace) -> None:
     for path in page.write(options.out):
         print(path)
+    if options.out.resolve() == PUBLISHED.resolve():
+        print(evidence.write(options.out))
 
 
 def _methods(options: argparse.Namespace) -> None:
-    for name in methods.names(("control", "tnadapt", "PEFT")):
+    for name in methods.names(("control", "tnadapt", "PEFT", "new")):
         print(f"{name:22} {methods.find(name).title}")
 
 
@@ -166,7 +173,7 @@ def _list(task: QualityTask, scale: str, grid: Grid, shard: tuple[int, int], pla
 def _grid(task: QualityTask, profile: Profile, options: argparse.Namespace) -> Grid:
     names: Sequence[str] | None = profile.methods
     if options.methods:
-        groups = {"tnadapt": methods.names(["tnadapt"]), "PEFT": methods.names(["PEFT"]), "all": methods.names()}
+        groups = {name: methods.names([name]) for name in ("tnadapt", "PEFT", "new")} | {"all": methods.names()}
         words = [word.strip() for word in options.methods.split(",")]
         names = list(dict.fromkeys(name for word in words for name in groups.get(word, [word])))
     budgets = profile.budgets
@@ -202,10 +209,7 @@ def _shard(text: str) -> tuple[int, int]:
 def _where(options: argparse.Namespace) -> tuple[Engine, str]:
     """Return the engine, and the device of trainings; that of a cluster need not be on this machine."""
     given = engine_options(options.engine_option)
-    cluster = options.engine != "local"
-    device = options.device or ("cuda" if cluster and float(given.get("gpus", 0)) > 0 else "cpu")
-    if not cluster:
-        usable_device(device)
+    device = open_engine(options.engine, None, given).device(options.device) or usable_device(options.device or "cpu")
     # A training uses one core, so that one per core can run; but not several on one GPU.
     return open_engine(options.engine, options.jobs, given, light=device == "cpu"), device
 

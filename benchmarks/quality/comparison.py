@@ -10,11 +10,11 @@ from typing import Any
 
 from paper.paired_statistics import interval
 
-from .methods import BASE
+from .methods import BASE, DENSE
 from .tasks import QualityTask
 from .tuning import held_out
 
-__all__ = ["Difference", "Outcome", "at_budget", "base_of", "difference", "leader_of", "outcomes_of"]
+__all__ = ["Difference", "Outcome", "at_budget", "base_of", "dense_of", "difference", "leader_of", "outcomes_of"]
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -38,6 +38,8 @@ class Outcome:
         Whether a seed diverged at the chosen rate; then there are no scores.
     failed : str
         The error that a training raised; empty if none did.
+    config : mapping, optional
+        The settings, as JSON values.
     """
 
     method: str
@@ -54,6 +56,7 @@ class Outcome:
     test: Mapping[int, float]
     diverged: bool = False
     failed: str = ""
+    config: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -131,7 +134,7 @@ def _outcome(task: QualityTask, lines: Lines) -> Outcome:
         first["method"], first["title"], first["library"], first["label"], first["budget"], first["parameters"],
         max(line["kept"] for line in lines), chosen, tuple(sorted(by_rate)), len(tuning),
         {seed: line["validation"] for seed, line in sorted(scores.items())},
-        {seed: line["test"] for seed, line in sorted(scores.items())}, diverged, failed,
+        {seed: line["test"] for seed, line in sorted(scores.items())}, diverged, failed, first["config"],
     )  # fmt: skip
 
 
@@ -162,3 +165,8 @@ def leader_of(task: QualityTask, outcomes: Sequence[Outcome]) -> Outcome | None:
 def base_of(outcomes: Sequence[Outcome]) -> Outcome | None:
     """Return the control without an adapter."""
     return next((one for one in outcomes if one.method == BASE.name and one.measured), None)
+
+
+def dense_of(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """Return the control with dense updates."""
+    return next((one for one in outcomes if one.method == DENSE.name and one.measured), None)

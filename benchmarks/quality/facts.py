@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from torch import nn
 
 from tnadapt import torch as tnt
 from tnadapt.errors import TnadaptError
+from tnadapt.planning.preset_families import AdaptedWeights
 
 __all__ = ["Facts", "facts_of"]
 
@@ -34,20 +36,20 @@ class Facts:
     roles: tuple[object, ...]
     head_size: int | None = None
 
+    @functools.cached_property
+    def weights(self) -> AdaptedWeights:
+        """What families of presets are made for."""
+        return AdaptedWeights(self.shapes, self.layers, self.roles, self.head_size)
+
     @property
     def size(self) -> int:
         """Number of elements of all weights."""
-        return sum(rows * cols for rows, cols in self.shapes)
+        return self.weights.size
 
     @property
     def side(self) -> int:
         """The shorter side of the smallest weight, beyond which a matrix rank gains nothing."""
-        return min(min(shape) for shape in self.shapes)
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all weights have one shape."""
-        return len(set(self.shapes)) == 1
+        return self.weights.side
 
 
 def facts_of(model: nn.Module, targets: str | Sequence[str], head_size: int | None = None) -> Facts:

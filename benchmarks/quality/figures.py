@@ -15,7 +15,7 @@ from .tasks import QualityTask
 __all__ = ["draw_methods", "draw_scores"]
 
 #: Colour and marker of each library.
-LIBRARIES = {"tnadapt": ("#D55E00", "o"), "PEFT": ("#0072B2", "s")}
+LIBRARIES = {"tnadapt": ("#D55E00", "o"), "PEFT": ("#0072B2", "s"), "new": ("#009E73", "^")}
 #: Methods of each budget that are named in the first figure.
 NAMED = 3
 
@@ -50,6 +50,8 @@ def draw_scores(task: QualityTask, outcomes: Sequence[Outcome], path: Path, note
     axes.set_xscale("log")
     for library, (colour, marker) in LIBRARIES.items():
         own = [one for one in outcomes if one.library == library and one.measured]
+        if not own:
+            continue
         axes.plot(
             [one.parameters for one in own], [shown(task, one.mean) for one in own], marker=marker, linestyle="none",
             color=colour, alpha=0.35, markersize=5, markeredgewidth=0, zorder=2,
@@ -73,7 +75,7 @@ def draw_scores(task: QualityTask, outcomes: Sequence[Outcome], path: Path, note
     axes.set_xlabel("trained parameters of the adapter", fontsize=9, color=INK)
     axes.set_ylabel(axis_of(task), fontsize=9, color=INK)
     budgets = budgets_of(outcomes)
-    axes.set_xlim(min(budgets) / 3, max(budgets) * 1.5)
+    axes.set_xlim(min(budgets) / 10, max(budgets) * 1.5)  # the controls are named on the left
     axes.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
     axes.minorticks_off()
     axes.grid(axis="both", which="major", color="#E6E6E6", linewidth=0.7)

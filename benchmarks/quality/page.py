@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tnadapt.checkpoints.atomic_files import replace_file
 
-from . import methods, report, store, tasks
+from . import methods, report, store, tasks, which
 from .grid import BUDGETS
 from .tuning import BEYOND
 
@@ -16,7 +16,7 @@ __all__ = ["page", "write"]
 
 
 def write(folder: Path) -> list[Path]:
-    """Write the tables and figures of all tasks with results, and the page.
+    """Write the tables and figures of all tasks with results, and both pages.
 
     Raises
     ------
@@ -28,7 +28,7 @@ def write(folder: Path) -> list[Path]:
     paths = [path for task, scale in _studies(folder) for path in report.write(folder, task, scale)]
     target = folder / "page.md"
     replace_file(str(target), page(folder).encode())
-    return [*paths, target]
+    return [*paths, target, which.write(folder)]
 
 
 def _studies(folder: Path) -> list[tuple[tasks.QualityTask, str]]:

@@ -6,6 +6,7 @@ import dataclasses
 
 from tnadapt.errors import TnadaptError, safe_repr
 
+from . import methods
 from .grid import BUDGETS
 
 __all__ = ["FEW", "PROFILES", "Profile", "profile_of"]
@@ -15,6 +16,12 @@ FEW = (
     "lora", "lonkr", "lorta", "superlora", "superlora-projected", "fastfood", "lora_xs", "tinylora", "unilora",
     "fourierft", "cara", "vera", "peft-lora", "peft-lokr", "peft-vera", "peft-fourierft", "peft-unilora",
     "peft-tinylora",
+)  # fmt: skip
+
+#: The methods that new combinations are compared with, and these.
+NEW = (
+    *methods.REFERENCES, "lora", "lonkr", "lorta", "lorta_cp", "cara", "superlora", "superlora-projected", "fastfood",
+    "fourierft", "craft", "vera", *methods.names(["new"]),
 )  # fmt: skip
 
 
@@ -56,6 +63,11 @@ PROFILES = {
         ("digits", "reviews", "cifar10", "smollm2-sft", "smollm2-grpo", "diffusion"),
         "for a GPU or a cluster: all tasks at full scale, all methods, five seeds, rates tuned by two",
         None, BUDGETS, 5, 2, "full",
+    ),
+    "new": Profile(
+        ("digits", "reviews", "cifar10"),
+        "combinations that no method of the literature has, and those with the fewest parameters, eight seeds",
+        NEW, (13, 100, 1_000), 8, 2,
     ),
 }  # fmt: skip
 

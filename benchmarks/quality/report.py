@@ -14,7 +14,7 @@ from .comparison import Difference, Outcome, at_budget, base_of, difference, lea
 from .figures import budgets_of, draw_methods, draw_scores
 from .tasks import QualityTask
 
-__all__ = ["note_of", "table", "write"]
+__all__ = ["note_of", "row", "scored", "shown", "table", "write"]
 
 
 def write(folder: Path, task: QualityTask, scale: str) -> list[Path]:
@@ -85,8 +85,8 @@ def _section(task: QualityTask, found: store.TaskResults, name: str) -> Iterator
         yield f"| control | parameters | rate | held-out {task.chosen_by} | test {task.metric} |"
         yield "|---|--:|--:|--:|--:|"
         for one in controls:
-            cells = (one.title, f"{one.parameters:,}", _rate(one), _held_out(task, one), _test(task, one))
-            yield _row(cells)
+            cells = (one.title, f"{one.parameters:,}", _rate(one), _held_out(task, one), scored(task, one))
+            yield row(cells)
     base = base_of(outcomes)
     for budget in budgets_of(outcomes):
         yield from ("", f"**At most {budget:,} parameters**", "")
@@ -136,15 +136,16 @@ def _budget(task: QualityTask, outcomes: Sequence[Outcome], base: Outcome | None
         behind = None if one is leader else difference(task, leader, one)
         tied = behind is not None and not behind.decided
         mark = "●" if one is leader else "○" if tied else ""
-        yield _row(
+        yield row(
             (
-                mark, one.name, one.label, f"{one.parameters:,}", _rate(one), _held_out(task, one), _test(task, one),
-                "" if base is None else _shown(task, difference(task, one, base)), _shown(task, behind),
+                mark, one.name, one.label, f"{one.parameters:,}", _rate(one), _held_out(task, one), scored(task, one),
+                "" if base is None else shown(task, difference(task, one, base)), shown(task, behind),
             )
         )  # fmt: skip
 
 
-def _row(cells: Sequence[str]) -> str:
+def row(cells: Sequence[str]) -> str:
+    """Return a row of a table."""
     return f"| {' | '.join(cells)} |"
 
 
@@ -160,11 +161,13 @@ def _held_out(task: QualityTask, one: Outcome) -> str:
     return _value(task, statistics.fmean(one.held_out.values()))
 
 
-def _test(task: QualityTask, one: Outcome) -> str:
+def scored(task: QualityTask, one: Outcome) -> str:
+    """Return the mean test score and its standard deviation over seeds."""
     return f"{_value(task, one.mean)} ± {_value(task, one.spread)}" if len(one.test) > 1 else _value(task, one.mean)
 
 
-def _shown(task: QualityTask, found: Difference | None) -> str:
+def shown(task: QualityTask, found: Difference | None) -> str:
+    """Return a difference with its interval."""
     if found is None:
         return ""
     if found.seeds < 2:

@@ -87,6 +87,7 @@ def test_a_module_that_only_its_package_uses_is_private() -> None:
 
 #: Public though nothing else here imports them: documented for users, or used by the scripts of the repository.
 PUBLIC = {
+    "tnadapt.planning.preset_families",
     "tnadapt.plugins.class_registry",
     "tnadapt.plugins.entry_points",
     "tnadapt.testing.strategies",

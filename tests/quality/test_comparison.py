@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,8 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
-from benchmarks.quality import report, store
+import tnadapt as tna
+from benchmarks.quality import combinations, evidence, report, store, which
 from benchmarks.quality.comparison import difference, leader_of, outcomes_of
 from tests.quality.played_task import PlayedTask
 
@@ -104,3 +107,94 @@ def test_the_table_says_what_was_found() -> None:
     assert any(line.startswith("|  | bad |") for line in shown), text
     assert "- lost, at most 100: failed: ValueError: no" in text
     assert "2 cores of a processor, device cpu, Python 3.12, torch 2" in text
+
+
+# -- New combinations ------------------------------------------------------------------------------
+
+
+def test_new_combinations_are_compared_with_the_best_known_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [
+        *lines("base", [0.30, 0.31, 0.32], "control"),
+        *lines("lora_xs", [0.50, 0.52, 0.51], validation=0.7),
+        *lines("unilora", [0.40, 0.42, 0.41], validation=0.4),
+        *lines("other", [0.45, 0.47, 0.46], validation=0.5),
+        *lines("better", [0.60, 0.63, 0.61], "new"),
+        *lines("worse", [0.30, 0.31, 0.32], "new"),
+        *lines("alike", [0.50, 0.53, 0.50], "new"),
+    ]
+    found = store.TaskResults({}, {one["key"]: one for one in records}, [])
+    monkeypatch.setattr(combinations.store, "read", lambda folder, name, scale: found)
+    monkeypatch.setattr(combinations.tasks, "TASKS", ["played"])
+    monkeypatch.setattr(combinations.tasks, "find", lambda name: TASK)
+    text = combinations.write(tmp_path).read_text(encoding="utf-8")
+    assert "The best known method by held-out accuracy is lora_xs r = 1, with a test accuracy of 51.0 ± 1.0." in text
+    assert (
+        "Of 3 combinations, 1 are better by an interval that excludes 0 (better), 1 are worse, and 1 are not decided "
+        "by these seeds."
+    ) in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert rows[0] == "| combination | setting | parameters | test accuracy | over lora_xs | over unilora |"
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| better", "| alike", "| worse"]
+    assert rows[2].startswith("| better | r = 1 | 90 | 61.3 ± 1.5 | 10.3 [8.9, 11.8] | 20.3 [")
+
+
+# -- Which method? ---------------------------------------------------------------------------------
+
+LORA, FOURIER = tna.presets.lora(3).to_dict(), tna.presets.fourierft(4).to_dict()
+
+
+def with_config(config: dict[str, Any] | None, *given: Any, **more: Any) -> list[dict[str, Any]]:
+    return [{**line, "config": config} for line in lines(*given, **more)]
+
+
+def test_the_rank_of_lora_that_serves_a_setting() -> None:
+    facts = TASK.facts(TASK.sketch())
+    cases = [
+        (with_config(LORA, "lora", [0.5]), 3),
+        (with_config(FOURIER, "fourierft", [0.5]), None),
+        (with_config({"peft": "LoraConfig", "r": 5}, "peft-lora", [0.5], "PEFT"), 5),
+        (with_config({"peft": "LoKrConfig", "r": 5}, "peft-lokr", [0.5], "PEFT"), None),
+    ]
+    for given_lines, rank in cases:
+        (one,) = outcomes_of(TASK, given_lines)
+        assert which.lora_rank(one, facts) == rank
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [
+        *with_config(None, "base", [0.30, 0.31, 0.32], "control", parameters=0),
+        *with_config(LORA, "dense", [0.90, 0.91, 0.92], "control"),
+        *with_config(FOURIER, "fourierft", [0.75, 0.77, 0.76], validation=0.9),
+        *with_config(LORA, "lora", [0.60, 0.62, 0.61], validation=0.8),
+        *with_config({"r": 2}, "peft-lora", [0.76, 0.75, 0.76], "PEFT", validation=0.7),
+    ]
+    found = store.TaskResults({}, {one["key"]: one for one in records}, [])
+    for module in (which, evidence):
+        monkeypatch.setattr(
+            module.store, "read", lambda folder, name, scale: found if (name, scale) == ("played", "small") else None
+        )
+        monkeypatch.setattr(module.tasks, "TASKS", ["played"])
+        monkeypatch.setattr(module.tasks, "find", lambda name: TASK)
+
+
+@pytest.mark.usefixtures("published")
+def test_an_answer_names_the_best_those_not_decided_and_the_best_as_lora(tmp_path: Path) -> None:
+    text = which.write(tmp_path).read_text(encoding="utf-8")
+    assert "No adapter: 31.0 ± 1.0; dense updates (128 parameters): 91.0 ± 1.0. 2 weights are adapted." in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| 100 |")]
+    assert row.startswith(
+        "| 100 | fourierft r = 1 | 76.0 ± 1.0 | peft-lora (PEFT) | lora r = 1 (rank 3) | 61.0 ± 1.0 |"
+    )
+    assert row.endswith("| 15.0 [15.0, 15.0] |")
+
+
+@pytest.mark.usefixtures("published")
+def test_what_plans_rank_by_has_our_methods_as_shares_of_the_gain_of_dense_updates(tmp_path: Path) -> None:
+    (task,) = json.loads(evidence.evidence(tmp_path))["tasks"]
+    assert (task["title"], task["elements"]) == (TASK.title, 128)
+    assert [(one["config"], one["parameters"], one["share"]) for one in task["settings"]] == [
+        (FOURIER, 90, 0.75), (LORA, 90, 0.5),
+    ]  # fmt: skip

@@ -8,13 +8,21 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
-from benchmarks.quality import page, report, store, tasks
+from benchmarks.quality import evidence, page, report, store, tasks, which
 from benchmarks.quality.command import PUBLISHED
 from benchmarks.quality.comparison import outcomes_of
 
 
 def test_the_page_is_that_of_the_results() -> None:
     assert (PUBLISHED / "page.md").read_text(encoding="utf-8") == page.page(PUBLISHED)
+
+
+def test_which_method_is_that_of_the_results() -> None:
+    assert (PUBLISHED / "which.md").read_text(encoding="utf-8") == which.page(PUBLISHED)
+
+
+def test_what_plans_rank_by_is_that_of_the_results() -> None:
+    assert evidence.PACKAGED.read_text(encoding="utf-8") == evidence.evidence(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", list(tasks.TASKS))

@@ -115,7 +115,7 @@ def test_results_of_another_study_are_refused(tmp_path: Path) -> None:
 def test_tables_and_figures_are_those_of_the_results(tmp_path: Path) -> None:
     run(tmp_path)
     paths = page.write(tmp_path)
-    assert [path.name for path in paths] == ["played.md", "played.png", "played-methods.png", "page.md"]
+    assert [path.name for path in paths] == ["played.md", "played.png", "played-methods.png", "page.md", "which.md"]
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "## A played task" in text
     assert text.endswith((tmp_path / "played.md").read_text(encoding="utf-8"))

@@ -42,6 +42,9 @@ class Row:
         :func:`~tnadapt.planning.step_cost`.
     adapter : SuperLoRA
         The setting on the plan's weights.
+    measured : float, optional
+        What part of the gain of dense updates the method reached with about as many parameters, in published results
+        that apply to these weights; None if there are none.
 
     Examples
     --------
@@ -59,6 +62,7 @@ class Row:
     freedom: int
     cost: int
     adapter: SuperLoRA = dataclasses.field(compare=False, repr=False)
+    measured: float | None = None
 
     @classmethod
     def of(cls, adapter: SuperLoRA, each: int = 4) -> Row:
@@ -96,6 +100,7 @@ class Row:
         """Return the row as a dictionary for JSON, including the rank."""
         return {
             "family": self.name.family, "label": self.name.label, "parameters": self.parameters, "bytes": self.bytes,
+            "measured": self.measured,
             "rank": self.rank.value, "rank_exact": self.rank.exact, "export": self.export.to_dict(),
             "lora_rank": self.lora_rank, "freedom": self.freedom, "fraction": self.fraction, "waste": self.waste,
             "cost": self.cost, "config": self.config.to_dict(),

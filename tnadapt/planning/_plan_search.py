@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 
 from tnadapt.algebra.config import Config
@@ -9,6 +10,7 @@ from tnadapt.algebra.known_weights import KnownWeights
 from tnadapt.errors import ConfigError
 
 from ._budget_units import bytes_each, parameters_of
+from ._measured import measurements
 from ._plan_row import Row
 from ._plan_table import RUNG, Plan, checked_criteria, front_of
 from ._setting_names import known_as
@@ -63,13 +65,17 @@ def plan(
 
     Notes
     -----
-    The families are the methods of table 1 of the paper and settings between them: over G, M, K, format, projection
-    and ratio. For each family, bisection finds the setting with the most parameters within the budget (if the family
-    has several K and f, or ρ, the one with the most freedom), the same for a tenth of the budget, a hundredth, …, and
-    the smallest setting. No array is created until a rank is needed. Shapes are checked once, and what settings need of
-    them is counted once for each different group, so that the time hardly depends on the number of weights.
+    The families are the methods of table 1 of the paper, settings between them (over G, M, K, format, projection and
+    ratio), and the methods of the literature with the fewest parameters. For each family, bisection finds the setting
+    with the most parameters within the budget (if the family has several K and f, or ρ, the one with the most freedom),
+    the same for a tenth of the budget, a hundredth, …, and the smallest setting. No array is created until a rank is
+    needed. Shapes are checked once, and what settings need of them is counted once for each different group, so that
+    the time hardly depends on the number of weights.
 
-    Freedom and rank measure what a setting can represent, not its accuracy; measure that with ``tnadapt finetune``.
+    Freedom and rank measure what a setting can represent, not its accuracy. Where published results apply, rows are in
+    the order of the accuracy that their methods reached: on tasks whose adapted weights have between a tenth and ten
+    times as many elements, with at most 3.2 times more or fewer parameters (``benchmarks/quality``). On your own task,
+    measure it with ``tnadapt finetune``.
 
     Examples
     --------
@@ -77,7 +83,7 @@ def plan(
     >>> found = tna.plan([(768, 768)] * 24, 1000)
     >>> row = max(found.rows, key=lambda row: row.freedom)
     >>> print(row.name, row.parameters, row.freedom, row.rank)
-    fastfood ρ = 7.064e-05 1000 1000 768
+    Uni-LoRA p = 1000, r = 4 1000 1000 4
     """
     names = checked_criteria(by)
     each = bytes_each(dtype)
@@ -96,10 +102,21 @@ def plan(
             f"a budget of {wanted:,} parameters is less than any setting needs on these {len(shapes)} weights; the "
             f"least is {least.parameters:,}: {known_as(least.config)}"
         )
-    rows = [Row.of(search.adapter(config), each) for config in found]
-    rows.sort(key=lambda row: (-row.parameters, row.cost, -row.freedom))
+    known = measurements(size)
+    rows = [
+        dataclasses.replace(row, measured=known.share(row.config, row.parameters))
+        for row in (Row.of(search.adapter(config), each) for config in found)
+    ]
+    rows.sort(key=_order)
     front = tuple(front_of(rows, names, min(wanted, size)))
-    return Plan(wanted, dtype, tuple(shapes), names, tuple(rows), front, tuple(_freest(rows)))
+    titles = tuple(task.title for task in known.tasks)
+    return Plan(wanted, dtype, tuple(shapes), names, tuple(rows), front, tuple(_freest(rows)), titles)
+
+
+def _order(row: Row) -> tuple[float, ...]:
+    """Sort by measured accuracy where there is any, then by parameters."""
+    measured = -1.0 if row.measured is None else row.measured
+    return (row.measured is None, -measured, -row.parameters, row.cost, -row.freedom)
 
 
 def _freest(rows: Sequence[Row]) -> list[Row]:

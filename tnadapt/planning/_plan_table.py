@@ -36,13 +36,16 @@ class Plan:
     by : tuple of str
         Criteria of the front.
     rows : tuple of Row
-        All settings that were compared, those with the most parameters first.
+        All settings that were compared: those with published results by accuracy, then the others, those with the most
+        parameters first.
     front : tuple of Row
         The Pareto front: the rows for which no other row is as good in everything that ``by`` names and better in
         something. Parameters are compared by tenths: all rows between a tenth of the budget and the budget count as
         equal, and their exact numbers only decide between rows that are otherwise equal.
     freest : tuple of Row
         For each method, the row with the most freedom.
+    measured_on : tuple of str
+        The tasks whose published results apply to these weights.
 
     Examples
     --------
@@ -59,6 +62,7 @@ class Plan:
     rows: tuple[Row, ...]
     front: tuple[Row, ...]
     freest: tuple[Row, ...]
+    measured_on: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -79,7 +83,11 @@ class Plan:
             Whether to include all rows, not only ``shown``; each rank is computed, which may take a while.
         """
         rows = self.rows if every else self.shown
-        return [TITLES, *(_cells(row, row in self.front) for row in rows)]
+        table = [TITLES, *(_cells(row, row in self.front) for row in rows)]
+        if any(row.measured is not None for row in rows):
+            return table
+        place = TITLES.index("measured")
+        return [(*cells[:place], *cells[place + 1 :]) for cells in table]
 
     def __str__(self) -> str:
         """Return the table as plain text."""
@@ -90,6 +98,7 @@ class Plan:
         names = {"parameters": "parameters (by tenths)", "cost": "step", "waste": "padding"}
         told = ", ".join(names.get(name, name) for name in self.by)
         return [
+            *self._order(),
             f"● front: no other setting is as good in {told}, and better in one",
             "  other rows: for each method, the setting with the most freedom",
             "rank: the largest that a weight's update can have; step: multiply-adds of updates and gradients",
@@ -99,22 +108,44 @@ class Plan:
             f"{_counted(self.budget, 'parameter')}; {_counted(len(self.rows), 'setting')} compared",
         ]
 
+    def _order(self) -> list[str]:
+        if any(row.measured is not None for row in self.rows):
+            return [
+                "order: by accuracy on " + "; ".join(self.measured_on) + " ('Which method?' in the documentation)",
+                "measured: the gain over no adapter with about as many parameters, as a share of that of dense updates",
+            ]
+        return ["order: by parameters, as no published results apply to weights and budgets of this size"]
+
     def to_dict(self, every: bool = False) -> dict[str, Any]:
         """Return the plan as a dictionary for JSON; with all rows if ``every``."""
         rows = self.rows if every else self.shown
         return {
             "budget": self.budget, "dtype": self.dtype, "weights": len(self.shapes), "elements": self.size,
-            "by": list(self.by), "compared": len(self.rows),
+            "by": list(self.by), "compared": len(self.rows), "measured_on": list(self.measured_on),
             "rows": [{**row.to_dict(), "front": row in self.front} for row in rows],
         }  # fmt: skip
 
 
-TITLES = ("", "method", "setting", "parameters", "bytes", "rank", "LoRA", "freedom", "share", "padding", "step")
+TITLES = (
+    "",
+    "method",
+    "setting",
+    "parameters",
+    "measured",
+    "bytes",
+    "rank",
+    "LoRA",
+    "freedom",
+    "share",
+    "padding",
+    "step",
+)
 
 
 def _cells(row: Row, front: bool) -> tuple[str, ...]:
     return (
-        "●" if front else "", row.name.family, row.name.label, f"{row.parameters:,}", f"{row.bytes:,}",
+        "●" if front else "", row.name.family, row.name.label, f"{row.parameters:,}",
+        "–" if row.measured is None else f"{row.measured:.0%}", f"{row.bytes:,}",
         str(row.rank), _exported(row.export), f"{row.freedom:,}", _percent(row.fraction),
         f"{row.waste:.1%}", _short(row.cost),
     )  # fmt: skip

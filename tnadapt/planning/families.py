@@ -1,4 +1,4 @@
-"""The methods that ``plan`` compares, as families of settings: table 1 of the paper, and between them."""
+"""The methods that ``plan`` compares, as families of settings: table 1 of the paper, between them, and others."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.superlora import SuperLoRA
 
 from .ladders import Family, Ladder
+from .preset_families import PRESET_FAMILIES, AdaptedWeights
 
 __all__ = ["families", "groups_between", "usual"]
 
@@ -19,6 +20,8 @@ Shapes = Sequence[tuple[int, int]]
 
 ORDERS = (3, 4, 5)
 RATIOS = (0.1, 0.01, 0.001)
+#: Presets of the literature with very few parameters whose largest rank is known without arrays of the weights' size.
+FEWEST = ("lora_xs", "tinylora", "unilora", "vera")
 
 
 def usual(shapes: Shapes) -> list[Family]:
@@ -46,12 +49,12 @@ def usual(shapes: Shapes) -> list[Family]:
 def families(
     shapes: Shapes, layers: Sequence[Hashable] | None = None, roles: Sequence[Hashable] | None = None
 ) -> list[Family]:
-    """Return all families: the usual ones, related methods, other orders and formats, and more groups.
+    """Return all families: the usual ones, related methods, other orders and formats, more groups, and others.
 
     Examples
     --------
     >>> len(families([(768, 768)] * 24))
-    31
+    35
     """
     size = sum(rows * cols for rows, cols in shapes)
     found = [*usual(shapes), [Ladder(presets.loha, _by_factors)], [Ladder(lambda _: presets.krona(), lambda _: 1)]]
@@ -69,6 +72,8 @@ def families(
         if groups != "weight" or any(rows != cols for rows, cols in shapes):
             found.append([Ladder(functools.partial(presets.superlora, groups=groups), _by_factors)])
         found += [[_cp(3, groups)], [_lorta(3, groups)], _lonkr(groups, size)]
+    own = AdaptedWeights(shapes, layers, roles)
+    found += [PRESET_FAMILIES[name].family(own) for name in FEWEST]
     return [*found, [Ladder(lambda _: presets.dense(), lambda _: 1)]]
 
 

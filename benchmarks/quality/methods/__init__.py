@@ -1,4 +1,4 @@
-"""The methods, by name: tnadapt's presets, methods of PEFT, and controls.
+"""The methods, by name: tnadapt's presets, methods of PEFT, combinations that are new, and controls.
 
 A new preset is one line in the table of ``_presets.py``, a new method of PEFT one in that of ``_peft_methods.py``.
 Anything else is a subclass of :class:`Method` that is given to :func:`register`.
@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from tnadapt.errors import TnadaptError, safe_repr
 
+from ._combinations import COMBINATIONS, REFERENCES
 from ._controls import BASE, CONTROLS, DENSE
 from ._method import Method, Setting, UnfitError, key_of
 from ._peft_methods import LEFT_OUT, PEFT_METHODS, trained
@@ -20,6 +21,7 @@ __all__ = [
     "CONTROLS",
     "DENSE",
     "LEFT_OUT",
+    "REFERENCES",
     "Method",
     "Setting",
     "UnfitError",
@@ -65,5 +67,5 @@ def names(libraries: Iterable[str] = ("tnadapt", "PEFT")) -> list[str]:
     return [name for name, method in _METHODS.items() if method.library in tuple(libraries)]
 
 
-for _method in (*CONTROLS, *PRESETS, *PEFT_METHODS):
+for _method in (*CONTROLS, *PRESETS, *PEFT_METHODS, *COMBINATIONS):
     register(_method)

@@ -60,7 +60,8 @@ class Method(abc.ABC):
         Unique, and part of the keys of results.
     title : str
         As its paper writes it.
-    library : {"tnadapt", "PEFT", "control"}
+    library : {"tnadapt", "PEFT", "new", "control"}
+        "new" is a combination that tnadapt has no preset for.
     """
 
     name: str

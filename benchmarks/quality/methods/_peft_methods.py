@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from tnadapt.planning.preset_families import LARGEST_DENSE
+
 from ..facts import Facts
 from ._method import Method, Setting, UnfitError
-from ._presets import LARGEST_DENSE
 
 __all__ = ["LEFT_OUT", "PEFT_METHODS", "PeftMethod"]
 

@@ -1,0 +1,68 @@
+"""What ``tnadapt plan`` ranks by: the published results of tnadapt's methods, in a file of the package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tnadapt.planning
+from tnadapt.checkpoints.atomic_files import replace_file
+
+from . import store, tasks
+from .comparison import Outcome, base_of, dense_of, outcomes_of
+from .tasks import QualityTask
+
+__all__ = ["PACKAGED", "evidence", "share", "write"]
+
+#: The file that :mod:`tnadapt.planning` reads.
+PACKAGED = Path(tnadapt.planning.__file__).with_name("measured.json")
+
+
+def write(folder: Path) -> Path:
+    """Write the file of the package from the results in a folder.
+
+    Raises
+    ------
+    FileError
+        If results are damaged, or the file cannot be written.
+    """
+    replace_file(str(PACKAGED), evidence(folder).encode())
+    return PACKAGED
+
+
+def evidence(folder: Path) -> str:
+    """Return the content of the file: the tasks with their controls, and each measured setting of tnadapt."""
+    return json.dumps({"tasks": list(_tasks(folder))}, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def _tasks(folder: Path) -> Iterator[dict[str, Any]]:
+    for name in tasks.TASKS:
+        task = tasks.find(name)
+        # Results at full scale replace those of two cores.
+        for scale in ("full", "small"):
+            found = store.read(folder, name, scale)
+            if found is None:
+                continue
+            settings = list(_settings(task, outcomes_of(task, found.records.values())))
+            if settings:
+                size = task.facts(task.sketch()).size
+                yield {"name": name, "title": task.title, "scale": scale, "elements": size, "settings": settings}
+                break
+
+
+def _settings(task: QualityTask, outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+    for one in outcomes:
+        part = share(task, one, outcomes)
+        if one.library == "tnadapt" and one.measured and part is not None:
+            yield {"config": one.config, "parameters": one.parameters, "share": round(part, 3), "seeds": len(one.test)}
+
+
+def share(task: QualityTask, one: Outcome, outcomes: Sequence[Outcome]) -> float | None:
+    """Return a setting's gain over no adapter divided by that of dense updates; None if that is not positive."""
+    base, dense = base_of(outcomes), dense_of(outcomes)
+    if base is None or dense is None:
+        return None
+    whole = task.quality(dense.mean) - task.quality(base.mean)
+    return (task.quality(one.mean) - task.quality(base.mean)) / whole if whole > 0 else None

@@ -1,0 +1,132 @@
+"""Published results in plans: which apply, to which rows, and what the plan says about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tnadapt.planning import _measured
+from tnadapt.planning._measured import kind_of, measurements, read
+from tnadapt.planning.preset_families import PRESET_FAMILIES, AdaptedWeights
+
+WEIGHTS = AdaptedWeights([(64, 64)] * 8, [i // 2 for i in range(8)], ["q", "v"] * 4, 16)
+SHAPES = [(64, 64)] * 8
+
+
+def task(title: str, elements: int, *settings: tuple[tna.Config, int, float]) -> dict[str, Any]:
+    own = [{"config": config.to_dict(), "parameters": count, "share": share} for config, count, share in settings]
+    return {"title": title, "elements": elements, "settings": own}
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Replace the published results."""
+
+    def put(*tasks: dict[str, Any]) -> None:
+        monkeypatch.setattr(_measured, "_measured", lambda: read(json.loads(json.dumps(tasks))))
+
+    put()
+    return put
+
+
+# -- Settings of one method ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(PRESET_FAMILIES))
+def test_settings_of_a_preset_are_of_one_kind_whatever_their_size(name: str) -> None:
+    ladders = PRESET_FAMILIES[name].family(WEIGHTS)
+    kinds = {kind_of(ladder.config(size).replace(seed=size)) for ladder in ladders for size in (1, 2)}
+    # QuanTA's fold has the digits of a weight, and Compacter its number of terms.
+    assert len(kinds) == 1 or name in ("quanta", "c3a", "miss", "shira", "fourierft", "loca", "waveft", "randlora")
+
+
+def test_presets_are_of_different_kinds() -> None:
+    kinds: dict[Any, str] = {}
+    for name, (_, family) in PRESET_FAMILIES.items():
+        for ladder in family(WEIGHTS)[:1]:
+            # On weights of one shape and one group, LoTR is FacT-TK.
+            assert kinds.setdefault(kind_of(ladder.config(1)), name) in (name, "lotr"), name
+
+
+# -- Which results apply ---------------------------------------------------------------------------
+
+
+@given(elements=st.integers(1, 10**9), size=st.integers(1, 10**9))
+def test_results_apply_to_weights_of_about_the_same_size(elements: int, size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_measured, "_measured", lambda: read([task("a", elements)]))
+        assert bool(measurements(size).tasks) == (10 * elements >= size and elements <= 10 * size)
+
+
+def test_the_setting_with_about_as_many_parameters_counts(published: Any) -> None:
+    lora = tna.presets.lora
+    published(task("a", 32768, (lora(1), 1024, 0.5), (lora(8), 8192, 0.9)))
+    known = measurements(32768)
+    assert [known.share(lora(2), count) for count in (324, 1024, 2800, 2900, 25_000, 26_000)] == [
+        0.5, 0.5, 0.5, 0.9, 0.9, None,
+    ]  # fmt: skip
+    assert known.share(lora(2), 323) is None
+    assert known.share(tna.presets.superlora(2), 1024) is None
+
+
+def test_tasks_are_averaged(published: Any) -> None:
+    lora = tna.presets.lora(1)
+    published(
+        task("a", 30_000, (lora, 1024, 0.5)), task("b", 40_000, (lora, 1000, 0.8)), task("c", 10**9, (lora, 9, 0.1))
+    )
+    assert measurements(32768).share(lora, 1024) == pytest.approx(0.65)
+
+
+# -- Plans -----------------------------------------------------------------------------------------
+
+
+def test_rows_are_in_the_order_of_the_results(published: Any) -> None:
+    before = tna.plan(SHAPES, 1024)
+    assert all(row.measured is None for row in before.rows)
+    lora, superlora = tna.presets.lora(1), tna.presets.superlora(2)
+    published(task("The task", 32768, (superlora, 700, 0.9), (lora, 1024, 0.75)))
+    found = tna.plan(SHAPES, 1024)
+    assert [dataclasses.replace(row, measured=None) for row in found.rows] != list(before.rows)
+    assert {row.config for row in found.rows} == {row.config for row in before.rows}
+    assert {row.config for row in found.front} == {row.config for row in before.front}
+    measured = [row for row in found.rows if row.measured is not None]
+    assert list(found.rows[: len(measured)]) == measured
+    assert [row.measured for row in measured] == sorted((row.measured for row in measured), reverse=True)  # type: ignore[type-var]
+    assert {str(row.name.family) for row in measured} == {"SuperLoRA", "LoRA"}
+    rest = [row.parameters for row in found.rows[len(measured) :]]
+    assert rest == sorted(rest, reverse=True)
+
+
+def test_the_plan_says_what_it_is_ordered_by(published: Any) -> None:
+    text = str(tna.plan(SHAPES, 1024))
+    assert "order: by parameters, as no published results apply to weights and budgets of this size" in text
+    assert "measured" not in text.splitlines()[0]
+    published(task("The task", 32768, (tna.presets.lora(1), 1024, 0.754)))
+    found = tna.plan(SHAPES, 1024)
+    text = str(found)
+    assert "order: by accuracy on The task ('Which method?' in the documentation)" in text
+    assert (
+        "measured: the gain over no adapter with about as many parameters, as a share of that of dense updates" in text
+    )
+    titles, first, *_ = found.table()
+    assert dict(zip(titles, first, strict=True))["measured"] == "75%"
+    assert {dict(zip(titles, cells, strict=True))["measured"] for cells in found.table()[2:]} == {"–"}
+    content = found.to_dict()
+    assert content["measured_on"] == ["The task"]
+    assert content["rows"][0]["measured"] == 0.754
+    assert content["rows"][-1]["measured"] is None
+    # Results at other budgets.
+    text = str(tna.plan(SHAPES, 40))
+    assert "order: by parameters" in text
+
+
+def test_the_published_results_can_be_read() -> None:
+    for one in _measured._measured():
+        assert one.settings
+        assert all(setting.parameters > 0 for setting in one.settings)
