@@ -71,8 +71,12 @@ class Plan:
 
     @property
     def shown(self) -> tuple[Row, ...]:
-        """Rows of the printed table: the front, and for each method the row with the most freedom."""
-        return tuple(row for row in self.rows if row in self.front or row in self.freest)
+        """Rows of the printed table: the front, and each method's most accurate row and that with the most freedom."""
+        best: dict[str, Row] = {}
+        for row in self.rows:  # those with published results are in the order of their accuracy
+            if row.measured is not None:
+                best.setdefault(row.name.family, row)
+        return tuple(row for row in self.rows if row in self.front or row in self.freest or row in best.values())
 
     def table(self, every: bool = False) -> list[tuple[str, ...]]:
         """Return the cells of the table, the titles first.
@@ -95,12 +99,13 @@ class Plan:
 
     def notes(self) -> list[str]:
         """Return the lines that explain the table."""
+        measured = any(row.measured is not None for row in self.rows)
         names = {"parameters": "parameters (by tenths)", "cost": "step", "waste": "padding"}
         told = ", ".join(names.get(name, name) for name in self.by)
         return [
             *self._order(),
             f"● front: no other setting is as good in {told}, and better in one",
-            "  other rows: for each method, the setting with the most freedom",
+            f"  other rows: for each method, the setting with the most freedom{', and the most accurate' * measured}",
             "rank: the largest that a weight's update can have; step: multiply-adds of updates and gradients",
             "LoRA: exports exactly as LoRA of that rank, padded for vLLM to the one in brackets; –: merge only",
             "freedom: the dimension of the set of all updates, and its share of their elements",
