@@ -12,7 +12,7 @@ from tnadapt.plot.canvas import INK, PALE, figure, quiet, saved
 from .comparison import Outcome, at_budget, leader_of
 from .tasks import QualityTask
 
-__all__ = ["draw_methods", "draw_scores"]
+__all__ = ["LIBRARIES", "budgets_of", "draw_methods", "draw_scores"]
 
 #: Colour and marker of each library.
 LIBRARIES = {"tnadapt": ("#D55E00", "o"), "PEFT": ("#0072B2", "s"), "new": ("#009E73", "^")}

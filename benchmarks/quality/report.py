@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from tnadapt.checkpoints.atomic_files import replace_file
 
 from . import store
 from .comparison import Difference, Outcome, at_budget, base_of, difference, leader_of, outcomes_of
-from .figures import budgets_of, draw_methods, draw_scores
+from .figures import LIBRARIES, budgets_of, draw_methods, draw_scores
 from .tasks import QualityTask
 
 __all__ = ["note_of", "row", "scored", "shown", "table", "write"]
@@ -111,10 +112,22 @@ def _about(task: QualityTask, found: store.TaskResults, outcomes: Sequence[Outco
         f"Rates tried, each chosen by {by} seed{'s' * (by != '1')} on held-out {task.chosen_by}: "
         f"{', '.join(f'{rate:g}' for rate in rates)}."
     )
+    chosen = [words for library in LIBRARIES if (words := _best_rates(outcomes, library))]
+    if chosen:
+        yield f"Best rates: {'; '.join(chosen)}."
     edges = [one for one in outcomes if one.edge and one.library != "control" and one.measured]
     if edges:
         yield f"The best rate of {len(edges)} settings is the lowest or highest that was tried; they are marked with ←."
     yield f"Machine: {'; '.join(dict.fromkeys(map(_machine, found.sessions)))}."
+
+
+def _best_rates(outcomes: Sequence[Outcome], library: str) -> str:
+    """Return the range of the best rates of a library's settings, and the most frequent one."""
+    rates = [one.rate for one in outcomes if one.library == library and one.measured]
+    if not rates:
+        return ""
+    usual, count = collections.Counter(sorted(rates)).most_common(1)[0]
+    return f"{library} from {min(rates):g} to {max(rates):g}, {usual:g} for {count} of {len(rates)} settings"
 
 
 def _machine(session: dict[str, Any]) -> str:

@@ -105,6 +105,7 @@ def test_the_table_says_what_was_found() -> None:
     assert any(line.startswith("| ● | good | r = 1 | 90 | 0.1 ← | 90.0 | 81.0 ± 1.0 |") for line in shown), text
     assert any(line.startswith("| ○ | near (PEFT) |") for line in shown), text
     assert any(line.startswith("|  | bad |") for line in shown), text
+    assert "Best rates: tnadapt from 0.1 to 0.1, 0.1 for 2 of 2 settings; PEFT from 0.1 to 0.1, 0.1 for 1 of 1" in text
     assert "- lost, at most 100: failed: ValueError: no" in text
     assert "2 cores of a processor, device cpu, Python 3.12, torch 2" in text
 
