@@ -11,7 +11,7 @@ from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.superlora import SuperLoRA
 
-from .ladders import Family, Ladder
+from .ladders import Family, Ladder, by_factors
 from .preset_families import PRESET_FAMILIES, AdaptedWeights
 
 __all__ = ["families", "groups_between", "usual"]
@@ -34,12 +34,12 @@ def usual(shapes: Shapes) -> list[Family]:
     """
     size = sum(rows * cols for rows, cols in shapes)
     return [
-        [Ladder(presets.lora, _by_factors)],
-        [Ladder(presets.lokr, _by_factors)],
+        [Ladder(presets.lora, by_factors)],
+        [Ladder(presets.lokr, by_factors)],
         _lonkr(1, size),
         [_lorta(3, 1)],
         [_lorta(5, 1)],
-        [Ladder(presets.superlora, _by_factors)],
+        [Ladder(presets.superlora, by_factors)],
         [_projected(presets.superlora, ratio) for ratio in RATIOS],
         # With ten decimals of ρ, the number of parameters is within one of the budget for 10^10 elements.
         [Ladder(lambda n: presets.fastfood(math.floor(n / size * 1e10) / 1e10 or 1e-10), lambda plan: plan.size)],
@@ -57,20 +57,20 @@ def families(
     35
     """
     size = sum(rows * cols for rows, cols in shapes)
-    found = [*usual(shapes), [Ladder(presets.loha, _by_factors)], [Ladder(lambda _: presets.krona(), lambda _: 1)]]
+    found = [*usual(shapes), [Ladder(presets.loha, by_factors)], [Ladder(lambda _: presets.krona(), lambda _: 1)]]
     if len(set(shapes)) == 1 and len(shapes) > 1:
         (rows, cols), weights = shapes[0], len(shapes)
         lotr = functools.partial(presets.lotr, weights=weights, rows=rows, cols=cols)
-        found.append([Ladder(lotr, _by_factors)])
+        found.append([Ladder(lotr, by_factors)])
     if roles is not None and 1 < len(set(roles)) < len(shapes):
         # Left out by the search where the weights of a role differ in shape.
-        found.append([Ladder(functools.partial(presets.lotr, groups="role"), _by_factors)])
+        found.append([Ladder(functools.partial(presets.lotr, groups="role"), by_factors)])
     found += [[_lorta(4, 1)], [_projected(functools.partial(presets.lorta, order=5), 0.01)]]
     found += [[_cp(order, 1)] for order in ORDERS] + [[_train(order, 1)] for order in ORDERS]
     for groups in _groups(shapes, layers, roles):
         # For square weights, one group per weight is LoRA.
         if groups != "weight" or any(rows != cols for rows, cols in shapes):
-            found.append([Ladder(functools.partial(presets.superlora, groups=groups), _by_factors)])
+            found.append([Ladder(functools.partial(presets.superlora, groups=groups), by_factors)])
         found += [[_cp(3, groups)], [_lorta(3, groups)], _lonkr(groups, size)]
     own = AdaptedWeights(shapes, layers, roles)
     found += [PRESET_FAMILIES[name].family(own) for name in FEWEST]
@@ -104,7 +104,7 @@ def _lonkr(groups: Any, size: int) -> Family:
     side = math.isqrt(size - 1) + 1
     factors = [f for f in (*range(2, 33), *range(33, 257, 4)) if f <= side]
     return [
-        Ladder(functools.partial(presets.lonkr, groups=groups, splits=k, split_size=f), _by_factors)
+        Ladder(functools.partial(presets.lonkr, groups=groups, splits=k, split_size=f), by_factors)
         for k in (2, 3, 4)
         for f in factors
         if f ** (k - 1) <= side
@@ -112,11 +112,11 @@ def _lonkr(groups: Any, size: int) -> Family:
 
 
 def _lorta(order: int, groups: Any) -> Ladder:
-    return Ladder(functools.partial(presets.lorta, order=order, groups=groups), _by_factors)
+    return Ladder(functools.partial(presets.lorta, order=order, groups=groups), by_factors)
 
 
 def _projected(preset: Any, ratio: float) -> Ladder:
-    return Ladder(functools.partial(preset, projection="linear", ratio=ratio), _by_factors)
+    return Ladder(functools.partial(preset, projection="linear", ratio=ratio), by_factors)
 
 
 def _cp(order: int, groups: Any) -> Ladder:
@@ -129,11 +129,6 @@ def _train(order: int, groups: Any) -> Ladder:
     return Ladder(
         lambda rank: Config(rank, order, groups=groups, fold="hypercube", format="tt", rate="adam"), _by_bonds
     )
-
-
-def _by_factors(plan: SuperLoRA) -> int:
-    """Return the smallest size of a factored mode, beyond which a rank gains nothing."""
-    return min(shape[0] for group, _ in plan.alike for name, shape in group.network.shapes.items() if ".factor" in name)
 
 
 def _by_count(plan: SuperLoRA) -> int:

@@ -13,7 +13,7 @@ from tnadapt.errors import TnadaptError
 
 from ._freedom import degrees_of_freedom
 
-__all__ = ["Family", "Found", "Ladder", "Search"]
+__all__ = ["Family", "Found", "Ladder", "Search", "by_factors"]
 
 
 class Ladder(NamedTuple):
@@ -32,6 +32,11 @@ class Ladder(NamedTuple):
 
 
 Family = Sequence[Ladder]
+
+
+def by_factors(plan: SuperLoRA) -> int:
+    """Return the smallest size of a factored mode, beyond which a rank gains nothing."""
+    return min(shape[0] for group, _ in plan.alike for name, shape in group.network.shapes.items() if ".factor" in name)
 
 
 class CountedPlan(SuperLoRA):

@@ -14,7 +14,7 @@ from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.superlora import SuperLoRA
 
-from .ladders import Family, Ladder
+from .ladders import Family, Ladder, by_factors
 
 __all__ = ["LARGEST_DENSE", "PRESET_FAMILIES", "AdaptedWeights", "PresetFamily"]
 
@@ -76,11 +76,6 @@ class PresetFamily(NamedTuple):
 
 def _up_to(most: int) -> Callable[[SuperLoRA], int]:
     return lambda plan: most
-
-
-def _by_factors(plan: SuperLoRA) -> int:
-    """Return the smallest size of a factored mode, beyond which a rank gains nothing."""
-    return min(shape[0] for group, _ in plan.alike for name, shape in group.network.shapes.items() if ".factor" in name)
 
 
 def _single(make: Callable[[], Config]) -> Ladder:
@@ -154,7 +149,7 @@ def _divisors(weights: AdaptedWeights) -> list[int]:
 def _lonkr(weights: AdaptedWeights) -> Family:
     side = math.isqrt(weights.size - 1) + 1
     return [
-        Ladder(functools.partial(presets.lonkr, splits=splits, split_size=f), _by_factors)
+        Ladder(functools.partial(presets.lonkr, splits=splits, split_size=f), by_factors)
         for splits in (2, 3, 4)
         for f in range(2, min(33, side + 1))
         if f ** (splits - 1) <= side
@@ -162,12 +157,12 @@ def _lonkr(weights: AdaptedWeights) -> Family:
 
 
 def _lorta(weights: AdaptedWeights) -> Family:
-    return [Ladder(functools.partial(presets.lorta, order=order), _by_factors) for order in (3, 4, 5)]
+    return [Ladder(functools.partial(presets.lorta, order=order), by_factors) for order in (3, 4, 5)]
 
 
 def _projected(weights: AdaptedWeights) -> Family:
     return [
-        Ladder(functools.partial(presets.superlora, projection="linear", ratio=ratio), _by_factors)
+        Ladder(functools.partial(presets.superlora, projection="linear", ratio=ratio), by_factors)
         for ratio in (0.1, 0.01, 0.001)
     ]
 
@@ -229,7 +224,7 @@ def _vera(weights: AdaptedWeights) -> Family:
 
 
 def _square(preset: Callable[..., Config]) -> Callable[[AdaptedWeights], Family]:
-    return lambda weights: [Ladder(preset, _by_factors)]
+    return lambda weights: [Ladder(preset, by_factors)]
 
 
 #: By the name of the preset.
