@@ -8,7 +8,7 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
-from benchmarks.quality import evidence, page, report, store, tasks, which
+from benchmarks.quality import combinations, evidence, page, report, store, tasks, which
 from benchmarks.quality.command import PUBLISHED
 from benchmarks.quality.comparison import outcomes_of
 
@@ -23,6 +23,11 @@ def test_which_method_is_that_of_the_results() -> None:
 
 def test_what_plans_rank_by_is_that_of_the_results() -> None:
     assert evidence.PACKAGED.read_text(encoding="utf-8") == evidence.evidence(PUBLISHED)
+
+
+def test_the_tables_of_combinations_are_those_of_the_results() -> None:
+    folder = PUBLISHED.with_name("new_settings")
+    assert (folder / "combinations.md").read_text(encoding="utf-8") == combinations.page(folder)
 
 
 @pytest.mark.parametrize("name", list(tasks.TASKS))
