@@ -90,14 +90,17 @@ class Measurements:
 def measurements(elements: int) -> Measurements:
     """Return the results that apply to weights with this many elements in sum.
 
+    Parameters
+    ----------
+    elements : int
+        Above 0.
+
     Examples
     --------
     >>> measurements(10**15)
     Measurements(tasks=())
     """
-    return Measurements(
-        tuple(task for task in _measured() if 1 / _SIZES <= task.elements / elements <= _SIZES)
-    )  # fmt: skip
+    return Measurements(tuple(task for task in _measured() if 1 / _SIZES <= task.elements / elements <= _SIZES))
 
 
 @functools.cache
