@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from tnadapt.algebra.config import Config
 from tnadapt.decomposition import FitReport
 from tnadapt.errors import pluralize
 
-from . import _arrays, _begin, _merging, _removal, _trainable
+from . import _merging, _removal
 from ._adapter_files import AdapterFiles
-from ._bound_plan import fill
+from ._adapter_parameters import AdapterParameters
 from ._peft_words import refuse_attribute
 from ._registry import attached, mix, set_weight
 from ._requantizing import RequantizationReport
-from ._state import AdapterState, need_unmerged
+from ._state import AdapterState
 from ._summary import Summary
 
 __all__ = ["Adapter", "adapters"]
 
 
-class Adapter(AdapterFiles):
+class Adapter(AdapterParameters, AdapterFiles):
     """An adapter on a model, as returned by :func:`tnadapt.torch.attach`.
 
     Attributes
@@ -76,11 +75,6 @@ class Adapter(AdapterFiles):
         return self.plan.config
 
     @property
-    def num_parameters(self) -> int:
-        """Number of trained elements: of all arrays, unless :meth:`set_trainable` chose some."""
-        return _trainable.num_parameters(self._state)
-
-    @property
     def strategy(self) -> tuple[str, ...]:
         """How each weight is updated: ``"weight"``, ``"factored"`` or ``"additive"``."""
         return tuple(slot.strategy for slot in self._state.slots[: len(self._state.targets)])
@@ -89,11 +83,6 @@ class Adapter(AdapterFiles):
     def dropout(self) -> float:
         """The probability of dropout in training, as given to ``attach`` or ``load``; files do not have it."""
         return self._state.dropout
-
-    @property
-    def trained(self) -> tuple[str, ...] | None:
-        """The arrays that :meth:`set_trainable` chose, by their names in the plan; None for all."""
-        return self._state.trained
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -118,190 +107,6 @@ class Adapter(AdapterFiles):
     def summary(self) -> Summary:
         """Return a table of targets, shapes, groups and slices with counts; ``print`` it, or read its ``rows``."""
         return Summary(self._state)
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Iterate over all arrays, trainable or not, with their names in the plan (``group0.split0.factor0``)."""
-        return _arrays.named_parameters(self._state)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Iterate over the arrays that are trained, for an optimiser.
-
-        Parameters of the model that ``keep_trainable`` left trainable are not included; the parameters in
-        ``model.parameters()`` that require a gradient are both together.
-        """
-        return (parameter for _, parameter in self.named_parameters() if parameter.requires_grad)
-
-    def arrays(self) -> dict[str, Tensor]:
-        """Return the arrays by name, as files have them; sharded ones are gathered (every process must call).
-
-        They are the parameters times their units in ``plan.units``, which are 1 for ``rate="sgd"``.
-        """
-        return self._state.plan.to_arrays(_arrays.full_arrays(self._state))
-
-    def deltas(self) -> list[Tensor]:
-        """Return the update of every target, ``(rows, cols)``, differentiable and without the mixing weight.
-
-        Raises
-        ------
-        ConfigError
-            If there is an activation between the factors, in which case no ΔW exists.
-        """
-        return _arrays.deltas(self._state)
-
-    # -- Training ----------------------------------------------------------------------------
-
-    def set_trainable(self, groups: Any = None, arrays: Any = None) -> None:
-        """Train only the given groups and arrays, and freeze the others.
-
-        Parameters
-        ----------
-        groups : int or sequence of int, optional
-            Groups to train, all if None. Training one group after another is Local LoRA.
-        arrays : str or sequence of str, optional
-            The last parts of array names (``"factor0"``, ``"core"``, ``"dense"`` …), all if None. ``"factor0"``
-            alone leaves the factor of the columns as it was drawn: asymmetric LoRA.
-
-        Raises
-        ------
-        ConfigError
-            If no array matches, or none of the chosen arrays could learn: because the arrays have been trained or
-            loaded and those that would be frozen are zero, or because ``activation="relu"`` passes no gradient to the
-            factor of the columns while that is zero.
-
-        Warns
-        -----
-        UserWarning
-            If that is so in some groups but not in all.
-
-        Notes
-        -----
-        ΔW does not change. In groups that are still at the start (:meth:`reset`), the array of zeros must be one that
-        is trained: if it would be frozen, it is drawn from the seed like the others, and a trained one becomes zero
-        (:mod:`tnadapt.algebra.init`). So a core alone, or the factor of the columns alone, learns from the first step.
-        Groups that have been trained or loaded keep their values.
-
-        Frozen arrays are not counted in ``num_parameters`` and the summary. A file records the choice, and of the
-        frozen arrays only those that differ from what the seed draws.
-
-        Under ``torch.distributed`` every process must call. Create a new optimiser afterwards, or give it all
-        parameters with ``weight_decay=0``: an optimiser skips parameters that have no gradient.
-        """
-        _trainable.choose(self._state, groups, arrays)
-
-    def parameter_groups(self, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
-        """Return the parameter groups of LoRA+ for an optimiser.
-
-        Arrays that start from zero (LoRA's B) have rate ``lr * ratio``, the others ``lr``. Where none starts from zero
-        (a nonlinear F), all have ``lr``.
-
-        References
-        ----------
-        Hayou, Ghosh, Yu, "LoRA+: efficient low rank adaptation of large models", arXiv 2402.12354.
-        """
-        return _trainable.parameter_groups(self._state, lr, ratio)
-
-    def adam_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Return parameter groups with which Adam takes the steps of ``rate="adam"``, whatever the config's rate is.
-
-        For adapters that train the arrays themselves (``rate="sgd"``: a config without a preset, an older file): each
-        array has its own rate, ``lr * unit``. With ``rate="adam"`` the rates are all ``lr``, and
-        ``adapter.parameters()`` does the same.
-
-        Parameters
-        ----------
-        lr : float
-            1e-2 suits all configs.
-
-        Returns
-        -------
-        list of dict
-            Each with ``params``, trained parameters of one unit, and ``lr``.
-
-        Examples
-        --------
-        >>> import torch, tnadapt as tna, tnadapt.torch
-        >>> adapter = tnadapt.torch.attach(torch.nn.Sequential(torch.nn.Linear(64, 64)), tna.Config(), "all-linear")
-        >>> [group["lr"] for group in adapter.adam_groups(1e-2)]
-        [0.04]
-        >>> optimizer = torch.optim.Adam(adapter.adam_groups(1e-2))
-        """
-        return _trainable.adam_groups(self._state, lr)
-
-    def reset(self) -> None:
-        """Reinitialize the arrays: ΔW = 0, with the zero in an array that is trained.
-
-        Also use it to fill the arrays after ``model.to_empty()`` of a meta-device model, once its weights are loaded:
-        frozen arrays that are computed from them are computed then."""
-        need_unmerged(self._state, "reset()")
-        fill(self._state)
-        self.load_arrays(self.plan.init(trained=self.trained))
-
-    def start_from(self, arrays: Mapping[str, Any]) -> None:
-        """Start training from these arrays; ΔW, which is the difference to them, stays exactly 0.
-
-        Parameters
-        ----------
-        arrays : mapping of str to array
-            NumPy arrays or tensors for some or all names in ``plan.array_shapes``, such as those that
-            :mod:`tnadapt.torch.starts` computes from data. The others start as usual. Copied, in float32.
-
-        Raises
-        ------
-        ConfigError
-            If the config's ``start`` is not "given", the adapter has been trained or loaded, a name is unknown, an
-            array is not finite, or nothing could learn from these arrays.
-        ShapeError
-            If an array has another shape.
-        TargetError
-            If the adapter is merged or detached.
-
-        In each case nothing is changed.
-
-        Warns
-        -----
-        UserWarning
-            If nothing could learn in some groups.
-
-        Notes
-        -----
-        Files store the arrays: no seed gives them again. :meth:`reset` returns to them. Under ``torch.distributed``
-        every process must call.
-
-        Examples
-        --------
-        >>> import torch, tnadapt as tna, tnadapt.torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
-        >>> adapter = tnadapt.torch.attach(model, tna.presets.lora(1, start="given"), "all-linear")
-        >>> adapter.start_from({"group0.split0.factor0": torch.ones(4, 1)})
-        >>> adapter.arrays()["group0.split0.factor0"].any(), adapter.deltas()[0].any()
-        (tensor(True), tensor(False))
-        """
-        _begin.start_from(self._state, arrays)
-
-    def load_arrays(self, arrays: Mapping[str, Any]) -> None:
-        """Copy arrays into the parameters in place, without recompilation; an optimiser keeps its parameters.
-
-        Parameters
-        ----------
-        arrays : mapping of str to array
-            NumPy arrays or tensors, named and shaped as ``plan.param_shapes``.
-
-        Raises
-        ------
-        ShapeError
-            If a name or a shape does not fit; nothing is changed.
-
-        Notes
-        -----
-        An exception during the call, KeyboardInterrupt included, leaves the old arrays in place.
-
-        It is **not** atomic for forward passes that other threads are running at that moment: such a pass may use the
-        old arrays in some layers, the new ones in others, and a mixture of both within a layer. The same is true of
-        :meth:`swap`, :meth:`activate`, :func:`mix`, :meth:`merge`, :meth:`unmerge` and :meth:`disabled`. Passes that
-        begin after the call has returned are exact. A server that changes adapters while it answers requests needs a
-        lock around both, or a copy of the model for each adapter.
-        """
-        _arrays.load_arrays(self._state, arrays)
 
     # -- Which adapters act ------------------------------------------------------------------
 
