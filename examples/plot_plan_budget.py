@@ -36,8 +36,7 @@ print(found)
 # twice backward. Projections cost their transforms, of :math:`L \log_2 L` additions each, however few the parameters
 # are. High ranks of high orders cost the most.
 
-others = iter([("#332288", "h"), ("#882255", "p")])
-styles = {name: plot.STYLES.get(name) or next(others) for name in dict.fromkeys(row.name.family for row in found.rows)}
+styles = plot.styles(row.name.family for row in found.rows)
 fig, axes = plt.subplots(figsize=(8.6, 4.6), layout="constrained")
 for row in sorted(found.rows, key=lambda row: row in found.front):
     if row.parameters > 1000:

@@ -72,7 +72,21 @@ PICTURES = {
 
 def test_every_kind_of_picture_is_tried() -> None:
     kinds = {name for name in plot.__all__ if inspect.isfunction(getattr(plot, name))}
-    assert PICTURES.keys() == kinds
+    assert PICTURES.keys() == kinds - {"styles"}
+
+
+def test_families_are_told_apart_however_many_there_are() -> None:
+    names = [*STYLES, *(f"method {number}" for number in range(36))]
+    found = plot.styles([*names, *names])
+    assert list(found) == names
+    assert len(set(found.values())) == len(names)
+    assert {name: found[name] for name in STYLES} == STYLES
+    assert len(plot.styles(f"method {number}" for number in range(100))) == 100
+
+
+def test_families_keep_their_styles_if_others_follow() -> None:
+    few, many = plot.styles(["a", "LoRA"]), plot.styles(["a", "LoRA", "b"])
+    assert many == {**few, "b": many["b"]}
 
 
 @pytest.mark.parametrize("name", PICTURES)

@@ -4,6 +4,6 @@ from ._accuracy import Axis, Mark, pareto
 from ._counts import parameters
 from ._group_map import layout
 from ._network_diagram import network
-from .canvas import STYLES
+from .canvas import STYLES, styles
 
-__all__ = ["STYLES", "Axis", "Mark", "layout", "network", "parameters", "pareto"]
+__all__ = ["STYLES", "Axis", "Mark", "layout", "network", "parameters", "pareto", "styles"]

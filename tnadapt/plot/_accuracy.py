@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .canvas import INK, OTHERS, PALE, STYLES, count_ticks, figure, quiet, saved
+from .canvas import INK, PALE, count_ticks, figure, quiet, saved, styles
 
 __all__ = ["Axis", "Mark", "pareto"]
 
@@ -133,8 +133,8 @@ def pareto(
     for mark in lines:
         _line(axes, mark, axis)
     _front(axes, [mark for mark in points if mark.front])
-    for family in dict.fromkeys(mark.family for mark in points):
-        _family(axes, family, [mark for mark in points if mark.family == family], points, axis)
+    for family, style in styles(mark.family for mark in points).items():
+        _family(axes, family, [mark for mark in points if mark.family == family], style, axis)
     _labels(axes, points, -1.0 if axis.lower else 1.0)
     axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10, parse_math=False)
     if points:
@@ -187,25 +187,21 @@ def _front(axes: Any, front: Sequence[Mark]) -> None:
     )  # fmt: skip
 
 
-def _family(axes: Any, family: str, marks: Sequence[Mark], points: Sequence[Mark], axis: Axis) -> None:
+def _family(axes: Any, family: str, marks: Sequence[Mark], style: tuple[str, str], axis: Axis) -> None:
+    colour, shape = style
     if family.startswith("dense"):
         colour, shape = INK, "*"
         _line(axes, marks[0], axis)
-    elif family in STYLES:
-        colour, shape = STYLES[family]
-    else:
-        others = [name for name in dict.fromkeys(mark.family for mark in points) if name not in STYLES]
-        colour, shape = OTHERS[others.index(family) % len(OTHERS)]
     size = 9.0 if shape in "*P" else 6.5
-    style = {"linestyle": "none", "marker": shape, "color": colour}
+    drawn = {"linestyle": "none", "marker": shape, "color": colour}
     for mark in marks:
         # Marks on the front have a dark edge, to distinguish them from dominated ones.
         axes.errorbar(
             [mark.parameters], [mark.mean], yerr=[mark.spread] if mark.spread else None, ecolor=colour, elinewidth=1.0,
             markersize=size + 1.5 * mark.front, markeredgecolor=INK if mark.front else "white",
-            markeredgewidth=0.9 if mark.front else 0.7, zorder=5 if mark.front else 4, **style,
+            markeredgewidth=0.9 if mark.front else 0.7, zorder=5 if mark.front else 4, **drawn,
         )  # fmt: skip
-    axes.plot([], [], markersize=size, markeredgecolor="white", markeredgewidth=0.7, label=family, **style)
+    axes.plot([], [], markersize=size, markeredgecolor="white", markeredgewidth=0.7, label=family, **drawn)
 
 
 def _labels(axes: Any, points: Sequence[Mark], up: float) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.checkpoints.container import file_error_context
 
-__all__ = ["INK", "OTHERS", "PALE", "STYLES", "count_ticks", "figure", "quiet", "saved"]
+__all__ = ["INK", "OTHERS", "PALE", "STYLES", "count_ticks", "figure", "quiet", "saved", "styles"]
 
 # The colour-blind safe palette of Okabe and Ito, with different shapes for print in grey.
 STYLES: dict[str, tuple[str, str]] = {
@@ -24,6 +26,33 @@ STYLES: dict[str, tuple[str, str]] = {
 OTHERS = (("#332288", "h"), ("#117733", "<"), ("#882255", ">"), ("#AA4499", "p"), ("#999933", "*"), ("#44AA99", "d"))
 INK = "#222222"
 PALE = "#8A8A8A"
+
+
+def styles(families: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return a color and a marker for each family: those of ``STYLES``, and others in turn for the rest.
+
+    Parameters
+    ----------
+    families : iterable of str
+        In the order of the legend. Names may repeat.
+
+    Returns
+    -------
+    dict of str to tuple of (str, str)
+        No two families share a color and a marker, unless there are more than 36 outside ``STYLES``.
+
+    Examples
+    --------
+    >>> styles(["LoRA", "TinyLoRA"])
+    {'LoRA': ('#0072B2', 's'), 'TinyLoRA': ('#332288', 'h')}
+    """
+    colors, markers = zip(*OTHERS, strict=True)
+    # After one round, the same colors again, each with the next marker.
+    others = itertools.cycle(
+        (color, markers[(place + turn) % len(markers)])
+        for turn in range(len(markers)) for place, color in enumerate(colors)
+    )  # fmt: skip
+    return {family: STYLES.get(family) or next(others) for family in dict.fromkeys(families)}
 
 
 def figure(width: float, height: float) -> tuple[Any, Any]:
