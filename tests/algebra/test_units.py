@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tnadapt.algebra import presets
-from tnadapt.algebra._adam_units import RATE, SPREAD, STEP_NORM, STEPS
+from tnadapt.algebra._adam_units import RATE, SPREAD, STEP_NORM, STEPS, WEIGHTS
 from tnadapt.algebra._rate_names import RATE_NAMES
 from tnadapt.algebra._rates import RATES
 from tnadapt.errors import ConfigError
@@ -107,7 +107,8 @@ def factor_of(plan: tna.SuperLoRA) -> float:
 def check_steps(plan: tna.SuperLoRA) -> None:
     training = plan.training_plan
     moved = [norm(training.deltas(signs(training, STEPS * RATE, seed))) for seed in range(8)]
-    found = math.sqrt(sum(one**2 for one in moved) / len(moved)) / (STEPS * STEP_NORM * factor_of(plan))
+    expected = STEPS * STEP_NORM * math.sqrt(WEIGHTS / len(plan.shapes)) * factor_of(plan)
+    found = math.sqrt(sum(one**2 for one in moved) / len(moved)) / expected
     # Units are rounded to powers of two, so that a product of k arrays is up to a factor of 2 ** (k / 2) off.
     most = max(len(prefixes) for prefixes in (training.groups[0].network.shapes, [1]))
     assert 2.0 ** (-most / 2) / 1.5 < found < 2.0 ** (most / 2) * 1.5
@@ -131,6 +132,16 @@ def test_steps_of_adam_move_all_presets_equally(name: str) -> None:
 ])  # fmt: skip
 def test_steps_of_adam_move_all_settings_equally(changes: dict[str, Any]) -> None:
     check_steps(plan_of(tna.Config(rate="adam", **{"rank": 4, **changes})))
+
+
+@pytest.mark.law("one-rate")
+@pytest.mark.parametrize("name", ["dense", "lora", "unilora"])
+def test_weights_take_smaller_steps_the_more_there_are(name: str) -> None:
+    """A step of n weights has a norm in proportion to n ** -1/2, and that of each weight to 1 / n."""
+    one, many = (tna.SuperLoRA(preset(name), [(24, 24)] * count) for count in (4, 64))
+    norms = [norm(plan.training_plan.deltas(signs(plan.training_plan, STEPS * RATE))) for plan in (one, many)]
+    spreads = factor_of(one) / factor_of(many)
+    assert 4.0 / 2.1 < norms[0] / norms[1] / spreads < 4.0 * 2.1
 
 
 def test_parts_of_a_composite_take_the_step_of_one() -> None:

@@ -4,10 +4,12 @@ A step of Adam moves each entry of a parameter by about the learning rate, whate
 trained as ``a = unit * parameter`` moves by ``unit`` times the rate. All arrays of a product have the same unit. It
 makes the first ``STEPS`` steps at ``RATE``, in all arrays together, move ΔW by
 
-    STEPS * STEP_NORM / sqrt(N)
+    STEPS * STEP_NORM * sqrt(WEIGHTS / n_weights) / sqrt(N)
 
-per element (root mean square), where N is the number of elements of all adapted weights: the Frobenius norm of a step
-is about ``STEP_NORM``, whatever is trained and however large the model is.
+per element (root mean square), where N is the number of elements of all n_weights adapted weights: the Frobenius norm
+of a step is about ``STEP_NORM * sqrt(WEIGHTS / n_weights)``, whatever is trained and however large the weights are. The
+steps of many weights add up in what the model computes: n of them, each of the norm s, change it by n times as much as
+one does, while the norm of all of them together is only sqrt(n) times s.
 
 A map of n to N numbers, F or P, makes the norm larger by ``(N / n) ** SPREAD``. A step in a random subspace of n of N
 dimensions points less along the gradient: by sqrt(n / N), so that for equal progress the norm would be larger by the
@@ -28,7 +30,7 @@ constants are fits: docs/learning_rate.rst has the measurements.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from tnadapt.errors import ConfigError
 
@@ -38,39 +40,52 @@ from .group import Group
 from .init import Initializer
 from .maps.projection import Projection
 
-__all__ = ["RATE", "SPREAD", "STEPS", "STEP_NORM", "adam_units", "spread", "term_product"]
+__all__ = ["RATE", "SPREAD", "STEPS", "STEP_NORM", "WEIGHTS", "adam_units", "spread", "step_norm", "term_product"]
 
 #: The learning rate for which the units are made. With it, most units are between 1/16 and 16.
 RATE = 1e-2
-#: Frobenius norm of a step of all weights.
+#: Frobenius norm of a step of all weights, if they are ``WEIGHTS``.
 STEP_NORM = 1.0
+#: The number of weights of the model that the norm was fitted on.
+WEIGHTS = 8
 #: Number of steps after which ΔW has moved by so many times the norm.
 STEPS = 5
 #: The power of N / n by which a map of n to N numbers makes the norm larger.
 SPREAD = 1.0 / 3.0
 
 
-def adam_units(plan: GroupPlan, size: int) -> dict[str, float]:
+def adam_units(plan: GroupPlan, shapes: Sequence[tuple[int, int]]) -> dict[str, float]:
     """Return the unit of each parameter of a plan, by its name in ``param_shapes``.
 
     Parameters
     ----------
     plan : GroupPlan
         One that is not composite.
-    size : int
-        N, of the whole plan that it is a part of.
+    shapes : sequence of (int, int)
+        Of all weights of the whole plan that it is a part of.
 
     Returns
     -------
     dict of str to float
         Powers of two.
     """
-    target = STEPS * STEP_NORM / math.sqrt(size)
+    target = STEPS * step_norm(len(shapes)) / math.sqrt(sum(rows * cols for rows, cols in shapes))
     steps = _steps_of_arrays(plan) if plan.theta is None else _steps_of_theta(plan)
     # What moves the same groups, as all arrays of a group do, has the same unit.
     distances = {id(step): step.distance(target) for step in steps.values()}
     found = {name: _power(distances[id(step)] / (STEPS * RATE * step.gain)) for name, step in steps.items()}
     return {name: found.get(name, 1.0) for name in plan.param_shapes}
+
+
+def step_norm(weights: int) -> float:
+    """Return the Frobenius norm of a step of all weights together, but for the factors of maps.
+
+    Parameters
+    ----------
+    weights : int
+        Their number.
+    """
+    return STEP_NORM * math.sqrt(WEIGHTS / weights)
 
 
 def spread(projection: Projection) -> float:

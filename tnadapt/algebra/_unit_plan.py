@@ -54,7 +54,7 @@ class UnitPlan(RankPlan):
         dict of str to float
             Powers of two, by the names in ``param_shapes``.
         """
-        return RATES[rate](self, self.size)
+        return RATES[rate](self, self.shapes)
 
     @functools.cached_property
     def file_plan(self) -> Self:

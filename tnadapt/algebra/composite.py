@@ -181,7 +181,7 @@ class CompositePlan(SuperLoRA, of=CompositeConfig):
     def _units_for(self, rates: Sequence[str]) -> dict[str, float]:
         found = dict.fromkeys(self.param_shapes, 1.0)
         for place, (part, rate) in enumerate(zip(self.parts, rates, strict=True)):
-            own = RATES[rate](part, self.size)
+            own = RATES[rate](part, self.shapes)
             found |= {full: own[name] for name, full in self._names(place, part.array_shapes).items()}
         return found
 
