@@ -152,7 +152,7 @@ class AdapterParameters:
         >>> import torch, tnadapt as tna, tnadapt.torch
         >>> adapter = tnadapt.torch.attach(torch.nn.Sequential(torch.nn.Linear(64, 64)), tna.Config(), "all-linear")
         >>> [group["lr"] for group in adapter.adam_groups(1e-2)]
-        [0.04]
+        [0.08]
         >>> optimizer = torch.optim.Adam(adapter.adam_groups(1e-2))
         """
         return _trainable.adam_groups(self._state, lr)
