@@ -24,6 +24,9 @@ from tnadapt.finetune.pareto_report import Point, columns, points_in, rows_of
 
 RESULTS = Path(__file__).parent / "results"
 
+# Every method is trained at these, and the best is chosen by validation samples.
+RATES = (0.005, 0.01, 0.02)
+
 # fmt: off
 OPTIONS = {
     "digits": [],
@@ -52,8 +55,9 @@ def run(name: str, folder: Path, seeds: int, jobs: int) -> Path:
     if kept.is_file() and not (out / "results.jsonl").is_file():
         out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(kept, out / "results.jsonl")
+    rates = [word for rate in RATES for word in ("--lr", str(rate))]
     where = ["--seeds", str(seeds), "--jobs", str(jobs), "--out", str(out), "--cache", str(folder / "cache")]
-    command = [sys.executable, "-m", "tnadapt", "finetune", *given, *OPTIONS[name], *where]
+    command = [sys.executable, "-m", "tnadapt", "finetune", *given, *OPTIONS[name], *rates, *where]
     subprocess.run(command, check=True)
     return out
 

@@ -39,9 +39,8 @@ class Usual(NamedTuple):
     rates: tuple[float, ...]
 
 
-# Presets are trained in units for which 0.01 suits all of them. Half and twice that rate are tried, too, as models,
-# data and numbers of steps differ.
-RATES = (0.005, 0.01, 0.02)
+# Presets are trained in units for which one rate suits all of them.
+RATES = (0.01,)
 DIGITS = Usual(25, 32, RATES)
 OTHERS = Usual(3, 32, RATES)
 
@@ -123,7 +122,11 @@ def finetune_command(
     ] = None,
     lr: Annotated[
         list[float] | None,
-        typer.Option(help="A learning rate; repeat for more. Every method is trained at each.", rich_help_panel=HOW),
+        typer.Option(
+            help="A learning rate, 0.01 by default; repeat for more. Every method is trained at each, and the best on "
+            "validation samples is taken.",
+            rich_help_panel=HOW,
+        ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, rich_help_panel=HOW)] = None,
     batch: Annotated[int | None, typer.Option(min=1, rich_help_panel=HOW)] = None,
