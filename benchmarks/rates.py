@@ -8,7 +8,8 @@ an hour, the others three to four hours with three seeds.
 
 ``python benchmarks/rates.py table`` writes the tables that ``docs/learning_rate.rst`` shows from the results; among
 them that of the powers of N / n in ``results/rates/power.jsonl``, which were trained with ``SPREAD = 0`` in
-``tnadapt.algebra._adam_units``.
+``tnadapt.algebra._adam_units``, and that of norms in ``norm.jsonl``, trained with ``step_norm`` 1 for any number of
+weights.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 from paper.paired_statistics import interval
 from paper.registries import SOURCES, fetch
 from tnadapt import presets
+from tnadapt.algebra._adam_units import WEIGHTS, step_norm
 from tnadapt.finetune import Method, Spec, Study, Training
 from tnadapt.finetune.grid import method_of
 from tnadapt.finetune.results import read_lines
@@ -218,6 +220,33 @@ def power_table() -> str:
     return "\n".join([*head, *text]) + "\n"
 
 
+def norm_table() -> str:
+    """Return the norms of the best steps by the number of weights, trained with a norm of 1, in reStructuredText.
+
+    The best rate of a setting is that of the lowest validation loss. A line has the geometric mean over settings.
+    """
+    losses: dict[tuple[int, str], dict[str, dict[float, list[float]]]] = {}
+    own = {"task": "digits", "weights": WEIGHTS}
+    digits = [own | line for line in read_lines(RESULTS / "digits.jsonl") if "key" in line]
+    for line in [*digits, *read_lines(RESULTS / "norm.jsonl")]:
+        settings = losses.setdefault((line["weights"], line["task"]), {})
+        rates = settings.setdefault(f"{line['family']} {line['label']}", {})
+        rates.setdefault(line["rate"], []).append(line["validation_loss"] or math.inf)
+    text = [
+        ".. list-table::", "   :header-rows: 1", "", "   * - task", "     - weights", "     - settings",
+        "     - norm of the best step", "     - √(8 / w)",
+    ]  # fmt: skip
+    for (weights, task), found in sorted(losses.items()):
+        whole = {name: rates for name, rates in found.items() if len(rates) == len(RATES)}
+        best = [min(rates, key=lambda rate: statistics.fmean(rates[rate])) for rates in whole.values()]
+        norm = statistics.geometric_mean(best) / DEFAULT
+        text += [
+            f"   * - {task}", f"     - {weights}", f"     - {len(whole)}", f"     - {norm:.2f}",
+            f"     - {step_norm(weights):.2f}",
+        ]  # fmt: skip
+    return "\n".join(text) + "\n"
+
+
 def main() -> None:
     """Run a task, or write the tables."""
     parser = argparse.ArgumentParser(description="Settings at several learning rates.")
@@ -235,6 +264,7 @@ def main() -> None:
         if (RESULTS / f"{name}.jsonl").is_file():
             (RESULTS / f"{name}.rst").write_text(table(name), encoding="utf-8")
     (RESULTS / "power.rst").write_text(power_table(), encoding="utf-8")
+    (RESULTS / "norm.rst").write_text(norm_table(), encoding="utf-8")
 
 
 if __name__ == "__main__":
