@@ -129,6 +129,9 @@ _LAZY = {
     "tucker": "tensors",
 }
 
+# Public subpackages that are imported when they are first used: tnadapt.torch needs no import of its own.
+_PACKAGES = frozenset({"finetune", "planning", "plot", "serving", "tensors", "torch"})
+
 
 # Users write `from tnadapt.presets import lora`, too; the modules are in tnadapt.algebra.
 for _module in (maps, presets, sources):
@@ -136,6 +139,8 @@ for _module in (maps, presets, sources):
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

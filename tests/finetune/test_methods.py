@@ -137,7 +137,7 @@ def test_presets_that_want_the_number_of_heads(name: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"presets": ("lorra",)}, "no preset 'lorra'; expected one of c3a, cara"),
+        ({"presets": ("lorra",)}, r"no preset 'lorra'; did you mean 'lora'\? The presets are c3a, cara"),
         ({"ranks": (0,)}, "rank must be from 1"),
         ({"presets": ("dense",), "changes": {"dropout": 1}}, "no field 'dropout'"),
         ({"budgets": (10,), "ranks": (1,)}, "a budget or settings, not both"),

@@ -59,6 +59,36 @@ except AttributeError as error:
     assert run(code).strip() == "module 'tnadapt' has no attribute 'nonsense'"
 
 
+def test_subpackages_are_imported_when_they_are_used() -> None:
+    code = """
+import sys, tnadapt
+lazy = sorted(tnadapt._PACKAGES - {"torch", "finetune"})
+print([name for name in lazy if f"tnadapt.{name}" in sys.modules])
+print([name for name in lazy if getattr(tnadapt, name) is not sys.modules[f"tnadapt.{name}"]])
+"""
+    assert run(code).splitlines() == ["[]", "[]"]
+
+
+def test_tnadapt_torch_needs_no_import() -> None:
+    pytest.importorskip("torch")
+    assert run("import tnadapt; print(tnadapt.torch.attach.__name__)").strip() == "attach"
+
+
+@pytest.mark.parametrize(("package", "extra"), [("torch", "torch"), ("finetune", "demo")])
+@pytest.mark.parametrize("code", ["import tnadapt; tnadapt.{}", "import tnadapt.{}"])
+def test_what_is_missing_is_said_with_the_extra(code: str, package: str, extra: str) -> None:
+    missing = f"""
+import sys
+sys.modules["torch"] = None  # as if it were not installed
+try:
+    {code.format(package)}
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    message = f'tnadapt.{package} needs PyTorch, which is not installed: pip install "tnadapt[{extra}]"'
+    assert run(missing).strip() == message
+
+
 def test_a_function_called_as_a_package_stays_one() -> None:
     # Importing tnadapt.convert would put the package in place of the function, if its modules were imported later.
     code = """

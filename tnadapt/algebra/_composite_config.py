@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from tnadapt.errors import ConfigError, ShapeError, integer, safe_repr
+from tnadapt.html_tables import html_table
 
 from .config import Config
 from .folding import MAX_SIZE
@@ -82,6 +83,10 @@ class CompositeConfig(Config):
 
     def __repr__(self) -> str:
         return f"CompositeConfig([{', '.join(f'({part.config!r}, {part.weights})' for part in self.parts)}])"
+
+    def _repr_html_(self) -> str:
+        rows = [(f"{part.weights:,}", repr(part.config)) for part in self.parts]
+        return html_table(type(self).__name__, ("weights", "config"), rows)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CompositeConfig) and self.parts == other.parts

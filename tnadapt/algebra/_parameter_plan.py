@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast, overload
 
 import numpy as np
 
 from tnadapt.backends import Backend, get_backend, load_backend
+from tnadapt.backends.array_types import JaxArray, TorchArray
 from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
@@ -143,6 +144,38 @@ class ParameterPlan(GroupPlan):
         plan = type(self)(self.config, self.shapes, self._layers, self._roles, given=given, start_from=arrays)
         plan._base_starts = self._base_starts
         return plan
+
+    @overload
+    def init(
+        self,
+        backend: Literal["numpy"] = "numpy",
+        dtype: str = "float32",
+        device: Any = None,
+        trained: Collection[str] | None = None,
+    ) -> dict[str, np.ndarray]: ...
+
+    @overload
+    def init(
+        self,
+        backend: Literal["torch"],
+        dtype: str = "float32",
+        device: Any = None,
+        trained: Collection[str] | None = None,
+    ) -> dict[str, TorchArray]: ...
+
+    @overload
+    def init(
+        self,
+        backend: Literal["jax"],
+        dtype: str = "float32",
+        device: Any = None,
+        trained: Collection[str] | None = None,
+    ) -> dict[str, JaxArray]: ...
+
+    @overload
+    def init(
+        self, backend: str, dtype: str = "float32", device: Any = None, trained: Collection[str] | None = None
+    ) -> dict[str, Any]: ...
 
     def init(
         self,

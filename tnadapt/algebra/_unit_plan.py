@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Self
 
+from tnadapt.backends.array_types import ArrayT
 from tnadapt.backends.backend import Array
 
 from ._adam_units import term_product
@@ -125,7 +126,7 @@ class UnitPlan(RankPlan):
         networks: dict[tuple[int, float], Network] = {}
         return [_in_units(group, units, networks) for group in self.groups]
 
-    def to_arrays(self, params: Mapping[str, Array]) -> dict[str, Array]:
+    def to_arrays(self, params: Mapping[str, ArrayT]) -> dict[str, ArrayT]:
         """Return the arrays of the ``file_plan`` from the parameters of this plan, exactly.
 
         Parameters
@@ -144,7 +145,7 @@ class UnitPlan(RankPlan):
         """
         return {name: _times(param, self._units.get(name, 1.0)) for name, param in params.items()}
 
-    def from_arrays(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    def from_arrays(self, arrays: Mapping[str, ArrayT]) -> dict[str, ArrayT]:
         """Return the parameters of this plan from the arrays of its ``file_plan``: the inverse of :meth:`to_arrays`.
 
         Parameters

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from tnadapt.errors import ConfigError, peft_hint, safe_repr
+from tnadapt.html_tables import fact_table
 
 from ._axes import checked_axes
 from ._config_checks import (
@@ -289,9 +290,20 @@ class Config:
         Examples
         --------
         >>> Config().split("qv")
-        [(Config(rank=4, ...), 'qv')]
+        [(Config(rank=4), 'qv')]
         """
         return [(self, items)]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._chosen())})"
+
+    def _repr_html_(self) -> str:
+        return fact_table(type(self).__name__, [(name, repr(value)) for name, value in self._chosen()])
+
+    def _chosen(self) -> list[tuple[str, Any]]:
+        """Return rank and all fields that differ from their defaults, by name."""
+        values = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        return [(name, value) for name, value in values if name == "rank" or value != getattr(_USUAL, name)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON knows them: tuples become lists; those newer than file format 1 only if set.
@@ -369,3 +381,7 @@ def _known(settings: Mapping[str, Any]) -> None:
 
 def _listed(value: Any) -> Any:
     return [_listed(item) for item in value] if isinstance(value, tuple) else value
+
+
+# What a field is compared with, to leave it out where it has its default.
+_USUAL = Config()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tnadapt.errors import ConfigError, UnexpectedKeywordError, peft_hint, safe_repr
@@ -13,7 +13,7 @@ from tnadapt.errors import ConfigError, UnexpectedKeywordError, peft_hint, safe_
 from . import presets
 from .config import Config
 
-__all__ = ["close_presets", "config_of", "is_setting", "named_config"]
+__all__ = ["close_presets", "config_of", "is_setting", "named_config", "require_preset", "require_setting"]
 
 # What a caller means who gives one of these as the config, which comes before the targets.
 _TARGETS = ("all-linear", "conv", "embeddings")
@@ -116,10 +116,50 @@ def named_config(
     return found
 
 
-def _instead(name: str, function: str) -> str:
+def require_preset(name: str) -> None:
+    """Raise a ConfigError, with the preset that was probably meant, unless there is one of this name.
+
+    Examples
+    --------
+    >>> require_preset("lorra")
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.ConfigError: no preset 'lorra'; did you mean 'lora'? The presets are c3a, cara, ...
+    """
+    if name not in presets.__all__:
+        raise ConfigError(f"no preset {safe_repr(name)}; {_instead(name)}")
+
+
+def require_setting(name: str, of: Sequence[str] = ()) -> None:
+    """Raise a ConfigError, with the setting that was probably meant, unless a preset or Config has one of this name.
+
+    Parameters
+    ----------
+    name : str
+    of : sequence of str
+        Presets; the settings of others are not suggested.
+
+    Examples
+    --------
+    >>> require_setting("split_sise")
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.ConfigError: no setting 'split_sise'; did you mean 'split_size'?
+    """
+    if is_setting(name):
+        return
+    known = dict.fromkeys([*_fields(), *(own for preset in of or presets.__all__ for own in _own(preset))])
+    hint, close = peft_hint(name), difflib.get_close_matches(name, known, n=1)
+    way = hint or (f"did you mean {close[0]!r}?" if close else f"the settings are {', '.join(known)}")
+    raise ConfigError(f"no setting {safe_repr(name)}; {way}")
+
+
+def _instead(name: str, function: str | None = None) -> str:
     close = close_presets(name)
     if close:
         meant = f"did you mean {close[0]!r}? The presets are "
+    elif function is None:
+        meant = "the presets are "
     elif name in _TARGETS or (name and _ROLES.issuperset(name)):
         meant = f"to adapt these weights write {function}(…, targets={name!r}). The presets are "
     else:

@@ -11,8 +11,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from tnadapt.backends import Backend, get_backend
+from tnadapt.backends.array_types import ArrayT
 from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError, ShapeError, integer
+from tnadapt.html_tables import fact_table
 
 from ._array_plan import checked_given
 from ._base_arrays import base_weight
@@ -84,6 +86,14 @@ class SuperLoRA(UnitPlan):
     def __repr__(self) -> str:
         return f"SuperLoRA({self.config!r}, {len(self.shapes)} weights, {self.num_groups} groups, {self.size} elements)"
 
+    def _repr_html_(self) -> str:
+        facts = [
+            ("weights", f"{len(self.shapes):,}"), ("elements", f"{self.size:,}"), ("groups", f"{self.num_groups:,}"),
+            ("parameters", f"{self.num_parameters:,} ({self.num_parameters / self.size:.3g} of the elements)"),
+            ("config", repr(self.config)),
+        ]  # fmt: skip
+        return fact_table(type(self).__name__, facts)
+
     def _reduced(self) -> tuple[Any, ...]:
         # Recompute it from its few integers, instead of pickling the cached draws.
         arguments = self.config, self.shapes, self._layers, self._roles
@@ -94,7 +104,7 @@ class SuperLoRA(UnitPlan):
 
     # -- Arrays ------------------------------------------------------------------------------
 
-    def deltas(self, params: Mapping[str, Array], dtype: str | None = None) -> list[Array]:
+    def deltas(self, params: Mapping[str, ArrayT], dtype: str | None = None) -> list[ArrayT]:
         """Compute the update of every weight.
 
         Parameters
@@ -133,9 +143,9 @@ class SuperLoRA(UnitPlan):
                [  2.,  20., 200.]])
         """
         backend = self._checked(params)
-        params = self._arrays(backend, params, dtype)
+        arrays = self._arrays(backend, params, dtype)
         parts: dict[int, list[Array]] = {weight: [] for weight in range(len(self.shapes))}
-        vectors = updates_of_runs(backend, [(group, 0, group.size) for group in self.groups], params, dtype)
+        vectors = updates_of_runs(backend, [(group, 0, group.size) for group in self.groups], arrays, dtype)
         for group, vec in zip(self.groups, vectors, strict=True):
             found = backend.split(vec, [piece.length for piece in group.pieces])
             for piece, part in zip(group.pieces, found, strict=True):
@@ -143,7 +153,7 @@ class SuperLoRA(UnitPlan):
         # Groups cut the long vector in order, so that the parts of each weight are in order, too.
         return [backend.reshape(backend.concat(parts[weight]), shape) for weight, shape in enumerate(self.shapes)]
 
-    def delta(self, params: Mapping[str, Array], i: int, dtype: str | None = None) -> Array:
+    def delta(self, params: Mapping[str, ArrayT], i: int, dtype: str | None = None) -> ArrayT:
         """Compute the update of one weight without forming the others.
 
         Parameters
@@ -182,16 +192,19 @@ class SuperLoRA(UnitPlan):
         backend = self._checked(params)
         i = integer("weight", i, 0, len(self.shapes) - 1, ShapeError)
         arrays = self._arrays(backend, params, dtype)
-        return backend.reshape(self._assembled(backend, arrays, self.layout.of_weight(i), dtype), self.shapes[i])
+        found: ArrayT = backend.reshape(
+            self._assembled(backend, arrays, self.layout.of_weight(i), dtype), self.shapes[i]
+        )
+        return found
 
     def merged(
         self,
-        params: Mapping[str, Array],
-        weights: Sequence[Array],
+        params: Mapping[str, ArrayT],
+        weights: Sequence[ArrayT],
         dtype: str | None = None,
         *,
         detach_norm: bool = False,
-    ) -> list[Array]:
+    ) -> list[ArrayT]:
         """Compute the changed weights W', as ``config.apply`` says.
 
         Parameters
@@ -253,8 +266,8 @@ class SuperLoRA(UnitPlan):
         return found
 
     def vector(
-        self, params: Mapping[str, Array], start: int = 0, stop: int | None = None, dtype: str | None = None
-    ) -> Array:
+        self, params: Mapping[str, ArrayT], start: int = 0, stop: int | None = None, dtype: str | None = None
+    ) -> ArrayT:
         """Compute a slice of the long vector, the concatenation of all updates in C order.
 
         Parameters
@@ -292,7 +305,8 @@ class SuperLoRA(UnitPlan):
         if start >= stop:
             raise ShapeError(f"no slice {start}:{stop} of a vector of {self.size} elements; start must be below stop")
         arrays = self._arrays(backend, params, dtype)
-        return self._assembled(backend, arrays, self.layout.of_slice(start, stop), dtype)
+        found: ArrayT = self._assembled(backend, arrays, self.layout.of_slice(start, stop), dtype)
+        return found
 
     def part_of(self, i: int) -> tuple[SuperLoRA, int]:
         """Return the plan of the one config that weight ``i`` has, and the weight's number in it."""

@@ -9,10 +9,14 @@ from typing import Any, NamedTuple
 
 from tnadapt.algebra.norms import relative, together
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.html_tables import html_table
 
 from .known_later import KnownLater
 
 __all__ = ["FitReport", "GroupReport", "Step"]
+
+#: Rows that notebooks show.
+_SHOWN = 20
 
 
 class Step(NamedTuple):
@@ -135,6 +139,18 @@ class FitReport:
             f"relative error {self.error:.3g} in {count} group{'s' * (count != 1)}, "
             f"{self.plan.num_parameters:,} parameters for {self.plan.size:,} elements; {known}"
         )
+
+    def _repr_html_(self) -> str:
+        head = ("group", "elements", "error", "bound", "certified", "iterations", "method")
+        rows = [
+            (
+                str(number), f"{group.size:,}", f"{group.error:.3g}", f"{group.bound:.3g}",
+                "yes" if group.certified else "no", str(group.iterations), group.method,
+            )
+            for number, group in enumerate(self.groups)
+        ]  # fmt: skip
+        more = [f"{len(rows) - _SHOWN} more groups in .groups"] if len(rows) > _SHOWN else []
+        return html_table("Fit", head, rows[:_SHOWN], [*more, str(self)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a dictionary for JSON."""

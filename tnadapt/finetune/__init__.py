@@ -12,6 +12,13 @@
 It prints nothing; progress goes to a :class:`Reporter`. Needs torch and ``pip install "tnadapt[demo]"``.
 """
 
+try:
+    import torch as _torch  # noqa: F401  # the error that says what to install comes before any other import
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        'tnadapt.finetune needs PyTorch, which is not installed: pip install "tnadapt[demo]"', name=error.name
+    ) from error
+
 from ._budget import within
 from ._choice import Choice
 from ._prediction import Predictions, predict

@@ -9,7 +9,8 @@ from typing import Any
 
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
-from tnadapt.errors import TnadaptError, safe_repr
+from tnadapt.algebra.named_config import require_preset
+from tnadapt.errors import TnadaptError
 from tnadapt.planning import known_as
 
 __all__ = ["BASE", "DENSE", "HEAD", "Method", "Shapes", "default_methods", "head_alone", "methods_of"]
@@ -183,8 +184,7 @@ def methods_of(
         )
     found = []
     for name in dict.fromkeys(names or ["superlora"]):
-        if name not in presets.__all__:
-            raise TnadaptError(f"no preset {safe_repr(name)}; expected one of {', '.join(presets.__all__)}")
+        require_preset(name)
         preset = getattr(presets, name)
         parameters = inspect.signature(preset).parameters
         if name in _WITH_HEADS and changes.keys().isdisjoint({"heads", "head_size"}):

@@ -8,6 +8,7 @@ from typing import Any
 
 from tnadapt.checkpoints.lora_export import LoraExport
 from tnadapt.errors import ConfigError, safe_repr
+from tnadapt.html_tables import html_table
 
 from ._plan_row import Row
 
@@ -96,6 +97,11 @@ class Plan:
     def __str__(self) -> str:
         """Return the table as plain text."""
         return "\n".join([*aligned(self.table()), *self.notes()])
+
+    def _repr_html_(self) -> str:
+        head, *rows = self.table()
+        caption = f"{_counted(len(self.shapes), 'weight')}, at most {_counted(self.budget, 'parameter')}"
+        return html_table(caption, head, rows, self.notes(), right=3)
 
     def notes(self) -> list[str]:
         """Return the lines that explain the table."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import html
 import math
 from collections.abc import Sequence
 from typing import Any, Self
@@ -15,6 +14,7 @@ from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition.known_later import KnownLater
 from tnadapt.errors import ShapeError, safe_repr
+from tnadapt.html_tables import fact_table
 
 from ._checks import scalar_of
 from ._modes import unfold
@@ -289,11 +289,7 @@ class Decomposed(abc.ABC):
         return f"<{type(self).__name__}: {facts}>"
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-            for name, value in self._facts()
-        )
-        return f"<table><caption>{type(self).__name__}</caption><tbody>{rows}</tbody></table>"
+        return fact_table(type(self).__name__, self._facts())
 
     def _facts(self) -> list[tuple[str, str]]:
         share = self.num_parameters / max(1, self.size)

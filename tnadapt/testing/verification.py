@@ -19,12 +19,15 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.starting_points import STARTS
 from tnadapt.backends import available_backends, load_backend
 from tnadapt.errors import ConfigError, integer, safe_repr
+from tnadapt.html_tables import html_table
 
 from ._config_laws import checkable, of_config
 from ._law import Law
 from ._library_laws import of_library
 
 __all__ = ["Law", "Report", "examples", "verify"]
+
+_HEAD = ("law", "backend", "cases", "largest error", "allowed", "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +84,18 @@ class Report:
 
     def __str__(self) -> str:
         """Return the table as plain text."""
-        table = [("law", "backend", "cases", "largest error", "allowed", ""), *self.rows()]
+        table = [_HEAD, *self.rows()]
         widths = [max(len(row[column]) for row in table) for column in range(5)]
         cells = ([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[5]] for row in table)
         lines = ["  ".join(row).rstrip() for row in cells]
-        lines += [f"{name}: not checked: {why}" for name, why in self.absent.items()]
-        lines.append("all laws hold" if self.holds else "NOT all laws hold")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._notes()])
+
+    def _repr_html_(self) -> str:
+        return html_table("Laws", _HEAD, self.rows(), self._notes())
+
+    def _notes(self) -> list[str]:
+        absent = [f"{name}: not checked: {why}" for name, why in self.absent.items()]
+        return [*absent, "all laws hold" if self.holds else "NOT all laws hold"]
 
 
 def verify(

@@ -9,6 +9,13 @@ Examples
 (368, 2)
 """
 
+try:
+    import torch as _torch  # noqa: F401  # the error that says what to install comes before any other import
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        'tnadapt.torch needs PyTorch, which is not installed: pip install "tnadapt[torch]"', name=error.name
+    ) from error
+
 from tnadapt.targets.target import RowIndices, Rows, Target
 
 from . import starts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +22,8 @@ from ._state import AdapterState
 from ._summary import Summary
 
 __all__ = ["Adapter", "adapters"]
+
+_log = logging.getLogger(__name__)
 
 
 class Adapter(AdapterParameters, AdapterFiles):
@@ -108,6 +111,25 @@ class Adapter(AdapterParameters, AdapterFiles):
         """Return a table of targets, shapes, groups and slices with counts; ``print`` it, or read its ``rows``."""
         return Summary(self._state)
 
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+    def print_trainable_parameters(self) -> None:
+        """Print the numbers of trainable and of all parameters in a line, as PEFT's models do.
+
+        Parameters of the model itself that are trained, such as a new head, are counted among both. :meth:`summary`
+        lists the weights, too.
+
+        Examples
+        --------
+        >>> import torch, tnadapt as tna
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+        >>> adapter = tna.torch.attach(model, "lora", ["0"], rank=2, keep_trainable=["1"])
+        >>> adapter.print_trainable_parameters()
+        trainable params: 776 || all params: 4,936 || trainable%: 15.7212
+        """
+        print(self.summary().trainable_line())
+
     # -- Which adapters act ------------------------------------------------------------------
 
     @property
@@ -176,6 +198,7 @@ class Adapter(AdapterParameters, AdapterFiles):
         the exact bits. This takes the memory of the adapted weights once more, and twice during the merge.
         """
         _merging.merge(self._state, max_error)
+        _log.info("merged %r", self)
 
     def unmerge(self) -> None:
         """Restore the exact bits that the weights had before :meth:`merge`.
@@ -186,6 +209,7 @@ class Adapter(AdapterParameters, AdapterFiles):
             If it is not merged, or a weight has changed since.
         """
         _merging.unmerge(self._state)
+        _log.info("unmerged %r", self)
 
     def detach(self) -> None:
         """Remove the adapter and restore the model, including which parameters are trainable.
@@ -197,6 +221,7 @@ class Adapter(AdapterParameters, AdapterFiles):
             belong to a PEFT model.
         """
         _removal.detach(self._state)
+        _log.info("detached %r", self)
 
     def bake(self, max_error: float | None = None) -> nn.Module:
         """Merge for good and remove the adapter; return the model, which then has no trace of tnadapt.
@@ -213,6 +238,7 @@ class Adapter(AdapterParameters, AdapterFiles):
         True
         """
         _removal.bake(self._state, max_error)
+        _log.info("baked %r", self)
         return self.model
 
 

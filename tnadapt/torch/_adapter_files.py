@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from tnadapt.checkpoints.pretrained_model import Pretrained
-from tnadapt.errors import ConfigError
+from tnadapt.errors import ConfigError, escaped
 
 from . import _adapter_saving as saving
 from . import _folders as folders
@@ -15,6 +16,8 @@ from ._bundle.libraries import describe
 from ._state import AdapterState
 
 __all__ = ["AdapterFiles"]
+
+_log = logging.getLogger(__name__)
 
 
 class AdapterFiles:
@@ -60,6 +63,7 @@ class AdapterFiles:
         Under ``torch.distributed`` every process must call (sharded arrays are gathered), and process 0 writes.
         """
         saving.save(self._state, path, self.pretrained, store_bases)
+        _log.info("saved %r to %s", self, escaped(str(path)))
 
     def save_pretrained(
         self,
@@ -155,3 +159,4 @@ class AdapterFiles:
             If the file does not fit; nothing is changed.
         """
         saving.swap(self._state, path)
+        _log.info("swapped the arrays of %r for those in %s", self, escaped(str(path)))

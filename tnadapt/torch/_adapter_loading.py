@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +33,8 @@ from ._target_selection import find_targets
 from ._trainable import keep
 
 __all__ = ["attach_file", "from_pretrained", "load"]
+
+_log = logging.getLogger(__name__)
 
 # Of weights whose sketches are not far apart; those of another model are 1.4 apart.
 _CLOSE = "They are about {:.2g} % apart, as quantized weights are from the originals. "
@@ -156,6 +159,7 @@ def attach_file(
         if left is not None:
             take_off(left)
         raise
+    _log.info("loaded %r", adapter)
     return adapter
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,8 @@ from ._target_selection import find_targets, host_of, paths_of, tied
 from ._transformers_model import TransformersModel
 
 __all__ = ["attach", "attach_with", "check_name"]
+
+_log = logging.getLogger(__name__)
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -270,6 +273,7 @@ def attach_with(
     except BaseException:
         take_off(state)
         raise
+    _log.info("attached %r", adapter)
     return adapter
 
 

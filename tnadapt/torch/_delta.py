@@ -85,7 +85,7 @@ class Whole:
         return f"Whole({self.plan!r})"
 
     def __call__(self, *arrays: Tensor) -> Tensor:
-        return cast(Tensor, self.plan.vector(dict(zip(self.names, arrays, strict=True))))
+        return self.plan.vector(dict(zip(self.names, arrays, strict=True)))
 
     def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
         """Return the gradients of the wanted arrays, given that of the vector; call ``on_backward`` before."""
@@ -254,7 +254,7 @@ def version(array: Tensor) -> int:
 def vector(plan: SuperLoRA, arrays: Mapping[str, Tensor], on_backward: Callable[[], None] | None = None) -> Tensor:
     """Return the vector of all updates, differentiable; in a compiled program by operations that can be fused."""
     if torch.compiler.is_compiling():
-        return cast(Tensor, plan.vector(arrays))
+        return plan.vector(arrays)
     return cast(Tensor, DeltaFunction.apply(Whole(plan, tuple(arrays), on_backward), *arrays.values()))  # type: ignore[no-untyped-call]
 
 

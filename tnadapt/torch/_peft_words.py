@@ -14,7 +14,6 @@ _INSTEAD = {
     "disable_adapter": "disabled()",
     "merge_adapter": "merge()",
     "merge_and_unload": "bake()",
-    "print_trainable_parameters": "print(adapter.summary())",
     "set_adapter": "activate()",
     "unload": "detach()",
     "unmerge_adapter": "unmerge()",

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from tnadapt.checkpoints.lora_export import LoraExport, lora_export
 from tnadapt.errors import escaped, pluralize
+from tnadapt.html_tables import html_table
 
 from ._arrays import named_parameters
 from ._quantized import quantized_type
@@ -15,6 +16,8 @@ from ._trainable import num_parameters
 from ._weights import join
 
 __all__ = ["Summary", "SummaryRow"]
+
+_HEAD = ("target", "role", "shape", "group[slice]", "strategy")
 
 
 class SummaryRow(NamedTuple):
@@ -93,13 +96,25 @@ class Summary:
         """The rank of LoRA that holds the update of every module exactly, or None: that of ``export``."""
         return self.export.rank
 
+    def trainable_line(self) -> str:
+        """Return the numbers of trainable and of all parameters, in the words of PEFT."""
+        trained, every = self.parameters + self.kept, self.base + self.parameters + self.frozen
+        return f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100.0 * trained / every:.4f}"
+
     def __str__(self) -> str:
-        head = ("target", "role", "shape", "group[slice]", "strategy")
-        table = [head, *(self._cells(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in table) for column in range(len(head))]
+        table = [_HEAD, *(self._cells(row) for row in self.rows)]
+        widths = [max(len(line[column]) for line in table) for column in range(len(_HEAD))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
         ]
+        return "\n".join([self.title, *lines, *self._notes()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(self.title, _HEAD, map(self._cells, self.rows), self._notes())
+
+    def _notes(self) -> list[str]:
         share = 100.0 * self.parameters / self.base
         count = (
             f"{self.parameters:,} parameters in {self.groups} group{'s' * (self.groups != 1)} for {self.adapted:,} "
@@ -109,9 +124,7 @@ class Summary:
             count += f"; {self.frozen:,} more frozen"
         if self.kept:
             count += f"; {self.kept:,} of the model kept trainable"
-        return "\n".join([self.title, *lines, count, str(self.export)])
-
-    __repr__ = __str__
+        return [count, str(self.export)]
 
     @staticmethod
     def _cells(row: SummaryRow) -> tuple[str, ...]:
