@@ -4,6 +4,18 @@ from __future__ import annotations
 
 import sys
 
+# What is shown without the command line's libraries.
+_HELP = """Usage: tnadapt [OPTIONS] COMMAND [ARGS]...
+
+Weight updates as small tensor networks.
+
+The commands (finetune, predict, presets, plan, extract, convert, merge, info, verify) need the extra "cli",
+and finetune and predict the extra "demo":
+
+    pip install "tnadapt[cli]"
+
+The library itself does not: import tnadapt."""
+
 
 def main() -> None:
     """Run the command line."""
@@ -11,6 +23,14 @@ def main() -> None:
         from tnadapt.cli import app
         from tnadapt.cli.terminal import exit_on_error
     except ImportError as error:
+        if sys.argv[1:] == ["--version"]:
+            from tnadapt import __version__
+
+            print(f"tnadapt {__version__}")
+            raise SystemExit(0) from None
+        if not sys.argv[1:] or sys.argv[1:] == ["--help"]:
+            print(_HELP)
+            raise SystemExit(0) from None
         print(f'tnadapt: the command line needs its extra: pip install "tnadapt[cli]" ({error})', file=sys.stderr)
         raise SystemExit(2) from None
     with exit_on_error("tnadapt"):

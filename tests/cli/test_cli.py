@@ -3,23 +3,88 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tnadapt
+import tnadapt as tna
 from tests.support.in_process import run_here
 from tnadapt.__main__ import main
 
 pytest.importorskip("typer")
+
+import typer
+
+from tnadapt import cli
+from tnadapt.cli._finetune_command import PROJECTIONS
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "tnadapt", *arguments], capture_output=True, text=True, timeout=120, check=False
     )
+
+
+BARE = """
+import sys
+sys.modules["typer"] = None  # as if only the core were installed
+from tnadapt.__main__ import main
+sys.argv[1:] = {}
+main()
+"""
+
+
+def bare(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", BARE.format(list(arguments))]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_version_and_help_need_no_extra() -> None:
+    done = bare("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"tnadapt {tnadapt.__version__}\n", "")
+    for arguments in ([], ["--help"]):
+        done = bare(*arguments)
+        assert done.returncode == 0
+        assert 'pip install "tnadapt[cli]"' in done.stdout
+        names = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]  # it is a group
+        assert all(name in done.stdout for name in names)
+    done = bare("plan", "--budget", "10")
+    assert done.returncode == 2
+    assert 'the command line needs its extra: pip install "tnadapt[cli]"' in done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--preset", "lorra"], "no preset 'lorra'; did you mean 'lora'? The presets are"),
+    (["--set", "rnak=3"], "no setting 'rnak'; did you mean 'rank'?"),
+    (["--set", "lora_alpha=3"], "no setting 'lora_alpha'; PEFT's 'lora_alpha' is 'alpha' here"),
+    (["--set", "xyzzy=3"], "no setting 'xyzzy'; the settings are rank, order,"),
+    (["--lr", "-1"], "--lr must be above 0 and at most 1e6; got -1.0"),
+])  # fmt: skip
+def test_bad_options_are_refused_before_torch_is_imported(arguments: list[str], message: str) -> None:
+    code = "import sys; sys.modules['torch'] = None; from tnadapt.__main__ import main; main()"
+    command = [sys.executable, "-c", code, "finetune", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"tnadapt: {message}")
+
+
+def test_shells_complete_presets() -> None:
+    environment = {**os.environ, "_TNADAPT_COMPLETE": "complete_bash", "COMP_WORDS": "tnadapt finetune --preset lora_"}
+    code = "import sys; sys.argv = ['tnadapt']; from tnadapt.__main__ import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**environment, "COMP_CWORD": "3"},
+    )
+    assert done.stdout.split() == ["lora_fa", "lora_xs"]
 
 
 def test_version_and_help() -> None:
@@ -64,7 +129,7 @@ def test_a_broken_law_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "lorra"], "no preset 'lorra'; expected one of c3a, cara"),
+        (["--preset", "lorra"], "no preset 'lorra'; did you mean 'lora'? The presets are c3a, cara"),
         (["--preset", "lora", "--set", "rank=0"], "rank must be from 1"),
         (["--preset", "lora", "--set", "rank"], "--set takes FIELD=VALUE"),
         (["--preset", "lora", "--set", "dropout=1"], "no field 'dropout'"),
@@ -93,7 +158,7 @@ def test_a_users_mistake_is_exit_code_2_and_no_traceback(arguments: list[str], m
 
 def test_without_the_extra_it_says_what_to_install() -> None:
     code = "import sys; sys.modules['typer'] = None; from tnadapt.__main__ import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, "info"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert 'pip install "tnadapt[cli]"' in done.stderr
 
@@ -138,3 +203,20 @@ def test_a_chain_of_maps_is_set_as_json() -> None:
     done = run("verify", "--set", "projection=scatter", "--backend", "numpy")
     assert done.returncode == 2
     assert "map 'scatter' needs settings" in done.stderr
+
+
+def test_every_option_says_its_default_and_what_it_does() -> None:
+    commands: Any = typer.main.get_command(cli.app)
+    for name, command in commands.commands.items():
+        for option in command.params:
+            if option.param_type_name != "option" or option.name == "help":
+                continue
+            assert option.help, (name, option.opts)
+            known = option.required or option.is_flag or option.default not in (None, ())
+            stated = isinstance(option.show_default, str) or "by default" in option.help or "Without it" in option.help
+            assert known or stated, (name, option.opts, option.help)
+
+
+def test_projections_that_help_names_are_maps() -> None:
+    for name in PROJECTIONS:
+        assert tna.SuperLoRA(tna.Config(rank=2, fold="hypercube", projection=name), [(8, 8)]).num_parameters

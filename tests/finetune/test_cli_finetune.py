@@ -243,7 +243,7 @@ def test_interrupted_it_says_how_to_go_on(cache: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "lorra"], "no preset 'lorra'; expected one of c3a, cara"),
+        (["--preset", "lorra"], "no preset 'lorra'; did you mean 'lora'? The presets are c3a, cara"),
         (["--rank", "0"], "rank must be from 1"),
         (["--budget", "0"], "a budget must be at least 1 parameter; got 0"),
         (["--budget", "9", "--rank", "1"], "a budget or settings, not both"),

@@ -15,6 +15,7 @@ from ._info_command import info_command
 from ._merge_command import merge_command
 from ._plan_command import plan_command
 from ._predict_command import predict_command
+from ._presets_command import presets_command
 from ._verify_command import verify_command
 from .terminal import EscapingGroup, echo, help_text
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     name="tnadapt",
     help="Weight updates as small tensor networks.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
 )
 
@@ -48,6 +49,7 @@ def _root(
 
 app.command("finetune", help=help_text(finetune_command))(finetune_command)
 app.command("predict", help=help_text(predict_command))(predict_command)
+app.command("presets", help=help_text(presets_command))(presets_command)
 app.command("plan", help=help_text(plan_command))(plan_command)
 app.command("extract", help=help_text(extract_command))(extract_command)
 app.command("convert", help=help_text(convert_command))(convert_command)

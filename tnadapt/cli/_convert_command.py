@@ -40,7 +40,9 @@ def convert_command(
         ),
     ] = None,
     to: Annotated[str, typer.Option(metavar="FORM", help=f"Form of the result: {', '.join(FORMS)}.")] = "tnadapt",
-    rank: Annotated[int | None, typer.Option(help="Largest rank of the result.", min=1)] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Largest rank of the result.", min=1, show_default="as high as needed")
+    ] = None,
     max_error: Annotated[
         float | None,
         typer.Option(help="Largest relative error allowed, from 0 to 1. Without it, only rounding errors are."),
@@ -50,19 +52,21 @@ def convert_command(
         typer.Option(
             help="The base model: a safetensors file, an index or a folder. LyCORIS and kohya files need it, as their "
             "names lack the dots of module paths, and so do adapters with arrays computed from the base weights. For "
-            "gguf-lora, a folder with config.json, or the GGUF file of the model."
+            "gguf-lora, a folder with config.json, or the GGUF file of the model.",
+            show_default="none",
         ),
     ] = None,
     part: Annotated[
         str | None,
         typer.Option(
             help="Part of a diffusion pipeline, such as unet, text_encoder_2 or lora_te2: the one to read from a kohya "
-            "or diffusers file with several, and the one to write."
+            "or diffusers file with several, and the one to write.",
+            show_default="the only one",
         ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="dtype of the result: float32, float16, bfloat16 or float64. By default, the source's."),
+        typer.Option(help="dtype of the result: float32, float16, bfloat16 or float64.", show_default="the source's"),
     ] = None,
     without_kept: Annotated[
         bool,

@@ -16,7 +16,7 @@ from tnadapt.decomposition import Step
 from tnadapt.decomposition.extraction import Extraction
 
 from ._printing import echo, echo_json, echo_table
-from ._settings import chosen_config
+from ._settings import chosen_config, presets_that_begin_with
 
 __all__ = ["extract_command"]
 
@@ -27,21 +27,39 @@ def extract_command(
     ],
     tuned: Annotated[Path, typer.Argument(help="The same model after full fine-tuning.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The adapter file.")],
-    preset: Annotated[str | None, typer.Option(help="A named method, e.g. lora; superlora by default.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the config.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="A named method, which tnadapt presets lists; superlora by default.",
+            autocompletion=presets_that_begin_with,
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the config.", show_default="the preset's")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A Config field, or a preset's argument.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="A Config field, or a preset's argument.", show_default="the preset's"
+        ),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="A JSON file of Config fields.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A JSON file of Config fields.", show_default="none")] = None,
     max_error: Annotated[
-        float | None, typer.Option(help="Use the smallest rank within this relative error, e.g. 0.1.")
+        float | None,
+        typer.Option(
+            help="Use the smallest rank within this relative error, e.g. 0.1.", show_default="none: the rank is given"
+        ),
     ] = None,
-    max_rank: Annotated[int | None, typer.Option(help="Largest rank to try with --max-error.")] = None,
+    max_rank: Annotated[
+        int | None, typer.Option(help="Largest rank to try with --max-error.", show_default="no limit")
+    ] = None,
     targets: Annotated[
-        list[str] | None, typer.Option(help="qv, qkvo, a regular expression, or paths; repeat for more paths.")
+        list[str] | None,
+        typer.Option(help="qv, qkvo, a regular expression, or paths; repeat for more paths.", show_default="qv"),
     ] = None,
     keep_trainable: Annotated[
-        list[str] | None, typer.Option(help="A tensor or module to keep as tuned, e.g. classifier; repeat for more.")
+        list[str] | None,
+        typer.Option(
+            help="A tensor or module to keep as tuned, e.g. classifier; repeat for more.", show_default="none"
+        ),
     ] = None,
     compare: Annotated[
         bool, typer.Option(help="Look for other tensors that differ, which reads both checkpoints completely.")

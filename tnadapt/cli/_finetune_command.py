@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from tnadapt import TnadaptError
+from tnadapt.algebra.formats import FORMATS
+from tnadapt.algebra.named_config import require_preset, require_setting
 
 from ._engine_options import ENGINE_HELP, ENGINE_OPTION_HELP, engine_options
 from ._printing import echo, echo_json
 from ._progress import reporter
-from ._settings import setting, word_or_number
+from ._settings import presets_that_begin_with, setting, word_or_number
 from ._tables import print_table
 from ._task_options import TASK_NAMES, ReportTo, check_options
 
@@ -39,6 +41,9 @@ class Usual(NamedTuple):
     rates: tuple[float, ...]
 
 
+# Names of F that need no settings of their own.
+PROJECTIONS = ("shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2", "gather", "sign-gather")
+
 # Presets are trained in units for which one rate suits all of them.
 RATES = (0.01,)
 DIGITS = Usual(25, 32, RATES)
@@ -49,7 +54,9 @@ def finetune_command(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A local folder, .gguf file or hub name for transformers; or timm:NAME.", rich_help_panel=OWN
+            help="A local folder, .gguf file or hub name for transformers; or timm:NAME.",
+            rich_help_panel=OWN,
+            show_default="a small ViT",
         ),
     ] = None,
     data: Annotated[
@@ -57,6 +64,7 @@ def finetune_command(
         typer.Option(
             help="A .csv or .jsonl of texts; a folder of images, one subfolder per class; an .npz; or a datasets name.",
             rich_help_panel=OWN,
+            show_default="the digits 5 to 9",
         ),
     ] = None,
     task: Annotated[
@@ -66,72 +74,139 @@ def finetune_command(
         ),
     ] = None,
     text_column: Annotated[
-        str | None, typer.Option(help="Column of texts, words or prompts.", rich_help_panel=OWN)
+        str | None,
+        typer.Option(help="Column of texts, words or prompts.", rich_help_panel=OWN, show_default="found by its name"),
     ] = None,
     label_column: Annotated[
-        str | None, typer.Option(help="Column of labels, numbers, tags or completions.", rich_help_panel=OWN)
+        str | None,
+        typer.Option(
+            help="Column of labels, numbers, tags or completions.",
+            rich_help_panel=OWN,
+            show_default="found by its name",
+        ),
     ] = None,
     separator: Annotated[
-        str | None, typer.Option(help="Between several labels of a text.", rich_help_panel=OWN)
+        str | None,
+        typer.Option(help="Between several labels of a text.", rich_help_panel=OWN, show_default="found in the data"),
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="A folder, .gguf file or hub name, for a model without a tokenizer.", rich_help_panel=OWN),
+        typer.Option(
+            help="A folder, .gguf file or hub name, for a model without a tokenizer.",
+            rich_help_panel=OWN,
+            show_default="the model's",
+        ),
     ] = None,
     image_size: Annotated[
         int | None,
         typer.Option(min=1, max=4096, help="Pixels per side; the model's own by default.", rich_help_panel=OWN),
     ] = None,
-    max_length: Annotated[int | None, typer.Option(min=2, help="Maximum tokens per text.", rich_help_panel=OWN)] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Maximum tokens per text.", rich_help_panel=OWN, show_default="what the data and the model need"
+        ),
+    ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=2, help="Maximum number of samples to use.", rich_help_panel=OWN)
+        int | None,
+        typer.Option(min=2, help="Maximum number of samples to use.", rich_help_panel=OWN, show_default="all"),
     ] = None,
     preset: Annotated[
-        list[str] | None, typer.Option(help="A named method; repeat for more.", rich_help_panel=WHAT)
+        list[str] | None,
+        typer.Option(
+            help="A named method, which tnadapt presets lists; repeat for more.",
+            rich_help_panel=WHAT,
+            autocompletion=presets_that_begin_with,
+            show_default="a grid of six methods",
+        ),
     ] = None,
-    rank: Annotated[list[int] | None, typer.Option(help="Rank; repeat for more.", rich_help_panel=WHAT)] = None,
-    groups: Annotated[str | None, typer.Option(help="weight, layer, role, or a number.", rich_help_panel=WHAT)] = None,
-    order: Annotated[int | None, typer.Option(help="Modes of the folded tensor.", rich_help_panel=WHAT)] = None,
-    splits: Annotated[int | None, typer.Option(help="Kronecker factors.", rich_help_panel=WHAT)] = None,
+    rank: Annotated[
+        list[int] | None, typer.Option(help="Rank; repeat for more.", rich_help_panel=WHAT, show_default="the preset's")
+    ] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option(help="weight, layer, role, or a number.", rich_help_panel=WHAT, show_default="the preset's"),
+    ] = None,
+    order: Annotated[
+        int | None, typer.Option(help="Modes of the folded tensor.", rich_help_panel=WHAT, show_default="the preset's")
+    ] = None,
+    splits: Annotated[
+        int | None, typer.Option(help="Kronecker factors.", rich_help_panel=WHAT, show_default="the preset's")
+    ] = None,
     format: Annotated[
-        str | None, typer.Option(help="dense, cp, cp-weighted, tucker or tt.", rich_help_panel=WHAT)
+        str | None,
+        typer.Option(help=f"{', '.join(FORMATS.built_in)}.", rich_help_panel=WHAT, show_default="the preset's"),
     ] = None,
-    fold: Annotated[str | None, typer.Option(help="stack, hypercube or balanced.", rich_help_panel=WHAT)] = None,
-    projection: Annotated[str | None, typer.Option(help="F: linear, nonlinear, …", rich_help_panel=WHAT)] = None,
-    ratio: Annotated[float | None, typer.Option(help="ρ, with a projection.", rich_help_panel=WHAT)] = None,
+    fold: Annotated[
+        str | None,
+        typer.Option(help="stack, hypercube or balanced.", rich_help_panel=WHAT, show_default="the preset's"),
+    ] = None,
+    projection: Annotated[
+        str | None,
+        typer.Option(
+            help=f"F: {', '.join(PROJECTIONS)}; others by --set.", rich_help_panel=WHAT, show_default="the preset's"
+        ),
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="ρ, with a projection.", rich_help_panel=WHAT, show_default="the preset's")
+    ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of Config.", rich_help_panel=WHAT),
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Any other field of Config.",
+            rich_help_panel=WHAT,
+            show_default="the preset's",
+        ),
     ] = None,
     budget: Annotated[
         list[int] | None,
         typer.Option(
             help="For each family, use the setting with the most parameters up to this; repeat for more.",
             rich_help_panel=WHAT,
+            show_default="none",
         ),
     ] = None,
     targets: Annotated[
         list[str] | None,
-        typer.Option(help="qv, qkvo, all-linear, conv, a regex, or module names.", rich_help_panel=HOW),
+        typer.Option(
+            help="qv, qkvo, all-linear, conv, a regex, or module names.", rich_help_panel=HOW, show_default="qv"
+        ),
     ] = None,
     keep_trainable: Annotated[
         list[str] | None,
         typer.Option(
-            help="A module or parameter to train with every adapter, in addition to a new head.", rich_help_panel=HOW
+            help="A module or parameter to train with every adapter, in addition to a new head.",
+            rich_help_panel=HOW,
+            show_default="a new head alone",
         ),
     ] = None,
     lr: Annotated[
         list[float] | None,
         typer.Option(
-            help="A learning rate, 0.01 by default; repeat for more. Every method is trained at each, and the best on "
-            "validation samples is taken.",
+            help="A learning rate; repeat for more. Every method is trained at each; validation chooses.",
+            show_default="0.01",
             rich_help_panel=HOW,
         ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, rich_help_panel=HOW)] = None,
-    batch: Annotated[int | None, typer.Option(min=1, rich_help_panel=HOW)] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Passes over the training samples.",
+            rich_help_panel=HOW,
+            show_default="25 for the digits, else 3",
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Samples per step.", rich_help_panel=HOW, show_default="32")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.", rich_help_panel=HOW)] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …", rich_help_panel=HOW)] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, …", rich_help_panel=HOW, show_default="cuda if there is one, else cpu"),
+    ] = None,
     jobs: Annotated[
         int,
         typer.Option(
@@ -142,7 +217,8 @@ def finetune_command(
     ] = 0,
     engine: Annotated[str, typer.Option(help=ENGINE_HELP, rich_help_panel=HOW)] = "local",
     engine_option: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help=ENGINE_OPTION_HELP, rich_help_panel=HOW)
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help=ENGINE_OPTION_HELP, rich_help_panel=HOW, show_default="none"),
     ] = None,
     report_to: Annotated[
         ReportTo,
@@ -152,13 +228,17 @@ def finetune_command(
         int, typer.Option(min=1, help="Pretraining epochs of the small ViT for the digits.", rich_help_panel=HOW)
     ] = 60,
     out: Annotated[
-        Path | None, typer.Option(help="A folder; runs/digits, or named after model and data.", rich_help_panel=WHERE)
+        Path | None,
+        typer.Option(help="A folder.", rich_help_panel=WHERE, show_default="runs/digits, or runs/MODEL-DATA"),
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete the results of an earlier run.", rich_help_panel=WHERE)
     ] = False,
     cache: Annotated[
-        Path | None, typer.Option(help="A folder for the pretrained small ViT.", rich_help_panel=WHERE)
+        Path | None,
+        typer.Option(
+            help="A folder for the pretrained small ViT.", rich_help_panel=WHERE, show_default="the user's cache folder"
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be trained, and exit.", rich_help_panel=WHERE)
@@ -187,6 +267,7 @@ def finetune_command(
     check_options(own, model is not None or data is not None, report_to)
     changes = {name: value for name, value in changes.items() if value is not None} | dict(map(setting, settings or []))
     where = engine_options(engine_option or ())
+    rates = _checked(preset or (), changes, lr or ())
     job = job_package()
     # Refuses what is wrong before a model is opened.
     assumed = None if dry_run else job.open_engine(engine, jobs, where).device(device)
@@ -209,7 +290,7 @@ def finetune_command(
     folder = out or Path("runs", "digits" if digits else f"{_word(model)}-{_word(data)}")
     try:
         with reporter() as shown:
-            study = job.Study(spec, choice, training, _rates(lr or usual.rates), seeds, shown)
+            study = job.Study(spec, choice, training, rates or usual.rates, seeds, shown)
             if not dry_run:
                 outcome = study.run(folder, jobs, fresh, engine, where)
     except KeyboardInterrupt:
@@ -245,11 +326,16 @@ def _word(source: str | None) -> str:
     return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in stem) or "none"
 
 
-def _rates(given: Sequence[float]) -> Sequence[float]:
-    for rate in given:
+def _checked(presets: Sequence[str], changes: Mapping[str, Any], rates: Sequence[float]) -> Sequence[float]:
+    """Refuse what is wrong with the options alone, before torch is imported, which takes seconds; return the rates."""
+    for name in presets:
+        require_preset(name)
+    for name in changes:
+        require_setting(name, presets)
+    for rate in rates:
         if not 0.0 < rate <= 1e6:
             raise TnadaptError(f"--lr must be above 0 and at most 1e6; got {rate}")
-    return given
+    return rates
 
 
 # -- Printing ----------------------------------------------------------------------------------

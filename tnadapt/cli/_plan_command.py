@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,11 +12,12 @@ from rich.console import Console
 from tnadapt import TnadaptError, plan
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import safe_repr
-from tnadapt.planning import Plan, known_as, model_targets
+from tnadapt.planning import Plan, known_as
 
+from ._planned_weights import Weights, planned_weights
 from ._printing import echo, echo_json
 from ._progress import steps_bar
-from ._settings import chosen_config, shapes_of
+from ._settings import chosen_config, presets_that_begin_with
 from ._tables import print_table
 
 __all__ = ["plan_command"]
@@ -25,48 +26,61 @@ __all__ = ["plan_command"]
 SPARE = ("share", "bytes", "padding", "step", "LoRA")
 
 
-class Weights(NamedTuple):
-    """The weights to plan for."""
-
-    shapes: list[tuple[int, int]]
-    layers: list[str] | None
-    names: list[str] | None  # short
-    roles: list[str] | None
-    targets: list[str]
-    drawn_roles: list[str] | None = None  # None where roles do not tell weights apart
-
-
 def plan_command(
     model: Annotated[
         str | None,
         typer.Argument(help="A folder, a safetensors file or index, or a hub name. Only headers are read."),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="A number of parameters, such as 1000; or of bytes, such as 4kB or 64KiB.")
+        str | None,
+        typer.Option(
+            help="A number of parameters, such as 1000; or of bytes, such as 4kB or 64KiB.",
+            show_default="none: give one",
+        ),
     ] = None,
-    targets: Annotated[list[str] | None, typer.Option(help="qv, qkvo, a regex, or paths of modules.")] = None,
+    targets: Annotated[
+        list[str] | None, typer.Option(help="qv, qkvo, a regex, or paths of modules.", show_default="qv")
+    ] = None,
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="ROWSxCOLS", help="Shape of a weight, instead of a model; repeat for more, 768x768*24 for 24."
+            metavar="ROWSxCOLS",
+            help="Shape of a weight, instead of a model; repeat for more, 768x768*24 for 24.",
+            show_default="the weights of the model",
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="dtype of the adapter file.")] = "float32",
     by: Annotated[
         list[str] | None,
-        typer.Option(help="Criteria of the Pareto front: parameters, freedom, cost, rank, waste; repeat for more."),
+        typer.Option(
+            help="Criteria of the Pareto front: parameters, freedom, cost, rank, waste; repeat for more.",
+            show_default="parameters, freedom and cost",
+        ),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Show all settings that were compared.")] = False,
     picture: Annotated[
-        Path | None, typer.Option(help="Plot parameters against rank in this file: .png, .pdf, .svg.")
+        Path | None,
+        typer.Option(help="Plot parameters against rank in this file: .png, .pdf, .svg.", show_default="none"),
     ] = None,
     layout_picture: Annotated[
-        Path | None, typer.Option(help="Plot where a setting places each weight in this file.")
+        Path | None, typer.Option(help="Plot where a setting places each weight in this file.", show_default="none")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="The setting of --layout-picture, e.g. superlora.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="The setting of --layout-picture, e.g. superlora; tnadapt presets lists them.",
+            autocompletion=presets_that_begin_with,
+            show_default="the first row",
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="A Config field, or a preset's argument, of that setting."),
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="A Config field, or a preset's argument, of that setting.",
+            show_default="the preset's",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -83,7 +97,7 @@ def plan_command(
         raise TnadaptError("give a budget: --budget 1000 for parameters, --budget 4kB for bytes")
     drawn = chosen_config(preset, settings or [], None)
     with steps_bar("planning") as progress:
-        weights = _weights(model, targets, shape)
+        weights = planned_weights(model, targets, shape)
         found = plan(
             weights.shapes,
             budget,
@@ -109,28 +123,6 @@ def plan_command(
         echo(f"parameters against rank: {picture}")
     if layout_picture is not None:
         echo(f"where {known_as(chosen)} places each weight: {layout_picture}")
-
-
-def _weights(model: str | None, targets: list[str] | None, shape: list[str] | None) -> Weights:
-    if (model is None) == (shape is None):
-        raise TnadaptError("give a model, or the shapes of weights by --shape ROWSxCOLS; one of them")
-    if shape is not None:
-        if targets is not None:
-            raise TnadaptError("--targets chooses among the weights of a model, and --shape has none; leave it out")
-        return Weights(shapes_of(shape), None, None, None, [])
-    assert model is not None
-    chosen: Any = "qv" if not targets else targets[0] if len(targets) == 1 else tuple(targets)
-    found = model_targets(model, chosen)
-    layers = [target.layer for target in found]
-    numbers = {layer: number for number, layer in enumerate(dict.fromkeys(layers))}
-    roles = [target.role for target in found]
-    plain = {"linear", "conv"}.isdisjoint(roles)
-    names = [
-        f"{role}{numbers[layer]}" if plain else str(i)
-        for i, (role, layer) in enumerate(zip(roles, layers, strict=True))
-    ]
-    shapes, paths = [target.shape for target in found], [target.name for target in found]
-    return Weights(shapes, layers, names, roles, paths, roles if plain else None)
 
 
 def _draw(found: Plan, weights: Weights, adapter: SuperLoRA, picture: Path | None, layout_picture: Path | None) -> None:

@@ -31,21 +31,37 @@ def predict_command(
     data: Annotated[str, typer.Option(help="As for tnadapt finetune, with labels or without.")],
     out: Annotated[Path | None, typer.Option(help="A .csv or .jsonl; by default lines of JSON are printed.")] = None,
     base: Annotated[
-        str | None, typer.Option(help="Folder, .gguf file or hub name of the base, if it is not where it was.")
+        str | None,
+        typer.Option(
+            help="Folder, .gguf file or hub name of the base, if it is not where it was.",
+            show_default="the one that the file names",
+        ),
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub name, instead of the base's own.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or hub name, instead of the base's own.", show_default="the base's")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 32,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Length limit of completions; 64, or half of the model's positions if these are fewer."
+            min=1,
+            help="Length limit of completions.",
+            show_default="64, or half of the model's positions if these are fewer",
         ),
     ] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column of texts, words or prompts.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of labels, tags or completions.")] = None,
-    separator: Annotated[str | None, typer.Option(help="Between several labels of a text.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of texts, words or prompts.", show_default="found by its name")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of labels, tags or completions.", show_default="found by its name")
+    ] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="Between several labels of a text.", show_default="as in training")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples.", show_default="all")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, …", show_default="cuda if there is one, else cpu")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT.")] = False,
 ) -> None:
     """Predict with an adapter that tnadapt finetune saved, on the base that its file names.

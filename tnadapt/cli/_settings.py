@@ -9,10 +9,11 @@ from typing import Any
 
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
+from tnadapt.algebra.named_config import require_preset
 from tnadapt.checkpoints.strict_json import MAX_CONFIG, strict_json
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 
-__all__ = ["chosen_config", "setting", "shapes_of", "word_or_number"]
+__all__ = ["chosen_config", "presets_that_begin_with", "setting", "shapes_of", "word_or_number"]
 
 # Maximum number of weights: a plan of this size takes half a minute, and no model's attention has as many.
 MOST = 10_000
@@ -40,6 +41,17 @@ def word_or_number(text: str) -> Any:
         return text
 
 
+def presets_that_begin_with(incomplete: str) -> list[str]:
+    """Return the presets for the completion of a shell.
+
+    Examples
+    --------
+    >>> presets_that_begin_with("lora_")
+    ['lora_fa', 'lora_xs']
+    """
+    return [name for name in presets.__all__ if name.startswith(incomplete)]
+
+
 def chosen_config(preset: str | None, settings: list[str], path: Path | None) -> Config | None:
     """Return the config of ``--preset``, ``--config`` and ``--set``; None if none of them is given.
 
@@ -52,8 +64,7 @@ def chosen_config(preset: str | None, settings: list[str], path: Path | None) ->
     if preset is not None and path is not None:
         raise TnadaptError("--preset and --config both name a config; give one of them")
     if preset is not None:
-        if preset not in presets.__all__:
-            raise TnadaptError(f"no preset {safe_repr(preset)}; expected one of {', '.join(presets.__all__)}")
+        require_preset(preset)
         try:
             made = getattr(presets, preset)(**changes)
         except TypeError as error:

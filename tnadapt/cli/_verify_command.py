@@ -14,21 +14,39 @@ from tnadapt import verify
 from tnadapt.errors import escaped
 
 from ._printing import echo_json, echo_table
-from ._settings import chosen_config, shapes_of
+from ._settings import chosen_config, presets_that_begin_with, shapes_of
 
 __all__ = ["verify_command"]
 
 
 def verify_command(
-    preset: Annotated[str | None, typer.Option(help="A named method, e.g. superlora.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="A named method, e.g. superlora; tnadapt presets lists them.",
+            autocompletion=presets_that_begin_with,
+            show_default="all, and the library",
+        ),
+    ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A Config field, or a preset's argument.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="A Config field, or a preset's argument.", show_default="the preset's"
+        ),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="A JSON file of Config fields.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A JSON file of Config fields.", show_default="none")] = None,
     shape: Annotated[
-        list[str] | None, typer.Option(metavar="ROWSxCOLS", help="Shape of a weight; repeat for more, 12x8*4 for four.")
+        list[str] | None,
+        typer.Option(
+            metavar="ROWSxCOLS",
+            help="Shape of a weight; repeat for more, 12x8*4 for four.",
+            show_default="12x8, 12x8, 8x12",
+        ),
     ] = None,
-    backend: Annotated[list[str] | None, typer.Option(help="An array library to check; repeat for more.")] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="An array library to check; repeat for more.", show_default="all that are installed"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random parameters.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

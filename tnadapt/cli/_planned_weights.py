@@ -1,0 +1,52 @@
+"""The weights that a command plans for: those of a model's headers, or of ``--shape``."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from tnadapt import TnadaptError
+from tnadapt.planning import model_targets
+
+from ._settings import shapes_of
+
+__all__ = ["Weights", "planned_weights"]
+
+
+class Weights(NamedTuple):
+    """The weights to plan for."""
+
+    shapes: list[tuple[int, int]]
+    layers: list[str] | None
+    names: list[str] | None  # short
+    roles: list[str] | None
+    targets: list[str]
+    drawn_roles: list[str] | None = None  # None where roles do not tell weights apart
+
+
+def planned_weights(model: str | None, targets: list[str] | None, shape: list[str] | None) -> Weights:
+    """Return the weights of a model, or of ``--shape``.
+
+    Raises
+    ------
+    TnadaptError
+        If both or none of them are given, or the model has no such weights.
+    """
+    if (model is None) == (shape is None):
+        raise TnadaptError("give a model, or the shapes of weights by --shape ROWSxCOLS; one of them")
+    if shape is not None:
+        if targets is not None:
+            raise TnadaptError("--targets chooses among the weights of a model, and --shape has none; leave it out")
+        return Weights(shapes_of(shape), None, None, None, [])
+    assert model is not None
+    chosen: Any = "qv" if not targets else targets[0] if len(targets) == 1 else tuple(targets)
+    found = model_targets(model, chosen)
+    layers = [target.layer for target in found]
+    numbers = {layer: number for number, layer in enumerate(dict.fromkeys(layers))}
+    roles = [target.role for target in found]
+    plain = {"linear", "conv"}.isdisjoint(roles)
+    names = [
+        f"{role}{numbers[layer]}" if plain else str(i)
+        for i, (role, layer) in enumerate(zip(roles, layers, strict=True))
+    ]
+    shapes, paths = [target.shape for target in found], [target.name for target in found]
+    return Weights(shapes, layers, names, roles, paths, roles if plain else None)

@@ -1,0 +1,87 @@
+"""The command ``tnadapt presets``."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Annotated, Any
+
+import typer
+
+from tnadapt import presets
+from tnadapt.errors import pluralize
+from tnadapt.planning.ladders import Found, Ladder, Search
+from tnadapt.planning.preset_families import PRESET_FAMILIES, AdaptedWeights
+
+from ._planned_weights import Weights, planned_weights
+from ._printing import echo, echo_json
+from ._tables import print_table
+
+__all__ = ["presets_command"]
+
+# The queries and values of ViT-base, as in README.md.
+USUAL = Weights(
+    [(768, 768)] * 24, [str(weight // 2) for weight in range(24)], None, ["q", "v"] * 12, []
+)  # fmt: skip
+
+
+def presets_command(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A folder, a safetensors file or index, or a hub name. Only headers are read."),
+    ] = None,
+    targets: Annotated[
+        list[str] | None, typer.Option(help="qv, qkvo, a regex, or paths of modules.", show_default="qv")
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROWSxCOLS",
+            help="Shape of a weight, instead of a model; repeat for more.",
+            show_default="768x768*24",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the named methods, their arguments, and the fewest parameters that they can have on a model's weights.
+
+    Without a model or --shape, the weights are the 24 queries and values of ViT-base, of 768 x 768.
+
+    Exit code: 0, or 2 if the request is not possible.
+    """
+    given = model is not None or shape is not None or targets is not None
+    weights = planned_weights(model, targets, shape) if given else USUAL
+    rows = [_row(name, weights) for name in presets.__all__]
+    if as_json:
+        echo_json({"weights": len(weights.shapes), "presets": rows})
+        return
+    cells = [
+        (row["preset"], row["arguments"], "–" if row["from"] is None else f"{row['from']:,}", row["method"])
+        for row in rows
+    ]
+    print_table(("preset", "arguments", "from", "method"), cells, right=[2])
+    alike = set(weights.shapes)
+    size = " of {} x {}".format(*alike.pop()) if len(alike) == 1 else ""
+    echo(f"from: the fewest parameters on {pluralize(len(weights.shapes), 'weight')}{size}")
+    echo("–: needs more than shapes, such as the number of heads, or does not fit these weights")
+    echo("tnadapt plan lists the settings that fit a budget of parameters")
+
+
+def _row(name: str, weights: Weights) -> dict[str, Any]:
+    preset = getattr(presets, name)
+    arguments = [
+        one.name if one.default is one.empty else f"{one.name}={one.default!r}"
+        for one in inspect.signature(preset).parameters.values()
+        if one.kind is not one.VAR_KEYWORD and one.default is not None
+    ]
+    found = _smallest(name, weights)
+    return {
+        "preset": name, "arguments": ", ".join(arguments), "from": None if found is None else found.parameters,
+        "method": (inspect.getdoc(preset) or "").partition("\n")[0].replace("`", "").rstrip("."),
+    }  # fmt: skip
+
+
+def _smallest(name: str, weights: Weights) -> Found | None:
+    adapted = AdaptedWeights(weights.shapes, weights.layers, weights.roles)
+    alone = [Ladder(lambda size: getattr(presets, name)(), lambda plan: 1)]
+    family = PRESET_FAMILIES[name].family(adapted) if name in PRESET_FAMILIES else alone
+    return Search(weights.shapes, weights.layers, weights.roles).least(family)
