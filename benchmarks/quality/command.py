@@ -14,7 +14,7 @@ from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Engine, open_engine, usable_device
 from tnadapt.finetune.training import checked_rates
 
-from . import combinations, evidence, methods, page, report, store, tasks
+from . import combinations, evidence, methods, page, readme, report, store, tasks
 from .estimate import estimate
 from .grid import Grid, Trial, grid_of, shard_of
 from .profiles import PROFILES, Profile, profile_of
@@ -135,6 +135,7 @@ def _page(options: argparse.Namespace) -> None:
         print(path)
     if options.out.resolve() == PUBLISHED.resolve():
         print(evidence.write(options.out))
+        print(readme.write(options.out))
 
 
 def _methods(options: argparse.Namespace) -> None:

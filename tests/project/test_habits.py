@@ -254,7 +254,7 @@ def test_public_modules_list_names_that_exist(name: str) -> None:
 
 
 def test_the_policy_is_part_of_the_documentation() -> None:
-    assert re.search(r"^   stability$", text("docs/index.rst"), flags=re.MULTILINE)
+    assert re.search(r"^   stability$", text("docs/explanations.rst"), flags=re.MULTILINE)
 
 
 # -- The source distribution --------------------------------------------------------------------

@@ -1,10 +1,12 @@
-"""The README's table is what the code gives. (Its examples are run as doctests.)"""
+"""What README.md says is so. (Its examples with >>> are run as doctests.)"""
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,15 +24,16 @@ GIVEN = {
     "randlora": {"rows": 768, "cols": 768},
     "lorta_cp": {"layers": 12, "rows": 768, "cols": 768, "heads": 12},
 }
+SIZES = (ROOT / "docs" / "presets.rst").read_text(encoding="utf-8")
 ROWS = [
     (name, arguments, int(count.replace(",", "")))
-    for calls, count in re.findall(r"^\| (`.*?`) \| .* \| ([\d,]+) \|$", TEXT, flags=re.MULTILINE)
-    for name, arguments in re.findall(r"`(\w+)(?:\((.*?)\))?`", calls)
+    for calls, count in re.findall(r"^   \* - (``.*?)\n     - .*\n     - ([\d,]+)$", SIZES, flags=re.MULTILINE)
+    for name, arguments in re.findall(r"``(\w+)(?:\((.*?)\))?``", calls)
 ]
 
 
 @pytest.mark.parametrize(("name", "arguments", "count"), ROWS)
-def test_the_table_s_counts(name: str, arguments: str, count: int) -> None:
+def test_the_sizes_of_presets(name: str, arguments: str, count: int) -> None:
     positional, named = [], dict(GIVEN.get(name, {}))
     for part in filter(None, (part.strip(" …") for part in arguments.split(","))):
         key, equals, value = part.rpartition("=")
@@ -42,8 +45,92 @@ def test_the_table_s_counts(name: str, arguments: str, count: int) -> None:
     assert tna.parameter_count(config, [(768, 768)] * 24, roles="qv" * 12) == count
 
 
-def test_the_table_names_every_preset() -> None:
+def test_the_sizes_are_those_of_every_preset() -> None:
     assert {name for name, _, _ in ROWS} == set(tna.presets.__all__)
+
+
+# -- What README says of the library ------------------------------------------------------------------
+
+
+def results(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
+
+
+def test_the_number_of_methods() -> None:
+    assert f"**{len(tna.presets.__all__)} methods, one formula.**" in TEXT
+
+
+def test_the_laws() -> None:
+    counted = json.loads((ROOT / "docs" / "laws.json").read_text(encoding="utf-8"))
+    assert len(counted["laws"]) > 100
+    assert counted["cases"] > 10_000
+
+
+def test_what_is_left_after_unmerging() -> None:
+    rows = {(row["library"], row["dtype"], row["times"]): row for row in results("unmerge.json")["rows"]}
+    theirs = rows["PEFT", "bfloat16", 100]
+    assert f"[{100 * theirs['error']:.0f} % of an adapter's update]" in TEXT
+    assert all(row["changed"] == 0 for (library, _, _), row in rows.items() if library == "tnadapt")
+
+
+def test_the_learning_rate() -> None:
+    heads = [
+        re.match(r"(\d+) of (\d+) settings", path.read_text(encoding="utf-8"))
+        for path in sorted((ROOT / "benchmarks" / "results" / "rates").glob("*.rst"))
+    ]
+    found = [(int(head[1]), int(head[2])) for head in heads if head]
+    assert len(found) == 3
+    assert f"[{sum(one for one, _ in found)} of {sum(every for _, every in found)} settings]" in TEXT
+
+
+PAGES = re.findall(r"\]\(https://tnadapt\.readthedocs\.io/en/latest/([\w/]+)\.html\)", TEXT)
+FILES = re.findall(
+    r"\]\(https://(?:github\.com|raw\.githubusercontent\.com)/tnadapt/tnadapt/(?:blob/)?main/([\w./-]+)\)", TEXT
+)
+
+
+def test_links_lead_to_pages_and_files() -> None:
+    assert len(PAGES) > 10
+    assert len(FILES) > 3
+    assert [page for page in PAGES if not list((ROOT / "docs").glob(f"{page}.*"))] == []
+    assert [file for file in FILES if not (ROOT / file).is_file()] == []
+
+
+def test_links_are_absolute_as_pypi_needs_them() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", TEXT)
+    assert [link for link in links if not link.startswith("https://")] == []
+
+
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks without >>> run one after another, on a small Llama in place of SmolLM2, which is one."""
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    blocks = re.findall(r"^```python\n((?!>>>).*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    assert len(blocks[0].strip().splitlines()) <= 12
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    asked = []
+
+    def from_pretrained(name: str) -> Any:
+        asked.append(name)
+        return transformers.LlamaForCausalLM(config)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(blocks[0], names)
+    before = names["adapter"].arrays()
+    assert names["adapter"].num_parameters == 1000
+    names["adapter"].detach()
+    exec(blocks[1], names)
+    assert asked == ["HuggingFaceTB/SmolLM2-135M"]
+    assert names["adapter"].num_parameters == 1000
+    assert names["adapter"].arrays().keys() == before.keys()
+    assert len(names["deltas"]) == 4
+    assert (tmp_path / "served" / "adapter_config.json").is_file()
 
 
 def test_setup_and_tests_are_what_ci_runs() -> None:

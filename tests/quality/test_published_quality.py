@@ -8,7 +8,7 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
-from benchmarks.quality import combinations, evidence, page, report, store, tasks, which
+from benchmarks.quality import combinations, evidence, page, readme, report, store, tasks, which
 from benchmarks.quality.command import PUBLISHED
 from benchmarks.quality.comparison import outcomes_of
 
@@ -19,6 +19,11 @@ def test_the_page_is_that_of_the_results() -> None:
 
 def test_which_method_is_that_of_the_results() -> None:
     assert (PUBLISHED / "which.md").read_text(encoding="utf-8") == which.page(PUBLISHED)
+
+
+def test_readme_has_the_table_of_the_results() -> None:
+    text = readme.README.read_text(encoding="utf-8")
+    assert f"{readme.BEGIN}\n{readme.section(PUBLISHED)}{readme.END}\n" in text
 
 
 def test_what_plans_rank_by_is_that_of_the_results() -> None:
