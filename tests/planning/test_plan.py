@@ -99,8 +99,9 @@ def test_each_method_is_listed_with_its_freest_setting() -> None:
         assert row.freedom == max(other.freedom for other in found.rows if other.name.family == row.name.family)
     lora = next(row for row in found.freest if row.name.family == "LoRA")
     assert (lora.config, lora.parameters) == (tna.presets.lora(5), 5 * 24 * 1536)
-    assert set(found.front) | set(found.freest) == set(found.shown)
-    assert all(row.measured is None for row in found.rows), "then the most accurate ones are shown, too"
+    others = set(found.shown) - set(found.front) - set(found.freest)
+    assert set(found.front) | set(found.freest) <= set(found.shown)
+    assert all(row.measured is not None for row in others), "the most accurate one of a method"
 
 
 def test_names_are_told_apart() -> None:
