@@ -219,6 +219,7 @@ def test_interrupted_it_says_how_to_go_on(cache: Path, tmp_path: Path) -> None:
         8,
         "--rank",
         1,
+        *("--lr", 0.005, "--lr", 0.01, "--lr", 0.02),
     )
     process = subprocess.Popen(
         command(*arguments),

@@ -110,17 +110,15 @@ def test_rows_are_in_the_order_of_the_results(published: Any) -> None:
 def test_the_plan_says_what_it_is_ordered_by(published: Any) -> None:
     text = str(tna.plan(SHAPES, 1024))
     assert "order: by parameters, as no published results apply to weights and budgets of this size" in text
-    assert "measured" not in text.splitlines()[0]
+    assert "gain" not in text.splitlines()[0]
     published(task("The task", 32768, (tna.presets.lora(1), 1024, 0.754)))
     found = tna.plan(SHAPES, 1024)
     text = str(found)
     assert "order: by accuracy on The task ('Which method?' in the documentation)" in text
-    assert (
-        "measured: the gain over no adapter with about as many parameters, as a share of that of dense updates" in text
-    )
+    assert "gain: measured, over no adapter with about as many parameters, as a share of that of dense updates" in text
     titles, first, *_ = found.table()
-    assert dict(zip(titles, first, strict=True))["measured"] == "75%"
-    assert {dict(zip(titles, cells, strict=True))["measured"] for cells in found.table()[2:]} == {"–"}
+    assert dict(zip(titles, first, strict=True))["gain"] == "75%"
+    assert {dict(zip(titles, cells, strict=True))["gain"] for cells in found.table()[2:]} == {"–"}
     content = found.to_dict()
     assert content["measured_on"] == ["The task"]
     assert content["rows"][0]["measured"] == 0.754

@@ -136,7 +136,7 @@ def compiler() -> Iterator[None]:
 
 def three_losses(config: str, parts: int, compiled_by: Callable[[nn.Module], Any] | None) -> list[float]:
     model, adapter = make(config, parts)
-    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.02)
     running = model if compiled_by is None else compiled_by(model)
     losses = []
     for _ in range(3):

@@ -91,7 +91,7 @@ class Plan:
         table = [TITLES, *(_cells(row, row in self.front) for row in rows)]
         if any(row.measured is not None for row in rows):
             return table
-        place = TITLES.index("measured")
+        place = TITLES.index("gain")
         return [(*cells[:place], *cells[place + 1 :]) for cells in table]
 
     def __str__(self) -> str:
@@ -123,7 +123,7 @@ class Plan:
         if any(row.measured is not None for row in self.rows):
             return [
                 "order: by accuracy on " + "; ".join(self.measured_on) + " ('Which method?' in the documentation)",
-                "measured: the gain over no adapter with about as many parameters, as a share of that of dense updates",
+                "gain: measured, over no adapter with about as many parameters, as a share of that of dense updates",
             ]
         return ["order: by parameters, as no published results apply to weights and budgets of this size"]
 
@@ -142,7 +142,7 @@ TITLES = (
     "method",
     "setting",
     "parameters",
-    "measured",
+    "gain",
     "bytes",
     "rank",
     "LoRA",
