@@ -11,6 +11,7 @@ from rich.console import Console
 from tnadapt.convert import FORMS, convert
 from tnadapt.errors import TnadaptError
 
+from ._common_options import AsJson
 from ._option_names import as_options
 from ._printing import echo, echo_json, echo_table
 
@@ -75,7 +76,7 @@ def convert_command(
         ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Convert an adapter between tnadapt, PEFT, LyCORIS, kohya, diffusers, llama.cpp and vLLM.
 

@@ -15,8 +15,9 @@ from tnadapt.checkpoints.checkpoint import open_checkpoint
 from tnadapt.decomposition import Step
 from tnadapt.decomposition.extraction import Extraction
 
+from ._common_options import AsJson, ConfigFile, OwnSettings, preset_option
 from ._printing import echo, echo_json, echo_table
-from ._settings import chosen_config, presets_that_begin_with
+from ._settings import chosen_config
 
 __all__ = ["extract_command"]
 
@@ -27,21 +28,10 @@ def extract_command(
     ],
     tuned: Annotated[Path, typer.Argument(help="The same model after full fine-tuning.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The adapter file.")],
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="A named method, which tnadapt presets lists; superlora by default.",
-            autocompletion=presets_that_begin_with,
-        ),
-    ] = None,
+    preset: Annotated[str | None, preset_option("A named method", "superlora")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the config.", show_default="the preset's")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="FIELD=VALUE", help="A Config field, or a preset's argument.", show_default="the preset's"
-        ),
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="A JSON file of Config fields.", show_default="none")] = None,
+    settings: OwnSettings = None,
+    config: ConfigFile = None,
     max_error: Annotated[
         float | None,
         typer.Option(
@@ -71,7 +61,7 @@ def extract_command(
     svd: Annotated[str, typer.Option(help="auto, full or randomized.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of random projections and starts.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing adapter file.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Extract an adapter from a fully fine-tuned checkpoint: fit the changes of its queries and values.
 

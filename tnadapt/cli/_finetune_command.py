@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -15,15 +15,13 @@ from tnadapt import TnadaptError
 from tnadapt.algebra.formats import FORMATS
 from tnadapt.algebra.named_config import require_preset, require_setting
 
+from ._common_options import preset_option
 from ._engine_options import ENGINE_HELP, ENGINE_OPTION_HELP, engine_options
-from ._printing import echo, echo_json
+from ._finetune_report import print_outcome, print_plan
+from ._printing import echo
 from ._progress import reporter
-from ._settings import presets_that_begin_with, setting, word_or_number
-from ._tables import print_table
+from ._settings import setting, word_or_number
 from ._task_options import TASK_NAMES, ReportTo, check_options
-
-if TYPE_CHECKING:
-    from tnadapt.finetune import Outcome, Point, Study
 
 __all__ = ["finetune_command", "job_package"]
 
@@ -112,13 +110,7 @@ def finetune_command(
         typer.Option(min=2, help="Maximum number of samples to use.", rich_help_panel=OWN, show_default="all"),
     ] = None,
     preset: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A named method, which tnadapt presets lists; repeat for more.",
-            rich_help_panel=WHAT,
-            autocompletion=presets_that_begin_with,
-            show_default="a grid of six methods",
-        ),
+        list[str] | None, preset_option("A named method, repeat for more", "a grid of six methods", WHAT)
     ] = None,
     rank: Annotated[
         list[int] | None, typer.Option(help="Rank; repeat for more.", rich_help_panel=WHAT, show_default="the preset's")
@@ -247,10 +239,10 @@ def finetune_command(
 ) -> None:
     """Adapt a pretrained model with several methods, and show accuracy, or the task's metric, against parameters.
 
-    With no arguments, a small vision transformer trained on the digits 0 to 4 learns 5 to 9, in about a minute on two
-    cores. With --model and --data, it does the same for your own. Every method is trained at the same learning rates,
-    by default one, and shown at the one that was best on the validation samples; the test samples are not used for any
-    choice.
+    With no arguments, a small vision transformer trained on the digits 0 to 4 learns 5 to 9, in one to two minutes on
+    two cores. With --model and --data, it does the same for your own. Every method is trained at the same learning
+    rate. With several --lr, each is trained at all of them, and shown at the one that was best on the validation
+    samples; the test samples are not used for any choice.
 
     An interrupted run resumes when you run it again. Exit code: 0; 1 if the saved adapter does not make the same
     predictions as the trained one; or 2 if the run is not possible.
@@ -298,9 +290,9 @@ def finetune_command(
         echo(f"stopped; finished trainings are in {folder}, and the same command resumes", err=True)
         raise typer.Exit(130) from None
     if dry_run:
-        _print_plan(study, as_json)
+        print_plan(study, as_json)
         return
-    _print_outcome(study, outcome, folder, as_json)
+    print_outcome(study, outcome, folder, as_json)
     if outcome.proof is not None and not outcome.proof.holds:
         raise typer.Exit(1)
 
@@ -336,85 +328,3 @@ def _checked(presets: Sequence[str], changes: Mapping[str, Any], rates: Sequence
         if not 0.0 < rate <= 1e6:
             raise TnadaptError(f"--lr must be above 0 and at most 1e6; got {rate}")
     return rates
-
-
-# -- Printing ----------------------------------------------------------------------------------
-
-
-def _print_plan(study: Study, as_json: bool) -> None:
-    counts = [(method, study.parameters(method)) for method in study.methods]
-    if as_json:
-        listed = [{"family": m.family, "label": m.label, "parameters": count} for m, count in counts]
-        echo_json({"study": study.outline(), "methods": listed, "trainings": len(study.tasks)})
-        return
-    print_table(["method", "setting", "parameters"], [[m.family, m.label, f"{n:,}"] for m, n in counts], right=(2,))
-    echo(_sizes(study))
-
-
-def _sizes(study: Study) -> str:
-    parts = ", ".join(f"{len(part.labels):,} {name}" for name, part in study.problem.parts.items())
-    return (
-        f"{_counted(len(study.targets), 'weight')} of {study.problem.name}; {parts} samples; "
-        f"{_counted(len(study.methods), 'setting')} x {_counted(len(study.rates), 'rate')} x "
-        f"{_counted(len(study.seeds), 'seed')} = {_counted(len(study.tasks), 'training')}"
-    )
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
-
-
-def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) -> None:
-    best, proof = outcome.best, outcome.proof
-    if as_json:
-        found = {
-            "study": study.settings(),
-            "points": [point.to_dict() for point in outcome.points],
-            "best": best and {**best.to_dict(), "file": str(outcome.adapter), "proof": proof and proof._asdict()},
-            "control": outcome.control and outcome.control.to_dict(),
-            "picture": outcome.picture and str(outcome.picture),
-            "results": str(folder / "results.jsonl"),
-        }
-        echo_json(found)
-        return
-    from tnadapt.finetune.pareto_report import columns, rows_of
-
-    metric = study.problem.task.metric
-    print_table(columns(len(study.seeds)), rows_of(outcome.points), right=(3, 4, 5, 6, 7))
-    echo(f"● Pareto front: no other has as few parameters and a better test {metric.name}. Each is shown at the")
-    kept = outcome.points[0].kept
-    head = f"; each also trains {kept:,} parameters of the head" if kept else ""
-    echo(f"  rate that was best on the validation samples{head}.")
-    if metric.lower:
-        echo(f"  Validation and test: {metric.unit}.")
-    echo(_sizes(study))
-    if best is not None and proof is not None:
-        numbers = study.problem.task.numbers
-        logits = f"{numbers} within {proof.largest:.1g}" if proof.largest else f"{numbers} bitwise equal"
-        echo(f"best adapter by validation: {best.method.name} ({best.parameters:,} parameters), {outcome.adapter}")
-        if more := _others(best):
-            echo(f"  test: {more}")
-        echo(
-            f"  loaded on a fresh base: {_same(proof.loaded_same)} on {proof.samples:,} test samples; merged: "
-            f"{_same(not proof.merged_different, proof.merged_different)}, {logits}"
-        )
-    if outcome.control is not None and outcome.control.warning is not None:
-        echo(f"warning: {outcome.control.warning}")
-    echo(f"results: {folder / 'results.jsonl'}")
-    if outcome.picture is None:
-        echo("no picture: pip install 'tnadapt[plot]'")
-    else:
-        echo(f"picture: {outcome.picture}")
-
-
-def _others(best: Point) -> str:
-    """Return the other metrics of the best adapter, each the mean over seeds."""
-    found = [one.get("test_metrics", {}) for one in best.records]
-    means = {name: [one[name] for one in found if one[name] is not None] for name in found[0]}
-    return ", ".join(f"{name} {sum(some) / len(some):.4g}" for name, some in means.items() if some)
-
-
-def _same(same: bool, different: int | None = None) -> str:
-    if same:
-        return "the same predictions"
-    return "DIFFERENT predictions" if different is None else f"DIFFERENT predictions for {different}"

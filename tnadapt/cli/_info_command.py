@@ -12,6 +12,7 @@ import typer
 from tnadapt import Config, info
 
 from ._byte_sizes import size
+from ._common_options import AsJson
 from ._printing import echo, echo_json
 from ._tables import cell
 
@@ -24,7 +25,7 @@ def info_command(
         typer.Argument(metavar="PATH", help="An adapter, or a checkpoint: a file or a folder.", show_default=False),
     ],
     every: Annotated[bool, typer.Option("--all", help="List each weight, or each tensor.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the content of an adapter file or a checkpoint: config, weights, counts, fingerprint.
 

@@ -10,6 +10,7 @@ import typer
 from tnadapt.checkpoints.merge.merge_checkpoint import MergeReport, merge
 
 from ._byte_sizes import size
+from ._common_options import AsJson
 from ._printing import echo, echo_json
 from ._progress import bytes_bar
 
@@ -39,7 +40,7 @@ def merge_command(
     check_base: Annotated[
         bool, typer.Option(help="Reject a base with other weights than the adapter was trained on.")
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Add an adapter to a model on disk, and write the sum as a standalone model, which does not need tnadapt.
 

@@ -14,10 +14,11 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import safe_repr
 from tnadapt.planning import Plan, known_as
 
+from ._common_options import AsJson, ModelOfHeaders, OwnSettings, TargetsOfHeaders, preset_option
 from ._planned_weights import Weights, planned_weights
 from ._printing import echo, echo_json
 from ._progress import steps_bar
-from ._settings import chosen_config, presets_that_begin_with
+from ._settings import chosen_config
 from ._tables import print_table
 
 __all__ = ["plan_command"]
@@ -27,10 +28,7 @@ SPARE = ("share", "bytes", "padding", "step", "LoRA")
 
 
 def plan_command(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="A folder, a safetensors file or index, or a hub name. Only headers are read."),
-    ] = None,
+    model: ModelOfHeaders = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -38,9 +36,7 @@ def plan_command(
             show_default="none: give one",
         ),
     ] = None,
-    targets: Annotated[
-        list[str] | None, typer.Option(help="qv, qkvo, a regex, or paths of modules.", show_default="qv")
-    ] = None,
+    targets: TargetsOfHeaders = None,
     shape: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,23 +62,10 @@ def plan_command(
         Path | None, typer.Option(help="Plot where a setting places each weight in this file.", show_default="none")
     ] = None,
     preset: Annotated[
-        str | None,
-        typer.Option(
-            help="The setting of --layout-picture, e.g. superlora; tnadapt presets lists them.",
-            autocompletion=presets_that_begin_with,
-            show_default="the first row",
-        ),
+        str | None, preset_option("The setting of --layout-picture, e.g. superlora", "the first row")
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="FIELD=VALUE",
-            help="A Config field, or a preset's argument, of that setting.",
-            show_default="the preset's",
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    settings: OwnSettings = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a budget of parameters buys on a model's weights: the capability and the cost of every method.
 

@@ -12,6 +12,7 @@ from tnadapt.errors import pluralize
 from tnadapt.planning.ladders import Found, Ladder, Search
 from tnadapt.planning.preset_families import PRESET_FAMILIES, AdaptedWeights
 
+from ._common_options import AsJson, ModelOfHeaders, TargetsOfHeaders
 from ._planned_weights import Weights, planned_weights
 from ._printing import echo, echo_json
 from ._tables import print_table
@@ -25,13 +26,8 @@ USUAL = Weights(
 
 
 def presets_command(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="A folder, a safetensors file or index, or a hub name. Only headers are read."),
-    ] = None,
-    targets: Annotated[
-        list[str] | None, typer.Option(help="qv, qkvo, a regex, or paths of modules.", show_default="qv")
-    ] = None,
+    model: ModelOfHeaders = None,
+    targets: TargetsOfHeaders = None,
     shape: Annotated[
         list[str] | None,
         typer.Option(
@@ -40,7 +36,7 @@ def presets_command(
             show_default="768x768*24",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the named methods, their arguments, and the fewest parameters that they can have on a model's weights.
 
@@ -82,6 +78,7 @@ def _row(name: str, weights: Weights) -> dict[str, Any]:
 
 def _smallest(name: str, weights: Weights) -> Found | None:
     adapted = AdaptedWeights(weights.shapes, weights.layers, weights.roles)
-    alone = [Ladder(lambda size: getattr(presets, name)(), lambda plan: 1)]
-    family = PRESET_FAMILIES[name].family(adapted) if name in PRESET_FAMILIES else alone
+    # Dense updates have one size, and are no family.
+    dense = [Ladder(lambda size: presets.dense(), lambda plan: 1)]
+    family = dense if name == "dense" else PRESET_FAMILIES[name].family(adapted)
     return Search(weights.shapes, weights.layers, weights.roles).least(family)

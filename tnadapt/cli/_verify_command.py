@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,28 +12,17 @@ from rich.text import Text
 from tnadapt import verify
 from tnadapt.errors import escaped
 
+from ._common_options import AsJson, ConfigFile, OwnSettings, preset_option
 from ._printing import echo_json, echo_table
-from ._settings import chosen_config, presets_that_begin_with, shapes_of
+from ._settings import chosen_config, shapes_of
 
 __all__ = ["verify_command"]
 
 
 def verify_command(
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="A named method, e.g. superlora; tnadapt presets lists them.",
-            autocompletion=presets_that_begin_with,
-            show_default="all, and the library",
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="FIELD=VALUE", help="A Config field, or a preset's argument.", show_default="the preset's"
-        ),
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="A JSON file of Config fields.", show_default="none")] = None,
+    preset: Annotated[str | None, preset_option("A named method, e.g. superlora", "all, and the library")] = None,
+    settings: OwnSettings = None,
+    config: ConfigFile = None,
     shape: Annotated[
         list[str] | None,
         typer.Option(
@@ -48,7 +36,7 @@ def verify_command(
         typer.Option(help="An array library to check; repeat for more.", show_default="all that are installed"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random parameters.", min=0)] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check the laws of the library, or of one config, on every installed array library.
 
