@@ -1,7 +1,7 @@
 """Does one learning rate fit all settings? ``python benchmarks/rates.py TASK FOLDER`` trains each at five rates.
 
 ``digits``, ``reviews`` and ``cifar10`` are the tasks of ``benchmarks/finetune.py``. Presets have ``rate="adam"``, whose
-default is 1e-3. Each setting is trained at a quarter, half, once, twice and four times that rate, with several seeds;
+rate is 1e-2. Each setting is trained at a quarter, half, once, twice and four times that rate, with several seeds;
 the new head has a rate of its own, the same for all settings, so that it does not favor one. Results are written to
 ``results/rates/TASK.jsonl``, one line per training; an interrupted run resumes. On two idle cores the digits take half
 an hour, the others three to four hours with three seeds.
@@ -26,13 +26,13 @@ from typing import Any
 from paper.paired_statistics import interval
 from paper.registries import SOURCES, fetch
 from tnadapt import presets
-from tnadapt.algebra._adam_units import WEIGHTS, step_norm
+from tnadapt.algebra._adam_units import RATE, WEIGHTS, step_norm
 from tnadapt.finetune import Method, Spec, Study, Training
 from tnadapt.finetune.grid import method_of
 from tnadapt.finetune.results import read_lines
 
 RESULTS = Path(__file__).parent / "results" / "rates"
-DEFAULT = 1e-2
+DEFAULT = RATE
 RATES = [DEFAULT * factor for factor in (0.25, 0.5, 1.0, 2.0, 4.0)]
 
 P = presets

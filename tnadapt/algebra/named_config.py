@@ -98,8 +98,7 @@ def named_config(
     tnadapt.errors.UnexpectedKeywordError: preset 'lora' has no setting 'rnak'; did you mean 'rank'? It has rank, and
     the fields of tnadapt.Config
     """
-    if name not in presets.__all__:
-        raise ConfigError(f"no preset {safe_repr(name)}; {_instead(name, function)}")
+    require_preset(name, function)
     preset, own = getattr(presets, name), _own(name)
     for setting in settings:
         if setting not in own and setting not in _fields():
@@ -116,8 +115,14 @@ def named_config(
     return found
 
 
-def require_preset(name: str) -> None:
+def require_preset(name: str, function: str | None = None) -> None:
     """Raise a ConfigError, with the preset that was probably meant, unless there is one of this name.
+
+    Parameters
+    ----------
+    name : str
+    function : str, optional
+        The one that was called, for which the name may be that of targets.
 
     Examples
     --------
@@ -127,7 +132,7 @@ def require_preset(name: str) -> None:
     tnadapt.errors.ConfigError: no preset 'lorra'; did you mean 'lora'? The presets are c3a, cara, ...
     """
     if name not in presets.__all__:
-        raise ConfigError(f"no preset {safe_repr(name)}; {_instead(name)}")
+        raise ConfigError(f"no preset {safe_repr(name)}; {_instead(name, function)}")
 
 
 def require_setting(name: str, of: Sequence[str] = ()) -> None:
@@ -154,7 +159,7 @@ def require_setting(name: str, of: Sequence[str] = ()) -> None:
     raise ConfigError(f"no setting {safe_repr(name)}; {way}")
 
 
-def _instead(name: str, function: str | None = None) -> str:
+def _instead(name: str, function: str | None) -> str:
     close = close_presets(name)
     if close:
         meant = f"did you mean {close[0]!r}? The presets are "
