@@ -69,6 +69,13 @@ def test_tables_escape_what_they_show(make: Callable[[str], str]) -> None:
     assert html.unescape(re.sub(r"<[^>]+>", "\n", text)).count("<script>&'\"\\x1b[31m") in (3, 4)
 
 
+def test_of_many_groups_the_first_are_shown() -> None:
+    ones = [np.ones((3, 2))] * 30
+    shown = tna.decompose(ones, tna.presets.lora(1))[1]._repr_html_()
+    assert shown.count("<tr>") == 1 + 20
+    assert "10 more groups in .groups" in shown
+
+
 def test_names_in_a_model_are_escaped() -> None:
     torch = pytest.importorskip("torch")
     model = torch.nn.ModuleDict({"<b>": torch.nn.Linear(8, 12)})
