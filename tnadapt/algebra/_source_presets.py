@@ -263,8 +263,10 @@ def tinylora(parameters: int = 13, rank: int = 2, **changes: Any) -> Config:
 def unilora(parameters: int = 256, rank: int = 4, **changes: Any) -> Config:
     """Uni-LoRA: each number of all A and B is one of a few parameters, scaled (Li et al., arXiv 2506.00799).
 
-    Settings: LoRA with ``before="one-hot"``. The paper starts at random parameters, where ΔW is not zero; here the
-    factors start like LoRA's, and θ at zero. ``offset=False`` gives the paper's form.
+    Settings: LoRA with ``before="one-hot"``. The paper starts at small random parameters, where ΔW is almost zero. Here
+    the factors start like LoRA's, and θ at zero, so that ΔW is zero. ``offset=False`` gives the paper's form, B and A
+    from θ alone, for parameters that are trained already: ``tnadapt.convert`` reads PEFT's adapters so. It has no
+    gradient at θ = 0, so that it cannot be trained from its start.
 
     Parameters
     ----------

@@ -23,7 +23,8 @@ square exceeds 0.005 with probability 4e-15, at worst 5e-6. float16 changes the 
 
 *Effect of a change of the weights.* A change of relative norm ε changes each sketch by a normal number of standard
 deviation ε. In another dtype it goes undetected with probability 0.50 for ε = 0.5 %, 0.018 for 1 %, 1.3e-4 for 2 % and
-1e-7 for 5 %; in the same dtype, never.
+1e-7 for 5 %; in the same dtype, never. A common factor of all weights changes no sketch, and goes undetected in another
+dtype.
 """
 
 from __future__ import annotations
@@ -120,6 +121,8 @@ class Fingerprint:
 
     def apart(self, other: Fingerprint) -> float:
         """Estimate the distance of two bases' weights, relative to their norm; it is 1.4 for unrelated ones.
+
+        A common factor of all weights does not count: sketches are relative to the norm of their own weights.
 
         Examples
         --------

@@ -37,7 +37,10 @@ __all__ = ["attach_file", "from_pretrained", "load"]
 _log = logging.getLogger(__name__)
 
 # Of weights whose sketches are not far apart; those of another model are 1.4 apart.
-_CLOSE = "They are about {:.2g} % apart, as quantized weights are from the originals. "
+_CLOSE = (
+    "They are about {:.2g} % apart, as quantized weights are from the originals (a common factor of all weights does not "
+    "count). "
+)
 
 
 def load(

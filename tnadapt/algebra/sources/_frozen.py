@@ -82,6 +82,7 @@ class FrozenArrays(FixedArrays):
         super().__init__()
         self.entries = dict(entries)
         self._given = {} if given is None else given  # filled in later if it is empty
+        self._squares: dict[str, float] = {}  # of arrays that depend on the seed alone, which never change
 
     def make(self, key: Any) -> np.ndarray:
         """Return an array in float32, by its name, or by (name, dtype) with its values rounded to that dtype."""
@@ -121,7 +122,17 @@ class FrozenArrays(FixedArrays):
 
     def _square(self, name: str, known: float | None) -> float:
         if known is None:
-            wide = self.host(name).astype(np.float64).reshape(-1)
-            known = float(wide @ wide) / wide.size
+            entry = self.entries[name]
+            changes = entry.full in self._given or entry.source.brought or entry.source.needs_base
+            known = None if changes else self._squares.get(name)
+            if known is None:
+                known = _mean_square(self.host(name))
+                if not changes:
+                    self._squares[name] = known
         mantissa, exponent = math.frexp(known)
         return math.ldexp(round(mantissa * 256.0), exponent - 8)
+
+
+def _mean_square(array: np.ndarray) -> float:
+    wide = array.astype(np.float64).reshape(-1)
+    return float(wide @ wide) / wide.size
