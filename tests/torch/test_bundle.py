@@ -215,7 +215,9 @@ def test_the_wrong_base_is_refused(bert: Path, tmp_path: Path) -> None:
             parameter += 0.1 * parameter.std() * torch.randn_like(parameter)
     near.save_pretrained(tmp_path / "near")
     said = refusal(tmp_path / "mine", base=tmp_path / "near")
-    close = r"They are about \d+ % apart, as quantized weights are from the originals \(a common factor .*\)\. Give the "
+    close = (
+        r"They are about \d+ % apart, as quantized weights are from the originals \(a common factor .*\)\. Give the "
+    )
     assert re.search(close, said)
     loaded = tt.load_pretrained(tmp_path / "mine", base=tmp_path / "other", check_base=False)
     found = tt.adapters(loaded)["default"].pretrained
