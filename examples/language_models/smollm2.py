@@ -54,7 +54,7 @@ def answers(model, tokenizer, prompts, tokens, batch=50):
 
 
 def write(options, adapter, tokenizer, started, **found):
-    """Save the adapter, and write the measured numbers beside it."""
+    """Save the adapter, and write the measured numbers next to it."""
     adapter.save_pretrained(options.out, tokenizer=tokenizer)
     result = {
         **found,

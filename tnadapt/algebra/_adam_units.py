@@ -116,7 +116,7 @@ class _UpdateStep:
         self._groups: dict[tuple[object, ...], tuple[Initializer, Collection[str], int]] = {}
 
     def add(self, group: Group, moved: Collection[str]) -> None:
-        """Note that arrays of a group move, by their names in its network."""
+        """Record that arrays of a group move, by their names in its network."""
         start = group.start
         # Groups with the same networks, maps and frozen arrays take the same steps.
         key = id(group.network), id(group.projection), id(start.frozen), start.zeros, frozenset(moved)

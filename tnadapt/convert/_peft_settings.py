@@ -128,7 +128,7 @@ def settings_of(config: Mapping[str, Any]) -> PeftSettings:
     ------
     FileError
         If a field has the wrong type, is unknown, or means that the update is not
-        simply added to the weight. The message names the field.
+        only added to the weight. The message names the field.
     """
     kind = LOW_RANK[str(config["peft_type"]).upper()]
     _check_fields(config, _HARMLESS | _READ, _REFUSED)

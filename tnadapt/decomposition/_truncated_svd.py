@@ -44,7 +44,7 @@ class KrylovTriplets(NamedTuple):
     v : array, shape (n, rank)
     converged : bool
         Whether all residuals ``|Aᵀ u - s v|`` are at rounding. The triplets are then singular triplets; that they are
-        the leading ones is very likely, and not certain.
+        the leading ones is likely, but not certain.
     """
 
     u: Array

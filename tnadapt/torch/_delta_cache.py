@@ -94,11 +94,11 @@ class DeltaCache:
         return self._slices[index].names if self._alone[index] else self._part[index].names
 
     def slice(self, index: int) -> Slice | None:
-        """Return the slice that computes one weight's update alone; None where that costs more than as part of all."""
+        """Return the slice that computes one weight's update alone; None where computing all costs less."""
         return self._slices[index] if self._alone[index] else None
 
     def begin(self) -> None:
-        """Note that a forward pass of the whole model starts."""
+        """Record that a forward pass of the whole model starts."""
         self.began_with_gradients = torch.is_grad_enabled()
         if not torch.compiler.is_compiling():
             self._pass = time.perf_counter_ns()
@@ -108,7 +108,7 @@ class DeltaCache:
             self.forget()
 
     def end(self) -> None:
-        """Note that the pass has returned or failed; not called if it was interrupted."""
+        """Record that the pass has returned or failed; not called if it was interrupted."""
         self._traced, self._pass = None, 0
         self.began_with_gradients = False
 

@@ -1,4 +1,4 @@
-"""The model's own parameters that stay trainable beside an adapter: those that a caller names, and biases."""
+"""The model's own parameters that stay trainable with an adapter: those that a caller names, and biases."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _biases(model: nn.Module) -> list[str]:
 
 
 def _biases_of(weight: str) -> tuple[str, ...]:
-    """Return the names that the bias beside a weight may have in its module."""
+    """Return the names that the bias of a weight may have in its module."""
     # nn.MultiheadAttention has one in_proj_bias for q_proj_weight, k_proj_weight and v_proj_weight.
     return weight.replace("weight", "bias"), *(("in_proj_bias",) if weight.endswith("_proj_weight") else ())
 

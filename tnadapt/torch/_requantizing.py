@@ -1,6 +1,6 @@
 """Merging into quantized weights: dequantized, added to, quantized again by their library, and put back exactly.
 
-The state of a layer, its tensors and what its library keeps beside them, is taken out and kept as it is: nothing is
+The state of a layer, its tensors and what its library keeps with them, is taken out and kept as it is: nothing is
 copied or subtracted. A merged layer has another state of the same form, so that putting back the first restores every
 byte.
 """

@@ -93,7 +93,7 @@ class ThetaArrays:
         return held_bytes(array for _, made in self._entries.values() for array in made.values())
 
     def end(self) -> None:
-        """Note that a pass has ended, so that the next one does not begin with what a trace left."""
+        """Record that a pass has ended, so that the next one does not begin with what a trace left."""
         self._traced = None
 
     def _made(self, thetas: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -156,7 +156,7 @@ class _AdapterCheckpoints:
         return self.otherwise["train"](*args, **kwargs)
 
     def save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write the adapters, and beside them what the Trainer writes beside a model."""
+        """Write the adapters, and next to them what the Trainer writes next to a model."""
         trainer, states = self.trainer, self.adapters()
         if not states:  # baked or detached since: the model is an ordinary one
             self.otherwise["_save"](output_dir, state_dict)
