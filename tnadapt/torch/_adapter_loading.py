@@ -38,8 +38,8 @@ _log = logging.getLogger(__name__)
 
 # Of weights whose sketches are not far apart; those of another model are 1.4 apart.
 _CLOSE = (
-    "They are about {:.2g} % apart, as quantized weights are from the originals (a common factor of all weights does not "
-    "count). "
+    "They are about {:.2g} % apart, as quantized weights are from the originals (a common factor of all weights does "
+    "not count). "
 )
 
 
