@@ -3,18 +3,45 @@
 ``import tnadapt`` beyond ``import numpy`` and ``import tnadapt.torch`` beyond ``import torch``, in processes that
 alternate; and ``tnadapt.torch.attach`` on a model of Llama-7B's sizes from its config alone, on the meta device
 and on the CPU (in bfloat16, whose memory is never written to and so takes none), beyond the cost of drawing its arrays.
+
+``python benchmarks/startup.py --commands`` measures how long the command line takes to refuse a wrong option, as
+processor time of user and system, beside Python alone and the libraries that the command line imports; processes
+alternate. It writes ``benchmarks/results/command_line.json``.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-__all__ = ["measure"]
+from machine import machine
+
+__all__ = ["measure", "measure_commands"]
+
+#: Wrong options, and what their cost is compared with.
+COMMANDS = {
+    "python -c pass": ["-c", "pass"],
+    "import typer, rich": ["-c", "import typer, rich"],
+    "import numpy": ["-c", "import numpy"],
+    "import tnadapt": ["-c", "import tnadapt"],
+    "tnadapt fintune": ["-m", "tnadapt", "fintune"],
+    "tnadapt finetune --presett lora": ["-m", "tnadapt", "finetune", "--presett", "lora"],
+    "tnadapt finetune --preset lorra": ["-m", "tnadapt", "finetune", "--preset", "lorra"],
+    "tnadapt finetune --rank 0": ["-m", "tnadapt", "finetune", "--rank", "0"],
+    "tnadapt finetune --data a.csv --model bert": ["-m", "tnadapt", "finetune", "--data", "a.csv", "--model", "bert"],
+    "tnadapt predict none --data none.csv": ["-m", "tnadapt", "predict", "none", "--data", "none.csv"],
+    "tnadapt plan": ["-m", "tnadapt", "plan"],
+    "tnadapt merge none none -o none": ["-m", "tnadapt", "merge", "none", "none", "-o", "none"],
+    "tnadapt verify --preset lorra": ["-m", "tnadapt", "verify", "--preset", "lorra"],
+}  # fmt: skip
+RESULTS = Path(__file__).parent / "results" / "command_line.json"
 
 Row = dict[str, Any]
 
@@ -40,6 +67,19 @@ def _imports(rounds: int) -> list[Row]:
             }
         )
     return rows
+
+
+def measure_commands(rounds: int = 7) -> dict[str, float]:
+    """Return the median processor time of each command in seconds; the first round, which may compile, is left out."""
+    times: dict[str, list[float]] = {name: [] for name in COMMANDS}
+    for _ in range(rounds + 1):
+        for name, arguments in COMMANDS.items():
+            process = subprocess.Popen(
+                [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            used = os.wait4(process.pid, 0)[2]
+            times[name].append(used.ru_utime + used.ru_stime)
+    return {name: round(statistics.median(found[1:]), 3) for name, found in times.items()}
 
 
 def _process(code: str) -> float:
@@ -106,5 +146,10 @@ def _attached(smoke: bool) -> list[Row]:
 
 
 if __name__ == "__main__":
+    if "--commands" in sys.argv:
+        found = {"machine": machine(), "load": round(os.getloadavg()[0], 1), "seconds": measure_commands()}
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        print(RESULTS.read_text())
+        raise SystemExit
     for row in measure("--smoke" in sys.argv):
         print(row)

@@ -27,7 +27,6 @@ from .convert import convert
 from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError
 from .targets.attention_layouts import register_layout
 from .targets.target import RowIndices, Rows, Target
-from .testing.verification import verify
 
 if TYPE_CHECKING:
     from .checkpoints.adapter_file import AdapterFile
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
         tt_matrix,
         tucker,
     )
+    from .testing.verification import verify
 
 __version__ = "0.1.0"
 
@@ -127,6 +127,7 @@ _LAZY = {
     "tensor_train": "tensors",
     "tt_matrix": "tensors",
     "tucker": "tensors",
+    "verify": "testing.verification",
 }
 
 # Public subpackages that are imported when they are first used: tnadapt.torch needs no import of its own.

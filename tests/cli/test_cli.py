@@ -22,6 +22,7 @@ import typer
 
 from tnadapt import cli
 from tnadapt.cli._finetune_command import PROJECTIONS
+from tnadapt.cli._lazy_commands import COMMANDS
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -58,19 +59,112 @@ def test_version_and_help_need_no_extra() -> None:
     assert 'the command line needs its extra: pip install "tnadapt[cli]"' in done.stderr
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--preset", "lorra"], "no preset 'lorra'; did you mean 'lora'? The presets are"),
-    (["--set", "rnak=3"], "no setting 'rnak'; did you mean 'rank'?"),
-    (["--set", "lora_alpha=3"], "no setting 'lora_alpha'; PEFT's 'lora_alpha' is 'alpha' here"),
-    (["--set", "xyzzy=3"], "no setting 'xyzzy'; the settings are rank, order,"),
-    (["--lr", "-1"], "--lr must be above 0 and at most 1e6; got -1.0"),
-])  # fmt: skip
-def test_bad_options_are_refused_before_torch_is_imported(arguments: list[str], message: str) -> None:
-    code = "import sys; sys.modules['torch'] = None; from tnadapt.__main__ import main; main()"
-    command = [sys.executable, "-c", code, "finetune", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"tnadapt: {message}")
+#: What a user can get wrong, and what the message says.
+MISTAKES: list[tuple[str, str]] = [
+    ("fintune", "No such command 'fintune'. Did you mean 'finetune'?"),
+    ("finetune --presett lora", "No such option: --presett"),
+    ("finetune --preset lorra", "no preset 'lorra'; did you mean 'lora'? The presets are"),
+    ("finetune --set rnak=3", "no setting 'rnak'; did you mean 'rank'?"),
+    ("finetune --set lora_alpha=3", "no setting 'lora_alpha'; PEFT's 'lora_alpha' is 'alpha' here"),
+    ("finetune --set xyzzy=3", "no setting 'xyzzy'; the settings are rank, order,"),
+    ("finetune --set rank", "--set takes FIELD=VALUE"),
+    ("finetune --set rank=0", "rank must be from 1"),
+    ("finetune --rank -1", "rank must be from 1"),
+    ("finetune --preset lora --set seed=3", "give --seeds N"),
+    ("finetune --preset cara", "needs the number of 'heads'"),
+    ("finetune --groups bla", "groups must be"),
+    ("finetune --order -1", "order must be from 1"),
+    ("finetune --splits 0", "splits must be from 1"),
+    ("finetune --format cpp", "format must be one of"),
+    ("finetune --fold hyper", "fold must be one of"),
+    ("finetune --projection liner", "got 'liner'"),
+    ("finetune --ratio 0.5", "needs a projection that changes the length"),
+    ("finetune --projection linear --ratio 7", "ratio must be above 0 and at most 1"),
+    ("finetune --budget 0", "a budget must be at least 1 parameter"),
+    ("finetune --budget 9 --rank 1", "a budget or settings, not both"),
+    ("finetune --lr -1", "--lr must be above 0 and at most 1e6; got -1.0"),
+    ("finetune --epochs 0", "Invalid value for '--epochs'"),
+    ("finetune --engine rey", "no engine 'rey'; expected one of local, ray, slurm"),
+    ("finetune --engine-option gpus", "--engine-option takes KEY=VALUE"),
+    ("finetune --engine-option gpus=1", "engine local has no option 'gpus'"),
+    ("finetune --report-to nowhere", "Invalid value for '--report-to'"),
+    ("finetune --task regression", "--task needs --model and --data"),
+    ("finetune --text-column text", "--text-column needs --model and --data"),
+    ("finetune --image-size 8", "--image-size and --max-length need --model and --data"),
+    ("finetune --model here", "--model needs --data, too"),
+    ("finetune --data here.csv", "--data needs --model, too"),
+    ("finetune --model bert --data none.csv", "no data at none.csv: there is no such file or folder"),
+    ("finetune --model bert --data a.txt", "cannot read data from a.txt"),
+    ("finetune --model ./none --data a.csv", "no model at ./none: there is no such folder"),
+    ("finetune --model folder --data a.csv", "no model at folder: the folder has no config.json"),
+    ("finetune --out a.txt", "a.txt is a file and should be a folder; give another folder with --out"),
+    ("finetune --cache a.txt", "a.txt is a file and should be a folder; give another folder with --cache"),
+    ("predict none --data a.csv", "no adapter at none: there is no such file"),
+    ("predict a.txt --data a.csv", "a.txt: is not a safetensors file"),
+    ("predict a.txt --data a.csv --out b.txt", "--out must end in .csv or .jsonl"),
+    ("presets --shape 3", "--shape takes ROWSxCOLS"),
+    ("plan", "give a budget"),
+    ("plan --shape 8x8 --budget -5", "a budget is a number of parameters"),
+    ("plan --shape 8x8 --budget 5 --by speed", "by must name criteria among parameters"),
+    ("extract none none -o a.txt", "a.txt exists; give another path, or --overwrite"),
+    ("extract none none -o b.safetensors", "none: No such file or directory"),
+    ("convert none", "none: No such file or directory"),
+    ("convert a.txt --to pfet", "got 'pfet'"),
+    ("convert a.txt --max-error 5", "--max-error must be a number from 0 to 1"),
+    ("merge none none -o out", "none: No such file or directory"),
+    ("info a.txt", "a.txt: is not a safetensors file"),
+    ("verify --preset lorra", "no preset 'lorra'; did you mean 'lora'?"),
+    ("verify --preset lora --set rank=0", "rank must be from 1"),
+    ("verify --shape 3x3", "shapes belong to a config"),
+    ("verify --backend torhc", "no backend named 'torhc'"),
+]
+
+# One process for all: whatever one of them imports stays imported.
+ONE_BY_ONE = """
+import contextlib, io, json, sys
+from tnadapt.__main__ import main
+found = []
+for line in json.loads(sys.argv[1]):
+    sys.argv[1:] = line.split()
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        try:
+            main()
+        except SystemExit as end:
+            slow = [name for name in ("torch", "transformers", "sklearn", "scipy", "matplotlib") if name in sys.modules]
+            found.append((end.code, told.getvalue(), slow))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.law("hostile-commands")
+def test_mistakes_are_refused_before_anything_slow_is_imported(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "a.csv").write_text("text,label\na,b\n")
+    (tmp_path / "folder").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_BY_ONE, json.dumps([line for line, _ in MISTAKES])],
+        capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
+        env={**os.environ, "COLUMNS": "200", "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for (line, message), (code, told, slow) in zip(MISTAKES, json.loads(done.stdout), strict=True):
+        assert (code, slow) == (2, []), (line, told)
+        assert message in " ".join(told.replace("│", " ").split()), (line, told)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "a.txt", "folder"]
+
+
+def test_commands_are_imported_when_they_are_used() -> None:
+    code = """
+import sys, typer
+from tnadapt.cli import app
+group = typer.main.get_command(app)
+print(group.list_commands(None), [name for name in sys.modules if name.endswith("_command")])
+print(group.get_command(None, "info").name, [name for name in sys.modules if name.endswith("_command")])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.splitlines() == [f"{list(COMMANDS)} []", "info ['tnadapt.cli._info_command']"]
 
 
 def test_shells_complete_presets() -> None:

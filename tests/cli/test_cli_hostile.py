@@ -10,6 +10,7 @@ import shutil
 import sys
 import typing
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ if sys.platform != "linux":
 
 # Where they can be imported.
 from paper.command import experiment  # noqa: E402
-from tnadapt import cli  # noqa: E402
+from tnadapt.cli._lazy_commands import COMMANDS as NAMES  # noqa: E402
 
 from .command_lines import CommandLines, Done, command_lines  # noqa: E402
 
@@ -37,7 +38,10 @@ pytestmark = pytest.mark.slow
 
 P, T = tna.presets, tna.Target
 #: Those of ``tnadapt``, and ``python -m paper``.
-COMMANDS = {**{one.name: one.callback for one in cli.app.registered_commands}, "paper": experiment}
+COMMANDS = {
+    **{name: getattr(import_module(f"tnadapt.cli._{name}_command"), f"{name}_command") for name in NAMES},
+    "paper": experiment,
+}
 TARGETS = [T(f"layers.{n}.self_attn.{x}_proj", (6, 4), x) for n in range(2) for x in "qv"]
 #: Bytes that a command may take, beyond the program, to say that it cannot be done. A config may have 2^24 bytes.
 MEMORY = 100 << 20

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from tnadapt.convert import FORMS, convert
 from tnadapt.errors import TnadaptError
@@ -14,6 +13,7 @@ from tnadapt.errors import TnadaptError
 from ._common_options import AsJson
 from ._option_names import as_options
 from ._printing import echo, echo_json, echo_table
+from ._progress import status
 
 __all__ = ["convert_command"]
 
@@ -85,7 +85,7 @@ def convert_command(
     Exit code: 0, or 2 if the conversion is not possible. Nothing is written then.
     """
     try:
-        with Console(stderr=True).status("converting"):
+        with status("converting"):
             found = convert(
                 source, out, to=to, rank=rank, max_error=max_error, base=base, part=part, dtype=dtype,
                 without_kept=without_kept, overwrite=overwrite,

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tnadapt import TnadaptError, extract, save
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.decomposition import Step
 from tnadapt.decomposition.extraction import Extraction
 
 from ._common_options import AsJson, ConfigFile, OwnSettings, preset_option
 from ._printing import echo, echo_json, echo_table
+from ._progress import groups_bar
 from ._settings import chosen_config
 
 __all__ = ["extract_command"]
@@ -82,7 +80,7 @@ def extract_command(
         # The library's default config, with the given settings.
         preset, changes = "superlora", ["rank=8", *changes]
     chosen = chosen_config(preset, changes, config)
-    with _bar() as bar:
+    with groups_bar() as bar:
         found = extract(
             base, tuned, chosen, _targets(targets), max_error=max_error, max_rank=max_rank,
             keep_trainable=keep_trainable or (), compare=compare, progress=bar, max_iterations=iterations,
@@ -114,33 +112,6 @@ def _targets(given: list[str] | None) -> Any:
     if all(set(one) <= set("qkvo") for one in given):
         return "".join(dict.fromkeys("".join(given)))
     return given[0] if len(given) == 1 else given
-
-
-class _bar:  # noqa: N801  # a context manager reads as a word
-    """A progress bar over groups on a terminal; nothing elsewhere."""
-
-    def __init__(self) -> None:
-        console = Console(stderr=True)
-        self.bars = Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[error]}"),
-            TimeElapsedColumn(),
-            console=console, transient=True, disable=not console.is_terminal,
-        )  # fmt: skip
-
-    def __enter__(self) -> _bar:
-        self.bars.start()
-        self.task = self.bars.add_task("reading", total=None, error="")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bars.stop()
-
-    def __call__(self, step: Step) -> None:
-        error = "" if step.error is None else f"iteration {step.iteration}, error {step.error:.4f}"
-        self.bars.update(
-            self.task, description=f"group {step.group + 1} of {step.groups}", total=step.groups, completed=step.group,
-            error=error,
-        )  # fmt: skip
 
 
 def _summary(found: Extraction, out: Path) -> dict[str, Any]:

@@ -255,14 +255,15 @@ def finetune_command(
         "groups": groups and word_or_number(groups), "order": order, "splits": splits, "format": format,
         "fold": fold and word_or_number(fold), "projection": projection and word_or_number(projection), "ratio": ratio,
     }  # fmt: skip
-    own = {"task": task, "separator": separator, "tokenizer": tokenizer, "report-to": report_to.given}
+    own = {
+        "task": task, "text-column": text_column, "label-column": label_column, "separator": separator,
+        "tokenizer": tokenizer, "report-to": report_to.given,
+    }  # fmt: skip
     check_options(own, model is not None or data is not None, report_to)
     changes = {name: value for name, value in changes.items() if value is not None} | dict(map(setting, settings or []))
     where = engine_options(engine_option or ())
-    rates = _checked(preset or (), changes, lr or ())
+    rates = _checked(preset or (), changes, lr or (), targets or ())
     job = job_package()
-    # Refuses what is wrong before a model is opened.
-    assumed = None if dry_run else job.open_engine(engine, jobs, where).device(device)
     digits = model is None and data is None
     usual = DIGITS if digits else OTHERS
     spec = job.Spec(
@@ -275,11 +276,17 @@ def finetune_command(
         presets=tuple(preset or ()), ranks=tuple(rank or ()), changes=changes, budgets=tuple(budget or ()),
         short=not digits,
     )  # fmt: skip
+    folder = out or Path("runs", "digits" if digits else f"{_word(model)}-{_word(data)}")
+    # All of these refuse what is wrong before torch is imported, and a model is opened.
+    spec.check()
+    choice.check()
+    job.check_out(folder)
+    assumed = job.open_engine(engine, jobs, where).device(device)
+    device_of = (None if dry_run else assumed) or job.usable_device(device)
     training = job.Training(
-        epochs=epochs or usual.epochs, batch=batch or usual.batch, device=assumed or job.usable_device(device),
+        epochs=epochs or usual.epochs, batch=batch or usual.batch, device=device_of,
         targets="qv" if not targets else targets[0] if len(targets) == 1 else tuple(targets), report_to=report_to.value,
     )  # fmt: skip
-    folder = out or Path("runs", "digits" if digits else f"{_word(model)}-{_word(data)}")
     try:
         with reporter() as shown:
             study = job.Study(spec, choice, training, rates or usual.rates, seeds, shown)
@@ -318,7 +325,9 @@ def _word(source: str | None) -> str:
     return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in stem) or "none"
 
 
-def _checked(presets: Sequence[str], changes: Mapping[str, Any], rates: Sequence[float]) -> Sequence[float]:
+def _checked(
+    presets: Sequence[str], changes: Mapping[str, Any], rates: Sequence[float], targets: Sequence[str]
+) -> Sequence[float]:
     """Refuse what is wrong with the options alone, before torch is imported, which takes seconds; return the rates."""
     for name in presets:
         require_preset(name)
@@ -327,4 +336,6 @@ def _checked(presets: Sequence[str], changes: Mapping[str, Any], rates: Sequence
     for rate in rates:
         if not 0.0 < rate <= 1e6:
             raise TnadaptError(f"--lr must be above 0 and at most 1e6; got {rate}")
+    if not all(target.strip() for target in targets):
+        raise TnadaptError("--targets is empty; give qv, qkvo, all-linear, conv, a regular expression or module names")
     return rates

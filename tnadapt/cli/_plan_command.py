@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from tnadapt import TnadaptError, plan
 from tnadapt.algebra.superlora import SuperLoRA
@@ -123,6 +122,8 @@ def _draw(found: Plan, weights: Weights, adapter: SuperLoRA, picture: Path | Non
 
 
 def _print(found: Plan, table: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+
     console = Console()
     kept = list(range(len(table[0])))
     if console.is_terminal:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tnadapt import TnadaptError
+from tnadapt import TnadaptError, load
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import FileError
 
@@ -75,6 +75,9 @@ def predict_command(
         what = "it is a folder" if adapter.is_dir() else "there is no such file"
         raise FileError(f"no adapter at {adapter}: {what}; give a file such as best.safetensors")
     job = job_package()
+    # What can be refused before torch is imported.
+    load(adapter, check_draws=False)
+    job.require_data(data)
     try:
         found = job.predict(
             adapter, data, base=base, tokenizer=tokenizer, text_column=text_column, label_column=label_column,

@@ -6,29 +6,42 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
 from tnadapt.errors import escaped
 
+# Rich is imported where something is shown: an error in the options is reported sooner without it.
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    from tnadapt.decomposition import Step
     from tnadapt.finetune import Task
 
-__all__ = ["bytes_bar", "reporter", "steps_bar"]
+__all__ = ["bytes_bar", "groups_bar", "reporter", "status", "steps_bar"]
+
+
+@contextlib.contextmanager
+def status(what: str) -> Iterator[Callable[[str], None]]:
+    """Show what a command does on a terminal, and yield a function that changes it."""
+    from rich.console import Console
+    from rich.text import Text
+
+    with Console(stderr=True).status(Text(what)) as shown:
+        yield lambda text: shown.update(Text(text))
 
 
 @contextlib.contextmanager
 def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a callback for the bytes done and the total, which draws a bar on a terminal and nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda done, total: None
@@ -45,6 +58,9 @@ def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 @contextlib.contextmanager
 def steps_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a callback for the steps done and their number, which draws a bar on a terminal and nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda done, total: None
@@ -59,8 +75,35 @@ def steps_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextlib.contextmanager
+def groups_bar() -> Iterator[Callable[[Step], None]]:
+    """Yield a callback for the steps of an extraction, which draws a bar on a terminal and nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    bars = Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[error]}"),
+        TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    with bars:
+        task = bars.add_task("reading", total=None, error="")
+
+        def show(step: Step) -> None:
+            error = "" if step.error is None else f"iteration {step.iteration}, error {step.error:.4f}"
+            bars.update(
+                task, description=f"group {step.group + 1} of {step.groups}", total=step.groups, completed=step.group,
+                error=error,
+            )  # fmt: skip
+
+        yield show
+
+
+@contextlib.contextmanager
 def reporter() -> Iterator[Any]:
     """Yield a :class:`tnadapt.finetune.Reporter` for stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Lines(console)

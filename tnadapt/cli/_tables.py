@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from tnadapt.errors import escaped
 
 from ._printing import echo
@@ -32,9 +28,14 @@ def cell(text: str) -> str:
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> None:
     """Print a table with rows that begin with ● in bold, and the columns ``right`` aligned to the right."""
+    from rich.console import Console  # not needed where an option is refused
+
     rows = [[cell(text) for text in row] for row in rows]
     console = Console()
     if console.is_terminal:
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table(box=None, pad_edge=False)
         for index, title in enumerate(titles):
             table.add_column(title, justify="right" if index in right else "left", no_wrap=True)

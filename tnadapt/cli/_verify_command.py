@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from tnadapt import verify
 from tnadapt.errors import escaped
 
 from ._common_options import AsJson, ConfigFile, OwnSettings, preset_option
 from ._printing import echo_json, echo_table
+from ._progress import status
 from ._settings import chosen_config, shapes_of
 
 __all__ = ["verify_command"]
@@ -44,10 +42,8 @@ def verify_command(
     """
     chosen = chosen_config(preset, settings or [], config)
     shapes = shapes_of(shape or []) or None
-    with Console(stderr=True).status("checking") as status:
-        report = verify(
-            chosen, shapes, backends=backend, seed=seed, progress=lambda line: status.update(Text(f"checking {line}"))
-        )
+    with status("checking") as show:
+        report = verify(chosen, shapes, backends=backend, seed=seed, progress=lambda line: show(f"checking {line}"))
     if as_json:
         echo_json(report.to_dict())
     else:
@@ -56,6 +52,10 @@ def verify_command(
 
 
 def _print(report: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     console = Console()
     if not console.is_terminal:
         echo_table(str(report))

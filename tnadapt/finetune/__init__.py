@@ -12,24 +12,29 @@
 It prints nothing; progress goes to a :class:`Reporter`. Needs torch and ``pip install "tnadapt[demo]"``.
 """
 
-try:
-    import torch as _torch  # noqa: F401  # the error that says what to install comes before any other import
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        'tnadapt.finetune needs PyTorch, which is not installed: pip install "tnadapt[demo]"', name=error.name
-    ) from error
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
-from ._budget import within
-from ._choice import Choice
-from ._prediction import Predictions, predict
-from ._problem_loading import open_problem
-from ._specification import Spec
-from ._study import Outcome, Reporter, Study
-from .engines import Engine, open_engine, run_tasks
-from .grid import Method, default_methods
-from .pareto_report import Point, pareto_front
-from .problem import Problem
-from .training import Task, Training, usable_device
+if TYPE_CHECKING:
+    from ._budget import within
+    from ._choice import Choice
+    from ._data_place import require_data
+    from ._out_folder import check_out
+    from ._prediction import Predictions, predict
+    from ._problem_loading import open_problem
+    from ._specification import Spec
+    from ._study import Outcome, Reporter, Study
+    from .engines import Engine, open_engine, run_tasks
+    from .grid import Method, default_methods
+    from .pareto_report import Point, pareto_front
+    from .problem import Problem
+    from .training import Task, Training, usable_device
+
+if importlib.util.find_spec("torch") is None:
+    raise ModuleNotFoundError(
+        'tnadapt.finetune needs PyTorch, which is not installed: pip install "tnadapt[demo]"', name="torch"
+    )
 
 __all__ = [
     "Choice",
@@ -44,12 +49,52 @@ __all__ = [
     "Study",
     "Task",
     "Training",
+    "check_out",
     "default_methods",
     "open_engine",
     "open_problem",
     "pareto_front",
     "predict",
+    "require_data",
     "run_tasks",
     "usable_device",
     "within",
 ]
+
+# Imported on first use: what checks a user's options must not wait for torch, whose import takes seconds.
+_LAZY = {
+    "Choice": "_choice",
+    "Engine": "engines",
+    "Method": "grid",
+    "Outcome": "_study",
+    "Point": "pareto_report",
+    "Predictions": "_prediction",
+    "Problem": "problem",
+    "Reporter": "_study",
+    "Spec": "_specification",
+    "Study": "_study",
+    "Task": "training",
+    "Training": "training",
+    "check_out": "_out_folder",
+    "default_methods": "grid",
+    "open_engine": "engines",
+    "open_problem": "_problem_loading",
+    "pareto_front": "pareto_report",
+    "predict": "_prediction",
+    "require_data": "_data_place",
+    "run_tasks": "engines",
+    "usable_device": "training",
+    "within": "_budget",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,7 +8,13 @@ from tnadapt.planning.ladders import Search
 
 from .grid import Method, Shapes, method_of
 
-__all__ = ["within"]
+__all__ = ["check_budget", "within"]
+
+
+def check_budget(budget: int) -> None:
+    """Raise a TnadaptError unless a budget is a number of parameters."""
+    if budget < 1:
+        raise TnadaptError(f"a budget must be at least 1 parameter; got {budget}")
 
 
 def within(budget: int, shapes: Shapes) -> list[Method]:
@@ -43,8 +49,7 @@ def within(budget: int, shapes: Shapes) -> list[Method]:
     SuperLoRA + F r = 42, ρ = 0.001 9996
     fastfood ρ = 0.0007064 10000
     """
-    if budget < 1:
-        raise TnadaptError(f"a budget must be at least 1 parameter; got {budget}")
+    check_budget(budget)
     search, families = Search(shapes), usual(shapes)
     allowed = min(budget, sum(rows * cols for rows, cols in shapes))
     found = [largest for family in families if (largest := search.largest(family, allowed))]

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from tnadapt.errors import TnadaptError
 
-from ._budget import within
-from .grid import Method, Shapes, default_methods, head_alone, methods_of
+from ._budget import check_budget, within
+from .grid import Method, Shapes, check_settings, default_methods, head_alone, methods_of
 
 __all__ = ["Choice", "Chooser"]
 
@@ -44,6 +44,31 @@ class Choice:
     budgets: tuple[int, ...] = ()
     short: bool = False
 
+    @property
+    def _named(self) -> bool:
+        return bool(self.presets or self.ranks or self.changes)
+
+    def check(self) -> None:
+        """Refuse what no weights could fit.
+
+        Raises
+        ------
+        TnadaptError
+            If a preset or a setting is unknown or out of range, or budgets and settings are given.
+
+        Examples
+        --------
+        >>> Choice(budgets=(100,), ranks=(3,)).check()
+        Traceback (most recent call last):
+        tnadapt.errors.TnadaptError: a budget finds the settings itself; give a budget or settings, not both
+        """
+        if self.budgets and self._named:
+            raise TnadaptError("a budget finds the settings itself; give a budget or settings, not both")
+        for budget in self.budgets:
+            check_budget(budget)
+        if self._named:
+            check_settings(self.presets, self.ranks, self.changes)
+
     def methods(self, shapes: Shapes, layers: int) -> list[Method]:
         """Return the methods to compare on weights of these shapes in ``layers`` layers.
 
@@ -52,12 +77,10 @@ class Choice:
         TnadaptError
             If a preset is unknown, a setting does not fit, or a budget is too small.
         """
-        named = self.presets or self.ranks or self.changes
-        if self.budgets and named:
-            raise TnadaptError("a budget finds the settings itself; give a budget or settings, not both")
+        self.check()
         if self.budgets:
             found = [method for budget in self.budgets for method in within(budget, shapes)]
             return [head_alone(), *found]
-        if named:
+        if self._named:
             return [head_alone(), *methods_of(self.presets, self.ranks, self.changes, shapes, layers)]
         return default_methods(self.short)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tnadapt.errors import FileError, TnadaptError, safe_repr, summarize
 
 from ._data import Data, Labels, Samples
+from ._data_place import require_data
 from ._sample_tables import TABLES, Table, needed_column, read_table
 from .archives import read_npz
 
@@ -56,16 +57,9 @@ def open_source(
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             return _from_datasets(source, text_column, label_column, (*label_names, *LABEL_COLUMNS))
         return _folder(path)
+    require_data(source)
     if path.is_file():
-        if path.suffix.lower() in TABLES:
-            return read_table(path)
-        if path.suffix.lower() == ".npz":
-            return _npz(path)
-        raise FileError(
-            f"cannot read data from {path}: expected a .csv, .tsv, .jsonl, .json or .npz file, or a folder of images"
-        )
-    if path.suffix.lower() in (*TABLES, ".npz") or source.startswith((".", "/", "~")):
-        raise FileError(f"no data at {path}: there is no such file or folder")
+        return read_table(path) if path.suffix.lower() in TABLES else _npz(path)
     return _from_datasets(source, text_column, label_column, (*label_names, *LABEL_COLUMNS))
 
 

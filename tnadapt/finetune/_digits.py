@@ -71,10 +71,6 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
     TnadaptError
         If scikit-learn is not installed; later, when the model is built, if the cache cannot be written.
     """
-    if spec.task is not None:
-        raise TnadaptError("--task needs --model and --data; the digits are images of classes")
-    if spec.image_size is not None or spec.max_length is not None:
-        raise TnadaptError("--image-size and --max-length need --model and --data; the digits are 8 x 8")
     old, new = _read(OLD), _read(NEW)
     samples = divide(old, validation=0.1, test=0.1)
     mean, std = float(samples["training"].inputs.mean()), float(samples["training"].inputs.std())

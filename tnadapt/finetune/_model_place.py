@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tnadapt.checkpoints.gguf_place import gguf_place, need_gguf
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 
-__all__ = ["ModelPlace", "model_place"]
+__all__ = ["ModelPlace", "model_place", "require_model"]
 
 
 class ModelPlace(NamedTuple):
@@ -40,10 +40,7 @@ def model_place(name: str, kind: str) -> ModelPlace:
     TnadaptError
         If a GGUF file cannot be read, because the package is missing or the data have images.
     """
-    place = ModelPlace(*gguf_place(name))
-    path = Path(name)
-    if not path.exists() and name.startswith((".", "/", "~")):
-        raise FileError(f"no model at {name}: there is no such {'file' if path.suffix else 'folder'}")
+    place = require_model(name)
     if place.file:
         if kind == "image":
             raise TnadaptError(
@@ -51,9 +48,25 @@ def model_place(name: str, kind: str) -> ModelPlace:
                 "images"
             )
         need_gguf(name)
-    elif path.is_dir() and not (path / "config.json").is_file():
+    return place
+
+
+def require_model(name: str) -> ModelPlace:
+    """Return where a model is, or raise an error if it is a path at which there is none.
+
+    Raises
+    ------
+    FileError
+    """
+    place = ModelPlace(*gguf_place(name))
+    path = Path(name)
+    if not path.exists() and name.startswith((".", "/", "~")):
+        raise FileError(f"no model at {name}: there is no such {'file' if path.suffix else 'folder'}")
+    if place.file:
+        return place
+    if path.is_dir() and not (path / "config.json").is_file():
         raise FileError(f"no model at {name}: the folder has no config.json and no .gguf file")
-    elif path.is_file():
+    if path.is_file():
         raise FileError(
             f"no model at {name}: expected a folder with a config.json, a .gguf file or a hub name, not another file"
         )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tnadapt.errors import TnadaptError
-
 from ._digits import digits
 from ._pretrained import pretrained
 from ._specification import Spec
@@ -32,9 +30,5 @@ def open_problem(spec: Spec, progress: Callable[[str, float], None] = lambda wha
     TnadaptError
         If one of the two is missing or cannot be read, or they do not fit together.
     """
-    if spec.model is None and spec.data is None:
-        return digits(spec, progress)
-    if spec.model is None or spec.data is None:
-        given, other = ("--data", "--model") if spec.model is None else ("--model", "--data")
-        raise TnadaptError(f"{given} needs {other}, too; with neither, the data are scikit-learn's digits")
-    return pretrained(spec)
+    spec.check()
+    return digits(spec, progress) if spec.model is None else pretrained(spec)

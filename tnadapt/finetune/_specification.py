@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
+from tnadapt.errors import FileError, TnadaptError
 
 from ._data import HOLDOUT
+from ._data_place import require_data
+from ._model_place import require_model
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["Part", "Spec"]
 
@@ -62,6 +67,35 @@ class Spec:
     head_rows: tuple[int, ...] = ()
     cache: Path | None = None
     pretrain_epochs: int = 60
+
+    def check(self) -> None:
+        """Refuse what can be refused without opening the model or the data, and without torch.
+
+        Raises
+        ------
+        TnadaptError
+            If only one of model and data is given, one of them is a path at which nothing is, or an option needs both.
+
+        Examples
+        --------
+        >>> Spec(model="bert-base-uncased").check()
+        Traceback (most recent call last):
+        tnadapt.errors.TnadaptError: --model needs --data, too; with neither, the data are scikit-learn's digits
+        """
+        if self.model is None and self.data is None:
+            if self.task is not None:
+                raise TnadaptError("--task needs --model and --data; the digits are images of classes")
+            if self.image_size is not None or self.max_length is not None:
+                raise TnadaptError("--image-size and --max-length need --model and --data; the digits are 8 x 8")
+            if self.cache is not None and self.cache.is_file():
+                raise FileError(f"{self.cache} is a file and should be a folder; give another folder with --cache")
+            return
+        if self.model is None or self.data is None:
+            given, other = ("--data", "--model") if self.model is None else ("--model", "--data")
+            raise TnadaptError(f"{given} needs {other}, too; with neither, the data are scikit-learn's digits")
+        require_data(self.data)
+        if not self.model.startswith("timm:"):
+            require_model(self.model)
 
 
 class Part(Protocol):

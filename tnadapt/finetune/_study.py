@@ -12,11 +12,12 @@ from typing import Any
 from tnadapt import torch as tnt
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.checkpoints.atomic_files import replace_file
-from tnadapt.errors import FileError, TnadaptError, safe_repr
+from tnadapt.errors import TnadaptError
 
 from ._best import Proof, prove
 from ._choice import Chooser
 from ._controls import Control, control_of
+from ._out_folder import check_out
 from ._problem_loading import open_problem
 from ._run_logs import clear_logs, log_folder
 from ._specification import Spec
@@ -276,7 +277,7 @@ class Study:
         """
         if not isinstance(engine, Engine):
             engine = open_engine(engine, jobs, options, self.problem.threads == 1 and self.training.device == "cpu")
-        _check(out)
+        check_out(out)
         adapters = out / "adapters"
         with Results(out / "results.jsonl", self.settings(), fresh) as results:
             for name in results.dropped:
@@ -369,15 +370,3 @@ class Study:
         except ImportError:
             return None
         return path
-
-
-def _check(out: Path) -> None:
-    """Raise a FileError if the output cannot be written, before any training starts."""
-    for path, folder in ((out, True), (out / "adapters", True), (out / "pareto.png", False)):
-        try:
-            wrong = path.exists() and path.is_dir() != folder
-        except OSError as error:  # a name that is too long
-            raise FileError(f"cannot use {safe_repr(str(path))}: {error.strerror}") from None
-        if wrong:
-            kinds = ("a file", "a folder") if folder else ("a folder", "a file")
-            raise FileError(f"{path} is {kinds[0]} and should be {kinds[1]}; give another folder with --out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tnadapt.algebra import presets
@@ -13,7 +13,7 @@ from tnadapt.algebra.named_config import require_preset
 from tnadapt.errors import TnadaptError
 from tnadapt.planning import known_as
 
-__all__ = ["BASE", "DENSE", "HEAD", "Method", "Shapes", "default_methods", "head_alone", "methods_of"]
+__all__ = ["BASE", "DENSE", "HEAD", "Method", "Shapes", "check_settings", "default_methods", "head_alone", "methods_of"]
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -178,31 +178,70 @@ def methods_of(
     >>> [m.name for m in methods_of(["lora"], [1, 8], {"alpha": 16}, [(64, 64)] * 8, 4)]
     ['LoRA r = 1, alpha = 16', 'LoRA r = 8, alpha = 16']
     """
-    if "seed" in changes:
-        raise TnadaptError(
-            "the seed of F and of the initialization is that of the training: give --seeds N for the seeds 0 to N - 1"
-        )
     found = []
-    for name in dict.fromkeys(names or ["superlora"]):
-        require_preset(name)
-        preset = getattr(presets, name)
-        parameters = inspect.signature(preset).parameters
-        if name in _WITH_HEADS and changes.keys().isdisjoint({"heads", "head_size"}):
-            raise TnadaptError(
-                f"preset {name!r} needs the number of 'heads' or their 'head_size'; give it with --set NAME=VALUE"
-            )
+    for name, parameters in _presets(names, changes):
         stacked = {} if changes.get("groups") == "role" else _stacked(name, parameters, shapes, layers)
-        for rank in dict.fromkeys(ranks) if ranks else [None]:
-            given = dict(changes) if rank is None else {"rank": rank, **changes}
-            try:
-                config = preset(**{**stacked, **given})
-            except TypeError as error:
-                raise TnadaptError(f"preset {name!r}: {error}; give it with --set NAME=VALUE") from None
+        for rank, given in _given(ranks, changes):
+            config = _config(name, {**stacked, **given})
             if rank is None and "rank" in parameters:
                 given = {"rank": config.rank, **given}
             label = ", ".join(f"{'r' if key == 'rank' else key} = {value}" for key, value in given.items())
             found.append(Method(_family(name, config), label, config))
     return found
+
+
+def check_settings(names: Sequence[str], ranks: Sequence[int], changes: Mapping[str, Any]) -> None:
+    """Raise the errors of :func:`methods_of` that do not depend on the weights.
+
+    Parameters
+    ----------
+    names, ranks, changes
+        As for :func:`methods_of`.
+
+    Raises
+    ------
+    TnadaptError
+
+    Examples
+    --------
+    >>> check_settings(["lora"], [0], {})
+    Traceback (most recent call last):
+    tnadapt.errors.ConfigError: rank must be from 1 to 1099511627776; got 0
+    """
+    for name, parameters in _presets(names, changes):
+        # The others compute their fold from the weights.
+        if "rows" not in parameters or changes.get("groups") == "role":
+            for _, given in _given(ranks, changes):
+                _config(name, given)
+
+
+def _presets(names: Sequence[str], changes: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield each preset once, with its parameters."""
+    if "seed" in changes:
+        raise TnadaptError(
+            "the seed of F and of the initialization is that of the training: give --seeds N for the seeds 0 to N - 1"
+        )
+    for name in dict.fromkeys(names or ["superlora"]):
+        require_preset(name)
+        if name in _WITH_HEADS and changes.keys().isdisjoint({"heads", "head_size"}):
+            raise TnadaptError(
+                f"preset {name!r} needs the number of 'heads' or their 'head_size'; give it with --set NAME=VALUE"
+            )
+        yield name, inspect.signature(getattr(presets, name)).parameters
+
+
+def _given(ranks: Sequence[int], changes: Mapping[str, Any]) -> Iterator[tuple[int | None, dict[str, Any]]]:
+    """Yield each rank, or None for the preset's own, with all settings that are given."""
+    for rank in dict.fromkeys(ranks) if ranks else [None]:
+        yield rank, dict(changes) if rank is None else {"rank": rank, **changes}
+
+
+def _config(name: str, settings: Mapping[str, Any]) -> Config:
+    try:
+        made: Config = getattr(presets, name)(**settings)
+    except TypeError as error:
+        raise TnadaptError(f"preset {name!r}: {error}; give it with --set NAME=VALUE") from None
+    return made
 
 
 def _family(name: str, config: Config) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from tnadapt.errors import TnadaptError
 
 from ._learning_task import LearningTask
 from ._specification import Part
+from ._torch_threads import threads
 
 __all__ = ["OwnRates", "Schedule", "accuracy", "batches", "evaluate", "fit", "steps_of", "threads"]
 
@@ -206,14 +206,3 @@ def evaluate(
 def accuracy(model: nn.Module, logits: Logits, task: LearningTask, part: Part, device: torch.device) -> float:
     """Return the fraction of samples that a model classifies correctly."""
     return task.measure(evaluate(model, logits, task, part, device), part.labels).score
-
-
-@contextlib.contextmanager
-def threads(number: int) -> Iterator[None]:
-    """Set torch's number of threads inside ``with``."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -9,7 +9,6 @@ An entry point names a function without arguments that calls ``tnadapt.register_
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 
 __all__ = ["GROUP", "load_plugins"]
 
@@ -26,6 +25,8 @@ def load_plugins() -> tuple[str, ...]:
         One sentence per plug-in that failed to load: its name, its package, and the error. A failing plug-in never
         prevents the others, or anything built in, from working.
     """
+    import importlib.metadata  # brings along the parser of emails and more, and most programs need no plug-in
+
     failures = []
     for entry in importlib.metadata.entry_points(group=GROUP):
         try:

@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-import torch
+from tnadapt.finetune._torch_threads import number_of_threads
 
 from ._engine import Engine, Started
 from ._task_call import Died, Ended, Failed, TaskCall, run_call
@@ -35,7 +35,7 @@ class LocalEngine(Engine):
 
     def threads(self, wanted: int | None, tasks: int) -> int:
         """Return as many as wanted, or an equal share of all."""
-        return wanted or max(1, torch.get_num_threads() // max(1, min(self.jobs, tasks)))
+        return wanted or max(1, number_of_threads() // max(1, min(self.jobs, tasks)))
 
     def here(self, tasks: int) -> bool:
         """Whether only one task runs at a time."""

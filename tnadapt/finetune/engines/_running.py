@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tnadapt.errors import TnadaptError, safe_repr
-from tnadapt.finetune.loop import threads as torch_threads
+from tnadapt.finetune._torch_threads import threads as torch_threads
 
 from ._engine import Engine
 from ._engine_registry import open_engine

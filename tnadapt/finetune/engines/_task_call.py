@@ -17,7 +17,7 @@ from typing import Any
 from tnadapt.checkpoints.atomic_files import sync_folder
 from tnadapt.errors import TnadaptError
 from tnadapt.finetune._line_files import append_line
-from tnadapt.finetune.loop import threads
+from tnadapt.finetune._torch_threads import threads
 
 from ._work import Do, Keyed, Work
 

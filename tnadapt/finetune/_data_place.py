@@ -1,0 +1,51 @@
+"""What the data of a study may be, as far as their name and the file system say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tnadapt.errors import FileError
+
+from ._sample_tables import TABLES
+
+__all__ = ["is_file_of_data", "require_data"]
+
+#: The suffix of arrays.
+NPZ = ".npz"
+
+
+def is_file_of_data(path: Path) -> bool:
+    """Return whether a file has a suffix of data that can be read."""
+    return path.suffix.lower() in (*TABLES, NPZ)
+
+
+def require_data(source: str) -> None:
+    """Raise an error if a source of data is a file of another kind, or a path at which nothing is.
+
+    Parameters
+    ----------
+    source : str
+        As for :func:`~tnadapt.finetune._data_sources.open_source`.
+
+    Raises
+    ------
+    FileError
+
+    Examples
+    --------
+    >>> require_data("imdb")  # perhaps a name for datasets
+    >>> require_data("nowhere.csv")
+    Traceback (most recent call last):
+    tnadapt.errors.FileError: no data at nowhere.csv: there is no such file or folder
+    """
+    path = Path(source)
+    if path.is_dir():
+        return
+    if path.is_file():
+        if not is_file_of_data(path):
+            raise FileError(
+                f"cannot read data from {path}: expected a .csv, .tsv, .jsonl, .json or .npz file, or a folder of "
+                "images"
+            )
+    elif is_file_of_data(path) or source.startswith((".", "/", "~")):
+        raise FileError(f"no data at {path}: there is no such file or folder")

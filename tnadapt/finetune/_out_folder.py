@@ -1,0 +1,21 @@
+"""The folder of a study: whether it can be used, as far as that can be seen before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tnadapt.errors import FileError, safe_repr
+
+__all__ = ["check_out"]
+
+
+def check_out(out: Path) -> None:
+    """Raise a FileError if the output of a study cannot be written to a folder."""
+    for path, folder in ((out, True), (out / "adapters", True), (out / "pareto.png", False)):
+        try:
+            wrong = path.exists() and path.is_dir() != folder
+        except OSError as error:  # a name that is too long
+            raise FileError(f"cannot use {safe_repr(str(path))}: {error.strerror}") from None
+        if wrong:
+            kinds = ("a file", "a folder") if folder else ("a folder", "a file")
+            raise FileError(f"{path} is {kinds[0]} and should be {kinds[1]}; give another folder with --out")
