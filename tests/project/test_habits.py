@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not WORKFLOWS.is_dir(), reason="the workflows ar
 
 YAML_FILES = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in (".github/**/*.yml", ".*.yaml", "CITATION.cff")
+    for pattern in (".github/**/*.yml", ".*.yaml", "CITATION.cff", "conda-recipe/*.yaml")
     for path in ROOT.glob(pattern)
 )
 
@@ -64,7 +64,8 @@ def readme_commands() -> set[str]:
 
 
 def test_all_kinds_of_yaml_are_found() -> None:
-    assert {".pre-commit-config.yaml", ".readthedocs.yaml", "CITATION.cff"} < set(YAML_FILES)
+    expected = {".pre-commit-config.yaml", ".readthedocs.yaml", "CITATION.cff", "conda-recipe/recipe.yaml"}
+    assert expected < set(YAML_FILES)
     names = {path.name for path in WORKFLOWS.iterdir()}
     assert names == {"ci.yml", "nightly.yml", "release.yml"}
     assert {path.name for path in FORMS.iterdir()} == {"bug.yml", "config.yml", "feature.yml"}
@@ -143,22 +144,46 @@ def test_nightly_runs_the_long_jobs() -> None:
     assert re.fullmatch(r"timeout .*\d+h \.ci/long", commands(jobs["long"])[0])
     assert commands(jobs["oldest"]) == [".ci/oldest"]
     assert commands(jobs["audit"]) == [".ci/audit"]
+    assert commands(jobs["package"]) == [".ci/package"]
+    assert jobs["package"]["strategy"]["matrix"]["python"] == supported_pythons()
     assert f"'{supported_pythons()[0]}'" in str(jobs["oldest"]["steps"])
 
 
 def test_a_release_is_built_checked_and_published_without_a_token() -> None:
     release = workflow("release")
     assert triggers(release) == {"push": {"tags": ["v*"]}}
-    build, publish = release["jobs"]["build"], release["jobs"]["publish"]
-    assert "python -m build" in commands(build)
-    assert "python -m twine check --strict dist/*" in commands(build)
-    assert publish["needs"] == "build"
+    build, extras, publish = (release["jobs"][name] for name in ("build", "extras", "publish"))
+    (step,) = [step for step in build["steps"] if "run" in step]
+    # No package of an extra runs where the files that are published are built.
+    assert step["run"] == ".ci/package core"
+    assert step["env"]["TAG"] == "${{ github.ref_name }}"
+    script = text(".ci/package")
+    for check in ("-m build", "-m twine check --strict", "check-wheel-contents", "-m readme_renderer", "cyclonedx-py"):
+        assert check in script
+    assert commands(extras) == [".ci/package"]
+    assert extras["strategy"]["matrix"]["python"] == supported_pythons()
+    assert publish["needs"] == ["build", "extras"]
     assert publish["environment"]["name"] == "pypi"
     assert publish["permissions"] == {"id-token": "write"}
     # The job that may publish runs no code of this repository or of its dependencies.
     assert commands(publish) == []
     assert publish["steps"][-1]["uses"].startswith("pypa/gh-action-pypi-publish@")
     assert "secrets." not in text(".github/workflows/release.yml")
+
+
+def test_the_release_on_github_has_the_files_of_pypi_and_what_goes_with_them() -> None:
+    jobs = workflow("release")["jobs"]
+    announce = jobs["announce"]
+    assert announce["needs"] == "publish"
+    assert announce["permissions"] == {"contents": "write"}
+    (command,) = commands(announce)
+    for part in ("--verify-tag", "dist/*", "documents/*.cdx.json", "documents/recipe.yaml", "documents/notes.md"):
+        assert part in command
+    kept = [step["with"] for step in jobs["build"]["steps"] if "upload-artifact" in step.get("uses", "")]
+    assert {one["name"]: one["path"].split() for one in kept} == {
+        "dist": ["out/dist/"],
+        "documents": ["out/*.cdx.json", "out/notes.md", "out/recipe.yaml"],
+    }
 
 
 @pytest.mark.parametrize("name", ["ci", "nightly", "release"])
@@ -168,7 +193,10 @@ def test_workflows_are_limited(name: str) -> None:
     assert data["concurrency"]["cancel-in-progress"] is (name != "release")
     for key, job in data["jobs"].items():
         assert 0 < job["timeout-minutes"] <= 360, key
-        assert job.get("permissions", {}) in ({}, {"id-token": "write"})
+        # What may publish or write is handed files and runs nothing of this repository.
+        if job.get("permissions"):
+            assert key in ("publish", "announce")
+            assert not any("checkout" in step.get("uses", "") for step in job["steps"])
         for step in job["steps"]:
             if "uses" in step:
                 assert re.fullmatch(r"[\w-]+/[\w-]+@(release/)?v\d+", step["uses"])
