@@ -289,6 +289,27 @@ def test_the_sum_of_squares(projection: Any) -> None:
             assert f.n_out < 16 or 0.2 * exact <= f.squared_norm() <= 5.0 * exact
 
 
+@given(st.integers(2, 6), st.integers(2, 6), st.data())
+def test_seeded_positions_have_their_share_of_the_sum_of_squares(rows: int, cols: int, data: st.DataObject) -> None:
+    """Exactly, as a mean over all positions, which have the same probability."""
+    size = data.draw(st.integers(1, rows * cols))
+    squares = np.sum(make_map_on_weights("dft2", [(rows, cols)]).matrix() ** 2, axis=0)
+    assert squares.max() <= 2.0 * squares.min() * (1.0 + 1e-12)  # even_columns
+    chain = make_map_on_weights((Scatter(size), "dft2"), [(rows, cols)])
+    assert math.isclose(chain.squared_norm(), size * squares.mean(), rel_tol=1e-12)
+
+
+def test_units_and_starts_of_fourierft_compute_no_transform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They took a Fourier transform of every weight some 900 times: minutes for the weights of a small ViT."""
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a transform was computed")
+
+    monkeypatch.setattr("tnadapt.algebra.maps._dft.Dft2.forward", refuse)
+    plan = tna.SuperLoRA(tna.presets.fourierft(1000), [(768, 768)] * 24)
+    assert len(plan.units) == len(plan.init()) == 24
+
+
 @pytest.mark.law("equal-seeds", "update-formula", "update-slice")
 @on_every_library("projection", [*VECTORS, *MATRICES], [*VECTORS, *MATRICES][::3])
 def test_every_library_gives_numpys_numbers(projection: Any, backend: Backend, rng: np.random.Generator) -> None:

@@ -72,7 +72,7 @@ def adam_units(plan: GroupPlan, shapes: Sequence[tuple[int, int]]) -> dict[str, 
     target = STEPS * step_norm(len(shapes)) / math.sqrt(sum(rows * cols for rows, cols in shapes))
     steps = _steps_of_arrays(plan) if plan.theta is None else _steps_of_theta(plan)
     # What moves the same groups, as all arrays of a group do, has the same unit.
-    distances = {id(step): step.distance(target) for step in steps.values()}
+    distances = {key: step.distance(target) for key, step in {id(step): step for step in steps.values()}.items()}
     found = {name: _power(distances[id(step)] / (STEPS * RATE * step.gain)) for name, step in steps.items()}
     return {name: found.get(name, 1.0) for name in plan.param_shapes}
 
@@ -113,15 +113,18 @@ class _UpdateStep:
 
     def __init__(self, gain: float = 1.0, factor: float = 1.0) -> None:
         self.gain, self.factor = gain, factor
-        self._groups: dict[tuple[object, ...], tuple[Initializer, Collection[str], int]] = {}
+        self._groups: dict[tuple[object, ...], tuple[Initializer, float, Collection[str], int]] = {}
 
     def add(self, group: Group, moved: Collection[str]) -> None:
         """Record that arrays of a group move, by their names in its network."""
         start = group.start
         # Groups with the same networks, maps and frozen arrays take the same steps.
         key = id(group.network), id(group.projection), id(start.frozen), start.zeros, frozenset(moved)
-        _, _, elements = self._groups.get(key, (start, moved, 0))
-        self._groups[key] = start, moved, elements + group.size
+        if key in self._groups:
+            _, variance, _, elements = self._groups[key]
+        else:
+            variance, elements = start.projection.map.variance(), 0
+        self._groups[key] = start, variance, moved, elements + group.size
 
     @property
     def kinds(self) -> Collection[tuple[object, ...]]:
@@ -130,10 +133,10 @@ class _UpdateStep:
 
     def __call__(self, distance: float) -> float:
         square = sum(
-            elements * (update_step(start, moved, distance) / spread(start.projection)) ** 2
-            for start, moved, elements in self._groups.values()
+            elements * (update_step(start, variance, moved, distance) / spread(start.projection)) ** 2
+            for start, variance, moved, elements in self._groups.values()
         )
-        return math.sqrt(square / sum(elements for _, _, elements in self._groups.values())) / self.factor
+        return math.sqrt(square / sum(elements for *_, elements in self._groups.values())) / self.factor
 
     def distance(self, target: float) -> float:
         """Return the distance that makes such a step, to 1 %."""

@@ -25,13 +25,15 @@ def _mean_square(start: Initializer, name: str) -> float:
     return start.std_of(name) ** 2
 
 
-def update_step(start: Initializer, moved: Collection[str], distance: float) -> float:
+def update_step(start: Initializer, variance: float, moved: Collection[str], distance: float) -> float:
     """Return the root mean square of the step of ΔW if entries of arrays move by ± ``distance`` from the start.
 
     Parameters
     ----------
     start : Initializer
         Of the group.
+    variance : float
+        That of its map F; it is given because it may take long to compute, and does not depend on the distance.
     moved : collection of str
         Names of the arrays and multipliers that move, in the network.
     distance : float
@@ -51,7 +53,7 @@ def update_step(start: Initializer, moved: Collection[str], distance: float) -> 
                 before *= _square(start, prefix + name, (), 0.0)
                 after *= _square(start, prefix + name, moved, distance)
         change, total = change + after - before, total + after
-    gain = network.scale**2 * projection.map.variance()
+    gain = network.scale**2 * variance
     if projection.linear:
         return math.sqrt(gain * change)
     # The derivative of tanhshrink(t) is tanh(t)² ~ t², as for the standard deviation, and at most 1.

@@ -83,12 +83,15 @@ class Chain(Map):
         return hashlib.sha256(" ".join(["tnadapt chain", *(part.digest() for part in self.parts)]).encode()).hexdigest()
 
     def squared_norm(self) -> float:
-        # A map that preserves distances does not change the sum of squares of another one, before or after it. That of
-        # several others together is estimated.
+        # A map that preserves distances does not change the sum of squares of another one, before or after it.
         others = [part for part in self.parts if not part.isometry]
-        if len(others) > 1:
-            return super().squared_norm()
-        return others[0].linear_part.squared_norm() if others else float(self.n_out)
+        if len(others) < 2:
+            return others[0].linear_part.squared_norm() if others else float(self.n_out)
+        first, *rest = others
+        if first.samples and len(rest) == 1 and rest[0].even_columns:
+            # Columns taken at random have their share of the sum, as a mean over the draws.
+            return rest[0].squared_norm() * first.n_in / first.n_out
+        return super().squared_norm()  # an estimate
 
     def freedom(self) -> int:
         return min(part.freedom() for part in self.parts)

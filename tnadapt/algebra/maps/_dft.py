@@ -46,6 +46,7 @@ class Dft2(TwoSided):
 
     kind = "dft2"
     square = True
+    even_columns = True  # but for at most four frequencies, which are their own negatives
     matrices = _Waves()
 
     @property

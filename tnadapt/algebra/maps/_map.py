@@ -86,6 +86,9 @@ class Map(FixedArrays):
     exact_in_batches : bool
         Whether each row of a batch has the bits that it has alone: groups that share F are then computed in one call.
         False is always safe. A product of the batch with a matrix, for one, is summed in another order for one row.
+    even_columns : bool
+        Whether it is linear and all columns of its matrix have nearly the same norm. The norm of the map after random
+        positions (:attr:`samples`) is then known from this one's, and is not estimated. False is always safe.
     fixed : tuple of str
         Names of the arrays that :meth:`make` draws, in the order in which they are digested.
 
@@ -120,6 +123,7 @@ class Map(FixedArrays):
     isometry: bool = False
     full_rank: bool = False
     exact_in_batches: bool = False
+    even_columns: bool = False
     fixed: tuple[str, ...] = ()
 
     def __init__(
@@ -267,6 +271,11 @@ class Map(FixedArrays):
             total += float(made @ made)
         mantissa, exponent = math.frexp(total / probes)
         return math.ldexp(round(mantissa * 256.0), exponent - 8)
+
+    @property
+    def samples(self) -> bool:
+        """Whether it puts the elements at random positions, all equally probable, and zeros elsewhere."""
+        return False
 
     def freedom(self) -> int:
         """Return the rank of F (of its linear part), or an upper bound on it. Default: the smaller length."""

@@ -109,6 +109,10 @@ class ScatterMap(Map):
         return Space(settings.size)
 
     @property
+    def samples(self) -> bool:
+        return self.settings.positions is None
+
+    @property
     def _invertible(self) -> bool:
         """Whether the value at a position is known without all positions."""
         return self.settings.positions is None

@@ -76,6 +76,10 @@ class TorchScatterMap(ScatterMap):
         return Space(settings.size)
 
     @property
+    def samples(self) -> bool:
+        return True
+
+    @property
     def _invertible(self) -> bool:
         return False
 
