@@ -58,7 +58,7 @@ CHECKS: dict[str, list[list[str]]] = {
         code("import tnadapt as tna; assert tna.verify(tna.presets.fastfood(0.5), backends=['numpy']).holds"),
     ],
     "cli": [["tnadapt", "presets"], ["tnadapt", "verify", "--backend", "numpy"]],
-    "peft": [code("import peft, tnadapt.torch.peft as plugin; plugin.TnadaptConfig(preset='lora')")],
+    "peft": [code("from tnadapt.torch import peft; peft.register(); peft.TnadaptConfig(preset='lora')")],
     "plot": [
         code("import tnadapt as tna; tna.plot.network(tna.presets.superlora(2), [(8, 8)] * 2, 'network.svg')"),
     ],
