@@ -13,6 +13,7 @@ GALLERY = (
     "plot_plan_budget",
     "plot_layout",
     "plot_network",
+    "plot_presets",
     "plot_projection",
     "plot_geometry",
 )

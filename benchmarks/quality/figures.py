@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tnadapt.plot.canvas import INK, PALE, figure, quiet, saved
+from tnadapt.plot.canvas import figure, ink, pale, quiet, saved
 
 from .comparison import Outcome, at_budget, leader_of
 from .tasks import QualityTask
@@ -65,21 +65,21 @@ def draw_scores(task: QualityTask, outcomes: Sequence[Outcome], path: Path, note
         )  # fmt: skip
     for one in (one for one in outcomes if one.library == "control" and one.measured):
         level = shown(task, one.mean)
-        axes.axhline(level, color=PALE, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+        axes.axhline(level, color=pale(), linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
         counted = f", {one.parameters:,} parameters" if one.parameters else ""
         axes.annotate(
             f"{one.title}{counted}: {level:.3g}", (0.005, level), xycoords=("axes fraction", "data"), xytext=(0, 3),
             textcoords="offset points", fontsize=8, color="#666666",
         )  # fmt: skip
     _named(task, outcomes, axes)
-    axes.set_xlabel("trained parameters of the adapter", fontsize=9, color=INK)
-    axes.set_ylabel(axis_of(task), fontsize=9, color=INK)
+    axes.set_xlabel("trained parameters of the adapter", fontsize=9, color=ink())
+    axes.set_ylabel(axis_of(task), fontsize=9, color=ink())
     budgets = budgets_of(outcomes)
     axes.set_xlim(min(budgets) / 10, max(budgets) * 1.5)  # the controls are named on the left
     axes.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
     axes.minorticks_off()
     axes.grid(axis="both", which="major", color="#E6E6E6", linewidth=0.7)
-    axes.set_title(task.title, loc="left", fontsize=11, color=INK, pad=10, parse_math=False)
+    axes.set_title(task.title, loc="left", fontsize=11, color=ink(), pad=10, parse_math=False)
     axes.legend(loc="lower right", fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
     quiet(axes)
     _small_print(drawn, note)
@@ -90,7 +90,7 @@ def _small_print(drawn: Any, note: str) -> None:
     """Write a note below a figure, in as many lines as it needs."""
     if note:
         lines = textwrap.fill(note, int(18 * drawn.get_figwidth()))
-        drawn.supxlabel(lines, x=0.01, ha="left", fontsize=7, color=PALE, parse_math=False)
+        drawn.supxlabel(lines, x=0.01, ha="left", fontsize=7, color=pale(), parse_math=False)
 
 
 def _named(task: QualityTask, outcomes: Sequence[Outcome], axes: Any) -> None:
@@ -101,7 +101,7 @@ def _named(task: QualityTask, outcomes: Sequence[Outcome], axes: Any) -> None:
         top = max(ranked, key=lambda one: shown(task, one.mean) + shown(task, one.spread))
         axes.annotate(
             words, (budget, shown(task, top.mean) + shown(task, top.spread)), xytext=(0, 7),
-            textcoords="offset points", fontsize=7, color=INK, ha="right", va="bottom", linespacing=1.25, zorder=5,
+            textcoords="offset points", fontsize=7, color=ink(), ha="right", va="bottom", linespacing=1.25, zorder=5,
             parse_math=False,
         )  # fmt: skip
     low, high = axes.get_ylim()
@@ -132,7 +132,7 @@ def draw_methods(task: QualityTask, outcomes: Sequence[Outcome], path: Path, not
         _panel(task, outcomes, budget, axes, most[place // columns])
     for axes in grid[len(budgets) :]:
         axes.remove()
-    drawn.suptitle(task.title, x=0.01, ha="left", fontsize=11, color=INK, parse_math=False)
+    drawn.suptitle(task.title, x=0.01, ha="left", fontsize=11, color=ink(), parse_math=False)
     _small_print(drawn, note)
     saved(drawn, path)
 
@@ -147,11 +147,11 @@ def _panel(task: QualityTask, outcomes: Sequence[Outcome], budget: int, axes: An
             elinewidth=0.9,
         )  # fmt: skip
     for control in (one for one in outcomes if one.library == "control" and one.measured):
-        axes.axvline(shown(task, control.mean), color=PALE, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+        axes.axvline(shown(task, control.mean), color=pale(), linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
     axes.set_yticks(range(len(ranked)), [one.name for one in ranked], fontsize=7)
     axes.set_ylim(len(ranked) - rows - 0.7, len(ranked) - 0.3)
-    axes.set_title(f"at most {budget:,} parameters", loc="left", fontsize=9, color=INK)
-    axes.set_xlabel(axis_of(task), fontsize=8, color=INK)
+    axes.set_title(f"at most {budget:,} parameters", loc="left", fontsize=9, color=ink())
+    axes.set_xlabel(axis_of(task), fontsize=8, color=ink())
     axes.grid(axis="x", color="#E6E6E6", linewidth=0.7)
     quiet(axes)
     axes.tick_params(axis="y", labelsize=7)

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from tnadapt.plot.canvas import INK, OTHERS, PALE, STYLES, figure, quiet, saved
+from tnadapt.plot.canvas import OTHERS, STYLES, figure, ink, pale, quiet, saved
 
 __all__ = ["Curve", "Dot", "Panel", "fronts", "fronts_grid"]
 
@@ -177,7 +177,7 @@ def fronts_grid(
         axes.tick_params(labelbottom=True)
     for axes in grid[len(panels) :]:
         axes.remove()
-    drawn.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK, parse_math=False)
+    drawn.suptitle(title, x=0.01, ha="left", fontsize=11, color=ink(), parse_math=False)
     handles, labels = grid[0].get_legend_handles_labels()
     finish(drawn, None, path, "", note, (handles, labels))
 
@@ -197,8 +197,8 @@ def draw(axes: Any, curves: Sequence[Curve], quality: str, higher: bool) -> None
         place = others.index(curve.name) if curve.name in others else 0
         colour, shape = _ARMS.get(curve.name, OTHERS[place % len(OTHERS)])
         _arm(axes, curve, colour, shape, higher)
-    axes.set_xlabel("trainable parameters of the adapter", fontsize=9, color=INK)
-    axes.set_ylabel(quality, fontsize=9, color=INK)
+    axes.set_xlabel("trainable parameters of the adapter", fontsize=9, color=ink())
+    axes.set_ylabel(quality, fontsize=9, color=ink())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(axis="both", which="major", color="#E6E6E6", linewidth=0.7)
     quiet(axes)
@@ -209,17 +209,17 @@ def finish(
 ) -> None:
     """Add title, note and a legend outside the axes, and write the file."""
     if axes is not None:
-        axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10, parse_math=False)
+        axes.set_title(title, loc="left", fontsize=11, color=ink(), pad=10, parse_math=False)
     handles, labels = legend or axes.get_legend_handles_labels()
     if handles:
         drawn.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     if note:
-        drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=PALE, parse_math=False)
+        drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=pale(), parse_math=False)
     saved(drawn, path)
 
 
 def _across(axes: Any, name: str, dot: Dot) -> None:
-    axes.axhline(dot.mean, color=PALE, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+    axes.axhline(dot.mean, color=pale(), linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
     axes.annotate(
         f"{name}, {_short(dot.mean)}", (0.005, dot.mean), xycoords=("axes fraction", "data"), xytext=(0, 3),
         textcoords="offset points", fontsize=8, color="#666666",
@@ -236,7 +236,7 @@ def _arm(axes: Any, curve: Curve, colour: str, shape: str, higher: bool) -> None
         axes.errorbar(
             [dot.parameters], [dot.mean], yerr=[dot.spread] if dot.spread else None, ecolor=colour, elinewidth=1.0,
             linestyle="none", marker=shape, markersize=6.5, color=colour, markeredgewidth=0.9,
-            markeredgecolor=INK if dot in front else "white", zorder=4 if dot in front else 3,
+            markeredgecolor=ink() if dot in front else "white", zorder=4 if dot in front else 3,
         )  # fmt: skip
     axes.plot([], [], linestyle="-", marker=shape, markersize=6.5, color=colour, label=curve.name)
 

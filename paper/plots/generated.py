@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from numpy.typing import ArrayLike
 
-from tnadapt.plot.canvas import INK, PALE, saved
+from tnadapt.plot.canvas import ink, pale, saved
 
 __all__ = ["generated"]
 
@@ -57,8 +57,8 @@ def generated(
         tiles = np.pad(shown, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255)
         axes.imshow(np.concatenate(list(tiles), 1), interpolation="nearest")
         axes.set_axis_off()
-        axes.text(-0.01, 0.5, words, transform=axes.transAxes, ha="right", va="center", fontsize=8, color=INK)
-    drawn.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK, parse_math=False)
+        axes.text(-0.01, 0.5, words, transform=axes.transAxes, ha="right", va="center", fontsize=8, color=ink())
+    drawn.suptitle(title, x=0.01, ha="left", fontsize=11, color=ink(), parse_math=False)
     if note:
-        drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=PALE, parse_math=False)
+        drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=pale(), parse_math=False)
     saved(drawn, path)

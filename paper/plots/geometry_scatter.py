@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tnadapt.plot.canvas import INK, OTHERS, PALE, STYLES, quiet, saved
+from tnadapt.plot.canvas import OTHERS, STYLES, ink, pale, quiet, saved
 
 __all__ = ["similarity"]
 
@@ -57,13 +57,13 @@ def similarity(
                     [row[across] for row in own], [row[up] for row in own], linestyle="none", marker=shape,
                     markersize=4.5, color=colour, alpha=0.75, markeredgecolor="white", markeredgewidth=0.4, label=arm,
                 )  # fmt: skip
-            axes.set_xlabel(_AXES[across], fontsize=8, color=INK)
-            axes.set_ylabel(f"{_AXES[up]} ({name})" if axes is line[0] else _AXES[up], fontsize=8, color=INK)
+            axes.set_xlabel(_AXES[across], fontsize=8, color=ink())
+            axes.set_ylabel(f"{_AXES[up]} ({name})" if axes is line[0] else _AXES[up], fontsize=8, color=ink())
             axes.grid(color="#E6E6E6", linewidth=0.7)
             quiet(axes)
     handles, labels = grid[0][0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-    drawn.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK, parse_math=False)
+    drawn.suptitle(title, x=0.01, ha="left", fontsize=11, color=ink(), parse_math=False)
     if note:
-        drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=PALE, parse_math=False)
+        drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=pale(), parse_math=False)
     saved(drawn, path)

@@ -107,6 +107,16 @@ def test_the_groups_make_up_the_parameters(plan: tna.SuperLoRA) -> None:
         assert all(words in one.words for words in told)
 
 
+@pytest.mark.parametrize(("name", "words"), [
+    ("unilora", "6,144 elements in this group's arrays, computed from 256 trainable parameters"),
+    ("share_lora", "6,144 trainable parameters in this group, some shared, 76,800 in all 24 groups"),
+])  # fmt: skip
+def test_counts_of_shared_parameters_are_not_added_up(name: str, words: str) -> None:
+    plan = tna.SuperLoRA(PRESETS[name], VIT)
+    assert diagram(plan).words == words
+    assert f"{plan.num_parameters:,} " in words
+
+
 def test_magnitudes_are_counted_next_to_the_groups() -> None:
     one = tna.SuperLoRA(tna.presets.dora(1, groups=1), [(2, 3)])
     assert diagram(one).words == "5 trainable parameters, all in this group, and 2 magnitudes of weights"

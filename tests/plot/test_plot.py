@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import math
 import os
@@ -10,7 +11,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
@@ -18,7 +21,7 @@ pytest.importorskip("matplotlib")
 import tnadapt as tna
 from tnadapt import plot
 from tnadapt.errors import ShapeError
-from tnadapt.plot import STYLES, Mark, layout, parameters, pareto
+from tnadapt.plot import STYLES, Mark, canvas, layout, parameters, pareto
 from tnadapt.plot._counts import counted
 
 MARKS = [
@@ -118,7 +121,95 @@ def test_every_family_is_in_the_legend(tmp_path: Path) -> None:
         assert f"<!-- {mark.family}" in text
 
 
-@pytest.mark.parametrize(("counts", "ticks"), [((256, 512), {"300", "400"}), ((31, 4096), {"100", "1,000"})])
+FEW = {
+    "one": [Mark("LoRA", "r = 1", 13, (0.0,), True)],
+    "one count": [Mark(family, "r = 1", 1024, (place / 10,), place == 8) for place, family in enumerate(STYLES, 2)],
+    "one score": [Mark(family, "r = 1", 9**place, (1.0,), True) for place, family in enumerate(STYLES, 2)],
+    "far apart": [Mark("LoRA", "u = 13, a long label of many settings", 13, (0.5,), True),
+                  Mark("LoKr", "r = 1", 10**7, (0.9,), True)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("marks", FEW.values(), ids=FEW)
+def test_axes_fit_few_points(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, marks: list[Mark]) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("tnadapt.plot._accuracy.saved", lambda figure, path: drawn.append(figure))
+    pareto([*marks, Mark("head alone", "", 0, marks[0].accuracies)], tmp_path / "a.png")
+    (figure,) = drawn
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    left, right = axes.get_xlim()
+    assert right / left >= 10
+    low, high = axes.get_ylim()
+    assert all(left < mark.parameters < right and low <= mark.mean < high for mark in marks)
+    ticks = [text.get_text() for text in (*axes.get_xticklabels(), *axes.get_xticklabels(minor=True))]
+    shown = [text for text in ticks if text]
+    assert len(shown) == len(set(shown)) >= 2
+    # No text leaves the picture, and none lies on another.
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert all(box.x0 >= axes.get_window_extent().x0 - 1 and box.x1 <= figure.bbox.x1 for box in boxes)
+    overlaps = [(one, other) for one, other in itertools.combinations(boxes, 2) if one.overlaps(other)]
+    assert not overlaps
+
+
+# -- Colours -------------------------------------------------------------------------------------
+
+#: Linear RGB as dichromats see it (Viénot, Brettel & Mollon 1999).
+SEEN = {
+    "as it is": np.eye(3),
+    "protanopia": np.array([[0.11238, 0.88762, 0.0], [0.11238, 0.88762, 0.0], [0.00401, -0.00401, 1.0]]),
+    "deuteranopia": np.array([[0.29275, 0.70725, 0.0], [0.29275, 0.70725, 0.0], [-0.02234, 0.02234, 1.0]]),
+    "tritanopia": np.array([[1.0, 0.14461, -0.14461], [0.0, 0.85924, 0.14076], [0.0, 0.85924, 0.14076]]),
+}
+
+
+def lab(colour: str, seen: np.ndarray) -> np.ndarray:
+    """Return a colour in CIE L*a*b*, as somebody sees it."""
+    parts = np.array([int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)])
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = to_xyz @ np.clip(seen @ linear, 0, 1) / np.array([0.9505, 1.0, 1.089])
+    root = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array([116 * root[1] - 16, 500 * (root[0] - root[1]), 200 * (root[1] - root[2])])
+
+
+@pytest.mark.parametrize("seen", SEEN.values(), ids=SEEN)
+def test_families_are_told_apart_without_full_colour_vision(seen: np.ndarray) -> None:
+    colours, shapes = zip(*STYLES.values(), strict=True)
+    assert len(set(shapes)) == len(STYLES)  # and in grey
+    for one, other in itertools.combinations(colours, 2):
+        # About 2 is just noticeable.
+        assert np.linalg.norm(lab(one, seen) - lab(other, seen)) > 10, (one, other)
+
+
+def test_pictures_follow_matplotlibs_style(tmp_path: Path) -> None:
+    import matplotlib.style
+    from matplotlib.image import imread
+
+    for name, draw in PICTURES.items():
+        draw(tmp_path / "light.png")
+        with matplotlib.style.context("dark_background"):
+            draw(tmp_path / "dark.png")
+        light, dark = (imread(tmp_path / f"{ground}.png")[..., :3] for ground in ("light", "dark"))
+        assert light.shape == dark.shape
+        for corner in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+            assert (light[corner].tolist(), dark[corner].tolist()) == ([1.0] * 3, [0.0] * 3), name
+        # What is dark on white is light on black, and as much of it.
+        written = [(light.max(axis=2) < 0.3).mean(), (dark.min(axis=2) > 0.7).mean()]
+        assert min(written) > 0.3 * max(written) > 0, name
+
+
+def test_colours_stand_out_from_a_dark_ground() -> None:
+    import matplotlib.style
+
+    colours = [colour for colour, _ in (*STYLES.values(), *canvas.OTHERS)]
+    assert [canvas.legible(colour) for colour in colours] == colours
+    with matplotlib.style.context("dark_background"):
+        for colour in colours:
+            assert lab(canvas.legible(colour), SEEN["as it is"])[0] > 37
+
+
+@pytest.mark.parametrize(("counts", "ticks"), [((700, 900), {"400", "1,000", "2,000"}), ((31, 4096), {"100", "1,000"})])
 def test_ticks_are_whole_numbers(tmp_path: Path, counts: tuple[int, int], ticks: set[str]) -> None:
     pareto([Mark("LoRA", "", count, (0.5,)) for count in counts], tmp_path / "a.svg")
     written = set(re.findall(r"<!-- (.+) -->", (tmp_path / "a.svg").read_text()))

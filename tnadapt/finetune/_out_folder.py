@@ -10,7 +10,21 @@ __all__ = ["check_out"]
 
 
 def check_out(out: Path) -> None:
-    """Raise a FileError if the output of a study cannot be written to a folder."""
+    """Raise an error if the output of a study cannot be written to a folder.
+
+    Parameters
+    ----------
+    out : Path
+        It need not exist.
+
+    Raises
+    ------
+    FileError
+
+    Examples
+    --------
+    >>> check_out(Path("runs/digits"))
+    """
     for path, folder in ((out, True), (out / "adapters", True), (out / "pareto.png", False)):
         try:
             wrong = path.exists() and path.is_dir() != folder

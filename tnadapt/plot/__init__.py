@@ -1,4 +1,9 @@
-"""Plots. matplotlib is imported inside the functions and draws only into files: no window, no global state."""
+"""Plots. matplotlib is imported inside the functions and draws only into files: no window, no global state.
+
+Texts and ground have the colours of matplotlib's current style, so that ``with
+matplotlib.style.context("dark_background"):`` gives dark pictures. Methods differ in colour, also without full colour
+vision, and in shape.
+"""
 
 from ._accuracy import Axis, Mark, pareto
 from ._counts import parameters

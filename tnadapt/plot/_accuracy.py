@@ -9,9 +9,13 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .canvas import INK, PALE, count_ticks, figure, quiet, saved, styles
+from ._diagram_parts import wide
+from .canvas import count_ticks, figure, ground, ink, legible, pale, quiet, saved, styles, tone
 
 __all__ = ["Axis", "Mark", "pareto"]
+
+# About the width of the axes in inches, and the fraction of it that names of reference lines may take.
+_WIDTH, _NAMES = 7.4, 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,21 +139,22 @@ def pareto(
     _front(axes, [mark for mark in points if mark.front])
     for family, style in styles(mark.family for mark in points).items():
         _family(axes, family, [mark for mark in points if mark.family == family], style, axis)
-    _labels(axes, points, -1.0 if axis.lower else 1.0)
-    axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10, parse_math=False)
+    _labels(axes, points, [mark.mean for mark in lines], -1.0 if axis.lower else 1.0)
+    axes.set_title(title, loc="left", fontsize=11, color=ink(), pad=10, parse_math=False)
     if points:
-        axes.legend(loc="lower right", fontsize=8, frameon=True, facecolor="white", edgecolor="none", framealpha=1.0)
+        axes.legend(loc="lower right", fontsize=8, frameon=True, facecolor=ground(), edgecolor="none", framealpha=1.0)
     if note:
-        drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=PALE, parse_math=False)
+        drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=pale(), parse_math=False)
     saved(drawn, path)
 
 
 def _axes(axes: Any, points: Sequence[Mark], marks: Sequence[Mark], axis: Axis) -> None:
     counts = [max(1, mark.parameters) for mark in points] or [1]
     axes.set_xscale("log")
-    span = math.log10(max(counts) / min(counts)) + 0.2
-    # Room for the labels on the left.
-    axes.set_xlim(min(counts) / 10 ** (0.16 * span), max(counts) * 10 ** (0.05 * span))
+    between = math.log10(max(counts) / min(counts))
+    # Room for the labels on the left; and at least a decade, so that few points have round numbers beside them.
+    span, around = between + 0.2, max(0.0, 1.0 - between) / 2
+    axes.set_xlim(min(counts) / 10 ** (0.16 * span + around), max(counts) * 10 ** (0.05 * span + around))
     low = min((mark.mean - mark.spread for mark in marks), default=0.0)
     high = max((mark.mean + mark.spread for mark in marks), default=100.0)
     if axis.percent:
@@ -158,20 +163,20 @@ def _axes(axes: Any, points: Sequence[Mark], marks: Sequence[Mark], axis: Axis) 
     else:
         margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
         axes.set_ylim(*((high + margin, low - 1.6 * margin) if axis.lower else (low - margin, high + 1.6 * margin)))
-    axes.set_xlabel("trainable parameters of the adapter", fontsize=9, color=INK)
-    axes.set_ylabel(f"{axis.label}, %" if axis.percent else axis.label, fontsize=9, color=INK)
+    axes.set_xlabel("trainable parameters of the adapter", fontsize=9, color=ink())
+    axes.set_ylabel(f"{axis.label}, %" if axis.percent else axis.label, fontsize=9, color=ink())
     count_ticks(axes.xaxis)
-    axes.grid(axis="both", which="major", color="#E6E6E6", linewidth=0.7)
+    axes.grid(axis="both", which="major", color=tone(0.902), linewidth=0.7)
     quiet(axes)
 
 
 def _line(axes: Any, mark: Mark, axis: Axis) -> None:
-    axes.axhline(mark.mean, color=PALE, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+    axes.axhline(mark.mean, color=pale(), linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
     if mark.spread:
-        axes.axhspan(mark.mean - mark.spread, mark.mean + mark.spread, color=PALE, alpha=0.12, linewidth=0, zorder=0)
+        axes.axhspan(mark.mean - mark.spread, mark.mean + mark.spread, color=pale(), alpha=0.12, linewidth=0, zorder=0)
     axes.annotate(
         f"{mark.family}, {axis.shown(mark.mean)}", (0.005, mark.mean), xycoords=("axes fraction", "data"),
-        xytext=(0, 3), textcoords="offset points", fontsize=8, color="#666666",
+        xytext=(0, 3), textcoords="offset points", fontsize=8, color=tone(0.4),
     )  # fmt: skip
 
 
@@ -183,14 +188,14 @@ def _front(axes: Any, front: Sequence[Mark]) -> None:
     right = axes.get_xlim()[1]
     axes.step(
         [*counts, right], [*(mark.mean for mark in front), front[-1].mean], where="post",
-        color=INK, linewidth=1.3, alpha=0.75, zorder=2, label="Pareto front",
+        color=ink(), linewidth=1.3, alpha=0.75, zorder=2, label="Pareto front",
     )  # fmt: skip
 
 
 def _family(axes: Any, family: str, marks: Sequence[Mark], style: tuple[str, str], axis: Axis) -> None:
-    colour, shape = style
+    colour, shape = legible(style[0]), style[1]
     if family.startswith("dense"):
-        colour, shape = INK, "*"
+        colour, shape = ink(), "*"
         _line(axes, marks[0], axis)
     size = 9.0 if shape in "*P" else 6.5
     drawn = {"linestyle": "none", "marker": shape, "color": colour}
@@ -198,22 +203,29 @@ def _family(axes: Any, family: str, marks: Sequence[Mark], style: tuple[str, str
         # Marks on the front have a dark edge, to distinguish them from dominated ones.
         axes.errorbar(
             [mark.parameters], [mark.mean], yerr=[mark.spread] if mark.spread else None, ecolor=colour, elinewidth=1.0,
-            markersize=size + 1.5 * mark.front, markeredgecolor=INK if mark.front else "white",
-            markeredgewidth=0.9 if mark.front else 0.7, zorder=5 if mark.front else 4, **drawn,
+            markersize=size + 1.5 * mark.front, markeredgecolor=ink() if mark.front else ground(),
+            markeredgewidth=0.9 if mark.front else 0.7, zorder=5 if mark.front else 4, clip_on=False, **drawn,
         )  # fmt: skip
-    axes.plot([], [], markersize=size, markeredgecolor="white", markeredgewidth=0.7, label=family, **drawn)
+    axes.plot([], [], markersize=size, markeredgecolor=ground(), markeredgewidth=0.7, label=family, **drawn)
 
 
-def _labels(axes: Any, points: Sequence[Mark], up: float) -> None:
+def _labels(axes: Any, points: Sequence[Mark], levels: Sequence[float], up: float) -> None:
     """Label the marks on the front at their upper left, where by definition of the front there are no other marks."""
     last = -math.inf
     low, high = sorted(axes.get_ylim())
+    left, right = map(math.log, axes.get_xlim())
     for mark in sorted((mark for mark in points if mark.front and mark.label), key=lambda mark: mark.parameters):
         # If two are at almost the same height, the second label moves up.
         height = max(up * mark.mean + mark.spread, last + 0.028 * (high - low))
+        # The names of reference lines are at the left end, just above them.
+        room = (math.log(mark.parameters) - left) / (right - left)
+        for level in sorted(up * level for level in levels):
+            if room < _NAMES and -0.028 * (high - low) < height - level < 0.04 * (high - low):
+                height = level + 0.04 * (high - low)
         last = height
+        inside = _WIDTH * room > wide(mark.label, 7.5)
         axes.annotate(
-            mark.label, (mark.parameters, up * height), xytext=(-4, 4), textcoords="offset points",
-            fontsize=7.5, color=INK, ha="right", va="bottom", zorder=6,
-            bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
+            mark.label, (mark.parameters, up * height), xytext=(-4 if inside else 4, 4), textcoords="offset points",
+            fontsize=7.5, color=ink(), ha="right" if inside else "left", va="bottom", zorder=6,
+            bbox={"boxstyle": "square,pad=0.1", "facecolor": ground(), "edgecolor": "none", "alpha": 0.75},
         )  # fmt: skip

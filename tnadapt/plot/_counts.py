@@ -9,7 +9,7 @@ from typing import Any
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.superlora import SuperLoRA, parameter_count
 
-from .canvas import INK, PALE, figure, quiet, saved
+from .canvas import figure, ground, ink, legible, pale, quiet, saved, tone
 
 __all__ = ["counted", "parameters"]
 
@@ -60,20 +60,22 @@ def parameters(
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     quiet(axes)
-    axes.grid(axis="y", which="major", color="#E6E6E6", linewidth=0.7)
+    axes.grid(axis="y", which="major", color=tone(0.902), linewidth=0.7)
     ranks = _useful(shapes, orders, ranks, size)
     lora = _below(_line(Config(), shapes, ranks), size)
-    lines = [("LoRA, one group per weight", "#666666", lora)]
+    lines = [("LoRA, one group per weight", tone(0.4), lora)]
     for place, order in enumerate(orders):
-        lines.append((f"M = {order}", _COLOURS[place % len(_COLOURS)], _below(counted(shapes, order, ranks), size)))
+        lines.append(
+            (f"M = {order}", legible(_COLOURS[place % len(_COLOURS)]), _below(counted(shapes, order, ranks), size))
+        )
     for place, (_, colour, line) in enumerate(lines):
         style: dict[str, Any] = {"linewidth": 2.0} if place else {"linewidth": 1.4, "linestyle": (0, (5, 2))}
         axes.plot(*zip(*line, strict=True), color=colour, zorder=3, **style)
-    _level(axes, size, PALE, (0, (1, 2)))
-    ends = [((ranks, size), f"all {size:,} elements", "#666666")]
+    _level(axes, size, pale(), (0, (1, 2)))
+    ends = [((ranks, size), f"all {size:,} elements", tone(0.4))]
     if budget is not None and budget < size:
-        _level(axes, budget, INK, "-")
-        ends.append(((ranks, budget), f"budget, {budget:,}", INK))
+        _level(axes, budget, ink(), "-")
+        ends.append(((ranks, budget), f"budget, {budget:,}", ink()))
         for _, colour, line in lines:
             _fits(axes, [point for point in line if point[1] <= budget], ranks, colour)
     _name(axes, [*ends, *((line[-1], text, colour) for text, colour, line in lines)])
@@ -83,9 +85,9 @@ def parameters(
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.yaxis.set_minor_formatter(lambda value, _: "")
-    axes.set_xlabel("rank r", fontsize=9, color=INK)
-    axes.set_ylabel("parameters", fontsize=9, color=INK)
-    axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10, parse_math=False)
+    axes.set_xlabel("rank r", fontsize=9, color=ink())
+    axes.set_ylabel("parameters", fontsize=9, color=ink())
+    axes.set_title(title, loc="left", fontsize=11, color=ink(), pad=10, parse_math=False)
     saved(drawn, path)
 
 
@@ -126,11 +128,13 @@ def _fits(axes: Any, within: Sequence[tuple[int, int]], ranks: int, colour: str)
     if not within:
         return
     rank, count = within[-1]
-    axes.plot([rank], [count], marker="o", markersize=7, color=colour, markeredgecolor="white", zorder=5, clip_on=False)
+    axes.plot(
+        [rank], [count], marker="o", markersize=7, color=colour, markeredgecolor=ground(), zorder=5, clip_on=False
+    )
     axes.annotate(
         f"r = {rank}" if rank < ranks else f"r ≥ {rank}", (rank, count), xytext=(4, -13), textcoords="offset points",
         ha="left", fontsize=8, color=colour, zorder=6,
-        bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+        bbox={"boxstyle": "square,pad=0.1", "facecolor": ground(), "edgecolor": "none", "alpha": 0.8},
     )  # fmt: skip
 
 

@@ -273,9 +273,14 @@ def _words(plan: SuperLoRA, group: Group) -> str:
     # Magnitudes belong to weights, not to a group.
     rest = sum(map(math.prod, plan.weight_param_shapes.values()))
     beside = f", and {_number(rest)} {_plural(rest, 'magnitude')} of weights" if rest else ""
+    total = plan.num_parameters - rest
+    if plan.config.before is not None:
+        trained = f"computed from {_number(total)} trainable {_plural(total, 'parameter')}"
+        return f"{_number(own)} {_plural(own, 'element')} in this group's arrays, {trained}{beside}"
     if plan.num_groups == 1:
         return f"{told}, all in this group{beside}"
-    return f"{told} in this group, {_number(plan.num_parameters - rest)} in all {plan.num_groups:,} groups{beside}"
+    shared = ", some shared" if sum(one.num_parameters for one in plan.groups) != total else ""
+    return f"{told} in this group{shared}, {_number(total)} in all {plan.num_groups:,} groups{beside}"
 
 
 def _number(count: int) -> str:

@@ -13,7 +13,7 @@ from tnadapt.algebra.layout import Piece
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ShapeError
 
-from .canvas import INK, PALE, figure, quiet, saved
+from .canvas import figure, ground, ink, pale, quiet, saved, tone
 
 __all__ = ["layout"]
 
@@ -92,13 +92,13 @@ def layout(
         _padding(axes, bar)
         axes.annotate(
             _told(bar.group), (longest, bar.y), xytext=(8, 0), textcoords="offset points", fontsize=7.5,
-            color="#555555", va="center", annotation_clip=False,
+            color=tone(1 / 3), va="center", annotation_clip=False,
         )  # fmt: skip
     if hidden:
-        axes.annotate(f"⋮  {hidden:,} more groups", (0, -(_MOST - _LAST)), fontsize=8, color="#666666", va="center")
+        axes.annotate(f"⋮  {hidden:,} more groups", (0, -(_MOST - _LAST)), fontsize=8, color=tone(0.4), va="center")
     _frame(axes, bars)
     told = _legend(axes, plan, bars, roles)
-    axes.set_title(title, loc="left", fontsize=11, color=INK, pad=26 if told else 8, parse_math=False)
+    axes.set_title(title, loc="left", fontsize=11, color=ink(), pad=26 if told else 8, parse_math=False)
     saved(drawn, path)
 
 
@@ -174,14 +174,14 @@ class _Pieces:
     def draw(self, bar: _Bar, piece: Piece) -> None:
         colour, name = self.colours[piece.weight], self.names[piece.weight]
         self.axes.barh(
-            bar.y, piece.length, left=piece.group_start, height=_HEIGHT, color=colour, edgecolor="white",
+            bar.y, piece.length, left=piece.group_start, height=_HEIGHT, color=colour, edgecolor=ground(),
             linewidth=0.8 if piece.length > 0.1 * self.inch else 0.0, zorder=2,
         )  # fmt: skip
         middle = piece.group_start + piece.length / 2
         if piece.length >= self.inch * _wide(name):
             self.axes.annotate(
                 name, (middle, bar.y), ha="center", va="center", fontsize=7.5, zorder=4, parse_math=False,
-                color="white" if _dark(colour) else INK,
+                color="white" if _dark(colour) else "#222222",
             )  # fmt: skip
         else:
             self.narrow.append((middle, name))
@@ -194,7 +194,7 @@ class _Pieces:
         """Draw an arrow at an edge where a weight is cut, pointing to where it continues."""
         at = edge + inward * min(0.07 * self.inch, length / 2)
         self.axes.plot(
-            [at], [y - 0.19], marker="<" if inward > 0 else ">", markersize=5.5, color=INK, markeredgecolor="white",
+            [at], [y - 0.19], marker="<" if inward > 0 else ">", markersize=5.5, color=ink(), markeredgecolor=ground(),
             markeredgewidth=0.7, zorder=5, clip_on=False,
         )  # fmt: skip
 
@@ -210,10 +210,10 @@ class _Pieces:
                 continue
             last = middle
             self.axes.plot(
-                [middle] * 2, [bar.y - 0.5 * _HEIGHT, bar.y - 0.5 * _HEIGHT - 0.06], color=PALE, linewidth=0.7
+                [middle] * 2, [bar.y - 0.5 * _HEIGHT, bar.y - 0.5 * _HEIGHT - 0.06], color=pale(), linewidth=0.7
             )
             self.axes.annotate(
-                name, (middle, bar.y - 0.5 * _HEIGHT - 0.07), ha="center", va="top", fontsize=6, color="#555555",
+                name, (middle, bar.y - 0.5 * _HEIGHT - 0.07), ha="center", va="top", fontsize=6, color=tone(1 / 3),
                 parse_math=False,
             )  # fmt: skip
 
@@ -227,8 +227,8 @@ def _padding(axes: Any, bar: _Bar) -> None:
     rest = _length(bar.group) - bar.group.size
     if rest:
         axes.barh(
-            bar.y, rest, left=bar.group.size, height=_HEIGHT, facecolor="#EFEFEF", edgecolor="#9A9A9A", hatch="//////",
-            linewidth=0.0, zorder=2,
+            bar.y, rest, left=bar.group.size, height=_HEIGHT, facecolor=tone(0.937), edgecolor=tone(0.604),
+            hatch="//////", linewidth=0.0, zorder=2,
         )  # fmt: skip
 
 
@@ -239,7 +239,7 @@ def _frame(axes: Any, bars: Sequence[_Bar]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.locator_params(axis="x", nbins=6)
-    axes.set_xlabel("position in the group's vector", fontsize=9, color=INK)
+    axes.set_xlabel("position in the group's vector", fontsize=9, color=ink())
 
 
 def _legend(axes: Any, plan: SuperLoRA, bars: Sequence[_Bar], roles: Sequence[str]) -> bool:
@@ -251,10 +251,12 @@ def _legend(axes: Any, plan: SuperLoRA, bars: Sequence[_Bar], roles: Sequence[st
     if any(roles):
         signs += [Patch(facecolor=_lighter(hue, 0.1), label=role or "others") for role, hue in _hues(roles).items()]
     if any(len(plan.layout.of_weight(piece.weight)) > 1 for bar in bars for piece in bar.group.pieces):
-        style: dict[str, Any] = {"linestyle": "none", "marker": ">", "markersize": 5.5, "color": INK}
+        style: dict[str, Any] = {"linestyle": "none", "marker": ">", "markersize": 5.5, "color": ink()}
         signs.append(Line2D([], [], label="continues in another group", **style))
     if any(_length(bar.group) > bar.group.size for bar in bars):
-        signs.append(Patch(facecolor="#EFEFEF", edgecolor="#9A9A9A", hatch="//////", linewidth=0.0, label="padding"))
+        signs.append(
+            Patch(facecolor=tone(0.937), edgecolor=tone(0.604), hatch="//////", linewidth=0.0, label="padding")
+        )
     if signs:
         axes.legend(
             handles=signs, loc="lower left", bbox_to_anchor=(-0.006, 1.0), ncols=len(signs), fontsize=8, frameon=False,

@@ -13,7 +13,7 @@ from tnadapt.algebra.superlora import SuperLoRA
 
 from ._diagram import Diagram, diagram
 from ._diagram_parts import Label, Node, SplitDrawing
-from .canvas import INK, OTHERS, PALE, STYLES, figure, saved
+from .canvas import OTHERS, STYLES, figure, ground, ink, pale, saved, tone
 
 __all__ = ["network"]
 
@@ -26,7 +26,6 @@ _COLOURS = {
     "weights": STYLES["SuperLoRA"][0],
     "array": OTHERS[5][0],
 }
-_GREY, _FRAME = "#555555", "#F2F2F2"
 _MARGIN = 0.3
 
 
@@ -94,7 +93,7 @@ def network(
     axes.set_xlim(0, found.width)
     axes.set_ylim(-found.height - below, above)
     style: dict[str, Any] = {"va": "top", "parse_math": False}
-    axes.text(_MARGIN, above - 0.12, "\n".join(head), fontsize=11, color=INK, **style)
+    axes.text(_MARGIN, above - 0.12, "\n".join(head), fontsize=11, color=ink(), **style)
     _key(axes, found)
     _frames(axes, found)
     for part in found.parts:
@@ -102,13 +101,15 @@ def network(
     for sign in found.signs:
         _label(axes, sign)
     _steps(axes, found)
-    axes.text(found.width / 2, -found.height - 0.2, found.words, ha="center", fontsize=8.5, color=INK, **style)
-    axes.text(_MARGIN, -found.height - 0.5, "\n".join(foot), fontsize=7, color=PALE, **style)
+    axes.text(found.width / 2, -found.height - 0.2, found.words, ha="center", fontsize=8.5, color=ink(), **style)
+    axes.text(_MARGIN, -found.height - 0.5, "\n".join(foot), fontsize=7, color=pale(), **style)
     saved(drawn, path)
 
 
 def _lighter(colour: str, share: float = 0.35) -> tuple[float, ...]:
-    return tuple(1 - (1 - int(colour[at : at + 2], 16) / 255) * (1 - share) for at in (1, 3, 5))
+    """Return a colour nearer to the ground, on which texts are legible."""
+    parts = zip((1, 3, 5), (int(ground()[at : at + 2], 16) / 255 for at in (1, 3, 5)), strict=True)
+    return tuple((1 - share) * int(colour[at : at + 2], 16) / 255 + share * back for at, back in parts)
 
 
 def _part(axes: Any, part: SplitDrawing) -> None:
@@ -133,18 +134,18 @@ def _line(axes: Any, start: tuple[float, float], stop: tuple[float, float]) -> N
         over, drop = stop[0] - start[0], start[1] - stop[1]
         points = [start, (start[0] + 0.62 * over, start[1] - 0.04 * drop), (stop[0], stop[1] + 0.72 * drop), stop]
         codes = [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4]
-    axes.add_patch(PathPatch(Path(points, codes), facecolor="none", edgecolor=INK, linewidth=1.2, zorder=2))
+    axes.add_patch(PathPatch(Path(points, codes), facecolor="none", edgecolor=ink(), linewidth=1.2, zorder=2))
 
 
 def _shape(kind: str, x: float, y: float, width: float, height: float, frozen: bool = False) -> Any:
     from matplotlib.patches import Circle, FancyBboxPatch, Polygon
 
-    style: dict[str, Any] = {"edgecolor": INK, "linewidth": 1.0, "zorder": 3}
+    style: dict[str, Any] = {"edgecolor": ink(), "linewidth": 1.0, "zorder": 3}
     if kind == "dot":
-        return Circle((x, y), width / 2, facecolor=INK, **style)
+        return Circle((x, y), width / 2, facecolor=ink(), **style)
     if kind == "frozen":
         kind, frozen = "array", True
-        style["facecolor"] = "white"
+        style["facecolor"] = ground()
     else:
         style["facecolor"] = _lighter(_COLOURS[kind], 0.85 if frozen else 0.35)
     if frozen:
@@ -163,13 +164,13 @@ def _shape(kind: str, x: float, y: float, width: float, height: float, frozen: b
 def _node(axes: Any, node: Node, x: float, y: float) -> None:
     axes.add_patch(_shape(node.kind, x + node.x, y + node.y, node.width, node.height, node.frozen))
     if node.symbol:
-        axes.text(x + node.x, y + node.y, node.symbol, ha="center", va="center", fontsize=9.5, color=INK, zorder=4)
+        axes.text(x + node.x, y + node.y, node.symbol, ha="center", va="center", fontsize=9.5, color=ink(), zorder=4)
 
 
 def _label(axes: Any, label: Label, x: float = 0.0, y: float = 0.0) -> None:
     axes.text(
         x + label.x, y + label.y, label.text, ha=label.align, va="center_baseline", fontsize=label.points, zorder=5,
-        color=_GREY if label.role == "word" else INK, parse_math=False,
+        color=tone(1 / 3) if label.role == "word" else ink(), parse_math=False,
     )  # fmt: skip
 
 
@@ -177,7 +178,7 @@ def _key(axes: Any, found: Diagram) -> None:
     for entry in found.key:
         size = 0.05 if entry.kind == "dot" else 0.14
         axes.add_patch(_shape(entry.kind, entry.x + 0.08, entry.y, size if entry.kind == "dot" else 0.15, size))
-        axes.text(entry.x + 0.24, entry.y, entry.text, va="center_baseline", fontsize=7.5, color=_GREY)
+        axes.text(entry.x + 0.24, entry.y, entry.text, va="center_baseline", fontsize=7.5, color=tone(1 / 3))
 
 
 def _frames(axes: Any, found: Diagram) -> None:
@@ -187,7 +188,7 @@ def _frames(axes: Any, found: Diagram) -> None:
     for left, bottom, right, top in found.frames:
         axes.add_patch(
             FancyBboxPatch(
-                (left, bottom), right - left, top - bottom, facecolor=_FRAME, edgecolor="none", zorder=1,
+                (left, bottom), right - left, top - bottom, facecolor=tone(0.949), edgecolor="none", zorder=1,
                 boxstyle="round,pad=0,rounding_size=0.1",
             )
         )  # fmt: skip
@@ -195,7 +196,7 @@ def _frames(axes: Any, found: Diagram) -> None:
         left, bottom, right, top = found.brackets
         for x, inward in ((left, 0.09), (right, -0.09)):
             axes.plot(
-                [x + inward, x, x, x + inward], [top, top, bottom, bottom], color=INK, linewidth=1.2,
+                [x + inward, x, x, x + inward], [top, top, bottom, bottom], color=ink(), linewidth=1.2,
                 solid_joinstyle="miter",
             )  # fmt: skip
 
@@ -205,30 +206,30 @@ def _steps(axes: Any, found: Diagram) -> None:
 
     middle = found.width / 2
     left, right, above = found.brace
-    axes.plot([left, left, right, right], [above + 0.06, above, above, above + 0.06], color=PALE, linewidth=0.9)
+    axes.plot([left, left, right, right], [above + 0.06, above, above, above + 0.06], color=pale(), linewidth=0.9)
     for step in found.steps:
         top = step.y + step.height / 2
         arrow = {
             "arrowstyle": "-|>,head_length=0.35,head_width=0.18",
-            "color": INK,
+            "color": ink(),
             "linewidth": 0.9,
             "shrinkA": 0,
             "shrinkB": 0,
         }
         axes.annotate("", (middle, top), (middle, above), arrowprops=arrow)
         axes.text(
-            middle + 0.14, (above + top) / 2, step.note, va="center_baseline", fontsize=7.5, color=_GREY,
+            middle + 0.14, (above + top) / 2, step.note, va="center_baseline", fontsize=7.5, color=tone(1 / 3),
             parse_math=False,
         )  # fmt: skip
         axes.add_patch(
             FancyBboxPatch(
-                (middle - step.width / 2, step.y - step.height / 2), step.width, step.height, facecolor="white",
-                boxstyle="round,pad=0,rounding_size=0.06", edgecolor=INK if step.fixed else PALE,
+                (middle - step.width / 2, step.y - step.height / 2), step.width, step.height, facecolor=ground(),
+                boxstyle="round,pad=0,rounding_size=0.06", edgecolor=ink() if step.fixed else pale(),
                 linewidth=1.2 if step.fixed else 0.9, linestyle=(0, (4, 2.5)) if step.fixed else "-", zorder=2,
             )
         )  # fmt: skip
         axes.text(
-            middle, step.y, "\n".join(step.lines), ha="center", va="center", fontsize=8.5, color=INK, zorder=3,
+            middle, step.y, "\n".join(step.lines), ha="center", va="center", fontsize=8.5, color=ink(), zorder=3,
             linespacing=1.35, parse_math=False,
         )  # fmt: skip
         above = step.y - step.height / 2

@@ -1,4 +1,9 @@
-"""Parts shared by all plots: colours, a figure that is drawn into a file, and unobtrusive axes."""
+"""Parts shared by all plots: colours, a figure that is drawn into a file, and unobtrusive axes.
+
+Ground and ink are those of matplotlib's settings, ``figure.facecolor`` and ``text.color``, when a picture is drawn.
+With the default settings these are white and a dark grey. ``matplotlib.style.context("dark_background")`` gives dark
+pictures.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,9 @@ from typing import Any
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.checkpoints.container import file_error_context
 
-__all__ = ["INK", "OTHERS", "PALE", "STYLES", "count_ticks", "figure", "quiet", "saved", "styles"]
+__all__ = [
+    "OTHERS", "STYLES", "count_ticks", "figure", "ground", "ink", "legible", "pale", "quiet", "saved", "styles", "tone",
+]  # fmt: skip
 
 # The colour-blind safe palette of Okabe and Ito, with different shapes for print in grey.
 STYLES: dict[str, tuple[str, str]] = {
@@ -24,8 +31,85 @@ STYLES: dict[str, tuple[str, str]] = {
     "fastfood": ("#7F7F7F", "X"),
 }
 OTHERS = (("#332288", "h"), ("#117733", "<"), ("#882255", ">"), ("#AA4499", "p"), ("#999933", "*"), ("#44AA99", "d"))
-INK = "#222222"
-PALE = "#8A8A8A"
+
+# On a dark ground, a colour with less contrast is moved towards the ink. The palettes are made for a white one.
+_CONTRAST = 3.0
+
+
+def tone(share: float) -> str:
+    """Return a grey between the colour of texts, at 0, and the ground, at 1, as ``#RRGGBB``.
+
+    Examples
+    --------
+    >>> tone(0.0), tone(0.5), tone(1.0)
+    ('#000000', '#808080', '#FFFFFF')
+    """
+    import matplotlib
+
+    return _between(_rgb(matplotlib.rcParams["text.color"]), _rgb(matplotlib.rcParams["figure.facecolor"]), share)
+
+
+def ground() -> str:
+    """Return the colour behind the picture."""
+    return tone(1.0)
+
+
+def ink() -> str:
+    """Return the colour of texts and outlines."""
+    return tone(2 / 15)
+
+
+def pale() -> str:
+    """Return the colour of what is in the background."""
+    return tone(0.54)
+
+
+def legible(colour: str) -> str:
+    """Return a colour that stands out from the ground: the same, or one nearer to the ink.
+
+    Parameters
+    ----------
+    colour : str
+        ``#RRGGBB``.
+
+    Examples
+    --------
+    >>> import matplotlib
+    >>> legible("#332288")
+    '#332288'
+    >>> with matplotlib.rc_context({"text.color": "white", "figure.facecolor": "black"}):
+    ...     legible("#332288")
+    '#5C4EA0'
+    """
+    back, front, found = ground(), tone(0.0), colour
+    for step in range(1, 11):
+        if _luminance(back) > 0.5 or _contrast(found, back) >= _CONTRAST:
+            break
+        found = _between(_rgb(colour), _rgb(front), step / 10)
+    return found
+
+
+def _rgb(colour: Any) -> tuple[float, ...]:
+    from matplotlib.colors import to_rgba
+
+    *parts, opacity = to_rgba(colour)
+    return tuple(parts) if opacity else (1.0, 1.0, 1.0)  # what is transparent lies on a page, most often a white one
+
+
+def _between(one: Iterable[float], other: Iterable[float], share: float) -> str:
+    mixed = [(1 - share) * left + share * right for left, right in zip(one, other, strict=True)]
+    return "#" + "".join(f"{round(255 * part):02X}" for part in mixed)
+
+
+def _contrast(one: str, other: str) -> float:
+    """Return the contrast ratio of the Web Content Accessibility Guidelines, from 1 to 21."""
+    low, high = sorted(_luminance(colour) for colour in (one, other))
+    return (high + 0.05) / (low + 0.05)
+
+
+def _luminance(colour: str) -> float:
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in _rgb(colour)]
+    return float(sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True)))
 
 
 def styles(families: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -60,20 +144,20 @@ def figure(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    made = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor=ground())
     FigureCanvasAgg(made)
-    return made, made.add_subplot(facecolor="white")
+    return made, made.add_subplot(facecolor=ground())
 
 
 def quiet(axes: Any) -> None:
     """Reduce axes to two sides and small ticks."""
     axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=8, length=3)
+    axes.tick_params(colors=ink(), labelsize=8, length=3)
     axes.tick_params(which="minor", length=0)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axes.spines[side].set_color(PALE)
+        axes.spines[side].set_color(pale())
 
 
 def count_ticks(axis: Any) -> None:
@@ -89,7 +173,7 @@ def count_ticks(axis: Any) -> None:
 
     axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.set_minor_formatter(_Counts(labelOnlyBase=False))
-    axis.set_tick_params(which="minor", labelsize=8, labelcolor=INK)
+    axis.set_tick_params(which="minor", labelsize=8, labelcolor=ink())
 
 
 def saved(drawn: Any, path: str | os.PathLike[str]) -> None:
