@@ -20,6 +20,7 @@ from tnadapt.cli.terminal import (
     help_text,
     print_table,
     reporter,
+    stoppable,
 )
 
 from .batch import EVERY, check_counts, check_inputs, inputs_of, recipes_of
@@ -119,11 +120,10 @@ def experiment(
         try:
             if several:
                 echo(f"{recipe.name}: {recipe.title}", err=True)
-            outcomes.append(train(recipe, folder))
-        except KeyboardInterrupt:
-            echo("", err=True)
-            echo(f"stopped; finished trainings are in {folder}; run the same command again to continue", err=True)
-            raise typer.Exit(130) from None
+            with stoppable(f"finished trainings are in {folder}; run the same command again to continue"):
+                outcomes.append(train(recipe, folder))
+        except typer.Exit:  # stopped, and an exception like others
+            raise
         except Exception as error:
             known = _needs_extra(error) if isinstance(error, ImportError) else error
             if not several:

@@ -33,6 +33,8 @@ def main() -> None:
             raise SystemExit(0) from None
         print(f'tnadapt: the command line needs its extra: pip install "tnadapt[cli]" ({error})', file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     with exit_on_error("tnadapt"):
         app()
 

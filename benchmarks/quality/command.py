@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tnadapt.cli.terminal import ENGINE_HELP, ENGINE_OPTION_HELP, engine_options
+import typer
+
+from tnadapt.cli.terminal import ENGINE_HELP, ENGINE_OPTION_HELP, engine_options, stoppable
 from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Engine, open_engine, usable_device
 from tnadapt.finetune.training import checked_rates
@@ -32,13 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
     options = parser().parse_args(arguments)
     try:
-        options.do(options)
+        with stoppable("what is finished is kept, and the same command resumes"):
+            options.do(options)
     except TnadaptError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command resumes", file=sys.stderr)
-        return 130
+    except typer.Exit as stopped:
+        return stopped.exit_code
     return 0
 
 

@@ -11,6 +11,7 @@ from tnadapt.convert import FORMS, convert
 from tnadapt.errors import TnadaptError
 
 from ._common_options import AsJson
+from ._interrupts import stoppable
 from ._option_names import as_options
 from ._printing import echo, echo_json, echo_table
 from ._progress import status
@@ -85,7 +86,7 @@ def convert_command(
     Exit code: 0, or 2 if the conversion is not possible. Nothing is written then.
     """
     try:
-        with status("converting"):
+        with stoppable(_kept(out)), status("converting"):
             found = convert(
                 source, out, to=to, rank=rank, max_error=max_error, base=base, part=part, dtype=dtype,
                 without_kept=without_kept, overwrite=overwrite,
@@ -97,3 +98,7 @@ def convert_command(
         return
     echo_table(str(found))
     echo("nothing was written: give -o OUT to write it" if out is None else f"written to {out}")
+
+
+def _kept(out: Path | None) -> str:
+    return "nothing was written" if out is None else f"{out} is unchanged or complete; the same command starts over"

@@ -13,6 +13,7 @@ from tnadapt.checkpoints.checkpoint import open_checkpoint
 from tnadapt.decomposition.extraction import Extraction
 
 from ._common_options import AsJson, ConfigFile, OwnSettings, preset_option
+from ._interrupts import stoppable
 from ._printing import echo, echo_json, echo_table
 from ._progress import groups_bar
 from ._settings import chosen_config
@@ -80,13 +81,14 @@ def extract_command(
         # The library's default config, with the given settings.
         preset, changes = "superlora", ["rank=8", *changes]
     chosen = chosen_config(preset, changes, config)
-    with groups_bar() as bar:
-        found = extract(
-            base, tuned, chosen, _targets(targets), max_error=max_error, max_rank=max_rank,
-            keep_trainable=keep_trainable or (), compare=compare, progress=bar, max_iterations=iterations,
-            tol=tol, svd=svd, seed=seed,
-        )  # fmt: skip
-    save(out, found.file)
+    with stoppable(f"{out} is unchanged or complete; the same command starts over"):
+        with groups_bar() as bar:
+            found = extract(
+                base, tuned, chosen, _targets(targets), max_error=max_error, max_rank=max_rank,
+                keep_trainable=keep_trainable or (), compare=compare, progress=bar, max_iterations=iterations,
+                tol=tol, svd=svd, seed=seed,
+            )  # fmt: skip
+        save(out, found.file)
     if as_json:
         echo_json(_summary(found, out))
     else:

@@ -18,7 +18,7 @@ from tnadapt.algebra.named_config import require_preset, require_setting
 from ._common_options import preset_option
 from ._engine_options import ENGINE_HELP, ENGINE_OPTION_HELP, engine_options
 from ._finetune_report import print_outcome, print_plan
-from ._printing import echo
+from ._interrupts import stoppable
 from ._progress import reporter
 from ._settings import setting, word_or_number
 from ._task_options import TASK_NAMES, ReportTo, check_options
@@ -282,20 +282,19 @@ def finetune_command(
     choice.check()
     job.check_out(folder)
     assumed = job.open_engine(engine, jobs, where).device(device)
-    device_of = (None if dry_run else assumed) or job.usable_device(device)
-    training = job.Training(
-        epochs=epochs or usual.epochs, batch=batch or usual.batch, device=device_of,
-        targets="qv" if not targets else targets[0] if len(targets) == 1 else tuple(targets), report_to=report_to.value,
-    )  # fmt: skip
-    try:
+    kept = "nothing was trained" if dry_run else f"finished trainings are in {folder}, and the same command resumes"
+    with stoppable(kept):
+        # Torch is imported here.
+        device_of = (None if dry_run else assumed) or job.usable_device(device)
+        training = job.Training(
+            epochs=epochs or usual.epochs, batch=batch or usual.batch, device=device_of,
+            targets="qv" if not targets else targets[0] if len(targets) == 1 else tuple(targets),
+            report_to=report_to.value,
+        )  # fmt: skip
         with reporter() as shown:
             study = job.Study(spec, choice, training, rates or usual.rates, seeds, shown)
             if not dry_run:
                 outcome = study.run(folder, jobs, fresh, engine, where)
-    except KeyboardInterrupt:
-        echo("", err=True)
-        echo(f"stopped; finished trainings are in {folder}, and the same command resumes", err=True)
-        raise typer.Exit(130) from None
     if dry_run:
         print_plan(study, as_json)
         return

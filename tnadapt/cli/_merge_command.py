@@ -11,6 +11,7 @@ from tnadapt.checkpoints.merge.merge_checkpoint import MergeReport, merge
 
 from ._byte_sizes import size
 from ._common_options import AsJson
+from ._interrupts import stoppable
 from ._printing import echo, echo_json
 from ._progress import bytes_bar
 
@@ -54,13 +55,8 @@ def merge_command(
 
     Exit code: 0; 2 if the merge is not possible, with OUT unchanged; 130 after Ctrl-C.
     """
-    try:
-        with bytes_bar("merging") as progress:
-            report = merge(base, adapter, out, overwrite=overwrite, check_base=check_base, progress=progress)
-    except KeyboardInterrupt:
-        echo("", err=True)
-        echo(f"stopped; {out} is unchanged or complete; the same command resumes", err=True)
-        raise typer.Exit(130) from None
+    with stoppable(f"{out} is unchanged or complete; the same command resumes"), bytes_bar("merging") as progress:
+        report = merge(base, adapter, out, overwrite=overwrite, check_base=check_base, progress=progress)
     if as_json:
         echo_json(report.to_dict())
     else:

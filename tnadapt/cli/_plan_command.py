@@ -14,6 +14,7 @@ from tnadapt.errors import safe_repr
 from tnadapt.planning import Plan, known_as
 
 from ._common_options import AsJson, ModelOfHeaders, OwnSettings, TargetsOfHeaders, preset_option
+from ._interrupts import stoppable
 from ._planned_weights import Weights, planned_weights
 from ._printing import echo, echo_json
 from ._progress import steps_bar
@@ -78,7 +79,7 @@ def plan_command(
     if budget is None:
         raise TnadaptError("give a budget: --budget 1000 for parameters, --budget 4kB for bytes")
     drawn = chosen_config(preset, settings or [], None)
-    with steps_bar("planning") as progress:
+    with stoppable("there is no plan"), steps_bar("planning") as progress:
         weights = planned_weights(model, targets, shape)
         found = plan(
             weights.shapes,

@@ -17,6 +17,7 @@ from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import FileError
 
 from ._finetune_command import job_package
+from ._interrupts import stoppable
 from ._option_names import as_options
 from ._printing import echo
 
@@ -79,14 +80,12 @@ def predict_command(
     load(adapter, check_draws=False)
     job.require_data(data)
     try:
-        found = job.predict(
-            adapter, data, base=base, tokenizer=tokenizer, text_column=text_column, label_column=label_column,
-            separator=separator, limit=limit, batch=batch_size, new_tokens=max_new_tokens,
-            device=job.usable_device(device), progress=lambda what: echo(what, err=True),
-        )  # fmt: skip
-    except KeyboardInterrupt:
-        echo("stopped; nothing was written", err=True)
-        raise typer.Exit(130) from None
+        with stoppable("nothing was written; the same command starts over"):
+            found = job.predict(
+                adapter, data, base=base, tokenizer=tokenizer, text_column=text_column, label_column=label_column,
+                separator=separator, limit=limit, batch=batch_size, new_tokens=max_new_tokens,
+                device=job.usable_device(device), progress=lambda what: echo(what, err=True),
+            )  # fmt: skip
     except TnadaptError as error:
         raise TnadaptError(as_options(str(error), ("base",))) from None
     of_part = f" of the {found.part} part" if found.part else ""

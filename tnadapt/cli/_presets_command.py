@@ -13,6 +13,7 @@ from tnadapt.planning.ladders import Found, Ladder, Search
 from tnadapt.planning.preset_families import PRESET_FAMILIES, AdaptedWeights
 
 from ._common_options import AsJson, ModelOfHeaders, TargetsOfHeaders
+from ._interrupts import stoppable
 from ._planned_weights import Weights, planned_weights
 from ._printing import echo, echo_json
 from ._tables import print_table
@@ -45,8 +46,9 @@ def presets_command(
     Exit code: 0, or 2 if the request is not possible.
     """
     given = model is not None or shape is not None or targets is not None
-    weights = planned_weights(model, targets, shape) if given else USUAL
-    rows = [_row(name, weights) for name in presets.__all__]
+    with stoppable("nothing was listed"):
+        weights = planned_weights(model, targets, shape) if given else USUAL
+        rows = [_row(name, weights) for name in presets.__all__]
     if as_json:
         echo_json({"weights": len(weights.shapes), "presets": rows})
         return

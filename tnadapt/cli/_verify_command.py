@@ -10,6 +10,7 @@ from tnadapt import verify
 from tnadapt.errors import escaped
 
 from ._common_options import AsJson, ConfigFile, OwnSettings, preset_option
+from ._interrupts import stoppable
 from ._printing import echo_json, echo_table
 from ._progress import status
 from ._settings import chosen_config, shapes_of
@@ -42,7 +43,7 @@ def verify_command(
     """
     chosen = chosen_config(preset, settings or [], config)
     shapes = shapes_of(shape or []) or None
-    with status("checking") as show:
+    with stoppable("there is no report"), status("checking") as show:
         report = verify(chosen, shapes, backends=backend, seed=seed, progress=lambda line: show(f"checking {line}"))
     if as_json:
         echo_json(report.to_dict())

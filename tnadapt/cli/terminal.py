@@ -17,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from tnadapt.errors import TnadaptError, escaped
 
 from ._engine_options import ENGINE_HELP, ENGINE_OPTION_HELP, engine_options
+from ._interrupts import stoppable
 from ._printing import echo, echo_json, echo_table
 from ._progress import reporter
 from ._tables import print_table
@@ -34,6 +35,7 @@ __all__ = [
     "help_text",
     "print_table",
     "reporter",
+    "stoppable",
 ]
 
 

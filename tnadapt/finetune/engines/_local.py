@@ -7,6 +7,7 @@ lose the trainings of all workers with one of them.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -14,7 +15,8 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tnadapt.finetune._torch_threads import number_of_threads
@@ -65,17 +67,17 @@ def _cores() -> int:
 class _Processes(Started):
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("spawn")  # fork is unsafe with torch's threads
-        self.stopped, self.stop = self.context.Pipe(duplex=False)
+        self.workers: set[BaseProcess] = set()
         self.idle: list[futures.ProcessPoolExecutor] = []
         self.busy: dict[futures.Future[Ended], tuple[str, futures.ProcessPoolExecutor]] = {}
 
     def submit(self, calls: Sequence[TaskCall]) -> None:
         for call in calls:
-            pool = self.idle.pop() if self.idle else self._pool()
-            self.busy[pool.submit(run_call, call)] = (call.task.key, pool)
-
-    def _pool(self) -> futures.ProcessPoolExecutor:
-        return futures.ProcessPoolExecutor(1, self.context, _begin, (self.stopped,))
+            pool = self.idle.pop() if self.idle else futures.ProcessPoolExecutor(1, self.context, _begin)
+            others = set(multiprocessing.active_children())
+            with _interrupts_held():
+                self.busy[pool.submit(run_call, call)] = (call.task.key, pool)
+            self.workers |= set(multiprocessing.active_children()) - others
 
     def wait(self, seconds: float) -> Iterator[tuple[str, Ended]]:
         done, _ = futures.wait(self.busy, timeout=seconds, return_when=futures.FIRST_COMPLETED)
@@ -90,26 +92,39 @@ class _Processes(Started):
                 yield key, future.result() if error is None else Failed(f"{type(error).__name__}: {error}", False)
 
     def close(self) -> None:
-        # Without this the executors would wait for running tasks, and for interpreters that take seconds to unload
-        # torch.
-        self.stop.send_bytes(b"stop")
+        # Otherwise the executors would wait for running tasks, and for interpreters that take seconds to import torch
+        # or to unload it. What a worker has finished it has written.
+        for worker in self.workers:
+            worker.kill()
         for pool in [*self.idle, *(pool for _, pool in self.busy.values())]:
             pool.shutdown(cancel_futures=True)
-        self.stop.close()
-        self.stopped.close()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back while a worker starts, which inherits that: it is the parent's, who then ends the workers."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # -- In a worker -------------------------------------------------------------------------------
 
 
-def _begin(stopped: Connection) -> None:
+def _begin() -> None:
     # Ctrl-C is handled by the parent, which then ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_when_told, args=(stopped,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_when_told(stopped: Connection) -> None:
-    """End this process, even during a task, when the parent says so or has died."""
+def _end_with_parent() -> None:
+    """End this process, even during a task, when the parent has died."""
     parent = multiprocessing.parent_process()
-    wait([stopped, *([] if parent is None else [parent.sentinel])])
-    os._exit(1)
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

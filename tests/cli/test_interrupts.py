@@ -1,0 +1,169 @@
+"""Ctrl-C in every long command: a process of its own is interrupted, as a terminal does it."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("typer")
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix"), pytest.mark.usefixtures("keyboard"),
+]  # fmt: skip
+
+#: Seconds from the signal to the exit. Two on a machine that does nothing else; here others compute at the same time.
+LIMIT = 10.0
+
+# A command whose work is replaced by one that says when it has begun, and goes on for a minute: in Python, or in one
+# call of LAPACK, during which Python handles no signal.
+CODE = """
+import importlib, sys, time
+import numpy as np
+where, what, how = sys.argv[1:4]
+del sys.argv[1:4]
+def work(*given, **settings):
+    print("begun", flush=True)
+    if how == "lapack":
+        np.linalg.svd(np.random.default_rng(0).normal(size=(6000, 6000)))
+    elif how == "stubborn":
+        try:
+            time.sleep(60)
+        finally:
+            time.sleep(60)
+    elif how == "failing":
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise ImportError("cannot import name 'a' from partially initialized module 'b'")
+    time.sleep(60)
+setattr(importlib.import_module(where), what, work)
+from tnadapt.__main__ import main
+main()
+"""
+COMMANDS = {
+    "extract": (("tnadapt.cli._extract_command", "extract"), "base.safetensors tuned.safetensors -o out.safetensors",
+                "out.safetensors is unchanged or complete; the same command starts over"),
+    "convert": (("tnadapt.cli._convert_command", "convert"), "a.safetensors -o out --to peft-lora",
+                "out is unchanged or complete; the same command starts over"),
+    "merge": (("tnadapt.cli._merge_command", "merge"), "base a.safetensors -o out",
+              "out is unchanged or complete; the same command resumes"),
+    "verify": (("tnadapt.cli._verify_command", "verify"), "--preset lora", "there is no report"),
+    "plan": (("tnadapt.cli._plan_command", "plan"), "--shape 8x8 --budget 100", "there is no plan"),
+    "presets": (("tnadapt.cli._presets_command", "_smallest"), "", "nothing was listed"),
+    "predict": (("tnadapt.finetune._prediction", "predict"), "a.safetensors --data a.csv",
+                "nothing was written; the same command starts over"),
+    "finetune": (("tnadapt.finetune._study", "open_problem"), "--out out",
+                 "finished trainings are in out, and the same command resumes"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What the commands look at before they begin."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    import tnadapt as tna
+    from tests.support import checkpoint_files as cp
+
+    for name in ("base", "tuned"):
+        save_file({"q_proj.weight": np.ones((4, 4), np.float32)}, tmp_path / f"{name}.safetensors")
+    tna.save(tmp_path / "a.safetensors", cp.adapter(tna.presets.lora(1), [tna.Target("q_proj.weight", (4, 4), "q")]))
+    (tmp_path / "a.csv").write_text("text\na\n")
+    return tmp_path
+
+
+def begun(arguments: Sequence[object], cwd: Path) -> subprocess.Popen[str]:
+    """Start a process, and return when it has printed its first line."""
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+        start_new_session=True, env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert select.select([process.stdout], [], [], 120)[0]
+    assert process.stdout.readline() == "begun\n", process.communicate(timeout=60)[1]
+    return process
+
+
+def ended(process: subprocess.Popen[str], signals: int = 1) -> tuple[float, str]:
+    """Interrupt a process and all that it started; return the seconds until it ended, and what it said."""
+    time.sleep(0.2)
+    start = time.monotonic()
+    for number in range(signals):
+        if number:
+            time.sleep(0.3)
+        os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    return time.monotonic() - start, told
+
+
+def cases() -> Iterator[object]:
+    for name in COMMANDS:
+        for how in ("python", *(("lapack",) if name == "extract" else ())):
+            slow = [pytest.mark.slow] if name in ("predict", "finetune") else []
+            yield pytest.param(name, how, id=f"{name} in {how}", marks=slow)
+
+
+@pytest.mark.parametrize(("name", "how"), list(cases()))
+def test_an_interrupt_ends_a_command_and_says_what_is_kept(name: str, how: str, folder: Path) -> None:
+    if name in ("predict", "finetune"):
+        pytest.importorskip("torch")
+        pytest.importorskip("sklearn")
+    before = sorted(path.name for path in folder.iterdir())
+    place, arguments, kept = COMMANDS[name]
+    process = begun(["-c", CODE, *place, how, name, *arguments.split()], folder)
+    seconds, told = ended(process)
+    assert (process.returncode, told.strip()) == (130, f"stopped; {kept}")
+    assert seconds < LIMIT
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("how", ["stubborn", "failing"])
+def test_whatever_the_work_does_then_the_command_ends(how: str, folder: Path) -> None:
+    place, arguments, kept = COMMANDS["verify"]
+    process = begun(["-c", CODE, *place, how, "verify", *arguments.split()], folder)
+    seconds, told = ended(process)
+    assert (process.returncode, told.strip()) == (130, f"stopped; {kept}")
+    assert seconds < LIMIT
+
+
+def test_a_second_interrupt_ends_it_at_once(folder: Path) -> None:
+    place, arguments, kept = COMMANDS["verify"]
+    times = []
+    for signals in (1, 2):
+        process = begun(["-c", CODE, *place, "stubborn", "verify", *arguments.split()], folder)
+        seconds, told = ended(process, signals)
+        assert (process.returncode, told.strip()) == (130, f"stopped; {kept}")
+        times.append(seconds)
+    # The first alone gives the work one and a half seconds.
+    assert times[1] < times[0]
+
+
+def test_a_command_that_ends_leaves_signals_as_they_were() -> None:
+    import threading
+
+    from tnadapt.cli.terminal import stoppable
+
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    own = signal.set_wakeup_fd(writing)
+    try:
+        threads = threading.active_count()
+        with stoppable("nothing"):
+            assert threading.active_count() == threads + 1
+        with pytest.raises(ValueError, match="wrong"), stoppable("nothing"):
+            raise ValueError("wrong")
+        assert threading.active_count() == threads
+        assert signal.set_wakeup_fd(own) == writing
+    finally:
+        signal.set_wakeup_fd(own)
+        os.close(reading)
+        os.close(writing)
