@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .decomposition import decompose, search_rank
     from .decomposition.extraction import extract
     from .planning import plan
+    from .progress_bar import ProgressBar
     from .tensors import (
         cp,
         hadamard_decomposition,
@@ -59,6 +60,7 @@ __all__ = [
     "FileError",
     "MergeReport",
     "Pretrained",
+    "ProgressBar",
     "Projection",
     "RowIndices",
     "Rows",
@@ -112,6 +114,7 @@ _LAZY = {
     "AdapterFile": "checkpoints.adapter_file",
     "MergeReport": "checkpoints.merge",
     "Pretrained": "checkpoints.pretrained_model",
+    "ProgressBar": "progress_bar",
     "cp": "tensors",
     "decompose": "decomposition",
     "extract": "decomposition.extraction",

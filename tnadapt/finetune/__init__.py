@@ -17,6 +17,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ._bar_reporter import BarReporter
     from ._budget import within
     from ._choice import Choice
     from ._data_place import require_data
@@ -37,6 +38,7 @@ if importlib.util.find_spec("torch") is None:
     )
 
 __all__ = [
+    "BarReporter",
     "Choice",
     "Engine",
     "Method",
@@ -63,6 +65,7 @@ __all__ = [
 
 # Imported on first use: what checks a user's options must not wait for torch, whose import takes seconds.
 _LAZY = {
+    "BarReporter": "_bar_reporter",
     "Choice": "_choice",
     "Engine": "engines",
     "Method": "grid",

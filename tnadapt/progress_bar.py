@@ -1,0 +1,155 @@
+"""A progress bar for what takes long: live in a notebook, on one line in a terminal, silent elsewhere."""
+
+from __future__ import annotations
+
+import html
+import importlib
+import sys
+import time
+from typing import Any, Protocol, Self
+
+from .errors import escaped
+
+__all__ = ["ProgressBar"]
+
+# Seconds between two updates: a notebook stores each of them in turn.
+_PERIOD = 0.1
+
+
+class _Shown(Protocol):
+    """Where a bar is shown."""
+
+    def show(self, title: str, done: float | None, words: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class ProgressBar:
+    """A progress bar, of which one method fits each kind of callback.
+
+    Parameters
+    ----------
+    title : str
+
+    Notes
+    -----
+    ==================  ==========================================================================================
+    ``bar.counts``      ``progress=`` of :func:`tnadapt.merge`, :func:`tnadapt.plan`, :func:`tnadapt.torch.attach`
+    ``bar.steps``       ``progress=`` of :func:`tnadapt.decompose` and :func:`tnadapt.extract`
+    ``bar.iterations``  ``callback=`` of :func:`tnadapt.cp`, :func:`tnadapt.tucker` and the others
+    ``bar.lines``       ``progress=`` of :func:`tnadapt.verify`
+    ==================  ==========================================================================================
+
+    :class:`tnadapt.finetune.BarReporter` shows the trainings of a study. In a notebook the bar needs IPython alone.
+
+    Examples
+    --------
+    >>> import numpy as np, tnadapt as tna
+    >>> tensor = np.random.default_rng(0).normal(size=(6, 7, 8))
+    >>> with tna.ProgressBar("CP") as bar:
+    ...     found = tna.cp(tensor, rank=2, callback=bar.iterations)
+    >>> bar.words.startswith("iteration ")
+    True
+    """
+
+    def __init__(self, title: str = "") -> None:
+        self.title = title
+        self.done: float | None = None
+        self.words = ""
+        self._shown: _Shown = _place()
+        self._next = 0.0
+
+    def update(self, done: float | None, words: str = "") -> None:
+        """Show a state.
+
+        Parameters
+        ----------
+        done : float or None
+            The fraction done, from 0 to 1; None if it is not known.
+        words : str
+            Next to the bar.
+        """
+        self.done, self.words = done, words
+        if time.monotonic() >= self._next:
+            self._draw()
+
+    def counts(self, done: int, total: int) -> None:
+        """Show how much is done of a total."""
+        self.update(done / total if total else 1.0, f"{done:,} of {total:,}")
+
+    def steps(self, step: Any) -> None:
+        """Show a :class:`tnadapt.decomposition.Step`."""
+        error = "" if step.error is None else f", iteration {step.iteration}, error {step.error:.4g}"
+        self.update(step.group / step.groups, f"group {step.group + 1} of {step.groups}{error}")
+
+    def iterations(self, number: int, error: float) -> None:
+        """Show the number of an iteration and its relative error."""
+        self.update(None, f"iteration {number}, error {error:.4g}")
+
+    def lines(self, line: str) -> None:
+        """Show what is done next."""
+        self.update(None, line)
+
+    def __enter__(self) -> Self:
+        self._draw()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            self.done = 1.0
+        self._draw()
+        self._shown.close()
+
+    def _draw(self) -> None:
+        self._shown.show(escaped(self.title), self.done, escaped(self.words))
+        self._next = time.monotonic() + _PERIOD
+
+
+def _place() -> _Shown:
+    # Only a notebook has imported IPython and runs its kernel.
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if hasattr(shell, "kernel"):
+        return _Notebook()
+    return _Terminal() if sys.stderr.isatty() else _Nowhere()
+
+
+class _Notebook:
+    """The output of a cell, which is replaced."""
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+
+    def show(self, title: str, done: float | None, words: str) -> None:
+        # Without a value the bar moves, which says that something happens.
+        value = "" if done is None else f' value="{done:.4f}"'
+        share = "" if done is None else f"{done:.0%}"
+        beside = " ".join(filter(None, (share, words)))
+        page = f"{html.escape(title)} <progress{value}></progress> {html.escape(beside)}"
+        output = {"text/html": page, "text/plain": f"{title} {beside}".strip()}
+        if self.handle is None:
+            display = importlib.import_module("IPython.display").display
+            self.handle = display(output, raw=True, display_id=True)
+        else:
+            self.handle.update(output, raw=True)
+
+    def close(self) -> None:
+        pass
+
+
+class _Terminal:
+    """A line of stderr, which is overwritten."""
+
+    def show(self, title: str, done: float | None, words: str) -> None:
+        bar = "" if done is None else f"[{'#' * int(20 * done):20}] {done:.0%}"
+        print(f"\r\x1b[K{' '.join(filter(None, (title, bar, words)))}", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        print(file=sys.stderr)
+
+
+class _Nowhere:
+    def show(self, title: str, done: float | None, words: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
