@@ -1,6 +1,8 @@
 """Sphinx: ``python -m sphinx -W --keep-going -b html docs docs/_build/html``, from the repository root."""
 
+import os
 import sys
+import warnings
 from pathlib import Path
 
 import tnadapt
@@ -8,6 +10,10 @@ import tnadapt
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for paper, which is not installed
 sys.path.insert(0, str(Path(__file__).parent))
 from sphinx_help import IsProperty
+
+# What the examples print to stderr is on their pages: no progress bars, and no advice for developers of libraries.
+os.environ.setdefault("TQDM_DISABLE", "1")
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 project = "tnadapt"
 author = "the tnadapt authors"
@@ -63,4 +69,4 @@ html_theme_options = {
     "footer_start": [],
     "footer_end": [],
 }
-html_sidebars = {"citing": [], "auto_examples/index": []}
+html_sidebars = {"citing": [], "tutorials": [], "auto_examples/index": []}

@@ -6,6 +6,10 @@ from pathlib import Path
 
 GALLERY = (
     "plot_first_steps",
+    "plot_serve_reviews",
+    "plot_own_photos",
+    "plot_sft_smollm2",
+    "plot_segment_coins",
     "plot_attach_vit",
     "plot_trainer_minilm",
     "plot_read_with_numpy",

@@ -69,7 +69,7 @@ base = timm.create_model(
     "vit_tiny_patch16_224", img_size=8, patch_size=2, in_chans=1, embed_dim=64, depth=4, num_heads=4, mlp_ratio=2,
     class_token=False, global_pool="avg", num_classes=5,
 )  # fmt: skip
-curve = fit(base, base.parameters(), (0, 4), rate=2e-3, epochs=40)
+curve = fit(base, base.parameters(), (0, 4), rate=2e-3, epochs=25)
 print(f"{sum(p.numel() for p in base.parameters()):,} parameters, {curve[-1]:.1f} % of the digits 0 to 4")
 
 # %%
@@ -133,7 +133,7 @@ for name, (config, rate) in methods.items():
         adapter = tnadapt.torch.attach(model, config, keep_trainable="head")
         count, parameters = adapter.num_parameters, [p for p in model.parameters() if p.requires_grad]
         trained[name] = adapter
-    curves[name] = count, fit(model, parameters, (5, 9), rate, epochs=20)
+    curves[name] = count, fit(model, parameters, (5, 9), rate, epochs=12)
     print(f"{name:26}: {count:6,} parameters and the head, {curves[name][1][-1]:.1f} %")
 
 # %%
@@ -152,7 +152,7 @@ styles = [":", ":", ":", "-", "-", "-"]
 for (name, (count, curve)), color, style in zip(curves.items(), colors, styles, strict=True):
     label = f"{name}: {count:,}" if count else name
     left.plot(curve, color=color, linestyle=style, label=label)
-left.set(xlabel="epoch", ylabel="test accuracy, digits 5 to 9, %", ylim=(40, 95), xlim=(0, 20), xticks=range(0, 21, 5))
+left.set(xlabel="epoch", ylabel="test accuracy, digits 5 to 9, %", ylim=(40, 95), xlim=(0, 12), xticks=range(0, 13, 3))
 left.legend(title="parameters in addition to the head's 325", loc="lower right")
 left.grid(alpha=0.3)
 limit = float(learned.abs().quantile(0.995))

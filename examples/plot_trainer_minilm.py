@@ -45,7 +45,7 @@ def mixed(text):
 
 
 words = sorted(ratings, key=mixed)
-train = [word for word in words if mixed(word[:4]) % 4 != 0][:1600]
+train = [word for word in words if mixed(word[:4]) % 4 != 0][:1000]
 test = [word for word in words if mixed(word[:4]) % 4 == 0][:600]
 print(f"{len(words)} words, of which {len(train)} for training and {len(test)} for testing")
 

