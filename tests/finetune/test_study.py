@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
 import tnadapt as tna  # noqa: E402
+from tests.support.depth import in_depth  # noqa: E402
 from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError  # noqa: E402
 from tnadapt.finetune import Choice, Reporter, Spec, Study, Task, Training, open_problem  # noqa: E402
 from tnadapt.finetune._best import prove  # noqa: E402
@@ -28,6 +29,8 @@ from tnadapt.finetune.training import train, usable_device  # noqa: E402
 
 from .played_tasks import ROOT  # noqa: E402
 from .small import CHOICE, TRAINING, spec, study  # noqa: E402
+
+CLUSTERS = [("ray", "ray", {"address": "local"}), ("slurm", "submitit", {"cluster": "local"})]
 
 
 class Counting(Reporter):
@@ -133,10 +136,7 @@ def test_side_by_side_gives_the_same_numbers(finished: tuple[Path, Any], cache: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("engine", "library", "options"),
-    [("ray", "ray", {"address": "local"}), ("slurm", "submitit", {"cluster": "local"})],
-)
+@pytest.mark.parametrize(("engine", "library", "options"), in_depth(CLUSTERS, CLUSTERS[1:]))
 def test_a_cluster_gives_the_same_numbers(
     finished: tuple[Path, Any], cache: Path, engine: str, library: str, options: dict[str, str], tmp_path: Path
 ) -> None:

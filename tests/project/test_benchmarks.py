@@ -55,7 +55,10 @@ def test_a_part_runs_and_its_contestants_agree(part: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("command", [["fastfood.py"], ["memory.py", "fastfood"]])
+PROFILES = [["fastfood.py"], ["memory.py", "fastfood"]]
+
+
+@pytest.mark.parametrize("command", in_depth(PROFILES, PROFILES[:1]))
 def test_profiles_have_shares_and_parts(command: list[str]) -> None:
     if command[0] == "memory.py":
         pytest.importorskip("peft")
