@@ -115,10 +115,9 @@ print(answer["adapter"], *answer["predictions"], sep="\n")
 # Swap
 # ----
 #
-# Some days later, there are more than three times as many reviews. The same command trains on them, with the same
-# settings:
+# Some days later, there are three times as many reviews. The same command trains on them, with the same settings:
 
-shell(f"{train} --limit 640 --epochs 4 --out friday", here)
+shell(f"{train} --limit 600 --epochs 3 --out friday", here)
 
 fig, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
 for place, day in enumerate(("friday", "monday")):

@@ -50,7 +50,7 @@ with fetch_part("reviews.csv", Path("data")).open(encoding="utf-8", newline="") 
     reviews = [(row["text"], row["label"]) for row in csv.DictReader(file) if len(row["text"]) < 70]
 random.Random(0).shuffle(reviews)
 examples = [{"prompt": f"Review: {text}\nSentiment:", "completion": f" {label}"} for text, label in reviews]
-tests, train = examples[:20], datasets.Dataset.from_list(examples[20:68])
+tests, train = examples[:16], datasets.Dataset.from_list(examples[16:56])
 print(f"{len(train)} reviews to train on, {len(tests)} to test with, such as:", train[0], sep="\n")
 
 # %%
@@ -93,8 +93,8 @@ adapter.print_trainable_parameters()
 
 folder = tempfile.TemporaryDirectory()
 arguments = trl.SFTConfig(
-    f"{folder.name}/checkpoints", learning_rate=0.03, max_steps=12, per_device_train_batch_size=4,
-    lr_scheduler_type="cosine", logging_steps=1, save_steps=6, bf16=False, use_cpu=True, gradient_checkpointing=False,
+    f"{folder.name}/checkpoints", learning_rate=0.03, max_steps=10, per_device_train_batch_size=4,
+    lr_scheduler_type="cosine", logging_steps=1, save_steps=5, bf16=False, use_cpu=True, gradient_checkpointing=False,
     disable_tqdm=True, dataloader_pin_memory=False, report_to="none",
 )  # fmt: skip
 trainer = trl.SFTTrainer(model, arguments, train_dataset=train, processing_class=tokenizer)
