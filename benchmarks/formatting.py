@@ -1,10 +1,10 @@
-"""How the pages of results write a value."""
+"""How the pages of results write values and parts that are folded."""
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["number"]
+__all__ = ["folded", "number"]
 
 
 def number(value: Any) -> str:
@@ -16,3 +16,8 @@ def number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     return str(value)
+
+
+def folded(summary: str, text: str) -> str:
+    """Return Markdown that shows one line until a reader opens it, in the documentation and on GitHub."""
+    return f"<details>\n<summary>{summary}</summary>\n\n{text.strip()}\n\n</details>\n"

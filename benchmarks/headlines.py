@@ -9,7 +9,7 @@ from finding import Find, Rows, largest, times
 from formatting import number
 from targets import UNMERGED
 
-__all__ = ["HEADLINES", "Headline", "lines"]
+__all__ = ["HEADLINES", "Headline", "lines", "sources"]
 
 
 class Headline(NamedTuple):
@@ -151,7 +151,12 @@ def lines(found: Mapping[str, Rows]) -> Iterator[str]:
         rows = found.get(line.part, [{}])[1:]
         values = {label: find(rows) for label, find in line.values.items()}
         said = [f"{label} {number(value)}" for label, value in values.items() if value is not None]
+        yield f"- **{line.what}**: {', '.join(said) if said else 'not measured'}\n"
+
+
+def sources() -> Iterator[str]:
+    """Yield the script and the results file of each line, in the same order."""
+    for line in HEADLINES:
         script = SCRIPTS.get(line.part, f"fast.py {line.part}")
         file = f"{line.part}.jsonl" if line.part in SCRIPTS else f"fast/{line.part}.jsonl"
-        answer = ", ".join(said) if said else "not measured"
-        yield f"- **{line.what}**: {answer} (`{script}`, `{file}`)\n"
+        yield f"- {line.what}: `{script}`, `{file}`\n"

@@ -8,7 +8,7 @@ from typing import Any
 
 import headlines
 import pictures
-from formatting import number
+from formatting import folded, number
 from targets import TARGETS, Target
 
 __all__ = ["write"]
@@ -22,11 +22,13 @@ Times are multiples of another's, unless a unit is given: 1 is as fast, less is 
 """
 
 ABOUT = """
-Measured on {machines}. In brackets are the script in `benchmarks/` that measured it and its results in
-`benchmarks/results/`; `python benchmarks/fast.py` generates this page from them. Every time is a median over
-contestants that alternated in one process, and every ratio is from a single run: on another machine the times differ,
-but the ratios differ less. A *copy* copies as many bytes (read once, written once) with two threads, unless stated
-otherwise.
+Measured on {machines}. Every time is a median over contestants that alternated in one process, and every ratio is from
+a single run: on another machine the times differ, but the ratios differ less. A *copy* copies as many bytes (read once,
+written once) with two threads, unless stated otherwise.
+
+`python benchmarks/fast.py` generates this page from the files in `benchmarks/results/`. The scripts in `benchmarks/`
+that measured the lines above, and their results:
+
 """
 
 WHAT = {
@@ -97,18 +99,18 @@ WHAT = {
 
 def write(found: Mapping[str, Rows], folder: Path) -> None:
     """Write ``speed.md`` and its pictures to a folder, from a mapping of part to lines, the first being the machine."""
-    text = [HEAD, *headlines.lines(found), ABOUT.format(machines=_machines(found))]
+    text = [HEAD, *headlines.lines(found), "\n"]
+    text += [folded("How this was measured", ABOUT.format(machines=_machines(found)) + "".join(headlines.sources()))]
     text += ["\n## Targets\n\n", *_targets(found)]
     for part, (title, about) in WHAT.items():
         if part not in found:
             continue
         machine, *rows = found[part]
-        text += [f"\n## {title}\n\n", *([about, "\n\n"] if about else [])]
-        for name in pictures.draw(part, rows, folder):
-            text += [f"![{title}]({name})\n\n"]
-        # Folded, so that the sections can be skimmed; the empty lines keep the table Markdown.
-        text += ["<details>\n<summary>All measurements</summary>\n\n", *_table(_SHORT.get(part, list)(rows))]
-        text += [_on(machine), "\n</details>\n"]
+        inside = [f"{about}\n\n" if about else ""]
+        inside += [f"![{title}]({name})\n\n" for name in pictures.draw(part, rows, folder)]
+        inside += [*_table(_SHORT.get(part, list)(rows)), _on(machine)]
+        # The heading stays outside: links to it work, and it can be skimmed.
+        text += [f"\n## {title}\n\n", folded("All measurements", "".join(inside))]
     (folder / "speed.md").write_text("".join(text), encoding="utf-8")
 
 
@@ -118,13 +120,19 @@ def _machines(found: Mapping[str, Rows]) -> str:
 
 
 def _targets(found: Mapping[str, Rows]) -> Iterable[str]:
-    yield "| part | what | at most | measured | |\n|---|---|---|---|---|\n"
+    table = ["| part | what | at most | measured | |\n|---|---|---|---|---|\n"]
+    verdicts = []
     for target in TARGETS:
         rows = found.get(target.part, [{}])[1:]
         value = target.find(rows) if rows else None
         part = WHAT[target.part][0] if target.part in WHAT else target.part
-        cells = part, target.what, number(target.limit), _measured(value), _verdict(target, value)
-        yield f"| {' | '.join(cells)} |\n"
+        verdicts.append(_verdict(target, value))
+        cells = part, target.what, number(target.limit), _measured(value), verdicts[-1]
+        table.append(f"| {' | '.join(cells)} |\n")
+    met, missed = (sum(verdict.startswith(word) for verdict in verdicts) for word in ("met", "missed"))
+    rest = len(verdicts) - met - missed
+    yield f"Of {len(verdicts)} targets {met} are met, {missed} are missed, and {rest} not measured.\n\n"
+    yield folded("All targets, and why some are missed", "".join(table))
 
 
 def _measured(value: float | None) -> str:

@@ -38,6 +38,7 @@ copybutton_prompt_is_regexp = True
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 default_role = "literal"
+myst_heading_anchors = 2  # generated pages link to their own headings
 smartquotes = False
 
 autosummary_generate = True
@@ -61,6 +62,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = f"tnadapt {version}"
 html_static_path = ["_static"]
 html_css_files = ["tnadapt.css"]
+html_js_files = ["folds.js"]
 html_show_copyright = False
 html_show_sphinx = False
 html_theme_options = {

@@ -23,17 +23,24 @@ from .pairings import (
     where,
     within,
 )
-from .phrases import mean_and_spread, several, table_row
+from .phrases import anchor, folded, mean_and_spread, table_row
 
 __all__ = ["CLAIMS", "Claim", "page"]
 
 
 HEAD = """# The paper's claims, checked in miniature
 
+What became of each claim in small repetitions of the paper's experiments, with the mean gain: *confirmed* or *reversed*
+where the seeds decide, *mixed* where single comparisons contradict each other, *inconclusive* otherwise. A ° marks
+comparisons with a setting whose learning rate is the lowest or highest tried. The paper's own experiments need GPUs and
+were not repeated: what is not confirmed here is not refuted there.
+
+"""
+
+METHOD = """
 `python -m paper.report` writes this page from the results in `paper/results`. `python -m paper NAME --scale mini`
 produced them: miniatures of the paper's experiments on two processor cores, with models and data from package
-registries. The paper's GPU experiments have not been run at full scale; a claim that is not confirmed here is not
-thereby refuted there.
+registries.
 
 Every setting was trained at the same learning rates. It is shown at the rate that was best on held-out samples, with
 the first seed or with all; test samples were not used to choose anything. A ° marks a setting whose rate is the lowest
@@ -47,8 +54,7 @@ some miss the true value.
 *confirmed*: the interval of the mean gain of all pairs is above 0. *reversed*: it is below 0. *inconclusive*:
 neither. *mixed*: whatever the mean, some pair alone shows the opposite. *no harm*, and that something is as good,
 require an interval above -1 point of accuracy, -5 of FID, -0.1 of IS, or -0.0005 of loss. The interval of all pairs is
-at least as wide as the pairs' own spreads imply, so that their differences cannot cancel by chance. The table has the
-mean gain, the number of pairs, and the number of pairs with a setting at the edge of the rates (°).
+at least as wide as the pairs' own spreads imply, so that their differences cannot cancel by chance.
 
 The paper evaluates its diffusion models by the distance of the Inception score to that of real images. With a few
 hundred images this and FID have a wide spread, and the miniature, trained for few steps, generates strokes rather than
@@ -178,40 +184,47 @@ CLAIMS = (
 def page(found: dict[str, ComparedStudy]) -> str:
     """Return the page as Markdown."""
     compared = [study for study in found.values() if study.settings]
-    text = [HEAD, "\n## What was run\n\n| study | what |\n|---|---|\n"]
-    text += [f"| {study.name} | {study.title}: {study.about} |\n" for study in found.values()]
-    text += ["\n## Summary\n\n", table_row(["claim", *(study.name for study in compared)])]
+    text = [HEAD, table_row(["claim", *(study.name for study in compared)])]
     text += [table_row(["---"] * (len(compared) + 1))]
     for claim in CLAIMS:
-        text += [table_row([claim.title, *(_verdict(claim, study) for study in compared)])]
+        link = f"[{claim.title}](#{anchor(claim.title)})"
+        text += [table_row([link, *(_verdict(claim, study) for study in compared)])]
     if "geometry" in found:
         text += [f"\nThe Euclidean distance to the dense update (geometry; the last section): {distances(found)}.\n"]
+    text += ["\n", folded("How settings are compared", METHOD)]
+    ran = "".join(f"| {study.name} | {study.title}: {study.about} |\n" for study in found.values())
+    text += ["\n", folded("What was run", f"| study | what |\n|---|---|\n{ran}")]
     for study in compared:
-        if not study.pictured:
-            continue
-        text += [f"\n## {study.name}: {study.title}\n\n", f"{study.about}.\n\n"]
-        text += [
-            f"![{study.title}: {study.quality} against parameters, with each method's front]({study.name}/figure.png)\n"
-        ]
-        if (study.quality).startswith("FID"):
-            text += [f"\n![Images that each setting generates]({study.name}/generated.png)\n"]
+        if study.pictured:
+            text += [f"\n## {study.name}: {study.title}\n\n", folded("Figures", _figures(study))]
     for claim in CLAIMS:
         text += [f"\n## {claim.title}\n\nIn the paper: {claim.place}. {claim.about}\n"]
-        for study in compared:
-            if pairs := claim.pairs(study):
-                told = _told(claim, study, pairs)
-                text += [f"\n{study.name}, {study.quality}: {told}.\n\n", *_table(pairs, study.decimals)]
+        told = [_compared(claim, study, pairs) for study in compared if (pairs := claim.pairs(study))]
+        text += ["\n", folded("Every comparison", "".join(told))] if told else []
     text += geometry_section(found)
     return "".join(text)
+
+
+def _compared(claim: Claim, study: ComparedStudy, pairs: Sequence[ComparedPair]) -> str:
+    table = "".join(_table(pairs, study.decimals))
+    return f"\n{study.name}, {study.quality}: {_told(claim, study, pairs)}.\n\n{table}"
+
+
+def _figures(study: ComparedStudy) -> str:
+    text = (
+        f"{study.about}.\n\n"
+        f"![{study.title}: {study.quality} against parameters, with each method's front]({study.name}/figure.png)\n"
+    )
+    if study.quality.startswith("FID"):
+        text += f"\n![Images that each setting generates]({study.name}/generated.png)\n"
+    return text
 
 
 def _verdict(claim: Claim, study: ComparedStudy) -> str:
     pairs = claim.pairs(study)
     if not pairs:
         return "–"
-    edges = _edges(pairs)
-    told = f"{pooled(pairs)[0]:+.{study.decimals}f}, {several(len(pairs), 'pair')}" + (f", {edges}°" if edges else "")
-    return f"{_word(claim, study, pairs)} ({told})"
+    return f"{_word(claim, study, pairs)} {pooled(pairs)[0]:+.{study.decimals}f}{'°' * bool(_edges(pairs))}"
 
 
 def _word(claim: Claim, study: ComparedStudy, pairs: Sequence[ComparedPair]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .compared_studies import ComparedStudy
 from .paired_statistics import interval
-from .phrases import several, table_row
+from .phrases import folded, several, table_row
 from .similarity import summary
 
 __all__ = ["distances", "geometry_section"]
@@ -21,16 +21,18 @@ def geometry_section(found: dict[str, ComparedStudy]) -> list[str]:
     if "geometry" not in found:
         return []
     study = found["geometry"]
-    text = [
+    inside = [
+        "Each at its own best rate:\n\n", *_spaces(_own_rate(study)),
+        "\nAll at the dense update's best rate, since the paper has one rate for all; also drawn below:\n\n",
+        *_spaces(_one_rate(study)), f"\n![Singular spaces and distance, weight by weight]({study.name}/figure.png)\n",
+    ]  # fmt: skip
+    return [
         "\n## The distance to the dense update shrinks, most of all with reshaping\n\n",
         f"In the paper: A.4, figure 14. {study.about}. Means over weights, and the difference from LoRA's d_E seed by "
         "seed (below 0: nearer to the dense update). With a d_E above 1, no update at all would be nearer. The length "
-        f"of an update depends on its rate, so both choices of the rate are shown. {distances(found)}.\n",
-        "\nEach at its own best rate:\n\n", *_spaces(_own_rate(study)),
-        "\nAll at the dense update's best rate, since the paper has one rate for all; also drawn below:\n\n",
-        *_spaces(_one_rate(study)),
-    ]  # fmt: skip
-    return [*text, f"\n![Singular spaces and distance, weight by weight]({study.name}/figure.png)\n"]
+        f"of an update depends on its rate, so both choices of the rate are shown. {distances(found)}.\n\n",
+        folded("Both tables and the figure", "".join(inside)),
+    ]
 
 
 def _own_rate(study: ComparedStudy) -> list[dict[str, Any]]:

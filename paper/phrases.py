@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 
-__all__ = ["mean_and_spread", "several", "table_row"]
+__all__ = ["anchor", "folded", "mean_and_spread", "several", "table_row"]
 
 
 def several(count: int, what: str) -> str:
@@ -22,3 +23,19 @@ def mean_and_spread(values: Sequence[float], decimals: int) -> str:
 def table_row(cells: Sequence[str]) -> str:
     """Return a row of a Markdown table."""
     return f"| {' | '.join(cells)} |\n"
+
+
+def folded(summary: str, text: str) -> str:
+    """Return Markdown that shows one line until a reader opens it, in the documentation and on GitHub."""
+    return f"<details>\n<summary>{summary}</summary>\n\n{text.strip()}\n\n</details>\n"
+
+
+def anchor(heading: str) -> str:
+    """Return the anchor that GitHub and MyST give a heading.
+
+    Examples
+    --------
+    >>> anchor("svhn-mnist: In miniature")
+    'svhn-mnist-in-miniature'
+    """
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import textwrap
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
@@ -30,17 +31,23 @@ COUNTS = DOCS / "laws.json"
 
 HEAD = """# The laws
 
-The laws that the library obeys, and the number of test cases that confirmed each in one run. `tests/laws/book.toml`
-lists the laws; the tests of each are marked with its id, `@pytest.mark.law("id")`. `python -m pytest --junitxml FILE`
-reports what passed, and `python -m tests.laws.page FILE` generates this page from it. CI repeats the count, and fails
-if a case of a law fails, if a law has no passing case, or if cases are missing or skipped for a reason that is neither
-in the table below nor due to the machine.
+{laws} held in one run of the tests, with {cases:,} cases{failed}.
+
+"""
+
+ABOUT = """
+`tests/laws/book.toml` lists the laws; the tests of each are marked with its id, `@pytest.mark.law("id")`. `python -m
+pytest --junitxml FILE` reports what passed, and `python -m tests.laws.page FILE` generates this page from it. CI
+repeats the count, and fails if a case of a law fails, if a law has no passing case, or if cases are missing or skipped
+for a reason that is neither in the last table nor due to the machine.
 
 A *case* is a test with one set of parameters. *drawn* counts the cases that are not single examples but a search by
 Hypothesis, over up to sixty examples of configs, shapes and numbers unless the test says otherwise
-(`HYPOTHESIS_PROFILE=long`: six hundred). A case can belong to several laws; including skipped ones, there are
-{cases:,} in all. *of* lists methods, configs, models or faults by name, and the folds. A test that names no library
+(`HYPOTHESIS_PROFILE=long`: six hundred). A case can belong to several laws, and to several groups; skipped ones are
+among the {cases:,}. *of* lists methods, configs, models or faults by name, and the folds. A test that names no library
 counts for the library that its module imports, or else for NumPy.
+
+Counted on {system}, Python {python}: {versions}.
 """
 
 
@@ -101,19 +108,42 @@ def _version(name: str) -> str | None:
 def page(counted: Mapping[str, Any]) -> str:
     """Return the page as Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in counted["versions"].items())
-    text = [HEAD.format(cases=counted["cases"])]
-    text += [f"\nCounted on {counted['system']}, Python {counted['python']}: {versions}.\n"]
-    group, number = None, 0
+    held = [law for law in counted["laws"] if law["passed"] and not law["failed"]]
+    failed = "" if len(held) == len(counted["laws"]) else f"; {len(counted['laws']) - len(held)} did not"
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for law in counted["laws"]:
-        if law["group"] != group:
-            group, number = law["group"], number + 1
-            text += [f"\n## {number}. {group}\n\n", _row(["law", "cases", "drawn", "libraries", "dtypes", "of"])]
-            text += [_row(["---"] * 6)]
-        text += [_row(_cells(law))]
-    text += ["\n## Skipped\n\n", _row(["law", "cases", "why"]), _row(["---"] * 3)]
+        groups.setdefault(law["group"], []).append(law)
+    titles = {group: f"{number}. {group}" for number, group in enumerate(groups, 1)}
+    text = [HEAD.format(laws=_several(len(held), "law"), cases=counted["cases"], failed=failed)]
+    text += [_row(["group", "laws", "cases", "of them drawn", "libraries"]), _row(["---", "--:", "--:", "--:", "---"])]
+    text += [_row(_summary(titles[group], own)) for group, own in groups.items()]
+    text += ["\n", _folded("How this is counted", ABOUT.format(**{**counted, "versions": versions}))]
+    for group, own in groups.items():
+        table = [_row(["law", "cases", "drawn", "libraries", "dtypes", "of"]), _row(["---"] * 6)]
+        table += [_row(_cells(law)) for law in own]
+        # The heading stays outside: links to it work, and the groups can be skimmed.
+        text += [f"\n## {titles[group]}\n\n", _folded(_several(len(own), "law"), "".join(table))]
+    table = [_row(["law", "cases", "why"]), _row(["---"] * 3)]
     for law in counted["laws"]:
-        text += [_row([law["says"], f"{count:,}", _plain(reason)]) for reason, count in law["skipped"].items()]
+        table += [_row([law["says"], f"{count:,}", _plain(reason)]) for reason, count in law["skipped"].items()]
+    text += ["\n## Skipped\n\n", _folded(_several(len(table) - 2, "reason"), "".join(table))]
     return "".join(text)
+
+
+def _summary(title: str, own: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the cells of a group: its heading as a link, counts, and the libraries."""
+    anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+    cases, drawn = (sum(law[key] for law in own) for key in ("passed", "drawn"))
+    libraries = sorted({name for law in own for name in law["libraries"]})
+    return [f"[{title}](#{anchor})", f"{len(own):,}", f"{cases:,}", f"{drawn:,}", ", ".join(libraries)]
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def _folded(summary: str, text: str) -> str:
+    return f"<details>\n<summary>{summary}</summary>\n\n{text.strip()}\n\n</details>\n"
 
 
 def _cells(law: Mapping[str, Any]) -> list[str]:

@@ -163,8 +163,12 @@ def test_the_first_lines_of_the_page_are_those_of_the_results(benchmark_scripts:
     ]
     said = list(headlines.lines({"steps": rows, "decompositions": [{}, {"kind": "CP", "ratios": {"TensorLy": 0.5}}]}))
     assert len(said) == len(headlines.HEADLINES) == 10
-    assert said[0].endswith("PEFT's LoRA**: LoRA 0.988, dense 1.04 (`fast.py steps`, `fast/steps.jsonl`)\n")
-    assert "TensorLy's, the slowest case of each**: CP 0.5 (`decompositions.py`" in said[8]
+    assert said[0].endswith("PEFT's LoRA**: LoRA 0.988, dense 1.04\n")
+    assert said[8].endswith("TensorLy's, the slowest case of each**: CP 0.5\n")
+    sources = list(headlines.sources())
+    assert len(sources) == len(said)
+    assert sources[0].endswith(": `fast.py steps`, `fast/steps.jsonl`\n")
+    assert sources[8].endswith(": `decompositions.py`, `decompositions.jsonl`\n")
     assert [line.count("not measured") for line in said] == [0, 1, 1, 1, 1, 1, 1, 1, 0, 1]
 
 
