@@ -58,6 +58,11 @@ sphinx_gallery_conf = {
     "thumbnail_size": (400, 250),
 }
 
+# python -m sphinx -b linkcheck docs FOLDER -D plot_gallery=0, every night. Links inside are checked by tests/links.py.
+linkcheck_timeout = 30
+linkcheck_retries = 3
+linkcheck_workers = 4
+
 html_theme = "pydata_sphinx_theme"
 html_title = f"tnadapt {version}"
 html_static_path = ["_static"]
