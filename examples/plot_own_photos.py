@@ -133,7 +133,8 @@ print(f"loss of the first {len(losses) // 3} steps: {np.mean(losses[: len(losses
 print(f"loss of the last {len(losses) // 3} steps: {np.mean(losses[-len(losses) // 3 :]):.2f}")
 
 # %%
-# The new photos, and the file. ``tnadapt predict`` takes this one, too.
+# The new photos, and the file. It names its base model, so that ``load_pretrained`` needs nothing else. (``tnadapt
+# predict`` takes only files of ``tnadapt finetune``, which say how images are prepared, too.)
 
 files = sorted((here / "new").glob("*.png"))
 with torch.no_grad():

@@ -137,13 +137,16 @@ task that is most like yours, and the row of your budget:
 
 - *best*: the method with the best held-out score at that budget, at its best learning rate. Test scores choose nothing.
 - *not decided*: methods whose test score does not differ from it by a paired interval of 95 %. Take one of these if you
-  have another reason for it, such as its speed or a library that reads it.
+  have another reason for it, such as its speed or a library that reads it, and look at its score in {doc}`quality`
+  first: where seeds differ much, a method several points behind is not decided, either.
 - *best as LoRA*: the best of those that export exactly as LoRA, so that vLLM, SGLang, PEFT or diffusers load them
   ({doc}`serving`), and the rank that this takes. All others can be merged into the weights. *behind best* is what that
   costs.
 
+"(PEFT)" marks PEFT's own implementation of a method, which starts and is scaled in another way.
+
 If the column *not decided* is long, the choice of method matters less than the learning rate and the number of
 parameters. `tnadapt plan` puts its rows in the order of these results where they apply: to weights with a tenth to ten
 times as many elements, and at most 3.2 times more or fewer parameters. It says which results it used, or that none
-apply. Then compare two or three candidates on your own data with `tnadapt finetune`.
+apply; for weights of another size than your task's, its order may be that of another task. Then compare two or three candidates on your own data with `tnadapt finetune`.
 """

@@ -106,10 +106,11 @@ def test_a_budget_of_settings(cache: Path) -> None:
     done = invoke(*QUICK, "--cache", cache, "--budget", 100, "--dry-run")
     assert done.exit_code == 0, done.output
     assert "LoNKr          K = 3, f = 2, r = 1         100" in done.stdout
-    assert "6 settings x 1 rate x 1 seed = 6 trainings" in done.stdout
+    assert "Uni-LoRA       p = 100, r = 4              100" in done.stdout
+    assert "10 settings x 1 rate x 1 seed = 10 trainings" in done.stdout
     listed = json.loads(invoke(*QUICK, "--cache", cache, "--budget", 100, "--dry-run", "--json").stdout)
     assert all(one["parameters"] <= 100 for one in listed["methods"])
-    assert listed["trainings"] == 6
+    assert listed["trainings"] == 10
 
 
 def test_nothing_asked_for_is_the_whole_grid(cache: Path) -> None:

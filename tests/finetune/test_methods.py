@@ -67,7 +67,7 @@ def test_a_budget_of_nothing() -> None:
 def test_a_budget_below_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     from tnadapt.finetune import _budget as budget
 
-    monkeypatch.setattr(budget, "usual", lambda shapes: usual(shapes)[:2])
+    monkeypatch.setattr(budget, "_families", lambda shapes: usual(shapes)[:2])
     with pytest.raises(
         TnadaptError, match=r"a budget of 100 is less than any setting needs on these 8 weights; .* is 640"
     ):

@@ -284,12 +284,17 @@ def test_a_users_mistake(
 def test_an_adapter_that_says_no_task(classifier: tuple[Path, Path, Path], tmp_path: Path) -> None:
     model = torch.nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
     tna.torch.attach(model, tna.presets.lora(1)).save(tmp_path / "a.safetensors")
-    with pytest.raises(FileError, match=r"does not say for which task it was trained; tnadapt predict takes"):
+    with pytest.raises(
+        FileError, match=r"does not say how inputs are prepared and outputs are read, as files of tnadapt finetune"
+    ):
         predict(tmp_path / "a.safetensors", str(classifier[1]))
 
 
 def test_interrupted_it_writes_nothing(
-    classifier: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    classifier: tuple[Path, Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     from tnadapt import finetune
 
@@ -299,5 +304,5 @@ def test_interrupted_it_writes_nothing(
     monkeypatch.setattr(finetune, "predict", interrupted)
     done = invoke(classifier[2], "--data", classifier[1], "--out", tmp_path / "p.csv")
     assert done.exit_code == 130
-    assert "stopped; nothing was written" in done.stderr
+    assert "stopped; nothing was written" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -110,7 +110,8 @@ def finetune_command(
         typer.Option(min=2, help="Maximum number of samples to use.", rich_help_panel=OWN, show_default="all"),
     ] = None,
     preset: Annotated[
-        list[str] | None, preset_option("A named method, repeat for more", "a grid of six methods", WHAT)
+        list[str] | None,
+        preset_option("A named method, repeat for more", "a grid of 19 settings, of 10 with --model", WHAT),
     ] = None,
     rank: Annotated[
         list[int] | None, typer.Option(help="Rank; repeat for more.", rich_help_panel=WHAT, show_default="the preset's")

@@ -1,14 +1,18 @@
-"""For ``tnadapt finetune --budget``: the largest setting of each family within a budget of parameters."""
+"""For ``tnadapt finetune --budget``: the largest setting of each method within a budget of parameters."""
 
 from __future__ import annotations
 
 from tnadapt.errors import TnadaptError
 from tnadapt.planning.families import usual
-from tnadapt.planning.ladders import Search
+from tnadapt.planning.ladders import Family, Search
+from tnadapt.planning.preset_families import PRESET_FAMILIES, AdaptedWeights
 
 from .grid import Method, Shapes, method_of
 
 __all__ = ["check_budget", "within"]
+
+#: Presets that join the usual families: those with the fewest parameters, and what did best with few in docs/which.md.
+_FEW = ("unilora", "tinylora", "lora_xs", "fourierft")
 
 
 def check_budget(budget: int) -> None:
@@ -18,7 +22,7 @@ def check_budget(budget: int) -> None:
 
 
 def within(budget: int, shapes: Shapes) -> list[Method]:
-    """Return, for each family, the setting with the most parameters within a budget.
+    """Return, for each method, the setting with the most parameters within a budget.
 
     Parameters
     ----------
@@ -29,12 +33,12 @@ def within(budget: int, shapes: Shapes) -> list[Method]:
     Returns
     -------
     list of Method
-        Without families whose smallest setting exceeds the budget.
+        Without methods whose smallest setting exceeds the budget.
 
     Raises
     ------
     TnadaptError
-        If the smallest setting of every family exceeds the budget.
+        If the smallest setting of every method exceeds the budget.
 
     Examples
     --------
@@ -48,9 +52,13 @@ def within(budget: int, shapes: Shapes) -> list[Method]:
     SuperLoRA r = 1 7526
     SuperLoRA + F r = 42, ρ = 0.001 9996
     fastfood ρ = 0.0007064 10000
+    Uni-LoRA p = 10000, r = 4 10000
+    TinyLoRA p = 4096, r = 16 4096
+    LoRA-XS r = 20 9600
+    FourierFT n = 416 9984
     """
     check_budget(budget)
-    search, families = Search(shapes), usual(shapes)
+    search, families = Search(shapes), _families(shapes)
     allowed = min(budget, sum(rows * cols for rows, cols in shapes))
     found = [largest for family in families if (largest := search.largest(family, allowed))]
     if not found:
@@ -59,3 +67,8 @@ def within(budget: int, shapes: Shapes) -> list[Method]:
             f"a budget of {budget} is less than any setting needs on these {len(shapes)} weights; the least is {least}"
         )
     return [method_of(one.config) for one in found]
+
+
+def _families(shapes: Shapes) -> list[Family]:
+    weights = AdaptedWeights(shapes)
+    return [*usual(shapes), *(PRESET_FAMILIES[name].family(weights) for name in _FEW)]

@@ -123,7 +123,7 @@ class Plan:
         if any(row.measured is not None for row in self.rows):
             return [
                 "order: by accuracy on " + "; ".join(self.measured_on) + " ('Which method?' in the documentation)",
-                "gain: measured, over no adapter with about as many parameters, as a share of that of dense updates",
+                "gain: measured with about as many parameters; 0% is no adapter, 100% dense updates",
             ]
         return ["order: by parameters, as no published results apply to weights and budgets of this size"]
 

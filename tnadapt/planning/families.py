@@ -25,7 +25,7 @@ FEWEST = ("lora_xs", "tinylora", "unilora", "vera")
 
 
 def usual(shapes: Shapes) -> list[Family]:
-    """Return the families that ``tnadapt finetune --budget`` compares: one per method, with a single group.
+    """Return the families of the most common methods: one per method, with a single group.
 
     Examples
     --------

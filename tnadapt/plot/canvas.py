@@ -41,8 +41,11 @@ def tone(share: float) -> str:
 
     Examples
     --------
-    >>> tone(0.0), tone(0.5), tone(1.0)
-    ('#000000', '#808080', '#FFFFFF')
+    >>> import matplotlib
+    >>> with matplotlib.rc_context():
+    ...     matplotlib.rcdefaults()
+    ...     print(tone(0.0), tone(0.5), tone(1.0))
+    #000000 #808080 #FFFFFF
     """
     import matplotlib
 
