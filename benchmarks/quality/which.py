@@ -148,5 +148,6 @@ task that is most like yours, and the row of your budget:
 If the column *not decided* is long, the choice of method matters less than the learning rate and the number of
 parameters. `tnadapt plan` puts its rows in the order of these results where they apply: to weights with a tenth to ten
 times as many elements, and at most 3.2 times more or fewer parameters. It says which results it used, or that none
-apply; for weights of another size than your task's, its order may be that of another task. Then compare two or three candidates on your own data with `tnadapt finetune`.
+apply; for weights of another size than your task's, its order may be that of another task. Then compare two or three
+candidates on your own data with `tnadapt finetune`.
 """

@@ -284,9 +284,7 @@ def test_a_users_mistake(
 def test_an_adapter_that_says_no_task(classifier: tuple[Path, Path, Path], tmp_path: Path) -> None:
     model = torch.nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
     tna.torch.attach(model, tna.presets.lora(1)).save(tmp_path / "a.safetensors")
-    with pytest.raises(
-        FileError, match=r"does not say how inputs are prepared and outputs are read, as files of tnadapt finetune"
-    ):
+    with pytest.raises(FileError, match="does not say how inputs are prepared and outputs are read, as files of"):
         predict(tmp_path / "a.safetensors", str(classifier[1]))
 
 

@@ -111,7 +111,7 @@ def finetune_command(
     ] = None,
     preset: Annotated[
         list[str] | None,
-        preset_option("A named method, repeat for more", "a grid of 19 settings, of 10 with --model", WHAT),
+        preset_option("A named method, repeat for more", "a grid of 19, of 10 with --model", WHAT),
     ] = None,
     rank: Annotated[
         list[int] | None, typer.Option(help="Rank; repeat for more.", rich_help_panel=WHAT, show_default="the preset's")

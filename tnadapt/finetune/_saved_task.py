@@ -55,8 +55,8 @@ def task_in(about: Pretrained | None, path: str) -> tuple[LearningTask, Mapping[
     name = None if about is None else about.inputs.get(_TASK)
     if about is None or not isinstance(name, str):
         raise FileError(
-            f"{path} does not say how inputs are prepared and outputs are read, as files of tnadapt finetune --model do, "
-            "which tnadapt predict takes. Use this one in Python, with tnadapt.torch.load_pretrained"
+            f"{path} does not say how inputs are prepared and outputs are read, as files of tnadapt finetune --model "
+            "do; tnadapt predict takes these. Use this one in Python, with tnadapt.torch.load_pretrained"
         )
     try:
         cls = TASKS.find(name)
