@@ -164,7 +164,9 @@ def test_all_recipes_run_though_some_fail(tmp_path: Path, monkeypatch: pytest.Mo
     assert [one["recipe"] for one in json.loads(again.stdout)] == MINI
 
 
-def test_an_interrupt_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_ends_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("sklearn")
     runs = Runs(digits=KeyboardInterrupt())
@@ -172,7 +174,8 @@ def test_an_interrupt_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     done = run_here(main, "all", "--scale", "mini", "--out", tmp_path)
     assert done.returncode == 130
     assert [name for name, _ in runs.seen] == ["cifar10", "digits"]
-    assert f"finished trainings are in {tmp_path / 'digits-mini'}; run the same command again" in done.stderr
+    told = capfd.readouterr().err
+    assert f"finished trainings are in {tmp_path / 'digits-mini'}; run the same command again" in told
 
 
 @pytest.mark.parametrize(
