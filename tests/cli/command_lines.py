@@ -74,7 +74,7 @@ def _serve() -> None:
     mains = {"tnadapt": tnadapt.__main__.main, "paper": paper.__main__.main}
     # Commands import what they need when they are used, which is not counted as what they take.
     lazily = [f"tnadapt.cli._{name}_command" for name in COMMANDS]
-    lazily += ["tnadapt.finetune._study", "tnadapt.finetune._prediction", "tnadapt.torch", "transformers"]
+    lazily.append("torch")
     for name in (*lazily, "paper.command", "sklearn.datasets", "matplotlib.pyplot"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
