@@ -25,6 +25,7 @@ from .algebra.superlora import SuperLoRA, parameter_count
 from .backends import register_backend
 from .convert import convert
 from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError
+from .lazy_names import lazy_name
 from .targets.attention_layouts import register_layout
 from .targets.target import RowIndices, Rows, Target
 
@@ -145,10 +146,7 @@ for _module in (maps, presets, sources):
 def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return importlib.import_module(f".{name}", __name__)
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-    globals()[name] = found
+    found = globals()[name] = lazy_name(__name__, _LAZY, name)
     return found
 
 

@@ -72,10 +72,9 @@ def _serve() -> None:
     from tnadapt.cli._lazy_commands import COMMANDS
 
     mains = {"tnadapt": tnadapt.__main__.main, "paper": paper.__main__.main}
-    # Commands import what they need when they are used, which is not counted as what they take.
-    lazily = [f"tnadapt.cli._{name}_command" for name in COMMANDS]
-    lazily.append("torch")
-    for name in (*lazily, "paper.command", "sklearn.datasets", "matplotlib.pyplot"):
+    # Commands import what they need when they are used: here beforehand, so that it does not count as what they take.
+    lazily = [*(f"tnadapt.cli._{name}_command" for name in COMMANDS), "tnadapt.torch", "tnadapt.finetune._study"]
+    for name in (*lazily, "tnadapt.finetune._prediction", "paper.command", "sklearn.datasets", "matplotlib.pyplot"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     # A fork has at first what of the imports' memory has been written to; the rest it shares.

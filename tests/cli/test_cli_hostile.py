@@ -3,6 +3,7 @@ it was asked to."""
 
 from __future__ import annotations
 
+import getpass
 import inspect
 import os
 import pickle
@@ -91,8 +92,9 @@ BESIDE = {
     "home": ["HOME"], "config": ["XDG_CONFIG_HOME"], "data": ["XDG_DATA_HOME"], "cache": ["XDG_CACHE_HOME"],
     "tmp": ["TMPDIR"],
 }  # fmt: skip
-# What other libraries keep there: matplotlib a list of fonts, numba kernels where it may not write to our folders.
-CACHES = ("cache/matplotlib", "config/matplotlib", "cache/numba")
+# What other libraries keep there: matplotlib a list of fonts, numba kernels where it may not write to our folders,
+# torch an empty folder when its compiler is imported.
+CACHES = ("cache/matplotlib", "config/matplotlib", "cache/numba", f"tmp/torchinductor_{getpass.getuser()}")
 
 Line = list[tuple[str, str | None]]  # names of options, and their values; arguments have no name
 

@@ -10,6 +10,8 @@ back to measure the error. Other packages add a format with a class and :func:`r
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tnadapt.lazy_names import lazy_name
+
 from ._api import convert
 
 if TYPE_CHECKING:
@@ -62,6 +64,4 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name == "FORMS":  # never stored, as it grows with every format that is registered
         return importlib.import_module("._format_registry", __name__).forms()
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    return lazy_name(__name__, _LAZY, name)

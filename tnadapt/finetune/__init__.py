@@ -12,9 +12,10 @@
 It prints nothing; progress goes to a :class:`Reporter`. Needs torch and ``pip install "tnadapt[demo]"``.
 """
 
-import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
+
+from tnadapt.lazy_names import lazy_name
 
 if TYPE_CHECKING:
     from ._bar_reporter import BarReporter
@@ -92,10 +93,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-    globals()[name] = found
+    found = globals()[name] = lazy_name(__name__, _LAZY, name)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tnadapt.errors import TnadaptError
-from tnadapt.planning.families import usual
+from tnadapt.planning.families import FEWEST, usual
 from tnadapt.planning.ladders import Family, Search
 from tnadapt.planning.preset_families import PRESET_FAMILIES, AdaptedWeights
 
@@ -11,8 +11,9 @@ from .grid import Method, Shapes, method_of
 
 __all__ = ["check_budget", "within"]
 
-#: Presets that join the usual families: those with the fewest parameters, and what did best with few in docs/which.md.
-_FEW = ("unilora", "tinylora", "lora_xs", "fourierft")
+#: Presets that join the usual families: those with the fewest parameters, and the one that did best with few on a task
+#: of docs/which.md.
+_FEW = (*FEWEST, "fourierft")
 
 
 def check_budget(budget: int) -> None:
@@ -52,9 +53,9 @@ def within(budget: int, shapes: Shapes) -> list[Method]:
     SuperLoRA r = 1 7526
     SuperLoRA + F r = 42, ρ = 0.001 9996
     fastfood ρ = 0.0007064 10000
-    Uni-LoRA p = 10000, r = 4 10000
-    TinyLoRA p = 4096, r = 16 4096
     LoRA-XS r = 20 9600
+    TinyLoRA p = 4096, r = 16 4096
+    Uni-LoRA p = 10000, r = 4 10000
     FourierFT n = 416 9984
     """
     check_budget(budget)

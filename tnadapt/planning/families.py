@@ -14,7 +14,7 @@ from tnadapt.algebra.superlora import SuperLoRA
 from .ladders import Family, Ladder, by_factors
 from .preset_families import PRESET_FAMILIES, AdaptedWeights
 
-__all__ = ["families", "groups_between", "usual"]
+__all__ = ["FEWEST", "families", "groups_between", "usual"]
 
 Shapes = Sequence[tuple[int, int]]
 

@@ -152,7 +152,7 @@ def _axes(axes: Any, points: Sequence[Mark], marks: Sequence[Mark], axis: Axis) 
     counts = [max(1, mark.parameters) for mark in points] or [1]
     axes.set_xscale("log")
     between = math.log10(max(counts) / min(counts))
-    # Room for the labels on the left; and at least a decade, so that few points have round numbers beside them.
+    # Space for the labels on the left, and at least a decade, so that few points have ticks with round numbers.
     span, around = between + 0.2, max(0.0, 1.0 - between) / 2
     axes.set_xlim(min(counts) / 10 ** (0.16 * span + around), max(counts) * 10 ** (0.05 * span + around))
     low = min((mark.mean - mark.spread for mark in marks), default=0.0)
@@ -218,12 +218,12 @@ def _labels(axes: Any, points: Sequence[Mark], levels: Sequence[float], up: floa
         # If two are at almost the same height, the second label moves up.
         height = max(up * mark.mean + mark.spread, last + 0.028 * (high - low))
         # The names of reference lines are at the left end, just above them.
-        room = (math.log(mark.parameters) - left) / (right - left)
+        share = (math.log(mark.parameters) - left) / (right - left)
         for level in sorted(up * level for level in levels):
-            if room < _NAMES and -0.028 * (high - low) < height - level < 0.04 * (high - low):
+            if share < _NAMES and -0.028 * (high - low) < height - level < 0.04 * (high - low):
                 height = level + 0.04 * (high - low)
         last = height
-        inside = _WIDTH * room > wide(mark.label, 7.5)
+        inside = _WIDTH * share > wide(mark.label, 7.5)
         axes.annotate(
             mark.label, (mark.parameters, up * height), xytext=(-4 if inside else 4, 4), textcoords="offset points",
             fontsize=7.5, color=ink(), ha="right" if inside else "left", va="bottom", zorder=6,

@@ -4,8 +4,9 @@
 :func:`register_vllm_resolver` by its entry point, and asks the resolver for adapters by name.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from tnadapt.lazy_names import lazy_name
 
 if TYPE_CHECKING:
     from ._served_folder import ServedFolder
@@ -22,6 +23,4 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    return lazy_name(__name__, _LAZY, name)

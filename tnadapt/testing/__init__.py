@@ -14,8 +14,9 @@ names need ``pip install "tnadapt[testing]"``. ``tnadapt.verify`` (``verificatio
 implementation in float64, and ``_methods`` has each named method's own formula.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from tnadapt.lazy_names import lazy_name
 
 if TYPE_CHECKING:
     from ._backend_contract import BackendContract
@@ -51,8 +52,5 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-    globals()[name] = found
+    found = globals()[name] = lazy_name(__name__, _LAZY, name)
     return found
