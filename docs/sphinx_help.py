@@ -10,6 +10,7 @@ GALLERY = (
     "plot_own_photos",
     "plot_sft_smollm2",
     "plot_segment_coins",
+    "plot_adapt_diffusion",
     "plot_attach_vit",
     "plot_trainer_minilm",
     "plot_read_with_numpy",

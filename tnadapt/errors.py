@@ -83,37 +83,67 @@ class UnexpectedKeywordError(ConfigError, TypeError):
     """An unexpected keyword argument; also a TypeError, which is what Python itself raises for one."""
 
 
-# PEFT's keyword -> (its name in tnadapt, where it is passed).
-_PEFT_KEYWORDS = {
-    "r": ("rank", "a setting of tnadapt.Config and its presets"),
-    "lora_alpha": ("alpha", "a setting of tnadapt.Config and its presets"),
-    "target_modules": ("targets", "an argument of tnadapt.torch.attach"),
-    "modules_to_save": ("keep_trainable", "an argument of tnadapt.torch.attach"),
-    "layers_to_transform": ("layers", "an argument of tnadapt.torch.attach"),
-    "lora_dropout": ("dropout", "an argument of tnadapt.torch.attach"),
-    "exclude_modules": ("exclude", "an argument of tnadapt.torch.attach"),
-    "rank_pattern": ("cfg", "an argument of tnadapt.torch.attach: a mapping of patterns to configs"),
-    "alpha_pattern": ("cfg", "an argument of tnadapt.torch.attach: a mapping of patterns to configs"),
-    "use_dora": ("dora", "a preset"),
-    "use_rslora": ("alpha", "a setting of tnadapt.Config and its presets, which rsLoRA multiplies by √rank"),
-    "init_lora_weights": ("start", "a setting of tnadapt.Config and its presets"),
-    "trainable_token_indices": ("targets", "with tnadapt.torch.token_targets(model, indices)"),
-    "bias": ("biases", "an argument of tnadapt.torch.attach: 'none', 'adapted' or 'all'"),
+_SETTING = "a setting of tnadapt.Config and its presets"
+_ARGUMENT = "an argument of tnadapt.torch.attach"
+
+# Library -> its keyword -> (its name in tnadapt, where it is passed).
+_OTHER_KEYWORDS = {
+    "PEFT": {
+        "r": ("rank", _SETTING),
+        "lora_alpha": ("alpha", _SETTING),
+        "target_modules": ("targets", _ARGUMENT),
+        "modules_to_save": ("keep_trainable", _ARGUMENT),
+        "layers_to_transform": ("layers", _ARGUMENT),
+        "lora_dropout": ("dropout", _ARGUMENT),
+        "exclude_modules": ("exclude", _ARGUMENT),
+        "rank_pattern": ("cfg", f"{_ARGUMENT}: a mapping of patterns to configs"),
+        "alpha_pattern": ("cfg", f"{_ARGUMENT}: a mapping of patterns to configs"),
+        "use_dora": ("dora", "a preset"),
+        "use_rslora": ("alpha", f"{_SETTING}, which rsLoRA multiplies by √rank"),
+        "init_lora_weights": ("start", _SETTING),
+        "trainable_token_indices": ("targets", "with tnadapt.torch.token_targets(model, indices)"),
+        "bias": ("biases", f"{_ARGUMENT}: 'none', 'adapted' or 'all'"),
+    },
+    "LyCORIS": {
+        "linear_dim": ("rank", _SETTING),
+        "linear_alpha": ("alpha", _SETTING),
+        "conv_dim": ("rank", f"{_SETTING}; attach takes a mapping of patterns to configs"),
+        "conv_alpha": ("alpha", f"{_SETTING}; attach takes a mapping of patterns to configs"),
+        "algo": ("cfg", f"{_ARGUMENT}: the name of a preset"),
+        "rank_dropout": ("dropout", _ARGUMENT),
+        "module_dropout": ("dropout", _ARGUMENT),
+    },
+    "kohya-ss": {
+        "network_dim": ("rank", _SETTING),
+        "network_alpha": ("alpha", _SETTING),
+        "network_module": ("cfg", f"{_ARGUMENT}: the name of a preset"),
+        "network_dropout": ("dropout", _ARGUMENT),
+    },
+}  # fmt: skip
+
+# Keywords of PEFT without a counterpart, and what to do instead.
+_NOT_NEEDED = {
+    "task_type": "attach takes any model, so leave it out; train a new head by keep_trainable=",
+    "inference_mode": "leave it out, and run the model under torch.inference_mode()",
+    "fan_in_fan_out": "attach sees how a layer stores its weight, so leave it out",
 }
 
 
-def peft_hint(name: str) -> str | None:
-    """Return a hint with tnadapt's name for a keyword of PEFT's configs; None for any other name.
+def keyword_hint(name: str) -> str | None:
+    """Return a hint with tnadapt's name for a keyword of PEFT, LyCORIS or kohya-ss; None for any other name.
 
     Examples
     --------
-    >>> peft_hint("lora_alpha"), peft_hint("alpha")
+    >>> keyword_hint("lora_alpha"), keyword_hint("alpha")
     ("PEFT's 'lora_alpha' is 'alpha' here, a setting of tnadapt.Config and its presets", None)
     """
-    if name not in _PEFT_KEYWORDS:
-        return None
-    ours, where = _PEFT_KEYWORDS[name]
-    return f"PEFT's {name!r} is {ours!r} here, {where}"
+    if name in _NOT_NEEDED:
+        return f"PEFT's {name!r} has no equivalent: {_NOT_NEEDED[name]}"
+    for library, keywords in _OTHER_KEYWORDS.items():
+        if name in keywords:
+            ours, where = keywords[name]
+            return f"{library}'s {name!r} is {ours!r} here, {where}"
+    return None
 
 
 def safe_repr(value: Any) -> str:

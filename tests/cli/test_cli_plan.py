@@ -134,6 +134,10 @@ def test_a_terminal_of_any_width(monkeypatch: pytest.MonkeyPatch, columns: int) 
         (["--budget", "100", "--shape", "3x3", "--set", "rank=2"], "give its file, too"),
         (["--budget", "100", "--shape", "3x3", "--set", "rank=0", "--layout-picture", "a.png"], "rank must be from 1"),
         (["--budget", "100", "nowhere.safetensors"], "nowhere.safetensors: No such file or directory"),
+        (
+            ["--budget", "100", "timm:vit_tiny"],
+            "plans read the headers of files; give the model's repository on the hub",
+        ),
         (["--budget", "100", "./nowhere"], "./nowhere: No such file or directory"),
         (["--budget", "100", "docs"], "has no safetensors file"),
     ],

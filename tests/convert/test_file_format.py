@@ -151,7 +151,8 @@ def test_a_format_may_be_for_reading_only(tmp_path: Path) -> None:
 
 def test_a_cell_can_be_run_again() -> None:
     before = _format_registry.forms()
-    register_file_format("npz", type("Again", (NpzFormat,), {"library": "the same"}))
+    again = {"library": "the same", "__module__": NpzFormat.__module__}
+    register_file_format("npz", type("Again", (NpzFormat,), again))
     assert _format_registry.forms() == before
     assert _format_registry.format_of("npz").library == "the same"
     with pytest.raises(tna.ConfigError, match=r"file format must be one of 'peft', 'lycoris', .*'npz'; got 'nonsense'"):

@@ -386,6 +386,18 @@ def test_bad_names_are_refused(name: Any, message: str) -> None:
         tna.register_format(name, Format)
 
 
+def test_two_packages_cannot_have_the_same_name() -> None:
+    from tnadapt.algebra.formats import CP
+
+    first = type("First", (CP,), {"__module__": "one_package"})
+    tna.register_format("mine", first)
+    tna.register_format("mine", type("First", (CP,), {"__module__": "one_package"}))  # as a cell that is run again
+    message = r"format 'mine' is already registered, by one_package\.First: choose another name for another\.Second"
+    with pytest.raises(tna.ConfigError, match=message):
+        tna.register_format("mine", type("Second", (CP,), {"__module__": "another"}))
+    assert tna.Config(format="mine").format == "mine"
+
+
 def test_what_is_no_format_is_refused() -> None:
     with pytest.raises(tna.ConfigError, match=r"inherits from tnadapt\.algebra\.formats\.Format; got"):
         tna.register_format("mine", dict)  # type: ignore[arg-type]

@@ -21,6 +21,9 @@ from tnadapt.tensors._truncation import ring_ranks
 
 from .test_modes import numbers
 
+#: Decompositions under another name than TensorLy's, or with other keywords.
+HINTING = (tna.cp, tna.tucker, tna.tensor_train, tna.tensor_ring, tna.tt_matrix)
+
 SHAPES = st.lists(st.integers(1, 5), min_size=2, max_size=4).map(tuple)
 
 
@@ -577,3 +580,15 @@ def test_finite_numbers_whose_squares_are_not(dtype: str) -> None:
                 tt.cp(broken, 1)
             with pytest.raises(ShapeError, match=f"holds {kind}"):
                 tt.cp(np.repeat(broken, 2, axis=1)[:, ::2], 1)
+
+
+@pytest.mark.parametrize("decompose", HINTING, ids=lambda function: function.__name__)
+def test_keywords_of_tensorly_get_a_hint(decompose: Any) -> None:
+    name = decompose.__name__
+    said = rf"{name}\(\) got an unexpected keyword .*: TensorLy's 'n_iter_max' is 'max_iterations' here"
+    with pytest.raises(ConfigError, match=said) as caught:
+        decompose(np.ones((2, 2)), 1, n_iter_max=3)
+    assert isinstance(caught.value, TypeError)
+    with pytest.raises(TypeError, match="'nonsense'") as plain:
+        decompose(np.ones((2, 2)), 1, nonsense=3)
+    assert not isinstance(plain.value, TnadaptError)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from tnadapt.errors import ConfigError, peft_hint, safe_repr
+from tnadapt.errors import ConfigError, keyword_hint, safe_repr
 from tnadapt.html_tables import fact_table
 
 from ._axes import checked_axes
@@ -373,7 +373,7 @@ def _known(settings: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(Config)]
     for name in settings:
         if name not in known:
-            hint = peft_hint(name)
+            hint = keyword_hint(name)
             close = difflib.get_close_matches(str(name), known, n=1)
             meant = f" {hint}." if hint else f" did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"Config has no field {safe_repr(name)};{meant} Fields: {', '.join(known)}")

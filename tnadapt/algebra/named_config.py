@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from tnadapt.errors import ConfigError, UnexpectedKeywordError, peft_hint, safe_repr
+from tnadapt.errors import ConfigError, UnexpectedKeywordError, keyword_hint, safe_repr
 
 from . import presets
 from .config import Config
@@ -18,6 +18,18 @@ __all__ = ["close_presets", "config_of", "is_setting", "named_config", "require_
 # What a caller means who gives one of these as the config, which comes before the targets.
 _TARGETS = ("all-linear", "conv", "embeddings")
 _ROLES = frozenset("qkvo")
+
+
+_MISSING = "{name} is not available here; 'From PEFT' in the documentation lists what is missing"
+_STARTS = "{name} is 'lora' with another start: give start={name!r} with a preset of low rank"
+# Methods of other libraries that are not presets, and what to use instead.
+_NO_PRESETS = {
+    **dict.fromkeys(("adalora", "boft", "hra", "ia3", "oft", "prefix", "prompt", "road"), _MISSING),
+    **dict.fromkeys(("milora", "olora", "pissa"), _STARTS),
+    "loraplus": "LoRA+ is 'lora' with two learning rates; with rate='adam', which presets have, one rate does",
+    "qlora": "QLoRA is 'lora' on a quantized model: load the model quantized and attach to it as usual",
+    "rslora": "rsLoRA is 'lora' with alpha multiplied by √rank",
+}
 
 
 def config_of(
@@ -69,7 +81,7 @@ def config_of(
             f"expected a tnadapt.Config, the name of a preset such as 'lora', or None; got {type(cfg).__name__}"
         )
     for name in settings:
-        hint = peft_hint(name)
+        hint = keyword_hint(name)
         if hint is not None:
             way = hint
         elif not is_setting(name):
@@ -154,14 +166,17 @@ def require_setting(name: str, of: Sequence[str] = ()) -> None:
     if is_setting(name):
         return
     known = dict.fromkeys([*_fields(), *(own for preset in of or presets.__all__ for own in _own(preset))])
-    hint, close = peft_hint(name), difflib.get_close_matches(name, known, n=1)
+    hint, close = keyword_hint(name), difflib.get_close_matches(name, known, n=1)
     way = hint or (f"did you mean {close[0]!r}?" if close else f"the settings are {', '.join(known)}")
     raise ConfigError(f"no setting {safe_repr(name)}; {way}")
 
 
 def _instead(name: str, function: str | None) -> str:
     close = close_presets(name)
-    if close:
+    plain = name.lower().replace("-", "").replace("_", "").replace("+", "plus")
+    if plain in _NO_PRESETS:
+        meant = f"{_NO_PRESETS[plain].format(name=plain)}. The presets are "
+    elif close:
         meant = f"did you mean {close[0]!r}? The presets are "
     elif function is None:
         meant = "the presets are "
@@ -185,7 +200,7 @@ def close_presets(name: str) -> list[str]:
 
 def _meant(name: str, setting: str, keywords: Collection[str]) -> str:
     own = _own(name)
-    hint = peft_hint(setting)
+    hint = keyword_hint(setting)
     close = difflib.get_close_matches(setting, [*own, *_fields(), *keywords], n=1)
     meant = f"{hint}. It has " if hint else f"did you mean {close[0]!r}? It has " if close else "it has "
     return f"{meant}{''.join(f'{each}, ' for each in own)}{'and ' * bool(own)}the fields of tnadapt.Config"

@@ -42,12 +42,13 @@ def register_file_format(name: str, cls: type[FileFormat]) -> None:
     Raises
     ------
     ConfigError
-        If the name has another form or is built in, or the class lacks a method; the message names it.
+        If the name has another form, is built in, or registered by another module, or the class lacks a method; the
+        message names it.
 
     Notes
     -----
-    Formats are asked to detect a path in reverse order of registration. Registering a name again replaces the class, so
-    that a notebook cell can be rerun.
+    Formats are asked to detect a path in reverse order of registration. The module that registered a name can replace
+    the class, so that a notebook cell can be rerun.
     """
     if isinstance(name, str) and "-" in name:
         raise ConfigError(f"the name of a file format has no '-', which begins the form: {name}-lora; got {name!r}")

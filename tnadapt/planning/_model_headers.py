@@ -83,6 +83,13 @@ def read_headers(model: str | os.PathLike[str]) -> Headers:
         If there is no such model, or it is damaged.
     """
     name = os.fspath(model)
+    if name.startswith("timm:"):
+        plain = name.removeprefix("timm:")
+        raise FileError(
+            f"{name}: plans read the headers of files; give the model's repository on the hub, "
+            f"timm/{plain} with its tag such as .augreg_in1k, or plan in Python for the shapes of "
+            f"tnadapt.torch.find_targets(timm.create_model({plain!r}))"
+        )
     if os.path.lexists(name) or not _HUB.fullmatch(name) or name.endswith((".safetensors", ".json")):
         stored = open_checkpoint(model)
         return Headers({tensor: entry.shape for tensor, entry in stored.entries.items()}, stored.config)

@@ -11,6 +11,7 @@ from tnadapt.errors import ConfigError, safe_repr
 from tnadapt.html_tables import html_table
 
 from ._plan_row import Row
+from ._setting_names import SYMBOLS
 
 __all__ = ["CRITERIA", "RUNG", "Plan", "front_of", "rung"]
 
@@ -112,12 +113,18 @@ class Plan:
             *self._order(),
             f"● front: no other setting is as good in {told}, and better in one",
             f"  other rows: for each method, the setting with the most freedom{', and the most accurate' * measured}",
+            *self._symbols(),
             "rank: the largest that a weight's update can have; step: multiply-adds of updates and gradients",
             "LoRA: exports exactly as LoRA of that rank, padded for vLLM to the one in brackets; –: merge only",
             "freedom: the dimension of the set of all updates, and its share of their elements",
             f"{_counted(len(self.shapes), 'weight')} of {_counted(self.size, 'element')}; at most "
             f"{_counted(self.budget, 'parameter')}; {_counted(len(self.rows), 'setting')} compared",
         ]
+
+    def _symbols(self) -> list[str]:
+        labels = " ".join(row.name.label for row in self.shown)
+        used = [f"{symbol} {means}" for symbol, means in SYMBOLS.items() if f"{symbol} = " in f" {labels}"]
+        return [f"setting: {'; '.join(used)}"] if used else []
 
     def _order(self) -> list[str]:
         if any(row.measured is not None for row in self.rows):

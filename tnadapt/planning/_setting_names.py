@@ -14,7 +14,22 @@ from tnadapt.algebra.named_fold import is_named
 from tnadapt.algebra.sources import Scaled, Source, Trained
 from tnadapt.errors import ConfigError
 
-__all__ = ["Name", "known_as"]
+__all__ = ["SYMBOLS", "Name", "known_as"]
+
+#: What the symbols of labels stand for, which are those of the papers.
+SYMBOLS = {
+    "r": "rank",
+    "M": "tensor order",
+    "K": "Kronecker factors",
+    "f": "size of all but the last of them",
+    "G": "groups",
+    "T": "terms",
+    "ρ": "trained share of F's output",
+    "p": "parameters",
+    "k": "parameters",
+    "n": "coefficients per weight",
+    "b": "block size",
+}
 
 
 class Name(NamedTuple):

@@ -34,7 +34,8 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     -----
     Plug-ins are loaded when an unknown name is looked up. Iteration yields the names registered so far, the built-in
     ones first. A built-in class cannot be replaced, because files refer to it by name. A class that was registered
-    earlier can be replaced, so that a notebook cell can be rerun.
+    earlier can be replaced by one of the same module, so that a notebook cell can be rerun; two packages that choose
+    the same name get an error.
 
     Examples
     --------
@@ -83,9 +84,16 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         ------
         ConfigError
             If the name has other characters than lower-case letters, digits, ``.``, ``_`` and ``-``, or more than 64,
-            or is built in, or the class does not inherit from the contract.
+            or is built in, or another module has registered a class under it, or the class does not inherit from the
+            contract.
         """
         self.check(name, cls)
+        earlier = self._added.get(name, cls)
+        if earlier.__module__ != cls.__module__:
+            raise ConfigError(
+                f"{self.kind} {name!r} is already registered, by {earlier.__module__}.{earlier.__qualname__}: choose "
+                f"another name for {cls.__module__}.{cls.__qualname__}"
+            )
         self._added.pop(name, None)
         self._added[name] = cls
 

@@ -21,6 +21,7 @@ from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of, mode_of
 from ._cp_tensor import CPTensor
+from ._keyword_hints import hints_keywords
 from ._known_elements import METHOD, STARTS, completed, refuse_observed
 from ._nonnegative_fits import constrained_modes, fitted_cp, refuse_callback
 from ._requests import Callback, Request, Watch, requested
@@ -37,6 +38,7 @@ _NEAR, _STARTS = 0.3, 15
 _CRAWLS = 30
 
 
+@hints_keywords
 def cp(
     tensor: Any,
     rank: int | None = None,

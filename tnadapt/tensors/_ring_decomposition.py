@@ -15,6 +15,7 @@ from tnadapt.decomposition.ring_als import ring_svd, ring_sweep
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of, mode_of
+from ._keyword_hints import hints_keywords
 from ._requests import Callback, Request, Watch, requested
 from ._smallest_rank import smallest_rank
 from ._tensor_chains import TRTensor
@@ -23,6 +24,7 @@ from ._truncation import ranks_of, ring_ranks
 __all__ = ["tensor_ring"]
 
 
+@hints_keywords
 def tensor_ring(
     tensor: Any,
     rank: int | Sequence[int] | None = None,

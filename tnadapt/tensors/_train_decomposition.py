@@ -20,6 +20,7 @@ from tnadapt.errors import ConfigError, ShapeError
 
 from ._checks import as_tensor, integer_of
 from ._from_blocks import BLOCK, OVERSAMPLED, compressed, expanded_train
+from ._keyword_hints import hints_keywords
 from ._known_elements import METHOD, STARTS, completed
 from ._requests import Callback, Request, Watch, one_of, requested, seed_of
 from ._tensor_chains import TTTensor
@@ -30,6 +31,7 @@ from ._tt_matrix import TTMatrix
 __all__ = ["tensor_train", "tt_matrix"]
 
 
+@hints_keywords
 def tensor_train(
     tensor: Any,
     rank: int | Sequence[int] | None = None,
@@ -206,6 +208,7 @@ def _finished(request: Request, ranks: list[int] | None, svd: str, sweeps: int, 
     )
 
 
+@hints_keywords
 def tt_matrix(
     matrix: Any,
     rank: int | Sequence[int] | None = None,

@@ -20,6 +20,7 @@ from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of, mode_of
 from ._from_blocks import BLOCK, OVERSAMPLED, compressed, expanded_tucker
+from ._keyword_hints import hints_keywords
 from ._known_elements import METHOD, STARTS, completed, refuse_observed
 from ._nonnegative_fits import constrained_modes, fitted_tucker, refuse_callback
 from ._requests import Callback, Request, Watch, one_of, requested, seed_of
@@ -29,6 +30,7 @@ from ._tucker_tensor import TuckerTensor
 __all__ = ["tucker"]
 
 
+@hints_keywords
 def tucker(
     tensor: Any,
     rank: int | Sequence[int] | None = None,

@@ -80,7 +80,8 @@ def register_format(name: str, cls: type[Format]) -> None:
     Raises
     ------
     ConfigError
-        If the name has another form or is built in, or the class is not a subclass of Format.
+        If the name has another form, is built in, or registered by another module, or the class is not a subclass of
+        Format.
 
     See Also
     --------

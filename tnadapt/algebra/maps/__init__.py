@@ -99,8 +99,8 @@ def register_map(name: str, cls: type[Map]) -> None:
     Raises
     ------
     ConfigError
-        If the name has another form or is built in, the class is not a subclass of Map, or its settings are not a
-        frozen dataclass.
+        If the name has another form, is built in, or registered by another module; or if the class is not a subclass of
+        Map, or its settings are not a frozen dataclass.
 
     See Also
     --------

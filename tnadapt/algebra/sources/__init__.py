@@ -91,7 +91,8 @@ def register_source(name: str, cls: type[Source]) -> None:
     Raises
     ------
     ConfigError
-        If the name is not of that form or is built in, or the class is not a Source, or not a frozen dataclass.
+        If the name is not of that form, is built in, or registered by another module, or the class is not a Source, or
+        not a frozen dataclass.
 
     See Also
     --------

@@ -46,7 +46,7 @@ def register_start(name: str, cls: type[Start]) -> None:
     Raises
     ------
     ConfigError
-        If the name is not of that form or is built in, or the class is not a Start.
+        If the name is not of that form, is built in, or registered by another module, or the class is not a Start.
 
     Examples
     --------

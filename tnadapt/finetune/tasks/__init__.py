@@ -47,7 +47,7 @@ def register_task(cls: type[LearningTask]) -> None:
     Raises
     ------
     ConfigError
-        If its name is built in or of another form, or the class is not such a subclass.
+        If its name is built in, registered by another module or of another form, or the class is not such a subclass.
 
     Examples
     --------

@@ -55,14 +55,16 @@ def register_quantized(name: str, cls: type[QuantizedLayer]) -> None:
     Parameters
     ----------
     name : str
-        Lower-case letters, digits, ``.``, ``_`` and ``-``. Registering it again replaces the class.
+        Lower-case letters, digits, ``.``, ``_`` and ``-``. The module that registered it can
+        replace the class.
     cls : type
         A subclass of :class:`QuantizedLayer`, called without arguments. It is asked before the built-in types.
 
     Raises
     ------
     ConfigError
-        If the name does not have that form or is built in, or the class is not a subclass of QuantizedLayer.
+        If the name does not have that form, is built in, or registered by another module, or the class is not a
+        subclass of QuantizedLayer.
 
     Examples
     --------
