@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tnadapt.checkpoints.atomic_files import replace_file
 
+from ..formatting import folded
 from . import methods, report, store, tasks, which
 from .grid import BUDGETS
 from .tuning import BEYOND
@@ -43,26 +44,35 @@ def page(folder: Path) -> str:
 
 
 def _page(folder: Path) -> Iterator[str]:
-    ours, theirs = (len(methods.names([library])) for library in ("tnadapt", "PEFT"))
-    budgets = ", ".join(f"{budget:,}" for budget in BUDGETS)
-    for paragraph in INTRODUCTION.format(ours=ours, theirs=theirs, budgets=budgets, beyond=BEYOND).split("\n\n"):
-        yield paragraph if paragraph.startswith(("#", "```")) else textwrap.fill(paragraph, 120, break_on_hyphens=False)
-        yield ""
+    yield from _wrapped(INTRODUCTION)
     studies = _studies(folder)
     yield "**Tasks.**"
     yield ""
     for name in tasks.TASKS:
         yield f"- `{name}`: {tasks.find(name).title}{'' if _has(studies, name) else ' (not measured yet)'}"
     yield ""
-    yield "**Methods of PEFT that do not take part**"
-    yield ""
-    for name, why in methods.LEFT_OUT.items():
-        yield f"- {name}: {why}."
+    yield folded("Methods, learning rates, and what does not take part", "\n".join(_details())).rstrip("\n")
     for task, scale in studies:
         found = store.read(folder, task.name, scale)
         assert found is not None
         yield ""
         yield report.table(task, found, store.path_of(folder, task.name, scale).stem).rstrip("\n")
+
+
+def _details() -> Iterator[str]:
+    ours, theirs = (len(methods.names([library])) for library in ("tnadapt", "PEFT"))
+    budgets = ", ".join(f"{budget:,}" for budget in BUDGETS)
+    yield from _wrapped(DETAILS.format(ours=ours, theirs=theirs, budgets=budgets, beyond=BEYOND))
+    yield "**Methods of PEFT that do not take part**"
+    yield ""
+    for name, why in methods.LEFT_OUT.items():
+        yield f"- {name}: {why}."
+
+
+def _wrapped(text: str) -> Iterator[str]:
+    for paragraph in text.strip().split("\n\n"):
+        yield paragraph if paragraph.startswith(("#", "```")) else textwrap.fill(paragraph, 120, break_on_hyphens=False)
+        yield ""
 
 
 def _has(studies: list[tuple[tasks.QualityTask, str]], name: str) -> bool:
@@ -85,6 +95,14 @@ $ python -m benchmarks.quality run --profile full --device cuda --shard 1/8     
 $ python -m benchmarks.quality merge && python -m benchmarks.quality report     # then, with their files in one folder
 ```
 
+**Reading the tables.** ● has the best held-out score at its budget. *behind ●* is the difference between its test score
+and that of the row, paired over seeds (the same new head and order of samples), with the 95 % interval of Student's t.
+○ marks the methods whose interval includes 0: these seeds do not decide between the two. Intervals are not corrected
+for the number of methods: of 20 methods that are as good as ●, one is expected to lack its ○. ± is the standard
+deviation over seeds.
+"""
+
+DETAILS = """\
 **Methods.** {ours} methods of tnadapt, which are its presets, {theirs} of PEFT through its `get_peft_model`, and
 controls: no adapter (a new head alone, or the base as it is), and dense updates of the same weights. All methods of a
 task adapt the same weights, and add to them whatever their own library adds. Budgets are {budgets} parameters. At each,
@@ -94,10 +112,4 @@ a method takes part with its largest setting within the budget, if that has at l
 highest of those tried, one beyond it is tried, at most {beyond} on each side. Then the best one's neighbours are tried,
 half a step away. A new head has a rate of its own, the same with all adapters. The score on the held-out part decides.
 Test samples choose nothing: not the rate, not what has a ●, not when to stop.
-
-**Reading the tables.** ● has the best held-out score at its budget. *behind ●* is the difference between its test score
-and that of the row, paired over seeds (the same new head and order of samples), with the 95 % interval of Student's t.
-○ marks the methods whose interval includes 0: these seeds do not decide between the two. Intervals are not corrected
-for the number of methods: of 20 methods that are as good as ●, one is expected to lack its ○. ± is the standard
-deviation over seeds.
 """

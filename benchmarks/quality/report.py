@@ -10,6 +10,7 @@ from typing import Any
 
 from tnadapt.checkpoints.atomic_files import replace_file
 
+from ..formatting import folded
 from . import store
 from .comparison import Difference, Outcome, at_budget, base_of, difference, leader_of, outcomes_of
 from .figures import LIBRARIES, budgets_of, draw_methods, draw_scores
@@ -90,8 +91,15 @@ def _section(task: QualityTask, found: store.TaskResults, name: str) -> Iterator
             yield row(cells)
     base = base_of(outcomes)
     for budget in budgets_of(outcomes):
-        yield from ("", f"**At most {budget:,} parameters**", "")
-        yield from _budget(task, at_budget(outcomes, budget), base)
+        some = at_budget(outcomes, budget)
+        leader = leader_of(task, some)
+        assert leader is not None
+        best = f"● {leader.name} {leader.label}".rstrip()
+        yield ""
+        yield folded(
+            f"At most {budget:,} parameters: {len(some)} methods, {best} with {task.metric} {scored(task, leader)}",
+            "\n".join(_budget(task, some, leader, base)),
+        ).rstrip("\n")
     yield from _missing(task, found, outcomes)
 
 
@@ -137,9 +145,7 @@ def _machine(session: dict[str, Any]) -> str:
     return f"{session['cores']} cores of {session['processor']}, device {session.get('device', 'cpu')}, {shown}"
 
 
-def _budget(task: QualityTask, outcomes: Sequence[Outcome], base: Outcome | None) -> Iterator[str]:
-    leader = leader_of(task, outcomes)
-    assert leader is not None
+def _budget(task: QualityTask, outcomes: Sequence[Outcome], leader: Outcome, base: Outcome | None) -> Iterator[str]:
     yield (
         f"| | method | setting | parameters | rate | held-out {task.chosen_by} | test {task.metric} | "
         f"gain over {'no adapter' if base is None else base.title} | behind ● |"
