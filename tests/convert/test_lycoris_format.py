@@ -30,7 +30,13 @@ def theirs(
 ) -> dict[str, Any]:
     """An adapter that LyCORIS makes, fills and saves; its updates."""
     LycorisNetwork.apply_preset({"target_module": ["Linear", "Conv1d", "Conv2d"], "target_name": []})
-    network = create_lycoris(model(shapes), 1.0, dim, alpha, algo=algo, **more)
+    if "rs_lora" in more:  # create_lycoris ignores it; kohya's entry point passes it on like this
+        network = LycorisNetwork(
+            model(shapes), 1.0, dim, dim, alpha, alpha, network_module=algo, warn_on_unmatched=False, **more
+        )
+        assert network.loras[0].scale == pytest.approx(alpha / dim**0.5)
+    else:
+        network = create_lycoris(model(shapes), 1.0, dim, alpha, algo=algo, **more)
     fill((p for p in network.parameters() if p.requires_grad), 1)
     network.apply_to()  # before that it has no modules to save
     found = weights(network, shapes)

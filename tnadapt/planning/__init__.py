@@ -10,11 +10,13 @@ from ._model_headers import model_targets
 from ._plan_row import Row, padding_waste
 from ._plan_search import plan
 from ._plan_table import Plan
+from ._preset_call import PresetCall, preset_call
 from ._setting_names import Name, known_as
 
 __all__ = [
     "Name",
     "Plan",
+    "PresetCall",
     "Rank",
     "Row",
     "degrees_of_freedom",
@@ -23,5 +25,6 @@ __all__ = [
     "model_targets",
     "padding_waste",
     "plan",
+    "preset_call",
     "step_cost",
 ]

@@ -15,6 +15,7 @@ from tnadapt.checkpoints.lora_export import LoraExport, lora_export
 from ._flops import step_cost
 from ._freedom import degrees_of_freedom
 from ._matrix_rank import Rank, largest_rank
+from ._preset_call import PresetCall, preset_call
 from ._setting_names import Name, known_as
 
 __all__ = ["Row", "padding_waste"]
@@ -86,6 +87,11 @@ class Row:
         """Whether it exports exactly as LoRA, at which rank, and at which rank vLLM serves it; or why not."""
         return lora_export(self.adapter)
 
+    @functools.cached_property
+    def call(self) -> PresetCall | None:
+        """How to write the config: :func:`~tnadapt.planning.preset_call`."""
+        return preset_call(self.config)
+
     @property
     def lora_rank(self) -> int | None:
         """Rank of LoRA that holds every update exactly, or None: :attr:`tnadapt.SuperLoRA.lora_rank`."""
@@ -100,7 +106,7 @@ class Row:
         """Return the row as a dictionary for JSON, including the rank."""
         return {
             "family": self.name.family, "label": self.name.label, "parameters": self.parameters, "bytes": self.bytes,
-            "measured": self.measured,
+            "call": None if self.call is None else str(self.call), "measured": self.measured,
             "rank": self.rank.value, "rank_exact": self.rank.exact, "export": self.export.to_dict(),
             "lora_rank": self.lora_rank, "freedom": self.freedom, "fraction": self.fraction, "waste": self.waste,
             "cost": self.cost, "config": self.config.to_dict(),

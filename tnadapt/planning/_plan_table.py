@@ -119,7 +119,15 @@ class Plan:
             "freedom: the dimension of the set of all updates, and its share of their elements",
             f"{_counted(len(self.shapes), 'weight')} of {_counted(self.size, 'element')}; at most "
             f"{_counted(self.budget, 'parameter')}; {_counted(len(self.rows), 'setting')} compared",
+            *self._first(),
         ]
+
+    def _first(self) -> list[str]:
+        call = self.shown[0].call if self.shown else None
+        if call is None:
+            return []
+        said = f"first row: {call.attach}"
+        return [said if call.options is None else f"{said}; tnadapt finetune {call.options}"]
 
     def _symbols(self) -> list[str]:
         labels = " ".join(row.name.label for row in self.shown)

@@ -1,0 +1,119 @@
+"""How to write a config: a preset, and what to set."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any, NamedTuple
+
+from tnadapt.algebra import presets
+from tnadapt.algebra.config import Config
+from tnadapt.errors import TnadaptError
+
+from ._setting_names import known_as
+from .preset_families import PRESET_FAMILIES
+
+__all__ = ["PresetCall", "preset_call"]
+
+# Arguments of presets that are settings of their map, under another name there.
+_OF_MAPS = {"n": "size", "r": "cols", "mini": "rows"}
+# Arguments that are the sizes of the fold, in order.
+_OF_FOLDS = ("weights", "rows", "cols")
+
+
+class PresetCall(NamedTuple):
+    """A preset and the arguments with which it returns a config.
+
+    Attributes
+    ----------
+    preset : str
+    settings : dict of str to object
+        The rank, and arguments that differ from their defaults.
+    """
+
+    preset: str
+    settings: dict[str, Any]
+
+    def __str__(self) -> str:
+        """Return the call as Python writes it, without the module."""
+        return f"{self.preset}({self._arguments()})"
+
+    @property
+    def attach(self) -> str:
+        """The call of ``attach`` with this config."""
+        return f"tna.torch.attach(model, {self.preset!r}{', ' * bool(self.settings)}{self._arguments()})"
+
+    @property
+    def options(self) -> str | None:
+        """The options of ``tnadapt finetune`` for this config; None if a setting cannot be given on a command line."""
+        if not all(isinstance(value, (int, float, str)) for value in self.settings.values()):
+            return None
+        return " ".join([f"--preset {self.preset}", *(f"--set {name}={one}" for name, one in self.settings.items())])
+
+    def _arguments(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+def preset_call(config: Config) -> PresetCall | None:
+    """Return the call of a preset that returns a config: the one that it is named after, or else the shortest.
+
+    Parameters
+    ----------
+    config : Config
+
+    Returns
+    -------
+    PresetCall or None
+        None if no preset returns it.
+
+    Examples
+    --------
+    >>> from tnadapt import Config, presets
+    >>> print(preset_call(presets.unilora(1000)))
+    unilora(parameters=1000, rank=4)
+    >>> preset_call(presets.superlora(4, projection="linear", ratio=0.01)).options
+    '--preset superlora --set rank=4 --set projection=linear --set ratio=0.01'
+    """
+    calls = [call for name in presets.__all__ if (call := _call(name, config)) is not None]
+    family = known_as(config).family.removesuffix(" + F")
+    return min(calls, key=lambda call: (_title(call.preset) != family, len(call.settings)), default=None)
+
+
+def _title(preset: str) -> str:
+    return PRESET_FAMILIES[preset].title if preset in PRESET_FAMILIES else preset
+
+
+def _call(name: str, config: Config) -> PresetCall | None:
+    preset = getattr(presets, name)
+    own, usual = {}, {}
+    for argument in inspect.signature(preset).parameters.values():
+        if argument.kind is argument.VAR_KEYWORD:
+            continue
+        value = _value(argument.name, config)
+        if value is not argument.empty:
+            own[argument.name], usual[argument.name] = value, argument.default
+    try:
+        closest = preset(**own)
+        changes = {
+            field.name: getattr(config, field.name)
+            for field in dataclasses.fields(Config)
+            if getattr(config, field.name) != getattr(closest, field.name)
+        }
+        told = {argument: value for argument, value in own.items() if argument == "rank" or value != usual[argument]}
+        settings = {**told, **changes}
+        return PresetCall(name, settings) if preset(**settings) == config else None
+    except (TnadaptError, TypeError):
+        return None
+
+
+def _value(argument: str, config: Config) -> Any:
+    """Return what a preset's argument is in a config, or ``inspect.Parameter.empty`` if it does not have it."""
+    if argument == "rank" and isinstance(config.rank, tuple) and None in config.rank:
+        return config.rank[-1]  # a partial decomposition, whose presets take the rank of the other modes
+    if hasattr(config, argument):
+        return getattr(config, argument)
+    if argument in _OF_FOLDS and isinstance(config.fold, tuple) and len(config.fold) == len(_OF_FOLDS):
+        size = config.fold[_OF_FOLDS.index(argument)]
+        return size if isinstance(size, int) else inspect.Parameter.empty
+    first = config.projection[0] if isinstance(config.projection, tuple) else config.projection
+    return getattr(first, _OF_MAPS.get(argument, argument), inspect.Parameter.empty)
