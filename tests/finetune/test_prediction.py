@@ -191,6 +191,7 @@ def test_a_folder_of_images_without_classes(tmp_path: Path) -> None:
     assert [row["prediction"] for row in found.rows] == ["0", "1"]
     assert [row["image"] for row in found.rows] == [str(tmp_path / "new" / f"{place}.png") for place in (0, 1)]
     assert found.metrics == {}
+    assert predict(file, str(tmp_path / "new" / "1.png")).rows == found.rows[1:]
     with pytest.raises(FileError, match=r"is a table; the adapter predicts images: give a folder of them"):
         predict(file, tiny.classes(tmp_path / "b.jsonl"))
 

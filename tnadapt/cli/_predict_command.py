@@ -29,7 +29,7 @@ FORMATS = (".csv", ".jsonl")
 
 def predict_command(
     adapter: Annotated[Path, typer.Argument(help="A file of tnadapt finetune, such as best.safetensors.")],
-    data: Annotated[str, typer.Option(help="As for tnadapt finetune, with labels or without.")],
+    data: Annotated[str, typer.Option(help="As for tnadapt finetune, with labels or without; also one image.")],
     out: Annotated[Path | None, typer.Option(help="A .csv or .jsonl; by default lines of JSON are printed.")] = None,
     base: Annotated[
         str | None,

@@ -79,8 +79,8 @@ def predict(
     adapter : path-like
         The file.
     data : str
-        As for a study, with or without targets. For images also a folder of images. Of data with parts, only the test
-        part is predicted.
+        As for a study, with or without targets. For images also a folder of images, or a single one. Of data with
+        parts, only the test part is predicted.
     base, tokenizer : str, optional
         Folder or hub name, instead of those in the file.
     text_column, label_column, separator : str, optional
@@ -179,8 +179,9 @@ def _longest(inputs: Mapping[str, Any], path: str, base: str, tokenizer: Any, mo
 def _samples(task: LearningTask, data: str, spec: Spec) -> tuple[str, Samples, bool, Table | None]:
     """Return the name of the part that is predicted, its samples, whether they have targets, and their table."""
     path = Path(data)
-    if task.kind == "image" and path.is_dir():
-        files = sorted(one for one in path.iterdir() if one.suffix.lower() in IMAGES and one.is_file())
+    if task.kind == "image":
+        inside = path.iterdir() if path.is_dir() else [path]
+        files = sorted(one for one in inside if one.suffix.lower() in IMAGES and one.is_file())
         if files:
             return "", Samples(files, np.zeros(len(files), np.int64)), False, None
     source: Table | Data = open_source(data, spec.text_column, spec.label_column)
