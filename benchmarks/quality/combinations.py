@@ -31,13 +31,13 @@ def write(folder: Path) -> Path:
 
 
 def page(folder: Path) -> str:
-    """Return the tables as Markdown."""
+    """Return the tables as Markdown, of the tasks with new combinations; empty if there are none."""
     parts = []
     for name in tasks.TASKS:
         task = tasks.find(name)
         for scale in task.scales:
             found = store.read(folder, name, scale)
-            if found is not None:
+            if found is not None and any(line["library"] == "new" for line in found.records.values()):
                 parts.append("\n".join(_section(task, outcomes_of(task, found.records.values()))) + "\n")
     return "\n".join(parts)
 

@@ -128,7 +128,7 @@ def _report(options: argparse.Namespace) -> None:
     for task, scale in _every():
         for path in report.write(options.out, task, scale):
             print(path)
-    if any(store.files_of(options.out, task.name, scale) for task, scale in _every()):
+    if combinations.page(options.out):
         print(combinations.write(options.out))
 
 

@@ -14,7 +14,17 @@ from .methods import BASE, DENSE
 from .tasks import QualityTask
 from .tuning import held_out
 
-__all__ = ["Difference", "Outcome", "at_budget", "base_of", "dense_of", "difference", "leader_of", "outcomes_of"]
+__all__ = [
+    "Difference",
+    "Outcome",
+    "at_budget",
+    "base_of",
+    "dense_of",
+    "difference",
+    "improves",
+    "leader_of",
+    "outcomes_of",
+]
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -160,6 +170,12 @@ def leader_of(task: QualityTask, outcomes: Sequence[Outcome]) -> Outcome | None:
     if not outcomes:
         return None
     return max(outcomes, key=lambda one: statistics.fmean(map(task.held_out_quality, one.held_out.values())))
+
+
+def improves(task: QualityTask, one: Outcome, base: Outcome | None) -> bool:
+    """Return whether a setting is decided to be better than no adapter; True if that was not measured."""
+    gain = None if base is None else difference(task, one, base)
+    return gain is None or (gain.decided and gain.mean > 0.0)
 
 
 def base_of(outcomes: Sequence[Outcome]) -> Outcome | None:

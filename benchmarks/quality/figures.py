@@ -80,7 +80,8 @@ def draw_scores(task: QualityTask, outcomes: Sequence[Outcome], path: Path, note
     axes.minorticks_off()
     axes.grid(axis="both", which="major", color="#E6E6E6", linewidth=0.7)
     axes.set_title(task.title, loc="left", fontsize=11, color=ink(), pad=10, parse_math=False)
-    axes.legend(loc="lower right", fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
+    # Above the axes, where it covers no point.
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, fontsize=7.5, frameon=False, borderaxespad=0.2)
     quiet(axes)
     _small_print(drawn, note)
     saved(drawn, path)

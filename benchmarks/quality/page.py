@@ -9,7 +9,7 @@ from pathlib import Path
 from tnadapt.checkpoints.atomic_files import replace_file
 
 from ..formatting import folded
-from . import methods, report, store, tasks, which
+from . import methods, replication, report, store, tasks, which
 from .grid import BUDGETS
 from .tuning import BEYOND
 
@@ -57,6 +57,9 @@ def _page(folder: Path) -> Iterator[str]:
         assert found is not None
         yield ""
         yield report.table(task, found, store.path_of(folder, task.name, scale).stem).rstrip("\n")
+        repeated = replication.section(folder, task, scale).rstrip("\n")
+        if repeated:
+            yield from ("", repeated)
 
 
 def _details() -> Iterator[str]:

@@ -9,7 +9,7 @@ from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import TnadaptError
 
 from . import store, tasks
-from .comparison import at_budget, leader_of, outcomes_of
+from .comparison import at_budget, base_of, improves, leader_of, outcomes_of
 from .figures import budgets_of
 from .report import row, scored
 from .which import lora_rank
@@ -55,11 +55,13 @@ def _lines(folder: Path) -> Iterator[str]:
             continue
         outcomes = outcomes_of(task, found.records.values())
         facts = task.facts(task.sketch())
+        base = base_of(outcomes)
         for budget in budgets_of(outcomes):
             here = at_budget(outcomes, budget)
             best = leader_of(task, here)
             assert best is not None
             lora = leader_of(task, [one for one in here if lora_rank(one, facts) is not None])
             served = ["–", "–"] if lora is None else [f"{lora.name}, rank {lora_rank(lora, facts)}", scored(task, lora)]
-            yield row([task.title, f"{budget:,}", best.name, scored(task, best), *served])
+            name = best.name if improves(task, best, base) else f"{best.name} (no gain)"
+            yield row([task.title, f"{budget:,}", name, scored(task, best), *served])
     yield ""

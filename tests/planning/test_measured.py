@@ -84,6 +84,21 @@ def test_tasks_are_averaged(published: Any) -> None:
     assert measurements(32768).share(lora, 1024) == pytest.approx(0.65)
 
 
+def test_a_method_is_not_ahead_because_it_was_measured_on_the_easier_task_alone(published: Any) -> None:
+    lora, superlora, dense = tna.presets.lora(1), tna.presets.superlora(1), tna.presets.dense()
+    easy = task("a", 30_000, (lora, 1000, 0.8), (dense, 1000, 0.9), (superlora, 1000, 0.7))
+    hard = task("b", 40_000, (lora, 1000, 0.2), (dense, 1000, 0.1))
+    elsewhere = task("c", 40_000, (lora, 9, 0.1))
+    published(easy, hard, elsewhere)
+    known = measurements(32768)
+    assert known.share(lora, 1000) == pytest.approx(0.5)  # measured on both
+    assert known.share(dense, 1000) == pytest.approx(0.5)
+    # .15 below the two others where they were measured together; their mean over the tasks is .5.
+    assert known.share(superlora, 1000) == pytest.approx(0.35)
+    published(easy, task("b", 40_000, (tna.presets.loha(1), 1000, 0.2)))
+    assert measurements(32768).share(superlora, 1000) == 0.7  # nothing was measured on both
+
+
 # -- Plans -----------------------------------------------------------------------------------------
 
 

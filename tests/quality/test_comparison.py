@@ -18,7 +18,7 @@ pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this
 
 import tnadapt as tna
 from benchmarks.quality import combinations, evidence, report, store, which
-from benchmarks.quality.comparison import difference, leader_of, outcomes_of
+from benchmarks.quality.comparison import difference, improves, leader_of, outcomes_of
 from tests.quality.played_task import PlayedTask
 
 TASK = PlayedTask()
@@ -190,6 +190,32 @@ def test_an_answer_names_the_best_those_not_decided_and_the_best_as_lora(tmp_pat
         "| 100 | fourierft r = 1 | 76.0 ± 1.0 | peft-lora (PEFT) | lora r = 1 (rank 3) | 61.0 ± 1.0 |"
     )
     assert row.endswith("| 15.0 [15.0, 15.0] |")
+
+
+@pytest.mark.usefixtures("published")
+def test_a_best_method_that_is_no_better_than_no_adapter_is_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [
+        *with_config(LORA, "base", [0.30, 0.31, 0.32], "control"),
+        *with_config(LORA, "lora", [0.31, 0.30, 0.33], validation=0.8),
+    ]
+    found = store.TaskResults({}, {one["key"]: one for one in records}, [])
+    monkeypatch.setattr(which.store, "read", lambda folder, name, scale: found if scale == "small" else None)
+    (row,) = [line for line in which.write(tmp_path).read_text("utf-8").splitlines() if line.startswith("| 100 |")]
+    assert row.startswith("| 100 | lora r = 1 (no gain) | 31.3 ± 1.5 |")
+
+
+def test_a_gain_is_an_interval_above_no_adapter() -> None:
+    records = [
+        *lines("base", [0.30, 0.31, 0.32], "control"),
+        *lines("good", [0.40, 0.42, 0.41]),
+        *lines("near", [0.31, 0.30, 0.33]),
+        *lines("bad", [0.10, 0.12, 0.11]),
+    ]
+    found = {one.method: one for one in outcomes_of(TASK, records)}
+    assert [improves(TASK, found[name], found["base"]) for name in ("good", "near", "bad")] == [True, False, False]
+    assert improves(TASK, found["near"], None)
 
 
 @pytest.mark.usefixtures("published")

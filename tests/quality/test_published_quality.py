@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
-from benchmarks.quality import combinations, evidence, page, readme, report, store, tasks, which
+from benchmarks.quality import combinations, evidence, page, readme, replication, report, store, tasks, which
 from benchmarks.quality.command import PUBLISHED
 from benchmarks.quality.comparison import outcomes_of
 
@@ -35,18 +37,19 @@ def test_the_tables_of_combinations_are_those_of_the_results() -> None:
     assert (folder / "combinations.md").read_text(encoding="utf-8") == combinations.page(folder)
 
 
+@pytest.mark.parametrize("folder", [PUBLISHED, PUBLISHED / replication.FOLDER], ids=["first", "second"])
 @pytest.mark.parametrize("name", list(tasks.TASKS))
-def test_a_table_is_that_of_its_results(name: str) -> None:
+def test_a_table_is_that_of_its_results(name: str, folder: Path) -> None:
     task = tasks.find(name)
     for scale in task.scales:
-        found = store.read(PUBLISHED, name, scale)
+        found = store.read(folder, name, scale)
         if found is None:
             continue
-        path = store.path_of(PUBLISHED, name, scale)
-        assert store.files_of(PUBLISHED, name, scale) == [path], "merge the shards"
+        path = store.path_of(folder, name, scale)
+        assert store.files_of(folder, name, scale) == [path], "merge the shards"
         assert path.with_suffix(".md").read_text(encoding="utf-8") == report.table(task, found, path.stem)
         for end in (".png", "-methods.png"):
-            assert (PUBLISHED / (path.stem + end)).read_bytes().startswith(b"\x89PNG")
+            assert (folder / (path.stem + end)).read_bytes().startswith(b"\x89PNG")
         # What is shown has seeds and rates, and every setting is finished.
         outcomes = outcomes_of(task, found.records.values())
         assert len(outcomes) == len(outcomes_of(task, found.records.values(), every=True))

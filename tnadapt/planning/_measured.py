@@ -58,6 +58,17 @@ class TaskMeasurements:
     elements: int
     settings: tuple[Setting, ...]
 
+    def kinds(self, parameters: int) -> set[Hashable]:
+        """Return the kinds that were measured with about as many parameters."""
+        kinds = {one.kind for one in self.settings}
+        return {kind for kind in kinds if self.share(kind, parameters) is not None}
+
+    def known(self, kind: Hashable, parameters: int) -> float:
+        """Return the share of one of :meth:`kinds`."""
+        share = self.share(kind, parameters)
+        assert share is not None
+        return share
+
     def share(self, kind: Hashable, parameters: int) -> float | None:
         """Return the share of the setting of a kind that is nearest in parameters; None if there is none near."""
 
@@ -81,10 +92,23 @@ class Measurements:
     tasks: tuple[TaskMeasurements, ...]
 
     def share(self, config: Config, parameters: int) -> float | None:
-        """Return what part of the gain of dense updates a setting reached, as a mean over tasks; None if unknown."""
+        """Return what part of the gain of dense updates a setting reached, as a mean over tasks; None if unknown.
+
+        Tasks differ in how much any method gains, and not all methods are measured on all tasks. So a setting that was
+        not measured on a task is assumed to differ from the methods that were measured on all tasks as it does on the
+        others.
+        """
+        tasks = [task for task in self.tasks if task.kinds(parameters)]
         kind = kind_of(config)
-        found = [share for task in self.tasks if (share := task.share(kind, parameters)) is not None]
-        return statistics.fmean(found) if found else None
+        found = {task: share for task in tasks if (share := task.share(kind, parameters)) is not None}
+        if not found:
+            return None
+        common = set[Hashable].intersection(*(task.kinds(parameters) for task in tasks))
+        if not common:
+            return statistics.fmean(found.values())
+        levels = {task: statistics.fmean(task.known(one, parameters) for one in common) for task in tasks}
+        ahead = statistics.fmean(share - levels[task] for task, share in found.items())
+        return ahead + statistics.fmean(levels.values())
 
 
 def measurements(elements: int) -> Measurements:

@@ -171,7 +171,7 @@ TITLES = (
 def _cells(row: Row, front: bool) -> tuple[str, ...]:
     return (
         "●" if front else "", row.name.family, row.name.label, f"{row.parameters:,}",
-        "–" if row.measured is None else f"{row.measured:.0%}", f"{row.bytes:,}",
+        "–" if row.measured is None else f"{round(row.measured, 2) + 0.0:.0%}", f"{row.bytes:,}",
         str(row.rank), _exported(row.export), f"{row.freedom:,}", _percent(row.fraction),
         f"{row.waste:.1%}", _short(row.cost),
     )  # fmt: skip
