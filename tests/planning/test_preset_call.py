@@ -88,7 +88,7 @@ def test_what_a_command_line_cannot_hold_has_no_options() -> None:
 
 
 def test_a_plan_says_how_to_use_its_first_row() -> None:
-    assert str(tna.plan(VIT, 1000)).splitlines()[-1] == (
-        "first row: tna.torch.attach(model, 'unilora', parameters=1000, rank=4); "
-        "tnadapt finetune --preset unilora --set parameters=1000 --set rank=4"
-    )
+    assert str(tna.plan(VIT, 1000)).splitlines()[-2:] == [
+        "first row: tna.torch.attach(model, 'unilora', parameters=1000, rank=4)",
+        "  or tnadapt finetune --preset unilora --set parameters=1000 --set rank=4",
+    ]

@@ -126,8 +126,8 @@ class Plan:
         call = self.shown[0].call if self.shown else None
         if call is None:
             return []
-        said = f"first row: {call.attach}"
-        return [said if call.options is None else f"{said}; tnadapt finetune {call.options}"]
+        command = [] if call.options is None else [f"  or tnadapt finetune {call.options}"]
+        return [f"first row: {call.attach}", *command]
 
     def _symbols(self) -> list[str]:
         labels = " ".join(row.name.label for row in self.shown)

@@ -19,12 +19,12 @@ __all__ = ["SYMBOLS", "Name", "known_as"]
 #: What the symbols of labels stand for, which are those of the papers.
 SYMBOLS = {
     "r": "rank",
-    "M": "tensor order",
+    "M": "order",
     "K": "Kronecker factors",
-    "f": "size of all but the last of them",
+    "f": "their size",
     "G": "groups",
     "T": "terms",
-    "ρ": "trained share of F's output",
+    "ρ": "trained share",
     "p": "parameters",
     "k": "parameters",
     "n": "coefficients per weight",
