@@ -133,9 +133,10 @@ def test_memory_is_some_blocks(tmp_path: Path) -> None:
     array = np.memmap(tmp_path / "tensor", np.float32, "w+", shape=(128, 128, 128))
     array[:] = np.sin(np.arange(128))[:, None, None] * np.cos(np.arange(128))[:, None]
     block = 1 << 17
-    peak = peak_of(lambda: tna.tucker(array, 2, memory=block))
-    assert peak < array.nbytes / 4
-    assert peak_of(lambda: tna.tensor_train(array, 2, memory=block)) < array.nbytes / 4
+    # From 2.5, NumPy counts the workspace of LAPACK, too, about 1 MB here.
+    most = array.nbytes / (4 if np.lib.NumpyVersion(np.__version__) < "2.5.0" else 3)
+    assert peak_of(lambda: tna.tucker(array, 2, memory=block)) < most
+    assert peak_of(lambda: tna.tensor_train(array, 2, memory=block)) < most
     assert math.prod(array.shape) * 4 == array.nbytes
 
 

@@ -79,7 +79,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
             config: Any = self.peft_config[adapter_name]
             layer = self.tnadapt
             if layer.handles:
-                trainable = {parameter: parameter.requires_grad for parameter in self.parameters()}
+                trainable = _trainable(self)
             check_adapter_name(adapter_name)
             _check_saved_modules(config, adapter_name)
             if layer.merged:
@@ -272,6 +272,11 @@ def _converted(
 
 def _layer_of(model: nn.Module) -> TnadaptLayer:
     return next(module for module in model.modules() if isinstance(module, TnadaptLayer))
+
+
+def _trainable(model: nn.Module) -> dict[nn.Parameter, bool]:
+    # A function, since Python 3.13 may not catch what interrupts a comprehension in the ``try`` block around it.
+    return {parameter: parameter.requires_grad for parameter in model.parameters()}
 
 
 def _restore(trainable: Mapping[nn.Parameter, bool]) -> None:
