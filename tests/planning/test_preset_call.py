@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tnadapt.cli._settings import chosen_config
 from tnadapt.planning import preset_call
 from tnadapt.testing import configs
 
@@ -26,6 +25,8 @@ def evaluated(written: str) -> Any:
 
 
 def parsed(options: str) -> Any:
+    from tnadapt.cli._settings import chosen_config
+
     words = shlex.split(options)
     assert words[0] == "--preset"
     assert set(words[2::2]) <= {"--set"}
@@ -38,6 +39,14 @@ def test_every_row_of_a_plan_can_be_written(shapes: list[tuple[int, int]], budge
     for row in tna.plan(shapes, budget).rows:
         assert row.call is not None
         assert evaluated(str(row.call)) == row.config
+
+
+@settings(max_examples=15)
+@given(weights, st.integers(1, 3000))
+def test_every_row_of_a_plan_can_be_given_as_options(shapes: list[tuple[int, int]], budget: int) -> None:
+    pytest.importorskip("typer")
+    for row in tna.plan(shapes, budget).rows:
+        assert row.call is not None
         if row.call.options is not None:
             assert parsed(row.call.options) == row.config
 
