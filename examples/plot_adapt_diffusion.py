@@ -62,22 +62,22 @@ model = UNet2DModel(
     norm_num_groups=8,
     num_class_embeds=10,
 )
-train(model, model.parameters(), pictures, labels, steps=500, rate=2e-3)
+train(model, model.parameters(), pictures, labels, steps=300, rate=2e-3)
 
 # %%
 # Draw and read
 # -------------
 #
-# Twenty drawings of each class, from the same noise every time. A support vector machine that was trained on the real
+# Ten drawings of each class, from the same noise every time. A support vector machine that was trained on the real
 # pictures reads them.
 
-wanted = torch.arange(10).repeat(20)
+wanted = torch.arange(10).repeat(10)
 reader = SVC(gamma=0.02).fit(pictures.flatten(1).numpy(), labels.numpy())
 
 
 @torch.no_grad()
-def draw(model, steps=25):
-    """Return 200 pictures, 20 of each class."""
+def draw(model, steps=15):
+    """Return 100 pictures, 10 of each class."""
     sampler = DDIMScheduler.from_config(noising.config)
     sampler.set_timesteps(steps)
     drawn = torch.randn(len(wanted), 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -107,7 +107,7 @@ few = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[
 torch.manual_seed(1)
 adapter = tna.torch.attach(model, "superlora", rank=32, order=4, targets="conv")
 adapter.print_trainable_parameters()
-train(model, adapter.parameters(), mirrored[few], labels[few], steps=300, rate=1e-2)
+train(model, adapter.parameters(), mirrored[few], labels[few], steps=200, rate=1e-2)
 after = draw(model)
 print(f"with {adapter.num_parameters:,} trained numbers: {read(after.flip(-1)):.0%} are read in a mirror")
 

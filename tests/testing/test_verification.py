@@ -23,7 +23,7 @@ from tnadapt.testing.strategies import plans
 from tnadapt.testing.verification import Report, examples, verify
 
 # JAX compiles every operation for every shape, which takes a minute for a preset of each format.
-ON_JAX = ("dense", "superlora")
+ON_JAX = ("superlora",)
 
 
 @pytest.mark.law("projection-adjoint", "presets", "parameter-count")
