@@ -6,8 +6,8 @@ A diffusion model draws digits. From 200 pictures, an adapter teaches it to draw
 how many of the drawn digits can be read. The model is a U-Net of diffusers; the last section says what is different
 for Stable Diffusion.
 
-You need ``pip install "tnadapt[torch]" diffusers scikit-learn``. No package contains a pretrained diffusion model that
-is small enough to run here, so this page begins by training one.
+You need ``pip install "tnadapt[plot,torch]" diffusers scikit-learn``. No package contains a pretrained diffusion
+model that is small enough to run here, so this page begins by training one.
 """
 
 # %%
