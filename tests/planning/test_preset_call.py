@@ -47,14 +47,16 @@ def test_every_row_of_a_plan_can_be_given_as_options(shapes: list[tuple[int, int
     pytest.importorskip("typer")
     for row in tna.plan(shapes, budget).rows:
         assert row.call is not None
-        if row.call.options is not None:
-            assert parsed(row.call.options) == row.config
+        options = row.call.options()
+        if options is not None:
+            assert parsed(options) == row.config
 
 
 @given(configs(((8, 8), (8, 12))))
 def test_any_config_is_that_of_its_call(config: tna.Config) -> None:
     call = preset_call(config)
-    assert call is None or getattr(tna.presets, call.preset)(**call.settings) == config
+    assert call is not None
+    assert getattr(tna.presets, call.preset)(**call.settings) == config
 
 
 @pytest.mark.parametrize("name", tna.presets.__all__)
@@ -92,8 +94,8 @@ def test_calls(config: tna.Config, written: str) -> None:
 def test_what_a_command_line_cannot_hold_has_no_options() -> None:
     call = preset_call(tna.presets.superlora(4, split_size=(2, 3), splits=2))
     assert call is not None
-    assert call.options is None
-    assert call.attach == "tna.torch.attach(model, 'lonkr', rank=4, splits=2, split_size=(2, 3))"
+    assert call.options() is None
+    assert call.attach() == "tna.torch.attach(model, 'lonkr', rank=4, splits=2, split_size=(2, 3))"
 
 
 def test_a_plan_says_how_to_use_its_first_row() -> None:
@@ -101,3 +103,12 @@ def test_a_plan_says_how_to_use_its_first_row() -> None:
         "first row: tna.torch.attach(model, 'unilora', parameters=1000, rank=4)",
         "  or tnadapt finetune --preset unilora --set parameters=1000 --set rank=4",
     ]
+
+
+def test_other_weights_than_queries_and_values_are_named() -> None:
+    call = preset_call(tna.presets.lora(8))
+    assert call is not None
+    assert call.attach(["all-linear"]) == "tna.torch.attach(model, 'lora', rank=8, targets='all-linear')"
+    assert call.attach(["a.b", "c"]) == "tna.torch.attach(model, 'lora', rank=8, targets=['a.b', 'c'])"
+    assert call.options(["a.b", "c|d"]) == "--preset lora --set rank=8 --targets a.b --targets 'c|d'"
+    assert tna.plan(VIT, 1000).notes(["all-linear"])[-2].endswith(", targets='all-linear')")

@@ -101,7 +101,7 @@ def plan_command(
             more["layout"] = chosen.to_dict()
         echo_json({**more, **found.to_dict(every)})
         return
-    _print(found, table)
+    _print(found, table, targets or [])
     if picture is not None:
         echo(f"parameters against rank: {picture}")
     if layout_picture is not None:
@@ -122,7 +122,7 @@ def _draw(found: Plan, weights: Weights, adapter: SuperLoRA, picture: Path | Non
         raise TnadaptError(f"cannot draw: {error}") from None
 
 
-def _print(found: Plan, table: Sequence[Sequence[str]]) -> None:
+def _print(found: Plan, table: Sequence[Sequence[str]], targets: Sequence[str]) -> None:
     from rich.console import Console
 
     console = Console()
@@ -135,5 +135,5 @@ def _print(found: Plan, table: Sequence[Sequence[str]]) -> None:
             kept.remove(table[0].index(spare))
     rows = [[row[column] for column in kept] for row in table]
     print_table(rows[0], rows[1:], right=range(3, len(kept)))
-    for note in found.notes():
+    for note in found.notes(targets):
         echo(note)

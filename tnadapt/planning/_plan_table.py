@@ -104,8 +104,14 @@ class Plan:
         caption = f"{_counted(len(self.shapes), 'weight')}, at most {_counted(self.budget, 'parameter')}"
         return html_table(caption, head, rows, self.notes(), right=3)
 
-    def notes(self) -> list[str]:
-        """Return the lines that explain the table."""
+    def notes(self, targets: Sequence[str] = ()) -> list[str]:
+        """Return the lines that explain the table.
+
+        Parameters
+        ----------
+        targets : sequence of str
+            What the weights were chosen by, to say how to use the first row; by default they are queries and values.
+        """
         measured = any(row.measured is not None for row in self.rows)
         names = {"parameters": "parameters (by tenths)", "cost": "step", "waste": "padding"}
         told = ", ".join(names.get(name, name) for name in self.by)
@@ -119,19 +125,19 @@ class Plan:
             "freedom: the dimension of the set of all updates, and its share of their elements",
             f"{_counted(len(self.shapes), 'weight')} of {_counted(self.size, 'element')}; at most "
             f"{_counted(self.budget, 'parameter')}; {_counted(len(self.rows), 'setting')} compared",
-            *self._first(),
+            *self._first(targets),
         ]
 
-    def _first(self) -> list[str]:
+    def _first(self, targets: Sequence[str]) -> list[str]:
         call = self.shown[0].call if self.shown else None
         if call is None:
             return []
-        command = [] if call.options is None else [f"  or tnadapt finetune {call.options}"]
-        return [f"first row: {call.attach}", *command]
+        options = call.options(targets)
+        return [f"first row: {call.attach(targets)}", *([f"  or tnadapt finetune {options}"] if options else [])]
 
     def _symbols(self) -> list[str]:
         labels = " ".join(row.name.label for row in self.shown)
-        used = [f"{symbol} {means}" for symbol, means in SYMBOLS.items() if f"{symbol} = " in f" {labels}"]
+        used = [f"{symbol} {means}" for symbol, means in SYMBOLS.items() if f" {symbol} = " in f" {labels}"]
         return [f"setting: {'; '.join(used)}"] if used else []
 
     def _order(self) -> list[str]:
@@ -171,7 +177,7 @@ TITLES = (
 def _cells(row: Row, front: bool) -> tuple[str, ...]:
     return (
         "●" if front else "", row.name.family, row.name.label, f"{row.parameters:,}",
-        "–" if row.measured is None else f"{round(row.measured, 2) + 0.0:.0%}", f"{row.bytes:,}",
+        "–" if row.measured is None else f"{round(row.measured, 2) + 0.0:.0%}", f"{row.bytes:,}",  # no "-0%"
         str(row.rank), _exported(row.export), f"{row.freedom:,}", _percent(row.fraction),
         f"{row.waste:.1%}", _short(row.cost),
     )  # fmt: skip

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shlex
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tnadapt.algebra import presets
@@ -38,17 +40,35 @@ class PresetCall(NamedTuple):
         """Return the call as Python writes it, without the module."""
         return f"{self.preset}({self._arguments()})"
 
-    @property
-    def attach(self) -> str:
-        """The call of ``attach`` with this config."""
-        return f"tna.torch.attach(model, {self.preset!r}{', ' * bool(self.settings)}{self._arguments()})"
+    def attach(self, targets: Sequence[str] = ()) -> str:
+        """Return the call of ``attach`` with this config.
 
-    @property
-    def options(self) -> str | None:
-        """The options of ``tnadapt finetune`` for this config; None if a setting cannot be given on a command line."""
+        Parameters
+        ----------
+        targets : sequence of str
+            The weights, if they are not the queries and values.
+        """
+        chosen = targets[0] if len(targets) == 1 else list(targets)
+        words = [f"model, {self.preset!r}", self._arguments(), f"targets={chosen!r}" if targets else ""]
+        return f"tna.torch.attach({', '.join(filter(None, words))})"
+
+    def options(self, targets: Sequence[str] = ()) -> str | None:
+        """Return the options of ``tnadapt finetune`` for this config; None if a command line cannot hold a setting.
+
+        Parameters
+        ----------
+        targets : sequence of str
+            As in :meth:`attach`.
+        """
         if not all(isinstance(value, (int, float, str)) for value in self.settings.values()):
             return None
-        return " ".join([f"--preset {self.preset}", *(f"--set {name}={one}" for name, one in self.settings.items())])
+        words = ["--preset", self.preset]
+        for option, values in (
+            ("--set", [f"{name}={one}" for name, one in self.settings.items()]),
+            ("--targets", targets),
+        ):
+            words += [word for value in values for word in (option, value)]
+        return shlex.join(words)
 
     def _arguments(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
@@ -71,7 +91,7 @@ def preset_call(config: Config) -> PresetCall | None:
     >>> from tnadapt import Config, presets
     >>> print(preset_call(presets.unilora(1000)))
     unilora(parameters=1000, rank=4)
-    >>> preset_call(presets.superlora(4, projection="linear", ratio=0.01)).options
+    >>> preset_call(presets.superlora(4, projection="linear", ratio=0.01)).options()
     '--preset superlora --set rank=4 --set projection=linear --set ratio=0.01'
     """
     calls = [call for name in presets.__all__ if (call := _call(name, config)) is not None]
