@@ -136,8 +136,8 @@ def _agreement(task: QualityTask, budget: int, settings: Sequence[tuple[Outcome,
 
 
 TEXT = """\
-A second run of the same trainings (`{folder}/`), on a machine that rounds differently. A model that the task pretrains
-itself is another one there, and so are the controls: {controls}. *Correlation* is that of the ranks by test score.
-*Decided* are pairs of settings whose difference is decided above. Of these, the last three columns count those with the
-same sign in the second run, those that are decided there, too, and those that are decided there the other way.
+The same trainings were run on another processor (`{folder}/`). A task that pretrains its own model gets a slightly
+different one there, so the controls differ, too: {controls}. *Correlation* compares the ranks by test score. *Decided*
+counts the pairs of settings whose difference is decided in the tables above. The last three columns count how many of
+these have the same sign in the second run, are decided there as well, or are decided the other way.
 """
