@@ -439,6 +439,16 @@ def test_one_that_dies_disturbs_no_other_and_is_tried_again(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_the_last_task_kills_its_worker_and_not_the_program(tmp_path: Path) -> None:
+    # What is left when "run the same command again" is followed.
+    done = run(tmp_path, "local", "killed")
+    assert done.returncode == 1
+    assert "a worker died 3 times while it ran killed/0" in done.stderr.splitlines()[-1]
+    assert Play(tmp_path).noted("begun") == ["killed/0"] * 3
+    assert gone(tmp_path)
+
+
+@pytest.mark.slow
 def test_who_stops_listening_ends_those_that_run(tmp_path: Path) -> None:
     with contextlib.closing(run_tasks(Play(tmp_path), acts("a", "long", "long"), tmp_path, jobs=2)) as found:
         assert next(found)[0].does == "a"

@@ -28,20 +28,25 @@ __all__ = ["LocalEngine"]
 
 
 class LocalEngine(Engine):
-    """Processes of this machine; a single job runs in this process itself."""
+    """Processes of this machine; a single job runs in this process itself.
+
+    So does a single task, unless jobs were asked for. When the same command is run again, the task that is left may be
+    the one that kills its process, for example for lack of memory.
+    """
 
     name = "local"
 
     def __init__(self, jobs: int | None = None, options: Mapping[str, str] | None = None, light: bool = False) -> None:
         super().__init__(jobs or (_cores() if jobs == 0 and light else 1), options, light)
+        self._asked = bool(jobs)
 
     def threads(self, wanted: int | None, tasks: int) -> int:
         """Return as many as wanted, or an equal share of all."""
         return wanted or max(1, number_of_threads() // max(1, min(self.jobs, tasks)))
 
     def here(self, tasks: int) -> bool:
-        """Whether only one task runs at a time."""
-        return min(self.jobs, tasks) < 2
+        """Whether only one task runs at a time, in this process."""
+        return self.jobs < 2 or (tasks < 2 and not self._asked)
 
     def device(self, given: str | None) -> None:
         """Return None: the workers have this machine's devices."""
