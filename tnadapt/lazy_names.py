@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,5 +35,6 @@ def lazy_name(package: str, modules: Mapping[str, str], name: str) -> Any:
     AttributeError: module 'tnadapt' has no attribute 'pc'
     """
     if name not in modules:
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        # With the module, Python adds "Did you mean", from its __dir__.
+        raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package])
     return getattr(importlib.import_module(f".{modules[name]}", package), name)

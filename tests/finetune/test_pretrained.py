@@ -17,7 +17,14 @@ pytest.importorskip("PIL")
 from safetensors import torch as safetensors_torch  # noqa: E402
 
 from tnadapt.errors import FileError, TnadaptError  # noqa: E402
-from tnadapt.finetune import Choice, Spec, Study, Training, open_problem  # noqa: E402
+from tnadapt.finetune import (  # noqa: E402
+    Choice,
+    Spec,
+    Study,
+    Training,
+    _image_inputs,
+    open_problem,
+)
 from tnadapt.finetune._data import Samples  # noqa: E402
 from tnadapt.finetune._encode import Images  # noqa: E402
 
@@ -240,6 +247,8 @@ def test_a_timm_model(shades: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(timm, "create_model", untrained)
     # Its weights are drawn from the seed of the head here; a checkpoint's would not be.
     spec = Spec(model="timm:vit_tiny_patch16_224", data=str(shades), image_size=32)
+    with pytest.raises(TnadaptError, match=r"^--image-size 40 is not .* patches of 16 pixels; give 32 or 48$"):
+        open_problem(dataclasses.replace(spec, image_size=40))
     problem = open_problem(spec)
     assert problem.keep_trainable == ("head",)
     study = Study(spec, CHOICE, Training(epochs=1, batch=8), (0.02,))
@@ -317,7 +326,15 @@ def test_lengths_that_cannot_be(bert: Path, table: Path, given: dict[str, Any], 
         open_problem(Spec(model=str(bert), data=str(table), **given))
 
 
-def test_images_that_the_model_does_not_take(vit: Path, shades: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "near"), [(4, "8"), (20, "16 or 24")])
+def test_images_that_are_no_whole_patches(vit: Path, shades: Path, size: int, near: str) -> None:
+    message = f"^--image-size {size} is not a multiple of the model's patches of 8 pixels; give {near}$"
+    with pytest.raises(TnadaptError, match=message):
+        open_problem(Spec(model=str(vit), data=str(shades), image_size=size))
+
+
+def test_images_that_the_model_does_not_take(vit: Path, shades: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_image_inputs, "require_whole_patches", lambda size, patch: None)
     with pytest.raises(TnadaptError, match=r"does not take the samples of shades.npz: ") as caught:
         open_problem(Spec(model=str(vit), data=str(shades), image_size=4))  # the patch is 8
     assert "\n" not in str(caught.value)

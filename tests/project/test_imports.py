@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 import tomllib
@@ -57,6 +58,19 @@ except AttributeError as error:
     print(error)
 """
     assert run(code).strip() == "module 'tnadapt' has no attribute 'nonsense'"
+
+
+@pytest.mark.parametrize(
+    "module", ["tnadapt", "tnadapt.convert", "tnadapt.finetune", "tnadapt.serving", "tnadapt.testing"]
+)
+def test_a_misspelt_name_gets_the_right_one(module: str) -> None:
+    package = importlib.import_module(module)
+    for name in package.__all__:
+        with pytest.raises(AttributeError, match=f"^module '{module}' has no attribute '{name}s'") as caught:
+            getattr(package, f"{name}s")
+        # Python's "Did you mean" compares the names of the object.
+        assert (caught.value.name, caught.value.obj) == (f"{name}s", package)
+        assert name in dir(package)
 
 
 def test_subpackages_are_imported_when_they_are_used() -> None:

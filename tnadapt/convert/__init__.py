@@ -65,3 +65,7 @@ def __getattr__(name: str) -> Any:
     if name == "FORMS":  # never stored, as it grows with every format that is registered
         return importlib.import_module("._format_registry", __name__).forms()
     return lazy_name(__name__, _LAZY, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

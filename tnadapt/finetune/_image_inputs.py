@@ -14,7 +14,7 @@ from ._data import Samples
 from ._encode import Images
 from ._foreign_messages import silent
 
-__all__ = ["divided_images", "image_settings"]
+__all__ = ["divided_images", "image_settings", "require_whole_patches"]
 
 
 def image_settings(name: str, transformers: Any, config: Any, given: int | None) -> tuple[int, int, Any]:
@@ -22,6 +22,8 @@ def image_settings(name: str, transformers: Any, config: Any, given: int | None)
     processor = _processor(name, transformers)
     size = given or _side(processor.get("crop_size")) or _side(processor.get("size"))
     size = size or _side(getattr(config, "image_size", None)) or 224
+    if given is not None:
+        require_whole_patches(given, getattr(config, "patch_size", None))
     statistics = processor.get("image_mean"), processor.get("image_std")
     return size, int(getattr(config, "num_channels", 3)), None if None in statistics else statistics
 
@@ -47,6 +49,25 @@ def divided_images(
         images = Images(some, size, channels, statistics)
         statistics = images.statistics
         yield part, images
+
+
+def require_whole_patches(size: int, patch: Any) -> None:
+    """Raise a TnadaptError unless images of a size are whole patches: most models would cut off the rest silently.
+
+    Parameters
+    ----------
+    size : int
+        Pixels per side.
+    patch : int or sequence or mapping of int, optional
+        Pixels per side of a patch; None if the model has no patches.
+    """
+    side = _side(patch)
+    if side and size % side:
+        below, above = size // side * side, -(-size // side) * side
+        near = f"{below} or {above}" if below else above
+        raise TnadaptError(
+            f"--image-size {size} is not a multiple of the model's patches of {side} pixels; give {near}"
+        )
 
 
 def _side(size: Any) -> int | None:

@@ -16,7 +16,7 @@ from tnadapt.errors import TnadaptError, safe_repr
 from ._data import Data, Samples, choose, divide
 from ._data_sources import open_source, quiet
 from ._foreign_messages import class_expected, refused, silent, transformers_library
-from ._image_inputs import divided_images, image_settings
+from ._image_inputs import divided_images, image_settings, require_whole_patches
 from ._learning_task import LearningTask
 from ._model_place import model_place
 from ._saved_task import check_recordable
@@ -209,6 +209,8 @@ def _timm(spec: Spec, data: Data, task: LearningTask, samples: dict[str, Samples
     with refused(f"cannot load {safe_repr(name)} through timm"):
         model = build(0)
     config: Any = model.pretrained_cfg
+    if spec.image_size:
+        require_whole_patches(spec.image_size, getattr(getattr(model, "patch_embed", None), "patch_size", None))
     named = config.get("classifier") or "head"
     head = (named,) if isinstance(named, str) else tuple(named)
     channels, *_, side = config["input_size"]

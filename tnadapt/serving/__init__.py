@@ -24,3 +24,7 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     return lazy_name(__name__, _LAZY, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

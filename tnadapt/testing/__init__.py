@@ -54,3 +54,7 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     found = globals()[name] = lazy_name(__name__, _LAZY, name)
     return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
