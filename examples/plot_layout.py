@@ -31,14 +31,14 @@ for weight in range(len(shapes)):
         )
 
 # %%
-# Top: the long vector with the weights' boundaries, and the groups in colour. Bottom: the weights themselves. Darker
+# Top: the long vector with the weights' boundaries, and the groups in color. Bottom: the weights themselves. Darker
 # elements are later in their group.
 
 colormaps = [plt.colormaps[name] for name in ("Blues", "Oranges", "Greens")]
 
 
 def shade(group, position):
-    """Return the colour of one element."""
+    """Return the color of one element."""
     return colormaps[group](0.25 + 0.6 * position / ad.layout.group_size(group))
 
 

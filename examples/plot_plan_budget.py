@@ -40,9 +40,9 @@ styles = plot.styles(row.name.family for row in found.rows)
 fig, axes = plt.subplots(figsize=(8.6, 4.6), layout="constrained")
 for row in sorted(found.rows, key=lambda row: row in found.front):
     if row.parameters > 1000:
-        colour, marker = styles[row.name.family]
+        color, marker = styles[row.name.family]
         edge = "black" if row in found.front else "white"
-        axes.scatter(row.freedom, row.cost, s=70, color=colour, marker=marker, edgecolors=edge, label=row.name.family)
+        axes.scatter(row.freedom, row.cost, s=70, color=color, marker=marker, edgecolors=edge, label=row.name.family)
         if row in found.front:
             axes.annotate(str(row.name), (row.freedom, row.cost), xytext=(0, -15), textcoords="offset points",
                           ha="right" if row.freedom > 5000 else "left", fontsize="small")  # fmt: skip

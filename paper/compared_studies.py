@@ -194,7 +194,7 @@ def _study(name: str, folder: Path) -> ComparedStudy:
 
 
 def _how(study: dict[str, Any]) -> str:
-    """Describe optimiser, schedule and batch; fields that a study lacks have the defaults of Training."""
+    """Describe optimizer, schedule and batch; fields that a study lacks have the defaults of Training."""
     usual = Training(epochs=1, batch=1)
     names = {"adamw": "AdamW", "sgd": "SGD", "cosine": "a cosine", "onecycle": "OneCycle"}
     optimiser, shape = (study.get(name, getattr(usual, name)) for name in ("optimiser", "shape"))

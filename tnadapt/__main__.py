@@ -7,7 +7,7 @@ import sys
 # What is shown without the command line's libraries.
 _HELP = """Usage: tnadapt [OPTIONS] COMMAND [ARGS]...
 
-Weight updates as small tensor networks.
+Fine-tune, plan, convert and merge adapters with few parameters.
 
 The commands (finetune, predict, presets, plan, extract, convert, merge, info, verify) need the extra "cli",
 and finetune and predict the extra "demo":

@@ -24,7 +24,7 @@ _INVISIBLE = frozenset(
 def escaped(text: str) -> str:
     r"""Escape untrusted text so that it is safe to print and stays on one line.
 
-    Characters that move the cursor, change colours, start a new line, change the writing direction or are invisible
+    Characters that move the cursor, change colors, start a new line, change the writing direction or are invisible
     become escapes such as ``\x1b``. Use it for all printed text that may come from a file, a model or a folder: names,
     metadata, paths, messages.
 

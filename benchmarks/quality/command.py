@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seeds", type=int, help="seeds 0 to N - 1")
     run.add_argument("--tuned-by", type=int, help="number of seeds with which rates are tried")
     run.add_argument("--rates", help="learning rates that are tried first, with commas between them")
-    run.add_argument("--no-refine", action="store_true", help="do not try the neighbours of the best rate")
+    run.add_argument("--no-refine", action="store_true", help="do not try the neighbors of the best rate")
     run.add_argument("--scale", help="smoke, small or full: of data and training")
     run.add_argument("--shard", default="1/1", metavar="I/N", help="only every N-th setting, with a file of its own")
     run.add_argument("--retry", action="store_true", help="try trainings again that failed with an error")

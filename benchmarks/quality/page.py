@@ -112,7 +112,7 @@ task adapt the same weights, and add to them whatever their own library adds. Bu
 a method takes part with its largest setting within the budget, if that has at least half as many parameters.
 
 **Rates.** Every method gets the same list of learning rates and the same rule. While the best one is the lowest or
-highest of those tried, one beyond it is tried, at most {beyond} on each side. Then the best one's neighbours are tried,
+highest of those tried, one beyond it is tried, at most {beyond} on each side. Then the best one's neighbors are tried,
 half a step away. A new head has a rate of its own, the same with all adapters. The score on the held-out part decides.
 Test samples choose nothing: not the rate, not what has a ●, not when to stop.
 """

@@ -1,7 +1,7 @@
 """Learning rates, the same rule for every method: which trainings are due next, and which rate is chosen.
 
 Every rate of the task's list is tried with the tuning seeds. While the best of those tried is the lowest or highest,
-one more beyond it is tried, a limited number of times on each side. Then the neighbours of the best rate, half a step
+one more beyond it is tried, a limited number of times on each side. Then the neighbors of the best rate, half a step
 away, are tried. The best rate is trained with the remaining seeds. Only scores on the held-out part decide.
 """
 
@@ -38,7 +38,7 @@ class Plan:
     tuned_by : int
         Number of seeds with which rates are tried.
     refine : bool
-        Whether the neighbours of the best rate are tried.
+        Whether the neighbors of the best rate are tried.
     """
 
     rates: tuple[float, ...]
@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def step(self) -> float:
-        """The quotient of two neighbouring rates."""
+        """The quotient of two neighboring rates."""
         return self.rates[1] / self.rates[0] if len(self.rates) > 1 else 10.0
 
 

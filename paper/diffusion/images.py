@@ -99,7 +99,7 @@ def missing_files(name: str, folder: Path) -> list[str]:
 
 
 def read_images(name: str, folder: Path, size: int, channels: int, test: bool = False) -> ImageSet:
-    """Read a set of images, resized to squares, in grey or colour.
+    """Read a set of images, resized to squares, in grey or color.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ def read_images(name: str, folder: Path, size: int, channels: int, test: bool = 
     size : int
         Pixels per side; images of another size are scaled with antialiasing.
     channels : {1, 3}
-        Grey images are repeated for three channels; colours are averaged for one.
+        Grey images are repeated for three channels; colors are averaged for one.
     test : bool
         Read the test images instead of the training images.
 
@@ -183,7 +183,7 @@ def _idx(path: Path) -> NDArray[np.uint8]:
 
 
 def _svhn(place: Path, test: bool) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Read SVHN's MATLAB file, which has pixels as (rows, columns, colours, n), and the label 10 for the digit 0."""
+    """Read SVHN's MATLAB file, which has pixels as (rows, columns, colors, n), and the label 10 for the digit 0."""
     from scipy.io import loadmat
 
     found = loadmat(place / FILES["svhn"][test], variable_names=("X", "y"))

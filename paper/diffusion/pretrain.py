@@ -186,7 +186,7 @@ def _write(path: Path, step: int, model: Generator, optimiser: Any) -> None:
 
 
 def _go_on(model: Generator, optimiser: Any, step: int, held: dict[str, Tensor]) -> int:
-    """Restore model and optimiser moments of a saved state; return its step."""
+    """Restore model and optimizer moments of a saved state; return its step."""
     model.load_state_dict({name: tensor for name, tensor in held.items() if ":" not in name})
     for name, weight in model.named_parameters():
         moments = {moment: held[f"{moment}:{name}"].to(weight.device) for moment in _MOMENTS}

@@ -22,6 +22,7 @@ typer_testing = pytest.importorskip("typer.testing")
 
 from tests.support.depth import in_depth  # noqa: E402
 from tnadapt.cli import app  # noqa: E402
+from tnadapt.cli._finetune_command import _word  # noqa: E402
 from tnadapt.cli._progress import _outcome  # noqa: E402
 from tnadapt.errors import TnadaptError  # noqa: E402
 
@@ -91,6 +92,23 @@ def test_the_whole_job(cache: Path, tmp_path: Path) -> None:
     assert found["best"]["proof"]["loaded_same"] is True
     assert found["best"]["proof"]["merged_different"] == 0
     assert Path(found["picture"]).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("source", "word"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", "Qwen2.5-7B-Instruct"),
+        ("Qwen/Qwen2.5-0.5B", "Qwen2.5-0.5B"),
+        ("timm:vit_small_patch16_224.augreg_in1k", "vit_small_patch16_224.augreg_in1k"),
+        ("./my-bert", "my-bert"),
+        ("data/reviews.csv", "reviews"),
+        ("models/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct.Q4_1"),
+        ("photos/", "photos"),
+        ("..", ".."),
+    ],
+)
+def test_the_default_folder_has_the_whole_name(source: str, word: str) -> None:
+    assert _word(source) == word
 
 
 def test_one_weight_is_counted_as_one(tmp_path: Path) -> None:

@@ -23,3 +23,11 @@ def test_embeddings_are_a_word_and_a_role() -> None:
     ]  # fmt: skip
     with pytest.raises(TargetError, match="no tensor of the checkpoint is a target for 'embeddings'"):
         find_stored({"layers.0.fc.weight": (4, 4)}, "embeddings")
+
+
+@pytest.mark.parametrize("word", ["all-linear", "conv"])
+def test_kinds_of_layers_need_the_model(word: str) -> None:
+    message = f"no tensor .* target for '{word}'; a checkpoint does not say which layer a tensor is of. Give roles"
+    with pytest.raises(TargetError, match=message):
+        find_stored(STORED, word)
+    assert find_stored({"stem.conv.weight": (4, 3, 3, 3)}, ["conv"])[0].module == "stem.conv"

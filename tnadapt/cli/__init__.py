@@ -17,7 +17,7 @@ __all__ = ["app"]
 app = typer.Typer(
     cls=LazyGroup,
     name="tnadapt",
-    help="Weight updates as small tensor networks.",
+    help="Fine-tune, plan, convert and merge adapters with few parameters.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -36,4 +36,4 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Weight updates as small tensor networks: SuperLoRA and its relatives."""
+    """Fine-tune, plan, convert and merge adapters with few parameters."""

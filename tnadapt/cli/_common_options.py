@@ -42,7 +42,9 @@ ModelOfHeaders: TypeAlias = Annotated[
 ]
 TargetsOfHeaders: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option("--targets", help="qv, qkvo, a regex, or paths of modules; repeat for more.", show_default="qv"),
+    typer.Option(
+        "--targets", help="qv, qkvo, embeddings, a regex, or paths of modules; repeat for more.", show_default="qv"
+    ),
 ]
 OwnSettings: TypeAlias = Annotated[
     list[str] | None,

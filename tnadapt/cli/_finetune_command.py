@@ -28,6 +28,8 @@ __all__ = ["finetune_command", "job_package"]
 OWN = "Your own model and data"
 WHAT = "Compared methods"
 HOW = "Training"
+# Of the files that --model and --data take; they are left out of the default folder's name.
+_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".npz", ".gguf")
 WHERE = "Output"
 
 
@@ -60,16 +62,15 @@ def finetune_command(
     data: Annotated[
         str | None,
         typer.Option(
-            help="A .csv or .jsonl of texts; a folder of images, one subfolder per class; an .npz; or a datasets name.",
+            help="A .csv, .tsv, .json or .jsonl of texts; a folder of images, one subfolder per class; an .npz; or a "
+            "datasets name.",
             rich_help_panel=OWN,
             show_default="the digits 5 to 9",
         ),
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(
-            help=f"{', '.join(TASK_NAMES)}; the one that is evident from the data by default.", rich_help_panel=OWN
-        ),
+        typer.Option(help=f"{', '.join(TASK_NAMES)}.", rich_help_panel=OWN, show_default="inferred from the data"),
     ] = None,
     text_column: Annotated[
         str | None,
@@ -102,12 +103,20 @@ def finetune_command(
     max_length: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Maximum tokens per text.", rich_help_panel=OWN, show_default="what the data and the model need"
+            min=2,
+            help="Maximum tokens per text.",
+            rich_help_panel=OWN,
+            show_default="256, or the model's limit if that is lower",
         ),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=2, help="Maximum number of samples to use.", rich_help_panel=OWN, show_default="all"),
+        typer.Option(
+            min=2,
+            help="Maximum number of samples from each split of the data.",
+            rich_help_panel=OWN,
+            show_default="all",
+        ),
     ] = None,
     preset: Annotated[
         list[str] | None,
@@ -118,7 +127,11 @@ def finetune_command(
     ] = None,
     groups: Annotated[
         str | None,
-        typer.Option(help="weight, layer, role, or a number.", rich_help_panel=WHAT, show_default="the preset's"),
+        typer.Option(
+            help="What shares a tensor network: weight, layer, role, or a number of equal groups.",
+            rich_help_panel=WHAT,
+            show_default="the preset's",
+        ),
     ] = None,
     order: Annotated[
         int | None, typer.Option(help="Modes of the folded tensor.", rich_help_panel=WHAT, show_default="the preset's")
@@ -137,11 +150,18 @@ def finetune_command(
     projection: Annotated[
         str | None,
         typer.Option(
-            help=f"F: {', '.join(PROJECTIONS)}; others by --set.", rich_help_panel=WHAT, show_default="the preset's"
+            help=f"Fixed map after the tensor network: {', '.join(PROJECTIONS)}; others by --set.",
+            rich_help_panel=WHAT,
+            show_default="the preset's",
         ),
     ] = None,
     ratio: Annotated[
-        float | None, typer.Option(help="ρ, with a projection.", rich_help_panel=WHAT, show_default="the preset's")
+        float | None,
+        typer.Option(
+            help="With a projection, its inputs as a share of its outputs (ρ).",
+            rich_help_panel=WHAT,
+            show_default="the preset's",
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -321,7 +341,9 @@ def job_package() -> ModuleType:
 
 def _word(source: str | None) -> str:
     """Return a path or hub name as part of a folder's name."""
-    stem = Path(source or "none").stem.removeprefix("timm:")
+    path = Path(source or "none")
+    # The name of a model may have a dot, as Qwen2.5-7B has.
+    stem = (path.stem if path.suffix in _SUFFIXES else path.name).removeprefix("timm:")
     return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in stem) or "none"
 
 

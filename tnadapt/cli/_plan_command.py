@@ -33,7 +33,7 @@ def plan_command(
         str | None,
         typer.Option(
             help="A number of parameters, such as 1000; or of bytes, such as 4kB or 64KiB.",
-            show_default="none: give one",
+            show_default="required",
         ),
     ] = None,
     targets: TargetsOfHeaders = None,
@@ -67,7 +67,7 @@ def plan_command(
     settings: OwnSettings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a budget of parameters buys on a model's weights: the capability and the cost of every method.
+    """Show which settings of which methods fit a budget of parameters, with their capacity and cost.
 
     Exit code: 0, or 2 if the request is not possible.
     """

@@ -1,4 +1,4 @@
-"""Labelled samples, the common form of all data sources, and their split into parts."""
+"""Labeled samples, the common form of all data sources, and their split into parts."""
 
 from __future__ import annotations
 

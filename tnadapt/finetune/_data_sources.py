@@ -32,7 +32,7 @@ IMAGE_COLUMNS = ("image", "img")
 def open_source(
     source: str, text_column: str | None = None, label_column: str | None = None, label_names: Sequence[str] = ()
 ) -> Table | Data:
-    """Open the data that ``--data`` names: a table of texts, or labelled images.
+    """Open the data that ``--data`` names: a table of texts, or labeled images.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ def read(
     Raises
     ------
     TnadaptError
-        If the source does not exist or does not hold labelled texts or images.
+        If the source does not exist or does not hold labeled texts or images.
     """
     found = open_source(source, text_column, label_column, label_names)
     return found if isinstance(found, Data) else labelled_texts(found, text_column, label_column, label_names)

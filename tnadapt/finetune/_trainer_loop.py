@@ -1,6 +1,6 @@
 """Trainings on transformers' ``Trainer``, for its callbacks: TensorBoard, W&B, trackio.
 
-It takes the same steps as :func:`tnadapt.finetune.loop.fit`, bit by bit: the same batches, dropout, optimiser, rates.
+It takes the same steps as :func:`tnadapt.finetune.loop.fit`, bit by bit: the same batches, dropout, optimizer, rates.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def read_npz(path: Path, names: Set[str]) -> tuple[dict[str, NDArray[np.generic]
 
     Notes
     -----
-    An array may be up to a thousand times larger than its file, as Deflate compresses images of a single colour so.
+    An array may be up to a thousand times larger than its file, as Deflate compresses images of a single color so.
 
     Examples
     --------

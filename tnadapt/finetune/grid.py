@@ -44,7 +44,7 @@ class Method:
     Attributes
     ----------
     family : str
-        Determines the colour in a plot.
+        Determines the color in a plot.
     label : str
         The setting within the family.
     config : Config, optional

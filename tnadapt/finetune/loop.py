@@ -1,4 +1,4 @@
-"""The training loop: fitting some parameters of a model to labelled samples."""
+"""The training loop: fitting some parameters of a model to labeled samples."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class OwnRates:
     rate: float | None = None
 
     def groups(self, parameters: Sequence[nn.Parameter], rate: float) -> list[dict[str, Any]]:
-        """Return the parameter groups of an optimiser."""
+        """Return the parameter groups of an optimizer."""
         if self.rate is None or not self.parameters:
             return [{"params": list(parameters)}]
         own = {id(parameter) for parameter in self.parameters}
@@ -58,7 +58,7 @@ class OwnRates:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The optimiser and the schedule of its learning rate.
+    """The optimizer and the schedule of its learning rate.
 
     Attributes
     ----------
@@ -78,7 +78,7 @@ class Schedule:
     Raises
     ------
     TnadaptError
-        If the optimiser or shape is unknown.
+        If the optimizer or shape is unknown.
     """
 
     rate: float
@@ -110,7 +110,7 @@ class Schedule:
     def begin(
         self, parameters: Sequence[nn.Parameter], steps: int, own_rates: OwnRates | None = None
     ) -> tuple[Optimizer, LRScheduler]:
-        """Return an optimiser of these parameters and its scheduler, to be stepped after each step.
+        """Return an optimizer of these parameters and its scheduler, to be stepped after each step.
 
         ``own_rates`` are those of parameters that are not trained at ``rate``.
         """

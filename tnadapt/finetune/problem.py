@@ -21,7 +21,7 @@ __all__ = ["Part", "Problem", "Spec", "base_digest", "check_kept", "free", "samp
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A pretrained model and labelled samples in its input format.
+    """A pretrained model and labeled samples in its input format.
 
     Attributes
     ----------

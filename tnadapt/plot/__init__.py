@@ -1,7 +1,7 @@
 """Plots. matplotlib is imported inside the functions and draws only into files: no window, no global state.
 
-Texts and ground have the colours of matplotlib's current style, so that ``with
-matplotlib.style.context("dark_background"):`` gives dark pictures. Methods differ in colour, also without full colour
+Texts and ground have the colors of matplotlib's current style, so that ``with
+matplotlib.style.context("dark_background"):`` gives dark pictures. Methods differ in color, also without full color
 vision, and in shape.
 """
 

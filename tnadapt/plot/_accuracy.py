@@ -58,7 +58,7 @@ class Mark:
     Attributes
     ----------
     family : str
-        Determines colour and shape.
+        Determines color and shape.
     label : str
         Written next to the mark if it is on the front.
     parameters : int

@@ -49,7 +49,7 @@ def layout(
     names : sequence of str, optional
         A short name per weight; their indices by default.
     roles : sequence of str, optional
-        One per weight: weights of the same role have the same colour.
+        One per weight: weights of the same role have the same color.
     title : str
 
     Raises
@@ -131,7 +131,7 @@ def _told(group: Group) -> str:
 
 
 def _colours(roles: Sequence[str]) -> list[str]:
-    """Return each weight's colour: the hue of its role, alternately darker and lighter."""
+    """Return each weight's color: the hue of its role, alternately darker and lighter."""
     hues, seen = _hues(roles), dict.fromkeys(roles, 0)
     found = []
     for role in roles:
@@ -243,7 +243,7 @@ def _frame(axes: Any, bars: Sequence[_Bar]) -> None:
 
 
 def _legend(axes: Any, plan: SuperLoRA, bars: Sequence[_Bar], roles: Sequence[str]) -> bool:
-    """Draw a legend of the colours and signs that occur; return whether there is any."""
+    """Draw a legend of the colors and signs that occur; return whether there is any."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

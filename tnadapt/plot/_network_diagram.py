@@ -107,7 +107,7 @@ def network(
 
 
 def _lighter(colour: str, share: float = 0.35) -> tuple[float, ...]:
-    """Return a colour nearer to the ground, on which texts are legible."""
+    """Return a color nearer to the ground, on which texts are legible."""
     parts = zip((1, 3, 5), (int(ground()[at : at + 2], 16) / 255 for at in (1, 3, 5)), strict=True)
     return tuple((1 - share) * int(colour[at : at + 2], 16) / 255 + share * back for at, back in parts)
 

@@ -1,4 +1,4 @@
-"""Parts shared by all plots: colours, a figure that is drawn into a file, and unobtrusive axes.
+"""Parts shared by all plots: colors, a figure that is drawn into a file, and unobtrusive axes.
 
 Ground and ink are those of matplotlib's settings, ``figure.facecolor`` and ``text.color``, when a picture is drawn.
 With the default settings these are white and a dark grey. ``matplotlib.style.context("dark_background")`` gives dark
@@ -37,7 +37,7 @@ _CONTRAST = 3.0
 
 
 def tone(share: float) -> str:
-    """Return a grey between the colour of texts, at 0, and the ground, at 1, as ``#RRGGBB``.
+    """Return a grey between the color of texts, at 0, and the ground, at 1, as ``#RRGGBB``.
 
     Examples
     --------
@@ -53,22 +53,22 @@ def tone(share: float) -> str:
 
 
 def ground() -> str:
-    """Return the colour behind the picture."""
+    """Return the color behind the picture."""
     return tone(1.0)
 
 
 def ink() -> str:
-    """Return the colour of texts and outlines."""
+    """Return the color of texts and outlines."""
     return tone(2 / 15)
 
 
 def pale() -> str:
-    """Return the colour of what is in the background."""
+    """Return the color of what is in the background."""
     return tone(0.54)
 
 
 def legible(colour: str) -> str:
-    """Return a colour that stands out from the ground: the same, or one nearer to the ink.
+    """Return a color that stands out from the ground: the same, or one nearer to the ink.
 
     Parameters
     ----------

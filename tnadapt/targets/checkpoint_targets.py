@@ -22,6 +22,9 @@ __all__ = ["find_stored"]
 
 _LETTERS = frozenset("qkvo")
 
+# What attach takes besides, as it knows the layers.
+_KINDS = ("all-linear", "conv")
+
 # Last parts of the paths of embeddings, by which they are told from other matrices.
 _EMBEDDINGS = {
     "embed_in", "embed_positions", "embed_tokens", "position_embeddings", "shared", "tok_embeddings",
@@ -123,10 +126,11 @@ def _nothing(targets: Any, weights: Mapping[str, Any]) -> TargetError:
     there = (
         f"it has {len(paths)} weights, such as {', '.join(close)}" if paths else "it has no weights of layers at all"
     )
+    if targets in _KINDS:
+        there = "a checkpoint does not say which layer a tensor is of"
     return TargetError(
-        f"no tensor of the checkpoint is a target for {safe_repr(targets)}; {there}. Give roles such as 'qv', "
-        "paths in a "
-        "list, or a regular expression for whole paths"
+        f"no tensor of the checkpoint is a target for {safe_repr(targets)}; {there}. Give roles such as 'qv', paths in "
+        "a list, or a regular expression for whole paths"
     )
 
 

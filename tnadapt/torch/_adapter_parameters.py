@@ -45,7 +45,7 @@ class AdapterParameters:
         return _arrays.named_parameters(self._state)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Iterate over the parameters that are trained, for an optimiser.
+        """Iterate over the parameters that are trained, for an optimizer.
 
         Parameters of the model that ``keep_trainable`` left trainable are not included; the parameters in
         ``model.parameters()`` that require a gradient are both together.
@@ -102,13 +102,13 @@ class AdapterParameters:
         Frozen arrays are not counted in ``num_parameters`` and the summary. A file records the choice, and of the
         frozen arrays only those that differ from what the seed draws.
 
-        Under ``torch.distributed`` every process must call. Create a new optimiser afterwards, or give it all
-        parameters with ``weight_decay=0``: an optimiser skips parameters that have no gradient.
+        Under ``torch.distributed`` every process must call. Create a new optimizer afterwards, or give it all
+        parameters with ``weight_decay=0``: an optimizer skips parameters that have no gradient.
         """
         _trainable.choose(self._state, groups, arrays)
 
     def parameter_groups(self, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
-        """Return the parameter groups of LoRA+ for an optimiser.
+        """Return the parameter groups of LoRA+ for an optimizer.
 
         Arrays that start from zero (LoRA's B) have rate ``lr * ratio``, the others ``lr``. Where none starts from zero
         (a nonlinear F), all have ``lr``.
@@ -209,7 +209,7 @@ class AdapterParameters:
         _begin.start_from(self._state, arrays)
 
     def load_arrays(self, arrays: Mapping[str, Any]) -> None:
-        """Copy arrays into the parameters in place, without recompilation; an optimiser keeps its parameters.
+        """Copy arrays into the parameters in place, without recompilation; an optimizer keeps its parameters.
 
         Parameters
         ----------

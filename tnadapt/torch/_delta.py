@@ -3,7 +3,7 @@
 Where slices are cheap (:class:`Slice`), each layer computes its own during training. Where they are not, as behind F,
 the updates of a whole group are computed at once for all its layers. The graph is a single node,
 :class:`DeltaFunction`, that keeps only the small arrays. Backward can therefore run through it several times (gradient
-accumulation without an optimiser step, reentrant checkpointing), and a checkpointed region saves no tensor for it.
+accumulation without an optimizer step, reentrant checkpointing), and a checkpointed region saves no tensor for it.
 """
 
 from __future__ import annotations

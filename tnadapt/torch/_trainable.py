@@ -202,7 +202,7 @@ def _listed(given: Any, known: Sequence[Any]) -> list[Any]:
 
 
 def parameter_groups(adapter: AdapterState, lr: float, ratio: float) -> list[dict[str, Any]]:
-    """Return optimiser parameter groups; see :meth:`Adapter.parameter_groups`."""
+    """Return optimizer parameter groups; see :meth:`Adapter.parameter_groups`."""
     zero = set(_start_zero(adapter))
     fast = [p for name, p in named_parameters(adapter) if p.requires_grad and name in zero]
     slow = [p for name, p in named_parameters(adapter) if p.requires_grad and name not in zero]

@@ -1,4 +1,4 @@
-"""Causal language modelling: texts, completions of prompts, or the last turn of conversations."""
+"""Causal language modeling: texts, completions of prompts, or the last turn of conversations."""
 
 from __future__ import annotations
 

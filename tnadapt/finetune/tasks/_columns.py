@@ -49,7 +49,7 @@ def columns_of(table: Table, spec: Spec) -> tuple[str | None, str | None]:
 
 
 def missing_columns(source: Table | Data, spec: Spec) -> Evidence | None:
-    """Return the evidence against a task on labelled texts, or None if there are both columns."""
+    """Return the evidence against a task on labeled texts, or None if there are both columns."""
     if isinstance(source, Data):
         return Evidence("no", f"{source.name} has images")
     text, label = columns_of(source, spec)
