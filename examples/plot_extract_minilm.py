@@ -125,8 +125,8 @@ families = {
     "LoRA": [tna.presets.lora(rank) for rank in (1, 4, 16)],
     "LoTR": [tna.presets.lotr(rank, **stacked) for rank in (8, 96)],
     "LoKr": [tna.presets.lokr(rank, split_size=f) for f, rank in ((16, 1), (4, 16))],
-    "LoRTA": [tna.presets.lorta(rank) for rank in (24, 80)],
-    "SuperLoRA": [tna.presets.superlora(rank) for rank in (4, 256)],
+    "LoRTA": [tna.presets.lorta(rank) for rank in (24, 48)],
+    "SuperLoRA": [tna.presets.superlora(rank) for rank in (4, 64)],
 }
 curves = {}
 for family, configs in families.items():
