@@ -41,7 +41,7 @@ class Outcome:
     tried : tuple of float
         All rates that were tried, sorted.
     tuned_by : int
-        The number of seeds with all rates, by which the rate was chosen.
+        The number of seeds with three rates or more (all, if there are fewer), by which the rate was chosen.
     held_out, test : dict of int to float
         Scores by seed.
     diverged : bool
@@ -132,9 +132,7 @@ def _outcome(task: QualityTask, lines: Lines) -> Outcome:
     by_rate: dict[float, dict[int, Mapping[str, Any]]] = {}
     for line in lines:
         by_rate.setdefault(line["rate"], {})[line["seed"]] = line
-    # The seeds that have every rate are those by which it was chosen; the others have the chosen rate alone.
-    tuning = sorted(set.intersection(*(set(own) for own in by_rate.values())))
-    chosen = max(sorted(by_rate), key=lambda rate: held_out(task, [by_rate[rate][seed] for seed in tuning]))
+    chosen, tuned_by = _chosen(task, by_rate)
     own = by_rate[chosen]
     failed = next((line["failed"] for line in lines if "failed" in line), "")
     diverged = any(line["diverged"] or line["validation"] is None or line["test"] is None for line in own.values())
@@ -142,10 +140,25 @@ def _outcome(task: QualityTask, lines: Lines) -> Outcome:
     scores = {} if diverged or failed else own
     return Outcome(
         first["method"], first["title"], first["library"], first["label"], first["budget"], first["parameters"],
-        max(line["kept"] for line in lines), chosen, tuple(sorted(by_rate)), len(tuning),
+        max(line["kept"] for line in lines), chosen, tuple(sorted(by_rate)), tuned_by,
         {seed: line["validation"] for seed, line in sorted(scores.items())},
         {seed: line["test"] for seed, line in sorted(scores.items())}, diverged, failed, first["config"],
     )  # fmt: skip
+
+
+def _chosen(task: QualityTask, by_rate: Mapping[float, Mapping[int, Mapping[str, Any]]]) -> tuple[float, int]:
+    """Return the rate that was chosen, and by how many seeds; the lines of a rate are by seed.
+
+    An earlier run in the same folder, with fewer seeds or other rates, may have left rates with fewer seeds, and
+    another choice. So not all rates count: the chosen one has the most seeds, since only it is trained with all of
+    them. Every plan tries at least three rates with the tuning seeds; thus the three with the most seeds have these.
+    """
+    counts = sorted((len(own) for own in by_rate.values()), reverse=True)
+    complete = sorted(rate for rate, own in by_rate.items() if len(own) == counts[0])
+    shared = sorted(set.intersection(*(set(by_rate[rate]) for rate in complete)))
+    tuned_by = counts[min(2, len(counts) - 1)]
+    tuning = shared[:tuned_by]
+    return max(complete, key=lambda rate: held_out(task, [by_rate[rate][seed] for seed in tuning])), tuned_by
 
 
 def difference(task: QualityTask, one: Outcome, other: Outcome) -> Difference | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from random import Random
 from typing import Any
 
 import pytest
@@ -26,9 +27,14 @@ def line(trial: Trial) -> dict[str, Any]:
     return line_of(trial, PlayedBench().train(trial.setting, trial.seed, trial.rate, lambda done: None))
 
 
-def played(setting: Setting, plan: Plan, make: Callable[[Trial], dict[str, Any]] = line) -> dict[str, Any]:
-    """Train all that is due until nothing is; return the lines by key."""
-    records: dict[str, Any] = {}
+def played(
+    setting: Setting,
+    plan: Plan,
+    make: Callable[[Trial], dict[str, Any]] = line,
+    before: Mapping[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Train all that is due until nothing is; return the lines by key, with those that were there before."""
+    records = dict(before or {})
     rounds = []
     while trials := due(TASK, "small", [setting], records, plan):
         assert len({trial.key for trial in trials}) == len(trials)
@@ -70,6 +76,48 @@ def test_all_seeds_get_the_rate_that_is_best_on_held_out_samples(method: str, tu
     (outcome,) = outcomes_of(TASK, records.values())
     assert (outcome.rate, outcome.tuned_by, outcome.tried) == (FOUND[method], tuned_by, state.tried)
     assert list(outcome.test) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (Plan(TASK.rates, 3, 1), Plan(TASK.rates, 8, 2)),  # the profiles quick and new
+        (Plan(TASK.rates, 2, 2), Plan(TASK.rates, 5, 1)),
+        (Plan(TASK.rates, 1, 1), Plan(TASK.rates, 4, 3)),
+        (Plan(TASK.rates, 2, 1, refine=False), Plan((0.02, 0.2, 2.0), 4, 2)),
+        (Plan((0.05,), 1, 1), Plan(TASK.rates, 3, 1)),
+    ],
+)
+def test_results_of_an_earlier_plan_do_not_hide_a_setting(first: Plan, then: Plan) -> None:
+    for number in range(40):
+        random = Random(number)
+
+        def make(trial: Trial, random: Random = random) -> dict[str, Any]:
+            return line(trial) | {"validation": random.random()}
+
+        setting = setting_of("lora")
+        records = played(setting, then, make, before=played(setting, first, make))
+        state = tuned(TASK, "small", setting, records, then)
+        (outcome,) = outcomes_of(TASK, records.values())
+        assert outcome.rate == state.rate
+        assert outcome.tuned_by == max(first.tuned_by, then.tuned_by)
+        assert sorted(outcome.test) == list(range(then.seeds))
+
+
+def test_a_rate_that_two_plans_chose_differently_has_all_seeds() -> None:
+    for number in range(40):
+        random = Random(number)
+
+        def make(trial: Trial, random: Random = random) -> dict[str, Any]:
+            return line(trial) | {"validation": random.random()}
+
+        first, then = Plan(TASK.rates, 5, 2), Plan(TASK.rates, 5, 1)
+        setting = setting_of("lora")
+        records = played(setting, then, make, before=played(setting, first, make))
+        (outcome,) = outcomes_of(TASK, records.values())
+        chosen = [tuned(TASK, "small", setting, records, plan).rate for plan in (first, then)]
+        assert outcome.rate in chosen
+        assert len(outcome.test) == 5
 
 
 def test_a_method_that_fails_is_not_tried_again_and_others_go_on() -> None:
