@@ -90,6 +90,8 @@ def open_results(folder: Path, task: str, scale: str, shard: tuple[int, int], st
 def read(folder: Path, task: str, scale: str) -> TaskResults | None:
     """Read the results of all shards of a task; None if there are none.
 
+    A training that failed with an error in one file and was finished in another counts as finished.
+
     Raises
     ------
     FileError
@@ -111,7 +113,10 @@ def read(folder: Path, task: str, scale: str) -> TaskResults | None:
                 f"{path} has the results of another study than the files beside it; move it to another folder"
             )
         study = own
-        records |= {line["key"]: line for line in lines if "key" in line}
+        for line in lines:
+            # A retry may have written to a file that is read before that of the failure.
+            if "key" in line and ("failed" not in line or "failed" in records.get(line["key"], line)):
+                records[line["key"]] = line
         sessions += [line["session"] for line in lines if "session" in line]
     return None if study is None else TaskResults(study, records, sessions)
 
@@ -127,17 +132,23 @@ def merge(folder: Path, task: str, scale: str) -> Path | None:
     Raises
     ------
     FileError
-        As in :func:`read`, or if a file cannot be written.
+        As in :func:`read`, or if a file cannot be written, or is in use by a run.
     """
     found = read(folder, task, scale)
     if found is None:
         return None
-    paths = files_of(folder, task, scale)
-    first = read_lines(paths[0])[0]
-    lines = [first, *({"session": one} for one in found.sessions), *found.records.values()]
     whole = path_of(folder, task, scale)
-    replace_file(os.fspath(whole), "".join(json.dumps(line) + "\n" for line in lines).encode())
-    for path in paths:
-        if path != whole:
+    shards = [path for path in files_of(folder, task, scale) if path != whole]
+    with contextlib.ExitStack() as held:
+        # The whole file last: it is created if it is not there, which must not happen if a shard is in use.
+        for path in (*shards, whole):
+            held.enter_context(Results(path, found.study, fields=FIELDS))
+        found = read(folder, task, scale)  # again, now that no process adds anything
+        assert found is not None
+        if os.name == "nt":  # which has no locks, and neither replaces nor removes a file that is open
+            held.close()
+        lines = [read_lines(whole)[0], *({"session": one} for one in found.sessions), *found.records.values()]
+        replace_file(os.fspath(whole), "".join(json.dumps(line) + "\n" for line in lines).encode())
+        for path in shards:
             path.unlink()
     return whole

@@ -90,6 +90,23 @@ def test_what_failed_is_tried_again_on_request(tmp_path: Path, monkeypatch: pyte
     assert records(tmp_path) == records(tmp_path / "whole")
 
 
+def test_a_success_of_a_retry_replaces_the_failure_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: object) -> dict[str, Any]:
+        raise ValueError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PlayedBench, "train", broken)
+        for number in (1, 2):
+            run(tmp_path, (number, 2))
+    # The retry writes to the file of the whole task, which is read before those of the shards.
+    again = Run(tmp_path, tmp_path, open_engine("local", 1), retry=True)
+    again.task(PlayedTask(), "small", SETTINGS, PLAN, Listener())
+    run(tmp_path / "whole")
+    assert records(tmp_path) == records(tmp_path / "whole")
+    store.merge(tmp_path, "played", "small")
+    assert records(tmp_path) == records(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("of", [2, 3, 9])
 def test_shards_find_what_a_whole_run_finds(tmp_path: Path, of: int) -> None:
     whole = run(tmp_path / "whole")
@@ -102,6 +119,31 @@ def test_shards_find_what_a_whole_run_finds(tmp_path: Path, of: int) -> None:
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
     # A merged file is a results file: the run goes on in it.
     assert run(tmp_path / "parts") == 0
+
+
+@pytest.mark.parametrize("busy", [(1, 1), (1, 2)])
+def test_files_that_a_run_writes_to_are_not_merged(tmp_path: Path, busy: tuple[int, int]) -> None:
+    pytest.importorskip("fcntl", reason="this system has no locks")
+    for shard in ((1, 2), (2, 2), (1, 1)):
+        run(tmp_path, shard)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
+    with (
+        store.open_results(tmp_path, "played", "small", busy, PlayedBench().settings()),
+        pytest.raises(FileError, match=r"is being written by another process; wait for it"),
+    ):
+        store.merge(tmp_path, "played", "small")
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")} == before
+
+
+def test_a_file_that_was_killed_before_its_first_line_is_merged(tmp_path: Path) -> None:
+    run(tmp_path, (2, 2))
+    found = records(tmp_path)
+    (tmp_path / "played.jsonl").touch()
+    (tmp_path / "played.1-of-2.jsonl").write_bytes(b'{"format": "tn')
+    store.merge(tmp_path, "played", "small")
+    assert [one.name for one in tmp_path.glob("*.jsonl")] == ["played.jsonl"]
+    assert records(tmp_path) == found
+    run(tmp_path)
 
 
 def test_results_of_another_study_are_refused(tmp_path: Path) -> None:
