@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ def run(
     engine: Engine,
     study: str,
     progress: Callable[[Trial, float], None] = lambda trial, done: None,
+    known: Collection[str] = (),
 ) -> Generator[tuple[Trial, dict[str, Any]]]:
     """Run trainings with one thread each, and yield each with its result line when it is finished.
 
@@ -103,7 +104,9 @@ def run(
         The digest of what results depend on.
     progress : callable
         Called with a trial and the fraction done.
+    known : collection of str
+        Keys of trainings that are in the results file; what workers of a killed run wrote for them is deleted.
     """
     yield from run_tasks(
-        work, trials, folder, engine=engine, threads=1, study=study, progress=progress, do=work.of(bench)
+        work, trials, folder, engine=engine, threads=1, study=study, progress=progress, known=known, do=work.of(bench)
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,20 +86,26 @@ class Run:
             if self.retry:
                 records = {key: line for key, line in records.items() if "failed" not in line}
             work = engines.Trainings(task.name, scale, self.cache, self.device)
+
+            def trained(trials: Sequence[Trial]) -> Generator[tuple[Trial, dict[str, Any]]]:
+                digest, told = results.digest, listener.training
+                return engines.run(work, bench, trials, folder, self.engine, digest, told, records.keys())
+
             while trials := due(task, scale, settings, records, plan):
                 if not count:
                     results.begin_session(
                         engine=self.engine.name, jobs=self.engine.jobs, device=self.device, **store.versions()
                     )
                 listener.round(task, len(trials))
-                done = engines.run(work, bench, trials, folder, self.engine, results.digest, listener.training)
-                with contextlib.closing(done):  # an exception here must end the workers immediately
+                with contextlib.closing(trained(trials)) as done:  # an exception here must end the workers immediately
                     for trial, line in done:
                         results.add(line)
                         records[line["key"]] = line
                         count += 1
                         listener.finished(trial, line)
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            folder.parent.rmdir()  # fails unless it is empty
+            # Deletes what workers of a killed run wrote and the file has; nothing is trained.
+            collections.deque(trained([]), maxlen=0)
+        with contextlib.suppress(OSError):  # unless they are empty: other trainings may be asked for later
+            folder.rmdir()
+            folder.parent.rmdir()
         return count

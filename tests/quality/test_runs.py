@@ -74,6 +74,28 @@ def test_a_run_resumes_after_any_line(tmp_path: Path) -> None:
         assert records(out) == records(tmp_path / "whole")
 
 
+def test_lines_of_workers_that_were_not_asked_for_are_kept(tmp_path: Path) -> None:
+    run(tmp_path)
+    header = json.loads((tmp_path / "played.jsonl").read_bytes().splitlines()[0])
+    finished = next(iter(records(tmp_path)))
+    workers = tmp_path / "running" / "played" / "workers"
+    left = workers / ("0123456789abcdef" * 2)
+    left.mkdir(parents=True)
+    (workers / "current.json").write_text(json.dumps({"study": header["digest"], "run": left.name}))
+    lines = [{"key": key, "line": {"was": key}} for key in ("other method", "other budget", finished)]
+    (left / "worker-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # Whether anything is due or not.
+    for plan in (PLAN, Plan(PlayedTask.rates, seeds=3), Plan(PlayedTask.rates, seeds=3)):
+        run(tmp_path, plan=plan)
+        found = [json.loads(line) for path in left.glob("worker-*") for line in path.read_text().splitlines()]
+        assert [line["key"] for line in found] == ["other method", "other budget"], "that of a finished one is deleted"
+
+
+def test_a_finished_run_leaves_no_folder(tmp_path: Path) -> None:
+    run(tmp_path)
+    assert not (tmp_path / "running").exists()
+
+
 def test_what_failed_is_tried_again_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*given: object) -> dict[str, Any]:
         raise ValueError("no memory")
