@@ -75,7 +75,7 @@ class Trial:
     @property
     def name(self) -> str:
         """What messages call it."""
-        return f"{self.task}: {self.setting.method} {self.setting.label}".strip()
+        return f"{self.task}: {self.setting.name}"
 
 
 def grid_of(task: QualityTask, names: Sequence[str] | None = None, budgets: Sequence[int] = BUDGETS) -> Grid:
@@ -98,7 +98,7 @@ def grid_of(task: QualityTask, names: Sequence[str] | None = None, budgets: Sequ
     Raises
     ------
     TnadaptError
-        If a method is unknown, or a budget is below 1.
+        If a method is unknown, a budget is below 1, or two budgets have a setting in common.
     """
     if any(budget < 1 for budget in budgets):
         raise TnadaptError(f"a budget must be at least 1 parameter; got {min(budgets)}")
@@ -122,7 +122,20 @@ def grid_of(task: QualityTask, names: Sequence[str] | None = None, budgets: Sequ
                 absent.append(Absent(method.name, budget, f"reaches {found.parameters:,} parameters"))
             else:
                 settings.append(found)
+    _check_budgets(settings)
     return Grid(facts, (*controls, *settings), tuple(absent))
+
+
+def _check_budgets(settings: Sequence[Setting]) -> None:
+    """Refuse a setting at two budgets: its trainings are the same, and the tables would count them at one alone."""
+    budgets: dict[tuple[str, str], int] = {}
+    for one in settings:
+        other = budgets.setdefault((one.method, one.spec), one.budget)
+        if other != one.budget:
+            raise TnadaptError(
+                f"{one.name} is the largest setting at budgets of {other:,} and {one.budget:,} parameters; "
+                "give budgets that differ more, by a factor above 2"
+            )
 
 
 def shard_of(settings: Sequence[Setting], shard: tuple[int, int]) -> list[Setting]:

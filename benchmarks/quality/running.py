@@ -79,6 +79,8 @@ class Run:
             raise FileError(
                 f"{self.out} has results of {task.name} with other {', '.join(differing)}; give another one with --out"
             )
+        if known is not None:
+            self._check_budgets(settings, known)
         folder = self.out / "running" / store.path_of(self.out, task.name, scale, self.shard).stem
         count = 0
         with store.open_results(self.out, task.name, scale, self.shard, study) as results:
@@ -109,3 +111,18 @@ class Run:
             folder.rmdir()
             folder.parent.rmdir()
         return count
+
+    def _check_budgets(self, settings: Sequence[Setting], known: store.TaskResults) -> None:
+        """Refuse a setting that has results at another budget: nothing would be trained, and tables would lack it."""
+        budgets = {(line["method"], _text(line["config"])): line["budget"] for line in known.records.values()}
+        for one in settings:
+            other = budgets.get((one.method, _text(one.values)), one.budget)
+            if other != one.budget:
+                raise FileError(
+                    f"{self.out} has results of {one.name} at a budget of {other:,} parameters; it would be the "
+                    f"largest setting at {one.budget:,}, too: give --budgets that differ more, or another --out"
+                )
+
+
+def _text(config: Any) -> str:
+    return json.dumps(config, sort_keys=True)

@@ -90,6 +90,15 @@ def test_unknown_names_are_refused() -> None:
         methods.register(methods.find("lora"))
 
 
+def test_budgets_that_share_a_setting_are_refused() -> None:
+    words = r"lora r = 1 is the largest setting at budgets of 1,100 and 1,500 parameters; give budgets that differ more"
+    with pytest.raises(TnadaptError, match=words):
+        grid_of(tasks.find("digits"), ["peft-vera", "lora"], (1_100, 1_500))
+    # At more than a factor of 2, no method has the same setting at both.
+    found = grid_of(tasks.find("digits"), ["lora"], (1_100, 2_201))
+    assert len({(one.method, one.spec) for one in found.settings}) == len(found.settings)
+
+
 # -- What is counted is what is trained --------------------------------------------------------------
 
 

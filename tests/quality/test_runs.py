@@ -176,6 +176,16 @@ def test_results_of_another_study_are_refused(tmp_path: Path) -> None:
         run(tmp_path, (2, 2))
 
 
+def test_a_setting_that_has_results_at_another_budget_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = (tmp_path / "played.jsonl").read_bytes()
+    one, other = Run(tmp_path, tmp_path, open_engine("local", 1)), setting_of("lora", budget=150)
+    words = r"has results of lora r = 1 at a budget of 100 parameters; .* at 150, too: give --budgets .* another --out"
+    with pytest.raises(FileError, match=words):
+        one.task(PlayedTask(), "small", [other], PLAN, Listener())
+    assert (tmp_path / "played.jsonl").read_bytes() == before
+
+
 def test_tables_and_figures_are_those_of_the_results(tmp_path: Path) -> None:
     run(tmp_path)
     paths = page.write(tmp_path)

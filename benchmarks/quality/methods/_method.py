@@ -46,6 +46,11 @@ class Setting:
     spec: str
 
     @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"{self.method} {self.label}".strip()
+
+    @property
     def values(self) -> Any:
         """The settings as JSON values."""
         return json.loads(self.spec)
