@@ -47,7 +47,7 @@ class Outcome:
     diverged : bool
         Whether a seed diverged at the chosen rate; then there are no scores.
     failed : str
-        The error that a training raised; empty if none did.
+        The error that a training at the chosen rate raised; empty if none did.
     config : mapping, optional
         The settings, as JSON values.
     """
@@ -134,7 +134,7 @@ def _outcome(task: QualityTask, lines: Lines) -> Outcome:
         by_rate.setdefault(line["rate"], {})[line["seed"]] = line
     chosen, tuned_by = _chosen(task, by_rate)
     own = by_rate[chosen]
-    failed = next((line["failed"] for line in lines if "failed" in line), "")
+    failed = next((line["failed"] for line in own.values() if "failed" in line), "")
     diverged = any(line["diverged"] or line["validation"] is None or line["test"] is None for line in own.values())
     first = lines[0]
     scores = {} if diverged or failed else own

@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Engine, run_tasks
 from tnadapt.finetune.engines import Do
@@ -43,13 +45,31 @@ class Trainings:
         def do(trial: Trial, progress: Callable[[float], None]) -> dict[str, Any]:
             try:
                 measured = bench.train(trial.setting, trial.seed, trial.rate, progress)
-            except TnadaptError as error:
-                measured = failed(str(error))
             except Exception as error:  # of a library that a method belongs to; it must not end all other trainings
-                measured = failed(f"{type(error).__name__}: {error}")
+                said = str(error) if isinstance(error, TnadaptError) else f"{type(error).__name__}: {error}"
+                if not _cuda_works():
+                    raise TnadaptError(
+                        f"{trial.name}, rate {trial.rate:g}, seed {trial.seed}: {said.splitlines()[0]}; nothing else "
+                        "can run on the GPU in this process. Run the same command again to continue; if it fails "
+                        "there again, leave the method out with --methods"
+                    ) from error
+                measured = failed(said)
             return line_of(trial, measured)
 
         return do
+
+
+def _cuda_works() -> bool:
+    """Whether this process can use CUDA still: after some errors, such as a failed assertion, every call fails.
+
+    Each of the following trainings would then seem to have failed, too.
+    """
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+    return True
 
 
 def failed(why: str) -> dict[str, Any]:

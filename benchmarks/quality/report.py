@@ -120,6 +120,10 @@ def _about(task: QualityTask, found: store.TaskResults, outcomes: Sequence[Outco
         f"Rates tried, each chosen by {by} seed{'s' * (by != '1')} on held-out {task.chosen_by}: "
         f"{', '.join(f'{rate:g}' for rate in rates)}."
     )
+    failed = sum("failed" in line for line in records)
+    if failed:
+        number = f"{failed:,} training{'s' * (failed != 1)}"
+        yield f"{number} ended with an error; a rate with one counts as one that diverges."
     chosen = [words for library in LIBRARIES if (words := _best_rates(outcomes, library))]
     if chosen:
         yield f"Best rates: {'; '.join(chosen)}."

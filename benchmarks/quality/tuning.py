@@ -2,7 +2,8 @@
 
 Every rate of the task's list is tried with the tuning seeds. While the best of those tried is the lowest or highest,
 one more beyond it is tried, a limited number of times on each side. Then the neighbors of the best rate, half a step
-away, are tried. The best rate is trained with the remaining seeds. Only scores on the held-out part decide.
+away, are tried. The best rate is trained with the remaining seeds. Only scores on the held-out part decide. A rate at
+which a training fails with an error counts as one that diverges, unless all fail.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Tuned:
     Attributes
     ----------
     rate : float, optional
-        The chosen rate; None while trainings are missing, or if one of them failed with an error.
+        The chosen rate; None while trainings are missing, or if all of them failed with an error.
     tried : tuple of float
         All rates that have been tried or are due, sorted.
     missing : tuple of Trial
@@ -85,7 +86,7 @@ def tuned(task: QualityTask, scale: str, setting: Setting, records: Records, pla
         missing = tuple(trial for trial in trials if trial.key not in records)
         if missing:
             return Tuned(None, tuple(rates), missing)
-        if any("failed" in records[trial.key] for trial in trials):
+        if all("failed" in records[trial.key] for trial in trials):
             return Tuned(None, tuple(rates), ())
         best = max(
             rates, key=lambda rate: held_out(task, [records[trial.key] for trial in trials if trial.rate == rate])
@@ -117,7 +118,7 @@ def due(task: QualityTask, scale: str, settings: Sequence[Setting], records: Rec
 
 
 def held_out(task: QualityTask, lines: Sequence[Mapping[str, Any]]) -> tuple[bool, float, float]:
-    """Return the quality of a rate: whether no seed diverged, the mean score held out, and minus the mean loss."""
+    """Return the quality of a rate: whether no seed diverged or failed, mean held-out score, minus mean loss."""
     if not lines or any(line["diverged"] or line["validation"] is None for line in lines):
         return False, -math.inf, -math.inf
     losses = [math.inf if line["validation_loss"] is None else line["validation_loss"] for line in lines]

@@ -94,6 +94,7 @@ def test_the_table_says_what_was_found() -> None:
         *lines("base", [0.30, 0.31, 0.32], "control"),
         *lines("good", [0.80, 0.82, 0.81], validation=0.9),
         *lines("good", [0.10], rate=1.0, validation=0.1),
+        *lines("good", [0.10], rate=10.0, failed="LinAlgError: no", diverged=True),
         *lines("near", [0.79, 0.83, 0.80], "PEFT", validation=0.8),
         *lines("bad", [0.40, 0.42, 0.41], validation=0.4),
         *lines("lost", [0.0], failed="ValueError: no", diverged=True),
@@ -102,6 +103,7 @@ def test_the_table_says_what_was_found() -> None:
     found = store.TaskResults({"samples": {"training": 3}}, {one["key"]: one for one in records}, [session])
     text = report.table(TASK, found, "played")
     shown = [line for line in text.splitlines() if line.startswith("|")]
+    assert "2 trainings ended with an error; a rate with one counts as one that diverges." in text
     assert any(line.startswith("| ● | good | r = 1 | 90 | 0.1 ← | 90.0 | 81.0 ± 1.0 |") for line in shown), text
     assert any(line.startswith("| ○ | near (PEFT) |") for line in shown), text
     assert any(line.startswith("|  | bad |") for line in shown), text

@@ -28,7 +28,7 @@ from benchmarks.quality.tuning import Plan
 from tests.quality.played_task import BEST, PlayedBench, PlayedTask, setting_of
 from tests.support.depth import in_depth
 from tnadapt import Config
-from tnadapt.errors import FileError
+from tnadapt.errors import FileError, TnadaptError
 from tnadapt.finetune import Method as Family
 from tnadapt.finetune import Task, open_engine
 from tnadapt.finetune.training import train
@@ -110,6 +110,28 @@ def test_what_failed_is_tried_again_on_request(tmp_path: Path, monkeypatch: pyte
     assert not any("failed" in one for one in records(tmp_path).values())
     run(tmp_path / "whole")
     assert records(tmp_path) == records(tmp_path / "whole")
+
+
+def test_a_broken_device_ends_the_run_and_is_no_failure_of_what_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: object) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered\nCompile with ...")
+
+    before = run(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(PlayedBench, "train", broken)
+        patch.setattr("torch.cuda.is_initialized", lambda: True)
+        patch.setattr("torch.cuda.synchronize", broken)
+        words = r"rate 0\.001, seed 0: RuntimeError: CUDA error: device-side assert triggered; nothing .* --methods"
+        with pytest.raises(TnadaptError, match=words):
+            run(tmp_path)
+        assert records(tmp_path) == {}
+        # An error after which the device works is one of the training.
+        patch.setattr("torch.cuda.synchronize", lambda: None)
+        run(tmp_path / "other")
+    assert len({one["failed"] for one in records(tmp_path / "other").values()}) == 1
+    assert run(tmp_path) == before
 
 
 def test_a_success_of_a_retry_replaces_the_failure_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,14 +131,27 @@ def test_a_method_that_fails_is_not_tried_again_and_others_go_on() -> None:
     assert (outcome.measured, outcome.failed) == (False, "ValueError: no")
 
 
-def test_a_rate_that_diverges_is_not_chosen() -> None:
-    plan, setting = Plan(TASK.rates, seeds=1), setting_of("dense")
+DIVERGED = {"diverged": True, "validation": None, "test": None}
+
+
+@pytest.mark.parametrize("lost", [DIVERGED, failed("LinAlgError: no")], ids=["diverged", "failed"])
+def test_a_rate_that_diverges_or_fails_is_not_chosen(lost: dict[str, Any]) -> None:
+    plan, setting = Plan(TASK.rates, seeds=2), setting_of("dense")
 
     def make(trial: Trial) -> dict[str, Any]:
-        lost = {"diverged": True, "validation": None, "test": None} if trial.rate >= 0.01 else {}
-        return line(trial) | lost
+        return line(trial) | (lost if trial.rate >= 0.01 else {})
 
-    assert tuned(TASK, "small", setting, played(setting, plan, make), plan).rate == 0.0032
+    records = played(setting, plan, make)
+    assert tuned(TASK, "small", setting, records, plan).rate == 0.0032
+    (outcome,) = outcomes_of(TASK, records.values())
+    assert (outcome.rate, outcome.measured, sorted(outcome.test)) == (0.0032, True, [0, 1])
+
+
+def test_a_failure_at_the_chosen_rate_is_one_of_the_setting() -> None:
+    plan, setting = Plan(TASK.rates, seeds=3), setting_of("dense")
+    records = played(setting, plan, lambda trial: line(trial) | (failed("ValueError: no") if trial.seed == 2 else {}))
+    (outcome,) = outcomes_of(TASK, records.values())
+    assert (outcome.measured, outcome.failed) == (False, "ValueError: no")
 
 
 def test_a_method_that_always_diverges_ends() -> None:
