@@ -70,8 +70,13 @@ def test_a_run_resumes_after_any_line(tmp_path: Path) -> None:
         out.mkdir()
         # The last line is incomplete, as a killed process leaves it.
         (out / "played.jsonl").write_bytes(b"".join(lines[:cut]) + lines[cut][:20])
-        run(out)
+        kept = [json.loads(line) for line in lines[:cut]]
+        assert run(out) == len(records(tmp_path / "whole")) - sum("key" in line for line in kept)
         assert records(out) == records(tmp_path / "whole")
+        after = [json.loads(line) for line in (out / "played.jsonl").read_bytes().splitlines()]
+        assert after[:cut] == kept
+        keys = [line["key"] for line in after if "key" in line]
+        assert len(set(keys)) == len(keys)
 
 
 def test_lines_of_workers_that_were_not_asked_for_are_kept(tmp_path: Path) -> None:
