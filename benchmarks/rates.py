@@ -186,6 +186,17 @@ def table(name: str) -> str:
     return "\n".join(text) + "\n"
 
 
+def _trainings(name: str) -> list[dict[str, Any]]:
+    """Return the trainings of a file, the last line of each; a key is unique within its task."""
+    found = {(line.get("task"), line["key"]): line for line in read_lines(RESULTS / f"{name}.jsonl") if "key" in line}
+    return list(found.values())
+
+
+def _loss(line: dict[str, Any]) -> float:
+    """Return the validation loss; infinity if it was not finite."""
+    return math.inf if line["validation_loss"] is None else float(line["validation_loss"])
+
+
 def power_table() -> str:
     """Return the powers of N / n by which the norm of a map's best step is larger, in reStructuredText.
 
@@ -193,9 +204,9 @@ def power_table() -> str:
     """
     losses: dict[tuple[str, str, int], dict[float, list[float]]] = {}
     sizes: dict[tuple[str, str, int], int] = {}
-    for line in read_lines(RESULTS / "power.jsonl"):
+    for line in _trainings("power"):
         key = line["task"], f"{line['family']} {line['label']}".strip(), line["parameters"]
-        losses.setdefault(key, {}).setdefault(line["rate"], []).append(line["validation_loss"] or math.inf)
+        losses.setdefault(key, {}).setdefault(line["rate"], []).append(_loss(line))
         sizes[key] = line["elements"]
     powers: dict[str, list[float]] = {}
     text = []
@@ -227,11 +238,11 @@ def norm_table() -> str:
     """
     losses: dict[tuple[int, str], dict[str, dict[float, list[float]]]] = {}
     own = {"task": "digits", "weights": WEIGHTS}
-    digits = [own | line for line in read_lines(RESULTS / "digits.jsonl") if "key" in line]
-    for line in [*digits, *read_lines(RESULTS / "norm.jsonl")]:
+    digits = [own | line for line in _trainings("digits")]
+    for line in [*digits, *_trainings("norm")]:
         settings = losses.setdefault((line["weights"], line["task"]), {})
         rates = settings.setdefault(f"{line['family']} {line['label']}", {})
-        rates.setdefault(line["rate"], []).append(line["validation_loss"] or math.inf)
+        rates.setdefault(line["rate"], []).append(_loss(line))
     text = [
         ".. list-table::", "   :header-rows: 1", "", "   * - task", "     - weights", "     - settings",
         "     - norm of the best step", "     - √(8 / w)",

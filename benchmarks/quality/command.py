@@ -102,10 +102,11 @@ def _run(options: argparse.Namespace) -> None:
     shard = _shard(options.shard)
     chosen = [tasks.find(name) for name in options.tasks or profile.tasks]
     engine, device = _where(options)
+    # What is wrong for the last task is refused before the first one is trained, which may take hours.
     for task in chosen:
-        task.scaled(scale)  # refuses unknown scales before anything is counted
-        grid = _grid(task, profile, options)
-        plan = _plan(task, profile, options)
+        task.scaled(scale)
+    wanted = [(task, _grid(task, profile, options), _plan(task, profile, options)) for task in chosen]
+    for task, grid, plan in wanted:
         if options.dry_run:
             _list(task, scale, grid, shard, plan, options.out)
             continue

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -27,6 +28,45 @@ def test_the_table_of_a_task(benchmark_scripts: Callable[[str], ModuleType], tas
 def test_the_tables_of_the_rule(benchmark_scripts: Callable[[str], ModuleType], name: str) -> None:
     script = benchmark_scripts("rates")
     assert (script.RESULTS / f"{name}.rst").read_text(encoding="utf-8") == getattr(script, f"{name}_table")()
+
+
+def lines_of(rates: Sequence[float], losses: Sequence[float | None], seed: int = 0) -> str:
+    """Return lines of one setting at several rates."""
+    setting = {"task": "reviews", "family": "LoRA", "label": "r = 1", "parameters": 10, "elements": 100, "weights": 8}
+    return "".join(
+        json.dumps({**setting, "key": f"{rate}-{seed}", "seed": seed, "rate": rate, "validation_loss": loss}) + "\n"
+        for rate, loss in zip(rates, losses, strict=True)
+    )
+
+
+@pytest.fixture
+def script(
+    benchmark_scripts: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> ModuleType:
+    found = benchmark_scripts("rates")
+    monkeypatch.setattr(found, "RESULTS", tmp_path)
+    (tmp_path / "digits.jsonl").touch()
+    return found
+
+
+def written(script: ModuleType, text: str) -> tuple[str, str]:
+    """Return the tables of some lines."""
+    for name in ("power", "norm"):
+        (script.RESULTS / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return script.power_table(), script.norm_table()
+
+
+def test_a_loss_of_zero_is_the_best_one(script: ModuleType) -> None:
+    found = written(script, lines_of(script.RATES, [0.5, 0.4, 0.3, 0.0, None]))
+    assert found == written(script, lines_of(script.RATES, [0.5, 0.4, 0.3, 0.1, None]))
+    assert f"     - {script.RATES[3]:g}\n" in found[0]
+
+
+def test_a_training_that_was_written_twice_counts_once(script: ModuleType) -> None:
+    twice = lines_of(script.RATES, [0.1, 0.2, 0.3, 5.0, 0.5]) + lines_of(script.RATES, [0.5, 0.4, 0.3, 0.2, 0.25])
+    other = lines_of(script.RATES, [0.5, 0.4, 0.3, 0.2, 0.25], seed=1)
+    once = lines_of(script.RATES, [0.5, 0.4, 0.3, 0.2, 0.25])
+    assert written(script, twice + other) == written(script, once + other)
 
 
 def test_what_is_left_after_merging(benchmark_scripts: Callable[[str], ModuleType]) -> None:

@@ -262,6 +262,15 @@ def test_wrong_arguments_are_explained(
     assert words in capsys.readouterr().err
 
 
+def test_the_last_task_is_checked_before_the_first_one_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "task", lambda *given: pytest.fail("it was trained"))
+    few = ["--methods", "lora", "--budgets", "1000", "--scale", "smoke"]
+    assert main(["run", "digits", "played", *few, "--out", str(tmp_path)]) == 2
+    assert "task played has the scales small; got 'smoke'" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_real_run_resumes_after_a_kill(tmp_path: Path) -> None:
     chosen = ["--methods", "lora_xs,peft-fourierft", "--budgets", "100", "--scale", "smoke"]
