@@ -24,6 +24,7 @@ __all__ = [
     "improves",
     "leader_of",
     "outcomes_of",
+    "setting_of",
 ]
 
 Lines = Sequence[Mapping[str, Any]]
@@ -122,10 +123,15 @@ def outcomes_of(task: QualityTask, lines: Iterable[Mapping[str, Any]], every: bo
     """
     settings: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for line in lines:
-        settings.setdefault((line["method"], json.dumps(line["config"], sort_keys=True)), []).append(line)
+        settings.setdefault(setting_of(line), []).append(line)
     found = [_outcome(task, own) for own in settings.values()]
     seeds = max((len(one.test) for one in found), default=0)
     return [one for one in found if every or not one.measured or len(one.test) == seeds]
+
+
+def setting_of(line: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the method and the settings of a result line, the same for all of its rates and seeds."""
+    return line["method"], json.dumps(line["config"], sort_keys=True)
 
 
 def _outcome(task: QualityTask, lines: Lines) -> Outcome:

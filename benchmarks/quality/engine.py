@@ -13,7 +13,7 @@ from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Engine, run_tasks
 from tnadapt.finetune.engines import Do
 
-from . import tasks
+from . import store, tasks
 from .grid import Trial
 
 __all__ = ["Trainings", "line_of", "run"]
@@ -54,7 +54,7 @@ class Trainings:
                         "there again, leave the method out with --methods"
                     ) from error
                 measured = failed(said)
-            return line_of(trial, measured)
+            return {**line_of(trial, measured), **store.origin(self.device)}
 
         return do
 

@@ -12,7 +12,7 @@ from tnadapt.checkpoints.atomic_files import replace_file
 
 from ..formatting import folded
 from . import store
-from .comparison import Difference, Outcome, at_budget, base_of, difference, leader_of, outcomes_of
+from .comparison import Difference, Outcome, at_budget, base_of, difference, leader_of, outcomes_of, setting_of
 from .figures import LIBRARIES, budgets_of, draw_methods, draw_scores
 from .tasks import QualityTask
 
@@ -130,7 +130,26 @@ def _about(task: QualityTask, found: store.TaskResults, outcomes: Sequence[Outco
     edges = [one for one in outcomes if one.edge and one.library != "control" and one.measured]
     if edges:
         yield f"The best rate of {len(edges)} settings is the lowest or highest that was tried; they are marked with ←."
+    yield from _mixed(found)
     yield f"Machine: {'; '.join(dict.fromkeys(map(_machine, found.sessions)))}."
+
+
+def _mixed(found: store.TaskResults) -> Iterator[str]:
+    """Say with which devices and versions trainings were made, if they differ."""
+    numbers: collections.Counter[str] = collections.Counter()
+    by_setting: dict[tuple[str, str], set[str]] = {}
+    for line in found.records.values():
+        origin = store.origin_of(line, found.sessions)
+        numbers[origin] += 1
+        by_setting.setdefault(setting_of(line), set()).add(origin)
+    if len(numbers) < 2:
+        return
+    parts = [f"{number:,} of {one}" if one else f"{number:,} that were not recorded" for one, number in numbers.items()]
+    several = sum(len(own) > 1 for own in by_setting.values())
+    yield (
+        f"Trainings differ in device or versions, also those that are compared: {'; '.join(parts)}; "
+        f"{several:,} setting{'s were' if several != 1 else ' was'} trained with several."
+    )
 
 
 def _best_rates(outcomes: Sequence[Outcome], library: str) -> str:

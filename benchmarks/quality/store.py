@@ -7,15 +7,28 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import FileError
 from tnadapt.finetune.results import Results, read_lines
 
-__all__ = ["FIELDS", "TaskResults", "files_of", "merge", "open_results", "path_of", "read", "versions"]
+__all__ = [
+    "FIELDS",
+    "TaskResults",
+    "files_of",
+    "merge",
+    "open_results",
+    "origin",
+    "origin_of",
+    "path_of",
+    "read",
+    "versions",
+]
 
 #: Required fields of a training's line.
 FIELDS = {
@@ -45,11 +58,36 @@ class TaskResults:
 
 def versions() -> dict[str, Any]:
     """Return the versions of peers, which a session records besides those that tnadapt records."""
+    return {"peers": _installed("peft", "trl", "diffusers")}
+
+
+def _installed(*names: str) -> dict[str, str]:
     found = {}
-    for name in ("peft", "trl", "diffusers"):
+    for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    return {"peers": found}
+    return found
+
+
+def origin(device: str) -> dict[str, Any]:
+    """Return what a training's line says of the process that it ran in, of a run with several machines."""
+    return {"device": torch.device(device).type, "versions": _installed("peft", "torch")}
+
+
+def origin_of(line: Mapping[str, Any], sessions: Sequence[Mapping[str, Any]]) -> str:
+    """Return the device and the versions that a training was made with; empty if that was not recorded.
+
+    Lines that do not say it are of the sessions of their files, if these agree.
+    """
+    if "device" in line:
+        return _origin_text(line["device"], line["versions"])
+    found = {_origin_text(one.get("device", "cpu"), {**one["versions"], **one.get("peers", {})}) for one in sessions}
+    return found.pop() if len(found) == 1 else ""
+
+
+def _origin_text(device: str, versions: Mapping[str, str]) -> str:
+    named = [f"{name} {versions[name]}" for name in ("peft", "torch") if name in versions]
+    return ", ".join((device.partition(":")[0], *named))
 
 
 def stem(task: str, scale: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import signal
@@ -60,6 +61,13 @@ def test_a_run_is_finished_once(tmp_path: Path) -> None:
     assert (tmp_path / "played.jsonl").read_bytes() == before
     # More seeds only add trainings.
     assert run(tmp_path, plan=Plan(PlayedTask.rates, seeds=3)) == len(SETTINGS)
+
+
+def test_a_line_has_the_device_and_the_versions_of_its_training(tmp_path: Path) -> None:
+    run(tmp_path)
+    for line in records(tmp_path).values():
+        assert line["device"] == "cpu"
+        assert line["versions"] == {name: importlib.metadata.version(name) for name in ("peft", "torch")}
 
 
 def test_a_run_resumes_after_any_line(tmp_path: Path) -> None:
