@@ -113,6 +113,7 @@ a method takes part with its largest setting within the budget, if that has at l
 
 **Rates.** Every method gets the same list of learning rates and the same rule. While the best one is the lowest or
 highest of those tried, one beyond it is tried, at most {beyond} on each side. Then the best one's neighbors are tried,
-half a step away. A new head has a rate of its own, the same with all adapters. The score on the held-out part decides.
+half a step away. A rate at which a training fails with an error counts as one that diverges. A new head has a rate of
+its own, the same with all adapters. The score on the held-out part decides.
 Test samples choose nothing: not the rate, not what has a ●, not when to stop.
 """
