@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -586,6 +587,14 @@ def test_a_new_cluster_on_which_no_task_would_start_is_refused(tmp_path: Path, m
 # -- Slurm -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put Slurm's commands on the path; return the folder with what they did."""
+    for name, value in fake_slurm.install(tmp_path / "slurm").items():
+        monkeypatch.setenv(name, value)
+    return tmp_path / "slurm"
+
+
 @needs("slurm")
 def test_slurm_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -598,16 +607,12 @@ def test_slurm_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 @needs("slurm")
 @pytest.mark.law("killed-sweep")
-def test_jobs_of_slurm_are_an_array_with_the_options_and_go_on_without_the_program(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in fake_slurm.install(tmp_path / "slurm").items():
-        monkeypatch.setenv(name, value)
+def test_jobs_of_slurm_are_an_array_with_the_options_and_go_on_without_the_program(tmp_path: Path, slurm: Path) -> None:
     names, options = ("waits", "waits", "a"), ("partition=gpu", "gpus=1", "time=60", "mem=4GB", "setup=export THIS=1")
     with start(tmp_path, "slurm", *names, jobs=0, options=options) as process:
         assert wait_for(lambda: len(Play(tmp_path).noted("begun")) == 3)
         os.kill(process.pid, signal.SIGKILL)
-    script = (tmp_path / "slurm" / "script-100").read_text()
+    script = (slurm / "script-100").read_text()
     for line in ("partition=gpu", "gpus-per-node=1", "time=60", "mem=4GB", "cpus-per-task=3", "array=0-2%3"):
         assert f"#SBATCH --{line}\n" in script
     assert "\nexport THIS=1\n" in script
@@ -621,19 +626,35 @@ def test_jobs_of_slurm_are_an_array_with_the_options_and_go_on_without_the_progr
     assert process.returncode == 0, told
     assert keys(lines((tmp_path / "own.jsonl").read_text())) == ["a/2", "waits/0", "waits/1"]
     assert Play(tmp_path).noted("begun") == ["a/2", "waits/0", "waits/1"], "none was begun twice"
-    assert not (tmp_path / "slurm" / "script-101").exists()
+    assert not (slurm / "script-101").exists()
     assert not (tmp_path / "workers").exists()
 
 
 @pytest.mark.slow
 @needs("slurm")
 @pytest.mark.usefixtures("keyboard")
-def test_an_interrupt_cancels_jobs_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in fake_slurm.install(tmp_path / "slurm").items():
-        monkeypatch.setenv(name, value)
+def test_an_interrupt_cancels_jobs_of_slurm(tmp_path: Path, slurm: Path) -> None:
     with start(tmp_path, "slurm", "long", "long", jobs=0) as process:
         assert wait_for(lambda: len(Play(tmp_path).noted("begun")) == 2)
         os.killpg(process.pid, signal.SIGINT)
         process.communicate(timeout=60)
-    assert {path.name for path in (tmp_path / "slurm").glob("cancelled-*")} == {"cancelled-100_0", "cancelled-100_1"}
+    assert {path.name for path in slurm.glob("cancelled-*")} == {"cancelled-100_0", "cancelled-100_1"}
     assert gone(tmp_path)
+
+
+@pytest.mark.slow
+@needs("slurm")
+def test_a_job_that_reaches_its_time_limit_disturbs_no_other_and_is_tried_again(tmp_path: Path, slurm: Path) -> None:
+    begun = functools.partial(Play(tmp_path).noted, "begun")
+    with start(tmp_path, "slurm", "clings", "waits", jobs=0, options=("time=5",)) as process:
+        assert wait_for(lambda: "waits/1" in begun())
+        for attempts, job in ((1, "100_0"), (2, "101"), (3, "102")):
+            assert wait_for(lambda expected=attempts: begun().count("clings/0") == expected)
+            fake_slurm.send(slurm, job, signal.SIGUSR2)
+        (tmp_path / "go").touch()
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "a worker died 3 times while it ran clings/0 (job 102: time limit); the logs are in " in told
+    assert "; the options time and mem give jobs more of both. What is finished is kept" in told.splitlines()[-1]
+    assert keys(lines((tmp_path / "own.jsonl").read_text())) == ["waits/1"]
+    assert not list(slurm.glob("cancelled-*"))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 from tnadapt.errors import TnadaptError
@@ -122,7 +123,7 @@ class _Jobs(Started):
         self.ended: dict[str, float] = {}
 
     def submit(self, calls: Sequence[TaskCall]) -> None:
-        jobs = self.executor.map_array(run_call, calls)
+        jobs = self.executor.map_array(_run_job, calls)
         self.jobs.update({call.task.key: job for call, job in zip(calls, jobs, strict=True)})
 
     def wait(self, seconds: float) -> Iterator[tuple[str, Ended]]:
@@ -148,7 +149,7 @@ class _Jobs(Started):
             found: Ended = job.result()
         except Exception as error:  # the call could not be unpickled there
             return Failed(str(error), False)
-        return found
+        return Died(f"job {job.job_id}: {found.reason}") if isinstance(found, Died) else found
 
     def close(self) -> None:
         for job in self.jobs.values():
@@ -199,3 +200,36 @@ class _SlurmJobs(_Jobs):
         # The rest of an array with one command.
         for number in {job.job_id.partition("_")[0] for job in self.jobs.values()}:
             self.submitit.SlurmJob(folder=self.folder, job_id=number).cancel(check=False)
+
+
+# -- In a job ----------------------------------------------------------------------------------
+
+
+class _TimeLimit(BaseException):
+    """The job will soon be killed. A task may keep an Exception, such as those of a library, for its result."""
+
+
+def _run_job(call: TaskCall) -> Ended:
+    """Run a task in a job; it is no error of the task that the job comes to its time limit."""
+    try:
+        _hear_of_limit()
+        return run_call(call)
+    except _TimeLimit:
+        return Died("time limit")
+
+
+def _hear_of_limit() -> None:
+    """Let submitit's handler raise _TimeLimit in place of its own error. It still requeues a job that is preempted."""
+    import submitit
+
+    number = getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}")
+    theirs: Any = signal.getsignal(number)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        try:
+            theirs(number, frame)
+        except submitit.core.utils.UncompletedJobError:
+            raise _TimeLimit from None
+
+    if callable(theirs):
+        signal.signal(number, handle)
