@@ -658,3 +658,13 @@ def test_a_job_that_reaches_its_time_limit_disturbs_no_other_and_is_tried_again(
     assert "; the options time and mem give jobs more of both. What is finished is kept" in told.splitlines()[-1]
     assert keys(lines((tmp_path / "own.jsonl").read_text())) == ["waits/1"]
     assert not list(slurm.glob("cancelled-*"))
+
+
+@pytest.mark.slow
+@needs("slurm")
+def test_a_task_that_failed_as_a_job_is_run_again_by_the_same_command(tmp_path: Path, slurm: Path) -> None:
+    # The cause may be mended by then.
+    for _ in range(2):
+        done = run(tmp_path, "slurm", "refuses", jobs=0)
+        assert done.stderr.splitlines()[-1].endswith("TnadaptError: not like this")
+    assert Play(tmp_path).noted("begun") == ["refuses/0"] * 2

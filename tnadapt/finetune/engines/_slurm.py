@@ -14,7 +14,7 @@ from tnadapt.errors import TnadaptError
 from tnadapt.finetune._line_files import undamaged_lines
 
 from ._engine import Engine, Started
-from ._task_call import Died, Ended, Failed, TaskCall, run_call
+from ._task_call import Died, Ended, Failed, Finished, TaskCall, run_call
 
 __all__ = ["SlurmEngine"]
 
@@ -145,11 +145,7 @@ class _Jobs(Started):
             del self.ended[key]
             return Died(f"job {job.job_id}: {job.state}")
         self.ended.pop(key, None)
-        try:
-            found: Ended = job.result()
-        except Exception as error:  # the call could not be unpickled there
-            return Failed(str(error), False)
-        return Died(f"job {job.job_id}: {found.reason}") if isinstance(found, Died) else found
+        return _result(job)
 
     def close(self) -> None:
         for job in self.jobs.values():
@@ -157,6 +153,15 @@ class _Jobs(Started):
         limit = time.monotonic() + _PATIENCE
         while not all(job.done() for job in self.jobs.values()) and time.monotonic() < limit:
             time.sleep(0.05)
+
+
+def _result(job: Any) -> Ended:
+    """Return how the task of a job ended that has left a result."""
+    try:
+        found: Ended = job.result()
+    except Exception as error:  # the call could not be unpickled there
+        return Failed(str(error), False)
+    return Died(f"job {job.job_id}: {found.reason}") if isinstance(found, Died) else found
 
 
 class _SlurmJobs(_Jobs):
@@ -186,15 +191,17 @@ class _SlurmJobs(_Jobs):
                     file.write(json.dumps({"key": key, "job": self.jobs[key].job_id}).encode() + b"\n")
 
     def _goes_on(self, key: str) -> bool:
-        """Return whether a job of an earlier program does this task, and wait for that one."""
+        """Return whether a job of an earlier program does this task, or has finished it, and wait for that one."""
         job = self.earlier.pop(key, None)
         if job is None:
             return False
-        state = job.watcher.get_state(job.job_id).upper().partition(" ")[0]
-        if state not in _ALIVE and not job.paths.result_pickle.exists():
-            return False
-        self.jobs[key] = job
-        return True
+        if job.paths.result_pickle.exists():
+            goes_on = isinstance(_result(job), Finished)  # the cause of a failure may be mended by now
+        else:
+            goes_on = job.watcher.get_state(job.job_id).upper().partition(" ")[0] in _ALIVE
+        if goes_on:
+            self.jobs[key] = job
+        return goes_on
 
     def close(self) -> None:
         # The rest of an array with one command.
