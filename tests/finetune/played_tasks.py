@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,15 +120,25 @@ def lines(text: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run the tasks that the program's own file lacks, as any program should."""
+    """Run the tasks that the program's own file lacks, as any program should; "then" begins another phase."""
     folder, engine, jobs, options, *names = sys.argv[1:]
-    own = Path(folder) / "own.jsonl"
+    phases: list[list[Act]] = [[]]
+    for name in names:
+        if name == "then":
+            phases.append([])
+        else:
+            phases[-1].append(Act(name, sum(map(len, phases))))
+    for tasks in phases:
+        run_phase(Path(folder), tasks, engine, int(jobs), json.loads(options))
+
+
+def run_phase(folder: Path, tasks: Sequence[Act], engine: str, jobs: int, options: Sequence[str]) -> None:
+    own = folder / "own.jsonl"
     there = [json.loads(line)["key"] for line in own.read_text().splitlines()] if own.exists() else []
-    tasks = [task for task in acts(*names) if task.key not in there]
     progress: dict[str, float] = {}
     found = run_tasks(
-        Play(Path(folder)), tasks, Path(folder), engine=engine, jobs=int(jobs), threads=3, known=there,
-        options=dict(option.split("=", 1) for option in json.loads(options)),
+        Play(folder), [task for task in tasks if task.key not in there], folder, engine=engine, jobs=jobs, threads=3,
+        known=there, options=dict(option.split("=", 1) for option in options),
         progress=lambda task, done: progress.update({task.key: done}),
     )  # fmt: skip
     with own.open("a") as file:

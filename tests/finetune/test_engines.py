@@ -27,7 +27,7 @@ import torch
 import tnadapt as tna
 from tests.support.depth import in_depth
 from tnadapt.finetune import Engine, engines, open_engine, run_tasks
-from tnadapt.finetune.engines import Started
+from tnadapt.finetune.engines import Started, _run_folder
 
 from . import fake_slurm
 from .played_tasks import ROOT, Act, Play, acts, environment, lines, run, start
@@ -248,6 +248,42 @@ def test_the_files_of_a_program_that_was_killed_at_its_end_are_deleted(tmp_path:
     leave(tmp_path)
     assert not list(run_tasks(Play(tmp_path), [], tmp_path, known=[Act(name).key for name in "abcd"]))
     assert not (tmp_path / "workers").exists()
+
+
+@pytest.mark.law("killed-sweep")
+def test_files_of_jobs_that_nobody_has_asked_for_yet_are_kept(tmp_path: Path) -> None:
+    run = leave(tmp_path)
+    (run / "slurm").mkdir()
+    (run / "slurm" / "jobs.jsonl").write_text('{"key": "later/0", "job": "77"}\n')
+    known = [Act(name).key for name in "abcd"]
+    assert not list(run_tasks(Play(tmp_path), [], tmp_path, known=known))
+    assert (run / "slurm" / "jobs.jsonl").exists()
+    assert not list(run.glob("worker-*")), "they have been read"
+    assert not list(run_tasks(Play(tmp_path), [], tmp_path, known=[*known, "later/0"]))
+    assert not (tmp_path / "workers").exists()
+
+
+@pytest.mark.law("killed-sweep")
+def test_a_line_that_is_being_written_while_others_are_deleted_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = leave(tmp_path)
+    late = run / "worker-late.jsonl"
+    late.write_text('{"key": "late/0", ')
+    read = _run_folder.undamaged_lines
+
+    def write(path: Path) -> Iterable[dict[str, Any]]:
+        found = list(read(path))
+        if path == late:
+            late.write_text('{"key": "late/0", "line": {"was": "late"}}\n')
+            (run / "worker-later.jsonl").write_text('{"key": "later/0", "line": {"was": "later"}}\n')
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_run_folder, "undamaged_lines", write)
+        _run_folder.RunFolder(tmp_path, "").forget({"a/0"})
+    found = words(run_tasks(Play(tmp_path), [Act(name) for name in ("b", "late", "later")], tmp_path))
+    assert found == {"b": "b", "late": "late", "later": "later"}
 
 
 def test_lines_of_another_study_are_discarded(tmp_path: Path) -> None:
@@ -627,6 +663,25 @@ def test_jobs_of_slurm_are_an_array_with_the_options_and_go_on_without_the_progr
     assert keys(lines((tmp_path / "own.jsonl").read_text())) == ["a/2", "waits/0", "waits/1"]
     assert Play(tmp_path).noted("begun") == ["a/2", "waits/0", "waits/1"], "none was begun twice"
     assert not (slurm / "script-101").exists()
+    assert not (tmp_path / "workers").exists()
+
+
+@pytest.mark.slow
+@needs("slurm")
+@pytest.mark.law("killed-sweep")
+def test_jobs_of_a_later_phase_go_on_without_the_program(tmp_path: Path, slurm: Path) -> None:
+    # A study tries all rates with one seed, and then trains the others with the best.
+    names = ("a", "then", "waits", "waits")
+    with start(tmp_path, "slurm", *names, jobs=0) as process:
+        assert wait_for(lambda: len(Play(tmp_path).noted("begun")) == 3)
+        os.kill(process.pid, signal.SIGKILL)
+    with start(tmp_path, "slurm", *names, jobs=0) as process:
+        assert not wait_for(lambda: len(Play(tmp_path).noted("begun")) > 3, 8)
+        (tmp_path / "go").touch()
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 0, told
+    assert keys(lines((tmp_path / "own.jsonl").read_text())) == ["a/0", "waits/1", "waits/2"]
+    assert Play(tmp_path).noted("begun") == ["a/0", "waits/1", "waits/2"], "none was begun twice"
     assert not (tmp_path / "workers").exists()
 
 

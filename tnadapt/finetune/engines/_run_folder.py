@@ -18,7 +18,10 @@ from tnadapt.finetune._line_files import append_line, undamaged_lines
 from ._task_call import new_worker_file, progress_file, worker_files
 from ._work import Keyed
 
-__all__ = ["RunFolder", "discard"]
+__all__ = ["NOTES", "RunFolder", "discard"]
+
+#: The name of the file, in its own folder, in which an engine notes the keys of jobs that outlive the program.
+NOTES = "jobs.jsonl"
 
 # Reading progress may take this fraction of the driver's time, however slow the file system is.
 _SHARE = 0.05
@@ -66,12 +69,7 @@ class RunFolder:
 
     def lines(self) -> dict[str, dict[str, Any]]:
         """Return all lines that workers have written, by key."""
-        return {
-            one["key"]: one["line"]
-            for path in worker_files(self.path)
-            for one in undamaged_lines(path)
-            if isinstance(one.get("key"), str) and isinstance(one.get("line"), dict)
-        }
+        return {key: line for path in worker_files(self.path) for key, line in _lines_of(path).items()}
 
     def report(self, tasks: Iterable[T], progress: Callable[[T, float], None]) -> None:
         """Report the progress of tasks, unless the last look was so expensive that it is too early for another."""
@@ -99,18 +97,36 @@ class RunFolder:
     def forget(self, keys: Set[str]) -> None:
         """Delete the lines with these keys, which have been written elsewhere; and the folder, if no others are left.
 
-        Others are of tasks of the same study that this program has not asked for yet.
+        Others are of tasks of the same study that this program has not asked for yet, or their jobs still run.
         """
-        left = {key: line for key, line in self.lines().items() if key not in keys}
-        if not left:
+        # Jobs that outlive their program may write now, one line to a file of their own. So only files that have a line
+        # by now are deleted, and none that is new.
+        read = {path: found for path in worker_files(self.path) if (found := _lines_of(path))}
+        left = {key: line for found in read.values() for key, line in found.items() if key not in keys}
+        if not left and _noted(self.path) <= keys:
             discard(self.folder)
             return
-        read = worker_files(self.path)
-        with open(new_worker_file(self.path), "ab", buffering=0) as file:
-            for key, line in left.items():
-                append_line(file, {"key": key, "line": line})
+        if left:
+            with open(new_worker_file(self.path), "ab", buffering=0) as file:
+                for key, line in left.items():
+                    append_line(file, {"key": key, "line": line})
         for path in read:
             path.unlink()
+
+
+def _noted(folder: Path) -> set[str]:
+    """Return the keys of tasks that engines have started as jobs which outlive the program."""
+    notes = (one for path in folder.glob(f"*/{NOTES}") for one in undamaged_lines(path))
+    return {one["key"] for one in notes if isinstance(one.get("key"), str)}
+
+
+def _lines_of(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the lines of a worker, by key."""
+    return {
+        one["key"]: one["line"]
+        for one in undamaged_lines(path)
+        if isinstance(one.get("key"), str) and isinstance(one.get("line"), dict)
+    }
 
 
 def _current(folder: Path) -> dict[str, str] | None:

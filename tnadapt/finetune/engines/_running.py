@@ -51,8 +51,8 @@ def run_tasks(
     Every worker writes the lines to a file of its own in ``folder / "workers"``, synchronized, before it reports them.
     Write each line to your own file before you ask for the next one. If the program is then killed at any time, call
     this again with the tasks that your file lacks, and with the keys that it holds as ``known``: tasks that workers had
-    finished are yielded from the workers' files and are not run again. Lines of any other tasks are kept until you ask
-    for these. A worker that dies is tried again, twice at most.
+    finished are yielded from the workers' files and are not run again. Lines of any other tasks, and jobs of Slurm that
+    run them, are kept until you ask for these. A worker that dies is tried again, twice at most.
 
     Parameters
     ----------

@@ -14,6 +14,7 @@ from tnadapt.errors import TnadaptError
 from tnadapt.finetune._line_files import undamaged_lines
 
 from ._engine import Engine, Started
+from ._run_folder import NOTES
 from ._task_call import Died, Ended, Failed, Finished, TaskCall, run_call
 
 __all__ = ["SlurmEngine"]
@@ -174,7 +175,7 @@ class _SlurmJobs(_Jobs):
 
         super().__init__(executor)
         self.submitit, self.folder = submitit, folder
-        self.notes = folder / "jobs.jsonl"
+        self.notes = folder / NOTES
         # All are registered before the first is asked for, so that one command answers for all.
         self.earlier = {
             one["key"]: submitit.SlurmJob(folder=folder, job_id=one["job"])
