@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -27,7 +28,7 @@ import torch
 import tnadapt as tna
 from tests.support.depth import in_depth
 from tnadapt.finetune import Engine, engines, open_engine, run_tasks
-from tnadapt.finetune.engines import Started, _run_folder
+from tnadapt.finetune.engines import Started, _run_folder, _slurm
 
 from . import fake_slurm
 from .played_tasks import ROOT, Act, Play, acts, environment, lines, run, start
@@ -723,3 +724,55 @@ def test_a_task_that_failed_as_a_job_is_run_again_by_the_same_command(tmp_path: 
         done = run(tmp_path, "slurm", "refuses", jobs=0)
         assert done.stderr.splitlines()[-1].endswith("TnadaptError: not like this")
     assert Play(tmp_path).noted("begun") == ["refuses/0"] * 2
+
+
+@needs("slurm")
+def test_jobs_of_slurm_are_submitted_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def submit(run_job: object, calls: list[Any]) -> list[Any]:
+        sizes.append(len(calls))
+        return [SimpleNamespace(job_id=f"{len(sizes)}_{index}", done=lambda: False) for index in range(len(calls))]
+
+    monkeypatch.setattr(_slurm, "_PERIOD", 0.3)
+    (tmp_path / "slurm").mkdir()
+    started = _slurm._SlurmJobs(SimpleNamespace(map_array=submit), tmp_path / "slurm")
+    for task in acts("a", "b", "c"):
+        started.submit([engines.TaskCall(tmp_path, str(tmp_path), Play(tmp_path), task, 1)])
+    assert sizes == [1], "one command may take seconds"
+    time.sleep(0.3)
+    assert not list(started.wait(0))
+    assert sizes == [1, 2]
+    assert [one["key"] for one in lines((tmp_path / "slurm" / "jobs.jsonl").read_text())] == ["a/0", "b/1", "c/2"]
+
+
+@pytest.mark.slow
+@needs("slurm")
+def test_a_job_that_slurm_does_not_take_now_is_submitted_later(
+    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_slurm, "_PERIOD", 0.1)
+    fake_slurm.refuse(slurm, 3, "Batch job submission failed: Socket timed out on send/recv operation")
+    assert words(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="slurm")) == {"a": "new"}
+    assert Play(tmp_path).noted("begun") == ["a/0"]
+    fake_slurm.refuse(slurm, 1, "Batch job submission failed: Invalid account")
+    message = "^engine slurm cannot submit jobs: sbatch: error: Batch job submission failed: Invalid account; look"
+    with pytest.raises(tna.TnadaptError, match=message):
+        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="slurm"))
+
+
+@pytest.mark.slow
+@needs("slurm")
+@pytest.mark.law("killed-sweep")
+def test_jobs_go_on_when_slurm_takes_no_others(tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_slurm, "_PERIOD", 0.1)
+    found = run_tasks(Play(tmp_path), acts("a", "waits", "b"), tmp_path, engine="slurm", jobs=2)
+    assert next(found)[0].does == "a"
+    fake_slurm.refuse(slurm, 6, "QOSMaxSubmitJobPerUserLimit")
+    with pytest.raises(tna.TnadaptError, match=r"QOSMaxSubmitJobPerUserLimit; .*; jobs that run go on, and"):
+        next(found)
+    (tmp_path / "go").touch()
+    found = run_tasks(Play(tmp_path), acts("a", "waits", "b")[1:], tmp_path, engine="slurm", jobs=2, known=["a/0"])
+    assert words(found) == {"waits": "new", "b": "new"}
+    assert Play(tmp_path).noted("begun") == ["a/0", "b/2", "waits/1"], "none was begun twice"
+    assert not list(slurm.glob("cancelled-*"))

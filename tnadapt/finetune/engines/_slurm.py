@@ -27,6 +27,10 @@ _LAG = 15.0
 _SHARE = 0.05
 # Seconds in which processes of this machine end after they were told to.
 _PATIENCE = 10.0
+# Seconds between two commands that submit jobs. One may take seconds, so those that are ready go together.
+_PERIOD = 10.0
+# How often Slurm may refuse jobs, with a pause that doubles: in five minutes, a limit or a restart has often passed.
+_REFUSALS = 6
 # Submitit's default of five minutes would end most trainings.
 _MINUTES = 240
 # Of jobs that will give a result, or may.
@@ -175,6 +179,9 @@ class _SlurmJobs(_Jobs):
 
         super().__init__(executor)
         self.submitit, self.folder = submitit, folder
+        self.waiting: list[TaskCall] = []
+        self.next, self.refusals = time.monotonic(), 0
+        self.left = False
         self.notes = folder / NOTES
         # All are registered before the first is asked for, so that one command answers for all.
         self.earlier = {
@@ -184,12 +191,39 @@ class _SlurmJobs(_Jobs):
         }
 
     def submit(self, calls: Sequence[TaskCall]) -> None:
-        new = [call for call in calls if not self._goes_on(call.task.key)]
-        if new:
-            super().submit(new)
-            with open(self.notes, "ab", buffering=0) as file:
-                for key in (call.task.key for call in new):
-                    file.write(json.dumps({"key": key, "job": self.jobs[key].job_id}).encode() + b"\n")
+        self.waiting += [call for call in calls if not self._goes_on(call.task.key)]
+        self._submit_waiting()
+
+    def wait(self, seconds: float) -> Iterator[tuple[str, Ended]]:
+        self._submit_waiting()
+        yield from super().wait(seconds)
+
+    def _submit_waiting(self) -> None:
+        """Submit all jobs that wait, unless it is too early for another command."""
+        if not self.waiting or time.monotonic() < self.next:
+            return
+        try:
+            super().submit(self.waiting)
+        except (self.submitit.core.utils.FailedJobError, self.submitit.core.utils.FailedSubmissionError) as error:
+            self._refused((str(error).strip().splitlines() or ["sbatch failed"])[-1])
+            return
+        with open(self.notes, "ab", buffering=0) as file:
+            for key in (call.task.key for call in self.waiting):
+                file.write(json.dumps({"key": key, "job": self.jobs[key].job_id}).encode() + b"\n")
+        self.waiting, self.refusals = [], 0
+        self.next = time.monotonic() + _PERIOD
+
+    def _refused(self, message: str) -> None:
+        """Try again later, if that may help."""
+        self.refusals += 1
+        self.next = time.monotonic() + _PERIOD * 2 ** (self.refusals - 1)
+        if self.refusals == _REFUSALS or "invalid" in message.lower():  # an account, partition, time, …
+            self.left = bool(self.jobs)
+            goes_on = "; jobs that run go on, and the same command finds them again" if self.left else ""
+            raise TnadaptError(
+                f"engine slurm cannot submit jobs: {message}; look at its options, and at --jobs, the number that is "
+                f"queued at a time{goes_on}"
+            ) from None
 
     def _goes_on(self, key: str) -> bool:
         """Return whether a job of an earlier program does this task, or has finished it, and wait for that one."""
@@ -205,6 +239,8 @@ class _SlurmJobs(_Jobs):
         return goes_on
 
     def close(self) -> None:
+        if self.left:
+            return
         # The rest of an array with one command.
         for number in {job.job_id.partition("_")[0] for job in self.jobs.values()}:
             self.submitit.SlurmJob(folder=self.folder, job_id=number).cancel(check=False)
