@@ -16,7 +16,7 @@ STATE = "FAKE_SLURM"
 def install(folder: Path) -> dict[str, str]:
     """Write the commands to a folder; return the environment in which they are found."""
     (folder / "bin").mkdir(parents=True)
-    for name in ("sbatch", "srun", "sacct", "scancel"):
+    for name in ("sbatch", "srun", "sacct", "squeue", "scancel"):
         path = folder / "bin" / name
         path.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {name} "$@"\n')
         path.chmod(0o755)
@@ -83,6 +83,8 @@ def send(folder: Path, job: str, number: signal.Signals) -> None:
 def sacct(*given: str) -> None:
     """Print the states of jobs."""
     folder = Path(os.environ[STATE])
+    if (folder / "sacct-fails").exists():
+        sys.exit("sacct: error: Slurm accounting storage is disabled")
     asked = [number for name, number in itertools.pairwise(given) if name == "-j"]
     print("JobID|State|NodeList")
     for path in sorted(folder.glob("job-*")):
@@ -91,9 +93,23 @@ def sacct(*given: str) -> None:
             ended = folder / f"ended-{job}"
             cancelled = (folder / f"cancelled-{job}").exists()
             state = "CANCELLED by 0" if cancelled else "RUNNING" if not ended.exists() else "COMPLETED"
+            if (folder / f"suspended-{job}").exists():
+                state = "SUSPENDED"
             if ended.exists() and ended.read_text().strip() != "0" and not cancelled:
                 state = "OUT_OF_MEMORY"
             print(f"{job}|{state}|node1")
+
+
+def squeue(*given: str) -> None:
+    """Print the jobs of an array that have not ended."""
+    folder = Path(os.environ[STATE])
+    number = given[given.index("--jobs") + 1]
+    found = [path.name.removeprefix("job-") for name in ("", "_*") for path in folder.glob(f"job-{number}{name}")]
+    if not found:
+        sys.exit("slurm_load_jobs error: Invalid job id specified")
+    for job in found:
+        if not any((folder / f"{how}-{job}").exists() for how in ("ended", "cancelled")):
+            print(job)
 
 
 def scancel(number: str) -> None:
@@ -107,4 +123,4 @@ def scancel(number: str) -> None:
 
 
 if __name__ == "__main__":
-    {"sbatch": sbatch, "srun": srun, "sacct": sacct, "scancel": scancel}[sys.argv[1]](*sys.argv[2:])
+    {"sbatch": sbatch, "srun": srun, "sacct": sacct, "squeue": squeue, "scancel": scancel}[sys.argv[1]](*sys.argv[2:])

@@ -776,3 +776,53 @@ def test_jobs_go_on_when_slurm_takes_no_others(tmp_path: Path, slurm: Path, monk
     assert words(found) == {"waits": "new", "b": "new"}
     assert Play(tmp_path).noted("begun") == ["a/0", "b/2", "waits/1"], "none was begun twice"
     assert not list(slurm.glob("cancelled-*"))
+
+
+def adopting(slurm: Path, folder: Path, **state: str) -> tuple[Any, list[Any]]:
+    """Return jobs of Slurm with one of an earlier program, 79, and the calls that are submitted all the same."""
+    folder.mkdir(exist_ok=True)
+    (folder / "jobs.jsonl").write_text('{"key": "a/0", "job": "79"}\n')
+    for name, content in state.items():
+        (slurm / f"{name}-79").write_text(content)
+    submitted: list[Any] = []
+
+    def submit(run_job: object, calls: list[Any]) -> list[Any]:
+        submitted.extend(calls)
+        return [SimpleNamespace(job_id="80", done=lambda: False)]
+
+    started = _slurm._SlurmJobs(SimpleNamespace(map_array=submit), folder)
+    started.submit([engines.TaskCall(folder, str(folder), Play(folder), Act("a"), 1)])
+    return started, submitted
+
+
+@needs("slurm")
+@pytest.mark.parametrize(
+    ("state", "again"),
+    [({"job": "1"}, False), ({"job": "1", "suspended": ""}, False), ({"job": "1", "ended": "1"}, True), ({}, True)],
+)
+@pytest.mark.parametrize("accounting", [True, False])
+def test_a_job_that_may_still_run_is_not_submitted_again(
+    state: dict[str, str], again: bool, accounting: bool, tmp_path: Path, slurm: Path
+) -> None:
+    import submitit
+
+    if not accounting:
+        (slurm / "sacct-fails").touch()
+    submitit.SlurmJob.watcher.clear()
+    _, submitted = adopting(slurm, tmp_path / "logs", **state)
+    assert [call.task for call in submitted] == [Act("a")] * again
+
+
+@needs("slurm")
+def test_a_job_that_is_suspended_has_not_died(tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import submitit
+
+    monkeypatch.setattr(_slurm, "_LOOK", 0.0)
+    submitit.SlurmJob.watcher.clear()
+    started, submitted = adopting(slurm, tmp_path / "logs", job="1", suspended="")
+    started.lag = 0.0
+    assert not [*started.wait(0), *started.wait(0), *submitted]
+    # It goes on, and dies then.
+    (slurm / "suspended-79").unlink()
+    (slurm / "ended-79").write_text("1")
+    assert [*started.wait(0), *started.wait(0)] == [("a/0", engines.Died("job 79: OUT_OF_MEMORY"))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,8 +34,13 @@ _PERIOD = 10.0
 _REFUSALS = 6
 # Submitit's default of five minutes would end most trainings.
 _MINUTES = 240
-# Of jobs that will give a result, or may.
-_ALIVE = frozenset({"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "PREEMPTED"})
+# Of jobs that will give a result, or may. Unknown is what accounting did not say, perhaps only this time.
+_ALIVE = frozenset(
+    {"UNKNOWN", "PENDING", "CONFIGURING", "RUNNING", "RESIZING", "SIGNALING", "COMPLETING", "STAGE_OUT", "SUSPENDED",
+     "STOPPED", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "PREEMPTED"}
+)  # fmt: skip
+# Seconds after which accounting is asked again about jobs that submitit takes for ended.
+_LOOK = 60.0
 #: Options that are submitit's under another name, as whole numbers or as text.
 _NUMBERS = MappingProxyType({"time": "timeout_min", "gpus": "gpus_per_node", "cpus": "cpus_per_task"})
 _TEXTS = MappingProxyType(
@@ -144,6 +150,8 @@ class _Jobs(Started):
         if not job.done():
             return None
         if not job.paths.result_pickle.exists():
+            if self._lives(job):
+                return None
             # It ended without a result, or the result cannot be seen yet.
             if time.monotonic() - self.ended.setdefault(key, time.monotonic()) < self.lag:
                 return None
@@ -151,6 +159,10 @@ class _Jobs(Started):
             return Died(f"job {job.job_id}: {job.state}")
         self.ended.pop(key, None)
         return _result(job)
+
+    def _lives(self, job: Any) -> bool:
+        """Return whether a job goes on that submitit takes for ended."""
+        return False
 
     def close(self) -> None:
         for job in self.jobs.values():
@@ -169,6 +181,23 @@ def _result(job: Any) -> Ended:
     return Died(f"job {job.job_id}: {found.reason}") if isinstance(found, Died) else found
 
 
+def _state(job: Any) -> str:
+    """Return the state of a job of Slurm, such as CANCELLED for "CANCELLED by 1000"."""
+    return str(job.state).upper().partition(" ")[0]
+
+
+def _queued(number: str) -> set[str] | None:
+    """Return the jobs of an array that have not ended, or None if Slurm cannot say it now."""
+    command = ["squeue", "--noheader", "--array", "--format", "%i", "--jobs", number]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    if done.returncode:  # it does so for numbers that it has forgotten
+        return set() if "Invalid job id" in done.stderr else None
+    return set(done.stdout.split())
+
+
 class _SlurmJobs(_Jobs):
     """Jobs of Slurm, which outlive the program that submits them: their numbers are noted in a file."""
 
@@ -182,6 +211,8 @@ class _SlurmJobs(_Jobs):
         self.waiting: list[TaskCall] = []
         self.next, self.refusals = time.monotonic(), 0
         self.left = False
+        self.looked = float("-inf")
+        self.queues: dict[str, set[str] | None] = {}
         self.notes = folder / NOTES
         # All are registered before the first is asked for, so that one command answers for all.
         self.earlier = {
@@ -233,10 +264,27 @@ class _SlurmJobs(_Jobs):
         if job.paths.result_pickle.exists():
             goes_on = isinstance(_result(job), Finished)  # the cause of a failure may be mended by now
         else:
-            goes_on = job.watcher.get_state(job.job_id).upper().partition(" ")[0] in _ALIVE
+            state = _state(job)
+            goes_on = state in _ALIVE and (state != "UNKNOWN" or self._may_be_queued(job.job_id))
         if goes_on:
             self.jobs[key] = job
         return goes_on
+
+    def _may_be_queued(self, job: str) -> bool:
+        """Return whether the queue has a job, where accounting does not know, or it cannot be asked."""
+        number = job.partition("_")[0]
+        if number not in self.queues:
+            self.queues[number] = _queued(number)
+        queued = self.queues[number]
+        return queued is None or job in queued
+
+    def _lives(self, job: Any) -> bool:
+        if _state(job) not in _ALIVE:
+            return False
+        if time.monotonic() - self.looked > _LOOK:
+            self.looked = time.monotonic()
+            job.watcher.clear()  # otherwise submitit would not ask about it again
+        return True
 
     def close(self) -> None:
         if self.left:
