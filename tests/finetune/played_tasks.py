@@ -79,6 +79,8 @@ class Play:
                     time.sleep(0.02)
             case "long":
                 time.sleep(600)
+            case "naps":
+                time.sleep(10)
             case "clings":  # as a task does that keeps the errors of a library
                 with contextlib.suppress(Exception):
                     time.sleep(600)

@@ -6,13 +6,16 @@ import contextlib
 import functools
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -491,6 +494,32 @@ def test_who_stops_listening_ends_those_that_run(tmp_path: Path) -> None:
     with contextlib.closing(run_tasks(Play(tmp_path), acts("a", "long", "long"), tmp_path, jobs=2)) as found:
         assert next(found)[0].does == "a"
     assert gone(tmp_path)
+
+
+@pytest.mark.usefixtures("keyboard")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_interrupt_while_a_worker_starts_ends_it(
+    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = futures.ProcessPoolExecutor.submit
+
+    def submit(pool: futures.ProcessPoolExecutor, *call: Any) -> futures.Future[Any]:
+        found = real(pool, *call)
+        os.kill(os.getpid(), signal.SIGINT)
+        return found
+
+    ended = threading.Event()
+    others = [threading.Thread(target=ended.wait) for _ in range(threads - 1)]  # one that may hear of the signal
+    for thread in others:
+        thread.start()
+    monkeypatch.setattr(futures.ProcessPoolExecutor, "submit", submit)
+    before, began = signal.getsignal(signal.SIGINT), time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(run_tasks(Play(tmp_path), acts("naps", "naps"), tmp_path, jobs=2))
+    assert time.monotonic() - began < 8
+    assert not multiprocessing.active_children()
+    assert signal.getsignal(signal.SIGINT) is before
+    ended.set()
 
 
 @pytest.mark.slow

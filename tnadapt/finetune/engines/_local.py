@@ -7,7 +7,6 @@ lose the trainings of all workers with one of them.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -22,6 +21,7 @@ from pathlib import Path
 from tnadapt.finetune._torch_threads import number_of_threads
 
 from ._engine import Engine, Started
+from ._interrupts import interrupts_held
 from ._task_call import Died, Ended, Failed, TaskCall, run_call
 
 __all__ = ["LocalEngine"]
@@ -80,9 +80,9 @@ class _Processes(Started):
         for call in calls:
             pool = self.idle.pop() if self.idle else futures.ProcessPoolExecutor(1, self.context, _begin)
             others = set(multiprocessing.active_children())
-            with _interrupts_held():
+            with interrupts_held():
                 self.busy[pool.submit(run_call, call)] = (call.task.key, pool)
-            self.workers |= set(multiprocessing.active_children()) - others
+                self.workers |= set(multiprocessing.active_children()) - others
 
     def wait(self, seconds: float) -> Iterator[tuple[str, Ended]]:
         done, _ = futures.wait(self.busy, timeout=seconds, return_when=futures.FIRST_COMPLETED)
@@ -103,19 +103,6 @@ class _Processes(Started):
             worker.kill()
         for pool in [*self.idle, *(pool for _, pool in self.busy.values())]:
             pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back while a worker starts, which inherits that: it is the parent's, who then ends the workers."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # -- In a worker -------------------------------------------------------------------------------
