@@ -112,15 +112,22 @@ def squeue(*given: str) -> None:
             print(job)
 
 
-def scancel(number: str) -> None:
-    """End a job, or all of an array that still run."""
+def scancel(option: str, name: str) -> None:
+    """End the jobs with a name that still run."""
     folder = Path(os.environ[STATE])
-    for path in [*folder.glob(f"job-{number}"), *folder.glob(f"job-{number}_*")]:
-        job = path.name.removeprefix("job-")
-        if not (folder / f"ended-{job}").exists():
-            (folder / f"cancelled-{job}").touch()
-            os.killpg(int(path.read_text()), signal.SIGKILL)
+    assert option == "--name"
+    for script in folder.glob("script-*"):
+        if f"#SBATCH --job-name={name}\n" in script.read_text():
+            number = script.name.removeprefix("script-")
+            for path in [*folder.glob(f"job-{number}"), *folder.glob(f"job-{number}_*")]:
+                job = path.name.removeprefix("job-")
+                if not (folder / f"ended-{job}").exists():
+                    (folder / f"cancelled-{job}").touch()
+                    os.killpg(int(path.read_text()), signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    {"sbatch": sbatch, "srun": srun, "sacct": sacct, "squeue": squeue, "scancel": scancel}[sys.argv[1]](*sys.argv[2:])
+    command, *given = sys.argv[1:]
+    with (Path(os.environ[STATE]) / f"calls-{command}").open("a") as file:
+        print(*given, file=file)
+    {"sbatch": sbatch, "srun": srun, "sacct": sacct, "squeue": squeue, "scancel": scancel}[command](*given)

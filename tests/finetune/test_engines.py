@@ -721,9 +721,15 @@ def test_jobs_of_a_later_phase_go_on_without_the_program(tmp_path: Path, slurm: 
 def test_an_interrupt_cancels_jobs_of_slurm(tmp_path: Path, slurm: Path) -> None:
     with start(tmp_path, "slurm", "long", "long", jobs=0) as process:
         assert wait_for(lambda: len(Play(tmp_path).noted("begun")) == 2)
+        os.kill(process.pid, signal.SIGKILL)
+    (slurm / "calls-sacct").unlink(missing_ok=True)
+    # It asks for one of them alone.
+    with start(tmp_path, "slurm", "long", jobs=0) as process:
+        assert wait_for(lambda: (slurm / "calls-sacct").exists())
         os.killpg(process.pid, signal.SIGINT)
         process.communicate(timeout=60)
     assert {path.name for path in slurm.glob("cancelled-*")} == {"cancelled-100_0", "cancelled-100_1"}
+    assert len((slurm / "calls-scancel").read_text().splitlines()) == 1, "one command may take seconds"
     assert gone(tmp_path)
 
 
@@ -765,7 +771,7 @@ def test_jobs_of_slurm_are_submitted_together(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(_slurm, "_PERIOD", 0.3)
     (tmp_path / "slurm").mkdir()
-    started = _slurm._SlurmJobs(SimpleNamespace(map_array=submit), tmp_path / "slurm")
+    started = _slurm._SlurmJobs(SimpleNamespace(map_array=submit), tmp_path / "slurm", "run")
     for task in acts("a", "b", "c"):
         started.submit([engines.TaskCall(tmp_path, str(tmp_path), Play(tmp_path), task, 1)])
     assert sizes == [1], "one command may take seconds"
@@ -819,7 +825,7 @@ def adopting(slurm: Path, folder: Path, **state: str) -> tuple[Any, list[Any]]:
         submitted.extend(calls)
         return [SimpleNamespace(job_id="80", done=lambda: False)]
 
-    started = _slurm._SlurmJobs(SimpleNamespace(map_array=submit), folder)
+    started = _slurm._SlurmJobs(SimpleNamespace(map_array=submit), folder, "run")
     started.submit([engines.TaskCall(folder, str(folder), Play(folder), Act("a"), 1)])
     return started, submitted
 
@@ -855,3 +861,26 @@ def test_a_job_that_is_suspended_has_not_died(tmp_path: Path, slurm: Path, monke
     (slurm / "suspended-79").unlink()
     (slurm / "ended-79").write_text("1")
     assert [*started.wait(0), *started.wait(0)] == [("a/0", engines.Died("job 79: OUT_OF_MEMORY"))]
+
+
+@needs("slurm")
+@pytest.mark.usefixtures("keyboard")
+def test_an_interrupt_while_jobs_are_submitted_waits_until_they_are_noted(tmp_path: Path, slurm: Path) -> None:
+    def submit(run_job: object, calls: list[Any]) -> list[Any]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return [SimpleNamespace(job_id="100", done=lambda: False)]
+
+    (tmp_path / "logs").mkdir()
+    started = _slurm._SlurmJobs(SimpleNamespace(map_array=submit), tmp_path / "logs", "run")
+    with pytest.raises(KeyboardInterrupt), started:
+        started.submit([engines.TaskCall(tmp_path, str(tmp_path), Play(tmp_path), Act("a"), 1)])
+    assert lines((tmp_path / "logs" / "jobs.jsonl").read_text()) == [{"key": "a/0", "job": "100"}]
+    assert len((slurm / "calls-scancel").read_text().splitlines()) == 1
+
+
+@needs("slurm")
+def test_jobs_of_a_later_phase_go_on_when_one_has_ended(tmp_path: Path, slurm: Path) -> None:
+    started, _ = adopting(slurm, tmp_path / "logs", job="1")
+    with started:
+        pass
+    assert not (slurm / "calls-scancel").exists()

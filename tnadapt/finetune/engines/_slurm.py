@@ -15,6 +15,7 @@ from tnadapt.errors import TnadaptError
 from tnadapt.finetune._line_files import undamaged_lines
 
 from ._engine import Engine, Started
+from ._interrupts import interrupts_held
 from ._run_folder import NOTES
 from ._task_call import Died, Ended, Failed, Finished, TaskCall, run_call
 
@@ -100,7 +101,8 @@ class SlurmEngine(Engine):
         import submitit
 
         cluster = self.options.get("cluster", "slurm")
-        parameters: dict[str, Any] = {"timeout_min": _MINUTES, "cpus_per_task": threads, "name": "tnadapt"}
+        name = f"tnadapt-{folder.name}"
+        parameters: dict[str, Any] = {"timeout_min": _MINUTES, "cpus_per_task": threads, "name": name}
         parameters |= {theirs: int(self.number(ours, 0)) for ours, theirs in _NUMBERS.items() if ours in self.options}
         parameters |= {theirs: self.options[ours] for ours, theirs in _TEXTS.items() if ours in self.options}
         if "setup" in self.options:
@@ -111,7 +113,7 @@ class SlurmEngine(Engine):
             executor.update_parameters(**parameters)
         except (RuntimeError, ValueError, NameError, AssertionError) as error:
             raise TnadaptError(f"engine slurm cannot start: {str(error).splitlines()[0]}") from None
-        return _SlurmJobs(executor, _logs(folder)) if cluster == "slurm" else _Jobs(executor)
+        return _SlurmJobs(executor, _logs(folder), name) if cluster == "slurm" else _Jobs(executor)
 
     def advice(self, folder: Path) -> str:
         """Return where to look, and what usually ends jobs."""
@@ -199,15 +201,18 @@ def _queued(number: str) -> set[str] | None:
 
 
 class _SlurmJobs(_Jobs):
-    """Jobs of Slurm, which outlive the program that submits them: their numbers are noted in a file."""
+    """Jobs of Slurm, which outlive the program that submits them: their numbers are noted in a file.
+
+    They have a name that no other run has.
+    """
 
     lag = _LAG
 
-    def __init__(self, executor: Any, folder: Path) -> None:
+    def __init__(self, executor: Any, folder: Path, name: str) -> None:
         import submitit
 
         super().__init__(executor)
-        self.submitit, self.folder = submitit, folder
+        self.submitit, self.name = submitit, name
         self.waiting: list[TaskCall] = []
         self.next, self.refusals = time.monotonic(), 0
         self.left = False
@@ -234,15 +239,19 @@ class _SlurmJobs(_Jobs):
         if not self.waiting or time.monotonic() < self.next:
             return
         try:
-            super().submit(self.waiting)
+            with interrupts_held():
+                self._submit_noted(self.waiting)
         except (self.submitit.core.utils.FailedJobError, self.submitit.core.utils.FailedSubmissionError) as error:
             self._refused((str(error).strip().splitlines() or ["sbatch failed"])[-1])
             return
-        with open(self.notes, "ab", buffering=0) as file:
-            for key in (call.task.key for call in self.waiting):
-                file.write(json.dumps({"key": key, "job": self.jobs[key].job_id}).encode() + b"\n")
         self.waiting, self.refusals = [], 0
         self.next = time.monotonic() + _PERIOD
+
+    def _submit_noted(self, calls: Sequence[TaskCall]) -> None:
+        super().submit(calls)
+        with open(self.notes, "ab", buffering=0) as file:
+            for key in (call.task.key for call in calls):
+                file.write(json.dumps({"key": key, "job": self.jobs[key].job_id}).encode() + b"\n")
 
     def _refused(self, message: str) -> None:
         """Try again later, if that may help."""
@@ -286,12 +295,15 @@ class _SlurmJobs(_Jobs):
             job.watcher.clear()  # otherwise submitit would not ask about it again
         return True
 
+    def __exit__(self, *error: object) -> None:
+        # Without an error all have ended that were asked for; those of a later phase go on.
+        self.left = self.left or not any(error)
+        super().__exit__(*error)
+
     def close(self) -> None:
-        if self.left:
-            return
-        # The rest of an array with one command.
-        for number in {job.job_id.partition("_")[0] for job in self.jobs.values()}:
-            self.submitit.SlurmJob(folder=self.folder, job_id=number).cancel(check=False)
+        if not self.left:
+            # One command for all, also of earlier programs: each may take seconds. A second Ctrl-C does not stop it.
+            subprocess.Popen(["scancel", "--name", self.name], start_new_session=True).wait()
 
 
 # -- In a job ----------------------------------------------------------------------------------
