@@ -399,6 +399,15 @@ def test_another_engine(tmp_path: Path) -> None:
         Crowded(options={"gpus": "1"})
 
 
+def test_a_process_that_outlives_a_run_does_the_work_of_the_next(tmp_path: Path) -> None:
+    leave(tmp_path)  # lines of other tasks keep the folder
+    assert words(run_tasks(Play(tmp_path), acts("x"), tmp_path, engine=Crowded())) == {"x": "new"}
+    (tmp_path / "other").mkdir()
+    assert words(run_tasks(Play(tmp_path / "other"), acts("y"), tmp_path, engine=Crowded())) == {"y": "new"}
+    assert Play(tmp_path).noted("begun") == ["x/0"]
+    assert Play(tmp_path / "other").noted("begun") == ["y/0"]
+
+
 def test_who_dies_after_its_line_was_written_has_finished(tmp_path: Path) -> None:
     (found,) = run_tasks(Play(tmp_path), acts("lost after its line"), tmp_path, engine=Crowded())
     assert found[1]["does"] == "lost after its line"
@@ -773,7 +782,7 @@ def test_jobs_of_slurm_are_submitted_together(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "slurm").mkdir()
     started = _slurm._SlurmJobs(SimpleNamespace(map_array=submit), tmp_path / "slurm", "run")
     for task in acts("a", "b", "c"):
-        started.submit([engines.TaskCall(tmp_path, str(tmp_path), Play(tmp_path), task, 1)])
+        started.submit([engines.TaskCall(tmp_path, str(tmp_path), Play(tmp_path), task, 1, "run")])
     assert sizes == [1], "one command may take seconds"
     time.sleep(0.3)
     assert not list(started.wait(0))
@@ -826,7 +835,7 @@ def adopting(slurm: Path, folder: Path, **state: str) -> tuple[Any, list[Any]]:
         return [SimpleNamespace(job_id="80", done=lambda: False)]
 
     started = _slurm._SlurmJobs(SimpleNamespace(map_array=submit), folder, "run")
-    started.submit([engines.TaskCall(folder, str(folder), Play(folder), Act("a"), 1)])
+    started.submit([engines.TaskCall(folder, str(folder), Play(folder), Act("a"), 1, "run")])
     return started, submitted
 
 
@@ -873,7 +882,7 @@ def test_an_interrupt_while_jobs_are_submitted_waits_until_they_are_noted(tmp_pa
     (tmp_path / "logs").mkdir()
     started = _slurm._SlurmJobs(SimpleNamespace(map_array=submit), tmp_path / "logs", "run")
     with pytest.raises(KeyboardInterrupt), started:
-        started.submit([engines.TaskCall(tmp_path, str(tmp_path), Play(tmp_path), Act("a"), 1)])
+        started.submit([engines.TaskCall(tmp_path, str(tmp_path), Play(tmp_path), Act("a"), 1, "run")])
     assert lines((tmp_path / "logs" / "jobs.jsonl").read_text()) == [{"key": "a/0", "job": "100"}]
     assert len((slurm / "calls-scancel").read_text().splitlines()) == 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import os
+import uuid
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -128,7 +129,8 @@ def run_tasks(
         yield from _one_by_one(do or work.open(), missing, share, progress)
     elif missing:
         place.create()
-        calls = {task.key: TaskCall(place.path, os.getcwd(), work, task, share) for task in missing}
+        run = uuid.uuid4().hex
+        calls = {task.key: TaskCall(place.path, os.getcwd(), work, task, share, run) for task in missing}
         yield from _side_by_side(used, missing, calls, place, progress)
     place.forget(keys.keys() | set(known))
 

@@ -91,6 +91,8 @@ class TaskCall:
     task : Keyed
     threads : int
         For torch.
+    run : str
+        What no other call of ``run_tasks`` has, though it may use the same folder.
     """
 
     folder: Path
@@ -98,12 +100,13 @@ class TaskCall:
     work: Work
     task: Keyed
     threads: int
+    run: str
 
 
 def run_call(call: TaskCall) -> Ended:
     """Run a task in this process; return how it ended, whatever it raised."""
     try:
-        worker = _worker_of(_Opened(call.folder, call))
+        worker = _worker_of(_Opened(call.run, call))
         with threads(call.threads):
             return Finished(worker.run(call.task))
     except TnadaptError as error:
@@ -137,7 +140,7 @@ def progress_file(folder: Path, task: Keyed) -> Path:
 class _Opened:
     """The first call of a run in this process; all calls of a run are equal."""
 
-    folder: Path
+    run: str
     call: TaskCall = dataclasses.field(compare=False)
 
 
