@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Generator, Sequence
 from pathlib import Path
@@ -110,6 +111,8 @@ def run(
 ) -> Generator[tuple[Trial, dict[str, Any]]]:
     """Run trainings with one thread each, and yield each with its result line when it is finished.
 
+    One with which a worker always dies, for example for lack of memory, has failed; it must not end all others.
+
     Parameters
     ----------
     work : Trainings
@@ -127,6 +130,14 @@ def run(
     known : collection of str
         Keys of trainings that are in the results file; what workers of a killed run wrote for them is deleted.
     """
-    yield from run_tasks(
-        work, trials, folder, engine=engine, threads=1, study=study, progress=progress, known=known, do=work.of(bench)
-    )
+    lost: list[tuple[Trial, dict[str, Any]]] = []
+    done = run_tasks(
+        work, trials, folder, engine=engine, threads=1, study=study, progress=progress, known=known, do=work.of(bench),
+        lost=lambda trial, why: lost.append((trial, {**line_of(trial, failed(why)), **store.origin(work.device)})),
+    )  # fmt: skip
+    with contextlib.closing(done):  # an exception of the caller must end the workers immediately
+        for found in done:
+            yield found
+            while lost:
+                yield lost.pop()
+    yield from lost

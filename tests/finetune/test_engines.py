@@ -425,6 +425,18 @@ def test_who_always_dies_is_named_when_all_others_are_done(tmp_path: Path) -> No
     )
 
 
+def test_who_always_dies_is_handed_over_on_request(tmp_path: Path) -> None:
+    leave(tmp_path)
+    lost: list[tuple[Act, str]] = []
+    found = run_tasks(
+        Play(tmp_path), acts("a", "lost"), tmp_path, engine=Crowded(), known=["b/0", "c/0", "d/0"],
+        lost=lambda task, why: lost.append((task, why)),
+    )  # fmt: skip
+    assert words(found) == {"a": "a"}
+    assert lost == [(Act("lost", 1), "a worker died 3 times: out of memory")]
+    assert not (tmp_path / "workers").exists()
+
+
 def test_a_failure_waits_for_no_others(tmp_path: Path) -> None:
     done: list[str] = []
     with pytest.raises(RuntimeError, match=r"(?s)a task failed \(raises/1\):\n.*UnpicklableError: no luck"):

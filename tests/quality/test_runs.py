@@ -26,12 +26,14 @@ from benchmarks.quality.command import main
 from benchmarks.quality.grid import shard_of
 from benchmarks.quality.running import Listener, Run
 from benchmarks.quality.tuning import Plan
+from tests.finetune.test_engines import Crowded, _Here
 from tests.quality.played_task import BEST, PlayedBench, PlayedTask, setting_of
 from tests.support.depth import in_depth
 from tnadapt import Config
 from tnadapt.errors import FileError, TnadaptError
 from tnadapt.finetune import Method as Family
 from tnadapt.finetune import Task, open_engine
+from tnadapt.finetune.engines import Died, Started, run_call
 from tnadapt.finetune.training import train
 
 ROOT = Path(__file__).parents[2]
@@ -162,6 +164,35 @@ def test_a_success_of_a_retry_replaces_the_failure_of_a_shard(tmp_path: Path, mo
     assert records(tmp_path) == records(tmp_path / "whole")
     store.merge(tmp_path, "played", "small")
     assert records(tmp_path) == records(tmp_path / "whole")
+
+
+class Short(Crowded):
+    """Machines whose memory lora does not fit in at high rates."""
+
+    def start(self, folder: Path, threads: int) -> Started:
+        return _Short(self)
+
+
+class _Short(_Here):
+    def wait(self, seconds: float) -> list[tuple[str, Any]]:
+        trial = self.calls[-1].task
+        if trial.setting.method == "lora" and trial.rate >= 1:
+            self.calls.pop()
+            return [(trial.key, Died("out of memory"))]
+        return [(trial.key, run_call(self.calls.pop()))]
+
+
+def test_a_training_whose_worker_always_dies_ends_no_others(tmp_path: Path) -> None:
+    one = Run(tmp_path, tmp_path, Short())
+    count = one.task(PlayedTask(), "small", SETTINGS, PLAN, Listener())
+    assert count == len(records(tmp_path))
+    failed = {(line["method"], line["rate"], line["failed"]) for line in records(tmp_path).values() if "failed" in line}
+    assert failed == {("lora", 1.0, "a worker died 3 times: out of memory")}
+    assert one.task(PlayedTask(), "small", SETTINGS, PLAN, Listener()) == 0
+    run(tmp_path / "whole")
+    others = {key: line for key, line in records(tmp_path / "whole").items() if line["method"] != "lora"}
+    assert {key: line for key, line in records(tmp_path).items() if line["method"] != "lora"} == others
+    assert not (tmp_path / "running").exists()
 
 
 @pytest.mark.parametrize("of", [2, 3, 9])

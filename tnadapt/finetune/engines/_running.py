@@ -40,6 +40,7 @@ def run_tasks(
     study: str = "",
     known: Collection[str] = (),
     do: Do | None = None,
+    lost: Callable[[T, str], None] | None = None,
 ) -> Generator[tuple[T, dict[str, Any]]]:
     """Run tasks on this machine or a cluster, and yield each with its result line when it is finished.
 
@@ -80,6 +81,8 @@ def run_tasks(
         Keys of tasks whose lines your file holds already; what workers wrote for them is deleted.
     do : callable, optional
         What ``work.open()`` would return, if you have opened it already; used in this process alone.
+    lost : callable, optional
+        Called with each task whose worker has died three times, and why. By default it is an error, after all others.
 
     Yields
     ------
@@ -90,7 +93,7 @@ def run_tasks(
     ------
     TnadaptError
         If two tasks have the same key; if a task raises one; or, after all other tasks, if a worker has died three
-        times with the same task.
+        times with the same task and there is no ``lost``.
     RuntimeError
         If a task raises any other exception, with its traceback. Running tasks are ended.
 
@@ -131,7 +134,7 @@ def run_tasks(
         place.create()
         run = uuid.uuid4().hex
         calls = {task.key: TaskCall(place.path, os.getcwd(), work, task, share, run) for task in missing}
-        yield from _side_by_side(used, missing, calls, place, progress)
+        yield from _side_by_side(used, missing, calls, place, progress, lost)
     place.forget(keys.keys() | set(known))
 
 
@@ -150,11 +153,12 @@ def _side_by_side(
     calls: Mapping[str, TaskCall],
     place: RunFolder,
     progress: Callable[[T, float], None],
+    lost: Callable[[T, str], None] | None,
 ) -> Generator[tuple[T, dict[str, Any]]]:
     waiting = collections.deque(tasks)
     running: dict[str, T] = {}
     attempts: collections.Counter[str] = collections.Counter()
-    lost: dict[str, str] = {}
+    dead: dict[str, str] = {}
     with engine.start(place.path, next(iter(calls.values())).threads) as started:
         while waiting or running:
             batch = [waiting.popleft() for _ in range(min(len(waiting), engine.capacity - len(running)))]
@@ -173,8 +177,10 @@ def _side_by_side(
                         ended = Finished(line)
                     elif attempts[key] < ATTEMPTS:
                         waiting.append(task)
+                    elif lost is not None:
+                        lost(task, f"a worker died {ATTEMPTS} times" + (f": {ended.reason}" if ended.reason else ""))
                     else:
-                        lost[name_of(task)] = ended.reason
+                        dead[name_of(task)] = ended.reason
                 if isinstance(ended, Finished):
                     yield task, ended.line
                 elif isinstance(ended, Failed):
@@ -183,8 +189,8 @@ def _side_by_side(
             for task, failure in failed:
                 _raise(task, failure)
             place.report(running.values(), progress)
-    if lost:
-        told = "; ".join(f"{name} ({reason})" if reason else name for name, reason in lost.items())
+    if dead:
+        told = "; ".join(f"{name} ({reason})" if reason else name for name, reason in dead.items())
         raise TnadaptError(
             f"a worker died {ATTEMPTS} times while it ran {told}; {engine.advice(place.path)}. "
             "What is finished is kept: run the same command again to continue"
