@@ -23,10 +23,12 @@ pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this
 
 from benchmarks.quality import methods, page, store, tasks
 from benchmarks.quality.command import main
-from benchmarks.quality.grid import shard_of
+from benchmarks.quality.engine import Trainings
+from benchmarks.quality.engine import run as run_trials
+from benchmarks.quality.grid import Trial, shard_of
 from benchmarks.quality.running import Listener, Run
 from benchmarks.quality.tuning import Plan
-from tests.finetune.test_engines import Crowded, _Here
+from tests.finetune.test_engines import Crowded, _Here, leave
 from tests.quality.played_task import BEST, PlayedBench, PlayedTask, setting_of
 from tests.support.depth import in_depth
 from tnadapt import Config
@@ -193,6 +195,14 @@ def test_a_training_whose_worker_always_dies_ends_no_others(tmp_path: Path) -> N
     others = {key: line for key, line in records(tmp_path / "whole").items() if line["method"] != "lora"}
     assert {key: line for key, line in records(tmp_path).items() if line["method"] != "lora"} == others
     assert not (tmp_path / "running").exists()
+
+
+def test_files_of_workers_are_deleted_when_their_lines_are_written(tmp_path: Path) -> None:
+    leave(tmp_path)
+    work, trial = Trainings("played", "small", tmp_path, "cpu"), Trial("played", "small", SETTINGS[0], 0, 0.1)
+    done = run_trials(work, PlayedBench(), [trial], tmp_path, Short(), "", known=[f"{name}/0" for name in "abcd"])
+    assert [one for one, _ in done] == [trial]
+    assert not (tmp_path / "workers").exists()
 
 
 @pytest.mark.parametrize("of", [2, 3, 9])
