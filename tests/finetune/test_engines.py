@@ -905,3 +905,20 @@ def test_jobs_of_a_later_phase_go_on_when_one_has_ended(tmp_path: Path, slurm: P
     with started:
         pass
     assert not (slurm / "calls-scancel").exists()
+
+
+@needs("slurm")
+@pytest.mark.parametrize("running", [False, True])
+def test_an_answer_of_slurm_without_a_number_is_shown(running: bool, tmp_path: Path, slurm: Path) -> None:
+    import submitit
+
+    def submit(run_job: object, calls: list[Any]) -> list[Any]:
+        raise submitit.core.utils.FailedSubmissionError('Could not make sense of sbatch output "hm"\nJob instance …')
+
+    (tmp_path / "logs").mkdir()
+    started = _slurm._SlurmJobs(SimpleNamespace(map_array=submit), tmp_path / "logs", "run")
+    if running:
+        started.jobs["b/0"] = SimpleNamespace(job_id="100")
+    with pytest.raises(tna.TnadaptError, match=r'^engine slurm .*: Could not make sense of .* "hm"; '), started:
+        started.submit([engines.TaskCall(tmp_path, str(tmp_path), Play(tmp_path), Act("a"), 1, "run")])
+    assert (slurm / "calls-scancel").exists() is not running

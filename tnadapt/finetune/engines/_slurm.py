@@ -241,8 +241,12 @@ class _SlurmJobs(_Jobs):
         try:
             with interrupts_held():
                 self._submit_noted(self.waiting)
-        except (self.submitit.core.utils.FailedJobError, self.submitit.core.utils.FailedSubmissionError) as error:
-            self._refused((str(error).strip().splitlines() or ["sbatch failed"])[-1])
+        except self.submitit.core.utils.FailedJobError as error:
+            message = (str(error).strip().splitlines() or ["sbatch failed"])[-1]
+            self._refused(message, "invalid" in message.lower())  # as an account, a partition or a time
+            return
+        except self.submitit.core.utils.FailedSubmissionError as error:  # what it printed has no number of a job
+            self._refused(str(error).splitlines()[0], True)
             return
         self.waiting, self.refusals = [], 0
         self.next = time.monotonic() + _PERIOD
@@ -253,12 +257,12 @@ class _SlurmJobs(_Jobs):
             for key in (call.task.key for call in calls):
                 file.write(json.dumps({"key": key, "job": self.jobs[key].job_id}).encode() + b"\n")
 
-    def _refused(self, message: str) -> None:
-        """Try again later, if that may help."""
+    def _refused(self, message: str, final: bool) -> None:
+        """Try again later, unless it is final or has not helped so far."""
         self.refusals += 1
         self.next = time.monotonic() + _PERIOD * 2 ** (self.refusals - 1)
-        if self.refusals == _REFUSALS or "invalid" in message.lower():  # an account, partition, time, …
-            self.left = bool(self.jobs)
+        if final or self.refusals == _REFUSALS:
+            self.left = bool(self.jobs or self.earlier)
             goes_on = "; jobs that run go on, and the same command finds them again" if self.left else ""
             raise TnadaptError(
                 f"engine slurm cannot submit jobs: {message}; look at its options, and at --jobs, the number that is "
