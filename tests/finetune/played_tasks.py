@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +101,19 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def start(*arguments: Any, **more: Any) -> subprocess.Popen[str]:
-    """Start the program in a process group of its own."""
-    return subprocess.Popen(
+@contextlib.contextmanager
+def start(*arguments: Any, **more: Any) -> Iterator[subprocess.Popen[str]]:
+    """Start the program in a process group of its own, which a test that fails ends."""
+    with subprocess.Popen(
         program(*arguments, **more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env=environment(), start_new_session=True,
-    )  # fmt: skip
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
 
 
 def run(*arguments: Any, **more: Any) -> subprocess.CompletedProcess[str]:
