@@ -275,7 +275,7 @@ class _SlurmJobs(_Jobs):
         if job is None:
             return False
         if job.paths.result_pickle.exists():
-            goes_on = isinstance(_result(job), Finished)  # the cause of a failure may be mended by now
+            goes_on = isinstance(_result(job), Finished)  # the cause of a failure may be fixed by now
         else:
             state = _state(job)
             goes_on = state in _ALIVE and (state != "UNKNOWN" or self._may_be_queued(job.job_id))
