@@ -29,8 +29,9 @@ RUNNING = {
     "code",
     "runpy",
 }
-# The one module that starts other programs: it fetches with pip and npm, when asked to.
-STARTING = {"paper/registries.py"}
+# The modules that start other programs: one fetches with pip and npm, when asked to, and one asks Slurm about jobs and
+# cancels them, with its own commands.
+STARTING = {"paper/registries.py", "tnadapt/finetune/engines/_slurm.py"}
 
 
 def nodes(kind: type[ast.AST]) -> Iterator[tuple[str, ast.AST]]:

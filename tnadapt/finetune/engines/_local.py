@@ -21,7 +21,7 @@ from pathlib import Path
 from tnadapt.finetune._torch_threads import number_of_threads
 
 from ._engine import Engine, Started
-from ._interrupts import interrupts_held
+from ._held_interrupts import interrupts_held
 from ._task_call import Died, Ended, Failed, TaskCall, run_call
 
 __all__ = ["LocalEngine"]

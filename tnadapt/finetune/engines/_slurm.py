@@ -15,7 +15,7 @@ from tnadapt.errors import TnadaptError
 from tnadapt.finetune._line_files import undamaged_lines
 
 from ._engine import Engine, Started
-from ._interrupts import interrupts_held
+from ._held_interrupts import interrupts_held
 from ._run_folder import NOTES
 from ._task_call import Died, Ended, Failed, Finished, TaskCall, run_call
 
