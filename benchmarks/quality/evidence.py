@@ -11,7 +11,7 @@ import tnadapt.planning
 from tnadapt.checkpoints.atomic_files import replace_file
 
 from . import store, tasks
-from .comparison import Outcome, base_of, dense_of, outcomes_of
+from .comparison import Outcome, at_budget, base_of, dense_of, improves, outcomes_of
 from .tasks import QualityTask
 
 __all__ = ["PACKAGED", "evidence", "share", "write"]
@@ -53,9 +53,12 @@ def _tasks(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _settings(task: QualityTask, outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+    base = base_of(outcomes)
     for one in outcomes:
         part = share(task, one, outcomes)
-        if one.library == "tnadapt" and one.measured and part is not None:
+        # Where no method is decided to be better than no adapter, the order of methods is chance.
+        gained = any(improves(task, other, base) for other in at_budget(outcomes, one.budget))
+        if one.library == "tnadapt" and one.measured and gained and part is not None:
             yield {"config": one.config, "parameters": one.parameters, "share": round(part, 3), "seeds": len(one.test)}
 
 

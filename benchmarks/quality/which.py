@@ -155,8 +155,8 @@ symbols of settings.
 
 If the column *statistically tied* is long, the choice of method matters less than the learning rate and the number of
 parameters. `tnadapt plan` puts its rows in the order of these results where they apply: to weights with a tenth to ten
-times as many elements, and at most 3.2 times more or fewer parameters. It says which results it used, or that none
-apply. If your weights differ in size from those of the task that is most like yours, the order may come from another
-task. Then compare two or three
-candidates on your own data with `tnadapt finetune`.
+times as many elements, and at most 3.2 times more or fewer parameters. Rows in which no method is clearly better than
+no adapter do not count. It says which results it used, or that none apply. If your weights differ in size from those of
+the task that is most like yours, the order may come from another task. Then compare two or three candidates on your own
+data with `tnadapt finetune`.
 """

@@ -264,3 +264,37 @@ def test_what_plans_rank_by_has_our_methods_as_shares_of_the_gain_of_dense_updat
     assert [(one["config"], one["parameters"], one["share"]) for one in task["settings"]] == [
         (FOURIER, 90, 0.75), (LORA, 90, 0.5),
     ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("published")
+@pytest.mark.parametrize(("second", "counts"), [([0.45, 0.44, 0.47], True), ([0.31, 0.33, 0.30], False)])
+def test_plans_do_not_rank_by_a_budget_at_which_nothing_is_gained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: list[float], counts: bool
+) -> None:
+    records = [
+        *with_config(None, "base", [0.30, 0.31, 0.32], "control", parameters=0),
+        *with_config(LORA, "dense", [0.90, 0.91, 0.92], "control"),
+        *with_config(LORA, "lora", [0.31, 0.30, 0.33], validation=0.8),
+        *with_config({"r": 2}, "peft-lora", second, "PEFT", validation=0.7),
+    ]
+    found = store.TaskResults({}, {one["key"]: one for one in records}, [])
+    monkeypatch.setattr(evidence.store, "read", lambda folder, name, scale: found if scale == "small" else None)
+    # A method of PEFT may be the one that gains: the budget decides something, and ours count with it.
+    assert bool(json.loads(evidence.evidence(tmp_path))["tasks"]) is counts
+
+
+@pytest.mark.usefixtures("published")
+def test_a_method_that_is_better_on_test_than_the_best_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [
+        *with_config(LORA, "base", [0.30, 0.31, 0.32], "control"),
+        *with_config(LORA, "lora", [0.41, 0.40, 0.43], validation=0.8),
+        *with_config(FOURIER, "fourierft", [0.61, 0.60, 0.63], validation=0.7),
+        *with_config({"r": 2}, "peft-lora", [0.42, 0.39, 0.43], "PEFT", validation=0.7),
+        *with_config({"r": 1}, "peft-fourierft", [0.31, 0.30, 0.32], "PEFT", validation=0.7),
+    ]
+    found = store.TaskResults({}, {one["key"]: one for one in records}, [])
+    monkeypatch.setattr(which.store, "read", lambda folder, name, scale: found if scale == "small" else None)
+    (row,) = [line for line in which.write(tmp_path).read_text("utf-8").splitlines() if line.startswith("| 100 |")]
+    assert row.startswith("| 100 | lora r = 1 | 41.3 ± 1.5 | fourierft (better on test), peft-lora (PEFT) | lora")
