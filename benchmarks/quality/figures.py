@@ -79,7 +79,7 @@ def draw_scores(task: QualityTask, outcomes: Sequence[Outcome], path: Path, note
     axes.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
     axes.minorticks_off()
     axes.grid(axis="both", which="major", color="#E6E6E6", linewidth=0.7)
-    axes.set_title(task.title, loc="left", fontsize=11, color=ink(), pad=10, parse_math=False)
+    axes.set_title(task.title, loc="left", fontsize=11, color=ink(), pad=22, parse_math=False)
     # Above the axes, where it covers no point.
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, fontsize=7.5, frameon=False, borderaxespad=0.2)
     quiet(axes)

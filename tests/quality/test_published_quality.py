@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
-from benchmarks.quality import combinations, evidence, page, readme, replication, report, store, tasks, which
+from benchmarks.quality import combinations, evidence, figures, page, readme, replication, report, store, tasks, which
 from benchmarks.quality.command import PUBLISHED
 from benchmarks.quality.comparison import outcomes_of
 
@@ -30,6 +31,21 @@ def test_readme_has_the_table_of_the_results() -> None:
 
 def test_what_plans_rank_by_is_that_of_the_results() -> None:
     assert evidence.PACKAGED.read_text(encoding="utf-8") == evidence.evidence(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", [name for name in tasks.TASKS if store.files_of(PUBLISHED, name, "small")])
+def test_no_text_above_a_picture_covers_another(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    task, drawn = tasks.find(name), list[Any]()
+    monkeypatch.setattr(figures, "saved", lambda figure, path: drawn.append(figure))
+    found = store.read(PUBLISHED, name, "small")
+    assert found is not None
+    figures.draw_scores(task, outcomes_of(task, found.records.values()), tmp_path / "scores.png", "A note.")
+    (axes,) = drawn[0].axes
+    drawn[0].draw_without_rendering()
+    title = next(one for one in axes.get_children() if getattr(one, "get_text", str)() == task.title)
+    assert not title.get_window_extent().overlaps(axes.get_legend().get_window_extent())
+    assert title.get_window_extent().x1 <= drawn[0].bbox.x1
 
 
 def test_the_tables_of_combinations_are_those_of_the_results() -> None:
