@@ -122,6 +122,16 @@ def test_rows_are_in_the_order_of_the_results(published: Any) -> None:
     assert rest == sorted(rest, reverse=True)
 
 
+def test_a_list_of_tasks_is_wrapped(published: Any) -> None:
+    titles = [
+        f"A task with a title that is as long as those of language models, number {number}" for number in range(4)
+    ]
+    published(*(task(title, 32768, (tna.presets.lora(1), 1024, 0.5)) for title in titles))
+    text = str(tna.plan(SHAPES, 1024))
+    assert max(map(len, text.splitlines())) <= 120
+    assert f"order: by accuracy on {'; '.join(titles)} ('Which method?'" in " ".join(text.split())
+
+
 def test_the_plan_says_what_it_is_ordered_by(published: Any) -> None:
     text = str(tna.plan(SHAPES, 1024))
     assert "order: by parameters, as no published results apply to weights and budgets of this size" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ CRITERIA = {"parameters": False, "freedom": True, "cost": False, "rank": True, "
 # Numbers of parameters are compared by powers of this factor ("rungs") of the budget. Freedom grows with parameters
 # about one for one: if they were compared exactly, nearly every row would be on the front.
 RUNG = 10
+
+# Characters in a line of the notes, of which one lists tasks.
+_WIDTH = 120
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +146,13 @@ class Plan:
 
     def _order(self) -> list[str]:
         if any(row.measured is not None for row in self.rows):
+            tasks = "; ".join(self.measured_on)
             return [
-                "order: by accuracy on " + "; ".join(self.measured_on) + " ('Which method?' in the documentation)",
+                *textwrap.wrap(
+                    f"order: by accuracy on {tasks} ('Which method?' in the documentation)",
+                    _WIDTH,
+                    subsequent_indent="  ",
+                ),
                 "gain: measured with about as many parameters; 0% is no adapter, 100% dense updates",
             ]
         return ["order: by parameters, as no published results apply to weights and budgets of this size"]
