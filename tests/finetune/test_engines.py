@@ -530,7 +530,9 @@ def test_an_interrupt_while_a_worker_starts_ends_it(
         return found
 
     ended = threading.Event()
-    others = [threading.Thread(target=ended.wait) for _ in range(threads - 1)]  # one that may hear of the signal
+    others = [
+        threading.Thread(target=ended.wait, daemon=True) for _ in range(threads - 1)
+    ]  # one that may hear of the signal
     for thread in others:
         thread.start()
     monkeypatch.setattr(futures.ProcessPoolExecutor, "submit", submit)
@@ -775,7 +777,7 @@ def test_a_job_that_reaches_its_time_limit_disturbs_no_other_and_is_tried_again(
 @pytest.mark.slow
 @needs("slurm")
 def test_a_task_that_failed_as_a_job_is_run_again_by_the_same_command(tmp_path: Path, slurm: Path) -> None:
-    # The cause may be mended by then.
+    # The cause may be fixed by then.
     for _ in range(2):
         done = run(tmp_path, "slurm", "refuses", jobs=0)
         assert done.stderr.splitlines()[-1].endswith("TnadaptError: not like this")

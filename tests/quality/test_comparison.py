@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ pytest.importorskip("peft")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
 import tnadapt as tna
-from benchmarks.quality import combinations, evidence, report, store, which
+from benchmarks.quality import combinations, evidence, report, store, tasks, which
 from benchmarks.quality.comparison import difference, improves, leader_of, outcomes_of
 from tests.quality.played_task import PlayedTask
 
@@ -149,13 +150,31 @@ def test_settings_that_were_trained_on_several_devices_are_counted() -> None:
     assert "1 of cuda, peft 0.9, torch 2.1; 1 setting was trained with several." in report.table(TASK, found, "played")
 
 
+# -- What is published ------------------------------------------------------------------------------
+
+Publish: TypeAlias = Callable[[list[dict[str, Any]]], None]
+
+
+@pytest.fixture
+def publish(monkeypatch: pytest.MonkeyPatch) -> Publish:
+    """Return a function that makes lines the only published results, those of the played task."""
+    monkeypatch.setattr(tasks, "TASKS", ["played"])
+    monkeypatch.setattr(tasks, "find", lambda name: TASK)
+
+    def publish(records: list[dict[str, Any]]) -> None:
+        found = store.TaskResults({}, {one["key"]: one for one in records}, [])
+        monkeypatch.setattr(
+            store, "read", lambda folder, name, scale: found if (name, scale) == ("played", "small") else None
+        )
+
+    return publish
+
+
 # -- New combinations ------------------------------------------------------------------------------
 
 
-def test_new_combinations_are_compared_with_the_best_known_method(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    records = [
+def test_new_combinations_are_compared_with_the_best_known_method(tmp_path: Path, publish: Publish) -> None:
+    publish([
         *lines("base", [0.30, 0.31, 0.32], "control"),
         *lines("lora_xs", [0.50, 0.52, 0.51], validation=0.7),
         *lines("unilora", [0.40, 0.42, 0.41], validation=0.4),
@@ -163,11 +182,7 @@ def test_new_combinations_are_compared_with_the_best_known_method(
         *lines("better", [0.60, 0.63, 0.61], "new"),
         *lines("worse", [0.30, 0.31, 0.32], "new"),
         *lines("alike", [0.50, 0.53, 0.50], "new"),
-    ]
-    found = store.TaskResults({}, {one["key"]: one for one in records}, [])
-    monkeypatch.setattr(combinations.store, "read", lambda folder, name, scale: found)
-    monkeypatch.setattr(combinations.tasks, "TASKS", ["played"])
-    monkeypatch.setattr(combinations.tasks, "find", lambda name: TASK)
+    ])  # fmt: skip
     text = combinations.write(tmp_path).read_text(encoding="utf-8")
     assert "The best known method by held-out accuracy is lora_xs r = 1, with a test accuracy of 51.0 ± 1.0." in text
     assert (
@@ -203,46 +218,39 @@ def test_the_rank_of_lora_that_serves_a_setting() -> None:
 
 
 @pytest.fixture
-def published(monkeypatch: pytest.MonkeyPatch) -> None:
-    records = [
+def published(publish: Publish) -> None:
+    publish([
         *with_config(None, "base", [0.30, 0.31, 0.32], "control", parameters=0),
         *with_config(LORA, "dense", [0.90, 0.91, 0.92], "control"),
         *with_config(FOURIER, "fourierft", [0.75, 0.77, 0.76], validation=0.9),
         *with_config(LORA, "lora", [0.60, 0.62, 0.61], validation=0.8),
         *with_config({"r": 2}, "peft-lora", [0.76, 0.75, 0.76], "PEFT", validation=0.7),
-    ]
-    found = store.TaskResults({}, {one["key"]: one for one in records}, [])
-    for module in (which, evidence):
-        monkeypatch.setattr(
-            module.store, "read", lambda folder, name, scale: found if (name, scale) == ("played", "small") else None
-        )
-        monkeypatch.setattr(module.tasks, "TASKS", ["played"])
-        monkeypatch.setattr(module.tasks, "find", lambda name: TASK)
+    ])  # fmt: skip
+
+
+def row_of(folder: Path) -> str:
+    """Return the row of 100 parameters of "Which method?"."""
+    (row,) = [line for line in which.write(folder).read_text("utf-8").splitlines() if line.startswith("| 100 |")]
+    return row
 
 
 @pytest.mark.usefixtures("published")
 def test_an_answer_names_the_best_those_not_decided_and_the_best_as_lora(tmp_path: Path) -> None:
     text = which.write(tmp_path).read_text(encoding="utf-8")
     assert "No adapter: 31.0 ± 1.0; dense updates (128 parameters): 91.0 ± 1.0. 2 weights are adapted." in text
-    (row,) = [line for line in text.splitlines() if line.startswith("| 100 |")]
+    row = row_of(tmp_path)
     assert row.startswith(
         "| 100 | fourierft r = 1 | 76.0 ± 1.0 | peft-lora (PEFT) | lora r = 1 (rank 3) | 61.0 ± 1.0 |"
     )
     assert row.endswith("| 15.0 [15.0, 15.0] |")
 
 
-@pytest.mark.usefixtures("published")
-def test_a_best_method_that_is_no_better_than_no_adapter_is_marked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    records = [
+def test_a_best_method_that_is_no_better_than_no_adapter_is_marked(tmp_path: Path, publish: Publish) -> None:
+    publish([
         *with_config(LORA, "base", [0.30, 0.31, 0.32], "control"),
         *with_config(LORA, "lora", [0.31, 0.30, 0.33], validation=0.8),
-    ]
-    found = store.TaskResults({}, {one["key"]: one for one in records}, [])
-    monkeypatch.setattr(which.store, "read", lambda folder, name, scale: found if scale == "small" else None)
-    (row,) = [line for line in which.write(tmp_path).read_text("utf-8").splitlines() if line.startswith("| 100 |")]
-    assert row.startswith("| 100 | lora r = 1 (no gain) | 31.3 ± 1.5 |")
+    ])  # fmt: skip
+    assert row_of(tmp_path).startswith("| 100 | lora r = 1 (no gain) | 31.3 ± 1.5 |")
 
 
 def test_a_gain_is_an_interval_above_no_adapter() -> None:
@@ -266,35 +274,27 @@ def test_what_plans_rank_by_has_our_methods_as_shares_of_the_gain_of_dense_updat
     ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("published")
 @pytest.mark.parametrize(("second", "counts"), [([0.45, 0.44, 0.47], True), ([0.31, 0.33, 0.30], False)])
 def test_plans_do_not_rank_by_a_budget_at_which_nothing_is_gained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: list[float], counts: bool
+    tmp_path: Path, publish: Publish, second: list[float], counts: bool
 ) -> None:
-    records = [
+    publish([
         *with_config(None, "base", [0.30, 0.31, 0.32], "control", parameters=0),
         *with_config(LORA, "dense", [0.90, 0.91, 0.92], "control"),
         *with_config(LORA, "lora", [0.31, 0.30, 0.33], validation=0.8),
         *with_config({"r": 2}, "peft-lora", second, "PEFT", validation=0.7),
-    ]
-    found = store.TaskResults({}, {one["key"]: one for one in records}, [])
-    monkeypatch.setattr(evidence.store, "read", lambda folder, name, scale: found if scale == "small" else None)
+    ])  # fmt: skip
     # A method of PEFT may be the one that gains: the budget decides something, and ours count with it.
     assert bool(json.loads(evidence.evidence(tmp_path))["tasks"]) is counts
 
 
-@pytest.mark.usefixtures("published")
-def test_a_method_that_is_better_on_test_than_the_best_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    records = [
+def test_a_method_that_is_better_on_test_than_the_best_is_named(tmp_path: Path, publish: Publish) -> None:
+    publish([
         *with_config(LORA, "base", [0.30, 0.31, 0.32], "control"),
         *with_config(LORA, "lora", [0.41, 0.40, 0.43], validation=0.8),
         *with_config(FOURIER, "fourierft", [0.61, 0.60, 0.63], validation=0.7),
         *with_config({"r": 2}, "peft-lora", [0.42, 0.39, 0.43], "PEFT", validation=0.7),
         *with_config({"r": 1}, "peft-fourierft", [0.31, 0.30, 0.32], "PEFT", validation=0.7),
-    ]
-    found = store.TaskResults({}, {one["key"]: one for one in records}, [])
-    monkeypatch.setattr(which.store, "read", lambda folder, name, scale: found if scale == "small" else None)
-    (row,) = [line for line in which.write(tmp_path).read_text("utf-8").splitlines() if line.startswith("| 100 |")]
-    assert row.startswith("| 100 | lora r = 1 | 41.3 ± 1.5 | fourierft (better on test), peft-lora (PEFT) | lora")
+    ])  # fmt: skip
+    expected = "| 100 | lora r = 1 | 41.3 ± 1.5 | fourierft (better on test), peft-lora (PEFT) | lora"
+    assert row_of(tmp_path).startswith(expected)

@@ -47,6 +47,15 @@ class PresetCall(NamedTuple):
         ----------
         targets : sequence of str
             The weights, if they are not the queries and values.
+
+        Returns
+        -------
+        str
+
+        Examples
+        --------
+        >>> PresetCall("lora", {"rank": 8}).attach(["all-linear"])
+        "tna.torch.attach(model, 'lora', rank=8, targets='all-linear')"
         """
         chosen = targets[0] if len(targets) == 1 else list(targets)
         words = [f"model, {self.preset!r}", self._arguments(), f"targets={chosen!r}" if targets else ""]
@@ -59,6 +68,17 @@ class PresetCall(NamedTuple):
         ----------
         targets : sequence of str
             As in :meth:`attach`.
+
+        Returns
+        -------
+        str or None
+
+        Examples
+        --------
+        >>> PresetCall("lora", {"rank": 8}).options(["q_proj", "v_proj"])
+        '--preset lora --set rank=8 --targets q_proj --targets v_proj'
+        >>> PresetCall("lonkr", {"split_size": (2, 3)}).options() is None
+        True
         """
         if not all(isinstance(value, (int, float, str)) for value in self.settings.values()):
             return None

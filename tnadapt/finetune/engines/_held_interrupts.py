@@ -1,4 +1,4 @@
-"""Ctrl-C while an engine starts something: it waits until the engine knows what it has to end."""
+"""Delays Ctrl-C while an engine starts workers or jobs, until the engine knows which ones to end."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["interrupts_held"]
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back. Processes that start meanwhile hear none at all: who starts them ends them.
+    """Delay Ctrl-C until the block ends. Processes that are started in it ignore Ctrl-C: the engine ends them.
 
     Notes
     -----
-    The mask of signals is that of one thread, and is inherited. While it blocks the signal in the main thread, another
-    thread may hear of it; Python then calls the handler in the main thread all the same. So the handler is replaced,
-    too, where it can be: in the main thread.
+    A signal mask applies to one thread, and child processes inherit it. While the main thread blocks the signal,
+    another thread can receive it, and Python still calls the handler in the main thread. So the handler is replaced,
+    too, which is only possible in the main thread.
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
@@ -34,7 +34,7 @@ def interrupts_held() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, handler)
         if came:
-            # Not by another signal, which whoever counts them would take for a second Ctrl-C.
+            # Not by sending the signal again, which a handler that counts would take for a second Ctrl-C.
             handler(*came[0])
 
 

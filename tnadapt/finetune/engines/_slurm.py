@@ -215,7 +215,7 @@ class _SlurmJobs(_Jobs):
         self.submitit, self.name = submitit, name
         self.waiting: list[TaskCall] = []
         self.next, self.refusals = time.monotonic(), 0
-        self.left = False
+        self.go_on = False  # whether jobs go on when this program ends
         self.looked = float("-inf")
         self.queues: dict[str, set[str] | None] = {}
         self.notes = folder / NOTES
@@ -262,8 +262,8 @@ class _SlurmJobs(_Jobs):
         self.refusals += 1
         self.next = time.monotonic() + _PERIOD * 2 ** (self.refusals - 1)
         if final or self.refusals == _REFUSALS:
-            self.left = bool(self.jobs or self.earlier)
-            goes_on = "; jobs that run go on, and the same command finds them again" if self.left else ""
+            self.go_on = bool(self.jobs or self.earlier)
+            goes_on = "; jobs that run go on, and the same command finds them again" if self.go_on else ""
             raise TnadaptError(
                 f"engine slurm cannot submit jobs: {message}; look at its options, and at --jobs, the number that is "
                 f"queued at a time{goes_on}"
@@ -301,11 +301,11 @@ class _SlurmJobs(_Jobs):
 
     def __exit__(self, *error: object) -> None:
         # Without an error all have ended that were asked for; those of a later phase go on.
-        self.left = self.left or not any(error)
+        self.go_on = self.go_on or not any(error)
         super().__exit__(*error)
 
     def close(self) -> None:
-        if not self.left:
+        if not self.go_on:
             # One command for all, also of earlier programs: each may take seconds. A second Ctrl-C does not stop it.
             subprocess.Popen(["scancel", "--name", self.name], start_new_session=True).wait()
 
@@ -320,14 +320,14 @@ class _TimeLimit(BaseException):
 def _run_job(call: TaskCall) -> Ended:
     """Run a task in a job; it is no error of the task that the job comes to its time limit."""
     try:
-        _hear_of_limit()
+        _raise_at_limit()
         return run_call(call)
     except _TimeLimit:
         return Died("time limit")
 
 
-def _hear_of_limit() -> None:
-    """Let submitit's handler raise _TimeLimit in place of its own error. It still requeues a job that is preempted."""
+def _raise_at_limit() -> None:
+    """Raise _TimeLimit where submitit's handler raises its own error. It still requeues a job that is preempted."""
     import submitit
 
     number = getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}")
