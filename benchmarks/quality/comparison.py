@@ -25,6 +25,7 @@ __all__ = [
     "leader_of",
     "outcomes_of",
     "setting_of",
+    "share",
 ]
 
 Lines = Sequence[Mapping[str, Any]]
@@ -205,3 +206,28 @@ def base_of(outcomes: Sequence[Outcome]) -> Outcome | None:
 def dense_of(outcomes: Sequence[Outcome]) -> Outcome | None:
     """Return the control with dense updates."""
     return next((one for one in outcomes if one.method == DENSE.name and one.measured), None)
+
+
+def share(task: QualityTask, one: Outcome, outcomes: Sequence[Outcome], held_out: bool = False) -> float | None:
+    """Return a setting's gain over no adapter divided by that of dense updates; None if that is not positive.
+
+    Parameters
+    ----------
+    task : QualityTask
+    one : Outcome
+    outcomes : sequence of Outcome
+        Those of the task, with both controls.
+    held_out : bool
+        By the scores on held-out samples instead of those on test samples.
+    """
+    base, dense = base_of(outcomes), dense_of(outcomes)
+    if base is None or dense is None:
+        return None
+
+    def quality(of: Outcome) -> float:
+        if held_out:
+            return statistics.fmean(map(task.held_out_quality, of.held_out.values()))
+        return statistics.fmean(map(task.quality, of.test.values()))
+
+    whole = quality(dense) - quality(base)
+    return (quality(one) - quality(base)) / whole if whole > 0 else None

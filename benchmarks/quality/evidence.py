@@ -11,10 +11,10 @@ import tnadapt.planning
 from tnadapt.checkpoints.atomic_files import replace_file
 
 from . import store, tasks
-from .comparison import Outcome, at_budget, base_of, dense_of, improves, outcomes_of
+from .comparison import Outcome, at_budget, base_of, improves, outcomes_of, share
 from .tasks import QualityTask
 
-__all__ = ["PACKAGED", "evidence", "share", "write"]
+__all__ = ["PACKAGED", "evidence", "write"]
 
 #: The file that :mod:`tnadapt.planning` reads.
 PACKAGED = Path(tnadapt.planning.__file__).with_name("measured.json")
@@ -60,12 +60,3 @@ def _settings(task: QualityTask, outcomes: Sequence[Outcome]) -> Iterator[dict[s
         gained = any(improves(task, other, base) for other in at_budget(outcomes, one.budget))
         if one.library == "tnadapt" and one.measured and gained and part is not None:
             yield {"config": one.config, "parameters": one.parameters, "share": round(part, 3), "seeds": len(one.test)}
-
-
-def share(task: QualityTask, one: Outcome, outcomes: Sequence[Outcome]) -> float | None:
-    """Return a setting's gain over no adapter divided by that of dense updates; None if that is not positive."""
-    base, dense = base_of(outcomes), dense_of(outcomes)
-    if base is None or dense is None:
-        return None
-    whole = task.quality(dense.mean) - task.quality(base.mean)
-    return (task.quality(one.mean) - task.quality(base.mean)) / whole if whole > 0 else None

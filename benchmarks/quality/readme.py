@@ -1,4 +1,4 @@
-"""The table "Which method?" of README.md, generated from the published results: a row for each task and budget."""
+"""The table "Which method?" of README.md, generated from the published results: a row for each budget."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from pathlib import Path
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import TnadaptError
 
-from . import store, tasks
-from .comparison import at_budget, base_of, improves, leader_of, outcomes_of
-from .figures import budgets_of
-from .report import row, scored
-from .which import lora_rank
+from .recommendation import recommendations, studies_of, table
 
 __all__ = ["BEGIN", "END", "README", "section", "write"]
 
@@ -46,22 +42,5 @@ def write(folder: Path) -> Path:
 
 def _lines(folder: Path) -> Iterator[str]:
     yield ""
-    yield row(["task", "parameters", "best method", "score", "best that is served as LoRA", "score"])
-    yield "|---|--:|---|--:|---|--:|"
-    for name in tasks.TASKS:
-        task = tasks.find(name)
-        found = store.read(folder, name, "small")
-        if found is None:
-            continue
-        outcomes = outcomes_of(task, found.records.values())
-        facts = task.facts(task.sketch())
-        base = base_of(outcomes)
-        for budget in budgets_of(outcomes):
-            here = at_budget(outcomes, budget)
-            best = leader_of(task, here)
-            assert best is not None
-            lora = leader_of(task, [one for one in here if lora_rank(one, facts) is not None])
-            served = ["–", "–"] if lora is None else [f"{lora.name}, rank {lora_rank(lora, facts)}", scored(task, lora)]
-            name = best.name if improves(task, best, base) else f"{best.name} (no gain)"
-            yield row([task.title, f"{budget:,}", name, scored(task, best), *served])
+    yield from table(recommendations(studies_of(folder)))
     yield ""

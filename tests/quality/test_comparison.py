@@ -20,6 +20,7 @@ pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this
 import tnadapt as tna
 from benchmarks.quality import combinations, evidence, report, store, tasks, which
 from benchmarks.quality.comparison import difference, improves, leader_of, outcomes_of
+from benchmarks.quality.lora_ranks import lora_rank
 from tests.quality.played_task import PlayedTask
 
 TASK = PlayedTask()
@@ -214,7 +215,7 @@ def test_the_rank_of_lora_that_serves_a_setting() -> None:
     ]
     for given_lines, rank in cases:
         (one,) = outcomes_of(TASK, given_lines)
-        assert which.lora_rank(one, facts) == rank
+        assert lora_rank(one, facts) == rank
 
 
 @pytest.fixture

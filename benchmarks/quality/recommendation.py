@@ -1,0 +1,155 @@
+"""One method for each budget: the one that reaches most of the gain of dense updates over all tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from . import store, tasks
+from .comparison import Outcome, at_budget, base_of, improves, outcomes_of, share
+from .facts import Facts
+from .figures import budgets_of
+from .lora_ranks import lora_rank
+from .tasks import QualityTask
+
+__all__ = ["Choice", "Recommendation", "Study", "recommendations", "studies_of", "table"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """The outcomes of a task."""
+
+    task: QualityTask
+    facts: Facts
+    outcomes: Sequence[Outcome]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A method over several tasks.
+
+    Attributes
+    ----------
+    name : str
+    shares : tuple of float
+        Its gain over no adapter on the test samples of each task, divided by that of dense updates.
+    ranks : tuple of int
+        The ranks of LoRA that hold its updates exactly, one for each task; empty if some cannot be held.
+    """
+
+    name: str
+    shares: tuple[float, ...]
+    ranks: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommendation:
+    """The answer for a budget.
+
+    Attributes
+    ----------
+    budget : int
+    tasks : tuple of str
+        Names of the tasks in which a method of this budget is decided to be better than no adapter.
+    best : Choice
+        Of the methods that were measured on all of these tasks, the one with the largest mean share on held-out
+        samples.
+    served : Choice, optional
+        The same, of the methods that export exactly as LoRA.
+    """
+
+    budget: int
+    tasks: tuple[str, ...]
+    best: Choice
+    served: Choice | None
+
+
+def studies_of(folder: Path, scale: str = "small") -> list[Study]:
+    """Return the tasks that have results at a scale.
+
+    Raises
+    ------
+    FileError
+        If results are damaged.
+    """
+    studies = []
+    for name in tasks.TASKS:
+        task = tasks.find(name)
+        found = store.read(folder, name, scale)
+        if found is not None:
+            outcomes = outcomes_of(task, found.records.values())
+            studies.append(Study(task, task.facts(task.sketch()), outcomes))
+    return studies
+
+
+def recommendations(studies: Sequence[Study]) -> list[Recommendation]:
+    """Return an answer for each budget at which some task decides that a method is better than no adapter."""
+    budgets = sorted({budget for study in studies for budget in budgets_of(study.outcomes)})
+    found = (_recommendation(budget, [one for one in studies if _decides(one, budget)]) for budget in budgets)
+    return [one for one in found if one is not None]
+
+
+def table(answers: Sequence[Recommendation]) -> Iterator[str]:
+    """Yield the lines of a table with a row for each budget."""
+    yield "| parameters | method | of the gain | served as LoRA | of the gain | measured on |"
+    yield "|--:|---|--:|---|--:|---|"
+    for one in answers:
+        served = ["–", "–"]
+        if one.served is not None:
+            served = [f"{one.served.name}, rank {_range(one.served.ranks)}", _percent(one.served.shares)]
+        cells = [f"{one.budget:,}", one.best.name, _percent(one.best.shares), *served, ", ".join(one.tasks)]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _decides(study: Study, budget: int) -> bool:
+    """Return whether some method is decided to be better than no adapter, and shares can be said."""
+    here, base = at_budget(study.outcomes, budget), base_of(study.outcomes)
+    if not any(improves(study.task, one, base) for one in here):
+        return False
+    return all(share(study.task, here[0], study.outcomes, held_out) is not None for held_out in (False, True))
+
+
+def _recommendation(budget: int, studies: Sequence[Study]) -> Recommendation | None:
+    if not studies:
+        return None
+    by_method: list[Mapping[str, Outcome]] = [
+        {one.method: one for one in at_budget(study.outcomes, budget)} for study in studies
+    ]
+    shared = [name for name in by_method[0] if all(name in own for own in by_method)]
+    candidates = [[own[name] for own in by_method] for name in shared]
+    best = _best(studies, candidates)
+    if best is None:
+        return None
+    served = _best(studies, [own for own in candidates if _ranks(studies, own)])
+    return Recommendation(budget, tuple(one.task.name for one in studies), best, served)
+
+
+def _best(studies: Sequence[Study], candidates: Iterable[Sequence[Outcome]]) -> Choice | None:
+    """Return the method with the largest mean share on held-out samples; test samples play no role."""
+    best = max(candidates, key=lambda own: statistics.fmean(_shares(studies, own, held_out=True)), default=None)
+    if best is None:
+        return None
+    return Choice(best[0].name, _shares(studies, best, held_out=False), _ranks(studies, best))
+
+
+def _shares(studies: Sequence[Study], own: Sequence[Outcome], held_out: bool) -> tuple[float, ...]:
+    found = (share(study.task, one, study.outcomes, held_out) for study, one in zip(studies, own, strict=True))
+    return tuple(one for one in found if one is not None)
+
+
+def _ranks(studies: Sequence[Study], own: Sequence[Outcome]) -> tuple[int, ...]:
+    found = [lora_rank(one, study.facts) for study, one in zip(studies, own, strict=True)]
+    return () if None in found else tuple(one for one in found if one is not None)
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _percent(shares: Sequence[float]) -> str:
+    """Return the mean in percent, and the lowest and highest of several."""
+    mean, *ends = (round(100.0 * one) for one in (statistics.fmean(shares), min(shares), max(shares)))
+    return f"{mean} %" if len(shares) == 1 else f"{mean} % ({ends[0]} to {ends[1]})"
