@@ -14,7 +14,7 @@ def main() -> None:
 
         from .command import app
     except ImportError as error:
-        print(f'paper: the command line needs an extra: pip install -e ".[cli]" ({error})', file=sys.stderr)
+        print(f'paper: the recipes need an extra: pip install -e ".[paper]" ({error})', file=sys.stderr)
         raise SystemExit(2) from None
     with exit_on_error("paper"):
         app()

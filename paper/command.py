@@ -238,7 +238,7 @@ def _print_outcome(recipe: Recipe, outcome: RecipeOutcome) -> None:
         numbers = range(columns.index("parameters"), len(columns))
         print_table(columns, [[_cell(row[column]) for column in columns] for row in outcome.rows], right=numbers)
     echo(f"results: {outcome.results}")
-    echo("no picture: pip install 'tnadapt[plot]'" if outcome.picture is None else f"picture: {outcome.picture}")
+    echo("no picture: pip install -e '.[paper]'" if outcome.picture is None else f"picture: {outcome.picture}")
 
 
 def _cell(value: Any) -> str:

@@ -143,9 +143,20 @@ for _module in (maps, presets, sources):
     sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
 
 
+# What users of PyTorch and of PEFT look for in this package.
+_ELSEWHERE = {
+    "attach": "tnadapt.torch.attach", "find_targets": "tnadapt.torch.find_targets",
+    "from_pretrained": "tnadapt.torch.from_pretrained", "load_pretrained": "tnadapt.torch.load_pretrained",
+    "get_peft_model": "tnadapt.torch.attach", "PeftModel": "tnadapt.torch.from_pretrained",
+    "LoraConfig": "tnadapt.presets.lora",
+}  # fmt: skip
+
+
 def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return importlib.import_module(f".{name}", __name__)
+    if name in _ELSEWHERE:
+        raise AttributeError(f"module 'tnadapt' has no attribute {name!r}: use {_ELSEWHERE[name]}", name=name)
     found = globals()[name] = lazy_name(__name__, _LAZY, name)
     return found
 

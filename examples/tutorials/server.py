@@ -30,6 +30,8 @@ class Classifier:
     @torch.no_grad()
     def predict(self, texts):
         """Return the label and the probability of each text."""
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError("texts must be a list of strings, at least one")
         inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         with self.lock:
             shares, labels = self.model(**inputs).logits.softmax(-1).max(-1)
@@ -54,7 +56,10 @@ class Handler(BaseHTTPRequestHandler):
         actions = {"/predict": self.server.classifier.predict, "/swap": self.server.classifier.swap}
         try:
             content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status, answer = 200, actions[self.path](**content)
+            if self.path in actions:
+                status, answer = 200, actions[self.path](**content)
+            else:
+                status, answer = 404, {"error": f"no {self.path}; there are {', '.join(actions)}"}
         except (KeyError, TypeError, ValueError, tnadapt.TnadaptError) as error:
             status, answer = 400, {"error": str(error)}
         self.send_response(status)

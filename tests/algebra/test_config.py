@@ -93,6 +93,9 @@ BAD = [
     ({"fold": (2, 3, 4)}, "set order=3"),
     ({"fold": (2, 0)}, r"fold\[1\] must be from 1"),
     ({"format": "svd"}, "format must be one of"),
+    ({"format": "tcuker"}, r"got 'tcuker'; did you mean 'tucker'\? If a plug-in provides it"),
+    ({"format": "TT"}, r"got 'TT'; did you mean 'tt'\? If a plug-in provides it"),
+    ({"projection": "circulants"}, r"got 'circulants'; did you mean 'circulant'\? If a plug-in"),
     ({"format": ["cp"]}, "format must be one of"),
     ({"combine": "sum"}, "combine must be one of"),
     ({"leading": "cp"}, "leading must be one of"),
@@ -220,6 +223,6 @@ def test_the_bounds_of_alpha_and_ratio() -> None:
 )
 @pytest.mark.parametrize("made", [tna.Config, tna.presets.lora, tna.presets.superlora], ids=lambda made: made.__name__)
 def test_the_keywords_of_peft_are_translated(made: Callable[..., Any], keyword: str, ours: str) -> None:
-    text = f"Config has no field {keyword!r}; PEFT's {keyword!r} is {ours}. Fields: rank, "
+    text = f"Config has no field {keyword!r}; PEFT's {keyword!r} is {ours}. The fields are rank, "
     with pytest.raises(tna.ConfigError, match=re.escape(text)):
         made(**{keyword: 8})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import re
 from typing import Any
 
 import pytest
 
 import tnadapt as tna
+from tnadapt import errors
 from tnadapt.algebra.named_config import config_of, named_config
 
 # What presets need to know of the weights.
@@ -72,10 +75,10 @@ def test_refused(cfg: Any, settings: dict[str, Any], text: str) -> None:
         (
             "lora",
             {"rnak": 2},
-            "preset 'lora' has no setting 'rnak'; did you mean 'rank'? It has rank, and the fields of",
+            "preset 'lora' has no setting 'rnak'; did you mean 'rank'? It takes rank, and any field of",
         ),
-        ("dense", {"zzz": 2}, "preset 'dense' has no setting 'zzz'; it has the fields of tnadapt.Config"),
-        ("lora", {"stratgy": 2}, "preset 'lora' has no setting 'stratgy'; did you mean 'strategy'? It has"),
+        ("dense", {"zzz": 2}, "preset 'dense' has no setting 'zzz'; it takes any field of tnadapt.Config"),
+        ("lora", {"stratgy": 2}, "preset 'lora' has no setting 'stratgy'; did you mean 'strategy'? It takes"),
         ("lora", {"r": 2}, "preset 'lora' has no setting 'r'; PEFT's 'r' is 'rank' here, a setting of"),
         (None, {"r": 2}, "attach() got an unexpected keyword argument 'r': PEFT's 'r' is 'rank' here, a setting of"),
         (
@@ -107,3 +110,29 @@ def test_what_a_preset_needs_is_said(name: str) -> None:
 def test_no_other_preset_needs_anything() -> None:
     for name in set(tna.presets.__all__) - SIZES.keys():
         assert isinstance(config_of(name, {}), tna.Config)
+
+
+def test_every_setting_of_peft_has_an_answer() -> None:
+    peft = pytest.importorskip("peft")
+    # What PEFT keeps about a file, rather than a setting of LoRA.
+    about = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)} - about
+    assert {name for name in fields if errors.keyword_hint(name) is None} == set()
+    with pytest.raises(
+        tna.ConfigError, match=r"got LoraConfig\. PEFT's LoraConfig\(r=8\) is attach\(…, 'lora', rank=8\)"
+    ):
+        config_of(peft.LoraConfig(r=8), {})
+
+
+def test_what_hints_name_exists() -> None:
+    torch = pytest.importorskip("torch")
+    assert torch is not None
+    accepted = {
+        *inspect.signature(tna.torch.attach).parameters,
+        *(field.name for field in dataclasses.fields(tna.Config)),
+    }
+    for library in errors._OTHER_KEYWORDS.values():
+        for ours, _ in library.values():
+            assert ours in accepted or ours in tna.presets.__all__
+    for start in ("eva", "lora_ga"):
+        assert hasattr(tna.torch.starts, start)

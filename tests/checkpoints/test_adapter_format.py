@@ -814,6 +814,15 @@ def test_a_file_in_a_folder_is_named(tmp_path: Path) -> None:
         adapter_format.load(tmp_path)
 
 
+def test_a_folder_of_peft_is_recognized(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").touch()
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(
+        FileError, match=r"is a folder of PEFT; tnadapt\.convert\(FOLDER, 'adapter.safetensors'\) makes"
+    ):
+        adapter_format.load(tmp_path)
+
+
 def test_what_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileError, match=f"^{tmp_path}: is a folder; give the path of a file in it"):
         tna.save(tmp_path, made())

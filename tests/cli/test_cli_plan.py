@@ -30,6 +30,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return run_here(main, "plan", *arguments)
 
 
+@pytest.mark.parametrize("name", ["model.gguf", "."])
+def test_a_gguf_model_gets_a_way_out(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(64))
+    done = run(str(tmp_path / name), "--budget", "1000")
+    assert done.returncode == 2
+    assert "For a GGUF file give the shapes of its weights by --shape, or open it with transformers and" in done.stderr
+    assert "tnadapt.plan([target.shape for target in tnadapt.torch.find_targets(model)], budget)" in done.stderr
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """Two layers in two shards, with an index, a config and tensors of other kinds."""

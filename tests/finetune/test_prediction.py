@@ -282,6 +282,19 @@ def test_a_users_mistake(
     assert not list(tmp_path.iterdir())
 
 
+def test_one_image_is_predicted_on_the_command_line(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    _, _, file = trained(tmp_path, tiny.vit(tmp_path / "vit"), tiny.shades(tmp_path / "a.npz"))
+    path = tmp_path / "one.png"
+    image.fromarray(np.full((12, 20, 3), 220, np.uint8)).save(path)
+    done = invoke(file, "--data", path)
+    (row,) = [json.loads(line) for line in done.output.splitlines() if line.startswith("{")]
+    assert (row["image"], row["prediction"]) == (str(path), "1")
+    (tmp_path / "sound.mp3").touch()
+    refused = invoke(file, "--data", tmp_path / "sound.mp3")
+    assert str(refused.exception).endswith(".json or .npz file, or an image or a folder of images")
+
+
 def test_an_adapter_that_says_no_task(classifier: tuple[Path, Path, Path], tmp_path: Path) -> None:
     model = torch.nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
     tna.torch.attach(model, tna.presets.lora(1)).save(tmp_path / "a.safetensors")

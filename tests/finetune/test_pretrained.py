@@ -285,7 +285,7 @@ def test_a_hub_that_cannot_be_reached(table: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", from_pretrained)
     with pytest.raises(
         TnadaptError,
-        match=r"cannot load 'some/name' for texts .*: We couldn't connect to the hub; use --model with a folder$",
+        match=r"cannot load 'some/name' for texts .*: We couldn't connect to the hub; no such folder is here: check",
     ):
         open_problem(Spec(model="some/name", data=str(table)))
 

@@ -248,4 +248,4 @@ def test_without_its_model_a_recipe_says_how_to_give_it(offline: CommandLines, t
     assert (done.code, done.out) == (2, "")
     (line,) = done.err.splitlines()
     assert line.startswith("paper: cannot load 'google/vit-base-patch16-224-in21k' for images through transformers: ")
-    assert line.endswith("; use --model with a folder")
+    assert line.endswith("; no such folder is here: check the name, or use --model with a folder")

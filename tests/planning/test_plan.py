@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from typing import Any
 
 import pytest
@@ -161,6 +162,11 @@ def test_the_table() -> None:
         (lambda: tna.plan([], 100), ShapeError, "shapes is empty"),
         (lambda: tna.plan([(3, 0)], 100), ShapeError, r"expected \(rows, cols\), both at least 1"),
         (lambda: tna.plan(7, 100), ShapeError, "shapes must be a list"),
+        (
+            lambda: tna.plan(types.SimpleNamespace(named_modules=None), 100),
+            ShapeError,
+            r"and is a model: give \[target\.shape for target in tnadapt\.torch\.find_targets\(model\)\]",
+        ),
         (lambda: tna.plan(VIT, 0), ConfigError, "budget must be from 1"),
         (lambda: tna.plan(VIT, 1.5), ConfigError, "budget must be an integer of parameters, or bytes as text"),
         (lambda: tna.plan(VIT, "0"), ConfigError, "a budget must be at least 1 parameter; got '0'"),

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import tnadapt
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -58,6 +60,17 @@ except AttributeError as error:
     print(error)
 """
     assert run(code).strip() == "module 'tnadapt' has no attribute 'nonsense'"
+
+
+@pytest.mark.parametrize("name", sorted(tnadapt._ELSEWHERE))
+def test_a_name_of_another_package_gets_its_place(name: str) -> None:
+    place = tnadapt._ELSEWHERE[name]
+    with pytest.raises(AttributeError, match=f"^module 'tnadapt' has no attribute '{name}': use {place}$"):
+        getattr(tnadapt, name)
+    if ".torch." in place:
+        pytest.importorskip("torch")
+    module, _, attribute = place.rpartition(".")
+    assert hasattr(importlib.import_module(module), attribute)
 
 
 @pytest.mark.parametrize(

@@ -295,6 +295,38 @@ def test_more_starts_are_never_worse() -> None:
     assert errors == sorted(errors, reverse=True)
 
 
+def crawling(seed: int) -> tuple[np.ndarray, int]:
+    """Return a tensor and a rank for which sweeps crawl, so that Gauss-Newton goes on."""
+    rng = np.random.default_rng(seed)
+    factors = [rng.normal(size=(size, 1)) + 0.3 * rng.normal(size=(size, 3)) for size in (5, 6, 4)]
+    return np.einsum("ar,br,cr->abc", *factors) + 0.01 * rng.normal(size=(5, 6, 4)), 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_watching_changes_nothing(seed: int) -> None:
+    tensor, rank = crawling(seed)
+    seen: list[tuple[int, float]] = []
+    plain = tna.cp(tensor, rank)
+    watched = tna.cp(tensor, rank, callback=lambda *step: seen.append(step))
+    assert plain.outcome.method == watched.outcome.method == "ALS, Gauss-Newton"
+    for one, other in zip(plain.factors, watched.factors, strict=True):
+        assert (one == other).all()
+    assert [error for _, error in seen] == list(watched.history) == list(plain.history)
+    assert [number for number, _ in seen] == list(range(1, len(seen) + 1))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_callback_stops_before_or_during_gauss_newton(before: bool) -> None:
+    tensor, rank = crawling(0)
+    swept = len(tna.cp(tensor, rank, max_iterations=30).history)
+    at = swept if before else len(tna.cp(tensor, rank).history) - 2
+    found = tna.cp(tensor, rank, callback=lambda number, _: number == at)
+    assert len(found.history) == at
+    assert not found.converged
+    assert found.error == pytest.approx(found.history[-1], rel=1e-6)
+    assert found.outcome.method == ("ALS" if before else "ALS, Gauss-Newton")
+
+
 @pytest.mark.parametrize("name", ["cp", "tucker", "tensor_ring"])
 def test_the_history_falls_and_the_callback_stops(name: str) -> None:
     tensor = numbers((5, 6, 7), 2)

@@ -17,6 +17,7 @@ from tnadapt.tensors import CPTensor, TuckerTensor
 from tnadapt.tensors import tensorly as tl
 
 from ._tensorly_suite import Case, cases, run, suite_modules
+from .test_decompositions import crawling
 
 #: TensorLy's test modules of what both have.
 SHARED = {
@@ -293,6 +294,21 @@ def test_a_callback_gets_the_result_so_far_and_stops_the_iteration() -> None:
     matrices: list[float] = []
     tl.parafac(TENSOR[0], 2, callback=lambda found, error: matrices.append(error))
     assert len(matrices) == 1
+
+
+def test_watching_changes_nothing_also_where_gauss_newton_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    tensor, rank = crawling(1)
+    errors: list[float] = []
+
+    def callback(found: CPTensor, error: float) -> None:
+        assert np.linalg.norm(found.to_tensor() - tensor) == pytest.approx(error * np.linalg.norm(tensor), rel=1e-6)
+        errors.append(error)
+
+    plain, watched = tl.parafac(tensor, rank), tl.parafac(tensor, rank, callback=callback, verbose=True)
+    assert watched.outcome.method == "ALS, Gauss-Newton"
+    assert all((one == other).all() for one, other in zip(plain.factors, watched.factors, strict=True))
+    assert errors == list(plain.history) == list(watched.history)
+    assert len(capsys.readouterr().out.splitlines()) == len(errors)
 
 
 @pytest.mark.parametrize(

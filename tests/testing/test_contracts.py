@@ -12,7 +12,7 @@ from tnadapt.algebra.formats import CP, Dense, Format
 from tnadapt.backends import Backend, load_backend, register_backend
 from tnadapt.backends._numpy import NumpyBackend
 from tnadapt.backends.backend import OPTIONAL
-from tnadapt.testing import BackendContract, FormatContract
+from tnadapt.testing import BackendContract, FormatContract, MapContract, SourceContract
 
 TESTS = {
     "gradient": BackendContract.test_gradient,
@@ -186,3 +186,29 @@ def test_a_dtype_that_the_library_has_is_not_passed_over() -> None:
 
     with pytest.raises(tna.BackendError, match="no floating dtype 'float16'"):
         contract_of(Narrow()).test_round_trip()
+
+
+@pytest.mark.parametrize(
+    ("contract", "test", "example"),
+    [
+        (FormatContract, "test_counts", "kind = MyFormat"),
+        (MapContract, "test_the_adjoint_is_that_of_the_derivative", "kind = MyMap"),
+        (SourceContract, "test_a_dictionary_gives_the_source_back", r"sources = \(MySource\(\),\)"),
+    ],
+)
+def test_a_contract_without_its_subject_says_what_is_missing(contract: type, test: str, example: str) -> None:
+    empty = type("TestMine", (contract,), {})
+    with pytest.raises(tna.ConfigError, match=f"^TestMine does not say what it tests: set {example} in the class$"):
+        getattr(empty(), test)()
+
+
+def test_a_formula_that_is_a_method_is_told() -> None:
+    class Method(Format):
+        def array_shapes(self, rank: Any) -> dict[str, tuple[int, ...]]:
+            return {"a": (self.sizes[0], rank), "b": (rank, self.sizes[1])}
+
+        def formula(self) -> str:  # type: ignore[override]
+            return "ar,rb->ab"
+
+    with pytest.raises(tna.ConfigError, match=r"^formula of Method is a method: write @property above its definition$"):
+        Method((3, 4), 2).num_terms  # noqa: B018

@@ -227,6 +227,8 @@ def test_a_regular_expression_is_for_the_whole_path() -> None:
     for word, meant in (("all_linear", "all-linear"), ("linear", "all-linear"), ("embedding", "embeddings")):
         with pytest.raises(TargetError, match=rf"'{word}' \(14 could\); did you mean '{meant}'\? it has: bert\."):
             find_targets(model, word)
+    with pytest.raises(TargetError, match=r"did you mean 'all-linear'\? close matches: 0\.linear"):
+        find_targets(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8)), "all_linear")
     with pytest.raises(
         TargetError, match=r"'bert.encoder.layer.0' is a BertLayer, .* such as bert.encoder.layer.0.att"
     ):

@@ -52,7 +52,7 @@ def checked_before(
             if value != default:
                 raise ConfigError(
                     f"{name}={value!r} is about the map before the network, and there is none: set before='one-hot', "
-                    f"or leave {name} out"
+                    f"take a preset that has one, such as unilora or tinylora, or leave {name} out"
                 )
         return None, None
     found = checked_projection(before)

@@ -346,7 +346,7 @@ class Config:
         >>> Config.from_dict({"rnak": 4})
         Traceback (most recent call last):
             ...
-        tnadapt.errors.ConfigError: Config has no field 'rnak'; did you mean 'rank'? Fields: rank, order,
+        tnadapt.errors.ConfigError: Config has no field 'rnak'; did you mean 'rank'? The fields are rank, order,
         splits, groups, fold, format, combine, split_size, leading, terms, projection, ratio, shared, alpha, seed,
         sources, on, before, parameters, scope, offset, weight_shape, axes, apply, magnitude_axis, start, rate
         """
@@ -375,8 +375,8 @@ def _known(settings: Mapping[str, Any]) -> None:
         if name not in known:
             hint = keyword_hint(name)
             close = difflib.get_close_matches(str(name), known, n=1)
-            meant = f" {hint}." if hint else f" did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"Config has no field {safe_repr(name)};{meant} Fields: {', '.join(known)}")
+            meant = f"{hint}. The" if hint else f"did you mean {close[0]!r}? The" if close else "the"
+            raise ConfigError(f"Config has no field {safe_repr(name)}; {meant} fields are {', '.join(known)}")
 
 
 def _listed(value: Any) -> Any:

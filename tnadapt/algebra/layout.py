@@ -362,6 +362,9 @@ def checked_shapes(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     try:
         checked = [tuple(operator.index(size) for size in shape) for shape in shapes]
     except TypeError as error:
+        if hasattr(shapes, "named_modules"):
+            found = "[target.shape for target in tnadapt.torch.find_targets(model)]"
+            raise ShapeError(f"shapes must be a list of (rows, cols) integers, and is a model: give {found}") from error
         raise ShapeError(f"shapes must be a list of (rows, cols) integers; got {safe_repr(shapes)}") from error
     if not checked:
         raise ShapeError("shapes is empty: there is no weight to update")

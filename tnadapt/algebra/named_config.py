@@ -77,8 +77,10 @@ def config_of(
                 f"got the preset {preset} itself: give its name, {preset!r}, or what it returns, "
                 f"tnadapt.presets.{preset}(…)"
             )
+        theirs = type(cfg).__module__.partition(".")[0] == "peft"
         raise ConfigError(
             f"expected a tnadapt.Config, the name of a preset such as 'lora', or None; got {type(cfg).__name__}"
+            + (f". PEFT's LoraConfig(r=8) is {function}(…, 'lora', rank=8) here" if theirs else "")
         )
     for name in settings:
         hint = keyword_hint(name)
@@ -107,8 +109,8 @@ def named_config(
     >>> named_config("lora", {"rnak": 2})
     Traceback (most recent call last):
         ...
-    tnadapt.errors.UnexpectedKeywordError: preset 'lora' has no setting 'rnak'; did you mean 'rank'? It has rank, and
-    the fields of tnadapt.Config
+    tnadapt.errors.UnexpectedKeywordError: preset 'lora' has no setting 'rnak'; did you mean 'rank'? It takes rank,
+    and any field of tnadapt.Config
     """
     require_preset(name, function)
     preset, own = getattr(presets, name), _own(name)
@@ -202,8 +204,8 @@ def _meant(name: str, setting: str, keywords: Collection[str]) -> str:
     own = _own(name)
     hint = keyword_hint(setting)
     close = difflib.get_close_matches(setting, [*own, *_fields(), *keywords], n=1)
-    meant = f"{hint}. It has " if hint else f"did you mean {close[0]!r}? It has " if close else "it has "
-    return f"{meant}{''.join(f'{each}, ' for each in own)}{'and ' * bool(own)}the fields of tnadapt.Config"
+    meant = f"{hint}. It takes " if hint else f"did you mean {close[0]!r}? It takes " if close else "it takes "
+    return f"{meant}{''.join(f'{each}, ' for each in own)}{'and ' * bool(own)}any field of tnadapt.Config"
 
 
 def is_setting(name: Any) -> bool:

@@ -73,7 +73,7 @@ def _print(report: MergeReport, check_base: bool) -> None:
         echo(f"  trained alongside the adapter, and replaced: {_some(report.replaced)}")
     if report.added:
         echo(f"  trained alongside the adapter, and added: {_some(report.added)}")
-        echo("  config.json is the base's: add the settings that these need (num_labels, architectures)")
+        echo("  config.json is the base's: add the settings that these need (id2label, label2id, architectures)")
     if report.left_out:
         why = "weights without the update, hidden folders, links out of BASE, or not regular files"
         echo(f"  not copied ({why}): {_some(report.left_out)}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tnadapt import TnadaptError
+from tnadapt.errors import FileError
 from tnadapt.planning import model_targets
 
 from ._settings import shapes_of
@@ -39,7 +41,16 @@ def planned_weights(model: str | None, targets: list[str] | None, shape: list[st
         return Weights(shapes_of(shape), None, None, None, [])
     assert model is not None
     chosen: Any = "qv" if not targets else targets[0] if len(targets) == 1 else tuple(targets)
-    found = model_targets(model, chosen)
+    try:
+        found = model_targets(model, chosen)
+    except FileError as error:
+        path = Path(model)
+        if path.suffix.lower() == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
+            raise FileError(
+                f"{error}. For a GGUF file give the shapes of its weights by --shape, or open it with transformers and "
+                "call tnadapt.plan([target.shape for target in tnadapt.torch.find_targets(model)], budget)"
+            ) from None
+        raise
     layers = [target.layer for target in found]
     numbers = {layer: number for number, layer in enumerate(dict.fromkeys(layers))}
     roles = [target.role for target in found]

@@ -78,7 +78,7 @@ def predict_command(
     job = job_package()
     # What can be refused before torch is imported.
     load(adapter, check_draws=False)
-    job.require_data(data)
+    job.require_data(data, one_image=True)
     try:
         with stoppable("nothing was written; the same command starts over"):
             found = job.predict(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from tnadapt.algebra.named_config import require_preset
 from tnadapt.checkpoints.strict_json import MAX_CONFIG, strict_json
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 
-__all__ = ["chosen_config", "presets_that_begin_with", "setting", "shapes_of", "word_or_number"]
+__all__ = ["chosen_config", "presets_that_begin_with", "setting", "settings_of", "shapes_of", "word_or_number"]
 
 # Maximum number of weights: a plan of this size takes half a minute, and no model's attention has as many.
 MOST = 10_000
@@ -31,6 +31,41 @@ def setting(text: str) -> tuple[str, Any]:
     if not equals or not name:
         raise TnadaptError(f"--set takes FIELD=VALUE; got {safe_repr(text)}")
     return name, word_or_number(value)
+
+
+def settings_of(texts: Sequence[str], options: Collection[str] = ()) -> dict[str, Any]:
+    """Parse every ``FIELD=VALUE``.
+
+    Parameters
+    ----------
+    texts : sequence of str
+    options : collection of str
+        The fields that other options have given.
+
+    Raises
+    ------
+    TnadaptError
+        If a field is given twice.
+
+    Examples
+    --------
+    >>> settings_of(["rank=2", "alpha=4"])
+    {'rank': 2, 'alpha': 4}
+    >>> settings_of(["rank=2", "rank=4"])
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.TnadaptError: --set gives rank twice; it applies to every preset: run the command once for each value
+    """
+    found: dict[str, Any] = {}
+    for name, value in map(setting, texts):
+        if name in found:
+            raise TnadaptError(
+                f"--set gives {name} twice; it applies to every preset: run the command once for each value"
+            )
+        if name in options:
+            raise TnadaptError(f"--{name} and --set {name}=… both give {name}; leave one of them out")
+        found[name] = value
+    return found
 
 
 def word_or_number(text: str) -> Any:
@@ -60,7 +95,7 @@ def chosen_config(preset: str | None, settings: list[str], path: Path | None) ->
     >>> chosen_config("lora", ["rank=2"], None).rank
     2
     """
-    changes = dict(setting(text) for text in settings)
+    changes = settings_of(settings)
     if preset is not None and path is not None:
         raise TnadaptError("--preset and --config both name a config; give one of them")
     if preset is not None:

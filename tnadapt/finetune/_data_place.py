@@ -8,7 +8,10 @@ from tnadapt.errors import FileError
 
 from ._sample_tables import TABLES
 
-__all__ = ["is_file_of_data", "require_data"]
+__all__ = ["IMAGES", "is_file_of_data", "require_data"]
+
+#: The suffixes of images.
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 
 #: The suffix of arrays.
 NPZ = ".npz"
@@ -19,13 +22,15 @@ def is_file_of_data(path: Path) -> bool:
     return path.suffix.lower() in (*TABLES, NPZ)
 
 
-def require_data(source: str) -> None:
+def require_data(source: str, one_image: bool = False) -> None:
     """Raise an error if a source of data is a file of another kind, or a path at which nothing is.
 
     Parameters
     ----------
     source : str
         As for :func:`~tnadapt.finetune._data_sources.open_source`.
+    one_image : bool
+        Whether it may be an image, too.
 
     Raises
     ------
@@ -42,10 +47,10 @@ def require_data(source: str) -> None:
     if path.is_dir():
         return
     if path.is_file():
-        if not is_file_of_data(path):
+        if not is_file_of_data(path) and not (one_image and path.suffix.lower() in IMAGES):
+            images = "an image or a folder of images" if one_image else "a folder of images"
             raise FileError(
-                f"cannot read data from {path}: expected a .csv, .tsv, .jsonl, .json or .npz file, or a folder of "
-                "images"
+                f"cannot read data from {path}: expected a .csv, .tsv, .jsonl, .json or .npz file, or {images}"
             )
     elif is_file_of_data(path) or source.startswith((".", "/", "~")):
         raise FileError(f"no data at {path}: there is no such file or folder")

@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from tnadapt.errors import FileError, TnadaptError, safe_repr, summarize
 
 from ._data import Data, Labels, Samples
-from ._data_place import require_data
+from ._data_place import IMAGES, require_data
 from ._sample_tables import TABLES, Table, needed_column, read_table
 from .archives import read_npz
 
-__all__ = ["IMAGES", "LABEL_COLUMNS", "TEXT_COLUMNS", "labelled_texts", "open_source", "read"]
+__all__ = ["LABEL_COLUMNS", "TEXT_COLUMNS", "labelled_texts", "open_source", "read"]
 
-IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 ARRAYS = frozenset({"x_train", "y_train", "x_test", "y_test", "x", "y", "images", "labels"})
 TEST_FOLDERS = ("test", "validation", "valid", "val")
 TEXT_COLUMNS = ("text", "sentence", "review", "content")

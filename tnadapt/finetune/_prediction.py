@@ -18,7 +18,8 @@ from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import FileError, safe_repr
 
 from ._data import Data, Samples
-from ._data_sources import IMAGES, open_source
+from ._data_place import IMAGES
+from ._data_sources import open_source
 from ._encode import Images
 from ._foreign_messages import refused, silent, transformers_library
 from ._learning_task import LearningTask

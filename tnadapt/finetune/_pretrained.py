@@ -91,7 +91,7 @@ def _transformers(spec: Spec, data: Data, task: LearningTask, samples: dict[str,
             setattr(model.config, setting, value)
         return model  # type: ignore[no-any-return]
 
-    way = "" if Path(name).exists() else "; use --model with a folder"
+    way = "" if Path(name).exists() else "; no such folder is here: check the name, or use --model with a folder"
     what = f"cannot load {safe_repr(name)} for {data.kind}s through transformers"
     with refused(what, way), class_expected(name, task.auto, task.name):
         model = build(0)

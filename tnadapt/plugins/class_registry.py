@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any, Generic, TypeVar
 
 from tnadapt.errors import ConfigError, safe_repr
@@ -127,9 +128,13 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         other = f" {other}" if other else ""
         failed = "".join(f"; {failure}" for failure in failures)
         raise ConfigError(
-            f"{self.kind} must be one of {listed}{other}; got {safe_repr(name)}. If a plug-in provides it, install the "
-            f"plug-in{failed}"
+            f"{self.kind} must be one of {listed}{other}; got {safe_repr(name)}{self._meant(name)} If a plug-in "
+            f"provides it, install the plug-in{failed}"
         )
+
+    def _meant(self, name: object) -> str:
+        close = get_close_matches(name.lower(), list(self), n=1) if isinstance(name, str) else []
+        return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def checked_name(kind: str, name: object, built_in: Container[str]) -> str:

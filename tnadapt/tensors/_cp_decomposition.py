@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,8 +116,8 @@ def cp(
     elements; ``callback`` is given the least one so far, after each step of Gauss-Newton or each sweep to the end.
 
     Where sweeps crawl, with an error below 0.3, and the tensor is small, there may be an exact answer: damped
-    Gauss-Newton goes on from there and from other starts. Only with ``init="svd"``, more than 30 sweeps, and no
-    ``callback``.
+    Gauss-Newton goes on from there and from other starts, each step at the cost of solving for all factors at once. It
+    may take a minute. Only with ``init="svd"`` and after more than 30 sweeps: ``max_iterations=30`` turns it off.
 
     Examples
     --------
@@ -229,8 +229,8 @@ class _Options:
             )
         # Where sweeps crawl; where they converge fast, Gauss-Newton would take longer than all of them.
         near = 64.0 * sweeps.epsilon * norm < error <= _NEAR * norm and len(watch.history) > _CRAWLS
-        plain = isinstance(self.init, str) and self.init == "svd" and self.callback is None
-        if near and plain and refinable(CP(shape, rank)):
+        plain = isinstance(self.init, str) and self.init == "svd"
+        if near and plain and not watch.stopped and refinable(CP(shape, rank)):
             return self._refined(factors, error / norm, watch)
         return self._finished(CPTensor(None, factors), "ALS", watch=watch)
 
@@ -251,12 +251,14 @@ class _Options:
     def _refined(self, factors: Sequence[Array], error: float, watch: Watch) -> CPTensor:
         """Continue by Gauss-Newton, and from other starts, as there may be an exact answer."""
         request, backend, swept = self.request, self.request.backend, len(watch.history)
-        least = error
+        kind, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
 
-        def seen(count: int, now: float, _: Any) -> None:
-            nonlocal least
-            least = min(least, now)
-            watch(swept + count, least)
+        def given(arrays: Mapping[str, np.ndarray]) -> list[Array]:
+            return [backend.asarray(np.ascontiguousarray(one), kind, device) for one in arrays.values()]
+
+        def seen(count: int, now: float, made: Callable[[], Mapping[str, np.ndarray]]) -> bool:
+            better = now < error
+            return watch.told(swept + count, min(now, error), watch.shown(lambda: given(made()) if better else factors))
 
         found = complete(
             [CP(request.shape, int(factors[0].shape[1]))], backend.to_numpy(request.tensor),
@@ -264,11 +266,10 @@ class _Options:
             start={f"factor{mode}": backend.to_numpy(factor) for mode, factor in enumerate(factors)}, watch=seen,
         )  # fmt: skip
         if not found.error < error:
+            watch.converged = watch.converged and not watch.stopped
             return self._finished(CPTensor(None, list(factors)), "ALS", watch=watch)
-        kind, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
-        arrays = [backend.asarray(np.ascontiguousarray(one), kind, device) for one in found.arrays.values()]
         watch.converged = found.converged
-        return self._finished(CPTensor(None, arrays), "ALS, Gauss-Newton", watch=watch)
+        return self._finished(CPTensor(None, given(found.arrays)), "ALS, Gauss-Newton", watch=watch)
 
     def _completed(self, rank: int) -> CPTensor:
         """Return the fit to the observed elements."""

@@ -13,7 +13,7 @@ from tnadapt.decomposition import Limits
 from tnadapt.decomposition.completion import complete
 from tnadapt.errors import BackendError, ConfigError
 
-from ._requests import Observer, Request, Watch
+from ._requests import Request, Watch
 
 __all__ = ["METHOD", "STARTS", "Completed", "completed", "refuse_observed"]
 
@@ -86,8 +86,7 @@ def completed(
         return {name: backend.asarray(np.ascontiguousarray(one), kind, device) for name, one in found.items()}
 
     def seen(count: int, error: float, made: Callable[[], Mapping[str, np.ndarray]]) -> bool:
-        arrays = list(given(made()).values()) if isinstance(watch.callback, Observer) else ()
-        return watch.told(count, error, arrays)
+        return watch.told(count, error, watch.shown(lambda: list(given(made()).values())))
 
     found = complete(
         splits, backend.to_numpy(request.tensor), roots**2, terms=terms, hadamard=hadamard, start=host, starts=starts,

@@ -291,6 +291,13 @@ class Watch:
         Stop when a step reduces the relative error by no more than this.
     callback : callable, optional
         Called with the number and the relative error of each iteration; stops the iteration if it returns True.
+
+    Attributes
+    ----------
+    history : list of float
+    converged : bool
+    stopped : bool
+        Whether the callback has stopped the iteration.
     """
 
     def __init__(self, tol: float, callback: Callback | None) -> None:
@@ -300,7 +307,7 @@ class Watch:
             raise ConfigError(f"callback must be callable; got {safe_repr(callback)}")
         self.tol, self.callback = float(tol), callback
         self.history: list[float] = []
-        self.converged = False
+        self.converged = self.stopped = False
 
     def __call__(self, iteration: int, error: float, arrays: Sequence[Array] = ()) -> bool:
         """Note an error; return whether to stop."""
@@ -314,5 +321,11 @@ class Watch:
         """Note an error; return whether the callback stops the iteration, whatever the tolerance."""
         self.history.append(error)
         if isinstance(self.callback, Observer):
-            return self.callback.see(iteration, error, arrays) is True
-        return self.callback is not None and self.callback(iteration, error) is True
+            self.stopped = self.callback.see(iteration, error, arrays) is True
+        else:
+            self.stopped = self.callback is not None and self.callback(iteration, error) is True
+        return self.stopped
+
+    def shown(self, arrays: Callable[[], Sequence[Array]]) -> Sequence[Array]:
+        """Return the arrays if the callback looks at them; otherwise they are not made."""
+        return arrays() if isinstance(self.callback, Observer) else ()

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.algebra.formats import Format, jacobian_rank
+from tnadapt.algebra.formats import jacobian_rank
 from tnadapt.algebra.unfolding import Cut
 from tnadapt.backends import get_backend
+
+from ._required import Required
 
 __all__ = ["FormatContract"]
 
@@ -34,7 +36,7 @@ class FormatContract:
     >>> TestCP().test_counts()
     """
 
-    kind: type[Format]
+    kind: Any = Required("MyFormat")
     sizes = ((5,), (4, 3), (2, 3, 4), (3, 1, 2, 3))
     ranks = (1, 2, 5)
 

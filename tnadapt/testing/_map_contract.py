@@ -16,6 +16,7 @@ from tnadapt.algebra.maps import Map, MapSettings, Space
 from tnadapt.backends import load_backend
 
 from . import _reference_maps as reference_maps
+from ._required import Required
 
 __all__ = ["MapContract"]
 
@@ -43,7 +44,7 @@ class MapContract:
     >>> TestLinear().test_the_adjoint_is_that_of_the_derivative()
     """
 
-    kind: type[Map]
+    kind: Any = Required("MyMap")
     lengths: Sequence[tuple[int, int]] = ((1, 1), (3, 7), (7, 3), (16, 16), (5, 64), (37, 509))
     shapes: Sequence[tuple[int, int]] = ((1, 1), (1, 6), (4, 6), (9, 5), (16, 16), (12, 35))
     settings: Sequence[MapSettings] = ()

@@ -8,12 +8,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.sources import Multiplied, Source, Stream, Tied, source_from_dict, source_to_dict
 from tnadapt.algebra.superlora import SuperLoRA
+
+from ._required import Required
 
 __all__ = ["SourceContract"]
 
@@ -46,7 +49,7 @@ class SourceContract:
     >>> TestTrained().test_a_dictionary_gives_the_source_back()
     """
 
-    sources: Sequence[Source]
+    sources: Any = Required("(MySource(),)")
     shapes: Sequence[tuple[int, ...]] = ((1,), (7,), (1, 1), (5, 3), (3, 5), (2, 3, 4))
 
     def test_a_dictionary_gives_the_source_back(self) -> None:

@@ -176,7 +176,11 @@ class TargetSearch:
         close = [last.get(near, near) for near in difflib.get_close_matches(name, [*last, *names], 4)]
         some = list(dict.fromkeys(close)) or names[:6]
         there = f"{'close matches' if close else 'it has'}: {', '.join(some)}" if some else "the model has none at all"
-        word = [] if close or what else difflib.get_close_matches(name.replace("_", "-"), WORDS, 1, 0.75)
+        # A word in another spelling is meant, whatever modules have similar names.
+        spelled = name.lower().replace("_", "-")
+        word = [spelled] if spelled in WORDS and not what else []
+        if not (word or close or what):
+            word = difflib.get_close_matches(spelled, WORDS, 1, 0.75)
         meant = f"did you mean {word[0]!r}? " if word else ""
         listed = len({weight.path for weight in self.weights if _ends(name, weight.path)})
         way = f": [{name!r}] matches {listed} of them" if listed else ""
