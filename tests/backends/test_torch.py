@@ -84,7 +84,7 @@ def test_first_step_gradients_are_not_zero(plan: tna.SuperLoRA) -> None:
     "name",
     in_depth(
         ["lora", "lonkr", "lorta", "cara", "F shuffle", "F linear", "F nonlinear_v2", "compacter"],
-        ["lonkr", "F linear"],
+        ["F linear"],
     ),
 )
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
@@ -272,7 +272,7 @@ NONLINEAR = {
     ("name", "dtype"),
     in_depth(
         [*itertools.product(NONLINEAR, ["float32", "bfloat16", "float16"])],
-        [*itertools.product(NONLINEAR, ["float32"]), ("tucker", "bfloat16")],
+        [("cp", "float32"), ("tucker", "bfloat16")],
     ),
 )
 @pytest.mark.filterwarnings("ignore")  # the compiler's own

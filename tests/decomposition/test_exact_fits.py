@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.support.depth import in_depth
 from tests.support.exact_cases import cp_tensor, padded_plans, random_deltas
 from tnadapt.algebra.products import tt_tensor
 from tnadapt.backends import Backend, load_backend
@@ -114,7 +115,7 @@ def test_sums_of_factored_kronecker_products_are_recovered() -> None:
         (2, 2, 3),
         (4, 2, 1),
         (2, 3, 1),
-        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((2, 2, 10), (4, 2, 10))),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in in_depth([(2, 2, 10), (4, 2, 10)], [(2, 2, 10)])),
     ],
 )
 def test_hadamard_products_are_recovered(rank: int, parts: int, seeds: int) -> None:

@@ -224,14 +224,17 @@ def _busy(out: Path) -> bool:
     return any(str(out) in line and "tnadapt" in line for line in listed.splitlines())
 
 
+WHERE = [
+    pytest.param(["--jobs", 1], id="one job"),
+    pytest.param(["--jobs", 2], id="two jobs"),
+    pytest.param(["--jobs", 2, "--engine", "ray", "--engine-option", "address=local"], marks=needs_ray, id="ray"),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
 @pytest.mark.usefixtures("keyboard")
-@pytest.mark.parametrize("where", [
-    ["--jobs", 1],
-    ["--jobs", 2],
-    pytest.param(["--jobs", 2, "--engine", "ray", "--engine-option", "address=local"], marks=needs_ray),
-], ids=["one job", "two jobs", "ray"])  # fmt: skip
+@pytest.mark.parametrize("where", in_depth(WHERE, [WHERE[0], WHERE[2]]))
 def test_interrupted_it_says_how_to_go_on(
     cache: Path, tmp_path: Path, where: list[Any], record_property: Callable[[str, object], None]
 ) -> None:

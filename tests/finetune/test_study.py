@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
 import tnadapt as tna  # noqa: E402
-from tests.support.depth import in_depth  # noqa: E402
+from tests.support.depth import long_only  # noqa: E402
 from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError  # noqa: E402
 from tnadapt.finetune import Choice, Reporter, Spec, Study, Task, Training, open_problem  # noqa: E402
 from tnadapt.finetune._best import prove  # noqa: E402
@@ -136,7 +136,8 @@ def test_side_by_side_gives_the_same_numbers(finished: tuple[Path, Any], cache: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "library", "options"), in_depth(CLUSTERS, CLUSTERS[1:]))
+@long_only  # tests/finetune/test_engines.py runs tasks on both; this adds that trainings are such tasks
+@pytest.mark.parametrize(("engine", "library", "options"), CLUSTERS)
 def test_a_cluster_gives_the_same_numbers(
     finished: tuple[Path, Any], cache: Path, engine: str, library: str, options: dict[str, str], tmp_path: Path
 ) -> None:

@@ -48,7 +48,7 @@ def test_every_part_is_tried(scripts: ModuleType) -> None:
     assert tuple(scripts.PARTS) == PARTS
 
 
-@pytest.mark.parametrize("part", in_depth(PARTS, ("fwht", "steps")))
+@pytest.mark.parametrize("part", in_depth(PARTS, ("steps",)))
 def test_a_part_runs_and_its_contestants_agree(part: str) -> None:
     command = [sys.executable, str(BENCHMARKS / "fast.py"), part, "--smoke"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

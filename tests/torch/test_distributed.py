@@ -46,9 +46,7 @@ TWO = in_depth(
         *("ddp-reentrant", "ddp-accumulate", "fsdp2-checkpoint", "fsdp2-mixed"),
     ],
 )
-FOUR = in_depth(
-    ["ddp-default", "ddp-lora", "fsdp2-default", "fsdp2-linear", "fsdp2-mixed"], ["ddp-default", "fsdp2-mixed"]
-)
+FOUR = in_depth(["ddp-default", "ddp-lora", "fsdp2-default", "fsdp2-linear", "fsdp2-mixed"], ["fsdp2-mixed"])
 
 
 def run(*commands: Sequence[Any], timeout: float = 200.0) -> list[str]:

@@ -21,7 +21,7 @@ import tnadapt as tna
 from paper import open_recipe, redraw, run
 from paper.__main__ import main
 from paper.recipe import Recipe
-from tests.support.depth import in_depth
+from tests.support.depth import in_depth, long_only
 from tests.support.in_process import run_here
 
 torch = pytest.importorskip("torch")
@@ -306,6 +306,7 @@ def test_a_mistake_is_one_message(arguments: list[str], word: str, tmp_path: Pat
     assert "Traceback" not in found.stderr
 
 
+@long_only  # as in tests/finetune/test_engines.py and tests/finetune/test_cli_finetune.py, with another bench
 def test_a_killed_run_of_two_workers_goes_on_and_gives_the_same(
     done: tuple[Path, Any], data: Path, cache: Path, tmp_path: Path
 ) -> None:
