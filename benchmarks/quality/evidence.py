@@ -55,8 +55,10 @@ def _tasks(folder: Path) -> Iterator[dict[str, Any]]:
 def _settings(task: QualityTask, outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
     base = base_of(outcomes)
     for one in outcomes:
+        if one.library != "tnadapt" or not one.measured:
+            continue
         part = share(task, one, outcomes)
         # Where no method is decided to be better than no adapter, the order of methods is chance.
         gained = any(improves(task, other, base) for other in at_budget(outcomes, one.budget))
-        if one.library == "tnadapt" and one.measured and gained and part is not None:
+        if gained and part is not None:
             yield {"config": one.config, "parameters": one.parameters, "share": round(part, 3), "seeds": len(one.test)}

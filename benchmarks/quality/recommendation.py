@@ -35,13 +35,21 @@ class Choice:
     name : str
     shares : tuple of float
         Its gain over no adapter on the test samples of each task, divided by that of dense updates.
+    undecided : tuple of str
+        Names of the tasks in which it is not decided to be better than no adapter.
     ranks : tuple of int
         The ranks of LoRA that hold its updates exactly, one for each task; empty if some cannot be held.
     """
 
     name: str
     shares: tuple[float, ...]
+    undecided: tuple[str, ...] = ()
     ranks: tuple[int, ...] = ()
+
+    @property
+    def shown(self) -> str:
+        """The name, and where it gains nothing."""
+        return f"{self.name} (no gain: {', '.join(self.undecided)})" if self.undecided else self.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +66,15 @@ class Recommendation:
         samples.
     served : Choice, optional
         The same, of the methods that export exactly as LoRA.
+    compared : int
+        The number of methods that were measured on all of these tasks.
     """
 
     budget: int
     tasks: tuple[str, ...]
     best: Choice
     served: Choice | None
+    compared: int
 
 
 def studies_of(folder: Path, scale: str = "small") -> list[Study]:
@@ -93,13 +104,14 @@ def recommendations(studies: Sequence[Study]) -> list[Recommendation]:
 
 def table(answers: Sequence[Recommendation]) -> Iterator[str]:
     """Yield the lines of a table with a row for each budget."""
-    yield "| parameters | method | of the gain | served as LoRA | of the gain | measured on |"
-    yield "|--:|---|--:|---|--:|---|"
+    yield "| parameters | method | of the gain | served as LoRA | of the gain | methods | tasks |"
+    yield "|--:|---|--:|---|--:|--:|---|"
     for one in answers:
         served = ["–", "–"]
         if one.served is not None:
-            served = [f"{one.served.name}, rank {_range(one.served.ranks)}", _percent(one.served.shares)]
-        cells = [f"{one.budget:,}", one.best.name, _percent(one.best.shares), *served, ", ".join(one.tasks)]
+            served = [f"{one.served.shown}, rank {_range(one.served.ranks)}", _percent(one.served.shares)]
+        last = [str(one.compared), ", ".join(one.tasks)]
+        cells = [f"{one.budget:,}", one.best.shown, _percent(one.best.shares), *served, *last]
         yield f"| {' | '.join(cells)} |"
 
 
@@ -123,7 +135,7 @@ def _recommendation(budget: int, studies: Sequence[Study]) -> Recommendation | N
     if best is None:
         return None
     served = _best(studies, [own for own in candidates if _ranks(studies, own)])
-    return Recommendation(budget, tuple(one.task.name for one in studies), best, served)
+    return Recommendation(budget, tuple(one.task.name for one in studies), best, served, len(candidates))
 
 
 def _best(studies: Sequence[Study], candidates: Iterable[Sequence[Outcome]]) -> Choice | None:
@@ -131,7 +143,12 @@ def _best(studies: Sequence[Study], candidates: Iterable[Sequence[Outcome]]) -> 
     best = max(candidates, key=lambda own: statistics.fmean(_shares(studies, own, held_out=True)), default=None)
     if best is None:
         return None
-    return Choice(best[0].name, _shares(studies, best, held_out=False), _ranks(studies, best))
+    undecided = tuple(
+        study.task.name
+        for study, one in zip(studies, best, strict=True)
+        if not improves(study.task, one, base_of(study.outcomes))
+    )
+    return Choice(best[0].name, _shares(studies, best, held_out=False), undecided, _ranks(studies, best))
 
 
 def _shares(studies: Sequence[Study], own: Sequence[Outcome], held_out: bool) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 from typing import Any
@@ -125,14 +126,18 @@ def test_every_setting_of_peft_has_an_answer() -> None:
 
 
 def test_what_hints_name_exists() -> None:
-    torch = pytest.importorskip("torch")
-    assert torch is not None
-    accepted = {
-        *inspect.signature(tna.torch.attach).parameters,
-        *(field.name for field in dataclasses.fields(tna.Config)),
-    }
+    pytest.importorskip("torch")
+    fields = [field.name for field in dataclasses.fields(tna.Config)]
+    accepted = {*inspect.signature(tna.torch.attach).parameters, *fields}
     for library in errors._OTHER_KEYWORDS.values():
         for ours, _ in library.values():
             assert ours in accepted or ours in tna.presets.__all__
-    for start in ("eva", "lora_ga"):
-        assert hasattr(tna.torch.starts, start)
+    places = [where for library in errors._OTHER_KEYWORDS.values() for _, where in library.values()]
+    words = " ".join([*places, *errors._NOT_NEEDED.values()])
+    named = set(re.findall(r"\btnadapt(?:\.\w+)+", words))
+    assert {"tnadapt.torch.starts.eva", "tnadapt.torch.token_targets", "tnadapt.torch.mix"} <= named
+    for name in named:
+        assert functools.reduce(getattr, name.split(".")[1:], tna) is not None
+    assert {"targets", "biases", "keep_trainable"} <= set(re.findall(r"\b(\w+)=", words)) <= accepted
+    for method in re.findall(r"\badapter\.(\w+)", words):
+        assert callable(getattr(tna.torch.Adapter, method))

@@ -818,7 +818,7 @@ def test_a_folder_of_peft_is_recognized(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").touch()
     (tmp_path / "adapter_model.safetensors").touch()
     with pytest.raises(
-        FileError, match=r"is a folder of PEFT; tnadapt\.convert\(FOLDER, 'adapter.safetensors'\) makes"
+        FileError, match=r"is a folder of PEFT; tnadapt\.convert\(FOLDER, 'adapter.safetensors'\) converts"
     ):
         adapter_format.load(tmp_path)
 

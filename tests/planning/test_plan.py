@@ -165,7 +165,7 @@ def test_the_table() -> None:
         (
             lambda: tna.plan(types.SimpleNamespace(named_modules=None), 100),
             ShapeError,
-            r"and is a model: give \[target\.shape for target in tnadapt\.torch\.find_targets\(model\)\]",
+            r"integers; got a model: give \[target\.shape for target in tnadapt\.torch\.find_targets\(model\)\]",
         ),
         (lambda: tna.plan(VIT, 0), ConfigError, "budget must be from 1"),
         (lambda: tna.plan(VIT, 1.5), ConfigError, "budget must be an integer of parameters, or bytes as text"),

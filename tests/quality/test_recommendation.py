@@ -63,7 +63,7 @@ def test_held_out_samples_choose_and_the_shares_are_of_test_samples() -> None:
     assert (answer.budget, answer.tasks, answer.best.name) == (100, ("played", "other"), "a")
     assert answer.best.shares == pytest.approx([0.3 / 0.6, 0.4 / 0.8])
     assert answer.served is None
-    assert list(table([answer]))[2] == "| 100 | a | 50 % (50 to 50) | – | – | played, other |"
+    assert list(table([answer]))[2] == "| 100 | a | 50 % (50 to 50) | – | – | 2 | played, other |"
 
 
 def test_a_method_has_to_be_measured_on_every_task_that_counts() -> None:
@@ -82,6 +82,14 @@ def test_a_task_in_which_nothing_is_gained_does_not_count() -> None:
     assert recommendations([nothing]) == []
 
 
+def test_a_choice_that_gains_nothing_somewhere_says_so() -> None:
+    first = study(TASK, *CONTROLS, lines("a", near(0.7), near(0.5)), lines("b", near(0.3), near(0.2)))
+    second = study(Other(), *FALLING, lines("a", near(0.3), near(0.9)), lines("b", near(0.8), near(0.2)))
+    (answer,) = recommendations([first, second])
+    assert (answer.best.name, answer.best.undecided, answer.compared) == ("a", ("other",), 2)
+    assert list(table([answer]))[2].startswith("| 100 | a (no gain: other) | 25 % (0 to 50) |")
+
+
 @pytest.mark.parametrize("controls", [CONTROLS[:1], CONTROLS[1:], [CONTROLS[0], lines("dense", near(0.1), near(0.8))]])
 def test_a_task_without_a_share_does_not_count(controls: list[list[dict[str, Any]]]) -> None:
     assert recommendations([study(TASK, *controls, lines("a", near(0.7), near(0.5)))]) == []
@@ -98,11 +106,11 @@ def test_what_is_served_as_lora_is_chosen_alike_and_says_its_ranks() -> None:
     assert (answer.served.name, answer.served.ranks) == ("lora", (3, 1))
     assert (
         list(table([answer]))[2]
-        == "| 100 | fourierft | 67 % (50 to 83) | lora, rank 1 to 3 | 50 % (50 to 50) | played, other |"
+        == "| 100 | fourierft | 67 % (50 to 83) | lora, rank 1 to 3 | 50 % (50 to 50) | 2 | played, other |"
     )
 
 
-scores = st.lists(st.floats(0.3, 1.0), min_size=3, max_size=3)
+scores = st.lists(st.integers(30, 100).map(lambda score: score / 100), min_size=3, max_size=3)
 
 
 @given(given=st.lists(st.tuples(scores, scores), min_size=1, max_size=5))
@@ -111,6 +119,6 @@ def test_the_choice_has_the_largest_share_on_held_out_samples(given: list[tuple[
     own = study(TASK, *CONTROLS, gain, *(lines(f"m{i}", *pair) for i, pair in enumerate(given)))
     (answer,) = recommendations([own])
     means = {f"m{i}": statistics.fmean(pair[0]) for i, pair in enumerate(given)}
-    assert means.get(answer.best.name, 0.25) == max(means.values())
+    assert means.get(answer.best.name, 0.25) == pytest.approx(max(means.values()), abs=1e-12)
     (chosen,) = [one for one in own.outcomes if one.name == answer.best.name]
     assert answer.best.shares == (share(TASK, chosen, own.outcomes),)

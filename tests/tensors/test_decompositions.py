@@ -318,13 +318,26 @@ def test_watching_changes_nothing(seed: int) -> None:
 @pytest.mark.parametrize("before", [True, False])
 def test_a_callback_stops_before_or_during_gauss_newton(before: bool) -> None:
     tensor, rank = crawling(0)
-    swept = len(tna.cp(tensor, rank, max_iterations=30).history)
-    at = swept if before else len(tna.cp(tensor, rank).history) - 2
+    # From 31 sweeps on, Gauss-Newton would follow.
+    at = 40 if before else len(tna.cp(tensor, rank).history) - 2
     found = tna.cp(tensor, rank, callback=lambda number, _: number == at)
     assert len(found.history) == at
     assert not found.converged
     assert found.error == pytest.approx(found.history[-1], rel=1e-6)
     assert found.outcome.method == ("ALS" if before else "ALS, Gauss-Newton")
+
+
+def test_a_callback_that_stops_one_start_stops_those_after_it() -> None:
+    tensor, rank = crawling(0)
+    seen: list[int] = []
+
+    def second(number: int, _: float) -> bool:
+        seen.append(number)
+        return seen.count(35) == 2
+
+    found = tna.cp(tensor, rank, starts=3, callback=second)
+    assert (seen.count(1), seen[-1]) == (2, 35)
+    assert found.outcome.method == "ALS"
 
 
 @pytest.mark.parametrize("name", ["cp", "tucker", "tensor_ring"])

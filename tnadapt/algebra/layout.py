@@ -364,7 +364,7 @@ def checked_shapes(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     except TypeError as error:
         if hasattr(shapes, "named_modules"):
             found = "[target.shape for target in tnadapt.torch.find_targets(model)]"
-            raise ShapeError(f"shapes must be a list of (rows, cols) integers, and is a model: give {found}") from error
+            raise ShapeError(f"shapes must be a list of (rows, cols) integers; got a model: give {found}") from error
         raise ShapeError(f"shapes must be a list of (rows, cols) integers; got {safe_repr(shapes)}") from error
     if not checked:
         raise ShapeError("shapes is empty: there is no weight to update")

@@ -77,10 +77,10 @@ def config_of(
                 f"got the preset {preset} itself: give its name, {preset!r}, or what it returns, "
                 f"tnadapt.presets.{preset}(…)"
             )
-        theirs = type(cfg).__module__.partition(".")[0] == "peft"
+        kind = type(cfg).__name__
         raise ConfigError(
-            f"expected a tnadapt.Config, the name of a preset such as 'lora', or None; got {type(cfg).__name__}"
-            + (f". PEFT's LoraConfig(r=8) is {function}(…, 'lora', rank=8) here" if theirs else "")
+            f"expected a tnadapt.Config, the name of a preset such as 'lora', or None; got {kind}"
+            + (f". PEFT's LoraConfig(r=8) is {function}(…, 'lora', rank=8) here" if kind == "LoraConfig" else "")
         )
     for name in settings:
         hint = keyword_hint(name)

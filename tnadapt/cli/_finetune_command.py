@@ -282,7 +282,10 @@ def finetune_command(
     }  # fmt: skip
     check_options(own, model is not None or data is not None, report_to)
     changes = {name: value for name, value in changes.items() if value is not None}
-    changes |= settings_of(settings or (), {*changes, *(["rank"] if rank else [])})
+    changes |= settings_of(
+        settings or (), {*changes, *(["rank"] if rank else [])},
+        "it applies to every preset: run the command once for each value",
+    )  # fmt: skip
     where = engine_options(engine_option or ())
     rates = _checked(preset or (), changes, lr or (), targets or ())
     job = job_package()

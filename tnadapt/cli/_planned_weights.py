@@ -45,7 +45,7 @@ def planned_weights(model: str | None, targets: list[str] | None, shape: list[st
         found = model_targets(model, chosen)
     except FileError as error:
         path = Path(model)
-        if path.suffix.lower() == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
+        if path.suffix.lower() == ".gguf" or (any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))):
             raise FileError(
                 f"{error}. For a GGUF file give the shapes of its weights by --shape, or open it with transformers and "
                 "call tnadapt.plan([target.shape for target in tnadapt.torch.find_targets(model)], budget)"

@@ -33,7 +33,9 @@ def setting(text: str) -> tuple[str, Any]:
     return name, word_or_number(value)
 
 
-def settings_of(texts: Sequence[str], options: Collection[str] = ()) -> dict[str, Any]:
+def settings_of(
+    texts: Sequence[str], options: Collection[str] = (), way: str = "leave one of them out"
+) -> dict[str, Any]:
     """Parse every ``FIELD=VALUE``.
 
     Parameters
@@ -41,6 +43,8 @@ def settings_of(texts: Sequence[str], options: Collection[str] = ()) -> dict[str
     texts : sequence of str
     options : collection of str
         The fields that other options have given.
+    way : str
+        What to do if a field is given twice.
 
     Raises
     ------
@@ -54,14 +58,12 @@ def settings_of(texts: Sequence[str], options: Collection[str] = ()) -> dict[str
     >>> settings_of(["rank=2", "rank=4"])
     Traceback (most recent call last):
         ...
-    tnadapt.errors.TnadaptError: --set gives rank twice; it applies to every preset: run the command once for each value
+    tnadapt.errors.TnadaptError: --set gives rank twice; leave one of them out
     """
     found: dict[str, Any] = {}
     for name, value in map(setting, texts):
         if name in found:
-            raise TnadaptError(
-                f"--set gives {name} twice; it applies to every preset: run the command once for each value"
-            )
+            raise TnadaptError(f"--set gives {name} twice; {way}")
         if name in options:
             raise TnadaptError(f"--{name} and --set {name}=… both give {name}; leave one of them out")
         found[name] = value

@@ -86,9 +86,10 @@ def cp(
     tol : float
         The iteration stops when a sweep reduces the relative error by no more than this.
     max_iterations : int
-        Maximum number of sweeps of each start.
+        Maximum number of sweeps of each start, and of steps of each descent by Gauss-Newton.
     callback : callable, optional
-        Called with the number and the relative error of each sweep; stops the iteration if it returns True.
+        Called with the number and the relative error of each sweep, then of each step of Gauss-Newton, whose numbers
+        go on from the last sweep; stops the iteration, and what would follow, if it returns True.
 
     Returns
     -------
@@ -218,9 +219,10 @@ class _Options:
             run = cp_als(sweeps, start, norm, self.iterations, watch, extrapolate=not self.fixed)
             if best is None or run.error < best[0].error:
                 best = run, watch
-            if best[0].error <= 64.0 * sweeps.epsilon * norm:
+            if best[0].error <= 64.0 * sweeps.epsilon * norm or watch.stopped:
                 break
         assert best is not None
+        stopped = watch.stopped
         (factors, error, _), watch = best
         if not math.isfinite(error):
             raise ShapeError(
@@ -230,7 +232,7 @@ class _Options:
         # Where sweeps crawl; where they converge fast, Gauss-Newton would take longer than all of them.
         near = 64.0 * sweeps.epsilon * norm < error <= _NEAR * norm and len(watch.history) > _CRAWLS
         plain = isinstance(self.init, str) and self.init == "svd"
-        if near and plain and not watch.stopped and refinable(CP(shape, rank)):
+        if near and plain and not stopped and refinable(CP(shape, rank)):
             return self._refined(factors, error / norm, watch)
         return self._finished(CPTensor(None, factors), "ALS", watch=watch)
 
