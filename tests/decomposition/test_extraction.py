@@ -366,6 +366,12 @@ def test_the_command(pair: Any, tmp_path: Path) -> None:
     done = _run(base, tuned, "-o", out, "--overwrite", "--rank", "3")
     assert done.returncode == 0
     assert tna.load(out).config == presets.superlora(3)
+    done = _run(base, tuned, "-o", out, "--overwrite", "--set", "alpha=4")
+    assert done.returncode == 0
+    assert tna.load(out).config == presets.superlora(8, alpha=4)
+    twice = _run(base, tuned, "-o", out, "--overwrite", "--rank", "3", "--set", "rank=4")
+    assert twice.returncode == 2
+    assert "--set gives rank twice; leave one of them out" in twice.stderr
     # Not over a model, not even by force, and not among its files.
     before = base.read_bytes()
     done = _run(base, tuned, "-o", base, "--overwrite")

@@ -79,7 +79,8 @@ def extract_command(
     changes = [*(settings or []), *([f"rank={rank}"] if rank is not None else [])]
     if preset is None and config is None:
         # The library's default config, with the given settings.
-        preset, changes = "superlora", ["rank=8", *changes]
+        preset = "superlora"
+        changes += [] if any(text.startswith("rank=") for text in changes) else ["rank=8"]
     chosen = chosen_config(preset, changes, config)
     with stoppable(f"{out} is unchanged or complete; the same command starts over"):
         with groups_bar() as bar:
