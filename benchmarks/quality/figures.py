@@ -104,6 +104,8 @@ def _named(task: QualityTask, outcomes: Sequence[Outcome], axes: Any) -> None:
             words, (budget, shown(task, top.mean) + shown(task, top.spread)), xytext=(0, 7),
             textcoords="offset points", fontsize=7, color=ink(), ha="right", va="bottom", linespacing=1.25, zorder=5,
             parse_math=False,
+            # The line of a control may be behind the names.
+            bbox={"facecolor": axes.get_facecolor(), "edgecolor": "none", "alpha": 0.8, "pad": 1.0},
         )  # fmt: skip
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.16 * (high - low))

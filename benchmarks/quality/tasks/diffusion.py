@@ -24,7 +24,7 @@ __all__ = ["Diffusion"]
 class Diffusion(QualityTask):
     name = "diffusion"
     title = "Diffusion U-Net, Fashion-MNIST to MNIST"
-    parts = "images of MNIST; the FID of generated images to its test images, by a classifier of MNIST"
+    parts = "Images of MNIST; the FID of generated images to its test images, by a classifier of MNIST"
     metric = "FID"
     chosen_by = "loss"
     lower = True

@@ -19,7 +19,7 @@ __all__ = ["Reviews"]
 class Reviews(QualityTask):
     name = "reviews"
     title = "MiniLM to movie reviews"
-    parts = "sentences of movie reviews, positive or negative (PyPI's vaderSentiment 0.5), split by class"
+    parts = "Sentences of movie reviews, positive or negative (PyPI's vaderSentiment 0.5), split by class"
     head_size = 32
     rates = (1e-3, 1e-2, 1e-1, 1.0)
     scales: ClassVar = {

@@ -32,7 +32,7 @@ TOKENS = 6
 class SmolLM2GRPO(QualityTask):
     name = "smollm2-grpo"
     title = "SmolLM2-135M, reinforced by GRPO: sums"
-    parts = "sums of two numbers; the answer must be right, to the digit"
+    parts = "Sums of two numbers; the answer must be right, to the digit"
     metric = "right answers"
     chosen_by = "right answers"
     has_head = False

@@ -24,7 +24,7 @@ PROMPT = "Review: {}\nSentiment:"
 class SmolLM2SFT(QualityTask):
     name = "smollm2-sft"
     title = "SmolLM2-135M, supervised: sentiment of movie reviews"
-    parts = "sentences of movie reviews as prompts, and the completions 'positive' and 'negative'"
+    parts = "Sentences of movie reviews as prompts, and the completions 'positive' and 'negative'"
     metric = "exact match"
     chosen_by = "exact match"
     has_head = False
