@@ -12,6 +12,7 @@ from .comparison import Outcome, at_budget, base_of, improves, outcomes_of, shar
 from .facts import Facts
 from .figures import budgets_of
 from .lora_ranks import lora_rank
+from .report import row
 from .tasks import QualityTask
 
 __all__ = ["Choice", "Recommendation", "Study", "recommendations", "studies_of", "table"]
@@ -104,7 +105,7 @@ def recommendations(studies: Sequence[Study]) -> list[Recommendation]:
 
 def table(answers: Sequence[Recommendation]) -> Iterator[str]:
     """Yield the lines of a table with a row for each budget."""
-    yield "| parameters | method | of the gain | served as LoRA | of the gain | methods | tasks |"
+    yield row(["parameters", "method", "of the gain", "served as LoRA", "of the gain", "methods", "tasks"])
     yield "|--:|---|--:|---|--:|--:|---|"
     for one in answers:
         served = ["–", "–"]
@@ -112,7 +113,7 @@ def table(answers: Sequence[Recommendation]) -> Iterator[str]:
             served = [f"{one.served.shown}, rank {_range(one.served.ranks)}", _percent(one.served.shares)]
         last = [str(one.compared), ", ".join(one.tasks)]
         cells = [f"{one.budget:,}", one.best.shown, _percent(one.best.shares), *served, *last]
-        yield f"| {' | '.join(cells)} |"
+        yield row(cells)
 
 
 def _decides(study: Study, budget: int) -> bool:

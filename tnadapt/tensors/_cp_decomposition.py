@@ -89,7 +89,7 @@ def cp(
         Maximum number of sweeps of each start, and of steps of each descent by Gauss-Newton.
     callback : callable, optional
         Called with the number and the relative error of each sweep, then of each step of Gauss-Newton, whose numbers
-        go on from the last sweep; stops the iteration, and what would follow, if it returns True.
+        continue those of the sweeps; stops the iteration, and all that would follow, if it returns True.
 
     Returns
     -------
@@ -116,9 +116,9 @@ def cp(
     starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known
     elements; ``callback`` is given the least one so far, after each step of Gauss-Newton or each sweep to the end.
 
-    Where sweeps crawl, with an error below 0.3, and the tensor is small, there may be an exact answer: damped
-    Gauss-Newton goes on from there and from other starts, each step at the cost of solving for all factors at once. It
-    may take a minute. Only with ``init="svd"`` and after more than 30 sweeps: ``max_iterations=30`` turns it off.
+    If sweeps converge slowly to an error below 0.3, and the tensor is small, there may be an exact answer: damped
+    Gauss-Newton continues from there and from other starts, each step at the cost of solving for all factors at once.
+    It may take a minute. Only with ``init="svd"`` and after more than 30 sweeps: ``max_iterations=30`` turns it off.
 
     Examples
     --------

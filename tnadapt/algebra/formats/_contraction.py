@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
-from tnadapt.errors import ConfigError
+from tnadapt.errors import ConfigError, safe_repr
 
 __all__ = ["Contraction", "Formula", "letters"]
 
@@ -61,6 +61,11 @@ class Formula(NamedTuple):
         ConfigError
             If it is not an einsum string with explicit output for that many arrays and modes.
         """
+        if not isinstance(text, str):
+            raise ConfigError(
+                f"the formula of a format must be a string; got {safe_repr(text)}. If it is a method, write @property "
+                "above its definition"
+            )
         left, arrow, output = text.replace(" ", "").partition("->")
         inputs = tuple(left.split(","))
         known = set(left)

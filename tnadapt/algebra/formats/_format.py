@@ -127,8 +127,6 @@ class Format:
 
     @functools.cached_property
     def _parsed(self) -> tuple[Formula, dict[str, int]]:
-        if callable(self.formula):
-            raise ConfigError(f"formula of {type(self).__name__} is a method: write @property above its definition")
         found = Formula.parsed(self.formula, len(self.shapes), len(self.sizes))
         sizes = found.sizes(list(self.shapes.values()))
         made = tuple(sizes[index] for index in found.output)
