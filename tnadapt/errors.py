@@ -85,6 +85,7 @@ class UnexpectedKeywordError(ConfigError, TypeError):
 
 _SETTING = "a setting of tnadapt.Config and its presets"
 _ARGUMENT = "an argument of tnadapt.torch.attach"
+_FROM_DATA = f"{_SETTING}: attach with start='given', then call adapter.start_from"
 
 # Library -> its keyword -> (its name in tnadapt, where it is passed).
 _OTHER_KEYWORDS = {
@@ -104,6 +105,8 @@ _OTHER_KEYWORDS = {
         "target_parameters": ("targets", f"{_ARGUMENT}: 'all-linear' finds experts, too"),
         "ensure_weight_tying": ("keep_tied", _ARGUMENT),
         "init_weights": ("start", _SETTING),
+        "eva_config": ("start", f"{_FROM_DATA}(tnadapt.torch.starts.eva(adapter, batches))"),
+        "lora_ga_config": ("start", f"{_FROM_DATA}(tnadapt.torch.starts.lora_ga(adapter, …))"),
         "trainable_token_indices": ("targets", "with tnadapt.torch.token_targets(model, indices)"),
         "bias": ("biases", f"{_ARGUMENT}: 'none', 'adapted' or 'all'"),
     },
@@ -134,8 +137,6 @@ _NOT_NEEDED = {
     "lora_bias": "no factor has a bias; biases= trains those of the adapted layers",
     "loftq_config": "attach to the quantized model",
     "corda_config": "CorDA is not supported; tnadapt.torch.starts has eva and lora_ga",
-    "eva_config": "attach with start='given', then adapter.start_from(tnadapt.torch.starts.eva(adapter, batches))",
-    "lora_ga_config": "attach with start='given', then adapter.start_from(tnadapt.torch.starts.lora_ga(adapter, …))",
     "layer_replication": "it is not supported; repeat layers as copies with weights of their own, then attach",
     "runtime_config": "leave it out",
     "megatron_config": "Megatron's parallel layers are not supported",

@@ -818,7 +818,7 @@ def test_a_folder_of_peft_is_recognized(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").touch()
     (tmp_path / "adapter_model.safetensors").touch()
     with pytest.raises(
-        FileError, match=r"is a folder of PEFT; tnadapt\.convert\(FOLDER, 'adapter.safetensors'\) converts"
+        FileError, match=r"is an adapter folder of PEFT; convert it with tnadapt\.convert\(FOLDER, 'adapter"
     ):
         adapter_format.load(tmp_path)
 

@@ -210,7 +210,9 @@ def opened(path: str, foreign: bool = False) -> Iterator[Container]:
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         if os.path.exists(os.path.join(path, "adapter_config.json")):
-            raise FileError("is a folder of PEFT; tnadapt.convert(FOLDER, 'adapter.safetensors') converts it to one")
+            raise FileError(
+                "is an adapter folder of PEFT; convert it with tnadapt.convert(FOLDER, 'adapter.safetensors')"
+            )
         names = sorted(name for name in map(os.fsdecode, os.listdir(path)) if name.endswith(".safetensors"))
         found = f", such as {escaped(names[0])}" if names else ""
         raise FileError(f"is a folder; give the path of a file in it{found}")
