@@ -117,8 +117,9 @@ def cp(
     elements; ``callback`` is given the least one so far, after each step of Gauss-Newton or each sweep to the end.
 
     If sweeps converge slowly to an error below 0.3, and the tensor is small, there may be an exact answer: damped
-    Gauss-Newton continues from there and from other starts, each step at the cost of solving for all factors at once.
-    It may take a minute. Only with ``init="svd"`` and after more than 30 sweeps: ``max_iterations=30`` turns it off.
+    Gauss-Newton continues from there and from other starts, each step at the cost of solving for all factors at once,
+    which may take much longer than the sweeps. Only with ``init="svd"`` and after more than 30 sweeps:
+    ``max_iterations=30`` turns it off.
 
     Examples
     --------
