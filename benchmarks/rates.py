@@ -261,21 +261,21 @@ def norm_table() -> str:
 def main() -> None:
     """Run a task, or write the tables."""
     parser = argparse.ArgumentParser(description="Settings at several learning rates.")
-    parser.add_argument("task", choices=[*TASKS, "table"])
-    parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--engine", default="local")
+    parser.add_argument("task", choices=[*TASKS, "table"], help="a task to run; or only write the tables of results")
+    parser.add_argument("folder", type=Path, nargs="?", help="of models and data; needed to run a task")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds; default 3")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel trainings; default 2")
+    parser.add_argument("--engine", default="local", help="local (the default), ray or slurm")
     given = parser.parse_args()
     if given.task != "table":
         if given.folder is None:
             parser.error("give a folder for models and data")
         run(given.task, given.folder, given.seeds, given.jobs, given.engine)
-    for name in TASKS:
-        if (RESULTS / f"{name}.jsonl").is_file():
-            (RESULTS / f"{name}.rst").write_text(table(name), encoding="utf-8")
-    (RESULTS / "power.rst").write_text(power_table(), encoding="utf-8")
-    (RESULTS / "norm.rst").write_text(norm_table(), encoding="utf-8")
+    tables = {name: table(name) for name in TASKS if (RESULTS / f"{name}.jsonl").is_file()}
+    for name, text in {**tables, "power": power_table(), "norm": norm_table()}.items():
+        path = RESULTS / f"{name}.rst"
+        path.write_text(text, encoding="utf-8")
+        print(path)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ pytest.importorskip("torch")
 import torch
 
 import tnadapt as tna
-from tests.support.depth import in_depth
+from tests.support.depth import in_depth, long_only
 from tnadapt.finetune import Engine, engines, open_engine, run_tasks
 from tnadapt.finetune.engines import Started, _run_folder, _slurm
 
@@ -425,6 +425,14 @@ def test_who_always_dies_is_named_when_all_others_are_done(tmp_path: Path) -> No
     )
 
 
+def test_of_many_that_always_die_for_one_reason_three_are_named(tmp_path: Path) -> None:
+    with pytest.raises(tna.TnadaptError) as caught:
+        list(run_tasks(Play(tmp_path), acts(*["lost"] * 5), tmp_path, engine=Crowded()))
+    told = re.fullmatch(r"a worker died 3 times while it ran (.+) and 2 more \(out of memory\); .*", str(caught.value))
+    assert told
+    assert len(set(told[1].split(", "))) == 3
+
+
 def test_who_always_dies_is_handed_over_on_request(tmp_path: Path) -> None:
     leave(tmp_path)
     lost: list[tuple[Act, str]] = []
@@ -654,6 +662,34 @@ def test_ray_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(tna.TnadaptError, match=rf"^no Ray cluster where ray start has left its address: .*{hint}"):
         start()
     assert asked == ["ray.example:6379", "another:1", None]
+
+
+@pytest.mark.slow
+@long_only  # Ray takes half a minute to find out
+@needs("ray")
+@pytest.mark.law("killed-sweep")
+def test_a_cluster_of_ray_that_ends_is_named_and_loses_nothing(tmp_path: Path) -> None:
+    import psutil
+
+    names, options = ("a", "waits", "waits"), ("address=local",)
+    with start(tmp_path, "ray", *names, options=options) as process:
+        assert wait_for(lambda: len(Play(tmp_path).noted("begun")) == 3)
+        (node,) = (one for one in psutil.Process(process.pid).children() if one.name() == "raylet")
+        node.kill()
+        for worker in Play(tmp_path).noted("process"):  # those that run a task would go on
+            os.kill(int(worker), signal.SIGKILL)
+        _, told = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert told.splitlines()[-1].endswith(
+        "the Ray cluster has ended (The task's local raylet died. Check raylet.out for more information.). What is "
+        "finished is kept: run the same command again to continue"
+    )
+    assert gone(tmp_path)
+    (tmp_path / "go").touch()
+    done = run(tmp_path, "ray", *names, options=options)
+    assert done.returncode == 0, done.stderr
+    assert keys(lines((tmp_path / "own.jsonl").read_text())) == ["a/0", "waits/1", "waits/2"]
+    assert Play(tmp_path).noted("begun") == ["a/0", *["waits/1"] * 2, *["waits/2"] * 2]
 
 
 @needs("ray")

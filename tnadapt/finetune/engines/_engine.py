@@ -13,7 +13,10 @@ from tnadapt.errors import TnadaptError, safe_repr
 
 from ._task_call import Ended, TaskCall
 
-__all__ = ["Engine", "Started"]
+__all__ = ["AGAIN", "Engine", "Started"]
+
+#: How to go on after an error of an engine.
+AGAIN = "What is finished is kept: run the same command again to continue"
 
 
 class Started(abc.ABC):
@@ -25,7 +28,13 @@ class Started(abc.ABC):
 
     @abc.abstractmethod
     def wait(self, seconds: float) -> Iterable[tuple[str, Ended]]:
-        """Return the keys of tasks that have ended, and how; after so many seconds at the latest."""
+        """Return the keys of tasks that have ended, and how; after so many seconds at the latest.
+
+        Raises
+        ------
+        TnadaptError
+            If the engine has ended, and can run no task any more.
+        """
 
     @abc.abstractmethod
     def close(self) -> None:

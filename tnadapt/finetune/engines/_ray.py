@@ -11,7 +11,7 @@ from typing import Any
 
 from tnadapt.errors import TnadaptError, safe_repr
 
-from ._engine import Engine, Started
+from ._engine import AGAIN, Engine, Started
 from ._task_call import Died, Ended, Failed, TaskCall, run_call
 
 __all__ = ["RayEngine"]
@@ -82,6 +82,8 @@ class _Cluster(Started):
             found: Ended = self.ray.get(call)
         except self.ray.exceptions.RayTaskError as error:  # the call could not be unpickled there
             return Failed(str(error), False)
+        except self.ray.exceptions.LocalRayletDiedError as error:  # this program's connection to the cluster
+            raise TnadaptError(f"the Ray cluster has ended ({error}). {AGAIN}") from None
         except self.ray.exceptions.RayError as error:
             return Died(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
         return found

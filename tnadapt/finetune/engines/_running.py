@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from tnadapt.errors import TnadaptError, safe_repr
 from tnadapt.finetune._torch_threads import threads as torch_threads
 
-from ._engine import Engine
+from ._engine import AGAIN, Engine
 from ._engine_registry import open_engine
 from ._run_folder import RunFolder
 from ._task_call import Died, Failed, Finished, TaskCall, as_json
@@ -23,6 +23,9 @@ __all__ = ["run_tasks"]
 
 #: How often a task is started whose worker dies.
 ATTEMPTS = 3
+
+#: How many tasks a message names for each reason.
+NAMED = 3
 
 T = TypeVar("T", bound=Keyed)
 
@@ -190,11 +193,22 @@ def _side_by_side(
                 _raise(task, failure)
             place.report(running.values(), progress)
     if dead:
-        told = "; ".join(f"{name} ({reason})" if reason else name for name, reason in dead.items())
         raise TnadaptError(
-            f"a worker died {ATTEMPTS} times while it ran {told}; {engine.advice(place.path)}. "
-            "What is finished is kept: run the same command again to continue"
+            f"a worker died {ATTEMPTS} times while it ran {_listed(dead)}; {engine.advice(place.path)}. {AGAIN}"
         )
+
+
+def _listed(dead: Mapping[str, str]) -> str:
+    """Return the names of tasks by the reasons of their ends, at most :data:`NAMED` of each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in dead.items():
+        by_reason.setdefault(reason, []).append(name)
+    parts = []
+    for reason, names in by_reason.items():
+        others = len(names) - NAMED
+        told = ", ".join(names[:NAMED]) + (f" and {others} more" if others > 0 else "")
+        parts.append(f"{told} ({reason})" if reason else told)
+    return "; ".join(parts)
 
 
 def _raise(task: Keyed, failure: Failed) -> None:
