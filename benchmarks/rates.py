@@ -23,7 +23,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from paper.paired_statistics import interval
 from paper.registries import SOURCES, fetch
 from tnadapt import presets
 from tnadapt.algebra._adam_units import RATE, WEIGHTS, step_norm
@@ -130,11 +129,20 @@ class Row:
         return self.best / DEFAULT
 
     @property
-    def loss(self) -> tuple[float, float, float]:
-        """Points that the default loses against the best rate, on the test samples: mean and 95 % interval."""
+    def losses(self) -> tuple[float, ...]:
+        """Points that the default loses against the best rate, on the test samples of each seed."""
         pairs = zip(self.test_best, self.test_default, strict=True)
-        mean, low, high = interval([100.0 * (best - default) for best, default in pairs])
-        return mean, low, high
+        return tuple(100.0 * (best - default) for best, default in pairs)
+
+    @property
+    def loss(self) -> float:
+        """Their mean."""
+        return statistics.fmean(self.losses)
+
+    @property
+    def within(self) -> bool:
+        """Whether the best rate is within a factor of 2 of the default."""
+        return 0.5 <= self.factor <= 2.0
 
 
 def rows_of(lines: Iterable[dict[str, Any]]) -> list[Row]:
@@ -163,27 +171,39 @@ def table(name: str) -> str:
     """Return the table of a task in reStructuredText."""
     rows = rows_of(read_lines(RESULTS / f"{name}.jsonl"))
     seeds = {len(row.test_best) for row in rows}
-    within = sum(0.5 <= row.factor <= 2.0 for row in rows)
-    lost = [row.loss[0] for row in rows]
+    (count,) = seeds
     text = [
-        f"{within} of {len(rows)} settings have their best rate within a factor of 2 of the default; the default loses "
-        f"{statistics.fmean(lost):.2f} points on average, and at most {max(lost):.2f} "
-        f"({', '.join(map(str, sorted(seeds)))} seeds).",
+        f"{_told(rows)} ({count} seed{'s' * (count > 1)}).",
         "", ".. list-table::", "   :header-rows: 1", "",
         "   * - setting", "     - parameters", *(f"     - {rate:g}" for rate in RATES), "     - best",
         "     - test at best", "     - at the default", "     - lost",
     ]  # fmt: skip
     for row in rows:
-        mean, low, high = row.loss
-        spread = f" ({low:+.1f} to {high:+.1f})" if len(row.test_best) > 1 else ""
+        spread = f" ({', '.join(f'{one:+.1f}' for one in row.losses)})" if count > 1 else ""
         text += [
             f"   * - {row.name}", f"     - {row.parameters:,}",
             *(f"     - {100 * row.validation[rate]:.1f}" for rate in RATES), f"     - {row.best:g}",
             f"     - {100 * statistics.fmean(row.test_best):.1f}",
             f"     - {100 * statistics.fmean(row.test_default):.1f}",
-            f"     - {mean:+.1f}{spread}",
+            f"     - {row.loss:+.1f}{spread}",
         ]  # fmt: skip
     return "\n".join(text) + "\n"
+
+
+def summary() -> str:
+    """Return what the tables of all tasks say, in reStructuredText."""
+    return (
+        f"On all tasks, {_told([row for name in TASKS for row in rows_of(read_lines(RESULTS / f'{name}.jsonl'))])}.\n"
+    )
+
+
+def _told(rows: Sequence[Row]) -> str:
+    lost = [row.loss for row in rows]
+    return (
+        f"{sum(row.within for row in rows)} of {len(rows)} settings have their best rate within a factor of 2 of the "
+        f"default. The default loses more than half a point in {sum(one > 0.5 for one in lost)} settings, "
+        f"{statistics.fmean(lost):.2f} points on average, and at most {max(lost):.2f}"
+    )
 
 
 def _trainings(name: str) -> list[dict[str, Any]]:
@@ -272,7 +292,7 @@ def main() -> None:
             parser.error("give a folder for models and data")
         run(given.task, given.folder, given.seeds, given.jobs, given.engine)
     tables = {name: table(name) for name in TASKS if (RESULTS / f"{name}.jsonl").is_file()}
-    for name, text in {**tables, "power": power_table(), "norm": norm_table()}.items():
+    for name, text in {**tables, "summary": summary(), "power": power_table(), "norm": norm_table()}.items():
         path = RESULTS / f"{name}.rst"
         path.write_text(text, encoding="utf-8")
         print(path)

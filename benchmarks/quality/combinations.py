@@ -60,7 +60,7 @@ def _budget(task: QualityTask, new: Sequence[Outcome], known: Sequence[Outcome])
     parents = [one for name in REFERENCES for one in known if one.method == name]
     others = [one for one in parents if one is not leader]
     yield (
-        f"The best known method by held-out {task.chosen_by} is {leader.name} {leader.label}".rstrip()
+        f"The best known method of tnadapt by held-out {task.chosen_by} is {leader.name} {leader.label}".rstrip()
         + f", with a test {task.metric} of {scored(task, leader)}. {_sentence(task, new, leader)}"
     )
     yield ""

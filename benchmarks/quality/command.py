@@ -29,6 +29,9 @@ __all__ = ["main"]
 #: The results that the documentation shows.
 PUBLISHED = Path(__file__).parents[1] / "results" / "quality"
 
+#: How many combinations without a setting are listed with the reason.
+_TOLD = 8
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
@@ -105,11 +108,16 @@ def _run(options: argparse.Namespace) -> None:
     # What is wrong for the last task is refused before the first one is trained, which may take hours.
     for task in chosen:
         task.scaled(scale)
-    wanted = [(task, _grid(task, profile, options), _plan(task, profile, options)) for task in chosen]
-    for task, grid, plan in wanted:
+    wanted = []
+    for task in chosen:
+        plan = _plan(task, profile, options)
+        print(f"{task.name}: choosing the settings of all methods", file=sys.stderr, flush=True)  # seconds to minutes
+        wanted.append((task, _grid(task, profile, options), plan))
         if options.dry_run:
-            _list(task, scale, grid, shard, plan, options.out)
-            continue
+            _list(task, scale, wanted[-1][1], shard, plan, options.out)
+    if options.dry_run:
+        return
+    for task, grid, plan in wanted:
         # Workers on other machines may start in another folder.
         run = Run(options.out.resolve(), options.cache.resolve(), engine, device, shard, options.retry)
         count = run.task(task, scale, shard_of(grid.settings, shard), plan, Progress())
@@ -120,12 +128,19 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
+    _check_results(options.out)
     for task, scale in _every():
         if (path := store.merge(options.out, task.name, scale)) is not None:
             print(path)
 
 
+def _check_results(folder: Path) -> None:
+    if not any(store.files_of(folder, task.name, scale) for task, scale in _every()):
+        raise TnadaptError(f"no results in {folder}; give the folder of a run with --out")
+
+
 def _report(options: argparse.Namespace) -> None:
+    _check_results(options.out)
     for task, scale in _every():
         for path in report.write(options.out, task, scale):
             print(path)
@@ -159,6 +174,8 @@ def _list(task: QualityTask, scale: str, grid: Grid, shard: tuple[int, int], pla
         print(f"  {budget:>8}  {one.parameters:>8,}  {one.method:22} {one.label}")
     why = {f"{one.method} at {one.budget:,}: {one.why}" for one in grid.absent}
     print(f"  without a setting at a budget: {len(why)} combinations of method and budget")
+    for line in sorted(why) if len(why) <= _TOLD else ():
+        print(f"    {line}")
     found, published = store.read(out, task.name, scale), store.read(PUBLISHED, task.name, scale)
     records = {} if found is None else found.records
     timed = [line for some in (found, published) if some is not None for line in some.records.values()]
@@ -176,18 +193,18 @@ def _list(task: QualityTask, scale: str, grid: Grid, shard: tuple[int, int], pla
 
 def _grid(task: QualityTask, profile: Profile, options: argparse.Namespace) -> Grid:
     names: Sequence[str] | None = profile.methods
-    if options.methods:
+    if options.methods is not None:
         groups = {name: methods.names([name]) for name in ("tnadapt", "PEFT", "new")} | {"all": methods.names()}
         words = [word.strip() for word in options.methods.split(",")]
         names = list(dict.fromkeys(name for word in words for name in groups.get(word, [word])))
     budgets = profile.budgets
-    if options.budgets:
+    if options.budgets is not None:
         budgets = tuple(int(value) for value in _numbers("--budgets", options.budgets))
     return grid_of(task, names, budgets)
 
 
 def _plan(task: QualityTask, profile: Profile, options: argparse.Namespace) -> Plan:
-    rates = tuple(sorted(_numbers("--rates", options.rates))) if options.rates else task.rates
+    rates = tuple(sorted(_numbers("--rates", options.rates))) if options.rates is not None else task.rates
     checked_rates(rates)
     seeds = profile.seeds if options.seeds is None else options.seeds
     tuned_by = profile.tuned_by if options.tuned_by is None else options.tuned_by

@@ -11,6 +11,7 @@ from tnadapt.checkpoints.atomic_files import replace_file
 from ..formatting import folded
 from . import methods, replication, report, store, tasks, which
 from .grid import BUDGETS
+from .published import RUNS, commands, coverage
 from .tuning import BEYOND
 
 __all__ = ["page", "write"]
@@ -51,12 +52,18 @@ def _page(folder: Path) -> Iterator[str]:
     for name in tasks.TASKS:
         yield f"- `{name}`: {tasks.find(name).title}{'' if _has(studies, name) else ' (not measured yet)'}"
     yield ""
+    yield from _wrapped(MEASURED)
+    yield from coverage(folder)
+    yield ""
     yield folded("Methods, learning rates, and what does not take part", "\n".join(_details())).rstrip("\n")
     for task, scale in studies:
         found = store.read(folder, task.name, scale)
         assert found is not None
         yield ""
         yield report.table(task, found, store.path_of(folder, task.name, scale).stem).rstrip("\n")
+        if task.name in RUNS and scale == "small":
+            yield ""
+            yield folded("The commands that repeat these results", "\n".join(commands(task.name))).rstrip("\n")
         repeated = replication.section(folder, task, scale).rstrip("\n")
         if repeated:
             yield from ("", repeated)
@@ -93,10 +100,6 @@ that was stopped resumes. In a clone of the repository:
 $ pip install -e '.[quality]'
 $ python -m benchmarks.quality run --profile quick    # a choice of methods; also: day, full
 $ python -m benchmarks.quality run digits --dry-run   # what would be trained, and how long that would take
-$ python -m benchmarks.quality run smollm2-sft --profile day --budgets 1000,100000 \\
-    --methods lora,superlora-projected,unilora,peft-unilora --rates 0.001,0.01,0.1 --no-refine   # as it is below
-$ python -m benchmarks.quality run smollm2-grpo --profile day --budgets 1000 \\
-    --methods superlora-projected,unilora --rates 0.001,0.01,0.1 --no-refine                     # and so is this
 $ python -m benchmarks.quality run --profile full --engine slurm --engine-option gpus=1
 $ python -m benchmarks.quality run --profile full --device cuda --shard 1/8     # or so on each of 8 machines,
 $ python -m benchmarks.quality merge && python -m benchmarks.quality report     # then, with their files in one folder
@@ -109,6 +112,12 @@ for the number of methods: of 20 methods that are as good as ●, one is expecte
 deviation over seeds.
 """
 
+MEASURED = """\
+**What is measured.** The number of methods with results, by the largest number of parameters. The rest is not measured
+yet: the profile `full` trains all methods, for a GPU or a cluster. CIFAR-10 has so few images and epochs here that even
+LoRA of rank 8 stays several points behind dense updates ({doc}`learning_rate`), and that small adapters gain nothing.
+"""
+
 DETAILS = """\
 **Methods.** {ours} methods of tnadapt, which are its presets, {theirs} of PEFT through its `get_peft_model`, and
 controls: no adapter (a new head alone, or the base as it is), and dense updates of the same weights. All methods of a
@@ -118,6 +127,7 @@ a method takes part with its largest setting within the budget, if that has at l
 **Rates.** Every method gets the same list of learning rates and the same rule. While the best one is the lowest or
 highest of those tried, one beyond it is tried, at most {beyond} on each side. Then the best one's neighbors are tried,
 half a step away. A rate at which a training fails with an error counts as one that diverges. A new head has a rate of
-its own, the same with all adapters. The score on the held-out part decides.
-Test samples choose nothing: not the rate, not what has a ●, not when to stop.
+its own, the same with all adapters; without an adapter, its rate is tuned. So a small adapter can score below no
+adapter. The score on the held-out part decides. Test samples choose nothing: not the rate, not what has a ●,
+not when to stop.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,18 @@ def write(folder: Path) -> Path:
 
 
 def _lines(folder: Path) -> Iterator[str]:
+    studies = studies_of(folder)
+    own, every = recommendations(studies, "tnadapt"), {one.budget: one for one in recommendations(studies)}
     yield ""
-    yield from table(recommendations(studies_of(folder)))
+    yield from table(own)
     yield ""
+    # The same rule over the methods of all libraries.
+    others = [
+        f"{every[one.budget].best.name} with {one.budget:,} parameters"
+        for one in own
+        if every[one.budget].best.name != one.best.name
+    ]
+    if others:
+        text = f"With PEFT's methods among them, the choice would be {' and '.join(others)}."
+        yield textwrap.fill(text, 120, break_on_hyphens=False)
+        yield ""

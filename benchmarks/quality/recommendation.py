@@ -69,6 +69,9 @@ class Recommendation:
         The same, of the methods that export exactly as LoRA.
     compared : int
         The number of methods that were measured on all of these tasks.
+    idle : tuple of str
+        Names of the tasks with results at this budget in which no method is decided to be better than no adapter. They
+        do not count, as their shares are chance.
     """
 
     budget: int
@@ -76,6 +79,7 @@ class Recommendation:
     best: Choice
     served: Choice | None
     compared: int
+    idle: tuple[str, ...] = ()
 
 
 def studies_of(folder: Path, scale: str = "small") -> list[Study]:
@@ -96,10 +100,17 @@ def studies_of(folder: Path, scale: str = "small") -> list[Study]:
     return studies
 
 
-def recommendations(studies: Sequence[Study]) -> list[Recommendation]:
-    """Return an answer for each budget at which some task decides that a method is better than no adapter."""
+def recommendations(studies: Sequence[Study], library: str | None = None) -> list[Recommendation]:
+    """Return an answer for each budget at which some task decides that a method is better than no adapter.
+
+    Parameters
+    ----------
+    studies : sequence of Study
+    library : str, optional
+        Choose from the methods of this library alone, such as ``tnadapt``; by default from all.
+    """
     budgets = sorted({budget for study in studies for budget in budgets_of(study.outcomes)})
-    found = (_recommendation(budget, [one for one in studies if _decides(one, budget)]) for budget in budgets)
+    found = (_recommendation(budget, studies, library) for budget in budgets)
     return [one for one in found if one is not None]
 
 
@@ -111,7 +122,8 @@ def table(answers: Sequence[Recommendation]) -> Iterator[str]:
         served = ["–", "–"]
         if one.served is not None:
             served = [f"{one.served.shown}, rank {_range(one.served.ranks)}", _percent(one.served.shares)]
-        last = [str(one.compared), ", ".join(one.tasks)]
+        idle = f"; no gain by any method: {', '.join(one.idle)}" if one.idle else ""
+        last = [str(one.compared), ", ".join(one.tasks) + idle]
         cells = [f"{one.budget:,}", one.best.shown, _percent(one.best.shares), *served, *last]
         yield row(cells)
 
@@ -124,11 +136,14 @@ def _decides(study: Study, budget: int) -> bool:
     return all(share(study.task, here[0], study.outcomes, held_out) is not None for held_out in (False, True))
 
 
-def _recommendation(budget: int, studies: Sequence[Study]) -> Recommendation | None:
+def _recommendation(budget: int, measured: Sequence[Study], library: str | None) -> Recommendation | None:
+    measured = [study for study in measured if at_budget(study.outcomes, budget)]
+    studies = [study for study in measured if _decides(study, budget)]
     if not studies:
         return None
     by_method: list[Mapping[str, Outcome]] = [
-        {one.method: one for one in at_budget(study.outcomes, budget)} for study in studies
+        {one.method: one for one in at_budget(study.outcomes, budget) if library in (None, one.library)}
+        for study in studies
     ]
     shared = [name for name in by_method[0] if all(name in own for own in by_method)]
     candidates = [[own[name] for own in by_method] for name in shared]
@@ -136,7 +151,8 @@ def _recommendation(budget: int, studies: Sequence[Study]) -> Recommendation | N
     if best is None:
         return None
     served = _best(studies, [own for own in candidates if _ranks(studies, own)])
-    return Recommendation(budget, tuple(one.task.name for one in studies), best, served, len(candidates))
+    names, idle = (tuple(one.task.name for one in measured if (one in studies) is counts) for counts in (True, False))
+    return Recommendation(budget, names, best, served, len(candidates), idle)
 
 
 def _best(studies: Sequence[Study], candidates: Iterable[Sequence[Outcome]]) -> Choice | None:

@@ -147,8 +147,10 @@ the mean over the tasks, with the lowest and the highest. *served as LoRA* is th
 as LoRA; its rank differs between tasks, as the same budget buys another rank in another model.
 
 *tasks* are those measured at this budget in which some method is clearly better than no adapter, and *methods* is the
-number of methods that were measured on all of them: with few, the choice says little. "(no gain: …)" means that the
-chosen method itself is not clearly better than no adapter on that task. The tasks are explained in {doc}`quality`.
+number of methods that were measured on all of them: with few, the choice says little. "no gain by any method: …" names
+the tasks that do not count because no method is: there, expect nothing from so few parameters. "(no gain: …)" means
+that the chosen method itself is not clearly better than no adapter on that task. The tasks are explained in
+{doc}`quality`.
 """
 
 READING = """\

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,18 @@ def test_the_table_of_a_task(benchmark_scripts: Callable[[str], ModuleType], tas
     assert (script.RESULTS / f"{task}.rst").read_text(encoding="utf-8") == script.table(task)
     rows = script.rows_of(script.read_lines(script.RESULTS / f"{task}.jsonl"))
     assert len(rows) == len(script.CONFIGS[task]), f"a setting of {task} lacks a rate"
+
+
+def test_what_the_tables_say_together(benchmark_scripts: Callable[[str], ModuleType]) -> None:
+    script = benchmark_scripts("rates")
+    text = script.summary()
+    assert (script.RESULTS / "summary.rst").read_text(encoding="utf-8") == text
+    rows = [row for task in script.TASKS for row in script.rows_of(script.read_lines(script.RESULTS / f"{task}.jsonl"))]
+    within = [max(row.best, script.DEFAULT) <= 2 * min(row.best, script.DEFAULT) for row in rows]
+    lost = [100 * (statistics.fmean(row.test_best) - statistics.fmean(row.test_default)) for row in rows]
+    assert text.startswith(f"On all tasks, {sum(within)} of {len(rows)} settings have their best rate within a factor")
+    assert f"loses more than half a point in {sum(one > 0.5 for one in lost)} settings" in text
+    assert text.endswith(f"at most {max(lost):.2f}.\n")
 
 
 @pytest.mark.parametrize("name", ["power", "norm"])

@@ -12,8 +12,10 @@ pytest.importorskip("peft")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
 from benchmarks.quality import combinations, evidence, figures, page, readme, replication, report, store, tasks, which
-from benchmarks.quality.command import PUBLISHED
+from benchmarks.quality.command import PUBLISHED, main
 from benchmarks.quality.comparison import outcomes_of
+from benchmarks.quality.published import RUNS
+from tests.support.depth import long_only
 
 
 def test_the_page_is_that_of_the_results() -> None:
@@ -27,6 +29,20 @@ def test_which_method_is_that_of_the_results() -> None:
 def test_readme_has_the_table_of_the_results() -> None:
     text = readme.README.read_text(encoding="utf-8")
     assert f"{readme.BEGIN}\n{readme.section(PUBLISHED)}{readme.END}\n" in text
+
+
+@pytest.mark.slow
+@long_only  # the grids take half a minute
+@pytest.mark.parametrize(
+    "arguments", [f"{name} {run}" for name in RUNS if store.files_of(PUBLISHED, name, "small") for run in RUNS[name]]
+)
+def test_the_commands_on_the_page_leave_nothing_to_train(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["run", *arguments.split(), "--profile", "day", "--dry-run", "--out", str(PUBLISHED)])
+    assert "; 0 to 0 are left" in capsys.readouterr().out
+
+
+def test_the_commands_of_every_task_with_results_are_known() -> None:
+    assert {name for name in tasks.TASKS if store.files_of(PUBLISHED, name, "small")} <= set(RUNS)
 
 
 def test_what_plans_rank_by_is_that_of_the_results() -> None:

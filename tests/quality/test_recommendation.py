@@ -78,7 +78,9 @@ def test_a_method_has_to_be_measured_on_every_task_that_counts() -> None:
 def test_a_task_in_which_nothing_is_gained_does_not_count() -> None:
     first = study(TASK, *CONTROLS, lines("a", near(0.7), near(0.5)))
     nothing = study(Other(), *FALLING, lines("b", near(0.2), near(0.9)))
-    assert [(one.best.name, one.tasks) for one in recommendations([first, nothing])] == [("a", ("played",))]
+    (answer,) = recommendations([first, nothing])
+    assert (answer.best.name, answer.tasks, answer.idle) == ("a", ("played",), ("other",))
+    assert list(table([answer]))[2].endswith("| 1 | played; no gain by any method: other |")
     assert recommendations([nothing]) == []
 
 
@@ -93,6 +95,14 @@ def test_a_choice_that_gains_nothing_somewhere_says_so() -> None:
 @pytest.mark.parametrize("controls", [CONTROLS[:1], CONTROLS[1:], [CONTROLS[0], lines("dense", near(0.1), near(0.8))]])
 def test_a_task_without_a_share_does_not_count(controls: list[list[dict[str, Any]]]) -> None:
     assert recommendations([study(TASK, *controls, lines("a", near(0.7), near(0.5)))]) == []
+
+
+def test_the_methods_of_one_library_are_chosen_from_alike() -> None:
+    peft = [{**line, "library": "PEFT"} for line in lines("b", near(0.75), near(0.7))]
+    own = study(TASK, *CONTROLS, lines("a", near(0.7), near(0.5)), peft)
+    assert [(one.best.name, one.compared) for one in recommendations([own])] == [("b (PEFT)", 2)]
+    assert [(one.best.name, one.compared) for one in recommendations([own], "tnadapt")] == [("a", 1)]
+    assert recommendations([own], "LyCORIS") == []
 
 
 def test_what_is_served_as_lora_is_chosen_alike_and_says_its_ranks() -> None:

@@ -311,6 +311,29 @@ def test_wrong_arguments_are_explained(
     assert words in capsys.readouterr().err
 
 
+def test_a_setting_that_does_not_exist_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["run", "digits", "--dry-run", "--methods", "lora", "--budgets", "50", "--out", str(tmp_path)]
+    assert main(given) == 0
+    assert "    lora at 50: needs at least 1,024 parameters\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["merge", "report"])
+def test_a_folder_without_results_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: no results in {tmp_path}; give the folder of a run with --out\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("--methods", "no method ''; expected one of base"), ("--budgets", "with commas between them; got ''")],
+)
+def test_an_empty_option_is_no_default(
+    option: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "digits", option, "", "--dry-run", "--out", str(tmp_path)]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_the_last_task_is_checked_before_the_first_one_is_trained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

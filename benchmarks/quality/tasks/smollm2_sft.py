@@ -24,7 +24,10 @@ PROMPT = "Review: {}\nSentiment:"
 class SmolLM2SFT(QualityTask):
     name = "smollm2-sft"
     title = "SmolLM2-135M, supervised: sentiment of movie reviews"
-    parts = "Sentences of movie reviews as prompts, and the completions 'positive' and 'negative'"
+    parts = (
+        "Sentences of movie reviews as prompts, and the completions 'positive' and 'negative'; the base does not know "
+        "this form and scores 0, so that learning the form is a part of every gain"
+    )
     metric = "exact match"
     chosen_by = "exact match"
     has_head = False
