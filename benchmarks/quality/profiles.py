@@ -66,7 +66,7 @@ PROFILES = {
     ),
     "new": Profile(
         ("digits", "reviews", "cifar10"),
-        "combinations that no method of the literature has, and those with the fewest parameters, eight seeds",
+        "combinations that are new as far as we know, and the known methods with the fewest parameters, eight seeds",
         NEW, (13, 100, 1_000), 8, 2,
     ),
 }  # fmt: skip
