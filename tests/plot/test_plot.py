@@ -152,6 +152,24 @@ def test_axes_fit_few_points(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ma
     assert not overlaps
 
 
+def test_a_label_has_the_color_of_its_method_and_a_line_if_it_moved_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("tnadapt.plot._accuracy.saved", lambda figure, path: drawn.append(figure))
+    marks = [
+        Mark("LoRTA", "first", 110, (0.85,), front=True),
+        Mark("SuperLoRA", "second", 120, (0.851,), front=True),
+        Mark("LoRA", "third", 5000, (0.95,), front=True),
+    ]
+    pareto(marks, tmp_path / "a.png")
+    (axes,) = drawn[0].axes
+    colours = {text.get_text(): text.get_color() for text in axes.texts}
+    assert colours == {mark.label: canvas.legible_text(STYLES[mark.family][0]) for mark in marks}
+    leaders = [line for line in axes.lines if list(line.get_xdata()) in [[mark.parameters] * 2 for mark in marks]]
+    assert [line.get_color() for line in leaders] == [STYLES["SuperLoRA"][0]]
+
+
 # -- Colours -------------------------------------------------------------------------------------
 
 #: Linear RGB as dichromats see it (Viénot, Brettel & Mollon 1999).

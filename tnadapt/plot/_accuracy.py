@@ -6,11 +6,11 @@ import dataclasses
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ._diagram_parts import wide
-from .canvas import count_ticks, figure, ground, ink, legible, pale, quiet, saved, styles, tone
+from .canvas import count_ticks, figure, ground, ink, legible, legible_text, pale, quiet, saved, styles, tone
 
 __all__ = ["Axis", "Mark", "pareto"]
 
@@ -137,9 +137,11 @@ def pareto(
     for mark in lines:
         _line(axes, mark, axis)
     _front(axes, [mark for mark in points if mark.front])
-    for family, style in styles(mark.family for mark in points).items():
+    families = styles(mark.family for mark in points)
+    for family, style in families.items():
         _family(axes, family, [mark for mark in points if mark.family == family], style, axis)
-    _labels(axes, points, [mark.mean for mark in lines], -1.0 if axis.lower else 1.0)
+    colours = {family: _colour(family, style) for family, style in families.items()}
+    _labels(axes, points, [mark.mean for mark in lines], -1.0 if axis.lower else 1.0, colours)
     axes.set_title(title, loc="left", fontsize=11, color=ink(), pad=10, parse_math=False)
     if points:
         axes.legend(loc="lower right", fontsize=8, frameon=True, facecolor=ground(), edgecolor="none", framealpha=1.0)
@@ -192,10 +194,14 @@ def _front(axes: Any, front: Sequence[Mark]) -> None:
     )  # fmt: skip
 
 
+def _colour(family: str, style: tuple[str, str]) -> str:
+    return ink() if family.startswith("dense") else legible(style[0])
+
+
 def _family(axes: Any, family: str, marks: Sequence[Mark], style: tuple[str, str], axis: Axis) -> None:
-    colour, shape = legible(style[0]), style[1]
+    colour, shape = _colour(family, style), style[1]
     if family.startswith("dense"):
-        colour, shape = ink(), "*"
+        shape = "*"
         _line(axes, marks[0], axis)
     size = 9.0 if shape in "*P" else 6.5
     drawn = {"linestyle": "none", "marker": shape, "color": colour}
@@ -209,14 +215,18 @@ def _family(axes: Any, family: str, marks: Sequence[Mark], style: tuple[str, str
     axes.plot([], [], markersize=size, markeredgecolor=ground(), markeredgewidth=0.7, label=family, **drawn)
 
 
-def _labels(axes: Any, points: Sequence[Mark], levels: Sequence[float], up: float) -> None:
-    """Label the marks on the front at their upper left, where by definition of the front there are no other marks."""
+def _labels(axes: Any, points: Sequence[Mark], levels: Sequence[float], up: float, colours: Mapping[str, str]) -> None:
+    """Label the marks on the front at their upper left, where by definition of the front there are no other marks.
+
+    A label has its method's color. A line leads from its mark to it if it had to move up.
+    """
     last = -math.inf
     low, high = sorted(axes.get_ylim())
     left, right = map(math.log, axes.get_xlim())
     for mark in sorted((mark for mark in points if mark.front and mark.label), key=lambda mark: mark.parameters):
         # If two are at almost the same height, the second label moves up.
-        height = max(up * mark.mean + mark.spread, last + 0.028 * (high - low))
+        own = up * mark.mean + mark.spread
+        height = max(own, last + 0.028 * (high - low))
         # The names of reference lines are at the left end, just above them.
         share = (math.log(mark.parameters) - left) / (right - left)
         for level in sorted(up * level for level in levels):
@@ -224,8 +234,12 @@ def _labels(axes: Any, points: Sequence[Mark], levels: Sequence[float], up: floa
                 height = level + 0.04 * (high - low)
         last = height
         inside = _WIDTH * share > wide(mark.label, 7.5)
+        colour = colours[mark.family]
+        if height > own:
+            ends = (mark.parameters, mark.parameters), (up * mark.mean, up * height)
+            axes.plot(*ends, color=colour, linewidth=0.7, linestyle=(0, (1, 2)), zorder=3)
         axes.annotate(
             mark.label, (mark.parameters, up * height), xytext=(-4 if inside else 4, 4), textcoords="offset points",
-            fontsize=7.5, color=ink(), ha="right" if inside else "left", va="bottom", zorder=6,
+            fontsize=7.5, color=legible_text(colour), ha="right" if inside else "left", va="bottom", zorder=6,
             bbox={"boxstyle": "square,pad=0.1", "facecolor": ground(), "edgecolor": "none", "alpha": 0.75},
         )  # fmt: skip

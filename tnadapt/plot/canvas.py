@@ -17,7 +17,8 @@ from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.checkpoints.container import file_error_context
 
 __all__ = [
-    "OTHERS", "STYLES", "count_ticks", "figure", "ground", "ink", "legible", "pale", "quiet", "saved", "styles", "tone",
+    "OTHERS", "STYLES", "count_ticks", "figure", "ground", "ink", "legible", "legible_text", "pale", "quiet", "saved",
+    "styles", "tone",
 ]  # fmt: skip
 
 # The colour-blind safe palette of Okabe and Ito, with different shapes for print in grey.
@@ -34,6 +35,8 @@ OTHERS = (("#332288", "h"), ("#117733", "<"), ("#882255", ">"), ("#AA4499", "p")
 
 # On a dark ground, a colour with less contrast is moved towards the ink. The palettes are made for a white one.
 _CONTRAST = 3.0
+# Of small text, as WCAG asks for.
+_TEXT_CONTRAST = 4.5
 
 
 def tone(share: float) -> str:
@@ -84,9 +87,29 @@ def legible(colour: str) -> str:
     ...     legible("#332288")
     '#5C4EA0'
     """
+    return colour if _luminance(ground()) > 0.5 else _nearer_to_ink(colour, _CONTRAST)
+
+
+def legible_text(colour: str) -> str:
+    """Return a color of text that can be read on the ground: the same, or one nearer to the ink.
+
+    Parameters
+    ----------
+    colour : str
+        ``#RRGGBB``.
+
+    Examples
+    --------
+    >>> legible_text("#332288"), legible_text("#E69F00")
+    ('#332288', '#8A5F00')
+    """
+    return _nearer_to_ink(colour, _TEXT_CONTRAST)
+
+
+def _nearer_to_ink(colour: str, contrast: float) -> str:
     back, front, found = ground(), tone(0.0), colour
     for step in range(1, 11):
-        if _luminance(back) > 0.5 or _contrast(found, back) >= _CONTRAST:
+        if _contrast(found, back) >= contrast:
             break
         found = _between(_rgb(colour), _rgb(front), step / 10)
     return found
