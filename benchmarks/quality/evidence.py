@@ -12,6 +12,7 @@ from tnadapt.checkpoints.atomic_files import replace_file
 
 from . import store, tasks
 from .comparison import Outcome, at_budget, base_of, improves, outcomes_of, share
+from .figures import budgets_of
 from .tasks import QualityTask
 
 __all__ = ["PACKAGED", "evidence", "write"]
@@ -33,7 +34,12 @@ def write(folder: Path) -> Path:
 
 
 def evidence(folder: Path) -> str:
-    """Return the content of the file: the tasks with their controls, and each measured setting of tnadapt."""
+    """Return the content of the file.
+
+    It has the tasks, each with tnadapt's measured settings and the budgets at which no method is decided to be better
+    than no adapter. Settings have their share of the gain of dense updates on held-out samples, which ranks them; test
+    samples only decide at which budgets something is gained.
+    """
     return json.dumps({"tasks": list(_tasks(folder))}, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
@@ -45,20 +51,32 @@ def _tasks(folder: Path) -> Iterator[dict[str, Any]]:
             found = store.read(folder, name, scale)
             if found is None:
                 continue
-            settings = list(_settings(task, outcomes_of(task, found.records.values())))
-            if settings:
+            outcomes = outcomes_of(task, found.records.values())
+            no_gain = [budget for budget in budgets_of(outcomes) if not _gained(task, outcomes, budget)]
+            settings = list(_settings(task, outcomes, no_gain))
+            if settings or no_gain:
                 size = task.facts(task.sketch()).size
-                yield {"name": name, "title": task.title, "scale": scale, "elements": size, "settings": settings}
+                yield {
+                    "name": name, "title": task.title, "scale": scale, "elements": size, "settings": settings,
+                    "no_gain": no_gain,
+                }  # fmt: skip
                 break
 
 
-def _settings(task: QualityTask, outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+def _gained(task: QualityTask, outcomes: Sequence[Outcome], budget: int) -> bool:
+    """Return whether some method, of any library, is decided to be better than no adapter."""
     base = base_of(outcomes)
+    return any(improves(task, one, base) for one in at_budget(outcomes, budget))
+
+
+def _settings(task: QualityTask, outcomes: Sequence[Outcome], no_gain: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Yield the settings, but not those of budgets at which no method gains: their order is chance."""
     for one in outcomes:
-        if one.library != "tnadapt" or not one.measured:
+        if one.library != "tnadapt" or not one.measured or one.budget in no_gain:
             continue
-        part = share(task, one, outcomes)
-        # Where no method is decided to be better than no adapter, the order of methods is chance.
-        gained = any(improves(task, other, base) for other in at_budget(outcomes, one.budget))
-        if gained and part is not None:
-            yield {"config": one.config, "parameters": one.parameters, "share": round(part, 3), "seeds": len(one.test)}
+        part = share(task, one, outcomes, held_out=True)
+        if part is not None:
+            yield {
+                "config": one.config, "parameters": one.parameters, "held_out_share": round(part, 3),
+                "seeds": len(one.held_out),
+            }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,17 +12,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tnadapt.planning import _measured
-from tnadapt.planning._measured import kind_of, measurements, read
+from tnadapt.errors import FileError
+from tnadapt.planning import Plan, _measured
+from tnadapt.planning._measured import Gain, Measurements, kind_of, measurements, read
 from tnadapt.planning.preset_families import PRESET_FAMILIES, AdaptedWeights
 
 WEIGHTS = AdaptedWeights([(64, 64)] * 8, [i // 2 for i in range(8)], ["q", "v"] * 4, 16)
 SHAPES = [(64, 64)] * 8
 
 
-def task(title: str, elements: int, *settings: tuple[tna.Config, int, float]) -> dict[str, Any]:
-    own = [{"config": config.to_dict(), "parameters": count, "share": share} for config, count, share in settings]
-    return {"title": title, "elements": elements, "settings": own}
+def task(
+    title: str, elements: int, *settings: tuple[tna.Config, int, float], no_gain: Sequence[int] = ()
+) -> dict[str, Any]:
+    own = [
+        {"config": config.to_dict(), "parameters": count, "held_out_share": share, "seeds": 3}
+        for config, count, share in settings
+    ]
+    return {
+        "name": title, "title": title, "scale": "small", "elements": elements, "settings": own, "no_gain": [*no_gain],
+    }  # fmt: skip
+
+
+def share(known: Measurements, config: tna.Config, parameters: int) -> float | None:
+    gain = known.gain(config, parameters)
+    return None if gain is None else gain.share
 
 
 @pytest.fixture
@@ -69,11 +83,11 @@ def test_the_setting_with_about_as_many_parameters_counts(published: Any) -> Non
     lora = tna.presets.lora
     published(task("a", 32768, (lora(1), 1024, 0.5), (lora(8), 8192, 0.9)))
     known = measurements(32768)
-    assert [known.share(lora(2), count) for count in (324, 1024, 2800, 2900, 25_000, 26_000)] == [
+    assert [share(known, lora(2), count) for count in (324, 1024, 2800, 2900, 25_000, 26_000)] == [
         0.5, 0.5, 0.5, 0.9, 0.9, None,
     ]  # fmt: skip
-    assert known.share(lora(2), 323) is None
-    assert known.share(tna.presets.superlora(2), 1024) is None
+    assert known.gain(lora(2), 323) is None
+    assert known.gain(tna.presets.superlora(2), 1024) is None
 
 
 def test_tasks_are_averaged(published: Any) -> None:
@@ -81,7 +95,7 @@ def test_tasks_are_averaged(published: Any) -> None:
     published(
         task("a", 30_000, (lora, 1024, 0.5)), task("b", 40_000, (lora, 1000, 0.8)), task("c", 10**9, (lora, 9, 0.1))
     )
-    assert measurements(32768).share(lora, 1024) == pytest.approx(0.65)
+    assert measurements(32768).gain(lora, 1024) == Gain(pytest.approx(0.65), ("a", "b"), ())
 
 
 def test_a_method_is_not_ahead_because_it_was_measured_on_the_easier_task_alone(published: Any) -> None:
@@ -91,12 +105,47 @@ def test_a_method_is_not_ahead_because_it_was_measured_on_the_easier_task_alone(
     elsewhere = task("c", 40_000, (lora, 9, 0.1))
     published(easy, hard, elsewhere)
     known = measurements(32768)
-    assert known.share(lora, 1000) == pytest.approx(0.5)  # measured on both
-    assert known.share(dense, 1000) == pytest.approx(0.5)
+    for both in (lora, dense):
+        assert known.gain(both, 1000) == Gain(pytest.approx(0.5), ("a", "b"), ())
     # .15 below the two others where they were measured together; their mean over the tasks is .5.
-    assert known.share(superlora, 1000) == pytest.approx(0.35)
+    assert known.gain(superlora, 1000) == Gain(pytest.approx(0.35), ("a",), ("b",))
     published(easy, task("b", 40_000, (tna.presets.loha(1), 1000, 0.2)))
-    assert measurements(32768).share(superlora, 1000) == 0.7  # nothing was measured on both
+    assert measurements(32768).gain(superlora, 1000) == Gain(0.7, ("a",), ("b",))  # nothing was measured on both
+
+
+def test_budgets_without_a_gain_apply_as_settings_do(published: Any) -> None:
+    lora = tna.presets.lora(1)
+    published(
+        task("a", 30_000, (lora, 10_000, 0.5), no_gain=[100, 1000]), task("b", 40_000, no_gain=[1000]),
+        task("c", 10**9, no_gain=[1000]),
+    )  # fmt: skip
+    known = measurements(32768)
+    assert [known.no_gain([count]) for count in (31, 32, 316, 317, 3162, 3163)] == [
+        (), (("a", 100),), (("a", 100),), (("a", 1000), ("b", 1000)), (("a", 1000), ("b", 1000)), (),
+    ]  # fmt: skip
+    assert known.no_gain([5, 100, 3000]) == (("a", 100), ("a", 1000), ("b", 1000))
+
+
+@pytest.mark.parametrize(
+    ("own", "setting"),
+    [
+        ({"share": 0.5}, {"held_out_share": None, "share": 0.5}),  # of test samples, in files of earlier versions
+        ({}, {"held_out_share": None, "share": 0.5}),
+        ({"no_gain": None}, {}),
+        ({"gain": []}, {}),
+        ({}, {"seeds": None}),
+    ],
+)
+def test_a_file_with_other_fields_is_refused(own: dict[str, Any], setting: dict[str, Any]) -> None:
+    content = task("a", 32768, (tna.presets.lora(1), 1024, 0.5))
+    assert len(read([content])) == 1
+    for target, changes in ((content, own), (content["settings"][0], setting)):
+        for name, value in changes.items():
+            target[name] = value
+            if value is None:
+                del target[name]
+    with pytest.raises(FileError, match=r"measured\.json has the fields .* were expected; .*: install tnadapt again"):
+        read([content])
 
 
 # -- Plans -----------------------------------------------------------------------------------------
@@ -108,7 +157,7 @@ def test_rows_are_in_the_order_of_the_results(published: Any) -> None:
     lora, superlora = tna.presets.lora(1), tna.presets.superlora(2)
     published(task("The task", 32768, (superlora, 700, 0.9), (lora, 1024, 0.75)))
     found = tna.plan(SHAPES, 1024)
-    assert [dataclasses.replace(row, measured=None) for row in found.rows] != list(before.rows)
+    assert [dataclasses.replace(row, measured=None, measured_on=()) for row in found.rows] != list(before.rows)
     assert {row.config for row in found.rows} == {row.config for row in before.rows}
     assert {row.config for row in found.front} == {row.config for row in before.front}
     measured = [row for row in found.rows if row.measured is not None]
@@ -140,20 +189,82 @@ def test_the_plan_says_what_it_is_ordered_by(published: Any) -> None:
     found = tna.plan(SHAPES, 1024)
     text = str(found)
     assert "order: by accuracy on The task ('Which method?' in the documentation)" in text
-    assert "gain: measured with about as many parameters; 0% is no adapter, 100% dense updates" in text
+    assert "gain: on held-out samples, with about as many parameters; 0% is no adapter, 100% dense updates" in text
+    assert not any(line in text for line in (ESTIMATED, DIFFERENT, "no gain: "))
     titles, first, *_ = found.table()
     assert dict(zip(titles, first, strict=True))["gain"] == "75%"
     assert {dict(zip(titles, cells, strict=True))["gain"] for cells in found.table()[2:]} == {"–"}
     content = found.to_dict()
     assert content["measured_on"] == ["The task"]
-    assert content["rows"][0]["measured"] == 0.754
-    assert content["rows"][-1]["measured"] is None
+    assert content["no_gain_on"] == []
+    names = ("measured", "measured_on", "estimated_on")
+    assert [content["rows"][0][name] for name in names] == [0.754, ["The task"], []]
+    assert [content["rows"][-1][name] for name in names] == [None, [], []]
     # Results at other budgets.
-    text = str(tna.plan(SHAPES, 40))
-    assert "order: by parameters" in text
+    few = tna.plan(SHAPES, 40)
+    assert "order: by parameters, as no published results apply" in str(few)
+    assert few.measured_on == ()
+
+
+ESTIMATED = "  ~ estimated: not measured on all of these tasks"
+DIFFERENT = "  compare rows with similar numbers of parameters: others were measured on different tasks"
+
+
+def gains(found: Plan) -> dict[tuple[str, str], str]:
+    """Return the gain that the table shows for each method and number of parameters, where there is one."""
+    titles, *rows = found.table()
+    cells = [dict(zip(titles, row, strict=True)) for row in rows]
+    return {(one["method"], one["parameters"]): one["gain"] for one in cells if one["gain"] != "–"}
+
+
+def test_estimates_are_marked(published: Any) -> None:
+    lora, superlora = (tna.presets.lora(1), 1024), (tna.presets.superlora(2), 700)
+    published(task("One", 32768, (*lora, 0.8), (*superlora, 0.7)), task("Two", 32768, (*lora, 0.6)))
+    found = tna.plan(SHAPES, 1024)
+    assert gains(found) == {("LoRA", "1,024"): "70%", ("SuperLoRA", "728"): "~60%"}
+    lines = str(found).splitlines()
+    assert lines[lines.index(ESTIMATED) - 1].startswith("gain: on held-out samples")
+    assert DIFFERENT not in lines
+    first, second, *_ = found.to_dict()["rows"]
+    assert (first["measured_on"], first["estimated_on"]) == (["One", "Two"], [])
+    assert (second["measured_on"], second["estimated_on"]) == (["One"], ["Two"])
+    assert found.measured_on == ("One", "Two")
+
+
+def test_rows_whose_results_are_of_different_tasks_are_not_to_be_compared(published: Any) -> None:
+    lora = tna.presets.lora(1)
+    published(task("One", 32768, (lora, 1024, 0.8), (lora, 10_240, 0.9)), task("Two", 32768, (lora, 1024, 0.6)))
+    found = tna.plan(SHAPES, 10_240)
+    assert gains(found) == {("LoRA", "10,240"): "90%", ("LoRA", "1,024"): "70%"}
+    lines = str(found).splitlines()
+    assert DIFFERENT in lines
+    assert ESTIMATED not in lines
+    # All rows of this plan that have results have those of both tasks.
+    assert DIFFERENT not in str(tna.plan(SHAPES, 1024)).splitlines()
+
+
+def test_tasks_on_which_nothing_was_gained_are_named(published: Any) -> None:
+    lora, superlora = tna.presets.lora(1), tna.presets.superlora(2)
+    published(
+        task("One", 32768, (lora, 1024, 0.8)), task("Two", 32768, (superlora, 10_240, 0.8), no_gain=[100, 1000]),
+        task("Three", 32768, no_gain=[1000]), task("Other", 10**9, no_gain=[1000]),
+    )  # fmt: skip
+    found = tna.plan(SHAPES, 1024)
+    assert found.no_gain_on == (("Two", 1000), ("Three", 1000))
+    assert found.measured_on == ("One",)
+    none = "no method was clearly better than no adapter on"
+    assert f"no gain: {none} Two with 1,000 parameters; Three with 1,000 parameters" in str(found).splitlines()
+    assert found.to_dict()["no_gain_on"] == [{"task": title, "parameters": 1000} for title in ("Two", "Three")]
+    # Rows of that size are in the order of a larger budget, too.
+    assert tna.plan(SHAPES, 10_240).no_gain_on == found.no_gain_on
+    few = tna.plan(SHAPES, 316)
+    assert few.no_gain_on == (("Two", 100),)
+    assert f"order: by parameters, as {none} Two with 100 parameters" in str(few).splitlines()
+    published(task("Two", 32768, no_gain=[500, 1000]))
+    assert f"order: by parameters, as {none} Two with 500 and 1,000 parameters" in str(tna.plan(SHAPES, 1024))
 
 
 def test_the_published_results_can_be_read() -> None:
     for one in _measured._measured():
-        assert one.settings
+        assert one.settings or one.no_gain
         assert all(setting.parameters > 0 for setting in one.settings)

@@ -266,27 +266,42 @@ def test_a_gain_is_an_interval_above_no_adapter() -> None:
     assert improves(TASK, found["near"], None)
 
 
-@pytest.mark.usefixtures("published")
-def test_what_plans_rank_by_has_our_methods_as_shares_of_the_gain_of_dense_updates(tmp_path: Path) -> None:
+def test_what_plans_rank_by_is_the_share_of_the_gain_of_dense_updates_on_held_out_samples(
+    tmp_path: Path, publish: Publish
+) -> None:
+    publish([
+        *with_config(None, "base", [0.30, 0.31, 0.32], "control", parameters=0, validation=0.4),
+        *with_config(LORA, "dense", [0.90, 0.91, 0.92], "control", validation=0.8),
+        *with_config(FOURIER, "fourierft", [0.75, 0.77, 0.76], validation=0.6),
+        *with_config(LORA, "lora", [0.60, 0.62, 0.61], validation=0.7),  # worse on test samples
+        *with_config({"r": 2}, "peft-lora", [0.76, 0.75, 0.76], "PEFT", validation=0.7),
+    ])  # fmt: skip
     (task,) = json.loads(evidence.evidence(tmp_path))["tasks"]
-    assert (task["title"], task["elements"]) == (TASK.title, 128)
-    assert [(one["config"], one["parameters"], one["share"]) for one in task["settings"]] == [
-        (FOURIER, 90, 0.75), (LORA, 90, 0.5),
+    assert (task["title"], task["elements"], task["no_gain"]) == (TASK.title, 128, [])
+    assert [(one["config"], one["parameters"], one["held_out_share"]) for one in task["settings"]] == [
+        (FOURIER, 90, 0.5), (LORA, 90, 0.75),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("second", "counts"), [([0.45, 0.44, 0.47], True), ([0.31, 0.33, 0.30], False)])
+@pytest.mark.parametrize(("second", "no_gain"), [([0.45, 0.44, 0.47], []), ([0.31, 0.33, 0.30], [100])])
+@pytest.mark.parametrize("larger", [False, True])
 def test_plans_do_not_rank_by_a_budget_at_which_nothing_is_gained(
-    tmp_path: Path, publish: Publish, second: list[float], counts: bool
+    tmp_path: Path, publish: Publish, second: list[float], no_gain: list[int], larger: bool
 ) -> None:
-    publish([
-        *with_config(None, "base", [0.30, 0.31, 0.32], "control", parameters=0),
-        *with_config(LORA, "dense", [0.90, 0.91, 0.92], "control"),
+    records = [
+        *with_config(None, "base", [0.30, 0.31, 0.32], "control", parameters=0, validation=0.4),
+        *with_config(LORA, "dense", [0.90, 0.91, 0.92], "control", validation=0.9),
         *with_config(LORA, "lora", [0.31, 0.30, 0.33], validation=0.8),
         *with_config({"r": 2}, "peft-lora", second, "PEFT", validation=0.7),
-    ])  # fmt: skip
+    ]
+    if larger:
+        records += with_config(FOURIER, "fourierft", [0.75, 0.77, 0.76], validation=0.9, budget=1000)
+    publish(records)
+    (task,) = json.loads(evidence.evidence(tmp_path))["tasks"]
     # A method of PEFT may be the one that gains: the budget decides something, and ours count with it.
-    assert bool(json.loads(evidence.evidence(tmp_path))["tasks"]) is counts
+    assert [one["config"] for one in task["settings"]] == [*([] if no_gain else [LORA]), *([FOURIER] if larger else [])]
+    # A task counts also if nothing is gained at any of its budgets: plans name it.
+    assert task["no_gain"] == no_gain
 
 
 def test_a_method_that_is_better_on_test_than_the_best_is_named(tmp_path: Path, publish: Publish) -> None:

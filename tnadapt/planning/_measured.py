@@ -13,8 +13,9 @@ from typing import Any
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.sources import Source
+from tnadapt.errors import FileError
 
-__all__ = ["DATA", "Measurements", "TaskMeasurements", "measurements"]
+__all__ = ["DATA", "Gain", "Measurements", "TaskMeasurements", "measurements"]
 
 #: Written by ``python -m benchmarks.quality page`` from the published results.
 DATA = "measured.json"
@@ -22,6 +23,9 @@ DATA = "measured.json"
 _SIZES = 10.0
 #: and to settings with at most this many times more, or fewer, parameters.
 _PARAMETERS = math.sqrt(10.0)
+#: The fields of a task in the file, and of a setting.
+_TASK = {"name", "title", "scale", "elements", "settings", "no_gain"}
+_SETTING = {"config", "parameters", "held_out_share", "seeds"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Setting:
         What it has in common with settings of the same method and another size.
     parameters : int
     share : float
-        Its gain over no adapter, divided by that of dense updates.
+        Its gain over no adapter on held-out samples, divided by that of dense updates.
     """
 
     kind: Hashable
@@ -52,11 +56,15 @@ class TaskMeasurements:
     elements : int
         Of the weights that were adapted.
     settings : tuple of Setting
+        Those of the budgets at which some method is better than no adapter.
+    no_gain : tuple of int
+        The budgets at which no method is.
     """
 
     title: str
     elements: int
     settings: tuple[Setting, ...]
+    no_gain: tuple[int, ...]
 
     def kinds(self, parameters: int) -> set[Hashable]:
         """Return the kinds that were measured with about as many parameters."""
@@ -71,13 +79,37 @@ class TaskMeasurements:
 
     def share(self, kind: Hashable, parameters: int) -> float | None:
         """Return the share of the setting of a kind that is nearest in parameters; None if there is none near."""
-
-        def distance(one: Setting) -> float:
-            return abs(math.log(one.parameters / parameters))
-
         same = [one for one in self.settings if one.kind == kind]
-        nearest = min(same, key=distance, default=None)
-        return None if nearest is None or distance(nearest) > math.log(_PARAMETERS) else nearest.share
+        nearest = min(same, key=lambda one: _distance(one.parameters, parameters), default=None)
+        return None if nearest is None or not _near(nearest.parameters, parameters) else nearest.share
+
+
+def _distance(one: int, other: int) -> float:
+    return abs(math.log(one / other))
+
+
+def _near(one: int, other: int) -> bool:
+    """Return whether one is about as many parameters as the other."""
+    return _distance(one, other) <= math.log(_PARAMETERS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """What the results say of a setting.
+
+    Attributes
+    ----------
+    share : float
+        What part of the gain of dense updates it reached, as a mean over tasks.
+    measured_on : tuple of str
+        The tasks on which its method was measured with about as many parameters.
+    estimated_on : tuple of str
+        The tasks on which only others were; then the share is an estimate.
+    """
+
+    share: float
+    measured_on: tuple[str, ...]
+    estimated_on: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +123,8 @@ class Measurements:
 
     tasks: tuple[TaskMeasurements, ...]
 
-    def share(self, config: Config, parameters: int) -> float | None:
-        """Return what part of the gain of dense updates a setting reached, as a mean over tasks; None if unknown.
+    def gain(self, config: Config, parameters: int) -> Gain | None:
+        """Return what part of the gain of dense updates a setting reached, and on which tasks; None if unknown.
 
         Tasks differ in how much any method gains, and not all methods are measured on all tasks. So a setting that was
         not measured on a task is assumed to differ from the methods that were measured on all tasks as it does on the
@@ -103,12 +135,24 @@ class Measurements:
         found = {task: share for task in tasks if (share := task.share(kind, parameters)) is not None}
         if not found:
             return None
+        measured_on = tuple(task.title for task in found)
+        estimated_on = tuple(task.title for task in tasks if task not in found)
         common = set[Hashable].intersection(*(task.kinds(parameters) for task in tasks))
         if not common:
-            return statistics.fmean(found.values())
+            return Gain(statistics.fmean(found.values()), measured_on, estimated_on)
         levels = {task: statistics.fmean(task.known(one, parameters) for one in common) for task in tasks}
         ahead = statistics.fmean(share - levels[task] for task, share in found.items())
-        return ahead + statistics.fmean(levels.values())
+        return Gain(ahead + statistics.fmean(levels.values()), measured_on, estimated_on)
+
+    def no_gain(self, parameters: Iterable[int]) -> tuple[tuple[str, int], ...]:
+        """Return the tasks and budgets with no gain of any method, for budgets of about one of these numbers."""
+        numbers = set(parameters)
+        return tuple(
+            (task.title, budget)
+            for task in self.tasks
+            for budget in task.no_gain
+            if any(_near(budget, number) for number in numbers)
+        )
 
 
 def measurements(elements: int) -> Measurements:
@@ -134,18 +178,34 @@ def _measured() -> tuple[TaskMeasurements, ...]:
 
 
 def read(tasks: Iterable[Mapping[str, Any]]) -> tuple[TaskMeasurements, ...]:
-    """Return the tasks of a file's content."""
-    return tuple(
-        TaskMeasurements(
-            task["title"],
-            task["elements"],
-            tuple(
-                Setting(kind_of(Config.from_dict(one["config"])), one["parameters"], one["share"])
-                for one in task["settings"]
-            ),
-        )
-        for task in tasks
+    """Return the tasks of a file's content.
+
+    Raises
+    ------
+    FileError
+        If a field is missing or unknown, as in a file of another version.
+    """
+    return tuple(_task(task) for task in tasks)
+
+
+def _task(task: Mapping[str, Any]) -> TaskMeasurements:
+    _check_fields(task, _TASK)
+    return TaskMeasurements(
+        task["title"], task["elements"], tuple(map(_setting, task["settings"])), tuple(task["no_gain"])
     )
+
+
+def _setting(one: Mapping[str, Any]) -> Setting:
+    _check_fields(one, _SETTING)
+    return Setting(kind_of(Config.from_dict(one["config"])), one["parameters"], one["held_out_share"])
+
+
+def _check_fields(content: Mapping[str, Any], expected: set[str]) -> None:
+    if content.keys() != expected:
+        raise FileError(
+            f"{DATA} has the fields {', '.join(sorted(content))} where {', '.join(sorted(expected))} were expected; it "
+            "is damaged or from another version: install tnadapt again"
+        )
 
 
 def kind_of(config: Config) -> Hashable:

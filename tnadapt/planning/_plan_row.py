@@ -44,8 +44,13 @@ class Row:
     adapter : SuperLoRA
         The setting on the plan's weights.
     measured : float, optional
-        What part of the gain of dense updates the method reached with about as many parameters, in published results
-        that apply to these weights; None if there are none.
+        What part of the gain of dense updates the method reached on held-out samples with about as many parameters, in
+        published results that apply to these weights; None if there are none.
+    measured_on : tuple of str
+        The tasks of these results.
+    estimated_on : tuple of str
+        The tasks on which, with about as many parameters, only other methods were measured. If there are any,
+        ``measured`` is an estimate: on them, the method is assumed to keep its distance to the others.
 
     Examples
     --------
@@ -64,6 +69,8 @@ class Row:
     cost: int
     adapter: SuperLoRA = dataclasses.field(compare=False, repr=False)
     measured: float | None = None
+    measured_on: tuple[str, ...] = ()
+    estimated_on: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, adapter: SuperLoRA, each: int = 4) -> Row:
@@ -107,6 +114,7 @@ class Row:
         return {
             "family": self.name.family, "label": self.name.label, "parameters": self.parameters, "bytes": self.bytes,
             "call": None if self.call is None else str(self.call), "measured": self.measured,
+            "measured_on": list(self.measured_on), "estimated_on": list(self.estimated_on),
             "rank": self.rank.value, "rank_exact": self.rank.exact, "export": self.export.to_dict(),
             "lora_rank": self.lora_rank, "freedom": self.freedom, "fraction": self.fraction, "waste": self.waste,
             "cost": self.cost, "config": self.config.to_dict(),

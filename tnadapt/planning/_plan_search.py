@@ -10,7 +10,7 @@ from tnadapt.algebra.known_weights import KnownWeights
 from tnadapt.errors import ConfigError
 
 from ._budget_units import bytes_each, parameters_of
-from ._measured import measurements
+from ._measured import Measurements, measurements
 from ._plan_row import Row
 from ._plan_table import RUNG, Plan, checked_criteria, front_of
 from ._setting_names import known_as
@@ -73,9 +73,9 @@ def plan(
     the time hardly depends on the number of weights.
 
     Freedom and rank measure what a setting can represent, not its accuracy. Where published results apply, rows are in
-    the order of the accuracy that their methods reached: on tasks whose adapted weights have between a tenth and ten
-    times as many elements, with at most 3.2 times more or fewer parameters (``benchmarks/quality``). On your own task,
-    measure it with ``tnadapt finetune``.
+    the order of the accuracy that their methods reached on held-out samples: on tasks whose adapted weights have
+    between a tenth and ten times as many elements, with at most 3.2 times more or fewer parameters
+    (``benchmarks/quality``). On your own task, measure it with ``tnadapt finetune``.
 
     Examples
     --------
@@ -103,14 +103,19 @@ def plan(
             f"least is {least.parameters:,}: {known_as(least.config)}"
         )
     known = measurements(size)
-    rows = [
-        dataclasses.replace(row, measured=known.share(row.config, row.parameters))
-        for row in (Row.of(search.adapter(config), each) for config in found)
-    ]
-    rows.sort(key=_order)
+    rows = sorted((_with_gain(Row.of(search.adapter(config), each), known) for config in found), key=_order)
     front = tuple(front_of(rows, names, min(wanted, size)))
-    titles = tuple(task.title for task in known.tasks)
-    return Plan(wanted, dtype, tuple(shapes), names, tuple(rows), front, tuple(_freest(rows)), titles)
+    used = {title for row in rows for title in (*row.measured_on, *row.estimated_on)}
+    titles = tuple(task.title for task in known.tasks if task.title in used)
+    no_gain = known.no_gain([min(wanted, size), *(row.parameters for row in rows if row.measured is not None)])
+    return Plan(wanted, dtype, tuple(shapes), names, tuple(rows), front, tuple(_freest(rows)), titles, no_gain)
+
+
+def _with_gain(row: Row, known: Measurements) -> Row:
+    gain = known.gain(row.config, row.parameters)
+    if gain is None:
+        return row
+    return dataclasses.replace(row, measured=gain.share, measured_on=gain.measured_on, estimated_on=gain.estimated_on)
 
 
 def _order(row: Row) -> tuple[float, ...]:

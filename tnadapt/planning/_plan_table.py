@@ -51,7 +51,10 @@ class Plan:
     freest : tuple of Row
         For each method, the row with the most freedom.
     measured_on : tuple of str
-        The tasks whose published results apply to these weights.
+        The tasks whose published results apply to these weights, and to some of the rows.
+    no_gain_on : tuple of (str, int)
+        The tasks with such weights on which no method was clearly better than no adapter, and the number of parameters:
+        about the budget, or about as many as a row with results has.
 
     Examples
     --------
@@ -69,6 +72,7 @@ class Plan:
     front: tuple[Row, ...]
     freest: tuple[Row, ...]
     measured_on: tuple[str, ...] = ()
+    no_gain_on: tuple[tuple[str, int], ...] = ()
 
     @property
     def size(self) -> int:
@@ -145,17 +149,28 @@ class Plan:
         return [f"setting: {'; '.join(used)}"] if used else []
 
     def _order(self) -> list[str]:
-        if any(row.measured is not None for row in self.rows):
-            tasks = "; ".join(self.measured_on)
-            return [
-                *textwrap.wrap(
-                    f"order: by accuracy on {tasks} ('Which method?' in the documentation)",
-                    _WIDTH,
-                    subsequent_indent="  ",
-                ),
-                "gain: measured with about as many parameters; 0% is no adapter, 100% dense updates",
-            ]
-        return ["order: by parameters, as no published results apply to weights and budgets of this size"]
+        none = self._no_gain()
+        if not self.measured_on:
+            why = none or "no published results apply to weights and budgets of this size"
+            return _wrapped(f"order: by parameters, as {why}")
+        lines = _wrapped(f"order: by accuracy on {'; '.join(self.measured_on)} ('Which method?' in the documentation)")
+        if none:
+            lines += _wrapped(f"no gain: {none}")
+        lines.append("gain: on held-out samples, with about as many parameters; 0% is no adapter, 100% dense updates")
+        rows = [row for row in self.rows if row.measured is not None]
+        if any(row.estimated_on for row in rows):
+            lines.append("  ~ estimated: not measured on all of these tasks")
+        if len({frozenset(row.measured_on + row.estimated_on) for row in rows}) > 1:
+            lines.append("  compare rows with similar numbers of parameters: others were measured on different tasks")
+        return lines
+
+    def _no_gain(self) -> str:
+        """Return where no method gained anything; empty if nowhere."""
+        budgets: dict[str, list[str]] = {}
+        for title, budget in self.no_gain_on:
+            budgets.setdefault(title, []).append(f"{budget:,}")
+        places = [f"{title} with {' and '.join(own)} parameters" for title, own in budgets.items()]
+        return f"no method was clearly better than no adapter on {'; '.join(places)}" if places else ""
 
     def to_dict(self, every: bool = False) -> dict[str, Any]:
         """Return the plan as a dictionary for JSON; with all rows if ``every``."""
@@ -163,6 +178,7 @@ class Plan:
         return {
             "budget": self.budget, "dtype": self.dtype, "weights": len(self.shapes), "elements": self.size,
             "by": list(self.by), "compared": len(self.rows), "measured_on": list(self.measured_on),
+            "no_gain_on": [{"task": title, "parameters": budget} for title, budget in self.no_gain_on],
             "rows": [{**row.to_dict(), "front": row in self.front} for row in rows],
         }  # fmt: skip
 
@@ -186,16 +202,25 @@ TITLES = (
 def _cells(row: Row, front: bool) -> tuple[str, ...]:
     return (
         "●" if front else "", row.name.family, row.name.label, f"{row.parameters:,}",
-        "–" if row.measured is None else f"{round(row.measured, 2) + 0.0:.0%}", f"{row.bytes:,}",  # no "-0%"
-        str(row.rank), _exported(row.export), f"{row.freedom:,}", _percent(row.fraction),
-        f"{row.waste:.1%}", _short(row.cost),
+        _gained(row), f"{row.bytes:,}", str(row.rank), _exported(row.export), f"{row.freedom:,}",
+        _percent(row.fraction), f"{row.waste:.1%}", _short(row.cost),
     )  # fmt: skip
+
+
+def _gained(row: Row) -> str:
+    if row.measured is None:
+        return "–"
+    return f"{'~' if row.estimated_on else ''}{round(row.measured, 2) + 0.0:.0%}"  # no "-0%"
 
 
 def _exported(export: LoraExport) -> str:
     if export.rank is None:
         return "–"
     return str(export.rank) if export.served in (export.rank, None) else f"{export.rank} ({export.served})"
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _counted(number: int, what: str) -> str:
