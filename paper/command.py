@@ -153,7 +153,9 @@ def _needs_extra(error: ImportError) -> TnadaptError:
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-app.command(cls=EscapingCommand, help=help_text(experiment))(experiment)
+app.command(cls=EscapingCommand, help=help_text(experiment), context_settings={"help_option_names": ["-h", "--help"]})(
+    experiment
+)
 
 
 def _list(as_json: bool) -> None:

@@ -28,7 +28,7 @@ def main() -> None:
 
             print(f"tnadapt {__version__}")
             raise SystemExit(0) from None
-        if not sys.argv[1:] or sys.argv[1:] == ["--help"]:
+        if not sys.argv[1:] or sys.argv[1:] in (["-h"], ["--help"]):
             print(_HELP)
             raise SystemExit(0) from None
         print(f'tnadapt: the command line needs its extra: pip install "tnadapt[cli]" ({error})', file=sys.stderr)

@@ -817,9 +817,10 @@ def test_a_file_in_a_folder_is_named(tmp_path: Path) -> None:
 def test_a_folder_of_peft_is_recognized(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").touch()
     (tmp_path / "adapter_model.safetensors").touch()
-    with pytest.raises(
-        FileError, match=r"is an adapter folder of PEFT; convert it with tnadapt\.convert\(FOLDER, 'adapter"
-    ):
+    ways = (
+        r"tnadapt convert FOLDER -o adapter\.safetensors, or in Python tnadapt\.convert\(FOLDER, 'adapter\.safetensors'"
+    )
+    with pytest.raises(FileError, match=rf"is an adapter folder of PEFT; convert it: {ways}\)$"):
         adapter_format.load(tmp_path)
 
 

@@ -48,7 +48,7 @@ def bare(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_version_and_help_need_no_extra() -> None:
     done = bare("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"tnadapt {tnadapt.__version__}\n", "")
-    for arguments in ([], ["--help"]):
+    for arguments in ([], ["-h"], ["--help"]):
         done = bare(*arguments)
         assert done.returncode == 0
         assert 'pip install "tnadapt[cli]"' in done.stdout
@@ -185,6 +185,14 @@ def test_version_and_help() -> None:
     assert run("--version").stdout.strip() == f"tnadapt {tnadapt.__version__}"
     assert "verify" in run("--help").stdout
     assert "--preset" in run("verify", "--help").stdout
+
+
+def test_h_is_help_of_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    for words in ([], *([name] for name in COMMANDS)):
+        short, long = run_here(main, *words, "-h"), run_here(main, *words, "--help")
+        assert (short.returncode, short.stdout) == (0, long.stdout)
+        assert "Usage: " in short.stdout
 
 
 def test_verify_a_preset() -> None:

@@ -38,6 +38,14 @@ def base(tmp_path: Path) -> Path:
     return cp.write(tmp_path / "base", tensors, 2)
 
 
+def test_a_folder_of_peft_is_to_be_converted_first(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").write_text("{}")
+    done = run("merge", base, tmp_path / "peft", "-o", tmp_path / "out")
+    assert done.returncode == 2
+    assert "convert it: tnadapt convert FOLDER -o adapter.safetensors, or in Python tnadapt.convert(" in done.stderr
+
+
 def test_it_merges_and_says_what(base: Path, tmp_path: Path) -> None:
     (base / "pytorch_model.bin").write_bytes(b"")
     done = run("merge", base, tmp_path / "adapter.safetensors", "-o", tmp_path / "out")

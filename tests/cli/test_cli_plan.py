@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import types
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 from tests.support.in_process import run_here
 from tnadapt import cli
 from tnadapt.__main__ import main
+from tnadapt.cli._settings import targets_of
 from tnadapt.errors import FileError
 from tnadapt.planning import model_targets
 
@@ -172,6 +174,39 @@ def test_targets_that_are_not_there(model: Path) -> None:
     done = run(str(model), "--budget", "100", "--targets", "nothing.*")
     assert done.returncode == 2
     assert "no tensor of the checkpoint is a target" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "roles", "chosen"),
+    [
+        (["q_proj"], "q", ["q_proj"]),
+        (["1.attn.k_proj"], "k", ["1.attn.k_proj"]),
+        (["q_proj", "o_proj"], "qo", ["q_proj", "o_proj"]),
+        (["k"], "k", "k"),
+        (["q", "k"], "qk", "qk"),
+        ([".*k_proj"], "k", ".*k_proj"),
+        (["h.0.attn.[kv]_proj"], "kv", "h.0.attn.[kv]_proj"),
+    ],
+)
+def test_targets_are_names_roles_or_a_pattern(model: Path, given: list[str], roles: str, chosen: Any) -> None:
+    done = run(str(model), "--budget", "100", *(part for one in given for part in ("--targets", one)))
+    assert done.returncode == 0, done.stderr
+    # The lines that say how to go on select the same weights, in Python and as a command.
+    call, command = done.stdout.splitlines()[-2:]
+    assert call.endswith(f"targets={chosen!r})")
+    found = model_targets(str(model), chosen)
+    assert {target.module.rpartition(".")[2][0] for target in found} == set(roles)
+    assert f"\n{len(found)} weight{'s' * (len(found) > 1)} of " in done.stdout
+    again = shlex.split(command)
+    given = [again[place + 1] for place, word in enumerate(again) if word == "--targets"]
+    assert targets_of(given) == chosen
+
+
+def test_targets_that_are_empty(model: Path) -> None:
+    for given in ("", " "):
+        done = run(str(model), "--budget", "100", "--targets", given)
+        assert done.returncode == 2
+        assert "--targets is empty; give roles such as qv, names of modules, or a regular expression" in done.stderr
 
 
 # -- The hub, which is not to be had here: its client's answers are made up ------------------------

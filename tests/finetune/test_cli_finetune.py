@@ -120,6 +120,19 @@ def test_one_weight_is_counted_as_one(tmp_path: Path) -> None:
     assert "\n1 weight of a.jsonl with bert; " in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [(["query"], 2), (["query", "key"], 4), (["0.attention.self.query"], 1), ([".*query"], 2), (["q", "k"], 4)],
+)
+def test_targets_are_names_roles_or_a_pattern(tmp_path: Path, targets: list[str], count: int) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    given = ["--model", tiny.bert(tmp_path / "bert"), "--data", tiny.classes(tmp_path / "a.jsonl"), "--preset", "lora"]
+    done = invoke(*given, *(part for one in targets for part in ("--targets", one)), "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert f"\n{count} weight{'s' * (count > 1)} of a.jsonl with bert; " in done.stdout
+
+
 def test_a_budget_of_settings(cache: Path) -> None:
     done = invoke(*QUICK, "--cache", cache, "--budget", 100, "--dry-run")
     assert done.exit_code == 0, done.output
@@ -287,10 +300,12 @@ def _group(leader: int) -> list[str]:
         (["--order", "2", "--set", "order=3"], "--order and --set order=… both give order; leave one of them out"),
         (["--ratio", "0.5"], "ratio=0.5 needs a projection that changes the length"),
         (["--groups", "some"], 'groups must be "weight", "layer"'),
-        (["--targets", "xyz", "--rank", "1"], "xyz"),
+        (["--targets", "xyz", "--rank", "1"], "matches 'xyz'"),
+        (["--targets", "all_linear", "--rank", "1"], "did you mean 'all-linear'?"),
+        (["--targets", ""], "--targets is empty; give roles such as qv, names of modules, or a regular expression"),
         (["--lr", "0"], "--lr must be above 0 and at most 1e6; got 0.0"),
         (["--lr", "nan"], "--lr must be above 0 and at most 1e6; got nan"),
-        (["--device", "abacus"], "no device 'abacus' here"),
+        (["--device", "abacus"], "no device 'abacus'; give cpu, cuda, cuda:0, mps, …"),
         (["--engine", "rey"], "no engine 'rey'; expected one of local, ray, slurm"),
         (["--engine-option", "gpus"], "--engine-option takes KEY=VALUE; got 'gpus'"),
         (["--engine-option", "gpus=1"], "engine local has no option 'gpus'; it has none"),

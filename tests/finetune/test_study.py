@@ -297,9 +297,18 @@ def test_a_worker_that_cannot_open_the_problem_says_why(cache: Path, tmp_path: P
 
 def test_a_device_that_is_not_here() -> None:
     assert usable_device("cpu") == "cpu"
-    for name in ("abacus", "cuda:99"):
-        with pytest.raises(TnadaptError, match=f"no device '{name}' here"):
-            usable_device(name)
+    with pytest.raises(TnadaptError, match="no device 'cuda:99' here: "):
+        usable_device("cuda:99")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("gpu", "cuda"), ("GPU:0", "cuda:0"), ("cuad:1", "cuda:1"), ("cuda:x", "cuda"), ("metal", "mps"), ("abacus", "")],
+)
+def test_a_device_of_another_name(name: str, meant: str) -> None:
+    hint = rf"did you mean '{meant}'\? " if meant else ""
+    with pytest.raises(TnadaptError, match=f"^no device '{name}'; {hint}give cpu, cuda, cuda:0, mps, …$"):
+        usable_device(name)
 
 
 def test_only_one_of_model_and_data() -> None:

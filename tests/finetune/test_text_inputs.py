@@ -14,6 +14,7 @@ pytest.importorskip("accelerate")
 
 from tnadapt.errors import TnadaptError  # noqa: E402
 from tnadapt.finetune import Spec, open_problem  # noqa: E402
+from tnadapt.finetune._data_sources import first_line  # noqa: E402
 from tnadapt.finetune._text_inputs import tokenizer_of  # noqa: E402
 
 from . import tiny_models as tiny  # noqa: E402
@@ -86,6 +87,35 @@ def test_no_code_of_a_tokenizer_is_run(
     except TnadaptError as error:
         assert "no tokenizer in" in str(error)  # noqa: PT017
     assert not ran.exists()
+
+
+def test_a_folder_without_a_tokenizer_says_so_in_whole(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(TnadaptError) as caught:
+        tokenizer_of(str(tmp_path), transformers)
+    text = str(caught.value)
+    assert text.startswith(
+        f"no tokenizer in {str(tmp_path)!r} that transformers can open (the folder has no tokenizer.json): "
+    )
+    assert text.endswith("; give a folder or hub name that has one with --tokenizer")
+    assert ":;" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("one of: \n(1) this or \n\n(2) that.\nOr so.", "one of: (1) this or (2) that. Or so."),
+        ("\n it failed \ndetails", "it failed"),
+        ("", "ValueError"),
+        (1000 * "a", 300 * "a"),
+        ("one:\n" + 1000 * "a", "one: " + 495 * "a"),
+    ],
+)
+def test_messages_of_libraries_become_one_line(text: str, line: str) -> None:
+    assert first_line(ValueError(text)) == line
 
 
 def test_a_revision_is_that_of_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

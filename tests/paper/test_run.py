@@ -37,6 +37,12 @@ def test_without_a_name_the_recipes_are_listed() -> None:
     assert [one["name"] for one in json.loads(command("--json").stdout)] == names()
 
 
+def test_h_is_help() -> None:
+    short, long = command("-h"), command("--help")
+    assert (short.returncode, short.stdout) == (0, long.stdout)
+    assert "--dry-run" in short.stdout
+
+
 def test_a_dry_run_lists_every_setting_and_the_papers_counts() -> None:
     done = command("svhn-mnist", "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")

@@ -211,7 +211,8 @@ def opened(path: str, foreign: bool = False) -> Iterator[Container]:
     if stat.S_ISDIR(mode):
         if os.path.exists(os.path.join(path, "adapter_config.json")):
             raise FileError(
-                "is an adapter folder of PEFT; convert it with tnadapt.convert(FOLDER, 'adapter.safetensors')"
+                "is an adapter folder of PEFT; convert it: tnadapt convert FOLDER -o adapter.safetensors, or in Python "
+                "tnadapt.convert(FOLDER, 'adapter.safetensors')"
             )
         names = sorted(name for name in map(os.fsdecode, os.listdir(path)) if name.endswith(".safetensors"))
         found = f", such as {escaped(names[0])}" if names else ""

@@ -19,6 +19,7 @@ app = typer.Typer(
     name="tnadapt",
     help="Fine-tune, plan, convert and merge adapters with few parameters.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},  # commands inherit it
     add_completion=True,
     pretty_exceptions_enable=False,
 )

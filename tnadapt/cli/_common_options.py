@@ -10,6 +10,7 @@ import typer
 from ._settings import presets_that_begin_with
 
 __all__ = [
+    "TARGETS_HELP",
     "AsJson",
     "ConfigFile",
     "ModelOfHeaders",
@@ -37,14 +38,15 @@ def preset_option(help: str, show_default: str, panel: str | None = None) -> typ
     return found
 
 
+#: Of ``--targets``, after the words that a command takes.
+TARGETS_HELP = "a module's name, the end of its path, or a regex such as '.*proj'; repeat for more names."
+
 ModelOfHeaders: TypeAlias = Annotated[
     str | None, typer.Argument(help="A folder, a safetensors file or index, or a hub name. Only headers are read.")
 ]
 TargetsOfHeaders: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option(
-        "--targets", help="qv, qkvo, embeddings, a regex, or paths of modules; repeat for more.", show_default="qv"
-    ),
+    typer.Option("--targets", help=f"qv, qkvo, embeddings, {TARGETS_HELP}", show_default="qv"),
 ]
 OwnSettings: TypeAlias = Annotated[
     list[str] | None,

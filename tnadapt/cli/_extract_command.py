@@ -12,11 +12,11 @@ from tnadapt import TnadaptError, extract, save
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 from tnadapt.decomposition.extraction import Extraction
 
-from ._common_options import AsJson, ConfigFile, OwnSettings, preset_option
+from ._common_options import AsJson, ConfigFile, OwnSettings, TargetsOfHeaders, preset_option
 from ._interrupts import stoppable
 from ._printing import echo, echo_json, echo_table
 from ._progress import groups_bar
-from ._settings import chosen_config
+from ._settings import chosen_config, targets_of
 
 __all__ = ["extract_command"]
 
@@ -40,10 +40,7 @@ def extract_command(
     max_rank: Annotated[
         int | None, typer.Option(help="Largest rank to try with --max-error.", show_default="no limit")
     ] = None,
-    targets: Annotated[
-        list[str] | None,
-        typer.Option(help="qv, qkvo, a regular expression, or paths; repeat for more paths.", show_default="qv"),
-    ] = None,
+    targets: TargetsOfHeaders = None,
     keep_trainable: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,11 +82,14 @@ def extract_command(
     with stoppable(f"{out} is unchanged or complete; the same command starts over"):
         with groups_bar() as bar:
             found = extract(
-                base, tuned, chosen, _targets(targets), max_error=max_error, max_rank=max_rank,
+                base, tuned, chosen, targets_of(targets), max_error=max_error, max_rank=max_rank,
                 keep_trainable=keep_trainable or (), compare=compare, progress=bar, max_iterations=iterations,
                 tol=tol, svd=svd, seed=seed,
             )  # fmt: skip
         save(out, found.file)
+    if not any(group.norm for group in found.report.groups):
+        way = "--targets chooses among others that differ" if found.others else "are the folders swapped or the same?"
+        echo(f"warning: {base} and {tuned} have equal weights, so that the adapter adds nothing; {way}", err=True)
     if as_json:
         echo_json(_summary(found, out))
     else:
@@ -107,14 +107,6 @@ def _check_place(out: Path, base: Path, tuned: Path) -> None:
             raise TnadaptError(
                 f"{out} would lie among the weights of {checkpoint.path} and be mistaken for them: give another folder"
             )
-
-
-def _targets(given: list[str] | None) -> Any:
-    if not given:
-        return "qv"
-    if all(set(one) <= set("qkvo") for one in given):
-        return "".join(dict.fromkeys("".join(given)))
-    return given[0] if len(given) == 1 else given
 
 
 def _summary(found: Extraction, out: Path) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from tnadapt import TnadaptError
 from tnadapt.algebra.formats import FORMATS
 from tnadapt.algebra.named_config import require_preset, require_setting
 
-from ._common_options import preset_option
+from ._common_options import TARGETS_HELP, preset_option
 from ._engine_options import ENGINE_HELP, ENGINE_OPTION_HELP, engine_options
 from ._finetune_report import print_outcome, print_plan
 from ._interrupts import stoppable
 from ._progress import reporter
-from ._settings import settings_of, word_or_number
+from ._settings import settings_of, targets_of, word_or_number
 from ._task_options import TASK_NAMES, ReportTo, check_options
 
 __all__ = ["finetune_command", "job_package"]
@@ -184,7 +184,7 @@ def finetune_command(
     targets: Annotated[
         list[str] | None,
         typer.Option(
-            help="qv, qkvo, all-linear, conv, a regex, or module names.", rich_help_panel=HOW, show_default="qv"
+            help=f"qv, qkvo, all-linear, conv, embeddings, {TARGETS_HELP}", rich_help_panel=HOW, show_default="qv"
         ),
     ] = None,
     keep_trainable: Annotated[
@@ -287,7 +287,8 @@ def finetune_command(
         "it applies to every preset: run the command once for each value",
     )  # fmt: skip
     where = engine_options(engine_option or ())
-    rates = _checked(preset or (), changes, lr or (), targets or ())
+    rates = _checked(preset or (), changes, lr or ())
+    chosen = targets_of(targets)
     job = job_package()
     digits = model is None and data is None
     usual = DIGITS if digits else OTHERS
@@ -313,8 +314,7 @@ def finetune_command(
         device_of = (None if dry_run else assumed) or job.usable_device(device)
         training = job.Training(
             epochs=epochs or usual.epochs, batch=batch or usual.batch, device=device_of,
-            targets="qv" if not targets else targets[0] if len(targets) == 1 else tuple(targets),
-            report_to=report_to.value,
+            targets=chosen if isinstance(chosen, str) else tuple(chosen), report_to=report_to.value,
         )  # fmt: skip
         with reporter() as shown:
             study = job.Study(spec, choice, training, rates or usual.rates, seeds, shown)
@@ -351,9 +351,7 @@ def _word(source: str | None) -> str:
     return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in stem) or "none"
 
 
-def _checked(
-    presets: Sequence[str], changes: Mapping[str, Any], rates: Sequence[float], targets: Sequence[str]
-) -> Sequence[float]:
+def _checked(presets: Sequence[str], changes: Mapping[str, Any], rates: Sequence[float]) -> Sequence[float]:
     """Refuse what is wrong with the options alone, before torch is imported, which takes seconds; return the rates."""
     for name in presets:
         require_preset(name)
@@ -362,6 +360,4 @@ def _checked(
     for rate in rates:
         if not 0.0 < rate <= 1e6:
             raise TnadaptError(f"--lr must be above 0 and at most 1e6; got {rate}")
-    if not all(target.strip() for target in targets):
-        raise TnadaptError("--targets is empty; give qv, qkvo, all-linear, conv, a regular expression or module names")
     return rates

@@ -28,6 +28,8 @@ def as_options(text: str, names: Sequence[str]) -> str:
     "--to must be one of tnadapt, peft; got 'pfet'"
     >>> as_options("merge it into the base with tnadapt.merge, or convert it to 'peft-lora'", names)
     'merge it into the base with tnadapt merge, or convert it with --to peft-lora'
+    >>> as_options("tnadapt convert FOLDER -o FILE, or in Python tnadapt.convert(FOLDER, FILE)", names)
+    'tnadapt convert FOLDER -o FILE, or in Python tnadapt.convert(FOLDER, FILE)'
     """
     known = "|".join(map(re.escape, names))
     text = re.sub(r"\b\w+='?\w+'? \((--[^)]*)\)", r"\1", text)
@@ -35,7 +37,8 @@ def as_options(text: str, names: Sequence[str]) -> str:
     text = re.sub(rf"(?<![\w.\"'-])({known})=(?:'([^']*)'|([\w.-]*\w))?(?![{{\[])", _given, text)
     text = re.sub(rf"^({known})(?= must be )", lambda found: _option(found[1]), text)
     text = re.sub(r"\bconvert (it )?to '([\w-]+)'", r"convert \1with --to \2", text)
-    return re.sub(r"\btnadapt\.(merge|convert|extract)\b", r"tnadapt \1", text)
+    # A whole call stays one of Python.
+    return re.sub(r"\btnadapt\.(merge|convert|extract)\b(?!\()", r"tnadapt \1", text)
 
 
 def _option(name: str) -> str:

@@ -18,7 +18,7 @@ from ._interrupts import stoppable
 from ._planned_weights import Weights, planned_weights
 from ._printing import echo, echo_json
 from ._progress import steps_bar
-from ._settings import chosen_config
+from ._settings import chosen_config, targets_of
 from ._tables import print_table
 
 __all__ = ["plan_command"]
@@ -101,7 +101,7 @@ def plan_command(
             more["layout"] = chosen.to_dict()
         echo_json({**more, **found.to_dict(every)})
         return
-    _print(found, table, targets or [])
+    _print(found, table, targets_of(targets) if targets else [])
     if picture is not None:
         echo(f"parameters against rank: {picture}")
     if layout_picture is not None:
@@ -122,7 +122,7 @@ def _draw(found: Plan, weights: Weights, adapter: SuperLoRA, picture: Path | Non
         raise TnadaptError(f"cannot draw: {error}") from None
 
 
-def _print(found: Plan, table: Sequence[Sequence[str]], targets: Sequence[str]) -> None:
+def _print(found: Plan, table: Sequence[Sequence[str]], targets: str | list[str]) -> None:
     from rich.console import Console
 
     console = Console()
@@ -135,5 +135,7 @@ def _print(found: Plan, table: Sequence[Sequence[str]], targets: Sequence[str]) 
             kept.remove(table[0].index(spare))
     rows = [[row[column] for column in kept] for row in table]
     print_table(rows[0], rows[1:], right=range(3, len(kept)))
-    for note in found.notes(targets):
-        echo(note)
+    for note in found.notes([targets] if isinstance(targets, str) else targets):
+        # In Python, one name without a list would be a regular expression for the whole path.
+        one = len(targets) == 1 and isinstance(targets, list)
+        echo(note.replace(f"targets={targets[0]!r})", f"targets={targets!r})") if one else note)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tnadapt import TnadaptError
 from tnadapt.errors import FileError
 from tnadapt.planning import model_targets
 
-from ._settings import shapes_of
+from ._settings import shapes_of, targets_of
 
 __all__ = ["Weights", "planned_weights"]
 
@@ -40,9 +40,8 @@ def planned_weights(model: str | None, targets: list[str] | None, shape: list[st
             raise TnadaptError("--targets chooses among the weights of a model, and --shape has none; leave it out")
         return Weights(shapes_of(shape), None, None, None, [])
     assert model is not None
-    chosen: Any = "qv" if not targets else targets[0] if len(targets) == 1 else tuple(targets)
     try:
-        found = model_targets(model, chosen)
+        found = model_targets(model, targets_of(targets))
     except FileError as error:
         path = Path(model)
         if path.suffix.lower() == ".gguf" or (any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))):

@@ -13,10 +13,24 @@ from tnadapt.algebra.named_config import require_preset
 from tnadapt.checkpoints.strict_json import MAX_CONFIG, strict_json
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 
-__all__ = ["chosen_config", "presets_that_begin_with", "setting", "settings_of", "shapes_of", "word_or_number"]
+__all__ = [
+    "chosen_config",
+    "presets_that_begin_with",
+    "setting",
+    "settings_of",
+    "shapes_of",
+    "targets_of",
+    "word_or_number",
+]
 
 # Maximum number of weights: a plan of this size takes half a minute, and no model's attention has as many.
 MOST = 10_000
+
+_ROLES = frozenset("qkvo")
+# Words that select weights, besides roles.
+_SELECTORS = ("all-linear", "conv", "embeddings")
+# What tells a regular expression from a name. Names have dots, too.
+_PATTERN = frozenset(r"\^$*+?{}[]|()")
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -148,3 +162,30 @@ def shapes_of(given: Sequence[str]) -> list[tuple[int, int]]:
             )
         found += [shape] * repeat
     return found
+
+
+def targets_of(given: Sequence[str] | None) -> str | list[str]:
+    """Return ``--targets`` as the library takes it: one value without the marks of a regular expression is a name.
+
+    Raises
+    ------
+    TnadaptError
+        If one is empty.
+
+    Examples
+    --------
+    >>> targets_of(None), targets_of(["q", "v"]), targets_of(["conv"]), targets_of([".*_proj"])
+    ('qv', 'qv', 'conv', '.*_proj')
+    >>> targets_of(["q_proj"]), targets_of(["h.0.fc", "h.1.fc"])
+    (['q_proj'], ['h.0.fc', 'h.1.fc'])
+    """
+    if not given:
+        return "qv"
+    if not all(text.strip() for text in given):
+        raise TnadaptError("--targets is empty; give roles such as qv, names of modules, or a regular expression")
+    if all(_ROLES.issuperset(text) for text in given):
+        return "".join(dict.fromkeys("".join(given)))
+    first = given[0]
+    if len(given) == 1 and (first in _SELECTORS or not _PATTERN.isdisjoint(first)):
+        return first
+    return list(given)

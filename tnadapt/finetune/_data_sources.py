@@ -340,8 +340,9 @@ class _Pictures:
 
 def first_line(error: Exception) -> str:
     """Return the message of another library's error as one line of limited length."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # A line that ends in a colon announces the others.
+    return " ".join(lines)[:500] if lines[0].endswith(":") else lines[0][:300]
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,10 @@ def tokenizer_of(name: str, transformers: Any, *, split_words: bool = False, rev
     folder, file = gguf_place(name)
     if file:
         need_gguf(name)
-    with refused(f"no tokenizer in {safe_repr(name)}", way), silent(transformers):
+    what = f"no tokenizer in {safe_repr(name)} that transformers can open"
+    if Path(folder).is_dir() and not file and not Path(folder, "tokenizer.json").exists():
+        what += " (the folder has no tokenizer.json)"
+    with refused(what, way), silent(transformers):
         settings: dict[str, Any] = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
         settings |= {"gguf_file": file} if file else {}
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **settings)
