@@ -36,7 +36,7 @@ SHOWN: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "plan of one adapter": (
         lambda: tna.SuperLoRA(tna.presets.lora(2), SHAPES),
-        ["weights", "3", "288", "Config(rank=2"],
+        ["weights", "3", "120 (41.7 % of the elements)", "288", "Config(rank=2"],
     ),
     "plan of a budget": (lambda: tna.plan(SHAPES, 100), ["method", "LoKr", "freedom"]),
     "fit": (fitted, ["error", "SVD", "yes"]),

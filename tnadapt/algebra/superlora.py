@@ -87,9 +87,10 @@ class SuperLoRA(UnitPlan):
         return f"SuperLoRA({self.config!r}, {len(self.shapes)} weights, {self.num_groups} groups, {self.size} elements)"
 
     def _repr_html_(self) -> str:
+        share = 100.0 * self.num_parameters / self.size
         facts = [
             ("weights", f"{len(self.shapes):,}"), ("elements", f"{self.size:,}"), ("groups", f"{self.num_groups:,}"),
-            ("parameters", f"{self.num_parameters:,} ({self.num_parameters / self.size:.3g} of the elements)"),
+            ("parameters", f"{self.num_parameters:,} ({share:.3g} % of the elements)"),
             ("config", repr(self.config)),
         ]  # fmt: skip
         return fact_table(type(self).__name__, facts)
