@@ -6,8 +6,8 @@ You have a folder of photos, with a sub-folder for each class. One command adapt
 and another one classifies new photos. Then the same is done in Python with ``attach``, for those who want their own
 training loop.
 
-You need ``pip install "tnadapt[demo,hub]" scikit-image onnx``, and a clone of tnadapt for the helper that fetches the
-model.
+You need ``pip install "tnadapt[demo,hub]" scikit-image onnx``, and a clone of tnadapt for the helpers that run
+commands and fetch the model. At its root, ``python -m examples.plot_own_photos`` runs the page.
 """
 
 # %%

@@ -7,7 +7,7 @@ pixel. First the head is trained alone, on the frozen model, then together with 
 that were not used for training.
 
 You need ``pip install "tnadapt[hub,torch]" scikit-image onnx``, and a clone of tnadapt for the helper that fetches the
-model.
+model. At its root, ``python -m examples.plot_segment_coins`` runs the page.
 """
 
 # %%

