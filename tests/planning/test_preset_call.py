@@ -108,7 +108,11 @@ def test_a_plan_says_how_to_use_its_first_row() -> None:
 def test_other_weights_than_queries_and_values_are_named() -> None:
     call = preset_call(tna.presets.lora(8))
     assert call is not None
-    assert call.attach(["all-linear"]) == "tna.torch.attach(model, 'lora', rank=8, targets='all-linear')"
+    assert call.attach("all-linear") == "tna.torch.attach(model, 'lora', rank=8, targets='all-linear')"
     assert call.attach(["a.b", "c"]) == "tna.torch.attach(model, 'lora', rank=8, targets=['a.b', 'c'])"
+    assert call.attach(["a.b"]) == "tna.torch.attach(model, 'lora', rank=8, targets=['a.b'])"
+    assert call.attach("") == call.attach() == "tna.torch.attach(model, 'lora', rank=8)"
+    assert call.options("") == call.options() == "--preset lora --set rank=8"
+    assert call.options("conv") == "--preset lora --set rank=8 --targets conv"
     assert call.options(["a.b", "c|d"]) == "--preset lora --set rank=8 --targets a.b --targets 'c|d'"
-    assert tna.plan(VIT, 1000).notes(["all-linear"])[-2].endswith(", targets='all-linear')")
+    assert tna.plan(VIT, 1000).notes("all-linear")[-2].endswith(", targets='all-linear')")

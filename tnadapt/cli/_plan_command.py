@@ -135,7 +135,5 @@ def _print(found: Plan, table: Sequence[Sequence[str]], targets: str | list[str]
             kept.remove(table[0].index(spare))
     rows = [[row[column] for column in kept] for row in table]
     print_table(rows[0], rows[1:], right=range(3, len(kept)))
-    for note in found.notes([targets] if isinstance(targets, str) else targets):
-        # In Python, one name without a list would be a regular expression for the whole path.
-        one = len(targets) == 1 and isinstance(targets, list)
-        echo(note.replace(f"targets={targets[0]!r})", f"targets={targets!r})") if one else note)
+    for note in found.notes(targets):
+        echo(note)

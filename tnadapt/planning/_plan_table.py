@@ -112,12 +112,12 @@ class Plan:
         caption = f"{_counted(len(self.shapes), 'weight')}, at most {_counted(self.budget, 'parameter')}"
         return html_table(caption, head, rows, self.notes(), right=3)
 
-    def notes(self, targets: Sequence[str] = ()) -> list[str]:
+    def notes(self, targets: str | Sequence[str] = ()) -> list[str]:
         """Return the lines that explain the table.
 
         Parameters
         ----------
-        targets : sequence of str
+        targets : str or sequence of str
             What the weights were chosen by, to say how to use the first row; by default they are queries and values.
         """
         measured = any(row.measured is not None for row in self.rows)
@@ -136,7 +136,7 @@ class Plan:
             *self._first(targets),
         ]
 
-    def _first(self, targets: Sequence[str]) -> list[str]:
+    def _first(self, targets: str | Sequence[str]) -> list[str]:
         call = self.shown[0].call if self.shown else None
         if call is None:
             return []

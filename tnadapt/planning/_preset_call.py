@@ -40,13 +40,14 @@ class PresetCall(NamedTuple):
         """Return the call as Python writes it, without the module."""
         return f"{self.preset}({self._arguments()})"
 
-    def attach(self, targets: Sequence[str] = ()) -> str:
+    def attach(self, targets: str | Sequence[str] = ()) -> str:
         """Return the call of ``attach`` with this config.
 
         Parameters
         ----------
-        targets : sequence of str
-            The weights, if they are not the queries and values.
+        targets : str or sequence of str
+            The weights, as ``attach`` takes them: a string is a word or a regular expression, a sequence has names. By
+            default queries and values.
 
         Returns
         -------
@@ -54,19 +55,19 @@ class PresetCall(NamedTuple):
 
         Examples
         --------
-        >>> PresetCall("lora", {"rank": 8}).attach(["all-linear"])
+        >>> PresetCall("lora", {"rank": 8}).attach("all-linear")
         "tna.torch.attach(model, 'lora', rank=8, targets='all-linear')"
         """
-        chosen = targets[0] if len(targets) == 1 else list(targets)
+        chosen = targets if isinstance(targets, str) else list(targets)
         words = [f"model, {self.preset!r}", self._arguments(), f"targets={chosen!r}" if targets else ""]
         return f"tna.torch.attach({', '.join(filter(None, words))})"
 
-    def options(self, targets: Sequence[str] = ()) -> str | None:
+    def options(self, targets: str | Sequence[str] = ()) -> str | None:
         """Return the options of ``tnadapt finetune`` for this config; None if a command line cannot hold a setting.
 
         Parameters
         ----------
-        targets : sequence of str
+        targets : str or sequence of str
             As in :meth:`attach`.
 
         Returns
@@ -85,7 +86,7 @@ class PresetCall(NamedTuple):
         words = ["--preset", self.preset]
         for option, values in (
             ("--set", [f"{name}={one}" for name, one in self.settings.items()]),
-            ("--targets", targets),
+            ("--targets", ([targets] if targets else []) if isinstance(targets, str) else targets),
         ):
             words += [word for value in values for word in (option, value)]
         return shlex.join(words)
