@@ -1,8 +1,8 @@
 """Profiles of Hypothesis, and every array library that is installed as a parameter.
 
 Three profiles: ``ci`` (the default) is derandomized, so that a run tells of the change and not of luck;
-``HYPOTHESIS_PROFILE=long`` searches anew, fifteen times as far; ``brief`` is for a second run of the same tests, which
-asks what is different about an environment and not whether the laws hold.
+``HYPOTHESIS_PROFILE=long`` searches anew, 24 times as far; ``brief`` is for a second run of the same tests, which asks
+what is different about an environment and not whether the laws hold.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .laws import markers
 from .support.depth import in_depth
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
-settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40, suppress_health_check=SLOW)
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, suppress_health_check=SLOW)
 settings.register_profile("brief", derandomize=True, deadline=None, max_examples=10, suppress_health_check=SLOW)
 settings.register_profile("long", deadline=None, max_examples=600, suppress_health_check=SLOW)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -756,6 +756,7 @@ def test_jobs_of_slurm_are_an_array_with_the_options_and_go_on_without_the_progr
 
 
 @pytest.mark.slow
+@long_only  # others kill the program, too
 @needs("slurm")
 @pytest.mark.law("killed-sweep")
 def test_jobs_of_a_later_phase_go_on_without_the_program(tmp_path: Path, slurm: Path) -> None:

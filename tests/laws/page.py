@@ -42,7 +42,7 @@ repeats the count, and fails if a case of a law fails, if a law has no passing c
 for a reason that is neither in the last table nor due to the machine.
 
 A *case* is a test with one set of parameters. *drawn* counts the cases that are not single examples but a search by
-Hypothesis, over up to forty examples of configs, shapes and numbers unless the test says otherwise
+Hypothesis, over up to 25 examples of configs, shapes and numbers unless the test says otherwise
 (`HYPOTHESIS_PROFILE=long`: six hundred). A case can belong to several laws, and to several groups; skipped ones are
 among the {cases:,}. *of* lists methods, configs, models or faults by name, and the folds. A test that names no library
 counts for the library that its module imports, or else for NumPy.

@@ -25,6 +25,7 @@ import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 import tnadapt.torch.peft as plugin  # noqa: E402
 from tests.project import tiny_board  # noqa: E402
+from tests.support.depth import in_depth  # noqa: E402
 
 plugin.register()
 
@@ -45,8 +46,10 @@ QUICK = ("unilora-256", "superlora-layer-linear-rank1-ratio1e-3", "lora_xs-rank8
 
 def folders(board: str) -> list[Any]:
     found = sorted((FOLDER / board).glob("experiments/*/*"))
+    quick = [path for path in found if path.name.endswith(QUICK)]
     return [
-        pytest.param(path, id=path.name, marks=() if path.name.endswith(QUICK) else pytest.mark.slow) for path in found
+        pytest.param(path, id=path.name, marks=() if path in quick else pytest.mark.slow)
+        for path in in_depth(found, [*quick, *(path for path in found if path not in quick)][: len(found) // 3])
     ]
 
 
