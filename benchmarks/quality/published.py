@@ -34,7 +34,7 @@ RUNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "smollm2-grpo": (f"--budgets 1000 --methods superlora-projected,unilora {_ONCE}",),
         "diffusion": (
             f"--budgets 1000 --methods superlora-projected,unilora {_ONCE}",
-            f"--budgets 10000 --methods lora,superlora-projected {_ONCE}",
+            f"--budgets 10000 --methods lora,superlora,superlora-projected,unilora {_ONCE}",
         ),
     }
 )
