@@ -100,7 +100,10 @@ def legible_text(colour: str) -> str:
 
     Examples
     --------
-    >>> legible_text("#332288"), legible_text("#E69F00")
+    >>> import matplotlib
+    >>> with matplotlib.rc_context():
+    ...     matplotlib.rcdefaults()
+    ...     legible_text("#332288"), legible_text("#E69F00")
     ('#332288', '#8A5F00')
     """
     return _nearer_to_ink(colour, _TEXT_CONTRAST)
