@@ -165,7 +165,7 @@ def test_a_label_has_the_color_of_its_method_and_a_line_if_it_moved_up(
     pareto(marks, tmp_path / "a.png")
     (axes,) = drawn[0].axes
     colours = {text.get_text(): text.get_color() for text in axes.texts}
-    assert colours == {mark.label: canvas.legible_text(STYLES[mark.family][0]) for mark in marks}
+    assert colours == {mark.label: canvas.legible(STYLES[mark.family][0], text=True) for mark in marks}
     leaders = [line for line in axes.lines if list(line.get_xdata()) in [[mark.parameters] * 2 for mark in marks]]
     assert [line.get_color() for line in leaders] == [STYLES["SuperLoRA"][0]]
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ._diagram_parts import wide
-from .canvas import count_ticks, figure, ground, ink, legible, legible_text, pale, quiet, saved, styles, tone
+from .canvas import count_ticks, figure, ground, ink, legible, pale, quiet, saved, styles, tone
 
 __all__ = ["Axis", "Mark", "pareto"]
 
@@ -240,6 +240,6 @@ def _labels(axes: Any, points: Sequence[Mark], levels: Sequence[float], up: floa
             axes.plot(*ends, color=colour, linewidth=0.7, linestyle=(0, (1, 2)), zorder=3)
         axes.annotate(
             mark.label, (mark.parameters, up * height), xytext=(-4 if inside else 4, 4), textcoords="offset points",
-            fontsize=7.5, color=legible_text(colour), ha="right" if inside else "left", va="bottom", zorder=6,
+            fontsize=7.5, color=legible(colour, text=True), ha="right" if inside else "left", va="bottom", zorder=6,
             bbox={"boxstyle": "square,pad=0.1", "facecolor": ground(), "edgecolor": "none", "alpha": 0.75},
         )  # fmt: skip

@@ -17,8 +17,7 @@ from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.checkpoints.container import file_error_context
 
 __all__ = [
-    "OTHERS", "STYLES", "count_ticks", "figure", "ground", "ink", "legible", "legible_text", "pale", "quiet", "saved",
-    "styles", "tone",
+    "OTHERS", "STYLES", "count_ticks", "figure", "ground", "ink", "legible", "pale", "quiet", "saved", "styles", "tone",
 ]  # fmt: skip
 
 # The colour-blind safe palette of Okabe and Ito, with different shapes for print in grey.
@@ -70,49 +69,30 @@ def pale() -> str:
     return tone(0.54)
 
 
-def legible(colour: str) -> str:
+def legible(colour: str, text: bool = False) -> str:
     """Return a color that stands out from the ground: the same, or one nearer to the ink.
 
     Parameters
     ----------
     colour : str
         ``#RRGGBB``.
+    text : bool
+        Whether small text has this color, which needs more contrast, also on a light ground.
 
     Examples
     --------
     >>> import matplotlib
-    >>> legible("#332288")
-    '#332288'
+    >>> legible("#E69F00"), legible("#E69F00", text=True)
+    ('#E69F00', '#8A5F00')
     >>> with matplotlib.rc_context({"text.color": "white", "figure.facecolor": "black"}):
     ...     legible("#332288")
     '#5C4EA0'
     """
-    return colour if _luminance(ground()) > 0.5 else _nearer_to_ink(colour, _CONTRAST)
-
-
-def legible_text(colour: str) -> str:
-    """Return a color of text that can be read on the ground: the same, or one nearer to the ink.
-
-    Parameters
-    ----------
-    colour : str
-        ``#RRGGBB``.
-
-    Examples
-    --------
-    >>> import matplotlib
-    >>> with matplotlib.rc_context():
-    ...     matplotlib.rcdefaults()
-    ...     legible_text("#332288"), legible_text("#E69F00")
-    ('#332288', '#8A5F00')
-    """
-    return _nearer_to_ink(colour, _TEXT_CONTRAST)
-
-
-def _nearer_to_ink(colour: str, contrast: float) -> str:
+    if not text and _luminance(ground()) > 0.5:
+        return colour
     back, front, found = ground(), tone(0.0), colour
     for step in range(1, 11):
-        if _contrast(found, back) >= contrast:
+        if _contrast(found, back) >= (_TEXT_CONTRAST if text else _CONTRAST):
             break
         found = _between(_rgb(colour), _rgb(front), step / 10)
     return found
