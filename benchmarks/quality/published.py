@@ -13,7 +13,7 @@ from .report import row
 
 __all__ = ["RUNS", "commands", "coverage"]
 
-_ONCE = "--rates 0.001,0.01,0.1 --no-refine"
+_THREE_RATES = "--rates 0.001,0.01,0.1 --no-refine"
 #: Arguments of ``python -m benchmarks.quality run TASK --profile day``, in the order of the runs.
 RUNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -28,20 +28,20 @@ RUNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "lonkr,lorta,superlora-projected,fastfood,lora_xs,unilora,fourierft,peft-unilora,peft-fourierft",
         ),
         "smollm2-sft": (
-            f"--budgets 1000 --methods superlora-projected,unilora,peft-unilora {_ONCE}",
-            f"--budgets 100000 --methods lora {_ONCE}",
+            f"--budgets 1000 --methods superlora-projected,unilora,peft-unilora {_THREE_RATES}",
+            f"--budgets 100000 --methods lora {_THREE_RATES}",
         ),
-        "smollm2-grpo": (f"--budgets 1000 --methods superlora-projected,unilora {_ONCE}",),
+        "smollm2-grpo": (f"--budgets 1000 --methods superlora-projected,unilora {_THREE_RATES}",),
         "diffusion": (
-            f"--budgets 1000 --methods superlora-projected,unilora {_ONCE}",
-            f"--budgets 10000 --methods lora,superlora,superlora-projected,unilora {_ONCE}",
+            f"--budgets 1000 --methods superlora-projected,unilora {_THREE_RATES}",
+            f"--budgets 10000 --methods lora,superlora,superlora-projected,unilora {_THREE_RATES}",
         ),
     }
 )
 
 
 def commands(task: str) -> Iterator[str]:
-    """Yield the commands that repeat the published results of a task, as a folded block of Markdown."""
+    """Yield the lines of a Markdown block with the commands that repeat the published results of a task."""
     yield "```console"
     for arguments in RUNS[task]:
         words = arguments.split()
