@@ -151,7 +151,8 @@ def _recommendation(budget: int, measured: Sequence[Study], library: str | None)
     if best is None:
         return None
     served = _best(studies, [own for own in candidates if _ranks(studies, own)])
-    names, idle = (tuple(one.task.name for one in measured if (one in studies) is counts) for counts in (True, False))
+    names = tuple(one.task.name for one in studies)
+    idle = tuple(one.task.name for one in measured if one.task.name not in names)
     return Recommendation(budget, names, best, served, len(candidates), idle)
 
 
