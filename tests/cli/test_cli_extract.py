@@ -45,8 +45,7 @@ def test_equal_weights_are_warned_of(base: Path, tmp_path: Path, options: list[s
     done = run(base, base, "-o", out, *options)
     assert done.returncode == 0
     assert done.stderr == (
-        f"warning: {base} and {base} have equal weights, so that the adapter adds nothing; are the folders swapped or "
-        "the same?\n"
+        f"warning: {base} and {base} have equal weights, so the adapter adds nothing; are they the same model?\n"
     )
     assert not any(delta.any() for delta in tna.load(out).deltas())
     if "--json" in options:
@@ -56,7 +55,7 @@ def test_equal_weights_are_warned_of(base: Path, tmp_path: Path, options: list[s
 def test_equal_weights_among_others_are_warned_of(base: Path, tmp_path: Path) -> None:
     done = run(base, tuned(base, NAMES[1]), "-o", tmp_path / "adapter.safetensors")
     assert done.returncode == 0
-    assert done.stderr.endswith("so that the adapter adds nothing; --targets chooses among others that differ\n")
+    assert done.stderr.endswith("so the adapter adds nothing; --targets chooses among others that differ\n")
     done = run(base, tuned(base, NAMES[1]), "-o", tmp_path / "k.safetensors", "--targets", "k_proj")
     assert (done.returncode, done.stderr) == (0, "")
     assert [target.role for target in tna.load(tmp_path / "k.safetensors").targets] == ["k"]

@@ -88,8 +88,8 @@ def extract_command(
             )  # fmt: skip
         save(out, found.file)
     if not any(group.norm for group in found.report.groups):
-        way = "--targets chooses among others that differ" if found.others else "are the folders swapped or the same?"
-        echo(f"warning: {base} and {tuned} have equal weights, so that the adapter adds nothing; {way}", err=True)
+        way = "--targets chooses among others that differ" if found.others else "are they the same model?"
+        echo(f"warning: {base} and {tuned} have equal weights, so the adapter adds nothing; {way}", err=True)
     if as_json:
         echo_json(_summary(found, out))
     else:
