@@ -1,8 +1,9 @@
 """The cost of importing and attaching: a part of ``benchmarks/fast.py``.
 
-``import tnadapt`` beyond ``import numpy`` and ``import tnadapt.torch`` beyond ``import torch``, in processes that
-alternate; and ``tnadapt.torch.attach`` on a model of Llama-7B's sizes from its config alone, on the meta device
-and on the CPU (in bfloat16, whose memory is never written to and so takes none), beyond the cost of drawing its arrays.
+``import tnadapt``, with the modules that it imports when they are first used, beyond ``import numpy``, and
+``import tnadapt.torch`` beyond ``import torch``, in processes that alternate; and ``tnadapt.torch.attach`` on a model
+of Llama-7B's sizes from its config alone, on the meta device and on the CPU (in bfloat16, whose memory is never written
+to and so takes none), beyond the cost of drawing its arrays.
 
 ``python benchmarks/startup.py --commands`` measures how long the command line takes to refuse a wrong option, as
 processor time of user and system, beside Python alone and the libraries that the command line imports; processes
@@ -45,8 +46,8 @@ RESULTS = Path(__file__).parent / "results" / "command_line.json"
 
 Row = dict[str, Any]
 
-#: The imports, and what each is compared with.
-IMPORTS = {"tnadapt": "numpy", "tnadapt.torch": "torch"}
+#: The imports, what each is compared with, and what is used of it: its modules are imported then.
+IMPORTS = {"tnadapt": ("numpy", "tnadapt.SuperLoRA, tnadapt.presets, tnadapt.Target"), "tnadapt.torch": ("torch", "")}
 
 
 def measure(smoke: bool) -> list[Row]:
@@ -56,8 +57,9 @@ def measure(smoke: bool) -> list[Row]:
 
 def _imports(rounds: int) -> list[Row]:
     rows = []
-    for name, base in IMPORTS.items():
-        pairs = [(_process(f"import {base}, {name}"), _process(f"import {base}")) for _ in range(rounds + 1)][1:]
+    for name, (base, used) in IMPORTS.items():
+        code = f"import {base}, {name}; {used}"
+        pairs = [(_process(code), _process(f"import {base}")) for _ in range(rounds + 1)][1:]
         rows.append(
             {
                 "case": f"import {name}",

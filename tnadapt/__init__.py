@@ -6,30 +6,27 @@ Importing this imports no framework.
 """
 
 import importlib
-import sys
 from typing import TYPE_CHECKING, Any
 
-from .algebra import maps, presets, sources
-from .algebra.composite import CompositeConfig
-from .algebra.config import Config
-from .algebra.folding import from_hypercube, hypercube_shape, to_hypercube
-from .algebra.formats import register_format
-from .algebra.geometry import geometry
-from .algebra.maps import register_map
-from .algebra.maps.projection import Projection
-from .algebra.maps.walsh_hadamard import fwht
-from .algebra.products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
-from .algebra.sources import register_source
-from .algebra.starting_points import register_start
-from .algebra.superlora import SuperLoRA, parameter_count
-from .backends import register_backend
 from .convert import convert
 from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError
 from .lazy_names import lazy_name
-from .targets.attention_layouts import register_layout
-from .targets.target import RowIndices, Rows, Target
 
 if TYPE_CHECKING:
+    from .algebra import maps, presets, sources
+    from .algebra.composite import CompositeConfig
+    from .algebra.config import Config
+    from .algebra.folding import from_hypercube, hypercube_shape, to_hypercube
+    from .algebra.formats import register_format
+    from .algebra.geometry import geometry
+    from .algebra.maps import register_map
+    from .algebra.maps.projection import Projection
+    from .algebra.maps.walsh_hadamard import fwht
+    from .algebra.products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
+    from .algebra.sources import register_source
+    from .algebra.starting_points import register_start
+    from .algebra.superlora import SuperLoRA, parameter_count
+    from .backends import register_backend
     from .checkpoints.adapter_file import AdapterFile
     from .checkpoints.adapter_format import load, save
     from .checkpoints.info import info
@@ -39,6 +36,8 @@ if TYPE_CHECKING:
     from .decomposition.extraction import extract
     from .planning import plan
     from .progress_bar import ProgressBar
+    from .targets.attention_layouts import register_layout
+    from .targets.target import RowIndices, Rows, Target
     from .tensors import (
         cp,
         hadamard_decomposition,
@@ -109,38 +108,77 @@ __all__ = [
     "verify",
 ]
 
-# Modules that are imported when one of their names is first used: most programs need few of them. (A function named
-# like its module, such as convert, is not among them: importing the module would replace the function.)
+# Modules that are imported when one of their names is first used: most programs need few of them, and the command line
+# refuses a wrong option before it imports NumPy. (A function named like its module, such as convert, is not among them:
+# importing the module would replace the function.)
 _LAZY = {
     "AdapterFile": "checkpoints.adapter_file",
+    "CompositeConfig": "algebra.composite",
+    "Config": "algebra.config",
     "MergeReport": "checkpoints.merge",
     "Pretrained": "checkpoints.pretrained_model",
     "ProgressBar": "progress_bar",
+    "Projection": "algebra.maps.projection",
+    "RowIndices": "targets.target",
+    "Rows": "targets.target",
+    "SuperLoRA": "algebra.superlora",
+    "Target": "targets.target",
     "cp": "tensors",
+    "cp_to_tensor": "algebra.products",
     "decompose": "decomposition",
     "extract": "decomposition.extraction",
+    "from_hypercube": "algebra.folding",
+    "fwht": "algebra.maps.walsh_hadamard",
+    "geometry": "algebra.geometry",
     "hadamard_decomposition": "tensors",
+    "hypercube_shape": "algebra.folding",
     "info": "checkpoints.info",
+    "kron_matvec": "algebra.products",
+    "kronecker": "algebra.products",
     "kronecker_decomposition": "tensors",
     "load": "checkpoints.adapter_format",
     "merge": "checkpoints.merge",
+    "parameter_count": "algebra.superlora",
     "plan": "planning",
+    "register_backend": "backends",
+    "register_format": "algebra.formats",
+    "register_layout": "targets.attention_layouts",
+    "register_map": "algebra.maps",
+    "register_source": "algebra.sources",
+    "register_start": "algebra.starting_points",
     "save": "checkpoints.adapter_format",
     "search_rank": "decomposition",
     "tensor_ring": "tensors",
     "tensor_train": "tensors",
+    "to_hypercube": "algebra.folding",
     "tt_matrix": "tensors",
+    "tt_to_tensor": "algebra.products",
     "tucker": "tensors",
+    "tucker_to_tensor": "algebra.products",
     "verify": "testing.verification",
 }
 
-# Public subpackages that are imported when they are first used: tnadapt.torch needs no import of its own.
-_PACKAGES = frozenset({"finetune", "planning", "plot", "serving", "tensors", "torch"})
-
-
-# Users write `from tnadapt.presets import lora`, too; the modules are in tnadapt.algebra.
-for _module in (maps, presets, sources):
-    sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
+# Submodules that are imported when they are first used: tnadapt.torch needs no import of its own. (Python itself finds
+# those that something has imported.)
+_MODULES = frozenset(
+    {
+        "algebra",
+        "backends",
+        "checkpoints",
+        "decomposition",
+        "finetune",
+        "maps",
+        "planning",
+        "plot",
+        "presets",
+        "serving",
+        "sources",
+        "targets",
+        "tensors",
+        "testing",
+        "torch",
+    }
+)
 
 
 # What users of PyTorch and of PEFT look for in this package.
@@ -153,7 +191,7 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PACKAGES:
+    if name in _MODULES:
         return importlib.import_module(f".{name}", __name__)
     if name in _ELSEWHERE:
         raise AttributeError(f"module 'tnadapt' has no attribute {name!r}: use {_ELSEWHERE[name]}", name=name)

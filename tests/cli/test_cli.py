@@ -155,6 +155,26 @@ def test_mistakes_are_refused_before_anything_slow_is_imported(tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "a.txt", "folder"]
 
 
+def test_a_misspelt_option_is_refused_before_numpy_is_imported() -> None:
+    code = """
+import sys
+from tnadapt.__main__ import main
+for command in sys.argv[1].split():
+    sys.argv[1:] = [command, "--nonsense"]
+    try:
+        main()
+    except SystemExit as end:
+        print(command, end.code, "numpy" in sys.modules)
+"""
+    # The help pages of finetune and convert list the registered formats, whose modules import NumPy.
+    commands = [name for name in COMMANDS if name not in ("finetune", "convert")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, " ".join(commands)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.splitlines() == [f"{name} 2 False" for name in commands], done.stderr
+    assert done.stderr.count("No such option: --nonsense") == len(commands)
+
+
 def test_commands_are_imported_when_they_are_used() -> None:
     code = """
 import sys, typer

@@ -48,15 +48,15 @@ from tnadapt.__main__ import main
 main()
 """
 COMMANDS = {
-    "extract": (("tnadapt.cli._extract_command", "extract"), "base.safetensors tuned.safetensors -o out.safetensors",
+    "extract": (("tnadapt", "extract"), "base.safetensors tuned.safetensors -o out.safetensors",
                 "out.safetensors is unchanged or complete; the same command starts over"),
     "convert": (("tnadapt.cli._convert_command", "convert"), "a.safetensors -o out --to peft-lora",
                 "out is unchanged or complete; the same command starts over"),
-    "merge": (("tnadapt.cli._merge_command", "merge"), "base a.safetensors -o out",
+    "merge": (("tnadapt", "merge"), "base a.safetensors -o out",
               "out is unchanged or complete; the same command resumes"),
-    "verify": (("tnadapt.cli._verify_command", "verify"), "--preset lora", "there is no report"),
-    "plan": (("tnadapt.cli._plan_command", "plan"), "--shape 8x8 --budget 100", "there is no plan"),
-    "presets": (("tnadapt.cli._presets_command", "_smallest"), "", "nothing was listed"),
+    "verify": (("tnadapt", "verify"), "--preset lora", "there is no report"),
+    "plan": (("tnadapt", "plan"), "--shape 8x8 --budget 100", "there is no plan"),
+    "presets": (("tnadapt.cli._presets_command", "_fewest"), "", "nothing was listed"),
     "predict": (("tnadapt.finetune._prediction", "predict"), "a.safetensors --data a.csv",
                 "nothing was written; the same command starts over"),
     "finetune": (("tnadapt.finetune._study", "open_problem"), "--out out",

@@ -47,6 +47,24 @@ print(len(modules))
     assert int(count) > 10
 
 
+def test_importing_the_package_imports_no_numpy() -> None:
+    assert run("import sys, tnadapt; print('numpy' in sys.modules)").strip() == "False"
+
+
+@pytest.mark.parametrize("name", ["maps", "presets", "sources"])
+@pytest.mark.parametrize("first", ["tnadapt.{0}", "tnadapt.algebra.{0}", "tnadapt"])
+def test_a_short_name_is_the_module_itself(name: str, first: str) -> None:
+    code = f"""
+import {first.format(name)}
+import tnadapt, tnadapt.{name} as short
+from tnadapt import {name} as attribute
+from tnadapt.algebra import {name} as module
+from tnadapt.{name} import __all__ as names
+print(short is attribute is module is tnadapt.{name}, names is module.__all__)
+"""
+    assert run(code).strip() == "True True"
+
+
 def test_every_public_name_is_there_however_it_is_asked_for() -> None:
     code = """
 import tnadapt
@@ -88,10 +106,10 @@ def test_a_misspelt_name_gets_the_right_one(module: str) -> None:
         assert name in dir(package)
 
 
-def test_subpackages_are_imported_when_they_are_used() -> None:
+def test_submodules_are_imported_when_they_are_used() -> None:
     code = """
 import sys, tnadapt
-lazy = sorted(tnadapt._PACKAGES - {"torch", "finetune"})
+lazy = sorted(tnadapt._MODULES - {"torch", "finetune"})
 print([name for name in lazy if f"tnadapt.{name}" in sys.modules])
 print([name for name in lazy if getattr(tnadapt, name) is not sys.modules[f"tnadapt.{name}"]])
 """

@@ -16,8 +16,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tnadapt"
 FILES = sorted(PACKAGE.rglob("*.py"))
+# Short names of modules of tnadapt.algebra, which users import from the root.
+SHORT = {"maps", "presets", "sources"}
 # Names by convention: a backend is called as its library is.
-CONVENTIONS = {"torch"}
+CONVENTIONS = {"torch", *SHORT}
 
 if not (ROOT / "pyproject.toml").is_file():
     pytest.skip("the project's own files are not in this copy", allow_module_level=True)
@@ -49,6 +51,7 @@ def imported(path: Path) -> Iterator[str]:
 def test_the_root_has_the_public_names_and_what_all_packages_use_alone() -> None:
     assert {path.name for path in PACKAGE.iterdir() if path.is_file()} == {
         "__init__.py", "__main__.py", "errors.py", "html_tables.py", "lazy_names.py", "progress_bar.py", "py.typed",
+        *(f"{name}.py" for name in SHORT),
     }  # fmt: skip
 
 

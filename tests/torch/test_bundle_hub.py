@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,6 +145,22 @@ def test_a_local_base_is_not_named_in_an_upload(base: Path, hub: Hub) -> None:
     words = torch.tensor([[5, 7]])
     with torch.no_grad():
         assert torch.equal(tt.load_pretrained("user/mine", base=base)(words).logits, model(words).logits)
+
+
+@pytest.mark.parametrize(
+    ("given", "uploaded"),
+    [
+        ("/home/ann/words", "./words"), ("/home/ann/words/", "./words"), (r"C:\Users\ann\words", "./words"),
+        ("~/ann/words", "./words"), ("user/words", "user/words"), ("words", "words"),
+    ],
+)  # fmt: skip
+def test_a_local_tokenizer_is_not_named_in_an_upload(base: Path, hub: Hub, given: str, uploaded: str) -> None:
+    _, adapter = adapted(base, "user/base")
+    adapter.pretrained = dataclasses.replace(adapter.pretrained, inputs={"tokenizer": given, "max_length": 8})
+    adapter.push_to_hub("user/mine")
+    found = tna.load(hub.root / "user/mine/adapter.safetensors").pretrained
+    assert found == dataclasses.replace(adapter.pretrained, inputs={"tokenizer": uploaded, "max_length": 8})
+    assert adapter.pretrained.inputs["tokenizer"] == given
 
 
 def test_a_download(base: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

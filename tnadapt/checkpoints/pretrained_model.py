@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tnadapt.errors import ConfigError, FileError, TnadaptError, pluralize, safe_repr, summarize
 
-__all__ = ["MAX_LABELS", "TASKS", "Pretrained", "PretrainedTask"]
+__all__ = ["MAX_LABELS", "TASKS", "Pretrained", "PretrainedTask", "is_local"]
 
 #: Maximum number of labels; ImageNet-21k has 21,843.
 MAX_LABELS = 1 << 15
@@ -74,6 +74,17 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "transformers": {"problem_type": lambda value: value in _PROBLEMS, "pad_token_id": _natural},
     "timm": {"num_classes": _natural, "in_chans": _natural, "img_size": _sizes},
 }
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is the path of a folder rather than a name on the hub.
+
+    Examples
+    --------
+    >>> is_local("/home/ann/model"), is_local("user/model")
+    (True, False)
+    """
+    return bool(re.match(r"local-dir:|[/.~]|[A-Za-z]:|.*\\", name)) or name.count("/") > 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +166,7 @@ class Pretrained:
     @property
     def local(self) -> bool:
         """Whether the name is the path of a folder rather than a name on the hub."""
-        return bool(re.match(r"local-dir:|[/.~]|[A-Za-z]:|.*\\", self.name)) or self.name.count("/") > 1
+        return is_local(self.name)
 
     @property
     def remote(self) -> bool:

@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tnadapt import TnadaptError, extract, save
-from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.decomposition.extraction import Extraction
+import tnadapt
+from tnadapt.errors import TnadaptError
 
 from ._common_options import AsJson, ConfigFile, OwnSettings, TargetsOfHeaders, preset_option
 from ._interrupts import stoppable
@@ -81,12 +80,12 @@ def extract_command(
     chosen = chosen_config(preset, changes, config)
     with stoppable(f"{out} is unchanged or complete; the same command starts over"):
         with groups_bar() as bar:
-            found = extract(
+            found = tnadapt.extract(
                 base, tuned, chosen, targets_of(targets), max_error=max_error, max_rank=max_rank,
                 keep_trainable=keep_trainable or (), compare=compare, progress=bar, max_iterations=iterations,
                 tol=tol, svd=svd, seed=seed,
             )  # fmt: skip
-        save(out, found.file)
+        tnadapt.save(out, found.file)
     if not any(group.norm for group in found.report.groups):
         way = "--targets chooses among others that differ" if found.others else "are they the same model?"
         echo(f"warning: {base} and {tuned} have equal weights, so the adapter adds nothing; {way}", err=True)
@@ -98,6 +97,8 @@ def extract_command(
 
 def _check_place(out: Path, base: Path, tuned: Path) -> None:
     """Raise TnadaptError if the adapter would be written over, or among, the files of a model."""
+    from tnadapt.checkpoints.checkpoint import open_checkpoint
+
     for checkpoint in (open_checkpoint(base), open_checkpoint(tuned)):
         files = [*checkpoint.files, *([checkpoint.index] if checkpoint.index else [])]
         if out.exists() and any(os.path.samefile(out, file) for file in files):
@@ -109,7 +110,7 @@ def _check_place(out: Path, base: Path, tuned: Path) -> None:
             )
 
 
-def _summary(found: Extraction, out: Path) -> dict[str, Any]:
+def _summary(found: tnadapt.decomposition.extraction.Extraction, out: Path) -> dict[str, Any]:
     report = found.report.to_dict()
     return {
         "file": str(out),
@@ -120,7 +121,7 @@ def _summary(found: Extraction, out: Path) -> dict[str, Any]:
     }
 
 
-def _print(found: Extraction, out: Path) -> None:
+def _print(found: tnadapt.decomposition.extraction.Extraction, out: Path) -> None:
     file, report = found.file, found.report
     echo(f"{out}: {file.num_parameters:,} parameters for {len(file.targets)} weights, {len(file.kept)} kept")
     echo_table(str(report))

@@ -6,24 +6,23 @@ import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from tnadapt import TnadaptError
 from tnadapt.algebra.formats import FORMATS
-from tnadapt.algebra.named_config import require_preset, require_setting
 
 from ._common_options import TARGETS_HELP, preset_option
 from ._engine_options import ENGINE_HELP, ENGINE_OPTION_HELP, engine_options
 from ._finetune_report import print_outcome, print_plan
 from ._interrupts import stoppable
+from ._job_package import job_package
 from ._progress import reporter
 from ._settings import settings_of, targets_of, word_or_number
 from ._task_options import TASK_NAMES, ReportTo, check_options
 
-__all__ = ["finetune_command", "job_package"]
+__all__ = ["finetune_command"]
 
 OWN = "Your own model and data"
 WHAT = "Compared methods"
@@ -328,21 +327,6 @@ def finetune_command(
         raise typer.Exit(1)
 
 
-def job_package() -> ModuleType:
-    """Return tnadapt.finetune.
-
-    Raises
-    ------
-    TnadaptError
-        If a library that it needs is not installed.
-    """
-    try:
-        from tnadapt import finetune
-    except ImportError as error:
-        raise TnadaptError(f"tnadapt finetune needs its extra: pip install 'tnadapt[demo]' ({error})") from None
-    return finetune
-
-
 def _word(source: str | None) -> str:
     """Return a path or hub name as part of a folder's name."""
     path = Path(source or "none")
@@ -353,6 +337,8 @@ def _word(source: str | None) -> str:
 
 def _checked(presets: Sequence[str], changes: Mapping[str, Any], rates: Sequence[float]) -> Sequence[float]:
     """Refuse what is wrong with the options alone, before torch is imported, which takes seconds; return the rates."""
+    from tnadapt.algebra.named_config import require_preset, require_setting
+
     for name in presets:
         require_preset(name)
     for name in changes:

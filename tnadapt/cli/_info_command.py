@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tnadapt import Config, info
+import tnadapt
 
 from ._byte_sizes import size
 from ._common_options import AsJson
@@ -31,7 +31,7 @@ def info_command(
 
     Neither the base model nor torch is needed. Exit code: 0, or 2 if the path cannot be read.
     """
-    found = info(path, every)
+    found = tnadapt.info(path, every)
     if as_json:
         echo_json(found)
         return
@@ -97,7 +97,7 @@ def _configs(settings: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _config(settings: dict[str, Any]) -> str:
     """Return the settings that differ from the defaults, and the rank."""
-    usual = Config().to_dict()
+    usual = tnadapt.Config().to_dict()
     told = {name: value for name, value in settings.items() if name == "rank" or value != usual.get(name)}
     return ", ".join(f"{name}={json.dumps(value).strip(chr(34))}" for name, value in told.items())
 

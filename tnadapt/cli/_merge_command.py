@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tnadapt.checkpoints.merge.merge_checkpoint import MergeReport, merge
+import tnadapt
 
 from ._byte_sizes import size
 from ._common_options import AsJson
@@ -56,14 +56,14 @@ def merge_command(
     Exit code: 0; 2 if the merge is not possible, with OUT unchanged; 130 after Ctrl-C.
     """
     with stoppable(f"{out} is unchanged or complete; the same command resumes"), bytes_bar("merging") as progress:
-        report = merge(base, adapter, out, overwrite=overwrite, check_base=check_base, progress=progress)
+        report = tnadapt.merge(base, adapter, out, overwrite=overwrite, check_base=check_base, progress=progress)
     if as_json:
         echo_json(report.to_dict())
     else:
         _print(report, check_base)
 
 
-def _print(report: MergeReport, check_base: bool) -> None:
+def _print(report: tnadapt.MergeReport, check_base: bool) -> None:
     files = f"{report.files} file" + "s" * (report.files != 1)
     echo(f"{report.out}: {size(report.bytes)} in {files}")
     echo(f"  {report.targets} updates added to {report.changed} of {report.tensors} tensors")

@@ -8,10 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tnadapt import TnadaptError, plan
-from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.errors import safe_repr
-from tnadapt.planning import Plan, known_as
+import tnadapt
+from tnadapt.errors import TnadaptError, safe_repr
 
 from ._common_options import AsJson, ModelOfHeaders, OwnSettings, TargetsOfHeaders, preset_option
 from ._interrupts import stoppable
@@ -81,7 +79,7 @@ def plan_command(
     drawn = chosen_config(preset, settings or [], None)
     with stoppable("there is no plan"), steps_bar("planning") as progress:
         weights = planned_weights(model, targets, shape)
-        found = plan(
+        found = tnadapt.plan(
             weights.shapes,
             budget,
             layers=weights.layers,
@@ -92,7 +90,7 @@ def plan_command(
         )
         table = found.table(every)
     chosen = found.shown[0].config if drawn is None else drawn
-    adapter = SuperLoRA(chosen, weights.shapes, weights.layers, weights.roles)
+    adapter = tnadapt.SuperLoRA(chosen, weights.shapes, weights.layers, weights.roles)
     if picture is not None or layout_picture is not None:
         _draw(found, weights, adapter, picture, layout_picture)
     if as_json:
@@ -105,24 +103,31 @@ def plan_command(
     if picture is not None:
         echo(f"parameters against rank: {picture}")
     if layout_picture is not None:
-        echo(f"where {known_as(chosen)} places each weight: {layout_picture}")
+        echo(f"where {tnadapt.planning.known_as(chosen)} places each weight: {layout_picture}")
 
 
-def _draw(found: Plan, weights: Weights, adapter: SuperLoRA, picture: Path | None, layout_picture: Path | None) -> None:
+def _draw(
+    found: tnadapt.planning.Plan,
+    weights: Weights,
+    adapter: tnadapt.SuperLoRA,
+    picture: Path | None,
+    layout_picture: Path | None,
+) -> None:
     from tnadapt.plot import layout, parameters
 
     try:
         if picture is not None:
             parameters(found.shapes, picture, budget=found.budget, title=f"{len(found.shapes)} weights in one group")
         if layout_picture is not None:
-            layout(adapter, layout_picture, weights.names, weights.drawn_roles, str(known_as(adapter.config)))
+            method = str(tnadapt.planning.known_as(adapter.config))
+            layout(adapter, layout_picture, weights.names, weights.drawn_roles, method)
     except ImportError as error:
         raise TnadaptError(f"pictures need their extra: pip install 'tnadapt[plot]' ({error})") from None
     except ValueError as error:  # raised by matplotlib for an unknown suffix
         raise TnadaptError(f"cannot draw: {error}") from None
 
 
-def _print(found: Plan, table: Sequence[Sequence[str]], targets: str | list[str]) -> None:
+def _print(found: tnadapt.planning.Plan, table: Sequence[Sequence[str]], targets: str | list[str]) -> None:
     from rich.console import Console
 
     console = Console()

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from tnadapt import TnadaptError
-from tnadapt.errors import FileError
-from tnadapt.planning import model_targets
+import tnadapt
+from tnadapt.errors import FileError, TnadaptError
 
 from ._settings import shapes_of, targets_of
 
@@ -41,7 +40,7 @@ def planned_weights(model: str | None, targets: list[str] | None, shape: list[st
         return Weights(shapes_of(shape), None, None, None, [])
     assert model is not None
     try:
-        found = model_targets(model, targets_of(targets))
+        found = tnadapt.planning.model_targets(model, targets_of(targets))
     except FileError as error:
         path = Path(model)
         if path.suffix.lower() == ".gguf" or (any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))):

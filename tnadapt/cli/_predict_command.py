@@ -12,12 +12,12 @@ from typing import Annotated, Any
 
 import typer
 
-from tnadapt import TnadaptError, load
+import tnadapt
 from tnadapt.checkpoints.atomic_files import replace_file
-from tnadapt.errors import FileError
+from tnadapt.errors import FileError, TnadaptError
 
-from ._finetune_command import job_package
 from ._interrupts import stoppable
+from ._job_package import job_package
 from ._option_names import as_options
 from ._printing import echo
 
@@ -77,7 +77,7 @@ def predict_command(
         raise FileError(f"no adapter at {adapter}: {what}; give a file such as best.safetensors")
     job = job_package()
     # What can be refused before torch is imported.
-    load(adapter, check_draws=False)
+    tnadapt.load(adapter, check_draws=False)
     job.require_data(data, one_image=True)
     try:
         with stoppable("nothing was written; the same command starts over"):

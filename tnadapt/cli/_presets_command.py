@@ -7,10 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tnadapt import presets
+import tnadapt
 from tnadapt.errors import pluralize
-from tnadapt.planning.ladders import Found, Ladder, Search
-from tnadapt.planning.preset_families import PRESET_FAMILIES, AdaptedWeights
 
 from ._common_options import AsJson, ModelOfHeaders, TargetsOfHeaders
 from ._interrupts import stoppable
@@ -48,7 +46,7 @@ def presets_command(
     given = model is not None or shape is not None or targets is not None
     with stoppable("nothing was listed"):
         weights = planned_weights(model, targets, shape) if given else USUAL
-        rows = [_row(name, weights) for name in presets.__all__]
+        rows = [_row(name, weights) for name in tnadapt.presets.__all__]
     if as_json:
         echo_json({"weights": len(weights.shapes), "presets": rows})
         return
@@ -65,22 +63,26 @@ def presets_command(
 
 
 def _row(name: str, weights: Weights) -> dict[str, Any]:
-    preset = getattr(presets, name)
+    preset = getattr(tnadapt.presets, name)
     arguments = [
         one.name if one.default is one.empty else f"{one.name}={one.default!r}"
         for one in inspect.signature(preset).parameters.values()
         if one.kind is not one.VAR_KEYWORD and one.default is not None
     ]
-    found = _smallest(name, weights)
+    fewest = _fewest(name, weights)
     return {
-        "preset": name, "arguments": ", ".join(arguments), "from": None if found is None else found.parameters,
+        "preset": name, "arguments": ", ".join(arguments), "from": fewest,
         "method": (inspect.getdoc(preset) or "").partition("\n")[0].replace("`", "").rstrip("."),
     }  # fmt: skip
 
 
-def _smallest(name: str, weights: Weights) -> Found | None:
+def _fewest(name: str, weights: Weights) -> int | None:
+    from tnadapt.planning.ladders import Ladder, Search
+    from tnadapt.planning.preset_families import PRESET_FAMILIES, AdaptedWeights
+
     adapted = AdaptedWeights(weights.shapes, weights.layers, weights.roles)
     # Dense updates have one size, and are no family.
-    dense = [Ladder(lambda size: presets.dense(), lambda plan: 1)]
+    dense = [Ladder(lambda size: tnadapt.presets.dense(), lambda plan: 1)]
     family = dense if name == "dense" else PRESET_FAMILIES[name].family(adapted)
-    return Search(weights.shapes, weights.layers, weights.roles).least(family)
+    found = Search(weights.shapes, weights.layers, weights.roles).least(family)
+    return None if found is None else found.parameters

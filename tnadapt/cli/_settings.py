@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tnadapt.algebra import presets
-from tnadapt.algebra.config import Config
-from tnadapt.algebra.named_config import require_preset
+import tnadapt
 from tnadapt.checkpoints.strict_json import MAX_CONFIG, strict_json
 from tnadapt.errors import FileError, TnadaptError, safe_repr
+
+if TYPE_CHECKING:
+    from tnadapt import Config
 
 __all__ = [
     "chosen_config",
@@ -100,7 +101,7 @@ def presets_that_begin_with(incomplete: str) -> list[str]:
     >>> presets_that_begin_with("lora_")
     ['lora_fa', 'lora_xs']
     """
-    return [name for name in presets.__all__ if name.startswith(incomplete)]
+    return [name for name in tnadapt.presets.__all__ if name.startswith(incomplete)]
 
 
 def chosen_config(preset: str | None, settings: list[str], path: Path | None) -> Config | None:
@@ -115,15 +116,17 @@ def chosen_config(preset: str | None, settings: list[str], path: Path | None) ->
     if preset is not None and path is not None:
         raise TnadaptError("--preset and --config both name a config; give one of them")
     if preset is not None:
+        from tnadapt.algebra.named_config import require_preset
+
         require_preset(preset)
         try:
-            made = getattr(presets, preset)(**changes)
+            made = getattr(tnadapt.presets, preset)(**changes)
         except TypeError as error:
             raise TnadaptError(f"preset {preset!r}: {error}; give it by --set NAME=VALUE") from None
         return made  # type: ignore[no-any-return]
     if path is not None:
-        return Config.from_dict({**_read(path), **changes})
-    return Config.from_dict(changes) if changes else None
+        return tnadapt.Config.from_dict({**_read(path), **changes})
+    return tnadapt.Config.from_dict(changes) if changes else None
 
 
 def _read(path: Path) -> dict[str, Any]:

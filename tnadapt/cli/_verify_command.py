@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tnadapt import verify
+import tnadapt
 from tnadapt.errors import escaped
 
 from ._common_options import AsJson, ConfigFile, OwnSettings, preset_option
@@ -44,7 +44,9 @@ def verify_command(
     chosen = chosen_config(preset, settings or [], config)
     shapes = shapes_of(shape or []) or None
     with stoppable("there is no report"), status("checking") as show:
-        report = verify(chosen, shapes, backends=backend, seed=seed, progress=lambda line: show(f"checking {line}"))
+        report = tnadapt.verify(
+            chosen, shapes, backends=backend, seed=seed, progress=lambda line: show(f"checking {line}")
+        )
     if as_json:
         echo_json(report.to_dict())
     else:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tnadapt.checkpoints import adapter_format
-from tnadapt.checkpoints.pretrained_model import Pretrained
+from tnadapt.checkpoints.pretrained_model import Pretrained, is_local
 from tnadapt.errors import ConfigError, FileError
 
 from ._adapter_saving import is_writer, to_file
@@ -72,8 +73,13 @@ def push(
 
 
 def for_others(about: Pretrained | None) -> Pretrained | None:
-    """Return what an uploaded file says about its base: no local folder, which nobody else has."""
-    if about is None or not about.local:
-        return about
-    # Its path may tell a user's name, too.
-    return dataclasses.replace(about, name="", revision="", file="")
+    """Return what an uploaded file says about its base: no local paths, which nobody else has."""
+    if about is None:
+        return None
+    # The paths may tell a user's name, too.
+    vocabulary = about.inputs.get("tokenizer")
+    if isinstance(vocabulary, str) and is_local(vocabulary):
+        # Without any name, predictions would silently use the base's own tokenizer.
+        folder = "./" + re.split(r"[/\\:]", vocabulary.rstrip("/\\"))[-1]
+        about = dataclasses.replace(about, inputs={**about.inputs, "tokenizer": folder})
+    return dataclasses.replace(about, name="", revision="", file="") if about.local else about

@@ -784,17 +784,17 @@ def test_where_names_cannot_be_exchanged_it_says_so_and_other_failures_are_error
 def test_an_adapter_that_is_replaced_while_it_is_read_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tnadapt.checkpoints.merge import merge_checkpoint
+    from tnadapt.checkpoints.merge import _merge_checkpoint
 
     where = scene(tmp_path, single=False)
-    real, other = merge_checkpoint.load, tna.load(where.adapters[1])
+    real, other = _merge_checkpoint.load, tna.load(where.adapters[1])
 
     def load(path: str) -> tna.AdapterFile:
         found = real(path)
         tna.save(path, other)
         return found
 
-    monkeypatch.setattr(merge_checkpoint, "load", load)
+    monkeypatch.setattr(_merge_checkpoint, "load", load)
     with pytest.raises(tna.FileError, match=f"^{where.adapters[0]}: was changed while it was read: run it again"):
         where.merge(0)
     assert not where.beside.exists()
@@ -804,16 +804,16 @@ def test_an_adapter_that_is_replaced_while_it_is_read_is_noticed(
 def test_a_base_that_is_replaced_after_its_header_was_read_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tnadapt.checkpoints.merge import merge_checkpoint
+    from tnadapt.checkpoints.merge import _merge_checkpoint
 
     where = scene(tmp_path, single=True)
-    real = merge_checkpoint.resolve
+    real = _merge_checkpoint.resolve
 
     def place(*arguments: Any) -> Any:
         replace_file(str(where.base), where.base.read_bytes())
         return real(*arguments)
 
-    monkeypatch.setattr(merge_checkpoint, "resolve", place)
+    monkeypatch.setattr(_merge_checkpoint, "resolve", place)
     with pytest.raises(tna.FileError, match="was changed while it was merged: run it again"):
         where.merge(0)
     assert not where.out.exists()
