@@ -76,7 +76,7 @@ def _made(plan: tna.SuperLoRA, host: dict[str, np.ndarray]) -> list[np.ndarray]:
 # Libraries that compile, and methods that iterate: a quarter of the usual examples is enough for a default run.
 @pytest.mark.slow
 @pytest.mark.law("scale-invariance")
-@settings(max_examples=settings.default.max_examples // 4)
+@settings(max_examples=settings.default.max_examples // 8)
 @given(
     name=st.sampled_from(sorted(CONFIGS)),
     kind_of=st.sampled_from(KINDS),

@@ -794,6 +794,7 @@ def test_an_interrupt_cancels_jobs_of_slurm(tmp_path: Path, slurm: Path) -> None
 
 
 @pytest.mark.slow
+@long_only  # the others kill jobs, too; this one waits for its limit
 @needs("slurm")
 def test_a_job_that_reaches_its_time_limit_disturbs_no_other_and_is_tried_again(tmp_path: Path, slurm: Path) -> None:
     begun = functools.partial(Play(tmp_path).noted, "begun")

@@ -83,7 +83,7 @@ def test_no_row_beats_one_on_the_front_and_each_other_is_beaten_by_one_on_it(dra
             assert any(beats(best, row) or equal(best, row) for best in found.front)
 
 
-@settings(max_examples=15)
+@settings(max_examples=settings.default.max_examples // 4)
 @given(weights, st.integers(1, 3000))
 def test_plans_are_reproducible(shapes: list[tuple[int, int]], budget: int) -> None:
     assert tna.plan(shapes, budget).to_dict() == tna.plan(tuple(shapes), f"{budget}").to_dict()

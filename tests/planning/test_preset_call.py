@@ -33,7 +33,7 @@ def parsed(options: str) -> Any:
     return chosen_config(words[1], words[3::2], None)
 
 
-@settings(max_examples=15)
+@settings(max_examples=settings.default.max_examples // 4)
 @given(weights, st.integers(1, 3000))
 def test_every_row_of_a_plan_can_be_written(shapes: list[tuple[int, int]], budget: int) -> None:
     for row in tna.plan(shapes, budget).rows:
@@ -41,7 +41,7 @@ def test_every_row_of_a_plan_can_be_written(shapes: list[tuple[int, int]], budge
         assert evaluated(str(row.call)) == row.config
 
 
-@settings(max_examples=15)
+@settings(max_examples=settings.default.max_examples // 4)
 @given(weights, st.integers(1, 3000))
 def test_every_row_of_a_plan_can_be_given_as_options(shapes: list[tuple[int, int]], budget: int) -> None:
     pytest.importorskip("typer")

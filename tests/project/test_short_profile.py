@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import BENCHMARKS
+from tests.support.depth import long_only
 
 Scripts = Callable[[str], ModuleType]
 
@@ -173,6 +174,7 @@ def test_the_first_lines_of_the_page_are_those_of_the_results(benchmark_scripts:
 
 
 @pytest.mark.slow
+@long_only
 def test_every_case_runs() -> None:
     pytest.importorskip("peft")
     pytest.importorskip("transformers")

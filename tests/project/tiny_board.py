@@ -146,9 +146,19 @@ def tokenizer() -> Any:
 
 
 def save_model(folder: Path) -> None:
-    """Save what MetaMathQA loads: the tiny Llama and the tokenizer."""
-    tiny_llama().save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    """Save what MetaMathQA loads: the tiny Llama and the tokenizer.
+
+    The board stops if the base model's loss on the texts of finewiki is not between 1 and 2; two steps make it 1.6.
+    """
+    model, words = tiny_llama(), tokenizer()
+    ids = torch.tensor(words([f"The answer is : {first + second}" for first, second in SUMS[:4]])["input_ids"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
 
 
 def save_pipeline(folder: Path) -> None:

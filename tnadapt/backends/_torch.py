@@ -18,6 +18,7 @@ from ._kron import kron_by_rows, kron_plain, short_rows
 from ._torch_dft2 import dft2
 from ._torch_kernels import fastfood, hadamard, hadamard_at_once, hadamard_into
 from .backend import CALLED_AT_ONCE, LAUNCHED_AT_ONCE, OPTIONAL, Array, Backend, Map
+from .constant_result import constant_result
 from .fixed_arrays import FixedArrays
 
 # Rows of up to this length are slow in products with broadcasting.
@@ -29,7 +30,7 @@ _FLOAT_NAMES = {
 }  # fmt: skip
 
 # torch.compile treats the return value as a constant and does not trace the call: see TorchBackend.fixed.
-torch.compiler.assume_constant_result(FixedArrays.name_of)  # type: ignore[no-untyped-call]
+constant_result(FixedArrays.name_of)
 
 
 class TorchBackend(Backend):
@@ -198,7 +199,7 @@ class TorchBackend(Backend):
         return dft2(x, fallback)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _rounds_products(device: str) -> bool:
     """Return whether products of float32 matrices may be computed in TF32 or bfloat16 on a type of device."""
     # torch.get_float32_matmul_precision() raises an error where only the setting of one library was changed.

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from . import _torch_operators as operators
 from ._kernels import kernels
 from ._torch_maps import KernelPair, KernelWithFallback, Map, in_memory, linear_map
+from .constant_result import constant_result
 
 __all__ = ["fastfood", "fwht", "lacking", "shuffle", "there_are_kernels"]
 
@@ -38,18 +39,18 @@ def is_supported(x: Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None and _is_capable(x.device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _is_capable(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= _CAPABILITY
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _draws_fast(device: torch.device) -> bool:
     """Return whether a device draws normal numbers in less time than it would take to justify keeping them."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) in _FAST_FLOAT64
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _has_launcher() -> bool:
     return kernels("gpu.triton_launcher") is not None
 

@@ -16,6 +16,7 @@ from torch._guards import TracingContext
 
 from tnadapt.algebra.composite import CompositePlan
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.backends.constant_result import constant_result
 
 from ._array_snapshot import Snapshot, on_host
 from ._delta import DeltaFunction, Slice, Whole, pieces, vector, version
@@ -357,7 +358,7 @@ def _can_be_stepped(arrays: Sequence[Tensor]) -> bool:
     return any(array.is_leaf and array.grad is not None for array in arrays)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def trace_number() -> int:
     """Return a number that identifies the current compiler trace; 0 outside a trace."""
     context: Any = TracingContext.try_get()

@@ -48,7 +48,6 @@ from ._patched_parameter import PatchedParameter
 from ._quantized import is_packed, quantized_type
 from ._row_assignment import mixing_weight
 from ._row_features import add_features
-from ._row_pass import run_by_rows
 from ._state import AdapterSlot, AdapterState
 from ._straight_through import blocks_gradient, straight_through
 
@@ -164,7 +163,9 @@ class ForwardPatch:
         for patched in self.weights:  # plain loops: any() of a generator takes as long as a small layer's overhead
             for slot in patched.slots:
                 if slot.adapter.by_rows:
-                    return run_by_rows(self, args, kwargs)
+                    runner = slot.adapter.row_runner
+                    assert runner is not None
+                    return runner(self, args, kwargs)
         return self.run(self.acting(), args, kwargs)
 
     def acting(self, alone: bool = True) -> list[Placed]:

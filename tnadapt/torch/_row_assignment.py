@@ -15,7 +15,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from ._state import AdapterState
+from ._state import AdapterState, RowRunner
 
 __all__ = ["RowAssignment", "assignment_of", "entered", "mixing_weight"]
 
@@ -87,19 +87,21 @@ def mixing_weight(state: AdapterState) -> float:
 
 
 @contextlib.contextmanager
-def entered(assignment: RowAssignment) -> Iterator[None]:
-    """Make the assignment that of this thread inside ``with``."""
-    _count(assignment, 1)
+def entered(assignment: RowAssignment, runner: RowRunner) -> Iterator[None]:
+    """Make the assignment that of this thread inside ``with``; ``runner`` runs the forwards of its adapters' layers."""
+    _count(assignment, 1, runner)
     token = _OPEN.set((*_OPEN.get(), assignment))
     try:
         yield
     finally:
         _OPEN.reset(token)
-        _count(assignment, -1)
+        _count(assignment, -1, runner)
 
 
-def _count(assignment: RowAssignment, change: int) -> None:
+def _count(assignment: RowAssignment, change: int, runner: RowRunner) -> None:
     with _LOCK:
         for state in assignment.governed:
             state.row_passes += change
+            # Compiled programs guard on by_rows alone, so the runner stays.
+            state.row_runner = runner
             state.by_rows = state.row_passes > 0

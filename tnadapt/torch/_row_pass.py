@@ -14,6 +14,7 @@ and tests compare them.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -29,10 +30,10 @@ from ._grouped_products import add_changes
 from ._parameter_sums import is_read
 from ._patched_parameter import PatchedParameter
 from ._row_assignment import RowAssignment, assignment_of
-from ._state import AdapterSlot, AdapterState
+from ._state import AdapterSlot, AdapterState, RowRunner
 from ._step_cost import MACHINES
 
-__all__ = ["check_usable", "run_by_rows"]
+__all__ = ["check_usable", "row_runner"]
 
 Placed = tuple[PatchedParameter, AdapterSlot]
 #: The rows of a group, and the slots that act on them.
@@ -70,7 +71,16 @@ def check_usable(state: AdapterState, named: bool) -> None:
         raise TargetError(f"adapter {state.name!r} is disabled, and rows() names it: leave disabled() first")
 
 
-@torch.compiler.disable(reason="tnadapt.torch.rows() divides a layer's rows")  # type: ignore[untyped-decorator, no-untyped-call]
+@functools.cache
+def row_runner() -> RowRunner:
+    """Return :func:`run_by_rows` as a function that compilers call outside their programs.
+
+    It is made when rows are first used: importing torch's compiler takes a second.
+    """
+    runner: RowRunner = torch.compiler.disable(run_by_rows, reason="tnadapt.torch.rows() divides a layer's rows")  # type: ignore[no-untyped-call]
+    return runner
+
+
 def run_by_rows(patch: RowPatch, args: Any, kwargs: Any) -> Any:
     """Run a patched forward; some thread has rows for one of its adapters, not necessarily this one."""
     slots = [slot for patched in patch.weights for slot in patched.slots]

@@ -15,7 +15,7 @@ from ._idle_caches import trim_idle
 from ._quantized import is_embedding
 from ._registry import attached, overlapping
 from ._row_assignment import RowAssignment, entered
-from ._row_pass import check_usable
+from ._row_pass import check_usable, row_runner
 from ._state import AdapterState
 
 __all__ = ["BASE", "assigned", "rows"]
@@ -73,7 +73,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """
     assignment = assigned(model, names)
     try:
-        with entered(assignment):
+        with entered(assignment, row_runner()):
             for state in filter(None, assignment.groups):
                 state.idle = None
             yield

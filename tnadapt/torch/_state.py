@@ -7,7 +7,7 @@ public interface of such a state; no module below imports that class, so there a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tnadapt.algebra.factoring import Factoring
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.backends.constant_result import constant_result
 from tnadapt.checkpoints.fingerprint import Fingerprint
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, TargetError
@@ -33,6 +34,7 @@ __all__ = [
     "AdapterState",
     "Idle",
     "Merged",
+    "RowRunner",
     "UntiedWeight",
     "encoded",
     "is_array",
@@ -51,6 +53,8 @@ DOT = "%2E"
 _WEIGHT_ON = "weight on "
 #: The model's attribute that holds the states of its adapters by name.
 ADAPTERS_ATTR = "_tnadapt_adapters"
+#: Runs a patched forward, with its arguments and keywords, where rows have different adapters.
+RowRunner = Callable[[Any, Any, Any], Any]
 
 
 def is_array(path: str) -> bool:
@@ -197,6 +201,8 @@ class AdapterState:
         changing the weight does not recompile.
     row_passes : int
         Number of open ``with rows(...)`` of the model, in all threads; ``by_rows`` tells whether there are any.
+    row_runner : callable or None
+        Runs a patched forward of the adapter then.
     threads : set of int
         Ids of the threads in whose current forward pass a patch has used this adapter.
     warned : bool
@@ -258,6 +264,7 @@ class AdapterState:
         self.weight = 1.0
         self.weight_tensor = torch.tensor(1.0)
         self.row_passes, self.by_rows = 0, False
+        self.row_runner: RowRunner | None = None
         self.threads: set[int] = set()
         self.warned = self.idle_warned = False
         self.idle: Idle | None = None
@@ -304,7 +311,7 @@ class AdapterState:
         return name
 
 
-torch.compiler.assume_constant_result(AdapterState.weight_name)  # type: ignore[no-untyped-call]
+constant_result(AdapterState.weight_name)
 
 
 def weight_on(state: AdapterState, device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 
 from .._row_assignment import RowAssignment, entered
+from .._row_pass import row_runner
 from .._rows import BASE, assigned
 from ._peft_library import AuxiliaryTrainingWrapper
 from ._tuner_layer import TnadaptLayer
@@ -50,7 +51,7 @@ def mixed_batch(
     assignment = assigned(tuner, wanted, layer.inactive_weights())
     handles = _hooks(tuner, assignment)
     try:
-        with entered(assignment):
+        with entered(assignment, row_runner()):
             yield
     finally:
         for handle in handles:
