@@ -14,6 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+import tnadapt as tna
+from tests.conftest import on_every_library, relative_error
+from tnadapt.algebra import rng as draws
+from tnadapt.algebra.maps import Chain, Map, PerWeight, make_map, make_map_on_weights
+from tnadapt.algebra.maps._daubechies import DAUBECHIES
+from tnadapt.backends import Backend, load_backend
 from tnadapt.maps import (
     CenteredWavelet,
     Circulant,
@@ -25,13 +32,6 @@ from tnadapt.maps import (
     TorchScatter,
     Wavelet,
 )
-
-import tnadapt as tna
-from tests.conftest import on_every_library, relative_error
-from tnadapt.algebra import rng as draws
-from tnadapt.algebra.maps import Chain, Map, PerWeight, make_map, make_map_on_weights
-from tnadapt.algebra.maps._daubechies import DAUBECHIES
-from tnadapt.backends import Backend, load_backend
 from tnadapt.plugins import forget_registered
 from tnadapt.testing import _reference as reference
 from tnadapt.testing import _reference_maps as reference_maps

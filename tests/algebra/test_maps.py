@@ -6,6 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+
+from tnadapt import ConfigError
+from tnadapt.algebra.maps import KINDS, MAPS, BroughtMap, Map
+from tnadapt.algebra.maps._repeat import Repeat
 from tnadapt.maps import (
     CenteredWavelet,
     Circulant,
@@ -17,10 +21,6 @@ from tnadapt.maps import (
     TorchScatter,
     Wavelet,
 )
-
-from tnadapt import ConfigError
-from tnadapt.algebra.maps import KINDS, MAPS, BroughtMap, Map
-from tnadapt.algebra.maps._repeat import Repeat
 from tnadapt.testing import MapContract
 
 

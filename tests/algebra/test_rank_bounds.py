@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tnadapt.sources import Seeded
 
 import tnadapt as tna
 from tnadapt.algebra.formats import FORMATS
 from tnadapt.planning import largest_rank
+from tnadapt.sources import Seeded
 from tnadapt.testing.strategies import parameters, plans
 
 P = tna.presets

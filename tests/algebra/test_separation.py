@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tnadapt.maps import Scatter, Tile
 
 import tnadapt as tna
 from tnadapt.algebra.factoring import factoring
 from tnadapt.algebra.maps import Map
 from tnadapt.backends import load_backend
 from tnadapt.backends.backend import Array, Backend
+from tnadapt.maps import Scatter, Tile
 from tnadapt.plugins import forget_registered
 
 P = tna.presets

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tnadapt.sources import Given, Scaled, Seeded, Tied
 
 import tnadapt as tna
 from tests.support.array_presets import P
 from tnadapt.checkpoints.adapter_format import content_of
+from tnadapt.sources import Given, Scaled, Seeded, Tied
 
 TARGETS = [tna.Target("m", (6, 4))]
 # SHA-256 of a file that was written before sources, θ, axes, roles and maps with settings existed.

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tnadapt.sources import Seeded
 
 import tnadapt as tna
 from tnadapt import AdapterFile, Config, Rows, SuperLoRA, Target
 from tnadapt.convert._unpack import Unpacked, modules_of
+from tnadapt.sources import Seeded
 
 from .conversions import TOLERANCE, error, model, updates
 

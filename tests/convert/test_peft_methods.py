@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tnadapt.sources import Given, Scaled, Tied
 
 import tnadapt as tna
+from tnadapt.sources import Given, Scaled, Tied
 
 from .conversions import SHAPES, TOLERANCE, error, fill, model, updates
 

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
-from tnadapt.maps import Circulant, Tile, TorchScatter, Wavelet
 
 import tnadapt as tna
 from tnadapt import ConfigError, FileError, TargetError
 from tnadapt.convert._peft_methods import METHODS
+from tnadapt.maps import Circulant, Tile, TorchScatter, Wavelet
 
 from .conversions import made
 

@@ -10,13 +10,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from tnadapt.sources import FromBase, Mixed
-
 from tnadapt import presets
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.planning.ladders import Family, Ladder
 from tnadapt.planning.preset_families import LARGEST_DENSE, AdaptedWeights
+from tnadapt.sources import FromBase, Mixed
 
 from ._presets import Preset
 

@@ -6,10 +6,10 @@ import dataclasses
 import math
 
 import numpy as np
-from tnadapt.sources import Place, Source, Stream
 
 from tnadapt.algebra import rng
 from tnadapt.errors import ConfigError
+from tnadapt.sources import Place, Source, Stream
 
 __all__ = ["HadamardRows", "register"]
 
