@@ -116,6 +116,7 @@ def test_entries_of_a_hadamard_matrix_of_any_size_are_its_recursion(bits: int) -
         assert found.item() == sign / math.sqrt(size)
 
 
+@pytest.mark.slow
 @pytest.mark.law("projection-slice")
 def test_a_slice_needs_the_memory_of_the_slice_and_of_x(rng: np.random.Generator) -> None:
     f = tna.Projection("linear", 1000, 1 << 24)

@@ -272,7 +272,7 @@ NONLINEAR = {
     ("name", "dtype"),
     in_depth(
         [*itertools.product(NONLINEAR, ["float32", "bfloat16", "float16"])],
-        [("cp", "float32"), ("tucker", "bfloat16")],
+        [("tucker", "bfloat16")],
     ),
 )
 @pytest.mark.filterwarnings("ignore")  # the compiler's own

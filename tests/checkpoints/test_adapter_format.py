@@ -609,6 +609,7 @@ HOSTILE: dict[str, tuple[Recipe, list[Any], Stored]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.law("allocation-limit")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_a_file_claims_costs_nothing(tmp_path: Path, name: str) -> None:

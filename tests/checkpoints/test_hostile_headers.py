@@ -36,9 +36,15 @@ FACTOR = 4
 BESIDE = 2 << 20
 
 
+#: Of three that take ten seconds each, one.
+FEW = [
+    kind for kind in [*HEADERS][::4] if kind not in ("recipe of targets", "recipe of a base and what are no targets")
+]
+
+
 @pytest.mark.slow
 @pytest.mark.law("allocation-limit")
-@pytest.mark.parametrize("kind", in_depth(HEADERS, [*HEADERS][::4]))
+@pytest.mark.parametrize("kind", in_depth(HEADERS, FEW))
 def test_memory_before_a_header_is_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "file.safetensors"
     length = write(path, kind, SIZE)

@@ -554,6 +554,7 @@ def test_an_interrupt_while_a_worker_starts_ends_it(
 
 
 @pytest.mark.slow
+@long_only
 def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
@@ -813,6 +814,7 @@ def test_a_job_that_reaches_its_time_limit_disturbs_no_other_and_is_tried_again(
 
 
 @pytest.mark.slow
+@long_only
 @needs("slurm")
 def test_a_task_that_failed_as_a_job_is_run_again_by_the_same_command(tmp_path: Path, slurm: Path) -> None:
     # The cause may be fixed by then.

@@ -17,6 +17,7 @@ from paper import names, open_recipe
 from paper.adapted_weights import WEIGHTS
 from paper.recipe import SCALES, RecipePoint, parse
 from paper.sweep import configs, numbers
+from tests.support.depth import LONG
 from tnadapt.testing import _reference as reference
 
 ORACLES = json.loads((Path(__file__).parents[1] / "oracles.json").read_text(encoding="utf-8"))
@@ -59,7 +60,7 @@ def test_settings_have_as_many_parameters_as_the_reference_counts(name: str) -> 
     for scale in scales(name):
         weights, points = open_recipe(name, scale).weights, points_of(name, scale)
         # The reference looks at every element: of large weights, a few settings from all over the recipe.
-        few = min(len(points), 40, 2 + 8_000_000 // sum(rows * cols for rows, cols in weights.shapes))
+        few = min(len(points), 40 if LONG else 10, 2 + 8_000_000 // sum(rows * cols for rows, cols in weights.shapes))
         for point in points[len(points) // (2 * few) :: len(points) // few]:
             assert point.parameters == reference.count(point.config, weights.shapes, weights.layers), point
 

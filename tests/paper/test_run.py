@@ -14,6 +14,7 @@ import tnadapt as tna
 from paper import names, open_recipe, redraw, run
 from paper.__main__ import main
 from paper.recipe import parse
+from tests.support.depth import long_only
 from tests.support.in_process import run_here
 
 pytest.importorskip("typer")
@@ -47,8 +48,8 @@ def test_a_dry_run_lists_every_setting_and_the_papers_counts() -> None:
     done = command("svhn-mnist", "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
     assert "the paper states 31 for LoRTA 5D with projection, '31': the same here" in done.stdout
-    found = json.loads(command("svhn-mnist", "--dry-run", "--json").stdout)
-    points = open_recipe("svhn-mnist").points()
+    found = json.loads(command("svhn-mnist", "--dry-run", "--json", "--scale", "mini").stdout)
+    points = open_recipe("svhn-mnist", "mini").points()
     assert [one["parameters"] for one in found["points"]] == [point.parameters for point in points]
     assert [tna.Config.from_dict(one["config"]) for one in found["points"]] == [point.config for point in points]
 
@@ -203,6 +204,7 @@ def test_the_geometry_is_that_of_the_adapters(cache: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@long_only
 def test_without_its_adapters_the_geometry_says_so(cache: Path, tmp_path: Path) -> None:
     recipe = parse("small", SMALL.format(kind="geometry", how=""), "mini")
     run(recipe, tmp_path / "run", cache=cache)

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from tests.conftest import BENCHMARKS
-from tests.support.depth import in_depth
+from tests.support.depth import in_depth, long_only
 
 pytest.importorskip("torch")
 
@@ -71,6 +71,7 @@ def test_profiles_have_shares_and_parts(command: list[str]) -> None:
     assert all(part in done.stdout for part in expected), done.stdout
 
 
+@long_only
 def test_mixed_batches_agree_with_one_adapter_at_a_time() -> None:
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
@@ -102,6 +103,7 @@ def test_a_tensor_is_decomposed_from_a_memory_map(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@long_only
 def test_adapters_are_extracted_from_shards(tmp_path: Path) -> None:
     command = [
         sys.executable,
@@ -143,6 +145,7 @@ def test_the_table_of_mixed_batches_is_that_of_its_results(benchmark_scripts: Ca
     assert benchmark_scripts("mixed_batch").table(rows) == results.with_suffix(".rst").read_text(encoding="utf-8")
 
 
+@long_only
 def test_decompositions_and_products_agree_with_their_peers() -> None:
     pytest.importorskip("tensorly")
     pytest.importorskip("opt_einsum")

