@@ -290,7 +290,7 @@ class AdapterState:
     def __getstate__(self) -> dict[str, Any]:
         # Passes with rows are those of this object: none is open for a copy. Tensors on devices are recomputed.
         state = {name: value for name, value in self.__dict__.items() if not name.startswith(_WEIGHT_ON)}
-        return {**state, "row_passes": 0, "by_rows": False}
+        return {**state, "row_passes": 0, "by_rows": False, "row_runner": None}
 
     def set_weight(self, weight: float) -> None:
         """Set the mixing weight, which is known to be valid."""
