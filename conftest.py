@@ -26,7 +26,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if everything and config.getoption("numprocesses", 0) is None and not hasattr(config, "workerinput"):
         config.option.numprocesses = "logical"
         if config.option.dist == "no":
-            # The tests of a file run in one process, where their fixtures and compiled kernels are made once.
+            # Most tests of a file run in one process, where their fixtures and compiled kernels are made once.
             config.option.dist = "worksteal"
         # Threads of a BLAS or a compiler in each of the processes would slow all of them down.
         os.environ.setdefault("OMP_NUM_THREADS", "1")

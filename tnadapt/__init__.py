@@ -108,9 +108,9 @@ __all__ = [
     "verify",
 ]
 
-# Modules that are imported when one of their names is first used: most programs need few of them, and the command line
-# refuses a wrong option before it imports NumPy. (A function named like its module, such as convert, is not among them:
-# importing the module would replace the function.)
+# Modules that are imported when one of their names is first used: most programs need few of them, and most commands
+# refuse a misspelled option before they import NumPy. (A function named like its module, such as convert, is not among
+# them: importing the module would replace the function.)
 _LAZY = {
     "AdapterFile": "checkpoints.adapter_file",
     "CompositeConfig": "algebra.composite",
@@ -158,27 +158,24 @@ _LAZY = {
     "verify": "testing.verification",
 }
 
-# Submodules that are imported when they are first used: tnadapt.torch needs no import of its own. (Python itself finds
-# those that something has imported.)
+# Submodules that are imported when they are first used; the second need extras.
 _MODULES = frozenset(
     {
         "algebra",
         "backends",
         "checkpoints",
         "decomposition",
-        "finetune",
+        "html_tables",
         "maps",
         "planning",
-        "plot",
+        "plugins",
         "presets",
-        "serving",
         "sources",
         "targets",
         "tensors",
-        "testing",
-        "torch",
     }
 )
+_MODULES_WITH_EXTRAS = frozenset({"finetune", "plot", "serving", "testing", "torch"})
 
 
 # What users of PyTorch and of PEFT look for in this package.
@@ -191,7 +188,7 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
+    if name in _MODULES or name in _MODULES_WITH_EXTRAS:
         return importlib.import_module(f".{name}", __name__)
     if name in _ELSEWHERE:
         raise AttributeError(f"module 'tnadapt' has no attribute {name!r}: use {_ELSEWHERE[name]}", name=name)
@@ -200,4 +197,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -1,13 +1,15 @@
-"""Names of a package whose modules are imported when the name is first used."""
+"""Names and submodules of a package that are imported when they are first used (PEP 562)."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
-__all__ = ["lazy_name"]
+__all__ = ["lazy_module", "lazy_name"]
 
 
 def lazy_name(package: str, modules: Mapping[str, str], name: str) -> Any:
@@ -37,4 +39,35 @@ def lazy_name(package: str, modules: Mapping[str, str], name: str) -> Any:
     if name not in modules:
         # With the module, Python adds "Did you mean", from its __dir__.
         raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package])
-    return getattr(importlib.import_module(f".{modules[name]}", package), name)
+    path = modules[name].split(".")
+    # From the outermost in: two threads that import a package and a module in it could wait for each other.
+    for length in range(1, len(path) + 1):
+        found = importlib.import_module(f".{'.'.join(path[:length])}", package)
+    return getattr(found, name)
+
+
+def lazy_module(package: str, name: str) -> ModuleType:
+    """Import a public submodule; for the ``__getattr__`` of a package whose submodules are used as attributes.
+
+    Parameters
+    ----------
+    package : str
+        ``__name__`` of the package.
+    name : str
+
+    Raises
+    ------
+    AttributeError
+        If there is no such submodule, or its name begins with an underscore.
+
+    Examples
+    --------
+    >>> lazy_module("tnadapt.algebra", "geometry").__name__
+    'tnadapt.algebra.geometry'
+    >>> lazy_module("tnadapt.algebra", "geometri")
+    Traceback (most recent call last):
+    AttributeError: module 'tnadapt.algebra' has no attribute 'geometri'
+    """
+    if name.startswith("_") or importlib.util.find_spec(f"{package}.{name}") is None:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package])
+    return importlib.import_module(f".{name}", package)

@@ -1,12 +1,11 @@
 """``tnadapt.presets``, the short name of :mod:`tnadapt.algebra.presets`: the named methods."""
 
 import sys
-from typing import TYPE_CHECKING
 
 from .algebra import presets
 
-if TYPE_CHECKING:
-    from .algebra.presets import *  # noqa: F403
+# For type checkers, and for threads that import this module while another one has just begun to.
+from .algebra.presets import *  # noqa: F403
 
 # One module with two names, not two modules.
 sys.modules[__name__] = presets

@@ -1,12 +1,11 @@
 """``tnadapt.sources``, the short name of :mod:`tnadapt.algebra.sources`: which arrays are trained."""
 
 import sys
-from typing import TYPE_CHECKING
 
 from .algebra import sources
 
-if TYPE_CHECKING:
-    from .algebra.sources import *  # noqa: F403
+# For type checkers, and for threads that import this module while another one has just begun to.
+from .algebra.sources import *  # noqa: F403
 
 # One module with two names, not two modules.
 sys.modules[__name__] = sources

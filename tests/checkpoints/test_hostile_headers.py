@@ -36,7 +36,7 @@ FACTOR = 4
 BESIDE = 2 << 20
 
 
-#: Of three that take ten seconds each, one.
+#: In a default run: one of the three headers that take ten seconds each.
 FEW = [
     kind for kind in [*HEADERS][::4] if kind not in ("recipe of targets", "recipe of a base and what are no targets")
 ]

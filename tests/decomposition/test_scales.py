@@ -73,7 +73,7 @@ def _made(plan: tna.SuperLoRA, host: dict[str, np.ndarray]) -> list[np.ndarray]:
     ]
 
 
-# Libraries that compile, and methods that iterate: a quarter of the usual examples is enough for a default run.
+# Libraries that compile, and methods that iterate: an eighth of the usual examples is enough for a default run.
 @pytest.mark.slow
 @pytest.mark.law("scale-invariance")
 @settings(max_examples=settings.default.max_examples // 8)

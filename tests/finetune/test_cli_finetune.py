@@ -247,7 +247,7 @@ WHERE = [
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
 @pytest.mark.usefixtures("keyboard")
-@pytest.mark.parametrize("where", in_depth(WHERE, WHERE[:1]))
+@pytest.mark.parametrize("where", in_depth(WHERE, WHERE[:1]))  # Ray takes half a minute
 def test_interrupted_it_says_how_to_go_on(
     cache: Path, tmp_path: Path, where: list[Any], record_property: Callable[[str, object], None]
 ) -> None:

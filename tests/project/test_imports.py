@@ -65,6 +65,42 @@ print(short is attribute is module is tnadapt.{name}, names is module.__all__)
     assert run(code).strip() == "True True"
 
 
+@pytest.mark.parametrize(
+    "chain",
+    [
+        "algebra.geometry.geometry", "algebra.rng.words", "algebra.formats.FORMATS", "backends.register_backend",
+        "plugins.load_plugins", "html_tables", "targets.attention_layouts.register_layout", "presets.lora", "maps.MAPS",
+    ],
+)  # fmt: skip
+def test_modules_are_attributes_without_an_import(chain: str) -> None:
+    first = chain.partition(".")[0]
+    code = f"import tnadapt; names = dir(tnadapt); print(tnadapt.{chain} is not None, {first!r} in names)"
+    assert run(code).strip() == "True True"
+
+
+def test_threads_may_be_the_first_to_use_names() -> None:
+    code = """
+import sys, threading
+sys.setswitchinterval(1e-6)
+import tnadapt as tna
+def a():
+    from tnadapt.presets import lora
+    from tnadapt.maps import MAPS
+    from tnadapt.sources import Given
+def b():
+    tna.fwht, tna.Projection, tna.register_map
+def c():
+    tna.Projection, tna.Config, tna.tucker
+failed = []
+threading.excepthook = failed.append
+threads = [threading.Thread(target=one) for one in (a, b, c) * 3]
+for one in threads: one.start()
+for one in threads: one.join()
+print([str(one.exc_value) for one in failed])
+"""
+    assert run(code).strip() == "[]"
+
+
 def test_every_public_name_is_there_however_it_is_asked_for() -> None:
     code = """
 import tnadapt
@@ -109,7 +145,7 @@ def test_a_misspelt_name_gets_the_right_one(module: str) -> None:
 def test_submodules_are_imported_when_they_are_used() -> None:
     code = """
 import sys, tnadapt
-lazy = sorted(tnadapt._MODULES - {"torch", "finetune"})
+lazy = sorted((tnadapt._MODULES | tnadapt._MODULES_WITH_EXTRAS) - {"torch", "finetune"})
 print([name for name in lazy if f"tnadapt.{name}" in sys.modules])
 print([name for name in lazy if getattr(tnadapt, name) is not sys.modules[f"tnadapt.{name}"]])
 """

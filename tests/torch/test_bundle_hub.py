@@ -150,8 +150,8 @@ def test_a_local_base_is_not_named_in_an_upload(base: Path, hub: Hub) -> None:
 @pytest.mark.parametrize(
     ("given", "uploaded"),
     [
-        ("/home/ann/words", "./words"), ("/home/ann/words/", "./words"), (r"C:\Users\ann\words", "./words"),
-        ("~/ann/words", "./words"), ("user/words", "user/words"), ("words", "words"),
+        ("/home/ann/words", "./tokenizer"), ("/home/ann/words/", "./tokenizer"), (r"C:\Users\ann\words", "./tokenizer"),
+        ("~ann", "./tokenizer"), ("/", "./tokenizer"), ("user/words", "user/words"), ("words", "words"),
     ],
 )  # fmt: skip
 def test_a_local_tokenizer_is_not_named_in_an_upload(base: Path, hub: Hub, given: str, uploaded: str) -> None:

@@ -364,6 +364,21 @@ def test_a_compiled_model_runs_adapted_layers_outside_of_its_program() -> None:
         whole(x)
 
 
+@pytest.mark.slow
+@compiles_whole
+def test_a_compiled_function_may_give_the_rows() -> None:
+    torch._dynamo.reset()
+    model, x = adapted(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()), "lora", "all-linear"), batch(size=4)
+
+    def divided(x: torch.Tensor) -> torch.Tensor:
+        with tt.rows(model, NAMES):
+            return model(x)
+
+    with torch.no_grad():
+        found = torch.compile(divided, backend="aot_eager")(x)  # a warning of Dynamo would be an error
+        torch.testing.assert_close(found, alone(model, NAMES, x), rtol=1e-4, atol=1e-5)
+
+
 # -- Errors --------------------------------------------------------------------------------------
 
 

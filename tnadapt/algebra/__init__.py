@@ -8,3 +8,11 @@ training; ``sources`` says which arrays are trained and computes the frozen ones
 training starts. ``rng`` draws every fixed or random number reproducibly, bit for bit. ``factoring`` finds updates that
 are products of two factors, ``rounding`` adds an update to a weight, and ``geometry`` and ``norms`` measure updates.
 """
+
+from types import ModuleType
+
+from tnadapt.lazy_names import lazy_module
+
+
+def __getattr__(name: str) -> ModuleType:
+    return lazy_module(__name__, name)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tnadapt
 from tnadapt.checkpoints.strict_json import MAX_CONFIG, strict_json
 from tnadapt.errors import FileError, TnadaptError, safe_repr
-
-if TYPE_CHECKING:
-    from tnadapt import Config
 
 __all__ = [
     "chosen_config",
@@ -104,7 +101,7 @@ def presets_that_begin_with(incomplete: str) -> list[str]:
     return [name for name in tnadapt.presets.__all__ if name.startswith(incomplete)]
 
 
-def chosen_config(preset: str | None, settings: list[str], path: Path | None) -> Config | None:
+def chosen_config(preset: str | None, settings: list[str], path: Path | None) -> tnadapt.Config | None:
     """Return the config of ``--preset``, ``--config`` and ``--set``; None if none of them is given.
 
     Examples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,9 @@ def _inputs(
     settings["pad_token_id"] = tokenizer.pad_token_id
     longest = longest_text(spec.max_length, name, tokenizer, model)
     parts = encoded(task, samples, tokenizer, longest, model, vocabulary)
-    return parts, {"tokenizer": spec.tokenizer, "max_length": longest}
+    # Predictions may be made in another folder.
+    named = os.path.abspath(spec.tokenizer) if spec.tokenizer and os.path.isdir(spec.tokenizer) else spec.tokenizer
+    return parts, {"tokenizer": named, "max_length": longest}
 
 
 def _described(images: Mapping[str, Any]) -> dict[str, Any]:

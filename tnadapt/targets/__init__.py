@@ -5,3 +5,11 @@ projections; ``attention_layouts`` looks up fused query-key-value weights, for m
 ``checkpoint_targets`` finds targets in a checkpoint by names and shapes. ``prefixes`` and ``pairing`` match the weights
 of one model under two sets of names.
 """
+
+from types import ModuleType
+
+from tnadapt.lazy_names import lazy_module
+
+
+def __getattr__(name: str) -> ModuleType:
+    return lazy_module(__name__, name)

@@ -143,7 +143,7 @@ class AdapterFiles:
 
         Notes
         -----
-        A base in a local folder is not named in the upload, as nobody else has it. Call it in one process.
+        A base or tokenizer in a local folder is not named in the upload, as nobody else has it. Call it in one process.
         """
         return folders.push(
             self._state, repo_id, self.pretrained, (tokenizer, processor), metrics, store_bases, overwrite_card,

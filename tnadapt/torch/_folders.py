@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -80,6 +79,5 @@ def for_others(about: Pretrained | None) -> Pretrained | None:
     vocabulary = about.inputs.get("tokenizer")
     if isinstance(vocabulary, str) and is_local(vocabulary):
         # Without any name, predictions would silently use the base's own tokenizer.
-        folder = "./" + re.split(r"[/\\:]", vocabulary.rstrip("/\\"))[-1]
-        about = dataclasses.replace(about, inputs={**about.inputs, "tokenizer": folder})
+        about = dataclasses.replace(about, inputs={**about.inputs, "tokenizer": "./tokenizer"})
     return dataclasses.replace(about, name="", revision="", file="") if about.local else about

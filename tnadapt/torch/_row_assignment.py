@@ -102,6 +102,5 @@ def _count(assignment: RowAssignment, change: int, runner: RowRunner) -> None:
     with _LOCK:
         for state in assignment.governed:
             state.row_passes += change
-            # Compiled programs guard on by_rows alone, so the runner stays.
             state.row_runner = runner
             state.by_rows = state.row_passes > 0

@@ -14,7 +14,6 @@ and tests compare them.
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -71,14 +70,18 @@ def check_usable(state: AdapterState, named: bool) -> None:
         raise TargetError(f"adapter {state.name!r} is disabled, and rows() names it: leave disabled() first")
 
 
-@functools.cache
+_runner: RowRunner | None = None
+
+
 def row_runner() -> RowRunner:
     """Return :func:`run_by_rows` as a function that compilers call outside their programs.
 
     It is made when rows are first used: importing torch's compiler takes a second.
     """
-    runner: RowRunner = torch.compiler.disable(run_by_rows, reason="tnadapt.torch.rows() divides a layer's rows")  # type: ignore[no-untyped-call]
-    return runner
+    global _runner  # Dynamo warns of functools.cache
+    if _runner is None:
+        _runner = torch.compiler.disable(run_by_rows, reason="tnadapt.torch.rows() divides a layer's rows")  # type: ignore[no-untyped-call]
+    return _runner
 
 
 def run_by_rows(patch: RowPatch, args: Any, kwargs: Any) -> Any:

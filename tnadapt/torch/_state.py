@@ -202,7 +202,8 @@ class AdapterState:
     row_passes : int
         Number of open ``with rows(...)`` of the model, in all threads; ``by_rows`` tells whether there are any.
     row_runner : callable or None
-        Runs a patched forward of the adapter then.
+        Runs a patched forward of the adapter while ``by_rows``. It stays afterwards: a thread may just have read
+        ``by_rows``.
     threads : set of int
         Ids of the threads in whose current forward pass a patch has used this adapter.
     warned : bool
