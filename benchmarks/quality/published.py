@@ -21,11 +21,12 @@ RUNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "reviews": (
             "--budgets 100 --methods lonkr,superlora-projected,tinylora,unilora,peft-unilora",
             "--budgets 1000 --methods lonkr,superlora-projected,lora_xs,tinylora,unilora,peft-unilora",
-            "--budgets 10000 --methods lora,superlora,lora_xs,unilora,peft-lora",
+            "--budgets 10000 --methods lora,superlora,superlora-projected,lora_xs,unilora,peft-lora",
         ),
         "cifar10": (
             "--budgets 1000 --methods "
             "lonkr,lorta,superlora-projected,fastfood,lora_xs,unilora,fourierft,peft-unilora,peft-fourierft",
+            "--budgets 10000 --methods superlora,superlora-projected,unilora",
         ),
         "smollm2-sft": (
             f"--budgets 1000 --methods superlora-projected,unilora,peft-unilora {_THREE_RATES}",

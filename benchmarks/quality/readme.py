@@ -10,6 +10,7 @@ from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import TnadaptError
 
 from .recommendation import recommendations, studies_of, table
+from .step_times import step_ratios
 
 __all__ = ["BEGIN", "END", "README", "section", "write"]
 
@@ -45,7 +46,7 @@ def _lines(folder: Path) -> Iterator[str]:
     studies = studies_of(folder)
     own, every = recommendations(studies, "tnadapt"), {one.budget: one for one in recommendations(studies)}
     yield ""
-    yield from table(own)
+    yield from table(own, step_ratios())
     yield ""
     # The same rule over the methods of all libraries.
     others = [

@@ -13,6 +13,7 @@ from .facts import Facts
 from .figures import budgets_of
 from .lora_ranks import lora_rank
 from .report import row
+from .step_times import step_ratio
 from .tasks import QualityTask
 
 __all__ = ["Choice", "Recommendation", "Study", "recommendations", "studies_of", "table"]
@@ -34,6 +35,8 @@ class Choice:
     Attributes
     ----------
     name : str
+    method : str
+        Its key, such as "superlora-projected".
     shares : tuple of float
         Its gain over no adapter on the test samples of each task, divided by that of dense updates.
     undecided : tuple of str
@@ -43,6 +46,7 @@ class Choice:
     """
 
     name: str
+    method: str
     shares: tuple[float, ...]
     undecided: tuple[str, ...] = ()
     ranks: tuple[int, ...] = ()
@@ -114,17 +118,20 @@ def recommendations(studies: Sequence[Study], library: str | None = None) -> lis
     return [one for one in found if one is not None]
 
 
-def table(answers: Sequence[Recommendation]) -> Iterator[str]:
-    """Yield the lines of a table with a row for each budget."""
-    yield row(["parameters", "method", "of the gain", "served as LoRA", "of the gain", "methods", "tasks"])
-    yield "|--:|---|--:|---|--:|--:|---|"
+def table(answers: Sequence[Recommendation], ratios: Mapping[str, float]) -> Iterator[str]:
+    """Yield the lines of a table with a row for each budget; ``ratios`` are the times of steps by case."""
+    title = ["parameters", "method", "of the gain", "step", "served as LoRA", "of the gain", "step", "methods", "tasks"]
+    yield row(title)
+    yield "|--:|---|--:|--:|---|--:|--:|--:|---|"
     for one in answers:
-        served = ["–", "–"]
+        served = ["–", "–", "–"]
         if one.served is not None:
-            served = [f"{one.served.shown}, rank {_range(one.served.ranks)}", _percent(one.served.shares)]
+            name = f"{one.served.shown}, rank {_range(one.served.ranks)}"
+            served = [name, _percent(one.served.shares), step_ratio(ratios, one.served.method)]
         idle = f"; no gain by any method: {', '.join(one.idle)}" if one.idle else ""
         last = [str(one.compared), ", ".join(one.tasks) + idle]
-        cells = [f"{one.budget:,}", one.best.shown, _percent(one.best.shares), *served, *last]
+        best = [one.best.shown, _percent(one.best.shares), step_ratio(ratios, one.best.method)]
+        cells = [f"{one.budget:,}", *best, *served, *last]
         yield row(cells)
 
 
@@ -166,7 +173,8 @@ def _best(studies: Sequence[Study], candidates: Iterable[Sequence[Outcome]]) -> 
         for study, one in zip(studies, best, strict=True)
         if not improves(study.task, one, base_of(study.outcomes))
     )
-    return Choice(best[0].name, _shares(studies, best, held_out=False), undecided, _ranks(studies, best))
+    shares = _shares(studies, best, held_out=False)
+    return Choice(best[0].name, best[0].method, shares, undecided, _ranks(studies, best))
 
 
 def _shares(studies: Sequence[Study], own: Sequence[Outcome], held_out: bool) -> tuple[float, ...]:

@@ -15,6 +15,7 @@ from .figures import budgets_of
 from .lora_ranks import lora_rank
 from .recommendation import recommendations, studies_of, table
 from .report import row, scored, shown
+from .step_times import step_ratios
 from .tasks import QualityTask
 
 __all__ = ["page", "write"]
@@ -46,7 +47,7 @@ def _page(folder: Path) -> Iterator[str]:
     answers = recommendations(studies_of(folder))
     if answers:
         yield from _wrapped(SHORT)
-        yield from table(answers)
+        yield from table(answers, step_ratios())
         yield ""
     yield from _wrapped(READING)
     missing = []
@@ -144,7 +145,8 @@ SHORT = """\
 The gain of a method over no adapter is given as a share of the gain of dense updates, which train all elements of the
 same weights. The method with the largest share on held-out samples is chosen; the table has its share on test samples,
 the mean over the tasks, with the lowest and the highest. *served as LoRA* is the same for methods that export exactly
-as LoRA; its rank differs between tasks, as the same budget buys another rank in another model.
+as LoRA; its rank differs between tasks, as the same budget buys another rank in another model. *step* is the time of a
+training step of MiniLM, relative to PEFT's LoRA of rank 4 (see {doc}`speed`).
 
 *tasks* are those measured at this budget in which some method is clearly better than no adapter, and *methods* is the
 number of methods that were measured on all of them: with few, the choice says little. "no gain by any method: …" names

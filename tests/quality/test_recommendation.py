@@ -18,6 +18,8 @@ from benchmarks.quality.comparison import outcomes_of, share
 from benchmarks.quality.recommendation import Study, recommendations, table
 from tests.quality.played_task import PlayedTask
 
+#: Times of steps.
+STEPS = {"fourierft": 1.234, "lora": 1.0}
 TASK = PlayedTask()
 LORA, FOURIER = tna.presets.lora(3).to_dict(), tna.presets.fourierft(4).to_dict()
 
@@ -63,7 +65,7 @@ def test_held_out_samples_choose_and_the_shares_are_of_test_samples() -> None:
     assert (answer.budget, answer.tasks, answer.best.name) == (100, ("played", "other"), "a")
     assert answer.best.shares == pytest.approx([0.3 / 0.6, 0.4 / 0.8])
     assert answer.served is None
-    assert list(table([answer]))[2] == "| 100 | a | 50 % (50 to 50) | – | – | 2 | played, other |"
+    assert list(table([answer], STEPS))[2] == "| 100 | a | 50 % (50 to 50) | – | – | – | – | 2 | played, other |"
 
 
 def test_a_method_has_to_be_measured_on_every_task_that_counts() -> None:
@@ -80,7 +82,7 @@ def test_a_task_in_which_nothing_is_gained_does_not_count() -> None:
     nothing = study(Other(), *FALLING, lines("b", near(0.2), near(0.9)))
     (answer,) = recommendations([first, nothing])
     assert (answer.best.name, answer.tasks, answer.idle) == ("a", ("played",), ("other",))
-    assert list(table([answer]))[2].endswith("| 1 | played; no gain by any method: other |")
+    assert list(table([answer], STEPS))[2].endswith("| 1 | played; no gain by any method: other |")
     assert recommendations([nothing]) == []
 
 
@@ -89,7 +91,7 @@ def test_a_choice_that_gains_nothing_somewhere_says_so() -> None:
     second = study(Other(), *FALLING, lines("a", near(0.3), near(0.9)), lines("b", near(0.8), near(0.2)))
     (answer,) = recommendations([first, second])
     assert (answer.best.name, answer.best.undecided, answer.compared) == ("a", ("other",), 2)
-    assert list(table([answer]))[2].startswith("| 100 | a (no gain: other) | 25 % (0 to 50) |")
+    assert list(table([answer], STEPS))[2].startswith("| 100 | a (no gain: other) | 25 % (0 to 50) |")
 
 
 @pytest.mark.parametrize("controls", [CONTROLS[:1], CONTROLS[1:], [CONTROLS[0], lines("dense", near(0.1), near(0.8))]])
@@ -114,10 +116,10 @@ def test_what_is_served_as_lora_is_chosen_alike_and_says_its_ranks() -> None:
     (answer,) = recommendations([study(TASK, *CONTROLS, *records), study(Other(), *FALLING, *better)])
     assert answer.served is not None
     assert (answer.served.name, answer.served.ranks) == ("lora", (3, 1))
-    assert (
-        list(table([answer]))[2]
-        == "| 100 | fourierft | 67 % (50 to 83) | lora, rank 1 to 3 | 50 % (50 to 50) | 2 | played, other |"
+    found = (
+        "| 100 | fourierft | 67 % (50 to 83) | 1.23 | lora, rank 1 to 3 | 50 % (50 to 50) | 1.00 | 2 | played, other |"
     )
+    assert list(table([answer], STEPS))[2] == found
 
 
 scores = st.lists(st.integers(30, 100).map(lambda score: score / 100), min_size=3, max_size=3)
