@@ -19,6 +19,7 @@ RUNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "digits": ("--budgets 13,100,1000,10000",),
         "reviews": (
+            "--budgets 13 --methods tinylora,unilora",
             "--budgets 100 --methods lonkr,superlora-projected,tinylora,unilora,peft-unilora",
             "--budgets 1000 --methods lonkr,superlora-projected,lora_xs,tinylora,unilora,peft-unilora",
             "--budgets 10000 --methods lora,superlora,superlora-projected,lora_xs,unilora,peft-lora",
