@@ -10,7 +10,8 @@ from tnadapt.errors import FileError
 
 __all__ = ["RESULTS", "step_ratio", "step_ratios"]
 
-#: ``python benchmarks/steps.py --problem minilm --rounds 15 --results THIS lora superlora …`` appends to it.
+#: Rows that ``python benchmarks/steps.py --problem minilm --rounds 12 --results THIS CASE CASE CASE`` appends: a call
+#: for each two or three cases, as other load on the machine affects short rounds less.
 RESULTS = Path(__file__).parents[1] / "results" / "method_steps.jsonl"
 #: The cases of ``steps.py`` that stand for methods whose names are not cases.
 CASES: Mapping[str, str] = {

@@ -147,7 +147,8 @@ The gain of a method over no adapter is given as a share of the gain of dense up
 same weights. The method with the largest share on held-out samples is chosen; the table has its share on test samples,
 the mean over the tasks, with the lowest and the highest. *served as LoRA* is the same for methods that export exactly
 as LoRA; its rank differs between tasks, as the same budget buys another rank in another model. *step* is the time of a
-training step of MiniLM, relative to PEFT's LoRA of rank 4 (see {doc}`speed`).
+training step of MiniLM, relative to PEFT's LoRA of rank 4: a median of twelve,
+in which a few hundredths are noise. {doc}`speed` compares more methods.
 
 *tasks* are those measured at this budget in which some method is clearly better than no adapter, and *methods* is the
 number of methods that were measured on all of them: with few, the choice says little. "no gain by any method: …" names

@@ -197,6 +197,13 @@ def test_a_text_model_that_sees_what_it_is_to_predict_is_refused(tmp_path: Path)
         open_problem(spec)
 
 
+def test_the_folder_of_a_tokenizer_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare, data = tiny.gpt2(tmp_path / "gpt2", tokenizer=False), tiny.completions(tmp_path / "a.jsonl")
+    tiny.words(tmp_path / "words")
+    monkeypatch.chdir(tmp_path)
+    assert open_problem(Spec(model=bare, data=data, tokenizer="words")).source["tokenizer"] == str(tmp_path / "words")
+
+
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     bare, data = tiny.gpt2(tmp_path / "gpt2", tokenizer=False), tiny.completions(tmp_path / "a.jsonl")
     with pytest.raises(

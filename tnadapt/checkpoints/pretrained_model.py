@@ -77,7 +77,11 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def is_local(name: str) -> bool:
-    """Whether a name is the path of a folder rather than a name on the hub.
+    """Return whether a name is the path of a folder rather than a name on the hub, whether or not the folder exists.
+
+    Parameters
+    ----------
+    name : str
 
     Examples
     --------
