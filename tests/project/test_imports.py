@@ -78,27 +78,34 @@ def test_modules_are_attributes_without_an_import(chain: str) -> None:
     assert run(code).strip() == "True True"
 
 
-def test_threads_may_be_the_first_to_use_names() -> None:
-    code = """
-import sys, threading
-sys.setswitchinterval(1e-6)
-import tnadapt as tna
-def a():
-    from tnadapt.presets import lora
-    from tnadapt.maps import MAPS
-    from tnadapt.sources import Given
-def b():
-    tna.fwht, tna.Projection, tna.register_map
-def c():
-    tna.Projection, tna.Config, tna.tucker
-failed = []
-threading.excepthook = failed.append
-threads = [threading.Thread(target=one) for one in (a, b, c) * 3]
-for one in threads: one.start()
-for one in threads: one.join()
-print([str(one.exc_value) for one in failed])
+@pytest.mark.parametrize("name", ["maps", "presets", "sources"])
+def test_a_thread_that_gets_the_file_of_a_short_name_finds_the_names_in_it(name: str) -> None:
+    # Another thread has begun to import the file, and has not yet replaced it by the module.
+    code = f"""
+import importlib.util
+from tnadapt.algebra import {name} as module
+spec = importlib.util.find_spec("tnadapt.{name}")
+file = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(file)
+print(file is module, all(getattr(file, name) is getattr(module, name) for name in module.__all__))
 """
-    assert run(code).strip() == "[]"
+    assert run(code).strip() == "False True"
+
+
+def test_a_package_is_imported_before_its_module_is_locked() -> None:
+    # Otherwise a thread that uses fwht, and one that imports the package of the maps, wait for each other.
+    code = """
+import importlib, sys, tnadapt
+locked = []
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "tnadapt.algebra.maps":
+            locked.append([one for one in importlib._bootstrap._module_locks if one.startswith(f"{name}.")])
+sys.meta_path.insert(0, Finder())
+tnadapt.fwht
+print(locked)
+"""
+    assert run(code).strip() == "[[]]"
 
 
 def test_every_public_name_is_there_however_it_is_asked_for() -> None:
