@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -313,3 +314,35 @@ def test_all_arrays_trained_is_the_default() -> None:
     names = list(made().arrays)
     assert made(trained=names).trained is None
     assert made(trained=names[::-1][1:]).trained == tuple(names[:-1])
+
+
+# -- Ties --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ties",
+    [{"head.weight": ["embed.weight", "other.weight"]}, {"head.weight": []}, {"a.q.weight": ()}, {}],
+)
+def test_ties_are_kept_in_a_file(ties: dict[str, Any], tmp_path: Path) -> None:
+    file = made(kept={"head.weight": np.ones((3, 2), np.float32)}, ties=ties)
+    assert file.ties == {name: tuple(others) for name, others in ties.items()}
+    tna.save(tmp_path / "a.safetensors", file)
+    assert tna.load(tmp_path / "a.safetensors").ties == file.ties
+
+
+@pytest.mark.parametrize(
+    ("ties", "match"),
+    [
+        (3, "ties must be a mapping of names to lists of names; got int"),
+        ({"head.weight": "embed"}, "ties of 'head.weight' must be a list of dotted paths; got 'embed'"),
+        ({"head.weight": [""]}, "ties of 'head.weight' must be a list of dotted paths; got"),
+        ({"head.weight": ["head.weight"]}, "ties of 'head.weight' must be different names; got"),
+        ({"head.weight": ["a", "a"]}, "ties of 'head.weight' must be different names; got"),
+        ({"other": []}, "ties names 'other', which is neither a kept parameter nor a target without ties"),
+        ({"a.q.weight": ["b"]}, "ties names 'a.q.weight', which is neither a kept parameter nor a target without ties"),
+        ({"head.weight": ["\ud800"]}, "has half a surrogate pair"),
+    ],
+)
+def test_ties_that_cannot_be_are_named(ties: Any, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        made(kept={"head.weight": np.ones((3, 2), np.float32)}, ties=ties)

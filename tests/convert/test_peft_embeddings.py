@@ -71,7 +71,8 @@ def test_the_base_s_weight_next_to_an_update_is_left_out(tmp_path: Path) -> None
     name = "base_model.model.embed.base_layer.weight"
     save_file({**load_file(path), name: Model().embed.weight.detach().clone()}, path)
     found = tna.convert(tmp_path)
-    assert found.notes == (f"left out {name!r}: PEFT saves the base's own weight next to an embedding's update",)
+    note = "PEFT saves the base's own weight next to the update of an embedding or head"
+    assert found.notes == (f"left out {name!r}: {note}",)
     save_file({**load_file(path), "base_model.model.fc.base_layer.weight": torch.zeros(2)}, path)
     with pytest.raises(tna.FileError, match=r"tensors that do not belong to a lora adapter: .*fc\.base_layer"):
         tna.convert(tmp_path)

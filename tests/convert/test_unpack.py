@@ -147,8 +147,8 @@ def test_a_head_goes_with_it(tmp_path: Path) -> None:
     with pytest.raises(tna.ConfigError, match=r"LyCORIS has no place for.*head.bias.*without_kept=True"):
         tna.convert(file, to="lycoris-lora")
     assert tna.convert(file, to="lycoris-lora", without_kept=True).exact
-    beside = dataclasses.replace(file, kept={"blocks.0.attn.q_proj.bias": np.zeros(12, "f4")})
-    with pytest.raises(tna.ConfigError, match=r"saves whole modules, and cannot keep 'blocks\.0\.attn\.q_proj\.bias'"):
+    beside = dataclasses.replace(file, kept={"blocks.0.attn.q_proj.scale": np.zeros(12, "f4")}, ties={})
+    with pytest.raises(tna.ConfigError, match=r"saves whole modules, and cannot keep 'blocks\.0\.attn\.q_proj\.scale'"):
         tna.convert(beside, to="peft-lora")
 
 

@@ -39,7 +39,7 @@ _REQUIRED = {"version": int, "targets": Elements, "sha256": str}
 _CONFIGS: dict[int, tuple[str, type]] = {VERSION: ("config", dict), COMPOSITE: ("parts", Elements)}
 _OPTIONAL = {
     "activation": str, "base": dict, "draws": str, "labels": Elements, "model": str, "pretrained": dict,
-    "trained": Elements,
+    "ties": dict, "trained": Elements,
 }  # fmt: skip
 _JSON = {dict: "an object", Elements: "a list", str: "a string", int: "an integer"}
 # Bytes that a config may have for each target on top of MAX_VALUE: explicit groups list the targets' numbers.
@@ -58,7 +58,8 @@ def recipe_of(file: AdapterFile, draws: str | None) -> dict[str, Any]:
     }
     base = None if file.base is None else {**dataclasses.asdict(file.base), "sketch": list(file.base.sketch)}
     trained = None if file.trained is None else list(file.trained)
-    optional = {"model": file.model, "activation": file.activation, "base": base, "draws": draws}
+    ties = {name: list(others) for name, others in file.ties.items()}
+    optional = {"model": file.model, "activation": file.activation, "base": base, "draws": draws, "ties": ties}
     recipe.update({key: value for key, value in {**optional, "trained": trained}.items() if value})
     if file.pretrained is not None:
         about = file.pretrained.to_dict()

@@ -94,6 +94,7 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
     >>> found.targets[0].name, found.how
     ('layer.0.query.weight', "names without 'bert.'")
     """
+    _check_alone(checkpoint, file)
     entries = checkpoint.entries
     shapes = {name: entry.shape for name, entry in entries.items()}
     also: tuple[tuple[int, Target], ...] = ()
@@ -205,6 +206,24 @@ def _check_target(target: Target, entry: Entry) -> None:
         )
 
 
+def _check_alone(checkpoint: Checkpoint, file: AdapterFile) -> None:
+    """Raise FileError if the adapter changes an embedding or a head alone, and the checkpoint has them as one."""
+    alone = {name for name, others in file.ties.items() if not others}
+    if not alone or not checkpoint.ties_head:
+        return
+    tokens = (checkpoint.config or {}).get("vocab_size")
+    shapes = {target.name: target.stored for target in file.targets}
+    shapes |= {name: array.shape for name, array in file.kept.items()}
+    for name in file.ties:
+        if name in alone and len(shapes[name]) == 2 and tokens in (None, shapes[name][0]):
+            raise FileError(
+                f"the adapter has {safe_repr(name)} of that module alone, and the checkpoint ties it to another "
+                "(tie_word_embeddings in config.json), which would change as well: load it onto the model by "
+                "tnadapt.torch.load(model, path, untie=True), bake() it, set model.config.tie_word_embeddings = False, "
+                "and save the model"
+            )
+
+
 def _kept(entries: Mapping[str, Entry], file: AdapterFile, shift: Prefix) -> tuple[dict[str, str], dict[str, str]]:
     kept: dict[str, str] = {}
     added: dict[str, str] = {}
@@ -214,7 +233,14 @@ def _kept(entries: Mapping[str, Entry], file: AdapterFile, shift: Prefix) -> tup
     }  # fmt: skip
     for name, array in file.kept.items():
         moved = shift.of(name) or name
-        there = next((one for one in (moved, name) if one in entries), None)
+        names = [place for one in (name, *file.ties.get(name, ())) for place in (shift.of(one) or one, one)]
+        stored = list(dict.fromkeys(place for place in names if place in entries))
+        there = stored[0] if stored else None
+        if len(stored) > 1 and file.ties.get(name):
+            raise FileError(
+                f"the adapter keeps {safe_repr(name)}, which is tied to {', '.join(map(safe_repr, file.ties[name]))}, "
+                f"and the checkpoint stores {' and '.join(map(safe_repr, stored))}: give one of the tied model"
+            )
         if there is None:
             if moved.removeprefix(shift.given).partition(".")[0] in tops:
                 close = difflib.get_close_matches(moved, entries, 3, 0.5)

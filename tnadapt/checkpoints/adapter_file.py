@@ -66,6 +66,10 @@ class AdapterFile:
         not stored in the file, but recomputed when the file is loaded.
     pretrained : Pretrained, optional
         The pretrained model that it was trained on: name, revision, task, labels.
+    ties : dict of str to sequence of str, optional
+        The other names, in the model, of the tensor of a kept parameter; none if it belongs to its module alone. A
+        target whose module alone was updated may be here as well, with no names: those of one that is tied are in
+        ``Target.tied``. What is not here is not known.
 
     Raises
     ------
@@ -93,6 +97,7 @@ class AdapterFile:
     trained: Sequence[str] | None = None
     given: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     pretrained: Pretrained | None = None
+    ties: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -117,6 +122,7 @@ class AdapterFile:
         put("arrays", _own_arrays("arrays", self.arrays, dtypes))
         put("kept", _own_arrays("kept", self.kept, dtypes))
         put("dtypes", dtypes)
+        put("ties", _own_ties(self))
         _check_dtypes(self)
         _check_text(self)
         if not isinstance(self.given, Mapping):
@@ -345,6 +351,24 @@ def _own_arrays(what: str, arrays: Any, dtypes: dict[str, str]) -> dict[str, np.
     return found
 
 
+def _own_ties(file: AdapterFile) -> dict[str, tuple[str, ...]]:
+    """Return the ties as a dictionary of tuples."""
+    if not isinstance(file.ties, Mapping):
+        raise ConfigError(f"ties must be a mapping of names to lists of names; got {type(file.ties).__name__}")
+    alone = {target.name for target in file.targets if not target.tied}
+    for name, others in file.ties.items():
+        if not isinstance(others, (tuple, list)) or not all(isinstance(other, str) and other for other in others):
+            raise ConfigError(f"ties of {safe_repr(name)} must be a list of dotted paths; got {safe_repr(others)}")
+        if len({name, *others}) <= len(others):
+            raise ConfigError(f"ties of {safe_repr(name)} must be different names; got {safe_repr(others)}")
+        if name not in file.kept and (others or name not in alone):
+            raise ConfigError(
+                f"ties names {safe_repr(name)}, which is neither a kept parameter nor a target without ties; the names "
+                "to which a target is tied are its own"
+            )
+    return {name: tuple(others) for name, others in file.ties.items()}
+
+
 def _check_dtypes(file: AdapterFile) -> None:
     tensors = dict(file.tensors())
     for name, dtype in file.dtypes.items():
@@ -366,7 +390,7 @@ def _check_dtypes(file: AdapterFile) -> None:
 
 
 def _check_text(file: AdapterFile) -> None:
-    texts = [file.model, *file.kept]
+    texts = [file.model, *file.kept, *(other for others in file.ties.values() for other in others)]
     for target in file.targets:
         texts += [target.module, target.parameter, target.layer]
     for text in texts:

@@ -64,6 +64,11 @@ a default is omitted if it has that value.
     its default is omitted. No value of it names code: the task and the library are from fixed lists. Default unknown.
 ``labels``
     List of at most 32,768 strings, only with ``pretrained``: the names of the model's outputs. Default none.
+``ties``
+    Object of the names of kept parameters, each with a list of the other names of the same tensor in the model: the
+    parameter belongs to several modules; empty if it belongs to its own module alone. The name of a target that is not
+    ``tied`` may be here with an empty list: the update is of its module alone, also where the model ties the weight to
+    another. Default unknown.
 ``activation``
     LoDA's function between the two factors: relu, gelu, tanh or silu. Default none.
 ``base``
@@ -306,6 +311,7 @@ def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, 
         model=recipe.get("model", ""),
         trained=trained,
         pretrained=recipe["pretrained"],
+        ties=recipe.get("ties", {}),
     )
     found.check_finite()
     return found, recipe, left_out

@@ -6,18 +6,22 @@ import difflib
 import functools
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from tnadapt.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from tnadapt.checkpoints.container import DTYPES, Entry
 from tnadapt.checkpoints.stored_weights import FLOATS
 from tnadapt.checkpoints.stored_weights import numbers as tensor_of
 from tnadapt.errors import FileError, TargetError, safe_repr
 from tnadapt.targets.checkpoint_experts import experts_of
 from tnadapt.targets.roles import layer_of, parse_projection_name
 from tnadapt.targets.target import Target
+
+from ._updates import round_to, widen
 
 __all__ = ["Base", "as_base", "target_of"]
 
@@ -31,6 +35,8 @@ class Base:
         Shapes of the modules' ``weight``, by module path; None if only the path is known.
     ordered : bool
         Whether the modules are in the order of the model's ``named_modules()``, as far as is known.
+    tensors : mapping of str to sequence of int
+        Shapes of all tensors that are known, by name.
     """
 
     def __init__(
@@ -41,10 +47,20 @@ class Base:
         checkpoint: Checkpoint | None = None,
     ) -> None:
         self.shapes, self.ordered = dict(shapes), ordered
-        self._tensors, self._checkpoint = tensors or {}, checkpoint
+        self.tensors, self._checkpoint = tensors or {}, checkpoint
         self._flat: dict[str, list[str]] = {}
         for path in self.shapes:
             self._flat.setdefault(path.replace(".", "_"), []).append(path)
+
+    @functools.cached_property
+    def heads(self) -> dict[str, str]:
+        """Modules that are not stored, as they are tied to an embedding, each with that embedding."""
+        return {} if self._checkpoint is None else _tied_heads(self._checkpoint)
+
+    @property
+    def unknown_heads(self) -> bool:
+        """Whether an embedding is tied to a head of which the name is not known."""
+        return self._checkpoint is not None and self._checkpoint.ties_head and not self.heads
 
     @functools.cached_property
     def experts(self) -> list[Target]:
@@ -56,7 +72,7 @@ class Base:
             If it is unclear how the matrices are stored.
         """
         config = None if self._checkpoint is None else self._checkpoint.config
-        return [one.target for one in experts_of(self._tensors, config) if one.target.index == 0]
+        return [one.target for one in experts_of(self.tensors, config) if one.target.index == 0]
 
     def rows(self, path: str, numbers: Sequence[int]) -> np.ndarray:
         """Read rows of a module's weight, in float64.
@@ -71,7 +87,7 @@ class Base:
             raise TargetError(
                 f"the values of {safe_repr(path)} are needed, and base has shapes: give a folder or safetensors file"
             )
-        name = f"{path}.weight"
+        name = self._name(f"{path}.weight")
         shape = self._checkpoint.entries[name].shape
         if len(shape) != 2 or max(numbers) >= shape[0] or self._checkpoint.entries[name].dtype not in FLOATS:
             raise TargetError(
@@ -79,6 +95,34 @@ class Base:
                 f"{max(numbers)} of a floating-point matrix is wanted: this is another model"
             )
         return np.stack([tensor_of(self._checkpoint, name, number).astype(np.float64) for number in numbers])
+
+    def check_stored(self, name: str, entry: Entry, stored: np.ndarray) -> None:
+        """Raise TargetError if a parameter that another library stored differs from the one here.
+
+        A parameter that is not here, whose numbers are not known, or that is quantized is not compared.
+        """
+        own = self._name(name)
+        if self._checkpoint is None or own not in self._checkpoint.entries or entry.dtype not in FLOATS:
+            return
+        theirs = self._checkpoint.entries[own]
+        if theirs.dtype not in FLOATS:
+            return
+        ours = self._checkpoint.array(own)
+        if theirs.dtype != entry.dtype:  # it was cast when it was loaded
+            ours = round_to({name: widen(own, theirs.dtype, ours)}, DTYPES[entry.dtype])[0][name]
+            stored = round_to({name: widen(name, entry.dtype, stored)}, DTYPES[entry.dtype])[0][name]
+        if not np.array_equal(ours, stored):
+            raise TargetError(
+                f"the adapter was saved next to a {safe_repr(name)} that differs from that of base: PEFT would load it "
+                "into the model. Give the model that the adapter was made for; or, if the weight was changed before "
+                "training, save that model and give it"
+            )
+
+    def _name(self, name: str) -> str:
+        """Return the name under which a parameter is stored: of a head that is tied, that of the embedding."""
+        head, checkpoint = name.removesuffix(".weight"), self._checkpoint
+        known = checkpoint is None or name in checkpoint.entries or head not in self.heads
+        return name if known else f"{self.heads[head]}.weight"
 
     def named(self, flat: str, other: str = "") -> str:
         """Return the path whose dots are underscores in ``flat``, or else in ``other``.
@@ -100,6 +144,8 @@ class Base:
 
     def check_module(self, path: str) -> None:
         """Raise TargetError unless the module exists."""
+        if path not in self.shapes and path in self.heads:
+            self.shapes[path] = self.shapes[self.heads[path]]
         if path not in self.shapes:
             raise TargetError(f"base has no module {safe_repr(path)}{self._close(path, self.shapes)}")
 
@@ -159,6 +205,38 @@ def _of_file(path: str) -> Base:
         raise FileError(f"{path} has no tensor whose name ends in .weight, and is not a base model")
     tensors = {name: entry.shape for name, entry in entries.items()}
     return Base(found, ordered=False, tensors=tensors, checkpoint=checkpoint)  # safetensors sorts its tensors
+
+
+# Token embeddings of transformers' language models by the ends of their paths, with the modules that
+# ``tie_word_embeddings`` ties to them, and a tensor that a checkpoint has where these are the modules: of several rows
+# the first that fits.
+_TIED: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("shared", ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"), "shared.weight"),
+    *((embedding, ("lm_head",), f"{embedding}.weight") for embedding in (
+        "model.embed_tokens", "model.language_model.embed_tokens", "model.decoder.embed_tokens", "transformer.wte",
+    )),
+    ("embeddings.word_embeddings", ("cls.predictions.decoder",), "cls.predictions.transform.dense.weight"),
+    ("embeddings.word_embeddings", ("lm_head.decoder",), "lm_head.dense.weight"),
+    ("embeddings.word_embeddings", ("predictions.decoder",), "predictions.dense.weight"),
+    ("embeddings.word_embeddings", ("generator_lm_head",), "generator_predictions.dense.weight"),
+    ("embeddings.word_embeddings", ("vocab_projector",), "vocab_transform.weight"),
+)  # fmt: skip
+# Architectures that have these embeddings, and other heads.
+_OTHER_HEADS = re.compile(
+    "Whisper|Moonshine|Canary|CohereAsr|TrOCR|T5Gemma|Ultrabert|Blt|Blip|Csm|Udop|Kosmos2|Pop2Piano"
+)
+
+
+def _tied_heads(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the modules that a checkpoint does not store, as they are tied to an embedding, each with it."""
+    if not checkpoint.ties_head or any(map(_OTHER_HEADS.match, map(str, (checkpoint.config or {})["architectures"]))):
+        return {}
+    stored = checkpoint.entries
+    for end, heads, witness in _TIED:
+        found = [name for name in stored if name == f"{end}.weight" or name.endswith(f".{end}.weight")]
+        if len(found) == 1 and witness in stored and not any(f"{head}.weight" in stored for head in heads):
+            return dict.fromkeys(heads, found[0].removesuffix(".weight"))
+    return {}
 
 
 def _module(name: str) -> str:

@@ -56,6 +56,8 @@ class ForeignAdapter(NamedTuple):
         How the updates meet the weights; by default they are added.
     part : str
         The part that was read, if files of the format have parts.
+    ties : mapping of str to sequence of str
+        As in :class:`~tnadapt.AdapterFile`.
     """
 
     kind: str
@@ -69,6 +71,7 @@ class ForeignAdapter(NamedTuple):
     parameters: int | None = None
     application: Application = Application()
     part: str = ""
+    ties: Mapping[str, Sequence[str]] = {}
 
     @classmethod
     def of(
@@ -115,6 +118,9 @@ class EncodedAdapter(NamedTuple):
         Tensors of integers, such as positions, not counted as parameters.
     record : mapping
         Entries that the format adds to the record of the conversion in the file's metadata.
+    kept_names : mapping of str to sequence of str
+        For parameters trained alongside the adapter the names of the tensors that store them, unless each has one,
+        :meth:`FileFormat.kept_name`.
     """
 
     tensors: dict[str, Float]
@@ -122,6 +128,7 @@ class EncodedAdapter(NamedTuple):
     config: dict[str, Any] | None = None
     record: Mapping[str, Any] = {}
     integers: Mapping[str, np.ndarray] = {}
+    kept_names: Mapping[str, Sequence[str]] = {}
 
 
 class FileFormat:
@@ -335,6 +342,26 @@ class FileFormat:
             If its config has another structure.
         """
         raise self._lacks("encode_file")
+
+    def with_kept(
+        self, encoded: EncodedAdapter, modules: Sequence[Module], file: AdapterFile, base: Base | None
+    ) -> EncodedAdapter:
+        """Add the settings and names of the parameters trained alongside an adapter; by default nothing.
+
+        Parameters
+        ----------
+        encoded : EncodedAdapter
+        modules : sequence of Module
+        file : AdapterFile
+            With the parameters, ``kept``.
+        base : Base, optional
+
+        Raises
+        ------
+        ConfigError
+            If the library could not load them.
+        """
+        return encoded
 
     def kept_name(self, name: str) -> str:
         """Return the name of the tensor that stores a parameter trained alongside the adapter."""

@@ -29,6 +29,7 @@ def join(
     kept: Mapping[str, np.ndarray],
     dtypes: Mapping[str, str],
     model: str = "",
+    ties: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[AdapterFile, tuple[ModuleUpdate, ...]]:
     """Join the updates of many weights into one adapter file, exactly.
 
@@ -38,7 +39,7 @@ def join(
         At least one.
     dtype : str
         The dtype of the stored arrays if it represents all of their values; otherwise they are float32.
-    kept, dtypes, model
+    kept, dtypes, model, ties
         As in :class:`~tnadapt.AdapterFile`; ``dtypes`` are those of ``kept``.
 
     Returns
@@ -69,8 +70,9 @@ def join(
     ordered = [one for part in parts for one in part]
     stored, kinds_of = narrow(arrays, dtype)
     file = AdapterFile(
-        config, [one.target for one in ordered], stored, kept=kept, dtypes={**dtypes, **kinds_of}, model=model
-    )
+        config, [one.target for one in ordered], stored, kept=kept, dtypes={**dtypes, **kinds_of}, model=model,
+        ties=ties or {},
+    )  # fmt: skip
     return file, tuple(one.update for one in ordered)
 
 

@@ -5,27 +5,28 @@ The methods whose structure this library has (``_peft_method``) read their folde
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tnadapt.checkpoints.container import DTYPES, Container, raw_dtype
+from tnadapt.checkpoints.container import DTYPES, Container, raw_bytes, raw_dtype
 from tnadapt.errors import FileError, safe_repr, summarize
 from tnadapt.targets.roles import natural
 from tnadapt.targets.target import Target
 
 from ._base_model import Base, target_of
 from ._files import RECORD
-from ._peft_settings import CommonSettings
+from ._peft_settings import CommonSettings, PeftSettings
 from ._updates import Float, common_dtype, widen
 
 __all__ = [
-    "CONFIG_NAME", "PREFIX", "SHAPES", "TRANSPOSED", "PeftContent", "check_transposed", "kept_array", "kept_name",
-    "recorded",
+    "CONFIG_NAME", "PREFIX", "SHAPES", "TRANSPOSED", "OtherTensors", "PeftContent", "check_transposed", "is_saved",
+    "other_tensors", "recorded",
 ]  # fmt: skip
 
 PREFIX = "base_model.model."
@@ -65,6 +66,8 @@ class PeftContent:
         By name, without ``base_model.``.
     dtypes : set of str
         The dtypes of the floating-point tensors.
+    others : OtherTensors
+        What is there besides.
 
     Raises
     ------
@@ -86,9 +89,8 @@ class PeftContent:
         self.config, self.settings, self.base, self.title = config, settings, base, settings.title
         self.shared: dict[str, Any] = {}
         self.dtypes = set[str]()
-        self.kept, self.kept_dtypes = dict[str, np.ndarray](), dict[str, str]()
         self.parameters = 0
-        modules, unknown = dict[str, dict[str, Any]](), list[str]()
+        modules, others = dict[str, dict[str, Any]](), list[str]()
         for name, entry in container.entries.items():
             path, _, last = name.removeprefix(PREFIX).rpartition(".")
             whole = name.removeprefix(_MODEL_LEVEL)
@@ -98,13 +100,9 @@ class PeftContent:
                 self._check_copy(name, last, container)
             elif name != whole and any(whole == one or whole.startswith(f"{one}.") for one in shared):
                 self.shared[whole] = self._number(name, entry.dtype, container, False)
-            elif (kept := kept_name(name.removeprefix(PREFIX), settings.saved, settings.bias)) is not None:
-                self.kept[kept], kind = kept_array(name, entry.dtype, container.array(name))
-                self.kept_dtypes |= {f"kept.{kept}": kind} if kind else {}
             else:
-                unknown.append(name)
-        if unknown:
-            raise FileError(f"has tensors that do not belong to a {self.title} adapter: {summarize(unknown)}")
+                others.append(name)
+        self.others = other_tensors(container, others, modules, settings, self.title, base)
         self.modules = {path: modules[path] for path in sorted(modules, key=natural)}
         self._transposed = recorded(container.metadata, TRANSPOSED, bool)
         self._shapes = recorded(container.metadata, SHAPES, list)
@@ -245,17 +243,149 @@ def check_transposed(targets: Sequence[Target], says: bool) -> None:
         )
 
 
-def kept_name(path: str, saved: Sequence[str], bias: str) -> str | None:
-    """Return the name under which another tensor is kept, or None if the settings do not mark it as trained."""
-    # PEFT's own rule for modules_to_save.
-    if any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in saved):
-        return path.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+class OtherTensors(NamedTuple):
+    """What a folder has besides the tensors of its method.
+
+    Attributes
+    ----------
+    kept : dict of str to ndarray
+        The trained parameters, by their names in the base.
+    dtypes : dict of str to str
+        "bfloat16" for those that are stored as such, by ``kept.NAME``.
+    ties : dict of str to tuple of str
+        For each kept matrix the other names of its tensor: PEFT trains a copy, which is tied to nothing unless it says
+        so.
+    bases : list of str
+        The modules whose weights of the base are stored next to the update.
+    notes : tuple of str
+    """
+
+    kept: dict[str, np.ndarray]
+    dtypes: dict[str, str]
+    ties: dict[str, tuple[str, ...]]
+    bases: list[str]
+    notes: tuple[str, ...] = ()
+
+
+def other_tensors(
+    container: Container,
+    names: Sequence[str],
+    adapted: Collection[str],
+    settings: CommonSettings | PeftSettings,
+    title: str,
+    base: Base | None,
+) -> OtherTensors:
+    """Read the tensors that are not those of a method.
+
+    Parameters
+    ----------
+    container : Container
+    names : sequence of str
+        The tensors to read.
+    adapted : collection of str
+        Paths of the modules with an update.
+    settings : CommonSettings or PeftSettings
+    title : str
+        The method's name, for messages.
+    base : Base, optional
+
+    Raises
+    ------
+    FileError
+        If one is none of what PEFT stores there; if two copies of a parameter differ; or if the stored weight of the
+        base is another one than that of ``base``.
+    """
+    trained, others, layers = dict[str, list[str]](), list[str](), list[str]()
+    every = set(names)
+    for name in names:
+        path = name.removeprefix(PREFIX)
+        if (module := path.partition(".base_layer.")[0]) in adapted and not (
+            settings.bias != "none" and path == f"{module}.base_layer.bias"
+        ):
+            layers.append(name)
+        elif (kept := _kept_name(path, every, settings.saved, settings.bias)) is None:
+            others.append(name)
+        elif kept:
+            trained.setdefault(kept, []).append(name)
+    found = OtherTensors({}, {}, {}, [])
+    for kept, stored in trained.items():
+        _need_equal(container, stored)
+        found.kept[kept], dtype = _kept_array(stored[0], container.entries[stored[0]].dtype, container.array(stored[0]))
+        found.dtypes.update({f"kept.{kept}": dtype} if dtype else {})
+        if found.kept[kept].ndim == 2 and is_saved(kept, settings.saved):
+            found.ties[kept] = ()
+    if settings.ties:
+        others = _join_ties(container, found, trained, others)
+    if others:
+        raise FileError(f"has tensors that do not belong to a {title} adapter: {summarize(others)}")
+    for name in layers:
+        module, _, parameter = name.removeprefix(PREFIX).partition(".base_layer.")
+        if base is not None:
+            base.check_stored(f"{module}.{parameter}", container.entries[name], container.array(name))
+        found.bases.append(module)
+    if not layers:
+        return found
+    note = f"left out {summarize(layers)}: PEFT saves the base's own weight next to the update of an embedding or head"
+    return found._replace(notes=(note,))
+
+
+def _join_ties(
+    container: Container, found: OtherTensors, trained: Mapping[str, Sequence[str]], others: Sequence[str]
+) -> list[str]:
+    """Record the copies of kept matrices that PEFT stores for each module they are tied to; return what is none."""
+    stored = {kept: trained[kept][0] for kept in found.ties} | {name.removeprefix(PREFIX): name for name in others}
+    firsts, joined = dict[tuple[Any, ...], str](), set[str]()
+    for name in [name for name in stored if name.endswith(".weight")]:
+        entry = container.entries[stored[name]]
+        content = raw_bytes(np.ascontiguousarray(container.array(stored[name])))
+        first = firsts.setdefault((entry.dtype, entry.shape, hashlib.sha256(content).digest()), name)
+        if first != name and first in found.ties:
+            found.ties[first] += (name,)
+            joined.add(stored[name])
+            found.kept.pop(name, None)
+            found.ties.pop(name, None)
+            found.dtypes.pop(f"kept.{name}", None)
+    return [name for name in others if name not in joined]
+
+
+def _kept_name(path: str, names: Collection[str], saved: Sequence[str], bias: str) -> str | None:
+    """Return the name of the parameter that a tensor is a trained copy of; "" for an untrained one, None for others."""
+    module, wrapper, rest = path.partition(".modules_to_save.")
+    if wrapper and is_saved(f"{module}.{rest}", saved):
+        # Below a saved module, PEFT leaves the adapter's name in those of biases.
+        return next(
+            (own for own in (f"{module}.{rest}", f"{module}.{rest.partition('.')[2]}") if PREFIX + own in names),
+            f"{module}.{rest}",
+        )
+    if ".original_module." in path and bias != "none" and is_saved(path, saved):
+        return ""
+    if is_saved(path, saved):
+        return path
     if bias != "none" and path.rpartition(".")[2] == "bias":
         return path.replace(".base_layer.", ".")
     return None
 
 
-def kept_array(name: str, tag: str, array: np.ndarray) -> tuple[np.ndarray, str]:
+def is_saved(path: str, saved: Sequence[str]) -> bool:
+    """Return whether PEFT's ``modules_to_save`` name a module that has the parameter: by the end of its path."""
+    modules = itertools.accumulate(path.split(".")[:-1], "{}.{}".format)
+    return any(module.endswith(name) for module in modules for name in saved)
+
+
+def _need_equal(container: Container, names: Sequence[str]) -> None:
+    """Raise FileError if two copies of a trained parameter differ."""
+    first = container.array(names[0])
+    for other in names[1:]:
+        if container.entries[other].dtype != container.entries[names[0]].dtype or not np.array_equal(
+            first, container.array(other)
+        ):
+            raise FileError(
+                f"{safe_repr(names[0])} and {safe_repr(other)} are copies of one trained parameter, and differ: save "
+                "the adapter again with PEFT"
+            )
+
+
+def _kept_array(name: str, tag: str, array: np.ndarray) -> tuple[np.ndarray, str]:
     """Return a kept parameter, and "bfloat16" if it is stored as such, else ""."""
     if tag == "BF16":
         array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)

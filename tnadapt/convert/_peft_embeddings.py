@@ -19,14 +19,18 @@ from ._unpack import Module, TargetUpdate
 from ._updates import Float, ModuleUpdate
 
 __all__ = [
-    "EMBEDDING", "as_embedding", "decoded", "encoded", "is_embedding", "joined_ties", "stored_bases", "tied_paths",
+    "EMBEDDING", "as_embedding", "decoded", "encoded", "is_embedding", "is_head", "joined_ties", "tied_paths",
     "without_ties",
 ]  # fmt: skip
 
 #: Maps suffixes of names in the file to the names under which the transposed tensors are decoded.
 EMBEDDING = {"lora_embedding_A": "lora_up", "lora_embedding_B": "lora_down"}
 
-_BASE = "base_layer.weight"
+# All names of the heads that transformers ties to embeddings.
+_HEADS = (
+    "decoder", "embed_out", "generator_lm_head", "head", "lm_head", "lm_loss", "out_proj", "output",
+    "output_projection", "proj", "proj_out", "vocab_projector",
+)  # fmt: skip
 
 
 def is_embedding(module: Module) -> bool:
@@ -38,10 +42,19 @@ def encoded(module: Module, factors: Mapping[str, Float]) -> dict[str, Float]:
     """Return the tensors of a module's update, given the factors of a linear layer's: by path and name."""
     if not is_embedding(module):
         return {f"{module.path}.{name}": array for name, array in factors.items()}
-    own = {"lora_embedding_A": factors["lora_B.weight"].T, "lora_embedding_B": factors["lora_A.weight"].T}
-    # A head that is tied to the embedding has the same update once more, as a linear layer.
-    heads = {f"{path}.{name}": array for path in tied_paths(module) for name, array in factors.items()}
-    return {f"{module.path}.{name}": array for name, array in own.items()} | heads
+    turned = {"lora_embedding_A": factors["lora_B.weight"].T, "lora_embedding_B": factors["lora_A.weight"].T}
+    # What is tied to the embedding has the same update once more; a head has it as a linear layer.
+    return {
+        f"{path}.{name}": array
+        for path in (module.path, *tied_paths(module))
+        for name, array in (factors if path != module.path and is_head(path) else turned).items()
+    }
+
+
+def is_head(path: str) -> bool:
+    """Return whether a module is an output head, by its name outside of all numbered layers."""
+    *outer, last = path.split(".")
+    return last in _HEADS and not any(map(str.isdecimal, outer))
 
 
 def decoded(suffix: str, array: Float) -> Float:
@@ -77,7 +90,7 @@ def joined_ties(found: Sequence[TargetUpdate]) -> list[TargetUpdate]:
     """Return updates of which those of a head that equal an embedding's are one with it."""
     joined = list(found)
     for one in found:
-        if one.target.role != "embedding" or one.update.kind != "lora":
+        if one.target.role != "embedding" or one.update.kind != "lora" or not any(own is one for own in joined):
             continue
         others = [other for other in joined if other is not one and _same(one.update, other.update)]
         if others:
@@ -90,8 +103,3 @@ def _same(one: ModuleUpdate, other: ModuleUpdate) -> bool:
     if other.kind != "lora" or (one.shape, one.scale, one.rank) != (other.shape, other.scale, other.rank):
         return False
     return all(np.array_equal(a, b) for a, b in zip(one.pair, other.pair, strict=True))
-
-
-def stored_bases(unknown: Sequence[str], prefix: str, embeddings: Mapping[str, object]) -> list[str]:
-    """Return the tensors that are weights of the base, which PEFT saves next to an embedding's update."""
-    return [name for name in unknown if name.removeprefix(prefix).removesuffix(f".{_BASE}") in embeddings]

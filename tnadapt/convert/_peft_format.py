@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,13 +27,13 @@ from ._application import Application, not_additive
 from ._base_model import Base, target_of
 from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
 from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, pickle_error, safetensors_content
-from ._peft_content import CONFIG_NAME, PREFIX, TRANSPOSED, check_transposed, kept_array, kept_name, recorded
+from ._peft_content import CONFIG_NAME, PREFIX, TRANSPOSED, check_transposed, is_saved, other_tensors, recorded
 from ._peft_embeddings import (
     EMBEDDING,
     as_embedding,
     is_embedding,
+    is_head,
     joined_ties,
-    stored_bases,
     tied_paths,
     without_ties,
 )
@@ -45,7 +45,7 @@ from ._peft_experts import encoded as encoded_experts
 from ._peft_methods import METHODS
 from ._peft_origin import origin_settings
 from ._peft_settings import LOW_RANK, PeftSettings, config_of, settings_of
-from ._peft_tokens import TOKENS
+from ._peft_tokens import TOKENS, separate_rows
 from ._peft_tokens import decoded as decoded_tokens
 from ._stored_tensors import (
     LOHA,
@@ -75,6 +75,10 @@ _REFUSED = {
     "lora_B.bias": "it adds to the layer's bias, which is not in the file",
     "trainable_tokens_delta": "rows of an embedding, of a method of their own",
 }
+
+
+# PEFT's methods without the setting "bias".
+_WITHOUT_BIASES = ("LOKR", "LOHA", "HIRA", "SHIRA")
 
 
 class PeftFormat(FileFormat):
@@ -147,10 +151,10 @@ class PeftFormat(FileFormat):
             )
 
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
-        """Raise ConfigError for kept parameters of the model itself, or of modules with an adapted weight."""
-        for name in kept:
+        """Raise ConfigError for kept parameters of the model itself, or next to an adapted weight, but for biases."""
+        for name in _saved_whole(modules, kept):
             holder = name.rpartition(".")[0]
-            inside = [m.path for m in modules if re.match(rf"(^|.*\.){re.escape(holder)}($|\..*)", m.path)]
+            inside = [m.path for m in modules if is_saved(f"{m.path}.weight", [holder])]
             if not holder or inside:
                 what = f"the adapted weight of {safe_repr(inside[0])}" if inside else "the model itself"
                 raise ConfigError(
@@ -206,7 +210,7 @@ class PeftFormat(FileFormat):
         tensors |= {PREFIX + name: array for name, array in experts.tensors.items()}
         ranks += experts.ranks.values()
         names = transposed | dict.fromkeys(experts.ranks, False)
-        config = config_of(kind, names, ranks, [*alphas, *experts.alphas.values()], kept, list(experts.ranks))
+        config = config_of(kind, names, ranks, [*alphas, *experts.alphas.values()], list(experts.ranks))
         config |= choice.settings | ({"ensure_weight_tying": True} if any(map(tied_paths, plain)) else {})
         linear = [module.transposed for module in plain if not is_embedding(module)]
         if kind == "lora" and linear:  # PEFT does not ask it of embeddings
@@ -272,6 +276,46 @@ class PeftFormat(FileFormat):
         config = encoded.config or {}
         return encoded._replace(config={**config, **origin_settings(about, config.get("modules_to_save"))})
 
+    def with_kept(
+        self, encoded: EncodedAdapter, modules: Sequence[Module], file: AdapterFile, base: Base | None
+    ) -> EncodedAdapter:
+        """Write biases by the setting ``bias``, and all else by ``modules_to_save``."""
+        unclear = [m.path for m in modules if is_embedding(m) and not m.targets[0][1].tied and m.name not in file.ties]
+        if unclear and base is not None and base.unknown_heads:
+            raise ConfigError(
+                f"base ties an embedding to its output head, and the adapter's file does not say whether an update of "
+                f"{safe_repr(unclear[0])} is one of both: load it with keep_tied=True, or with untie=True, and save it "
+                "again, so that the file says so"
+            )
+        if not file.kept:
+            return encoded
+        config = dict(encoded.config or {})
+        whole = _saved_whole(modules, file.kept)
+        biases = [name for name in file.kept if name not in whole]
+        adapted = {f"{path}.bias": path for module in modules for path in (module.path, *tied_paths(module))}
+        if biases and config["peft_type"] in _WITHOUT_BIASES:
+            raise ConfigError(
+                f"PEFT's {config['peft_type']} trains no biases, and the adapter keeps {summarize(biases)}: convert "
+                "to 'peft-lora', or without them by without_kept=True (--without-kept)"
+            )
+        names = {name: [name, *file.ties.get(name, ())] for name in file.kept}
+        saved = sorted({one.rpartition(".")[0] for name in whole for one in names[name]})
+        every = {one for own in names.values() for one in own}
+        missing = [name for name in (base.tensors if base else ()) if is_saved(name, saved) and name not in every]
+        if missing:
+            raise ConfigError(
+                f"PEFT saves whole modules, by the ends of their names: with {summarize(whole)} it needs "
+                f"{summarize(missing)}, which the adapter does not keep. Train all of them by keep_trainable, or "
+                "convert without by without_kept=True (--without-kept)"
+            )
+        if biases:
+            config["bias"] = "all" if config["peft_type"] != "LORA" or set(biases) - adapted.keys() else "lora_only"
+        if config["peft_type"] == "LORA" and any(len(names[name]) > 1 for name in whole):
+            config["ensure_weight_tying"] = True
+        layers = {name: [f"{adapted[name]}.base_layer.bias"] for name in biases if name in adapted}
+        stored = {name: [PREFIX + one for one in own] for name, own in (names | layers).items()}
+        return encoded._replace(config={**config, "modules_to_save": saved or None}, kept_names=stored)
+
     def kept_name(self, name: str) -> str:
         """Return the name of a tensor of ``modules_to_save``."""
         return PREFIX + name
@@ -287,6 +331,18 @@ class PeftFormat(FileFormat):
         # Some loaders require the entry "pt".
         content = safetensors_content(tensors, dtypes, {RECORD: json_text(record), "format": "pt"})
         return {_WEIGHTS: content, CONFIG_NAME: (json_text(config, indent=2) + "\n").encode()}
+
+
+def _saved_whole(modules: Sequence[Module], kept: Collection[str]) -> list[str]:
+    """Return the kept parameters other than biases of adapted layers, and of layers of which nothing else is kept."""
+    adapted = {path for module in modules for path in (module.path, *tied_paths(module))}
+    holders = Counter(name.rpartition(".")[0] for name in kept)
+
+    def is_bias(name: str) -> bool:
+        holder, _, last = name.rpartition(".")
+        return last == "bias" and (holder in adapted or holders[holder] == 1)
+
+    return [name for name in kept if not is_bias(name)]
 
 
 def _wider(factor: Float, axis: int, rank: int) -> Float:
@@ -309,8 +365,7 @@ def _check_weights(folder: str) -> None:
 def _read(container: Container, settings: PeftSettings, base: Base | None) -> ForeignAdapter:
     """Read the adapter of an open file of weights."""
     modules: dict[str, dict[str, Float]] = {}
-    kept, bits = dict[str, np.ndarray](), dict[str, str]()
-    dtypes, unknown, linear = set[str](), list[str](), set[str]()
+    dtypes, unread, linear = set[str](), list[str](), set[str]()
     magnitudes, hira = dict[str, Float](), settings.apply == "hadamard"
     embeddings, tokens = dict[str, list[str]](), dict[str, Float]()
     for name, entry in container.entries.items():
@@ -335,18 +390,12 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
             dtypes.add(DTYPES[entry.dtype])
         elif suffix in _REFUSED:
             raise FileError(f"{safe_repr(name)} cannot be converted: {_REFUSED[suffix]}")
-        elif (own := kept_name(path, settings.saved, settings.bias)) is not None:
-            kept[own], kind = kept_array(name, entry.dtype, container.array(name))
-            bits |= {f"kept.{own}": kind} if kind else {}
         else:
-            unknown.append(name)
+            unread.append(name)
     both = sorted(linear.intersection(embeddings) | tokens.keys() & modules.keys())
     if both:
         raise FileError(f"{safe_repr(both[0])} has tensors of an embedding next to those of another layer")
-    bases = stored_bases(unknown, PREFIX, embeddings)
-    unknown = [name for name in unknown if name not in bases]
-    if unknown:
-        raise FileError(f"has tensors that do not belong to a {settings.kind} adapter: {summarize(unknown)}")
+    others = other_tensors(container, unread, modules, settings, settings.kind, base)
     if not modules and not tokens:
         raise FileError("has no adapted weight")
     found, rest = decoded_experts(modules, settings, recorded(container.metadata, EXPERTS, list), base)
@@ -369,17 +418,36 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
     if base is not None and settings.kind == "lora":
         known = {*transposed, *embeddings}
         check_transposed([one.target for one in found if one.target.module not in known], settings.transposed)
-    found = [*(joined_ties(found) if settings.ties else found), *decoded_tokens(tokens, settings.tokens, base)]
+    if settings.ties:
+        found = joined_ties(found)
+    rows = decoded_tokens(tokens, settings.tokens, base)
+    ties = others.ties | dict.fromkeys([*_alone(found, others.bases), *separate_rows(rows, base)], ())
+    found += rows
+    notes = others.notes
+    if any(not one.target.tied for one in rows) and base is not None and base.unknown_heads:
+        notes += (
+            "base ties an embedding to its output head, which PEFT's rows of tokens change as well: load the result "
+            "with keep_tied=True, and save it again for PEFT, so that the file says so",
+        )
     if settings.apply == "magnitude" and magnitudes.keys() != modules.keys():
         wrong = summarize(magnitudes.keys() ^ modules.keys())
         raise FileError(f"use_dora of {CONFIG_NAME} is true, and these lack a magnitude or factors: {wrong}")
     application = Application(settings.apply, magnitudes=magnitudes)
     named = {"add": settings.kind, "magnitude": "dora", "hadamard": "hira"}[settings.apply]
-    notes = (f"left out {summarize(bases)}: PEFT saves the base's own weight next to an embedding's update",)
     return ForeignAdapter(
-        named, found, common_dtype(dtypes), kept, bits, settings.model, notes=notes if bases else (),
-        application=application,
+        named, found, common_dtype(dtypes), others.kept, others.dtypes, settings.model, notes=notes,
+        application=application, ties=ties,
     )  # fmt: skip
+
+
+def _alone(found: Sequence[TargetUpdate], bases: Collection[str]) -> list[str]:
+    """Return the names of embeddings and heads that PEFT adapts alone, also where the model ties them."""
+    targets = [one.target for one in found if not one.target.tied]
+    return [
+        target.name
+        for target in targets
+        if target.role == "embedding" or target.module in bases or is_head(target.module)
+    ]
 
 
 def _split_name(name: str) -> tuple[str, str]:

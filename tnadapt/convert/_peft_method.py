@@ -21,6 +21,7 @@ from tnadapt.targets.target import Target
 from ._base_model import Base
 from ._file_format import EncodedAdapter, ForeignAdapter
 from ._peft_content import PREFIX, SHAPES, TRANSPOSED, PeftContent
+from ._peft_embeddings import is_head
 from ._peft_settings import common_config, common_settings, integer_of
 from ._unpack import Module, TargetUpdate
 from ._updates import Float, ModuleUpdate, narrow
@@ -49,6 +50,8 @@ class OwnStructure:
     trained : sequence of str, optional
         As in :class:`~tnadapt.AdapterFile`.
     notes : tuple of str
+    alone : sequence of str
+        The names of targets that are updated alone, also where the model ties them.
     """
 
     targets: Sequence[Target]
@@ -58,6 +61,7 @@ class OwnStructure:
     updates: Sequence[ModuleUpdate] = ()
     trained: Sequence[str] | None = None
     notes: tuple[str, ...] = ()
+    alone: Sequence[str] = ()
 
 
 class PeftMethod:
@@ -105,22 +109,27 @@ class PeftMethod:
         content.check_targets(found.targets)
         dtype = content.dtype
         updates = [TargetUpdate(target, update) for target, update in zip(found.targets, found.updates, strict=False)]
-        file = None
+        file, others = None, content.others
+        modules = {target.module: target.name for target in found.targets}
+        heads = [name for module, name in modules.items() if module in others.bases or is_head(module)]
+        tied = {target.name for target in found.targets if target.tied}
+        ties = others.ties | {name: () for name in (*found.alone, *heads) if name not in tied}
         if found.config is not None:
             stored, kinds = narrow(found.arrays, dtype)
             file = AdapterFile(
                 found.config,
                 found.targets,
                 stored,
-                kept=content.kept,
-                dtypes={**content.kept_dtypes, **kinds},
+                kept=others.kept,
+                dtypes={**others.dtypes, **kinds},
+                ties=ties,
                 given={name: array.astype(np.float32) for name, array in found.given.items()},
                 trained=found.trained,
                 model=settings.model,
             )
         return ForeignAdapter(
-            self.kind, updates, dtype, content.kept, content.kept_dtypes, settings.model, file, found.notes,
-            content.parameters,
+            self.kind, updates, dtype, others.kept, others.dtypes, settings.model, file,
+            (*found.notes, *others.notes), content.parameters, ties=ties,
         )  # fmt: skip
 
     def read(self, content: PeftContent) -> OwnStructure:
@@ -147,7 +156,7 @@ class PeftMethod:
         """Encode an adapter file of the method's structure; raise ConfigError if it has another one."""
         found = self.write(modules, file)
         transposed = {module.path: module.transposed for module in modules}
-        common = common_config(self.kind, list(transposed), list(file.kept))
+        common = common_config(self.kind, list(transposed))
         if self.may_transpose:
             common["fan_in_fan_out"] = all(transposed.values())
         record = {TRANSPOSED: transposed, SHAPES: {module.path: list(module.shape) for module in modules}}

@@ -198,6 +198,8 @@ class CommonSettings(NamedTuple):
         ``fan_in_fan_out``.
     may_transpose : bool
         Whether the method adapts weights that are stored as (in, out).
+    ties : bool
+        Always false: of these methods none ties what it saves.
     """
 
     title: str
@@ -206,6 +208,7 @@ class CommonSettings(NamedTuple):
     model: str
     transposed: bool
     may_transpose: bool
+    ties: bool = False
 
 
 def common_settings(
@@ -269,7 +272,7 @@ def number_of(name: str, value: Any) -> float:
 # -- Writing -------------------------------------------------------------------------------------
 
 
-def common_config(kind: str, paths: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
+def common_config(kind: str, paths: Sequence[str]) -> dict[str, Any]:
     """Return the fields of ``adapter_config.json`` that all methods have, with full paths of all weights."""
     return {
         "peft_type": kind.upper(),
@@ -277,7 +280,7 @@ def common_config(kind: str, paths: Sequence[str], kept: Sequence[str]) -> dict[
         "base_model_name_or_path": None,
         "inference_mode": True,
         "target_modules": _targeted(paths),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in kept}) or None,
+        "modules_to_save": None,
     }
 
 
@@ -286,7 +289,6 @@ def config_of(
     transposed: Mapping[str, bool],
     ranks: Sequence[int],
     alphas: Sequence[float],
-    kept: Sequence[str],
     parameters: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return ``adapter_config.json``, with full paths of all weights, and patterns for differing ranks and alphas.
@@ -298,15 +300,13 @@ def config_of(
         Maps paths of modules to whether their weights are stored as ``(in, out)``.
     ranks, alphas : sequence
         Ranks and alphas of the modules.
-    kept : sequence of str
-        Names of the parameters of ``modules_to_save``.
     parameters : sequence of str
         Those of the paths that are names of parameters, for ``target_parameters``.
     """
     rank, alpha = (Counter(values).most_common(1)[0][0] for values in (ranks, alphas))
     paths = list(transposed)
     config = {
-        **common_config(kind, [path for path in paths if path not in parameters], kept),
+        **common_config(kind, [path for path in paths if path not in parameters]),
         "r": rank,
         ("lora_alpha" if kind == "lora" else "alpha"): _json_number(alpha),
         "rank_pattern": _pattern_of(paths, ranks, rank),

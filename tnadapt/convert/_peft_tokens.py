@@ -7,7 +7,7 @@ rounds to the stored one: exactly in half precision, to the last bit in float32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,11 @@ from tnadapt.targets.row_sets import RowIndices
 from tnadapt.targets.target import Target
 
 from ._base_model import Base
+from ._peft_embeddings import is_head
 from ._unpack import TargetUpdate
 from ._updates import Float, ModuleUpdate
 
-__all__ = ["TOKENS", "decoded"]
+__all__ = ["TOKENS", "decoded", "separate_rows"]
 
 #: The suffix of the tensors' names.
 TOKENS = "token_adapter.trainable_tokens_delta"
@@ -61,22 +62,35 @@ def decoded(tensors: Mapping[str, Float], indices: Any, base: Base | None) -> li
             raise FileError(f"{safe_repr(path)} has rows of {rows.shape[1]} numbers, and in base of {before.shape[1]}")
         stored = base.shapes[path]
         assert stored is not None  # its rows were read
-        tied = tuple(f"{copy}.weight" for copy, of in copies.items() if of == path)
-        target = Target(path, stored, "embedding", rows=RowIndices(chosen), tied=tied)
+        heads = [*(copy for copy, of in copies.items() if of == path), *_untrained_heads(path, tensors, base)]
+        tied = tuple(f"{head}.weight" for head in heads)
+        role = "linear" if is_head(path) else "embedding"
+        target = Target(path, stored, role, rows=RowIndices(chosen), tied=tied)
         found.append(TargetUpdate(target, ModuleUpdate("dense", target.shape, (rows[order] - before,))))
     return found
 
 
+def separate_rows(found: Sequence[TargetUpdate], base: Base | None) -> list[str]:
+    """Return the names of tied weights of which an embedding and a head have different rows, or the head alone has."""
+    heads = {} if base is None else base.heads
+    trained = {one.target.module for one in found}
+    apart = {name for pair in heads.items() if pair[0] in trained for name in pair}
+    return [one.target.name for one in found if one.target.module in apart]
+
+
 def _copies(tensors: Mapping[str, Float], base: Base) -> dict[str, str]:
     """Return the heads that a base does not store because they are tied, each with the embedding of the same rows."""
-    there = [path for path in tensors if path in base.shapes]
+    there = [path for path in tensors if path in base.shapes and path not in base.heads]
     return {
-        path: of
-        for path in tensors
-        if path not in base.shapes
-        for of in there
-        if np.array_equal(tensors[path], tensors[of])
+        path: of for path in tensors if path not in there for of in there if np.array_equal(tensors[path], tensors[of])
     }
+
+
+def _untrained_heads(path: str, tensors: Mapping[str, Float], base: Base) -> list[str]:
+    """Return the heads that PEFT ties to an embedding: all that a base ties, unless one has other rows of its own."""
+    heads, copies = [head for head, embedding in base.heads.items() if embedding == path], _copies(tensors, base)
+    apart = any(head in tensors and head not in copies for head in heads)
+    return [] if apart else [head for head in heads if head not in tensors]
 
 
 def _numbers(path: str, indices: Any) -> list[int]:

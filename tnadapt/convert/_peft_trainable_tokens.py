@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ._peft_content import PeftContent
 from ._peft_method import OwnStructure, PeftMethod
-from ._peft_tokens import decoded
+from ._peft_tokens import decoded, separate_rows
 
 __all__ = ["PeftTrainableTokens"]
 
@@ -24,4 +24,7 @@ class PeftTrainableTokens(PeftMethod):
         content.require_modules()
         rows = {path: content.tensor(path, _TENSOR, 2) for path in content.modules}
         found = decoded(rows, content.config.get("token_indices"), content.base)
-        return OwnStructure([one.target for one in found], updates=[one.update for one in found])
+        return OwnStructure(
+            [one.target for one in found], updates=[one.update for one in found],
+            alone=separate_rows(found, content.base),
+        )  # fmt: skip

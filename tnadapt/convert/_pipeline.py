@@ -15,6 +15,7 @@ from tnadapt.checkpoints.adapter_format import load
 from tnadapt.checkpoints.container import file_error_context, path_of
 from tnadapt.errors import ConfigError, FileError, TnadaptError, safe_repr
 from tnadapt.plugins import load_plugins
+from tnadapt.targets.target import Target
 
 from ._application import application_of, not_additive, with_application
 from ._base_model import Base, as_base
@@ -77,7 +78,8 @@ def run(
 
 def _without_kept(file: AdapterFile) -> AdapterFile:
     dtypes = {name: dtype for name, dtype in file.dtypes.items() if name in file.arrays}
-    return dataclasses.replace(file, kept={}, dtypes=dtypes)
+    ties = {name: others for name, others in file.ties.items() if name not in file.kept}
+    return dataclasses.replace(file, kept={}, dtypes=dtypes, ties=ties)
 
 
 def _check_error(result: Conversion, max_error: float | None) -> None:
@@ -120,6 +122,7 @@ class ConvertedFrom(NamedTuple):
         The update of each target as stored in another library's file; empty for a file of this library.
     part : str
         The part of the file that was read; "" if it has no parts.
+    base : Base or None
     """
 
     kind: str
@@ -128,6 +131,7 @@ class ConvertedFrom(NamedTuple):
     notes: tuple[str, ...] = ()
     updates: tuple[ModuleUpdate, ...] = ()
     part: str = ""
+    base: Base | None = None
 
 
 def _read(source: Any, base: Any, part: str | None, target: FileFormat | None) -> ConvertedFrom:
@@ -201,16 +205,16 @@ def _read_foreign(name: str, files: StoredFiles, base: Base | None, part: str | 
     if count is None:
         count = sum(update.num_parameters for update in updates)
     if adapter.file is not None:
-        return ConvertedFrom(kind, adapter.file, count, adapter.notes, updates, adapter.part)
-    file, updates = join(adapter.updates, adapter.dtype, adapter.kept, adapter.kept_dtypes, adapter.model)
+        return ConvertedFrom(kind, adapter.file, count, adapter.notes, updates, adapter.part, base)
+    file, updates = join(adapter.updates, adapter.dtype, adapter.kept, adapter.kept_dtypes, adapter.model, adapter.ties)
     file = with_application(file, adapter.application, adapter.dtype)
-    return ConvertedFrom(kind, file, count, adapter.notes, updates, adapter.part)
+    return ConvertedFrom(kind, file, count, adapter.notes, updates, adapter.part, base)
 
 
 def _from_own(file: AdapterFile, known: Base | None, base: Any) -> ConvertedFrom:
     if known is not None:
         check_base(file, known, base)
-    return ConvertedFrom(OWN, with_base_arrays(file, base), file.num_parameters)
+    return ConvertedFrom(OWN, with_base_arrays(file, base), file.num_parameters, base=known)
 
 
 def _in_folder(folder: str) -> str:
@@ -274,14 +278,16 @@ def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None, part: str
         encoded, known = form.encode(spec.kind, modules, choice, list(file.kept)), choice.exact
         if not file.plan.applying.additive:
             encoded = form.applied(encoded, spec.kind, modules, choice, application_of(file, modules))
+    encoded = form.with_kept(encoded, modules, file, found.base)
     encoded = form.of_base(encoded, file.pretrained)
     stored, kinds = (round_to if dtype is not None else narrow)(encoded.tensors, dtype or file.dtype)
     check_range(stored, dtype or file.dtype)
     scalars = {name: array.astype(np.float32) for name, array in encoded.scalars.items()}
     tensors = stored | scalars | dict(encoded.integers)
     for name, array in file.kept.items():
-        tensors[form.kept_name(name)] = array
-        kinds |= {form.kept_name(name): "bfloat16"} if f"kept.{name}" in file.dtypes else {}
+        for stored_name in encoded.kept_names.get(name) or [form.kept_name(name)]:
+            tensors[stored_name] = array
+            kinds |= {stored_name: "bfloat16"} if f"kept.{name}" in file.dtypes else {}
     record = {"from": found.kind, "to": spec.form, "config": file.config.to_dict(), **encoded.record}
     error, errors = _measured(modules, unpacked, spec, form.write(tensors, kinds, record, encoded.config))
     written = next(kinds.get(name, array.dtype.name) for name, array in stored.items())
@@ -317,10 +323,13 @@ def _measured(
 ) -> tuple[float, dict[str, float]]:
     """Read the written bytes back, and return their error."""
     back = _read_foreign(spec.format.name, StoredFiles(contents=files), None, None).file
-    again, places = Unpacked(back), {place_of(target): number for number, target in enumerate(back.targets)}
-    wanted = {module.place for module in modules}
-    # Other libraries have all experts of a parameter; those without a target have zeros.
-    others = [place for place, number in places.items() if place not in wanted and back.targets[number].index is None]
+    again, wanted = Unpacked(back), {module.place for module in modules}
+    places, others = dict[str, int](), list[Target]()
+    for number, target in enumerate(back.targets):
+        own = [place_of(one) for one in (target, *target.tied_targets())]
+        places |= dict.fromkeys(own, number)
+        # Other libraries have all experts of a parameter; those without a target have zeros.
+        others += [target] if target.index is None and wanted.isdisjoint(own) else []
     if others or not places.keys() >= wanted:
         raise FileError("what was written does not read back: please report this")
     norms = {}

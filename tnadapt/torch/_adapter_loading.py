@@ -21,7 +21,7 @@ from tnadapt.targets.target import Target
 
 from . import _merging as merging
 from ._adapter import Adapter
-from ._adapter_saving import FileErrorContext, fingerprint_of, kept_pairs, kept_parameters, need_base
+from ._adapter_saving import FileErrorContext, check_kept, fingerprint_of, kept_pairs, need_base
 from ._arrays import checked_pairs
 from ._attach import attach_with, check_name
 from ._bundle.hub import adapter_path
@@ -30,6 +30,7 @@ from ._removal import take_off
 from ._sharding import copy_all
 from ._state import ADAPTERS_ATTR
 from ._target_selection import find_targets
+from ._tied_weights import names_of_shared, split_by_file
 from ._trainable import keep
 
 __all__ = ["attach_file", "from_pretrained", "load"]
@@ -68,7 +69,8 @@ def load(
         Whether the model's weights must be those that it was trained on. False allows another model whose weights have
         the same shapes.
     untie : bool
-        As in :func:`tnadapt.torch.attach`; an adapter that was attached with it must be loaded with it.
+        As in :func:`tnadapt.torch.attach`; an adapter that was attached with it must be loaded with it. A parameter
+        that the file keeps of one module alone, as PEFT's ``modules_to_save`` are, becomes a copy as well.
     keep_tied : bool
         As in :func:`tnadapt.torch.attach`. A file of an adapter that was attached with it says so; it is for files that
         do not, such as those that :func:`tnadapt.extract` makes of checkpoints.
@@ -122,7 +124,9 @@ def attach_file(
     """Attach an adapter that was read from a path, with these options of ``attach``; see :func:`load`."""
     with FileErrorContext(path):
         targets = _located(model, file)
-        kept = kept_parameters(model, file)
+        check_kept(model, file)
+        copies = split_by_file(model, file, options.get("untie", False), options.get("keep_tied", False))
+        kept = _kept(model, file, copies)
         base = _base(model, targets, file.base)
         if check_base and file.base is not None and base is not None:
             difference = file.base.difference(base)
@@ -144,11 +148,11 @@ def attach_file(
     before: list[tuple[Tensor, Tensor]] = []
     try:
         adapter = attach_with(
-            model, file.config, targets, name, keep_trainable=list(kept), activation=file.activation, dtype=dtype,
-            given=file.given, fresh=False, **options,
+            model, file.config, targets, name, kept=kept, activation=file.activation, dtype=dtype, given=file.given,
+            fresh=False, copies=copies, **options,
         )  # fmt: skip
         state = adapter._state
-        state.kept = tuple(file.kept)
+        state.alone += tuple(one for one, others in file.ties.items() if not others and one not in state.alone)
         state.pretrained = _recorded(model, file.pretrained, check_base)
         own = kept_pairs(model, file)
         before = [(tensor, tensor.detach().clone()) for tensor, _ in own]
@@ -219,6 +223,16 @@ def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
             f"shapes{unclear}: the file has {_counted(theirs)}, the model {_counted(ours)}"
         )
     return [dataclasses.replace(new, layer=old.layer) for new, old in zip(partners, file.targets, strict=True)]
+
+
+def _kept(model: nn.Module, file: AdapterFile, copies: Sequence[str]) -> list[str]:
+    """Return what the file keeps by the names on the model: of a weight that stays tied, the first one."""
+    names = names_of_shared(model)
+    kept = list(dict.fromkeys(name if name in copies else names.get(name, [name])[0] for name in file.kept))
+    both = next((target.name for target in file.targets if target.name in kept), None)
+    if both is not None:
+        raise FileError(f"it both updates and keeps {both}: it can be adapted or trained itself, not both")
+    return kept
 
 
 def _in_the_file(error: str, targets: Sequence[Target]) -> str:

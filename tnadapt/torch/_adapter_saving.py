@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,15 @@ from ._registry import refuse_merged
 from ._same_adapter import check_same
 from ._sharding import copy_all, gather_full
 from ._state import AdapterState, need_attached
+from ._tied_weights import names_of_shared, split_by_file
 
 __all__ = [
     "FileErrorContext",
     "base_fingerprint",
+    "check_kept",
     "fingerprint_of",
     "is_writer",
     "kept_pairs",
-    "kept_parameters",
     "need_base",
     "save",
     "swap",
@@ -67,7 +68,9 @@ def to_file(adapter: AdapterState, store_bases: bool = False) -> AdapterFile:
             tensor = tensor.float()
         return tensor.numpy().copy()
 
-    own = {**dict(adapter.model.named_parameters()), **dict(adapter.model.named_buffers())}
+    own, shared = _tensors(adapter.model), names_of_shared(adapter.model)
+    ties: dict[str, tuple[str, ...]] = dict.fromkeys(adapter.alone, ())
+    ties |= {name: tuple(one for one in shared[name] if one != name) for name in adapter.kept if name in shared}
     return AdapterFile(
         config=plan.config,
         targets=adapter.targets,
@@ -79,6 +82,7 @@ def to_file(adapter: AdapterState, store_bases: bool = False) -> AdapterFile:
         model=adapter.model_name,
         trained=adapter.trained,
         given=stored,
+        ties=ties,
     )
 
 
@@ -139,7 +143,8 @@ def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
     file = adapter_format.load(path, like=adapter.plan.file_plan)
     with FileErrorContext(path):
         check_same(adapter, file)
-        kept_parameters(adapter.model, file)
+        check_kept(adapter.model, file)
+        split_by_file(adapter.model, file, False)
         base = base_fingerprint(adapter)
         if file.base is not None and base is not None and not file.base.matches(base):
             raise FileError(f"it was trained on another base model: {file.base.difference(base)}")
@@ -168,11 +173,11 @@ class FileErrorContext:
             raise FileError(f"{self.path}: {error}") from error
 
 
-def kept_parameters(model: nn.Module, file: AdapterFile) -> dict[str, nn.Parameter]:
-    """Return the model's parameters that the file keeps; raise a FileError if one is missing or its shape differs."""
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+def check_kept(model: nn.Module, file: AdapterFile) -> None:
+    """Raise a FileError if the model lacks a parameter that the file keeps, or its shape differs."""
+    tensors = _tensors(model)
     for name, array in file.kept.items():
-        there = parameters.get(name, buffers.get(name))
+        there = tensors.get(name)
         if there is None:
             raise FileError(f"it keeps {name!r}, which this {type(model).__name__} does not have")
         if tuple(there.shape) != array.shape:
@@ -180,10 +185,15 @@ def kept_parameters(model: nn.Module, file: AdapterFile) -> dict[str, nn.Paramet
                 f"it keeps {name!r} of shape {array.shape}, and this model's is {tuple(there.shape)}: "
                 "build the model with the head that it was trained with"
             )
-    return {name: parameters[name] for name in file.kept if name in parameters}
 
 
 def kept_pairs(model: nn.Module, file: AdapterFile) -> list[tuple[Tensor, np.ndarray]]:
     """Return the model's tensors that the file keeps, with their values in the file."""
-    own: Mapping[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return [(own[name], array.copy()) for name, array in file.kept.items()]
+    tensors = _tensors(model)
+    return [(tensors[name], array.copy()) for name, array in file.kept.items()]
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model, of a tied weight by each of its names."""
+    own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return {**own, **dict(model.named_buffers(remove_duplicate=False))}

@@ -224,8 +224,13 @@ def attach_with(
     detach_norm: bool = False,
     dropout: float = 0.0,
     fresh: bool = True,
+    kept: Sequence[str] | None = None,
+    copies: Sequence[str] = (),
 ) -> Adapter:
-    """Do :func:`attach`; with ``fresh=False`` for a caller that loads all parameters, which are then zeros."""
+    """Do :func:`attach`; with ``fresh=False`` for a caller that loads all parameters, which are then zeros.
+
+    Such a caller names the parameters and buffers that are kept, and those whose weights are untied by ``copies``.
+    """
     if not isinstance(model, nn.Module):
         raise TargetError(f"attach needs a torch module; got {type(model).__name__}")
     check_name(model, name)
@@ -248,7 +253,7 @@ def attach_with(
         roles=[target.role for target in found],
         given=given,
     )
-    kept = kept_names(model, keep_trainable, biases, found)
+    kept = kept_names(model, keep_trainable, biases, found) if kept is None else kept
     # A target of a tied weight has several places; those of the first names come first, in the order of the targets.
     places = [*enumerate(found), *((index, one) for index, target in enumerate(found) for one in target.tied_targets())]
     owners = [model.get_submodule(target.module) for _, target in places]
@@ -269,7 +274,7 @@ def attach_with(
     state = AdapterState(model, name, plan, found, kept, activation, detach_norm, dropout)
     adapter = Adapter(state)
     try:
-        _put_on(state, arrays, places, owners, hosts, strategies)
+        _put_on(state, arrays, places, owners, hosts, strategies, copies)
     except BaseException:
         take_off(state)
         raise
@@ -284,9 +289,13 @@ def _put_on(
     owners: Sequence[nn.Module],
     hosts: Sequence[nn.Module],
     strategies: Sequence[tuple[str, Factoring | None]],
+    copies: Sequence[str],
 ) -> None:
     model = state.model
-    for _, second in tied(model, state.targets):
+    separate = tied(model, state.targets)
+    own = {name for names in separate for name in names}
+    state.alone = tuple(target.name for target in state.targets if target.name in own)
+    for second in dict.fromkeys([*(second for _, second in separate), *copies]):
         freezing.untie(state, second)
     freezing.freeze(state)
     for array, tensor in arrays.items():

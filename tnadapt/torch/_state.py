@@ -177,6 +177,8 @@ class AdapterState:
     was_trainable : dict of str to bool
         ``requires_grad`` of the base's parameters before ``attach``.
     untied : list of UntiedWeight
+    alone : tuple of str
+        Targets and kept parameters that are of one module alone, though the model may tie them to others.
     settings : list of (Module, str, object)
         Attributes of a quantized model that were set for the adapter, with their values before.
     merged : list of Merged or None
@@ -255,6 +257,7 @@ class AdapterState:
         self.patches: list[Patch] = []
         self.was_trainable: dict[str, bool] = {}
         self.untied: list[UntiedWeight] = []
+        self.alone: tuple[str, ...] = ()
         self.settings: list[Any] = []
         self.merged: list[Merged] | None = None
         self.merge_report: Any = None

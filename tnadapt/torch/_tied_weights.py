@@ -6,16 +6,18 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from tnadapt.errors import TargetError
+from tnadapt.checkpoints.adapter_file import AdapterFile
+from tnadapt.errors import FileError, TargetError
 from tnadapt.targets.target import Target
 
 from ._quantized import is_embedding
 from ._weights import join, modules_of
 
-__all__ = ["tied", "with_tied"]
+__all__ = ["names_of_shared", "split_by_file", "tied", "with_tied"]
 
 
 def tied(model: nn.Module, targets: Iterable[Target]) -> list[tuple[str, str]]:
@@ -45,7 +47,8 @@ def tied(model: nn.Module, targets: Iterable[Target]) -> list[tuple[str, str]]:
     []
     """
     wanted = {target.name for target in targets if not target.tied}
-    return [(same[0], other) for same in _groups(model) if not wanted.isdisjoint(same) for other in same[1:]]
+    groups = names_of_shared(model).items()
+    return [(same[0], name) for name, same in groups if name != same[0] and not wanted.isdisjoint(same)]
 
 
 def with_tied(model: nn.Module, targets: Sequence[Target], keep: bool) -> list[Target]:
@@ -58,7 +61,7 @@ def with_tied(model: nn.Module, targets: Sequence[Target], keep: bool) -> list[T
     """
     if not keep and not any(target.tied for target in targets):
         return list(targets)
-    names = {name: same for same in _groups(model) for name in same}
+    names = names_of_shared(model)
     found = []
     for target in targets:
         same = names.get(target.name, [target.name])
@@ -80,14 +83,55 @@ def with_tied(model: nn.Module, targets: Sequence[Target], keep: bool) -> list[T
     return found
 
 
-def _groups(model: nn.Module) -> list[list[str]]:
-    """Return the names of each tensor that has several."""
+def split_by_file(model: nn.Module, file: AdapterFile, untie: bool, keep_tied: bool = False) -> list[str]:
+    """Return the names of tied weights that need copies of their own, so that all are tied as they are in a file.
+
+    Parameters
+    ----------
+    model : Module
+    file : AdapterFile
+    untie : bool
+        Whether the caller allows copies.
+    keep_tied : bool
+        Whether the caller wants one update for tied weights.
+
+    Raises
+    ------
+    FileError
+        If weights are tied otherwise than in the file, and not just tied more and ``untie``; or if the file keeps one
+        tensor under two names.
+    """
+    names, copies = names_of_shared(model), list[str]()
+    firsts = dict[str, str]()
+    for name in dict.fromkeys([*file.kept, *file.ties]):
+        same = names.get(name, [name])
+        twin = firsts.setdefault(same[0], name) if name in file.kept else name
+        # PEFT stores a bias that two modules share for each of them.
+        alone = file.ties.get(name) == () or (twin != name and not np.array_equal(file.kept[name], file.kept[twin]))
+        if alone and len(same) > 1:
+            if not untie or keep_tied:
+                raise FileError(
+                    f"{same[0]} and {same[1]} are one tensor (tied weights) in this {type(model).__name__}, and it has "
+                    f"{name} of that module alone: load it with untie=True, which gives the second its own copy"
+                )
+            copies += [one for one in same[1:] if one not in copies]
+        elif not alone and name in file.ties and {name, *file.ties[name]} != set(same):
+            there = f"it is tied to {', '.join(one for one in same if one != name)}" if len(same) > 1 else "it is not"
+            raise FileError(
+                f"it keeps {name}, which is tied to {', '.join(file.ties[name])}, and in this {type(model).__name__} "
+                f"{there}: tie the weights of the model as they were"
+            )
+    return copies
+
+
+def names_of_shared(model: nn.Module) -> dict[str, list[str]]:
+    """Return all names of each tensor that has several, in the model's order, by each of them."""
     names: dict[tuple[Any, ...], list[str]] = {}
     for path, module in modules_of(model):
         for name, tensor in module._parameters.items():
             if tensor is not None:
                 names.setdefault(_place(tensor), []).append(join(path, name))
-    return [same for same in names.values() if len(same) > 1]
+    return {name: same for same in names.values() if len(same) > 1 for name in same}
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -1,0 +1,414 @@
+"""What PEFT trains besides updates of layers: saved modules, biases, embeddings, heads; compared with its outputs."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tnadapt as tna
+from tests.support.depth import in_depth, long_only
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import tnadapt.torch as tt  # noqa: E402
+
+from .conversions import fill  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
+    pytest.mark.filterwarnings("ignore:ensure_weight_tying=True but the model does not:UserWarning"),
+]
+
+IDS = torch.tensor([[3, 0, 5, 3], [7, 2, 3, 5]])
+# What PEFT has of the embedding, the head or both; and on a tied model: whether they are one, or each has its own.
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "embedding saved": ({"modules_to_save": ["embed_tokens"]}, "apart"),
+    "both saved": ({"modules_to_save": ["embed_tokens", "lm_head"]}, "apart"),
+    "head saved": ({"modules_to_save": ["lm_head"]}, "apart"),
+    "embedding saved, tied": ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, "one"),
+    "head saved, tied": ({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, "one"),
+    "both saved, tied": ({"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}, "one"),
+    "embedding adapted": ({"target_modules": ["q_proj", "embed_tokens"]}, "apart"),
+    "head adapted": ({"target_modules": ["q_proj", "lm_head"]}, "apart"),
+    "both adapted": ({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, "apart"),
+    "embedding adapted, tied": ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, "one"),
+    "head adapted, tied": ({"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}, "one"),
+    "embedding adapted, head saved": (
+        {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}, "apart",
+    ),
+    "tokens": ({"trainable_token_indices": [7, 2]}, "one"),
+    "tokens, tied": ({"trainable_token_indices": [7, 2], "ensure_weight_tying": True}, "one"),
+    "tokens of both": ({"trainable_token_indices": {"embed_tokens": [7, 2], "lm_head": [7, 2]}}, "one"),
+    "other tokens": ({"trainable_token_indices": {"embed_tokens": [7, 2], "lm_head": [3]}}, "apart"),
+    "tokens of the head": ({"trainable_token_indices": {"lm_head": [5, 3]}}, "apart"),
+    "norms saved": ({"modules_to_save": ["norm"]}, "none"),
+}  # fmt: skip
+
+
+def made(tie: bool) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=tie,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def saved_by_peft(folder: Path, model: Any, **settings: Any) -> Any:
+    """A trained adapter of PEFT, saved with its defaults."""
+    theirs = peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **settings})).eval()
+    fill(parameter for parameter in theirs.parameters() if parameter.requires_grad)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def same(ours: Any, theirs: Any) -> None:
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+FEW = [*((case, True) for case in CASES), ("both saved", False), ("other tokens", False), ("head adapted, tied", False)]
+
+
+@pytest.mark.parametrize(("case", "tie"), in_depth(((case, tie) for case in CASES for tie in (False, True)), FEW))
+def test_peft_s_outputs_here_and_back(case: str, tie: bool, tmp_path: Path) -> None:
+    settings, relation = CASES[case]
+    base, ours = tmp_path / "base", tmp_path / "ours.safetensors"
+    made(tie).save_pretrained(base)
+    theirs = saved_by_peft(tmp_path / "theirs", made(tie), **settings)
+    assert tna.convert(tmp_path / "theirs", ours, base=base).exact
+    apart = tie and relation == "apart"
+    if apart:
+        for wrong in ({}, {"keep_tied": True}):
+            with pytest.raises(tna.FileError, match=r"are one tensor \(tied weights\) in .* untie=True, which gives"):
+                tt.load(made(tie), ours, **wrong)
+    model = made(tie)
+    adapter = tt.load(model, ours, untie=apart)
+    assert not torch.allclose(model(IDS).logits, made(tie)(IDS).logits, atol=1e-2)
+    same(model, theirs)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (tie and not apart)
+    check_merge(base, ours, tmp_path / "merged", theirs, apart)
+    # Saved again, and back to PEFT, from both files.
+    adapter.save(tmp_path / "again.safetensors")
+    assert tna.load(tmp_path / "again.safetensors").ties == tna.load(ours).ties
+    for name in ("ours", "again"):
+        back = tna.convert(tmp_path / f"{name}.safetensors", tmp_path / f"{name}-back", to="peft-lora", base=base)
+        assert back.exact
+        same(peft.PeftModel.from_pretrained(made(tie), tmp_path / f"{name}-back").eval(), theirs)
+    # And what was written is read as it was.
+    assert groups(tna.convert(tmp_path / "ours-back", base=base).file) == groups(tna.load(ours))
+
+
+def check_merge(base: Path, ours: Path, out: Path, theirs: Any, apart: bool) -> None:
+    """Merging on disk gives PEFT's outputs; or refuses, and says what does."""
+    if not apart:
+        tna.merge(base, ours, out)
+    else:
+        with pytest.raises(tna.FileError, match=r"ties it to another \(tie_word_embeddings .* bake\(\) it, set"):
+            tna.merge(base, ours, out)
+        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+        tt.load(model, ours, untie=True).bake()
+        model.config.tie_word_embeddings = False
+        model.save_pretrained(out)
+    same(transformers.AutoModelForCausalLM.from_pretrained(out).eval(), theirs)
+
+
+def groups(file: tna.AdapterFile) -> set[frozenset[str]]:
+    """The kept matrices, each as the set of its names."""
+    return {frozenset([name, *others]) for name, others in file.ties.items() if name in file.kept}
+
+
+# -- Biases and saved modules --------------------------------------------------------------------------------------
+
+
+class Model(torch.nn.Module):
+    """Layers with and without biases, a normalization, and a head of several layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(8, 8)
+        self.norm = torch.nn.LayerNorm(8)
+        self.plain = torch.nn.Linear(8, 8, bias=False)
+        self.other = torch.nn.Linear(8, 8)
+        self.head = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.other(self.plain(self.norm(self.first(x)))))
+
+
+X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+SHAPES = {name: tuple(module.weight.shape) for name, module in Model().named_modules() if hasattr(module, "weight")}
+
+
+def their_config(method: str, **settings: Any) -> Any:
+    sizes: dict[str, Any] = {
+        "Lora": {"r": 2}, "Vera": {"r": 4}, "Miss": {"r": 4}, "C3A": {"block_size": 4}, "FourierFT": {"n_frequency": 9},
+    }  # fmt: skip
+    return getattr(peft, f"{method}Config")(**sizes[method], target_modules=["first", "plain"], **settings)
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "mine"])
+@pytest.mark.parametrize("method", ["Lora", "Vera", "Miss", "C3A", "FourierFT"])
+def test_the_trained_copy_of_a_bias_is_read(method: str, adapter_name: str, tmp_path: Path) -> None:
+    """With ``bias="all"`` PEFT stores three copies of a saved module's biases; the untrained one came last."""
+    config = their_config(method, bias="all", modules_to_save=["head"])
+    theirs = peft.get_peft_model(Model(), config, adapter_name=adapter_name)
+    fill((p for name, p in theirs.named_parameters() if p.requires_grad and "original_module" not in name), scale=0.3)
+    theirs.save_pretrained(tmp_path)
+    folder = tmp_path if adapter_name == "default" else tmp_path / adapter_name
+    found = tna.convert(folder, tmp_path / "ours.safetensors", base=SHAPES)
+    model = Model()
+    tt.load(model, tmp_path / "ours.safetensors")
+    torch.testing.assert_close(model(X), theirs(X), rtol=1e-5, atol=1e-5)
+    assert found.file is not None
+    assert set(found.file.kept) == {
+        "first.bias", "norm.bias", "other.bias", "head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias",
+    }  # fmt: skip
+    back = tmp_path / "back"
+    tna.convert(tmp_path / "ours.safetensors", back, to="peft-lora" if method == "Lora" else f"peft-{method.lower()}")
+    again = peft.PeftModel.from_pretrained(Model(), back)
+    torch.testing.assert_close(again(X), theirs(X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["Lora", "Miss"])
+def test_trained_copies_that_differ_are_named(method: str, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(Model(), their_config(method, bias="all", modules_to_save=["head.2"]))
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    one, other = "base_model.model.head.2.bias", "base_model.model.head.2.modules_to_save.bias"
+    assert torch.equal(tensors[one], tensors[other])
+    save_file({**tensors, one: tensors[one] + 1}, path)
+    with pytest.raises(tna.FileError, match=f"'{one}' and '{other}' are copies of one trained parameter, and differ"):
+        tna.convert(tmp_path, base=SHAPES)
+
+
+@pytest.mark.parametrize("to", ["peft-lora", "peft-vera", "peft-miss"])
+@pytest.mark.parametrize(
+    ("settings", "bias", "saved"),
+    [
+        ({"biases": "all"}, "all", []),
+        ({"biases": "adapted"}, "lora_only", []),
+        ({"biases": "adapted", "keep_trainable": ["head"]}, "lora_only", ["head.0", "head.2"]),
+        ({"biases": "all", "keep_trainable": ["head", "norm"]}, "all", ["head.0", "head.2", "norm"]),
+        ({"keep_trainable": ["norm.bias"]}, "all", []),
+    ],
+)
+def test_biases_are_written_as_peft_loads_them(
+    to: str, settings: dict[str, Any], bias: str, saved: list[str], tmp_path: Path
+) -> None:
+    model, presets = Model(), tna.presets
+    preset = {"peft-lora": presets.lora(2), "peft-vera": presets.vera(4), "peft-miss": presets.miss(4)}[to]
+    adapter = tt.attach(model, preset, ["first", "plain"], **settings)
+    fill((p for p in model.parameters() if p.requires_grad), scale=0.3)
+    adapter.save(tmp_path / "ours.safetensors")
+    found = tna.convert(tmp_path / "ours.safetensors", tmp_path / "theirs", to=to, base=_checkpoint(tmp_path))
+    assert found.config is not None
+    assert found.config["bias"] == (bias if to == "peft-lora" else "all")
+    assert found.config["modules_to_save"] == (saved or None)
+    theirs = peft.PeftModel.from_pretrained(Model(), tmp_path / "theirs")
+    torch.testing.assert_close(theirs(X), model(X), rtol=1e-5, atol=1e-5)
+    kept = tna.convert(tmp_path / "theirs").file.kept
+    assert {name: array.tolist() for name, array in kept.items()} == {
+        name: array.tolist() for name, array in tna.load(tmp_path / "ours.safetensors").kept.items()
+    }
+
+
+def _checkpoint(folder: Path) -> Path:
+    """A safetensors file of the model."""
+    save_file(Model().state_dict(), folder / "base.safetensors")
+    return folder / "base.safetensors"
+
+
+def test_what_peft_cannot_load_is_refused(tmp_path: Path) -> None:
+    base = _checkpoint(tmp_path)
+    for to, preset in (("peft-lokr", "lokr"), ("peft-loha", "loha"), ("peft-lora", "hira")):
+        file = _saved(tmp_path, preset, biases="adapted")
+        with pytest.raises(tna.ConfigError, match=r"trains no biases, and the adapter keeps 'first\.bias': convert to"):
+            tna.convert(file, to=to)
+        assert tna.convert(file, to=to, without_kept=True).exact
+    file = _saved(tmp_path, "lora", keep_trainable=["other.weight"])
+    with pytest.raises(
+        tna.ConfigError, match=r"with 'other\.weight' it needs 'other\.bias', which the adapter does not"
+    ):
+        tna.convert(file, to="peft-lora", base=base)
+    # PEFT would take "norm" for the end of "prenorm", too.
+    save_file({**Model().state_dict(), "prenorm.weight": torch.ones(2)}, base)
+    with pytest.raises(tna.ConfigError, match=r"by the ends of their names: .* it needs 'prenorm\.weight', which"):
+        tna.convert(_saved(tmp_path, "lora", keep_trainable=["norm"]), to="peft-lora", base=base)
+
+
+def _saved(folder: Path, preset: str, **settings: Any) -> Path:
+    model = Model()
+    adapter = tt.attach(model, preset, ["first", "plain"], **settings)
+    adapter.save(folder / "ours.safetensors")
+    adapter.detach()
+    return folder / "ours.safetensors"
+
+
+# -- Heads ---------------------------------------------------------------------------------------------------------
+
+HEAD_CONFIGS = {
+    "Lora": {"r": 2}, "LoKr": {"r": 2, "alpha": 2}, "LoHa": {"r": 2, "alpha": 2}, "Vera": {"r": 4}, "Miss": {"r": 4},
+    "C3A": {"block_size": 8}, "FourierFT": {"n_frequency": 9},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", in_depth(HEAD_CONFIGS, ["Lora", "LoKr", "Vera"]))
+def test_a_head_next_to_the_base_s_weight(method: str, tmp_path: Path) -> None:
+    """By default PEFT stores the weight of an adapted head as well."""
+    base, target = tmp_path / "base", ["q_proj", "lm_head"]
+    made(False).save_pretrained(base)
+    config = getattr(peft, f"{method}Config")(**HEAD_CONFIGS[method], target_modules=target)
+    theirs = peft.get_peft_model(made(False), config).eval()
+    fill((p for p in theirs.parameters() if p.requires_grad), scale=0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    weights = tmp_path / "theirs" / "adapter_model.safetensors"
+    name = "base_model.model.lm_head.base_layer.weight"
+    assert name in load_file(weights)
+    found = tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=base)
+    assert (
+        f"left out {name!r}: PEFT saves the base's own weight next to the update of an embedding or head" in found.notes
+    )
+    model = made(False)
+    tt.load(model, tmp_path / "ours.safetensors")
+    same(model, theirs)
+    # A weight that was cast is the same; another one is an error.
+    tensors = load_file(weights)
+    save_file({**tensors, name: tensors[name].bfloat16()}, weights)
+    assert tna.convert(tmp_path / "theirs", base=base).exact
+    save_file({**tensors, name: tensors[name] * 1.01}, weights)
+    with pytest.raises(tna.FileError, match=r"next to a 'lm_head\.weight' that differs from that of base"):
+        tna.convert(tmp_path / "theirs", base=base)
+
+
+# -- Other architectures -------------------------------------------------------------------------------------------
+
+
+def architectures() -> dict[str, tuple[Any, str, str, str]]:
+    """A model of each, and the names of its embedding, its head and a linear layer."""
+    t, sizes = transformers, {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    gpt2 = t.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=1)
+    t5 = t.T5Config(vocab_size=40, d_model=16, d_ff=24, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    gemma = t.GemmaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    masked = {
+        "Bert": ("decoder", "query"), "Roberta": ("decoder", "query"), "Albert": ("decoder", "query"),
+        "Electra": ("generator_lm_head", "query"), "DistilBert": ("vocab_projector", "q_lin"),
+    }  # fmt: skip
+    return {
+        "GPT2": (lambda: t.GPT2LMHeadModel(gpt2), "wte", "lm_head", "c_attn"),
+        "T5": (lambda: t.T5ForConditionalGeneration(t5), "shared", "lm_head", "q"),
+        "Gemma": (lambda: t.GemmaForCausalLM(gemma), "embed_tokens", "lm_head", "q_proj"),
+        **{
+            kind: (functools.partial(_masked, kind, sizes), "word_embeddings", *names) for kind, names in masked.items()
+        },
+    }
+
+
+def _masked(kind: str, sizes: dict[str, Any]) -> Any:
+    own = {"n_layers": 1, "n_heads": 2, "dim": 16, "hidden_dim": 24, "vocab_size": 40} if kind == "DistilBert" else {
+        **sizes, "num_attention_heads": 2, "max_position_embeddings": 24, "embedding_size": 16,
+    }  # fmt: skip
+    return getattr(transformers, f"{kind}ForMaskedLM")(getattr(transformers, f"{kind}Config")(**own))
+
+
+def _logits(model: Any) -> Any:
+    kind = type(getattr(model, "base_model", model).model if hasattr(model, "peft_config") else model).__name__
+    with torch.no_grad():
+        return (model(input_ids=IDS, decoder_input_ids=IDS) if "T5" in kind else model(input_ids=IDS)).logits
+
+
+OF_HEADS: list[dict[str, Any]] = [
+    {"modules_to_save": ["EMBED"]}, {"modules_to_save": ["EMBED", "HEAD"]}, {"modules_to_save": ["HEAD"]},
+    {"target_modules": ["LINEAR", "HEAD"]}, {"target_modules": ["LINEAR", "EMBED", "HEAD"]},
+    {"trainable_token_indices": [7, 2]}, {"trainable_token_indices": {"EMBED": [7, 2]}},
+    {"trainable_token_indices": {"HEAD": [3]}}, {"bias": "all"}, {"bias": "all", "modules_to_save": ["HEAD"]},
+    {"bias": "lora_only"},
+]  # fmt: skip
+FEW_OTHERS = [("GPT2", OF_HEADS[1]), ("T5", OF_HEADS[5]), ("Bert", OF_HEADS[3]), ("Bert", OF_HEADS[8])]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), in_depth(((name, own) for own in OF_HEADS for name in architectures()), FEW_OTHERS), ids=str
+)
+def test_other_architectures(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    build, embedding, head, linear = architectures()[name]
+
+    def fresh() -> Any:
+        torch.manual_seed(0)
+        return build().eval()
+
+    words = {"EMBED": embedding, "HEAD": head, "LINEAR": linear}
+    own = ast.literal_eval(functools.reduce(lambda text, word: text.replace(word, words[word]), words, repr(settings)))
+    fresh().save_pretrained(tmp_path / "base")
+    theirs = peft.get_peft_model(fresh(), peft.LoraConfig(**{"r": 2, "target_modules": [linear], **own})).eval()
+    fill(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path / "theirs")
+    tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=tmp_path / "base")
+    model = fresh()
+    try:
+        tt.load(model, tmp_path / "ours.safetensors")
+    except tna.FileError:
+        model = fresh()
+        with pytest.raises(tna.FileError, match="load it with untie=True"):
+            tt.load(model, tmp_path / "ours.safetensors")
+        tt.load(model, tmp_path / "ours.safetensors", untie=True)
+    torch.testing.assert_close(_logits(model), _logits(theirs), rtol=1e-4, atol=1e-4)
+    tna.convert(tmp_path / "ours.safetensors", tmp_path / "back", to="peft-lora", base=tmp_path / "base")
+    back = peft.PeftModel.from_pretrained(fresh(), tmp_path / "back").eval()
+    torch.testing.assert_close(_logits(back), _logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_a_tie_to_a_head_of_unknown_name(tmp_path: Path) -> None:
+    """Nothing is lost: the file can be made to say what PEFT's folder does not."""
+    base, ours = tmp_path / "base", tmp_path / "ours.safetensors"
+    made(True).save_pretrained(base)
+    config = base / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "WhisperForCausalLM"))
+    theirs = saved_by_peft(tmp_path / "theirs", made(True), trainable_token_indices=[7, 2])
+    found = tna.convert(tmp_path / "theirs", ours, base=base)
+    assert any("load the result with keep_tied=True, and save it again for PEFT" in note for note in found.notes)
+    with pytest.raises(
+        tna.ConfigError, match=r"does not say whether an update of 'model\.embed_tokens' is one of both"
+    ):
+        tna.convert(ours, to="peft-lora", base=base)
+    model = made(True)
+    tt.load(model, ours, keep_tied=True).save(ours)
+    same(model, theirs)
+    tna.convert(ours, tmp_path / "back", to="peft-lora", base=base)
+    same(peft.PeftModel.from_pretrained(made(True), tmp_path / "back").eval(), theirs)
+
+
+@long_only
+def test_the_names_of_tied_heads_are_those_of_transformers() -> None:
+    from transformers.models.auto import modeling_auto
+
+    from tnadapt.convert._base_model import _OTHER_HEADS, _TIED
+
+    heads = {end: heads for end, heads, witness in _TIED if witness == f"{end}.weight"}
+    mappings = [value for name, value in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
+    listed = {one for names in mappings for own in names.values() for one in ([own] if isinstance(own, str) else own)}
+    ends, checked = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration"), 0
+    wrong = dict[str, set[str]]()
+    for name in sorted(listed):
+        ties = getattr(getattr(transformers, name, None), "_tied_weights_keys", None)
+        if not isinstance(ties, dict) or not name.endswith(ends) or _OTHER_HEADS.match(name):
+            continue
+        for embedding, own in heads.items():
+            tied = {key for key, source in ties.items() if source == f"{embedding}.weight"}
+            checked += bool(tied)
+            if tied - {f"{head}.weight" for head in own} or (tied and len(tied) < len(own)):
+                wrong[name] = tied
+    assert (wrong, checked > 100) == ({}, True)
