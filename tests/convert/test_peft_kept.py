@@ -129,6 +129,50 @@ def groups(file: tna.AdapterFile) -> set[frozenset[str]]:
     return {frozenset([name, *others]) for name, others in file.ties.items() if name in file.kept}
 
 
+OWN: dict[str, dict[str, Any]] = {
+    "kept, tied": {"targets": ["q_proj"], "keep_trainable": ["embed_tokens"]},
+    "head kept, tied": {"targets": ["q_proj"], "keep_trainable": ["lm_head", "model.norm"]},
+    "embedding, tied": {"targets": ["embed_tokens", "q_proj"], "keep_tied": True},
+    "embedding": {"targets": ["embed_tokens", "q_proj"], "untie": True},
+    "head": {"targets": ["lm_head", "q_proj"], "untie": True},
+    "both": {"targets": ["lm_head", "embed_tokens"], "untie": True},
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_our_outputs_in_peft(case: str, tmp_path: Path) -> None:
+    ours, base, model = tmp_path / "ours.safetensors", tmp_path / "base", made(True)
+    model.save_pretrained(base)
+    adapter = tt.attach(model, "lora", **OWN[case], rank=2)
+    fill((parameter for parameter in model.parameters() if parameter.requires_grad), scale=0.2)
+    adapter.save(ours)
+    tna.convert(ours, tmp_path / "theirs", to="peft-lora", base=base)
+    same(peft.PeftModel.from_pretrained(made(True), tmp_path / "theirs").eval(), model)
+    apart = OWN[case].get("untie", False)
+    again = made(True)
+    tna.convert(tmp_path / "theirs", tmp_path / "again.safetensors")
+    tt.load(again, tmp_path / "again.safetensors", untie=apart)
+    same(again, model)
+    check_merge(base, ours, tmp_path / "merged", model, apart)
+    if not apart:
+        with pytest.raises(tna.FileError, match=r"and in this LlamaForCausalLM it is not( tied)?: tie the weights"):
+            tt.load(made(False), ours)
+
+
+def test_a_kept_embedding_and_its_head_next_to_lokr(tmp_path: Path) -> None:
+    """PEFT ties what it saves for LoRA alone: for others it has two equal copies."""
+    model = made(True)
+    adapter = tt.attach(model, "lokr", ["q_proj"], keep_trainable=["embed_tokens"])
+    fill((parameter for parameter in model.parameters() if parameter.requires_grad), scale=0.2)
+    adapter.save(tmp_path / "ours.safetensors")
+    found = tna.convert(tmp_path / "ours.safetensors", tmp_path / "theirs", to="peft-lokr")
+    assert found.config is not None
+    assert (found.config["modules_to_save"], "ensure_weight_tying" in found.config) == (
+        ["lm_head", "model.embed_tokens"], False,
+    )  # fmt: skip
+    same(peft.PeftModel.from_pretrained(made(True), tmp_path / "theirs").eval(), model)
+
+
 # -- Biases and saved modules --------------------------------------------------------------------------------------
 
 
