@@ -60,3 +60,6 @@ def test_what_vllm_does_not_serve_is_refused() -> None:
     found = tna.convert(head, to="vllm")
     assert found.config is not None
     assert found.config["modules_to_save"] == ["score"]
+    bias = AdapterFile(plain.config, plain.targets, plain.arrays, kept={"score.bias": np.ones(3, "f4")})
+    with pytest.raises(tna.ConfigError, match=r"this adapter has 'score\.bias'"):
+        tna.convert(bias, to="vllm")

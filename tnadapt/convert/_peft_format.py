@@ -61,7 +61,7 @@ from ._stored_tensors import (
 from ._unpack import Module, TargetUpdate
 from ._updates import Float, ModuleUpdate, Pair, alpha_of, as_matrix, common_dtype, widen
 
-__all__ = ["PeftFormat"]
+__all__ = ["PeftFormat", "saved_whole"]
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -152,7 +152,7 @@ class PeftFormat(FileFormat):
 
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
         """Raise ConfigError for kept parameters of the model itself, or next to an adapted weight, but for biases."""
-        for name in _saved_whole(modules, kept):
+        for name in saved_whole(modules, kept):
             holder = name.rpartition(".")[0]
             inside = [m.path for m in modules if is_saved(f"{m.path}.weight", [holder])]
             if not holder or inside:
@@ -290,7 +290,7 @@ class PeftFormat(FileFormat):
         if not file.kept:
             return encoded
         config = dict(encoded.config or {})
-        whole = _saved_whole(modules, file.kept)
+        whole = saved_whole(modules, file.kept)
         biases = [name for name in file.kept if name not in whole]
         adapted = {f"{path}.bias": path for module in modules for path in (module.path, *tied_paths(module))}
         if biases and config["peft_type"] in _WITHOUT_BIASES:
@@ -333,7 +333,7 @@ class PeftFormat(FileFormat):
         return {_WEIGHTS: content, CONFIG_NAME: (json_text(config, indent=2) + "\n").encode()}
 
 
-def _saved_whole(modules: Sequence[Module], kept: Collection[str]) -> list[str]:
+def saved_whole(modules: Sequence[Module], kept: Collection[str]) -> list[str]:
     """Return the kept parameters other than biases of adapted layers, and of layers of which nothing else is kept."""
     adapted = {path for module in modules for path in (module.path, *tied_paths(module))}
     holders = Counter(name.rpartition(".")[0] for name in kept)

@@ -12,7 +12,7 @@ from tnadapt.errors import ConfigError, safe_repr, summarize
 from ._application import not_additive
 from ._file_format import EncodedAdapter, ExportChoice
 from ._peft_embeddings import is_embedding
-from ._peft_format import PeftFormat
+from ._peft_format import PeftFormat, saved_whole
 from ._uniform import uniform
 from ._unpack import Module
 
@@ -60,7 +60,8 @@ class VllmFormat(PeftFormat):
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
         """Raise ConfigError for kept parameters other than those of a classification head."""
         super().check_adapter(modules, kept)
-        other = [name for name in kept if name.rpartition(".")[0] not in _HEADS]
+        whole = saved_whole(modules, kept)
+        other = [name for name in kept if name not in whole or name.rpartition(".")[0] not in _HEADS]
         if other:
             raise ConfigError(
                 f"besides LoRA, vLLM loads only trained modules named {' or '.join(_HEADS)}, and this adapter has "
