@@ -108,6 +108,18 @@ class FormatContract:
             expected = np.einsum(split.formula, *arrays.values(), optimize=True)
             np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
+    def test_the_factors_of_a_matrix_make_it(self) -> None:
+        for sizes, rank in itertools.product(((9, 8), (8, 9), (4, 3)), self.ranks):
+            split, rng = self.kind(sizes, rank), np.random.default_rng(0)
+            arrays = {name: rng.normal(size=shape) for name, shape in split.shapes.items()}
+            backend = get_backend(*arrays.values())
+            found = split.factors(backend, arrays)
+            whole = split.tensor(backend, arrays, [(0, size) for size in sizes])
+            if found is None:
+                assert split.rank_of_legs(((sizes[0], 1), (1, sizes[1]))) == min(sizes)
+            else:
+                np.testing.assert_allclose(found[0] @ found[1], whole, rtol=1e-12, atol=1e-12)
+
     def test_ranks_of_unfoldings_are_limited_as_it_says(self) -> None:
         for split, arrays in self._each():
             order = len(split.sizes)
