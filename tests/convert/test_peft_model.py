@@ -76,3 +76,19 @@ def test_our_adapter_becomes_peft_s(folder: str, tmp_path: Path) -> None:
     change = torch.linalg.norm(output(ours) - plain)
     assert change > 1.0
     assert torch.linalg.norm(output(theirs) - output(ours)) <= 1e-5 * change
+
+
+def test_an_adapter_in_half_precision_is_what_peft_makes_of_it(folder: str, tmp_path: Path) -> None:
+    """PEFT trains and computes it in float32 on a float32 base, with the numbers of the file."""
+    import tnadapt.torch
+
+    theirs = peft.get_peft_model(bert(folder), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"]))
+    fill((p for p in theirs.parameters() if p.requires_grad), scale=0.05)
+    theirs.to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
+    theirs = peft.PeftModel.from_pretrained(bert(folder), tmp_path / "theirs")
+    tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors")
+    model = bert(folder)
+    adapter = tnadapt.torch.load(model, tmp_path / "ours.safetensors")
+    assert {p.dtype for p in adapter.parameters()} == {p.dtype for n, p in theirs.named_parameters() if "lora_" in n}
+    update = output(theirs) - output(bert(folder))
+    assert (output(model) - output(theirs)).norm() <= 1e-5 * update.norm()

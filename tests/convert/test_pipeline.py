@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.conftest import peak_of
 from tnadapt import AdapterFile, Config, SuperLoRA, Target
+from tnadapt.algebra.formats import CP
 from tnadapt.convert import FORMS, ModuleUpdate, Pair, StoredFiles
 from tnadapt.convert._base_model import as_base
 from tnadapt.convert._file_format import KINDS
 from tnadapt.convert._lycoris_format import LycorisFormat
 from tnadapt.convert._stored_tensors import factorization
-from tnadapt.convert._updates import low_rank_norms, norms_of
+from tnadapt.convert._unpack import Unpacked
+from tnadapt.convert._updates import norms_of
 from tnadapt.testing.strategies import plans
 
 from .conversions import TOLERANCE, error, made, updates
@@ -271,27 +274,114 @@ def test_lokr_of_any_sizes_is_loaded_or_refused(
         assert error(again[path], delta) <= TOLERANCE
 
 
+def drawn_update(kind: str, rng: np.random.Generator, rank: int) -> ModuleUpdate:
+    """A random update of 24 × 30."""
+
+    def pair(rows: int, cols: int) -> Pair:
+        return Pair(rng.standard_normal((rows, rank)), rng.standard_normal((cols, rank)))
+
+    parts: dict[str, tuple[Pair | np.ndarray, ...]] = {
+        "lora": (pair(24, 30),),
+        "loha": (pair(24, 30), pair(24, 30)),
+        "lokr": (rng.standard_normal((3, 2)), rng.standard_normal((8, 15))),
+        "lokr, low": (pair(4, 3), pair(6, 10)),
+        "lokr, one": (rng.standard_normal((1, 1)), pair(24, 30)),
+        "dense": (rng.standard_normal((24, 30)),),
+    }
+    return ModuleUpdate(kind.partition(",")[0], (24, 30), parts[kind], 0.5)
+
+
+def moved(update: ModuleUpdate, near: float, rng: np.random.Generator) -> ModuleUpdate:
+    def each(array: np.ndarray) -> np.ndarray:
+        return array + near * rng.standard_normal(array.shape)
+
+    parts = tuple(Pair(*map(each, part)) if isinstance(part, Pair) else each(part) for part in update.parts)
+    return update._replace(parts=parts)
+
+
+UPDATES = st.sampled_from(["lora", "loha", "lokr", "lokr, low", "lokr, one", "dense"])
+
+
 @given(
-    rows=st.integers(8, 30), cols=st.integers(8, 30), ranks=st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    near=st.sampled_from([0.0, 1e-12, 1e-7, 1.0]), seed=st.integers(0, 99),
+    kind=UPDATES, other=st.none() | UPDATES, near=st.sampled_from([1e-12, 1e-7, 1e-3, 1.0]), rank=st.integers(1, 9),
+    size=st.sampled_from([1.0, 1e-150, 1e140]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_the_error_by_factors_is_the_dense_one(
-    rows: int, cols: int, ranks: tuple[int, int], near: float, seed: int
+    kind: str, other: str | None, near: float, rank: int, size: float, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    b, a = rng.standard_normal((rows, ranks[0])), rng.standard_normal((cols, ranks[0]))
-    old = ModuleUpdate("lora", (rows, cols), (Pair(b, a),), 0.5)
-    moved = Pair(np.hstack([b * (1 + near), near * rng.standard_normal((rows, ranks[1]))]),
-                 np.hstack([a, rng.standard_normal((cols, ranks[1]))]))  # fmt: skip
-    new = ModuleUpdate("lora", (rows, cols), (moved,), 0.5)
-    found = low_rank_norms(old, new)
-    if 2 * (old.rank + new.rank) > min(rows, cols):
-        assert found is None
-        return
-    assert found is not None
-    off, whole = norms_of(0.5 * b @ a.T, 0.5 * moved.b @ moved.a.T)
-    assert found[0] == pytest.approx(off, rel=1e-6, abs=1e-14 * whole)
-    assert found[1] == pytest.approx(whole, rel=1e-12)
+    old = drawn_update(kind, rng, rank)
+    new = moved(old, near, rng) if other is None else drawn_update(other, rng, rank)
+    old, new = old._replace(scale=size), new._replace(scale=size)
+    off, whole = norms_of(old, new)
+    one, two = (update._replace(scale=1.0).delta() for update in (old, new))
+    assert off / size == pytest.approx(np.linalg.norm(one - two), rel=1e-6, abs=1e-14 * np.linalg.norm(one))
+    assert whole / size == pytest.approx(np.linalg.norm(one), rel=1e-12)
+    assert norms_of(old, old._replace(parts=tuple(old.parts)))[0] == 0.0
+    np.testing.assert_allclose(old.rows(5, 19), old.delta()[5:19], rtol=1e-12, atol=1e-12 * size)
+
+
+@pytest.mark.parametrize("form", ["lora", "loha"])
+def test_an_update_is_its_own_other_form_to_the_bit(form: str) -> None:
+    """LoRA as LoKr with a W1 of one, or as LoHa times ones, is off by nothing."""
+    found = drawn_update("lora", np.random.default_rng(0), 3)
+    other = {
+        "lora": found._replace(kind="lokr", parts=(np.ones((1, 1)), found.pair)),
+        "loha": found._replace(kind="loha", parts=(found.pair, Pair(np.ones((24, 1)), np.ones((30, 1))))),
+    }
+    assert norms_of(found, other[form])[0] == 0.0
+
+
+def test_a_form_that_is_not_the_plan_s_update_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = made(tna.presets.lora(2), {"a.q": (6, 8), "b.q": (300, 80)})
+    right = CP.factors
+
+    def wrong(self: Any, backend: Any, arrays: Any) -> Any:
+        left, upper = right(self, backend, arrays)  # type: ignore[misc]
+        return left * 1.001, upper
+
+    monkeypatch.setattr(CP, "factors", wrong)
+    unpacked = Unpacked(file)
+    assert [unpacked.form(weight) for weight in (0, 1)] == [None, None]
+    found = tna.convert(file, to="peft-lora")
+    assert found.exact
+    assert 0 < found.error < TOLERANCE
+
+
+@pytest.mark.parametrize("form", ["peft-lokr", "lycoris-lokr", "peft-loha", "lycoris-loha"])
+def test_products_are_converted_without_being_formed(form: str) -> None:
+    """Two factors of 60 × 60 are 100 KiB, their Kronecker product is 100 MiB in float64."""
+    settings: dict[str, Any] = (
+        {"splits": 2, "format": "dense"}
+        if form.endswith("lokr")
+        else {"splits": 2, "combine": "hadamard", "leading": "same"}
+    )
+    file = made(Config(rank=2, **settings), {"a.q": (3600, 3600)})
+    whole = 8 * 3600**2
+    foreign = tna.convert(file, to=form)
+
+    def through(**options: Any) -> Any:
+        return tna.convert(dataclasses.replace(file), **options)
+
+    with tempfile.TemporaryDirectory() as folder:
+        foreign.save(f"{folder}/out")
+        for call in (
+            lambda: tna.convert(f"{folder}/out"), lambda: tna.convert(f"{folder}/out", to=form),
+            lambda: through(to=form), lambda: through(dtype="float16"),
+        ):  # fmt: skip
+            found = list[Any]()
+            assert peak_of(lambda: found.append(call())) < whole / 4  # noqa: B023
+            assert found[0].exact
+            assert found[0].error < 1e-3
+    assert through().error == foreign.error == 0.0
+
+
+def test_modes_in_another_order_are_not_taken_for_the_weight_s() -> None:
+    """A square weight whose format makes its transpose."""
+    file = made(Config(rank=2, fold=(24, 24), axes=(1, 0)), {"a.q": (24, 24)})
+    found = tna.convert(file, to="peft-lora")
+    b, a = (found.tensors[f"base_model.model.a.q.lora_{which}.weight"].astype("f8") for which in "BA")
+    assert error(b @ a, file.deltas()[0]) <= TOLERANCE
 
 
 def test_a_base_is_a_file_a_folder_a_list_or_a_mapping(tmp_path: Any) -> None:

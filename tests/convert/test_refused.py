@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import tnadapt as tna
@@ -462,11 +463,14 @@ def test_the_base_of_our_own_file_is_checked(tmp_path: Path) -> None:
 
 
 def test_an_update_that_no_memory_holds(tmp_path: Path) -> None:
-    side = 3000
-    given = {"lycoris_x.lokr_w1": np.zeros((side, side), "f2"), "lycoris_x.lokr_w2": np.zeros((side, side), "f2")}
+    side = 1000
+    given = {"lycoris_x.lokr_w1": np.ones((side, side), "f2"), "lycoris_x.lokr_w2": np.ones((side, side), "f2")}
     save_file(given, tmp_path / "huge.safetensors")
-    with pytest.raises(tna.TnadaptError, match="memory for"):  # 81 terabytes
-        tna.convert(tmp_path / "huge.safetensors")
+    # Of 8 terabytes, which need not be formed.
+    assert tna.convert(tmp_path / "huge.safetensors").error == 0.0
+    for options in ({"to": "lycoris-full"}, {"to": "peft-lora", "rank": 1, "max_error": 1.0}):
+        with pytest.raises(tna.TnadaptError, match="memory for"):
+            tna.convert(tmp_path / "huge.safetensors", **options)  # type: ignore[arg-type]
 
 
 # -- Writing -------------------------------------------------------------------------------------
@@ -603,3 +607,92 @@ def test_settings_of_peft_take_the_memory_that_they_have(tmp_path: Path) -> None
     tna.convert(made(tna.presets.lora(1), {"a.q": (3, 4)}), to="peft-lora").save(tmp_path / "peft")
     tna.convert(tmp_path / "peft", base=["a.q"])
     assert peak_of(lambda: tna.convert(tmp_path / "peft", base=["a.q"])) < 1 << 20
+
+
+LARGE = np.float32(1e38)
+OVERFLOWS: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {
+    "factors": ({}, tensors(a__q__lora_A__weight=np.full((2, 8), LARGE), a__q__lora_B__weight=np.full((6, 2), LARGE))),
+    "alpha": ({"lora_alpha": 1e38}, tensors(a__q__lora_A__weight=np.full((2, 8), 1e4, "f4"))),
+    "alpha of float64": ({"lora_alpha": 1e38}, {n: array.astype("f8") * 1e140 for n, array in lora().items()}),
+    "HiRA": (
+        {"peft_type": "HIRA"},
+        {f"{PREFIX}a.q.hira_A": np.full((2, 8), LARGE), f"{PREFIX}a.q.hira_B": np.full((6, 2), LARGE)},
+    ),
+    "LoKr": (
+        {"peft_type": "LOKR", "alpha": 2},
+        {f"{PREFIX}a.q.lokr_w1": np.full((2, 2), LARGE), f"{PREFIX}a.q.lokr_w2": np.full((3, 4), LARGE)},
+    ),
+    "LoHa": (
+        {"peft_type": "LOHA", "alpha": 2},
+        {
+            f"{PREFIX}a.q.hada_w{k}_{half}": np.full(shape, LARGE)
+            for k in (1, 2)
+            for half, shape in (("a", (6, 2)), ("b", (2, 8)))
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_updates_that_are_not_finite(name: str, tmp_path: Path) -> None:
+    config, found = OVERFLOWS[name]
+    where = folder(tmp_path / "a", found, {**CONFIG, **config})
+    kind = "float64" if name.endswith("float64") else "float32"
+    says = (
+        rf"/a: the update of 'a\.q\.weight' has numbers that are not finite in {kind}: the adapter is damaged, or its"
+    )
+    for to in ("tnadapt", "peft-lora", "lycoris-full"):
+        with pytest.raises(FileError, match=says):
+            tna.convert(where, to=to)
+    # What the file format can hold is held, whatever a base in half precision can.
+    scaled = {path: array.astype("f8") for path, array in lora().items()}
+    scaled[f"{PREFIX}a.q.lora_A.weight"] = scaled[f"{PREFIX}a.q.lora_A.weight"] * 1e100
+    assert tna.convert(folder(tmp_path / "b", scaled)).error == 0.0
+
+
+def test_an_array_that_its_scale_makes_infinite(tmp_path: Path) -> None:
+    """The scale is multiplied into W1, while the other factor keeps the update in range."""
+    small = {
+        f"{PREFIX}a.q.lokr_w1": np.full((2, 2), 1e10, "f4"),
+        f"{PREFIX}a.q.lokr_w2_a": np.full((3, 1), 1e-10, "f4"),
+    }
+    small[f"{PREFIX}a.q.lokr_w2_b"] = np.full((1, 4), 1e-10, "f4")
+    where = folder(tmp_path / "a", small, {**CONFIG, "peft_type": "LOKR", "r": 1, "alpha": 1e32})
+    with pytest.raises(
+        FileError, match=r"/a: the scale of 'a\.q\.weight' makes numbers that are too large for float32"
+    ):
+        tna.convert(where)
+
+
+@pytest.mark.parametrize("to", ["tnadapt", "peft-lora", "lycoris-full"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_updates_of_ours_that_are_not_finite(dtype: str, to: str) -> None:
+    file = made(tna.presets.lora(2), {"a.q": (6, 8)}, dtype=dtype)
+    file = tna.AdapterFile(
+        file.config,
+        file.targets,
+        {name: np.full_like(array, np.finfo(dtype).max) for name, array in file.arrays.items()},
+    )
+    with pytest.raises(FileError, match=rf"the update of 'a\.q\.weight' has numbers that are not finite in {dtype}"):
+        tna.convert(file, to=to)
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "shape"),
+    [
+        ("lycoris-full", "diff", (6, 9)),
+        ("lycoris-full", "diff", (6, 2, 4)),
+        ("lycoris-full", "diff", (3, 16)),
+        ("lycoris-lora", "lora_up.weight", (5, 2)),
+    ],
+)
+def test_tensors_that_contradict_the_record(form: str, name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    tna.convert(made(tna.presets.lora(2), {"a.q": (6, 8)}), path, to=form)
+    with safe_open(path, "np") as stored:
+        metadata, found = stored.metadata(), {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+    found[f"lycoris_a_q.{name}"] = np.ones(shape, "f4")
+    save_file(found, path, metadata)
+    says = "the tensors of 'a.q' make an update of (*), and the file's own record says (6, 8)"
+    with pytest.raises(FileError, match=re.escape(says).replace(r"\*", ".*")):
+        tna.convert(path)

@@ -100,14 +100,81 @@ print(file.num_parameters, [target.name for target in file.targets][:2])
             assert np.abs(delta - want.detach().numpy()).max() < 1e-6
 
 
+@pytest.mark.law("file-round-trip")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_adapters_of_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     model, adapter = trained(None, dtype=dtype)
     adapter.save(tmp_path / "a.safetensors")
+    for asked in (dtype, str(dtype).removeprefix("torch.")):
+        fresh = small()
+        loaded = tt.load(fresh, tmp_path / "a.safetensors", dtype=asked)
+        assert {p.dtype for p in loaded.parameters()} == {dtype}
+        assert torch.equal(run(fresh), run(model))
+        loaded.save(tmp_path / "again.safetensors")
+        assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "config",
+    [
+        P.lora(2), P.lokr(2), P.superlora(3, groups=2, projection="linear_v2", ratio=0.3), P.dora(2),
+        P.lora(2, sources={"factor1": tna.sources.Seeded("signs")}),  # frozen numbers that all dtypes have
+    ],
+    ids=["lora", "lokr", "superlora", "dora", "signs"],
+)  # fmt: skip
+def test_arrays_in_half_precision_are_float32_once_loaded(
+    config: tna.Config, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """As in PEFT, which stores adapters in half precision and trains them in float32."""
+    path = tmp_path / "a.safetensors"
+    _, adapter = trained(config, dtype=dtype)
+    adapter.save(path)
+    stored = tna.load(path)
     fresh = small()
-    loaded = tt.load(fresh, tmp_path / "a.safetensors")
+    loaded = tt.load(fresh, path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    for name, array in loaded.arrays().items():
+        assert np.array_equal(array.detach().numpy(), stored.arrays[name].astype("f4"))
+    if config.apply == "add":
+        wide = {name: array.astype("f8") for name, array in stored.arrays.items()}
+        for delta, expected in zip(loaded.deltas(), stored.plan.deltas(wide, stored.dtype), strict=True):
+            np.testing.assert_allclose(delta.detach(), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    # The numbers are the same from then on; saved, they are float32.
+    loaded.save(tmp_path / "b.safetensors")
+    again = tna.load(tmp_path / "b.safetensors")
+    assert again.dtype == "float32"
+    assert all(np.array_equal(again.arrays[name], array.astype("f4")) for name, array in stored.arrays.items())
+    loaded.detach()
+    loaded = tt.load(fresh, path, dtype=dtype)
     assert {p.dtype for p in loaded.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        P.vera(2),  # its frozen arrays are normal numbers
+        P.superlora(3, groups=2, projection="nonlinear", ratio=0.3),  # relative to its start
+        P.lora(2, start="random"),
+    ],
+    ids=["frozen", "nonlinear", "start"],
+)
+def test_an_update_that_depends_on_half_precision_stays_in_it(config: tna.Config, tmp_path: Path) -> None:
+    model, adapter = trained(config, dtype=torch.bfloat16)
+    adapter.save(tmp_path / "a.safetensors")
+    fresh = small()
+    assert {p.dtype for p in tt.load(fresh, tmp_path / "a.safetensors").parameters()} == {torch.bfloat16}
     assert torch.equal(run(fresh), run(model))
+
+
+@pytest.mark.parametrize("dtype", ["half", torch.int8, 32])
+def test_dtypes_that_no_adapter_has(dtype: Any, tmp_path: Path) -> None:
+    _, adapter = trained()
+    adapter.save(tmp_path / "a.safetensors")
+    says = r"dtype must be one of torch\.float32, torch\.float64, torch\.bfloat16, torch\.float16; got "
+    for call in (lambda: tt.load(small(), tmp_path / "a.safetensors", dtype=dtype), lambda: trained(dtype=dtype)):
+        with pytest.raises(tna.BackendError, match=says):
+            call()
 
 
 def test_the_31_parameters_of_the_papers_unet_are_under_6_kb(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Each weight keeps its own form, rank and scale: where they differ, the file has 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -13,14 +14,15 @@ from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.folding import kronecker_sizes
 from tnadapt.checkpoints.adapter_file import AdapterFile
+from tnadapt.errors import FileError, safe_repr
 
 from ._unpack import TargetUpdate
 from ._updates import Float, ModuleUpdate, Pair, alpha_of, as_matrix, narrow
 
 __all__ = ["join"]
 
-# Above this, factoring a side evenly takes too long to be worth a shorter config.
-_MAX_BALANCED = 1 << 20
+# Divisions up to which factoring the sides evenly is worth a shorter config; readers of the file refuse twice as many.
+_MAX_BALANCED = 1 << 17
 
 
 def join(
@@ -49,6 +51,11 @@ def join(
     tuple of ModuleUpdate
         The updates in the order of its targets.
 
+    Raises
+    ------
+    FileError
+        If an array overflows when its scale is multiplied in.
+
     Notes
     -----
     In LoKr, a W1 or W2 that is full in one weight and low-rank in another gets a form that fits both. A scale that is
@@ -69,6 +76,10 @@ def join(
     config = configs[0][0] if len(configs) == 1 else CompositeConfig(configs)
     ordered = [one for part in parts for one in part]
     stored, kinds_of = narrow(arrays, dtype)
+    for name, array in stored.items():
+        if not np.isfinite(array).all():
+            target = ordered[int(name.partition(".")[0].removeprefix("group"))].target
+            raise FileError(f"the scale of {safe_repr(target.label)} makes numbers that are too large for float32")
     file = AdapterFile(
         config, [one.target for one in ordered], stored, kept=kept, dtypes={**dtypes, **kinds_of}, model=model,
         ties=ties or {},
@@ -127,7 +138,7 @@ def _common(updates: Sequence[ModuleUpdate]) -> Config | None:
 def _split_size(updates: Sequence[ModuleUpdate]) -> str | int | tuple[int, ...] | None:
     """Return the shortest ``split_size`` that gives every update its sizes, or None."""
     first = updates[0].parts[0].shape
-    small = max(side for update in updates for side in update.shape) <= _MAX_BALANCED
+    small = sum(math.isqrt(size) for size in {math.prod(update.shape) for update in updates}) <= _MAX_BALANCED
     candidates: list[str | int | tuple[int, ...]] = ["balanced"] if small else []
     candidates += [first[0]] if len(set(first)) == 1 else []
     candidates.append(first)

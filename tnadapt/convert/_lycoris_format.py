@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -197,7 +198,13 @@ def _read(container: Container, base: Base | None, part: str | None) -> ForeignA
         alpha = tensors.pop("alpha", None)
         update, shape = decode(path, tensors, functools.partial(_scale, path, alpha))
         kinds.add({"dense": "full"}.get(kind := kind_of(path, tensors), kind))
-        shape = recorded[paths[path]][1] if paths[path] in recorded else shape
+        if paths[path] in recorded:
+            says = recorded[paths[path]][1]
+            if (update.kind == "dense" and says != shape) or update.shape != (*says[:1], math.prod(says[1:])):
+                raise FileError(
+                    f"the tensors of {safe_repr(path)} make an update of {shape}, and the file's own record says {says}"
+                )
+            shape = says
         found.append(TargetUpdate(target_of(path, shape, base), update))
     return ForeignAdapter(kinds.pop() if len(kinds) == 1 else "", found, common_dtype(dtypes), part=chosen)
 

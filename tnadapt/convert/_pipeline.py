@@ -30,7 +30,7 @@ from ._peft_embeddings import is_embedding
 from ._peft_experts import check_method
 from ._request import check_part, checked_request, has_rank, with_method
 from ._unpack import Module, Unpacked, modules_of, place_of
-from ._updates import ModuleUpdate, check_range, errors_of, is_rounding, low_rank_norms, narrow, norms_of, round_to
+from ._updates import ModuleUpdate, check_range, check_size, errors_of, is_rounding, narrow, norms_of, round_to
 
 __all__ = ["run"]
 
@@ -89,11 +89,12 @@ def _check_error(result: Conversion, max_error: float | None) -> None:
     whole = not has_rank(result.kind)
     ways = "a wider dtype" if whole else "a larger rank or a wider dtype"
     full = "" if whole else ", or to='lycoris-full', which holds every update"
+    accept = f", a max_error of {_rounded_up(result.error):g} to accept it" if math.isfinite(result.error) else ""
     worst = max(result.errors, key=lambda name: result.errors[name])
     raise ConfigError(
         f"the conversion to {result.kind} would change the updates by a relative error of {result.error:.3g}, that of "
         f"{worst} by {result.errors[worst]:.3g}, and "
-        f"{allowed}: give {ways}, a max_error of {_rounded_up(result.error):g} to accept it{full}"
+        f"{allowed}: give {ways}{accept}{full}"
     )
 
 
@@ -204,6 +205,8 @@ def _read_foreign(name: str, files: StoredFiles, base: Base | None, part: str | 
     count = adapter.parameters
     if count is None:
         count = sum(update.num_parameters for update in updates)
+    for one in adapter.updates:
+        check_size(one.target.label, one.update, adapter.dtype)
     if adapter.file is not None:
         return ConvertedFrom(kind, adapter.file, count, adapter.notes, updates, adapter.part, base)
     file, updates = join(adapter.updates, adapter.dtype, adapter.kept, adapter.kept_dtypes, adapter.model, adapter.ties)
@@ -242,8 +245,7 @@ def _own(found: ConvertedFrom, dtype: str | None) -> Conversion:
         return Conversion(OWN, found.kind, True, 0.0, dict.fromkeys(names, 0.0), sizes, found.notes, file)
     before, after, norms = Unpacked(found.file, found.updates), Unpacked(file), {}
     for number, target in enumerate(file.targets):
-        pair = low_rank_norms(before.form(number), after.form(number))
-        norms[target.label] = pair or norms_of(before.delta(number), after.delta(number))
+        norms[target.label] = norms_of(before.update(number), after.update(number))
     error, errors = errors_of(norms)
     exact = all(is_rounding(one, file.dtype, True) for one in (error, *errors.values()))
     return Conversion(OWN, found.kind, exact, error, errors, sizes, found.notes, file)
@@ -335,6 +337,5 @@ def _measured(
     norms = {}
     for module in modules:
         number = places[module.place]
-        found = low_rank_norms(module.form(unpacked), again.form(number))
-        norms[module.name] = found or norms_of(module.delta(unpacked), again.delta(number))
+        norms[module.name] = norms_of(module.update(unpacked), again.update(number))
     return errors_of(norms)

@@ -19,9 +19,14 @@ from tnadapt.targets.roles import natural
 from tnadapt.targets.target import Target
 
 from ._slices import low_rank_slice
-from ._updates import Float, ModuleUpdate, Pair, as_matrix
+from ._updates import Float, ModuleUpdate, Pair, as_matrix, check_size
 
 __all__ = ["Module", "TargetUpdate", "Unpacked", "modules_of", "place_of"]
+
+
+# Elements of an update up to which all of them are compared with the plan's, and the largest difference that summing
+# in another order explains, relative to the sum of magnitudes.
+_COMPARED, _AGREEMENT = 1 << 12, 1e-6
 
 
 # -- Unpacking: the update of one target ---------------------------------------------------------
@@ -40,10 +45,11 @@ class Unpacked:
 
     def __init__(self, file: AdapterFile, updates: Sequence[ModuleUpdate] = ()) -> None:
         self.file, self.updates = file, updates
+        self._forms: dict[int, ModuleUpdate | None] = {}
         self.arrays: dict[str, Float] = {name: array.astype(np.float64) for name, array in file.arrays.items()}
 
     def delta(self, weight: int) -> Float:
-        """Return ΔW of one target in float64.
+        """Return ΔW of one target in float64; raise FileError if it is not finite.
 
         It is computed in float64 if F is linear. With a nonlinear F, the value of F at the start of training is
         subtracted in the dtype of that start.
@@ -52,12 +58,17 @@ class Unpacked:
             return self.updates[weight].delta()
         plan = self.file.plan
         linear = all(plan.groups[piece.group].projection.linear for piece in plan.layout.of_weight(weight))
-        found: Float = (
-            plan.arrays_plan.delta(self._made, weight, self.file.dtype)
-            if linear
-            else self._nonlinear[weight].astype(np.float64)
-        )
+        with np.errstate(over="ignore", invalid="ignore"):  # check_size reports infinite results
+            found: Float = (
+                plan.arrays_plan.delta(self._made, weight, self.file.dtype)
+                if linear
+                else self._nonlinear[weight].astype(np.float64)
+            )
+        self._check_size(ModuleUpdate("dense", self.file.targets[weight].shape, (found,)), weight)
         return found
+
+    def _check_size(self, update: ModuleUpdate, weight: int) -> None:
+        check_size(self.file.targets[weight].label, update, self.file.dtype)
 
     @functools.cached_property
     def _made(self) -> dict[str, Float]:
@@ -71,14 +82,48 @@ class Unpacked:
     def form(self, weight: int) -> ModuleUpdate | None:
         """Return the exact factors of one target's update; None if its arrays do not have such a form.
 
-        The form requires a group of one weight with two modes (or one, dense) and the identity for F, or a tensor of
-        which the weight is a slice of low rank (LoTR, FacT, CP across layers), and an F that keeps rows and columns
-        separate (MiSS).
+        The form requires a group of one weight with two modes and the identity for F, or a tensor of which the weight
+        is a slice of low rank (LoTR, FacT, CP across layers), and an F that keeps rows and columns separate (MiSS).
         """
         if self.updates:
             return self.updates[weight]
-        plan = self.file.plan.arrays_plan
-        return self._of_one_group(weight) or low_rank_slice(plan, weight, self._made, self.file.dtype)
+        if weight not in self._forms:
+            plan = self.file.plan.arrays_plan
+            form = self._of_one_group(weight) or low_rank_slice(plan, weight, self._made, self.file.dtype)
+            self._forms[weight] = form = form if form is not None and self._is_update(form, weight) else None
+            if form is not None:
+                self._check_size(form, weight)
+        return self._forms[weight]
+
+    def update(self, weight: int) -> ModuleUpdate:
+        """Return one target's update as its factors, or else dense."""
+        return self.form(weight) or ModuleUpdate("dense", self.file.targets[weight].shape, (self.delta(weight),))
+
+    def _is_update(self, form: ModuleUpdate, weight: int) -> bool:
+        """Return whether a form has the rows that the plan computes: all of a small update, and some of a large one.
+
+        What a conversion reports as its error is measured against the form.
+        """
+        plan, (rows, cols) = self.file.plan.arrays_plan, form.shape
+        (piece,) = plan.layout.of_weight(weight)
+        bounds = form._replace(
+            parts=tuple(Pair(*map(np.abs, part)) if isinstance(part, Pair) else np.abs(part) for part in form.parts)
+        )
+        runs = [(0, rows)]
+        if rows * cols > _COMPARED:
+            chosen = np.random.default_rng(0).integers(rows, size=2)
+            runs = [(row, row + 1) for row in sorted({0, *map(int, chosen), rows - 1})]
+        for start, stop in runs:
+            first = piece.group_start + start * cols
+            last = first + (stop - start) * cols
+            with np.errstate(over="ignore", invalid="ignore"):
+                expected = plan.groups[piece.group].update(
+                    load_backend("numpy"), self._made, first, last, self.file.dtype
+                )
+                off = np.abs(form.rows(start, stop) - expected.reshape(-1, cols))
+                if not (off <= _AGREEMENT * np.abs(bounds.rows(start, stop))).all():
+                    return False
+        return True
 
     def _of_one_group(self, weight: int) -> ModuleUpdate | None:
         plan, shape = self.file.plan, self.file.targets[weight].shape
@@ -87,90 +132,53 @@ class Unpacked:
         if len(group.pieces) > 1 or len(pieces) > 1 or not group.projection.map.identity or group.subtracts:
             return None
         network = group.network
-        if len(network.sizes) == 1:
-            if network.shapes.keys() != {"split0.dense"} or network.sizes != (shape[0] * shape[1],):
-                return None
-            vec = self._made[group.names["split0.dense"]]  # a group's only array is trained
-            return ModuleUpdate("dense", shape, (vec.reshape(shape),), network.scale)
         if len(network.sizes) != 2 or network.sizes[1] != shape[1]:
             return None
         own = {name: self._made[full] for name, full in group.names.items()}
         arrays = group.with_frozen(load_backend("numpy"), own, self.file.dtype)
-        terms = [_parts(network, arrays, term) for term in range(network.terms)]
-        unpack = _one_split if len(network.splits) == 1 else _kronecker if network.kronecker else _hadamard
-        return unpack([term for term in terms if term is not None], network.terms, shape, network.scale)
-
-
-Parts = Sequence[Pair | Float]
-
-
-def _parts(network: Network, arrays: Mapping[str, Float], term: int) -> Parts | None:
-    """Return the splits of a term, each as two factors or a matrix; None if one has another form."""
-    found = list[Pair | Float]()
-    for number in range(len(network.splits)):
-        prefix = f"term{term}." * (network.terms > 1) + f"split{number}."
-        own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-        part = _matrix(own)
-        if part is None:
+        terms = [_parts(network, network.of_term(prefixes, arrays)) for prefixes in network.prefixes]
+        if len(network.splits) == 1:
+            return _low_rank(terms, shape, network.scale)
+        if network.terms > 1:
             return None
-        found.append(part)
+        return (_kronecker if network.kronecker else _hadamard)(terms[0], shape, network.scale)
+
+
+Part = Pair | Float
+
+
+def _parts(network: Network, arrays: Sequence[Mapping[str, Float]]) -> list[Part]:
+    """Return the matrix of each split of a term, as two factors where its format has them."""
+    backend, found = load_backend("numpy"), list[Part]()
+    for split, own in zip(network.splits, arrays, strict=True):
+        halves = split.factors(backend, own)
+        whole = [(0, size) for size in split.sizes]
+        found.append(split.tensor(backend, own, whole) if halves is None else Pair(halves[0], halves[1].T))
     return found
 
 
-def _matrix(own: Mapping[str, Float]) -> Pair | Float | None:
-    """Return the arrays of a split of order 2 as two factors or a matrix; None for unknown arrays."""
-    names = set(own)
-    if names == {"dense"}:
-        return own["dense"]
-    if names == {"factor0", "factor1"}:
-        return Pair(own["factor0"], own["factor1"])
-    if names == {"weights", "factor0", "factor1"}:
-        return Pair(own["factor0"] * own["weights"], own["factor1"])
-    if names == {"core0", "core1"}:
-        return Pair(own["core0"][0], own["core1"][:, :, 0].T)
-    if "core" not in names or not names <= {"core", "factor0", "factor1"}:
+def _low_rank(terms: Sequence[Sequence[Part]], shape: tuple[int, int], scale: float) -> ModuleUpdate | None:
+    pairs = [Pair(part.b[: shape[0]], part.a) for (part,) in terms if isinstance(part, Pair)]
+    if len(pairs) < len(terms):
         return None
-    core, b, a = own["core"], own.get("factor0"), own.get("factor1")
-    if b is None:
-        return core if a is None else Pair(core, a)
-    return Pair(b, core.T) if a is None else Pair(b @ core, a)
+    # A sum of low-rank matrices is low-rank: concatenate the factors.
+    pair = Pair(np.concatenate([p.b for p in pairs], axis=1), np.concatenate([p.a for p in pairs], axis=1))
+    return ModuleUpdate("lora", shape, (pair,), scale)
 
 
-def _one_split(terms: Sequence[Parts], count: int, shape: tuple[int, int], scale: float) -> ModuleUpdate | None:
-    parts = [part for (part,) in terms]
-    if len(parts) < count:
-        return None
-    pairs = [Pair(part.b[: shape[0]], part.a) for part in parts if isinstance(part, Pair)]
-    if len(pairs) == count:
-        # A sum of low-rank matrices is low-rank: concatenate the factors.
-        pair = Pair(np.concatenate([p.b for p in pairs], axis=1), np.concatenate([p.a for p in pairs], axis=1))
-        return ModuleUpdate("lora", shape, (pair,), scale)
-    if count > 1:
-        return None
-    return ModuleUpdate("dense", shape, (as_matrix(parts[0])[: shape[0]],), scale)
-
-
-def _kronecker(terms: Sequence[Parts], count: int, shape: tuple[int, int], scale: float) -> ModuleUpdate | None:
-    if count > 1 or not terms:
-        return None
-    *leading, last = terms[0]
+def _kronecker(parts: Sequence[Part], shape: tuple[int, int], scale: float) -> ModuleUpdate | None:
+    first, *between, last = parts
     # Multiply all splits but the last, as other libraries have two factors only.
-    first = leading[0]
-    for part in leading[1:]:
+    for part in between:
         first = np.asarray(np.kron(as_matrix(first), as_matrix(part)), np.float64)
     if tuple(one * other for one, other in zip(first.shape, last.shape, strict=True)) != shape:
         return None  # the product is larger than the weight and truncated, which no other library supports
     return ModuleUpdate("lokr", shape, (first, last), scale)
 
 
-def _hadamard(terms: Sequence[Parts], count: int, shape: tuple[int, int], scale: float) -> ModuleUpdate | None:
-    if count > 1 or not terms or len(terms[0]) != 2:
-        return None
-    one, two = terms[0]
-    if not isinstance(one, Pair) or not isinstance(two, Pair):
-        return None
-    cut = (Pair(pair.b[: shape[0]], pair.a) for pair in (one, two))
-    return ModuleUpdate("loha", shape, tuple(cut), scale)
+def _hadamard(parts: Sequence[Part], shape: tuple[int, int], scale: float) -> ModuleUpdate | None:
+    pairs = [Pair(part.b[: shape[0]], part.a) for part in parts if isinstance(part, Pair)]
+    return ModuleUpdate("loha", shape, tuple(pairs), scale) if len(pairs) == len(parts) == 2 else None
 
 
 # -- Modules: all targets in one weight ----------------------------------------------------------
@@ -232,6 +240,10 @@ class Module(NamedTuple):
         if len(found) < len(forms) or any(form.kind != "lora" for form in found):
             return None
         return self._stacked(found)
+
+    def update(self, unpacked: Unpacked) -> ModuleUpdate:
+        """Return ΔW as its exact factors, or else dense."""
+        return self.form(unpacked) or ModuleUpdate("dense", self.shape, (self.delta(unpacked),))
 
     def _stacked(self, forms: Sequence[ModuleUpdate]) -> ModuleUpdate:
         """Combine low-rank updates of disjoint rows into one of the whole weight, whose rank is the sum of theirs."""

@@ -7,8 +7,9 @@ source's dtype or in float32.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +21,8 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ConfigError, FileError, safe_repr
 
 __all__ = [
-    "Float", "ModuleUpdate", "Pair", "alpha_of", "as_matrix", "check_range", "common_dtype", "errors_of", "is_rounding",
-    "low_rank_norms", "narrow", "norms_of", "round_to", "widen",
+    "Float", "ModuleUpdate", "Pair", "alpha_of", "as_matrix", "check_range", "check_size", "common_dtype", "errors_of",
+    "is_rounding", "narrow", "norms_of", "round_to", "widen",
 ]  # fmt: skip
 
 Float = NDArray[np.float64]
@@ -60,6 +61,11 @@ def as_matrix(part: Pair | Float) -> Float:
     if not isinstance(part, Pair):
         return part
     found: Float = part.b @ part.a.T
+    return found
+
+
+def _rows_of(part: Pair | Float, at: slice | NDArray[np.int64]) -> Float:
+    found: Float = part.b[at] @ part.a.T if isinstance(part, Pair) else part[at]
     return found
 
 
@@ -147,6 +153,18 @@ class ModuleUpdate(NamedTuple):
         found: Float = SuperLoRA(self.config(), [self.shape]).deltas(arrays)[0]
         return found
 
+    def rows(self, start: int, stop: int) -> Float:
+        """Compute rows ``start`` to ``stop - 1`` of ΔW."""
+        at = np.arange(start, stop)
+        if self.kind == "lokr":
+            first, last = self.parts
+            outer, inner = np.divmod(at, last.shape[0])
+            left, right = _rows_of(first, outer), _rows_of(last, inner)
+            found = (left[:, :, None] * right[:, None, :]).reshape(len(at), -1)
+        else:
+            found = functools.reduce(np.multiply, (_rows_of(part, slice(start, stop)) for part in self.parts))
+        return found if self.scale == 1.0 else found * self.scale
+
     def absorb_scale(self) -> ModuleUpdate:
         """Return the same update with its scale multiplied into the first part, and a scale of 1."""
         if self.scale == 1.0:
@@ -232,7 +250,8 @@ def check_range(arrays: Mapping[str, np.ndarray], dtype: str) -> None:
     """Raise ConfigError if rounding to the dtype produced an infinite value."""
     for name, array in arrays.items():
         if not np.isfinite(array).all():
-            raise ConfigError(f"{safe_repr(name)} has numbers that are too large for {dtype}; use float32")
+            wider = "float64" if dtype == "float32" else "float32"
+            raise ConfigError(f"{safe_repr(name)} has numbers that are too large for {dtype}; use {wider}")
 
 
 # -- Errors --------------------------------------------------------------------------------------
@@ -251,37 +270,131 @@ def is_rounding(error: float, dtype: str, algebra: bool) -> bool:
     return error <= (_ROUNDING if algebra else _SAME)[dtype]
 
 
-def norms_of(old: Float, new: Float) -> tuple[float, float]:
-    """Return the Frobenius norms of the difference and of the old update."""
-    return norm_of_difference(old, new), norm(old)
+# Elements of an update that are computed at a time, and that are computed at all: in float64 they are 32 GiB.
+_BLOCK, _MOST = 1 << 20, 1 << 32
 
 
-def low_rank_norms(old: ModuleUpdate | None, new: ModuleUpdate | None) -> tuple[float, float] | None:
-    """Compute :func:`norms_of` from the factors of two updates; return None if the ranks are too large to save work.
+def norms_of(old: ModuleUpdate, new: ModuleUpdate) -> tuple[float, float]:
+    """Return the Frobenius norms of the difference of two updates and of the old one, without forming large updates.
 
     Notes
     -----
     ``|b a^T - b' a'^T|`` is the norm of ``[b, -b'] [a, a']^T``, and so that of the product of the triangular QR factors
-    of these two matrices, whose size is the sum of the ranks. This is as accurate as the dense computation: no squares
-    are subtracted.
+    of these two matrices, whose size is the sum of the ranks. A Kronecker product ``A ⊗ B`` has the elements of
+    ``vec(A) vec(B)^T``, a matrix of rank 1, in another order. This is as accurate as the dense computation: no squares
+    are subtracted. Updates without small factors of the same shapes are compared in blocks of rows.
     """
-    if old is None or new is None or {old.kind, new.kind} != {"lora"} or 2 * (old.rank + new.rank) > min(old.shape):
+    with np.errstate(over="ignore", invalid="ignore"):
+        one, other = (_kronecker_of(update) for update in (old, new))
+        equal = old.scale == new.scale and all(map(_equal, one or old.parts, other or new.parts))
+        found = _norms_of_factors(old.absorb_scale(), new.absorb_scale())
+        off, whole = found or _norms_of_blocks(old.absorb_scale(), new.absorb_scale())
+    return 0.0 if equal else off, whole
+
+
+def check_size(name: str, update: ModuleUpdate, dtype: str) -> None:
+    """Raise FileError if an update has numbers that are not finite in float32, or in float64 if it is of that dtype."""
+    kind = "float64" if dtype == "float64" else "float32"
+    most = float(np.finfo(kind).max)
+    bound = abs(update.scale)
+    for part in update.parts:
+        halves = part if isinstance(part, Pair) else (part,)
+        bound *= math.prod(float(np.max(np.abs(half))) for half in halves)
+        bound *= part.rank if isinstance(part, Pair) else 1
+    if not bound <= most and not all(float(np.max(np.abs(block))) <= most for block in _blocks(update)):
+        raise FileError(
+            f"the update of {safe_repr(name)} has numbers that are not finite in {kind}: the adapter is damaged, or "
+            "its scale (alpha) is wrong"
+        )
+
+
+def _equal(one: Pair | Float, other: Pair | Float) -> bool:
+    if isinstance(one, Pair) and isinstance(other, Pair):
+        return np.array_equal(one.b, other.b) and np.array_equal(one.a, other.a)
+    return not isinstance(one, Pair) and not isinstance(other, Pair) and np.array_equal(one, other)
+
+
+def _blocks(update: ModuleUpdate) -> Iterator[Float]:
+    """Yield an update in blocks of rows; raise MemoryError if it is too large to be computed at all."""
+    rows, cols = update.shape
+    if rows * cols > _MOST:
+        raise MemoryError
+    step = max(1, _BLOCK // cols)
+    for start in range(0, rows, step):
+        with np.errstate(over="ignore", invalid="ignore"):
+            yield update.rows(start, min(start + step, rows))
+
+
+def _norms_of_blocks(old: ModuleUpdate, new: ModuleUpdate) -> tuple[float, float]:
+    norms = [(norm_of_difference(*pair), norm(pair[0])) for pair in zip(_blocks(old), _blocks(new), strict=True)]
+    return together(off for off, _ in norms), together(whole for _, whole in norms)
+
+
+def _norms_of_factors(old: ModuleUpdate, new: ModuleUpdate) -> tuple[float, float] | None:
+    """Compute :func:`norms_of` of updates of scale 1 from factors; None if these are not small, or of other shapes."""
+    one, other = _kronecker_of(old), _kronecker_of(new)
+    if one is None or other is None:
         return None
-    one, two = old.absorb_scale().pair, new.absorb_scale().pair
-    if np.array_equal(one.b, two.b) and np.array_equal(one.a, two.a):
-        return 0.0, _norm_of(one)
-    both = Pair(np.concatenate([one.b, -two.b], axis=1), np.concatenate([one.a, two.a], axis=1))
-    return _norm_of(both), _norm_of(one)
+    sides, exponent = list[tuple[Float, Float]](), 0
+    for parts in zip(one, other, strict=True):
+        if parts[0].shape != parts[1].shape or (found := _compressed(*parts, math.prod(old.shape))) is None:
+            return None
+        small, scaled = found
+        sides.append(small)
+        exponent += scaled
+    upper, lower = (_triangle(*side) for side in sides)
+    products = upper * [1.0, -1.0] @ lower.T, upper[:, :1] @ lower[:, :1].T
+    off, whole = (norm(scaled_by(product, exponent)) for product in products)
+    return off, whole
 
 
-def _norm_of(pair: Pair) -> float:
-    # Scale each factor to about 1: their product may be in range even if neither factor's norm is.
-    exponents = [exponent_of(half) for half in pair]
-    upper, lower = (
-        np.asarray(np.linalg.qr(scaled_by(half, -exponent), mode="r"))
-        for half, exponent in zip(pair, exponents, strict=True)
-    )
-    return norm(scaled_by(upper @ lower.T, sum(exponents)))
+def _triangle(one: Float, other: Float) -> Float:
+    """Return the triangular QR factor of the matrix with two columns, the elements of two matrices."""
+    length = float(np.linalg.norm(one))
+    if not length:
+        return np.asarray([[0.0, 0.0], [0.0, np.linalg.norm(other)]])
+    unit = one / length
+    along = float(np.vdot(unit, other))
+    return np.asarray([[length, along], [0.0, np.linalg.norm(other - along * unit)]])
+
+
+def _kronecker_of(update: ModuleUpdate) -> tuple[Pair | Float, Pair | Float] | None:
+    """Return two parts whose Kronecker product is an update, apart from its scale; None if they would be large."""
+    if update.kind == "lokr":
+        first, last = update.parts
+        return first, last
+    if update.kind != "loha":
+        return np.ones((1, 1)), update.parts[0]
+    one, two = update.parts
+    assert isinstance(one, Pair)
+    assert isinstance(two, Pair)
+    if 4 * one.rank * two.rank > min(update.shape):
+        return None
+    # A row of the Hadamard product's factors is the Kronecker product of the rows of those of the two matrices.
+    b, a = ((left[:, :, None] * right[:, None, :]).reshape(len(left), -1) for left, right in zip(one, two, strict=True))
+    return np.ones((1, 1)), Pair(b, a)
+
+
+def _compressed(one: Pair | Float, other: Pair | Float, elements: int) -> tuple[tuple[Float, Float], int] | None:
+    """Return two small matrices with the norms and the inner product of two parts, apart from a power of two.
+
+    None if neither the ranks are small, nor the parts against an update of that many elements.
+    """
+    if isinstance(one, Pair) and isinstance(other, Pair) and 2 * (one.rank + other.rank) <= min(one.shape):
+        # Scale each factor to about 1: their product may be in range even if neither factor's norm is.
+        both = [np.concatenate(halves, axis=1) for halves in zip(one, other, strict=True)]
+        exponents = [exponent_of(halves) for halves in both]
+        b, a = (
+            np.asarray(np.linalg.qr(scaled_by(halves, -exponent), mode="r"))
+            for halves, exponent in zip(both, exponents, strict=True)
+        )
+        cut = one.rank
+        return (b[:, :cut] @ a[:, :cut].T, b[:, cut:] @ a[:, cut:].T), sum(exponents)
+    if 2 * math.prod(one.shape) > max(elements, 2):
+        return None
+    whole = as_matrix(one), as_matrix(other)
+    exponent = exponent_of(*whole)
+    return (scaled_by(whole[0], -exponent), scaled_by(whole[1], -exponent)), exponent
 
 
 def errors_of(norms: Mapping[str, tuple[float, float]]) -> tuple[float, dict[str, float]]:

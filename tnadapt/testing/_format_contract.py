@@ -5,19 +5,38 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import json
 import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
-from tnadapt.algebra.formats import jacobian_rank
+import tnadapt as tna
+from tnadapt.algebra.formats import FORMATS, jacobian_rank
 from tnadapt.algebra.unfolding import Cut
 from tnadapt.backends import get_backend
+from tnadapt.convert import FORMS
+from tnadapt.errors import ConfigError
 
 from ._required import Required
 
 __all__ = ["FormatContract"]
+
+# What the file formats of other libraries need to know, other than the adapter; for llama.cpp also a base.
+_WRITTEN: dict[str, dict[str, Any]] = {
+    "peft": {}, "vllm": {}, "lycoris": {}, "kohya": {"part": "lora_unet"}, "diffusers": {"part": "unet"}, "gguf": {},
+}  # fmt: skip
+_LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 2}
+_WEIGHTS = {f"model.layers.{layer}.self_attn.v_proj": (24, 20) for layer in (0, 1)}
+# As float32 rounds two factors, and the sum of a few of their products.
+_ROUNDING = 1e-5
 
 
 class FormatContract:
@@ -88,6 +107,18 @@ class FormatContract:
             found = split.tensor(get_backend(*arrays.values()), arrays, [(0, d) for d in split.sizes])
             expected = np.einsum(split.formula, *arrays.values(), optimize=True)
             np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+    def test_the_factors_of_a_matrix_make_it(self) -> None:
+        for sizes, rank in itertools.product(((9, 8), (8, 9), (4, 3)), self.ranks):
+            split, rng = self.kind(sizes, rank), np.random.default_rng(0)
+            arrays = {name: rng.normal(size=shape) for name, shape in split.shapes.items()}
+            backend = get_backend(*arrays.values())
+            found = split.factors(backend, arrays)
+            whole = split.tensor(backend, arrays, [(0, size) for size in sizes])
+            if found is None:
+                assert split.rank_of_legs(((sizes[0], 1), (1, sizes[1]))) == min(sizes)
+            else:
+                np.testing.assert_allclose(found[0] @ found[1], whole, rtol=1e-12, atol=1e-12)
 
     def test_ranks_of_unfoldings_are_limited_as_it_says(self) -> None:
         for split, arrays in self._each():
@@ -168,3 +199,72 @@ class FormatContract:
                 }
                 total.append(split.tensor(get_backend(*arrays.values()), arrays, [(0, d) for d in sizes]))
             assert 0.5 < np.mean(np.square(total)) / split.num_terms < 2.0
+
+    def test_other_libraries_files_hold_the_update_or_say_how_far_they_are_off(self) -> None:
+        """Convert adapters to the file formats and back, and compare with the plan's own updates in float64."""
+        with tempfile.TemporaryDirectory() as folder:
+            for number, (file, form, options) in enumerate(self._exports(folder)):
+                path = os.path.join(folder, f"{number}.gguf" if form.startswith("gguf") else str(number))
+                what = f"{file.config} as {form} with {options}"
+                try:
+                    report = tna.convert(file, path, to=form, **options)
+                except ConfigError:
+                    # Without a rank, a form may have no exact factors; of full rank, every update has them.
+                    always = form.endswith("full") or "rank" in options
+                    assert not always, what
+                    continue
+                found, expected = (_updates(each) for each in (tna.convert(path).file, file))
+                error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+                assert abs(error - report.error) <= _ROUNDING, f"{what}: the error is {error}, and not {report.error}"
+                assert report.exact or options.get("rank") == 1, f"{what}: the error is {error}"
+
+    def _exports(self, folder: str) -> Iterator[tuple[tna.AdapterFile, str, dict[str, Any]]]:
+        """Yield adapters of this format, the forms to write them in, and the options."""
+        base = os.path.join(folder, "base")
+        os.mkdir(base)
+        with open(os.path.join(base, "config.json"), "w") as written:
+            json.dump(_LLAMA, written)
+        zeros = {f"{path}.weight": np.zeros(shape, np.float32) for path, shape in _WEIGHTS.items()}
+        save_file(zeros, os.path.join(base, "model.safetensors"))
+        forms = [form.partition("-") for form in FORMS if form.endswith(("-lora", "-lokr", "-loha", "-full"))]
+        if importlib.util.find_spec("gguf") is None:
+            forms = [each for each in forms if each[0] != "gguf"]
+        for file in self._adapters():
+            for library, _, kind in forms:
+                if library not in _WRITTEN:
+                    continue
+                options = _WRITTEN[library] | ({"base": base} if library == "gguf" else {})
+                yield file, f"{library}-{kind}", options
+                if library == "peft":
+                    yield file, f"{library}-{kind}", {**options, "rank": 20}
+                if (library, kind) == ("peft", "lora"):
+                    yield file, f"{library}-{kind}", {**options, "rank": 1, "max_error": 1.0}
+
+    def _adapters(self) -> Iterator[tna.AdapterFile]:
+        """Yield small adapters with random arrays: a matrix a weight, sums and products of two, and a joint tensor."""
+        name = next((name for name, cls in FORMATS.items() if cls is self.kind), None)
+        if name is None:
+            name = re.sub("[^a-z0-9]+", "-", f"{self.kind.__module__} {self.kind.__qualname__}".lower())[-64:].strip(
+                "-"
+            )
+            tna.register_format(name, self.kind)
+        rng = np.random.default_rng(0)
+        for settings in (
+            {},
+            {"terms": 2},
+            {"splits": 2},
+            {"splits": 2, "combine": "hadamard", "leading": "same"},
+            {"groups": 1, "order": 3, "fold": "hypercube"},
+        ):
+            config = tna.Config(rank=2, format=name, **settings)
+            plan = tna.SuperLoRA(config, list(_WEIGHTS.values()))
+            arrays = {full: rng.normal(size=shape).astype("f4") for full, shape in plan.param_shapes.items()}
+            yield tna.AdapterFile(config, [tna.Target(path, shape) for path, shape in _WEIGHTS.items()], arrays)
+
+
+def _updates(file: tna.AdapterFile | None) -> np.ndarray:
+    """Return the elements of all updates of a file, in the order of its weights' names, computed in float64."""
+    assert file is not None
+    deltas = file.plan.deltas({name: array.astype(np.float64) for name, array in file.arrays.items()})
+    names = [target.name for target in file.targets]
+    return np.concatenate([deltas[names.index(name)].reshape(-1) for name in sorted(names)])

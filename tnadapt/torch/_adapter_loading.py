@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from . import _merging as merging
 from ._adapter import Adapter
 from ._adapter_saving import FileErrorContext, check_kept, fingerprint_of, kept_pairs, need_base
 from ._arrays import checked_pairs
-from ._attach import attach_with, check_name
+from ._attach import attach_with, check_name, checked_dtype
 from ._bundle.hub import adapter_path
 from ._bundle.libraries import describe
 from ._removal import take_off
@@ -54,6 +55,7 @@ def load(
     keep_tied: bool = False,
     detach_norm: bool = False,
     dropout: float = 0.0,
+    dtype: torch.dtype | str | None = None,
 ) -> Adapter:
     """Load an adapter from a file and attach it.
 
@@ -78,6 +80,10 @@ def load(
         As in :func:`tnadapt.torch.attach`.
     dropout : float
         As in :func:`tnadapt.torch.attach`, for training it further.
+    dtype : torch.dtype or str, optional
+        Dtype of the arrays, such as ``torch.bfloat16`` or ``"bfloat16"``. By default, that of the file if it is
+        float32 or float64, and float32 for arrays in half precision, as in PEFT. If the update depends on the dtype,
+        as frozen arrays or a start that is subtracted are rounded to it, it stays that of the file.
 
     Returns
     -------
@@ -96,6 +102,9 @@ def load(
     -----
     Weights are found by their paths. If modules have been renamed since, all weights are matched by role and shape.
 
+    Float32 holds all numbers of half precision, so the update is that of the file. If it is saved again, it is in
+    float32; ``dtype=`` keeps another dtype.
+
     Examples
     --------
     >>> import tempfile, torch, tnadapt.torch
@@ -107,8 +116,9 @@ def load(
     ...     tnadapt.torch.load(model, folder + "/adapter.safetensors").num_parameters
     368
     """
+    wanted = checked_dtype(dtype) if dtype is not None else None
     return attach_file(
-        model, adapter_format.load(path), path, name, check_base, untie=untie, keep_tied=keep_tied,
+        model, adapter_format.load(path), path, name, check_base, wanted, untie=untie, keep_tied=keep_tied,
         detach_norm=detach_norm, dropout=dropout,
     )  # fmt: skip
 
@@ -119,10 +129,12 @@ def attach_file(
     path: str | os.PathLike[str],
     name: str,
     check_base: bool,
+    dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Adapter:
     """Attach an adapter that was read from a path, with these options of ``attach``; see :func:`load`."""
     with FileErrorContext(path):
+        dtype = dtype or _dtype_on_load(file)
         targets = _located(model, file)
         check_kept(model, file)
         copies = split_by_file(model, file, options.get("untie", False), options.get("keep_tied", False))
@@ -143,7 +155,6 @@ def attach_file(
                 "its arrays are computed from the base weights, which have to be those that it was trained on: give "
                 "the model with its weights and leave check_base=False out, or save the adapter with store_bases=True"
             )
-        dtype = getattr(torch, file.dtype)
     check_name(model, name)
     before: list[tuple[Tensor, Tensor]] = []
     try:
@@ -180,6 +191,7 @@ def from_pretrained(
     keep_tied: bool = False,
     detach_norm: bool = False,
     dropout: float = 0.0,
+    dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Adapter:
@@ -189,8 +201,25 @@ def from_pretrained(
     """
     return load(
         model, adapter_path(folder, revision, token), name, check_base=check_base, untie=untie, keep_tied=keep_tied,
-        detach_norm=detach_norm, dropout=dropout,
+        detach_norm=detach_norm, dropout=dropout, dtype=dtype,
     )  # fmt: skip
+
+
+def _dtype_on_load(file: AdapterFile) -> torch.dtype:
+    """Return the dtype that an adapter's arrays get by default: half precision is for storage, not for training."""
+    dtype: torch.dtype = getattr(torch, file.dtype)
+    return dtype if dtype.itemsize > 2 or _is_rounded(file) else torch.float32
+
+
+def _is_rounded(file: AdapterFile) -> bool:
+    """Return whether a file's update has fixed numbers that are rounded to the dtype of the parameters."""
+    if file.plan.theta is not None or not file.complete:
+        return True
+    for group in file.plan.groups:
+        fixed = ((group.frozen.make(name), group.frozen.make((name, file.dtype))) for name in group.frozen.entries)
+        if group.subtracts or any(not np.array_equal(*pair) for pair in fixed):
+            return True
+    return False
 
 
 def _recorded(model: nn.Module, about: Pretrained | None, check_base: bool) -> Pretrained | None:

@@ -42,7 +42,7 @@ from ._strategy_choice import is_quantized, strategy_of
 from ._target_selection import find_targets, host_of, paths_of, tied
 from ._transformers_model import TransformersModel
 
-__all__ = ["attach", "attach_with", "check_name"]
+__all__ = ["attach", "attach_with", "check_name", "checked_dtype"]
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def attach(
     strategy: str = "auto",
     tokens: int = TOKENS,
     activation: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     untie: bool = False,
     keep_tied: bool = False,
     given: Mapping[str, Any] | None = None,
@@ -112,8 +112,9 @@ def attach(
         For ``"auto"``: the number of rows a layer is called with, batch size times tokens.
     activation : {"relu", "gelu", "silu", "tanh"}, optional
         A nonlinearity between the two factors, on the activations (LoDA). Needs one low-rank matrix per weight.
-    dtype : torch.dtype
-        Dtype of the adapter's parameters. float32 also on half-precision models: small updates would vanish in less.
+    dtype : torch.dtype or str
+        Dtype of the adapter's parameters, or its name. float32 also on half-precision models: small updates would
+        vanish in less.
     untie : bool
         Where the weight of a target is shared with another module (tied weights), give the second its own copy.
     keep_tied : bool
@@ -216,7 +217,7 @@ def attach_with(
     strategy: str = "auto",
     tokens: int = TOKENS,
     activation: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     untie: bool = False,
     keep_tied: bool = False,
     given: Mapping[str, Any] | None = None,
@@ -239,8 +240,7 @@ def attach_with(
         raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {safe_repr(strategy)}")
     if activation is not None and activation not in ACTIVATIONS:
         raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {safe_repr(activation)}")
-    if dtype not in _DTYPES:
-        raise BackendError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {safe_repr(dtype)}")
+    dtype = checked_dtype(dtype)
     if not isinstance(detach_norm, bool):
         raise ConfigError(f"detach_norm must be True or False; got {safe_repr(detach_norm)}")
     dropout = check_dropout(dropout)
@@ -345,6 +345,15 @@ def check_name(model: nn.Module, name: str) -> None:
             f"this model already has an adapter {name!r} ({taken[name].handle!r}); give another name, or "
             "detach() it first"
         )
+
+
+def checked_dtype(dtype: Any) -> torch.dtype:
+    """Return a dtype of arrays, given by itself or by its name; raise BackendError for any other one."""
+    names = {name: known for known, name in _DTYPES.items()}
+    found = names.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or found not in _DTYPES:
+        raise BackendError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {safe_repr(dtype)}")
+    return found
 
 
 def _arrays(plan: SuperLoRA, like: torch.Tensor | None, dtype: torch.dtype, fresh: bool) -> dict[str, torch.Tensor]:

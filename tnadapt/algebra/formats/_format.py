@@ -256,6 +256,30 @@ class Format:
         """
         raise ConfigError(f"{type(self).__name__} defines inner() but not unfolded(): define both, or neither")
 
+    def factors(self, backend: Backend, arrays: Mapping[str, Array]) -> tuple[Array, Array] | None:
+        """Return L and R whose product is the tensor of two modes; None if no bond limits its rank.
+
+        Default: :meth:`unfolded`, or else the halves of the network at a minimal cut if that is below both sides.
+
+        Parameters
+        ----------
+        backend : Backend
+        arrays : mapping of str to array
+
+        Returns
+        -------
+        (array, array) or None
+            Shapes (d_1, inner) and (inner, d_2).
+        """
+        rows, cols = self.sizes
+        if self.inner(1) is not None:
+            return self.unfolded(backend, arrays, Cut(1, (0, rows), (0, cols), 0))
+        halves = self.halves(((rows, 1), (1, cols)))
+        if halves.width >= min(rows, cols):
+            return None
+        left, right = halves(backend, [arrays[name] for name in self.shapes], [(0, rows), (0, cols)])
+        return backend.reshape(left, (rows, -1)), backend.matrix_transpose(backend.reshape(right, (cols, -1)))
+
     def boxed(self, lengths: Sequence[int]) -> Self | None:
         """Return the format of a box with these lengths, whose arrays are those of this one cut to the box.
 
