@@ -181,7 +181,7 @@ def _stored(path: str) -> tuple[dict[str, Any], dict[str, Float], dict[str, str]
             if kinds[tensor.name] in _DTYPES
         }
     except Exception as error:  # whatever a damaged file makes the package raise
-        raise FileError(f"is not a valid GGUF file: {type(error).__name__}: {error}") from None
+        raise FileError(f"is not a valid GGUF file: {type(error).__name__}: {str(error)[:200]}") from None
     if other := [name for name, kind in kinds.items() if kind not in _DTYPES]:
         raise FileError(f"{safe_repr(other[0])} is {kinds[other[0]]}; only {', '.join(_DTYPES)} can be converted")
     return fields, wide, {name: _DTYPES[kind] for name, kind in kinds.items()}
