@@ -213,6 +213,19 @@ def test_a_record_that_does_not_fit_the_tensors_is_refused(llama: Path, tmp_path
         tna.convert(path)
 
 
+def test_factors_without_elements_are_refused(llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.gguf"
+    tna.convert(made(tna.presets.lora(2), SHAPES), path, to="gguf", base=llama)
+    content = path.read_bytes()
+    name = b"blk.0.attn_q.weight.lora_b"
+    sizes = content.rindex(name) + len(name) + 4
+    path.write_bytes(content[:sizes] + bytes(8) + content[sizes + 8 :])
+    with pytest.raises(
+        FileError, match=r"the factors of 'blk\.0\.attn_q\.weight' must be matrices; they are .* \(24, 0\)"
+    ):
+        tna.convert(path)
+
+
 def test_a_damaged_model_is_refused(llama: Path, tmp_path: Path) -> None:
     base = tmp_path / "model.gguf"
     base.write_bytes(b"GGUF" + bytes(40))

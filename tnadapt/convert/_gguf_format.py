@@ -151,7 +151,7 @@ def _read(path: str, base: Base | None) -> ForeignAdapter:
     updates = []
     for name, (module, stored, transposed, heads) in sorted(listed.items(), key=lambda item: natural(item[1][0])):
         a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
-        if a.ndim != 2 or b.ndim != 2:
+        if a.ndim != 2 or b.ndim != 2 or not a.size or not b.size:
             raise FileError(f"the factors of {safe_repr(name)} must be matrices; they are {a.shape} and {b.shape}")
         if heads is not None and (heads < 1 or b.shape[0] % (2 * heads)):
             raise FileError(f"{safe_repr(name)} has {b.shape[0]} rows, which are not those of {heads} heads in halves")

@@ -304,7 +304,7 @@ def _letter(token: str) -> _Piece:
 
 def _bounds(token: str) -> tuple[int, int | None]:
     if token[0] != "{":
-        return {"*": (0, None), "+": (1, None), "?": (0, 1)}[token[0]]  # type: ignore[return-value]
+        return int(token[0] == "+"), 1 if token[0] == "?" else None
     low, comma, high = token.rstrip("?")[1:-1].partition(",")
     bounds = int(low), int(low) if not comma else int(high) if high else None
     if bounds[1] is not None and bounds[1] < bounds[0]:
