@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -224,6 +225,16 @@ def test_factors_without_elements_are_refused(llama: Path, tmp_path: Path) -> No
         FileError, match=r"the factors of 'blk\.0\.attn_q\.weight' must be matrices; they are .* \(24, 0\)"
     ):
         tna.convert(path)
+
+
+def test_a_signaling_nan_is_no_warning(llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.gguf"
+    tna.convert(made(tna.presets.lora(2), SHAPES), path, to="gguf", base=llama)
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\xa0\x7f")
+    with warnings.catch_warnings(record=True) as caught, contextlib.suppress(tna.TnadaptError):
+        warnings.simplefilter("always")
+        tna.convert(path)
+    assert not caught
 
 
 def test_a_damaged_model_is_refused(llama: Path, tmp_path: Path) -> None:

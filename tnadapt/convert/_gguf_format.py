@@ -175,11 +175,12 @@ def _stored(path: str) -> tuple[dict[str, Any], dict[str, Float], dict[str, str]
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
         kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-        wide = {
-            tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
-            for tensor in reader.tensors
-            if kinds[tensor.name] in _DTYPES
-        }
+        with np.errstate(invalid="ignore"):  # a signaling NaN, which the cast makes quiet
+            wide = {
+                tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+                for tensor in reader.tensors
+                if kinds[tensor.name] in _DTYPES
+            }
     except Exception as error:  # whatever a damaged file makes the package raise
         raise FileError(f"is not a valid GGUF file: {type(error).__name__}: {str(error)[:200]}") from None
     if other := [name for name, kind in kinds.items() if kind not in _DTYPES]:
