@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from paper.registries import SOURCES, fetch
+from tnadapt.errors import spreadsheet_text
 from tnadapt.finetune.pareto_report import Point, columns, points_in, rows_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -69,7 +70,7 @@ def table(results: Path) -> str:
     writer = csv.writer(text, lineterminator="\n")
     # Without the seconds, which come from parallel runs on a machine that may have been busy.
     writer.writerow(columns(len(points[0].test))[:-1])
-    writer.writerows(row[:-1] for row in rows_of(points))
+    writer.writerows(map(spreadsheet_text, row[:-1]) for row in rows_of(points))
     return text.getvalue()
 
 

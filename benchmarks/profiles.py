@@ -10,6 +10,8 @@ from typing import Any
 
 from machine import machine
 
+from tnadapt.errors import spreadsheet_text
+
 __all__ = ["store"]
 
 RESULTS = Path(__file__).parent / "results"
@@ -23,4 +25,5 @@ def store(name: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, st
     with (RESULTS / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(columns.values())
-        table.writerows([row.get(key, "") for key in columns] for row in rows)
+        cells = ([row.get(key, "") for key in columns] for row in rows)
+        table.writerows([spreadsheet_text(one) if isinstance(one, str) else one for one in row] for row in cells)

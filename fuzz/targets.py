@@ -6,10 +6,14 @@ This module does not need a fuzzer: the tests call the targets with every entry 
 from __future__ import annotations
 
 import contextlib
+import csv
+import functools
+import io
 import json
 import os
 import tempfile
 import tracemalloc
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +23,13 @@ import numpy as np
 import tnadapt as tna
 from tests.support import forge
 from tnadapt.checkpoints.checkpoint import open_checkpoint
+from tnadapt.planning import model_targets
 
-__all__ = ["TARGETS", "FaultError", "measured"]
+__all__ = ["TARGETS", "FaultError", "measured", "of_llama", "traced"]
 
 SHAPES = [(6, 4), (5, 4), (6, 4)]
 NAMES = ("a.q", "a.v", "b.q")
-#: Memory allowed in addition to forty times the size of the input.
+#: Memory allowed in addition to ten times the size of the input.
 ALLOWED = 8 << 20
 
 
@@ -46,13 +51,18 @@ def measured(target: Callable[[bytes], None], data: bytes) -> int:
         If that is out of proportion to the input.
     """
     target(data)
+    return traced(target, data)
+
+
+def traced(target: Callable[[bytes], None], data: bytes) -> int:
+    """Call a target that has been called before, and measure its memory as :func:`measured` does."""
     tracemalloc.start()
     try:
         target(data)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    if peak > ALLOWED + 40 * len(data):
+    if peak > ALLOWED + 10 * len(data):
         raise FaultError(f"{len(data)} bytes took {peak:,} bytes of memory")
     return peak
 
@@ -151,6 +161,88 @@ def checkpoint(data: bytes) -> None:
             open_checkpoint(folder)
 
 
+def gguf(data: bytes) -> None:
+    """Read bytes as an adapter of llama.cpp, and as the model in GGUF that one is made for."""
+    with _folder() as folder:
+        path = folder / "model.gguf"
+        path.write_bytes(data)
+        with contextlib.suppress(tna.TnadaptError):
+            tna.convert(path)
+        with contextlib.suppress(tna.TnadaptError):
+            tna.convert(of_llama(), to="gguf-lora", base=path)
+
+
+def model(data: bytes) -> None:
+    """Read bytes as the config.json of a model and, after two zero bytes, the shapes of its tensors by name."""
+    settings, _, listed = data.partition(b"\0\0")
+    shapes = _json(listed)
+    with _folder() as folder:
+        (folder / "config.json").write_bytes(settings)
+        tensors = {
+            name: ("F32", np.ones(shape, np.float32))
+            for name, shape in (shapes.items() if isinstance(shapes, dict) else ())
+            if isinstance(shape, list) and len(shape) <= 4 and all(type(one) is int and 0 < one < 99 for one in shape)
+        }
+        header = forge.listed({name: one for name, one in tensors.items() if one[1].size < 1 << 12})
+        with contextlib.suppress(UnicodeEncodeError):
+            (folder / "model.safetensors").write_bytes(forge.container(*header))
+        for targets in ("qkvo", "all-linear", "embeddings", [".*proj"]):
+            with contextlib.suppress(tna.TnadaptError):
+                model_targets(folder, targets)
+        with contextlib.suppress(tna.TnadaptError):
+            tna.convert(of_llama(), to="gguf-lora", base=folder)
+
+
+def table(data: bytes) -> None:
+    """Read bytes as a table of samples whose suffix the first byte selects, find its task and write it as CSV."""
+    from tnadapt.cli._predict_command import _written
+    from tnadapt.finetune._data_sources import labelled_texts
+    from tnadapt.finetune._prediction_rows import prediction_rows
+    from tnadapt.finetune._sample_tables import TABLES, read_table
+
+    with _folder() as folder:
+        path = folder / f"table{TABLES[data[0] % len(TABLES) if data else 0]}"
+        path.write_bytes(data[1:])
+        try:
+            found = read_table(path)
+        except tna.TnadaptError:
+            return
+        with contextlib.suppress(tna.TnadaptError):
+            labelled_texts(found)
+        rows = prediction_rows(found, [None] * len(found), [{"prediction": "=1"}] * len(found))
+        for cell in csv.reader(io.StringIO(_written(rows, ".csv"), newline="")):
+            if any(text[:1] in {"=", "@", "\t", "\r"} for text in cell):
+                raise FaultError(f"{cell} has a formula")
+        _written(rows, ".jsonl")
+
+
+def tokenizer(data: bytes) -> None:
+    """Read bytes as the tokenizer_config.json next to a tokenizer of words, and encode a text."""
+    import tokenizers
+    import transformers
+
+    from tnadapt.finetune._text_inputs import tokenizer_of
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "good": 1, "film": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    with _folder() as folder:
+        words.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_bytes(data)
+        (folder / "config.json").write_text('{"model_type": "bert"}')
+        with contextlib.suppress(tna.TnadaptError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = tokenizer_of(str(folder), transformers)
+            found(["good film"], truncation=True, max_length=int(min(16, found.model_max_length)))
+
+
+@functools.cache
+def of_llama() -> tna.AdapterFile:
+    """Return an adapter of one weight of a Llama."""
+    plan = tna.SuperLoRA(tna.presets.lora(2), [(8, 4)])
+    targets = [tna.Target("model.layers.1.self_attn.q_proj", (8, 4), "q", layer="model.layers.1.self_attn")]
+    return tna.AdapterFile(tna.presets.lora(2), targets, plan.init())
+
+
 def _json(data: bytes) -> Any:
     try:
         return json.loads(data)
@@ -164,4 +256,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "config": config,
     "peers": peers,
     "checkpoint": checkpoint,
+    "gguf": gguf,
+    "model": model,
+    "table": table,
+    "tokenizer": tokenizer,
 }

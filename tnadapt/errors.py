@@ -7,6 +7,7 @@ what was given, what was expected, and how to fix it.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,14 +50,48 @@ def escaped(text: str) -> str:
     )
 
 
+# Letters of a message: longer than the longest path that Linux opens.
+_LONGEST = 5000
+# What makes a spreadsheet take a cell for a formula, also in full width, and a number, which is none.
+_FORMULA = re.compile("[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
+
+
+def spreadsheet_text(text: str) -> str:
+    """Return text that a spreadsheet does not take for a formula: with ``'`` before it if it would.
+
+    Use it for every cell of a CSV file that may come from a file, a model or a user, as OWASP recommends. Numbers stay
+    as they are.
+
+    Parameters
+    ----------
+    text : str
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> [spreadsheet_text(text) for text in ("=1+2", "@sum", "-1.5e3", "a=b")]
+    ["'=1+2", "'@sum", '-1.5e3', 'a=b']
+    """
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
 class TnadaptError(ValueError):
     """Base class of the errors that tnadapt raises for invalid input.
 
-    The message is a single line that is safe to print: file and tensor names in it are escaped.
+    The message is a single line that is safe to print: file and tensor names in it are escaped. Of one that is longer
+    than 5,000 letters, which only a mistaken or hostile name makes it, the middle is left out.
     """
 
     def __init__(self, *arguments: object) -> None:
-        super().__init__(*(escaped(one) if isinstance(one, str) else one for one in arguments))
+        super().__init__(*(_shortened(escaped(one)) if isinstance(one, str) else one for one in arguments))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
 
 
 class ConfigError(TnadaptError):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from safetensors.numpy import save_file
 import tnadapt as tna
 from tests.support.depth import long_only
 from tnadapt import AdapterFile, ConfigError, FileError, Target
-from tnadapt.convert._gguf_base import base_of_gguf
+from tnadapt.convert._gguf_base import GgufBase, base_of_gguf
 
 from .conversions import TOLERANCE, error, made, updates
 
@@ -212,6 +214,29 @@ def test_a_record_that_does_not_fit_the_tensors_is_refused(llama: Path, tmp_path
         tna.convert(path)
 
 
+def test_factors_without_elements_are_refused(llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.gguf"
+    tna.convert(made(tna.presets.lora(2), SHAPES), path, to="gguf", base=llama)
+    content = path.read_bytes()
+    name = b"blk.0.attn_q.weight.lora_b"
+    sizes = content.rindex(name) + len(name) + 4
+    path.write_bytes(content[:sizes] + bytes(8) + content[sizes + 8 :])
+    with pytest.raises(
+        FileError, match=r"the factors of 'blk\.0\.attn_q\.weight' must be matrices; they are .* \(24, 0\)"
+    ):
+        tna.convert(path)
+
+
+def test_a_signaling_nan_is_no_warning(llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.gguf"
+    tna.convert(made(tna.presets.lora(2), SHAPES), path, to="gguf", base=llama)
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\xa0\x7f")
+    with warnings.catch_warnings(record=True) as caught, contextlib.suppress(tna.TnadaptError):
+        warnings.simplefilter("always")
+        tna.convert(path)
+    assert not caught
+
+
 def test_a_damaged_model_is_refused(llama: Path, tmp_path: Path) -> None:
     base = tmp_path / "model.gguf"
     base.write_bytes(b"GGUF" + bytes(40))
@@ -243,19 +268,88 @@ def smollm2() -> Path:
     return next(Path(os.path.dirname(package.__file__)).glob("*.gguf"))
 
 
-def test_a_gguf_model_says_its_heads_and_shapes(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
+def gguf_model(path: Path, **fields: Any) -> Path:
+    """Write a model of two weights in GGUF, with other values of some fields."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type("model")
-    writer.add_block_count(2)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
+    values = {"block_count": 2, "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS, **fields}
+    for name, value in values.items():
+        kind = gguf.GGUFValueType.UINT64 if isinstance(value, int) and value >= 1 << 31 else None
+        writer.add_key_value(f"llama.{name}", value, kind or gguf.GGUFValueType.get_type(value))
     for name in ("blk.0.attn_q.weight", "blk.1.attn_k.weight"):
         writer.add_tensor(name, np.zeros((24 if "q" in name else 12, WIDTH), "f4"))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+BAD_NUMBERS = [0, -2, "two", 2.0, True, [2, 2], 4 * 10**9]
+
+
+@pytest.mark.parametrize("field", ["block_count", "attention.head_count", "attention.head_count_kv"])
+def test_numbers_of_a_gguf_model_are_checked(field: str, tmp_path: Path) -> None:
+    file = made(tna.presets.lora(2), {"model.layers.1.self_attn.k_proj": (12, WIDTH)})
+    for place, value in enumerate(BAD_NUMBERS):
+        path = gguf_model(tmp_path / f"{place}.gguf", **{field: value})
+        with pytest.raises(FileError, match=rf"llama\.{field} of .*{place}\.gguf must be "):
+            tna.convert(file, to="gguf-lora", base=path)
+
+
+@pytest.mark.parametrize("field", ["num_hidden_layers", "num_attention_heads", "num_key_value_heads"])
+def test_numbers_of_a_config_are_checked(field: str, llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    for value in (*BAD_NUMBERS, 10**12, 10**400):
+        (llama / "config.json").write_text(json.dumps({**config, field: value}))
+        with pytest.raises(ConfigError, match=f"^{field} in the base's config.json must be "):
+            tna.convert(made(tna.presets.lora(2), SHAPES), to="gguf-lora", base=llama)
+    (llama / "config.json").write_text(json.dumps({**config, "num_key_value_heads": None, "num_attention_heads": 2}))
+    assert tna.convert(made(tna.presets.lora(2), SHAPES), to="gguf-lora", base=llama).exact
+
+
+def test_names_are_made_for_the_weights_of_an_adapter_however_many_blocks_a_file_claims(
+    llama: Path, tmp_path: Path
+) -> None:
+    file = made(tna.presets.lora(2), {"model.layers.1.self_attn.k_proj": (12, WIDTH)})
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**6}))
+    start = time.process_time()
+    for base in (llama, gguf_model(tmp_path / "model.gguf", block_count=10**6)):
+        assert tna.convert(file, to="gguf-lora", base=base).exact
+    assert time.process_time() - start < 2
+
+
+def test_names_are_those_of_the_gguf_package() -> None:
+    for number, architecture in gguf.MODEL_ARCH_NAMES.items():
+        if architecture in {"gpt2", "llama", "qwen3", "phi3", "gemma3"}:
+            table = gguf.get_tensor_name_map(number, 12)
+            base = GgufBase(architecture, 12, HEADS, KV_HEADS)
+            for path, (_, name) in table.mapping.items():
+                if name.startswith("blk.") and not path.startswith("blk."):
+                    assert base.tensor_of(path, (1, 1)) == f"{name}.weight", path
+    with pytest.raises(ConfigError, match=r"of 12 blocks has no weight for 'model\.layers\.12\.self_attn\.q_proj'"):
+        base.tensor_of("model.layers.12.self_attn.q_proj", (1, 1))
+
+
+def test_a_damaged_model_in_gguf_is_refused_or_read(tmp_path: Path) -> None:
+    path = gguf_model(tmp_path / "model.gguf")
+    file = made(tna.presets.lora(2), {"model.layers.1.self_attn.k_proj": (12, WIDTH)})
+    content, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for place in rng.integers(4, 420, size=int(rng.integers(1, 4))):
+            damaged[place] = int(rng.integers(0, 256))
+        path.write_bytes(damaged)
+        try:
+            tna.convert(file, to="gguf-lora", base=path)
+        except tna.TnadaptError:
+            refused += 1
+    assert refused >= 50
+
+
+def test_a_gguf_model_says_its_heads_and_shapes(tmp_path: Path) -> None:
+    path = gguf_model(tmp_path / "model.gguf")
     base = base_of_gguf(path)
     assert (base.architecture, base.blocks, base.heads, base.kv_heads) == ("llama", 2, 4, 2)
     good = {"model.layers.1.self_attn.k_proj": (12, WIDTH)}

@@ -223,7 +223,7 @@ def test_the_order_of_modules_that_is_not_stored(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"target_modules=\['nothing'\] matches no matrix of base"):
         tna.convert(place, base=SHAPES)
     folder(tmp_path / "a", "UNILORA", {"target_modules": "("}, bare)
-    with pytest.raises(FileError, match=r"target_modules='\(' is no regular expression"):
+    with pytest.raises(FileError, match=r"target_modules has the pattern '\('"):
         tna.convert(place, base=SHAPES)
     two = {name.replace("a.q", "a.v"): array for name, array in CONTENT["TINYLORA"][1].items() if "a.q" in name}
     folder(tmp_path / "a", "TINYLORA", {}, two)

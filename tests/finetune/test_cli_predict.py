@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from pathlib import Path
@@ -240,3 +241,26 @@ def test_a_table_of_lists_is_read_back(files: dict[str, tuple[Path, str]], name:
     lists = [column for column, value in rows[0].items() if not isinstance(value, str)]
     assert {"prediction", "scores"} <= set(lists)
     assert [[strict(row[column]) for column in lists] for row in read] == [[row[c] for c in lists] for row in rows]
+
+
+def test_a_spreadsheet_finds_no_formula_in_a_table() -> None:
+    formulas = [
+        "=1+2",
+        "+cmd|' /C calc'!A0",
+        "-2+3",
+        "@SUM(A1)",
+        "\t=1",
+        "\r=1",
+        "\n=1",
+        "\uff1d1",
+        "\uff0b1",
+        "-",
+        "-a",
+    ]
+    plain = ["-1.5", "+3", "-.5e-3", "a=b", "", "'=1", " =1", "0"]
+    rows = [{"=text": text, "score": -0.5, "tags": ["=a"]} for text in formulas + plain]
+    read = list(csv.reader(io.StringIO(_written(rows, ".csv"), newline="")))
+    assert read[0] == ["'=text", "score", "tags"]
+    assert [row[0] for row in read[1:]] == [f"'{text}" for text in formulas] + plain
+    assert {tuple(row[1:]) for row in read[1:]} == {("-0.5", '["=a"]')}
+    assert [json.loads(line)["=text"] for line in _written(rows, ".jsonl").splitlines()] == formulas + plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import pytest
 
 pytest.importorskip("torch")
 
-from tnadapt.errors import FileError
+from tnadapt.errors import FileError, TnadaptError
 from tnadapt.finetune import Spec
 from tnadapt.finetune._data import Data, Samples
 from tnadapt.finetune._data_sources import open_source, read
-from tnadapt.finetune._sample_tables import Table, find_column, needed_column
+from tnadapt.finetune._sample_tables import Table, find_column, needed_column, read_table
 from tnadapt.finetune._task_choice import choose_task
 from tnadapt.finetune.tasks import TASKS
 
@@ -148,3 +149,37 @@ def test_spaces_around_labels_are_no_part_of_them(tmp_path: Path, suffix: str) -
     assert data.samples.labels.tolist() == [1, 0, 1, 0]
     task = TASKS["classification"].of(data, data.samples)
     assert task.samples(open_source(str(path)), Spec())[0].labels.tolist() == [1, 0, 1, 0]
+
+
+# -- Hostile tables ----------------------------------------------------------------------------
+
+
+def test_a_hundred_thousand_columns(tmp_path: Path) -> None:
+    many, doubled = tmp_path / "many.csv", tmp_path / "doubled.csv"
+    many.write_text("\n".join([",".join(f"c{i}" for i in range(100_000)), ",".join(["1"] * 100_000)]))
+    doubled.write_text(",".join(f"c{i // 2}" for i in range(100_000)) + "\n1\n")
+    start = time.process_time()
+    assert len(read_table(many).columns) == 100_000
+    message = (
+        r"which column of .*many\.csv is the text\? It has 'c0', .*, 'c29' and 99,970 more: give --text-column NAME"
+    )
+    with pytest.raises(FileError, match=message):
+        read(str(many))
+    with pytest.raises(FileError, match=r"doubled\.csv has more than one column 'c0'$"):
+        read_table(doubled)
+    assert time.process_time() - start < 2
+
+
+def test_a_name_of_a_column_is_shortened_in_messages(tmp_path: Path) -> None:
+    path = tmp_path / "long.csv"
+    path.write_text("x" * 100_000 + ",label\n1,2\n")
+    with pytest.raises(FileError) as caught:
+        read(str(path))
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("source", ["x" * 100_000, "./" + "x" * 100_000, "x" * 100_000 + ".csv", "y" * 300 + "/a.csv"])
+def test_a_path_that_is_too_long_has_no_data(source: str) -> None:
+    with pytest.raises(TnadaptError, match=r"^no (data at|file or folder) ") as caught:
+        open_source(source)
+    assert len(str(caught.value)) < 5100

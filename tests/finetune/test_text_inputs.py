@@ -133,3 +133,32 @@ def test_a_revision_is_that_of_the_tokenizer(tmp_path: Path, monkeypatch: pytest
     seen.clear()
     tokenizer_of("some/name", transformers)
     assert seen == [("some/name", {"trust_remote_code": False})]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"tokenizer_class": "RagTokenizer"},
+            "tokenizer of .* is a RagTokenizer, not one for texts; give a folder",
+        ),
+        ({"model_max_length": "many"}, "model_max_length of the tokenizer of .* must be a number from 1; got 'many'"),
+        ({"model_max_length": 0}, "must be a number from 1; got 0"),
+        ({"model_max_length": True}, "must be a number from 1; got True"),
+        ({"tokenizer_class": ["a"]}, "no tokenizer in .* that transformers can open: .*; give a folder or hub name"),
+    ],
+    ids=str,
+)
+def test_odd_settings_of_a_tokenizer_are_refused(tmp_path: Path, settings: dict[str, object], message: str) -> None:
+    folder = tmp_path / "words"
+    tiny.words(folder)
+    if settings == {"tokenizer_class": "RagTokenizer"}:
+        transformers.RagConfig.from_question_encoder_generator_configs(
+            transformers.BertConfig(), transformers.BertConfig()
+        ).save_pretrained(folder)
+        for part in ("question_encoder_tokenizer", "generator_tokenizer"):
+            tiny.words(folder / part)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    with pytest.raises(TnadaptError, match=message):
+        tokenizer_of(str(folder), transformers)

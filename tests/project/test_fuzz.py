@@ -14,11 +14,15 @@ ROOT = Path(__file__).parents[2]
 if not (ROOT / "fuzz").is_dir():
     pytest.skip("the fuzz targets are not in this copy of the project", allow_module_level=True)
 
+from fuzz.mutants import check_mutants  # noqa: E402
 from fuzz.targets import TARGETS, FaultError, measured  # noqa: E402
 from tests.support.depth import LONG, in_depth  # noqa: E402
 
 CORPUS = ROOT / "fuzz" / "corpus"
 INPUTS = [(target, path.name) for target in TARGETS for path in sorted((CORPUS / target).iterdir())]
+# Packages that targets import.
+NEEDED = {"gguf": ["gguf"], "tokenizer": ["torch", "transformers", "tokenizers"], "table": ["torch"]}
+MUTANTS = 5000 if LONG else 50
 # In the long profile every target for a minute; else what is read of files, for seconds.
 SECONDS = 60 if LONG else 2
 
@@ -26,7 +30,17 @@ SECONDS = 60 if LONG else 2
 @pytest.mark.law("fuzz")
 @pytest.mark.parametrize(("target", "stored"), INPUTS)
 def test_what_was_found_once_is_read_or_refused_in_little_memory(target: str, stored: str) -> None:
+    for package in NEEDED.get(target, []):
+        pytest.importorskip(package)
     measured(TARGETS[target], (CORPUS / target / stored).read_bytes())
+
+
+@pytest.mark.law("fuzz")
+@pytest.mark.parametrize("target", TARGETS)
+def test_mutants_are_read_or_refused_in_little_time_and_memory(target: str) -> None:
+    for package in NEEDED.get(target, []):
+        pytest.importorskip(package)
+    check_mutants(target, MUTANTS)
 
 
 def test_memory_is_measured() -> None:

@@ -646,3 +646,24 @@ def test_a_language_model_in_gguf(tmp_path: Path) -> None:
     inputs = tt.load_processor(tmp_path / "mine.safetensors")("A good film", return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_names_in_a_card_are_text(tmp_path: Path) -> None:
+    evil = "a`<img src=x>|\x1b[31m\u202e\n---\nlicense: evil"
+    config = tna.presets.lora(1)
+    file = tna.AdapterFile(
+        config, [tna.Target(f"{evil}{number}", (2, 2), "q") for number in range(2)],
+        tna.SuperLoRA(config, [(2, 2)] * 2).init(), model=evil, pretrained=tna.Pretrained("/x/" + evil.split("|")[0]),
+    )  # fmt: skip
+    card = model_card(file, evil, {evil: 0.5})
+    front, body = card.split("\n---\n")[0], card.split("\n---\n", 1)[1]
+    assert "license" not in front
+    assert "\n---" not in body
+    assert not {"\x1b", "\u202e"} & set(card)
+    (updated,) = [line for line in body.splitlines() if line.startswith("| Updated weights |")]
+    name = r"a'<img src=x>\|\x1b[31m\u202e --- license: evil"
+    assert updated == f"| Updated weights | 2 weights (q): `{name}0.weight` … `{name}1.weight` |"
+    # Outside of code nothing is a tag.
+    assert "<" not in re.sub(r"```.*?```|`[^`]*`", "", body.replace(r"\<", "").replace(r"\`", ""), flags=re.S).replace(
+        "<!-- tnadapt", ""
+    )

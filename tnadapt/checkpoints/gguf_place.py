@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def gguf_place(name: str) -> tuple[str, str]:
     (('owner/name', 'model.gguf'), ('owner/name', ''))
     """
     path = Path(name)
-    if path.is_dir():
+    # These functions of os.path return False for a path that cannot be one, such as one that is too long.
+    if os.path.isdir(name):
         files = gguf_files(path)
         if len(files) > 1:
             raise FileError(
@@ -48,7 +50,7 @@ def gguf_place(name: str) -> tuple[str, str]:
         return name, files[0] if files else ""
     if not name.lower().endswith(".gguf"):
         return name, ""
-    if path.is_file():
+    if os.path.isfile(name):
         return str(path.parent), path.name
     parts = name.split("/")
     remote = len(parts) > 2 and all(parts) and not name.startswith((".", "~"))

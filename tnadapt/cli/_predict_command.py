@@ -14,7 +14,7 @@ import typer
 
 import tnadapt
 from tnadapt.checkpoints.atomic_files import replace_file
-from tnadapt.errors import FileError, TnadaptError
+from tnadapt.errors import FileError, TnadaptError, spreadsheet_text
 
 from ._interrupts import stoppable
 from ._job_package import job_package
@@ -118,14 +118,18 @@ def _written(rows: Sequence[Mapping[str, Any]], suffix: str) -> str:
     if suffix == ".jsonl":
         return "".join(_json(row) + "\n" for row in rows)
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    # A line break that is not part of lineterminator would be written without quotes, and begin another row.
+    writer = csv.writer(text, lineterminator="\r\n")
+    names = list(rows[0]) if rows else []
+    writer.writerow(map(spreadsheet_text, names))
+    writer.writerows([_cell(row.get(name, "")) for name in names] for row in rows)
     return text.getvalue()
 
 
 def _cell(value: Any) -> Any:
-    """Return a value as a cell of a table: lists and dictionaries as JSON, whatever is in them."""
+    """Return a value as a cell of a table: lists and dictionaries as JSON, whatever is in them, and no formulas."""
+    if isinstance(value, str):
+        return spreadsheet_text(value)
     return _json(value) if isinstance(value, (list, dict)) else value
 
 

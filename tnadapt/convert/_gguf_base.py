@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.errors import ConfigError, FileError, safe_repr
+from tnadapt.errors import ConfigError, FileError, integer, safe_repr
 
 __all__ = ["GgufBase", "base_of_gguf", "gguf_package", "is_gguf"]
 
@@ -21,6 +22,9 @@ _ARCHITECTURES = {
 # Where llama.cpp interleaves the two halves of each head of queries and keys, for its rotary embedding.
 _PERMUTED = {"granite", "llama"}
 
+_FIELDS = ("general.architecture", ".block_count", ".attention.head_count", ".attention.head_count_kv")
+# The largest number of blocks or heads that a file may state.
+_MOST = (1 << 31) - 1
 _BLOCKS, _HEADS, _KV_HEADS = ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"), "num_key_value_heads"
 
 
@@ -51,10 +55,8 @@ class GgufBase(NamedTuple):
             If the architecture has no such weight, or llama.cpp has no LoRA for it; if the base's weight has another
             shape.
         """
-        gguf = gguf_package()
-        number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
-        names = gguf.get_tensor_name_map(number, self.blocks)
-        found = names.get_name(path) or names.get_name(f"model.{path}") or names.get_name(f"transformer.{path}")
+        paths = (path, f"model.{path}", f"transformer.{path}")
+        found = next((name for one in paths if (name := _tensor_name(self.architecture, one, self.blocks))), None)
         if found is None:
             raise ConfigError(
                 f"llama.cpp's architecture {self.architecture!r} of {self.blocks} blocks has no weight for "
@@ -80,6 +82,31 @@ class GgufBase(NamedTuple):
         if self.architecture not in _PERMUTED or which not in ("attn_q", "attn_k"):
             return None
         return self.heads if which == "attn_q" else self.kv_heads
+
+
+def _tensor_name(architecture: str, path: str, blocks: int) -> str | None:
+    """Return llama.cpp's name of a module; None if there is none among this number of blocks.
+
+    gguf's table has an entry for each weight of each block. Here it is made for two blocks only, whatever number a file
+    claims: a number in a path is that of a block if 0 and 1 in its place give the same weight of blocks 0 and 1.
+    """
+    names, parts = _tensor_names(architecture), path.split(".")
+    for place, part in enumerate(parts):
+        if part.isdecimal() and part.isascii() and len(part) < 10 and str(int(part)) == part and int(part) < blocks:
+            first, second = (
+                names.get_name(".".join([*parts[:place], number, *parts[place + 1 :]])) or "" for number in "01"
+            )
+            if (first[:6], second[:6]) == ("blk.0.", "blk.1.") and first[6:] == second[6:]:
+                return f"blk.{part}.{first[6:]}"
+    found = names.get_name(path)
+    return None if found is None or found.startswith("blk.") else str(found)
+
+
+@functools.cache
+def _tensor_names(architecture: str) -> Any:
+    gguf = gguf_package()
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return gguf.get_tensor_name_map(number, 2)
 
 
 def gguf_package() -> Any:
@@ -122,37 +149,40 @@ def base_of_gguf(base: Any) -> GgufBase:
     if not isinstance(kind, str) or kind not in _ARCHITECTURES:
         raise _unknown("model_type", kind, sorted(_ARCHITECTURES))
     blocks, heads = (_number(config, names) for names in (_BLOCKS, _HEADS))
-    kv_heads = config.get(_KV_HEADS)
-    return GgufBase(_ARCHITECTURES[kind], blocks, heads, kv_heads if isinstance(kv_heads, int) else heads)
+    kv_heads = heads if config.get(_KV_HEADS) is None else _number(config, (_KV_HEADS,))
+    return GgufBase(_ARCHITECTURES[kind], blocks, heads, kv_heads)
 
 
 def _of_gguf(path: str) -> GgufBase:
     gguf = gguf_package()
     try:
         reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items() if name.endswith(_FIELDS)}
+        shapes = {tensor.name: tuple(map(int, tensor.shape))[::-1] for tensor in reader.tensors}
     except Exception as error:  # whatever a damaged file makes the package raise
-        raise FileError(f"{path} is not a valid GGUF file: {type(error).__name__}: {error}") from None
+        raise FileError(f"{path} is not a valid GGUF file: {type(error).__name__}: {str(error)[:200]}") from None
 
     def field(name: str) -> Any:
-        if name not in reader.fields:
+        if name not in fields:
             raise FileError(f"{path} has no field {name}: is it a GGUF file of a model?")
-        return reader.fields[name].contents()
+        return fields[name]
+
+    def number(name: str) -> int:
+        return integer(f"{name} of {path}", field(name), 1, _MOST, FileError)
 
     architecture = field("general.architecture")
     if architecture not in _ARCHITECTURES.values():
         raise _unknown("general.architecture", architecture, sorted(set(_ARCHITECTURES.values())))
-    heads = field(f"{architecture}.attention.head_count")
-    many = f"{architecture}.attention.head_count_kv"
-    kv_heads = field(many) if many in reader.fields else heads
-    shapes = {tensor.name: tuple(map(int, tensor.shape))[::-1] for tensor in reader.tensors}
-    return GgufBase(architecture, field(f"{architecture}.block_count"), heads, kv_heads, shapes)
+    heads, many = number(f"{architecture}.attention.head_count"), f"{architecture}.attention.head_count_kv"
+    kv_heads = number(many) if many in fields else heads
+    return GgufBase(architecture, number(f"{architecture}.block_count"), heads, kv_heads, shapes)
 
 
 def _number(config: Mapping[str, Any], names: tuple[str, ...]) -> int:
-    found = next((config[name] for name in names if isinstance(config.get(name), int)), None)
-    if found is None:
+    name = next((name for name in names if config.get(name) is not None), None)
+    if name is None:
         raise ConfigError(f"config.json of the base has no number {' or '.join(names)}")
-    return int(found)
+    return integer(f"{name} in the base's config.json", config[name], 1, _MOST, ConfigError)
 
 
 def _unknown(what: str, kind: Any, known: list[str]) -> ConfigError:

@@ -151,7 +151,7 @@ def _read(path: str, base: Base | None) -> ForeignAdapter:
     updates = []
     for name, (module, stored, transposed, heads) in sorted(listed.items(), key=lambda item: natural(item[1][0])):
         a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
-        if a.ndim != 2 or b.ndim != 2:
+        if a.ndim != 2 or b.ndim != 2 or not a.size or not b.size:
             raise FileError(f"the factors of {safe_repr(name)} must be matrices; they are {a.shape} and {b.shape}")
         if heads is not None and (heads < 1 or b.shape[0] % (2 * heads)):
             raise FileError(f"{safe_repr(name)} has {b.shape[0]} rows, which are not those of {heads} heads in halves")
@@ -175,13 +175,14 @@ def _stored(path: str) -> tuple[dict[str, Any], dict[str, Float], dict[str, str]
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
         kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-        wide = {
-            tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
-            for tensor in reader.tensors
-            if kinds[tensor.name] in _DTYPES
-        }
+        with np.errstate(invalid="ignore"):  # a signaling NaN, which the cast makes quiet
+            wide = {
+                tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+                for tensor in reader.tensors
+                if kinds[tensor.name] in _DTYPES
+            }
     except Exception as error:  # whatever a damaged file makes the package raise
-        raise FileError(f"is not a valid GGUF file: {type(error).__name__}: {error}") from None
+        raise FileError(f"is not a valid GGUF file: {type(error).__name__}: {str(error)[:200]}") from None
     if other := [name for name, kind in kinds.items() if kind not in _DTYPES]:
         raise FileError(f"{safe_repr(other[0])} is {kinds[other[0]]}; only {', '.join(_DTYPES)} can be converted")
     return fields, wide, {name: _DTYPES[kind] for name, kind in kinds.items()}

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from tnadapt.errors import FileError, safe_repr
 
+from ._path_patterns import PathPatterns
+
 __all__ = [
     "LOW_RANK", "CommonSettings", "PeftSettings", "common_config", "common_settings", "config_of", "integer_of",
     "number_of", "settings_of",
@@ -57,8 +59,6 @@ _REFUSED = {
 # These methods subtract their initial update from the base's weights, so the adapter belongs to a base that is not on
 # disk.
 _CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")
-# Nested repetition: matching such an expression can take exponential time.
-_ENDLESS = re.compile(r"[+*}]\??\)[+*{]")
 
 
 class PeftSettings(NamedTuple):
@@ -69,7 +69,7 @@ class PeftSettings(NamedTuple):
     kind : {"lora", "lokr", "loha"}
     rank, alpha : int, float
         Values for modules that no pattern matches.
-    ranks, alphas : dict
+    ranks, alphas : PathPatterns
         PEFT's ``rank_pattern`` and ``alpha_pattern``.
     rslora, transposed : bool
     saved : tuple of str
@@ -90,8 +90,8 @@ class PeftSettings(NamedTuple):
     kind: str
     rank: int
     alpha: float
-    ranks: Mapping[str, Any]
-    alphas: Mapping[str, Any]
+    ranks: PathPatterns
+    alphas: PathPatterns
     rslora: bool
     transposed: bool
     saved: tuple[str, ...]
@@ -106,19 +106,11 @@ class PeftSettings(NamedTuple):
         """Return the scale, ``alpha / r``, of a module with factors of this rank; None if they have no rank."""
         if self.apply == "hadamard":
             return 1.0  # HiRA has no alpha; PEFT makes all factors of rank r, whatever rank_pattern says
-        given = integer_of(f"the rank of {path}", _pattern_value(self.ranks, path, self.rank))
+        given = integer_of(f"the rank of {path}", self.ranks.get(path, self.rank))
         if rank is not None and rank != given:
             raise FileError(f"{safe_repr(path)} has factors of rank {rank}, and adapter_config.json says {given}")
-        alpha = number_of(f"alpha of {path}", _pattern_value(self.alphas, path, self.alpha))
+        alpha = number_of(f"alpha of {path}", self.alphas.get(path, self.alpha))
         return alpha / math.sqrt(given) if self.rslora else alpha / given
-
-
-def _pattern_value(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    """Return PEFT's value for a module: that of the first key that matches its path, or its end after a dot."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
 
 
 def settings_of(config: Mapping[str, Any]) -> PeftSettings:
@@ -144,8 +136,8 @@ def settings_of(config: Mapping[str, Any]) -> PeftSettings:
         kind,
         integer_of("r", config.get("r", 8)),
         number_of("alpha", config.get("lora_alpha" if kind == "lora" else "alpha", 8)),
-        _pattern("rank_pattern", config),
-        _pattern("alpha_pattern", config),
+        _patterns("rank_pattern", config),
+        _patterns("alpha_pattern", config),
         bool(config.get("use_rslora")) and kind == "lora",
         bool(config.get("fan_in_fan_out")) and kind == "lora",
         saved,
@@ -241,18 +233,11 @@ def _parameters(config: Mapping[str, Any], kind: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _pattern(field: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def _patterns(field: str, config: Mapping[str, Any]) -> PathPatterns:
     found = config.get(field) or {}
     if not isinstance(found, dict):
         raise FileError(f"{field} must be an object; got {safe_repr(found)}")
-    for key in found:
-        if len(key) > 1000 or _ENDLESS.search(key):
-            raise FileError(f"{field} has the expression {safe_repr(key)}, which may take forever to match")
-        try:
-            re.compile(key)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise FileError(f"{field} has {safe_repr(key)}, which is not a regular expression: {error}") from None
-    return found
+    return PathPatterns(field, found)
 
 
 def integer_of(name: str, value: Any) -> int:
@@ -329,15 +314,15 @@ def _pattern_of(paths: Sequence[str], values: Sequence[float], default: float) -
     """
     plain = {path: value for path, value in zip(paths, values, strict=True) if value != default}
     try:
-        clear = all(_pattern_value(plain, p, default) == value for p, value in zip(paths, values, strict=True))
-    except re.error:
+        read = PathPatterns("the pattern", plain)
+        clear = all(read.get(path, default) == value for path, value in zip(paths, values, strict=True))
+    except FileError:  # a path that is another pattern, or none
         clear = False
     return plain if clear else {f"^{re.escape(path)}": value for path, value in plain.items()}
 
 
 def _targeted(paths: Sequence[str]) -> list[str] | str:
     """Return the paths, which PEFT matches as suffixes; if one is a suffix of another, return an expression instead."""
-    unclear = any("." not in path for path in paths) or any(
-        other.endswith(f".{path}") for path in paths for other in paths
-    )
+    ends = {path[place + 1 :] for path in paths for place, letter in enumerate(path) if letter == "."}
+    unclear = any("." not in path or path in ends for path in paths)
     return "|".join(map(re.escape, sorted(paths))) if unclear else sorted(paths)

@@ -23,6 +23,7 @@ from tnadapt.errors import FileError, safe_repr
 from tnadapt.targets.roles import natural
 
 from ._file_format import EncodedAdapter
+from ._path_patterns import PathPatterns
 from ._peft_content import PeftContent
 from ._peft_method import OwnStructure, PeftMethod, rank_of
 from ._unpack import Module
@@ -188,10 +189,10 @@ class PeftUniLora(PeftMethod):
         if unclear or not targets or not isinstance(targets, (str, list)) or targets == "all-linear":
             what = f"{unclear[0]} is set" if unclear else f"target_modules is {safe_repr(targets)}"
             raise FileError(f"it stores neither its indices nor the names of its weights, and {what}: {_SAVE}")
-        chosen = {}
+        chosen, meant = {}, _patterns_of(targets)
         for path, stored in base.shapes.items():
             assert stored is not None
-            if len(stored) == 2 and _matches(targets, path):
+            if len(stored) == 2 and meant.get(path, False):
                 chosen[path] = (stored[1], stored[0]) if content.settings.transposed else (stored[0], stored[1])
         if not chosen:
             raise FileError(f"target_modules={safe_repr(targets)} matches no matrix of base")
@@ -210,14 +211,11 @@ def _is_lora(plan: SuperLoRA) -> bool:
     ) and plan.num_groups == len(plan.shapes)
 
 
-def _matches(targets: str | Sequence[object], path: str) -> bool:
-    """Return whether PEFT's ``target_modules`` mean a module."""
+def _patterns_of(targets: str | Sequence[object]) -> PathPatterns:
+    """Return patterns that match the paths that PEFT's ``target_modules`` mean."""
     if isinstance(targets, str):
-        try:
-            return re.fullmatch(targets, path) is not None
-        except (re.error, RecursionError, OverflowError) as error:
-            raise FileError(f"target_modules={safe_repr(targets)} is no regular expression: {error}") from None
-    return any(path == one or path.endswith(f".{one}") for one in targets)
+        return PathPatterns("target_modules", {targets: True}, whole=True)
+    return PathPatterns("target_modules", {re.escape(one): True for one in targets if isinstance(one, str)})
 
 
 def _balanced(count: int, length: int, seed: int) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from tnadapt.errors import FileError
@@ -44,9 +45,10 @@ def require_data(source: str, one_image: bool = False) -> None:
     tnadapt.errors.FileError: no data at nowhere.csv: there is no such file or folder
     """
     path = Path(source)
-    if path.is_dir():
+    # These functions of os.path return False for a path that cannot be one, such as one that is too long.
+    if os.path.isdir(source):
         return
-    if path.is_file():
+    if os.path.isfile(source):
         if not is_file_of_data(path) and not (one_image and path.suffix.lower() in IMAGES):
             images = "an image or a folder of images" if one_image else "a folder of images"
             raise FileError(

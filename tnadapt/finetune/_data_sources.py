@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,13 @@ def open_source(
         If the source does not exist or cannot be read.
     """
     path = Path(source)
-    if path.is_dir():
+    # These functions of os.path return False for a path that cannot be one, such as one that is too long.
+    if os.path.isdir(source):
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             return _from_datasets(source, text_column, label_column, (*label_names, *LABEL_COLUMNS))
         return _folder(path)
     require_data(source)
-    if path.is_file():
+    if os.path.isfile(source):
         return read_table(path) if path.suffix.lower() in TABLES else _npz(path)
     return _from_datasets(source, text_column, label_column, (*label_names, *LABEL_COLUMNS))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,13 +61,13 @@ def require_model(name: str) -> ModelPlace:
     """
     place = ModelPlace(*gguf_place(name))
     path = Path(name)
-    if not path.exists() and name.startswith((".", "/", "~")):
+    if not os.path.exists(name) and name.startswith((".", "/", "~")):
         raise FileError(f"no model at {name}: there is no such {'file' if path.suffix else 'folder'}")
     if place.file:
         return place
-    if path.is_dir() and not (path / "config.json").is_file():
+    if os.path.isdir(name) and not (path / "config.json").is_file():
         raise FileError(f"no model at {name}: the folder has no config.json and no .gguf file")
-    if path.is_file():
+    if os.path.isfile(name):
         raise FileError(
             f"no model at {name}: expected a folder with a config.json, a .gguf file or a hub name, not another file"
         )

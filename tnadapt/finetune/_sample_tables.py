@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from tnadapt.errors import FileError, safe_repr
 
 __all__ = ["TABLES", "Table", "find_column", "needed_column", "read_table"]
 
+# Columns that a message names.
+_SHOWN = 30
 #: Suffixes of the files that are read as tables.
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 
@@ -83,8 +87,8 @@ class Table:
             return label
         if type(label) is not int or not 0 <= label < len(words):
             raise FileError(
-                f"{self.place(row)}: {safe_repr(label)} in {column!r} is not the number of a class; expected 0 to "
-                f"{len(words) - 1}: leave the row out"
+                f"{self.place(row)}: {safe_repr(label)} in {safe_repr(column)} is not the number of a class; expected "
+                f"0 to {len(words) - 1}: leave the row out"
             )
         return words[label]
 
@@ -95,11 +99,17 @@ class Table:
         for row in range(len(self)):
             for name in columns:
                 if not (self.columns[name][row] or "").strip():
-                    raise FileError(f"{self.place(row)}: nothing in column {name!r}")
+                    raise FileError(f"{self.place(row)}: nothing in column {safe_repr(name)}")
 
     def listed(self) -> str:
         """Return the names of the columns, for messages."""
-        return ", ".join(map(repr, self.columns))
+        return _listed(self.columns)
+
+
+def _listed(names: Collection[str]) -> str:
+    """Return the first names, for messages."""
+    first = ", ".join(map(safe_repr, itertools.islice(names, _SHOWN)))
+    return first + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
 
 
 def find_column(source: str, given: str | None, usual: Sequence[str], names: Sequence[str]) -> str | None:
@@ -117,7 +127,7 @@ def find_column(source: str, given: str | None, usual: Sequence[str], names: Seq
     """
     if given is not None:
         if given not in names:
-            raise FileError(f"{source} has no column {given!r}; its columns are {', '.join(map(repr, names))}")
+            raise FileError(f"{source} has no column {safe_repr(given)}; its columns are {_listed(names)}")
         return given
     lower = {name.strip().lower(): name for name in reversed(list(names)) if name}
     return next((lower[name] for name in usual if name in lower), None)
@@ -134,9 +144,8 @@ def needed_column(source: str, what: str, given: str | None, usual: Sequence[str
     found = find_column(source, given, usual, names)
     if found is not None:
         return found
-    listed = ", ".join(map(repr, names))
     raise FileError(
-        f"which column of {source} is the {what}? It has {listed}: give --{what}-column NAME, or call it {what}"
+        f"which column of {source} is the {what}? It has {_listed(names)}: give --{what}-column NAME, or call it {what}"
     )
 
 
@@ -186,8 +195,8 @@ def _separated(delimiter: str, path: Path, file: Any) -> _Rows:
             f"{path}: its columns seem to be separated by {other!r}: {safe_repr(names[0])}; expected commas; save it "
             "again with commas, or with tabs as a .tsv"
         )
-    if doubled := {name for name in names if names.count(name) > 1}:
-        raise FileError(f"{path} has more than one column {sorted(doubled)[0]!r}")
+    if doubled := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise FileError(f"{path} has more than one column {safe_repr(doubled[0])}")
     rows, lines = [], []
     for row in reader:
         if None in row:
@@ -226,7 +235,9 @@ def _objects(path: Path, found: Iterator[tuple[str, Any]]) -> _Rows:
             raise FileError(f"{path}, {where} is {safe_repr(one)}; expected an object with one value for each column")
         if rows and one.keys() != rows[0].keys():
             other = sorted(one.keys() ^ rows[0].keys())[0]
-            raise FileError(f"{path}, {where}: column {other!r} is not in every row; give each row the same columns")
+            raise FileError(
+                f"{path}, {where}: column {safe_repr(other)} is not in every row; give each row the same columns"
+            )
         rows.append(one)
     return list(rows[0]) if rows else [], rows, []
 

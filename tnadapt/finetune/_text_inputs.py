@@ -46,6 +46,16 @@ def tokenizer_of(name: str, transformers: Any, *, split_words: bool = False, rev
         if split_words and getattr(tokenizer, "add_prefix_space", None) is False:
             # Byte-level tokenizers take words that are split already only with this. It adds a space to other texts.
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, add_prefix_space=True, **settings)
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+        # Some classes, such as RAG's, hold tokenizers and are none.
+        raise TnadaptError(
+            f"the tokenizer of {safe_repr(name)} is a {type(tokenizer).__name__}, not one for texts{way}"
+        )
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, (int, float)) or not longest >= 1:
+        raise TnadaptError(
+            f"model_max_length of the tokenizer of {safe_repr(name)} must be a number from 1; got {safe_repr(longest)}"
+        )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise TnadaptError(f"the tokenizer of {name} has neither a padding token nor an end-of-sequence token")

@@ -13,7 +13,7 @@ from typing import Any
 from tnadapt.algebra.config import Config
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.pretrained_model import Pretrained
-from tnadapt.errors import ConfigError, FileError, pluralize, safe_repr
+from tnadapt.errors import ConfigError, FileError, escaped, pluralize, safe_repr
 
 from .hub import README
 
@@ -116,7 +116,7 @@ def _what(file: AdapterFile, about: Pretrained) -> Iterator[str]:
     yield f"An adapter of [tnadapt](https://tnadapt.readthedocs.io) for {base}."
     yield ""
     roles = ", ".join(dict.fromkeys(target.role for target in file.targets))
-    names = [target.name for target in file.targets]
+    names = [_code(target.name) for target in file.targets]
     listed = ", ".join(f"`{name}` … `{names[-1]}`" if len(names) > 1 else f"`{name}`" for name in names[:1])
     rows = [
         ("Trained parameters", f"{file.num_parameters:,} {file.dtype}"),
@@ -144,7 +144,8 @@ def _config(settings: dict[str, Any]) -> str:
     usual = {**Config().to_dict(), "rank": None}
     told = {name: json.dumps(value) for name, value in settings.items() if value != usual.get(name)}
     told.pop("weight_shape", None)
-    return ", ".join(f"`{name}={text if len(text) <= _LONG else text[:_LONG] + ' …'}`" for name, text in told.items())
+    short = {name: text if len(text) <= _LONG else text[:_LONG] + " …" for name, text in told.items()}
+    return ", ".join(f"`{_code(f'{name}={text}')}`" for name, text in short.items())
 
 
 def _base(about: Pretrained) -> str:
@@ -193,10 +194,10 @@ def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> Iterator[str]:
 
 def _text(text: str) -> str:
     """Return text that stays text in Markdown, on one line."""
-    line = " ".join(text.split())
+    line = escaped(" ".join(text.split()))
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", line)
 
 
 def _code(text: str) -> str:
     """Return text for a code span, in which Markdown escapes nothing; a table's cells end at a bar."""
-    return " ".join(text.replace("`", "'").split()).replace("|", "\\|")
+    return escaped(" ".join(text.replace("`", "'").split())).replace("|", "\\|")

@@ -101,6 +101,11 @@ class TransformersModels(ModelLibrary):
             _silent(transformers),
         ):
             found = getattr(transformers, task.processor).from_pretrained(folder, trust_remote_code=False, **settings)
+        if task.processor == "AutoTokenizer" and not isinstance(found, transformers.PreTrainedTokenizerBase):
+            # Some classes, such as RAG's, hold tokenizers and are none.
+            raise FileError(
+                f"the tokenizer in {safe_repr(folder)} is a {type(found).__name__}, not one for texts: load it yourself"
+            )
         # Where there are no files of a tokenizer, transformers makes one without words, or with a space alone.
         if task.processor == "AutoTokenizer" and len(found.get_vocab()) <= len(set(found.all_special_ids)) + 1:
             raise FileError(
