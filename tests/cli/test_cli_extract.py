@@ -58,7 +58,7 @@ def test_equal_weights_among_others_are_warned_of(base: Path, tmp_path: Path) ->
     assert done.stderr.endswith("so the adapter adds nothing; --targets chooses among others that differ\n")
     done = run(base, tuned(base, NAMES[1]), "-o", tmp_path / "k.safetensors", "--targets", "k_proj")
     assert (done.returncode, done.stderr) == (0, "")
-    assert [target.role for target in tna.load(tmp_path / "k.safetensors").targets] == ["k"]
+    assert [target.role for target in tna.load(tmp_path / "k.safetensors").targets] == ["linear"]
 
 
 def test_weights_that_differ_are_not(base: Path, tmp_path: Path) -> None:

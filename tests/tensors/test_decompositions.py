@@ -368,22 +368,7 @@ def test_the_smallest_rank_of_an_error() -> None:
     assert found.error <= 1e-5
 
 
-# -- Differentiated and traced -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["tucker", "tensor_train", "tensor_ring"])
-def test_torch_differentiates(name: str) -> None:
-    torch = pytest.importorskip("torch")
-    tensor = torch.tensor(numbers((4, 5, 6), 1), requires_grad=True)
-
-    def loss(x: Any) -> Any:
-        found = getattr(tna, name)(x, 2, **({} if name == "tensor_train" else {"max_iterations": 0}))
-        return ((found.to_tensor() - x) ** 2).sum()
-
-    assert torch.autograd.gradcheck(loss, (tensor,), eps=1e-6, atol=1e-4, rtol=1e-3)
-    found = getattr(tna, name)(tensor, 2)
-    assert found.outcome is None
-    assert found.error is None
+# -- Traced -------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -405,21 +390,6 @@ def test_jax_compiles_and_differentiates(name: str) -> None:
     step = numbers((4, 5, 6), 2)
     numeric = (float(error(host + 1e-6 * step)) - float(error(host - 1e-6 * step))) / 2e-6
     assert float((gradient * step).sum()) == pytest.approx(numeric, rel=1e-5)
-
-
-def test_what_cannot_be_differentiated_says_so() -> None:
-    torch = pytest.importorskip("torch")
-    tensor = torch.ones((3, 4, 5), requires_grad=True)
-    with pytest.raises(BackendError, match="detach the tensor"):
-        tna.cp(tensor, 1)
-    with pytest.raises(BackendError, match="detach the tensor"):
-        tna.kronecker_decomposition(tensor, [(3, 2, 5), (1, 2, 1)])
-    with pytest.raises(BackendError, match="detach the tensor"):
-        tna.hadamard_decomposition(tensor, 1)
-    with pytest.raises(ShapeError, match="give rank= instead"):
-        tna.tensor_train(tensor, max_error=0.1)
-    with torch.no_grad():
-        assert tna.cp(tensor, 1).error < 1e-6
 
 
 # -- Bad input -----------------------------------------------------------------------------------------

@@ -415,3 +415,13 @@ def test_experts_of_sorted_tokens_take_no_rows() -> None:
         tt.rows(model, ["a", "b"]),
     ):
         pass
+
+
+def test_the_parameters_of_experts_have_one_order() -> None:
+    model = mixtral()
+    names = ["experts.down_proj", "experts.gate_up_proj"]
+    targets = tt.find_targets(model, names)
+    assert [target.parameter for target in targets[::4]] == ["gate_up_proj", "down_proj"] * 2
+    assert tt.find_targets(model, names[::-1]) == targets
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert find_stored(shapes, names, model.config.to_dict()) == targets

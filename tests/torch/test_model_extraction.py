@@ -16,7 +16,9 @@ from torch import nn  # noqa: E402
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch  # noqa: E402
 from tnadapt import presets  # noqa: E402
+from tnadapt.algebra.starting_points import STARTS  # noqa: E402
 from tnadapt.errors import ConfigError, ShapeError, TargetError  # noqa: E402
+from tnadapt.testing.verification import examples  # noqa: E402
 
 from .architectures import build, output  # noqa: E402
 
@@ -267,3 +269,58 @@ def test_what_is_not_the_same_model_tuned_is_refused() -> None:
             tnadapt.torch.extract(base, tuned, presets.lora(1), targets=["q_proj"], **settings)
         assert before == ([] if isinstance(base, str) else list(base.state_dict()))
     assert not tnadapt.torch.adapters(model)
+
+
+# -- What a method made itself is recovered -----------------------------------------------------------------
+
+
+class _Attentions(nn.Module):
+    """Four weights, in another order than that of the alphabet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ("query", "key")
+        self.layers = nn.ModuleList(nn.ModuleDict({name: nn.Linear(8, 12) for name in names}) for _ in range(2))
+
+
+def _of_base() -> dict[str, tna.Config]:
+    """Return the configs whose frozen arrays or starts are computed from the base weights."""
+    every = {name: config for name, (config, shapes) in examples().items() if shapes == [(12, 8)] * 4}
+    every |= {name: presets.lora(3, start=name) for name in STARTS if not STARTS[name].brought}
+    plans = {name: tna.SuperLoRA(config, [(12, 8)] * 4, [*"aabb"], [*"qkqk"]) for name, config in every.items()}
+    return {name: every[name] for name, plan in plans.items() if plan.needs_base and plan.applying.additive}
+
+
+# Nonlinear least squares for CRAFT's matrices take seconds.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "craft" else name for name in _of_base()]
+)
+def test_an_update_of_the_same_method_is_recovered(name: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    config = _of_base()[name]
+    torch.manual_seed(3)
+    base = _Attentions()
+    tuned = copy.deepcopy(base)
+    adapter = tnadapt.torch.attach(tuned, config, ["query", "key"])
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    made = [delta.detach() for delta in adapter.deltas()]
+    targets = adapter.targets
+    adapter.merge()
+    state = {key: value.clone() for key, value in tuned.state_dict().items() if key in base.state_dict()}
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    save_file(state, tmp_path / "tuned.safetensors")
+    names = [target.module for target in targets]
+    for spelling in (["key", "query"], [*names[::-1], names[0]], r".*\.(key|query)", (*names[2:], *names[:2])):
+        found = tnadapt.torch.extract(copy.deepcopy(base), state, config, spelling)
+        stored = tna.extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", config, spelling)
+        # A file has the layers only of configs that need them.
+        keys = [[(one.name, one.role, one.rows) for one in every] for every in (targets, found.targets)]
+        assert keys[0] == keys[1] == [(one.name, one.role, one.rows) for one in stored.file.targets]
+        assert max(found.report.error, stored.report.error) < 1e-5
+        tna.save(tmp_path / "stored.safetensors", stored.file)
+        again = tnadapt.torch.load(copy.deepcopy(base), tmp_path / "stored.safetensors")
+        for ours, theirs in zip([*again.deltas(), *found.deltas()], [*made, *made], strict=True):
+            torch.testing.assert_close(ours.detach(), theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -261,6 +263,44 @@ def test_an_adapter_from_two_checkpoints_is_all_that_was_tuned_in_memory(name: s
         torch.testing.assert_close(merged[key], expected, rtol=1e-5, atol=1e-5)
 
 
+# -- Order ------------------------------------------------------------------------------------------------------
+
+# Models whose linear layers have the order of common models.
+ORDERED = [
+    "bart", "bert", "bloom", "clip", "deberta", "dinov2", "falcon_new", "gpt2", "gpt_neox", "gptj", "hiera", "llama",
+    "minicpm3", "modernbert", "mpt", "openai_gpt", "opt", "qwen2_vl", "reformer", "sam", "siglip", "swin", "t5",
+    "torch_encoder", "vit", "whisper",
+]  # fmt: skip
+
+
+def _spelled(names: list[str], seed: int) -> list[Any]:
+    """Return the same targets in several spellings."""
+    shuffled = random.Random(seed).sample(names, len(names))
+    return [names, shuffled, [*shuffled, *names[:3]], "|".join(map(re.escape, shuffled)), tuple(reversed(names))]
+
+
+@pytest.mark.parametrize("name", ORDERED)
+def test_targets_of_a_checkpoint_are_in_the_order_of_the_model(name: str) -> None:
+    model = configured(name) if name in CONFIGURED else build(name)[0]
+    config = model.config.to_dict() if hasattr(model, "config") else None
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    shuffled = dict(random.Random(0).sample(list(shapes.items()), len(shapes)))
+    for roles in ("qv", "kqvo"):
+        assert find_stored(shuffled, roles, config) == find_targets(model, roles, untie=True)
+    names = [target.module for target in find_targets(model, "all-linear", untie=True)]
+    expected = find_targets(model, names, untie=True)
+    for spelling in _spelled(names, 1):
+        assert find_targets(model, spelling, untie=True) == expected
+        assert find_stored(shuffled, spelling, config) == expected
+
+
+def test_given_targets_keep_their_order_on_disk() -> None:
+    model, _ = build("bert")
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    targets = find_targets(model)[::-1]
+    assert find_stored(shapes, targets) == find_targets(model, targets) == targets
+
+
 # -- Named cases --------------------------------------------------------------------------------
 
 
@@ -275,8 +315,8 @@ def test_paths_and_patterns() -> None:
     model, _ = build("bert")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     by_path = find_stored(shapes, ["attention.self.query", "intermediate.dense"])
-    assert {target.role for target in by_path} == {"q", "linear"}
-    assert find_stored(shapes, r".*\.query") == [target for target in by_path if target.role == "q"]
+    assert {target.role for target in by_path} == {"linear"}
+    assert find_stored(shapes, r".*\.query") == [target for target in by_path if "query" in target.module]
     for wrong, match in (
         (["qery"], "such as .*query"),
         ("(", "nor a regular expression"),

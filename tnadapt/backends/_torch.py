@@ -9,6 +9,7 @@ from typing import Any
 import array_api_compat.torch as namespace
 import numpy as np
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from tnadapt.errors import BackendError
 
@@ -53,8 +54,11 @@ class TorchBackend(Backend):
         return x.device
 
     def is_concrete(self, x: Array) -> bool:
-        # Under a compiler or a functional transform, a tensor is a placeholder that must not be kept.
-        return type(x) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+        # Under a compiler, a functional transform or forward differentiation, a tensor is more than its values, and
+        # must not be kept.
+        if type(x) not in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+            return False
+        return not torch._C._functorch.is_functorch_wrapped_tensor(x) and unpack_dual(x).tangent is None  # type: ignore[no-untyped-call]
 
     def differentiates(self, x: Array) -> bool:
         return not self.is_concrete(x) or (x.requires_grad and torch.is_grad_enabled())
@@ -98,6 +102,11 @@ class TorchBackend(Backend):
 
     def detached(self, x: Array) -> Array:
         return x.detach()
+
+    def with_pullback(
+        self, x: Array, values: Sequence[Array], pullback: Callable[[Array, Sequence[Array]], Array]
+    ) -> list[Array]:
+        return list(_WithPullback.apply(pullback, x, *values))  # type: ignore[no-untyped-call]
 
     def gradient(
         self, function: Callable[[dict[str, Array]], Array], arrays: dict[str, Array]
@@ -197,6 +206,39 @@ class TorchBackend(Backend):
 
     def dft2(self, x: Array, fallback: Map) -> Array | None:
         return dft2(x, fallback)
+
+
+class _WithPullback(torch.autograd.Function):
+    """Arrays that were computed without autograd, with a given derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, pullback: Callable[[Array, Sequence[Array]], Array], x: Array, *values: Array) -> Any:
+        ctx.pullback = pullback
+        ctx.save_for_backward(x)
+        return tuple(value.detach().clone() for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Array) -> Any:
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            found = ctx.pullback(x.detach(), [cotangent.detach() for cotangent in cotangents])
+        if torch.is_grad_enabled():
+            found = _OnceDifferentiable.apply(found, x, *cotangents)  # type: ignore[no-untyped-call]
+        return None, found, *[None] * len(cotangents)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """A gradient, of which autograd would take the derivative to be zero."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Array, *inputs: Array) -> Array:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Array) -> Any:
+        raise BackendError(
+            "second derivatives of decompositions are not computed: leave create_graph=True out, or detach the gradient"
+        )
 
 
 @constant_result

@@ -134,6 +134,16 @@ class Backend:
         """Return x on its device without any gradient; may share memory."""
         return x
 
+    def with_pullback(
+        self, x: Array, values: Sequence[Array], pullback: Callable[[Array, Sequence[Array]], Array]
+    ) -> list[Array]:
+        """Return arrays with these values and, where derivatives of x are recorded, with this derivative.
+
+        ``pullback`` is called with x and the gradient with respect to each of the values, all detached, and returns the
+        gradient with respect to x. Libraries that record no derivatives of arrays with values return the values.
+        """
+        return list(values)
+
     def astype(self, x: Array, dtype: str) -> Array:
         """Cast x to another floating dtype; return x itself if it already has that dtype."""
         return x if self.dtype_name(x) == dtype else self.xp.astype(x, self.dtype(dtype))

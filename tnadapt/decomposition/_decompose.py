@@ -59,7 +59,7 @@ class Settings:
         progress: Callable[[Step], None] | None = None,
     ) -> tuple[dict[str, Array], FitReport]:
         """:func:`~tnadapt.decomposition._group_fits.fit_plan` on arrays of like's library, dtype and device."""
-        if plan.point.subtracts:
+        if plan.point.subtracts and plan.point.brought:
             raise ConfigError(
                 f"start={plan.config.start!r} is where training starts, and a fit gives all arrays: use start='zero'"
             )

@@ -143,6 +143,8 @@ def _fitted_together(
     for group, y, norm in zip(plan.groups, wide, norms, strict=True):
         error = float(np.linalg.norm(group.update(numpy, arrays, 0, group.size) - y))
         rounding = _ROUNDING * algebra.eps * norm
+        if group.subtracts:
+            y = y + np.asarray(group.projection(group.network.whole(numpy, group.begun(numpy, arrays))))
         known = _Known(Algebra(numpy, y), group, y, norm, error, rounding, found.optimal, len(wide) == 1)
         reports.append(_report(known, norm, found))
     return params, FitReport(plan, tuple(reports))
@@ -152,15 +154,19 @@ def _fitted(
     algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Callable[[int, float | None], None]
 ) -> tuple[dict[str, Array], GroupReport]:
     # If F is linear, F and the network are homogeneous: scale the update to magnitude one by a power of two, which is
-    # exact.
-    exponent = power_of(algebra, y) if group.projection.linear else 0
+    # exact. A start that is subtracted has its own scale.
+    linear = group.projection.linear
+    exponent = power_of(algebra, y) if linear and not group.subtracts else 0
     scaled = algebra.scaled(y, -exponent)
     norm = algebra.norm(scaled)
     if not norm < math.inf or math.frexp(norm)[1] + exponent > 1024:
         raise ShapeError(
             "an update holds NaN, infinity, or numbers whose Frobenius norm exceeds float64: it cannot be fitted"
         )
-    found = fit_group(algebra, group, scaled, limits, watch)
+    target = scaled
+    if linear and group.subtracts and norm:
+        target = scaled + group.projection(group.network.whole(algebra.backend, started(algebra, group)))
+    found = fit_group(algebra, group, target, limits, watch)
     arrays = at_size(algebra, group.network, found.arrays, exponent) if norm else found.arrays
     error = _error(algebra, group, arrays, scaled, exponent)
     if not error <= norm:
@@ -169,8 +175,8 @@ def _fitted(
         arrays = found.arrays
         error = _error(algebra, group, arrays, scaled, exponent)
     # The caller may change the update before the report is read.
-    kept = scaled if exponent else scaled * 1.0
-    known = _Known(algebra, group, kept, norm, error, _ROUNDING * algebra.eps * norm, found.optimal)
+    kept = target if exponent else target * 1.0
+    known = _Known(algebra, group, kept, norm, error, _ROUNDING * algebra.eps * algebra.norm(kept), found.optimal)
     return arrays, _report(known, math.ldexp(norm, exponent), found)
 
 

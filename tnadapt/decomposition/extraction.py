@@ -73,7 +73,7 @@ def extract(
         Two checkpoints of one model: safetensors files, indices, or folders.
     cfg : Config or str, optional
         The method to fit: a config, or the name of a preset; ``tnadapt.presets.superlora(rank=8)`` by default.
-    targets : str or list of str
+    targets : str, list of str or list of Target
         The weights, as for :func:`tnadapt.targets.checkpoint_targets.find_stored`.
     max_error : float, optional
         Use the smallest rank with at most this relative error, instead of the config's rank.

@@ -37,7 +37,7 @@ def ring_svd(backend: Backend, tensor: Array, closing: int, truncated: Callable[
     """
     sizes = [int(size) for size in tensor.shape]
     matrix = backend.reshape(tensor, (sizes[0], math.prod(sizes[1:])))
-    u = truncated(matrix, 0).u
+    u = _signed(backend, truncated(matrix, 0).u)
     rank = int(u.shape[1]) // closing
     core = backend.reshape(u, (sizes[0], closing, rank))
     cores = [backend.permute_dims(core, (1, 0, 2))]
@@ -51,6 +51,18 @@ def ring_svd(backend: Backend, tensor: Array, closing: int, truncated: Callable[
         cores.append(backend.reshape(u, (before, size, rank)))
         rest = backend.matmul(backend.conj(backend.matrix_transpose(u)), matrix)
     return [*cores, backend.reshape(rest, (rank, sizes[-1], closing))]
+
+
+def _signed(backend: Backend, u: Array) -> Array:
+    """Give each singular vector a sign, or phase, that does not depend on the SVD.
+
+    The ring does depend on them: the vectors of one matrix are distributed over two bonds.
+    """
+    if backend.is_complex(u):
+        cubes = backend.sum(u * u * backend.conj(u), axis=0)
+        return u * (backend.conj(cubes) / abs(cubes))
+    cubes = backend.sum(u * u * u, axis=0)
+    return u * backend.where(cubes < 0.0, cubes * 0.0 - 1.0, cubes * 0.0 + 1.0)
 
 
 def chain_of(backend: Backend, cores: Sequence[Array]) -> Array:

@@ -17,7 +17,7 @@ from tnadapt.decomposition.cp_als import CPFactors, CPSweeps, cp_als
 from tnadapt.decomposition.known_later import LazyProof
 from tnadapt.decomposition.matrix_truncation import MatrixTruncation
 from tnadapt.decomposition.rank_one import nearest_rank_one
-from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
+from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of, mode_of
 from ._cp_tensor import CPTensor
@@ -102,15 +102,15 @@ def cp(
     ShapeError
         If the tensor has NaN, infinity or no elements, or the rank is out of range.
     BackendError
-        If the tensor is not an array of numbers of a known library, or is traced or differentiated.
+        If the tensor is not an array of numbers of a known library, or is traced.
     ConfigError
         If a setting is out of range.
 
     Notes
     -----
     A matrix has an exact answer, its truncated SVD (Eckart & Young). For more modes there is no guarantee; a best
-    approximation may not even exist (de Silva & Lim, 2008). A sweep costs ``4 r prod(d)`` multiply-adds, in two matrix
-    products.
+    approximation may not even exist (de Silva & Lim, 2008). With ``rank``, it is differentiable. A sweep costs ``4 r
+    prod(d)`` multiply-adds, in two matrix products.
 
     With ``mask`` or ``weights``, all arrays are fitted to the known elements: some sweeps of least squares from several
     starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known
@@ -136,11 +136,7 @@ def cp(
     (True, 'non-negative HALS')
     """
     request = requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
-    if not request.concrete:
-        raise BackendError(
-            "cp() iterates until it converges, which cannot be traced or differentiated: detach the tensor, or use "
-            "tensor_train() or tucker(max_iterations=0)"
-        )
+    request.refuse_trace("cp()", "use tensor_train(), or tucker(max_iterations=0)")
     options = _Options(request, init, fixed, nonnegative, starts, tol, max_iterations, callback)
     if rank is not None:
         most = useful_rank(request.shape)
@@ -184,6 +180,7 @@ class _Options:
             get_backend(init.factors[0], request.tensor)
             if init.shape != request.shape:
                 raise ShapeError(f"init has shape {init.shape}; expected the tensor's, {request.shape}")
+            request.refuse_recorded("init", *init.arrays)
 
     def searched(self) -> CPTensor:
         """Return the fit of the smallest rank that is found to keep to the error."""
@@ -207,7 +204,11 @@ class _Options:
             column = backend.reshape(request.tensor, (-1, 1))
             if self.nonnegative:
                 column = backend.where(column > 0.0, column, column * 0.0)
-            return self._finished(CPTensor(None, [column]), "exact", optimal=True)
+
+            def exact(tensor: Array) -> CPTensor:
+                return CPTensor(None, [backend.reshape(tensor, (-1, 1))]).truncated(1)
+
+            return self._finished(CPTensor(None, [column]), "exact", optimal=True, closed=exact)
         if self.nonnegative:
             tol = Watch(self.tol, None).tol
             return fitted_cp(request, rank, self.nonnegative, self.init, self.fixed, self.starts, tol, self.iterations)
@@ -241,11 +242,16 @@ class _Options:
         """Return the truncated SVD of a matrix."""
         request, backend = self.request.kept(), self.request.backend
         truncation = MatrixTruncation(backend, request.tensor, "auto", request.seed, settled=request.settled)
+
+        def closed(tensor: Array) -> CPTensor:
+            found = truncation.to_rank(tensor, rank)
+            return CPTensor(found.s, [found.u, backend.matrix_transpose(found.vh)])
+
         found = truncation.to_rank(request.tensor, rank)
         if backend.largest(found.s) == 0.0:
             return self._zero(rank)
         made = CPTensor(found.s, [found.u, backend.matrix_transpose(found.vh)])
-        return request.finished(made, "SVD", optimal=found.exact)
+        return request.finished(made, "SVD", optimal=found.exact, closed=closed)
 
     def _zero(self, rank: int) -> CPTensor:
         zeros = [self.request.backend.zeros((size, rank), like=self.request.tensor) for size in self.request.shape]
@@ -288,13 +294,19 @@ class _Options:
         return self.request.finished(made.truncated(rank), METHOD, converged=found.converged, history=found.history)
 
     def _finished(
-        self, found: CPTensor, method: str, optimal: bool | LazyProof = False, watch: Watch | None = None
+        self,
+        found: CPTensor,
+        method: str,
+        optimal: bool | LazyProof = False,
+        watch: Watch | None = None,
+        closed: Callable[[Array], CPTensor] | None = None,
     ) -> CPTensor:
         ordered = found if self.fixed else found.truncated(found.rank)
         history = () if watch is None else watch.history
         return self.request.finished(
-            ordered, method, optimal=optimal, converged=watch is None or watch.converged, history=history
-        )
+            ordered, method, optimal=optimal, converged=watch is None or watch.converged, history=history,
+            closed=closed, fixed=self.fixed,
+        )  # fmt: skip
 
     def _start(self, rank: int, rng: np.random.Generator, first: bool) -> list[Array]:
         request, backend = self.request, self.request.backend

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Self
 from tnadapt.algebra.products import cp_to_tensor, hadamard_tensor
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
+from tnadapt.decomposition.implicit_gradient import Contraction
+from tnadapt.decomposition.matrix_truncation import with_value
 from tnadapt.errors import ShapeError
 
 from ._checks import as_tensors, integer_of, scalar_of
@@ -89,6 +91,19 @@ class CPTensor(Decomposed, _CPParts):
     @property
     def arrays(self) -> list[Array]:
         return [*self.factors] if self.weights is None else [self.weights, *self.factors]
+
+    @property
+    def contraction(self) -> Contraction:
+        modes = list(range(1, 1 + self.order))
+        factors = [[mode, 0] for mode in modes]
+        return (factors if self.weights is None else [[0], *factors]), modes
+
+    def scaled_alike(self, other: Self) -> Self:
+        if self.weights is None:
+            return self
+        return self.with_arrays(
+            [with_value(self.backend, *pair) for pair in zip(other.arrays, self.normalized().arrays, strict=True)]
+        )
 
     def to_tensor(self) -> Array:
         return cp_to_tensor((self.weights, self.factors))

@@ -12,8 +12,9 @@ import numpy as np
 
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
+from tnadapt.decomposition.implicit_gradient import Contraction
 from tnadapt.decomposition.known_later import KnownLater
-from tnadapt.errors import ShapeError, safe_repr
+from tnadapt.errors import BackendError, ShapeError, safe_repr
 from tnadapt.html_tables import fact_table
 
 from ._checks import scalar_of
@@ -91,6 +92,11 @@ class Decomposed(abc.ABC):
     @abc.abstractmethod
     def arrays(self) -> list[Array]:
         """All arrays of the network."""
+
+    @property
+    def contraction(self) -> Contraction:
+        """Indices of the axes of each of :attr:`arrays`, and of those of the tensor, which is their contraction."""
+        raise BackendError(f"a {type(self).__name__} that an iteration finds has no derivative: detach the tensor")
 
     @abc.abstractmethod
     def to_tensor(self) -> Array:
@@ -235,6 +241,23 @@ class Decomposed(abc.ABC):
             raise ShapeError(f"expected another {type(self).__name__}; got {type(other).__name__}")
         if other.shape != self.shape:
             raise ShapeError(f"the tensors have shapes {self.shape} and {other.shape}; expected the same shape")
+
+    def with_arrays(self, arrays: Sequence[Array]) -> Self:
+        """Return one with other arrays in the places of :attr:`arrays`."""
+        rest = iter(arrays)
+
+        def replaced(part: Any) -> Any:
+            if isinstance(part, Decomposed):
+                return part.with_arrays([next(rest) for _ in part.arrays])
+            if isinstance(part, (list, tuple)):
+                return [replaced(one) for one in part]
+            return None if part is None else next(rest)
+
+        return self.of(self.backend, [replaced(part) for part in self])  # type: ignore[attr-defined]
+
+    def scaled_alike(self, other: Self) -> Self:
+        """Return the same tensor in arrays of which no scale is free, with the values of another result's arrays."""
+        return self
 
     def with_outcome(self, outcome: FitOutcome | None) -> Self:
         """Attach how a decomposition found it; return the object itself."""

@@ -72,12 +72,13 @@ def hadamard_decomposition(
     ShapeError
         If the tensor has NaN, infinity or no elements, or the rank is out of range.
     BackendError
-        If the tensor is not an array of real numbers of a known library, or is traced or differentiated.
+        If the tensor is not an array of real numbers of a known library, or is traced.
 
     Notes
     -----
     Hyeon-Woo, Ye-Bin & Oh, "FedPara" (arXiv 2108.06098). The problem is not convex: the result is the best of several
-    starts, without a guarantee. For matrices a lower bound is reported, as the rank is at most ``rank ** parts``.
+    starts, without a guarantee. With ``rank``, it is differentiable. For matrices a lower bound is reported, as the
+    rank is at most ``rank ** parts``.
 
     Examples
     --------
@@ -90,8 +91,7 @@ def hadamard_decomposition(
     (1, 1)
     """
     request = requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
-    if not request.concrete:
-        raise BackendError("hadamard_decomposition() cannot be traced or differentiated: detach the tensor")
+    request.refuse_trace("hadamard_decomposition()", "detach the tensor")
     if request.backend.is_complex(request.tensor):
         raise BackendError(
             f"hadamard_decomposition() needs a real tensor; got {request.backend.dtype_name(request.tensor)}: "
@@ -146,7 +146,7 @@ def _fitted(
     # Another start may have used up the steps; an exact answer needs no more of them.
     exact = float(group.error) <= 64.0 * float(np.finfo(request.backend.dtype_name(request.tensor)).eps)
     converged = exact or group.iterations < max_iterations
-    return found.with_outcome(
+    return request.differentiable(found, converged).with_outcome(
         FitOutcome.later(
             lambda: (group.bound, group.certified), error=group.error, converged=converged,
             history=tuple(watch.history), method=group.method,

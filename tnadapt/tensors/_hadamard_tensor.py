@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 from tnadapt.algebra.products import hadamard_tensor
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
+from tnadapt.decomposition.implicit_gradient import Contraction
 from tnadapt.errors import ShapeError, safe_repr
 
 from ._checks import scalar_of
@@ -80,6 +81,13 @@ class HadamardTensor(Decomposed, _HadamardParts):
     @property
     def arrays(self) -> list[Array]:
         return [array for part in self.parts for array in part.arrays]
+
+    @property
+    def contraction(self) -> Contraction:
+        modes, arrays = list(range(self.order)), list[list[int]]()
+        for number, part in enumerate(self.parts, self.order):
+            arrays += ([] if part.weights is None else [[number]]) + [[mode, number] for mode in modes]
+        return arrays, modes
 
     def to_tensor(self) -> Array:
         return hadamard_tensor([part.to_tensor() for part in self.parts])

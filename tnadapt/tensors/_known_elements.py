@@ -11,7 +11,7 @@ from tnadapt.algebra.formats import Format
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition import Limits
 from tnadapt.decomposition.completion import complete
-from tnadapt.errors import BackendError, ConfigError
+from tnadapt.errors import ConfigError
 
 from ._requests import Request, Watch
 
@@ -71,8 +71,8 @@ def completed(
     """
     assert request.observed is not None
     backend = request.backend
-    if not request.concrete:
-        raise BackendError("with mask= or weights=, nothing can be traced or differentiated: detach the tensor")
+    request.refuse_trace("a decomposition with mask= or weights=", "detach the tensor")
+    request.refuse_recorded("with mask= or weights=, the tensor", request.source)
     if request.max_error is not None:
         raise ConfigError("mask= and weights= need ranks, as the error of known elements says little about the others")
     if fixed:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tnadapt.algebra.formats import Dense
 from tnadapt.algebra.rearrangement import rearranged
-from tnadapt.errors import BackendError, ShapeError, safe_repr
+from tnadapt.errors import ShapeError, safe_repr
 
 from ._checks import integer_of
 from ._cp_decomposition import cp
@@ -62,13 +62,13 @@ def kronecker_decomposition(
     ShapeError
         If the shapes do not multiply to the tensor's, or the tensor has NaN, infinity or no elements.
     BackendError
-        If the tensor is not an array of numbers of a known library, or is traced or differentiated.
+        If the tensor is not an array of numbers of a known library, or is traced.
 
     Notes
     -----
     Van Loan & Pitsianis, "Approximation with Kronecker products" (1993): rearranged, a Kronecker product is an outer
     product, and a sum of T products a CP tensor of rank T with the factors as vectors. For K = 2 that is a truncated
-    SVD of a matrix with as many rows as the first factor has elements.
+    SVD of a matrix with as many rows as the first factor has elements. With ``terms``, it is differentiable.
 
     Examples
     --------
@@ -81,8 +81,7 @@ def kronecker_decomposition(
     """
     terms = 1 if terms is None and max_error is None else terms
     request = requested(tensor, terms, max_error, mask=mask, weights=weights, random_state=random_state, what="terms")
-    if not request.concrete:
-        raise BackendError("kronecker_decomposition() cannot be traced or differentiated: detach the tensor")
+    request.refuse_trace("kronecker_decomposition()", "detach the tensor")
     sizes = _shapes(shapes, request.shape)
     backend = request.backend
     if request.observed is not None:
@@ -102,8 +101,9 @@ def kronecker_decomposition(
     vectors = [math.prod(shape) for shape in sizes]
     most = math.prod(vectors) // max(vectors)
     count = None if terms is None else min(integer_of("terms", terms, 1), most)
+    given = request.tensor if request.source is None else request.source
     found = cp(
-        rearranged(backend, request.tensor, sizes), count, max_error=max_error, starts=starts,
+        rearranged(backend, given, sizes), count, max_error=max_error, starts=starts,
         random_state=request.seed, tol=tol, max_iterations=max_iterations, callback=callback,
     )  # fmt: skip
     terms_ = [

@@ -56,8 +56,8 @@ def constrained_modes(nonnegative: Any, request: Request) -> frozenset[int]:
     backend = request.backend
     if backend.is_complex(request.tensor):
         raise BackendError("nonnegative= needs a real tensor: complex numbers are neither negative nor positive")
-    if not request.concrete:
-        raise BackendError("nonnegative= iterates until it converges: detach the tensor, and do not trace it")
+    request.refuse_trace("nonnegative=", "detach the tensor")
+    request.refuse_recorded("with nonnegative=, the tensor", request.source)
     return modes
 
 

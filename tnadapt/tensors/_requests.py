@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,9 +13,11 @@ import numpy as np
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition.frobenius import norm_of
+from tnadapt.decomposition.implicit_gradient import implicit_gradient
 from tnadapt.decomposition.known_later import LazyNumber, LazyProof
 from tnadapt.decomposition.leading_proof import OPEN
-from tnadapt.errors import ConfigError, ShapeError, safe_repr
+from tnadapt.decomposition.matrix_truncation import with_value
+from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 from ._checks import as_tensor, finite, integer_of
 from ._decomposed import Decomposed, FitOutcome
@@ -46,6 +48,9 @@ class Request:
     seed : int
     settled : bool
         Whether nobody else can change the tensor, so that the error may be computed when it is read.
+    source : array or None
+        The tensor with its derivatives, if they are recorded; ``tensor`` is then detached, so that the result is the
+        same. :meth:`finished` connects the two.
     """
 
     backend: Backend
@@ -54,6 +59,7 @@ class Request:
     max_error: float | None
     seed: int
     settled: bool = False
+    source: Array | None = None
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
@@ -62,8 +68,8 @@ class Request:
 
     @property
     def concrete(self) -> bool:
-        """Whether the values are known, and nothing is differentiated."""
-        return not self.backend.differentiates(self.tensor)
+        """Whether the values are known: not inside a trace."""
+        return self.backend.is_concrete(self.tensor)
 
     def norm(self) -> float:
         """Frobenius norm of the tensor in float64; of the observed elements."""
@@ -77,7 +83,20 @@ class Request:
         """Return the same request with a tensor of its own, if it is not too large for a copy."""
         if self.settled or not self.concrete or math.prod(self.shape) > _COPIED:
             return self
-        return Request(self.backend, self.tensor * 1, self.observed, self.max_error, self.seed, settled=True)
+        return dataclasses.replace(self, tensor=self.tensor * 1, settled=True)
+
+    def refuse_recorded(self, what: str, *given: Array | None) -> None:
+        """Raise a BackendError if derivatives of given arrays are recorded: the result has none."""
+        if any(array is not None and self.backend.differentiates(array) for array in given):
+            raise BackendError(f"{what} is not differentiated: detach the tensor first, as in x.detach()")
+
+    def refuse_trace(self, what: str, way: str) -> None:
+        """Raise a BackendError inside a trace, where the values that a solver needs are unknown."""
+        if not self.concrete:
+            raise BackendError(
+                f"{what} iterates until it converges, which takes the values of the tensor, and they are unknown "
+                f"inside a trace (jax.jit, jax.grad, torch.func, torch.compile): {way}"
+            )
 
     def weighted(self, tensor: Array) -> Array:
         """Multiply a tensor by the roots of the weights."""
@@ -102,8 +121,10 @@ class Request:
         bound: float = 0.0,
         converged: bool = True,
         history: Sequence[float] = (),
+        closed: Callable[[Array], D] | None = None,
+        fixed: Collection[int] = (),
     ) -> D:
-        """Attach to a result how good it is; inside a trace return it as it is.
+        """Attach to a result how good it is, and its derivative if it is recorded; inside a trace return it as it is.
 
         Parameters
         ----------
@@ -119,6 +140,11 @@ class Request:
             A lower bound on the least relative error.
         converged : bool
         history : sequence of float
+        closed : callable, optional
+            Computes the result from a tensor whose derivatives are recorded, if that does not take an iteration.
+            Otherwise the derivative is that of a minimum of the error.
+        fixed : collection of int
+            Which of the result's ``arrays`` do not depend on the tensor.
         """
         if not self.concrete:
             return found
@@ -138,9 +164,35 @@ class Request:
             return least, bool(optimal or value <= rounding or value <= least * (1.0 + 1e-6))
 
         error = later if self.settled else float(later)
-        return found.with_outcome(
-            FitOutcome.later(facts, error, converged=converged, history=tuple(history), method=method)
-        )
+        outcome = FitOutcome.later(facts, error, converged=converged, history=tuple(history), method=method)
+        return self.differentiable(found, converged, closed, fixed).with_outcome(outcome)
+
+    def differentiable(
+        self, found: D, converged: bool, closed: Callable[[Array], D] | None = None, fixed: Collection[int] = ()
+    ) -> D:
+        """Return a result with the same values, and with its derivative if it is recorded; see :meth:`finished`."""
+        if self.source is None:
+            return found
+        backend, values = self.backend, found.arrays
+        if closed is not None:
+            expressed = closed(self.source).arrays
+            return found.with_arrays(
+                [with_value(backend, value, array) for value, array in zip(values, expressed, strict=True)]
+            )
+        kind = backend.dtype_name(self.tensor)
+        hosts, contraction = [backend.to_numpy(value) for value in values], found.contraction
+
+        def pullback(tensor: Array, cotangents: Sequence[Array]) -> Array:
+            gradient = implicit_gradient(
+                contraction, hosts, backend.to_numpy(tensor), [backend.to_numpy(one) for one in cotangents], fixed,
+                float(np.finfo(kind).eps), converged,
+            )  # fmt: skip
+            return backend.asarray(gradient, kind, backend.device(tensor))
+
+        arrays = backend.with_pullback(self.source, values, pullback)
+        for place in fixed:
+            arrays[place] = values[place]
+        return found.with_arrays(arrays).scaled_alike(found)
 
 
 def _copied(parts: Any) -> list[Any]:
@@ -180,12 +232,15 @@ def requested(
         backend, tensor, way="" if mask is not None else "; if these elements are missing, pass mask=, True where known"
     )
     limit = None if max_error is None else error_limit(max_error)
-    if limit is not None and backend.differentiates(tensor):
+    differentiated = backend.differentiates(tensor)
+    if limit is not None and differentiated:
         raise ShapeError(
             "max_error= chooses ranks by the values, which are not known inside a trace and cannot be differentiated: "
             f"give {what}= instead, or detach the tensor"
         )
-    return Request(backend, tensor, observed, limit, seed_of(random_state))
+    source = tensor if differentiated and backend.is_concrete(tensor) else None
+    tensor = tensor if source is None else backend.detached(tensor)
+    return Request(backend, tensor, observed, limit, seed_of(random_state), source=source)
 
 
 def one_of(what: str, rank: Any, max_error: Any) -> None:

@@ -62,7 +62,7 @@ def tensor_ring(
     tol : float
         The iteration stops when a sweep reduces the relative error by no more than this.
     max_iterations : int
-        Maximum number of sweeps; 0 for TR-SVD alone, which can be differentiated and runs inside ``jax.jit``.
+        Maximum number of sweeps; 0 for TR-SVD alone, which also runs inside ``jax.jit``.
     callback : callable, optional
         Called with the number and the relative error of each sweep; stops the iteration if it returns True.
 
@@ -76,15 +76,15 @@ def tensor_ring(
     ShapeError
         If the tensor has fewer than two modes, NaN, infinity or no elements, or a rank is out of range.
     BackendError
-        If the tensor is not an array of numbers of a known library.
+        If the tensor is not an array of numbers of a known library; or for sweeps inside a trace.
     ConfigError
         If a setting is out of range.
 
     Notes
     -----
     Zhao et al., "Tensor ring decomposition" (arXiv 1606.05535): TR-SVD, then alternating least squares, which never
-    increases the error. There is no guarantee of the least error. A sweep costs ``prod(d) * r²`` multiply-adds for each
-    mode.
+    increases the error. There is no guarantee of the least error. With ``rank``, it is differentiable. A sweep costs
+    ``prod(d) * r²`` multiply-adds for each mode.
 
     Examples
     --------
@@ -122,15 +122,20 @@ def _fitted(
 ) -> TRTensor:
     """Return the best fit of given ranks."""
     rng = np.random.default_rng(request.seed)
-    cores, method = _start(request, ranks, init, held, rng)
-    if not (request.concrete and sweeps):
-        return request.finished(TRTensor(cores), method)
+    cores, method = _start(request, request.tensor, ranks, init, held, rng)
+    if not sweeps:
+        return request.finished(
+            TRTensor(cores), method, closed=lambda tensor: TRTensor(_start(request, tensor, ranks, init, held, rng)[0])
+        )
+    request.refuse_trace("tensor_ring()", "use max_iterations=0")
     found = list[TRTensor]()
     for number in range(starts):
         watch = Watch(tol, callback)
         begun = cores if number == 0 else _random(request, ranks, rng, dict(enumerate(cores)), held)
         ring = TRTensor(_improved(request, begun, held, watch, sweeps))
-        found.append(request.finished(ring, f"{method}, ALS", converged=watch.converged, history=watch.history))
+        found.append(
+            request.finished(ring, f"{method}, ALS", converged=watch.converged, history=watch.history, fixed=held)
+        )
     return min(found, key=lambda ring: ring.error or 0.0)
 
 
@@ -153,7 +158,7 @@ def _ranks(rank: Any, shape: tuple[int, ...]) -> list[int]:
 
 
 def _start(
-    request: Request, ranks: list[int], init: Any, held: set[int], rng: np.random.Generator
+    request: Request, tensor: Array, ranks: list[int], init: Any, held: set[int], rng: np.random.Generator
 ) -> tuple[list[Array], str]:
     backend, shape = request.backend, request.shape
     if isinstance(init, TRTensor):
@@ -163,6 +168,7 @@ def _start(
             raise ShapeError(
                 f"init has shape {init.shape} and ranks {init.rank}; expected {expected[0]} and {expected[1]}"
             )
+        request.refuse_recorded("init", *init)
         return list(init), "given start"
     if init not in ("svd", "random"):
         raise ConfigError(f"init must be 'svd', 'random' or a TRTensor; got {safe_repr(init)}")
@@ -174,7 +180,7 @@ def _start(
         def truncated(matrix: Array, bond: int) -> Leading:
             return truncation.left_to_rank(matrix, ranks[0] * ranks[1] if bond == 0 else ranks[bond + 1])
 
-        cores = ring_svd(backend, request.tensor, ranks[0], truncated)
+        cores = ring_svd(backend, tensor, ranks[0], truncated)
         if [int(core.shape[0]) for core in cores] == ranks:
             return cores, "TR-SVD"
     if not request.concrete:

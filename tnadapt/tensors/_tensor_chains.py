@@ -14,6 +14,7 @@ import numpy as np
 from tnadapt.algebra.products import tt_left, tt_to_tensor
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
+from tnadapt.decomposition.implicit_gradient import Contraction
 from tnadapt.errors import ShapeError
 
 from ._block_diagonal import block_diagonal
@@ -45,6 +46,12 @@ class CoreChain(Decomposed, tuple[Array, ...]):
     @property
     def arrays(self) -> list[Array]:
         return list(self)
+
+    @property
+    def contraction(self) -> Contraction:
+        order = self.order
+        # The last bond of a ring is the first one; in a train, both have size 1.
+        return [[mode, order + mode, (mode + 1) % order] for mode in range(order)], list(range(order, 2 * order))
 
     def entries(self, indices: Any) -> Array:
         backend, places = self.backend, self.places(indices)

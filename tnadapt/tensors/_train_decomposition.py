@@ -75,8 +75,7 @@ def tensor_train(
         Seed of random projections.
     sweeps : int, optional
         Maximum number of sweeps of alternating least squares over the cores, at the same ranks; they never increase the
-        error. By default 0 after TT-SVD, and ``max_iterations`` from a given start. Inside a trace, and where gradients
-        flow, there are none.
+        error. By default 0 after TT-SVD, and ``max_iterations`` from a given start.
     tol, max_iterations, callback
         Of the iteration with ``mask`` or ``weights``, as for :func:`cp`; ``tol`` and ``callback`` of the sweeps, too.
     memory : int
@@ -95,7 +94,7 @@ def tensor_train(
     ShapeError
         If the tensor has NaN, infinity or no elements, or a rank is out of range.
     BackendError
-        If the tensor is not an array of numbers of a known library.
+        If the tensor is not an array of numbers of a known library; or for sweeps inside a trace.
     ConfigError
         If a setting is out of range.
 
@@ -103,9 +102,8 @@ def tensor_train(
     -----
     Oseledets, "Tensor-train decomposition" (SIAM J. Sci. Comput. 33, 2011); sweeps: Holtz, Rohwedder & Schneider, "The
     alternating linear scheme for tensor optimization in the tensor train format" (SIAM J. Sci. Comput. 34, 2012). With
-    ``rank``, it can be differentiated and runs inside ``jax.jit`` and ``torch.func``; gradients are undefined where
-    singular values are equal. Costs the SVDs of M - 1 matrices, the first of shape (d_1, d_2 ⋯ d_M), and
-    ``4 max(r) prod(d)`` multiply-adds a sweep.
+    ``rank``, it is differentiable, and without sweeps it runs inside ``jax.jit`` and ``torch.func``. Costs the SVDs of
+    M - 1 matrices, the first of shape (d_1, d_2 ⋯ d_M), and ``4 max(r) prod(d)`` multiply-adds a sweep.
 
     With ``mask`` or ``weights``, all arrays are fitted to the known elements: some sweeps of least squares from several
     starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known
@@ -188,16 +186,20 @@ def _finished(request: Request, ranks: list[int] | None, svd: str, sweeps: int, 
         exact.append(found.exact)
         return found
 
+    def closed(tensor: Array) -> TTTensor:
+        # Without the checks of arrays from a user, which take a third of the time of a small tensor.
+        return TTTensor.of(request.backend, tt_svd(request.backend, tensor, truncated)[0])
+
     cores, cut = tt_svd(request.backend, request.tensor, truncated)
     known = all_of(exact)
     method = "TT-SVD, randomized" if known is False else "TT-SVD"
-    ran = request.concrete and sweeps > 0 and (sum(cut) > 1 or known is False)
+    ran = sweeps > 0 and (sum(cut) > 1 or known is False)
     if ran:
+        request.refuse_trace("tensor_train(sweeps=…)", "leave sweeps out")
         limits = Limits(watch.tol, sweeps)
         cores, _, ended = improved_train(request.backend, request.tensor, cores, limits, watch)
         watch.converged = watch.converged or ended
     return request.finished(
-        # Without the checks of arrays from a user, which take a third of the time of a small tensor.
         TTTensor.of(request.backend, cores),
         f"{method}, ALS" if ran else method,
         optimal=known if sum(cut) <= 1 else False,
@@ -205,6 +207,7 @@ def _finished(request: Request, ranks: list[int] | None, svd: str, sweeps: int, 
         converged=watch.converged or not ran,
         history=watch.history,
         factor=math.sqrt(sum(cut)) if sum(cut) > 1 else math.inf,
+        closed=None if ran else closed,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from tnadapt.backends import get_backend
 from tnadapt.decomposition import Limits
 from tnadapt.decomposition.train_als import improved_train
-from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
+from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._checks import finite, mode_of
 from ._decomposed import Decomposed
@@ -45,7 +45,7 @@ def start_of(
     ShapeError
         If it has another shape or other ranks, or NaN or infinity.
     BackendError
-        If it is of another library, dtype or device, or the tensor is traced or differentiated.
+        If it is of another library, dtype or device, its derivatives are recorded, or the tensor is traced.
     """
     held = frozenset(mode_of(mode, request.shape) for mode in fixed)
     other = isinstance(init, Decomposed) and not isinstance(init, TTTensor)
@@ -64,8 +64,8 @@ def start_of(
         raise ShapeError(
             f"init has shape {start.shape} and ranks {start.rank}; expected {expected[0]} and {expected[1]}"
         )
-    if not request.concrete or any(request.backend.differentiates(core) for core in start):
-        raise BackendError("sweeps from a start cannot be traced or differentiated: detach the tensor, or omit init=")
+    request.refuse_trace("tensor_train(init=…)", "omit init=")
+    request.refuse_recorded("init", *start)
     for mode, core in enumerate(start):
         finite(request.backend, core, f"core {mode} of init")
     return start, held
@@ -81,4 +81,8 @@ def from_start(request: Request, start: TTTensor, fixed: frozenset[int], sweeps:
         limits = Limits(watch.tol, sweeps)
         cores, _, converged = improved_train(backend, request.tensor, cores, limits, watch, fixed)
     method = "given start, ALS" if sweeps else "given start"
-    return request.finished(TTTensor(cores), method, converged=watch.converged or converged, history=watch.history)
+    found = TTTensor(cores)
+    return request.finished(
+        found, method, converged=watch.converged or converged, history=watch.history,
+        closed=None if sweeps else lambda tensor: found, fixed=fixed,
+    )  # fmt: skip

@@ -78,8 +78,7 @@ def tucker(
     tol : float
         The iteration stops when a sweep reduces the relative error by no more than this.
     max_iterations : int
-        Maximum number of sweeps; 0 for the truncated HOSVD alone, which can be differentiated and runs inside
-        ``jax.jit``.
+        Maximum number of sweeps; 0 for the truncated HOSVD alone, which also runs inside ``jax.jit``.
     callback : callable, optional
         Called with the number and the relative error of each sweep; stops the iteration if it returns True.
     memory : int
@@ -97,15 +96,15 @@ def tucker(
     ShapeError
         If the tensor has NaN, infinity or no elements, or a rank is out of range.
     BackendError
-        If the tensor is not an array of numbers of a known library.
+        If the tensor is not an array of numbers of a known library; or for sweeps inside a trace.
     ConfigError
         If a setting is out of range.
 
     Notes
     -----
     Sequentially truncated HOSVD (Vannieuwenhoven et al., 2012), then HOOI (De Lathauwer et al., 2000). The error is at
-    most √M times the least one, and a lower bound is reported. Inside a trace, and where gradients flow, the HOSVD is
-    returned without sweeps. A sweep costs ``prod(d) * max(r)`` multiply-adds for each mode.
+    most √M times the least one, and a lower bound is reported. With ``rank``, it is differentiable. A sweep costs
+    ``prod(d) * max(r)`` multiply-adds for each mode.
 
     With ``mask`` or ``weights``, all arrays are fitted to the known elements: some sweeps of least squares from several
     starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known
@@ -143,22 +142,33 @@ def tucker(
         _refuse(nonnegative, request, ranks, held, callback)
         return fitted_tucker(request, ranks or [], init, watch.tol, integer_of("max_iterations", max_iterations, 1))
     truncation = MatrixTruncation(request.backend, request.tensor, svd, request.seed)
-    core, factors, lossy, exact = _start(request, ranks, truncation, init, held)
-    ranks = [int(size) for size in core.shape]
-    cut = [mode for mode, (r, d) in enumerate(zip(ranks, request.shape, strict=True)) if r < d]
+
+    def start(tensor: Array) -> tuple[Array, dict[int, Array], int, bool | LazyProof]:
+        return _start(request, tensor, ranks, truncation, init, held)
+
+    def closed(tensor: Array) -> TuckerTensor:
+        core, factors, *_ = start(tensor)
+        return TuckerTensor(core, [factors[mode] for mode in range(len(factors))])
+
+    core, factors, lossy, exact = start(request.tensor)
+    found = [int(size) for size in core.shape]
+    cut = [mode for mode, (r, d) in enumerate(zip(found, request.shape, strict=True)) if r < d]
     moving = [mode for mode in cut if mode not in held]
     direct = init == "svd"
-    ran = request.concrete and bool(moving) and sweeps > 0 and not (direct and lossy <= 1)
+    ran = bool(moving) and sweeps > 0 and not (direct and lossy <= 1)
     if ran:
+        request.refuse_trace("tucker()", "use max_iterations=0")
         core, factors = _improved(request, factors, moving, truncation, watch, sweeps)
     return request.finished(
-        TuckerTensor(core, [factors[mode] for mode in range(len(ranks))]),
+        TuckerTensor(core, [factors[mode] for mode in range(len(factors))]),
         "HOSVD, HOOI" if ran else "HOSVD",
         optimal=exact if direct and lossy <= 1 else False,
         known=exact,
         factor=math.sqrt(lossy) if direct and lossy else math.inf,
         converged=watch.converged or not ran,
         history=watch.history,
+        closed=None if ran else closed,
+        fixed={1 + mode for mode in held},
     )
 
 
@@ -234,11 +244,17 @@ def _held(request: Request, init: Any, fixed: Collection[int]) -> set[int]:
     if init.shape != request.shape:
         raise ShapeError(f"init has shape {init.shape}; expected the tensor's, {request.shape}")
     get_backend(init.core, request.tensor)
+    request.refuse_recorded("init", *init.arrays)
     return held
 
 
 def _start(
-    request: Request, ranks: list[int] | None, truncation: MatrixTruncation, init: Any, held: set[int]
+    request: Request,
+    tensor: Array,
+    ranks: list[int] | None,
+    truncation: MatrixTruncation,
+    init: Any,
+    held: set[int],
 ) -> tuple[Array, dict[int, Array], int, bool | LazyProof]:
     backend, shape, exact = request.backend, request.shape, list[bool | LazyProof]()
     if ranks is None:
@@ -254,7 +270,7 @@ def _start(
     if init == "svd":
         # With ranks of the whole tensor, an error that is allowed would be spent once for each mode and not used up.
         in_turn = ranks is None or len(shape) < 3 or math.prod(shape) > SMALL
-        found = hosvd(backend, request.tensor, order, truncated, sequential=in_turn)
+        found = hosvd(backend, tensor, order, truncated, sequential=in_turn)
         return *found, all_of(exact)
     if ranks is None:
         raise ConfigError("max_error= chooses ranks from the HOSVD: use init='svd', or give rank=")
@@ -273,7 +289,7 @@ def _start(
             if wrong > 1e-4:
                 raise ShapeError(f"factor {mode} of init is fixed and needs orthonormal columns: use init.orthogonal()")
         factors[mode] = given if mode in held else backend.qr(given)[0]
-    core = request.tensor
+    core = tensor
     for mode in order:
         core = projected(backend, core, factors[mode], mode)
     return core, factors, len(shape), False

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self
 
 from tnadapt.algebra.products import kronecker_tensor, tucker_to_tensor
 from tnadapt.backends.backend import Array
+from tnadapt.decomposition.implicit_gradient import Contraction
 from tnadapt.errors import ShapeError
 
 from ._block_diagonal import block_diagonal
@@ -85,6 +86,11 @@ class TuckerTensor(Decomposed, _TuckerParts):
     @property
     def arrays(self) -> list[Array]:
         return [self.core, *self.factors]
+
+    @property
+    def contraction(self) -> Contraction:
+        ranks, modes = list(range(self.order)), list(range(self.order, 2 * self.order))
+        return [ranks, *([mode, rank] for mode, rank in zip(modes, ranks, strict=True))], modes
 
     def to_tensor(self) -> Array:
         return tucker_to_tensor((self.core, self.factors))

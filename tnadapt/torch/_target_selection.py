@@ -124,10 +124,16 @@ def filtered(search: TargetSearch, found: Sequence[Target], layers: Any, exclude
 
 
 def in_order(search: TargetSearch, found: Iterable[Target]) -> list[Target]:
-    """Return targets in the order of the model's modules and of roles, each once."""
+    """Return targets in the order of the model's modules, of roles and of their parameters, each once."""
     order = {path: place for place, (path, _) in enumerate(search.places)}
+    stored = {(weight.path, weight.parameter, weight.index): place for place, weight in enumerate(search.weights)}
     chosen = {(target.module, target.parameter, target.index, target.rows): target for target in found}.values()
-    return sorted(chosen, key=lambda target: (order[target.module], ROLES.index(target.role)))
+
+    def place(target: Target) -> tuple[int, ...]:
+        among = stored.get((target.module, target.parameter, target.index), len(stored))
+        return order[target.module], ROLES.index(target.role), among
+
+    return sorted(chosen, key=place)
 
 
 def check_usable(model: nn.Module, chosen: Sequence[Target], untie: bool) -> None:

@@ -101,7 +101,13 @@ def partial_tucker(
     def truncated(matrix: Array, mode: int) -> Leading:
         return truncation.left_to_rank(matrix, wanted[mode])
 
-    core, found = _begun(request, wanted, init, truncated)
+    steps = integer_of("n_iter_max", n_iter_max, 0)
+    if steps:
+        way = "use n_iter_max=0, or tucker(), whose sweeps are differentiated"
+        request.refuse_trace("partial_tucker()", way)
+        request.refuse_recorded("the tensor of partial_tucker() with n_iter_max > 0", request.source)
+    tensor = request.tensor if request.source is None else request.source
+    core, found = _begun(request, tensor, wanted, init, truncated)
     norm = request.norm() if request.concrete else 0.0
     sweeps = Sweeps(None, verbose, lambda arrays: TuckerTensor(arrays[0], arrays[1:]))
     watch = Watch(tolerance(tol), sweeps.observer)
@@ -109,8 +115,7 @@ def partial_tucker(
     def on_sweep(count: int, core: Array) -> bool:
         return watch(count, _lost(backend, core, norm))
 
-    if request.concrete and n_iter_max:
-        steps = integer_of("n_iter_max", n_iter_max, 1)
+    if steps:
         core, found = hooi(backend, request.tensor, found, chosen, truncated, on_sweep, steps)
     errors = watch.history or ([_lost(backend, core, norm)] if request.concrete else [])
     factors = [more_columns(backend, found[mode], wanted[mode]) for mode in chosen]
@@ -123,12 +128,12 @@ def _lost(backend: Backend, core: Array, norm: float) -> float:
 
 
 def _begun(
-    request: Request, wanted: dict[int, int], init: Any, truncated: Callable[[Array, int], Leading]
+    request: Request, tensor: Array, wanted: dict[int, int], init: Any, truncated: Callable[[Array, int], Leading]
 ) -> tuple[Array, dict[int, Array]]:
     backend, modes = request.backend, list(wanted)
     if isinstance(init, str) and init == "svd":
         order = sorted(modes, key=lambda mode: wanted[mode] / request.shape[mode])
-        core, found, _ = hosvd(backend, request.tensor, order, truncated)
+        core, found, _ = hosvd(backend, tensor, order, truncated)
         return core, found
     if isinstance(init, str) and init != "random":
         raise ConfigError(f"init must be 'svd', 'random', (core, factors) or factors; got {safe_repr(init)}")
@@ -144,7 +149,7 @@ def _begun(
             f"the factors of init have shapes {[tuple(one.shape) for one in given]}; expected "
             f"{[(request.shape[mode], wanted[mode]) for mode in modes]}"
         )
-    core, found = request.tensor, {}
+    core, found = tensor, {}
     for mode, factor in zip(modes, given, strict=True):
         found[mode] = backend.qr(factor)[0]
         core = projected(backend, core, found[mode], mode)

@@ -198,10 +198,13 @@ def tensor_ring(
     def truncated(matrix: Array, bond: int) -> Leading:
         return truncation.left_to_rank(matrix, product if bond == 0 else bonds[bond + 1])
 
-    cores = ring_svd(backend, backend.permute_dims(request.tensor, turned), bonds[0], truncated)
-    found = TRTensor([cores[turned.index(number)] for number in range(len(shape))])
+    def closed(tensor: Array) -> TRTensor:
+        cores = ring_svd(backend, backend.permute_dims(tensor, turned), bonds[0], truncated)
+        return TRTensor([cores[turned.index(number)] for number in range(len(shape))])
+
+    found = closed(request.tensor)
     _report("TR", list(found), verbose)
-    return request.finished(found, "TR-SVD")
+    return request.finished(found, "TR-SVD", closed=closed)
 
 
 def tensor_ring_als(

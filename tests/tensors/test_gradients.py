@@ -1,0 +1,293 @@
+"""Decompositions under autograd: the same values, and the derivative of what they represent, or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tnadapt.errors import BackendError
+from tnadapt.tensors import tensorly as tl
+
+torch = pytest.importorskip("torch")
+
+Fit = Callable[[Any], Any]
+
+_TIGHT: dict[str, Any] = {"tol": 1e-15, "max_iterations": 500}
+CLOSED: dict[str, Fit] = {
+    "tensor_train": lambda x: tna.tensor_train(x, 2),
+    "tucker": lambda x: tna.tucker(x, 2, max_iterations=0),
+    "tucker of one mode": lambda x: tna.tucker(x, (2, 4, 3)),
+    "tensor_ring": lambda x: tna.tensor_ring(x, (1, 2, 2), max_iterations=0),
+    "tensor_ring of closed rank 2": lambda x: tna.tensor_ring(x, (2, 2, 2), max_iterations=0),
+    "tt_matrix": lambda x: tna.tt_matrix(x.reshape(12, 4), 2, rows=(3, 4), cols=(2, 2)),
+    "cp of a matrix": lambda x: tna.cp(x.reshape(8, 6), 2),
+    "cp of a vector": lambda x: tna.cp(x.reshape(-1), 1),
+    "kronecker_decomposition": lambda x: tna.kronecker_decomposition(x.reshape(8, 6), [(2, 3), (4, 2)], 2),
+    "TensorLy's tensor_ring": lambda x: tl.tensor_ring(x, [1, 2, 2, 1], mode=1),
+}
+_PRODUCT = [(2, 3), (2, 2), (2, 1)]
+_NOISE = np.random.default_rng(0).normal(size=(60, 50))
+ITERATED: dict[str, Fit] = {
+    "tensor_train": lambda x: tna.tensor_train(x, 2, sweeps=500, tol=1e-15),
+    "tensor_train, a core fixed": lambda x: tna.tensor_train(x, 2, init=_train(x), fixed=[0], **_TIGHT),
+    "tucker": lambda x: tna.tucker(x, 2, **_TIGHT),
+    "tucker, a factor fixed": lambda x: tna.tucker(x, 2, init=_tucker(x), fixed=[0], **_TIGHT),
+    "tensor_ring": lambda x: tna.tensor_ring(x, (1, 2, 2), **_TIGHT),
+    "cp": lambda x: tna.cp(x, 2, **_TIGHT),
+    "cp, a factor fixed": lambda x: tna.cp(x, 2, init=_cp(x), fixed=[2], **_TIGHT),
+    "kronecker_decomposition": lambda x: tna.kronecker_decomposition(x.reshape(8, 6), _PRODUCT, **_TIGHT),
+    "hadamard_decomposition": lambda x: tna.hadamard_decomposition(x[:, :3, 0], 1, **_TIGHT),
+}
+
+
+def _tensor(seed: int = 0, shape: Sequence[int] = (4, 4, 3), noise: float = 0.1, dtype: Any = np.float64) -> Any:
+    """Return a tensor near one of CP rank 2, of which iterations soon converge to an isolated optimum."""
+    rng = np.random.default_rng(seed)
+    factors = [np.linalg.qr(rng.normal(size=(size, 2)))[0] for size in shape]
+    found = np.einsum("r,ar,br,cr->abc", [3.0, 2.0], *factors) + noise * rng.normal(size=shape)
+    return torch.tensor(found.astype(dtype))
+
+
+def _fixed(fit: Fit, x: Any) -> Any:
+    """A start that does not depend on the tensor that is decomposed."""
+    return fit(_tensor().to(x.dtype))
+
+
+def _train(x: Any) -> Any:
+    return _fixed(lambda y: tna.tensor_train(y, 2), x)
+
+
+def _tucker(x: Any) -> Any:
+    return _fixed(lambda y: tna.tucker(y, 2, max_iterations=0), x)
+
+
+def _cp(x: Any) -> Any:
+    return _fixed(lambda y: tna.cp(y, 2), x)
+
+
+def _all_arrays(found: Any) -> Any:
+    return torch.cat([array.reshape(-1) for array in found.arrays])
+
+
+def _tensor_of(found: Any) -> Any:
+    return found.to_tensor().reshape(-1)
+
+
+def _check(fit: Fit, x: Any, of: Fit, step: float, tol: float) -> None:
+    """Compare values with those of a detached tensor, and a gradient with differences of fourth order."""
+    leaf = x.clone().requires_grad_()
+    plain, found = fit(x), fit(leaf)
+    assert all(torch.equal(a, b.detach()) for a, b in zip(plain.arrays, found.arrays, strict=True))
+    assert found.outcome == plain.outcome
+    generator = torch.Generator().manual_seed(1)
+    cotangent = torch.randn(of(plain).shape, generator=generator, dtype=x.dtype)
+    way = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    (gradient,) = torch.autograd.grad((of(found) * cotangent.conj()).sum().real, leaf)
+
+    def at(distance: float) -> float:
+        return float((of(fit(x + distance * way)) * cotangent.conj()).sum().real)
+
+    numeric = (8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step)
+    assert float((gradient * way.conj()).sum().real) == pytest.approx(numeric, rel=tol, abs=tol)
+
+
+@pytest.mark.parametrize("name", CLOSED)
+@pytest.mark.parametrize("of", [_tensor_of, _all_arrays])
+def test_a_closed_form_has_its_derivative(name: str, of: Fit) -> None:
+    _check(CLOSED[name], _tensor(noise=0.5), of, step=1e-4, tol=1e-7)
+
+
+@pytest.mark.parametrize("name", ITERATED)
+def test_an_iteration_has_the_derivative_of_its_optimum(name: str) -> None:
+    _check(ITERATED[name], _tensor(), _tensor_of, step=1e-3, tol=1e-6)
+
+
+def test_the_arrays_of_a_cp_tensor_have_derivatives_too() -> None:
+    _check(ITERATED["cp"], _tensor(), _all_arrays, step=1e-3, tol=1e-6)
+
+
+def test_the_gradient_is_as_exact_as_the_result() -> None:
+    x = _tensor(noise=0.3)
+    for loose, tight in (
+        (lambda x: tna.tucker(x, 2), ITERATED["tucker"]),
+        (lambda x: tna.cp(x, 2), ITERATED["cp"]),
+        (lambda x: tna.tensor_ring(x, (1, 2, 2)), ITERATED["tensor_ring"]),
+    ):
+        gradients = []
+        for fit in (loose, tight):
+            leaf = x.clone().requires_grad_()
+            found = fit(leaf)
+            found.to_tensor().sin().sum().backward()
+            gradients.append(leaf.grad)
+        assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["tensor_train", "tucker", "tensor_ring", "cp of a matrix"])
+def test_complex_closed_forms(name: str) -> None:
+    rng = np.random.default_rng(3)
+    x = torch.tensor(rng.normal(size=(4, 4, 3)) + 1j * rng.normal(size=(4, 4, 3)))
+    _check(CLOSED[name], x, _tensor_of, step=1e-4, tol=1e-7)
+
+
+@given(
+    st.lists(st.integers(1, 5), min_size=2, max_size=4),
+    st.integers(1, 4),
+    st.integers(0, 1000),
+    st.sampled_from(["tensor_train", "tucker"]),
+)
+@example([3, 1], 2, 0, "tucker")
+def test_the_derivative_of_truncations(shape: list[int], rank: int, seed: int, name: str) -> None:
+    words = {"max_iterations": 0} if name == "tucker" else {}
+    x = torch.tensor(np.random.default_rng(seed).normal(size=shape))
+    _check(lambda y: getattr(tna, name)(y, rank, **words), x, _tensor_of, step=1e-6, tol=1e-4)
+
+
+def test_single_precision_and_half() -> None:
+    wide, gradients = _tensor(), []
+    for x in (wide, wide.float(), wide.bfloat16()):
+        leaf = x.clone().requires_grad_()
+        tna.cp(leaf, 2).to_tensor().pow(3).sum().backward()
+        gradients.append(leaf.grad.double())
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradients[2], gradients[0], rtol=0.1, atol=0.2)
+
+
+def test_equal_singular_values_in_the_span_matter_to_the_vectors_alone() -> None:
+    q, _ = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    x = (q * torch.tensor([2.0, 2.0, 1.0, 0.5, 0.25])).requires_grad_()
+    way = torch.arange(25.0, dtype=torch.float64).reshape(5, 5).sin()
+    (gradient,) = torch.autograd.grad((tna.tensor_train(x, 2).to_tensor() * way).sum(), x)
+    step = 1e-5 * way.cos()
+
+    def at(x: Any) -> float:
+        u, s, vh = torch.linalg.svd(x)
+        return float(((u[:, :2] * s[:2]) @ vh[:2] * way).sum())
+
+    with torch.no_grad():
+        assert float((gradient * step).sum()) == pytest.approx((at(x + step) - at(x - step)) / 2, rel=1e-6)
+    with pytest.raises(BackendError, match="singular vectors of equal singular values, so that it has no derivative"):
+        tna.tensor_train(x, 2)[0].square().mul(way[:, :2]).sum().backward()
+
+
+def _backward(found: Any) -> None:
+    found.to_tensor().sin().sum().backward()
+
+
+def _recorded(x: Any) -> Any:
+    return torch.as_tensor(x, dtype=torch.float64).clone().requires_grad_()
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda x: _backward(tna.tucker(x, 2, max_iterations=1, tol=0.0)), "has not converged.*larger max_iterations"),
+        (lambda x: _backward(tna.cp(x, 2, max_iterations=1)), "has not converged"),
+        (lambda x: tna.tucker(x, 2).core.sin().sum().backward(), r"which of the arrays .* differentiate .*to_tensor"),
+        (lambda x: _backward(tna.cp(_recorded(torch.zeros(3, 4, 5)), 1)), "as of a tensor of zeros"),
+        (lambda x: _backward(tna.cp(_recorded(torch.eye(40)[:, :, None] * torch.rand(30)), 20, max_iterations=500)),
+         "of its 2220 parameters; at most 2048"),
+        (lambda x: _backward(tna.tensor_train(_recorded(torch.eye(4)), 2)), "singular values 2 and 3 .* are equal"),
+        (lambda x: _backward(tna.tensor_train(_recorded(torch.ones(4, 4)), 2)), "singular values 2 and 3 .* are equal"),
+        (lambda x: _backward(tna.cp(_recorded(torch.ones(2, 4)), 2)), "singular values 2 and 3 .* are equal"),
+        (lambda x: _backward(tna.tensor_train(_recorded(_NOISE), 5, svd="randomized")), "projections have not found"),
+        (lambda x: tna.cp(x, 2, mask=np.arange(48).reshape(4, 4, 3) != 7),
+         "with mask= or weights=, the tensor is not differentiated: detach the tensor"),
+        (lambda x: tna.cp(x, 2, nonnegative=True), "with nonnegative=, the tensor is not differentiated"),
+        (lambda x: tna.cp(x.detach(), 2, init=tna.cp(x, 2)), "init is not"),
+        (lambda x: tna.tucker(x.detach(), 2, init=tna.tucker(x, 2)), "init is not differentiated: detach"),
+        (lambda x: tna.tensor_ring(x.detach(), (1, 2, 2), init=tna.tensor_ring(x, (1, 2, 2))), "init is not"),
+        (lambda x: tna.tensor_train(x, 2, init=tna.tensor_train(x, 2)), "init is not differentiated"),
+        (lambda x: tl.partial_tucker(x, [2, 2], modes=[0, 1]), r"n_iter_max > 0 is not differentiated"),
+        (lambda x: tna.cp(x, max_error=0.1), "give rank= instead, or detach the tensor"),
+    ],
+)  # fmt: skip
+def test_what_has_no_derivative_says_so(call: Callable[[Any], Any], text: str) -> None:
+    with pytest.raises(tna.TnadaptError, match=text):
+        call(_tensor().requires_grad_())
+
+
+def test_a_complex_optimum_has_no_derivative() -> None:
+    x = (_tensor() + 0.1j * _tensor(1)).requires_grad_()
+    with pytest.raises(BackendError, match="complex numbers that iterates is not differentiated"):
+        tna.cp(x, 2, max_iterations=500).to_tensor().abs().sum().backward()
+
+
+def test_an_optimum_that_is_not_isolated_has_no_derivative() -> None:
+    x = _recorded(torch.ones(3, 3, 3))
+    with pytest.raises(BackendError, match="not an isolated minimum"):
+        _backward(tna.cp(x, 2, max_iterations=500))
+
+
+@pytest.mark.parametrize("fit", [CLOSED["tensor_train"], ITERATED["cp"]])
+def test_second_derivatives_are_refused(fit: Fit) -> None:
+    x = _tensor().requires_grad_()
+    (gradient,) = torch.autograd.grad(fit(x).to_tensor().sin().sum(), x, create_graph=True)
+    with pytest.raises(BackendError, match="second derivatives of decompositions are not computed"):
+        gradient.sum().backward()
+
+
+def test_a_tensor_that_changed_before_the_backward_pass_is_noticed() -> None:
+    x = _tensor().requires_grad_()
+    moved = x * 1.0
+    found = tna.cp(moved, 2, max_iterations=500)
+    with torch.no_grad():
+        moved.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        _backward(found)
+
+
+def test_without_gradients_nothing_is_recorded() -> None:
+    x = _tensor().requires_grad_()
+    with torch.no_grad():
+        assert not any(array.requires_grad for array in tna.cp(x, 2).arrays)
+
+
+# -- JAX -------------------------------------------------------------------------------------------------
+
+_TRACED = {
+    "cp": lambda x: tna.cp(x, 2),
+    "tucker": lambda x: tna.tucker(x, 2),
+    "tensor_ring": lambda x: tna.tensor_ring(x, 2),
+    "tensor_train": lambda x: tna.tensor_train(x, 2, sweeps=3),
+    "kronecker_decomposition": lambda x: tna.kronecker_decomposition(x, [(2, 2, 1), (2, 2, 3)]),
+    "hadamard_decomposition": lambda x: tna.hadamard_decomposition(x, 2),
+    "partial_tucker": lambda x: tl.partial_tucker(x, [2, 2], modes=[0, 1]),
+}
+
+
+@pytest.mark.parametrize("name", _TRACED)
+def test_what_iterates_is_refused_inside_a_trace(name: str) -> None:
+    with pytest.raises(BackendError, match=r"iterates until it converges, which takes the values .* \(jax.jit"):
+        torch.func.grad(lambda x: _TRACED[name](x))(_tensor())
+    jax = pytest.importorskip("jax")
+    for transform in (jax.jit, jax.grad):
+        with pytest.raises(BackendError, match="iterates until it converges, which takes the values of the tensor"):
+            transform(_TRACED[name])(_tensor().numpy())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tensor_train", "tucker", "tensor_ring of closed rank 2"])
+def test_closed_forms_have_the_same_value_inside_of_traces(name: str) -> None:
+    jax = pytest.importorskip("jax")
+    with jax.enable_x64(True):
+        x, fit = _tensor(noise=0.5), CLOSED[name]
+        plain = np.asarray(fit(x).to_tensor())
+        host = jax.numpy.asarray(x.numpy())
+        for found in (
+            fit(host).to_tensor(),
+            jax.jit(lambda y: fit(y).to_tensor())(host),
+            jax.value_and_grad(lambda y: fit(y).to_tensor().sum())(host)[0] / plain.size,
+            torch.func.vmap(lambda y: fit(y).to_tensor())(x[None])[0],
+        ):
+            expected = plain if np.ndim(found) else plain.mean()
+            np.testing.assert_allclose(np.asarray(found), expected, atol=1e-12)
+        gradient = jax.grad(lambda y: jax.numpy.sin(fit(y).to_tensor()).sum())(host)
+        leaf = x.clone().requires_grad_()
+        fit(leaf).to_tensor().sin().sum().backward()
+        np.testing.assert_allclose(np.asarray(gradient), leaf.grad.numpy(), atol=1e-8)
