@@ -205,7 +205,7 @@ def test_the_adapter_alone_is_an_exact_lora_or_refused(preset: str, tmp_path: Pa
     if lora is None:
         assert adapter.summary().export.served is None
         with pytest.raises(
-            tna.ConfigError, match="does more than add ΔW|has matrix rank .* LoRA of that rank is larger"
+            tna.ConfigError, match=r"does more than add ΔW|has matrix rank .* LoRA of that rank is larger"
         ):
             tna.convert(tmp_path / "adapter.safetensors", to="vllm")
         return
