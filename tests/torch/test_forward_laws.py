@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import math
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -402,15 +402,24 @@ def assert_close(found: Tensor, expected: Tensor, what: str) -> None:
     assert error <= 1e-10 * scale, f"{what} is off by {error / scale:.1e}"
 
 
-def derivatives(y: Tensor, leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def curved(y: Tensor) -> Tensor:
+    """Return a loss with derivatives of every order."""
+    return torch.sin(3.0 * y).sum() + y.pow(3).sum()
+
+
+def flat(y: Tensor) -> Tensor:
+    """Return a loss that is linear in the output: its gradients depend on the factors and the input alone."""
+    return (y * torch.linspace(-1.0, 1.0, y.numel(), dtype=torch.float64).reshape(y.shape)).sum()
+
+
+def derivatives(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     """Return the gradients of a loss, and those of a function of them."""
-    loss = torch.sin(3.0 * y).sum() + y.pow(3).sum()
     first = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
     generator = torch.Generator().manual_seed(5)
     ways = [torch.randn(one.shape, generator=generator, dtype=torch.float64) for one in first]
     scalar = sum(((one * way).sum() for one, way in zip(first, ways, strict=True)), torch.zeros(()))
     second = torch.autograd.grad(scalar, leaves, materialize_grads=True)
-    return [one.detach() for one in first], list(second)
+    return [*(one.detach() for one in first), *second]
 
 
 def check(
@@ -419,6 +428,7 @@ def check(
     x: Tensor,
     names: Sequence[str | None] | None = None,
     seed: int | None = None,
+    losses: Sequence[Callable[[Tensor], Tensor]] = (curved,),
 ) -> None:
     """Compare a pass with and without gradients, and both derivatives, with the formula."""
     parameters = [parameter for one in several for parameter in one.adapter.parameters()]
@@ -446,16 +456,16 @@ def check(
     if not expected.requires_grad:  # indices, of the base alone
         assert_close(run(), expected, "the output")
         return
-    first, second = derivatives(expected, [*given, *leaves])
     found = run()
     assert_close(found, expected, "the output")
-    loss = torch.sin(3.0 * found).sum() + found.pow(3).sum()
-    once = torch.autograd.grad(loss, [*given, *parameters], materialize_grads=True)
-    again = derivatives(run(), [*given, *parameters])
-    for number, (one, two, three, four, five) in enumerate(zip(once, *again, first, second, strict=True)):
-        assert_close(one, four, f"gradient {number}")
-        assert_close(two, four, f"gradient {number} with a graph")
-        assert_close(three, five, f"second derivative {number}")
+    wanted = torch.autograd.grad(curved(expected), [*given, *leaves], materialize_grads=True)
+    once = torch.autograd.grad(curved(found), [*given, *parameters], materialize_grads=True)
+    for number, (one, two) in enumerate(zip(once, wanted, strict=True)):
+        assert_close(one, two, f"gradient {number}")
+    for loss in losses:
+        wanted = derivatives(loss(formula()), [*given, *leaves])
+        for number, (one, two) in enumerate(zip(derivatives(loss(run()), [*given, *parameters]), wanted, strict=True)):
+            assert_close(one, two, f"derivative {number} of a {loss.__name__} loss")
     for context in (torch.no_grad, torch.inference_mode, torch.no_grad):
         with context():
             assert_close(run(), expected.detach(), f"the output in {context.__name__}")
@@ -467,20 +477,26 @@ def check(
 def passes(case: Case) -> list[tuple[Tensor, bool]]:
     """Return inputs, and whether layers count as large: the general way comes last."""
     few, many = inputs(case)
-    return (
-        [(many, False), (few, False), (few, True), (many, True)] if LONG else [(few, False), (few, True), (many, True)]
-    )
+    found = [(few, False), (few, True), (many, True)]
+    if LONG or case.strategy == "factored":
+        # Of other strides: products by ordinary operations.
+        found.insert(0, (many.transpose(0, -2).contiguous().transpose(0, -2), False))
+    return found
 
 
 @pytest.mark.law("attached-is-update")
 @pytest.mark.parametrize("case", ALL if LONG else SOME, ids=str)
 def test_outputs_and_derivatives_are_the_formula_s(case: Case) -> None:
     model, several = attached(case)
-    for number, (x, is_large) in enumerate(passes(case), start=1):
+    losses = (curved, flat) if LONG or case.strategy == "factored" else (curved,)
+    *others, last = passes(case)
+    for x, is_large in others:
         with large_layers(is_large):
-            if number == len(passes(case)):  # also those of a base that is trained
-                model.requires_grad_()
             check(model, several, x)
+    with large_layers(last[1]):
+        check(model, several, last[0], losses=losses)
+        model.requires_grad_()  # also the gradients of a base that is trained
+        check(model, several, last[0])
 
 
 @pytest.mark.law("attached-is-update")
@@ -494,7 +510,7 @@ def test_outputs_and_derivatives_are_the_formula_s(case: Case) -> None:
 )
 def test_the_formula_with_the_same_zeros(case: Case) -> None:
     model, several = attached(case, dropout=0.4)
-    for x, is_large in passes(case)[1:]:
+    for x, is_large in passes(case)[-2:]:
         with large_layers(is_large):
             check(model, several, x, seed=11)
     check(model.eval(), several, x)
