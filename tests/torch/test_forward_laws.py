@@ -478,8 +478,8 @@ def passes(case: Case) -> list[tuple[Tensor, bool]]:
     """Return inputs, and whether layers count as large: the general way comes last."""
     few, many = inputs(case)
     found = [(few, False), (few, True), (many, True)]
-    if LONG or case.strategy == "factored":
-        # Of other strides: products by ordinary operations.
+    if case.strategy == "factored" and "transposed" not in case.layer:
+        # Of other strides, which Conv1D does not take: products by ordinary operations.
         found.insert(0, (many.transpose(0, -2).contiguous().transpose(0, -2), False))
     return found
 
