@@ -241,6 +241,30 @@ def test_a_projection_of_its_own_length() -> None:
         tna.Projection("shuffle", 4)
 
 
+@pytest.mark.parametrize("positions", [(5,), (0, 5), (5, 0), (4, 5), (3, 1, 5, 0, 2, 4)])
+def test_scatter_reaches_the_first_and_the_last_place(positions: tuple[int, ...]) -> None:
+    f = tna.Projection(Scatter(positions=positions), n_out=6)
+    x, y = np.arange(1.0, len(positions) + 1.0), np.arange(10.0, 16.0)
+    expected = np.zeros(6)
+    for number, place in zip(x, positions, strict=True):
+        expected[place] = number
+    assert np.array_equal(f(x), expected)
+    backend = load_backend("numpy")
+    assert np.array_equal(f.map.adjoint(backend, y), [y[place] for place in positions])
+    for start in range(6):
+        for stop in range(start + 1, 7):
+            for each in (f.map, copy.deepcopy(f.map)):  # with draws in memory, and without
+                assert np.array_equal(each.slice(backend, x, start, stop), expected[start:stop])
+
+
+def test_scatter_may_fill_all_places() -> None:
+    f, x = tna.Projection(Scatter(6), n_out=6, seed=3), np.arange(1.0, 7.0)
+    assert sorted(f(x)) == x.tolist()
+    for start in range(6):
+        one = copy.deepcopy(f.map).slice(load_backend("numpy"), x, start, start + 1)
+        assert np.array_equal(one, f(x)[start : start + 1])
+
+
 # -- What is computed -----------------------------------------------------------------------------
 
 

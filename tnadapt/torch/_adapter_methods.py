@@ -3,10 +3,14 @@
 transformers' own look for layers of PEFT, and raise whatever the lack of them leads to. While adapters are attached, a
 model has these instead. Where it has adapters of PEFT, too (``model.add_adapter``), the names are PEFT's, and its own
 methods run.
+
+``named_parameters`` is the one method by which TRL copies a model to vLLM. TRL merges the adapters of PEFT models
+before, and no others: nothing that TRL passes to a model says what for, so its calling function tells.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,6 +92,21 @@ def _get_adapter_state_dict(model: nn.Module, adapter_name: str | None = None, s
     )
 
 
+def _named_parameters(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Return the parameters, unless TRL asks for them to send to vLLM, which would generate without adapters."""
+    caller = sys._getframe(2)
+    place = f"{caller.f_globals.get('__name__')}.{caller.f_code.co_name}"
+    if place.startswith("trl.") and "vllm" in place:
+        for state in attached(model).values():
+            if state.managed_by is None and state.merged is None:
+                raise TargetError(
+                    f"TRL would send vLLM the base weights without adapter {state.name!r}, and its arrays, which vLLM "
+                    "does not have: detach() it and train through tnadapt.torch.peft, by peft_config=TnadaptConfig(…), "
+                    "whose weights TRL merges before it sends them; or train without vLLM"
+                )
+    return type(model).named_parameters(model, *args, **kwargs)
+
+
 def _names(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
@@ -99,4 +118,5 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "enable_adapters": _enable_adapters,
     "delete_adapter": _delete_adapter,
     "get_adapter_state_dict": _get_adapter_state_dict,
+    "named_parameters": _named_parameters,
 }

@@ -1,0 +1,281 @@
+"""What TRL's trainers send to vLLM for a model with an adapter; TRL's own generators of names run here without vLLM."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import warnings
+from pathlib import Path
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+datasets = pytest.importorskip("datasets")
+pytest.importorskip("tokenizers")
+trl = pytest.importorskip("trl")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that experimental trainers may change
+    from trl.experimental.async_grpo import async_grpo_trainer
+    from trl.experimental.online_dpo.online_dpo_trainer import OnlineDPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration  # noqa: E402
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+import tnadapt.torch.peft as plugin  # noqa: E402
+from tests.support.depth import in_depth  # noqa: E402
+from tnadapt import presets  # noqa: E402
+from tnadapt.testing._change_laws import formula  # noqa: E402
+
+from .loops import bits, same  # noqa: E402
+from .tiny_language_model import llama, settings, tokenizer  # noqa: E402
+
+# They are about TRL's own dependencies, and about options that it sets itself.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+SIZES = {
+    "weights": 4, "rows": 16, "cols": 16, "heads": 4, "layers": 2, "n": 40, "block": 4, "r": 2, "parameters": 13,
+    "digits": (4, 2),
+}  # fmt: skip
+#: A preset of each format, source, map and way of changing a weight.
+ONE_OF_EACH = ("lora", "superlora", "dora", "hira", "tinylora", "vera", "fourierft", "lokr")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered() -> None:
+    plugin.register()
+
+
+class _Sender:
+    """The part of TRL's generation and trainers that reads a model's parameters; ``sent`` is what they pass on."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.mode, self.vllm_mode = model, "server", "server"
+        self.is_fsdp_enabled = False
+        self.sent: dict[str, Any] = {}
+        self._weight_metadata = None
+        self._dist = SimpleNamespace(is_fsdp=False, gather_params=lambda _: contextlib.nullcontext())
+        self.accelerator = SimpleNamespace(is_main_process=True, state=SimpleNamespace(deepspeed_plugin=None))
+        self.vllm_client = SimpleNamespace(
+            update_named_params=self._update, reset_prefix_cache=lambda: None,
+            update_named_param=lambda name, parameter: self._update(None, [(name, parameter)]),
+            weight_update=contextlib.nullcontext,
+        )  # fmt: skip
+        self._fix_param_name_to_vllm = MethodType(VLLMGeneration._fix_param_name_to_vllm, self)
+        self._iter_named_params = MethodType(VLLMGeneration._iter_named_params, self)
+
+    def _update(self, metadata: Any, parameters: Any) -> None:
+        self.sent |= {name: parameter.detach().clone() for name, parameter in parameters}
+
+
+def by_generation(model: Any) -> dict[str, Any]:
+    """Return what the weight sync of GRPO, RLOO, GOLD, SDPO and distillation sends."""
+    sender = _Sender(model)
+    VLLMGeneration.sync_weights(sender)
+    return sender.sent
+
+
+def by_async_grpo(model: Any) -> dict[str, Any]:
+    """Return what AsyncGRPOTrainer sends."""
+    merges = hasattr(model, "merge_adapter")
+    if merges:
+        model.merge_adapter()
+    try:
+        return {name: p.detach().clone() for name, p in async_grpo_trainer._iter_vllm_named_params(model)}
+    finally:
+        if merges:
+            model.unmerge_adapter()
+
+
+def by_online_dpo(model: Any) -> dict[str, Any]:
+    """Return what OnlineDPOTrainer sends."""
+    sender = _Sender(model)
+    sender._move_model_to_vllm_inner = MethodType(OnlineDPOTrainer._move_model_to_vllm_inner, sender)
+    OnlineDPOTrainer._move_model_to_vllm(sender)
+    return sender.sent
+
+
+SYNCS = [by_generation, by_async_grpo, by_online_dpo]
+
+
+def stir(adapter: Any, size: float, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, array in adapter.named_parameters():
+            array.add_((size * torch.randn(array.shape, generator=generator)).to(array.dtype))
+
+
+def through_peft(preset: str, dtype: Any = None, **more: Any) -> Any:
+    """Return a PEFT model with a trained adapter, in training mode."""
+    takes = inspect.signature(getattr(presets, preset)).parameters
+    sizes = {name: size for name, size in SIZES.items() if name in takes}
+    config = plugin.TnadaptConfig(task_type="CAUSAL_LM", preset=preset, settings=sizes, **more)
+    model = peft.get_peft_model(llama().to(dtype or torch.float32), config)
+    stir(tt.adapters(model)["default"], 0.1)
+    return model.train()
+
+
+def expected(model: Any) -> dict[str, Any]:
+    """Return W' of every adapted weight, computed in float64 and rounded as a merge rounds."""
+    adapter = tt.adapters(model)["default"]
+    plan = adapter._state.plan
+    arrays = {name: array.detach().double().numpy() for name, array in adapter.named_parameters()}
+    weights = {}
+    for index, (target, delta) in enumerate(zip(adapter.targets, plan.deltas(arrays), strict=True)):
+        weight = adapter.model.get_parameter(target.name).detach()
+        own = plan.weight_param_names[index]
+        changed = formula(plan.config, weight.double().numpy(), delta, arrays[own[0]] if own else None)
+        weights[target.name] = torch.from_numpy(np.asarray(changed)).float().to(weight.dtype)
+    return weights
+
+
+@pytest.mark.law("merge-exact-undo")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("preset", in_depth(presets.__all__, ONE_OF_EACH))
+def test_merged_weights_are_sent_under_the_base_s_names(preset: str, dtype: Any) -> None:
+    base = llama().to(dtype)
+    model = through_peft(preset, dtype)
+    kept, arrays = (
+        bits(model.get_base_model()),
+        {n: p.clone() for n, p in tt.adapters(model)["default"].arrays().items()},
+    )
+    changed = expected(model)
+    for sync in SYNCS:
+        sent = sync(model)
+        assert list(sent) == [name for name, _ in base.named_parameters()]
+        for name, parameter in base.named_parameters():
+            if name not in changed:
+                assert torch.equal(sent[name], parameter)
+                continue
+            step = torch.finfo(dtype).eps * changed[name].abs().float()
+            # One step of the dtype, where the last bit of a sum decides how it is rounded.
+            error = (sent[name].float() - changed[name].float()).abs()
+            moved = (changed[name].float() - parameter.float()).abs()
+            assert bool((error <= step + 1e-6 * moved.max()).all())
+            assert float(moved.max()) > 20 * float(error.max())
+        assert same(bits(model.get_base_model()), kept)
+        after = tt.adapters(model)["default"].arrays()
+        assert all(torch.equal(after[name], array) for name, array in arrays.items())
+        assert not tt.adapters(model)["default"].merged
+
+
+@pytest.mark.parametrize("preset", ["lora", "hira"])
+def test_no_sync_of_a_training_leaves_a_trace_in_the_base(preset: str) -> None:
+    model = through_peft(preset, torch.bfloat16)
+    kept = bits(model.get_base_model())
+    for step in range(30):
+        stir(tt.adapters(model)["default"], 0.01, seed=step)
+        by_generation(model)
+    assert same(bits(model.get_base_model()), kept)
+
+
+def test_a_trained_head_is_sent_in_place_of_the_base_s() -> None:
+    model = through_peft("lora", modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.add_(1.0)
+    names = [name for name, _ in llama().named_parameters()]
+    for sync in SYNCS:
+        sent = sync(model)
+        assert list(sent) == names
+        assert torch.equal(sent["lm_head.weight"], llama().lm_head.weight + 1.0)
+
+
+@pytest.mark.parametrize("preset", in_depth(presets.__all__, ONE_OF_EACH))
+def test_the_adapter_alone_is_an_exact_lora_or_refused(preset: str, tmp_path: Path) -> None:
+    model = through_peft(preset)
+    adapter = tt.adapters(model)["default"]
+    # TRL's own sync of adapters takes PEFT's LoRA alone: it falls back to merged weights.
+    with pytest.raises(ValueError, match="Sync merged weights instead"):
+        async_grpo_trainer.validate_lora_for_vllm_sync(model)
+    adapter.save(tmp_path / "adapter.safetensors", store_bases=True)
+    lora = None
+    with contextlib.suppress(tna.ConfigError):
+        lora = tna.convert(tmp_path / "adapter.safetensors", to="vllm")
+    if lora is None:
+        assert adapter.summary().export.served is None
+        with pytest.raises(
+            tna.ConfigError, match=r"does more than add ΔW|has matrix rank .* LoRA of that rank is larger"
+        ):
+            tna.convert(tmp_path / "adapter.safetensors", to="vllm")
+        return
+    assert lora.exact
+    assert lora.config is not None
+    assert lora.config["lora_alpha"] == lora.config["r"]
+    names = {f"base_model.model.{target.module}.lora_{side}.weight" for target in adapter.targets for side in "AB"}
+    assert set(lora.tensors) == names
+    for target, delta in zip(adapter.targets, adapter.deltas(), strict=True):
+        down, up = (lora.tensors[f"base_model.model.{target.module}.lora_{side}.weight"].astype("f8") for side in "AB")
+        assert down.shape[0] == lora.config["r"]
+        wanted = delta.detach().double().numpy()
+        assert np.linalg.norm(wanted) > 0.0
+        np.testing.assert_allclose(up @ down, wanted, rtol=0.0, atol=2e-6 * np.abs(wanted).max())
+
+
+# -- attach() without PEFT -----------------------------------------------------------------------
+
+REFUSED = (
+    r"TRL would send vLLM the base weights without adapter 'default', and its arrays, which vLLM does not have: "
+    r"detach\(\) it and train through tnadapt.torch.peft"
+)
+
+
+@pytest.mark.parametrize("sync", SYNCS)
+def test_an_attached_adapter_is_refused_before_anything_is_sent(sync: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+    monkeypatch.setattr(_Sender, "_update", lambda self, metadata, parameters: sent.extend(parameters))
+    model = llama()
+    tt.attach(model)
+    for one in (model, copy.deepcopy(model)):
+        with pytest.raises(tna.TargetError, match=REFUSED):
+            sync(one)
+    assert not sent
+
+
+def test_all_others_get_the_parameters() -> None:
+    model = llama()
+    adapter = tt.attach(model)
+    names = [name for name, _ in llama().named_parameters()]
+    assert [name for name, _ in model.named_parameters()] == [*adapter._state.parameter_names.values(), *names]
+    assert len(list(model.parameters())) == len(names) + len(list(adapter.parameters()))
+    own = [f"model.{name}" for name in adapter._state.parameter_names.values()]
+    assert [name for name, _ in model.named_parameters("model", recurse=False)] == own
+    adapter.merge()
+    merged = by_generation(model)
+    assert all(torch.equal(merged[name], model.get_parameter(name)) for name in names)
+    adapter.unmerge()
+    adapter.detach()
+    assert "named_parameters" not in model.__dict__
+    assert list(by_generation(model)) == names
+
+
+def test_grpo_is_refused_at_its_start(tmp_path: Path) -> None:
+    model = llama()
+    adapter = tt.attach(model)
+    before = {name: array.clone() for name, array in adapter.arrays().items()}
+    trainer = trl.GRPOTrainer(
+        model,
+        lambda completions, **_: [0.0] * len(completions),
+        args=trl.GRPOConfig(**settings(tmp_path), num_generations=2, max_completion_length=4),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "w1 w2 w3"}] * 2),
+        processing_class=tokenizer(),
+    )
+    # As use_vllm=True would have made it with a server.
+    trainer.use_vllm, trainer._last_loaded_step = True, -1
+    sender = _Sender(trainer.model)
+    trainer.vllm_generation = SimpleNamespace(sync_weights=MethodType(VLLMGeneration.sync_weights, sender))
+    with pytest.raises(tna.TargetError, match=REFUSED):
+        trainer.train()
+    assert not sender.sent
+    assert trainer.state.global_step == 0
+    assert all(torch.equal(adapter.arrays()[name], array) for name, array in before.items())
