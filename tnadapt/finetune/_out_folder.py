@@ -25,7 +25,8 @@ def check_out(out: Path) -> None:
     --------
     >>> check_out(Path("runs/digits"))
     """
-    for path, folder in ((out, True), (out / "adapters", True), (out / "pareto.png", False)):
+    files = (out / "pareto.png", out / "best.safetensors")
+    for path, folder in ((out, True), (out / "adapters", True), *((file, False) for file in files)):
         try:
             wrong = path.exists() and path.is_dir() != folder
         except OSError as error:  # a name that is too long
