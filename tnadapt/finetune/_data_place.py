@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tnadapt.argument_checks import checks_arguments
+from tnadapt.checkpoints.container import path_of
 from tnadapt.errors import FileError
 
 from ._sample_tables import TABLES
@@ -22,6 +24,7 @@ def is_file_of_data(path: Path) -> bool:
     return path.suffix.lower() in (*TABLES, NPZ)
 
 
+@checks_arguments
 def require_data(source: str, one_image: bool = False) -> None:
     """Raise an error if a source of data is a file of another kind, or a path at which nothing is.
 
@@ -43,7 +46,7 @@ def require_data(source: str, one_image: bool = False) -> None:
     Traceback (most recent call last):
     tnadapt.errors.FileError: no data at nowhere.csv: there is no such file or folder
     """
-    path = Path(source)
+    path = Path(path_of(source))
     if path.is_dir():
         return
     if path.is_file():

@@ -11,6 +11,7 @@ from typing import Any
 
 from tnadapt import torch as tnt
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.adapter_format import load
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import FileError, TnadaptError
@@ -154,6 +155,7 @@ class Study:
         If the problem cannot be opened, there are no targets, or a method does not fit them.
     """
 
+    @checks_arguments
     def __init__(
         self,
         spec: Spec,
@@ -240,6 +242,7 @@ class Study:
             **self.training.settings(),
         }
 
+    @checks_arguments
     def run(
         self,
         out: Path,

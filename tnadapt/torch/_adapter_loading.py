@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.fingerprint import Fingerprint
@@ -43,6 +44,7 @@ _CLOSE = (
 )
 
 
+@checks_arguments
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -166,6 +168,7 @@ def attach_file(
     return adapter
 
 
+@checks_arguments
 def from_pretrained(
     model: nn.Module,
     folder: str | os.PathLike[str],
