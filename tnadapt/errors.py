@@ -214,8 +214,9 @@ def safe_repr(value: Any) -> str:
     """
     try:
         text = repr(value)
-    except (ValueError, RecursionError):
-        # Python refuses to print integers of more than 4300 digits, and lists that are nested too deeply.
+    except Exception:
+        # Python refuses to print integers of more than 4300 digits, and lists that are nested too deeply; the repr of
+        # another library's object may raise anything.
         return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     return escaped(text if len(text) <= 200 else text[:200] + " …")
 

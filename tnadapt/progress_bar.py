@@ -6,7 +6,10 @@ import html
 import importlib
 import sys
 import time
+from fractions import Fraction
 from typing import Any, Protocol, Self
+
+from tnadapt.argument_checks import checks_arguments, wrong_argument
 
 from .errors import escaped
 
@@ -52,6 +55,7 @@ class ProgressBar:
     True
     """
 
+    @checks_arguments
     def __init__(self, title: str = "") -> None:
         self.title = title
         self.done: float | None = None
@@ -59,6 +63,7 @@ class ProgressBar:
         self._shown: _Shown = _place()
         self._next = 0.0
 
+    @checks_arguments
     def update(self, done: float | None, words: str = "") -> None:
         """Show a state.
 
@@ -73,19 +78,24 @@ class ProgressBar:
         if time.monotonic() >= self._next:
             self._draw()
 
+    @checks_arguments
     def counts(self, done: int, total: int) -> None:
         """Show how much is done of a total."""
-        self.update(done / total if total else 1.0, f"{done:,} of {total:,}")
+        self.update(float(Fraction(done, total)) if total else 1.0, f"{done:,} of {total:,}")
 
     def steps(self, step: Any) -> None:
         """Show a :class:`tnadapt.decomposition.Step`."""
+        if not all(hasattr(step, name) for name in ("group", "groups", "iteration", "error")):
+            raise wrong_argument("step", "a tnadapt.decomposition.Step", step)
         error = "" if step.error is None else f", iteration {step.iteration}, error {step.error:.4g}"
         self.update(step.group / step.groups, f"group {step.group + 1} of {step.groups}{error}")
 
+    @checks_arguments
     def iterations(self, number: int, error: float) -> None:
         """Show the number of an iteration and its relative error."""
-        self.update(None, f"iteration {number}, error {error:.4g}")
+        self.update(None, f"iteration {number}, error {float(error):.4g}")
 
+    @checks_arguments
     def lines(self, line: str) -> None:
         """Show what is done next."""
         self.update(None, line)

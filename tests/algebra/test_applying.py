@@ -283,7 +283,7 @@ def test_the_start_needs_the_base() -> None:
         ),
         (
             lambda: tna.SuperLoRA(P.hira(1), [(2, 2)]).merged({}, []), tna.ShapeError,
-            r"merged needs the 1 base weights; got 0",
+            r"weights must be the 1 base weights; got 0",
         ),
         (
             lambda: tna.SuperLoRA(P.hira(1), [(1, 1)]).merged(

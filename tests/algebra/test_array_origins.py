@@ -273,7 +273,10 @@ def test_diagonals_start_as_they_say() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Scaled("seeded"), r"Scaled needs a source without trained diagonals or matrices; got .seeded."),
+        (
+            lambda: Scaled("seeded"),
+            r"of must be a source, for Scaled one without trained diagonals or matrices; got .seeded.",
+        ),
         (lambda: Scaled(Scaled(Trained())), r"without trained diagonals or matrices; got Scaled"),
         (lambda: Scaled(Trained(), size=1), r"size must be True or False; got 1"),
         (lambda: Scaled(Trained(), size=False), r"needs a diagonal: size=True, rank=True, or both"),

@@ -160,7 +160,7 @@ def test_what_a_config_refuses(settings: dict[str, Any], message: str) -> None:
         (lambda: Scatter(2.0), "Scatter's size must be an integer"),
         (lambda: Scatter(positions=()), r"positions must be a tuple of integers, or None; got \(\)"),
         (lambda: Scatter(positions=5), "positions must be a tuple of integers, or None; got 5"),
-        (lambda: Scatter(positions=(1, -1)), "a position of Scatter must be from 0"),
+        (lambda: Scatter(positions=(1, -1)), "one of Scatter's positions must be from 0"),
         (lambda: Scatter(positions=(1, 4, 1)), "positions must be distinct; 1 is given twice or more"),
         (lambda: Scatter(3, (1, 4)), "Scatter has size=3 and 2 positions: leave size out"),
         (lambda: Scatter(positions=tuple(range(20_000))), r"20000 positions have more digits .*Scatter\(size=20000"),

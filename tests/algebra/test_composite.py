@@ -269,7 +269,7 @@ def test_parts_that_are_refused(parts: Any, text: str) -> None:
 
 def test_other_refusals() -> None:
     config = CompositeConfig([(P.lora(2), 1), (P.lora(3), 1)])
-    with pytest.raises(tna.ShapeError, match="the configs of one adapter are for 2 weights; there are 3"):
+    with pytest.raises(tna.ShapeError, match="items must be one for each of the 2 weights of the configs; got 3"):
         tna.SuperLoRA(config, [(4, 4)] * 3)
     for wrong in ({}, {"parts": 3}, {"parts": [3]}, {"rank": 3}, 3):
         with pytest.raises(
@@ -308,5 +308,5 @@ def test_verification_checks_every_part() -> None:
     report = tna.verify(config, [(8, 6)] * 3, backends=["numpy"])
     assert report.holds
     assert {law.subject for law in report.laws} == {"part 0", "part 1"}
-    with pytest.raises(tna.ShapeError, match="the configs of one adapter are for 3 weights; there are 2"):
+    with pytest.raises(tna.ShapeError, match="items must be one for each of the 3 weights of the configs; got 2"):
         tna.verify(config, [(8, 6)] * 2, backends=["numpy"])

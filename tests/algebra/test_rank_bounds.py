@@ -159,7 +159,7 @@ def test_large_plans_need_no_arrays() -> None:
 
 
 def test_a_weight_that_is_not_there_is_refused() -> None:
-    with pytest.raises(tna.ShapeError, match="weight must be from 0 to 0"):
+    with pytest.raises(tna.ShapeError, match="i must be from 0 to 0"):
         tna.SuperLoRA(tna.Config(1), [(2, 2)]).largest_rank(1)
 
 

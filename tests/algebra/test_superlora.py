@@ -310,7 +310,7 @@ def test_groups_share_f_or_do_not(rng: np.random.Generator) -> None:
 
 def test_bad_plans() -> None:
     for config, shapes, error, message in (
-        ({"rank": 4}, [(2, 2)], tna.ConfigError, "expected a tnadapt.Config; got dict"),
+        ({"rank": 4}, [(2, 2)], tna.ConfigError, "config must be a tnadapt.Config; got dict"),
         (tna.Config(groups=3), [(4, 4)], tna.ShapeError, "use fold='hypercube'"),
         (tna.Config(groups=17), [(4, 4)], tna.ConfigError, "more than the 16"),
         (tna.Config(fold=(3, 4), order=2), [(4, 4)], tna.ShapeError, "holds 12 elements and a group has 16"),
@@ -355,7 +355,7 @@ def test_bad_parameters() -> None:
             with pytest.raises(error, match=message):
                 call(params)  # type: ignore[operator]
     for i in (-1, 2):
-        with pytest.raises(tna.ShapeError, match="weight must be from 0 to 1"):
+        with pytest.raises(tna.ShapeError, match="i must be from 0 to 1"):
             plan.delta(good, i)
     with pytest.raises(tna.ShapeError, match="must be an integer"):
         plan.delta(good, 0.0)  # type: ignore[arg-type]

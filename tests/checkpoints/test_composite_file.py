@@ -134,7 +134,7 @@ def test_frozen_arrays_of_some_parts_are_drawn_again(tmp_path: Path) -> None:
         ({"parts": [[{"rank": 3}, 3], [{"rank": 0}, 1]]}, "part 1: config: rank must be from 1"),
         (
             {"parts": [[{"rank": 3}, 3], [{"rank": 3}, 2]]},
-            "parts: the configs of one adapter are for 5 weights; there are",
+            "parts: items must be one for each of the 5 weights of the configs; got",
         ),
         ({"parts": [[{"rank": 3}, 3], [{"rank": 3}, 1.0]]}, "parts: the weights of part 1 must be an integer; got 1.0"),
         ({"parts": [[{"rank": 3}, 3], [{"rank": 3}, -1]]}, "parts: the weights of part 1 must be from 1 to"),

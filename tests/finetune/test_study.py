@@ -55,6 +55,14 @@ def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return out, study(cache).run(out, jobs=1)
 
 
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
 def lines(out: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     return [line for line in found if "key" in line]
@@ -190,6 +198,7 @@ def test_fresh_starts_anew_and_takes_away_its_own_alone(cache: Path, tmp_path: P
         ("", False, "is a file and should be a folder; give another folder with --out"),
         ("adapters", False, "adapters is a file and should be a folder"),
         ("pareto.png", True, "pareto.png is a folder and should be a file"),
+        ("best.safetensors", True, "best.safetensors is a folder and should be a file"),
     ],
 )
 def test_places_that_cannot_be_written(cache: Path, tmp_path: Path, name: str, folder: bool, message: str) -> None:
@@ -203,15 +212,26 @@ def test_places_that_cannot_be_written(cache: Path, tmp_path: Path, name: str, f
         study(cache).run(tmp_path / ("x" * 300))
 
 
-def test_an_adapter_that_was_removed_is_trained_again(cache: Path, tmp_path: Path) -> None:
+def test_adapters_that_were_removed_or_damaged_are_trained_again(cache: Path, tmp_path: Path) -> None:
     reporter = Counting()
     one = Study(spec(cache), CHOICE, TRAINING, (0.03,), 1, reporter)
-    before = one.run(tmp_path)
-    for path in (tmp_path / "adapters").iterdir():
-        path.unlink()
-    again = one.run(tmp_path)
-    assert reporter.begun == (1, 0)
-    assert (again.points, again.proof) == (before.points, before.proof)
+    before, records = one.run(tmp_path), numbers(tmp_path)
+    for damage in (Path.unlink, truncate, empty):
+        for path in (tmp_path / "best.safetensors", *(tmp_path / "adapters").iterdir()):
+            damage(path)
+        again = one.run(tmp_path)
+        assert reporter.begun == (1, 0)
+        assert again.proof == before.proof
+        assert numbers(tmp_path) == records
+
+
+def test_a_damaged_best_adapter_is_copied_again(finished: tuple[Path, Any], cache: Path) -> None:
+    out, before = finished
+    whole = (out / "best.safetensors").read_bytes()
+    truncate(out / "best.safetensors")
+    again = study(cache).run(out)
+    assert (again.trained, again.reused, again.proof) == (0, 6, before.proof)
+    assert (out / "best.safetensors").read_bytes() == whole
 
 
 def test_the_proof_notices_another_adapter(finished: tuple[Path, Any], cache: Path) -> None:

@@ -161,7 +161,7 @@ PAIR = tna.tt_matrix(np.eye(4), 1, rows=(2, 2), cols=(2, 2))
         (lambda: tna.tensor_train(T, 2, init="random"), "init must be 'svd', a TTTensor or its cores; got 'random'"),
         (lambda: tna.tensor_train(T, 2, init=3), "init must be 'svd', a TTTensor or its cores; got 3"),  # type: ignore[arg-type]
         (lambda: tna.tensor_train(T, 2, fixed=[0]), r"fixed=\[0\] keeps cores of a start: .* init=TTTensor"),
-        (lambda: tna.tensor_train(T, 2, init=START, fixed=[3]), "mode must be from 0 to 2"),
+        (lambda: tna.tensor_train(T, 2, init=START, fixed=[3]), "a mode in fixed must be from 0 to 2"),
         (lambda: tna.tensor_train(T, max_error=0.1, init=START), "a start has its own: give rank="),
         (lambda: tna.tensor_train(T, init=START), "either rank= or max_error="),
         (lambda: tna.tensor_train(T, 3, init=START), r"ranks \(1, 2, 2, 1\); expected .* \(1, 3, 3, 1\)"),

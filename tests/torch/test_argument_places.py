@@ -1,4 +1,4 @@
-"""Settings in the place of other arguments of attach(), and dropout that drops nothing."""
+"""Settings in the place of other arguments of attach(), dropout that drops nothing, and ranks that add nothing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
+import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 from tnadapt.errors import ConfigError, TargetError  # noqa: E402
 
@@ -70,3 +71,38 @@ def test_dropout_of_embeddings_alone_is_warned_of_once() -> None:
         tt.attach(model, "lora", "embeddings", "second")
         tt.attach(model, "lora", ["0", "1"], "third", dropout=0.5)
         model(torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (tna.presets.lora(9), 8),
+        (tna.presets.dora(10_000), 8),
+        (tna.presets.lokr(5), 4),  # both factors are 4 × 2 or smaller
+        (tna.presets.superlora(13), 12),  # 8 * 16 elements, in a square
+    ],
+)
+def test_a_rank_beyond_the_largest_useful_one_warns(config: tna.Config, most: int) -> None:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        tt.attach(nn.Sequential(nn.Linear(16, 8)), config, "all-linear")
+        tt.attach(nn.Sequential(nn.Linear(16, 8)), config.replace(rank=most), "all-linear")
+    (warning,) = found
+    assert str(warning.message) == (
+        f"rank={config.rank} is beyond {most}, the largest useful rank for these weights: more parameters add nothing "
+        f"to what their updates can be. Give rank={most} or less"
+    )
+    assert warning.filename == __file__
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tna.presets.vera(1024),  # frozen factors: each further component is another direction
+        tna.presets.unilora(5, rank=64),
+        tna.Config(rank=(None, 64), format="tucker"),
+        tna.presets.dense(),
+    ],
+)
+def test_of_other_ranks_nothing_is_said(config: tna.Config) -> None:
+    tt.attach(nn.Sequential(nn.Linear(16, 8)), config, "all-linear")

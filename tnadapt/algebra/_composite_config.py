@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from tnadapt.argument_checks import is_sequence, wrong_argument
 from tnadapt.errors import ConfigError, ShapeError, integer, safe_repr
 from tnadapt.html_tables import html_table
 
@@ -97,8 +98,11 @@ class CompositeConfig(Config):
     def split(self, items: Sequence[_Item]) -> list[tuple[Config, Sequence[_Item]]]:
         """Return each config with its own of the items, of which there is one for each weight."""
         expected = sum(part.weights for part in self.parts)
+        if not is_sequence(items) and not isinstance(items, str):
+            raise wrong_argument("items", "a sequence of one for each weight", items)
+        items = list(items)
         if len(items) != expected:
-            raise ShapeError(f"the configs of one adapter are for {expected} weights; there are {len(items)}")
+            raise ShapeError(f"items must be one for each of the {expected} weights of the configs; got {len(items)}")
         left = iter(items)
         return [(part.config, list(itertools.islice(left, part.weights))) for part in self.parts]
 

@@ -43,19 +43,24 @@ def checked_before(
     checked_word("scope", scope, SCOPES)
     if not isinstance(offset, bool):
         raise ConfigError(f"offset must be True or False; got {safe_repr(offset)}")
+    if parameters is not None:
+        parameters = checked_integer("parameters", parameters, 1, MAX_INT)
     if before is None:
         for name, value, default in (
             ("parameters", parameters, None),
             ("scope", scope, "plan"),
             ("offset", offset, True),
         ):
-            if value != default:
+            if value is not default and value != default:
                 raise ConfigError(
-                    f"{name}={value!r} is about the map before the network, and there is none: set before='one-hot', "
-                    f"take a preset that has one, such as unilora or tinylora, or leave {name} out"
+                    f"{name}={safe_repr(value)} is about the map before the network, and there is none: set "
+                    f"before='one-hot', take a preset that has one, such as unilora or tinylora, or leave {name} out"
                 )
         return None, None
-    found = checked_projection(before)
+    try:
+        found = checked_projection(before)
+    except ConfigError as error:
+        raise ConfigError(f"before: {error}") from error
     if not is_linear(found) or not takes_ratio(found):
         raise ConfigError(
             f"before must be a linear map from vectors of any length, such as 'one-hot', 'normal' or 'linear'; got "
@@ -70,13 +75,12 @@ def checked_before(
         )
     if parameters is None:
         raise ConfigError(f"before={found!r} needs the number of parameters: parameters=p, an integer")
-    count = checked_integer("parameters", parameters, 1, MAX_INT)
     if not offset and not is_linear(projection):
         raise ConfigError(
             f"offset=False starts the arrays at zero, where projection={projection_name(projection)!r} has no "
             "gradient: use offset=True"
         )
-    return found, count
+    return found, parameters
 
 
 def checked_weight_shape(weight_shape: Any, fold: str | tuple[int | str, ...]) -> tuple[int, int] | None:
@@ -148,7 +152,7 @@ def checked_number(name: str, value: Any) -> float:
     try:
         # Read it as the decimal that it prints as: a float32 of 0.07 means 0.07, not 0.07000000029802322.
         number = float(value) if isinstance(value, (int, float, Fraction)) else float(str(value))
-    except (TypeError, ValueError, OverflowError):
+    except Exception:  # str() of any object may raise anything
         raise ConfigError(f"{name} must be a number; got {safe_repr(value)}") from None
     if not math.isfinite(number):
         raise ConfigError(f"{name} must be finite; got {number!r}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tnadapt.argument_checks import checks_arguments, is_sequence, wrong_argument
 from tnadapt.backends import load_imported
 from tnadapt.errors import ConfigError
 
@@ -59,7 +60,10 @@ class GroupPlan:
         start_from: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(config, Config):
-            raise ConfigError(f"expected a tnadapt.Config; got {type(config).__name__}")
+            raise ConfigError(f"config must be a tnadapt.Config; got {type(config).__name__}")
+        for name, keys in (("layers", layers), ("roles", roles)):
+            if keys is not None and not is_sequence(keys) and not isinstance(keys, str):
+                raise wrong_argument(name, "a sequence of one key per weight or None", keys)
         self.config = config
         self.applying = applying_of(config.apply, config.magnitude_axis)
         self.layout = layout_of(config.groups, shapes, layers, roles)
@@ -353,6 +357,7 @@ class GroupPlan:
             found = self._networks[size, columns, weights, fold] = Network(own, n_in, columns)
         return found
 
+    @checks_arguments
     def starts(self, trained: Collection[str] | None = None) -> list[Initializer]:
         """Return each group's initial arrays, if only the parameters of these names are trained; None means all.
 
@@ -360,6 +365,7 @@ class GroupPlan:
         """
         if trained is None:
             return [group.start for group in self.groups]
+        trained = list(trained)
         unknown = [name for name in trained if name not in self.param_shapes]
         if unknown or not trained:
             raise ConfigError(

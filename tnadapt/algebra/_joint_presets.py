@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, integer, safe_repr
 
 from ._preset_config import preset_config
@@ -28,6 +29,9 @@ def _stacked(
     ``fold`` maps the sizes, or their names where the caller gives no sizes, to the fold. If the caller gives a fold, it
     replaces this one and may be used with weights of any shapes.
     """
+    sizes = {
+        name: None if size is None else integer(name, size, 1, MAX_SIZE, ConfigError) for name, size in sizes.items()
+    }
     absent = [name for name, size in sizes.items() if size is None]
     if absent and len(absent) < len(sizes):
         raise ConfigError(
@@ -68,11 +72,13 @@ def _in_layers(layers: int | str, matrices: int | None, changes: dict[str, Any])
     """Return the number of layers, and of the matrices of each that are in a group."""
     if matrices is None:
         matrices = 1 if changes.get("groups") == "role" else 2
+    matrices = integer("matrices", matrices, 1, MAX_SIZE, ConfigError)
     return (f"weights/{matrices}" if isinstance(layers, str) else layers, matrices)
 
 
+@checks_arguments
 def lotr(
-    rank: int = 4,
+    rank: int | tuple[int, ...] = 4,
     *,
     weights: int | None = None,
     rows: int | None = None,
@@ -109,8 +115,14 @@ def lotr(
     return _stacked({"weights": weights, "rows": rows, "cols": cols}, lambda *sizes: sizes, own, changes)
 
 
+@checks_arguments
 def fact_tt(
-    rank: int = 4, *, weights: int | None = None, rows: int | None = None, cols: int | None = None, **changes: Any
+    rank: int | tuple[int, ...] = 4,
+    *,
+    weights: int | None = None,
+    rows: int | None = None,
+    cols: int | None = None,
+    **changes: Any,
 ) -> Config:
     """FacT-TT: ``ΔW_s = U Σ_s Vᵀ``, U and V shared by all weights (Jie & Deng, arXiv 2212.03145).
 
@@ -126,8 +138,14 @@ def fact_tt(
     return lotr(rank, weights=weights, rows=rows, cols=cols, **changes)
 
 
+@checks_arguments
 def fact_tk(
-    rank: int = 4, *, weights: int | None = None, rows: int | None = None, cols: int | None = None, **changes: Any
+    rank: int | tuple[int, ...] = 4,
+    *,
+    weights: int | None = None,
+    rows: int | None = None,
+    cols: int | None = None,
+    **changes: Any,
 ) -> Config:
     """FacT-TK: Tucker over (weights, rows, cols) with a factor in every mode (Jie & Deng, arXiv 2212.03145).
 
@@ -143,8 +161,9 @@ def fact_tk(
     return _stacked({"weights": weights, "rows": rows, "cols": cols}, lambda *sizes: sizes, own, changes)
 
 
+@checks_arguments
 def cara(
-    rank: int = 4,
+    rank: int | tuple[int, ...] = 4,
     *,
     weights: int | None = None,
     rows: int | None = None,
@@ -186,8 +205,9 @@ def cara(
     return _stacked({"weights": weights, "rows": rows, "cols": cols}, fold, own, changes)
 
 
+@checks_arguments
 def lorta_cp(
-    rank: int = 4,
+    rank: int | tuple[int, ...] = 4,
     *,
     layers: int | None = None,
     rows: int | None = None,
@@ -231,8 +251,9 @@ def lorta_cp(
     return _stacked({"layers": layers, "rows": rows, "cols": cols}, fold, {"format": "cp", "rank": rank}, changes)
 
 
+@checks_arguments
 def metatt(
-    rank: int = 4,
+    rank: int | tuple[int, ...] = 4,
     *,
     layers: int | None = None,
     rows: int | None = None,

@@ -8,8 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tnadapt.argument_checks import checks_arguments
+from tnadapt.errors import ConfigError, integer
+
 from ._preset_config import preset_config
 from .config import Config
+from .folding import MAX_SIZE
 from .maps import Circulant, Scatter, Tile, Wavelet
 
 __all__ = ["c3a", "fourierft", "loca", "miss", "shira", "waveft"]
@@ -29,6 +33,7 @@ def _few_values(projection: Any, changes: dict[str, Any]) -> Config:
     return preset_config(own, changes)
 
 
+@checks_arguments
 def shira(n: int = 1000, positions: Sequence[int] | None = None, **changes: Any) -> Config:
     """SHiRA: n elements of each weight are trained, the others stay (Bhardwaj et al., arXiv 2406.13175).
 
@@ -51,6 +56,7 @@ def shira(n: int = 1000, positions: Sequence[int] | None = None, **changes: Any)
     return _few_values(_scatter(n, positions), changes)
 
 
+@checks_arguments
 def fourierft(n: int = 1000, positions: Sequence[int] | None = None, **changes: Any) -> Config:
     """FourierFT: ``ΔW = alpha Re(ifft2(E))`` with n trained entries of E (Gao et al., arXiv 2405.03003).
 
@@ -74,6 +80,7 @@ def fourierft(n: int = 1000, positions: Sequence[int] | None = None, **changes: 
     return _few_values([_scatter(n, positions), "dft2"], {"alpha": 150.0, **changes})
 
 
+@checks_arguments
 def loca(n: int = 1000, positions: Sequence[int] | None = None, **changes: Any) -> Config:
     """LoCA: ``ΔW = alpha Cᵀ S D``, the inverse cosine transform of n trained entries (Du et al., arXiv 2502.06820).
 
@@ -97,6 +104,7 @@ def loca(n: int = 1000, positions: Sequence[int] | None = None, **changes: Any) 
     return _few_values([_scatter(n, positions), "dct2"], changes)
 
 
+@checks_arguments
 def waveft(n: int = 1000, positions: Sequence[int] | None = None, family: str = "haar", **changes: Any) -> Config:
     """WaveFT: ``ΔW = alpha`` times the inverse wavelet transform of n trained coefficients (arXiv 2505.12532).
 
@@ -124,9 +132,11 @@ def waveft(n: int = 1000, positions: Sequence[int] | None = None, family: str = 
 
 
 def _scatter(n: int, positions: Sequence[int] | None) -> Scatter:
-    return Scatter(n, None if positions is None else tuple(positions))
+    count = integer("n", n, 1, MAX_SIZE, ConfigError)
+    return Scatter(count, None if positions is None else tuple(positions))
 
 
+@checks_arguments
 def c3a(block: int = 768, **changes: Any) -> Config:
     """C3A: blocks that are circulant matrices, ``ΔW_mn[s, t] = w_mn[(t - s) mod b] / cols`` (arXiv 2407.19342).
 
@@ -147,6 +157,7 @@ def c3a(block: int = 768, **changes: Any) -> Config:
     return _few_values(Circulant(block, average=True), changes)
 
 
+@checks_arguments
 def miss(r: int = 64, mini: int | None = None, **changes: Any) -> Config:
     """MiSS: ``ΔW[i, j] = D[i, j mod r]``, one matrix of r columns, repeated (Kang & Yin, arXiv 2409.15371).
 
@@ -166,4 +177,5 @@ def miss(r: int = 64, mini: int | None = None, **changes: Any) -> Config:
     >>> tna.parameter_count(miss(64), [(768, 768)] * 24) == 24 * 64 * 768
     True
     """
-    return _few_values(Tile(mini, r), changes)
+    rows = None if mini is None else integer("mini", mini, 1, MAX_SIZE, ConfigError)
+    return _few_values(Tile(rows, integer("r", r, 1, MAX_SIZE, ConfigError)), changes)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self, cast, overload
 
 import numpy as np
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Backend, get_backend, load_backend
 from tnadapt.backends.array_types import JaxArray, TorchArray
 from tnadapt.backends.backend import Array
@@ -44,6 +45,7 @@ class ParameterPlan(GroupPlan):
 
     # -- Base weights ------------------------------------------------------------------------
 
+    @checks_arguments
     def with_base(
         self, weights: Sequence[Any] | Callable[[int], Any], progress: Callable[[int, int], None] | None = None
     ) -> Self:
@@ -109,6 +111,7 @@ class ParameterPlan(GroupPlan):
 
     # -- Start -------------------------------------------------------------------------------
 
+    @checks_arguments
     def with_start(self, arrays: Mapping[str, Any]) -> Self:
         """Return this plan with other initial arrays, as ``start_from=arrays`` gives it.
 
@@ -276,6 +279,7 @@ class ParameterPlan(GroupPlan):
             found[name] = library.asarray(host, dtype, device)
         return found
 
+    @checks_arguments
     def arrays(self, params: Mapping[str, Array], dtype: str | None = None) -> dict[str, Array]:
         """Compute the arrays in ``array_shapes`` from the parameters: ``a_start + P θ``, or the parameters themselves.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ShapeError, integer
 
 from ._parameter_plan import ParameterPlan
@@ -15,6 +16,7 @@ __all__ = ["RankPlan"]
 class RankPlan(ParameterPlan):
     """A plan with bounds on the ranks of its updates."""
 
+    @checks_arguments
     def largest_rank(self, i: int) -> int:
         """Return a matrix rank that the update of a weight never exceeds, whatever the arrays are.
 
@@ -55,7 +57,7 @@ class RankPlan(ParameterPlan):
         96
         768
         """
-        i = integer("weight", i, 0, len(self.shapes) - 1, ShapeError)
+        i = integer("i", i, 0, len(self.shapes) - 1, ShapeError)
         return rank_bound(self.layout, self.groups, i)
 
     @functools.cached_property

@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, integer
 
+from ._config_checks import checked_number
 from ._preset_config import preset_config
 from .config import Config
 from .folding import MAX_SIZE
@@ -84,6 +86,7 @@ def tied_lora(rank: int = 4, **changes: Any) -> Config:
     return _lora(rank, sources, changes)
 
 
+@checks_arguments
 def vera(rank: int = 256, *, d_initial: float = 0.1, **changes: Any) -> Config:
     """VeRA: ``ΔW = diag(b) B diag(d) A``, B and A random and shared by all weights (Kopiczko et al., arXiv 2310.11454).
 
@@ -107,12 +110,13 @@ def vera(rank: int = 256, *, d_initial: float = 0.1, **changes: Any) -> Config:
     wide = math.sqrt(2.0 / integer("rank", rank, 1, MAX_SIZE, ConfigError))
     sources: dict[str, Source] = {
         "factor0": Scaled(Seeded("uniform", scale=wide), start=0.0),
-        "factor1": Scaled(Seeded("uniform"), size=False, rank=True, start=d_initial),
+        "factor1": Scaled(Seeded("uniform"), size=False, rank=True, start=checked_number("d_initial", d_initial)),
     }
     return _lora(rank, sources, changes)
 
 
-def randlora(rank: int = 32, *, rows: int, cols: int, **changes: Any) -> Config:
+@checks_arguments
+def randlora(rank: int | tuple[int, ...] = 32, *, rows: int, cols: int, **changes: Any) -> Config:
     """RandLoRA: a sum of low-rank products of full rank together (Albert et al., arXiv 2502.00987).
 
     ``ΔW = (alpha / r) sum_t B_t diag(λ_t) A diag(γ_t)``, with random B_t and A shared by all weights. Settings:
@@ -169,6 +173,7 @@ def lora_xs(rank: int = 16, **changes: Any) -> Config:
     return _of_base(rank, changes)
 
 
+@checks_arguments
 def svft(rank: int | None = None, *, rows: int | None = None, cols: int | None = None, **changes: Any) -> Config:
     """SVFT: ``ΔW = U diag(m) Vᵀ``, U and V the singular vectors of the base weight (Lingam et al., arXiv 2405.19597).
 
@@ -202,7 +207,8 @@ def svft(rank: int | None = None, *, rows: int | None = None, cols: int | None =
     return _lora(rank, sources, changes, format="cp-weighted")
 
 
-def craft(rank: int = 64, *, weights: int | None = None, **changes: Any) -> Config:
+@checks_arguments
+def craft(rank: int | tuple[int, ...] = 64, *, weights: int | None = None, **changes: Any) -> Config:
     """CRAFT: a Tucker decomposition of the base weights, with a trained square matrix per mode (arXiv 2602.17510).
 
     The weights of a role are a tensor (weights, rows, cols). Its truncated higher-order SVD, ``G ×_0 U_0 ×_1 U_1 ×_2
@@ -233,13 +239,14 @@ def craft(rank: int = 64, *, weights: int | None = None, **changes: Any) -> Conf
         "fold": ("weights", "rows", "cols"),
         "order": 3,
         "format": "tucker",
-        "rank": rank if weights is None else (weights, rank, rank),
+        "rank": rank if weights is None else (integer("weights", weights, 1, MAX_SIZE, ConfigError), rank, rank),
         "sources": {"core": BaseCore(), "factor0": bases, "factor1": bases, "factor2": bases},
         "start": "random",
     }
     return preset_config(base, changes)
 
 
+@checks_arguments
 def tinylora(parameters: int = 13, rank: int = 2, **changes: Any) -> Config:
     """TinyLoRA: LoRA-XS whose R are random combinations of a few parameters (Morris et al., arXiv 2602.04118).
 
@@ -260,6 +267,7 @@ def tinylora(parameters: int = 13, rank: int = 2, **changes: Any) -> Config:
     return _of_base(rank, changes, before="normal", parameters=parameters)
 
 
+@checks_arguments
 def unilora(parameters: int = 256, rank: int = 4, **changes: Any) -> Config:
     """Uni-LoRA: each number of all A and B is one of a few parameters, scaled (Li et al., arXiv 2506.00799).
 
@@ -283,6 +291,7 @@ def unilora(parameters: int = 256, rank: int = 4, **changes: Any) -> Config:
     return _lora(rank, {}, changes, before="one-hot", parameters=parameters)
 
 
+@checks_arguments
 def nola(parameters: int = 1000, rank: int = 4, **changes: Any) -> Config:
     """NOLA: A and B are linear combinations of random matrices (Koohpayegani et al., arXiv 2310.02556).
 

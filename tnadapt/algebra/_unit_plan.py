@@ -7,8 +7,10 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Self
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends.array_types import ArrayT
 from tnadapt.backends.backend import Array
+from tnadapt.errors import ConfigError, safe_repr, summarize
 
 from ._adam_units import term_product
 from ._rank_plan import RankPlan
@@ -43,6 +45,7 @@ class UnitPlan(RankPlan):
         """
         return self.units_for(self.config.rate)
 
+    @checks_arguments
     def units_for(self, rate: str) -> dict[str, float]:
         """Return the units of another value of ``config.rate``.
 
@@ -55,6 +58,8 @@ class UnitPlan(RankPlan):
         dict of str to float
             Powers of two, by the names in ``param_shapes``.
         """
+        if rate not in RATES:
+            raise ConfigError(f"rate must be one of {', '.join(map(repr, RATES))}; got {safe_repr(rate)}")
         return RATES[rate](self, self.shapes)
 
     @functools.cached_property
@@ -83,6 +88,7 @@ class UnitPlan(RankPlan):
             return self
         return self.with_units(self.units)
 
+    @checks_arguments
     def with_units(self, units: Mapping[str, float]) -> Self:
         """Return the plan whose parameters are in these units; see :attr:`training_plan`.
 
@@ -96,6 +102,8 @@ class UnitPlan(RankPlan):
         ConfigError
             If the units of the arrays of a term have another product than those of the other terms of its group.
         """
+        if missing := self.param_shapes.keys() - units:
+            raise ConfigError(f"units must have each name of param_shapes; missing: {summarize(missing)}")
         found = object.__new__(type(self))
         own = {"units", "training_plan", "file_plan", "arrays_plan", "alike", "groups", "theta"}
         found.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
@@ -126,6 +134,7 @@ class UnitPlan(RankPlan):
         networks: dict[tuple[int, float], Network] = {}
         return [_in_units(group, units, networks) for group in self.groups]
 
+    @checks_arguments
     def to_arrays(self, params: Mapping[str, ArrayT]) -> dict[str, ArrayT]:
         """Return the arrays of the ``file_plan`` from the parameters of this plan, exactly.
 
@@ -145,6 +154,7 @@ class UnitPlan(RankPlan):
         """
         return {name: _times(param, self._units.get(name, 1.0)) for name, param in params.items()}
 
+    @checks_arguments
     def from_arrays(self, arrays: Mapping[str, ArrayT]) -> dict[str, ArrayT]:
         """Return the parameters of this plan from the arrays of its ``file_plan``: the inverse of :meth:`to_arrays`.
 

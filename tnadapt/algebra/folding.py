@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Sequence
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, ShapeError, integer
@@ -36,6 +37,7 @@ MAX_SIZE = 1 << 62
 _MAX_FACTORED = 1 << 44
 
 
+@checks_arguments
 def hypercube_shape(size: int, order: int) -> tuple[int, ...]:
     """Return the sizes of the smallest hypercube of that order that holds ``size`` elements.
 
@@ -109,6 +111,7 @@ def balanced_shape(size: int, order: int) -> tuple[int, ...]:
     return (d,) * (order - smaller) + (d - 1,) * smaller
 
 
+@checks_arguments
 def to_hypercube(vec: Array, order: int) -> Array:
     """Fold a vector into a hypercube, padded with zeros at the end.
 
@@ -145,6 +148,7 @@ def to_hypercube(vec: Array, order: int) -> Array:
     return backend.reshape(backend.pad_last(vec, math.prod(shape)), shape)
 
 
+@checks_arguments
 def from_hypercube(tensor: Array, size: int) -> Array:
     """Return the first ``size`` elements of ``vec(tensor)``; the inverse of :func:`to_hypercube`.
 
@@ -176,7 +180,8 @@ def from_hypercube(tensor: Array, size: int) -> Array:
     size = _checked(size)
     if size > elements:
         raise ShapeError(
-            f"cannot take {size} elements of a tensor of shape {tuple(tensor.shape)}, which has {elements}"
+            f"size must be at most that of the tensor; cannot take {size} elements of one of shape "
+            f"{tuple(tensor.shape)}, which has {elements}"
         )
     return backend.flatten(tensor)[:size]
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ShapeError, integer
@@ -32,6 +33,7 @@ class Geometry(NamedTuple):
     d_euclid: float
 
 
+@checks_arguments
 def geometry(dense: Array, variant: Array, k: int = 5) -> Geometry:
     """Compute the similarity of the singular spaces of two updates, and their distance.
 

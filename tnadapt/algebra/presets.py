@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, integer, safe_repr
 
 from ._applying_presets import dora, hira
@@ -172,7 +173,10 @@ def loha(rank: int = 4, **changes: Any) -> Config:
     )
 
 
-def lonkr(rank: int = 4, splits: int = 3, groups: Any = 1, split_size: Any = 8, **changes: Any) -> Config:
+@checks_arguments
+def lonkr(
+    rank: int | tuple[int, ...] = 4, splits: int = 3, groups: Any = 1, split_size: Any = 8, **changes: Any
+) -> Config:
     """LoNKr: the N-split LoKr of the paper (table 1, figure 3c; section 4.2 uses sizes 6, 8, 10).
 
     Settings: G groups, hypercube (or ``fold="stack"``), K > 2, splits 1 to K - 1 dense with size ``split_size``
@@ -199,7 +203,8 @@ def lonkr(rank: int = 4, splits: int = 3, groups: Any = 1, split_size: Any = 8, 
     )
 
 
-def lorta(rank: int = 4, order: int = 3, groups: Any = 1, **changes: Any) -> Config:
+@checks_arguments
+def lorta(rank: int | tuple[int, ...] = 4, order: int = 3, groups: Any = 1, **changes: Any) -> Config:
     """LoRTA of the SuperLoRA paper: Tucker on a hypercube (table 1, equation 3).
 
     Settings: G groups, hypercube, M > 2, Tucker. For Hounie's LoRTA see :func:`lorta_cp`.
@@ -214,7 +219,8 @@ def lorta(rank: int = 4, order: int = 3, groups: Any = 1, **changes: Any) -> Con
     return _config({"groups": groups, "fold": "hypercube", "order": order, "format": "tucker", "rank": rank}, changes)
 
 
-def gralora(rank: int = 4, blocks: int = 2, **changes: Any) -> Config:
+@checks_arguments
+def gralora(rank: int | tuple[int, ...] = 4, blocks: int = 2, **changes: Any) -> Config:
     """GraLoRA: each weight cut into k × k blocks, each with its own low-rank matrix (Jung et al., arXiv 2505.20355).
 
     Settings: one group per weight, fold ``(weights, k, rows / k, k, cols / k)``, axes that make the blocks one mode,
@@ -260,6 +266,7 @@ def gralora(rank: int = 4, blocks: int = 2, **changes: Any) -> Config:
     return _config(own, changes)
 
 
+@checks_arguments
 def quanta(digits: Sequence[int] = (16, 8), **changes: Any) -> Config:
     """QuanTA: a circuit of small tensors, each of which acts on two axes of the features (arXiv 2406.00132).
 
@@ -304,6 +311,7 @@ def quanta(digits: Sequence[int] = (16, 8), **changes: Any) -> Config:
     return _config(own, changes)
 
 
+@checks_arguments
 def fastfood(ratio: float = 0.01, **changes: Any) -> Config:
     """Intrinsic dimension by fastfood: a dense vector and a linear F (Aghajanyan et al., arXiv 2012.13255).
 
@@ -345,7 +353,8 @@ def superlora(
     return _config(own, changes)
 
 
-def compacter(rank: int = 1, terms: int = 4, **changes: Any) -> Config:
+@checks_arguments
+def compacter(rank: int | tuple[int, ...] = 1, terms: int = 4, **changes: Any) -> Config:
     """Compacter's low-rank PHM: ``ΔW = sum_{i=1}^{n} A_i ⊗ (B_i C_iᵀ)`` (Mahabadi et al., arXiv 2106.04647).
 
     Settings: one group per weight, stack, T = n terms, K = 2, A_i dense of n × n, the other split CP. In the paper

@@ -82,7 +82,7 @@ def cp_to_tensor(cp: Any) -> Array:
     weights, factors = _two(cp, "a CP tensor", "(weights, factors)")
     if not factors:
         raise ShapeError("a CP tensor needs at least one factor; got none")
-    backend = get_backend(*factors, *([] if weights is None else [weights]))
+    backend = get_backend(*factors, *([] if weights is None else [weights]), what="each array of a CP tensor")
     for mode, factor in enumerate(factors):
         if len(factor.shape) != 2 or factor.shape[1] != factors[0].shape[-1]:
             raise ShapeError(
@@ -138,7 +138,9 @@ def tucker_to_tensor(tucker: Any) -> Array:
            [4.]])
     """
     core, factors = _two(tucker, "a Tucker tensor", "(core, factors)")
-    backend = get_backend(core, *(factor for factor in factors if factor is not None))
+    backend = get_backend(
+        core, *(factor for factor in factors if factor is not None), what="each array of a Tucker tensor"
+    )
     if len(factors) != len(core.shape):
         raise ShapeError(f"a core of shape {tuple(core.shape)} needs {len(core.shape)} factors; got {len(factors)}")
     for mode, factor in enumerate(factors):
@@ -194,7 +196,7 @@ def tt_to_tensor(cores: Any) -> Array:
     cores = _several(cores, "a tensor train", "a list of cores")
     if not cores:
         raise ShapeError("a tensor train needs at least one core; got none")
-    backend = get_backend(*cores)
+    backend = get_backend(*cores, what="one of cores")
     left = 1
     for mode, core in enumerate(cores):
         right = 1 if mode == len(cores) - 1 else "r"
@@ -266,7 +268,7 @@ def kronecker(arrays: Sequence[Array]) -> Array:
     arrays = _several(arrays, "a Kronecker product", "a list of arrays")
     if not arrays:
         raise ShapeError("a Kronecker product needs at least one array; got none")
-    backend = get_backend(*arrays)
+    backend = get_backend(*arrays, what="one of arrays")
     order = arrays[0].ndim
     for array in arrays:  # a generator would take as long as a small product
         if array.ndim != order:
@@ -325,7 +327,8 @@ def kron_matvec(matrices: Sequence[Array], x: Array) -> Array:
     matrices = _several(matrices, "kron_matvec", "a list of matrices")
     if not matrices:
         raise ShapeError("kron_matvec needs at least one matrix; got none")
-    backend = get_backend(x, *matrices)
+    get_backend(x, what="x")
+    backend = get_backend(x, *matrices, what="one of matrices")
     for k, matrix in enumerate(matrices):
         if len(matrix.shape) != 2:
             raise ShapeError(f"matrix {k} of kron_matvec has shape {tuple(matrix.shape)}; expected (rows, cols)")

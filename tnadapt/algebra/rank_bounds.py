@@ -7,7 +7,7 @@ They are computed from the integers of a plan. LoRA of that rank holds the updat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from ._network_halves import width_at
 from ._separation import separation_of
@@ -15,7 +15,7 @@ from ._weight_places import place_of
 from .group import Group
 from .layout import Layout, Piece
 
-__all__ = ["lora_rank", "rank_bound", "rank_bounds"]
+__all__ = ["lora_rank", "rank_bound", "rank_bounds", "useful_rank"]
 
 
 def rank_bound(layout: Layout, groups: Sequence[Group], weight: int) -> int:
@@ -76,6 +76,19 @@ def lora_rank(shapes: Sequence[tuple[int, int]], ranks: Sequence[int]) -> int | 
     """
     smaller = all(rank * (rows + cols) < rows * cols for rank, (rows, cols) in zip(ranks, shapes, strict=True))
     return max(ranks) if smaller else None
+
+
+def useful_rank(groups: Iterable[Group]) -> int | None:
+    """Return the rank beyond which no group gains expressiveness; None if there is no rank.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> useful_rank(tna.SuperLoRA(tna.presets.lora(2), [(8, 6), (3, 6)]).groups)
+    6
+    """
+    ranks = (split.useful_rank() for group in groups for split in group.network.splits)
+    return max((rank for rank in ranks if rank is not None), default=None)
 
 
 def _of_piece(group: Group, piece: Piece, cols: int) -> int:

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+from tnadapt.argument_checks import checks_arguments, is_sequence, wrong_argument
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.array_types import ArrayT
 from tnadapt.backends.backend import Array
@@ -191,7 +192,7 @@ class SuperLoRA(UnitPlan):
         (4, 5)
         """
         backend = self._checked(params)
-        i = integer("weight", i, 0, len(self.shapes) - 1, ShapeError)
+        i = integer("i", i, 0, len(self.shapes) - 1, ShapeError)
         arrays = self._arrays(backend, params, dtype)
         found: ArrayT = backend.reshape(
             self._assembled(backend, arrays, self.layout.of_weight(i), dtype), self.shapes[i]
@@ -247,8 +248,13 @@ class SuperLoRA(UnitPlan):
         >>> params["weight0.magnitude"], bool((plan.merged(params, [w])[0] == w).all())
         (array([5., 2.]), True)
         """
+        if not isinstance(detach_norm, bool):
+            raise wrong_argument("detach_norm", "True or False", detach_norm)
+        if not is_sequence(weights):
+            raise wrong_argument("weights", "a sequence of base weights", weights, ShapeError)
+        weights = list(weights)
         if len(weights) != len(self.shapes):
-            raise ShapeError(f"merged needs the {len(self.shapes)} base weights; got {len(weights)}")
+            raise ShapeError(f"weights must be the {len(self.shapes)} base weights; got {len(weights)}")
         deltas, found = self.deltas(params, dtype), list[Array]()
         backend = get_backend(*deltas)
         for index, delta in enumerate(deltas):
@@ -309,6 +315,7 @@ class SuperLoRA(UnitPlan):
         found: ArrayT = self._assembled(backend, arrays, self.layout.of_slice(start, stop), dtype)
         return found
 
+    @checks_arguments
     def part_of(self, i: int) -> tuple[SuperLoRA, int]:
         """Return the plan of the one config that weight ``i`` has, and the weight's number in it."""
         return self, i
@@ -320,6 +327,7 @@ class SuperLoRA(UnitPlan):
         return backend.concat(updates_of_runs(backend, runs, arrays, dtype))
 
 
+@checks_arguments
 def parameter_count(
     config: Config,
     shapes: Sequence[tuple[int, int]],

@@ -200,13 +200,15 @@ def available_backends() -> list[str]:
     return names
 
 
-def get_backend(*arrays: Any) -> Backend:
+def get_backend(*arrays: Any, what: str = "") -> Backend:
     """Return the backend of one or more arrays.
 
     Parameters
     ----------
     *arrays : array
         At least one array, all of the same library, dtype and device.
+    what : str
+        What the array is, for errors.
 
     Returns
     -------
@@ -233,12 +235,12 @@ def get_backend(*arrays: Any) -> Backend:
         raise BackendError("expected at least one array; got none")
     # This runs in every public call, on small arrays as well: each attribute is read once.
     first = arrays[0]
-    backend = _by_type.get(type(first)) or _backend_of(first)
+    backend = _by_type.get(type(first)) or _backend_of(first, what)
     if len(arrays) == 1:
         return backend
     kind, dtype, place = type(first), first.dtype, backend.device(first)
     for other in arrays[1:]:
-        found = backend if type(other) is kind else _backend_of(other)
+        found = backend if type(other) is kind else _backend_of(other, what)
         if found is not backend:
             raise BackendError(
                 f"arrays of two libraries in one call: {backend.name} and {found.name}; convert one of them first"
@@ -254,7 +256,7 @@ def get_backend(*arrays: Any) -> Backend:
     return backend
 
 
-def _backend_of(array: Any) -> Backend:
+def _backend_of(array: Any, what: str) -> Backend:
     kind = type(array)
     backend = _by_type.get(kind)
     if backend is not None:
@@ -265,7 +267,7 @@ def _backend_of(array: Any) -> Backend:
             if backend.owns(array):
                 _by_type[kind] = backend
                 return backend
+    wanted = f"{what} must be an array" if what else "expected an array"
     raise BackendError(
-        f"expected an array of one of {', '.join(_factories)}; got {kind.__name__}: convert it first, "
-        "e.g. by numpy.asarray"
+        f"{wanted} of one of {', '.join(_factories)}; got {kind.__name__}: convert it first, e.g. by numpy.asarray"
     )

@@ -10,7 +10,7 @@ from typing import Any
 import array_api_compat.numpy as namespace
 import numpy as np
 
-from tnadapt.errors import BackendError
+from tnadapt.errors import BackendError, safe_repr
 
 from ._dft2 import FFT_DTYPES, dft2_in_chunks
 from ._kernels import kernels
@@ -46,8 +46,8 @@ class NumpyBackend(Backend):
         return "cpu"
 
     def asarray(self, array: np.ndarray, dtype: str | None = None, device: Any = None) -> Array:
-        if device not in (None, "cpu"):
-            raise BackendError(f"numpy arrays live on 'cpu'; got device {device!r}")
+        if device is not None and (not isinstance(device, str) or device != "cpu"):
+            raise BackendError(f"numpy arrays live on 'cpu'; got device {safe_repr(device)}")
         return np.array(array, dtype=None if dtype is None else self.dtype(dtype))
 
     def largest(self, x: Array) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.errors import BackendError
+from tnadapt.errors import BackendError, safe_repr
 
 from ._kron import kron_plain
 from .fixed_arrays import FixedArrays
@@ -102,7 +102,9 @@ class Backend:
         """Return the library's dtype with that name, or raise a BackendError."""
         found = getattr(self.xp, name, None) if name in FLOAT_DTYPES + COMPLEX_DTYPES else None
         if found is None:
-            raise BackendError(f"{self.name} has no floating dtype {name!r}; expected one of {', '.join(FLOAT_DTYPES)}")
+            raise BackendError(
+                f"{self.name} has no floating dtype {safe_repr(name)}; expected one of {', '.join(FLOAT_DTYPES)}"
+            )
         return found
 
     def asarray(self, array: np.ndarray, dtype: str | None = None, device: Any = None) -> Array:

@@ -13,7 +13,8 @@ import numpy as np
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.superlora import SuperLoRA, checked_given
-from tnadapt.errors import BackendError, ConfigError, ShapeError, pluralize, safe_repr
+from tnadapt.argument_checks import checks_arguments
+from tnadapt.errors import BackendError, ConfigError, ShapeError, pluralize, safe_repr, summarize
 from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.target import Target
 
@@ -127,6 +128,9 @@ class AdapterFile:
         _check_text(self)
         if not isinstance(self.given, Mapping):
             raise ShapeError(f"given must be a mapping of names to arrays; got {type(self.given).__name__}")
+        for name, array in self.given.items():
+            if not isinstance(array, np.ndarray):
+                raise ShapeError(f"given[{safe_repr(name)}] must be a NumPy array; got {type(array).__name__}")
         own = {name: tuple(array.shape) for name, array in [*self.arrays.items(), *self.given.items()]}
         plan = check_fit(self.config, self.targets, own)
         put(
@@ -156,6 +160,7 @@ class AdapterFile:
         """Whether all arrays are known: False if some are computed from the base weights and are not stored."""
         return self.plan.base_shapes.keys() <= self.given.keys()
 
+    @checks_arguments
     def with_base(
         self, weights: Sequence[Any] | Callable[[int], Any], progress: Callable[[int, int], None] | None = None
     ) -> AdapterFile:
@@ -204,9 +209,12 @@ class AdapterFile:
         """Digest of what this machine draws instead of reading a file: F and the omitted arrays; None if nothing."""
         return self.draws_without(self.left_out)
 
+    @checks_arguments
     def draws_without(self, left_out: Sequence[str]) -> str | None:
         """Return :attr:`draws` for a file that omits the given arrays."""
         key = tuple(left_out)
+        if unknown := [name for name in key if name not in self.arrays]:
+            raise ConfigError(f"left_out names {safe_repr(unknown[0])}; the arrays are {summarize(self.arrays)}")
         if key not in self._digests:
             self._digests[key] = self._digest_without(key)
         return self._digests[key]

@@ -110,6 +110,7 @@ import numpy as np
 
 from tnadapt.algebra.shared_maps import share_maps
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import FileError, pluralize, safe_repr, summarize
 
 from ._adapter_recipe import ENTRY, parse_recipe, recipe_of, recipe_text
@@ -225,6 +226,7 @@ def _digest(text: bytes, stored: Mapping[str, tuple[str, np.ndarray]]) -> str:
 # -- Loading -----------------------------------------------------------------------------------
 
 
+@checks_arguments
 def load(path: str | os.PathLike[str], check_draws: bool = True, like: SuperLoRA | None = None) -> AdapterFile:
     """Read an adapter file.
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.errors import FileError, safe_repr
+from tnadapt.argument_checks import checks_arguments
+from tnadapt.errors import FileError, ShapeError, integer, safe_repr, summarize
 
 from ._header import Metadata
 from ._header_entries import Entries
@@ -126,6 +127,7 @@ class Checkpoint:
         with_head = isinstance(kinds, list) and any(isinstance(one, str) and one.endswith(_WITH_HEAD) for one in kinds)
         return with_head and config.get("tie_word_embeddings") is True
 
+    @checks_arguments
     def array(self, name: str, index: int | None = None) -> np.ndarray:
         """Read a tensor, or a part of it.
 
@@ -146,7 +148,11 @@ class Checkpoint:
         FileError
             If NumPy lacks its dtype, such as F8_E4M3, or the file cannot be read.
         """
+        if name not in self.entries:
+            raise FileError(f"name must be one of the tensors, {summarize(self.entries)}; got {safe_repr(name)}")
         file, entry = self.shard[name], self.entries[name]
+        if index is not None:
+            index = integer("index", index, 0, (entry.shape or (0,))[0] - 1, ShapeError)
         with file_error_context(file):
             if entry.dtype in FOREIGN:
                 raise FileError(
@@ -190,6 +196,7 @@ class _Shards(Mapping[str, str]):
         return len(self._entries)
 
 
+@checks_arguments
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read the headers of a model on disk.
 

@@ -150,6 +150,10 @@ def _data_bytes(handle: int, enough: int) -> int:
     return found
 
 
+# The longest path of any system, that of Windows, is one of as many letters; others are texts in the place of a path.
+_LONGEST_PATH = 32_767
+
+
 def path_of(value: Any) -> str:
     """Return a path as a string.
 
@@ -167,7 +171,7 @@ def path_of(value: Any) -> str:
     """
     try:
         found = os.fsdecode(value)
-        usable = bool(found) and b"\0" not in os.fsencode(found)
+        usable = 0 < len(found) <= _LONGEST_PATH and b"\0" not in os.fsencode(found)
     except (TypeError, UnicodeEncodeError):
         usable = False
     if not usable:

@@ -40,6 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tnadapt.algebra import rng
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends.backend import FLOAT_DTYPES
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
@@ -86,7 +87,7 @@ class Fingerprint:
     def __post_init__(self) -> None:
         if not isinstance(self.sha256, str) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
             raise ConfigError(f"a fingerprint's sha256 must be 64 lower-case hex digits; got {safe_repr(self.sha256)}")
-        if self.dtype not in FLOAT_DTYPES:
+        if not isinstance(self.dtype, str) or self.dtype not in FLOAT_DTYPES:
             known = ", ".join(FLOAT_DTYPES)
             raise ConfigError(f"a fingerprint's dtype must be one of {known}; got {safe_repr(self.dtype)}")
         sketch = self.sketch
@@ -94,10 +95,12 @@ class Fingerprint:
             raise ConfigError(f"a fingerprint's sketch must be {_SKETCHES} finite numbers; got {safe_repr(sketch)}")
         object.__setattr__(self, "sketch", tuple(float(number) for number in sketch))
 
+    @checks_arguments
     def matches(self, other: Fingerprint) -> bool:
         """Return whether both can belong to one model: the same bits, or equal up to rounding between two dtypes."""
         return self.difference(other) is None
 
+    @checks_arguments
     def difference(self, other: Fingerprint) -> str | None:
         """Describe the difference between two fingerprints; return None if they match.
 
@@ -119,6 +122,7 @@ class Fingerprint:
             f"{other.dtype} explains no more than {TOLERANCE}"
         )
 
+    @checks_arguments
     def apart(self, other: Fingerprint) -> float:
         """Estimate the distance of two bases' weights, relative to their norm; it is 1.4 for unrelated ones.
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import FileError, TnadaptError
 from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.roles import number
@@ -23,6 +24,7 @@ from .lora_export import lora_export
 __all__ = ["info"]
 
 
+@checks_arguments
 def info(path: str | os.PathLike[str], every: bool = False) -> dict[str, Any]:
     """Describe a file or folder, without a framework and without its base model.
 

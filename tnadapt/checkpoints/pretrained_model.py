@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, FileError, TnadaptError, pluralize, safe_repr, summarize
 
 __all__ = ["MAX_LABELS", "TASKS", "Pretrained", "PretrainedTask", "is_local"]
@@ -185,6 +186,7 @@ class Pretrained:
         return {name: value for name, value in found.items() if value and value != usual.get(name)}
 
     @classmethod
+    @checks_arguments
     def from_dict(cls, values: Mapping[str, Any], labels: Iterable[Any] = ()) -> Pretrained:
         """Return one from the values of :meth:`to_dict`, with the labels apart; raise FileError for any others."""
         unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}

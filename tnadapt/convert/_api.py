@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from tnadapt.argument_checks import checks_arguments
+
 if TYPE_CHECKING:
     from tnadapt.checkpoints.adapter_file import AdapterFile
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["convert"]
 
 
+@checks_arguments
 def convert(
     source: str | os.PathLike[str] | AdapterFile,
     out: str | os.PathLike[str] | None = None,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.adapter_format import content_of
 from tnadapt.checkpoints.atomic_files import replace_file
@@ -103,6 +104,7 @@ class Conversion:
             "notes": list(self.notes),
         }
 
+    @checks_arguments
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write the adapter: a folder for PEFT, otherwise a file.
 

@@ -52,7 +52,7 @@ def register_file_format(name: str, cls: type[FileFormat]) -> None:
     """
     if isinstance(name, str) and "-" in name:
         raise ConfigError(f"the name of a file format has no '-', which begins the form: {name}-lora; got {name!r}")
-    if name == OWN:
+    if isinstance(name, str) and name == OWN:
         raise ConfigError(f"file format {name!r} is built in and cannot be replaced: choose another name")
     _formats.check(name, cls)
     if unknown := [kind for kind in cls.kinds if kind not in KINDS]:

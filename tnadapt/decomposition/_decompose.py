@@ -13,6 +13,7 @@ import numpy as np
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_fold import is_named
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Backend, get_backend, load_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, safe_repr
@@ -40,7 +41,7 @@ class Settings:
         if isinstance(tol, bool) or not isinstance(tol, (int, float, np.floating)) or not 0.0 <= tol < 1.0:
             raise ConfigError(f"tol must be from 0 to below 1; got {safe_repr(tol)}")
         self.limits = Limits(float(tol), integer("max_iterations", max_iterations, 1, 1 << 31, ConfigError))
-        if svd not in SVD_METHODS:
+        if not isinstance(svd, str) or svd not in SVD_METHODS:
             raise ConfigError(f"svd must be one of {', '.join(SVD_METHODS)}; got {safe_repr(svd)}")
         self.svd, self.seed = svd, integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
 
@@ -66,6 +67,7 @@ class Settings:
         return fit_plan(Algebra(backend, like, self.svd, self.seed), plan, read, self.limits, progress)
 
 
+@checks_arguments
 def decompose(
     deltas: Any,
     cfg: Config,
@@ -175,7 +177,7 @@ def decompose(
     ([(1, 4, 2), (2, 5, 2), (2, 6, 1)], True)
     """
     listed, cfg = _listed(deltas), _in_own_modes(deltas, cfg)
-    backend = get_backend(*listed)
+    backend = get_backend(*listed, what="each of deltas")
     for number, delta in enumerate(listed):
         backend.require_float(delta, f"deltas[{number}]")
         if str(backend.device(delta)) == "meta":
@@ -206,10 +208,10 @@ def _listed(deltas: Any) -> list[Array]:
         if not deltas:
             raise ShapeError("deltas is empty: there is no update to decompose")
         return list(deltas)
-    if not hasattr(deltas, "shape"):
+    if not isinstance(getattr(deltas, "shape", None), Sequence):
         raise BackendError(f"deltas must be a list of arrays, or one array; got {type(deltas).__name__}")
     if len(deltas.shape) < 1 or not all(deltas.shape):
-        raise ShapeError(f"a tensor to decompose must have elements; got shape {tuple(deltas.shape)}")
+        raise ShapeError(f"deltas, a tensor to decompose, must have elements; got shape {tuple(deltas.shape)}")
     order = len(deltas.shape)
     if order == 2:
         return [deltas]

@@ -9,6 +9,8 @@ import numpy as np
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.folding import MAX_SIZE
+from tnadapt.algebra.rank_bounds import useful_rank
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, integer, safe_repr
 
@@ -36,6 +38,7 @@ class FoundRank(NamedTuple):
     report: FitReport
 
 
+@checks_arguments
 def search_rank(
     deltas: Any, cfg: Config, max_error: float = 0.1, *, max_rank: int | None = None, **settings: Any
 ) -> FoundRank:
@@ -82,6 +85,7 @@ def search_rank(
     return smallest_rank(lambda config: decompose(deltas, config, **settings), cfg, max_error, max_rank)
 
 
+@checks_arguments
 def smallest_rank(
     fit: Callable[[Config], tuple[dict[str, Array], FitReport]],
     cfg: Config,
@@ -105,7 +109,7 @@ def smallest_rank(
         return FoundRank(rank, config, *fit(config))
 
     found = at(1)
-    useful = _useful(found.report)
+    useful = useful_rank(found.report.plan.groups)
     if useful is None:
         raise ConfigError(f"format={cfg.format!r} has no rank to search: decompose() gives its parameters")
     most = min(useful, max_rank or useful)
@@ -125,14 +129,3 @@ def smallest_rank(
         else:
             low = tried.rank
     return found
-
-
-def _useful(report: FitReport) -> int | None:
-    """Return the rank beyond which the config gains no expressiveness; None if it has no rank."""
-    most: int | None = None
-    for group in report.plan.groups:
-        for split in group.network.splits:
-            own = split.useful_rank()
-            if own is not None:
-                most = max(most or 1, own)
-    return most

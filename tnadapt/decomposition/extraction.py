@@ -16,6 +16,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_config import config_of
 from tnadapt.algebra.rounding import rounded, widened
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import load_backend
 from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
 from tnadapt.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -52,6 +53,7 @@ class Extraction(NamedTuple):
     others: tuple[str, ...]
 
 
+@checks_arguments
 def extract(
     base: str | os.PathLike[str],
     tuned: str | os.PathLike[str],

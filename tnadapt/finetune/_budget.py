@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import TnadaptError
 from tnadapt.planning.families import FEWEST, usual
 from tnadapt.planning.ladders import Family, Search
@@ -16,6 +17,7 @@ __all__ = ["check_budget", "within"]
 _FEW = (*FEWEST, "fourierft")
 
 
+@checks_arguments
 def check_budget(budget: int) -> None:
     """Raise a TnadaptError unless a budget is a number of parameters."""
     if budget < 1:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import TnadaptError
 
 from ._budget import check_budget, within
@@ -22,6 +23,7 @@ class Chooser(Protocol):
         ...
 
 
+@checks_arguments
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """The methods to compare; the head alone is always included.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tnadapt.argument_checks import checks_arguments
+from tnadapt.checkpoints.container import path_of
 from tnadapt.errors import FileError
 
 from ._sample_tables import TABLES
@@ -23,6 +25,7 @@ def is_file_of_data(path: Path) -> bool:
     return path.suffix.lower() in (*TABLES, NPZ)
 
 
+@checks_arguments
 def require_data(source: str, one_image: bool = False) -> None:
     """Raise an error if a source of data is a file of another kind, or a path at which nothing is.
 
@@ -44,11 +47,11 @@ def require_data(source: str, one_image: bool = False) -> None:
     Traceback (most recent call last):
     tnadapt.errors.FileError: no data at nowhere.csv: there is no such file or folder
     """
-    path = Path(source)
+    path = Path(path_of(source))
     # These functions of os.path return False for a path that cannot be one, such as one that is too long.
-    if os.path.isdir(source):
+    if os.path.isdir(path):
         return
-    if os.path.isfile(source):
+    if os.path.isfile(path):
         if not is_file_of_data(path) and not (one_image and path.suffix.lower() in IMAGES):
             images = "an image or a folder of images" if one_image else "a folder of images"
             raise FileError(

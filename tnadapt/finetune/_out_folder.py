@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tnadapt.argument_checks import checks_arguments
+from tnadapt.checkpoints.container import path_of
 from tnadapt.errors import FileError, safe_repr
 
 __all__ = ["check_out"]
 
 
+@checks_arguments
 def check_out(out: Path) -> None:
     """Raise an error if the output of a study cannot be written to a folder.
 
@@ -25,7 +28,9 @@ def check_out(out: Path) -> None:
     --------
     >>> check_out(Path("runs/digits"))
     """
-    for path, folder in ((out, True), (out / "adapters", True), (out / "pareto.png", False)):
+    out = Path(path_of(out))
+    files = (out / "pareto.png", out / "best.safetensors")
+    for path, folder in ((out, True), (out / "adapters", True), *((file, False) for file in files)):
         try:
             wrong = path.exists() and path.is_dir() != folder
         except OSError as error:  # a name that is too long

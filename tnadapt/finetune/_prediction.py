@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tnadapt import torch as tnt
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import FileError, safe_repr
@@ -58,6 +59,7 @@ class Predictions:
     part: str = ""
 
 
+@checks_arguments
 def predict(
     adapter: str | os.PathLike[str],
     data: str,

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import FileError, TnadaptError
 
 from ._data import HOLDOUT
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Part", "Spec"]
 
 
+@checks_arguments
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """The specification of a problem: small and picklable, for :func:`~tnadapt.finetune.open_problem` and workers.

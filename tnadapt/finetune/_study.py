@@ -11,8 +11,10 @@ from typing import Any
 
 from tnadapt import torch as tnt
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.argument_checks import checks_arguments
+from tnadapt.checkpoints.adapter_format import load
 from tnadapt.checkpoints.atomic_files import replace_file
-from tnadapt.errors import TnadaptError
+from tnadapt.errors import FileError, TnadaptError
 
 from ._best import Proof, prove
 from ._choice import Chooser
@@ -153,6 +155,7 @@ class Study:
         If the problem cannot be opened, there are no targets, or a method does not fit them.
     """
 
+    @checks_arguments
     def __init__(
         self,
         spec: Spec,
@@ -239,6 +242,7 @@ class Study:
             **self.training.settings(),
         }
 
+    @checks_arguments
     def run(
         self,
         out: Path,
@@ -335,7 +339,7 @@ class Study:
         record = max(best.records, key=lambda one: (quality(one["validation"]), -one["seed"]))
         task = Task(best.method, record["seed"], best.rate)
         tasks = len(self.tasks)
-        if not (adapters / task.file_name()).is_file():
+        if not _is_whole(adapters / task.file_name()):
             self.reporter.begins(1, 0)
             self._train([task], results, adapters, engine)
             record, tasks = results.records[task.key], 1
@@ -370,3 +374,12 @@ class Study:
         except ImportError:
             return None
         return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether an adapter file is there and can be read."""
+    try:
+        load(path, check_draws=False)
+    except FileError:
+        return False
+    return True

@@ -10,6 +10,7 @@ from typing import Any
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_config import require_preset
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import TnadaptError
 from tnadapt.planning import known_as
 
@@ -103,6 +104,7 @@ def fastfood_of(ratio: float) -> Method:
     return method_of(presets.fastfood(ratio))
 
 
+@checks_arguments
 def default_methods(short: bool = False) -> list[Method]:
     """Return the default grid of methods, from tens of parameters to dense.
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tnadapt.algebra.config import Config
+from tnadapt.argument_checks import checks_arguments
 
 from ._score import ACCURACY, Metric
 from .grid import Method
@@ -219,6 +220,7 @@ def _point(method: Method, rate: float, records: Sequence[Mapping[str, Any]], me
     )
 
 
+@checks_arguments
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return the indices of the non-dominated points (cost, quality), by rising cost.
 

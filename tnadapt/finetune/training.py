@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tnadapt import torch as tnt
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import TnadaptError, safe_repr
 
 from ._run_logs import log_folder
@@ -36,6 +37,7 @@ _LATER = ("optimiser", "shape", "steps", "head_rate")
 _DEVICES = {name: name for name in ("cpu", "cuda", "mps", "xpu")} | {"gpu": "cuda", "nvidia": "cuda", "metal": "mps"}
 
 
+@checks_arguments
 @dataclasses.dataclass(frozen=True)
 class Training:
     """The settings of a training, the same for all methods.
@@ -157,6 +159,7 @@ def checked_rates(rates: Sequence[float]) -> None:
         raise TnadaptError("there is no learning rate; give at least one")
 
 
+@checks_arguments
 def usable_device(name: str | None) -> str:
     """Return a device's name if it is usable; for None, CUDA if available, else the CPU.
 

@@ -8,12 +8,14 @@ from tnadapt.algebra.applying import Applying
 from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.argument_checks import checks_arguments
 
 from ._shape_backend import CountingBackend
 
 __all__ = ["applied_cost", "step_cost"]
 
 
+@checks_arguments
 def step_cost(plan: SuperLoRA) -> int:
     """Return the multiply-adds of one training step in the adapter alone, if every group is computed once.
 

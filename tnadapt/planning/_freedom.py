@@ -19,12 +19,14 @@ from collections.abc import Callable, Sequence
 from tnadapt.algebra.formats import Dense, Format, of_cp, of_tucker
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.argument_checks import checks_arguments
 
 __all__ = ["degrees_of_freedom"]
 
 Sizes = tuple[int, ...]
 
 
+@checks_arguments
 def degrees_of_freedom(plan: SuperLoRA) -> int:
     """Return the dimension of the set of all updates that a plan can represent, or an upper bound on it.
 

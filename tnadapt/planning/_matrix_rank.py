@@ -12,6 +12,7 @@ import numpy as np
 
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ShapeError, integer
 
 __all__ = ["LIMIT", "Rank", "largest_rank"]
@@ -51,6 +52,7 @@ class Rank(NamedTuple):
         return str(self.value) if self.exact else f"≥ {self.value}"
 
 
+@checks_arguments
 def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT, seed: int = 0) -> Rank:
     """Return the largest matrix rank that the update of a weight can have.
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 from tnadapt.checkpoints.strict_json import MAX_CONFIG, json_file
 from tnadapt.errors import FileError, TnadaptError
@@ -33,6 +34,7 @@ class Headers(NamedTuple):
     config: Mapping[str, Any] | None
 
 
+@checks_arguments
 def model_targets(model: str | os.PathLike[str], targets: Any = "qv") -> list[Target]:
     """Return the weights of a stored model to be adapted, without reading a tensor.
 

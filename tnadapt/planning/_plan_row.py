@@ -10,6 +10,7 @@ from typing import Any
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.lora_export import LoraExport, lora_export
 
 from ._flops import step_cost
@@ -73,6 +74,7 @@ class Row:
     estimated_on: tuple[str, ...] = ()
 
     @classmethod
+    @checks_arguments
     def of(cls, adapter: SuperLoRA, each: int = 4) -> Row:
         """Return the row of a :class:`~tnadapt.SuperLoRA` whose parameters have ``each`` bytes."""
         count = adapter.num_parameters
@@ -121,6 +123,7 @@ class Row:
         }  # fmt: skip
 
 
+@checks_arguments
 def padding_waste(plan: SuperLoRA) -> float:
     """Return the fraction of the elements of all folded tensors that are computed but not used.
 

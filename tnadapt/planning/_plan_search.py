@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.known_weights import KnownWeights
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError
 
 from ._budget_units import bytes_each, parameters_of
@@ -20,6 +21,7 @@ from .ladders import Family, Found, Search
 __all__ = ["plan"]
 
 
+@checks_arguments
 def plan(
     shapes: Sequence[tuple[int, int]],
     budget: int | str,

@@ -253,7 +253,7 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
 def checked_criteria(by: Iterable[str]) -> tuple[str, ...]:
     """Return names of ``CRITERIA``, or raise a ConfigError."""
     names = tuple(by) if not isinstance(by, str) else (by,)
-    if not names or any(name not in CRITERIA for name in names):
+    if not names or any(not isinstance(name, str) or name not in CRITERIA for name in names):
         raise ConfigError(f"by must name criteria among {', '.join(CRITERIA)}; got {safe_repr(by)}")
     return names
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import TnadaptError
 
 from ._setting_names import known_as
@@ -40,6 +41,7 @@ class PresetCall(NamedTuple):
         """Return the call as Python writes it, without the module."""
         return f"{self.preset}({self._arguments()})"
 
+    @checks_arguments
     def attach(self, targets: str | Sequence[str] = ()) -> str:
         """Return the call of ``attach`` with this config.
 
@@ -59,9 +61,10 @@ class PresetCall(NamedTuple):
         "tna.torch.attach(model, 'lora', rank=8, targets='all-linear')"
         """
         chosen = targets if isinstance(targets, str) else list(targets)
-        words = [f"model, {self.preset!r}", self._arguments(), f"targets={chosen!r}" if targets else ""]
+        words = [f"model, {self.preset!r}", self._arguments(), f"targets={chosen!r}" if chosen else ""]
         return f"tna.torch.attach({', '.join(filter(None, words))})"
 
+    @checks_arguments
     def options(self, targets: str | Sequence[str] = ()) -> str | None:
         """Return the options of ``tnadapt finetune`` for this config; None if a command line cannot hold a setting.
 
@@ -95,6 +98,7 @@ class PresetCall(NamedTuple):
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
 
+@checks_arguments
 def preset_call(config: Config) -> PresetCall | None:
     """Return the call of a preset that returns a config: the one that it is named after, or else the shortest.
 

@@ -12,6 +12,7 @@ from tnadapt.algebra.formats import FORMATS
 from tnadapt.algebra.maps import Circulant, Scatter, Tile, Wavelet, projection_name, takes_ratio
 from tnadapt.algebra.named_fold import is_named
 from tnadapt.algebra.sources import Scaled, Source, Trained
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError
 
 __all__ = ["SYMBOLS", "Name", "known_as"]
@@ -50,6 +51,7 @@ class Name(NamedTuple):
         return f"{self.family} {self.label}".strip()
 
 
+@checks_arguments
 def known_as(config: Config) -> Name:
     """Return the name of a config.
 

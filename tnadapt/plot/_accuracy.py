@@ -9,6 +9,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tnadapt.argument_checks import checks_arguments
+
 from ._diagram_parts import wide
 from .canvas import count_ticks, figure, ground, ink, legible, pale, quiet, saved, styles, tone
 
@@ -18,6 +20,7 @@ __all__ = ["Axis", "Mark", "pareto"]
 _WIDTH, _NAMES = 7.4, 0.3
 
 
+@checks_arguments
 @dataclasses.dataclass(frozen=True)
 class Axis:
     """The vertical axis of :func:`pareto`: accuracy by default.
@@ -46,11 +49,13 @@ class Axis:
         """What scores are multiplied by."""
         return 100.0 if self.percent else 1.0
 
+    @checks_arguments
     def shown(self, number: float) -> str:
         """Return a drawn number as text."""
         return f"{number:.1f} %" if self.percent else f"{number:.4g}"
 
 
+@checks_arguments
 @dataclasses.dataclass(frozen=True)
 class Mark:
     """One method in a plot of accuracy against parameters.
@@ -95,6 +100,7 @@ class Mark:
         return self.factor * statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
 
 
+@checks_arguments
 def pareto(
     marks: Sequence[Mark], path: str | os.PathLike[str], title: str = "", note: str = "", axis: Axis = Axis()
 ) -> None:

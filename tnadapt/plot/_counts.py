@@ -8,6 +8,7 @@ from typing import Any
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.superlora import SuperLoRA, parameter_count
+from tnadapt.argument_checks import checks_arguments
 
 from .canvas import figure, ground, ink, legible, pale, quiet, saved, tone
 
@@ -19,6 +20,7 @@ _COLOURS = ("#1B2A6B", "#1F6F9F", "#2A9D8F", "#8AB446", "#E9A23B", "#D1495B")
 Shapes = Sequence[tuple[int, int]]
 
 
+@checks_arguments
 def parameters(
     shapes: Shapes,
     path: str | os.PathLike[str],

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.layout import Piece
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ShapeError
 
 from .canvas import figure, ground, ink, pale, quiet, saved, tone
@@ -32,6 +33,7 @@ class _Bar(NamedTuple):
     y: float
 
 
+@checks_arguments
 def layout(
     plan: SuperLoRA,
     path: str | os.PathLike[str],

@@ -10,6 +10,7 @@ from typing import Any
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.argument_checks import checks_arguments
 
 from ._diagram import Diagram, diagram
 from ._diagram_parts import Label, Node, SplitDrawing
@@ -29,6 +30,7 @@ _COLOURS = {
 _MARGIN = 0.3
 
 
+@checks_arguments
 def network(
     config: Config,
     shapes: Sequence[tuple[int, int]],

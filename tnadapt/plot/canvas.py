@@ -13,8 +13,9 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.atomic_files import replace_file
-from tnadapt.checkpoints.container import file_error_context
+from tnadapt.checkpoints.container import file_error_context, path_of
 
 __all__ = [
     "OTHERS", "STYLES", "count_ticks", "figure", "ground", "ink", "legible", "pale", "quiet", "saved", "styles", "tone",
@@ -121,6 +122,7 @@ def _luminance(colour: str) -> float:
     return float(sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True)))
 
 
+@checks_arguments
 def styles(families: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Return a color and a marker for each family: those of ``STYLES``, and others in turn for the rest.
 
@@ -201,7 +203,7 @@ def saved(drawn: Any, path: str | os.PathLike[str]) -> None:
     ValueError
         If matplotlib does not support the format.
     """
-    place = os.fspath(path)
+    place = path_of(path)
     kind = os.path.splitext(place)[1][1:]
     if not kind:  # as matplotlib does
         kind, place = "png", place.rstrip(".") + ".png"

@@ -8,10 +8,12 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.adapter_format import load
 from tnadapt.checkpoints.base_weights import BaseWeights
 from tnadapt.checkpoints.checkpoint import open_checkpoint
+from tnadapt.checkpoints.container import path_of
 from tnadapt.convert import convert
 from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError
 
@@ -72,13 +74,14 @@ class ServedFolder:
     (8, True, None)
     """
 
+    @checks_arguments
     def __init__(
         self,
         folder: str | os.PathLike[str],
         cache: str | os.PathLike[str],
         base: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.folder, self.cache = Path(folder), Path(cache)
+        self.folder, self.cache = Path(path_of(folder)), Path(path_of(cache))
         self.base = None if base is None else os.fspath(base)
         # Adapters that cannot be served, by name: the digest, and the type and message of the error. An exception would
         # keep the adapter's arrays alive by its traceback.
@@ -86,6 +89,7 @@ class ServedFolder:
         if not self.folder.is_dir():
             raise FileError(f"{self.folder} is not a folder: create it, or give another folder of adapters")
 
+    @checks_arguments
     def file_of(self, name: str) -> Path | None:
         """Return the file of an adapter, or None if there is none of this name.
 
@@ -96,6 +100,7 @@ class ServedFolder:
         places = self.folder / f"{name}.safetensors", self.folder / name / "adapter.safetensors"
         return next((place for place in places if place.is_file()), None)
 
+    @checks_arguments
     def find(self, name: str, model: str) -> ServedAdapter | None:
         """Return an adapter as LoRA, expanded if it is not in the cache, or None if there is none of this name.
 
@@ -197,7 +202,7 @@ def _folder_of(model: str) -> str | None:
 def _digest(content: bytes, model: str, base: str | None) -> str:
     """Return a digest of all that the expanded adapter depends on."""
     found = hashlib.sha256()
-    for part in (_VERSION, model.encode(), str(base).encode(), *_state(base), content):
+    for part in (_VERSION, model.encode("utf-8", "surrogatepass"), str(base).encode(), *_state(base), content):
         found.update(len(part).to_bytes(8, "little") + part)
     return found.hexdigest()
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import TargetError, safe_repr
 
 from ._checkpoint_attention import StoredModel, targets_of
@@ -53,6 +54,7 @@ _EMBEDDINGS = {
 }  # fmt: skip
 
 
+@checks_arguments
 def find_stored(
     shapes: Mapping[str, tuple[int, ...]], targets: Any = "qv", config: Mapping[str, Any] | None = None
 ) -> list[Target]:
@@ -97,7 +99,7 @@ def find_stored(
     model = StoredModel(shapes, config)
     if isinstance(targets, str) and targets and _LETTERS.issuperset(targets):
         found = targets_of(model, targets)
-    elif targets == "embeddings":
+    elif isinstance(targets, str) and targets == "embeddings":
         found = [_whole(model, name) for name in model.weights if _is_embedding(model, name)]
     else:
         found = _named(model, shapes, targets)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends.backend import Array
 from tnadapt.errors import TargetError, escaped, integer, safe_repr
 
@@ -80,7 +81,7 @@ class Target:
                 raise TargetError(f"a target's {name} must be a string; got {safe_repr(getattr(self, name))}")
         if not self.parameter:
             raise TargetError("a target's parameter must be a name, such as 'weight'; got ''")
-        if self.role not in ROLES:
+        if not isinstance(self.role, str) or self.role not in ROLES:
             raise TargetError(f"a target's role must be one of {', '.join(ROLES)}; got {safe_repr(self.role)}")
         if not isinstance(self.transposed, bool):
             raise TargetError(f"a target's transposed must be True or False; got {safe_repr(self.transposed)}")
@@ -189,10 +190,12 @@ class Target:
             return self.out, cols
         return self.rows.number, cols
 
+    @checks_arguments
     def renamed(self, module: str) -> Target:
         """Return the same view of a parameter of another module."""
         return dataclasses.replace(self, module=module)
 
+    @checks_arguments
     def block(self, stored: Array) -> Array:
         """Return the weight as a view of the stored array, of shape ``(blocks, rows per block, cols)``.
 
@@ -220,12 +223,14 @@ class Target:
         rows = self.rows or Rows(0, out, out)
         return matrix.reshape((rows.count, rows.stride, cols))[:, rows.start : rows.start + rows.length]
 
+    @checks_arguments
     def select(self, stored: Array) -> Array:
         """Return the weight as a ``(rows, cols)`` matrix, a view of the stored array if possible."""
         if isinstance(self.rows, RowIndices):
             return self._matrix(stored)[self.rows.indices()]
         return self.block(stored).reshape(self.shape)
 
+    @checks_arguments
     def write(self, stored: Array, matrix: Array) -> None:
         """Write a ``(rows, cols)`` matrix of the same dtype to the weight's place in a stored array.
 
@@ -244,13 +249,18 @@ class Target:
 
     def _matrix(self, stored: Array) -> Array:
         """Return the whole weight as an ``(out, cols)`` view of the stored array."""
+        if tuple(stored.shape) != self.stored:
+            raise TargetError(f"stored must have the shape {self.stored} of {self.name}; got {tuple(stored.shape)}")
         own = stored if self.index is None else stored[self.index]
         matrix = own.T if self.transposed else own
         return matrix if matrix.ndim == 2 else matrix.reshape((matrix.shape[0], -1))
 
+    @checks_arguments
     def like_block(self, matrix: Array) -> Array:
         """Reshape a ``(rows, cols)`` array to the shape of :meth:`block`."""
         rows, cols = self.shape
+        if math.prod(matrix.shape) != rows * cols:
+            raise TargetError(f"matrix must have the shape {(rows, cols)} of an update; got {tuple(matrix.shape)}")
         count = self.rows.count if isinstance(self.rows, Rows) else 1
         return matrix.reshape((count, rows // count, cols))
 

@@ -56,7 +56,7 @@ def as_tensor(given: Any, what: str = "the tensor") -> tuple[Backend, Array]:
         raise BackendError(
             f"{what} is a dask array, which tucker() and tensor_train() read in blocks; elsewhere pass x.compute()"
         )
-    backend = get_backend(given)
+    backend = get_backend(given, what=what)
     return backend, numeric(backend, given, what)
 
 
@@ -117,12 +117,13 @@ def integer_of(name: str, value: Any, least: int, most: int | None = None) -> in
     return int(value)
 
 
-def mode_of(mode: Any, shape: Sequence[int]) -> int:
-    """Return a mode as a number from 0; negative ones count from the last."""
+def mode_of(mode: Any, shape: Sequence[int], name: str = "mode") -> int:
+    """Return a mode as a number from 0; negative ones count from the last. The name is that of the parameter."""
     order = len(shape)
     if isinstance(mode, bool) or not isinstance(mode, (int, np.integer)) or not -order <= mode < order:
+        what = name if name == "mode" else f"a mode in {name}"
         raise ShapeError(
-            f"mode must be from 0 to {order - 1} for a tensor of shape {tuple(shape)}, or negative, counted from the "
+            f"{what} must be from 0 to {order - 1} for a tensor of shape {tuple(shape)}, or negative, counted from the "
             f"last; got {safe_repr(mode)}"
         )
     return int(mode) % order

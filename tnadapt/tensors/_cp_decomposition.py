@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tnadapt.algebra.formats import CP, unfolded
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition import Limits
@@ -39,6 +40,7 @@ _CRAWLS = 30
 
 
 @hints_keywords
+@checks_arguments
 def cp(
     tensor: Any,
     rank: int | None = None,
@@ -46,9 +48,9 @@ def cp(
     max_error: float | None = None,
     mask: Any = None,
     weights: Any = None,
-    init: str | CPTensor = "svd",
+    init: Any = "svd",
     fixed: Collection[int] = (),
-    nonnegative: bool | Collection[int] = False,
+    nonnegative: Any = False,
     starts: int = 1,
     random_state: Any = None,
     tol: float = 1e-8,
@@ -163,14 +165,14 @@ class _Options:
         callback: Callback | None,
     ) -> None:
         self.request, self.init = request, init
-        self.fixed = {mode_of(mode, request.shape) for mode in fixed}
+        self.fixed = {mode_of(mode, request.shape, "fixed") for mode in fixed}
         self.starts = integer_of("starts", starts, 1)
         self.iterations = integer_of("max_iterations", max_iterations, 1)
         self.tol, self.callback = tol, callback
         self.nonnegative = constrained_modes(nonnegative, request)
         if self.nonnegative:
             refuse_callback(callback)
-        if not isinstance(init, CPTensor) and init not in ("svd", "random"):
+        if not isinstance(init, CPTensor) and (not isinstance(init, str) or init not in ("svd", "random")):
             raise ConfigError(f"init must be 'svd', 'random' or a CPTensor; got {safe_repr(init)}")
         if isinstance(init, str) and self.fixed:
             raise ConfigError(

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 from tnadapt.algebra.products import cp_to_tensor, hadamard_tensor
-from tnadapt.backends import Backend
+from tnadapt.argument_checks import checks_arguments
+from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition.implicit_gradient import Contraction
 from tnadapt.decomposition.matrix_truncation import with_value
 from tnadapt.errors import ShapeError
 
-from ._checks import as_tensors, integer_of, scalar_of
+from ._checks import as_tensor, as_tensors, integer_of, mode_of, scalar_of
 from ._decomposed import Decomposed
 from ._matrix_products import row_khatri_rao
 from ._modes import mode_dot
@@ -63,11 +64,12 @@ class CPTensor(Decomposed, _CPParts):
     (1.0, (1, 3), 6.0)
     """
 
+    @checks_arguments
     def __new__(cls, weights: Any, factors: Sequence[Any]) -> Self:
-        listed = list(factors)
-        backend, arrays = as_tensors(listed if weights is None else [*listed, weights], "factors")
+        backend, arrays = as_tensors(factors, "factors")
         if weights is not None:
-            weights = arrays.pop()
+            weights = as_tensor(weights, "weights")[1]
+            get_backend(*arrays, weights)
         for mode, factor in enumerate(arrays):
             if len(factor.shape) != 2 or factor.shape[1] != arrays[0].shape[-1]:
                 raise ShapeError(
@@ -196,7 +198,7 @@ class CPTensor(Decomposed, _CPParts):
 
     def mode_dot(self, matrix: Any, mode: int) -> Self:
         """Multiply by a matrix along one mode, without forming the tensor."""
-        number = range(self.order)[mode]
+        number = mode_of(mode, self.shape)
         factors = [mode_dot(one, matrix, 0) if m == number else one for m, one in enumerate(self.factors)]
         return type(self)(self.weights, factors)
 

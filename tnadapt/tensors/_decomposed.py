@@ -195,12 +195,17 @@ class Decomposed(abc.ABC):
     def entry(self, *index: int) -> Array:
         """Compute one element without forming the tensor; an array without axes."""
         if len(index) != self.order:
-            raise ShapeError(f"a tensor of shape {self.shape} has {self.order} indices; got {len(index)}")
+            raise ShapeError(
+                f"index must be {self.order} integers for a tensor of shape {self.shape}; got {len(index)}"
+            )
         return self.entries(np.asarray([index]))[0]
 
     def places(self, indices: Any) -> list[np.ndarray]:
         """Return one vector of indices for each mode, from an array with one row per element."""
-        rows = np.asarray(indices)
+        try:
+            rows = np.asarray(indices)
+        except ValueError:
+            raise ShapeError("indices are a list whose parts differ in length; expected equal lengths") from None
         if rows.ndim != 2 or rows.shape[1] != self.order or rows.dtype.kind not in "iu":
             raise ShapeError(
                 f"indices must be integers of shape (n, {self.order}) for a tensor of shape {self.shape}; got "
@@ -238,7 +243,7 @@ class Decomposed(abc.ABC):
     def same_shape(self, other: Any) -> None:
         """Raise a ShapeError unless another tensor has the same form and shape."""
         if type(other) is not type(self):
-            raise ShapeError(f"expected another {type(self).__name__}; got {type(other).__name__}")
+            raise ShapeError(f"other must be another {type(self).__name__}; got {type(other).__name__}")
         if other.shape != self.shape:
             raise ShapeError(f"the tensors have shapes {self.shape} and {other.shape}; expected the same shape")
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import CP
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.decomposition import Step, decompose
 from tnadapt.errors import BackendError, ShapeError
 
@@ -24,6 +25,7 @@ from ._truncation import useful_rank
 __all__ = ["hadamard_decomposition"]
 
 
+@checks_arguments
 def hadamard_decomposition(
     tensor: Any,
     rank: int | None = None,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 from tnadapt.algebra.products import hadamard_tensor
+from tnadapt.argument_checks import is_sequence
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition.implicit_gradient import Contraction
@@ -61,7 +62,7 @@ class HadamardTensor(Decomposed, _HadamardParts):
     """
 
     def __new__(cls, parts: Sequence[CPTensor]) -> Self:
-        listed = list(parts)
+        listed = list(parts) if is_sequence(parts) else []
         if not listed or not all(isinstance(part, CPTensor) for part in listed):
             raise ShapeError(f"parts must be a list of CP tensors; got {safe_repr(parts)}")
         for part in listed[1:]:

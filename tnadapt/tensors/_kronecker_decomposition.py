@@ -8,6 +8,7 @@ from typing import Any
 
 from tnadapt.algebra.formats import Dense
 from tnadapt.algebra.rearrangement import rearranged
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ShapeError, safe_repr
 
 from ._checks import integer_of
@@ -19,6 +20,7 @@ from ._requests import Callback, Watch, requested
 __all__ = ["kronecker_decomposition"]
 
 
+@checks_arguments
 def kronecker_decomposition(
     tensor: Any,
     shapes: Sequence[Sequence[int]],

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from tnadapt.algebra.products import hadamard_tensor, kron_matvec, kronecker_tensor
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ShapeError
 
-from ._checks import as_tensors, numeric, scalar_of
+from ._checks import as_tensor, as_tensors, numeric, scalar_of
 from ._decomposed import Decomposed
 
 __all__ = ["KroneckerTensor"]
@@ -61,12 +62,14 @@ class KroneckerTensor(Decomposed, _KroneckerParts):
     (array([3., 3.]), (2, 6))
     """
 
+    @checks_arguments
     def __new__(cls, weights: Any, terms: Sequence[Sequence[Any]]) -> Self:
         listed = [list(term) for term in terms]
         flat = [array for term in listed for array in term]
-        backend, arrays = as_tensors(flat if weights is None else [*flat, weights], "terms")
+        backend, arrays = as_tensors(flat, "terms")
         if weights is not None:
-            weights = arrays.pop()
+            weights = as_tensor(weights, "weights")[1]
+            get_backend(*arrays, weights)
             if tuple(weights.shape) != (len(listed),):
                 raise ShapeError(f"weights have shape {tuple(weights.shape)}; expected ({len(listed)},), one per term")
         shapes = [tuple(int(size) for size in array.shape) for array in arrays]

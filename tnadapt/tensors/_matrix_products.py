@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tnadapt.algebra.factor_products import khatri_rao as columns_of
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ShapeError, safe_repr
@@ -143,6 +144,7 @@ def outer(tensors: Sequence[Any]) -> Array:
     return functools.reduce(pair, arrays)
 
 
+@checks_arguments
 def inner(tensor1: Any, tensor2: Any, n_modes: int | None = None) -> Array:
     """Compute the inner product of two tensors, or contract the last modes of one with the first of the other.
 
@@ -191,6 +193,7 @@ def inner(tensor1: Any, tensor2: Any, n_modes: int | None = None) -> Array:
     return backend.reshape(product, (*kept, *rest))
 
 
+@checks_arguments
 def contract(equation: str, *tensors: Any, optimize: Any = "auto") -> Array:
     """Contract a network of tensors, in an order that opt_einsum finds.
 

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from tnadapt.algebra.mode_products import mode_product
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ShapeError, safe_repr
 
-from ._checks import as_tensor, mode_of, numeric
+from ._checks import as_tensor, integer_of, mode_of, numeric
 
 __all__ = ["fold", "mode_dot", "multi_mode_dot", "tensor_to_vec", "unfold", "vec", "vec_to_tensor"]
 
@@ -52,6 +53,7 @@ def unfold(tensor: Any, mode: int) -> Array:
     return backend.reshape(moved, (moved.shape[0], math.prod(moved.shape[1:])))
 
 
+@checks_arguments
 def fold(unfolded: Any, mode: int, shape: Sequence[int]) -> Array:
     """Undo :func:`unfold`.
 
@@ -81,7 +83,7 @@ def fold(unfolded: Any, mode: int, shape: Sequence[int]) -> Array:
     True
     """
     backend, matrix = as_tensor(unfolded, "the unfolded tensor")
-    shape = tuple(int(size) for size in shape)
+    shape = tuple(integer_of("a size in shape", size, 0) for size in shape)
     mode = mode_of(mode, shape)
     expected = (shape[mode], math.prod(shape[:mode] + shape[mode + 1 :]))
     if tuple(matrix.shape) != expected:
@@ -116,6 +118,7 @@ def vec(tensor: Any) -> Array:
 tensor_to_vec = vec
 
 
+@checks_arguments
 def vec_to_tensor(vector: Any, shape: Sequence[int]) -> Array:
     """Undo :func:`vec`.
 
@@ -143,12 +146,13 @@ def vec_to_tensor(vector: Any, shape: Sequence[int]) -> Array:
            [2., 3.]])
     """
     backend, vector = as_tensor(vector, "the vector")
-    shape = tuple(int(size) for size in shape)
+    shape = tuple(integer_of("a size in shape", size, 0) for size in shape)
     if tuple(vector.shape) != (math.prod(shape),):
         raise ShapeError(f"a tensor of shape {shape} is a vector of {math.prod(shape)}; got {tuple(vector.shape)}")
     return backend.reshape(vector, shape)
 
 
+@checks_arguments
 def mode_dot(tensor: Any, matrix_or_vector: Any, mode: int, transpose: bool = False) -> Array:
     """Multiply a tensor by a matrix or a vector along one mode.
 
@@ -188,7 +192,7 @@ def mode_dot(tensor: Any, matrix_or_vector: Any, mode: int, transpose: bool = Fa
     array([3., 3., 3.])
     """
     backend, tensor = as_tensor(tensor)
-    factor = numeric(get_backend(matrix_or_vector), matrix_or_vector, "the matrix or vector")
+    factor = numeric(get_backend(matrix_or_vector, what="matrix_or_vector"), matrix_or_vector, "matrix_or_vector")
     get_backend(tensor, factor)
     return _product(backend, tensor, factor, mode_of(mode, tensor.shape), transpose)
 
@@ -213,6 +217,7 @@ def _product(backend: Backend, tensor: Array, factor: Array, mode: int, transpos
     return backend.reshape(product, shape[:mode] + shape[mode + 1 :]) if vector else product
 
 
+@checks_arguments
 def multi_mode_dot(
     tensor: Any,
     matrices_or_vectors: Sequence[Any],
@@ -258,14 +263,19 @@ def multi_mode_dot(
     """
     backend, tensor = as_tensor(tensor)
     factors = list(matrices_or_vectors)
+    skip = None if skip is None else integer_of("skip", skip, 0)
     numbers = list(range(len(factors))) if modes is None else list(modes)
     if len(numbers) != len(factors) or len(factors) > len(tensor.shape) + (skip is not None):
         raise ShapeError(
             f"{len(factors)} matrices or vectors for the modes {safe_repr(numbers)} of a tensor of shape "
             f"{tuple(tensor.shape)}; expected one for each mode"
         )
+    what = "one of matrices_or_vectors"
     pairs = [
-        (mode_of(mode, tensor.shape), numeric(get_backend(factor), factor, "a factor"))
+        (
+            mode_of(mode, tensor.shape),
+            numeric(get_backend(factor, what=what), factor, what),
+        )
         for place, (mode, factor) in enumerate(zip(numbers, factors, strict=True))
         if place != skip
     ]

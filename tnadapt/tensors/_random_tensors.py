@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import load_backend
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
@@ -34,9 +35,13 @@ def generator(random_state: Any) -> np.random.Generator:
     if isinstance(random_state, np.random.RandomState):
         return np.random.default_rng(random_state.randint(0, 1 << 31, size=4))
     try:
-        return np.random.default_rng(0 if random_state is None else random_state)
+        # NumPy itself crashes on lists that are nested too deeply.
+        numbers = np.ravel(random_state).tolist() if isinstance(random_state, np.ndarray) else random_state
+        if isinstance(numbers, (list, tuple)) and not all(isinstance(one, (int, np.integer)) for one in numbers):
+            raise TypeError
+        return np.random.default_rng(0 if numbers is None else numbers)
     except (TypeError, ValueError):
-        raise ConfigError(f"random_state must be a seed or a NumPy generator; got {random_state!r}") from None
+        raise ConfigError(f"random_state must be a seed or a NumPy generator; got {safe_repr(random_state)}") from None
 
 
 class _Draws:
@@ -56,12 +61,13 @@ class _Draws:
 def _shape(shape: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(shape, Iterable):
         raise ShapeError(f"shape must be a sequence of sizes, one for each mode; got {safe_repr(shape)}")
-    found = tuple(integer_of("a size", size, 1) for size in shape)
+    found = tuple(integer_of("a size in shape", size, 1) for size in shape)
     if not found:
         raise ShapeError("the shape is empty; expected at least one mode")
     return found
 
 
+@checks_arguments
 def random_cp(
     shape: Sequence[int],
     rank: int,
@@ -118,6 +124,7 @@ def random_cp(
     return CPTensor(found.weights, found.normalized().factors) if normalized else found
 
 
+@checks_arguments
 def random_tucker(
     shape: Sequence[int],
     rank: int | Sequence[int],
@@ -166,6 +173,7 @@ def random_tucker(
     return TuckerTensor(core, factors)
 
 
+@checks_arguments
 def random_tt(
     shape: Sequence[int],
     rank: int | Sequence[int],
@@ -205,6 +213,7 @@ def random_tt(
     return TTTensor([draw(ranks[m], size, ranks[m + 1]) for m, size in enumerate(sizes)])
 
 
+@checks_arguments
 def random_tr(
     shape: Sequence[int],
     rank: int | Sequence[int],
@@ -247,6 +256,7 @@ def random_tr(
     return TRTensor([draw(ranks[m], size, ranks[(m + 1) % len(sizes)]) for m, size in enumerate(sizes)])
 
 
+@checks_arguments
 def random_tt_matrix(
     rows: Sequence[int],
     cols: Sequence[int],

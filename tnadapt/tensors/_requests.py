@@ -298,8 +298,13 @@ def _observed(backend: Backend, tensor: Array, mask: Any, weights: Any) -> tuple
 
 
 def _host(given: Any, what: str, shape: tuple[int, ...]) -> np.ndarray:
-    listed = isinstance(given, (list, tuple, np.ndarray))
-    found = np.asarray(given) if listed else get_backend(given).to_numpy(given)
+    if isinstance(given, (list, tuple, np.ndarray)):
+        try:
+            found = np.asarray(given)
+        except ValueError:
+            raise ShapeError(f"{what} is a list whose parts differ in length; expected equal lengths") from None
+    else:
+        found = get_backend(given, what=what).to_numpy(given)
     if found.shape != shape or found.dtype.kind not in "biuf":
         raise ShapeError(
             f"{what} must be numbers of the tensor's shape {shape}; got {found.dtype} of shape {found.shape}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition.matrix_truncation import Leading, MatrixTruncation
@@ -25,12 +26,13 @@ __all__ = ["tensor_ring"]
 
 
 @hints_keywords
+@checks_arguments
 def tensor_ring(
     tensor: Any,
     rank: int | Sequence[int] | None = None,
     *,
     max_error: float | None = None,
-    init: str | TRTensor = "svd",
+    init: Any = "svd",
     fixed: Collection[int] = (),
     starts: int = 1,
     random_state: Any = None,
@@ -98,7 +100,7 @@ def tensor_ring(
     request = requested(tensor, rank, max_error, random_state=random_state, least_order=2)
     sweeps = integer_of("max_iterations", max_iterations, 0)
     count = integer_of("starts", starts, 1)
-    held = {mode_of(mode, request.shape) for mode in fixed}
+    held = {mode_of(mode, request.shape, "fixed") for mode in fixed}
 
     def fitted(one: int | Sequence[int]) -> TRTensor:
         return _fitted(request, _ranks(one, request.shape), init, held, count, sweeps, tol, callback)
@@ -170,7 +172,7 @@ def _start(
             )
         request.refuse_recorded("init", *init)
         return list(init), "given start"
-    if init not in ("svd", "random"):
+    if not isinstance(init, str) or init not in ("svd", "random"):
         raise ConfigError(f"init must be 'svd', 'random' or a TRTensor; got {safe_repr(init)}")
     if held:
         raise ConfigError(f"fixed={sorted(held)} keeps cores of a start: give them as init=TRTensor(cores)")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tnadapt.algebra.formats import TensorTrain
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition import Limits
 from tnadapt.decomposition.block_passes import BlockPasses, passes_over
@@ -32,6 +33,7 @@ __all__ = ["tensor_train", "tt_matrix"]
 
 
 @hints_keywords
+@checks_arguments
 def tensor_train(
     tensor: Any,
     rank: int | Sequence[int] | None = None,
@@ -39,7 +41,7 @@ def tensor_train(
     max_error: float | None = None,
     mask: Any = None,
     weights: Any = None,
-    init: str | Sequence[Any] = "svd",
+    init: Any = "svd",
     fixed: Collection[int] = (),
     svd: str = "auto",
     random_state: Any = None,
@@ -212,6 +214,7 @@ def _finished(request: Request, ranks: list[int] | None, svd: str, sweeps: int, 
 
 
 @hints_keywords
+@checks_arguments
 def tt_matrix(
     matrix: Any,
     rank: int | Sequence[int] | None = None,
@@ -219,7 +222,7 @@ def tt_matrix(
     rows: Sequence[int] | None = None,
     cols: Sequence[int] | None = None,
     max_error: float | None = None,
-    init: str | Sequence[Any] = "svd",
+    init: Any = "svd",
     fixed: Collection[int] = (),
     svd: str = "auto",
     random_state: Any = None,
@@ -306,7 +309,8 @@ def _sizes(
         return shape[: len(shape) // 2], shape[len(shape) // 2 :]
     if rows is None or cols is None or len(shape) != 2:
         raise ShapeError(f"give rows= and cols= together, with a matrix; got a tensor of shape {shape}")
-    tall, wide = tuple(int(size) for size in rows), tuple(int(size) for size in cols)
+    tall = tuple(integer_of("a size in rows", size, 1) for size in rows)
+    wide = tuple(integer_of("a size in cols", size, 1) for size in cols)
     if len(tall) != len(wide) or (math.prod(tall), math.prod(wide)) != shape:
         raise ShapeError(
             f"rows {tall} and columns {wide} do not divide a matrix of shape {shape}: expected equally many, whose "

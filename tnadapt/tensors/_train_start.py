@@ -47,10 +47,10 @@ def start_of(
     BackendError
         If it is of another library, dtype or device, its derivatives are recorded, or the tensor is traced.
     """
-    held = frozenset(mode_of(mode, request.shape) for mode in fixed)
+    held = frozenset(mode_of(mode, request.shape, "fixed") for mode in fixed)
     other = isinstance(init, Decomposed) and not isinstance(init, TTTensor)
     if isinstance(init, str) or other or not isinstance(init, Sequence):
-        if init != "svd":
+        if not isinstance(init, str) or init != "svd":
             raise ConfigError(f"init must be 'svd', a TTTensor or its cores; got {safe_repr(init)}")
         if held:
             raise ConfigError(f"fixed={sorted(held)} keeps cores of a start: give them as init=TTTensor(cores)")

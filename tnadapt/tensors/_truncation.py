@@ -30,11 +30,16 @@ def error_limit(max_error: Any) -> float:
     return float(max_error)
 
 
+def _are_several(rank: Any) -> bool:
+    """Return whether a rank is a sequence of ranks."""
+    return isinstance(rank, (list, tuple)) or (isinstance(rank, np.ndarray) and rank.ndim == 1)
+
+
 def ranks_of(rank: Any, count: int, what: str) -> list[int]:
     """Return one rank for each of ``count`` bonds or modes, from one number or a sequence of them."""
     if isinstance(rank, (int, np.integer)) and not isinstance(rank, bool):
         return [integer_of("rank", rank, 1)] * count
-    listed = list(rank) if isinstance(rank, (list, tuple, np.ndarray)) else None
+    listed = list(rank) if _are_several(rank) else None
     if listed is None or len(listed) != count:
         raise ShapeError(f"rank must be a number or one for each of the {count} {what}; got {safe_repr(rank)}")
     return [integer_of(f"rank[{place}]", one, 1) for place, one in enumerate(listed)]
@@ -55,7 +60,7 @@ def inner_ranks(rank: Any, possible: Sequence[int]) -> list[int]:
     ShapeError
         If a rank of a sequence is above the possible.
     """
-    listed = list(rank) if isinstance(rank, (list, tuple, np.ndarray)) else rank
+    listed = list(rank) if _are_several(rank) else rank
     if not isinstance(listed, list):
         return [min(one, most) for one, most in zip(ranks_of(listed, len(possible), "bonds"), possible, strict=True)]
     if len(listed) == len(possible) + 2 and (listed[0], listed[-1]) == (1, 1):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tnadapt.algebra.formats import Tucker
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition.block_passes import BlockPasses, passes_over
@@ -31,6 +32,7 @@ __all__ = ["tucker"]
 
 
 @hints_keywords
+@checks_arguments
 def tucker(
     tensor: Any,
     rank: int | Sequence[int] | None = None,
@@ -38,9 +40,9 @@ def tucker(
     max_error: float | None = None,
     mask: Any = None,
     weights: Any = None,
-    init: str | TuckerTensor = "svd",
+    init: Any = "svd",
     fixed: Collection[int] = (),
-    nonnegative: bool = False,
+    nonnegative: Any = False,
     svd: str = "auto",
     random_state: Any = None,
     tol: float = 1e-6,
@@ -230,7 +232,7 @@ def _refuse(
 
 def _held(request: Request, init: Any, fixed: Collection[int]) -> set[int]:
     """Check the start; return the modes whose factors are kept."""
-    held = {mode_of(mode, request.shape) for mode in fixed}
+    held = {mode_of(mode, request.shape, "fixed") for mode in fixed}
     if isinstance(init, str):
         if init not in ("svd", "random"):
             raise ConfigError(f"init must be 'svd', 'random' or a TuckerTensor; got {safe_repr(init)}")

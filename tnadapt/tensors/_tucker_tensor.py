@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 from tnadapt.algebra.products import kronecker_tensor, tucker_to_tensor
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition.implicit_gradient import Contraction
 from tnadapt.errors import ShapeError
 
 from ._block_diagonal import block_diagonal
-from ._checks import as_tensors, scalar_of
+from ._checks import as_tensors, mode_of, scalar_of
 from ._decomposed import Decomposed
 from ._matrix_products import row_khatri_rao
 from ._modes import mode_dot
@@ -61,6 +62,7 @@ class TuckerTensor(Decomposed, _TuckerParts):
     ((2, 2), 24.0)
     """
 
+    @checks_arguments
     def __new__(cls, core: Any, factors: Sequence[Any]) -> Self:
         backend, (core, *arrays) = as_tensors([core, *factors], "core and factors")
         if len(arrays) != len(core.shape):
@@ -121,7 +123,7 @@ class TuckerTensor(Decomposed, _TuckerParts):
 
     def mode_dot(self, matrix: Any, mode: int) -> Self:
         """Multiply by a matrix along one mode, without forming the tensor."""
-        number = range(self.order)[mode]
+        number = mode_of(mode, self.shape)
         return type(self)(
             self.core, [mode_dot(one, matrix, 0) if m == number else one for m, one in enumerate(self.factors)]
         )

@@ -17,6 +17,7 @@ import numpy as np
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.starting_points import STARTS
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import available_backends, load_backend
 from tnadapt.errors import ConfigError, integer, safe_repr
 from tnadapt.html_tables import html_table
@@ -98,6 +99,7 @@ class Report:
         return [*absent, "all laws hold" if self.holds else "NOT all laws hold"]
 
 
+@checks_arguments
 def verify(
     config: Config | None = None,
     shapes: Sequence[tuple[int, int]] | None = None,
@@ -158,6 +160,7 @@ def verify(
     ...
     all laws hold
     """
+    shapes = None if shapes is None else list(shapes)
     if config is None and shapes is not None:
         raise ConfigError("shapes belong to a config; give verify(config, shapes)")
     seed = integer("seed", seed, 0, (1 << 64) - 1, ConfigError)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from tnadapt.algebra.config import Config
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.decomposition import FitReport
 from tnadapt.errors import pluralize
 
@@ -141,6 +142,7 @@ class Adapter(AdapterParameters, AdapterFiles):
         """Activate this adapter with weight 1, and deactivate all others on this model."""
         mix(self.model, {self.name: 1.0})
 
+    @checks_arguments
     def set_weight(self, weight: float) -> None:
         """Set the mixing weight."""
         set_weight(self._state, weight)
@@ -171,6 +173,7 @@ class Adapter(AdapterParameters, AdapterFiles):
 
     # -- Merging -----------------------------------------------------------------------------
 
+    @checks_arguments
     def merge(self, max_error: float | None = None) -> None:
         """Add ΔW to the weights; the model then runs at the speed of the base.
 
@@ -223,6 +226,7 @@ class Adapter(AdapterParameters, AdapterFiles):
         _removal.detach(self._state)
         _log.info("detached %r", self)
 
+    @checks_arguments
     def bake(self, max_error: float | None = None) -> nn.Module:
         """Merge for good and remove the adapter; return the model, which then has no trace of tnadapt.
 
@@ -242,6 +246,7 @@ class Adapter(AdapterParameters, AdapterFiles):
         return self.model
 
 
+@checks_arguments
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Return the adapters on a model and its submodules by name.
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, escaped
 
@@ -41,6 +42,7 @@ class AdapterFiles:
             raise ConfigError(f"pretrained must be a tnadapt.Pretrained or None; got {type(about).__name__}")
         self._state.pretrained = about
 
+    @checks_arguments
     def save(self, path: str | os.PathLike[str], *, store_bases: bool = False) -> None:
         """Write one safetensors file: arrays, parameters in ``keep_trainable``, config, targets, :attr:`pretrained`.
 
@@ -65,6 +67,7 @@ class AdapterFiles:
         saving.save(self._state, path, self.pretrained, store_bases)
         _log.info("saved %r to %s", self, escaped(str(path)))
 
+    @checks_arguments
     def save_pretrained(
         self,
         folder: str | os.PathLike[str],
@@ -150,6 +153,7 @@ class AdapterFiles:
             {"private": private, "token": token, "commit_message": commit_message, "revision": revision},
         )  # fmt: skip
 
+    @checks_arguments
     def swap(self, path: str | os.PathLike[str]) -> None:
         """Load the arrays of another adapter's file, of the same config and targets, in place without recompiling.
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.fingerprint import Fingerprint
@@ -45,6 +46,7 @@ _CLOSE = (
 )
 
 
+@checks_arguments
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -181,6 +183,7 @@ def attach_file(
     return adapter
 
 
+@checks_arguments
 def from_pretrained(
     model: nn.Module,
     folder: str | os.PathLike[str],

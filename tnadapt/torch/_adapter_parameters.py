@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.argument_checks import checks_arguments
 
 from . import _arrays, _begin, _trainable
 from ._bound_plan import fill
@@ -107,6 +108,7 @@ class AdapterParameters:
         """
         _trainable.choose(self._state, groups, arrays)
 
+    @checks_arguments
     def parameter_groups(self, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
         """Return the parameter groups of LoRA+ for an optimizer.
 
@@ -130,6 +132,7 @@ class AdapterParameters:
         """
         return _trainable.parameter_groups(self._state, lr, ratio)
 
+    @checks_arguments
     def adam_groups(self, lr: float) -> list[dict[str, Any]]:
         """Return parameter groups with which Adam takes the steps of ``rate="adam"``, whatever the config's rate is.
 
@@ -166,6 +169,7 @@ class AdapterParameters:
         fill(self._state)
         self.load_arrays(self.plan.init(trained=self.trained))
 
+    @checks_arguments
     def start_from(self, arrays: Mapping[str, Any]) -> None:
         """Start training from these arrays; ΔW, which is the difference to them, stays exactly 0.
 
@@ -208,6 +212,7 @@ class AdapterParameters:
         """
         _begin.start_from(self._state, arrays)
 
+    @checks_arguments
     def load_arrays(self, arrays: Mapping[str, Any]) -> None:
         """Copy arrays into the parameters in place, without recompilation; an optimizer keeps its parameters.
 

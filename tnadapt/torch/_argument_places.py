@@ -6,12 +6,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_config import is_setting
+from tnadapt.algebra.rank_bounds import useful_rank
+from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 from tnadapt.targets.target import Target
 
-__all__ = ["refuse_misplaced", "warn_undropped"]
+__all__ = ["refuse_misplaced", "warn_undropped", "warn_useless_rank"]
 
 
 def refuse_misplaced(cfg: Any, targets: Any) -> None:
@@ -49,7 +52,30 @@ def warn_undropped(targets: Sequence[Target], dropout: float) -> None:
         warnings.warn(
             f"dropout={dropout:g} drops nothing here: all targets are embeddings, whose inputs are indices. Leave it "
             "out, or adapt other weights as well",
-            stacklevel=3,
+            stacklevel=4,
+        )
+
+
+def warn_useless_rank(plan: SuperLoRA) -> None:
+    """Warn of a rank beyond which the updates gain nothing, as they can be any already.
+
+    Of frozen arrays, and of arrays that θ makes, more can be useful whatever the sizes: nothing is said about those.
+    """
+    rank = plan.config.rank
+    if isinstance(plan.config, CompositeConfig) or not isinstance(rank, int) or plan.config.sources:
+        return
+    groups = [group for group, _ in plan.alike]
+    most = useful_rank(groups) if plan.config.before is None else None
+    # Some formats cut the rank to what is possible.
+    if (
+        most is not None
+        and rank > most
+        and any(rank in shape for one in groups for shape in one.network.shapes.values())
+    ):
+        warnings.warn(
+            f"rank={rank} is beyond {most}, the largest useful rank for these weights: more parameters add nothing to "
+            f"what their updates can be. Give rank={most} or less",
+            stacklevel=4,
         )
 
 

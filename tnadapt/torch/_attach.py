@@ -18,6 +18,7 @@ from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.algebra.named_config import config_of
 from tnadapt.algebra.shared_maps import share_maps
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import load_backend
 from tnadapt.errors import BackendError, ConfigError, TargetError, integer, safe_repr
 from tnadapt.targets.overlaps import check_distinct
@@ -25,7 +26,7 @@ from tnadapt.targets.target import Target
 
 from . import _freezing as freezing
 from ._adapter import Adapter
-from ._argument_places import refuse_misplaced, warn_undropped
+from ._argument_places import refuse_misplaced, warn_undropped, warn_useless_rank
 from ._bound_plan import bound, is_bound
 from ._config_patterns import check_ordered, of_patterns
 from ._dropout import check_dropout
@@ -49,9 +50,10 @@ _log = logging.getLogger(__name__)
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
+@checks_arguments
 def attach(
     model: nn.Module,
-    cfg: Config | str | Mapping[Any, Config | str] | None = None,
+    cfg: Config | str | Mapping[Any, Any] | None = None,
     targets: Any = "qv",
     name: str = "default",
     *,
@@ -154,6 +156,11 @@ def attach(
 
     In each case the model is unchanged.
 
+    Warns
+    -----
+    UserWarning
+        If the rank is beyond the largest useful one for these weights, or dropout drops nothing.
+
     Examples
     --------
     >>> import torch, tnadapt.torch
@@ -201,6 +208,7 @@ def attach(
         given=given, progress=progress, detach_norm=detach_norm, dropout=dropout,
     )  # fmt: skip
     warn_undropped(adapter.targets, adapter.dropout)
+    warn_useless_rank(adapter.plan)
     return adapter
 
 

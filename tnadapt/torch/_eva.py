@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, ShapeError, integer
 
 from ._adapter import Adapter
@@ -20,6 +21,7 @@ __all__ = ["PrincipalComponents", "eva"]
 _CHUNK = 4
 
 
+@checks_arguments
 def eva(
     adapter: Adapter | nn.Module,
     batches: Iterable[Any],

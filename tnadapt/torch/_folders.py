@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tnadapt.checkpoints import adapter_format
+from tnadapt.checkpoints.container import path_of
 from tnadapt.checkpoints.pretrained_model import Pretrained, is_local
 from tnadapt.errors import ConfigError, FileError
 
@@ -42,7 +43,7 @@ def save(
     file = dataclasses.replace(to_file(adapter, store_bases), pretrained=about)
     if not is_writer():
         return
-    path = Path(os.fsdecode(folder))
+    path = Path(path_of(folder))
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, integer
 
 from ._kept_draws import drawn, forget_draws, held_by_draws
@@ -25,6 +26,7 @@ _LIMIT_ATTR = "_tnadapt_cache_limit"
 _turns = itertools.count(1)
 
 
+@checks_arguments
 def set_cache_limit(model: nn.Module, limit: int) -> None:
     """Set how many bytes the inactive adapters of a model keep together, so that they are fast once they come back.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._adapter import Adapter
@@ -49,6 +50,7 @@ _SCALES: dict[str, Callable[[StartTarget, Tensor, float], tuple[float, Tensor | 
 }
 
 
+@checks_arguments
 def lora_ga(
     adapter: Adapter | nn.Module,
     batches: Iterable[Any],

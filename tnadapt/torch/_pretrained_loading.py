@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.gguf_place import gguf_place
@@ -25,6 +26,7 @@ from ._bundle.model_library import BuildOptions
 __all__ = ["load_pretrained", "load_processor"]
 
 
+@checks_arguments
 def load_pretrained(
     where: str | os.PathLike[str],
     *,
@@ -122,6 +124,7 @@ def load_pretrained(
     return model.eval()
 
 
+@checks_arguments
 def load_processor(
     where: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
 ) -> Any:

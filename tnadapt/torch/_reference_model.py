@@ -6,6 +6,7 @@ import copy
 
 from torch import Tensor, nn
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import TargetError
 
 from ._registry import attached
@@ -15,6 +16,7 @@ from ._state import is_array
 __all__ = ["reference_model"]
 
 
+@checks_arguments
 def reference_model(model: nn.Module, *, with_adapters: bool = False) -> nn.Module:
     """Return a frozen copy of a model, without its adapters, that shares the base's parameters.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 
 from ._forward_patch import ForwardPatch
@@ -56,6 +57,7 @@ def refuse_merged(model: nn.Module, what: str, but: AdapterState | None = None) 
             raise TargetError(f"adapter {other.name!r} is merged into the base: unmerge it before {what}")
 
 
+@checks_arguments
 def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, float]]) -> None:
     """Set the mixing weights of a model's adapters; adapters that are not named get weight 0.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import TargetError
 from tnadapt.targets.target import ROLES, Target
 
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 
+@checks_arguments
 def find_targets(
     model: nn.Module,
     targets: Any = "qv",

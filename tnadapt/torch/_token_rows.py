@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import TargetError, integer, safe_repr
 from tnadapt.targets.row_sets import MAX_SIZE
 from tnadapt.targets.target import RowIndices, Target
@@ -18,6 +19,7 @@ from ._weights import modules_of, weights_of
 __all__ = ["token_targets"]
 
 
+@checks_arguments
 def token_targets(model: nn.Module, tokens: Iterable[int], module: str | None = None) -> list[Target]:
     """Return the rows of some tokens in an embedding as a target, for :func:`attach`.
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError
@@ -26,10 +27,19 @@ class Chain(Map):
         Two or more; the length of each one's output is that of the next one's input.
     """
 
+    @checks_arguments
     def __init__(self, parts: Sequence[Map]) -> None:
+        parts = tuple(parts)
+        if not parts:
+            raise ConfigError("parts must be at least one map; got none")
         super().__init__(parts[0].n_in, parts[-1].n_out, parts[0].seed, parts[0].group)
-        assert all(one.n_out == after.n_in for one, after in itertools.pairwise(parts))
-        self.parts = tuple(parts)
+        for one, after in itertools.pairwise(parts):
+            if one.n_out != after.n_in:
+                raise ConfigError(
+                    f"parts must fit each other; {one.kind!r} makes {one.n_out} elements, and {after.kind!r} takes "
+                    f"{after.n_in}"
+                )
+        self.parts = parts
         self.kind = " → ".join(part.kind for part in parts)
         for part in parts[:-1]:
             if not part.linear:

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from tnadapt.errors import ConfigError, TnadaptError, safe_repr
+from tnadapt.argument_checks import checks_arguments
+from tnadapt.errors import ConfigError, TnadaptError, integer, safe_repr
 
+from ..folding import MAX_SIZE
 from ._brought import BroughtMap
 from ._chain import Chain
 from ._map import Map, Space
@@ -293,6 +295,8 @@ def _free(steps: Sequence[_Step]) -> int | None:
 
 def _length(ratio: float, size: int) -> int:
     # The ratio is the decimal it prints as: 0.07 of 100 is 7, not 8.
+    if not math.isfinite(ratio) or ratio <= 0.0:
+        raise ConfigError(f"ratio must be finite and above 0; got {safe_repr(ratio)}")
     return max(1, math.ceil(Fraction(str(ratio)) * size))
 
 
@@ -324,6 +328,7 @@ def _build(steps: Sequence[_Step], codomain: Space, free_length: int | None, see
     return parts[0] if len(parts) == 1 else Chain(parts)
 
 
+@checks_arguments
 def input_length(projection: Recipe, size: int, ratio: float, shapes: Sequence[tuple[int, int]] | None = None) -> int:
     """Return the length before F of a group of so many elements, or of weights of these shapes.
 
@@ -334,9 +339,10 @@ def input_length(projection: Recipe, size: int, ratio: float, shapes: Sequence[t
     """
     if shapes is not None:
         return make_map_on_weights(projection, shapes, ratio).n_in
-    return make_map(projection, None, size, ratio=ratio).n_in
+    return make_map(projection, None, integer("size", size, 1, MAX_SIZE, ConfigError), ratio=ratio).n_in
 
 
+@checks_arguments
 def make_map(
     kind: Recipe, n_in: int | None, n_out: int, seed: int = 0, group: int = 0, ratio: float | None = None
 ) -> Map:
@@ -362,6 +368,8 @@ def make_map(
     Shuffle(n_in=4, n_out=4, seed=1, group=0)
     """
     steps = _steps(kind)
+    n_in = None if n_in is None else integer("n_in", n_in, 1, MAX_SIZE, ConfigError)
+    n_out = integer("n_out", n_out, 1, MAX_SIZE, ConfigError)
     length = _length(1.0 if ratio is None else ratio, n_out) if n_in is None else n_in
     found = _build(steps, Space(n_out), length, seed, group)
     if n_in is not None and found.n_in != n_in:
@@ -371,6 +379,7 @@ def make_map(
     return found
 
 
+@checks_arguments
 def make_map_on_weights(
     kind: Recipe, shapes: Sequence[tuple[int, int]], ratio: float = 1.0, seed: int = 0, group: int = 0
 ) -> Map:
@@ -389,7 +398,9 @@ def make_map_on_weights(
     >>> make_map_on_weights("dct2", [(2, 3), (4, 4)]).n_in
     22
     """
-    steps, made = _steps(kind), dict[tuple[int, int], Map]()
+    steps, made, shapes = _steps(kind), dict[tuple[int, int], Map](), list(shapes)
+    if not shapes:
+        raise ConfigError("shapes must be those of at least one weight; got none")
     for rows, cols in shapes:
         if (rows, cols) not in made:
             size = rows * cols

@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
+from tnadapt.errors import ConfigError
 
 from ._map import Map
 
@@ -26,10 +28,14 @@ class PerWeight(Map):
         One per weight, of one kind. Weights of equal shape share one object, and are computed together if all do.
     """
 
+    @checks_arguments
     def __init__(self, parts: Sequence[Map]) -> None:
+        parts = tuple(parts)
+        if not parts:
+            raise ConfigError("parts must be at least one map; got none")
         first = parts[0]
         super().__init__(sum(p.n_in for p in parts), sum(p.n_out for p in parts), first.seed, first.group)
-        self.parts = tuple(parts)
+        self.parts = parts
         self.kind = first.kind
         self.linear = first.linear
         self.identity = first.identity

@@ -66,7 +66,7 @@ class Scatter(MapSettings):
     def _checked_positions(self, given: Any) -> tuple[int, ...]:
         if not isinstance(given, (tuple, list, np.ndarray)) or len(given) < 1:
             raise ConfigError(f"Scatter's positions must be a tuple of integers, or None; got {safe_repr(given)}")
-        found = tuple(integer("a position of Scatter", place, 0, MAX_SIZE - 1, ConfigError) for place in given)
+        found = tuple(integer("one of Scatter's positions", place, 0, MAX_SIZE - 1, ConfigError) for place in given)
         if len(set(found)) < len(found):
             (twice, _), *_ = collections.Counter(found).most_common(1)
             raise ConfigError(f"Scatter's positions must be distinct; {twice} is given twice or more often")

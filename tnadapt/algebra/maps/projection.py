@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, ShapeError, integer
@@ -93,6 +94,7 @@ class Projection:
         self.key: tuple[Any, ...] = (kind, self.n_in, self.n_out, seed, group)
 
     @classmethod
+    @checks_arguments
     def on_weights(
         cls, kind: Any, shapes: Sequence[tuple[int, int]], ratio: float = 1.0, seed: int = 0, group: int = 0
     ) -> Projection:
@@ -126,6 +128,7 @@ class Projection:
         self.kind, self.map = kind, found
         self.n_in, self.n_out, self.seed, self.group = found.n_in, found.n_out, found.seed, found.group
 
+    @checks_arguments
     def share(self, other: Projection, digest: bool = False) -> None:
         """Use the map of another projection with the same ``key``, and with ``digest`` its digest."""
         self.map = other.map
@@ -261,13 +264,13 @@ class Projection:
         >>> Projection("shuffle", 4, 4, seed=0).adjoint(np.array([3.0, 1.0, 2.0, 0.0]))
         array([0., 1., 2., 3.])
         """
-        y = self._checked(y, self.n_out)
+        y = self._checked(y, self.n_out, "y")
         if self.linear:
             return _in_float32(self.map.adjoint, y)
         if at is None:
             raise ConfigError(f"{self.kind!r} is nonlinear: give the point of its adjoint, adjoint(y, at=x)")
+        at = self._checked(at, self.n_in, "at")
         get_backend(y, at)
-        at = self._checked(at, self.n_in)
         if tuple(at.shape[:-1]) not in ((), tuple(y.shape[:-1])):
             raise ShapeError(
                 f"at has shape {tuple(at.shape)}; expected ({self.n_in},) or the batch of y, {tuple(y.shape)}"
@@ -283,11 +286,11 @@ class Projection:
         """
         return self.map.digest()
 
-    def _checked(self, x: Array, length: int) -> Array:
-        backend = get_backend(x)
-        backend.require_float(x, "the input of a projection")
+    def _checked(self, x: Array, length: int, what: str = "x") -> Array:
+        backend = get_backend(x, what=what)
+        backend.require_float(x, f"{what}, the input of a projection,")
         if len(x.shape) < 1 or x.shape[-1] != length:
-            raise ShapeError(f"{self!r} got an array of shape {tuple(x.shape)}; expected (…, {length})")
+            raise ShapeError(f"{self!r} got {what} of shape {tuple(x.shape)}; expected (…, {length})")
         return x
 
 

@@ -72,14 +72,17 @@ def fwht(x: Array, axis: int = -1, normalize: bool = True, *, out: Array | None 
     True
     """
     # This also runs on small arrays, whose transform takes less than a microsecond: each attribute is read once.
-    backend = (known_backend(type(x)) or get_backend(x)) if out is None else get_backend(x, out)
+    backend = known_backend(type(x)) or get_backend(x, what="x")
+    if out is not None:
+        get_backend(out, what="out")
+        get_backend(x, out)
     if out is None and axis is _LAST:  # of equal integers as small as this there is only one
         found = backend.fwht_at_once(x, normalize)
         if found is not None:
             return found
     kind, shape = backend.dtype_name(x), x.shape
     if kind not in FLOAT_DTYPES:
-        backend.require_float(x, "the input of fwht")
+        backend.require_float(x, "x, the input of fwht,")
     ndim = len(shape)
     if type(axis) is not int or not -ndim <= axis < ndim:
         axis = _checked_axis(shape, axis)

@@ -38,7 +38,8 @@ class Multiplied(Source):
     def __post_init__(self) -> None:
         if not isinstance(self.of, Source) or isinstance(self.of, Multiplied):
             raise ConfigError(
-                f"{type(self).__name__} needs a source without trained diagonals or matrices; got {safe_repr(self.of)}"
+                f"of must be a source, for {type(self).__name__} one without trained diagonals or matrices; got "
+                f"{safe_repr(self.of)}"
             )
 
     @property

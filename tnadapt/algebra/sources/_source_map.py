@@ -45,6 +45,8 @@ class SourceMap(Mapping[str, Source]):
     """
 
     def __init__(self, sources: Mapping[str, Source] = types.MappingProxyType({})) -> None:
+        if not isinstance(sources, Mapping):
+            raise ConfigError(f"sources must be a mapping of names to sources; got {safe_repr(sources)}")
         self._sources = dict(sources)
         if len(self._sources) > _MAX_ENTRIES:
             raise ConfigError(f"sources has {len(self._sources)} entries; at most {_MAX_ENTRIES} are allowed")

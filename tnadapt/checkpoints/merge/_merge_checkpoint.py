@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, FileError, escaped, pluralize
 
 from .._resolution import resolve
@@ -71,6 +72,7 @@ class MergeReport:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
 
+@checks_arguments
 def merge(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str] | AdapterFile,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import TnadaptError, safe_repr
 
 from ._engine import Engine
@@ -16,6 +17,7 @@ __all__ = ["ENGINES", "engine_options", "open_engine"]
 ENGINES: Mapping[str, type[Engine]] = {engine.name: engine for engine in (LocalEngine, RayEngine, SlurmEngine)}
 
 
+@checks_arguments
 def open_engine(
     name: str, jobs: int | None = None, options: Mapping[str, str] | None = None, light: bool = False
 ) -> Engine:

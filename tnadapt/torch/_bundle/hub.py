@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tnadapt.checkpoints.container import path_of
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 
 from .model_library import refusing
@@ -48,7 +49,7 @@ def adapter_path(where: str | os.PathLike[str], revision: str | None = None, tok
     """
     if is_repository(where):
         return _downloaded(str(where), revision, token)
-    path = Path(os.fsdecode(where))
+    path = Path(path_of(where))
     if path.is_dir():
         if not (path / FILE_NAME).is_file():
             raise FileError(f"{path}: this folder has no {FILE_NAME}, which save_pretrained writes{_peft_hint(path)}")

@@ -1,0 +1,322 @@
+"""Every public call with one bad argument works or raises an error of ours that names the parameter."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import resource
+import signal
+import traceback
+import types
+import typing
+import unittest.mock
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from tests.support.bad_values import BAD_VALUES
+from tests.support.depth import long_only
+from tests.support.valid_calls import CALLS, OWNERS, Workbench
+from tnadapt import backends
+from tnadapt.errors import TnadaptError
+from tnadapt.plugins import forget_registered
+from tnadapt.targets.attention_layouts import forget_layouts
+
+SECONDS = 5.0
+BYTES = 1 << 30
+
+
+#: How messages call a parameter in place of its name. Of arrays that do not go together, none is the wrong one.
+WORDS = {
+    "adapter": ("a path", "No such file"),
+    "adapter_file": ("AdapterFile",),
+    "base": ("a path", "No such file"),
+    "cfg": ("Config", "preset"),
+    "cls": ("class",),
+    "cp": ("CP",),
+    "deltas": ("update", "tensor"),
+    "factory": ("a callable",),
+    "folder": ("a path",),
+    "items": ("weights",),
+    "layout": ("AttentionLayout",),
+    "kind": ("projection", "settings"),
+    "matrices": ("matrix",),
+    "numbers": ("indices", "index"),
+    "out": ("a path", "must end with", "the folder", "is a folder"),
+    "path": ("No such file", "the folder", "an adapter folder"),
+    "projection": ("settings of",),
+    "settings": ("a mapping", "field"),
+    "source": ("a path", "No such file"),
+    "terms": ("factor",),
+    "to": ("array",),
+    "tuned": ("a path", "No such file"),
+    "value": ("a target",),
+    "values": ("keys",),
+    "vec": ("a vector",),
+}
+
+
+class _TooSlow(BaseException):
+    """Raised into a call that takes too long."""
+
+
+@contextlib.contextmanager
+def limited() -> Iterator[None]:
+    """Limit the time and the additional memory of what is called inside."""
+
+    def stop(number: int, frame: types.FrameType | None) -> None:
+        raise _TooSlow
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before, most = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + BYTES, most))
+    handler = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, (before, most))
+
+
+def function_of(name: str, bench: Workbench) -> Callable[..., Any]:
+    """Return the function, class, or method of a new object, that a name of the table means."""
+    place, _, last = name.rpartition(".")
+    owner = OWNERS.get(name if place and name in OWNERS and place in OWNERS else place)
+    if owner is not None:
+        return getattr(owner(bench), last)  # type: ignore[no-any-return]
+    parts = name.split(".")
+    found: Any = importlib.import_module("tnadapt")
+    for number, part in enumerate(parts, 1):
+        path = "tnadapt." + ".".join(parts[:number])
+        if number < len(parts) and importlib.util.find_spec(path):
+            found = importlib.import_module(path)
+        else:
+            found = getattr(found, part)
+    return found
+
+
+def called(name: str, bench: Workbench, changes: Mapping[str, Any]) -> Any:
+    """Call a function with valid arguments but for the given ones, and use up a result that is lazy."""
+    arguments = {**CALLS[name](bench), **changes}
+    positional = next((list(value) for key, value in arguments.items() if key.startswith("*")), [])
+    keywords = {key: value for key, value in arguments.items() if not key.startswith("*")}
+    function = function_of(name, bench)
+    if positional and keywords:  # the keywords that come before them
+        before = [keywords.pop(key) for key in list(keywords) if list(arguments).index(key) < 1]
+        positional = [*before, *positional]
+    try:
+        with unittest.mock.patch.dict(backends._factories):
+            result = function(*positional, **keywords)
+    finally:
+        if "register" in name:
+            forget_registered()
+            forget_layouts()
+    if isinstance(result, contextlib.AbstractContextManager) and not isinstance(result, Path):
+        with result:
+            pass
+    return result
+
+
+def complaint(name: str, parameter: str, value: Callable[[], Any], bench: Workbench) -> str | None:
+    """Return what is wrong with how a call takes a bad value; None if nothing is."""
+    bad = value()
+    given = [bad] if parameter.startswith("*") else bad
+    try:
+        with limited(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            called(name, bench, {parameter: given})
+    except TnadaptError as error:
+        return wrong_message(str(error), parameter)
+    except _TooSlow:
+        return "takes too long"
+    except TypeError as error:
+        if re.search("positional argument|unexpected keyword argument|takes no arguments", str(error)):
+            return None  # Python's own, about a callable that the caller gave
+        return described(error)
+    except (SystemExit, Exception) as error:
+        return described(error)
+    return None
+
+
+def wrong_message(message: str, parameter: str) -> str | None:
+    """Return what is wrong with a message; None if nothing is."""
+    if len(message) > 2000:
+        return f"a message of {len(message)} characters: {message[:80]}"
+    name = parameter.lstrip("*")
+    words = [name, name + "s", name.replace("_", " "), name.removesuffix("s"), "arrays of two", *WORDS.get(name, ())]
+    if not any(re.search(rf"\b{re.escape(word)}\b", message, re.IGNORECASE) for word in words):
+        return f"does not name it: {message[:300]}"
+    return None
+
+
+def described(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    ours = [one for one in traceback.extract_tb(error.__traceback__) if "/tnadapt/" in one.filename]
+    last = ours[-1] if ours else frame
+    text = str(error) if not isinstance(error, RecursionError) else ""
+    return f"{type(error).__name__} at {last.filename.rpartition('/tnadapt/')[2]}:{last.lineno}: {text[:120]}"
+
+
+#: Modules all of whose ``__all__`` is public, by the prefix in the table.
+MODULES = (
+    "tnadapt",
+    "presets",
+    "maps",
+    "sources",
+    "tensors",
+    "decomposition",
+    "planning",
+    "plot",
+    "convert",
+    "serving",
+    "torch",
+    "torch.starts",
+    "testing",
+    "finetune",
+)
+
+#: What is listed there without taking a caller's arguments: the library calls it, or makes it.
+CALLED_BY_THE_LIBRARY = {
+    # Results, and records of the library's own making.
+    "MergeReport", "TnadaptError", "ConfigError", "ShapeError", "BackendError", "FileError", "TargetError",
+    "decomposition.Fit", "decomposition.FitReport", "decomposition.FoundRank", "decomposition.GroupReport",
+    "decomposition.Limits", "decomposition.Step", "planning.Name", "planning.Plan", "planning.PresetCall",
+    "planning.Rank", "planning.Row", "tensors.FitOutcome", "tensors.Decomposed", "torch.RequantizationReport",
+    "torch.RequantizedWeight", "torch.Adapter", "convert.Conversion", "finetune.Outcome", "finetune.Point",
+    "finetune.Method", "finetune.Predictions", "finetune.Task", "finetune.Problem", "sources.Place",
+    "sources.Stream", "sources.Origin", "sources.FrozenArray", "sources.FrozenArrays",
+    # What plug-ins and other packages inherit from, and the functions between the library and them.
+    "maps.Space", "maps.Map", "maps.MapSettings", "maps.BroughtMap", "maps.Dft2", "maps.Linear", "maps.LinearV2",
+    "maps.Nonlinear",
+    "maps.Shuffle", "maps.tanhshrink", "maps.is_brought", "maps.is_linear", "maps.projection_name",
+    "maps.projection_to_json", "maps.require_ratio_fits", "maps.takes_ratio", "sources.Source", "sources.Multiplied",
+    "sources.BaseCore", "sources.Trained", "sources.check_term", "sources.dominant_svd", "sources.inner_source",
+    "sources.leading_qr", "sources.minor_svd", "sources.origins_of", "decomposition.fit_format", "convert.Base",
+    "convert.EncodedAdapter", "convert.ExportChoice", "convert.FileFormat", "convert.ForeignAdapter", "convert.Module",
+    "convert.ModuleUpdate", "convert.Pair", "convert.StoredFiles", "convert.TargetUpdate", "convert.target_of",
+    "torch.QuantizedLayer", "finetune.Engine", "finetune.Reporter", "finetune.BarReporter", "testing.BackendContract",
+    "testing.FormatContract", "testing.MapContract", "testing.SourceContract",
+    # A finished study or a network is needed for these; tests/finetune and tests/torch have their refusals.
+    "finetune.predict", "finetune.open_problem", "finetune.run_tasks", "serving.vllm_resolver", "torch.load_processor",
+}  # fmt: skip
+
+#: Calls of the table that no ``__all__`` lists, as their modules have none, and methods.
+DEFINED_ELSEWHERE = [name for name in CALLS if name.startswith(("targets.", "checkpoints."))]
+DEFINED_ELSEWHERE += [name for name in CALLS if name.rpartition(".")[0] in OWNERS]
+
+
+def public_calls() -> set[str]:
+    """Return the names of all functions and classes that users call with arguments, but for methods."""
+    found = set[str]()
+    for place in MODULES:
+        module = importlib.import_module("tnadapt" if place == "tnadapt" else f"tnadapt.{place}")
+        for name in module.__all__:
+            value = getattr(module, name)
+            if not callable(value) or typing.get_origin(value) is not None or value in seen_at_the_top(place):
+                continue
+            found.add(name if place == "tnadapt" else f"{place}.{name}")
+    return {name for name in found - CALLED_BY_THE_LIBRARY if takes_arguments(name)}
+
+
+def seen_at_the_top(place: str) -> list[Any]:
+    """Return what ``tnadapt`` or an earlier module lists, too."""
+    import tnadapt
+
+    found = [getattr(tnadapt, name) for name in tnadapt.__all__] if place != "tnadapt" else []
+    if place == "torch":
+        found += [tnadapt.Target, tnadapt.Rows]
+    return found
+
+
+def takes_arguments(name: str) -> bool:
+    parameters = inspect.signature(function_of(name, None)).parameters.values()  # type: ignore[arg-type]
+    return any(one.kind is not one.VAR_KEYWORD for one in parameters)
+
+
+#: Parameters of which some bad values still end otherwise. It can only shrink.
+KNOWN: set[tuple[str, str]] = set()
+
+#: Calls that take seconds each, as they train, or measure every library.
+SLOW = {"verify"}
+
+VALUES = list(BAD_VALUES)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
+    """Return what the calls are made with; they run in a folder of their own, as some write to relative paths."""
+    pytest.importorskip("huggingface_hub")
+    folder = tmp_path_factory.mktemp("calls")
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("here"))
+    with unittest.mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
+        yield Workbench(folder)
+    os.chdir(before)
+
+
+def complaints(name: str, parameter: str, labels: Iterable[str], bench: Workbench) -> list[str]:
+    found = ((label, complaint(name, parameter, BAD_VALUES[label], bench)) for label in labels)
+    return [f"{name}({parameter}={label}) {wrong}" for label, wrong in found if wrong]
+
+
+def test_valid_calls_work(bench: Workbench) -> None:
+    for name in CALLS:
+        called(name, bench, {})
+
+
+def test_a_sample_of_bad_values(bench: Workbench) -> None:
+    """Each parameter gets two values, each value about equally often; all get all in the long profile."""
+    wrong, number = list[str](), 0
+    for name in CALLS:
+        for parameter in [] if name in SLOW else CALLS[name](bench):
+            number += 1
+            if (name, parameter) not in KNOWN:
+                labels = [VALUES[(number + step) % len(VALUES)] for step in (0, len(VALUES) // 2)]
+                wrong += complaints(name, parameter, labels, bench)
+    assert wrong == []
+
+
+@long_only
+@pytest.mark.parametrize("name", CALLS)
+def test_all_bad_values(name: str, bench: Workbench) -> None:
+    """A parameter of the table without complaints has to be taken off it."""
+    for parameter in CALLS[name](bench):
+        wrong = complaints(name, parameter, VALUES, bench)
+        assert bool(wrong) == ((name, parameter) in KNOWN), wrong
+
+
+def test_known_complaints_are_about_parameters(bench: Workbench) -> None:
+    assert [one for one in KNOWN if one[1] not in CALLS[one[0]](bench)] == []
+
+
+@pytest.mark.parametrize("name", sorted(public_calls()))
+def test_every_public_callable_has_a_valid_call(name: str) -> None:
+    assert name in CALLS
+
+
+def test_every_call_is_public() -> None:
+    assert set(CALLS) - public_calls() - set(DEFINED_ELSEWHERE) == set()
+
+
+def test_a_wrong_result_is_noticed(bench: Workbench) -> None:
+    """The judge itself: silence, raw errors, other words and long messages."""
+    assert wrong_message("rank must be an integer; got None", "rank") is None
+    assert wrong_message("it must be an integer; got None", "rank") is not None
+    assert wrong_message("rank " * 1000, "rank") is not None
+    assert complaint("kronecker", "arrays", lambda: [np.ones(2), np.ones(3)], bench) is None
+    with unittest.mock.patch("tnadapt.kronecker", lambda arrays: arrays.shape):
+        wrong = complaint("kronecker", "arrays", lambda: 3, bench)
+    assert wrong is not None
+    assert wrong.startswith("AttributeError")

@@ -1,0 +1,280 @@
+"""The types of arguments of public functions, checked before a function does anything.
+
+A decorator reads the annotations of a function, as people do, and names the parameter whose value is of another type.
+What else must hold for a value is checked by the function itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import numbers
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar, cast
+
+from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError, safe_repr
+
+__all__ = ["checks_arguments", "is_sequence", "wrong_argument"]
+
+# Python does not print longer integers.
+_MOST_BITS = 14_000
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+class _Type(NamedTuple):
+    """The values that an annotation stands for.
+
+    Attributes
+    ----------
+    accepts : callable
+        Whether a value is one of them.
+    one, several : str
+        What a single one and many of them are called.
+    error : type of TnadaptError
+        What another value raises.
+    """
+
+    accepts: Callable[[Any], bool]
+    one: str
+    several: str
+    error: type[TnadaptError] = ConfigError
+
+
+def checks_arguments(function: T) -> T:
+    """Return a function, or a class, that checks the types of its arguments against their annotations.
+
+    Parameters
+    ----------
+    function : callable
+        A function, or a class, of which ``__init__`` is decorated. Its annotations are strings. Parameters that are
+        annotated with ``Any``, and those without an annotation, take everything.
+
+    Returns
+    -------
+    callable
+
+    Notes
+    -----
+    ``int`` takes what has ``__index__``, but for bool; ``float`` takes real numbers; a sequence may be anything
+    iterable but text and mappings; classes are compared by name, since annotations may name classes that are not
+    imported. Elements of an iterator are not
+    checked.
+
+    Examples
+    --------
+    >>> @checks_arguments
+    ... def repeat(text: "str", times: "int | None" = None) -> "str":
+    ...     return text * (times or 1)
+    >>> repeat("ab", 2)
+    'abab'
+    >>> repeat("ab", times=0.5)
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.ConfigError: times must be an integer or None; got 0.5
+    """
+    if isinstance(function, type):
+        cls: Any = function
+        cls.__init__ = checks_arguments(cls.__init__)
+        return cast("T", cls)
+
+    every = inspect.signature(function).parameters
+    parameters = {name: one for name, one in every.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
+    positional = [name for name, one in parameters.items() if one.kind is not one.KEYWORD_ONLY]
+    types = {name: _type_of(one.annotation) for name, one in parameters.items() if one.annotation is not one.empty}
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name, value in (*zip(positional, args, strict=False), *kwargs.items()):
+            expected = types.get(name)
+            if expected is not None and not expected.accepts(value):
+                raise wrong_argument(name, expected.one, value, expected.error)
+        return function(*args, **kwargs)
+
+    return cast("T", checked)
+
+
+def wrong_argument(name: str, expected: str, value: Any, error: type[TnadaptError] = ConfigError) -> TnadaptError:
+    """Return the error for an argument of a wrong type."""
+    return error(f"{name} must be {expected}; got {safe_repr(value)}")
+
+
+@functools.cache
+def _type_of(annotation: str) -> _Type | None:
+    """Return the type that an annotation stands for; None if it is any."""
+    return _of_node(ast.parse(annotation, mode="eval").body)
+
+
+def _of_node(node: ast.expr) -> _Type | None:
+    if isinstance(node, ast.BinOp):
+        return _union(node)
+    if isinstance(node, ast.Constant):
+        return _Type(lambda value: value is None, "None", "None") if node.value is None else _type_of(str(node.value))
+    if isinstance(node, ast.Subscript):
+        arguments = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        return _generic(_name(node.value), arguments)
+    name = _name(node)
+    if name in _NAMED:
+        return _NAMED[name]
+    article = "an" if name[0] in "AEIO" else "a"
+    error = _ERRORS.get(name, ConfigError)
+    return _Type(lambda value: _is_a(value, name), f"{article} {name}", f"{name}s", error)
+
+
+def _union(node: ast.BinOp) -> _Type | None:
+    """Return the type of ``a | b``."""
+    parts: list[ast.expr] = []
+    rest: ast.expr = node
+    while isinstance(rest, ast.BinOp):
+        parts.insert(0, rest.right)
+        rest = rest.left
+    types = [_of_node(part) for part in (rest, *parts)]
+    if any(one is None for one in types):
+        return None
+    known = [one for one in types if one is not None]
+    return _Type(
+        lambda value: any(one.accepts(value) for one in known),
+        _either([one.one for one in known]),
+        _either([one.several for one in known]),
+        next((one.error for one in known if one.one != "None"), ConfigError),
+    )
+
+
+def _either(words: list[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
+
+
+def _generic(name: str, arguments: list[ast.expr]) -> _Type | None:
+    """Return the type of ``name[arguments]``."""
+    if name == "os.PathLike":
+        return None
+    if name in ("type", "Callable"):
+        return _NAMED[name]
+    if name in ("Mapping", "dict"):
+        return _mapping(*map(_of_node, arguments))
+    if name == "tuple" and not (isinstance(arguments[-1], ast.Constant) and arguments[-1].value is ...):
+        return _tuple([_of_node(one) for one in arguments])
+    if name in ("Sequence", "Collection", "Iterable", "Iterator", "list", "set", "tuple"):
+        return _sequence(_of_node(arguments[0]))
+    return None
+
+
+def _sequence(element: _Type | None) -> _Type:
+    def accepts(value: Any) -> bool:
+        if element is _HASHABLE and isinstance(value, str):
+            return True
+        if not is_sequence(value):
+            return False
+        return element is None or isinstance(value, Iterator) or all(map(element.accepts, value))
+
+    of = "" if element is None else f" of {element.several}"
+    return _Type(accepts, f"a sequence{of}", f"sequences{of}", ShapeError if element is None else element.error)
+
+
+def _tuple(elements: list[_Type | None]) -> _Type:
+    def accepts(value: Any) -> bool:
+        if not is_sequence(value) or not hasattr(value, "__len__") or len(value) != len(elements):
+            return False
+        return all(one is None or one.accepts(part) for one, part in zip(elements, value, strict=True))
+
+    words = ", ".join("anything" if one is None else one.one for one in elements)
+    same = len({one.several for one in elements if one is not None}) == 1 and elements[0] is not None
+    if len(elements) == 2 and same and elements[0] is not None:
+        return _Type(accepts, f"a pair of {elements[0].several}", f"pairs of {elements[0].several}", ShapeError)
+    return _Type(accepts, f"a tuple of {words}", f"tuples of {words}", ShapeError)
+
+
+def _mapping(key: _Type | None, element: _Type | None = None) -> _Type:
+    def accepts(value: Any) -> bool:
+        return (
+            isinstance(value, Mapping)
+            and (key is None or all(map(key.accepts, value)))
+            and (element is None or all(map(element.accepts, value.values())))
+        )
+
+    of = "" if key is None else f" of {key.several}"
+    to = "" if element is None else f" to {element.several}"
+    return _Type(accepts, f"a mapping{of}{to}", f"mappings{of}{to}", ShapeError if element is _ARRAY else ConfigError)
+
+
+def _is_integer(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    try:
+        return operator.index(value).bit_length() <= _MOST_BITS
+    except TypeError:
+        return False
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not (isinstance(value, numbers.Real) or _is_array(value)):
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # an integer of more than 1,024 bits; a longer array
+        return False
+    return True
+
+
+def _is_flag(value: Any) -> bool:
+    return type(value).__name__ == "bool" or (isinstance(value, int) and value in (0, 1))
+
+
+def is_sequence(value: Any) -> bool:
+    """Return whether a value is iterable, and neither text nor a mapping."""
+    if isinstance(value, (list, tuple)):
+        return True
+    if isinstance(value, (str, bytes, bytearray, Mapping, type)) or not isinstance(value, Iterable):
+        return False
+    return getattr(value, "shape", None) != ()  # an array without axes looks iterable
+
+
+def _is_array(value: Any) -> bool:
+    """Return whether a value is an array of numbers, of any library; a number of NumPy is none."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or not hasattr(value, "shape") or isinstance(value, type) or _is_a(value, "generic"):
+        return False
+    # Objects, dates, text; records, whose kind is also that of bfloat16.
+    return getattr(dtype, "kind", "") not in tuple("OMmSU") and getattr(dtype, "names", None) is None
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _is_a(value: Any, name: str) -> bool:
+    """Return whether a value is an instance of a class of that name."""
+    last = name.rpartition(".")[2]
+    return any(cls.__name__ == last for cls in type(value).__mro__)
+
+
+def _name(node: ast.expr) -> str:
+    return ast.unparse(node)
+
+
+_STR = _Type(lambda value: isinstance(value, str), "a string", "strings")
+_HASHABLE = _Type(_is_hashable, "hashable", "hashable keys")
+_ARRAY = _Type(_is_array, "an array of numbers", "arrays of numbers", BackendError)
+_NAMED: dict[str, _Type | None] = {
+    # Whatever these stand for, the function checks it; paths are checked by path_of() in checkpoints/container.py.
+    **dict.fromkeys(("Any", "Self", "object", "Recipe", "Chooser", "Shapes", "Path")),
+    "Hashable": _HASHABLE,
+    "str": _STR,
+    "int": _Type(_is_integer, "an integer", "integers"),
+    "float": _Type(_is_number, "a number", "numbers"),
+    "bool": _Type(_is_flag, "True or False", "True or False"),
+    "type": _Type(lambda value: isinstance(value, type), "a class", "classes"),
+    "Callable": _Type(callable, "a function", "functions"),
+    "Callback": _Type(callable, "a function", "functions"),
+    "Array": _ARRAY,
+    "ArrayT": _ARRAY,
+    "np.ndarray": _ARRAY,
+    "Tensor": _ARRAY,
+}
+_ERRORS = {"nn.Module": TargetError, "Target": TargetError, "torch.dtype": BackendError, "AdapterFile": FileError}
