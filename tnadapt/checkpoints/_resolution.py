@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,12 +14,13 @@ from tnadapt.targets.expert_names import expert_tensors
 from tnadapt.targets.fused_rows import LayoutError
 from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.pairing import paired
-from tnadapt.targets.prefixes import Prefix, found_prefix, stored_names
+from tnadapt.targets.prefixes import Prefix, found_prefix, renamed_targets, stored_names
 from tnadapt.targets.target import Target
 
 from .adapter_file import AdapterFile
 from .checkpoint import Checkpoint
 from .container import DTYPES, Entry
+from .module_names import ModuleNames
 
 __all__ = ["FLOATS", "ResolvedTargets", "resolve"]
 
@@ -63,8 +65,8 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
     """Find all of an adapter's weights in a checkpoint.
 
     Weights are matched by name; otherwise by name after adding or removing one common prefix (``bert.``, ``model.``);
-    experts also by the names of the tensors that checkpoints have for each of them; otherwise by role and shape, as
-    modules are renamed between releases.
+    experts also by the names of the tensors that checkpoints have for each of them; otherwise by the names that
+    transformers' table gives, if it is installed; otherwise by role and shape, as modules are renamed between releases.
 
     Parameters
     ----------
@@ -98,15 +100,19 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
     shapes = {name: entry.shape for name, entry in entries.items()}
     also: tuple[tuple[int, Target], ...] = ()
     parts: dict[int, tuple[Target, ...]] = {}
+    names = ModuleNames(lambda: checkpoint.config)
     try:
         named, shift = stored_names(file.targets, shapes)
         if shift is None:
             named, shift, parts = _experts(file.targets, shapes)
     except TargetError as error:
         raise FileError(str(error)) from error
+    how = str(shift or "")
+    renamed = renamed_targets(file.targets, shapes, names.of) if shift is None else None
+    if renamed is not None:
+        (named, shift), how = renamed, "weights under the names that transformers gives them on disk"
     if shift is not None:
         targets = tuple(shift.target(target) for target in named)
-        how = str(shift)
         also = tuple(
             (index, shift.target(other))
             for index, target in enumerate(named)
@@ -114,12 +120,12 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
             if shift.of(other.name) in entries
         )
     else:
-        targets, how = _by_role(checkpoint, file), "weights of the same roles and shapes under other names"
+        targets, how = _by_role(checkpoint, file, names), "weights of the same roles and shapes under other names"
     found = ResolvedTargets(targets, {}, {}, how, also, parts)
     check_distinct([target for _, target in found.places])
     for _, target in found.places:
         _check_target(target, entries[target.name])
-    kept, added = _kept(entries, file, shift or Prefix())
+    kept, added = _kept(entries, file, shift or Prefix(), names, renamed is not None)
     both = {target.name for _, target in found.places}.intersection(kept.values())
     if both:
         raise FileError(f"the adapter both updates and replaces {summarize(both)}")
@@ -138,7 +144,7 @@ def _experts(
     return targets, None, {}
 
 
-def _by_role(checkpoint: Checkpoint, file: AdapterFile) -> tuple[Target, ...]:
+def _by_role(checkpoint: Checkpoint, file: AdapterFile, names: ModuleNames) -> tuple[Target, ...]:
     missing = [target.name for target in file.targets if target.name not in checkpoint.entries]
     roles = "".join(dict.fromkeys(target.role for target in file.targets))
     found: list[Target] = []
@@ -157,7 +163,7 @@ def _by_role(checkpoint: Checkpoint, file: AdapterFile) -> tuple[Target, ...]:
     partners = paired(file.targets, found)
     if partners is None:
         alike = sorted((t.role, t.shape) for t in found) == sorted((t.role, t.shape) for t in file.targets)
-        raise _missing(checkpoint, missing, len(file.targets), alike)
+        raise _missing(checkpoint, missing, len(file.targets), alike, names)
     return tuple(dataclasses.replace(new, layer=old.layer) for new, old in zip(partners, file.targets, strict=True))
 
 
@@ -165,7 +171,7 @@ def _how_many(missing: list[str], targets: int) -> str:
     return f"{len(missing)} of the adapter's {pluralize(targets, 'weight')}" if targets > 1 else "the adapter's weight"
 
 
-def _missing(checkpoint: Checkpoint, missing: list[str], targets: int, alike: bool) -> FileError:
+def _missing(checkpoint: Checkpoint, missing: list[str], targets: int, alike: bool, names: ModuleNames) -> FileError:
     name, entries = missing[0], checkpoint.entries
     what = _how_many(missing, targets)
     module = name.rpartition(".")[0]
@@ -176,7 +182,7 @@ def _missing(checkpoint: Checkpoint, missing: list[str], targets: int, alike: bo
         close = difflib.get_close_matches(name, entries, 3, 0.5)
         near = f"nearest: {', '.join(map(safe_repr, close))}" if close else f"it has {summarize(entries)}"
     way = ""
-    if checkpoint.index is None and "-of-" in checkpoint.files[0]:
+    if checkpoint.index is None and "-of-" in os.path.basename(checkpoint.files[0]):
         way = ". This file looks like one of several: give the folder, or the index"
     return FileError(
         f"the checkpoint lacks {what}, such as {safe_repr(name)}, under any prefix, and "
@@ -185,7 +191,7 @@ def _missing(checkpoint: Checkpoint, missing: list[str], targets: int, alike: bo
             if alike
             else "has no weights of the same roles and shapes"
         )
-        + f"; {near}{way}"
+        + f"; {near}{way}{names.way_out}"
     )
 
 
@@ -205,7 +211,9 @@ def _check_target(target: Target, entry: Entry) -> None:
         )
 
 
-def _kept(entries: Mapping[str, Entry], file: AdapterFile, shift: Prefix) -> tuple[dict[str, str], dict[str, str]]:
+def _kept(
+    entries: Mapping[str, Entry], file: AdapterFile, shift: Prefix, names: ModuleNames, renamed: bool
+) -> tuple[dict[str, str], dict[str, str]]:
     kept: dict[str, str] = {}
     added: dict[str, str] = {}
     # Top-level modules of the checkpoint, below the added prefix if there is one.
@@ -215,8 +223,11 @@ def _kept(entries: Mapping[str, Entry], file: AdapterFile, shift: Prefix) -> tup
     for name, array in file.kept.items():
         moved = shift.of(name) or name
         there = next((one for one in (moved, name) if one in entries), None)
+        of_model = moved.removeprefix(shift.given).partition(".")[0] in tops
+        if there is None and (of_model or renamed):
+            there = next((one for other in names.of(name) if (one := shift.of(other) or other) in entries), None)
         if there is None:
-            if moved.removeprefix(shift.given).partition(".")[0] in tops:
+            if of_model:
                 close = difflib.get_close_matches(moved, entries, 3, 0.5)
                 raise FileError(
                     f"the adapter keeps {safe_repr(name)}, which the checkpoint does not have, though it has others of "

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from tnadapt.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from tnadapt.checkpoints.module_names import ModuleNames
 from tnadapt.checkpoints.stored_weights import FLOATS
 from tnadapt.checkpoints.stored_weights import numbers as tensor_of
 from tnadapt.errors import FileError, TargetError, safe_repr
 from tnadapt.targets.checkpoint_experts import experts_of
+from tnadapt.targets.prefixes import renamed_targets
 from tnadapt.targets.roles import layer_of, parse_projection_name
 from tnadapt.targets.target import Target
 
@@ -42,9 +44,16 @@ class Base:
     ) -> None:
         self.shapes, self.ordered = dict(shapes), ordered
         self._tensors, self._checkpoint = tensors or {}, checkpoint
+        self._names = ModuleNames(None if checkpoint is None else lambda: checkpoint.config)
+        self._places: dict[str, str] = {}
         self._flat: dict[str, list[str]] = {}
         for path in self.shapes:
             self._flat.setdefault(path.replace(".", "_"), []).append(path)
+
+    @functools.cached_property
+    def _weights(self) -> dict[str, tuple[int, ...]]:
+        """The names of the modules' weights; their shapes are compared later."""
+        return dict.fromkeys((f"{path}.weight" for path in self.shapes), (1, 1))
 
     @functools.cached_property
     def experts(self) -> list[Target]:
@@ -71,7 +80,7 @@ class Base:
             raise TargetError(
                 f"the values of {safe_repr(path)} are needed, and base has shapes: give a folder or safetensors file"
             )
-        name = f"{path}.weight"
+        name = f"{self._places.get(path, path)}.weight"
         shape = self._checkpoint.entries[name].shape
         if len(shape) != 2 or max(numbers) >= shape[0] or self._checkpoint.entries[name].dtype not in FLOATS:
             raise TargetError(
@@ -99,9 +108,16 @@ class Base:
         return found[0]
 
     def check_module(self, path: str) -> None:
-        """Raise TargetError unless the module exists."""
-        if path not in self.shapes:
-            raise TargetError(f"base has no module {safe_repr(path)}{self._close(path, self.shapes)}")
+        """Raise TargetError unless the module exists; if a checkpoint has it under another name, add its own."""
+        if path in self.shapes:
+            return
+        if self._checkpoint is not None:
+            renamed = renamed_targets([Target(path, (1, 1))], self._weights, self._names.of)
+            if renamed is not None:
+                place = renamed[1].target(renamed[0][0]).module
+                self._places[path], self.shapes[path] = place, self.shapes[place]
+                return
+        raise TargetError(f"base has no module {safe_repr(path)}{self._close(path, self.shapes)}{self._names.way_out}")
 
     def check_targets(self, targets: Iterable[Target]) -> None:
         """Raise TargetError unless every target that is a module's weight exists and has the target's shape."""

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.fingerprint import Fingerprint
+from tnadapt.checkpoints.module_names import ModuleNames
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import FileError, TargetError
 from tnadapt.targets.pairing import paired
+from tnadapt.targets.prefixes import renamed_targets
 from tnadapt.targets.target import Target
 
 from . import _merging as merging
@@ -92,7 +94,8 @@ def load(
 
     Notes
     -----
-    Weights are found by their paths. If modules have been renamed since, all weights are matched by role and shape.
+    Weights are found by their paths, or by the names that transformers gives them in checkpoints. If modules have been
+    renamed since, all weights are matched by role and shape.
 
     Examples
     --------
@@ -203,6 +206,9 @@ def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
         return find_targets(model, list(file.targets), untie=True)
     except TargetError as error:
         wrong = str(error).partition(";")[0] + _in_the_file(str(error), file.targets)
+    renamed = _renamed(model, file.targets)
+    if renamed is not None:
+        return find_targets(model, renamed, untie=True)
     roles = "".join(dict.fromkeys(target.role for target in file.targets))
     if not set(roles) <= set("qkvo"):
         raise FileError(f"this {type(model).__name__} does not have its weights: {wrong}")
@@ -219,6 +225,17 @@ def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
             f"shapes{unclear}: the file has {_counted(theirs)}, the model {_counted(ours)}"
         )
     return [dataclasses.replace(new, layer=old.layer) for new, old in zip(partners, file.targets, strict=True)]
+
+
+def _renamed(model: nn.Module, targets: Sequence[Target]) -> list[Target] | None:
+    """Return targets with the names of a checkpoint, as :func:`tnadapt.extract` finds them, under those of a model."""
+    config: Any = getattr(model, "config", None)
+    if not callable(getattr(config, "to_dict", None)):
+        return None
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    names = ModuleNames({**config.to_dict(), "architectures": [type(model).__name__]}).inverse(shapes)
+    found = renamed_targets(targets, shapes, lambda name: names.get(name, []))
+    return None if found is None else [found[1].target(target) for target in found[0]]
 
 
 def _in_the_file(error: str, targets: Sequence[Target]) -> str:
