@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from tnadapt.errors import FileError, TargetError, pluralize, safe_repr, summarize
-from tnadapt.targets.checkpoint_targets import find_stored
+from tnadapt.targets.checkpoint_targets import find_stored, is_transposed
 from tnadapt.targets.expert_names import expert_tensors
 from tnadapt.targets.fused_rows import LayoutError
 from tnadapt.targets.overlaps import check_distinct
@@ -125,6 +125,7 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
     check_distinct([target for _, target in found.places])
     for _, target in found.places:
         _check_target(target, entries[target.name])
+        _check_order(target, checkpoint)
     kept, added = _kept(entries, file, shift or Prefix(), names, renamed is not None)
     both = {target.name for _, target in found.places}.intersection(kept.values())
     if both:
@@ -208,6 +209,20 @@ def _check_target(target: Target, entry: Entry) -> None:
             f"{safe_repr(target.name)} has shape {entry.shape} in the checkpoint, and the adapter was trained "
             "on one of "
             f"{target.stored}"
+        )
+
+
+def _check_order(target: Target, checkpoint: Checkpoint) -> None:
+    """Raise FileError if a square matrix is stored as (in, out), and the adapter was not made for that."""
+    if target.transposed or len(target.stored) != 2 or len({*target.stored}) > 1:
+        return
+    # config.json is read for the names of such layers only.
+    if is_transposed(target.name, target.stored, {"model_type": "gpt2"}) and is_transposed(
+        target.name, target.stored, checkpoint.config
+    ):
+        raise FileError(
+            f"{safe_repr(target.name)} is stored as (in, out), and the adapter's update is one of (out, in): it was "
+            "made for another model, or converted from a file that does not say it. Convert that with base="
         )
 
 

@@ -17,6 +17,7 @@ from tnadapt.checkpoints.stored_weights import FLOATS
 from tnadapt.checkpoints.stored_weights import numbers as tensor_of
 from tnadapt.errors import FileError, TargetError, safe_repr
 from tnadapt.targets.checkpoint_experts import experts_of
+from tnadapt.targets.checkpoint_targets import is_transposed
 from tnadapt.targets.prefixes import renamed_targets
 from tnadapt.targets.roles import layer_of, parse_projection_name
 from tnadapt.targets.target import Target
@@ -88,6 +89,13 @@ class Base:
                 f"{max(numbers)} of a floating-point matrix is wanted: this is another model"
             )
         return np.stack([tensor_of(self._checkpoint, name, number).astype(np.float64) for number in numbers])
+
+    def is_transposed(self, path: str) -> bool:
+        """Return whether the model's ``config.json`` tells that a module's weight is stored as (in, out)."""
+        self.check_module(path)
+        if self._checkpoint is None:
+            return False
+        return is_transposed(f"{path}.weight", self.shapes[path] or (), self._checkpoint.config)
 
     def named(self, flat: str, other: str = "") -> str:
         """Return the path whose dots are underscores in ``flat``, or else in ``other``.

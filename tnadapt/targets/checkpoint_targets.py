@@ -14,11 +14,12 @@ from typing import Any
 from tnadapt.errors import TargetError, safe_repr
 
 from ._checkpoint_attention import StoredModel, targets_of
+from ._checkpoint_layouts import is_transposed
 from .checkpoint_experts import experts_of
 from .roles import layer_of, natural, parse_projection_name
 from .target import Target
 
-__all__ = ["find_stored"]
+__all__ = ["find_stored", "is_transposed"]
 
 _LETTERS = frozenset("qkvo")
 

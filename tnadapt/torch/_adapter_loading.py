@@ -243,6 +243,8 @@ def _in_the_file(error: str, targets: Sequence[Target]) -> str:
     target = next((target for target in targets if error.startswith(f"{target.name} is stored as ")), None)
     if target is None:
         return ""
+    if "which is (in, out)" in error and not target.transposed:
+        return ": if the file was converted, convert it again with base=, the folder of the model with its config.json"
     resized = ": call resize_token_embeddings() as before training" if target.role == "embedding" else ""
     return f", and was stored as {target.stored} when it was trained{resized}"
 
