@@ -98,6 +98,7 @@ def test_a_block_is_the_rows_of_the_stored_weight(view: tuple[Target, list[int]]
         Target("a", (6, 4), "q"),
         Target("", (6, 4), parameter="qkv", rows=Rows(0, 2, 6), layer="3"),
         Target("a.b", (4, 6), "v", transposed=True),
+        Target("a", (6, 2, 3, 3), "conv", groups=3),
     ],
 )
 def test_a_list_keeps_all_of_a_target(target: Target) -> None:
@@ -113,14 +114,27 @@ def test_a_list_keeps_all_of_a_target(target: Target) -> None:
         (["a", [1, 1], "q", {}, {}], "at most its settings"),
         (
             ["a", [1, 1], "q", []],
-            "a target's settings must be among index, layer, parameter, rows, tied, transposed; got",
+            "a target's settings must be among groups, index, layer, parameter, rows, tied, transposed; got",
         ),
         (
             ["a", [1, 1], "q", {"row": 1}],
-            "a target's settings must be among index, layer, parameter, rows, tied, transposed; got",
+            "a target's settings must be among groups, index, layer, parameter, rows, tied, transposed; got",
         ),
     ],
 )
 def test_a_list_that_is_no_target_is_refused(value: Any, message: str) -> None:
     with pytest.raises(TargetError, match=message):
         Target.from_list(value)
+
+
+def test_groups_are_those_of_a_convolution() -> None:
+    target = Target("a", (6, 2, 3), "conv", groups=3)
+    assert target.to_list() == ["a", [6, 2, 3], "conv", {"groups": 3}]
+    assert "groups=3" in repr(target)
+    assert "groups" not in repr(Target("a", (6, 2, 3), "conv"))
+    for stored, groups in (((6, 2), 2), ((6, 2, 3), 4)):
+        with pytest.raises(TargetError, match=rf"divide them; a.weight has shape .*, and groups={groups}"):
+            Target("a", stored, groups=groups)
+    for groups in (0, 1.5, True, "2"):
+        with pytest.raises(TargetError, match=r"the groups of a\.weight must be"):
+            Target("a", (6, 2, 3), groups=groups)  # type: ignore[arg-type]

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from tnadapt.errors import FileError, TargetError, pluralize, safe_repr, summarize
-from tnadapt.targets.checkpoint_targets import find_stored
+from tnadapt.targets.checkpoint_targets import find_stored, is_transposed
 from tnadapt.targets.expert_names import expert_tensors
 from tnadapt.targets.fused_rows import LayoutError
 from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.pairing import paired
-from tnadapt.targets.prefixes import Prefix, found_prefix, stored_names
+from tnadapt.targets.prefixes import Prefix, found_prefix, renamed_targets, stored_names
 from tnadapt.targets.target import Target
 
 from .adapter_file import AdapterFile
 from .checkpoint import Checkpoint
 from .container import DTYPES, Entry
+from .module_names import ModuleNames
 
 __all__ = ["FLOATS", "ResolvedTargets", "resolve"]
 
@@ -63,8 +65,8 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
     """Find all of an adapter's weights in a checkpoint.
 
     Weights are matched by name; otherwise by name after adding or removing one common prefix (``bert.``, ``model.``);
-    experts also by the names of the tensors that checkpoints have for each of them; otherwise by role and shape, as
-    modules are renamed between releases.
+    experts also by the names of the tensors that checkpoints have for each of them; otherwise by the names that
+    transformers' table gives, if it is installed; otherwise by role and shape, as modules are renamed between releases.
 
     Parameters
     ----------
@@ -99,15 +101,19 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
     shapes = {name: entry.shape for name, entry in entries.items()}
     also: tuple[tuple[int, Target], ...] = ()
     parts: dict[int, tuple[Target, ...]] = {}
+    names = ModuleNames(lambda: checkpoint.config)
     try:
         named, shift = stored_names(file.targets, shapes)
         if shift is None:
             named, shift, parts = _experts(file.targets, shapes)
     except TargetError as error:
         raise FileError(str(error)) from error
+    how = str(shift or "")
+    renamed = renamed_targets(file.targets, shapes, names.of) if shift is None else None
+    if renamed is not None:
+        (named, shift), how = renamed, "weights under the names that transformers gives them on disk"
     if shift is not None:
         targets = tuple(shift.target(target) for target in named)
-        how = str(shift)
         also = tuple(
             (index, shift.target(other))
             for index, target in enumerate(named)
@@ -115,12 +121,13 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
             if shift.of(other.name) in entries
         )
     else:
-        targets, how = _by_role(checkpoint, file), "weights of the same roles and shapes under other names"
+        targets, how = _by_role(checkpoint, file, names), "weights of the same roles and shapes under other names"
     found = ResolvedTargets(targets, {}, {}, how, also, parts)
     check_distinct([target for _, target in found.places])
     for _, target in found.places:
         _check_target(target, entries[target.name])
-    kept, added = _kept(entries, file, shift or Prefix())
+        _check_order(target, checkpoint)
+    kept, added = _kept(entries, file, shift or Prefix(), names, renamed is not None)
     both = {target.name for _, target in found.places}.intersection(kept.values())
     if both:
         raise FileError(f"the adapter both updates and replaces {summarize(both)}")
@@ -139,7 +146,7 @@ def _experts(
     return targets, None, {}
 
 
-def _by_role(checkpoint: Checkpoint, file: AdapterFile) -> tuple[Target, ...]:
+def _by_role(checkpoint: Checkpoint, file: AdapterFile, names: ModuleNames) -> tuple[Target, ...]:
     missing = [target.name for target in file.targets if target.name not in checkpoint.entries]
     roles = "".join(dict.fromkeys(target.role for target in file.targets))
     found: list[Target] = []
@@ -158,7 +165,7 @@ def _by_role(checkpoint: Checkpoint, file: AdapterFile) -> tuple[Target, ...]:
     partners = paired(file.targets, found)
     if partners is None:
         alike = sorted((t.role, t.shape) for t in found) == sorted((t.role, t.shape) for t in file.targets)
-        raise _missing(checkpoint, missing, len(file.targets), alike)
+        raise _missing(checkpoint, missing, len(file.targets), alike, names)
     return tuple(dataclasses.replace(new, layer=old.layer) for new, old in zip(partners, file.targets, strict=True))
 
 
@@ -166,7 +173,7 @@ def _how_many(missing: list[str], targets: int) -> str:
     return f"{len(missing)} of the adapter's {pluralize(targets, 'weight')}" if targets > 1 else "the adapter's weight"
 
 
-def _missing(checkpoint: Checkpoint, missing: list[str], targets: int, alike: bool) -> FileError:
+def _missing(checkpoint: Checkpoint, missing: list[str], targets: int, alike: bool, names: ModuleNames) -> FileError:
     name, entries = missing[0], checkpoint.entries
     what = _how_many(missing, targets)
     module = name.rpartition(".")[0]
@@ -177,7 +184,7 @@ def _missing(checkpoint: Checkpoint, missing: list[str], targets: int, alike: bo
         close = difflib.get_close_matches(name, entries, 3, 0.5)
         near = f"nearest: {', '.join(map(safe_repr, close))}" if close else f"it has {summarize(entries)}"
     way = ""
-    if checkpoint.index is None and "-of-" in checkpoint.files[0]:
+    if checkpoint.index is None and "-of-" in os.path.basename(checkpoint.files[0]):
         way = ". This file looks like one of several: give the folder, or the index"
     return FileError(
         f"the checkpoint lacks {what}, such as {safe_repr(name)}, under any prefix, and "
@@ -186,7 +193,7 @@ def _missing(checkpoint: Checkpoint, missing: list[str], targets: int, alike: bo
             if alike
             else "has no weights of the same roles and shapes"
         )
-        + f"; {near}{way}"
+        + f"; {near}{way}{names.way_out}"
     )
 
 
@@ -224,7 +231,23 @@ def _check_alone(checkpoint: Checkpoint, file: AdapterFile) -> None:
             )
 
 
-def _kept(entries: Mapping[str, Entry], file: AdapterFile, shift: Prefix) -> tuple[dict[str, str], dict[str, str]]:
+def _check_order(target: Target, checkpoint: Checkpoint) -> None:
+    """Raise FileError if a square matrix is stored as (in, out), and the adapter was not made for that."""
+    if target.transposed or len(target.stored) != 2 or len({*target.stored}) > 1:
+        return
+    # config.json is read for the names of such layers only.
+    if is_transposed(target.name, target.stored, {"model_type": "gpt2"}) and is_transposed(
+        target.name, target.stored, checkpoint.config
+    ):
+        raise FileError(
+            f"{safe_repr(target.name)} is stored as (in, out), and the adapter's update is one of (out, in): it was "
+            "made for another model, or converted from a file that does not say it. Convert that with base="
+        )
+
+
+def _kept(
+    entries: Mapping[str, Entry], file: AdapterFile, shift: Prefix, names: ModuleNames, renamed: bool
+) -> tuple[dict[str, str], dict[str, str]]:
     kept: dict[str, str] = {}
     added: dict[str, str] = {}
     # Top-level modules of the checkpoint, below the added prefix if there is one.
@@ -233,16 +256,19 @@ def _kept(entries: Mapping[str, Entry], file: AdapterFile, shift: Prefix) -> tup
     }  # fmt: skip
     for name, array in file.kept.items():
         moved = shift.of(name) or name
-        names = [place for one in (name, *file.ties.get(name, ())) for place in (shift.of(one) or one, one)]
-        stored = list(dict.fromkeys(place for place in names if place in entries))
+        places = [place for one in (name, *file.ties.get(name, ())) for place in (shift.of(one) or one, one)]
+        stored = list(dict.fromkeys(place for place in places if place in entries))
         there = stored[0] if stored else None
         if len(stored) > 1 and file.ties.get(name):
             raise FileError(
                 f"the adapter keeps {safe_repr(name)}, which is tied to {', '.join(map(safe_repr, file.ties[name]))}, "
                 f"and the checkpoint stores {' and '.join(map(safe_repr, stored))}: give one of the tied model"
             )
+        of_model = moved.removeprefix(shift.given).partition(".")[0] in tops
+        if there is None and (of_model or renamed):
+            there = next((one for other in names.of(name) if (one := shift.of(other) or other) in entries), None)
         if there is None:
-            if moved.removeprefix(shift.given).partition(".")[0] in tops:
+            if of_model:
                 close = difflib.get_close_matches(moved, entries, 3, 0.5)
                 raise FileError(
                     f"the adapter keeps {safe_repr(name)}, which the checkpoint does not have, though it has others of "

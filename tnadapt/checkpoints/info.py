@@ -175,6 +175,8 @@ def _target(target: Target) -> dict[str, Any]:
         found["index"] = target.index
     if target.tied:
         found["tied"] = list(target.tied)
+    if target.groups > 1:
+        found["groups"] = target.groups
     return found
 
 
@@ -183,7 +185,8 @@ def _grouped(targets: Iterable[Target]) -> list[dict[str, Any]]:
     alike: dict[Any, list[Target]] = {}
     for target in targets:
         key = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", target.name)
-        kind = (key, target.role, target.stored, target.rows, target.transposed, target.index is None, target.tied)
+        view = (target.rows, target.transposed, target.index is None, target.tied, target.groups)
+        kind = (key, target.role, target.stored, *view)
         alike.setdefault(kind, []).append(target)
     return [_summary(found) for found in alike.values()]
 

@@ -8,12 +8,13 @@ import numpy as np
 
 from tnadapt.errors import TargetError, safe_repr
 from tnadapt.targets.expert_names import expert_tensors
-from tnadapt.targets.prefixes import Prefix, found_prefix, near_names
+from tnadapt.targets.prefixes import Prefix, found_prefix, near_names, renamed_targets
 from tnadapt.targets.target import Target
 
 from .checkpoint import Checkpoint
 from .container import DTYPES
 from .fingerprint import Fingerprint, fingerprint
+from .module_names import ModuleNames
 
 __all__ = ["FLOATS", "StoredWeights", "numbers"]
 
@@ -92,6 +93,12 @@ def _placed(checkpoint: Checkpoint, targets: Sequence[Target], which: str) -> tu
         prefix = found_prefix([part for parts in several for part in parts], stored)
         if prefix is not None:
             return [tuple(map(prefix.target, parts)) for parts in several], prefix
+    # One of two checkpoints of a model of transformers may have the names of its modules, the other those on disk.
+    names = ModuleNames(lambda: checkpoint.config)
+    for known in (names.of, lambda name: names.inverse(stored).get(name, [])):
+        renamed = renamed_targets(targets, stored, known)
+        if renamed is not None:
+            return [(renamed[1].target(target),) for target in renamed[0]], renamed[1]
     missing = [target.name for target in targets if target.name not in stored]
     near = near_names(missing[0], stored)
     raise TargetError(

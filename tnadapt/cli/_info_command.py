@@ -154,6 +154,8 @@ def _view(one: dict[str, Any]) -> str:
         notes.append(f"of {_times(one['stored'])}")
     if "tied" in one:
         notes.append(f"tied to {', '.join(one['tied'])}")
+    if "groups" in one:
+        notes.append(f"in {one['groups']} groups")
     return ", ".join(notes)
 
 

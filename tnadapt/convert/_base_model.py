@@ -14,10 +14,13 @@ import numpy as np
 
 from tnadapt.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from tnadapt.checkpoints.container import DTYPES, Entry
+from tnadapt.checkpoints.module_names import ModuleNames
 from tnadapt.checkpoints.stored_weights import FLOATS
 from tnadapt.checkpoints.stored_weights import numbers as tensor_of
 from tnadapt.errors import FileError, TargetError, safe_repr
 from tnadapt.targets.checkpoint_experts import experts_of
+from tnadapt.targets.checkpoint_targets import is_transposed
+from tnadapt.targets.prefixes import renamed_targets
 from tnadapt.targets.roles import layer_of, parse_projection_name
 from tnadapt.targets.target import Target
 
@@ -48,6 +51,8 @@ class Base:
     ) -> None:
         self.shapes, self.ordered = dict(shapes), ordered
         self.tensors, self._checkpoint = tensors or {}, checkpoint
+        self._names = ModuleNames(None if checkpoint is None else lambda: checkpoint.config)
+        self._places: dict[str, str] = {}
         self._flat: dict[str, list[str]] = {}
         for path in self.shapes:
             self._flat.setdefault(path.replace(".", "_"), []).append(path)
@@ -61,6 +66,11 @@ class Base:
     def unknown_heads(self) -> bool:
         """Whether an embedding is tied to a head of which the name is not known."""
         return self._checkpoint is not None and self._checkpoint.ties_head and not self.heads
+
+    @functools.cached_property
+    def _weights(self) -> dict[str, tuple[int, ...]]:
+        """The names of the modules' weights; their shapes are compared later."""
+        return dict.fromkeys((f"{path}.weight" for path in self.shapes), (1, 1))
 
     @functools.cached_property
     def experts(self) -> list[Target]:
@@ -120,9 +130,19 @@ class Base:
 
     def _name(self, name: str) -> str:
         """Return the name under which a parameter is stored: of a head that is tied, that of the embedding."""
-        head, checkpoint = name.removesuffix(".weight"), self._checkpoint
-        known = checkpoint is None or name in checkpoint.entries or head not in self.heads
-        return name if known else f"{self.heads[head]}.weight"
+        module, _, parameter = name.rpartition(".")
+        if module in self._places:
+            return f"{self._places[module]}.{parameter}"
+        checkpoint = self._checkpoint
+        known = checkpoint is None or name in checkpoint.entries or parameter != "weight" or module not in self.heads
+        return name if known else f"{self.heads[module]}.weight"
+
+    def is_transposed(self, path: str) -> bool:
+        """Return whether the model's ``config.json`` tells that a module's weight is stored as (in, out)."""
+        self.check_module(path)
+        if self._checkpoint is None:
+            return False
+        return is_transposed(f"{path}.weight", self.shapes[path] or (), self._checkpoint.config)
 
     def named(self, flat: str, other: str = "") -> str:
         """Return the path whose dots are underscores in ``flat``, or else in ``other``.
@@ -143,11 +163,19 @@ class Base:
         return found[0]
 
     def check_module(self, path: str) -> None:
-        """Raise TargetError unless the module exists."""
-        if path not in self.shapes and path in self.heads:
+        """Raise TargetError unless the module exists; if a checkpoint has it under another name, add its own."""
+        if path in self.shapes:
+            return
+        if path in self.heads:
             self.shapes[path] = self.shapes[self.heads[path]]
-        if path not in self.shapes:
-            raise TargetError(f"base has no module {safe_repr(path)}{self._close(path, self.shapes)}")
+            return
+        if self._checkpoint is not None:
+            renamed = renamed_targets([Target(path, (1, 1))], self._weights, self._names.of)
+            if renamed is not None:
+                place = renamed[1].target(renamed[0][0]).module
+                self._places[path], self.shapes[path] = place, self.shapes[place]
+                return
+        raise TargetError(f"base has no module {safe_repr(path)}{self._close(path, self.shapes)}{self._names.way_out}")
 
     def check_targets(self, targets: Iterable[Target]) -> None:
         """Raise TargetError unless every target that is a module's weight exists and has the target's shape."""

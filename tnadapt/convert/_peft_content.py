@@ -16,6 +16,7 @@ import numpy as np
 
 from tnadapt.checkpoints.container import DTYPES, Container, raw_bytes, raw_dtype
 from tnadapt.errors import FileError, safe_repr, summarize
+from tnadapt.targets.checkpoint_targets import is_transposed
 from tnadapt.targets.roles import natural
 from tnadapt.targets.target import Target
 
@@ -25,8 +26,8 @@ from ._peft_settings import CommonSettings, PeftSettings
 from ._updates import Float, common_dtype, widen
 
 __all__ = [
-    "CONFIG_NAME", "PREFIX", "SHAPES", "TRANSPOSED", "OtherTensors", "PeftContent", "check_transposed", "is_saved",
-    "other_tensors", "recorded",
+    "CONFIG_NAME", "PREFIX", "SHAPES", "TRANSPOSED", "OtherTensors", "PeftContent", "check_transposed", "is_conv1d",
+    "is_saved", "other_tensors", "recorded",
 ]  # fmt: skip
 
 PREFIX = "base_model.model."
@@ -154,7 +155,8 @@ class PeftContent:
     def check_targets(self, targets: Sequence[Target]) -> None:
         """Raise FileError if ``fan_in_fan_out`` is wrong for some weights in base, and others rely on it."""
         if self.base is not None and self.settings.may_transpose:
-            unknown = [target for target in targets if target.module not in self._transposed]
+            known = {path for path in self.modules if is_conv1d(path, self.settings.model_type, self.base)}
+            unknown = [target for target in targets if target.module not in known.union(self._transposed)]
             check_transposed(unknown, self.settings.transposed)
 
     def misfit(self, path: str, why: str) -> FileError:
@@ -213,7 +215,10 @@ class PeftContent:
         return [here, here[::-1]] if self.settings.may_transpose else [here]
 
     def _is_transposed(self, path: str) -> bool:
-        return bool(self._transposed.get(path, self.settings.transposed))
+        says = self.settings.transposed or (
+            self.settings.may_transpose and is_conv1d(path, self.settings.model_type, self.base)
+        )
+        return bool(self._transposed.get(path, says))
 
 
 def _checked(what: str, array: np.ndarray, axes: int) -> np.ndarray:
@@ -239,8 +244,20 @@ def check_transposed(targets: Sequence[Target], says: bool) -> None:
     if wrong and square:
         raise FileError(
             f"fan_in_fan_out is {says} for all weights, which is wrong for {safe_repr(wrong[0].module)} in base, so it "
-            f"is unknown how the square {safe_repr(square[0].module)} is stored. Save one adapter per kind of layer"
+            f"is unknown how the square {safe_repr(square[0].module)} is stored. Give base=, the folder of the model "
+            "with its config.json, or save one adapter per kind of layer"
         )
+
+
+def is_conv1d(path: str, model_type: str, base: Base | None) -> bool:
+    """Return whether a module is known to be a Conv1D of transformers, whose weight is stored as (in, out).
+
+    PEFT has one setting for all modules, which is that of the last one if there are also others, and which HiRA never
+    sets.
+    """
+    if base is not None and base.is_transposed(path):
+        return True
+    return is_transposed(f"{path}.weight", (1, 1), {"model_type": model_type})
 
 
 class OtherTensors(NamedTuple):

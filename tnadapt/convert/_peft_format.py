@@ -8,10 +8,11 @@ same update.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,7 +28,16 @@ from ._application import Application, not_additive
 from ._base_model import Base, target_of
 from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
 from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, pickle_error, safetensors_content
-from ._peft_content import CONFIG_NAME, PREFIX, TRANSPOSED, check_transposed, is_saved, other_tensors, recorded
+from ._peft_content import (
+    CONFIG_NAME,
+    PREFIX,
+    TRANSPOSED,
+    check_transposed,
+    is_conv1d,
+    is_saved,
+    other_tensors,
+    recorded,
+)  # fmt: skip
 from ._peft_embeddings import (
     EMBEDDING,
     as_embedding,
@@ -57,6 +67,8 @@ from ._stored_tensors import (
     is_low,
     kind_of,
     kronecker_sizes_of,
+    spread_over_groups,
+    without_groups,
 )
 from ._unpack import Module, TargetUpdate
 from ._updates import Float, ModuleUpdate, Pair, alpha_of, as_matrix, common_dtype, widen
@@ -64,6 +76,8 @@ from ._updates import Float, ModuleUpdate, Pair, alpha_of, as_matrix, common_dty
 __all__ = ["PeftFormat", "saved_whole"]
 
 _WEIGHTS = "adapter_model.safetensors"
+_A = "lora_A.weight"
+_NO_GROUPS = "PEFT's DoRA of it takes the norms of other numbers than the weight's, and it has no HiRA"
 
 # Maps suffixes of names in the file to the names under which the tensors are decoded.
 _SUFFIXES = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up"} | {name: name for name in (*LOKR, *LOHA)}
@@ -200,7 +214,11 @@ class PeftFormat(FileFormat):
             module, update, rank = modules[place], choice.updates[place], choice.ranks[place]
             alpha = alpha_of([update.scale], rank)
             whole = update if alpha is not None else update.absorb_scale()
-            own = encode(whole, module.stored, "lora_A.weight", "lora_B.weight")
+            own = encode(whole, module.stored, _A, "lora_B.weight")
+            if (groups := _groups_of(module)) > 1 and kind == "lora":
+                own[_A] = spread_over_groups(own[_A], groups)
+                # PEFT divides alpha by the rank.
+                rank, alpha = rank * groups, None if alpha is None else alpha * groups
             tensors |= {PREFIX + name: array for name, array in encoded_embedding(module, own).items()}
             paths = [module.path, *tied_paths(module)]
             transposed |= dict.fromkeys(paths, module.transposed)
@@ -212,8 +230,8 @@ class PeftFormat(FileFormat):
         names = transposed | dict.fromkeys(experts.ranks, False)
         config = config_of(kind, names, ranks, [*alphas, *experts.alphas.values()], list(experts.ranks))
         config |= choice.settings | ({"ensure_weight_tying": True} if any(map(tied_paths, plain)) else {})
-        linear = [module.transposed for module in plain if not is_embedding(module)]
-        if kind == "lora" and linear:  # PEFT does not ask it of embeddings
+        linear = [module.transposed for module in plain if not is_embedding(module) and len(module.stored) == 2]
+        if kind == "lora" and linear:  # PEFT does not ask it of embeddings and convolutions
             config["fan_in_fan_out"] = all(linear)
         if experts.ranks and config.get("fan_in_fan_out"):
             raise ConfigError(
@@ -241,6 +259,12 @@ class PeftFormat(FileFormat):
     ) -> EncodedAdapter:
         """Encode DoRA, by rows, or HiRA; both next to LoRA's factors."""
         assert encoded.config is not None  # of encode
+        grouped = next((module for module in modules if _groups_of(module) > 1), None)
+        if grouped is not None:
+            raise ConfigError(
+                f"{safe_repr(grouped.path)} is a convolution in {_groups_of(grouped)} groups: {_NO_GROUPS}; merge the "
+                "adapter into the base with tnadapt.merge"
+            )
         other = next((module for module in modules if is_embedding(module) or is_expert(module)), None)
         if other is not None:
             what = "one of the matrices of a parameter" if is_expert(other) else "an embedding"
@@ -345,6 +369,11 @@ def saved_whole(modules: Sequence[Module], kept: Collection[str]) -> list[str]:
     return [name for name in kept if not is_bias(name)]
 
 
+def _groups_of(module: Module) -> int:
+    """Return in how many groups the channels of a convolution are."""
+    return module.targets[0][1].groups
+
+
 def _wider(factor: Float, axis: int, rank: int) -> Float:
     """Pad a factor with zeros to a rank."""
     widths = [(0, rank - size if place == axis else 0) for place, size in enumerate(factor.shape)]
@@ -406,17 +435,26 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
             "its update "
             "of the output projection twice, and of q, k and v to a parameter that is no module's weight"
         )
-    transposed = recorded(container.metadata, TRANSPOSED, bool)
+    transposed, conv1ds = recorded(container.metadata, TRANSPOSED, bool), set[str]()
     for path in sorted(rest, key=natural):
         kind = kind_of(path, rest[path])
         if kind != settings.kind:
             raise FileError(f"{safe_repr(path)} has tensors of {kind}, and {CONFIG_NAME} says {settings.kind}")
-        update, shape = decode(path, rest[path], functools.partial(settings.scale, path), kron_last_axes=True)
-        says = transposed.get(path, settings.transposed) and path not in embeddings
+        scale: Callable[[int | None], float] = functools.partial(settings.scale, path)
+        tensors, groups = without_groups(path, rest[path])
+        if groups > 1:
+            if settings.apply != "add":
+                raise FileError(f"{safe_repr(path)} is a convolution in {groups} groups: {_NO_GROUPS}")
+            scale = functools.partial(_constant, scale(len(rest[path]["lora_down"])))
+        update, shape = decode(path, tensors, scale, kron_last_axes=True)
+        conv1d = settings.kind == "lora" and path not in embeddings and is_conv1d(path, settings.model_type, base)
+        conv1ds |= {path} if conv1d else set()
+        says = transposed.get(path, settings.transposed or conv1d) and path not in embeddings
         target = target_of(path, shape, base, says and len(shape) == 2, settings.kind == "lora")
+        target = dataclasses.replace(target, groups=groups)
         found.append(as_embedding(TargetUpdate(target, update), embeddings))
     if base is not None and settings.kind == "lora":
-        known = {*transposed, *embeddings}
+        known = {*transposed, *embeddings, *conv1ds}
         check_transposed([one.target for one in found if one.target.module not in known], settings.transposed)
     if settings.ties:
         found = joined_ties(found)
@@ -448,6 +486,11 @@ def _alone(found: Sequence[TargetUpdate], bases: Collection[str]) -> list[str]:
         for target in targets
         if target.role == "embedding" or target.module in bases or is_head(target.module)
     ]
+
+
+def _constant(scale: float, _: int | None) -> float:
+    """Return a scale that was computed for the rank of PEFT's factors, whatever the rank of ours."""
+    return scale
 
 
 def _split_name(name: str) -> tuple[str, str]:

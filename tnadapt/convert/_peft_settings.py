@@ -85,6 +85,8 @@ class PeftSettings(NamedTuple):
         ``trainable_token_indices``.
     ties : bool
         ``ensure_weight_tying``: whether an embedding and a head have one update.
+    model_type : str
+        transformers' type of the base model, or "".
     """
 
     kind: str
@@ -101,6 +103,7 @@ class PeftSettings(NamedTuple):
     parameters: tuple[str, ...] = ()
     tokens: Any = None
     ties: bool = False
+    model_type: str = ""
 
     def scale(self, path: str, rank: int | None) -> float:
         """Return the scale, ``alpha / r``, of a module with factors of this rank; None if they have no rank."""
@@ -147,6 +150,7 @@ def settings_of(config: Mapping[str, Any]) -> PeftSettings:
         _parameters(config, kind),
         config.get("trainable_token_indices"),
         bool(config.get("ensure_weight_tying")),
+        _model_type(config),
     )
 
 
@@ -176,6 +180,15 @@ def _kept_settings(config: Mapping[str, Any]) -> tuple[tuple[str, ...], str, str
     return tuple(saved), bias, model if isinstance(model, str) else ""
 
 
+def _model_type(config: Mapping[str, Any]) -> str:
+    """Return transformers' type of the base model, which PEFT stores as a part of the name of its Python module."""
+    mapping = config.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, Mapping) else None
+    parts = library.split(".") if isinstance(library, str) else []
+    name = parts[2] if parts[:2] == ["transformers", "models"] and len(parts) > 2 else ""
+    return "openai-gpt" if name == "openai" else name
+
+
 class CommonSettings(NamedTuple):
     """Settings that all methods have.
 
@@ -190,6 +203,8 @@ class CommonSettings(NamedTuple):
         ``fan_in_fan_out``.
     may_transpose : bool
         Whether the method adapts weights that are stored as (in, out).
+    model_type : str
+        transformers' type of the base model, or "".
     ties : bool
         Always false: of these methods none ties what it saves.
     """
@@ -200,6 +215,7 @@ class CommonSettings(NamedTuple):
     model: str
     transposed: bool
     may_transpose: bool
+    model_type: str
     ties: bool = False
 
 
@@ -210,7 +226,7 @@ def common_settings(
     _check_fields(config, fields, refused)
     saved, bias, model = _kept_settings(config)
     transposed = bool(config.get("fan_in_fan_out")) and may_transpose
-    return CommonSettings(title, saved, bias, model, transposed, may_transpose)
+    return CommonSettings(title, saved, bias, model, transposed, may_transpose, _model_type(config))
 
 
 def _apply(config: Mapping[str, Any], kind: str) -> str:

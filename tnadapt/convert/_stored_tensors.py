@@ -17,7 +17,7 @@ from ._updates import Float, ModuleUpdate, Pair, as_matrix
 
 __all__ = [
     "DIFF", "LOHA", "LOKR", "LORA", "are_both_low", "decode", "decompose_factor", "encode", "factorization", "is_low",
-    "kind_of", "kronecker_sizes_of",
+    "kind_of", "kronecker_sizes_of", "spread_over_groups", "without_groups",
 ]  # fmt: skip
 
 LORA = ("lora_down", "lora_up", "lora_mid")
@@ -126,8 +126,7 @@ def _lora(get: _Getter) -> tuple[Pair, tuple[int, ...]]:
         down = np.einsum("mnk,ni->mik", mid.reshape(rank, inner, -1), down.reshape(inner, channels))
         inner = rank
     if rank != inner:
-        raise get.misfit("the ranks of the two factors differ (of a grouped convolution, PEFT's differ, and no two "
-                         "matrices make its update)")  # fmt: skip
+        raise get.misfit("the ranks of the two factors differ")
     return Pair(up.reshape(out, rank), down.reshape(rank, -1).T), (out, channels, *kernel)
 
 
@@ -227,6 +226,62 @@ def _encode_lokr(update: ModuleUpdate, stored: Sequence[int]) -> dict[str, Float
             kernel = tuple(stored[2:]) if number == 2 else ()
             found[f"lokr_w{number}"] = part.reshape(part.shape[0], -1, *kernel) if kernel else part
     return found
+
+
+# -- PEFT's LoRA of convolutions in groups --------------------------------------------------------
+
+
+def spread_over_groups(down: Float, groups: int) -> Float:
+    """Return the kernel ``(groups rank, channels, …)`` that PEFT has as A of a convolution in groups.
+
+    PEFT's A reads all channels, and its B is in groups: the outputs of a group see their own part of A's. A is
+    therefore repeated for every group, in the channels of the group.
+
+    Parameters
+    ----------
+    down : ndarray
+        A of the weight's update, of shape ``(rank, channels / groups, …)``.
+    groups : int
+    """
+    rank, channels, *kernel = down.shape
+    found = np.zeros((groups, rank, groups, channels, *kernel))
+    found[np.arange(groups), :, np.arange(groups)] = down
+    return found.reshape(groups * rank, groups * channels, *kernel)
+
+
+def without_groups(path: str, tensors: Tensors) -> tuple[Tensors, int]:
+    """Return PEFT's LoRA of a module as factors of the weight's update, and in how many groups its channels are.
+
+    Raises
+    ------
+    FileError
+        If a group reads channels of another one, as it does once PEFT has trained: no update of the weight does.
+    """
+    down, up = tensors.get("lora_down"), tensors.get("lora_up")
+    if down is None or up is None or min(down.ndim, up.ndim) < 3 or up.shape[1] in (0, len(down)):
+        return tensors, 1
+    groups = len(down) // up.shape[1]
+    if len(down) % up.shape[1] or down.shape[1] % groups or len(up) % groups:
+        return tensors, 1  # refused as factors of different ranks
+    rank, channels = up.shape[1], down.shape[1] // groups
+    parts = down.reshape(groups, rank, groups, channels, *down.shape[2:])
+    own = parts[np.arange(groups), :, np.arange(groups)]
+    if np.count_nonzero(parts) != np.count_nonzero(own):
+        raise FileError(
+            f"{safe_repr(path)} is a convolution in {groups} groups, and in PEFT's LoRA each reads the channels "
+            "of all groups, which no update of its weight does: leave it out of target_modules, or train LoKr or LoHa, "
+            "whose updates are those of the weight"
+        )
+    if all(np.array_equal(part, own[0]) for part in own):
+        return {**tensors, "lora_down": own[0]}, groups
+    wide = np.zeros((groups, len(up) // groups, groups, rank))
+    wide[np.arange(groups), :, np.arange(groups)] = up.reshape(groups, -1, rank)
+    ones = (1,) * (up.ndim - 2)
+    return {
+        **tensors,
+        "lora_down": own.reshape(groups * rank, channels, *down.shape[2:]),
+        "lora_up": wide.reshape(len(up), groups * rank, *ones),
+    }, groups
 
 
 # -- The sizes of LoKr's factors -----------------------------------------------------------------

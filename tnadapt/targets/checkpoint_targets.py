@@ -15,11 +15,12 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import TargetError, safe_repr
 
 from ._checkpoint_attention import StoredModel, targets_of
+from ._checkpoint_layouts import is_transposed
 from .checkpoint_experts import PARAMETERS, experts_of
 from .roles import layer_of, natural
 from .target import ROLES, Target
 
-__all__ = ["find_stored"]
+__all__ = ["find_stored", "is_transposed"]
 
 _LETTERS = frozenset("qkvo")
 

@@ -1,4 +1,4 @@
-"""Match two sets of names of one model that differ by at most one common prefix.
+"""Match two sets of names of one model that differ by at most one common prefix, or by known renames.
 
 A model's backbone is saved without the prefix, such as ``bert.``, that it has within the model for a task.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from tnadapt.errors import TargetError, safe_repr
 
 from .target import Target
 
-__all__ = ["Prefix", "found_prefix", "near_names", "stored_names"]
+__all__ = ["Prefix", "found_prefix", "near_names", "renamed_targets", "stored_names"]
 
 
 class Prefix(NamedTuple):
@@ -120,6 +120,58 @@ def stored_names(
         if prefix is not None:
             return named, prefix
     return targets, None
+
+
+def renamed_targets(
+    targets: Sequence[Target], stored: Mapping[str, tuple[int, ...]], names: Callable[[str], Sequence[str]]
+) -> tuple[list[Target], Prefix] | None:
+    """Return targets under other names that are known for them, and the common prefix by which these are stored.
+
+    Parameters
+    ----------
+    targets : sequence of Target
+    stored : mapping of str to tuple of int
+        Name and shape of every tensor.
+    names : callable
+        Returns the names that a parameter may have.
+
+    Returns
+    -------
+    tuple of (list of Target, Prefix) or None
+        None unless exactly one choice of names fits, shapes included.
+
+    Examples
+    --------
+    >>> target = Target("vit.layers.0.q_proj", (4, 4))
+    >>> known = {"vit.layers.0.q_proj.weight": ["vit.layer.0.query.weight"]}
+    >>> found, prefix = renamed_targets([target], {"layer.0.query.weight": (4, 4)}, known.__getitem__)
+    >>> found[0].name, prefix
+    ('vit.layer.0.query.weight', Prefix(taken='vit.', given=''))
+    """
+    options = [[_under(target, name) for name in names(target.name)] for target in targets]
+
+    def fitting(prefixes: Iterable[Prefix]) -> list[tuple[list[Target], Prefix]]:
+        whole = []
+        for prefix in prefixes:
+            chosen = [
+                [one for one in known if stored.get(prefix.of(one.name) or "") == one.stored] for known in options
+            ]
+            if all(len(known) == 1 for known in chosen):
+                whole.append(([known[0] for known in chosen], prefix))
+        return whole
+
+    found = fitting([Prefix()])
+    if not found:
+        found = fitting(dict.fromkeys(prefix for known in options[0] for prefix in _prefixes(stored, known.name)))
+    return found[0] if len(found) == 1 else None
+
+
+def _under(target: Target, name: str) -> Target:
+    """Return a target whose parameter has another name."""
+    if name == target.name:
+        return target
+    module, _, parameter = name.rpartition(".")
+    return dataclasses.replace(target, module=module, parameter=parameter, tied=())
 
 
 def _turned(target: Target, turn: int) -> Target:

@@ -47,6 +47,8 @@ class Target:
         For a parameter that stacks matrices along its first axis, as experts are kept: which one of them it is.
     tied : tuple of str
         Other dotted paths of the same parameter (tied weights), whose modules apply the update, too.
+    groups : int
+        For a convolution whose channels are in groups: their number. The shape does not tell it.
 
     Raises
     ------
@@ -74,6 +76,7 @@ class Target:
     layer: str = ""
     index: int | None = None
     tied: tuple[str, ...] = ()
+    groups: int = 1
 
     def __post_init__(self) -> None:
         for name in ("module", "parameter", "layer"):
@@ -91,6 +94,13 @@ class Target:
         object.__setattr__(self, "stored", stored)
         self._check_index()
         self._check_tied()
+        groups = integer(f"the groups of {self.name}", self.groups, 1, MAX_SIZE, TargetError)
+        object.__setattr__(self, "groups", groups)
+        if groups > 1 and (len(stored) < 3 or self.index is not None or stored[0] % groups):
+            raise TargetError(
+                f"groups are those of a convolution's channels and divide them; {self.name} has shape {stored}, and "
+                f"groups={groups}"
+            )
         if self.transposed and len(self.matrix_sizes) != 2:
             raise TargetError(f"a transposed weight must be a matrix; {self.name} has shape {stored}")
         if self.rows is not None:
@@ -133,7 +143,7 @@ class Target:
         object.__setattr__(self, "rows", None if whole else Rows(start, length, stride, count))
 
     def __repr__(self) -> str:
-        rare = {"index": None, "tied": ()}
+        rare = {"index": None, "tied": (), "groups": 1}
         own = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
         settings = (f"{name}={value!r}" for name, value in own if name not in rare or value != rare[name])
         return escaped(f"Target({', '.join(settings)})")
@@ -287,6 +297,8 @@ class Target:
             rest["index"] = self.index
         if self.tied:
             rest["tied"] = list(self.tied)
+        if self.groups > 1:
+            rest["groups"] = self.groups
         return [*found, rest] if rest else found
 
     @classmethod
@@ -303,7 +315,7 @@ class Target:
                 f"a target must be [module, shape, role] and at most its settings; got {safe_repr(value)}"
             )
         rest = value[3] if len(value) == 4 else {}
-        known = {"parameter", "rows", "transposed", "layer", "index", "tied"}
+        known = {"parameter", "rows", "transposed", "layer", "index", "tied", "groups"}
         if not isinstance(rest, Mapping) or not known.issuperset(rest):
             raise TargetError(f"a target's settings must be among {', '.join(sorted(known))}; got {safe_repr(rest)}")
         rows = rest.get("rows")

@@ -16,9 +16,11 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.fingerprint import Fingerprint
+from tnadapt.checkpoints.module_names import ModuleNames
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import FileError, TargetError
 from tnadapt.targets.pairing import paired
+from tnadapt.targets.prefixes import renamed_targets
 from tnadapt.targets.target import Target
 
 from . import _merging as merging
@@ -102,7 +104,8 @@ def load(
 
     Notes
     -----
-    Weights are found by their paths. If modules have been renamed since, all weights are matched by role and shape.
+    Weights are found by their paths, or by the names that transformers gives them in checkpoints. If modules have been
+    renamed since, all weights are matched by role and shape.
 
     Float32 holds all numbers of half precision, so the update is that of the file. If it is saved again, it is in
     float32; ``dtype=`` keeps another dtype.
@@ -239,6 +242,9 @@ def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
         return find_targets(model, list(file.targets), untie=True)
     except TargetError as error:
         wrong = str(error).partition(";")[0] + _in_the_file(str(error), file.targets)
+    renamed = _renamed(model, file.targets)
+    if renamed is not None:
+        return find_targets(model, renamed, untie=True)
     roles = "".join(dict.fromkeys(target.role for target in file.targets))
     if not set(roles) <= set("qkvo"):
         raise FileError(f"this {type(model).__name__} does not have its weights: {wrong}")
@@ -267,11 +273,24 @@ def _kept(model: nn.Module, file: AdapterFile, copies: Sequence[str]) -> list[st
     return kept
 
 
+def _renamed(model: nn.Module, targets: Sequence[Target]) -> list[Target] | None:
+    """Return targets with the names of a checkpoint, as :func:`tnadapt.extract` finds them, under those of a model."""
+    config: Any = getattr(model, "config", None)
+    if not callable(getattr(config, "to_dict", None)):
+        return None
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    names = ModuleNames({**config.to_dict(), "architectures": [type(model).__name__]}).inverse(shapes)
+    found = renamed_targets(targets, shapes, lambda name: names.get(name, []))
+    return None if found is None else [found[1].target(target) for target in found[0]]
+
+
 def _in_the_file(error: str, targets: Sequence[Target]) -> str:
     """Return how the file's target is stored, if that is what an error is about."""
     target = next((target for target in targets if error.startswith(f"{target.name} is stored as ")), None)
     if target is None:
         return ""
+    if "which is (in, out)" in error and not target.transposed:
+        return ": if the file was converted, convert it again with base=, the folder of the model with its config.json"
     resized = ": call resize_token_embeddings() as before training" if target.role == "embedding" else ""
     return f", and was stored as {target.stored} when it was trained{resized}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import re
@@ -235,7 +236,14 @@ class TargetSearch:
                 f"{target.name} is stored as {stored}{_order(transposed)}; the target given for it says "
                 f"{target.stored}{_order(target.transposed)}"
             )
-        return target
+        groups = 1 if weight is None else weight.groups
+        if target.groups not in (1, groups):
+            raise TargetError(
+                f"{target.name} is a convolution with groups={groups}; the target given for it has "
+                f"groups={target.groups}"
+            )
+        # Files of earlier versions do not have it.
+        return target if target.groups == groups else dataclasses.replace(target, groups=groups)
 
 
 def _whole(weight: Weight) -> Target:

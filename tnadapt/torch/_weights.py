@@ -75,7 +75,14 @@ class Weight(NamedTuple):
                 f"{self.name} of {type(self.module).__name__} is quantized, and the module has no in_features and "
                 "out_features that tell its shape: leave it out, or give tnadapt.Target(path, shape, …) yourself"
             )
-        return Target(self.path, self.stored, role, self.parameter, rows, self.transposed, layer, self.index)
+        return Target(
+            self.path, self.stored, role, self.parameter, rows, self.transposed, layer, self.index, groups=self.groups
+        )
+
+    @property
+    def groups(self) -> int:
+        """In how many groups the channels of a convolution are."""
+        return self.module.groups if isinstance(self.module, nn.modules.conv._ConvNd) else 1
 
 
 def check_embedding(name: str, module: nn.Module) -> None:

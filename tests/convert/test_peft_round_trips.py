@@ -1,0 +1,762 @@
+"""PEFT's adapters of random settings on real models: the outputs stay the same here, and back in PEFT.
+
+Each case is drawn from its number. PEFT makes the adapter, changes its parameters at random and saves it with its
+defaults. What this library loads from the folder, and what PEFT loads of what this library writes, must give the
+outputs of PEFT's own model; or the conversion is refused for the reason that the case predicts.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tnadapt as tna
+from tests.support.depth import in_depth
+from tnadapt.convert._peft_format import PeftFormat
+from tnadapt.convert._peft_methods import METHODS
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.law("foreign-files")]
+
+#: Whether adapted embeddings and heads, trained tokens, saved modules and biases are drawn as well. The draws of the
+#: other settings do not depend on it.
+KEPT_AND_TIED = False
+
+# -- Models --------------------------------------------------------------------------------------
+
+
+class Pixels(torch.nn.Module):  # type: ignore[name-defined, misc]
+    """Convolutions of all kinds: plain, strided, of one pixel, grouped, depthwise, and along one axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn = torch.nn
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.down = nn.Conv2d(8, 12, 2, stride=2)
+        self.point = nn.Conv2d(12, 12, 1, bias=False)
+        self.grouped = nn.Conv2d(12, 12, 3, padding=1, groups=2)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.line = nn.Conv1d(12, 8, 3, stride=2)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, pixels: Any) -> Any:
+        x = self.down(torch.tanh(self.stem(pixels)))
+        x = self.point(x) + self.grouped(x) + self.depthwise(x)
+        return self.head(torch.tanh(self.line(torch.tanh(x).flatten(2))).mean(-1))
+
+
+def llama(tied: bool) -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(
+        vocab_size=48, **sizes, num_key_value_heads=2, pad_token_id=0, tie_word_embeddings=tied
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2() -> Any:
+    sizes = {"vocab_size": 48, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+
+
+def t5() -> Any:
+    sizes = {"vocab_size": 48, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+
+
+def bert() -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=48, **sizes))
+
+
+def vit() -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=8, patch_size=4))
+
+
+TOKENS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model, and what there is to adapt in it.
+
+    ``attention`` are weights of a layer all of whose sizes are equal; ``targets`` are all linear ones and, if there are
+    any, ``convolutions``; ``embedding`` and ``head`` are their names.
+    """
+
+    build: Callable[[], Any]
+    targets: tuple[str, ...]
+    alike: tuple[str, ...]
+    convolutions: tuple[str, ...] = ()
+    embedding: str = ""
+    head: str = ""
+    norm: str = ""
+
+
+MODELS: dict[str, Model] = {
+    "llama": Model(
+        functools.partial(llama, False), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        ("q_proj", "o_proj"), (), "embed_tokens", "lm_head", "norm",
+    ),
+    "tied llama": Model(
+        functools.partial(llama, True), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        ("q_proj", "o_proj"), (), "embed_tokens", "lm_head", "norm",
+    ),
+    "gpt2": Model(
+        gpt2, ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"), ("attn.c_proj",), (), "wte", "lm_head", "ln_f",
+    ),
+    "t5": Model(t5, ("q", "k", "v", "o", "wi", "wo"), ("q", "k", "v", "o"), (), "shared", "lm_head"),
+    "bert": Model(
+        bert, ("query", "key", "value", "attention.output.dense", "intermediate.dense"), ("query", "key", "value"), (),
+        "word_embeddings", "classifier", "LayerNorm",
+    ),
+    "vit": Model(
+        vit, ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"), ("q_proj", "k_proj", "v_proj", "o_proj"),
+        ("projection",), "", "classifier", "layernorm",
+    ),
+    "pixels": Model(
+        Pixels, ("head",), ("head",), ("stem", "down", "point", "grouped", "depthwise", "line"), "", "head",
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def pristine(name: str) -> Any:
+    torch.manual_seed(7)
+    model = MODELS[name].build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(0.2 * torch.randn(parameter.shape))
+    return model
+
+
+def fresh(name: str) -> Any:
+    return copy.deepcopy(pristine(name))
+
+
+def output(name: str, model: Any) -> Any:
+    tokens = torch.tensor(TOKENS)
+    side = 8
+    pixels = torch.linspace(-3, 3, 2 * 3 * side * side).reshape(2, 3, side, side).sin()
+    with torch.no_grad():
+        if name == "pixels":
+            return model(pixels).double()
+        if name == "vit":
+            return model(pixel_values=pixels).logits.double()
+        more = {"decoder_input_ids": tokens[:, :4]} if name == "t5" else {}
+        return model(input_ids=tokens, **more).logits.double()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of each model, saved by its own library."""
+    whole = tmp_path_factory.mktemp("bases")
+
+    def folder(name: str) -> Path:
+        found = whole / name.replace(" ", "-")
+        if not found.exists():
+            if name == "pixels":
+                from safetensors.torch import save_file
+
+                found.mkdir()
+                save_file(pristine(name).state_dict(), found / "model.safetensors")
+            else:
+                pristine(name).save_pretrained(found)
+        return found
+
+    return folder
+
+
+# -- Cases ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Settings of one adapter."""
+
+    model: str
+    method: str
+    settings: dict[str, Any]
+    dtype: str
+    base: str
+
+    @property
+    def targets(self) -> Any:
+        return self.settings["target_modules"]
+
+    def config(self) -> Any:
+        return METHOD_CONFIGS[self.method](**self.settings)
+
+
+METHOD_CONFIGS: dict[str, Any] = {
+    "LORA": peft.LoraConfig, "HIRA": peft.HiraConfig, "LOKR": peft.LoKrConfig, "LOHA": peft.LoHaConfig,
+    "VERA": peft.VeraConfig, "RANDLORA": peft.RandLoraConfig, "FOURIERFT": peft.FourierFTConfig,
+    "WAVEFT": peft.WaveFTConfig, "C3A": peft.C3AConfig, "SHIRA": peft.ShiraConfig, "MISS": peft.MissConfig,
+    "UNILORA": peft.UniLoraConfig, "TINYLORA": peft.TinyLoraConfig, "VBLORA": peft.VBLoRAConfig,
+    "TRAINABLE_TOKENS": peft.TrainableTokensConfig,
+}  # fmt: skip
+
+PEFT = PeftFormat()
+
+# How often each method is drawn.
+WEIGHTS = {"LORA": 8, "LOKR": 2, "LOHA": 2, "HIRA": 2, "TRAINABLE_TOKENS": KEPT_AND_TIED}
+
+# Methods that PEFT applies to weights that are stored as (in, out), and to convolutions.
+TRANSPOSED = ("LORA", "HIRA", "VERA", "RANDLORA", "FOURIERFT", "WAVEFT", "UNILORA", "TINYLORA", "VBLORA")
+CONVOLUTIONS = ("LORA", "LOKR", "LOHA", "HIRA")
+GROUPED = {"grouped", "depthwise"}
+
+
+def drawn(number: int) -> Case:
+    """The case of a number."""
+    rng = random.Random(f"round trip {number}")
+    method = rng.choices(list(METHOD_CONFIGS), [WEIGHTS.get(name, 1) for name in METHOD_CONFIGS])[0]
+    names = [name for name in MODELS if method in TRANSPOSED or name != "gpt2"]
+    if method == "TRAINABLE_TOKENS":
+        names = [name for name in MODELS if MODELS[name].embedding]
+    name = rng.choice(names)
+    model = MODELS[name]
+    convolutions = [one for one in model.convolutions if method != "HIRA" or one not in GROUPED]
+    several = list(model.targets) + convolutions * (method in CONVOLUTIONS)
+    if method in ("RANDLORA", "VBLORA", "WAVEFT", "C3A", "UNILORA") and rng.random() < 0.5:
+        several = list(model.alike)
+    count = rng.randint(1, min(4, len(several)))
+    targets = sorted(rng.sample(several, count))
+    settings: dict[str, Any] = {"target_modules": targets}
+    settings |= OPTIONS[method](rng, model, targets)
+    if name in ("llama", "tied llama", "vit") and method not in ("SHIRA", "TRAINABLE_TOKENS") and rng.random() < 0.15:
+        settings["layers_to_transform"] = [1]
+    if KEPT_AND_TIED:
+        settings |= kept_and_tied(random.Random(f"kept and tied {number}"), method, name, targets)
+    dtype = rng.choice(["float32", "float32", "bfloat16", "float16"])
+    if settings.get("save_only_topk_weights") or settings.get("save_indices"):
+        dtype = "float32"  # PEFT loads no other logits, and scales that are rounded are another adapter
+    bases = ["folder", "shapes"] if method in CONVOLUTIONS else ["shapes"]
+    # LoKr and LoHa of a convolution may be matrices, whose kernels only the base tells.
+    if method in CONVOLUTIONS and (method == "LORA" or not set(targets) & set(model.convolutions)):
+        bases.append("none")
+    base = "folder" if {"trainable_token_indices", "token_indices"} & settings.keys() else rng.choice(bases)
+    return Case(name, method, settings, dtype, base)
+
+
+def kept_and_tied(rng: random.Random, method: str, name: str, targets: list[str]) -> dict[str, Any]:
+    """Settings of adapted embeddings and heads, trained tokens, saved modules and biases."""
+    model, found = MODELS[name], dict[str, Any]()
+    if method == "TRAINABLE_TOKENS":
+        return {"target_modules": [model.embedding]}
+    saved = [[model.head], [model.norm], [model.embedding], [model.head, model.embedding]]
+    saved = [names for names in saved if all(names) and not set(names) & set(targets)]
+    if rng.random() < 0.25 and saved:
+        found["modules_to_save"] = rng.choice(saved)
+    if method != "LORA":
+        return found
+    if rng.random() < 0.25:
+        found["bias"] = rng.choice(["all", "lora_only"])
+    free = [one for one in (model.head, model.embedding) if one and one not in found.get("modules_to_save", ())]
+    if rng.random() < 0.25 and free and "classifier" not in free:
+        found["target_modules"] = sorted({*targets, rng.choice(free)})
+    elif rng.random() < 0.25 and model.embedding and len(free) == 2:
+        tokens = sorted(rng.sample(range(10), 3))
+        found["trainable_token_indices"] = rng.choice([tokens, {model.embedding: tokens}])
+    if name == "tied llama" and rng.random() < 0.5:
+        found["ensure_weight_tying"] = True
+    return found
+
+
+Options = Callable[[random.Random, Model, Sequence[str]], dict[str, Any]]
+
+
+def lora(rng: random.Random, model: Model, targets: Sequence[str]) -> dict[str, Any]:
+    grouped = not GROUPED.isdisjoint(targets)
+    rank = 12 * rng.randint(1, 2) if grouped else rng.randint(1, 5)
+    found: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": rng.choice([1, 4, 16, 2.5]),
+        "use_rslora": rng.random() < 0.25,
+        "use_dora": rng.random() < 0.2 and not grouped,
+        "fan_in_fan_out": rng.random() < 0.3,
+        "lora_dropout": rng.choice([0.0, 0.1]),
+        "init_lora_weights": rng.choice([True, True, True, False, "gaussian"]),
+    }
+    if model.head == "lm_head" and rng.random() < 0.3:
+        found["task_type"] = "SEQ_2_SEQ_LM" if model.build is t5 else "CAUSAL_LM"
+    if rng.random() < 0.3 and not grouped:
+        found["rank_pattern"] = {rng.choice(targets): rng.randint(1, 6)}
+    if rng.random() < 0.3:
+        found["alpha_pattern"] = {rng.choice(targets): rng.choice([3, 7.5])}
+    return found
+
+
+def low_rank(rng: random.Random, model: Model, targets: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "r": rng.randint(1, 5),
+        "alpha": rng.choice([1, 4, 2.5]),
+        "use_effective_conv2d": rng.random() < 0.5,
+        "init_weights": rng.choice([True, False]),
+    }
+    if rng.random() < 0.3:
+        found["rank_pattern"] = {rng.choice(targets): rng.randint(1, 6)}
+    if rng.random() < 0.3:
+        found["alpha_pattern"] = {rng.choice(targets): rng.choice([3, 7.5])}
+    return found
+
+
+def lokr(rng: random.Random, model: Model, targets: Sequence[str]) -> dict[str, Any]:
+    more = {"decompose_both": rng.random() < 0.4, "decompose_factor": rng.choice([-1, -1, 2, 4, 8])}
+    return low_rank(rng, model, targets) | more
+
+
+def frequencies(rng: random.Random, model: Model, targets: Sequence[str]) -> dict[str, Any]:
+    most = 30 if model.build is Pixels else 100
+    found: dict[str, Any] = {
+        "n_frequency": rng.randint(5, most),
+        "scaling": rng.choice([2.0, 25.0]),
+        "random_loc_seed": rng.randint(0, 9),
+    }
+    if rng.random() < 0.3:
+        found["n_frequency_pattern"] = {rng.choice(targets): rng.randint(5, most // 2)}
+    return found
+
+
+def waves(rng: random.Random, model: Model, targets: Sequence[str]) -> dict[str, Any]:
+    more = {
+        "wavelet_family": rng.choice(["db1", "db2", "db3"]),
+        "use_idwt": rng.random() < 0.8,
+        "proportional_parameters": rng.random() < 0.3,
+    }
+    return frequencies(rng, model, targets) | more
+
+
+OPTIONS: dict[str, Options] = {
+    "LORA": lora,
+    "HIRA": lambda rng, model, targets: {"r": rng.randint(1, 5)},
+    "TRAINABLE_TOKENS": lambda rng, model, targets: {"token_indices": sorted(rng.sample(range(10), 3))},
+    "LOKR": lokr,
+    "LOHA": low_rank,
+    "VERA": lambda rng, model, targets: {
+        "r": rng.randint(1, 9),
+        "projection_prng_key": rng.randint(0, 9),
+        "save_projection": rng.random() < 0.7,
+    },
+    "RANDLORA": lambda rng, model, targets: {
+        "r": rng.randint(2, 8),
+        "randlora_alpha": rng.randint(1, 9),
+        "save_projection": rng.random() < 0.7,
+        **rng.choice([{}, {}, {"sparse": True}, {"very_sparse": True}]),
+    },
+    "FOURIERFT": frequencies,
+    "WAVEFT": waves,
+    "C3A": lambda rng, model, targets: {"block_size": rng.choice([2, 4])},
+    "SHIRA": lambda rng, model, targets: {
+        "r": rng.randint(1, 2 if model.build is Pixels else 4),
+        "random_seed": rng.choice([None, 3]),
+    },
+    "MISS": lambda rng, model, targets: {
+        "r": rng.randint(2, 6),
+        **rng.choice([{}, {}, {"r": 4, "mini_r": 4, "init_weights": "mini"}]),
+    },
+    "UNILORA": lambda rng, model, targets: {
+        "r": rng.randint(1, 4),
+        "theta_d_length": rng.randint(5, 60),
+        "save_indices": rng.random() < 0.5,
+    },
+    "TINYLORA": lambda rng, model, targets: {
+        "r": rng.randint(1, 3),
+        "u": rng.randint(2, 9),
+        "weight_tying": rng.choice([0.0, 0.5, 1.0]),
+        "save_projection": rng.random() < 0.7,
+    },
+    "VBLORA": lambda rng, model, targets: {
+        "r": rng.randint(1, 3),
+        "num_vectors": 9,
+        "vector_length": 4,
+        "topk": rng.randint(1, 3),
+        "save_only_topk_weights": rng.random() < 0.5,
+    },
+}
+
+
+# -- Refusals ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why a case is refused, and by which message."""
+
+    when: Callable[[Case], bool]
+    says: str
+
+
+#: Reasons for which reading a folder is refused.
+NOT_READ: dict[str, Refusal] = {
+    "groups that read all channels": Refusal(
+        lambda case: case.method == "LORA" and not GROUPED.isdisjoint(case.targets),
+        r"is a convolution in \d+ groups, and in PEFT's LoRA each reads the channels of all groups",
+    ),
+    "projections that torch draws otherwise": Refusal(
+        lambda case: (
+            case.method == "TINYLORA"
+            and not case.settings["save_projection"]
+            and case.settings["u"] * case.settings["r"] ** 2 < 16
+        ),
+        r"too few to draw as torch does: save it with save_projection=True",
+    ),
+}
+
+#: Reasons for which an adapter is not written in its own form; PEFT's LoRA is tried then.
+NOT_WRITTEN: dict[str, Refusal] = {
+    "more numbers than the cores have, or several vectors": Refusal(
+        lambda case: case.method == "TINYLORA" and not is_one_vector(case),
+        "cannot be written as PEFT's TinyLoRA: it needs one θ for all weights, and both factors frozen",
+    ),
+    "weights with different numbers of terms": Refusal(
+        lambda case: (
+            case.method == "RANDLORA"
+            and len({(-(-min(shape) // case.settings["r"]), shape[1] <= shape[0]) for shape in sizes(case)}) > 1
+        ),
+        "cannot be written as PEFT's RandLoRA: (it needs ⌈smaller side / rank⌉ terms|some weights have more rows)",
+    ),
+    "coefficients without a wavelet": Refusal(
+        lambda case: case.method == "WAVEFT" and not case.settings["use_idwt"],
+        "cannot be written as PEFT's WaveFT: PEFT draws the positions from a seed",
+    ),
+    "more numbers than the factors have": Refusal(
+        lambda case: (
+            case.method == "UNILORA"
+            and case.settings["theta_d_length"] > sum(case.settings["r"] * sum(shape) for shape in sizes(case))
+        ),
+        "cannot be written as PEFT's Uni-LoRA: it needs one θ for all factors",
+    ),
+    "other axes of a Conv1d": Refusal(
+        lambda case: case.method == "LOKR" and "line" in case.targets and is_full(case, 12, 8),
+        "PEFT multiplies other axes|is not exactly LoKr",
+    ),
+}
+
+
+def sizes(case: Case) -> list[tuple[int, int]]:
+    """The shapes (out, in) of the adapted matrices."""
+    found = []
+    for name, module in pristine(case.model).named_modules():
+        layer = [int(part) for part in name.split(".") if part.isdecimal()][:1]
+        chosen = case.settings.get("layers_to_transform", layer)
+        if layer == chosen and any(f".{name}".endswith(f".{target}") for target in case.targets):
+            shape = tuple(module.weight.shape)
+            found.append(shape[::-1] if case.model == "gpt2" else shape)
+    return found
+
+
+def is_one_vector(case: Case) -> bool:
+    """Whether the trained numbers of TinyLoRA are fewer than those that they make, and not each weight's own."""
+    weights = len(sizes(case))
+    vectors = max(1, round(weights * (1.0 - case.settings["weight_tying"])))
+    numbers, core = case.settings["u"], case.settings["r"] ** 2
+    return vectors * numbers <= weights * core and (vectors < weights or weights == 1 or numbers > core)
+
+
+def is_full(case: Case, inner: int, outer: int) -> bool:
+    """Whether PEFT has no factors of W2, and W1 is not a number."""
+    split = pytest.importorskip("peft.tuners.lokr.layer").factorization
+    (p, k), (q, n) = (split(side, case.settings["decompose_factor"]) for side in (outer, inner))
+    rank = case.settings.get("rank_pattern", {}).get("line", case.settings["r"])
+    return bool(rank >= max(k, n) / 2 and (p, q) != (1, 1))
+
+
+def reason(case: Case, reasons: dict[str, Refusal]) -> str | None:
+    """What the message says with which a case is refused, or None if it must work."""
+    return next((one.says for one in reasons.values() if one.when(case)), None)
+
+
+# -- The round trip ------------------------------------------------------------------------------
+
+
+def base_of(case: Case, folder: Path) -> Any:
+    if case.base == "none":
+        return None
+    if case.base == "folder":
+        return folder
+    modules = pristine(case.model).named_modules()
+    return {name: tuple(module.weight.shape) for name, module in modules if hasattr(module, "weight")}
+
+
+def trained(case: Case, place: Path) -> Any:
+    """PEFT's model of a case, saved at a place."""
+    torch.manual_seed(11)
+    wrapped = peft.get_peft_model(fresh(case.model), case.config())
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+    wrapped.save_pretrained(place)
+    if case.dtype == "float32":
+        return wrapped.eval()
+    from safetensors.torch import load_file, save_file
+
+    weights = place / "adapter_model.safetensors"
+    dtype = getattr(torch, case.dtype)
+    tensors = {name: one.to(dtype) if one.is_floating_point() else one for name, one in load_file(weights).items()}
+    save_file(tensors, weights, {"format": "pt"})
+    return peft.PeftModel.from_pretrained(fresh(case.model), place).eval()
+
+
+# Of float32 through two layers, and of adapters whose products are rounded to their own dtype.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 3e-3}
+
+
+def check(case: Case, model: Any, expected: Any) -> None:
+    plain = output(case.model, pristine(case.model))
+    change = torch.linalg.norm(expected - plain)
+    assert change > 1e-4 * torch.linalg.norm(plain)
+    off = float(torch.linalg.norm(output(case.model, model) - expected) / change)
+    assert off <= TOLERANCE[case.dtype], f"off by {off:.3g} of the update"
+
+
+def run(case: Case, folder: Path, place: Path) -> None:
+    import tnadapt.torch
+
+    wrapped = trained(case, place / "theirs")
+    expected = output(case.model, wrapped)
+    base = base_of(case, folder)
+    refused = reason(case, NOT_READ)
+    if refused is not None:
+        with pytest.raises(tna.errors.TnadaptError, match=refused):
+            tna.convert(place / "theirs", base=base)
+        return
+    found = tna.convert(place / "theirs", place / "ours.safetensors", base=base)
+    assert found.exact
+    ours = fresh(case.model)
+    adapter = tnadapt.torch.load(ours, place / "ours.safetensors")
+    check(case, ours, expected)
+
+    own = case.method.lower() in PEFT.kinds + PEFT.structures
+    form = f"peft-{case.method.lower()}" if own else "peft-lora"
+    refused = reason(case, NOT_WRITTEN)
+    if refused is not None:
+        with pytest.raises(tna.errors.TnadaptError, match=refused):
+            tna.convert(place / "ours.safetensors", to=form)
+        form = "peft-lora"
+    # LoRA of full rank is what PEFT has for dense updates. Only the model tells in how many groups channels are.
+    adapter.save(place / "saved.safetensors")
+    source = place / ("saved.safetensors" if refused else "ours.safetensors")
+    tna.convert(source, place / "back", to=form, base=base, rank=48 if refused else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*fan_in_fan_out")
+        if case.method != "RANDLORA":  # PEFT says so of its own folders, too
+            warnings.filterwarnings("error", message=".*(missing|unexpected)")
+        back = peft.PeftModel.from_pretrained(fresh(case.model), place / "back").eval()
+    check(case, back, expected)
+
+
+CASES = range(500)
+
+
+@pytest.mark.parametrize("number", in_depth(CASES, range(40)))
+def test_round_trip(number: int, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    case = drawn(number)
+    run(case, folders(case.model), tmp_path)
+
+
+def test_few_are_refused() -> None:
+    cases = [drawn(number) for number in CASES]
+    assert sum(reason(case, NOT_READ) is not None for case in cases) <= 0.1 * len(cases)
+    assert sum(reason(case, NOT_WRITTEN) is not None for case in cases) <= 0.2 * len(cases)
+    # Every reason, method and model occurs.
+    for one in (*NOT_READ.values(), *NOT_WRITTEN.values()):
+        assert any(one.when(case) for case in cases)
+    assert {case.method for case in cases} >= {*METHOD_CONFIGS} - {"TRAINABLE_TOKENS"}
+    assert {case.model for case in cases} == {*MODELS}
+    assert METHOD_CONFIGS.keys() == METHODS.keys() | {"LORA", "HIRA", "LOKR", "LOHA"}
+
+
+# -- Methods that are not read --------------------------------------------------------------------
+
+# PEFT makes these of a model alone; the others need virtual tokens, several adapters or other data.
+OTHERS = {
+    "ADALORA": {"total_step": 10}, "BOFT": {"boft_block_size": 4}, "DELORA": {}, "HRA": {"r": 4}, "IA3": {},
+    "LN_TUNING": {}, "OFT": {"oft_block_size": 4}, "ROAD": {"variant": "road_1", "group_size": 4}, "GRALORA": {"r": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_methods_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    config = {one.value: found for one, found in PEFT_TYPE_TO_CONFIG_MAPPING.items()}[name]
+    targets = {
+        "IA3": {"target_modules": ["q_proj"], "feedforward_modules": []},
+        "LN_TUNING": {"target_modules": ["norm"]},
+    }
+    settings = targets.get(name, {"target_modules": ["q_proj"]}) | OTHERS[name]
+    peft.get_peft_model(fresh("llama"), config(**settings)).save_pretrained(tmp_path)
+    with pytest.raises(tna.FileError, match=f"peft_type is '{name}'; only LORA, LOKR, .* can be converted"):
+        tna.convert(tmp_path)
+
+
+def test_every_method_is_read_or_refused_by_name(tmp_path: Path) -> None:
+    kinds = {kind.value for kind in peft.PeftType}
+    assert kinds >= METHOD_CONFIGS.keys() | OTHERS.keys()
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    for kind in sorted(kinds - METHOD_CONFIGS.keys()):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+        with pytest.raises(tna.FileError, match=f"peft_type is '{kind}'; only LORA, LOKR, .* can be converted"):
+            tna.convert(tmp_path)
+
+
+# -- Convolutions in groups -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_peft_loads_lora_of_convolutions_in_groups(rank: int, tmp_path: Path) -> None:
+    import tnadapt.torch
+
+    ours = fresh("pixels")
+    adapter = tnadapt.torch.attach(ours, "lora", ["grouped", "depthwise", "point"], rank=rank, alpha=3.0)
+    groups = {"point": 1, "grouped": 2, "depthwise": 12}
+    assert {target.module: target.groups for target in adapter.targets} == groups
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    expected, place = output("pixels", ours), tmp_path / "ours.safetensors"
+    adapter.save(place)
+    for turn in range(2):  # ours, and what is read back, of the same rank
+        found = tna.convert(place, tmp_path / f"theirs {turn}", to="peft-lora")
+        assert found.exact
+        assert found.config is not None
+        ranks = {name: found.config["rank_pattern"].get(name, found.config["r"]) for name in groups}
+        assert ranks == {name: number * rank for name, number in groups.items()}
+        theirs = peft.PeftModel.from_pretrained(fresh("pixels"), tmp_path / f"theirs {turn}").eval()
+        assert torch.linalg.norm(output("pixels", theirs) - expected) <= 1e-5 * torch.linalg.norm(expected)
+        place = tmp_path / "again.safetensors"
+        again = tna.convert(tmp_path / f"theirs {turn}", place, overwrite=True).file
+        assert again is not None
+        assert {target.module: target.groups for target in again.targets} == groups
+        assert again.config.rank == rank
+    model = fresh("pixels")
+    tnadapt.torch.load(model, place)
+    assert torch.linalg.norm(output("pixels", model) - expected) <= 1e-5 * torch.linalg.norm(expected)
+
+
+def test_groups_whose_factors_differ_are_read_as_one_update(tmp_path: Path) -> None:
+    """Each group has an A of its own, which reads the channels of that group alone."""
+    import tnadapt.torch
+
+    wrapped = peft.get_peft_model(fresh("pixels"), peft.LoraConfig(r=4, target_modules=["grouped"], use_rslora=True))
+    layer = wrapped.base_model.model.grouped
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+        own = torch.kron(torch.eye(2), torch.ones(2, 6))[..., None, None]
+        layer.lora_A["default"].weight.normal_().mul_(own)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    found = tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors").file
+    assert found is not None
+    assert (found.config.rank, found.targets[0].groups) == (4, 2)
+    ours = fresh("pixels")
+    tnadapt.torch.load(ours, tmp_path / "ours.safetensors")
+    expected = output("pixels", wrapped.eval())
+    assert torch.linalg.norm(output("pixels", ours) - expected) <= 1e-5 * torch.linalg.norm(expected)
+    assert torch.linalg.norm(output("pixels", fresh("pixels")) - expected) > 1e-2 * torch.linalg.norm(expected)
+
+
+def test_dora_of_groups_is_refused(tmp_path: Path) -> None:
+    import tnadapt.torch
+
+    config = peft.LoraConfig(r=4, target_modules=["grouped"], use_dora=True)
+    peft.get_peft_model(fresh("pixels"), config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(tna.FileError, match="'grouped' is a convolution in 2 groups, and in PEFT's LoRA"):
+        tna.convert(tmp_path / "theirs")
+    adapter = tnadapt.torch.attach(fresh("pixels"), "dora", ["grouped"], rank=2)
+    adapter.save(tmp_path / "ours.safetensors")
+    with pytest.raises(
+        tna.ConfigError, match="'grouped' is a convolution in 2 groups: PEFT's DoRA of it takes the norms"
+    ):
+        tna.convert(tmp_path / "ours.safetensors", to="peft-lora")
+
+
+def test_fault_lora_of_a_dilated_convolution(tmp_path: Path) -> None:
+    """PEFT's forward pass ignores the dilation; merged, its update is ours."""
+    import tnadapt.torch
+
+    def dilated() -> Any:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, dilation=2, padding="same"))
+
+    wrapped = peft.get_peft_model(dilated(), peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    wrapped.save_pretrained(tmp_path / "theirs")
+    tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors")
+    ours, pixels = dilated(), torch.linspace(-3, 3, 3 * 64).reshape(1, 3, 8, 8).sin()
+    tnadapt.torch.load(ours, tmp_path / "ours.safetensors")
+    assert not torch.allclose(wrapped(pixels), ours(pixels), atol=1e-2)
+    assert torch.allclose(wrapped.merge_and_unload()(pixels), ours(pixels), atol=1e-5)
+
+
+# -- Weights that are stored as (in, out) ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [peft.LoraConfig, peft.HiraConfig])
+@pytest.mark.parametrize("says", [True, False, None])
+@pytest.mark.parametrize("known", [True, False])
+def test_gpt2_is_right_whatever_fan_in_fan_out_says(
+    config: Any, says: bool | None, known: bool, tmp_path: Path, folders: Callable[[str], Path]
+) -> None:
+    """PEFT has one setting, of the last module or, with HiRA, of the user; on loading it corrects it for each."""
+    import tnadapt.torch
+
+    targets = ["attn.c_proj", "c_attn", "mlp.c_proj"]
+    case = Case("gpt2", "LORA", {"target_modules": targets}, "float32", "folder")
+    wrapped = peft.get_peft_model(fresh("gpt2"), config(r=2, target_modules=targets))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+    wrapped.save_pretrained(tmp_path / "theirs")
+    expected = output("gpt2", wrapped.eval())
+    place = tmp_path / "theirs" / "adapter_config.json"
+    saved = json.loads(place.read_text())
+    changes = ({} if says is None else {"fan_in_fan_out": says}) | ({} if known else {"auto_mapping": None})
+    place.write_text(json.dumps(saved | changes))
+    clear = known or (says is not False and saved["fan_in_fan_out"]) or says is True
+    for base in ("folder", "shapes", "none"):
+        ours = fresh("gpt2")
+        given = base_of(dataclasses.replace(case, base=base), folders("gpt2"))
+
+        def load(ours: Any = ours, given: Any = given) -> None:
+            tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=given, overwrite=True)
+            tnadapt.torch.load(ours, tmp_path / "ours.safetensors")
+
+        if clear or base == "folder":
+            load()
+            check(case, ours, expected)
+        else:
+            with pytest.raises(
+                tna.FileError, match=r"[Gg]ive base=, the folder|again with base=, the folder of the model"
+            ):
+                load()
+
+
+def test_a_square_weight_is_not_merged_the_wrong_way(tmp_path: Path, folders: Callable[[str], Path]) -> None:
+    shape = tuple(fresh("gpt2").transformer.h[0].attn.c_proj.weight.shape)
+    assert shape[0] == shape[1]
+    targets = [tna.Target("transformer.h.0.attn.c_proj", shape)]
+    config = tna.presets.lora(1)
+    plan = tna.SuperLoRA(config, [shape])
+    tna.save(tmp_path / "a.safetensors", tna.AdapterFile(config, targets, plan.init()))
+    with pytest.raises(
+        tna.FileError, match=r"c_proj\.weight' is stored as \(in, out\), and the adapter's update is one of"
+    ):
+        tna.merge(folders("gpt2"), tmp_path / "a.safetensors", tmp_path / "merged")
+    right = [dataclasses.replace(targets[0], transposed=True)]
+    tna.save(tmp_path / "b.safetensors", tna.AdapterFile(config, right, plan.init()))
+    tna.merge(folders("gpt2"), tmp_path / "b.safetensors", tmp_path / "merged")
