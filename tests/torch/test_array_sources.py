@@ -275,7 +275,7 @@ def test_other_dtypes_train_merge_and_load(name: str, dtype: str, tmp_path: Path
     expected = base(x)
     adapter.save(tmp_path / "adapter.safetensors")
     other = model().to(getattr(torch, dtype))
-    tt.load(other, tmp_path / "adapter.safetensors")
+    tt.load(other, tmp_path / "adapter.safetensors", dtype=dtype)
     assert torch.equal(other(x), expected)
     (base(x) * weights).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in adapter.parameters())

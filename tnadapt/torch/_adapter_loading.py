@@ -219,7 +219,7 @@ def _dtype_on_load(file: AdapterFile) -> torch.dtype:
 
 def _is_rounded(file: AdapterFile) -> bool:
     """Return whether a file's update has fixed numbers that are rounded to the dtype of the parameters."""
-    if file.plan.theta is not None or not file.complete:
+    if file.plan.theta is not None or not file.complete or file.left_out:
         return True
     for group in file.plan.groups:
         fixed = ((group.frozen.make(name), group.frozen.make((name, file.dtype))) for name in group.frozen.entries)
