@@ -350,6 +350,7 @@ SOME = [
     *cases([layer for layer in LAYERS if layer != "linear"], ["lora", "slices", "dora"], ["part"]),
     *cases(["linear"], ["lora", "slices", "dora"], ["whole", "two", "second alone"]),
     *cases(["fused"], ["lora", "lokr", "behind F", "hira"], ["two"]),
+    *cases(["embedding"], ["lokr", "compacter"], ["part"]),
 ]
 ALL = cases(list(LAYERS), list(CONFIGS), [mix for mix in MIXES if mix != "two alone"])
 
@@ -537,6 +538,10 @@ def test_each_row_is_that_of_its_adapter_alone(case: Case, second: str) -> None:
         model, several = attached(case, dropout, second)
         # A convolution's channels could be as many as the names.
         for names, repeated in zip(several_names, itertools.cycle((1, 1 if "conv" in case.layer else 2)), strict=False):
+            if names is ROWS[1]:  # two of one weight
+                several[1].adapter.set_weight(several[0].adapter.weight)
+            if names is ROWS[2]:  # one that is inactive without rows
+                several[0].adapter.set_weight(0.0)
             shape = (len(names) * repeated, *inputs(case)[1].shape[1:])
             x = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
             if case.layer in ("embedding", "tokens"):
@@ -605,3 +610,21 @@ def test_no_pass_uses_what_has_changed_since(case: Case, is_large: bool) -> None
                         assert_close(
                             model(x), expected, f"pass {number} after {getattr(change, '__name__', 'nothing')}"
                         )
+
+
+@pytest.mark.parametrize("config", ["lora", "slices", "behind F", "behind a nonlinear F"])
+def test_a_layer_alone_sees_which_arrays_are_trained(config: str) -> None:
+    """A layer that is called without its model, so that no pass begins anew."""
+    model, several = attached(Case("linear", config, "weight", "part"))
+    x, arrays = inputs(Case("linear", config, "weight", "part"))[0], list(several[0].adapter.parameters())
+    expected = by_formula(model[:1], several, x).detach()
+    for is_trained in (True, False, True, True):
+        for array in arrays:
+            array.requires_grad_(is_trained)
+        found = model[0](x)
+        assert_close(found, expected, "the output")
+        assert found.requires_grad == is_trained
+        if is_trained:
+            # Those of the other layer, where it has arrays of its own, get none.
+            gradients = torch.autograd.grad(found.square().sum(), arrays, materialize_grads=True)
+            assert any(bool(one.any()) for one in gradients)
