@@ -237,7 +237,11 @@ def drawn(number: int) -> Case:
     targets = sorted(rng.sample(several, count))
     settings: dict[str, Any] = {"target_modules": targets}
     settings |= OPTIONS[method](rng, model, targets)
-    if name in ("llama", "tied llama", "vit") and method not in ("SHIRA", "TRAINABLE_TOKENS") and rng.random() < 0.15:
+    if (
+        name in ("llama", "tied llama", "vit")
+        and method not in ("SHIRA", "TRAINABLE_TOKENS", "UNILORA")
+        and rng.random() < 0.15
+    ):
         settings["layers_to_transform"] = [1]
     if KEPT_AND_TIED:
         settings |= kept_and_tied(random.Random(f"kept and tied {number}"), method, name, targets)
@@ -499,7 +503,7 @@ def trained(case: Case, place: Path) -> Any:
     with torch.no_grad():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape))
+                parameter.add_((0.5 if case.method == "LOHA" else 0.2) * torch.randn(parameter.shape))
     wrapped.save_pretrained(place)
     if case.dtype == "float32":
         return wrapped.eval()
@@ -512,16 +516,13 @@ def trained(case: Case, place: Path) -> Any:
     return peft.PeftModel.from_pretrained(fresh(case.model), place).eval()
 
 
-# Of float32 through two layers, and of adapters whose products are rounded to their own dtype.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 3e-3}
-
-
 def check(case: Case, model: Any, expected: Any) -> None:
     plain = output(case.model, pristine(case.model))
-    change = torch.linalg.norm(expected - plain)
-    assert change > 1e-4 * torch.linalg.norm(plain)
-    off = float(torch.linalg.norm(output(case.model, model) - expected) / change)
-    assert off <= TOLERANCE[case.dtype], f"off by {off:.3g} of the update"
+    size, change = torch.linalg.norm(plain), torch.linalg.norm(expected - plain)
+    assert change > 1e-3 * size
+    off = torch.linalg.norm(output(case.model, model) - expected)
+    # The outputs themselves are rounded, too.
+    assert off <= 1e-4 * change + 1e-6 * size, f"off by {float(off / change):.3g} of the update"
 
 
 def run(case: Case, folder: Path, place: Path) -> None:
@@ -535,7 +536,8 @@ def run(case: Case, folder: Path, place: Path) -> None:
         with pytest.raises(tna.errors.TnadaptError, match=refused):
             tna.convert(place / "theirs", base=base)
         return
-    found = tna.convert(place / "theirs", place / "ours.safetensors", base=base)
+    # PEFT computes adapters in float32, whatever they are stored in.
+    found = tna.convert(place / "theirs", place / "ours.safetensors", base=base, dtype="float32")
     assert found.exact
     ours = fresh(case.model)
     adapter = tnadapt.torch.load(ours, place / "ours.safetensors")

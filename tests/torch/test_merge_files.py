@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 from tests.support.array_presets import P  # noqa: E402
+from tnadapt.checkpoints import module_names  # noqa: E402
 from tnadapt.checkpoints.checkpoint import open_checkpoint  # noqa: E402
 
 from .hugging_face import bert, vit  # noqa: E402
@@ -142,14 +143,17 @@ def test_fused_interleaved_and_transposed_weights(name: str, targets: str, dtype
 
 
 @pytest.mark.law("renamed-modules")
-def test_modules_that_were_renamed_are_found_by_role(tmp_path: Path) -> None:
+@pytest.mark.parametrize("table", [True, False])
+def test_modules_that_were_renamed_are_found(table: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # On disk encoder.layer.0.attention.attention.query, in memory layers.0.attention.q_proj, since transformers 5.
+    monkeypatch.setattr(module_names, "_installed", lambda: table)
     model, adapter = made("vit", P.lora(2), torch.float32, tmp_path)
     memory, disk, report = both_ways(model, adapter, tmp_path)
     assert contents(memory) == contents(disk)
     on_disk = open_checkpoint(tmp_path / "base").entries
     if any(target.name not in on_disk for target in adapter.targets):
-        assert report.names == "weights of the same roles and shapes under other names"
+        by_role = "weights of the same roles and shapes under other names"
+        assert report.names == ("weights under the names that transformers gives them on disk" if table else by_role)
     again = type(model).from_pretrained(disk)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
 
