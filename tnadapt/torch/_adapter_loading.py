@@ -276,9 +276,9 @@ def _kept(model: nn.Module, file: AdapterFile, copies: Sequence[str]) -> list[st
 def _renamed(model: nn.Module, targets: Sequence[Target]) -> list[Target] | None:
     """Return targets with the names of a checkpoint, as :func:`tnadapt.extract` finds them, under those of a model."""
     config: Any = getattr(model, "config", None)
-    if not callable(getattr(config, "to_dict", None)):
-        return None
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if not callable(getattr(config, "to_dict", None)) or all(target.name in shapes for target in targets):
+        return None
     names = ModuleNames({**config.to_dict(), "architectures": [type(model).__name__]}).inverse(shapes)
     found = renamed_targets(targets, shapes, lambda name: names.get(name, []))
     return None if found is None else [found[1].target(target) for target in found[0]]
