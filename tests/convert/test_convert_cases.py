@@ -10,12 +10,11 @@ import pytest
 import tnadapt as tna
 from tnadapt import presets
 
-RNG = np.random.default_rng(0)
-
 
 def _file(config: tna.Config, targets: list[tna.Target], sizes: tuple[float, ...] = ()) -> tna.AdapterFile:
     plan = tna.SuperLoRA(config, [target.shape for target in targets])
-    arrays = {name: RNG.normal(size=shape).astype("f4") for name, shape in plan.param_shapes.items()}
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=shape).astype("f4") for name, shape in plan.param_shapes.items()}
     for group, size in enumerate(sizes):
         arrays = {n: (a * np.float32(size) if n.startswith(f"group{group}.") else a) for n, a in arrays.items()}
     return tna.AdapterFile(config, targets, arrays)
@@ -36,13 +35,19 @@ def test_lora_on_an_attention_of_torch_is_refused(tmp_path: Path) -> None:
 
 
 def test_square_weights_stay_as_they_are_stored_beside_others(tmp_path: Path) -> None:
-    targets = [tna.Target("h.c_proj", (8, 8), transposed=True), tna.Target("h.fc", (6, 8))]
-    file = _file(presets.lora(2), targets)
-    tna.convert(file, tmp_path / "peft", to="peft-lora")
-    for base in (None, {"h.c_proj": (8, 8), "h.fc": (6, 8)}):
-        back = tna.convert(tmp_path / "peft", base=base).file
-        assert back is not None
-        assert [target.transposed for target in back.targets] == [True, False]
+    square, plain = tna.Target("h.c_proj", (8, 8), transposed=True), tna.Target("h.fc", (6, 8))
+    for targets in ([square, plain], [square, tna.Target("h.c_wide", (8, 24), transposed=True), plain]):
+        file = _file(presets.lora(2), targets)
+        theirs = tna.convert(file, tmp_path / "peft", to="peft-lora", overwrite=True)
+        assert theirs.config is not None
+        # PEFT's one word for all layers; what it sets for each of the others itself is recorded.
+        assert theirs.config["fan_in_fan_out"] is False
+        for base in (None, {target.module: target.stored for target in targets}):
+            back = tna.convert(tmp_path / "peft", base=base).file
+            assert back is not None
+            assert {target.module: target.transposed for target in back.targets} == {
+                target.module: target.transposed for target in targets
+            }
 
 
 def test_one_word_for_weights_of_two_kinds_is_not_believed_of_square_ones(tmp_path: Path) -> None:
@@ -84,9 +89,10 @@ def test_lokr_of_a_rank_is_no_worse_than_lora_of_it() -> None:
 def test_alpha_may_be_an_integer(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
+    rng = np.random.default_rng(0)
     tensors = {
-        "lora_unet_q.lora_down.weight": RNG.normal(size=(4, 6)).astype("f4"),
-        "lora_unet_q.lora_up.weight": RNG.normal(size=(5, 4)).astype("f4"),
+        "lora_unet_q.lora_down.weight": rng.normal(size=(4, 6)).astype("f4"),
+        "lora_unet_q.lora_up.weight": rng.normal(size=(5, 4)).astype("f4"),
         "lora_unet_q.alpha": np.array(2, np.int64),
     }
     save_file(tensors, tmp_path / "kohya.safetensors")

@@ -113,3 +113,32 @@ def test_settings_that_peft_would_misread(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
     again = tna.convert(tmp_path / "theirs").file
     assert [(target.stored, target.transposed) for target in again.targets] == [((12, 6), False), ((6, 8), True)]
+
+
+def test_fan_in_fan_out_is_not_said_of_embeddings_and_convolutions(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+
+    class Mixed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.fc = torch.nn.Embedding(12, 6), transformers.pytorch_utils.Conv1D(8, 6)
+            self.conv = torch.nn.Conv1d(8, 8, 2)
+
+        def forward(self, ids: Any) -> Any:
+            return self.conv(self.fc(self.embed(ids)).mT)
+
+    config = peft.LoraConfig(r=3, target_modules=["embed", "fc", "conv"], fan_in_fan_out=True)
+    theirs = peft.get_peft_model(Mixed(), config).eval()
+    fill(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    base = {"embed": (12, 6), "fc": (6, 8), "conv": (8, 8, 2)}
+    for known in (None, base):
+        found = tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=known, overwrite=True)
+        assert found.file is not None
+        assert {target.module: target.transposed for target in found.file.targets} == {
+            "embed": False, "fc": True, "conv": False,
+        }  # fmt: skip
+        model = Mixed()
+        tt.load(model, tmp_path / "ours.safetensors")
+        torch.testing.assert_close(model(IDS), theirs(IDS), rtol=1e-5, atol=1e-5)

@@ -59,6 +59,9 @@ CONFIGS = {
     "slices of a train": P.lorta(2),
     "behind F": P.superlora(2, projection="linear", ratio=0.5),
     "behind F of each": P.superlora(2, groups="weight", projection="linear_v2", ratio=0.5),
+    "tied behind F": P.superlora(
+        2, groups=2, projection="linear", ratio=0.5, sources={"factor1": tna.sources.Tied("group0.split0.factor1")}
+    ),
     "behind a nonlinear F": P.superlora(2, projection="nonlinear", ratio=0.5),
     "dora": P.dora(2),
     "dora of products": P.lokr(2, apply="magnitude"),
@@ -134,6 +137,11 @@ def network_of(config: tna.Config, arrays: Mapping[str, Tensor], group: int, siz
 def plain_deltas(plan: tna.SuperLoRA, arrays: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> list[Tensor]:
     """Return every ΔW, without any mixing weight."""
     config, shapes = plan.config, plan.shapes
+    for group, made in enumerate(plan.groups):  # arrays that are tied have the name of the first
+        arrays, start = (
+            {**given, **{f"group{group}.{own}": given[full] for own, full in made.names.items()}}
+            for given in (arrays, start)
+        )
     counts = [rows * cols for rows, cols in shapes]
     owner = np.repeat(np.arange(len(shapes)), counts)
     whole = torch.zeros(sum(counts), dtype=torch.float64)
@@ -285,8 +293,13 @@ LAYERS: dict[str, tuple[Any, list[tna.Target]]] = {
     "conv": (convolved, [T("0", (8, 2, 2, 3)), T("2", (4, 8, 1, 1))]),
     "grouped conv": (grouped, [T("0", (6, 2, 2, 2))]),
     "embedding": (embedded, [T("0", (12, 8), role="embedding"), T("2", (12, 8))]),
+    "embedding blocks": (
+        embedded,
+        [T("0", (12, 8), role="embedding", rows=tna.Rows(1, 2, 4, 3)), T("2", (12, 8))],
+    ),
     "tokens": (embedded, [T("0", (12, 8), role="embedding", rows=tna.RowIndices([1, 3, 4, 5, 7, 8, 10, 11]))]),
 }
+EMBEDDINGS = ("embedding", "embedding blocks", "tokens")
 #: Inputs of few tokens and of many, in this order.
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "conv": [(2, 2, 4, 5), (6, 2, 4, 5)],
@@ -319,7 +332,7 @@ def strategies_of(layer: str, config: str) -> list[str]:
     if "conv" in layer:
         return ["weight"]
     apply = CONFIGS[config].apply
-    if layer in ("embedding", "tokens"):
+    if layer in EMBEDDINGS:
         # The linear layer behind it has all of them.
         several = [] if apply != "add" else ["additive"]
         if apply == "add" and config in FACTORED and CONFIGS[config].projection == "identity":
@@ -379,7 +392,7 @@ def attached(case: Case, dropout: float = 0.0, second: str = "slices") -> tuple[
 def inputs(case: Case, seed: int = 1) -> list[Tensor]:
     """Return inputs of few tokens and of many."""
     generator = torch.Generator().manual_seed(seed)
-    if case.layer in ("embedding", "tokens"):
+    if case.layer in EMBEDDINGS:
         return [torch.tensor([[3, 1, 4]]), torch.randint(12, (4, 7), generator=generator)]
     shapes = SHAPES.get(case.layer, [(3, 8), (2, 5, 8)])
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
@@ -544,7 +557,7 @@ def test_each_row_is_that_of_its_adapter_alone(case: Case, second: str) -> None:
                 several[0].adapter.set_weight(0.0)
             shape = (len(names) * repeated, *inputs(case)[1].shape[1:])
             x = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-            if case.layer in ("embedding", "tokens"):
+            if case.layer in EMBEDDINGS:
                 x = torch.arange(math.prod(shape)).reshape(shape) % 12
             check(model, several, x, names, seed=13)
 
@@ -610,6 +623,11 @@ def test_no_pass_uses_what_has_changed_since(case: Case, is_large: bool) -> None
                         assert_close(
                             model(x), expected, f"pass {number} after {getattr(change, '__name__', 'nothing')}"
                         )
+        with several[0].adapter.disabled():
+            expected = by_formula(model, now, many)
+            for context in (torch.no_grad, torch.enable_grad):
+                with context():
+                    assert_close(model(many), expected, "a pass with the adapter disabled")
 
 
 @pytest.mark.parametrize("config", ["lora", "slices", "behind F", "behind a nonlinear F"])
@@ -628,3 +646,21 @@ def test_a_layer_alone_sees_which_arrays_are_trained(config: str) -> None:
             # Those of the other layer, where it has arrays of its own, get none.
             gradients = torch.autograd.grad(found.square().sum(), arrays, materialize_grads=True)
             assert any(bool(one.any()) for one in gradients)
+
+
+@pytest.mark.law("attached-is-update")
+@pytest.mark.parametrize("case", cases(["linear", "fused", "embedding"], FEW, ["part"]), ids=str)
+def test_a_base_in_less_precision_is_the_formula_rounded(case: Case) -> None:
+    model, several = attached(case)
+    expected = [by_formula(model, several, x) for x in inputs(case)]
+    for layer in model:
+        layer.float()
+    for x, is_large in itertools.product(range(2), (False, True)):
+        given = inputs(case)[x]
+        with large_layers(is_large):
+            for context in (torch.no_grad, torch.enable_grad):
+                with context():
+                    found = model(given.float() if given.is_floating_point() else given)
+                assert found.dtype == torch.float32
+                error = float((found.double() - expected[x]).detach().abs().max())
+                assert error <= 1e-5 * max(1.0, float(expected[x].detach().abs().max()))
