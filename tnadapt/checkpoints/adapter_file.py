@@ -188,6 +188,17 @@ class AdapterFile:
         first = next(iter(self.arrays))
         return self.dtypes.get(first, self.arrays[first].dtype.name)
 
+    @property
+    def depends_on_dtype(self) -> bool:
+        """Whether the update, or the file, has fixed numbers that are rounded to :attr:`dtype`."""
+        if self.plan.theta is not None or not self.complete or self.left_out:
+            return True
+        for group in self.plan.groups:
+            fixed = ((group.frozen.make(name), group.frozen.make((name, self.dtype))) for name in group.frozen.entries)
+            if group.subtracts or any(not np.array_equal(*pair) for pair in fixed):
+                return True
+        return False
+
     # Not cached, as the arrays may change in place.
     @property
     def left_out(self) -> tuple[str, ...]:

@@ -83,6 +83,7 @@ _NO_GROUPS = "PEFT's DoRA of it takes the norms of other numbers than the weight
 _SUFFIXES = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up"} | {name: name for name in (*LOKR, *LOHA)}
 # Those of HiRA are not in "LORA" adapters, nor the others in "HIRA" ones.
 _HIRA = {"hira_A": "lora_down", "hira_B": "lora_up"}
+_NAMES = {"magnitude": "DoRA", "hadamard": "HiRA"}
 _MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 _REFUSED = {
     "lora_A.bias": "a bias",
@@ -399,7 +400,12 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
     embeddings, tokens = dict[str, list[str]](), dict[str, Float]()
     for name, entry in container.entries.items():
         path, suffix = _split_name(name)
-        if suffix in EMBEDDING and settings.kind == "lora" and settings.apply == "add":
+        if suffix in (*EMBEDDING, TOKENS) and settings.apply != "add":
+            raise FileError(
+                f"{safe_repr(path)} is an embedding next to layers with {_NAMES[settings.apply]}, which an embedding "
+                "cannot have here: merge the adapter with PEFT, and extract one from the merged weights"
+            )
+        if suffix in EMBEDDING and settings.kind == "lora":
             array = widen(name, entry.dtype, container.array(name))
             modules.setdefault(path, {})[EMBEDDING[suffix]] = decoded_embedding(suffix, array)
             embeddings.setdefault(path, []).append(suffix)
@@ -471,9 +477,9 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
         wrong = summarize(magnitudes.keys() ^ modules.keys())
         raise FileError(f"use_dora of {CONFIG_NAME} is true, and these lack a magnitude or factors: {wrong}")
     application = Application(settings.apply, magnitudes=magnitudes)
-    named = {"add": settings.kind, "magnitude": "dora", "hadamard": "hira"}[settings.apply]
+    kind = settings.kind if settings.apply == "add" else _NAMES[settings.apply].lower()
     return ForeignAdapter(
-        named, found, common_dtype(dtypes), others.kept, others.dtypes, settings.model, notes=notes,
+        kind, found, common_dtype(dtypes), others.kept, others.dtypes, settings.model, notes=notes,
         application=application, ties=ties,
     )  # fmt: skip
 

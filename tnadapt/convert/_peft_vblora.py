@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from tnadapt.errors import FileError, safe_repr
+
 from ._peft_content import PeftContent
 from ._peft_method import OwnStructure, PeftMethod
 from ._peft_settings import integer_of
@@ -70,7 +72,14 @@ class PeftVbLora(PeftMethod):
                 raise content.misfit(
                     path, f"{name} must have a logit for each of the {len(bank)} vectors, topk of them"
                 )
-            index = np.argsort(-logits, axis=2, kind="stable")[:, :, :count]
+            order = np.argsort(-logits, axis=2, kind="stable")
+            ranked = np.take_along_axis(logits, order, axis=2)
+            if count < len(bank) and (ranked[:, :, count - 1] == ranked[:, :, count]).any():
+                raise FileError(
+                    f"{name} of {safe_repr(path)} has equal logits, of which topk={count} takes one and leaves the "
+                    "other, as torch decides: save the adapter with save_only_topk_weights=True, or in float32"
+                )
+            index = order[:, :, :count]
             top = np.take_along_axis(logits, index, axis=2)
             weights = np.exp(top - top.max(axis=2, keepdims=True))
             weights /= weights.sum(axis=2, keepdims=True)

@@ -234,6 +234,8 @@ def _in_folder(folder: str) -> str:
 
 def _own(found: ConvertedFrom, dtype: str | None) -> Conversion:
     file = found.file
+    if dtype is None and found.kind != OWN and file.dtype in ("float16", "bfloat16") and file.depends_on_dtype:
+        dtype = "float32"  # in which other libraries compute, whatever they store
     if dtype is not None:
         arrays, kinds = round_to(Unpacked(file).arrays, dtype)
         check_range(arrays, dtype)

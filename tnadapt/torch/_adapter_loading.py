@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -214,18 +213,7 @@ def from_pretrained(
 def _dtype_on_load(file: AdapterFile) -> torch.dtype:
     """Return the dtype that an adapter's arrays get by default: half precision is for storage, not for training."""
     dtype: torch.dtype = getattr(torch, file.dtype)
-    return dtype if dtype.itemsize > 2 or _is_rounded(file) else torch.float32
-
-
-def _is_rounded(file: AdapterFile) -> bool:
-    """Return whether a file's update has fixed numbers that are rounded to the dtype of the parameters."""
-    if file.plan.theta is not None or not file.complete or file.left_out:
-        return True
-    for group in file.plan.groups:
-        fixed = ((group.frozen.make(name), group.frozen.make((name, file.dtype))) for name in group.frozen.entries)
-        if group.subtracts or any(not np.array_equal(*pair) for pair in fixed):
-            return True
-    return False
+    return dtype if dtype.itemsize > 2 or file.depends_on_dtype else torch.float32
 
 
 def _recorded(model: nn.Module, about: Pretrained | None, check_base: bool) -> Pretrained | None:
