@@ -118,6 +118,8 @@ def _of_node(node: ast.expr) -> _Type | None:
     name = _name(node)
     if name in _NAMED:
         return _NAMED[name]
+    if name not in _CLASSES:
+        return None  # an alias, or a protocol: the function checks it
     article = "an" if name[0] in "AEIO" else "a"
     error = _ERRORS.get(name, ConfigError)
     return _Type(lambda value: _is_a(value, name), f"{article} {name}", f"{name}s", error)
@@ -263,7 +265,7 @@ _HASHABLE = _Type(_is_hashable, "hashable", "hashable keys")
 _ARRAY = _Type(_is_array, "an array of numbers", "arrays of numbers", BackendError)
 _NAMED: dict[str, _Type | None] = {
     # Whatever these stand for, the function checks it; paths are checked by path_of() in checkpoints/container.py.
-    **dict.fromkeys(("Any", "Self", "object", "Recipe", "Chooser", "Shapes", "Path")),
+    **dict.fromkeys(("Any", "Self", "object", "Path")),
     "Hashable": _HASHABLE,
     "str": _STR,
     "int": _Type(_is_integer, "an integer", "integers"),
@@ -277,4 +279,9 @@ _NAMED: dict[str, _Type | None] = {
     "np.ndarray": _ARRAY,
     "Tensor": _ARRAY,
 }
-_ERRORS = {"nn.Module": TargetError, "Target": TargetError, "torch.dtype": BackendError, "AdapterFile": FileError}
+#: Classes whose instances are recognized by the name of the class.
+_CLASSES = frozenset({
+    "AdapterFile", "Axis", "Config", "Fingerprint", "Map", "Mark", "Projection", "Source", "Spec", "SuperLoRA",
+    "Target", "Training", "nn.Module",
+})  # fmt: skip
+_ERRORS = {"nn.Module": TargetError, "Target": TargetError, "AdapterFile": FileError}

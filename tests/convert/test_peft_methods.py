@@ -186,8 +186,10 @@ def test_bfloat16_files(name: str, tmp_path: Path) -> None:
     save_file({n: t.bfloat16() if t.is_floating_point() else t for n, t in tensors.items()}, place)
     found = check(tmp_path / "theirs", shapes, loaded(tmp_path / "theirs", shapes))
     assert found.file is not None
-    if name in ("vera", "randlora", "fourierft", "waveft", "c3a", "shira", "miss"):
+    if name in ("vera", "fourierft", "waveft", "c3a", "shira", "miss"):
         assert found.file.dtype == "bfloat16"
+    if name == "randlora":  # its diagonals of ones are not in the file, and have the dtype of the others
+        assert found.file.dtype == "float32"
 
 
 WRITTEN = [

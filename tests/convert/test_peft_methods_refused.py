@@ -175,7 +175,7 @@ SEED = "must be an integer that torch takes as a seed; got"
         ("TINYLORA", {"save_projection": False}, {f"{Q}tinylora_P": None}, "12 elements of P are too few to draw"),
         ("VBLORA", {}, {f"{Q}vblora_logits_A": floats(3, 4, 5)}, r"A must have \(r, parts\) mixtures"),
         ("VBLORA", {}, {f"{Q}vblora_logits_A": floats(2, 4, 4)}, "must have a logit for each of the 5 vectors"),
-        ("VBLORA", {}, {f"{Q}vblora_logits_A": np.ones((2, 4, 5), np.float32)}, "has equal logits, of which topk=2 takes"),
+        ("VBLORA", {}, {f"{Q}vblora_logits_A": np.ones((2, 4, 5), "f4")}, "has equal logits, of which topk=2 takes"),
         ("VBLORA", {"topk": 6}, {}, "must have a logit for each of the 5 vectors, topk of them"),
         ("VBLORA", {}, {f"{Q}vblora_logits_A_topk_indices": np.full((2, 4, 2), 5),
                         f"{Q}vblora_logits_A_topk_weights": floats(2, 4, 1)}, "topk_indices must name 5 vectors"),

@@ -33,7 +33,7 @@ VARIANTS: dict[str, tna.Config | None] = {
     "lora alpha": P.lora(2, alpha=8.0),
     "lokr": P.lokr(2),
     "loha": P.loha(2),
-    "lonkr": P.lonkr(2),
+    "lonkr": P.lonkr(1),
     "lorta": P.lorta(2),
     "fastfood": P.fastfood(0.1),
     "compacter": P.compacter(1, terms=2),

@@ -386,13 +386,17 @@ def test_the_plug_in_of_peft_keeps_it_in_its_config(tmp_path: Path) -> None:
         plugin.TnadaptConfig(lora_dropout=0.1)
     with pytest.raises(tna.ConfigError, match="dropout must be a probability from 0 to below 1; got 2"):
         plugin.TnadaptConfig(dropout=2)
-    made = peft.get_peft_model(layer(torch.float32), plugin.TnadaptConfig(target_modules="all-linear", dropout=0.25))
+    made = peft.get_peft_model(
+        layer(torch.float32), plugin.TnadaptConfig(target_modules="all-linear", settings={"rank": 4}, dropout=0.25)
+    )
     assert tt.adapters(made)["default"].dropout == 0.25
     made.save_pretrained(tmp_path / "with")
     assert '"dropout": 0.25' in (tmp_path / "with" / "adapter_config.json").read_text(encoding="utf-8")
     again = peft.PeftModel.from_pretrained(layer(torch.float32), tmp_path / "with")
     assert tt.adapters(again)["default"].dropout == 0.25
-    plain = peft.get_peft_model(layer(torch.float32), plugin.TnadaptConfig(target_modules="all-linear"))
+    plain = peft.get_peft_model(
+        layer(torch.float32), plugin.TnadaptConfig(target_modules="all-linear", settings={"rank": 4})
+    )
     plain.save_pretrained(tmp_path / "without")
     assert "dropout" not in (tmp_path / "without" / "adapter_config.json").read_text(encoding="utf-8")
 

@@ -112,7 +112,7 @@ class AdapterFile:
             raise ConfigError(f"base must be a Fingerprint or None; got {type(self.base).__name__}")
         if self.pretrained is not None and not isinstance(self.pretrained, Pretrained):
             raise ConfigError(f"pretrained must be a Pretrained or None; got {type(self.pretrained).__name__}")
-        if self.activation is not None and self.activation not in ACTIVATIONS:
+        if self.activation is not None and (not isinstance(self.activation, str) or self.activation not in ACTIVATIONS):
             known = ", ".join(ACTIVATIONS)
             raise ConfigError(f"activation must be None or one of {known}; got {safe_repr(self.activation)}")
         if not isinstance(self.model, str):
@@ -124,13 +124,13 @@ class AdapterFile:
         put("kept", _own_arrays("kept", self.kept, dtypes))
         put("dtypes", dtypes)
         put("ties", _own_ties(self))
-        _check_dtypes(self)
-        _check_text(self)
         if not isinstance(self.given, Mapping):
             raise ShapeError(f"given must be a mapping of names to arrays; got {type(self.given).__name__}")
         for name, array in self.given.items():
-            if not isinstance(array, np.ndarray):
-                raise ShapeError(f"given[{safe_repr(name)}] must be a NumPy array; got {type(array).__name__}")
+            if not hasattr(array, "shape"):
+                raise ShapeError(f"given[{safe_repr(name)}] must be an array; got {type(array).__name__}")
+        _check_dtypes(self)
+        _check_text(self)
         own = {name: tuple(array.shape) for name, array in [*self.arrays.items(), *self.given.items()]}
         plan = check_fit(self.config, self.targets, own)
         put(

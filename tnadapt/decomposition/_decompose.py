@@ -13,7 +13,7 @@ import numpy as np
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_fold import is_named
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.argument_checks import checks_arguments
+from tnadapt.argument_checks import checks_arguments, wrong_argument
 from tnadapt.backends import Backend, get_backend, load_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, safe_repr
@@ -60,6 +60,8 @@ class Settings:
         progress: Callable[[Step], None] | None = None,
     ) -> tuple[dict[str, Array], FitReport]:
         """:func:`~tnadapt.decomposition._group_fits.fit_plan` on arrays of like's library, dtype and device."""
+        if progress is not None and not callable(progress):
+            raise wrong_argument("progress", "a function or None", progress)
         if plan.point.subtracts and plan.point.brought:
             raise ConfigError(
                 f"start={plan.config.start!r} is where training starts, and a fit gives all arrays: use start='zero'"

@@ -14,7 +14,7 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.adapter_format import load
 from tnadapt.checkpoints.atomic_files import replace_file
-from tnadapt.errors import FileError, TnadaptError
+from tnadapt.errors import ConfigError, FileError, TnadaptError, integer
 
 from ._best import Proof, prove
 from ._choice import Chooser
@@ -169,7 +169,7 @@ class Study:
         checked_rates(rates)
         self.tuned_by = tuned_by
         self.spec, self.training = spec, training
-        self.rates, self.seeds = sorted(set(rates)), range(seeds)
+        self.rates, self.seeds = sorted(set(rates)), range(integer("seeds", seeds, 0, 1 << 20, ConfigError))
         self.reporter = reporter or Reporter()
         self.problem: Problem = open_problem(spec, self.reporter.preparing)
         # Everything is checked on a sketch, before a base is pretrained.

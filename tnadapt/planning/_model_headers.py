@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.checkpoint import open_checkpoint
+from tnadapt.checkpoints.container import path_of
 from tnadapt.checkpoints.strict_json import MAX_CONFIG, json_file
 from tnadapt.errors import FileError, TnadaptError
 from tnadapt.targets.checkpoint_targets import find_stored
@@ -84,7 +85,7 @@ def read_headers(model: str | os.PathLike[str]) -> Headers:
     FileError
         If there is no such model, or it is damaged.
     """
-    name = os.fspath(model)
+    name = path_of(model)
     if name.startswith("timm:"):
         plain = name.removeprefix("timm:")
         raise FileError(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.known_weights import KnownWeights
-from tnadapt.argument_checks import checks_arguments
+from tnadapt.argument_checks import is_sequence, wrong_argument
 from tnadapt.errors import ConfigError
 
 from ._budget_units import bytes_each, parameters_of
@@ -21,7 +21,6 @@ from .ladders import Family, Found, Search
 __all__ = ["plan"]
 
 
-@checks_arguments
 def plan(
     shapes: Sequence[tuple[int, int]],
     budget: int | str,
@@ -89,6 +88,11 @@ def plan(
     """
     names = checked_criteria(by)
     each = bytes_each(dtype)
+    for name, keys in (("layers", layers), ("roles", roles)):
+        if keys is not None and not is_sequence(keys) and not isinstance(keys, str):
+            raise wrong_argument(name, "a sequence of one key per weight or None", keys)
+    if progress is not None and not callable(progress):
+        raise wrong_argument("progress", "a function or None", progress)
     layers, roles = (None if keys is None else list(keys) for keys in (layers, roles))
     shapes = KnownWeights(shapes, layers, roles)
     for name, keys in (("layer", layers), ("role", roles)):

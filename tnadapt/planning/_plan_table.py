@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from tnadapt.argument_checks import is_sequence
 from tnadapt.checkpoints.lora_export import LoraExport
 from tnadapt.errors import ConfigError, safe_repr
 from tnadapt.html_tables import html_table
@@ -252,7 +253,7 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 def checked_criteria(by: Iterable[str]) -> tuple[str, ...]:
     """Return names of ``CRITERIA``, or raise a ConfigError."""
-    names = tuple(by) if not isinstance(by, str) else (by,)
+    names: tuple[Any, ...] = tuple(by) if is_sequence(by) else (by,)
     if not names or any(not isinstance(name, str) or name not in CRITERIA for name in names):
         raise ConfigError(f"by must name criteria among {', '.join(CRITERIA)}; got {safe_repr(by)}")
     return names

@@ -82,7 +82,7 @@ class ServedFolder:
         base: str | os.PathLike[str] | None = None,
     ) -> None:
         self.folder, self.cache = Path(path_of(folder)), Path(path_of(cache))
-        self.base = None if base is None else os.fspath(base)
+        self.base = None if base is None else path_of(base)
         # Adapters that cannot be served, by name: the digest, and the type and message of the error. An exception would
         # keep the adapter's arrays alive by its traceback.
         self._refused: dict[str, tuple[str, type[TnadaptError], str]] = {}

@@ -166,7 +166,7 @@ class _Options:
     ) -> None:
         self.request, self.init = request, init
         self.fixed = {mode_of(mode, request.shape, "fixed") for mode in fixed}
-        self.starts = integer_of("starts", starts, 1)
+        self.starts = integer_of("starts", starts, 1, 1 << 20)
         self.iterations = integer_of("max_iterations", max_iterations, 1)
         self.tol, self.callback = tol, callback
         self.nonnegative = constrained_modes(nonnegative, request)

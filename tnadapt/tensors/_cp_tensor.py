@@ -70,10 +70,11 @@ class CPTensor(Decomposed, _CPParts):
         if weights is not None:
             weights = as_tensor(weights, "weights")[1]
             get_backend(*arrays, weights)
+        columns = (arrays[0].shape or (0,))[-1]
         for mode, factor in enumerate(arrays):
-            if len(factor.shape) != 2 or factor.shape[1] != arrays[0].shape[-1]:
+            if len(factor.shape) != 2 or factor.shape[1] != columns:
                 raise ShapeError(
-                    f"CP factor {mode} has shape {tuple(factor.shape)}; expected (size, {arrays[0].shape[-1]}), one "
+                    f"CP factor {mode} has shape {tuple(factor.shape)}; expected (size, {columns}), one "
                     "column per component, like factor 0"
                 )
         if weights is not None and tuple(weights.shape) != (arrays[0].shape[1],):

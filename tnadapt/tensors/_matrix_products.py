@@ -56,10 +56,11 @@ def khatri_rao(matrices: Sequence[Any], weights: Any = None, skip_matrix: int | 
     if skip_matrix is not None:
         del factors[integer_of("skip_matrix", skip_matrix, 0, len(factors) - 1)]
         get_backend(*factors)
+    columns = (factors[0].shape or (0,))[-1]
     for number, factor in enumerate(factors):
-        if len(factor.shape) != 2 or factor.shape[1] != factors[0].shape[-1]:
+        if len(factor.shape) != 2 or factor.shape[1] != columns:
             raise ShapeError(
-                f"matrix {number} has shape {tuple(factor.shape)}; expected (size, {factors[0].shape[-1]}), with as "
+                f"matrix {number} has shape {tuple(factor.shape)}; expected (size, {columns}), with as "
                 "many columns as matrix 0"
             )
     if weights is not None:
@@ -96,10 +97,11 @@ def row_khatri_rao(matrices: Sequence[Any]) -> Array:
     array([[ 1., 10.,  2., 20.]])
     """
     backend, factors = as_tensors(matrices, "matrices")
+    rows = (factors[0].shape or (0,))[0]
     for number, factor in enumerate(factors):
-        if len(factor.shape) != 2 or factor.shape[0] != factors[0].shape[0]:
+        if len(factor.shape) != 2 or factor.shape[0] != rows:
             raise ShapeError(
-                f"matrix {number} has shape {tuple(factor.shape)}; expected ({factors[0].shape[0]}, columns), with as "
+                f"matrix {number} has shape {tuple(factor.shape)}; expected ({rows}, columns), with as "
                 "many rows as matrix 0"
             )
 
@@ -237,10 +239,11 @@ def contract(equation: str, *tensors: Any, optimize: Any = "auto") -> Array:
         if isinstance(equation, str) and isinstance(optimize, str):
             return _expression(equation, tuple(tuple(array.shape) for array in arrays), optimize)(*arrays)
         return opt_einsum.contract(equation, *arrays, optimize=optimize)
-    except (ValueError, KeyError, IndexError) as error:
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         shapes = ", ".join(str(tuple(array.shape)) for array in arrays)
         raise ShapeError(
-            f"the equation {safe_repr(equation)} does not fit tensors of shapes {shapes}: {error}"
+            f"the equation {safe_repr(equation)} does not fit tensors of shapes {shapes}, or "
+            f"optimize={safe_repr(optimize)} is no path: {str(error)[:200]}"
         ) from None
 
 

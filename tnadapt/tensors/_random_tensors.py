@@ -40,7 +40,7 @@ def generator(random_state: Any) -> np.random.Generator:
         if isinstance(numbers, (list, tuple)) and not all(isinstance(one, (int, np.integer)) for one in numbers):
             raise TypeError
         return np.random.default_rng(0 if numbers is None else numbers)
-    except (TypeError, ValueError):
+    except Exception:  # NumPy prints what it refuses
         raise ConfigError(f"random_state must be a seed or a NumPy generator; got {safe_repr(random_state)}") from None
 
 
@@ -52,7 +52,10 @@ class _Draws:
         self.dtype, self.device = dtype, device
 
     def __call__(self, *shape: int) -> Any:
-        numbers = self.rng.standard_normal(shape)
+        try:
+            numbers = self.rng.standard_normal(shape)
+        except (MemoryError, ValueError):
+            raise ShapeError(f"shape and rank make an array of shape {shape}, too large for memory") from None
         if self.dtype.startswith("complex"):
             numbers = (numbers + 1j * self.rng.standard_normal(shape)) * math.sqrt(0.5)
         return self.backend.asarray(numbers, self.dtype, self.device)

@@ -99,7 +99,7 @@ def tensor_ring(
     """
     request = requested(tensor, rank, max_error, random_state=random_state, least_order=2)
     sweeps = integer_of("max_iterations", max_iterations, 0)
-    count = integer_of("starts", starts, 1)
+    count = integer_of("starts", starts, 1, 1 << 20)
     held = {mode_of(mode, request.shape, "fixed") for mode in fixed}
 
     def fitted(one: int | Sequence[int]) -> TRTensor:

@@ -261,7 +261,7 @@ def _parts(
 def _usable(wanted: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
     if wanted is None:
         return available_backends(), {}
-    if isinstance(wanted, str) or not wanted:
+    if isinstance(wanted, str) or not list(wanted):
         raise ConfigError(f'backends must be a list of one or more names, e.g. ["numpy"]; got {safe_repr(wanted)}')
     absent = {name: "no device to compute on" for name in wanted if not load_backend(name).usable()}
     return [name for name in wanted if name not in absent], absent

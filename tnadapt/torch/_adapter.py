@@ -142,7 +142,6 @@ class Adapter(AdapterParameters, AdapterFiles):
         """Activate this adapter with weight 1, and deactivate all others on this model."""
         mix(self.model, {self.name: 1.0})
 
-    @checks_arguments
     def set_weight(self, weight: float) -> None:
         """Set the mixing weight."""
         set_weight(self._state, weight)

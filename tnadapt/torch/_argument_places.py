@@ -52,7 +52,7 @@ def warn_undropped(targets: Sequence[Target], dropout: float) -> None:
         warnings.warn(
             f"dropout={dropout:g} drops nothing here: all targets are embeddings, whose inputs are indices. Leave it "
             "out, or adapt other weights as well",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
@@ -61,11 +61,13 @@ def warn_useless_rank(plan: SuperLoRA) -> None:
 
     Of frozen arrays, and of arrays that θ makes, more can be useful whatever the sizes: nothing is said about those.
     """
-    rank = plan.config.rank
-    if isinstance(plan.config, CompositeConfig) or not isinstance(rank, int) or plan.config.sources:
+    config = plan.config
+    if isinstance(config, CompositeConfig) or config.sources or config.before is not None:
         return
-    groups = [group for group, _ in plan.alike]
-    most = useful_rank(groups) if plan.config.before is None else None
+    rank, groups = config.rank, [group for group, _ in plan.alike]
+    if not isinstance(rank, int):
+        return
+    most = useful_rank(groups)
     # Some formats cut the rank to what is possible.
     if (
         most is not None
@@ -75,7 +77,7 @@ def warn_useless_rank(plan: SuperLoRA) -> None:
         warnings.warn(
             f"rank={rank} is beyond {most}, the largest useful rank for these weights: more parameters add nothing to "
             f"what their updates can be. Give rank={most} or less",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

@@ -18,7 +18,6 @@ from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.algebra.named_config import config_of
 from tnadapt.algebra.shared_maps import share_maps
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import load_backend
 from tnadapt.errors import BackendError, ConfigError, TargetError, integer, safe_repr
 from tnadapt.targets.overlaps import check_distinct
@@ -50,10 +49,9 @@ _log = logging.getLogger(__name__)
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-@checks_arguments
 def attach(
     model: nn.Module,
-    cfg: Config | str | Mapping[Any, Any] | None = None,
+    cfg: Config | str | Mapping[Any, Config | str] | None = None,
     targets: Any = "qv",
     name: str = "default",
     *,
@@ -244,9 +242,9 @@ def attach_with(
         raise TargetError(f"attach needs a torch module; got {type(model).__name__}")
     check_name(model, name)
     tokens = integer("tokens", tokens, 1, MAX_SIZE, ConfigError)
-    if strategy not in STRATEGIES:
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
         raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {safe_repr(strategy)}")
-    if activation is not None and activation not in ACTIVATIONS:
+    if activation is not None and (not isinstance(activation, str) or activation not in ACTIVATIONS):
         raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {safe_repr(activation)}")
     dtype = checked_dtype(dtype)
     if not isinstance(detach_norm, bool):

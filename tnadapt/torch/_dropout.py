@@ -12,7 +12,6 @@ a module that reads its child's weight, as nn.MultiheadAttention does, does not 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ _CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 def check_dropout(dropout: Any) -> float:
     """Return the probability as a float, or raise a ConfigError."""
     is_number = isinstance(dropout, (int, float)) and not isinstance(dropout, bool)
-    if not is_number or not math.isfinite(dropout) or not 0.0 <= dropout < 1.0:
+    if not is_number or not 0.0 <= dropout < 1.0:
         raise ConfigError(f"dropout must be a probability from 0 to below 1; got {safe_repr(dropout)}")
     return float(dropout)
 

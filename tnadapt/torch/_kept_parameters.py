@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from tnadapt.argument_checks import is_sequence, wrong_argument
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 from tnadapt.targets.target import Target
 
@@ -78,6 +79,8 @@ def _biases_of(weight: str) -> tuple[str, ...]:
 
 def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[str]) -> list[str]:
     """Return the parameters and buffers whose dotted paths contain a pattern as whole components, in order."""
+    if not isinstance(patterns, str) and not is_sequence(patterns):
+        raise wrong_argument("keep_trainable", "a name or a sequence of names", patterns, TargetError)
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     # What a state dict leaves out. Making one raises an error for some modules, as bitsandbytes' embeddings.
     left_out = {

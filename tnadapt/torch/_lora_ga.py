@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnadapt.argument_checks import checks_arguments
+from tnadapt.argument_checks import wrong_argument
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._adapter import Adapter
@@ -50,7 +50,6 @@ _SCALES: dict[str, Callable[[StartTarget, Tensor, float], tuple[float, Tensor | 
 }
 
 
-@checks_arguments
 def lora_ga(
     adapter: Adapter | nn.Module,
     batches: Iterable[Any],
@@ -124,6 +123,12 @@ def lora_ga(
             raise ConfigError(f"{what} must be one of {', '.join(map(repr, known))}; got {safe_repr(given)}")
     if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0.0 < gamma < float("inf"):
         raise ConfigError(f"gamma must be a positive number; got {safe_repr(gamma)}")
+    if not callable(loss):
+        raise wrong_argument("loss", "a function", loss)
+    if progress is not None and not callable(progress):
+        raise wrong_argument("progress", "a function", progress)
+    if not isinstance(batches, Iterable):
+        raise wrong_argument("batches", "an iterable of batches", batches)
     adapter = adapter_of(adapter)
     targets = start_targets(adapter, "lora_ga")
     for target in targets:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_config import config_of
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import load_backend
 from tnadapt.decomposition import FitReport, Settings, Step, smallest_rank
 from tnadapt.errors import ShapeError, TargetError, escaped, safe_repr
@@ -32,11 +31,10 @@ from ._target_selection import find_targets
 __all__ = ["extract"]
 
 
-@checks_arguments
 def extract(
     base: nn.Module,
     tuned: nn.Module | Mapping[str, Tensor],
-    cfg: Config | str | Mapping[Any, Any] | None = None,
+    cfg: Config | str | Mapping[Any, Config | str] | None = None,
     targets: Any = "qv",
     name: str = "default",
     *,

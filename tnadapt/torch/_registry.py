@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tnadapt.argument_checks import checks_arguments
+from tnadapt.argument_checks import is_sequence
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 
 from ._forward_patch import ForwardPatch
@@ -57,7 +57,6 @@ def refuse_merged(model: nn.Module, what: str, but: AdapterState | None = None) 
             raise TargetError(f"adapter {other.name!r} is merged into the base: unmerge it before {what}")
 
 
-@checks_arguments
 def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, float]]) -> None:
     """Set the mixing weights of a model's adapters; adapters that are not named get weight 0.
 
@@ -100,8 +99,9 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
 
 def _pairs(weights: Any) -> list[tuple[str, float]]:
     """Return names with their weights, or raise a ConfigError."""
-    pairs = list(weights.items() if isinstance(weights, Mapping) else weights)
-    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+    given = weights.items() if isinstance(weights, Mapping) else weights
+    pairs = list(given) if is_sequence(given) else []
+    if not is_sequence(given) or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
         raise ConfigError(f"mix() needs weights by name, such as {{'first': 0.5}}; got {safe_repr(weights)}")
     return [(name, weight) for name, weight in pairs]
 

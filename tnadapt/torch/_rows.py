@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 
 from ._experts import sees_tokens_in_order
@@ -26,7 +25,6 @@ BASE = "__base__"
 
 
 @contextlib.contextmanager
-@checks_arguments
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Give each row of a batch its own adapter, or none, inside ``with``.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tnadapt.argument_checks import checks_arguments
+from tnadapt.argument_checks import wrong_argument
 from tnadapt.errors import TargetError
 from tnadapt.targets.target import ROLES, Target
 
@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 
-@checks_arguments
 def find_targets(
     model: nn.Module,
     targets: Any = "qv",
@@ -104,6 +103,9 @@ def find_targets(
     """
     if not isinstance(model, nn.Module):
         raise TargetError(f"targets are found in a torch module; got {type(model).__name__}")
+    for name, flag in (("untie", untie), ("keep_tied", keep_tied)):
+        if not isinstance(flag, bool):
+            raise wrong_argument(name, "True or False", flag)
     search = TargetSearch(model)
     found = search.find(targets)
     if not found:

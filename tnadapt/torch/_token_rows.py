@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import TargetError, integer, safe_repr
 from tnadapt.targets.row_sets import MAX_SIZE
 from tnadapt.targets.target import RowIndices, Target
@@ -19,7 +18,6 @@ from ._weights import modules_of, weights_of
 __all__ = ["token_targets"]
 
 
-@checks_arguments
 def token_targets(model: nn.Module, tokens: Iterable[int], module: str | None = None) -> list[Target]:
     """Return the rows of some tokens in an embedding as a target, for :func:`attach`.
 
@@ -54,6 +52,8 @@ def token_targets(model: nn.Module, tokens: Iterable[int], module: str | None = 
     >>> adapter.num_parameters, adapter.targets[0].rows
     (8, RowIndices(numbers=(5, 9)))
     """
+    if module is not None and not isinstance(module, str):
+        raise TargetError(f"module must be the path of an embedding, or None; got {safe_repr(module)}")
     if not isinstance(model, nn.Module):
         raise TargetError(f"tokens are rows of an embedding in a torch module; got {type(model).__name__}")
     try:

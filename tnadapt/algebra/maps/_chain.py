@@ -11,7 +11,7 @@ import numpy as np
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
-from tnadapt.errors import ConfigError
+from tnadapt.errors import ConfigError, safe_repr
 
 from ._map import Map
 
@@ -30,8 +30,8 @@ class Chain(Map):
     @checks_arguments
     def __init__(self, parts: Sequence[Map]) -> None:
         parts = tuple(parts)
-        if not parts:
-            raise ConfigError("parts must be at least one map; got none")
+        if not parts or not all(isinstance(part, Map) for part in parts):
+            raise ConfigError(f"parts must be one or more maps; got {safe_repr(parts)}")
         super().__init__(parts[0].n_in, parts[-1].n_out, parts[0].seed, parts[0].group)
         for one, after in itertools.pairwise(parts):
             if one.n_out != after.n_in:

@@ -12,7 +12,7 @@ import numpy as np
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
-from tnadapt.errors import ConfigError
+from tnadapt.errors import ConfigError, safe_repr
 
 from ._map import Map
 
@@ -31,8 +31,8 @@ class PerWeight(Map):
     @checks_arguments
     def __init__(self, parts: Sequence[Map]) -> None:
         parts = tuple(parts)
-        if not parts:
-            raise ConfigError("parts must be at least one map; got none")
+        if not parts or not all(isinstance(part, Map) for part in parts):
+            raise ConfigError(f"parts must be one or more maps; got {safe_repr(parts)}")
         first = parts[0]
         super().__init__(sum(p.n_in for p in parts), sum(p.n_out for p in parts), first.seed, first.group)
         self.parts = parts

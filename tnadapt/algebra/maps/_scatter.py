@@ -64,7 +64,7 @@ class Scatter(MapSettings):
         super().__post_init__()
 
     def _checked_positions(self, given: Any) -> tuple[int, ...]:
-        if not isinstance(given, (tuple, list, np.ndarray)) or len(given) < 1:
+        if not isinstance(given, (tuple, list, np.ndarray)) or getattr(given, "shape", given) == () or not len(given):
             raise ConfigError(f"Scatter's positions must be a tuple of integers, or None; got {safe_repr(given)}")
         found = tuple(integer("one of Scatter's positions", place, 0, MAX_SIZE - 1, ConfigError) for place in given)
         if len(set(found)) < len(found):

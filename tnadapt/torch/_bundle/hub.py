@@ -31,8 +31,8 @@ _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 def is_repository(where: str | os.PathLike[str]) -> bool:
     """Return whether this is a name on the hub: no file or folder here, and not written like one."""
-    name = os.fspath(where)
-    if not isinstance(name, str) or isinstance(where, os.PathLike) or os.path.exists(name):
+    name = path_of(where)
+    if isinstance(where, os.PathLike) or os.path.exists(name):
         return False
     return _REPOSITORY.fullmatch(name) is not None and not name.endswith(".safetensors")
 
