@@ -440,7 +440,7 @@ def test_nan_in_an_update_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=match):
             tna.decompose([good], config, **settings)
-    with pytest.raises(ConfigError, match=r"expected a tnadapt\.Config"):
+    with pytest.raises(ConfigError, match=r"cfg must be a Config"):
         tna.decompose([good], {"rank": 1})
 
 

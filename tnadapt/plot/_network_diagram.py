@@ -38,7 +38,7 @@ def network(
     *,
     layers: Sequence[Hashable] | None = None,
     roles: Sequence[Hashable] | None = None,
-    group: int = 0,
+    group: Any = 0,
     title: str = "",
     note: str = "",
 ) -> None:
