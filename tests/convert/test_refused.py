@@ -419,11 +419,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     ("more", "message"),
     [
         ({"to": "lora"}, "to must be one of tnadapt, peft, peft-lora"),
-<<<<<<< HEAD
         ({"to": ["peft-lora"]}, "to must be a string; got ['peft-lora']"),
-=======
-        ({"to": ["peft-lora"]}, "to must be a string"),
->>>>>>> w-calls
         ({"to": "peft-lora", "rank": 0}, "rank must be from 1"),
         ({"to": "peft-lora", "rank": 2.0}, "rank must be an integer"),
         ({"rank": 2}, "rank=2 applies to LoRA, LoKr and LoHa only"),
