@@ -297,7 +297,10 @@ LAYERS: dict[str, tuple[Any, list[tna.Target]]] = {
         embedded,
         [T("0", (12, 8), role="embedding", rows=tna.Rows(1, 2, 4, 3)), T("2", (12, 8))],
     ),
-    "tokens": (embedded, [T("0", (12, 8), role="embedding", rows=tna.RowIndices([1, 3, 4, 5, 7, 8, 10, 11]))]),
+    "tokens": (
+        embedded,
+        [T("0", (12, 8), role="embedding", rows=tna.RowIndices([1, 3, 4, 5, 7, 8, 10, 11])), T("2", (12, 8))],
+    ),
 }
 EMBEDDINGS = ("embedding", "embedding blocks", "tokens")
 #: Inputs of few tokens and of many, in this order.
