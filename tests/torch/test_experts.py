@@ -112,6 +112,24 @@ def test_a_trained_adapter_is_the_formula(name: str, strategy: str) -> None:
     check(name, P.lora(2), "grouped_mm", strategy)
 
 
+def test_adapters_that_do_not_add_up_may_be_on_different_experts() -> None:
+    model = made("mixtral")
+    targets = tt.find_targets(model, EXPERTS)
+    both = [[target for target in targets if target.index == index] for index in (0, 1)]
+    adapters = [tt.attach(model, P.dora(2), own, f"of {own[0].index}") for own in both]
+    for number, adapter in enumerate(adapters):
+        stir(adapter, 0.2, seed=number)
+    found = model(IDS).logits
+    for adapter in adapters:
+        adapter.merge()
+    torch.testing.assert_close(model(IDS).logits, found, rtol=1e-4, atol=1e-5)
+    for adapter in reversed(adapters):
+        adapter.unmerge()
+    tt.attach(model, P.dora(2), both[1], "again")
+    with pytest.raises(tna.TargetError, match="adapters 'of 1' and 'again' both act on"):
+        model(IDS)
+
+
 STRATEGIES = [
     (cfg, strategy)
     for cfg in ("superlora", "dora", "hira", "lokr")
