@@ -7,9 +7,16 @@ what was given, what was expected, and how to fix it.
 from __future__ import annotations
 
 import operator
+import os
 import re
+import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any
+
+_PACKAGE = os.path.dirname(__file__) + os.sep
+# torch's decorators, such as no_grad.
+_DECORATORS = os.path.join("torch", "utils", "_contextlib.py")
 
 # Invisible characters that ``str.isprintable`` accepts: joiners, fillers and variation selectors.
 _INVISIBLE = frozenset(
@@ -268,3 +275,13 @@ def pluralize(number: int, what: str) -> str:
     ('1 array', '2 arrays')
     """
     return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the caller outside of this library, however many of its functions lie between."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.startswith(_PACKAGE) or frame.f_code.co_filename.endswith(_DECORATORS)
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -63,7 +63,7 @@ def test_subclasses_are_their_librarys() -> None:
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
 def test_lookalikes_of_arrays_are_refused() -> None:
     for thing in (np.matrix([[1.0, 2.0]]), np.ma.masked_array([1.0, 2.0])):
-        with pytest.raises(tna.BackendError, match="expected an array"):
+        with pytest.raises(tna.BackendError, match="must be an array of one of numpy"):
             tna.fwht(thing)
 
 

@@ -26,8 +26,8 @@ from . import tiny_models as tiny
 
 
 def chosen(path: str, **options: Any) -> Any:
-    spec = Spec(model="any", data=path, **options)
-    source = open_source(path, spec.text_column, spec.label_column)
+    spec = Spec(model="any", data=str(path), **options)
+    source = open_source(str(path), spec.text_column, spec.label_column)
     task = choose_task(source, spec)
     return task, task.read(source, spec)
 

@@ -220,7 +220,7 @@ def test_what_start_from_refuses() -> None:
         usual.start_from(arrays)
     with pytest.raises(tna.ConfigError, match="start_from names 'factor0'"):
         adapter.start_from({"factor0": arrays[LEFT]})
-    with pytest.raises(tna.ConfigError, match="start_from must be a mapping of array names to arrays; got list"):
+    with pytest.raises(tna.ConfigError, match="arrays must be a mapping of strings; got "):
         adapter.start_from([arrays])
     with pytest.raises(
         tna.ConfigError, match=r"more than one array .* in group 0 and 1 more: nothing would learn. Start"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_config import is_setting
 from tnadapt.algebra.rank_bounds import useful_rank
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.errors import ConfigError, TargetError, safe_repr
+from tnadapt.errors import ConfigError, TargetError, safe_repr, warn
 from tnadapt.targets.target import Target
 
 __all__ = ["refuse_misplaced", "warn_undropped", "warn_useless_rank"]
@@ -49,10 +48,9 @@ def refuse_misplaced(cfg: Any, targets: Any) -> None:
 def warn_undropped(targets: Sequence[Target], dropout: float) -> None:
     """Warn of dropout that drops nothing, as all targets are embeddings: their inputs are indices."""
     if dropout > 0.0 and all(target.role == "embedding" for target in targets):
-        warnings.warn(
+        warn(
             f"dropout={dropout:g} drops nothing here: all targets are embeddings, whose inputs are indices. Leave it "
             "out, or adapt other weights as well",
-            stacklevel=3,
         )
 
 
@@ -74,10 +72,9 @@ def warn_useless_rank(plan: SuperLoRA) -> None:
         and rank > most
         and any(rank in shape for one in groups for shape in one.network.shapes.values())
     ):
-        warnings.warn(
+        warn(
             f"rank={rank} is beyond {most}, the largest useful rank for these weights: more parameters add nothing to "
             f"what their updates can be. Give rank={most} or less",
-            stacklevel=3,
         )
 
 

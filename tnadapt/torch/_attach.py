@@ -199,6 +199,7 @@ def attach(
         layers = exclude = None
     elif isinstance(cfg, CompositeConfig):
         check_ordered(targets)
+    has_rank = isinstance(cfg, Config) or "rank" in settings
     cfg = config_of(cfg, settings, "attach", keywords)
     adapter = attach_with(
         model, cfg, targets, name, layers=layers, exclude=exclude, keep_trainable=keep_trainable, biases=biases,
@@ -206,7 +207,8 @@ def attach(
         given=given, progress=progress, detach_norm=detach_norm, dropout=dropout,
     )  # fmt: skip
     warn_undropped(adapter.targets, adapter.dropout)
-    warn_useless_rank(adapter.plan)
+    if has_rank:
+        warn_useless_rank(adapter.plan)
     return adapter
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from tnadapt.algebra.factoring import factoring
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.errors import ConfigError
+from tnadapt.errors import ConfigError, warn
 
 from ._arrays import named_parameters, pairs
 from ._delta_cache import DeltaCache
@@ -83,7 +82,7 @@ def _check_gradient(adapter: AdapterState, plan: SuperLoRA) -> None:
     ) + (f" and {len(unable) - 1} more" if len(unable) > 1 else "")
     if len(unable) == able:
         raise ConfigError(f"{problem}: nothing would learn. Start one of them at other numbers")
-    warnings.warn(f"{problem}. Start one of them at other numbers", stacklevel=4)
+    warn(f"{problem}. Start one of them at other numbers")
 
 
 def _exchange(adapter: AdapterState, plan: SuperLoRA) -> None:

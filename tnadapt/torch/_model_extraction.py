@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from tnadapt.algebra.named_config import config_of
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
 from tnadapt.decomposition import FitReport, Settings, Step, smallest_rank
-from tnadapt.errors import ShapeError, TargetError, escaped, safe_repr
+from tnadapt.errors import ShapeError, TargetError, escaped, safe_repr, warn
 from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.target import Target
 
@@ -159,10 +158,9 @@ def extract(
     others = list(_others(base, theirs, found, adapter._state))
     if others:
         more = f" and {len(others) - 4} more" if len(others) > 4 else ""
-        warnings.warn(
+        warn(
             f"the two models differ in {', '.join(map(escaped, others[:4]))}{more}, which the adapter does not hold: "
             "name them in keep_trainable=, or make them targets",
-            stacklevel=2,
         )
     return adapter
 

@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 from torch import nn
+
+from tnadapt.errors import warn
 
 from ._quantized import quantized_type
 from ._registry import overlapping
@@ -42,12 +43,10 @@ def prepare(state: AdapterState) -> None:
         if id(module) not in adapted and not kind.passes_gradient(module):
             blocking.append(path)
     if blocking:
-        warnings.warn(
+        warn(
             f"{len(blocking)} layers pass no gradient to their input, because they round it ({blocking[0]}, …), so "
             "that adapters before them learn from a part of their gradient: adapt these layers, too "
             "(targets='all-linear'), or use a quantization that leaves the input alone",
-            UserWarning,
-            stacklevel=5,
         )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
-import warnings
 import weakref
 from typing import Any
 
 from torch import nn
+
+from tnadapt.errors import warn
 
 __all__ = ["SharedReferences"]
 
@@ -27,11 +28,10 @@ class SharedReferences:
         if self._models:
             gc.collect()  # modules are in cycles, so one that was deleted may be there still
         if self._models:
-            warnings.warn(
+            warn(
                 f"adapter {adapter!r} is merged into weights that a reference_model() of this model shares, so the "
                 "reference changes, too. If it is still used, unmerge() first, or merge into a copy that was loaded "
                 "for it; if not, delete it before the merge",
-                stacklevel=5,
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedReferences:

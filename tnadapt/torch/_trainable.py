@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.init import Initializer
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.errors import ConfigError, safe_repr
+from tnadapt.errors import ConfigError, safe_repr, warn
 
 from ._arrays import named_parameters, pairs
 from ._sharding import copy_all, gather_full, reshard
@@ -186,7 +185,7 @@ def _refuse_or_warn(
     if not able:
         raise ConfigError(f"{problem}: nothing would learn. {way}")
     some = ", ".join(map(str, unable[:4])) + (f" and {len(unable) - 4} more" if len(unable) > 4 else "")
-    warnings.warn(f"{problem} in groups {some}. {way}", stacklevel=5)
+    warn(f"{problem} in groups {some}. {way}")
 
 
 def _last_words(names: Iterable[str]) -> str:

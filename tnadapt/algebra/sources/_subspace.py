@@ -8,11 +8,9 @@ is well separated.
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 
-from tnadapt.errors import ConfigError
+from tnadapt.errors import ConfigError, warn
 
 __all__ = ["EXTRA", "PASSES", "START_PASSES", "dominant_basis", "dominant_svd", "leading_qr", "minor_svd"]
 
@@ -93,18 +91,16 @@ def dominant_basis(matrix: np.ndarray, normals: np.ndarray, rank: int, vectors: 
     found = q @ left[:, :rank]
     if not vectors:
         if rank < len(values) and values[rank - 1] - values[rank] < _LOST * values[rank - 1]:
-            warnings.warn(
+            warn(
                 f"{what} takes singular vectors of a base weight up to a value that is nearer than {_LOST:g} to the "
                 "next one: another machine may take another part. Save with store_bases=True, or use another rank",
-                stacklevel=2,
             )
         return _orthonormal(found @ (found.T @ normals[:, :rank]))
     values = values[: rank + 1]
     if _tied(values):
-        warnings.warn(
+        warn(
             f"{what} takes single singular vectors of a base weight, two of whose singular values are nearer than "
             f"{_TIE:g}: another machine may compute other vectors. Save with store_bases=True, or use vectors=False",
-            stacklevel=2,
         )
     return np.asarray(found * _signs(found))
 
@@ -212,10 +208,9 @@ def _signed(left: np.ndarray, values: np.ndarray, right: np.ndarray, part: slice
     first = part.start or 0
     edge = first or first + len(found)
     if 0 < edge < len(values) and _tied(values[edge - 1 : edge + 1]):
-        warnings.warn(
+        warn(
             f"{what} takes singular vectors of a base weight up to a value that is nearer than {_TIE:g} to the next "
             "one: another machine may take another part. Save with store_bases=True",
-            stacklevel=2,
         )
     signs = _signs(left[:, part])
     return left[:, part] * signs, found, right[:, part] * signs

@@ -14,7 +14,8 @@ from tnadapt.algebra.config import Config
 from tnadapt.errors import ConfigError, FileError, TargetError, safe_repr
 
 from .._adapter import Adapter
-from .._attach import attach
+from .._argument_places import warn_undropped
+from .._attach import attach_with
 from .._registry import overlapping
 from .._removal import let_go, let_go_merged, take_off
 from .._state import PREFIX, AdapterState
@@ -312,7 +313,10 @@ def _attach(model: nn.Module, config: TnadaptConfig, name: str) -> Adapter:
     model_type = about.get("model_type") if isinstance(about, Mapping) else None
     targets = select_targets(model, config, model_type)
     settings = Config.from_dict(config.settings)
-    return attach(
+    # Not attach(), which warns of a rank that its caller chose: here it may be a preset's, or that of a file.
+    adapter = attach_with(
         model, settings, targets, name, strategy=config.strategy, activation=config.activation,
         detach_norm=config.detach_norm, dropout=config.dropout,
     )  # fmt: skip
+    warn_undropped(adapter.targets, adapter.dropout)
+    return adapter
