@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
+import tnadapt as tna
 from tnadapt import FileError
 from tnadapt.convert._path_patterns import PathPatterns
 
@@ -121,6 +125,18 @@ def test_thousands_of_paths_have_patterns_of_their_own() -> None:
         patterns = PathPatterns("rank_pattern", {key: place for place, key in enumerate(keys)})
         assert [patterns.get(path, None) for path in paths] == list(range(3000))
     assert time.process_time() - start < 3
+
+
+def test_a_folder_with_thousands_of_modules_and_keys(tmp_path: Path) -> None:
+    names = [f"model.layers.{number // 7}.self_attn.p{number % 7}_proj" for number in range(3000)]
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "rank_pattern": dict.fromkeys(names, 1)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": dict.fromkeys(names, 1)}))
+    one = np.ones((1, 1), np.float32)
+    tensors = {f"base_model.model.{name}.lora_{which}.weight": one for name in names for which in "AB"}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    start = time.process_time()
+    assert len(tna.convert(tmp_path).file.targets) == len(names)
+    assert time.process_time() - start < 10  # it takes one or two; in quadratic time, more than half a minute
 
 
 def test_a_path_with_a_line_break_has_no_pattern() -> None:
