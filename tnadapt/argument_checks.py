@@ -236,7 +236,10 @@ def is_sequence(value: Any) -> bool:
 def _is_array(value: Any) -> bool:
     """Return whether a value is an array of numbers, of any library; a number of NumPy is none."""
     dtype = getattr(value, "dtype", None)
-    if dtype is None or not hasattr(value, "shape") or isinstance(value, type) or _is_a(value, "generic"):
+    if dtype is None or not hasattr(value, "shape") or isinstance(value, type):
+        return False
+    # Not of tensors: torch's compiler, which traces this check, cannot iterate over their classes.
+    if type(value).__module__ == "numpy" and _is_a(value, "generic"):
         return False
     # Objects, dates, text; records, whose kind is also that of bfloat16.
     return getattr(dtype, "kind", "") not in tuple("OMmSU") and getattr(dtype, "names", None) is None

@@ -174,7 +174,7 @@ def test_out_receives_what_a_call_without_it_returns(
     if how == "read-only" and where != "itself":
         x = x.copy()
         x.flags.writeable = False
-    expected = tna.fwht(x.copy(), axis=axis, normalize=normalize)
+    expected = tna.fwht(x, axis=axis, normalize=normalize)  # a copy may have another layout, and so other bits
     assert tna.fwht(x, axis=axis, normalize=normalize, out=out) is out
     assert np.array_equal(out, expected)
 

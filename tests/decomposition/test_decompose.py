@@ -37,8 +37,8 @@ def _normal(rng: np.random.Generator, plan: tna.SuperLoRA) -> list[np.ndarray]:
 
 
 def _added(plan: tna.SuperLoRA) -> tna.SuperLoRA:
-    """Return a plan that can be fitted: a fit gives all arrays, of updates that are added, and so has no start."""
-    if plan.config.start == "zero" and plan.config.apply == "add":
+    """Return a plan that can be fitted: of updates that are added, from a start that takes no arrays or base weights."""
+    if plan.config.start in ("zero", "random") and plan.config.apply == "add":
         return plan
     # A start that is given cannot be fitted, and one that is computed needs the base weights.
     with pytest.raises(ConfigError, match=r"use start='zero'|use apply='add'|computed from the base weights: bind"):

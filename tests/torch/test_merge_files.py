@@ -50,7 +50,7 @@ CONFIGS = {
     "lokr": P.lokr(2),
     "krona": P.krona(),
     "loha": P.loha(2),
-    "lonkr": P.lonkr(2, groups=3),
+    "lonkr": P.lonkr(1, groups=3),
     "lotr": P.lotr(2, weights=4, rows=32, cols=32),
     "fact_tt": P.fact_tt(2, weights=4, rows=32, cols=32),
     "fact_tk": P.fact_tk(2, weights=4, rows=32, cols=32),

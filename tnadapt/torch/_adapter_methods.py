@@ -47,6 +47,12 @@ class AdapterMethod:
             if isinstance(model.__dict__.get(name), AdapterMethod):
                 del model.__dict__[name]
 
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """The method of the model's class, as bound methods have it: torch's compiler compares it."""
+        function: Callable[..., Any] = getattr(type(self.model), self.name)
+        return function
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method."""
         if getattr(self.model, "peft_config", None):
