@@ -234,10 +234,8 @@ def test_summaries_and_warnings_in_torch(tmp_path: Path) -> None:
 
 
 def test_the_middle_of_a_long_message_is_left_out() -> None:
-    for call in (lambda: tna.load("x" * 100_000), lambda: tna.convert("/".join(["y" * 200] * 500))):
-        with pytest.raises(
-            tna.FileError, match=r"^'?[xy]{200}.* … .*(File name too long|a path must be .*)$"
-        ) as caught:
+    for call in (lambda: tna.load("x" * 30_000), lambda: tna.convert("/".join(["y" * 200] * 140))):
+        with pytest.raises(tna.FileError, match=r"^[xy]{200}.* … .*File name too long$") as caught:
             call()
         assert len(str(caught.value)) < 5100
     assert str(tna.FileError("x" * 5000)) == "x" * 5000

@@ -37,7 +37,7 @@ def _normal(rng: np.random.Generator, plan: tna.SuperLoRA) -> list[np.ndarray]:
 
 
 def _added(plan: tna.SuperLoRA) -> tna.SuperLoRA:
-    """Return a plan that can be fitted: of updates that are added, from a start that takes no arrays or base weights."""
+    """Return a plan that can be fitted: of added updates, from a start that needs no arrays and no base."""
     if plan.config.start in ("zero", "random") and plan.config.apply == "add":
         return plan
     # A start that is given cannot be fitted, and one that is computed needs the base weights.
