@@ -26,7 +26,7 @@ class ModuleNames:
     Parameters
     ----------
     config : mapping, None or callable
-        Its ``config.json``, or what returns it: it is read, and transformers imported, when a name is asked for.
+        Its ``config.json``, or a function that returns it. It is read, and transformers imported, on the first name.
 
     Examples
     --------
