@@ -119,12 +119,23 @@ def _groups(asked: Sequence[str]) -> dict[str, list[str]]:
             for path in paths:
                 name = path.relative_to(ROOT / "tnadapt").as_posix()
                 if path.stat().st_size and (not asked or name in asked):
-                    files = [file for file in group["tests"] if (ROOT / file).is_file()]
+                    files = [file for file in _test_files(group["tests"]) if file not in group.get("without", ())]
                     own = [file for file in files if Path(file).name == f"test_{path.stem}.py"]
                     found[f"tnadapt/{name}"] = list(dict.fromkeys([f"tnadapt/{name}", *own, *files]))
     if unknown := set(asked) - {path.removeprefix("tnadapt/") for path in found}:
         raise SystemExit(f"modules.toml does not list {', '.join(sorted(unknown))}")
     return found
+
+
+def _test_files(patterns: Sequence[str]) -> list[str]:
+    """Return the test files that match the patterns, in their order."""
+    files: dict[str, None] = {}
+    for pattern in patterns:
+        paths = sorted(ROOT.glob(pattern))
+        if not paths:
+            raise SystemExit(f"modules.toml: no file matches {pattern}")
+        files |= dict.fromkeys(path.relative_to(ROOT).as_posix() for path in paths)
+    return list(files)
 
 
 def _chosen(modules: dict[str, Module], seed: int, sample: int | None) -> list[Mutant]:
