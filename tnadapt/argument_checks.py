@@ -35,12 +35,15 @@ class _Type(NamedTuple):
         What a single one and many of them are called.
     error : type of TnadaptError
         What another value raises.
+    listed : bool
+        Whether an iterator is made a list first, since the function goes through it more than once.
     """
 
     accepts: Callable[[Any], bool]
     one: str
     several: str
     error: type[TnadaptError] = ConfigError
+    listed: bool = False
 
 
 def checks_arguments(function: T) -> T:
@@ -60,7 +63,7 @@ def checks_arguments(function: T) -> T:
     -----
     ``int`` takes what has ``__index__``, but for bool; ``float`` takes real numbers; a sequence may be anything
     iterable but text and mappings; classes are compared by name, since annotations may name classes that are not
-    imported. Elements of an iterator are not
+    imported. An iterator that is given for a sequence or a collection becomes a list; of others, the elements are not
     checked.
 
     Examples
@@ -87,9 +90,17 @@ def checks_arguments(function: T) -> T:
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        for name, value in (*zip(positional, args, strict=False), *kwargs.items()):
+        for place, (name, value) in enumerate((*zip(positional, args, strict=False), *kwargs.items())):
             expected = types.get(name)
-            if expected is not None and not expected.accepts(value):
+            if expected is None:
+                continue
+            if expected.listed and isinstance(value, Iterator):
+                value = list(value)
+                if name in kwargs:
+                    kwargs[name] = value
+                else:
+                    args = (*args[:place], value, *args[place + 1 :])
+            if not expected.accepts(value):
                 raise wrong_argument(name, expected.one, value, expected.error)
         return function(*args, **kwargs)
 
@@ -141,6 +152,7 @@ def _union(node: ast.BinOp) -> _Type | None:
         _either([one.one for one in known]),
         _either([one.several for one in known]),
         next((one.error for one in known if one.one != "None"), ConfigError),
+        any(one.listed for one in known),
     )
 
 
@@ -159,11 +171,11 @@ def _generic(name: str, arguments: list[ast.expr]) -> _Type | None:
     if name == "tuple" and not (isinstance(arguments[-1], ast.Constant) and arguments[-1].value is ...):
         return _tuple([_of_node(one) for one in arguments])
     if name in ("Sequence", "Collection", "Iterable", "Iterator", "list", "set", "tuple"):
-        return _sequence(_of_node(arguments[0]))
+        return _sequence(_of_node(arguments[0]), listed=name not in ("Iterable", "Iterator"))
     return None
 
 
-def _sequence(element: _Type | None) -> _Type:
+def _sequence(element: _Type | None, listed: bool) -> _Type:
     def accepts(value: Any) -> bool:
         if element is _HASHABLE and isinstance(value, str):
             return True
@@ -172,7 +184,8 @@ def _sequence(element: _Type | None) -> _Type:
         return element is None or isinstance(value, Iterator) or all(map(element.accepts, value))
 
     of = "" if element is None else f" of {element.several}"
-    return _Type(accepts, f"a sequence{of}", f"sequences{of}", ShapeError if element is None else element.error)
+    error = ShapeError if element is None else element.error
+    return _Type(accepts, f"a sequence{of}", f"sequences{of}", error, listed)
 
 
 def _tuple(elements: list[_Type | None]) -> _Type:
@@ -284,7 +297,7 @@ _NAMED: dict[str, _Type | None] = {
 }
 #: Classes whose instances are recognized by the name of the class.
 _CLASSES = frozenset({
-    "AdapterFile", "Axis", "Config", "Fingerprint", "Map", "Mark", "Projection", "Source", "Spec", "SuperLoRA",
-    "Target", "Training", "nn.Module",
+    "AdapterFile", "Axis", "Config", "Engine", "Fingerprint", "Map", "Mark", "Projection", "Reporter", "Source", "Spec",
+    "SuperLoRA", "Target", "Training", "nn.Module", "torch.device",
 })  # fmt: skip
 _ERRORS = {"nn.Module": TargetError, "Target": TargetError, "AdapterFile": FileError}

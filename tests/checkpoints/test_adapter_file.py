@@ -209,7 +209,7 @@ FIRST = "group0.split0.factor0"
         ({"targets": "blocks"}, ConfigError, "targets must be a list of Target; got 'blocks'"),
         ({"targets": 3}, ConfigError, "targets must be a list of Target; got 3"),
         ({"targets": [TARGETS[0], (6, 4)]}, ConfigError, r"must be a list of Target; got \(6, 4\) among them"),
-        ({"targets": ()}, ShapeError, "no weight"),
+        ({"targets": ()}, ConfigError, "targets is empty: an adapter updates at least one weight"),
         ({"targets": TARGETS[:2]}, ShapeError, r"missing: none; unknown: 'group2\.split0\.factor0', "),
         ({"arrays": None}, ShapeError, "arrays must be a mapping of names to arrays; got NoneType"),
         (

@@ -329,3 +329,18 @@ def test_one_name_and_one_role_a_weight(tmp_path: Path) -> None:
     with pytest.raises(ShapeError, match="roles has 1 entries for 3 weights"):
         layout(plan, tmp_path / "a.png", roles=["q"])
     assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"title": "x" * 1001}, "title must have at most 1,000 characters; got 1,001"),
+        ({"title": "a\ud800b"}, r"title has half a surrogate pair, which no font can draw; got 'a\\ud800b'"),
+        ({"budget": 0}, "budget must be at least 1; got 0"),
+        ({"orders": ()}, "orders is empty; give at least one order"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(tna.ConfigError, match=message):
+        tna.plot.parameters([(8, 8)], tmp_path / "picture.png", **settings)
+    assert not list(tmp_path.iterdir())

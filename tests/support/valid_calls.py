@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 import torch
+import transformers
 from torch import nn
 
 import tnadapt as tna
 import tnadapt.torch as tnt
+import tnadapt.torch.peft
 from tnadapt import checkpoints, decomposition, finetune, maps, planning, presets, sources, tensors
 from tnadapt.algebra.formats import Format
 from tnadapt.algebra.maps import Map
@@ -122,6 +124,16 @@ class Workbench:
     def batches() -> list[torch.Tensor]:
         return [torch.tensor([[0, 1, 2], [3, 4, 0]])]
 
+    def processor(self) -> str:
+        """Return a folder with a processor of images."""
+        folder = self.path("processor")
+        if not Path(folder).exists():
+            about = tna.Pretrained("org/model", task="image-classification", library="transformers")
+            file = dataclasses.replace(self.file, pretrained=about)
+            transformers.ViTImageProcessor().save_pretrained(folder)
+            tna.save(str(Path(folder, "adapter.safetensors")), file)
+        return folder
+
     @functools.cached_property
     def planned(self) -> Any:
         return tna.plan([(16, 16)] * 2, 200)
@@ -138,6 +150,31 @@ class Workbench:
     def results(self) -> Any:
         method = finetune.Method("LoRA", "r = 1", presets.lora(1))
         return finetune.Point(method, 10, 0, 0.01, (0.5,), (0.5,), 1.0, ())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Number:
+    """A task for an engine."""
+
+    base: int
+
+    @property
+    def key(self) -> str:
+        return f"base-{self.base}"
+
+
+class _Squares:
+    """Work for an engine."""
+
+    @staticmethod
+    def open() -> Any:
+        return lambda task, report: {"result": task.base**2}
+
+
+def _registered() -> dict[str, Any]:
+    """Register the method with PEFT, once."""
+    tnadapt.torch.peft.register()
+    return {}
 
 
 def _composite() -> tna.CompositeConfig:
@@ -569,6 +606,13 @@ CALLS: dict[str, Arguments] = {
         "loss": lambda model, batch: model(batch).square().mean(), "direction": "ArB2r", "scale": "stable",
         "gamma": 16.0, "progress": None,
     },
+    "torch.peft.TnadaptConfig": lambda b: {
+        **_registered(), "preset": "lora", "settings": {"rank": 2}, "target_modules": "qv", "exclude_modules": None,
+        "layers_to_transform": None, "layers_pattern": None, "modules_to_save": None, "strategy": "auto",
+        "activation": None, "init_weights": True, "detach_norm": False, "dropout": 0.0, "base": None,
+        "computed_from": None, "trained": None,
+    },
+    "torch.load_processor": lambda b: {"where": b.processor(), "revision": None, "token": None},
     # -- testing ---------------------------------------------------------------------------------
     "testing.shapes": lambda b: {"max_weights": 4, "max_side": 9},
     "testing.configs": lambda b: {
@@ -582,6 +626,11 @@ CALLS: dict[str, Arguments] = {
         "model": None, "data": None, "text_column": None, "label_column": None, "label_names": (), "task": None,
         "separator": None, "tokenizer": None, "image_size": None, "max_length": None, "limit": None, "holdout": 0.2,
         "keep_trainable": (), "head_rows": (), "cache": Path(b.path("cache")), "pretrain_epochs": 1,
+    },
+    "finetune.open_problem": lambda b: {"spec": finetune.Spec(), "progress": lambda what, done: None},
+    "finetune.run_tasks": lambda b: {
+        "work": _Squares(), "tasks": [_Number(2)], "folder": b.new(), "engine": "local", "options": None,
+        "threads": None, "progress": lambda task, done: None, "study": "", "known": (), "do": None, "lost": None,
     },
     "finetune.Choice": lambda b: {"presets": ("lora",), "ranks": (1,), "changes": {}, "budgets": (), "short": False},
     "finetune.Training": lambda b: {

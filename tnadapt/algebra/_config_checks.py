@@ -146,7 +146,7 @@ def checked_integer(name: str, value: Any, low: int, high: int, other: str = "")
     return integer(name, value, low, high, ConfigError, other)
 
 
-def checked_number(name: str, value: Any) -> float:
+def checked_number(name: str, value: Any, most: float = math.inf) -> float:
     if isinstance(value, (bool, str)):
         raise ConfigError(f"{name} must be a number; got {safe_repr(value)}")
     try:
@@ -156,6 +156,8 @@ def checked_number(name: str, value: Any) -> float:
         raise ConfigError(f"{name} must be a number; got {safe_repr(value)}") from None
     if not math.isfinite(number):
         raise ConfigError(f"{name} must be finite; got {number!r}")
+    if abs(number) > most:
+        raise ConfigError(f"{name} must be at most {most:g} in absolute value; got {number!r}")
     return number
 
 

@@ -110,7 +110,7 @@ def vera(rank: int = 256, *, d_initial: float = 0.1, **changes: Any) -> Config:
     wide = math.sqrt(2.0 / integer("rank", rank, 1, MAX_SIZE, ConfigError))
     sources: dict[str, Source] = {
         "factor0": Scaled(Seeded("uniform", scale=wide), start=0.0),
-        "factor1": Scaled(Seeded("uniform"), size=False, rank=True, start=checked_number("d_initial", d_initial)),
+        "factor1": Scaled(Seeded("uniform"), size=False, rank=True, start=checked_number("d_initial", d_initial, 1e30)),
     }
     return _lora(rank, sources, changes)
 

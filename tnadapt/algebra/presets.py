@@ -299,6 +299,8 @@ def quanta(digits: Sequence[int] = (16, 8), **changes: Any) -> Config:
     if "rank" in changes:
         raise ConfigError(f"quanta has gates, and no rank; got rank={safe_repr(changes['rank'])}: choose the digits")
     known = math.prod(sizes)
+    if known >= 10**18:  # the largest divisor in a fold
+        raise ConfigError(f"digits multiply to {known}; expected less than 1e18")
     own = {
         "groups": "weight",
         "order": 2 * len(sizes) + 2,

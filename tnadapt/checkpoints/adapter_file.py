@@ -340,6 +340,8 @@ def _starts(plan: SuperLoRA) -> bytes:
 def _own_targets(targets: Any, config: Config) -> tuple[Target, ...]:
     if isinstance(targets, str) or not isinstance(targets, Sequence):
         raise ConfigError(f"targets must be a list of Target; got {safe_repr(targets)}")
+    if not targets:
+        raise ConfigError("targets is empty: an adapter updates at least one weight")
     for target in targets:
         if not isinstance(target, Target):
             raise ConfigError(f"targets must be a list of Target; got {safe_repr(target)} among them")
@@ -409,11 +411,12 @@ def _check_dtypes(file: AdapterFile) -> None:
 
 
 def _check_text(file: AdapterFile) -> None:
-    texts = [file.model, *file.kept, *(other for others in file.ties.values() for other in others)]
+    texts = [("model", file.model), *(("kept", name) for name in file.kept)]
+    texts += [("ties", name) for names in file.ties.values() for name in names]
     for target in file.targets:
-        texts += [target.module, target.parameter, target.layer]
-    for text in texts:
+        texts += [("targets", text) for text in (target.module, target.parameter, target.layer)]
+    for field, text in texts:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ConfigError(f"{safe_repr(text)} has half a surrogate pair, which no file can hold") from None
+            raise ConfigError(f"{field}: {safe_repr(text)} has half a surrogate pair, which no file can hold") from None

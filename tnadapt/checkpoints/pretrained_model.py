@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tnadapt.argument_checks import checks_arguments
+from tnadapt.argument_checks import checks_arguments, is_sequence
 from tnadapt.errors import ConfigError, FileError, TnadaptError, pluralize, safe_repr, summarize
 
 __all__ = ["MAX_LABELS", "TASKS", "Pretrained", "PretrainedTask", "is_local"]
@@ -219,7 +219,7 @@ def _check_choice(field: str, value: Any, known: Sequence[str]) -> None:
 
 
 def _own_labels(labels: Any) -> tuple[str, ...]:
-    if isinstance(labels, (str, bytes, Mapping)) or not isinstance(labels, Iterable):
+    if not is_sequence(labels):
         raise ConfigError(f"labels must be a list of strings; got {safe_repr(labels)}")
     found = tuple(labels)
     if len(found) > MAX_LABELS:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tnadapt.argument_checks import checks_arguments
+
 from ._digits import digits
 from ._pretrained import pretrained
 from ._specification import Spec
@@ -12,6 +14,7 @@ from .problem import Problem
 __all__ = ["open_problem"]
 
 
+@checks_arguments
 def open_problem(spec: Spec, progress: Callable[[str, float], None] = lambda what, done: None) -> Problem:
     """Open the model and the data.
 

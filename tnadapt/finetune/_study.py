@@ -11,7 +11,7 @@ from typing import Any
 
 from tnadapt import torch as tnt
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.argument_checks import checks_arguments
+from tnadapt.argument_checks import checks_arguments, wrong_argument
 from tnadapt.checkpoints.adapter_format import load
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import ConfigError, FileError, TnadaptError, integer
@@ -167,10 +167,12 @@ class Study:
         tuned_by: int | None = None,
     ) -> None:
         checked_rates(rates)
+        if not callable(getattr(choice, "methods", None)):
+            raise wrong_argument("choice", "a Choice, or an object with methods()", choice)
         self.tuned_by = tuned_by
         self.spec, self.training = spec, training
         self.rates, self.seeds = sorted(set(rates)), range(integer("seeds", seeds, 0, 1 << 20, ConfigError))
-        self.reporter = reporter or Reporter()
+        self.reporter = Reporter() if reporter is None else reporter
         self.problem: Problem = open_problem(spec, self.reporter.preparing)
         # Everything is checked on a sketch, before a base is pretrained.
         model = self.problem.sketch() if self.problem.sketch else self.problem.build(0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from tnadapt.errors import TnadaptError
+from tnadapt.errors import TnadaptError, safe_repr
 
 from ._learning_task import LearningTask
 from ._specification import Part
@@ -91,7 +91,7 @@ class Schedule:
     def __post_init__(self) -> None:
         for name, word, words in (("optimiser", self.optimiser, OPTIMISERS), ("shape", self.shape, SHAPES)):
             if word not in words:
-                raise TnadaptError(f"{name} must be one of {', '.join(words)}; got {word!r}")
+                raise TnadaptError(f"{name} must be one of {', '.join(words)}; got {safe_repr(word)}")
 
     def factor(self, step: int, steps: int) -> float:
         """Return the factor of the rate at a step, counted from 0, for the shape ``cosine``.

@@ -77,7 +77,7 @@ class Training:
 
     def __post_init__(self) -> None:
         if self.head_rate is not None:
-            checked_rates([self.head_rate])
+            checked_rates([self.head_rate], "head_rate")
         self.schedule(1.0)  # refuses unknown words now rather than after a base model has been trained
 
     def schedule(self, rate: float) -> Schedule:
@@ -138,7 +138,7 @@ class Task:
         return f"{'-'.join([*words, self.key])}.safetensors"
 
 
-def checked_rates(rates: Sequence[float]) -> None:
+def checked_rates(rates: Sequence[float], what: str = "rates") -> None:
     """Raise an error unless all are valid learning rates.
 
     Raises
@@ -150,13 +150,13 @@ def checked_rates(rates: Sequence[float]) -> None:
     --------
     >>> checked_rates([0.1, -1.0])
     Traceback (most recent call last):
-    tnadapt.errors.TnadaptError: a learning rate must be a finite number above 0; got -1.0
+    tnadapt.errors.TnadaptError: rates: a learning rate must be a finite number above 0; got -1.0
     """
     for rate in rates:
         if not (math.isfinite(rate) and rate > 0):
-            raise TnadaptError(f"a learning rate must be a finite number above 0; got {rate}")
-    if not rates:
-        raise TnadaptError("there is no learning rate; give at least one")
+            raise TnadaptError(f"{what}: a learning rate must be a finite number above 0; got {rate}")
+    if not len(rates):
+        raise TnadaptError("rates: there is no learning rate; give at least one")
 
 
 @checks_arguments

@@ -12,7 +12,7 @@ from typing import Any
 from tnadapt.argument_checks import checks_arguments
 
 from ._diagram_parts import wide
-from .canvas import count_ticks, figure, ground, ink, legible, pale, quiet, saved, styles, tone
+from .canvas import checked_text, count_ticks, figure, ground, ink, legible, pale, quiet, saved, styles, tone
 
 __all__ = ["Axis", "Mark", "pareto"]
 
@@ -52,7 +52,7 @@ class Axis:
     @checks_arguments
     def shown(self, number: float) -> str:
         """Return a drawn number as text."""
-        return f"{number:.1f} %" if self.percent else f"{number:.4g}"
+        return f"{float(number):.1f} %" if self.percent else f"{float(number):.4g}"
 
 
 @checks_arguments
@@ -132,6 +132,7 @@ def pareto(
         ]
         pareto(marks, "front.png", "two methods")
     """
+    checked_text(title=title, note=note)
     drawn, axes = figure(8.6, 5.2)
     # What diverged has no finite score, and no place.
     marks = [

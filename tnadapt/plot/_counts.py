@@ -9,8 +9,9 @@ from typing import Any
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.superlora import SuperLoRA, parameter_count
 from tnadapt.argument_checks import checks_arguments
+from tnadapt.errors import ConfigError, safe_repr
 
-from .canvas import figure, ground, ink, legible, pale, quiet, saved, tone
+from .canvas import checked_text, figure, ground, ink, legible, pale, quiet, saved, tone
 
 __all__ = ["counted", "parameters"]
 
@@ -57,6 +58,11 @@ def parameters(
 
         parameters([(768, 768)] * 24, "parameters.png", budget=10_000)
     """
+    checked_text(title=title)
+    if budget is not None and budget < 1:
+        raise ConfigError(f"budget must be at least 1; got {safe_repr(budget)}")
+    if not len(orders):
+        raise ConfigError("orders is empty; give at least one order, such as (2, 3)")
     drawn, axes = figure(8.6, 5.2)
     size = SuperLoRA(Config(order=1, groups=1, fold="hypercube", format="dense"), shapes).size
     axes.set_xscale("log", base=2)

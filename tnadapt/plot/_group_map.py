@@ -14,7 +14,7 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ShapeError
 
-from .canvas import figure, ground, ink, pale, quiet, saved, tone
+from .canvas import checked_text, figure, ground, ink, pale, quiet, saved, tone
 
 __all__ = ["layout"]
 
@@ -74,6 +74,7 @@ def layout(
         plan = SuperLoRA(Config(groups=3, fold="hypercube"), [(6, 8), (6, 8), (4, 8), (8, 6), (8, 6)])
         layout(plan, "layout.png")
     """
+    checked_text(title=title)
     weights = len(plan.shapes)
     names = [str(weight) for weight in range(weights)] if names is None else list(names)
     roles = [""] * weights if roles is None else list(roles)

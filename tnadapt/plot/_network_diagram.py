@@ -14,7 +14,7 @@ from tnadapt.argument_checks import checks_arguments
 
 from ._diagram import Diagram, diagram
 from ._diagram_parts import Label, Node, SplitDrawing
-from .canvas import OTHERS, STYLES, figure, ground, ink, pale, saved, tone
+from .canvas import OTHERS, STYLES, checked_text, figure, ground, ink, pale, saved, tone
 
 __all__ = ["network"]
 
@@ -82,6 +82,7 @@ def network(
 
         network(tna.presets.lora(rank=4), [(768, 768)] * 24, "lora.svg", title="LoRA")
     """
+    checked_text(title=title, note=note)
     found = diagram(SuperLoRA(config, shapes, layers, roles), group)
     head = textwrap.wrap(title, int((found.width - 2 * _MARGIN) / 0.092))
     foot = textwrap.wrap(note, int((found.width - 2 * _MARGIN) / 0.059))

@@ -16,10 +16,14 @@ from typing import Any
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.checkpoints.container import file_error_context, path_of
+from tnadapt.errors import ConfigError, safe_repr
 
 __all__ = [
-    "OTHERS", "STYLES", "count_ticks", "figure", "ground", "ink", "legible", "pale", "quiet", "saved", "styles", "tone",
+    "OTHERS", "STYLES", "checked_text", "count_ticks", "figure", "ground", "ink", "legible", "pale", "quiet", "saved",
+    "styles", "tone",
 ]  # fmt: skip
+
+_MAX_TEXT = 1000
 
 # The colour-blind safe palette of Okabe and Ito, with different shapes for print in grey.
 STYLES: dict[str, tuple[str, str]] = {
@@ -148,6 +152,15 @@ def styles(families: Iterable[str]) -> dict[str, tuple[str, str]]:
         for turn in range(len(markers)) for place, color in enumerate(colors)
     )  # fmt: skip
     return {family: STYLES.get(family) or next(others) for family in dict.fromkeys(families)}
+
+
+def checked_text(**texts: str) -> None:
+    """Raise a ConfigError if a text cannot be drawn: matplotlib takes minutes for a very long one."""
+    for name, text in texts.items():
+        if len(text) > _MAX_TEXT:
+            raise ConfigError(f"{name} must have at most {_MAX_TEXT:,} characters; got {len(text):,}")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ConfigError(f"{name} has half a surrogate pair, which no font can draw; got {safe_repr(text)}")
 
 
 def figure(width: float, height: float) -> tuple[Any, Any]:

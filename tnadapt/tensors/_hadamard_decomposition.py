@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tnadapt.algebra.config import Config
+from tnadapt.algebra.folding import MAX_ORDER
 from tnadapt.algebra.formats import CP
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.decomposition import Step, decompose
@@ -100,6 +101,8 @@ def hadamard_decomposition(
             "decompose its real and imaginary parts, or use cp()"
         )
     parts, shape = integer_of("parts", parts, 1), request.shape
+    if len(shape) > MAX_ORDER:
+        raise ShapeError(f"the tensor has {len(shape)} modes; hadamard_decomposition() takes at most {MAX_ORDER}")
 
     def fitted(one: int) -> HadamardTensor:
         return _fitted(request, one, parts, tol, max_iterations, callback)

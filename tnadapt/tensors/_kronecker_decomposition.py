@@ -117,7 +117,7 @@ def kronecker_decomposition(
 
 def _shapes(shapes: Any, whole: tuple[int, ...]) -> list[tuple[int, ...]]:
     try:
-        found = [tuple(integer_of("a size of a factor", size, 1) for size in shape) for shape in shapes]
+        found = [tuple(integer_of("a size in shapes", size, 1) for size in shape) for shape in shapes]
     except TypeError:
         raise ShapeError(f"shapes must be a list of shapes, one for each factor; got {safe_repr(shapes)}") from None
     if not found:

@@ -254,7 +254,8 @@ class TRTensor(CoreChain):
     def __new__(cls, cores: Sequence[Any]) -> Self:
         backend, arrays = as_tensors(cores, "cores")
         for number, core in enumerate(arrays):
-            left = arrays[number - 1].shape[-1]
+            before = tuple(arrays[number - 1].shape)
+            left = before[-1] if before else 1
             if len(core.shape) != 3 or core.shape[0] != left:
                 raise ShapeError(
                     f"core {number} of a tensor ring has shape {tuple(core.shape)}; expected ({left}, size, r), as "

@@ -25,7 +25,7 @@ from ._keyword_hints import hints_keywords
 from ._known_elements import METHOD, STARTS, completed
 from ._requests import Callback, Request, Watch, one_of, requested, seed_of
 from ._tensor_chains import TTTensor
-from ._train_start import from_start, start_of
+from ._train_start import from_start, start_of, started
 from ._truncation import error_limit, inner_ranks
 from ._tt_matrix import TTMatrix
 
@@ -289,7 +289,7 @@ def tt_matrix(
 
 
 def _merged_start(init: Sequence[Any], rows: tuple[int, ...], cols: tuple[int, ...]) -> TTTensor:
-    given = init if isinstance(init, TTMatrix) else TTMatrix(init)
+    given = started(TTMatrix, init)
     if (given.row_sizes, given.col_sizes) != (rows, cols):
         raise ShapeError(
             f"init divides rows and columns into {given.row_sizes} and {given.col_sizes}; expected {rows} and {cols}"

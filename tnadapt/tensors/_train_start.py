@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from tnadapt.backends import get_backend
 from tnadapt.decomposition import Limits
 from tnadapt.decomposition.train_als import improved_train
-from tnadapt.errors import ConfigError, ShapeError, safe_repr
+from tnadapt.errors import ConfigError, ShapeError, TnadaptError, safe_repr
 
 from ._checks import finite, mode_of
 from ._decomposed import Decomposed
 from ._requests import Request, Watch
 from ._tensor_chains import TTTensor
+from ._tt_matrix import TTMatrix
 
-__all__ = ["from_start", "start_of"]
+__all__ = ["from_start", "start_of", "started"]
+
+ChainT = TypeVar("ChainT", TTTensor, TTMatrix)
 
 
 def start_of(
@@ -57,7 +60,7 @@ def start_of(
         return None, held
     if ranks is None:
         raise ConfigError("max_error= chooses ranks, but a start has its own: give rank= with init=")
-    start = init if isinstance(init, TTTensor) else TTTensor(init)
+    start = started(TTTensor, init)
     get_backend(start[0], request.tensor)
     expected = (request.shape, (1, *ranks, 1))
     if (start.shape, start.rank) != expected:
@@ -69,6 +72,16 @@ def start_of(
     for mode, core in enumerate(start):
         finite(request.backend, core, f"core {mode} of init")
     return start, held
+
+
+def started(cls: type[ChainT], init: Any) -> ChainT:
+    """Return the train that ``init=`` gives; an error about its cores names ``init``."""
+    if isinstance(init, cls):
+        return init
+    try:
+        return cls(init)
+    except TnadaptError as error:
+        raise type(error)(f"init: {error}") from error
 
 
 def from_start(request: Request, start: TTTensor, fixed: frozenset[int], sweeps: int, watch: Watch) -> TTTensor:

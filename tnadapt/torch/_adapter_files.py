@@ -67,6 +67,7 @@ class AdapterFiles:
         saving.save(self._state, path, self.pretrained, store_bases)
         _log.info("saved %r to %s", self, escaped(str(path)))
 
+    @checks_arguments
     def save_pretrained(
         self,
         folder: str | os.PathLike[str],

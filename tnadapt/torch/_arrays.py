@@ -69,7 +69,7 @@ def checked_pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[
     """Pair each parameter with what to copy into it from an array of a file; raise a ShapeError if they do not fit."""
     need_unmerged(state, "new arrays")
     expected = state.plan.param_shapes
-    found = {name: tuple(array.shape) for name, array in arrays.items()}
+    found = {name: tuple(getattr(array, "shape", ())) for name, array in arrays.items()}
     if found != expected:
         wrong = sorted(set(found.items()) ^ set(expected.items()))[:4]
         raise ShapeError(f"adapter {state.name!r} needs arrays named and shaped as its plan says; differing: {wrong}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnadapt.argument_checks import wrong_argument
+from tnadapt.argument_checks import is_sequence, wrong_argument
 from tnadapt.errors import ConfigError, ShapeError, integer
 
 from ._adapter import Adapter
@@ -91,7 +91,7 @@ def eva(
     for name, given in (("forward", forward), ("mask", mask), ("progress", progress)):
         if not callable(given) and (given is not None or name == "forward"):
             raise wrong_argument(name, "a function", given)
-    if not isinstance(batches, Iterable):
+    if not is_sequence(batches):
         raise wrong_argument("batches", "an iterable of batches", batches)
     adapter = adapter_of(adapter)
     targets = start_targets(adapter, "eva")

@@ -82,6 +82,9 @@ def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[
     if not isinstance(patterns, str) and not is_sequence(patterns):
         raise wrong_argument("keep_trainable", "a name or a sequence of names", patterns, TargetError)
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise wrong_argument("keep_trainable", "a name or a sequence of names", pattern, TargetError)
     # What a state dict leaves out. Making one raises an error for some modules, as bitsandbytes' embeddings.
     left_out = {
         join(path, name)

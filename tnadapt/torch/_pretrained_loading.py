@@ -15,7 +15,7 @@ from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.gguf_place import gguf_place
 from tnadapt.checkpoints.pretrained_model import Pretrained
-from tnadapt.errors import FileError, safe_repr, summarize
+from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 
 from ._adapter_loading import attach_file
 from ._adapter_saving import FileErrorContext
@@ -101,6 +101,8 @@ def load_pretrained(
     ('BertForSequenceClassification', {0: 'bad', 1: 'good'})
     >>> folder.cleanup()
     """
+    if device is not None:
+        _check_usable(device)
     path = adapter_path(where, revision, token)
     file = adapter_format.load(path)
     with FileErrorContext(path):
@@ -179,6 +181,17 @@ def _refuse_remote(about: Pretrained) -> None:
             f"it names as its base {safe_repr(about.name)}, an address or network share, which is not opened because a "
             "file says so: give base= with it, or load the tokenizer or processor yourself"
         )
+
+
+def _check_usable(device: str | torch.device) -> None:
+    """Raise a ConfigError unless tensors can be created on a device."""
+    try:
+        torch.zeros(0, device=device)
+    except Exception as error:  # an AssertionError if torch was built without CUDA
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise ConfigError(
+            f"device must be one that torch can use here, such as 'cpu'; got {safe_repr(device)}: {reason}"
+        ) from error
 
 
 def _about(file: AdapterFile, base: str | os.PathLike[str] | nn.Module | None) -> Pretrained:

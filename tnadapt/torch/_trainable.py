@@ -13,6 +13,7 @@ from torch import Tensor
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.init import Initializer
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.argument_checks import is_sequence
 from tnadapt.errors import ConfigError, safe_repr, warn
 
 from ._arrays import named_parameters, pairs
@@ -196,7 +197,7 @@ def _listed(given: Any, known: Sequence[Any]) -> list[Any]:
     """Return what was asked for as a list: everything known for None, and an empty list if any entry is unknown."""
     if given is None:
         return list(known)
-    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    listed = list(given) if is_sequence(given) else [given]
     return listed if all(type(one) in (int, str) and one in known for one in listed) else []
 
 

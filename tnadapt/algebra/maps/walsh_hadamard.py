@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tnadapt.argument_checks import wrong_argument
 from tnadapt.backends import Backend, get_backend, known_backend
 from tnadapt.backends.backend import FLOAT_DTYPES, Array
 from tnadapt.backends.fixed_arrays import FixedArrays
@@ -76,6 +77,8 @@ def fwht(x: Array, axis: int = -1, normalize: bool = True, *, out: Array | None 
     if out is not None:
         get_backend(out, what="out")
         get_backend(x, out)
+    if normalize is not True and normalize is not False and not isinstance(normalize, (int, np.bool_)):  # type: ignore[unreachable]
+        raise wrong_argument("normalize", "True or False", normalize)
     if out is None and axis is _LAST:  # of equal integers as small as this there is only one
         found = backend.fwht_at_once(x, normalize)
         if found is not None:
@@ -89,7 +92,7 @@ def fwht(x: Array, axis: int = -1, normalize: bool = True, *, out: Array | None 
     length = shape[axis]
     if length < 1 or length & (length - 1):
         raise ShapeError(
-            f"fwht needs a length that is a power of two; axis {axis} of shape {tuple(shape)} has {length}: "
+            f"fwht needs a length that is a power of two; axis {axis} of x, of shape {tuple(shape)}, has {length}: "
             f"pad it with zeros to {1 << (length - 1).bit_length() if length > 1 else 1}"
         )
     axis = axis - ndim if axis >= 0 else axis
@@ -110,7 +113,7 @@ def fwht_last(backend: Backend, x: Array, normalize: bool = True) -> Array:
 def _checked_axis(shape: Sequence[int], axis: Any) -> int:
     ndim = len(shape)
     if ndim == 0:
-        raise ShapeError("fwht has no axis to transform in an array of shape ()")
+        raise ShapeError("x has shape (), which has no axis for fwht to transform")
     return integer(f"axis, in an array of shape {tuple(shape)},", axis, -ndim, ndim - 1, ShapeError)
 
 

@@ -73,7 +73,7 @@ class Scaled(Multiplied):
         given = self.start if isinstance(self.start, tuple) else (self.start,)
         for number in given:
             known = isinstance(number, (int, float)) and not isinstance(number, bool)
-            if not known or not math.isfinite(number) or abs(number) > 1e30:
+            if not known or not abs(number) <= 1e30:  # NaN is not either
                 raise ConfigError(
                     "start must be a finite number of at most 1e30, a tuple of one per diagonal, or None; got "
                     f"{safe_repr(self.start)}"

@@ -10,7 +10,9 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tnadapt.errors import TnadaptError, safe_repr
+from tnadapt.argument_checks import checks_arguments, wrong_argument
+from tnadapt.checkpoints.container import path_of
+from tnadapt.errors import ConfigError, TnadaptError, integer, safe_repr
 from tnadapt.finetune._torch_threads import threads as torch_threads
 
 from ._engine import AGAIN, Engine
@@ -30,6 +32,7 @@ NAMED = 3
 T = TypeVar("T", bound=Keyed)
 
 
+@checks_arguments
 def run_tasks(
     work: Work,
     tasks: Sequence[T],
@@ -120,11 +123,21 @@ def run_tasks(
     base-3 {'result': 9}
     base-4 {'result': 16}
     """
+    for name, value in (("do", do), ("lost", lost)):
+        if value is not None and not callable(value):
+            raise wrong_argument(name, "a function or None", value)
+    if not callable(getattr(work, "open", None)):
+        raise wrong_argument("work", "an object with open()", work)
+    for task in tasks:
+        if not isinstance(getattr(task, "key", None), str):
+            raise wrong_argument("tasks", "objects with a string as key", task)
+    if threads is not None:
+        integer("threads", threads, 1, 1 << 16, ConfigError)
     used = engine if isinstance(engine, Engine) else open_engine(engine, jobs, options)
     keys = collections.Counter(task.key for task in tasks)
     if twice := [key for key, count in keys.items() if count > 1]:
         raise TnadaptError(f"tasks need different keys; {keys[twice[0]]} have the key {safe_repr(twice[0])}")
-    place = RunFolder(Path(folder), study)
+    place = RunFolder(Path(path_of(folder)), study)
     found = place.lines()
     for task in tasks:
         if task.key in found:

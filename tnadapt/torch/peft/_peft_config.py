@@ -182,16 +182,16 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         self.target_modules = as_words("target_modules", self.target_modules)
         self._check_layers()
         if self.exclude_modules is not None:
-            empty = self.exclude_modules in ([], set())
+            empty = isinstance(self.exclude_modules, (list, set)) and not self.exclude_modules
             self.exclude_modules = set() if empty else as_words("exclude_modules", self.exclude_modules)
             if isinstance(self.exclude_modules, str):
                 _check_expressions("exclude_modules", [self.exclude_modules])
         if self.modules_to_save is not None:
             saved = self.modules_to_save
             self.modules_to_save = _list("modules_to_save", [saved] if isinstance(saved, str) else saved)
-        if self.strategy not in STRATEGIES:
+        if not isinstance(self.strategy, str) or self.strategy not in STRATEGIES:
             raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {safe_repr(self.strategy)}")
-        if self.activation is not None and self.activation not in ACTIVATIONS:
+        if self.activation is not None and (not isinstance(self.activation, str) or self.activation not in ACTIVATIONS):
             raise ConfigError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {safe_repr(self.activation)}"
             )
@@ -218,7 +218,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
                     "layers_to_transform must be the number of a layer, from 0, or a list of them; got "
                     f"{safe_repr(layers)}"
                 )
-        if patterns is not None and patterns not in ("", []):
+        if patterns is not None and not (isinstance(patterns, (str, list)) and not patterns):
             words = _list("layers_pattern", [patterns] if isinstance(patterns, str) else patterns)
             _check_expressions("layers_pattern", words)
             self.layers_pattern = patterns if isinstance(patterns, str) else words
@@ -291,7 +291,7 @@ def _settings(preset: Any, settings: Any) -> dict[str, Any]:
                 "each, or use tnadapt.torch.attach, which takes a mapping of patterns to configs"
             )
         return (settings if isinstance(settings, Config) else Config.from_dict(settings)).to_dict()
-    if preset not in presets.__all__:
+    if not isinstance(preset, str) or preset not in presets.__all__:
         close = close_presets(preset) if isinstance(preset, str) else []
         meant = f"; did you mean {close[0]!r}?" if close else ""
         raise ConfigError(f"preset must be one of {', '.join(presets.__all__)}; got {safe_repr(preset)}{meant}")
