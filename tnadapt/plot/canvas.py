@@ -155,7 +155,7 @@ def styles(families: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def checked_text(**texts: str) -> None:
-    """Raise a ConfigError if a text cannot be drawn: matplotlib takes minutes for a very long one."""
+    """Raise a ConfigError if a text cannot be drawn: matplotlib takes minutes for a long one."""
     for name, text in texts.items():
         if len(text) > _MAX_TEXT:
             raise ConfigError(f"{name} must have at most {_MAX_TEXT:,} characters; got {len(text):,}")
