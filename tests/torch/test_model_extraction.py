@@ -15,6 +15,7 @@ from torch import nn  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch  # noqa: E402
+from tests.support.depth import in_depth  # noqa: E402
 from tnadapt import presets  # noqa: E402
 from tnadapt.algebra.starting_points import STARTS  # noqa: E402
 from tnadapt.errors import ConfigError, ShapeError, TargetError  # noqa: E402
@@ -291,25 +292,27 @@ def _of_base() -> dict[str, tna.Config]:
     return {name: every[name] for name, plan in plans.items() if plan.needs_base and plan.applying.additive}
 
 
-# Nonlinear least squares for CRAFT's matrices take seconds.
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "craft" else name for name in _of_base()]
-)
-def test_an_update_of_the_same_method_is_recovered(name: str, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    config = _of_base()[name]
-    torch.manual_seed(3)
+def _tuned_by(config: tna.Config, size: float, seed: int) -> tuple[nn.Module, tnadapt.torch.Adapter, dict[str, Any]]:
+    """Return a base, an adapter with random arrays on a copy of it, and the state dict after merging the adapter."""
+    torch.manual_seed(seed)
     base = _Attentions()
     tuned = copy.deepcopy(base)
     adapter = tnadapt.torch.attach(tuned, config, ["query", "key"])
     with torch.no_grad():
         for parameter in adapter.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    made = [delta.detach() for delta in adapter.deltas()]
-    targets = adapter.targets
+            parameter.add_(size * torch.randn_like(parameter))
     adapter.merge()
     state = {key: value.clone() for key, value in tuned.state_dict().items() if key in base.state_dict()}
+    return base, adapter, state
+
+
+@pytest.mark.parametrize("name", _of_base())
+def test_an_update_of_the_same_method_is_recovered(name: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    config = _of_base()[name]
+    base, adapter, state = _tuned_by(config, 0.1, 3)
+    made, targets = [delta.detach() for delta in adapter.deltas()], adapter.targets
     save_file(base.state_dict(), tmp_path / "base.safetensors")
     save_file(state, tmp_path / "tuned.safetensors")
     names = [target.module for target in targets]
@@ -324,3 +327,12 @@ def test_an_update_of_the_same_method_is_recovered(name: str, tmp_path: Path) ->
         again = tnadapt.torch.load(copy.deepcopy(base), tmp_path / "stored.safetensors")
         for ours, theirs in zip([*again.deltas(), *found.deltas()], [*made, *made], strict=True):
             torch.testing.assert_close(ours.detach(), theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("name", _of_base())
+def test_an_update_far_from_the_start_is_recovered(name: str) -> None:
+    config = _of_base()[name]
+    for size in (0.3, 1.0):
+        for seed in in_depth(range(100), range(4)):
+            base, _, state = _tuned_by(config, size, seed)
+            assert tnadapt.torch.extract(base, state, config, ["query", "key"]).report.error < 1e-5, (size, seed)

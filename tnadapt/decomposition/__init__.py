@@ -7,8 +7,10 @@ train (``train_als``), Kronecker products and sums (``_kronecker_sums``), Hadama
 group before F with free padding (``_network_fit``, ``_padded_fit``), and a group through F (``_through_map``) by least
 squares (``_least_squares``), array by array (``_alternating``) or by gradients (``_gradient``). Observed elements
 (``_observed_elements``, ``completion``) are fitted by sweeps (``_observed_sweeps``) and the damped Gauss-Newton method
-(``_damped_gauss_newton``). ``_lower_bounds`` computes lower bounds of the error, ``_rank_search`` finds the smallest
-rank within an error, and ``extraction`` creates an adapter from a tuned checkpoint.
+(``_damped_gauss_newton``). Parameters of frozen, tied and scaled arrays are fitted together (``_parameter_fit``), the
+matrices of a frozen Tucker core from its equivalence with the update's (``_tensor_equivalence``). ``_lower_bounds``
+computes lower bounds of the error, ``_rank_search`` finds the smallest rank within an error, and ``extraction`` creates
+an adapter from a tuned checkpoint.
 """
 
 from ._decompose import Settings, decompose

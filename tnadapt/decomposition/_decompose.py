@@ -158,10 +158,13 @@ def decompose(
                                                  alternating least squares over arrays
     nonlinear F                                  from the inverse of tanhshrink, L-BFGS on all arrays
     arrays frozen, tied, scaled, or made from θ  least squares if ΔW is linear in what is trained, else
-                                                 Gauss-Newton, in float64 on the host
+                                                 Gauss-Newton, in float64 on the host; square matrices between a
+                                                 frozen Tucker core and factors start from the core's equivalence
     ============================================ =========================================================
 
     Elements that padding adds are free: they are not fitted to zero, but take any value that helps to fit the others.
+    The square matrices of a frozen Tucker core (CRAFT) are found however far from their start they are, if ΔW was made
+    by such matrices, except for some cores of two slices or of coinciding eigenvalues, for which the error is reported.
     An update of zeros gives the initial parameters of training. No global state changes; in particular, TensorLy's
     backend stays the same. Memory is a few times the largest group.
 

@@ -135,7 +135,7 @@ def _fitted_together(
             progress(Step(0, len(wide), iteration, error))
 
     watch(0, None)
-    found = fit_parameters(plan, wide, limits, algebra.seed, watch)
+    found = fit_parameters(plan, wide, limits, algebra.seed, _ROUNDING * algebra.eps, watch)
     params = {name: algebra.array(array) for name, array in found.params.items()}
     host = {name: np.asarray(algebra.backend.to_numpy(array), np.float64) for name, array in params.items()}
     arrays = plan.arrays(host)

@@ -3,23 +3,28 @@
 The updates are a function of all parameters together: an array may belong to several groups, and θ to all. Its
 derivative is computed exactly from the network, which is linear in each of its arrays. If the updates are linear in the
 parameters, as with one trained array per term, one linear least-squares problem gives the optimum. Otherwise the damped
-Gauss-Newton method iterates, from several starts.
+Gauss-Newton method iterates, from several starts. Groups that share no parameter are fitted one after another.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tnadapt.algebra.formats import Tucker
 from tnadapt.algebra.group import Group
+from tnadapt.algebra.products import tucker_tensor
+from tnadapt.algebra.sources import Mixed
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
 
-from ._damped_gauss_newton import Descent, damped_gauss_newton
+from ._damped_gauss_newton import damped_gauss_newton
 from ._single_tensor import Limits
+from ._tensor_equivalence import equivalence
 
 __all__ = ["ParameterFit", "fit_parameters"]
 
@@ -29,8 +34,8 @@ Arrays = dict[str, np.ndarray]
 _FORMED = 1 << 22
 # Up to this many columns of it are computed in each step; products with it are enough otherwise.
 _COLUMNS = 256
-# Number of starts of a problem that is not linear: that of training, and random ones.
-_STARTS = 4
+# Number of random starts of a problem that is not linear, after that of training and that of a frozen core.
+_STARTS = 3
 
 
 class ParameterFit(NamedTuple):
@@ -56,6 +61,7 @@ def fit_parameters(
     wanted: Sequence[np.ndarray],
     limits: Limits,
     seed: int,
+    rounding: float,
     watch: Callable[[int, float | None], None],
 ) -> ParameterFit:
     """Fit the parameters of a plan with linear maps F to the updates of its groups.
@@ -68,6 +74,8 @@ def fit_parameters(
     limits : Limits
     seed : int
         Of the random starts.
+    rounding : float
+        The relative error at which no other start is tried.
     watch : callable
         Called with the number and the relative error of each iteration.
 
@@ -75,11 +83,39 @@ def fit_parameters(
     -------
     ParameterFit
     """
-    problem = _Problem(plan, wanted)
     start = {name: np.asarray(array, np.float64) for name, array in _start(plan).items()}
-    if problem.linear:
-        return _linear(problem, start, limits)
-    return _nonlinear(problem, start, limits, seed, watch)
+    seen = itertools.count(1)
+    fits = []
+    for indices in _independent(plan):
+        problem = _Problem(plan, [plan.groups[index] for index in indices], [wanted[index] for index in indices])
+        begun = {name: start[name] for name in problem.shapes}
+        if problem.linear:
+            fits.append(_linear(problem, begun, limits))
+        else:
+            fits.append(_nonlinear(problem, begun, limits, seed, rounding, lambda *_: watch(next(seen), None)))
+    return ParameterFit(
+        start | {name: array for fit in fits for name, array in fit.params.items()},
+        all(fit.optimal for fit in fits),
+        sum(fit.iterations for fit in fits),
+        ", ".join(dict.fromkeys(fit.method for fit in fits)),
+    )
+
+
+def _independent(plan: SuperLoRA) -> list[list[int]]:
+    """Return the indices of the groups, in sets that have no parameter in common."""
+    if plan.theta is not None:
+        return [list(range(len(plan.groups)))]
+    found: list[tuple[set[str], list[int]]] = []
+    for index, group in enumerate(plan.groups):
+        names, indices = set(group.names.values()), [index]
+        rest = []
+        for other in found:
+            if names & other[0]:
+                names, indices = names | other[0], other[1] + indices
+            else:
+                rest.append(other)
+        found = [*rest, (names, indices)]
+    return [sorted(indices) for _, indices in found]
 
 
 def _start(plan: SuperLoRA) -> Arrays:
@@ -92,9 +128,11 @@ def _start(plan: SuperLoRA) -> Arrays:
 class _Problem:
     """Residuals of a plan's updates, and the products of their derivative with vectors."""
 
-    def __init__(self, plan: SuperLoRA, wanted: Sequence[np.ndarray]) -> None:
-        self.plan, self.backend = plan, load_backend("numpy")
-        self.shapes = plan.param_shapes
+    def __init__(self, plan: SuperLoRA, groups: Sequence[Group], wanted: Sequence[np.ndarray]) -> None:
+        self.plan, self.groups, self.backend = plan, groups, load_backend("numpy")
+        names = {full for group in groups for full in group.names.values()}
+        shapes = plan.param_shapes
+        self.shapes = shapes if plan.theta is not None else {name: shapes[name] for name in shapes if name in names}
         self.wanted = np.concatenate(wanted)
         self.norm = float(np.linalg.norm(self.wanted))
         self.edges = np.cumsum([0, *(len(vec) for vec in wanted)]).tolist()
@@ -102,12 +140,17 @@ class _Problem:
     @property
     def linear(self) -> bool:
         """Whether the updates are an affine function of the parameters: one trained array or multiplier per term."""
-        for group in self.plan.groups:
+        for group in self.groups:
             for prefixes in group.network.prefixes:
                 own = [name for name in group.names if name.startswith(tuple(prefixes))]
                 if len(own) > 1:
                     return False
         return True
+
+    def arrays(self, vec: np.ndarray) -> Arrays:
+        """Return the trained arrays: the parameters, or what θ makes."""
+        params = self.params(vec)
+        return params if self.plan.theta is None else self.plan.arrays(params)
 
     def flat(self, params: Mapping[str, np.ndarray]) -> np.ndarray:
         return np.concatenate([params[name].reshape(-1) for name in self.shapes])
@@ -119,17 +162,17 @@ class _Problem:
 
     def residual(self, vec: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):
-            made: np.ndarray = self._made(self.plan.arrays(self.params(vec)))
+            made: np.ndarray = self._made(self.arrays(vec))
             return np.asarray(made - self.wanted)
 
     def _made(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        return np.concatenate([group.update(self.backend, arrays, 0, group.size) for group in self.plan.groups])
+        return np.concatenate([group.update(self.backend, arrays, 0, group.size) for group in self.groups])
 
     def moved(self, vec: np.ndarray, way: np.ndarray) -> np.ndarray:
         """Compute the derivative of the updates in one direction."""
-        arrays, tangents = self.plan.arrays(self.params(vec)), self._array_tangents(self.params(way))
+        arrays, tangents = self.arrays(vec), self._array_tangents(self.params(way))
         found = []
-        for group in self.plan.groups:
+        for group in self.groups:
             whole, ways = _network_arrays(group, arrays), _network_tangents(group, arrays, tangents)
             total = np.zeros(group.network.size)
             for name, tangent in ways.items():
@@ -139,9 +182,9 @@ class _Problem:
 
     def pulled(self, vec: np.ndarray, residual: np.ndarray) -> np.ndarray:
         """Compute the adjoint of the derivative."""
-        arrays = self.plan.arrays(self.params(vec))
-        gradients: Arrays = {name: np.zeros(shape) for name, shape in self.plan.array_shapes.items()}
-        for index, group in enumerate(self.plan.groups):
+        arrays = self.arrays(vec)
+        gradients: Arrays = {name: np.zeros(array.shape) for name, array in arrays.items()}
+        for index, group in enumerate(self.groups):
             part = group.projection.adjoint(residual[self.edges[index] : self.edges[index + 1]])
             found = group.network.adjoint(self.backend, _network_arrays(group, arrays), part)
             for full, gradient in _parameter_gradients(group, arrays, found):
@@ -238,12 +281,16 @@ def _linear(problem: _Problem, start: Arrays, limits: Limits) -> ParameterFit:
 
 
 def _nonlinear(
-    problem: _Problem, start: Arrays, limits: Limits, seed: int, watch: Callable[[int, float | None], None]
+    problem: _Problem,
+    start: Arrays,
+    limits: Limits,
+    seed: int,
+    rounding: float,
+    watch: Callable[[int, float, np.ndarray], None],
 ) -> ParameterFit:
     from scipy.sparse.linalg import LinearOperator
 
     size = problem.flat(start).size
-    seen = 0
 
     def jacobian(vec: np.ndarray) -> Any:
         if size <= _COLUMNS and size * problem.wanted.size <= _FORMED:
@@ -255,21 +302,55 @@ def _nonlinear(
             dtype=np.float64,
         )
 
-    def on_step(*_: Any) -> None:
-        nonlocal seen
-        seen += 1
-        watch(seen, None)
-
     rng = np.random.RandomState(seed % (1 << 32))
-    best: Descent | None = None
-    for attempt in range(_STARTS):
-        begun = problem.flat(start)
-        if attempt:
-            begun = begun + rng.normal(size=begun.size) * (np.sqrt(np.mean(begun**2)) or 1.0)
-        found = damped_gauss_newton(problem.residual, jacobian, begun, problem.norm, limits, on_step)
+    best, steps = None, 0
+    for begun in _starts(problem, problem.flat(start), rng):
+        found = damped_gauss_newton(problem.residual, jacobian, begun, problem.norm, limits, watch)
+        steps += len(found.history)
         if best is None or found.error < best.error:
             best = found
-        if best.error <= 1e-14 * problem.norm:
+        if best.error <= rounding * problem.norm:
             break
     assert best is not None
-    return ParameterFit(problem.params(best.x), False, seen, "Gauss-Newton")
+    return ParameterFit(problem.params(best.x), False, steps, "Gauss-Newton")
+
+
+def _starts(problem: _Problem, start: np.ndarray, rng: np.random.RandomState) -> Iterator[np.ndarray]:
+    """Yield the start of training and that of a frozen core, the better one first, then random ones."""
+    known = [start]
+    if problem.norm and (matrices := _from_core(problem, problem.params(start), rng)) is not None:
+        known.append(problem.flat(matrices))
+    yield from sorted(known, key=lambda vec: float(np.linalg.norm(problem.residual(vec))))
+    for _ in range(_STARTS):
+        yield start + rng.normal(size=start.size) * (np.sqrt(np.mean(start**2)) or 1.0)
+
+
+def _from_core(problem: _Problem, start: Arrays, rng: np.random.RandomState) -> Arrays | None:
+    """Return the matrices that turn a frozen Tucker core into that of the update, if they are what is trained.
+
+    With frozen factors U and matrices J, the update is ``G ×_0 U_0 J_0 ×_1 U_1 J_1 …``: its product with the
+    pseudoinverses of U is the small tensor ``G ×_0 J_0 ×_1 J_1 …``.
+    """
+    group, backend = problem.groups[0], problem.backend
+    network, projection = group.network, group.projection
+    split = network.splits[0]
+    if len(problem.groups) > 1 or problem.plan.theta is not None or network.terms * len(network.splits) > 1:
+        return None
+    if type(split) is not Tucker or not projection.map.isometry or network.size != math.prod(split.sizes):
+        return None
+    prefix = network.prefixes[0][0]
+    factors = [f"{prefix}factor{mode}" for mode in range(len(split.sizes))]
+    mixed = {f"{name}.mix" for name in factors if isinstance(group.multiplied.get(name), Mixed)}
+    if len(mixed) < len(factors) or set(group.names) != mixed or len(problem.shapes) < len(mixed):
+        return None
+    y = problem.wanted
+    if group.subtracts:
+        y = y + np.asarray(projection(network.whole(backend, group.begun(backend, start))))
+    tensor = np.asarray(projection.adjoint(y)).reshape(split.sizes) / network.scale
+    inverses = [np.linalg.pinv(_parts(group, name, start)[0]) for name in factors]
+    wanted = tucker_tensor(backend, tensor, inverses)
+    core = _parts(group, f"{prefix}core", start)[0]
+    if not wanted.any() or not core.any():
+        return None
+    matrices = equivalence(core, wanted, rng)
+    return {group.names[f"{name}.mix"]: matrix for name, matrix in zip(factors, matrices, strict=True)}
