@@ -283,6 +283,14 @@ def test_copies_and_pickles_keep_the_outcome(form: str) -> None:
     assert "<td>ALS</td>" in one._repr_html_()
 
 
+def test_copies_under_tensorlys_names_share_no_array() -> None:
+    cp, tucker = (MAKERS[form]((3, 4), 1) for form in ("cp", "tucker"))
+    for one, again in ((cp, cp.cp_copy()), (tucker, tucker.tucker_copy())):
+        assert type(again) is type(one)
+        assert np.array_equal(again.to_tensor(), one.to_tensor())
+        assert not any(np.shares_memory(a, b) for a, b in zip(one.arrays, again.arrays, strict=True))
+
+
 def test_html_is_escaped() -> None:
     one = MAKERS["cp"]((3, 4), 1)
     one.with_outcome(tt.FitOutcome(0.5, 0.25, True, False, (), "<b>"))
