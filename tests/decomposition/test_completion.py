@@ -89,9 +89,7 @@ def test_a_large_problem_is_swept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(completion, "affordable", lambda elements: 0)
     full, mask = _exact(FORMATS["cp"], 1)
     errors: list[float] = []
-    found = complete(
-        [FORMATS["cp"]], full, mask, limits=Limits(1e-9, 500), watch=lambda _, error, __: errors.append(error)
-    )
+    found = complete([FORMATS["cp"]], full, mask, limits=Limits(1e-9, 500), watch=lambda _, error: errors.append(error))
     assert list(found.history) == errors == sorted(errors, reverse=True)
     assert found.error < 1e-5
 

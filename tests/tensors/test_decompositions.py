@@ -256,6 +256,27 @@ def test_no_error_is_above_tensorlys(shape: tuple[int, ...], noise: float) -> No
     assert tna.tensor_ring(tensor, 2, starts=3).error <= error(ring.to_tensor(), tensor) * (1 + 1e-3) + 1e-6
 
 
+@pytest.mark.parametrize("share", [0.5, 0.8])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_masked_nonnegative_and_partial_fits_are_no_worse_than_tensorlys(noise: float, share: float) -> None:
+    rng = np.random.default_rng(0)
+    tensor = tensorly.random.random_cp((6, 7, 8), 2, full=True, random_state=1) + noise * rng.random((6, 7, 8))
+    mask = rng.random(tensor.shape) < share
+
+    def error(made: np.ndarray, weights: Any = 1.0) -> float:
+        return float(np.linalg.norm((made - tensor) * weights) / np.linalg.norm(tensor * weights))
+
+    theirs = tensorly.decomposition.parafac(tensor * mask, 2, mask=mask * 1.0, random_state=0)
+    assert tna.cp(np.where(mask, tensor, np.nan), 2, mask=mask).error <= error(theirs.to_tensor(), mask) + 1e-9
+    theirs = tensorly.decomposition.non_negative_parafac(tensor, 2, random_state=0)
+    assert tna.cp(tensor, 2, nonnegative=True).error <= error(theirs.to_tensor()) + 1e-6
+    (core, factors), _ = tensorly.decomposition.partial_tucker(tensor, [3, 2], modes=[1, 2])
+    made = tensorly.tenalg.multi_mode_dot(core, factors, modes=[1, 2])
+    found = tna.tucker(tensor, (6, 3, 2))
+    assert found.error <= error(made) + 1e-9
+    assert tt.mode_dot(found.core, found.factors[0], 0).shape == core.shape
+
+
 @pytest.mark.law("decompositions")
 @given(st.lists(st.integers(2, 5), min_size=2, max_size=4).map(tuple), st.integers(1, 3), st.booleans())
 def test_a_sweep_of_cp_is_the_textbooks(shape: tuple[int, ...], rank: int, complex_: bool) -> None:
@@ -604,6 +625,8 @@ def test_keywords_of_tensorly_get_a_hint(decompose: Any) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
         decompose(np.ones((2, 2)), 1, n_iter_max=3)
     assert isinstance(caught.value, TypeError)
+    with pytest.raises(ConfigError, match="TensorLy's 'modes' is not needed here: give every mode a rank, its size to"):
+        decompose(np.ones((2, 2)), 1, modes=[0])
     with pytest.raises(TypeError, match="'nonsense'") as plain:
         decompose(np.ones((2, 2)), 1, nonsense=3)
     assert not isinstance(plain.value, TnadaptError)

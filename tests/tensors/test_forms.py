@@ -157,29 +157,57 @@ def test_on_every_library(form: str, backend: Backend) -> None:
 # -- Each form -------------------------------------------------------------------------------------
 
 
+# Each decomposition, with TensorLy's class of its results, and the functions that form tensors and unfoldings of these.
+TENSORLYS: dict[str, Any] = {
+    "cp": (tensorly.cp_tensor.CPTensor, tensorly.cp_to_tensor, tensorly.cp_to_unfolded),
+    "tucker": (tensorly.tucker_tensor.TuckerTensor, tensorly.tucker_to_tensor, tensorly.tucker_to_unfolded),
+    "tensor_train": (tensorly.tt_tensor.TTTensor, tensorly.tt_to_tensor, tensorly.tt_to_unfolded),
+    "tensor_ring": (tensorly.tr_tensor.TRTensor, tensorly.tr_tensor.tr_to_tensor, tensorly.tr_tensor.tr_to_unfolded),
+    "tt_matrix": (
+        tensorly.tt_matrix.TTMatrix, tensorly.tt_matrix.tt_matrix_to_tensor, tensorly.tt_matrix.tt_matrix_to_unfolded,
+    ),
+}  # fmt: skip
+SEVERAL = st.lists(st.integers(2, 4), min_size=3, max_size=4)
+
+
 @pytest.mark.law("tensorly-conventions")
-@pytest.mark.parametrize(
-    ("form", "theirs"),
-    [
-        ("cp", lambda one: tensorly.cp_tensor.CPTensor(tuple(one))),
-        ("tucker", lambda one: tensorly.tucker_tensor.TuckerTensor(tuple(one))),
-        ("tt", lambda one: tensorly.tt_tensor.TTTensor(list(one))),
-        ("tr", lambda one: tensorly.tr_tensor.TRTensor(list(one))),
-    ],
-)
-def test_tensorly_takes_ours_and_we_take_theirs(form: str, theirs: Any) -> None:
-    one = MAKERS[form]((3, 4, 5), 1)
-    made = theirs(one)
-    assert relative_error(one.to_tensor(), made.to_tensor()) < 1e-12
-    parts = list(made) if form in ("tt", "tr") else tuple(made)
-    again = type(one)(*parts) if form in ("cp", "tucker") else type(one)(parts)
-    assert np.array_equal(again.to_tensor(), one.to_tensor())
+@pytest.mark.parametrize("name", TENSORLYS)
+@given(SEVERAL, st.integers(1, 2), st.integers(0, 100))
+def test_results_go_into_tensorlys_functions_and_classes(name: str, shape: list[int], rank: int, seed: int) -> None:
+    theirs, formed, unfolded = TENSORLYS[name]
+    result = getattr(tt, name)(numbers([*shape, *shape] if name == "tt_matrix" else shape, seed), rank)
+    expected = result.to_tensor()
+    assert relative_error(formed(result), expected) < 1e-12
+    assert relative_error(unfolded(result, 1), tensorly.unfold(expected, 1)) < 1e-12
+    assert relative_error(theirs(result).to_tensor(), expected) < 1e-12
+    if name in ("cp", "tucker"):
+        first, factors = result
+        assert relative_error(formed((first, factors)), expected) < 1e-12
 
 
-def test_a_tt_matrix_is_tensorlys() -> None:
-    theirs = tensorly.tt_matrix.TTMatrix(list(MATRIX))
-    assert relative_error(MATRIX.to_tensor(), theirs.to_tensor()) < 1e-12
-    assert relative_error(MATRIX.to_matrix(), theirs.to_matrix()) < 1e-12
+@pytest.mark.law("tensorly-conventions")
+@given(SEVERAL, st.integers(1, 3), st.integers(0, 100))
+def test_tensorlys_objects_go_into_our_classes(shape: list[int], rank: int, seed: int) -> None:
+    bonds = [1, *[rank] * (len(shape) - 1), 1]
+    for theirs, ours in (
+        (tensorly.random.random_cp(shape, rank, random_state=seed), lambda parts: tt.CPTensor(*parts)),
+        (tensorly.random.random_tucker(shape, [rank] * len(shape), random_state=seed), lambda p: tt.TuckerTensor(*p)),
+        (tensorly.random.random_tt(shape, bonds, random_state=seed), tt.TTTensor),
+        (tensorly.random.random_tr(shape, [rank] * (len(shape) + 1), random_state=seed), tt.TRTensor),
+        (tensorly.random.random_tt_matrix([*shape, *shape], rank, random_state=seed), tt.TTMatrix),
+    ):
+        assert relative_error(ours(theirs).to_tensor(), theirs.to_tensor()) < 1e-12
+
+
+def test_tensorlys_norms_signs_and_permutations_take_ours() -> None:
+    one = tt.cp(numbers((3, 4, 5)), 2)
+    assert float(tensorly.cp_tensor.cp_norm(one)) == pytest.approx(float(one.norm()), rel=1e-12)
+    for function in (tensorly.cp_tensor.cp_normalize, tensorly.cp_tensor.cp_flip_sign):
+        assert relative_error(tt.CPTensor(*function(one)).to_tensor(), one.to_tensor()) < 1e-12
+    swapped = tensorly.cp_tensor.CPTensor((one.weights[::-1], [factor[:, ::-1] for factor in one.factors]))
+    found, order = tensorly.cp_tensor.cp_permute_factors(tensorly.cp_tensor.CPTensor(one), swapped)
+    assert np.array_equal(found.factors[0], one.factors[0])
+    assert np.array_equal(order[0], [1, 0])
 
 
 @pytest.mark.law("tensor-arithmetic")
@@ -253,6 +281,14 @@ def test_copies_and_pickles_keep_the_outcome(form: str) -> None:
     assert (one.error, one.bound, one.certified, one.converged, one.history) == (0.5, 0.25, False, True, (0.7, 0.5))
     assert "error 0.5 (at least 0.25)" in repr(one)
     assert "<td>ALS</td>" in one._repr_html_()
+
+
+def test_copies_under_tensorlys_names_share_no_array() -> None:
+    cp, tucker = (MAKERS[form]((3, 4), 1) for form in ("cp", "tucker"))
+    for one, again in ((cp, cp.cp_copy()), (tucker, tucker.tucker_copy())):
+        assert type(again) is type(one)
+        assert np.array_equal(again.to_tensor(), one.to_tensor())
+        assert not any(np.shares_memory(a, b) for a, b in zip(one.arrays, again.arrays, strict=True))
 
 
 def test_html_is_escaped() -> None:

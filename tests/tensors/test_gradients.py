@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tnadapt.errors import BackendError
-from tnadapt.tensors import tensorly as tl
 
 torch = pytest.importorskip("torch")
 
@@ -29,7 +28,6 @@ CLOSED: dict[str, Fit] = {
     "cp of a matrix": lambda x: tna.cp(x.reshape(8, 6), 2),
     "cp of a vector": lambda x: tna.cp(x.reshape(-1), 1),
     "kronecker_decomposition": lambda x: tna.kronecker_decomposition(x.reshape(8, 6), [(2, 3), (4, 2)], 2),
-    "TensorLy's tensor_ring": lambda x: tl.tensor_ring(x, [1, 2, 2, 1], mode=1),
 }
 _PRODUCT = [(2, 3), (2, 2), (2, 1)]
 _NOISE = np.random.default_rng(0).normal(size=(60, 50))
@@ -203,7 +201,6 @@ def _recorded(x: Any) -> Any:
         (lambda x: tna.tucker(x.detach(), 2, init=tna.tucker(x, 2)), "init is not differentiated: detach"),
         (lambda x: tna.tensor_ring(x.detach(), (1, 2, 2), init=tna.tensor_ring(x, (1, 2, 2))), "init is not"),
         (lambda x: tna.tensor_train(x, 2, init=tna.tensor_train(x, 2)), "init is not differentiated"),
-        (lambda x: tl.partial_tucker(x, [2, 2], modes=[0, 1]), r"n_iter_max > 0 is not differentiated"),
         (lambda x: tna.cp(x, max_error=0.1), "give rank= instead, or detach the tensor"),
     ],
 )  # fmt: skip
@@ -257,7 +254,6 @@ _TRACED = {
     "tensor_train": lambda x: tna.tensor_train(x, 2, sweeps=3),
     "kronecker_decomposition": lambda x: tna.kronecker_decomposition(x, [(2, 2, 1), (2, 2, 3)]),
     "hadamard_decomposition": lambda x: tna.hadamard_decomposition(x, 2),
-    "partial_tucker": lambda x: tl.partial_tucker(x, [2, 2], modes=[0, 1]),
 }
 
 

@@ -53,7 +53,7 @@ def damped_gauss_newton(
     start: np.ndarray,
     norm: float,
     limits: Limits,
-    watch: Callable[[int, float, np.ndarray], Any] = lambda *_: None,
+    watch: Callable[[int, float], Any] = lambda *_: None,
 ) -> Descent:
     """Minimize the norm of a residual.
 
@@ -71,7 +71,7 @@ def damped_gauss_newton(
         It ends where a step reduces the relative error by no more than ``tol``, unless it reduces the error itself by a
         tenth or more, or for a relative error below a hundredth by a thousandth or more.
     watch : callable
-        Called with each step's number, relative error and parameters; stops the iteration if it returns True.
+        Called with each step's number and relative error; stops the iteration if it returns True.
 
     Returns
     -------
@@ -96,7 +96,7 @@ def _descent(
     x: np.ndarray,
     norm: float,
     limits: Limits,
-    watch: Callable[[int, float, np.ndarray], Any],
+    watch: Callable[[int, float], Any],
 ) -> Descent:
     left = residual(x)
     error, damping, history = _norm(left), _FIRST, list[float]()
@@ -121,7 +121,7 @@ def _descent(
         gain, ratio = error - now, now / error
         x, left, error = moved, after, now
         history.append(error / norm)
-        if watch(len(history), error / norm, x) is True:
+        if watch(len(history), error / norm) is True:
             return Descent(x, error, False, tuple(history))
         if gain <= limits.tol * norm and ratio > 1.0 - (_SLOW if error <= _NEAR * norm else _FAST):
             return Descent(x, error, True, tuple(history))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -142,7 +141,7 @@ def _by_gauss_newton(
     """Continue by Gauss-Newton from the best fit, and from the others where the error is small."""
     now, steps = error, tried[0].iterations
 
-    def seen(count: int, left: float, _: Any) -> None:
+    def seen(count: int, left: float) -> None:
         nonlocal now
         now = min(now, left)
         watch(steps + count, now)

@@ -12,7 +12,6 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -136,7 +135,7 @@ def _refined(
         for _ in range(_RANDOM):
             yield random_start(elements, rng, float(np.linalg.norm(wanted)), wanted.dtype)
 
-    def seen(count: int, error: float, _: Any) -> None:
+    def seen(count: int, error: float) -> None:
         if watch is not None:
             watch(found.iterations + count, error)
 

@@ -15,8 +15,8 @@ from ._observed_elements import ObservedElements
 __all__ = ["ObservedFit", "Seen", "affordable", "balanced", "fit_observed", "moved", "random_start"]
 
 Arrays = dict[str, np.ndarray]
-#: Called with the number and the relative error of each step, and a function that gives the arrays; True stops.
-Seen = Callable[[int, float, Callable[[], Arrays]], Any]
+#: Called with the number and the relative error of each step; True stops.
+Seen = Callable[[int, float], Any]
 
 # Up to this many entries of a Jacobian are kept, and this many multiply-adds go into all steps of one fit, where each
 # step costs at least as much as the second number of them.
@@ -92,8 +92,7 @@ def fit_observed(
     weights : ndarray, shape (n,), optional
         Nonnegative weights of the squared errors.
     watch : callable
-        Called with the number of each step, the least relative error so far, and a function that gives its arrays;
-        stops all descents if it returns True.
+        Called with the number of each step and the least relative error so far; stops all descents if it returns True.
 
     Returns
     -------
@@ -102,7 +101,7 @@ def fit_observed(
     """
     problem = _Weighted(elements, wanted, weights)
     best: Descent | None = None
-    agreeing, seen = 0, _BestSoFar(watch, elements, problem.norm)
+    agreeing, seen = 0, _BestSoFar(watch)
     left = min(max(affordable(elements), _FEW), _DESCENTS * limits.iterations)
 
     def descent(begun: np.ndarray, most: int) -> Descent:
@@ -129,19 +128,15 @@ def fit_observed(
 
 
 class _BestSoFar:
-    """Counts the steps of all descents, and passes on the best result so far."""
+    """Counts the steps of all descents, and passes on the least error so far."""
 
-    def __init__(self, watch: Seen, elements: ObservedElements, norm: float) -> None:
-        self.watch, self.elements, self.norm = watch, elements, norm
+    def __init__(self, watch: Seen) -> None:
+        self.watch = watch
         self.steps, self.error, self.stopped = 0, math.inf, False
-        self.x: np.ndarray | None = None
 
-    def __call__(self, count: int, error: float, x: np.ndarray) -> bool:
-        self.steps += 1
-        if error <= self.error:
-            self.error, self.x = error, x
-        best = self.x if self.x is not None else x
-        self.stopped = self.watch(self.steps, self.error, lambda: self.elements.arrays(best)) is True
+    def __call__(self, _: int, error: float) -> bool:
+        self.steps, self.error = self.steps + 1, min(self.error, error)
+        self.stopped = self.watch(self.steps, self.error) is True
         return self.stopped
 
 

@@ -30,7 +30,7 @@ def sweeps_on_observed(
     start: Mapping[str, np.ndarray],
     limits: Limits,
     roots: np.ndarray | None = None,
-    watch: Callable[[int, float, Callable[[], Arrays]], Any] = lambda *_: None,
+    watch: Callable[[int, float], Any] = lambda *_: None,
 ) -> tuple[Arrays, float, bool]:
     """Run sweeps until one reduces the relative error by no more than the tolerance.
 
@@ -44,8 +44,7 @@ def sweeps_on_observed(
     roots : ndarray, shape (n,), optional
         Square roots of the weights.
     watch : callable
-        Called with each sweep's number, relative error, and a function that gives the arrays; stops the iteration if it
-        returns True.
+        Called with each sweep's number and relative error; stops the iteration if it returns True.
 
     Returns
     -------
@@ -74,7 +73,7 @@ def sweeps_on_observed(
             left[order] -= np.einsum("nw,nw->n", rows, np.repeat(steps, np.diff(edges), axis=0))
         left = residual()
         before, error = error, float(np.linalg.norm(left)) / norm
-        if watch(sweep, error, lambda: {name: array.copy() for name, array in arrays.items()}) is True:
+        if watch(sweep, error) is True:
             return arrays, error, False
         if before - error <= limits.tol:
             return arrays, error, True

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -124,8 +123,5 @@ def fit_given(
         if rows is not None:
             yield from moved([on_host(rows)], rng, _MORE_NOISE)
 
-    def seen(count: int, error: float, _: Any) -> None:
-        watch(count, error)
-
-    found = fit_observed(elements, wanted, starts(), limits, watch=seen)
+    found = fit_observed(elements, wanted, starts(), limits, watch=watch)
     return Fit(found.arrays, False, found.iterations, "Gauss-Newton on the given elements")

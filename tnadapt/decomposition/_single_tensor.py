@@ -239,7 +239,7 @@ def _descent(
     """Run sweeps until as many as are compared at a time gain too little, and keep the best."""
     norm, before = algebra.norm(tensor), math.inf
 
-    def stops(count: int, error: float, factors: Sequence[Array]) -> bool:
+    def stops(count: int, error: float) -> bool:
         nonlocal before
         if count % _SWEEPS:
             return False

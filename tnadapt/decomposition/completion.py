@@ -7,7 +7,7 @@ the problem is small enough for its equations; otherwise sweeps to the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,8 +65,7 @@ def complete(
     limits : Limits, optional
         Of each descent.
     watch : callable
-        Called with the number and the relative error of each step, and a function that gives the arrays; stops if it
-        returns True.
+        Called with the number and the relative error of each step; stops if it returns True.
 
     Returns
     -------
@@ -134,9 +133,9 @@ def _by_sweeps(
 ) -> ObservedFit:
     history = list[float]()
 
-    def seen(count: int, error: float, made: Callable[[], dict[str, np.ndarray]]) -> Any:
+    def seen(count: int, error: float) -> Any:
         history.append(error)
-        return watch(count, error, made)
+        return watch(count, error)
 
     arrays, error, converged = sweeps_on_observed(elements, wanted, start, limits, roots, seen)
     return ObservedFit(arrays, error if math.isfinite(error) else math.inf, converged, tuple(history), len(history))

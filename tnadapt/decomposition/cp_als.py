@@ -180,7 +180,7 @@ def cp_als(
     start: Sequence[Array],
     norm: float,
     iterations: int,
-    on_sweep: Callable[[int, float, Sequence[Array]], bool],
+    on_sweep: Callable[[int, float], bool],
     extrapolate: bool = True,
 ) -> CPFactors:
     """Run sweeps from given factors; return the best.
@@ -194,7 +194,7 @@ def cp_als(
     iterations : int
         Maximum number of sweeps.
     on_sweep : callable
-        Called with the number of sweeps, the relative error and the factors; stops the iteration if it returns True.
+        Called with the number of sweeps and the relative error; stops the iteration if it returns True.
     extrapolate : bool
         Whether to try longer steps in the direction of the last sweeps, and keep those that reduce the error
         (Harshman's line search, as in Andersson & Bro's N-way toolbox).
@@ -213,13 +213,13 @@ def cp_als(
         now = math.inf if found is None else sweeps.distance(found, norm)
         if found is None or not now < error * (1.0 + 1e-12):
             if found is not None and math.isfinite(error):
-                on_sweep(count + 1, error / norm, best)
+                on_sweep(count + 1, error / norm)
                 break  # converged up to rounding
             ridges.pop(0)
             continue
         count += 1
         previous, best, error = best, found, min(now, error)
-        if on_sweep(count, error / norm, best):
+        if on_sweep(count, error / norm):
             break
         if extrapolate and count >= _BEFORE and count % _BETWEEN == 0:
             longer = [new + (new - old) * math.sqrt(count) for new, old in zip(best, previous, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -262,14 +262,9 @@ class _Options:
     def _refined(self, factors: Sequence[Array], error: float, watch: Watch) -> CPTensor:
         """Continue by Gauss-Newton, and from other starts, as there may be an exact answer."""
         request, backend, swept = self.request, self.request.backend, len(watch.history)
-        kind, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
 
-        def given(arrays: Mapping[str, np.ndarray]) -> list[Array]:
-            return [backend.asarray(np.ascontiguousarray(one), kind, device) for one in arrays.values()]
-
-        def seen(count: int, now: float, made: Callable[[], Mapping[str, np.ndarray]]) -> bool:
-            better = now < error
-            return watch.told(swept + count, min(now, error), watch.shown(lambda: given(made()) if better else factors))
+        def seen(count: int, now: float) -> bool:
+            return watch.told(swept + count, min(now, error))
 
         found = complete(
             [CP(request.shape, int(factors[0].shape[1]))], backend.to_numpy(request.tensor),
@@ -280,7 +275,9 @@ class _Options:
             watch.converged = watch.converged and not watch.stopped
             return self._finished(CPTensor(None, list(factors)), "ALS", watch=watch)
         watch.converged = found.converged
-        return self._finished(CPTensor(None, given(found.arrays)), "ALS, Gauss-Newton", watch=watch)
+        kind, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
+        refined = [backend.asarray(np.ascontiguousarray(one), kind, device) for one in found.arrays.values()]
+        return self._finished(CPTensor(None, refined), "ALS, Gauss-Newton", watch=watch)
 
     def _completed(self, rank: int) -> CPTensor:
         """Return the fit to the observed elements."""

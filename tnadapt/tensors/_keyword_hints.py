@@ -24,9 +24,8 @@ _TENSORLY = {
     "linesearch": "not needed here, as cp extrapolates where that helps",
     "non_negative": "'nonnegative' here",
     "verbose": "'callback=print' here",
-    "modes": "an argument of tnadapt.tensors.tensorly.partial_tucker",
+    "modes": "not needed here: give every mode a rank, its size to those that stay as they are",
 }
-_ALIKE = "tnadapt.tensors.tensorly has functions with all of TensorLy's keywords"
 
 
 def hints_keywords(function: Callable[P, R]) -> Callable[P, R]:
@@ -41,7 +40,7 @@ def hints_keywords(function: Callable[P, R]) -> Callable[P, R]:
     Traceback (most recent call last):
         ...
     tnadapt.errors.UnexpectedKeywordError: solve() got an unexpected keyword argument 'n_iter_max': TensorLy's
-    'n_iter_max' is 'max_iterations' here. tnadapt.tensors.tensorly has functions with all of TensorLy's keywords
+    'n_iter_max' is 'max_iterations' here
     """
     own = frozenset(inspect.signature(function).parameters)
 
@@ -51,7 +50,7 @@ def hints_keywords(function: Callable[P, R]) -> Callable[P, R]:
             if name not in own and name in _TENSORLY:
                 raise UnexpectedKeywordError(
                     f"{function.__name__}() got an unexpected keyword argument {name!r}: TensorLy's {name!r} is "
-                    f"{_TENSORLY[name]}. {_ALIKE}"
+                    f"{_TENSORLY[name]}"
                 )
         return function(*args, **kwargs)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,17 +79,10 @@ def completed(
         raise ConfigError(f"fixed={sorted(fixed)} cannot be kept with mask= or weights=: leave one of them out")
     roots = np.real(backend.to_numpy(request.observed)).astype(np.float64)
     host = None if start is None else {name: backend.to_numpy(array) for name, array in start.items()}
-
-    kind, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
-
-    def given(found: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        return {name: backend.asarray(np.ascontiguousarray(one), kind, device) for name, one in found.items()}
-
-    def seen(count: int, error: float, made: Callable[[], Mapping[str, np.ndarray]]) -> bool:
-        return watch.told(count, error, watch.shown(lambda: list(given(made()).values())))
-
     found = complete(
         splits, backend.to_numpy(request.tensor), roots**2, terms=terms, hadamard=hadamard, start=host, starts=starts,
-        seed=request.seed, limits=Limits(watch.tol, iterations), watch=seen,
+        seed=request.seed, limits=Limits(watch.tol, iterations), watch=watch.told,
     )  # fmt: skip
-    return Completed(given(found.arrays), found.converged, found.history)
+    kind, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
+    arrays = {name: backend.asarray(np.ascontiguousarray(one), kind, device) for name, one in found.arrays.items()}
+    return Completed(arrays, found.converged, found.history)

@@ -23,7 +23,7 @@ from ._checks import as_tensor, finite, integer_of
 from ._decomposed import Decomposed, FitOutcome
 from ._truncation import error_limit
 
-__all__ = ["Observer", "Request", "Watch", "one_of", "requested", "seed_of"]
+__all__ = ["Request", "Watch", "one_of", "requested", "seed_of"]
 
 Callback = Callable[[int, float], Any]
 D = TypeVar("D", bound=Decomposed)
@@ -326,22 +326,6 @@ def _all_seen(roots: np.ndarray) -> None:
             )
 
 
-class Observer:
-    """A callback that is given the arrays of each iteration, too.
-
-    Parameters
-    ----------
-    see : callable
-        Called with the number of the iteration, the relative error and the arrays; stops if it returns True.
-    """
-
-    def __init__(self, see: Callable[[int, float, Sequence[Array]], Any]) -> None:
-        self.see = see
-
-    def __call__(self, iteration: int, error: float) -> Any:
-        return self.see(iteration, error, ())
-
-
 class Watch:
     """Collects the errors of an iteration, calls the callback, and says when to stop.
 
@@ -369,23 +353,16 @@ class Watch:
         self.history: list[float] = []
         self.converged = self.stopped = False
 
-    def __call__(self, iteration: int, error: float, arrays: Sequence[Array] = ()) -> bool:
+    def __call__(self, iteration: int, error: float) -> bool:
         """Note an error; return whether to stop."""
         before = self.history[-1] if self.history else math.inf
-        if self.told(iteration, error, arrays):
+        if self.told(iteration, error):
             return True
         self.converged = before - error <= self.tol
         return self.converged
 
-    def told(self, iteration: int, error: float, arrays: Sequence[Array] = ()) -> bool:
+    def told(self, iteration: int, error: float) -> bool:
         """Note an error; return whether the callback stops the iteration, whatever the tolerance."""
         self.history.append(error)
-        if isinstance(self.callback, Observer):
-            self.stopped = self.callback.see(iteration, error, arrays) is True
-        else:
-            self.stopped = self.callback is not None and self.callback(iteration, error) is True
+        self.stopped = self.callback is not None and self.callback(iteration, error) is True
         return self.stopped
-
-    def shown(self, arrays: Callable[[], Sequence[Array]]) -> Sequence[Array]:
-        """Return the arrays if the callback looks at them; otherwise they are not made."""
-        return arrays() if isinstance(self.callback, Observer) else ()

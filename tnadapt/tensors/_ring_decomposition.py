@@ -225,7 +225,7 @@ def _improved(request: Request, cores: list[Array], held: set[int], watch: Watch
             continue
         count += 1
         best, error = found, min(error, now)
-        if watch(count, error, best):
+        if watch(count, error):
             break
     return best
 
