@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from tnadapt.convert import FORMS, convert
+from tnadapt.report import ProgressBar
 
 from ._common_options import AsJson
 from ._interrupts import stoppable
 from ._printing import echo, echo_json, echo_table
-from ._progress import status
 
 __all__ = ["convert_command"]
 
@@ -80,7 +80,7 @@ def convert_command(
 
     Exit code: 0, or 2 if the conversion is not possible. Nothing is written then.
     """
-    with stoppable(_kept(out)), status("converting"):
+    with stoppable(_kept(out)), ProgressBar("converting"):
         found = convert(
             source, out, to=to, rank=rank, max_error=max_error, base=base, part=part, dtype=dtype,
             without_kept=without_kept, overwrite=overwrite,

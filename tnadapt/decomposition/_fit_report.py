@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tnadapt.algebra.norms import relative, together
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.html_tables import html_table
+from tnadapt.report import html_table
 
 from .optimality import Optimality
 

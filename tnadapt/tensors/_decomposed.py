@@ -15,7 +15,7 @@ from tnadapt.backends.backend import Array
 from tnadapt.decomposition.implicit_gradient import Contraction
 from tnadapt.decomposition.optimality import Optimality
 from tnadapt.errors import BackendError, ShapeError, safe_repr
-from tnadapt.html_tables import fact_table
+from tnadapt.report import fact_table
 
 from ._checks import scalar_of
 from ._modes import unfold
