@@ -39,5 +39,7 @@ class IsProperty:
     """Tests whether an attribute of a class is a property; a class, because Sphinx cannot pickle functions."""
 
     def __call__(self, module, owner, name):
-        found = getattr(getattr(importlib.import_module(module), owner), name, None)
-        return isinstance(found, (property, functools.cached_property))
+        cls = getattr(importlib.import_module(module), owner)
+        if name in getattr(cls, "__dataclass_fields__", ()):
+            return False  # described in the section Attributes
+        return isinstance(getattr(cls, name, None), (property, functools.cached_property))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .decomposition import decompose, search_rank
     from .decomposition.extraction import extract
     from .planning import plan
-    from .progress_bar import ProgressBar
+    from .report import ProgressBar
     from .targets.attention_layouts import register_layout
     from .targets.target import RowIndices, Rows, Target
     from .tensors import (
@@ -117,7 +117,7 @@ _LAZY = {
     "Config": "algebra.config",
     "MergeReport": "checkpoints.merge",
     "Pretrained": "checkpoints.pretrained_model",
-    "ProgressBar": "progress_bar",
+    "ProgressBar": "report",
     "Projection": "algebra.maps.projection",
     "RowIndices": "targets.target",
     "Rows": "targets.target",
@@ -165,7 +165,7 @@ _MODULES = frozenset(
         "backends",
         "checkpoints",
         "decomposition",
-        "html_tables",
+        "report",
         "maps",
         "planning",
         "plugins",

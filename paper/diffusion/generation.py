@@ -166,7 +166,7 @@ class Generation:
             results.begin_session(engine=engine.name, jobs=engine.jobs, device=self.setup.device)
         work = _Adaptations(self.setup, self.how, out)
         done = run_tasks(
-            work, missing, out, engine=engine, study=results.digest, known=results.records,
+            work, missing, out, engine=engine, study=results.digest, known=results.records.keys(),
             progress=self.reporter.training, do=work.of(self.bench),
         )  # fmt: skip
         with contextlib.closing(done):  # an exception here must end the workers immediately

@@ -110,7 +110,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("extract none none -o b.safetensors", "none: No such file or directory"),
     ("convert none", "none: No such file or directory"),
     ("convert a.txt --to pfet", "got 'pfet'"),
-    ("convert a.txt --max-error 5", "--max-error must be a number from 0 to 1"),
+    ("convert a.txt --max-error 5", "max_error (--max-error) must be a number from 0 to 1"),
     ("merge none none -o out", "none: No such file or directory"),
     ("info a.txt", "a.txt: is not a safetensors file"),
     ("verify --preset lorra", "no preset 'lorra'; did you mean 'lora'?"),

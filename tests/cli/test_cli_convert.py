@@ -47,8 +47,9 @@ def test_what_is_lost_is_said(tmp_path: Path) -> None:
     refused = run("convert", source, "-o", str(tmp_path / "theirs"), "--to", "peft-lora", "--rank", "2")
     assert refused.returncode == 2
     assert "would change the updates by a relative error of" in refused.stderr
-    assert "give a larger rank or a wider dtype, --max-error 0." in refused.stderr
-    assert "or --to lycoris-full" in refused.stderr
+    assert "give a larger rank or a wider dtype, max_error=0." in refused.stderr
+    assert "(--max-error 0." in refused.stderr
+    assert "or to='lycoris-full' (--to lycoris-full)" in refused.stderr
     assert not (tmp_path / "theirs").exists()
     done = run("convert", source, "--to", "peft-lora", "--rank", "2", "--max-error", "0.9")
     assert done.returncode == 0, done.stderr
@@ -61,13 +62,13 @@ def test_what_is_lost_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "lora"], "--to must be one of tnadapt, peft, peft-lora"),
+        (["--to", "lora"], "to (--to) must be one of tnadapt, peft, peft-lora"),
         (["--to", "peft-lora", "--rank", "0"], "Invalid value for '--rank'"),
-        (["--to", "peft-lora", "--max-error", "7"], "--max-error must be a number from 0 to 1"),
-        (["--rank", "2"], "--rank 2 applies to LoRA, LoKr and LoHa only"),
+        (["--to", "peft-lora", "--max-error", "7"], "max_error (--max-error) must be a number from 0 to 1"),
+        (["--rank", "2"], "rank=2 (--rank) applies to LoRA, LoKr and LoHa only"),
         (["--base", "no/such"], "base: no/such: No such file or directory"),
         (["-o", "no/such/out"], "does not exist; make it first"),
-        (["-o", "."], "exists; give another path, or --overwrite"),
+        (["-o", "."], "exists; give another path, or overwrite=True (--overwrite)"),
         (["--nonsense"], "No such option"),
         (["--force"], "No such option"),
     ],
@@ -93,7 +94,7 @@ def test_what_is_there_is_replaced_if_asked(tmp_path: Path) -> None:
     arguments = ("convert", str(tmp_path / "ours.safetensors"), "-o", str(out))
     refused = run(*arguments)
     assert (refused.returncode, out.read_bytes()) == (2, b"old")
-    assert refused.stderr == f"tnadapt: {out}: exists; give another path, or --overwrite\n"
+    assert refused.stderr == f"tnadapt: {out}: exists; give another path, or overwrite=True (--overwrite)\n"
     done = run(*arguments, "--overwrite")
     assert done.returncode == 0, done.stderr
     assert tna.load(out).config == P.lora(1)
@@ -106,15 +107,17 @@ def test_messages_name_options(tmp_path: Path) -> None:
         arrays[f"{prefix}_{path}.lora_down.weight"] = np.ones((2, 3), "f4")
     save_file(arrays, source := tmp_path / "kohya.safetensors")
     for given, message in (
-        ((), "has adapters of several models: lora_te, lora_unet. Choose one, for example --part lora_te"),
-        (("--part", "lora_te", "--to", "diffusers", "--rank", "3", "-o", str(source)), "another path, or --overwrite"),
-        (("--part", "lora_te", "--to", "gguf-lora"), "give --base, a folder of the base model with its config.json"),
+        ((), "has adapters of several models: lora_te, lora_unet. Choose one, for example part='lora_te' (--part l"),
+        (
+            ("--part", "lora_te", "--to", "diffusers", "-o", str(source)),
+            "another path, or overwrite=True (--overwrite)",
+        ),
+        (("--part", "lora_te", "--to", "gguf-lora"), "give base= (--base), a folder of the base model with its"),
     ):
         refused = run("convert", str(source), *given)
         assert refused.returncode == 2
         assert refused.stderr.startswith("tnadapt: ")
         assert message in refused.stderr
-        assert "= " not in refused.stderr
     done = run("convert", str(source), "--part", "lora_te", "--to", "diffusers")
     assert done.returncode == 0, done.stderr
 
@@ -135,7 +138,7 @@ def test_ways_out_are_commands(tmp_path: Path) -> None:
     tna.save(tmp_path / "dora.safetensors", made(P.dora(rank=2)))
     refused = run("convert", str(tmp_path / "dora.safetensors"), "--to", "vllm")
     assert refused.returncode == 2
-    assert "merge it into the base with tnadapt merge, or convert it with --to peft-lora" in refused.stderr
+    assert "with tnadapt.merge (tnadapt merge), or convert it to 'peft-lora' (--to peft-lora)" in refused.stderr
 
 
 def test_it_is_among_the_commands() -> None:

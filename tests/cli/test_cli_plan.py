@@ -18,7 +18,6 @@ import tnadapt as tna
 
 pytest.importorskip("typer")
 
-from typer.testing import CliRunner
 
 from tests.support.in_process import run_here
 from tnadapt import cli
@@ -118,13 +117,19 @@ def test_by_and_all() -> None:
 
 
 @pytest.mark.parametrize("columns", [40, 80, 120, 200])
-def test_a_terminal_of_any_width(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+def test_a_terminal_of_any_width(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: int
+) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    done = CliRunner().invoke(cli.app, ["plan", "--shape", "64x64*8", "--budget", "300"])
-    assert done.exit_code == 0, done.output
-    assert "fastfood" in done.output or columns < 80
-    assert ("padding" in done.output) == (columns >= 120)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    cli.app(["plan", "--shape", "64x64*8", "--budget", "300"], standalone_mode=False)
+    lines = capsys.readouterr().out.splitlines()
+    titles = next(line for line in lines if "setting" in line)
+    assert "fastfood" in "".join(lines)
+    assert ("padding" in titles) == (columns >= 120)
+    table = lines[: next(number for number, line in enumerate(lines) if line.startswith("order: "))]
+    assert columns < 80 or max(map(len, table)) <= columns + len("\x1b[1m\x1b[0m")
+    assert any(line.startswith("\x1b[1m●") for line in table)
 
 
 @pytest.mark.law("hostile-commands")

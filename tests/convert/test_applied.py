@@ -134,13 +134,14 @@ def own_file(config: tna.Config, **settings: Any) -> tna.AdapterFile:
         (
             own_file(P.dora(2)),
             "peft-lokr",
-            "and peft-lokr can only add: merge it into the base with tnadapt.merge, or convert it to 'peft-lora'",
+            "and peft-lokr can only add: merge it into the base with tnadapt.merge (tnadapt merge), or convert it to "
+            "'peft-lora' (--to peft-lora)",
         ),
         (own_file(P.hira(2)), "lycoris-full", "apply='hadamard' of this adapter does more than add"),
         (
             own_file(P.dora(2, magnitude_axis="cols")),
             "peft-lora",
-            "and peft-lora can only add: merge it into the base with tnadapt.merge",
+            "and peft-lora can only add: merge it into the base with tnadapt.merge (tnadapt merge)",
         ),
         (own_file(P.dora(2), rows=True), "peft-lora", "'attn.qkv' has magnitudes of some of its rows only"),
     ],

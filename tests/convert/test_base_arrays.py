@@ -71,7 +71,7 @@ def test_what_is_missing_is_said(name: str, tmp_path: Path) -> None:
             tna.convert(file, to="peft-lora", base=base)
         told = str(caught.value)
         assert "does not store the arrays that are computed from the base weights, 'group0.split0.factor0'" in told
-        assert "give base=, a safetensors file, an index or a folder of the base model" in told
+        assert "give base= (--base), a safetensors file, an index or a folder of the base model" in told
         assert "or, in Python, convert file.with_base(weights)" in told
 
 

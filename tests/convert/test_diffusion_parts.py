@@ -60,7 +60,8 @@ def test_either_name_selects_a_part_of_kohyas_and_names_that_of_diffusers(
 def test_a_part_must_be_chosen_where_a_file_has_several(tmp_path: Path) -> None:
     for to in ("tnadapt", "diffusers", "kohya", "peft-lora"):
         with pytest.raises(
-            FileError, match=r"several models: lora_te1, lora_te2, lora_unet\. Choose one, for example part='lora_te1'"
+            FileError,
+            match=r"several models: lora_te1, lora_te2, lora_unet\. Choose one, for example part='lora_te1' \(--part l",
         ):
             tna.convert(both(tmp_path), to=to, base=BASE)
     with pytest.raises(FileError, match="has no part 'transformer_2'; its parts are lora_te1, lora_te2, lora_unet"):
@@ -110,11 +111,11 @@ def test_unknown_parts_are_refused_everywhere(tmp_path: Path) -> None:
     for source in (file, tmp_path / "peft"):
         for to in ("kohya", "diffusers"):
             with pytest.raises(
-                ConfigError, match=r"part must be one of .*lora_te2.*; got 'unett'; did you mean .*'unet'"
+                ConfigError, match=r"part \(--part\) must be one of .*lora_te2.*; got 'unett'; did you mean .*'unet'"
             ):
                 tna.convert(source, to=to, part="unett")
     for to in ("tnadapt", "peft", "kohya", "diffusers", "lycoris"):
-        with pytest.raises(ConfigError, match=r"part must be one of .*text_encoder_2.*; got 'nonsense'"):
+        with pytest.raises(ConfigError, match=r"part \(--part\) must be one of .*text_encoder_2.*; got 'nonsense'"):
             tna.convert(both(tmp_path), to=to, part="nonsense", base=BASE)
 
 
@@ -126,7 +127,7 @@ def test_a_part_where_there_are_none_is_refused(to: str, tmp_path: Path) -> None
     for source, name in ((file, "tnadapt"), (tmp_path / "own.safetensors", "tnadapt"), (tmp_path / "peft", "peft")):
         with pytest.raises(
             ConfigError,
-            match=f"part='unet' has no effect on a conversion from {name} to {to.partition('-')[0]}: only files of",
+            match=rf"part='unet' \(--part\) has no effect on a conversion from {name} to {to.partition('-')[0]}: only",
         ):
             tna.convert(source, to=to, part="unet")
 

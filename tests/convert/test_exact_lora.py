@@ -154,7 +154,9 @@ def test_rows_of_a_fused_weight_are_one_update_of_the_sum_of_their_ranks() -> No
 def test_a_slice_of_high_rank_is_left_to_the_other_ways() -> None:
     file = adapter(P.lotr(12, groups="role"))
     assert file.plan.lora_rank is None
-    with pytest.raises(tna.ConfigError, match=r"give rank= or max_error= for the nearest of lower rank"):
+    with pytest.raises(
+        tna.ConfigError, match=r"give rank= \(--rank\) or max_error= \(--max-error\) for the nearest of lower rank"
+    ):
         tna.convert(file, to="peft-lora")
     assert tna.convert(file, to="lycoris-full").exact
 

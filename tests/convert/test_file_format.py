@@ -31,7 +31,9 @@ def npz(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_is_one_of_the_forms() -> None:
     assert sys.modules["tnadapt.convert"].FORMS[-1] == "npz-lora"
-    with pytest.raises(tna.ConfigError, match=r"to must be one of tnadapt, peft, .*, npz-lora; got 'npz-lokr'; did"):
+    with pytest.raises(
+        tna.ConfigError, match=r"to \(--to\) must be one of tnadapt, peft, .*, npz-lora; got 'npz-lokr'; did"
+    ):
         tna.convert(made(tna.presets.lora(1)), to="npz-lokr")
 
 
@@ -178,7 +180,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert done.stdout.startswith("tnadapt -> npz-lora, 3 weights\n")
     again = command(tmp_path / "ours.safetensors", "-o", tmp_path / "out.npz", "--to", "npz-lora")
     assert again.returncode == 2
-    assert again.stderr.endswith("out.npz: exists; give another path, or --overwrite\n")
+    assert again.stderr.endswith("out.npz: exists; give another path, or overwrite=True (--overwrite)\n")
     done = command(tmp_path / "out.npz", "-o", tmp_path / "back.safetensors", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

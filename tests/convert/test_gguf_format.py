@@ -139,7 +139,9 @@ def test_weights_stored_transposed_are_as_llama_cpp_has_them(tmp_path: Path) -> 
 
 def test_it_needs_the_model(llama: Path, tmp_path: Path) -> None:
     file = made(tna.presets.lora(2), SHAPES)
-    with pytest.raises(ConfigError, match=r"gguf-lora needs the model's architecture and heads: give base=, a folder"):
+    with pytest.raises(
+        ConfigError, match=r"gguf-lora needs the model's architecture and heads: give base= \(--base\), a folder"
+    ):
         tna.convert(file, to="gguf-lora")
     with pytest.raises(ConfigError, match=r"got {'model\.layers"):
         tna.convert(file, to="gguf-lora", base=SHAPES)

@@ -125,7 +125,9 @@ def test_a_module_that_peft_takes_for_the_other_order() -> None:
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     saved_by_peft("mixtral", tmp_path)
     model = made("mixtral")
-    with pytest.raises(tna.FileError, match=r"target_parameters=.* does not store which .* give base=, a folder"):
+    with pytest.raises(
+        tna.FileError, match=r"target_parameters=.* does not store which .* give base= \(--base\), a folder"
+    ):
         tna.convert(tmp_path)
     with pytest.raises(tna.FileError, match=r"names 'experts\.\w+', .* base has no experts of that name"):
         tna.convert(tmp_path, base={"fc.weight": (3, 4)})

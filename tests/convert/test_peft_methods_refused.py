@@ -107,7 +107,7 @@ def test_positions_from_windows_are_floating_point_numbers(tmp_path: Path) -> No
     assert np.array_equal(found.deltas()[0], whole.deltas()[0])
 
 
-NO_SHAPE = r"does not store the shapes of the weights, and 'a.q' needs one: give base=, a safetensors file"
+NO_SHAPE = r"does not store the shapes of the weights, and 'a.q' needs one: give base= \(--base\), a safetensors file"
 SEED = "must be an integer that torch takes as a seed; got"
 
 
@@ -275,7 +275,7 @@ P = tna.presets
         (
             lambda: P.tied_lora(2),
             "vera",
-            "as presets.vera has them; convert to 'peft-lora', which is exact",
+            r"as presets.vera has them; convert to 'peft-lora' \(--to peft-lora\), which is exact",
         ),
         (lambda: P.unilora(9, 2), "vera", "its arrays are made from θ by before='one-hot'"),
         (lambda: P.superlora(2, groups=1), "vera", "several weights are one group"),
@@ -345,10 +345,10 @@ def test_weights_that_peft_does_not_adapt_so() -> None:
 
 def test_a_rank_belongs_to_other_forms() -> None:
     with pytest.raises(
-        ConfigError, match="rank=2 applies to LoRA, LoKr and LoHa only; 'peft-miss' has no rank to choose"
+        ConfigError, match=r"rank=2 \(--rank\) applies to LoRA, LoKr and LoHa only; 'peft-miss' has no rank to choose"
     ):
         tna.convert(made(P.miss(2), FLAT), to="peft-miss", rank=2)
     with pytest.raises(
-        ConfigError, match="to must be one of tnadapt, peft, peft-lora, peft-lokr, peft-loha, peft-vera"
+        ConfigError, match=r"to \(--to\) must be one of tnadapt, peft, peft-lora, peft-lokr, peft-loha, peft-vera"
     ):
         tna.convert(made(P.lora(2), FLAT), to="peft-vblora")

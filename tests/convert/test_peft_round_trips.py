@@ -764,7 +764,8 @@ def test_gpt2_is_right_whatever_fan_in_fan_out_says(
             check(case, ours, expected)
         else:
             with pytest.raises(
-                tna.FileError, match=r"[Gg]ive base=, the folder|again with base=, the folder of the model"
+                tna.FileError,
+                match=r"[Gg]ive base= \(--base\), the folder|again with base= \(--base\), the folder of the model",
             ):
                 load()
 

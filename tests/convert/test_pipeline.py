@@ -176,7 +176,7 @@ def test_the_smallest_rank_within_an_error() -> None:
 @pytest.mark.parametrize("form", ["peft-lokr", "lycoris-lokr", "peft-loha"])
 def test_lossy_lokr_and_loha_are_no_worse_than_a_plain_fit(form: str) -> None:
     file = made(tna.presets.lora(6), {"a.q": (12, 20)})
-    with pytest.raises(tna.ConfigError, match=r"a max_error of .* to accept it"):
+    with pytest.raises(tna.ConfigError, match=r"max_error=.* \(--max-error .*\) to accept it"):
         tna.convert(file, to=form, rank=2)
     found = tna.convert(file, to=form, rank=2, max_error=1.0)
     assert not found.exact

@@ -258,7 +258,11 @@ def kohya(**more: Any) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("given", "more", "message"),
     [
-        (kohya(), {"base": None}, "give base=, a safetensors file, an index or a folder; or, in Python, a list of"),
+        (
+            kohya(),
+            {"base": None},
+            "give base= (--base), a safetensors file, an index or a folder; or, in Python, a list of",
+        ),
         (kohya(), {"base": ["a.k"]}, "base has no module for the name 'a_q'; it has 'a_k', 1 in all"),
         (kohya(), {"base": ["a.q", "a_q"]}, "the name 'a_q' may be 'a.q' or 'a_q'"),
         (kohya(), {"base": {"a.q": (6, 9)}}, "of 'a.q' has the shape (6, 8), and the weight in base has (6, 9)"),
@@ -418,18 +422,18 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"to": "lora"}, "to must be one of tnadapt, peft, peft-lora"),
+        ({"to": "lora"}, "to (--to) must be one of tnadapt, peft, peft-lora"),
         ({"to": ["peft-lora"]}, "to must be a string; got ['peft-lora']"),
         ({"to": "peft-lora", "rank": 0}, "rank must be from 1"),
         ({"to": "peft-lora", "rank": 2.0}, "rank must be an integer"),
-        ({"rank": 2}, "rank=2 applies to LoRA, LoKr and LoHa only"),
-        ({"to": "peft-lora", "max_error": -1}, "max_error must be a number from 0 to 1"),
-        ({"to": "peft-lora", "max_error": float("nan")}, "max_error must be a number from 0 to 1"),
-        ({"dtype": "int8"}, "dtype must be one of float32"),
+        ({"rank": 2}, "rank=2 (--rank) applies to LoRA, LoKr and LoHa only"),
+        ({"to": "peft-lora", "max_error": -1}, "max_error (--max-error) must be a number from 0 to 1"),
+        ({"to": "peft-lora", "max_error": float("nan")}, "max_error (--max-error) must be a number from 0 to 1"),
+        ({"dtype": "int8"}, "dtype (--dtype) must be one of float32"),
         ({"to": "peft-lora", "rank": 1}, "the conversion to peft-lora would change the updates by a relative error of"),
         (
             {"to": "peft-lora", "rank": 1, "max_error": 0.1},
-            "and max_error=0.1 is allowed: give a larger rank or a wider dtype",
+            "and max_error=0.1 (--max-error) is allowed: give a larger rank or a wider dtype",
         ),
         ({"to": "lycoris-full", "dtype": "float16", "max_error": 0.0}, "give a wider dtype"),
     ],

@@ -21,7 +21,7 @@ def test_every_format_has_its_name_and_its_methods() -> None:
     ("to", "meant"), [("khoya", "'kohya'"), ("peft_lora", "'peft-lora'"), ("gguf-lore", "'gguf-lora'")]
 )
 def test_a_name_that_is_nearly_one_is_suggested(to: str, meant: str) -> None:
-    with pytest.raises(ConfigError, match=rf"to must be one of tnadapt, .*; got '{to}'; did you mean {meant}"):
+    with pytest.raises(ConfigError, match=rf"to \(--to\) must be one of tnadapt, .*; got '{to}'; did you mean {meant}"):
         tna.convert(made(tna.presets.lora(2)), to=to)
 
 

@@ -341,7 +341,6 @@ def test_a_difference_in_the_last_bytes_of_a_long_tensor_is_seen(
 
 def _run(*arguments: Any) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("typer")
-    pytest.importorskip("rich")
     command = [sys.executable, "-m", "tnadapt", "extract", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 

@@ -23,7 +23,7 @@ typer_testing = pytest.importorskip("typer.testing")
 from tests.support.depth import in_depth  # noqa: E402
 from tnadapt.cli import app  # noqa: E402
 from tnadapt.cli._finetune_command import _word  # noqa: E402
-from tnadapt.cli._progress import _outcome  # noqa: E402
+from tnadapt.cli._training_lines import _outcome  # noqa: E402
 from tnadapt.errors import TnadaptError  # noqa: E402
 
 from . import tiny_models as tiny  # noqa: E402

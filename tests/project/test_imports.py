@@ -69,7 +69,7 @@ print(short is attribute is module is tnadapt.{name}, names is module.__all__)
     "chain",
     [
         "algebra.geometry.geometry", "algebra.rng.words", "algebra.formats.FORMATS", "backends.register_backend",
-        "plugins.load_plugins", "html_tables", "targets.attention_layouts.register_layout", "presets.lora", "maps.MAPS",
+        "plugins.load_plugins", "report", "targets.attention_layouts.register_layout", "presets.lora", "maps.MAPS",
     ],
 )  # fmt: skip
 def test_modules_are_attributes_without_an_import(chain: str) -> None:
@@ -240,7 +240,6 @@ def test_every_import_is_declared() -> None:
         "jax",
         "cupy",
         "typer",
-        "rich",
         "hypothesis",
         "pytest",
         "peft",

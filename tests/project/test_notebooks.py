@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
-from tnadapt.html_tables import fact_table, html_table
+from tnadapt.report import fact_table, html_table
 
 SHAPES = [(12, 8)] * 3
 

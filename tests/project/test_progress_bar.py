@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
-from tnadapt import ProgressBar, progress_bar
+from tnadapt import ProgressBar, report
 
 RNG = np.random.default_rng(0)
 
@@ -38,7 +38,7 @@ def notebook(monkeypatch: pytest.MonkeyPatch) -> Output:
     shell = types.SimpleNamespace(kernel=object())
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
     monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(display=output.display))
-    monkeypatch.setattr(progress_bar, "_PERIOD", 0.0)
+    monkeypatch.setattr(report, "_PERIOD", 0.0)
     return output
 
 
@@ -81,7 +81,7 @@ def test_names_from_files_are_escaped(notebook: Output) -> None:
 
 
 def test_few_updates_are_drawn(notebook: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress_bar, "_PERIOD", 60.0)
+    monkeypatch.setattr(report, "_PERIOD", 60.0)
     with ProgressBar() as bar:
         for done in range(1000):
             bar.counts(done, 1000)
@@ -96,7 +96,7 @@ def test_elsewhere_there_is_nothing_and_on_a_terminal_one_line(
         bar.counts(1, 2)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(progress_bar, "_PERIOD", 0.0)
+    monkeypatch.setattr(report, "_PERIOD", 0.0)
     with ProgressBar("a") as bar:
         bar.counts(1, 2)
     out, err = capsys.readouterr()
@@ -134,8 +134,8 @@ def test_a_notebook_shows_it() -> None:
     pytest.importorskip("ipykernel")
     code = """
 import numpy as np, tnadapt as tna
-from tnadapt import progress_bar
-progress_bar._PERIOD = 0.0
+from tnadapt import report
+report._PERIOD = 0.0
 with tna.ProgressBar("CP") as bar:
     tna.cp(np.random.default_rng(0).normal(size=(6, 7, 8)), rank=2, callback=bar.iterations)
 """

@@ -50,8 +50,8 @@ def imported(path: Path) -> Iterator[str]:
 
 def test_the_root_has_the_public_names_and_what_all_packages_use_alone() -> None:
     assert {path.name for path in PACKAGE.iterdir() if path.is_file()} == {
-        "__init__.py", "__main__.py", "argument_checks.py", "errors.py", "html_tables.py", "lazy_names.py",
-        "progress_bar.py", "py.typed", *(f"{name}.py" for name in SHORT),
+        "__init__.py", "__main__.py", "argument_checks.py", "errors.py", "lazy_names.py", "py.typed", "report.py",
+        *(f"{name}.py" for name in SHORT),
     }  # fmt: skip
 
 

@@ -166,7 +166,7 @@ def test_a_model_of_no_library_records_nothing(tmp_path: Path) -> None:
     assert "pretrained" not in tna.info(tmp_path)
     assert refusal(tmp_path) == (
         f"{tmp_path / 'adapter.safetensors'}: it does not say what its base model is, only its class 'Small': give "
-        "base= with the model"
+        "base= (--base) with the model"
     )
     model = tt.load_pretrained(tmp_path, base=small())
     assert list(tt.adapters(model)) == ["default"]
@@ -192,7 +192,7 @@ def test_another_place_of_the_base(bert: Path, tmp_path: Path) -> None:
     said = refusal(tmp_path / "mine")
     assert said.startswith(f"{tmp_path / 'mine' / 'adapter.safetensors'}: cannot load its base model '{tmp_path}/moved")
     assert said.endswith(
-        "away' through transformers: there is no such folder here; give base= with a folder, a name or a model"
+        "away' through transformers: there is no such folder here; give base= (--base) with a folder, a name or a model"
     )
     for base in (bert, str(bert), transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=3)):
         loaded = tt.load_pretrained(tmp_path / "mine", base=base)
@@ -230,7 +230,7 @@ def test_a_base_of_another_class_is_named(bert: Path, tmp_path: Path) -> None:
     transformers.LlamaModel(config).save_pretrained(tmp_path / "llama")
     assert refusal(tmp_path / "mine", base=tmp_path / "llama").endswith(
         f"its base model '{tmp_path / 'llama'}' is a LlamaForSequenceClassification, and the adapter was trained on a "
-        "'BertForSequenceClassification': give base= with the model it was trained on"
+        "'BertForSequenceClassification': give base= (--base) with the model it was trained on"
     )
 
 
@@ -240,7 +240,7 @@ def test_a_head_that_nobody_has_is_refused(bert: Path, tmp_path: Path) -> None:
     assert refusal(tmp_path) == (
         f"{tmp_path / 'adapter.safetensors'}: its base model '{bert}' has no values for 'classifier.bias', "
         "'classifier.weight', and neither does the file, so that the model's outputs would be random: attach with "
-        "keep_trainable for these parameters, train and save again; or give base= with a model that has them"
+        "keep_trainable for these parameters, train and save again; or give base= (--base) with a model that has them"
     )
 
 
@@ -269,10 +269,12 @@ def test_no_task_and_no_name(bert: Path, tmp_path: Path) -> None:
     _, adapter = adapted(bert)
     adapter.pretrained = dataclasses.replace(adapter.pretrained, task="")
     adapter.save_pretrained(tmp_path)
-    assert refusal(tmp_path).endswith("it does not say for which task its model is: give base= with a model")
+    assert refusal(tmp_path).endswith("it does not say for which task its model is: give base= (--base) with a model")
     adapter.pretrained = tna.Pretrained(task="text-classification")
     adapter.save_pretrained(tmp_path)
-    assert refusal(tmp_path).endswith("it does not name its base model: give base= with a folder, a name or a model")
+    assert refusal(tmp_path).endswith(
+        "it does not name its base model: give base= (--base) with a folder, a name or a model"
+    )
 
 
 def test_an_address_that_only_the_file_names_is_not_opened(bert: Path, tmp_path: Path) -> None:
@@ -434,8 +436,8 @@ def test_timm_reads_safetensors_alone_of_what_a_file_names(tmp_path: Path, monke
         adapter.pretrained = tna.Pretrained(name, library="timm", task="image-classification", labels=["a", "b"])
         adapter.save_pretrained(tmp_path)
         said = refusal(tmp_path)
-    assert said.endswith(f"'local-dir:{tmp_path}' is no folder here with model.safetensors: give base= with timm's "
-                         "name of a model, or a model")  # fmt: skip
+    assert said.endswith(f"'local-dir:{tmp_path}' is no folder here with model.safetensors: give base= (--base) with "
+                         "timm's name of a model, or a model")  # fmt: skip
     assert "offline; give base=" in refusal(tmp_path, base=f"local-dir:{tmp_path}")
     assert asked == [
         {"name": "hf-hub:user/vit", "pretrained": True, "num_classes": 2,
@@ -586,7 +588,9 @@ def test_the_hub_reads_the_card(name: str, known: bool, bert: Path, tmp_path: Pa
 
 def test_a_folder_of_peft_is_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(FileError, match=r"it has an adapter of PEFT, which tnadapt\.convert turns into one"):
+    with pytest.raises(
+        FileError, match=r"it has an adapter of PEFT, which tnadapt\.convert \(tnadapt convert\) turns into one"
+    ):
         tt.load_pretrained(tmp_path)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from tnadapt.argument_checks import is_sequence, wrong_argument
 from tnadapt.errors import ConfigError, ShapeError, integer, safe_repr
-from tnadapt.html_tables import html_table
+from tnadapt.report import html_table
 
 from .config import Config
 from .folding import MAX_SIZE

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from tnadapt.errors import ConfigError, keyword_hint, safe_repr
-from tnadapt.html_tables import fact_table
+from tnadapt.report import fact_table
 
 from ._axes import checked_axes
 from ._config_checks import (

@@ -15,7 +15,7 @@ from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.array_types import ArrayT
 from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError, ShapeError, integer
-from tnadapt.html_tables import fact_table
+from tnadapt.report import fact_table
 
 from ._array_plan import checked_given
 from ._base_arrays import base_weight

@@ -241,7 +241,7 @@ def _check_order(target: Target, checkpoint: Checkpoint) -> None:
     ):
         raise FileError(
             f"{safe_repr(target.name)} is stored as (in, out), and the adapter's update is one of (out, in): it was "
-            "made for another model, or converted from a file that does not say it. Convert that with base="
+            "made for another model, or converted from a file that does not say it. Convert that with base= (--base)"
         )
 
 

@@ -8,18 +8,13 @@ from typing import Annotated
 import typer
 
 from tnadapt.convert import FORMS, convert
-from tnadapt.errors import TnadaptError
+from tnadapt.report import ProgressBar
 
 from ._common_options import AsJson
 from ._interrupts import stoppable
-from ._option_names import as_options
 from ._printing import echo, echo_json, echo_table
-from ._progress import status
 
 __all__ = ["convert_command"]
-
-# Arguments of convert that are options here.
-_OPTIONS = ("to", "rank", "max_error", "base", "part", "dtype")
 
 
 def convert_command(
@@ -85,14 +80,11 @@ def convert_command(
 
     Exit code: 0, or 2 if the conversion is not possible. Nothing is written then.
     """
-    try:
-        with stoppable(_kept(out)), status("converting"):
-            found = convert(
-                source, out, to=to, rank=rank, max_error=max_error, base=base, part=part, dtype=dtype,
-                without_kept=without_kept, overwrite=overwrite,
-            )  # fmt: skip
-    except TnadaptError as error:
-        raise TnadaptError(as_options(str(error), _OPTIONS)) from None
+    with stoppable(_kept(out)), ProgressBar("converting"):
+        found = convert(
+            source, out, to=to, rank=rank, max_error=max_error, base=base, part=part, dtype=dtype,
+            without_kept=without_kept, overwrite=overwrite,
+        )  # fmt: skip
     if as_json:
         echo_json({**found.to_dict(), "out": None if out is None else str(out)})
         return

@@ -14,7 +14,6 @@ from tnadapt.errors import TnadaptError
 from ._common_options import AsJson, ConfigFile, OwnSettings, TargetsOfHeaders, preset_option
 from ._interrupts import stoppable
 from ._printing import echo, echo_json, echo_table
-from ._progress import groups_bar
 from ._settings import chosen_config, targets_of
 
 __all__ = ["extract_command"]
@@ -79,10 +78,10 @@ def extract_command(
         changes += [] if any(text.startswith("rank=") for text in changes) else ["rank=8"]
     chosen = chosen_config(preset, changes, config)
     with stoppable(f"{out} is unchanged or complete; the same command starts over"):
-        with groups_bar() as bar:
+        with tnadapt.ProgressBar("extracting") as bar:
             found = tnadapt.extract(
                 base, tuned, chosen, targets_of(targets), max_error=max_error, max_rank=max_rank,
-                keep_trainable=keep_trainable or (), compare=compare, progress=bar, max_iterations=iterations,
+                keep_trainable=keep_trainable or (), compare=compare, progress=bar.steps, max_iterations=iterations,
                 tol=tol, svd=svd, seed=seed,
             )  # fmt: skip
         tnadapt.save(out, found.file)

@@ -18,9 +18,9 @@ from ._engine_options import ENGINE_HELP, ENGINE_OPTION_HELP, engine_options
 from ._finetune_report import print_outcome, print_plan
 from ._interrupts import stoppable
 from ._job_package import job_package
-from ._progress import reporter
 from ._settings import settings_of, targets_of, word_or_number
 from ._task_options import TASK_NAMES, ReportTo, check_options
+from .terminal import reporter
 
 __all__ = ["finetune_command"]
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._printing import echo, echo_json
-from ._tables import print_table
+from ._printing import echo, echo_json, print_table
 
 if TYPE_CHECKING:
     from tnadapt.finetune import Outcome, Point, Study

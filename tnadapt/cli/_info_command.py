@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 
 import tnadapt
+from tnadapt.report import text_table
 
 from ._byte_sizes import size
 from ._common_options import AsJson
-from ._printing import echo, echo_json
-from ._tables import cell
+from ._printing import cell, echo, echo_json
 
 __all__ = ["info_command"]
 
@@ -172,12 +172,8 @@ def _times(shape: Sequence[int]) -> str:
 
 
 def _aligned(rows: Sequence[tuple[str, str]]) -> Iterable[str]:
-    width = max(len(name) for name, _ in rows)
-    return (f"  {cell(name).ljust(width)}  {text}".rstrip() for name, text in rows)
+    return (f"  {line}" for line in text_table([(cell(name), text) for name, text in rows]))
 
 
 def _table(rows: list[list[str]]) -> Iterable[str]:
-    rows = [[cell(text) for text in row] for row in rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        yield "    " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+    return (f"    {line}" for line in text_table([list(map(cell, row)) for row in rows]))

@@ -13,7 +13,6 @@ from ._byte_sizes import size
 from ._common_options import AsJson
 from ._interrupts import stoppable
 from ._printing import echo, echo_json
-from ._progress import bytes_bar
 
 __all__ = ["merge_command"]
 
@@ -55,8 +54,8 @@ def merge_command(
 
     Exit code: 0; 2 if the merge is not possible, with OUT unchanged; 130 after Ctrl-C.
     """
-    with stoppable(f"{out} is unchanged or complete; the same command resumes"), bytes_bar("merging") as progress:
-        report = tnadapt.merge(base, adapter, out, overwrite=overwrite, check_base=check_base, progress=progress)
+    with stoppable(f"{out} is unchanged or complete; the same command resumes"), tnadapt.ProgressBar("merging") as bar:
+        report = tnadapt.merge(base, adapter, out, overwrite=overwrite, check_base=check_base, progress=bar.counts)
     if as_json:
         echo_json(report.to_dict())
     else:

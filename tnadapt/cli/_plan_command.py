@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +16,8 @@ from tnadapt.errors import TnadaptError, safe_repr
 from ._common_options import AsJson, ModelOfHeaders, OwnSettings, TargetsOfHeaders, preset_option
 from ._interrupts import stoppable
 from ._planned_weights import Weights, planned_weights
-from ._printing import echo, echo_json
-from ._progress import steps_bar
+from ._printing import echo, echo_json, print_table
 from ._settings import chosen_config, targets_of
-from ._tables import print_table
 
 __all__ = ["plan_command"]
 
@@ -77,7 +77,7 @@ def plan_command(
     if budget is None:
         raise TnadaptError("give a budget: --budget 1000 for parameters, --budget 4kB for bytes")
     drawn = chosen_config(preset, settings or [], None)
-    with stoppable("there is no plan"), steps_bar("planning") as progress:
+    with stoppable("there is no plan"), tnadapt.ProgressBar("planning") as bar:
         weights = planned_weights(model, targets, shape)
         found = tnadapt.plan(
             weights.shapes,
@@ -85,7 +85,7 @@ def plan_command(
             layers=weights.layers,
             roles=weights.roles,
             dtype=dtype,
-            progress=progress,
+            progress=bar.counts,
             **({"by": by} if by else {}),
         )
         table = found.table(every)
@@ -128,14 +128,11 @@ def _draw(
 
 
 def _print(found: tnadapt.planning.Plan, table: Sequence[Sequence[str]], targets: str | list[str]) -> None:
-    from rich.console import Console
-
-    console = Console()
     kept = list(range(len(table[0])))
-    if console.is_terminal:
+    if sys.stdout.isatty():
         widths = [max(len(row[column]) for row in table) for column in kept]
         for spare in SPARE:
-            if sum(widths[column] + 2 for column in kept) - 2 <= console.width:
+            if sum(widths[column] + 2 for column in kept) - 2 <= shutil.get_terminal_size().columns:
                 break
             kept.remove(table[0].index(spare))
     rows = [[row[column] for column in kept] for row in table]

@@ -18,7 +18,6 @@ from tnadapt.errors import FileError, TnadaptError, spreadsheet_text
 
 from ._interrupts import stoppable
 from ._job_package import job_package
-from ._option_names import as_options
 from ._printing import echo
 
 __all__ = ["predict_command"]
@@ -79,15 +78,12 @@ def predict_command(
     # What can be refused before torch is imported.
     tnadapt.load(adapter, check_draws=False)
     job.require_data(data, one_image=True)
-    try:
-        with stoppable("nothing was written; the same command starts over"):
-            found = job.predict(
-                adapter, data, base=base, tokenizer=tokenizer, text_column=text_column, label_column=label_column,
-                separator=separator, limit=limit, batch=batch_size, new_tokens=max_new_tokens,
-                device=job.usable_device(device), progress=lambda what: echo(what, err=True),
-            )  # fmt: skip
-    except TnadaptError as error:
-        raise TnadaptError(as_options(str(error), ("base",))) from None
+    with stoppable("nothing was written; the same command starts over"):
+        found = job.predict(
+            adapter, data, base=base, tokenizer=tokenizer, text_column=text_column, label_column=label_column,
+            separator=separator, limit=limit, batch=batch_size, new_tokens=max_new_tokens,
+            device=job.usable_device(device), progress=lambda what: echo(what, err=True),
+        )  # fmt: skip
     of_part = f" of the {found.part} part" if found.part else ""
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
     if out is None:

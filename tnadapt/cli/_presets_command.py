@@ -13,8 +13,7 @@ from tnadapt.errors import pluralize
 from ._common_options import AsJson, ModelOfHeaders, TargetsOfHeaders
 from ._interrupts import stoppable
 from ._planned_weights import Weights, planned_weights
-from ._printing import echo, echo_json
-from ._tables import print_table
+from ._printing import echo, echo_json, print_table
 
 __all__ = ["presets_command"]
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import tnadapt
-from tnadapt.errors import escaped
 
 from ._common_options import AsJson, ConfigFile, OwnSettings, preset_option
 from ._interrupts import stoppable
 from ._printing import echo_json, echo_table
-from ._progress import status
 from ._settings import chosen_config, shapes_of
 
 __all__ = ["verify_command"]
@@ -43,35 +41,10 @@ def verify_command(
     """
     chosen = chosen_config(preset, settings or [], config)
     shapes = shapes_of(shape or []) or None
-    with stoppable("there is no report"), status("checking") as show:
-        report = tnadapt.verify(
-            chosen, shapes, backends=backend, seed=seed, progress=lambda line: show(f"checking {line}")
-        )
+    with stoppable("there is no report"), tnadapt.ProgressBar("checking") as bar:
+        report = tnadapt.verify(chosen, shapes, backends=backend, seed=seed, progress=bar.lines)
     if as_json:
         echo_json(report.to_dict())
     else:
-        _print(report)
-    raise typer.Exit(0 if report.holds else 1)
-
-
-def _print(report: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    if not console.is_terminal:
         echo_table(str(report))
-        return
-    table = Table(box=None, pad_edge=False)
-    table.add_column("law", overflow="fold")
-    table.add_column("backend", no_wrap=True)
-    for title in ("cases", "largest error", "allowed"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("", overflow="fold")
-    for row in report.rows():
-        table.add_row(*map(Text, row), style=None if row[-1] == "holds" else "bold red")
-    console.print(table)
-    for name, why in report.absent.items():
-        console.print(Text(escaped(f"{name}: not checked: {why}")))
-    console.print("all laws hold" if report.holds else "NOT all laws hold")
+    raise typer.Exit(0 if report.holds else 1)

@@ -110,7 +110,7 @@ def convert(
         ...
     tnadapt.errors.ConfigError: the conversion to peft-lora would change the updates by a relative error of 0.293,
     that of blocks.0.query.weight by 0.293, and nothing but rounding is allowed: give a larger rank or a wider dtype,
-    a max_error of 0.3 to accept it, or to='lycoris-full', which holds every update
+    max_error=0.3 (--max-error 0.3) to accept it, or to='lycoris-full' (--to lycoris-full), which holds every update
     """
     from ._pipeline import run
 

@@ -61,10 +61,10 @@ def with_application(file: AdapterFile, application: Application, dtype: str) ->
 
 def not_additive(apply: str, form: str) -> ConfigError:
     """Return the error of a form that holds nothing but added updates."""
-    other = "" if form == "peft-lora" else ", or convert it to 'peft-lora', which has DoRA and HiRA"
+    other = "" if form == "peft-lora" else ", or convert it to 'peft-lora' (--to peft-lora), which has DoRA and HiRA"
     return ConfigError(
         f"apply={apply!r} of this adapter does more than add ΔW to the weight, and {form} can only add: merge it into "
-        f"the base with tnadapt.merge{other}"
+        f"the base with tnadapt.merge (tnadapt merge){other}"
     )
 
 
@@ -84,7 +84,8 @@ def application_of(file: AdapterFile, modules: Sequence[Module]) -> Application:
                 if target.rows is not None:
                     raise ConfigError(
                         f"{safe_repr(module.path)} has magnitudes of some of its rows only, and other libraries have "
-                        "one for each row of a weight: merge the adapter into the base with tnadapt.merge"
+                        "one for each row of a weight: merge the adapter into the base with tnadapt.merge (tnadapt "
+                        "merge)"
                     )
                 magnitudes[module.path] = arrays[name]
     return Application(file.config.apply, file.config.magnitude_axis, magnitudes)

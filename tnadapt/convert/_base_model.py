@@ -324,6 +324,6 @@ def missing_base(flat: str) -> FileError:
     """Return the error for a name that cannot be read without the base."""
     return FileError(
         f"the name {safe_repr(flat)} has underscores for the dots of a module's path, so the base model is needed to "
-        "find the module: give base=, a safetensors file, an index or a folder; or, in Python, a list of its modules' "
-        "paths such as [name for name, _ in model.named_modules()]"
+        "find the module: give base= (--base), a safetensors file, an index or a folder; or, in Python, a list of its "
+        "modules' paths such as [name for name, _ in model.named_modules()]"
     )

@@ -55,8 +55,9 @@ def with_base_arrays(file: AdapterFile, base: Any) -> AdapterFile:
     if not isinstance(base, (str, os.PathLike)):
         missing = summarize([name for name in file.plan.base_shapes if name not in file.given])
         raise ConfigError(
-            f"the adapter does not store the arrays that are computed from the base weights, {missing}: give base=, a "
-            "safetensors file, an index or a folder of the base model; or, in Python, convert file.with_base(weights)"
+            f"the adapter does not store the arrays that are computed from the base weights, {missing}: give base= "
+            "(--base), a safetensors file, an index or a folder of the base model; or, in Python, convert "
+            "file.with_base(weights)"
         )
     weights = BaseWeights(file, open_checkpoint(base))
     weights.check_fingerprint()

@@ -93,7 +93,7 @@ def chosen_part(found: Sequence[str], part: str | None) -> str:
     listed = ", ".join(sorted(found))
     if part is None:
         if len(found) > 1:
-            raise FileError(f"has adapters of several models: {listed}. Choose one, for example part={min(found)!r}")
+            raise FileError(f"has adapters of several models: {listed}. Choose one, for example {_choice(min(found))}")
         return found[0]
     for component in _components(part):
         names = (part, component, *_PREFIXES_OF[component])
@@ -130,7 +130,7 @@ def written_component(form: str, part: str | None, source: str, paths: Sequence[
                 return known[0] if len(known) == 1 else str(here)
             raise ConfigError(
                 f"{name} may be {' or '.join(known)}, and the module names do not show which: {summarize(paths)}. "
-                f"Choose one, for example part={known[0]!r}"
+                f"Choose one, for example {_choice(known[0])}"
             )
     if here is None:
         raise _unknown(form, COMPONENTS, paths)
@@ -153,6 +153,10 @@ def written_prefix(form: str, part: str | None, source: str, paths: Sequence[str
 def _unknown(form: str, known: Sequence[str], paths: Sequence[str]) -> ConfigError:
     return ConfigError(
         f"a file of {form} names the part of the pipeline that its adapter belongs to, and the module names do not "
-        f"show which one this is: {summarize(paths)}. Give it, for example part={known[0]!r}; the parts are "
+        f"show which one this is: {summarize(paths)}. Give it, for example {_choice(known[0])}; the parts are "
         f"{', '.join(known)}"
     )
+
+
+def _choice(part: str) -> str:
+    return f"part={part!r} (--part {part})"

@@ -245,12 +245,13 @@ class FileFormat:
         if target.index is not None:
             raise ConfigError(
                 f"{target.label} cannot be converted: it is one of the {target.stored[0]} matrices of a parameter, as "
-                "experts are kept; merge the adapter into the base with tnadapt.merge"
+                "experts are kept; merge the adapter into the base with tnadapt.merge (tnadapt merge)"
             )
         if target.tied:
             raise ConfigError(
                 f"{target.name} cannot be converted: it is updated together with {', '.join(target.tied)}, to which it "
-                f"is tied, and {self.library} updates one layer; merge the adapter into the base with tnadapt.merge"
+                f"is tied, and {self.library} updates one layer; merge the adapter into the base with tnadapt.merge "
+                "(tnadapt merge)"
             )
         if target.parameter == "in_proj_weight":
             raise ConfigError(

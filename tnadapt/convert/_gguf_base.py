@@ -60,12 +60,13 @@ class GgufBase(NamedTuple):
         if found is None:
             raise ConfigError(
                 f"llama.cpp's architecture {self.architecture!r} of {self.blocks} blocks has no weight for "
-                f"{safe_repr(path)}: merge the adapter into the base with tnadapt.merge, and convert the model"
+                f"{safe_repr(path)}: merge the adapter into the base with tnadapt.merge (tnadapt merge), and convert "
+                "the model"
             )
         if not found.startswith("blk."):
             raise ConfigError(
                 f"{safe_repr(path)} is {found} in llama.cpp, and only weights of its blocks are converted: merge the "
-                "adapter into the base with tnadapt.merge, and convert the model"
+                "adapter into the base with tnadapt.merge (tnadapt merge), and convert the model"
             )
         own = f"{found}.weight"
         if self.shapes is not None and self.shapes.get(own) != stored:
@@ -139,8 +140,8 @@ def base_of_gguf(base: Any) -> GgufBase:
     if not isinstance(base, (str, os.PathLike)):
         given = "" if base is None else f"; got {safe_repr(base)}"
         raise ConfigError(
-            "gguf-lora needs the model's architecture and heads: give base=, a folder of the base model with its "
-            f"config.json, or the GGUF file that llama.cpp serves{given}"
+            "gguf-lora needs the model's architecture and heads: give base= (--base), a folder of the base model "
+            f"with its config.json, or the GGUF file that llama.cpp serves{given}"
         )
     config = open_checkpoint(base).config
     if not config:
@@ -188,6 +189,6 @@ def _number(config: Mapping[str, Any], names: tuple[str, ...]) -> int:
 def _unknown(what: str, kind: Any, known: list[str]) -> ConfigError:
     return ConfigError(
         f"{what} of the base is {safe_repr(kind)}, and how llama.cpp stores its weights is known for "
-        f"{', '.join(known)} only: merge the adapter into the base with tnadapt.merge, and convert the model "
-        "with llama.cpp's own script"
+        f"{', '.join(known)} only: merge the adapter into the base with tnadapt.merge (tnadapt merge), and convert the "
+        "model with llama.cpp's own script"
     )

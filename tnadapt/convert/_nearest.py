@@ -208,8 +208,9 @@ def _smallest_rank(
         raise ConfigError(
             f"the update of {safe_repr(module.path)} has matrix rank {worst.rank}, and LoRA of that rank is "
             "larger than "
-            f"the update itself, {module.shape[0]} × {module.shape[1]}: give rank= or max_error= for the nearest of "
-            "lower rank, or to='lycoris-full', which holds every update"
+            f"the update itself, {module.shape[0]} × {module.shape[1]}: give rank= (--rank) or max_error= "
+            "(--max-error) for the nearest of lower rank, or to='lycoris-full' (--to lycoris-full), which holds every "
+            "update"
         )
     # Exact updates do not contribute to the error, but to the norm that it is relative to.
     exact = [norm(own.delta(unpacked)) for own, one in zip(modules, found, strict=True) if isinstance(one, Chosen)]
@@ -318,8 +319,9 @@ def _fit(delta: Float, config: Config) -> dict[str, Float]:
 
 def _no_rank(module: Module, method: str) -> ConfigError:
     return ConfigError(
-        f"the update of {safe_repr(module.path)} is not exactly {method}: give rank= for the nearest of that "
-        "rank, and max_error= for the largest error allowed; or to='lycoris-full', which holds every update"
+        f"the update of {safe_repr(module.path)} is not exactly {method}: give rank= (--rank) for the nearest "
+        "of that rank, and max_error= (--max-error) for the largest error allowed; or to='lycoris-full' "
+        "(--to lycoris-full), which holds every update"
     )
 
 

@@ -203,8 +203,8 @@ class PeftContent:
         if stored is None:
             raise FileError(
                 f"a {self.title} adapter of PEFT does not store the shapes of the weights, and {safe_repr(path)} needs "
-                "one: give base=, a safetensors file of the base model, or {name: tuple(module.weight.shape) for name, "
-                "module in model.named_modules() if hasattr(module, 'weight')}"
+                "one: give base= (--base), a safetensors file of the base model, or {name: tuple(module.weight.shape) "
+                "for name, module in model.named_modules() if hasattr(module, 'weight')}"
             )
         if len(stored) != 2:
             raise FileError(
@@ -244,8 +244,8 @@ def check_transposed(targets: Sequence[Target], says: bool) -> None:
     if wrong and square:
         raise FileError(
             f"fan_in_fan_out is {says} for all weights, which is wrong for {safe_repr(wrong[0].module)} in base, so it "
-            f"is unknown how the square {safe_repr(square[0].module)} is stored. Give base=, the folder of the model "
-            "with its config.json, or save one adapter per kind of layer"
+            f"is unknown how the square {safe_repr(square[0].module)} is stored. Give base= (--base), the folder of "
+            "the model with its config.json, or save one adapter per kind of layer"
         )
 
 

@@ -56,8 +56,8 @@ def _stacks(names: Sequence[str], recorded: Mapping[str, Any], base: Base | None
     if base is None and not recorded:
         raise FileError(
             f"target_parameters={safe_repr(list(names))}: PEFT does not store which parameter and expert a factor "
-            "belongs to: give base=, a folder or safetensors file of the base model, or {name: tuple(p.shape) for "
-            "name, p in model.named_parameters()}"
+            "belongs to: give base= (--base), a folder or safetensors file of the base model, or {name: "
+            "tuple(p.shape) for name, p in model.named_parameters()}"
         )
     found: dict[str, dict[str, Target]] = {}
     for target in _recorded(recorded) if base is None else base.experts:
@@ -78,7 +78,7 @@ def _recorded(recorded: Mapping[str, Any]) -> list[Target]:
             for name, stored, turned, layer in rows
         ]
     except (TargetError, TypeError, ValueError):
-        raise FileError("the record of the experts' shapes is damaged: give base=") from None
+        raise FileError("the record of the experts' shapes is damaged: give base= (--base)") from None
 
 
 def decoded(
@@ -167,8 +167,8 @@ def check_method(module: Module, form: str) -> None:
         target = module.targets[0][1]
         raise ConfigError(
             f"{target.label} cannot be converted to {form!r}: it is one of the {target.stored[0]} matrices of a "
-            "parameter, as experts are kept, which only PEFT's LoRA adapts: convert to 'peft-lora', or merge the "
-            "adapter into the base with tnadapt.merge"
+            "parameter, as experts are kept, which only PEFT's LoRA adapts: convert to 'peft-lora' (--to peft-lora), "
+            "or merge the adapter into the base with tnadapt.merge (tnadapt merge)"
         )
 
 
@@ -194,7 +194,7 @@ def encoded(modules: Sequence[Module], updates: Sequence[ModuleUpdate]) -> Encod
         if len(order) < len(own):
             raise ConfigError(
                 f"{safe_repr(path)} has parameters {', '.join(own)}, and it is unknown in which order PEFT wraps them: "
-                "merge the adapter into the base with tnadapt.merge"
+                "merge the adapter into the base with tnadapt.merge (tnadapt merge)"
             )
         for depth, parameter in enumerate(reversed(order)):
             _encode(path + _INNER * depth, f"{path}.{parameter}", own[parameter], found)

@@ -108,7 +108,7 @@ class PeftFormat(FileFormat):
     no_attention = "its LoRA layer of nn.MultiheadAttention adds the update of the output projection twice"
     no_kronecker = (
         "PEFT multiplies other axes where W2 of a one-dimensional convolution is full, as it is at this rank: "
-        "give a lower rank, or to='lycoris-lokr'"
+        "give a lower rank, or to='lycoris-lokr' (--to lycoris-lokr)"
     )
 
     def detect(self, path: str) -> str | None:
@@ -264,14 +264,14 @@ class PeftFormat(FileFormat):
         if grouped is not None:
             raise ConfigError(
                 f"{safe_repr(grouped.path)} is a convolution in {_groups_of(grouped)} groups: {_NO_GROUPS}; merge the "
-                "adapter into the base with tnadapt.merge"
+                "adapter into the base with tnadapt.merge (tnadapt merge)"
             )
         other = next((module for module in modules if is_embedding(module) or is_expert(module)), None)
         if other is not None:
             what = "one of the matrices of a parameter" if is_expert(other) else "an embedding"
             raise ConfigError(
                 f"{safe_repr(other.place)} is {what}, and apply={application.apply!r} of it is not written for "
-                f"{self.library}: merge the adapter into the base with tnadapt.merge"
+                f"{self.library}: merge the adapter into the base with tnadapt.merge (tnadapt merge)"
             )
         if kind == "lora" and application.apply == "magnitude" and application.magnitude_axis == "rows":
             found = {
@@ -321,7 +321,7 @@ class PeftFormat(FileFormat):
         if biases and config["peft_type"] in _WITHOUT_BIASES:
             raise ConfigError(
                 f"PEFT's {config['peft_type']} trains no biases, and the adapter keeps {summarize(biases)}: convert "
-                "to 'peft-lora', or without them by without_kept=True (--without-kept)"
+                "to 'peft-lora' (--to peft-lora), or without them by without_kept=True (--without-kept)"
             )
         names = {name: [name, *file.ties.get(name, ())] for name in file.kept}
         saved = sorted({one.rpartition(".")[0] for name in whole for one in names[name]})

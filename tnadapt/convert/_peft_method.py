@@ -144,12 +144,12 @@ class PeftMethod:
             what = "as (in, out)" if module.transposed else f"in {len(module.stored)} axes"
             raise ConfigError(
                 f"{safe_repr(module.path)} is stored {what}, and PEFT has {self.title} for matrices (out, in)"
-                f"{' and (in, out)' * self.may_transpose} alone; convert to 'peft-lora'"
+                f"{' and (in, out)' * self.may_transpose} alone; convert to 'peft-lora' (--to peft-lora)"
             )
         if len(module.targets) > 1 or module.targets[0][1].rows is not None:
             raise ConfigError(
                 f"{safe_repr(module.path)} is updated in some of its rows, and PEFT has {self.title} for whole modules "
-                "only; convert to 'peft-lora'"
+                "only; convert to 'peft-lora' (--to peft-lora)"
             )
 
     def encoded(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
@@ -183,7 +183,8 @@ class PeftMethod:
 
 
 _WAY_OUT = (
-    "convert to 'peft-lora', which is exact for updates of low rank, or to 'lycoris-full', which holds every update"
+    "convert to 'peft-lora' (--to peft-lora), which is exact for updates of low rank, or to 'lycoris-full' "
+    "(--to lycoris-full), which holds every update"
 )
 
 

@@ -53,7 +53,7 @@ def decoded(tensors: Mapping[str, Float], indices: Any, base: Base | None) -> li
         if base is None:
             raise FileError(
                 f"the rows of tokens of {safe_repr(path)} replace those of the base, and an update is the "
-                "difference: give base=, a folder or safetensors file of the base model"
+                "difference: give base= (--base), a folder or safetensors file of the base model"
             )
         order = np.argsort(numbers)
         chosen = tuple(numbers[place] for place in order)

@@ -85,16 +85,17 @@ def _without_kept(file: AdapterFile) -> AdapterFile:
 def _check_error(result: Conversion, max_error: float | None) -> None:
     if result.error <= (max_error or 0.0) or (result.exact and max_error is None):
         return
-    allowed = "nothing but rounding is allowed" if max_error is None else f"max_error={max_error:g} is allowed"
+    limit = "nothing but rounding" if max_error is None else f"max_error={max_error:g} (--max-error)"
     whole = not has_rank(result.kind)
     ways = "a wider dtype" if whole else "a larger rank or a wider dtype"
-    full = "" if whole else ", or to='lycoris-full', which holds every update"
-    accept = f", a max_error of {_rounded_up(result.error):g} to accept it" if math.isfinite(result.error) else ""
+    full = "" if whole else ", or to='lycoris-full' (--to lycoris-full), which holds every update"
+    least = f"{_rounded_up(result.error):g}"
+    accept = f", max_error={least} (--max-error {least}) to accept it" if math.isfinite(result.error) else ""
     worst = max(result.errors, key=lambda name: result.errors[name])
     raise ConfigError(
         f"the conversion to {result.kind} would change the updates by a relative error of {result.error:.3g}, that of "
         f"{worst} by {result.errors[worst]:.3g}, and "
-        f"{allowed}: give {ways}{accept}{full}"
+        f"{limit} is allowed: give {ways}{accept}{full}"
     )
 
 
@@ -312,7 +313,8 @@ def _check_modules(file: AdapterFile, modules: Sequence[Module], spec: ExportSpe
         if is_embedding(module) and spec.kind not in spec.format.embeddings:
             raise ConfigError(
                 f"{safe_repr(module.path)} is an embedding, and {spec.format.library} has no {spec.kind} of such a "
-                "layer: convert to 'peft-lora', or merge the adapter into the base with tnadapt.merge"
+                "layer: convert to 'peft-lora' (--to peft-lora), or merge the adapter into the base with tnadapt.merge "
+                "(tnadapt merge)"
             )
         check_method(module, spec.form)
         spec.format.check_module(module, spec.kind)

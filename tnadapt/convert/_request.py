@@ -26,15 +26,15 @@ def checked_request(to: Any, rank: Any, max_error: Any, dtype: Any) -> ExportSpe
     if to not in (known := forms()):
         raise _no_choice("to", to, known)
     if dtype is not None and dtype not in _DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}; got {safe_repr(dtype)}")
+        raise ConfigError(f"dtype (--dtype) must be one of {', '.join(_DTYPES)}; got {safe_repr(dtype)}")
     if max_error is not None and (
         isinstance(max_error, bool) or not isinstance(max_error, (int, float)) or not 0 <= max_error <= 1
     ):
-        raise ConfigError(f"max_error must be a number from 0 to 1; got {safe_repr(max_error)}")
+        raise ConfigError(f"max_error (--max-error) must be a number from 0 to 1; got {safe_repr(max_error)}")
     if rank is not None:
         rank = integer("rank", rank, 1, 1 << 40, ConfigError)
         if not has_rank(to):
-            raise ConfigError(f"rank={rank} applies to LoRA, LoKr and LoHa only; {to!r} has no rank to choose")
+            raise ConfigError(f"rank={rank} (--rank) applies to LoRA, LoKr and LoHa only; {to!r} has no rank to choose")
     if to == OWN:
         return None
     name, _, kind = to.partition("-")
@@ -44,7 +44,7 @@ def checked_request(to: Any, rank: Any, max_error: Any, dtype: Any) -> ExportSpe
 def _no_choice(what: str, given: Any, known: Sequence[str]) -> ConfigError:
     close = difflib.get_close_matches(given, known, n=2) if isinstance(given, str) else []
     meant = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return ConfigError(f"{what} must be one of {', '.join(known)}; got {safe_repr(given)}{meant}")
+    return ConfigError(f"{what} (--{what}) must be one of {', '.join(known)}; got {safe_repr(given)}{meant}")
 
 
 def check_part(part: Any, source: FileFormat | None, target: FileFormat | None) -> None:
@@ -63,8 +63,8 @@ def check_part(part: Any, source: FileFormat | None, target: FileFormat | None) 
     if not known:
         one, other = (form.name if form else OWN for form in (source, target))
         raise ConfigError(
-            f"part={safe_repr(part)} has no effect on a conversion from {one} to {other}: only files of kohya and "
-            "diffusers have parts. Leave it out"
+            f"part={safe_repr(part)} (--part) has no effect on a conversion from {one} to {other}: only files of "
+            "kohya and diffusers have parts. Leave it out"
         )
     if part not in known:
         raise _no_choice("part", part, list(dict.fromkeys(known)))

@@ -45,12 +45,12 @@ class VllmFormat(PeftFormat):
         if len(module.stored) != 2:
             raise ConfigError(
                 f"{safe_repr(module.path)} is a convolution, and vLLM has no LoRA of convolutions: merge the adapter "
-                "into the base with tnadapt.merge"
+                "into the base with tnadapt.merge (tnadapt merge)"
             )
         if is_embedding(module) and module.path.rpartition(".")[2] != SERVED_EMBEDDING:
             raise ConfigError(
                 f"{safe_repr(module.path)} is an embedding, and vLLM has LoRA only of those named {SERVED_EMBEDDING}: "
-                "merge the adapter into the base with tnadapt.merge"
+                "merge the adapter into the base with tnadapt.merge (tnadapt merge)"
             )
 
     def check_applied(self, kind: str, apply: str, magnitude_axis: str) -> None:
@@ -75,8 +75,8 @@ class VllmFormat(PeftFormat):
         if rank is None:
             raise ConfigError(
                 f"the LoRA of this adapter has rank {most}, and vLLM takes ranks up to {SERVED_RANKS[-1]}: give rank= "
-                "and max_error= for an approximation of lower rank, or merge the adapter into the base with "
-                "tnadapt.merge"
+                "(--rank) and max_error= (--max-error) for an approximation of lower rank, or merge the adapter into "
+                "the base with tnadapt.merge (tnadapt merge)"
             )
         padded = choice._replace(updates=uniform(choice.updates, rank), ranks=[rank] * len(modules))
         return super().encode(kind, modules, padded, kept)

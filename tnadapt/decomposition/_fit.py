@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from tnadapt.backends.backend import Array
 
-from .known_later import LazyProof
+from .optimality import Claim
 
 __all__ = ["Fit", "Limits", "unwatched"]
 
@@ -23,7 +23,7 @@ class Fit(NamedTuple):
     Attributes
     ----------
     arrays : dict of str to array
-    optimal : bool or LazyProof
+    optimal : bool or function that returns one
         Whether they are known to be the optimum.
     iterations : int
     method : str
@@ -31,7 +31,7 @@ class Fit(NamedTuple):
     """
 
     arrays: Arrays
-    optimal: bool | LazyProof
+    optimal: Claim
     iterations: int
     method: str
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from tnadapt.algebra.norms import relative, together
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.html_tables import html_table
+from tnadapt.report import html_table
 
-from .known_later import KnownLater
+from .optimality import Optimality
 
 __all__ = ["FitReport", "GroupReport", "Step"]
 
@@ -39,7 +39,7 @@ class Step(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupReport(KnownLater):
+class GroupReport(Optimality):
     """The accuracy of the fit of one group.
 
     Attributes
@@ -68,9 +68,9 @@ class GroupReport(KnownLater):
 
     size: int
     norm: float
-    error: float
-    bound: float
-    certified: bool
+    error: float = dataclasses.field()
+    bound: float = dataclasses.field()
+    certified: bool = dataclasses.field()
     iterations: int
     method: str
 

@@ -22,8 +22,8 @@ from ._parameter_fit import ParameterFit, fit_parameters
 from ._scaling import at_size, power_of
 from ._single_tensor import Fit, Limits
 from ._through_map import fit_group, started
-from .known_later import LazyProof
 from .leading_proof import OPEN
+from .optimality import Claim, holds
 
 __all__ = ["fit_plan"]
 
@@ -189,27 +189,29 @@ class _Known(NamedTuple):
     norm: float
     error: float
     rounding: float
-    optimal: bool | LazyProof
+    optimal: Claim
     alone: bool = True
 
-    def facts(self) -> tuple[float, bool]:
+    def optimum(self) -> tuple[float, bool]:
         """Return the relative bound, and whether the fit is certified."""
+        optimal = holds(self.optimal)
         if not self.norm:
-            return 0.0, bool(self.optimal or self.error <= self.rounding)
+            return 0.0, bool(optimal or self.error <= self.rounding)
         bound, projection = 0.0, self.group.projection
         if projection.map.isometry:
             bound = lower_bound(self.algebra, self.group.network, projection.adjoint(self.y))
-        certified = bool(self.optimal or self.error <= self.rounding or self.error <= bound * (1.0 + _MET))
-        if self.optimal and self.alone:
+        certified = bool(optimal or self.error <= self.rounding or self.error <= bound * (1.0 + _MET))
+        if optimal and self.alone:
             # Other arrays can be better by at most the rounding of the optimum to the dtype.
             bound = max(bound, self.error * (1.0 - OPEN) - self.rounding)
         return min(self.error, bound) / self.norm, certified
 
 
 def _report(known: _Known, norm: float, found: Fit | ParameterFit) -> GroupReport:
-    return GroupReport.later(
-        known.facts, size=known.group.size, norm=norm, error=known.error / known.norm if known.norm else 0.0,
-        iterations=found.iterations, method=found.method,
+    error = known.error / known.norm if known.norm else 0.0
+    return GroupReport.computed_later(
+        lambda _: known.optimum(), size=known.group.size, norm=norm, error=error, iterations=found.iterations,
+        method=found.method,
     )  # fmt: skip
 
 

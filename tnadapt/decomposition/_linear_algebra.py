@@ -19,8 +19,8 @@ from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError
 
 from ._truncated_svd import leading_triplets, on_host, truncated_pays
-from .known_later import LazyProof
 from .leading_proof import no_matrix_is_closer
+from .optimality import Claim
 
 __all__ = ["SVD_METHODS", "TENSORLY", "Algebra", "tensorly_on"]
 
@@ -201,7 +201,7 @@ class Algebra:
         """Return whether :meth:`svd` of a matrix of this shape uses random projections."""
         return self.svd_method == "randomized" and rank + _OVERSAMPLES < min(shape)
 
-    def svd(self, matrix: Array, rank: int) -> tuple[Array, np.ndarray, Array, bool | LazyProof]:
+    def svd(self, matrix: Array, rank: int) -> tuple[Array, np.ndarray, Array, Claim]:
         """Compute the leading singular triplets of a matrix.
 
         Parameters
@@ -216,7 +216,7 @@ class Algebra:
         s : ndarray, shape (rank,)
             On the host, float64.
         v : array, shape (n, rank)
-        exact : bool or LazyProof
+        exact : bool or function that returns one
             Whether no matrix of that rank is known to be closer. True for the full decomposition; False for random
             projections (Halko, Martinsson & Tropp, 2011); a claim that is proved when it is needed for triplets from
             a Krylov space.
@@ -230,14 +230,14 @@ class Algebra:
                 short, left = (matrix, found.u) if rows else (self.backend.matrix_transpose(matrix), found.v)
                 # The caller may change the matrix before the proof is asked for.
                 kept, host = short if self.settled else short * 1.0, self.backend.to_numpy
-                proof = LazyProof(lambda: no_matrix_is_closer(host(kept), host(left), self.eps))
+                proof = functools.cache(lambda: no_matrix_is_closer(host(kept), host(left), self.eps))
                 return found.u, found.s, found.v, proof
         random = self.randomized(shape, rank)
         u, s, v = self._random_svd(matrix, rank) if random else self.backend.svd(matrix)
         values = self.backend.to_numpy(s[:rank]).astype(np.float64)
         return u[:, :rank], values, self.backend.matrix_transpose(v[:rank, :]), not random
 
-    def left(self, matrix: Array, rank: int) -> tuple[Array, bool | LazyProof]:
+    def left(self, matrix: Array, rank: int) -> tuple[Array, Claim]:
         """Compute the leading left singular vectors of a matrix, and whether they are known to be exact."""
         shape = tuple(int(size) for size in matrix.shape)
         narrow = shape[0] <= _NARROW and _WIDE * shape[0] <= shape[1]

@@ -24,8 +24,8 @@ from ._linear_algebra import Algebra
 from ._refined_format import refinable, refined_format
 from .cp_als import CPSweeps, cp_als
 from .hooi import SMALL, hooi, hosvd, projected
-from .known_later import LazyProof, all_of
 from .matrix_truncation import Leading, MatrixTruncation
+from .optimality import Claim, all_of
 from .rank_one import nearest_rank_one
 from .train_als import improved_train
 from .tt_svd import tt_svd
@@ -285,7 +285,7 @@ def _tucker(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Lim
         u, values, v, optimal = algebra.svd(tensor, ranks[0])
         core = algebra.array(np.diag(values))
         return Fit({"core": core, "factor0": u, "factor1": v}, optimal, 0, _svd_name(algebra, tensor, ranks[0]))
-    backend, exact = algebra.backend, list[bool | LazyProof]()
+    backend, exact = algebra.backend, list[Claim]()
     truncation = MatrixTruncation(backend, tensor, algebra.svd_method, algebra.seed)
 
     def truncated(matrix: Array, mode: int) -> Leading:
@@ -337,7 +337,7 @@ def _tensor_train(algebra: Algebra, split: Any, tensor: Array, start: Any, limit
     if len(tensor.shape) == 1:
         return Fit({"core0": algebra.backend.reshape(tensor, (1, -1, 1))}, True, 0, "exact")
     truncation = MatrixTruncation(algebra.backend, tensor, algebra.svd_method, algebra.seed)
-    exact = list[bool | LazyProof]()
+    exact = list[Claim]()
 
     def truncated(matrix: Array, bond: int) -> Leading:
         found = truncation.left_to_rank(matrix, int(split.ranks[bond + 1]))

@@ -16,7 +16,7 @@ from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError, ConfigError, safe_repr
 
 from ._linear_algebra import SVD_METHODS, TENSORLY, Algebra
-from .known_later import LazyProof
+from .optimality import Claim
 
 __all__ = ["Leading", "MatrixTruncation", "Triplets", "kept", "with_value"]
 
@@ -27,12 +27,12 @@ class Leading(NamedTuple):
     Attributes
     ----------
     u : array, shape (m, r)
-    exact : bool or LazyProof
+    exact : bool or function that returns one
         Whether these are known to be the leading ones.
     """
 
     u: Array
-    exact: bool | LazyProof
+    exact: Claim
 
 
 class Triplets(NamedTuple):
@@ -43,14 +43,14 @@ class Triplets(NamedTuple):
     u : array, shape (m, r)
     s : array, shape (r,)
     vh : array, shape (r, n)
-    exact : bool or LazyProof
+    exact : bool or function that returns one
         Whether these are known to be the leading ones.
     """
 
     u: Array
     s: Array
     vh: Array
-    exact: bool | LazyProof
+    exact: Claim
 
 
 def kept(values: np.ndarray, most: int, loss: float) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tnadapt.progress_bar import ProgressBar
+from tnadapt.report import ProgressBar
 
 from ._study import Reporter
 from .training import Task

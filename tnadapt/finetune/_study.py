@@ -328,7 +328,7 @@ class Study:
         work = _Trainings(self.spec, self.training, adapters)
         done = run_tasks(
             work, tasks, adapters.parent, engine=engine, threads=self.problem.threads, study=results.digest,
-            known=results.records, progress=self.reporter.training, do=work.of(self.problem),
+            known=results.records.keys(), progress=self.reporter.training, do=work.of(self.problem),
         )  # fmt: skip
         with contextlib.closing(done):  # an exception here must end the workers immediately
             for task, record in done:

@@ -10,7 +10,7 @@ from typing import Any
 from tnadapt.argument_checks import is_sequence
 from tnadapt.checkpoints.lora_export import LoraExport
 from tnadapt.errors import ConfigError, safe_repr
-from tnadapt.html_tables import html_table
+from tnadapt.report import html_table, text_table
 
 from ._plan_row import Row
 from ._setting_names import SYMBOLS
@@ -106,7 +106,7 @@ class Plan:
 
     def __str__(self) -> str:
         """Return the table as plain text."""
-        return "\n".join([*aligned(self.table()), *self.notes()])
+        return "\n".join([*text_table(self.table(), range(3, len(TITLES))), *self.notes()])
 
     def _repr_html_(self) -> str:
         head, *rows = self.table()
@@ -237,18 +237,6 @@ def _short(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return str(count)
-
-
-def aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """Align cells into lines of text; all but the first three columns are right-aligned."""
-    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place < 3 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in table
-    ]
 
 
 def checked_criteria(by: Iterable[str]) -> tuple[str, ...]:

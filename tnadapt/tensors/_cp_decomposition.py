@@ -15,8 +15,8 @@ from tnadapt.backends.backend import Array
 from tnadapt.decomposition import Limits
 from tnadapt.decomposition.completion import complete, refinable
 from tnadapt.decomposition.cp_als import CPFactors, CPSweeps, cp_als
-from tnadapt.decomposition.known_later import LazyProof
 from tnadapt.decomposition.matrix_truncation import MatrixTruncation
+from tnadapt.decomposition.optimality import Claim
 from tnadapt.decomposition.rank_one import nearest_rank_one
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
@@ -296,7 +296,7 @@ class _Options:
         self,
         found: CPTensor,
         method: str,
-        optimal: bool | LazyProof = False,
+        optimal: Claim = False,
         watch: Watch | None = None,
         closed: Callable[[Array], CPTensor] | None = None,
     ) -> CPTensor:

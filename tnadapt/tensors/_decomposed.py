@@ -13,9 +13,9 @@ import numpy as np
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition.implicit_gradient import Contraction
-from tnadapt.decomposition.known_later import KnownLater
+from tnadapt.decomposition.optimality import Optimality
 from tnadapt.errors import BackendError, ShapeError, safe_repr
-from tnadapt.html_tables import fact_table
+from tnadapt.report import fact_table
 
 from ._checks import scalar_of
 from ._modes import unfold
@@ -24,7 +24,7 @@ __all__ = ["Decomposed", "FitOutcome"]
 
 
 @dataclasses.dataclass(frozen=True)
-class FitOutcome(KnownLater):
+class FitOutcome(Optimality):
     """How a decomposition was found, and how good it is.
 
     Attributes
@@ -48,9 +48,9 @@ class FitOutcome(KnownLater):
     and so is the error where no iteration needs it. Until then a copy of the tensor is held, of up to 2^24 elements.
     """
 
-    error: float
-    bound: float
-    certified: bool
+    error: float = dataclasses.field()
+    bound: float = dataclasses.field()
+    certified: bool = dataclasses.field()
     converged: bool
     history: tuple[float, ...]
     method: str

@@ -152,8 +152,8 @@ def _fitted(
     exact = float(group.error) <= 64.0 * float(np.finfo(request.backend.dtype_name(request.tensor)).eps)
     converged = exact or group.iterations < max_iterations
     return request.differentiable(found, converged).with_outcome(
-        FitOutcome.later(
-            lambda: (group.bound, group.certified), error=group.error, converged=converged,
+        FitOutcome.computed_later(
+            lambda _: (group.bound, group.certified), error=group.error, converged=converged,
             history=tuple(watch.history), method=group.method,
         )
     )  # fmt: skip

@@ -14,9 +14,9 @@ from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition.frobenius import norm_of
 from tnadapt.decomposition.implicit_gradient import implicit_gradient
-from tnadapt.decomposition.known_later import LazyNumber, LazyProof
 from tnadapt.decomposition.leading_proof import OPEN
 from tnadapt.decomposition.matrix_truncation import with_value
+from tnadapt.decomposition.optimality import Claim, holds
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 from ._checks import as_tensor, finite, integer_of
@@ -115,8 +115,8 @@ class Request:
         found: D,
         method: str,
         *,
-        optimal: bool | LazyProof = False,
-        known: bool | LazyProof = True,
+        optimal: Claim = False,
+        known: Claim = True,
         factor: float = math.inf,
         bound: float = 0.0,
         converged: bool = True,
@@ -130,9 +130,9 @@ class Request:
         ----------
         found : Decomposed
         method : str
-        optimal : bool or LazyProof
+        optimal : bool or function that returns one
             Whether theory guarantees the optimum.
-        known : bool or LazyProof
+        known : bool or function that returns one
             Whether the steps that ``factor`` rests on are known to be the best ones.
         factor : float
             The error is at most this many times the least one.
@@ -148,23 +148,26 @@ class Request:
         """
         if not self.concrete:
             return found
-        # The caller may change the arrays before the error is asked for.
-        same: D = tuple.__new__(type(found), _copied(found)) if self.settled else found  # type: ignore[type-var]
-        later = LazyNumber(lambda: self.error_of(same))
-        if not self.settled:
-            float(later)
-        kind = self.backend.dtype_name(self.tensor)
+        rounding = 64.0 * float(np.finfo(self.backend.dtype_name(self.tensor)).eps)
 
-        def facts() -> tuple[float, bool]:
-            value, rounding = float(later), 64.0 * float(np.finfo(kind).eps)
-            least = max(bound, value / factor if factor < math.inf and known else 0.0)
-            if optimal:
-                least = max(least, value * (1.0 - OPEN) - rounding)
-            least = max(0.0, min(value, least))
-            return least, bool(optimal or value <= rounding or value <= least * (1.0 + 1e-6))
+        def optimum(error: float) -> tuple[float, bool]:
+            is_optimal = holds(optimal)
+            least = max(bound, error / factor if factor < math.inf and holds(known) else 0.0)
+            if is_optimal:
+                least = max(least, error * (1.0 - OPEN) - rounding)
+            least = max(0.0, min(error, least))
+            return least, bool(is_optimal or error <= rounding or error <= least * (1.0 + 1e-6))
 
-        error = later if self.settled else float(later)
-        outcome = FitOutcome.later(facts, error, converged=converged, history=tuple(history), method=method)
+        error: float | Callable[[], float]
+        if self.settled:
+            # The caller may change the arrays before the error is asked for.
+            copied: D = tuple.__new__(type(found), _copied(found))  # type: ignore[type-var]
+            error = functools.partial(self.error_of, copied)
+        else:
+            error = self.error_of(found)
+        outcome = FitOutcome.computed_later(
+            optimum, error=error, converged=converged, history=tuple(history), method=method
+        )
         return self.differentiable(found, converged, closed, fixed).with_outcome(outcome)
 
     def differentiable(

@@ -13,8 +13,8 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition import Limits
 from tnadapt.decomposition.block_passes import BlockPasses, passes_over
-from tnadapt.decomposition.known_later import LazyProof, all_of
 from tnadapt.decomposition.matrix_truncation import Leading, MatrixTruncation
+from tnadapt.decomposition.optimality import Claim, all_of
 from tnadapt.decomposition.train_als import improved_train
 from tnadapt.decomposition.tt_svd import tt_svd
 from tnadapt.errors import ConfigError, ShapeError
@@ -180,7 +180,7 @@ def _finished(request: Request, ranks: list[int] | None, svd: str, sweeps: int, 
     # The core of a vector is the vector itself.
     request = request if sweeps or not bonds else request.kept()
     truncation = MatrixTruncation(request.backend, request.tensor, svd, request.seed, settled=request.settled)
-    exact = list[bool | LazyProof]()
+    exact = list[Claim]()
     loss = 0.0 if ranks is not None else (request.max_error or 0.0) * request.norm() / math.sqrt(max(1, bonds))
 
     def truncated(matrix: Array, bond: int) -> Leading:

@@ -15,8 +15,8 @@ from tnadapt.backends.backend import Array
 from tnadapt.decomposition.block_passes import BlockPasses, passes_over
 from tnadapt.decomposition.frobenius import norm_of
 from tnadapt.decomposition.hooi import SMALL, hooi, hosvd, projected
-from tnadapt.decomposition.known_later import LazyProof, all_of
 from tnadapt.decomposition.matrix_truncation import Leading, MatrixTruncation
+from tnadapt.decomposition.optimality import Claim, all_of
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of, mode_of
@@ -145,7 +145,7 @@ def tucker(
         return fitted_tucker(request, ranks or [], init, watch.tol, integer_of("max_iterations", max_iterations, 1))
     truncation = MatrixTruncation(request.backend, request.tensor, svd, request.seed)
 
-    def start(tensor: Array) -> tuple[Array, dict[int, Array], int, bool | LazyProof]:
+    def start(tensor: Array) -> tuple[Array, dict[int, Array], int, Claim]:
         return _start(request, tensor, ranks, truncation, init, held)
 
     def closed(tensor: Array) -> TuckerTensor:
@@ -257,8 +257,8 @@ def _start(
     truncation: MatrixTruncation,
     init: Any,
     held: set[int],
-) -> tuple[Array, dict[int, Array], int, bool | LazyProof]:
-    backend, shape, exact = request.backend, request.shape, list[bool | LazyProof]()
+) -> tuple[Array, dict[int, Array], int, Claim]:
+    backend, shape, exact = request.backend, request.shape, list[Claim]()
     if ranks is None:
         loss = (request.max_error or 0.0) * request.norm() / math.sqrt(len(shape))
 

@@ -20,7 +20,7 @@ from tnadapt.algebra.starting_points import STARTS
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import available_backends, load_backend
 from tnadapt.errors import ConfigError, integer, safe_repr
-from tnadapt.html_tables import html_table
+from tnadapt.report import html_table, text_table
 
 from ._config_laws import checkable, of_config
 from ._law import Law
@@ -85,11 +85,7 @@ class Report:
 
     def __str__(self) -> str:
         """Return the table as plain text."""
-        table = [_HEAD, *self.rows()]
-        widths = [max(len(row[column]) for row in table) for column in range(5)]
-        cells = ([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[5]] for row in table)
-        lines = ["  ".join(row).rstrip() for row in cells]
-        return "\n".join([*lines, *self._notes()])
+        return "\n".join([*text_table([_HEAD, *self.rows()]), *self._notes()])
 
     def _repr_html_(self) -> str:
         return html_table("Laws", _HEAD, self.rows(), self._notes())

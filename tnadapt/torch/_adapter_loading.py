@@ -278,7 +278,10 @@ def _in_the_file(error: str, targets: Sequence[Target]) -> str:
     if target is None:
         return ""
     if "which is (in, out)" in error and not target.transposed:
-        return ": if the file was converted, convert it again with base=, the folder of the model with its config.json"
+        return (
+            ": if the file was converted, convert it again with base= (--base), the folder of the model with its "
+            "config.json"
+        )
     resized = ": call resize_token_embeddings() as before training" if target.role == "embedding" else ""
     return f", and was stored as {target.stored} when it was trained{resized}"
 

@@ -179,7 +179,7 @@ def _refuse_remote(about: Pretrained) -> None:
     if about.remote:
         raise FileError(
             f"it names as its base {safe_repr(about.name)}, an address or network share, which is not opened because a "
-            "file says so: give base= with it, or load the tokenizer or processor yourself"
+            "file says so: give base= (--base) with it, or load the tokenizer or processor yourself"
         )
 
 
@@ -200,7 +200,8 @@ def _about(file: AdapterFile, base: str | os.PathLike[str] | nn.Module | None) -
         return file.pretrained or Pretrained()
     if file.pretrained is None:
         raise FileError(
-            f"it does not say what its base model is, only its class {safe_repr(file.model)}: give base= with the model"
+            f"it does not say what its base model is, only its class {safe_repr(file.model)}: give base= (--base) with "
+            "the model"
         )
     if base is None:
         _refuse_remote(file.pretrained)
@@ -219,13 +220,13 @@ def _check_known(file: AdapterFile, about: Pretrained, built: str, random: froze
     if unknown and file.model and built != file.model:
         raise FileError(
             f"its base model {safe_repr(about.name)} is a {built}, and the adapter was trained on a "
-            f"{safe_repr(file.model)}: give base= with the model it was trained on"
+            f"{safe_repr(file.model)}: give base= (--base) with the model it was trained on"
         )
     if unknown:
         raise FileError(
             f"its base model {safe_repr(about.name)} has no values for {summarize(unknown)}, and neither does the "
             "file, so that the model's outputs would be random: attach with keep_trainable for these parameters, "
-            "train and save again; or give base= with a model that has them"
+            "train and save again; or give base= (--base) with a model that has them"
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tnadapt.errors import BackendError, TargetError
+from tnadapt.report import text_table
 from tnadapt.targets.target import Target
 
 from ._merged_rows import changed_since, checksum
@@ -65,12 +66,9 @@ class RequantizationReport(tuple[RequantizedWeight, ...]):
     def __str__(self) -> str:
         if not self:
             return "no quantized weight was merged into"
-        lines: list[tuple[str, ...]] = [("weight", "layer", "error", "update's", "kept")]
-        lines += [(row.name, row.kind, *(f"{number:.4f}" for number in row[2:])) for row in self]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        )
+        head = ("weight", "layer", "error", "update's", "kept")
+        rows = [(row.name, row.kind, *(f"{number:.4f}" for number in row[2:])) for row in self]
+        return "\n".join(text_table([head, *rows]))
 
 
 class MergedCodes(NamedTuple):

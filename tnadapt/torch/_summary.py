@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from tnadapt.checkpoints.lora_export import LoraExport, lora_export
 from tnadapt.errors import escaped, pluralize
-from tnadapt.html_tables import html_table
+from tnadapt.report import html_table, text_table
 
 from ._arrays import named_parameters
 from ._quantized import quantized_type
@@ -102,12 +102,7 @@ class Summary:
         return f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100.0 * trained / every:.4f}"
 
     def __str__(self) -> str:
-        table = [_HEAD, *(self._cells(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in table) for column in range(len(_HEAD))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
-        ]
-        return "\n".join([self.title, *lines, *self._notes()])
+        return "\n".join([self.title, *text_table([_HEAD, *map(self._cells, self.rows)]), *self._notes()])
 
     __repr__ = __str__
 

@@ -62,7 +62,7 @@ def adapter_path(where: str | os.PathLike[str], revision: str | None = None, tok
 def _peft_hint(folder: Path) -> str:
     if not (folder / "adapter_config.json").is_file():
         return ""
-    return "; it has an adapter of PEFT, which tnadapt.convert turns into one"
+    return "; it has an adapter of PEFT, which tnadapt.convert (tnadapt convert) turns into one"
 
 
 def _downloaded(name: str, revision: str | None, token: str | bool | None) -> Path:

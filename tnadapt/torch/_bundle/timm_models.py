@@ -17,7 +17,7 @@ from .model_library import BuildOptions, ModelLibrary, missing, quiet_loggers, r
 __all__ = ["TimmModels"]
 
 _WEIGHTS = "model.safetensors"
-_WAY = "give base= with timm's name of a model, or a model"
+_WAY = "give base= (--base) with timm's name of a model, or a model"
 
 
 class TimmModels(ModelLibrary):

@@ -24,7 +24,7 @@ __all__ = ["TransformersModels"]
 
 # Where the hub's cache keeps a repository at a commit.
 _CACHED = re.compile(r".*[/\\]models--(?P<name>[\w.-]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})[/\\]?")
-_WAY = "give base= with a folder, a name or a model"
+_WAY = "give base= (--base) with a folder, a name or a model"
 
 
 class TransformersModels(ModelLibrary):

@@ -10,49 +10,58 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
-from tnadapt.decomposition import GroupReport, _group_fits
+from tnadapt.decomposition import GroupReport, _group_fits, _linear_algebra
 from tnadapt.decomposition._linear_algebra import Algebra
-from tnadapt.decomposition.known_later import LazyNumber, LazyProof, all_of
+from tnadapt.decomposition.optimality import all_of, holds
 
 KNOWN = {"size": 4, "norm": 2.0, "error": 0.5, "iterations": 0, "method": "SVD"}
 
 
-def test_a_proof_is_asked_for_once() -> None:
+@pytest.mark.parametrize(("decompose", "truncations"), [(tna.cp, 1), (tna.tucker, 2)])
+def test_a_proof_is_computed_once_when_it_is_read(
+    decompose: Any, truncations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[int] = []
+    plain = _linear_algebra.no_matrix_is_closer
 
-    def prove() -> bool:
+    def counted(*args: Any) -> bool:
         asked.append(1)
-        return True
+        return plain(*args)
 
-    proof = LazyProof(prove)
-    assert repr(proof) == "LazyProof(not asked yet)"
-    assert not asked
-    assert proof
-    assert proof
-    assert (len(asked), repr(proof)) == (1, "LazyProof(True)")
-    assert not LazyProof(lambda: False)
+    monkeypatch.setattr(_linear_algebra, "no_matrix_is_closer", counted)
+    monkeypatch.setattr(_linear_algebra, "truncated_pays", lambda shape, rank: True)
+    matrix = np.random.default_rng(0).normal(size=(60, 50)) @ np.diag(0.5 ** np.arange(50.0))
+    result = decompose(matrix, 3)
+    assert 0.0 < result.error < 1.0
+    asked_by_error = len(asked)
+    assert result.certified
+    assert result.bound == pytest.approx(result.error)
+    assert (asked_by_error, len(asked)) == (0, truncations)
 
 
 def test_all_claims() -> None:
-    unasked = LazyProof(lambda: pytest.fail("asked"))
+    def unasked() -> bool:
+        pytest.fail("asked")
+
     assert all_of([True, True]) is True
     assert all_of([unasked, False]) is False
-    several = all_of([True, LazyProof(lambda: True), LazyProof(lambda: False)])
-    assert isinstance(several, LazyProof)
-    assert not several
+    several = all_of([True, lambda: True, lambda: False])
+    assert callable(several)
+    assert not holds(several)
+    assert holds(all_of([True, lambda: True]))
 
 
 def test_a_report_that_is_computed_later_is_like_any_other() -> None:
     asked: list[int] = []
 
-    def find() -> tuple[float, bool]:
+    def find(error: float) -> tuple[float, bool]:
         asked.append(1)
-        return 0.25, False
+        return error / 2.0, False
 
     plain = GroupReport(**KNOWN, bound=0.25, certified=False)
     for use in (lambda x: x, copy.copy, lambda x: pickle.loads(pickle.dumps(x))):
         asked.clear()
-        report = GroupReport.later(find, **KNOWN)
+        report = GroupReport.computed_later(find, **KNOWN)
         assert (report.error, asked) == (0.5, [])
         assert use(report) == plain
         assert (report.certified, report.bound, asked) == (False, 0.25, [1])
@@ -68,20 +77,19 @@ def test_an_error_that_is_computed_later() -> None:
         asked.append("error")
         return 0.5
 
-    def find() -> tuple[float, bool]:
+    def find(error: float) -> tuple[float, bool]:
         asked.append("bound")
-        return 0.25, False
+        return error / 2.0, False
 
     known = {name: value for name, value in KNOWN.items() if name != "error"}
     plain = GroupReport(**KNOWN, bound=0.25, certified=False)
     for use in (lambda x: x, copy.copy, lambda x: pickle.loads(pickle.dumps(x))):
         asked.clear()
-        number = LazyNumber(find_error)
-        report = GroupReport.later(find, number, **known)
+        report = GroupReport.computed_later(find, error=find_error, **known)
         assert asked == []
-        assert (report.error, float(number), report.error, asked) == (0.5, 0.5, 0.5, ["error"])
+        assert (report.error, report.error, asked) == (0.5, 0.5, ["error"])
         assert use(report) == plain
-        assert use(GroupReport.later(find, LazyNumber(find_error), **known)) == plain
+        assert use(GroupReport.computed_later(find, error=find_error, **known)) == plain
 
 
 def test_no_bound_is_computed_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
-"""A progress bar for what takes long: live in a notebook, on one line in a terminal, silent elsewhere."""
+"""Tables of results, in text and in HTML, and the progress bar of what takes long."""
 
 from __future__ import annotations
 
 import html
 import importlib
+import shutil
 import sys
 import time
+from collections.abc import Collection, Iterable, Sequence
 from fractions import Fraction
 from typing import Any, Protocol, Self
 
@@ -13,10 +15,111 @@ from tnadapt.argument_checks import checks_arguments, wrong_argument
 
 from .errors import escaped
 
-__all__ = ["ProgressBar"]
+__all__ = ["ProgressBar", "fact_table", "html_table", "text_table"]
 
+_LEFT, _RIGHT = "text-align:left", "text-align:right"
 # Seconds between two updates: a notebook stores each of them in turn.
 _PERIOD = 0.1
+
+# -- Tables ----------------------------------------------------------------------------------------
+
+
+def text_table(rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Align cells with spaces; return one line for each row.
+
+    Parameters
+    ----------
+    rows : iterable of sequence of str
+        At least one, of equal lengths; the titles may be the first.
+    right : collection of int
+        The columns that are aligned to the right, as numbers are.
+
+    Returns
+    -------
+    list of str
+
+    Examples
+    --------
+    >>> print(*text_table([["name", "size"], ["q", "12"]], right=[1]), sep="\\n")
+    name  size
+    q       12
+    """
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def html_table(
+    caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], notes: Iterable[str] = (), right: int = 0
+) -> str:
+    """Return a table.
+
+    Parameters
+    ----------
+    caption : str
+    head : sequence of str
+        The titles of the columns.
+    rows : iterable of sequence of str
+        Cells. Everything is escaped: names may come from files.
+    notes : iterable of str
+        Lines below it.
+    right : int
+        The first of the columns that are aligned to the right, as numbers are; 0 for none.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> html_table("weights", ["name"], [["<q>"]], ["one weight"])  # doctest: +ELLIPSIS
+    '<table><caption>weights</caption>...<td style="text-align:left">&lt;q&gt;</td>...<div>one weight</div>'
+    """
+    titles = "".join(_cell("th", text, place, right) for place, text in enumerate(head))
+    body = "".join(
+        f"<tr>{''.join(_cell('td', text, place, right) for place, text in enumerate(row))}</tr>" for row in rows
+    )
+    below = "".join(f"<div>{_text(note)}</div>" for note in notes)
+    table = f"<table><caption>{_text(caption)}</caption><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
+    return table + below
+
+
+def fact_table(caption: str, facts: Iterable[tuple[str, str]]) -> str:
+    """Return a table of names and values, one a line.
+
+    Parameters
+    ----------
+    caption : str
+    facts : iterable of (str, str)
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> fact_table("Config", [("rank", "4")])
+    '<table><caption>Config</caption><tbody><tr><th style="text-align:left">rank</th><td>4</td></tr></tbody></table>'
+    """
+    body = "".join(f'<tr><th style="{_LEFT}">{_text(name)}</th><td>{_text(value)}</td></tr>' for name, value in facts)
+    return f"<table><caption>{_text(caption)}</caption><tbody>{body}</tbody></table>"
+
+
+def _cell(tag: str, text: str, place: int, right: int) -> str:
+    return f'<{tag} style="{_RIGHT if right and place >= right else _LEFT}">{_text(text)}</{tag}>'
+
+
+def _text(text: str) -> str:
+    return html.escape(escaped(text))
+
+
+# -- Progress --------------------------------------------------------------------------------------
 
 
 class _Shown(Protocol):
@@ -151,7 +254,8 @@ class _Terminal:
 
     def show(self, title: str, done: float | None, words: str) -> None:
         bar = "" if done is None else f"[{'#' * int(20 * done):20}] {done:.0%}"
-        print(f"\r\x1b[K{' '.join(filter(None, (title, bar, words)))}", end="", file=sys.stderr, flush=True)
+        line = " ".join(filter(None, (title, bar, words)))[: shutil.get_terminal_size().columns - 1]
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         print(file=sys.stderr)

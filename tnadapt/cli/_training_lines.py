@@ -1,0 +1,45 @@
+"""The trainings of a study, a line of stderr for each that is finished: for logs, which bars would fill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tnadapt.finetune import Reporter, Task
+
+from ._printing import echo
+
+__all__ = ["LineReporter"]
+
+
+class LineReporter(Reporter):
+    """Prints a line when something is finished."""
+
+    def __init__(self) -> None:
+        self.all = self.done = 0
+        self.prepared = False
+
+    def preparing(self, what: str, done: float) -> None:
+        if not self.prepared:
+            echo(what, err=True)
+        self.prepared = True
+
+    def begins(self, tasks: int, finished: int) -> None:
+        self.all, self.done = tasks, finished
+        if finished:
+            echo(f"{finished} of {tasks} trainings were finished before", err=True)
+
+    def finished(self, task: Task, record: Mapping[str, Any]) -> None:
+        self.done += 1
+        echo(f"[{self.done}/{self.all}] {task.name}: {_outcome(record)}", err=True)
+
+
+def _outcome(record: Mapping[str, Any]) -> str:
+    if record["diverged"]:
+        return "diverged"
+    if "metric" in record:
+        shown = f"{record['validation']:.1%}" if record.get("percent") else f"{record['validation']:.4g}"
+        told = f"{record['metric']} {shown}"
+    else:
+        told = f"{record['validation']:.1%}" if "validation" in record else f"loss {record['validation_loss']:.4f}"
+    return f"validation {told}, {record['seconds']:.1f} s"
