@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from timing import ratios, shared_copy, take_turns
 from torch import Tensor, nn
 
 import tnadapt as tna
@@ -59,11 +60,6 @@ def base(dtype: torch.dtype, smoke: bool) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(num_hidden_layers=2, vocab_size=256, **sizes)
     return LlamaForCausalLM(config).to(dtype).requires_grad_(False).eval()
-
-
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of the modules with the same weights."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def stir(parameters: Any) -> None:
@@ -146,30 +142,13 @@ def compare(dtype: torch.dtype, smoke: bool, compiled: bool) -> list[dict[str, A
         steps[name]()
         first[name] = time.perf_counter() - start
         read[name] = bytes_read(adapted)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    for turn in range(2 if smoke else ROUNDS):
-        for place in range(len(order)):
-            name = order[(turn + place) % len(order)]
-            start = time.perf_counter()
-            steps[name]()
-            times[name].append(time.perf_counter() - start)
+    times = take_turns(steps, 2 if smoke else ROUNDS)
     rows = []
     for name, own in times.items():
-        ratios = [mine / other for mine, other in zip(own, times["base"], strict=True)]
-        rows.append(
-            {
-                "case": name,
-                "dtype": str(dtype).removeprefix("torch."),
-                "how": kind,
-                "ratio": round(statistics.median(ratios), 3),
-                "bytes": round(read[name] / read["base"], 3),
-                "low": round(min(ratios), 3),
-                "high": round(max(ratios), 3),
-                "seconds": round(statistics.median(own), 5),
-                "first": round(first[name], 4),
-            }
-        )
+        ratio = ratios(own, times["base"])
+        row = {"case": name, "dtype": str(dtype).removeprefix("torch."), "how": kind, "ratio": ratio.pop("ratio")}
+        row |= {"bytes": round(read[name] / read["base"], 3), **ratio, "seconds": round(statistics.median(own), 5)}
+        rows.append({**row, "first": round(first[name], 4)})
     return rows
 
 

@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from fourier import threads
-from fwht import optional
 from machine import machine
+from timing import optional, threads
 
 import tnadapt as tna
 import tnadapt.tensors as tt

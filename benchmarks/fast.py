@@ -1,4 +1,4 @@
-"""Measure speed against limits and peers: ``python benchmarks/fast.py [PART …] [--smoke]``.
+"""Measure speed against peers: ``python benchmarks/fast.py [PART …] [--smoke]``.
 
 Runs the parts (all of them without arguments), each in a separate process, and stores the measurements next to this
 file, in ``results/fast/PART.jsonl``: a first line with the machine and the versions, then one line per case.
@@ -27,24 +27,17 @@ RESULTS = HERE / "results" / "fast"
 
 #: The title of each part, and the number of threads for its array libraries.
 PARTS = {
-    "fwht": ("the Hadamard transform", 2),
-    "fastfood": ("the linear F", 2),
-    "fourier": ("the Fourier transform of FourierFT", 2),
     "steps": ("training steps against PEFT and LyCORIS", 2),
     "memory": ("peak memory of a training step", 2),
     "decoding": ("decoding with adapters that are not merged", 2),
-    "adapters": ("overhead of a layer, and many adapters", 1),
     "strategies": ("how a layer applies its update", 2),
     "growth": ("cost against the number of elements", 1),
-    "slices": ("one weight out of a large group", 1),
-    "startup": ("import and attach", 2),
     "files": ("planning, extraction and merging", 1),
     "gpu": ("on a GPU", 2),
 }
 
-
 #: Results of scripts of their own, whose files are next to the folder of the parts', which the page shows, too.
-OTHERS = ("short", "decompositions", "fastfood_profile", "memory_profile")
+OTHERS = ("short", "decompositions")
 
 
 def run(part: str, folder: Path, smoke: bool) -> None:

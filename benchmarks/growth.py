@@ -2,15 +2,15 @@
 
 One group of all query and value weights of a model, from 10**5 to 10**9 elements; the ranks stay constant while the
 models grow. Timed are the plan, all updates computed one weight after another, and all at once if they fit into memory.
-Peak memory is the peak of NumPy and Python (tracemalloc), in a separate call. An exponent is the slope of log time
-against log N over the sizes of at least 10**7 elements that take less than 2 GiB: 1 is linear. The allocator is told
-to keep its memory, if possible, up to its limit of 2 GiB: otherwise the system provides new pages for arrays of more
-than 32 MB at each call, and the resulting step in all curves at one weight size, which a copy shows as well, would be
-mistaken for growth (``slices.py`` has both).
+Peak memory is the peak of NumPy and Python (tracemalloc), in a separate call. The allocator is told to keep its memory,
+if possible, up to its limit of 2 GiB: otherwise the system provides new pages for arrays of more than 32 MB at each
+call, and the resulting step in all curves at one weight size, which a copy shows as well, would be mistaken for growth.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import math
 import statistics
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import slices
 
 import tnadapt as tna
 
@@ -33,12 +32,8 @@ Params = dict[str, np.ndarray]
 #: Weights and their width: q and v of ever larger models, ViT-S, ViT-base, ViT-L and Llama-7B among them.
 MODELS = ((4, 160), (12, 288), (24, 384), (24, 768), (48, 1024), (64, 2048), (64, 4096))
 SMOKE = ((4, 32), (4, 64))
-#: Exponents use sizes from here on, where constant costs are negligible.
-LARGE = 10**7
 #: Updates are computed at once up to this many bytes of float32; less through F, which takes about thirty per element.
 WHOLE, WHOLE_F = 3e9, 3e8
-#: The most that glibc can be told to keep: beyond it, each call gets new memory and pays for its pages.
-KEPT = 2**31
 #: Bytes that are written once before anything is timed: more than any case uses.
 TOUCHED = 8 << 30
 #: Time limit for one case of one size.
@@ -67,22 +62,20 @@ CASES: dict[str, tna.Config] = {
 
 def measure(smoke: bool) -> list[Row]:
     """Return a row for each case, phase and size."""
-    slices.keep_memory()
+    keep_memory()
     # The host may not have allocated all memory of a virtual machine yet, which takes seconds per gigabyte, once.
     np.ones(1 if smoke else TOUCHED, np.uint8)
-    rows: list[Row] = []
-    for case, config in CASES.items():
-        for count, width in SMOKE if smoke else MODELS:
-            rows += _of_size(case, config, count, width)
-    set_exponents(rows)
-    return rows
+    sizes = SMOKE if smoke else MODELS
+    return [row for case, config in CASES.items() for size in sizes for row in _of_size(case, config, *size)]
 
 
-def set_exponents(rows: list[Row]) -> None:
-    """Set the exponent of each case and phase, in every one of its rows."""
-    for row in rows:
-        mates = [r for r in rows if (r["case"], r["phase"]) == (row["case"], row["phase"])]
-        row["exponent"] = _exponent([(r["elements"], r["seconds"]) for r in mates if r["peak_bytes"] < KEPT])
+def keep_memory() -> None:
+    """Tell glibc to take all memory from its heap and return none; another C library does as it likes."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+        for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 1 << 29)):
+            mallopt(option, value)
 
 
 def _of_size(case: str, config: tna.Config, count: int, width: int) -> list[Row]:
@@ -144,14 +137,6 @@ def _peak(work: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
-def _exponent(points: list[tuple[int, float]]) -> float | None:
-    """Return the slope of log time against log N; None for fewer than two large sizes."""
-    large = [(math.log(size), math.log(seconds)) for size, seconds in points if size >= LARGE]
-    if len(large) < 2:
-        return None
-    return round(float(np.polyfit(*zip(*large, strict=True), 1)[0]), 3)
-
-
 # -- The picture -----------------------------------------------------------------------------
 
 
@@ -185,10 +170,3 @@ def draw(rows: list[Row], path: Path) -> None:
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-if __name__ == "__main__":
-    import sys
-
-    for line in measure("--smoke" in sys.argv):
-        print(line)

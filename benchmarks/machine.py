@@ -14,7 +14,7 @@ __all__ = ["machine"]
 
 PACKAGES = (
     "numpy", "numba", "torch", "triton", "jax", "cupy-cuda12x", "transformers", "peft", "lycoris-lora", "fht-cpu",
-    "hadamard-transform", "scipy", "tensorly", "opt-einsum", "quimb",
+    "scipy", "tensorly", "opt-einsum", "quimb",
 )  # fmt: skip
 
 

@@ -17,21 +17,7 @@ from tests.support.depth import in_depth, long_only
 
 pytest.importorskip("torch")
 
-PARTS = (
-    "fwht",
-    "fastfood",
-    "fourier",
-    "steps",
-    "memory",
-    "decoding",
-    "adapters",
-    "strategies",
-    "growth",
-    "slices",
-    "startup",
-    "files",
-    "gpu",
-)
+PARTS = ("steps", "memory", "decoding", "strategies", "growth", "files", "gpu")
 
 pytestmark = [
     pytest.mark.slow,
@@ -44,40 +30,28 @@ def scripts(benchmark_scripts: Callable[[str], ModuleType]) -> ModuleType:
     return benchmark_scripts("fast")
 
 
+def smoke(script: str, *options: str) -> str:
+    """Run a script on tiny sizes, where it checks that its contestants agree; return what it prints."""
+    command = [sys.executable, str(BENCHMARKS / script), "--smoke", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def test_every_part_is_tried(scripts: ModuleType) -> None:
     assert tuple(scripts.PARTS) == PARTS
 
 
 @pytest.mark.parametrize("part", in_depth(PARTS, ("steps",)))
 def test_a_part_runs_and_its_contestants_agree(part: str) -> None:
-    command = [sys.executable, str(BENCHMARKS / "fast.py"), part, "--smoke"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-PROFILES = [["fastfood.py"], ["memory.py", "fastfood"]]
-
-
-@pytest.mark.parametrize("command", in_depth(PROFILES, PROFILES[:1]))
-def test_profiles_have_shares_and_parts(command: list[str]) -> None:
-    if command[0] == "memory.py":
-        pytest.importorskip("peft")
-        pytest.importorskip("transformers")
-    script, *cases = command
-    run = [sys.executable, str(BENCHMARKS / script), "--profile", "--smoke", *cases]
-    done = subprocess.run(run, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    expected = {"fastfood.py": ("gather", "scatter", "%"), "memory.py": ("peak of backward", "F: gain")}[script]
-    assert all(part in done.stdout for part in expected), done.stdout
+    smoke("fast.py", part)
 
 
 @long_only
 def test_mixed_batches_agree_with_one_adapter_at_a_time() -> None:
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
-    command = [sys.executable, str(BENCHMARKS / "mixed_batch.py"), "--smoke"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    smoke("mixed_batch.py")
 
 
 def test_a_first_run_on_a_card_goes_on_after_a_failure(
@@ -97,26 +71,14 @@ def test_a_first_run_on_a_card_goes_on_after_a_failure(
 
 
 def test_a_tensor_is_decomposed_from_a_memory_map(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "large_tensors.py"), "--smoke", "--folder", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    smoke("large_tensors.py", "--folder", str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
 @long_only
 def test_adapters_are_extracted_from_shards(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(BENCHMARKS / "extract_large.py"),
-        "--smoke",
-        "--layers",
-        "1",
-        "--folder",
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [json.loads(line)["targets"] for line in done.stdout.splitlines()] == [2, 7, 2, 2]
+    printed = smoke("extract_large.py", "--layers", "1", "--folder", str(tmp_path))
+    assert [json.loads(line)["targets"] for line in printed.splitlines()] == [2, 7, 2, 2]
     assert not list(tmp_path.iterdir())
 
 
@@ -149,9 +111,7 @@ def test_the_table_of_mixed_batches_is_that_of_its_results(benchmark_scripts: Ca
 def test_decompositions_and_products_agree_with_their_peers() -> None:
     pytest.importorskip("tensorly")
     pytest.importorskip("opt_einsum")
-    command = [sys.executable, str(BENCHMARKS / "decompositions.py"), "--smoke"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    smoke("decompositions.py")
 
 
 def test_the_table_of_decompositions_is_that_of_its_results(benchmark_scripts: Callable[[str], ModuleType]) -> None:
