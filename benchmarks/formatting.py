@@ -1,10 +1,11 @@
-"""How the pages of results write values and parts that are folded."""
+"""How the pages of results write values, parts that are folded, and tables."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["folded", "number"]
+__all__ = ["folded", "list_table", "number"]
 
 
 def number(value: Any) -> str:
@@ -21,3 +22,10 @@ def number(value: Any) -> str:
 def folded(summary: str, text: str) -> str:
     """Return Markdown that shows one line until a reader opens it, in the documentation and on GitHub."""
     return f"<details>\n<summary>{summary}</summary>\n\n{text.strip()}\n\n</details>\n"
+
+
+def list_table(rows: Iterable[Sequence[object]], *options: str) -> str:
+    """Return a table in reStructuredText, the first row of which has the titles."""
+    lines = [".. list-table::", "   :header-rows: 1", *(f"   {option}" for option in options), ""]
+    lines += [f"   {' ' if place else '*'} - {cell}".rstrip() for row in rows for place, cell in enumerate(row)]
+    return "\n".join(lines) + "\n"

@@ -23,6 +23,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from formatting import list_table
+
 from paper.registries import SOURCES, fetch
 from tnadapt import presets
 from tnadapt.algebra._adam_units import RATE, WEIGHTS, step_norm
@@ -103,21 +105,11 @@ def run(name: str, folder: Path, seeds: int, jobs: int, engine: str = "local") -
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One setting of a task.
-
-    Attributes
-    ----------
-    name : str
-    parameters : int
-    best : float
-        The rate with the best mean validation score; of several that are equal, the nearest to the default.
-    test_best, test_default : tuple of float
-        Test scores of the seeds at these rates.
-    seeds : int
-    """
+    """One setting of a task, with the test scores of the seeds at two rates."""
 
     name: str
     parameters: int
+    #: The rate with the best mean validation score; of several that are equal, the nearest to the default.
     best: float
     test_best: tuple[float, ...]
     test_default: tuple[float, ...]
@@ -173,21 +165,14 @@ def table(name: str) -> str:
     seeds = {len(row.test_best) for row in rows}
     (count,) = seeds
     text = [
-        f"{_told(rows)} ({count} seed{'s' * (count > 1)}).",
-        "", ".. list-table::", "   :header-rows: 1", "",
-        "   * - setting", "     - parameters", *(f"     - {rate:g}" for rate in RATES), "     - best",
-        "     - test at best", "     - at the default", "     - lost",
-    ]  # fmt: skip
+        ("setting", "parameters", *(f"{rate:g}" for rate in RATES), "best", "test at best", "at the default", "lost")
+    ]
     for row in rows:
         spread = f" ({', '.join(f'{one:+.1f}' for one in row.losses)})" if count > 1 else ""
-        text += [
-            f"   * - {row.name}", f"     - {row.parameters:,}",
-            *(f"     - {100 * row.validation[rate]:.1f}" for rate in RATES), f"     - {row.best:g}",
-            f"     - {100 * statistics.fmean(row.test_best):.1f}",
-            f"     - {100 * statistics.fmean(row.test_default):.1f}",
-            f"     - {row.loss:+.1f}{spread}",
-        ]  # fmt: skip
-    return "\n".join(text) + "\n"
+        scores = [f"{100 * row.validation[rate]:.1f}" for rate in RATES]
+        tests = [f"{100 * statistics.fmean(scores):.1f}" for scores in (row.test_best, row.test_default)]
+        text.append((row.name, f"{row.parameters:,}", *scores, f"{row.best:g}", *tests, f"{row.loss:+.1f}{spread}"))
+    return f"{_told(rows)} ({count} seed{'s' * (count > 1)}).\n\n{list_table(text)}"
 
 
 def summary() -> str:
@@ -229,26 +214,18 @@ def power_table() -> str:
         losses.setdefault(key, {}).setdefault(line["rate"], []).append(_loss(line))
         sizes[key] = line["elements"]
     powers: dict[str, list[float]] = {}
-    text = []
+    text = [("task", "map", "parameters", "rates tried", "best", "power")]
     for (task, name, parameters), rates in sorted(losses.items()):
         best = min(rates, key=lambda rate: statistics.fmean(rates[rate]))
         power = math.log(best / DEFAULT) / math.log(sizes[task, name, parameters] / parameters)
         powers.setdefault(task, []).append(power)
-        edge = best in (min(rates), max(rates))
-        text += [
-            f"   * - {task}", f"     - {name}", f"     - {parameters:,}", f"     - {len(rates)}",
-            f"     - {best:g}{' (the edge)' * edge}", f"     - {power:.2f}",
-        ]  # fmt: skip
-    head = [
-        "; ".join(
-            f"{task}: {statistics.fmean(own):.2f} on average, {min(own):.2f} to {max(own):.2f} ({len(own)} maps)"
-            for task, own in powers.items()
-        )
-        + ".",
-        "", ".. list-table::", "   :header-rows: 1", "", "   * - task", "     - map", "     - parameters",
-        "     - rates tried", "     - best", "     - power",
-    ]  # fmt: skip
-    return "\n".join([*head, *text]) + "\n"
+        shown = f"{best:g}{' (the edge)' * (best in (min(rates), max(rates)))}"
+        text.append((task, name, f"{parameters:,}", str(len(rates)), shown, f"{power:.2f}"))
+    head = "; ".join(
+        f"{task}: {statistics.fmean(own):.2f} on average, {min(own):.2f} to {max(own):.2f} ({len(own)} maps)"
+        for task, own in powers.items()
+    )
+    return f"{head}.\n\n{list_table(text)}"
 
 
 def norm_table() -> str:
@@ -263,19 +240,13 @@ def norm_table() -> str:
         settings = losses.setdefault((line["weights"], line["task"]), {})
         rates = settings.setdefault(f"{line['family']} {line['label']}", {})
         rates.setdefault(line["rate"], []).append(_loss(line))
-    text = [
-        ".. list-table::", "   :header-rows: 1", "", "   * - task", "     - weights", "     - settings",
-        "     - norm of the best step", "     - √(8 / w)",
-    ]  # fmt: skip
+    text: list[Sequence[object]] = [("task", "weights", "settings", "norm of the best step", "√(8 / w)")]
     for (weights, task), found in sorted(losses.items()):
         whole = {name: rates for name, rates in found.items() if len(rates) == len(RATES)}
         best = [min(rates, key=lambda rate: statistics.fmean(rates[rate])) for rates in whole.values()]
         norm = statistics.geometric_mean(best) / DEFAULT
-        text += [
-            f"   * - {task}", f"     - {weights}", f"     - {len(whole)}", f"     - {norm:.2f}",
-            f"     - {step_norm(weights):.2f}",
-        ]  # fmt: skip
-    return "\n".join(text) + "\n"
+        text.append((task, weights, len(whole), f"{norm:.2f}", f"{step_norm(weights):.2f}"))
+    return list_table(text)
 
 
 def main() -> None:
