@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-__all__ = ["folded", "list_table", "number"]
+__all__ = ["folded", "list_table", "number", "wrapped"]
 
 
 def number(value: Any) -> str:
@@ -29,3 +30,11 @@ def list_table(rows: Iterable[Sequence[object]], *options: str) -> str:
     lines = [".. list-table::", "   :header-rows: 1", *(f"   {option}" for option in options), ""]
     lines += [f"   {' ' if place else '*'} - {cell}".rstrip() for row in rows for place, cell in enumerate(row)]
     return "\n".join(lines) + "\n"
+
+
+def wrapped(text: str) -> Iterator[str]:
+    """Yield paragraphs of Markdown in lines of at most 120 columns; headings, lists and code stay as they are."""
+    for paragraph in text.strip().split("\n\n"):
+        kept = paragraph.startswith(("#", "```", "- "))
+        yield paragraph if kept else textwrap.fill(paragraph, 120, break_on_hyphens=False)
+        yield ""

@@ -22,14 +22,7 @@ __all__ = ["Trainings", "line_of", "run"]
 
 @dataclasses.dataclass(frozen=True)
 class Trainings:
-    """The work that is sent to every process: small, and the same for all trainings of a task.
-
-    Attributes
-    ----------
-    task, scale : str
-    cache : Path
-    device : str
-    """
+    """The work that is sent to every process: small, and the same for all trainings of a task."""
 
     task: str
     scale: str
@@ -112,23 +105,6 @@ def run(
     """Run trainings with one thread each, and yield each with its result line when it is finished.
 
     One with which a worker always dies, for example for lack of memory, has failed; it must not end all others.
-
-    Parameters
-    ----------
-    work : Trainings
-    bench : Bench
-        The opened bench, for trainings in this process.
-    trials : sequence of Trial
-    folder : Path
-        For files of workers.
-    engine : Engine
-        Where parallel trainings run; a single job runs in this process.
-    study : str
-        The digest of what results depend on.
-    progress : callable
-        Called with a trial and the fraction done.
-    known : collection of str
-        Keys of trainings that are in the results file; what workers of a killed run wrote for them is deleted.
     """
     lost: list[tuple[Trial, dict[str, Any]]] = []
     done = run_tasks(

@@ -22,13 +22,7 @@ PACKAGED = Path(tnadapt.planning.__file__).with_name("measured.json")
 
 
 def write(folder: Path) -> Path:
-    """Write the file of the package from the results in a folder.
-
-    Raises
-    ------
-    FileError
-        If results are damaged, or the file cannot be written.
-    """
+    """Write the file of the package from the results in a folder."""
     replace_file(str(PACKAGED), evidence(folder).encode())
     return PACKAGED
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 from tnadapt.checkpoints.atomic_files import replace_file
 
-from ..formatting import folded
+from ..formatting import folded, wrapped
 from . import methods, replication, report, store, tasks, which
 from .grid import BUDGETS
 from .published import RUNS, commands, coverage
@@ -18,15 +17,7 @@ __all__ = ["page", "write"]
 
 
 def write(folder: Path) -> list[Path]:
-    """Write the tables and figures of all tasks with results, and both pages.
-
-    Raises
-    ------
-    FileError
-        If results are damaged, or a file cannot be written.
-    ImportError
-        If matplotlib is not installed.
-    """
+    """Write the tables and figures of all tasks with results, and both pages."""
     paths = [path for task, scale in _studies(folder) for path in report.write(folder, task, scale)]
     target = folder / "page.md"
     replace_file(str(target), page(folder).encode())
@@ -45,14 +36,14 @@ def page(folder: Path) -> str:
 
 
 def _page(folder: Path) -> Iterator[str]:
-    yield from _wrapped(INTRODUCTION)
+    yield from wrapped(INTRODUCTION)
     studies = _studies(folder)
     yield "**Tasks.**"
     yield ""
     for name in tasks.TASKS:
         yield f"- `{name}`: {tasks.find(name).title}{'' if _has(studies, name) else ' (not measured yet)'}"
     yield ""
-    yield from _wrapped(MEASURED)
+    yield from wrapped(MEASURED)
     yield from coverage(folder)
     yield ""
     yield folded("Methods, learning rates, and what does not take part", "\n".join(_details())).rstrip("\n")
@@ -72,17 +63,11 @@ def _page(folder: Path) -> Iterator[str]:
 def _details() -> Iterator[str]:
     ours, theirs = (len(methods.names([library])) for library in ("tnadapt", "PEFT"))
     budgets = ", ".join(f"{budget:,}" for budget in BUDGETS)
-    yield from _wrapped(DETAILS.format(ours=ours, theirs=theirs, budgets=budgets, beyond=BEYOND))
+    yield from wrapped(DETAILS.format(ours=ours, theirs=theirs, budgets=budgets, beyond=BEYOND))
     yield "**Methods of PEFT that do not take part**"
     yield ""
     for name, why in methods.LEFT_OUT.items():
         yield f"- {name}: {why}."
-
-
-def _wrapped(text: str) -> Iterator[str]:
-    for paragraph in text.strip().split("\n\n"):
-        yield paragraph if paragraph.startswith(("#", "```")) else textwrap.fill(paragraph, 120, break_on_hyphens=False)
-        yield ""
 
 
 def _has(studies: list[tuple[tasks.QualityTask, str]], name: str) -> bool:
@@ -99,7 +84,7 @@ that was stopped resumes. In a clone of the repository:
 ```console
 $ pip install -e '.[quality]'
 $ python -m benchmarks.quality run --profile quick    # a choice of methods; also: day, full
-$ python -m benchmarks.quality run digits --dry-run   # what would be trained, and how long that would take
+$ python -m benchmarks.quality run digits --dry-run   # what would be trained
 $ python -m benchmarks.quality run --profile full --engine slurm --engine-option gpus=1
 $ python -m benchmarks.quality run --profile full --device cuda --shard 1/8     # or so on each of 8 machines,
 $ python -m benchmarks.quality merge && python -m benchmarks.quality report     # then, with their files in one folder

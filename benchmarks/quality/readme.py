@@ -9,8 +9,7 @@ from pathlib import Path
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import TnadaptError
 
-from .recommendation import recommendations, studies_of, table
-from .step_times import step_ratios
+from .recommendation import recommendations, step_ratios, studies_of, table
 
 __all__ = ["BEGIN", "END", "README", "section", "write"]
 
@@ -24,15 +23,7 @@ def section(folder: Path) -> str:
 
 
 def write(folder: Path) -> Path:
-    """Put the table into README.md, between its marks.
-
-    Raises
-    ------
-    TnadaptError
-        If the marks are not there.
-    FileError
-        If results are damaged, or the file cannot be written.
-    """
+    """Put the table into README.md, between its marks."""
     text = README.read_text(encoding="utf-8")
     before, begin, rest = text.partition(f"{BEGIN}\n")
     _, end, after = rest.partition(f"{END}\n")

@@ -24,46 +24,24 @@ FOLDER = "repeats"
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How two runs agree on the settings at a budget.
-
-    Attributes
-    ----------
-    budget : int
-    settings : int
-        Number of settings with a result in both.
-    correlation : float
-        Spearman's, of the mean test scores.
-    decided : int
-        Pairs of settings whose difference is decided in the first run.
-    same, confirmed, reversed : int
-        Those with the same sign in the second run; those that are decided there, too; and those that are decided there
-        the other way.
-    """
+    """How two runs agree on the settings at a budget."""
 
     budget: int
+    #: Number of settings with a result in both.
     settings: int
+    #: Spearman's, of the mean test scores.
     correlation: float
+    #: Pairs of settings whose difference is decided in the first run.
     decided: int
+    #: Those with the same sign in the second run; those that are decided there, too; and those that are decided there
+    #: the other way.
     same: int
     confirmed: int
     reversed: int
 
 
 def section(folder: Path, task: QualityTask, scale: str) -> str:
-    """Return what a second run of a task says of the first one, as Markdown; empty if there is none.
-
-    Parameters
-    ----------
-    folder : Path
-        The results of the first run; those of the second are in its folder :data:`FOLDER`.
-    task : QualityTask
-    scale : str
-
-    Raises
-    ------
-    FileError
-        If results are damaged.
-    """
+    """Return what a second run of a task says of the first one, as Markdown; empty if there is none."""
     runs = _runs(folder, task, scale)
     return "" if runs is None else "\n".join(_lines(task, *runs)) + "\n"
 

@@ -20,15 +20,7 @@ __all__ = ["note_of", "row", "scored", "shown", "table", "write"]
 
 
 def write(folder: Path, task: QualityTask, scale: str) -> list[Path]:
-    """Write the table and the figures of a task next to its results; return their paths, none if there are no results.
-
-    Raises
-    ------
-    FileError
-        If the results are damaged, or a file cannot be written.
-    ImportError
-        If matplotlib is not installed.
-    """
+    """Write the table and the figures of a task next to its results, if it has any; return their paths."""
     found = store.read(folder, task.name, scale)
     if found is None:
         return []

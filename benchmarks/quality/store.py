@@ -39,20 +39,13 @@ FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class TaskResults:
-    """The results of a task.
+    """The results of a task."""
 
-    Attributes
-    ----------
-    study : dict
-        Everything that outcomes depend on, except method, seed and rate.
-    records : dict of str to dict
-        Finished trainings by key.
-    sessions : list of dict
-        Machine and versions of each run.
-    """
-
+    #: Everything that outcomes depend on, except method, seed and rate.
     study: dict[str, Any]
+    #: Finished trainings by key.
     records: dict[str, dict[str, Any]]
+    #: Machine and versions of each run.
     sessions: list[dict[str, Any]]
 
 
@@ -115,13 +108,7 @@ def files_of(folder: Path, task: str, scale: str) -> list[Path]:
 
 
 def open_results(folder: Path, task: str, scale: str, shard: tuple[int, int], study: Mapping[str, Any]) -> Results:
-    """Open the file of a shard to write into.
-
-    Raises
-    ------
-    FileError
-        If it belongs to another study, is damaged, or is in use.
-    """
+    """Open the file of a shard to write into."""
     return Results(path_of(folder, task, scale, shard), study, fields=FIELDS)
 
 
@@ -129,11 +116,6 @@ def read(folder: Path, task: str, scale: str) -> TaskResults | None:
     """Read the results of all shards of a task; None if there are none.
 
     A training that failed with an error in one file and was finished in another counts as finished.
-
-    Raises
-    ------
-    FileError
-        If a file is damaged, or two files belong to different studies.
     """
     study: dict[str, Any] | None = None
     records: dict[str, dict[str, Any]] = {}
@@ -160,18 +142,7 @@ def read(folder: Path, task: str, scale: str) -> TaskResults | None:
 
 
 def merge(folder: Path, task: str, scale: str) -> Path | None:
-    """Write the results of all shards of a task into one file, and remove those of the shards.
-
-    Returns
-    -------
-    Path or None
-        The file; None if there are no results.
-
-    Raises
-    ------
-    FileError
-        As in :func:`read`, or if a file cannot be written, or is in use by a run.
-    """
+    """Write the results of all shards of a task into one file, and remove those of the shards."""
     found = read(folder, task, scale)
     if found is None:
         return None

@@ -37,20 +37,7 @@ LEFT_OUT = {
 
 
 class PeftMethod(Method):
-    """A method of PEFT with its settings in order of size.
-
-    Parameters
-    ----------
-    name, title : str
-    config : str
-        The name of its class of settings in ``peft``.
-    arguments : callable
-        ``arguments(size, facts)`` returns the fields of the settings, or None beyond the last size.
-    most : callable
-        ``most(facts)`` returns the largest size.
-    count : callable, optional
-        ``count(arguments, facts)`` for methods that cannot be built on the meta device.
-    """
+    """A method of PEFT with its settings in order of size."""
 
     library = "PEFT"
 
@@ -87,13 +74,7 @@ class PeftMethod(Method):
         return self.setting(budget, self.label(arguments), counted(low), {"peft": self.config, **arguments})
 
     def parameters(self, arguments: Arguments, facts: Facts, sketch: nn.Module) -> int:
-        """Return the number of trained parameters of a setting.
-
-        Raises
-        ------
-        UnfitError
-            If PEFT refuses the setting on this model.
-        """
+        """Return the number of trained parameters of a setting."""
         if self.count is not None:
             if not all(isinstance(sketch.get_submodule(module), nn.Linear) for module in facts.modules):
                 raise UnfitError("is for linear layers")

@@ -23,17 +23,7 @@ __all__ = ["ProblemBench"]
 
 
 class ProblemBench:
-    """A problem of :mod:`tnadapt.finetune`.
-
-    Parameters
-    ----------
-    task : QualityTask
-    scale : str
-    problem : Problem
-    training : Training
-    score : str, optional
-        The further metric that is the score, instead of the problem's own.
-    """
+    """A problem of :mod:`tnadapt.finetune`."""
 
     def __init__(
         self, task: QualityTask, scale: str, problem: Problem, training: Training, score: str | None = None

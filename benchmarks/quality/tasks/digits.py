@@ -18,13 +18,7 @@ __all__ = ["Digits"]
 
 
 class Separate(nn.Module):
-    """The attention of the ViT with its fused weight cut into three layers, so that PEFT can adapt two of them.
-
-    Parameters
-    ----------
-    fused : nn.Module
-        The module with ``qkv`` and ``proj``; it computes the same function.
-    """
+    """The attention of the ViT with its fused weight cut into three layers, so that PEFT can adapt two of them."""
 
     def __init__(self, fused: Any) -> None:
         super().__init__()
