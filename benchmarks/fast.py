@@ -2,12 +2,12 @@
 
 Runs the parts (all of them without arguments), each in a separate process, and stores the measurements next to this
 file, in ``results/fast/PART.jsonl``: a first line with the machine and the versions, then one line per case.
-From these files it then generates the page ``results/speed.md``, which the documentation shows, and its pictures;
+From these files it then generates the page ``results/speed.md``, which the documentation shows, and its picture;
 ``--page`` only does this. Running one part alone replaces its results and no others.
 
 Times are medians of contestants that alternate in one process; the comparison is by their ratio. Keep the machine
 otherwise idle. ``--smoke`` runs each part on tiny sizes into a temporary folder, in a minute: it checks that the parts
-run and that their contestants agree, not their speed.
+run, not their speed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ PARTS = {
     "memory": ("peak memory of a training step", 2),
     "decoding": ("decoding with adapters that are not merged", 2),
     "strategies": ("how a layer applies its update", 2),
-    "growth": ("cost against the number of elements", 1),
     "files": ("planning, extraction and merging", 1),
     "gpu": ("on a GPU", 2),
 }

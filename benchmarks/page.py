@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import growth
 from formatting import folded, number
 
 __all__ = ["HEADLINES", "headlines", "sources", "write"]
@@ -221,7 +220,7 @@ WHAT = {
 
 
 def write(found: Mapping[str, Rows], folder: Path) -> None:
-    """Write ``speed.md`` and the pictures to a folder, from a mapping of part to lines, the first being the machine."""
+    """Write ``speed.md`` and its picture to a folder, from a mapping of part to lines, the first being the machine."""
     text = [HEAD, *headlines(found), "\n"]
     text += [folded("How this was measured", ABOUT.format(machines=_machines(found)) + "".join(sources()))]
     for part, (title, about) in WHAT.items():
@@ -231,8 +230,6 @@ def write(found: Mapping[str, Rows], folder: Path) -> None:
             # The heading stays outside: links to it work, and it can be skimmed.
             text += [f"\n## {title}\n\n", folded("All measurements", "".join(inside))]
     (folder / "speed.md").write_text("".join(text), encoding="utf-8")
-    if "growth" in found:
-        growth.draw(list(found["growth"][1:]), folder / "speed_growth.png")
 
 
 def _machines(found: Mapping[str, Rows]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,8 @@ __all__ = ["page", "write"]
 
 
 def write(folder: Path) -> list[Path]:
-    """Write the tables and figures of all tasks with results, and both pages."""
-    paths = [path for task, scale in _studies(folder) for path in report.write(folder, task, scale)]
+    """Draw the figures of all tasks with results, and write both pages."""
+    paths = [path for task, scale in _studies(folder) for path in report.draw(folder, task, scale)]
     target = folder / "page.md"
     replace_file(str(target), page(folder).encode())
     return [*paths, target, which.write(folder)]
@@ -55,9 +56,9 @@ def _page(folder: Path) -> Iterator[str]:
         if task.name in RUNS and scale == "small":
             yield ""
             yield folded("The commands that repeat these results", "\n".join(commands(task.name))).rstrip("\n")
-        repeated = replication.section(folder, task, scale).rstrip("\n")
-        if repeated:
-            yield from ("", repeated)
+        if repeated := replication.summary(folder, task, scale):
+            yield ""
+            yield textwrap.fill(repeated, 120, break_on_hyphens=False)
 
 
 def _details() -> Iterator[str]:

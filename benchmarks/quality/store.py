@@ -7,7 +7,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ __all__ = [
     "merge",
     "open_results",
     "origin",
-    "origin_of",
     "path_of",
     "read",
     "versions",
@@ -63,24 +62,8 @@ def _installed(*names: str) -> dict[str, str]:
 
 
 def origin(device: str) -> dict[str, Any]:
-    """Return what a training's line says of the process that it ran in, of a run with several machines."""
+    """Return what a training's line says of the machine that it ran on."""
     return {"device": torch.device(device).type, "versions": _installed("peft", "torch")}
-
-
-def origin_of(line: Mapping[str, Any], sessions: Sequence[Mapping[str, Any]]) -> str:
-    """Return the device and the versions that a training was made with; empty if that was not recorded.
-
-    Lines that do not say it are of the sessions of their files, if these agree.
-    """
-    if "device" in line:
-        return _origin_text(line["device"], line["versions"])
-    found = {_origin_text(one.get("device", "cpu"), {**one["versions"], **one.get("peers", {})}) for one in sessions}
-    return found.pop() if len(found) == 1 else ""
-
-
-def _origin_text(device: str, versions: Mapping[str, str]) -> str:
-    named = [f"{name} {versions[name]}" for name in ("peft", "torch") if name in versions]
-    return ", ".join((device.partition(":")[0], *named))
 
 
 def stem(task: str, scale: str) -> str:

@@ -1,4 +1,4 @@
-"""The benchmarks run, their contestants agree, and the page that the documentation shows is made of the results."""
+"""The benchmarks run, and the page that the documentation shows is made of the results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.depth import in_depth, long_only
 
 pytest.importorskip("torch")
 
-PARTS = ("steps", "memory", "decoding", "strategies", "growth", "files", "gpu")
+PARTS = ("steps", "memory", "decoding", "strategies", "files", "gpu")
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,7 +31,7 @@ def scripts(benchmark_scripts: Callable[[str], ModuleType]) -> ModuleType:
 
 
 def smoke(script: str, *options: str) -> str:
-    """Run a script on tiny sizes, where it checks that its contestants agree; return what it prints."""
+    """Run a script on tiny sizes, and return what it prints."""
     command = [sys.executable, str(BENCHMARKS / script), "--smoke", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -43,7 +43,7 @@ def test_every_part_is_tried(scripts: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("part", in_depth(PARTS, ("steps",)))
-def test_a_part_runs_and_its_contestants_agree(part: str) -> None:
+def test_a_part_runs(part: str) -> None:
     smoke("fast.py", part)
 
 
@@ -70,11 +70,6 @@ def test_a_first_run_on_a_card_goes_on_after_a_failure(
     assert found["card"]
 
 
-def test_a_tensor_is_decomposed_from_a_memory_map(tmp_path: Path) -> None:
-    smoke("large_tensors.py", "--folder", str(tmp_path))
-    assert not list(tmp_path.iterdir())
-
-
 @long_only
 def test_adapters_are_extracted_from_shards(tmp_path: Path) -> None:
     printed = smoke("extract_large.py", "--layers", "1", "--folder", str(tmp_path))
@@ -87,18 +82,6 @@ def test_the_table_of_extractions_is_that_of_its_results(benchmark_scripts: Call
     found = json.loads(results.read_text(encoding="utf-8"))
     table = benchmark_scripts("extract_large").table(found)
     assert table == results.with_suffix(".rst").read_text(encoding="utf-8")
-
-
-def test_the_figures_of_large_tensors_are_measured() -> None:
-    found = json.loads((BENCHMARKS / "results" / "large_tensors.json").read_text(encoding="utf-8"))
-    ranks, error, train = found["rows"]
-    text = " ".join((BENCHMARKS.parent / "docs" / "tensors.rst").read_text(encoding="utf-8").split())
-    memory = round(ranks["peak above the start, MB"])
-    assert found["shape"] == [1000] * 3
-    assert f"blocks of {found['block, bytes'] >> 20} MiB on {found['cores']} cores" in text
-    assert f"took {ranks['seconds']:.0f} s and {memory} MB of memory" in text
-    assert f"an allowed error of 0.02 {error['seconds']:.0f} s" in text
-    assert f"a tensor train of ranks (10, 8) {train['seconds']:.0f} s" in text
 
 
 def test_the_table_of_mixed_batches_is_that_of_its_results(benchmark_scripts: Callable[[str], ModuleType]) -> None:

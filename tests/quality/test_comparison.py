@@ -114,43 +114,6 @@ def test_the_table_says_what_was_found() -> None:
     assert "2 cores of a processor, device cpu, Python 3.12, torch 2" in text
 
 
-SESSION = {"versions": {"python": "3.12", "torch": "2.1"}, "peers": {"peft": "0.9"}, "cores": 2, "processor": "one"}
-CPU = {"device": "cpu", "versions": {"peft": "0.9", "torch": "2.1"}}
-MIXED = "Trainings differ in device or versions, also those that are compared: "
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "sessions", "words"),
-    [
-        (CPU, CPU, [], ""),
-        (CPU, {**CPU, "device": "cuda"}, [],
-         "2 of cpu, peft 0.9, torch 2.1; 3 of cuda, peft 0.9, torch 2.1; 0 settings were trained with several."),
-        (CPU, {**CPU, "versions": {"peft": "0.10", "torch": "2.1"}}, [],
-         "2 of cpu, peft 0.9, torch 2.1; 3 of cpu, peft 0.10, torch 2.1; 0 settings were trained with several."),
-        # Lines of earlier versions of this program say nothing; they are those of the sessions, if these agree.
-        ({}, {}, [{"device": "cpu"}, {"device": "cuda"}], ""),
-        ({}, CPU, [{"device": "cpu"}, {"device": "cpu"}, {}], ""),
-        ({}, CPU, [{"device": "cuda"}, {"device": "cpu"}],
-         "2 that were not recorded; 3 of cpu, peft 0.9, torch 2.1; 0 settings were trained with several."),
-    ],
-)  # fmt: skip
-def test_a_table_says_that_devices_or_versions_differ(
-    one: dict[str, Any], other: dict[str, Any], sessions: list[dict[str, Any]], words: str
-) -> None:
-    records = [*lines("a", [0.5, 0.6], **one), *lines("b", [0.5, 0.6, 0.7], **other)]
-    found = store.TaskResults(
-        {"samples": {"training": 3}}, {line["key"]: line for line in records}, [SESSION | more for more in sessions]
-    )
-    said = [line for line in report.table(TASK, found, "played").splitlines() if line.startswith(MIXED)]
-    assert said == ([MIXED + words] if words else [])
-
-
-def test_settings_that_were_trained_on_several_devices_are_counted() -> None:
-    records = [*lines("a", [0.5, 0.6], **CPU), *lines("a", [0.5], rate=1.0, **{**CPU, "device": "cuda"})]
-    found = store.TaskResults({"samples": {"training": 3}}, {line["key"]: line for line in records}, [])
-    assert "1 of cuda, peft 0.9, torch 2.1; 1 setting was trained with several." in report.table(TASK, found, "played")
-
-
 # -- What is published ------------------------------------------------------------------------------
 
 Publish: TypeAlias = Callable[[list[dict[str, Any]]], None]
