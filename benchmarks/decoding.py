@@ -43,23 +43,19 @@ CASES: dict[str, tna.Config] = {
     "dense, of bfloat16": P.dense(),
     "superlora(4) + F, ρ = 0.1": P.superlora(4, projection="linear", ratio=0.1),
 }
-
-
 #: Compiling takes half a minute each.
 COMPILED = ("lora(4)", "superlora(4)", "superlora(4) + F, ρ = 0.1")
 
 
-def base(dtype: torch.dtype, smoke: bool) -> nn.Module:
+def llama(layers: int, vocabulary: int, width: int, mlp: int, heads: int, key_value_heads: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes: dict[str, Any] = (
-        {"hidden_size": 256, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
-        if smoke
-        else {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
-    )
     torch.manual_seed(0)
-    config = LlamaConfig(num_hidden_layers=2, vocab_size=256, **sizes)
-    return LlamaForCausalLM(config).to(dtype).requires_grad_(False).eval()
+    config = LlamaConfig(
+        num_hidden_layers=layers, vocab_size=vocabulary, hidden_size=width, intermediate_size=mlp,
+        num_attention_heads=heads, num_key_value_heads=key_value_heads,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).requires_grad_(False).eval()
 
 
 def stir(parameters: Any) -> None:
@@ -117,7 +113,7 @@ def decoder(model: nn.Module, caches: Any) -> Callable[[], Tensor]:
 @torch.no_grad()
 def compare(dtype: torch.dtype, smoke: bool, compiled: bool) -> list[dict[str, Any]]:
     """Return one row for each case."""
-    model = base(dtype, smoke)
+    model = llama(2, 256, *((256, 64, 4, 4) if smoke else (4096, 14336, 32, 8))).to(dtype)
     several: dict[str, tuple[nn.Module, Callable[[], None]]] = {"base": (model, lambda: None)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

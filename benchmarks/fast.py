@@ -67,12 +67,12 @@ def run(part: str, folder: Path, smoke: bool) -> None:
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Return a mapping of part to its lines, the first being the machine; those without results are omitted."""
-    found = {}
-    paths = {part: folder / f"{part}.jsonl" for part in PARTS}
-    for part, path in {**paths, **{other: folder.parent / f"{other}.jsonl" for other in OTHERS}}.items():
-        if path.is_file():
-            found[part] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return found
+    paths = [*(folder / f"{part}.jsonl" for part in PARTS), *(folder.parent / f"{part}.jsonl" for part in OTHERS)]
+    return {
+        path.stem: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in paths
+        if path.is_file()
+    }
 
 
 def main() -> int:

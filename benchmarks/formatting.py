@@ -6,8 +6,6 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-__all__ = ["folded", "list_table", "number", "wrapped"]
-
 
 def number(value: Any) -> str:
     """Write three digits of a float, groups of three digits in long integers, and other values as text."""
@@ -23,6 +21,17 @@ def number(value: Any) -> str:
 def folded(summary: str, text: str) -> str:
     """Return Markdown that shows one line until a reader opens it, in the documentation and on GitHub."""
     return f"<details>\n<summary>{summary}</summary>\n\n{text.strip()}\n\n</details>\n"
+
+
+def row(cells: Iterable[str]) -> str:
+    """Return a row of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown, the first row of which has the titles."""
+    first, *others = rows
+    return "".join(f"{line}\n" for line in (row(first), f"|{'---|' * len(first)}", *map(row, others)))
 
 
 def list_table(rows: Iterable[Sequence[object]], *options: str) -> str:

@@ -13,8 +13,6 @@ from typing import Any
 
 import steps
 
-__all__ = ["measure"]
-
 #: The cases besides PEFT's LoRA.
 CASES = ("peft lokr r=4", "peft fourierft", *steps.OURS)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decoding import llama
 from formatting import list_table
 from machine import machine
 from timing import ratios, shared_copy, take_turns
@@ -37,18 +38,6 @@ OURS: dict[str, tna.Config] = {"lora": P.lora(8), "superlora": P.superlora(8), "
 ADAPTERS = (1, 8, 64)
 BATCH, LAYERS, ROUNDS, THREADS = 64, 6, 9, 1
 TOKENS = {"prefill": 32, "decode": 1}
-
-
-def llama(layers: int, smoke: bool) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes: dict[str, Any] = (
-        {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-        if smoke
-        else {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, vocab_size=1024, **sizes)).eval()
 
 
 def stir(parameters: Any, seed: int) -> None:
@@ -184,9 +173,9 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     if parser.parse_args().smoke:
         for number in (1, 4):
-            compare(llama(2, True), number, 8, 1)
+            compare(llama(2, 1024, 32, 48, 4, 2), number, 8, 1)
         return
-    base = llama(LAYERS, False)
+    base = llama(LAYERS, 1024, 576, 1536, 9, 3)
     about = {**machine(), "layers": LAYERS, "threads": THREADS, "batch": BATCH}
     rows: list[dict[str, Any]] = [{"machine": about}]
     for number in ADAPTERS:

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from formatting import folded, number
-
-__all__ = ["HEADLINES", "headlines", "sources", "write"]
+from formatting import folded, number, table
 
 Rows = Sequence[Mapping[str, Any]]
 Find = Callable[[Rows], float | None]
@@ -82,72 +80,32 @@ DECOMPOSITIONS = {
 }  # fmt: skip
 SWITCHING = "switching between two adapters"
 
-HEADLINES = (
-    Headline(
-        "A training step of ViT-base, over the step with PEFT's LoRA",
-        "steps",
-        found_in("ratio", STEPS, problem="vit"),
-    ),
-    Headline(
-        "A training step of MiniLM, over the step with PEFT's LoRA",
-        "steps",
-        found_in("ratio", STEPS, problem="minilm"),
-    ),
-    Headline(
-        "Peak memory of that step of ViT-base, above PEFT's LoRA, in MB",
-        "memory",
-        found_in("above lora MB", STEPS, problem="vit"),
-    ),
-    Headline(
-        "Decoding a token with an adapter that is not merged, over the base without one",
-        "decoding",
-        {
-            f"{label} in {dtype}": largest("ratio", case=case, dtype=dtype)
-            for dtype in ("float32", "bfloat16")
-            for label, case in UNMERGED.items()
-        }
-        | {
-            f"bytes read by {label}": largest("bytes", case=case, dtype="bfloat16")
-            for label, case in {"SuperLoRA": "superlora(4)", "the slowest": "dense"}.items()
-        },
-    ),
-    Headline(
-        "Switching to another adapter and back",
-        "short",
-        {"over PEFT's time": largest("ratio", case=SWITCHING), "in ms": largest("seconds", 1e3, case=SWITCHING)},
-    ),
-    Headline(
-        "A pass of 224 small layers, mostly Python's time for each, over PEFT's LoRA",
-        "short",
-        found_in("ratio", LAYERS),
-    ),
-    Headline(
-        "A step of a layer with the strategy that `attach` chooses, over the best strategy",
-        "strategies",
-        {"the slowest case": largest("over best")},
-    ),
-    Headline(
-        "Planning, and extraction from a tuned ViT-base, in seconds",
-        "files",
-        {"plan for 10,000 weights": largest("wall", case="plan, one shape")}
-        | found_in("wall", {label: f"extract, {FILES[label]}" for label in ("LoRA", "SuperLoRA with F")}),
-    ),
-    Headline(
-        "Merging into a checkpoint on disk, over reading and writing it",
-        "files",
-        found_in("wall_ratio", {label: f"merge, {case}" for label, case in FILES.items()}),
-    ),
-    Headline(
-        "Decompositions of a tensor or matrix, over TensorLy's, the slowest case of each",
-        "decompositions",
-        {label: over_tensorly(kind) for label, kind in DECOMPOSITIONS.items()},
-    ),
-    Headline(
-        "On a GPU: the Hadamard transform of 2^24, over a copy",
-        "gpu",
-        {"float32": largest("× copy", what="fwht", points="2^24")},
-    ),
-)
+BYTES = {"bytes read by SuperLoRA": "superlora(4)", "bytes read by the slowest": "dense"}
+EXTRACTED = {label: f"extract, {FILES[label]}" for label in ("LoRA", "SuperLoRA with F")}
+MERGED = {label: f"merge, {case}" for label, case in FILES.items()}
+
+HEADLINES = tuple(Headline(*line) for line in (
+    ("A training step of ViT-base, over the step with PEFT's LoRA", "steps", found_in("ratio", STEPS, problem="vit")),
+    ("A training step of MiniLM, over the step with PEFT's LoRA", "steps", found_in("ratio", STEPS, problem="minilm")),
+    ("Peak memory of that step of ViT-base, above PEFT's LoRA, in MB", "memory",
+     found_in("above lora MB", STEPS, problem="vit")),
+    ("Decoding a token with an adapter that is not merged, over the base without one", "decoding",
+     {f"{label} in {dtype}": largest("ratio", case=case, dtype=dtype)
+      for dtype in ("float32", "bfloat16") for label, case in UNMERGED.items()}
+     | found_in("bytes", BYTES, dtype="bfloat16")),
+    ("Switching to another adapter and back", "short",
+     {"over PEFT's time": largest("ratio", case=SWITCHING), "in ms": largest("seconds", 1e3, case=SWITCHING)}),
+    ("A pass of 224 small layers, mostly Python's time for each, over PEFT's LoRA", "short", found_in("ratio", LAYERS)),
+    ("A step of a layer with the strategy that `attach` chooses, over the best strategy", "strategies",
+     {"the slowest case": largest("over best")}),
+    ("Planning, and extraction from a tuned ViT-base, in seconds", "files",
+     found_in("wall", {"plan for 10,000 weights": "plan, one shape", **EXTRACTED})),
+    ("Merging into a checkpoint on disk, over reading and writing it", "files", found_in("wall_ratio", MERGED)),
+    ("Decompositions of a tensor or matrix, over TensorLy's, the slowest case of each", "decompositions",
+     {label: over_tensorly(kind) for label, kind in DECOMPOSITIONS.items()}),
+    ("On a GPU: the Hadamard transform of 2^24, over a copy", "gpu",
+     {"float32": largest("× copy", what="fwht", points="2^24")}),
+))  # fmt: skip
 
 #: The script of a part that is not one of ``fast.py``.
 SCRIPTS = {"short": "short.py --record", "decompositions": "decompositions.py"}
@@ -240,13 +198,10 @@ def _machines(found: Mapping[str, Rows]) -> str:
 def _table(rows: Rows) -> Iterable[str]:
     """Render the rows, with one table for each set of columns, in their order."""
     kinds: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        kinds.setdefault(tuple(row), []).append(row)
+    for one in rows:
+        kinds.setdefault(tuple(one), []).append(one)
     for columns, several in kinds.items():
-        yield "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns) + "\n"
-        for row in several:
-            yield "| " + " | ".join(number(row[column]) for column in columns) + " |\n"
-        yield "\n"
+        yield table([columns, *([number(one[column]) for column in columns] for one in several)]) + "\n"
 
 
 def _on(machine: Mapping[str, Any]) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from formatting import list_table
-from machine import machine
+from machine import installed, machine
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "quantized.json"
@@ -205,11 +204,7 @@ def measure() -> dict[str, Any]:
         if name.startswith("bitsandbytes") and "embedding" not in name:
             row["64 by 96"], row["96 by 64"] = off_by(make, 64, 96), off_by(make, 96, 64)
         found[name] = row
-    versions = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return {"machine": machine(), "versions": versions, "kinds": found}
+    return {"machine": machine(), "versions": installed(*PACKAGES), "kinds": found}
 
 
 def tables(results: dict[str, Any]) -> str:

@@ -98,7 +98,6 @@ def run(name: str, folder: Path, seeds: int, jobs: int, engine: str = "local") -
     settings = TASKS[name]
     study = Study(settings.spec(name, folder), _Chosen(name), settings.training, RATES, seeds)
     study.run(out, jobs, engine=engine)
-    RESULTS.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(out / "results.jsonl", kept)
     return kept
 
@@ -116,15 +115,9 @@ class Row:
     validation: dict[float, float]
 
     @property
-    def factor(self) -> float:
-        """The best rate over the default."""
-        return self.best / DEFAULT
-
-    @property
     def losses(self) -> tuple[float, ...]:
         """Points that the default loses against the best rate, on the test samples of each seed."""
-        pairs = zip(self.test_best, self.test_default, strict=True)
-        return tuple(100.0 * (best - default) for best, default in pairs)
+        return tuple(100.0 * (a - b) for a, b in zip(self.test_best, self.test_default, strict=True))
 
     @property
     def loss(self) -> float:
@@ -134,7 +127,7 @@ class Row:
     @property
     def within(self) -> bool:
         """Whether the best rate is within a factor of 2 of the default."""
-        return 0.5 <= self.factor <= 2.0
+        return 0.5 <= self.best / DEFAULT <= 2.0
 
 
 def rows_of(lines: Iterable[dict[str, Any]]) -> list[Row]:
@@ -162,8 +155,7 @@ def rows_of(lines: Iterable[dict[str, Any]]) -> list[Row]:
 def table(name: str) -> str:
     """Return the table of a task in reStructuredText."""
     rows = rows_of(read_lines(RESULTS / f"{name}.jsonl"))
-    seeds = {len(row.test_best) for row in rows}
-    (count,) = seeds
+    (count,) = {len(row.test_best) for row in rows}
     text = [
         ("setting", "parameters", *(f"{rate:g}" for rate in RATES), "best", "test at best", "at the default", "lost")
     ]
@@ -177,9 +169,8 @@ def table(name: str) -> str:
 
 def summary() -> str:
     """Return what the tables of all tasks say, in reStructuredText."""
-    return (
-        f"On all tasks, {_told([row for name in TASKS for row in rows_of(read_lines(RESULTS / f'{name}.jsonl'))])}.\n"
-    )
+    rows = [row for name in TASKS for row in rows_of(read_lines(RESULTS / f"{name}.jsonl"))]
+    return f"On all tasks, {_told(rows)}.\n"
 
 
 def _told(rows: Sequence[Row]) -> str:

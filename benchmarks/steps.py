@@ -66,9 +66,8 @@ def vit(smoke: bool = False, layers: int | None = None) -> Problem:
         "pixel_values": torch.randn(2 if smoke else 8, 3, config.image_size, config.image_size),
         "labels": torch.arange(2 if smoke else 8) % 10,
     }
-    return Problem(
-        model, batch, ("q_proj", "v_proj"), config.num_hidden_layers, config.hidden_size, config.num_attention_heads
-    )
+    heads = config.num_attention_heads
+    return Problem(model, batch, ("q_proj", "v_proj"), config.num_hidden_layers, config.hidden_size, heads)
 
 
 def minilm(smoke: bool = False) -> Problem:

@@ -15,8 +15,6 @@ from tnadapt.backends.blas_threads import one_blas_thread
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["optional", "ratios", "shared_copy", "take_turns", "threads"]
-
 
 def optional(name: str) -> Any:
     """Return a peer's module, or None if it is not installed."""

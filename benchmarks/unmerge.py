@@ -11,7 +11,6 @@ Results go to ``results/unmerge.json``, and the table of the documentation, made
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 from formatting import list_table
+from machine import installed
 
 import tnadapt as tna
 from paper.registries import fetch
@@ -148,7 +148,7 @@ def main() -> None:
             parser.error("give a folder for the model")
         folder, _ = fetch("reviews", given.folder)
         rows = [row for name in LIBRARIES for dtype in DTYPES for row in measured(name, folder, dtype)]
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "peft", "transformers")}
+        versions = installed("torch", "peft", "transformers")
         RESULTS.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     TABLE.write_text(table(json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]), encoding="utf-8")
 

@@ -23,8 +23,6 @@ from .running import Listener, Run
 from .tasks import QualityTask
 from .tuning import Plan, due
 
-__all__ = ["main"]
-
 #: The results that the documentation shows.
 PUBLISHED = Path(__file__).parents[1] / "results" / "quality"
 

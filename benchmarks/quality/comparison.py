@@ -14,20 +14,6 @@ from .methods import BASE, DENSE
 from .tasks import QualityTask
 from .tuning import held_out
 
-__all__ = [
-    "Difference",
-    "Outcome",
-    "at_budget",
-    "base_of",
-    "dense_of",
-    "difference",
-    "improves",
-    "leader_of",
-    "outcomes_of",
-    "setting_of",
-    "share",
-]
-
 Lines = Sequence[Mapping[str, Any]]
 
 

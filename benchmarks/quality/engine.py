@@ -17,8 +17,6 @@ from tnadapt.finetune.engines import Do
 from . import store, tasks
 from .grid import Trial
 
-__all__ = ["Trainings", "line_of", "run"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Trainings:
@@ -78,18 +76,10 @@ def line_of(trial: Trial, measured: dict[str, Any]) -> dict[str, Any]:
     """Return the result line of a training."""
     one, method = trial.setting, trial.method
     return {
-        "key": trial.key,
-        "method": one.method,
-        "title": method.title,
-        "library": method.library,
-        "label": one.label,
-        "budget": one.budget,
-        "parameters": one.parameters,
-        "config": one.values,
-        "seed": trial.seed,
-        "rate": trial.rate,
-        **measured,
-    }
+        "key": trial.key, "method": one.method, "title": method.title, "library": method.library, "label": one.label,
+        "budget": one.budget, "parameters": one.parameters, "config": one.values, "seed": trial.seed,
+        "rate": trial.rate, **measured,
+    }  # fmt: skip
 
 
 def run(

@@ -15,8 +15,6 @@ from .comparison import Outcome, at_budget, base_of, improves, outcomes_of, shar
 from .figures import budgets_of
 from .tasks import QualityTask
 
-__all__ = ["PACKAGED", "evidence", "write"]
-
 #: The file that :mod:`tnadapt.planning` reads.
 PACKAGED = Path(tnadapt.planning.__file__).with_name("measured.json")
 

@@ -12,8 +12,6 @@ from tnadapt import torch as tnt
 from tnadapt.errors import TnadaptError
 from tnadapt.planning.preset_families import AdaptedWeights
 
-__all__ = ["Facts", "facts_of"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Facts:

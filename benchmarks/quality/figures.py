@@ -12,8 +12,6 @@ from tnadapt.plot.canvas import figure, ink, pale, quiet, saved
 from .comparison import Outcome, at_budget, leader_of
 from .tasks import QualityTask
 
-__all__ = ["LIBRARIES", "budgets_of", "draw_methods", "draw_scores"]
-
 #: Colour and marker of each library.
 LIBRARIES = {"tnadapt": ("#D55E00", "o"), "PEFT": ("#0072B2", "s")}
 #: Methods of each budget that are named in the first figure.

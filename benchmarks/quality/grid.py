@@ -12,8 +12,6 @@ from .facts import Facts
 from .methods import Method, Setting
 from .tasks import QualityTask
 
-__all__ = ["BUDGETS", "Absent", "Grid", "Trial", "grid_of", "shard_of"]
-
 BUDGETS = (13, 100, 1_000, 10_000, 100_000)
 
 

@@ -8,8 +8,6 @@ from tnadapt.errors import TnadaptError, safe_repr
 
 from .grid import BUDGETS
 
-__all__ = ["FEW", "PROFILES", "Profile", "profile_of"]
-
 #: A choice of methods: what people use, and the families with the fewest parameters.
 FEW = (
     "lora", "lonkr", "lorta", "superlora", "superlora-projected", "fastfood", "lora_xs", "tinylora", "unilora",

@@ -16,17 +16,12 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.checkpoints.lora_export import lora_export
 from tnadapt.errors import FileError
 
+from ..formatting import row
 from . import store, tasks
 from .comparison import Outcome, at_budget, base_of, improves, outcomes_of, share
 from .facts import Facts
 from .figures import budgets_of
-from .report import row
 from .tasks import QualityTask
-
-__all__ = [
-    "Choice", "Recommendation", "Study", "lora_rank", "recommendations", "step_ratio", "step_ratios", "studies_of",
-    "table",
-]  # fmt: skip
 
 #: Rows that ``python benchmarks/steps.py --problem minilm --rounds 12 --results THIS CASE CASE CASE`` appends: a call
 #: for each two or three cases, as other load on the machine affects short rounds less.

@@ -12,8 +12,6 @@ from .comparison import Outcome, at_budget, difference, outcomes_of
 from .figures import budgets_of
 from .tasks import QualityTask
 
-__all__ = ["FOLDER", "Agreement", "agreement", "summary"]
-
 #: The folder of second runs, in that of the results.
 FOLDER = "repeats"
 

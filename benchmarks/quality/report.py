@@ -10,13 +10,11 @@ from typing import Any
 
 from tnadapt.checkpoints.atomic_files import replace_file
 
-from ..formatting import folded
+from ..formatting import folded, row
 from . import store
 from .comparison import Difference, Outcome, at_budget, base_of, difference, leader_of, outcomes_of
 from .figures import LIBRARIES, budgets_of, draw_methods, draw_scores
 from .tasks import QualityTask
-
-__all__ = ["draw", "note_of", "row", "scored", "shown", "table", "write"]
 
 
 def write(folder: Path, task: QualityTask, scale: str) -> list[Path]:
@@ -166,11 +164,6 @@ def _budget(task: QualityTask, outcomes: Sequence[Outcome], leader: Outcome, bas
                 "" if base is None else shown(task, difference(task, one, base)), shown(task, behind),
             )
         )  # fmt: skip
-
-
-def row(cells: Sequence[str]) -> str:
-    """Return a row of a table."""
-    return f"| {' | '.join(cells)} |"
 
 
 def _rate(one: Outcome) -> str:

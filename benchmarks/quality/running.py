@@ -20,8 +20,6 @@ from .methods import Setting
 from .tasks import QualityTask
 from .tuning import Plan, due
 
-__all__ = ["Listener", "Run"]
-
 
 class Listener:
     """Receives the progress of a run and ignores it; override the methods to show it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
@@ -17,17 +16,7 @@ from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import FileError
 from tnadapt.finetune.results import Results, read_lines
 
-__all__ = [
-    "FIELDS",
-    "TaskResults",
-    "files_of",
-    "merge",
-    "open_results",
-    "origin",
-    "path_of",
-    "read",
-    "versions",
-]
+from ..machine import installed
 
 #: Required fields of a training's line.
 FIELDS = {
@@ -50,20 +39,12 @@ class TaskResults:
 
 def versions() -> dict[str, Any]:
     """Return the versions of peers, which a session records besides those that tnadapt records."""
-    return {"peers": _installed("peft", "trl", "diffusers")}
-
-
-def _installed(*names: str) -> dict[str, str]:
-    found = {}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    return {"peers": installed("peft", "trl", "diffusers")}
 
 
 def origin(device: str) -> dict[str, Any]:
     """Return what a training's line says of the machine that it ran on."""
-    return {"device": torch.device(device).type, "versions": _installed("peft", "torch")}
+    return {"device": torch.device(device).type, "versions": installed("peft", "torch")}
 
 
 def stem(task: str, scale: str) -> str:

@@ -18,8 +18,6 @@ from .grid import Trial
 from .methods import BASE, Setting
 from .tasks import QualityTask
 
-__all__ = ["Plan", "Tuned", "due", "held_out", "tuned"]
-
 Records = Mapping[str, Mapping[str, Any]]
 
 #: How many rates beyond the list may be tried on each side.

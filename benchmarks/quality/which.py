@@ -8,16 +8,14 @@ from pathlib import Path
 
 from tnadapt.checkpoints.atomic_files import replace_file
 
-from ..formatting import wrapped
+from ..formatting import row, wrapped
 from . import replication, store, tasks
 from .comparison import Outcome, at_budget, base_of, dense_of, difference, improves, leader_of, outcomes_of
 from .facts import Facts
 from .figures import budgets_of
 from .recommendation import lora_rank, recommendations, step_ratios, studies_of, table
-from .report import row, scored, shown
+from .report import scored, shown
 from .tasks import QualityTask
-
-__all__ = ["page", "write"]
 
 #: Names in a cell.
 _NAMED = 5
@@ -66,17 +64,8 @@ def _section(task: QualityTask, scale: str, outcomes: Sequence[Outcome]) -> Iter
     yield ""
     yield _controls(task, outcomes, facts)
     yield ""
-    yield row(
-        [
-            "parameters",
-            "best",
-            f"test {task.metric}",
-            "statistically tied",
-            "best as LoRA",
-            f"test {task.metric}",
-            "behind best",
-        ]
-    )
+    score = f"test {task.metric}"
+    yield row(["parameters", "best", score, "statistically tied", "best as LoRA", score, "behind best"])
     yield "|--:|---|--:|---|---|--:|--:|"
     base = base_of(outcomes)
     for budget in budgets_of(outcomes):

@@ -14,7 +14,7 @@ pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this
 from benchmarks.quality import evidence, figures, page, readme, replication, store, tasks, which
 from benchmarks.quality.command import PUBLISHED, main
 from benchmarks.quality.comparison import outcomes_of
-from benchmarks.quality.published import RUNS
+from benchmarks.quality.page import RUNS
 from tests.support.depth import long_only
 
 

@@ -10,25 +10,14 @@ from collections.abc import Iterable
 
 from tnadapt.errors import TnadaptError, safe_repr
 
-from ._controls import BASE, CONTROLS, DENSE
 from ._method import Method, Setting, UnfitError, key_of
 from ._peft_methods import LEFT_OUT, PEFT_METHODS, trained
-from ._presets import PRESETS
+from ._presets import BASE, CONTROLS, DENSE, PRESETS
 
 __all__ = [
-    "BASE",
-    "CONTROLS",
-    "DENSE",
-    "LEFT_OUT",
-    "Method",
-    "Setting",
-    "UnfitError",
-    "find",
-    "key_of",
-    "names",
-    "register",
+    "BASE", "CONTROLS", "DENSE", "LEFT_OUT", "Method", "Setting", "UnfitError", "find", "key_of", "names", "register",
     "trained",
-]
+]  # fmt: skip
 
 _METHODS: dict[str, Method] = {}
 

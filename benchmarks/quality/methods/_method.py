@@ -15,8 +15,6 @@ from tnadapt.errors import TnadaptError
 
 from ..facts import Facts
 
-__all__ = ["Method", "Setting", "UnfitError"]
-
 
 class UnfitError(TnadaptError):
     """A method has no setting for these weights and this budget; the message says why."""

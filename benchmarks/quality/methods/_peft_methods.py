@@ -6,7 +6,6 @@ Scales are PEFT's defaults, except that α is the rank where PEFT divides by the
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,8 +18,6 @@ from tnadapt.planning.preset_families import LARGEST_DENSE
 
 from ..facts import Facts
 from ._method import Method, Setting, UnfitError
-
-__all__ = ["LEFT_OUT", "PEFT_METHODS", "PeftMethod"]
 
 Arguments = Mapping[str, Any]
 
@@ -119,11 +116,6 @@ _SEEDS = ("projection_prng_key", "projection_seed", "proj_seed", "random_loc_see
 def trained(model: nn.Module) -> int:
     """Return the number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def version() -> str:
-    """Return PEFT's version."""
-    return importlib.metadata.version("peft")
 
 
 # -- Settings in order of size --------------------------------------------------------------------

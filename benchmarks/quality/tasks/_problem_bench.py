@@ -19,8 +19,6 @@ from .. import methods
 from ..methods import Setting
 from ._quality_task import Progress, QualityTask
 
-__all__ = ["ProblemBench"]
-
 
 class ProblemBench:
     """A problem of :mod:`tnadapt.finetune`."""

@@ -15,8 +15,6 @@ from tnadapt.errors import TnadaptError, safe_repr
 from ..facts import Facts, facts_of
 from ..methods import Setting
 
-__all__ = ["Bench", "Progress", "QualityTask"]
-
 Progress = Callable[[float], None]
 
 

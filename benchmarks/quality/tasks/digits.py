@@ -14,8 +14,6 @@ from tnadapt.finetune import Problem, Spec, Training, open_problem
 from ._problem_bench import ProblemBench
 from ._quality_task import Bench, QualityTask
 
-__all__ = ["Digits"]
-
 
 class Separate(nn.Module):
     """The attention of the ViT with its fused weight cut into three layers, so that PEFT can adapt two of them."""
