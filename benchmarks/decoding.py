@@ -9,7 +9,7 @@ where reading takes all the time.
 
 from __future__ import annotations
 
-import copy
+import itertools
 import statistics
 import time
 import warnings
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from timing import ratios, shared_copy, take_turns
 from torch import Tensor, nn
 
 import tnadapt as tna
@@ -42,28 +43,19 @@ CASES: dict[str, tna.Config] = {
     "dense, of bfloat16": P.dense(),
     "superlora(4) + F, ρ = 0.1": P.superlora(4, projection="linear", ratio=0.1),
 }
-
-
 #: Compiling takes half a minute each.
 COMPILED = ("lora(4)", "superlora(4)", "superlora(4) + F, ρ = 0.1")
 
 
-def base(dtype: torch.dtype, smoke: bool) -> nn.Module:
+def llama(layers: int, vocabulary: int, width: int, mlp: int, heads: int, key_value_heads: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes: dict[str, Any] = (
-        {"hidden_size": 256, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
-        if smoke
-        else {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
-    )
     torch.manual_seed(0)
-    config = LlamaConfig(num_hidden_layers=2, vocab_size=256, **sizes)
-    return LlamaForCausalLM(config).to(dtype).requires_grad_(False).eval()
-
-
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of the modules with the same weights."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    config = LlamaConfig(
+        num_hidden_layers=layers, vocab_size=vocabulary, hidden_size=width, intermediate_size=mlp,
+        num_attention_heads=heads, num_key_value_heads=key_value_heads,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).requires_grad_(False).eval()
 
 
 def stir(parameters: Any) -> None:
@@ -121,7 +113,7 @@ def decoder(model: nn.Module, caches: Any) -> Callable[[], Tensor]:
 @torch.no_grad()
 def compare(dtype: torch.dtype, smoke: bool, compiled: bool) -> list[dict[str, Any]]:
     """Return one row for each case."""
-    model = base(dtype, smoke)
+    model = llama(2, 256, *((256, 64, 4, 4) if smoke else (4096, 14336, 32, 8))).to(dtype)
     several: dict[str, tuple[nn.Module, Callable[[], None]]] = {"base": (model, lambda: None)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -146,56 +138,20 @@ def compare(dtype: torch.dtype, smoke: bool, compiled: bool) -> list[dict[str, A
         steps[name]()
         first[name] = time.perf_counter() - start
         read[name] = bytes_read(adapted)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    for turn in range(2 if smoke else ROUNDS):
-        for place in range(len(order)):
-            name = order[(turn + place) % len(order)]
-            start = time.perf_counter()
-            steps[name]()
-            times[name].append(time.perf_counter() - start)
+    times = take_turns(steps, 2 if smoke else ROUNDS)
     rows = []
     for name, own in times.items():
-        ratios = [mine / other for mine, other in zip(own, times["base"], strict=True)]
-        rows.append(
-            {
-                "case": name,
-                "dtype": str(dtype).removeprefix("torch."),
-                "how": kind,
-                "ratio": round(statistics.median(ratios), 3),
-                "bytes": round(read[name] / read["base"], 3),
-                "low": round(min(ratios), 3),
-                "high": round(max(ratios), 3),
-                "seconds": round(statistics.median(own), 5),
-                "first": round(first[name], 4),
-            }
-        )
-    return rows
-
-
-@torch.no_grad()
-def same_outputs() -> list[dict[str, Any]]:
-    """For the smoke run: check each case against its merged model."""
-    rows = []
-    for name, config in CASES.items():
-        model = base(torch.float32, smoke=True)
-        adapted, change = ours(model, config, ARRAYS.get(name, torch.float32))
-        change()
-        found = decoder(adapted, static_cache(model))()
-        merged = copy.deepcopy(adapted)
-        next(iter(tnadapt.torch.adapters(merged).values())).merge()
-        torch.testing.assert_close(found, decoder(merged, static_cache(model))(), rtol=1e-4, atol=1e-5, msg=name)
-        rows.append({"case": name, "equal": True, "bytes": round(bytes_read(adapted) / bytes_read(model), 3)})
+        ratio = ratios(own, times["base"])
+        row = {"case": name, "dtype": str(dtype).removeprefix("torch."), "how": kind, "ratio": ratio.pop("ratio")}
+        row |= {"bytes": round(read[name] / read["base"], 3), **ratio, "seconds": round(statistics.median(own), 5)}
+        rows.append({**row, "first": round(first[name], 4)})
     return rows
 
 
 def measure(smoke: bool) -> list[dict[str, Any]]:
-    """Return rows for the page; in the smoke run use a tiny model, and only check equality."""
+    """Return rows for the page; in the smoke run, of a tiny model in float32 that is not compiled."""
     torch.set_num_threads(1 if smoke else THREADS)
     if smoke:
-        return same_outputs()
-    found = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for compiled in (False, True):
-            found += compare(dtype, smoke, compiled)
-    return found
+        return compare(torch.float32, smoke, compiled=False)
+    kinds = itertools.product((torch.float32, torch.bfloat16), (False, True))
+    return [row for dtype, compiled in kinds for row in compare(dtype, smoke, compiled)]

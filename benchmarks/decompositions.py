@@ -1,12 +1,11 @@
-"""Decompositions and tensor products against their peers: ``python benchmarks/decompositions.py [--smoke]``.
+"""Decompositions against their peers: ``python benchmarks/decompositions.py [--smoke]``.
 
 Contestants take turns in one process, in an order that moves on by one each round, for many short rounds. A ratio is
 our least time over theirs, and *over the best* that to the fastest contestant of the case. Times are of the processor,
 on one thread of BLAS and torch: neither another's threads nor other programs of the machine that take their turns are
 in them, though what these do to the caches is. Where errors differ, only contestants count among the best whose error
 is at most ours (up to 1 % of it and 1e-6) and which hold as much of the squared norm (up to 1 %). Peers: TensorLy,
-SciPy, ``torch.kron``, ``numpy.kron``, einsum along an optimal path (of NumPy, and opt_einsum for torch), and quimb
-(``pip install quimb``), without which the table says that it is not installed.
+SciPy, NumPy and quimb (``pip install quimb``), without which the table says that it is not installed.
 
 Writes ``results/decompositions.jsonl``, and the table of the documentation beside it.
 """
@@ -24,16 +23,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from fourier import threads
-from fwht import optional
+from formatting import list_table
 from machine import machine
+from timing import optional, threads
 
 import tnadapt as tna
 import tnadapt.tensors as tt
 from tnadapt.algebra.rearrangement import rearranged
 from tnadapt.backends import load_backend
-
-__all__ = ["main", "measure", "table"]
 
 RESULTS = Path(__file__).with_name("results") / "decompositions.jsonl"
 #: Rounds of a case, at least and at most, and the seconds that decide between these.
@@ -122,6 +119,9 @@ def singular(size: int) -> Iterator[Case]:
     }
     start = rng.normal(size=size)
 
+    def leading(u: np.ndarray, s: np.ndarray, v: np.ndarray) -> Any:
+        return u[:, :4], s[:4], v[:4]
+
     def formed(found: Any) -> np.ndarray:
         u, s, v = found
         return (np.asarray(u) * np.asarray(s)) @ np.asarray(v)
@@ -134,21 +134,15 @@ def singular(size: int) -> Iterator[Case]:
                 found = tt.cp(x, 4)
                 return found.factors[0], found.weights, found.factors[1].T
 
-            runs = {
+            runs: dict[str, Run] = {
                 OURS: ours,
                 "TensorLy, truncated_svd": lambda x=x: tensorly.tenalg.svd_interface(x, n_eigenvecs=4),
                 "SciPy, svds": lambda x=x, v0=v0: svds(x, 4, v0=v0),
-                **{
-                    f"quimb, {method}": lambda x=x, split=split: split(x, 4)
-                    for method, split in quimb_splits("svds", "rsvd").items()
-                },
-                "NumPy, svd": lambda x=x: [part[..., :4] if n < 2 else part[:4] for n, part in enumerate(_full(x))],
             }
+            for method, split in quimb_splits("svds", "rsvd").items():
+                runs[f"quimb, {method}"] = lambda x=x, split=split: split(x, 4)
+            runs["NumPy, svd"] = lambda x=x: leading(*np.linalg.svd(x, full_matrices=False))
             yield Case("truncated SVD", f"{size}², {name}, {kind}", runs, lambda f, x=x: relative(x, formed(f)))
-
-
-def _full(x: np.ndarray) -> Any:
-    return np.linalg.svd(x, full_matrices=False)
 
 
 def quimb_splits(*methods: str) -> dict[str, Callable[[np.ndarray, int], Any]]:
@@ -216,103 +210,6 @@ def nearest_kronecker(smoke: bool) -> Iterator[Case]:
             yield Case("nearest Kronecker product", f"{size}, {len(shapes)} factors, {name}", runs, outer)
 
 
-def kronecker(smoke: bool) -> Iterator[Case]:
-    """Kronecker products of two to four square matrices."""
-    torch, quimb = optional("torch"), optional("quimb")
-    two = ((2, 2), (4, 4), (8, 8), (16, 16), (32, 32), (128, 8), (8, 128), (256, 4), (4, 256), (64, 16), (512, 2))
-    more = ((2, 2, 2), (4, 4, 4), (8, 8, 8), (4, 4, 64), (64, 4, 4), (4, 4, 4, 4), (8, 8, 4, 4))
-    for sizes in ((8, 8), (3, 2, 4)) if smoke else two + more:
-        rng = np.random.default_rng(0)
-        arrays = [rng.normal(size=(size, size)).astype("float32") for size in sizes]
-        expected = functools.reduce(np.kron, arrays)
-        name = " and ".join(f"{size}²" for size in sizes)
-        runs: dict[str, Run] = {
-            OURS: lambda arrays=arrays: tna.kronecker(arrays),
-            "numpy.kron": lambda arrays=arrays: functools.reduce(np.kron, arrays),
-        }
-        if quimb is not None:
-            runs["quimb.kron"] = lambda arrays=arrays: quimb.kron(*arrays)
-        yield Case("kronecker", f"{name}, NumPy", runs, lambda found, e=expected: relative(e, found))
-        if torch is not None:
-            tensors = [torch.from_numpy(array) for array in arrays]
-            runs = {
-                OURS: lambda tensors=tensors: tna.kronecker(tensors),
-                "torch.kron": lambda tensors=tensors: functools.reduce(torch.kron, tensors),
-            }
-            yield Case("kronecker", f"{name}, torch", runs, lambda found, e=expected: relative(e, found))
-
-
-# -- Products of factors ---------------------------------------------------------------------------
-
-
-def products(smoke: bool) -> Iterator[Case]:
-    """Tensors of CP, Tucker and tensor trains against the best path of einsum."""
-    shapes = (
-        (128, 128, 128), (32, 32, 32, 32), (16, 16, 16, 16, 16), (200, 50, 200), (10, 2000, 40), (40, 10, 2000),
-        (100, 1000, 10),
-    )  # fmt: skip
-    rng, rank = np.random.default_rng(0), 8
-    for shape in ((6, 5, 4), (3, 4, 2, 5)) if smoke else shapes:
-        modes, order = "abcdefg"[: len(shape)], len(shape)
-        letters = "zyxwvut"[:order]
-        ranks = [1, *[rank] * (order - 1), 1]
-        core = rng.normal(size=(min(rank, 4),) * order)
-        factors = [rng.normal(size=(size, rank)) for size in shape]
-        narrow = [factor[:, : min(rank, 4)] for factor in factors]
-        cores = [rng.normal(size=(ranks[m], size, ranks[m + 1])) for m, size in enumerate(shape)]
-        bonds = [
-            f"{left}{m}{right}"
-            for left, m, right in zip("1" + letters, modes, letters[: order - 1] + "2", strict=False)
-        ]
-        subscripts = {
-            "cp_to_tensor": ",".join(f"{m}z" for m in modes),
-            "tucker_to_tensor": ",".join(
-                [letters, *(f"{m}{letter}" for m, letter in zip(modes, letters, strict=True))]
-            ),
-            "tt_to_tensor": ",".join(bonds).replace("1", "p").replace("2", "q"),
-        }
-        arrays = {
-            "cp_to_tensor": (factors, lambda xs: tna.cp_to_tensor((None, xs))),
-            "tucker_to_tensor": ([core, *narrow], lambda xs: tna.tucker_to_tensor((xs[0], xs[1:]))),
-            "tt_to_tensor": (cores, tna.tt_to_tensor),
-        }
-        for kind, (parts, ours) in arrays.items():
-            yield from _against_einsum(kind, shape, [p.astype("float32") for p in parts], subscripts[kind], modes, ours)
-
-
-def _against_einsum(
-    kind: str, shape: Sequence[int], parts: list[np.ndarray], subscripts: str, modes: str, ours: Callable[[Any], Any]
-) -> Iterator[Case]:
-    import opt_einsum
-
-    torch, text = optional("torch"), f"{subscripts}->{modes}"
-    path = np.einsum_path(text, *parts, optimize="optimal")[0]
-    expected = np.einsum(text, *parts, optimize=path)
-    expression = opt_einsum.contract_expression(text, *(part.shape for part in parts), optimize="optimal")
-    name = "x".join(map(str, shape))
-    quimb, inputs = optional("quimb.tensor"), [tuple(term) for term in subscripts.split(",")]
-
-    def theirs(arrays: Sequence[Any]) -> dict[str, Run]:
-        # quimb keeps the path that it finds in the first call.
-        return {} if quimb is None else {"quimb": lambda: quimb.array_contract(arrays, inputs, tuple(modes))}
-
-    peers = {
-        "numpy.einsum, optimal path": lambda: np.einsum(text, *parts, optimize=path),
-        "opt_einsum": lambda: expression(*parts),
-        **theirs(parts),
-    }
-    yield Case(kind, f"{name}, NumPy", {OURS: lambda: ours(parts), **peers}, lambda found: relative(expected, found))
-    if torch is not None:
-        tensors = [torch.from_numpy(part) for part in parts]
-        peers = {
-            "torch.einsum": lambda: torch.einsum(text, *tensors),
-            "opt_einsum": lambda: expression(*tensors, backend="torch"),
-            **theirs(tensors),
-        }
-        runs = {OURS: lambda: ours(tensors), **peers}
-        yield Case(kind, f"{name}, torch", runs, lambda found: relative(expected, found))
-
-
 # -- CP, Tucker, tensor trains ---------------------------------------------------------------------
 
 
@@ -376,70 +273,32 @@ def trains(x: np.ndarray, rank: int) -> Iterator[Case]:
     yield Case("rounding of a train", f"{name} of 2 · {rank}", rounded, lambda found: relative(x, found))
 
 
-def contractions(smoke: bool) -> Iterator[Case]:
-    """Networks that are no format: a ring of tensors, and a lattice without open legs."""
-    import opt_einsum
-
-    quimb, rng = optional("quimb.tensor"), np.random.default_rng(0)
-    size, bond = (3, 2) if smoke else (24, 8)
-    networks = {
-        f"ring of 4 tensors {bond}x{size}x{bond}": ("aib,bjc,ckd,dla->ijkl", {**dict.fromkeys("ijkl", size)}),
-        f"lattice of 3 by 3 tensors, bonds of {bond}": ("ab,acd,ce,bfg,dfhi,ejh,gk,ikl,jl->", {}),
-    }
-    for name, (text, sizes) in networks.items():
-        inputs, output = text.split("->")
-        terms = [tuple(term) for term in inputs.split(",")]
-        # Positive, so that a sum of all does not cancel.
-        arrays = [rng.random([sizes.get(i, bond) for i in term]).astype("float32") for term in terms]
-        expression = opt_einsum.contract_expression(text, *(array.shape for array in arrays), optimize="optimal")
-        expected = expression(*arrays)
-        runs: dict[str, Run] = {
-            OURS: lambda text=text, arrays=arrays: tt.contract(text, *arrays),
-            "opt_einsum, path known": lambda arrays=arrays, expression=expression: expression(*arrays),
-        }
-        if quimb is not None:
-            runs["quimb, path kept"] = lambda a=arrays, t=terms, o=tuple(output): quimb.array_contract(a, t, o)
-        yield Case("contract", name, runs, lambda found, e=expected: relative(e, found))
-
-
 def measure(smoke: bool = False) -> Iterator[Row]:
     """Yield one row per case."""
     with warnings.catch_warnings(), threads(1):
         warnings.simplefilter("ignore")  # of peers
-        for cases in (
-            singular(128 if smoke else 1024), nearest_kronecker(smoke), decompositions(smoke), kronecker(smoke),
-            products(smoke), contractions(smoke),
-        ):  # fmt: skip
+        for cases in (singular(128 if smoke else 1024), nearest_kronecker(smoke), decompositions(smoke)):
             for case in cases:
-                row = measured(case, smoke)
-                worst = max(row["errors"].values()) if case.kind in ("kronecker", "contract", *_PRODUCTS) else 0.0
-                if not worst <= 1e-5:
-                    raise AssertionError(f"{case.kind}, {case.name}: the contestants disagree: {row['errors']}")
-                yield row
-
-
-_PRODUCTS = ("cp_to_tensor", "tucker_to_tensor", "tt_to_tensor")
+                yield measured(case, smoke)
 
 
 def table(rows: Sequence[Row]) -> str:
     """Return the documentation's table: our time over each contestant's."""
     about, *rows = rows
-    lines = [".. list-table::", "   :header-rows: 1", "   :widths: 18 30 12 12 28", ""]
-    lines += ["   * - Function", "     - Case", "     - ms", "     - Over the best", "     - Over each"]
+    lines: list[Sequence[str]] = [("Function", "Case", "ms", "Over the best", "Over each")]
     for row in rows:
         each = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
         best = f"{row['over the best']:.2f}"
-        lines += [f"   * - {row['kind']}", f"     - {row['case']}", f"     - {1e3 * row['seconds'][OURS]:.3g}"]
-        lines += [f"     - {best}", f"     - {each}"]
+        lines.append((row["kind"], row["case"], f"{1e3 * row['seconds'][OURS]:.3g}", best, each))
     how = about["machine"]
-    kept = ("processor", "cores", "numpy", "torch", "tensorly", "scipy", "opt-einsum", "quimb", "date")
+    kept = ("processor", "cores", "numpy", "tensorly", "scipy", "quimb", "date")
     said = ", ".join(f"{name} {how.get(name, 'not installed')}" for name in kept)
-    return "\n".join([*lines, "", f"({said})", ""])
+    return f"{list_table(lines, ':widths: 18 30 12 12 28')}\n({said})\n"
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="small sizes, once: only check that contestants agree")
+    parser.add_argument("--smoke", action="store_true", help="small sizes, once, nothing kept")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     rows: list[Row] = [{"machine": machine()}]

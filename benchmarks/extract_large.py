@@ -17,8 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from formatting import list_table
 
 RESULTS = Path(__file__).parent / "results" / "extract_large.json"
 WIDTH, HIDDEN, TOKENS = 4096, 11008, 32000
@@ -98,28 +101,16 @@ def command(arguments: list[str]) -> tuple[float, float, str]:
 
 def table(found: dict[str, Any]) -> str:
     """Return the documentation's table."""
-    lines = [
-        ".. list-table::",
-        "   :header-rows: 1",
-        "",
-        "   * - Preset",
-        "     - Targets",
-        "     - Seconds",
-        "     - Peak, MB",
-    ]
-    for row in found["rows"]:
-        lines += [f"   * - {row['case']}", f"     - {row['targets']}"]
-        lines += [f"     - {row['seconds']:.0f}", f"     - {row['peak MB']:,}"]
+    lines: list[Sequence[object]] = [("Preset", "Targets", "Seconds", "Peak, MB")]
+    lines += [(row["case"], row["targets"], f"{row['seconds']:.0f}", f"{row['peak MB']:,}") for row in found["rows"]]
     size = f"{found['layers']} layers, {found['checkpoint MB']:,} MB on disk"
-    about = f"({size}; threads: {found['threads']}; {found['note']})"
-    return "\n".join([*lines, "", about, ""])
+    return f"{list_table(lines)}\n({size}; threads: {found['threads']}; {found['note']})\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--folder", type=Path, default=None, help="where the checkpoints go; the system's by default")
-    parser.add_argument("--only", default="", help="part of the name of the cases to run")
     parser.add_argument("--write", action="store_true", help="only write the checkpoints into the folder")
     parser.add_argument("--note", default="idle machine", help="what the table says of the machine")
     parser.add_argument("--smoke", action="store_true", help="small shapes, and no result file")
@@ -137,8 +128,6 @@ def main() -> None:
         base, tuned, out = (str(folder / one) for one in ("base", "tuned", "adapter.safetensors"))
         _, idle, _ = command(["extract", "--help"])
         for case, words in CASES.items():
-            if given.only not in case:
-                continue
             seconds, peak, printed = command(["extract", base, tuned, "-o", out, "--overwrite", "--json", *words])
             report = json.loads(printed)
             rows.append({
@@ -146,7 +135,7 @@ def main() -> None:
                 "parameters": report["parameters"], "targets": len(report["targets"]),
             })  # fmt: skip
             print(json.dumps(rows[-1]), flush=True)
-    if given.smoke or given.only:
+    if given.smoke:
         return
     found = {
         "machine": platform.machine(), "threads": os.environ.get("OMP_NUM_THREADS", "all"), "layers": given.layers,

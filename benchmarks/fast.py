@@ -1,13 +1,13 @@
-"""Measure speed against limits and peers: ``python benchmarks/fast.py [PART …] [--smoke]``.
+"""Measure speed against peers: ``python benchmarks/fast.py [PART …] [--smoke]``.
 
 Runs the parts (all of them without arguments), each in a separate process, and stores the measurements next to this
 file, in ``results/fast/PART.jsonl``: a first line with the machine and the versions, then one line per case.
-From these files it then generates the page ``results/speed.md``, which the documentation shows, and its pictures;
+From these files it then generates the page ``results/speed.md``, which the documentation shows, and its picture;
 ``--page`` only does this. Running one part alone replaces its results and no others.
 
 Times are medians of contestants that alternate in one process; the comparison is by their ratio. Keep the machine
 otherwise idle. ``--smoke`` runs each part on tiny sizes into a temporary folder, in a minute: it checks that the parts
-run and that their contestants agree, not their speed.
+run, not their speed.
 """
 
 from __future__ import annotations
@@ -27,24 +27,16 @@ RESULTS = HERE / "results" / "fast"
 
 #: The title of each part, and the number of threads for its array libraries.
 PARTS = {
-    "fwht": ("the Hadamard transform", 2),
-    "fastfood": ("the linear F", 2),
-    "fourier": ("the Fourier transform of FourierFT", 2),
     "steps": ("training steps against PEFT and LyCORIS", 2),
     "memory": ("peak memory of a training step", 2),
     "decoding": ("decoding with adapters that are not merged", 2),
-    "adapters": ("overhead of a layer, and many adapters", 1),
     "strategies": ("how a layer applies its update", 2),
-    "growth": ("cost against the number of elements", 1),
-    "slices": ("one weight out of a large group", 1),
-    "startup": ("import and attach", 2),
     "files": ("planning, extraction and merging", 1),
     "gpu": ("on a GPU", 2),
 }
 
-
 #: Results of scripts of their own, whose files are next to the folder of the parts', which the page shows, too.
-OTHERS = ("short", "decompositions", "fastfood_profile", "memory_profile")
+OTHERS = ("short", "decompositions")
 
 
 def run(part: str, folder: Path, smoke: bool) -> None:
@@ -75,12 +67,12 @@ def run(part: str, folder: Path, smoke: bool) -> None:
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Return a mapping of part to its lines, the first being the machine; those without results are omitted."""
-    found = {}
-    paths = {part: folder / f"{part}.jsonl" for part in PARTS}
-    for part, path in {**paths, **{other: folder.parent / f"{other}.jsonl" for other in OTHERS}}.items():
-        if path.is_file():
-            found[part] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return found
+    paths = [*(folder / f"{part}.jsonl" for part in PARTS), *(folder.parent / f"{part}.jsonl" for part in OTHERS)]
+    return {
+        path.stem: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in paths
+        if path.is_file()
+    }
 
 
 def main() -> int:

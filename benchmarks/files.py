@@ -1,10 +1,9 @@
 """Planning, extraction and merging: ``python benchmarks/fast.py files``.
 
-- ``plan``: :func:`tnadapt.plan` and its printed table for many weights, in seconds; limit 5 s at 10,000 weights.
-- ``extract``: :func:`tnadapt.extract` of the q and v of a checkpoint of ViT-base's shapes, in seconds; limit 5 s with
-  F.
+- ``plan``: :func:`tnadapt.plan` and its printed table for many weights, in seconds.
+- ``extract``: :func:`tnadapt.extract` of the q and v of a checkpoint of ViT-base's shapes, in seconds.
 - ``merge``: :func:`tnadapt.merge` into it, over a plain read and write of the same file by ``safetensors.numpy``, in
-  turn; limit 1.5, and 3 with F.
+  turn.
 
 ``cpu`` is processor time of all threads, which other processes on the machine disturb less than ``wall``. The merge
 synchronizes its files with the disk, and a plain write does not: ``plain_synced`` is the plain one with an fsync. All

@@ -1,7 +1,6 @@
 """``tnadapt finetune`` with several seeds: ``python benchmarks/finetune.py NAME FOLDER``.
 
-``digits``, ``reviews`` and ``cifar10`` compare the usual methods; ``few`` and ``llama`` those of few parameters,
-on reviews with MiniLM and with SmolLM2-135M.
+``digits``, ``reviews`` and ``cifar10`` compare the usual methods; ``few`` those of few parameters, on reviews.
 
 Fetches missing models and data into FOLDER (see ``paper.registries``), compares methods at several rates with
 three seeds, and stores the results next to this file: ``results/NAME.jsonl``, one line per training run, and derived
@@ -35,10 +34,6 @@ OPTIONS = {
     "few": [
         "--limit", "2000", "--epochs", "2", "--batch", "16", "--preset", "tinylora", "--preset", "unilora", "--preset",
         "lora_xs", "--preset", "vera",
-    ],
-    "llama": [
-        "--limit", "800", "--epochs", "1", "--batch", "8", "--preset", "tinylora", "--preset", "unilora", "--preset",
-        "lora_xs",
     ],
     "cifar10": ["--limit", "1000", "--epochs", "2", "--batch", "16", "--image-size", "56"],
 }
@@ -83,7 +78,6 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    RESULTS.mkdir(exist_ok=True)
     out = run(given.name, given.folder, given.seeds, given.jobs)
     kept = RESULTS / f"{given.name}.jsonl"
     shutil.copyfile(out / "results.jsonl", kept)

@@ -1,10 +1,10 @@
-"""How the pages of results write values and parts that are folded."""
+"""How the pages of results write values, parts that are folded, and tables."""
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
-
-__all__ = ["folded", "number"]
 
 
 def number(value: Any) -> str:
@@ -21,3 +21,29 @@ def number(value: Any) -> str:
 def folded(summary: str, text: str) -> str:
     """Return Markdown that shows one line until a reader opens it, in the documentation and on GitHub."""
     return f"<details>\n<summary>{summary}</summary>\n\n{text.strip()}\n\n</details>\n"
+
+
+def row(cells: Iterable[str]) -> str:
+    """Return a row of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown, the first row of which has the titles."""
+    first, *others = rows
+    return "".join(f"{line}\n" for line in (row(first), f"|{'---|' * len(first)}", *map(row, others)))
+
+
+def list_table(rows: Iterable[Sequence[object]], *options: str) -> str:
+    """Return a table in reStructuredText, the first row of which has the titles."""
+    lines = [".. list-table::", "   :header-rows: 1", *(f"   {option}" for option in options), ""]
+    lines += [f"   {' ' if place else '*'} - {cell}".rstrip() for row in rows for place, cell in enumerate(row)]
+    return "\n".join(lines) + "\n"
+
+
+def wrapped(text: str) -> Iterator[str]:
+    """Yield paragraphs of Markdown in lines of at most 120 columns; headings, lists and code stay as they are."""
+    for paragraph in text.strip().split("\n\n"):
+        kept = paragraph.startswith(("#", "```", "- "))
+        yield paragraph if kept else textwrap.fill(paragraph, 120, break_on_hyphens=False)
+        yield ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -10,11 +11,9 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
-__all__ = ["machine"]
-
 PACKAGES = (
     "numpy", "numba", "torch", "triton", "jax", "cupy-cuda12x", "transformers", "peft", "lycoris-lora", "fht-cpu",
-    "hadamard-transform", "scipy", "tensorly", "opt-einsum", "quimb",
+    "scipy", "tensorly", "opt-einsum", "quimb",
 )  # fmt: skip
 
 
@@ -31,39 +30,32 @@ def machine() -> dict[str, str]:
         "BLAS": _blas(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-    for name in PACKAGES:
-        try:
+    return {name: text for name, text in found.items() if text} | installed(*PACKAGES)
+
+
+def installed(*names: str) -> dict[str, str]:
+    """Return the versions of packages; those that are not installed are left out."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {name: text for name, text in found.items() if text}
+    return found
 
 
 def _processor() -> str:
     try:
-        names = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        names = []
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name} ({'AVX-512' if 'avx512f' in _flags() else 'AVX2' if 'avx2' in _flags() else platform.machine()})"
-
-
-def _flags() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
+        text = ""
+    name = re.search(r"^model name\s*:\s*(.*)$", text, flags=re.MULTILINE)
+    vectors = "AVX-512" if "avx512f" in text else "AVX2" if "avx2" in text else platform.machine()
+    return f"{name[1] if name else platform.processor() or platform.machine()} ({vectors})"
 
 
 def _caches() -> str:
     sizes = []
-    for index in range(5):
-        folder = Path(f"/sys/devices/system/cpu/cpu0/cache/index{index}")
-        try:
-            kind, size = (folder / "type").read_text().strip(), (folder / "size").read_text().strip()
-            level = (folder / "level").read_text().strip()
-        except OSError:
-            continue
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
         if kind != "Instruction":
             sizes.append(f"L{level} {size}")
     return ", ".join(sizes)

@@ -7,24 +7,25 @@ gives each one a ratio to PEFT's LoRA with ``adapter_names=`` in that round; the
 *one by one* is a pass for each adapter on its rows.
 
 Rows are written to ``results/mixed_batch.jsonl``, and the documentation's table to ``mixed_batch.rst`` beside it. Keep
-the machine otherwise idle. ``--smoke`` only checks, on a tiny
-model, that every way gives the same outputs.
+the machine otherwise idle.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import functools
 import json
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from decoding import llama
+from formatting import list_table
 from machine import machine
+from timing import ratios, shared_copy, take_turns
 from torch import Tensor, nn
 
 import tnadapt as tna
@@ -35,20 +36,8 @@ RESULTS = Path(__file__).parent / "results" / "mixed_batch.jsonl"
 REFERENCE = "peft lora, mixed"
 OURS: dict[str, tna.Config] = {"lora": P.lora(8), "superlora": P.superlora(8), "lokr": P.lokr(8)}
 ADAPTERS = (1, 8, 64)
-BATCH = 64
+BATCH, LAYERS, ROUNDS, THREADS = 64, 6, 9, 1
 TOKENS = {"prefill": 32, "decode": 1}
-
-
-def llama(layers: int, smoke: bool) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes: dict[str, Any] = (
-        {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-        if smoke
-        else {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, vocab_size=1024, **sizes)).eval()
 
 
 def stir(parameters: Any, seed: int) -> None:
@@ -56,11 +45,6 @@ def stir(parameters: Any, seed: int) -> None:
     with torch.no_grad():
         for parameter in parameters:
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-
-
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of the modules with the same weights."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 class Ours:
@@ -144,28 +128,19 @@ def compare(base: nn.Module, number: int, batch: int, rounds: int) -> list[dict[
     for work, tokens in TOKENS.items():
         ids = torch.randint(1, 1024, (batch, tokens), generator=torch.Generator().manual_seed(1))
         check(several, ids, names)
-        times: dict[str, list[float]] = {name: [] for name in several}
-        order = list(several)
-        for turn in range(rounds):
-            for place in range(len(order)):
-                name = order[(turn + place) % len(order)]
-                start = time.perf_counter()
-                several[name](ids, names)
-                times[name].append(time.perf_counter() - start)
-        for name, own in times.items():
-            ratios = [mine / other for mine, other in zip(own, times[REFERENCE], strict=True)]
-            found.append(
-                {
-                    "work": work,
-                    "adapters": number,
-                    "case": name,
-                    "ratio": round(statistics.median(ratios), 3),
-                    "low": round(min(ratios), 3),
-                    "high": round(max(ratios), 3),
-                    "seconds": round(statistics.median(own), 4),
-                    "rounds": rounds,
-                }
-            )
+        runs = {name: functools.partial(way, ids, names) for name, way in several.items()}
+        times = take_turns(runs, rounds)
+        found += [
+            {
+                "work": work,
+                "adapters": number,
+                "case": name,
+                **ratios(seconds, times[REFERENCE]),
+                "seconds": round(statistics.median(seconds), 4),
+                "rounds": rounds,
+            }
+            for name, seconds in times.items()
+        ]
     return found
 
 
@@ -182,43 +157,33 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     about, *rows = rows
     columns = [(work, number) for work in TOKENS for number in ADAPTERS]
     found = {(row["work"], row["adapters"], row["case"]): row for row in rows}
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    lines = [".. list-table::", "   :header-rows: 1", "", "   * -"]
-    lines += [f"     - {work}, {number}" for work, number in columns]
-    for case in cases:
-        lines.append(f"   * - {case}")
-        for work, number in columns:
-            row = found[work, number, case]
-            lines.append(f"     - {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})")
+    lines = [["", *(f"{work}, {number}" for work, number in columns)]]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        cells = [found[work, number, case] for work, number in columns]
+        lines.append([case, *(f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})" for row in cells)])
     how = about["machine"]
     kept = ("processor", "cores", "layers", "threads", "batch", "torch", "peft", "transformers", "date")
     listed = ", ".join(f"{name} {how[name]}" for name in kept if name in how)
-    return "\n".join([*lines, "", f"({listed})", ""])
+    return f"{list_table(lines)}\n({listed})\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--adapters", type=int, nargs="*", default=ADAPTERS)
     parser.add_argument("--smoke", action="store_true", help="a tiny model: only check that all ways agree")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    if given.smoke:
+    torch.set_num_threads(THREADS)
+    if parser.parse_args().smoke:
         for number in (1, 4):
-            compare(llama(2, True), number, 8, 1)
+            compare(llama(2, 1024, 32, 48, 4, 2), number, 8, 1)
         return
-    base = llama(given.layers, False)
-    about = {**machine(), "layers": given.layers, "threads": given.threads, "batch": BATCH}
+    base = llama(LAYERS, 1024, 576, 1536, 9, 3)
+    about = {**machine(), "layers": LAYERS, "threads": THREADS, "batch": BATCH}
     rows: list[dict[str, Any]] = [{"machine": about}]
-    for number in given.adapters:
-        for row in compare(base, number, BATCH, given.rounds):
+    for number in ADAPTERS:
+        for row in compare(base, number, BATCH, ROUNDS):
             rows.append(row)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    given.results.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    given.results.with_suffix(".rst").write_text(table(rows), encoding="utf-8")
+    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    RESULTS.with_suffix(".rst").write_text(table(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ are in ``results/numerics.jsonl``; the page ``results/numerics.md`` and its pict
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from formatting import folded
+from formatting import folded, table
 from machine import machine
 
 import tnadapt as tna
@@ -167,11 +168,11 @@ def page(rows: Rows) -> str:
     first, *rest = rows
     errors = [row for row in rest if "largest" in row]
     limits = ", ".join(f"{limit:g} units in {dtype}" for dtype, limit in LIMITS.items())
-    text = [HEAD.format(limits=limits, bits=max(row["bits"] for row in errors)), _row(["", *UNITS])]
-    text += [_row(["---"] * (len(UNITS) + 1))]
+    worst = [["", *UNITS]]
     for group, title in GROUPS.items():
-        worst = {dtype: [row["largest"] for row in _of(errors, group, dtype)] for dtype in UNITS}
-        text += [_row([title, *(f"{max(worst[dtype]):.2g}" for dtype in UNITS)])]
+        each = [max(row["largest"] for row in _of(errors, group, dtype)) for dtype in UNITS]
+        worst.append([title, *(f"{number:.2g}" for number in each)])
+    text = [HEAD.format(limits=limits, bits=max(row["bits"] for row in errors)), table(worst)]
     known = ", ".join(f"{name} {value}" for name, value in first["machine"].items())
     text += [PICTURE, "\n", folded("How this was measured", f"{ABOUT}\nOn {known}.")]
     for group, title in GROUPS.items():
@@ -188,25 +189,21 @@ def _of(errors: Rows, group: str, dtype: str) -> Rows:
 def _by_size(own: Rows) -> str:
     """Return a table with a row for each operation, and the largest and mean error at each size."""
     sizes = sorted({row["bits"] for row in own})
-    text = [_row(["", *(f"2^{bits}: largest, mean" for bits in sizes)]), _row(["---"] * (len(sizes) + 1))]
+    lines = [["", *(f"2^{bits}: largest, mean" for bits in sizes)]]
     for name in dict.fromkeys(row["name"] for row in own):
         at = {row["bits"]: row for row in own if row["name"] == name}
-        text += [_row([name, *(f"{at[bits]['largest']:.2g}, {at[bits]['mean']:.2g}" for bits in sizes)])]
-    return "".join(text)
+        lines.append([name, *(f"{at[bits]['largest']:.2g}, {at[bits]['mean']:.2g}" for bits in sizes)])
+    return table(lines)
 
 
 def _by_dtype(small: Rows) -> str:
     """Return a table with a row for each operation, and its error at each dtype and size."""
-    text = [_row(["", *(f"{dtype}, 2^{bits}" for dtype in TINY for bits in TINY_BITS)])]
-    text += [_row(["---"] * (1 + len(TINY) * len(TINY_BITS)))]
+    columns = list(itertools.product(TINY, TINY_BITS))
+    lines = [["", *(f"{dtype}, 2^{bits}" for dtype, bits in columns)]]
     for name in dict.fromkeys(row["name"] for row in small):
         off = {(row["dtype"], row["bits"]): row["distances"] for row in small if row["name"] == name}
-        text += [_row([name, *(f"{off[dtype, bits]:.2g}" for dtype in TINY for bits in TINY_BITS)])]
-    return "".join(text)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |\n"
+        lines.append([name, *(f"{off[column]:.2g}" for column in columns)])
+    return table(lines)
 
 
 def picture(rows: Rows, path: Path) -> None:

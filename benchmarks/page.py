@@ -1,30 +1,144 @@
-"""The page and the pictures of ``fast.py``, generated only from its results."""
+"""The page on speed and its picture, generated only from the results: first lines that answer users, then tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import headlines
-import pictures
-from formatting import folded, number
-from targets import TARGETS, Target
-
-__all__ = ["write"]
+from formatting import folded, number, table
 
 Rows = Sequence[Mapping[str, Any]]
+Find = Callable[[Rows], float | None]
+
+# -- The first lines -------------------------------------------------------------------------
+
+
+class Headline(NamedTuple):
+    """What is measured, the part whose results answer it, and how to find each labelled number in their rows."""
+
+    what: str
+    part: str
+    values: Mapping[str, Find]
+
+
+def largest(column: str, factor: float = 1, **where: Any) -> Find:
+    """Return a function that finds the largest number in a column, over the rows that have these values."""
+
+    def find(rows: Rows) -> float | None:
+        found = [
+            factor * row[column]
+            for row in rows
+            if row.get(column) is not None
+            and all(row.get(key) in (value if isinstance(value, tuple) else (value,)) for key, value in where.items())
+        ]
+        return max(found, default=None)
+
+    return find
+
+
+def found_in(column: str, cases: Mapping[str, Any], **where: Any) -> dict[str, Find]:
+    """Return, for each label, what finds the largest number in a column over the rows of these cases."""
+    return {label: largest(column, case=case, **where) for label, case in cases.items()}
+
+
+def over_tensorly(kind: str) -> Find:
+    """Return what finds the largest ratio to TensorLy for a kind of decomposition."""
+
+    def find(rows: Rows) -> float | None:
+        ratios = [row["ratios"] for row in rows if row.get("kind") == kind]
+        found = [value for each in ratios for name, value in each.items() if name.partition(",")[0] == "TensorLy"]
+        return max(found, default=None)
+
+    return find
+
+
+STEPS = {
+    "LoRA": "lora", "LoKr": "lokr", "LoHa": "loha", "SuperLoRA": "superlora", "SuperLoRA with F": "superlora F 0.01",
+    "dense": "dense",
+}  # fmt: skip
+LAYERS = {
+    "LoRA, forward": "224 layers, lora(4)",
+    "LoRA, forward and backward": "224 layers with backward, lora(4)",
+    "LoRA next to bfloat16, forward": "224 layers of bfloat16, lora(4)",
+    "LoRA next to bfloat16, forward and backward": "224 layers of bfloat16 with backward, lora(4)",
+    "LoRA without gradients": "224 layers without gradients, lora(4)",
+    "Compacter without gradients": "224 layers without gradients, compacter",
+}
+UNMERGED = {
+    "PEFT's LoRA": "peft lora(4)",
+    "LoRA": "lora(4)",
+    "slowest preset": (
+        "lora(4)", "superlora(4)", "lorta(4)", "loha(4)", "lokr(4)", "fourierft(1000)", "dense",
+        "superlora(4) + F, ρ = 0.1",
+    ),
+}  # fmt: skip
+FILES = {"LoRA": "lora(4)", "SuperLoRA": "superlora(4)", "SuperLoRA with F": "superlora(4) + F, ρ = 0.1"}
+DECOMPOSITIONS = {
+    "CP": "CP", "Tucker": "Tucker", "tensor train": "tensor train", "SVD": "truncated SVD",
+    "Kronecker": "nearest Kronecker product",
+}  # fmt: skip
+SWITCHING = "switching between two adapters"
+
+BYTES = {"bytes read by SuperLoRA": "superlora(4)", "bytes read by the slowest": "dense"}
+EXTRACTED = {label: f"extract, {FILES[label]}" for label in ("LoRA", "SuperLoRA with F")}
+MERGED = {label: f"merge, {case}" for label, case in FILES.items()}
+
+HEADLINES = tuple(Headline(*line) for line in (
+    ("A training step of ViT-base, over the step with PEFT's LoRA", "steps", found_in("ratio", STEPS, problem="vit")),
+    ("A training step of MiniLM, over the step with PEFT's LoRA", "steps", found_in("ratio", STEPS, problem="minilm")),
+    ("Peak memory of that step of ViT-base, above PEFT's LoRA, in MB", "memory",
+     found_in("above lora MB", STEPS, problem="vit")),
+    ("Decoding a token with an adapter that is not merged, over the base without one", "decoding",
+     {f"{label} in {dtype}": largest("ratio", case=case, dtype=dtype)
+      for dtype in ("float32", "bfloat16") for label, case in UNMERGED.items()}
+     | found_in("bytes", BYTES, dtype="bfloat16")),
+    ("Switching to another adapter and back", "short",
+     {"over PEFT's time": largest("ratio", case=SWITCHING), "in ms": largest("seconds", 1e3, case=SWITCHING)}),
+    ("A pass of 224 small layers, mostly Python's time for each, over PEFT's LoRA", "short", found_in("ratio", LAYERS)),
+    ("A step of a layer with the strategy that `attach` chooses, over the best strategy", "strategies",
+     {"the slowest case": largest("over best")}),
+    ("Planning, and extraction from a tuned ViT-base, in seconds", "files",
+     found_in("wall", {"plan for 10,000 weights": "plan, one shape", **EXTRACTED})),
+    ("Merging into a checkpoint on disk, over reading and writing it", "files", found_in("wall_ratio", MERGED)),
+    ("Decompositions of a tensor or matrix, over TensorLy's, the slowest case of each", "decompositions",
+     {label: over_tensorly(kind) for label, kind in DECOMPOSITIONS.items()}),
+    ("On a GPU: the Hadamard transform of 2^24, over a copy", "gpu",
+     {"float32": largest("× copy", what="fwht", points="2^24")}),
+))  # fmt: skip
+
+#: The script of a part that is not one of ``fast.py``.
+SCRIPTS = {"short": "short.py --record", "decompositions": "decompositions.py"}
+
+
+def headlines(found: Mapping[str, Rows]) -> Iterator[str]:
+    """Yield the lines as a list in Markdown, from a mapping of part to lines, the first being the machine."""
+    for line in HEADLINES:
+        rows = found.get(line.part, [{}])[1:]
+        values = {label: find(rows) for label, find in line.values.items()}
+        said = [f"{label} {number(value)}" for label, value in values.items() if value is not None]
+        yield f"- **{line.what}**: {', '.join(said) if said else 'not measured'}\n"
+
+
+def sources() -> Iterator[str]:
+    """Yield the script and the results file of each line, in the same order."""
+    for line in HEADLINES:
+        script = SCRIPTS.get(line.part, f"fast.py {line.part}")
+        file = f"{line.part}.jsonl" if line.part in SCRIPTS else f"fast/{line.part}.jsonl"
+        yield f"- {line.what}: `{script}`, `{file}`\n"
+
+
+# -- The page --------------------------------------------------------------------------------
 
 HEAD = """# Speed
 
-Times are multiples of another's, unless a unit is given: 1 is as fast, less is faster.
+Times are ratios, unless a unit is given: 1 is as fast, less is faster.
 
 """
 
 ABOUT = """
 Measured on {machines}. Every time is a median over contestants that alternated in one process, and every ratio is from
-a single run: on another machine the times differ, but the ratios differ less. A *copy* copies as many bytes (read once,
-written once) with two threads, unless stated otherwise.
+a single run: on another machine the times differ, but the ratios differ less.
 
 `python benchmarks/fast.py` generates this page from the files in `benchmarks/results/`. The scripts in `benchmarks/`
 that measured the lines above, and their results:
@@ -32,26 +146,16 @@ that measured the lines above, and their results:
 """
 
 WHAT = {
-    "fwht": (
-        "The Hadamard transform",
-        "Of random numbers, not normalized; out of place, like the public function. FFHT has one thread, and ours uses "
-        "two for long ones. *pass* is a pass over memory by one thread, *a call* divides the time of a small vector.",
-    ),
-    "fastfood": ("The linear F", "Fastfood: two transforms, a permutation, a gain and signs; and its adjoint."),
-    "fastfood_profile": (
-        "The linear F, pass by pass",
-        "Each pass over memory by one thread, in processor time; *copies* are multiples of a copy by one thread.",
-    ),
-    "fourier": (
-        "The Fourier transform of FourierFT",
-        "The map `dft2` by the library's own FFT, compared with the products with cosines and sines, in float32.",
-    ),
     "steps": (
         "A training step",
         "Forward, loss, backward and optimizer step, compared with PEFT's LoRA of rank 4 in the same round. ViT-base: "
         "batch 8 of 224², random weights; MiniLM: batch 32 of 64 tokens. Query and value are adapted, and a head is "
-        "trained. *alone*: the adapted layers of ViT-base without the rest, 64 rows, in processor time of one thread, "
-        "compared with the dense update.",
+        "trained.",
+    ),
+    "memory": (
+        "Memory of a training step",
+        "Peak resident memory over three steps of ViT-base, each case in a separate process. The dense update has "
+        "14 million parameters, each with a gradient and two numbers of optimizer state.",
     ),
     "decoding": (
         "Decoding",
@@ -59,36 +163,12 @@ WHAT = {
         "the same round. *first* is the first pass after the numbers have changed, in seconds; *bytes* are those "
         "that a token reads, over the base: the limit of the ratio where reading takes all the time.",
     ),
-    "adapters": (
-        "Many weights and many adapters",
-        "Overhead in processor time of passes through layers of 32 by 32, and what they consist of (operators of torch "
-        "include those that others call); and adapters on q and v of a BERT of MiniLM's size.",
-    ),
-    "memory": (
-        "Memory of a training step",
-        "Peak resident memory over three steps of ViT-base, each case in a separate process. The dense update has "
-        "14 million parameters, each with a gradient and two numbers of optimizer state.",
-    ),
-    "memory_profile": (
-        "Where the memory of a training step goes",
-        "Peaks of forward and backward in the last of three steps of ViT-base, what the import of numba adds, and the "
-        "arrays of F by name.",
-    ),
-    "strategies": (
-        "How a layer applies its update",
-        "A training step of one linear layer with each strategy, relative to the plain layer's; *chosen* is what "
-        "`attach` chooses for that many tokens.",
-    ),
-    "growth": ("Cost against the number of elements", "The slope of log time against log N; 1 is linear."),
-    "slices": ("One weight of 4096² out of a group of 2^30", "Compared with a copy of the slice by one thread."),
     "files": (
         "Planning, extraction and merging on disk",
         "`tnadapt.plan` with its table; `tnadapt.extract` and `tnadapt.merge` of the q and v of ViT-base. *cpu* is "
         "processor time of all threads in seconds; *plain* reads and writes the same file by `safetensors.numpy`, "
         "*plain_synced* with an fsync, which a merge has, too.",
     ),
-    "startup": ("Import and attach", "In addition to the cost of the libraries and the arrays themselves."),
-    "gpu": ("On a GPU", ""),
     "short": (
         "The short profile",
         "What `python benchmarks/short.py` compares a working tree with: a few cases of every part, on one thread. "
@@ -98,19 +178,15 @@ WHAT = {
 
 
 def write(found: Mapping[str, Rows], folder: Path) -> None:
-    """Write ``speed.md`` and its pictures to a folder, from a mapping of part to lines, the first being the machine."""
-    text = [HEAD, *headlines.lines(found), "\n"]
-    text += [folded("How this was measured", ABOUT.format(machines=_machines(found)) + "".join(headlines.sources()))]
-    text += ["\n## Targets\n\n", *_targets(found)]
+    """Write ``speed.md`` and its picture to a folder, from a mapping of part to lines, the first being the machine."""
+    text = [HEAD, *headlines(found), "\n"]
+    text += [folded("How this was measured", ABOUT.format(machines=_machines(found)) + "".join(sources()))]
     for part, (title, about) in WHAT.items():
-        if part not in found:
-            continue
-        machine, *rows = found[part]
-        inside = [f"{about}\n\n" if about else ""]
-        inside += [f"![{title}]({name})\n\n" for name in pictures.draw(part, rows, folder)]
-        inside += [*_table(_SHORT.get(part, list)(rows)), _on(machine)]
-        # The heading stays outside: links to it work, and it can be skimmed.
-        text += [f"\n## {title}\n\n", folded("All measurements", "".join(inside))]
+        if part in found:
+            machine, *rows = found[part]
+            inside = [f"{about}\n\n", *_picture(part, title, rows, folder), *_table(rows), _on(machine)]
+            # The heading stays outside: links to it work, and it can be skimmed.
+            text += [f"\n## {title}\n\n", folded("All measurements", "".join(inside))]
     (folder / "speed.md").write_text("".join(text), encoding="utf-8")
 
 
@@ -119,80 +195,48 @@ def _machines(found: Mapping[str, Rows]) -> str:
     return " and ".join(sorted({f"{one['processor']} with {one['cores']} cores" for one in about}))
 
 
-def _targets(found: Mapping[str, Rows]) -> Iterable[str]:
-    table = ["| part | what | at most | measured | |\n|---|---|---|---|---|\n"]
-    verdicts = []
-    for target in TARGETS:
-        rows = found.get(target.part, [{}])[1:]
-        value = target.find(rows) if rows else None
-        part = WHAT[target.part][0] if target.part in WHAT else target.part
-        verdicts.append(_verdict(target, value))
-        cells = part, target.what, number(target.limit), _measured(value), verdicts[-1]
-        table.append(f"| {' | '.join(cells)} |\n")
-    met, missed = (sum(verdict.startswith(word) for verdict in verdicts) for word in ("met", "missed"))
-    rest = len(verdicts) - met - missed
-    yield f"Of {len(verdicts)} targets {met} are met, {missed} are missed, and {rest} not measured.\n\n"
-    yield folded("All targets, and why some are missed", "".join(table))
-
-
-def _measured(value: float | None) -> str:
-    return "not measured" if value is None else number(value)
-
-
-def _verdict(target: Target, value: float | None) -> str:
-    if value is None:
-        return target.why
-    if value <= target.limit:
-        return "met"
-    return f"missed by {number(100 * (value / target.limit - 1))} %. {target.why}".strip()
-
-
-def _of_growth(rows: Rows) -> Rows:
-    """Return the largest size of each format and phase."""
-    last: dict[tuple[str, str], Mapping[str, Any]] = {}
-    for row in sorted(rows, key=lambda row: row["elements"]):
-        last[row["case"], row["phase"]] = row
-    columns = ("case", "phase", "exponent", "elements", "parameters", "seconds", "peak_bytes")
-    return [{column: row[column] for column in columns} for row in last.values()]
-
-
-def _of_strategies(rows: Rows) -> Rows:
-    """Return, for each format and width, how close to the best the choice is over all token counts."""
-    several: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        several.setdefault((row["format"], row["width"]), []).append(row)
-    found = []
-    for (kind, width), own in several.items():
-        worst = max(own, key=lambda row: row["over best"])
-        near = sum(row["over best"] <= 1.1 for row in own)
-        found.append(
-            {
-                "format": kind,
-                "width": str(width),
-                "chosen, by tokens": ", ".join(f"{row['tokens']}: {row['chosen']}" for row in own),
-                "within 10 % of the best": f"{near} of {len(own)}",
-                "worst": worst["over best"],
-                "at tokens": str(worst["tokens"]),
-            }
-        )
-    return found
-
-
-#: The rows of a part that the page shows; the files have all of them.
-_SHORT: dict[str, Callable[[Rows], Rows]] = {"growth": _of_growth, "strategies": _of_strategies}
-
-
 def _table(rows: Rows) -> Iterable[str]:
     """Render the rows, with one table for each set of columns, in their order."""
     kinds: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        kinds.setdefault(tuple(row), []).append(row)
+    for one in rows:
+        kinds.setdefault(tuple(one), []).append(one)
     for columns, several in kinds.items():
-        yield "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns) + "\n"
-        for row in several:
-            yield "| " + " | ".join(number(row[column]) for column in columns) + " |\n"
-        yield "\n"
+        yield table([columns, *([number(one[column]) for column in columns] for one in several)]) + "\n"
 
 
 def _on(machine: Mapping[str, Any]) -> str:
     return "*" + ", ".join(f"{name} {text}" for name, text in machine.items() if name != "part") + "*\n"
+
+
+def _picture(part: str, title: str, rows: Rows, folder: Path) -> Iterator[str]:
+    """Draw bars for the steps: the time of each method relative to PEFT's LoRA."""
+    if part != "steps":
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ours, peer, limit = "#1f6f8b", "#c8743a", "#555555"
+    problems = list(dict.fromkeys(row["problem"] for row in rows))
+    figure, several = plt.subplots(1, len(problems), figsize=(11, 7), layout="constrained", squeeze=False)
+    for axes, problem in zip(several[0], problems, strict=True):
+        own = [row for row in rows if row["problem"] == problem and row.get("low") is not None]
+        own.sort(key=lambda row: row["ratio"])
+        peers = [
+            row["case"].startswith(("peft", "lycoris")) or row["case"] in ("head only", "full q and v") for row in own
+        ]
+        axes.barh(
+            [row["case"] for row in own],
+            [row["ratio"] for row in own],
+            xerr=[[row["ratio"] - row["low"] for row in own], [row["high"] - row["ratio"] for row in own]],
+            color=[peer if other else ours for other in peers],
+            error_kw={"elinewidth": 0.8, "ecolor": limit},
+        )
+        axes.axvline(1.0, color=limit, linewidth=1)
+        axes.set(xlim=(0.4, None), xlabel="step over PEFT's LoRA, r = 4", title=problem)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (ours, peer)]
+    several[0][0].legend(handles=handles, labels=["tnadapt", "others"], loc="lower right")
+    figure.savefig(folder / "speed_steps.png", dpi=110)
+    plt.close(figure)
+    yield f"![{title}](speed_steps.png)\n\n"

@@ -34,15 +34,10 @@ RESULTS = HERE / "results" / "peft_suite.jsonl"
 PAGE = HERE / "results" / "peft_suite.md"
 REASONS = HERE / "peft_suite.toml"
 CONTROL = "LoRA"
-FILES = (
-    "test_custom_models.py",
-    "test_config.py",
-    "test_token_classification_qa.py",
-    "test_seq_classifier.py",
-    "test_decoder_models.py",
-    "test_feature_extraction_models.py",
-    "test_encoder_decoder_models.py",
-)
+FILES = tuple(f"test_{name}.py" for name in (
+    "custom_models", "config", "token_classification_qa", "seq_classifier", "decoder_models",
+    "feature_extraction_models", "encoder_decoder_models",
+))  # fmt: skip
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -168,14 +168,8 @@ class Suite:
         text = ""
         if report.outcome != "passed":
             text = str(report.longrepr[2]) if report.skipped and isinstance(report.longrepr, tuple) else _short(report)
-        row = {
-            "file": item.path.name,
-            "test": item.originalname,
-            "method": self.label(item),
-            "row": self._row(item),
-            "outcome": report.outcome,
-            "why": text,
-        }
+        row = {"file": item.path.name, "test": item.originalname, "method": self.label(item), "row": self._row(item)}
+        row |= {"outcome": report.outcome, "why": text}
         with self.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import sys
 import tempfile
@@ -22,6 +21,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from formatting import list_table
+from machine import installed, machine
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "quantized.json"
@@ -183,7 +185,6 @@ def merged(name: str, make: Any, size: float) -> dict[str, float]:
 def measure() -> dict[str, Any]:
     """Return all results."""
     import torch
-    from machine import machine
 
     from tnadapt.torch._merging import numbers
 
@@ -203,11 +204,7 @@ def measure() -> dict[str, Any]:
         if name.startswith("bitsandbytes") and "embedding" not in name:
             row["64 by 96"], row["96 by 64"] = off_by(make, 64, 96), off_by(make, 96, 64)
         found[name] = row
-    versions = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return {"machine": machine(), "versions": versions, "kinds": found}
+    return {"machine": machine(), "versions": installed(*PACKAGES), "kinds": found}
 
 
 def tables(results: dict[str, Any]) -> str:
@@ -222,25 +219,11 @@ def tables(results: dict[str, Any]) -> str:
     for name, row in results["kinds"].items():
         if "merges" in row:
             found = [row["merges"][str(size)] for size in SHOWN]
-            errors.append(
-                (
-                    name,
-                    f"{row['quantization']:.4f}",
-                    *(f"{one['kept']:.2f}" for one in found),
-                    *(f"{one['update_error']:.2f}" for one in found),
-                )
-            )
+            cells = [f"{one[column]:.2f}" for column in ("kept", "update_error") for one in found]
+            errors.append((name, f"{row['quantization']:.4f}", *cells))
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     head = f".. Made by benchmarks/quantized.py.\n\nMeasured on the CPU with {versions}.\n"
-    return "\n".join([head, _table(rows), "", _table(errors), ""])
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [".. list-table::", "   :header-rows: 1", ""]
-    for row in rows:
-        for place, cell in enumerate(row):
-            lines.append(f"   {'*' if place == 0 else ' '} - {cell}")
-    return "\n".join(lines)
+    return f"{head}\n{list_table(rows)}\n{list_table(errors)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,6 +23,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from formatting import list_table
+
 from paper.registries import SOURCES, fetch
 from tnadapt import presets
 from tnadapt.algebra._adam_units import RATE, WEIGHTS, step_norm
@@ -96,43 +98,26 @@ def run(name: str, folder: Path, seeds: int, jobs: int, engine: str = "local") -
     settings = TASKS[name]
     study = Study(settings.spec(name, folder), _Chosen(name), settings.training, RATES, seeds)
     study.run(out, jobs, engine=engine)
-    RESULTS.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(out / "results.jsonl", kept)
     return kept
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One setting of a task.
-
-    Attributes
-    ----------
-    name : str
-    parameters : int
-    best : float
-        The rate with the best mean validation score; of several that are equal, the nearest to the default.
-    test_best, test_default : tuple of float
-        Test scores of the seeds at these rates.
-    seeds : int
-    """
+    """One setting of a task, with the test scores of the seeds at two rates."""
 
     name: str
     parameters: int
+    #: The rate with the best mean validation score; of several that are equal, the nearest to the default.
     best: float
     test_best: tuple[float, ...]
     test_default: tuple[float, ...]
     validation: dict[float, float]
 
     @property
-    def factor(self) -> float:
-        """The best rate over the default."""
-        return self.best / DEFAULT
-
-    @property
     def losses(self) -> tuple[float, ...]:
         """Points that the default loses against the best rate, on the test samples of each seed."""
-        pairs = zip(self.test_best, self.test_default, strict=True)
-        return tuple(100.0 * (best - default) for best, default in pairs)
+        return tuple(100.0 * (a - b) for a, b in zip(self.test_best, self.test_default, strict=True))
 
     @property
     def loss(self) -> float:
@@ -142,7 +127,7 @@ class Row:
     @property
     def within(self) -> bool:
         """Whether the best rate is within a factor of 2 of the default."""
-        return 0.5 <= self.factor <= 2.0
+        return 0.5 <= self.best / DEFAULT <= 2.0
 
 
 def rows_of(lines: Iterable[dict[str, Any]]) -> list[Row]:
@@ -170,31 +155,22 @@ def rows_of(lines: Iterable[dict[str, Any]]) -> list[Row]:
 def table(name: str) -> str:
     """Return the table of a task in reStructuredText."""
     rows = rows_of(read_lines(RESULTS / f"{name}.jsonl"))
-    seeds = {len(row.test_best) for row in rows}
-    (count,) = seeds
+    (count,) = {len(row.test_best) for row in rows}
     text = [
-        f"{_told(rows)} ({count} seed{'s' * (count > 1)}).",
-        "", ".. list-table::", "   :header-rows: 1", "",
-        "   * - setting", "     - parameters", *(f"     - {rate:g}" for rate in RATES), "     - best",
-        "     - test at best", "     - at the default", "     - lost",
-    ]  # fmt: skip
+        ("setting", "parameters", *(f"{rate:g}" for rate in RATES), "best", "test at best", "at the default", "lost")
+    ]
     for row in rows:
         spread = f" ({', '.join(f'{one:+.1f}' for one in row.losses)})" if count > 1 else ""
-        text += [
-            f"   * - {row.name}", f"     - {row.parameters:,}",
-            *(f"     - {100 * row.validation[rate]:.1f}" for rate in RATES), f"     - {row.best:g}",
-            f"     - {100 * statistics.fmean(row.test_best):.1f}",
-            f"     - {100 * statistics.fmean(row.test_default):.1f}",
-            f"     - {row.loss:+.1f}{spread}",
-        ]  # fmt: skip
-    return "\n".join(text) + "\n"
+        scores = [f"{100 * row.validation[rate]:.1f}" for rate in RATES]
+        tests = [f"{100 * statistics.fmean(scores):.1f}" for scores in (row.test_best, row.test_default)]
+        text.append((row.name, f"{row.parameters:,}", *scores, f"{row.best:g}", *tests, f"{row.loss:+.1f}{spread}"))
+    return f"{_told(rows)} ({count} seed{'s' * (count > 1)}).\n\n{list_table(text)}"
 
 
 def summary() -> str:
     """Return what the tables of all tasks say, in reStructuredText."""
-    return (
-        f"On all tasks, {_told([row for name in TASKS for row in rows_of(read_lines(RESULTS / f'{name}.jsonl'))])}.\n"
-    )
+    rows = [row for name in TASKS for row in rows_of(read_lines(RESULTS / f"{name}.jsonl"))]
+    return f"On all tasks, {_told(rows)}.\n"
 
 
 def _told(rows: Sequence[Row]) -> str:
@@ -229,26 +205,18 @@ def power_table() -> str:
         losses.setdefault(key, {}).setdefault(line["rate"], []).append(_loss(line))
         sizes[key] = line["elements"]
     powers: dict[str, list[float]] = {}
-    text = []
+    text = [("task", "map", "parameters", "rates tried", "best", "power")]
     for (task, name, parameters), rates in sorted(losses.items()):
         best = min(rates, key=lambda rate: statistics.fmean(rates[rate]))
         power = math.log(best / DEFAULT) / math.log(sizes[task, name, parameters] / parameters)
         powers.setdefault(task, []).append(power)
-        edge = best in (min(rates), max(rates))
-        text += [
-            f"   * - {task}", f"     - {name}", f"     - {parameters:,}", f"     - {len(rates)}",
-            f"     - {best:g}{' (the edge)' * edge}", f"     - {power:.2f}",
-        ]  # fmt: skip
-    head = [
-        "; ".join(
-            f"{task}: {statistics.fmean(own):.2f} on average, {min(own):.2f} to {max(own):.2f} ({len(own)} maps)"
-            for task, own in powers.items()
-        )
-        + ".",
-        "", ".. list-table::", "   :header-rows: 1", "", "   * - task", "     - map", "     - parameters",
-        "     - rates tried", "     - best", "     - power",
-    ]  # fmt: skip
-    return "\n".join([*head, *text]) + "\n"
+        shown = f"{best:g}{' (the edge)' * (best in (min(rates), max(rates)))}"
+        text.append((task, name, f"{parameters:,}", str(len(rates)), shown, f"{power:.2f}"))
+    head = "; ".join(
+        f"{task}: {statistics.fmean(own):.2f} on average, {min(own):.2f} to {max(own):.2f} ({len(own)} maps)"
+        for task, own in powers.items()
+    )
+    return f"{head}.\n\n{list_table(text)}"
 
 
 def norm_table() -> str:
@@ -263,19 +231,13 @@ def norm_table() -> str:
         settings = losses.setdefault((line["weights"], line["task"]), {})
         rates = settings.setdefault(f"{line['family']} {line['label']}", {})
         rates.setdefault(line["rate"], []).append(_loss(line))
-    text = [
-        ".. list-table::", "   :header-rows: 1", "", "   * - task", "     - weights", "     - settings",
-        "     - norm of the best step", "     - √(8 / w)",
-    ]  # fmt: skip
+    text: list[Sequence[object]] = [("task", "weights", "settings", "norm of the best step", "√(8 / w)")]
     for (weights, task), found in sorted(losses.items()):
         whole = {name: rates for name, rates in found.items() if len(rates) == len(RATES)}
         best = [min(rates, key=lambda rate: statistics.fmean(rates[rate])) for rates in whole.values()]
         norm = statistics.geometric_mean(best) / DEFAULT
-        text += [
-            f"   * - {task}", f"     - {weights}", f"     - {len(whole)}", f"     - {norm:.2f}",
-            f"     - {step_norm(weights):.2f}",
-        ]  # fmt: skip
-    return "\n".join(text) + "\n"
+        text.append((task, weights, len(whole), f"{norm:.2f}", f"{step_norm(weights):.2f}"))
+    return list_table(text)
 
 
 def main() -> None:

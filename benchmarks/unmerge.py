@@ -11,13 +11,15 @@ Results go to ``results/unmerge.json``, and the table of the documentation, made
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from formatting import list_table
+from machine import installed
 
 import tnadapt as tna
 from paper.registries import fetch
@@ -121,24 +123,18 @@ def measured(library: str, folder: Path, dtype: str) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the table in reStructuredText."""
-    text = [
-        ".. list-table::", "   :header-rows: 1", "", "   * - dtype", "     - adapters",
-        *(f"     - {library}" for library in LIBRARIES),
-    ]  # fmt: skip
-    for dtype in DTYPES:
-        for times in TIMES:
-            text += [f"   * - {dtype}", f"     - {times}"]
-            for library in LIBRARIES:
-                (row,) = (
-                    one for one in rows if (one["library"], one["dtype"], one["times"]) == (library, dtype, times)
-                )
-                share = row["changed"] / row["elements"]
-                text.append(
-                    "     - the same bits"
-                    if not row["changed"]
-                    else f"     - {share:.0%} of the elements changed, by {row['error']:.2g} times the update"
-                )
-    return "\n".join(text) + "\n"
+    found = {(row["library"], row["dtype"], row["times"]): row for row in rows}
+    text = [("dtype", "adapters", *LIBRARIES)]
+    for dtype, times in itertools.product(DTYPES, TIMES):
+        text.append((dtype, str(times), *(_cell(found[library, dtype, times]) for library in LIBRARIES)))
+    return list_table(text)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if not row["changed"]:
+        return "the same bits"
+    share = row["changed"] / row["elements"]
+    return f"{share:.0%} of the elements changed, by {row['error']:.2g} times the update"
 
 
 def main() -> None:
@@ -152,7 +148,7 @@ def main() -> None:
             parser.error("give a folder for the model")
         folder, _ = fetch("reviews", given.folder)
         rows = [row for name in LIBRARIES for dtype in DTYPES for row in measured(name, folder, dtype)]
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "peft", "transformers")}
+        versions = installed("torch", "peft", "transformers")
         RESULTS.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     TABLE.write_text(table(json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]), encoding="utf-8")
 

@@ -16,15 +16,12 @@ from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Engine, open_engine, usable_device
 from tnadapt.finetune.training import checked_rates
 
-from . import combinations, evidence, methods, page, readme, report, store, tasks
-from .estimate import estimate
+from . import evidence, methods, page, readme, report, store, tasks
 from .grid import Grid, Trial, grid_of, shard_of
 from .profiles import PROFILES, Profile, profile_of
 from .running import Listener, Run
 from .tasks import QualityTask
-from .tuning import Plan
-
-__all__ = ["main"]
+from .tuning import Plan, due
 
 #: The results that the documentation shows.
 PUBLISHED = Path(__file__).parents[1] / "results" / "quality"
@@ -59,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("tasks", nargs="*", metavar="TASK", help=f"of the profile by default: {', '.join(tasks.TASKS)}")
     about = "; ".join(f"{name}: {one.about}" for name, one in PROFILES.items())
     run.add_argument("--profile", default="quick", help=f"default quick. {about}")
-    run.add_argument("--methods", help="names, or tnadapt, PEFT, new or all (the first two), with commas")
+    run.add_argument("--methods", help="names, or tnadapt, PEFT or all, with commas")
     run.add_argument("--budgets", help="numbers of parameters, with commas between them")
     run.add_argument("--seeds", type=int, help="seeds 0 to N - 1")
     run.add_argument("--tuned-by", type=int, help="number of seeds with which rates are tried")
@@ -68,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--scale", help="smoke, small or full: of data and training")
     run.add_argument("--shard", default="1/1", metavar="I/N", help="only every N-th setting, with a file of its own")
     run.add_argument("--retry", action="store_true", help="try trainings again that failed with an error")
-    run.add_argument("--dry-run", action="store_true", help="only list the settings, and estimate the time")
+    run.add_argument("--dry-run", action="store_true", help="only list the settings")
     run.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder of the results")
     run.add_argument("--cache", type=Path, default=Path("runs/quality-cache"), help="folder of models and data")
     run.add_argument(
@@ -144,8 +141,6 @@ def _report(options: argparse.Namespace) -> None:
     for task, scale in _every():
         for path in report.write(options.out, task, scale):
             print(path)
-    if combinations.page(options.out):
-        print(combinations.write(options.out))
 
 
 def _page(options: argparse.Namespace) -> None:
@@ -157,7 +152,7 @@ def _page(options: argparse.Namespace) -> None:
 
 
 def _methods(options: argparse.Namespace) -> None:
-    for name in methods.names(("control", "tnadapt", "PEFT", "new")):
+    for name in methods.names(("control", "tnadapt", "PEFT")):
         print(f"{name:22} {methods.find(name).title}")
 
 
@@ -176,16 +171,9 @@ def _list(task: QualityTask, scale: str, grid: Grid, shard: tuple[int, int], pla
     print(f"  without a setting at a budget: {len(why)} combinations of method and budget")
     for line in sorted(why) if len(why) <= _TOLD else ():
         print(f"    {line}")
-    found, published = store.read(out, task.name, scale), store.read(PUBLISHED, task.name, scale)
+    found = store.read(out, task.name, scale)
     records = {} if found is None else found.records
-    timed = [line for some in (found, published) if some is not None for line in some.records.values()]
-    left = estimate(task, scale, settings, records, plan, timed)
-    hours = (
-        "no training was timed yet"
-        if left.least_seconds is None or left.most_seconds is None
-        else f"{left.least_seconds / 3600:.1f} to {left.most_seconds / 3600:.1f} hours of one thread"
-    )
-    print(f"  {left.finished} trainings are finished; {left.least} to {left.most} are left: {hours}")
+    print(f"  {len(records)} trainings are finished; {len(due(task, scale, settings, records, plan))} can be run now")
 
 
 # -- Options --------------------------------------------------------------------------------------
@@ -194,7 +182,7 @@ def _list(task: QualityTask, scale: str, grid: Grid, shard: tuple[int, int], pla
 def _grid(task: QualityTask, profile: Profile, options: argparse.Namespace) -> Grid:
     names: Sequence[str] | None = profile.methods
     if options.methods is not None:
-        groups = {name: methods.names([name]) for name in ("tnadapt", "PEFT", "new")} | {"all": methods.names()}
+        groups = {name: methods.names([name]) for name in ("tnadapt", "PEFT")} | {"all": methods.names()}
         words = [word.strip() for word in options.methods.split(",")]
         names = list(dict.fromkeys(name for word in words for name in groups.get(word, [word])))
     budgets = profile.budgets

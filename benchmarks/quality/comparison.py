@@ -14,45 +14,12 @@ from .methods import BASE, DENSE
 from .tasks import QualityTask
 from .tuning import held_out
 
-__all__ = [
-    "Difference",
-    "Outcome",
-    "at_budget",
-    "base_of",
-    "dense_of",
-    "difference",
-    "improves",
-    "leader_of",
-    "outcomes_of",
-    "setting_of",
-    "share",
-]
-
 Lines = Sequence[Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One setting at the rate that was best on the held-out part.
-
-    Attributes
-    ----------
-    method, title, library, label : str
-    budget, parameters, kept : int
-    rate : float
-    tried : tuple of float
-        All rates that were tried, sorted.
-    tuned_by : int
-        The number of seeds with three rates or more (all, if there are fewer), by which the rate was chosen.
-    held_out, test : dict of int to float
-        Scores by seed.
-    diverged : bool
-        Whether a seed diverged at the chosen rate; then there are no scores.
-    failed : str
-        The error that a training at the chosen rate raised; empty if none did.
-    config : mapping, optional
-        The settings, as JSON values.
-    """
+    """One setting at the rate that was best on the held-out part."""
 
     method: str
     title: str
@@ -62,12 +29,18 @@ class Outcome:
     parameters: int
     kept: int
     rate: float
+    #: All rates that were tried, sorted.
     tried: tuple[float, ...]
+    #: The number of seeds with three rates or more (all, if there are fewer), by which the rate was chosen.
     tuned_by: int
+    #: Scores by seed.
     held_out: Mapping[int, float]
     test: Mapping[int, float]
+    #: Whether a seed diverged at the chosen rate; then there are no scores.
     diverged: bool = False
+    #: The error that a training at the chosen rate raised; empty if none did.
     failed: str = ""
+    #: The settings, as JSON values.
     config: Mapping[str, Any] | None = None
 
     @property
@@ -114,13 +87,7 @@ class Difference:
 def outcomes_of(task: QualityTask, lines: Iterable[Mapping[str, Any]], every: bool = False) -> list[Outcome]:
     """Return an outcome for each setting in some result lines, in the order in which they first appear.
 
-    Parameters
-    ----------
-    task : QualityTask
-    lines : iterable of mapping
-        Result lines.
-    every : bool
-        Also those without the largest number of seeds, which are unfinished.
+    Settings without the largest number of seeds are unfinished, and only there if ``every`` is true.
     """
     settings: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for line in lines:
@@ -209,17 +176,7 @@ def dense_of(outcomes: Sequence[Outcome]) -> Outcome | None:
 
 
 def share(task: QualityTask, one: Outcome, outcomes: Sequence[Outcome], held_out: bool = False) -> float | None:
-    """Return a setting's gain over no adapter divided by that of dense updates; None if that is not positive.
-
-    Parameters
-    ----------
-    task : QualityTask
-    one : Outcome
-    outcomes : sequence of Outcome
-        Those of the task, with both controls.
-    held_out : bool
-        By the scores on held-out samples instead of those on test samples.
-    """
+    """Return a setting's gain over no adapter divided by that of dense updates; None if that is not positive."""
     base, dense = base_of(outcomes), dense_of(outcomes)
     if base is None or dense is None:
         return None

@@ -17,19 +17,10 @@ from tnadapt.finetune.engines import Do
 from . import store, tasks
 from .grid import Trial
 
-__all__ = ["Trainings", "line_of", "run"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Trainings:
-    """The work that is sent to every process: small, and the same for all trainings of a task.
-
-    Attributes
-    ----------
-    task, scale : str
-    cache : Path
-    device : str
-    """
+    """The work that is sent to every process: small, and the same for all trainings of a task."""
 
     task: str
     scale: str
@@ -85,18 +76,10 @@ def line_of(trial: Trial, measured: dict[str, Any]) -> dict[str, Any]:
     """Return the result line of a training."""
     one, method = trial.setting, trial.method
     return {
-        "key": trial.key,
-        "method": one.method,
-        "title": method.title,
-        "library": method.library,
-        "label": one.label,
-        "budget": one.budget,
-        "parameters": one.parameters,
-        "config": one.values,
-        "seed": trial.seed,
-        "rate": trial.rate,
-        **measured,
-    }
+        "key": trial.key, "method": one.method, "title": method.title, "library": method.library, "label": one.label,
+        "budget": one.budget, "parameters": one.parameters, "config": one.values, "seed": trial.seed,
+        "rate": trial.rate, **measured,
+    }  # fmt: skip
 
 
 def run(
@@ -112,23 +95,6 @@ def run(
     """Run trainings with one thread each, and yield each with its result line when it is finished.
 
     One with which a worker always dies, for example for lack of memory, has failed; it must not end all others.
-
-    Parameters
-    ----------
-    work : Trainings
-    bench : Bench
-        The opened bench, for trainings in this process.
-    trials : sequence of Trial
-    folder : Path
-        For files of workers.
-    engine : Engine
-        Where parallel trainings run; a single job runs in this process.
-    study : str
-        The digest of what results depend on.
-    progress : callable
-        Called with a trial and the fraction done.
-    known : collection of str
-        Keys of trainings that are in the results file; what workers of a killed run wrote for them is deleted.
     """
     lost: list[tuple[Trial, dict[str, Any]]] = []
     done = run_tasks(

@@ -15,20 +15,12 @@ from .comparison import Outcome, at_budget, base_of, improves, outcomes_of, shar
 from .figures import budgets_of
 from .tasks import QualityTask
 
-__all__ = ["PACKAGED", "evidence", "write"]
-
 #: The file that :mod:`tnadapt.planning` reads.
 PACKAGED = Path(tnadapt.planning.__file__).with_name("measured.json")
 
 
 def write(folder: Path) -> Path:
-    """Write the file of the package from the results in a folder.
-
-    Raises
-    ------
-    FileError
-        If results are damaged, or the file cannot be written.
-    """
+    """Write the file of the package from the results in a folder."""
     replace_file(str(PACKAGED), evidence(folder).encode())
     return PACKAGED
 

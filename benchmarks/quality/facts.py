@@ -12,28 +12,18 @@ from tnadapt import torch as tnt
 from tnadapt.errors import TnadaptError
 from tnadapt.planning.preset_families import AdaptedWeights
 
-__all__ = ["Facts", "facts_of"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """The adapted weights of a model.
+    """The adapted weights of a model."""
 
-    Attributes
-    ----------
-    modules : tuple of str
-        Paths of the layers.
-    shapes : tuple of (rows, cols)
-    layers, roles : tuple
-        One key per weight, as in :class:`tnadapt.SuperLoRA`.
-    head_size : int, optional
-        Rows of an attention head, if every weight consists of heads.
-    """
-
+    #: Paths of the layers.
     modules: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
+    #: One key per weight, as in :class:`tnadapt.SuperLoRA`.
     layers: tuple[object, ...]
     roles: tuple[object, ...]
+    #: Rows of an attention head, if every weight consists of heads.
     head_size: int | None = None
 
     @functools.cached_property
@@ -53,13 +43,7 @@ class Facts:
 
 
 def facts_of(model: nn.Module, targets: str | Sequence[str], head_size: int | None = None) -> Facts:
-    """Return the facts of a model, which may be on the meta device.
-
-    Raises
-    ------
-    TnadaptError
-        If a target is only a part of a layer's weight, which PEFT cannot adapt alone.
-    """
+    """Return the facts of a model, which may be on the meta device."""
     found = tnt.find_targets(model, targets)
     for target in found:
         if target.parameter != "weight" or target.rows is not None or target.index is not None:

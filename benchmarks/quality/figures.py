@@ -12,10 +12,8 @@ from tnadapt.plot.canvas import figure, ink, pale, quiet, saved
 from .comparison import Outcome, at_budget, leader_of
 from .tasks import QualityTask
 
-__all__ = ["LIBRARIES", "budgets_of", "draw_methods", "draw_scores"]
-
 #: Colour and marker of each library.
-LIBRARIES = {"tnadapt": ("#D55E00", "o"), "PEFT": ("#0072B2", "s"), "new": ("#009E73", "^")}
+LIBRARIES = {"tnadapt": ("#D55E00", "o"), "PEFT": ("#0072B2", "s")}
 #: Methods of each budget that are named in the first figure.
 NAMED = 3
 
@@ -40,11 +38,6 @@ def draw_scores(task: QualityTask, outcomes: Sequence[Outcome], path: Path, note
     """Draw the score of every setting against its parameters; name those with the best held-out scores.
 
     The line of each library joins the settings with the best held-out score at each budget.
-
-    Raises
-    ------
-    ImportError
-        If matplotlib is not installed.
     """
     drawn, axes = figure(10, 5.8)
     axes.set_xscale("log")
@@ -116,13 +109,7 @@ def _held_out(task: QualityTask, one: Outcome) -> float:
 
 
 def draw_methods(task: QualityTask, outcomes: Sequence[Outcome], path: Path, note: str = "") -> None:
-    """Draw a panel per budget with every method's mean and standard deviation, the best first.
-
-    Raises
-    ------
-    ImportError
-        If matplotlib is not installed.
-    """
+    """Draw a panel per budget with every method's mean and standard deviation, the best first."""
     budgets = budgets_of(outcomes)
     counts = [len(at_budget(outcomes, budget)) for budget in budgets]
     columns = min(3, len(budgets))

@@ -12,8 +12,6 @@ from .facts import Facts
 from .methods import Method, Setting
 from .tasks import QualityTask
 
-__all__ = ["BUDGETS", "Absent", "Grid", "Trial", "grid_of", "shard_of"]
-
 BUDGETS = (13, 100, 1_000, 10_000, 100_000)
 
 
@@ -28,32 +26,17 @@ class Absent:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The settings of a task.
-
-    Attributes
-    ----------
-    facts : Facts
-    settings : tuple of Setting
-        The controls first, then by budget and method.
-    absent : tuple of Absent
-    """
+    """The settings of a task."""
 
     facts: Facts
+    #: The controls first, then by budget and method.
     settings: tuple[Setting, ...]
     absent: tuple[Absent, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One training.
-
-    Attributes
-    ----------
-    task, scale : str
-    setting : Setting
-    seed : int
-    rate : float
-    """
+    """One training."""
 
     task: str
     scale: str
@@ -83,22 +66,6 @@ def grid_of(task: QualityTask, names: Sequence[str] | None = None, budgets: Sequ
 
     A method takes part at a budget with its largest setting, if that has at least half as many parameters. Budgets
     above the number of elements of the weights, which is that of a dense update, are left out.
-
-    Parameters
-    ----------
-    task : QualityTask
-    names : sequence of str, optional
-        Names of methods; all of tnadapt and PEFT by default. The controls always take part.
-    budgets : sequence of int
-
-    Returns
-    -------
-    Grid
-
-    Raises
-    ------
-    TnadaptError
-        If a method is unknown, a budget is below 1, or two budgets have a setting in common.
     """
     if any(budget < 1 for budget in budgets):
         raise TnadaptError(f"a budget must be at least 1 parameter; got {min(budgets)}")
@@ -140,17 +107,6 @@ def _check_budgets(settings: Sequence[Setting]) -> None:
 
 def shard_of(settings: Sequence[Setting], shard: tuple[int, int]) -> list[Setting]:
     """Return the settings of one shard; all trainings of a setting are in one shard, which chooses its rate.
-
-    Parameters
-    ----------
-    settings : sequence of Setting
-    shard : (int, int)
-        Its number, from 1, and the number of shards.
-
-    Raises
-    ------
-    TnadaptError
-        If there is no such shard.
 
     Examples
     --------

@@ -8,26 +8,42 @@ from pathlib import Path
 
 from tnadapt.checkpoints.atomic_files import replace_file
 
-from ..formatting import folded
+from ..formatting import folded, row, wrapped
 from . import methods, replication, report, store, tasks, which
+from .comparison import at_budget, outcomes_of
 from .grid import BUDGETS
-from .published import RUNS, commands, coverage
 from .tuning import BEYOND
 
-__all__ = ["page", "write"]
+_THREE_RATES = "--rates 0.001,0.01,0.1 --no-refine"
+#: Arguments of ``python -m benchmarks.quality run TASK --profile day``, in the order of the runs.
+RUNS: dict[str, tuple[str, ...]] = {
+    "digits": ("--budgets 13,100,1000,10000",),
+    "reviews": (
+        "--budgets 13 --methods tinylora,unilora",
+        "--budgets 100 --methods lonkr,superlora-projected,tinylora,unilora,peft-unilora",
+        "--budgets 1000 --methods lonkr,superlora-projected,lora_xs,tinylora,unilora,peft-unilora",
+        "--budgets 10000 --methods lora,superlora,superlora-projected,lora_xs,unilora,peft-lora",
+    ),
+    "cifar10": (
+        "--budgets 1000 --methods "
+        "lonkr,lorta,superlora-projected,fastfood,lora_xs,unilora,fourierft,peft-unilora,peft-fourierft",
+        "--budgets 10000 --methods superlora,superlora-projected,unilora",
+    ),
+    "smollm2-sft": (
+        f"--budgets 1000 --methods superlora-projected,unilora,peft-unilora {_THREE_RATES}",
+        f"--budgets 100000 --methods lora {_THREE_RATES}",
+    ),
+    "smollm2-grpo": (f"--budgets 1000 --methods superlora-projected,unilora {_THREE_RATES}",),
+    "diffusion": (
+        f"--budgets 1000 --methods superlora-projected,unilora {_THREE_RATES}",
+        f"--budgets 10000 --methods lora,superlora,superlora-projected,unilora {_THREE_RATES}",
+    ),
+}
 
 
 def write(folder: Path) -> list[Path]:
-    """Write the tables and figures of all tasks with results, and both pages.
-
-    Raises
-    ------
-    FileError
-        If results are damaged, or a file cannot be written.
-    ImportError
-        If matplotlib is not installed.
-    """
-    paths = [path for task, scale in _studies(folder) for path in report.write(folder, task, scale)]
+    """Draw the figures of all tasks with results, and write both pages."""
+    paths = [path for task, scale in _studies(folder) for path in report.draw(folder, task, scale)]
     target = folder / "page.md"
     replace_file(str(target), page(folder).encode())
     return [*paths, target, which.write(folder)]
@@ -45,15 +61,15 @@ def page(folder: Path) -> str:
 
 
 def _page(folder: Path) -> Iterator[str]:
-    yield from _wrapped(INTRODUCTION)
+    yield from wrapped(INTRODUCTION)
     studies = _studies(folder)
     yield "**Tasks.**"
     yield ""
     for name in tasks.TASKS:
         yield f"- `{name}`: {tasks.find(name).title}{'' if _has(studies, name) else ' (not measured yet)'}"
     yield ""
-    yield from _wrapped(MEASURED)
-    yield from coverage(folder)
+    yield from wrapped(MEASURED)
+    yield from _coverage(folder)
     yield ""
     yield folded("Methods, learning rates, and what does not take part", "\n".join(_details())).rstrip("\n")
     for task, scale in studies:
@@ -63,26 +79,46 @@ def _page(folder: Path) -> Iterator[str]:
         yield report.table(task, found, store.path_of(folder, task.name, scale).stem).rstrip("\n")
         if task.name in RUNS and scale == "small":
             yield ""
-            yield folded("The commands that repeat these results", "\n".join(commands(task.name))).rstrip("\n")
-        repeated = replication.section(folder, task, scale).rstrip("\n")
-        if repeated:
-            yield from ("", repeated)
+            yield folded("The commands that repeat these results", "\n".join(_commands(task.name))).rstrip("\n")
+        if repeated := replication.summary(folder, task, scale):
+            yield ""
+            yield textwrap.fill(repeated, 120, break_on_hyphens=False)
 
 
 def _details() -> Iterator[str]:
     ours, theirs = (len(methods.names([library])) for library in ("tnadapt", "PEFT"))
     budgets = ", ".join(f"{budget:,}" for budget in BUDGETS)
-    yield from _wrapped(DETAILS.format(ours=ours, theirs=theirs, budgets=budgets, beyond=BEYOND))
+    yield from wrapped(DETAILS.format(ours=ours, theirs=theirs, budgets=budgets, beyond=BEYOND))
     yield "**Methods of PEFT that do not take part**"
     yield ""
     for name, why in methods.LEFT_OUT.items():
         yield f"- {name}: {why}."
 
 
-def _wrapped(text: str) -> Iterator[str]:
-    for paragraph in text.strip().split("\n\n"):
-        yield paragraph if paragraph.startswith(("#", "```")) else textwrap.fill(paragraph, 120, break_on_hyphens=False)
-        yield ""
+def _commands(task: str) -> Iterator[str]:
+    """Yield the lines of a Markdown block with the commands that repeat the published results of a task."""
+    yield "```console"
+    for arguments in RUNS[task]:
+        words = arguments.split()
+        lines = [f"$ python -m benchmarks.quality run {task} --profile day"]
+        for word in words:
+            if word.startswith("--") and len(lines[-1]) > 60:
+                lines[-1] += " \\"
+                lines.append("   ")
+            lines[-1] += f" {word}"
+        yield from lines
+    yield "```"
+
+
+def _coverage(folder: Path) -> Iterator[str]:
+    """Yield the lines of a table: for each task and budget, how many methods have results."""
+    yield row(["task", *(f"{budget:,}" for budget in BUDGETS)])
+    yield "|---|" + "--:|" * len(BUDGETS)
+    for name in tasks.TASKS:
+        found = store.read(folder, name, "small")
+        outcomes = [] if found is None else outcomes_of(tasks.find(name), found.records.values())
+        counts = [len(at_budget(outcomes, budget)) for budget in BUDGETS]
+        yield row([f"`{name}`", *(str(count) if count else "–" for count in counts)])
 
 
 def _has(studies: list[tuple[tasks.QualityTask, str]], name: str) -> bool:
@@ -99,7 +135,7 @@ that was stopped resumes. In a clone of the repository:
 ```console
 $ pip install -e '.[quality]'
 $ python -m benchmarks.quality run --profile quick    # a choice of methods; also: day, full
-$ python -m benchmarks.quality run digits --dry-run   # what would be trained, and how long that would take
+$ python -m benchmarks.quality run digits --dry-run   # what would be trained
 $ python -m benchmarks.quality run --profile full --engine slurm --engine-option gpus=1
 $ python -m benchmarks.quality run --profile full --device cuda --shard 1/8     # or so on each of 8 machines,
 $ python -m benchmarks.quality merge && python -m benchmarks.quality report     # then, with their files in one folder

@@ -6,10 +6,7 @@ import dataclasses
 
 from tnadapt.errors import TnadaptError, safe_repr
 
-from . import methods
 from .grid import BUDGETS
-
-__all__ = ["FEW", "PROFILES", "Profile", "profile_of"]
 
 #: A choice of methods: what people use, and the families with the fewest parameters.
 FEW = (
@@ -18,37 +15,20 @@ FEW = (
     "peft-tinylora",
 )  # fmt: skip
 
-#: The methods that new combinations are compared with, and these.
-NEW = (
-    *methods.REFERENCES, "lora", "lonkr", "lorta", "lorta_cp", "cara", "superlora", "superlora-projected", "fastfood",
-    "fourierft", "craft", "vera", *methods.names(["new"]),
-)  # fmt: skip
-
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """A part of the grid.
-
-    Attributes
-    ----------
-    tasks : tuple of str
-    about : str
-    methods : tuple of str, optional
-        All if None.
-    budgets : tuple of int
-    seeds : int
-    tuned_by : int
-        Number of seeds with which rates are tried.
-    scale : str
-        Of data and training: see :class:`~benchmarks.quality.tasks.QualityTask`.
-    """
+    """A part of the grid."""
 
     tasks: tuple[str, ...]
     about: str
+    #: All if None.
     methods: tuple[str, ...] | None = None
     budgets: tuple[int, ...] = BUDGETS
     seeds: int = 5
+    #: Number of seeds with which rates are tried.
     tuned_by: int = 1
+    #: Of data and training: see :class:`~benchmarks.quality.tasks.QualityTask`.
     scale: str = "small"
 
 
@@ -64,22 +44,11 @@ PROFILES = {
         "for a GPU or a cluster: all tasks at full scale, all methods, five seeds, rates tuned by two",
         None, BUDGETS, 5, 2, "full",
     ),
-    "new": Profile(
-        ("digits", "reviews", "cifar10"),
-        "combinations that are new as far as we know, and the known methods with the fewest parameters, eight seeds",
-        NEW, (13, 100, 1_000), 8, 2,
-    ),
 }  # fmt: skip
 
 
 def profile_of(name: str) -> Profile:
-    """Return the profile of a name.
-
-    Raises
-    ------
-    TnadaptError
-        If there is none.
-    """
+    """Return the profile of a name."""
     if name not in PROFILES:
         raise TnadaptError(f"no profile {safe_repr(name)}; expected one of {', '.join(PROFILES)}")
     return PROFILES[name]

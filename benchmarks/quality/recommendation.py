@@ -1,22 +1,38 @@
-"""One method for each budget: the one that reaches most of the gain of dense updates over all tasks."""
+"""One method for each budget: the one that reaches most of the gain of dense updates over all tasks.
+
+With it go the rank of LoRA that holds its updates, and the time of a training step by ``python benchmarks/steps.py``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.checkpoints.lora_export import lora_export
+from tnadapt.errors import FileError
+
+from ..formatting import row
 from . import store, tasks
 from .comparison import Outcome, at_budget, base_of, improves, outcomes_of, share
 from .facts import Facts
 from .figures import budgets_of
-from .lora_ranks import lora_rank
-from .report import row
-from .step_times import step_ratio
 from .tasks import QualityTask
 
-__all__ = ["Choice", "Recommendation", "Study", "recommendations", "studies_of", "table"]
+#: Rows that ``python benchmarks/steps.py --problem minilm --rounds 12 --results THIS CASE CASE CASE`` appends: a call
+#: for each two or three cases, as other load on the machine affects short rounds less.
+STEPS = Path(__file__).parents[1] / "results" / "method_steps.jsonl"
+#: The cases of ``steps.py`` that stand for methods whose names are not cases.
+CASES = {
+    "superlora-projected": "superlora F 0.01",
+    "peft-lora": "peft lora r=4",
+    "peft-unilora": "peft unilora",
+    "peft-fourierft": "peft fourierft",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,25 +46,16 @@ class Study:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A method over several tasks.
-
-    Attributes
-    ----------
-    name : str
-    method : str
-        Its key, such as "superlora-projected".
-    shares : tuple of float
-        Its gain over no adapter on the test samples of each task, divided by that of dense updates.
-    undecided : tuple of str
-        Names of the tasks in which it is not decided to be better than no adapter.
-    ranks : tuple of int
-        The ranks of LoRA that hold its updates exactly, one for each task; empty if some cannot be held.
-    """
+    """A method over several tasks."""
 
     name: str
+    #: Its key, such as "superlora-projected".
     method: str
+    #: Its gain over no adapter on the test samples of each task, divided by that of dense updates.
     shares: tuple[float, ...]
+    #: Names of the tasks in which it is not decided to be better than no adapter.
     undecided: tuple[str, ...] = ()
+    #: The ranks of LoRA that hold its updates exactly, one for each task; empty if some cannot be held.
     ranks: tuple[int, ...] = ()
 
     @property
@@ -59,41 +66,24 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Recommendation:
-    """The answer for a budget.
-
-    Attributes
-    ----------
-    budget : int
-    tasks : tuple of str
-        Names of the tasks in which a method of this budget is decided to be better than no adapter.
-    best : Choice
-        Of the methods that were measured on all of these tasks, the one with the largest mean share on held-out
-        samples.
-    served : Choice, optional
-        The same, of the methods that export exactly as LoRA.
-    compared : int
-        The number of methods that were measured on all of these tasks.
-    idle : tuple of str
-        Names of the tasks with results at this budget in which no method is decided to be better than no adapter. They
-        do not count, as their shares are chance.
-    """
+    """The answer for a budget."""
 
     budget: int
+    #: Names of the tasks in which a method of this budget is decided to be better than no adapter.
     tasks: tuple[str, ...]
+    #: Of the methods that were measured on all of these tasks, the one with the largest mean share on held-out samples.
     best: Choice
+    #: The same, of the methods that export exactly as LoRA.
     served: Choice | None
+    #: The number of methods that were measured on all of these tasks.
     compared: int
+    #: Names of the tasks with results at this budget in which no method is decided to be better than no adapter. They
+    #: do not count, as their shares are chance.
     idle: tuple[str, ...] = ()
 
 
 def studies_of(folder: Path, scale: str = "small") -> list[Study]:
-    """Return the tasks that have results at a scale.
-
-    Raises
-    ------
-    FileError
-        If results are damaged.
-    """
+    """Return the tasks that have results at a scale."""
     studies = []
     for name in tasks.TASKS:
         task = tasks.find(name)
@@ -105,14 +95,7 @@ def studies_of(folder: Path, scale: str = "small") -> list[Study]:
 
 
 def recommendations(studies: Sequence[Study], library: str | None = None) -> list[Recommendation]:
-    """Return an answer for each budget at which some task decides that a method is better than no adapter.
-
-    Parameters
-    ----------
-    studies : sequence of Study
-    library : str, optional
-        Choose from the methods of this library alone, such as ``tnadapt``; by default from all.
-    """
+    """Return an answer for each budget at which some task decides that a method is better than no adapter."""
     budgets = sorted({budget for study in studies for budget in budgets_of(study.outcomes)})
     found = (_recommendation(budget, studies, library) for budget in budgets)
     return [one for one in found if one is not None]
@@ -196,3 +179,32 @@ def _percent(shares: Sequence[float]) -> str:
     """Return the mean in percent, and the lowest and highest of several."""
     mean, *ends = (round(100.0 * one) for one in (statistics.fmean(shares), min(shares), max(shares)))
     return f"{mean} %" if len(shares) == 1 else f"{mean} % ({ends[0]} to {ends[1]})"
+
+
+def lora_rank(one: Outcome, facts: Facts) -> int | None:
+    """Return the rank of LoRA that holds a setting's updates exactly; None if none does, or if it is not known."""
+    if one.library == "PEFT":
+        return one.config.get("r") if one.method == "peft-lora" and one.config is not None else None
+    assert one.config is not None  # controls alone have none
+    return lora_export(SuperLoRA(Config.from_dict(one.config), facts.shapes, facts.layers, facts.roles)).rank
+
+
+def step_ratios(path: Path = STEPS) -> dict[str, float]:
+    """Return the time of a training step of MiniLM by case, divided by that of PEFT's LoRA of rank 4."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {row["case"]: float(row["ratio"]) for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(f"{path} has no times of steps: {error}") from None
+
+
+def step_ratio(ratios: Mapping[str, float], method: str) -> str:
+    """Return a cell of a table: the ratio of a method, or a dash if it was not measured.
+
+    Examples
+    --------
+    >>> step_ratio({"superlora F 0.01": 1.234}, "superlora-projected"), step_ratio({}, "boft")
+    ('1.23', '–')
+    """
+    found = ratios.get(CASES.get(method, method))
+    return "–" if found is None else f"{found:.2f}"

@@ -10,38 +10,35 @@ from typing import Any
 
 from tnadapt.checkpoints.atomic_files import replace_file
 
-from ..formatting import folded
+from ..formatting import folded, row
 from . import store
-from .comparison import Difference, Outcome, at_budget, base_of, difference, leader_of, outcomes_of, setting_of
+from .comparison import Difference, Outcome, at_budget, base_of, difference, leader_of, outcomes_of
 from .figures import LIBRARIES, budgets_of, draw_methods, draw_scores
 from .tasks import QualityTask
 
-__all__ = ["note_of", "row", "scored", "shown", "table", "write"]
-
 
 def write(folder: Path, task: QualityTask, scale: str) -> list[Path]:
-    """Write the table and the figures of a task next to its results; return their paths, none if there are no results.
-
-    Raises
-    ------
-    FileError
-        If the results are damaged, or a file cannot be written.
-    ImportError
-        If matplotlib is not installed.
-    """
+    """Write the table and the figures of a task next to its results, if it has any; return their paths."""
     found = store.read(folder, task.name, scale)
     if found is None:
         return []
-    outcomes = outcomes_of(task, found.records.values())
     name = store.path_of(folder, task.name, scale).stem
     page = folder / f"{name}.md"
     replace_file(str(page), table(task, found, name).encode())
-    if not budgets_of(outcomes):
-        return [page]
+    return [page, *draw(folder, task, scale)]
+
+
+def draw(folder: Path, task: QualityTask, scale: str) -> list[Path]:
+    """Draw the figures of a task with results; return their paths."""
+    found = store.read(folder, task.name, scale)
+    outcomes = [] if found is None else outcomes_of(task, found.records.values())
+    if found is None or not budgets_of(outcomes):
+        return []
+    name, note = store.path_of(folder, task.name, scale).stem, note_of(task, found, outcomes)
     scores, methods = folder / f"{name}.png", folder / f"{name}-methods.png"
-    draw_scores(task, outcomes, scores, note_of(task, found, outcomes))
-    draw_methods(task, outcomes, methods, note_of(task, found, outcomes))
-    return [page, scores, methods]
+    draw_scores(task, outcomes, scores, note)
+    draw_methods(task, outcomes, methods, note)
+    return [scores, methods]
 
 
 def note_of(task: QualityTask, found: store.TaskResults, outcomes: Sequence[Outcome]) -> str:
@@ -130,26 +127,7 @@ def _about(task: QualityTask, found: store.TaskResults, outcomes: Sequence[Outco
     edges = [one for one in outcomes if one.edge and one.library != "control" and one.measured]
     if edges:
         yield f"The best rate of {len(edges)} settings is the lowest or highest that was tried; they are marked with ←."
-    yield from _mixed(found)
     yield f"Machine: {'; '.join(dict.fromkeys(map(_machine, found.sessions)))}."
-
-
-def _mixed(found: store.TaskResults) -> Iterator[str]:
-    """Say with which devices and versions trainings were made, if they differ."""
-    numbers: collections.Counter[str] = collections.Counter()
-    by_setting: dict[tuple[str, str], set[str]] = {}
-    for line in found.records.values():
-        origin = store.origin_of(line, found.sessions)
-        numbers[origin] += 1
-        by_setting.setdefault(setting_of(line), set()).add(origin)
-    if len(numbers) < 2:
-        return
-    parts = [f"{number:,} of {one}" if one else f"{number:,} that were not recorded" for one, number in numbers.items()]
-    several = sum(len(own) > 1 for own in by_setting.values())
-    yield (
-        f"Trainings differ in device or versions, also those that are compared: {'; '.join(parts)}; "
-        f"{several:,} setting{'s were' if several != 1 else ' was'} trained with several."
-    )
 
 
 def _best_rates(outcomes: Sequence[Outcome], library: str) -> str:
@@ -186,11 +164,6 @@ def _budget(task: QualityTask, outcomes: Sequence[Outcome], leader: Outcome, bas
                 "" if base is None else shown(task, difference(task, one, base)), shown(task, behind),
             )
         )  # fmt: skip
-
-
-def row(cells: Sequence[str]) -> str:
-    """Return a row of a table."""
-    return f"| {' | '.join(cells)} |"
 
 
 def _rate(one: Outcome) -> str:

@@ -20,8 +20,6 @@ from .methods import Setting
 from .tasks import QualityTask
 from .tuning import Plan, due
 
-__all__ = ["Listener", "Run"]
-
 
 class Listener:
     """Receives the progress of a run and ignores it; override the methods to show it."""
@@ -38,37 +36,22 @@ class Listener:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Where and how trainings run.
+    """Where and how trainings run."""
 
-    Attributes
-    ----------
-    out : Path
-        The folder of the results files.
-    cache : Path
-        Folder for models and data.
-    engine : Engine
-    device : str
-    shard : (int, int)
-    retry : bool
-        Whether trainings that failed with an error are tried again.
-    """
-
+    #: The folder of the results files.
     out: Path
+    #: Folder for models and data.
     cache: Path
     engine: Engine
     device: str = "cpu"
     shard: tuple[int, int] = (1, 1)
+    #: Whether trainings that failed with an error are tried again.
     retry: bool = False
 
     def task(self, task: QualityTask, scale: str, settings: Sequence[Setting], plan: Plan, listener: Listener) -> int:
         """Run the trainings of a task that are not finished yet, and return their number.
 
         Results of all shards in the folder count as finished; new ones are written to this shard's file.
-
-        Raises
-        ------
-        TnadaptError
-            If model or data cannot be had, or the folder cannot be used.
         """
         # On a cluster, this process trains nothing and needs no GPU; settings do not depend on the device.
         bench = task.open(scale, self.cache, self.device if self.engine.name == "local" else "cpu")

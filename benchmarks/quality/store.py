@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,7 @@ from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import FileError
 from tnadapt.finetune.results import Results, read_lines
 
-__all__ = [
-    "FIELDS",
-    "TaskResults",
-    "files_of",
-    "merge",
-    "open_results",
-    "origin",
-    "origin_of",
-    "path_of",
-    "read",
-    "versions",
-]
+from ..machine import installed
 
 #: Required fields of a training's line.
 FIELDS = {
@@ -39,55 +27,24 @@ FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class TaskResults:
-    """The results of a task.
+    """The results of a task."""
 
-    Attributes
-    ----------
-    study : dict
-        Everything that outcomes depend on, except method, seed and rate.
-    records : dict of str to dict
-        Finished trainings by key.
-    sessions : list of dict
-        Machine and versions of each run.
-    """
-
+    #: Everything that outcomes depend on, except method, seed and rate.
     study: dict[str, Any]
+    #: Finished trainings by key.
     records: dict[str, dict[str, Any]]
+    #: Machine and versions of each run.
     sessions: list[dict[str, Any]]
 
 
 def versions() -> dict[str, Any]:
     """Return the versions of peers, which a session records besides those that tnadapt records."""
-    return {"peers": _installed("peft", "trl", "diffusers")}
-
-
-def _installed(*names: str) -> dict[str, str]:
-    found = {}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    return {"peers": installed("peft", "trl", "diffusers")}
 
 
 def origin(device: str) -> dict[str, Any]:
-    """Return what a training's line says of the process that it ran in, of a run with several machines."""
-    return {"device": torch.device(device).type, "versions": _installed("peft", "torch")}
-
-
-def origin_of(line: Mapping[str, Any], sessions: Sequence[Mapping[str, Any]]) -> str:
-    """Return the device and the versions that a training was made with; empty if that was not recorded.
-
-    Lines that do not say it are of the sessions of their files, if these agree.
-    """
-    if "device" in line:
-        return _origin_text(line["device"], line["versions"])
-    found = {_origin_text(one.get("device", "cpu"), {**one["versions"], **one.get("peers", {})}) for one in sessions}
-    return found.pop() if len(found) == 1 else ""
-
-
-def _origin_text(device: str, versions: Mapping[str, str]) -> str:
-    named = [f"{name} {versions[name]}" for name in ("peft", "torch") if name in versions]
-    return ", ".join((device.partition(":")[0], *named))
+    """Return what a training's line says of the machine that it ran on."""
+    return {"device": torch.device(device).type, "versions": installed("peft", "torch")}
 
 
 def stem(task: str, scale: str) -> str:
@@ -115,13 +72,7 @@ def files_of(folder: Path, task: str, scale: str) -> list[Path]:
 
 
 def open_results(folder: Path, task: str, scale: str, shard: tuple[int, int], study: Mapping[str, Any]) -> Results:
-    """Open the file of a shard to write into.
-
-    Raises
-    ------
-    FileError
-        If it belongs to another study, is damaged, or is in use.
-    """
+    """Open the file of a shard to write into."""
     return Results(path_of(folder, task, scale, shard), study, fields=FIELDS)
 
 
@@ -129,11 +80,6 @@ def read(folder: Path, task: str, scale: str) -> TaskResults | None:
     """Read the results of all shards of a task; None if there are none.
 
     A training that failed with an error in one file and was finished in another counts as finished.
-
-    Raises
-    ------
-    FileError
-        If a file is damaged, or two files belong to different studies.
     """
     study: dict[str, Any] | None = None
     records: dict[str, dict[str, Any]] = {}
@@ -160,18 +106,7 @@ def read(folder: Path, task: str, scale: str) -> TaskResults | None:
 
 
 def merge(folder: Path, task: str, scale: str) -> Path | None:
-    """Write the results of all shards of a task into one file, and remove those of the shards.
-
-    Returns
-    -------
-    Path or None
-        The file; None if there are no results.
-
-    Raises
-    ------
-    FileError
-        As in :func:`read`, or if a file cannot be written, or is in use by a run.
-    """
+    """Write the results of all shards of a task into one file, and remove those of the shards."""
     found = read(folder, task, scale)
     if found is None:
         return None

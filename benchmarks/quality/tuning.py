@@ -18,8 +18,6 @@ from .grid import Trial
 from .methods import BASE, Setting
 from .tasks import QualityTask
 
-__all__ = ["Plan", "Tuned", "due", "held_out", "tuned"]
-
 Records = Mapping[str, Mapping[str, Any]]
 
 #: How many rates beyond the list may be tried on each side.
@@ -28,23 +26,15 @@ BEYOND = 2
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How much is trained.
+    """How much is trained."""
 
-    Attributes
-    ----------
-    rates : tuple of float
-        The rates that are tried first, evenly spaced on a logarithmic scale.
-    seeds : int
-        Seeds 0 to ``seeds - 1``.
-    tuned_by : int
-        Number of seeds with which rates are tried.
-    refine : bool
-        Whether the neighbors of the best rate are tried.
-    """
-
+    #: The rates that are tried first, evenly spaced on a logarithmic scale.
     rates: tuple[float, ...]
+    #: Seeds 0 to ``seeds - 1``.
     seeds: int = 5
+    #: Number of seeds with which rates are tried.
     tuned_by: int = 1
+    #: Whether the neighbors of the best rate are tried.
     refine: bool = True
 
     @property
@@ -55,20 +45,13 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """The state of a setting's tuning.
+    """The state of a setting's tuning."""
 
-    Attributes
-    ----------
-    rate : float, optional
-        The chosen rate; None while trainings are missing, or if all of them failed with an error.
-    tried : tuple of float
-        All rates that have been tried or are due, sorted.
-    missing : tuple of Trial
-        The trainings that are due before anything else can be decided.
-    """
-
+    #: The chosen rate; None while trainings are missing, or if all of them failed with an error.
     rate: float | None
+    #: All rates that have been tried or are due, sorted.
     tried: tuple[float, ...]
+    #: The trainings that are due before anything else can be decided.
     missing: tuple[Trial, ...]
 
 

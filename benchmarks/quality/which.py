@@ -8,30 +8,21 @@ from pathlib import Path
 
 from tnadapt.checkpoints.atomic_files import replace_file
 
+from ..formatting import row, wrapped
 from . import replication, store, tasks
 from .comparison import Outcome, at_budget, base_of, dense_of, difference, improves, leader_of, outcomes_of
 from .facts import Facts
 from .figures import budgets_of
-from .lora_ranks import lora_rank
-from .recommendation import recommendations, studies_of, table
-from .report import row, scored, shown
-from .step_times import step_ratios
+from .recommendation import lora_rank, recommendations, step_ratios, studies_of, table
+from .report import scored, shown
 from .tasks import QualityTask
-
-__all__ = ["page", "write"]
 
 #: Names in a cell.
 _NAMED = 5
 
 
 def write(folder: Path) -> Path:
-    """Write the page next to the results.
-
-    Raises
-    ------
-    FileError
-        If results are damaged, or the file cannot be written.
-    """
+    """Write the page next to the results."""
     path = folder / "which.md"
     replace_file(str(path), page(folder).encode())
     return path
@@ -43,13 +34,13 @@ def page(folder: Path) -> str:
 
 
 def _page(folder: Path) -> Iterator[str]:
-    yield from _wrapped(INTRODUCTION)
+    yield from wrapped(INTRODUCTION)
     answers = recommendations(studies_of(folder))
     if answers:
-        yield from _wrapped(SHORT)
+        yield from wrapped(SHORT)
         yield from table(answers, step_ratios())
         yield ""
-    yield from _wrapped(READING)
+    yield from wrapped(READING)
     missing = []
     for name in tasks.TASKS:
         task = tasks.find(name)
@@ -67,30 +58,14 @@ def _page(folder: Path) -> Iterator[str]:
         yield from ("## Not measured yet", "", *missing, "")
 
 
-def _wrapped(text: str) -> Iterator[str]:
-    for paragraph in text.strip().split("\n\n"):
-        kept = paragraph.startswith(("#", "-"))
-        yield paragraph if kept else textwrap.fill(paragraph, 120, break_on_hyphens=False)
-        yield ""
-
-
 def _section(task: QualityTask, scale: str, outcomes: Sequence[Outcome]) -> Iterator[str]:
     facts = task.facts(task.sketch())
     yield f"## {task.title}{'' if scale == 'small' else f', scale {scale}'}"
     yield ""
     yield _controls(task, outcomes, facts)
     yield ""
-    yield row(
-        [
-            "parameters",
-            "best",
-            f"test {task.metric}",
-            "statistically tied",
-            "best as LoRA",
-            f"test {task.metric}",
-            "behind best",
-        ]
-    )
+    score = f"test {task.metric}"
+    yield row(["parameters", "best", score, "statistically tied", "best as LoRA", score, "behind best"])
     yield "|--:|---|--:|---|---|--:|--:|"
     base = base_of(outcomes)
     for budget in budgets_of(outcomes):

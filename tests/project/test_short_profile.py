@@ -1,10 +1,9 @@
-"""The short profile runs, its table is right, and what asv and the page on speed take from it is there."""
+"""The short profile runs, its table is right, and what the page on speed takes from it is there."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -129,48 +128,22 @@ def test_recorded_groups_replace_their_rows_and_no_others(
     assert short.read() == [{"case": one, "ratio": 1.0}, {"case": two, "ratio": 2.0}]
 
 
-def test_asv_tracks_every_case(short: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    ratios = importlib.import_module("history.ratios")
-    try:
-        assert ratios.track_ratio.params == list(short.CASES)
-        monkeypatch.setattr(ratios.short, "measure", lambda case: {"case": case.name, "ratio": 0.5})
-        assert ratios.track_ratio(ratios.track_ratio.params[0]) == 0.5
-        monkeypatch.setattr(ratios.short, "measure", lambda case: {"case": case.name, "missing": "a peer"})
-        assert math.isnan(ratios.track_ratio(ratios.track_ratio.params[0]))
-    finally:
-        for name in ("history", "history.ratios"):
-            sys.modules.pop(name, None)
-
-
-def test_the_history_has_no_paths_of_the_machine_that_made_it(short: ModuleType) -> None:
-    files = list((BENCHMARKS / "results" / "asv").glob("*/*-present.json"))
-    assert files
-    for file in files:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        assert "/" not in stored["params"]["python"] + stored["python"] + stored["env_name"]
-        values = stored["results"]["ratios.track_ratio"][0]
-        assert all(value is None or math.isnan(value) or value > 0 for value in values)
-
-
 def test_the_first_lines_of_the_page_are_those_of_the_results(benchmark_scripts: Scripts) -> None:
-    headlines = benchmark_scripts("headlines")
+    page = benchmark_scripts("page")
     rows = [
         {},
         {"problem": "vit", "case": "lora", "ratio": 0.98765},
         {"problem": "vit", "case": "dense", "ratio": 1.04},
     ]
-    said = list(headlines.lines({"steps": rows, "decompositions": [{}, {"kind": "CP", "ratios": {"TensorLy": 0.5}}]}))
-    assert len(said) == len(headlines.HEADLINES) == 10
+    said = list(page.headlines({"steps": rows, "decompositions": [{}, {"kind": "CP", "ratios": {"TensorLy": 0.5}}]}))
+    assert len(said) == len(page.HEADLINES) == 11
     assert said[0].endswith("PEFT's LoRA**: LoRA 0.988, dense 1.04\n")
-    assert said[8].endswith("TensorLy's, the slowest case of each**: CP 0.5\n")
-    sources = list(headlines.sources())
+    assert said[9].endswith("TensorLy's, the slowest case of each**: CP 0.5\n")
+    sources = list(page.sources())
     assert len(sources) == len(said)
     assert sources[0].endswith(": `fast.py steps`, `fast/steps.jsonl`\n")
-    assert sources[8].endswith(": `decompositions.py`, `decompositions.jsonl`\n")
-    assert [line.count("not measured") for line in said] == [0, 1, 1, 1, 1, 1, 1, 1, 0, 1]
+    assert sources[9].endswith(": `decompositions.py`, `decompositions.jsonl`\n")
+    assert [line.count("not measured") for line in said] == [0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1]
 
 
 @pytest.mark.slow

@@ -18,9 +18,9 @@ pytest.importorskip("peft")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
 import tnadapt as tna
-from benchmarks.quality import combinations, evidence, report, store, tasks, which
+from benchmarks.quality import evidence, report, store, tasks, which
 from benchmarks.quality.comparison import difference, improves, leader_of, outcomes_of
-from benchmarks.quality.lora_ranks import lora_rank
+from benchmarks.quality.recommendation import lora_rank
 from tests.quality.played_task import PlayedTask
 
 TASK = PlayedTask()
@@ -114,43 +114,6 @@ def test_the_table_says_what_was_found() -> None:
     assert "2 cores of a processor, device cpu, Python 3.12, torch 2" in text
 
 
-SESSION = {"versions": {"python": "3.12", "torch": "2.1"}, "peers": {"peft": "0.9"}, "cores": 2, "processor": "one"}
-CPU = {"device": "cpu", "versions": {"peft": "0.9", "torch": "2.1"}}
-MIXED = "Trainings differ in device or versions, also those that are compared: "
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "sessions", "words"),
-    [
-        (CPU, CPU, [], ""),
-        (CPU, {**CPU, "device": "cuda"}, [],
-         "2 of cpu, peft 0.9, torch 2.1; 3 of cuda, peft 0.9, torch 2.1; 0 settings were trained with several."),
-        (CPU, {**CPU, "versions": {"peft": "0.10", "torch": "2.1"}}, [],
-         "2 of cpu, peft 0.9, torch 2.1; 3 of cpu, peft 0.10, torch 2.1; 0 settings were trained with several."),
-        # Lines of earlier versions of this program say nothing; they are those of the sessions, if these agree.
-        ({}, {}, [{"device": "cpu"}, {"device": "cuda"}], ""),
-        ({}, CPU, [{"device": "cpu"}, {"device": "cpu"}, {}], ""),
-        ({}, CPU, [{"device": "cuda"}, {"device": "cpu"}],
-         "2 that were not recorded; 3 of cpu, peft 0.9, torch 2.1; 0 settings were trained with several."),
-    ],
-)  # fmt: skip
-def test_a_table_says_that_devices_or_versions_differ(
-    one: dict[str, Any], other: dict[str, Any], sessions: list[dict[str, Any]], words: str
-) -> None:
-    records = [*lines("a", [0.5, 0.6], **one), *lines("b", [0.5, 0.6, 0.7], **other)]
-    found = store.TaskResults(
-        {"samples": {"training": 3}}, {line["key"]: line for line in records}, [SESSION | more for more in sessions]
-    )
-    said = [line for line in report.table(TASK, found, "played").splitlines() if line.startswith(MIXED)]
-    assert said == ([MIXED + words] if words else [])
-
-
-def test_settings_that_were_trained_on_several_devices_are_counted() -> None:
-    records = [*lines("a", [0.5, 0.6], **CPU), *lines("a", [0.5], rate=1.0, **{**CPU, "device": "cuda"})]
-    found = store.TaskResults({"samples": {"training": 3}}, {line["key"]: line for line in records}, [])
-    assert "1 of cuda, peft 0.9, torch 2.1; 1 setting was trained with several." in report.table(TASK, found, "played")
-
-
 # -- What is published ------------------------------------------------------------------------------
 
 Publish: TypeAlias = Callable[[list[dict[str, Any]]], None]
@@ -169,31 +132,6 @@ def publish(monkeypatch: pytest.MonkeyPatch) -> Publish:
         )
 
     return publish
-
-
-# -- New combinations ------------------------------------------------------------------------------
-
-
-def test_new_combinations_are_compared_with_the_best_known_method(tmp_path: Path, publish: Publish) -> None:
-    publish([
-        *lines("base", [0.30, 0.31, 0.32], "control"),
-        *lines("lora_xs", [0.50, 0.52, 0.51], validation=0.7),
-        *lines("unilora", [0.40, 0.42, 0.41], validation=0.4),
-        *lines("other", [0.45, 0.47, 0.46], validation=0.5),
-        *lines("better", [0.60, 0.63, 0.61], "new"),
-        *lines("worse", [0.30, 0.31, 0.32], "new"),
-        *lines("alike", [0.50, 0.53, 0.50], "new"),
-    ])  # fmt: skip
-    text = combinations.write(tmp_path).read_text(encoding="utf-8")
-    assert "The best known method of tnadapt by held-out accuracy is lora_xs r = 1, with a test accuracy" in text
-    assert (
-        "Of 3 combinations, 1 are better by an interval that excludes 0 (better), 1 are worse, and 1 are not decided "
-        "by these seeds."
-    ) in text
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert rows[0] == "| combination | setting | parameters | test accuracy | over lora_xs | over unilora |"
-    assert [row.split(" | ")[0] for row in rows[2:]] == ["| better", "| alike", "| worse"]
-    assert rows[2].startswith("| better | r = 1 | 90 | 61.3 ± 1.5 | 10.3 [8.9, 11.8] | 20.3 [")
 
 
 # -- Which method? ---------------------------------------------------------------------------------

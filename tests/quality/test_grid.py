@@ -136,10 +136,7 @@ FEW = ("lora", "unilora", "peft-lora", "peft-boft", "peft-tinylora")
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in FEW else pytest.mark.slow)
-        for name in methods.names(("tnadapt", "PEFT", "new"))
-    ],
+    [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in methods.names()],
 )
 def test_a_method_trains_as_many_parameters_as_were_counted(name: str) -> None:
     setting = fitting(name)

@@ -11,10 +11,10 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
-from benchmarks.quality import combinations, evidence, figures, page, readme, replication, report, store, tasks, which
+from benchmarks.quality import evidence, figures, page, readme, replication, store, tasks, which
 from benchmarks.quality.command import PUBLISHED, main
 from benchmarks.quality.comparison import outcomes_of
-from benchmarks.quality.published import RUNS
+from benchmarks.quality.page import RUNS
 from tests.support.depth import long_only
 
 
@@ -38,7 +38,7 @@ def test_readme_has_the_table_of_the_results() -> None:
 )
 def test_the_commands_on_the_page_leave_nothing_to_train(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(["run", *arguments.split(), "--profile", "day", "--dry-run", "--out", str(PUBLISHED)])
-    assert "; 0 to 0 are left" in capsys.readouterr().out
+    assert "; 0 can be run now" in capsys.readouterr().out
 
 
 def test_the_commands_of_every_task_with_results_are_known() -> None:
@@ -64,14 +64,9 @@ def test_no_text_above_a_picture_covers_another(name: str, tmp_path: Path, monke
     assert title.get_window_extent().x1 <= drawn[0].bbox.x1
 
 
-def test_the_tables_of_combinations_are_those_of_the_results() -> None:
-    folder = PUBLISHED.with_name("new_settings")
-    assert (folder / "combinations.md").read_text(encoding="utf-8") == combinations.page(folder)
-
-
 @pytest.mark.parametrize("folder", [PUBLISHED, PUBLISHED / replication.FOLDER], ids=["first", "second"])
 @pytest.mark.parametrize("name", list(tasks.TASKS))
-def test_a_table_is_that_of_its_results(name: str, folder: Path) -> None:
+def test_results_are_finished(name: str, folder: Path) -> None:
     task = tasks.find(name)
     for scale in task.scales:
         found = store.read(folder, name, scale)
@@ -79,9 +74,9 @@ def test_a_table_is_that_of_its_results(name: str, folder: Path) -> None:
             continue
         path = store.path_of(folder, name, scale)
         assert store.files_of(folder, name, scale) == [path], "merge the shards"
-        assert path.with_suffix(".md").read_text(encoding="utf-8") == report.table(task, found, path.stem)
-        for end in (".png", "-methods.png"):
-            assert (folder / (path.stem + end)).read_bytes().startswith(b"\x89PNG")
+        if folder == PUBLISHED:
+            for end in (".png", "-methods.png"):
+                assert (folder / (path.stem + end)).read_bytes().startswith(b"\x89PNG")
         # What is shown has seeds and rates, and every setting is finished.
         outcomes = outcomes_of(task, found.records.values())
         assert len(outcomes) == len(outcomes_of(task, found.records.values(), every=True))

@@ -21,7 +21,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
-from benchmarks.quality import methods, page, store, tasks
+from benchmarks.quality import methods, page, report, store, tasks
 from benchmarks.quality.command import main
 from benchmarks.quality.engine import Trainings
 from benchmarks.quality.engine import run as run_trials
@@ -264,8 +264,10 @@ def test_a_setting_that_has_results_at_another_budget_is_refused(tmp_path: Path)
 
 def test_tables_and_figures_are_those_of_the_results(tmp_path: Path) -> None:
     run(tmp_path)
+    written = report.write(tmp_path, PlayedTask(), "small")
+    assert [path.name for path in written] == ["played.md", "played.png", "played-methods.png"]
     paths = page.write(tmp_path)
-    assert [path.name for path in paths] == ["played.md", "played.png", "played-methods.png", "page.md", "which.md"]
+    assert [path.name for path in paths] == ["played.png", "played-methods.png", "page.md", "which.md"]
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "## A played task" in text
     assert text.endswith((tmp_path / "played.md").read_text(encoding="utf-8"))
@@ -277,13 +279,13 @@ def test_tables_and_figures_are_those_of_the_results(tmp_path: Path) -> None:
 # -- The command ---------------------------------------------------------------------------------
 
 
-def test_a_dry_run_lists_settings_and_an_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_lists_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["run", "digits", "--dry-run", "--methods", "lora,peft-vera", "--budgets", "1000,10000"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "digits (Small ViT, digits 0 to 4 to digits 5 to 9): 4 settings" in shown
     assert "10,000     9,216  lora" in shown
-    assert "0 trainings are finished; 32 to 48 are left" in shown
+    assert "0 trainings are finished; 16 can be run now" in shown
     assert not list(tmp_path.iterdir())
 
 

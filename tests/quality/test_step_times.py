@@ -12,8 +12,7 @@ pytest.importorskip("peft")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
 from benchmarks.quality.command import PUBLISHED
-from benchmarks.quality.recommendation import recommendations, studies_of
-from benchmarks.quality.step_times import RESULTS, step_ratio, step_ratios
+from benchmarks.quality.recommendation import STEPS, recommendations, step_ratio, step_ratios, studies_of
 from tnadapt.errors import FileError
 
 
@@ -26,7 +25,7 @@ def test_every_recommended_method_is_measured() -> None:
 
 
 def test_the_file_says_where_it_was_measured() -> None:
-    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in STEPS.read_text(encoding="utf-8").splitlines()]
     assert all(row["problem"] == "minilm" and row["layers"] == 6 for row in rows)
     assert all(row["rounds"] >= 12 and {"torch", "cores"} <= set(row) for row in rows)
 

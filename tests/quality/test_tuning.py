@@ -14,11 +14,10 @@ pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this
 
 from benchmarks.quality.comparison import outcomes_of
 from benchmarks.quality.engine import failed, line_of
-from benchmarks.quality.estimate import estimate
 from benchmarks.quality.grid import Trial
 from benchmarks.quality.methods import Setting
-from benchmarks.quality.tuning import BEYOND, Plan, due, tuned
-from tests.quality.played_task import BEST, FOUND, PlayedBench, PlayedTask, setting_of
+from benchmarks.quality.tuning import Plan, due, tuned
+from tests.quality.played_task import FOUND, PlayedBench, PlayedTask, setting_of
 
 TASK = PlayedTask()
 
@@ -159,17 +158,3 @@ def test_a_method_that_always_diverges_ends() -> None:
     records = played(setting, plan, lambda trial: line(trial) | {"diverged": True, "validation": None})
     (outcome,) = outcomes_of(TASK, records.values())
     assert (outcome.measured, outcome.diverged) == (False, True)
-
-
-@pytest.mark.parametrize("method", sorted(set(BEST) - {"base"}))
-@pytest.mark.parametrize("done", [0, 3, 5, 99])
-def test_an_estimate_holds(method: str, done: int) -> None:
-    plan, setting = Plan(TASK.rates, seeds=3, tuned_by=2), setting_of(method)
-    every = played(setting, plan)
-    some = dict(list(every.items())[:done])
-    left = estimate(TASK, "small", [setting], some, plan, list(every.values()))
-    assert left.finished == len(some)
-    assert left.least <= len(every) - len(some) <= left.most
-    assert left.least_seconds == pytest.approx(2.0 * left.least)
-    assert left.most_seconds == pytest.approx(2.0 * left.most)
-    assert left.most - left.least <= 2 * BEYOND * 2

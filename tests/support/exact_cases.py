@@ -1,4 +1,4 @@
-"""Updates that a network represents exactly, for tests and for ``benchmarks/exact_fits.py``."""
+"""Updates that a network represents exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The methods, by name: tnadapt's presets, methods of PEFT, combinations that are new, and controls.
+"""The methods, by name: tnadapt's presets, methods of PEFT, and controls.
 
 A new preset is one line in the table of ``_presets.py``, a new method of PEFT one in that of ``_peft_methods.py``.
 Anything else is a subclass of :class:`Method` that is given to :func:`register`.
@@ -10,52 +10,27 @@ from collections.abc import Iterable
 
 from tnadapt.errors import TnadaptError, safe_repr
 
-from ._combinations import COMBINATIONS, REFERENCES
-from ._controls import BASE, CONTROLS, DENSE
 from ._method import Method, Setting, UnfitError, key_of
 from ._peft_methods import LEFT_OUT, PEFT_METHODS, trained
-from ._presets import PRESETS
+from ._presets import BASE, CONTROLS, DENSE, PRESETS
 
 __all__ = [
-    "BASE",
-    "CONTROLS",
-    "DENSE",
-    "LEFT_OUT",
-    "REFERENCES",
-    "Method",
-    "Setting",
-    "UnfitError",
-    "find",
-    "key_of",
-    "names",
-    "register",
+    "BASE", "CONTROLS", "DENSE", "LEFT_OUT", "Method", "Setting", "UnfitError", "find", "key_of", "names", "register",
     "trained",
-]
+]  # fmt: skip
 
 _METHODS: dict[str, Method] = {}
 
 
 def register(method: Method) -> None:
-    """Make a method known by its name.
-
-    Raises
-    ------
-    TnadaptError
-        If there is another one of that name.
-    """
+    """Make a method known by its name."""
     if method.name in _METHODS:
         raise TnadaptError(f"there is a method {safe_repr(method.name)} already; give this one another name")
     _METHODS[method.name] = method
 
 
 def find(name: str) -> Method:
-    """Return the method of a name.
-
-    Raises
-    ------
-    TnadaptError
-        If there is none.
-    """
+    """Return the method of a name."""
     try:
         return _METHODS[name]
     except KeyError:
@@ -67,5 +42,5 @@ def names(libraries: Iterable[str] = ("tnadapt", "PEFT")) -> list[str]:
     return [name for name, method in _METHODS.items() if method.library in tuple(libraries)]
 
 
-for _method in (*CONTROLS, *PRESETS, *PEFT_METHODS, *COMBINATIONS):
+for _method in (*CONTROLS, *PRESETS, *PEFT_METHODS):
     register(_method)

@@ -15,8 +15,6 @@ from tnadapt.errors import TnadaptError
 
 from ..facts import Facts
 
-__all__ = ["Method", "Setting", "UnfitError"]
-
 
 class UnfitError(TnadaptError):
     """A method has no setting for these weights and this budget; the message says why."""
@@ -24,25 +22,16 @@ class UnfitError(TnadaptError):
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A method at one number of parameters.
+    """A method at one number of parameters."""
 
-    Attributes
-    ----------
-    method : str
-        The method's name.
-    budget : int
-        The budget that it was found for; 0 for controls.
-    label : str
-        Its settings, for people.
-    parameters : int
-    spec : str
-        Its settings as JSON, from which :meth:`Method.attach` makes the adapter.
-    """
-
+    #: The method's name.
     method: str
+    #: The budget that it was found for; 0 for controls.
     budget: int
+    #: Its settings, for people.
     label: str
     parameters: int
+    #: Its settings as JSON, from which :meth:`Method.attach` makes the adapter.
     spec: str
 
     @property
@@ -57,58 +46,22 @@ class Setting:
 
 
 class Method(abc.ABC):
-    """One method of the comparison.
+    """One method of the comparison."""
 
-    Attributes
-    ----------
-    name : str
-        Unique, and part of the keys of results.
-    title : str
-        As its paper writes it.
-    library : {"tnadapt", "PEFT", "new", "control"}
-        "new" is a combination that tnadapt has no preset for.
-    """
-
+    #: Unique, and part of the keys of results.
     name: str
+    #: As its paper writes it.
     title: str
+    #: "tnadapt", "PEFT" or "control".
     library: str
 
     @abc.abstractmethod
     def largest(self, facts: Facts, sketch: nn.Module, budget: int) -> Setting:
-        """Return the setting with the most parameters within a budget.
-
-        Parameters
-        ----------
-        facts : Facts
-        sketch : nn.Module
-            The model on the meta device; it must not be changed.
-        budget : int
-
-        Raises
-        ------
-        UnfitError
-            If there is none.
-        """
+        """Return the setting with the most parameters within a budget."""
 
     @abc.abstractmethod
     def attach(self, model: nn.Module, setting: Setting, facts: Facts, targets: Any, seed: int) -> nn.Module:
-        """Freeze a model and attach the adapter.
-
-        Parameters
-        ----------
-        model : nn.Module
-            It is changed.
-        setting : Setting
-        facts : Facts
-        targets : str or sequence of str
-            As :func:`tnadapt.torch.attach` takes them.
-        seed : int
-
-        Returns
-        -------
-        nn.Module
-            The model to train, whose trainable parameters are those of the adapter.
-        """
+        """Freeze a model and attach the adapter."""
 
     def setting(self, budget: int, label: str, parameters: int, spec: Mapping[str, Any] | None) -> Setting:
         """Return a setting of this method."""

@@ -6,7 +6,6 @@ Scales are PEFT's defaults, except that α is the rank where PEFT divides by the
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,8 +18,6 @@ from tnadapt.planning.preset_families import LARGEST_DENSE
 
 from ..facts import Facts
 from ._method import Method, Setting, UnfitError
-
-__all__ = ["LEFT_OUT", "PEFT_METHODS", "PeftMethod"]
 
 Arguments = Mapping[str, Any]
 
@@ -37,20 +34,7 @@ LEFT_OUT = {
 
 
 class PeftMethod(Method):
-    """A method of PEFT with its settings in order of size.
-
-    Parameters
-    ----------
-    name, title : str
-    config : str
-        The name of its class of settings in ``peft``.
-    arguments : callable
-        ``arguments(size, facts)`` returns the fields of the settings, or None beyond the last size.
-    most : callable
-        ``most(facts)`` returns the largest size.
-    count : callable, optional
-        ``count(arguments, facts)`` for methods that cannot be built on the meta device.
-    """
+    """A method of PEFT with its settings in order of size."""
 
     library = "PEFT"
 
@@ -87,13 +71,7 @@ class PeftMethod(Method):
         return self.setting(budget, self.label(arguments), counted(low), {"peft": self.config, **arguments})
 
     def parameters(self, arguments: Arguments, facts: Facts, sketch: nn.Module) -> int:
-        """Return the number of trained parameters of a setting.
-
-        Raises
-        ------
-        UnfitError
-            If PEFT refuses the setting on this model.
-        """
+        """Return the number of trained parameters of a setting."""
         if self.count is not None:
             if not all(isinstance(sketch.get_submodule(module), nn.Linear) for module in facts.modules):
                 raise UnfitError("is for linear layers")
@@ -138,11 +116,6 @@ _SEEDS = ("projection_prng_key", "projection_seed", "proj_seed", "random_loc_see
 def trained(model: nn.Module) -> int:
     """Return the number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def version() -> str:
-    """Return PEFT's version."""
-    return importlib.metadata.version("peft")
 
 
 # -- Settings in order of size --------------------------------------------------------------------

@@ -20,13 +20,7 @@ TASKS: dict[str, type[QualityTask]] = {one.name: one for one in _ALL}
 
 
 def find(name: str) -> QualityTask:
-    """Return the task of a name.
-
-    Raises
-    ------
-    TnadaptError
-        If there is none.
-    """
+    """Return the task of a name."""
     if name not in TASKS:
         raise TnadaptError(f"no task {safe_repr(name)}; expected one of {', '.join(TASKS)}")
     return TASKS[name]()

@@ -19,21 +19,9 @@ from .. import methods
 from ..methods import Setting
 from ._quality_task import Progress, QualityTask
 
-__all__ = ["ProblemBench"]
-
 
 class ProblemBench:
-    """A problem of :mod:`tnadapt.finetune`.
-
-    Parameters
-    ----------
-    task : QualityTask
-    scale : str
-    problem : Problem
-    training : Training
-    score : str, optional
-        The further metric that is the score, instead of the problem's own.
-    """
+    """A problem of :mod:`tnadapt.finetune`."""
 
     def __init__(
         self, task: QualityTask, scale: str, problem: Problem, training: Training, score: str | None = None

@@ -14,8 +14,6 @@ from tnadapt.finetune import Spec, Training, open_problem
 from ._problem_bench import ProblemBench
 from ._quality_task import Bench, QualityTask
 
-__all__ = ["Cifar10"]
-
 #: Images of the full scale: all of the first of five sheets, and all test images.
 WHOLE = {"training": 10_000, "test": 10_000}
 

@@ -18,8 +18,6 @@ from .. import methods
 from ..methods import Setting
 from ._quality_task import Bench, Progress, QualityTask
 
-__all__ = ["Diffusion"]
-
 
 class Diffusion(QualityTask):
     name = "diffusion"
@@ -35,14 +33,10 @@ class Diffusion(QualityTask):
         "smoke": {"pretrain_steps": 2, "held_out": 32, "limit": 64, "steps": 2, "samples": 40, "real": 100},
         "small": {},
         "full": {
-            "pretrain_steps": 20_000,
-            "pretrain_batch": 64,
-            "steps": 4000,
-            "limit": 40_000,
-            "samples": 5000,
+            "pretrain_steps": 20_000, "pretrain_batch": 64, "steps": 4000, "limit": 40_000, "samples": 5000,
             "real": 5000,
         },
-    }
+    }  # fmt: skip
 
     def model(self) -> nn.Module:
         from paper import open_recipe

@@ -14,17 +14,9 @@ from tnadapt.finetune import Problem, Spec, Training, open_problem
 from ._problem_bench import ProblemBench
 from ._quality_task import Bench, QualityTask
 
-__all__ = ["Digits"]
-
 
 class Separate(nn.Module):
-    """The attention of the ViT with its fused weight cut into three layers, so that PEFT can adapt two of them.
-
-    Parameters
-    ----------
-    fused : nn.Module
-        The module with ``qkv`` and ``proj``; it computes the same function.
-    """
+    """The attention of the ViT with its fused weight cut into three layers, so that PEFT can adapt two of them."""
 
     def __init__(self, fused: Any) -> None:
         super().__init__()

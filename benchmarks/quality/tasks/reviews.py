@@ -13,8 +13,6 @@ from tnadapt.finetune import Spec, Training, open_problem
 from ._problem_bench import ProblemBench
 from ._quality_task import Bench, QualityTask
 
-__all__ = ["Reviews"]
-
 
 class Reviews(QualityTask):
     name = "reviews"

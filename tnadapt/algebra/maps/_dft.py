@@ -17,8 +17,7 @@ from ._two_sided import TwoSided
 
 __all__ = ["Dft2"]
 
-# How many multiply-adds of a matrix product take as long as one of an FFT, about, on the CPU: benchmarks/fourier.py
-# measures both ways.
+# How many multiply-adds of a matrix product take as long as one of an FFT, about, on the CPU.
 _PRODUCTS_PER_STEP = 8
 
 

@@ -1,1 +1,0 @@
-"""What asv runs (``benchmarks/asv.conf.json``)."""
