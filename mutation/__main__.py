@@ -121,7 +121,8 @@ def _groups(asked: Sequence[str]) -> dict[str, list[str]]:
                 if path.stat().st_size and (not asked or name in asked):
                     files = [file for file in _test_files(group["tests"]) if file not in group.get("without", ())]
                     own = [file for file in files if Path(file).name == f"test_{path.stem}.py"]
-                    found[f"tnadapt/{name}"] = list(dict.fromkeys([f"tnadapt/{name}", *own, *files]))
+                    doctests = [f"tnadapt/{name}"] if ">>>" in path.read_text(encoding="utf-8") else []
+                    found[f"tnadapt/{name}"] = list(dict.fromkeys([*doctests, *own, *files]))
     if unknown := set(asked) - {path.removeprefix("tnadapt/") for path in found}:
         raise SystemExit(f"modules.toml does not list {', '.join(sorted(unknown))}")
     return found
