@@ -504,7 +504,7 @@ def test_the_card(bert: Path, tmp_path: Path) -> None:
     ):
         assert line in card
     for metrics in ({"accuracy": "high"}, {"accuracy": True}, {1: 0.5}, [0.5], "accuracy"):
-        with pytest.raises(tna.ConfigError, match="metrics must be numbers by name"):
+        with pytest.raises(tna.ConfigError, match="metrics must be a mapping of strings to numbers or None; got"):
             adapter.save_pretrained(tmp_path, metrics=metrics)
     adapter.save_pretrained(tmp_path, metrics={"accuracy": np.float32(0.5), "steps": np.int64(7)})
     assert "| accuracy | 0.5 |\n| steps | 7 |" in (tmp_path / "README.md").read_text()

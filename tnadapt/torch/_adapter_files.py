@@ -107,6 +107,7 @@ class AdapterFiles:
         """
         folders.save(self._state, folder, self.pretrained, (tokenizer, processor), metrics, store_bases, overwrite_card)
 
+    @checks_arguments
     def push_to_hub(
         self,
         repo_id: str,

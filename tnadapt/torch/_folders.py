@@ -16,7 +16,7 @@ from tnadapt.errors import ConfigError, FileError
 
 from ._adapter_saving import is_writer, to_file
 from ._bundle.hub import FILE_NAME, upload
-from ._bundle.model_card import checked_metrics, model_card, write_card
+from ._bundle.model_card import model_card, write_card
 from ._state import AdapterState, need_attached
 
 __all__ = ["for_others", "push", "save"]
@@ -34,7 +34,7 @@ def save(
 ) -> None:
     """Write a folder; see :meth:`Adapter.save_pretrained`. The card loads the adapter from ``where``."""
     need_attached(adapter)
-    numbers = checked_metrics(metrics)
+    numbers = {name: float(value) for name, value in (metrics or {}).items()}
     for one in processors:
         if one is not None and not callable(getattr(one, "save_pretrained", None)):
             raise ConfigError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import numbers
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,11 +12,11 @@ from typing import Any
 from tnadapt.algebra.config import Config
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.pretrained_model import Pretrained
-from tnadapt.errors import ConfigError, FileError, escaped, pluralize, safe_repr
+from tnadapt.errors import FileError, escaped, pluralize
 
 from .hub import README
 
-__all__ = ["checked_metrics", "marked", "model_card", "unmarked", "write_card"]
+__all__ = ["marked", "model_card", "unmarked", "write_card"]
 
 # Names of repositories on the hub.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -28,20 +27,6 @@ _LISTED = 20
 _LONG = 200
 #: The hub's names of tasks that differ from those here.
 _HUB_TASKS = {"speech-seq2seq": "automatic-speech-recognition", "speech-ctc": "automatic-speech-recognition"}
-
-
-def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
-    """Return the metrics; raise ConfigError unless they are numbers by name."""
-    found: Any = {} if metrics is None else metrics
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"metrics must be numbers by name, such as {{'accuracy': 0.9}}; got {safe_repr(found)}")
-    for name, value in found.items():
-        if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise ConfigError(
-                f"metrics must be numbers by name, such as {{'accuracy': 0.9}}; got {safe_repr(name)}: "
-                f"{safe_repr(value)}"
-            )
-    return {name: float(value) for name, value in found.items()}
 
 
 def model_card(file: AdapterFile, where: str, metrics: Mapping[str, float]) -> str:
