@@ -286,7 +286,7 @@ def _nonlinear(
     limits: Limits,
     seed: int,
     rounding: float,
-    watch: Callable[[int, float, np.ndarray], None],
+    watch: Callable[[int, float], None],
 ) -> ParameterFit:
     from scipy.sparse.linalg import LinearOperator
 
