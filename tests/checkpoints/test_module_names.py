@@ -102,6 +102,20 @@ def test_vit(tmp_path: Path) -> None:
     assert found.how == "weights under the names that transformers gives them on disk"
 
 
+def test_the_table_is_read_once_for_all_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The targets have the names on disk, and the checkpoints those of the modules."""
+    pytest.importorskip("transformers")
+    here = [QUERY.replace("0", str(layer)) for layer in range(20)]
+    targets = [tna.Target(ON_DISK.replace("0", str(layer)), (6, 4), "q") for layer in range(20)]
+    asked = list[str]()
+    names_of = ModuleNames.of
+    monkeypatch.setattr(ModuleNames, "of", lambda self, name: asked.append(name) or names_of(self, name))
+    base = stored(tmp_path, {f"{path}.weight": (6, 4) for path in here})
+    found = tna.extract(base, base, tna.presets.lora(1), targets)
+    assert found.file.targets == tuple(targets)
+    assert len(asked) <= 4 * len(targets)
+
+
 FEW = {"ViTForImageClassification", "LlavaForConditionalGeneration", "SiglipModel", "Dinov2Model", "BertModel"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,19 @@ def test_the_base_s_weight_next_to_an_update_is_left_out(tmp_path: Path) -> None
     found = tna.convert(tmp_path)
     note = "PEFT saves the base's own weight next to the update of an embedding or head"
     assert found.notes == (f"left out {name!r}: {note}",)
-    save_file({**load_file(path), "base_model.model.fc.base_layer.weight": torch.zeros(2)}, path)
-    with pytest.raises(tna.FileError, match=r"tensors that do not belong to a lora adapter: .*fc\.base_layer"):
-        tna.convert(tmp_path)
+    whole = load_file(path)
+    for other in (
+        "fc.base_layer.weight",
+        "embed",
+        "embed.base_layer",
+        "embed.base_layer.scale",
+        "embed.base_layer.a.bias",
+    ):
+        save_file({**whole, f"base_model.model.{other}": torch.zeros(2)}, path)
+        with pytest.raises(
+            tna.FileError, match=rf"tensors that do not belong to a lora adapter: .*{re.escape(other)}'"
+        ):
+            tna.convert(tmp_path)
 
 
 @pytest.mark.parametrize("to", ["peft-lokr", "peft-loha", "lycoris-lora", "lycoris-full"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -384,10 +385,8 @@ OF_HEADS: list[dict[str, Any]] = [
 FEW_OTHERS = [("GPT2", OF_HEADS[1]), ("T5", OF_HEADS[5]), ("Bert", OF_HEADS[3]), ("Bert", OF_HEADS[8])]
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"), in_depth(((name, own) for own in OF_HEADS for name in architectures()), FEW_OTHERS), ids=str
-)
-def test_other_architectures(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def other_architecture(name: str, settings: dict[str, Any], folder: Path) -> tuple[Any, Any]:
+    """Save a model and a trained adapter of PEFT; return a function that builds the model, and PEFT's model."""
     build, embedding, head, linear = architectures()[name]
 
     def fresh() -> Any:
@@ -396,10 +395,18 @@ def test_other_architectures(name: str, settings: dict[str, Any], tmp_path: Path
 
     words = {"EMBED": embedding, "HEAD": head, "LINEAR": linear}
     own = ast.literal_eval(functools.reduce(lambda text, word: text.replace(word, words[word]), words, repr(settings)))
-    fresh().save_pretrained(tmp_path / "base")
+    fresh().save_pretrained(folder / "base")
     theirs = peft.get_peft_model(fresh(), peft.LoraConfig(**{"r": 2, "target_modules": [linear], **own})).eval()
     fill(p for p in theirs.parameters() if p.requires_grad)
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(folder / "theirs")
+    return fresh, theirs
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), in_depth(((name, own) for own in OF_HEADS for name in architectures()), FEW_OTHERS), ids=str
+)
+def test_other_architectures(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    fresh, theirs = other_architecture(name, settings, tmp_path)
     tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=tmp_path / "base")
     model = fresh()
     try:
@@ -413,6 +420,61 @@ def test_other_architectures(name: str, settings: dict[str, Any], tmp_path: Path
     tna.convert(tmp_path / "ours.safetensors", tmp_path / "back", to="peft-lora", base=tmp_path / "base")
     back = peft.PeftModel.from_pretrained(fresh(), tmp_path / "back").eval()
     torch.testing.assert_close(_logits(back), _logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+ALONE = [{"target_modules": ["EMBED"]}, {"modules_to_save": ["EMBED"]}]
+TOGETHER = {"trainable_token_indices": {"EMBED": [7, 2]}}
+OF_THE_HUB = [(name, own) for name in architectures() for own in (*ALONE, TOGETHER)]
+FEW_OF_THE_HUB = [("GPT2", ALONE[0]), ("GPT2", TOGETHER), ("Bert", ALONE[1]), ("T5", TOGETHER), ("Gemma", ALONE[0])]
+
+
+@pytest.mark.parametrize("left_out", [["tie_word_embeddings"], ["tie_word_embeddings", "architectures"]])
+@pytest.mark.parametrize(("name", "settings"), in_depth(OF_THE_HUB, FEW_OF_THE_HUB), ids=str)
+def test_a_tie_that_config_json_leaves_out(
+    name: str, settings: dict[str, Any], left_out: list[str], tmp_path: Path
+) -> None:
+    """As transformers 4 wrote it, if it is the default of the class."""
+    fresh, theirs = other_architecture(name, settings, tmp_path)
+    rewritten(tmp_path / "base", left_out)
+    ours = tmp_path / "ours.safetensors"
+    assert tna.convert(tmp_path / "theirs", ours, base=tmp_path / "base").exact
+    if settings in ALONE:
+        with pytest.raises(tna.FileError, match=r"to another \(tie_word_embeddings in config\.json is not false\)"):
+            tna.merge(tmp_path / "base", ours, tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+        return
+    tna.merge(tmp_path / "base", ours, tmp_path / "merged")
+    merged = type(fresh()).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(_logits(merged), _logits(theirs), rtol=1e-4, atol=1e-4)
+    tna.convert(ours, tmp_path / "back", to="peft-lora", base=tmp_path / "base")
+    back = peft.PeftModel.from_pretrained(fresh(), tmp_path / "back").eval()
+    torch.testing.assert_close(_logits(back), _logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stored", ["equal", "other", "absent"])
+def test_a_stored_head_shows_whether_it_is_tied(stored: str, tmp_path: Path) -> None:
+    base, ours = tmp_path / "base", tmp_path / "ours.safetensors"
+    made(stored != "other").save_pretrained(base)
+    rewritten(base, ["tie_word_embeddings"])
+    tensors = load_file(base / "model.safetensors")
+    if stored == "equal":
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    assert ("lm_head.weight" in tensors) == (stored != "absent")
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    theirs = saved_by_peft(tmp_path / "theirs", made(stored != "other"), target_modules=["embed_tokens"])
+    tna.convert(tmp_path / "theirs", ours, base=base)
+    if stored == "other":
+        tna.merge(base, ours, tmp_path / "merged")
+        same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval(), theirs)
+    else:
+        with pytest.raises(tna.FileError, match="ties it to another"):
+            tna.merge(base, ours, tmp_path / "merged")
+
+
+def rewritten(base: Path, left_out: list[str]) -> None:
+    """Remove keys of ``config.json``."""
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({key: config[key] for key in config if key not in left_out}))
 
 
 def test_a_tie_to_a_head_of_unknown_name(tmp_path: Path) -> None:
@@ -439,7 +501,7 @@ def test_a_tie_to_a_head_of_unknown_name(tmp_path: Path) -> None:
 def test_the_names_of_tied_heads_are_those_of_transformers() -> None:
     from transformers.models.auto import modeling_auto
 
-    from tnadapt.convert._base_model import _OTHER_HEADS, _TIED
+    from tnadapt.checkpoints.tied_heads import _OTHER_HEADS, _TIED
 
     heads = {end: heads for end, heads, witness in _TIED if witness == f"{end}.weight"}
     mappings = [value for name, value in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]

@@ -28,6 +28,8 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+from safetensors.torch import save_file  # noqa: E402
+
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.law("foreign-files")]
 
 # -- Models --------------------------------------------------------------------------------------
@@ -670,6 +672,36 @@ def test_peft_loads_lora_of_convolutions_in_groups(rank: int, tmp_path: Path) ->
     model = fresh("pixels")
     tnadapt.torch.load(model, place)
     assert torch.linalg.norm(output("pixels", model) - expected) <= 1e-5 * torch.linalg.norm(expected)
+
+
+def test_groups_that_nothing_records_are_noted(tmp_path: Path) -> None:
+    """Only the model tells them; the way out that the note names works."""
+    import tnadapt.torch
+
+    for name in ("base", "tuned"):
+        model = fresh("pixels")
+        if name == "tuned":
+            adapter = tnadapt.torch.attach(model, "lora", ["grouped", "head"], rank=1)
+            with torch.no_grad():
+                for parameter in adapter.parameters():
+                    parameter.add_(0.3 * torch.randn(parameter.shape))
+            expected = output("pixels", model)
+            adapter.bake()
+        save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
+    found = tna.extract(
+        tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", "lora", ["grouped", "head"], rank=1
+    )
+    note = (
+        "'grouped' written as convolutions without groups, as the adapter records none: if the model has groups there"
+    )
+    for to in ("peft-lora", "peft-loha"):
+        notes = tna.convert(found.file, to=to, rank=1 if to == "peft-lora" else 2).notes
+        assert [one.startswith(note) for one in notes] == ([True] if to == "peft-lora" else [])
+    tna.save(tmp_path / "ours.safetensors", found.file)
+    tnadapt.torch.load(fresh("pixels"), tmp_path / "ours.safetensors").save(tmp_path / "again.safetensors")
+    assert not tna.convert(tmp_path / "again.safetensors", tmp_path / "theirs", to="peft-lora").notes
+    theirs = peft.PeftModel.from_pretrained(fresh("pixels"), tmp_path / "theirs").eval()
+    assert torch.linalg.norm(output("pixels", theirs) - expected) <= 1e-5 * torch.linalg.norm(expected)
 
 
 def test_groups_whose_factors_differ_are_read_as_one_update(tmp_path: Path) -> None:

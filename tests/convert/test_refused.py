@@ -654,6 +654,37 @@ def test_updates_that_are_not_finite(name: str, tmp_path: Path) -> None:
     assert tna.convert(folder(tmp_path / "b", scaled)).error == 0.0
 
 
+LONG = np.full((100_000, 1), 1e19, "f4")
+SQUARE = np.full((400, 400), 1e19, "f4")
+TOO_LARGE: dict[str, tuple[dict[str, np.ndarray], str]] = {
+    "LoRA": ({"lora_up.weight": LONG, "lora_down.weight": 10 * LONG.T}, "has numbers that are not finite in float32"),
+    "LoKr": ({"lokr_w1": SQUARE, "lokr_w2": 10 * SQUARE}, "has numbers that are not finite in float32"),
+    # Its numbers are zero.
+    "LoRA of rank 2": (
+        {"lora_up.weight": LONG * np.ones((1, 2), "f4"), "lora_down.weight": 10 * np.hstack([LONG, -LONG]).T},
+        "may have numbers that are not finite in float32, and was not checked, as 100000 × 100000 numbers are too many",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_huge_updates_that_are_not_finite(name: str, tmp_path: Path) -> None:
+    tensors, says = TOO_LARGE[name]
+    place = tmp_path / "a.safetensors"
+    save_file({f"lora_unet_x.{end}": np.ascontiguousarray(array) for end, array in tensors.items()}, place)
+    with pytest.raises(FileError, match=rf"the update of 'x\.weight' {says}.*: "):
+        tna.convert(place, base=["x"])
+
+
+def test_huge_updates_whose_numbers_are_finite(tmp_path: Path) -> None:
+    """The large column of one factor meets the small one of the other."""
+    up, down = np.full((100_000, 2), 3e19, "f4"), np.full((2, 100_000), 3e19, "f4")
+    up[:, 1], down[0] = 1e-19, 1e-19
+    place = tmp_path / "a.safetensors"
+    save_file({"lora_unet_x.lora_up.weight": up, "lora_unet_x.lora_down.weight": down}, place)
+    assert tna.convert(place, base=["x"]).exact
+
+
 def test_an_array_that_its_scale_makes_infinite(tmp_path: Path) -> None:
     """The scale is multiplied into W1, while the other factor keeps the update in range."""
     small = {

@@ -234,6 +234,15 @@ def test_lists_in_a_table_are_json() -> None:
     assert [{name: strict(cell) for name, cell in row.items()} for row in read] == rows
 
 
+def test_a_table_has_the_columns_of_all_rows() -> None:
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "score": 0.5}, {"other": "c"}]
+    read = list(csv.DictReader(_written(rows, ".csv").splitlines()))
+    assert list(read[0]) == ["text", "label", "score", "other"]
+    assert [{name: cell for name, cell in row.items() if cell} for row in read] == [
+        {name: str(value) for name, value in row.items()} for row in rows
+    ]
+
+
 @pytest.mark.parametrize("name", ["multi-label", "token-classification"])
 def test_a_table_of_lists_is_read_back(files: dict[str, tuple[Path, str]], name: str) -> None:
     rows = predict(*files[name]).rows

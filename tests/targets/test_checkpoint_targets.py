@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tnadapt import TargetError
+from tnadapt import Target, TargetError
 from tnadapt.targets.checkpoint_targets import find_stored
 
 STORED = {
@@ -31,3 +31,13 @@ def test_kinds_of_layers_need_the_model(word: str) -> None:
     with pytest.raises(TargetError, match=message):
         find_stored(STORED, word)
     assert find_stored({"stem.conv.weight": (4, 3, 3, 3)}, ["conv"])[0].module == "stem.conv"
+
+
+def test_given_targets_have_the_shapes_of_their_tensors() -> None:
+    given = [Target("lm_head", (40, 8)), Target("renamed", (4, 4))]
+    assert find_stored(STORED, given) == given
+    message = (
+        r"lm_head\.weight has shape \(40, 8\) in the checkpoint, and the target .* is stored as \(8, 40\): give targets"
+    )
+    with pytest.raises(TargetError, match=message):
+        find_stored(STORED, [Target("lm_head", (8, 40))])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -141,6 +142,23 @@ def test_a_file_fits_only_models_that_are_tied_alike(tmp_path: Path) -> None:
         tt.load(Tied(tie=False), tmp_path / "a.safetensors")
     with pytest.raises(tna.TnadaptError, match=r"in this Tied it is tied to head\.weight, other\.weight: tie the"):
         tt.load(Tied(third=True), tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("kept", ["embed.weight", "head.weight"])
+def test_a_kept_parameter_is_swapped_under_any_of_its_names(kept: str, tmp_path: Path) -> None:
+    names, config, targets = {"embed.weight", "head.weight"}, P.lora(2), [tna.Target("inner", (6, 6))]
+    arrays = tna.SuperLoRA(config, [(6, 6)]).init()
+    for name, ties in (("one", names - {kept}), ("alone", ())):
+        file = tna.AdapterFile(config, targets, arrays, kept={kept: np.ones((12, 6), "f4")}, ties={kept: tuple(ties)})
+        tna.save(tmp_path / f"{name}.safetensors", file)
+    model = Tied()
+    adapter = tt.load(model, tmp_path / "one.safetensors")
+    with torch.no_grad():
+        model.embed.weight.zero_()
+    adapter.swap(tmp_path / "one.safetensors")
+    assert (model.head.weight == 1).all()
+    with pytest.raises(tna.FileError, match=rf"it has {kept} of that module alone"):
+        adapter.swap(tmp_path / "alone.safetensors")
 
 
 def test_a_file_that_does_not_say_so_can_be_loaded_into_a_tied_model(tmp_path: Path) -> None:

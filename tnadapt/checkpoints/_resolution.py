@@ -21,6 +21,7 @@ from .adapter_file import AdapterFile
 from .checkpoint import Checkpoint
 from .container import DTYPES, Entry
 from .module_names import ModuleNames
+from .tied_heads import ties_head
 
 __all__ = ["FLOATS", "ResolvedTargets", "resolve"]
 
@@ -216,7 +217,7 @@ def _check_target(target: Target, entry: Entry) -> None:
 def _check_alone(checkpoint: Checkpoint, file: AdapterFile) -> None:
     """Raise FileError if the adapter changes an embedding or a head alone, and the checkpoint has them as one."""
     alone = {name for name, others in file.ties.items() if not others}
-    if not alone or not checkpoint.ties_head:
+    if not alone or not ties_head(checkpoint):
         return
     tokens = (checkpoint.config or {}).get("vocab_size")
     shapes = {target.name: target.stored for target in file.targets}
@@ -225,9 +226,9 @@ def _check_alone(checkpoint: Checkpoint, file: AdapterFile) -> None:
         if name in alone and len(shapes[name]) == 2 and tokens in (None, shapes[name][0]):
             raise FileError(
                 f"the adapter has {safe_repr(name)} of that module alone, and the checkpoint ties it to another "
-                "(tie_word_embeddings in config.json), which would change as well: load it onto the model by "
-                "tnadapt.torch.load(model, path, untie=True), bake() it, set model.config.tie_word_embeddings = False, "
-                "and save the model"
+                "(tie_word_embeddings in config.json is not false), which would change as well: load it onto the model "
+                "by tnadapt.torch.load(model, path, untie=True), bake() it, set model.config.tie_word_embeddings = "
+                "False, and save the model"
             )
 
 

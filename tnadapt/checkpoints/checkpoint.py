@@ -29,9 +29,6 @@ from .strict_json import MAX_CONFIG, json_file
 
 __all__ = ["INDEX_SUFFIX", "SUFFIX", "Checkpoint", "file_state", "open_checkpoint"]
 
-# The ends of the names of transformers' classes that have a head with a row for each token.
-_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
-
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -118,14 +115,6 @@ class Checkpoint:
         """
         path = os.path.join(self.folder, "config.json")
         return _json(path, MAX_CONFIG) if os.path.lexists(path) else None
-
-    @property
-    def ties_head(self) -> bool:
-        """Whether ``config.json`` says that the token embedding is the output head as well, as one weight."""
-        config = self.config or {}
-        kinds = config.get("architectures")
-        with_head = isinstance(kinds, list) and any(isinstance(one, str) and one.endswith(_WITH_HEAD) for one in kinds)
-        return with_head and config.get("tie_word_embeddings") is True
 
     @checks_arguments
     def array(self, name: str, index: int | None = None) -> np.ndarray:

@@ -95,10 +95,12 @@ def _placed(checkpoint: Checkpoint, targets: Sequence[Target], which: str) -> tu
             return [tuple(map(prefix.target, parts)) for parts in several], prefix
     # One of two checkpoints of a model of transformers may have the names of its modules, the other those on disk.
     names = ModuleNames(lambda: checkpoint.config)
-    for known in (names.of, lambda name: names.inverse(stored).get(name, [])):
-        renamed = renamed_targets(targets, stored, known)
-        if renamed is not None:
-            return [(renamed[1].target(target),) for target in renamed[0]], renamed[1]
+    renamed = renamed_targets(targets, stored, names.of)
+    if renamed is None:
+        of_stored = names.inverse(stored)
+        renamed = renamed_targets(targets, stored, lambda name: of_stored.get(name, []))
+    if renamed is not None:
+        return [(renamed[1].target(target),) for target in renamed[0]], renamed[1]
     missing = [target.name for target in targets if target.name not in stored]
     near = near_names(missing[0], stored)
     raise TargetError(

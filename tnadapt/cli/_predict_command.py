@@ -116,7 +116,7 @@ def _written(rows: Sequence[Mapping[str, Any]], suffix: str) -> str:
     text = io.StringIO()
     # A line break that is not part of lineterminator would be written without quotes, and begin another row.
     writer = csv.writer(text, lineterminator="\r\n")
-    names = list(rows[0]) if rows else []
+    names = list(dict.fromkeys(name for row in rows for name in row))
     writer.writerow(map(spreadsheet_text, names))
     writer.writerows([_cell(row.get(name, "")) for name in names] for row in rows)
     return text.getvalue()

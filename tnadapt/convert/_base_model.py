@@ -6,7 +6,6 @@ import difflib
 import functools
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from tnadapt.checkpoints.container import DTYPES, Entry
 from tnadapt.checkpoints.module_names import ModuleNames
 from tnadapt.checkpoints.stored_weights import FLOATS
 from tnadapt.checkpoints.stored_weights import numbers as tensor_of
+from tnadapt.checkpoints.tied_heads import tied_heads, ties_head
 from tnadapt.errors import FileError, TargetError, safe_repr
 from tnadapt.targets.checkpoint_experts import experts_of
 from tnadapt.targets.checkpoint_targets import is_transposed
@@ -60,12 +60,12 @@ class Base:
     @functools.cached_property
     def heads(self) -> dict[str, str]:
         """Modules that are not stored, as they are tied to an embedding, each with that embedding."""
-        return {} if self._checkpoint is None else _tied_heads(self._checkpoint)
+        return {} if self._checkpoint is None else tied_heads(self._checkpoint)
 
     @property
     def unknown_heads(self) -> bool:
         """Whether an embedding is tied to a head of which the name is not known."""
-        return self._checkpoint is not None and self._checkpoint.ties_head and not self.heads
+        return self._checkpoint is not None and ties_head(self._checkpoint) and not self.heads
 
     @functools.cached_property
     def _weights(self) -> dict[str, tuple[int, ...]]:
@@ -233,38 +233,6 @@ def _of_file(path: str) -> Base:
         raise FileError(f"{path} has no tensor whose name ends in .weight, and is not a base model")
     tensors = {name: entry.shape for name, entry in entries.items()}
     return Base(found, ordered=False, tensors=tensors, checkpoint=checkpoint)  # safetensors sorts its tensors
-
-
-# Token embeddings of transformers' language models by the ends of their paths, with the modules that
-# ``tie_word_embeddings`` ties to them, and a tensor that a checkpoint has where these are the modules: of several rows
-# the first that fits.
-_TIED: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("shared", ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"), "shared.weight"),
-    *((embedding, ("lm_head",), f"{embedding}.weight") for embedding in (
-        "model.embed_tokens", "model.language_model.embed_tokens", "model.decoder.embed_tokens", "transformer.wte",
-    )),
-    ("embeddings.word_embeddings", ("cls.predictions.decoder",), "cls.predictions.transform.dense.weight"),
-    ("embeddings.word_embeddings", ("lm_head.decoder",), "lm_head.dense.weight"),
-    ("embeddings.word_embeddings", ("predictions.decoder",), "predictions.dense.weight"),
-    ("embeddings.word_embeddings", ("generator_lm_head",), "generator_predictions.dense.weight"),
-    ("embeddings.word_embeddings", ("vocab_projector",), "vocab_transform.weight"),
-)  # fmt: skip
-# Architectures that have these embeddings, and other heads.
-_OTHER_HEADS = re.compile(
-    "Whisper|Moonshine|Canary|CohereAsr|TrOCR|T5Gemma|Ultrabert|Blt|Blip|Csm|Udop|Kosmos2|Pop2Piano"
-)
-
-
-def _tied_heads(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the modules that a checkpoint does not store, as they are tied to an embedding, each with it."""
-    if not checkpoint.ties_head or any(map(_OTHER_HEADS.match, map(str, (checkpoint.config or {})["architectures"]))):
-        return {}
-    stored = checkpoint.entries
-    for end, heads, witness in _TIED:
-        found = [name for name in stored if name == f"{end}.weight" or name.endswith(f".{end}.weight")]
-        if len(found) == 1 and witness in stored and not any(f"{head}.weight" in stored for head in heads):
-            return dict.fromkeys(heads, found[0].removesuffix(".weight"))
-    return {}
 
 
 def _module(name: str) -> str:

@@ -121,6 +121,8 @@ class EncodedAdapter(NamedTuple):
     kept_names : mapping of str to sequence of str
         For parameters trained alongside the adapter the names of the tensors that store them, unless each has one,
         :meth:`FileFormat.kept_name`.
+    notes : tuple of str
+        Remarks for the :class:`Conversion`.
     """
 
     tensors: dict[str, Float]
@@ -129,6 +131,7 @@ class EncodedAdapter(NamedTuple):
     record: Mapping[str, Any] = {}
     integers: Mapping[str, np.ndarray] = {}
     kept_names: Mapping[str, Sequence[str]] = {}
+    notes: tuple[str, ...] = ()
 
 
 class FileFormat:

@@ -316,9 +316,9 @@ def other_tensors(
     every = set(names)
     for name in names:
         path = name.removeprefix(PREFIX)
-        if (module := path.partition(".base_layer.")[0]) in adapted and not (
-            settings.bias != "none" and path == f"{module}.base_layer.bias"
-        ):
+        module, _, parameter = path.partition(".base_layer.")
+        untrained = ("weight", "bias") if settings.bias == "none" else ("weight",)
+        if module in adapted and parameter in untrained:
             layers.append(name)
         elif (kept := _kept_name(path, every, settings.saved, settings.bias)) is None:
             others.append(name)
@@ -331,7 +331,7 @@ def other_tensors(
         found.dtypes.update({f"kept.{kept}": dtype} if dtype else {})
         if found.kept[kept].ndim == 2 and is_saved(kept, settings.saved):
             found.ties[kept] = ()
-    if settings.ties:
+    if isinstance(settings, PeftSettings) and settings.ties:
         others = _join_ties(container, found, trained, others)
     if others:
         raise FileError(f"has tensors that do not belong to a {title} adapter: {summarize(others)}")

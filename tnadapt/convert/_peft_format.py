@@ -239,7 +239,9 @@ class PeftFormat(FileFormat):
                 f"{safe_repr(plain[0].path)} is stored as (in, out), which PEFT takes for a setting of all weights and "
                 "refuses for experts: convert an adapter of either"
             )
-        return EncodedAdapter(tensors, config=config, record={TRANSPOSED: transposed, EXPERTS: record_of(modules)})
+        record = {TRANSPOSED: transposed, EXPERTS: record_of(modules)}
+        notes = _unknown_groups(plain) if kind == "lora" else ()
+        return EncodedAdapter(tensors, config=config, record=record, notes=notes)
 
     def encode_file(self, kind: str, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode the tensors and settings of a method with a structure of its own."""
@@ -373,6 +375,18 @@ def saved_whole(modules: Sequence[Module], kept: Collection[str]) -> list[str]:
 def _groups_of(module: Module) -> int:
     """Return in how many groups the channels of a convolution are."""
     return module.targets[0][1].groups
+
+
+def _unknown_groups(modules: Sequence[Module]) -> tuple[str, ...]:
+    """Return a remark if the channels of a convolution may be in groups, of which nothing says how many."""
+    paths = [one.path for one in modules if len(one.stored) > 2 and _groups_of(one) == 1 and one.stored[0] > 1]
+    if not paths:
+        return ()
+    return (
+        f"{summarize(paths)} written as convolutions without groups, as the adapter records none: if the model has "
+        "groups there, PEFT refuses the folder. Then load the adapter onto the model by tnadapt.torch.load, save it "
+        "again, which records them, and convert that file",
+    )
 
 
 def _wider(factor: Float, axis: int, rank: int) -> Float:

@@ -205,8 +205,6 @@ class CommonSettings(NamedTuple):
         Whether the method adapts weights that are stored as (in, out).
     model_type : str
         transformers' type of the base model, or "".
-    ties : bool
-        Always false: of these methods none ties what it saves.
     """
 
     title: str
@@ -216,7 +214,6 @@ class CommonSettings(NamedTuple):
     transposed: bool
     may_transpose: bool
     model_type: str
-    ties: bool = False
 
 
 def common_settings(

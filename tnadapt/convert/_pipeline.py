@@ -301,7 +301,7 @@ def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None, part: str
     files = form.write(tensors, kinds, record, encoded.config)
     sizes = found.parameters, sum(array.size for array in stored.values())
     return Conversion(
-        spec.form, found.kind, exact, error, errors, sizes, (), None, tensors, kinds, encoded.config, files
+        spec.form, found.kind, exact, error, errors, sizes, encoded.notes, None, tensors, kinds, encoded.config, files
     )
 
 

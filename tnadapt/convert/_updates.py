@@ -296,16 +296,33 @@ def check_size(name: str, update: ModuleUpdate, dtype: str) -> None:
     """Raise FileError if an update has numbers that are not finite in float32, or in float64 if it is of that dtype."""
     kind = "float64" if dtype == "float64" else "float32"
     most = float(np.finfo(kind).max)
-    bound = abs(update.scale)
-    for part in update.parts:
-        halves = part if isinstance(part, Pair) else (part,)
-        bound *= math.prod(float(np.max(np.abs(half))) for half in halves)
-        bound *= part.rank if isinstance(part, Pair) else 1
-    if not bound <= most and not all(float(np.max(np.abs(block))) <= most for block in _blocks(update)):
+    bound = abs(update.scale) * math.prod(map(_largest, update.parts))
+    if bound <= most:
+        return
+    # The largest element of a Kronecker product is the product of the largest ones.
+    reached = update.kind != "loha" and update.rank == 1
+    rows, cols = update.shape
+    if not reached and rows * cols > _MOST:
+        raise FileError(
+            f"the update of {safe_repr(name)} may have numbers that are not finite in {kind}, and was not checked, as "
+            f"{rows} × {cols} numbers are too many: its factors allow up to {bound:.3g}. The adapter is damaged, or "
+            "its scale (alpha) is wrong"
+        )
+    if reached or not all(float(np.max(np.abs(block))) <= most for block in _blocks(update)):
         raise FileError(
             f"the update of {safe_repr(name)} has numbers that are not finite in {kind}: the adapter is damaged, or "
             "its scale (alpha) is wrong"
         )
+
+
+def _largest(part: Pair | Float) -> float:
+    """Return a bound on the absolute values of a part, which they reach if its rank is 1."""
+    if not isinstance(part, Pair):
+        return float(np.max(np.abs(part)))
+    columns = [np.max(np.abs(half), axis=0) for half in part]
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = [float(np.max(np.linalg.norm(half, axis=1))) for half in part]
+        return float(np.fmin(np.sum(columns[0] * columns[1]), rows[0] * rows[1]))
 
 
 def _equal(one: Pair | Float, other: Pair | Float) -> bool:

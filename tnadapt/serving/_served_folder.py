@@ -95,7 +95,7 @@ class ServedFolder:
 
         Names that are more than one component of a path are never looked up: they may come from anybody.
         """
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not _NAME.fullmatch(name):
             return None
         places = self.folder / f"{name}.safetensors", self.folder / name / "adapter.safetensors"
         return next((place for place in places if place.is_file()), None)

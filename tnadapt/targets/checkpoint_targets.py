@@ -69,7 +69,8 @@ def find_stored(
         Roles such as ``"qv"``; ``"embeddings"``, those of the usual names; a list of module paths, whole or their last
         parts; or a regular expression that matches the whole path of a module. Experts have the paths that transformers
         gives them in memory, such as ``mlp.experts`` and ``mlp.experts.down_proj``, however they are stored. Or a list
-        of targets, such as :func:`tnadapt.torch.find_targets` returns, which keeps its order.
+        of targets, such as :func:`tnadapt.torch.find_targets` returns, which keeps its order. A target of which no
+        tensor has the name is kept as it is, since the checkpoint may have it under another name.
     config : mapping, optional
         The model's ``config.json``, for the model type and numbers of heads.
 
@@ -83,7 +84,8 @@ def find_stored(
     Raises
     ------
     TargetError
-        If nothing is found, or the layout of a fused weight is unknown.
+        If nothing is found, the layout of a fused weight is unknown, or a tensor has another shape than the target
+        given for it.
 
     Examples
     --------
@@ -96,7 +98,7 @@ def find_stored(
     'moe.experts.down_proj[1]'
     """
     if isinstance(targets, (list, tuple)) and targets and all(isinstance(target, Target) for target in targets):
-        return list(targets)
+        return [_stored_as_given(target, shapes) for target in targets]
     model = StoredModel(shapes, config)
     if isinstance(targets, str) and targets and _LETTERS.issuperset(targets):
         found = targets_of(model, targets)
@@ -107,6 +109,17 @@ def find_stored(
     if not found:
         raise _nothing(targets, model.weights)
     return sorted(found, key=lambda target: _order(model, target))
+
+
+def _stored_as_given(target: Target, shapes: Mapping[str, tuple[int, ...]]) -> Target:
+    """Return a target; raise TargetError if the tensor of its name has another shape."""
+    stored = shapes.get(target.name, target.stored)
+    if tuple(stored) != target.stored:
+        raise TargetError(
+            f"{target.name} has shape {tuple(stored)} in the checkpoint, and the target given for it is stored as "
+            f"{target.stored}: give targets of this model"
+        )
+    return target
 
 
 def _order(model: StoredModel, target: Target) -> tuple[Any, ...]:

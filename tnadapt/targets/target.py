@@ -48,7 +48,8 @@ class Target:
     tied : tuple of str
         Other dotted paths of the same parameter (tied weights), whose modules apply the update, too.
     groups : int
-        For a convolution whose channels are in groups: their number. The shape does not tell it.
+        For a convolution whose channels are in groups: their number. The shape does not tell it, so that it is 1 where
+        only the shapes are known, as to :func:`tnadapt.extract`.
 
     Raises
     ------

@@ -10,18 +10,22 @@ from tnadapt.errors import FileError, pluralize, safe_repr
 from tnadapt.targets.target import Target
 
 from ._state import AdapterState
+from ._tied_weights import names_of_shared
 
 __all__ = ["check_same"]
 
 
 def check_same(adapter: AdapterState, file: AdapterFile) -> None:
     """Raise a FileError unless config, activation, targets and kept parameters are the same."""
+    names = names_of_shared(adapter.model)
+    # Of a tied weight, an adapter keeps the first name, and a file any of them.
+    their_kept, our_kept = (sorted({names.get(name, [name])[0] for name in own}) for own in (file.kept, adapter.kept))
     compared: list[tuple[str, Any, Any, Callable[[Any, Any], str]]] = [
         # How it is trained changes no array.
         ("config", file.config.replace(rate="sgd"), adapter.plan.config.replace(rate="sgd"), _settings),
         ("activation", file.activation, adapter.activation, _values),
         ("list of targets", _places(file.targets), _places(adapter.targets), _targets),
-        ("list of kept parameters", sorted(file.kept), sorted(adapter.kept), _values),
+        ("list of kept parameters", their_kept, our_kept, _values),
     ]
     for what, theirs, ours, difference in compared:
         if theirs != ours:
