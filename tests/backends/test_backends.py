@@ -117,6 +117,17 @@ def test_registering() -> None:
     assert "absent_library" not in available_backends()
 
 
+def test_a_library_that_records_derivatives_says_how() -> None:
+    class Recording(Backend):
+        def differentiates(self, x: object) -> bool:
+            return True
+
+    x = np.ones(2)
+    with pytest.raises(NotImplementedError, match="Recording records derivatives but defines no with_pullback"):
+        Recording(np).with_pullback(x, [x], lambda x, cotangents: x)
+    assert load_backend("numpy").with_pullback(x, [x], lambda x, cotangents: x)[0] is x
+
+
 def test_no_arrays() -> None:
     with pytest.raises(tna.BackendError, match="at least one array"):
         get_backend()

@@ -93,6 +93,17 @@ def test_an_update_of_zeros_is_the_start_of_training(data: st.DataObject) -> Non
     assert report.certified
 
 
+def test_a_bound_allows_for_the_rounding_of_a_start_that_is_subtracted() -> None:
+    config = presets.lora_fa(2).replace(start="random")
+    plan = tna.SuperLoRA(config, [(8, 6)])
+    rng = np.random.default_rng(0)
+    moved = {name: array + 1e-5 * rng.normal(size=array.shape) for name, array in plan.init(dtype="float64").items()}
+    (delta,) = plan.deltas(moved)
+    _, report = tna.decompose([delta.astype(np.float32)], config)
+    assert report.error > 1e-6
+    assert report.bound < 1e-6  # an update in float64 has almost that of no error
+
+
 RECOVERED = {
     "dense": presets.dense(),
     "lora": presets.lora(3),

@@ -389,6 +389,35 @@ def test_the_smallest_rank_of_an_error() -> None:
     assert found.error <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+def test_a_ring_does_not_depend_on_the_signs_that_an_svd_chooses(dtype: Any) -> None:
+    # The elements of these vectors, and those of their cubes, cancel.
+    hadamard = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+    for left in (hadamard, np.kron(np.eye(2), [[1, 1], [-1, 1]]) / math.sqrt(2)):
+        for seed in range(4):
+            right = np.linalg.qr(numbers((6, 4), seed))[0].T
+            tensor = ((left * [4, 3, 2, 1]) @ right).reshape(4, 2, 3).astype(dtype)
+            phases = [-1.0, -2.0, 3.0] if dtype == np.float64 else [-1.0, 1j, np.exp(0.3j)]
+            for ranks in ((2, 2, 1), (2, 2, 2)):
+                expected = tna.tensor_ring(tensor, ranks, max_iterations=0).to_tensor()
+                for phase in phases:
+                    ring = tna.tensor_ring(phase * tensor, ranks, max_iterations=0)
+                    np.testing.assert_allclose(ring.to_tensor(), phase * expected, atol=1e-12)
+
+
+def test_complex_rings_of_vectors_whose_elements_cancel() -> None:
+    tensor = np.zeros((4, 2, 3), complex)
+    tensor[:2, 0, 0], tensor[2:, 1, 1] = [1, -1], [2, -2]
+    for found, error in (
+        (tna.tensor_ring(tensor, (1, 2, 2)), 1e-12),
+        (tna.tensor_ring(tensor, (1, 2, 2), max_iterations=0), 1e-12),
+        (tna.tensor_ring(tensor.reshape(4, 6), (1, 2), max_iterations=0), 1e-12),
+        (tna.tensor_ring(0 * tensor, (1, 2, 2), max_iterations=0), 0.0),
+    ):
+        assert found.error is not None
+        assert found.error <= error
+
+
 # -- Traced -------------------------------------------------------------------------
 
 

@@ -333,7 +333,7 @@ ONE = np.ones((2, 2))
     ("call", "error", "text"),
     [
         (lambda: tt.CPTensor(None, []), ShapeError, "at least one array"),
-        (lambda: tt.CPTensor(None, [ONE, np.ones((2, 3))]), ShapeError, "CP factor 1 .*like factor 0"),
+        (lambda: tt.CPTensor(None, [ONE, np.ones((2, 3))]), ShapeError, "CP factor 1 .*as many columns as CP factor 0"),
         (lambda: tt.CPTensor(np.ones(3), [ONE]), ShapeError, r"CP weights .*expected \(2,\)"),
         (lambda: tt.CPTensor(None, [ONE, ONE.astype(np.float32)]), BackendError, "two dtypes"),
         (lambda: tt.TuckerTensor(ONE, [ONE]), ShapeError, "needs 2 factors; got 1"),

@@ -126,6 +126,35 @@ def test_the_gradient_is_as_exact_as_the_result() -> None:
         assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-3
 
 
+def _differs_from_optimum(name: str, seed: int, dtype: Any, tol: float, iterations: int) -> float:
+    """How far the gradient of a decomposition of noise, whose error is flat, is from that of the optimum in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    x, way = (torch.randn(6, 7, 5, generator=generator, dtype=dtype) for _ in range(2))
+    gradients = []
+    for leaf, least, most in ((x, tol, iterations), (x.double(), 1e-13, 5000)):
+        words: dict[str, Any] = {"sweeps" if name == "tensor_train" else "max_iterations": most, "tol": least}
+        found = getattr(tna, name)(leaf.requires_grad_(), 2, **words)
+        assert found.converged
+        gradients.append(torch.autograd.grad((found.to_tensor() * way).sum(), leaf)[0].double())
+    return float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("name", ["cp", "tensor_ring", "tensor_train", "tucker"])
+def test_the_settings_that_are_advised_give_gradients_of_noise(name: str, seed: int) -> None:
+    assert _differs_from_optimum(name, seed, torch.float64, 1e-10, 2000) < 3e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "seeds"),
+    # The others of cp and tensor_ring have arrays that grow without end.
+    [("cp", (0, 2, 3, 4, 5, 6, 7)), ("tensor_ring", (1, 2, 3, 6)), ("tensor_train", range(8)), ("tucker", range(8))],
+)
+def test_single_precision_comes_near_enough_for_gradients(name: str, seeds: Sequence[int]) -> None:
+    for seed in seeds:
+        assert _differs_from_optimum(name, seed, torch.float32, 0.0, 2000) < 3e-2, seed
+
+
 @pytest.mark.parametrize("name", ["tensor_train", "tucker", "tensor_ring", "cp of a matrix"])
 def test_complex_closed_forms(name: str) -> None:
     rng = np.random.default_rng(3)
@@ -171,6 +200,35 @@ def test_equal_singular_values_in_the_span_matter_to_the_vectors_alone() -> None
         assert float((gradient * step).sum()) == pytest.approx((at(x + step) - at(x - step)) / 2, rel=1e-6)
     with pytest.raises(BackendError, match="singular vectors of equal singular values, so that it has no derivative"):
         tna.tensor_train(x, 2)[0].square().mul(way[:, :2]).sum().backward()
+
+
+def test_single_precision_truncates_small_singular_values_that_are_distinct() -> None:
+    (u, _), (v, _) = (np.linalg.qr(np.random.default_rng(seed).normal(size=(20, 20))) for seed in range(2))
+    values = 2.0 ** -np.arange(20)
+    for rank in (3, 6, 8, 10):
+        x = torch.tensor((u * values @ v.T).astype(np.float32), requires_grad=True)
+        (gradient,) = torch.autograd.grad(tna.tensor_train(x, rank).to_tensor().square().sum(), x)
+        np.testing.assert_allclose(gradient.numpy(), 2 * (u * values)[:, :rank] @ v.T[:rank], atol=1e-6)
+
+
+def test_small_terms_of_a_gradient_are_kept() -> None:
+    (u, _), (v, _) = (np.linalg.qr(np.random.default_rng(seed).normal(size=(8, 8))) for seed in range(2))
+    x = torch.tensor(u * [3.0, 2.9, 2.8, 1.0, 0.5, 0.4, 0.3, 0.2] @ v.T)
+    way = torch.tensor(np.random.default_rng(2).normal(size=(8, 8)))
+
+    def part(dtype: Any, share: float) -> Any:
+        """The part that a small function of the singular vectors has in the gradient."""
+        gradients = []
+        for factor in (share, 0.0):
+            leaf = x.to(dtype).requires_grad_()
+            found = tna.cp(leaf, 3)
+            of_vectors = (found.factors[0].square() * way[:, :3].to(dtype)).sum()
+            total = (found.to_tensor() * way.to(dtype)).sum() + factor * of_vectors
+            gradients.append(torch.autograd.grad(total, leaf)[0].double())
+        return (gradients[0] - gradients[1]) / share
+
+    for share in (1.0, 1e-2, 1e-3, 1e-4):
+        torch.testing.assert_close(part(torch.float32, share), part(torch.float64, share), rtol=0.05, atol=1e-2)
 
 
 def _backward(found: Any) -> None:

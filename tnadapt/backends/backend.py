@@ -144,6 +144,10 @@ class Backend:
         ``pullback`` is called with x and the gradient with respect to each of the values, all detached, and returns the
         gradient with respect to x. Libraries that record no derivatives of arrays with values return the values.
         """
+        if self.is_concrete(x) and self.differentiates(x):
+            raise NotImplementedError(
+                f"{type(self).__name__} records derivatives but defines no with_pullback: without it they would be zero"
+            )
         return list(values)
 
     def astype(self, x: Array, dtype: str) -> Array:

@@ -142,9 +142,10 @@ def _fitted_together(
     numpy, reports = load_backend("numpy"), []
     for group, y, norm in zip(plan.groups, wide, norms, strict=True):
         error = float(np.linalg.norm(group.update(numpy, arrays, 0, group.size) - y))
-        rounding = _ROUNDING * algebra.eps * norm
         if group.subtracts:
             y = y + np.asarray(group.projection(group.network.whole(numpy, group.begun(numpy, arrays))))
+        # Arrays are rounded with a start that is subtracted, however small the update is.
+        rounding = _ROUNDING * algebra.eps * float(np.linalg.norm(y))
         known = _Known(Algebra(numpy, y), group, y, norm, error, rounding, found.optimal, len(wide) == 1)
         reports.append(_report(known, norm, found))
     return params, FitReport(plan, tuple(reports))

@@ -178,10 +178,12 @@ def _pulled_back(matrix: np.ndarray, leading: np.ndarray, cotangent: np.ndarray,
     size = np.linalg.norm(cotangent)
     if size == 0.0:
         return np.zeros_like(a)
-    least = squares[rank] if rank < len(s) else 0.0
+    # Singular values that differ by less are equal up to rounding.
+    clear = 1e3 * eps * s[0]
+    least = s[rank] if rank < len(s) else 0.0
     # The span of all left vectors does not change.
     whole = rank == matrix.shape[0] and not triplets
-    unclear = not whole and squares[rank - 1] - least <= 1e3 * eps * squares[0]
+    unclear = not whole and s[rank - 1] - least <= clear
     if unclear or np.linalg.norm(turned.conj().T @ turned - np.eye(rank)) > max(1e-3, 1e3 * eps):
         raise BackendError(
             f"singular values {rank} and {rank + 1} of an unfolding of shape {matrix.shape} are equal up to rounding, "
@@ -192,7 +194,7 @@ def _pulled_back(matrix: np.ndarray, leading: np.ndarray, cotangent: np.ndarray,
     inner = u.conj().T @ cotangent
     gaps = squares[None, :rank] - squares[:, None]
     within = inner[:rank] - inner[:rank].conj().T
-    small, tied = np.abs(within) <= 1e3 * eps * size, np.abs(gaps[:rank]) <= 1e3 * eps * squares[0]
+    small, tied = np.abs(within) <= 1e3 * eps * size, np.abs(s[None, :rank] - s[:rank, None]) <= clear
     if (tied & ~small).any():
         raise BackendError(
             "this function of a decomposition depends on the signs, phases or basis of singular vectors of equal "
@@ -200,7 +202,7 @@ def _pulled_back(matrix: np.ndarray, leading: np.ndarray, cotangent: np.ndarray,
             "to_tensor(), entries() or norm(), or detach the tensor"
         )
     weights = np.zeros_like(inner)
-    weights[:rank] = np.where(small, 0.0, within) / np.where(tied, 1.0, gaps[:rank])
+    weights[:rank] = np.where(tied, 0.0, within) / np.where(tied, 1.0, gaps[:rank])
     weights[rank:] = inner[rank:] / gaps[rank:]
     change = u @ weights
     if u.shape[0] > u.shape[1]:

@@ -17,6 +17,9 @@ from .matrix_truncation import Leading
 
 __all__ = ["chain_of", "ring_svd", "ring_sweep"]
 
+# Magnitudes above this share of the largest one are equal to it up to rounding.
+_EQUAL = 1.0 - 1e-3
+
 
 def ring_svd(backend: Backend, tensor: Array, closing: int, truncated: Callable[[Array, int], Leading]) -> list[Array]:
     """Compute the cores of a tensor ring.
@@ -54,15 +57,16 @@ def ring_svd(backend: Backend, tensor: Array, closing: int, truncated: Callable[
 
 
 def _signed(backend: Backend, u: Array) -> Array:
-    """Give each singular vector a sign, or phase, that does not depend on the SVD.
+    """Make the first of the largest elements of each singular vector positive, whatever its sign or phase was.
 
     The ring does depend on them: the vectors of one matrix are distributed over two bonds.
     """
-    if backend.is_complex(u):
-        cubes = backend.sum(u * u * backend.conj(u), axis=0)
-        return u * (backend.conj(cubes) / abs(cubes))
-    cubes = backend.sum(u * u * u, axis=0)
-    return u * backend.where(cubes < 0.0, cubes * 0.0 - 1.0, cubes * 0.0 + 1.0)
+    sizes = abs(backend.detached(u))
+    largest = backend.where(sizes >= _EQUAL * backend.xp.max(sizes, axis=0), sizes * 0.0 + 1.0, sizes * 0.0)
+    rows = backend.constant(np.arange(int(u.shape[0])).reshape(-1, 1), backend.device(u))
+    pivots = backend.sum(backend.where(rows == backend.xp.argmax(largest, axis=0), u, u * 0.0), axis=0)
+    pivots = backend.where(pivots == 0.0, pivots * 0.0 + 1.0, pivots)
+    return u * (backend.conj(pivots) / abs(pivots))
 
 
 def chain_of(backend: Backend, cores: Sequence[Array]) -> Array:

@@ -12,7 +12,7 @@ from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError, ShapeError, safe_repr
 
-__all__ = ["as_tensor", "as_tensors", "finite", "integer_of", "mode_of", "numeric", "scalar_of"]
+__all__ = ["alike", "as_tensor", "as_tensors", "finite", "integer_of", "mode_of", "numeric", "scalar_of"]
 
 #: Dtypes that computations run in; others are converted to the first.
 _NUMERIC = ("float64", "float32", "complex128", "complex64")
@@ -95,6 +95,18 @@ def as_tensors(given: Any, what: str) -> tuple[Backend, list[Array]]:
     return get_backend(*tensors), tensors
 
 
+def alike(matrices: Sequence[Array], axis: int, what: str) -> None:
+    """Raise a ShapeError unless all are matrices with the same number of rows (axis 0) or columns (axis 1)."""
+    for number, matrix in enumerate(matrices):
+        if len(matrix.shape) != 2:
+            raise ShapeError(f"{what} {number} has shape {tuple(matrix.shape)}; expected a matrix")
+        if matrix.shape[axis] != matrices[0].shape[axis]:
+            raise ShapeError(
+                f"{what} {number} has shape {tuple(matrix.shape)}; expected as many {('rows', 'columns')[axis]} as "
+                f"{what} 0, of shape {tuple(matrices[0].shape)}"
+            )
+
+
 def finite(backend: Backend, tensor: Array, what: str = "the tensor", way: str = "") -> None:
     """Raise a ShapeError if a tensor has no elements, NaN or infinity; tracers are not looked at."""
     if not math.prod(tensor.shape):
@@ -117,11 +129,10 @@ def integer_of(name: str, value: Any, least: int, most: int | None = None) -> in
     return int(value)
 
 
-def mode_of(mode: Any, shape: Sequence[int], name: str = "mode") -> int:
-    """Return a mode as a number from 0; negative ones count from the last. The name is that of the parameter."""
+def mode_of(mode: Any, shape: Sequence[int], what: str = "mode") -> int:
+    """Return a mode as a number from 0; negative ones count from the last."""
     order = len(shape)
     if isinstance(mode, bool) or not isinstance(mode, (int, np.integer)) or not -order <= mode < order:
-        what = name if name == "mode" else f"a mode in {name}"
         raise ShapeError(
             f"{what} must be from 0 to {order - 1} for a tensor of shape {tuple(shape)}, or negative, counted from the "
             f"last; got {safe_repr(mode)}"

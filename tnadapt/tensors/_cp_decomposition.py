@@ -111,8 +111,8 @@ def cp(
     Notes
     -----
     A matrix has an exact answer, its truncated SVD (Eckart & Young). For more modes there is no guarantee; a best
-    approximation may not even exist (de Silva & Lim, 2008). With ``rank``, it is differentiable. A sweep costs ``4 r
-    prod(d)`` multiply-adds, in two matrix products.
+    approximation may not even exist (de Silva & Lim, 2008). With ``rank``, it is differentiable once it has converged.
+    A sweep costs ``4 r prod(d)`` multiply-adds, in two matrix products.
 
     With ``mask`` or ``weights``, all arrays are fitted to the known elements: some sweeps of least squares from several
     starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known
@@ -165,7 +165,7 @@ class _Options:
         callback: Callback | None,
     ) -> None:
         self.request, self.init = request, init
-        self.fixed = {mode_of(mode, request.shape, "fixed") for mode in fixed}
+        self.fixed = {mode_of(mode, request.shape, "a mode in fixed") for mode in fixed}
         self.starts = integer_of("starts", starts, 1, 1 << 20)
         self.iterations = integer_of("max_iterations", max_iterations, 1)
         self.tol, self.callback = tol, callback

@@ -14,7 +14,7 @@ from tnadapt.decomposition.implicit_gradient import Contraction
 from tnadapt.decomposition.matrix_truncation import with_value
 from tnadapt.errors import ShapeError
 
-from ._checks import as_tensor, as_tensors, integer_of, mode_of, scalar_of
+from ._checks import alike, as_tensor, as_tensors, integer_of, mode_of, scalar_of
 from ._decomposed import Decomposed
 from ._matrix_products import row_khatri_rao
 from ._modes import mode_dot
@@ -70,13 +70,7 @@ class CPTensor(Decomposed, _CPParts):
         if weights is not None:
             weights = as_tensor(weights, "weights")[1]
             get_backend(*arrays, weights)
-        columns = (arrays[0].shape or (0,))[-1]
-        for mode, factor in enumerate(arrays):
-            if len(factor.shape) != 2 or factor.shape[1] != columns:
-                raise ShapeError(
-                    f"CP factor {mode} has shape {tuple(factor.shape)}; expected (size, {columns}), one "
-                    "column per component, like factor 0"
-                )
+        alike(arrays, 1, "CP factor")
         if weights is not None and tuple(weights.shape) != (arrays[0].shape[1],):
             raise ShapeError(f"CP weights have shape {tuple(weights.shape)}; expected ({arrays[0].shape[1]},)")
         return cls.of(backend, (weights, arrays))

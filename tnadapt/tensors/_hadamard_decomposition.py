@@ -80,8 +80,8 @@ def hadamard_decomposition(
     Notes
     -----
     Hyeon-Woo, Ye-Bin & Oh, "FedPara" (arXiv 2108.06098). The problem is not convex: the result is the best of several
-    starts, without a guarantee. With ``rank``, it is differentiable. For matrices a lower bound is reported, as the
-    rank is at most ``rank ** parts``.
+    starts, without a guarantee. With ``rank``, it is differentiable once it has converged. For matrices a lower bound
+    is reported, as the rank is at most ``rank ** parts``.
 
     Examples
     --------

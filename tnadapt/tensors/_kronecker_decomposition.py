@@ -70,7 +70,8 @@ def kronecker_decomposition(
     -----
     Van Loan & Pitsianis, "Approximation with Kronecker products" (1993): rearranged, a Kronecker product is an outer
     product, and a sum of T products a CP tensor of rank T with the factors as vectors. For K = 2 that is a truncated
-    SVD of a matrix with as many rows as the first factor has elements. With ``terms``, it is differentiable.
+    SVD of a matrix with as many rows as the first factor has elements. With ``terms``, it is differentiable
+    once it has converged.
 
     Examples
     --------

@@ -13,7 +13,7 @@ from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ShapeError, safe_repr
 
-from ._checks import as_tensor, as_tensors, integer_of
+from ._checks import alike, as_tensor, as_tensors, integer_of
 
 __all__ = ["contract", "inner", "khatri_rao", "outer", "row_khatri_rao"]
 
@@ -56,13 +56,7 @@ def khatri_rao(matrices: Sequence[Any], weights: Any = None, skip_matrix: int | 
     if skip_matrix is not None:
         del factors[integer_of("skip_matrix", skip_matrix, 0, len(factors) - 1)]
         get_backend(*factors)
-    columns = (factors[0].shape or (0,))[-1]
-    for number, factor in enumerate(factors):
-        if len(factor.shape) != 2 or factor.shape[1] != columns:
-            raise ShapeError(
-                f"matrix {number} has shape {tuple(factor.shape)}; expected (size, {columns}), with as "
-                "many columns as matrix 0"
-            )
+    alike(factors, 1, "matrix")
     if weights is not None:
         _, scales = as_tensor(weights, "weights")
         if tuple(scales.shape) != (factors[0].shape[1],):
@@ -97,13 +91,7 @@ def row_khatri_rao(matrices: Sequence[Any]) -> Array:
     array([[ 1., 10.,  2., 20.]])
     """
     backend, factors = as_tensors(matrices, "matrices")
-    rows = (factors[0].shape or (0,))[0]
-    for number, factor in enumerate(factors):
-        if len(factor.shape) != 2 or factor.shape[0] != rows:
-            raise ShapeError(
-                f"matrix {number} has shape {tuple(factor.shape)}; expected ({rows}, columns), with as "
-                "many rows as matrix 0"
-            )
+    alike(factors, 0, "matrix")
 
     def pair(a: Array, b: Array) -> Array:
         rows, left, right = a.shape[0], a.shape[1], b.shape[1]
@@ -236,7 +224,7 @@ def contract(equation: str, *tensors: Any, optimize: Any = "auto") -> Array:
 
     _, arrays = as_tensors(tensors, "tensors")
     try:
-        if isinstance(equation, str) and isinstance(optimize, str):
+        if isinstance(optimize, str):
             return _expression(equation, tuple(tuple(array.shape) for array in arrays), optimize)(*arrays)
         return opt_einsum.contract(equation, *arrays, optimize=optimize)
     except (ValueError, KeyError, IndexError, TypeError) as error:

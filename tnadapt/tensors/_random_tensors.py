@@ -21,6 +21,8 @@ from ._tucker_tensor import TuckerTensor
 
 __all__ = ["generator", "random_cp", "random_tr", "random_tt", "random_tt_matrix", "random_tucker"]
 
+_SEEDS = (int, np.integer, np.random.BitGenerator, np.random.bit_generator.ISeedSequence)
+
 
 def generator(random_state: Any) -> np.random.Generator:
     """Return a generator of random numbers from a seed or a generator; None is the seed 0.
@@ -34,13 +36,14 @@ def generator(random_state: Any) -> np.random.Generator:
         return random_state
     if isinstance(random_state, np.random.RandomState):
         return np.random.default_rng(random_state.randint(0, 1 << 31, size=4))
+    seed = 0 if random_state is None else random_state
     try:
-        # NumPy itself crashes on lists that are nested too deeply.
-        numbers = np.ravel(random_state).tolist() if isinstance(random_state, np.ndarray) else random_state
-        if isinstance(numbers, (list, tuple)) and not all(isinstance(one, (int, np.integer)) for one in numbers):
+        # NumPy itself crashes on lists that are nested too deeply, and prints what it refuses.
+        seed = np.ravel(seed).tolist() if isinstance(seed, np.ndarray) else seed
+        if not all(isinstance(one, _SEEDS) for one in (seed if isinstance(seed, (list, tuple)) else [seed])):
             raise TypeError
-        return np.random.default_rng(0 if numbers is None else numbers)
-    except Exception:  # NumPy prints what it refuses
+        return np.random.default_rng(seed)
+    except (TypeError, ValueError):
         raise ConfigError(f"random_state must be a seed or a NumPy generator; got {safe_repr(random_state)}") from None
 
 

@@ -85,8 +85,9 @@ def tensor_ring(
     Notes
     -----
     Zhao et al., "Tensor ring decomposition" (arXiv 1606.05535): TR-SVD, then alternating least squares, which never
-    increases the error. There is no guarantee of the least error. With ``rank``, it is differentiable. A sweep costs
-    ``prod(d) * r²`` multiply-adds for each mode.
+    increases the error. There is no guarantee of the least error. With ``rank``, it is differentiable once it has
+    converged: use ``tol=1e-10`` and, for example, ``max_iterations=2000`` in float64. A sweep costs ``prod(d) * r²``
+    multiply-adds for each mode.
 
     Examples
     --------
@@ -100,7 +101,7 @@ def tensor_ring(
     request = requested(tensor, rank, max_error, random_state=random_state, least_order=2)
     sweeps = integer_of("max_iterations", max_iterations, 0)
     count = integer_of("starts", starts, 1, 1 << 20)
-    held = {mode_of(mode, request.shape, "fixed") for mode in fixed}
+    held = {mode_of(mode, request.shape, "a mode in fixed") for mode in fixed}
 
     def fitted(one: int | Sequence[int]) -> TRTensor:
         return _fitted(request, _ranks(one, request.shape), init, held, count, sweeps, tol, callback)
@@ -222,6 +223,7 @@ def _improved(request: Request, cores: list[Array], held: set[int], watch: Watch
         now = float("inf") if found is None else request.error_of(TRTensor(found))
         if found is None or not now <= error * (1.0 + 1e-9):
             ridges.pop(0)
+            watch.converged = found is not None and not ridges
             continue
         count += 1
         best, error = found, min(error, now)

@@ -104,8 +104,9 @@ def tensor_train(
     -----
     Oseledets, "Tensor-train decomposition" (SIAM J. Sci. Comput. 33, 2011); sweeps: Holtz, Rohwedder & Schneider, "The
     alternating linear scheme for tensor optimization in the tensor train format" (SIAM J. Sci. Comput. 34, 2012). With
-    ``rank``, it is differentiable, and without sweeps it runs inside ``jax.jit`` and ``torch.func``. Costs the SVDs of
-    M - 1 matrices, the first of shape (d_1, d_2 ⋯ d_M), and ``4 max(r) prod(d)`` multiply-adds a sweep.
+    ``rank``, it is differentiable, after sweeps once they have converged; without sweeps it runs inside ``jax.jit`` and
+    ``torch.func``. Costs the SVDs of M - 1 matrices, the first of shape (d_1, d_2 ⋯ d_M), and ``4 max(r) prod(d)``
+    multiply-adds a sweep.
 
     With ``mask`` or ``weights``, all arrays are fitted to the known elements: some sweeps of least squares from several
     starts, then damped Gauss-Newton if the problem is small enough for its equations. ``error`` is that of the known

@@ -50,7 +50,7 @@ def start_of(
     BackendError
         If it is of another library, dtype or device, its derivatives are recorded, or the tensor is traced.
     """
-    held = frozenset(mode_of(mode, request.shape, "fixed") for mode in fixed)
+    held = frozenset(mode_of(mode, request.shape, "a mode in fixed") for mode in fixed)
     other = isinstance(init, Decomposed) and not isinstance(init, TTTensor)
     if isinstance(init, str) or other or not isinstance(init, Sequence):
         if not isinstance(init, str) or init != "svd":

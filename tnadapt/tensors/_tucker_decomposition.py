@@ -105,7 +105,8 @@ def tucker(
     Notes
     -----
     Sequentially truncated HOSVD (Vannieuwenhoven et al., 2012), then HOOI (De Lathauwer et al., 2000). The error is at
-    most √M times the least one, and a lower bound is reported. With ``rank``, it is differentiable. A sweep costs
+    most √M times the least one, and a lower bound is reported. With ``rank``, it is differentiable once it has
+    converged: use ``tol=1e-10`` and, for example, ``max_iterations=2000`` in float64. A sweep costs
     ``prod(d) * max(r)`` multiply-adds for each mode.
 
     With ``mask`` or ``weights``, all arrays are fitted to the known elements: some sweeps of least squares from several
@@ -232,7 +233,7 @@ def _refuse(
 
 def _held(request: Request, init: Any, fixed: Collection[int]) -> set[int]:
     """Check the start; return the modes whose factors are kept."""
-    held = {mode_of(mode, request.shape, "fixed") for mode in fixed}
+    held = {mode_of(mode, request.shape, "a mode in fixed") for mode in fixed}
     if isinstance(init, str):
         if init not in ("svd", "random"):
             raise ConfigError(f"init must be 'svd', 'random' or a TuckerTensor; got {safe_repr(init)}")

@@ -109,12 +109,6 @@ class Tucker(Format):
             return cored(before, cut.rows), backend.matrix_transpose(bare(after, cut.cols))
         return bare(before, cut.rows), cored(after, cut.cols)
 
-    def factors(self, backend: Backend, arrays: Mapping[str, Array]) -> tuple[Array, Array] | None:
-        if self.modes == [0, 1] and self.core[0] == self.core[1]:
-            # Where either side may have the core, files of other libraries have it on the left.
-            return backend.matmul(arrays["factor0"], arrays["core"]), backend.matrix_transpose(arrays["factor1"])
-        return super().factors(backend, arrays)
-
     def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
         turned = {mode: backend.matrix_transpose(arrays[f"factor{mode}"]) for mode in self.modes}
 
