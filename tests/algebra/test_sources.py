@@ -152,6 +152,11 @@ def test_what_is_no_source_is_refused(sources: Any, message: str) -> None:
         tna.Config(sources=sources)
 
 
+def test_a_map_of_sources_is_made_from_a_mapping() -> None:
+    with pytest.raises(tna.ConfigError, match=r"sources must be a mapping of names to sources; got \[\('factor0'"):
+        SourceMap([("factor0", Trained())])  # type: ignore[arg-type]
+
+
 def test_too_many_entries_are_refused() -> None:
     with pytest.raises(tna.ConfigError, match="sources has 4097 entries; at most 4096"):
         tna.Config(sources={f"factor{number}": Trained() for number in range(4097)})
@@ -502,7 +507,8 @@ sizes = st.integers(1, 40)
 
 @given(st.sampled_from(DISTRIBUTIONS), sizes, sizes, st.integers(0, 2**64 - 1), st.booleans())
 def test_seeded_arrays_are_what_their_name_says(name: str, rows: int, cols: int, seed: int, shared: bool) -> None:
-    array = Seeded(name, shared).array((rows, cols), Stream(seed, 3, (1 << 16) + 5)).astype(np.float64)
+    stream = Stream(seed, 3, (1 << 16) + 5)
+    array = Seeded(name, shared).array((rows, cols), stream).astype(np.float64)
     if name == "signs":
         assert np.allclose(np.abs(array), rows**-0.5, rtol=1e-6)
     elif name == "uniform":
@@ -510,6 +516,9 @@ def test_seeded_arrays_are_what_their_name_says(name: str, rows: int, cols: int,
     elif name == "orthonormal":
         thin = array if rows >= cols else array.T
         assert np.allclose(thin.T @ thin, np.eye(min(rows, cols)), atol=1e-5)
+        # The Q of normal numbers whose R has a positive diagonal.
+        normals = Seeded("normal", shared, scale=1.0).array((rows, cols), stream)
+        assert np.diagonal(thin.T @ (normals if rows >= cols else normals.T)).min() > -1e-4
     elif name == "one-hot":
         assert np.array_equal(array.sum(axis=0), np.ones(cols))
         assert set(np.unique(array)) <= {0.0, 1.0}

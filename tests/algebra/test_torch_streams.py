@@ -68,5 +68,6 @@ def test_a_map_has_the_positions_of_a_torch_seed() -> None:
     for wrong in (0, 2.0, True):
         with pytest.raises(ConfigError, match="TorchScatter's size must be"):
             tna.maps.TorchScatter(wrong)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="TorchScatter's seed must be"):
-        tna.maps.TorchScatter(3, 1 << 64)
+    for seed in (1 << 64, -(1 << 63) - 1):
+        with pytest.raises(ConfigError, match="TorchScatter's seed must be"):
+            tna.maps.TorchScatter(3, seed)

@@ -285,6 +285,7 @@ def drawn_update(kind: str, rng: np.random.Generator, rank: int) -> ModuleUpdate
         "loha": (pair(24, 30), pair(24, 30)),
         "lokr": (rng.standard_normal((3, 2)), rng.standard_normal((8, 15))),
         "lokr, low": (pair(4, 3), pair(6, 10)),
+        "lokr, low first": (pair(4, 3), rng.standard_normal((6, 10))),
         "lokr, one": (rng.standard_normal((1, 1)), pair(24, 30)),
         "dense": (rng.standard_normal((24, 30)),),
     }
@@ -299,7 +300,7 @@ def moved(update: ModuleUpdate, near: float, rng: np.random.Generator) -> Module
     return update._replace(parts=parts)
 
 
-UPDATES = st.sampled_from(["lora", "loha", "lokr", "lokr, low", "lokr, one", "dense"])
+UPDATES = st.sampled_from(["lora", "loha", "lokr", "lokr, low", "lokr, low first", "lokr, one", "dense"])
 
 
 @given(

@@ -446,6 +446,14 @@ def test_timm_reads_safetensors_alone_of_what_a_file_names(tmp_path: Path, monke
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("name", "targets"), [("test_vit", "all-linear"), ("test_resnet", "conv")])
+def test_timm_s_usual_size_of_images_is_not_stored(name: str, targets: str) -> None:
+    timm = pytest.importorskip("timm")
+    about = tt.attach(timm.create_model(name), tna.presets.lora(1), targets).pretrained
+    assert about is not None
+    assert about.settings == {"num_classes": 1000}
+
+
 @pytest.mark.slow
 def test_a_timm_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timm = pytest.importorskip("timm")

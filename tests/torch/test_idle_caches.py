@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -14,6 +15,7 @@ from torch import Tensor, nn  # noqa: E402
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 from tnadapt.algebra.maps._linear import Linear  # noqa: E402
+from tnadapt.backends.fixed_arrays import FixedArrays  # noqa: E402
 from tnadapt.torch._idle_caches import _held  # noqa: E402
 from tnadapt.torch._kept_draws import drawn, held_by_draws  # noqa: E402
 
@@ -129,6 +131,15 @@ def test_equal_draws_exist_once(name: str) -> None:
     assert held_by_draws(mine.components()) > 0
     outputs(model, [third], x)
     assert held_by_draws(mine.components()) == 0
+
+
+def test_arrays_on_a_device_count_where_they_have_memory_of_their_own() -> None:
+    draws = FixedArrays()
+    draws.kept["a"] = np.zeros(10)
+    draws.placed["torch", "cpu", "a"] = torch.from_numpy(draws.kept["a"])
+    assert held_by_draws([draws, draws]) == 80
+    draws.placed["torch", "cuda:0", "a"] = torch.zeros(10, dtype=torch.float64)
+    assert held_by_draws([draws, draws]) == 160
 
 
 def test_a_copy_has_the_limit_and_caches_of_its_own() -> None:

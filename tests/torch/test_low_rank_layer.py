@@ -312,13 +312,20 @@ def test_activation_checkpointing(reentrant: bool) -> None:
         assert torch.equal(one, other)
 
 
-def test_a_recomputation_with_other_settings_is_an_error() -> None:
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_recomputation_with_other_settings_is_an_error(stepped: bool) -> None:
     model = nn.Sequential(layers())
     adapter = tt.attach(model, P.lora(2), "all-linear", strategy="factored")
     stir(adapter, 0.5)
     inner = model[0].forward
     model[0].forward = lambda x: checkpoint(inner, x, use_reentrant=False)
-    y = model(torch.randn(4, 6, requires_grad=True))
+    x = torch.randn(4, 6, requires_grad=True)
+    if stepped:  # settings are forgotten once the arrays change
+        adapter.set_weight(0.5)
+        model(x).sum().backward()
+        stir(adapter, 0.5)
+        adapter.set_weight(1.0)
+    y = model(x)
     adapter.set_weight(0.5)
     with pytest.raises(RuntimeError, match="was activated, mixed, merged or disabled, or rows"):
         y.sum().backward()

@@ -103,6 +103,17 @@ def test_deletion_of_the_last_adapter_gives_back_what_was_trainable() -> None:
     assert trainable(model.base_model.model) == [name for name, _ in Net().named_parameters()]
 
 
+# -- Activation ------------------------------------------------------------------------------------
+
+
+def test_a_name_that_is_unknown_freezes_nothing() -> None:
+    model = made("default")
+    before = trainable(model)
+    with pytest.raises(TargetError, match="no tnadapt adapter 'c' on this model; there are: 'default'"):
+        model.base_model.set_adapter("c")
+    assert trainable(model) == before
+
+
 # -- Merging ---------------------------------------------------------------------------------------
 
 
@@ -114,6 +125,12 @@ def both() -> PeftModel:
 
 def base_weight(model: PeftModel) -> Any:
     return model.get_base_model().q_proj.weight.detach().clone()
+
+
+@pytest.mark.parametrize("progressbar", [False, True])
+def test_merging_shows_its_progress_if_asked(progressbar: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    made("default").merge_and_unload(progressbar=progressbar)
+    assert ("Unloading and merging model" in capsys.readouterr().err) == progressbar
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, KeyboardInterrupt])

@@ -143,6 +143,18 @@ def test_rows_of_a_batch_have_their_own_rows_of_a_layer() -> None:
             torch.testing.assert_close(model(x), torch.stack(expected))
 
 
+def test_adapters_of_other_rows_of_a_layer_act_together() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 12)), torch.randn(4, 6)
+    weight = model[0].weight.detach().clone()
+    for name, rows in {"a": (1, 5), "b": (5, 11)}.items():
+        targets = [tna.Target("0", (12, 6), rows=tna.RowIndices(rows))]
+        adapter = tt.attach(model, P.lora(1), targets, name, strategy="weight")
+        stir(adapter, 0.3)
+        weight[list(rows)] += adapter.deltas()[0]
+    torch.testing.assert_close(model(x), nn.functional.linear(x, weight, model[0].bias))
+
+
 def test_adapters_of_other_tokens_are_swapped_only_for_each_other(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Embedding(12, 6))
     tt.attach(model, P.dense(), tt.token_targets(model, [1, 2])).save(tmp_path / "a.safetensors")
@@ -179,6 +191,15 @@ def test_wrong_tokens_are_refused(tokens: Any, settings: Any, why: str) -> None:
     model = nn.Sequential(nn.Embedding(12, 6), nn.Linear(6, 6), nn.Embedding(5, 3))
     with pytest.raises(tna.TargetError, match=why):
         tt.token_targets(model, tokens, **settings)
+
+
+def test_the_model_tells_which_embedding_has_the_tokens() -> None:
+    class Model(nn.Sequential):
+        def get_input_embeddings(self) -> nn.Module:
+            return self[1]
+
+    (target,) = tt.token_targets(Model(nn.Embedding(12, 6), nn.Embedding(5, 3)), [3])
+    assert target.name == "1.weight"
 
 
 def test_an_embedding_is_extracted_from_checkpoints_for_a_tied_model(tmp_path: Path) -> None:

@@ -207,8 +207,7 @@ class Module(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """``(rows, cols)`` of the whole update."""
-        first = self.targets[0][1]
-        return Target(self.path, self.stored, first.role, transposed=self.transposed).shape
+        return Target(self.path, self.stored, transposed=self.transposed).shape
 
     @property
     def name(self) -> str:
