@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError, safe_repr
 
-__all__ = ["checks_arguments", "is_sequence", "wrong_argument"]
+__all__ = ["checks_arguments", "flag", "is_sequence", "wrong_argument"]
 
 # Python does not print longer integers.
 _MOST_BITS = 14_000
@@ -112,6 +112,13 @@ def wrong_argument(name: str, expected: str, value: Any, error: type[TnadaptErro
     return error(f"{name} must be {expected}; got {safe_repr(value)}")
 
 
+def flag(name: str, value: Any) -> bool:
+    """Return ``value`` as a bool, or raise an error that names it, as the decorator does."""
+    if not _is_flag(value):
+        raise wrong_argument(name, "True or False", value)
+    return bool(value)
+
+
 @functools.cache
 def _type_of(annotation: str) -> _Type | None:
     """Return the type that an annotation stands for; None if it is any."""
@@ -125,8 +132,8 @@ def _of_node(node: ast.expr) -> _Type | None:
         return _Type(lambda value: value is None, "None", "None") if node.value is None else _type_of(str(node.value))
     if isinstance(node, ast.Subscript):
         arguments = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-        return _generic(_name(node.value), arguments)
-    name = _name(node)
+        return _generic(ast.unparse(node.value), arguments)
+    name = ast.unparse(node)
     if name in _NAMED:
         return _NAMED[name]
     if name not in _CLASSES:
@@ -183,6 +190,8 @@ def _sequence(element: _Type | None, listed: bool) -> _Type:
             return False
         return element is None or isinstance(value, Iterator) or all(map(element.accepts, value))
 
+    if not listed and element is None:
+        return _Type(accepts, "an iterable", "iterables")
     of = "" if element is None else f" of {element.several}"
     error = ShapeError if element is None else element.error
     return _Type(accepts, f"a sequence{of}", f"sequences{of}", error, listed)
@@ -241,9 +250,15 @@ def is_sequence(value: Any) -> bool:
     """Return whether a value is iterable, and neither text nor a mapping."""
     if isinstance(value, (list, tuple)):
         return True
-    if isinstance(value, (str, bytes, bytearray, Mapping, type)) or not isinstance(value, Iterable):
+    if isinstance(value, (str, bytes, bytearray, Mapping, type)):
         return False
-    return getattr(value, "shape", None) != ()  # an array without axes looks iterable
+    if isinstance(value, Iterable):
+        return getattr(value, "shape", None) != ()  # an array without axes looks iterable
+    try:
+        iter(value)  # through __getitem__, as torch's data sets
+    except TypeError:
+        return False
+    return True
 
 
 def _is_array(value: Any) -> bool:
@@ -272,10 +287,6 @@ def _is_a(value: Any, name: str) -> bool:
     return any(cls.__name__ == last for cls in type(value).__mro__)
 
 
-def _name(node: ast.expr) -> str:
-    return ast.unparse(node)
-
-
 _STR = _Type(lambda value: isinstance(value, str), "a string", "strings")
 _HASHABLE = _Type(_is_hashable, "hashable", "hashable keys")
 _ARRAY = _Type(_is_array, "an array of numbers", "arrays of numbers", BackendError)
@@ -289,7 +300,7 @@ _NAMED: dict[str, _Type | None] = {
     "bool": _Type(_is_flag, "True or False", "True or False"),
     "type": _Type(lambda value: isinstance(value, type), "a class", "classes"),
     "Callable": _Type(callable, "a function", "functions"),
-    "Callback": _Type(callable, "a function", "functions"),
+    **dict.fromkeys(("Callback", "Do", "Progress"), _Type(callable, "a function", "functions")),
     "Array": _ARRAY,
     "ArrayT": _ARRAY,
     "np.ndarray": _ARRAY,

@@ -8,7 +8,6 @@ import shutil
 import sys
 import time
 from collections.abc import Collection, Iterable, Sequence
-from fractions import Fraction
 from typing import Any, Protocol, Self
 
 from tnadapt.argument_checks import checks_arguments, wrong_argument
@@ -184,7 +183,7 @@ class ProgressBar:
     @checks_arguments
     def counts(self, done: int, total: int) -> None:
         """Show how much is done of a total."""
-        self.update(float(Fraction(done, total)) if total else 1.0, f"{done:,} of {total:,}")
+        self.update(done / total if total else 1.0, f"{done:,} of {total:,}")
 
     def steps(self, step: Any) -> None:
         """Show a :class:`tnadapt.decomposition.Step`."""

@@ -324,6 +324,13 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
         tna.Config(**settings)
 
 
+def test_a_dtype_is_a_name() -> None:
+    plan = tna.SuperLoRA(P.lora(2, before="one-hot", parameters=5), SHAPES)
+    for call in (plan.arrays, plan.deltas, plan.vector):
+        with pytest.raises(tna.ConfigError, match="dtype must be a string or None; got array"):
+            call(plan.init(), dtype=np.ones(2))  # type: ignore[operator]
+
+
 def test_more_parameters_than_what_they_make() -> None:
     with pytest.raises(tna.ConfigError, match=r"parameters=59 is more than the 58 elements that 'theta' makes"):
         tna.SuperLoRA(P.lora(2, before="one-hot", parameters=59), SHAPES)

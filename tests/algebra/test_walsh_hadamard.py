@@ -128,6 +128,8 @@ def test_bad_input() -> None:
         tna.fwht(np.zeros(4, complex))
     with pytest.raises(tna.BackendError, match="got list"):
         tna.fwht([1.0, 2.0])
+    with pytest.raises(tna.ConfigError, match="normalize must be True or False; got 2"):
+        tna.fwht(np.zeros(4), normalize=2)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("normalize", [None, False, True])

@@ -286,6 +286,9 @@ GOOD = {("finetune.run_tasks", "work", "path")}
 #: Calls that take seconds each, as they train, or measure every library.
 SLOW = {"verify"}
 
+#: Their flags are stored in files as they are.
+STORED = ("Config", "Target", "maps.", "sources.")
+
 VALUES = list(BAD_VALUES)
 
 
@@ -314,6 +317,18 @@ def complaints(name: str, parameter: str, labels: Iterable[str], bench: Workbenc
 def test_valid_calls_work(bench: Workbench) -> None:
     for name in CALLS:
         called(name, bench, {})
+
+
+def test_flags_take_numpys_bools(bench: Workbench) -> None:
+    number = 0
+    for name in CALLS:
+        if name in SLOW or name.startswith(STORED):
+            continue
+        for parameter, value in CALLS[name](bench).items():
+            if isinstance(value, bool) and parameter != "nonnegative":  # which can be a list of modes, too
+                called(name, bench, {parameter: np.bool_(value)})
+                number += 1
+    assert number > 20
 
 
 def test_a_sample_of_bad_values(bench: Workbench) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
-from tnadapt.algebra.formats import CP, Dense, Format
+from tnadapt.algebra.formats import CP, FORMATS, Dense, Format
 from tnadapt.backends import Backend, load_backend, register_backend
 from tnadapt.backends._numpy import NumpyBackend
 from tnadapt.backends.backend import OPTIONAL
@@ -175,6 +175,18 @@ def test_a_format_without_halves_has_to_say_so() -> None:
             unfolding(kind)
     with pytest.raises(AssertionError, match=r"Wrong\.inner returned 1, but unfolds is False: remove that line"):
         unfolding(Wrong)
+
+
+def test_a_format_without_a_name_has_one_during_the_test_alone() -> None:
+    class Unnamed(CP):
+        def __init__(self, *arguments: Any) -> None:
+            raise RuntimeError("found by its name")
+
+    contract, before = FormatContract(), dict(FORMATS)
+    contract.kind = Unnamed
+    with pytest.raises(RuntimeError, match="found by its name"):
+        contract.test_other_libraries_files_hold_the_update_or_say_how_far_they_are_off()
+    assert dict(FORMATS) == before
 
 
 def test_a_dtype_that_the_library_has_is_not_passed_over() -> None:

@@ -102,7 +102,20 @@ def test_a_rank_beyond_the_largest_useful_one_warns(config: tna.Config, most: in
         tna.presets.unilora(5, rank=64),
         tna.Config(rank=(None, 64), format="tucker"),
         tna.presets.dense(),
+        # The ranks between two modes are cut to what is possible.
+        *(tna.Config(rank=rank, format="tt", groups="weight", fold="stack", order=2) for rank in (9, 12, 16, 100)),
     ],
 )
 def test_of_other_ranks_nothing_is_said(config: tna.Config) -> None:
     tt.attach(nn.Sequential(nn.Linear(16, 8)), config, "all-linear")
+
+
+@pytest.mark.parametrize("preset", ["lora", "dora", "hira", "loha", "superlora"])
+def test_of_a_rank_that_nobody_gave_nothing_is_said(preset: str) -> None:
+    call = getattr(tna.presets, preset)
+    changed = {"alpha": 3.0, "seed": 1}
+    for cfg, settings in ((preset, {}), (preset, changed), (call(), {}), (call(**changed), {}), (None, {})):
+        tt.attach(nn.Sequential(nn.Linear(3, 3)), cfg, "all-linear", **settings)
+    for cfg, settings in ((preset, {"rank": 33}), (call(33), {})):
+        with pytest.warns(UserWarning, match="rank=33 is beyond 3, the largest useful rank"):
+            tt.attach(nn.Sequential(nn.Linear(3, 3)), cfg, "all-linear", **settings)

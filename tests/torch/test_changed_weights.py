@@ -457,7 +457,7 @@ class Codes(nn.Module):
         (layers, {"cfg": P.dora(2), "activation": "gelu"}, r"activation='gelu' acts on the input of one"),
         (layers, {"cfg": P.hira(2), "strategy": "factored"}, r"strategy='factored' needs a linear layer"),
         (layers, {"cfg": COLUMNS, "strategy": "additive"}, r"magnitude_axis='cols' scales the input of 0.weight"),
-        (layers, {"cfg": P.dora(2), "detach_norm": 1}, r"detach_norm must be True or False; got 1"),
+        (layers, {"cfg": P.dora(2), "detach_norm": 2}, r"detach_norm must be True or False; got 2"),
     ],
 )  # fmt: skip
 def test_refused(make: Any, settings: dict[str, Any], message: str) -> None:

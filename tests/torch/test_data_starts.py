@@ -118,6 +118,31 @@ def test_eva_takes_one_batch_as_well_as_many() -> None:
         assert torch.allclose(array, whole[name], atol=1e-6)
 
 
+class Indexed(torch.utils.data.Dataset):  # type: ignore[misc]
+    """Batches by their index alone, as a data set has them."""
+
+    def __getitem__(self, index: int) -> Any:
+        return batches()[index]
+
+    def __len__(self) -> int:
+        return len(batches())
+
+
+def test_batches_may_be_a_data_set() -> None:
+    _, adapter = attached()
+    done = list[tuple[int, int | None]]()
+    for start in (
+        lambda of: starts.eva(adapter, of, progress=lambda *numbers: done.append(numbers)),
+        lambda of: starts.lora_ga(adapter, of, loss),
+    ):
+        found, expected = start(Indexed()), start(batches())
+        assert all(torch.equal(found[name], array) for name, array in expected.items())
+        for wrong in ("words", {"x": 1}, 3, torch.tensor(1.0)):
+            with pytest.raises(tna.ConfigError, match=r"^batches must be an iterable; got "):
+                start(wrong)
+    assert done == [(number, 6) for number in range(1, 7)] * 2
+
+
 class Masked(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -242,6 +243,60 @@ def test_an_attached_adapter_is_refused_before_anything_is_sent(sync: Any, monke
     assert not sent
 
 
+class _Around(torch.nn.Module):  # type: ignore[misc]
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.fixture
+def _alone() -> Iterator[None]:
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("part", ["whole", "inner"])
+@pytest.mark.parametrize("sync", SYNCS)
+def test_an_adapter_in_a_module_around_the_model_is_refused(sync: Any, part: str) -> None:
+    model = llama()
+    tt.attach(model if part == "whole" else model.model)
+    with pytest.raises(tna.TargetError, match=REFUSED):
+        sync(_Around(model))
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("name", ["_iter_fsdp1_params", "_sync_fsdp1_params_to_vllm"])
+def test_fsdp1_is_refused_before_anything_is_sent(name: str) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    def wrapped(adapted: bool) -> Any:
+        model = llama()
+        if adapted:
+            tt.attach(model)
+        policy = ModuleWrapPolicy({type(model.model.layers[0])})
+        cpu = torch.device("cpu")
+        found = FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=cpu)
+        found(torch.tensor([[1, 2]]))  # as in training: before the first call, nothing can be read
+        return found
+
+    def sent_by(model: Any) -> list[str]:
+        sender = _Sender(model)
+        sender.vllm_client.update_named_param = lambda name, parameter: sent.append(name)
+        method = getattr(VLLMGeneration if name == "_iter_fsdp1_params" else OnlineDPOTrainer, name)
+        setattr(sender, name, MethodType(method, sender))
+        sent.extend(name for name, _ in getattr(sender, name)(model) or ())
+        return sent
+
+    sent = list[str]()
+    with pytest.raises(tna.TargetError, match=REFUSED):
+        sent_by(wrapped(adapted=True))
+    assert not sent
+    assert set(sent_by(wrapped(adapted=False))) == {name for name, _ in llama().named_parameters()}
+
+
 def test_all_others_get_the_parameters() -> None:
     model = llama()
     adapter = tt.attach(model)
@@ -255,7 +310,7 @@ def test_all_others_get_the_parameters() -> None:
     assert all(torch.equal(merged[name], model.get_parameter(name)) for name in names)
     adapter.unmerge()
     adapter.detach()
-    assert "named_parameters" not in model.__dict__
+    assert not {"named_children", "named_modules"} & model.__dict__.keys()
     assert list(by_generation(model)) == names
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.argument_checks import checks_arguments, is_sequence, wrong_argument
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import load_imported
 from tnadapt.errors import ConfigError
 
@@ -19,7 +19,7 @@ from .applying import applying_of
 from .config import Config
 from .group import Group
 from .init import Initializer
-from .known_weights import layout_of
+from .known_weights import layout_of, require_keys
 from .layout import require_alike
 from .maps import input_length, is_linear
 from .maps.projection import Projection
@@ -61,9 +61,7 @@ class GroupPlan:
     ) -> None:
         if not isinstance(config, Config):
             raise ConfigError(f"config must be a tnadapt.Config; got {type(config).__name__}")
-        for name, keys in (("layers", layers), ("roles", roles)):
-            if keys is not None and not is_sequence(keys) and not isinstance(keys, str):
-                raise wrong_argument(name, "a sequence of one key per weight or None", keys)
+        require_keys(layers, roles)
         self.config = config
         self.applying = applying_of(config.apply, config.magnitude_axis)
         self.layout = layout_of(config.groups, shapes, layers, roles)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self, cast, overload
 
 import numpy as np
 
-from tnadapt.argument_checks import checks_arguments
+from tnadapt.argument_checks import checks_arguments, wrong_argument
 from tnadapt.backends import Backend, get_backend, load_backend
 from tnadapt.backends.array_types import JaxArray, TorchArray
 from tnadapt.backends.backend import Array
@@ -279,7 +279,6 @@ class ParameterPlan(GroupPlan):
             found[name] = library.asarray(host, dtype, device)
         return found
 
-    @checks_arguments
     def arrays(self, params: Mapping[str, Array], dtype: str | None = None) -> dict[str, Array]:
         """Compute the arrays in ``array_shapes`` from the parameters: ``a_start + P θ``, or the parameters themselves.
 
@@ -315,6 +314,8 @@ class ParameterPlan(GroupPlan):
         return self._arrays(self._checked(params), params, dtype)
 
     def _arrays(self, backend: Backend, params: Mapping[str, Array], dtype: str | None) -> dict[str, Array]:
+        if dtype is not None and not isinstance(dtype, str):
+            raise wrong_argument("dtype", "a string or None", dtype)
         if self.theta is None:
             return dict(params) if not self.weight_param_shapes else {name: params[name] for name in self.array_shapes}
         return self.theta.arrays(backend, params, functools.partial(self.array_start, backend), dtype)

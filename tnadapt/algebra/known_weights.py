@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+from tnadapt.argument_checks import is_sequence, wrong_argument
+
 from .layout import Groups, Layout, checked_shapes, make_layout
 
-__all__ = ["KnownWeights", "layout_of"]
+__all__ = ["KnownWeights", "layout_of", "require_keys"]
 
 
 class KnownWeights(tuple[tuple[int, int], ...]):
@@ -61,3 +63,10 @@ def layout_of(
     if isinstance(shapes, KnownWeights) and shapes.layers is layers and shapes.roles is roles:
         return shapes.layout(groups)
     return make_layout(groups, shapes, layers, roles)
+
+
+def require_keys(layers: Sequence[Hashable] | None, roles: Sequence[Hashable] | None) -> None:
+    """Raise a ConfigError for layers or roles that are no sequences; text is one of letters."""
+    for name, keys in (("layers", layers), ("roles", roles)):
+        if keys is not None and not is_sequence(keys) and not isinstance(keys, str):
+            raise wrong_argument(name, "a sequence of one key per weight or None", keys)

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from tnadapt.argument_checks import checks_arguments, is_sequence, wrong_argument
+from tnadapt.argument_checks import checks_arguments, flag, is_sequence, wrong_argument
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.array_types import ArrayT
 from tnadapt.backends.backend import Array
@@ -248,8 +248,7 @@ class SuperLoRA(UnitPlan):
         >>> params["weight0.magnitude"], bool((plan.merged(params, [w])[0] == w).all())
         (array([5., 2.]), True)
         """
-        if not isinstance(detach_norm, bool):
-            raise wrong_argument("detach_norm", "True or False", detach_norm)
+        detach_norm = flag("detach_norm", detach_norm)
         if not is_sequence(weights):
             raise wrong_argument("weights", "a sequence of base weights", weights, ShapeError)
         weights = list(weights)

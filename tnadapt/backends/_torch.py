@@ -9,7 +9,8 @@ from typing import Any
 import array_api_compat.torch as namespace
 import numpy as np
 import torch
-from torch.autograd.forward_ad import unpack_dual
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from tnadapt.errors import BackendError
 
@@ -58,7 +59,9 @@ class TorchBackend(Backend):
         # must not be kept.
         if type(x) not in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
             return False
-        return not torch._C._functorch.is_functorch_wrapped_tensor(x) and unpack_dual(x).tangent is None  # type: ignore[no-untyped-call]
+        if is_functorch_wrapped_tensor(x):
+            return False
+        return forward_ad._current_level < 0 or forward_ad.unpack_dual(x).tangent is None  # type: ignore[no-untyped-call]
 
     def differentiates(self, x: Array) -> bool:
         return not self.is_concrete(x) or (x.requires_grad and torch.is_grad_enabled())

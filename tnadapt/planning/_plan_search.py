@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.known_weights import KnownWeights
-from tnadapt.argument_checks import is_sequence, wrong_argument
+from tnadapt.algebra.known_weights import KnownWeights, require_keys
+from tnadapt.argument_checks import wrong_argument
 from tnadapt.errors import ConfigError
 
 from ._budget_units import bytes_each, parameters_of
@@ -88,9 +88,7 @@ def plan(
     """
     names = checked_criteria(by)
     each = bytes_each(dtype)
-    for name, keys in (("layers", layers), ("roles", roles)):
-        if keys is not None and not is_sequence(keys) and not isinstance(keys, str):
-            raise wrong_argument(name, "a sequence of one key per weight or None", keys)
+    require_keys(layers, roles)
     if progress is not None and not callable(progress):
         raise wrong_argument("progress", "a function or None", progress)
     layers, roles = (None if keys is None else list(keys) for keys in (layers, roles))

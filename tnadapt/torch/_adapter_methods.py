@@ -4,8 +4,9 @@ transformers' own look for layers of PEFT, and raise whatever the lack of them l
 model has these instead. Where it has adapters of PEFT, too (``model.add_adapter``), the names are PEFT's, and its own
 methods run.
 
-``named_parameters`` is the one method by which TRL copies a model to vLLM. TRL merges the adapters of PEFT models
-before, and no others: nothing that TRL passes to a model says what for, so its calling function tells.
+TRL copies a model to vLLM by ``named_parameters``, its own or that of a module around it, which both go through
+``named_modules``; under FSDP1, after a walk through ``named_children``. TRL merges the adapters of PEFT models before,
+and no others: nothing that TRL passes to a model says what for, so its calling function tells.
 """
 
 from __future__ import annotations
@@ -98,25 +99,34 @@ def _get_adapter_state_dict(model: nn.Module, adapter_name: str | None = None, s
     )
 
 
-def _named_parameters(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Return the parameters, unless TRL asks for them to send to vLLM, which would generate without adapters."""
-    caller = sys._getframe(2)
-    place = f"{caller.f_globals.get('__name__')}.{caller.f_code.co_name}"
-    if place.startswith("trl.") and "vllm" in place:
-        for state in attached(model).values():
-            if state.managed_by is None and state.merged is None:
-                raise TargetError(
-                    f"TRL would send vLLM the base weights without adapter {state.name!r}, and its arrays, which vLLM "
-                    "does not have: detach() it and train through tnadapt.torch.peft, by peft_config=TnadaptConfig(…), "
-                    "whose weights TRL merges before it sends them; or train without vLLM"
-                )
-    return type(model).named_parameters(model, *args, **kwargs)
+def _unless_sent(name: str) -> Callable[..., Any]:
+    """Return a method of the class that raises an error if TRL calls it to send vLLM the weights without adapters."""
+
+    def method(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(2)
+        while caller.f_code.co_name in _PASSED_THROUGH and caller.f_back is not None:
+            caller = caller.f_back
+        place = f"{caller.f_globals.get('__name__')}.{caller.f_code.co_qualname}"
+        if place.startswith("trl.") and "vllm" in place:
+            for state in attached(model).values():
+                if state.managed_by is None and state.merged is None:
+                    raise TargetError(
+                        f"TRL would send vLLM the base weights without adapter {state.name!r}, and its arrays, which "
+                        "vLLM does not have: detach() it and train through tnadapt.torch.peft, by "
+                        "peft_config=TnadaptConfig(…), whose weights TRL merges before it sends them; or train without "
+                        "vLLM"
+                    )
+        return getattr(type(model), name)(model, *args, **kwargs)
+
+    return method
 
 
 def _names(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
+#: torch's functions between the caller of ``named_parameters`` and ``named_modules`` of a module inside.
+_PASSED_THROUGH = ("named_parameters", "_named_members", "named_modules")
 _METHODS: dict[str, Callable[..., Any]] = {
     "active_adapters": _active_adapters,
     "set_adapter": _set_adapter,
@@ -124,5 +134,6 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "enable_adapters": _enable_adapters,
     "delete_adapter": _delete_adapter,
     "get_adapter_state_dict": _get_adapter_state_dict,
-    "named_parameters": _named_parameters,
+    "named_children": _unless_sent("named_children"),
+    "named_modules": _unless_sent("named_modules"),
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tnadapt.algebra import presets
 from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_config import is_setting
@@ -54,28 +56,40 @@ def warn_undropped(targets: Sequence[Target], dropout: float) -> None:
         )
 
 
-def warn_useless_rank(plan: SuperLoRA) -> None:
+def warn_useless_rank(plan: SuperLoRA, targets: Sequence[Target]) -> None:
     """Warn of a rank beyond which the updates gain nothing, as they can be any already.
 
-    Of frozen arrays, and of arrays that θ makes, more can be useful whatever the sizes: nothing is said about those.
+    Of frozen arrays, and of arrays that θ makes, more can be useful whatever the sizes: nothing is said about those,
+    nor about the default of a preset.
     """
     config = plan.config
     if isinstance(config, CompositeConfig) or config.sources or config.before is not None:
         return
-    rank, groups = config.rank, [group for group, _ in plan.alike]
-    if not isinstance(rank, int):
+    rank, most = config.rank, useful_rank(group for group, _ in plan.alike)
+    if not isinstance(rank, int) or most is None or rank <= most or _is_default(config):
         return
-    most = useful_rank(groups)
+    useful = SuperLoRA(
+        config.replace(rank=most),
+        [target.shape for target in targets],
+        layers=[target.layer for target in targets],
+        roles=[target.role for target in targets],
+    )
     # Some formats cut the rank to what is possible.
-    if (
-        most is not None
-        and rank > most
-        and any(rank in shape for one in groups for shape in one.network.shapes.values())
-    ):
+    if plan.num_parameters > useful.num_parameters:
         warn(
             f"rank={rank} is beyond {most}, the largest useful rank for these weights: more parameters add nothing to "
             f"what their updates can be. Give rank={most} or less",
         )
+
+
+def _is_default(config: Config) -> bool:
+    """Return whether a config has the rank of its preset without arguments."""
+    from tnadapt.planning import preset_call  # rarely needed, and takes a while to import
+
+    call = preset_call(config)
+    if call is None:
+        return False
+    return bool(inspect.signature(getattr(presets, call.preset)).parameters["rank"].default == config.rank)
 
 
 def _are_settings(value: Any) -> bool:

@@ -18,6 +18,7 @@ from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.algebra.named_config import config_of
 from tnadapt.algebra.shared_maps import share_maps
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.argument_checks import flag
 from tnadapt.backends import load_backend
 from tnadapt.errors import BackendError, ConfigError, TargetError, integer, safe_repr
 from tnadapt.targets.overlaps import check_distinct
@@ -157,7 +158,8 @@ def attach(
     Warns
     -----
     UserWarning
-        If the rank is beyond the largest useful one for these weights, or dropout drops nothing.
+        If the rank is beyond the largest useful one for these weights and is not the preset's default, or dropout drops
+        nothing.
 
     Examples
     --------
@@ -199,7 +201,7 @@ def attach(
         layers = exclude = None
     elif isinstance(cfg, CompositeConfig):
         check_ordered(targets)
-    has_rank = isinstance(cfg, Config) or "rank" in settings
+    is_given = cfg is not None
     cfg = config_of(cfg, settings, "attach", keywords)
     adapter = attach_with(
         model, cfg, targets, name, layers=layers, exclude=exclude, keep_trainable=keep_trainable, biases=biases,
@@ -207,8 +209,8 @@ def attach(
         given=given, progress=progress, detach_norm=detach_norm, dropout=dropout,
     )  # fmt: skip
     warn_undropped(adapter.targets, adapter.dropout)
-    if has_rank:
-        warn_useless_rank(adapter.plan)
+    if is_given:
+        warn_useless_rank(adapter.plan, adapter.targets)
     return adapter
 
 
@@ -249,8 +251,7 @@ def attach_with(
     if activation is not None and (not isinstance(activation, str) or activation not in ACTIVATIONS):
         raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {safe_repr(activation)}")
     dtype = checked_dtype(dtype)
-    if not isinstance(detach_norm, bool):
-        raise ConfigError(f"detach_norm must be True or False; got {safe_repr(detach_norm)}")
+    detach_norm = flag("detach_norm", detach_norm)
     dropout = check_dropout(dropout)
     found = find_targets(model, targets, layers=layers, exclude=exclude, untie=untie, keep_tied=keep_tied)
     check_distinct(found)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnadapt.argument_checks import is_sequence, wrong_argument
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, ShapeError, integer
 
 from ._adapter import Adapter
@@ -21,6 +21,7 @@ __all__ = ["PrincipalComponents", "eva"]
 _CHUNK = 4
 
 
+@checks_arguments
 def eva(
     adapter: Adapter | nn.Module,
     batches: Iterable[Any],
@@ -88,11 +89,6 @@ def eva(
     >>> arrays["group0.split0.factor1"].abs().argmax(0)
     tensor([0, 1])
     """
-    for name, given in (("forward", forward), ("mask", mask), ("progress", progress)):
-        if not callable(given) and (given is not None or name == "forward"):
-            raise wrong_argument(name, "a function", given)
-    if not is_sequence(batches):
-        raise wrong_argument("batches", "an iterable of batches", batches)
     adapter = adapter_of(adapter)
     targets = start_targets(adapter, "eva")
     observed = {

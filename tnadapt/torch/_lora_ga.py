@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnadapt.argument_checks import is_sequence, wrong_argument
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._adapter import Adapter
@@ -51,6 +51,7 @@ _SCALES: dict[str, Callable[[StartTarget, Tensor, float], tuple[float, Tensor | 
 }
 
 
+@checks_arguments
 def lora_ga(
     adapter: Adapter | nn.Module,
     batches: Iterable[Any],
@@ -120,16 +121,10 @@ def lora_ga(
     True
     """
     for what, given, known in (("direction", direction, _DIRECTIONS), ("scale", scale, _SCALES)):
-        if not isinstance(given, str) or given not in known:
+        if given not in known:
             raise ConfigError(f"{what} must be one of {', '.join(map(repr, known))}; got {safe_repr(given)}")
-    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0.0 < gamma <= sys.float_info.max:
+    if not 0.0 < gamma <= sys.float_info.max:
         raise ConfigError(f"gamma must be a positive number; got {safe_repr(gamma)}")
-    if not callable(loss):
-        raise wrong_argument("loss", "a function", loss)
-    if progress is not None and not callable(progress):
-        raise wrong_argument("progress", "a function", progress)
-    if not is_sequence(batches):
-        raise wrong_argument("batches", "an iterable of batches", batches)
     adapter = adapter_of(adapter)
     targets = start_targets(adapter, "lora_ga")
     for target in targets:

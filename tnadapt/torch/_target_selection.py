@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tnadapt.argument_checks import wrong_argument
+from tnadapt.argument_checks import flag
 from tnadapt.errors import TargetError
 from tnadapt.targets.target import ROLES, Target
 
@@ -103,9 +103,7 @@ def find_targets(
     """
     if not isinstance(model, nn.Module):
         raise TargetError(f"targets are found in a torch module; got {type(model).__name__}")
-    for name, flag in (("untie", untie), ("keep_tied", keep_tied)):
-        if not isinstance(flag, bool):
-            raise wrong_argument(name, "True or False", flag)
+    untie, keep_tied = flag("untie", untie), flag("keep_tied", keep_tied)
     search = TargetSearch(model)
     found = search.find(targets)
     if not found:

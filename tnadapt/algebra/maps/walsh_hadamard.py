@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.argument_checks import wrong_argument
+from tnadapt.argument_checks import flag
 from tnadapt.backends import Backend, get_backend, known_backend
 from tnadapt.backends.backend import FLOAT_DTYPES, Array
 from tnadapt.backends.fixed_arrays import FixedArrays
@@ -77,8 +77,8 @@ def fwht(x: Array, axis: int = -1, normalize: bool = True, *, out: Array | None 
     if out is not None:
         get_backend(out, what="out")
         get_backend(x, out)
-    if normalize is not True and normalize is not False and not isinstance(normalize, (int, np.bool_)):  # type: ignore[unreachable]
-        raise wrong_argument("normalize", "True or False", normalize)
+    if normalize is not True and normalize is not False:
+        normalize = flag("normalize", normalize)  # type: ignore[unreachable]
     if out is None and axis is _LAST:  # of equal integers as small as this there is only one
         found = backend.fwht_at_once(x, normalize)
         if found is not None:

@@ -123,9 +123,6 @@ def run_tasks(
     base-3 {'result': 9}
     base-4 {'result': 16}
     """
-    for name, value in (("do", do), ("lost", lost)):
-        if value is not None and not callable(value):
-            raise wrong_argument(name, "a function or None", value)
     if not callable(getattr(work, "open", None)):
         raise wrong_argument("work", "an object with open()", work)
     for task in tasks:

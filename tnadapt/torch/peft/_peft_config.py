@@ -13,6 +13,7 @@ from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_config import close_presets
 from tnadapt.algebra.starting_points import starting_point
+from tnadapt.argument_checks import flag
 from tnadapt.errors import ConfigError, UnexpectedKeywordError, safe_repr
 
 from .._dropout import check_dropout
@@ -175,8 +176,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
                 "start='given' stores its start, and PEFT's files hold the trained arrays alone: use start='pissa', "
                 "'milora' or 'olora', or attach with tnadapt.torch.attach"
             )
-        if not isinstance(self.init_weights, bool):
-            raise ConfigError(f"init_weights must be True or False; got {safe_repr(self.init_weights)}")
+        self.init_weights = flag("init_weights", self.init_weights)
         if self.target_modules is None:
             self.target_modules = DefaultTargets("qv")
         self.target_modules = as_words("target_modules", self.target_modules)
@@ -195,8 +195,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
             raise ConfigError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {safe_repr(self.activation)}"
             )
-        if not isinstance(self.detach_norm, bool):
-            raise ConfigError(f"detach_norm must be True or False; got {safe_repr(self.detach_norm)}")
+        self.detach_norm = flag("detach_norm", self.detach_norm)
         self.dropout = check_dropout(self.dropout)
         for name in ("base", "computed_from"):
             written = getattr(self, name)
