@@ -451,7 +451,10 @@ def test_what_acts_on_activations_is_no_update(tmp_path: Path) -> None:
     file = dataclasses.replace(made(tna.presets.lora(2)), activation="gelu")
     with pytest.raises(tna.ConfigError, match="does not update weights"):
         tna.convert(file, to="lycoris-full")
-    assert tna.convert(file, dtype="float16").file.activation == "gelu"  # type: ignore[union-attr]
+    conversion = tna.convert(file, dtype="float16")
+    assert conversion.file is not None
+    assert conversion.file.activation == "gelu"
+    assert (conversion.exact, conversion.error) == (True, 0.0)
     broken = made(tna.presets.lora(2))
     broken.arrays["group0.split0.factor0"][0, 0] = np.nan
     with pytest.raises(tna.ShapeError, match="holds NaN or infinity"):

@@ -71,6 +71,10 @@ class MapContract:
             found = np.asarray(f.forward(b, x))
             assert found.shape == (2, 3, f.n_out)
             np.testing.assert_allclose(found[1, 2], f.forward(b, x[1, 2]), rtol=1e-12, atol=1e-12)
+            y = np.random.default_rng(1).normal(size=(2, 3, f.n_out))
+            back = np.asarray(f.linear_part.adjoint(b, y))
+            assert back.shape == (2, 3, f.n_in)
+            np.testing.assert_allclose(back[1, 2], f.linear_part.adjoint(b, y[1, 2]), rtol=1e-12, atol=1e-12)
             if f.exact_in_batches:
                 assert np.array_equal(found[1, 2], f.forward(b, x[1, 2]))
                 y = np.random.default_rng(1).normal(size=(4, f.n_out))
