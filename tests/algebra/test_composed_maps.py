@@ -303,6 +303,7 @@ def test_a_chain_is_the_product_of_its_matrices(projection: Any, rng: np.random.
 def test_the_sum_of_squares(projection: Any) -> None:
     for f in maps_of(projection):
         exact = float(np.sum(reference_maps.matrix_of(f) ** 2))
+        assert f.squared_norm() == f.n_out or not f.isometry  # bit for bit
         blocks = f.parts if isinstance(f, PerWeight) else (f,)
         chains = [block.parts if isinstance(block, Chain) else (block,) for block in blocks]
         # Fastfood's is that of its expectation, and that of several maps is estimated.

@@ -548,6 +548,12 @@ def test_a_shared_array_is_cut_from_that_of_the_largest_sizes(name: str, rows: i
     assert np.array_equal(part, whole[:rows, :cols])
 
 
+@pytest.mark.parametrize(("square", "rounded"), [(1.0, 1.0), (1.7, 218 / 128), (0.3, 154 / 512)])
+def test_mean_squares_have_eight_bits(square: float, rounded: float) -> None:
+    plan = tna.SuperLoRA(tna.Config(rank=3, sources={"factor1": Seeded("signs", scale=square**0.5)}), [(6, 4)])
+    assert plan.groups[0].frozen.mean_square("split0.factor1") == rounded
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_groups_share_arrays_or_not(shared: bool) -> None:
     plan = tna.SuperLoRA(tna.Config(rank=3, sources={"factor1": Seeded("normal", shared)}), [(6, 4), (5, 4), (6, 7)])

@@ -69,6 +69,24 @@ def test_straight_from_and_to_other_libraries(form: str, tmp_path: Path) -> None
         assert error(again[path], delta) <= TOLERANCE
 
 
+class WithStructures(NpzFormat):
+    """It has the magnitudes of DoRA beside factors, and a structure that can only be added."""
+
+    structures = ("blocks",)
+
+    def applied(self, *args: Any) -> Any:
+        raise NotImplementedError
+
+    def encode_file(self, *args: Any) -> Any:
+        raise NotImplementedError
+
+
+def test_what_is_not_added_has_no_structure_of_its_own() -> None:
+    register_file_format("own", WithStructures)
+    with pytest.raises(tna.ConfigError, match=r"apply='magnitude' of this adapter does more than add .*own-blocks"):
+        tna.convert(made(tna.presets.dora(2)), to="own-blocks")
+
+
 def test_errors_are_measured_and_limited_as_for_built_in_formats() -> None:
     file = made(tna.presets.lora(4))
     with pytest.raises(tna.ConfigError, match=r"the conversion to npz-lora would change the updates.*lycoris-full"):

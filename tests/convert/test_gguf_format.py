@@ -229,6 +229,19 @@ def test_factors_without_elements_are_refused(llama: Path, tmp_path: Path) -> No
         tna.convert(path)
 
 
+@pytest.mark.parametrize(("factor", "shapes"), [("a", r"\(20,\) and \(24, 2\)"), ("b", r"\(2, 10\) and \(48,\)")])
+def test_factors_of_one_axis_are_refused(
+    factor: str, shapes: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flat(writer: Any, name: str, array: np.ndarray) -> None:
+        add(writer, name, array.reshape(-1) if name == f"blk.0.attn_q.weight.lora_{factor}" else array)
+
+    add = gguf.GGUFWriter.add_tensor
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", flat)
+    with pytest.raises(FileError, match=r"'blk\.0\.attn_q\.weight' must be matrices; they are " + shapes):
+        tna.convert(made(tna.presets.lora(2), SHAPES), to="gguf", base=llama)
+
+
 def test_a_signaling_nan_is_no_warning(llama: Path, tmp_path: Path) -> None:
     path = tmp_path / "adapter.gguf"
     tna.convert(made(tna.presets.lora(2), SHAPES), path, to="gguf", base=llama)
@@ -244,6 +257,17 @@ def test_a_damaged_model_is_refused(llama: Path, tmp_path: Path) -> None:
     base.write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(FileError, match=r"model\.gguf is not a valid GGUF file"):
         tna.convert(made(tna.presets.lora(2), SHAPES), tmp_path / "adapter.gguf", to="gguf", base=base)
+
+
+def test_a_long_message_about_a_damaged_model_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: str) -> None:
+        raise ValueError("x" * 300)
+
+    monkeypatch.setattr(gguf, "GGUFReader", fail)
+    base = tmp_path / "model.gguf"
+    base.write_bytes(b"GGUF")
+    with pytest.raises(FileError, match=r"is not a valid GGUF file: ValueError: x{200}$"):
+        base_of_gguf(base)
 
 
 def test_a_damaged_file_is_refused_or_reads(llama: Path, tmp_path: Path) -> None:

@@ -164,8 +164,10 @@ def test_disabled_gives_the_bases_bits_also_after_an_exception() -> None:
     model, adapter = attached()
     stir(adapter)
     on = run(model)
+    assert ", attached, weight 1>" in repr(adapter)
     with adapter.disabled():
         assert torch.equal(run(model), run(small()))
+        assert ", disabled, weight 1>" in repr(adapter)
     assert torch.equal(run(model), on)
     with contextlib.suppress(ZeroDivisionError), adapter.disabled():
         raise ZeroDivisionError

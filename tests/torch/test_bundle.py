@@ -303,6 +303,10 @@ def test_a_library_that_is_missing(bert: Path, tmp_path: Path, monkeypatch: pyte
             said = refusal(name)
         assert f"{module} is not installed" in said
         assert said.endswith("pip install 'tnadapt[hub]'")
+    adapter.pretrained = tna.Pretrained("user/vit", library="timm", task="image-classification")
+    adapter.save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "timm is not installed, which builds the base model: pip install 'tnadapt[hub]'" in refusal(tmp_path)
 
 
 # -- Other models ------------------------------------------------------------------------------

@@ -533,6 +533,7 @@ def test_together_and_mixed() -> None:
     model.add_adapter("second", TnadaptConfig(task_type="CAUSAL_LM", **LORA))
     stir(model, 1, "second")
     model.base_model.set_adapter(["default", "second"])
+    assert all(p.requires_grad == ("tnadapt_arrays" in name) for name, p in model.named_parameters())
     both = run(model)
     model.merge_adapter()
     torch.testing.assert_close(run(model), both, rtol=0, atol=1e-5)

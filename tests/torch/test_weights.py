@@ -105,7 +105,14 @@ class Unpacked(nn.Module):
         self.weight = nn.Parameter(torch.zeros(4, 2, dtype=torch.int8), requires_grad=False)
 
 
+class Conv1D(Unpacked):
+    """A quantized layer of transformers' ``Conv1D``, whose sizes are attributes."""
+
+    nx, nf = 8, 6
+
+
 def test_quantized_weights_of_known_shape() -> None:
+    assert [(target.stored, target.transposed) for target in find_targets(Conv1D(), "all-linear")] == [((8, 6), True)]
     attention = Module(q_proj=Packed(8, 6), k_proj=Packed(8, 6), v_proj=Packed(8, 4))
     assert roles(attention) == qv((6, 8), (4, 8))
     gptq = nn.Linear(8, 6)
