@@ -120,7 +120,7 @@ def _groups(asked: Sequence[str]) -> dict[str, list[str]]:
                 name = path.relative_to(ROOT / "tnadapt").as_posix()
                 if path.stat().st_size and (not asked or name in asked):
                     files = [file for file in _test_files(group["tests"]) if file not in group.get("without", ())]
-                    own = [file for file in files if Path(file).name == f"test_{path.stem}.py"]
+                    own = [file for file in files if Path(file).name == f"test_{path.stem.lstrip('_')}.py"]
                     doctests = [f"tnadapt/{name}"] if ">>>" in path.read_text(encoding="utf-8") else []
                     found[f"tnadapt/{name}"] = list(dict.fromkeys([*doctests, *own, *files]))
     if unknown := set(asked) - {path.removeprefix("tnadapt/") for path in found}:

@@ -92,7 +92,7 @@ class Reach:
         by_file: dict[str, list[str]] = defaultdict(list)
         for test in sorted((found | own) - {""}, key=lambda test: (self.seconds[test], test)):
             by_file[test.split("::")[0]].append(test)
-        module_s = {module.path, f"test_{Path(module.path).stem}.py"}
+        module_s = {module.path, f"test_{Path(module.path).stem.lstrip('_')}.py"}
         turns = [
             (
                 place // _OWN_TURN if {file, Path(file).name} & module_s else 1 + place // _TURN,
