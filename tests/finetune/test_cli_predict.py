@@ -44,7 +44,7 @@ def test_a_base_that_has_moved(tmp_path: Path) -> None:
     adapter = untrained(tmp_path / "a.safetensors", tiny.bert(tmp_path / "bert"), data)
     (tmp_path / "bert").rename(tmp_path / "moved")
     done = invoke(adapter, "--data", data)
-    assert "there is no such folder here; give --base with a folder, a name or a model" in str(done.exception)
+    assert "there is no such folder here; give base= (--base) with a folder, a name or a model" in str(done.exception)
     assert invoke(adapter, "--data", data, "--base", tmp_path / "moved").exit_code == 0
 
 
