@@ -135,6 +135,7 @@ CASES: dict[str, tuple[Callable[[], Any], Shapes]] = {
         lambda: peft.UniLoraConfig(r=3, theta_d_length=17, target_modules=TARGETS, save_indices=True), SHAPES
     ),
     "unilora, drawn": (lambda: peft.UniLoraConfig(r=3, theta_d_length=17, target_modules=TARGETS), SHAPES),
+    "unilora, used once": (lambda: peft.UniLoraConfig(r=3, theta_d_length=50, target_modules=["q"]), {"a.q": (12, 8)}),
     "unilora, expression": (
         lambda: peft.UniLoraConfig(r=3, theta_d_length=8, target_modules=r".*\.[qv]", proj_seed=3), FOURS
     ),

@@ -97,6 +97,15 @@ def test_these_are_read(method: str, tmp_path: Path) -> None:
     assert [target.shape for target in found.file.targets] == [(6, 8)]
 
 
+@pytest.mark.parametrize(
+    ("given", "start"), [(0.3, 0.3), (-1, -1.0), (0, 0.1), (1.5, 0.1), (True, 0.1), ("0.3", 0.1), (None, 0.1)]
+)
+def test_vera_starts_another_training_at_a_small_diagonal(given: Any, start: float, tmp_path: Path) -> None:
+    found = tna.convert(folder(tmp_path / "a", "VERA", {"d_initial": given}), base=SHAPES).file
+    assert found is not None
+    assert found.config.sources["factor1"].start == start
+
+
 def test_positions_from_windows_are_floating_point_numbers(tmp_path: Path) -> None:
     name = f"{Q}shira_indices"
     whole = tna.convert(folder(tmp_path / "a", "SHIRA"), base=SHAPES).file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,15 @@ def test_a_kronecker_product_of_several_is_one_of_two(splits: int) -> None:
     found = tna.convert(file, to="peft-lokr")
     assert found.exact
     assert [tensor.shape for tensor in found.tensors.values()] == [(side, side), (5, 3)]
+
+
+@pytest.mark.parametrize(("size", "cols"), [("balanced", 20), (2, 20), ((2, 1), 7)])
+def test_a_kronecker_product_keeps_its_split_size(size: str | int | tuple[int, int], cols: int, tmp_path: Path) -> None:
+    file = made(Config(splits=2, split_size=size, format="dense"), {"a.0.q": (12, cols)})
+    tna.convert(file, tmp_path / "theirs", to="peft-lokr")
+    again = tna.convert(tmp_path / "theirs").file
+    assert again is not None
+    assert again.config.split_size == size
 
 
 @pytest.mark.parametrize("shape", [(2000, 6), (6, 2000)])

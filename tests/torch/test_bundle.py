@@ -504,7 +504,7 @@ def test_the_card(bert: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     for line in (
         "# my-adapter",
-        f"`user/base, revision {'a' * 40}` (BertForSequenceClassification).",
+        f"`user/base, revision {'a' * 40}` (BertForSequenceClassification).\n\n|  |  |\n|---|---|\n",
         f"| Trained parameters | {adapter.num_parameters:,} float32 |",
         "| Updated weights | 4 weights (q, v): `bert.encoder.layer.0.attention.self.query.weight` …",
         '| Config | `rank=1`, `groups=1`, `fold="hypercube"`, `projection="linear"`, `rate="adam"` |',

@@ -185,7 +185,7 @@ def test_an_unmerge_interrupted_at_any_line_can_be_repeated() -> None:
 # -- Names -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["keys", "items", "values", "type", "training", "forward", "_decoded"])
+@pytest.mark.parametrize("name", ["keys", "items", "values", "type", "training", "forward", "_modules"])
 def test_a_name_that_torch_has_no_module_for_is_refused(name: str) -> None:
     model = made("default")
     before, expected, state = trainable(model), run(model), list(model.state_dict())

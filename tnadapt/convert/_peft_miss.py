@@ -61,7 +61,7 @@ class PeftMiss(PeftMethod):
             if tile.rows is not None and module.shape[0] % tile.rows:
                 self.refuse(f"mini_r={tile.rows} must divide the {module.shape[0]} rows of {module.path} there")
             tensors[self.name_of(module, "miss_block")] = scale * values.reshape(-1, tile.cols).T
-            config = {"r": tile.cols, "init_weights": True}
+            config = {"r": tile.cols}
             if tile.rows is not None:
                 config |= {"init_weights": "mini", "mini_r": tile.rows}
         return EncodedAdapter(tensors, config=config)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .._state import encoded
+from .._state import DOT, encoded
 
 __all__ = ["AdapterArrays"]
 
@@ -27,21 +27,14 @@ class AdapterArrays(nn.ModuleDict):
     (['v1.0'], True, ['v1%2E0.factor'])
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._decoded: dict[str, str] = {}
-
     def __getitem__(self, key: str) -> nn.Module:
         return super().__getitem__(encoded(key))
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
-        # The name comes first, so that an interruption leaves no module without a name.
-        self._decoded[encoded(key)] = key
         super().__setitem__(encoded(key), module)
 
     def __delitem__(self, key: str) -> None:
         super().__delitem__(encoded(key))
-        self._decoded.pop(encoded(key), None)
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and encoded(key) in self._modules
@@ -51,8 +44,8 @@ class AdapterArrays(nn.ModuleDict):
 
     def keys(self) -> KeysView[str]:
         """Return the adapters' names."""
-        return {self._decoded[key]: None for key in self._modules}.keys()
+        return {key.replace(DOT, "."): None for key in self._modules}.keys()
 
     def items(self) -> Any:
         """Return the adapters' names and arrays."""
-        return {self._decoded[key]: module for key, module in self._modules.items()}.items()
+        return {key.replace(DOT, "."): module for key, module in self._modules.items()}.items()
