@@ -235,6 +235,7 @@ def test_the_length_before_a_chain(projection: Any, ratio: float, expected: int)
 def test_a_projection_of_its_own_length() -> None:
     assert tna.Projection(Scatter(3), n_out=9).n_in == 3
     assert tna.Projection("shuffle", n_out=9).n_in == 9
+    assert tna.Projection("linear", n_out=9).n_in == 9  # ρ is 1 unless given
     with pytest.raises(tna.ConfigError, match=r"scatter\(size=3\) takes n_in=3; got n_in=4: leave n_in out"):
         tna.Projection(Scatter(3), 4, 9)
     with pytest.raises(tna.ConfigError, match="n_out must be an integer"):
@@ -616,8 +617,19 @@ def test_a_registered_map_with_settings() -> None:
     assert tna.Config.from_dict(config.to_dict()) == config
     assert tna.verify(config, SHAPES, backends=["numpy"]).holds
     assert tna.Config(projection=Power()).projection == "scaled"
-    with pytest.raises(tna.ConfigError, match=r"Power: by must be None, a boolean, .*got array"):
-        Power(np.ones(2))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("scaled")
+@pytest.mark.parametrize("value", [None, True, -((1 << 64) - 1), 0.1, "x", (), ((((1, "x"), 2.5),),)])
+def test_settings_that_a_file_can_hold(value: Any) -> None:
+    config = tna.Config(projection=Power(value))
+    assert tna.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("value", [[], math.inf, math.nan, 1 << 64, (((((),),),),), np.float64(0.5), np.ones(2)])
+def test_settings_that_a_file_cannot_hold_are_refused(value: Any) -> None:
+    with pytest.raises(tna.ConfigError, match=r"Power: by must be None, a boolean, an integer, a finite .*; got"):
+        Power(value)
 
 
 def test_settings_of_another_class_cannot_be_registered() -> None:

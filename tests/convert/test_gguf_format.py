@@ -321,6 +321,8 @@ def test_numbers_of_a_gguf_model_are_checked(field: str, tmp_path: Path) -> None
         path = gguf_model(tmp_path / f"{place}.gguf", **{field: value})
         with pytest.raises(FileError, match=rf"llama\.{field} of .*{place}\.gguf must be "):
             tna.convert(file, to="gguf-lora", base=path)
+    first = made(tna.presets.lora(2), {"model.layers.0.self_attn.q_proj": (24, WIDTH)})
+    assert tna.convert(first, to="gguf-lora", base=gguf_model(tmp_path / "least.gguf", **{field: 1})).exact
 
 
 @pytest.mark.parametrize("field", ["num_hidden_layers", "num_attention_heads", "num_key_value_heads"])

@@ -63,6 +63,12 @@ def test_what_we_write_gives_our_outputs(alone: bool, tmp_path: Path) -> None:
     assert again.targets[0].role == "embedding"
 
 
+def test_the_dtype_is_that_of_the_tensors(tmp_path: Path) -> None:
+    file = tna.AdapterFile(*_own(tna.presets.lora(2)))
+    tna.convert(file, tmp_path, to="peft-lora", dtype="bfloat16")
+    assert tna.convert(tmp_path).file.dtype == "bfloat16"
+
+
 def test_the_base_s_weight_next_to_an_update_is_left_out(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
