@@ -1103,6 +1103,8 @@ def test_shapes_of_other_arrays_are_refused_and_change_nothing() -> None:
     for arrays in ({}, {"a": np.zeros(3)}, {name: np.zeros((1, 1)) for name in before}):
         with pytest.raises(tna.ShapeError, match="needs arrays named and shaped"):
             adapter.load_arrays(arrays)
+    with pytest.raises(tna.ConfigError, match=r"arrays must be a mapping of strings; got \[1\]"):
+        adapter.load_arrays([1])  # type: ignore[arg-type]
     assert all(torch.equal(p, before[name]) for name, p in adapter.named_parameters())
 
 

@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 from tests.support.depth import long_only  # noqa: E402
+from tnadapt.checkpoints.fingerprint import Fingerprint  # noqa: E402
 from tnadapt.errors import FileError, TnadaptError  # noqa: E402
 from tnadapt.torch._bundle.model_card import model_card  # noqa: E402
 
@@ -201,7 +202,7 @@ def test_another_place_of_the_base(bert: Path, tmp_path: Path) -> None:
 
 
 def test_the_wrong_base_is_refused(bert: Path, tmp_path: Path) -> None:
-    _, adapter = adapted(bert)
+    model, adapter = adapted(bert)
     adapter.save_pretrained(tmp_path / "mine")
     torch.manual_seed(5)
     transformers.BertModel(transformers.BertConfig.from_pretrained(bert)).save_pretrained(tmp_path / "other")
@@ -219,6 +220,11 @@ def test_the_wrong_base_is_refused(bert: Path, tmp_path: Path) -> None:
         r"They are about \d+ % apart, as quantized weights are from the originals \(a common factor .*\)\. Give the "
     )
     assert re.search(close, said)
+    file = tna.load(tmp_path / "mine" / "adapter.safetensors")
+    moved = Fingerprint("0" * 64, "float32", tuple(number + 0.095 for number in file.base.sketch))
+    tna.save(tmp_path / "moved.safetensors", dataclasses.replace(file, base=moved))
+    with pytest.raises(FileError, match=r"They are about 9\.5 % apart"):
+        tt.load(model, tmp_path / "moved.safetensors", "moved")
     loaded = tt.load_pretrained(tmp_path / "mine", base=tmp_path / "other", check_base=False)
     found = tt.adapters(loaded)["default"].pretrained
     assert (found.name, found.labels) == (str(tmp_path / "other"), LABELS)
@@ -561,9 +567,10 @@ def test_a_card_that_was_edited_stays(bert: Path, tmp_path: Path) -> None:
     assert card.read_text() == edited
     adapter.save_pretrained(tmp_path, overwrite_card=True)
     assert "## How I use it" not in card.read_text()
-    card.write_text("mine")
-    adapter.save_pretrained(tmp_path)
-    assert card.read_text() == "mine"
+    for own in (b"mine", "d\xe9j\xe0".encode("latin-1")):
+        card.write_bytes(own)
+        adapter.save_pretrained(tmp_path)
+        assert card.read_bytes() == own
 
 
 def test_text_of_others_stays_text_in_a_card(bert: Path, tmp_path: Path) -> None:

@@ -118,6 +118,14 @@ def test_zero_is_the_same_path_as_no_dropout() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("config", ["lora", "dora", "hira"])
+def test_without_dropout_training_changes_no_bit(config: str) -> None:
+    """Also in modules that read their child's weight, as nn.MultiheadAttention does."""
+    made, x = small(), batch()
+    stir(tt.attach(made, CONFIGS[config]), 0.3)
+    assert torch.equal(made.train()(x), made.eval()(x))
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_manual_seed_determines_the_zeros(seed: int) -> None:
     made, _ = adapted("superlora")

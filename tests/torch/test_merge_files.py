@@ -203,6 +203,23 @@ def test_adapters_of_every_dtype(trained: Any, projection: str, tmp_path: Path) 
     assert contents(memory) == contents(disk)
 
 
+@pytest.mark.law("merge-disk-is-memory")
+@pytest.mark.parametrize("config", [P.lora_xs(3), P.lora(2, start="pissa")], ids=["lora_xs", "pissa"])
+def test_what_comes_from_a_base_of_numbers_that_float32_lacks(
+    config: tna.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def thirds() -> Any:
+        model = bert().double()
+        for parameter in model.parameters():
+            parameter.data.div_(3.0)
+        return model
+
+    monkeypatch.setitem(MODELS, "thirds", thirds)
+    model, adapter = made("thirds", config, torch.float64, tmp_path)
+    memory, disk, _ = both_ways(model, adapter, tmp_path)
+    assert contents(memory) == contents(disk)
+
+
 def test_what_is_merged_does_what_was_attached(tmp_path: Path) -> None:
     model, adapter = made("bert", P.superlora(3), torch.float32, tmp_path)
     words = torch.arange(4, 20).reshape(2, 8)

@@ -186,6 +186,17 @@ def test_the_dtype_is_that_of_the_base(kind: Any, other: Any) -> None:
     assert {parameter.dtype for parameter in adapter.parameters()} == {kind}
 
 
+def test_arrays_that_come_from_a_base_of_numbers_that_float32_lacks() -> None:
+    model = nn.Sequential(nn.Linear(6, 5)).double()
+    nn.init.normal_(model[0].weight)
+    tuned = copy.deepcopy(model)
+    adapter = tnadapt.torch.attach(tuned, presets.lora_xs(2), "all-linear", dtype=torch.float64)
+    nn.init.normal_(next(adapter.parameters()))
+    (expected,) = adapter.deltas()
+    (delta,) = tnadapt.torch.extract(model, adapter.bake(), presets.lora_xs(2), "all-linear").deltas()
+    torch.testing.assert_close(delta, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("count", "said"),
     [(1, "0.weight"), (4, "0.*3.weight"), (5, "0.*3.weight and 1 more"), (7, "0.*3.weight and 3 more")],

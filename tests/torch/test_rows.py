@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 from tests.support.array_presets import P  # noqa: E402
+from tnadapt.torch import _grouped_products as products  # noqa: E402
 from tnadapt.torch import _row_pass as passes  # noqa: E402
 from tnadapt.torch._quantized import QUANTIZED  # noqa: E402
 
@@ -164,6 +165,20 @@ def test_many_tokens_form_the_sum_once_for_each_adapter(monkeypatch: pytest.Monk
         x = torch.randn(4, tokens, 32)
         torch.testing.assert_close(by_rows(model, NAMES, x), alone(model, NAMES, x), rtol=1e-4, atol=1e-5)
     assert ways == ["shared", "by_group"]
+
+
+@pytest.mark.parametrize(
+    ("pair", "names", "loops"), [("lora", NAMES, 0), ("ranks", NAMES, 1), ("lora", ["a", None], 1)]
+)
+def test_factors_of_equal_shapes_are_stacked(
+    pair: str, names: list[str | None], loops: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(nn.Sequential(nn.Linear(WIDTH, 4)), pair, "all-linear")
+    looped: list[Any] = []
+    whole = products.looped
+    monkeypatch.setattr(products, "looped", lambda *args: (looped.append(args), whole(*args))[1])
+    by_rows(model, names, batch(size=4))
+    assert len(looped) == loops
 
 
 @pytest.mark.parametrize("config", [P.lora(2), P.superlora(2), P.dora(2)], ids=["lora", "superlora", "dora"])
@@ -450,6 +465,16 @@ def test_rows_that_do_not_fit(shape: tuple[int, ...], text: str) -> None:
         by_rows(model, ["a"] * 4, torch.randn(shape))
     # One name is for all rows, whatever their number.
     assert by_rows(model, ["a"], torch.randn(8, 4, WIDTH)).shape == (8, 4, 4)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_layer_has_its_path_on_the_model_in_errors(order: tuple[int, int]) -> None:
+    inner = nn.Sequential(nn.Linear(WIDTH, 4))
+    model = nn.Sequential(inner)
+    for index in order:
+        tt.attach((inner, model)[index], "lora", "all-linear", "ab"[index], rank=1)
+    with pytest.raises(tna.TargetError, match=r"rows\(\) has 2 names, and 0\.0 got an input"):
+        by_rows(model, ["b", None], torch.randn(3, WIDTH))
 
 
 def test_models_whose_rows_cannot_be_told_apart() -> None:

@@ -115,6 +115,8 @@ def test_the_error_names_both_ways() -> None:
 def test_keep_tied_changes_nothing_where_nothing_is_tied() -> None:
     model = Tied(tie=False)
     assert tt.find_targets(model, ["embed", "head"], keep_tied=True) == tt.find_targets(model, ["embed", "head"])
+    given = [tna.Target("embed", (12, 6))]  # not of the role that it would be found with
+    assert tt.find_targets(model, given, keep_tied=True) == given
     assert tt.find_targets(Tied(), ["inner"], keep_tied=True)[0].tied == ()
 
 

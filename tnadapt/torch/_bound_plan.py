@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from tnadapt.algebra.superlora import SuperLoRA
@@ -39,12 +40,10 @@ def bound(
     devices = {tensor.device.type for owner in owners for tensor in [*owner.parameters(), *owner.buffers()]}
     if is_bound(plan) or "meta" in devices:
         return plan
-    # A norm is that of the weight itself, to the bit; frozen arrays are computed from float32.
-    exact = bool(plan.weight_param_shapes)
 
     def weight(index: int) -> Tensor:
-        found = _weight(plan, targets[index], owners[index]).cpu()
-        return found if exact else found.float()
+        weight = _weight(plan, targets[index], owners[index]).cpu()
+        return weight if weight.dtype is torch.float64 else weight.float()
 
     return plan.with_base(weight, progress)
 

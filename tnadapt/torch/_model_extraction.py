@@ -139,7 +139,7 @@ def extract(
             [target.layer for target in found],
             [target.role for target in found],
         )
-        plan = plan.with_base(lambda weight: found[weight].select(weights[weight][0]).float().cpu())
+        plan = plan.with_base(lambda weight: found[weight].select(weights[weight][0]).to(kind).cpu())
         return chosen.fit(load_backend("torch"), like, plan, read, progress)
 
     with torch.no_grad():

@@ -237,7 +237,8 @@ def _checked(patch: RowPatch, assignment: RowAssignment, x: Tensor | None) -> Te
 
 
 def _name(patch: RowPatch) -> str:
-    slot = patch.weights[0].slots[0]
+    # Adapters may be attached to the model and to a module in it: the longest path is that of the model.
+    slot = max(patch.weights[0].slots, key=lambda slot: len(slot.target.name))
     return slot.target.module if slot.owner is patch.host else f"{type(patch.host).__name__}, around {slot.target.name}"
 
 

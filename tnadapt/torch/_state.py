@@ -126,9 +126,9 @@ class AdapterSlot:
     target: Target
     strategy: str
     #: The factors of the update, for the strategy "factored".
-    factoring: Factoring | None = None
+    factoring: Factoring | None
     #: Whether the weight has no numbers to read in place; known if the update is not just added.
-    quantized: bool = False
+    quantized: bool
 
 
 class Idle(NamedTuple):
