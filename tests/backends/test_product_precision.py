@@ -14,7 +14,7 @@ from tnadapt.backends import get_backend
 
 torch = pytest.importorskip("torch")
 
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PRODUCTS = {"mm", "bmm", "matmul", "addmm", "baddbmm", "einsum", "mv", "linear"}
 

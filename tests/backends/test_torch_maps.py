@@ -8,8 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import tnadapt as tna  # noqa: E402
-from tnadapt.backends._torch_maps import LinearMap, recorded  # noqa: E402
+import tnadapt as tna
+from tnadapt.backends._torch_maps import LinearMap, recorded
 
 
 def test_what_is_recorded() -> None:

@@ -14,12 +14,12 @@ import tnadapt as tna
 
 torch = pytest.importorskip("torch")
 
-from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tnadapt.backends import _torch_gpu as torch_gpu  # noqa: E402
-from tnadapt.backends import _torch_operators as operators  # noqa: E402
-from tnadapt.torch._delta import vector  # noqa: E402
+from tnadapt.backends import _torch_gpu as torch_gpu
+from tnadapt.backends import _torch_operators as operators
+from tnadapt.torch._delta import vector
 
 LARGE = 2**64 - 59
 

@@ -30,10 +30,10 @@ if sys.platform != "linux":
     pytest.skip("processes are measured by /proc", allow_module_level=True)
 
 # Where they can be imported.
-from paper.command import experiment  # noqa: E402
-from tnadapt.cli._lazy_commands import COMMANDS as NAMES  # noqa: E402
+from paper.command import experiment
+from tnadapt.cli._lazy_commands import COMMANDS as NAMES
 
-from .command_lines import CommandLines, Done, command_lines  # noqa: E402
+from .command_lines import CommandLines, Done, command_lines
 
 pytestmark = pytest.mark.slow
 

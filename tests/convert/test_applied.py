@@ -17,10 +17,10 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from torch import nn  # noqa: E402
-from transformers.pytorch_utils import Conv1D  # noqa: E402
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-import tnadapt.torch as tt  # noqa: E402
+import tnadapt.torch as tt
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
 

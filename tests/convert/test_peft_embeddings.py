@@ -14,9 +14,9 @@ import tnadapt as tna
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-import tnadapt.torch as tt  # noqa: E402
+import tnadapt.torch as tt
 
-from .conversions import fill  # noqa: E402
+from .conversions import fill
 
 IDS = torch.tensor([[3, 0, 11, 3], [7, 2, 3, 9]])
 

@@ -14,14 +14,14 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file, save_file
 
-import tnadapt.torch as tt  # noqa: E402
-from tests.torch.test_experts import EXPERTS, IDS, MODELS, made  # noqa: E402
-from tnadapt.convert._peft_experts import _experts, _is_turned  # noqa: E402
-from tnadapt.targets.checkpoint_experts import experts_of  # noqa: E402
+import tnadapt.torch as tt
+from tests.torch.test_experts import EXPERTS, IDS, MODELS, made
+from tnadapt.convert._peft_experts import _experts, _is_turned
+from tnadapt.targets.checkpoint_experts import experts_of
 
-from .conversions import fill  # noqa: E402
+from .conversions import fill
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),

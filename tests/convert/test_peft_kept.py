@@ -17,11 +17,11 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file, save_file
 
-import tnadapt.torch as tt  # noqa: E402
+import tnadapt.torch as tt
 
-from .conversions import fill  # noqa: E402
+from .conversions import fill
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),

@@ -28,7 +28,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import save_file
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.law("foreign-files")]
 

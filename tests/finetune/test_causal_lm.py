@@ -12,15 +12,15 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from tnadapt.errors import FileError, TnadaptError  # noqa: E402
-from tnadapt.finetune import Spec, open_problem, predict  # noqa: E402
-from tnadapt.finetune._data import Samples  # noqa: E402
-from tnadapt.finetune._data_sources import open_source  # noqa: E402
-from tnadapt.finetune._sample_tables import Table  # noqa: E402
-from tnadapt.finetune.tasks import TASKS  # noqa: E402
+from tnadapt.errors import FileError, TnadaptError
+from tnadapt.finetune import Spec, open_problem, predict
+from tnadapt.finetune._data import Samples
+from tnadapt.finetune._data_sources import open_source
+from tnadapt.finetune._sample_tables import Table
+from tnadapt.finetune.tasks import TASKS
 
-from . import tiny_models as tiny  # noqa: E402
-from .untrained import untrained  # noqa: E402
+from . import tiny_models as tiny
+from .untrained import untrained
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} {{ '[SEP] ' if m.role == 'assistant' else '' }}{% endfor %}"

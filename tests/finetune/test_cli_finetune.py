@@ -20,13 +20,13 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 typer_testing = pytest.importorskip("typer.testing")
 
-from tests.support.depth import in_depth  # noqa: E402
-from tnadapt.cli import app  # noqa: E402
-from tnadapt.cli._finetune_command import _word  # noqa: E402
-from tnadapt.cli._training_lines import _outcome  # noqa: E402
-from tnadapt.errors import TnadaptError  # noqa: E402
+from tests.support.depth import in_depth
+from tnadapt.cli import app
+from tnadapt.cli._finetune_command import _word
+from tnadapt.cli._training_lines import _outcome
+from tnadapt.errors import TnadaptError
 
-from . import tiny_models as tiny  # noqa: E402
+from . import tiny_models as tiny
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (the extra ray)")
 QUICK = ("--pretrain-epochs", "1", "--epochs", "1", "--batch", "64", "--lr", "0.03")

@@ -17,14 +17,14 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 typer_testing = pytest.importorskip("typer.testing")
 
-from tnadapt.cli import app  # noqa: E402
-from tnadapt.cli._predict_command import _written  # noqa: E402
-from tnadapt.errors import FileError  # noqa: E402
-from tnadapt.finetune import _prediction as prediction  # noqa: E402
-from tnadapt.finetune import predict  # noqa: E402
+from tnadapt.cli import app
+from tnadapt.cli._predict_command import _written
+from tnadapt.errors import FileError
+from tnadapt.finetune import _prediction as prediction
+from tnadapt.finetune import predict
 
-from . import tiny_models as tiny  # noqa: E402
-from .untrained import untrained  # noqa: E402
+from . import tiny_models as tiny
+from .untrained import untrained
 
 
 def invoke(*arguments: Any) -> Any:

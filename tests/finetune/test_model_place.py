@@ -14,12 +14,12 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("gguf")
 
-import tnadapt as tna  # noqa: E402
-from tnadapt.errors import FileError, TnadaptError  # noqa: E402
-from tnadapt.finetune import Spec, open_problem, predict  # noqa: E402
+import tnadapt as tna
+from tnadapt.errors import FileError, TnadaptError
+from tnadapt.finetune import Spec, open_problem, predict
 
-from . import tiny_models as tiny  # noqa: E402
-from .untrained import untrained  # noqa: E402
+from . import tiny_models as tiny
+from .untrained import untrained
 
 
 @pytest.fixture(scope="module")

@@ -16,19 +16,19 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 typer_testing = pytest.importorskip("typer.testing")
 
-import tnadapt as tna  # noqa: E402
-from tnadapt.cli import app  # noqa: E402
-from tnadapt.errors import FileError, TnadaptError  # noqa: E402
-from tnadapt.finetune import Spec, Task, Training, open_problem, predict  # noqa: E402
-from tnadapt.finetune._data import Samples, divide  # noqa: E402
-from tnadapt.finetune._data_sources import open_source  # noqa: E402
-from tnadapt.finetune._learning_task import LearningTask  # noqa: E402
-from tnadapt.finetune.grid import Method  # noqa: E402
-from tnadapt.finetune.loop import evaluate  # noqa: E402
-from tnadapt.finetune.problem import Problem  # noqa: E402
-from tnadapt.finetune.training import train  # noqa: E402
+import tnadapt as tna
+from tnadapt.cli import app
+from tnadapt.errors import FileError, TnadaptError
+from tnadapt.finetune import Spec, Task, Training, open_problem, predict
+from tnadapt.finetune._data import Samples, divide
+from tnadapt.finetune._data_sources import open_source
+from tnadapt.finetune._learning_task import LearningTask
+from tnadapt.finetune.grid import Method
+from tnadapt.finetune.loop import evaluate
+from tnadapt.finetune.problem import Problem
+from tnadapt.finetune.training import train
 
-from . import tiny_models as tiny  # noqa: E402
+from . import tiny_models as tiny
 
 LORA = Method("LoRA", "r = 1", tna.presets.lora(1))
 

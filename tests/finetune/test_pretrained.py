@@ -14,10 +14,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 
-from safetensors import torch as safetensors_torch  # noqa: E402
+from safetensors import torch as safetensors_torch
 
-from tnadapt.errors import FileError, TnadaptError  # noqa: E402
-from tnadapt.finetune import (  # noqa: E402
+from tnadapt.errors import FileError, TnadaptError
+from tnadapt.finetune import (
     Choice,
     Spec,
     Study,
@@ -25,8 +25,8 @@ from tnadapt.finetune import (  # noqa: E402
     _image_inputs,
     open_problem,
 )
-from tnadapt.finetune._data import Samples  # noqa: E402
-from tnadapt.finetune._encode import Images  # noqa: E402
+from tnadapt.finetune._data import Samples
+from tnadapt.finetune._encode import Images
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS += ["good", "bad", "film", "the", "a", "very", "not", "was", "it", "and"]

@@ -12,14 +12,14 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from tnadapt.errors import FileError, TnadaptError  # noqa: E402
-from tnadapt.finetune import Spec, open_problem, predict  # noqa: E402
-from tnadapt.finetune import _prediction as prediction  # noqa: E402
-from tnadapt.finetune._saved_task import check_recordable  # noqa: E402
-from tnadapt.finetune.tasks import TASKS  # noqa: E402
+from tnadapt.errors import FileError, TnadaptError
+from tnadapt.finetune import Spec, open_problem, predict
+from tnadapt.finetune import _prediction as prediction
+from tnadapt.finetune._saved_task import check_recordable
+from tnadapt.finetune.tasks import TASKS
 
-from . import tiny_models as tiny  # noqa: E402
-from .untrained import changed, untrained  # noqa: E402
+from . import tiny_models as tiny
+from .untrained import changed, untrained
 
 Made = tuple[Path, str]
 

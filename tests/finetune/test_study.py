@@ -17,18 +17,18 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
-import tnadapt as tna  # noqa: E402
-from tests.support.depth import long_only  # noqa: E402
-from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError  # noqa: E402
-from tnadapt.finetune import Choice, Reporter, Spec, Study, Task, Training, open_problem  # noqa: E402
-from tnadapt.finetune._best import prove  # noqa: E402
-from tnadapt.finetune.loop import OwnRates, Schedule, fit, threads  # noqa: E402
-from tnadapt.finetune.pareto_report import points_in  # noqa: E402
-from tnadapt.finetune.problem import base_digest, free  # noqa: E402
-from tnadapt.finetune.training import train, usable_device  # noqa: E402
+import tnadapt as tna
+from tests.support.depth import long_only
+from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError
+from tnadapt.finetune import Choice, Reporter, Spec, Study, Task, Training, open_problem
+from tnadapt.finetune._best import prove
+from tnadapt.finetune.loop import OwnRates, Schedule, fit, threads
+from tnadapt.finetune.pareto_report import points_in
+from tnadapt.finetune.problem import base_digest, free
+from tnadapt.finetune.training import train, usable_device
 
-from .played_tasks import ROOT  # noqa: E402
-from .small import CHOICE, TRAINING, spec, study  # noqa: E402
+from .played_tasks import ROOT
+from .small import CHOICE, TRAINING, spec, study
 
 CLUSTERS = [("ray", "ray", {"address": "local"}), ("slurm", "submitit", {"cluster": "local"})]
 

@@ -18,20 +18,20 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 typer_testing = pytest.importorskip("typer.testing")
 
-import tnadapt as tna  # noqa: E402
-from tests.support.depth import in_depth, long_only  # noqa: E402
-from tnadapt.cli import app  # noqa: E402
-from tnadapt.errors import TnadaptError  # noqa: E402
-from tnadapt.finetune import Spec, Task, Training, open_problem  # noqa: E402
-from tnadapt.finetune._controls import control_of  # noqa: E402
-from tnadapt.finetune._score import ACCURACY, Metric  # noqa: E402
-from tnadapt.finetune.grid import Method, head_alone  # noqa: E402
-from tnadapt.finetune.loop import evaluate  # noqa: E402
-from tnadapt.finetune.pareto_report import Point, points_in  # noqa: E402
-from tnadapt.finetune.tasks import TASKS  # noqa: E402
-from tnadapt.finetune.training import train  # noqa: E402
+import tnadapt as tna
+from tests.support.depth import in_depth, long_only
+from tnadapt.cli import app
+from tnadapt.errors import TnadaptError
+from tnadapt.finetune import Spec, Task, Training, open_problem
+from tnadapt.finetune._controls import control_of
+from tnadapt.finetune._score import ACCURACY, Metric
+from tnadapt.finetune.grid import Method, head_alone
+from tnadapt.finetune.loop import evaluate
+from tnadapt.finetune.pareto_report import Point, points_in
+from tnadapt.finetune.tasks import TASKS
+from tnadapt.finetune.training import train
 
-from . import tiny_models as tiny  # noqa: E402
+from . import tiny_models as tiny
 
 CPU = torch.device("cpu")
 TEMPLATE = (

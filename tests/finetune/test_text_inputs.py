@@ -12,12 +12,12 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("accelerate")
 
-from tnadapt.errors import TnadaptError  # noqa: E402
-from tnadapt.finetune import Spec, open_problem  # noqa: E402
-from tnadapt.finetune._data_sources import first_line  # noqa: E402
-from tnadapt.finetune._text_inputs import tokenizer_of  # noqa: E402
+from tnadapt.errors import TnadaptError
+from tnadapt.finetune import Spec, open_problem
+from tnadapt.finetune._data_sources import first_line
+from tnadapt.finetune._text_inputs import tokenizer_of
 
-from . import tiny_models as tiny  # noqa: E402
+from . import tiny_models as tiny
 
 END = "<|end|>"
 

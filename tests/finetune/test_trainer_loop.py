@@ -17,12 +17,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from tnadapt.errors import TnadaptError  # noqa: E402
-from tnadapt.finetune import Choice, Spec, Task, Training, open_problem  # noqa: E402
-from tnadapt.finetune._run_logs import clear_logs  # noqa: E402
-from tnadapt.finetune.training import train  # noqa: E402
+from tnadapt.errors import TnadaptError
+from tnadapt.finetune import Choice, Spec, Task, Training, open_problem
+from tnadapt.finetune._run_logs import clear_logs
+from tnadapt.finetune.training import train
 
-from . import tiny_models as tiny  # noqa: E402
+from . import tiny_models as tiny
 
 (METHOD,) = Choice(presets=("superlora",), ranks=(1,)).methods([(16, 16)] * 4, 2)[1:]
 

@@ -10,13 +10,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor, nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.torch.small import batch, small, stir  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.torch.small import batch, small, stir
 
-from .grid import config_of, every_group, everything_in_depth  # noqa: E402
+from .grid import config_of, every_group, everything_in_depth
 
 pytestmark = pytest.mark.slow
 

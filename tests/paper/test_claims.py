@@ -15,9 +15,9 @@ pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
 
-from paper import claims, compared_studies, paired_statistics  # noqa: E402
-from paper.compared_studies import Setting  # noqa: E402
-from paper.report import RESULTS, write  # noqa: E402
+from paper import claims, compared_studies, paired_statistics
+from paper.compared_studies import Setting
+from paper.report import RESULTS, write
 
 
 def test_the_page_is_that_of_its_results(tmp_path: Path) -> None:

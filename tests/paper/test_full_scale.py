@@ -26,10 +26,10 @@ pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 image = pytest.importorskip("PIL.Image")
 
-import tnadapt.torch as tnt  # noqa: E402
-from paper import classification  # noqa: E402
-from tnadapt.finetune._data import Data, Samples, divide  # noqa: E402
-from tnadapt.finetune._data_sources import read  # noqa: E402
+import tnadapt.torch as tnt
+from paper import classification
+from tnadapt.finetune._data import Data, Samples, divide
+from tnadapt.finetune._data_sources import read
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[2]
 if not (ROOT / "fuzz").is_dir():
     pytest.skip("the fuzz targets are not in this copy of the project", allow_module_level=True)
 
-from fuzz.mutants import check_mutants  # noqa: E402
-from fuzz.targets import TARGETS, FaultError, measured  # noqa: E402
-from tests.support.depth import LONG, in_depth  # noqa: E402
+from fuzz.mutants import check_mutants
+from fuzz.targets import TARGETS, FaultError, measured
+from tests.support.depth import LONG, in_depth
 
 CORPUS = ROOT / "fuzz" / "corpus"
 INPUTS = [(target, path.name) for target in TARGETS for path in sorted((CORPUS / target).iterdir())]

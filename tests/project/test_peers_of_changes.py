@@ -19,7 +19,7 @@ from tnadapt import presets
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-import tnadapt.torch as tt  # noqa: E402
+import tnadapt.torch as tt
 
 TOLERANCE = 1e-6
 SIDES = st.integers(2, 24)

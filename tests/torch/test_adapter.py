@@ -16,13 +16,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
+from torch import nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.depth import in_depth  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.depth import in_depth
 
-from .small import Separate, batch, compiles_whole, small, stir  # noqa: E402
+from .small import Separate, batch, compiles_whole, small, stir
 
 P = tna.presets
 # Small.blocks has ten targets: q and v of five blocks, v of the second smaller than q.

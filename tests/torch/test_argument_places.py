@@ -9,11 +9,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
+from torch import nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tnadapt.errors import ConfigError, TargetError  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tnadapt.errors import ConfigError, TargetError
 
 THIRD = "the third argument is the targets, such as 'qv'; got "
 

@@ -9,9 +9,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tnadapt.torch._array_snapshot import Snapshot  # noqa: E402
+from tnadapt.torch._array_snapshot import Snapshot
 
-from .pretended_device import PretendedDevice  # noqa: E402
+from .pretended_device import PretendedDevice
 
 
 def _new_memory(array: Any) -> None:

@@ -11,11 +11,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
-from tests.support.depth import in_depth  # noqa: E402
-from tnadapt.sources import FromBase, Given, Scaled, Seeded, Tied  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
+from tests.support.depth import in_depth
+from tnadapt.sources import FromBase, Given, Scaled, Seeded, Tied
 
 GIVEN = {"group0.split0.factor0": np.random.default_rng(0).normal(size=(16, 2))}
 CONFIGS: dict[str, tna.Config] = {

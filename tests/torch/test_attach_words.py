@@ -10,13 +10,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor, nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tnadapt.targets.target import Target  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tnadapt.targets.target import Target
 
-from .small import WIDTH, batch, small, stir  # noqa: E402
+from .small import WIDTH, batch, small, stir
 
 
 class Layer(nn.Module):

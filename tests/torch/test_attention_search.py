@@ -6,16 +6,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
+from torch import nn
 
-from tnadapt.errors import TargetError  # noqa: E402
-from tnadapt.targets.roles import is_attention, parse_projection_name  # noqa: E402
-from tnadapt.targets.target import Rows  # noqa: E402
-from tnadapt.torch._target_selection import find_targets  # noqa: E402
+from tnadapt.errors import TargetError
+from tnadapt.targets.roles import is_attention, parse_projection_name
+from tnadapt.targets.target import Rows
+from tnadapt.torch._target_selection import find_targets
 
-from .architectures import build  # noqa: E402
-from .modules import Module, linear, names  # noqa: E402
-from .test_target_selection import SHAPES  # noqa: E402
+from .architectures import build
+from .modules import Module, linear, names
+from .test_target_selection import SHAPES
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
-from tnadapt.torch import _begin  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
+from tnadapt.torch import _begin
 
-from .small import compiles_whole  # noqa: E402
+from .small import compiles_whole
 
 LEFT, RIGHT = "group0.split0.factor0", "group0.split0.factor1"
 

@@ -17,14 +17,14 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.depth import long_only  # noqa: E402
-from tnadapt.checkpoints.fingerprint import Fingerprint  # noqa: E402
-from tnadapt.errors import FileError, TnadaptError  # noqa: E402
-from tnadapt.torch._bundle.model_card import model_card  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.depth import long_only
+from tnadapt.checkpoints.fingerprint import Fingerprint
+from tnadapt.errors import FileError, TnadaptError
+from tnadapt.torch._bundle.model_card import model_card
 
-from .small import small, stir  # noqa: E402
+from .small import small, stir
 
 ROOT = Path(__file__).parents[2]
 LABELS = ("neg", "neutral", "pos")

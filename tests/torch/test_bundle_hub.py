@@ -14,11 +14,11 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tnadapt.errors import FileError, TnadaptError  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tnadapt.errors import FileError, TnadaptError
 
-from .small import stir  # noqa: E402
+from .small import stir
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
 

@@ -9,11 +9,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
-from tnadapt.torch._merging import numbers  # noqa: E402
-from tnadapt.torch._quantized._integer_codes import crossing, planar, unpacked  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
+from tnadapt.torch._merging import numbers
+from tnadapt.torch._quantized._integer_codes import crossing, planar, unpacked
 
 ROWS, COLS, GROUP = 64, 96, 32
 

@@ -6,15 +6,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
+from torch import nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tnadapt.algebra.applying import Applying, Hadamard, Magnitude  # noqa: E402
-from tnadapt.algebra.factoring import factoring  # noqa: E402
-from tnadapt.torch._step_cost import MACHINES, choose, costs  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tnadapt.algebra.applying import Applying, Hadamard, Magnitude
+from tnadapt.algebra.factoring import factoring
+from tnadapt.torch._step_cost import MACHINES, choose, costs
 
-from .test_merged_linear import peak_of  # noqa: E402
+from .test_merged_linear import peak_of
 
 P = tna.presets
 

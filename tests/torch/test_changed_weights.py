@@ -12,19 +12,19 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
-from torch.nn import functional  # noqa: E402
+from torch import nn
+from torch.nn import functional
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
-from tests.support.depth import in_depth  # noqa: E402
-from tnadapt.torch import _quotient as quotients  # noqa: E402
-from tnadapt.torch._quantized import QUANTIZED  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
+from tests.support.depth import in_depth
+from tnadapt.torch import _quotient as quotients
+from tnadapt.torch._quantized import QUANTIZED
 
-from .small import batch, small, stir  # noqa: E402
-from .test_quantized import Packed  # noqa: E402
-from .test_quantized import model as packed  # noqa: E402
+from .small import batch, small, stir
+from .test_quantized import Packed
+from .test_quantized import model as packed
 
 COLUMNS = P.dora(2, magnitude_axis="cols")
 #: Every way to apply W' with every strategy that it has.

@@ -10,14 +10,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor, nn
 
-from tests.support.depth import in_depth  # noqa: E402
-from tnadapt.torch import Adapter, attach  # noqa: E402
+from tests.support.depth import in_depth
+from tnadapt.torch import Adapter, attach
 
-from .distributed_jobs import Block  # noqa: E402
-from .loops import CONFIGS, batch, gradients, loss_of, make, move  # noqa: E402
-from .small import compiles_whole  # noqa: E402
+from .distributed_jobs import Block
+from .loops import CONFIGS, batch, gradients, loss_of, make, move
+from .small import compiles_whole
 
 
 def by_optimizer(kind: Callable[..., torch.optim.Optimizer], **settings: Any) -> Callable[..., None]:

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from safetensors.torch import load_file, save_file  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
-from tnadapt.algebra.composite import CompositeConfig  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
+from tnadapt.algebra.composite import CompositeConfig
 
-from .small import WIDTH, batch, small, stir  # noqa: E402
+from .small import WIDTH, batch, small, stir
 
 PATTERNS: dict[Any, Any] = {
     "qv": P.lora(2),

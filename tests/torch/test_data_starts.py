@@ -12,9 +12,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tnadapt.torch import starts  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tnadapt.torch import starts
 
 P = tna.presets
 LEFT, RIGHT = "group0.split0.factor0", "group0.split0.factor1"

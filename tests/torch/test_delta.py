@@ -6,14 +6,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import given
+from hypothesis import strategies as st
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tnadapt.backends import load_backend  # noqa: E402
-from tnadapt.testing.strategies import plans  # noqa: E402
-from tnadapt.torch._delta import pieces, vector  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tnadapt.backends import load_backend
+from tnadapt.testing.strategies import plans
+from tnadapt.torch._delta import pieces, vector
 
 P = tna.presets
 

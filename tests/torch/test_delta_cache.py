@@ -11,12 +11,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tnadapt.torch._delta_cache import DeltaCache  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tnadapt.torch._delta_cache import DeltaCache
 
-from .small import batch, compiles_whole, small, stir  # noqa: E402
-from .test_delta import moved  # noqa: E402
+from .small import batch, compiles_whole, small, stir
+from .test_delta import moved
 
 P = tna.presets
 

@@ -9,12 +9,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
-from tnadapt.torch import _delta_cache as delta_cache  # noqa: E402
+import tnadapt.torch as tt
+from tests.support.array_presets import P
+from tnadapt.torch import _delta_cache as delta_cache
 
-from .pretended_device import PretendedDevice  # noqa: E402
-from .small import batch, compiles_whole, small, stir  # noqa: E402
+from .pretended_device import PretendedDevice
+from .small import batch, compiles_whole, small, stir
 
 F = {"projection": "linear", "ratio": 0.5}
 CONFIGS = {

@@ -22,12 +22,12 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 if sys.platform == "win32":
     pytest.skip("processes are started and stopped as POSIX does", allow_module_level=True)
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch  # noqa: E402
-from tests.support.depth import in_depth  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch
+from tests.support.depth import in_depth
 
-from . import distributed_jobs as jobs  # noqa: E402
-from .distributed_checks import CHECKS  # noqa: E402
+from . import distributed_jobs as jobs
+from .distributed_checks import CHECKS
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "distributed"

@@ -10,19 +10,19 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
-from torch.nn import functional  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
-from tnadapt.algebra.factoring import factoring  # noqa: E402
-from tnadapt.torch._quantized import QUANTIZED  # noqa: E402
-from tnadapt.torch._step_cost import choose  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
+from tnadapt.algebra.factoring import factoring
+from tnadapt.torch._quantized import QUANTIZED
+from tnadapt.torch._step_cost import choose
 
-from .small import batch, compiles_whole, small, stir  # noqa: E402
-from .test_quantized import Packed, model  # noqa: E402
+from .small import batch, compiles_whole, small, stir
+from .test_quantized import Packed, model
 
 CONFIGS = {
     "lora": P.lora(2), "lokr": P.lokr(2), "superlora": P.superlora(2), "theta": P.unilora(9, 2),

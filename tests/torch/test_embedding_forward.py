@@ -10,16 +10,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
-from tnadapt.torch._embedding_forward import is_lookup  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
+from tnadapt.torch._embedding_forward import is_lookup
 
-from .small import stir  # noqa: E402
+from .small import stir
 
 CONFIGS = {
     "lora": P.lora(2, alpha=4),

@@ -11,18 +11,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from safetensors.torch import load_file  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
-from tnadapt.checkpoints.checkpoint import open_checkpoint  # noqa: E402
-from tnadapt.targets.checkpoint_targets import find_stored  # noqa: E402
-from tnadapt.torch import _parameter_sums  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
+from tnadapt.checkpoints.checkpoint import open_checkpoint
+from tnadapt.targets.checkpoint_targets import find_stored
+from tnadapt.torch import _parameter_sums
 
-from .small import stir  # noqa: E402
+from .small import stir
 
 transformers = pytest.importorskip("transformers")
 

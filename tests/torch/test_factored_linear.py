@@ -8,20 +8,20 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from torch import nn  # noqa: E402
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
-from tnadapt.algebra.factoring import Factored, Matrix  # noqa: E402
-from tnadapt.testing.strategies import plans  # noqa: E402
-from tnadapt.torch import _low_rank_linear  # noqa: E402
-from tnadapt.torch._delta import Slice  # noqa: E402
-from tnadapt.torch._factored_linear import can_fuse, factored_linear, product  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
+from tnadapt.algebra.factoring import Factored, Matrix
+from tnadapt.testing.strategies import plans
+from tnadapt.torch import _low_rank_linear
+from tnadapt.torch._delta import Slice
+from tnadapt.torch._factored_linear import can_fuse, factored_linear, product
 
-from .small import stir  # noqa: E402
+from .small import stir
 
 CONFIGS = {
     "lora": P.lora(2, alpha=8),

@@ -9,17 +9,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
-from tnadapt.targets.target import Rows, Target  # noqa: E402
-from tnadapt.torch import _few_rows, _forward_patch  # noqa: E402
-from tnadapt.torch._rounded_sum import BLOCK, can_sum_in_blocks, sum_in_blocks  # noqa: E402
+import tnadapt.torch as tt
+from tests.support.array_presets import P
+from tnadapt.targets.target import Rows, Target
+from tnadapt.torch import _few_rows, _forward_patch
+from tnadapt.torch._rounded_sum import BLOCK, can_sum_in_blocks, sum_in_blocks
 
-from .small import stir  # noqa: E402
+from .small import stir
 
 CONFIGS = {
     "superlora": P.superlora(3),

@@ -19,18 +19,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional  # noqa: E402
+from torch import Tensor, nn
+from torch.nn import functional
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
-from tests.support.depth import LONG, in_depth  # noqa: E402
-from tnadapt.testing import _reference as reference  # noqa: E402
-from tnadapt.testing._reference_maps import LINEAR_PARTS, matrix_of  # noqa: E402
-from tnadapt.torch import _few_rows, _low_rank_linear  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
+from tests.support.depth import LONG, in_depth
+from tnadapt.testing import _reference as reference
+from tnadapt.testing._reference_maps import LINEAR_PARTS, matrix_of
+from tnadapt.torch import _few_rows, _low_rank_linear
 
-from .small import stir  # noqa: E402
+from .small import stir
 
 CONFIGS = {
     "lora": P.lora(2, alpha=3),

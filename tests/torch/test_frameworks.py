@@ -10,15 +10,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional  # noqa: E402
-from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
-import tnadapt.torch  # noqa: E402
-from tnadapt.torch import Adapter, attach  # noqa: E402
+import tnadapt.torch
+from tnadapt.torch import Adapter, attach
 
-from .loops import CONFIGS, bits, same, snapshot  # noqa: E402
-from .small import batch, small  # noqa: E402
+from .loops import CONFIGS, bits, same, snapshot
+from .small import batch, small
 
 pytestmark = pytest.mark.slow
 

@@ -16,14 +16,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tnadapt.errors import TargetError  # noqa: E402
-from tnadapt.targets.target import Rows, Target  # noqa: E402
-from tnadapt.torch._attention_search import AttentionModule, attentions  # noqa: E402
+from tnadapt.errors import TargetError
+from tnadapt.targets.target import Rows, Target
+from tnadapt.torch._attention_search import AttentionModule, attentions
 
-from .architectures import MODELS, TEXT, build  # noqa: E402
+from .architectures import MODELS, TEXT, build
 
 # -- Looking into an attention ------------------------------------------------------------------
 

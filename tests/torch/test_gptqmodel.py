@@ -9,13 +9,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
+from torch import nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tnadapt.torch._merging import numbers  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tnadapt.torch._merging import numbers
 
-from .quantized_models import library  # noqa: E402
+from .quantized_models import library
 
 pytestmark = pytest.mark.slow
 ROWS, COLS, GROUP = 64, 128, 32

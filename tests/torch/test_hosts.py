@@ -8,13 +8,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor, nn
 
-import tnadapt.torch  # noqa: E402
-from tnadapt.targets.target import Target  # noqa: E402
-from tnadapt.torch._target_selection import find_targets, host_of, reads_outside  # noqa: E402
+import tnadapt.torch
+from tnadapt.targets.target import Target
+from tnadapt.torch._target_selection import find_targets, host_of, reads_outside
 
-from .architectures import MODELS, build, output  # noqa: E402
+from .architectures import MODELS, build, output
 
 # Models with weights that a parent reads, and how far above it is.
 READ_BY_PARENT = {"timm_swinv2": 1, "timm_beit": 1, "timm_eva": 1, "torch_encoder": 1, "torchvision_swin": 1}

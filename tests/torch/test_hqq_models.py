@@ -15,10 +15,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
 
-from .quantized_models import equal, library, values  # noqa: E402
+from .quantized_models import equal, library, values
 
 pytestmark = [
     pytest.mark.slow,

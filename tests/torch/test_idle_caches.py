@@ -10,16 +10,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor, nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tnadapt.algebra.maps._linear import Linear  # noqa: E402
-from tnadapt.backends.fixed_arrays import FixedArrays  # noqa: E402
-from tnadapt.torch._idle_caches import _held  # noqa: E402
-from tnadapt.torch._kept_draws import drawn, held_by_draws  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tnadapt.algebra.maps._linear import Linear
+from tnadapt.backends.fixed_arrays import FixedArrays
+from tnadapt.torch._idle_caches import _held
+from tnadapt.torch._kept_draws import drawn, held_by_draws
 
-from .small import stir  # noqa: E402
+from .small import stir
 
 SIZE = 64
 UPDATES = 2 * SIZE * SIZE * 4  # bytes of ΔW of both layers

@@ -12,9 +12,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
+from torch import nn
 
-import tnadapt.torch as tt  # noqa: E402
+import tnadapt.torch as tt
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
 MERGED = (

@@ -16,14 +16,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
 
-from .interrupts import EVERY, PACKAGE, interrupted, moments  # noqa: E402
+from .interrupts import EVERY, PACKAGE, interrupted, moments
 
 pytestmark = pytest.mark.slow
 

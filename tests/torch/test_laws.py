@@ -9,14 +9,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor, nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.depth import in_depth  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.depth import in_depth
 
-from .architectures import MODELS, Inputs, build, output  # noqa: E402
-from .small import compiles_whole, stir  # noqa: E402
+from .architectures import MODELS, Inputs, build, output
+from .small import compiles_whole, stir
 
 pytestmark = pytest.mark.slow
 

@@ -10,19 +10,19 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional  # noqa: E402
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
-from tnadapt.torch import _parameter_sums  # noqa: E402
-from tnadapt.torch._lazy_stack import LazyStack  # noqa: E402
-from tnadapt.torch._row_features import overlap  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
+from tnadapt.torch import _parameter_sums
+from tnadapt.torch._lazy_stack import LazyStack
+from tnadapt.torch._row_features import overlap
 
-from .small import stir  # noqa: E402
+from .small import stir
 
 CONFIGS = [
     (P.lora(1), "factored"), (P.lokr(2), "factored"), (P.superlora(2), "additive"), (P.dora(1), "factored"),

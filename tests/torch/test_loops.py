@@ -11,16 +11,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn  # noqa: E402
-from torch.func import functional_call, grad, vmap  # noqa: E402
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 
-import tnadapt.torch  # noqa: E402
-from tests.support.depth import in_depth  # noqa: E402
-from tnadapt.torch import Adapter, attach  # noqa: E402
+import tnadapt.torch
+from tests.support.depth import in_depth
+from tnadapt.torch import Adapter, attach
 
-from .distributed_jobs import Block  # noqa: E402
-from .loops import CONFIGS, batch, gradients, loss_of, make, relative  # noqa: E402
-from .small import compiles_whole  # noqa: E402
+from .distributed_jobs import Block
+from .loops import CONFIGS, batch, gradients, loss_of, make, relative
+from .small import compiles_whole
 
 # -- Gradients accumulated over batches ------------------------------------------------------
 

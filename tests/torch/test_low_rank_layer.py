@@ -12,19 +12,19 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
-from tnadapt.torch import _forward_patch, _low_rank_linear  # noqa: E402
-from tnadapt.torch._forward_patch import ForwardPatch  # noqa: E402
-from tnadapt.torch._low_rank_layer import LowRankLayer  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
+from tnadapt.torch import _forward_patch, _low_rank_linear
+from tnadapt.torch._forward_patch import ForwardPatch
+from tnadapt.torch._low_rank_layer import LowRankLayer
 
-from .small import stir  # noqa: E402
+from .small import stir
 
 
 def layers(bias: bool = True) -> nn.Sequential:

@@ -6,14 +6,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import given
+from hypothesis import strategies as st
 
-import tnadapt as tna  # noqa: E402
-from tnadapt.algebra.factoring import Factored, Matrix  # noqa: E402
-from tnadapt.torch import _low_rank_linear  # noqa: E402
-from tnadapt.torch._factored_linear import factored_linear, low_rank_updates  # noqa: E402
-from tnadapt.torch._low_rank_linear import MOST_ELEMENTS, LowRank, is_small, low_rank_linear  # noqa: E402
+import tnadapt as tna
+from tnadapt.algebra.factoring import Factored, Matrix
+from tnadapt.torch import _low_rank_linear
+from tnadapt.torch._factored_linear import factored_linear, low_rank_updates
+from tnadapt.torch._low_rank_linear import MOST_ELEMENTS, LowRank, is_small, low_rank_linear
 
 
 def test_both_the_input_and_the_output_count() -> None:

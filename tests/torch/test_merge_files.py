@@ -10,14 +10,14 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
-from tnadapt.checkpoints import module_names  # noqa: E402
-from tnadapt.checkpoints.checkpoint import open_checkpoint  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
+from tnadapt.checkpoints import module_names
+from tnadapt.checkpoints.checkpoint import open_checkpoint
 
-from .hugging_face import bert, vit  # noqa: E402
-from .small import stir  # noqa: E402
+from .hugging_face import bert, vit
+from .small import stir
 
 
 def gpt2() -> Any:

@@ -14,14 +14,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
-from torch.autograd import forward_ad  # noqa: E402
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts  # noqa: E402
+from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
-from tnadapt.torch._merged_linear import DeltaSource, MergedWeightLinear, summed  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch
+from tests.support.array_presets import P
+from tnadapt.torch._merged_linear import DeltaSource, MergedWeightLinear, summed
 
 CASES = [
     (P.lora(3), "weight"), (P.lora(3), "factored"), (P.lora(3), "additive"),

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from tnadapt.algebra.rounding import add_in_place  # noqa: E402
-from tnadapt.torch import _merging as merging  # noqa: E402
+from tnadapt.algebra.rounding import add_in_place
+from tnadapt.torch import _merging as merging
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -11,17 +11,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
+from torch import nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch  # noqa: E402
-from tests.support.depth import in_depth  # noqa: E402
-from tnadapt import presets  # noqa: E402
-from tnadapt.algebra.starting_points import STARTS  # noqa: E402
-from tnadapt.errors import ConfigError, ShapeError, TargetError  # noqa: E402
-from tnadapt.testing.verification import examples  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch
+from tests.support.depth import in_depth
+from tnadapt import presets
+from tnadapt.algebra.starting_points import STARTS
+from tnadapt.errors import ConfigError, ShapeError, TargetError
+from tnadapt.testing.verification import examples
 
-from .architectures import build, output  # noqa: E402
+from .architectures import build, output
 
 
 def _tuned(model: nn.Module, rank: int = 2, targets: Any = "qv", size: float = 0.3) -> nn.Module:

@@ -14,14 +14,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
 
-from .small import batch, small, stir  # noqa: E402
+from .small import batch, small, stir
 
 P = tna.presets
 

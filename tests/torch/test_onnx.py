@@ -16,7 +16,7 @@ pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 torch = pytest.importorskip("torch")
 
-from tnadapt.torch import attach  # noqa: E402
+from tnadapt.torch import attach
 
 pytestmark = pytest.mark.slow
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-import tnadapt as tna  # noqa: E402
-from tnadapt.torch._delta import Slice  # noqa: E402
-from tnadapt.torch._outer_gradients import outer_vjp_once  # noqa: E402
+import tnadapt as tna
+from tnadapt.torch._delta import Slice
+from tnadapt.torch._outer_gradients import outer_vjp_once
 
 P = tna.presets
 

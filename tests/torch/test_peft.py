@@ -18,15 +18,15 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from peft import (  # noqa: E402
+from peft import (
     PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
 )
-from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import (  # noqa: E402
+from safetensors.torch import load_file, save_file
+from transformers import (
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
@@ -35,10 +35,10 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-import tnadapt.torch.peft as plugin  # noqa: E402
-from tnadapt.torch.peft import TnadaptConfig  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+import tnadapt.torch.peft as plugin
+from tnadapt.torch.peft import TnadaptConfig
 
 # PEFT 0.21 asks transformers 5 for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

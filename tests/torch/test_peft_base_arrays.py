@@ -12,18 +12,18 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from peft import PeftConfig, PeftModel, get_peft_model  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-import tnadapt.torch.peft as plugin  # noqa: E402
-from tnadapt.algebra.applying import APPLYING  # noqa: E402
-from tnadapt.testing.verification import examples  # noqa: E402
-from tnadapt.torch.peft import TnadaptConfig  # noqa: E402
-from tnadapt.torch.peft._keys import in_file  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+import tnadapt.torch.peft as plugin
+from tnadapt.algebra.applying import APPLYING
+from tnadapt.testing.verification import examples
+from tnadapt.torch.peft import TnadaptConfig
+from tnadapt.torch.peft._keys import in_file
 
-from .test_peft import bits, ids, llama, run, same, stir, traces  # noqa: E402
+from .test_peft import bits, ids, llama, run, same, stir, traces
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from peft import (  # noqa: E402
+from peft import (
     PeftConfig,
     PeftModel,
     get_base_model_state_dict,
@@ -24,9 +24,9 @@ from peft import (  # noqa: E402
     get_peft_model_state_dict,
     set_base_model_state_dict,
 )
-from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from transformers import (  # noqa: E402
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForTokenClassification,
@@ -34,12 +34,12 @@ from transformers import (  # noqa: E402
     LlamaForCausalLM,
 )
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-import tnadapt.torch.peft as plugin  # noqa: E402
-from tests.support.depth import in_depth  # noqa: E402
-from tnadapt import presets  # noqa: E402
-from tnadapt.torch.peft import TnadaptConfig  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+import tnadapt.torch.peft as plugin
+from tests.support.depth import in_depth
+from tnadapt import presets
+from tnadapt.torch.peft import TnadaptConfig
 
 # PEFT 0.21 asks transformers 5 for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

@@ -10,14 +10,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel  # noqa: E402
+from peft import LoraConfig, get_peft_model
+from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tnadapt.torch.peft import TnadaptConfig  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tnadapt.torch.peft import TnadaptConfig
 
-from .test_peft import LORA, SUPERLORA, adapted, ids, llama, seeded, stir  # noqa: E402
+from .test_peft import LORA, SUPERLORA, adapted, ids, llama, seeded, stir
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 

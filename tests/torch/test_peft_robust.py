@@ -12,19 +12,19 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from peft import PeftModel, get_peft_model  # noqa: E402
-from torch import nn  # noqa: E402
+from peft import PeftModel, get_peft_model
+from torch import nn
 
-import tnadapt.torch as tt  # noqa: E402
-import tnadapt.torch.peft as plugin  # noqa: E402
-from tnadapt.errors import ConfigError, TargetError  # noqa: E402
-from tnadapt.torch import _adapter as handle_module  # noqa: E402
-from tnadapt.torch import _registry as registry_module  # noqa: E402
-from tnadapt.torch.peft import TnadaptConfig  # noqa: E402
-from tnadapt.torch.peft import _tuner as tuner_module  # noqa: E402
-from tnadapt.torch.peft import _tuner_layer as layer_module  # noqa: E402
+import tnadapt.torch as tt
+import tnadapt.torch.peft as plugin
+from tnadapt.errors import ConfigError, TargetError
+from tnadapt.torch import _adapter as handle_module
+from tnadapt.torch import _registry as registry_module
+from tnadapt.torch.peft import TnadaptConfig
+from tnadapt.torch.peft import _tuner as tuner_module
+from tnadapt.torch.peft import _tuner_layer as layer_module
 
-from .interrupts import interrupted, moments  # noqa: E402
+from .interrupts import interrupted, moments
 
 #: The modules in which PEFT's calls are interrupted; what the handles do otherwise is in test_interrupted.py.
 LAYER, TUNER, REGISTRY, HANDLE = (

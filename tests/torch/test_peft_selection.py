@@ -14,12 +14,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from hypothesis import example, given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model  # noqa: E402
-from peft.tuners.tuners_utils import check_target_module_exists  # noqa: E402
-from torch import nn  # noqa: E402
-from transformers import (  # noqa: E402
+from hypothesis import example, given
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers import (
     BertConfig,
     BertModel,
     GPT2Config,
@@ -28,11 +28,11 @@ from transformers import (  # noqa: E402
     LlamaForCausalLM,
 )
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-import tnadapt.torch.peft as plugin  # noqa: E402
-from tnadapt.torch.peft import TnadaptConfig  # noqa: E402
-from tnadapt.torch.peft._selection import select_targets  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+import tnadapt.torch.peft as plugin
+from tnadapt.torch.peft import TnadaptConfig
+from tnadapt.torch.peft._selection import select_targets
 
 # PEFT 0.21 asks transformers 5 for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

@@ -10,9 +10,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tnadapt.torch._quantized import QUANTIZED  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tnadapt.torch._quantized import QUANTIZED
 
 
 class PackedLinear(torch.nn.Module):

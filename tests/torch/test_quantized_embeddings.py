@@ -9,15 +9,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor, nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
-from tnadapt.torch._merging import numbers  # noqa: E402
-from tnadapt.torch._quantized import quantized_type  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
+from tnadapt.torch._merging import numbers
+from tnadapt.torch._quantized import quantized_type
 
-from .quantized_models import EMBEDDINGS, KINDS, OUT, SIZE, embedding, equal, library, tensors_in  # noqa: E402
+from .quantized_models import EMBEDDINGS, KINDS, OUT, SIZE, embedding, equal, library, tensors_in
 
 # The libraries' own calls of torch.
 pytestmark = pytest.mark.filterwarnings(

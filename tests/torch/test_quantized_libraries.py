@@ -10,12 +10,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
-from tnadapt.torch._merging import numbers  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
+from tnadapt.torch._merging import numbers
 
-from .quantized_models import KINDS, OUT, SIZE, equal, model, plain, values  # noqa: E402
+from .quantized_models import KINDS, OUT, SIZE, equal, model, plain, values
 
 pytestmark = [
     pytest.mark.slow,

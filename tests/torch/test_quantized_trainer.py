@@ -12,11 +12,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
 
-from .quantized_models import equal, library, values  # noqa: E402
+from .quantized_models import equal, library, values
 
 pytestmark = [
     pytest.mark.slow,

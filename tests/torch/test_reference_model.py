@@ -6,13 +6,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
+from torch import nn
 
-import tnadapt.torch as tt  # noqa: E402
-from tnadapt import presets  # noqa: E402
-from tnadapt.errors import TargetError  # noqa: E402
-from tnadapt.torch import _reference_model  # noqa: E402
-from tnadapt.torch._removal import take_off  # noqa: E402
+import tnadapt.torch as tt
+from tnadapt import presets
+from tnadapt.errors import TargetError
+from tnadapt.torch import _reference_model
+from tnadapt.torch._removal import take_off
 
 
 def perceptron() -> nn.Module:

@@ -12,21 +12,21 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
-from tnadapt.torch import _grouped_products as products  # noqa: E402
-from tnadapt.torch import _row_pass as passes  # noqa: E402
-from tnadapt.torch._quantized import QUANTIZED  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
+from tnadapt.torch import _grouped_products as products
+from tnadapt.torch import _row_pass as passes
+from tnadapt.torch._quantized import QUANTIZED
 
-from .small import WIDTH, batch, compiles_whole, small, stir  # noqa: E402
-from .test_quantized import Packed  # noqa: E402
-from .test_quantized import model as packed  # noqa: E402
+from .small import WIDTH, batch, compiles_whole, small, stir
+from .test_quantized import Packed
+from .test_quantized import model as packed
 
 NAMES: list[str | None] = ["a", None, "b", "a"]
 #: Pairs of adapters, with the settings of ``attach``.

@@ -6,15 +6,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from torch import nn  # noqa: E402
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tnadapt.algebra.factoring import factoring  # noqa: E402
-from tnadapt.testing.strategies import plans  # noqa: E402
-from tnadapt.torch._step_cost import MACHINES, Machine, StepWork, choose, costs, dequantized  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tnadapt.algebra.factoring import factoring
+from tnadapt.testing.strategies import plans
+from tnadapt.torch._step_cost import MACHINES, Machine, StepWork, choose, costs, dequantized
 
 P = tna.presets
 

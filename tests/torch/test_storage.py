@@ -14,14 +14,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
+from torch import nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from paper.diffusion.unet import UNet  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from paper.diffusion.unet import UNet
+from tests.support.array_presets import P
 
-from .small import WIDTH, Separate, Small, batch, small, stir  # noqa: E402
+from .small import WIDTH, Separate, Small, batch, small, stir
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,23 +18,23 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor, nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tnadapt.checkpoints.checkpoint import open_checkpoint  # noqa: E402
-from tnadapt.errors import TargetError  # noqa: E402
-from tnadapt.targets.attention_layouts import TABLE  # noqa: E402
-from tnadapt.targets.checkpoint_targets import find_stored  # noqa: E402
-from tnadapt.targets.fused_rows import LayoutError  # noqa: E402
-from tnadapt.targets.pairing import paired  # noqa: E402
-from tnadapt.targets.target import Target  # noqa: E402
-from tnadapt.torch._attention_search import attentions  # noqa: E402
-from tnadapt.torch._target_selection import find_targets  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tnadapt.checkpoints.checkpoint import open_checkpoint
+from tnadapt.errors import TargetError
+from tnadapt.targets.attention_layouts import TABLE
+from tnadapt.targets.checkpoint_targets import find_stored
+from tnadapt.targets.fused_rows import LayoutError
+from tnadapt.targets.pairing import paired
+from tnadapt.targets.target import Target
+from tnadapt.torch._attention_search import attentions
+from tnadapt.torch._target_selection import find_targets
 
-from .architectures import MODELS, build  # noqa: E402
-from .configured import CONFIGURED, configured  # noqa: E402
-from .test_fused_weights import ATTENTIONS, SPLITS  # noqa: E402
+from .architectures import MODELS, build
+from .configured import CONFIGURED, configured
+from .test_fused_weights import ATTENTIONS, SPLITS
 
 # A checkpoint has lists of sizes, one for each stage, and nothing says which stage a weight belongs to.
 REFUSED = {"levit": "queries_keys_values"}

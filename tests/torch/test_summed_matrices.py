@@ -6,17 +6,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tnadapt.torch._dropout import ColumnDropout  # noqa: E402
-from tnadapt.torch._forward_pass import delta  # noqa: E402
-from tnadapt.torch._summed_matrices import stacked_sum, summed_matrices  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tnadapt.torch._dropout import ColumnDropout
+from tnadapt.torch._forward_pass import delta
+from tnadapt.torch._summed_matrices import stacked_sum, summed_matrices
 
-from .small import stir  # noqa: E402
+from .small import stir
 
 P = tna.presets
 CONFIGS = [P.lora(1), P.superlora(2), P.dense(), P.lokr(1)]

@@ -11,17 +11,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
+from torch import nn
 
-import tnadapt as tna  # noqa: E402
-from paper.diffusion.unet import ClassEmbedding, PixelAttention, UNet  # noqa: E402
-from tnadapt.errors import TargetError  # noqa: E402
-from tnadapt.targets.target import Rows, Target  # noqa: E402
-from tnadapt.torch._attach import attach  # noqa: E402
-from tnadapt.torch._target_selection import find_targets, tied  # noqa: E402
+import tnadapt as tna
+from paper.diffusion.unet import ClassEmbedding, PixelAttention, UNet
+from tnadapt.errors import TargetError
+from tnadapt.targets.target import Rows, Target
+from tnadapt.torch._attach import attach
+from tnadapt.torch._target_selection import find_targets, tied
 
-from .architectures import MODELS, build  # noqa: E402
-from .modules import Module, linear, names, qv, roles, vq  # noqa: E402
+from .architectures import MODELS, build
+from .modules import Module, linear, names, qv, roles, vq
 
 UNET = json.loads(Path(__file__).parent.with_name("oracles.json").read_text())["unet_qv"]
 

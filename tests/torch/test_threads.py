@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from .test_interrupted import CALLS, Case, gradients, whole  # noqa: E402
+from .test_interrupted import CALLS, Case, gradients, whole
 
 configs = pytest.mark.parametrize("config", ["alone", "at once", "factored"])
 

@@ -9,14 +9,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from safetensors.torch import load_file, save_file  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
 
-from .small import stir  # noqa: E402
+from .small import stir
 
 IDS = torch.tensor([[3, 0, 11, 3], [7, 2, 3, 9]])
 CONFIGS = {"lora": P.lora(2), "dense": P.dense(), "superlora": P.superlora(2), "dora": P.dora(2), "hira": P.hira(2)}

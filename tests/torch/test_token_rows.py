@@ -9,14 +9,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from safetensors.torch import load_file  # noqa: E402
-from torch import nn  # noqa: E402
+from safetensors.torch import load_file
+from torch import nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.array_presets import P  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tests.support.array_presets import P
 
-from .small import stir  # noqa: E402
+from .small import stir
 
 IDS = torch.tensor([[3, 0, 11, 9], [7, 9, 3, 5]])
 

@@ -10,18 +10,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from safetensors import safe_open  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from torch import nn  # noqa: E402
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch  # noqa: E402
-from tnadapt import presets  # noqa: E402
-from tnadapt.errors import ConfigError, TargetError  # noqa: E402
-from tnadapt.torch import Adapter, attach  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch
+from tnadapt import presets
+from tnadapt.errors import ConfigError, TargetError
+from tnadapt.torch import Adapter, attach
 
-from .distributed_jobs import Block  # noqa: E402
-from .loops import batch, loss_of, make, move  # noqa: E402
+from .distributed_jobs import Block
+from .loops import batch, loss_of, make, move
 
 
 def moved(model: nn.Module, adapter: Adapter, groups: list[dict[str, Any]] | None = None) -> dict[str, float]:

@@ -14,12 +14,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor, nn
 
-from tests.support.depth import in_depth, long_only  # noqa: E402
-from tnadapt.torch import Adapter, attach  # noqa: E402
+from tests.support.depth import in_depth, long_only
+from tnadapt.torch import Adapter, attach
 
-from .loops import CONFIGS, bits, relative, same, snapshot  # noqa: E402
+from .loops import CONFIGS, bits, relative, same, snapshot
 
 # Checkpoints of the whole model; test_trainer_checkpoints.py has those of adapters alone.
 WHOLE_MODEL = pytest.mark.filterwarnings("ignore:save_pretrained writes the whole:UserWarning")

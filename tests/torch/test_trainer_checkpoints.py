@@ -13,11 +13,11 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-import tnadapt.torch as tt  # noqa: E402
-from tnadapt import presets  # noqa: E402
-from tnadapt.errors import FileError, TargetError  # noqa: E402
+import tnadapt.torch as tt
+from tnadapt import presets
+from tnadapt.errors import FileError, TargetError
 
-from .loops import bits, same, snapshot  # noqa: E402
+from .loops import bits, same, snapshot
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
 

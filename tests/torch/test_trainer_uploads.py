@@ -14,9 +14,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-from tnadapt.errors import TargetError  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+from tnadapt.errors import TargetError
 
 # The functions of transformers that reach the hub.
 HUB = importlib.import_module("transformers.trainer")

@@ -14,8 +14,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-import tnadapt as tna  # noqa: E402
-from tnadapt.torch import adapters, attach  # noqa: E402
+import tnadapt as tna
+from tnadapt.torch import adapters, attach
 
 
 @pytest.fixture

@@ -16,14 +16,14 @@ datasets = pytest.importorskip("datasets")
 pytest.importorskip("tokenizers")
 pytest.importorskip("trl")
 
-from peft import PeftModel, get_peft_model  # noqa: E402
+from peft import PeftModel, get_peft_model
 
-import tnadapt.torch as tt  # noqa: E402
-import tnadapt.torch.peft as plugin  # noqa: E402
-from tests.support.depth import in_depth  # noqa: E402
-from tnadapt import presets  # noqa: E402
+import tnadapt.torch as tt
+import tnadapt.torch.peft as plugin
+from tests.support.depth import in_depth
+from tnadapt import presets
 
-from . import tiny_language_model  # noqa: E402
+from . import tiny_language_model
 
 # They are about TRL's own dependencies, and about options that it sets itself.
 pytestmark = [

@@ -14,12 +14,12 @@ datasets = pytest.importorskip("datasets")
 pytest.importorskip("tokenizers")
 trl = pytest.importorskip("trl")
 
-import tnadapt.torch as tt  # noqa: E402
-from tests.support.depth import in_depth  # noqa: E402
-from tnadapt import presets  # noqa: E402
+import tnadapt.torch as tt
+from tests.support.depth import in_depth
+from tnadapt import presets
 
-from .loops import bits, same, snapshot  # noqa: E402
-from .tiny_language_model import llama, settings, tokenizer  # noqa: E402
+from .loops import bits, same, snapshot
+from .tiny_language_model import llama, settings, tokenizer
 
 # They are about TRL's own dependencies, and about options that it sets itself.
 pytestmark = [

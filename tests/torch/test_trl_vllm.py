@@ -25,17 +25,17 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # that experimental trainers may change
     from trl.experimental.async_grpo import async_grpo_trainer
     from trl.experimental.online_dpo.online_dpo_trainer import OnlineDPOTrainer
-from trl.generation.vllm_generation import VLLMGeneration  # noqa: E402
+from trl.generation.vllm_generation import VLLMGeneration
 
-import tnadapt as tna  # noqa: E402
-import tnadapt.torch as tt  # noqa: E402
-import tnadapt.torch.peft as plugin  # noqa: E402
-from tests.support.depth import in_depth  # noqa: E402
-from tnadapt import presets  # noqa: E402
-from tnadapt.testing._change_laws import formula  # noqa: E402
+import tnadapt as tna
+import tnadapt.torch as tt
+import tnadapt.torch.peft as plugin
+from tests.support.depth import in_depth
+from tnadapt import presets
+from tnadapt.testing._change_laws import formula
 
-from .loops import bits, same  # noqa: E402
-from .tiny_language_model import llama, settings, tokenizer  # noqa: E402
+from .loops import bits, same
+from .tiny_language_model import llama, settings, tokenizer
 
 # They are about TRL's own dependencies, and about options that it sets itself.
 pytestmark = [

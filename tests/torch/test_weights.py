@@ -8,14 +8,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
+from torch import nn
 
-from tnadapt.errors import TargetError  # noqa: E402
-from tnadapt.targets.target import Rows, Target  # noqa: E402
-from tnadapt.torch._target_selection import find_targets  # noqa: E402
+from tnadapt.errors import TargetError
+from tnadapt.targets.target import Rows, Target
+from tnadapt.torch._target_selection import find_targets
 
-from .architectures import build  # noqa: E402
-from .modules import Module, names, qv, roles  # noqa: E402
+from .architectures import build
+from .modules import Module, names, qv, roles
 
 
 def test_conv1d_is_transposed() -> None:

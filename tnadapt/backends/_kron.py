@@ -8,11 +8,8 @@ from typing import Any
 
 __all__ = ["kron_by_rows", "kron_plain", "short_rows"]
 
-Array = Any
-Backend = Any  # the interface imports this module
 
-
-def kron_plain(backend: Backend, a: Array, b: Array) -> Array:
+def kron_plain(backend: Any, a: Any, b: Any) -> Any:
     """Compute the Kronecker product of two arrays with the same number of axes, in one product."""
     shape: list[int] = []
     slow: list[int] = []
@@ -24,7 +21,7 @@ def kron_plain(backend: Backend, a: Array, b: Array) -> Array:
     return backend.reshape(backend.reshape(a, slow) * backend.reshape(b, fast), shape)
 
 
-def kron_by_rows(backend: Backend, a: Array, b: Array) -> Array:
+def kron_by_rows(backend: Any, a: Any, b: Any) -> Any:
     """Compute :func:`kron_plain` with both arrays first expanded along the last axis, to rows of the result's length.
 
     With broadcasting, the innermost loop of many libraries is as short as b's rows.

@@ -22,10 +22,10 @@ from tnadapt.algebra.maps.walsh_hadamard import fwht_plain
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", minversion="3.5")
 
-from tnadapt.backends import _torch_gpu as torch_gpu  # noqa: E402
-from tnadapt.backends import _torch_operators as operators  # noqa: E402
-from tnadapt.backends import get_backend  # noqa: E402
-from tnadapt.torch._delta import vector  # noqa: E402
+from tnadapt.backends import _torch_gpu as torch_gpu
+from tnadapt.backends import _torch_operators as operators
+from tnadapt.backends import get_backend
+from tnadapt.torch._delta import vector
 
 # torch's own forward derivatives compile some of theirs with what torch calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")

@@ -27,11 +27,11 @@ from tnadapt.algebra import rng
 torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton", minversion="3.5")
 
-import triton.language as tl  # noqa: E402
+import triton.language as tl
 
-from tnadapt.backends._kernels.gpu import passes  # noqa: E402
-from tnadapt.backends._kernels.gpu import triton_draws as kernel_draws  # noqa: E402
-from tnadapt.backends._kernels.gpu import triton_launcher as launcher  # noqa: E402
+from tnadapt.backends._kernels.gpu import passes
+from tnadapt.backends._kernels.gpu import triton_draws as kernel_draws
+from tnadapt.backends._kernels.gpu import triton_launcher as launcher
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -15,9 +15,9 @@ import pytest
 
 triton = pytest.importorskip("triton", minversion="3.5")
 
-from tnadapt.backends._kernels.gpu import passes, triton_fastfood, triton_hadamard, triton_launcher  # noqa: E402
-from tnadapt.backends._kernels.gpu.launch_plans import Drawn  # noqa: E402
-from tnadapt.backends._kernels.gpu.triton_launcher import TritonLauncher, warps  # noqa: E402
+from tnadapt.backends._kernels.gpu import passes, triton_fastfood, triton_hadamard, triton_launcher
+from tnadapt.backends._kernels.gpu.launch_plans import Drawn
+from tnadapt.backends._kernels.gpu.triton_launcher import TritonLauncher, warps
 
 compiler = pytest.importorskip("triton.compiler")
 GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget

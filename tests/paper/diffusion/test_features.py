@@ -12,10 +12,10 @@ import tnadapt as tna
 torch = pytest.importorskip("torch")
 pytest.importorskip("torch_fidelity")
 
-from paper.diffusion.features import Classifier, Inception, train_classifier  # noqa: E402
-from paper.diffusion.images import read_images  # noqa: E402
+from paper.diffusion.features import Classifier, Inception, train_classifier
+from paper.diffusion.images import read_images
 
-from .standins import write_idx  # noqa: E402
+from .standins import write_idx
 
 
 def test_a_classifier_learns_its_images_and_moves_no_random_state(tmp_path: Path) -> None:

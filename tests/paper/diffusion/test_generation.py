@@ -30,14 +30,14 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("diffusers")
 pytest.importorskip("torch_fidelity")
 
-from paper.diffusion.generation import chosen_rate, generated_in  # noqa: E402
-from paper.diffusion.images import ImageSet, balanced, read_images  # noqa: E402
-from paper.diffusion.metrics import METRICS  # noqa: E402
-from paper.diffusion.opening import generation_of  # noqa: E402
-from tnadapt.finetune import Reporter  # noqa: E402
-from tnadapt.finetune.loop import threads  # noqa: E402
+from paper.diffusion.generation import chosen_rate, generated_in
+from paper.diffusion.images import ImageSet, balanced, read_images
+from paper.diffusion.metrics import METRICS
+from paper.diffusion.opening import generation_of
+from tnadapt.finetune import Reporter
+from tnadapt.finetune.loop import threads
 
-from .standins import write_idx, write_svhn  # noqa: E402
+from .standins import write_idx, write_svhn
 
 pytestmark = pytest.mark.slow
 

@@ -12,10 +12,10 @@ import tnadapt as tna
 
 torch = pytest.importorskip("torch")
 
-from paper.diffusion.images import read_images  # noqa: E402
-from tests.conftest import peak_of  # noqa: E402
+from paper.diffusion.images import read_images
+from tests.conftest import peak_of
 
-from .standins import drawn, idx, write_idx, write_svhn  # noqa: E402
+from .standins import drawn, idx, write_idx, write_svhn
 
 
 @pytest.mark.parametrize("pack", [False, True])

@@ -14,7 +14,7 @@ import tnadapt as tna
 torch = pytest.importorskip("torch")
 pytest.importorskip("torch_fidelity")
 
-from paper.diffusion.metrics import LOWER, METRICS, Seen, quality  # noqa: E402
+from paper.diffusion.metrics import LOWER, METRICS, Seen, quality
 
 
 def cloud(count: int, width: int = 6, seed: int = 0, shift: float = 0.0) -> Any:

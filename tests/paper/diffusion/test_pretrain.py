@@ -11,13 +11,13 @@ import tnadapt as tna
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from paper.diffusion import pretrain  # noqa: E402
-from paper.diffusion.images import ImageSet, read_images  # noqa: E402
-from paper.diffusion.pretrain import Pretraining, pretrained  # noqa: E402
-from paper.diffusion.process import Process  # noqa: E402
-from tnadapt.finetune.loop import threads  # noqa: E402
+from paper.diffusion import pretrain
+from paper.diffusion.images import ImageSet, read_images
+from paper.diffusion.pretrain import Pretraining, pretrained
+from paper.diffusion.process import Process
+from tnadapt.finetune.loop import threads
 
-from .standins import write_idx  # noqa: E402
+from .standins import write_idx
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ import tnadapt as tna
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from paper.diffusion.process import Process  # noqa: E402
+from paper.diffusion.process import Process
 
 # What Ho, Jain and Abbeel's forward process has left of an image after each step.
 KEPT = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
