@@ -28,6 +28,7 @@ from tnadapt.maps import (
     MapSettings,
     Scatter,
     SignGather,
+    TiedElements,
     Tile,
     TorchScatter,
     Wavelet,
@@ -43,6 +44,7 @@ SIDES = st.integers(1, 9)
 
 # Every way to shorten, and what may follow on vectors and on matrices.
 SHORTER = [Scatter(3), Scatter(positions=(2, 0)), TorchScatter(3, 777), Gather(3), SignGather(2)]
+NOT_SHORTER = [Tile(cols=3), Circulant(2), Wavelet("db3"), CenteredWavelet("db3"), TiedElements()]
 VECTORS: list[Any] = [
     *SHORTER,
     "gather",
@@ -632,6 +634,13 @@ def test_settings_that_a_file_cannot_hold_are_refused(value: Any) -> None:
         Power(value)
 
 
+@pytest.mark.parametrize("settings", [*SHORTER, *NOT_SHORTER], ids=str)
+def test_settings_of_a_subclass_are_checked(settings: MapSettings) -> None:
+    subclass = dataclasses.make_dataclass("Own", [("more", Any, None)], bases=(type(settings),), frozen=True)
+    with pytest.raises(tna.ConfigError, match=r"Own: more must be None, a boolean, an integer, a finite .*; got"):
+        subclass(**dataclasses.asdict(settings), more=[])
+
+
 def test_settings_of_another_class_cannot_be_registered() -> None:
     class Loose(MapSettings):
         pass
@@ -654,6 +663,11 @@ def test_weights_of_equal_shape_share_one_map() -> None:
     assert isinstance(found, PerWeight)
     assert found.parts[0] is found.parts[2]
     assert found.n_in == 9
+
+
+@pytest.mark.parametrize("projection", ["identity", "shuffle"])
+def test_the_identity_of_each_weight_is_one(projection: str) -> None:
+    assert make_map_on_weights(projection, SHAPES).identity == (projection == "identity")
 
 
 # -- Any config -----------------------------------------------------------------------------------

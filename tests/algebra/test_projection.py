@@ -175,6 +175,12 @@ def test_equal_seeds_give_equal_maps_and_digests(rng: np.random.Generator) -> No
     assert len({one.digest, *(other.digest for other in others)}) == 1 + len(others)
 
 
+def test_a_linear_part_is_another_map_than_its_whole() -> None:
+    whole, plain = (tna.Projection(kind, 3, 5) for kind in ("nonlinear", "linear"))
+    assert plain.linear_part is plain
+    assert whole.linear_part.key not in (whole.key, plain.key)
+
+
 @pytest.mark.law("known-draws")
 def test_the_digest_is_pinned() -> None:
     assert tna.Projection("linear", 37, 509).digest == DIGESTS["linear"]

@@ -152,6 +152,12 @@ CASES: dict[str, tuple[Callable[[], Any], Shapes]] = {
     "tinylora, pairs": (lambda: peft.TinyLoraConfig(r=3, u=7, target_modules=TARGETS, weight_tying=0.5), SHAPES),
     "tinylora, drawn": (lambda: peft.TinyLoraConfig(r=3, u=7, target_modules=TARGETS, save_projection=False), SHAPES),
     "vblora": (lambda: peft.VBLoRAConfig(r=3, num_vectors=9, vector_length=4, target_modules=["q", "v"]), FOURS),
+    "vblora, top 2": (
+        lambda: peft.VBLoRAConfig(
+            r=3, num_vectors=9, vector_length=4, target_modules=["q", "v"], save_only_topk_weights=True
+        ),
+        FOURS,
+    ),
     "vblora, top 3": (
         lambda: peft.VBLoRAConfig(
             r=3, num_vectors=9, vector_length=4, topk=3, target_modules=["q", "v"], save_only_topk_weights=True

@@ -23,11 +23,14 @@ def test_the_choice_counts_what_changes_the_weight() -> None:
     plan, size = tna.SuperLoRA(P.lora(8), [(768, 512)]), 768 * 512
     how = factoring(plan, 0)
 
-    def beyond(applying: Applying) -> dict[str, float]:
+    def beyond(applying: Applying, number: str = "moved", unit: int = size) -> dict[str, float]:
         base, found = costs(plan, 0, how, 64), costs(plan, 0, how, 64, applying)
         for strategy, work in found.items():
             assert work.seconds(MACHINES["cpu"]) > base[strategy].seconds(MACHINES["cpu"])
-        return {strategy: (work.moved - base[strategy].moved) / size for strategy, work in found.items()}
+        return {
+            strategy: (getattr(work, number) - getattr(base[strategy], number)) / unit
+            for strategy, work in found.items()
+        }
 
     # Three norms of 13, three products with q, one sum, the gradients; and ΔW twice more.
     by_rows, by_columns = beyond(Magnitude()), beyond(Magnitude("cols"))
@@ -36,6 +39,11 @@ def test_the_choice_counts_what_changes_the_weight() -> None:
     assert beyond(Hadamard()).keys() == {"weight", "additive"}
     # Two norms, two sums, the gradient of the sum, ΔW thrice and its gradient; y and its gradient, with 64 rows of x.
     assert by_rows["factored"] == by_rows["additive"] == 2 * 13 + 2 * 3 + 2 + 3 + 2 + 8 * 64 / 512
+    # The calls for these: 16 + 4 log2(512) for a norm, and four to form ΔW, whose gradient takes twice as many.
+    norm, rest = 16 + 4 * 9, 4 + 4 + 4 + 8 + 2 * 1 + 16
+    assert beyond(Magnitude(), "calls", 1) == {
+        "weight": 3 * norm + 3 * 2 + 4 + 4 + 10, "additive": 2 * norm + rest, "factored": 2 * norm + rest,
+    }  # fmt: skip
     # Three products, one sum, three products for the gradients; and ΔW twice more.
     assert beyond(Hadamard())["weight"] == 3 * 3 + 3 + 9 + 2
     assert beyond(Hadamard())["additive"] == 2 * 3

@@ -42,11 +42,12 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 # -- Memory layout -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("config", [P.lora(2), P.hira(2)], ids=["lora", "hira"])
 @pytest.mark.parametrize("rows", [None, tna.Rows(2, 3, 8)])
-def test_a_convolution_in_channels_last_is_merged(rows: tna.Rows | None) -> None:
+def test_a_convolution_in_channels_last_is_merged(rows: tna.Rows | None, config: tna.Config) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 3)).to(memory_format=torch.channels_last)
-    adapter = tt.attach(model, targets=[tna.Target("0", (8, 4, 3, 3), "conv", rows=rows)])
+    adapter = tt.attach(model, config, [tna.Target("0", (8, 4, 3, 3), "conv", rows=rows)])
     stir(adapter, 0.3)
     x = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last)
     before, attached = bits(model), run(model, x)

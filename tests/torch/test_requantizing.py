@@ -110,6 +110,16 @@ def test_unmerged_every_byte_is_back(config: tna.Config) -> None:
     assert torch.equal(made(batch()).detach(), first)
 
 
+def test_steps_in_training_are_merged_into() -> None:
+    made, adapter = adapted()
+    made[0].step.requires_grad_()
+    before = bits(made)
+    adapter.merge()
+    assert not same(bits(made), before)
+    adapter.unmerge()
+    assert same(bits(made), before)
+
+
 def test_an_update_of_zero_leaves_the_codes_alone() -> None:
     made, adapter = adapted(size=0.0)
     before = bits(made)

@@ -86,14 +86,13 @@ class RowChange(NamedTuple):
 
 def changed(stored: Tensor, rows: Sequence[tuple[Target, Tensor]]) -> Tensor:
     """Return the stored weight with the rows of targets replaced by matrices ``(rows, cols)``, rounded to its dtype."""
-    total, own = stored, False
+    total = stored
     for target, matrix in rows:
         matrix = matrix.to(stored.dtype)
         if target.is_whole:
-            total, own = (matrix.T if target.transposed else matrix.reshape(stored.shape)), True
-            continue
-        if not own or not total.is_contiguous():
-            total, own = total.clone(memory_format=torch.contiguous_format), True
+            return matrix.T if target.transposed else matrix.reshape(stored.shape)
+        if total is stored:
+            total = stored.clone(memory_format=torch.contiguous_format)
         target.write(total, matrix)
     return total
 

@@ -52,8 +52,5 @@ class GivenMatrix(BroughtMap):
     def squared_norm(self) -> float:
         return float(np.sum(self.brought.astype(np.float64) ** 2))
 
-    def cost(self) -> int:
-        return self.n_in * self.n_out
-
     def matrix(self) -> np.ndarray:
         return self.brought.astype(np.float64)

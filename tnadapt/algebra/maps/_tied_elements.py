@@ -153,9 +153,6 @@ class TiedMap(BroughtMap):
     def freedom(self) -> int:
         return int(np.unique(self.brought).size)
 
-    def cost(self) -> int:
-        return 0
-
     def matrix(self) -> np.ndarray:
         found = np.zeros((self.n_out, self.n_in))
         for row, column in enumerate(self.brought.tolist()):
