@@ -19,7 +19,6 @@ from tnadapt.cli.terminal import (
     engine_options,
     help_text,
     print_table,
-    reporter,
     stoppable,
 )
 
@@ -108,6 +107,8 @@ def experiment(
     def train(recipe: Recipe, folder: Path) -> RecipeOutcome:
         own = inputs_of(recipe, model, data) if several else (model, data)
         looks = features if recipe.kind == "diffusion" or not several else None
+        from tnadapt.cli.training_reporter import reporter  # imports torch
+
         with reporter() as shown:
             return run(
                 recipe, folder, cache=cache or (parent / "cache" if several else None), model=own[0], data=own[1],

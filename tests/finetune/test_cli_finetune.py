@@ -23,7 +23,7 @@ typer_testing = pytest.importorskip("typer.testing")
 from tests.support.depth import in_depth
 from tnadapt.cli import app
 from tnadapt.cli._finetune_command import _word
-from tnadapt.cli._training_lines import _outcome
+from tnadapt.cli.training_reporter import _outcome
 from tnadapt.errors import TnadaptError
 
 from . import tiny_models as tiny

@@ -20,7 +20,6 @@ from ._interrupts import stoppable
 from ._job_package import job_package
 from ._settings import settings_of, targets_of, word_or_number
 from ._task_options import TASK_NAMES, ReportTo, check_options
-from .terminal import reporter
 
 __all__ = ["finetune_command"]
 
@@ -310,6 +309,8 @@ def finetune_command(
     kept = "nothing was trained" if dry_run else f"finished trainings are in {folder}, and the same command resumes"
     with stoppable(kept):
         # Torch is imported here.
+        from .training_reporter import reporter
+
         device_of = (None if dry_run else assumed) or job.usable_device(device)
         training = job.Training(
             epochs=epochs or usual.epochs, batch=batch or usual.batch, device=device_of,

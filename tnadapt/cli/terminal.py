@@ -10,19 +10,15 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
 from tnadapt.errors import TnadaptError, escaped
-from tnadapt.report import ProgressBar
 
 from ._engine_options import ENGINE_HELP, ENGINE_OPTION_HELP, engine_options
 from ._interrupts import stoppable
 from ._printing import echo, echo_json, echo_table, print_table
-
-if TYPE_CHECKING:
-    from tnadapt.finetune import Reporter
 
 __all__ = [
     "ENGINE_HELP",
@@ -36,7 +32,6 @@ __all__ = [
     "exit_on_error",
     "help_text",
     "print_table",
-    "reporter",
     "stoppable",
 ]
 
@@ -80,21 +75,6 @@ def help_text(command: Callable[..., None]) -> str:
     """Return a docstring with each paragraph on one line, to be wrapped to the width of the terminal."""
     # There are no docstrings under python -OO.
     return "\n\n".join(" ".join(text.split()) for text in (inspect.getdoc(command) or "").split("\n\n"))
-
-
-@contextlib.contextmanager
-def reporter() -> Iterator[Reporter]:
-    """Yield what shows the trainings of a study: a bar on a terminal, and a line for each finished one elsewhere."""
-    # With torch: an error in the options is reported sooner without it.
-    if sys.stderr.isatty():
-        from tnadapt.finetune import BarReporter
-
-        with ProgressBar() as bar:
-            yield BarReporter(bar)
-    else:
-        from ._training_lines import LineReporter
-
-        yield LineReporter()
 
 
 @contextlib.contextmanager

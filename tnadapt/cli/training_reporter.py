@@ -1,18 +1,21 @@
-"""The trainings of a study, a line of stderr for each that is finished: for logs, which bars would fill."""
+"""What shows the trainings of a study: a bar on a terminal, and a line for each finished one in a log."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tnadapt.finetune import Reporter, Task
+from tnadapt.finetune import BarReporter, Reporter, Task
+from tnadapt.report import ProgressBar
 
 from ._printing import echo
 
-__all__ = ["LineReporter"]
+__all__ = ["reporter"]
 
 
-class LineReporter(Reporter):
+class _LineReporter(Reporter):
     """Prints a line when something is finished."""
 
     def __init__(self) -> None:
@@ -43,3 +46,13 @@ def _outcome(record: Mapping[str, Any]) -> str:
     else:
         told = f"{record['validation']:.1%}" if "validation" in record else f"loss {record['validation_loss']:.4f}"
     return f"validation {told}, {record['seconds']:.1f} s"
+
+
+@contextlib.contextmanager
+def reporter() -> Iterator[Reporter]:
+    """Yield what shows the trainings of a study: a bar on a terminal, and a line for each finished one elsewhere."""
+    if sys.stderr.isatty():
+        with ProgressBar() as bar:
+            yield BarReporter(bar)
+    else:
+        yield _LineReporter()
