@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ._kernels import kernels
-from ._torch_maps import KernelPair, KernelWithFallback, Map, in_memory, linear_map, on_memory, recorded
+from ._torch_maps import KernelPair, KernelWithFallback, in_memory, linear_map, on_memory, recorded
+from .backend import Map
 
 __all__ = ["fastfood", "hadamard", "hadamard_at_once", "hadamard_into"]
 
