@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 import tnadapt as tna
 import tnadapt.torch
-from tnadapt.torch._arrays import current
 from tnadapt.torch._forward_pass import rounded_delta
 from tnadapt.torch._forward_patch import ForwardPatch
-from tnadapt.torch._state import is_array
+from tnadapt.torch._state import current, is_array
 
 P = tna.presets
 THREADS = 2

@@ -29,7 +29,7 @@ from timing import optional, threads
 
 import tnadapt as tna
 import tnadapt.tensors as tt
-from tnadapt.algebra.rearrangement import rearranged
+from tnadapt.algebra.products import rearranged
 from tnadapt.backends import load_backend
 
 RESULTS = Path(__file__).with_name("results") / "decompositions.jsonl"

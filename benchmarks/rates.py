@@ -8,7 +8,7 @@ an hour, the others three to four hours with three seeds.
 
 ``python benchmarks/rates.py table`` writes the tables that ``docs/learning_rate.rst`` shows from the results; among
 them that of the powers of N / n in ``results/rates/power.jsonl``, which were trained with ``SPREAD = 0`` in
-``tnadapt.algebra._adam_units``, and that of norms in ``norm.jsonl``, trained with ``step_norm`` 1 for any number of
+``tnadapt.algebra.units``, and that of norms in ``norm.jsonl``, trained with ``step_norm`` 1 for any number of
 weights.
 """
 
@@ -27,7 +27,7 @@ from formatting import list_table
 
 from paper.registries import SOURCES, fetch
 from tnadapt import presets
-from tnadapt.algebra._adam_units import RATE, WEIGHTS, step_norm
+from tnadapt.algebra.units import RATE, WEIGHTS, step_norm
 from tnadapt.finetune import Method, Spec, Study, Training
 from tnadapt.finetune.grid import method_of
 from tnadapt.finetune.results import read_lines

@@ -3,7 +3,7 @@
 A part of ``benchmarks/fast.py``. For every number of tokens, width and format, one square layer with an adapter takes
 forward and backward passes (its input requires a gradient, its weight does not) with each strategy available for that
 format, in turn; the result is the median for the whole layer. ``chosen`` is the choice of
-:mod:`tnadapt.torch._step_cost` for these tokens, and ``over best`` its time relative to the best.
+:mod:`tnadapt.torch._strategy_choice` for these tokens, and ``over best`` its time relative to the best.
 """
 
 from __future__ import annotations

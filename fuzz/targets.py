@@ -196,9 +196,8 @@ def model(data: bytes) -> None:
 def table(data: bytes) -> None:
     """Read bytes as a table of samples whose suffix the first byte selects, find its task and write it as CSV."""
     from tnadapt.cli._predict_command import _written
-    from tnadapt.finetune._data_sources import labelled_texts
-    from tnadapt.finetune._prediction_rows import prediction_rows
-    from tnadapt.finetune._sample_tables import TABLES, read_table
+    from tnadapt.finetune._prediction import prediction_rows
+    from tnadapt.finetune.data import TABLES, labelled_texts, read_table
 
     with _folder() as folder:
         path = folder / f"table{TABLES[data[0] % len(TABLES) if data else 0]}"

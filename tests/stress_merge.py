@@ -26,7 +26,8 @@ from typing import NamedTuple
 import pytest
 
 import tnadapt as tna
-from tnadapt.checkpoints import file_locks, renaming
+from tnadapt.checkpoints import atomic_files as file_locks
+from tnadapt.checkpoints import atomic_files as renaming
 
 from .checkpoints.merge.merge_scene import ACTIONS, Content, Scene, content, scene
 from .support.file_layer import Call, intercepted

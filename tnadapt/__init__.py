@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from .algebra.formats import register_format
     from .algebra.geometry import geometry
     from .algebra.maps import register_map
+    from .algebra.maps.fastfood import fwht
     from .algebra.maps.projection import Projection
-    from .algebra.maps.walsh_hadamard import fwht
     from .algebra.products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
     from .algebra.sources import register_source
     from .algebra.starting_points import register_start
@@ -128,7 +128,7 @@ _LAZY = {
     "decompose": "decomposition",
     "extract": "decomposition.extraction",
     "from_hypercube": "algebra.folding",
-    "fwht": "algebra.maps.walsh_hadamard",
+    "fwht": "algebra.maps.fastfood",
     "geometry": "algebra.geometry",
     "hadamard_decomposition": "tensors",
     "hypercube_shape": "algebra.folding",

@@ -7,6 +7,7 @@ What else must hold for a value is checked by the function itself.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import inspect
 import numbers
@@ -16,7 +17,17 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError, safe_repr
 
-__all__ = ["checks_arguments", "flag", "is_sequence", "wrong_argument"]
+__all__ = [
+    "checks_arguments",
+    "flag",
+    "is_sequence",
+    "require_frozen",
+    "wrong_argument",
+]
+
+
+# -- The types of arguments of public functions, checked before a function does anything -------------------------------
+
 
 # Python does not print longer integers.
 _MOST_BITS = 14_000
@@ -312,3 +323,32 @@ _CLASSES = frozenset({
     "SuperLoRA", "Target", "Training", "nn.Module", "torch.device",
 })  # fmt: skip
 _ERRORS = {"nn.Module": TargetError, "Target": TargetError, "AdapterFile": FileError}
+
+
+# -- The check of classes whose fields are what a config and a file say of a map or a source ---------------------------
+
+
+def require_frozen(cls: Any, what: str, reserved: str) -> None:
+    """Raise a ConfigError unless a class is a frozen dataclass whose fields are all arguments.
+
+    Other settings would be lost: two objects that differ in them would be equal, and a file would not hold them.
+
+    Parameters
+    ----------
+    cls : type
+    what : str
+        The class in messages.
+    reserved : str
+        The name that a file uses for the kind.
+    """
+    # Of the class itself: what it inherits says nothing of its own attributes.
+    if "__dataclass_fields__" not in cls.__dict__ or not cls.__dict__["__dataclass_params__"].frozen:
+        raise ConfigError(
+            f"{what} must be a frozen dataclass: decorate the class with @dataclasses.dataclass(frozen=True)"
+        )
+    for field in dataclasses.fields(cls):
+        if field.name == reserved or not field.init:
+            raise ConfigError(
+                f"{what} has the field {field.name!r}: the name {reserved!r} is reserved, and every field must be an "
+                "argument of the class"
+            )

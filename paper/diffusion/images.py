@@ -15,7 +15,7 @@ from scipy.io.matlab import MatReadError
 from torch import Tensor
 
 from tnadapt.errors import FileError, TnadaptError
-from tnadapt.finetune.archives import DEFLATED, filled
+from tnadapt.finetune.data import DEFLATED, filled
 
 __all__ = ["CLASSES", "DATASETS", "ImageSet", "balanced", "missing_files", "read_images"]
 

@@ -28,10 +28,10 @@ from tnadapt.algebra.sources import (
     source_from_dict,
     source_to_dict,
 )
-from tnadapt.algebra.sources._subspace import dominant_basis
+from tnadapt.algebra.sources._from_base import dominant_basis
 from tnadapt.backends import Backend
 from tnadapt.testing import _reference as reference
-from tnadapt.testing._reference_arrays import network_arrays, trained_shapes
+from tnadapt.testing._reference import network_arrays, trained_shapes
 
 SHAPES = [(6, 4)] * 3
 BASE = list(np.random.default_rng(7).normal(size=(3, 6, 4)))

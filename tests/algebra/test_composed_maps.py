@@ -19,7 +19,7 @@ import tnadapt as tna
 from tests.conftest import on_every_library, relative_error
 from tnadapt.algebra import rng as draws
 from tnadapt.algebra.maps import Chain, Map, PerWeight, make_map, make_map_on_weights
-from tnadapt.algebra.maps._daubechies import DAUBECHIES
+from tnadapt.algebra.maps._transforms import DAUBECHIES
 from tnadapt.backends import Backend, load_backend
 from tnadapt.maps import (
     CenteredWavelet,
@@ -35,7 +35,7 @@ from tnadapt.maps import (
 )
 from tnadapt.plugins import forget_registered
 from tnadapt.testing import _reference as reference
-from tnadapt.testing import _reference_maps as reference_maps
+from tnadapt.testing import _reference as reference_maps
 from tnadapt.testing.strategies import parameters, plans
 
 NUMPY = load_backend("numpy")
@@ -333,7 +333,7 @@ def test_units_and_starts_of_fourierft_compute_no_transform(monkeypatch: pytest.
     def refuse(*args: Any) -> None:
         raise AssertionError("a transform was computed")
 
-    monkeypatch.setattr("tnadapt.algebra.maps._dft.Dft2.forward", refuse)
+    monkeypatch.setattr("tnadapt.algebra.maps._transforms.Dft2.forward", refuse)
     plan = tna.SuperLoRA(tna.presets.fourierft(1000), [(768, 768)] * 24)
     assert len(plan.units) == len(plan.init()) == 24
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tnadapt.algebra._contraction_order import cp_groups, train_cut, tucker_last
+from tnadapt.algebra.products import cp_groups, train_cut, tucker_last
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.conftest import relative_error
-from tnadapt.algebra.factor_products import (
+from tnadapt.algebra.products import (
     cp_in_groups,
     khatri_rao,
     khatri_rao_of_rows,

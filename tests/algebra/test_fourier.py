@@ -24,7 +24,7 @@ ROUNDING = {"float64": 1e-12, "float32": 2.0**-20}
 
 def with_fft() -> Any:
     """Return a context in which sides do not matter."""
-    return mock.patch("tnadapt.algebra.maps._dft._PRODUCTS_PER_STEP", 0)
+    return mock.patch("tnadapt.algebra.maps._transforms._PRODUCTS_PER_STEP", 0)
 
 
 def fourier(rows: int, cols: int) -> Dft2:
@@ -62,7 +62,7 @@ def test_the_fft_is_the_product_with_cosines_and_sines(
 def test_every_library_computes_numpys_transform(
     backend: Backend, shape: tuple[int, int], rate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tnadapt.algebra.maps._dft._PRODUCTS_PER_STEP", rate)
+    monkeypatch.setattr("tnadapt.algebra.maps._transforms._PRODUCTS_PER_STEP", rate)
     x = np.random.default_rng(0).normal(size=(2, math.prod(shape)))
     f = tna.Projection.on_weights("dft2", [shape])
     expected = np.fft.ifft2(x.reshape(2, *shape)).real.reshape(2, -1)

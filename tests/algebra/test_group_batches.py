@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tnadapt.algebra.group_batches import batches
+from tnadapt.algebra.group import batches
 from tnadapt.algebra.maps import KINDS
 from tnadapt.backends import Backend, load_backend
 from tnadapt.testing.strategies import parameters, plans

@@ -10,9 +10,9 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tnadapt.algebra._weight_places import place_of, run_in_box
 from tnadapt.algebra.factoring import factoring
 from tnadapt.algebra.formats import FORMATS
+from tnadapt.algebra.layout import place_of, run_in_box
 from tnadapt.backends import load_backend
 
 P = tna.presets

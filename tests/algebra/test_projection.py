@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.conftest import on_every_library, relative_error
 from tnadapt.algebra.maps import KINDS, SQUARE
-from tnadapt.algebra.maps._fastfood_draws import hadamard_rows
+from tnadapt.algebra.maps.fastfood import hadamard_rows
 from tnadapt.backends import Backend, load_backend
-from tnadapt.testing import _reference_maps as reference_maps
+from tnadapt.testing import _reference as reference_maps
 
 KIND = st.sampled_from(KINDS)
 LENGTHS = [(1, 1), (1, 9), (9, 1), (2, 3), (7, 7), (64, 64), (37, 509), (40, 7), (100, 1000)]
@@ -80,7 +80,7 @@ def test_slices(kind: str, n_in: int, n_out: int, seed: int, group: int, data: s
 def test_slices_on_every_library(
     backend: Backend, kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tnadapt.algebra.maps._linear._LEAST_BLOCK", 16)  # more than one block
+    monkeypatch.setattr("tnadapt.algebra.maps.fastfood._LEAST_BLOCK", 16)  # more than one block
     f = made(kind, 9, 300)
     x = rng.normal(size=(2, f.n_in))
     whole = expected(f, x)
@@ -95,9 +95,9 @@ def test_slices_on_every_library(
 def test_slices_longer_than_a_chunk_of_the_last_transform(
     kind: str, part: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tnadapt.algebra.maps._linear._SLICE_CHUNK", 64)
-    monkeypatch.setattr("tnadapt.algebra.maps._linear._SLICE_PART", part)
-    monkeypatch.setattr("tnadapt.algebra.maps._linear._LEAST_BLOCK", 16)
+    monkeypatch.setattr("tnadapt.algebra.maps.fastfood._SLICE_CHUNK", 64)
+    monkeypatch.setattr("tnadapt.algebra.maps.fastfood._SLICE_PART", part)
+    monkeypatch.setattr("tnadapt.algebra.maps.fastfood._LEAST_BLOCK", 16)
     f = made(kind, 50, 3000)
     x = rng.normal(size=50)
     whole = made(kind, 50, 3000)(x)

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnadapt.algebra.rearrangement import contracted, padded_to, rearranged
+from tnadapt.algebra.products import contracted, padded_to, rearranged
 from tnadapt.backends import get_backend
 from tnadapt.testing.strategies import parameters, plans
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tnadapt.algebra.shared_maps import share_maps
+from tnadapt.algebra.superlora import share_maps
 from tnadapt.testing.strategies import parameters, plans
 
 P = tna.presets

@@ -16,8 +16,8 @@ import tnadapt as tna
 from tests.conftest import peak_of, relative_error
 from tnadapt.backends import Backend
 from tnadapt.testing import _reference as reference
-from tnadapt.testing._change_laws import formula
 from tnadapt.testing.strategies import base_weights, parameters, plans
+from tnadapt.testing.verification import formula
 
 ORACLES = json.loads((Path(__file__).parents[1] / "oracles.json").read_text())
 VIT_BASE = [(768, 768)] * 24

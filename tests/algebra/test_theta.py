@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tnadapt.algebra._dtype_rounding import rounded_to
 from tnadapt.algebra.maps import BroughtMap, Map, make_map
+from tnadapt.algebra.norms import rounded_to
 from tnadapt.algebra.theta import THETA_STREAMS
 from tnadapt.backends import Backend, load_backend
-from tnadapt.testing import _reference_maps as reference_maps
+from tnadapt.testing import _reference as reference_maps
 
 P = tna.presets
 SHAPES = [(6, 4), (5, 4), (6, 4)]
@@ -104,7 +104,7 @@ def test_one_hot_maps_are_isometries(name: str, n_in: int, more: int, seed: int)
 
 
 def test_a_large_normal_map_is_drawn_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tnadapt.algebra.maps import _normal
+    from tnadapt.algebra.maps import _matrices as _normal
 
     small = make_map("normal", 7, 50, seed=1)
     x, y = np.random.default_rng(0).normal(size=(2, 7)), np.random.default_rng(1).normal(size=(2, 50))

@@ -14,9 +14,15 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tnadapt.algebra import presets
-from tnadapt.algebra._adam_units import RATE, SPREAD, STEP_NORM, STEPS, WEIGHTS
-from tnadapt.algebra._rate_names import RATE_NAMES
-from tnadapt.algebra._rates import RATES
+from tnadapt.algebra.config import RATE_NAMES
+from tnadapt.algebra.units import (
+    RATE,
+    RATES,
+    SPREAD,
+    STEP_NORM,
+    STEPS,
+    WEIGHTS,
+)
 from tnadapt.errors import ConfigError
 from tnadapt.testing import strategies
 

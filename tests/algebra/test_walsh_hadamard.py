@@ -10,7 +10,7 @@ from scipy.linalg import hadamard
 
 import tnadapt as tna
 from tests.conftest import relative_error
-from tnadapt.algebra.maps.walsh_hadamard import fwht_plain
+from tnadapt.algebra.maps.fastfood import fwht_plain
 from tnadapt.backends import Backend
 
 

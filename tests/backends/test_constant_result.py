@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tnadapt.backends.constant_result import constant_result
+from tnadapt.backends.backend import constant_result
 
 
 def test_the_mark_is_torchs() -> None:

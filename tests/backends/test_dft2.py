@@ -19,7 +19,7 @@ MATRIX = F.matrix()
 @pytest.fixture(autouse=True)
 def with_fft(monkeypatch: pytest.MonkeyPatch) -> None:
     """For these short sides, the products are faster."""
-    monkeypatch.setattr("tnadapt.algebra.maps._dft._PRODUCTS_PER_STEP", 0)
+    monkeypatch.setattr("tnadapt.algebra.maps._transforms._PRODUCTS_PER_STEP", 0)
 
 
 class TestTorch:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnadapt.backends import Backend, get_backend
-from tnadapt.backends._kron import kron_by_rows, kron_plain, short_rows
+from tnadapt.backends.backend import kron_by_rows, kron_plain, short_rows
 
 SIZES = st.integers(1, 6)
 

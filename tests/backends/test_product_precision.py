@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
-from tnadapt.algebra.maps.walsh_hadamard import fwht_plain
+from tnadapt.algebra.maps.fastfood import fwht_plain
 from tnadapt.backends import get_backend
 
 torch = pytest.importorskip("torch")

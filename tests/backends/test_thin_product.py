@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import relative_error
+from tnadapt.backends import _numpy as implementation
 from tnadapt.backends import load_backend
-from tnadapt.backends._kernels import thin_product as implementation
-from tnadapt.backends._kernels.thin_product import thin_product
+from tnadapt.backends._numpy import thin_product
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tnadapt.backends import _torch_gpu as torch_gpu
-from tnadapt.backends import _torch_operators as operators
+from tnadapt.backends import _torch_maps as operators
 from tnadapt.torch._delta import vector
 
 LARGE = 2**64 - 59

@@ -15,7 +15,7 @@ import pytest
 import tnadapt as tna
 from tests.conftest import relative_error
 from tnadapt import AdapterFile, BackendError, Config, ConfigError, ShapeError, SuperLoRA, Target
-from tnadapt.checkpoints._expected_arrays import _arrays_of_group
+from tnadapt.checkpoints.adapter_file import _arrays_of_group
 from tnadapt.checkpoints.fingerprint import fingerprint
 
 TARGETS = (

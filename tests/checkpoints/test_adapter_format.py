@@ -27,7 +27,8 @@ import tnadapt as tna
 from tests.support import forge
 from tests.support.array_presets import P
 from tnadapt import AdapterFile, Config, FileError, Rows, SuperLoRA, Target
-from tnadapt.checkpoints import _adapter_recipe, adapter_format
+from tnadapt.checkpoints import adapter_format
+from tnadapt.checkpoints import adapter_format as _adapter_recipe
 from tnadapt.checkpoints.fingerprint import Fingerprint, fingerprint
 
 from .test_adapter_file import CONFIGS, LORA, arrays_of, made, round_to_bfloat16

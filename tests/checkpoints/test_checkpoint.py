@@ -17,9 +17,8 @@ from safetensors.numpy import save_file
 
 from tests.support import forge
 from tnadapt import FileError
-from tnadapt.checkpoints._header_entries import Entries
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.checkpoints.container import FOREIGN
+from tnadapt.checkpoints.container import FOREIGN, Entries
 
 
 def tensors(seed: int = 0) -> dict[str, np.ndarray]:
@@ -311,7 +310,7 @@ def test_the_tensors_of_a_header_can_be_sent_to_another_process(tmp_path: Path, 
 
 
 def test_names_of_the_same_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tnadapt.checkpoints._header_entries.hash", lambda name: len(name), raising=False)
+    monkeypatch.setattr("tnadapt.checkpoints.container.hash", lambda name: len(name), raising=False)
     entries = Entries()
     for i in range(5):
         entries.add(f"{i}".encode(), "F32", b"1", 4 * i, 4 * i + 4)

@@ -13,8 +13,15 @@ import safetensors
 
 from tests.support import forge
 from tnadapt import FileError
-from tnadapt.checkpoints.container import DTYPES, MAX_HEADER, file_error_context, opened, raw_dtype, serialized
-from tnadapt.checkpoints.strict_json import strict_json
+from tnadapt.checkpoints.container import (
+    DTYPES,
+    MAX_HEADER,
+    file_error_context,
+    opened,
+    raw_dtype,
+    serialized,
+    strict_json,
+)
 
 EMPTY = '{"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}'
 ONE = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
-from tnadapt.checkpoints.gguf_place import gguf_files, gguf_place, hidden_bar, need_gguf
+from tnadapt.checkpoints.checkpoint import (
+    gguf_files,
+    gguf_place,
+    hidden_bar,
+    need_gguf,
+)
 from tnadapt.errors import FileError, TnadaptError
 
 

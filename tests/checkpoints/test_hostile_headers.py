@@ -22,11 +22,10 @@ import tnadapt as tna
 from tests.support import checkpoint_files as cp
 from tests.support import forge
 from tests.support.depth import LONG, in_depth
-from tnadapt.checkpoints import _json_scan as json_scan
 from tnadapt.checkpoints import checkpoint, container
-from tnadapt.checkpoints._header import MAX_METADATA, read_header
+from tnadapt.checkpoints import container as json_scan
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.checkpoints.strict_json import strict_json
+from tnadapt.checkpoints.container import MAX_METADATA, read_header, strict_json
 
 from .hostile_headers import HEADERS, USES, write
 
@@ -147,9 +146,9 @@ def test_tensors_targets_and_values_are_counted(tmp_path: Path, monkeypatch: pyt
     arrays = {name: np.ones(size, "f4") for name, size in plan.param_shapes.items()}
     tna.save(path, tna.AdapterFile(config, targets, arrays))
     for limit, most, why in [
-        ("_header.MAX_TENSORS", 6, "the header has more than 5 tensors, and no model has as many"),
+        ("container.MAX_TENSORS", 6, "the header has more than 5 tensors, and no model has as many"),
         (
-            "_adapter_recipe._MAX_TARGETS",
+            "adapter_format._MAX_TARGETS",
             3,
             "has more than 2 targets, and no model has as many weights to adapt",
         ),

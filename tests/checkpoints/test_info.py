@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 import tnadapt as tna
 from tests.conftest import peak_of
 from tests.support import checkpoint_files as cp
-from tnadapt.checkpoints._header import read_header
+from tnadapt.checkpoints.container import read_header
 from tnadapt.targets.checkpoint_targets import find_stored
-from tnadapt.targets.pairing import paired
+from tnadapt.targets.prefixes import paired
 
 P, T = tna.presets, tna.Target
 
@@ -188,7 +188,7 @@ def test_names_of_a_model_are_strings(
     said: Any, architectures: Any, kind: Any, printed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("typer")
-    from tnadapt.cli._info_command import info_command
+    from tnadapt.cli._file_commands import info_command
 
     save_file({"h.0.q_proj.weight": np.ones((4, 4), np.float32)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(said))

@@ -157,7 +157,7 @@ def test_info_plan_and_summary_say_the_same(config: Config, tmp_path: Path) -> N
     file = adapter(config)
     tna.save(tmp_path / "adapter.safetensors", file)
     assert tna.info(tmp_path / "adapter.safetensors")["export"]["says"] == said(file)
-    from tnadapt.planning._plan_row import Row
+    from tnadapt.planning._plan_table import Row
 
     row = Row.of(file.plan)
     assert str(row.export) == row.to_dict()["export"]["says"] == said(file)

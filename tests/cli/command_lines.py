@@ -69,11 +69,12 @@ def command_lines(places: Mapping[str, str]) -> Iterator[CommandLines]:
 def _serve() -> None:
     import paper.__main__
     import tnadapt.__main__
-    from tnadapt.cli._lazy_commands import COMMANDS
+    from tnadapt.cli.terminal import COMMANDS
 
     mains = {"tnadapt": tnadapt.__main__.main, "paper": paper.__main__.main}
     # Commands import what they need when they are used: here beforehand, so that it does not count as what they take.
-    lazily = [*(f"tnadapt.cli._{name}_command" for name in COMMANDS), "tnadapt.torch", "tnadapt.finetune._study"]
+    modules = (f"tnadapt.cli.{module}" for module in COMMANDS.values())
+    lazily = [*modules, "tnadapt.torch", "tnadapt.finetune._study"]
     for name in (*lazily, "tnadapt.finetune._prediction", "paper.command", "sklearn.datasets", "matplotlib.pyplot"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

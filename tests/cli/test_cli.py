@@ -22,7 +22,7 @@ import typer
 
 from tnadapt import cli
 from tnadapt.cli._finetune_command import PROJECTIONS
-from tnadapt.cli._lazy_commands import COMMANDS
+from tnadapt.cli.terminal import COMMANDS
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -180,11 +180,11 @@ def test_commands_are_imported_when_they_are_used() -> None:
 import sys, typer
 from tnadapt.cli import app
 group = typer.main.get_command(app)
-print(group.list_commands(None), [name for name in sys.modules if name.endswith("_command")])
-print(group.get_command(None, "info").name, [name for name in sys.modules if name.endswith("_command")])
+print(group.list_commands(None), [name for name in sys.modules if name.endswith(("_command", "_commands"))])
+print(group.get_command(None, "info").name, [name for name in sys.modules if name.endswith(("_command", "_commands"))])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout.splitlines() == [f"{list(COMMANDS)} []", "info ['tnadapt.cli._info_command']"]
+    assert done.stdout.splitlines() == [f"{list(COMMANDS)} []", "info ['tnadapt.cli._file_commands']"]
 
 
 def test_shells_complete_presets() -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
-from tnadapt.convert import FORMS, FileFormat, _format_registry, register_file_format
+from tnadapt.convert import FORMS, FileFormat, register_file_format
+from tnadapt.convert import _pipeline as _format_registry
 from tnadapt.convert._file_format import KINDS
 from tnadapt.plugins import Registry
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 import tnadapt as tna
 from tests.support.depth import long_only
 from tnadapt import AdapterFile, ConfigError, FileError, Target
-from tnadapt.convert._gguf_base import GgufBase, base_of_gguf
+from tnadapt.convert._gguf_format import GgufBase, base_of_gguf
 
 from .conversions import TOLERANCE, error, made, updates
 

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 import tnadapt as tna
 from tnadapt import ConfigError, FileError, TargetError
-from tnadapt.convert._peft_methods import METHODS
+from tnadapt.convert._peft_format import METHODS
 from tnadapt.maps import Circulant, Tile, TorchScatter, Wavelet
 
 from .conversions import made

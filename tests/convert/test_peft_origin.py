@@ -10,7 +10,7 @@ import pytest
 
 import tnadapt as tna
 from tnadapt import Pretrained
-from tnadapt.convert._peft_origin import origin_settings
+from tnadapt.convert._peft_settings import origin_settings
 
 from .conversions import SHAPES, fill, made
 

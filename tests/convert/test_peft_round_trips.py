@@ -21,8 +21,7 @@ import pytest
 
 import tnadapt as tna
 from tests.support.depth import in_depth
-from tnadapt.convert._peft_format import PeftFormat
-from tnadapt.convert._peft_methods import METHODS
+from tnadapt.convert._peft_format import METHODS, PeftFormat
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

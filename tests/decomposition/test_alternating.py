@@ -9,8 +9,9 @@ import pytest
 
 import tnadapt as tna
 from tnadapt.backends import get_backend
-from tnadapt.decomposition import _alternating, _through_map
-from tnadapt.decomposition._linear_algebra import Algebra
+from tnadapt.decomposition import _group_fits as _through_map
+from tnadapt.decomposition import _parameter_fit as _alternating
+from tnadapt.decomposition.linear_algebra import Algebra
 
 
 def updates_of(plan: tna.SuperLoRA, seed: int, noise: float) -> list[np.ndarray]:

@@ -12,8 +12,8 @@ from scipy.sparse.linalg import aslinearoperator
 
 import tnadapt as tna
 from tnadapt.decomposition._damped_gauss_newton import damped_gauss_newton
-from tnadapt.decomposition._fit import Limits
-from tnadapt.decomposition._observed_elements import ObservedElements
+from tnadapt.decomposition._observed_fit import ObservedElements
+from tnadapt.decomposition.fits import Limits
 
 
 def _elements(config: tna.Config, shape: tuple[int, int]) -> ObservedElements:

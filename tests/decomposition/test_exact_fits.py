@@ -12,12 +12,13 @@ from tests.support.depth import in_depth
 from tests.support.exact_cases import cp_tensor, padded_plans, random_deltas
 from tnadapt.algebra.products import tt_tensor
 from tnadapt.backends import Backend, load_backend
-from tnadapt.decomposition import Limits, _padded_fit
+from tnadapt.decomposition import Limits
+from tnadapt.decomposition import _network_fit as _padded_fit
 from tnadapt.decomposition import _network_fit as network_fit
-from tnadapt.decomposition._linear_algebra import Algebra
-from tnadapt.decomposition._observed_elements import ObservedElements
-from tnadapt.decomposition._padded_fit import from_full_rows
-from tnadapt.decomposition.train_als import improved_train
+from tnadapt.decomposition._network_fit import from_full_rows
+from tnadapt.decomposition._observed_fit import ObservedElements
+from tnadapt.decomposition.linear_algebra import Algebra
+from tnadapt.decomposition.tt_svd import improved_train
 
 NUMPY = load_backend("numpy")
 FORMATS = ("cp", "cp-weighted", "tucker", "tt", "cp-batched")

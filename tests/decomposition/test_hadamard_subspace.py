@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tnadapt.decomposition import _hadamard_subspace as subspace
-from tnadapt.decomposition._hadamard_subspace import subspace_start
+from tnadapt.decomposition import _hadamard_fit as subspace
+from tnadapt.decomposition._hadamard_fit import subspace_start
 
 
 def product(shape: tuple[int, int], ranks: tuple[int, ...], seed: int) -> np.ndarray:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnadapt.decomposition import leading_proof
-from tnadapt.decomposition.leading_proof import no_matrix_is_closer
+from tnadapt.decomposition import linear_algebra as leading_proof
+from tnadapt.decomposition.linear_algebra import no_matrix_is_closer
 
 
 def proved(matrix: np.ndarray, vectors: np.ndarray) -> bool:

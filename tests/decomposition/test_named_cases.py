@@ -14,8 +14,8 @@ import tensorly
 import tnadapt as tna
 from tnadapt import presets
 from tnadapt.backends import get_backend
-from tnadapt.decomposition._linear_algebra import Algebra
-from tnadapt.decomposition._lower_bounds import lower_bound
+from tnadapt.decomposition.linear_algebra import Algebra
+from tnadapt.decomposition.matrix_truncation import lower_bound
 
 
 @pytest.mark.slow

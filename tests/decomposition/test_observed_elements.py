@@ -11,9 +11,8 @@ import tnadapt as tna
 from tnadapt.algebra.formats import CP
 from tnadapt.algebra.network import Network
 from tnadapt.backends import load_backend
-from tnadapt.decomposition._fit import Limits
-from tnadapt.decomposition._observed_elements import ObservedElements, unobserved
-from tnadapt.decomposition._observed_sweeps import sweeps_on_observed
+from tnadapt.decomposition._observed_fit import ObservedElements, sweeps_on_observed, unobserved
+from tnadapt.decomposition.fits import Limits
 from tnadapt.testing.strategies import plans
 
 NUMPY = load_backend("numpy")

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
-from tnadapt.decomposition import GroupReport, _group_fits, _linear_algebra
-from tnadapt.decomposition._linear_algebra import Algebra
-from tnadapt.decomposition.optimality import all_of, holds
+from tnadapt.decomposition import GroupReport, _group_fits
+from tnadapt.decomposition import linear_algebra as _linear_algebra
+from tnadapt.decomposition.fits import all_of, holds
+from tnadapt.decomposition.linear_algebra import Algebra
 
 KNOWN = {"size": 4, "norm": 2.0, "error": 0.5, "iterations": 0, "method": "SVD"}
 

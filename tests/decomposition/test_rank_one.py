@@ -10,9 +10,9 @@ import pytest
 import tnadapt as tna
 from tnadapt.algebra.products import cp_tensor
 from tnadapt.backends import Backend, load_backend
-from tnadapt.decomposition._linear_algebra import Algebra
 from tnadapt.decomposition._single_tensor import Limits, _als
-from tnadapt.decomposition.rank_one import nearest_rank_one
+from tnadapt.decomposition.cp_als import nearest_rank_one
+from tnadapt.decomposition.linear_algebra import Algebra
 
 NUMPY = load_backend("numpy")
 SHAPES = ((3, 3, 3), (4, 5, 6), (2, 3, 4, 5), (6, 6, 6, 6), (2, 2, 2, 2, 2), (12, 3, 40))

@@ -15,8 +15,8 @@ from tnadapt import presets
 from tnadapt.algebra.norms import norm, norm_of_difference, relative_difference
 from tnadapt.backends import Backend, get_backend, load_backend
 from tnadapt.decomposition import FitReport, GroupReport
-from tnadapt.decomposition._linear_algebra import Algebra
-from tnadapt.decomposition._lower_bounds import lower_bound
+from tnadapt.decomposition.linear_algebra import Algebra
+from tnadapt.decomposition.matrix_truncation import lower_bound
 from tnadapt.errors import BackendError, ShapeError
 
 SHAPES = [(12, 8), (6, 8)]

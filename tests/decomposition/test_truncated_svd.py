@@ -12,11 +12,17 @@ from hypothesis import strategies as st
 
 from tnadapt.backends import Backend, load_backend
 from tnadapt.decomposition import _truncated_svd
-from tnadapt.decomposition._lanczos import _Bidiagonalization, _leading, _misses, lanczos_pays, lanczos_vectors
-from tnadapt.decomposition._linear_algebra import Algebra
-from tnadapt.decomposition._truncated_svd import leading_triplets, truncated_pays
-from tnadapt.decomposition.leading_proof import no_matrix_is_closer
-from tnadapt.decomposition.optimality import holds
+from tnadapt.decomposition._truncated_svd import (
+    _Bidiagonalization,
+    _leading,
+    _misses,
+    lanczos_pays,
+    lanczos_vectors,
+    leading_triplets,
+    truncated_pays,
+)
+from tnadapt.decomposition.fits import holds
+from tnadapt.decomposition.linear_algebra import Algebra, no_matrix_is_closer
 
 SIZE = 160
 NUMPY = load_backend("numpy")

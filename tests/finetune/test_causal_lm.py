@@ -14,9 +14,7 @@ pytest.importorskip("accelerate")
 
 from tnadapt.errors import FileError, TnadaptError
 from tnadapt.finetune import Spec, open_problem, predict
-from tnadapt.finetune._data import Samples
-from tnadapt.finetune._data_sources import open_source
-from tnadapt.finetune._sample_tables import Table
+from tnadapt.finetune.data import Samples, Table, open_source
 from tnadapt.finetune.tasks import TASKS
 
 from . import tiny_models as tiny

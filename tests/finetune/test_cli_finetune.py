@@ -183,7 +183,7 @@ def test_the_engine_and_its_options_arrive_in_the_study(
 
 def test_a_proof_that_fails_is_exit_code_1(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tnadapt.finetune import _study as study
-    from tnadapt.finetune._best import Proof
+    from tnadapt.finetune._study import Proof
 
     monkeypatch.setattr(study, "prove", lambda *given: Proof(269, False, 3, 0.5))
     done = invoke(*QUICK, "--cache", cache, "--out", tmp_path, "--rank", 1, "--jobs", 1)

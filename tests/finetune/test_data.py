@@ -18,10 +18,16 @@ from tnadapt.errors import FileError, TnadaptError
 pytest.importorskip("torch")
 
 from tests.conftest import peak_of
-from tnadapt.finetune import archives
-from tnadapt.finetune._data import PARTS, Data, Samples, choose, divide
-from tnadapt.finetune._data_sources import read
+from tnadapt.finetune import data as archives
 from tnadapt.finetune._digits import Pixels
+from tnadapt.finetune.data import (
+    PARTS,
+    Data,
+    Samples,
+    choose,
+    divide,
+    read,
+)
 from tnadapt.finetune.problem import samples_digest
 
 

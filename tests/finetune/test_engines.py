@@ -31,7 +31,8 @@ import torch
 import tnadapt as tna
 from tests.support.depth import in_depth, long_only
 from tnadapt.finetune import Engine, engines, open_engine, run_tasks
-from tnadapt.finetune.engines import Started, _run_folder, _slurm
+from tnadapt.finetune.engines import Started, _slurm
+from tnadapt.finetune.engines import _engine as _run_folder
 
 from . import fake_slurm
 from .played_tasks import ROOT, Act, Play, acts, environment, lines, run, start

@@ -65,7 +65,7 @@ def test_a_budget_of_nothing() -> None:
 
 
 def test_a_budget_below_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tnadapt.finetune import _budget as budget
+    from tnadapt.finetune import grid as budget
 
     monkeypatch.setattr(budget, "_families", lambda shapes: usual(shapes)[:2])
     with pytest.raises(

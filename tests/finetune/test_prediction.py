@@ -20,9 +20,8 @@ import tnadapt as tna
 from tnadapt.cli import app
 from tnadapt.errors import FileError, TnadaptError
 from tnadapt.finetune import Spec, Task, Training, open_problem, predict
-from tnadapt.finetune._data import Samples, divide
-from tnadapt.finetune._data_sources import open_source
 from tnadapt.finetune._learning_task import LearningTask
+from tnadapt.finetune.data import Samples, divide, open_source
 from tnadapt.finetune.grid import Method
 from tnadapt.finetune.loop import evaluate
 from tnadapt.finetune.problem import Problem

@@ -14,8 +14,8 @@ pytest.importorskip("torch")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnadapt.finetune._prediction_rows import prediction_rows
-from tnadapt.finetune._sample_tables import Table
+from tnadapt.finetune._prediction import prediction_rows
+from tnadapt.finetune.data import Table
 
 names = st.sampled_from(["prediction", "score", "prediction_2", "score_2", "score_3", "id"])
 

@@ -17,16 +17,10 @@ pytest.importorskip("PIL")
 from safetensors import torch as safetensors_torch
 
 from tnadapt.errors import FileError, TnadaptError
-from tnadapt.finetune import (
-    Choice,
-    Spec,
-    Study,
-    Training,
-    _image_inputs,
-    open_problem,
-)
-from tnadapt.finetune._data import Samples
+from tnadapt.finetune import Choice, Spec, Study, Training, open_problem
+from tnadapt.finetune import _text_inputs as _image_inputs
 from tnadapt.finetune._encode import Images
+from tnadapt.finetune.data import Samples
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS += ["good", "bad", "film", "the", "a", "very", "not", "was", "it", "and"]

@@ -14,10 +14,17 @@ pytest.importorskip("torch")
 
 from tnadapt.errors import FileError, TnadaptError
 from tnadapt.finetune import Spec
-from tnadapt.finetune._data import Data, Samples
-from tnadapt.finetune._data_sources import open_source, read
-from tnadapt.finetune._sample_tables import Table, find_column, needed_column, read_table
-from tnadapt.finetune._task_choice import choose_task
+from tnadapt.finetune._pretrained import choose_task
+from tnadapt.finetune.data import (
+    Data,
+    Samples,
+    Table,
+    find_column,
+    needed_column,
+    open_source,
+    read,
+    read_table,
+)
 from tnadapt.finetune.tasks import TASKS
 
 WORDS = ("neg", "pos")

@@ -21,7 +21,7 @@ import tnadapt as tna
 from tests.support.depth import long_only
 from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError
 from tnadapt.finetune import Choice, Reporter, Spec, Study, Task, Training, open_problem
-from tnadapt.finetune._best import prove
+from tnadapt.finetune._study import prove
 from tnadapt.finetune.loop import OwnRates, Schedule, fit, threads
 from tnadapt.finetune.pareto_report import points_in
 from tnadapt.finetune.problem import base_digest, free

@@ -15,11 +15,10 @@ from tnadapt.plugins import forget_registered
 
 pytest.importorskip("torch")
 
-from tnadapt.cli._task_options import TASK_NAMES
+from tnadapt.cli._options import TASK_NAMES
 from tnadapt.finetune import Spec
-from tnadapt.finetune._data_sources import open_source
-from tnadapt.finetune._label_facts import facts_of
-from tnadapt.finetune._task_choice import choose_task
+from tnadapt.finetune._pretrained import choose_task
+from tnadapt.finetune.data import facts_of, open_source
 from tnadapt.finetune.tasks import TASKS, register_task
 
 from . import tiny_models as tiny

@@ -23,11 +23,10 @@ from tests.support.depth import in_depth, long_only
 from tnadapt.cli import app
 from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Spec, Task, Training, open_problem
-from tnadapt.finetune._controls import control_of
-from tnadapt.finetune._score import ACCURACY, Metric
+from tnadapt.finetune._learning_task import ACCURACY, Metric
 from tnadapt.finetune.grid import Method, head_alone
 from tnadapt.finetune.loop import evaluate
-from tnadapt.finetune.pareto_report import Point, points_in
+from tnadapt.finetune.pareto_report import Point, control_of, points_in
 from tnadapt.finetune.tasks import TASKS
 from tnadapt.finetune.training import train
 
@@ -108,7 +107,7 @@ def test_the_first_token_of_each_word_has_its_tag() -> None:
     task = TASKS["token-classification"](("A", "B"))
     labels = np.empty(2, object)
     labels[:] = [[0, 1, 0], [1]]
-    samples = tna.finetune._data.Samples([["the", "actor", "good"], ["film"]], labels)
+    samples = tna.finetune.data.Samples([["the", "actor", "good"], ["film"]], labels)
     part = task.encode(samples, tokenizer, 32)
     assert tokenizer.convert_ids_to_tokens(part.tokens[0].tolist()) == ["[CLS]", "the", "act", "##or", "good", "[SEP]"]
     assert part.labels.tolist() == [[-100, 0, 1, -100, 0, -100], [-100, 1, -100, -100, -100, -100]]
@@ -124,7 +123,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_only_completions_are_learnt_and_ends_of_prompts_are_kept(gpt2: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
     task = TASKS["causal-lm"]("completion")
-    samples = tna.finetune._data.Samples([("what is it", "good film"), ("the", "bad")], np.zeros(2, np.int64))
+    samples = tna.finetune.data.Samples([("what is it", "good film"), ("the", "bad")], np.zeros(2, np.int64))
 
     def encoded(longest: int) -> tuple[list[str], list[int]]:
         tokenizer.pad_token = "[SEP]"
@@ -141,7 +140,7 @@ def test_the_last_turn_of_a_conversation_is_learnt(gpt2: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
     tokenizer.pad_token = "[SEP]"
     turns = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "good"}]
-    samples = tna.finetune._data.Samples([turns], np.zeros(1, np.int64))
+    samples = tna.finetune.data.Samples([turns], np.zeros(1, np.int64))
     part = TASKS["causal-lm"]("messages").encode(samples, tokenizer, 32)
     assert tokenizer.decode(part.tokens[0]) == "user what is it assistant good [SEP]"
     assert (part.labels[0] != -100).tolist() == [False] * 5 + [True] * 2

@@ -14,8 +14,8 @@ pytest.importorskip("accelerate")
 
 from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Spec, open_problem
-from tnadapt.finetune._data_sources import first_line
 from tnadapt.finetune._text_inputs import tokenizer_of
+from tnadapt.finetune.data import first_line
 
 from . import tiny_models as tiny
 

@@ -19,8 +19,7 @@ pytest.importorskip("accelerate")
 
 from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Choice, Spec, Task, Training, open_problem
-from tnadapt.finetune._run_logs import clear_logs
-from tnadapt.finetune.training import train
+from tnadapt.finetune.training import clear_logs, train
 
 from . import tiny_models as tiny
 

@@ -28,8 +28,7 @@ image = pytest.importorskip("PIL.Image")
 
 import tnadapt.torch as tnt
 from paper import classification
-from tnadapt.finetune._data import Data, Samples, divide
-from tnadapt.finetune._data_sources import read
+from tnadapt.finetune.data import Data, Samples, divide, read
 
 pytestmark = pytest.mark.slow
 

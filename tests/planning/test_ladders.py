@@ -12,16 +12,15 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.known_weights import KnownWeights
+from tnadapt.algebra.layout import KnownWeights
 from tnadapt.algebra.rank_bounds import rank_bound, rank_bounds
 from tnadapt.algebra.superlora import parameter_count
 from tnadapt.checkpoints.lora_export import lora_export
 from tnadapt.errors import ShapeError, TnadaptError
 from tnadapt.planning import degrees_of_freedom, padding_waste, step_cost
 from tnadapt.planning._flops import applied_cost, forward_cost, of_map
-from tnadapt.planning._freedom import of_network
-from tnadapt.planning.families import families
-from tnadapt.planning.ladders import Search
+from tnadapt.planning._matrix_rank import of_network
+from tnadapt.planning.families import Search, families
 
 sides = st.integers(1, 12)
 shapes_of = st.lists(st.tuples(sides, sides), min_size=1, max_size=6) | st.tuples(sides, sides, st.integers(1, 6)).map(

@@ -15,7 +15,7 @@ import tnadapt as tna
 from tnadapt.errors import FileError
 from tnadapt.planning import Plan, _measured
 from tnadapt.planning._measured import Gain, Measurements, kind_of, measurements, read
-from tnadapt.planning.preset_families import PRESET_FAMILIES, AdaptedWeights
+from tnadapt.planning.families import PRESET_FAMILIES, AdaptedWeights
 
 WEIGHTS = AdaptedWeights([(64, 64)] * 8, [i // 2 for i in range(8)], ["q", "v"] * 4, 16)
 SHAPES = [(64, 64)] * 8

@@ -25,7 +25,7 @@ def evaluated(written: str) -> Any:
 
 
 def parsed(options: str) -> Any:
-    from tnadapt.cli._settings import chosen_config
+    from tnadapt.cli._options import chosen_config
 
     words = shlex.split(options)
     assert words[0] == "--preset"

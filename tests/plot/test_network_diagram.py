@@ -17,8 +17,7 @@ from tests.support.depth import in_depth
 from tnadapt.algebra.formats import FORMATS
 from tnadapt.errors import ConfigError, ShapeError
 from tnadapt.plot import network
-from tnadapt.plot._diagram import Diagram, diagram
-from tnadapt.plot._diagram_parts import Node, SplitDrawing, wide
+from tnadapt.plot._diagram import Diagram, Node, SplitDrawing, diagram, wide
 from tnadapt.testing.strategies import plans
 
 P = tna.presets

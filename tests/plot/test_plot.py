@@ -22,7 +22,7 @@ import tnadapt as tna
 from tnadapt import plot
 from tnadapt.errors import ShapeError
 from tnadapt.plot import STYLES, Mark, canvas, layout, parameters, pareto
-from tnadapt.plot._counts import counted
+from tnadapt.plot._accuracy import counted
 
 MARKS = [
     Mark("head alone", "", 0, (0.7, 0.71)),

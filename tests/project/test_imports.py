@@ -184,7 +184,7 @@ def test_a_function_called_as_a_package_stays_one() -> None:
     code = """
 import importlib, pkgutil, tnadapt
 extras = ("torch", "finetune", "cli", "plot", "testing.strategies", "backends._", "__main__",
-          "testing._backend_contract")
+          "testing._contracts")
 for module in pkgutil.walk_packages(tnadapt.__path__, "tnadapt."):
     if not module.name.removeprefix("tnadapt.").startswith(extras):
         importlib.import_module(module.name)
@@ -196,7 +196,7 @@ print(tnadapt.convert.__module__, importlib.import_module("tnadapt.convert").Con
     assert run(code).splitlines() == [
         "['convert']",
         "['maps', 'presets', 'sources']",
-        "tnadapt.convert._api Conversion",
+        "tnadapt.convert Conversion",
     ]
 
 

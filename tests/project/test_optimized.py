@@ -12,7 +12,7 @@ import pytest
 import tnadapt as tna
 from tests.support import checkpoint_files as cp
 from tests.support import forge
-from tnadapt.targets.overlaps import check_distinct
+from tnadapt.targets.target import check_distinct
 
 pytestmark = pytest.mark.slow
 

@@ -52,7 +52,7 @@ def imported() -> Iterator[tuple[str, str]]:
 @pytest.mark.law("nothing-run")
 def test_nothing_that_runs_what_it_reads_is_imported() -> None:
     found = list(imported())
-    assert ("tnadapt/checkpoints/strict_json.py", "json") in found
+    assert ("tnadapt/checkpoints/container.py", "json") in found
     assert [one for one in found if one[1] in RUNNING] == []
     assert {place for place, name in found if name == "subprocess"} == STARTING
     assert [one for one in found if one[1] in ("socket", "urllib", "http", "requests", "httpx", "ftplib")] == []

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tnadapt.checkpoints import renaming
+from tnadapt.checkpoints import atomic_files as renaming
 from tnadapt.checkpoints.merge import _shards as shards
 
 

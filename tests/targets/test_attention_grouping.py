@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from tnadapt.targets.attention_grouping import (
+from tnadapt.targets.roles import (
     Called,
     distinct_rows,
     main_projection,
+    parse_projection_name,
     settled_names,
     unclear_children,
 )
-from tnadapt.targets.roles import parse_projection_name
 from tnadapt.targets.target import Rows
 
 

@@ -17,8 +17,7 @@ from tests.support import checkpoint_files as cp
 from tests.support import forge
 from tnadapt.checkpoints._resolution import resolve
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.targets.overlaps import check_distinct
-from tnadapt.targets.target import Rows, Target
+from tnadapt.targets.target import Rows, Target, check_distinct
 
 OVERLAP = re.compile(r"targets (\d+) and (\d+) overlap: both update row (\d+) of '.*'")
 FUSED = [Target("attn.qkv", (6, 4), role, rows=Rows(start, 2, 6)) for role, start in (("q", 0), ("v", 4))]

@@ -14,7 +14,7 @@ import tnadapt as tna
 from tests.support import checkpoint_files as cp
 from tnadapt.checkpoints._resolution import resolve
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.targets.pairing import paired
+from tnadapt.targets.prefixes import paired
 from tnadapt.targets.target import Rows, Target
 
 NEW = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}

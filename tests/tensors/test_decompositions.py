@@ -17,7 +17,7 @@ import tnadapt.tensors as tt
 from tests.conftest import relative_error
 from tnadapt.backends import Backend
 from tnadapt.errors import BackendError, ConfigError, ShapeError, TnadaptError
-from tnadapt.tensors._truncation import ring_ranks
+from tnadapt.tensors._checks import ring_ranks
 
 from .test_modes import numbers
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.conftest import installed
 from tests.support.depth import in_depth
-from tnadapt.algebra import factor_products, rng
+from tnadapt.algebra import products as factor_products
+from tnadapt.algebra import rng
 from tnadapt.algebra.maps import Linear
 from tnadapt.backends import load_backend
 from tnadapt.testing import _reference as reference
-from tnadapt.testing._law import Law, relative_error
 from tnadapt.testing.strategies import plans
-from tnadapt.testing.verification import Report, verify
+from tnadapt.testing.verification import Law, Report, relative_error, verify
 
 
 @pytest.mark.law("projection-adjoint", "presets", "parameter-count")

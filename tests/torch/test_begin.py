@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.torch import _begin
+from tnadapt.torch import _trainable as _begin
 
 from .small import compiles_whole
 

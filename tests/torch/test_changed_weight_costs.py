@@ -12,7 +12,7 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tnadapt.algebra.applying import Applying, Hadamard, Magnitude
 from tnadapt.algebra.factoring import factoring
-from tnadapt.torch._step_cost import MACHINES, choose, costs
+from tnadapt.torch._strategy_choice import MACHINES, choose, costs
 
 from .test_merged_linear import peak_of
 

@@ -19,7 +19,7 @@ import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tnadapt.algebra.factoring import factoring
 from tnadapt.torch._quantized import QUANTIZED
-from tnadapt.torch._step_cost import choose
+from tnadapt.torch._strategy_choice import choose
 
 from .small import batch, compiles_whole, small, stir
 from .test_quantized import Packed, model

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.torch._embedding_forward import is_lookup
+from tnadapt.torch._forward_pass import is_lookup
 
 from .small import stir
 

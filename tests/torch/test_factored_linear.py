@@ -17,9 +17,9 @@ import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tnadapt.algebra.factoring import Factored, Matrix
 from tnadapt.testing.strategies import plans
-from tnadapt.torch import _low_rank_linear
+from tnadapt.torch import _linear as _low_rank_linear
 from tnadapt.torch._delta import Slice
-from tnadapt.torch._factored_linear import can_fuse, factored_linear, product
+from tnadapt.torch._linear import can_fuse, factored_linear, product
 
 from .small import stir
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tnadapt.targets.target import Rows, Target
-from tnadapt.torch import _few_rows, _forward_patch
-from tnadapt.torch._rounded_sum import BLOCK, can_sum_in_blocks, sum_in_blocks
+from tnadapt.torch import _forward_pass as _few_rows
+from tnadapt.torch import _forward_patch
+from tnadapt.torch._linear import BLOCK, can_sum_in_blocks, sum_in_blocks
 
 from .small import stir
 

@@ -27,8 +27,9 @@ import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tests.support.depth import LONG, in_depth
 from tnadapt.testing import _reference as reference
-from tnadapt.testing._reference_maps import LINEAR_PARTS, matrix_of
-from tnadapt.torch import _few_rows, _low_rank_linear
+from tnadapt.testing._reference import LINEAR_PARTS, matrix_of
+from tnadapt.torch import _forward_pass as _few_rows
+from tnadapt.torch import _linear as _low_rank_linear
 
 from .small import stir
 

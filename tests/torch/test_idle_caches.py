@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import tnadapt as tna
 import tnadapt.torch as tt
-from tnadapt.algebra.maps._linear import Linear
+from tnadapt.algebra.maps.fastfood import Linear
 from tnadapt.backends.fixed_arrays import FixedArrays
-from tnadapt.torch._idle_caches import _held
-from tnadapt.torch._kept_draws import drawn, held_by_draws
+from tnadapt.torch._registry import _bytes_held as _held
+from tnadapt.torch._registry import drawn, held_by_draws
 
 from .small import stir
 

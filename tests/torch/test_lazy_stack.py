@@ -18,9 +18,9 @@ from torch.nn import functional
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.torch import _parameter_sums
-from tnadapt.torch._lazy_stack import LazyStack
-from tnadapt.torch._row_features import overlap
+from tnadapt.torch import _experts_forward as _parameter_sums
+from tnadapt.torch._experts_forward import LazyStack
+from tnadapt.torch._linear import overlap
 
 from .small import stir
 

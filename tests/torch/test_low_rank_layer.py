@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.torch import _forward_patch, _low_rank_linear
+from tnadapt.torch import _forward_patch
+from tnadapt.torch import _linear as _low_rank_linear
+from tnadapt.torch._forward_pass import LowRankLayer
 from tnadapt.torch._forward_patch import ForwardPatch
-from tnadapt.torch._low_rank_layer import LowRankLayer
 
 from .small import stir
 

@@ -11,9 +11,15 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tnadapt.algebra.factoring import Factored, Matrix
-from tnadapt.torch import _low_rank_linear
-from tnadapt.torch._factored_linear import factored_linear, low_rank_updates
-from tnadapt.torch._low_rank_linear import MOST_ELEMENTS, LowRank, is_small, low_rank_linear
+from tnadapt.torch import _linear as _low_rank_linear
+from tnadapt.torch._linear import (
+    MOST_ELEMENTS,
+    LowRank,
+    factored_linear,
+    is_small,
+    low_rank_linear,
+    low_rank_updates,
+)
 
 
 def test_both_the_input_and_the_output_count() -> None:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import tnadapt as tna
 import tnadapt.torch
 from tests.support.array_presets import P
-from tnadapt.torch._merged_linear import DeltaSource, MergedWeightLinear, summed
+from tnadapt.torch._linear import DeltaSource, MergedWeightLinear, summed
 
 CASES = [
     (P.lora(3), "weight"), (P.lora(3), "factored"), (P.lora(3), "additive"),

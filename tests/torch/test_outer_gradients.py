@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 import tnadapt as tna
-from tnadapt.torch._delta import Slice
-from tnadapt.torch._outer_gradients import outer_vjp_once
+from tnadapt.torch._delta import Slice, outer_vjp_once
 
 P = tna.presets
 

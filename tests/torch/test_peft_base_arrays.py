@@ -21,7 +21,7 @@ import tnadapt.torch.peft as plugin
 from tnadapt.algebra.applying import APPLYING
 from tnadapt.testing.verification import examples
 from tnadapt.torch.peft import TnadaptConfig
-from tnadapt.torch.peft._keys import in_file
+from tnadapt.torch.peft._peft_library import in_file
 
 from .test_peft import bits, ids, llama, run, same, stir, traces
 

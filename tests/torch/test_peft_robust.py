@@ -21,8 +21,8 @@ from tnadapt.errors import ConfigError, TargetError
 from tnadapt.torch import _adapter as handle_module
 from tnadapt.torch import _registry as registry_module
 from tnadapt.torch.peft import TnadaptConfig
+from tnadapt.torch.peft import _tuner as layer_module
 from tnadapt.torch.peft import _tuner as tuner_module
-from tnadapt.torch.peft import _tuner_layer as layer_module
 
 from .interrupts import interrupted, moments
 

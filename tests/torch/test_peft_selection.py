@@ -32,7 +32,7 @@ import tnadapt as tna
 import tnadapt.torch as tt
 import tnadapt.torch.peft as plugin
 from tnadapt.torch.peft import TnadaptConfig
-from tnadapt.torch.peft._selection import select_targets
+from tnadapt.torch.peft._peft_config import select_targets
 
 # PEFT 0.21 asks transformers 5 for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

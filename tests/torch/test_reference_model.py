@@ -11,7 +11,7 @@ from torch import nn
 import tnadapt.torch as tt
 from tnadapt import presets
 from tnadapt.errors import TargetError
-from tnadapt.torch import _reference_model
+from tnadapt.torch import _removal as _reference_model
 from tnadapt.torch._removal import take_off
 
 

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.torch import _grouped_products as products
-from tnadapt.torch import _row_pass as passes
+from tnadapt.torch import _rows as passes
+from tnadapt.torch import _rows as products
 from tnadapt.torch._quantized import QUANTIZED
 
 from .small import WIDTH, batch, compiles_whole, small, stir

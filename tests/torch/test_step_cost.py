@@ -14,7 +14,14 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tnadapt.algebra.factoring import factoring
 from tnadapt.testing.strategies import plans
-from tnadapt.torch._step_cost import MACHINES, Machine, StepWork, choose, costs, dequantized
+from tnadapt.torch._strategy_choice import (
+    MACHINES,
+    Machine,
+    StepWork,
+    choose,
+    costs,
+    dequantized,
+)
 
 P = tna.presets
 

@@ -27,7 +27,7 @@ from tnadapt.errors import TargetError
 from tnadapt.targets.attention_layouts import TABLE
 from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.fused_rows import LayoutError
-from tnadapt.targets.pairing import paired
+from tnadapt.targets.prefixes import paired
 from tnadapt.targets.target import Target
 from tnadapt.torch._attention_search import attentions
 from tnadapt.torch._target_selection import find_targets

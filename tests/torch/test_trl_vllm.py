@@ -32,7 +32,7 @@ import tnadapt.torch as tt
 import tnadapt.torch.peft as plugin
 from tests.support.depth import in_depth
 from tnadapt import presets
-from tnadapt.testing._change_laws import formula
+from tnadapt.testing.verification import formula
 
 from .loops import bits, same
 from .tiny_language_model import llama, settings, tokenizer

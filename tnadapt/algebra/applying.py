@@ -22,7 +22,7 @@ from tnadapt.backends.backend import FLOAT_DTYPES, Array
 from tnadapt.errors import BackendError, safe_repr
 from tnadapt.plugins import Registry
 
-from ._dtype_rounding import rounded_to
+from .norms import rounded_to
 
 __all__ = ["APPLYING", "AXES", "Add", "Applying", "Hadamard", "Magnitude", "Rescaling", "applying_of", "norms"]
 

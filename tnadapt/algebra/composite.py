@@ -7,29 +7,270 @@ part draws its numbers with its own seed and its own numbers of groups, so that 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from tnadapt.errors import ConfigError, ShapeError
+from tnadapt.argument_checks import is_sequence, wrong_argument
+from tnadapt.errors import ConfigError, ShapeError, integer, safe_repr
+from tnadapt.report import html_table
 
-from ._array_plan import checked_given, checked_start
-from ._base_arrays import base_starts, from_base
-from ._composite_config import CompositeConfig, ConfigPart
-from ._composite_layout import CompositeLayout
-from ._group_plan import LAID_OUT
-from ._parameter_plan import ParameterPlan
-from ._rates import RATES
 from .applying import applying_of
+from .config import Config
+from .folding import MAX_SIZE
 from .group import Group
 from .init import Initializer
+from .layout import Layout, Piece
+from .plan import LAID_OUT, ParameterPlan, base_starts, checked_given, checked_start, from_base
 from .starting_points import PREFIX, StartPlace, starting_point
 from .superlora import SuperLoRA
+from .units import RATES
 
-__all__ = ["CompositeConfig", "CompositePlan", "ConfigPart"]
+__all__ = [
+    "CompositeConfig",
+    "CompositeLayout",
+    "CompositePlan",
+    "ConfigPart",
+]
+
+
+# -- A config of parts: several configs, each for some of the weights of one adapter -----------------------------------
+
+
+_Item = TypeVar("_Item")
+
+# Fields that a plan, and what it is attached to, has once for all of its weights.
+_SAME = ("apply", "magnitude_axis", "start")
+
+
+class ConfigPart(NamedTuple):
+    """One config of several, and the number of weights that it is for.
+
+    Attributes
+    ----------
+    config : Config
+    weights : int
+    """
+
+    config: Config
+    weights: int
+
+
+class CompositeConfig(Config):
+    """Several configs, each for some of the weights of one adapter: the first for the first weights, and so on.
+
+    :func:`tnadapt.torch.attach` makes one of a mapping of patterns to configs.
+
+    Parameters
+    ----------
+    parts : sequence of (Config, int)
+        Each config, and the number of weights that it is for.
+
+    Attributes
+    ----------
+    parts : tuple of ConfigPart
+
+    Raises
+    ------
+    ConfigError
+        If there are fewer than two parts, one is not a config with a number of weights, or they cannot be in one
+        adapter: with another ``apply``, ``magnitude_axis`` or ``start``, or with a map ``before`` the network.
+
+    Notes
+    -----
+    It has the fields of :class:`Config`. One that all parts share has their value; to read another one is an error that
+    names the field, so that nothing takes the config of one part for that of all.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> config = CompositeConfig([(tna.presets.lora(8), 2), (tna.presets.lokr(4), 1)])
+    >>> tna.SuperLoRA(config, [(64, 64), (64, 64), (256, 64)]).num_parameters
+    2272
+    >>> config.seed, config.replace(seed=3).parts[1].config.seed
+    (0, 3)
+    >>> config.rank
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.ConfigError: rank differs between the 2 configs of one adapter: 8, 4; read it in config.parts
+    """
+
+    parts: tuple[ConfigPart, ...]
+
+    def __new__(cls, *args: Any, **settings: Any) -> CompositeConfig:
+        return object.__new__(cls)
+
+    def __init__(self, parts: Sequence[tuple[Config, int]]) -> None:
+        object.__setattr__(self, "parts", _checked_parts(parts))
+
+    def __repr__(self) -> str:
+        return f"CompositeConfig([{', '.join(f'({part.config!r}, {part.weights})' for part in self.parts)}])"
+
+    def _repr_html_(self) -> str:
+        rows = [(f"{part.weights:,}", repr(part.config)) for part in self.parts]
+        return html_table(type(self).__name__, ("weights", "config"), rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CompositeConfig) and self.parts == other.parts
+
+    def __hash__(self) -> int:
+        return hash(self.parts)
+
+    def split(self, items: Sequence[_Item]) -> list[tuple[Config, Sequence[_Item]]]:
+        """Return each config with its own of the items, of which there is one for each weight."""
+        expected = sum(part.weights for part in self.parts)
+        if not is_sequence(items) and not isinstance(items, str):
+            raise wrong_argument("items", "a sequence of one for each weight", items)
+        items = list(items)
+        if len(items) != expected:
+            raise ShapeError(f"items must be one for each of the {expected} weights of the configs; got {len(items)}")
+        left = iter(items)
+        return [(part.config, list(itertools.islice(left, part.weights))) for part in self.parts]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return ``{"parts": [[fields of a config, number of weights], …]}``."""
+        return {"parts": [[part.config.to_dict(), part.weights] for part in self.parts]}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> CompositeConfig:
+        """Return the config of a dictionary that :meth:`to_dict` wrote."""
+        if not isinstance(settings, Mapping) or settings.keys() != {"parts"}:
+            raise ConfigError(f"expected a mapping with the key 'parts'; got {safe_repr(settings)}")
+        parts = settings["parts"]
+        if not isinstance(parts, (list, tuple)) or not all(_is_pair(part) for part in parts):
+            raise ConfigError(
+                f"parts must be a list of pairs of a config and a number of weights; got {safe_repr(parts)}"
+            )
+        return cls([(Config.from_dict(config), weights) for config, weights in parts])
+
+    def replace(self, **changes: Any) -> CompositeConfig:
+        """Return a copy with some fields of every part changed."""
+        return CompositeConfig([(part.config.replace(**changes), part.weights) for part in self.parts])
+
+
+def _shared(name: str) -> property:
+    """Return the property that reads a field of all parts."""
+
+    def read(config: CompositeConfig) -> Any:
+        values = [getattr(part.config, name) for part in config.parts]
+        if any(value != values[0] for value in values):
+            some = ", ".join(safe_repr(value) for value in values[:4]) + (", …" if len(values) > 4 else "")
+            raise ConfigError(
+                f"{name} differs between the {len(values)} configs of one adapter: {some}; read it in config.parts"
+            )
+        return values[0]
+
+    return property(read)
+
+
+# The fields have defaults in the class, which would be read silently.
+for _field in dataclasses.fields(Config):
+    setattr(CompositeConfig, _field.name, _shared(_field.name))
+
+
+def _is_pair(part: Any) -> bool:
+    return isinstance(part, (tuple, list)) and len(part) == 2
+
+
+def _checked_parts(parts: Any) -> tuple[ConfigPart, ...]:
+    if not isinstance(parts, (list, tuple)) or len(parts) < 2 or not all(_is_pair(part) for part in parts):
+        raise ConfigError(
+            f"parts must be a list of two or more pairs of a config and a number of weights; got {safe_repr(parts)}"
+        )
+    found = list[ConfigPart]()
+    for place, (config, weights) in enumerate(parts):
+        if not isinstance(config, Config) or isinstance(config, CompositeConfig):
+            raise ConfigError(f"part {place} must be a tnadapt.Config; got {type(config).__name__}")
+        found.append(ConfigPart(config, integer(f"the weights of part {place}", weights, 1, MAX_SIZE, ConfigError)))
+        if config.before is not None:
+            raise ConfigError(
+                f"part {place} makes its arrays from θ by before={safe_repr(config.before)}, which one config of "
+                "several cannot: attach it as an adapter of its own, under another name"
+            )
+        for name in _SAME:
+            first, own = getattr(found[0].config, name), getattr(config, name)
+            if own != first:
+                raise ConfigError(
+                    f"all configs of one adapter must have the same {name}; part 0 has {first!r}, part {place} "
+                    f"{own!r}: attach one of them as an adapter of its own, under another name"
+                )
+    return tuple(found)
+
+
+# -- The layout of several parts of an adapter, each with a config of its own ------------------------------------------
+
+
+class CompositeLayout(Layout):
+    """The layouts of several parts, one after another.
+
+    Parameters
+    ----------
+    parts : sequence of Layout
+
+    Examples
+    --------
+    >>> from .layout import make_layout
+    >>> layout = CompositeLayout([make_layout("weight", [(2, 2)] * 2), make_layout(1, [(2, 3)])])
+    >>> layout.num_groups, layout.of_weight(2)
+    (3, [Piece(weight=2, weight_start=0, group=2, group_start=0, length=6)])
+    """
+
+    def __init__(self, parts: Sequence[Layout]) -> None:
+        shapes = [shape for part in parts for shape in part.shapes]
+        super().__init__(shapes, ())
+        self.parts = tuple(parts)
+        self.num_groups = sum(part.num_groups for part in parts)
+        #: For each part, the numbers of its first weight and of its first group.
+        self.firsts = [
+            (sum(len(part.shapes) for part in parts[:place]), sum(part.num_groups for part in parts[:place]))
+            for place in range(len(parts))
+        ]
+        self._of_weight = [place for place, part in enumerate(parts) for _ in part.shapes]
+
+    def part_of(self, group: int) -> int:
+        """Return the part that a group belongs to."""
+        return max(place for place, (_, first) in enumerate(self.firsts) if first <= group)
+
+    def moved(self, place: int, piece: Piece) -> Piece:
+        """Return a piece of a part with the numbers of the whole."""
+        weight, group = self.firsts[place]
+        return piece._replace(weight=piece.weight + weight, group=piece.group + group)
+
+    def group_size(self, group: int) -> int:
+        """Return the number of elements of a group."""
+        place = self.part_of(group)
+        return self.parts[place].group_size(group - self.firsts[place][1])
+
+    def same_size(self) -> list[tuple[int, int, int]]:
+        """Return runs of consecutive groups of equal size."""
+        return [
+            (first + start, count, size)
+            for part, (_, start) in zip(self.parts, self.firsts, strict=True)
+            for first, count, size in part.same_size()
+        ]
+
+    def columns(self, group: int) -> int:
+        """Return the greatest common divisor of the column counts in a group."""
+        place = self.part_of(group)
+        return self.parts[place].columns(group - self.firsts[place][1])
+
+    def of_weight(self, weight: int) -> list[Piece]:
+        """Return the pieces of one weight."""
+        place = self._of_weight[weight]
+        return [self.moved(place, piece) for piece in self.parts[place].of_weight(weight - self.firsts[place][0])]
+
+    def of_group(self, group: int) -> list[Piece]:
+        """Return the pieces of one group."""
+        place = self.part_of(group)
+        return [self.moved(place, piece) for piece in self.parts[place].of_group(group - self.firsts[place][1])]
+
+
+# -- Several configs in one adapter: the plan, which is the plans of the parts side by side ----------------------------
+
 
 _Shapes = dict[str, tuple[int, ...]]
 

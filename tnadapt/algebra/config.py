@@ -2,41 +2,414 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
+import math
+import operator
+import re
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, TypeVar
 
-from tnadapt.errors import ConfigError, keyword_hint, safe_repr
+from tnadapt.errors import ConfigError, integer, keyword_hint, safe_repr
 from tnadapt.report import fact_table
 
-from ._axes import checked_axes
-from ._config_checks import (
-    checked_before,
-    checked_fold,
-    checked_groups,
-    checked_integer,
-    checked_number,
-    checked_sources,
-    checked_split_size,
-    checked_weight_shape,
-    checked_word,
-)
-from ._rate_names import RATE_NAMES
 from .applying import APPLYING, AXES
-from .folding import MAX_ORDER
-from .formats import FORMATS
+from .folding import FOLDS, MAX_ORDER
+from .formats import FORMATS, Axes
+from .layout import Layout
 from .maps import (
     ON,
     Recipe,
     checked_projection,
+    is_brought,
+    is_linear,
+    projection_name,
     projection_to_json,
     require_ratio_fits,
+    takes_ratio,
 )
-from .named_fold import is_named
-from .sources import Source, SourceMap, source_to_dict
+from .sources import Source, SourceMap, source_from_dict, source_to_dict
 from .starting_points import starting_point
 
-__all__ = ["Config"]
+__all__ = [
+    "MAX_INT",
+    "NAMES",
+    "RATE_NAMES",
+    "Config",
+    "check_fold",
+    "checked_axes",
+    "checked_before",
+    "checked_fold",
+    "checked_groups",
+    "checked_integer",
+    "checked_number",
+    "checked_sources",
+    "checked_split_size",
+    "checked_weight_shape",
+    "checked_word",
+    "group_fold",
+    "is_named",
+]
+
+
+# -- The setting axes: which sizes of the fold each mode of the network indexes, and in which order --------------------
+
+
+def checked_axes(axes: Any, fold: Any, order: int) -> Axes | None:
+    """Return the axes as one tuple of positions per mode, or raise a ConfigError that says what is allowed.
+
+    Examples
+    --------
+    >>> checked_axes((2, 0, 1), (24, 768, 768), 3)
+    ((2,), (0,), (1,))
+    >>> checked_axes(((0, 2), (1, 3)), (24, 32, 24, 32), 2)
+    ((0, 2), (1, 3))
+    """
+    if axes is None:
+        return None
+    if not isinstance(fold, (tuple, list)):
+        raise ConfigError(
+            f"axes={safe_repr(axes)} are positions in a fold of explicit sizes, and fold={fold!r} has none: give "
+            'fold=("weights", "rows", "cols"), or leave axes out'
+        )
+    if len(fold) > MAX_ORDER:
+        raise ConfigError(f"axes reorder up to {MAX_ORDER} sizes; fold has {len(fold)}: merge neighboring ones")
+    what = f"axes must name each of the positions 0 to {len(fold) - 1} of fold={tuple(fold)} once"
+    if not isinstance(axes, (tuple, list)):
+        raise ConfigError(f"{what}, such as {tuple(range(len(fold)))}; got {safe_repr(axes)}")
+    found = tuple(
+        tuple(
+            integer(f"axes[{mode}]", digit, 0, len(fold) - 1, ConfigError)
+            for digit in (axis if isinstance(axis, (tuple, list)) else (axis,))
+        )
+        for mode, axis in enumerate(axes)
+    )
+    if not all(found) or sorted(itertools.chain.from_iterable(found)) != list(range(len(fold))):
+        raise ConfigError(f"{what}, in the order of the network's modes; got {safe_repr(axes)}")
+    if len(found) != order:
+        raise ConfigError(f"axes={safe_repr(axes)} are {len(found)} modes and order is {order}; set order={len(found)}")
+    return found
+
+
+# -- Folds whose sizes are named: ("weights", "rows", "cols") stands for the numbers of each group ---------------------
+
+# A fold in names makes one setting fit groups of different weights, such as the queries and the values of grouped-query
+# attention. A size is an integer, one of the names, or a name divided by an integer: ``("weights", 12, "rows/12",
+# "cols")`` splits the rows into 12 heads, ``("weights", "rows/64", 64, "cols")`` into heads of 64 rows.
+
+
+#: What a size may stand for: the number of weights in a group, and the rows and columns of each.
+NAMES = ("weights", "rows", "cols")
+
+_SIZE = re.compile(r"(weights|rows|cols)(?:/([1-9][0-9]{0,17}))?")
+
+
+def is_named(fold: Any) -> bool:
+    """Return whether a fold has a size that is a name.
+
+    Examples
+    --------
+    >>> is_named(("weights", "rows", "cols")), is_named((4, 8, 8)), is_named("stack")
+    (True, False, False)
+    """
+    return isinstance(fold, (tuple, list)) and any(isinstance(size, str) for size in fold)
+
+
+def check_fold(fold: Sequence[int | str]) -> None:
+    """Raise a ConfigError unless the sizes are those of the weights, of their rows and of their columns, in this order.
+
+    Then the tensor has as many elements as the group, and its ``vec`` is the group's vector, whatever the shapes are.
+
+    Examples
+    --------
+    >>> check_fold(("weights/2", 2, "rows", "cols"))
+    >>> check_fold(("weights", "cols", "rows"))
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.ConfigError: fold=('weights', 'cols', 'rows') must give the number of weights, then their rows, ...
+    """
+    # From the last size to the first: a block is complete once its name has occurred and all divisors are made up for.
+    parsed = [_parsed(mode, size) if isinstance(size, str) else size for mode, size in enumerate(fold)]
+    blocks = list(NAMES)
+    name, product = "", Fraction(1)
+    for size in reversed(parsed):
+        if isinstance(size, tuple):
+            found, divisor = size
+            if name or not blocks or found != blocks[-1]:
+                raise _misplaced(fold)
+            name, product = found, product / divisor
+        else:
+            product *= size
+        if name and product == 1:
+            blocks.pop()
+            name = ""
+    if blocks or product != 1:
+        raise _misplaced(fold)
+
+
+def group_fold(fold: Sequence[int | str], layout: Layout, group: int) -> tuple[int, ...]:
+    """Return the sizes that a fold in names stands for in one group.
+
+    Parameters
+    ----------
+    fold : sequence of int and str
+        For which :func:`check_fold` raises no error.
+    layout : Layout
+    group : int
+
+    Returns
+    -------
+    tuple of int
+
+    Raises
+    ------
+    ConfigError
+        If the group cuts a weight, has weights of different shapes, or a number is not divisible as the fold says.
+
+    Examples
+    --------
+    >>> from tnadapt.algebra.layout import make_layout
+    >>> layout = make_layout("role", [(64, 32), (16, 32)] * 2, roles="qvqv")
+    >>> [group_fold(("weights", "rows/16", 16, "cols"), layout, group) for group in range(2)]
+    [(2, 4, 16, 32), (2, 1, 16, 32)]
+    """
+    counts = collections.Counter[tuple[int, int]]()
+    for piece in layout.of_group(group):
+        rows, cols = shape = layout.shapes[piece.weight]
+        if piece.length != rows * cols:
+            raise ConfigError(
+                f"fold={tuple(fold)} needs groups of whole weights, and group {group} has {piece.length} of the "
+                f'{rows * cols} elements of a weight of {rows}×{cols}: use groups=1, groups="role", or lists of weights'
+            )
+        counts[shape] += 1
+    if len(counts) > 1:
+        listed = ", ".join(f"{count} of {rows}×{cols}" for (rows, cols), count in list(counts.items())[:6])
+        raise ConfigError(
+            f"fold={tuple(fold)} needs groups of weights of one shape, and group {group} has {listed}"
+            f'{", …" if len(counts) > 6 else ""}: use groups="role", which makes one group of all queries, one of all '
+            "values and so on (grouped-query attention); or lists of weights of one shape; or a preset that takes any "
+            "shapes, such as superlora or lora"
+        )
+    (((rows, cols), number),) = counts.items()
+    known = {"weights": number, "rows": rows, "cols": cols}
+    return tuple(size if isinstance(size, int) else _quotient(fold, size, known, group) for size in fold)
+
+
+def _quotient(fold: Sequence[int | str], size: str, known: dict[str, int], group: int) -> int:
+    name, divisor = _parsed(0, size)  # valid, as check_fold has found
+    found, rest = divmod(known[name], divisor)
+    if rest:
+        raise ConfigError(
+            f"fold={tuple(fold)} divides the {name} of each group by {divisor}, and group {group} has {known[name]} "
+            f"{name}: give a divisor of it, or groups whose {name} it divides"
+        )
+    return found
+
+
+def _parsed(mode: int, size: str) -> tuple[str, int]:
+    found = _SIZE.fullmatch(size)
+    if found is None:
+        raise ConfigError(
+            f"fold[{mode}] must be an integer, one of {', '.join(map(repr, NAMES))}, or one of these divided by an "
+            f"integer, such as 'rows/12'; got {safe_repr(size)}"
+        )
+    return found[1], int(found[2] or 1)
+
+
+def _misplaced(fold: Sequence[int | str]) -> ConfigError:
+    return ConfigError(
+        f"fold={tuple(fold)} must give the number of weights, then their rows, and then their columns, each once and "
+        'whole, such as ("weights", "rows", "cols") or, with 12 heads, ("weights", 12, "rows/12", "cols")'
+    )
+
+
+# -- Checks of the fields of a config: each returns the value in its canonical form, or raises ConfigError -------------
+
+
+SCOPES = ("plan", "group", "array")
+
+# Values beyond these are typing errors or hostile.
+MAX_INT = 1 << 40
+MAX_BEFORE = 8
+
+
+def checked_before(
+    before: Any, parameters: Any, scope: Any, offset: Any, projection: Recipe
+) -> tuple[Recipe | None, int | None]:
+    """Return the map from θ and the number of its parameters."""
+    checked_word("scope", scope, SCOPES)
+    if not isinstance(offset, bool):
+        raise ConfigError(f"offset must be True or False; got {safe_repr(offset)}")
+    if parameters is not None:
+        parameters = checked_integer("parameters", parameters, 1, MAX_INT)
+    if before is None:
+        for name, value, default in (
+            ("parameters", parameters, None),
+            ("scope", scope, "plan"),
+            ("offset", offset, True),
+        ):
+            if value is not default and value != default:
+                raise ConfigError(
+                    f"{name}={safe_repr(value)} is about the map before the network, and there is none: set "
+                    f"before='one-hot', take a preset that has one, such as unilora or tinylora, or leave {name} out"
+                )
+        return None, None
+    try:
+        found = checked_projection(before)
+    except ConfigError as error:
+        raise ConfigError(f"before: {error}") from error
+    if not is_linear(found) or not takes_ratio(found):
+        raise ConfigError(
+            f"before must be a linear map from vectors of any length, such as 'one-hot', 'normal' or 'linear'; got "
+            f"{projection_name(found)}"
+        )
+    if isinstance(found, tuple) and len(found) > MAX_BEFORE:
+        raise ConfigError(f"before composes at most {MAX_BEFORE} maps; got {len(found)}")
+    if isinstance(found, tuple) and is_brought(found):
+        raise ConfigError(
+            f"before={projection_name(found)} composes a map whose array the caller brings, which must be the only "
+            "map: compose its array with the others"
+        )
+    if parameters is None:
+        raise ConfigError(f"before={found!r} needs the number of parameters: parameters=p, an integer")
+    if not offset and not is_linear(projection):
+        raise ConfigError(
+            f"offset=False starts the arrays at zero, where projection={projection_name(projection)!r} has no "
+            "gradient: use offset=True"
+        )
+    return found, parameters
+
+
+def checked_weight_shape(weight_shape: Any, fold: str | tuple[int | str, ...]) -> tuple[int, int] | None:
+    """Return the shape that all weights must have; None for any."""
+    if weight_shape is None:
+        return None
+    if not isinstance(weight_shape, (tuple, list)) or len(weight_shape) != 2:
+        raise ConfigError(f"weight_shape must be (rows, cols), or None for any weights; got {safe_repr(weight_shape)}")
+    rows, cols = (checked_integer(f"weight_shape[{side}]", size, 1, 1 << 62) for side, size in enumerate(weight_shape))
+    if not isinstance(fold, tuple):
+        raise ConfigError(
+            f"weight_shape={(rows, cols)} says what the sizes of a fold stand for, and fold={fold!r} names "
+            "none: give fold=(weights, rows, cols), or weight_shape=None"
+        )
+    if is_named(fold):
+        raise ConfigError(
+            f"fold={fold} takes the shapes that the weights have, and weight_shape={(rows, cols)} demands "
+            "one: leave weight_shape out, or give the fold in integers"
+        )
+    sizes = [int(size) for size in fold]
+    inner = list(itertools.accumulate(reversed(sizes), operator.mul))
+    if cols not in inner or rows * cols not in inner[inner.index(cols) :]:
+        raise ConfigError(
+            f"the last sizes of fold={fold} do not multiply to the {rows} rows and {cols} columns of "
+            f"weight_shape={(rows, cols)}: give fold=(weights, rows, cols), or weight_shape=None"
+        )
+    return rows, cols
+
+
+def checked_fold(fold: Any, axes: Any, order: int) -> str | tuple[int | str, ...]:
+    """Return the fold: its name, or its sizes."""
+    if isinstance(fold, (tuple, list)):
+        sizes = tuple(
+            size if isinstance(size, str) else checked_integer(f"fold[{mode}]", size, 1, 1 << 62)
+            for mode, size in enumerate(fold)
+        )
+        if is_named(sizes):
+            check_fold(sizes)
+        if axes is None and len(sizes) != order:
+            raise ConfigError(f"fold={sizes} has {len(sizes)} sizes and order is {order}; set order={len(sizes)}")
+        return sizes
+    checked_word("fold", fold, FOLDS, "or a tuple of sizes")
+    if fold == "stack" and order > 2:
+        raise ConfigError(f"fold='stack' makes matrices only and order is {order}; use fold='hypercube' or 'balanced'")
+    return str(fold)
+
+
+def checked_split_size(split_size: Any, order: int) -> int | str | tuple[int, ...]:
+    """Return the size of the first split, or of its modes; "balanced"."""
+    if isinstance(split_size, (tuple, list)):
+        sizes = tuple(checked_integer(f"split_size[{mode}]", size, 1, MAX_INT) for mode, size in enumerate(split_size))
+        if len(sizes) != order:
+            raise ConfigError(
+                f"split_size={safe_repr(sizes)} has {len(sizes)} sizes and order is {order}: give one per mode"
+            )
+        return sizes
+    if isinstance(split_size, str) and split_size == "balanced":
+        return split_size
+    return checked_integer("split_size", split_size, 1, MAX_INT, 'or "balanced", or a tuple of one size per mode')
+
+
+def checked_integer(name: str, value: Any, low: int, high: int, other: str = "") -> int:
+    return integer(name, value, low, high, ConfigError, other)
+
+
+def checked_number(name: str, value: Any, most: float = math.inf) -> float:
+    if isinstance(value, (bool, str)):
+        raise ConfigError(f"{name} must be a number; got {safe_repr(value)}")
+    try:
+        # Read it as the decimal that it prints as: a float32 of 0.07 means 0.07, not 0.07000000029802322.
+        number = float(value) if isinstance(value, (int, float, Fraction)) else float(str(value))
+    except Exception:  # str() of any object may raise anything
+        raise ConfigError(f"{name} must be a number; got {safe_repr(value)}") from None
+    if not math.isfinite(number):
+        raise ConfigError(f"{name} must be finite; got {number!r}")
+    if abs(number) > most:
+        raise ConfigError(f"{name} must be at most {most:g} in absolute value; got {number!r}")
+    return number
+
+
+def checked_word(name: str, value: Any, words: tuple[str, ...], other: str = "") -> None:
+    if not isinstance(value, str) or value not in words:
+        listed = ", ".join(repr(word) for word in words)
+        other = f" {other}" if other else ""
+        raise ConfigError(f"{name} must be one of {listed}{other}; got {safe_repr(value)}")
+
+
+def checked_groups(groups: Any) -> str | int | tuple[tuple[int, ...], ...]:
+    what = '"weight", "layer", "role", an integer of at least 1, or a list of lists of weight indices'
+    if isinstance(groups, str):
+        if groups not in ("weight", "layer", "role"):
+            raise ConfigError(f"groups must be {what}; got {safe_repr(groups)}")
+        return groups
+    if isinstance(groups, (list, tuple)):
+        if not groups or not all(isinstance(group, (list, tuple)) and group for group in groups):
+            raise ConfigError(f"groups must be {what}, none of them empty; got {safe_repr(groups)}")
+        return tuple(
+            tuple(checked_integer(f"groups[{g}]", weight, 0, MAX_INT) for weight in group)
+            for g, group in enumerate(groups)
+        )
+    return checked_integer("groups", groups, 1, 1 << 62, 'or "weight", "layer", "role" or a list of lists')
+
+
+def checked_sources(sources: Any) -> SourceMap:
+    """Return the sources of a config; each may be given as a dictionary, as :meth:`Config.to_dict` writes it."""
+    if isinstance(sources, SourceMap):
+        return sources
+    if not isinstance(sources, Mapping):
+        raise ConfigError(
+            f"sources must be a mapping of array names to sources, such as {{'factor0': Trained()}}; got "
+            f"{safe_repr(sources)}"
+        )
+    found = {}
+    for name, source in sources.items():
+        try:
+            found[name] = source_from_dict(source) if isinstance(source, Mapping) else source
+        except ConfigError as error:
+            raise ConfigError(f"sources[{safe_repr(name)}]: {error}") from error
+    return SourceMap(found)
+
+
+# -- The names of the optimizers that tnadapt.algebra.units has units for ---------------------------------------------
+
+
+#: Values of ``Config.rate``.
+RATE_NAMES = ("adam", "sgd")
+
+
+# -- Config, the settings of an adapter (r, M, K, G, ρ, α and others): immutable and validated -------------------------
+
 
 _Item = TypeVar("_Item")
 
@@ -87,7 +460,7 @@ class Config:
         How a group becomes a tensor: weights stacked along rows (M = 2 only), the paper's reshape to equal sizes, the
         smallest nearly equal sizes, or explicit sizes, one per mode. A size may be a name, which stands for a number of
         each group: ``("weights", "rows", "cols")``, or ``("weights", "rows/64", 64, "cols")`` with heads of 64 rows.
-        The weights of a group must then have one shape; see :mod:`tnadapt.algebra.named_fold`.
+        The weights of a group must then have one shape; see :mod:`tnadapt.algebra.config`.
     format : str
         Format of each split: "dense", "cp", "cp-weighted", "tucker", "tt", or a name given to
         :func:`tnadapt.register_format`.

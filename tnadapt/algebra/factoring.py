@@ -27,25 +27,112 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
+from tnadapt.backends.fixed_arrays import FixedArrays
 
-from ._boxes import boxes
-from ._factored import Factored, Matrix, difference, mapped
-from ._network_halves import NetworkHalves, width_at
-from ._separation import Separation, separation_of
-from ._weight_places import place_of
 from .formats import Format, Ranges
 from .group import Group
+from .layout import place_of
 from .maps import Map
-from .network import Network
+from .network import Network, NetworkHalves, width_at
+from .products import LONG, kronecker_tensor
+from .rank_bounds import Separation, separation_of
 from .superlora import SuperLoRA
-from .unfolding import Cut
+from .unfolding import Cut, boxes, row_wise_khatri_rao
 
-__all__ = ["Factored", "Factoring", "Matrix", "factoring"]
+__all__ = [
+    "Factored",
+    "Factoring",
+    "KroneckerRows",
+    "Matrix",
+    "difference",
+    "factoring",
+    "mapped",
+]
+
+
+# -- An update as a sum of Kronecker products of small matrices, and the maps between which the sum may be -------------
+
+
+class Matrix(NamedTuple):
+    """A matrix, dense or as a product of two narrow ones.
+
+    Attributes
+    ----------
+    left : array, shape (rows, width), or (rows, cols) if ``right`` is None
+    right : array, shape (cols, width), or None
+        The matrix is ``left @ right.T``.
+    """
+
+    left: Array
+    right: Array | None
+
+
+class Factored(NamedTuple):
+    """An update as a sum of Kronecker products of small matrices.
+
+    Attributes
+    ----------
+    terms : list of list of Matrix
+        The matrices of each term; the first one varies slowest in rows and columns.
+    scale : float
+        Factor of the sum.
+    sides : (Map, Map), optional
+        (A, B): the update is A times the sum times Bᵀ.
+    """
+
+    terms: list[list[Matrix]]
+    scale: float
+    sides: tuple[Map, Map] | None = None
+
+    def dense(self, backend: Backend) -> Array:
+        """Compute the update itself, ``(rows, cols)``."""
+        found = []
+        for term in self.terms:
+            made = [
+                m.left if m.right is None else backend.matmul(m.left, backend.matrix_transpose(m.right)) for m in term
+            ]
+            found.append(kronecker_tensor(backend, made))
+        total = functools.reduce(lambda a, b: a + b, found)
+        if self.sides is not None:
+            rows, cols = self.sides
+            total = mapped(backend, rows, cols.forward(backend, total))
+        return total if self.scale == 1.0 else total * self.scale
+
+    def pair(self, backend: Backend) -> Matrix:
+        """Return the update of a single matrix, without the scale, as two factors as narrow as its shape allows."""
+        ((matrix,),) = self.terms
+        if self.sides is None or matrix.right is not None:
+            return matrix
+        x, (rows, cols) = matrix.left, self.sides
+        narrow = min(x.shape)
+        unit = backend.asarray(np.eye(narrow), backend.dtype_name(x), backend.device(x))
+        left, right = (unit, backend.matrix_transpose(x)) if x.shape[0] == narrow else (x, unit)
+        return Matrix(mapped(backend, rows, left), mapped(backend, cols, right))
+
+
+def difference(backend: Backend, now: Matrix, then: Matrix) -> Matrix:
+    """Return a matrix minus another one; of two products, as a product that is exactly zero if they are equal."""
+    if now.right is None or then.right is None:
+        return Matrix(now.left - then.left, None)
+    left = backend.concat([now.left - then.left, then.left], axis=1)
+    return Matrix(left, backend.concat([now.right, now.right - then.right], axis=1))
+
+
+def mapped(backend: Backend, map_: Map, matrix: Array) -> Array:
+    """Apply a map to each column of a matrix."""
+    if map_.identity:
+        return matrix
+    return backend.matrix_transpose(map_.forward(backend, backend.matrix_transpose(matrix)))
+
+
+# -- Row and column factors of one weight's update, for updates whose rows and columns are separable -------------------
 
 
 class Size(NamedTuple):
@@ -359,3 +446,80 @@ def _extent(ranges: Ranges) -> int:
 def _cut(sizes: Sequence[int], cols: int) -> int | None:
     """Return the number of leading modes that are rows if the remaining ones make up ``cols`` columns, or None."""
     return next((m for m in range(len(sizes) - 1, 0, -1) if math.prod(sizes[m:]) == cols), None)
+
+
+# -- Rows of a matrix that is a Kronecker product, each as one outer product of two vectors ----------------------------
+
+# Row i of ``A ⊗ B ⊗ C`` is the Kronecker product of a row of each, those of the digits of i. So a run of rows needs no
+# cutting into boxes of digits, and its gradient is two sums. The products are those of
+# :func:`tnadapt.algebra.products.kronecker_tensor`, in the same order, to the bit.
+
+
+class KroneckerRows(FixedArrays):
+    """The rows of a network of order 2 that contain a slice; see :meth:`of`.
+
+    Parameters
+    ----------
+    network : Network
+    start, stop : int
+        The slice of its ``vec``.
+
+    Attributes
+    ----------
+    cols : int
+        Length of a row. The outer products may be longer: the rest is cut off.
+    first : int
+        Position of the first element of the slice in the rows.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tnadapt import Config
+    >>> from tnadapt.backends import load_backend
+    >>> network = Network(Config(format="dense", fold=(4, 6), splits=2, split_size=2), 24)
+    >>> arrays = {"split0.dense": np.ones((2, 2)), "split1.dense": np.arange(6.0).reshape(2, 3)}
+    >>> left, right = KroneckerRows.of(network, 6, 18)(load_backend("numpy"), arrays)
+    >>> (left[:, :, None] * right[:, None, :]).reshape(2, 6)
+    array([[3., 4., 5., 3., 4., 5.],
+           [0., 1., 2., 0., 1., 2.]])
+    """
+
+    def __init__(self, network: Network, start: int, stop: int) -> None:
+        super().__init__()
+        self.network, self.cols = network, network.sizes[1]
+        rows = start // self.cols, -(-stop // self.cols)
+        self.first = start - rows[0] * self.cols
+        self._digits = np.unravel_index(np.arange(*rows), [split.sizes[0] for split in network.splits])
+
+    @classmethod
+    def of(cls, network: Network, start: int, stop: int) -> KroneckerRows | None:
+        """Return the rows of a slice; None if the network is not one Kronecker product of matrices."""
+        single = network.terms > 1 or len(network.splits) < 2 or not network.kronecker
+        return None if single or len(network.sizes) != 2 else cls(network, start, stop)
+
+    def make(self, key: Hashable) -> np.ndarray:
+        """Return the digits of the rows in the split with that number."""
+        assert isinstance(key, int)
+        return np.asarray(self._digits[key], np.int64)
+
+    def __call__(self, backend: Backend, arrays: Mapping[str, Array]) -> tuple[Array, Array]:
+        """Compute the two vectors of each row, without the scale, shapes (rows, p) and (rows, q); differentiable."""
+        (prefixes,) = self.network.prefixes
+        found = []
+        for k, (split, own) in enumerate(zip(self.network.splits, self.network.of_term(prefixes, arrays), strict=True)):
+            matrix = split.tensor(backend, own, [(0, size) for size in split.sizes])
+            found.append(backend.take(matrix, self.on(backend, k, matrix), axis=0))
+        *others, right = found
+        while len(others) > 1 and right.shape[-1] < LONG:
+            right = row_wise_khatri_rao(backend, [others.pop(), right])
+        return _row_wise(backend, others), right
+
+
+def _row_wise(backend: Backend, rows: Sequence[Array]) -> Array:
+    """Multiply as many vectors a row, in the order of ``kronecker_tensor``."""
+    if len(rows) < 3:
+        return row_wise_khatri_rao(backend, rows)
+    *others, right = rows
+    while others and right.shape[-1] < LONG:
+        right = row_wise_khatri_rao(backend, [others.pop(), right])
+    return row_wise_khatri_rao(backend, [_row_wise(backend, others), right]) if others else right

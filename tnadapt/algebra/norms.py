@@ -1,8 +1,4 @@
-"""Frobenius norms without overflow or underflow: numbers are scaled by a power of two before they are squared.
-
-In float64 the square of 1e-163 is zero, and that of 1e155 is infinite. Scaling by a power of two is exact, so that
-norms and their quotients are as accurate for numbers of any magnitude as for those near 1.
-"""
+"""Norms that neither overflow nor underflow, and rounding to half-precision dtypes."""
 
 from __future__ import annotations
 
@@ -11,7 +7,19 @@ from collections.abc import Iterable
 
 import numpy as np
 
-__all__ = ["exponent_of", "norm", "norm_of_difference", "relative", "relative_difference", "scaled_by", "together"]
+__all__ = [
+    "exponent_of",
+    "norm",
+    "norm_of_difference",
+    "relative",
+    "relative_difference",
+    "rounded_to",
+    "scaled_by",
+    "together",
+]
+
+
+# -- Frobenius norms without overflow or underflow: numbers are scaled by a power of two before they are squared -------
 
 
 def exponent_of(*arrays: np.ndarray) -> int:
@@ -109,3 +117,21 @@ def _times_power(number: float, exponent: int) -> float:
         return math.ldexp(number, exponent)
     except OverflowError:
         return math.inf
+
+
+# -- Rounding of float32 values to half-precision dtypes, on NumPy, which has no bfloat16 ------------------------------
+
+
+def rounded_to(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Round values to those of a half-precision dtype, as array libraries do: to nearest, ties to even.
+
+    They are float32 values, or are rounded to float32 first, as a model computes them.
+    """
+    if dtype not in ("float16", "bfloat16"):
+        return array
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+        if dtype == "float16":
+            return array.astype(np.float16).astype(np.float32)
+    bits = array.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)

@@ -22,25 +22,28 @@ from typing import Any
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ConfigError, integer, safe_repr
 
-from ._applying_presets import dora, hira
-from ._joint_presets import cara, fact_tk, fact_tt, lorta_cp, lotr, metatt
-from ._map_presets import c3a, fourierft, loca, miss, shira, waveft
-from ._preset_config import preset_config
-from ._source_presets import (
+from .config import Config
+from .folding import MAX_SIZE
+from .joint_presets import cara, fact_tk, fact_tt, lorta_cp, lotr, metatt, preset_config
+from .source_presets import (
+    c3a,
     craft,
+    fourierft,
+    loca,
     lora_fa,
     lora_xs,
+    miss,
     nola,
     randlora,
     share_lora,
+    shira,
     svft,
     tied_lora,
     tinylora,
     unilora,
     vera,
+    waveft,
 )
-from .config import Config
-from .folding import MAX_SIZE
 
 __all__ = [
     "c3a",
@@ -81,6 +84,49 @@ __all__ = [
     "vera",
     "waveft",
 ]
+
+
+# -- Presets that say how the update meets the weight: DoRA and HiRA ---------------------------------------------------
+
+# Users find them in :mod:`tnadapt.presets`.
+
+
+def dora(rank: int = 8, **changes: Any) -> Config:
+    """DoRA: ``W' = m ∘ (W + ΔW) / ‖W + ΔW‖`` by row, with LoRA's ΔW and a trained m (Liu et al., arXiv 2402.09353).
+
+    Settings: LoRA with ``apply="magnitude"``. m starts at ‖W‖, so that a fresh adapter changes nothing. As in PEFT, a
+    row is an output feature; ``magnitude_axis="cols"`` is LyCORIS's ``wd_on_out=False``. Parameters: r (rows + cols) +
+    rows per weight.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(dora(rank=8), [(768, 768)] * 24)
+    313344
+    """
+    return _lora(rank, "magnitude", changes)
+
+
+def hira(rank: int = 32, **changes: Any) -> Config:
+    """HiRA: ``W' = W + W ∘ ΔW`` with LoRA's ΔW, a change of full rank (Huang et al., ICLR 2025).
+
+    Settings: LoRA with ``apply="hadamard"``. The paper's A and B are LoRA's. Parameters: r (rows + cols) per weight.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(hira(rank=32), [(768, 768)] * 24) == 2 * 768 * 32 * 24
+    True
+    """
+    return _lora(rank, "hadamard", changes)
+
+
+def _lora(rank: int, apply: str, changes: dict[str, Any]) -> Config:
+    base = {"groups": "weight", "fold": "stack", "order": 2, "format": "cp", "rank": rank, "apply": apply}
+    return preset_config(base, changes)
+
+
+# -- Named methods as tnadapt.Config presets: table 1 of the paper, and others from the literature ---------------------
 
 
 def _config(own: dict[str, Any], changes: dict[str, Any]) -> Config:

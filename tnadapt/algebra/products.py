@@ -19,11 +19,237 @@ from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ShapeError, safe_repr
 
-from ._contraction_order import cp_groups, train_cut, tucker_last
-from .factor_products import cp_in_groups, tucker_in_order, tucker_with_last
 from .folding import MAX_ORDER
 
-__all__ = ["LONG", "cp_to_tensor", "kron_matvec", "kronecker", "tt_to_tensor", "tucker_to_tensor"]
+__all__ = [
+    "LONG",
+    "contracted",
+    "cp_groups",
+    "cp_in_groups",
+    "cp_to_tensor",
+    "khatri_rao",
+    "khatri_rao_of_rows",
+    "kron_matvec",
+    "kronecker",
+    "mode_product",
+    "padded_to",
+    "rearranged",
+    "train_cut",
+    "tt_to_tensor",
+    "tucker_in_order",
+    "tucker_last",
+    "tucker_to_tensor",
+    "tucker_with_last",
+]
+
+
+# -- Which modes a product of factors joins last: the cheapest way by a model of its time ------------------------------
+
+# The last matrix product writes the whole result, and the ways to it differ in what it reads: its operands are expanded
+# from the factors. The model counts the elements that are written on the way. A multiply-add of a matrix product costs
+# a small part of an element, a row of a product with broadcasting as much as sixteen, each matrix of a batch as much as
+# three hundred. All are plain integers, and nothing is cached: compilers trace these functions.
+
+
+_ROW = 16
+_MATRIX = 300
+#: Multiply-adds that cost as much as an element.
+_ARITHMETIC = 16
+# Libraries multiply long by small faster than small by long: these elements of a wide result cost one more.
+_WIDE = 8
+# Libraries multiply matrices with fewer columns far below their speed, so a batch of these does not pay.
+_NARROW = 32
+
+
+def _expanded(elements: int, row: int) -> int:
+    """Return the cost of a product with broadcasting whose innermost loops have ``row`` elements."""
+    return elements + _ROW * elements // max(row, 1)
+
+
+def cp_groups(sizes: Sequence[int], rank: int) -> tuple[int, int]:
+    """Return how the modes of a CP tensor are grouped: a batch of matrices, their rows, their columns.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        At least two.
+    rank : int
+
+    Returns
+    -------
+    first, second : int
+        ``sizes[:first]`` is the batch, with ``first = 0`` for a single matrix; ``sizes[second:]`` are the columns.
+
+    Notes
+    -----
+    A batch expands only the smaller operand of the last product: it pays where a mode in the middle is long, and where
+    there are many modes.
+
+    Examples
+    --------
+    >>> cp_groups([2000, 40, 10], 8), cp_groups([10, 40, 2000], 8), cp_groups([10, 2000, 40], 8)
+    ((0, 1), (0, 2), (1, 2))
+    """
+    chosen, least = (0, 1), -1
+    for second in range(len(sizes) - 1, 0, -1):
+        width = math.prod(sizes[second:])
+        right = _expanded(rank * width, sizes[-1]) if second < len(sizes) - 1 else 0
+        for first in range(second if width >= _NARROW else 1):
+            height, batch = math.prod(sizes[first:second]), math.prod(sizes[:first])
+            cost = right + (_expanded(rank * height, rank) if second - first > 1 else 0)
+            if width > height:
+                cost += batch * height * width // _WIDE
+            if first:
+                cost += _expanded(rank * batch * width, width) + _MATRIX * batch
+            if least < 0 or cost < least:
+                chosen, least = (first, second), cost
+    return chosen
+
+
+def tucker_last(sizes: Sequence[int], ranks: Sequence[int]) -> int:
+    """Return the mode of a Tucker tensor that is expanded last; the last one of ties.
+
+    Parameters
+    ----------
+    sizes, ranks : sequence of int
+        Of the tensor and of its core.
+
+    Returns
+    -------
+    int
+
+    Notes
+    -----
+    A mode in the middle needs a batch of matrix products, one per index of the modes before it.
+
+    Examples
+    --------
+    >>> tucker_last([64, 64, 64], [4, 4, 4]), tucker_last([10, 2000, 40], [4, 4, 4])
+    (2, 1)
+    """
+    chosen, least = len(sizes) - 1, -1
+    for mode in range(len(sizes) - 1, -1, -1):
+        before, after = math.prod(sizes[:mode]), math.prod(sizes[mode + 1 :])
+        middle = 0 < mode < len(sizes) - 1
+        if middle and after < _NARROW:
+            continue
+        cost = ranks[mode] * before * after * (_ARITHMETIC + sizes[mode]) + (_ARITHMETIC * _MATRIX * before) * middle
+        if least < 0 or cost < least:
+            chosen, least = mode, cost
+    return chosen
+
+
+def train_cut(sizes: Sequence[int], bonds: Sequence[int]) -> int:
+    """Return where a tensor train is cut into the two operands of its last product; the last cut of ties.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        At least two.
+    bonds : sequence of int
+        The ranks between neighbors, one fewer than sizes.
+
+    Returns
+    -------
+    int
+        Between 1 and the number of modes less one.
+
+    Notes
+    -----
+    The last one of ties makes the left matrix the long one.
+
+    Examples
+    --------
+    >>> train_cut([8, 8, 8, 8], [4, 4, 4]), train_cut([8, 8, 8, 8], [4, 50, 2])
+    (2, 3)
+    """
+    chosen, least = len(sizes) - 1, -1
+    for cut in range(len(sizes) - 1, 0, -1):
+        left, right = math.prod(sizes[:cut]), math.prod(sizes[cut:])
+        cost = bonds[cut - 1] * (_ARITHMETIC * (left + right) + left * right)
+        if least < 0 or cost < least:
+            chosen, least = cut, cost
+    return chosen
+
+
+# -- Products of checked factors with a chosen order of contraction; ._contraction_order chooses it --------------------
+
+
+def cp_in_groups(backend: Backend, factors: Sequence[Array], groups: tuple[int, int]) -> Array:
+    """Compute the tensor of CP factors by a matrix product whose batch, rows and columns are groups of modes.
+
+    The groups are those of :func:`._contraction_order.cp_groups`; all of them give the same tensor.
+    """
+    (first, second), rank = groups, factors[0].shape[1]
+    rows = khatri_rao(backend, factors[first:second])
+    columns = factors[second:]
+    if first or len(columns) > 1:
+        # In this layout the innermost loops are as long as the last factor, not only as its rank.
+        cols = khatri_rao_of_rows(backend, [_laid_out(backend, factor) for factor in columns])
+    else:
+        cols = backend.matrix_transpose(columns[0])
+    if first:
+        batch = khatri_rao(backend, factors[:first])
+        cols = backend.reshape(batch, (-1, rank, 1)) * backend.reshape(cols, (1, rank, -1))
+        rows = backend.reshape(rows, (1, -1, rank))
+    return backend.reshape(backend.matmul(rows, cols), [factor.shape[0] for factor in factors])
+
+
+def _laid_out(backend: Backend, factor: Array) -> Array:
+    """Return the transpose of a matrix, in C order in memory: flattening moves the elements."""
+    return backend.reshape(backend.flatten(backend.matrix_transpose(factor)), (factor.shape[1], factor.shape[0]))
+
+
+def khatri_rao(backend: Backend, factors: Sequence[Array]) -> Array:
+    """Compute the column-wise Kronecker product of (d_m, r) factors: shape (prod d_m, r)."""
+
+    def pair(a: Array, b: Array) -> Array:
+        rank = a.shape[1]
+        product = backend.reshape(a, (-1, 1, rank)) * backend.reshape(b, (1, -1, rank))
+        return backend.reshape(product, (a.shape[0] * b.shape[0], rank))
+
+    return functools.reduce(pair, factors)
+
+
+def khatri_rao_of_rows(backend: Backend, factors: Sequence[Array]) -> Array:
+    """Compute the transpose of :func:`khatri_rao` from transposed factors, (r, d_m): shape (r, prod d_m)."""
+
+    def pair(a: Array, b: Array) -> Array:
+        (rank, m), n = a.shape, b.shape[1]
+        product = backend.reshape(a, (rank, m, 1)) * backend.reshape(b, (rank, 1, n))
+        return backend.reshape(product, (rank, m * n))
+
+    return functools.reduce(pair, factors)
+
+
+def tucker_with_last(backend: Backend, core: Array, factors: Sequence[Array], last: int) -> Array:
+    """Compute the tensor of a core and factors, of which one is applied after all others."""
+    if last == len(factors) - 1:
+        return tucker_in_order(backend, core, factors)
+    core = tucker_in_order(backend, core, [None if m == last else factor for m, factor in enumerate(factors)])
+    sizes = [factor.shape[0] for factor in factors]
+    batch = (math.prod(sizes[:last]),) if last else ()
+    core = backend.reshape(core, (*batch, core.shape[last], math.prod(sizes[last + 1 :])))
+    factor = backend.reshape(factors[last], (*(1 for _ in batch), *factors[last].shape))
+    return backend.reshape(backend.matmul(factor, core), sizes)
+
+
+def tucker_in_order(backend: Backend, core: Array, factors: Sequence[Array | None]) -> Array:
+    """Compute the tensor of a core and factors, which are applied first to last: the reference implementation."""
+    sizes = [core.shape[m] if factor is None else factor.shape[0] for m, factor in enumerate(factors)]
+    # Each step contracts the leading mode and appends the result as the last one: after M steps the modes are in order
+    # again, and no axes had to be permuted.
+    shape = list(core.shape)
+    for factor, size in zip(factors, sizes, strict=True):
+        rank = shape.pop(0)
+        rest = backend.matrix_transpose(backend.reshape(core, (rank, math.prod(shape))))
+        core = rest if factor is None else backend.matmul(rest, backend.matrix_transpose(factor))
+        shape.append(size)
+    return backend.reshape(core, sizes)
+
+
+# -- Tensor products: mode products, CP, Tucker, tensor train, Kronecker, Hadamard, as array operations ----------------
+
 
 #: Rows of a Kronecker product with at least this many elements are long.
 LONG = 64
@@ -347,3 +573,130 @@ def kron_matvec(matrices: Sequence[Array], x: Array) -> Array:
 def hadamard_tensor(arrays: Sequence[Array]) -> Array:
     """Compute the elementwise product of arrays of the same shape."""
     return functools.reduce(lambda a, b: a * b, arrays)
+
+
+# -- The product of a tensor and a matrix along one mode ---------------------------------------------------------------
+
+
+def mode_product(backend: Backend, tensor: Array, matrix: Array, mode: int) -> Array:
+    """Multiply a tensor by a matrix along one mode, in one matrix product and without moving axes.
+
+    Parameters
+    ----------
+    backend : Backend
+    tensor : array, shape (d_1, …, d_M)
+    matrix : array, shape (n, d_mode)
+    mode : int
+        From 0.
+
+    Returns
+    -------
+    array
+        With n elements along that mode; differentiable.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tnadapt.backends import get_backend
+    >>> mode_product(get_backend(np.ones(1)), np.ones((2, 3)), np.ones((1, 3)), 1)
+    array([[3.],
+           [3.]])
+    """
+    shape = [int(size) for size in tensor.shape]
+    before, size, after = math.prod(shape[:mode]), shape[mode], math.prod(shape[mode + 1 :])
+    if after == 1:
+        product = backend.matmul(backend.reshape(tensor, (before, size)), backend.matrix_transpose(matrix))
+    elif before == 1:
+        product = backend.matmul(matrix, backend.reshape(tensor, (size, after)))
+    else:
+        product = backend.matmul(matrix, backend.reshape(tensor, (before, size, after)))
+    return backend.reshape(product, (*shape[:mode], int(matrix.shape[0]), *shape[mode + 1 :]))
+
+
+# -- The rearrangement of Van Loan and Pitsianis, for any number of splits and modes -----------------------------------
+
+# It turns a Kronecker product of K tensors into the outer product of their vectors, so that the nearest Kronecker
+# product is a nearest tensor of rank one. Van Loan & Pitsianis, "Approximation with Kronecker products" (1993).
+
+
+def rearranged(backend: Backend, tensor: Array, sizes: Sequence[Sequence[int]]) -> Array:
+    """Rearrange a tensor so that Kronecker products of splits of these sizes become outer products.
+
+    Parameters
+    ----------
+    backend : Backend
+    tensor : array, shape (d_1, …, d_M)
+        Padded with zeros where the product of the splits' sizes is larger.
+    sizes : sequence of sequence of int
+        ``(s_k1 … s_kM)`` of each of the K splits.
+
+    Returns
+    -------
+    array, shape (p_1, …, p_K)
+        With ``p_k = prod_m s_km``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tnadapt.backends import get_backend
+    >>> a, b = np.array([[1.0, 2.0]]), np.array([[3.0], [4.0]])
+    >>> rearranged(get_backend(a), np.kron(a, b), [a.shape, b.shape])
+    array([[3., 4.],
+           [6., 8.]])
+    """
+    order, splits = len(sizes[0]), len(sizes)
+    tensor = padded_to(backend, tensor, [math.prod(split[mode] for split in sizes) for mode in range(order)])
+    # One axis per (mode, split). Axes of length 1 are left out: NumPy allows at most 64 axes, and a tensor with more
+    # than 64 axes of length 2 or more fits in no memory.
+    digits = [(k, mode) for mode in range(order) for k in range(splits) if sizes[k][mode] > 1]
+    found = backend.reshape(tensor, [sizes[k][mode] for k, mode in digits])
+    found = backend.permute_dims(found, sorted(range(len(digits)), key=lambda place: digits[place]))
+    return backend.reshape(found, [math.prod(split) for split in sizes])
+
+
+def contracted(backend: Backend, tensor: Array, splits: Sequence[Array | None], sizes: Sequence[int]) -> Array:
+    """Contract a rearranged tensor with the vectors of all splits but one.
+
+    Parameters
+    ----------
+    backend : Backend
+    tensor : array, shape (p_1, …, p_K)
+    splits : sequence of array or None
+        Each of any shape with p_k elements; None for the split that is left out.
+    sizes : sequence of int
+        Shape of the result.
+
+    Returns
+    -------
+    array
+    """
+    kept = next(k for k, split in enumerate(splits) if split is None)
+    shape = [int(size) for size in tensor.shape]
+    left, right = (_outer(backend, [s for s in part if s is not None]) for part in (splits[:kept], splits[kept:]))
+    found = backend.reshape(tensor, (math.prod(shape[:kept]), math.prod(shape[kept:])))
+    if left is not None:
+        found = backend.matmul(backend.reshape(left, (1, -1)), found)
+    found = backend.reshape(found, (shape[kept], math.prod(shape[kept + 1 :])))
+    if right is not None:
+        found = backend.matmul(found, backend.reshape(right, (-1, 1)))
+    return backend.reshape(found, sizes)
+
+
+def _outer(backend: Backend, tensors: Sequence[Array]) -> Array | None:
+    """Return the outer product of all tensors as a vector; None if there are no tensors."""
+
+    def pair(a: Array, b: Array) -> Array:
+        return backend.flatten(backend.reshape(a, (-1, 1)) * backend.reshape(b, (1, -1)))
+
+    vectors = [backend.flatten(tensor) for tensor in tensors]
+    return functools.reduce(pair, vectors) if vectors else None
+
+
+def padded_to(backend: Backend, tensor: Array, sizes: Sequence[int]) -> Array:
+    """Pad a tensor with zeros at the end of every mode, up to these sizes."""
+    for mode, size in enumerate(sizes):
+        missing = size - tensor.shape[mode]
+        if missing:
+            shape = [*tensor.shape[:mode], missing, *tensor.shape[mode + 1 :]]
+            tensor = backend.concat([tensor, backend.zeros(shape, like=tensor)], axis=mode)
+    return tensor

@@ -18,10 +18,10 @@ from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError
 
-from ._dtype_rounding import rounded_to
 from .config import Config
 from .maps import BroughtMap
 from .maps.projection import Projection
+from .norms import rounded_to
 
 __all__ = ["THETA_STREAMS", "Theta", "ThetaPart"]
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _torch_operators as operators
+from . import _torch_maps as operators
 from ._kernels import kernels
 from ._torch_maps import KernelPair, KernelWithFallback, Map, in_memory, linear_map
-from .constant_result import constant_result
+from .backend import constant_result
 
 __all__ = ["fastfood", "fwht", "lacking", "shuffle", "there_are_kernels"]
 

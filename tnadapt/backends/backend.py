@@ -11,14 +11,65 @@ import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tnadapt.errors import BackendError, safe_repr
 
-from ._kron import kron_plain
 from .fixed_arrays import FixedArrays
+
+__all__ = [
+    "constant_result",
+    "kron_by_rows",
+    "kron_plain",
+    "short_rows",
+]
+
+
+# -- Kronecker product of two arrays: one product with broadcasting, or one over longer rows ---------------------------
+
+
+def kron_plain(backend: Any, a: Any, b: Any) -> Any:
+    """Compute the Kronecker product of two arrays with the same number of axes, in one product."""
+    shape: list[int] = []
+    slow: list[int] = []
+    fast: list[int] = []
+    for m, n in zip(a.shape, b.shape, strict=True):
+        shape.append(m * n)
+        slow += (m, 1)
+        fast += (1, n)
+    return backend.reshape(backend.reshape(a, slow) * backend.reshape(b, fast), shape)
+
+
+def kron_by_rows(backend: Any, a: Any, b: Any) -> Any:
+    """Compute :func:`kron_plain` with both arrays first expanded along the last axis, to rows of the result's length.
+
+    With broadcasting, the innermost loop of many libraries is as short as b's rows.
+    """
+    *rows, n = a.shape
+    *others, q = b.shape
+    spread = backend.xp.broadcast_to(backend.reshape(a, (*rows, n, 1)), (*rows, n, q))
+    tiled = backend.xp.broadcast_to(backend.reshape(b, (*others, 1, q)), (*others, n, q))
+    slow = [size for m in rows for size in (m, 1)]
+    fast = [size for p in others for size in (1, p)]
+    product = backend.reshape(spread, (*slow, n * q)) * backend.reshape(tiled, (*fast, n * q))
+    return backend.reshape(product, [*(m * p for m, p in zip(rows, others, strict=True)), n * q])
+
+
+def short_rows(a: Sequence[int], b: Sequence[int], limit: int, least: int) -> bool:
+    """Return whether :func:`kron_by_rows` pays for these shapes where rows of up to ``limit`` elements are slow.
+
+    For a result of fewer than ``least`` elements the additional operations cost more than they save.
+    """
+    if len(a) < 2 or b[-1] > limit or math.prod(a) * math.prod(b) < least:
+        return False
+    # With a single row on either side there is nothing to save.
+    return math.prod(a[:-1]) > 1 and math.prod(b[:-1]) > 1 and int(a[-1]) > 1
+
+
+# -- The interface of every array library: about twenty primitives under their array-API names -------------------------
+
 
 Array = Any  # an array of any supported library
 Map = Callable[[Array], Array]
@@ -316,7 +367,7 @@ class Backend:
     def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Array | None:
         """Compute the linear part of a projection F along the last axis, or its adjoint.
 
-        ``draws`` are the :class:`tnadapt.algebra.maps._fastfood_draws.FastfoodDraws` of F.
+        ``draws`` are the :class:`tnadapt.algebra.maps.fastfood.FastfoodDraws` of F.
         """
         return None
 
@@ -384,3 +435,31 @@ class Backend:
     def flatten(self, x: Array) -> Array:
         """Return vec(x): x flattened in C order."""
         return self.reshape(x, (math.prod(x.shape),))
+
+
+# -- Functions whose results compilers treat as constants --------------------------------------------------------------
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def constant_result(function: _F) -> _F:
+    """Mark a function as :func:`torch.compiler.assume_constant_result` does.
+
+    Parameters
+    ----------
+    function : callable
+        Compiled programs contain its result as a constant.
+
+    Returns
+    -------
+    callable
+        The same function.
+
+    Notes
+    -----
+    Torch's own function imports the compiler, which takes more than a second, and most processes compile nothing. A
+    test compares the marks.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

@@ -9,13 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from tnadapt.errors import FileError, TargetError, pluralize, safe_repr, summarize
+from tnadapt.targets.checkpoint_experts import expert_tensors
 from tnadapt.targets.checkpoint_targets import find_stored, is_transposed
-from tnadapt.targets.expert_names import expert_tensors
 from tnadapt.targets.fused_rows import LayoutError
-from tnadapt.targets.overlaps import check_distinct
-from tnadapt.targets.pairing import paired
-from tnadapt.targets.prefixes import Prefix, found_prefix, renamed_targets, stored_names
-from tnadapt.targets.target import Target
+from tnadapt.targets.prefixes import Prefix, found_prefix, paired, renamed_targets, stored_names
+from tnadapt.targets.target import Target, check_distinct
 
 from .adapter_file import AdapterFile
 from .checkpoint import Checkpoint

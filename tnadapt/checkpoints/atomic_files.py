@@ -3,18 +3,142 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import functools
 import io
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from tnadapt.errors import FileError
 
-from .renaming import rename_new
+__all__ = [
+    "HAS_LOCKS",
+    "atomic_write",
+    "exchange",
+    "lock",
+    "names_handle",
+    "rename_new",
+    "replace_file",
+    "sync_file",
+    "sync_folder",
+    "sync_tree",
+    "unlock",
+]
 
-__all__ = ["atomic_write", "replace_file", "sync_file", "sync_folder", "sync_tree"]
+
+# -- Atomic renames that never replace anything, and atomic exchanges of two names -------------------------------------
+
+# Linux provides both in one system call, ``renameat2``, which Python does not expose. On other systems, and on file
+# systems that lack it, :func:`rename_new` approximates it and :func:`exchange` returns False.
+
+
+_AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2
+# Errors of kernels, file systems and sandboxes that lack the call or the flag. On macOS, ENOTSUP and EOPNOTSUPP are
+# different numbers.
+_LACKING = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EXDEV}
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+
+
+@functools.cache
+def _system_call() -> Callable[..., int] | None:
+    try:
+        found = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
+        return None
+    found.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    found.restype = ctypes.c_int
+    return found
+
+
+def _renameat2(source: str, target: str, flags: int) -> bool:
+    """Call ``renameat2``; return False if it is not available."""
+    call = _system_call()
+    if call is None:
+        return False
+    if call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _LACKING:
+        return False
+    raise OSError(number, os.strerror(number), source, None, target)
+
+
+def exchange(first: str, second: str) -> bool:
+    """Exchange what two paths name, atomically: at no time is either of them missing.
+
+    Returns
+    -------
+    bool
+        False if the system or the file system does not support it. Nothing has changed then.
+
+    Raises
+    ------
+    OSError
+        If the exchange fails; FileNotFoundError if one of the paths does not exist. Nothing has changed then.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> _ = Path("a").write_text("1"), Path("b").write_text("2")
+    >>> Path("a").read_text() if exchange("a", "b") else "2"
+    '2'
+    """
+    return _renameat2(first, second, _EXCHANGE)
+
+
+def rename_new(source: str, target: str) -> None:
+    """Rename a file or a folder to a free name.
+
+    Raises
+    ------
+    FileExistsError
+        If the name exists, even as a dangling link. Nothing has changed then.
+    OSError
+        If the rename fails otherwise.
+
+    Notes
+    -----
+    Without ``renameat2``, a file is linked under its new name and unlinked under its old one, and a folder is renamed,
+    which fails on every system if the target is a folder with files in it. Only on a file system without hard links
+    (FAT) is there a gap between the check that a file's name is free and the rename.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> _ = Path("a").write_text("1"), Path("b").write_text("2")
+    >>> rename_new("a", "b")
+    Traceback (most recent call last):
+        ...
+    FileExistsError: [Errno 17] File exists: 'a' -> 'b'
+    """
+    if _renameat2(source, target, _NOREPLACE):
+        return
+    taken = FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), source, None, target)
+    if os.path.lexists(target):
+        raise taken
+    if os.path.isdir(source) and not os.path.islink(source):
+        try:
+            os.rename(source, target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise taken from error
+            raise
+        return
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LINKS:
+            raise
+        os.rename(source, target)
+    else:
+        os.unlink(source)
+
+
+# -- Atomic writes: files are written under a temporary name, synchronized and renamed ---------------------------------
+
 
 # Errors of file systems that cannot synchronize folders. On macOS, ENOTSUP and EOPNOTSUPP are different numbers.
 _NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EROFS}
@@ -152,3 +276,69 @@ def sync_tree(folder: str) -> None:
     """Apply :func:`sync_folder` to a folder and all folders in it, innermost first."""
     for root, _, _ in os.walk(folder, topdown=False):
         sync_folder(root)
+
+
+# -- Advisory locks on open files, released when the process that holds them ends --------------------------------------
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    HAS_LOCKS = False
+else:
+    HAS_LOCKS = True
+
+
+def lock(handle: int, wait: bool = False) -> bool:
+    """Lock an open file or folder exclusively.
+
+    Separately opened handles exclude each other, even within one process.
+
+    Parameters
+    ----------
+    handle : int
+        A file descriptor.
+    wait : bool
+        Whether to wait until the lock is free.
+
+    Returns
+    -------
+    bool
+        False if another handle holds the lock. True if it was acquired, and also if the system or the file system has
+        no locks: callers must not rely on the lock alone.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...     again = os.open(file.name, os.O_RDWR)
+    ...     lock(file.fileno()), lock(again)
+    ...     os.close(again)
+    (True, False)
+    """
+    if not HAS_LOCKS:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def unlock(handle: int) -> None:
+    """Release the lock now. Closing the handle would not do so while a forked child still has a copy of it."""
+    if HAS_LOCKS:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+def names_handle(path: str, handle: int) -> bool:
+    """Return whether a path still names the file of a handle: it may have been deleted and recreated."""
+    try:
+        named = os.lstat(path)
+    except OSError:
+        return False
+    opened = os.fstat(handle)
+    return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)

@@ -9,35 +9,846 @@ memory for a tensor is allocated only once its bytes are known to be present.
 
 from __future__ import annotations
 
+import bisect
+import codecs
 import contextlib
 import errno
 import io
+import json
+import math
 import os
+import re
 import stat
-from collections.abc import Iterator, Mapping
-from typing import Any
+from array import array
+from collections.abc import Collection, ItemsView, Iterator, Mapping, ValuesView
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tnadapt.errors import FileError, TnadaptError, escaped, safe_repr
 
-from ._header import raw_dtype, read_header
-from ._header_entries import DTYPES, FOREIGN, Entries, Entry
-
 __all__ = [
     "DTYPES",
     "FOREIGN",
+    "MAX_CONFIG",
+    "MAX_METADATA",
+    "MAX_TENSORS",
+    "MAX_VALUE",
     "Container",
+    "Document",
+    "Elements",
+    "Entries",
     "Entry",
+    "Later",
+    "Member",
+    "Metadata",
     "check_held",
+    "check_utf8",
     "file_error_context",
     "held_bytes",
+    "json_file",
+    "lazy_object",
     "opened",
     "path_of",
     "raw_bytes",
     "raw_dtype",
+    "read_header",
     "serialized",
+    "strict_json",
+    "strict_value",
 ]
+
+
+# -- A mapping of the tensors that headers list, which takes less memory than their text -------------------------------
+
+
+# Names of dtypes in a file, and everywhere else.
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+# dtypes of safetensors that NumPy lacks, and their bits: allowed in a checkpoint, but not in an adapter.
+FOREIGN = {
+    "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F4": 4,
+}  # fmt: skip
+
+_TAGS = (*DTYPES, *FOREIGN)
+_CODES = {tag: code for code, tag in enumerate(_TAGS)}
+
+
+class Entry(NamedTuple):
+    """The dtype, shape and position of a tensor in a file.
+
+    Attributes
+    ----------
+    dtype : str
+        One of ``DTYPES``, or of ``FOREIGN`` if those were allowed.
+    shape : tuple of int
+    start, stop : int
+        The positions of its first byte and after its last byte, counted from the end of the header.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class Entries(Mapping[str, Entry]):
+    """The tensors of one or several files by name, in the order of their bytes.
+
+    Entries are stored as columns of numbers and two byte strings, and are found by binary search in the sorted hashes
+    of their names. A dictionary of a million entries would take five times the memory of their text.
+
+    Examples
+    --------
+    >>> entries = Entries()
+    >>> entries.add(b"b", "F32", b"2", 4, 12), entries.add(b"a", "U8", b"2,2", 0, 4)
+    (None, None)
+    >>> entries.index() is None, list(entries), entries["b"]
+    (True, ['a', 'b'], Entry(dtype='F32', shape=(2,), start=4, stop=12))
+    """
+
+    def __init__(self) -> None:
+        self._names, self._shapes = bytearray(), bytearray()
+        self._name_ends, self._shape_ends = array("Q", [0]), array("Q", [0])
+        self._codes, self._starts, self._stops = array("B"), array("Q"), array("Q")
+        # Rows of the columns in the order of their bytes; the sorted hashes of all names, and the row of each hash.
+        self._order, self._hashes, self._rows = array("I"), array("q"), array("I")
+        self._firsts = [0]  # first place of each file in the order, and of the next file to be added
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._hashes:
+            self.index()  # another process salts hashes differently
+
+    def add(self, name: bytes, dtype: str, shape: bytes, start: int, stop: int) -> None:
+        """Add an entry, its shape as comma-separated decimals. Lookups need a call to :meth:`index` first."""
+        self._names += name
+        self._shapes += shape
+        self._name_ends.append(len(self._names))
+        self._shape_ends.append(len(self._shapes))
+        self._codes.append(_CODES[dtype])
+        self._starts.append(start)
+        self._stops.append(stop)
+
+    def extend(self, other: Entries) -> None:
+        """Append the entries of another file."""
+        for ends, theirs, base in (
+            (self._name_ends, other._name_ends, len(self._names)),
+            (self._shape_ends, other._shape_ends, len(self._shapes)),
+        ):
+            ends.frombytes((np.asarray(theirs)[1:] + np.uint64(base)).tobytes())
+        self._order.frombytes((np.asarray(other._order) + np.uint32(len(self._codes))).tobytes())
+        self._names += other._names
+        self._shapes += other._shapes
+        for mine, its in ((self._codes, other._codes), (self._starts, other._starts), (self._stops, other._stops)):
+            mine.extend(its)
+        self._firsts.append(len(self._codes))
+
+    def index(self) -> str | None:
+        """Prepare for lookups by name, and return a name that occurs twice, or None."""
+        count = len(self._codes)
+        if len(self._firsts) == 1:
+            order = np.lexsort((_column(self._stops), _column(self._starts))).astype(np.uint32)
+            self._order = array("I", order.tobytes())
+        hashes = np.fromiter((hash(self._name(row)) for row in range(count)), np.int64, count)
+        rows = np.argsort(hashes, kind="stable").astype(np.uint32)
+        hashes = hashes[rows]
+        self._hashes, self._rows = array("q", hashes.tobytes()), array("I", rows.tobytes())
+        for place in np.flatnonzero(hashes[1:] == hashes[:-1]):
+            row, later = (self._name(self._rows[int(at)]) for at in (place, place + 1))
+            if row == later:
+                return row.decode()
+        return None
+
+    def spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the start and stop positions of all tensors, in the order of their bytes."""
+        order = np.asarray(self._order)
+        return _column(self._starts)[order], _column(self._stops)[order]
+
+    def name_at(self, place: int) -> str:
+        """Return the name of the entry at a place in the order of the bytes."""
+        return self._name(self._order[place]).decode()
+
+    def of_file(self, number: int) -> Iterator[tuple[str, Entry]]:
+        """Yield the names and entries of one of the added files, in the order of their bytes."""
+        for place in range(self._firsts[number], self._firsts[number + 1]):
+            row = self._order[place]
+            yield self._name(row).decode(), self._entry(row)
+
+    def file_of(self, name: str) -> int:
+        """Return the number of the file that holds a tensor; raise KeyError if none does."""
+        return bisect.bisect_right(self._firsts, self._row(name)) - 1
+
+    def files(self) -> Iterator[tuple[str, int]]:
+        """Yield every name with the number of its file, in order."""
+        for number, (first, end) in enumerate(zip(self._firsts, self._firsts[1:], strict=False)):
+            for place in range(first, end):
+                yield self.name_at(place), number
+
+    def _name(self, row: int) -> bytes:
+        return bytes(self._names[self._name_ends[row] : self._name_ends[row + 1]])
+
+    def _entry(self, row: int) -> Entry:
+        text = self._shapes[self._shape_ends[row] : self._shape_ends[row + 1]]
+        shape = tuple(map(int, text.split(b","))) if text else ()
+        return Entry(_TAGS[self._codes[row]], shape, self._starts[row], self._stops[row])
+
+    def _row(self, name: str) -> int:
+        if isinstance(name, str):
+            raw = name.encode("utf-8", "surrogatepass")
+            known = hash(raw)
+            place = bisect.bisect_left(self._hashes, known)
+            while place < len(self._hashes) and self._hashes[place] == known:
+                if self._name(self._rows[place]) == raw:
+                    return self._rows[place]
+                place += 1
+        raise KeyError(name)
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entry(self._row(name))
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            self._row(name)  # type: ignore[arg-type]  # another type is a KeyError
+        except KeyError:
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._name(row).decode() for row in self._order)
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def items(self) -> ItemsView[str, Entry]:
+        return _Items(self)
+
+    def values(self) -> ValuesView[Entry]:
+        return _Values(self)
+
+
+class _Items(ItemsView[str, Entry]):
+    _mapping: Entries
+
+    def __iter__(self) -> Iterator[tuple[str, Entry]]:
+        entries = self._mapping
+        return ((entries._name(row).decode(), entries._entry(row)) for row in entries._order)
+
+
+class _Values(ValuesView[Entry]):
+    _mapping: Entries
+
+    def __iter__(self) -> Iterator[Entry]:
+        entries = self._mapping
+        return (entries._entry(row) for row in entries._order)
+
+
+def _column(numbers: array[Any]) -> np.ndarray:
+    return np.asarray(numbers)
+
+
+# -- Strict reading of untrusted JSON: an object without duplicate keys, finite numbers only, files of limited size ----
+
+
+#: Maximum bytes of the settings of a model or an adapter; only a mistaken or hostile file is larger.
+MAX_CONFIG = 1 << 24
+
+
+def json_file(path: str, limit: int, what: str = "") -> dict[str, Any]:
+    """Return the JSON object in a file of at most ``limit`` bytes.
+
+    Memory is proportional to the actual size of the file.
+
+    Parameters
+    ----------
+    path : str
+    limit : int
+        Maximum size in bytes.
+    what : str
+        Name of the file in messages, if the path alone is not enough.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    FileError
+        If it is not a regular file, is longer than ``limit``, or is not such a JSON object.
+    OSError
+        If it cannot be read.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> Path("long.json").write_bytes(b" " * 11) and json_file("long.json", 10)
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.FileError: is longer than 10 bytes, and was not read
+    """
+    named = f"{what} " if what else ""
+    # Opening a pipe would block until somebody writes to it.
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise FileError(f"{named}is not a file")
+    with open(path, "rb") as file:
+        content = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
+    if len(content) > limit:
+        raise FileError(f"{named}is longer than {limit} bytes, and was not read")
+    try:
+        return strict_json(content.decode(), what or "the file")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{named}is not UTF-8: {error}") from error
+
+
+def strict_json(text: str, what: str) -> dict[str, Any]:
+    """Return the JSON object in a text, without duplicate keys, NaN, infinity or excessive nesting.
+
+    Parameters
+    ----------
+    text : str
+    what : str
+        Name of the text in messages.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    FileError
+        If the text is not such a JSON object.
+
+    Examples
+    --------
+    >>> strict_json('{"a": 1, "a": 2}', "the header")
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.FileError: the header has the key 'a' twice
+    """
+    found = strict_value(text, what)
+    if not isinstance(found, dict):
+        raise FileError(f"{what} must be a JSON object; got {safe_repr(found)}")
+    return found
+
+
+def strict_value(text: str, what: str) -> Any:
+    """Return the JSON value in a text, under the rules of :func:`strict_json`.
+
+    Examples
+    --------
+    >>> strict_value("[1, 2.5, null]", "the text")
+    [1, 2.5, None]
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            seen = set[str]()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise FileError(f"{what} has the key {safe_repr(twice)} twice")
+        return found
+
+    def number(text: str) -> float:
+        value = float(text)  # 1e999 is infinity; NaN and Infinity, which JSON lacks, are parsed here, too
+        if not math.isfinite(value):
+            raise FileError(f"{what} has the number {safe_repr(text)}, which is not finite")
+        return value
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_float=number, parse_constant=number)
+    except FileError:
+        raise
+    except ValueError as error:
+        raise FileError(f"{what} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise FileError(f"{what} is nested too deep") from error
+
+
+# -- Incremental JSON parser that rejects invalid values before it builds objects from them ----------------------------
+
+# Python's own parser builds objects of up to 25 times the size of the text. Here a document is scanned for the spans of
+# its values, and each value is converted alone, so that a hostile document needs memory only for its text and one
+# value.
+
+
+#: Maximum bytes of a value that is converted in one piece, such as a tensor's entry, a target or a name.
+MAX_VALUE = 1 << 16
+# Legitimate values are only as deep as a tensor's shape, or a group's list of weights in a config.
+_MAX_DEPTH = 32
+# Maximum strings and brackets of one value: a list of 100,000 targets has a million.
+_MAX_TOKENS = 1 << 22
+_PIECE = 1 << 16
+
+_SPACE = re.compile(rb"[ \t\n\r]*+")
+_STRING = re.compile(rb'"[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*+)*+"')
+_SCALAR = re.compile(rb'[^ \t\n\r"\[\]{},:]++')
+_TO_BRACKET = re.compile(rb'[^"\[\]{}]*+')
+# A piece of a string that does not split any escape, surrogate pair or multi-byte character.
+_LETTERS = re.compile(
+    rb"(?:[^\\\x80-\xff]{1,4096}+|[\xc0-\xff][\x80-\xbf]*+|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u....|\\.){1,256}+",
+    re.DOTALL,
+)
+
+
+class Member(NamedTuple):
+    """A member of an object: its key and the span of its value.
+
+    Attributes
+    ----------
+    key : str
+    start, stop : int
+        Its span in the document.
+    match : re.Match or None
+        The match of the pattern for usual values, if it matched.
+    """
+
+    key: str
+    start: int
+    stop: int
+    match: re.Match[bytes] | None
+
+
+class Document:
+    """A JSON document whose parts are parsed on demand.
+
+    Parameters
+    ----------
+    content : bytes
+        Valid UTF-8, as checked by :func:`check_utf8`.
+    what : str
+        Name of the document in messages.
+    stop : int, optional
+        End of the text; the end of ``content`` if not given.
+
+    Examples
+    --------
+    >>> document = Document(b'{"a": [1, 2], "b": 3}', "the text")
+    >>> [(member.key, document.value(member.start, member.stop)) for member in document.members(document.start())]
+    [('a', [1, 2]), ('b', 3)]
+    """
+
+    def __init__(self, content: bytes, what: str, stop: int | None = None) -> None:
+        self.content, self.what = content, what
+        self.stop = len(content) if stop is None else stop
+
+    def start(self) -> int:
+        """Return the position where the document's object begins; raise FileError if it is another value."""
+        at = self._space(0)
+        if at == self.stop:
+            raise self._broken(at, "an object")
+        if self.content[at : at + 1] != b"{":
+            raise FileError(f"{self.what} must be a JSON object; got {safe_repr(self.peek(at))}")
+        return at
+
+    def finish(self, at: int) -> None:
+        """Raise FileError if anything follows the object."""
+        if self._space(at) != self.stop:
+            raise self._broken(at, "nothing more")
+
+    def members(
+        self,
+        at: int,
+        usual: re.Pattern[bytes] | None = None,
+        limit: int = MAX_VALUE,
+        unlimited: Collection[str] = (),
+        whole: bool = True,
+    ) -> Iterator[Member]:
+        """Yield the members of the object that begins at a position.
+
+        Parameters
+        ----------
+        at : int
+        usual : pattern, optional
+            Pattern that most values match. Values that do not are scanned bracket by bracket, which is slower.
+        limit : int
+            Maximum bytes of a value.
+        unlimited : collection of str
+            Keys whose values may have any number of bytes.
+        whole : bool
+            Whether this is the document's own object, which nothing may follow.
+        """
+        at = self._space(at + 1)
+        more = self.content[at : at + 1] != b"}"
+        at += not more
+        while more:
+            if (found := _STRING.match(self.content, at, self.stop)) is None:
+                raise self._broken(at, "a key in quotes")
+            key = self.text(at, found.end())
+            at = self._space(found.end())
+            if self.content[at : at + 1] != b":":
+                raise self._broken(at, "':'")
+            at = self._space(at + 1)
+            match = usual.match(self.content, at, self.stop) if usual is not None else None
+            most = self.stop if key in unlimited else limit
+            stop = match.end() if match is not None else self.end_of(at, most, key)
+            yield Member(key, at, stop, match)
+            at, more = self._next(stop, b"}")
+        if whole:
+            self.finish(at)
+
+    def elements(self, at: int, limit: int = MAX_VALUE) -> Iterator[tuple[int, int]]:
+        """Yield the spans of the values in the array that begins at a position."""
+        at = self._space(at + 1)
+        more = self.content[at : at + 1] != b"]"
+        while more:
+            stop = self.end_of(at, limit)
+            yield at, stop
+            at, more = self._next(stop, b"]")
+
+    def _next(self, at: int, close: bytes) -> tuple[int, bool]:
+        """Return the position of the next value or after the closing bracket, and whether there is a next value."""
+        at = self._space(at)
+        letter = self.content[at : min(at + 1, self.stop)]
+        if letter == b",":
+            return self._space(at + 1), True
+        if letter != close:
+            raise self._broken(at, f"',' or '{close.decode()}'")
+        return at + 1, False
+
+    def end_of(self, at: int, limit: int = MAX_VALUE, key: str | None = None) -> int:
+        """Return where the value that begins at a position ends, examining only its strings and brackets."""
+        first, bound = self.content[at : min(at + 1, self.stop)], min(self.stop, at + limit)
+        if first == b'"':
+            found = _STRING.match(self.content, at, self.stop)
+        elif first not in (b"{", b"["):
+            found = _SCALAR.match(self.content, at, self.stop)
+        else:
+            return self._bracketed(at, bound, limit, key)
+        if found is None:
+            raise self._broken(at, "a value")
+        if found.end() > bound:
+            raise self._long(limit, key)
+        return found.end()
+
+    def _bracketed(self, start: int, bound: int, limit: int, key: str | None) -> int:
+        at, depth, tokens = start, 0, 0
+        while at < bound:
+            tokens += 1
+            if tokens > _MAX_TOKENS:
+                raise FileError(f"{self.what} has a value with more than {_MAX_TOKENS} strings and brackets")
+            letter = self.content[at]
+            if letter == 0x22:
+                found = _STRING.match(self.content, at, bound)
+                if found is None:
+                    break
+                at = found.end()
+            elif letter in b"[{":
+                depth, at = depth + 1, at + 1
+                if depth > _MAX_DEPTH:
+                    raise FileError(f"{self.what} is nested too deep")
+            else:
+                depth, at = depth - 1, at + 1
+                if not depth:
+                    return at
+            at = _TO_BRACKET.match(self.content, at, bound).end()  # type: ignore[union-attr]  # matches anything
+        if bound < self.stop:
+            raise self._long(limit, key)
+        raise self._broken(start, "a whole value")
+
+    def value(self, start: int, stop: int) -> Any:
+        """Convert a value that was found."""
+        return strict_value(self.content[start:stop].decode(), self.what)
+
+    def limited(self, start: int, stop: int, limit: int, key: str) -> Any:
+        """Convert a value that was found; raise FileError if it has more than ``limit`` bytes."""
+        if stop - start > limit:
+            raise self._long(limit, key)
+        return self.value(start, stop)
+
+    def text(self, start: int, stop: int) -> str:
+        """Convert a string that was found; raise FileError if it is too long for a name."""
+        if stop - start > MAX_VALUE:
+            raise self._long(MAX_VALUE, None)
+        text: str = json.loads(self.content[start:stop].decode())
+        return text
+
+    def long_text(self, start: int, stop: int) -> bytes:
+        """Convert a string of any length that was found to UTF-8, encoding lone surrogates as well."""
+        start, stop = start + 1, stop - 1
+        if self.content.find(b"\\", start, stop) < 0:
+            return self.content[start:stop]
+        made = io.BytesIO()
+        while start < stop:
+            found = _LETTERS.match(self.content, start, stop)
+            if found is None:
+                raise self._broken(start, "a string")
+            made.write(json.loads(f'"{found[0].decode()}"').encode("utf-8", "surrogatepass"))
+            start = found.end()
+        return made.getvalue()
+
+    def peek(self, at: int, count: int = 200) -> str:
+        """Return the text at a position, for a message."""
+        return self.content[at : min(at + count, self.stop)].decode(errors="replace")
+
+    def _space(self, at: int) -> int:
+        return _SPACE.match(self.content, at, self.stop).end()  # type: ignore[union-attr]  # matches anything
+
+    def _broken(self, at: int, expected: str) -> FileError:
+        got = safe_repr(self.peek(at, 20)) if at < self.stop else "its end"
+        return FileError(f"{self.what} is not JSON: expected {expected} at byte {at}; got {got}")
+
+    def _long(self, limit: int, key: str | None) -> FileError:
+        under = "" if key is None else f" for {safe_repr(key)}"
+        return FileError(f"{self.what} has a value or name of more than {limit} bytes{under}")
+
+
+class Elements:
+    """The values of an array, each converted on demand."""
+
+    def __init__(self, document: Document, start: int) -> None:
+        self._document, self._start = document, start
+
+    def __iter__(self) -> Iterator[Any]:
+        for start, stop in self._document.elements(self._start):
+            yield self._document.value(start, stop)
+
+
+class Later:
+    """A value of an object, converted on demand."""
+
+    def __init__(self, document: Document, start: int, stop: int, key: str) -> None:
+        self._document, self._start, self._stop, self._key = document, start, stop, key
+
+    def value(self, limit: int = MAX_VALUE) -> Any:
+        """Return the value; raise FileError if it has more than ``limit`` bytes."""
+        return self._document.limited(self._start, self._stop, limit, self._key)
+
+
+def lazy_object(content: bytes, what: str, lazy: Collection[str], most: int = 64) -> dict[str, Elements | Later]:
+    """Scan a document's object: arrays under some keys become :class:`Elements`, other values :class:`Later`.
+
+    Parameters
+    ----------
+    content : bytes
+    what : str
+        Name of the document in messages.
+    lazy : collection of str
+        The keys whose arrays may have any length.
+    most : int
+        Maximum number of keys.
+
+    Raises
+    ------
+    FileError
+        If the document is not such a JSON object. Errors within its values are found when they are converted.
+
+    Examples
+    --------
+    >>> found = lazy_object(b'{"version": 1, "targets": [[2], [3]]}', "the entry", ["targets"])
+    >>> found["version"].value(), list(found["targets"])
+    (1, [[2], [3]])
+    """
+    check_utf8(content, what)
+    document, spans = Document(content, what), dict[str, tuple[int, int]]()
+    for key, start, stop, _ in document.members(document.start(), limit=len(content)):
+        if key in spans:
+            raise FileError(f"{what} has the key {safe_repr(key)} twice")
+        if len(spans) == most:
+            raise FileError(f"{what} has more than {most} keys")
+        spans[key] = start, stop
+    arrays = {key for key in spans if key in lazy and content[spans[key][0] : spans[key][0] + 1] == b"["}
+    return {
+        key: Elements(document, start) if key in arrays else Later(document, start, stop, key)
+        for key, (start, stop) in spans.items()
+    }
+
+
+def check_utf8(content: bytes, what: str) -> None:
+    """Raise FileError unless the content is UTF-8, without decoding it all at once."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for start in range(0, len(content), _PIECE):
+            decoder.decode(content[start : start + _PIECE])
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise FileError(f"{what} is not UTF-8: {error}") from error
+
+
+# -- Strict parser for a safetensors header: entry by entry, in less than four times the memory of its text ------------
+
+
+#: The largest published models have 150,000 tensors over all of their files.
+MAX_TENSORS = 1 << 19
+#: Metadata strings of a file. Trainers of diffusion adapters write about a hundred.
+MAX_METADATA = 1 << 12
+
+_MAX_AXES = 64  # NumPy's own limit
+_MAX_BYTES = 1 << 62
+_PADDING_PIECE = 1 << 12
+
+# JSON white space, which safetensors accepts as padding. Adapter files are padded with spaces only: anything else means
+# that the file is damaged.
+_PADDING = b" \t\n\r"
+
+_NATURAL = rb"(?:0|[1-9][0-9]{0,18}+)"
+# An entry with its keys in the usual order, matched by one regular expression. Other orders are read, too, but slower.
+_USUAL = re.compile(
+    rb'\{ *"dtype" *: *"([A-Z0-9_]{1,16})" *, *"shape" *: *\[ *((?:N(?: *, *N){0,63}+)?) *\] *, '
+    rb'*"data_offsets" *: *\[ *(N) *, *(N) *\] *\}'.replace(b"N", _NATURAL).replace(b" *", rb"[ \t\n\r]*+")
+)
+
+
+class Metadata(Mapping[str, str]):
+    """The metadata strings of a file, kept as UTF-8, so that they take no more memory than the file."""
+
+    def __init__(self, raw: Mapping[str, bytes]) -> None:
+        self.raw = raw
+
+    def __getitem__(self, key: str) -> str:
+        return self.raw[key].decode("utf-8", "surrogatepass")
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.raw  # Mapping's own implementation would decode the value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.raw)
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+
+def raw_dtype(name: str) -> np.dtype[Any]:
+    """Return the NumPy dtype for the bytes of a dtype in ``DTYPES``: uint16 for bfloat16, which NumPy lacks."""
+    return np.dtype("uint16" if name == "BF16" else DTYPES[name]).newbyteorder("<")
+
+
+def read_header(content: bytes, foreign: bool) -> tuple[Entries, Metadata]:
+    """Parse a header and check everything that can be checked without the size of the file.
+
+    Parameters
+    ----------
+    content : bytes
+        The header, which begins with a brace; white space may follow it.
+    foreign : bool
+        Whether tensors may have the dtypes of ``FOREIGN``.
+
+    Raises
+    ------
+    FileError
+        At the first invalid entry, which the message names. Later entries are not examined.
+
+    Notes
+    -----
+    The result takes at most as much memory as the text. :mod:`json` would need up to 25 times as much.
+
+    Examples
+    --------
+    >>> entries, metadata = read_header(b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}', False)
+    >>> dict(entries), dict(metadata)
+    ({'a': Entry(dtype='U8', shape=(2,), start=0, stop=2)}, {})
+    """
+    stop = _end(content, _PADDING if foreign else b" ")
+    if content[stop - 1 : stop] != b"}":
+        raise FileError("the header does not end with '}'")
+    check_utf8(content, "the header")
+    document = Document(content, "the header", stop)
+    entries, metadata = Entries(), None
+    for key, start, end, usual in document.members(0, _USUAL, unlimited=["__metadata__"]):
+        if key == "__metadata__":
+            if metadata is not None:
+                raise FileError("the header has the key '__metadata__' twice")
+            # Like safetensors, accept null for no metadata.
+            metadata = Metadata({}) if content[start:end] == b"null" else _metadata(document, start)
+            continue
+        if len(entries) == MAX_TENSORS:
+            raise FileError(f"the header has more than {MAX_TENSORS} tensors, and no model has as many")
+        raw = _raw(key)
+        if usual is None:
+            dtype, shape, offsets = _unusual(document, key, start, end)
+        else:
+            tag, sizes, first, last = usual.groups()
+            dtype, offsets = tag.decode(), [int(first), int(last)]
+            shape = [int(size) for size in sizes.split(b",")] if sizes else []
+        _check(key, dtype, shape, offsets, foreign)
+        entries.add(raw, dtype, ",".join(map(str, shape)).encode(), *offsets)
+    if (twice := entries.index()) is not None:
+        raise FileError(f"the header has the key {safe_repr(twice)} twice")
+    return entries, metadata or Metadata({})
+
+
+def _end(content: bytes, padding: bytes) -> int:
+    """Return the position where the padding begins."""
+    stop = len(content)
+    while stop:
+        kept = len(content[max(0, stop - _PADDING_PIECE) : stop].rstrip(padding))
+        stop = max(0, stop - _PADDING_PIECE) + kept
+        if kept:
+            break
+    return stop
+
+
+def _metadata(document: Document, start: int) -> Metadata:
+    def wrong(at: int) -> FileError:
+        return FileError(
+            f"the header's __metadata__ must be an object of strings; got {safe_repr(document.peek(at, 40))}"
+        )
+
+    if document.content[start : start + 1] != b"{":
+        raise wrong(start)
+    found = dict[str, bytes]()
+    for key, begin, end, _ in document.members(start, limit=document.stop, whole=False):
+        if document.content[begin : begin + 1] != b'"':
+            raise wrong(begin)
+        if key in found:
+            raise FileError(f"the header has the key {safe_repr(key)} twice in __metadata__")
+        if len(found) == MAX_METADATA:
+            raise FileError(f"the header has more than {MAX_METADATA} entries of __metadata__")
+        found[key] = document.long_text(begin, end)
+    return Metadata(found)
+
+
+def _unusual(document: Document, name: str, start: int, end: int) -> tuple[Any, Any, Any]:
+    value = document.value(start, end)
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise FileError(
+            f"the header's {safe_repr(name)} must be an object of dtype, shape and data_offsets; got {safe_repr(value)}"
+        )
+    return value["dtype"], value["shape"], value["data_offsets"]
+
+
+def _raw(name: str) -> bytes:
+    try:
+        return name.encode()
+    except UnicodeEncodeError:
+        raise FileError(f"the header's {safe_repr(name)} has half a surrogate pair, and is not a valid name") from None
+
+
+def _check(name: str, dtype: Any, shape: Any, offsets: Any, foreign: bool) -> None:
+    if not isinstance(dtype, str) or (dtype not in DTYPES and not (foreign and dtype in FOREIGN)):
+        known = [*DTYPES, *FOREIGN] if foreign else list(DTYPES)
+        raise FileError(f"{safe_repr(name)} has the dtype {safe_repr(dtype)}; expected one of {', '.join(known)}")
+    if not _naturals(shape) or len(shape) > _MAX_AXES:
+        raise FileError(
+            f"{safe_repr(name)} has the shape {safe_repr(shape)}; expected up to {_MAX_AXES} natural numbers"
+        )
+    if not _naturals(offsets) or len(offsets) != 2:
+        raise FileError(f"{safe_repr(name)} has the data_offsets {safe_repr(offsets)}; expected two natural numbers")
+    bits = _BITS[dtype]
+    # A size of 0 does not excuse the others: NumPy multiplies the sizes before it sees the 0.
+    if math.prod(max(size, 1) for size in shape) * bits > 8 * _MAX_BYTES:
+        raise FileError(f"{safe_repr(name)} has the shape {safe_repr(shape)}, of more than 2**62 bytes")
+    if math.prod(shape) * bits % 8:
+        raise FileError(
+            f"{safe_repr(name)} has the shape {safe_repr(shape)} of {dtype}, which is not a whole number of bytes"
+        )
+    needed, (start, stop) = math.prod(shape) * bits // 8, offsets
+    if stop - start != needed:
+        raise FileError(f"{safe_repr(name)} needs {needed} bytes; its data_offsets {start} and {stop} do not hold that")
+
+
+_BITS = FOREIGN | {name: 8 * raw_dtype(name).itemsize for name in DTYPES}
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _MAX_BYTES for item in value)
+
+
+# -- Strict reader and writer of the safetensors container, independent of adapters ------------------------------------
+
 
 #: Half of what safetensors itself allows. The header of 100,000 tensors, as in the largest models, takes about 15 MB.
 MAX_HEADER = 1 << 26
@@ -284,11 +1095,11 @@ def serialized(tensors: Mapping[str, tuple[str, np.ndarray]], metadata: Mapping[
     # safetensors takes bytes up to release 0.7 and addresses from 0.8 on. ``tensors`` keeps the arrays alive meanwhile.
     spec = getattr(safetensors, "TensorSpec", None)
     given: dict[str, Any] = {}
-    for name, (dtype, array) in tensors.items():
-        common = {"dtype": DTYPES[dtype], "shape": list(array.shape)}
+    for name, (dtype, elements) in tensors.items():
+        common = {"dtype": DTYPES[dtype], "shape": list(elements.shape)}
         if spec is None:
-            given[name] = {**common, "data": array.tobytes()}
+            given[name] = {**common, "data": elements.tobytes()}
         else:
-            assert array.flags.c_contiguous
-            given[name] = spec(**common, data_ptr=array.ctypes.data, data_len=array.nbytes)
+            assert elements.flags.c_contiguous
+            given[name] = spec(**common, data_ptr=elements.ctypes.data, data_len=elements.nbytes)
     return bytes(safetensors.serialize(given, dict(metadata)))

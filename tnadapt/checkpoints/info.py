@@ -14,9 +14,8 @@ from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.roles import number
 from tnadapt.targets.target import Target
 
-from ._adapter_recipe import ENTRY, VERSION
 from .adapter_file import AdapterFile
-from .adapter_format import likeness, read
+from .adapter_format import ENTRY, VERSION, likeness, read
 from .checkpoint import Checkpoint, open_checkpoint
 from .container import file_error_context, opened
 from .lora_export import lora_export

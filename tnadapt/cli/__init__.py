@@ -8,8 +8,7 @@ import typer
 
 from tnadapt import __version__
 
-from ._lazy_commands import LazyGroup
-from .terminal import echo
+from .terminal import LazyGroup, echo
 
 __all__ = ["app"]
 

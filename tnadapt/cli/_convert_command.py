@@ -10,9 +10,8 @@ import typer
 from tnadapt.convert import FORMS, convert
 from tnadapt.report import ProgressBar
 
-from ._common_options import AsJson
-from ._interrupts import stoppable
-from ._printing import echo, echo_json, echo_table
+from ._options import AsJson
+from .terminal import echo, echo_json, echo_table, stoppable
 
 __all__ = ["convert_command"]
 

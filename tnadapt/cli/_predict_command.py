@@ -16,9 +16,8 @@ import tnadapt
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import FileError, TnadaptError, spreadsheet_text
 
-from ._interrupts import stoppable
-from ._job_package import job_package
-from ._printing import echo
+from ._options import job_package
+from .terminal import echo, stoppable
 
 __all__ = ["predict_command"]
 

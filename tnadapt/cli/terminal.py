@@ -7,24 +7,34 @@ terminal.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
+import json
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
+from types import FrameType
 from typing import Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
 from tnadapt.errors import TnadaptError, escaped
+from tnadapt.report import text_table
 
-from ._engine_options import ENGINE_HELP, ENGINE_OPTION_HELP, engine_options
-from ._interrupts import stoppable
-from ._printing import echo, echo_json, echo_table, print_table
+from ._options import ENGINE_HELP, ENGINE_OPTION_HELP, engine_options
 
 __all__ = [
+    "COMMANDS",
     "ENGINE_HELP",
     "ENGINE_OPTION_HELP",
+    "INTERRUPTED",
     "EscapingCommand",
     "EscapingGroup",
+    "LazyGroup",
+    "cell",
     "echo",
     "echo_json",
     "echo_table",
@@ -34,6 +44,114 @@ __all__ = [
     "print_table",
     "stoppable",
 ]
+
+
+# -- Ctrl-C: a command stops and says what is kept; a second one ends the process without waiting for its clean-up -----
+
+
+#: The exit code of shells for a program that SIGINT has ended.
+INTERRUPTED = 130
+
+
+@contextlib.contextmanager
+def stoppable(kept: str) -> Iterator[None]:
+    """Run the long part of a command, which Ctrl-C ends with exit code 130 and one line on stderr.
+
+    Parameters
+    ----------
+    kept : str
+        What is kept and how to go on, for the line: "stopped; …".
+
+    Notes
+    -----
+    Python handles a signal when its main thread is next in Python code: one call of LAPACK or torch runs to its end.
+
+    Examples
+    --------
+    >>> with stoppable("nothing was written"):
+    ...     print("done")
+    done
+    """
+    interrupted = False
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if interrupted:
+            _say_stopped(kept)
+            os._exit(INTERRUPTED)
+        interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    # Only the main thread may set handlers. A program in the background ignores the signal.
+    if handled := threading.current_thread() is threading.main_thread() and callable(before):
+        signal.signal(signal.SIGINT, on_interrupt)
+    after = before
+    try:
+        yield
+    except BaseException as error:
+        # An import that is interrupted may end with an error of its own.
+        if not interrupted and not isinstance(error, KeyboardInterrupt):
+            raise
+        if interrupted:
+            after = signal.SIG_DFL  # a second one ends the process at once, also while Python shuts down
+        _say_stopped(kept)
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        if handled:
+            signal.signal(signal.SIGINT, after)
+
+
+def _say_stopped(kept: str) -> None:
+    """Print the line without the buffer of stderr, which the interrupted code may be using."""
+    line = escaped(f"stopped; {kept}")
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{line}\n".encode(sys.stderr.encoding or "utf-8", "replace"))
+
+
+# -- Printing through one path that escapes control characters, so that no file can control the terminal ---------------
+
+
+# Maximum characters of a cell: a name in a file may have thousands, and all rows would become as wide.
+_WIDEST = 200
+
+
+def echo(line: str, err: bool = False) -> None:
+    """Print one line."""
+    typer.echo(escaped(line), err=err)
+
+
+def echo_table(text: str) -> None:
+    """Print the lines of a report, which must escape text from files itself."""
+    for line in text.split("\n"):
+        echo(line)
+
+
+def echo_json(value: Any) -> None:
+    """Print JSON in ASCII, with all other characters escaped."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int]) -> None:
+    """Print a table with the columns ``right`` aligned to the right, and rows that begin with ● in bold."""
+    for line in text_table([list(map(cell, row)) for row in (titles, *rows)], right):
+        # Escape sequences are left out where stdout is no terminal.
+        typer.echo(typer.style(line, bold=True) if line.startswith("●") else line)
+
+
+def cell(text: str) -> str:
+    """Return a text as shown in a table: escaped and truncated.
+
+    Examples
+    --------
+    >>> cell("q\\nk"), len(cell(1000 * "q"))
+    ('q\\\\nk', 202)
+    """
+    shown = escaped(text)
+    return shown if len(shown) <= _WIDEST else shown[:_WIDEST] + " …"
+
+
+# -- Building blocks of command lines, for tnadapt and other programs: output, progress, and exits on errors -----------
 
 
 @contextlib.contextmanager
@@ -109,3 +227,62 @@ def exit_on_error(program: str) -> Iterator[None]:
         return
     print(escaped(f"{program}: {line}"), file=sys.stderr)
     raise SystemExit(2)
+
+
+# -- Commands that are imported when they are used: each needs modules that the others do not --------------------------
+
+
+#: The commands, in the order of the help page, and the modules of their functions, which are named ``NAME_command``.
+COMMANDS = {
+    "finetune": "_finetune_command",
+    "predict": "_predict_command",
+    "presets": "_method_commands",
+    "plan": "_method_commands",
+    "extract": "_file_commands",
+    "convert": "_convert_command",
+    "merge": "_file_commands",
+    "info": "_file_commands",
+    "verify": "_method_commands",
+}
+
+
+class _Commands(MutableMapping[str, Any]):
+    """The commands by name, each imported when it is first looked up."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] = dict.fromkeys(COMMANDS)
+
+    def __getitem__(self, name: str) -> Any:
+        if self._loaded[name] is None:
+            self._loaded[name] = _command(name)
+        return self._loaded[name]
+
+    def __setitem__(self, name: str, command: Any) -> None:
+        self._loaded[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaded)
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+
+def _command(name: str) -> Any:
+    function = getattr(importlib.import_module(f".{COMMANDS[name]}", __package__), f"{name}_command")
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(name, help=help_text(function))(function)
+    return typer.main.get_command(app)
+
+
+class LazyGroup(EscapingGroup):
+    """The group of all commands. Listing their names imports none of them."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.commands = _Commands()
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)

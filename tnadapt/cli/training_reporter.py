@@ -10,7 +10,7 @@ from typing import Any
 from tnadapt.finetune import BarReporter, Reporter, Task
 from tnadapt.report import ProgressBar
 
-from ._printing import echo
+from .terminal import echo
 
 __all__ = ["reporter"]
 

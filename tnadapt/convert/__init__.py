@@ -7,19 +7,22 @@ each module's update, ``_nearest`` chooses the form to write, and the format enc
 back to measure the error. Other packages add a format with a class and :func:`register_file_format`.
 """
 
+from __future__ import annotations
+
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.lazy_names import lazy_name
 
-from ._api import convert
-
 if TYPE_CHECKING:
+    from tnadapt.checkpoints.adapter_file import AdapterFile
+
     from ._base_model import Base, target_of
-    from ._conversion import Conversion
     from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
     from ._files import StoredFiles
-    from ._format_registry import register_file_format
+    from ._pipeline import Conversion, register_file_format
     from ._unpack import Module, TargetUpdate
     from ._updates import ModuleUpdate, Pair
 
@@ -46,7 +49,7 @@ __all__ = [
 # Imported on first use: tnadapt itself exports convert, and most programs never call it.
 _LAZY = {
     "Base": "_base_model",
-    "Conversion": "_conversion",
+    "Conversion": "_pipeline",
     "EncodedAdapter": "_file_format",
     "ExportChoice": "_file_format",
     "FileFormat": "_file_format",
@@ -56,14 +59,117 @@ _LAZY = {
     "Pair": "_updates",
     "StoredFiles": "_files",
     "TargetUpdate": "_unpack",
-    "register_file_format": "_format_registry",
+    "register_file_format": "_pipeline",
     "target_of": "_base_model",
 }
 
 
+@checks_arguments
+def convert(
+    source: str | os.PathLike[str] | AdapterFile,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    to: str = "tnadapt",
+    rank: int | None = None,
+    max_error: float | None = None,
+    base: Any = None,
+    part: str | None = None,
+    dtype: str | None = None,
+    without_kept: bool = False,
+    overwrite: bool = False,
+) -> Conversion:
+    """Convert an adapter between this library, PEFT, LyCORIS and others: exactly, or with a measured error.
+
+    Parameters
+    ----------
+    source : str, PathLike or AdapterFile
+        A tnadapt file; a folder that PEFT saved (LoRA, LoKr, LoHa, VeRA, RandLoRA, FourierFT, WaveFT, C3A, SHiRA, MiSS,
+        Uni-LoRA, TinyLoRA, VB-LoRA); a safetensors file of LyCORIS or kohya (LoRA,
+        LoKr, LoHa, full differences) or of diffusers (LoRA); a GGUF adapter that this library wrote; or any path that a
+        registered file format reads.
+    out : str or PathLike, optional
+        Where to write the result: a folder for PEFT, otherwise a file. Nothing is written if None.
+    to : str
+        "tnadapt", "peft-lora", "peft-lokr", "peft-loha", "lycoris-lora", "lycoris-lokr", "lycoris-loha",
+        "lycoris-full", the same with "kohya" for "lycoris", "diffusers-lora", "gguf-lora" for llama.cpp, "vllm-lora",
+        or a form of a registered file format. A format alone, such as "kohya", takes the adapter's own method if all of
+        its updates have one, and otherwise LoRA. "peft-vera", "peft-randlora", "peft-fourierft", "peft-waveft",
+        "peft-c3a", "peft-shira", "peft-miss" and "peft-tinylora" are written from a config of that
+        structure only.
+    rank : int, optional
+        Largest rank allowed. Without it, an update keeps its rank; LoRA also finds the smallest rank within
+        ``max_error``.
+    max_error : float, optional
+        Largest relative error allowed, in the Frobenius norm of all updates together. None allows only rounding: a
+        lossy conversion must be requested.
+    base : optional
+        The base model: a safetensors file, an index or a folder, of which only headers are read; a mapping of modules'
+        paths to shapes; or a list of paths. Files of LyCORIS need one, as their names lack the dots of the paths. For
+        other files, the adapter's names and shapes are checked against it; a file may name the weights otherwise, as
+        for :func:`tnadapt.merge`. Some of PEFT's methods do not store the shapes of the weights, or depend on the order
+        of the modules, which a mapping gives. If this library's adapter has arrays that are computed from the base
+        weights and not stored, base must be a path: the weights are read. "gguf-lora" needs a path with a config.json,
+        or the GGUF file of the model.
+    part : str, optional
+        The part of a diffusion pipeline, by diffusers' name or kohya's prefix, such as "unet", "text_encoder_2" or
+        "lora_te2". It selects the adapter in a file of kohya's or diffusers that has those of several models, and names
+        the part that is written. By default, that is the part that was read, or follows from the names of the modules;
+        if they do not show it, it must be given.
+    dtype : str, optional
+        The dtype of the result's tensors. By default that of the source, or float32 if that would round any value.
+    without_kept : bool
+        Whether to omit parameters that were trained alongside the adapter, such as a classifier head.
+    overwrite : bool
+        Whether to replace an existing ``out``.
+
+    Returns
+    -------
+    Conversion
+        The result, with the overall error and that of each weight, measured on the bytes that are written.
+
+    Raises
+    ------
+    ConfigError
+        If the error of the result would exceed ``max_error``, or the form cannot represent it: the message states the
+        error and the alternatives. Nothing is written.
+    FileError, TargetError
+        If the source is damaged or has content that cannot be converted, the base is another model, or ``out`` cannot
+        be written.
+
+    Notes
+    -----
+    These conversions are exact: LoRA of order 2 with one weight per group to LoRA; Kronecker products whose sizes
+    divide the weight's to LoKr, where more than two factors are multiplied into two; LoHa to LoHa; any update of low
+    matrix rank to all three; everything to "lycoris-full". Otherwise LoRA is the truncated SVD, and LoKr and LoHa are
+    fitted by :func:`tnadapt.decompose`. All computations are in float64, one weight at a time. The error is also
+    recorded in the metadata of the file, under "tnadapt.convert".
+
+    Examples
+    --------
+    >>> import numpy as np, tnadapt as tna
+    >>> plan = tna.SuperLoRA(tna.presets.lora(rank=2), [(8, 12)])
+    >>> rng = np.random.default_rng(0)
+    >>> arrays = {name: rng.normal(size=shape).astype("f4") for name, shape in plan.param_shapes.items()}
+    >>> file = tna.AdapterFile(plan.config, [tna.Target("blocks.0.query", (8, 12), "q")], arrays)
+    >>> found = tna.convert(file, to="peft-lora")
+    >>> found.exact, found.config["r"], sorted(found.tensors)[0]
+    (True, 2, 'base_model.model.blocks.0.query.lora_A.weight')
+    >>> tna.convert(file, to="peft-lora", rank=1)
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.ConfigError: the conversion to peft-lora would change the updates by a relative error of 0.293,
+    that of blocks.0.query.weight by 0.293, and nothing but rounding is allowed: give a larger rank or a wider dtype,
+    max_error=0.3 (--max-error 0.3) to accept it, or to='lycoris-full' (--to lycoris-full), which holds every update
+    """
+    from ._pipeline import run
+
+    options = {"base": base, "part": part, "dtype": dtype, "without_kept": without_kept, "overwrite": overwrite}
+    return run(source, out, to, rank, max_error, **options)
+
+
 def __getattr__(name: str) -> Any:
     if name == "FORMS":  # never stored, as it grows with every format that is registered
-        return importlib.import_module("._format_registry", __name__).forms()
+        return importlib.import_module("._pipeline", __name__).forms()
     return lazy_name(__name__, _LAZY, name)
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from tnadapt.checkpoints.container import DTYPES, Entry
 from tnadapt.checkpoints.module_names import ModuleNames
-from tnadapt.checkpoints.stored_weights import FLOATS
+from tnadapt.checkpoints.stored_weights import FLOATS, BaseWeights, located
 from tnadapt.checkpoints.stored_weights import numbers as tensor_of
 from tnadapt.checkpoints.tied_heads import tied_heads, ties_head
-from tnadapt.errors import FileError, TargetError, safe_repr
+from tnadapt.errors import ConfigError, FileError, TargetError, safe_repr, summarize
 from tnadapt.targets.checkpoint_experts import experts_of
 from tnadapt.targets.checkpoint_targets import is_transposed
 from tnadapt.targets.prefixes import renamed_targets
@@ -26,7 +27,16 @@ from tnadapt.targets.target import Target
 
 from ._updates import round_to, widen
 
-__all__ = ["Base", "as_base", "target_of"]
+__all__ = [
+    "Base",
+    "as_base",
+    "check_base",
+    "target_of",
+    "with_base_arrays",
+]
+
+
+# -- The base model of a conversion: the paths of its modules, and the shapes of their weights if known ----------------
 
 
 class Base:
@@ -295,3 +305,55 @@ def missing_base(flat: str) -> FileError:
         "find the module: give base= (--base), a safetensors file, an index or a folder; or, in Python, a list of its "
         "modules' paths such as [name for name, _ in model.named_modules()]"
     )
+
+
+# -- Arrays that an adapter file leaves to the base model, as LoRA-XS does, computed for a conversion ------------------
+
+
+def check_base(file: AdapterFile, known: Base, base: Any) -> None:
+    """Raise TargetError unless a base has the modules of a file of this library, with the shapes of its targets.
+
+    Parameters
+    ----------
+    file : AdapterFile
+    known : Base
+    base : object
+        The argument of :func:`tnadapt.convert`. If it is a path, weights may have other names there.
+    """
+    try:
+        known.check_targets(file.targets)
+    except TargetError:
+        found = located(file, open_checkpoint(base)) if isinstance(base, (str, os.PathLike)) else file.targets
+        if found is file.targets:
+            raise
+        known.check_targets(found)
+
+
+def with_base_arrays(file: AdapterFile, base: Any) -> AdapterFile:
+    """Return a file with all of its arrays, those of the base weights computed from the model on disk.
+
+    Parameters
+    ----------
+    file : AdapterFile
+    base : optional
+        The argument of :func:`tnadapt.convert`.
+
+    Raises
+    ------
+    ConfigError
+        If arrays are missing, and base is not the path of a model.
+    TargetError
+        If the model lacks a weight, or is not the one that the adapter was trained on.
+    """
+    if file.complete:
+        return file
+    if not isinstance(base, (str, os.PathLike)):
+        missing = summarize([name for name in file.plan.base_shapes if name not in file.given])
+        raise ConfigError(
+            f"the adapter does not store the arrays that are computed from the base weights, {missing}: give base= "
+            "(--base), a safetensors file, an index or a folder of the base model; or, in Python, convert "
+            "file.with_base(weights)"
+        )
+    weights = BaseWeights(file, open_checkpoint(base))
+    weights.check_fingerprint()
+    return file.with_base(weights.of)

@@ -19,11 +19,25 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tnadapt.checkpoints.adapter_format import ENTRY
-from tnadapt.checkpoints.atomic_files import replace_file, sync_folder
-from tnadapt.checkpoints.container import DTYPES, Container, opened, raw_bytes, raw_dtype
-from tnadapt.checkpoints.file_locks import HAS_LOCKS, lock, names_handle, unlock
-from tnadapt.checkpoints.renaming import rename_new
-from tnadapt.checkpoints.strict_json import MAX_CONFIG, json_file, strict_json
+from tnadapt.checkpoints.atomic_files import (
+    HAS_LOCKS,
+    lock,
+    names_handle,
+    rename_new,
+    replace_file,
+    sync_folder,
+    unlock,
+)
+from tnadapt.checkpoints.container import (
+    DTYPES,
+    MAX_CONFIG,
+    Container,
+    json_file,
+    opened,
+    raw_bytes,
+    raw_dtype,
+    strict_json,
+)
 from tnadapt.errors import FileError
 
 __all__ = [

@@ -20,7 +20,7 @@ from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.targets.roles import natural
 
 from ._base_model import Base, missing_base, target_of
-from ._diffusion_component import COMPONENTS, PREFIXES, chosen_part, other_path
+from ._diffusers_format import COMPONENTS, PREFIXES, chosen_part, other_path, stored_path, written_prefix
 from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
 from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, safetensors_content
 from ._stored_tensors import (
@@ -38,7 +38,14 @@ from ._stored_tensors import (
 from ._unpack import Module, TargetUpdate
 from ._updates import Float, ModuleUpdate, Pair, alpha_of, as_matrix, common_dtype, widen
 
-__all__ = ["LycorisFormat"]
+__all__ = [
+    "KohyaFormat",
+    "LycorisFormat",
+]
+
+
+# -- The format of LyCORIS and kohya: LoRA, LoKr, LoHa and full differences in one safetensors file --------------------
+
 
 # Entry of a conversion's record with the modules' paths and shapes. A file that has it can be read without a base.
 _MODULES = "modules"
@@ -265,3 +272,25 @@ def _path(name: str, base: Base | None, recorded: Mapping[str, tuple[str, tuple[
     if "_" in flat:
         raise missing_base(name)
     return flat
+
+
+# -- The format of kohya's scripts: LyCORIS's tensors under the names of the component that they are of ----------------
+
+
+class KohyaFormat(LycorisFormat):
+    """Files that kohya's scripts, diffusers and ComfyUI load; :class:`LycorisFormat` reads them."""
+
+    library = "kohya"
+    parts_written = (*PREFIXES, *COMPONENTS)
+    _prefix = "lora_unet"
+
+    def detect(self, path: str) -> None:
+        """Leave files to the format of LyCORIS, which has the same tensors."""
+
+    def choose_part(self, modules: Sequence[Module], part: str | None, source: str) -> None:
+        """Choose the prefix, such as "lora_te2"."""
+        self._prefix = written_prefix(self.name, part, source, [module.path for module in modules])
+
+    def flat_name(self, path: str) -> str:
+        """Return the name of a module in a file: the component's prefix, and underscores for dots."""
+        return f"{self._prefix}_{stored_path(self._prefix, path).replace('.', '_')}"

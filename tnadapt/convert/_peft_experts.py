@@ -22,9 +22,8 @@ from tnadapt.targets.target import Target
 
 from ._base_model import Base
 from ._peft_settings import PeftSettings
-from ._uniform import uniform
 from ._unpack import Module, TargetUpdate
-from ._updates import Float, ModuleUpdate, Pair, alpha_of
+from ._updates import Float, ModuleUpdate, Pair, alpha_of, uniform
 
 __all__ = ["EXPERTS", "check_method", "decoded", "encoded", "is_expert", "record_of"]
 

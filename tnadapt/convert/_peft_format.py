@@ -19,44 +19,49 @@ import numpy as np
 
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.container import DTYPES, Container
+from tnadapt.checkpoints.lora_export import SERVED_EMBEDDING, SERVED_RANKS, served_rank
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.targets.roles import natural
 from tnadapt.targets.target import Target
 
-from ._application import Application, not_additive
 from ._base_model import Base, target_of
-from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
+from ._file_format import Application, EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter, not_additive
 from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, pickle_error, safetensors_content
 from ._peft_content import (
     CONFIG_NAME,
     PREFIX,
     TRANSPOSED,
+    PeftContent,
     check_transposed,
     is_conv1d,
     is_saved,
     other_tensors,
     recorded,
-)  # fmt: skip
+)
 from ._peft_embeddings import (
     EMBEDDING,
+    TOKENS,
     as_embedding,
+    decoded_tokens,
     is_embedding,
     is_head,
     joined_ties,
+    separate_rows,
     tied_paths,
     without_ties,
 )
 from ._peft_embeddings import decoded as decoded_embedding
+from ._peft_embeddings import decoded_tokens as decoded
 from ._peft_embeddings import encoded as encoded_embedding
 from ._peft_experts import EXPERTS, is_expert, record_of
 from ._peft_experts import decoded as decoded_experts
 from ._peft_experts import encoded as encoded_experts
-from ._peft_methods import METHODS
-from ._peft_origin import origin_settings
-from ._peft_settings import LOW_RANK, PeftSettings, config_of, settings_of
-from ._peft_tokens import TOKENS, separate_rows
-from ._peft_tokens import decoded as decoded_tokens
+from ._peft_frozen_factors import PeftRandLora, PeftVera
+from ._peft_method import OwnStructure, PeftMethod
+from ._peft_positions import PeftC3a, PeftFourierFT, PeftMiss, PeftShira, PeftWaveFT
+from ._peft_settings import LOW_RANK, PeftSettings, config_of, origin_settings, settings_of
+from ._peft_shared_values import PeftTinyLora, PeftUniLora, PeftVbLora
 from ._stored_tensors import (
     LOHA,
     LOKR,
@@ -71,9 +76,63 @@ from ._stored_tensors import (
     without_groups,
 )
 from ._unpack import Module, TargetUpdate
-from ._updates import Float, ModuleUpdate, Pair, alpha_of, as_matrix, common_dtype, widen
+from ._updates import Float, ModuleUpdate, Pair, alpha_of, as_matrix, common_dtype, uniform, widen
 
-__all__ = ["PeftFormat", "saved_whole"]
+__all__ = [
+    "METHODS",
+    "PeftFormat",
+    "PeftTrainableTokens",
+    "VllmFormat",
+    "saved_whole",
+]
+
+
+# -- PEFT's TrainableTokens: rows of an embedding that were trained for single tokens, and nothing else ----------------
+
+
+_TENSOR = "trainable_tokens_delta"
+
+
+class PeftTrainableTokens(PeftMethod):
+    """New rows, which replace those of the base; written as LoRA."""
+
+    title = "Trainable_Tokens"
+    tensors = (_TENSOR,)
+    fields = ("token_indices", "init_weights", "ensure_weight_tying")
+    writable = False
+
+    def read(self, content: PeftContent) -> OwnStructure:
+        """Read the rows; an update is their difference from the base's."""
+        content.require_modules()
+        rows = {path: content.tensor(path, _TENSOR, 2) for path in content.modules}
+        found = decoded(rows, content.config.get("token_indices"), content.base)
+        return OwnStructure(
+            [one.target for one in found], updates=[one.update for one in found],
+            alone=separate_rows(found, content.base),
+        )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The registry of PEFT's methods with a structure of their own: a new one is one more file, and one more line here
+
+
+METHODS: dict[str, PeftMethod] = {
+    "VERA": PeftVera(),
+    "RANDLORA": PeftRandLora(),
+    "FOURIERFT": PeftFourierFT(),
+    "WAVEFT": PeftWaveFT(),
+    "C3A": PeftC3a(),
+    "SHIRA": PeftShira(),
+    "MISS": PeftMiss(),
+    "UNILORA": PeftUniLora(),
+    "TINYLORA": PeftTinyLora(),
+    "VBLORA": PeftVbLora(),
+    "TRAINABLE_TOKENS": PeftTrainableTokens(),
+}
+
+
+# -- The format of PEFT: a folder with adapter_config.json and adapter_model.safetensors -------------------------------
+
 
 _WEIGHTS = "adapter_model.safetensors"
 _A = "lora_A.weight"
@@ -520,3 +579,70 @@ def _split_name(name: str) -> tuple[str, str]:
         if path != name and path.endswith(f".{suffix}"):
             return path.removesuffix(f".{suffix}"), suffix
     return path, ""
+
+
+# -- The format that vLLM serves: PEFT's LoRA with one rank that vLLM takes, and a scale of 1 --------------------------
+
+
+# The only whole modules that vLLM loads next to LoRA, of classification models.
+_HEADS = ("classifier", "score")
+
+
+class VllmFormat(PeftFormat):
+    """PEFT folders that vLLM serves; :class:`PeftFormat` reads them.
+
+    vLLM sets aside ``max_lora_rank`` columns for each adapter, one of a short list. Releases before ``rank_pattern``
+    took one α / r for all modules, so that here all factors have one rank, and α equals it.
+    """
+
+    library = "vLLM"
+    kinds = ("lora",)
+    structures = ()
+    ties = False
+
+    def detect(self, path: str) -> None:
+        """Leave folders to the format of PEFT."""
+
+    def check_module(self, module: Module, kind: str) -> None:
+        """Raise ConfigError for convolutions, and for embeddings that vLLM does not look up in an adapter.
+
+        Weights stored as (in, out) are the same for LoRA's factors.
+        """
+        if len(module.stored) != 2:
+            raise ConfigError(
+                f"{safe_repr(module.path)} is a convolution, and vLLM has no LoRA of convolutions: merge the adapter "
+                "into the base with tnadapt.merge (tnadapt merge)"
+            )
+        if is_embedding(module) and module.path.rpartition(".")[2] != SERVED_EMBEDDING:
+            raise ConfigError(
+                f"{safe_repr(module.path)} is an embedding, and vLLM has LoRA only of those named {SERVED_EMBEDDING}: "
+                "merge the adapter into the base with tnadapt.merge (tnadapt merge)"
+            )
+
+    def check_applied(self, kind: str, apply: str, magnitude_axis: str) -> None:
+        """Refuse DoRA and HiRA, which vLLM does not serve."""
+        raise not_additive(apply, f"{self.name}-{kind}")
+
+    def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
+        """Raise ConfigError for kept parameters other than those of a classification head."""
+        super().check_adapter(modules, kept)
+        whole = saved_whole(modules, kept)
+        other = [name for name in kept if name not in whole or name.rpartition(".")[0] not in _HEADS]
+        if other:
+            raise ConfigError(
+                f"besides LoRA, vLLM loads only trained modules named {' or '.join(_HEADS)}, and this adapter has "
+                f"{summarize(other)}: convert without them by without_kept=True (--without-kept)"
+            )
+
+    def encode(self, kind: str, modules: Sequence[Module], choice: ExportChoice, kept: Sequence[str]) -> EncodedAdapter:
+        """Encode the tensors and ``adapter_config.json``, padded to the next rank that vLLM takes."""
+        most = max(choice.ranks)
+        rank = served_rank(most)
+        if rank is None:
+            raise ConfigError(
+                f"the LoRA of this adapter has rank {most}, and vLLM takes ranks up to {SERVED_RANKS[-1]}: give rank= "
+                "(--rank) and max_error= (--max-error) for an approximation of lower rank, or merge the adapter into "
+                "the base with tnadapt.merge (tnadapt merge)"
+            )
+        padded = choice._replace(updates=uniform(choice.updates, rank), ranks=[rank] * len(modules))
+        return super().encode(kind, modules, padded, kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -10,29 +11,333 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.adapter_file import AdapterFile
-from tnadapt.checkpoints.adapter_format import load
+from tnadapt.checkpoints.adapter_format import content_of, load
+from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.checkpoints.container import file_error_context, path_of
-from tnadapt.errors import ConfigError, FileError, TnadaptError, safe_repr
-from tnadapt.plugins import load_plugins
+from tnadapt.errors import ConfigError, FileError, TnadaptError, escaped, integer, safe_repr
+from tnadapt.plugins import Registry, load_plugins
 from tnadapt.targets.target import Target
 
-from ._application import application_of, not_additive, with_application
-from ._base_model import Base, as_base
-from ._base_numbers import check_base, with_base_arrays
-from ._conversion import Conversion, check_free
-from ._file_format import FileFormat
-from ._files import StoredFiles
-from ._format_registry import OWN, format_names, format_of, is_built_in
-from ._join import join
+from ._base_model import Base, as_base, check_base, with_base_arrays
+from ._diffusers_format import DiffusersFormat
+from ._file_format import KINDS, FileFormat, application_of, not_additive, with_application
+from ._files import StoredFiles, replace_folder
+from ._gguf_format import GgufFormat
+from ._lycoris_format import KohyaFormat, LycorisFormat
 from ._nearest import ExportSpec, choose
 from ._peft_embeddings import is_embedding
 from ._peft_experts import check_method
-from ._request import check_part, checked_request, has_rank, with_method
-from ._unpack import Module, Unpacked, modules_of, place_of
+from ._peft_format import PeftFormat, VllmFormat
+from ._unpack import Module, Unpacked, join, modules_of, place_of
 from ._updates import ModuleUpdate, check_range, check_size, errors_of, is_rounding, narrow, norms_of, round_to
 
-__all__ = ["run"]
+__all__ = [
+    "OWN",
+    "Conversion",
+    "check_free",
+    "check_part",
+    "checked_request",
+    "format_names",
+    "format_of",
+    "forms",
+    "has_rank",
+    "is_built_in",
+    "register_file_format",
+    "run",
+    "with_method",
+]
+
+
+# -- The registry of file formats, and the names of the forms that they write ------------------------------------------
+
+
+#: The name of this library's own form.
+OWN = "tnadapt"
+
+# Files are detected in reverse order.
+_formats: Registry[FileFormat] = Registry(
+    "file format",
+    FileFormat,
+    {
+        "peft": PeftFormat, "lycoris": LycorisFormat, "kohya": KohyaFormat, "diffusers": DiffusersFormat,
+        "gguf": GgufFormat, "vllm": VllmFormat,
+    },
+)  # fmt: skip
+
+
+def register_file_format(name: str, cls: type[FileFormat]) -> None:
+    """Register a file format of adapters for :func:`tnadapt.convert` and ``tnadapt convert``.
+
+    Parameters
+    ----------
+    name : str
+        Lower-case letters, digits, ``.`` and ``_``. The format's forms are named ``NAME-lora`` and so on.
+    cls : type
+        A subclass of :class:`FileFormat`, called without arguments.
+
+    Raises
+    ------
+    ConfigError
+        If the name has another form, is built in, or registered by another module, or the class lacks a method; the
+        message names it.
+
+    Notes
+    -----
+    Formats are asked to detect a path in reverse order of registration. The module that registered a name can replace
+    the class, so that a notebook cell can be rerun.
+    """
+    if isinstance(name, str) and "-" in name:
+        raise ConfigError(f"the name of a file format has no '-', which begins the form: {name}-lora; got {name!r}")
+    if isinstance(name, str) and name == OWN:
+        raise ConfigError(f"file format {name!r} is built in and cannot be replaced: choose another name")
+    _formats.check(name, cls)
+    if unknown := [kind for kind in cls.kinds if kind not in KINDS]:
+        raise ConfigError(f"kinds of {cls.__name__} may have {', '.join(KINDS)}; got {safe_repr(unknown[0])}")
+    asked = ["detect", "read"]
+    asked += ["encode", "write"] if cls.kinds else []
+    asked += ["fit_kronecker"] if "lokr" in cls.kinds else []
+    asked += ["encode_file", "write"] if cls.structures else []
+    if missing := [method for method in dict.fromkeys(asked) if getattr(cls, method) is getattr(FileFormat, method)]:
+        raise ConfigError(f"the file format {name!r} lacks {', '.join(missing)}: define that on {cls.__name__}")
+    _formats.register(name, cls)
+
+
+def forms() -> tuple[str, ...]:
+    """Return all valid values of ``to``: a format alone, for the adapter's own method, and with each of its methods."""
+    found = [OWN]
+    for name, cls in _formats.items():
+        found += [name] if cls.kinds else []
+        found += [f"{name}-{kind}" for kind in (*cls.kinds, *cls.structures)]
+    return tuple(found)
+
+
+def format_names() -> tuple[str, ...]:
+    """Return the names of all formats, in the order in which they are asked to detect a path."""
+    return tuple(reversed(tuple(_formats)))
+
+
+def format_of(name: str) -> FileFormat:
+    """Return a format by its name."""
+    found = _formats.find(name)()
+    found.name = name
+    return found
+
+
+def is_built_in(name: str) -> bool:
+    """Return whether a format is part of this library."""
+    return name in _formats.built_in
+
+
+# -- The requested form of a conversion: checked arguments, and the method where only a format is named ----------------
+
+
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def checked_request(to: Any, rank: Any, max_error: Any, dtype: Any) -> ExportSpec | None:
+    """Check the arguments; return the requested form, or None for a file of this library."""
+    if to not in forms():
+        load_plugins()
+    if to not in (known := forms()):
+        raise _no_choice("to", to, known)
+    if dtype is not None and dtype not in _DTYPES:
+        raise ConfigError(f"dtype (--dtype) must be one of {', '.join(_DTYPES)}; got {safe_repr(dtype)}")
+    if max_error is not None and (
+        isinstance(max_error, bool) or not isinstance(max_error, (int, float)) or not 0 <= max_error <= 1
+    ):
+        raise ConfigError(f"max_error (--max-error) must be a number from 0 to 1; got {safe_repr(max_error)}")
+    if rank is not None:
+        rank = integer("rank", rank, 1, 1 << 40, ConfigError)
+        if not has_rank(to):
+            raise ConfigError(f"rank={rank} (--rank) applies to LoRA, LoKr and LoHa only; {to!r} has no rank to choose")
+    if to == OWN:
+        return None
+    name, _, kind = to.partition("-")
+    return ExportSpec(to, format_of(name), kind, rank, max_error)
+
+
+def _no_choice(what: str, given: Any, known: Sequence[str]) -> ConfigError:
+    close = difflib.get_close_matches(given, known, n=2) if isinstance(given, str) else []
+    meant = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return ConfigError(f"{what} (--{what}) must be one of {', '.join(known)}; got {safe_repr(given)}{meant}")
+
+
+def check_part(part: Any, source: FileFormat | None, target: FileFormat | None) -> None:
+    """Raise ConfigError unless ``part`` is None, or a part that the source may have or the result may be.
+
+    Parameters
+    ----------
+    part : str or None
+        The argument of the caller.
+    source, target : FileFormat or None
+        The formats of both; None for a file of this library.
+    """
+    if part is None:
+        return
+    known = [*(source.parts_read if source else ()), *(target.parts_written if target else ())]
+    if not known:
+        one, other = (form.name if form else OWN for form in (source, target))
+        raise ConfigError(
+            f"part={safe_repr(part)} (--part) has no effect on a conversion from {one} to {other}: only files of "
+            "kohya and diffusers have parts. Leave it out"
+        )
+    if part not in known:
+        raise _no_choice("part", part, list(dict.fromkeys(known)))
+
+
+def has_rank(form: str) -> bool:
+    """Return whether a form is of a rank: not the full differences, nor a structure of its own."""
+    _, _, kind = form.partition("-")
+    return form != OWN and kind in ("", *KINDS) and kind != "full"
+
+
+def with_method(spec: ExportSpec, modules: Sequence[Module], unpacked: Unpacked) -> ExportSpec:
+    """Return a form with its method; for a format alone, that of all updates, or else the format's first: LoRA."""
+    if spec.kind:
+        return spec
+    kinds = spec.format.kinds
+    found = {form.kind if (form := module.form(unpacked)) is not None else "" for module in modules}
+    own = found.pop() if len(found) == 1 else ""
+    kind = own if own in kinds else kinds[0]
+    return spec._replace(form=f"{spec.format.name}-{kind}", kind=kind)
+
+
+# -- The result of a conversion: the adapter in its new form, its error, and how to save it ----------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Conversion:
+    """An adapter in another form, with its error relative to the original.
+
+    Attributes
+    ----------
+    kind : str
+        The new form: "tnadapt", "peft-lora", "lycoris-full" and so on.
+    origin : str
+        The form of the source; "lycoris" if a file mixes methods.
+    exact : bool
+        Whether the only error is that of rounding.
+    error : float
+        ``|new - old| / |old|``, in the Frobenius norm of all updates together, measured on the written bytes; 0 if all
+        updates are zero.
+    errors : dict of str to float
+        The relative error of each weight, by its name in a state dict; infinite if only the new update is nonzero.
+    parameters : (int, int)
+        Elements of the adapter's tensors before and after.
+    notes : tuple of str
+        Remarks, such as that all updates are stored dense.
+    file : AdapterFile or None
+        The adapter, if its kind is "tnadapt".
+    tensors : dict of str to ndarray
+        The tensors of all other kinds, as they are written; bfloat16 values as float32, see ``dtypes``.
+    dtypes : dict of str to str
+        Tensors that are written as "bfloat16".
+    config : dict or None
+        PEFT's ``adapter_config.json``.
+    files : dict of str to bytes
+        The files of all kinds but "tnadapt"; ``""`` is the name of an adapter's only file.
+    """
+
+    kind: str
+    origin: str
+    exact: bool
+    error: float
+    errors: Mapping[str, float]
+    parameters: tuple[int, int]
+    notes: tuple[str, ...] = ()
+    file: AdapterFile | None = None
+    tensors: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def content(self) -> bytes:
+        """Content of the file with the tensors; empty for kind "tnadapt"."""
+        return next(iter(self.files.values()), b"")
+
+    def __repr__(self) -> str:
+        return f"Conversion({self.origin!r} -> {self.kind!r}, {self._quality()})"
+
+    def __str__(self) -> str:
+        before, after = self.parameters
+        lines = [
+            f"{self.origin} -> {self.kind}, {len(self.errors)} weight{'s' * (len(self.errors) != 1)}",
+            f"parameters {before:,} -> {after:,}",
+            self._quality(),
+        ]
+        if not self.exact:
+            worst = sorted(self.errors.items(), key=lambda item: -item[1])[:5]
+            lines += [f"  {error:9.3g}  {escaped(name)}" for name, error in worst]
+        return "\n".join([*lines, *map(escaped, self.notes)])
+
+    def _quality(self) -> str:
+        what = "exact but for rounding" if self.exact else "NOT exact"
+        return f"{what}: relative error {self.error:.3g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a JSON-compatible dictionary, without the tensors."""
+        before, after = self.parameters
+        return {
+            "from": self.origin,
+            "to": self.kind,
+            "exact": self.exact,
+            "error": self.error,
+            "errors": {name: error if error < float("inf") else None for name, error in self.errors.items()},
+            "parameters": {"before": before, "after": after},
+            "notes": list(self.notes),
+        }
+
+    @checks_arguments
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write the adapter: a folder for PEFT, otherwise a file.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            Path in an existing folder.
+        overwrite : bool
+            Whether to replace an existing adapter; in a folder, only the files of the adapter are replaced.
+
+        Raises
+        ------
+        FileError
+            If the path exists and ``overwrite`` is not given, or the adapter cannot be written. Nothing has changed
+            then. (If a disk fails between the two files of a folder, and again while the old ones are restored, the
+            message says where they are.)
+
+        Notes
+        -----
+        A kill at any point leaves the old adapter, the new one, or a folder without ``adapter_config.json``, which PEFT
+        and this library reject. In that case, the old files are in a subfolder ``.tnadapt-….tmp/old``.
+        """
+        where = path_of(path)
+        check_free(where, [name for name in self.files if name], overwrite)
+        with file_error_context(where):
+            if self.file is not None:
+                replace_file(where, content_of(self.file), overwrite)
+            elif "" in self.files:
+                replace_file(where, self.files[""], overwrite)
+            else:
+                replace_folder(where, self.files, overwrite)
+
+
+def check_free(path: str, names: Sequence[str], overwrite: bool) -> None:
+    """Raise FileError unless a file, or a folder with the given files, may be written at a path."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise FileError(f"{path}: the folder {folder} does not exist; make it first")
+    taken = os.path.lexists(path)
+    if names and os.path.isdir(path):
+        taken = any(os.path.lexists(os.path.join(path, name)) for name in names)
+    if taken and not overwrite:
+        raise FileError(f"{path}: exists; give another path, or overwrite=True (--overwrite)")
+
+
+# -- The steps of a conversion: read, choose, write and measure --------------------------------------------------------
+
 
 # In a folder written by save_pretrained of tnadapt.torch.
 _OWN_FILE = "adapter.safetensors"

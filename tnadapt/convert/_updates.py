@@ -16,14 +16,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tnadapt.algebra.config import MAX_ALPHA, MIN_ALPHA, Config
+from tnadapt.algebra.factoring import Matrix, factoring
 from tnadapt.algebra.norms import exponent_of, norm, norm_of_difference, relative, scaled_by, together
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.backends import load_backend
 from tnadapt.errors import ConfigError, FileError, safe_repr
 
 __all__ = [
-    "Float", "ModuleUpdate", "Pair", "alpha_of", "as_matrix", "check_range", "check_size", "common_dtype", "errors_of",
-    "is_rounding", "narrow", "norms_of", "round_to", "widen",
-]  # fmt: skip
+    "Float",
+    "ModuleUpdate",
+    "Pair",
+    "alpha_of",
+    "as_matrix",
+    "check_range",
+    "check_size",
+    "common_dtype",
+    "errors_of",
+    "is_rounding",
+    "low_rank_slice",
+    "narrow",
+    "norms_of",
+    "round_to",
+    "uniform",
+    "widen",
+]
+
+
+# -- One module's update in the forms of other libraries: low rank, Kronecker, Hadamard, dense -------------------------
+
 
 Float = NDArray[np.float64]
 
@@ -425,3 +445,59 @@ def errors_of(norms: Mapping[str, tuple[float, float]]) -> tuple[float, dict[str
     errors = {name: relative(*pair) for name, pair in norms.items()}
     off, whole = (together(pair[place] for pair in norms.values()) for place in (0, 1))
     return relative(off, whole), errors
+
+
+# -- Updates of LoRA with one rank and a scale of 1, which every loader reads in the same way --------------------------
+
+
+def uniform(updates: Sequence[ModuleUpdate], rank: int | None = None) -> list[ModuleUpdate]:
+    """Return the same updates with their scales in a factor, and all factors padded with zeros to one rank.
+
+    Parameters
+    ----------
+    updates : sequence of ModuleUpdate
+        All of kind "lora".
+    rank : int, optional
+        By default, the largest of the updates.
+    """
+    most = max(update.rank for update in updates) if rank is None else rank
+    whole = [update.absorb_scale() for update in updates]
+    return [update._replace(parts=(update.pair.padded(most),)) for update in whole]
+
+
+# -- The update of one weight as a slice of low rank of a tensor that several weights share, in two factors ------------
+
+
+def low_rank_slice(plan: SuperLoRA, weight: int, arrays: Mapping[str, Float], dtype: str) -> ModuleUpdate | None:
+    """Return the two factors of a slice if they are smaller than the slice; they are products of the network's arrays.
+
+    Parameters
+    ----------
+    plan : SuperLoRA
+    weight : int
+        Index of the weight.
+    arrays : mapping of str to ndarray
+        The plan's arrays in float64.
+    dtype : str
+        The dtype in which they were trained.
+    """
+    how, (rows, cols) = factoring(plan, weight), plan.shapes[weight]
+    if how is not None and how.group.subtracts:
+        how = factoring(plan, weight, single=True)
+    if how is None or how.width is None or how.width * (rows + cols) >= rows * cols:
+        return None
+    backend = load_backend("numpy")
+    found = how(backend, arrays, dtype)
+    matrix = found.pair(backend)
+    return ModuleUpdate("lora", (rows, cols), (_narrowed(matrix, plan.largest_rank(weight)),), found.scale)
+
+
+def _narrowed(matrix: Matrix, rank: int) -> Pair:
+    """Return two factors of at most the given rank, which is known to be at least that of the product."""
+    pair = Pair(np.asarray(matrix.left), np.asarray(matrix.right))
+    if pair.rank <= rank:
+        return pair
+    # A Tucker core that is narrower on one side: the product lies in the span of as many vectors.
+    basis, upper = np.linalg.qr(pair.a)
+    left, s, vt = np.linalg.svd(pair.b @ upper.T, full_matrices=False)
+    return Pair(left[:, :rank] * s[:rank], basis @ vt[:rank].T)

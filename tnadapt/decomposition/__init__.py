@@ -14,9 +14,9 @@ an adapter from a tuned checkpoint.
 """
 
 from ._decompose import Settings, decompose
-from ._fit_report import FitReport, GroupReport, Step
 from ._rank_search import FoundRank, search_rank, smallest_rank
 from ._single_tensor import Fit, Limits, fit_format
+from .fits import FitReport, GroupReport, Step
 
 __all__ = [
     "Fit",

@@ -10,18 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.algebra.config import Config
-from tnadapt.algebra.named_fold import is_named
+from tnadapt.algebra.config import Config, is_named
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments, wrong_argument
 from tnadapt.backends import Backend, get_backend, load_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, safe_repr
 
-from ._fit_report import FitReport, Step
 from ._group_fits import fit_plan
-from ._linear_algebra import SVD_METHODS, TENSORLY, Algebra
 from ._single_tensor import Limits
+from .fits import FitReport, Step
+from .linear_algebra import SVD_METHODS, TENSORLY, Algebra
 
 __all__ = ["Settings", "decompose"]
 

@@ -1,6 +1,6 @@
 """Fit of a sum of Kronecker products to one tensor: SVD or CP of the rearrangement, then split by split.
 
-Rearranged (:mod:`tnadapt.algebra.rearrangement`), a sum of T Kronecker products of K splits is a CP tensor of rank T
+Rearranged (:mod:`tnadapt.algebra.products`), a sum of T Kronecker products of K splits is a CP tensor of rank T
 whose factors are the splits' vectors. For K = 2 dense splits, its truncated SVD is the optimum; for more, ALS is used.
 Splits that are themselves factored are optimized one after another, with the others fixed. As the others only scale a
 split, its optimum is the format's best fit to the contracted tensor, and no step increases the error.
@@ -16,14 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from tnadapt.algebra.formats import Dense, Format
-from tnadapt.algebra.rearrangement import contracted
+from tnadapt.algebra.products import contracted
 from tnadapt.backends.backend import Array
 
-from ._linear_algebra import Algebra
-from ._observed_elements import ObservedElements
-from ._observed_fit import affordable, fit_observed, random_start
-from ._refined_format import on_host
-from ._single_tensor import Fit, Limits, fit_format
+from ._observed_fit import ObservedElements, affordable, fit_observed, random_start
+from ._single_tensor import Fit, Limits, fit_format, on_host
+from .linear_algebra import Algebra
 
 __all__ = ["Term", "fit_sum", "outer_sum"]
 

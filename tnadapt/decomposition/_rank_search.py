@@ -15,7 +15,7 @@ from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, integer, safe_repr
 
 from ._decompose import decompose
-from ._fit_report import FitReport
+from .fits import FitReport
 
 __all__ = ["FoundRank", "search_rank", "smallest_rank"]
 

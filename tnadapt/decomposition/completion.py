@@ -14,11 +14,18 @@ import numpy as np
 
 from tnadapt.algebra.formats import Format
 
-from ._fit import Limits
-from ._observed_elements import ObservedElements, unobserved
-from ._observed_fit import ObservedFit, Seen, affordable, fit_observed, random_start
-from ._observed_sweeps import sweeps_on_observed
-from ._refined_format import refinable
+from ._observed_fit import (
+    ObservedElements,
+    ObservedFit,
+    Seen,
+    affordable,
+    fit_observed,
+    random_start,
+    sweeps_on_observed,
+    unobserved,
+)
+from ._single_tensor import refinable
+from .fits import Limits
 
 __all__ = ["complete", "refinable", "unobserved"]
 

@@ -24,9 +24,8 @@ from tnadapt.checkpoints.container import DTYPES
 from tnadapt.checkpoints.stored_weights import FLOATS, StoredWeights, numbers
 from tnadapt.errors import FileError, ShapeError, TargetError, safe_repr
 from tnadapt.targets.checkpoint_targets import find_stored
-from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.prefixes import Prefix
-from tnadapt.targets.target import Target
+from tnadapt.targets.target import Target, check_distinct
 
 from . import FitReport, Settings, Step, smallest_rank
 

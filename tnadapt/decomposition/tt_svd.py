@@ -6,14 +6,31 @@ Oseledets, "Tensor-train decomposition" (SIAM J. Sci. Comput. 33, 2011), algorit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
+import numpy as np
+
+from tnadapt.algebra.products import tt_tensor
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 
+from .fits import Limits
+from .linear_algebra import norm_of
 from .matrix_truncation import Leading
 
-__all__ = ["tt_svd"]
+__all__ = [
+    "AroundFixed",
+    "chain_of",
+    "improved_train",
+    "moved_right",
+    "ring_svd",
+    "ring_sweep",
+    "tt_svd",
+]
+
+
+# -- Tensor trains by successive truncations: TT-SVD -------------------------------------------------------------------
 
 
 def tt_svd(
@@ -50,3 +67,317 @@ def tt_svd(
         cut.append(rank < min(int(one) for one in matrix.shape))
         rest = backend.matmul(backend.conj(backend.matrix_transpose(u)), matrix)
     return [*cores, backend.reshape(rest, (rank, sizes[-1], 1))], cut
+
+
+# -- Alternating least squares over some cores of a tensor train, with the others fixed --------------------------------
+
+
+class AroundFixed:
+    """A train of which some cores are not changed.
+
+    No core takes a factor of a fixed neighbor, so that the others are not orthogonal in general, and the best core is
+    the tensor times the pseudoinverses of both sides.
+
+    Parameters
+    ----------
+    backend : Backend
+    tensor : array, shape (d_1, …, d_M)
+    cores : list of array
+    fixed : collection of int
+        Positions of the cores that stay as they are.
+    """
+
+    def __init__(self, backend: Backend, tensor: Array, cores: list[Array], fixed: Collection[int]) -> None:
+        self.backend, self.tensor, self.cores, self.fixed = backend, tensor, cores, frozenset(fixed)
+
+    def error(self) -> float:
+        """Return the norm of the residual."""
+        return norm_of(self.backend, self.tensor - tt_tensor(self.backend, self.cores))
+
+    def sweep(self) -> None:
+        """Improve each core that is not fixed, from the first to the last."""
+        backend, order, after = self.backend, len(self.cores), self._after()
+        before: Array = None
+        for mode in range(order):
+            if mode not in self.fixed:
+                self.cores[mode] = self._core(before, after[mode], mode)
+                if mode + 1 < order and mode + 1 not in self.fixed:
+                    moved_right(backend, self.cores, mode)
+            if mode + 1 < order:
+                left, size, right = (int(one) for one in self.cores[mode].shape)
+                core = backend.reshape(self.cores[mode], (left, size * right))
+                before = backend.reshape(core if before is None else backend.matmul(before, core), (-1, right))
+
+    def _after(self) -> list[Array]:
+        """Return for each core the product of those after it, shape (r, prod d); None for the last one."""
+        backend, found = self.backend, [None]
+        for core in reversed(self.cores[1:]):
+            left, size, right = (int(one) for one in core.shape)
+            last = found[-1]
+            flat = core if last is None else backend.matmul(backend.reshape(core, (left * size, right)), last)
+            found.append(backend.reshape(flat, (left, -1)))
+        return found[::-1]
+
+    def _core(self, before: Array, after: Array, mode: int) -> Array:
+        """Return the best core between the products of those before and after it."""
+        backend, size = self.backend, int(self.tensor.shape[mode])
+        rows = backend.reshape(self.tensor, (math.prod(self.tensor.shape[:mode]), -1))
+        if before is not None:
+            rows = backend.matmul(self._inverse(before), rows)
+        left = int(rows.shape[0])
+        rows = backend.reshape(rows, (left * size, -1))
+        if after is not None:
+            rows = backend.matmul(rows, self._inverse(after))
+        return backend.reshape(rows, (left, size, -1))
+
+    def _inverse(self, matrix: Array) -> Array:
+        """Compute the pseudoinverse."""
+        backend = self.backend
+        u, s, vh = backend.svd(matrix)
+        values = backend.to_numpy(s)
+        keep = int((values > values[0] * max(matrix.shape) * np.finfo(values.dtype).eps).sum())
+        scaled = backend.conj(backend.matrix_transpose(vh[:keep, :])) / s[:keep]
+        return backend.matmul(scaled, backend.conj(backend.matrix_transpose(u[:, :keep])))
+
+
+def moved_right(backend: Backend, cores: list[Array], mode: int) -> None:
+    """Make a core orthogonal from the left, and multiply the next one by the rest."""
+    core, after = cores[mode], cores[mode + 1]
+    left, size, right = (int(one) for one in core.shape)
+    q, r = backend.qr(backend.reshape(core, (left * size, right)))
+    width = int(q.shape[1])
+    cores[mode] = backend.reshape(q, (left, size, width))
+    rest = backend.matmul(r, backend.reshape(after, (right, -1)))
+    cores[mode + 1] = backend.reshape(rest, (width, *after.shape[1:]))
+
+
+# -- Tensor trains beyond TT-SVD: alternating least squares over the cores, one at a time ------------------------------
+
+# With the cores before it orthogonal from the left and those after it from the right, the best core is the tensor
+# contracted with all others, and its norm is that of the whole train (Holtz, Rohwedder & Schneider, 2012).
+
+
+def improved_train(
+    backend: Backend,
+    tensor: Array,
+    cores: Sequence[Array],
+    limits: Limits,
+    watch: Callable[[int, float], Any] = lambda *_: None,
+    fixed: Collection[int] = (),
+) -> tuple[list[Array], int, bool]:
+    """Improve the cores of a train by sweeps until one gains no more than the tolerance.
+
+    Parameters
+    ----------
+    backend : Backend
+    tensor : array, shape (d_1, …, d_M)
+        Real or complex; not zero.
+    cores : sequence of array, shape (r_{m-1}, d_m, r_m)
+        A start, such as that of TT-SVD. The ranks stay, unless one is larger than its neighbors can use.
+    limits : Limits
+        A sweep goes to the first core and back to the last.
+    watch : callable
+        Called with each sweep's number and relative error; stops the iteration if it returns True.
+    fixed : collection of int
+        Positions of cores that stay as they are, to the bit.
+
+    Returns
+    -------
+    cores : list of array
+        Their error is never above that of the start. If any differs from the start, and none is fixed, all but the
+        last one are orthogonal from the left.
+    sweeps : int
+    converged : bool
+        Whether a sweep gained no more than the tolerance.
+    """
+    train = AroundFixed(backend, tensor, list(cores), fixed) if fixed else _Train(backend, tensor, list(cores))
+    norm = norm_of(backend, tensor)
+    best, error = list(cores), train.error()
+    for sweep in range(1, limits.iterations + 1):
+        train.sweep()
+        before, error = error, train.error()
+        if not error < before:
+            return best, sweep, True
+        best = list(train.cores)
+        stop = watch(sweep, error / norm) is True
+        if stop or before - error <= limits.tol * norm:
+            return best, sweep, not stop
+    return best, limits.iterations, False
+
+
+class _Train:
+    """A train of fixed ranks, and the tensor contracted with its first or last cores."""
+
+    def __init__(self, backend: Backend, tensor: Array, cores: list[Array]) -> None:
+        self.backend, self.cores = backend, cores
+        self.sizes = [int(size) for size in tensor.shape]
+        self.tensor = tensor
+        for mode in range(len(cores) - 1):
+            moved_right(self.backend, self.cores, mode)
+
+    def error(self) -> float:
+        """Return the norm of the residual."""
+        return norm_of(self.backend, self.tensor - tt_tensor(self.backend, self.cores))
+
+    def sweep(self) -> None:
+        """Improve each core in turn, from the last to the first and back."""
+        order = len(self.cores)
+        # What the cores before each one give; the way back does not change it.
+        before = [self.backend.reshape(self.tensor, (1, -1))]
+        for mode in range(order - 1):
+            before.append(self._step(before[-1], mode))
+        after: list[Array | None] = [None] * order
+        for mode in range(order - 1, 0, -1):
+            self.cores[mode] = self._core(before[mode], after[mode], mode)
+            self._to_the_left(mode)
+            after[mode - 1] = self._rights(mode, after[mode])
+        rest = before[0]
+        for mode in range(order):
+            self.cores[mode] = self._core(rest, after[mode], mode)
+            if mode < order - 1:
+                moved_right(self.backend, self.cores, mode)
+                rest = self._step(rest, mode)
+
+    def _core(self, first: Array, after: Array | None, mode: int) -> Array:
+        """Contract the tensor, already contracted with the cores before, with the cores after."""
+        backend, (left, size, right) = self.backend, (int(one) for one in self.cores[mode].shape)
+        rows = backend.reshape(first, (left * size, math.prod(self.sizes[mode + 1 :])))
+        if after is not None:
+            rows = backend.matmul(rows, backend.matrix_transpose(backend.conj(after)))
+        return backend.reshape(rows, (left, size, right))
+
+    def _step(self, first: Array, mode: int) -> Array:
+        """Contract with one more core from the left."""
+        backend, core = self.backend, self.cores[mode]
+        rows = backend.reshape(first, (int(core.shape[0] * core.shape[1]), -1))
+        flat = backend.reshape(core, (-1, int(core.shape[2])))
+        return backend.matmul(backend.matrix_transpose(backend.conj(flat)), rows)
+
+    def _rights(self, mode: int, after: Array | None) -> Array:
+        """Return the product of one core and those after it, shape (r, prod d)."""
+        backend, core = self.backend, self.cores[mode]
+        flat = backend.reshape(core, (-1, int(core.shape[2])))
+        found = flat if after is None else backend.matmul(flat, after)
+        return backend.reshape(found, (int(core.shape[0]), -1))
+
+    def _to_the_left(self, mode: int) -> None:
+        """Make a core orthogonal from the right, and multiply the one before it by the rest."""
+        backend, core, before = self.backend, self.cores[mode], self.cores[mode - 1]
+        left, size, right = (int(one) for one in core.shape)
+        flat = backend.reshape(core, (left, size * right))
+        q, r = backend.qr(backend.matrix_transpose(backend.conj(flat)))
+        width = int(q.shape[1])
+        turned = backend.matrix_transpose(backend.conj(q))
+        self.cores[mode] = backend.reshape(turned, (width, size, right))
+        rest = backend.matmul(backend.reshape(before, (-1, left)), backend.matrix_transpose(backend.conj(r)))
+        self.cores[mode - 1] = backend.reshape(rest, (*before.shape[:2], width))
+
+
+# -- Tensor rings by successive truncations (TR-SVD), and by alternating least squares ---------------------------------
+
+# Zhao et al., "Tensor ring decomposition" (arXiv 1606.05535), algorithms 1 and 2.
+
+
+# Magnitudes above this share of the largest one are equal to it up to rounding.
+_EQUAL = 1.0 - 1e-3
+
+
+def ring_svd(backend: Backend, tensor: Array, closing: int, truncated: Callable[[Array, int], Leading]) -> list[Array]:
+    """Compute the cores of a tensor ring.
+
+    Parameters
+    ----------
+    backend : Backend
+    tensor : array, shape (d_1, …, d_M), M ≥ 2
+    closing : int
+        r_0. The rank of the first truncation is divided by it.
+    truncated : callable
+        Truncates the matrix of a bond; called with the matrix and the number of the bond, from 0. The first one must
+        return a multiple of ``closing`` vectors.
+
+    Returns
+    -------
+    list of array, shape (r_{m-1}, d_m, r_m), with r_M = r_0
+    """
+    sizes = [int(size) for size in tensor.shape]
+    matrix = backend.reshape(tensor, (sizes[0], math.prod(sizes[1:])))
+    u = _signed(backend, truncated(matrix, 0).u)
+    rank = int(u.shape[1]) // closing
+    core = backend.reshape(u, (sizes[0], closing, rank))
+    cores = [backend.permute_dims(core, (1, 0, 2))]
+    # The closing rank goes to the end of what is left: (r_1, d_2 ⋯ d_M, r_0).
+    rest = backend.reshape(backend.matmul(backend.conj(backend.matrix_transpose(u)), matrix), (closing, rank, -1))
+    rest = backend.permute_dims(rest, (1, 2, 0))
+    for bond, size in enumerate(sizes[1:-1], 1):
+        matrix = backend.reshape(rest, (rank * size, -1))
+        u = truncated(matrix, bond).u
+        before, rank = rank, int(u.shape[1])
+        cores.append(backend.reshape(u, (before, size, rank)))
+        rest = backend.matmul(backend.conj(backend.matrix_transpose(u)), matrix)
+    return [*cores, backend.reshape(rest, (rank, sizes[-1], closing))]
+
+
+def _signed(backend: Backend, u: Array) -> Array:
+    """Make the first of the largest elements of each singular vector positive, whatever its sign or phase was.
+
+    The ring does depend on them: the vectors of one matrix are distributed over two bonds.
+    """
+    sizes = abs(backend.detached(u))
+    largest = backend.where(sizes >= _EQUAL * backend.xp.max(sizes, axis=0), sizes * 0.0 + 1.0, sizes * 0.0)
+    rows = backend.constant(np.arange(int(u.shape[0])).reshape(-1, 1), backend.device(u))
+    pivots = backend.sum(backend.where(rows == backend.xp.argmax(largest, axis=0), u, u * 0.0), axis=0)
+    pivots = backend.where(pivots == 0.0, pivots * 0.0 + 1.0, pivots)
+    return u * (backend.conj(pivots) / abs(pivots))
+
+
+def chain_of(backend: Backend, cores: Sequence[Array]) -> Array:
+    """Contract neighboring cores: shape (r, prod d, r')."""
+    found = cores[0]
+    for core in cores[1:]:
+        left, right = int(found.shape[0]), int(core.shape[2])
+        rows = backend.reshape(found, (-1, int(core.shape[0])))
+        found = backend.reshape(
+            backend.matmul(rows, backend.reshape(core, (int(core.shape[0]), -1))), (left, -1, right)
+        )
+    return found
+
+
+def ring_sweep(
+    backend: Backend, tensor: Array, cores: Sequence[Array], fixed: Collection[int], ridge: float
+) -> list[Array]:
+    """Replace each core by the best one with the others fixed, up to the ridge.
+
+    Parameters
+    ----------
+    backend : Backend
+    tensor : array, shape (d_1, …, d_M), M ≥ 2
+    cores : sequence of array
+    fixed : collection of int
+        Positions of cores that are not changed.
+    ridge : float
+        Added to the diagonal of the equations.
+
+    Returns
+    -------
+    list of array
+    """
+    cores, order = list(cores), len(cores)
+    for mode in range(order):
+        if mode in fixed:
+            continue
+        left, size, right = (int(one) for one in cores[mode].shape)
+        # All other cores, from the next one around: (r_m, d_{m+1} ⋯ d_{m-1}, r_{m-1}), as rows of the unknown core.
+        others = chain_of(backend, [cores[(mode + step) % order] for step in range(1, order)])
+        others = backend.reshape(backend.permute_dims(others, (2, 0, 1)), (left * right, -1))
+        turned = backend.permute_dims(tensor, [(mode + step) % order for step in range(order)])
+        rows = backend.reshape(turned, (size, -1))
+        adjoint = backend.conj(backend.matrix_transpose(others))
+        system = backend.matmul(others, adjoint)
+        if ridge:
+            eye = backend.asarray(np.eye(left * right), backend.dtype_name(tensor), backend.device(tensor))
+            system = system + ridge * eye
+        right_side = backend.matmul(rows, adjoint)
+        solved = backend.solve(backend.matrix_transpose(system), backend.matrix_transpose(right_side))
+        core = backend.reshape(solved, (left, right, size))
+        cores[mode] = backend.permute_dims(core, (0, 2, 1))
+    return cores

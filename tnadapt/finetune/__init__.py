@@ -18,19 +18,16 @@ from typing import TYPE_CHECKING, Any
 from tnadapt.lazy_names import lazy_name
 
 if TYPE_CHECKING:
-    from ._bar_reporter import BarReporter
-    from ._budget import within
-    from ._choice import Choice
-    from ._data_place import require_data
-    from ._out_folder import check_out
     from ._prediction import Predictions, predict
-    from ._problem_loading import open_problem
+    from ._pretrained import open_problem
     from ._specification import Spec
-    from ._study import Outcome, Reporter, Study
+    from ._study import BarReporter, Outcome, Reporter, Study
+    from .data import require_data
     from .engines import Engine, open_engine, run_tasks
-    from .grid import Method, default_methods
+    from .grid import Choice, Method, default_methods, within
     from .pareto_report import Point, pareto_front
     from .problem import Problem
+    from .results import check_out
     from .training import Task, Training, usable_device
 
 if importlib.util.find_spec("torch") is None:
@@ -66,8 +63,8 @@ __all__ = [
 
 # Imported on first use: what checks a user's options must not wait for torch, whose import takes seconds.
 _LAZY = {
-    "BarReporter": "_bar_reporter",
-    "Choice": "_choice",
+    "BarReporter": "_study",
+    "Choice": "grid",
     "Engine": "engines",
     "Method": "grid",
     "Outcome": "_study",
@@ -79,16 +76,16 @@ _LAZY = {
     "Study": "_study",
     "Task": "training",
     "Training": "training",
-    "check_out": "_out_folder",
+    "check_out": "results",
     "default_methods": "grid",
     "open_engine": "engines",
-    "open_problem": "_problem_loading",
+    "open_problem": "_pretrained",
     "pareto_front": "pareto_report",
     "predict": "_prediction",
-    "require_data": "_data_place",
+    "require_data": "data",
     "run_tasks": "engines",
     "usable_device": "training",
-    "within": "_budget",
+    "within": "grid",
 }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tnadapt.errors import FileError, TnadaptError
+from tnadapt.errors import FileError, TnadaptError, safe_repr
 
-from ._data import Samples
+from .data import Samples, first_line, quiet
 
-__all__ = ["Images", "Texts", "TokenLists"]
+__all__ = [
+    "Images",
+    "Texts",
+    "TokenLists",
+    "class_expected",
+    "refused",
+    "silent",
+    "transformers_library",
+]
+
+
+# -- Batches of texts as tokens and of images as pixels ----------------------------------------------------------------
+
 
 # Images of more bytes than this are not kept in memory but read again for each batch.
 KEPT_BYTES = 2 << 30
@@ -175,3 +189,65 @@ def _eight_bits(picture: Any) -> Any:
         raise FileError(f"the pixels of an image go from {low:g} to {high:g}; expected integers of 8 or 16 bits")
     wide = picture.mode != "I" or high > 255
     return Image.fromarray(np.rint(numbers / 257 if wide else numbers).astype(np.uint8))
+
+
+# -- Errors and messages of the libraries that load models -------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def refused(what: str, way: str = "") -> Iterator[None]:
+    """Turn any error of a hub, proxy or loader into a one-line TnadaptError with a way out."""
+    try:
+        yield
+    except TnadaptError:
+        raise
+    except Exception as error:
+        raise TnadaptError(f"{what}: {first_line(error).rstrip('.') if way else first_line(error)}{way}") from None
+
+
+@contextlib.contextmanager
+def class_expected(name: str, auto: str, task: str) -> Iterator[None]:
+    """Say it plainly if transformers has no class of a task for a model, such as a BERT for images."""
+    try:
+        yield
+    except ValueError as error:
+        found = re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", str(error))
+        if found is None:
+            raise
+        raise TnadaptError(
+            f"{safe_repr(name)} has a {found[1]}, for which transformers has no {auto}; the task is {task}: give "
+            "another --model, or other data"
+        ) from None
+
+
+@contextlib.contextmanager
+def silent(transformers: Any) -> Iterator[None]:
+    """Silence transformers' messages and progress bars inside ``with``."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with quiet("transformers", "huggingface_hub"):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def transformers_library() -> Any:
+    """Return transformers.
+
+    Raises
+    ------
+    TnadaptError
+        If it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise TnadaptError(
+            "models are loaded with transformers, which is not installed: pip install 'tnadapt[hub]'"
+        ) from None
+    return transformers

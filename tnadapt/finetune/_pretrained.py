@@ -11,23 +11,114 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnadapt.checkpoints.gguf_place import hidden_bar
-from tnadapt.errors import TnadaptError, safe_repr
+from tnadapt.argument_checks import checks_arguments
+from tnadapt.checkpoints.checkpoint import hidden_bar
+from tnadapt.errors import ConfigError, TnadaptError, safe_repr
 
-from ._data import Data, Samples, choose, divide
-from ._data_sources import open_source, quiet
-from ._foreign_messages import class_expected, refused, silent, transformers_library
-from ._image_inputs import divided_images, image_settings, require_whole_patches
+from ._digits import digits
+from ._encode import class_expected, refused, silent, transformers_library
 from ._learning_task import LearningTask
-from ._model_place import model_place
 from ._saved_task import check_recordable
-from ._specification import Part, Spec
-from ._task_choice import choose_task
-from ._text_inputs import encoded, longest_text, tokenizer_of
-from ._trainer_loop import need_trainer
+from ._specification import Part, Spec, model_place
+from ._text_inputs import divided_images, encoded, image_settings, longest_text, require_whole_patches, tokenizer_of
+from .data import (
+    LABEL_COLUMNS,
+    TEXT_COLUMNS,
+    Data,
+    Samples,
+    Table,
+    choose,
+    divide,
+    find_column,
+    needed_column,
+    open_source,
+    quiet,
+)
 from .problem import Problem, check_kept, under
+from .tasks import TASKS
+from .training import need_trainer
 
-__all__ = ["logits_of", "pretrained"]
+__all__ = [
+    "choose_task",
+    "logits_of",
+    "open_problem",
+    "pretrained",
+]
+
+
+# -- The choice of the task: the one that the user names, or the one that the data are evidence of ---------------------
+
+
+def choose_task(source: Table | Data, spec: Spec) -> type[LearningTask]:
+    """Return the class of the task.
+
+    Parameters
+    ----------
+    source : Table or Data
+    spec : Spec
+
+    Raises
+    ------
+    TnadaptError
+        If the data do not fit the task that was named, or fit several tasks, or none. The message says what was found
+        and what to give.
+    """
+    task = _evident(source, spec) if spec.task is None else _named(source, spec, spec.task)
+    for option in dict.fromkeys(name for one in TASKS.values() for name in one.options):
+        if getattr(spec, option) is not None and option not in task.options:
+            takers = [name for name, one in TASKS.items() if option in one.options]
+            raise TnadaptError(f"--{option} is for {_given(takers)}; the task of {source.name} is {task.name}")
+    return task
+
+
+def _evident(source: Table | Data, spec: Spec) -> type[LearningTask]:
+    found = {name: task.fits(source, spec) for name, task in TASKS.items()}
+    evident = [name for name, evidence in found.items() if evidence.level == "evident"]
+    if len(evident) == 1:
+        return TASKS[evident[0]]
+    open_ones = evident or [name for name, evidence in found.items() if evidence.level == "possible"]
+    if isinstance(source, Table) and open_ones in ([], ["causal-lm"]):
+        _need_columns(source, spec, bool(open_ones))
+    if not open_ones:
+        reasons = "; ".join(f"{name}: {evidence.why}" for name, evidence in found.items())
+        raise TnadaptError(f"{source.name} fits no task ({reasons})")
+    reasons = "; ".join(f"{found[name].why} (--task {name})" for name in open_ones)
+    raise TnadaptError(f"the task is not evident from {source.name}: {reasons}; give {_given(open_ones)}")
+
+
+def _named(source: Table | Data, spec: Spec, name: str) -> type[LearningTask]:
+    try:
+        chosen = TASKS.find(name)
+    except ConfigError as error:
+        raise TnadaptError(f"--{error}") from None
+    evidence = chosen.fits(source, spec)
+    if evidence.level == "no":
+        levels = {other: task.fits(source, spec).level for other, task in TASKS.items()}
+        others = [other for other, level in levels.items() if level in ("evident", "possible")]
+        way = f"; these data fit {_given(others)}" if others else ""
+        raise TnadaptError(f"--task {name} does not fit: {evidence.why}{way}")
+    return chosen
+
+
+def _given(names: list[str]) -> str:
+    return " or ".join(f"--task {name}" for name in names)
+
+
+def _need_columns(table: Table, spec: Spec, texts: bool) -> None:
+    """Raise the error of a missing column of texts or labels."""
+    names = list(table.columns)
+    needed_column(table.path, "text", spec.text_column, TEXT_COLUMNS, names)
+    usual = (*spec.label_names, *LABEL_COLUMNS)
+    if texts and spec.label_column is None and find_column(table.path, None, usual, names) is None:
+        raise TnadaptError(
+            f"which column of {table.path} is the label? It has {table.listed()}: give --label-column NAME, or "
+            "--task causal-lm to learn the texts themselves"
+        )
+    needed_column(table.path, "label", spec.label_column, usual, names)
+
+
+# -- The user's pretrained model: a local folder or a hub name through transformers, or timm:NAME ----------------------
+
 
 HEADS = ("classifier", "score", "head", "classification_head", "fc")
 
@@ -256,3 +347,29 @@ def _problem(
     )  # fmt: skip
     check_recordable(problem)
     return problem
+
+
+# -- Opening of a problem: model and data as the user named them, in a common form -------------------------------------
+
+
+@checks_arguments
+def open_problem(spec: Spec, progress: Callable[[str, float], None] = lambda what, done: None) -> Problem:
+    """Open the model and the data.
+
+    Parameters
+    ----------
+    spec : Spec
+    progress : callable
+        Called with ``(what, fraction done)`` during long steps.
+
+    Returns
+    -------
+    Problem
+
+    Raises
+    ------
+    TnadaptError
+        If one of the two is missing or cannot be read, or they do not fit together.
+    """
+    spec.check()
+    return digits(spec, progress) if spec.model is None else pretrained(spec)

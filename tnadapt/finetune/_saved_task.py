@@ -3,18 +3,130 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from tnadapt.checkpoints.pretrained_model import Pretrained
-from tnadapt.errors import ConfigError, FileError, TnadaptError
+from tnadapt.errors import ConfigError, FileError, TnadaptError, safe_repr
 
 from ._learning_task import LearningTask
-from ._saved_inputs import check_inputs
 from .problem import Problem
 from .tasks import TASKS
 
-__all__ = ["check_recordable", "recorded", "task_in"]
+__all__ = [
+    "check_inputs",
+    "check_recordable",
+    "pixel_settings",
+    "recorded",
+    "task_in",
+    "tokenizer_in",
+]
+
+
+# -- What an adapter's file says about inputs, such as the size of images: values that come from elsewhere, checked ----
+
+
+#: Sides of images beyond this are refused, because they would take all memory.
+_SIDE = 1 << 13
+_LONGEST = (1 << 31) - 1
+#: Settings of images in a file.
+_PIXELS = ("image_size", "channels", "pixel_mean", "pixel_std")
+
+
+def _whole(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _numbers(value: Any, low: float) -> bool:
+    """Return whether a value is one number or three, from low to a million, for as many channels."""
+    return (
+        isinstance(value, list)
+        and len(value) in (1, 3)
+        and all(type(one) in (int, float) and math.isfinite(one) and low <= one <= 1e6 for one in value)
+    )
+
+
+# For each setting, what it must be, and whether a value is that.
+_EXPECTED: Mapping[str, tuple[str, Any]] = {
+    "tokenizer": ("text or None", lambda value: value is None or (isinstance(value, str) and value.isprintable())),
+    "max_length": (
+        f"an integer from 1 to {_LONGEST}, or None",
+        lambda value: value is None or _whole(value, 1, _LONGEST),
+    ),
+    "image_size": (f"an integer from 1 to {_SIDE}", lambda value: _whole(value, 1, _SIDE)),
+    "channels": ("1 or 3", lambda value: type(value) is int and value in (1, 3)),
+    "pixel_mean": ("a list of one number per channel, at most 1e6", lambda value: _numbers(value, -1e6)),
+    "pixel_std": ("a list of one number per channel, from 1e-6 to 1e6", lambda value: _numbers(value, 1e-6)),
+}
+
+
+def check_inputs(inputs: Mapping[str, Any]) -> None:
+    """Raise a ConfigError that names the setting if a value cannot be used.
+
+    Examples
+    --------
+    >>> check_inputs({"max_length": "long"})
+    Traceback (most recent call last):
+    tnadapt.errors.ConfigError: max_length of the inputs must be an integer from 1 to 2147483647, or None; got 'long'
+    """
+    for name, (expected, possible) in _EXPECTED.items():
+        if name in inputs and not possible(inputs[name]):
+            raise ConfigError(f"{name} of the inputs must be {expected}; got {safe_repr(inputs[name])}")
+    channels = inputs.get("channels", 3)
+    for name in ("pixel_mean", "pixel_std"):
+        if name in inputs and len(inputs[name]) != channels:
+            raise ConfigError(
+                f"{name} of the inputs must be a list of {channels} numbers, one per channel; got {inputs[name]}"
+            )
+
+
+def pixel_settings(inputs: Mapping[str, Any], path: str) -> tuple[Any, ...]:
+    """Return size, channels, and mean and deviation of pixels.
+
+    Raises
+    ------
+    FileError
+        If one is missing.
+    """
+    if missing := [name for name in _PIXELS if name not in inputs]:
+        raise FileError(f"{path} does not say how images are scaled: its inputs have no {missing[0]}")
+    return tuple(inputs[name] for name in _PIXELS)
+
+
+def tokenizer_in(
+    about: Pretrained, inputs: Mapping[str, Any], given: str | None, base: str | None, path: str
+) -> tuple[str, str | None]:
+    """Return the folder, GGUF file or hub name of the tokenizer, and its revision.
+
+    Parameters
+    ----------
+    about : Pretrained
+    inputs : mapping
+        Of the file.
+    given, base : str, optional
+        The user's, which come first.
+    path : str
+        Of the file, for messages.
+
+    Raises
+    ------
+    FileError
+        If the file names one that must not be opened because a file says so.
+    """
+    named = inputs.get("tokenizer")
+    if given is None and named and dataclasses.replace(about, name=named).remote:
+        raise FileError(
+            f"{path} names as its tokenizer {safe_repr(named)}, an address or network share, which is not opened "
+            "because a file says so: use --tokenizer with it"
+        )
+    own = not given and not named and base in (None, about.name)
+    recorded = f"{about.name}/{about.file}" if about.file else about.name
+    return given or named or (recorded if own else str(base)), (about.revision or None) if own else None
+
+
+# -- What an adapter's file says about its task: how to encode inputs, and how to read the model's outputs -------------
+
 
 _CLASSES = "classes"
 _TASK = "task"

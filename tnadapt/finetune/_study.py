@@ -7,7 +7,9 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from tnadapt import torch as tnt
 from tnadapt.algebra.superlora import SuperLoRA
@@ -15,22 +17,96 @@ from tnadapt.argument_checks import checks_arguments, wrong_argument
 from tnadapt.checkpoints.adapter_format import load
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.errors import ConfigError, FileError, TnadaptError, integer
+from tnadapt.report import ProgressBar
 
-from ._best import Proof, prove
-from ._choice import Chooser
-from ._controls import Control, control_of
-from ._out_folder import check_out
-from ._problem_loading import open_problem
-from ._run_logs import clear_logs, log_folder
+from ._pretrained import open_problem
 from ._specification import Spec
 from .engines import Do, Engine, discard, open_engine, run_tasks
-from .grid import BASE, HEAD, Method
-from .pareto_report import Point, best_point, better_rate, points_of, trained_on
+from .grid import BASE, HEAD, Chooser, Method
+from .loop import evaluate
+from .pareto_report import Control, Point, best_point, better_rate, control_of, points_of, trained_on
 from .problem import Problem, base_digest, samples_digest
-from .results import Results
-from .training import Task, Training, checked_rates, train
+from .results import Results, check_out
+from .training import Task, Training, checked_rates, clear_logs, log_folder, train
 
-__all__ = ["Outcome", "Reporter", "Study"]
+__all__ = [
+    "BarReporter",
+    "Outcome",
+    "Proof",
+    "Reporter",
+    "Study",
+    "prove",
+]
+
+
+# -- The check of a saved adapter: loaded on a fresh base, and merged, it predicts the same as the trained one ---------
+
+
+class Proof(NamedTuple):
+    """The result of :func:`prove`.
+
+    Attributes
+    ----------
+    samples : int
+        Number of test samples.
+    loaded_same : bool
+        Whether the adapter, loaded from its file on a fresh base, predicts the same as the trained one.
+    merged_different : int
+        Number of samples for which the merged model predicts something else than the loaded one.
+    largest : float
+        The largest difference in a logit between the two; of language models, in the loss of a token.
+    """
+
+    samples: int
+    loaded_same: bool
+    merged_different: int
+    largest: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether all predictions are the same."""
+        return self.loaded_same and not self.merged_different
+
+
+def prove(problem: Problem, record: Mapping[str, Any], path: Path, training: Training) -> Proof:
+    """Load an adapter on a fresh base and predict the test samples, then merge it and predict them again.
+
+    Parameters
+    ----------
+    problem : Problem
+    record : mapping
+        The result line of the training that produced it.
+    path : Path
+        The adapter's file.
+    training : Training
+        Only its ``device`` and ``batch`` are used.
+
+    Returns
+    -------
+    Proof
+
+    Raises
+    ------
+    FileError
+        If the file is damaged or does not fit the base.
+    """
+    where = torch.device(training.device)
+    # A different seed, which proves that the head comes from the file.
+    model = problem.build(record["seed"] + 1).to(where)
+    adapter = tnt.load(model, path)
+    part = problem.parts["test"]
+    loaded = evaluate(model, problem.logits, problem.task, part, where, training.batch)
+    adapter.merge()
+    merged = evaluate(model, problem.logits, problem.task, part, where, training.batch)
+    return Proof(
+        len(part.labels),
+        problem.task.digest(loaded) == record["predictions"],
+        problem.task.different(loaded, merged),
+        problem.task.largest_gap(loaded, merged),
+    )
+
+
+# -- A study: all trainings of a comparison, planned, run or found in earlier results, and reported --------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,3 +461,54 @@ def _is_whole(path: Path) -> bool:
     except FileError:
         return False
     return True
+
+
+# -- The trainings of a study in a progress bar ------------------------------------------------------------------------
+
+
+class BarReporter(Reporter):
+    """Shows the progress of a study in a bar, for notebooks: ``Study(…, reporter=BarReporter(bar))``.
+
+    Parameters
+    ----------
+    bar : ProgressBar
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> with tna.ProgressBar("digits") as bar:
+    ...     reporter = BarReporter(bar)
+    ...     reporter.begins(tasks=6, finished=3)
+    ...     bar.words
+    '3 of 6 trainings'
+    """
+
+    def __init__(self, bar: ProgressBar) -> None:
+        self.bar = bar
+        self.tasks = self.ended = 0
+        self.running: dict[str, float] = {}
+
+    def preparing(self, what: str, done: float) -> None:
+        """Show the fraction done of pretraining the base."""
+        self.bar.update(done, what)
+
+    def begins(self, tasks: int, finished: int) -> None:
+        """Show how many trainings were finished before."""
+        self.tasks, self.ended = tasks, finished
+        self._show("")
+
+    def training(self, task: Task, done: float) -> None:
+        """Show the trainings that run."""
+        self.running[task.key] = done
+        self._show(task.name)
+
+    def finished(self, task: Task, record: Mapping[str, Any]) -> None:
+        """Show one training more."""
+        self.running.pop(task.key, None)
+        self.ended += 1
+        self._show(task.name)
+
+    def _show(self, name: str) -> None:
+        words = f"{self.ended} of {self.tasks} trainings"
+        done = (self.ended + sum(self.running.values())) / max(1, self.tasks)
+        self.bar.update(min(1.0, done), f"{words}: {name}" if name else words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
@@ -13,8 +13,27 @@ from tnadapt.algebra.named_config import require_preset
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import TnadaptError
 from tnadapt.planning import known_as
+from tnadapt.planning.families import FEWEST, PRESET_FAMILIES, AdaptedWeights, Family, Search, usual
 
-__all__ = ["BASE", "DENSE", "HEAD", "Method", "Shapes", "check_settings", "default_methods", "head_alone", "methods_of"]
+__all__ = [
+    "BASE",
+    "DENSE",
+    "HEAD",
+    "Choice",
+    "Chooser",
+    "Method",
+    "Shapes",
+    "check_budget",
+    "check_settings",
+    "default_methods",
+    "head_alone",
+    "methods_of",
+    "within",
+]
+
+
+# -- For tnadapt finetune: the settings to train, a default grid or presets by name ------------------------------------
+
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -269,3 +288,147 @@ def _stacked(name: str, parameters: Mapping[str, Any], shapes: Shapes, layers: i
         "matrices": len(shapes) // layers,
     }
     return {key: value for key, value in known.items() if key in parameters}
+
+
+# -- For tnadapt finetune --budget: the largest setting of each method within a budget of parameters -------------------
+
+
+#: Presets that join the usual families: those with the fewest parameters, and the one that did best with few on a task
+#: of docs/which.md.
+_FEW = (*FEWEST, "fourierft")
+
+
+@checks_arguments
+def check_budget(budget: int) -> None:
+    """Raise a TnadaptError unless a budget is a number of parameters."""
+    if budget < 1:
+        raise TnadaptError(f"a budget must be at least 1 parameter; got {budget}")
+
+
+def within(budget: int, shapes: Shapes) -> list[Method]:
+    """Return, for each method, the setting with the most parameters within a budget.
+
+    Parameters
+    ----------
+    budget : int
+    shapes : sequence of (rows, cols)
+        Shapes of the model's targets.
+
+    Returns
+    -------
+    list of Method
+        Without methods whose smallest setting exceeds the budget.
+
+    Raises
+    ------
+    TnadaptError
+        If the smallest setting of every method exceeds the budget.
+
+    Examples
+    --------
+    >>> from tnadapt import parameter_count
+    >>> shapes = [(768, 768)] * 24
+    >>> for method in within(10_000, shapes):
+    ...     print(method.name, parameter_count(method.config, shapes))
+    LoNKr K = 2, f = 24, r = 30 9996
+    LoRTA M = 3, r = 11 9317
+    LoRTA M = 5, r = 6 8586
+    SuperLoRA r = 1 7526
+    SuperLoRA + F r = 42, ρ = 0.001 9996
+    fastfood ρ = 0.0007064 10000
+    LoRA-XS r = 20 9600
+    TinyLoRA p = 4096, r = 16 4096
+    Uni-LoRA p = 10000, r = 4 10000
+    FourierFT n = 416 9984
+    """
+    check_budget(budget)
+    search, families = Search(shapes), _families(shapes)
+    allowed = min(budget, sum(rows * cols for rows, cols in shapes))
+    found = [largest for family in families if (largest := search.largest(family, allowed))]
+    if not found:
+        least = min(least.parameters for family in families if (least := search.least(family)))
+        raise TnadaptError(
+            f"a budget of {budget} is less than any setting needs on these {len(shapes)} weights; the least is {least}"
+        )
+    return [method_of(one.config) for one in found]
+
+
+def _families(shapes: Shapes) -> list[Family]:
+    weights = AdaptedWeights(shapes)
+    return [*usual(shapes), *(PRESET_FAMILIES[name].family(weights) for name in _FEW)]
+
+
+# -- The user's choice of the methods that a study compares ------------------------------------------------------------
+
+
+class Chooser(Protocol):
+    """The interface of a choice of methods."""
+
+    def methods(self, shapes: Shapes, layers: int) -> list[Method]:
+        """Return the methods to compare on weights of these shapes in ``layers`` layers."""
+        ...
+
+
+@checks_arguments
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The methods to compare; the head alone is always included.
+
+    Attributes
+    ----------
+    presets : tuple of str
+    ranks : tuple of int
+    changes : mapping
+        Other fields of the config.
+    budgets : tuple of int
+        Instead of the three above: see :func:`within`.
+    short : bool
+        Use the shorter default grid if nothing else is chosen.
+    """
+
+    presets: tuple[str, ...] = ()
+    ranks: tuple[int, ...] = ()
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    budgets: tuple[int, ...] = ()
+    short: bool = False
+
+    @property
+    def _named(self) -> bool:
+        return bool(self.presets or self.ranks or self.changes)
+
+    def check(self) -> None:
+        """Refuse what no weights could fit.
+
+        Raises
+        ------
+        TnadaptError
+            If a preset or a setting is unknown or out of range, or budgets and settings are given.
+
+        Examples
+        --------
+        >>> Choice(budgets=(100,), ranks=(3,)).check()
+        Traceback (most recent call last):
+        tnadapt.errors.TnadaptError: a budget finds the settings itself; give a budget or settings, not both
+        """
+        if self.budgets and self._named:
+            raise TnadaptError("a budget finds the settings itself; give a budget or settings, not both")
+        for budget in self.budgets:
+            check_budget(budget)
+        if self._named:
+            check_settings(self.presets, self.ranks, self.changes)
+
+    def methods(self, shapes: Shapes, layers: int) -> list[Method]:
+        """Return the methods to compare on weights of these shapes in ``layers`` layers.
+
+        Raises
+        ------
+        TnadaptError
+            If a preset is unknown, a setting does not fit, or a budget is too small.
+        """
+        self.check()
+        if self.budgets:
+            found = [method for budget in self.budgets for method in within(budget, shapes)]
+            return [head_alone(), *found]
+        if self._named:
+            return [head_alone(), *methods_of(self.presets, self.ranks, self.changes, shapes, layers)]
+        return default_methods(self.short)

@@ -2,21 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from tnadapt.errors import FileError
+from tnadapt.argument_checks import checks_arguments
+from tnadapt.checkpoints.container import path_of
+from tnadapt.errors import FileError, safe_repr
 
-from ._line_files import append_line
+__all__ = [
+    "FORMAT",
+    "Results",
+    "append_line",
+    "check_out",
+    "machine",
+    "read_lines",
+    "undamaged_lines",
+]
 
-__all__ = ["FORMAT", "Results", "machine", "read_lines"]
+
+# -- Files of JSON lines that grow by whole lines, each on disk before the next step -----------------------------------
+
+
+def append_line(file: IO[bytes], line: Mapping[str, Any]) -> None:
+    """Append a line to an unbuffered file, and synchronize it; if that fails, the file is as it was.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written, such as on a full disk.
+    """
+    end = file.seek(0, os.SEEK_END)
+    rest = memoryview(json.dumps(line).encode() + b"\n")
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(end)
+        raise
+
+
+def undamaged_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines that are JSON objects; skip others, such as the last one of a process that was killed."""
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            try:
+                found = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(found, dict):
+                yield found
+
+
+# -- Results as JSON lines: one per finished training, written atomically ----------------------------------------------
+
 
 FORMAT = "tnadapt finetune 1"
 _BEGINNING = f'{{"format": "{FORMAT}", '.encode()
@@ -236,3 +284,35 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor()
+
+
+# -- The folder of a study: whether it can be used, as far as that can be seen before anything is written --------------
+
+
+@checks_arguments
+def check_out(out: Path) -> None:
+    """Raise an error if the output of a study cannot be written to a folder.
+
+    Parameters
+    ----------
+    out : Path
+        It need not exist.
+
+    Raises
+    ------
+    FileError
+
+    Examples
+    --------
+    >>> check_out(Path("runs/digits"))
+    """
+    out = Path(path_of(out))
+    files = (out / "pareto.png", out / "best.safetensors")
+    for path, folder in ((out, True), (out / "adapters", True), *((file, False) for file in files)):
+        try:
+            wrong = path.exists() and path.is_dir() != folder
+        except OSError as error:  # a name that is too long
+            raise FileError(f"cannot use {safe_repr(str(path))}: {error.strerror}") from None
+        if wrong:
+            kinds = ("a file", "a folder") if folder else ("a folder", "a file")
+            raise FileError(f"{path} is {kinds[0]} and should be {kinds[1]}; give another folder with --out")

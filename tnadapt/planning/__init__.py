@@ -4,14 +4,10 @@ Everything but the rank is computed from integers, without arrays.
 """
 
 from ._flops import step_cost
-from ._freedom import degrees_of_freedom
-from ._matrix_rank import Rank, largest_rank
-from ._model_headers import model_targets
-from ._plan_row import Row, padding_waste
-from ._plan_search import plan
-from ._plan_table import Plan
-from ._preset_call import PresetCall, preset_call
-from ._setting_names import Name, known_as
+from ._matrix_rank import Rank, degrees_of_freedom, largest_rank
+from ._plan_search import model_targets, plan
+from ._plan_table import Plan, Row, padding_waste
+from ._setting_names import Name, PresetCall, known_as, preset_call
 
 __all__ = [
     "Name",

@@ -5,8 +5,7 @@ matplotlib.style.context("dark_background"):`` gives dark pictures. Methods diff
 vision, and in shape.
 """
 
-from ._accuracy import Axis, Mark, pareto
-from ._counts import parameters
+from ._accuracy import Axis, Mark, parameters, pareto
 from ._group_map import layout
 from ._network_diagram import network
 from .canvas import STYLES, styles

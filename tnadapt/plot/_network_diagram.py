@@ -12,8 +12,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments
 
-from ._diagram import Diagram, diagram
-from ._diagram_parts import Label, Node, SplitDrawing
+from ._diagram import Diagram, Label, Node, SplitDrawing, diagram
 from .canvas import OTHERS, STYLES, checked_text, figure, ground, ink, pale, saved, tone
 
 __all__ = ["network"]

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 from tnadapt.lazy_names import lazy_name
 
 if TYPE_CHECKING:
-    from ._served_folder import ServedFolder
-    from ._vllm_resolver import register_vllm_resolver, vllm_resolver
+    from ._served_folder import ServedFolder, register_vllm_resolver, vllm_resolver
 
 __all__ = ["ServedFolder", "register_vllm_resolver", "vllm_resolver"]
 
 # Imported on first use: vLLM imports this package in every process, and most do not serve adapters.
 _LAZY = {
     "ServedFolder": "_served_folder",
-    "register_vllm_resolver": "_vllm_resolver",
-    "vllm_resolver": "_vllm_resolver",
+    "register_vllm_resolver": "_served_folder",
+    "vllm_resolver": "_served_folder",
 }
 
 

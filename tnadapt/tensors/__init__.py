@@ -14,21 +14,27 @@ from tnadapt.algebra.products import (
 )
 
 from ._cp_decomposition import cp
-from ._cp_tensor import CPTensor
-from ._decomposed import Decomposed, FitOutcome
-from ._hadamard_decomposition import hadamard_decomposition
-from ._hadamard_tensor import HadamardTensor
-from ._kronecker_decomposition import kronecker_decomposition
-from ._kronecker_tensor import KroneckerTensor
-from ._matrix_products import contract, inner, khatri_rao, outer, row_khatri_rao
-from ._modes import fold, mode_dot, multi_mode_dot, tensor_to_vec, unfold, vec, vec_to_tensor
+from ._decomposed import CPTensor, Decomposed, FitOutcome, TuckerTensor
+from ._kronecker_decomposition import hadamard_decomposition, kronecker_decomposition
+from ._kronecker_tensor import HadamardTensor, KroneckerTensor
+from ._matrix_products import (
+    contract,
+    fold,
+    inner,
+    khatri_rao,
+    mode_dot,
+    multi_mode_dot,
+    outer,
+    row_khatri_rao,
+    tensor_to_vec,
+    unfold,
+    vec,
+    vec_to_tensor,
+)
 from ._random_tensors import random_cp, random_tr, random_tt, random_tt_matrix, random_tucker
-from ._ring_decomposition import tensor_ring
-from ._tensor_chains import TRTensor, TTTensor
-from ._train_decomposition import tensor_train, tt_matrix
-from ._tt_matrix import TTMatrix
+from ._tensor_chains import TRTensor, TTMatrix, TTTensor
+from ._train_decomposition import tensor_ring, tensor_train, tt_matrix
 from ._tucker_decomposition import tucker
-from ._tucker_tensor import TuckerTensor
 
 __all__ = [
     "CPTensor",

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import abc
+import copy
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from tnadapt.algebra.products import cp_to_tensor, hadamard_tensor, kronecker_tensor, tucker_to_tensor
+from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
+from tnadapt.decomposition.fits import Optimality
 from tnadapt.decomposition.implicit_gradient import Contraction
-from tnadapt.decomposition.optimality import Optimality
+from tnadapt.decomposition.matrix_truncation import with_value
 from tnadapt.errors import BackendError, ShapeError, safe_repr
 from tnadapt.report import fact_table
 
-from ._checks import scalar_of
-from ._modes import unfold
+from ._checks import alike, as_tensor, as_tensors, integer_of, mode_of, scalar_of
+from ._matrix_products import mode_dot, row_khatri_rao, unfold
 
-__all__ = ["Decomposed", "FitOutcome"]
+__all__ = [
+    "CPTensor",
+    "Decomposed",
+    "FitOutcome",
+    "TuckerTensor",
+    "block_diagonal",
+]
+
+
+# -- What the results of all decompositions have in common -------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,3 +345,372 @@ class Decomposed(abc.ABC):
             if not self.outcome.converged:
                 facts.append(("converged", "no"))
         return facts
+
+
+# -- Canonical polyadic (CP) tensors: sums of outer products of vectors ------------------------------------------------
+
+
+class _CPParts(NamedTuple):
+    weights: Array | None
+    factors: list[Array]
+
+
+class CPTensor(Decomposed, _CPParts):
+    """A tensor ``sum_r weights[r] * outer(factors[0][:, r], …)``.
+
+    Parameters
+    ----------
+    weights : array, shape (r,), or None
+        None stands for ones.
+    factors : sequence of array, shape (d_m, r)
+
+    Attributes
+    ----------
+    outcome : FitOutcome or None
+        How a decomposition found it.
+
+    Raises
+    ------
+    ShapeError
+        If a factor is not a matrix, or the ranks differ.
+    BackendError
+        If libraries, dtypes or devices are mixed.
+
+    Notes
+    -----
+    Unpacks as ``weights, factors``, like TensorLy's CPTensor. ``a + b``, ``a - b``, ``a * b`` (element by element, with
+    a number, or with another CP tensor) are CP tensors again, whose ranks are sums and products of ranks.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> cp = CPTensor(None, [np.ones((2, 1)), np.ones((3, 1))])
+    >>> (cp + cp).to_tensor()
+    array([[2., 2., 2.],
+           [2., 2., 2.]])
+    >>> float(cp.entry(1, 2)), cp.part(0).shape, float(cp.inner(cp))
+    (1.0, (1, 3), 6.0)
+    """
+
+    @checks_arguments
+    def __new__(cls, weights: Any, factors: Sequence[Any]) -> Self:
+        backend, arrays = as_tensors(factors, "factors")
+        if weights is not None:
+            weights = as_tensor(weights, "weights")[1]
+            get_backend(*arrays, weights)
+        alike(arrays, 1, "CP factor")
+        if weights is not None and tuple(weights.shape) != (arrays[0].shape[1],):
+            raise ShapeError(f"CP weights have shape {tuple(weights.shape)}; expected ({arrays[0].shape[1]},)")
+        return cls.of(backend, (weights, arrays))
+
+    __repr__ = Decomposed.__repr__
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(factor.shape[0]) for factor in self.factors)
+
+    @property
+    def rank(self) -> int:
+        return int(self.factors[0].shape[1])
+
+    @property
+    def arrays(self) -> list[Array]:
+        return [*self.factors] if self.weights is None else [self.weights, *self.factors]
+
+    @property
+    def contraction(self) -> Contraction:
+        modes = list(range(1, 1 + self.order))
+        factors = [[mode, 0] for mode in modes]
+        return (factors if self.weights is None else [[0], *factors]), modes
+
+    def scaled_alike(self, other: Self) -> Self:
+        if self.weights is None:
+            return self
+        return self.with_arrays(
+            [with_value(self.backend, *pair) for pair in zip(other.arrays, self.normalized().arrays, strict=True)]
+        )
+
+    def to_tensor(self) -> Array:
+        return cp_to_tensor((self.weights, self.factors))
+
+    def entries(self, indices: Any) -> Array:
+        backend = self.backend
+        rows = [
+            backend.take(factor, backend.constant(place, backend.device(factor)), axis=0)
+            for factor, place in zip(self.factors, self.places(indices), strict=True)
+        ]
+        found = hadamard_tensor(rows)
+        return backend.sum(found if self.weights is None else found * self.weights, axis=1)
+
+    def part(self, *index: int | slice) -> Self:
+        slices = self.slices(index)
+        return type(self)(self.weights, [factor[one] for factor, one in zip(self.factors, slices, strict=True)])
+
+    def inner(self, other: Self) -> Array:
+        self.same_shape(other)
+        backend = self.backend
+        products = [
+            backend.matmul(backend.conj(backend.matrix_transpose(mine)), theirs)
+            for mine, theirs in zip(self.factors, other.factors, strict=True)
+        ]
+        found = hadamard_tensor(products)
+        if self.weights is not None:
+            found = found * backend.reshape(backend.conj(self.weights), (-1, 1))
+        if other.weights is not None:
+            found = found * other.weights
+        return backend.sum(backend.flatten(found), axis=0)
+
+    def __add__(self, other: Any) -> Self:
+        if not isinstance(other, CPTensor):
+            return NotImplemented
+        self.same_shape(other)
+        backend = self.backend
+        factors = [
+            backend.concat([mine, theirs], axis=1) for mine, theirs in zip(self.factors, other.factors, strict=True)
+        ]
+        weights = None
+        if self.weights is not None or other.weights is not None:
+            weights = backend.concat([self._weights(backend), other._weights(backend)])
+        return type(self)(weights, factors)
+
+    def __mul__(self, other: Any) -> Self:
+        number = scalar_of(other)
+        if number is not None:
+            return type(self)(self._weights(self.backend) * number, self.factors)
+        if not isinstance(other, CPTensor):
+            return NotImplemented
+        self.same_shape(other)
+        factors = [row_khatri_rao(pair) for pair in zip(self.factors, other.factors, strict=True)]
+        backend = self.backend
+        mine, theirs = self._weights(backend), other._weights(backend)
+        return type(self)(backend.flatten(backend.reshape(mine, (-1, 1)) * theirs), factors)
+
+    def normalized(self) -> Self:
+        """Return the same tensor with factors whose columns have norm 1; the weights hold the norms.
+
+        Columns of zeros stay, and so does the sign of a weight.
+        """
+        backend = self.backend
+        weights, factors = self._weights(backend), []
+        for factor in self.factors:
+            squares = factor * backend.conj(factor)
+            real = backend.xp.real(squares) if backend.is_complex(factor) else squares
+            norms = backend.sqrt(backend.sum(real, axis=0))
+            factors.append(factor / backend.where(norms > 0.0, norms, norms * 0.0 + 1.0))
+            weights = weights * norms
+        return type(self)(weights, factors).with_outcome(self.outcome)
+
+    def truncated(self, rank: int) -> Self:
+        """Keep the components with the largest norms, in descending order.
+
+        Parameters
+        ----------
+        rank : int
+            How many. Components are not fitted again: pass the result to :func:`tnadapt.tensors.cp` as ``init=`` for
+            that.
+        """
+        keep = integer_of("rank", rank, 1, self.rank)
+        backend, unit = self.backend, self.normalized()
+        assert unit.weights is not None
+        sizes = abs(backend.to_numpy(unit.weights))
+        order = sizes.argsort(kind="stable")[::-1][:keep]
+        places = backend.constant(order.copy(), backend.device(unit.weights))
+        return type(self)(
+            backend.take(unit.weights, places), [backend.take(factor, places, axis=1) for factor in unit.factors]
+        )
+
+    def mode_dot(self, matrix: Any, mode: int) -> Self:
+        """Multiply by a matrix along one mode, without forming the tensor."""
+        number = mode_of(mode, self.shape)
+        factors = [mode_dot(one, matrix, 0) if m == number else one for m, one in enumerate(self.factors)]
+        return type(self)(self.weights, factors)
+
+    def cp_copy(self) -> Self:
+        """Return a copy of the object and its arrays, as the method of this name in TensorLy does."""
+        return copy.deepcopy(self)
+
+    def _weights(self, backend: Backend) -> Array:
+        if self.weights is not None:
+            return self.weights
+        return backend.zeros((self.rank,), like=self.factors[0]) + 1.0
+
+
+# -- Block-diagonal joins of arrays, from which sums of networks are made ----------------------------------------------
+
+
+def block_diagonal(backend: Backend, a: Array, b: Array, axes: Collection[int]) -> Array:
+    """Join two arrays so that along some axes each has its own block, with zeros elsewhere.
+
+    Parameters
+    ----------
+    backend : Backend
+    a, b : array
+        With the same sizes along the other axes.
+    axes : collection of int
+        The axes that are joined.
+
+    Returns
+    -------
+    array
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tnadapt.backends import get_backend
+    >>> block_diagonal(get_backend(np.ones(1)), np.ones((1, 2)), np.ones((1, 1)), [0, 1])
+    array([[1., 1., 0.],
+           [0., 0., 1.]])
+    """
+    first, second = a, b
+    for axis in sorted(axes):
+        before = [int(size) for size in first.shape]
+        after = [int(size) for size in second.shape]
+        extra, own = before.copy(), after.copy()
+        extra[axis], own[axis] = int(b.shape[axis]), int(a.shape[axis])
+        first = backend.concat([first, backend.zeros(extra, like=a)], axis=axis)
+        second = backend.concat([backend.zeros(own, like=a), second], axis=axis)
+    return first + second
+
+
+# -- Tucker tensors: a small core, multiplied by a matrix along each mode ----------------------------------------------
+
+
+class _TuckerParts(NamedTuple):
+    core: Array
+    factors: list[Array]
+
+
+class TuckerTensor(Decomposed, _TuckerParts):
+    """A tensor ``core x_1 factors[0] x_2 factors[1] …``.
+
+    Parameters
+    ----------
+    core : array, shape (r_1, …, r_M)
+    factors : sequence of array, shape (d_m, r_m)
+
+    Attributes
+    ----------
+    outcome : FitOutcome or None
+        How a decomposition found it.
+
+    Raises
+    ------
+    ShapeError
+        If a factor does not fit the core.
+    BackendError
+        If libraries, dtypes or devices are mixed.
+
+    Notes
+    -----
+    Unpacks as ``core, factors``, like TensorLy's TuckerTensor. ``a + b``, ``a - b`` and ``a * b`` (element by element)
+    are Tucker tensors again, whose ranks are sums and products of ranks.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tucker = TuckerTensor(np.array([[2.0]]), [np.ones((2, 1)), np.ones((3, 1))])
+    >>> tucker.to_tensor()
+    array([[2., 2., 2.],
+           [2., 2., 2.]])
+    >>> (tucker + tucker).rank, float(tucker.inner(tucker))
+    ((2, 2), 24.0)
+    """
+
+    @checks_arguments
+    def __new__(cls, core: Any, factors: Sequence[Any]) -> Self:
+        backend, (core, *arrays) = as_tensors([core, *factors], "core and factors")
+        if len(arrays) != len(core.shape):
+            raise ShapeError(f"a core of shape {tuple(core.shape)} needs {len(core.shape)} factors; got {len(arrays)}")
+        for mode, factor in enumerate(arrays):
+            if len(factor.shape) != 2 or factor.shape[1] != core.shape[mode]:
+                raise ShapeError(
+                    f"Tucker factor {mode} has shape {tuple(factor.shape)}; expected (size, {core.shape[mode]}), for a "
+                    f"core of shape {tuple(core.shape)}"
+                )
+        return cls.of(backend, (core, arrays))
+
+    __repr__ = Decomposed.__repr__
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(factor.shape[0]) for factor in self.factors)
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        return tuple(int(size) for size in self.core.shape)
+
+    @property
+    def arrays(self) -> list[Array]:
+        return [self.core, *self.factors]
+
+    @property
+    def contraction(self) -> Contraction:
+        ranks, modes = list(range(self.order)), list(range(self.order, 2 * self.order))
+        return [ranks, *([mode, rank] for mode, rank in zip(modes, ranks, strict=True))], modes
+
+    def to_tensor(self) -> Array:
+        return tucker_to_tensor((self.core, self.factors))
+
+    def entries(self, indices: Any) -> Array:
+        backend, places = self.backend, self.places(indices)
+        count = len(places[0])
+        found = backend.reshape(self.core, (1, *self.core.shape))
+        for factor, place in zip(self.factors, places, strict=True):
+            rows = backend.take(factor, backend.constant(place, backend.device(factor)), axis=0)
+            # Contract the first mode that is left, batched over the elements.
+            rest = tuple(found.shape)[2:]
+            flat = backend.reshape(found, (found.shape[0], factor.shape[1], -1 if rest else 1))
+            found = backend.reshape(backend.matmul(backend.reshape(rows, (count, 1, -1)), flat), (count, *rest))
+        return found
+
+    def part(self, *index: int | slice) -> Self:
+        slices = self.slices(index)
+        return type(self)(self.core, [factor[one] for factor, one in zip(self.factors, slices, strict=True)])
+
+    def inner(self, other: Self) -> Array:
+        self.same_shape(other)
+        backend = self.backend
+        moved = other.core
+        for mode, (mine, theirs) in enumerate(zip(self.factors, other.factors, strict=True)):
+            moved = mode_dot(moved, backend.matmul(backend.conj(backend.matrix_transpose(mine)), theirs), mode)
+        return backend.sum(backend.flatten(backend.conj(self.core) * moved), axis=0)
+
+    def mode_dot(self, matrix: Any, mode: int) -> Self:
+        """Multiply by a matrix along one mode, without forming the tensor."""
+        number = mode_of(mode, self.shape)
+        return type(self)(
+            self.core, [mode_dot(one, matrix, 0) if m == number else one for m, one in enumerate(self.factors)]
+        )
+
+    def __add__(self, other: Any) -> Self:
+        if not isinstance(other, TuckerTensor):
+            return NotImplemented
+        self.same_shape(other)
+        backend = self.backend
+        factors = [
+            backend.concat([mine, theirs], axis=1) for mine, theirs in zip(self.factors, other.factors, strict=True)
+        ]
+        return type(self)(block_diagonal(backend, self.core, other.core, range(self.order)), factors)
+
+    def __mul__(self, other: Any) -> Self:
+        number = scalar_of(other)
+        if number is not None:
+            return type(self)(self.core * number, self.factors)
+        if not isinstance(other, TuckerTensor):
+            return NotImplemented
+        self.same_shape(other)
+        factors = [row_khatri_rao(pair) for pair in zip(self.factors, other.factors, strict=True)]
+        return type(self)(kronecker_tensor(self.backend, [self.core, other.core]), factors)
+
+    def tucker_copy(self) -> Self:
+        """Return a copy of the object and its arrays, as the method of this name in TensorLy does."""
+        return copy.deepcopy(self)
+
+    def orthogonal(self) -> Self:
+        """Return the same tensor with factors that have orthonormal columns, at most as many as rows."""
+        backend, core, factors = self.backend, self.core, []
+        for mode, factor in enumerate(self.factors):
+            q, r = backend.qr(factor)
+            factors.append(q)
+            core = mode_dot(core, r, mode)
+        return type(self)(core, factors).with_outcome(self.outcome)

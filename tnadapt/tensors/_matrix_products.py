@@ -7,15 +7,32 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tnadapt.algebra.factor_products import khatri_rao as columns_of
+from tnadapt.algebra.products import khatri_rao as columns_of
+from tnadapt.algebra.products import mode_product
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import get_backend
+from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ShapeError, safe_repr
 
-from ._checks import alike, as_tensor, as_tensors, integer_of
+from ._checks import alike, as_tensor, as_tensors, integer_of, mode_of, numeric
 
-__all__ = ["contract", "inner", "khatri_rao", "outer", "row_khatri_rao"]
+__all__ = [
+    "contract",
+    "fold",
+    "inner",
+    "khatri_rao",
+    "mode_dot",
+    "multi_mode_dot",
+    "outer",
+    "row_khatri_rao",
+    "tensor_to_vec",
+    "unfold",
+    "vec",
+    "vec_to_tensor",
+]
+
+
+# -- Products of matrices and tensors that are not mode products: Khatri-Rao, outer, inner, and general networks -------
 
 
 def khatri_rao(matrices: Sequence[Any], weights: Any = None, skip_matrix: int | None = None) -> Array:
@@ -241,3 +258,285 @@ def _expression(equation: str, shapes: tuple[tuple[int, ...], ...], optimize: st
     import opt_einsum
 
     return opt_einsum.contract_expression(equation, *shapes, optimize=optimize)
+
+
+# -- Unfolding, folding and mode products, in TensorLy's conventions ---------------------------------------------------
+
+# Kolda & Bader, "Tensor decompositions and applications" (SIAM Review 51, 2009), with TensorLy's order of the columns
+# of an unfolding: row-major, the last mode fastest.
+
+
+def unfold(tensor: Any, mode: int) -> Array:
+    """Unfold a tensor into a matrix whose rows are one mode.
+
+    Parameters
+    ----------
+    tensor : array, shape (d_1, …, d_M)
+    mode : int
+        The mode that becomes the rows; negative ones count from the last.
+
+    Returns
+    -------
+    array, shape (d_mode, prod of the others)
+        The columns are in row-major order of the other modes, as in TensorLy. Differentiable; at most one copy.
+
+    Raises
+    ------
+    ShapeError
+        If there is no such mode.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> unfold(np.arange(8.0).reshape(2, 2, 2), 1)
+    array([[0., 1., 4., 5.],
+           [2., 3., 6., 7.]])
+    """
+    backend, tensor = as_tensor(tensor)
+    mode = mode_of(mode, tensor.shape)
+    moved = backend.moveaxis(tensor, mode, 0)
+    return backend.reshape(moved, (moved.shape[0], math.prod(moved.shape[1:])))
+
+
+@checks_arguments
+def fold(unfolded: Any, mode: int, shape: Sequence[int]) -> Array:
+    """Undo :func:`unfold`.
+
+    Parameters
+    ----------
+    unfolded : array, shape (d_mode, prod of the others)
+    mode : int
+        The mode that the rows are.
+    shape : sequence of int
+        The shape of the tensor.
+
+    Returns
+    -------
+    array, shape ``shape``
+        Differentiable; at most one copy.
+
+    Raises
+    ------
+    ShapeError
+        If the matrix is not the unfolding of a tensor of that shape.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tensor = np.arange(8.0).reshape(2, 2, 2)
+    >>> bool((fold(unfold(tensor, 1), 1, (2, 2, 2)) == tensor).all())
+    True
+    """
+    backend, matrix = as_tensor(unfolded, "the unfolded tensor")
+    shape = tuple(integer_of("a size in shape", size, 0) for size in shape)
+    mode = mode_of(mode, shape)
+    expected = (shape[mode], math.prod(shape[:mode] + shape[mode + 1 :]))
+    if tuple(matrix.shape) != expected:
+        raise ShapeError(
+            f"the unfolding in mode {mode} of a tensor of shape {shape} has shape {expected}; got {tuple(matrix.shape)}"
+        )
+    return backend.moveaxis(backend.reshape(matrix, (shape[mode], *shape[:mode], *shape[mode + 1 :])), 0, mode)
+
+
+def vec(tensor: Any) -> Array:
+    """Flatten a tensor in row-major order; ``tensor_to_vec`` is another name of this function.
+
+    Parameters
+    ----------
+    tensor : array, shape (d_1, …, d_M)
+
+    Returns
+    -------
+    array, shape (prod d,)
+        Differentiable; a view where the library allows it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> vec(np.array([[1.0, 2.0], [3.0, 4.0]]))
+    array([1., 2., 3., 4.])
+    """
+    backend, tensor = as_tensor(tensor)
+    return backend.flatten(tensor)
+
+
+tensor_to_vec = vec
+
+
+@checks_arguments
+def vec_to_tensor(vector: Any, shape: Sequence[int]) -> Array:
+    """Undo :func:`vec`.
+
+    Parameters
+    ----------
+    vector : array, shape (prod d,)
+    shape : sequence of int
+        The shape of the tensor.
+
+    Returns
+    -------
+    array, shape ``shape``
+        Differentiable; a view where the library allows it.
+
+    Raises
+    ------
+    ShapeError
+        If the vector has another number of elements.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> vec_to_tensor(np.arange(4.0), (2, 2))
+    array([[0., 1.],
+           [2., 3.]])
+    """
+    backend, vector = as_tensor(vector, "the vector")
+    shape = tuple(integer_of("a size in shape", size, 0) for size in shape)
+    if tuple(vector.shape) != (math.prod(shape),):
+        raise ShapeError(f"a tensor of shape {shape} is a vector of {math.prod(shape)}; got {tuple(vector.shape)}")
+    return backend.reshape(vector, shape)
+
+
+@checks_arguments
+def mode_dot(tensor: Any, matrix_or_vector: Any, mode: int, transpose: bool = False) -> Array:
+    """Multiply a tensor by a matrix or a vector along one mode.
+
+    Parameters
+    ----------
+    tensor : array, shape (d_1, …, d_M)
+    matrix_or_vector : array, shape (n, d_mode) or (d_mode,)
+        Of the tensor's library, dtype and device.
+    mode : int
+        Negative ones count from the last.
+    transpose : bool
+        Whether to multiply by the conjugate transpose of a matrix of shape (d_mode, n).
+
+    Returns
+    -------
+    array
+        The tensor with ``n`` elements along that mode, or without that mode for a vector. Differentiable.
+
+    Raises
+    ------
+    ShapeError
+        If the sizes do not match.
+    BackendError
+        If libraries, dtypes or devices are mixed.
+
+    Notes
+    -----
+    ``unfold(result, mode) = matrix @ unfold(tensor, mode)``: one matrix product of ``n * prod(d)`` multiply-adds.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> mode_dot(np.ones((2, 3)), np.array([[1.0, 1.0, 1.0]]), 1)
+    array([[3.],
+           [3.]])
+    >>> mode_dot(np.ones((2, 3)), np.array([1.0, 2.0]), 0)
+    array([3., 3., 3.])
+    """
+    backend, tensor = as_tensor(tensor)
+    factor = numeric(get_backend(matrix_or_vector, what="matrix_or_vector"), matrix_or_vector, "matrix_or_vector")
+    get_backend(tensor, factor)
+    return _product(backend, tensor, factor, mode_of(mode, tensor.shape), transpose)
+
+
+def _product(backend: Backend, tensor: Array, factor: Array, mode: int, transpose: bool) -> Array:
+    shape, size = tuple(tensor.shape), int(tensor.shape[mode])
+    if len(factor.shape) == 1:
+        fits = factor.shape[0] == size
+    elif len(factor.shape) == 2:
+        if transpose:
+            factor = backend.conj(backend.matrix_transpose(factor))
+        fits = factor.shape[1] == size
+    else:
+        raise ShapeError(f"a mode product takes a matrix or a vector; got shape {tuple(factor.shape)}")
+    vector = len(factor.shape) == 1
+    if not fits:
+        raise ShapeError(
+            f"shape {tuple(factor.shape)} does not multiply mode {mode} of a tensor of shape {shape}: expected "
+            f"{size} {'elements' if vector else 'columns'}"
+        )
+    product = mode_product(backend, tensor, backend.reshape(factor, (1, size)) if vector else factor, mode)
+    return backend.reshape(product, shape[:mode] + shape[mode + 1 :]) if vector else product
+
+
+@checks_arguments
+def multi_mode_dot(
+    tensor: Any,
+    matrices_or_vectors: Sequence[Any],
+    modes: Sequence[int] | None = None,
+    skip: int | None = None,
+    transpose: bool = False,
+) -> Array:
+    """Multiply a tensor by several matrices or vectors, one along each mode.
+
+    Parameters
+    ----------
+    tensor : array, shape (d_1, …, d_M)
+    matrices_or_vectors : sequence of array
+        Each as for :func:`mode_dot`.
+    modes : sequence of int, optional
+        The mode of each; the first modes in order if None.
+    skip : int, optional
+        Position in the sequence of one that is left out.
+    transpose : bool
+        Whether to multiply by the conjugate transposes.
+
+    Returns
+    -------
+    array
+        Differentiable.
+
+    Raises
+    ------
+    ShapeError
+        If the sizes do not match, or a mode occurs twice.
+    BackendError
+        If libraries, dtypes or devices are mixed.
+
+    Notes
+    -----
+    The products that shrink the tensor most come first, which costs least.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> multi_mode_dot(np.ones((2, 3)), [np.ones((1, 2)), np.ones((1, 3))])
+    array([[6.]])
+    """
+    backend, tensor = as_tensor(tensor)
+    factors = list(matrices_or_vectors)
+    skip = None if skip is None else integer_of("skip", skip, 0)
+    numbers = list(range(len(factors))) if modes is None else list(modes)
+    if len(numbers) != len(factors) or len(factors) > len(tensor.shape) + (skip is not None):
+        raise ShapeError(
+            f"{len(factors)} matrices or vectors for the modes {safe_repr(numbers)} of a tensor of shape "
+            f"{tuple(tensor.shape)}; expected one for each mode"
+        )
+    what = "one of matrices_or_vectors"
+    pairs = [
+        (
+            mode_of(mode, tensor.shape),
+            numeric(get_backend(factor, what=what), factor, what),
+        )
+        for place, (mode, factor) in enumerate(zip(numbers, factors, strict=True))
+        if place != skip
+    ]
+    if len({mode for mode, _ in pairs}) < len(pairs):
+        raise ShapeError(f"a mode occurs twice in {safe_repr(numbers)}; multiply the matrices of one mode first")
+    get_backend(tensor, *(factor for _, factor in pairs))
+
+    def growth(pair: tuple[int, Array]) -> float:
+        mode, factor = pair
+        rows = 1 if len(factor.shape) == 1 else factor.shape[1 if transpose else 0]
+        return float(rows / max(1, tensor.shape[mode]))
+
+    removed: list[int] = []
+    for mode, factor in sorted(pairs, key=growth):
+        place = mode - sum(other < mode for other in removed)
+        tensor = _product(backend, tensor, factor, place, transpose)
+        if len(factor.shape) == 1:
+            removed.append(mode)
+    return tensor

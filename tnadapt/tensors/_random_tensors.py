@@ -12,12 +12,9 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import load_backend
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
-from ._checks import integer_of
-from ._cp_tensor import CPTensor
-from ._tensor_chains import TRTensor, TTTensor
-from ._truncation import ranks_of
-from ._tt_matrix import TTMatrix
-from ._tucker_tensor import TuckerTensor
+from ._checks import integer_of, ranks_of
+from ._decomposed import CPTensor, TuckerTensor
+from ._tensor_chains import TRTensor, TTMatrix, TTTensor
 
 __all__ = ["generator", "random_cp", "random_tr", "random_tt", "random_tt_matrix", "random_tucker"]
 

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
-from tnadapt.decomposition.frobenius import norm_of
+from tnadapt.decomposition.fits import Claim, holds
 from tnadapt.decomposition.implicit_gradient import implicit_gradient
-from tnadapt.decomposition.leading_proof import OPEN
+from tnadapt.decomposition.linear_algebra import OPEN, norm_of
 from tnadapt.decomposition.matrix_truncation import with_value
-from tnadapt.decomposition.optimality import Claim, holds
-from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
+from tnadapt.errors import BackendError, ConfigError, ShapeError, UnexpectedKeywordError, safe_repr
 
-from ._checks import as_tensor, finite, integer_of
+from ._checks import as_tensor, error_limit, finite, integer_of
 from ._decomposed import Decomposed, FitOutcome
-from ._truncation import error_limit
 
-__all__ = ["Request", "Watch", "one_of", "requested", "seed_of"]
+__all__ = [
+    "Request",
+    "Watch",
+    "hints_keywords",
+    "one_of",
+    "requested",
+    "seed_of",
+    "smallest_rank",
+]
+
+
+# -- What every decomposition is asked: a tensor, a rank or an error, and perhaps what of the tensor is known ----------
+
 
 Callback = Callable[[int, float], Any]
 D = TypeVar("D", bound=Decomposed)
@@ -369,3 +380,103 @@ class Watch:
         self.history.append(error)
         self.stopped = self.callback is not None and self.callback(iteration, error) is True
         return self.stopped
+
+
+# -- The smallest rank whose fit keeps to an error ---------------------------------------------------------------------
+
+
+DecomposedT = TypeVar("DecomposedT", bound=Decomposed)
+
+
+def smallest_rank(
+    fitted: Callable[[int], DecomposedT], limit: float, most: int, shape: Sequence[int], init: Any = "svd"
+) -> DecomposedT:
+    """Return the fit of the smallest rank that is found to keep to an error: doubling, then halving.
+
+    Parameters
+    ----------
+    fitted : callable
+        Returns the fit of a rank.
+    limit : float
+        The relative error that is allowed.
+    most : int
+        The rank that represents any tensor of the shape.
+    shape : sequence of int
+    init : object
+        What the fits start from, which must be named.
+
+    Raises
+    ------
+    ConfigError
+        If a start is given, since it has one rank only.
+    ShapeError
+        If the fit of the largest rank has a larger error.
+    """
+    if not isinstance(init, str):
+        raise ConfigError("max_error= tries several ranks: use init='svd' or 'random', or give rank=")
+    low, rank, best = 0, 1, fitted(1)
+    while (best.error or 0.0) > limit and rank < most:
+        low, rank = rank, min(2 * rank, most)
+        best = fitted(rank)
+    if (best.error or 0.0) > limit:
+        raise ShapeError(
+            f"rank {rank}, which represents any tensor of shape {tuple(shape)}, was fitted with an error of "
+            f"{best.error:.2g} only: allow a larger max_error, more max_iterations or more starts"
+        )
+    while rank - low > 1:
+        middle = (low + rank) // 2
+        found = fitted(middle)
+        if (found.error or 0.0) <= limit:
+            rank, best = middle, found
+        else:
+            low = middle
+    return best
+
+
+# -- Hints for callers who use TensorLy's keywords with our functions --------------------------------------------------
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# TensorLy's keyword -> what to write here. A keyword that the function has itself is never looked up.
+_TENSORLY = {
+    "n_iter_max": "'max_iterations' here",
+    "fixed_modes": "'fixed' here",
+    "fixed_factors": "'fixed' here",
+    "return_errors": "the attribute 'history' of the result here",
+    "normalize_factors": "not needed here, as factors of a CP are always normalized",
+    "linesearch": "not needed here, as cp extrapolates where that helps",
+    "non_negative": "'nonnegative' here",
+    "verbose": "'callback=print' here",
+    "modes": "not needed here: give every mode a rank, its size to those that stay as they are",
+}
+
+
+def hints_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a decomposition refuse TensorLy's keywords with an error that has our names for them.
+
+    Examples
+    --------
+    >>> @hints_keywords
+    ... def solve(tensor, *, max_iterations=10):
+    ...     return tensor
+    >>> solve(1, n_iter_max=5)
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.UnexpectedKeywordError: solve() got an unexpected keyword argument 'n_iter_max': TensorLy's
+    'n_iter_max' is 'max_iterations' here
+    """
+    own = frozenset(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def hinting(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in own and name in _TENSORLY:
+                raise UnexpectedKeywordError(
+                    f"{function.__name__}() got an unexpected keyword argument {name!r}: TensorLy's {name!r} is "
+                    f"{_TENSORLY[name]}"
+                )
+        return function(*args, **kwargs)
+
+    return hinting

@@ -4,32 +4,124 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tnadapt.algebra.formats import TensorTrain
 from tnadapt.argument_checks import checks_arguments
+from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition import Limits
 from tnadapt.decomposition.block_passes import BlockPasses, passes_over
+from tnadapt.decomposition.fits import Claim, all_of
 from tnadapt.decomposition.matrix_truncation import Leading, MatrixTruncation
-from tnadapt.decomposition.optimality import Claim, all_of
-from tnadapt.decomposition.train_als import improved_train
-from tnadapt.decomposition.tt_svd import tt_svd
-from tnadapt.errors import ConfigError, ShapeError
+from tnadapt.decomposition.tt_svd import improved_train, ring_svd, ring_sweep, tt_svd
+from tnadapt.errors import ConfigError, ShapeError, TnadaptError, safe_repr
 
-from ._checks import as_tensor, integer_of
-from ._from_blocks import BLOCK, OVERSAMPLED, compressed, expanded_train
-from ._keyword_hints import hints_keywords
-from ._known_elements import METHOD, STARTS, completed
-from ._requests import Callback, Request, Watch, one_of, requested, seed_of
-from ._tensor_chains import TTTensor
-from ._train_start import from_start, start_of, started
-from ._truncation import error_limit, inner_ranks
-from ._tt_matrix import TTMatrix
+from ._checks import as_tensor, error_limit, finite, inner_ranks, integer_of, mode_of, ranks_of, ring_ranks
+from ._decomposed import Decomposed
+from ._known_elements import BLOCK, METHOD, OVERSAMPLED, STARTS, completed, compressed, expanded_train
+from ._requests import Callback, Request, Watch, hints_keywords, one_of, requested, seed_of, smallest_rank
+from ._tensor_chains import TRTensor, TTMatrix, TTTensor
 
-__all__ = ["tensor_train", "tt_matrix"]
+__all__ = [
+    "from_start",
+    "start_of",
+    "started",
+    "tensor_ring",
+    "tensor_train",
+    "tt_matrix",
+]
+
+
+# -- Tensor trains that are fitted from a given start, some of whose cores may be fixed --------------------------------
+
+
+ChainT = TypeVar("ChainT", TTTensor, TTMatrix)
+
+
+def start_of(
+    request: Request, init: str | Sequence[Any], fixed: Collection[int], ranks: Sequence[int] | None
+) -> tuple[TTTensor | None, frozenset[int]]:
+    """Check what a train starts from.
+
+    Parameters
+    ----------
+    request : Request
+    init, fixed
+        As for :func:`tnadapt.tensors.tensor_train`.
+    ranks : sequence of int or None
+        Of the bonds; None if an error is given instead.
+
+    Returns
+    -------
+    TTTensor or None
+        None for "svd".
+    frozenset of int
+        Positions of fixed cores, from 0.
+
+    Raises
+    ------
+    ConfigError
+        If it is neither "svd" nor a train, if there is no rank, or if cores are fixed that are not given.
+    ShapeError
+        If it has another shape or other ranks, or NaN or infinity.
+    BackendError
+        If it is of another library, dtype or device, its derivatives are recorded, or the tensor is traced.
+    """
+    held = frozenset(mode_of(mode, request.shape, "a mode in fixed") for mode in fixed)
+    other = isinstance(init, Decomposed) and not isinstance(init, TTTensor)
+    if isinstance(init, str) or other or not isinstance(init, Sequence):
+        if not isinstance(init, str) or init != "svd":
+            raise ConfigError(f"init must be 'svd', a TTTensor or its cores; got {safe_repr(init)}")
+        if held:
+            raise ConfigError(f"fixed={sorted(held)} keeps cores of a start: give them as init=TTTensor(cores)")
+        return None, held
+    if ranks is None:
+        raise ConfigError("max_error= chooses ranks, but a start has its own: give rank= with init=")
+    start = started(TTTensor, init)
+    get_backend(start[0], request.tensor)
+    expected = (request.shape, (1, *ranks, 1))
+    if (start.shape, start.rank) != expected:
+        raise ShapeError(
+            f"init has shape {start.shape} and ranks {start.rank}; expected {expected[0]} and {expected[1]}"
+        )
+    request.refuse_trace("tensor_train(init=…)", "omit init=")
+    request.refuse_recorded("init", *start)
+    for mode, core in enumerate(start):
+        finite(request.backend, core, f"core {mode} of init")
+    return start, held
+
+
+def started(cls: type[ChainT], init: Any) -> ChainT:
+    """Return the train that ``init=`` gives; an error about its cores names ``init``."""
+    if isinstance(init, cls):
+        return init
+    try:
+        return cls(init)
+    except TnadaptError as error:
+        raise type(error)(f"init: {error}") from error
+
+
+def from_start(request: Request, start: TTTensor, fixed: frozenset[int], sweeps: int, watch: Watch) -> TTTensor:
+    """Improve a train by sweeps over the cores that are not fixed."""
+    backend, cores, converged = request.backend, list(start), True
+    if request.norm() == 0.0:
+        free = [mode for mode in range(len(cores)) if mode not in fixed]
+        cores = [backend.zeros(core.shape, like=core) if mode in free else core for mode, core in enumerate(cores)]
+    elif sweeps:
+        limits = Limits(watch.tol, sweeps)
+        cores, _, converged = improved_train(backend, request.tensor, cores, limits, watch, fixed)
+    method = "given start, ALS" if sweeps else "given start"
+    found = TTTensor(cores)
+    return request.finished(
+        found, method, converged=watch.converged or converged, history=watch.history,
+        closed=None if sweeps else lambda tensor: found, fixed=fixed,
+    )  # fmt: skip
+
+
+# -- Tensor trains and TT matrices of given tensors --------------------------------------------------------------------
 
 
 @hints_keywords
@@ -318,3 +410,223 @@ def _sizes(
             f"products are {shape[0]} and {shape[1]}"
         )
     return tall, wide
+
+
+# -- Tensor rings of given tensors -------------------------------------------------------------------------------------
+
+
+@hints_keywords
+@checks_arguments
+def tensor_ring(
+    tensor: Any,
+    rank: int | Sequence[int] | None = None,
+    *,
+    max_error: float | None = None,
+    init: Any = "svd",
+    fixed: Collection[int] = (),
+    starts: int = 1,
+    random_state: Any = None,
+    tol: float = 1e-6,
+    max_iterations: int = 100,
+    callback: Callback | None = None,
+) -> TRTensor:
+    """Decompose a tensor into a tensor ring.
+
+    Parameters
+    ----------
+    tensor : array, shape (d_1, …, d_M), M ≥ 2
+        Real or complex. Lists and integers are converted.
+    rank : int or sequence of int, optional
+        The rank of all bonds; or of each of the M bonds, the first one closing the ring, with or without the first
+        again at the end. A single number may be larger than is useful.
+    max_error : float, optional
+        Relative Frobenius error that is allowed, instead of ranks: the smallest rank of all bonds is searched whose fit
+        has no larger error.
+    init : {"svd", "random"} or TRTensor
+        What the iteration starts from: TR-SVD, normal numbers, or a given result. TR-SVD needs ``rank[0] * rank[1]`` of
+        at most d_1; otherwise "svd" starts as "random" does.
+    fixed : collection of int
+        Positions of the cores of ``init`` that are kept.
+    starts : int
+        Number of starts, the first by ``init`` and the others random; the best result is returned.
+    random_state : int or Generator, optional
+        Seed of random numbers.
+    tol : float
+        The iteration stops when a sweep reduces the relative error by no more than this.
+    max_iterations : int
+        Maximum number of sweeps; 0 for TR-SVD alone, which also runs inside ``jax.jit``.
+    callback : callable, optional
+        Called with the number and the relative error of each sweep; stops the iteration if it returns True.
+
+    Returns
+    -------
+    TRTensor
+        Of cores of shape (r_{m-1}, d_m, r_m), in the tensor's library, dtype and device.
+
+    Raises
+    ------
+    ShapeError
+        If the tensor has fewer than two modes, NaN, infinity or no elements, or a rank is out of range.
+    BackendError
+        If the tensor is not an array of numbers of a known library; or for sweeps inside a trace.
+    ConfigError
+        If a setting is out of range.
+
+    Notes
+    -----
+    Zhao et al., "Tensor ring decomposition" (arXiv 1606.05535): TR-SVD, then alternating least squares, which never
+    increases the error. There is no guarantee of the least error. With ``rank``, it is differentiable once it has
+    converged: use ``tol=1e-10`` and, for example, ``max_iterations=2000`` in float64. A sweep costs ``prod(d) * r²``
+    multiply-adds for each mode.
+
+    Examples
+    --------
+    >>> from tnadapt.tensors import random_tr
+    >>> ring = tensor_ring(random_tr((4, 5, 6), 2).to_tensor(), 2)
+    >>> ring.rank, ring.error < 1e-6
+    ((2, 2, 2, 2), True)
+    >>> tensor_ring(ring.to_tensor(), max_error=1e-3).rank
+    (2, 2, 2, 2)
+    """
+    request = requested(tensor, rank, max_error, random_state=random_state, least_order=2)
+    sweeps = integer_of("max_iterations", max_iterations, 0)
+    count = integer_of("starts", starts, 1, 1 << 20)
+    held = {mode_of(mode, request.shape, "a mode in fixed") for mode in fixed}
+
+    def fitted(one: int | Sequence[int]) -> TRTensor:
+        return _fitted(request, _ranks(one, request.shape), init, held, count, sweeps, tol, callback)
+
+    if rank is not None:
+        return fitted(rank)
+    assert request.max_error is not None
+    most = ring_ranks([math.prod(request.shape)] * len(request.shape), request.shape)[0]
+    return smallest_rank(fitted, request.max_error, most, request.shape, init)
+
+
+def _fitted(
+    request: Request,
+    ranks: list[int],
+    init: Any,
+    held: set[int],
+    starts: int,
+    sweeps: int,
+    tol: float,
+    callback: Callback | None,
+) -> TRTensor:
+    """Return the best fit of given ranks."""
+    rng = np.random.default_rng(request.seed)
+    cores, method = _start(request, request.tensor, ranks, init, held, rng)
+    if not sweeps:
+        return request.finished(
+            TRTensor(cores), method, closed=lambda tensor: TRTensor(_start(request, tensor, ranks, init, held, rng)[0])
+        )
+    request.refuse_trace("tensor_ring()", "use max_iterations=0")
+    found = list[TRTensor]()
+    for number in range(starts):
+        watch = Watch(tol, callback)
+        begun = cores if number == 0 else _random(request, ranks, rng, dict(enumerate(cores)), held)
+        ring = TRTensor(_improved(request, begun, held, watch, sweeps))
+        found.append(
+            request.finished(ring, f"{method}, ALS", converged=watch.converged, history=watch.history, fixed=held)
+        )
+    return min(found, key=lambda ring: ring.error or 0.0)
+
+
+def _ranks(rank: Any, shape: tuple[int, ...]) -> list[int]:
+    order = len(shape)
+    listed = list(rank) if isinstance(rank, (list, tuple, np.ndarray)) else rank
+    if isinstance(listed, list) and len(listed) == order + 1:
+        if listed[0] != listed[-1]:
+            raise ShapeError(f"the first and the last rank of a ring must be the same; got {safe_repr(rank)}")
+        listed = listed[:-1]
+    ranks = ranks_of(listed, order, "bonds")
+    useful = ring_ranks(ranks, shape)
+    for bond, (one, most) in enumerate(zip(ranks, useful, strict=True)):
+        if one > most and isinstance(listed, list):
+            raise ShapeError(
+                f"rank {one} of bond {bond} is above {most}, the largest that is useful there in a ring of shape "
+                f"{shape} and ranks {tuple(ranks)}: give {tuple(useful)}"
+            )
+    return useful
+
+
+def _start(
+    request: Request, tensor: Array, ranks: list[int], init: Any, held: set[int], rng: np.random.Generator
+) -> tuple[list[Array], str]:
+    backend, shape = request.backend, request.shape
+    if isinstance(init, TRTensor):
+        get_backend(init[0], request.tensor)
+        expected = (shape, (*ranks, ranks[0]))
+        if (init.shape, init.rank) != expected:
+            raise ShapeError(
+                f"init has shape {init.shape} and ranks {init.rank}; expected {expected[0]} and {expected[1]}"
+            )
+        request.refuse_recorded("init", *init)
+        return list(init), "given start"
+    if not isinstance(init, str) or init not in ("svd", "random"):
+        raise ConfigError(f"init must be 'svd', 'random' or a TRTensor; got {safe_repr(init)}")
+    if held:
+        raise ConfigError(f"fixed={sorted(held)} keeps cores of a start: give them as init=TRTensor(cores)")
+    if init == "svd" and ranks[0] * ranks[1] <= min(shape[0], math.prod(shape[1:])):
+        truncation = MatrixTruncation(backend, request.tensor, "auto", request.seed)
+
+        def truncated(matrix: Array, bond: int) -> Leading:
+            return truncation.left_to_rank(matrix, ranks[0] * ranks[1] if bond == 0 else ranks[bond + 1])
+
+        cores = ring_svd(backend, tensor, ranks[0], truncated)
+        if [int(core.shape[0]) for core in cores] == ranks:
+            return cores, "TR-SVD"
+    if not request.concrete:
+        raise ShapeError(
+            f"inside a trace a ring is computed by TR-SVD, which needs ranks whose first two multiply to at most "
+            f"{shape[0]}, and others that are possible; got {ranks}"
+        )
+    return _random(request, ranks, rng, {}, set()), "random start"
+
+
+def _random(
+    request: Request, ranks: list[int], rng: np.random.Generator, given: dict[int, Array], held: set[int]
+) -> list[Array]:
+    """Return normal cores, and the given ones where they are held."""
+    backend = request.backend
+    kind, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
+    cores = []
+    for mode, size in enumerate(request.shape):
+        ends = (ranks[mode], size, ranks[(mode + 1) % len(ranks)])
+        numbers = rng.standard_normal(ends)
+        if kind.startswith("complex"):
+            numbers = numbers + 1j * rng.standard_normal(ends)
+        cores.append(given[mode] if mode in held else backend.asarray(numbers, kind, device))
+    return cores
+
+
+def _improved(request: Request, cores: list[Array], held: set[int], watch: Watch, sweeps: int) -> list[Array]:
+    backend, norm = request.backend, request.norm()
+    if norm == 0.0:
+        return [backend.zeros(core.shape, like=core) for core in cores]
+    eps = float(np.finfo(backend.dtype_name(request.tensor)).eps)
+    best, error, ridges = cores, request.error_of(TRTensor(cores)), [0.0, 100.0 * eps, eps**0.5]
+    count = 0
+    while count < sweeps and ridges:
+        ridge = ridges[0] * norm ** (2.0 * (len(cores) - 1) / len(cores))
+        found = _tried(request, best, held, ridge)
+        now = float("inf") if found is None else request.error_of(TRTensor(found))
+        if found is None or not now <= error * (1.0 + 1e-9):
+            ridges.pop(0)
+            watch.converged = found is not None and not ridges
+            continue
+        count += 1
+        best, error = found, min(error, now)
+        if watch(count, error):
+            break
+    return best
+
+
+def _tried(request: Request, cores: list[Array], held: set[int], ridge: float) -> list[Array] | None:
+    with np.errstate(all="ignore"):
+        try:
+            found = ring_sweep(request.backend, request.tensor, cores, held, ridge)
+        except (np.linalg.LinAlgError, RuntimeError):  # torch raises a RuntimeError
+            return None
+    finite = all(np.isfinite(request.backend.to_numpy(core)).all() for core in found)
+    return found if finite else None

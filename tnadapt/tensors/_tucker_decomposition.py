@@ -13,20 +13,26 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition.block_passes import BlockPasses, passes_over
-from tnadapt.decomposition.frobenius import norm_of
+from tnadapt.decomposition.fits import Claim, all_of
 from tnadapt.decomposition.hooi import SMALL, hooi, hosvd, projected
+from tnadapt.decomposition.linear_algebra import norm_of
 from tnadapt.decomposition.matrix_truncation import Leading, MatrixTruncation
-from tnadapt.decomposition.optimality import Claim, all_of
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
-from ._checks import integer_of, mode_of
-from ._from_blocks import BLOCK, OVERSAMPLED, compressed, expanded_tucker
-from ._keyword_hints import hints_keywords
-from ._known_elements import METHOD, STARTS, completed, refuse_observed
-from ._nonnegative_fits import constrained_modes, fitted_tucker, refuse_callback
-from ._requests import Callback, Request, Watch, one_of, requested, seed_of
-from ._truncation import ranks_of
-from ._tucker_tensor import TuckerTensor
+from ._checks import integer_of, mode_of, ranks_of
+from ._cp_decomposition import constrained_modes, fitted_tucker, refuse_callback
+from ._decomposed import TuckerTensor
+from ._known_elements import (
+    BLOCK,
+    METHOD,
+    OVERSAMPLED,
+    STARTS,
+    completed,
+    compressed,
+    expanded_tucker,
+    refuse_observed,
+)
+from ._requests import Callback, Request, Watch, hints_keywords, one_of, requested, seed_of
 
 __all__ = ["tucker"]
 

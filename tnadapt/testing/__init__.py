@@ -19,10 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tnadapt.lazy_names import lazy_name
 
 if TYPE_CHECKING:
-    from ._backend_contract import BackendContract
-    from ._format_contract import FormatContract
-    from ._map_contract import MapContract
-    from ._source_contract import SourceContract
+    from ._contracts import BackendContract, FormatContract, MapContract, SourceContract
     from .strategies import base_weights, configs, parameters, plans, shapes
 
 __all__ = [
@@ -39,10 +36,10 @@ __all__ = [
 
 # Imported on first use: Hypothesis and pytest are an extra, and ``tnadapt.verify`` does not need them.
 _LAZY = {
-    "BackendContract": "_backend_contract",
-    "FormatContract": "_format_contract",
-    "MapContract": "_map_contract",
-    "SourceContract": "_source_contract",
+    "BackendContract": "_contracts",
+    "FormatContract": "_contracts",
+    "MapContract": "_contracts",
+    "SourceContract": "_contracts",
     "base_weights": "strategies",
     "configs": "strategies",
     "parameters": "strategies",

@@ -17,17 +17,221 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tnadapt.algebra import rng
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import FORMATS
-from tnadapt.algebra.maps import KINDS, Map, Recipe, input_length, make_map, make_map_on_weights
+from tnadapt.algebra.maps import (
+    KINDS,
+    BroughtMap,
+    Chain,
+    Map,
+    PerWeight,
+    Recipe,
+    input_length,
+    make_map,
+    make_map_on_weights,
+)
+from tnadapt.algebra.sources import Mixed, Multiplied, Scaled, Source, Tied, Trained
 from tnadapt.errors import ConfigError
 
-from ._reference_circuit import circuit, circuit_count
-from ._reference_maps import LINEAR_PARTS, matrix_of, tanhshrink
+__all__ = [
+    "LINEAR_PARTS",
+    "circuit",
+    "circuit_count",
+    "count",
+    "count_of_magnitudes",
+    "deltas",
+    "matrix",
+    "matrix_of",
+    "network_arrays",
+    "positions",
+    "project",
+    "tanhshrink",
+    "trained_shapes",
+]
 
-__all__ = ["count", "count_of_magnitudes", "deltas", "positions", "project"]
+
+# -- The reference of circuits: gates applied one after another to the unit vectors of the columns ---------------------
+
 
 Float = NDArray[np.floating[Any]]
+
+
+def circuit(gates: Mapping[str, Float], sizes: tuple[int, ...]) -> Float:
+    """Return the tensor of a circuit.
+
+    Parameters
+    ----------
+    gates : mapping of str to ndarray
+        In order.
+    sizes : tuple of int
+        The digits of the rows, then those of the columns.
+
+    Examples
+    --------
+    >>> circuit({"gate0": np.arange(6.0).reshape(2, 3)}, (2, 3)).tolist()
+    [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    """
+    axes = -(-len(sizes) // 2)
+    cols = sizes[axes:]
+    # One axis per digit, of length 1 for a row digit without a column digit, and the unit vectors last.
+    state = np.eye(math.prod(cols)).reshape(*cols, *(1,) * (axes - len(cols)), -1)
+    for gate, pair in zip(gates.values(), _pairs(axes), strict=True):
+        before = tuple(state.shape[axis] for axis in pair)
+        after = gate.shape[: len(pair)]
+        turned = np.moveaxis(state, pair, range(len(pair)))
+        rest = turned.shape[len(pair) :]
+        turned = gate.reshape(math.prod(after), math.prod(before)) @ turned.reshape(math.prod(before), -1)
+        state = np.moveaxis(turned.reshape(*after, *rest), range(len(pair)), pair)
+    return np.asarray(state.reshape(sizes), np.float64)
+
+
+def circuit_count(sizes: tuple[int, ...]) -> int:
+    """Return the number of elements of the gates.
+
+    Examples
+    --------
+    >>> circuit_count((2, 3, 2, 3))
+    36
+    """
+    axes = -(-len(sizes) // 2)
+    now, total = [*sizes[axes:], *(1,) * (axes - len(sizes) // 2)], 0
+    for pair in _pairs(axes):
+        total += math.prod(sizes[axis] * now[axis] for axis in pair)
+        for axis in pair:
+            now[axis] = sizes[axis]
+    return total
+
+
+def _pairs(axes: int) -> list[tuple[int, ...]]:
+    return list(itertools.combinations(range(axes), 2)) or [(0,)]
+
+
+# -- Reference of the maps F: the dense matrix of each, and tanhshrink, in float64 NumPy. See _reference ---------------
+
+
+# The longest side of a dense matrix of F: half a gigabyte.
+LARGEST = 1 << 13
+
+
+# The linear map before tanhshrink, for each nonlinear kind.
+LINEAR_PARTS = {"nonlinear": "linear", "nonlinear_v2": "linear_v2"}
+
+
+def matrix_of(found: Map) -> Float:
+    """Return the dense matrix of a linear map, or of the linear part of a nonlinear one.
+
+    Parameters
+    ----------
+    found : Map
+
+    Returns
+    -------
+    ndarray of float64, shape (n_out, n_in)
+
+    Notes
+    -----
+    That of a chain is the product of its maps', and that of a map of each weight has theirs on its diagonal. Maps other
+    than the paper's define their own, independently of what they compute with.
+
+    Examples
+    --------
+    >>> matrix_of(make_map(("shuffle", "shuffle"), 3, 3)).sum(axis=0)
+    array([1., 1., 1.])
+    """
+    if isinstance(found, Chain):
+        product = matrix_of(found.parts[0])
+        for part in found.parts[1:]:
+            product = matrix_of(part) @ product
+        return product
+    if isinstance(found, PerWeight):
+        from scipy.linalg import block_diag
+
+        return np.asarray(block_diag(*map(matrix_of, found.parts)))
+    if found.kind in KINDS:
+        return matrix(found.kind, found.n_in, found.n_out, found.seed, found.group)
+    _check_small(found.n_in, found.n_out)
+    return np.asarray(found.linear_part.matrix(), np.float64)
+
+
+def _check_small(n_in: int, n_out: int) -> None:
+    if max(n_in, n_out) > LARGEST:
+        raise ConfigError(
+            f"the dense matrix of F has {n_out} x {n_in} elements; it is for checking small ones, of up to {LARGEST} "
+            "per side: give smaller shapes, or more groups"
+        )
+
+
+def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> Float:
+    """Return the dense matrix of a linear F, or of the linear part of a nonlinear one.
+
+    Parameters
+    ----------
+    kind : str
+        As for :class:`tnadapt.Projection`.
+    n_in, n_out, seed, group : int
+
+    Returns
+    -------
+    ndarray of float64, shape (n_out, n_in)
+
+    Raises
+    ------
+    ConfigError
+        If a side is longer than 2**13, or there is no reference of that kind.
+
+    Notes
+    -----
+    ``diag(B) H[:n] Π diag(G) H[:, :n_in]``: the transpose of the paper's equation (4), which applies F from the right.
+    H is ``scipy.linalg.hadamard``.
+
+    Examples
+    --------
+    >>> matrix("shuffle", 4, 4, seed=0)
+    array([[0., 0., 0., 1.],
+           [0., 1., 0., 0.],
+           [0., 0., 1., 0.],
+           [1., 0., 0., 0.]])
+    """
+    from scipy.linalg import hadamard
+
+    _check_small(n_in, n_out)
+    kind = LINEAR_PARTS.get(kind, kind)
+    if kind not in KINDS:
+        return np.asarray(make_map(kind, n_in, n_out, seed, group).matrix(), np.float64)
+    if kind == "identity":
+        return np.eye(n_out)
+    if kind == "shuffle":
+        return np.eye(n_out)[rng.permutation(n_out, seed, group)]
+    if kind not in ("linear", "linear_v2"):
+        raise ConfigError(f"there is no reference implementation of the map {kind!r}: add its matrix here")
+    length = 2 ** math.ceil(math.log2(max(n_in, n_out)))
+    h = hadamard(length) / math.sqrt(length)
+    g = rng.normals(seed, group, rng.PURPOSE["gaussian"], 0, length).astype(np.float64)
+    permuted = (g[:, None] * h[:, :n_in])[rng.permutation(length, seed, group)]
+    if kind.endswith("_v2"):
+        b = rng.normals(seed, group, rng.PURPOSE["gaussian_v2"], 0, n_out).astype(np.float64)
+    else:
+        b = rng.signs(seed, group, 0, n_out).astype(np.float64)
+    return np.asarray(b[:, None] * (h @ permuted)[:n_out])
+
+
+def tanhshrink(t: Float) -> Float:
+    """Compute ``t - tanh(t)``; near 0 by a series of ``(t cosh t - sinh t) / cosh t``, whose terms do not cancel.
+
+    Examples
+    --------
+    >>> tanhshrink(np.array([1e-5, 5.0]))
+    array([3.33333333e-16, 4.00009080e+00])
+    """
+    near = np.where(np.abs(t) < 3.0, t, 0.0)
+    terms = [2 * k * near ** (2 * k + 1) / math.factorial(2 * k + 1) for k in range(1, 26)]
+    return np.asarray(np.where(np.abs(t) < 3.0, sum(terms) / np.cosh(near), t - np.tanh(t)))
+
+
+# -- Reference implementation of the library: the definitions, written out in float64 NumPy ----------------------------
+
+
 Params = Mapping[str, Float]
 Shapes = Sequence[tuple[int, int]]
 
@@ -361,3 +565,117 @@ def project(config: Config, x: Float, n_out: int, stream: int = 0, weights: Shap
 
 def _last(projection: Recipe) -> object:
     return projection[-1] if isinstance(projection, tuple) else projection
+
+
+# -- Reference for the arrays of a plan: sources and the map before the network, written out in float64 NumPy ----------
+
+# Names are followed one by one, and P is a dense matrix. What a source computes for a frozen array is given: it has no
+# second definition.
+
+
+Arrays = Mapping[str, Float]
+Names = Sequence[Mapping[str, tuple[int, ...]]]
+
+# Group index of the draws of the first map before a network.
+_FIRST_STREAM = 2**31
+
+
+def network_arrays(config: Config, names: Names, params: Arrays, frozen: Arrays, begun: Arrays) -> dict[str, Float]:
+    """Return all arrays of all networks by their full names.
+
+    Parameters
+    ----------
+    config : Config
+    names : sequence of dict of str to tuple of int
+        For each group, the network's arrays and their shapes, in order.
+    params : mapping of str to ndarray of float64
+        The parameters.
+    frozen : mapping of str to ndarray
+        What sources compute, and what the map before the network is given, by full names.
+    begun : mapping of str to ndarray
+        Initial arrays, which θ moves.
+
+    Examples
+    --------
+    >>> tied = Config(rank=1, sources={"factor1": Tied("group0.split0.factor1")})
+    >>> shapes = [{"split0.factor0": (2, 1), "split0.factor1": (3, 1)}] * 2
+    >>> params = {name: np.ones(shape) for name, shape in trained_shapes(tied, shapes).items()}
+    >>> list(network_arrays(tied, shapes, params, {}, {}))
+    ['group0.split0.factor0', 'group0.split0.factor1', 'group1.split0.factor0', 'group1.split0.factor1']
+    """
+    if config.before is not None:
+        params = _from_theta(config, trained_shapes(config, names), params, frozen, begun)
+    return {
+        f"group{group}.{name}": _value(config, group, name, _source(config, name), params, frozen)
+        for group, arrays in enumerate(names)
+        for name in arrays
+    }
+
+
+def trained_shapes(config: Config, names: Names) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the arrays and diagonals that are trained, or made from θ, in order."""
+    found: dict[str, tuple[int, ...]] = {}
+    for group, arrays in enumerate(names):
+        for name, shape in arrays.items():
+            full, source = f"group{group}.{name}", _source(config, name)
+            inner = source.of if isinstance(source, Multiplied) else source
+            if isinstance(inner, Trained) or (isinstance(inner, Tied) and _target(inner, group) == (group, name)):
+                found[full] = shape
+            if isinstance(source, Scaled):
+                found |= {f"{full}.size": shape[:1]} if source.size else {}
+                found |= {f"{full}.rank": shape[1:]} if source.rank else {}
+            if isinstance(source, Mixed):
+                found[f"{full}.mix"] = shape[1], shape[1]
+    return found
+
+
+def _source(config: Config, name: str) -> Source:
+    words = name.split(".")
+    keys = [".".join(words[start:]) for start in range(len(words))]
+    return next((config.sources[key] for key in keys if key in config.sources), Trained())
+
+
+def _target(tied: Tied, group: int) -> tuple[int, str]:
+    first, _, rest = tied.to.partition(".")
+    return (int(first.removeprefix("group")), rest) if first.startswith("group") else (group, tied.to)
+
+
+def _value(config: Config, group: int, name: str, source: Source, params: Arrays, frozen: Arrays) -> Float:
+    full = f"group{group}.{name}"
+    if isinstance(source, Scaled):
+        array = _value(config, group, name, source.of, params, frozen)
+        if source.size:
+            array = np.diag(params[f"{full}.size"]) @ array
+        return array @ np.diag(params[f"{full}.rank"]) if source.rank else array
+    if isinstance(source, Mixed):
+        return _value(config, group, name, source.of, params, frozen) @ params[f"{full}.mix"]
+    if isinstance(source, Tied):
+        other, theirs = _target(source, group)
+        if (other, theirs) == (group, name):
+            return params[full]
+        own = _source(config, theirs)
+        # What has multipliers itself is tied to the array under the other one's multipliers.
+        if isinstance(own, Multiplied) and isinstance(_source(config, name), Multiplied):
+            own = own.of
+        return _value(config, other, theirs, own, params, frozen)
+    return params[full] if source.trained else frozen[full]
+
+
+def _from_theta(
+    config: Config, shapes: Mapping[str, tuple[int, ...]], params: Arrays, frozen: Arrays, begun: Arrays
+) -> dict[str, Float]:
+    scopes: dict[str, list[str]] = {}
+    for full in shapes:
+        scope = {"plan": "", "group": full.split(".")[0] + ".", "array": full + "."}[config.scope]
+        scopes.setdefault(scope + "theta", []).append(full)
+    found: dict[str, Float] = {}
+    assert config.before is not None
+    for stream, (theta, made) in enumerate(scopes.items()):
+        sizes = [math.prod(shapes[full]) for full in made]
+        taken = make_map(config.before, len(params[theta]), sum(sizes), config.seed, _FIRST_STREAM + stream)
+        if isinstance(taken, BroughtMap):
+            taken.bring(frozen[f"{theta}.{taken.brings}"])
+        parts = np.split(matrix_of(taken) @ params[theta], np.cumsum(sizes)[:-1])
+        for full, part in zip(made, parts, strict=True):
+            found[full] = part.reshape(shapes[full]) + (begun[full] if config.offset else 0.0)
+    return found

@@ -1,32 +1,659 @@
 """Verification of the laws as a library call: whether a config computes what it defines, on this machine and library.
 
 Each law reports the largest error found and the error allowed; a report holds if no law exceeds its limit.
-:mod:`tnadapt.testing._config_laws`, :mod:`tnadapt.testing._projection_laws` and
-:mod:`tnadapt.testing._library_laws` check them one by one.
+:mod:`tnadapt.testing.verification`, :mod:`tnadapt.testing.verification` and
+:mod:`tnadapt.testing.verification` check them one by one.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from tnadapt.algebra import presets
+from tnadapt.algebra import presets, rng
 from tnadapt.algebra.config import Config
+from tnadapt.algebra.maps.fastfood import fwht
+from tnadapt.algebra.maps.projection import Projection
+from tnadapt.algebra.products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
+from tnadapt.algebra.sources import Tied, inner_source
 from tnadapt.algebra.starting_points import STARTS
+from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import available_backends, load_backend
-from tnadapt.errors import ConfigError, integer, safe_repr
+from tnadapt.backends import Backend, available_backends, load_backend
+from tnadapt.backends.backend import Array
+from tnadapt.errors import BackendError, ConfigError, integer, safe_repr
 from tnadapt.report import html_table, text_table
 
-from ._config_laws import checkable, of_config
-from ._law import Law
-from ._library_laws import of_library
+from . import _methods as methods
+from . import _reference as reference
+from . import _reference as reference_maps
+from ._reference import network_arrays, trained_shapes
 
-__all__ = ["Law", "Report", "examples", "verify"]
+__all__ = [
+    "TIGHT",
+    "ChangeLaws",
+    "Law",
+    "LawCollector",
+    "Report",
+    "checkable",
+    "examples",
+    "formula",
+    "of_config",
+    "of_library",
+    "of_projection",
+    "relative_error",
+    "verify",
+]
+
+
+# -- The result of checking one law, its error measure, and the collector that gathers results -------------------------
+
+
+# Relative to the largest element compared; a float64 has sixteen digits.
+TIGHT = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """The result of one law on one library.
+
+    Attributes
+    ----------
+    name : str
+        The statement of the law.
+    subject : str
+        What was checked: a method, a config, or the library.
+    backend : str
+        The array library.
+    cases : int
+        Number of comparisons.
+    error : float
+        The largest error found; NaN if a value that must be a number is NaN.
+    allowed : float
+        The largest error allowed.
+    """
+
+    name: str
+    subject: str
+    backend: str
+    cases: int
+    error: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the error is at most the allowed one (NaN is not) and there was at least one case."""
+        return self.cases > 0 and self.error <= self.allowed
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    """Return the largest difference, relative to the largest expected element; infinite if the shapes differ."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    if found.shape != expected.shape:
+        return math.inf
+    if not expected.size:
+        return 0.0
+    scale = float(np.max(np.abs(expected)))
+    return float(np.max(np.abs(found - expected))) / (scale or 1.0)
+
+
+class LawCollector:
+    """Gathers the results of laws for one subject and library."""
+
+    def __init__(self, subject: str, backend: Backend) -> None:
+        self.subject, self.backend, self.found = subject, backend, list[Law]()
+
+    def add(self, name: str, errors: Sequence[float], allowed: float = TIGHT) -> None:
+        worst = math.nan if any(math.isnan(error) for error in errors) else max(errors, default=math.nan)
+        self.found.append(Law(name, self.subject, self.backend.name, len(errors), worst, allowed))
+
+
+# -- The laws of a weight that an update changes otherwise than by a sum: W' of Config.apply ---------------------------
+
+# The formulas are written out here once more, row by row, and the derivative of W' is compared with a central
+# difference of them.
+
+
+# As for ΔW: a central difference of step 1e-5.
+_STEP, _DIFFERENCE = 1e-5, 1e-6
+
+
+def formula(config: Config, weight: np.ndarray, delta: np.ndarray, magnitude: np.ndarray | None) -> np.ndarray:
+    """Return W' of one weight in float64.
+
+    Examples
+    --------
+    >>> formula(Config(apply="magnitude"), np.array([[3.0, 0.0]]), np.array([[0.0, 4.0]]), np.array([10.0]))
+    array([[6., 8.]])
+    """
+    if config.apply == "add":
+        return np.asarray(weight + delta)
+    if config.apply == "hadamard":
+        return np.asarray(weight * (1.0 + delta))
+    if config.apply != "magnitude":
+        raise ConfigError(f"there is no reference for apply={safe_repr(config.apply)}")
+    assert magnitude is not None
+    found = np.asarray(weight + delta)
+    turned = found if config.magnitude_axis == "rows" else found.T
+    for row, length in zip(turned, magnitude.tolist(), strict=True):  # views: changed in place
+        row *= length / math.hypot(*row.tolist())
+    return found
+
+
+class ChangeLaws:
+    """The checks of W' for one plan on one library.
+
+    Parameters
+    ----------
+    label : str
+        The subject; if it is a name in :data:`tnadapt.testing._methods.CHANGED`, that method's formula is checked, too.
+    plan : SuperLoRA
+        With what it computes from the base.
+    base : sequence of ndarray
+        The base weights in float64.
+    backend : Backend
+    rng : numpy.random.Generator
+    collector : LawCollector
+    """
+
+    def __init__(
+        self,
+        label: str,
+        plan: SuperLoRA,
+        base: Sequence[np.ndarray],
+        backend: Backend,
+        rng: np.random.Generator,
+        collector: LawCollector,
+    ) -> None:
+        self.label, self.plan, self.base, self.backend = label, plan, base, backend
+        self.rng, self.collector = rng, collector
+
+    def check(self, host: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> None:
+        """Check all laws for parameters in float64; ``others`` are frozen arrays."""
+        sent = [self.backend.asarray(weight, "float64") for weight in self.base]
+        params = {name: self.backend.asarray(array, "float64") for name, array in host.items()}
+        found = _vector([self.backend.to_numpy(weight) for weight in self.plan.merged(params, sent)])
+        self.collector.add("W' = the textbook formula", [relative_error(found, self._formula(host))])
+        if self.label in methods.CHANGED:
+            own = methods.CHANGED[self.label]({**host, **others}, self.plan.config, self.base)
+            self.collector.add("W' = the method's own formula", [relative_error(found, _vector(own))])
+        self._start()
+        if "gradient" not in self.backend.lacks(sent[0]):
+            self._gradient(host, params, sent)
+
+    def _formula(self, host: Mapping[str, np.ndarray]) -> np.ndarray:
+        names = self.plan.weight_param_names
+        return _vector(
+            [
+                formula(self.plan.config, weight, delta, host[names[index][0]] if names[index] else None)
+                for index, (weight, delta) in enumerate(zip(self.base, self.plan.deltas(host), strict=True))
+            ]
+        )
+
+    def _start(self) -> None:
+        errors = []
+        for dtype in ("float64", "float32"):
+            plan = self.plan.with_base([weight.astype(dtype) for weight in self.base])
+            weights = [self.backend.asarray(weight, dtype) for weight in self.base]
+            fresh = plan.merged(plan.init(self.backend.name, dtype), weights)
+            errors += [
+                float(not np.array_equal(self.backend.to_numpy(new), self.backend.to_numpy(old)))
+                for new, old in zip(fresh, weights, strict=True)
+            ]
+        self.collector.add("at the start W' is W to the bit", errors, 0.0)
+
+    def _gradient(self, host: Mapping[str, np.ndarray], params: dict[str, Array], sent: Sequence[Array]) -> None:
+        targets = [self.rng.normal(size=shape) for shape in self.plan.shapes]
+        ways = [self.backend.asarray(target, "float64") for target in targets]
+
+        def loss(params: dict[str, Array]) -> Array:
+            total = [
+                self.backend.sum(self.backend.flatten(new * way), axis=0)
+                for new, way in zip(self.plan.merged(params, sent), ways, strict=True)
+            ]
+            return sum(total[1:], start=total[0])
+
+        found = self.backend.gradient(loss, params)
+        assert found is not None  # lacks() says so
+        errors = []
+        for name, array in host.items():
+            way = self.rng.normal(size=array.shape)
+            got = float(np.sum(self.backend.to_numpy(found[name]) * way))
+            ahead, behind = (
+                float(_vector(targets) @ self._formula({**host, name: array + sign * _STEP * way})) for sign in (1, -1)
+            )
+            exact = (ahead - behind) / (2 * _STEP)
+            errors.append(abs(got - exact) / max(abs(exact), abs(got), 1.0))
+        self.collector.add("the gradient of W' = a central difference", errors, _DIFFERENCE)
+
+
+def _vector(matrices: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([matrix.reshape(-1) for matrix in matrices])
+
+
+# -- The laws of one projection F: its dense matrix, its adjoint and its slices ----------------------------------------
+
+
+def of_projection(label: str, f: Projection, backend: Backend, rng: np.random.Generator) -> list[Law]:
+    """Check the laws of one projection on one library."""
+    collector = LawCollector(label, backend)
+    matrix = reference_maps.matrix_of(f.map)
+    host = rng.normal(size=f.n_in)
+    x = backend.asarray(host, "float64")
+    expected: np.ndarray = matrix @ host
+    slope = np.ones_like(expected)
+    if not f.linear:
+        expected, slope = reference_maps.tanhshrink(expected), np.tanh(expected) ** 2
+    collector.add("F = its dense matrix", [relative_error(backend.to_numpy(f(x)), expected)])
+    y = rng.normal(size=f.n_out)
+    adjoint = backend.to_numpy(f.adjoint(backend.asarray(y, "float64"), at=x))
+    collector.add("F's adjoint = its matrix transposed", [relative_error(adjoint, matrix.T @ (slope * y))])
+    other = rng.normal(size=f.n_in)
+    forward, back = float((slope * (matrix @ other)) @ y), float(other @ adjoint)
+    size = float(np.linalg.norm(slope * (matrix @ other)) * np.linalg.norm(y)) or 1.0
+    collector.add("<F x, y> = <x, Fᵀ y>", [abs(forward - back) / size])
+    errors = []
+    for _ in range(2):
+        start, stop = sorted(rng.choice(f.n_out + 1, 2, replace=False).tolist())
+        fresh = copy.deepcopy(f)  # without the draws
+        for projection in (f, fresh):  # with draws in memory, and with draws for the slice only
+            part = backend.to_numpy(projection.slice(x, start, stop))
+            errors.append(float(np.max(np.abs(part - expected[start:stop]))) / (float(np.max(np.abs(expected))) or 1.0))
+    collector.add("a slice of F = F's", errors)
+    return collector.found
+
+
+# -- The laws of one config: counts, formulas, slices, the start and gradients of its plan -----------------------------
+
+# Everything is computed in float64 on one array library and compared with :mod:`tnadapt.testing._reference` and
+# :mod:`tnadapt.testing._methods`, which are written independently of the library.
+
+
+# A central difference of step 1e-5 has an error of about 1e-10 of the value it differentiates.
+DIFFERENCE = 1e-6
+# Elements: a gibibyte in float64, of which several are needed.
+MOST = 1 << 27
+
+
+def of_config(
+    label: str,
+    config: Config,
+    shapes: Sequence[tuple[int, int]],
+    layers: Sequence[Hashable] | None,
+    backend: Backend,
+    rng: np.random.Generator,
+    roles: Sequence[Hashable] | None = None,
+) -> list[Law]:
+    """Check the laws of one config on one library.
+
+    Parameters
+    ----------
+    label : str
+        The subject; if it is a name in :data:`tnadapt.testing._methods.METHODS`, that method's formula is checked, too.
+    config, shapes, layers, roles
+        As for :class:`tnadapt.SuperLoRA`.
+    backend : Backend
+    rng : numpy.random.Generator
+        Source of the random parameters.
+
+    Returns
+    -------
+    list of Law
+
+    Examples
+    --------
+    >>> from tnadapt.backends import load_backend
+    >>> laws = of_config("x", Config(rank=1), [(2, 2)], None, load_backend("numpy"), np.random.default_rng(0))
+    >>> all(law.holds for law in laws)
+    True
+    """
+    return _Case(label, config, shapes, layers, backend, rng, roles).laws()
+
+
+def checkable(
+    config: Config,
+    shapes: Sequence[tuple[int, int]],
+    layers: Sequence[Hashable] | None,
+    roles: Sequence[Hashable] | None = None,
+) -> SuperLoRA:
+    """Return the plan of a config, if it is small enough for its laws to be checked.
+
+    Parameters
+    ----------
+    config : Config
+    shapes : sequence of (rows, cols)
+    layers, roles : sequence of hashable, optional
+
+    Returns
+    -------
+    SuperLoRA
+
+    Raises
+    ------
+    ConfigError
+        If there are more than 2**27 parameters and elements of updates in total, or the config does not suit the
+        shapes.
+
+    Examples
+    --------
+    >>> checkable(Config(rank=1), [(2, 2)], None).num_parameters
+    4
+    """
+    plan = SuperLoRA(config, shapes, layers, roles)
+    elements = plan.num_parameters + sum(rows * cols for rows, cols in plan.shapes)
+    if elements > MOST:
+        raise ConfigError(
+            f"{elements:,} parameters and elements of updates are too many to check, which takes about ten "
+            f"float64 arrays of that size: give a smaller rank or smaller shapes, at most {MOST:,} elements in total"
+        )
+    return plan
+
+
+class _Case:
+    """The checks of one config on one library."""
+
+    def __init__(
+        self,
+        label: str,
+        config: Config,
+        shapes: Sequence[tuple[int, int]],
+        layers: Sequence[Hashable] | None,
+        backend: Backend,
+        rng: np.random.Generator,
+        roles: Sequence[Hashable] | None = None,
+    ) -> None:
+        self.roles = roles
+        self.label, self.config, self.layers, self.backend, self.rng = label, config, layers, backend, rng
+        self.plan = checkable(config, shapes, layers, roles)
+        if self.plan.theta is not None and self.plan.brought_shapes:
+            brought = self.plan.theta.stand_ins(rng)
+            self.plan = SuperLoRA(config, self.plan.shapes, layers, roles, given=brought)
+        self.base: list[np.ndarray] = []
+        if self.plan.needs_base or not self.plan.applying.additive:
+            # Any base will do: what is computed from it is given to the reference, like the draws of a source.
+            self.base = [rng.normal(size=shape) for shape in self.plan.shapes]
+            self.plan = self.plan.with_base(self.base)
+        if self.plan.point.brought:
+            self.plan = self.plan.with_start({n: rng.normal(size=s) for n, s in self.plan.array_shapes.items()})
+        self.start = {name: array.astype(np.float64) for name, array in self.plan.init().items()}
+        self.host = {name: rng.normal(size=shape) for name, shape in self.plan.param_shapes.items()}
+        # A source has no second definition: what it computes is given to the reference.
+        self.frozen = {
+            full: group.frozen.host(name).astype(np.float64)
+            for group in self.plan.groups
+            for name, full in group.frozen_names.items()
+        } | {name: self.plan.given[name].astype(np.float64) for name in self.plan.brought_shapes}
+        self.begun = {
+            f"group{index}.{name}": group.start.host(name).astype(np.float64)
+            for index, group in enumerate(self.plan.groups)
+            for name in group.names
+        }
+        self.names = [group.network.shapes for group in self.plan.groups]
+        self.params = self._sent(self.host)
+        self.collector = LawCollector(label, backend)
+
+    def laws(self) -> list[Law]:
+        whole = self._numbers(self.plan.deltas(self.params))
+        self._counts()
+        self._formulas(whole)
+        self._slices(whole)
+        self._begin()
+        self._gradient()
+        if not all(group.projection.map.identity for group in self.plan.groups):
+            self._projections()
+        if not self.plan.applying.additive:
+            laws = ChangeLaws(self.label, self.plan, self.base, self.backend, self.rng, self.collector)
+            laws.check(self.host, self.frozen)
+        return self.collector.found
+
+    def _sent(self, arrays: dict[str, np.ndarray]) -> dict[str, Array]:
+        return {name: self.backend.asarray(array, "float64") for name, array in arrays.items()}
+
+    def _numbers(self, arrays: Sequence[Array]) -> np.ndarray:
+        return np.concatenate([self.backend.to_numpy(array).reshape(-1) for array in arrays])
+
+    def _counts(self) -> None:
+        made = sum(math.prod(array.shape) for array in self.plan.init(self.backend.name, "float64").values())
+        formula = self._formula_count()
+        counted = self.plan.num_parameters
+        self.collector.add("parameters counted = made = formula", [abs(counted - made) + abs(counted - formula)], 0.0)
+
+    def _formula_count(self) -> int:
+        """The number of parameters by the formulas of the formats, and by what each source says is trained."""
+        own = reference.count_of_magnitudes(self.config, self.plan.shapes)
+        if self.config.before is not None:
+            scopes = {"plan": 1, "group": self.plan.num_groups, "array": len(self.plan.array_shapes)}
+            return own + scopes[self.config.scope] * (self.config.parameters or 0)
+        if self.config.sources:
+            return own + sum(math.prod(shape) for shape in trained_shapes(self.config, self.names).values())
+        return reference.count(self.config, self.plan.shapes, self.layers, self.roles)
+
+    def _formulas(self, whole: np.ndarray) -> None:
+        shapes = self.plan.shapes
+        self.collector.add("ΔW = the textbook formula", [relative_error(whole, self._textbook(self.host))])
+        if self.label in methods.METHODS:
+            begun = {f"begun.{full}": array for full, array in self.begun.items()}
+            own = methods.METHODS[self.label]({**self.host, **self.frozen, **begun}, self.config, shapes)
+            self.collector.add(
+                "ΔW = the method's own formula", [relative_error(whole, np.concatenate([d.reshape(-1) for d in own]))]
+            )
+        numpy = self.plan.deltas(self.host)
+        self.collector.add("ΔW = NumPy's", [relative_error(whole, np.concatenate([d.reshape(-1) for d in numpy]))])
+
+    def _slices(self, whole: np.ndarray) -> None:
+        errors = []
+        edges = np.cumsum([0, *(rows * cols for rows, cols in self.plan.shapes)])
+        # Errors are relative to the whole, because a slice may be almost zero.
+        scale = float(np.max(np.abs(whole))) or 1.0
+        for weight in range(len(self.plan.shapes)):
+            found = self._numbers([self.plan.delta(self.params, weight)])
+            errors.append(float(np.max(np.abs(found - whole[edges[weight] : edges[weight + 1]]))) / scale)
+        for _ in range(4):
+            start, stop = sorted(self.rng.choice(self.plan.size + 1, 2, replace=False).tolist())
+            found = self._numbers([self.plan.vector(self.params, start, stop)])
+            errors.append(float(np.max(np.abs(found - whole[start:stop]))) / scale)
+        self.collector.add("a slice = the whole's", errors)
+
+    def _begin(self) -> None:
+        errors = []
+        for dtype in ("float64", "float32"):
+            fresh = self.plan.init(self.backend.name, dtype)
+            errors.append(float(np.max(np.abs(self._numbers(self.plan.deltas(fresh))))))
+            errors.append(float(np.max(np.abs(self._numbers([self.plan.delta(fresh, 0)])))))
+        self.collector.add("at the start ΔW is exactly 0", errors, 0.0)
+        # The gradient is not zero if a random direction changes ΔW to first order; the error is 1 if it does not. (From
+        # a dead start ΔW grows cubically, by a slope of about 1e-12 for a step of 1e-6.)
+        h = 1e-6
+        alive = []
+        for group in range(self.plan.num_groups):
+            made = self.plan.groups[group].names.values()
+            own = [name for name in self.start if name in made or self.plan.theta is not None]
+            own = [name for name in own if name not in self.plan.weight_param_shapes]
+            way = {name: self.rng.normal(size=self.start[name].shape) for name in own}
+            ahead, behind = ({**self.start, **{n: self.start[n] + s * h * way[n] for n in own}} for s in (1, -1))
+            slope = (self._moved(ahead) - self._moved(behind)) / (2 * h)
+            alive.append(0.0 if np.max(np.abs(slope)) > 1e-11 else 1.0)
+        self.collector.add("at the start the gradient is not 0", alive, 0.0)
+
+    def _moved(self, host: dict[str, np.ndarray]) -> np.ndarray:
+        return self._numbers(self.plan.deltas(self._sent(host)))
+
+    def _gradient(self) -> None:
+        target = self.rng.normal(size=self.plan.size)
+        weights = self.backend.asarray(target, "float64")
+        # ΔW does not depend on the magnitudes of weights.
+        fixed = {name: self.params[name] for name in self.plan.weight_param_shapes}
+        host = {name: array for name, array in self.host.items() if name not in fixed}
+
+        def loss(params: dict[str, Array]) -> Array:
+            return self.backend.sum(self.plan.vector({**fixed, **params}) * weights, axis=0)
+
+        if "gradient" in self.backend.lacks(weights):
+            return
+        found = self.backend.gradient(loss, {name: self.params[name] for name in host})
+        if found is None:
+            raise BackendError(
+                f"the backend {self.backend.name!r} returned None for a gradient, and its lacks() does not list "
+                "'gradient'; return the derivatives, or list it"
+            )
+        errors = []
+        linear = self.plan.groups[0].projection.linear and not self._powers
+        for name, array in host.items():
+            way = self.rng.normal(size=array.shape)
+            got = float(np.sum(self.backend.to_numpy(found[name]) * way))
+            if linear:
+                # ΔW is affine in each array, so its derivative is ΔW with the direction in place of the array, minus ΔW
+                # with zeros in its place.
+                without = self._textbook({**self.host, name: np.zeros_like(array)})
+                exact = float(target @ (self._textbook({**self.host, name: way}) - without))
+            else:
+                h = 1e-5
+                ahead, behind = (self._textbook({**self.host, name: array + s * h * way}) for s in (1, -1))
+                exact = float(target @ (ahead - behind)) / (2 * h)
+            errors.append(abs(got - exact) / max(abs(exact), abs(got), 1.0))
+        if linear:
+            self.collector.add("the gradient = the exact derivative", errors, TIGHT)
+        else:
+            self.collector.add("the gradient = a central difference", errors, DIFFERENCE)
+
+    @property
+    def _powers(self) -> bool:
+        """Whether a parameter may occur more than once in a product: θ, and arrays that are tied."""
+        inner = map(inner_source, self.config.sources.values())
+        return self.config.before is not None or any(isinstance(source, Tied) for source in inner)
+
+    def _textbook(self, host: dict[str, np.ndarray]) -> np.ndarray:
+        found = reference.deltas(
+            self.config, self.plan.shapes, self._whole(host), self.layers, self._whole(self.start), self.roles
+        )
+        return np.concatenate([delta.reshape(-1) for delta in found])
+
+    def _whole(self, host: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return network_arrays(self.config, self.names, host, self.frozen, self.begun)
+
+    def _projections(self) -> None:
+        for group in self.plan.groups:
+            self.collector.found += of_projection(self.label, group.projection, self.backend, self.rng)
+
+
+# -- The laws of the library's operations by themselves: draws, fwht, products and projections, without a config -------
+
+# They are compared with known answers, with SciPy's Hadamard matrix and with TensorLy's products.
+
+
+# (seed, group, purpose, first word), and the words from there.
+KNOWN_WORDS = (
+    ((0, 0, 1, 0), ("844515e1", "f08d6eaa", "0f19c053", "83f875f0", "ca7cf69e")),
+    (((1 << 40) + 7, 3, 2, 6), ("63e2c124", "276e314f")),
+)
+# Name -> length, and the first 16 hex digits of SHA-256 of the bytes of seed 0, group 0.
+KNOWN_DIGESTS = {
+    "signs": (1000, "3557a0b7985e0a08"),
+    "permutation": (1000, "2e6668c5a904a31a"),
+    "normals": (100_000, "9ef7bb3d30e7e723"),
+}
+
+
+def of_library(backend: Backend, rng: np.random.Generator) -> list[Law]:
+    """Check the laws of the operations by themselves: draws, fwht, products, projections.
+
+    Examples
+    --------
+    >>> from tnadapt.backends import load_backend
+    >>> all(law.holds for law in of_library(load_backend("numpy"), np.random.default_rng(0)))
+    True
+    """
+    collector = LawCollector("library", backend)
+    _draw_laws(collector)
+    _fwht_laws(collector, rng)
+    _product_laws(collector, rng)
+    for kind in ("shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2"):
+        for n_in, n_out in ((1, 1), (7, 7), (37, 509), (64, 64), (40, 7)):
+            if kind == "shuffle":
+                n_in = n_out
+            collector.found += of_projection("library", Projection(kind, n_in, n_out, seed=5), backend, rng)
+    return collector.found
+
+
+def _draw_laws(collector: LawCollector) -> None:
+    wrong = 0
+    for (seed, group, purpose, first), expected in KNOWN_WORDS:
+        found = rng.words(seed, group, purpose, first, first + len(expected))
+        wrong += [f"{word:08x}" for word in found.tolist()] != list(expected)
+    made = {name: _drawn(name, 0, length) for name, (length, _) in KNOWN_DIGESTS.items()}
+    wrong += sum(rng.digest(iter([array.tobytes()]))[:16] != KNOWN_DIGESTS[name][1] for name, array in made.items())
+    for name, array in made.items():
+        # A round trip through the library, whole or in pieces, preserves the bits.
+        whole = collector.backend.to_numpy(collector.backend.constant(array, None))
+        cut = len(array) // 3
+        edges = ((0, cut), (cut, cut + 1), (cut + 1, len(array)))
+        joined = np.concatenate([_drawn(name, start, stop) for start, stop in edges])
+        wrong += not np.array_equal(whole, joined)
+    collector.add("draws = the known answers, whole or in pieces", [float(wrong)], 0.0)
+
+
+def _drawn(name: str, start: int, stop: int) -> np.ndarray:
+    if name == "signs":
+        return rng.signs(0, 0, start, stop).astype("<f4")
+    if name == "permutation":
+        return rng.permutation(KNOWN_DIGESTS[name][0], 0, 0, start, stop).astype("<i8")
+    return rng.normals(0, 0, rng.PURPOSE["gaussian"], start, stop).astype("<f4")
+
+
+def _fwht_laws(collector: LawCollector, rng: np.random.Generator) -> None:
+    from scipy.linalg import hadamard
+
+    backend = collector.backend
+    twice, dense = [], []
+    for bits in range(13):
+        host = rng.normal(size=(2, 1 << bits))
+        x = backend.asarray(host, "float64")
+        twice.append(relative_error(backend.to_numpy(fwht(fwht(x))), host))
+        dense.append(relative_error(backend.to_numpy(fwht(x, normalize=False)), host @ hadamard(1 << bits)))
+    collector.add("fwht twice = the identity", twice)
+    collector.add("fwht = SciPy's Hadamard matrix", dense)
+
+
+def _product_laws(collector: LawCollector, rng: np.random.Generator) -> None:
+    import tensorly
+
+    backend, errors = collector.backend, list[float]()
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape)
+
+    def sent(arrays: Sequence[np.ndarray]) -> list[Array]:
+        return [backend.asarray(array, "float64") for array in arrays]
+
+    def compare(found: Array, expected: Any) -> None:
+        errors.append(relative_error(backend.to_numpy(found), expected))
+
+    # TensorLy's backend is a process-wide setting: set it for this thread only, and restore it.
+    with tensorly.backend_context("numpy", local_threadsafe=True):
+        for order in range(1, 6):
+            sizes = range(2, order + 2)
+            weights, factors = draw(3), [draw(d, 3) for d in sizes]
+            compare(cp_to_tensor((sent([weights])[0], sent(factors))), tensorly.cp_to_tensor((weights, factors)))
+            core, factors = draw(*([2] * order)), [draw(d, 2) for d in sizes]
+            compare(tucker_to_tensor((sent([core])[0], sent(factors))), tensorly.tucker_to_tensor((core, factors)))
+            bonds = [1, *(2 + m % 2 for m in range(order - 1)), 1]
+            cores = [draw(bonds[m], d, bonds[m + 1]) for m, d in enumerate(sizes)]
+            compare(tt_to_tensor(sent(cores)), tensorly.tt_to_tensor(cores))
+        matrices, x = [draw(2, 3), draw(4, 2), draw(3, 5)], draw(30)
+        product = tensorly.tenalg.kronecker(matrices)
+        compare(kronecker(sent(matrices)), product)
+        compare(kron_matvec(sent(matrices), sent([x])[0]), product @ x)
+    collector.add("products = TensorLy's", errors)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Verification of the laws as a library call: whether a config computes what it defines, on this machine and library
+
 
 _HEAD = ("law", "backend", "cases", "largest error", "allowed", "")
 

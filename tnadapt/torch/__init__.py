@@ -20,19 +20,17 @@ from tnadapt.targets.target import RowIndices, Rows, Target
 
 from . import starts
 from ._adapter import Adapter, adapters
-from ._adapter_loading import from_pretrained, load
+from ._adapter_loading import from_pretrained, load, load_pretrained, load_processor
 from ._attach import attach
-from ._idle_caches import set_cache_limit
+from ._merging import RequantizationReport, RequantizedWeight
 from ._model_extraction import extract
-from ._pretrained_loading import load_pretrained, load_processor
 from ._quantized import QuantizedLayer, register_quantized
-from ._reference_model import reference_model
-from ._registry import mix
-from ._requantizing import RequantizationReport, RequantizedWeight
+from ._registry import mix, set_cache_limit
+from ._removal import reference_model
 from ._rows import rows
 from ._target_selection import find_targets
-from ._token_rows import token_targets
 from ._trainer_checkpoints import adapter_checkpoints
+from ._weights import token_targets
 
 __all__ = [
     "Adapter",

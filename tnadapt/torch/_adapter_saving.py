@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,21 +16,21 @@ from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
 from tnadapt.checkpoints.fingerprint import Fingerprint, compare, fingerprint
 from tnadapt.checkpoints.pretrained_model import Pretrained
-from tnadapt.errors import FileError, TargetError, TnadaptError
+from tnadapt.errors import FileError, TargetError, TnadaptError, pluralize, safe_repr
+from tnadapt.targets.target import Target
 
 from . import _merging as merging
-from ._arrays import checked_pairs, named_parameters
-from ._bound_plan import is_bound
+from ._delta_cache import copy_all, gather_full
+from ._merging import is_bound
 from ._registry import refuse_merged
-from ._same_adapter import check_same
-from ._sharding import copy_all, gather_full
-from ._state import AdapterState, need_attached
-from ._tied_weights import names_of_shared, split_by_file
+from ._state import AdapterState, checked_pairs, named_parameters, need_attached
+from ._weights import names_of_shared, split_by_file
 
 __all__ = [
     "FileErrorContext",
     "base_fingerprint",
     "check_kept",
+    "check_same",
     "fingerprint_of",
     "is_writer",
     "kept_pairs",
@@ -39,6 +39,61 @@ __all__ = [
     "swap",
     "to_file",
 ]
+
+
+# -- The check that a file's adapter has the form of one on a model, and what is said of the difference ----------------
+
+
+def check_same(adapter: AdapterState, file: AdapterFile) -> None:
+    """Raise a FileError unless config, activation, targets and kept parameters are the same."""
+    names = names_of_shared(adapter.model)
+    # Of a tied weight, an adapter keeps the first name, and a file any of them.
+    their_kept, our_kept = (sorted({names.get(name, [name])[0] for name in own}) for own in (file.kept, adapter.kept))
+    compared: list[tuple[str, Any, Any, Callable[[Any, Any], str]]] = [
+        # How it is trained changes no array.
+        ("config", file.config.replace(rate="sgd"), adapter.plan.config.replace(rate="sgd"), _settings),
+        ("activation", file.activation, adapter.activation, _values),
+        ("list of targets", _places(file.targets), _places(adapter.targets), _targets),
+        ("list of kept parameters", their_kept, our_kept, _values),
+    ]
+    for what, theirs, ours, difference in compared:
+        if theirs != ours:
+            raise FileError(
+                f"its {what} differs from that of adapter {adapter.name!r} ({difference(theirs, ours)}): attach the "
+                "adapter as it was for this file, or load the file under another name"
+            )
+
+
+def _values(theirs: Any, ours: Any) -> str:
+    return f"{safe_repr(theirs)} in the file, {safe_repr(ours)} here"
+
+
+def _settings(theirs: Any, ours: Any) -> str:
+    """Return the settings that differ, of which the others need no mention."""
+    mine, other = ours.to_dict(), theirs.to_dict()
+    names = [name for name in mine if name in other and mine[name] != other[name]]
+    if not names or mine.keys() != other.keys() or "parts" in mine:
+        return _values(theirs, ours)
+    return "; ".join(f"{name}: {_values(other[name], mine[name])}" for name in names)
+
+
+def _targets(theirs: Sequence[tuple[Any, ...]], ours: Sequence[tuple[Any, ...]]) -> str:
+    numbers = f"{pluralize(len(theirs), 'weight')} in the file, {len(ours)} here"
+    for place in theirs:
+        if place not in ours:
+            return f"{numbers}; not here: {safe_repr(place[0])} of {place[1]}"
+    extra = next((place for place in ours if place not in theirs), None)
+    return (
+        f"{numbers}; not in the file: {safe_repr(extra[0])} of {extra[1]}" if extra else f"{numbers}, in another order"
+    )
+
+
+def _places(targets: Sequence[Target]) -> list[tuple[Any, ...]]:
+    return [(target.label, target.shape, target.index, target.rows, target.tied) for target in targets]
+
+
+# -- Saving of adapters to files, and swapping in the arrays of another adapter's file ---------------------------------
+
 
 _NAMES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 

@@ -5,45 +5,243 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from tnadapt.algebra import presets
 from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.factoring import Factoring
 from tnadapt.algebra.folding import MAX_SIZE
-from tnadapt.algebra.named_config import config_of
-from tnadapt.algebra.shared_maps import share_maps
-from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.argument_checks import flag
+from tnadapt.algebra.named_config import config_of, is_setting
+from tnadapt.algebra.rank_bounds import useful_rank
+from tnadapt.algebra.superlora import SuperLoRA, share_maps
+from tnadapt.argument_checks import flag, is_sequence, wrong_argument
 from tnadapt.backends import load_backend
-from tnadapt.errors import BackendError, ConfigError, TargetError, integer, safe_repr
-from tnadapt.targets.overlaps import check_distinct
-from tnadapt.targets.target import Target
+from tnadapt.errors import BackendError, ConfigError, TargetError, integer, safe_repr, warn
+from tnadapt.targets.target import Target, check_distinct
 
-from . import _freezing as freezing
+from . import _registry as freezing
 from ._adapter import Adapter
-from ._argument_places import refuse_misplaced, warn_undropped, warn_useless_rank
-from ._bound_plan import bound, is_bound
-from ._config_patterns import check_ordered, of_patterns
-from ._dropout import check_dropout
-from ._forward_pass import PassHooks
+from ._delta_cache import is_sharded
+from ._forward_pass import PassHooks, check_dropout
 from ._forward_patch import ACTIVATIONS, STRATEGIES, ForwardPatch
-from ._kept_parameters import kept_names
-from ._quantized_base import prepare
-from ._registry import attached, overlapping, refuse_merged
+from ._merging import bound, is_bound
+from ._registry import TransformersModel, attached, overlapping, prepare, refuse_merged
 from ._removal import take_off
-from ._sharding import is_sharded
-from ._state import ADAPTERS_ATTR, DOT, AdapterSlot, AdapterState
-from ._step_cost import TOKENS
-from ._strategy_choice import is_quantized, strategy_of
-from ._target_selection import find_targets, host_of, paths_of, tied
-from ._transformers_model import TransformersModel
+from ._state import ADAPTERS_ATTR, DOT, AdapterSlot, AdapterState, is_array
+from ._strategy_choice import TOKENS, is_quantized, strategy_of
+from ._target_selection import check_ordered, find_targets, host_of, of_patterns, paths_of, tied
+from ._weights import join
 
-__all__ = ["attach", "attach_with", "check_name", "checked_dtype"]
+__all__ = [
+    "BIASES",
+    "attach",
+    "attach_with",
+    "check_name",
+    "checked_dtype",
+    "kept_names",
+    "matching",
+    "refuse_misplaced",
+    "warn_undropped",
+    "warn_useless_rank",
+]
+
+
+# -- Arguments of attach() in another's place, such as a rank where the targets come: what the caller meant ------------
+
+
+def refuse_misplaced(cfg: Any, targets: Any) -> None:
+    """Raise an error for settings in the place of the config or of the targets, with the call that was meant.
+
+    Raises
+    ------
+    ConfigError
+        For a mapping of settings as the config.
+    TargetError
+        For a number or a mapping as the targets.
+    """
+    name = cfg if isinstance(cfg, str) else "lora"
+    if _are_settings(cfg) and not any(isinstance(value, (str, Config)) for value in cfg.values()):
+        raise ConfigError(
+            f"a mapping has a config for each pattern of weights; got settings, {safe_repr(dict(cfg))}: give them as "
+            f"keywords, with the name of a preset: {_call(name, cfg)}"
+        )
+    if isinstance(targets, (int, float)) and not isinstance(targets, bool):
+        raise TargetError(
+            f"the third argument is the targets, such as 'qv'; got the number {safe_repr(targets)}: settings are "
+            f"keywords, as in {_call(name, {'rank': targets})}"
+        )
+    if isinstance(targets, Mapping):
+        meant = _call(name, targets) if _are_settings(targets) else "attach(model, {'qv': 'lora'})"
+        raise TargetError(
+            f"the third argument is the targets, such as 'qv'; got {safe_repr(dict(targets))}: settings are keywords, "
+            f"and a mapping of patterns to configs is the second argument: {meant}"
+        )
+
+
+def warn_undropped(targets: Sequence[Target], dropout: float) -> None:
+    """Warn of dropout that drops nothing, as all targets are embeddings: their inputs are indices."""
+    if dropout > 0.0 and all(target.role == "embedding" for target in targets):
+        warn(
+            f"dropout={dropout:g} drops nothing here: all targets are embeddings, whose inputs are indices. Leave it "
+            "out, or adapt other weights as well",
+        )
+
+
+def warn_useless_rank(plan: SuperLoRA, targets: Sequence[Target]) -> None:
+    """Warn of a rank beyond which the updates gain nothing, as they can be any already.
+
+    Of frozen arrays, and of arrays that θ makes, more can be useful whatever the sizes: nothing is said about those,
+    nor about the default of a preset.
+    """
+    config = plan.config
+    if isinstance(config, CompositeConfig) or config.sources or config.before is not None:
+        return
+    rank, most = config.rank, useful_rank(group for group, _ in plan.alike)
+    if not isinstance(rank, int) or most is None or rank <= most or _is_default(config):
+        return
+    useful = SuperLoRA(
+        config.replace(rank=most),
+        [target.shape for target in targets],
+        layers=[target.layer for target in targets],
+        roles=[target.role for target in targets],
+    )
+    # Some formats cut the rank to what is possible.
+    if plan.num_parameters > useful.num_parameters:
+        warn(
+            f"rank={rank} is beyond {most}, the largest useful rank for these weights: more parameters add nothing to "
+            f"what their updates can be. Give rank={most} or less",
+        )
+
+
+def _is_default(config: Config) -> bool:
+    """Return whether a config has the rank of its preset without arguments."""
+    from tnadapt.planning import preset_call  # rarely needed, and takes a while to import
+
+    call = preset_call(config)
+    if call is None:
+        return False
+    return bool(inspect.signature(getattr(presets, call.preset)).parameters["rank"].default == config.rank)
+
+
+def _are_settings(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(map(is_setting, value))
+
+
+def _call(name: str, settings: Mapping[str, Any]) -> str:
+    listed = ", ".join(f"{key}={safe_repr(value)}" for key, value in settings.items())
+    return f"attach(model, {name!r}, {listed})"
+
+
+# -- The model's own parameters that stay trainable with an adapter: those that a caller names, and biases -------------
+
+
+#: Which biases stay trainable.
+BIASES = ("none", "adapted", "all")
+
+
+def kept_names(model: nn.Module, patterns: str | Sequence[str], biases: str, targets: Sequence[Target]) -> list[str]:
+    """Return the names of the parameters that stay trainable: those that patterns match, and biases.
+
+    Parameters
+    ----------
+    model : Module
+    patterns : str or sequence of str
+        As for :func:`matching`.
+    biases : {"none", "adapted", "all"}
+        Of no layer, of the layers that the targets are weights of, or of all layers.
+    targets : sequence of Target
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    TargetError
+        As for :func:`matching`; or if there is no such bias.
+    ConfigError
+        If ``biases`` is another word.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> kept_names(model, (), "adapted", [Target("1", (2, 2))])
+    ['1.bias']
+    """
+    kept = matching(model, patterns, {target.name for target in targets})
+    if not isinstance(biases, str) or biases not in BIASES:
+        raise ConfigError(f"biases must be one of {', '.join(BIASES)}; got {safe_repr(biases)}")
+    if biases == "none":
+        return kept
+    own = {join(target.module, bias) for target in targets for bias in _biases_of(target.parameter)}
+    found = [name for name in _biases(model) if biases == "all" or name in own]
+    if not found:
+        layer = "adapted layer" if biases == "adapted" else "layer"
+        raise TargetError(f"biases={biases!r}: no {layer} of this {type(model).__name__} has a bias; leave biases out")
+    return list(dict.fromkeys([*kept, *found]))
+
+
+def _biases(model: nn.Module) -> list[str]:
+    """Return the names of all biases: a shared one under the first of its names."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[2].endswith("bias") and parameter.is_floating_point() and not is_array(name)
+    ]
+
+
+def _biases_of(weight: str) -> tuple[str, ...]:
+    """Return the names that the bias of a weight may have in its module."""
+    # nn.MultiheadAttention has one in_proj_bias for q_proj_weight, k_proj_weight and v_proj_weight.
+    return weight.replace("weight", "bias"), *(("in_proj_bias",) if weight.endswith("_proj_weight") else ())
+
+
+def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[str]) -> list[str]:
+    """Return the parameters and buffers whose dotted paths contain a pattern as whole components, in order."""
+    if not isinstance(patterns, str) and not is_sequence(patterns):
+        raise wrong_argument("keep_trainable", "a name or a sequence of names", patterns, TargetError)
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise wrong_argument("keep_trainable", "a name or a sequence of names", pattern, TargetError)
+    # What a state dict leaves out. Making one raises an error for some modules, as bitsandbytes' embeddings.
+    left_out = {
+        join(path, name)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
+    # A tied weight has several names and is kept under the first.
+    tensors = list(
+        itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    )
+    first: dict[int, str] = {}
+    for name, tensor in tensors:
+        first.setdefault(id(tensor), name)
+    names = {name: first[id(tensor)] for name, tensor in tensors if name not in left_out and not is_array(name)}
+    kept: dict[str, None] = {}
+    for pattern in patterns:
+        found = [own for name, own in names.items() if f".{pattern}." in f".{name}."]
+        if not found:
+            modules = ", ".join(name for name, _ in model.named_children())
+            raise TargetError(
+                f"keep_trainable: no parameter is at or below {safe_repr(pattern)}; the model's parts are: {modules}"
+            )
+        kept.update(dict.fromkeys(found))
+    both = [name for name in targets if name in kept]
+    if both:
+        raise TargetError(
+            f"{both[0]} is both a target and in keep_trainable; it can be adapted or trained itself, not both"
+        )
+    return list(kept)
+
+
+# -- Attaching an adapter to a model -----------------------------------------------------------------------------------
+
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +306,7 @@ def attach(
     strategy : {"auto", "weight", "factored", "additive"}
         How a layer uses its update; see :mod:`tnadapt.torch._forward_patch`. ``"auto"`` picks for each weight the
         strategy with the cheapest training step, estimated from operations and bytes
-        (:mod:`tnadapt.torch._step_cost`); the summary shows the choice.
+        (:mod:`tnadapt.torch._strategy_choice`); the summary shows the choice.
     tokens : int
         For ``"auto"``: the number of rows a layer is called with, batch size times tokens.
     activation : {"relu", "gelu", "silu", "tanh"}, optional
@@ -131,7 +329,7 @@ def attach(
         exact gradient. It is not saved with the adapter.
     dropout : float
         The probability with which single elements of x are zero in the adapter's own part of a layer's output, in
-        training mode (``lora_dropout`` of PEFT; :mod:`tnadapt.torch._dropout`). It is not saved with the adapter.
+        training mode (``lora_dropout`` of PEFT; :mod:`tnadapt.torch._forward_pass`). It is not saved with the adapter.
     **settings
         With the name of a preset: its settings, and fields of :class:`tnadapt.Config`. (``layers`` is always the one
         above.)

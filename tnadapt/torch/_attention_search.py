@@ -8,34 +8,117 @@ has only values.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from tnadapt.errors import TargetError
-from tnadapt.targets.attention_grouping import (
-    PARENT_OUTPUTS,
-    Called,
-    distinct_rows,
-    settled_names,
-    unclear_children,
-)
+from tnadapt.targets.attention_layouts import AttentionLayout, by_name, of_class
+from tnadapt.targets.fused_rows import Facts, Fused, LayoutError, place_rows
 from tnadapt.targets.roles import (
     AMBIGUOUS_OUTPUTS,
     OUTPUTS,
+    PARENT_OUTPUTS,
+    Called,
     ProjectionName,
     attention_group,
+    distinct_rows,
     is_attention,
     layer_of,
     parse_projection_name,
+    settled_names,
+    unclear_children,
 )
 from tnadapt.targets.target import Rows, Target
 
-from ._fused_weights import rows_of
-from ._layout_hints import is_known
 from ._weights import Weight, join, modules_of, plain, projections_in, weights_of
 
-__all__ = ["AttentionModule", "attentions"]
+__all__ = [
+    "AttentionModule",
+    "attentions",
+    "facts_of",
+    "is_known",
+    "layout_of",
+    "rows_of",
+]
+
+
+# -- Layout facts of a torch attention module, for the table in tnadapt.targets.attention_layouts ----------------------
+
+
+def facts_of(parent: Any) -> Facts:
+    """Return the sizes that an attention module has as attributes, or else in its config."""
+    config = getattr(parent, "config", None)
+    lookups = [lambda name: getattr(parent, name, None), lambda name: getattr(config, name, None)]
+    return Facts(lookups, "its attributes are not those that were expected: there is no")
+
+
+def layout_of(parent: Any, weight: str = "") -> AttentionLayout | None:
+    """Return the table's entry for an attention of this class with a fused weight of this name, or None."""
+    names = [name for cls in type(parent).__mro__ for name in (f"{cls.__module__}.{cls.__name__}", cls.__name__)]
+    return of_class(names, lambda name: hasattr(parent, name), weight)
+
+
+def is_known(parent: Any) -> bool:
+    """Return whether the class is in the table, which makes it an attention whatever its name."""
+    return layout_of(parent) is not None
+
+
+# -- The rows of a model's fused weight that produce q, k and v --------------------------------------------------------
+
+# Layouts that are known by the class of the attention come from a table shared with checkpoints on disk. The layout of
+# an unknown class is inferred from the weight's name, with one block per letter in order, as in most libraries. Block
+# sizes come from the numbers of heads where keys and values have fewer heads, else the blocks are equal; they are
+# checked against the width of the output projection. Where the name is ambiguous, the caller must give the rows.
+
+
+def rows_of(
+    parent: Any, name: str, letters: str, out: int, path: str, q_out: int | None = None, o_in: int | None = None
+) -> dict[str, Rows | None]:
+    """Return the rows of a fused weight that produce q, k and v.
+
+    Parameters
+    ----------
+    parent : Module
+        The attention module.
+    name : str
+        The weight's name there.
+    letters : {"qkv", "qk", "kv"}
+        The projections in the weight, in the order of its name.
+    out : int
+        Number of output rows.
+    path : str
+        Dotted path of the weight, for the error message.
+    q_out, o_in : int, optional
+        Rows of a separate query projection, and columns of the output projection, where the attention has them.
+
+    Returns
+    -------
+    dict of str to Rows or None
+        The rows of each letter; None where the whole weight produces it.
+
+    Raises
+    ------
+    TargetError
+        If the layout is unknown or does not fit.
+    """
+    entry = layout_of(parent, name)
+    rule = by_name(name) if entry is None else entry.rule
+    fused = Fused(letters, out, q_out, o_in)
+    try:
+        if rule is None:
+            raise LayoutError("libraries lay it out in different ways")
+        return place_rows(rule(facts_of(parent), fused), fused)
+    except LayoutError as error:
+        why = str(error)
+    raise TargetError(
+        f"{path} computes {', '.join(letters)} with one weight of {out} rows, and the layout of the rows in a "
+        f"{type(parent).__name__} is unknown: {why}; give the rows, targets=[tnadapt.Target({path!r}, stored shape, "
+        "'q', rows=tnadapt.Rows(start, length, stride, count)), …], or leave it out with a list of paths or a function"
+    )
+
+
+# -- Query, key, value and output projections of every attention in a model, found by structure and names --------------
 
 
 class AttentionModule(NamedTuple):

@@ -5,24 +5,247 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._guards import TracingContext
+from torch.nn import functional
 
+from tnadapt.algebra.applying import Applying
 from tnadapt.algebra.composite import CompositePlan
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.backends.constant_result import constant_result
+from tnadapt.algebra.theta import ThetaPart
+from tnadapt.backends import load_backend
+from tnadapt.backends.backend import constant_result
 
-from ._array_snapshot import Snapshot, on_host
-from ._delta import DeltaFunction, Slice, Whole, pieces, vector, version
-from ._interception import in_dispatch_mode, in_functorch
+from ._delta import DeltaFunction, Slice, Whole, in_dispatch_mode, in_functorch, pieces, vector, version
 
-__all__ = ["CacheEntry", "DeltaCache", "array_state", "can_cache", "held_bytes", "numbered_cache", "trace_number"]
+__all__ = [
+    "CacheEntry",
+    "DeltaCache",
+    "Quotient",
+    "QuotientCache",
+    "Snapshot",
+    "ThetaArrays",
+    "all_or_none",
+    "array_state",
+    "can_cache",
+    "copy_all",
+    "distribute",
+    "gather_full",
+    "held_bytes",
+    "is_sharded",
+    "numbered_cache",
+    "on_host",
+    "refuse_reentrant",
+    "reshard",
+    "trace_number",
+    "update_product",
+    "wide_pair",
+    "wide_product",
+]
+
+
+# -- Several assignments that take effect together or not at all -------------------------------------------------------
+
+
+Thing = TypeVar("Thing")
+Value = TypeVar("Value")
+
+
+def all_or_none(
+    assign: Callable[[Thing, Value], object], new: Sequence[tuple[Thing, Value]], old: Sequence[tuple[Thing, Value]]
+) -> None:
+    """Assign each new value; if that fails or is interrupted, restore the old ones.
+
+    Parameters
+    ----------
+    assign : function
+        Called with each object and its value.
+    new, old : sequence of (thing, value)
+
+    Examples
+    --------
+    >>> numbers = {"a": 1, "b": 2}
+    >>> def assign(key, value):
+    ...     numbers[key] = int(value)
+    >>> all_or_none(assign, [("a", "3"), ("b", "four")], list(numbers.items()))
+    Traceback (most recent call last):
+    ValueError: invalid literal for int() with base 10: 'four'
+    >>> numbers
+    {'a': 1, 'b': 2}
+    """
+    try:
+        for thing, value in new:
+            assign(thing, value)
+    except BaseException:  # KeyboardInterrupt, too
+        for thing, value in old:
+            assign(thing, value)
+        raise
+
+
+# -- Support for models that are distributed over processes (FSDP2, DDP) -----------------------------------------------
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether each process holds only a part of the tensor (a DTensor)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def gather_full(tensor: Tensor) -> Tensor:
+    """Return the whole tensor; every process must call."""
+    return cast(Tensor, tensor.full_tensor()) if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def distribute(tensor: Tensor, like: Tensor) -> Tensor:
+    """Distribute a full tensor, equal on all processes, in the same way as ``like``."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements)  # type: ignore[attr-defined]
+
+
+def copy_all(pairs: Sequence[tuple[Tensor, Any]]) -> None:
+    """Copy whole arrays, equal on all processes, into tensors: all of them, or none on failure or interruption."""
+    # Convert everything before the first write, so that bad input changes nothing.
+    sources = [torch.as_tensor(array, dtype=tensor.dtype, device=tensor.device) for tensor, array in pairs]
+    with torch.no_grad():
+        new = [(tensor, distribute(source, tensor)) for (tensor, _), source in zip(pairs, sources, strict=True)]
+        old = [(tensor, tensor.detach().clone()) for tensor, _ in pairs]
+        all_or_none(lambda tensor, value: tensor.copy_(value), new, old)
+
+
+def reshard(*models: nn.Module) -> None:
+    """Make the shards the modules' parameters again, before they are written to.
+
+    FSDP2 keeps its outermost module gathered after a forward pass, and drops what is written into gathered parameters
+    at the next pass. That module manages all parameters below it, so it may be one that contains the given modules.
+    """
+    inside = {module: None for model in models for module in model.modules()}
+    for module in [*inside, *_sharded_around(inside)]:
+        again = getattr(module, "reshard", None)
+        if callable(again) and hasattr(module, "unshard"):
+            again()
+
+
+def _sharded_around(inside: Collection[nn.Module]) -> list[nn.Module]:
+    """Return the modules sharded by torch that contain any of these."""
+    # A module has no reference to its parents, but torch keeps a private list of sharded modules. If the list is not
+    # imported, nothing is sharded; with a version of torch that has no such list, only the given modules are resharded.
+    known: Any = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", ())
+    return [
+        outer for outer in list(known) if outer not in inside and any(module in inside for module in outer.modules())
+    ]
+
+
+def refuse_reentrant(name: str) -> None:
+    """Raise a RuntimeError where DistributedDataParallel would silently compute wrong gradients.
+
+    Reentrant checkpointing runs a separate backward pass for each region. DistributedDataParallel takes the first one
+    for the complete gradient of an array that several regions share, unless it was told that the graph is static.
+    """
+    import torch.distributed as distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    from torch.nn.parallel import DistributedDataParallel
+
+    active = getattr(DistributedDataParallel, "_get_active_ddp_module", lambda: None)()
+    if active is not None and not getattr(active, "static_graph", False):
+        raise RuntimeError(
+            "a part of the model runs without gradients inside a training pass of DistributedDataParallel, as "
+            f"reentrant checkpointing does, and adapter {name!r} is shared by several parts: its gradients would be "
+            "wrong. Use checkpointing with use_reentrant=False, or DistributedDataParallel(…, static_graph=True)"
+        )
+
+
+# -- What an array was when something was computed from it, to be compared with what it is now -------------------------
+
+
+_UNSHARDED = (Tensor, torch.nn.Parameter)
+
+
+def on_host(array: Tensor) -> bool:
+    """Return whether the contents of an array can be read without waiting for a device."""
+    return array.device.type == "cpu"
+
+
+class Snapshot(NamedTuple):
+    """An array at one moment.
+
+    On the CPU this is a copy, which is compared by content: ``param.data.copy_()``, ``param.numpy()[...] = ...`` and
+    writes through DLPack change no version counter. Elsewhere a comparison would make the CPU wait for the device, and
+    is forbidden while a CUDA graph is captured. There, it is the memory and its version counter, which every operation
+    of torch in place changes; the writes above are not seen.
+
+    Attributes
+    ----------
+    array : Tensor
+        A copy, or the same memory. It keeps the memory alive, so that no other array can be allocated at its address.
+    version : int, optional
+        The version counter; None for a copy.
+
+    Examples
+    --------
+    >>> array = torch.ones(3)
+    >>> before = Snapshot.of(array)
+    >>> array.data[1] = 2.0
+    >>> before.is_of(array)
+    False
+    """
+
+    array: Tensor
+    version: int | None = None
+
+    @classmethod
+    def of(cls, array: Tensor) -> Snapshot:
+        """Take a snapshot of an array; not of an inference tensor on a device, which has no version counter."""
+        with torch.no_grad():
+            if on_host(array):
+                return cls(array.detach().clone())
+            # The version first: what is written after this line makes the snapshot an old one.
+            written = _versions(array)
+            return cls(array.detach(), written)
+
+    def is_of(self, array: Tensor) -> bool:
+        """Return whether an array is still what it was."""
+        own = self.array
+        if self.version is None and type(array) in _UNSHARDED and type(own) in _UNSHARDED:
+            # The same comparisons in less time: a layer may have a dozen arrays.
+            return array.is_cpu and array.dtype == own.dtype and torch.equal(array, own)
+        if array.device != own.device or array.dtype != own.dtype or array.shape != own.shape:
+            return False
+        if is_sharded(array) != is_sharded(own):
+            return False  # sharded meanwhile: sharded and ordinary tensors cannot be compared
+        if self.version is None:
+            return torch.equal(array, own)
+        return _versions(array) == self.version and _memory(array) == _memory(own)
+
+
+def _local(array: Tensor) -> Tensor:
+    """Return the part of an array in the memory of this process."""
+    return array._local_tensor if is_sharded(array) else array  # type: ignore[attr-defined]
+
+
+def _versions(array: Tensor) -> int:
+    # Each process can write to its shard as well as to the whole.
+    return version(array) + version(_local(array))
+
+
+def _memory(array: Tensor) -> tuple[Any, ...]:
+    local = _local(array)
+    # The identity of the storage, since the address is zero where there is no memory.
+    return local.untyped_storage()._cdata, local.storage_offset(), local.stride()
+
+
+# -- A cache of updates: reused across layers and forward passes while the arrays behind them are unchanged ------------
+
 
 #: Gives the current arrays of an adapter by name.
 Lookup = Callable[[Sequence[str]], list[Tensor]]
@@ -52,7 +275,7 @@ class DeltaCache:
     these. It covers only the arrays of the requested weight, so its cost does not grow with the number of weights.
 
     On the CPU the comparison is by content, and costs microseconds. On a GPU that would wait for the device. There it
-    is by memory and version counter (:class:`~tnadapt.torch._array_snapshot.Snapshot`), which do not see all writes.
+    is by memory and version counter (:class:`~tnadapt.torch._delta_cache.Snapshot`), which do not see all writes.
     Updates that a layer can compute alone are therefore not cached there but computed in each call, as in training.
     Steps of fused optimizers change no version counter: entries end when gradients are computed, and none is used while
     arrays have gradients.
@@ -363,3 +586,268 @@ def trace_number() -> int:
     """Return a number that identifies the current compiler trace; 0 outside a trace."""
     context: Any = TracingContext.try_get()
     return 0 if context is None else context.__dict__.setdefault("tnadapt_number", time.perf_counter_ns())
+
+
+# -- The arrays that θ makes, with autograd: computed once for all layers and passes while θ is unchanged --------------
+
+# ``a_start + P θ`` is one autograd node for each θ. P is linear, so that the node saves nothing for backward: gradients
+# of any number of backward passes go through it, each by one call of Pᵀ.
+
+
+class ThetaFunction(torch.autograd.Function):
+    """``P θ`` as one autograd node that saves no tensor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(part: ThetaPart, on_backward: Callable[[], None] | None, theta: Tensor) -> Tensor:
+        return cast(Tensor, part.forward(theta))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.part, ctx.on_backward, _ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
+        if ctx.on_backward is not None:
+            ctx.on_backward()
+        return None, None, ctx.part.adjoint(grads[0])
+
+
+class ThetaArrays:
+    """The arrays of a plan with a map before the network, cached and checked against θ at every use.
+
+    Parameters
+    ----------
+    plan : SuperLoRA
+        With ``plan.theta``.
+
+    Notes
+    -----
+    The rules are those of :class:`~tnadapt.torch._delta_cache.DeltaCache`: an entry is immutable, holds snapshots of
+    the θ it was computed from, and with gradients is valid only for the same parameter objects and version counters.
+    """
+
+    def __init__(self, plan: SuperLoRA) -> None:
+        assert plan.theta is not None
+        self.plan, self.theta = plan, plan.theta
+        self._entries: dict[tuple[bool, bool], tuple[CacheEntry, dict[str, Tensor]]] = {}
+        self._traced: tuple[int, dict[str, Tensor]] | None = None
+
+    def get(self, thetas: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the arrays by their names in the plan, for the current θ in the order of ``theta.shapes``."""
+        if torch.compiler.is_compiling():
+            number = trace_number()
+            if self._traced is None or self._traced[0] != number or number == 0:
+                self._traced = number, self._made(thetas)
+            return self._traced[1]
+        if not can_cache(thetas, False):
+            return self._made(thetas)
+        names = list(self.theta.shapes)
+        key = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        found = self._entries.get(key)
+        if found is not None and found[0].is_of(names, thetas):
+            return found[1]
+        state: list[Hashable] = array_state(thetas) if torch.is_grad_enabled() else []
+        copies = {name: Snapshot.of(theta) for name, theta in zip(names, thetas, strict=True)}
+        made = self._made(thetas)
+        leaves = dict(zip(names, zip(thetas, state, strict=True), strict=True)) if state else None
+        entry = CacheEntry(copies, {}, leaves, sum(-1 if t.is_inference() else t._version for t in thetas))
+        self._entries[key] = entry, made
+        return made
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        self._entries = {}
+
+    def held(self) -> int:
+        """Return the bytes that it keeps."""
+        return held_bytes(array for _, made in self._entries.values() for array in made.values())
+
+    def end(self) -> None:
+        """Record that a pass has ended, so that the next one does not begin with what a trace left."""
+        self._traced = None
+
+    def _made(self, thetas: Sequence[Tensor]) -> dict[str, Tensor]:
+        backend = load_backend("torch")
+        found: dict[str, Tensor] = {}  # which torch.compile traces, unlike dict[str, Tensor]()
+        for part, theta in zip(self.theta.parts, thetas, strict=True):
+            sizes = [torch.Size(shape).numel() for shape in part.arrays.values()]
+            if torch.compiler.is_compiling():
+                vec = part.forward(theta)
+            else:
+                # Steps of fused optimizers, which follow a backward pass, change no version counter.
+                vec = ThetaFunction.apply(part, None if on_host(theta) else self.forget, theta)  # type: ignore[no-untyped-call]
+            for (full, shape), piece in zip(part.arrays.items(), torch.split(vec, sizes), strict=True):
+                moved = piece.view(shape)
+                found[full] = self.plan.array_start(backend, full, theta) + moved if self.theta.offset else moved
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ThetaArrays:
+        return ThetaArrays(self.plan)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ThetaArrays, (self.plan,)
+
+
+# -- The quotient m / ‖W + ΔW‖ of a layer whose output is scaled: with autograd, and cached while nothing changes ------
+
+# The quotient is one autograd node (:class:`~tnadapt.torch._delta.DeltaFunction`) that keeps the small arrays alone:
+# backward forms W + ΔW once more instead of saving it.
+
+
+def wide_pair(weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a weight and its update on the weight's device, in the wider dtype of both."""
+    kind = torch.promote_types(weight.dtype, delta.dtype)
+    return weight.to(kind), delta.to(weight.device, kind)
+
+
+class Quotient:
+    """The quotient of one weight as a function of the arrays of its update, and of the weight's own parameters.
+
+    Parameters
+    ----------
+    applying : Applying
+        One that rescales.
+    weight : callable
+        Returns the base weight, ``(rows, cols)``.
+    made : Slice or None
+        Computes the update from all arrays but the last; None if the first array is the update itself.
+    scale : float
+        Factor of an update that is computed here.
+    detach : bool
+        Whether the norm counts as a constant for the gradient.
+    """
+
+    def __init__(
+        self, applying: Applying, weight: Callable[[], Tensor], made: Slice | None, scale: float, detach: bool
+    ) -> None:
+        self.applying, self.weight, self.made = applying, weight, made
+        self.scale, self.detach = scale, detach
+
+    def __repr__(self) -> str:
+        # Traces contain this text and are compared with each other.
+        return f"Quotient({self.made!r})"
+
+    def _total(self, arrays: Sequence[Tensor]) -> Tensor:
+        delta = arrays[0] if self.made is None else self.made(*arrays[:-1])
+        weight, delta = wide_pair(self.weight(), delta if self.scale == 1.0 else delta * self.scale)
+        return cast(Tensor, weight + self.applying.change(load_backend("torch"), weight, delta))
+
+    def __call__(self, *arrays: Tensor) -> Tensor:
+        total = self._total(arrays)
+        found = self.applying.rescaling(
+            load_backend("torch"), total.detach() if self.detach else total, [arrays[-1].to(total.device)]
+        )
+        assert found is not None  # it rescales
+        return cast(Tensor, found.quotient.view(-1))
+
+    def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor | None]:
+        """Return the gradients of the wanted arrays, given that of the quotient."""
+        backend, last = load_backend("torch"), len(arrays) - 1
+        total = self._total(arrays)
+        found = self.applying.rescaling(backend, total, [arrays[-1].to(total.device)])
+        assert found is not None
+        through, (own,) = self.applying.rescaling_pulled(backend, total, found, gradient.view(-1, 1))
+        gradients: dict[int, Tensor | None] = {last: own.to(arrays[-1].device, arrays[-1].dtype)}
+        rest = [index for index in wanted if index != last]
+        if rest and not self.detach:
+            # C is ΔW where outputs are scaled.
+            moved = through.to(arrays[0].device, arrays[0].dtype)
+            moved = moved if self.scale == 1.0 else moved * self.scale
+            pulled = [moved] if self.made is None else self.made.vjp(arrays[:-1], rest, moved)
+            gradients.update(zip(rest, pulled, strict=True))
+        return [gradients.get(index) for index in wanted]
+
+
+class _KeptQuotient(NamedTuple):
+    """A quotient without a graph, and what it was computed from."""
+
+    entry: CacheEntry
+    settings: tuple[Hashable, ...]
+    quotient: Tensor
+
+
+class QuotientCache:
+    """Quotients of the weights of one adapter for passes without gradients, checked at every use.
+
+    Notes
+    -----
+    As in :class:`~tnadapt.torch._delta_cache.DeltaCache`, arrays are compared by content with the copies that a
+    quotient was computed from. The weight is too large for that: it has to be the same memory with the same version
+    counter, which every operation in place on it changes. (A write through ``weight.data`` or NumPy does not.)
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, bool], _KeptQuotient] = {}
+
+    def get(self, index: int, names: Sequence[str], arrays: Sequence[Tensor], own: Quotient, weight: Tensor) -> Tensor:
+        """Return the quotient of a weight for the current arrays; ``weight`` is the stored parameter."""
+        if not can_cache(arrays, True) or weight.is_inference():
+            return own(*arrays)
+        key = index, torch.is_inference_mode_enabled()
+        settings = weight.data_ptr(), weight.dtype, version(weight), own.scale
+        found = self._kept.get(key)
+        if found is not None and found.settings == settings and found.entry.is_of(names, arrays):
+            return found.quotient
+        # Copied first: computed from the copies, it is consistent whatever is written to the arrays meanwhile.
+        copies = {name: Snapshot.of(array) for name, array in zip(names, arrays, strict=True)}
+        made = own(*(copy.array for copy in copies.values()))
+        self._kept[key] = _KeptQuotient(CacheEntry(copies, {}), settings, made)
+        return made
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        self._kept = {}
+
+    def held(self) -> int:
+        """Return the bytes that it keeps."""
+        return held_bytes(kept.quotient for kept in self._kept.values())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuotientCache:
+        return QuotientCache()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return QuotientCache, ()
+
+
+# -- The product of an input with a cached update, as one operator of torch that a compiled program calls --------------
+
+# A compiled program cannot hold a cached tensor, and computing ΔW in it takes longer than the layer. The operator gets
+# the arrays, so the compiler knows what it reads, and finds ΔW in the cache, which compares these arrays with those
+# that it was computed from. It returns a new tensor, which the compiler may overwrite; ΔW itself it never sees.
+
+
+def update_product(cache: DeltaCache, x: Tensor, arrays: Sequence[Tensor], index: int) -> Tensor:
+    """Return ``x ΔWᵀ`` in the dtype of x, in a program that is being compiled.
+
+    Parameters
+    ----------
+    cache : DeltaCache
+    x : Tensor, shape (..., cols)
+    arrays : sequence of Tensor
+        Those of ``cache.names(index)``.
+    index : int
+        The weight.
+    """
+    # The number is an attribute that the compiler guards on: a program is compiled again for another cache.
+    return cast(Tensor, _update_product(x, list(arrays), cache.number, index, cache.plan.shapes[index][0]))
+
+
+def wide_product(x: Tensor, update: Tensor) -> Tensor:
+    """Return ``x ΔWᵀ`` in the wider dtype of both."""
+    kind = torch.promote_types(x.dtype, update.dtype)
+    return functional.linear(x.to(kind), update.to(kind))
+
+
+@torch.library.custom_op("tnadapt::update_product", mutates_args=())
+def _update_product(x: Tensor, arrays: Sequence[Tensor], cache: int, index: int, rows: int) -> Tensor:
+    found = numbered_cache(cache)
+    named = dict(zip(found.names(index), arrays, strict=True))
+    update = found.get(lambda names: [named[name] for name in names], index, x.dtype)
+    return wide_product(x, update.to(x.device).reshape(rows, x.shape[-1])).to(x.dtype)
+
+
+@_update_product.register_fake
+def _(x: Tensor, arrays: Sequence[Tensor], cache: int, index: int, rows: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))

@@ -2,38 +2,163 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import functools
+import inspect
+import textwrap
 import threading
 import warnings
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from tnadapt.algebra.factoring import Factored
+from tnadapt.algebra.factoring import Factored, Matrix
 from tnadapt.backends import load_backend
-from tnadapt.errors import TargetError
+from tnadapt.errors import ConfigError, TargetError, safe_repr
 
-from ._array_snapshot import on_host
-from ._arrays import current, named_parameters
-from ._delta import DeltaFunction
-from ._idle_training import warn_idle
-from ._merged_linear import DeltaSource
-from ._row_assignment import assignment_of, mixing_weight
-from ._sharding import refuse_reentrant
-from ._state import AdapterSlot, AdapterState, weight_on
+from ._delta import DeltaFunction, in_dispatch_mode, in_functorch
+from ._delta_cache import on_host, refuse_reentrant, update_product, wide_product
+from ._linear import (
+    DeltaSource,
+    LowRank,
+    add_features,
+    is_small,
+    low_rank_linear,
+    mixed_low_rank_linear,
+    overlap,
+    updated_places,
+)
+from ._quantized import quantized_type
+from ._state import (
+    AdapterSlot,
+    AdapterState,
+    assignment_of,
+    current,
+    mixing_weight,
+    named_parameters,
+    not_a_sum,
+    weight_on,
+)
+from ._trainable import warn_idle
 
 __all__ = [
+    "LEAST_ELEMENTS",
+    "MOST_ROWS",
+    "ColumnDropout",
+    "LowRankLayer",
     "PassHooks",
+    "PatchedParameter",
     "acts",
+    "added_products",
+    "beside",
+    "check_dropout",
     "check_recomputation",
     "delta",
     "delta_source",
+    "dropped_inputs",
+    "drops_input",
+    "embedded",
     "factors",
+    "has_few_rows",
     "in_backward",
+    "is_lookup",
+    "is_transposed",
     "rounded_delta",
     "scaled",
 ]
+
+
+# -- Dropout of an adapter: on the input of what the adapter adds to a layer, in training mode only --------------------
+
+# A layer computes ``y = x Wᵀ + b + drop(x) (W' - W)ᵀ``, where W' - W is ΔW if the update is added. Whatever the
+# strategy, ``drop`` zeroes single elements of x and scales the others by 1 / (1 - p). The expectation is the output
+# without dropout, and the base's own part sees the whole x. In evaluation mode nothing is different.
+#
+# So a layer in the weight strategy computes a second product of its size while it drops. The alternative, zeros in
+# columns of ΔW, would keep the single product but drop the same features for all tokens of a batch, and the noise would
+# depend on a strategy that is chosen by speed. That form (:class:`ColumnDropout`) is used only where there is no
+# choice: a module that reads its child's weight, as nn.MultiheadAttention does, does not show the child's input.
+
+
+_CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+
+def check_dropout(dropout: Any) -> float:
+    """Return the probability as a float, or raise a ConfigError."""
+    is_number = isinstance(dropout, (int, float)) and not isinstance(dropout, bool)
+    if not is_number or not 0.0 <= dropout < 1.0:
+        raise ConfigError(f"dropout must be a probability from 0 to below 1; got {safe_repr(dropout)}")
+    return float(dropout)
+
+
+def drops_input(slot: AdapterSlot, host: nn.Module) -> bool:
+    """Return whether elements of the host's input are dropped for this slot."""
+    if slot.adapter.dropout == 0.0 or not host.training:
+        return False
+    if isinstance(host, nn.Embedding) or getattr(host.__dict__.get("forward"), "looks_up", False):
+        return False  # its input are indices
+    if slot.target.index is not None:
+        return False  # it is not what the experts' second matrices multiply
+    return slot.strategy != "weight" or _shows_input(slot, host)
+
+
+def _shows_input(slot: AdapterSlot, host: nn.Module) -> bool:
+    """Return whether the host's input is multiplied with the weight and nothing else happens to it."""
+    if slot.owner is not host or slot.target.parameter != "weight":
+        return False
+    return type(host).forward is nn.Linear.forward or is_transposed(host) or type(host).forward in _CONVOLUTIONS
+
+
+def is_transposed(host: nn.Module) -> bool:
+    """Return whether a module is transformers' Conv1D, whose weight is stored as ``(in, out)``."""
+    return type(host).__name__ == "Conv1D"
+
+
+def dropped_inputs(slots: Sequence[AdapterSlot], x: Tensor) -> list[tuple[Tensor, list[AdapterSlot]]]:
+    """Return for each adapter its own dropped input, which all its slots in this layer share."""
+    several: dict[AdapterState, list[AdapterSlot]] = {}
+    for slot in slots:
+        several.setdefault(slot.adapter, []).append(slot)
+    return [(functional.dropout(x, state.dropout, training=True), own) for state, own in several.items()]
+
+
+class ColumnDropout:
+    """Zeros in columns of the changes of one weight: input features that are dropped for the whole batch.
+
+    Parameters
+    ----------
+    host : Module
+        The module whose forward reads the weight. Where it shows the weight's input, nothing is dropped here.
+    """
+
+    def __init__(self, host: nn.Module) -> None:
+        self.host = host
+        # All slots of an adapter in one weight have the same input.
+        self._masks: dict[AdapterState, Tensor] = {}
+
+    def acts(self, slot: AdapterSlot) -> bool:
+        """Return whether columns of this slot's change are dropped."""
+        if slot.adapter.dropout == 0.0 or not self.host.training or isinstance(slot.owner, nn.Embedding):
+            return False
+        return not _shows_input(slot, self.host)
+
+    def __call__(self, slot: AdapterSlot, change: Tensor) -> Tensor:
+        """Return a change ``(rows, cols)`` with its columns dropped, or as it is."""
+        if not self.acts(slot):
+            return change
+        state = slot.adapter
+        if state not in self._masks:
+            ones = torch.ones(1, change.shape[1], dtype=change.dtype, device=change.device)
+            self._masks[state] = functional.dropout(ones, state.dropout, training=True)
+        return change * self._masks[state]
+
+
+# -- An adapter's part in a forward pass: whether it acts, its updates and factors, and the hooks around the pass ------
+
 
 #: The number of the backward pass that is running, or -1. Private to torch: a version without it only loses the check.
 _graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
@@ -186,3 +311,322 @@ class PassHooks:
             f"without calling {state.targets[0].module!r}, as fused projections do, call merge()",
             stacklevel=2,
         )
+
+
+# -- A parameter of a module, and the slots of the adapters that update it ---------------------------------------------
+
+
+@dataclasses.dataclass(eq=False)
+class PatchedParameter:
+    """A parameter of a module, and the slots of the adapters that update it.
+
+    Attributes
+    ----------
+    sums : bool
+        Whether all of them add to the weight.
+    rivals : list of (AdapterSlot, AdapterSlot)
+        Slots with rows in common, the first of which does not add to the weight.
+    """
+
+    owner: nn.Module
+    parameter: str
+    slots: list[AdapterSlot] = dataclasses.field(default_factory=list)
+    sums: bool = True
+    rivals: list[tuple[AdapterSlot, AdapterSlot]] = dataclasses.field(default_factory=list)
+
+    def put(self, slots: list[AdapterSlot]) -> None:
+        """Set the slots."""
+        self.slots = slots
+        others = [slot for slot in slots if not slot.adapter.plan.applying.additive]
+        self.sums = not others
+        alone = len({id(slot.adapter) for slot in slots}) < 2  # as with the many experts of one weight
+        self.rivals = [
+            (one, other)
+            for one in ([] if alone else others)
+            for other in slots
+            if other.adapter is not one.adapter and overlap(one.target, other.target)
+        ]
+
+    def check_alone(self) -> None:
+        """Raise a TargetError if an adapter acts on the rows of one that is not a sum."""
+        for one, other in self.rivals:
+            states = one.adapter, other.adapter
+            if all(acts(state) or state.merged is not None for state in states):
+                raise TargetError(
+                    f"adapters {states[0].name!r} and {states[1].name!r} both act on {one.target.name}, and "
+                    f"{not_a_sum(*states)}: activate() one of them, or detach the other"
+                )
+
+    @property
+    def tensor(self) -> Tensor:
+        """The base weight as the module has it now."""
+        found = self.owner._parameters.get(self.parameter)
+        # A parametrized weight is computed and not registered as a parameter.
+        return cast(Tensor, getattr(self.owner, self.parameter) if found is None else found)
+
+
+# -- The shortest way through a patched layer: low-rank updates whose factors are arrays as they are stored ------------
+
+# For a small layer the questions that :class:`~tnadapt.torch._forward_patch.ForwardPatch` asks in each call take longer
+# than the products. Here what cannot change between calls is asked once, when slots are added or removed, and the rest
+# in as few steps as possible. The general way is the reference: it computes the same bits.
+
+
+#: Subclasses, such as sharded tensors, take the general way.
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class _Stored(NamedTuple):
+    """An adapter, the names of its arrays that are the two factors of its update, and the factor of the update."""
+
+    state: AdapterState
+    left: str
+    right: str
+    scale: float
+
+
+class LowRankLayer:
+    """A call of a linear layer with the updates of its adapters, where all are stored low-rank matrices.
+
+    Parameters
+    ----------
+    host : Linear
+    updates : sequence of _Stored
+    """
+
+    def __init__(self, host: nn.Linear, updates: Sequence[_Stored]) -> None:
+        self.host, self.updates = host, tuple(updates)
+
+    @classmethod
+    def of(cls, host: nn.Module, weights: Sequence[PatchedParameter]) -> LowRankLayer | None:
+        """Return the way through a host with torch's own forward, or None if some slot needs the general one."""
+        if not isinstance(host, nn.Linear) or len(weights) != 1 or weights[0].rivals:
+            return None
+        found = [_stored(slot) for slot in weights[0].slots]
+        updates = [one for one in found if one is not None]
+        return cls(host, updates) if len(updates) == len(found) else None
+
+    def __call__(self, x: Any) -> Tensor | None:
+        """Return the output; None, with nothing done, where this call needs the general way."""
+        host = self.host
+        own = host._parameters
+        weight, bias = own.get("weight"), own.get("bias")
+        if type(x) not in _PLAIN or type(weight) not in _PLAIN or (bias is None and "bias" not in own):
+            return None
+        assert weight is not None  # of these types
+        dtype, device = x.dtype, x.device
+        if weight.dtype is not dtype or weight.device != device or not _is_ordinary(x):
+            return None
+        changes: list[LowRank] = []
+        acting: list[AdapterState] = []
+        recomputing = in_backward()
+        for state, left_name, right_name, scale in self.updates:
+            if state.by_rows or (state.dropout != 0.0 and host.training):
+                return None
+            if recomputing:
+                check_recomputation(state)
+            if not acts(state):
+                continue
+            # Looked up in each call: FSDP and load_state_dict(assign=True) replace the parameter objects.
+            names, arrays = state.parameter_names, state.owner._parameters
+            left, right = arrays[names[left_name]], arrays[names[right_name]]
+            assert left is not None  # ensured by attach
+            assert right is not None
+            for array in (left, right):
+                if type(array) not in _PLAIN or array.device != device:
+                    return None
+            if left.dtype is not right.dtype or (changes and left.dtype is not changes[0].left.dtype):
+                return None
+            changes.append(LowRank(left, right, scale, state.weight))
+            acting.append(state)
+        if not changes:
+            return None
+        alike = changes[0].left.dtype is dtype
+        if alike and torch.is_grad_enabled() and not is_small(x, weight):
+            return None
+        for state in acting:
+            state.threads.add(threading.get_ident())
+        return (low_rank_linear if alike else mixed_low_rank_linear)(x, weight, bias, changes)
+
+
+def _stored(slot: AdapterSlot) -> _Stored | None:
+    """Return the names of the arrays of a slot's update if they are its factors, and nothing else is done with them."""
+    state, how, target = slot.adapter, slot.factoring, slot.target
+    if slot.strategy != "factored" or how is None or how.stored is None or how.shared:
+        return None
+    if target.rows is not None or target.index is not None or target.transposed or slot.quantized:
+        return None
+    if state.activation is not None or state.made is not None or not state.plan.applying.additive:
+        return None
+    return _Stored(state, *how.stored, how.network.scale)
+
+
+def _is_ordinary(x: Tensor) -> bool:
+    """Return what :func:`~tnadapt.torch._linear.can_fuse` asks of an input and of the way it is called."""
+    if x.is_nested or x.ndim == 0 or x.is_meta or not x.is_contiguous():
+        return False
+    # A constant where possible: the name of the device takes longer than the answer.
+    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+        return False
+    return not in_functorch() and not in_dispatch_mode()
+
+
+# -- A linear layer on few rows of input, without gradients: decoding, token by token ----------------------------------
+
+# ``x (W + ΔW)ᵀ`` writes a sum as large as the weight, for a product that does little more than read it once. For few
+# rows ``x Wᵀ + x ΔWᵀ`` is cheaper: nothing of the size of the weight is written. ΔW is cached in the weight's dtype.
+
+
+#: Up to this many rows, the second product takes less time than the sum, whose rounding to half precision is slow.
+MOST_ROWS = {torch.float64: 4, torch.float32: 4, torch.bfloat16: 32, torch.float16: 32}
+#: For a smaller weight there is nothing to gain, and its outputs keep the bits that they have with gradients.
+LEAST_ELEMENTS = 1 << 16
+
+
+def has_few_rows(x: Tensor, weight: Tensor, slots: Sequence[AdapterSlot]) -> bool:
+    """Return whether :func:`added_products` is the cheaper way to compute the output of a layer."""
+    if torch.is_grad_enabled() or x.is_nested or x.ndim == 0 or weight.numel() < LEAST_ELEMENTS:
+        return False
+    if any(slot.target.transposed for slot in slots) or x.numel() > MOST_ROWS.get(weight.dtype, 0) * x.shape[-1]:
+        return False
+    if torch.compiler.is_compiling():
+        # An exported program has to contain the computation, as it is run without this library.
+        return not torch.compiler.is_exporting()
+    return not in_functorch() and not in_dispatch_mode()
+
+
+def added_products(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Sequence[AdapterSlot]) -> Tensor:
+    """Return ``x Wᵀ + b`` plus the product of x with each update; requires :func:`has_few_rows`."""
+    y = functional.linear(x, weight, bias)
+    for slot in slots:
+        state = slot.adapter
+        if torch.compiler.is_compiling():
+            y = add_features(y, slot.target, scaled(state, _compiled_product(slot, x.to(y.dtype))))
+            continue
+        update = rounded_delta(slot, weight.dtype).to(x.device).reshape(-1, weight.shape[-1])
+        scale = mixing_weight(state)
+        # An update that is not cached keeps its own dtype where that is the wider one: converting it takes longer.
+        change = wide_product(x, update)
+        y = add_features(y, slot.target, change if scale == 1.0 else change * scale)
+    return y
+
+
+def _compiled_product(slot: AdapterSlot, x: Tensor) -> Tensor:
+    cache, index = slot.adapter.cache, slot.index
+    if x.device.type != "cpu" and cache.slice(index) is not None:
+        # On a device such an update is not cached, and the compiler can fuse its computation.
+        return wide_product(x, rounded_delta(slot, x.dtype).reshape(-1, x.shape[-1]))
+    return update_product(cache, x, current(slot.adapter, cache.names(index)), index)
+
+
+# -- The forward of an embedding with updates: rows of ΔW are looked up next to the rows of W --------------------------
+
+# The sum of two rows is a row of the sum, so this gives what the strategy "weight" gives, without computing W + ΔW for
+# the whole vocabulary: the rows are added in the wider dtype and rounded once.
+#
+# - *factored*: rows of the left factor are looked up and multiplied by the right one; ΔW is never formed.
+# - *additive*: ΔW is formed, as for a list of tokens' rows, and its rows are looked up.
+#
+# Only where the module's forward is known to be a lookup, times a scale perhaps (:func:`is_lookup`). A quantized
+# embedding's own forward is run, and the rows of updates are added to its output.
+
+
+# What a subclass may do with the rows, as in Gemma and BART.
+_SCALES = ("super().forward({0}) * self.embed_scale", "super().forward({0}) * self.embed_scale.to(self.weight.dtype)")
+
+
+def is_lookup(module: nn.Module) -> bool:
+    """Return whether a module's forward is that of nn.Embedding, times ``embed_scale`` perhaps, or a quantized one's.
+
+    Examples
+    --------
+    >>> is_lookup(nn.Embedding(5, 2)), is_lookup(nn.EmbeddingBag(5, 2))
+    (True, False)
+    """
+    kind = quantized_type(module)
+    if kind is not None and kind.looks_up(module):
+        return True
+    # Gradients of a factor cannot be divided by the frequencies of tokens.
+    if not isinstance(module, nn.Embedding) or module.scale_grad_by_freq:
+        return False
+    cls: Any = type(module)
+    return cls.forward is nn.Embedding.forward or _scales(cls.forward)
+
+
+@functools.lru_cache(maxsize=256)
+def _scales(forward: Any) -> bool:
+    """Return whether a forward's source is one of :data:`_SCALES`."""
+    try:
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return False
+    if not isinstance(node, ast.FunctionDef) or len(node.args.args) != 2 or node.decorator_list:
+        return False
+    body = [line for line in node.body if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))]
+    if len(body) != 1 or not isinstance(body[0], ast.Return) or body[0].value is None:
+        return False
+    return ast.unparse(body[0].value) in [text.format(node.args.args[1].arg) for text in _SCALES]
+
+
+def embedded(module: nn.Embedding, weight: Tensor, ids: Tensor, slots: Sequence[AdapterSlot]) -> Tensor:
+    """Return the output of an embedding, its weight and the updates of slots looked up separately."""
+    kind, total = weight.dtype, functional.embedding(ids, weight, module.padding_idx)
+    for slot in slots:
+        total = _plus_rows(total, slot, ids.to(weight.device), module.padding_idx)
+    return _times_scale(module, total.to(kind))
+
+
+def beside(module: nn.Module, y: Tensor, ids: Tensor, slots: Sequence[AdapterSlot]) -> Tensor:
+    """Return a quantized embedding's output ``y`` plus the updates of slots, looked up."""
+    total, padding = torch.zeros_like(y), getattr(module, "padding_idx", None)
+    for slot in slots:
+        total = _plus_rows(total, slot, ids.to(y.device), padding)
+    return (y + _times_scale(module, total)).to(y.dtype)
+
+
+def _times_scale(module: Any, rows: Tensor) -> Tensor:
+    """Return rows as the forward of a module returns them, which :func:`is_lookup` knows."""
+    scale = getattr(module, "embed_scale", None)
+    if scale is None or type(module).forward is nn.Embedding.forward:
+        return rows
+    found: Tensor = rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
+    return found
+
+
+def _plus_rows(total: Tensor, slot: AdapterSlot, ids: Tensor, padding: int | None) -> Tensor:
+    places, there = updated_places(slot.target, ids)
+    rows = scaled(slot.adapter, _factored_rows(slot, places)) if slot.strategy == "factored" else _formed(slot, places)
+    rows = rows.to(total.device)
+    if padding is not None:
+        # As in nn.Embedding, the padding's row has no gradient.
+        rows = torch.where((ids == padding).unsqueeze(-1), rows.detach(), rows)
+    total = total.to(torch.promote_types(total.dtype, rows.dtype))
+    return total + rows if there is None else torch.where(there.unsqueeze(-1), total + rows, total)
+
+
+def _formed(slot: AdapterSlot, places: Tensor) -> Tensor:
+    update = delta(slot)
+    return functional.embedding(places.to(update.device), update)
+
+
+def _factored_rows(slot: AdapterSlot, places: Tensor) -> Tensor:
+    """Return rows of an update from its factors."""
+    found = factors(slot)
+    total: Tensor | None = None
+    for term in found.terms:
+        one = _rows_of_term(term, places.to(term[0].left.device))
+        total = one if total is None else total + one
+    assert total is not None
+    return total if found.scale == 1.0 else total * found.scale
+
+
+def _rows_of_term(term: Sequence[Matrix], places: Tensor) -> Tensor:
+    """Return rows of a Kronecker product: products of the rows of its matrices, which are digits of the place."""
+    found: Tensor | None = None
+    for matrix in reversed(term):
+        rows = functional.embedding(places % matrix.left.shape[0], matrix.left)
+        places = torch.div(places, matrix.left.shape[0], rounding_mode="floor")
+        rows = rows if matrix.right is None else rows @ matrix.right.T
+        found = rows if found is None else (rows.unsqueeze(-1) * found.unsqueeze(-2)).flatten(-2)
+    assert found is not None
+    return found

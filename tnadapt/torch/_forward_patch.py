@@ -12,7 +12,7 @@ forward could not clean up after an interrupted pass, for which torch runs no ho
   between the two factors this is LoDA.
 - *additive*: ``x Wᵀ + x ΔWᵀ``, for weights that cannot be added to (quantized ones).
 
-For experts, whose products are inside a module's forward, :mod:`tnadapt.torch._lazy_stack` does the last two.
+For experts, whose products are inside a module's forward, :mod:`tnadapt.torch._experts_forward` does the last two.
 
 That is for ``apply="add"``. :mod:`tnadapt.torch._changed_forward` has the same strategies for W' that is not a sum, of
 an adapter that has to act on its rows alone (:meth:`ForwardPatch.rivals`).
@@ -33,25 +33,99 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tnadapt.algebra.factoring import Factored
+from tnadapt.errors import TargetError
 
 from ._changed_forward import added_matrix, changed_linear, scaled_output
-from ._dropout import dropped_inputs, drops_input
-from ._embedding_forward import beside, embedded, is_lookup
-from ._factored_linear import can_fuse, factored_linear, on_device, product
-from ._few_rows import added_products, has_few_rows
-from ._forward_pass import acts, check_recomputation, delta, delta_source, factors, in_backward, scaled
-from ._interception import in_dispatch_mode, in_functorch
-from ._low_rank_layer import LowRankLayer
-from ._merged_linear import DeltaSource, MergedWeightLinear, summed
-from ._parameter_sums import changed_parameter, is_read, parameter_sum
-from ._patched_parameter import PatchedParameter
+from ._delta import in_dispatch_mode, in_functorch
+from ._experts_forward import changed_parameter, is_read, parameter_sum
+from ._forward_pass import (
+    LowRankLayer,
+    PatchedParameter,
+    acts,
+    added_products,
+    beside,
+    check_recomputation,
+    delta,
+    delta_source,
+    dropped_inputs,
+    drops_input,
+    embedded,
+    factors,
+    has_few_rows,
+    in_backward,
+    is_lookup,
+    scaled,
+)
+from ._linear import (
+    DeltaSource,
+    MergedWeightLinear,
+    add_features,
+    can_fuse,
+    factored_linear,
+    on_device,
+    product,
+    summed,
+)
 from ._quantized import is_packed, quantized_type
-from ._row_assignment import mixing_weight
-from ._row_features import add_features
-from ._state import AdapterSlot, AdapterState
-from ._straight_through import blocks_gradient, straight_through
+from ._state import AdapterSlot, AdapterState, mixing_weight
 
-__all__ = ["ACTIVATIONS", "STRATEGIES", "ForwardPatch"]
+__all__ = ["ACTIVATIONS", "STRATEGIES", "ForwardPatch", "blocks_gradient", "straight_through"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The gradient of a layer that rounds its input: that of x times the dequantized weight, as if nothing were rounded
+
+# Layers that quantize their input in each call (int8 by int8) have no backward: rounding has none. Without one, the
+# arrays of all adapted layers before them would silently get a part of their gradients only.
+
+
+def blocks_gradient(module: nn.Module) -> bool:
+    """Return whether backward through a layer does not compute the gradient of its input."""
+    kind = quantized_type(module)
+    return kind is not None and not kind.passes_gradient(module)
+
+
+def straight_through(x: Tensor, host: nn.Module, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return a layer's output, with the gradient of the product with its dequantized weight.
+
+    Parameters
+    ----------
+    x : Tensor
+    host : Module
+        The layer.
+    run : callable
+        Its forward.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return run(x)
+    y = cast(Tensor, _StraightThrough.apply(x, host, run))  # type: ignore[no-untyped-call]
+    bias: Any = host._parameters.get("bias")
+    # Nothing is added, except to the gradient.
+    return y if bias is None or not bias.requires_grad else y + (bias - bias.detach()).to(y.dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, host: nn.Module, run: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.host, ctx.dtype = host, x.dtype
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        kind = quantized_type(ctx.host)
+        weight = None if kind is None else kind.dequantize(ctx.host)
+        if weight is None:
+            raise TargetError(
+                f"{type(ctx.host).__name__} passes no gradient to its input, and its weight cannot be dequantized to "
+                "compute one: attach to a freshly loaded model, before its first evaluation, or use a type of "
+                "quantization that leaves the input alone"
+            )
+        return (grad @ weight.to(grad.dtype)).to(ctx.dtype), None, None
+
+
+# -- The forward of an adapted layer, which applies ΔW: to the weight, to the output, or as low-rank factors -----------
+
 
 STRATEGIES = ("auto", "weight", "factored", "additive")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

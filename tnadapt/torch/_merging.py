@@ -9,27 +9,305 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tnadapt.algebra.changed_weights import change_in_place, changed_spans
-from tnadapt.algebra.rounding import PIECE, Float64Deltas
+from tnadapt.algebra.rounding import PIECE, Float64Deltas, change_in_place, changed_spans
+from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
 from tnadapt.errors import BackendError, ConfigError, TargetError, safe_repr
+from tnadapt.report import text_table
 from tnadapt.targets.target import Target
 
-from ._arrays import full_arrays
-from ._merged_rows import MergedRows, checksum, write
-from ._quantized import is_packed, quantized_type
-from ._requantizing import RequantizationReport, requantized
-from ._sharding import gather_full, is_sharded
-from ._state import AdapterState, Merged, need_attached, need_linear, not_a_sum
+from ._delta_cache import gather_full, is_sharded
+from ._quantized import QuantizedLayer, is_packed, quantized_type, twin
+from ._state import AdapterState, Merged, full_arrays, need_attached, need_linear, not_a_sum
 
-__all__ = ["computed", "disabled", "merge", "original", "stored", "unmerge"]
+__all__ = [
+    "MergedCodes",
+    "MergedRows",
+    "RequantizationReport",
+    "RequantizedWeight",
+    "bound",
+    "changed_since",
+    "checksum",
+    "computed",
+    "disabled",
+    "fill",
+    "is_bound",
+    "merge",
+    "original",
+    "requantized",
+    "stored",
+    "unmerge",
+    "write",
+]
+
+
+# -- What is kept of the rows of a floating-point weight while an update is merged into them ---------------------------
+
+
+class MergedRows(NamedTuple):
+    """The rows of one merged weight: the original values, and a checksum of the merged ones."""
+
+    before: Tensor
+    checksum: int
+
+    def check(self, state: AdapterState, target: Target, owner: nn.Module) -> None:
+        """Raise a TargetError if the weight has another dtype or other values by now."""
+        weight = _weight(target, owner)
+        if weight.dtype != self.before.dtype:
+            raise TargetError(
+                f"{target.name} was {self.before.dtype} when it was merged and is {weight.dtype} now: its original "
+                "bits cannot be restored; convert the model back, or detach by bake()"
+            )
+        # Rows that already have their original values come from an unmerge() that was interrupted.
+        if checksum(target.select(weight)) not in (self.checksum, checksum(self.before)):
+            raise changed_since(state, target)
+
+    def put_back(self, target: Target, owner: nn.Module) -> None:
+        """Write the original rows back."""
+        write(target, _weight(target, owner), self.before)
+
+
+def changed_since(state: AdapterState, target: Target) -> TargetError:
+    """Return the error for a weight that was changed after a merge."""
+    return TargetError(
+        f"{target.name} was changed after adapter {state.name!r} was merged into it (by another adapter, training or "
+        "loading), and unmerging would discard that change: undo it first, or detach by bake()"
+    )
+
+
+def write(target: Target, weight: Tensor, matrix: Tensor) -> None:
+    """Write ``(rows, cols)`` to the target's place in a stored weight."""
+    if weight.ndim == 2 or weight.is_contiguous():
+        target.write(weight, matrix)
+        return
+    # For a convolution in channels_last, a block would be a copy instead of a view.
+    whole = weight.contiguous()
+    target.write(whole, matrix)
+    weight.copy_(whole)
+
+
+def checksum(tensor: Tensor) -> int:
+    """Return a checksum of the bits: the sum, and the sum weighted by position, of the elements as integers."""
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.contiguous().view(kind).reshape(-1).to(torch.int64)
+    place = torch.arange(1, bits.numel() + 1, device=bits.device)
+    return hash((int(bits.sum()), int((bits * place).sum())))
+
+
+def _weight(target: Target, owner: nn.Module) -> Tensor:
+    held: Any = owner._parameters[target.parameter]
+    found: Tensor = held.detach()
+    return found
+
+
+# -- Merging into quantized weights: dequantized, added to, quantized again by their library, and put back exactly -----
+
+# The state of a layer, its tensors and what its library keeps with them, is taken out and kept as it is: nothing is
+# copied or subtracted. A merged layer has another state of the same form, so that putting back the first restores every
+# byte.
+
+
+class RequantizedWeight(NamedTuple):
+    """How well a quantized layer holds W + ΔW after a merge.
+
+    Attributes
+    ----------
+    name : str
+        The weight, as in a state dict.
+    kind : str
+        Class of the layer or, for torchao, of its weight.
+    error : float
+        ‖stored − (W + ΔW)‖ / ‖W + ΔW‖, of what the codes stand for, in the Frobenius norm.
+    update_error : float
+        ‖stored − (W + ΔW)‖ / ‖ΔW‖. At 1 the merge is as far off as leaving ΔW out.
+    kept : float
+        ⟨stored − W, ΔW⟩ / ‖ΔW‖²: the part of ΔW that the weight has moved by. 0 if the update vanished in rounding.
+    """
+
+    name: str
+    kind: str
+    error: float
+    update_error: float
+    kept: float
+
+
+class RequantizationReport(tuple[RequantizedWeight, ...]):
+    """The quantized weights of a merge, one :class:`RequantizedWeight` each; ``print`` it for a table."""
+
+    __slots__ = ()
+
+    @property
+    def update_error(self) -> float:
+        """The largest ``update_error``; 0 if no weight is quantized."""
+        return max((row.update_error for row in self), default=0.0)
+
+    @property
+    def kept(self) -> float:
+        """The smallest ``kept``; 1 if no weight is quantized."""
+        return min((row.kept for row in self), default=1.0)
+
+    def __str__(self) -> str:
+        if not self:
+            return "no quantized weight was merged into"
+        head = ("weight", "layer", "error", "update's", "kept")
+        rows = [(row.name, row.kind, *(f"{number:.4f}" for number in row[2:])) for row in self]
+        return "\n".join(text_table([head, *rows]))
+
+
+class MergedCodes(NamedTuple):
+    """What is kept of a quantized layer while an update of some of its rows is merged."""
+
+    kind: QuantizedLayer
+    owner: nn.Module
+    target: Target
+    state: Mapping[str, Any]
+    checksum: int
+
+    @property
+    def before(self) -> Tensor:
+        """The original rows as numbers."""
+        found: Tensor = self.target.select(_dequantized(self.kind, self.owner, self.state))
+        return found
+
+    def check(self, state: AdapterState, target: Target, owner: nn.Module) -> None:
+        """Raise a TargetError if the layer stands for other numbers by now, or is elsewhere."""
+        now = self.kind.dequantize(owner)
+        before = _dequantized(self.kind, owner, self.state)
+        if now is None or now.device != before.device:
+            where = "nowhere" if now is None else now.device
+            raise TargetError(
+                f"{target.name} was on {before.device} when it was merged and is on {where} now: its original codes "
+                "cannot be restored; move the model back, or detach by bake()"
+            )
+        if checksum(now) not in (self.checksum, checksum(before)):
+            raise changed_since(state, target)
+
+    def put_back(self, target: Target, owner: nn.Module) -> None:
+        """Put the original state back."""
+        self.kind.restore(owner, self.state)
+
+
+class Requantized(NamedTuple):
+    """A layer that is ready to be merged into: what is kept for each of its targets, and the new state."""
+
+    indices: Sequence[int]
+    kept: Sequence[MergedCodes]
+    kind: QuantizedLayer
+    owner: nn.Module
+    state: Mapping[str, Any]
+    row: RequantizedWeight
+
+    def write(self) -> None:
+        """Put the new state in place."""
+        self.kind.restore(self.owner, self.state)
+
+
+#: Returns a target's rows plus their update, given its index, the target, and the weight in float32.
+Sum = Callable[[int, Target, Tensor], Tensor]
+
+
+def requantized(adapter: AdapterState, added: Sum) -> Iterator[Requantized]:
+    """Yield the quantized layers of an adapter's targets with their merged states; change nothing.
+
+    Raises
+    ------
+    TargetError
+        If a layer cannot be merged into.
+    BackendError
+        If the library's codes stand for numbers that are not finite.
+    """
+    owners: dict[int, list[int]] = {}
+    for index in range(len(adapter.targets)):
+        slot = adapter.slots[index]
+        if quantized_type(slot.owner) is not None:
+            owners.setdefault(id(slot.owner), []).append(index)
+    for indices in owners.values():
+        yield _layer(adapter, indices, added)
+
+
+def _layer(adapter: AdapterState, indices: Sequence[int], added: Sum) -> Requantized:
+    owner = adapter.slots[indices[0]].owner
+    targets = [adapter.targets[index] for index in indices]
+    kind, name = quantized_type(owner), targets[0].name
+    assert kind is not None
+    if any(slot.index in indices and slot.owner is not owner for slot in adapter.slots):
+        raise TargetError(
+            f"{name} is quantized and tied to another weight, which would keep the codes without the update: keep the "
+            "adapter attached, or attach with untie=True"
+        )
+    numbers = kind.dequantize(owner)
+    if numbers is None:
+        raise TargetError(
+            f"{name} of {type(owner).__name__} cannot be merged into: it is on the meta device, or in a layout whose "
+            "numbers cannot be read; keep the adapter attached"
+        )
+    before = numbers.float()
+    wanted = before.clone()
+    for index, target in zip(indices, targets, strict=True):
+        # The sums of rows that do not overlap are independent of each other.
+        target.write(wanted, added(index, target, before))
+    state = _quantize(kind, owner, name, wanted)
+    changed = (wanted != before).any(1)
+    if not bool(changed.any()):
+        state = kind.state(owner)  # a library may round even its own numbers to others
+    elif not bool(changed.all()):
+        state = kind.keep_rows(owner, state, changed)
+    after = _dequantized(kind, owner, state)
+    if not bool(torch.isfinite(after).all()):
+        raise BackendError(
+            f"{name} plus its update cannot be quantized as {_kind_name(owner)}: the result is not finite; no weight "
+            "was changed"
+        )
+    kept = [MergedCodes(kind, owner, target, kind.state(owner), checksum(after)) for target in targets]
+    return Requantized(indices, kept, kind, owner, state, _measured(name, owner, before, wanted, after))
+
+
+def _quantize(kind: QuantizedLayer, owner: nn.Module, name: str, wanted: Tensor) -> Mapping[str, Any]:
+    try:
+        state = kind.requantize(owner, wanted)
+    except TargetError as error:
+        raise TargetError(f"{name} is quantized: {error}") from None
+    if set(state) != set(kind.stored):
+        raise TargetError(
+            f"{type(kind).__name__}.requantize() returned {', '.join(sorted(state)) or 'nothing'}, and its stored is "
+            f"{', '.join(kind.stored) or 'empty'}: it must return these names"
+        )
+    return state
+
+
+def _dequantized(kind: QuantizedLayer, owner: nn.Module, state: Mapping[str, Any]) -> Tensor:
+    """Return what a state of a layer stands for; the layer keeps its own."""
+    other = twin(owner)
+    kind.restore(other, state)
+    found = kind.dequantize(other)
+    if found is None:
+        raise TargetError(f"{type(kind).__name__} cannot dequantize what its requantize() returned")
+    return found
+
+
+def _measured(name: str, owner: nn.Module, before: Tensor, wanted: Tensor, after: Tensor) -> RequantizedWeight:
+    base, goal, found = (tensor.double() for tensor in (before, wanted, after))
+    change, off = goal - base, float((found - goal).norm())
+    size = float(change.norm())
+    kept = float(((found - base) * change).sum()) / size**2 if size else 1.0
+    whole = float(goal.norm())
+    return RequantizedWeight(name, _kind_name(owner), off / whole if whole else 0.0, off / size if size else 0.0, kept)
+
+
+def _kind_name(owner: nn.Module) -> str:
+    weight = owner._parameters.get("weight")
+    plain = weight is None or type(weight) in (Tensor, nn.Parameter)
+    return type(owner).__name__ if plain or type(owner) is not nn.Linear else type(weight).__name__
+
+
+# -- Merging updates into the weights, and unmerging to exactly the original bits --------------------------------------
 
 
 @torch.no_grad()
@@ -187,7 +465,7 @@ def _add_in_place(flat: Tensor, pieces: Iterator[tuple[int, Tensor]]) -> str | N
 
 
 def _replace(flat: Tensor, spans: Iterator[tuple[int, Tensor]]) -> str | None:
-    """Do :func:`tnadapt.algebra.changed_weights.change_in_place` on the weight's device."""
+    """Do :func:`tnadapt.algebra.rounding.change_in_place` on the weight's device."""
     for start, found in spans:
         part = flat[start : start + found.numel()]
         after = (found if part.dtype is torch.float64 else found.float()).to(part.dtype)
@@ -308,3 +586,62 @@ def _writable(adapter: AdapterState, index: int) -> Tensor:
     if weight.device.type == "meta":
         raise TargetError(f"{name} is on the meta device and has no values to merge into")
     return weight.detach()
+
+
+# -- What an adapter's plan computes from the weights of its model: frozen arrays, and where it starts -----------------
+
+
+def is_bound(plan: SuperLoRA) -> bool:
+    """Return whether the plan has everything that is computed from base weights."""
+    return not plan.needs_base
+
+
+def bound(
+    plan: SuperLoRA,
+    targets: Sequence[Target],
+    owners: Sequence[nn.Module],
+    progress: Callable[[int, int], None] | None = None,
+) -> SuperLoRA:
+    """Return the plan with what is computed from the weights of the model.
+
+    Quantized weights are dequantized. The plan is returned as it is if the weights are on the meta device.
+
+    Raises
+    ------
+    TargetError
+        If a weight has no values that can be read.
+    """
+    devices = {tensor.device.type for owner in owners for tensor in [*owner.parameters(), *owner.buffers()]}
+    if is_bound(plan) or "meta" in devices:
+        return plan
+
+    def weight(index: int) -> Tensor:
+        weight = _dequantized_rows(plan, targets[index], owners[index]).cpu()
+        return weight if weight.dtype is torch.float64 else weight.float()
+
+    return plan.with_base(weight, progress)
+
+
+def fill(state: AdapterState) -> None:
+    """Compute the arrays of an adapter that was attached on the meta device, now that the weights have values."""
+    if not is_bound(state.plan):
+        owners = [slot.owner for slot in state.slots[: len(state.targets)]]
+        state.plan.fill(bound(state.plan, state.targets, owners))
+
+
+def _what(plan: SuperLoRA) -> str:
+    if plan.weight_param_shapes:
+        return f"apply={plan.config.apply!r}"
+    return f"start={plan.config.start!r}" if plan.point.needs_base else "FromBase"
+
+
+def _dequantized_rows(plan: SuperLoRA, target: Target, owner: nn.Module) -> Tensor:
+    weight = numbers(owner, target.parameter)
+    if weight is None:
+        raise TargetError(
+            f"the adapter has arrays that are computed from the base weights ({_what(plan)}), and the values of "
+            f"{target.name} cannot be read: register its layer type with tnadapt.torch.register_quantized"
+            + ("" if plan.weight_param_shapes else ", or give the arrays as given=")
+        )
+    found: Tensor = target.select(weight)
+    return found

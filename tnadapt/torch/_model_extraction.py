@@ -14,18 +14,15 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
 from tnadapt.decomposition import FitReport, Settings, Step, smallest_rank
 from tnadapt.errors import ShapeError, TargetError, escaped, safe_repr, warn
-from tnadapt.targets.overlaps import check_distinct
-from tnadapt.targets.target import Target
+from tnadapt.targets.target import Target, check_distinct
 
 from . import _merging as merging
 from ._adapter import Adapter
-from ._attach import attach, check_name
-from ._config_patterns import of_patterns
-from ._kept_parameters import matching
+from ._attach import attach, check_name, matching
+from ._delta_cache import gather_full
 from ._registry import overlapping
-from ._sharding import gather_full
 from ._state import AdapterState
-from ._target_selection import find_targets
+from ._target_selection import find_targets, of_patterns
 
 __all__ = ["extract"]
 

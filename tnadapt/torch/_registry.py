@@ -2,22 +2,177 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from tnadapt.argument_checks import is_sequence
-from tnadapt.errors import ConfigError, TargetError, safe_repr
+from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.argument_checks import checks_arguments, is_sequence
+from tnadapt.backends.fixed_arrays import FixedArrays
+from tnadapt.errors import ConfigError, TargetError, integer, safe_repr, warn
 
+from ._delta_cache import all_or_none
 from ._forward_patch import ForwardPatch
-from ._idle_caches import trim_idle
-from ._state import ADAPTERS_ATTR, AdapterState, need_unmerged
-from ._transaction import all_or_none
+from ._quantized import quantized_type
+from ._state import ADAPTERS_ATTR, AdapterState, Idle, UntiedWeight, is_array, need_unmerged
 
-__all__ = ["attached", "mix", "overlapping", "refuse_merged", "set_weight"]
+__all__ = [
+    "DEFAULT_LIMIT",
+    "AdapterMethod",
+    "TransformersModel",
+    "attached",
+    "drawn",
+    "forget_draws",
+    "freeze",
+    "held_by_draws",
+    "mix",
+    "overlapping",
+    "prepare",
+    "put_back",
+    "refuse_merged",
+    "restore",
+    "set_cache_limit",
+    "set_weight",
+    "trim_idle",
+    "untie",
+]
+
+
+# -- The draws that an adapter's plan keeps: counted, and given back ---------------------------------------------------
+
+
+def drawn(plan: SuperLoRA) -> Iterator[FixedArrays]:
+    """Yield what a plan keeps that can be computed again from its integers: draws, frozen and initial arrays."""
+    for group in plan.arrays_plan.groups:
+        yield from group.projection.map.components()
+        yield from group.start.components()
+        yield from group.frozen.components()
+    if plan.theta is not None:
+        for part in plan.theta.parts:
+            yield from part.projection.map.components()
+
+
+def held_by_draws(several: Iterable[FixedArrays]) -> int:
+    """Return the bytes of arrays on the host and, where they are others, on devices; each counted once."""
+    arrays: dict[int, int] = {}
+    spare: dict[int, int] = {}
+    for one in several:
+        spare[id(one)] = one.spare_bytes
+        for host in one.kept.values():
+            arrays[host.__array_interface__["data"][0]] = host.nbytes
+        for placed in one.placed.values():
+            memory = placed.untyped_storage() if hasattr(placed, "untyped_storage") else None
+            if memory is not None:
+                arrays[memory.data_ptr()] = memory.nbytes()
+    return sum(arrays.values()) + sum(spare.values())
+
+
+def forget_draws(plan: SuperLoRA, but: Collection[int]) -> None:
+    """Give back what a plan keeps, except for objects with these ids, which others use."""
+    for one in drawn(plan):
+        if id(one) not in but:
+            one.free()
+
+
+# -- What adapters keep that do not act: up to a number of bytes for each model ----------------------------------------
+
+# An adapter that has acted keeps what makes the next pass fast: its updates, and the draws of its F. Once others are
+# activated in its place, that memory is of use only if it comes back. Beyond the limit, the adapters that have been
+# idle longest lose theirs, which is computed again when they act.
+
+
+#: Bytes that the idle adapters of a model keep together, where nothing else was set.
+DEFAULT_LIMIT = 32 * 2**20
+_LIMIT_ATTR = "_tnadapt_cache_limit"
+_turns = itertools.count(1)
+
+
+@checks_arguments
+def set_cache_limit(model: nn.Module, limit: int) -> None:
+    """Set how many bytes the inactive adapters of a model keep together, so that they are fast once they come back.
+
+    Parameters
+    ----------
+    model : Module
+        The one that the adapters are attached to.
+    limit : int
+        In bytes. The default is 32 MiB. 0 keeps nothing of an adapter that is deactivated.
+
+    Raises
+    ------
+    ConfigError
+        If the limit is not an integer of at least 0.
+
+    Notes
+    -----
+    An adapter that has acted without gradients keeps its updates (unless its layers apply them as factors) and the
+    draws of its F. The limit counts those of adapters whose weight is 0, after :meth:`Adapter.activate`,
+    :func:`mix` or the end of ``with rows(...)``; beyond it, those that were idle longest lose theirs. Active adapters
+    keep what they need, whatever the limit is. Adapters with the same F share its draws.
+
+    Examples
+    --------
+    >>> import torch, tnadapt.torch
+    >>> model = torch.nn.TransformerEncoderLayer(8, 2, batch_first=True)
+    >>> adapter = tnadapt.torch.attach(model)
+    >>> set_cache_limit(model, 100 * 2**20)
+    """
+    model.__dict__[_LIMIT_ATTR] = integer("limit", limit, 0, 1 << 62, ConfigError)
+
+
+def trim_idle(states: Iterable[AdapterState]) -> None:
+    """Note which of a model's adapters are idle now, and free what they keep beyond the limit.
+
+    Parameters
+    ----------
+    states : iterable of AdapterState
+        All adapters of the model.
+    """
+    states = list(states)
+    new, total = list[AdapterState](), 0
+    for state in states:
+        if state.weight != 0.0 or state.by_rows:
+            state.idle = None
+        elif state.idle is None:
+            new.append(state)
+        else:
+            total += state.idle.held
+    for state in new:
+        state.idle = Idle(next(_turns), _bytes_held(state))
+        total += state.idle.held
+    limits = [state.model.__dict__[_LIMIT_ATTR] for state in states if _LIMIT_ATTR in state.model.__dict__]
+    limit = min(limits, default=DEFAULT_LIMIT)
+    if total <= limit:
+        return
+    idle = [(state.idle, state) for state in states if state.idle is not None and state.idle.held]
+    used = {id(one) for state in states if state.idle is None for one in drawn(state.plan)}
+    for own, state in sorted(idle, key=lambda pair: pair[0].turn):
+        if total <= limit:
+            break
+        total -= own.held
+        _forget(state, used)
+        state.idle = own._replace(held=0)
+
+
+def _bytes_held(state: AdapterState) -> int:
+    """Return the bytes that an adapter keeps beyond its own parameters."""
+    made = 0 if state.made is None else state.made.held()
+    return state.cache.held() + state.quotients.held() + made + held_by_draws(drawn(state.plan))
+
+
+def _forget(state: AdapterState, used: set[int]) -> None:
+    state.clear_cache()
+    forget_draws(state.plan, used)
+
+
+# -- The adapters that are attached to a model, and the weights of their mix -------------------------------------------
 
 
 def attached(model: nn.Module) -> dict[str, AdapterState]:
@@ -129,3 +284,310 @@ def _finite(weight: float) -> float:
     if not abs(number) <= torch.finfo(torch.float32).max:
         raise ConfigError(f"a mixing weight must be a finite number; got {safe_repr(weight)}")
     return number
+
+
+# -- Freezing of the base model: frozen while any adapter is attached, restored when the last one is detached ----------
+
+
+def freeze(adapter: AdapterState) -> None:
+    """Turn off ``requires_grad`` in the adapter's model, except where an adapter there keeps a parameter trainable."""
+    free: set[int] = set()
+    before: dict[int, bool] = {}
+    for other in [*overlapping(adapter.model), adapter]:
+        free.update(id(parameter) for name, parameter in _base(other) if name in other.kept)
+        before.update((id(parameter), other.was_trainable[name]) for name, parameter in _recorded(other))
+    for name, parameter in _base(adapter):
+        # The state before the first adapter, which the last one to be detached restores.
+        adapter.was_trainable[name] = before.get(id(parameter), parameter.requires_grad)
+        parameter.requires_grad_(id(parameter) in free)
+
+
+def restore(adapter: AdapterState) -> None:
+    """Undo what ``attach`` did to the base, except where another adapter still needs it."""
+    for module, name, parameter in adapter.untied:
+        module._parameters[name] = parameter
+    others = [other for other in overlapping(adapter.model) if other is not adapter]
+    needed = {id(parameter) for other in others for _, parameter in _recorded(other)}
+    for name, parameter in _recorded(adapter):
+        if id(parameter) not in needed:
+            parameter.requires_grad_(adapter.was_trainable[name])
+
+
+def untie(adapter: AdapterState, name: str) -> None:
+    """Replace a tied weight of the adapter's model by its own copy."""
+    model = adapter.model
+    module, _, parameter = name.rpartition(".")
+    owner = model.get_submodule(module)
+    old = owner._parameters[parameter]
+    assert old is not None
+    own = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+    adapter.untied.append(UntiedWeight(owner, parameter, old))
+    owner._parameters[parameter] = own
+
+
+def _base(adapter: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of the adapter's model that do not belong to an adapter."""
+    for name, parameter in adapter.model.named_parameters():
+        if not is_array(name):
+            yield name, parameter
+
+
+def _recorded(adapter: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
+    """Return the base parameters whose original ``requires_grad`` the adapter has recorded."""
+    return ((name, parameter) for name, parameter in _base(adapter) if name in adapter.was_trainable)
+
+
+# -- What a quantized model needs while an adapter is attached to it, undone when the last one is detached -------------
+
+# - Layers whose library would change them in evaluation are told not to (:meth:`QuantizedLayer.while_attached`).
+# - Layers that pass no gradient to their input and are not adapted are named in a warning.
+
+
+class _Setting(NamedTuple):
+    """An attribute of a module, and its value before it was set."""
+
+    module: nn.Module
+    name: str
+    before: Any
+
+
+def prepare(state: AdapterState) -> None:
+    """Set what a quantized model needs for an adapter; what was there is recorded in ``state.settings``."""
+    adapted = {id(patch.host) for patch in state.patches}
+    blocking = []
+    for path, module in state.model.named_modules():
+        kind = quantized_type(module)
+        if kind is None:
+            continue
+        for name, value in kind.while_attached(module).items():
+            before = getattr(module, name)
+            if before is not value:
+                state.settings.append(_Setting(module, name, before))
+                setattr(module, name, value)
+        if id(module) not in adapted and not kind.passes_gradient(module):
+            blocking.append(path)
+    if blocking:
+        warn(
+            f"{len(blocking)} layers pass no gradient to their input, because they round it ({blocking[0]}, …), so "
+            "that adapters before them learn from a part of their gradient: adapt these layers, too "
+            "(targets='all-linear'), or use a quantization that leaves the input alone",
+        )
+
+
+def put_back(state: AdapterState) -> None:
+    """Undo :func:`prepare`, or leave that to another adapter of these layers; can be called again."""
+    others = [other for other in overlapping(state.model) if other is not state]
+    if others:
+        known = {(id(module), name) for module, name, _ in others[0].settings}
+        others[0].settings += [one for one in state.settings if (id(one.module), one.name) not in known]
+    else:
+        for module, name, before in state.settings:
+            setattr(module, name, before)
+    state.settings = []
+
+
+# -- The methods by which transformers' models manage adapters of PEFT, for those of this library ----------------------
+
+# transformers' own look for layers of PEFT, and raise whatever the lack of them leads to. While adapters are attached,
+# a model has these instead. Where it has adapters of PEFT, too (``model.add_adapter``), the names are PEFT's, and its
+# own methods run.
+#
+# TRL copies a model to vLLM by ``named_parameters``, its own or that of a module around it, which both go through
+# ``named_modules``; under FSDP1, after a walk through ``named_children``. TRL merges the adapters of PEFT models
+# before, and no others: nothing that TRL passes to a model says what for, so its calling function tells.
+
+
+class AdapterMethod:
+    """One of these methods of one model.
+
+    It is an object rather than a closure, so that ``copy.deepcopy`` and ``pickle`` connect a copied model to the copy.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model, self.name = model, name
+
+    @staticmethod
+    def install(model: nn.Module) -> None:
+        """Replace the methods that the model's class has."""
+        for name in _METHODS:
+            if callable(getattr(type(model), name, None)) and name not in model.__dict__:
+                model.__dict__[name] = AdapterMethod(model, name)
+
+    @staticmethod
+    def remove(model: nn.Module) -> None:
+        """Undo :meth:`install`."""
+        for name in _METHODS:
+            if isinstance(model.__dict__.get(name), AdapterMethod):
+                del model.__dict__[name]
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """The method of the model's class, as bound methods have it: torch's compiler compares it."""
+        function: Callable[..., Any] = getattr(type(self.model), self.name)
+        return function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the method."""
+        if getattr(self.model, "peft_config", None):
+            return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+        return _METHODS[self.name](self.model, *args, **kwargs)
+
+
+def _active_adapters(model: nn.Module) -> list[str]:
+    return [name for name, state in attached(model).items() if state.enabled and state.weight != 0.0]
+
+
+def _set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
+    mix(model, dict.fromkeys(_names(adapter_name), 1.0))
+
+
+def _disable_adapters(model: nn.Module) -> None:
+    states = list(attached(model).values())
+    for state in states:
+        need_unmerged(state, "disable_adapters()")
+    for state in states:
+        state.enabled = False
+
+
+def _enable_adapters(model: nn.Module) -> None:
+    for state in attached(model).values():
+        state.enabled = True
+
+
+def _delete_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
+    there = attached(model)
+    lost = [name for name in _names(adapter_names) if name not in there]
+    if lost:
+        raise TargetError(f"no adapter {lost[0]!r} on this model; there are: {', '.join(map(repr, there))}")
+    for name in _names(adapter_names):
+        there[name].handle.detach()
+
+
+def _get_adapter_state_dict(model: nn.Module, adapter_name: str | None = None, state_dict: Any = None) -> None:
+    name = next(iter(attached(model))) if adapter_name is None else adapter_name
+    own = f"tnadapt.torch.adapters(model)[{safe_repr(name)}]"
+    raise TargetError(
+        f"this model has no adapter of PEFT: {own}.arrays() are the arrays of its own, and {own}.save(path) writes them"
+    )
+
+
+def _unless_sent(name: str) -> Callable[..., Any]:
+    """Return a method of the class that raises an error if TRL calls it to send vLLM the weights without adapters."""
+
+    def method(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(2)
+        while caller.f_code.co_name in _PASSED_THROUGH and caller.f_back is not None:
+            caller = caller.f_back
+        place = f"{caller.f_globals.get('__name__')}.{caller.f_code.co_qualname}"
+        if place.startswith("trl.") and "vllm" in place:
+            for state in attached(model).values():
+                if state.managed_by is None and state.merged is None:
+                    raise TargetError(
+                        f"TRL would send vLLM the base weights without adapter {state.name!r}, and its arrays, which "
+                        "vLLM does not have: detach() it and train through tnadapt.torch.peft, by "
+                        "peft_config=TnadaptConfig(…), whose weights TRL merges before it sends them; or train without "
+                        "vLLM"
+                    )
+        return getattr(type(model), name)(model, *args, **kwargs)
+
+    return method
+
+
+def _names(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+#: torch's functions between the caller of ``named_parameters`` and ``named_modules`` of a module inside.
+_PASSED_THROUGH = ("named_parameters", "_named_members", "named_modules")
+_METHODS: dict[str, Callable[..., Any]] = {
+    "active_adapters": _active_adapters,
+    "set_adapter": _set_adapter,
+    "disable_adapters": _disable_adapters,
+    "enable_adapters": _enable_adapters,
+    "delete_adapter": _delete_adapter,
+    "get_adapter_state_dict": _get_adapter_state_dict,
+    "named_children": _unless_sent("named_children"),
+    "named_modules": _unless_sent("named_modules"),
+}
+
+
+# -- What a transformers model has to know about its adapters: when it is saved, and when its Trainer asks -------------
+
+# transformers knows PEFT's adapters alone. Two of its methods would go wrong with others: ``save_pretrained``, which
+# writes a model that loads without its adapter; and the Trainer, which refuses to train a quantized model unless an
+# adapter is on it. (A model from a GGUF file counts as quantized, although its weights are dequantized.) Those that
+# switch and list adapters are in :mod:`tnadapt.torch._registry`.
+
+
+_SAVE = "save_pretrained"
+# The attribute by which transformers tells that a model has adapters.
+_HAS_ADAPTERS = "_hf_peft_config_loaded"
+
+
+class TransformersModel:
+    """Replaces ``save_pretrained`` of one model while adapters are attached, and marks a quantized one as adapted.
+
+    It is an object rather than a closure, so that ``copy.deepcopy`` and ``pickle`` connect a copied model to the copy.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        #: Whether the mark is this package's.
+        self.marked = bool(getattr(model, "is_quantized", False)) and getattr(model, _HAS_ADAPTERS, None) is False
+
+    @staticmethod
+    def install(model: nn.Module) -> None:
+        """Prepare a model with an adapter, if it is one of transformers'."""
+        if not callable(getattr(type(model), _SAVE, None)) or _SAVE in model.__dict__:
+            return
+        own = model.__dict__[_SAVE] = TransformersModel(model)
+        AdapterMethod.install(model)
+        if own.marked:
+            model.__dict__[_HAS_ADAPTERS] = True
+
+    @staticmethod
+    def remove(model: nn.Module) -> None:
+        """Undo :meth:`install` once the last adapter is gone."""
+        own = model.__dict__.get(_SAVE)
+        if not isinstance(own, TransformersModel) or model.__dict__.get(ADAPTERS_ATTR):
+            return
+        AdapterMethod.remove(model)
+        if own.marked:
+            model.__dict__.pop(_HAS_ADAPTERS, None)
+        del model.__dict__[_SAVE]
+
+    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save the model as its class does, with a warning if the result would load without its adapters.
+
+        With merged adapters the weights are the result: their arrays are left out.
+        """
+        states = attached(self.model).values()
+        unmerged = [state.name for state in states if state.merged is None]
+        if unmerged:
+            listed = ", ".join(map(repr, unmerged))
+            warnings.warn(
+                f"save_pretrained writes the whole {type(self.model).__name__}, with the arrays of adapter {listed} "
+                "beside the unchanged base: from_pretrained will load the base without its effect. To save the adapter "
+                f"alone, call tnadapt.torch.adapters(model)[{unmerged[0]!r}].save_pretrained(folder). To save the "
+                "changed model, call merge() of the adapter first. For a Trainer's checkpoints, call "
+                "tnadapt.torch.adapter_checkpoints(trainer) before train()",
+                stacklevel=2,
+            )
+        elif states and kwargs.get("state_dict") is None and not args:
+            found = self.model.state_dict()
+            kwargs["state_dict"] = {name: value for name, value in found.items() if not is_array(name)}
+        cls: Any = type(self.model)
+        with self._unmarked():
+            return cls.save_pretrained(self.model, save_directory, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _unmarked(self) -> Iterator[None]:
+        # A marked model would be saved in PEFT's format.
+        if not self.marked:
+            yield
+            return
+        self.model.__dict__.pop(_HAS_ADAPTERS, None)
+        try:
+            yield
+        finally:
+            self.model.__dict__[_HAS_ADAPTERS] = True

@@ -3,22 +3,438 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tnadapt.errors import ConfigError, TargetError, safe_repr
+from tnadapt.targets.target import RowIndices, Target
 
-from ._experts import sees_tokens_in_order
-from ._idle_caches import trim_idle
+from ._experts_forward import is_read
+from ._forward_pass import PatchedParameter, delta, drops_input, factors
+from ._linear import add_features
 from ._quantized import is_embedding
-from ._registry import attached, overlapping
-from ._row_assignment import RowAssignment, entered
-from ._row_pass import check_usable, row_runner
-from ._state import AdapterState
+from ._registry import attached, overlapping, trim_idle
+from ._state import AdapterSlot, AdapterState, RowAssignment, RowRunner, assignment_of, entered, mixing_weight
+from ._strategy_choice import MACHINES
+from ._weights import sees_tokens_in_order
 
-__all__ = ["BASE", "assigned", "rows"]
+__all__ = [
+    "BASE",
+    "add_changes",
+    "assigned",
+    "check_usable",
+    "grouped",
+    "looped",
+    "row_runner",
+    "rows",
+]
+
+
+# -- What the adapters of groups of rows add to a layer's output, low-rank updates by grouped products -----------------
+
+# The plain form is a loop over groups: :func:`looped`. Where each group's adapter has one low-rank matrix for the same
+# target, and all have the same shape, the factors are stacked, and two batched products serve all groups.
+
+
+#: The rows of a group, and its adapter's slots in the layer.
+Slots = tuple[Sequence[int], Sequence[AdapterSlot]]
+Output = Callable[[AdapterSlot, Tensor], Tensor]
+#: Rows and what is added to them, by the features that they are added to.
+Changes = dict[Target | None, list[tuple[Sequence[int], Tensor]]]
+
+
+def add_changes(
+    output: Output, assignment: RowAssignment, groups: Sequence[Slots], x: Tensor, y: Tensor, in_place: bool
+) -> Tensor:
+    """Return y plus the changes of all groups; x and y are ``(names, rows of each, features)``."""
+    acting = [(rows, slots) for rows, slots in groups if slots]
+    found = grouped(assignment, acting, x)
+    if found is None:
+        found = looped(output, assignment, acting, x)
+    for target, several in found.items():
+        rows = [row for numbers, _ in several for row in numbers]
+        change = torch.cat([part for _, part in several]) if len(several) > 1 else several[0][1]
+        y = _plus(y, target, assignment.index(rows, y.device), change.to(y.dtype), in_place)
+    return y
+
+
+def looped(output: Output, assignment: RowAssignment, groups: Sequence[Slots], x: Tensor) -> Changes:
+    """Compute each group's changes alone."""
+    found: Changes = {}
+    for rows, slots in groups:
+        part = x.index_select(0, assignment.index(rows, x.device))
+        for slot in slots:
+            key = slot.target if slot.target.rows is not None else None
+            if slot.strategy == "weight":
+                update = delta(slot)
+                autocast = torch.is_autocast_enabled(x.device.type)
+                made = torch.nn.functional.linear(part, update.to(x.device) if autocast else update.to(x))
+            else:
+                made = output(slot, part)
+            found.setdefault(key, []).append((rows, made))
+    return found
+
+
+def grouped(assignment: RowAssignment, groups: Sequence[Slots], x: Tensor) -> Changes | None:
+    """Compute the changes of all groups by batched products; None where these do not apply."""
+    first = groups[0][1]
+    if len(groups) == 1 or not _are_alike(groups):
+        return None
+    order = [row for rows, _ in groups for row in rows]
+    counts = {len(rows) for rows, _ in groups}
+    if len(counts) > 1:
+        numbers = [place for place, (rows, _) in enumerate(groups) for _ in rows]
+    found: Changes = {}
+    blocks = x.index_select(0, assignment.index(order, x.device))
+    for place, slot in enumerate(first):
+        several = [factors(slots[place]) for _, slots in groups]
+        pairs = [one.terms[0][0] for one in several]
+        if any(pair.right is None or pair.left.shape != pairs[0].left.shape for pair in pairs):
+            return None
+        if len({(pair.left.dtype, pair.left.device) for pair in pairs}) > 1 or pairs[0].left.device != x.device:
+            return None
+        scales = [
+            one.scale * mixing_weight(slots[place].adapter) for one, (_, slots) in zip(several, groups, strict=True)
+        ]
+        # Different scales multiply the factors one by one: a tensor of scales would be copied to the device.
+        lefts = [pair.left for pair in pairs]
+        if len(set(scales)) > 1:
+            lefts = [left * scale for left, scale in zip(lefts, scales, strict=True)]
+        left, right = torch.stack(lefts), torch.stack([cast(Tensor, pair.right) for pair in pairs])
+        if len(set(scales)) == 1 and scales[0] != 1.0:
+            left = left * scales[0]
+        given = blocks if torch.is_autocast_enabled(x.device.type) else blocks.to(left.dtype)
+        if len(counts) > 1:
+            # A copy of the factors for each row: narrow matrices, and fewer calls than groups.
+            index = assignment.index(numbers, x.device)
+            left, right = left.index_select(0, index), right.index_select(0, index)
+        else:
+            given = given.reshape(len(groups), -1, given.shape[-1])
+        made = torch.bmm(torch.bmm(given, right), left.mT).reshape(*blocks.shape[:-1], left.shape[1])
+        found.setdefault(slot.target if slot.target.rows is not None else None, []).append((order, made))
+    return found
+
+
+def _are_alike(groups: Sequence[Slots]) -> bool:
+    """Return whether all groups update the same features, each by one low-rank matrix."""
+    targets = [slot.target for slot in groups[0][1]]
+    for _, slots in groups:
+        if [slot.target for slot in slots] != targets:
+            return False
+        for slot in slots:
+            plain = slot.factoring is not None and slot.factoring.is_plain
+            if slot.strategy != "factored" or not plain or slot.adapter.activation is not None:
+                return False
+    return True
+
+
+def _plus(y: Tensor, target: Target | None, rows: Tensor, change: Tensor, in_place: bool) -> Tensor:
+    """Return y with a change added to some rows, and there to the features of the target's rows."""
+    part, own = y, None if target is None else target.rows
+    if target is not None and isinstance(own, RowIndices):
+        found = add_features(y.index_select(0, rows), target, change)
+        return y.index_copy_(0, rows, found) if in_place else y.index_copy(0, rows, found)
+    assert not isinstance(own, RowIndices)
+    if own is not None:
+        blocks = y.view(*y.shape[:-1], own.count, own.stride) if in_place else y.reshape(*y.shape[:-1], own.count, -1)
+        part = blocks[..., own.start : own.start + own.length]
+        change = change.reshape(*change.shape[:-1], own.count, own.length)
+    if in_place:
+        part.index_add_(0, rows, change)
+        return y
+    part = part.index_add(0, rows, change)
+    if own is None:
+        return part
+    return torch.cat([blocks[..., : own.start], part, blocks[..., own.start + own.length :]], -1).reshape(y.shape)
+
+
+# -- A layer's forward with one adapter, or none, for each row of the batch --------------------------------------------
+
+# Rows of one adapter form a group. There are three ways to run the groups; the last one is the reference for the
+# others, and tests compare them.
+#
+# - *shared*: one product with the base weight for all rows, and for each group what its adapter adds to the output.
+#   Low-rank updates of equal shapes are two grouped products for all groups together (:mod:`._grouped_products`). For
+#   updates that factor or are added to the output, and for those that are added to the weight where a group has so few
+#   tokens that a second product costs less than forming the sum.
+# - *by group*: the layer's forward on the rows of each group.
+# - *selected*: the forward on the whole batch for each distinct adapter, of which its own rows are kept. For modules
+#   that read a child's weight and have several tensors as inputs, such as masks, in which rows cannot be told apart.
+
+
+Placed = tuple[PatchedParameter, AdapterSlot]
+#: The rows of a group, and the slots that act on them.
+Group = tuple[Sequence[int], Sequence[Placed]]
+
+
+class RowPatch(Protocol):
+    """The interface of a forward patch that is needed here."""
+
+    host: nn.Module
+    is_plain: bool
+    looks_up: bool
+    weights: list[PatchedParameter]
+
+    def acting(self, alone: bool = True) -> list[Placed]:
+        """Return the slots of active adapters."""
+
+    def run(self, acting: Sequence[Placed], args: Any, kwargs: Any, drop: bool = True) -> Any:
+        """Run the forward with these slots."""
+
+    def output(self, slot: AdapterSlot, x: Tensor) -> Tensor:
+        """Return what a slot adds to the output."""
+
+    def rescaled(self, y: Tensor, added: list[AdapterSlot]) -> Tensor:
+        """Return the output with the features scaled that a magnitude scales."""
+
+
+def check_usable(state: AdapterState, named: bool) -> None:
+    """Raise a TargetError if an adapter is merged, or disabled although rows name it."""
+    if state.merged is not None:
+        raise TargetError(
+            f"adapter {state.name!r} is merged into the base, and so into every row: unmerge() it before rows()"
+        )
+    if named and not state.enabled:
+        raise TargetError(f"adapter {state.name!r} is disabled, and rows() names it: leave disabled() first")
+
+
+_runner: RowRunner | None = None
+
+
+def row_runner() -> RowRunner:
+    """Return :func:`run_by_rows` as a function that compilers call outside their programs.
+
+    It is made when rows are first used: importing torch's compiler takes a second.
+    """
+    global _runner  # Dynamo warns of functools.cache
+    if _runner is None:
+        _runner = torch.compiler.disable(run_by_rows, reason="tnadapt.torch.rows() divides a layer's rows")  # type: ignore[no-untyped-call]
+    return _runner
+
+
+def run_by_rows(patch: RowPatch, args: Any, kwargs: Any) -> Any:
+    """Run a patched forward; some thread has rows for one of its adapters, not necessarily this one."""
+    slots = [slot for patched in patch.weights for slot in patched.slots]
+    assignment = next((found for slot in slots if (found := assignment_of(slot.adapter)) is not None), None)
+    if assignment is None:
+        return patch.run(patch.acting(), args, kwargs)
+    for slot in slots:
+        if slot.adapter in assignment.governed:
+            slot.adapter.threads.add(threading.get_ident())
+            check_usable(slot.adapter, slot.adapter in assignment.groups)
+    acting = patch.acting(alone=False)
+    always = [placed for placed in acting if placed[1].adapter not in assignment.governed]
+    of_adapter: dict[AdapterState | None, list[Placed]] = {}
+    for placed in acting:
+        of_adapter.setdefault(placed[1].adapter, []).append(placed)
+    groups: list[Group] = []
+    # Adapters that do not act in this layer leave the base's rows, which are one group.
+    rest: list[int] = []
+    for state, numbers in assignment.groups.items():
+        if state in of_adapter:
+            groups.append((numbers, [*of_adapter[state], *always]))
+        else:
+            rest += numbers
+    if rest:
+        groups.append((sorted(rest), always))
+    if len(groups) == 1:
+        if len(assignment.names) > 1:
+            _checked(
+                patch, assignment, next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
+            )
+        return patch.run(groups[0][1], args, kwargs)
+    return _run_groups(patch, assignment, groups, args, kwargs)
+
+
+def _run_groups(patch: RowPatch, assignment: RowAssignment, groups: list[Group], args: Any, kwargs: Any) -> Any:
+    tensors = _tensors(patch, args, kwargs)
+    x = _checked(patch, assignment, next(iter(tensors), None))
+    if len(tensors) > 1:
+        return selected(patch, assignment, groups, len(x), args, kwargs)
+    if len(args) == 1 and not kwargs and _is_linear(patch):
+        tokens = math.prod(x.shape[:-1]) // len(assignment.names)
+        if all(_is_light(patch, group, tokens, x) for group in groups):
+            return shared(patch, assignment, groups, x)
+    return by_group(patch, assignment, groups, x, args, kwargs)
+
+
+# -- Ways ------------------------------------------------------------------------------------------------------
+
+
+def shared(patch: RowPatch, assignment: RowAssignment, groups: list[Group], x: Tensor) -> Tensor:
+    """Run one product with the base weight, and add what each group's adapter adds."""
+    always = [placed for placed in groups[0][1] if placed[1].adapter not in assignment.governed]
+    y = patch.run(always, (x,), {})
+    own = [(rows, [slot for _, slot in slots if slot.adapter in assignment.governed]) for rows, slots in groups]
+    number = len(assignment.names)
+    # Rows of one name are consecutive.
+    blocks, wide = x.reshape(number, -1, x.shape[-1]), y.reshape(number, -1, y.shape[-1])
+    fresh = patch.is_plain and not torch.is_grad_enabled()
+    wide = add_changes(patch.output, assignment, own, blocks, wide, fresh)
+    for rows, slots in own:
+        if any(slot.adapter.plan.applying.rescales for slot in slots):
+            index = assignment.index(rows, x.device)
+            wide = wide.index_copy(0, index, patch.rescaled(wide.index_select(0, index), slots))
+    return wide.reshape(y.shape)
+
+
+def by_group(patch: RowPatch, assignment: RowAssignment, groups: list[Group], x: Tensor, args: Any, kwargs: Any) -> Any:
+    """Run the forward on the rows of each group."""
+    number = len(assignment.names)
+    blocks = x.reshape(number, -1, *x.shape[1:])
+    outputs, order = [], list[int]()
+    for rows, slots in groups:
+        part = blocks.index_select(0, assignment.index(rows, x.device)).reshape(-1, *x.shape[1:])
+        outputs.append(patch.run(slots, _exchanged(part, args), _exchanged(part, kwargs)))
+        order += rows
+    back = sorted(range(number), key=order.__getitem__)
+
+    def joined(*parts: Tensor) -> Tensor:
+        _check_output(patch, parts, [len(rows) * blocks.shape[1] for rows, _ in groups])
+        several = [part.reshape(len(rows), -1, *part.shape[1:]) for part, (rows, _) in zip(parts, groups, strict=True)]
+        found = torch.cat(several).index_select(0, assignment.index(back, parts[0].device))
+        return found.reshape(-1, *found.shape[2:])
+
+    return _zipped(patch, joined, outputs)
+
+
+def selected(
+    patch: RowPatch, assignment: RowAssignment, groups: list[Group], length: int, args: Any, kwargs: Any
+) -> Any:
+    """Run the forward on the whole batch for each group, and keep the group's rows."""
+    outputs = [patch.run(slots, args, kwargs) for _, slots in groups]
+    number = len(assignment.names)
+
+    def joined(*parts: Tensor) -> Tensor:
+        _check_output(patch, parts, [length] * len(parts))
+        several = [part.reshape(number, -1, *part.shape[1:]) for part in parts]
+        found = several[0]
+        for (rows, _), part in zip(groups[1:], several[1:], strict=True):
+            index = assignment.index(rows, part.device)
+            found = found.index_copy(0, index, part.index_select(0, index))
+        return found.reshape(parts[0].shape)
+
+    return _zipped(patch, joined, outputs)
+
+
+def _is_linear(patch: RowPatch) -> bool:
+    """Return whether all updates can be added to the output of the host, from its input."""
+    if patch.looks_up:
+        return False  # indices are not multiplied
+    slots = [slot for patched in patch.weights for slot in patched.slots]
+    return not any(is_read(slot) for slot in slots) or (patch.is_plain and isinstance(patch.host, nn.Linear))
+
+
+def _is_light(patch: RowPatch, group: Group, tokens: int, x: Tensor) -> bool:
+    """Return whether a group's update is better added to the output."""
+    rows, slots = group
+    machine = MACHINES.get(x.device.type, MACHINES["cpu"])
+    for patched, slot in slots:
+        if drops_input(slot, patch.host):
+            return False
+        if slot.strategy != "weight":
+            continue
+        # A second product, for each element of the weight, against reading W and ΔW, writing the sum and reading it.
+        product, summing = 2.0 * tokens * len(rows) / machine.operations, 16.0 / machine.bytes
+        if not patched.sums or product > summing:
+            return False
+    return True
+
+
+# -- Rows ------------------------------------------------------------------------------------------------------
+
+
+def _checked(patch: RowPatch, assignment: RowAssignment, x: Tensor | None) -> Tensor:
+    """Return the input if its first dimension consists of the rows, or raise a TargetError."""
+    wanted = len(assignment.names)
+    if x is None or x.ndim < 2 or x.is_nested:
+        got = "no tensor" if x is None else "a nested tensor" if x.is_nested else f"an input of shape {tuple(x.shape)}"
+        raise TargetError(f"rows() needs layers whose input has rows, and {_name(patch)} got {got}")
+    length = x.shape[0]
+    if length % wanted:
+        raise TargetError(
+            f"rows() has {wanted} names, and {_name(patch)} got an input of shape {tuple(x.shape)}: its first "
+            f"dimension must be {wanted}, or a multiple of it, in which each name stands for consecutive rows"
+        )
+    if x.ndim > 2 and length != wanted and x.shape[1] == wanted > 1:
+        raise TargetError(
+            f"rows() has {wanted} names, and {_name(patch)} got an input of shape {tuple(x.shape)}, whose first or "
+            f"second dimension could be the batch: if it is the first, give a name for each of its {length} rows"
+        )
+    return x
+
+
+def _name(patch: RowPatch) -> str:
+    # Adapters may be attached to the model and to a module in it: the longest path is that of the model.
+    slot = max(patch.weights[0].slots, key=lambda slot: len(slot.target.name))
+    return slot.target.module if slot.owner is patch.host else f"{type(patch.host).__name__}, around {slot.target.name}"
+
+
+# -- Inputs and outputs ----------------------------------------------------------------------------------------
+
+_SIMPLE = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+def _tensors(patch: RowPatch, args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the distinct tensors among arguments, in order."""
+    found: dict[int, Tensor] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found[id(value)] = value
+        elif isinstance(value, (tuple, list)):
+            for one in value:
+                look(one)
+        elif isinstance(value, Mapping):
+            for one in value.values():
+                look(one)
+        elif not isinstance(value, _SIMPLE):
+            raise TargetError(
+                f"{_name(patch)} got a {type(value).__name__}, which may keep state between calls, and rows() would "
+                "call it once for each adapter: run the rows of each adapter on their own, after activate()"
+            )
+
+    look((args, kwargs))
+    return list(found.values())
+
+
+def _exchanged(part: Tensor, value: Any) -> Any:
+    """Return arguments with another tensor in the place of their only one."""
+    if isinstance(value, Tensor):
+        return part
+    if isinstance(value, (tuple, list)):
+        return type(value)([_exchanged(part, one) for one in value])
+    return {key: _exchanged(part, one) for key, one in value.items()} if isinstance(value, Mapping) else value
+
+
+def _zipped(patch: RowPatch, joined: Callable[..., Tensor], outputs: Sequence[Any]) -> Any:
+    """Join the outputs of all groups, tensor by tensor."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return joined(*outputs)
+    if type(first) in (tuple, list):
+        return type(first)([_zipped(patch, joined, several) for several in zip(*outputs, strict=True)])
+    if first is None:
+        return None
+    raise TargetError(f"rows() cannot divide the output of {_name(patch)}, a {type(first).__name__}")
+
+
+def _check_output(patch: RowPatch, parts: Sequence[Tensor], sizes: Sequence[int]) -> None:
+    for part, size in zip(parts, sizes, strict=True):
+        if part.ndim == 0 or part.shape[0] != size:
+            raise TargetError(
+                f"rows() cannot divide the output of {_name(patch)}: of {size} rows it made a tensor of shape "
+                f"{tuple(part.shape)}"
+            )
+
+
+# -- One adapter, or none, for each row of a batch ---------------------------------------------------------------------
+
 
 #: PEFT's name for no adapter.
 BASE = "__base__"

@@ -6,8 +6,13 @@ public interface of such a state; no module below imports that class, so there a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -15,16 +20,13 @@ from torch import Tensor, nn
 
 from tnadapt.algebra.factoring import Factoring
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.backends.constant_result import constant_result
+from tnadapt.backends.backend import constant_result
 from tnadapt.checkpoints.fingerprint import Fingerprint
 from tnadapt.checkpoints.pretrained_model import Pretrained
-from tnadapt.errors import ConfigError, TargetError
+from tnadapt.errors import ConfigError, ShapeError, TargetError, warn
 from tnadapt.targets.target import Target
 
-from ._delta_cache import DeltaCache
-from ._quotient import QuotientCache
-from ._shared_references import SharedReferences
-from ._theta_arrays import ThetaArrays
+from ._delta_cache import DeltaCache, QuotientCache, ThetaArrays, copy_all, gather_full, reshard
 
 __all__ = [
     "ADAPTERS_ATTR",
@@ -34,16 +36,65 @@ __all__ = [
     "AdapterState",
     "Idle",
     "Merged",
+    "RowAssignment",
     "RowRunner",
+    "SharedReferences",
     "UntiedWeight",
+    "assignment_of",
+    "checked_pairs",
+    "current",
+    "deltas",
     "encoded",
+    "entered",
+    "full_arrays",
     "is_array",
+    "load_arrays",
+    "mixing_weight",
+    "named_parameters",
     "need_attached",
     "need_linear",
     "need_unmerged",
     "not_a_sum",
+    "pairs",
+    "register_in",
     "weight_on",
+    "weight_params",
 ]
+
+
+# -- The models that share the base's tensors with an adapter's model: references of preference training ---------------
+
+
+class SharedReferences:
+    """The references of one adapter's model, as long as something else uses them; a copy of the adapter has none."""
+
+    def __init__(self) -> None:
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def add(self, model: nn.Module) -> None:
+        """Remember a model without keeping it alive."""
+        self._models.add(model)
+
+    def warn_of_merge(self, adapter: str) -> None:
+        """Warn that a merge changes the references that are still there."""
+        if self._models:
+            gc.collect()  # modules are in cycles, so one that was deleted may be there still
+        if self._models:
+            warn(
+                f"adapter {adapter!r} is merged into weights that a reference_model() of this model shares, so the "
+                "reference changes, too. If it is still used, unmerge() first, or merge into a copy that was loaded "
+                "for it; if not, delete it before the merge",
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedReferences:
+        return SharedReferences()
+
+    def __reduce__(self) -> tuple[type[SharedReferences], tuple[()]]:
+        return SharedReferences, ()
+
+
+# -- The state of an adapter, which the modules of this package share, and where a model keeps it ----------------------
+
 
 #: Prefix of the names of an adapter's parameters on its model.
 PREFIX = "tnadapt_"
@@ -354,3 +405,184 @@ def need_linear(state: AdapterState, what: str) -> None:
             f"adapter {state.name!r} has {state.activation!r} between its factors (LoDA), so that its update "
             f"depends on the input: {what}. Keep it attached, or train with activation=None"
         )
+
+
+# -- An adapter's arrays: the parameters that hold them, loading new values, and the updates ΔW computed from them -----
+
+
+def named_parameters(state: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters with the arrays' names in the plan."""
+    for array, name in state.parameter_names.items():
+        yield array, state.owner._parameters[name]  # type: ignore[misc]
+
+
+def current(state: AdapterState, names: Sequence[str]) -> list[Tensor]:
+    """Return the named arrays as the model has them at this moment, or as θ makes them."""
+    if state.made is not None:
+        arrays = state.made.get(_parameters(state, list(state.made.theta.shapes)))
+        return [arrays[name] for name in names]
+    return _parameters(state, names)
+
+
+def weight_params(state: AdapterState, index: int) -> list[Tensor]:
+    """Return the parameters that a weight has next to those of its update, as the model has them at this moment."""
+    return _parameters(state, state.plan.weight_param_names[index])
+
+
+def _parameters(state: AdapterState, names: Sequence[str]) -> list[Tensor]:
+    # Looked up at each use: FSDP and load_state_dict(assign=True) replace the parameter objects.
+    return [state.owner._parameters[state.parameter_names[name]] for name in names]  # type: ignore[misc]
+
+
+def full_arrays(state: AdapterState) -> dict[str, Tensor]:
+    """Return all parameters by the names of their arrays; sharded ones are gathered (every process must call)."""
+    return {name: gather_full(parameter) for name, parameter in named_parameters(state)}
+
+
+def deltas(state: AdapterState) -> list[Tensor]:
+    """Return the update of every target; see :meth:`Adapter.deltas`."""
+    need_linear(state, "there is no ΔW")
+    return state.plan.deltas(full_arrays(state))
+
+
+def load_arrays(state: AdapterState, arrays: Mapping[str, Any]) -> None:
+    """Copy arrays into the parameters; see :meth:`Adapter.load_arrays`."""
+    copy_all(checked_pairs(state, arrays))
+
+
+def checked_pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:
+    """Pair each parameter with what to copy into it from an array of a file; raise a ShapeError if they do not fit."""
+    need_unmerged(state, "new arrays")
+    expected = state.plan.param_shapes
+    found = {name: tuple(getattr(array, "shape", ())) for name, array in arrays.items()}
+    if found != expected:
+        wrong = sorted(set(found.items()) ^ set(expected.items()))[:4]
+        raise ShapeError(f"adapter {state.name!r} needs arrays named and shaped as its plan says; differing: {wrong}")
+    return pairs(state, state.plan.from_arrays(arrays))
+
+
+def pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:
+    """Pair each parameter with its new value, in its unit; names and shapes are known to fit."""
+    need_unmerged(state, "new arrays")
+    reshard(state.model, state.owner)
+    return [(parameter, arrays[name]) for name, parameter in named_parameters(state) if name in arrays]
+
+
+def register_in(state: AdapterState, owner: nn.ParameterDict, instead: str) -> None:
+    """Register the parameters in ``owner`` instead of on the model, under their array names with ``_`` for dots.
+
+    The parameters stay the same objects. The caller keeps ``owner`` in the same module tree as the model, so that
+    moving, sharding and copying treat them alike, and removes the adapter with :func:`~._removal.let_go` or
+    :func:`~._removal.let_go_merged`; ``detach()`` and ``bake()`` then raise an error that names ``instead``.
+    """
+    names = {array: array.replace(".", "_") for array in state.parameter_names}
+    left, old = state.owner, list(state.parameter_names.values())
+    # Added to the new owner before they leave the old one: at every moment, lookups find the parameters.
+    for array, parameter in named_parameters(state):
+        owner[names[array]] = parameter
+    try:
+        _move(state, owner, names, instead, left, old)
+    except BaseException:  # finish the move when interrupted: half of it would leave them in two places
+        _move(state, owner, names, instead, left, old)
+        raise
+
+
+def _move(
+    state: AdapterState, owner: nn.Module, names: dict[str, str], instead: str, left: nn.Module, old: Sequence[str]
+) -> None:
+    state.owner, state.parameter_names, state.managed_by = owner, names, instead
+    for name in old:
+        left._parameters.pop(name, None)
+
+
+# -- Which adapter acts on which rows of a batch, in this thread, and the mixing weight that an adapter has there ------
+
+# The assignment is a context variable and not an attribute of the model: threads with different rows do not see each
+# other's. ``AdapterState.by_rows`` only tells that some thread has one, so that passes without rows do not look it up,
+# and that a compiled program, which guards on it, is traced again.
+
+
+class RowAssignment:
+    """An adapter, or none, for each row of a batch.
+
+    Parameters
+    ----------
+    states : sequence of AdapterState or None
+        One entry for each row.
+    governed : iterable of AdapterState
+        The adapters on the model. Those that no row has do not act.
+    weights : mapping of AdapterState to float
+        Mixing weights to use instead of the adapters' own.
+
+    Attributes
+    ----------
+    names : tuple of str or None
+    groups : dict of (AdapterState or None) to list of int
+        The rows of each distinct adapter, in ascending order.
+    """
+
+    def __init__(
+        self,
+        states: Sequence[AdapterState | None],
+        governed: Iterable[AdapterState],
+        weights: Mapping[AdapterState, float] | None = None,
+    ) -> None:
+        self.names = tuple(None if state is None else state.name for state in states)
+        self.governed = frozenset(governed)
+        self.groups: dict[AdapterState | None, list[int]] = {}
+        for row, state in enumerate(states):
+            self.groups.setdefault(state, []).append(row)
+        self._weights = dict(weights or {})
+        self._indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+    def weight(self, state: AdapterState) -> float:
+        """Return an adapter's mixing weight: its own, or 1 if it is inactive and named; 0 if no row has it."""
+        if state not in self.groups:
+            return 0.0
+        return self._weights.get(state, state.weight) or 1.0
+
+    def index(self, rows: Sequence[int], device: torch.device) -> Tensor:
+        """Return row numbers as a tensor, which all layers share."""
+        key = tuple(rows), device
+        if key not in self._indices:
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for backward
+                self._indices[key] = torch.tensor(rows, device=device)
+        return self._indices[key]
+
+
+#: The assignments of the thread's open ``with rows(...)``, the innermost last.
+_OPEN: ContextVar[tuple[RowAssignment, ...]] = ContextVar("tnadapt_rows", default=())
+_LOCK = threading.Lock()
+
+
+def assignment_of(state: AdapterState) -> RowAssignment | None:
+    """Return this thread's assignment that an adapter is subject to."""
+    if not state.by_rows:
+        return None
+    return next((one for one in reversed(_OPEN.get()) if state in one.governed), None)
+
+
+def mixing_weight(state: AdapterState) -> float:
+    """Return the factor of an adapter's update in this thread."""
+    found = assignment_of(state) if state.by_rows else None
+    return state.weight if found is None else found.weight(state)
+
+
+@contextlib.contextmanager
+def entered(assignment: RowAssignment, runner: RowRunner) -> Iterator[None]:
+    """Make the assignment that of this thread inside ``with``; ``runner`` runs the forwards of its adapters' layers."""
+    _count(assignment, 1, runner)
+    token = _OPEN.set((*_OPEN.get(), assignment))
+    try:
+        yield
+    finally:
+        _OPEN.reset(token)
+        _count(assignment, -1, runner)
+
+
+def _count(assignment: RowAssignment, change: int, runner: RowRunner) -> None:
+    with _LOCK:
+        for state in assignment.governed:
+            state.row_passes += change
+            state.row_runner = runner
+            state.by_rows = state.row_passes > 0

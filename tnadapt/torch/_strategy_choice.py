@@ -2,23 +2,314 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
 from torch import nn
 
-from tnadapt.algebra.applying import Applying
+from tnadapt.algebra.applying import AXES, Add, Applying
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.factoring import Factoring, factoring
+from tnadapt.algebra.factoring import Factoring, Size, factoring
+from tnadapt.algebra.maps import Map
+from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 from tnadapt.targets.target import RowIndices, Target
 
-from ._embedding_forward import is_lookup
-from ._experts import tokens_of_one
+from ._forward_pass import is_lookup
 from ._forward_patch import ForwardPatch
+from ._linear import MOST_ELEMENTS
 from ._merging import numbers
 from ._quantized import QuantizedLayer, is_embedding, is_packed, quantized_type
-from ._step_cost import MACHINES, choose
+from ._weights import tokens_of_one
 
-__all__ = ["is_quantized", "strategy_of"]
+__all__ = ["MACHINES", "TOKENS", "Machine", "StepWork", "choose", "costs", "dequantized", "is_quantized", "strategy_of"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A cost model for a training step of one linear layer with each strategy: operations, bytes and calls, in seconds
+
+# This is a model, not a measurement: a few numbers describe a machine, and the three strategies are compared by their
+# work beyond the layer itself. The documentation's page on strategies has the reasoning. ``benchmarks/strategies.py``
+# measures how close the choice is to the best, and is the source of the numbers for the CPU; the GPU's are assumptions.
+
+
+#: Default number of rows of x per call of a layer: about ten images of 197 tokens, or four texts of 512.
+TOKENS = 2048
+
+_SUM = Add()
+#: Calls of an update that is two stored arrays, in a small layer and in any other; by ``benchmarks/strategies.py``.
+_STORED_SMALL, _STORED = 4, 10
+_ITEM = 4  # bytes of float32; with a smaller dtype all strategies move proportionally less
+
+
+class Machine(NamedTuple):
+    """The speed of a machine.
+
+    Attributes
+    ----------
+    operations : float
+        Floating-point operations per second in a large matrix product.
+    narrow : float
+        The same where one side of the product is narrow, as with low-rank factors.
+    bytes : float
+        Bytes read or written per second.
+    call : float
+        Seconds per operation on arrays, however small, including its part in autograd.
+    """
+
+    operations: float
+    narrow: float
+    bytes: float
+    call: float
+
+
+#: The same for one core or several, whose numbers are assumed to scale alike.
+MACHINES: Mapping[str, Machine] = {
+    "cpu": Machine(operations=1.7e11, narrow=1e11, bytes=1.25e10, call=2.0e-5),
+    # Not measured: a card with 60 teraflops in TF32 and 1.5 TB/s, and the time of a kernel launch from Python.
+    "cuda": Machine(operations=6e13, narrow=1e13, bytes=1.5e12, call=1.0e-5),
+}
+
+
+class StepWork(NamedTuple):
+    """Operations in large and in narrow products, elements moved, and calls.
+
+    Examples
+    --------
+    >>> StepWork(1e9, 0, 1e6, 3) + StepWork(0, 1e6, 0, 1)
+    StepWork(large=1000000000.0, narrow=1000000.0, moved=1000000.0, calls=4)
+    """
+
+    large: float = 0.0
+    narrow: float = 0.0
+    moved: float = 0.0
+    calls: float = 0.0
+
+    def __add__(self, other: tuple[float, ...]) -> StepWork:  # type: ignore[override]  # no concatenation
+        return StepWork(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def seconds(self, machine: Machine) -> float:
+        """Return the time that the work takes on a machine."""
+        return (
+            self.large / machine.operations
+            + self.narrow / machine.narrow
+            + _ITEM * self.moved / machine.bytes
+            + self.calls * machine.call
+        )
+
+
+def costs(
+    plan: SuperLoRA, index: int, how: Factoring | None, tokens: int = TOKENS, applying: Applying = _SUM
+) -> dict[str, StepWork]:
+    """Return the work of each strategy in one training step, beyond the layer's own two products.
+
+    Parameters
+    ----------
+    plan : SuperLoRA
+    index : int
+        Index of the weight.
+    how : Factoring or None
+        The factors of the update, if it has any.
+    tokens : int
+        Rows of x.
+    applying : Applying
+        How the update meets the weight.
+
+    Returns
+    -------
+    dict of str to StepWork
+        Includes ``"factored"`` if the update has factors that the layer can use.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> from tnadapt.algebra.factoring import factoring
+    >>> plan = tna.SuperLoRA(tna.presets.lora(4), [(768, 768)])
+    >>> found = costs(plan, 0, factoring(plan, 0))
+    >>> found["weight"].large == 2 * 2048 * 768 * 768  # one product for the gradient of W + ΔW
+    True
+    """
+    rows, cols = plan.shapes[index]
+    size, product = rows * cols, 2.0 * tokens * rows * cols
+    # ΔW is computed in forward and again in backward; backward has two products of the same size, one per factor.
+    formed = _formed(plan, index)
+    pulled = StepWork(0.0, 2 * formed.narrow, 2.0 * size, 2 * formed.calls)
+    update = formed + formed + pulled
+    found = {
+        # The sum is computed twice, and there is the gradient of the sum.
+        "weight": update + StepWork(product, 0.0, 5.0 * size, 14),
+        # Three products of that size, which read ΔW twice; additions to y and to the gradient of x.
+        "additive": update + StepWork(3 * product, 0.0, 5.0 * size + 4.0 * tokens * (rows + cols), 20),
+    }
+    if how is not None and applying.takes_factors:
+        found["factored"] = _factored(how, tokens)
+    if applying.additive:
+        return found
+    if not applying.scales_outputs:
+        del found["additive"]
+    norm = _norm(applying, (rows, cols))
+    # W ∘ ΔW, where it is that which is added to W; where outputs are not scaled, ΔW is added but has no strategy.
+    multiplied = 3.0 * size if applying.scales_outputs and not applying.takes_factors else 0.0
+    quotient = StepWork()
+    if applying.rescales:
+        # Forward: the sum and its norm. Backward: both again, the gradient of the sum, and ΔW's by one more vjp. Then y
+        # and its gradient, times q.
+        again = StepWork(0.0, 0.0, 3.0 * size, 1)
+        quotient = formed + formed + formed + pulled + norm + norm + again + again
+        quotient += StepWork(0.0, 0.0, 2.0 * size + 8.0 * tokens * rows, 16)
+    # W' is made three times: in forward, and in backward for the gradient of x and for that of W', which is another sum
+    # and forms ΔW twice more. Then its gradient goes to ΔW, and to W, whether or not W is trained.
+    made = norm + StepWork(0.0, 0.0, multiplied + 2.0 * size * applying.rescales, 1 + applying.rescales)
+    gradients = 9.0 * size if multiplied else 0.0
+    gradients += 9.0 * size if applying.rescales else 0.0
+    extra = {
+        "weight": made + made + made + formed + formed + StepWork(0.0, 0.0, 3.0 * size + gradients, 10),
+        # The product in forward, and that with the gradient in backward.
+        "additive": quotient + StepWork(0.0, 0.0, 2.0 * multiplied, 4 * bool(multiplied)),
+        "factored": quotient,
+    }
+    return {strategy: work + extra[strategy] for strategy, work in found.items()}
+
+
+def _norm(applying: Applying, shape: tuple[int, int]) -> StepWork:
+    """Return the work of the norms of rows or columns: in float64, whose numbers count twice."""
+    if not applying.rescales:
+        return StepWork()
+    levels = math.ceil(math.log2(shape[AXES[applying.axis]])) if shape[AXES[applying.axis]] > 1 else 0
+    # To float64, 1 + 2; squares, 2 + 2; and half of them added to the others, 2 + 1, in all twice as much.
+    return StepWork(0.0, 0.0, 13.0 * math.prod(shape), 4 * levels + 16)
+
+
+def choose(
+    plan: SuperLoRA,
+    index: int,
+    how: Factoring | None,
+    tokens: int = TOKENS,
+    machine: Machine = MACHINES["cpu"],
+    applying: Applying = _SUM,
+    dropout: bool = False,
+    packed: float | None = None,
+) -> str:
+    """Return the cheapest strategy for a weight; of a quantized one, to which nothing can be added, with ``packed``.
+
+    Parameters
+    ----------
+    plan, index, how, tokens, applying
+        As for :func:`costs`.
+    machine : Machine
+    dropout : bool
+        Whether there is dropout: then the weight strategy has a second product in training, as the additive one.
+    packed : float, optional
+        For a quantized weight: elements moved to dequantize one element of it.
+
+    Notes
+    -----
+    "additive" is never cheaper for a sum. For another change it can be, by a little where x has few rows, but keeps a
+    matrix of the weight's size for backward, as much as a second model: it is not chosen unless the weight is
+    quantized, and then only if it is cheaper than "factored".
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> from tnadapt.algebra.factoring import factoring
+    >>> plan = tna.SuperLoRA(tna.presets.krona(), [(768, 768)])
+    >>> [choose(plan, 0, factoring(plan, 0), tokens) for tokens in (64, 8192)]
+    ['factored', 'weight']
+    >>> [choose(plan, 0, factoring(plan, 0), tokens, packed=6.0) for tokens in (64, 8192)]
+    ['factored', 'factored']
+    """
+    found = costs(plan, index, how, tokens, applying)
+    additive = found.pop("additive", None)
+    if packed is not None:
+        extra = dequantized(applying, plan.shapes[index], packed)
+        del found["weight"]
+        found |= {} if additive is None else {"additive": additive}
+        found = {strategy: work + extra[strategy] for strategy, work in found.items()}
+    elif dropout and additive is not None and applying.additive:
+        found["weight"] = additive
+    return min(found, key=lambda strategy: found[strategy].seconds(machine))
+
+
+def dequantized(applying: Applying, shape: tuple[int, int], packed: float) -> dict[str, StepWork]:
+    """Return the work of dequantizing that the strategies for a quantized weight add to a step of the layer itself.
+
+    A sum needs none: the layer's own product is as without an adapter. W ∘ ΔW is formed from the numbers of W, once: it
+    is kept for backward. The norms of W + ΔW are computed in forward and again in backward.
+
+    Examples
+    --------
+    >>> {strategy: work.moved for strategy, work in dequantized(Add(), (4, 8), 6.0).items()}
+    {'additive': 0.0, 'factored': 0.0}
+    """
+    once = StepWork(0.0, 0.0, packed * math.prod(shape), 4)
+    norms = once + once if applying.rescales else StepWork()
+    multiplied = StepWork() if applying.takes_factors else once
+    return {"additive": norms + multiplied, "factored": norms}
+
+
+def _factored(how: Factoring, tokens: int) -> StepWork:
+    """Return the work of the products with the factors: forward, and twice as much in backward."""
+    if how.stored is not None:
+        # Two arrays as they are, and no Kronecker product: for a small layer four products without Python in backward.
+        small = tokens * max(how.sizes[0].rows, how.sizes[0].cols) <= MOST_ELEMENTS
+        return _of_last(how.sizes, tokens)._replace(calls=_STORED_SMALL if small else _STORED)
+    total = StepWork(calls=8)
+    for _ in range(how.terms):
+        total += _of_last(how.sizes, tokens)
+        inner = tokens * math.prod(size.cols for size in how.sizes)
+        width = how.sizes[-1].width
+        inner = inner if width is None else inner // how.sizes[-1].cols * width
+        for size in how.sizes[:-1]:
+            # This mode's columns are replaced by its rows; the other modes stay.
+            after = inner // size.cols * size.rows
+            operations = 2.0 * (inner * size.rows if size.width is None else (inner + after) * size.width)
+            # Forward, its recomputation in backward and two gradients; one small product per row of x, which runs at
+            # half the speed of one large product.
+            total += StepWork(0.0, 8 * operations, 8.0 * (inner + after), 24)
+            inner = after
+    return total if how.sides is None else total + _of_sides(*how.sides, tokens)
+
+
+def _of_sides(rows: Map, cols: Map, tokens: int) -> StepWork:
+    """Return the work of the maps before and after the products: once more in backward for each, and its adjoint."""
+    mapped = [map_ for map_ in (rows, cols) if not map_.identity]
+    moved = sum(2.0 * map_.n_in + 3.0 * map_.n_out for map_ in mapped)
+    return StepWork(0.0, 6.0 * tokens * sum(map_.cost() or 0 for map_ in mapped), tokens * moved, 10 * len(mapped))
+
+
+def _of_last(sizes: tuple[Size, ...], tokens: int) -> StepWork:
+    """Return the work of the last mode: x times the right factor, times the left one, added to the output."""
+    last, out = sizes[-1], tokens * math.prod(size.rows for size in sizes)
+    given = tokens * math.prod(size.cols for size in sizes)
+    # The other matrices are applied in between, so the last left factor already sees their rows.
+    if last.width is None:
+        return StepWork(0.0, 6.0 * out * last.cols, 4.0 * out + 4.0 * given, 8)
+    return StepWork(0.0, 6.0 * (given + out) * last.width, 4.0 * out + 4.0 * given, 12)
+
+
+def _formed(plan: SuperLoRA, index: int) -> StepWork:
+    """Return the work of computing one weight's update once, without F, which all strategies share."""
+    total = StepWork()
+    for piece in plan.layout.of_weight(index):
+        total += _of_network(plan.groups[piece.group].network, float(piece.length))
+    return total
+
+
+def _of_network(network: Network, size: float) -> StepWork:
+    total = StepWork()
+    for split in network.splits:
+        # In a Kronecker product each split computes a small tensor.
+        own = size if not network.kronecker else min(size, float(math.prod(split.sizes)))
+        width = split.products
+        total += StepWork(0.0, 2.0 * own * width, own if width else 0.0, 4 if width else 1)
+    extra = len(network.splits) - 1
+    total += StepWork(0.0, 0.0, 2.0 * size * bool(extra), 3 * extra)
+    return StepWork(*(network.terms * value for value in total))
+
+
+# -- The choice of a strategy for one weight, and the refusal of those that do not suit it -----------------------------
 
 
 def strategy_of(

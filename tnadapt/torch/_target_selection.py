@@ -2,31 +2,557 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from tnadapt.algebra.composite import CompositeConfig
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.named_config import named_config
 from tnadapt.argument_checks import flag
-from tnadapt.errors import TargetError
-from tnadapt.targets.target import ROLES, Target
+from tnadapt.errors import ConfigError, TargetError, TnadaptError, pluralize, safe_repr
+from tnadapt.targets.roles import layer_of, number
+from tnadapt.targets.target import ROLES, Target, check_distinct
 
-from ._hosts import host_of, paths_of, reads_outside
-from ._target_filters import in_layers, without
-from ._target_search import TargetSearch
-from ._tied_weights import tied, with_tied
-from ._weights import check_embedding
+from ._attention_search import AttentionModule, attentions
+from ._quantized import is_embedding
+from ._weights import (
+    Weight,
+    check_embedding,
+    host_of,
+    modules_of,
+    paths_of,
+    plain,
+    reads_outside,
+    tied,
+    weights_of,
+    with_tied,
+    wraps,
+)
 
 __all__ = [
+    "WORDS",
+    "TargetSearch",
+    "check_ordered",
     "check_usable",
     "filtered",
     "find_targets",
     "host_of",
+    "in_layers",
     "in_order",
+    "of_patterns",
     "paths_of",
     "reads_outside",
     "tied",
+    "without",
 ]
+
+
+# -- The search of one model for the weights that targets asks for -----------------------------------------------------
+
+
+_ROLES = frozenset("qkvo")
+#: Words that name targets, besides roles.
+WORDS = ("all-linear", "conv", "embeddings")
+
+# Names of a model's direct children that hold the output head, which is trained whole rather than adapted.
+_HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs", "head", "heads", "fc", "classification_head")
+_WRAPPERS = ("module", "_orig_mod", "base_model", "model")
+
+
+class TargetSearch:
+    """One model, inspected once for several searches."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.places = list(modules_of(model))
+
+    @functools.cached_property
+    def attentions(self) -> list[AttentionModule]:
+        return list(attentions(self.model))
+
+    @functools.cached_property
+    def weights(self) -> list[Weight]:
+        return [weight for path, module in self.places for weight in weights_of(path, module)]
+
+    @functools.cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        return dict(self.places)
+
+    @functools.cached_property
+    def by_name(self) -> dict[tuple[str, str], Weight]:
+        return {(weight.path, weight.parameter): weight for weight in self.weights}
+
+    def find(self, targets: Any) -> list[Target]:
+        if isinstance(targets, str):
+            return self._by_word(targets)
+        if callable(targets):
+            return self._by_function(targets)
+        if not isinstance(targets, (list, tuple, set, frozenset)):
+            raise TargetError(
+                "targets must be roles such as 'qv', 'all-linear', 'conv', 'embeddings', a regular expression, a list "
+                f"or a function; got {safe_repr(targets)}"
+            )
+        entries = sorted(targets, key=str) if isinstance(targets, (set, frozenset)) else targets
+        return [target for entry in entries for target in self._by_entry(entry)]
+
+    def nothing(self, targets: Any) -> TargetError:
+        """Return the error of a search that found nothing."""
+        linear = list(dict.fromkeys(weight.name for weight in self.weights if weight.kind != "other"))
+        some = ", ".join(linear[:10]) + (f" and {len(linear) - 10} more" if len(linear) > 10 else "")
+        there = (
+            f"it has {len(linear)} linear or convolution weights: {some}" if linear else "it has no such weight at all"
+        )
+        return TargetError(
+            f"no target in {type(self.model).__name__} for {safe_repr(targets)}; {there}. Name them in a list, as "
+            "targets=['path', …], or give 'all-linear', 'conv', 'embeddings', a regular expression for paths, or a "
+            "function"
+        )
+
+    # -- Words -------------------------------------------------------------------------------
+
+    def _by_word(self, word: str) -> list[Target]:
+        if word and _ROLES.issuperset(word):
+            return [target for found in self.attentions for target in found.targets(word)]
+        if word == "all-linear":
+            heads = _heads(self.model)
+            return [
+                _whole(weight) for weight in self.weights if weight.kind == "linear" and id(weight.module) not in heads
+            ]
+        if word == "embeddings":
+            return [_whole(weight) for weight in self.weights if is_embedding(weight.module)]
+        if word == "conv":
+            return [_whole(weight) for weight in self.weights if weight.kind == "conv"]
+        try:
+            pattern = re.compile(word)
+        except re.error as error:
+            raise TargetError(
+                f"targets={safe_repr(word)} is not a role, keyword or regular expression: {error}"
+            ) from None
+        found = []
+        for path, module in self.places:
+            # PEFT's wrapper is skipped: the layer in it has the same plain path.
+            if not wraps(module) and (pattern.fullmatch(path) or pattern.fullmatch(plain(path))):
+                found += self._whole_of(path, module)
+        if not found:
+            raise self._no_match(word)
+        return found
+
+    def by_pattern(self, pattern: str) -> list[Target]:
+        """Return the targets of a word, or of a regular expression for the whole path or its last whole parts.
+
+        Of a module that holds no weight itself, those are all linear weights in it.
+        """
+        if pattern in WORDS or (pattern and _ROLES.issuperset(pattern)):
+            return self._by_word(pattern)
+        try:
+            ends = re.compile(rf"(?:.*\.)?(?:{pattern})")
+        except re.error as error:
+            raise TargetError(f"{safe_repr(pattern)} is not a role, keyword or regular expression: {error}") from None
+        found = []
+        for path, module in self.places:
+            if wraps(module) or not (ends.fullmatch(path) or ends.fullmatch(plain(path))):
+                continue
+            own = weights_of(path, module)
+            inside = [weight for weight in self.weights if weight.path.startswith(f"{path}." if path else "")]
+            found += [_whole(weight) for weight in own or inside if own or weight.kind == "linear"]
+        if not found:
+            raise self._no_match(pattern)
+        return found
+
+    def _whole_of(self, path: str, module: nn.Module) -> list[Target]:
+        weights = weights_of(path, module)
+        if not weights:
+            inside = [weight.path for weight in self.weights if weight.path.startswith(f"{path}." if path else "")]
+            there = f"; name the modules inside it, such as {', '.join(inside[:4])}" if inside else ""
+            raise TargetError(f"{safe_repr(path)} is a {type(module).__name__}, which holds no weight to adapt{there}")
+        return [_whole(weight) for weight in weights]
+
+    # -- Lists -------------------------------------------------------------------------------
+
+    def _by_entry(self, entry: Any) -> list[Target]:
+        if isinstance(entry, Target):
+            return [self._checked(entry)]
+        if not isinstance(entry, str) or not entry:
+            raise TargetError(f"a list of targets must hold paths or tnadapt.Target; got {safe_repr(entry)}")
+        found = [_whole(weight) for weight in self.weights if _ends(entry, weight.path) or _is_name(entry, weight)]
+        if found:
+            return found
+        path, colon, letters = entry.rpartition(":")
+        if colon and letters and _ROLES.issuperset(letters):
+            return self._roles_at(path, letters, _ends)
+        for path, module in self.places:
+            if _ends(entry, path):
+                return self._whole_of(path, module)
+        raise self._no_match(entry)
+
+    def _roles_at(self, path: str, letters: str, same: Callable[[str, str], bool]) -> list[Target]:
+        """Return the targets with these roles in the attention or weight at a path."""
+        found = []
+        for attention in self.attentions:
+            weights = [weight for _, _, weight in attention.inputs] + attention.outputs
+            whole = same(path, attention.path)
+            if whole or any(same(path, weight.path) for weight in weights):
+                found += [target for target in attention.targets(letters) if whole or same(path, target.module)]
+        if not found:
+            raise self._no_match(
+                path, f" with the roles {letters!r}", [attention.path for attention in self.attentions]
+            )
+        return found
+
+    def _no_match(self, name: str, what: str = "", among: list[str] | None = None) -> TargetError:
+        own = (plain(weight.path) for weight in self.weights if weight.kind != "other")
+        names = among or list(dict.fromkeys(own))
+        last = {path.rpartition(".")[2]: path for path in reversed(names)}
+        close = [last.get(near, near) for near in difflib.get_close_matches(name, [*last, *names], 4)]
+        some = list(dict.fromkeys(close)) or names[:6]
+        there = f"{'close matches' if close else 'it has'}: {', '.join(some)}" if some else "the model has none at all"
+        # A word in another spelling is meant, whatever modules have similar names.
+        spelled = name.lower().replace("_", "-")
+        word = [spelled] if spelled in WORDS and not what else []
+        if not (word or close or what):
+            word = difflib.get_close_matches(spelled, WORDS, 1, 0.75)
+        meant = f"did you mean {word[0]!r}? " if word else ""
+        listed = len({weight.path for weight in self.weights if _ends(name, weight.path)})
+        way = f": [{name!r}] matches {listed} of them" if listed else ""
+        return TargetError(
+            f"no module of {type(self.model).__name__} matches {safe_repr(name)}{what} ({len(names)} could); "
+            f"{meant}{there}. A "
+            "list takes whole paths or their last whole parts, a plain string is a regular expression for a whole path"
+            f"{way}"
+        )
+
+    # -- Functions and targets ---------------------------------------------------------------
+
+    def _by_function(self, choose: Callable[[str, nn.Module], Any]) -> list[Target]:
+        found: list[Target] = []
+        for path, module in self.places:
+            given = choose(path, module)
+            if given is None or given is False:
+                continue
+            if given is True:
+                found += self._whole_of(path, module)
+            elif isinstance(given, str) and given and _ROLES.issuperset(given):
+                found += self._roles_at(path, given, str.__eq__)
+            elif isinstance(given, Target):
+                found.append(self._checked(given))
+            elif isinstance(given, (list, tuple)) and all(isinstance(target, Target) for target in given):
+                found += [self._checked(target) for target in given]
+            else:
+                raise TargetError(
+                    "a function for targets must return True, roles such as 'qv', tnadapt.Target or None; for "
+                    f"{safe_repr(path)} it returned {safe_repr(given)}"
+                )
+        return found
+
+    def _checked(self, target: Target) -> Target:
+        """Return a caller's target after checking that the model has that weight in that shape."""
+        module = self.modules.get(target.module)
+        if module is None:
+            raise self._no_match(target.module)
+        weight = self.by_name.get((target.module, target.parameter))
+        if weight is not None and weight.stored is not None:
+            stored, transposed = weight.stored, weight.transposed
+            if (weight.index is None) != (target.index is None):
+                kind = "one matrix" if weight.index is None else f"{stored[0]} matrices, of which an index selects one"
+                raise TargetError(f"{target.name} is {kind}; the target given for it has index={target.index}")
+        else:
+            tensor = module._parameters.get(target.parameter)
+            if tensor is None:
+                raise TargetError(f"{target.name}: a {type(module).__name__} has no parameter {target.parameter!r}")
+            stored, transposed = tuple(tensor.shape), target.transposed
+        if (stored, transposed) != (target.stored, target.transposed):
+            raise TargetError(
+                f"{target.name} is stored as {stored}{_order(transposed)}; the target given for it says "
+                f"{target.stored}{_order(target.transposed)}"
+            )
+        groups = 1 if weight is None else weight.groups
+        if target.groups not in (1, groups):
+            raise TargetError(
+                f"{target.name} is a convolution with groups={groups}; the target given for it has "
+                f"groups={target.groups}"
+            )
+        # Files of earlier versions do not have it.
+        return target if target.groups == groups else dataclasses.replace(target, groups=groups)
+
+
+def _whole(weight: Weight) -> Target:
+    role = "embedding" if is_embedding(weight.module) else "conv" if weight.kind == "conv" else "linear"
+    # The last component is dropped: a module's index in a Sequential is not the number of a layer.
+    return weight.target(role, layer_of(plain(weight.path).rpartition(".")[0]))
+
+
+def _order(transposed: bool) -> str:
+    return ", which is (in, out)" if transposed else ""
+
+
+def _ends(entry: str, path: str) -> bool:
+    """Return whether a path equals the entry or ends in it, by whole components, with or without PEFT's wrapping."""
+    return any(one == entry or one.endswith(f".{entry}") for one in (path, plain(path)))
+
+
+def _is_name(entry: str, weight: Weight) -> bool:
+    """Return whether the entry is the end of a parameter's name; "weight" alone would match nearly all."""
+    return _ends(entry, weight.name) if entry != "weight" else weight.name == entry
+
+
+def _heads(model: nn.Module) -> set[int]:
+    """Return ids of the output head's modules: those the model reports, or the last layer below a child so named."""
+    found: list[Any] = []
+    for method in ("get_output_embeddings", "get_classifier"):
+        try:
+            given = getattr(model, method)()
+        except (AttributeError, NotImplementedError, TypeError):
+            continue
+        found += given if isinstance(given, (tuple, list)) else [given]
+    while len(model._modules) == 1 and next(iter(model._modules)) in _WRAPPERS:
+        inner = next(iter(model._modules.values()))
+        if inner is None:
+            break
+        model = inner
+    found += [model._modules[name] for name in _HEADS if name in model._modules]
+    return {id(module) for head in found if isinstance(head, nn.Module) for module in _last(head)}
+
+
+def _last(head: nn.Module) -> Iterator[nn.Module]:
+    holders = [module for path, module in modules_of(head) if weights_of(path, module)]
+    yield from holders[-1:]
+
+
+# -- The targets that layers leaves, and those that exclude removes ----------------------------------------------------
+
+
+_ROLE_LETTERS = frozenset("qkvo")
+
+
+# -- Layers ------------------------------------------------------------------------------------------
+
+
+def in_layers(search: TargetSearch, found: Sequence[Target], layers: Any) -> list[Target]:
+    """Return the targets in these layers.
+
+    Parameters
+    ----------
+    search : TargetSearch
+        Of the model.
+    found : sequence of Target
+    layers : int or iterable of int
+        Negative ones count from the end of each stack of layers.
+
+    Returns
+    -------
+    list of Target
+
+    Raises
+    ------
+    TargetError
+        If ``layers`` is of another type, there is no such layer, or no target is in one.
+    """
+    wanted = _numbers(layers)
+    places = [_place(target.module) for target in found]
+    if all(place is None for place in places):
+        raise TargetError(
+            f"layers={safe_repr(layers)}: no number of a layer is in the paths of the targets, such as "
+            f"{safe_repr(found[0].module)}; leave layers out, or give the targets as a list or a regular expression"
+        )
+    sizes = _sizes(path for path, _ in search.places)
+    sizes = {stack: size for stack, size in sizes.items() if stack in {place[0] for place in places if place}}
+    for index in wanted:
+        if not any(-size <= index < size for size in sizes.values()):
+            there = ", ".join(
+                f"{safe_repr(stack) if stack else 'the model'} has 0 to {size - 1}" for stack, size in sizes.items()
+            )
+            raise TargetError(f"layers={safe_repr(layers)}: there is no layer {index}; {there}")
+    chosen = [
+        target
+        for target, place in zip(found, places, strict=True)
+        if place is not None and not wanted.isdisjoint((place[1], place[1] - sizes[place[0]]))
+    ]
+    if not chosen:
+        there = _ranges({place[1] for place in places if place is not None})
+        raise TargetError(f"layers={safe_repr(layers)} leaves no target: they are in the layers {there}")
+    return chosen
+
+
+def _numbers(layers: Any) -> set[int]:
+    listed = [layers] if isinstance(layers, int) else layers
+    try:
+        wanted = list(listed)
+    except TypeError:
+        wanted = []
+    if (
+        isinstance(layers, str)
+        or not wanted
+        or any(isinstance(one, bool) or not isinstance(one, int) for one in wanted)
+    ):
+        raise TargetError(
+            "layers must be the number of a layer, a range or a list of such numbers, of which negative ones count "
+            f"from the end; got {safe_repr(layers)}"
+        )
+    return set(wanted)
+
+
+def _place(path: str) -> tuple[str, int] | None:
+    """Return the stack and the number of the layer that a module is in: the first number above it in its path.
+
+    The first one: with experts or blocks of stages, later numbers are those of parts of a layer.
+    """
+    parts = plain(path).split(".")[:-1]
+    for place, part in enumerate(parts):
+        found = number(part)
+        if found is not None:
+            return ".".join(parts[:place]), found
+    return None
+
+
+def _sizes(paths: Iterable[str]) -> dict[str, int]:
+    """Return the number of layers in each stack."""
+    sizes: dict[str, int] = {}
+    for path in paths:
+        stack, _, last = plain(path).rpartition(".")
+        index = number(last)
+        if index is not None:
+            sizes[stack] = max(sizes.get(stack, 0), index + 1)
+    return sizes
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    runs: list[list[int]] = []
+    for each in sorted(numbers):
+        if runs and each == runs[-1][1] + 1:
+            runs[-1][1] = each
+        else:
+            runs.append([each, each])
+    return ", ".join(f"{first}" if first == last else f"{first} to {last}" for first, last in runs)
+
+
+# -- Exclusion ---------------------------------------------------------------------------------------
+
+
+def without(search: TargetSearch, found: Sequence[Target], exclude: Any) -> list[Target]:
+    """Return the targets that are not excluded.
+
+    Parameters
+    ----------
+    search : TargetSearch
+        Of the model.
+    found : sequence of Target
+    exclude : str, list or callable
+        As ``targets``; a path stands for everything at or below it.
+
+    Returns
+    -------
+    list of Target
+
+    Raises
+    ------
+    TargetError
+        If it has another type, it excludes nothing or everything, an entry of a list is nowhere in the model, or it
+        excludes rows of a weight that is a target as a whole.
+    """
+    below, weights = _excluded(search, exclude)
+    rows: dict[tuple[str, str], list[Target]] = {}
+    for target in weights:
+        rows.setdefault((target.module, target.parameter), []).append(target)
+    kept = [
+        target
+        for target in found
+        if not any(part in below for part in _above(target.module))
+        and not _covered(target, rows.get((target.module, target.parameter), []))
+    ]
+    if len(kept) == len(found):
+        some = ", ".join(dict.fromkeys(target.name for target in found[:4]))
+        if isinstance(exclude, str) and any(exclude in target.module.split(".") for target in found):
+            raise TargetError(
+                f"exclude={safe_repr(exclude)} is a regular expression for the whole path of a module, and excludes "
+                f"none of the {pluralize(len(found), 'target')}, such as {some}; a list takes the last whole parts of "
+                f"paths: exclude=[{exclude!r}]"
+            )
+        raise TargetError(
+            f"exclude={safe_repr(exclude)} excludes none of the {pluralize(len(found), 'target')}, such as {some}; "
+            "leave it out, or give the path of a module, roles or a regular expression for the whole path of a module"
+        )
+    if not kept:
+        raise TargetError(f"exclude={safe_repr(exclude)} excludes all of the {pluralize(len(found), 'target')}")
+    return kept
+
+
+def _excluded(search: TargetSearch, exclude: Any) -> tuple[set[str], list[Target]]:
+    """Return the paths of modules that are excluded with everything below, and the targets that are."""
+    paths = [path for path, _ in search.places]
+    if isinstance(exclude, str) and exclude and (exclude in WORDS or _ROLE_LETTERS.issuperset(exclude)):
+        return set(), search.find(exclude)
+    if isinstance(exclude, str):
+        try:
+            pattern = re.compile(exclude)
+        except re.error as error:
+            raise TargetError(
+                f"exclude={safe_repr(exclude)} is not a role, keyword or regular expression: {error}"
+            ) from None
+        return {path for path in paths if any(pattern.fullmatch(one) for one in (path, plain(path)))}, []
+    if callable(exclude):
+        below: set[str] = set()
+        return below, search.find(_apart(exclude, below))
+    if not isinstance(exclude, (list, tuple, set, frozenset)):
+        raise TargetError(
+            "exclude must be roles such as 'qv', 'all-linear', 'conv', a regular expression, a list or a function, as "
+            f"targets; got {safe_repr(exclude)}"
+        )
+    modules, targets = set[str](), list[Target]()
+    for entry in exclude:
+        ends = {path for path in paths if isinstance(entry, str) and entry and _ends_in(entry, path)}
+        modules |= ends
+        if not ends:
+            targets += search.find([entry])  # a parameter, roles of an attention, a Target; or an error
+    return modules, targets
+
+
+def _apart(choose: Callable[[str, nn.Module], Any], below: set[str]) -> Callable[[str, nn.Module], Any]:
+    """Return the function without its answers True, whose paths are put into ``below``."""
+
+    def chosen(path: str, module: nn.Module) -> Any:
+        found = choose(path, module)
+        if found is not True:
+            return found
+        below.add(path)
+        return None
+
+    return chosen
+
+
+def _ends_in(entry: str, path: str) -> bool:
+    return any(one == entry or one.endswith(f".{entry}") for one in (path, plain(path)))
+
+
+def _above(path: str) -> Iterator[str]:
+    """Yield a path, and those of the modules that it is in."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""
+
+
+def _covered(target: Target, excluded: Sequence[Target]) -> bool:
+    """Return whether a target is excluded; raise a TargetError if only some of its rows are."""
+    for other in excluded:
+        if other.rows is None or other.rows == target.rows:
+            return True
+        try:
+            check_distinct([target, other])
+        except TnadaptError:
+            raise TargetError(
+                f"exclude names the role {other.role!r} of {target.name}, of which other rows are a target as well: "
+                "name the roles to adapt in targets, such as 'qv'"
+            ) from None
+    return False
+
+
+# -- Selection of the weights that an adapter updates: by role, by kind, by name, or by the caller's function ----------
 
 
 def find_targets(
@@ -150,3 +676,121 @@ def check_usable(model: nn.Module, chosen: Sequence[Target], untie: bool) -> Non
             "give keep_tied=True, so that one update acts in both, or untie=True, which gives the second its own copy, "
             "or leave it out of the targets"
         )
+
+
+# -- The targets of several configs in one adapter: each config with the pattern of its weights ------------------------
+
+
+def of_patterns(
+    model: nn.Module,
+    patterns: Mapping[Any, Config | str],
+    *,
+    layers: Any = None,
+    exclude: Any = None,
+    untie: bool = False,
+    keep_tied: bool = False,
+) -> tuple[Config, list[Target]]:
+    """Return the config of a mapping from patterns to configs, and its targets: those of the first pattern, and so on.
+
+    Parameters
+    ----------
+    model : Module
+    patterns : mapping
+        From what ``targets`` of :func:`tnadapt.torch.find_targets` may be, with a tuple for a list, to a config or the
+        name of a preset. Another string than a role or keyword is a regular expression for the path of a module, or
+        for its last whole parts; of a module that holds no weight itself, all linear weights in it are meant.
+    layers, exclude, untie, keep_tied
+        As for :func:`tnadapt.torch.find_targets`.
+
+    Returns
+    -------
+    Config
+        A :class:`tnadapt.CompositeConfig` if there are several.
+    list of Target
+
+    Raises
+    ------
+    TargetError
+        If a pattern finds nothing, or two find the same weight; or as in :func:`tnadapt.torch.find_targets`.
+    ConfigError
+        If a value is not a config, or the configs cannot be in one adapter.
+
+    Examples
+    --------
+    >>> from tnadapt import presets
+    >>> model = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16)
+    >>> config, targets = of_patterns(model, {"linear[12]": "lora", "qv": presets.lokr(2)})
+    >>> [part.weights for part in config.parts], [target.module for target in targets]
+    ([2, 2], ['linear1', 'linear2', 'self_attn', 'self_attn'])
+    """
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"attach needs a torch module; got {type(model).__name__}")
+    if not patterns:
+        raise ConfigError("a mapping of patterns to configs must have at least one; got {}")
+    configs = {pattern: _config(pattern, value) for pattern, value in patterns.items()}
+    search = TargetSearch(model)
+    found = {pattern: _found(search, pattern) for pattern in configs}
+    _check_apart(found)
+    left = set(filtered(search, [target for own in found.values() for target in own], layers, exclude))
+    chosen = {pattern: [target for target in own if target in left] for pattern, own in found.items()}
+    for pattern, own in chosen.items():
+        if not own:
+            raise TargetError(f"layers and exclude leave no target of {safe_repr(pattern)}: leave this pattern out")
+    targets = [target for own in chosen.values() for target in own]
+    targets = with_tied(model, targets, keep_tied)
+    check_usable(model, targets, untie)
+    parts = [(configs[pattern], len(own)) for pattern, own in chosen.items()]
+    return (parts[0][0] if len(parts) == 1 else CompositeConfig(parts)), targets
+
+
+def check_ordered(targets: Any) -> None:
+    """Raise a ConfigError unless the targets of a composite config are a list in the order of its parts."""
+    if not isinstance(targets, (list, tuple)) or not all(isinstance(target, Target) for target in targets):
+        raise ConfigError(
+            "a CompositeConfig has its weights in an order: give a mapping of patterns to configs instead, or targets "
+            f"as a list of tnadapt.Target in that order; got targets={safe_repr(targets)}"
+        )
+
+
+def _config(pattern: Any, value: Any) -> Config:
+    if isinstance(value, str):
+        return named_config(value, {})
+    if not isinstance(value, Config) or isinstance(value, CompositeConfig):
+        raise ConfigError(
+            f"the config of {safe_repr(pattern)} must be a tnadapt.Config or the name of a preset; got "
+            f"{type(value).__name__}"
+        )
+    return value
+
+
+def _found(search: TargetSearch, pattern: Any) -> list[Target]:
+    if isinstance(pattern, str):
+        found = search.by_pattern(pattern)
+    else:
+        found = search.find([pattern] if isinstance(pattern, Target) else pattern)
+    if not found:
+        raise search.nothing(pattern)
+    return in_order(search, found)
+
+
+def _check_apart(found: Mapping[Any, list[Target]]) -> None:
+    """Raise a TargetError if two patterns find the same rows of a weight."""
+    before: dict[tuple[str, str, int | None], list[tuple[Any, Target]]] = {}
+    for pattern, own in found.items():
+        for target in own:
+            others = before.setdefault((target.module, target.parameter, target.index), [])
+            for other, one in others:
+                if other is not pattern and _overlap(one, target):
+                    raise TargetError(
+                        f"{target.name} is found by {safe_repr(other)} and by {safe_repr(pattern)}, and each weight "
+                        "has one config: make one pattern narrower, such as '(?!.*mlp).*proj' for all but an mlp's"
+                    )
+            others.append((pattern, target))
+
+
+def _overlap(one: Target, other: Target) -> bool:
+    try:
+        check_distinct([one, other])
+    except TargetError:
+        return True
+    return False

@@ -2,20 +2,120 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ast
+import dataclasses
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
-from tnadapt.errors import TargetError
-from tnadapt.targets.attention_grouping import main_projection
-from tnadapt.targets.target import Rows, Target
+from tnadapt.checkpoints.adapter_file import AdapterFile
+from tnadapt.errors import FileError, TargetError, integer, safe_repr
+from tnadapt.targets.roles import main_projection
+from tnadapt.targets.target import MAX_SIZE, RowIndices, Rows, Target
 
-from ._experts import stacks_of
 from ._quantized import is_embedding, quantized_type
 
-__all__ = ["Weight", "check_embedding", "join", "modules_of", "plain", "projections_in", "weights_of", "wraps"]
+__all__ = [
+    "Weight",
+    "check_embedding",
+    "host_of",
+    "join",
+    "modules_of",
+    "names_of_shared",
+    "paths_of",
+    "plain",
+    "projections_in",
+    "reads_outside",
+    "sees_tokens_in_order",
+    "shows_products",
+    "split_by_file",
+    "stacks_of",
+    "tied",
+    "token_targets",
+    "tokens_of_one",
+    "weights_of",
+    "with_tied",
+    "wraps",
+]
+
+
+# -- The matrices of experts that a module keeps stacked in parameters of three axes, and multiplies by itself ---------
+
+
+# Classes that do not say how they store their matrices: whether as (in, out).
+_TRANSPOSED = {
+    "InklingSharedExperts": False,
+    "JetMoeParallelExperts": False,
+    "Llama4TextExperts": True,
+    "LongcatFlashExperts": False,
+    "Step3p7Experts": False,
+}
+
+
+def stacks_of(module: nn.Module) -> list[tuple[str, tuple[int, int, int], bool]]:
+    """Return the parameters of a module that stack the matrices of experts along their first axis.
+
+    Parameters
+    ----------
+    module : Module
+
+    Returns
+    -------
+    list of (str, tuple of int, bool)
+        Name, shape, and whether each matrix is stored as ``(in, out)``. Empty for a module that does not say this, as
+        transformers' modules of experts do by their attributes, and is not in the table of classes that is kept here.
+    """
+    transposed = _is_transposed(module)
+    if transposed is None:
+        return []
+    return [
+        (name, (tensor.shape[0], tensor.shape[1], tensor.shape[2]), transposed)
+        for name, tensor in module._parameters.items()
+        if tensor is not None and tensor.ndim == 3 and tensor.is_floating_point()
+    ]
+
+
+def sees_tokens_in_order(module: nn.Module) -> bool:
+    """Return whether a module of experts gets all tokens in the batch's order, next to the experts of each.
+
+    Others get the tokens sorted, or repeated, by expert. Those of transformers that are called with the choice of
+    experts do the sorting themselves.
+    """
+    names = list(inspect.signature(type(module).forward).parameters)
+    return names[1:2] == ["hidden_states"] and names[2:3] in (["top_k_index"], ["router_indices"])
+
+
+# Of transformers' ways to multiply, those that consist of torch's functions.
+_OF_TORCH = (None, "eager", "grouped_mm", "batched_mm")
+
+
+def shows_products(module: Any) -> bool:
+    """Return whether the products of a module of experts are functions of torch, and not kernels of other libraries."""
+    return getattr(getattr(module, "config", None), "_experts_implementation", None) in _OF_TORCH
+
+
+def tokens_of_one(module: Any, tokens: int, experts: int) -> int:
+    """Return how many of a layer's tokens one of its experts gets on average."""
+    chosen = getattr(getattr(module, "config", None), "num_experts_per_tok", None)
+    return max(1, tokens * (chosen if isinstance(chosen, int) else 1) // experts)
+
+
+def _is_transposed(module: Any) -> bool | None:
+    # Set on every module by transformers.integrations.moe.use_experts_implementation.
+    own: Any = module.__dict__.get("is_transposed")
+    if isinstance(own, bool) and isinstance(module.__dict__.get("is_concatenated"), bool):
+        return own
+    return next((_TRANSPOSED[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _TRANSPOSED), None)
+
+
+# -- The weights of a model that an adapter can update, whatever kind of module holds them -----------------------------
+
 
 # The attribute in which PEFT keeps the layer that it wraps.
 _BASE = "base_layer"
@@ -233,3 +333,431 @@ def join(path: str, name: str) -> str:
     if not path or not name:
         return path or name
     return f"{path}.{name}"
+
+
+# -- Targets that are the rows of some tokens in a model's embedding ---------------------------------------------------
+
+
+def token_targets(model: nn.Module, tokens: Iterable[int], module: str | None = None) -> list[Target]:
+    """Return the rows of some tokens in an embedding as a target, for :func:`attach`.
+
+    With ``tnadapt.presets.dense()`` exactly these rows are trained, as with PEFT's ``trainable_token_indices``. Any
+    other config makes the rows, too.
+
+    Parameters
+    ----------
+    model : Module
+    tokens : iterable of int
+        Their indices in the vocabulary, in any order: what a tokenizer's ``convert_tokens_to_ids`` returns.
+    module : str, optional
+        Path of the embedding; by default the one that the model's ``get_input_embeddings()`` returns, or the only one
+        it has.
+
+    Returns
+    -------
+    list of Target
+        One target. Where the embedding is tied to the output head, attach it with ``keep_tied=True``, and the head has
+        the changed rows, too.
+
+    Raises
+    ------
+    TargetError
+        If there is no such embedding, or a token is not in it.
+
+    Examples
+    --------
+    >>> import torch, tnadapt, tnadapt.torch
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 2))
+    >>> adapter = tnadapt.torch.attach(model, tnadapt.presets.dense(), tnadapt.torch.token_targets(model, [9, 5]))
+    >>> adapter.num_parameters, adapter.targets[0].rows
+    (8, RowIndices(numbers=(5, 9)))
+    """
+    if module is not None and not isinstance(module, str):
+        raise TargetError(f"module must be the path of an embedding, or None; got {safe_repr(module)}")
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"tokens are rows of an embedding in a torch module; got {type(model).__name__}")
+    try:
+        given = list(tokens)
+    except TypeError:
+        raise TargetError(f"tokens must be indices of a vocabulary; got {safe_repr(tokens)}") from None
+    numbers = {integer("a token", token, 0, MAX_SIZE, TargetError) for token in given}
+    if not numbers:
+        raise TargetError("tokens must be at least one index of a vocabulary; got none")
+    whole = _embedding(model, module)
+    if max(numbers) >= whole.out:
+        raise TargetError(
+            f"token {max(numbers)} is not among the {whole.out} of {whole.name}: resize the embedding first"
+        )
+    return [dataclasses.replace(whole, rows=RowIndices(tuple(sorted(numbers))))]
+
+
+def _embedding(model: nn.Module, path: str | None) -> Target:
+    """Return the whole weight of a model's token embedding."""
+    embeddings = {name: module for name, module in modules_of(model) if is_embedding(module)}
+    if path is not None:
+        found = [name for name in embeddings if name == path]
+    else:
+        own = _input_embeddings(model)
+        found = [name for name, module in embeddings.items() if own is None or module is own]
+    if len(found) != 1:
+        there = f"it has {', '.join(embeddings)}" if embeddings else "it has none"
+        raise TargetError(
+            f"{safe_repr(path)} is not an embedding of {type(model).__name__}; {there}"
+            if path is not None
+            else f"which embedding of {type(model).__name__} has the tokens is unclear; {there}: give module='path'"
+        )
+    (weight,) = weights_of(found[0], embeddings[found[0]])
+    return weight.target("embedding", "")
+
+
+def _input_embeddings(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
+# -- Tied weights: one tensor that several modules of a model hold, such as an embedding and the output head -----------
+
+
+def tied(model: nn.Module, targets: Iterable[Target]) -> list[tuple[str, str]]:
+    """Return pairs of names that refer to one tensor, where the tensor belongs to a target that does not list them.
+
+    Parameters
+    ----------
+    model : Module
+    targets : iterable of Target
+
+    Returns
+    -------
+    list of (str, str)
+        Dotted paths of parameters. The first entry of each pair is the tensor's first name in the model's order.
+
+    Notes
+    -----
+    One module registered under two paths is not a tie: it is a single module with a single update.
+
+    Examples
+    --------
+    >>> model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
+    >>> model["head"].weight = model["embed"].weight
+    >>> tied(model, [Target("head", (5, 4))])
+    [('embed.weight', 'head.weight')]
+    >>> tied(model, with_tied(model, [Target("head", (5, 4))], True))
+    []
+    """
+    wanted = {target.name for target in targets if not target.tied}
+    groups = names_of_shared(model).items()
+    return [(same[0], name) for name, same in groups if name != same[0] and not wanted.isdisjoint(same)]
+
+
+def with_tied(model: nn.Module, targets: Sequence[Target], keep: bool) -> list[Target]:
+    """Return targets with all names of their weights, for those that list them already, or for all with ``keep``.
+
+    Raises
+    ------
+    TargetError
+        If a target lists other names than those of its weight in this model.
+    """
+    if not keep and not any(target.tied for target in targets):
+        return list(targets)
+    names = names_of_shared(model)
+    found = []
+    for target in targets:
+        same = names.get(target.name, [target.name])
+        if target.tied and {target.name, *target.tied} != set(same):
+            there = f"it is tied to {', '.join(same[1:])}" if len(same) > 1 else "it is not tied"
+            raise TargetError(
+                f"{target.name} is updated together with {', '.join(target.tied)}, as one tensor, and in this "
+                f"{type(model).__name__} {there}: tie the weights of the model as they were"
+            )
+        if len(same) > 1 and (keep or target.tied):
+            module, _, parameter = same[0].rpartition(".")
+            # With its first name it has the role of its first module; a file keeps the role that it was saved with.
+            embeds = is_embedding(model.get_submodule(module)) and not target.tied
+            target = dataclasses.replace(
+                target, module=module, parameter=parameter, tied=tuple(same[1:]),
+                role="embedding" if embeds else target.role,
+            )  # fmt: skip
+        found.append(target)
+    return found
+
+
+def split_by_file(model: nn.Module, file: AdapterFile, untie: bool, keep_tied: bool = False) -> list[str]:
+    """Return the names of tied weights that need copies of their own, so that all are tied as they are in a file.
+
+    Parameters
+    ----------
+    model : Module
+    file : AdapterFile
+    untie : bool
+        Whether the caller allows copies.
+    keep_tied : bool
+        Whether the caller wants one update for tied weights.
+
+    Raises
+    ------
+    FileError
+        If weights are tied otherwise than in the file, and not just tied more and ``untie``; or if the file keeps one
+        tensor under two names.
+    """
+    names, copies = names_of_shared(model), list[str]()
+    firsts = dict[str, str]()
+    for name in dict.fromkeys([*file.kept, *file.ties]):
+        same = names.get(name, [name])
+        twin = firsts.setdefault(same[0], name) if name in file.kept else name
+        # PEFT stores a bias that two modules share for each of them.
+        alone = file.ties.get(name) == () or (twin != name and not np.array_equal(file.kept[name], file.kept[twin]))
+        if alone and len(same) > 1:
+            if not untie or keep_tied:
+                raise FileError(
+                    f"{same[0]} and {same[1]} are one tensor (tied weights) in this {type(model).__name__}, and it has "
+                    f"{name} of that module alone: load it with untie=True, which gives the second its own copy"
+                )
+            copies += [one for one in same[1:] if one not in copies]
+        elif not alone and name in file.ties and {name, *file.ties[name]} != set(same):
+            there = f"it is tied to {', '.join(one for one in same if one != name)}" if len(same) > 1 else "it is not"
+            raise FileError(
+                f"it keeps {name}, which is tied to {', '.join(file.ties[name])}, and in this {type(model).__name__} "
+                f"{there}: tie the weights of the model as they were"
+            )
+    return copies
+
+
+def names_of_shared(model: nn.Module) -> dict[str, list[str]]:
+    """Return all names of each tensor that has several, in the model's order, by each of them."""
+    names: dict[tuple[Any, ...], list[str]] = {}
+    for path, module in modules_of(model):
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                names.setdefault(_place(tensor), []).append(join(path, name))
+    return {name: same for same in names.values() if len(same) > 1 for name in same}
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return a key of the tensor's memory: parameters with equal keys are one, even as different objects."""
+    if nn.parameter.is_lazy(tensor):
+        return (id(tensor),)
+    try:
+        pointer = tensor.data_ptr()
+    except RuntimeError:
+        pointer = 0  # a subclass without storage
+    if pointer == 0 or tensor.device.type == "meta":
+        return (id(tensor),)
+    return tensor.device, pointer, tuple(tensor.shape)
+
+
+# -- Find the module whose forward uses a weight, where an adapter has to act, by analysis of its source code ----------
+
+# Usually it is the module that holds the weight. Some parents read a child's weight directly and never call the child:
+# timm's BEiT, ``F.linear(x, self.qkv.weight, bias)``; the fast path of :class:`torch.nn.TransformerEncoderLayer`. This
+# is visible in their source, which is parsed here but never run.
+
+
+# All dotted paths of each module, by the module's id.
+Paths = Mapping[int, Sequence[str]]
+
+# A step of a chain that is only known at run time: a loop variable or a computed index.
+_ANY = "*"
+
+# Reads its first layer's weights only to check whether they need gradients.
+_ONLY_LOOK = (nn.TransformerEncoder.forward,)
+
+# Attributes of a weight that do not depend on its values.
+_ABOUT = {
+    "dtype", "device", "shape", "ndim", "dim", "size", "numel", "requires_grad", "is_cuda", "is_nested", "layout",
+    "stride", "is_contiguous", "is_quantized", "grad",
+}  # fmt: skip
+
+
+def paths_of(model: nn.Module) -> Paths:
+    """Return all dotted paths of each module of a model by the module's id; compute it once for many targets.
+
+    Examples
+    --------
+    >>> linear = nn.Linear(2, 2)
+    >>> paths_of(nn.Sequential(linear, linear))[id(linear)]
+    ['0', '1']
+    """
+    found: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), []).append(path)
+    return found
+
+
+def host_of(model: nn.Module, target: Target, paths: Paths | None = None) -> str:
+    """Return the module whose forward must apply an update: the weight's owner, or a parent that reads it directly.
+
+    Parameters
+    ----------
+    model : Module
+    target : Target
+    paths : mapping, optional
+        :func:`paths_of` the model, if already computed.
+
+    Returns
+    -------
+    str
+        Dotted path; empty for the model itself. If several modules read the weight, the outermost, whose forward
+        encloses the others.
+
+    Examples
+    --------
+    >>> layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16)
+    >>> host_of(layer, Target("self_attn", (24, 8), "q", "in_proj_weight")) == ""
+    True
+    >>> host_of(nn.Sequential(nn.Linear(2, 2)), Target("0", (2, 2)))
+    '0'
+    """
+    outside = reads_outside(model, target, paths)
+    return outside[0] if outside else target.module
+
+
+def reads_outside(model: nn.Module, target: Target, paths: Paths | None = None) -> list[str]:
+    """Return the ancestors of a weight's module whose forward reads the weight directly, outermost first.
+
+    Parameters
+    ----------
+    model : Module
+    target : Target
+    paths : mapping, optional
+        :func:`paths_of` the model, if already computed.
+
+    Returns
+    -------
+    list of str
+        Dotted paths; empty if only the owner reads the weight.
+
+    Notes
+    -----
+    Detects reads of attributes of ``self``, also through local names, ``getattr``, an index or a loop, in ``forward``
+    and the methods that it uses. Reads in other functions or in classes without source are not detected.
+
+    Examples
+    --------
+    >>> attention = nn.MultiheadAttention(8, 2)
+    >>> reads_outside(attention, Target("out_proj", (8, 8))) == [""]
+    True
+    """
+    owner = model.get_submodule(target.module)
+    found: dict[str, None] = {}
+    for path in (paths_of(model) if paths is None else paths)[id(owner)]:
+        found.update(dict.fromkeys(_readers(model, path, target.parameter)))
+    return sorted(found, key=lambda path: path.count(".") + bool(path))
+
+
+def _readers(model: nn.Module, path: str, parameter: str) -> Iterator[str]:
+    parts = path.split(".") if path else []
+    for length in range(len(parts)):
+        above = ".".join(parts[:length])
+        cls: Any = type(model.get_submodule(above))
+        # PEFT's wrapper exposes its base layer's weight as its own.
+        below = (*(part for part in parts[length:] if part != "base_layer"), parameter)
+        if len(below) > 1 and any(_same(read, below) for read in _reads(cls)):
+            yield above
+
+
+def _same(read: tuple[str, ...], path: tuple[str, ...]) -> bool:
+    return len(read) == len(path) and all(one in (other, _ANY) for one, other in zip(read, path, strict=True))
+
+
+@functools.lru_cache(maxsize=1024)
+def _reads(cls: type) -> frozenset[tuple[str, ...]]:
+    """Return the chains of attributes of ``self`` that the forward reads, each ending at a child's attribute."""
+    found: set[tuple[str, ...]] = set()
+    waiting, known = ["forward"], {"forward"}
+    while waiting:
+        for chain in _chains(_source(cls, waiting.pop())):
+            if len(chain) > 1:
+                found.add(chain)
+            if chain[0] not in known:
+                known.add(chain[0])
+                waiting.append(chain[0])
+    return frozenset(found)
+
+
+def _source(cls: type, name: str) -> ast.FunctionDef | None:
+    """Return the parsed function behind a method or property; None if there is none or its source is unavailable."""
+    found = inspect.getattr_static(cls, name, None)
+    for holder in ("fget", "func", "__func__"):
+        found = getattr(found, holder, found)
+    function = inspect.unwrap(found) if inspect.isfunction(found) else None
+    if function is None or function in _ONLY_LOOK or inspect.getattr_static(nn.Module, name, None) is function:
+        return None
+    try:
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return None
+    return node if isinstance(node, ast.FunctionDef) else None
+
+
+def _chains(function: ast.FunctionDef | None) -> Iterator[tuple[str, ...]]:
+    if function is None or not function.args.args:
+        return
+    known: dict[str, tuple[str, ...]] = {function.args.args[0].arg: ()}
+    for node in ast.walk(function):
+        for name, chain in _named(node, known):
+            known.setdefault(name, chain)
+    inner: set[int] = set()
+    for node in ast.walk(function):
+        if isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
+            if isinstance(node, ast.Attribute) and node.attr in _ABOUT:
+                inner.add(id(node.value))
+                continue
+            read = _chain(node, known)
+            if read and id(node) not in inner:
+                yield read
+
+
+def _named(node: ast.AST, known: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield local names bound to a chain: ``attn = self.attn``, or ``for layer in self.layers``."""
+    if isinstance(node, ast.Assign):
+        for target in node.targets:
+            yield from _assigned(target, node.value, known)
+    elif isinstance(node, (ast.NamedExpr, ast.AnnAssign)) and node.value is not None:
+        yield from _assigned(node.target, node.value, known)
+    elif isinstance(node, (ast.For, ast.comprehension)) and isinstance(node.target, ast.Name):
+        several = isinstance(node.iter, (ast.Tuple, ast.List))
+        found = _common(node.iter, known) if several else _chain(node.iter, known)
+        if found:
+            yield node.target.id, found if several else (*found, _ANY)
+
+
+def _assigned(
+    target: ast.AST, value: ast.AST, known: dict[str, tuple[str, ...]]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        for one, other in zip(target.elts, value.elts, strict=False):
+            yield from _assigned(one, other, known)
+    elif isinstance(target, ast.Name) and (chain := _chain(value, known)):
+        yield target.id, chain
+
+
+def _common(several: ast.AST, known: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
+    """Return one chain that covers all of ``(self.q, self.v)``: ("*",)."""
+    chains = [chain for item in ast.iter_child_nodes(several) if (chain := _chain(item, known))]
+    if len({len(chain) for chain in chains}) != 1:
+        return None
+    return tuple(steps[0] if len(set(steps)) == 1 else _ANY for steps in zip(*chains, strict=True))
+
+
+def _chain(node: ast.AST, known: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
+    """Return ``self.a.b[0]`` as ("a", "b", "0"); None if it does not start at ``self``."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id)
+    if isinstance(node, ast.Attribute):
+        before = _chain(node.value, known)
+        return None if before is None else (*before, node.attr)
+    if isinstance(node, ast.Subscript):
+        before = _chain(node.value, known)
+        index = node.slice
+        step = str(index.value) if isinstance(index, ast.Constant) else _ANY
+        return None if before is None else (*before, step)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and node.args[1:]:
+        before = _chain(node.args[0], known)
+        index = node.args[1]
+        step = str(index.value) if isinstance(index, ast.Constant) else _ANY
+        return None if before is None else (*before, step)
+    if isinstance(node, ast.NamedExpr):
+        return _chain(node.value, known)
+    return None

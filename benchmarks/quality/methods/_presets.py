@@ -15,8 +15,7 @@ from tnadapt import presets
 from tnadapt import torch as tnt
 from tnadapt.algebra.config import Config
 from tnadapt.planning import known_as
-from tnadapt.planning.ladders import Family, Search
-from tnadapt.planning.preset_families import PRESET_FAMILIES, AdaptedWeights
+from tnadapt.planning.families import PRESET_FAMILIES, AdaptedWeights, Family, Search
 
 from ..facts import Facts
 from ._method import Method, Setting, UnfitError

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from tnadapt.finetune import Problem, Training
-from tnadapt.finetune._trainer_loop import train_with_trainer
 from tnadapt.finetune.loop import OwnRates, evaluate, fit
 from tnadapt.finetune.problem import base_digest, samples_digest, under
+from tnadapt.finetune.training import train_with_trainer
 
 from .. import methods
 from ..methods import Setting

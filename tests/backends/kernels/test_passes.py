@@ -8,8 +8,7 @@ import pytest
 
 import tnadapt as tna
 from tnadapt.algebra.maps import Linear
-from tnadapt.backends._kernels.gpu.launch_plans import Drawn
-from tnadapt.backends._kernels.gpu.passes import passes
+from tnadapt.backends._kernels.gpu.launch_plans import Drawn, passes
 
 
 @pytest.mark.parametrize("itemsize", [4, 8])

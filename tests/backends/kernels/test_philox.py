@@ -73,7 +73,7 @@ def test_permutations(size: int, stream: tuple[int, int, int], inverse: bool, wh
 
 @given(st.integers(2, 31), STREAM, st.booleans(), st.integers(0, 2**31))
 def test_images_in_32_bits(bits: int, stream: tuple[int, int, int], inverse: bool, start: int) -> None:
-    from tnadapt.backends._kernels.feistel import IMAGES, fill_images
+    from tnadapt.backends._kernels.philox import IMAGES, fill_images
 
     keys = rng_numpy.words(*stream, 0, 8)
     start %= 1 << bits

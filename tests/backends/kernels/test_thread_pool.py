@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tnadapt.backends._kernels import thread_pool
-from tnadapt.backends._kernels.thread_pool import share, thread_count
+from tnadapt.backends._kernels import work_space as thread_pool
+from tnadapt.backends._kernels.work_space import share, thread_count
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     # In a separate process: other libraries with threads in this one do not survive a fork.
     code = """
 import os, threading
-from tnadapt.backends._kernels import thread_pool
+from tnadapt.backends._kernels import work_space as thread_pool
 thread_pool._allowed = lambda: 4
 def meet():
     meeting = threading.Barrier(3)
@@ -83,7 +83,7 @@ if child:
 
 
 def count_in_a_process(code: str, **environment: str) -> int:
-    code = f"{code}\nfrom tnadapt.backends._kernels.thread_pool import thread_count\nprint(thread_count())"
+    code = f"{code}\nfrom tnadapt.backends._kernels.work_space import thread_count\nprint(thread_count())"
     environment = {**{k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}, **environment}
     return int(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout)
 

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
-from tnadapt.algebra.maps.walsh_hadamard import fwht_plain
+from tnadapt.algebra.maps.fastfood import fwht_plain
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", minversion="3.5")
 
 from tnadapt.backends import _torch_gpu as torch_gpu
-from tnadapt.backends import _torch_operators as operators
+from tnadapt.backends import _torch_maps as operators
 from tnadapt.backends import get_backend
 from tnadapt.torch._delta import vector
 

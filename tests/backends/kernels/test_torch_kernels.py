@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tnadapt.algebra.maps.walsh_hadamard import fwht_plain
+from tnadapt.algebra.maps.fastfood import fwht_plain
 from tnadapt.backends import load_backend
 
 torch = pytest.importorskip("torch")

@@ -15,7 +15,10 @@ import pytest
 
 triton = pytest.importorskip("triton", minversion="3.5")
 
-from tnadapt.backends._kernels.gpu import passes, triton_fastfood, triton_hadamard, triton_launcher
+from tnadapt.backends._kernels.gpu import launch_plans as passes
+from tnadapt.backends._kernels.gpu import triton_kernels as triton_fastfood
+from tnadapt.backends._kernels.gpu import triton_kernels as triton_hadamard
+from tnadapt.backends._kernels.gpu import triton_launcher
 from tnadapt.backends._kernels.gpu.launch_plans import Drawn
 from tnadapt.backends._kernels.gpu.triton_launcher import TritonLauncher, warps
 

@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.conftest import relative_error
-from tnadapt.algebra.maps.walsh_hadamard import fwht_plain
+from tnadapt.algebra.maps.fastfood import fwht_plain
 from tnadapt.backends import load_backend
 
 pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
 
-from tnadapt.backends._kernels import memory, thread_pool, walsh
-from tnadapt.backends._kernels.butterflies import low_run, strips
-from tnadapt.backends._kernels.walsh import transform, transform_at_once, transform_into
+from tnadapt.backends._kernels import walsh
+from tnadapt.backends._kernels import work_space as memory
+from tnadapt.backends._kernels import work_space as thread_pool
+from tnadapt.backends._kernels.walsh import low_run, strips, transform, transform_at_once, transform_into
 
 DTYPES = ("float32", "float64")
 

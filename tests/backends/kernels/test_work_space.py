@@ -12,8 +12,7 @@ import pytest
 
 import tnadapt as tna
 from tnadapt.backends._kernels import kernels
-from tnadapt.backends._kernels.memory import CACHE_LINE
-from tnadapt.backends._kernels.work_space import WorkSpace
+from tnadapt.backends._kernels.work_space import CACHE_LINE, WorkSpace
 
 
 def address(x: np.ndarray) -> int:

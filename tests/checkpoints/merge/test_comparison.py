@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from tnadapt import FileError
-from tnadapt.checkpoints import file_locks
-from tnadapt.checkpoints.merge import _comparison as comparison
-from tnadapt.checkpoints.merge._comparison import open_regular, same_content
-from tnadapt.checkpoints.merge._work_lock import work_lock
+from tnadapt.checkpoints import atomic_files as file_locks
+from tnadapt.checkpoints.merge import _shards as comparison
+from tnadapt.checkpoints.merge._journal import work_lock
+from tnadapt.checkpoints.merge._shards import open_regular, same_content
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_a_system_without_locks_makes_the_work_folder_and_keeps_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_locks, "HAS_LOCKS", False)
-    monkeypatch.setattr("tnadapt.checkpoints.merge._work_lock.HAS_LOCKS", False)
+    monkeypatch.setattr("tnadapt.checkpoints.merge._journal.HAS_LOCKS", False)
     with open(tmp_path / "file", "w") as file:
         assert file_locks.lock(file.fileno())
     root = str(tmp_path / "work")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from tests.support.macos_errors import ENOTSUP, as_on_macos
 from tnadapt import FileError
-from tnadapt.checkpoints.merge import _copying as copying
-from tnadapt.checkpoints.merge._copying import Stopped, copy_range, write_at
+from tnadapt.checkpoints.merge import _shards as copying
+from tnadapt.checkpoints.merge._shards import Stopped, copy_range, write_at
 
 
 @given(st.data())
@@ -84,7 +84,7 @@ def test_without_a_sendfile_for_files_they_are_copied_by_hand(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on macOS, whose sendfile takes sockets only."""
-    module = as_on_macos(monkeypatch, "tnadapt.checkpoints.merge._copying")
+    module = as_on_macos(monkeypatch, "tnadapt.checkpoints.merge._shards")
 
     def sendfile(*arguments: Any) -> int:
         raise OSError(number, "not for files")

@@ -26,8 +26,8 @@ from tests.support import checkpoint_files as cp
 from tnadapt.algebra import rounding
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 from tnadapt.checkpoints.fingerprint import fingerprint
-from tnadapt.checkpoints.merge import _copying as copying
-from tnadapt.checkpoints.merge import _job as job
+from tnadapt.checkpoints.merge import _merge_checkpoint as job
+from tnadapt.checkpoints.merge import _shards as copying
 from tnadapt.errors import TnadaptError
 from tnadapt.testing.strategies import configs
 

@@ -21,13 +21,14 @@ from tests.support import checkpoint_files as cp
 from tests.support.file_layer import Call, intercepted, killed_before, recorded
 from tests.support.macos_errors import ENOTSUP, as_on_macos
 from tests.support.power_failure import after_failures, put
-from tnadapt.checkpoints import file_locks, renaming
+from tnadapt.checkpoints import atomic_files as file_locks
+from tnadapt.checkpoints import atomic_files as renaming
 from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.checkpoints.merge import _job as job
 from tnadapt.checkpoints.merge import _journal as partial_module
-from tnadapt.checkpoints.merge import _publishing as publishing
-from tnadapt.checkpoints.merge import _work_lock as work_lock
+from tnadapt.checkpoints.merge import _journal as publishing
+from tnadapt.checkpoints.merge import _journal as work_lock
+from tnadapt.checkpoints.merge import _merge_checkpoint as job
 from tnadapt.checkpoints.merge._journal import MergeJournal, partial
 from tnadapt.checkpoints.merge._shards import Shard, Writer
 
@@ -738,7 +739,7 @@ def test_a_new_name_is_never_taken_from_anything(
 
 
 def test_a_file_system_without_links_on_macos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = as_on_macos(monkeypatch, "tnadapt.checkpoints.renaming")
+    module = as_on_macos(monkeypatch, "tnadapt.checkpoints.atomic_files")
 
     def link(*arguments: Any, **settings: Any) -> None:
         raise OSError(ENOTSUP, "Operation not supported")
@@ -752,7 +753,7 @@ def test_a_file_system_without_links_on_macos(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_call_that_a_file_system_lacks_on_macos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = as_on_macos(monkeypatch, "tnadapt.checkpoints.renaming")
+    module = as_on_macos(monkeypatch, "tnadapt.checkpoints.atomic_files")
 
     def call(*arguments: Any) -> int:
         ctypes.set_errno(ENOTSUP)

@@ -13,18 +13,22 @@ from collections.abc import Sequence
 
 from tnadapt.plugins import Registry
 
-from ._batched_cp import BatchedCP
-from ._circuit import Circuit
-from ._contraction import Contraction, Formula, letters
-from ._cp import CP, WeightedCP
-from ._dense import Dense
-from ._dimensions import of_cp, of_tucker
-from ._format import Format, Ranges, Rank, rank_a_mode, unfolded
-from ._halves import Legs
-from ._jacobian import jacobian_rank
-from ._permuted import Axes, Permuted
-from ._tensor_train import TensorTrain
-from ._tucker import Tucker
+from ._cp import CP, BatchedCP, Circuit, Dense, WeightedCP
+from ._format import (
+    Contraction,
+    Format,
+    Formula,
+    Legs,
+    Ranges,
+    Rank,
+    jacobian_rank,
+    letters,
+    of_cp,
+    of_tucker,
+    rank_a_mode,
+    unfolded,
+)
+from ._tucker import Axes, Permuted, TensorTrain, Tucker
 
 __all__ = [
     "CP",

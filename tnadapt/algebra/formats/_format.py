@@ -10,23 +10,545 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from tnadapt.backends import Backend
+import numpy as np
+
+from tnadapt.algebra.unfolding import Cut
+from tnadapt.backends import Backend, load_backend
 from tnadapt.backends.backend import Array
+from tnadapt.backends.fixed_arrays import FixedArrays
 from tnadapt.errors import ConfigError, integer, safe_repr
-
-from ..unfolding import Cut
-from ._contraction import Contraction, Formula
-from ._halves import Halves, Legs
-from ._jacobian import jacobian_rank
-from ._minimal_cut import least_cut, least_cut_of_legs
 
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ["Format", "Ranges", "Rank", "rank_a_mode", "rows_of", "unfolded"]
+__all__ = [
+    "Contraction",
+    "Cover",
+    "Format",
+    "Formula",
+    "Halves",
+    "Legs",
+    "Ranges",
+    "Rank",
+    "covered",
+    "jacobian_rank",
+    "least_cut",
+    "least_cut_of_legs",
+    "letters",
+    "minimal_cut",
+    "of_cp",
+    "of_train",
+    "of_tucker",
+    "rank_a_mode",
+    "rows_of",
+    "unfolded",
+]
+
+
+# -- Contraction of a small tensor network given as an einsum string, on any backend -----------------------------------
+
+# This is the reference implementation for every format, and the default for formats that do not override it. Arrays are
+# contracted pairwise from left to right, each pair as one batched matrix product. An index may occur on any number of
+# arrays; it stays open if the output names it.
+
+
+def letters(modes: int, bonds: int) -> tuple[str, str]:
+    """Return distinct index letters for the modes and for the bonds of a formula.
+
+    Greek letters continue after the 52 ASCII letters.
+
+    Examples
+    --------
+    >>> letters(3, 2)
+    ('abc', 'de')
+    """
+    every = string.ascii_letters + "".join(map(chr, range(0x3B1, 0x3B1 + max(0, modes + bonds - 52))))
+    return every[:modes], every[modes : modes + bonds]
+
+
+class Formula(NamedTuple):
+    """A parsed einsum string.
+
+    Attributes
+    ----------
+    inputs : tuple of str
+        The indices of each array, in order.
+    output : str
+        The open indices, one per mode.
+
+    Examples
+    --------
+    >>> Formula.parsed("ar,br->ab", 2, 2)
+    Formula(inputs=('ar', 'br'), output='ab')
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+
+    @classmethod
+    def parsed(cls, text: str, arrays: int, order: int) -> Formula:
+        """Parse a string and check it against the number of arrays and of modes.
+
+        Raises
+        ------
+        ConfigError
+            If it is not an einsum string with explicit output for that many arrays and modes.
+        """
+        if not isinstance(text, str):
+            raise ConfigError(
+                f"the formula of a format must be a string; got {safe_repr(text)}. If it is a method, write @property "
+                "above its definition"
+            )
+        left, arrow, output = text.replace(" ", "").partition("->")
+        inputs = tuple(left.split(","))
+        known = set(left)
+        if not arrow or len(inputs) != arrays or len(output) != order or len(set(output)) != order:
+            raise ConfigError(
+                f"formula {text!r} must be an einsum string for {arrays} arrays and {order} modes, such as 'ar,br->ab'"
+            )
+        if any(len(set(own)) != len(own) for own in inputs) or not set(output) <= known:
+            raise ConfigError(f"formula {text!r} repeats an index on one array, or its output names an unknown index")
+        return cls(inputs, output)
+
+    def sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+        """Return the size of every index.
+
+        Raises
+        ------
+        ConfigError
+            If the shapes do not fit the indices.
+        """
+        found: dict[str, int] = {}
+        for own, shape in zip(self.inputs, shapes, strict=True):
+            if len(own) != len(shape) or any(found.setdefault(i, d) != d for i, d in zip(own, shape, strict=True)):
+                raise ConfigError(f"an array of shape {tuple(shape)} does not fit its indices {own!r} in the formula")
+        return found
+
+
+class _Pair(NamedTuple):
+    """The plan of one pairwise contraction.
+
+    ``left_sums`` and ``right_sums`` are axes to sum first. The orders then sort the remaining axes: those of the left
+    array into batch, rows, inner, and those of the right array into batch, inner, columns. The last three fields count
+    the axes of each kind.
+    """
+
+    left_sums: tuple[int, ...]
+    right_sums: tuple[int, ...]
+    left_order: tuple[int, ...]
+    right_order: tuple[int, ...]
+    batch: int
+    rows: int
+    inner: int
+
+
+class Contraction:
+    """An einsum, planned once and run on any backend.
+
+    All decisions about indices are made in the constructor. A call runs only sums, permutations, reshapes and matrix
+    products, which a compiler can trace.
+
+    Parameters
+    ----------
+    inputs : sequence of str
+        The indices of each array, without repeats on one array.
+    output : str
+        Indices that are not summed, in order; each occurs on at least one array.
+
+    Notes
+    -----
+    Pairs are contracted from left to right; no optimal order is searched.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tnadapt.backends import load_backend
+    >>> a, b = np.arange(6.0).reshape(2, 3), np.ones((3, 2))
+    >>> Contraction(["ij", "jk"], "ki")(load_backend("numpy"), [a, b])
+    array([[ 3., 12.],
+           [ 3., 12.]])
+    """
+
+    def __init__(self, inputs: Sequence[str], output: str) -> None:
+        self.pairs: list[_Pair] = []
+        now = inputs[0]
+        for place in range(1, len(inputs)):
+            later = set(output).union(*inputs[place + 1 :])
+            now = self._planned(now, inputs[place], later)
+        self.sums, now = _summed(now, set(output))
+        order = tuple(now.index(index) for index in output)
+        self.order = order if order != tuple(range(len(order))) else ()
+
+    def _planned(self, left: str, right: str, later: set[str]) -> str:
+        left_sums, left = _summed(left, later | set(right))
+        right_sums, right = _summed(right, later | set(left))
+        both = [index for index in left if index in right]
+        batch = [index for index in both if index in later]
+        inner = [index for index in both if index not in later]
+        rows = [index for index in left if index not in both]
+        cols = [index for index in right if index not in both]
+        left_order = tuple(left.index(index) for index in [*batch, *rows, *inner])
+        right_order = tuple(right.index(index) for index in [*batch, *inner, *cols])
+        self.pairs.append(_Pair(left_sums, right_sums, left_order, right_order, len(batch), len(rows), len(inner)))
+        return "".join([*batch, *rows, *cols])
+
+    def __call__(self, backend: Backend, arrays: Sequence[Array]) -> Array:
+        """Compute the contracted array."""
+        now = arrays[0]
+        for pair, right in zip(self.pairs, arrays[1:], strict=True):
+            now = _contracted(backend, pair, now, right)
+        now = _without(backend, now, self.sums)
+        return backend.permute_dims(now, self.order) if self.order else now
+
+
+def _summed(indices: str, kept: set[str]) -> tuple[tuple[int, ...], str]:
+    """Return the axes of the indices that are not kept, last axis first, and the remaining indices."""
+    axes = tuple(axis for axis in reversed(range(len(indices))) if indices[axis] not in kept)
+    return axes, "".join(index for index in indices if index in kept)
+
+
+def _without(backend: Backend, array: Array, axes: tuple[int, ...]) -> Array:
+    for axis in axes:
+        array = backend.sum(array, axis=axis)
+    return array
+
+
+def _contracted(backend: Backend, pair: _Pair, left: Array, right: Array) -> Array:
+    left = _turned(backend, _without(backend, left, pair.left_sums), pair.left_order)
+    right = _turned(backend, _without(backend, right, pair.right_sums), pair.right_order)
+    end = pair.batch + pair.rows
+    batch, rows, inner = left.shape[: pair.batch], left.shape[pair.batch : end], left.shape[end:]
+    cols = right.shape[pair.batch + pair.inner :]
+    sizes = math.prod(batch), math.prod(rows), math.prod(inner), math.prod(cols)
+    product = backend.matmul(
+        backend.reshape(left, (sizes[0], sizes[1], sizes[2])), backend.reshape(right, (sizes[0], sizes[2], sizes[3]))
+    )
+    return backend.reshape(product, (*batch, *rows, *cols))
+
+
+def _turned(backend: Backend, array: Array, order: tuple[int, ...]) -> Array:
+    return array if order == tuple(range(len(order))) else backend.permute_dims(array, order)
+
+
+# -- The cheapest cut of a small tensor network between row indices and column indices ---------------------------------
+
+# The network is then a product of two matrices, one for each side of the cut, and the cut is their inner dimension: an
+# upper bound on the rank that holds for any arrays, trained or not.
+
+
+# Up to this many arrays, all partitions are searched.
+_ALL = 12
+
+
+def least_cut(formula: Formula, size: Mapping[str, int], rows: Sequence[int]) -> int:
+    """Return the least product of bonds found over the cuts of the network that separate some modes from the others.
+
+    It is an upper bound on the rank of that unfolding; see :func:`minimal_cut`.
+    """
+    legs = [(size[index], 1) if mode in rows else (1, size[index]) for mode, index in enumerate(formula.output)]
+    return least_cut_of_legs(formula, size, legs)
+
+
+def least_cut_of_legs(formula: Formula, size: Mapping[str, int], legs: Sequence[tuple[int, int]]) -> int:
+    """Return the least product of bonds and legs found over the cuts of the network that separate rows from columns."""
+    return minimal_cut(formula, size, legs)[0]
+
+
+def minimal_cut(
+    formula: Formula, size: Mapping[str, int], legs: Sequence[tuple[int, int]]
+) -> tuple[int, tuple[bool, ...]]:
+    """Return the least product of bonds and legs over the cuts, and for each array whether it is on the rows' side.
+
+    Each mode, or a range of it, is a pair of a row index and a column index, of the lengths in ``legs``. A mode that
+    is all rows has one column; a mode at a fixed index is ``(1, 1)``.
+
+    Up to 12 arrays, all partitions are searched. With more, arrays are moved to the other side one at a time as long as
+    this makes the product smaller.
+
+    Examples
+    --------
+    A CP tensor whose second mode is one row index and two column indices of length 2:
+
+    >>> minimal_cut(Formula(("ar", "br", "cr"), "abc"), {"a": 5, "b": 6, "c": 7, "r": 2}, [(5, 1), (3, 2), (1, 7)])
+    (4, (True, True, False))
+    """
+    lengths = dict(zip(formula.output, legs, strict=True))
+    holders = {index: [k for k, own in enumerate(formula.inputs) if index in own] for index in size}
+    count = len(formula.inputs)
+
+    def cost(side: Sequence[bool]) -> int:
+        total = 1
+        for index, length in size.items():
+            sides = {side[k] for k in holders[index]}
+            rows, cols = lengths.get(index, (1, 1))
+            if len(sides) == 2:
+                total *= rows * cols if index in lengths else length
+            else:
+                # A leg on the other side than its array is cut.
+                total *= cols if True in sides else rows
+        return total
+
+    if count <= _ALL:
+        return min((cost(side), side) for side in itertools.product((False, True), repeat=count))
+    # True is the side of the rows. Arrays without a leg begin on one side, and on the other.
+    held = [[lengths[index] for index in own if index in lengths] for own in formula.inputs]
+    starts = [any(rows > 1 for rows, _ in own) for own in held], [all(cols == 1 for _, cols in own) for own in held]
+    return min(_descended(cost, list(side)) for side in starts)
+
+
+def _descended(cost: Callable[[Sequence[bool]], int], side: list[bool]) -> tuple[int, tuple[bool, ...]]:
+    """Move one array at a time to the other side as long as the cost falls; return the cost and the sides."""
+    best, improved = cost(side), True
+    while improved:
+        improved = False
+        for k in range(len(side)):
+            side[k] = not side[k]
+            now = cost(side)
+            if now < best:
+                best, improved = now, True
+            else:
+                side[k] = not side[k]
+    return best, tuple(side)
+
+
+# -- Indices of several digits: the range of the index that contains a box of its digits -------------------------------
+
+
+class Cover(NamedTuple):
+    """The contiguous range of a mode that contains a box of its digits.
+
+    Attributes
+    ----------
+    bounds : (int, int)
+        Start and stop.
+    lengths : list of int
+        How many indices of each digit the range covers.
+    crop : list of slice
+        Which of them are in the box.
+    """
+
+    bounds: tuple[int, int]
+    lengths: list[int]
+    crop: list[slice]
+
+
+def covered(sizes: Sequence[int], ranges: Sequence[tuple[int, int]]) -> Cover:
+    """Return the range of an index that contains a box of its digits, which have these sizes.
+
+    Examples
+    --------
+    >>> covered((4, 10), [(2, 3), (5, 7)])
+    Cover(bounds=(25, 27), lengths=[1, 2], crop=[slice(None, None, None), slice(None, None, None)])
+    >>> covered((4, 10), [(2, 4), (5, 7)])
+    Cover(bounds=(20, 40), lengths=[2, 10], crop=[slice(None, None, None), slice(5, 7, None)])
+    """
+    start, open_ = 0, False
+    lengths: list[int] = []  # a compiler cannot trace list[int]()
+    crop: list[slice] = []
+    for size, (lo, hi) in zip(sizes, ranges, strict=True):
+        if open_:
+            # Digits after the first one with a range: all of them, of which the box is a part.
+            start *= size
+            lengths.append(size)
+            crop.append(slice(lo, hi))
+            continue
+        start = start * size + lo
+        open_ = hi - lo > 1
+        lengths.append(hi - lo)
+        crop.append(slice(None))
+    return Cover((start, start + math.prod(lengths)), lengths, crop)
+
+
+# -- A box of a tensor network as a product of two matrices, by the cheapest cut between its rows and its columns ------
+
+# This is the way for any network and any split of its indices into rows and columns: an index may be several digits,
+# some of the rows and some of the columns, as the blocks of a matrix are. Formats that have a faster way for whole
+# modes define ``inner`` and ``unfolded``.
+#
+# A row index on an array of the other side is cut, too: it becomes an index of the inner dimension, and the rows' side
+# has an identity matrix there, so that its half is sparse.
+
+
+#: For each mode of a tensor, how many rows and how many columns its range stands for, rows slow.
+Legs = tuple[tuple[int, int], ...]
+
+
+class _Identities(FixedArrays):
+    def make(self, key: object) -> np.ndarray:
+        assert isinstance(key, int)
+        return np.eye(key)
+
+
+_IDENTITIES = _Identities()
+
+
+class Halves:
+    """The two halves of a network at a minimal cut, planned once.
+
+    Parameters
+    ----------
+    formula : Formula
+        The network.
+    size : mapping of str to int
+        Length of every index.
+    axes : sequence of sequence of int
+        For each index of the output, the modes of the tensor that are its digits, the first one slow.
+    sizes : sequence of int
+        Of the tensor.
+    legs : Legs
+
+    Attributes
+    ----------
+    width : int
+        The inner dimension.
+    """
+
+    def __init__(
+        self, formula: Formula, size: Mapping[str, int], axes: Sequence[Sequence[int]], sizes: Sequence[int], legs: Legs
+    ) -> None:
+        self.axes, self.sizes, self.legs = axes, sizes, legs
+        fresh = map(chr, range(0xE000, 0xF8FF))
+        # Each digit of more than one index is a letter of its own.
+        length: dict[str, int] = {}
+        rows, cols = ({mode: next(fresh) for mode, leg in enumerate(legs) if leg[side] > 1} for side in (0, 1))
+        for side, letters in enumerate((rows, cols)):
+            length |= {letter: legs[mode][side] for mode, letter in letters.items()}
+        digits = {
+            index: "".join(letters[mode] for mode in own for letters in (rows, cols) if mode in letters)
+            for index, own in zip(formula.output, axes, strict=True)
+        }
+        self._legs = [
+            [(axis, axes[formula.output.index(index)]) for axis, index in enumerate(own) if index in digits]
+            for own in formula.inputs
+        ]
+        inputs = ["".join(digits.get(index, index) for index in own) for own in formula.inputs]
+        self._shapes = [[length.get(index) or size[index] for index in own] for own in inputs]
+        bonds = {index: size[index] for index in dict.fromkeys("".join(formula.inputs)) if index not in formula.output}
+        length |= bonds
+        outer = "".join([*rows.values(), *cols.values()])
+        open_legs = [(length[letter], 1) if letter in rows.values() else (1, length[letter]) for letter in outer]
+        self.width, self.sides = minimal_cut(Formula(tuple(inputs), outer), length, open_legs)
+        held = [
+            "".join(own for own, mine in zip(inputs, self.sides, strict=True) if mine is side) for side in (True, False)
+        ]
+        shared = [bond for bond in bonds if bond in held[0] and bond in held[1]]
+        crossed = [[c for c in mine.values() if c in other] for mine, other in ((rows, held[1]), (cols, held[0]))]
+        renamed = {letter: next(fresh) for letter in "".join(map("".join, crossed))}
+        inner = "".join([*shared, *renamed.values()])
+        self._identities = [[length[letter] for letter in crossed[side]] for side in (0, 1)]
+        self._halves: list[Contraction | None] = []
+        for side, letters, foreign in ((0, rows, crossed[1]), (1, cols, crossed[0])):
+            own = [
+                "".join(renamed[index] if index in foreign else index for index in each)
+                for each, mine in zip(inputs, self.sides, strict=True)
+                if mine is (side == 0)
+            ]
+            own += [letter + renamed[letter] for letter in crossed[side]]
+            # One side has no arrays if the box has a single row, or a single column.
+            self._halves.append(Contraction(own, "".join(letters.values()) + inner) if own else None)
+
+    @classmethod
+    @functools.lru_cache(maxsize=1024)
+    def of(
+        cls, formula: Formula, size: tuple[tuple[str, int], ...], axes: tuple[tuple[int, ...], ...],
+        sizes: tuple[int, ...], legs: Legs,
+    ) -> Halves:  # fmt: skip
+        """Return the halves; the same object for all weights with the same place in a tensor."""
+        return cls(formula, dict(size), axes, sizes, legs)
+
+    def __call__(
+        self, backend: Backend, arrays: Sequence[Array], ranges: Sequence[tuple[int, int]]
+    ) -> tuple[Array, Array]:
+        """Compute the halves of a box from the network's arrays, in order.
+
+        Returns
+        -------
+        (array, array)
+            One axis per mode, of its rows in the first and its columns in the second, and the inner one.
+        """
+        parts = [
+            self._restricted(backend, array, own, shape, ranges)
+            for array, own, shape in zip(arrays, self._legs, self._shapes, strict=True)
+        ]
+        kind = backend.dtype_name(arrays[0])
+        found = []
+        for side, half in enumerate(self._halves):
+            mine = [part for part, on_rows in zip(parts, self.sides, strict=True) if on_rows is (side == 0)]
+            mine += [_IDENTITIES.on(backend, size, arrays[0], kind) for size in self._identities[side]]
+            made = _IDENTITIES.on(backend, 1, arrays[0], kind) if half is None else half(backend, mine)
+            found.append(backend.reshape(made, (*(leg[side] for leg in self.legs), self.width)))
+        return found[0], found[1]
+
+    def _restricted(
+        self,
+        backend: Backend,
+        array: Array,
+        legs: Sequence[tuple[int, Sequence[int]]],
+        shape: Sequence[int],
+        ranges: Sequence[tuple[int, int]],
+    ) -> Array:
+        """Return the part of an array that belongs to a box, with an axis for each digit."""
+        for axis, modes in reversed(legs):
+            cover = covered([self.sizes[mode] for mode in modes], [ranges[mode] for mode in modes])
+            lo, hi = cover.bounds
+            before = (slice(None),) * axis
+            array = array if (lo, hi) == (0, array.shape[axis]) else array[(*before, slice(lo, hi), ...)]
+            if any(part != slice(None) for part in cover.crop):
+                lengths = [*array.shape[:axis], *cover.lengths, *array.shape[axis + 1 :]]
+                array = backend.reshape(array, lengths)[(*before, *cover.crop, ...)]
+                array = backend.reshape(array, (*lengths[:axis], -1, *lengths[axis + len(modes) :]))
+        return backend.reshape(array, tuple(shape))
+
+
+# -- Degrees of freedom of a small network: the rank of its Jacobian at random arrays, in float64 ----------------------
+
+
+# The Jacobian is formed up to this number of elements.
+_FORMED = 1 << 20
+# Singular values below this fraction of the largest one are rounding errors.
+_ROUNDING = 1e-10
+
+
+class _Network(Protocol):
+    sizes: tuple[int, ...]
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def num_parameters(self) -> int: ...
+
+    def tensor(self, backend: Any, arrays: Mapping[str, Any], ranges: Sequence[tuple[int, int]]) -> Any: ...
+
+
+def jacobian_rank(network: _Network, times: int) -> int | None:
+    """Return the rank of the Jacobian of a sum of ``times`` tensors of a network; None if it is too large to form.
+
+    The rank is maximal at almost every point, so at a random point it is the dimension of the set of all such sums with
+    probability one.
+    """
+    elements = math.prod(network.sizes)
+    if times * network.num_parameters * elements > _FORMED:
+        return None
+    backend, rng = load_backend("numpy"), np.random.default_rng(0)
+    whole = [(0, size) for size in network.sizes]
+    rows = []
+    for _ in range(times):
+        arrays = {name: rng.uniform(0.5, 1.5, shape) * rng.choice([-1.0, 1.0], shape) for name, shape in
+                  network.shapes.items()}  # fmt: skip
+        for name, shape in network.shapes.items():
+            for place in np.ndindex(*shape):
+                unit = np.zeros(shape)
+                unit[place] = 1.0
+                rows.append(np.ravel(network.tensor(backend, {**arrays, name: unit}, whole)))
+    values = np.linalg.svd(np.array(rows), compute_uv=False)
+    return int(np.sum(values > _ROUNDING * values[0]))
+
+
+# -- Base class of formats: a format computes a tensor of given sizes from a few arrays --------------------------------
+
 
 Rank = int | tuple[int | None, ...]
 Ranges = Sequence[tuple[int, int]]
@@ -422,3 +944,42 @@ def rows_of(array: Array, bounds: tuple[int, int], axis: int = 0) -> Array:
     if (start, stop) == (0, array.shape[axis]):
         return array
     return array[(*(slice(None),) * axis, slice(start, stop), ...)]
+
+
+# -- Dimensions of the sets of CP tensors, Tucker tensors and tensor trains, by formula --------------------------------
+
+# The formulas are upper bounds. They are exact except for the few known defective shapes (CP of rank 3 on
+# 2 × 2 × 2 × 2, of rank 4 on 3 × 3 × 3, and their series).
+
+
+def of_cp(sizes: Sequence[int], rank: int) -> int:
+    ranks = multilinear(sizes, [rank] * len(sizes))
+    bases = sum(r * (d - r) for r, d in zip(ranks, sizes, strict=True))
+    # Restricted to the spans of its factors, the tensor is a smaller CP tensor, which may fill these spaces.
+    inner = min(math.prod(ranks), rank * (sum(ranks) - len(ranks) + 1))
+    return min(math.prod(sizes), bases + inner, rank * (sum(sizes) - len(sizes) + 1))
+
+
+def of_tucker(sizes: Sequence[int], ranks: Sequence[int]) -> int:
+    ranks = multilinear(sizes, ranks)
+    return math.prod(ranks) + sum(r * (d - r) for r, d in zip(ranks, sizes, strict=True))
+
+
+def multilinear(sizes: Sequence[int], ranks: Sequence[int]) -> list[int]:
+    """Return the ranks of the unfoldings: each at most its mode's size and the product of the other ranks."""
+    found = [min(rank, size) for rank, size in zip(ranks, sizes, strict=True)]
+    largest = max(range(len(found)), key=lambda mode: found[mode])
+    rest = math.prod(found[:largest] + found[largest + 1 :])
+    # Only the largest rank can exceed the product of the others, since every other product contains the largest one.
+    found[largest] = min(found[largest], rest)
+    return found
+
+
+def of_train(sizes: Sequence[int], ranks: Sequence[int]) -> int:
+    bonds = [1, *ranks, 1]
+    for mode in range(1, len(sizes)):
+        bonds[mode] = min(bonds[mode], bonds[mode - 1] * sizes[mode - 1])
+    for mode in range(len(sizes) - 1, 0, -1):
+        bonds[mode] = min(bonds[mode], bonds[mode + 1] * sizes[mode])
+    cores = sum(left * size * right for left, size, right in zip(bonds, sizes, bonds[1:], strict=False))
+    return cores - sum(bond * bond for bond in bonds[1:-1])

@@ -11,16 +11,19 @@ transform, and ``projection`` is the user-facing class of a map.
 
 from __future__ import annotations
 
-from ._brought import BroughtMap
-from ._centered_wavelet import CenteredWavelet
-from ._chain import Chain
-from ._circulant import Circulant
-from ._dft import Dft2
-from ._gather import Gather, SignGather
-from ._linear import Linear, LinearV2
-from ._map import Map, Space
-from ._map_recipe import (
+from ._blocks import Circulant, Tile
+from ._map import Map, MapSettings, Space, check_settings_class
+from ._matrices import BroughtMap
+from ._positions import Gather, Scatter, Shuffle, SignGather, TiedElements, TorchScatter
+from ._transforms import CenteredWavelet, Dft2, Wavelet
+from .fastfood import Linear, LinearV2, Nonlinear, tanhshrink
+from .projection import (
+    KINDS,
+    MAPS,
     ON,
+    SQUARE,
+    Chain,
+    PerWeight,
     Recipe,
     checked_projection,
     input_length,
@@ -33,16 +36,6 @@ from ._map_recipe import (
     require_ratio_fits,
     takes_ratio,
 )
-from ._map_registry import KINDS, MAPS, SQUARE
-from ._map_settings import MapSettings, check_settings_class
-from ._per_weight import PerWeight
-from ._scatter import Scatter
-from ._shuffle import Shuffle
-from ._tanhshrink import Nonlinear, tanhshrink
-from ._tied_elements import TiedElements
-from ._tile import Tile
-from ._torch_scatter import TorchScatter
-from ._wavelet import Wavelet
 
 __all__ = [
     "KINDS",

@@ -8,22 +8,98 @@ algorithm. A map whose settings determine the length of its input also defines :
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
+from tnadapt.algebra import rng
+from tnadapt.argument_checks import require_frozen
 from tnadapt.backends import Backend, load_backend
 from tnadapt.backends.backend import Array
 from tnadapt.backends.fixed_arrays import FixedArrays
-from tnadapt.errors import ConfigError
+from tnadapt.errors import ConfigError, safe_repr
 
-from .. import rng
-from ._map_settings import MapSettings, settings_text
+__all__ = [
+    "ByRows",
+    "Map",
+    "MapSettings",
+    "Space",
+    "check_settings_class",
+    "digest_of",
+    "settings_text",
+]
 
-__all__ = ["Map", "Space"]
+
+# -- The settings of a map: a frozen dataclass, which configs hold and adapter files store -----------------------------
+
+
+# Positions and the like are elided in texts beyond this many.
+_SHOWN = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class MapSettings:
+    """The settings of a map, as ``Config.projection`` takes them.
+
+    A subclass is a frozen dataclass whose fields are the settings. They are written into adapter files, so that their
+    values must be ``None``, booleans, numbers, strings, or tuples of these. The map's class names it as its
+    ``settings_class``.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.maps.Scatter(size=1000)
+    Scatter(size=1000, positions=None)
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not _is_plain(value):
+                raise ConfigError(
+                    f"{type(self).__name__}: {field.name} must be None, a boolean, an integer, a finite float, a "
+                    f"string or a tuple of these; got {safe_repr(value)}"
+                )
+
+
+def check_settings_class(kind: str, cls: Any) -> None:
+    """Raise a ConfigError unless a map's settings are a frozen dataclass whose fields a file can hold."""
+    if not (isinstance(cls, type) and issubclass(cls, MapSettings)):
+        raise ConfigError(
+            f"map {kind!r}: settings_class must inherit from tnadapt.maps.MapSettings; got {safe_repr(cls)}"
+        )
+    require_frozen(cls, f"map {kind!r}: the settings class {cls.__name__}", "map")
+
+
+def settings_text(settings: MapSettings, short: bool = False) -> str:
+    """Return the settings that differ from their defaults, such as ``"size=1000"``; long tuples elided if ``short``."""
+    told = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value == field.default:
+            continue
+        long = short and isinstance(value, tuple) and len(value) > _SHOWN
+        told.append(f"{field.name}={f'({len(value)} given)' if long else repr(value)}")
+    return ", ".join(told)
+
+
+def _is_plain(value: Any, depth: int = 4) -> bool:
+    """Return whether a file can hold a value and give it back."""
+    if isinstance(value, tuple):
+        return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
+    if isinstance(value, float):
+        return type(value) is float and math.isfinite(value)
+    if type(value) is int:
+        return abs(value) < 1 << 64
+    return value is None or type(value) in (bool, str)
+
+
+# -- Base class of maps F, from vectors of n_in elements to vectors of n_out elements, fixed by a seed -----------------
+
 
 # The default adjoint forms F as a matrix and transposes it, up to this number of elements.
 FORMED = 1 << 22
@@ -297,3 +373,56 @@ class Map(FixedArrays):
         ndarray, shape (n_out, n_in)
         """
         raise self._lacks("matrix(), an independent reference; verify compares with it")
+
+
+# -- Base class of maps to a matrix that compute any of its rows alone -------------------------------------------------
+
+
+class ByRows(Map):
+    """A map to a matrix Y of which a subclass computes rows: a slice costs the rows that it cuts."""
+
+    two_sided = True
+    shape: tuple[int, int]
+
+    def forward(self, backend: Backend, x: Array) -> Array:
+        return self._rows(backend, x, 0, self.shape[0])
+
+    def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
+        cols = self.shape[1]
+        first, last = start // cols, -(-stop // cols)
+        return self._rows(backend, x, first, last)[..., start - first * cols : stop - first * cols]
+
+    def _rows(self, backend: Backend, x: Array, first: int, last: int) -> Array:
+        """Compute rows ``first`` to ``last`` of Y, flattened."""
+        raise self._lacks("_rows")
+
+
+# -- Digests of maps whose streams are drawn piece by piece; long streams are digested by their two ends ---------------
+
+
+# Streams longer than twice this are digested by their two ends. That is enough to identify a stream, since each element
+# is a pure function of its index.
+_ENDS = 1 << 19
+
+
+class _Drawn(Protocol):
+    kind: str
+    n_in: int
+    n_out: int
+
+    def part(self, name: str, start: int, stop: int) -> np.ndarray: ...
+
+
+def digest_of(found: _Drawn, lengths: Mapping[str, int]) -> str:
+    """Return the hex SHA-256 of kind, lengths and streams; beyond 2**20 elements, of the first and last 2**19."""
+    head = f"tnadapt {found.kind} {found.n_in} {found.n_out}".encode()
+    return rng.digest(iter([head]), *(_bytes(found, *stream) for stream in lengths.items()))
+
+
+def _bytes(found: _Drawn, name: str, length: int) -> Iterator[bytes]:
+    ends = [(0, length)]
+    if length > 2 * _ENDS:
+        ends = [(0, _ENDS), (length - _ENDS, length)]
+    for first, last in ends:
+        for lo, hi in rng.chunks(first, last):
+            yield found.part(name, lo, hi).astype("<i8" if name == "perm" else "<f4").tobytes()

@@ -2,20 +2,717 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import get_backend
+from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
-from tnadapt.errors import ConfigError, ShapeError, integer
+from tnadapt.errors import ConfigError, ShapeError, TnadaptError, integer, safe_repr
+from tnadapt.plugins import Registry
 
-from ..folding import MAX_SIZE
-from ._map import Map
-from ._map_recipe import checked_projection, make_map, make_map_on_weights, projection_name
+from ._blocks import CirculantMap, TileMap
+from ._map import Map, MapSettings, Space, settings_text
+from ._matrices import BroughtMap, GivenMatrix, Normal
+from ._positions import (
+    GatherMap,
+    Identity,
+    OneHot,
+    ScatterMap,
+    Shuffle,
+    SignedOneHot,
+    SignGatherMap,
+    TiedMap,
+    TorchScatterMap,
+)
+from ._transforms import CenteredWaveletMap, Dct2, Dft2, WaveletMap
+from .fastfood import Linear, LinearV2, Nonlinear, NonlinearV2
 
-__all__ = ["Projection"]
+__all__ = [
+    "KINDS",
+    "MAPS",
+    "ON",
+    "SQUARE",
+    "Chain",
+    "PerWeight",
+    "Projection",
+    "Recipe",
+    "adjoints",
+    "checked_projection",
+    "input_length",
+    "is_brought",
+    "is_linear",
+    "make_map",
+    "make_map_on_weights",
+    "projection_name",
+    "projection_to_json",
+    "require_ratio_fits",
+    "slices",
+    "takes_ratio",
+]
+
+
+# -- Maps in a row: each is applied to the result of the one before ----------------------------------------------------
+
+
+class Chain(Map):
+    """The composition of maps, the first one applied first. Only the last one may be nonlinear.
+
+    Parameters
+    ----------
+    parts : sequence of Map
+        Two or more; the length of each one's output is that of the next one's input.
+    """
+
+    @checks_arguments
+    def __init__(self, parts: Sequence[Map]) -> None:
+        parts = tuple(parts)
+        if not parts or not all(isinstance(part, Map) for part in parts):
+            raise ConfigError(f"parts must be one or more maps; got {safe_repr(parts)}")
+        super().__init__(parts[0].n_in, parts[-1].n_out, parts[0].seed, parts[0].group)
+        for one, after in itertools.pairwise(parts):
+            if one.n_out != after.n_in:
+                raise ConfigError(
+                    f"parts must fit each other; {one.kind!r} makes {one.n_out} elements, and {after.kind!r} takes "
+                    f"{after.n_in}"
+                )
+        self.parts = parts
+        self.kind = " → ".join(part.kind for part in parts)
+        for part in parts[:-1]:
+            if not part.linear:
+                raise ConfigError(
+                    f"{part.kind!r} is not linear, and only the last map of a chain may be nonlinear: put it last"
+                )
+        self.linear = parts[-1].linear
+        self.identity = all(part.identity for part in parts)
+        self.square = all(part.square for part in parts)
+        self.isometry = all(part.isometry for part in parts)
+        self.exact_in_batches = all(part.exact_in_batches for part in parts)
+        # If the last map gives any vector full rank, it does so for what the others compute.
+        self.full_rank = parts[-1].full_rank
+
+    def __repr__(self) -> str:
+        return f"Chain({list(self.parts)!r})"
+
+    def forward(self, backend: Backend, x: Array) -> Array:
+        return self.parts[-1].forward(backend, self._before_last(backend, x))
+
+    def _before_last(self, backend: Backend, x: Array) -> Array:
+        for part in self.parts[:-1]:
+            x = part.forward(backend, x)
+        return x
+
+    def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
+        return self.parts[-1].slice(backend, self._before_last(backend, x), start, stop)
+
+    def adjoint(self, backend: Backend, y: Array) -> Array:
+        for part in reversed(self.parts):
+            y = part.adjoint(backend, y)
+        return y
+
+    def adjoint_at(self, backend: Backend, y: Array, at: Array) -> Array:
+        if self.linear:
+            return self.adjoint(backend, y)
+        y = self.parts[-1].adjoint_at(backend, y, self._before_last(backend, at))
+        for part in reversed(self.parts[:-1]):
+            y = part.adjoint(backend, y)
+        return y
+
+    def sides(self) -> Sequence[tuple[Map, Map]]:
+        terms = itertools.product(*(part.sides() for part in self.parts))
+        return [(_composed([a for a, _ in pairs]), _composed([b for _, b in pairs])) for pairs in terms]
+
+    @property
+    def linear_part(self) -> Map:
+        return self if self.linear else Chain([*self.parts[:-1], self.parts[-1].linear_part])
+
+    def digest(self) -> str:
+        return hashlib.sha256(" ".join(["tnadapt chain", *(part.digest() for part in self.parts)]).encode()).hexdigest()
+
+    def squared_norm(self) -> float:
+        # A map that preserves distances does not change the sum of squares of another one, before or after it.
+        others = [part for part in self.parts if not part.isometry]
+        if len(others) < 2:
+            return others[0].linear_part.squared_norm() if others else float(self.n_out)
+        first, *rest = others
+        if first.samples and len(rest) == 1 and rest[0].even_columns:
+            # Columns taken at random have their share of the sum, as a mean over the draws.
+            return rest[0].squared_norm() * first.n_in / first.n_out
+        return super().squared_norm()  # an estimate
+
+    def freedom(self) -> int:
+        return min(part.freedom() for part in self.parts)
+
+    def fourth_moment(self) -> float:
+        return self.parts[-1].fourth_moment()
+
+    def cost(self) -> int | None:
+        costs = [part.cost() for part in self.parts]
+        known = [cost for cost in costs if cost is not None]
+        return sum(known) if len(known) == len(costs) else None
+
+    def matrix(self) -> np.ndarray:
+        found = self.parts[0].matrix()
+        for part in self.parts[1:]:
+            found = part.matrix() @ found
+        return np.asarray(found)
+
+
+def _composed(parts: Sequence[Map]) -> Map:
+    moving = [part for part in parts if not part.identity]
+    if len(moving) > 1:
+        return Chain(moving)
+    return moving[0] if moving else parts[0]
+
+
+# -- The registry of maps by name --------------------------------------------------------------------------------------
+
+
+MAPS: Registry[Map] = Registry(
+    "projection",
+    Map,
+    {
+        "identity": Identity,
+        "shuffle": Shuffle,
+        "linear": Linear,
+        "linear_v2": LinearV2,
+        "nonlinear": Nonlinear,
+        "nonlinear_v2": NonlinearV2,
+        "scatter": ScatterMap,
+        "torch-scatter": TorchScatterMap,
+        "gather": GatherMap,
+        "sign-gather": SignGatherMap,
+        "tile": TileMap,
+        "circulant": CirculantMap,
+        "dct2": Dct2,
+        "dft2": Dft2,
+        "wavelet": WaveletMap,
+        "centered-wavelet": CenteredWaveletMap,
+        "one-hot": OneHot,
+        "signed-one-hot": SignedOneHot,
+        "normal": Normal,
+        "tied": TiedMap,
+        "given": GivenMatrix,
+    },
+)
+
+#: The paper's six maps, and those of them that preserve the length.
+KINDS = ("identity", "shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2")
+SQUARE = tuple(name for name in KINDS if MAPS[name].square)
+
+
+# -- A map on each weight of a group: blocks along the diagonal --------------------------------------------------------
+
+
+class PerWeight(Map):
+    """Maps of the weights of a group: the input is the concatenation of their inputs, and so is the output.
+
+    Parameters
+    ----------
+    parts : sequence of Map
+        One per weight, of one kind. Weights of equal shape share one object, and are computed together if all do.
+    """
+
+    @checks_arguments
+    def __init__(self, parts: Sequence[Map]) -> None:
+        parts = tuple(parts)
+        if not parts or not all(isinstance(part, Map) for part in parts):
+            raise ConfigError(f"parts must be one or more maps; got {safe_repr(parts)}")
+        first = parts[0]
+        super().__init__(sum(p.n_in for p in parts), sum(p.n_out for p in parts), first.seed, first.group)
+        self.parts = parts
+        self.kind = first.kind
+        self.linear = first.linear
+        self.identity = first.identity
+        self.square = all(part.square for part in parts)
+        self.isometry = all(part.isometry for part in parts)
+        self.exact_in_batches = all(part.exact_in_batches for part in parts)
+        self.full_rank = all(part.full_rank for part in parts)
+        self._alike = all(part is first for part in parts)
+
+    def part_at(self, start: int) -> tuple[int, Map]:
+        """Return where the input of the weight whose output begins at ``start`` begins, and the weight's map."""
+        if self._alike:
+            first = self.parts[0]
+            return start // first.n_out * first.n_in, first
+        return self._places[start]
+
+    @functools.cached_property
+    def _places(self) -> dict[int, tuple[int, Map]]:
+        found, first_in, first_out = dict[int, tuple[int, Map]](), 0, 0
+        for part in self.parts:
+            found[first_out] = first_in, part
+            first_in, first_out = first_in + part.n_in, first_out + part.n_out
+        return found
+
+    def __repr__(self) -> str:
+        return f"PerWeight({list(self.parts)!r})"
+
+    def _blockwise(
+        self, backend: Backend, apply: Callable[..., Array], length: str, *arrays: tuple[Array, str]
+    ) -> Array:
+        """Apply a method of each part to its pieces of arrays, and concatenate; ``length`` is that of the results."""
+        batch = tuple(arrays[0][0].shape[:-1])
+        if self._alike:
+            first, count = self.parts[0], len(self.parts)
+            split = [backend.reshape(array, (*array.shape[:-1], count, getattr(first, name))) for array, name in arrays]
+            return backend.reshape(apply(first, backend, *split), (*batch, getattr(self, length)))
+        starts = [
+            list(itertools.accumulate((getattr(part, name) for part in self.parts), initial=0)) for _, name in arrays
+        ]
+        pieces = []
+        for number, part in enumerate(self.parts):
+            own = [
+                array[..., edges[number] : edges[number + 1]] for (array, _), edges in zip(arrays, starts, strict=True)
+            ]
+            pieces.append(apply(part, backend, *own))
+        return backend.concat(pieces, axis=-1)
+
+    def forward(self, backend: Backend, x: Array) -> Array:
+        return self._blockwise(backend, lambda part, *given: part.forward(*given), "n_out", (x, "n_in"))
+
+    def adjoint(self, backend: Backend, y: Array) -> Array:
+        return self._blockwise(backend, lambda part, *given: part.adjoint(*given), "n_in", (y, "n_out"))
+
+    def adjoint_at(self, backend: Backend, y: Array, at: Array) -> Array:
+        if self.linear:
+            return self.adjoint(backend, y)
+        return self._blockwise(
+            backend, lambda part, *given: part.adjoint_at(*given), "n_in", (y, "n_out"), (at, "n_in")
+        )
+
+    def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
+        pieces, first_in, first_out = [], 0, 0
+        for part in self.parts:
+            lo, hi = max(start - first_out, 0), min(stop - first_out, part.n_out)
+            if lo < hi:
+                own = x[..., first_in : first_in + part.n_in]
+                whole = (lo, hi) == (0, part.n_out)
+                pieces.append(part.forward(backend, own) if whole else part.slice(backend, own, lo, hi))
+            first_in, first_out = first_in + part.n_in, first_out + part.n_out
+        return backend.concat(pieces, axis=-1)
+
+    @property
+    def linear_part(self) -> Map:
+        if self.linear:
+            return self
+        distinct = {id(part): part.linear_part for part in self.parts}
+        return PerWeight([distinct[id(part)] for part in self.parts])
+
+    def digest(self) -> str:
+        distinct = {id(part): part.digest() for part in self.parts}
+        told = ["tnadapt per weight", *(distinct[id(part)] for part in self.parts)]
+        return hashlib.sha256(" ".join(told).encode()).hexdigest()
+
+    def squared_norm(self) -> float:
+        distinct = {id(part): part.squared_norm() for part in self.parts}
+        return sum(distinct[id(part)] for part in self.parts)
+
+    def freedom(self) -> int:
+        return sum(part.freedom() for part in self.parts)
+
+    def fourth_moment(self) -> float:
+        return self.parts[0].fourth_moment()
+
+    def cost(self) -> int | None:
+        costs = [part.cost() for part in self.parts]
+        known = [cost for cost in costs if cost is not None]
+        return sum(known) if len(known) == len(costs) else None
+
+    def matrix(self) -> np.ndarray:
+        from scipy.linalg import block_diag
+
+        return np.asarray(block_diag(*(part.matrix() for part in self.parts)))
+
+
+# -- What Config.projection says: a map's name, its settings, or a chain of these; and the map that it makes -----------
+
+
+#: What a map is applied to: the vector of a group, or each of its weights as a matrix.
+ON = ("vector", "weight")
+# Element k of a chain draws with the group plus k times this, so that equal maps in a chain have different draws.
+_STREAMS = 1 << 28
+_MOST = 16
+# Groups from here on are those of maps before the network (:mod:`tnadapt.algebra.theta`), of chains of up to 8 maps.
+_THETA = 1 << 31
+
+Recipe = str | MapSettings | tuple[str | MapSettings, ...]
+
+
+class _Step(NamedTuple):
+    """One map of a chain."""
+
+    name: str
+    settings: Any
+
+    @property
+    def cls(self) -> type[Map]:
+        return MAPS.find(self.name)
+
+    @property
+    def fixes_length(self) -> bool:
+        return self.cls.fixes_length(self.settings)
+
+
+def _step_of(given: str | MapSettings) -> _Step:
+    if isinstance(given, str):
+        cls = MAPS.find(given)
+        return _Step(given, None if cls.settings_class is None else _defaults(given, cls.settings_class))
+    for name, cls in MAPS.items():
+        if cls.settings_class is type(given):
+            return _Step(name, given)
+    raise ConfigError(
+        f"{safe_repr(given)} are the settings of no registered map; call tnadapt.register_map(name, cls) with their "
+        "map. If a class of this name was registered again since, create the settings again"
+    )
+
+
+def _defaults(name: str, cls: type[MapSettings]) -> MapSettings:
+    required = [field.name for field in dataclasses.fields(cls) if _has_no_default(field)]
+    try:
+        return cls()
+    except (TypeError, TnadaptError):
+        shown = f"{cls.__name__}({', '.join(f'{field}=…' for field in required or _fields(cls))})"
+        raise ConfigError(f"map {name!r} needs settings: projection=tnadapt.maps.{shown}") from None
+
+
+def _has_no_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _fields(cls: type[MapSettings]) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _steps(projection: Recipe) -> list[_Step]:
+    listed = projection if isinstance(projection, tuple) else (projection,)
+    return [_step_of(given) for given in listed]
+
+
+# -- Configs ---------------------------------------------------------------------------------------
+
+
+def checked_projection(given: Any) -> Recipe:
+    """Return a projection in its canonical form: names for settings that are the default, and no "identity" in chains.
+
+    Parameters
+    ----------
+    given : str, MapSettings, mapping, or list or tuple of these
+        A mapping is settings as :func:`projection_to_json` writes them.
+
+    Raises
+    ------
+    ConfigError
+        If it is none of these, names no map, or has too many elements.
+
+    Examples
+    --------
+    >>> from tnadapt.algebra.maps import Scatter
+    >>> checked_projection([{"map": "scatter", "size": 5, "positions": None}, "identity", "shuffle"])
+    (Scatter(size=5, positions=None), 'shuffle')
+    >>> checked_projection(["linear"])
+    'linear'
+    """
+    if not isinstance(given, (list, tuple)):
+        return _checked_step(given)
+    if not 1 <= len(given) <= _MOST:
+        raise ConfigError(f"a projection that is a list composes 1 to {_MOST} maps; got {len(given)}")
+    found = [step for step in map(_checked_step, given) if step != "identity"]
+    for step in map(_step_of, found[:-1]):
+        if not step.cls.linear:
+            raise ConfigError(
+                f"projection {step.name!r} is not linear, and only the last map of a chain may be nonlinear: put it "
+                "last"
+            )
+    if len(found) > 1:
+        return tuple(found)
+    return found[0] if found else "identity"
+
+
+def _checked_step(given: Any) -> str | MapSettings:
+    if isinstance(given, Mapping):
+        given = _settings_of(given)
+    if isinstance(given, MapSettings):
+        step = _step_of(given)
+        try:
+            return step.name if type(given)() == given else given
+        except (TypeError, TnadaptError):  # it has no defaults
+            return given
+    MAPS.find(given, "or the settings of a map, such as tnadapt.maps.Scatter(size=1000), or a list of these")
+    _step_of(given)
+    return str(given)
+
+
+def _settings_of(stored: Mapping[str, Any]) -> MapSettings:
+    if "map" not in stored:
+        raise ConfigError(f"the settings of a map must be a mapping with its name as 'map'; got {safe_repr(stored)}")
+    name = stored["map"]
+    cls = MAPS.find(name).settings_class
+    if cls is None:
+        raise ConfigError(f"map {name!r} has no settings; give its name, projection={name!r}")
+    known = _fields(cls)
+    for key in stored:
+        if key not in ("map", *known):
+            there = f"its settings are {', '.join(known)}" if known else "it has none"
+            raise ConfigError(f"map {name!r} has no setting {safe_repr(key)}; {there}")
+    try:
+        return cls(**{key: _tuples(value) for key, value in stored.items() if key != "map"})
+    except TnadaptError:
+        raise
+    except Exception as error:  # a field is missing, or the class refuses a value
+        raise ConfigError(f"map {name!r}: {type(error).__name__}: {error}") from error
+
+
+def _tuples(value: Any, depth: int = 4) -> Any:
+    """Convert lists to tuples; a value that is nested more deeply stays a list, which no field may be."""
+    if isinstance(value, list) and depth > 0:
+        return tuple(_tuples(item, depth - 1) for item in value)
+    return value
+
+
+def projection_to_json(projection: Recipe) -> Any:
+    """Return a projection as JSON knows it: a name, an object with the name as ``"map"``, or a list of these.
+
+    Examples
+    --------
+    >>> from tnadapt.algebra.maps import Gather
+    >>> projection_to_json((Gather(5), "dct2"))
+    [{'map': 'gather', 'size': 5}, 'dct2']
+    """
+    if isinstance(projection, str):
+        return projection
+    if isinstance(projection, tuple):
+        return [projection_to_json(given) for given in projection]
+    name = _step_of(projection).name
+    return {"map": name, **{field: _lists(getattr(projection, field)) for field in _fields(type(projection))}}
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+def projection_name(projection: Recipe) -> str:
+    """Return a projection as a short text.
+
+    Examples
+    --------
+    >>> from tnadapt.algebra.maps import Scatter
+    >>> projection_name((Scatter(5), "dct2"))
+    'scatter(size=5) → dct2'
+    """
+    if isinstance(projection, tuple):
+        return " → ".join(projection_name(given) for given in projection)
+    step = _step_of(projection)
+    told = "" if step.settings is None else settings_text(step.settings, short=True)
+    return f"{step.name}({told})" if told else step.name
+
+
+def takes_ratio(projection: Recipe) -> bool:
+    """Return whether ``Config.ratio`` determines the length before F; otherwise it must be 1.
+
+    Examples
+    --------
+    >>> from tnadapt.algebra.maps import Scatter
+    >>> takes_ratio((Scatter(5), "dct2")), takes_ratio("linear"), takes_ratio("shuffle")
+    (False, True, False)
+    """
+    return _free(_steps(projection)) is not None
+
+
+def is_linear(projection: Recipe) -> bool:
+    """Return whether all maps of a projection are linear.
+
+    Examples
+    --------
+    >>> is_linear(("shuffle", "linear")), is_linear("nonlinear")
+    (True, False)
+    """
+    return all(step.cls.linear for step in _steps(projection))
+
+
+def is_brought(projection: Recipe) -> bool:
+    """Return whether a map of a projection has an array that the caller brings.
+
+    Examples
+    --------
+    >>> is_brought("tied"), is_brought(("shuffle", "linear"))
+    (True, False)
+    """
+    return any(issubclass(step.cls, BroughtMap) for step in _steps(projection))
+
+
+def require_ratio_fits(projection: Recipe, on: str, ratio: float) -> None:
+    """Raise a ConfigError if these fields of a config contradict each other."""
+    steps = _steps(projection)
+    for step in steps:
+        if issubclass(step.cls, BroughtMap):
+            raise ConfigError(
+                f"projection {step.name!r} has an array that the caller brings, and only the map before the network "
+                f"can have one: set before={step.name!r}, or use a map that is drawn, such as 'gather'"
+            )
+    if on == "vector":
+        for step in steps:
+            if step.cls.two_sided:
+                raise ConfigError(
+                    f"projection {step.name!r} works on the rows and columns of a weight, and on='vector' gives it the "
+                    "long vector of a group: set on='weight'"
+                )
+    if ratio == 1.0 or _free(steps) is not None:
+        return
+    if all(step.cls.square for step in steps):
+        raise ConfigError(
+            f"ratio={ratio} needs a projection that changes the length; "
+            f"projection={projection!r} does not: use projection='linear', or ratio=1"
+        )
+    raise ConfigError(
+        f"ratio={ratio} sets the length before F, and the projection {projection_name(projection)} determines it by "
+        "its own settings: leave ratio out"
+    )
+
+
+def _free(steps: Sequence[_Step]) -> int | None:
+    """Return which map of a chain has the length that ``ratio`` determines; None if the chain determines its own.
+
+    It is the first one that does not determine the length of its input, if those before it preserve any length (which a
+    map of matrices does not: its length is that of a weight).
+    """
+    for number, step in enumerate(steps):
+        if not step.fixes_length:
+            return number
+        if not step.cls.square or step.cls.two_sided:
+            return None
+    return None
+
+
+# -- Maps ------------------------------------------------------------------------------------------
+
+
+def _length(ratio: float, size: int) -> int:
+    # The ratio is the decimal it prints as: 0.07 of 100 is 7, not 8.
+    if not math.isfinite(ratio) or ratio <= 0.0:
+        raise ConfigError(f"ratio must be finite and above 0; got {safe_repr(ratio)}")
+    return max(1, math.ceil(Fraction(str(ratio)) * size))
+
+
+def _build(steps: Sequence[_Step], codomain: Space, free_length: int | None, seed: int, group: int) -> Map:
+    """Return the map of a chain with this output; ``free_length`` is that before the map that :func:`_free` returns."""
+    free, parts = _free(steps), list[Map]()
+    if len(steps) > 1 and group % _THETA >= _STREAMS:
+        raise ConfigError(f"a chain of maps can be drawn for {_STREAMS} groups, and {group} is beyond: use shared=True")
+    for number in reversed(range(len(steps))):
+        step = steps[number]
+        cls, settings = step.cls, step.settings
+        if cls.two_sided and codomain.shape is None:
+            raise ConfigError(
+                f"projection {step.name!r} works on the rows and columns of a weight, and its output is a vector of "
+                f"{codomain.length} elements: set on='weight', and let only maps that preserve the length follow it"
+            )
+        if step.fixes_length:
+            domain = cls.domain(codomain, settings)
+        else:
+            length = codomain.length if number != free or free_length is None else free_length
+            domain = Space(length, codomain.shape if length == codomain.length else None)
+        extra: dict[str, Any] = {} if settings is None else {"settings": settings}
+        if cls.two_sided:
+            extra["shape"] = codomain.shape
+        made = cls(domain.length, codomain.length, seed, group + number * _STREAMS, **extra)
+        made.kind = step.name
+        parts.insert(0, made)
+        codomain = domain
+    return parts[0] if len(parts) == 1 else Chain(parts)
+
+
+@checks_arguments
+def input_length(projection: Recipe, size: int, ratio: float, shapes: Sequence[tuple[int, int]] | None = None) -> int:
+    """Return the length before F of a group of so many elements, or of weights of these shapes.
+
+    Examples
+    --------
+    >>> input_length("linear", 100, 0.07), input_length("wavelet", 30, 1.0, [(5, 6)])
+    (7, 36)
+    """
+    if shapes is not None:
+        return make_map_on_weights(projection, shapes, ratio).n_in
+    return make_map(projection, None, integer("size", size, 1, MAX_SIZE, ConfigError), ratio=ratio).n_in
+
+
+@checks_arguments
+def make_map(
+    kind: Recipe, n_in: int | None, n_out: int, seed: int = 0, group: int = 0, ratio: float | None = None
+) -> Map:
+    """Return the map of a projection on vectors of these lengths.
+
+    Parameters
+    ----------
+    kind : str, MapSettings or tuple of these
+    n_in : int or None
+        None if the projection or the ratio determines it.
+    n_out, seed, group : int
+    ratio : float, optional
+        Determines ``n_in`` if it is None and the projection does not.
+
+    Raises
+    ------
+    ConfigError
+        If there is no map with that name, or the lengths do not fit.
+
+    Examples
+    --------
+    >>> make_map("shuffle", 4, 4, seed=1)
+    Shuffle(n_in=4, n_out=4, seed=1, group=0)
+    """
+    steps = _steps(kind)
+    n_in = None if n_in is None else integer("n_in", n_in, 1, MAX_SIZE, ConfigError)
+    n_out = integer("n_out", n_out, 1, MAX_SIZE, ConfigError)
+    length = _length(1.0 if ratio is None else ratio, n_out) if n_in is None else n_in
+    found = _build(steps, Space(n_out), length, seed, group)
+    if n_in is not None and found.n_in != n_in:
+        if all(step.cls.square for step in steps):
+            raise ConfigError(f"{kind!r} keeps the length; got n_in={n_in}, n_out={n_out}: use 'linear'")
+        raise ConfigError(f"{projection_name(kind)} takes n_in={found.n_in}; got n_in={n_in}: leave n_in out")
+    return found
+
+
+@checks_arguments
+def make_map_on_weights(
+    kind: Recipe, shapes: Sequence[tuple[int, int]], ratio: float = 1.0, seed: int = 0, group: int = 0
+) -> Map:
+    """Return the map that applies a projection to each of these weights as a matrix.
+
+    Parameters
+    ----------
+    kind : str, MapSettings or tuple of these
+    shapes : sequence of (rows, cols)
+    ratio : float
+        ρ of each weight.
+    seed, group : int
+
+    Examples
+    --------
+    >>> make_map_on_weights("dct2", [(2, 3), (4, 4)]).n_in
+    22
+    """
+    steps, made, shapes = _steps(kind), dict[tuple[int, int], Map](), list(shapes)
+    if not shapes:
+        raise ConfigError("shapes must be those of at least one weight; got none")
+    for rows, cols in shapes:
+        if (rows, cols) not in made:
+            size = rows * cols
+            made[rows, cols] = _build(steps, Space(size, (rows, cols)), _length(ratio, size), seed, group)
+    parts = [made[shape] for shape in shapes]
+    return parts[0] if len(parts) == 1 else PerWeight(parts)
+
+
+# -- The user-facing class of a map F: it validates inputs, and computes half precision in single precision ------------
 
 
 class Projection:
@@ -308,3 +1005,36 @@ def _in_float32(compute: Callable[..., Array], *arrays: Array) -> Array:
     if kind in ("float16", "bfloat16"):
         return backend.astype(compute(backend, *(backend.astype(x, "float32") for x in arrays)), kind)
     return compute(backend, *arrays)
+
+
+# -- A map F on several vectors at once, as the rows of one array ------------------------------------------------------
+
+
+def slices(backend: Backend, projection: Projection, vectors: Sequence[Array], start: int, stop: int) -> list[Array]:
+    """Return elements ``start`` to ``stop - 1`` of F of each vector, by one call of F.
+
+    Parameters
+    ----------
+    backend : Backend
+    projection : Projection
+    vectors : sequence of array, shape (n_in,)
+    start, stop : int
+
+    Returns
+    -------
+    list of array, shape (stop - start,)
+        They may share memory with each other.
+    """
+    return _by_rows(backend, lambda x: projection.slice(x, start, stop), vectors)
+
+
+def adjoints(backend: Backend, projection: Projection, vectors: Sequence[Array]) -> list[Array]:
+    """Return the adjoint of a linear F of each vector, by one call, as :func:`slices`."""
+    return _by_rows(backend, projection.adjoint, vectors)
+
+
+def _by_rows(backend: Backend, compute: Callable[[Array], Array], vectors: Sequence[Array]) -> list[Array]:
+    if len(vectors) == 1:
+        return [compute(vectors[0])]
+    found = compute(backend.reshape(backend.concat(vectors), (len(vectors), vectors[0].shape[0])))
+    return backend.split(backend.flatten(found), [found.shape[1]] * len(vectors))

@@ -14,21 +14,18 @@ from typing import Any
 from tnadapt.errors import ConfigError, TnadaptError, safe_repr
 from tnadapt.plugins import Registry
 
-from ._base_core import BaseCore
-from ._from_base import FromBase
-from ._frozen import FrozenArray, FrozenArrays
-from ._given import Given
-from ._mixed import Mixed
-from ._multiplied import Multiplied
-from ._origins import Origin, check_term, inner_source, origins_of
-from ._scaled import Scaled
-from ._seeded import Seeded
-from ._source import Place, Source, Stream
-from ._source_map import SourceMap, check_class
-from ._subspace import EXTRA as OVERSAMPLING
-from ._subspace import dominant_svd, leading_qr, minor_svd
-from ._tied import Tied
-from ._trained import Trained
+from ._from_base import EXTRA as OVERSAMPLING
+from ._from_base import BaseCore, FromBase, dominant_svd, leading_qr, minor_svd
+from ._frozen import (
+    FrozenArray,
+    FrozenArrays,
+    Origin,
+    check_term,
+    inner_source,
+    origins_of,
+)
+from ._multiplied import Mixed, Multiplied, Scaled
+from ._source import Given, Place, Seeded, Source, SourceMap, Stream, Tied, Trained, check_class
 
 __all__ = [
     "OVERSAMPLING",

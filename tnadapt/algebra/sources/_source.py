@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+import math
+import re
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from tnadapt.errors import ConfigError
+from tnadapt.algebra import rng
+from tnadapt.argument_checks import require_frozen
+from tnadapt.errors import ConfigError, safe_repr, summarize
 
-__all__ = ["Place", "Source", "Stream"]
+__all__ = [
+    "Given",
+    "Place",
+    "Seeded",
+    "Source",
+    "SourceMap",
+    "Stream",
+    "Tied",
+    "Trained",
+    "check_class",
+]
+
+
+# -- The contract of a source: where the numbers of one array of a network come from -----------------------------------
 
 
 class Place(NamedTuple):
@@ -155,3 +173,363 @@ class Source:
         A source that needs the base weights, and whose mean square depends on them, returns that for usual weights.
         """
         return self.mean_square(shape)
+
+
+# -- The sources that a config names: array names to sources, immutable and hashable -----------------------------------
+
+
+# factor0, split1.factor0, term2.split1.factor0: the last part is the format's own name of the array.
+_KEY = re.compile(r"(?:(?:term(?:0|[1-9]\d*)\.)?split(?:0|[1-9]\d*)\.)?[A-Za-z_]\w*")
+_MAX_ENTRIES = 1 << 12
+
+
+class SourceMap(Mapping[str, Source]):
+    """Sources by the names of arrays; arrays without an entry are trained.
+
+    Parameters
+    ----------
+    sources : mapping of str to Source
+        A key is an array's last name (``"factor0"``, for that array in every split and term), or begins with its split
+        (``"split0.factor0"``), or with its term and split (``"term1.split0.factor0"``). The longest key that fits an
+        array counts.
+
+    Raises
+    ------
+    ConfigError
+        If a key is not such a name, a value is not a source, or a setting of a source cannot be stored in a file.
+
+    Examples
+    --------
+    >>> from tnadapt.algebra.sources import Trained
+    >>> found = SourceMap({"factor0": Trained()})
+    >>> found.of("split2.factor0"), found == {"factor0": Trained()}
+    (Trained(), True)
+    """
+
+    def __init__(self, sources: Mapping[str, Source] = types.MappingProxyType({})) -> None:
+        if not isinstance(sources, Mapping):
+            raise ConfigError(f"sources must be a mapping of names to sources; got {safe_repr(sources)}")
+        self._sources = dict(sources)
+        if len(self._sources) > _MAX_ENTRIES:
+            raise ConfigError(f"sources has {len(self._sources)} entries; at most {_MAX_ENTRIES} are allowed")
+        for key, source in self._sources.items():
+            if not isinstance(key, str) or not _KEY.fullmatch(key):
+                raise ConfigError(
+                    "a key of sources is the name of an array, such as 'factor0', 'split0.factor0' or "
+                    f"'term0.split0.factor0'; got {safe_repr(key)}"
+                )
+            if not isinstance(source, Source):
+                raise ConfigError(
+                    f"sources[{key!r}] must be a source, such as tnadapt.sources.Trained(); got {safe_repr(source)}"
+                )
+            check_class(type(source))
+            for field in dataclasses.fields(source):
+                if not _is_plain(getattr(source, field.name)):
+                    raise ConfigError(
+                        f"sources[{key!r}]: {field.name} must be None, a boolean, an integer, a finite float, a "
+                        f"string, a source or a tuple of these; got {safe_repr(getattr(source, field.name))}"
+                    )
+
+    def __getitem__(self, key: str) -> Source:
+        return self._sources[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._sources.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._sources)
+
+    def of(self, name: str) -> Source | None:
+        """Return the source of a network's array, such as ``"term0.split1.factor0"``; None if no key fits."""
+        keys = _keys_of(name)
+        return next((self._sources[key] for key in keys if key in self._sources), None)
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Raise a ConfigError if a key fits none of a network's arrays."""
+        known = dict.fromkeys(key for name in names for key in _keys_of(name)[::-1])
+        for key in self:
+            if key not in known:
+                raise ConfigError(
+                    f"sources names {safe_repr(key)}, which fits no array; the arrays are "
+                    f"{summarize([name for name in known if '.' not in name])}, in {summarize(list(names))}"
+                )
+
+
+def _keys_of(name: str) -> list[str]:
+    """The keys that fit an array, the longest first."""
+    parts = name.split(".")
+    return [".".join(parts[skipped:]) for skipped in range(len(parts))]
+
+
+def check_class(cls: type[Source]) -> None:
+    """Raise a ConfigError unless the settings of a class are the fields of a frozen dataclass."""
+    require_frozen(cls, f"source {cls.__name__}", "source")
+
+
+def _is_plain(value: Any, depth: int = 4) -> bool:
+    """Return whether a file can hold a value and give it back."""
+    if isinstance(value, tuple):
+        return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
+    if isinstance(value, Source):
+        fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        return depth > 0 and all(_is_plain(item, depth - 1) for item in fields)
+    if isinstance(value, float):
+        return type(value) is float and math.isfinite(value)
+    if type(value) is int:
+        return abs(value) < 1 << 64
+    return value is None or type(value) in (bool, str)
+
+
+# -- Arrays that are trained: the parameters of an adapter -------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained(Source):
+    """The array is a parameter: it starts as :mod:`tnadapt.algebra.init` says, and is trained. The default.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.Config(sources={"factor1": tna.sources.Trained()}).sources["factor1"]
+    Trained()
+    """
+
+    trained: ClassVar[bool] = True
+
+
+# -- Arrays that are another array of the plan -------------------------------------------------------------------------
+
+
+_NAME = re.compile(r"(?:group(0|[1-9]\d*)\.)?((?:term(?:0|[1-9]\d*)\.)?split(?:0|[1-9]\d*)\.[A-Za-z_]\w*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tied(Source):
+    """The array is another array of the plan, of the same shape.
+
+    Parameters
+    ----------
+    to : str
+        Name of the other array: ``"split0.factor0"`` of the same group, or ``"group0.split0.factor0"`` of another one.
+        An array that is tied to itself, as that of group 0 in the second case, is trained.
+
+    Raises
+    ------
+    ConfigError
+        If it is not such a name.
+
+    Notes
+    -----
+    It is what the other array is: trained, frozen, or scaled. A trained array is counted and stored once, and its
+    gradient is the sum over all its uses.
+
+    Examples
+    --------
+    LoRA with one A for all layers (ShareLoRA):
+
+    >>> import tnadapt as tna
+    >>> shared = {"factor1": tna.sources.Tied("group0.split0.factor1")}
+    >>> plan = tna.SuperLoRA(tna.presets.lora(2, sources=shared), [(6, 4), (5, 4)])
+    >>> list(plan.param_shapes)
+    ['group0.split0.factor0', 'group0.split0.factor1', 'group1.split0.factor0']
+    """
+
+    to: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.to, str) or not _NAME.fullmatch(self.to):
+            raise ConfigError(
+                "Tied needs the full name of an array, such as 'split0.factor0' for the same group or "
+                f"'group0.split0.factor0'; got {safe_repr(self.to)}"
+            )
+
+    def target(self, group: int) -> tuple[int, str]:
+        """Return the group and the network's name of the other array, for an array of this group."""
+        found = _NAME.fullmatch(self.to)
+        assert found is not None  # checked above
+        return group if found[1] is None else int(found[1]), found[2]
+
+
+# -- Frozen arrays that the caller brings ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Given(Source):
+    """A frozen array that the caller brings. It is stored in files, in float32.
+
+    The arrays are given to the plan, ``SuperLoRA(config, shapes, given={"group0.split0.factor1": array})``, or to
+    :func:`tnadapt.torch.attach`.
+
+    Parameters
+    ----------
+    shared : bool
+        Whether all groups have the same array: only that of the first group is then given and stored. If their sizes
+        differ, it has the largest size along each axis, and the groups use its leading elements.
+
+    Examples
+    --------
+    >>> import numpy as np, tnadapt as tna
+    >>> config = tna.presets.lora(2).replace(sources={"factor1": tna.sources.Given(shared=True)})
+    >>> given = {"group0.split0.factor1": np.eye(4, 2)}
+    >>> plan = tna.SuperLoRA(config, [(3, 4), (3, 4)], given=given)
+    >>> plan.num_parameters
+    12
+    """
+
+    shared: bool = False
+
+    brought: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.shared, bool):
+            raise ConfigError(f"shared must be True or False; got {safe_repr(self.shared)}")
+
+    @property
+    def independent_of_group(self) -> bool:
+        """Whether all groups have the same array."""
+        return self.shared
+
+
+# -- Frozen arrays that a seed determines: normal, uniform, signs, orthonormal, one-hot, identity ----------------------
+
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Seeded(Source):
+    """A frozen array, computed from the config's seed. It is not stored.
+
+    Parameters
+    ----------
+    distribution : str
+        - ``"normal"``: independent normal numbers;
+        - ``"uniform"``: independent numbers, uniform on an interval around 0;
+        - ``"signs"``: independent signs;
+        - ``"orthonormal"``: orthonormal columns (or rows, if there are fewer of them), the Q of a QR decomposition of
+          normal numbers whose R has a positive diagonal;
+        - ``"one-hot"``: a single one per column, in a random row; no row has two before every row has one;
+        - ``"eye"``: ones on the diagonal.
+
+        The last three are for matrices; an array with more axes counts as the matrix of its last axis.
+    shared : bool
+        Whether all groups have the same array (VeRA). If their sizes differ, it is that of the largest sizes, cut to
+        the leading elements along each axis.
+    scale : float, optional
+        Root mean square of the first three; factor of the last three. By default :math:`1 / \\sqrt d` for the first
+        three, with d the size of the leading axis (before it is cut), and 1 for the others.
+
+    Raises
+    ------
+    ConfigError
+        If the distribution is unknown, or the scale is not a positive number.
+
+    Notes
+    -----
+    All but ``"orthonormal"`` have the same bits on every machine. QR decompositions differ between LAPACKs in the last
+    bits of float64, and rarely after rounding to float32.
+
+    Examples
+    --------
+    LoRA with a frozen random factor (LoRA-FA):
+
+    >>> import tnadapt as tna
+    >>> config = tna.presets.lora(4).replace(sources={"factor1": tna.sources.Seeded("normal")})
+    >>> tna.parameter_count(config, [(768, 768)] * 24)
+    73728
+    >>> Seeded("eye").array((3, 2), Stream(seed=0, group=0, purpose=1 << 16)).tolist()
+    [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+    """
+
+    distribution: str
+    shared: bool = True
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.distribution, str) or self.distribution not in _DRAW:
+            raise ConfigError(
+                f"distribution must be one of {', '.join(map(repr, _DRAW))}; got {safe_repr(self.distribution)}"
+            )
+        if not isinstance(self.shared, bool):
+            raise ConfigError(f"shared must be True or False; got {safe_repr(self.shared)}")
+        if self.scale is None:
+            return
+        number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
+        if not number or not 1e-30 <= self.scale <= 1e30:
+            raise ConfigError(f"scale must be a number from 1e-30 to 1e30, or None; got {safe_repr(self.scale)}")
+        object.__setattr__(self, "scale", float(self.scale))  # the class is frozen
+
+    @property
+    def independent_of_group(self) -> bool:
+        """Whether all groups have the same array."""
+        return self.shared
+
+    def array(self, shape: Shape, stream: Stream) -> np.ndarray:
+        """See :meth:`Source.array`."""
+        if self.shared:
+            whole = stream.largest or shape
+            stream = dataclasses.replace(stream, group=0)
+        else:
+            whole = shape
+        drawn = _DRAW[self.distribution](whole, stream)
+        if self.scale is not None:
+            drawn = drawn * self.scale
+        elif self.distribution in _INDEPENDENT:
+            drawn = drawn / math.sqrt(whole[0])
+        return np.ascontiguousarray(drawn[tuple(map(slice, shape))], np.float32)
+
+
+def _normal(shape: Shape, stream: Stream) -> np.ndarray:
+    drawn = rng.normals(stream.seed, stream.group, stream.purpose, 0, math.prod(shape))
+    return drawn.astype(np.float64).reshape(shape)
+
+
+def _uniform(shape: Shape, stream: Stream) -> np.ndarray:
+    words = rng.words(stream.seed, stream.group, stream.purpose, 0, math.prod(shape))
+    # The middle of each of 2**32 intervals of [-√3, √3], whose variance is 1.
+    return ((words.astype(np.float64) + 0.5) * 2.0**-31 - 1.0).reshape(shape) * math.sqrt(3.0)
+
+
+def _signs(shape: Shape, stream: Stream) -> np.ndarray:
+    words = rng.words(stream.seed, stream.group, stream.purpose, 0, math.prod(shape))
+    return np.where(words >> 31, -1.0, 1.0).reshape(shape)
+
+
+def _orthonormal(shape: Shape, stream: Stream) -> np.ndarray:
+    matrix = _normal(shape, stream).reshape(-1, shape[-1])
+    wide = matrix.shape[0] < matrix.shape[1]
+    q, r = np.linalg.qr(matrix.T if wide else matrix)
+    q = q * np.where(np.diagonal(r) < 0.0, -1.0, 1.0)
+    return (q.T if wide else q).reshape(shape)
+
+
+def _one_hot(shape: Shape, stream: Stream) -> np.ndarray:
+    columns = shape[-1]
+    rows = math.prod(shape) // columns
+    words = rng.words(stream.seed, stream.group, stream.purpose, 0, rows * -(-columns // rows))
+    # Each block of so many columns as there are rows takes the rows in the order of its words.
+    order = np.argsort(words.reshape(-1, rows), axis=1, kind="stable").reshape(-1)[:columns]
+    found = np.zeros((rows, columns))
+    found[order, np.arange(columns)] = 1.0
+    return found.reshape(shape)
+
+
+def _eye(shape: Shape, stream: Stream) -> np.ndarray:
+    return np.eye(math.prod(shape) // shape[-1], shape[-1]).reshape(shape)
+
+
+_DRAW: dict[str, Callable[[Shape, Stream], np.ndarray]] = {
+    "normal": _normal,
+    "uniform": _uniform,
+    "signs": _signs,
+    "orthonormal": _orthonormal,
+    "one-hot": _one_hot,
+    "eye": _eye,
+}
+_INDEPENDENT = ("normal", "uniform", "signs")

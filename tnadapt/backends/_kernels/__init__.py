@@ -9,7 +9,7 @@ Design requirements of this package:
 * A module of kernels, and with it the compiler, is imported when it is first needed.
 * No OpenMP: numba's OpenMP threads make torch many times slower in the same process. Kernels release
   the interpreter lock, and ordinary threads run them in parallel
-  (:mod:`~tnadapt.backends._kernels.thread_pool`).
+  (:mod:`~tnadapt.backends._kernels.work_space`).
 """
 
 from __future__ import annotations

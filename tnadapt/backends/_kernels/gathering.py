@@ -17,11 +17,19 @@ from numba import types, uint32
 from numba.extending import intrinsic
 
 from .compiling import compiled
-from .intrinsics import fetch
-from .memory import CACHE_LINE
-from .simd import LOW_VECTORS, VECTOR_BYTES
+from .simd import LOW_VECTORS, VECTOR_BYTES, fetch
+from .work_space import CACHE_LINE
 
-__all__ = ["first_images", "gather_part", "round_keys", "scatter_part"]
+__all__ = [
+    "first_images",
+    "gather_part",
+    "round_keys",
+    "scatter_part",
+]
+
+
+# -- Gathering at the images of the permutation, and scattering to them, while the next images are drawn ---------------
+
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 

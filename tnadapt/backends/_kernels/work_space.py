@@ -2,14 +2,84 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
+import os
+import sys
 from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .memory import CACHE_LINE
+__all__ = [
+    "CACHE_LINE",
+    "SMALL",
+    "WorkSpace",
+    "aligned_empty",
+    "cache_sizes",
+    "readable",
+    "share",
+    "thread_count",
+]
 
-__all__ = ["WorkSpace"]
+
+# -- Alignment of arrays, and the sizes of the processor's caches ------------------------------------------------------
+
+
+CACHE_LINE = 64
+#: Smaller arrays, in bytes, are not aligned.
+SMALL = 1 << 14
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
+    """Return an uninitialized array that begins at a cache line; NumPy's own arrays begin 16 bytes after one.
+
+    A SIMD vector as wide as a cache line touches two lines if it is not aligned, which takes up to 1.7 times as long.
+    Small arrays are not aligned: that would take longer than it saves.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < SMALL:
+        return np.empty(shape, dtype)
+    buffer = np.empty(nbytes + CACHE_LINE, np.uint8)
+    start = -buffer.__array_interface__["data"][0] % CACHE_LINE
+    return np.ndarray(shape, dtype, buffer, start)
+
+
+def readable(x: np.ndarray) -> np.ndarray:
+    """Return x, or a writeable view of it: numba would compile a kernel again for the type of read-only arrays."""
+    return x if x.flags.writeable else np.asarray(_Writeable(x))
+
+
+class _Writeable:
+    """The memory of an array under NumPy's array interface, without the read-only flag."""
+
+    def __init__(self, x: np.ndarray) -> None:
+        interface = x.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+        self.kept = x
+
+
+@functools.cache
+def cache_sizes() -> tuple[int, int]:
+    """Return the bytes of a core's level 1 data and level 2 caches; those of a small core if they are unknown."""
+    found = {1: 32 << 10, 2: 512 << 10}
+    for index in _CACHES.glob("index*"):
+        try:
+            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+            if kind != "Instruction" and int(level) in found and size.endswith("K"):
+                found[int(level)] = int(size[:-1]) << 10
+        except (OSError, ValueError):
+            continue
+    return found[1], found[2]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory that repeated calls of a kernel reuse: for new memory, the system would find and zero pages in every call
 
 
 class WorkSpace:
@@ -70,3 +140,76 @@ class _Lent:
 
     def __del__(self) -> None:
         self.idle.append(self.memory)
+
+
+# -- Parallel work on a pool of ordinary threads, which is effective because kernels release the interpreter lock ------
+
+
+def thread_count() -> int:
+    """Return how many threads a call may use: at most the number of processors available to this process.
+
+    ``OMP_NUM_THREADS`` lowers it, as for other numerical libraries, and so does ``torch.set_num_threads`` if
+    torch is loaded (a DataLoader worker has one thread).
+    """
+    count = _allowed()
+    # Looked up, not imported: torch's setting applies only if the process uses torch.
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "get_num_threads"):
+        count = min(count, torch.get_num_threads())
+    return count
+
+
+@functools.cache
+def _allowed() -> int:
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # May be a list with one number per nesting level.
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(count, int(asked)) if asked.isdecimal() and int(asked) > 0 else count
+
+
+def share(work: Callable[[int], object], count: int, threads: int) -> None:
+    """Call ``work(0)`` to ``work(count - 1)``, in any order, on this thread and up to ``threads - 1`` others.
+
+    The calling thread takes part, and every free thread takes the next piece. This makes progress even if no other
+    thread is free, so that calls may be nested (a piece of work may call this function) and concurrent.
+    """
+    numbers = itertools.count()
+
+    def pieces() -> None:
+        # next() of itertools.count is atomic under the interpreter lock: no two threads get the same number.
+        while (number := next(numbers)) < count:
+            work(number)
+
+    helpers = _helpers(pieces, min(threads, count) - 1)
+    try:
+        pieces()
+    finally:
+        # Cancel helpers that have not started: all pieces are taken. Waiting for them could deadlock nested calls, in
+        # which every thread of the pool waits for a helper in the queue.
+        waited = [helper for helper in helpers if not helper.cancel()]
+        for helper in waited:
+            helper.exception()
+    for helper in waited:
+        helper.result()  # raises a helper's exception
+
+
+def _helpers(pieces: Callable[[], None], count: int) -> list[Future[None]]:
+    found: list[Future[None]] = []
+    for _ in range(count):
+        try:
+            found.append(_pool().submit(pieces))
+        except RuntimeError:
+            break  # the interpreter is shutting down, or no thread can be started: the caller does all the work
+    return found
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    # The executor starts threads on demand and ends them with the interpreter.
+    return ThreadPoolExecutor(max(1, _allowed() - 1), thread_name_prefix="tnadapt")
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked process inherits none of the threads, and may have another set of processors.
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_allowed.cache_clear)

@@ -6,13 +6,74 @@ import os
 import stat
 from typing import Any, NamedTuple
 
+from tnadapt.checkpoints.checkpoint import SUFFIX, Checkpoint, open_checkpoint
+from tnadapt.checkpoints.container import path_of
 from tnadapt.errors import FileError
 
-from ..checkpoint import SUFFIX, Checkpoint, open_checkpoint
-from ..container import path_of
-from ._symlinks import Belonging
+__all__ = [
+    "Belonging",
+    "Destination",
+    "destination",
+]
 
-__all__ = ["Destination", "destination"]
+
+# -- Decide which files belong to a checkpoint: those in its folder, and the targets of links that do not leave it -----
+
+# In a Hugging Face cache, files are links: ``REPOSITORY/snapshots/REVISION/config.json`` points to
+# ``REPOSITORY/blobs/HASH``. The folder of blobs therefore counts as part of every checkpoint below ``snapshots``.
+
+
+class Belonging:
+    """The files that belong to the checkpoint in a folder.
+
+    Parameters
+    ----------
+    folder : str
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> Path("model").mkdir(exist_ok=True)
+    >>> _ = Path("model/config.json").write_text("{}")
+    >>> os.symlink(os.path.abspath("/etc/passwd"), "model/notes.txt")
+    >>> own = Belonging("model")
+    >>> own.file("config.json") == os.path.realpath("model/config.json"), own.file("notes.txt")
+    (True, None)
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = os.path.realpath(folder)
+        self._roots = [self.folder, *_blobs(self.folder)]
+
+    def leaves(self, name: str) -> str | None:
+        """Return the target of a name in the folder if it is outside of the checkpoint; None if it is inside."""
+        path = os.path.realpath(os.path.join(self.folder, name))
+        return None if any(path.startswith(os.path.join(root, "")) for root in self._roots) else path
+
+    def file(self, name: str) -> str | None:
+        """Return the real path of a regular file of the checkpoint; None if it is not one, or lies outside."""
+        path = os.path.realpath(os.path.join(self.folder, name))
+        try:
+            regular = stat.S_ISREG(os.lstat(path).st_mode)
+        except OSError:  # a dangling or circular link
+            return None
+        return path if regular and self.leaves(name) is None else None
+
+
+def _blobs(folder: str) -> list[str]:
+    """Return the folder of blobs if a folder lies in a Hugging Face cache."""
+    while (parent := os.path.dirname(folder)) != folder:
+        # In REPOSITORY/snapshots/REVISION, the parent of REVISION is named snapshots.
+        if os.path.basename(parent) == "snapshots":
+            blobs = os.path.join(os.path.dirname(parent), "blobs")
+            if os.path.isdir(blobs) and not os.path.islink(blobs):
+                return [blobs]
+        folder = parent
+    return []
+
+
+# -- The destination of a merged checkpoint, and the other files of the base's folder that are copied along ------------
+
 
 # Suffixes of weights in other formats. They do not have the update, so copying them next to the merged ones would be
 # misleading.
@@ -88,7 +149,7 @@ def destination(out: Any, checkpoint: Checkpoint, adapter: str | None) -> Destin
         If the destination is the base or the adapter, lies in the base's folder or contains it; is not of the base's
         kind (a file or a folder); is a pipe, a device or a socket; or is in a folder that does not exist. Also if a
         file of the base's weights is a link that leaves the checkpoint
-        (:mod:`tnadapt.checkpoints.merge._symlinks`).
+        (:mod:`tnadapt.checkpoints.merge._destination`).
     """
     given = path_of(out)
     path = os.path.realpath(given)

@@ -43,19 +43,268 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
+import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from tnadapt.checkpoints.atomic_files import (
+    HAS_LOCKS,
+    exchange,
+    lock,
+    names_handle,
+    rename_new,
+    replace_file,
+    sync_folder,
+    sync_tree,
+    unlock,
+)
+from tnadapt.checkpoints.container import json_file
 from tnadapt.errors import FileError
 
-from ..atomic_files import replace_file, sync_folder, sync_tree
-from ..strict_json import json_file
-from ._publishing import LeftoverError, Refusal, place, put_back
-from ._work_lock import LOCK, RUN, TRASH, work_lock
+from ._shards import same_content
 
-__all__ = ["SUFFIX", "MergeJournal", "partial"]
+__all__ = [
+    "LOCK",
+    "RUN",
+    "SUFFIX",
+    "TRASH",
+    "LeftoverError",
+    "MergeJournal",
+    "Refusal",
+    "partial",
+    "place",
+    "put_back",
+    "work_lock",
+]
+
+
+# -- Move a finished file or folder to its final path: in one step if the system can, and always reversibly ------------
+
+# If the system can exchange names (:mod:`tnadapt.checkpoints.atomic_files`), readers find either the previous or the
+# new content at any time, and the previous content ends up at the path where the new one was built. Otherwise a folder
+# takes two renames, between which its name is missing. The previous content is set aside until the new one is in place.
+
+
+#: Given a path, returns why its content must not be replaced, or None if it may be or the path is free.
+Refusal = Callable[[str], str | None]
+
+_ATTEMPTS = 100
+
+
+class LeftoverError(FileError):
+    """An earlier run moved content away, and something else now has its path."""
+
+
+def place(made: str, out: str, aside: str, refusal: Refusal | None, compare: bool = False) -> None:
+    """Rename new content to its final path.
+
+    Parameters
+    ----------
+    made, out : str
+        The new content and its final path, on one file system. Previous content of ``out`` is afterwards at ``made``,
+        at ``aside``, or deleted.
+    aside : str
+        A free name for the previous folder, used only if two renames are needed.
+    refusal : callable, optional
+        Decides what may be replaced; if None, nothing may. It is called before the rename, and again on what was
+        actually replaced, as that may have been created in between. If it then refuses, the rename is undone.
+    compare : bool
+        Whether existing content that must not be replaced, but equals the new one, counts as success.
+
+    Raises
+    ------
+    FileError
+        If the path exists and must not be replaced. Nothing has changed then.
+    OSError
+        If the file system fails.
+    """
+    for _ in range(_ATTEMPTS):
+        try:
+            return rename_new(made, out)
+        except FileExistsError:
+            pass
+        if refusal is None:
+            if compare and same_content(made, out):
+                return None
+            raise FileError(
+                "is not the output of an earlier run, which was killed during publishing: remove it, or "
+                "run again with overwrite=True (--overwrite)"
+                if compare
+                else "was created during the merge: remove it, or run again with overwrite=True (--overwrite)"
+            )
+        _check(refusal, out)
+        try:
+            return _replace(made, out, aside, refusal)
+        except FileNotFoundError:
+            if not os.path.lexists(made):
+                raise
+            # The previous content has disappeared, so the name is free: try again.
+    raise FileError("is created and removed by something else again and again: choose another name")
+
+
+def _check(refusal: Refusal, path: str) -> None:
+    if (why := refusal(path)) is not None:
+        raise FileError(why)
+
+
+def _replace(made: str, out: str, aside: str, refusal: Refusal) -> None:
+    if exchange(made, out):
+        if (why := refusal(made)) is not None:
+            try:
+                exchange(made, out)
+            except FileNotFoundError:
+                rename_new(made, out)
+            raise FileError(why)
+        return
+    if not os.path.isdir(made):
+        os.replace(made, out)
+        return
+    # A folder cannot be renamed onto one with files in it.
+    try:
+        os.rename(out, aside)
+        _check(refusal, aside)
+        rename_new(made, out)
+    except BaseException:
+        if os.path.lexists(aside) and os.path.lexists(made):
+            put_back(aside, out)
+        raise
+
+
+def put_back(aside: str, out: str) -> None:
+    """Undo the first of two renames.
+
+    Raises
+    ------
+    LeftoverError
+        If something else has taken the path ``out``.
+    """
+    try:
+        rename_new(aside, out)
+    except FileExistsError:
+        raise LeftoverError(
+            f"has been created while its previous content, now in {aside}, was being replaced: move one of them away, "
+            "and run again"
+        ) from None
+    sync_folder(os.path.dirname(out))
+
+
+# -- The lock on a folder of unfinished work, which its holders create and delete --------------------------------------
+
+
+#: Name of the lock file, and prefixes of the other names in the folder.
+LOCK, RUN, TRASH = "lock", "run-", "trash-"
+
+_OWN = re.compile(rf"{LOCK}|(?:{RUN}|{TRASH})[0-9a-f]{{16}}")
+_LOCK_ATTEMPTS = 1000
+
+
+@contextlib.contextmanager
+def work_lock(root: str) -> Iterator[None]:
+    """Create the folder if needed, and hold its lock during the block.
+
+    Raises
+    ------
+    FileError
+        If something else has that name, or another process holds the lock.
+    OSError
+        If the folder cannot be created.
+
+    Examples
+    --------
+    >>> with work_lock("work"), work_lock("work"):
+    ...     pass
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.FileError: another process is writing work (process ... on ...): wait for it, or choose another name
+    """
+    if not HAS_LOCKS:
+        _check_own(root)
+        os.makedirs(root, exist_ok=True)
+        yield
+        return
+    handle = _locked(root)
+    try:
+        yield
+    finally:
+        unlock(handle)
+        os.close(handle)
+        # On NFS, a folder cannot be removed while a deleted file in it is still open, so remove it only now. If another
+        # process has started in the meantime, its lock file keeps the folder, or it creates the folder again.
+        with contextlib.suppress(OSError):
+            os.rmdir(root)
+
+
+def _locked(root: str) -> int:
+    path = os.path.join(root, LOCK)
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    for _ in range(_LOCK_ATTEMPTS):
+        _check_own(root)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(root)
+        try:
+            handle = os.open(path, flags, 0o666)
+        except FileNotFoundError:  # the last holder of the lock has just deleted the folder
+            continue
+        try:
+            if not lock(handle):
+                raise FileError(
+                    f"another process is writing {root}{_holder(handle)}: wait for it, or choose another name"
+                )
+            if names_handle(path, handle):
+                _sign(handle)
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        # The last holder deleted the file before releasing the lock: a lock on it protects nothing.
+        os.close(handle)
+    raise FileError(f"other processes are writing {root} again and again: wait for them, or choose another name")
+
+
+def _check_own(root: str) -> None:
+    """Raise FileError if the name is taken by anything that a merge would not have created.
+
+    The check needs no lock: whatever other processes do at the same time, they put no other names in the folder. Names
+    that begin with a dot belong to the system (.DS_Store, NFS's .nfs…) and are ignored.
+    """
+    try:
+        own = stat.S_ISDIR(os.lstat(root).st_mode)
+        own = own and all(name.startswith(".") or _OWN.fullmatch(name) for name in os.listdir(root))
+        own = own and stat.S_ISREG(_mode(os.path.join(root, LOCK)))
+    except FileNotFoundError:
+        return
+    if not own:
+        raise FileError(f"{root} is in the way, and is not an unfinished merge: remove it, or choose another name")
+
+
+def _mode(path: str) -> int:
+    try:
+        return os.lstat(path).st_mode
+    except FileNotFoundError:
+        return stat.S_IFREG
+
+
+def _sign(handle: int) -> None:
+    """Write the holder's name to the lock file, for messages only."""
+    with contextlib.suppress(OSError):  # a full disk
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+
+
+def _holder(handle: int) -> str:
+    with contextlib.suppress(OSError):
+        found = os.pread(handle, 200, 0).decode(errors="replace")
+        if found and found.isprintable():
+            return f" ({found})"
+    return ""
+
+
+# -- Journal of a merge: output is built next to its final path, resumed after a kill, and published in one step -------
+
 
 SUFFIX = ".tnadapt-partial"
 
@@ -315,7 +564,7 @@ def partial(
     identity : mapping
         JSON-compatible values that identify this work.
     refusal : callable, optional
-        Decides what may be replaced (:data:`tnadapt.checkpoints.merge._publishing.Refusal`).
+        Decides what may be replaced (:data:`tnadapt.checkpoints.merge._journal.Refusal`).
     overwrite : bool
         Whether anything may be replaced.
 

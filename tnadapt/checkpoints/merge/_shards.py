@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import stat
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,12 +14,132 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..atomic_files import sync_file
-from ..checkpoint import Checkpoint
-from ..container import Entry, raw_bytes
-from ._copying import Stopped, copy_range, write_at
+from tnadapt.checkpoints.atomic_files import sync_file
+from tnadapt.checkpoints.checkpoint import Checkpoint
+from tnadapt.checkpoints.container import Entry, raw_bytes
+from tnadapt.errors import FileError
 
-__all__ = ["Change", "Shard", "Writer", "extended"]
+__all__ = [
+    "Change",
+    "Shard",
+    "Stopped",
+    "Writer",
+    "copy_range",
+    "extended",
+    "open_regular",
+    "same_content",
+    "write_at",
+]
+
+
+# -- Copy bytes between files: in the kernel, in large pieces, or through memory if the kernel cannot ------------------
+
+
+# Size of one kernel call. It takes a fraction of a second, during which progress cannot be reported nor the copy
+# stopped.
+_KERNEL_PIECE = 1 << 26
+_PIECE = 1 << 22
+
+# Errors that mean that the kernel cannot copy between these files, as on two file systems. On macOS, sendfile only
+# accepts sockets, and ENOTSUP and EOPNOTSUPP are different numbers.
+_CANNOT = {
+    errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EBADF, errno.EISDIR,
+    errno.ENOTSOCK,
+}  # fmt: skip
+
+
+class Stopped(Exception):  # noqa: N818  # a request, not an error
+    """The work was told to stop."""
+
+
+def copy_range(
+    source: BinaryIO, start: int, target: BinaryIO, at: int, count: int, on_bytes: Callable[[int], None]
+) -> None:
+    """Copy ``count`` bytes from a position in one file to a position in another.
+
+    Parameters
+    ----------
+    source, target : unbuffered binary files
+        Their positions change, so each file object must be used by one thread only.
+    start, at : int
+        Positions to read from and to write to.
+    count : int
+    on_bytes : callable
+        Called with the number of bytes of each copied piece. Exceptions that it raises stop the copy.
+
+    Raises
+    ------
+    FileError
+        If the source is too short.
+    OSError
+        If a file cannot be read or written.
+
+    Notes
+    -----
+    Uses ``copy_file_range`` (Linux; file systems that share blocks copy no data), else ``sendfile``, else a buffer of
+    4 MiB.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryFile(buffering=0) as a, tempfile.TemporaryFile(buffering=0) as b:
+    ...     _ = a.write(b"0123456789")
+    ...     copy_range(a, 2, b, 0, 5, lambda count: None)
+    ...     _ = b.seek(0)
+    ...     b.read()
+    b'23456'
+    """
+    ways = list(_WAYS)
+    while count:
+        try:
+            done = ways[0](source, start, target, at, count)
+        except OSError as error:
+            if len(ways) == 1 or error.errno not in _CANNOT:
+                raise
+            done = 0
+        if not done:
+            # Some file systems return 0 instead of an error if they cannot copy.
+            if len(ways) == 1:
+                raise FileError("ended before its last tensor, while it was copied")
+            ways.pop(0)
+            continue
+        start, at, count = start + done, at + done, count - done
+        on_bytes(done)
+
+
+def _by_copy_file_range(source: BinaryIO, start: int, target: BinaryIO, at: int, count: int) -> int:
+    return os.copy_file_range(source.fileno(), target.fileno(), min(count, _KERNEL_PIECE), start, at)
+
+
+def _by_sendfile(source: BinaryIO, start: int, target: BinaryIO, at: int, count: int) -> int:
+    target.seek(at)
+    return os.sendfile(target.fileno(), source.fileno(), start, min(count, _KERNEL_PIECE))
+
+
+def _by_hand(source: BinaryIO, start: int, target: BinaryIO, at: int, count: int) -> int:
+    source.seek(start)
+    found = source.read(min(count, _PIECE))
+    write_at(target, at, found)
+    return len(found)
+
+
+_WAYS: list[Callable[[BinaryIO, int, BinaryIO, int, int], int]] = [
+    *([_by_copy_file_range] if hasattr(os, "copy_file_range") else []),
+    *([_by_sendfile] if hasattr(os, "sendfile") else []),
+    _by_hand,
+]
+
+
+def write_at(target: BinaryIO, at: int, content: bytes | memoryview) -> None:
+    """Write all bytes at a position of an unbuffered file, in several calls if needed."""
+    target.seek(at)
+    rest = memoryview(content)
+    while rest:
+        rest = rest[target.write(rest) :]
+
+
+# -- Write copies of safetensors files in which some tensors are changed: the kernel copies the rest -------------------
+
 
 # Only one tensor larger than this is in memory at a time.
 _LARGE = 1 << 26
@@ -211,3 +333,62 @@ def extended(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "backslashreplace")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+# -- Compare the bytes of two files, or of two folders of files --------------------------------------------------------
+
+
+def open_regular(path: str) -> int:
+    """Open a regular file for reading and return its descriptor, without following a link or blocking on a pipe.
+
+    Raises
+    ------
+    OSError
+        If the path does not exist, is a link, or is anything other than a regular file.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(f"{path} is not a regular file")
+    return handle
+
+
+def same_content(first: str, second: str) -> bool:
+    """Return whether two paths are files with the same bytes, or folders of such files under the same names.
+
+    All bytes are read. Links, pipes, devices and unreadable files are never equal to anything.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> _ = [Path(name).mkdir(exist_ok=True) for name in ("x", "y")], Path("x/a").write_text("1")
+    >>> same_content("x", "y"), Path("y/a").write_text("1") and same_content("x", "y")
+    (False, True)
+    """
+    try:
+        modes = os.lstat(first).st_mode, os.lstat(second).st_mode
+        if all(map(stat.S_ISDIR, modes)):
+            names = sorted(os.listdir(first))
+            return names == sorted(os.listdir(second)) and all(
+                same_content(os.path.join(first, name), os.path.join(second, name)) for name in names
+            )
+        return all(map(stat.S_ISREG, modes)) and _same_bytes(first, second)
+    except OSError:
+        return False
+
+
+def _same_bytes(first: str, second: str) -> bool:
+    with open(open_regular(first), "rb", buffering=0) as a, open(open_regular(second), "rb", buffering=0) as b:
+        if os.fstat(a.fileno()).st_size != os.fstat(b.fileno()).st_size:
+            return False
+        while True:
+            piece = a.read(_PIECE)
+            rest = memoryview(piece)
+            while rest:
+                other = b.read(len(rest))
+                if not other or rest[: len(other)] != other:
+                    return False
+                rest = rest[len(other) :]
+            if not piece:
+                return not b.read(1)

@@ -4,12 +4,21 @@ An engine is a subclass of :class:`Engine` in a file of its own here, and a name
 your own class to :func:`run_tasks`.
 """
 
-from ._engine import Engine, Started
-from ._engine_registry import ENGINES, engine_options, open_engine
-from ._run_folder import discard
-from ._running import run_tasks
-from ._task_call import Died, Ended, Failed, Finished, TaskCall, run_call
-from ._work import Do, Keyed, Work
+from ._engine import (
+    Died,
+    Do,
+    Ended,
+    Engine,
+    Failed,
+    Finished,
+    Keyed,
+    Started,
+    TaskCall,
+    Work,
+    discard,
+    run_call,
+)
+from ._running import ENGINES, engine_options, open_engine, run_tasks
 
 __all__ = [
     "ENGINES",

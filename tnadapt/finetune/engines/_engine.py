@@ -3,17 +3,384 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+import dataclasses
+import functools
+import hashlib
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from types import MappingProxyType
-from typing import ClassVar
+from types import FrameType, MappingProxyType
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from tnadapt.errors import TnadaptError, safe_repr
+from tnadapt.checkpoints.atomic_files import replace_file, sync_folder
+from tnadapt.errors import FileError, TnadaptError, safe_repr
+from tnadapt.finetune._torch_threads import threads
+from tnadapt.finetune.results import append_line, undamaged_lines
 
-from ._task_call import Ended, TaskCall
+__all__ = [
+    "AGAIN",
+    "NOTES",
+    "Died",
+    "Do",
+    "Ended",
+    "Engine",
+    "Failed",
+    "Finished",
+    "Keyed",
+    "RunFolder",
+    "Started",
+    "TaskCall",
+    "Work",
+    "as_json",
+    "discard",
+    "interrupts_held",
+    "name_of",
+    "new_worker_file",
+    "progress_file",
+    "run_call",
+    "worker_files",
+]
 
-__all__ = ["AGAIN", "Engine", "Started"]
+
+# -- What is run: work that a process opens once, and tasks with keys --------------------------------------------------
+
+
+Do = Callable[[Any, Callable[[float], None]], dict[str, Any]]
+"""Runs a task, reports the fraction done, and returns its result line."""
+
+
+class Work(Protocol):
+    """The work that is sent to every process: small and picklable."""
+
+    def open(self) -> Do:
+        """Load model and data; return the function that runs a task."""
+        ...
+
+
+class Keyed(Protocol):
+    """A task: picklable, with a key. If it has a ``name``, messages use it."""
+
+    @property
+    def key(self) -> str:
+        """The key of its result line, unique among the tasks, and the same in every run of the program."""
+        ...
+
+
+def name_of(task: Keyed) -> str:
+    """Return what messages call a task."""
+    return str(getattr(task, "name", task.key))
+
+
+# -- The worker's side: one call runs one task, writes its line to the worker's own file, and returns it ---------------
+
+
+#: Seconds between two reports of one task.
+PERIOD = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A task that is finished, with its result line."""
+
+    line: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """A task that raised an error, which another attempt would raise again.
+
+    Attributes
+    ----------
+    message : str
+        As text: not every exception survives pickling.
+    expected : bool
+        Whether it is a TnadaptError; otherwise the message is a traceback.
+    """
+
+    message: str
+    expected: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Died:
+    """A task whose process died, or whose machine was lost.
+
+    Attributes
+    ----------
+    reason : str
+        What the engine knows about it; may be empty.
+    """
+
+    reason: str = ""
+
+
+Ended = Finished | Failed | Died
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskCall:
+    """One task with everything that a worker needs to run it.
+
+    Attributes
+    ----------
+    folder : Path
+        The folder of the run, absolute: see :class:`~tnadapt.finetune.engines._engine.RunFolder`.
+    where : str
+        The working directory of the program, from which the paths in the work start.
+    work : Work
+    task : Keyed
+    threads : int
+        For torch.
+    run : str
+        What no other call of ``run_tasks`` has, though it may use the same folder.
+    """
+
+    folder: Path
+    where: str
+    work: Work
+    task: Keyed
+    threads: int
+    run: str
+
+
+def run_call(call: TaskCall) -> Ended:
+    """Run a task in this process; return how it ended, whatever it raised."""
+    try:
+        worker = _worker_of(_Opened(call.run, call))
+        with threads(call.threads):
+            return Finished(worker.run(call.task))
+    except TnadaptError as error:
+        return Failed(str(error), True)
+    except Exception:
+        return Failed(traceback.format_exc(), False)
+
+
+def as_json(line: dict[str, Any]) -> dict[str, Any]:
+    """Return a result line as it is read back from a file: the same whether or not it has been in one."""
+    found: dict[str, Any] = json.loads(json.dumps(line))
+    return found
+
+
+def worker_files(folder: Path) -> list[Path]:
+    """Return the results files of all workers of a run."""
+    return sorted(folder.glob("worker-*.jsonl"))
+
+
+def new_worker_file(folder: Path) -> Path:
+    """Return a path for another results file, without names of hosts or users."""
+    return folder / f"worker-{uuid.uuid4().hex}.jsonl"
+
+
+def progress_file(folder: Path, task: Keyed) -> Path:
+    """Return the file with the fraction done of a task."""
+    return folder / f"progress-{hashlib.sha256(task.key.encode()).hexdigest()[:16]}"  # a key may be any text
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """The first call of a run in this process; all calls of a run are equal."""
+
+    run: str
+    call: TaskCall = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=1)  # a process that serves another run needs this one's model and data no longer
+def _worker_of(opened: _Opened) -> _Worker:
+    return _Worker(opened.call)
+
+
+class _Worker:
+    """What a process keeps between tasks: mainly the model and data; and its results file."""
+
+    def __init__(self, call: TaskCall) -> None:
+        self.folder = call.folder
+        self.path = new_worker_file(call.folder)
+        if not self.folder.is_dir():
+            raise TnadaptError(
+                f"{self.folder} is not there: either this run was discarded, or this machine does not share the "
+                "output folder with the one that started the run"
+            )
+        with contextlib.suppress(OSError):  # absolute paths need no such folder
+            os.chdir(call.where)
+        with threads(call.threads):
+            self.do: Do = call.work.open()
+
+    def run(self, task: Keyed) -> dict[str, Any]:
+        line = as_json(self.do(task, _ProgressFile(progress_file(self.folder, task))))
+        new = not self.path.exists()
+        with open(self.path, "ab", buffering=0) as file:
+            append_line(file, {"key": task.key, "line": line})
+        if new:
+            sync_folder(str(self.folder))
+        return line
+
+
+class _ProgressFile:
+    """Writes the fraction done to a small file, so often that the cost does not matter."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.last = float("-inf")
+
+    def __call__(self, done: float) -> None:
+        if time.monotonic() - self.last > PERIOD:
+            self.last = time.monotonic()
+            try:
+                self.path.write_text(f"{done:.4f}\n", encoding="ascii")
+            except OSError:
+                return  # progress is not worth an error
+
+
+# -- The driver's side of a run's files: lines of workers that no one has read yet, and the progress of all ------------
+
+
+#: The name of the file, in its own folder, in which an engine notes the keys of jobs that outlive the program.
+NOTES = "jobs.jsonl"
+
+# Reading progress may take this fraction of the driver's time, however slow the file system is.
+_SHARE = 0.05
+
+T = TypeVar("T", bound=Keyed)
+
+
+class RunFolder:
+    """The folder ``workers/ID`` of a run, in which every worker writes a results file of its own.
+
+    The ID is random, and kept in ``workers/current.json`` until all tasks are finished. So a program that was killed
+    finds the lines of its workers again, and workers of a run that was discarded cannot add to another one.
+
+    Parameters
+    ----------
+    folder : Path
+    study : str
+        What the lines belong to; those of another study are discarded.
+    """
+
+    def __init__(self, folder: Path, study: str) -> None:
+        self.folder = folder.resolve()
+        self.study = study
+        found = _current(self.folder)
+        if found is not None and found["study"] != study:
+            discard(self.folder)
+            found = None
+        self.path = self.folder / "workers" / (uuid.uuid4().hex if found is None else found["run"])
+        self._next_look = 0.0
+
+    def create(self) -> None:
+        """Make the folder, and note it as the current one.
+
+        Raises
+        ------
+        FileError
+            If it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"study": self.study, "run": self.path.name})
+            replace_file(str(self.path.parent / "current.json"), text.encode())
+        except OSError as error:
+            raise FileError(f"cannot write to {self.path}: {error.strerror}; give another folder") from None
+
+    def lines(self) -> dict[str, dict[str, Any]]:
+        """Return all lines that workers have written, by key."""
+        return {key: line for path in worker_files(self.path) for key, line in _lines_of(path).items()}
+
+    def report(self, tasks: Iterable[T], progress: Callable[[T, float], None]) -> None:
+        """Report the progress of tasks, unless the last look was so expensive that it is too early for another."""
+        began = time.monotonic()
+        if began < self._next_look:
+            return
+        for task in tasks:
+            self.report_one(task, progress)
+        now = time.monotonic()
+        self._next_look = now + (now - began) / _SHARE
+
+    def report_one(self, task: T, progress: Callable[[T, float], None]) -> None:
+        """Report the progress of one task, if there is any."""
+        try:
+            done = float(progress_file(self.path, task).read_text(encoding="ascii"))
+        except (OSError, ValueError):  # not begun, or being written
+            return
+        progress(task, done)
+
+    def clear(self, task: Keyed) -> None:
+        """Delete the progress of a task that has ended."""
+        with contextlib.suppress(OSError):
+            progress_file(self.path, task).unlink()
+
+    def forget(self, keys: Set[str]) -> None:
+        """Delete the lines with these keys, which have been written elsewhere; and the folder, if no others are left.
+
+        Others are of tasks of the same study that this program has not asked for yet, or their jobs still run.
+        """
+        # Jobs that outlive their program may write now, one line to a file of their own. So only files that have a line
+        # by now are deleted, and none that is new.
+        read = {path: found for path in worker_files(self.path) if (found := _lines_of(path))}
+        left = {key: line for found in read.values() for key, line in found.items() if key not in keys}
+        if not left and _noted(self.path) <= keys:
+            discard(self.folder)
+            return
+        if left:
+            with open(new_worker_file(self.path), "ab", buffering=0) as file:
+                for key, line in left.items():
+                    append_line(file, {"key": key, "line": line})
+        for path in read:
+            path.unlink()
+
+
+def _noted(folder: Path) -> set[str]:
+    """Return the keys of tasks that engines have started as jobs which outlive the program."""
+    notes = (one for path in folder.glob(f"*/{NOTES}") for one in undamaged_lines(path))
+    return {one["key"] for one in notes if isinstance(one.get("key"), str)}
+
+
+def _lines_of(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the lines of a worker, by key."""
+    return {
+        one["key"]: one["line"]
+        for one in undamaged_lines(path)
+        if isinstance(one.get("key"), str) and isinstance(one.get("line"), dict)
+    }
+
+
+def _current(folder: Path) -> dict[str, str] | None:
+    """Return the run that was not finished, if there is one."""
+    try:
+        found = json.loads((folder / "workers" / "current.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), str) for name in ("study", "run")):
+        return None
+    # Only a name that this module has given: the folder will be deleted.
+    run = found["run"]
+    return found if len(run) == 32 and set(run) <= set("0123456789abcdef") else None
+
+
+def discard(folder: Path) -> None:
+    """Delete the lines of workers that were not merged, such as those of an earlier study in the same folder.
+
+    Workers that still run for it add nothing to the results.
+    """
+    found = _current(folder)
+    if found is not None:
+        shutil.rmtree(folder / "workers" / found["run"], ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (folder / "workers" / "current.json").unlink()
+        with contextlib.suppress(OSError):
+            (folder / "workers").rmdir()  # fails unless it is empty
+
+
+# -- What an engine defines: where calls run, how many at once, and how each ended -------------------------------------
+
 
 #: How to go on after an error of an engine.
 AGAIN = "What is finished is kept: run the same command again to continue"
@@ -147,3 +514,45 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def advice(self, folder: Path) -> str:
         """Return what to do about workers that die, as part of a sentence."""
+
+
+# -- Delays Ctrl-C while an engine starts workers or jobs, until the engine knows which ones to end --------------------
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Delay Ctrl-C until the block ends. Processes that are started in it ignore Ctrl-C: the engine ends them.
+
+    Notes
+    -----
+    A signal mask applies to one thread, and child processes inherit it. While the main thread blocks the signal,
+    another thread can receive it, and Python still calls the handler in the main thread. So the handler is replaced,
+    too, which is only possible in the main thread.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        with _blocked():
+            yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        with _blocked():
+            yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            # Not by sending the signal again, which a handler that counts would take for a second Ctrl-C.
+            handler(*came[0])
+
+
+@contextlib.contextmanager
+def _blocked() -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

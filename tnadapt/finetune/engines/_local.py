@@ -20,9 +20,16 @@ from pathlib import Path
 
 from tnadapt.finetune._torch_threads import number_of_threads
 
-from ._engine import Engine, Started
-from ._held_interrupts import interrupts_held
-from ._task_call import Died, Ended, Failed, TaskCall, run_call
+from ._engine import (
+    Died,
+    Ended,
+    Engine,
+    Failed,
+    Started,
+    TaskCall,
+    interrupts_held,
+    run_call,
+)
 
 __all__ = ["LocalEngine"]
 

@@ -11,8 +11,16 @@ from typing import Any
 
 from tnadapt.errors import TnadaptError, safe_repr
 
-from ._engine import AGAIN, Engine, Started
-from ._task_call import Died, Ended, Failed, TaskCall, run_call
+from ._engine import (
+    AGAIN,
+    Died,
+    Ended,
+    Engine,
+    Failed,
+    Started,
+    TaskCall,
+    run_call,
+)
 
 __all__ = ["RayEngine"]
 

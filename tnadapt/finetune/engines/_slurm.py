@@ -12,12 +12,20 @@ from types import FrameType, MappingProxyType
 from typing import Any
 
 from tnadapt.errors import TnadaptError
-from tnadapt.finetune._line_files import undamaged_lines
+from tnadapt.finetune.results import undamaged_lines
 
-from ._engine import Engine, Started
-from ._held_interrupts import interrupts_held
-from ._run_folder import NOTES
-from ._task_call import Died, Ended, Failed, Finished, TaskCall, run_call
+from ._engine import (
+    NOTES,
+    Died,
+    Ended,
+    Engine,
+    Failed,
+    Finished,
+    Started,
+    TaskCall,
+    interrupts_held,
+    run_call,
+)
 
 __all__ = ["SlurmEngine"]
 

@@ -7,10 +7,7 @@ from tnadapt.finetune._learning_task import Evidence, LearningTask, Measured
 from tnadapt.plugins import Registry
 
 from ._causal_lm import CausalLM
-from ._classification import Classification
-from ._image_classification import ImageClassification
-from ._multi_label import MultiLabel
-from ._regression import Regression
+from ._classification import Classification, ImageClassification, MultiLabel, Regression
 from ._token_classification import TokenClassification
 
 __all__ = [

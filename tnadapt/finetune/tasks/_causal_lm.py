@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 
-from .._data import Data, Samples
 from .._encode import TokenLists
-from .._learning_task import Evidence, LearningTask, Measured, Rows
-from .._sample_tables import Table, find_column
-from .._score import Metric
+from .._learning_task import Evidence, LearningTask, Measured, Metric, Rows
 from .._specification import Part, Spec
-from ._columns import columns_of
+from ..data import Data, Samples, Table, find_column
+from ._classification import columns_of
 
 __all__ = ["CausalLM"]
 

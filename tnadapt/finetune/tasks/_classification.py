@@ -3,23 +3,124 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Self
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tnadapt.errors import safe_repr
+from tnadapt.errors import FileError, safe_repr
+from tnadapt.finetune._learning_task import ACCURACY, Evidence, LearningTask, Measured, Metric, Rows
+from tnadapt.finetune._specification import Spec
+from tnadapt.finetune.data import (
+    LABEL_COLUMNS,
+    TEXT_COLUMNS,
+    Data,
+    LabelFacts,
+    Samples,
+    Table,
+    facts_of,
+    find_column,
+    labelled_texts,
+    needed_column,
+    number,
+)
 
-from .._data import Data, Samples
-from .._data_sources import labelled_texts
-from .._learning_task import Evidence, LearningTask, Measured, Rows
-from .._sample_tables import Table
-from .._score import ACCURACY, Metric
-from .._specification import Spec
-from ._columns import class_numbers, columns_of, label_facts, labels_of, missing_columns, texts_of
+__all__ = [
+    "Classification",
+    "ImageClassification",
+    "MultiLabel",
+    "Regression",
+    "class_numbers",
+    "columns_of",
+    "label_facts",
+    "labels_of",
+    "missing_columns",
+    "texts_of",
+]
 
-__all__ = ["Classification"]
+
+# -- What tasks on tables share: their columns of texts and labels -----------------------------------------------------
+
+
+def class_numbers(classes: Sequence[str], labels: Sequence[str], name: str) -> list[int]:
+    """Return the numbers of classes by their names.
+
+    Raises
+    ------
+    FileError
+        If there is no such class.
+    """
+    place = {one: index for index, one in enumerate(classes)}
+    for label in labels:
+        if label not in place:
+            known = ", ".join(map(repr, classes[:20]))
+            raise FileError(f"{name} has the label {safe_repr(label)}; the adapter knows {known}")
+    return [place[label] for label in labels]
+
+
+def columns_of(table: Table, spec: Spec) -> tuple[str | None, str | None]:
+    """Return the columns of texts and of labels; None for one that is not there."""
+    names = list(table.columns)
+    usual = (*spec.label_names, *LABEL_COLUMNS)
+    text = find_column(table.path, spec.text_column, TEXT_COLUMNS, names)
+    return text, find_column(table.path, spec.label_column, usual, names)
+
+
+def missing_columns(source: Table | Data, spec: Spec) -> Evidence | None:
+    """Return the evidence against a task on labeled texts, or None if there are both columns."""
+    if isinstance(source, Data):
+        return Evidence("no", f"{source.name} has images")
+    text, label = columns_of(source, spec)
+    if text is not None and label is not None:
+        return None
+    what = "texts" if text is None else "labels"
+    return Evidence("no", f"{source.name} has no column of {what}, only {source.listed()}")
+
+
+def label_facts(table: Table, spec: Spec) -> tuple[str, LabelFacts]:
+    """Return the name of the label column, and what is in it."""
+    name = columns_of(table, spec)[1]
+    assert name is not None
+    table.filled([name])
+    return name, facts_of(list(table.columns[name]), spec.separator)
+
+
+def texts_of(table: Table, spec: Spec) -> list[str]:
+    """Return the texts.
+
+    Raises
+    ------
+    FileError
+        If there is no column of texts, or a cell of it holds something else.
+    """
+    name = needed_column(table.path, "text", spec.text_column, TEXT_COLUMNS, list(table.columns))
+    table.filled([name])
+    texts = list(table.columns[name])
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise FileError(f"the text of sample {index} of {table.name} is {safe_repr(text)}")
+    return texts
+
+
+def labels_of(table: Table, spec: Spec) -> list[Any]:
+    """Return the labels.
+
+    Raises
+    ------
+    FileError
+        If there is no column of labels.
+    """
+    usual = (*spec.label_names, *LABEL_COLUMNS)
+    name = needed_column(table.path, "label", spec.label_column, usual, list(table.columns))
+    table.filled([name])
+    return list(table.columns[name])
+
+
+# -- Classification of texts: one class each ---------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,3 +228,306 @@ class Classification(LearningTask):
     def settings(self) -> dict[str, Any]:
         """Return nothing: the study has the classes, and its task is the usual one."""
         return {}
+
+
+# -- Multi-label classification of texts: any number of labels each ----------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiLabel(LearningTask):
+    """Each text has any number of labels: micro and macro F1, binary cross entropy.
+
+    Attributes
+    ----------
+    classes : tuple of str
+    """
+
+    name: ClassVar[str] = "multi-label"
+    auto: ClassVar[str] = "AutoModelForSequenceClassification"
+    metric: ClassVar[Metric] = Metric("micro F1")
+    options: ClassVar[tuple[str, ...]] = ("separator",)
+
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        self._require_classes(self.classes)
+
+    @classmethod
+    def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
+        """Lists are several labels, and so are words with a separator whose pieces are also in other labels."""
+        if lacking := missing_columns(source, spec):
+            return lacking
+        assert isinstance(source, Table)
+        name, facts = label_facts(source, spec)
+        if facts.kind == "lists":
+            return Evidence("evident", f"{name!r} has lists")
+        if facts.separator is None:
+            marks = safe_repr(spec.separator) if spec.separator else "'|' or ';'; give --separator if there is another"
+            return Evidence("no", f"no label in {name!r} has {marks}")
+        if facts.alone and not spec.separator:
+            return Evidence(
+                "possible",
+                f"{safe_repr(facts.joint)} in {name!r} may be several labels, separated by {facts.separator!r}, but "
+                f"{safe_repr(facts.alone)} is in no other label",
+            )
+        return Evidence("evident", f"labels in {name!r} are separated by {facts.separator!r}")
+
+    @classmethod
+    def read(cls, source: Table | Data, spec: Spec) -> Data:
+        """Return the texts; targets are 1 for the labels of a text and 0 for others."""
+        assert isinstance(source, Table)
+        name, facts = label_facts(source, spec)
+        test = source.test([name], name)
+        labels = _lists(source, name, labels_of(source, spec), facts.separator)
+        more = [] if test is None else _lists(test, name, list(test.columns[name]), facts.separator)
+        classes = tuple(sorted({one for some in (*labels, *more) for one in some}))
+        if len(classes) < 2:
+            raise FileError(f"{name!r} of {source.name} has {len(classes)} different label; --task multi-label needs 2")
+        made = cls(classes)
+        held = None if test is None else Samples(texts_of(test, spec), made._marks(more, source.name))
+        return Data(
+            source.name, "text", classes, Samples(texts_of(source, spec), made._marks(labels, source.name)), held
+        )
+
+    @classmethod
+    def of(cls, data: Data, training: Samples) -> Self:
+        """Return the task with the labels of the data."""
+        return cls(data.classes)
+
+    def samples(self, source: Table | Data, spec: Spec) -> tuple[Samples, bool]:
+        """Return texts, with their labels if there is a column of them."""
+        assert isinstance(source, Table)
+        texts = texts_of(source, spec)
+        label = columns_of(source, spec)[1]
+        if label is None or (source.hides(label) and "-1" not in self.classes):
+            return Samples(texts, np.zeros((len(texts), len(self.classes)), np.float32)), False
+        name, facts = label_facts(source, spec)
+        labels = _lists(source, name, labels_of(source, spec), facts.separator)
+        return Samples(texts, self._marks(labels, source.name)), True
+
+    def _marks(self, labels: Sequence[Sequence[str]], name: str) -> NDArray[np.float32]:
+        found = np.zeros((len(labels), len(self.classes)), np.float32)
+        for row, some in enumerate(labels):
+            found[row, class_numbers(self.classes, some, name)] = 1
+        return found
+
+    @property
+    def outputs(self) -> int | None:
+        """The number of labels."""
+        return len(self.classes)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the binary cross entropy, the mean over samples and labels."""
+        return nn.functional.binary_cross_entropy_with_logits(logits.float(), labels)
+
+    def measure(self, rows: Rows, labels: Tensor) -> Measured:
+        """Return micro and macro F1 at a probability of one half, and the loss."""
+        logits = torch.stack(list(rows))
+        here, truth = logits > 0, labels > 0.5
+        hits = (here & truth).sum(0).double()
+        both = here.sum(0).double() + truth.sum(0).double()
+        macro = torch.where(both > 0, 2 * hits / both.clamp_min(1), 0.0).mean()
+        micro = float(2 * hits.sum() / both.sum().clamp_min(1)) if bool(logits.isfinite().all()) else float("nan")
+        more = {"macro F1": float(macro), "all labels right": float((here == truth).all(1).double().mean())}
+        return Measured(micro, float(self.loss(logits, labels)), more)
+
+    def predicted(self, row: Tensor) -> Tensor:
+        """Return 1 for the labels of a probability above one half, else 0."""
+        return (row > 0).long()
+
+    def answer(self, row: Tensor) -> dict[str, Any]:
+        """Return the labels of a probability above one half, and the probabilities of all."""
+        found = row.double().sigmoid().tolist()
+        labels = [name for name, one in zip(self.classes, found, strict=True) if one > 0.5]
+        scores = {name: round(one, 6) for name, one in zip(self.classes, found, strict=True)}
+        return {"prediction": labels, "scores": scores}
+
+
+def _lists(table: Table, column: str, cells: Sequence[Any], separator: str | None) -> list[list[str]]:
+    """Return the labels of each cell as words."""
+    found = []
+    for row, cell in enumerate(cells):
+        pieces: Any = cell if not isinstance(cell, str) else cell.split(separator) if separator else [cell]
+        if not isinstance(pieces, list) or not all(isinstance(one, (str, int)) for one in pieces):
+            raise FileError(f"{table.place(row)}: {safe_repr(cell)} is not a list of labels")
+        named = [str(table.word(column, row, one)).strip() for one in pieces]
+        if not all(named):
+            raise FileError(f"{table.place(row)}: {safe_repr(cell)} has an empty label")
+        found.append(named)
+    return found
+
+
+# -- Classification of images: one class each --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageClassification(Classification):
+    """Each image has one class: accuracy, cross entropy."""
+
+    name: ClassVar[str] = "image-classification"
+    auto: ClassVar[str] = "AutoModelForImageClassification"
+    kind: ClassVar[Literal["text", "image"]] = "image"
+
+    @classmethod
+    def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
+        """Images are for this task alone."""
+        if isinstance(source, Data):
+            return Evidence("evident", f"{source.name} has images")
+        return Evidence("no", f"{source.name} is a table, not a folder of images or an .npz")
+
+    @classmethod
+    def read(cls, source: Table | Data, spec: Spec) -> Data:
+        """Return the images."""
+        assert isinstance(source, Data)
+        return source
+
+    def samples(self, source: Table | Data, spec: Spec) -> tuple[Samples, bool]:
+        """Return images with their classes."""
+        if not isinstance(source, Data):
+            raise FileError(f"{source.name} is a table; the adapter predicts images: give a folder of them")
+        names = [source.classes[int(label)] for label in source.samples.labels]
+        return Samples(source.samples.inputs, self.numbered(names, source.name)), True
+
+
+# -- Regression on texts: one number each ------------------------------------------------------------------------------
+
+
+# Integers of more different values than this, and not consecutive, are quantities.
+_CLASSES = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression(LearningTask):
+    """Each text has a number: root mean square error, correlations; squared error.
+
+    The model learns numbers of mean 0 and standard deviation 1, so that rates do not depend on their unit.
+
+    Attributes
+    ----------
+    mean, deviation : float
+        Of the training targets.
+    """
+
+    name: ClassVar[str] = "regression"
+    auto: ClassVar[str] = "AutoModelForSequenceClassification"
+    metric: ClassVar[Metric] = Metric("RMSE", lower=True, percent=False)
+
+    mean: float
+    deviation: float
+
+    def __post_init__(self) -> None:
+        for name, low in (("mean", -math.inf), ("deviation", 0.0)):
+            value = getattr(self, name)
+            possible = type(value) in (int, float) and math.isfinite(value) and value > low
+            self._require(name, value, possible, "a positive number" if low == 0 else "a finite number")
+
+    @classmethod
+    def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
+        """Fractions of at least three values are quantities, and so are many integers with gaps."""
+        if lacking := missing_columns(source, spec):
+            return lacking
+        assert isinstance(source, Table)
+        name, facts = label_facts(source, spec)
+        if facts.kind not in ("integers", "fractions"):
+            what = "lists" if facts.kind == "lists" else "labels that are not numbers"
+            such = f", such as {safe_repr(facts.odd)}" if facts.odd else ""
+            return Evidence("no", f"{name!r} has {what}{such}")
+        if name in source.words:
+            return Evidence("no", f"{name!r} has the numbers of {len(source.words[name])} classes")
+        if facts.count > 2 and facts.kind == "fractions":
+            return Evidence("evident", f"{name!r} has fractions, {facts.range}")
+        low, _, high = facts.range.partition(" to ")
+        if facts.count > _CLASSES and float(high) - float(low) >= 2 * facts.count:
+            return Evidence("evident", f"{name!r} has {facts.count} different numbers, {facts.range}")
+        return Evidence(
+            "possible", f"the {facts.count} different numbers in {name!r}, {facts.range}, may be quantities"
+        )
+
+    @classmethod
+    def read(cls, source: Table | Data, spec: Spec) -> Data:
+        """Return the texts with their numbers."""
+        assert isinstance(source, Table)
+        name = columns_of(source, spec)[1]
+        assert name is not None
+        test = source.test([name], name)
+        held = None if test is None else Samples(texts_of(test, spec), _numbers(test, list(test.columns[name])))
+        return Data(
+            source.name, "text", (), Samples(texts_of(source, spec), _numbers(source, labels_of(source, spec))), held
+        )
+
+    @classmethod
+    def of(cls, data: Data, training: Samples) -> Self:
+        """Return the task with mean and deviation of the training targets."""
+        deviation = float(training.labels.std())
+        if not deviation:
+            raise FileError(
+                f"every number to learn from {data.name} is {training.labels[0]:g}; there is nothing to learn"
+            )
+        return cls(float(training.labels.mean()), deviation)
+
+    def samples(self, source: Table | Data, spec: Spec) -> tuple[Samples, bool]:
+        """Return texts, with their numbers if there is a column of labels."""
+        assert isinstance(source, Table)
+        texts = texts_of(source, spec)
+        label = columns_of(source, spec)[1]
+        # One text may well have the number -1.
+        if label is None or (len(texts) > 1 and source.hides(label)):
+            return Samples(texts, np.zeros(len(texts))), False
+        return Samples(texts, _numbers(source, labels_of(source, spec))), True
+
+    @property
+    def outputs(self) -> int | None:
+        """One."""
+        return 1
+
+    def targets(self, samples: Samples) -> Tensor:
+        """Return the numbers with mean 0 and standard deviation 1."""
+        return torch.from_numpy((samples.labels - self.mean) / self.deviation).float()
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean squared error."""
+        return nn.functional.mse_loss(logits.float()[:, 0], labels)
+
+    def measure(self, rows: Rows, labels: Tensor) -> Measured:
+        """Return the root mean square error in the unit of the data, Pearson's and Spearman's correlation."""
+        found, truth = torch.stack(list(rows))[:, 0].double(), labels.double()
+        loss = float((found - truth).square().mean())
+        more = {"Pearson": _pearson(found, truth), "Spearman": _pearson(_ranks(found), _ranks(truth))}
+        return Measured(self.deviation * math.sqrt(loss), loss, more)
+
+    def predicted(self, row: Tensor) -> Tensor:
+        """Return the number in thousandths of the deviation."""
+        return (1000 * row.double()).round().nan_to_num().long()
+
+    def different(self, rows: Rows, others: Rows) -> int:
+        """Return the number of samples with predictions that differ by a thousandth of the deviation."""
+        return sum(not bool((one - other).abs().max() < 1e-3) for one, other in zip(rows, others, strict=True))
+
+    def answer(self, row: Tensor) -> dict[str, Any]:
+        """Return the number."""
+        return {"prediction": float(f"{self.mean + self.deviation * float(row[0]):.6g}")}
+
+
+def _numbers(table: Table, cells: Sequence[Any]) -> NDArray[np.float64]:
+    found = np.empty(len(cells))
+    for row, cell in enumerate(cells):
+        try:
+            found[row] = number(cell)
+        except ValueError as error:
+            raise FileError(f"{table.place(row)}: {error}; --task regression needs numbers") from None
+    return found
+
+
+def _pearson(x: Tensor, y: Tensor) -> float:
+    """Return the correlation; 0 if one of the two is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    norm = float(x.norm() * y.norm())
+    return float(x @ y) / norm if norm else 0.0
+
+
+def _ranks(x: Tensor) -> Tensor:
+    """Return the ranks, those of equal values averaged."""
+    _, places, counts = torch.unique(x, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    mean: Tensor = last - (counts.double() - 1) / 2
+    return mean[places]

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 
-from .._data import Data, Samples
 from .._encode import TokenLists
-from .._learning_task import Evidence, LearningTask, Measured, Rows
-from .._sample_tables import Table, find_column
-from .._score import Metric
+from .._learning_task import Evidence, LearningTask, Measured, Metric, Rows
 from .._specification import Part, Spec
+from ..data import Data, Samples, Table, find_column
 
 __all__ = ["TaggedWords", "TokenClassification"]
 

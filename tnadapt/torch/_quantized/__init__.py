@@ -16,15 +16,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tnadapt.plugins import Registry, load_plugins
 
-from ._awq import AWQLayer
-from ._bitsandbytes import FourBitLayer, Int8Layer
-from ._gguf_blocks import GgufEmbedding, GgufLayer
-from ._gptq import GPTQEmbedding, GPTQLayer
-from ._hqq import HQQLayer
-from ._quantized_embeddings import FourBitEmbedding, Int4Embedding, Int8Embedding
+from ._bitsandbytes import FourBitEmbedding, FourBitLayer, Int4Embedding, Int8Embedding, Int8Layer
+from ._packed_codes import AWQLayer, GPTQEmbedding, GPTQLayer, HQQLayer
 from ._quantized_layer import QuantizedLayer, twin
-from ._quanto import QuantoLayer
-from ._torchao import TorchAOLayer
+from ._tensor_types import GgufEmbedding, GgufLayer, QuantoLayer, TorchAOLayer
 
 __all__ = ["QUANTIZED", "QuantizedLayer", "is_embedding", "is_packed", "quantized_type", "register_quantized", "twin"]
 

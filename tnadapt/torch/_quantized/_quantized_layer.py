@@ -30,8 +30,8 @@ class QuantizedLayer:
         during a merge, and put back by ``unmerge()``. Empty for a type that cannot be merged into.
     moved : float
         The time to dequantize one element of the weight, in elements of float32 that are read or written meanwhile:
-        what ``"auto"`` counts where a strategy dequantizes (:mod:`tnadapt.torch._step_cost`). The built-in types' are
-        those of ``benchmarks/quantized.py`` on a CPU.
+        what ``"auto"`` counts where a strategy dequantizes (:mod:`tnadapt.torch._strategy_choice`). The built-in types'
+        are those of ``benchmarks/quantized.py`` on a CPU.
     """
 
     stored: tuple[str, ...] = ()

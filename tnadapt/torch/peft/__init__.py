@@ -47,8 +47,7 @@ from ._peft_library import (
     PEFT_TYPE_TO_TUNER_MAPPING,
     PeftMissingError,
 )
-from ._tuner import TnadaptModel
-from ._tuner_layer import TnadaptLayer
+from ._tuner import TnadaptLayer, TnadaptModel
 
 __all__ = ["PeftMissingError", "TnadaptConfig", "TnadaptLayer", "TnadaptModel", "register"]
 

@@ -1,7 +1,7 @@
 """Sequences of kernel launches for the Hadamard transform and for F.
 
 A launcher runs one pass. Otherwise only ``reshape`` and ``sum`` of arrays are used, so they may be of any library. The
-reference implementations are :func:`tnadapt.algebra.maps.walsh_hadamard.fwht` and the linear part of
+reference implementations are :func:`tnadapt.algebra.maps.fastfood.fwht` and the linear part of
 :class:`tnadapt.algebra.maps.projection.Projection`.
 """
 
@@ -10,9 +10,78 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple, Protocol
 
-from .passes import Pass, passes
+__all__ = [
+    "Drawn",
+    "Launcher",
+    "Pass",
+    "fastfood",
+    "fastfood_adjoint",
+    "fwht",
+    "passes",
+]
 
-__all__ = ["Drawn", "Launcher", "fastfood", "fastfood_adjoint", "fwht"]
+
+# -- Division of a long Hadamard transform into passes over memory on a GPU --------------------------------------------
+
+# ``H`` of ``2**bits`` points is a Kronecker product of smaller matrices, one pass for each. The first pass transforms
+# runs of neighboring points; every later pass transforms points that are a stride apart, with enough adjacent columns
+# to fill a tile. The constants were not tuned on a device; their comments give the reasons for them.
+
+
+#: Tiles of the first pass, whose points are contiguous, are shorter: more of them run at once, and small inputs occupy
+#: more of the device.
+_SHORT_TILE = 1 << 12
+#: A strided pass combines at least 2**7 points (fewer would waste a pass over memory), and at most as many as leave 64
+#: contiguous bytes per row of a tile, two memory sectors.
+_LEAST_STRIDED_BITS, _LEAST_WIDTH = 7, 64
+#: Maximum number of columns of a tile: one block of Philox has this many signs.
+_WIDEST = 128
+
+
+class Pass(NamedTuple):
+    """One pass: the binary digits of the position that it transforms, and the shape of a tile."""
+
+    stride: int
+    """Distance of the points that are combined; 1 in the first pass."""
+    bits: int
+    """Number of digits: ``2**bits`` points are combined."""
+    rows: int
+    """Rows of a tile: the points that are combined if the stride is not 1."""
+    columns: int
+    """Columns of a tile: neighbors in memory."""
+
+    def tiles(self, points: int) -> int:
+        """Return the number of tiles for that many points; the last tile may be incomplete."""
+        return -(-points // (self.rows * self.columns))
+
+
+def passes(bits: int, itemsize: int, tile_bytes: int) -> list[Pass]:
+    """Plan the passes of a transform of ``2**bits`` points with ``itemsize`` bytes each, in tiles of ``tile_bytes``.
+
+    With tiles of 32 KiB and float32: one pass up to 2**13 points, two up to 2**22, three up to 2**31.
+
+    Examples
+    --------
+    >>> for step in passes(24, 4, 1 << 15):
+    ...     print(step)
+    Pass(stride=1, bits=10, rows=32, columns=128)
+    Pass(stride=1024, bits=7, rows=128, columns=64)
+    Pass(stride=131072, bits=7, rows=128, columns=64)
+    """
+    tile = (tile_bytes // itemsize).bit_length() - 1
+    most = (tile_bytes // _LEAST_WIDTH).bit_length() - 1
+    count = -(-max(0, bits - tile) // most)
+    strided = max(_LEAST_STRIDED_BITS, -(-(bits - tile) // count)) if count else 0
+    side_by_side = bits - count * strided
+    columns = min(_WIDEST, 1 << bits)
+    result = [Pass(1, side_by_side, max(1 << side_by_side, _SHORT_TILE) // columns, columns)]
+    for step in range(count):
+        stride = 1 << side_by_side + step * strided
+        result.append(Pass(stride, strided, 1 << strided, min(_WIDEST, stride, 1 << tile - strided)))
+    return result
+
+
+# -- Sequences of kernel launches for the Hadamard transform and for F -------------------------------------------------
 
 
 class Drawn(NamedTuple):
@@ -33,7 +102,7 @@ class Drawn(NamedTuple):
 
     @classmethod
     def of(cls, draws: Any, n_in: int, gain: Any = None) -> Drawn:
-        """Read the integers from a :class:`tnadapt.algebra.maps._fastfood_draws.FastfoodDraws`."""
+        """Read the integers from a :class:`tnadapt.algebra.maps.fastfood.FastfoodDraws`."""
         n_out = draws.lengths["diagonal"]
         return cls(n_in, n_out, draws.padded, draws.pruned, draws.seed, draws.group, bool(draws.signs), gain)
 

@@ -6,11 +6,9 @@ import struct
 from typing import Any
 
 from . import launch_plans
-from .launch_plans import Drawn
-from .passes import Pass
-from .triton_fastfood import drawn_pass, gathered_sum
-from .triton_fastfood import shuffle as shuffle_kernel
-from .triton_hadamard import hadamard_pass
+from .launch_plans import Drawn, Pass
+from .triton_kernels import drawn_pass, gathered_sum, hadamard_pass
+from .triton_kernels import shuffle as shuffle_kernel
 
 __all__ = ["Drawn", "TritonLauncher", "fastfood", "fastfood_adjoint", "fwht", "shuffle", "warps"]
 

@@ -1,0 +1,753 @@
+"""Scatter: a few values at seeded or given positions of a vector that is zero elsewhere."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from tnadapt.algebra import rng
+from tnadapt.algebra.folding import MAX_SIZE
+from tnadapt.algebra.torch_streams import DEFAULT_SEED, permutation_head
+from tnadapt.backends import Backend
+from tnadapt.backends.backend import Array
+from tnadapt.errors import ConfigError, integer, safe_repr
+
+from ._map import Map, MapSettings, Space, digest_of
+from ._matrices import BroughtMap
+
+__all__ = [
+    "Gather",
+    "GatherMap",
+    "Identity",
+    "OneHot",
+    "Scatter",
+    "ScatterMap",
+    "Shuffle",
+    "SignGather",
+    "SignGatherMap",
+    "SignedOneHot",
+    "TiedElements",
+    "TiedMap",
+    "TorchScatter",
+    "TorchScatterMap",
+]
+
+
+# -- Scatter: a few values at seeded or given positions of a vector that is zero elsewhere -----------------------------
+
+
+# An adapter file bounds the length of its config, which holds the positions as decimal numbers.
+_MOST_DIGITS = 50_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Scatter(MapSettings):
+    """Values at distinct positions; every other element is zero.
+
+    Parameters
+    ----------
+    size : int, optional
+        Number of values; by default, the number of positions given.
+    positions : tuple of int, optional
+        The position of each value in the output. By default they are seeded: the first ``size`` elements of
+        :func:`tnadapt.algebra.rng.permutation` of the output's length (purpose 1).
+
+    Raises
+    ------
+    ConfigError
+        If neither is given, or positions are not ``size`` distinct integers of at least 0.
+
+    Examples
+    --------
+    >>> import numpy as np, tnadapt as tna
+    >>> f = tna.Projection(tna.maps.Scatter(positions=(4, 0)), n_out=6)
+    >>> f(np.array([1.0, 2.0]))
+    array([2., 0., 0., 0., 1., 0.])
+    >>> tna.Projection(tna.maps.Scatter(size=2), n_out=6, seed=1)(np.array([1.0, 2.0]))
+    array([0., 0., 0., 2., 0., 1.])
+    """
+
+    size: int | None = None
+    positions: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.positions is None and self.size is None:
+            raise ConfigError("Scatter needs the number of values, Scatter(size=1000), or their positions")
+        if self.size is not None:
+            object.__setattr__(self, "size", integer("Scatter's size", self.size, 1, MAX_SIZE, ConfigError))
+        if self.positions is not None:
+            object.__setattr__(self, "positions", self._checked_positions(self.positions))
+            object.__setattr__(self, "size", len(self.positions))
+        super().__post_init__()
+
+    def _checked_positions(self, given: Any) -> tuple[int, ...]:
+        if not isinstance(given, (tuple, list, np.ndarray)) or getattr(given, "shape", given) == () or not len(given):
+            raise ConfigError(f"Scatter's positions must be a tuple of integers, or None; got {safe_repr(given)}")
+        found = tuple(integer("one of Scatter's positions", place, 0, MAX_SIZE - 1, ConfigError) for place in given)
+        if len(set(found)) < len(found):
+            (twice, _), *_ = collections.Counter(found).most_common(1)
+            raise ConfigError(f"Scatter's positions must be distinct; {twice} is given twice or more often")
+        if self.size not in (None, len(found)):
+            raise ConfigError(f"Scatter has size={self.size} and {len(found)} positions: leave size out")
+        if sum(len(str(place)) + 1 for place in found) > _MOST_DIGITS:
+            raise ConfigError(
+                f"Scatter's {len(found)} positions have more digits than an adapter file's config may hold "
+                f"({_MOST_DIGITS}): use seeded positions, Scatter(size={len(found)})"
+            )
+        return found
+
+
+class ScatterMap(Map):
+    """``y[positions[i]] = x[i]``, and 0 elsewhere."""
+
+    kind = "scatter"
+    settings_class = Scatter
+    settings: Scatter
+    fixed = ("positions",)
+    exact_in_batches = True
+
+    @classmethod
+    def fixes_length(cls, settings: Scatter) -> bool:
+        return True
+
+    @classmethod
+    def domain(cls, codomain: Space, settings: Scatter) -> Space:
+        assert settings.size is not None  # or the positions set it
+        if settings.size > codomain.length:
+            raise ConfigError(
+                f"Scatter has size={settings.size}, more positions than places: its output has {codomain.length} "
+                f"elements; give a size of at most {codomain.length}"
+            )
+        if settings.positions is not None and max(settings.positions) >= codomain.length:
+            raise ConfigError(
+                f"Scatter's position {max(settings.positions)} is beyond its output of {codomain.length} elements, "
+                f"whose positions are 0 to {codomain.length - 1}"
+            )
+        return Space(settings.size)
+
+    @property
+    def samples(self) -> bool:
+        return self.settings.positions is None
+
+    @property
+    def _invertible(self) -> bool:
+        """Whether the value at a position is known without all positions."""
+        return self.settings.positions is None
+
+    def make(self, key: object) -> np.ndarray:
+        if key == "positions":
+            if self.settings.positions is not None:
+                return np.array(self.settings.positions, np.int64)
+            return rng.permutation(self.n_out, self.seed, self.group, 0, self.n_in)
+        if key == "sources":
+            return self._sources(0, self.n_out)
+        assert isinstance(key, tuple)
+        return self._sources(*key)
+
+    def _sources(self, start: int, stop: int) -> np.ndarray:
+        """Return which element of x each of these elements of y is; ``n_in``, for a zero that is appended, if none."""
+        positions = self.kept.get("positions")
+        if positions is None and (not self._invertible or stop - start == self.n_out):
+            positions = self.make("positions")
+        if positions is None:  # a slice: drawn without the rest
+            inverse = rng.permutation(self.n_out, self.seed, self.group, start, stop, inverse=True)
+            found = np.minimum(inverse, self.n_in)
+        else:
+            found = np.full(stop - start, self.n_in)
+            inside = np.flatnonzero((start <= positions) & (positions < stop))
+            found[positions[inside] - start] = inside
+        return found.astype(np.int32) if self.n_in < 1 << 31 else found
+
+    def forward(self, backend: Backend, x: Array) -> Array:
+        return backend.take(backend.pad_last(x, self.n_in + 1), self.on(backend, "sources", x))
+
+    def adjoint(self, backend: Backend, y: Array) -> Array:
+        return backend.take(y, self.on(backend, "positions", y))
+
+    def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
+        if "sources" in self.kept:
+            sources = self.on(backend, "sources", x)[start:stop]
+        else:
+            sources = self.on(backend, (start, stop), x, keep=False)
+        return backend.take(backend.pad_last(x, self.n_in + 1), sources)
+
+    def squared_norm(self) -> float:
+        return float(self.n_in)
+
+    def cost(self) -> int:
+        return 0
+
+    def matrix(self) -> np.ndarray:
+        found = np.zeros((self.n_out, self.n_in))
+        for column, place in enumerate(self.make("positions")):
+            found[place, column] = 1.0
+        return found
+
+
+# -- Scatter at the positions that torch's generator draws: those of PEFT's FourierFT and SHiRA ------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchScatter(MapSettings):
+    """Values at the first ``size`` positions of ``torch.randperm(n)``, n the length of the output; zero elsewhere.
+
+    PEFT leaves the positions of FourierFT and SHiRA to a torch seed. With this map, such an adapter is the trained
+    values and this seed, for weights of any shapes. The positions are drawn without torch, and depend on neither the
+    config's seed nor the group. For new adapters, use :class:`Scatter`.
+
+    Parameters
+    ----------
+    size : int
+        Number of values.
+    seed : int
+        Of ``torch.Generator().manual_seed(seed)``; by default that of a generator that nobody has seeded.
+
+    Raises
+    ------
+    ConfigError
+        If one of them is not an integer in its range.
+
+    Examples
+    --------
+    >>> import numpy as np, tnadapt as tna
+    >>> f = tna.Projection(tna.maps.TorchScatter(size=2, seed=777), n_out=6)
+    >>> f(np.array([1.0, 2.0]))  # torch.randperm(6, generator=torch.Generator().manual_seed(777))[:2] is [5, 0]
+    array([2., 0., 0., 0., 0., 1.])
+    """
+
+    size: int
+    seed: int = DEFAULT_SEED
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", integer("TorchScatter's size", self.size, 1, MAX_SIZE, ConfigError))
+        seed = integer("TorchScatter's seed", self.seed, -(1 << 63), (1 << 64) - 1, ConfigError)
+        object.__setattr__(self, "seed", seed)
+        super().__post_init__()
+
+
+class TorchScatterMap(ScatterMap):
+    """``y[positions[i]] = x[i]``, and 0 elsewhere."""
+
+    kind = "torch-scatter"
+    settings_class = TorchScatter  # type: ignore[assignment]
+    settings: TorchScatter  # type: ignore[assignment]
+
+    @classmethod
+    def fixes_length(cls, settings: TorchScatter) -> bool:  # type: ignore[override]
+        return True
+
+    @classmethod
+    def domain(cls, codomain: Space, settings: TorchScatter) -> Space:  # type: ignore[override]
+        if settings.size > codomain.length:
+            raise ConfigError(
+                f"TorchScatter has size={settings.size}, more positions than places: its output has {codomain.length} "
+                f"elements; give a size of at most {codomain.length}"
+            )
+        return Space(settings.size)
+
+    @property
+    def samples(self) -> bool:
+        return True
+
+    @property
+    def _invertible(self) -> bool:
+        return False
+
+    def make(self, key: object) -> np.ndarray:
+        if key == "positions":
+            return permutation_head(self.n_out, self.n_in, self.settings.seed)
+        return super().make(key)
+
+
+# -- Gather: every element of the output is an element of a shorter vector, or its negative (hashing) ------------------
+
+
+# Streams longer than twice this are digested by their two ends.
+_ENDS = 1 << 19
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather(MapSettings):
+    """Every element of the output is a seeded element of the input: ``y[j] = x[h(j)]``.
+
+    Parameters
+    ----------
+    size : int, optional
+        Length of the input; by default it follows from ``Config.ratio``.
+
+    Raises
+    ------
+    ConfigError
+        If the size is not an integer of at least 1.
+
+    Notes
+    -----
+    ``h(j) = perm(j) mod n_in`` with perm the permutation of ``n_out`` of purpose 10, so that the numbers of elements
+    that copy two elements of x differ by at most one.
+
+    Examples
+    --------
+    >>> import numpy as np, tnadapt as tna
+    >>> tna.Projection(tna.maps.Gather(size=2), n_out=6, seed=1)(np.array([1.0, 2.0]))
+    array([2., 2., 2., 1., 1., 1.])
+    """
+
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            name = f"{type(self).__name__}'s size"
+            object.__setattr__(self, "size", integer(name, self.size, 1, MAX_SIZE, ConfigError))
+        super().__post_init__()
+
+
+@dataclasses.dataclass(frozen=True)
+class SignGather(Gather):
+    """:class:`Gather` with seeded signs: ``y[j] = s(j) x[h(j)]``; the signs have purpose 11.
+
+    Examples
+    --------
+    >>> import numpy as np, tnadapt as tna
+    >>> tna.Projection(tna.maps.SignGather(size=2), n_out=6, seed=1)(np.array([1.0, 2.0]))
+    array([ 2., -2.,  2., -1., -1., -1.])
+    """
+
+
+class GatherMap(Map):
+    """``y[j] = x[perm[j] mod n_in]``."""
+
+    kind = "gather"
+    settings_class = Gather
+    settings: Gather
+    fixed: tuple[str, ...] = ("index",)
+    exact_in_batches = True
+
+    @classmethod
+    def fixes_length(cls, settings: Gather) -> bool:
+        return settings.size is not None
+
+    @classmethod
+    def domain(cls, codomain: Space, settings: Gather) -> Space:
+        assert settings.size is not None  # else ratio determines the length
+        return Space(settings.size)
+
+    def _drawn(self, name: str, start: int, stop: int) -> np.ndarray:
+        draw = (self.seed, self.group, start, stop)
+        if name == "signs":
+            return rng.signs(*draw, purpose=rng.PURPOSE["gather_signs"])
+        found = rng.permutation(self.n_out, *draw, inverse=name == "back", purpose=rng.PURPOSE["gather"])
+        if name == "index":
+            found %= self.n_in
+        return found.astype(np.int32) if self.n_out < 1 << 31 else found
+
+    def streams(self) -> Iterator[np.ndarray]:
+        # Long streams by their two ends: each element is a pure function of its index.
+        if self.n_out <= 2 * _ENDS:
+            yield from super().streams()
+            return
+        for name in self.fixed:
+            ends = self._drawn(name, 0, _ENDS), self._drawn(name, self.n_out - _ENDS, self.n_out)
+            yield np.concatenate(ends).astype("<i8")
+
+    def make(self, key: object) -> np.ndarray:
+        if isinstance(key, tuple):
+            return self._drawn(*key)
+        return self._drawn(str(key), 0, self.n_out)
+
+    def forward(self, backend: Backend, x: Array) -> Array:
+        return backend.take(x, self.on(backend, "index", x))
+
+    def adjoint(self, backend: Backend, y: Array) -> Array:
+        # Sorted by perm, the elements that copy x[i] are at i, i + n_in, i + 2 n_in, …
+        y = backend.take(y, self.on(backend, "back", y))
+        rows = -(-self.n_out // self.n_in)
+        y = backend.reshape(backend.pad_last(y, rows * self.n_in), (*y.shape[:-1], rows, self.n_in))
+        return backend.sum(y, axis=-2)
+
+    def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
+        return backend.take(x, self._piece(backend, "index", x, start, stop))
+
+    def _piece(self, backend: Backend, name: str, x: Array, start: int, stop: int) -> Array:
+        if name in self.kept:
+            return self.on(backend, name, x)[start:stop]
+        return self.on(backend, (name, start, stop), x, keep=False)
+
+    def squared_norm(self) -> float:
+        return float(self.n_out)
+
+    def cost(self) -> int:
+        return 0
+
+    def matrix(self) -> np.ndarray:
+        found = np.zeros((self.n_out, self.n_in))
+        for row, place in enumerate(rng.permutation(self.n_out, self.seed, self.group, purpose=rng.PURPOSE["gather"])):
+            found[row, place % self.n_in] = 1.0
+        return found
+
+
+class SignGatherMap(GatherMap):
+    """``y[j] = signs[j] * x[perm[j] mod n_in]``."""
+
+    kind = "sign-gather"
+    settings_class = SignGather
+    fixed = ("index", "signs")
+
+    def forward(self, backend: Backend, x: Array) -> Array:
+        return super().forward(backend, x) * self.on(backend, "signs", x, backend.dtype_name(x))
+
+    def adjoint(self, backend: Backend, y: Array) -> Array:
+        return super().adjoint(backend, y * self.on(backend, "signs", y, backend.dtype_name(y)))
+
+    def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
+        signs = backend.astype(self._piece(backend, "signs", x, start, stop), backend.dtype_name(x))
+        return super().slice(backend, x, start, stop) * signs
+
+    def cost(self) -> int:
+        return self.n_out
+
+    def matrix(self) -> np.ndarray:
+        signs = rng.signs(self.seed, self.group, 0, self.n_out, purpose=rng.PURPOSE["gather_signs"])
+        return super().matrix() * signs.astype(np.float64)[:, None]
+
+
+# -- One-hot maps: each element of the output is one element of the input, scaled so that the map is an isometry -------
+
+
+class OneHot(Map):
+    """``y_i = x_j / sqrt(c_j)`` with ``j = perm[i] mod n_in``, and c_j the number of outputs that take x_j.
+
+    The permutation of the outputs is that of :func:`tnadapt.algebra.rng.permutation`, so that every input is taken
+    ⌊n_out / n_in⌋ or ⌈n_out / n_in⌉ times, and ``FᵀF = 1`` for ``n_in <= n_out``. Uni-LoRA's map (arXiv 2506.00799),
+    whose positions are drawn independently.
+    """
+
+    kind = "one-hot"
+    fixed: tuple[str, ...] = ("index",)
+    signed = False
+
+    def _coefficients(self) -> np.ndarray:
+        """1 / sqrt(c_j) of every input; an input that no output takes has 1."""
+        taken, rest = divmod(self.n_out, self.n_in)
+        counts = np.full(self.n_in, taken, np.int64)
+        counts[:rest] += 1
+        return 1.0 / np.sqrt(np.maximum(counts, 1))
+
+    def make(self, key: object) -> np.ndarray:
+        """Draw the positions, the coefficients of the inputs, or the signs of the outputs."""
+        if key == "coefficients":
+            return self._coefficients()
+        if key == "order":
+            # perm[order[k]] = k, so that outputs order[j], order[j + n_in], … take x_j.
+            return rng.permutation(self.n_out, self.seed, self.group, inverse=True)
+        if key == "signs":
+            return rng.signs(self.seed, self.group, 0, self.n_out)
+        whole = rng.permutation(self.n_out, self.seed, self.group) % self.n_in
+        return whole.astype(np.int32) if self.n_in <= 1 << 31 else whole
+
+    def part(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Draw elements ``start`` to ``stop - 1`` of the permutation or the signs without the rest."""
+        if name == "signs":
+            return rng.signs(self.seed, self.group, start, stop)
+        return rng.permutation(self.n_out, self.seed, self.group, start, stop)
+
+    def digest(self) -> str:
+        return digest_of(self, {"perm": self.n_out} | ({"signs": self.n_out} if self.signed else {}))
+
+    def forward(self, backend: Backend, x: Array) -> Array:
+        return self.slice(backend, x, 0, self.n_out)
+
+    def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
+        kind = backend.dtype_name(x)
+        scaled = x * self._in_dtype(backend, x, kind)
+        found = backend.take(scaled, self.on(backend, "index", x)[start:stop])
+        if self.signed:
+            found = found * self.on(backend, "signs", x, kind)[start:stop]
+        return found
+
+    def _in_dtype(self, backend: Backend, x: Array, kind: str) -> Array:
+        return self.on(backend, "coefficients", x, kind)
+
+    def adjoint(self, backend: Backend, y: Array) -> Array:
+        # In the order of the permutation, every run of n_in outputs takes each input once.
+        kind = backend.dtype_name(y)
+        if self.signed:
+            y = y * self.on(backend, "signs", y, kind)
+        rows = -(-self.n_out // self.n_in)
+        sorted_ = backend.take(y, self.on(backend, "order", y))
+        padded = backend.pad_last(sorted_, rows * self.n_in)
+        summed = backend.sum(backend.reshape(padded, (*y.shape[:-1], rows, self.n_in)), axis=-2)
+        return summed * self._in_dtype(backend, y, kind)
+
+    def gain(self) -> float:
+        return min(self.n_in, self.n_out) / math.sqrt(self.n_in * self.n_out)
+
+    def squared_norm(self) -> float:
+        return float(min(self.n_in, self.n_out))
+
+    def cost(self) -> int:
+        return 0
+
+    def matrix(self) -> np.ndarray:
+        found = np.zeros((self.n_out, self.n_in))
+        places = rng.permutation(self.n_out, self.seed, self.group)
+        for row, place in enumerate(places.tolist()):
+            found[row, place % self.n_in] = 1.0
+        if self.signed:
+            found *= rng.signs(self.seed, self.group, 0, self.n_out)[:, None]
+        return np.asarray(found / np.sqrt(np.maximum(1.0, np.abs(found).sum(axis=0))))
+
+
+class SignedOneHot(OneHot):
+    """:class:`OneHot` with a random sign for every output: those of :func:`tnadapt.algebra.rng.signs`."""
+
+    kind = "signed-one-hot"
+    fixed = ("index", "signs")
+    signed = True
+
+
+# -- TiedElements elements: each element of the output is the element of the input that a given index names ------------
+
+
+# The index is stored in float32, which holds the integers up to this one.
+_MOST = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True)
+class TiedElements(MapSettings):
+    """Each trained element is an element of θ, which a given index names: ``a[i] = a_start[i] + θ[index[i]]``.
+
+    For ``Config.before`` only. The plan takes the index as ``given={"theta.index": index}``, integers from 0 to
+    ``parameters - 1`` in the order of the trained arrays, and files store it.
+
+    Parameters
+    ----------
+    normalized : bool
+        Whether to divide each element by the square root of the number of elements with its index, so that the map is
+        an isometry. Uni-LoRA's indices in PEFT are normalized.
+
+    Raises
+    ------
+    ConfigError
+        If normalized is not a boolean.
+
+    Examples
+    --------
+    One number for all elements of the first factor, and one for those of the second:
+
+    >>> import numpy as np, tnadapt as tna
+    >>> config = tna.presets.lora(1, before="tied", parameters=2, offset=False)
+    >>> plan = tna.SuperLoRA(config, [(2, 3)], given={"theta.index": np.array([0, 0, 1, 1, 1])})
+    >>> plan.deltas({"theta": np.array([2.0, 5.0])})[0]
+    array([[10., 10., 10.],
+           [10., 10., 10.]])
+    """
+
+    normalized: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.normalized, bool):
+            raise ConfigError(f"TiedElements's normalized must be True or False; got {safe_repr(self.normalized)}")
+        super().__post_init__()
+
+
+class TiedMap(BroughtMap):
+    """``y[i] = c[index[i]] x[index[i]]``, where c is 1, or 1 / sqrt of the number of outputs with the index."""
+
+    kind = "tied"
+    settings_class = TiedElements
+    settings: TiedElements
+    brings = "index"
+    fixed = ("index",)
+
+    @property
+    def brought_shape(self) -> tuple[int, ...]:
+        return (self.n_out,)
+
+    def check(self, array: np.ndarray, label: str) -> None:
+        if self.n_in > _MOST:
+            raise ConfigError(f"map 'tied' takes at most {_MOST} parameters; got {self.n_in}: use 'one-hot'")
+        wrong = np.flatnonzero((array != np.floor(array)) | (array < 0) | (array >= self.n_in))
+        if wrong.size:
+            raise ConfigError(
+                f"{label} must hold integers from 0 to {self.n_in - 1}, one less than the number of parameters; "
+                f"element {wrong[0]} is {array[wrong[0]]:g}"
+            )
+
+    def stand_in(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.integers(self.n_in, size=self.n_out).astype(np.float32)
+
+    def make(self, key: object) -> np.ndarray:
+        index = self.brought.astype(np.int64)
+        if key == "coefficients":
+            return 1.0 / np.sqrt(np.maximum(np.bincount(index, minlength=self.n_in), 1))
+        if isinstance(key, tuple):
+            return self._stages[key[1]][0]
+        return index.astype(np.int32)
+
+    @functools.cached_property
+    def _stages(self) -> list[tuple[np.ndarray, int]]:
+        """How :meth:`adjoint` sums elements of one index: which to take, and how many consecutive ones to sum.
+
+        A stage sums runs of elements with one index, padded with a zero after the last element. A run is as long as the
+        mean number of elements per index, but at least 2, so that a stage takes at most about twice the elements that
+        it is given, however unequal the numbers are. The sums of runs are the elements of the next stage.
+        """
+        owners = self.brought.astype(np.int64)
+        order, stages = np.argsort(owners, kind="stable"), list[tuple[np.ndarray, int]]()
+        while True:
+            counts = np.bincount(owners, minlength=self.n_in)
+            if counts.max() <= 1:
+                break
+            length = max(2, -(-owners.size // self.n_in))
+            runs = -(-counts // length)
+            ends, firsts = np.cumsum(runs), np.cumsum(counts) - counts
+            owner = np.repeat(np.arange(self.n_in), runs)
+            number = np.arange(owner.size) - (ends - runs)[owner]  # of the run, among those of its index
+            place = number[:, None] * length + np.arange(length)
+            inside = place < counts[owner][:, None]
+            taken = np.where(inside, order[np.minimum(firsts[owner][:, None] + place, order.size - 1)], order.size)
+            stages.append((taken.reshape(-1), length))
+            owners, order = owner, np.arange(owner.size)
+        # Back to one element per index; the zero after the last one for an index that no element has.
+        last = np.full(self.n_in, owners.size)
+        last[owners[order]] = order
+        stages.append((last, 1))
+        return stages
+
+    def bring(self, array: np.ndarray, label: str = "the index") -> None:
+        super().bring(array, label)
+        self.__dict__.pop("_stages", None)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_stages"}
+
+    def forward(self, backend: Backend, x: Array) -> Array:
+        return self.slice(backend, x, 0, self.n_out)
+
+    def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
+        if self.settings.normalized:
+            x = x * self.on(backend, "coefficients", x, backend.dtype_name(x))
+        return backend.take(x, self.on(backend, "index", x)[start:stop])
+
+    def adjoint(self, backend: Backend, y: Array) -> Array:
+        for number, (_, length) in enumerate(self._stages):
+            padded = backend.pad_last(y, y.shape[-1] + 1)
+            y = backend.take(padded, self.on(backend, ("stage", number), y))
+            if length > 1:
+                y = backend.sum(backend.reshape(y, (*y.shape[:-1], y.shape[-1] // length, length)), axis=-1)
+        if self.settings.normalized:
+            y = y * self.on(backend, "coefficients", y, backend.dtype_name(y))
+        return y
+
+    def squared_norm(self) -> float:
+        return float(np.unique(self.brought).size) if self.settings.normalized else float(self.n_out)
+
+    def freedom(self) -> int:
+        return int(np.unique(self.brought).size)
+
+    def matrix(self) -> np.ndarray:
+        found = np.zeros((self.n_out, self.n_in))
+        for row, column in enumerate(self.brought.tolist()):
+            found[row, int(column)] = 1.0
+        if self.settings.normalized:
+            found /= np.sqrt(np.maximum(found.sum(axis=0), 1.0))
+        return found
+
+
+# -- A permutation of the long vector ----------------------------------------------------------------------------------
+
+
+class Shuffle(Map):
+    """``y[j] = x[perm[j]]``; ρ = 1 only."""
+
+    kind = "shuffle"
+    square = isometry = exact_in_batches = True
+    fixed = ("perm",)
+
+    def __init__(self, n_in: int, n_out: int, seed: int = 0, group: int = 0, **settings: Any) -> None:
+        super().__init__(n_in, n_out, seed, group, **settings)
+        #: The integers that define the permutation. A compiler takes text for a constant, not always a number.
+        self.recipe = f"{seed} {group}"
+
+    def part(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Draw elements ``start`` to ``stop - 1`` of the permutation or its inverse without the rest."""
+        return rng.permutation(self.n_out, self.seed, self.group, start, stop, inverse=name == "inverse")
+
+    def make(self, key: object) -> np.ndarray:
+        if isinstance(key, tuple):
+            return self.part(*key)
+        whole = self.part(str(key), 0, self.n_out)
+        # Half the memory if positions fit in 32 bits.
+        return whole.astype(np.int32) if self.n_out <= 1 << 31 else whole
+
+    def forward(self, backend: Backend, x: Array) -> Array:
+        return self._shuffled(backend, x, inverse=False)
+
+    def adjoint(self, backend: Backend, y: Array) -> Array:
+        return self._shuffled(backend, y, inverse=True)
+
+    def _shuffled(self, backend: Backend, x: Array, inverse: bool) -> Array:
+        def there(x: Array) -> Array:
+            return backend.take(x, self.on(backend, "perm", x))
+
+        def back(x: Array) -> Array:
+            return backend.take(x, self.on(backend, "inverse", x))
+
+        found = backend.shuffle(x, self.recipe, inverse, fallback=(there, back))
+        return (back if inverse else there)(x) if found is None else found
+
+    def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
+        kept = "perm" in self.kept
+        own = (
+            self.on(backend, "perm", x)[start:stop] if kept else self.on(backend, ("perm", start, stop), x, keep=False)
+        )
+        return backend.take(x, own)
+
+    def gain(self) -> float:
+        return 1.0
+
+    def squared_norm(self) -> float:
+        return float(self.n_out)
+
+    def cost(self) -> int:
+        return 0
+
+    def digest(self) -> str:
+        return digest_of(self, {"perm": self.n_out})
+
+
+# -- The identity map: y = x -------------------------------------------------------------------------------------------
+
+
+class Identity(Map):
+    """``y = x``; ρ = 1 only."""
+
+    kind = "identity"
+    square = isometry = identity = True
+
+    def forward(self, backend: Backend, x: Array) -> Array:
+        return x
+
+    def adjoint(self, backend: Backend, y: Array) -> Array:
+        return y
+
+    def gain(self) -> float:
+        return 1.0
+
+    def squared_norm(self) -> float:
+        return float(self.n_out)
+
+    def cost(self) -> int:
+        return 0
+
+    def part(self, name: str, start: int, stop: int) -> np.ndarray:
+        raise KeyError(name)  # it draws nothing
+
+    def digest(self) -> str:
+        return digest_of(self, {})

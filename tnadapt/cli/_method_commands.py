@@ -1,0 +1,319 @@
+"""The command ``tnadapt presets``."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+import tnadapt
+from tnadapt.errors import FileError, TnadaptError, pluralize, safe_repr
+
+from ._options import (
+    AsJson,
+    ConfigFile,
+    ModelOfHeaders,
+    OwnSettings,
+    TargetsOfHeaders,
+    chosen_config,
+    preset_option,
+    shapes_of,
+    targets_of,
+)
+from .terminal import echo, echo_json, echo_table, print_table, stoppable
+
+__all__ = [
+    "Weights",
+    "plan_command",
+    "planned_weights",
+    "presets_command",
+    "verify_command",
+]
+
+
+# -- The weights that a command plans for: those of a model's headers, or of --shape -----------------------------------
+
+
+class Weights(NamedTuple):
+    """The weights to plan for."""
+
+    shapes: list[tuple[int, int]]
+    layers: list[str] | None
+    names: list[str] | None  # short
+    roles: list[str] | None
+    targets: list[str]
+    drawn_roles: list[str] | None = None  # None where roles do not tell weights apart
+
+
+def planned_weights(model: str | None, targets: list[str] | None, shape: list[str] | None) -> Weights:
+    """Return the weights of a model, or of ``--shape``.
+
+    Raises
+    ------
+    TnadaptError
+        If both or none of them are given, or the model has no such weights.
+    """
+    if (model is None) == (shape is None):
+        raise TnadaptError("give a model, or the shapes of weights by --shape ROWSxCOLS; one of them")
+    if shape is not None:
+        if targets is not None:
+            raise TnadaptError("--targets chooses among the weights of a model, and --shape has none; leave it out")
+        return Weights(shapes_of(shape), None, None, None, [])
+    assert model is not None
+    try:
+        found = tnadapt.planning.model_targets(model, targets_of(targets))
+    except FileError as error:
+        path = Path(model)
+        if path.suffix.lower() == ".gguf" or (any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))):
+            raise FileError(
+                f"{error}. For a GGUF file give the shapes of its weights by --shape, or open it with transformers and "
+                "call tnadapt.plan([target.shape for target in tnadapt.torch.find_targets(model)], budget)"
+            ) from None
+        raise
+    layers = [target.layer for target in found]
+    numbers = {layer: number for number, layer in enumerate(dict.fromkeys(layers))}
+    roles = [target.role for target in found]
+    plain = {"linear", "conv"}.isdisjoint(roles)
+    names = [
+        f"{role}{numbers[layer]}" if plain else str(i)
+        for i, (role, layer) in enumerate(zip(roles, layers, strict=True))
+    ]
+    shapes, paths = [target.shape for target in found], [target.name for target in found]
+    return Weights(shapes, layers, names, roles, paths, roles if plain else None)
+
+
+# -- The command tnadapt presets ---------------------------------------------------------------------------------------
+
+
+# The queries and values of ViT-base, as in README.md.
+USUAL = Weights(
+    [(768, 768)] * 24, [str(weight // 2) for weight in range(24)], None, ["q", "v"] * 12, []
+)  # fmt: skip
+
+
+def presets_command(
+    model: ModelOfHeaders = None,
+    targets: TargetsOfHeaders = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROWSxCOLS",
+            help="Shape of a weight, instead of a model; repeat for more.",
+            show_default="768x768*24",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the named methods, their arguments, and the fewest parameters that they can have on a model's weights.
+
+    Without a model or --shape, the weights are the 24 queries and values of ViT-base, of 768 x 768.
+
+    Exit code: 0, or 2 if the request is not possible.
+    """
+    given = model is not None or shape is not None or targets is not None
+    with stoppable("nothing was listed"):
+        weights = planned_weights(model, targets, shape) if given else USUAL
+        rows = [_row(name, weights) for name in tnadapt.presets.__all__]
+    if as_json:
+        echo_json({"weights": len(weights.shapes), "presets": rows})
+        return
+    cells = [
+        (row["preset"], row["arguments"], "–" if row["from"] is None else f"{row['from']:,}", row["method"])
+        for row in rows
+    ]
+    print_table(("preset", "arguments", "from", "method"), cells, right=[2])
+    alike = set(weights.shapes)
+    size = " of {} x {}".format(*alike.pop()) if len(alike) == 1 else ""
+    echo(f"from: the fewest parameters on {pluralize(len(weights.shapes), 'weight')}{size}")
+    echo("–: needs more than shapes, such as the number of heads, or does not fit these weights")
+    echo("tnadapt plan lists the settings that fit a budget of parameters")
+
+
+def _row(name: str, weights: Weights) -> dict[str, Any]:
+    preset = getattr(tnadapt.presets, name)
+    arguments = [
+        one.name if one.default is one.empty else f"{one.name}={one.default!r}"
+        for one in inspect.signature(preset).parameters.values()
+        if one.kind is not one.VAR_KEYWORD and one.default is not None
+    ]
+    fewest = _fewest(name, weights)
+    return {
+        "preset": name, "arguments": ", ".join(arguments), "from": fewest,
+        "method": (inspect.getdoc(preset) or "").partition("\n")[0].replace("`", "").rstrip("."),
+    }  # fmt: skip
+
+
+def _fewest(name: str, weights: Weights) -> int | None:
+    from tnadapt.planning.families import PRESET_FAMILIES, AdaptedWeights, Ladder, Search
+
+    adapted = AdaptedWeights(weights.shapes, weights.layers, weights.roles)
+    # Dense updates have one size, and are no family.
+    dense = [Ladder(lambda size: tnadapt.presets.dense(), lambda plan: 1)]
+    family = dense if name == "dense" else PRESET_FAMILIES[name].family(adapted)
+    found = Search(weights.shapes, weights.layers, weights.roles).least(family)
+    return None if found is None else found.parameters
+
+
+# -- The command tnadapt verify ----------------------------------------------------------------------------------------
+
+
+def verify_command(
+    preset: Annotated[str | None, preset_option("A named method, e.g. superlora", "all, and the library")] = None,
+    settings: OwnSettings = None,
+    config: ConfigFile = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROWSxCOLS",
+            help="Shape of a weight; repeat for more, 12x8*4 for four.",
+            show_default="12x8, 12x8, 8x12",
+        ),
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="An array library to check; repeat for more.", show_default="all that are installed"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random parameters.", min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Check the laws of the library, or of one config, on every installed array library.
+
+    Exit code: 0 if all laws hold, 1 if one does not, 2 for invalid arguments.
+    """
+    chosen = chosen_config(preset, settings or [], config)
+    shapes = shapes_of(shape or []) or None
+    with stoppable("there is no report"), tnadapt.ProgressBar("checking") as bar:
+        report = tnadapt.verify(chosen, shapes, backends=backend, seed=seed, progress=bar.lines)
+    if as_json:
+        echo_json(report.to_dict())
+    else:
+        echo_table(str(report))
+    raise typer.Exit(0 if report.holds else 1)
+
+
+# -- The command tnadapt plan ------------------------------------------------------------------------------------------
+
+
+# Columns to omit, in this order, if a terminal is too narrow.
+SPARE = ("share", "bytes", "padding", "step", "LoRA")
+
+
+def plan_command(
+    model: ModelOfHeaders = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="A number of parameters, such as 1000; or of bytes, such as 4kB or 64KiB.",
+            show_default="required",
+        ),
+    ] = None,
+    targets: TargetsOfHeaders = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROWSxCOLS",
+            help="Shape of a weight, instead of a model; repeat for more, 768x768*24 for 24.",
+            show_default="the weights of the model",
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="dtype of the adapter file.")] = "float32",
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Criteria of the Pareto front: parameters, freedom, cost, rank, waste; repeat for more.",
+            show_default="parameters, freedom and cost",
+        ),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Show all settings that were compared.")] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Plot parameters against rank in this file: .png, .pdf, .svg.", show_default="none"),
+    ] = None,
+    layout_picture: Annotated[
+        Path | None, typer.Option(help="Plot where a setting places each weight in this file.", show_default="none")
+    ] = None,
+    preset: Annotated[
+        str | None, preset_option("The setting of --layout-picture, e.g. superlora", "the first row")
+    ] = None,
+    settings: OwnSettings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which settings of which methods fit a budget of parameters, with their capacity and cost.
+
+    Exit code: 0, or 2 if the request is not possible.
+    """
+    if (preset or settings) and layout_picture is None:
+        raise TnadaptError("--preset and --set say what --layout-picture draws; give its file, too")
+    for path in (picture, layout_picture):
+        if path is not None and (path.is_dir() or not path.suffix):
+            raise TnadaptError(f"a picture is a file that ends in .png, .pdf or .svg; got {safe_repr(str(path))}")
+    if budget is None:
+        raise TnadaptError("give a budget: --budget 1000 for parameters, --budget 4kB for bytes")
+    drawn = chosen_config(preset, settings or [], None)
+    with stoppable("there is no plan"), tnadapt.ProgressBar("planning") as bar:
+        weights = planned_weights(model, targets, shape)
+        found = tnadapt.plan(
+            weights.shapes,
+            budget,
+            layers=weights.layers,
+            roles=weights.roles,
+            dtype=dtype,
+            progress=bar.counts,
+            **({"by": by} if by else {}),
+        )
+        table = found.table(every)
+    chosen = found.shown[0].config if drawn is None else drawn
+    adapter = tnadapt.SuperLoRA(chosen, weights.shapes, weights.layers, weights.roles)
+    if picture is not None or layout_picture is not None:
+        _draw(found, weights, adapter, picture, layout_picture)
+    if as_json:
+        more: dict[str, Any] = {"model": model, "targets": weights.targets}
+        if layout_picture is not None:
+            more["layout"] = chosen.to_dict()
+        echo_json({**more, **found.to_dict(every)})
+        return
+    _print(found, table, targets_of(targets) if targets else [])
+    if picture is not None:
+        echo(f"parameters against rank: {picture}")
+    if layout_picture is not None:
+        echo(f"where {tnadapt.planning.known_as(chosen)} places each weight: {layout_picture}")
+
+
+def _draw(
+    found: tnadapt.planning.Plan,
+    weights: Weights,
+    adapter: tnadapt.SuperLoRA,
+    picture: Path | None,
+    layout_picture: Path | None,
+) -> None:
+    from tnadapt.plot import layout, parameters
+
+    try:
+        if picture is not None:
+            parameters(found.shapes, picture, budget=found.budget, title=f"{len(found.shapes)} weights in one group")
+        if layout_picture is not None:
+            method = str(tnadapt.planning.known_as(adapter.config))
+            layout(adapter, layout_picture, weights.names, weights.drawn_roles, method)
+    except ImportError as error:
+        raise TnadaptError(f"pictures need their extra: pip install 'tnadapt[plot]' ({error})") from None
+    except ValueError as error:  # raised by matplotlib for an unknown suffix
+        raise TnadaptError(f"cannot draw: {error}") from None
+
+
+def _print(found: tnadapt.planning.Plan, table: Sequence[Sequence[str]], targets: str | list[str]) -> None:
+    kept = list(range(len(table[0])))
+    if sys.stdout.isatty():
+        widths = [max(len(row[column]) for row in table) for column in kept]
+        for spare in SPARE:
+            if sum(widths[column] + 2 for column in kept) - 2 <= shutil.get_terminal_size().columns:
+                break
+            kept.remove(table[0].index(spare))
+    rows = [[row[column] for column in kept] for row in table]
+    print_table(rows[0], rows[1:], right=range(3, len(kept)))
+    for note in found.notes(targets):
+        echo(note)

@@ -1,0 +1,471 @@
+"""PEFT's TinyLoRA: LoRA-XS whose r × r matrices are combinations of fixed random ones with few trained numbers.
+
+PEFT's random matrices become the matrix of a given map before the network.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.maps import TiedElements
+from tnadapt.algebra.sources import Given
+from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.torch_streams import TorchStream
+from tnadapt.backends import load_backend
+from tnadapt.checkpoints.adapter_file import AdapterFile
+from tnadapt.errors import FileError, safe_repr
+from tnadapt.targets.roles import natural
+
+from ._file_format import EncodedAdapter
+from ._path_patterns import PathPatterns
+from ._peft_content import PeftContent
+from ._peft_method import DRAWN, OwnStructure, PeftMethod, rank_of, seed_of
+from ._peft_settings import integer_of
+from ._unpack import Module
+from ._updates import Float, ModuleUpdate, Pair
+
+__all__ = [
+    "PeftTinyLora",
+    "PeftUniLora",
+    "PeftVbLora",
+]
+
+
+# -- PEFT's TinyLoRA: LoRA-XS whose r × r matrices are combinations of fixed random ones with few trained numbers ------
+
+# PEFT's random matrices become the matrix of a given map before the network.
+
+
+_TINYLORA_NOTE = (
+    "the r × r matrix of each weight is stored as trained, as it has fewer elements than its v: {} trained numbers "
+    "became {}"
+)
+_WIDE = "stored as LoRA of the same rank, as a config holds PEFT's factors and P in float32, and these are in float64"
+_ORDER = (
+    "give base={name: tuple(module.weight.shape) for name, module in model.named_modules() "
+    "if hasattr(module, 'weight')}"
+)
+
+
+class PeftTinyLora(PeftMethod):
+    """``ΔW = B (sum_i v_i P_i) A``, A and B from the singular vectors of the base weight."""
+
+    title = "TinyLoRA"
+    tensors = ("tinylora_A", "tinylora_B", "tinylora_P")
+    shared = ("tinylora_v",)
+    fields = (
+        "r", "u", "weight_tying", "projection_seed", "save_projection", "init_v_bound", "tinylora_dropout",
+        "init_weights",
+    )  # fmt: skip
+    may_transpose = True
+
+    def read(self, content: PeftContent) -> OwnStructure:
+        """Read A, B and P as given, and all v together as θ."""
+        content.require_modules()
+        vectors = self._vectors(content)
+        firsts = np.cumsum([0, *(v.size for v in vectors)])
+        order = self._order(content, len(vectors))
+        targets, parts, notes = [], list[tuple[Float, Float, Float]](), tuple[str, ...]()
+        owners = list[int]()  # which v is that of each weight
+        for path in content.modules:
+            a, b = content.tensor(path, "tinylora_A", 2), content.tensor(path, "tinylora_B", 2)
+            if len(a) != b.shape[1]:
+                raise content.misfit(path, "tinylora_A must be (r, columns), and tinylora_B (rows, r)")
+            place = order.get(path, 0)
+            # PEFT's groups of layers: all of one size, and the rest in the last one.
+            number = min(place // max(1, len(order) // len(vectors)), len(vectors) - 1)
+            own = self._projection(content, path, place, vectors[number].size, len(a))
+            owners.append(number)
+            p = np.zeros((firsts[-1], len(a), len(a)))
+            p[firsts[number] : firsts[number + 1]] = own
+            targets.append(content.target(path, (len(b), a.shape[1])))
+            parts.append((b, p, a))
+        theta = np.concatenate(vectors)
+        # P and θ are not rounded to the dtype of the stored v: PEFT multiplies them in that of the model.
+        content.dtypes.add("float32")
+        if "tinylora_P" not in next(iter(content.modules.values())):
+            notes = (f"PEFT left P to a seed of torch's: {DRAWN}",)
+        rank = max(p.shape[1] for _, p, _ in parts)
+        matrices, given, updates = dict[str, Float](), dict[str, Float](), []
+        for number, ((b, p, a), target) in enumerate(zip(parts, targets, strict=True)):
+            # A Tucker factor has no more columns than rows.
+            left, right = ((0, min(rank, side) - p.shape[1]) for side in target.shape)
+            name = f"group{number}.split0"
+            matrices[f"{name}.core"] = np.pad(p, ((0, 0), left, right))
+            given |= {f"{name}.factor0": np.pad(b, ((0, 0), left)), f"{name}.factor1": np.pad(a, (right, (0, 0))).T}
+            updates.append(ModuleUpdate("lora", target.shape, (Pair(b @ np.einsum("i,ijk->jk", theta, p), a.T),)))
+        if "float64" in content.dtypes:
+            return OwnStructure(targets, updates=updates, notes=(_WIDE, *notes))
+        config = Config(rank=rank, format="tucker", sources={"factor0": Given(), "factor1": Given()})
+        if sorted(owners) == list(range(len(vectors))) and len({v.size for v in vectors}) == 1:
+            # One θ of one size for each weight.
+            size = vectors[0].size
+            if all(size <= p[0].size for p in matrices.values()):
+                config = config.replace(before="given", parameters=size, scope="group", offset=False)
+                arrays = dict[str, Float]()
+                for group, (owner, p) in enumerate(zip(owners, matrices.values(), strict=True)):
+                    arrays[f"group{group}.theta"] = vectors[owner]
+                    own = p[firsts[owner] : firsts[owner + 1]]
+                    given[f"group{group}.theta.matrix"] = own.reshape(size, -1).T
+                return OwnStructure(targets, config, arrays, given, updates, notes=notes)
+        matrix = np.concatenate([p.reshape(theta.size, -1) for p in matrices.values()], axis=1).T
+        if theta.size <= len(matrix):
+            config = config.replace(before="given", parameters=theta.size, offset=False)
+            return OwnStructure(
+                targets, config, {"theta": theta}, {**given, "theta.matrix": matrix}, updates, notes=notes
+            )
+        cores = {name: np.einsum("i,ijk->jk", theta, p) for name, p in matrices.items()}
+        notes = (_TINYLORA_NOTE.format(theta.size, sum(core.size for core in cores.values())), *notes)
+        return OwnStructure(targets, config, cores, given, updates, notes=notes)
+
+    def write(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
+        """Encode the factors, θ, and P as the map before the network has it."""
+        theta, plan = file.plan.theta, file.plan.arrays_plan
+        if theta is None or len(theta.parts) > 1 or set(file.config.sources) != {"factor0", "factor1"}:
+            self.refuse("it needs one θ for all weights, and both factors frozen, as presets.tinylora has them")
+        (part,) = theta.parts
+        backend, like = load_backend("numpy"), np.zeros(1)
+        vector = file.arrays[part.name].astype(np.float64)
+        # P of unit vectors: a matrix for each element of θ.
+        matrices = [theta.moved(backend, part, unit) for unit in np.eye(vector.size)]
+        tensors: dict[str, Float] = {"base_model.tinylora_v.0": vector}
+        for module in modules:
+            group = plan.groups[plan.layout.of_weight(module.targets[0][0])[0].group]
+            own_names = list(group.names) == ["split0.core"] and len(group.pieces) == 1
+            if not own_names or group.network.sizes != module.shape:
+                self.refuse("it needs format='tucker', order=2 and one weight per group, as presets.tinylora has them")
+            full, sides = group.names["split0.core"], group.network.shapes["split0.core"]
+            start = plan.array_start(backend, full, like)
+            if sides[0] != sides[1] or (file.config.offset and np.any(start)) or not group.projection.map.identity:
+                self.refuse("PEFT's matrices between the factors are square and start at zero, and no map follows")
+            b, a = (group.frozen.on(backend, (f"split0.factor{n}", file.dtype), like, "float64") for n in (0, 1))
+            tensors[self.name_of(module, "tinylora_A")] = a.T
+            tensors[self.name_of(module, "tinylora_B")] = b
+            tensors[self.name_of(module, "tinylora_P")] = group.network.scale * np.stack(
+                [one[full] for one in matrices]
+            )
+        settings = {"r": max(sides), "u": vector.size, "weight_tying": 1.0, "save_projection": True}
+        return EncodedAdapter(tensors, config=settings)
+
+    def _vectors(self, content: PeftContent) -> list[Float]:
+        names = [f"tinylora_v.{number}" for number in range(len(content.shared))]
+        if not names:
+            raise FileError("lacks base_model.tinylora_v.0, which a TinyLoRA adapter needs")
+        return [content.shared_tensor(name, 1) for name in names]
+
+    def _order(self, content: PeftContent, vectors: int) -> dict[str, int]:
+        """Return the place of each weight in the model: it says which v is the weight's, and seeds P."""
+        stored = all("tinylora_P" in own for own in content.modules.values())
+        if len(content.modules) == 1 or (vectors == 1 and stored):
+            return dict.fromkeys(content.modules, 0)
+        if content.base is None or not content.base.ordered:
+            why = "which of its vectors v is a weight's" if stored else "the matrices P"
+            raise FileError(
+                f"the order of the modules in the model decides {why}, and the file does not have it: {_ORDER}"
+            )
+        for path in content.modules:
+            content.base.check_module(path)
+        return {path: place for place, path in enumerate(one for one in content.base.shapes if one in content.modules)}
+
+    def _projection(self, content: PeftContent, path: str, place: int, count: int, rank: int) -> Float:
+        """Return P, (u, r, r), stored or drawn as PEFT draws it."""
+        if "tinylora_P" in content.modules[path] or content.config.get("save_projection", True):
+            stored: Float = content.tensor(path, "tinylora_P", 3)
+            if stored.shape != (count, rank, rank):
+                raise content.misfit(path, f"tinylora_P must be ({count}, {rank}, {rank})")
+            return stored
+        size = count * rank * rank
+        if size < 16:
+            raise FileError(
+                f"the {size} elements of P are too few to draw as torch does: save it with save_projection=True"
+            )
+        seed = seed_of("projection_seed", content.config.get("projection_seed"), 42) + place
+        drawn = (TorchStream(seed).normals(size) / rank**0.5).astype(np.float32)
+        return np.asarray(drawn.reshape(count, rank, rank), np.float64)
+
+
+# -- PEFT's Uni-LoRA: each number of all A and B is one of a few trained numbers, scaled -------------------------------
+
+# PEFT's indices become the index of tied elements before the network.
+
+
+_TENSORS = ("unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B")
+_UNILORA_NOTE = "stored as LoRA of the same rank, as {}: {} trained numbers became {}"
+_SAVE = "save it with save_indices=True"
+# PEFT rounds 1 / sqrt(count) to the dtype of the model, or to float32. Beyond float32's rounding, and beyond float64's
+# for numbers in float64, the scales are others than ours.
+_ROUNDING = {True: 1e-12, False: 1e-6}
+# The index is stored in float32.
+_MOST = 1 << 24
+
+
+class _Factors(NamedTuple):
+    """The indices of A (r, columns) and B (rows, r) of a weight, and the scale of each of their elements."""
+
+    a_index: NDArray[np.int64]
+    b_index: NDArray[np.int64]
+    a_scale: Float
+    b_scale: Float
+
+    def pair(self, theta: Float) -> Pair:
+        """Return the factors."""
+        return Pair(theta[self.b_index] * self.b_scale, (theta[self.a_index] * self.a_scale).T)
+
+    @property
+    def flat(self) -> tuple[NDArray[np.int64], Float]:
+        """Indices and scales in the order of this library's arrays: B, then A transposed."""
+        return (
+            np.concatenate([self.b_index.reshape(-1), self.a_index.T.reshape(-1)]),
+            np.concatenate([self.b_scale.reshape(-1), self.a_scale.T.reshape(-1)]),
+        )
+
+
+class PeftUniLora(PeftMethod):
+    """``ΔW = B A``, where each element of A and B is an element of θ, divided by the root of how often that is used."""
+
+    title = "Uni-LoRA"
+    tensors = _TENSORS
+    shared = ("unilora_theta_d",)
+    integers = _TENSORS[:2]
+    fields = (
+        "r", "proj_seed", "theta_d_length", "unilora_dropout", "init_theta_d_bound", "init_weights", "save_indices",
+    )  # fmt: skip
+    may_transpose = True
+
+    @property
+    def kind(self) -> str:
+        """The last part of the form's name."""
+        return "unilora"
+
+    def read(self, content: PeftContent) -> OwnStructure:
+        """Read the indices as given, and the trained numbers as θ."""
+        theta, rank = content.shared_tensor("unilora_theta_d", 1), rank_of(content, 4)
+        factors = self._stored(content, theta) if content.modules else self._drawn(content, theta, rank)
+        targets, updates, flat = [], [], []
+        for path in sorted(factors, key=natural):
+            pair = factors[path].pair(theta)
+            if pair.rank != rank:
+                raise content.misfit(path, f"unilora_indices_A must be (r, columns), r = {rank}")
+            targets.append(content.target(path, pair.shape))
+            updates.append(ModuleUpdate("lora", pair.shape, (pair,)))
+            flat.append(factors[path].flat)
+        index, scale = (np.concatenate(parts) for parts in zip(*flat, strict=True))
+        expected = 1.0 / np.sqrt(np.maximum(np.bincount(index, minlength=theta.size), 1))[index]
+        if theta.size > min(index.size, _MOST):
+            why = f"it has {theta.size} trained numbers for {index.size} elements"
+        elif np.max(np.abs(scale / expected - 1.0)) > _ROUNDING["float64" in content.dtypes]:
+            why = "its scales are not 1 / sqrt of the number of elements that share one, in the dtype of the others"
+        else:
+            config = Config(rank=rank, before=TiedElements(normalized=True), parameters=theta.size, offset=False)
+            content.dtypes.add("float32")  # the factors are not rounded to the dtype of the stored θ
+            return OwnStructure(targets, config, {"theta": theta}, {"theta.index": index.astype(np.float64)}, updates)
+        return OwnStructure(targets, updates=updates, notes=(_UNILORA_NOTE.format(why, theta.size, index.size),))
+
+    def write(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
+        """Encode θ, and which of its elements each element of A and B is."""
+        theta, plan = file.plan.theta, file.plan
+        if theta is None or len(theta.parts) > 1 or not _is_lora(plan):
+            self.refuse("it needs one θ for all factors of LoRA, and one weight per group, as presets.unilora has them")
+        (part,) = theta.parts
+        backend, like = load_backend("numpy"), np.zeros(1)
+        if file.config.offset and any(np.any(plan.array_start(backend, full, like)) for full in plan.array_shapes):
+            self.refuse("PEFT's factors are P θ alone, and here they start at other numbers: set offset=False")
+        vector = file.arrays[part.name].astype(np.float64)
+        random = np.random.default_rng(0).normal(size=vector.size)
+        scales, places, made = (
+            theta.moved(backend, part, probe) for probe in (np.ones(vector.size), np.arange(vector.size) + 1.0, random)
+        )
+        # Both factors are multiples of θ, so that a scale of their product can be part of it.
+        scaled = vector * math.sqrt(plan.groups[0].network.scale)
+        tensors, integers = {"base_model.unilora_theta_d": scaled}, dict[str, NDArray[np.int64]]()
+        for module in modules:
+            group = plan.groups[plan.layout.of_weight(module.targets[0][0])[0].group]
+            for letter, name in (("A", "split0.factor1"), ("B", "split0.factor0")):
+                full = group.names[name]
+                scale = np.asarray(scales[full])
+                if np.any(scale == 0.0):
+                    self._refuse_map(file)
+                index = np.clip(np.rint(places[full] / scale).astype(np.int64) - 1, 0, vector.size - 1)
+                if not np.allclose(random[index] * scale, made[full], rtol=1e-9, atol=1e-12):
+                    self._refuse_map(file)
+                if letter == "A":
+                    scale, index = scale.T, index.T
+                tensors[self.name_of(module, f"unilora_scales_{letter}")] = scale
+                integers[self.name_of(module, f"unilora_indices_{letter}")] = index
+        settings = {"r": file.config.rank, "theta_d_length": vector.size, "save_indices": True}
+        return EncodedAdapter(tensors, config=settings, integers=integers)
+
+    def _refuse_map(self, file: AdapterFile) -> NoReturn:
+        self.refuse(
+            f"before={safe_repr(file.config.before)} adds several elements of θ up, and PEFT has one for each element "
+            "of the factors, as 'one-hot' and 'tied' have"
+        )
+
+    def _stored(self, content: PeftContent, theta: Float) -> dict[str, _Factors]:
+        found = {}
+        for path in content.modules:
+            a_index, b_index, a_scale, b_scale = (content.tensor(path, name, 2) for name in _TENSORS)
+            if a_index.shape != a_scale.shape or b_index.shape != b_scale.shape or len(a_index) != b_index.shape[1]:
+                raise content.misfit(path, "indices and scales must be (r, columns) for A and (rows, r) for B")
+            for index in (a_index, b_index):
+                if (index < 0).any() or (index >= theta.size).any():
+                    raise content.misfit(path, f"an index is outside the {theta.size} elements of unilora_theta_d")
+            found[path] = _Factors(a_index, b_index, a_scale, b_scale)
+        return found
+
+    def _drawn(self, content: PeftContent, theta: Float, rank: int) -> dict[str, _Factors]:
+        """Draw the indices as PEFT does, which needs the order of the model's modules."""
+        shapes = self._targeted(content)
+        seed = content.config.get("proj_seed", 42)
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise FileError(f"proj_seed must be an integer of at least 0; got {safe_repr(seed)}")
+        sizes = [rank * side for shape in shapes.values() for side in (shape[1], shape[0])]
+        index = _balanced(sum(sizes), theta.size, seed)
+        counts = np.bincount(index, minlength=theta.size)
+        scale = (np.float32(1.0) / np.sqrt(np.maximum(counts, 1).astype(np.float32)))[index].astype(np.float64)
+        edges = list(itertools.accumulate(sizes))[:-1]
+        indices, scales = iter(np.split(index, edges)), iter(np.split(scale, edges))
+        return {
+            path: _Factors(
+                next(indices).reshape(rank, cols), next(indices).reshape(rows, rank),
+                next(scales).reshape(rank, cols), next(scales).reshape(rows, rank),
+            )
+            for path, (rows, cols) in shapes.items()
+        }  # fmt: skip
+
+    def _targeted(self, content: PeftContent) -> Mapping[str, tuple[int, int]]:
+        """Return rows and columns of the adapted weights, in the model's order."""
+        config, base = content.config, content.base
+        if base is None or not base.ordered or None in base.shapes.values():
+            raise FileError(
+                "it stores neither its indices nor the names of its weights, and PEFT draws the indices in the order "
+                f"of the model's modules: {_SAVE}, or give base={{name: tuple(module.weight.shape) for name, module in "
+                "model.named_modules() if hasattr(module, 'weight')}"
+            )
+        unclear = [name for name in ("exclude_modules", "layers_to_transform", "layers_pattern") if config.get(name)]
+        targets = config.get("target_modules")
+        if unclear or not targets or not isinstance(targets, (str, list)) or targets == "all-linear":
+            what = f"{unclear[0]} is set" if unclear else f"target_modules is {safe_repr(targets)}"
+            raise FileError(f"it stores neither its indices nor the names of its weights, and {what}: {_SAVE}")
+        chosen, meant = {}, _patterns_of(targets)
+        for path, stored in base.shapes.items():
+            assert stored is not None
+            if len(stored) == 2 and meant.get(path, False):
+                chosen[path] = (stored[1], stored[0]) if content.settings.transposed else (stored[0], stored[1])
+        if not chosen:
+            raise FileError(f"target_modules={safe_repr(targets)} matches no matrix of base")
+        return chosen
+
+
+def _is_lora(plan: SuperLoRA) -> bool:
+    """Return whether every weight has two factors, and nothing follows their product."""
+    return all(
+        list(group.names) == ["split0.factor0", "split0.factor1"]
+        and not group.frozen_names
+        and len(group.pieces) == 1
+        and group.network.sizes == plan.shapes[group.pieces[0].weight]
+        and group.projection.map.identity
+        for group in plan.groups
+    ) and plan.num_groups == len(plan.shapes)
+
+
+def _patterns_of(targets: str | Sequence[object]) -> PathPatterns:
+    """Return patterns that match the paths that PEFT's ``target_modules`` mean."""
+    if isinstance(targets, str):
+        return PathPatterns("target_modules", {targets: True}, whole=True)
+    return PathPatterns("target_modules", {re.escape(one): True for one in targets if isinstance(one, str)})
+
+
+def _balanced(count: int, length: int, seed: int) -> NDArray[np.int64]:
+    """Return PEFT's indices, each of which occurs equally often but for one."""
+    rng = np.random.default_rng(seed)
+    found = np.repeat(np.arange(length), count // length)
+    if count % length:
+        found = np.concatenate([found, rng.choice(length, size=count % length, replace=False)])
+    rng.shuffle(found)
+    return found
+
+
+# -- PEFT's VB-LoRA: parts of A and B are mixtures of a few vectors of a bank, which no config has: read as LoRA -------
+
+
+_VBLORA_NOTE = "stored as LoRA of the same rank, as no config has mixtures of the vectors of a bank"
+
+
+class PeftVbLora(PeftMethod):
+    """``ΔW = B A``, whose parts are means of the k vectors with the largest logits, weighted by their softmax."""
+
+    title = "VB-LoRA"
+    tensors = tuple(f"vblora_logits_{side}{end}" for side in "AB" for end in ("", "_topk_indices", "_topk_weights"))
+    shared = ("vblora_vector_bank",)
+    integers = ("vblora_logits_A_topk_indices", "vblora_logits_B_topk_indices")
+    fields = (
+        "r", "num_vectors", "vector_length", "topk", "save_only_topk_weights", "vblora_dropout",
+        "init_vector_bank_bound", "init_logits_std",
+    )  # fmt: skip
+    may_transpose = True
+    writable = False
+
+    @property
+    def kind(self) -> str:
+        """The last part of the form's name."""
+        return "vblora"
+
+    def read(self, content: PeftContent) -> OwnStructure:
+        """Compute A and B."""
+        content.require_modules()
+        bank = content.shared_tensor("vblora_vector_bank", 2)
+        count = integer_of("topk", content.config.get("topk", 2))
+        targets, updates = [], []
+        for path in content.modules:
+            a, b = (self._mixed(content, path, side, bank, count) for side in "AB")
+            # A is (rank, parts, length), B (parts, rank, length).
+            if len(a) != b.shape[1]:
+                raise content.misfit(path, "A must have (r, parts) mixtures, and B (parts, r)")
+            pair = Pair(b.transpose(0, 2, 1).reshape(-1, b.shape[1]), a.reshape(len(a), -1).T)
+            targets.append(content.target(path, pair.shape))
+            updates.append(ModuleUpdate("lora", pair.shape, (pair,)))
+        return OwnStructure(targets, updates=updates, notes=(_VBLORA_NOTE,))
+
+    @staticmethod
+    def _mixed(content: PeftContent, path: str, side: str, bank: Float, count: int) -> Float:
+        name = f"vblora_logits_{side}"
+        if f"{name}_topk_indices" in content.modules[path]:
+            index = content.tensor(path, f"{name}_topk_indices", 3)
+            first = (
+                content.tensor(path, f"{name}_topk_weights", 3)
+                if index.shape[2] > 1
+                else np.zeros((*index.shape[:2], 0))
+            )
+            if first.shape != (*index.shape[:2], index.shape[2] - 1) or (index < 0).any() or (index >= len(bank)).any():
+                raise content.misfit(
+                    path, f"{name}_topk_indices must name {len(bank)} vectors, with one weight less each"
+                )
+            weights = np.concatenate([first, 1.0 - first.sum(axis=2, keepdims=True)], axis=2)
+        else:
+            logits = content.tensor(path, name, 3)
+            if logits.shape[2] != len(bank) or count > len(bank):
+                raise content.misfit(
+                    path, f"{name} must have a logit for each of the {len(bank)} vectors, topk of them"
+                )
+            order = np.argsort(-logits, axis=2, kind="stable")
+            ranked = np.take_along_axis(logits, order, axis=2)
+            if count < len(bank) and (ranked[:, :, count - 1] == ranked[:, :, count]).any():
+                raise FileError(
+                    f"{name} of {safe_repr(path)} has equal logits, of which topk={count} takes one and leaves the "
+                    "other, as torch decides: save the adapter with save_only_topk_weights=True, or in float32"
+                )
+            index = order[:, :, :count]
+            top = np.take_along_axis(logits, index, axis=2)
+            weights = np.exp(top - top.max(axis=2, keepdims=True))
+            weights /= weights.sum(axis=2, keepdims=True)
+        mixed: Float = np.einsum("abk,abkl->abl", weights, bank[index])
+        return mixed

@@ -1,0 +1,306 @@
+"""Report on the accuracy of a fit, overall and per group."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Self
+
+from tnadapt.algebra.norms import relative, together
+from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.backends.backend import Array
+from tnadapt.report import html_table
+
+__all__ = [
+    "Claim",
+    "Fit",
+    "FitReport",
+    "GroupReport",
+    "Limits",
+    "Optimality",
+    "Step",
+    "all_of",
+    "holds",
+    "unwatched",
+]
+
+
+# -- How far a fit is from the best one: error, lower bound and certificate, computed when they are first read ---------
+
+
+#: Whether something holds: known, or proved by a function that takes longer than the fit.
+Claim = bool | Callable[[], bool]
+
+
+def holds(claim: Claim) -> bool:
+    """Return whether a claim holds, which may take a proof."""
+    return claim() if callable(claim) else claim
+
+
+def all_of(claims: Iterable[Claim]) -> Claim:
+    """Return whether all claims hold, without a proof where none is needed."""
+    claims = list(claims)
+    if any(claim is False for claim in claims):
+        return False
+    return (lambda: all(map(holds, claims))) if any(map(callable, claims)) else all(claims)
+
+
+class Optimality:
+    """Base of a frozen dataclass with the fields ``error``, ``bound`` and ``certified``.
+
+    Its fields are given as values, or computed when they are first read: see :meth:`computed_later`. The subclass
+    declares them with ``dataclasses.field()``, which keeps these properties from becoming their default values.
+    """
+
+    _compute_error: Callable[[], float]
+    _compute_optimum: Callable[[float], tuple[float, bool]]
+
+    @classmethod
+    def computed_later(
+        cls,
+        compute_optimum: Callable[[float], tuple[float, bool]],
+        *,
+        error: float | Callable[[], float],
+        **fields: Any,
+    ) -> Self:
+        """Make one whose bound and certificate, and perhaps error, are computed when they are first read.
+
+        Parameters
+        ----------
+        compute_optimum : callable
+            Returns the bound and the certificate, given the error.
+        error : float or callable
+        **fields
+            All other fields.
+
+        Notes
+        -----
+        A function is released after its call, with the arrays that it refers to.
+        """
+        result = object.__new__(cls)
+        fields["_compute_error" if callable(error) else "error"] = error
+        vars(result).update(fields, _compute_optimum=compute_optimum)
+        return result
+
+    @functools.cached_property
+    def error(self) -> float:
+        error = vars(self)["error"] = self._compute_error()
+        vars(self).pop("_compute_error", None)
+        return error
+
+    @functools.cached_property
+    def bound(self) -> float:
+        return self._optimum()[0]
+
+    @functools.cached_property
+    def certified(self) -> bool:
+        return self._optimum()[1]
+
+    def _optimum(self) -> tuple[float, bool]:
+        bound, certified = self._compute_optimum(self.error)
+        vars(self).update(bound=bound, certified=certified)
+        vars(self).pop("_compute_optimum", None)
+        return bound, certified
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+# -- Report on the accuracy of a fit, overall and per group ------------------------------------------------------------
+
+
+#: Rows that notebooks show.
+_SHOWN = 20
+
+
+class Step(NamedTuple):
+    """Progress of a decomposition, the argument of a progress callback.
+
+    Attributes
+    ----------
+    group, groups : int
+        Index of the group, from 0, and the number of groups.
+    iteration : int
+        Iteration within this group; 0 when the group begins.
+    error : float or None
+        The relative error of the group so far, if known.
+    """
+
+    group: int
+    groups: int
+    iteration: int
+    error: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupReport(Optimality):
+    """The accuracy of the fit of one group.
+
+    Attributes
+    ----------
+    size : int
+        Number of elements of its update.
+    norm : float
+        Frobenius norm of the given update.
+    error : float
+        Relative Frobenius error, ``|fit - given| / |given|``, computed in float64 from the returned arrays; 0 for an
+        update of zeros.
+    bound : float
+        A lower bound on the relative error over all parameters of this config; 0 if none is known.
+    certified : bool
+        Whether the fit is known to be optimal: by theory, because it meets the bound, or because the error is no more
+        than rounding.
+    iterations : int
+        Iterations of the method; 0 if it is direct.
+    method : str
+        Description of the method.
+
+    Notes
+    -----
+    The bound and the certificate often take longer than the fit: they are computed when one of them is first read.
+    """
+
+    size: int
+    norm: float
+    error: float = dataclasses.field()
+    bound: float = dataclasses.field()
+    certified: bool = dataclasses.field()
+    iterations: int
+    method: str
+
+
+@dataclasses.dataclass(frozen=True)
+class FitReport:
+    """The accuracy of a decomposition.
+
+    Attributes
+    ----------
+    plan : SuperLoRA
+        The plan that the parameters belong to: ``report.plan.deltas(params)``.
+    groups : tuple of GroupReport
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> plan = tna.SuperLoRA(tna.Config(rank=1), [(2, 2)])
+    >>> print(FitReport(plan, (GroupReport(4, 2.0, 0.25, 0.25, True, 0, "SVD"),)))
+    relative error 0.25 in 1 group, 4 parameters for 4 elements; the optimum
+    """
+
+    plan: SuperLoRA
+    groups: tuple[GroupReport, ...]
+
+    @functools.cached_property
+    def error(self) -> float:
+        """Relative Frobenius error of all updates together."""
+        return self._together([group.error for group in self.groups])
+
+    @functools.cached_property
+    def bound(self) -> float:
+        """Lower bound on the relative error of all updates together."""
+        return self._together([group.bound for group in self.groups])
+
+    @property
+    def errors(self) -> tuple[float, ...]:
+        """Relative error of each group."""
+        return tuple(group.error for group in self.groups)
+
+    @property
+    def certified(self) -> bool:
+        """Whether the fit of every group is known to be optimal."""
+        return all(group.certified for group in self.groups)
+
+    @property
+    def iterations(self) -> int:
+        """Total number of iterations of all groups."""
+        return sum(group.iterations for group in self.groups)
+
+    def _together(self, errors: list[float]) -> float:
+        # Scale by a power of two near the largest norm: an error times a norm of 1e-320 would have few digits.
+        exponent = math.frexp(max((group.norm for group in self.groups), default=0.0))[1]
+        norms = [math.ldexp(group.norm, -exponent) for group in self.groups]
+        wrong = together(error * norm for error, norm in zip(errors, norms, strict=True))
+        return relative(wrong, together(norms))
+
+    def __str__(self) -> str:
+        count = len(self.groups)
+        if not any(group.norm for group in self.groups):
+            return f"the updates are zero, in {count} group{'s' * (count != 1)}: there is nothing to fit"
+        known = "the optimum" if self.certified else "not known to be the optimum"
+        if self.bound and not self.certified:
+            known += f" (no less than {self.bound:.3g})"
+        return (
+            f"relative error {self.error:.3g} in {count} group{'s' * (count != 1)}, "
+            f"{self.plan.num_parameters:,} parameters for {self.plan.size:,} elements; {known}"
+        )
+
+    def _repr_html_(self) -> str:
+        head = ("group", "elements", "error", "bound", "certified", "iterations", "method")
+        rows = [
+            (
+                str(number), f"{group.size:,}", f"{group.error:.3g}", f"{group.bound:.3g}",
+                "yes" if group.certified else "no", str(group.iterations), group.method,
+            )
+            for number, group in enumerate(self.groups)
+        ]  # fmt: skip
+        more = [f"{len(rows) - _SHOWN} more groups in .groups"] if len(rows) > _SHOWN else []
+        return html_table("Fit", head, rows[:_SHOWN], [*more, str(self)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as a dictionary for JSON."""
+        return {
+            "config": self.plan.config.to_dict(),
+            "parameters": self.plan.num_parameters,
+            "elements": self.plan.size,
+            "error": self.error,
+            "bound": self.bound,
+            "certified": self.certified,
+            "iterations": self.iterations,
+            "groups": [dataclasses.asdict(group) for group in self.groups],
+        }
+
+
+# -- The result of a solver, and its stopping criteria -----------------------------------------------------------------
+
+
+Arrays = dict[str, Array]
+
+
+def unwatched(iteration: int, error: float | None) -> None:
+    """Ignore progress. A solver that is given this one computes no error that only progress would show."""
+
+
+class Fit(NamedTuple):
+    """Fitted arrays, and how they were computed.
+
+    Attributes
+    ----------
+    arrays : dict of str to array
+    optimal : bool or function that returns one
+        Whether they are known to be the optimum.
+    iterations : int
+    method : str
+        Short description of the method.
+    """
+
+    arrays: Arrays
+    optimal: Claim
+    iterations: int
+    method: str
+
+
+class Limits(NamedTuple):
+    """Stopping criteria of an iteration.
+
+    Attributes
+    ----------
+    tol : float
+        Stop when a step reduces the relative error by no more than this.
+    iterations : int
+        Maximum number of iterations.
+    """
+
+    tol: float = 1e-6
+    iterations: int = 100

@@ -1,0 +1,1119 @@
+"""Labeled samples, the common form of all data sources, and their split into parts."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from tnadapt.argument_checks import checks_arguments
+from tnadapt.checkpoints.container import path_of
+from tnadapt.errors import FileError, TnadaptError, pluralize, safe_repr, summarize
+
+__all__ = [
+    "DEFLATED",
+    "HOLDOUT",
+    "IMAGES",
+    "LABEL_COLUMNS",
+    "LARGEST",
+    "PARTS",
+    "TABLES",
+    "TEXT_COLUMNS",
+    "Data",
+    "LabelFacts",
+    "Labels",
+    "Samples",
+    "Table",
+    "choose",
+    "divide",
+    "facts_of",
+    "filled",
+    "find_column",
+    "is_file_of_data",
+    "labelled_texts",
+    "needed_column",
+    "number",
+    "open_source",
+    "read",
+    "read_npz",
+    "read_table",
+    "require_data",
+]
+
+
+# -- Labeled samples, the common form of all data sources, and their split into parts ----------------------------------
+
+
+PARTS = ("training", "validation", "test")
+#: The fraction of each class held out to choose learning rates.
+HOLDOUT = 0.2
+
+Labels = NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Inputs and their classes.
+
+    Attributes
+    ----------
+    inputs : sequence
+        Texts; or images, each an array ``(height, width[, channels])`` of uint8 or of floats from 0 to 1, a path, or
+        a PIL image. A ``take`` method is used if there is one.
+    labels : array, one row per sample
+        Indices into :attr:`Data.classes`, int64 of shape (n,); other tasks have others.
+    """
+
+    inputs: Any
+    labels: NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Labels) -> Samples:
+        """Return these samples, in this order."""
+        if isinstance(self.inputs, np.ndarray):
+            return Samples(self.inputs[indices], self.labels[indices])
+        if hasattr(self.inputs, "take"):
+            return Samples(self.inputs.take(indices), self.labels[indices])
+        return Samples([self.inputs[int(i)] for i in indices], self.labels[indices])
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The data of one source.
+
+    Attributes
+    ----------
+    name : str
+        Name in reports.
+    kind : {"image", "text"}
+    classes : tuple of str
+    samples : Samples
+        For training and validation, and for the test if ``test`` is None.
+    test : Samples, optional
+        The test part, if the source has one.
+    test_name : str
+        The source's name of it.
+    hidden : tuple of str and sequence, optional
+        The source's name and the inputs of a part that comes before ``test`` but has no labels.
+    """
+
+    name: str
+    kind: str
+    classes: tuple[str, ...]
+    samples: Samples
+    test: Samples | None = None
+    test_name: str = "test"
+    hidden: tuple[str, Any] | None = None
+
+    def with_words(self, words: Sequence[str]) -> Data:
+        """Return the data with these names of the classes, which are numbers.
+
+        Raises
+        ------
+        FileError
+            If there is no class of one of the numbers.
+        """
+        known = {str(number): word for number, word in enumerate(words)}
+        if unknown := [one for one in self.classes if one not in known]:
+            raise FileError(
+                f"{self.name} has the label {unknown[0]}, which is not the number of a class; expected 0 to "
+                f"{len(words) - 1}: leave such samples out"
+            )
+        return dataclasses.replace(self, classes=tuple(known[one] for one in self.classes))
+
+
+def divide(
+    data: Data, seed: int = 0, validation: float = HOLDOUT, test: float = 0.3, stratified: bool = True
+) -> dict[str, Samples]:
+    """Split the data into three parts, reproducible by seed.
+
+    Parameters
+    ----------
+    data : Data
+    seed : int
+    validation, test : float
+        Fractions of each class, rounded, but at least one sample. If the source has a test part, all of it is used.
+    stratified : bool
+        Whether to split each class by itself; labels must then be numbers of classes.
+
+    Returns
+    -------
+    dict
+        ``training``, ``validation`` and ``test``.
+
+    Raises
+    ------
+    TnadaptError
+        If there are fewer than two classes, or a class has too few samples for every part.
+
+    Examples
+    --------
+    >>> labels = np.array([0] * 10 + [1] * 20)
+    >>> data = Data("toy", "image", ("a", "b"), Samples(np.zeros((30, 2, 2)), labels))
+    >>> {name: np.bincount(part.labels).tolist() for name, part in divide(data).items()}
+    {'training': [5, 10], 'validation': [2, 4], 'test': [3, 6]}
+    """
+    fractions = [validation] if data.test is not None else [validation, test]
+    strata = data.samples.labels if stratified else np.zeros(len(data.samples), np.int64)
+    counts = np.bincount(strata, minlength=len(data.classes) if stratified else 1).tolist()
+    _check_counts(data, counts if stratified else None, len(fractions) + 1)
+    pieces: list[list[Labels]] = [[] for _ in range(len(fractions) + 1)]
+    random = np.random.Generator(np.random.PCG64(seed))
+    for label, count in enumerate(counts):
+        order = random.permutation(np.flatnonzero(strata == label))
+        sizes = [max(1, round(fraction * count)) for fraction in fractions]
+        while count - sum(sizes) < 1:
+            sizes[int(np.argmax(sizes))] -= 1
+        edges = np.cumsum([count - sum(sizes), *sizes])
+        for piece, part in zip(pieces, np.split(order, edges[:-1]), strict=True):
+            piece.append(part)
+    parts = [data.samples.take(np.sort(np.concatenate(piece))) for piece in pieces]
+    if data.test is not None:
+        parts.append(data.test)
+    return dict(zip(PARTS, parts, strict=True))
+
+
+def _check_counts(data: Data, counts: Sequence[int] | None, parts: int) -> None:
+    """Raise an error unless there is a sample of each class, or any sample, for each part."""
+    wanted = f"it needs at least {parts}, one for each of {', '.join(PARTS[:parts])}"
+    if counts is None:
+        if len(data.samples) < parts:
+            raise TnadaptError(f"{data.name} has {pluralize(len(data.samples), 'sample')}; {wanted}: add samples")
+        return
+    if len(data.classes) < 2:
+        raise TnadaptError(f"{data.name} has {len(data.classes)} class; classification needs at least 2")
+    for name, count in zip(data.classes, counts, strict=True):
+        if count < parts:
+            raise TnadaptError(
+                f"class {name!r} of {data.name} has {pluralize(count, 'sample')}; {wanted}: add samples, leave the "
+                "class out, or raise --limit"
+            )
+
+
+def choose(samples: Samples, limit: int | None, seed: int = 0, stratified: bool = True) -> Samples:
+    """Return at most ``limit`` samples, with equal shares of all classes if stratified; all if limit is None.
+
+    Raises
+    ------
+    TnadaptError
+        If limit is less than the number of classes present.
+    """
+    if limit is None or limit >= len(samples):
+        return samples
+    strata = samples.labels if stratified else np.zeros(len(samples), np.int64)
+    present = np.unique(strata)
+    if limit < len(present):
+        raise TnadaptError(f"--limit {limit} leaves no sample for some of the {len(present)} classes")
+    random = np.random.Generator(np.random.PCG64(seed))
+    # The rank of each sample in its class, as a fraction: taking the smallest selects evenly from all classes.
+    place = np.empty(len(samples))
+    for label in present:
+        members = np.flatnonzero(strata == label)
+        place[random.permutation(members)] = np.arange(len(members)) / len(members)
+    return samples.take(np.sort(np.argsort(place, kind="stable")[:limit]))
+
+
+# -- What a column of labels holds, as evidence of the task ------------------------------------------------------------
+
+
+#: Separators of several labels in one cell that are tried.
+SEPARATORS = ("|", ";")
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelFacts:
+    """What the labels are.
+
+    Attributes
+    ----------
+    kind : {"words", "integers", "fractions", "lists", "other"}
+        ``integers`` may be written as ``3.0``.
+    count, rows : int
+        Number of distinct labels, and of all.
+    range : str
+        For numbers, such as ``1 to 5``.
+    separator : str, optional
+        One that is in some of the words.
+    joint, alone : str
+        A label with the separator, and a piece of it that is in no other label; both empty if there is none.
+    odd : str
+        Of words that are mostly numbers, the first that is not; empty otherwise.
+    """
+
+    kind: str
+    count: int
+    rows: int
+    range: str = ""
+    separator: str | None = None
+    joint: str = ""
+    alone: str = ""
+    odd: str = ""
+
+
+def number(value: Any) -> float:
+    """Return a cell as a finite number.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+
+    Examples
+    --------
+    >>> number(" 3.5 "), number(2)
+    (3.5, 2.0)
+    """
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"{safe_repr(value)} is not a number")
+    try:
+        found = float(value)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{safe_repr(value)} is not a number") from None
+    if not math.isfinite(found):
+        raise ValueError(f"{safe_repr(value)} is not a finite number")
+    return found
+
+
+def facts_of(labels: Sequence[Any], separator: str | None = None) -> LabelFacts:
+    """Return what the labels are.
+
+    Parameters
+    ----------
+    labels : sequence
+        Cells of a column.
+    separator : str, optional
+        Instead of :data:`SEPARATORS`.
+
+    Examples
+    --------
+    >>> facts_of(["1.0", "3.5", "2.0"]).kind, facts_of(["1", "2", "5"]).range
+    ('fractions', '1 to 5')
+    >>> facts_of(["a|b", "a", "b"]).separator, facts_of(["R|B", "soul"]).alone
+    ('|', 'R')
+    >>> facts_of(["3.5", "2", "n/a", "1.5"]).odd
+    'n/a'
+    """
+    if all(isinstance(label, list) for label in labels):
+        return LabelFacts("lists", len({str(label) for label in labels}), len(labels))
+    try:
+        numbers = sorted({number(label) for label in labels})
+    except ValueError:
+        pass
+    else:
+        kind = "integers" if all(value.is_integer() for value in numbers) else "fractions"
+        return LabelFacts(kind, len(numbers), len(labels), f"{numbers[0]:g} to {numbers[-1]:g}")
+    if not all(isinstance(label, str) for label in labels):
+        return LabelFacts("other", len({str(label) for label in labels}), len(labels))
+    words = {label.strip() for label in labels}
+    for mark in (separator,) if separator else SEPARATORS:
+        if joint := sorted(word for word in words if mark in word):
+            return LabelFacts("words", len(words), len(labels), "", mark, *_lonely(joint, words, mark))
+    return LabelFacts("words", len(words), len(labels), odd=_odd(labels))
+
+
+def _odd(labels: Sequence[str]) -> str:
+    """Return the first label that is not a number, if most are."""
+    odd = [label.strip() for label in labels if not _is_number(label)]
+    return odd[0] if 0 < 2 * len(odd) < len(labels) else ""
+
+
+def _is_number(label: str) -> bool:
+    try:
+        number(label)
+    except ValueError:
+        return False
+    return True
+
+
+def _lonely(joint: Sequence[str], words: set[str], mark: str) -> tuple[str, str]:
+    """Return a joint label and a piece of it that is in no other label, if there is one."""
+    seen: dict[str, int] = {}
+    for word in words:
+        for piece in {one.strip() for one in word.split(mark)}:
+            seen[piece] = seen.get(piece, 0) + 1
+    for word in joint:
+        for piece in (one.strip() for one in word.split(mark)):
+            if seen[piece] == 1:
+                return word, piece
+    return joint[0], ""
+
+
+# -- Tables of samples: their columns, found by name, and the readers of .csv, .tsv, .jsonl and .json ------------------
+
+
+# Columns that a message names.
+_SHOWN = 30
+#: Suffixes of the files that are read as tables.
+TABLES = (".csv", ".tsv", ".jsonl", ".json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Samples in columns.
+
+    Attributes
+    ----------
+    name : str
+        Name in reports.
+    path : str
+        The source as the user gave it, for messages.
+    columns : mapping of str to sequence
+        The values of each column: strings in a ``.csv``, else any JSON values.
+    tests : mapping of str to mapping
+        Columns of the parts that could be the test part, by their names, best first.
+    lines : tuple of int
+        The line of the file that each row ends in; empty if there are no lines.
+    words : mapping of str to tuple of str
+        Class names of columns that hold the numbers of classes.
+    opaque : tuple of str
+        Columns of images, sounds or videos, which are decoded when they are read.
+    """
+
+    name: str
+    path: str
+    columns: Mapping[str, Sequence[Any]]
+    tests: Mapping[str, Mapping[str, Sequence[Any]]] = dataclasses.field(default_factory=dict)
+    lines: tuple[int, ...] = ()
+    words: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    opaque: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+    def place(self, row: int) -> str:
+        """Return where a row is, for messages."""
+        return f"{self.path}, line {self.lines[row]}" if self.lines else f"row {row} of {self.path}"
+
+    def part(self, name: str) -> Table:
+        """Return one of :attr:`tests` as a table."""
+        path = f"the {name} part of {self.path}"
+        return dataclasses.replace(self, path=path, columns=self.tests[name], tests={})
+
+    def test(self, columns: Sequence[str], label: str | None = None) -> Table | None:
+        """Return the first test part that has these columns, and in the column ``label`` labels that are not hidden."""
+        parts = [self.part(name) for name, part in self.tests.items() if all(column in part for column in columns)]
+        return next((part for part in parts if label is None or not part.hides(label)), None)
+
+    def hides(self, column: str) -> bool:
+        """Return whether all labels in a column are -1, which is how benchmarks hide those of a test part."""
+        cells = self.columns[column]
+        pieces = [one for cell in cells for one in (cell if isinstance(cell, list) else [cell])]
+        return bool(pieces) and all(isinstance(one, (int, float)) and one == -1 for one in pieces)
+
+    def word(self, column: str, row: int, label: Any) -> Any:
+        """Return the name of a class by its number; a label as it is if it is text, or the classes have no names.
+
+        Raises
+        ------
+        FileError
+            If there is no class of this number.
+        """
+        words = self.words.get(column, ())
+        if not words or isinstance(label, str):
+            return label
+        if type(label) is not int or not 0 <= label < len(words):
+            raise FileError(
+                f"{self.place(row)}: {safe_repr(label)} in {safe_repr(column)} is not the number of a class; expected "
+                f"0 to {len(words) - 1}: leave the row out"
+            )
+        return words[label]
+
+    def filled(self, columns: Sequence[str]) -> None:
+        """Raise a FileError that names the line if a row of a ``.csv`` has nothing in one of these columns."""
+        if not self.lines:
+            return
+        for row in range(len(self)):
+            for name in columns:
+                if not (self.columns[name][row] or "").strip():
+                    raise FileError(f"{self.place(row)}: nothing in column {safe_repr(name)}")
+
+    def listed(self) -> str:
+        """Return the names of the columns, for messages."""
+        return _listed(self.columns)
+
+
+def _listed(names: Collection[str]) -> str:
+    """Return the first names, for messages."""
+    first = ", ".join(map(safe_repr, itertools.islice(names, _SHOWN)))
+    return first + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
+
+
+def find_column(source: str, given: str | None, usual: Sequence[str], names: Sequence[str]) -> str | None:
+    """Return the column that was asked for, or one with a usual name; None if there is none.
+
+    Raises
+    ------
+    FileError
+        If the column that was asked for is not there.
+
+    Examples
+    --------
+    >>> find_column("a.csv", None, ["text", "review"], ["Review", "stars"])
+    'Review'
+    """
+    if given is not None:
+        if given not in names:
+            raise FileError(f"{source} has no column {safe_repr(given)}; its columns are {_listed(names)}")
+        return given
+    lower = {name.strip().lower(): name for name in reversed(list(names)) if name}
+    return next((lower[name] for name in usual if name in lower), None)
+
+
+def needed_column(source: str, what: str, given: str | None, usual: Sequence[str], names: Sequence[str]) -> str:
+    """Return the column of :func:`find_column`.
+
+    Raises
+    ------
+    FileError
+        If there is none.
+    """
+    found = find_column(source, given, usual, names)
+    if found is not None:
+        return found
+    raise FileError(
+        f"which column of {source} is the {what}? It has {_listed(names)}: give --{what}-column NAME, or call it {what}"
+    )
+
+
+def read_table(path: Path) -> Table:
+    """Read a file with one of the suffixes in :data:`TABLES`.
+
+    Raises
+    ------
+    FileError
+        If it cannot be read, is damaged, or has no rows.
+    """
+    suffix = path.suffix.lower()
+    try:
+        with path.open(encoding="utf-8-sig", newline="" if suffix in (".csv", ".tsv") else None) as file:
+            names, rows, lines = _READERS[suffix](path, file)
+    except UnicodeDecodeError:
+        raise _not_utf8(path) from None
+    except (OSError, csv.Error) as error:
+        raise FileError(f"cannot read {path} as a table: {error}") from None
+    if not rows:
+        raise FileError(f"{path} has no rows{' under its line of column names' if suffix in ('.csv', '.tsv') else ''}")
+    return Table(path.name, str(path), {name: [row.get(name) for row in rows] for name in names}, {}, tuple(lines))
+
+
+def _not_utf8(path: Path) -> FileError:
+    """Return the error for a file in another encoding, with the line of the first byte that shows it."""
+    content = path.read_bytes()
+    where = str(path)
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:  # the error of reading has a position within a block of the file
+        where += f", line {content.count(10, 0, error.start) + 1}"
+    return FileError(f"{where} is not UTF-8; save the file in that encoding (in Excel, the type 'CSV UTF-8')")
+
+
+_Rows = tuple[Sequence[str], list[dict[str, Any]], list[int]]
+
+
+def _separated(delimiter: str, path: Path, file: Any) -> _Rows:
+    reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+    names = reader.fieldnames or []
+    if not names:
+        raise FileError(f"{path} is empty; expected a line of column names and rows of texts and labels")
+    other = next((mark for mark in ";\t|" if mark in names[0]), None)
+    if len(names) == 1 and delimiter == "," and other is not None:
+        raise FileError(
+            f"{path}: its columns seem to be separated by {other!r}: {safe_repr(names[0])}; expected commas; save it "
+            "again with commas, or with tabs as a .tsv"
+        )
+    if doubled := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise FileError(f"{path} has more than one column {safe_repr(doubled[0])}")
+    rows, lines = [], []
+    for row in reader:
+        if None in row:
+            raise FileError(
+                f"{path}, line {reader.line_num}: more fields than column names; a text that has "
+                f"{'a tab' if delimiter == chr(9) else 'commas'} in it needs quotes"
+            )
+        rows.append(row)
+        lines.append(reader.line_num)
+    return names, rows, lines
+
+
+def _json_lines(path: Path, file: Any) -> _Rows:
+    found = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    return _objects(path, ((f"line {number}", _parsed(path, f"line {number}", line)) for number, line in found))
+
+
+def _json_list(path: Path, file: Any) -> _Rows:
+    found = _parsed(path, "the file", file.read())
+    if not isinstance(found, list):
+        raise FileError(f"{path} is not a list of objects; expected [{{…}}, …], or one object per line in a .jsonl")
+    return _objects(path, ((f"entry {number}", one) for number, one in enumerate(found, 1)))
+
+
+def _parsed(path: Path, where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}, {where} is not JSON: {error}") from None
+
+
+def _objects(path: Path, found: Iterator[tuple[str, Any]]) -> _Rows:
+    rows: list[dict[str, Any]] = []
+    for where, one in found:
+        if not isinstance(one, dict) or not one:
+            raise FileError(f"{path}, {where} is {safe_repr(one)}; expected an object with one value for each column")
+        if rows and one.keys() != rows[0].keys():
+            other = sorted(one.keys() ^ rows[0].keys())[0]
+            raise FileError(
+                f"{path}, {where}: column {safe_repr(other)} is not in every row; give each row the same columns"
+            )
+        rows.append(one)
+    return list(rows[0]) if rows else [], rows, []
+
+
+_READERS = {
+    ".csv": lambda path, file: _separated(",", path, file),
+    ".tsv": lambda path, file: _separated("\t", path, file),
+    ".jsonl": _json_lines,
+    ".json": _json_list,
+}
+
+
+# -- What the data of a study may be, as far as their name and the file system say -------------------------------------
+
+
+#: The suffixes of images.
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+
+#: The suffix of arrays.
+NPZ = ".npz"
+
+
+def is_file_of_data(path: Path) -> bool:
+    """Return whether a file has a suffix of data that can be read."""
+    return path.suffix.lower() in (*TABLES, NPZ)
+
+
+@checks_arguments
+def require_data(source: str, one_image: bool = False) -> None:
+    """Raise an error if a source of data is a file of another kind, or a path at which nothing is.
+
+    Parameters
+    ----------
+    source : str
+        As for :func:`~tnadapt.finetune.data.open_source`.
+    one_image : bool
+        Whether it may be an image, too.
+
+    Raises
+    ------
+    FileError
+
+    Examples
+    --------
+    >>> require_data("imdb")  # perhaps a name for datasets
+    >>> require_data("nowhere.csv")
+    Traceback (most recent call last):
+    tnadapt.errors.FileError: no data at nowhere.csv: there is no such file or folder
+    """
+    path = Path(path_of(source))
+    # These functions of os.path return False for a path that cannot be one, such as one that is too long.
+    if os.path.isdir(path):
+        return
+    if os.path.isfile(path):
+        if not is_file_of_data(path) and not (one_image and path.suffix.lower() in IMAGES):
+            images = "an image or a folder of images" if one_image else "a folder of images"
+            raise FileError(
+                f"cannot read data from {path}: expected a .csv, .tsv, .jsonl, .json or .npz file, or {images}"
+            )
+    elif is_file_of_data(path) or source.startswith((".", "/", "~")):
+        raise FileError(f"no data at {path}: there is no such file or folder")
+
+
+# -- Arrays from untrusted archives: claimed sizes are checked against the bytes present before memory is allocated ----
+
+
+#: Limit on the total bytes of an archive's arrays: 16 GiB.
+LARGEST = 1 << 34
+#: The largest expansion of Deflate: two bits become at most 258 bytes.
+DEFLATED = 1032
+_PIECE = 1 << 20
+
+
+def filled(file: io.BufferedIOBase, shape: tuple[int, ...], dtype: DTypeLike, most: int) -> NDArray[np.generic]:
+    """Read an array from the next bytes of a file.
+
+    Parameters
+    ----------
+    file : io.BufferedIOBase
+    shape : tuple of int
+    dtype : DTypeLike
+        A dtype of numbers or words.
+    most : int
+        The largest number of bytes that the file can have, decompressed.
+
+    Returns
+    -------
+    numpy.ndarray
+        A new array of that shape, read in pieces of one mebibyte.
+
+    Raises
+    ------
+    ValueError
+        If the array would be larger than :data:`LARGEST` or ``most``.
+    EOFError
+        If the file ends too early.
+
+    Examples
+    --------
+    >>> filled(io.BytesIO(bytes([1, 2, 3, 4])), (2, 2), np.uint8, most=4).tolist()
+    [[1, 2], [3, 4]]
+    >>> filled(io.BytesIO(bytes([1, 2, 3, 4])), (2, 3), np.uint8, most=4)
+    Traceback (most recent call last):
+        ...
+    ValueError: it claims an array of 6 bytes, and can have 4 at the most
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if min(shape, default=0) < 0 or size > LARGEST:
+        raise ValueError(f"it claims an array of shape {safe_repr(shape)}; 16 GiB are read at the most")
+    if size > most:
+        raise ValueError(f"it claims an array of {size:,} bytes, and can have {most:,} at the most")
+    array = np.empty(math.prod(shape), dtype)
+    if not size:
+        return array.reshape(shape)
+    rest = array.view(np.uint8).data
+    while rest:
+        found = file.readinto(rest[:_PIECE])
+        if not found:
+            raise EOFError(f"it ends {len(rest):,} bytes too early")
+        rest = rest[found:]
+    return array.reshape(shape)
+
+
+def read_npz(path: Path, names: Set[str]) -> tuple[dict[str, NDArray[np.generic]], list[str]]:
+    """Read arrays from an ``.npz``; also return the names of everything in it.
+
+    Parameters
+    ----------
+    path : Path
+    names : set of str
+        The arrays to read, in lower case.
+
+    Returns
+    -------
+    arrays : dict of numpy.ndarray
+        By their names in lower case.
+    known : list of str
+        The names of all entries.
+
+    Raises
+    ------
+    ValueError
+        If an array does not hold numbers or words, is larger or smaller than it claims, or the total exceeds
+        :data:`LARGEST`.
+    Exception
+        Any error of zipfile or NumPy for a damaged file.
+
+    Notes
+    -----
+    An array may be up to a thousand times larger than its file, as Deflate compresses images of a single color so.
+
+    Examples
+    --------
+    >>> np.savez("two.npz", x=np.arange(3), z=np.arange(2))
+    >>> arrays, known = read_npz(Path("two.npz"), {"x", "y"})
+    >>> arrays["x"].tolist(), list(arrays), known
+    ([0, 1, 2], ['x'], ['x', 'z'])
+    """
+    arrays = dict[str, NDArray[np.generic]]()
+    with path.open("rb") as raw, zipfile.ZipFile(raw) as archive:
+        there = os.fstat(raw.fileno()).st_size
+        known = [entry.filename.removesuffix(".npy") for entry in archive.infolist()]
+        for name, entry in zip(known, archive.infolist(), strict=True):
+            if name.lower() not in names:
+                continue
+            if name.lower() in arrays:
+                raise ValueError(f"it has more than one array {name.lower()}")
+            left = LARGEST - sum(array.nbytes for array in arrays.values())
+            arrays[name.lower()] = _member(archive, entry, there, left)
+    return arrays, known
+
+
+def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, there: int, left: int) -> NDArray[np.generic]:
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # Other decompressors return everything that a piece expands to at once, without a limit.
+        raise ValueError(
+            f"{entry.filename} is compressed with method {entry.compress_type}; expected one that NumPy writes"
+        )
+    with archive.open(entry) as opened:
+        file = cast(io.BufferedIOBase, opened)
+        if np.lib.format.read_magic(file) != (1, 0):  # later versions allow headers of any length
+            raise ValueError(f"{entry.filename} is not a plain NumPy array (.npy version 1.0)")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype.kind not in "biufcSU" or not dtype.itemsize:
+            raise ValueError(f"{entry.filename} is of type {dtype}; expected numbers or words")
+        size = math.prod(shape) * dtype.itemsize
+        if size != entry.file_size - file.tell() or size > left:
+            raise ValueError(
+                f"{entry.filename} claims {size:,} bytes, and has {entry.file_size - file.tell():,}; "
+                "all arrays together may have at most 16 GiB"
+            )
+        # The archive's own record of sizes may be wrong, too, so the size of the file is the limit.
+        most = min(entry.compress_size, there) * (DEFLATED if entry.compress_type else 1)
+        array = filled(file, shape[::-1] if fortran else shape, dtype, most)
+        file.read(1)  # reading to the end makes zipfile check the CRC
+    return array.T if fortran else array
+
+
+# -- Readers of user data: a table of texts, a folder of images, an .npz, or a datasets name ---------------------------
+
+
+ARRAYS = frozenset({"x_train", "y_train", "x_test", "y_test", "x", "y", "images", "labels"})
+TEST_FOLDERS = ("test", "validation", "valid", "val")
+TEXT_COLUMNS = ("text", "sentence", "review", "content")
+LABEL_COLUMNS = ("label", "labels", "class", "target")
+IMAGE_COLUMNS = ("image", "img")
+
+
+def open_source(
+    source: str, text_column: str | None = None, label_column: str | None = None, label_names: Sequence[str] = ()
+) -> Table | Data:
+    """Open the data that ``--data`` names: a table of texts, or labeled images.
+
+    Parameters
+    ----------
+    source : str
+        A ``.csv`` or ``.tsv`` file with a header line; a ``.jsonl`` or ``.json`` file of objects; a folder with one
+        sub-folder per class (or with ``train`` and ``test`` folders that have these); an ``.npz`` with ``x_train``,
+        ``y_train``, ``x_test``, ``y_test``, with ``x`` and ``y``, or with ``images`` and ``labels``, of at most 16 GiB
+        in total; a folder saved by ``datasets``; else a name for ``datasets.load_dataset``, as ``NAME`` or
+        ``NAME:CONFIG``.
+    text_column, label_column : str, optional
+        With a text column, a source of ``datasets`` is a table even if it has images, too.
+    label_names : sequence of str
+        Possible names of the label column of images, tried before the usual ones.
+
+    Raises
+    ------
+    TnadaptError
+        If the source does not exist or cannot be read.
+    """
+    path = Path(source)
+    # These functions of os.path return False for a path that cannot be one, such as one that is too long.
+    if os.path.isdir(source):
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return _from_datasets(source, text_column, label_column, (*label_names, *LABEL_COLUMNS))
+        return _folder(path)
+    require_data(source)
+    if os.path.isfile(source):
+        return read_table(path) if path.suffix.lower() in TABLES else _npz(path)
+    return _from_datasets(source, text_column, label_column, (*label_names, *LABEL_COLUMNS))
+
+
+def read(
+    source: str, text_column: str | None = None, label_column: str | None = None, label_names: Sequence[str] = ()
+) -> Data:
+    """Read texts or images that each have one class.
+
+    Parameters
+    ----------
+    source : str
+        As in :func:`open_source`.
+    text_column, label_column : str, optional
+        Columns of a table; found by their usual names by default.
+    label_names : sequence of str
+        Possible names of the label column, tried before the usual ones if ``label_column`` is not given.
+
+    Returns
+    -------
+    Data
+
+    Raises
+    ------
+    TnadaptError
+        If the source does not exist or does not hold labeled texts or images.
+    """
+    found = open_source(source, text_column, label_column, label_names)
+    return found if isinstance(found, Data) else labelled_texts(found, text_column, label_column, label_names)
+
+
+def labelled_texts(
+    table: Table, text_column: str | None = None, label_column: str | None = None, label_names: Sequence[str] = ()
+) -> Data:
+    """Return the texts of a table, each with one class.
+
+    Raises
+    ------
+    FileError
+        If there is no column of texts or of labels, or a cell holds something else.
+    """
+    names = list(table.columns)
+    text = needed_column(table.path, "text", text_column, TEXT_COLUMNS, names)
+    label = needed_column(table.path, "label", label_column, (*label_names, *LABEL_COLUMNS), names)
+    table.filled([text, label])
+
+    def of(part: Table) -> tuple[Any, list[Any]]:
+        labels = list(part.columns[label])
+        for row, one in enumerate(labels):
+            part.word(label, row, one)  # raises if it is not the number of a class
+        return list(part.columns[text]), labels
+
+    test = table.test([text, label], label)
+    data = _labelled(table.name, "text", *of(table), None if test is None else of(test))
+    words = table.words.get(label)
+    return data if not words else data.with_words(words)
+
+
+def _labelled(
+    name: str,
+    kind: str,
+    inputs: Any,
+    labels: Sequence[Any],
+    test: tuple[Any, Any] | None = None,
+    test_name: str = "test",
+) -> Data:
+    """Return data whose classes are the distinct labels, sorted (numbers numerically), without outer spaces."""
+    for part in [(inputs, labels)] if test is None else [(inputs, labels), test]:
+        _check(name, kind, *part)
+    labels = _stripped(labels)
+    test = None if test is None else (test[0], _stripped(test[1]))
+    found = sorted(set(labels) if test is None else set(labels) | set(test[1]))
+    place = {label: index for index, label in enumerate(found)}
+
+    def samples(inputs: Any, labels: Sequence[Any]) -> Samples:
+        return Samples(inputs, np.array([place[label] for label in labels], np.int64))
+
+    return Data(
+        name,
+        kind,
+        tuple(str(label) for label in found),
+        samples(inputs, labels),
+        None if test is None else samples(*test),
+        test_name,
+    )
+
+
+def _stripped(labels: Sequence[Any]) -> list[Any]:
+    return [label.strip() if isinstance(label, str) else label for label in labels]
+
+
+def _check(name: str, kind: str, inputs: Any, labels: Sequence[Any]) -> None:
+    """Raise a FileError unless the labels are words or integers and the texts are strings."""
+    kinds = {type(label) for label in labels}
+    if not kinds or not (kinds == {str} or kinds <= {int, bool}):
+        known = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
+        raise FileError(f"the labels of {name} are of type {known}; expected words, or integers")
+    for index, text in enumerate(inputs if kind == "text" else []):
+        if not isinstance(text, str):
+            raise FileError(f"the text of sample {index} of {name} is {safe_repr(text)}")
+
+
+# -- Images ------------------------------------------------------------------------------------
+
+
+def _folder(path: Path) -> Data:
+    names = {entry.name: entry for entry in sorted(path.iterdir()) if entry.is_dir() and entry.name[0] != "."}
+    if "train" in names and not names.keys().isdisjoint(TEST_FOLDERS) and not names.keys() <= {"train", *TEST_FOLDERS}:
+        others = ", ".join(sorted(names.keys() - {"train", *TEST_FOLDERS}))
+        raise FileError(
+            f"{path} has folders named train and test and others ({others}): it is unclear whether they are parts or "
+            "classes; move the others away, or rename train and test"
+        )
+    if "train" in names and names.keys() <= {"train", *TEST_FOLDERS}:
+        part = next((name for name in TEST_FOLDERS if name in names), None)
+        divided = None if part is None else _class_folders(names[part])
+        return _labelled(path.name, "image", *_class_folders(names["train"]), divided, part or "")
+    return _labelled(path.name, "image", *_class_folders(path))
+
+
+def _class_folders(path: Path) -> tuple[list[Path], list[str]]:
+    files, labels = [], []
+    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."):
+        inside = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
+        if not inside:
+            raise FileError(f"no image in {folder}: expected a folder of images for each class")
+        files += inside
+        labels += [folder.name] * len(inside)
+    if not files:
+        raise FileError(f"no sub-folders with images in {path}: expected one for each class")
+    return files, labels
+
+
+def _npz(path: Path) -> Data:
+    try:
+        arrays, known = read_npz(path, ARRAYS)
+    except Exception as error:  # zipfile, zlib and NumPy raise many kinds of errors for a damaged file
+        raise FileError(f"cannot read {path} as an .npz of plain arrays: {first_line(error)}") from None
+    for x, y in (("x_train", "y_train"), ("x", "y"), ("images", "labels")):
+        if x in arrays and y in arrays:
+            inputs, labels = _images(path, x, arrays[x]), _labels(path, y, arrays[y], len(arrays[x]))
+            test = None
+            if x == "x_train" and {"x_test", "y_test"} <= set(arrays):
+                test = (
+                    _images(path, "x_test", arrays["x_test"]),
+                    _labels(path, "y_test", arrays["y_test"], len(arrays["x_test"])),
+                )
+                if test[0].dtype != inputs.dtype:
+                    raise FileError(f"x_train and x_test of {path} are of different types")
+            return _labelled(path.name, "image", inputs, labels, test)
+    raise FileError(
+        f"{path} holds {summarize(known) if known else 'nothing'}; "
+        "expected x_train, y_train, x_test and y_test, or x and y, or images and labels"
+    )
+
+
+def _images(path: Path, name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """Return images as ``(n, height, width[, channels])``, uint8 or float32 from 0 to 1."""
+    if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] not in (1, 3, 4):
+        array = np.moveaxis(array, 1, 3)
+    if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3, 4)) or 0 in array.shape:
+        raise FileError(
+            f"{name} of {path} has shape {array.shape}; expected images: (n, height, width), "
+            "(n, height, width, channels) or (n, channels, height, width), of 1, 3 or 4 channels"
+        )
+    if array.dtype == np.uint8:
+        return np.asarray(array, np.uint8)
+    if array.dtype.kind not in "fiub":
+        raise FileError(f"{name} of {path} is of type {array.dtype}; expected numbers")
+    low, high = float(array.min()), float(array.max())
+    if low >= 0 and high <= 1:
+        return np.asarray(array, np.float32)
+    if low >= 0 and high <= 255:
+        return np.asarray(np.rint(array), np.uint8)
+    raise FileError(
+        f"the pixels of {name} of {path} go from {low:g} to {high:g}; expected 0 to 255, or fractions from 0 to 1"
+    )
+
+
+def _labels(path: Path, name: str, array: NDArray[Any], count: int) -> list[Any]:
+    if array.size != count or array.ndim not in (1, 2) or array.dtype.kind not in "iubUS":
+        raise FileError(
+            f"{name} of {path} is {array.dtype} of shape {array.shape}; expected {count} integers or words, "
+            "one per image"
+        )
+    labels: list[Any] = array.reshape(-1).tolist()
+    return [label.decode("utf-8", "replace") if isinstance(label, bytes) else label for label in labels]
+
+
+# -- The datasets library ----------------------------------------------------------------------
+
+
+def _from_datasets(
+    source: str, text_column: str | None, label_column: str | None, label_names: Sequence[str]
+) -> Table | Data:
+    try:
+        import datasets
+    except ImportError:
+        raise TnadaptError(
+            f"no file or folder {safe_repr(source)}; give one with --data, or pip install 'tnadapt[hub]' to load data "
+            "by their name on the hub"
+        ) from None
+    name, _, config = source.partition(":")
+    try:
+        with quiet("datasets", "huggingface_hub"):
+            if Path(source).is_dir():
+                found = datasets.load_from_disk(source)
+            else:
+                found = datasets.load_dataset(name, config or None)
+    except Exception as error:  # hubs, proxies and parsers raise many kinds of errors
+        raise TnadaptError(
+            f"no file or folder {safe_repr(source)}, and datasets cannot load that name: {first_line(error)}; "
+            "give --data a file or folder"
+        ) from None
+    if not isinstance(found, dict):
+        found = {"train": found}
+    train = found.get("train")
+    if train is None:
+        raise TnadaptError(f"{source} has the splits {', '.join(found)}; expected one named train")
+    parts = {part: found[part] for part in TEST_FOLDERS if part in found}
+    pictured = [name for name, feature in train.features.items() if isinstance(feature, datasets.Image)]
+    words = {name: names for name, feature in train.features.items() if (names := _class_names(feature))}
+    if text_column is not None or not pictured:
+        tests = {part: _Columns(rows) for part, rows in parts.items()}
+        opaque = tuple(name for name, feature in train.features.items() if _is_decoded(feature))
+        return Table(source, source, _Columns(train), tests, (), words, opaque)
+    label = needed_column(source, "label", label_column, label_names, train.column_names)
+    part = next((name for name, rows in parts.items() if set(rows[label]) != {-1}), None)
+    column = next((name for name in IMAGE_COLUMNS if name in pictured), pictured[0])
+    divided = None if part is None else (_Pictures(parts[part], column), list(parts[part][label]))
+    data = _labelled(source, "image", _Pictures(train, column), list(train[label]), divided, part or "")
+    if parts and (first := next(iter(parts))) != part:
+        data = dataclasses.replace(data, hidden=(first, _Pictures(parts[first], column)))
+    return data.with_words(words[label]) if label in words else data
+
+
+def _is_decoded(feature: Any) -> bool:
+    """Return whether a column holds files, such as images or sounds, rather than values of JSON."""
+    return hasattr(feature, "decode_example") and type(feature).__name__ != "Json"
+
+
+def _class_names(feature: Any) -> tuple[str, ...]:
+    """Return the class names of a column of numbers, or of lists of numbers; empty if it has none."""
+    return tuple(getattr(getattr(feature, "feature", feature), "names", None) or ())
+
+
+class _Columns(Mapping[str, Sequence[Any]]):
+    """The columns of a part of ``datasets``, each read when it is asked for."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __getitem__(self, name: str) -> Sequence[Any]:
+        if name not in self.rows.column_names:
+            raise KeyError(name)
+        return list(self.rows[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows.column_names)
+
+    def __len__(self) -> int:
+        return len(self.rows.column_names)
+
+
+class _Pictures:
+    """A column of images, each decoded on access."""
+
+    def __init__(self, rows: Any, column: str) -> None:
+        self.rows, self.column = rows.select_columns([column]), column
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index][self.column]
+
+    def take(self, indices: Labels) -> _Pictures:
+        return _Pictures(self.rows.select(indices), self.column)
+
+
+def first_line(error: Exception) -> str:
+    """Return the message of another library's error as one line of limited length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # A line that ends in a colon announces the others.
+    return " ".join(lines)[:500] if lines[0].endswith(":") else lines[0][:300]
+
+
+@contextlib.contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Silence the loggers of other libraries inside ``with``."""
+    before = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,224 @@
+"""Registries of named formats, maps, attention layouts and file formats, and the plug-ins that extend them.
+
+Every choice that a setting names is a class in a :class:`Registry`. Another package adds its own classes through the
+``register_…`` functions of :mod:`tnadapt`, or, without having to be imported, through an entry point in the group
+``tnadapt.plugins`` (:mod:`~tnadapt.plugins`).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Container, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any, Generic, TypeVar
+
+from .errors import ConfigError, safe_repr
+
+__all__ = [
+    "GROUP",
+    "Registry",
+    "checked_name",
+    "forget_registered",
+    "load_plugins",
+]
+
+
+# -- Entry points in the group tnadapt.plugins, loaded when an unknown name is first looked up -------------------------
+
+# An entry point names a function without arguments that calls ``tnadapt.register_format`` or a similar function::
+#
+#     [project.entry-points."tnadapt.plugins"]
+#     tensor-ring = "my_package:register"
+
+
+GROUP = "tnadapt.plugins"
+
+
+@functools.cache
+def load_plugins() -> tuple[str, ...]:
+    """Load every installed plug-in, once per process.
+
+    Returns
+    -------
+    tuple of str
+        One sentence per plug-in that failed to load: its name, its package, and the error. A failing plug-in never
+        prevents the others, or anything built in, from working.
+    """
+    import importlib.metadata  # brings along the parser of emails and more, and most programs need no plug-in
+
+    failures = []
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        try:
+            entry.load()()
+        except Exception as error:  # a plug-in may raise anything
+            package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown package"
+            failures.append(f"plug-in {entry.name!r} of {package} failed to load: {type(error).__name__}: {error}")
+    return tuple(failures)
+
+
+# -- Registry of classes by name: the built-in ones, and those that other packages register ----------------------------
+
+
+T = TypeVar("T")
+
+_registries: list[Registry[Any]] = []
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+class Registry(Mapping[str, type[T]], Generic[T]):
+    """Classes of one kind, by the names that settings and files use for them.
+
+    Parameters
+    ----------
+    kind : str
+        Kind of class, for messages: ``"format"``.
+    contract : type
+        Base class that each class must inherit from.
+    built_in : mapping of str to type
+        In the order in which messages list them.
+
+    Notes
+    -----
+    Plug-ins are loaded when an unknown name is looked up. Iteration yields the names registered so far, the built-in
+    ones first. A built-in class cannot be replaced, because files refer to it by name. A class that was registered
+    earlier can be replaced by one of the same module, so that a notebook cell can be rerun; two packages that choose
+    the same name get an error.
+
+    Examples
+    --------
+    >>> registry = Registry("shape", int, {"true": bool})
+    >>> registry.find("true")
+    <class 'bool'>
+    >>> registry.find("round")
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.ConfigError: shape must be one of 'true'; got 'round'. If a plug-in provides it, install the plug-in
+    """
+
+    def __init__(self, kind: str, contract: type[T], built_in: Mapping[str, type[T]]) -> None:
+        _registries.append(self)
+        self.kind, self.contract = kind, contract
+        self._built_in = dict(built_in)
+        self._added: dict[str, type[T]] = {}
+
+    def __getitem__(self, name: str) -> type[T]:
+        return self._built_in[name] if name in self._built_in else self._added[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._built_in
+        yield from self._added
+
+    def __len__(self) -> int:
+        return len(self._built_in) + len(self._added)
+
+    @property
+    def built_in(self) -> tuple[str, ...]:
+        """Names of the classes that are part of this library."""
+        return tuple(self._built_in)
+
+    def check(self, name: str, cls: type[T]) -> None:
+        """Raise the errors of :meth:`register` without registering anything."""
+        checked_name(self.kind, name, self._built_in)
+        if not (isinstance(cls, type) and issubclass(cls, self.contract)):
+            raise ConfigError(
+                f"a {self.kind} must be a class that inherits from {_public(self.contract)}; got {safe_repr(cls)}"
+            )
+
+    def register(self, name: str, cls: type[T]) -> None:
+        """Add a class.
+
+        Raises
+        ------
+        ConfigError
+            If the name has other characters than lower-case letters, digits, ``.``, ``_`` and ``-``, or more than 64,
+            or is built in, or another module has registered a class under it, or the class does not inherit from the
+            contract.
+        """
+        self.check(name, cls)
+        earlier = self._added.get(name, cls)
+        if earlier.__module__ != cls.__module__:
+            raise ConfigError(
+                f"{self.kind} {name!r} is already registered, by {earlier.__module__}.{earlier.__qualname__}: choose "
+                f"another name for {cls.__module__}.{cls.__qualname__}"
+            )
+        self._added.pop(name, None)
+        self._added[name] = cls
+
+    def forget(self) -> None:
+        """Remove all registered classes; for tests."""
+        self._added.clear()
+
+    def find(self, name: object, other: str = "") -> type[T]:
+        """Return the class of a name; load the plug-ins if the name is unknown.
+
+        Parameters
+        ----------
+        name : object
+            As given by the user.
+        other : str
+            What the setting accepts other than a name, for the message.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such class. The message lists the known names and the plug-ins that failed to load.
+        """
+        if isinstance(name, str):
+            if name not in self:
+                failures = load_plugins()
+            if name in self:
+                return self[name]
+        else:
+            failures = load_plugins()
+        listed = ", ".join(repr(known) for known in self)
+        other = f" {other}" if other else ""
+        failed = "".join(f"; {failure}" for failure in failures)
+        raise ConfigError(
+            f"{self.kind} must be one of {listed}{other}; got {safe_repr(name)}{self._meant(name)} If a plug-in "
+            f"provides it, install the plug-in{failed}"
+        )
+
+    def _meant(self, name: object) -> str:
+        close = get_close_matches(name.lower(), list(self), n=1) if isinstance(name, str) else []
+        return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def checked_name(kind: str, name: object, built_in: Container[str]) -> str:
+    """Return a name if something may be registered under it, or raise an error.
+
+    Raises
+    ------
+    ConfigError
+        If it has other characters than lower-case letters, digits, ``.``, ``_`` and ``-``, or more than 64, or is
+        built in.
+
+    Examples
+    --------
+    >>> checked_name("format", "tensor-ring", ("tt",))
+    'tensor-ring'
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"the name of a {kind} must consist of at most 64 lower-case letters, digits, '.', '_' and '-'; got "
+            f"{safe_repr(name)}"
+        )
+    if name in built_in:
+        raise ConfigError(f"{kind} {name!r} is built in and cannot be replaced: choose another name")
+    return name
+
+
+def _public(cls: type) -> str:
+    """Return the name of a class as users import it: from the public package, not from its private module."""
+    package = cls.__module__.partition("._")[0]
+    return f"{package}.{cls.__name__}"
+
+
+def forget_registered() -> None:
+    """Remove the registered classes of every registry, and let plug-ins be loaded again; for tests."""
+    for registry in _registries:
+        registry.forget()
+    load_plugins.cache_clear()
+
+
+# -- Registries of named formats, maps, attention layouts and file formats, and the plug-ins that extend them ----------

@@ -1,0 +1,420 @@
+"""What makes an adapter's file serve itself: its model described and built again, its card, and the hub.
+
+``libraries`` has the libraries of models by name, ``model_card`` writes the README, and ``hub`` uploads and downloads.
+None of these knows an adapter's handle; they take a model, an :class:`~tnadapt.AdapterFile` or a path.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from tnadapt.checkpoints.checkpoint import gguf_files, hidden_bar, need_gguf
+from tnadapt.checkpoints.pretrained_model import TASKS, Pretrained, PretrainedTask
+from tnadapt.errors import ConfigError, FileError, TnadaptError, safe_repr
+
+from ._state import is_array
+
+__all__ = [
+    "LIBRARIES",
+    "BuildOptions",
+    "ModelLibrary",
+    "TimmModels",
+    "TransformersModels",
+    "describe",
+    "missing",
+    "quiet_loggers",
+    "refusing",
+]
+
+
+# -- What makes an adapter's file serve itself: its model described and built again, its card, and the hub -------------
+
+# ``libraries`` has the libraries of models by name, ``model_card`` writes the README, and ``hub`` uploads and
+# downloads. None of these knows an adapter's handle; they take a model, an :class:`~tnadapt.AdapterFile` or a path.
+
+
+# -- ModelLibrary, the interface of a library that builds pretrained models --------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildOptions:
+    """What the caller of ``load_pretrained`` chose, rather than the file.
+
+    Attributes
+    ----------
+    device : str or torch.device or None
+    dtype : torch.dtype or None
+        None for the dtype that the file records.
+    quantization_config : object or None
+    token : str or bool or None
+        Token of the hub.
+    trusted : bool
+        Whether the caller named the base. Of a base that only the file names, no pickle is read.
+    """
+
+    device: Any = None
+    dtype: torch.dtype | None = None
+    quantization_config: Any = None
+    token: str | bool | None = None
+    trusted: bool = False
+
+    def dtype_for(self, about: Pretrained) -> torch.dtype | None:
+        """Return the dtype to build with; None if neither the caller nor the file says."""
+        return self.dtype or (getattr(torch, about.dtype) if about.dtype else None)
+
+
+class ModelLibrary(abc.ABC):
+    """A library of pretrained models. One class in one file, registered in ``libraries``."""
+
+    #: Its name in files.
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def describe(self, model: nn.Module) -> Pretrained | None:
+        """Return what the model says about itself; None if it is not of this library. Imports nothing."""
+
+    @abc.abstractmethod
+    def build(self, about: Pretrained, options: BuildOptions) -> tuple[nn.Module, frozenset[str]]:
+        """Build the model; return it with the names of the parameters that its base has no values for."""
+
+    @abc.abstractmethod
+    def processor(self, about: Pretrained, folder: str | None, token: str | bool | None) -> Any:
+        """Return what prepares the model's inputs: from a folder, or else (None) from the base."""
+
+    @abc.abstractmethod
+    def set_labels(self, model: nn.Module, about: Pretrained) -> None:
+        """Name the model's outputs."""
+
+
+def missing(library: str) -> TnadaptError:
+    """Return the error for a library that is not installed."""
+    return TnadaptError(f"{library} is not installed, which builds the base model: pip install 'tnadapt[hub]'")
+
+
+@contextlib.contextmanager
+def refusing(what: str, way: str) -> Iterator[None]:
+    """Turn any error of a hub or loader into a one-line TnadaptError with the way out."""
+    try:
+        yield
+    except TnadaptError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise TnadaptError(f"{what}: {(lines or [type(error).__name__])[0][:300]}; {way}") from error
+
+
+@contextlib.contextmanager
+def quiet_loggers(*names: str) -> Iterator[None]:
+    """Show only errors of other libraries' loggers inside ``with``."""
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+# -- Models of timm: described from their pretrained_cfg, built by timm.create_model -----------------------------------
+
+
+_WEIGHTS = "model.safetensors"
+_GIVE_TIMM_BASE = "give base= (--base) with timm's name of a model, or a model"
+
+
+class TimmModels(ModelLibrary):
+    """The pretrained models of timm."""
+
+    name = "timm"
+
+    def describe(self, model: nn.Module) -> Pretrained | None:
+        """Return timm's name, the number or names of classes, and the size of images if it is not the usual one."""
+        config = getattr(model, "pretrained_cfg", None)
+        if "timm" not in sys.modules or not isinstance(config, dict) or not config.get("architecture"):
+            return None
+        classes, settings = getattr(model, "num_classes", 0), dict[str, Any]()
+        labels = config.get("label_names") or ()
+        labels = tuple(labels) if len(labels) == classes else ()
+        if not labels:
+            settings["num_classes"] = classes
+        channels, *usual = config.get("input_size") or (3, 0, 0)
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        if size is not None and list(size) != usual:
+            settings["img_size"] = list(size)
+        if (taken := getattr(model, "in_chans", channels)) != channels:
+            settings["in_chans"] = taken
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        return Pretrained(_name(config), "", "", self.name, "image-classification", labels, dtype, settings)
+
+    def build(self, about: Pretrained, options: BuildOptions) -> tuple[nn.Module, frozenset[str]]:
+        """Build the model; its head has no numbers in the base unless the number of classes is the usual one."""
+        if not about.name:
+            raise FileError(f"it does not name its base model: {_GIVE_TIMM_BASE}")
+        if options.quantization_config is not None:
+            raise TnadaptError("quantization_config is for models of transformers, and the base is a model of timm")
+        timm, settings = _timm(), dict(about.settings)
+        if about.labels:
+            settings["num_classes"] = len(about.labels)
+        if "img_size" in settings:
+            settings["img_size"] = tuple(settings["img_size"])
+        if not options.trusted:
+            settings |= _without_pickles(about.name)
+        with (
+            refusing(f"cannot load its base model {safe_repr(about.name)} through timm", _GIVE_TIMM_BASE),
+            quiet_loggers("timm", "huggingface_hub"),
+            torch.random.fork_rng(devices=[]),
+        ):
+            model = timm.create_model(about.name, pretrained=True, **settings)
+        config = model.pretrained_cfg
+        heads: Any = () if model.num_classes == config.get("num_classes") else config.get("classifier") or "head"
+        heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+        if (dtype := options.dtype_for(about)) is not None:
+            model = model.to(dtype)
+        return model, frozenset(name for name, _ in model.named_parameters() if heads and name.startswith(heads))
+
+    def processor(self, about: Pretrained, folder: str | None, token: str | bool | None) -> Any:
+        """Return timm's transform of images for evaluation."""
+        timm = _timm()
+        with refusing(f"cannot tell the images of {safe_repr(about.name)}", "use timm.data.create_transform"):
+            config = _pretrained_config(about.name)
+            if "img_size" in about.settings:
+                sides = about.settings["img_size"]
+                config |= {"input_size": (config["input_size"][0], *sides), "fixed_input_size": False}
+            return timm.data.create_transform(**timm.data.resolve_data_config({}, pretrained_cfg=config))
+
+    def set_labels(self, model: nn.Module, about: Pretrained) -> None:
+        """Set ``label_names`` of the model's ``pretrained_cfg``, where timm keeps them."""
+        config = getattr(model, "pretrained_cfg", None)
+        if about.labels and isinstance(config, dict):
+            config["label_names"] = list(about.labels)
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError:
+        raise missing("timm") from None
+    return timm
+
+
+def _without_pickles(name: str) -> dict[str, Any]:
+    """Return settings with which timm reads safetensors alone from a repository or folder; refuse a folder without."""
+    source, _, place = name.partition(":")
+    if source == "local-dir" and not Path(place, _WEIGHTS).is_file():
+        raise FileError(f"its base model {safe_repr(name)} is no folder here with {_WEIGHTS}: {_GIVE_TIMM_BASE}")
+    return {"pretrained_cfg_overlay": {"hf_hub_filename": _WEIGHTS}} if source == "hf-hub" else {}
+
+
+def _pretrained_config(name: str) -> dict[str, Any]:
+    """Return the ``pretrained_cfg`` of a model by name."""
+    models = _timm().models
+    if ":" not in name:
+        return dict(models.get_pretrained_cfg(name, allow_unregistered=False).to_dict())
+    return dict(models.create_model(name, pretrained=False).pretrained_cfg)  # a folder or repository has it
+
+
+def _name(config: dict[str, Any]) -> str:
+    """Return the name by which ``timm.create_model`` builds the model."""
+    if config.get("source") == "local-dir":
+        return f"local-dir:{Path(config['file']).absolute()}"
+    if config.get("source") == "hf-hub":
+        return f"hf-hub:{config['hf_hub_id']}"
+    return ".".join(filter(None, (config["architecture"], config.get("tag"))))
+
+
+# -- Models of transformers: described from their config, built by the classes of TASKS --------------------------------
+
+
+# Where the hub's cache keeps a repository at a commit.
+_CACHED = re.compile(r".*[/\\]models--(?P<name>[\w.-]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})[/\\]?")
+_GIVE_BASE = "give base= (--base) with a folder, a name or a model"
+
+
+class TransformersModels(ModelLibrary):
+    """The pretrained models of transformers."""
+
+    name = "transformers"
+
+    def describe(self, model: nn.Module) -> Pretrained | None:
+        """Return the base's name and revision, the task, the labels and the dtype."""
+        modeling = sys.modules.get("transformers.modeling_utils")
+        config = getattr(model, "config", None)
+        if modeling is None or config is None or not isinstance(model, modeling.PreTrainedModel):
+            return None
+        name, revision, file = _origin(str(getattr(config, "_name_or_path", None) or ""), config)
+        task = _task_of(model, config)
+        settings = {}
+        if task == "text-classification":
+            found = {name: getattr(config, name, None) for name in ("problem_type", "pad_token_id")}
+            # Some configs have -1 for no padding token.
+            settings = {name: value for name, value in found.items() if value is not None and value != -1}
+        labels = _labels(config) if task and TASKS[task].labelled else ()
+        try:
+            return Pretrained(name, revision, file, self.name, task, labels, _dtype(model), settings)
+        except ConfigError:
+            # An unusual config must not keep an adapter from being saved: record the base alone, or nothing.
+            with contextlib.suppress(ConfigError):
+                return Pretrained(name, revision, "", self.name)
+            return None
+
+    def build(self, about: Pretrained, options: BuildOptions) -> tuple[nn.Module, frozenset[str]]:
+        """Build the model with the head of its task and labels."""
+        if not about.name:
+            raise FileError(f"it does not name its base model: {_GIVE_BASE}")
+        transformers, task = _transformers(), _task(about)
+        settings: dict[str, Any] = dict(about.settings)
+        if about.labels:
+            settings |= {"id2label": about.id2label, "label2id": about.label2id, "ignore_mismatched_sizes": True}
+        if about.file:
+            need_gguf(about.file)
+            settings["gguf_file"] = about.file
+        elif not options.trusted:
+            settings["use_safetensors"] = True
+        if options.quantization_config is not None:
+            settings["quantization_config"] = options.quantization_config
+            if options.device is not None:
+                settings["device_map"] = {"": options.device}
+        with (
+            refusing(f"cannot load its base model {_shown(about)} through transformers", _GIVE_BASE),
+            _silent(transformers),
+            hidden_bar(about.file),
+            torch.random.fork_rng(devices=[]),
+        ):
+            if os.path.isabs(about.name) and not os.path.exists(about.name):  # not a name on a hub
+                raise FileNotFoundError("there is no such folder here")
+            model, loaded = getattr(transformers, task.model).from_pretrained(
+                about.name, revision=about.revision or None, dtype=options.dtype_for(about) or "auto",
+                token=options.token, trust_remote_code=False, output_loading_info=True, **settings,
+            )  # fmt: skip
+        random = {*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])}
+        return model, frozenset(random & dict(model.named_parameters()).keys())
+
+    def processor(self, about: Pretrained, folder: str | None, token: str | bool | None) -> Any:
+        """Return the tokenizer, image processor, feature extractor or processor of the task."""
+        transformers, task, settings = _transformers(), _task(about), dict[str, Any]()
+        if folder is None:
+            if not about.name:
+                raise FileError("it has no tokenizer or processor of its own, and does not name its base model")
+            folder, settings = about.name, {"revision": about.revision or None, "token": token}
+            if about.file:
+                need_gguf(about.file)
+                settings["gguf_file"] = about.file
+        with (
+            refusing(f"cannot load the {task.processor} from {safe_repr(folder)}", "load it yourself"),
+            _silent(transformers),
+        ):
+            found = getattr(transformers, task.processor).from_pretrained(folder, trust_remote_code=False, **settings)
+        if task.processor == "AutoTokenizer" and not isinstance(found, transformers.PreTrainedTokenizerBase):
+            # Some classes, such as RAG's, hold tokenizers and are none.
+            raise FileError(
+                f"the tokenizer in {safe_repr(folder)} is a {type(found).__name__}, not one for texts: load it yourself"
+            )
+        # Where there are no files of a tokenizer, transformers makes one without words, or with a space alone.
+        if task.processor == "AutoTokenizer" and len(found.get_vocab()) <= len(set(found.all_special_ids)) + 1:
+            raise FileError(
+                f"there is no tokenizer in {safe_repr(folder)}: save one with the adapter, or load it yourself"
+            )
+        return found
+
+    def set_labels(self, model: nn.Module, about: Pretrained) -> None:
+        """Set ``id2label`` and ``label2id`` of the model's config."""
+        if about.labels and hasattr(model, "config"):
+            config: Any = model.config
+            config.id2label, config.label2id = about.id2label, about.label2id
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise missing("transformers") from None
+    return transformers
+
+
+def _task(about: Pretrained) -> PretrainedTask:
+    if not about.task:
+        raise FileError(
+            f"it does not say for which task its model is: {_GIVE_BASE.replace('a folder, a name or ', '')}"
+        )
+    return TASKS[about.task]
+
+
+def _task_of(model: nn.Module, config: Any) -> str:
+    """Return the first task whose class builds models of this class; "" if none does."""
+    transformers = sys.modules["transformers"]
+    for name, task in TASKS.items():
+        built = getattr(getattr(transformers, task.model, None), "_model_mapping", {}).get(type(config), ())
+        # Sharding derives a class from the model's.
+        if any(one in type(model).__mro__ for one in (built if isinstance(built, tuple) else (built,))):
+            return name
+    return ""
+
+
+def _origin(name: str, config: Any) -> tuple[str, str, str]:
+    """Return the name, revision and GGUF file of a model by the name it was loaded by."""
+    if (cached := _CACHED.fullmatch(name)) is not None:
+        return cached["name"].replace("--", "/"), cached["revision"], _gguf(config)
+    if name and Path(name).is_dir():
+        folder = Path(name).absolute()
+        files = gguf_files(folder)
+        return str(folder), "", _gguf(config) or (files[0] if len(files) == 1 else "")
+    return name, getattr(config, "_commit_hash", None) or "", _gguf(config)
+
+
+def _gguf(config: Any) -> str:
+    """Return the GGUF file that a model was loaded from, which transformers (as of 5.24) keeps in its config."""
+    return str(getattr(getattr(config, "quantization_config", None), "gguf_file", None) or "")
+
+
+def _labels(config: Any) -> list[str]:
+    known = getattr(config, "id2label", None) or {}
+    return [str(known[number]) for number in range(len(known))] if known.keys() == set(range(len(known))) else []
+
+
+def _dtype(model: nn.Module) -> str:
+    """Return the dtype of the base's first weights that have one."""
+    kinds = (one.dtype for name, one in model.named_parameters() if one.is_floating_point() and not is_array(name))
+    found = str(next(kinds, "")).removeprefix("torch.")
+    return found if found in ("float64", "float32", "float16", "bfloat16") else ""
+
+
+def _shown(about: Pretrained) -> str:
+    return safe_repr(about.name) + (f" at revision {about.revision}" if about.revision else "")
+
+
+@contextlib.contextmanager
+def _silent(transformers: Any) -> Iterator[None]:
+    """Silence transformers' messages and progress bars inside ``with``."""
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with quiet_loggers("transformers", "huggingface_hub"):
+            yield
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+# -- The libraries of pretrained models by name ------------------------------------------------------------------------
+
+
+LIBRARIES: Mapping[str, ModelLibrary] = {library.name: library for library in (TransformersModels(), TimmModels())}
+
+
+def describe(model: nn.Module) -> Pretrained | None:
+    """Return what a model says about its base, task and labels; None if it is of no known library."""
+    found = (library.describe(model) for library in LIBRARIES.values())
+    return next((about for about in found if about is not None), None)
