@@ -11,8 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tnadapt.algebra.folding import balanced_factors, balanced_shape, kronecker_sizes
-from tnadapt.algebra.unfolding import boxes
+from tnadapt.algebra.folding import balanced_factors, balanced_shape, boxes, kronecker_sizes
 from tnadapt.backends import Backend
 
 

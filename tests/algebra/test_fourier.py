@@ -15,7 +15,7 @@ import tnadapt as tna
 from tests.conftest import NUMPY_AND_TORCH, relative_error
 from tnadapt.algebra.maps import Dft2
 from tnadapt.backends import Backend, load_backend
-from tnadapt.backends._dft2 import FFT_DTYPES
+from tnadapt.backends.backend import FFT_DTYPES
 
 #: Even, odd and prime sides, the shortest ones, and a pair of which one has many factors.
 SHAPES = [(1, 1), (1, 6), (7, 1), (2, 2), (9, 5), (16, 16), (31, 37), (66, 128), (131, 96)]
@@ -101,7 +101,7 @@ def test_a_batch_in_chunks(library: str, chunk: int, monkeypatch: pytest.MonkeyP
     b, f = load_backend(library), fourier(12, 7)
     x = b.asarray(np.random.default_rng(0).normal(size=(5, f.n_in)), "float64")
     expected = b.to_numpy(f.forward_plain(b, x))
-    monkeypatch.setattr("tnadapt.backends._dft2._CHUNK", chunk)
+    monkeypatch.setattr("tnadapt.backends.backend._CHUNK", chunk)
     with with_fft():
         assert relative_error(b.to_numpy(f.forward(b, x)), expected) < 1e-12
 

@@ -9,7 +9,7 @@ import pytest
 
 from tnadapt import ConfigError
 from tnadapt.algebra.maps import KINDS, MAPS, BroughtMap, Map
-from tnadapt.algebra.maps._blocks import Repeat
+from tnadapt.algebra.maps._matrices import Repeat
 from tnadapt.maps import (
     CenteredWavelet,
     Circulant,

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.conftest import on_every_library, relative_error
+from tnadapt.algebra.folding import along, best_cut
 from tnadapt.algebra.formats import make_format
 from tnadapt.algebra.network import Network
-from tnadapt.algebra.unfolding import along, best_cut, row_wise_khatri_rao
+from tnadapt.algebra.products import row_wise_khatri_rao
 from tnadapt.backends import Backend, get_backend
 
 SIZES = st.lists(st.integers(1, 6), min_size=2, max_size=5)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tnadapt.algebra.config import Config
+from tnadapt.algebra.group import rank_bound, rank_bounds
 from tnadapt.algebra.layout import KnownWeights
-from tnadapt.algebra.rank_bounds import rank_bound, rank_bounds
 from tnadapt.algebra.superlora import parameter_count
 from tnadapt.checkpoints.lora_export import lora_export
 from tnadapt.errors import ShapeError, TnadaptError

@@ -283,7 +283,7 @@ def test_the_committed_reasons_and_results_fit_each_other() -> None:
 
 
 def test_samples_are_drawn_by_seed_and_larger_ones_hold_smaller_ones() -> None:
-    modules = {path: Module(ROOT, path) for path in ("tnadapt/algebra/unfolding.py", "tnadapt/algebra/products.py")}
+    modules = {path: Module(ROOT, path) for path in ("tnadapt/algebra/folding.py", "tnadapt/algebra/products.py")}
     small, large, other = _chosen(modules, 0, 10), _chosen(modules, 0, 20), _chosen(modules, 1, 10)
     assert small == large[:10]
     assert small != other

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tnadapt as tna
 import tnadapt.torch as tt
 from tnadapt.algebra.maps.fastfood import Linear
-from tnadapt.backends.fixed_arrays import FixedArrays
+from tnadapt.backends.backend import FixedArrays
 from tnadapt.torch._registry import _bytes_held as _held
 from tnadapt.torch._registry import drawn, held_by_draws
 

@@ -1,12 +1,14 @@
 """The algebra of weight updates, from settings to ΔW, on any array library.
 
-Data flows one way. ``config`` holds the settings and ``presets`` the named methods. ``superlora`` plans them for given
-weights: ``layout`` cuts the long vector of all updates into groups, ``folding`` folds each group into a tensor.
-``network`` computes one group, or any slice of it, from its splits (``formats``, combined by ``products``), with
-``unfolding`` and ``rearrangement``. ``maps`` holds the fixed map F that follows. ``init`` initializes the arrays for
-training; ``sources`` says which arrays are trained and computes the frozen ones, ``starting_points`` says where
-training starts. ``rng`` draws every fixed or random number reproducibly, bit for bit. ``factoring`` finds updates that
-are products of two factors, ``rounding`` adds an update to a weight, and ``geometry`` and ``norms`` measure updates.
+Data flows one way. ``config`` holds the settings and ``presets`` the named methods, which ``named_config`` finds by
+name. ``layout`` cuts the long vector of all updates into groups, and ``folding`` folds each group into a tensor.
+``network`` computes a group before F, or any slice of it, from its splits (``formats``, combined by ``products``);
+``maps`` holds the fixed map F that follows, and ``theta`` one before the network. ``group`` joins these to the ΔW of a
+group. ``sources`` says which arrays are trained and computes the frozen ones; ``init`` and ``starting_points`` say
+where training starts, and ``units`` how far a step moves. ``plan`` puts all groups together, ``superlora`` adds the
+updates, and ``composite`` joins several configs. ``rng`` draws every fixed or random number, the same on all machines.
+``factoring`` finds updates that are products of two factors, ``applying`` says how an update meets its weight,
+``rounding`` does that in float64, and ``geometry`` and ``norms`` measure updates.
 """
 
 from types import ModuleType

@@ -1,4 +1,4 @@
-"""Several configs in one adapter: the plan, which is the plans of the parts side by side.
+"""Several configs in one adapter: their config, layout, and plan, which is the plans of the parts side by side.
 
 The long vector of a composite plan is that of its first part, then that of its second, and so on. Groups and weights
 are numbered through all parts: if the first part has two groups, ``group2`` is the first group of the second part. Each
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-# -- A config of parts: several configs, each for some of the weights of one adapter -----------------------------------
+# -- A config of parts: several configs, each for some of the weights --------------------------------------------------
 
 
 _Item = TypeVar("_Item")
@@ -201,7 +201,7 @@ def _checked_parts(parts: Any) -> tuple[ConfigPart, ...]:
     return tuple(found)
 
 
-# -- The layout of several parts of an adapter, each with a config of its own ------------------------------------------
+# -- The layout of several parts ---------------------------------------------------------------------------------------
 
 
 class CompositeLayout(Layout):
@@ -269,7 +269,7 @@ class CompositeLayout(Layout):
         return [self.moved(place, piece) for piece in self.parts[place].of_group(group - self.firsts[place][1])]
 
 
-# -- Several configs in one adapter: the plan, which is the plans of the parts side by side ----------------------------
+# -- The plan of several parts -----------------------------------------------------------------------------------------
 
 
 _Shapes = dict[str, tuple[int, ...]]

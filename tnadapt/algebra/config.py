@@ -1,4 +1,7 @@
-"""Config, the settings of an adapter (r, M, K, G, ρ, α and others): immutable and validated."""
+"""Config, the settings of an adapter (r, M, K, G, ρ, α and others): immutable and validated.
+
+The sections before the class check its fields, and turn axes and folds in names to the numbers of a group.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ __all__ = [
 ]
 
 
-# -- The setting axes: which sizes of the fold each mode of the network indexes, and in which order --------------------
+# -- Axes: which sizes of the fold each mode of the network indexes, and in which order --------------------------------
 
 
 def checked_axes(axes: Any, fold: Any, order: int) -> Axes | None:
@@ -93,7 +96,7 @@ def checked_axes(axes: Any, fold: Any, order: int) -> Axes | None:
     return found
 
 
-# -- Folds whose sizes are named: ("weights", "rows", "cols") stands for the numbers of each group ---------------------
+# -- Folds in names: ("weights", "rows", "cols") stands for the numbers of each group ----------------------------------
 
 # A fold in names makes one setting fit groups of different weights, such as the queries and the values of grouped-query
 # attention. A size is an integer, one of the names, or a name divided by an integer: ``("weights", 12, "rows/12",
@@ -225,7 +228,7 @@ def _misplaced(fold: Sequence[int | str]) -> ConfigError:
     )
 
 
-# -- Checks of the fields of a config: each returns the value in its canonical form, or raises ConfigError -------------
+# -- Checks of the fields: each returns the value in its canonical form, or raises ConfigError -------------------------
 
 
 SCOPES = ("plan", "group", "array")
@@ -401,14 +404,14 @@ def checked_sources(sources: Any) -> SourceMap:
     return SourceMap(found)
 
 
-# -- The names of the optimizers that tnadapt.algebra.units has units for ---------------------------------------------
+# -- Names of the optimizers that tnadapt.algebra.units has units for --------------------------------------------------
 
 
 #: Values of ``Config.rate``.
 RATE_NAMES = ("adam", "sgd")
 
 
-# -- Config, the settings of an adapter (r, M, K, G, ρ, α and others): immutable and validated -------------------------
+# -- Config ------------------------------------------------------------------------------------------------------------
 
 
 _Item = TypeVar("_Item")

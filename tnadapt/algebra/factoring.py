@@ -33,18 +33,16 @@ from typing import NamedTuple
 import numpy as np
 
 from tnadapt.backends import Backend
-from tnadapt.backends.backend import Array
-from tnadapt.backends.fixed_arrays import FixedArrays
+from tnadapt.backends.backend import Array, FixedArrays
 
+from .folding import Cut, boxes
 from .formats import Format, Ranges
-from .group import Group
+from .group import Group, Separation, separation_of
 from .layout import place_of
 from .maps import Map
 from .network import Network, NetworkHalves, width_at
-from .products import LONG, kronecker_tensor
-from .rank_bounds import Separation, separation_of
+from .products import LONG, kronecker_tensor, row_wise_khatri_rao
 from .superlora import SuperLoRA
-from .unfolding import Cut, boxes, row_wise_khatri_rao
 
 __all__ = [
     "Factored",
@@ -57,7 +55,7 @@ __all__ = [
 ]
 
 
-# -- An update as a sum of Kronecker products of small matrices, and the maps between which the sum may be -------------
+# -- A sum of Kronecker products of small matrices, and the maps around it ---------------------------------------------
 
 
 class Matrix(NamedTuple):
@@ -132,7 +130,7 @@ def mapped(backend: Backend, map_: Map, matrix: Array) -> Array:
     return backend.matrix_transpose(map_.forward(backend, backend.matrix_transpose(matrix)))
 
 
-# -- Row and column factors of one weight's update, for updates whose rows and columns are separable -------------------
+# -- Row and column factors of one weight's update ---------------------------------------------------------------------
 
 
 class Size(NamedTuple):
@@ -448,7 +446,7 @@ def _cut(sizes: Sequence[int], cols: int) -> int | None:
     return next((m for m in range(len(sizes) - 1, 0, -1) if math.prod(sizes[m:]) == cols), None)
 
 
-# -- Rows of a matrix that is a Kronecker product, each as one outer product of two vectors ----------------------------
+# -- Rows of a matrix that is a Kronecker product ----------------------------------------------------------------------
 
 # Row i of ``A ⊗ B ⊗ C`` is the Kronecker product of a row of each, those of the digits of i. So a run of rows needs no
 # cutting into boxes of digits, and its gradient is two sums. The products are those of

@@ -1,4 +1,9 @@
-"""Sizes for folding a vector into a tensor and for cutting a tensor into splits.
+"""Folding a vector into a tensor: the sizes, those of splits, and where a slice of the vector is in the tensor.
+
+A slice of a tensor's ``vec`` is a few boxes of the tensor, or a run of rows of an unfolding, in which the leading modes
+of the tensor are the rows of a matrix and the others its columns. CP, Tucker and tensor trains give each unfolding as a
+product ``L R`` with few columns in L. A slice is then one product of some rows of L with R, which writes each element
+once and in order.
 
 Paper symbols: N (length of the long vector), M (order), d_m (size of mode m), K (splits). All arithmetic is on Python
 integers: floating-point roots are inexact at perfect powers (64 ** (1/3) < 4).
@@ -8,22 +13,32 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import get_backend
+from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, ShapeError, integer
 
 __all__ = [
     "FOLDS",
+    "Box",
+    "Cut",
+    "along",
     "balanced_factors",
     "balanced_shape",
+    "best_cut",
+    "boxes",
     "from_hypercube",
     "hypercube_shape",
     "kronecker_sizes",
     "to_hypercube",
 ]
+
+
+# -- Sizes of the tensor, and of its splits ----------------------------------------------------------------------------
+
 
 #: The folds that have a name.
 FOLDS = ("stack", "hypercube", "balanced")
@@ -288,3 +303,206 @@ def kronecker_sizes(sizes: Sequence[int], splits: int, split_size: int | str | S
     first = tuple(integer("split_size", f, 1, MAX_SIZE, ConfigError, 'or "balanced"') for f in given)
     last = tuple(-(-d // f ** (splits - 1)) for d, f in zip(sizes, first, strict=True))
     return [first] * (splits - 1) + [last]
+
+
+# -- A slice as boxes of the tensor ------------------------------------------------------------------------------------
+
+# A tensor network restricted to a box is the same network with its factors restricted to the box's rows. This is how a
+# slice is computed without the rest of the tensor.
+
+
+class Box(NamedTuple):
+    """A box of a tensor whose elements are contiguous in ``vec``.
+
+    Attributes
+    ----------
+    ranges : tuple of (int, int)
+        Start and stop in every mode.
+    start : int
+        Position in ``vec`` of its first element.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+    start: int
+
+
+# One box may compute up to this fraction of extra elements if that avoids splitting the slice into three boxes.
+SLACK = 0.25
+
+
+def boxes(sizes: Sequence[int], start: int, stop: int) -> list[Box]:
+    """Return boxes that together hold elements ``start`` to ``stop - 1`` of ``vec`` of a tensor, in order.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        ``d_1 … d_M`` of the tensor.
+    start, stop : int
+        The slice, ``0 <= start < stop <= prod(sizes)``.
+
+    Returns
+    -------
+    list of Box
+        At most 2 M - 1 boxes. The first may begin before ``start`` and the last may end after ``stop``: at most a
+        quarter of the slice's length extra, so that a slice of a few rows is one box instead of three.
+
+    Raises
+    ------
+    ShapeError
+        If the slice is empty or extends beyond the tensor.
+
+    Notes
+    -----
+    The leading modes in which the slice stays at one index are fixed, the next mode is cut to the rows that the slice
+    touches, and the remaining modes are whole.
+
+    Examples
+    --------
+    >>> boxes((4, 10), 10, 30)
+    [Box(ranges=((1, 3), (0, 10)), start=10)]
+    >>> boxes((4, 10), 19, 21)
+    [Box(ranges=((1, 2), (9, 10)), start=19), Box(ranges=((2, 3), (0, 1)), start=20)]
+    """
+    if not 0 <= start < stop <= math.prod(sizes):
+        raise ShapeError(f"no slice {start}:{stop} of a tensor of sizes {tuple(sizes)} ({math.prod(sizes)} elements)")
+    return _boxes(tuple(sizes), start, stop)
+
+
+def _boxes(sizes: tuple[int, ...], start: int, stop: int) -> list[Box]:
+    if len(sizes) == 1:
+        return [Box(((start, stop),), start)]
+    row = math.prod(sizes[1:])
+    whole = tuple((0, size) for size in sizes[1:])
+    first, end = start // row, -(-stop // row)
+
+    def inside(index: int, lo: int, hi: int) -> list[Box]:
+        """Return the boxes of elements lo to hi - 1 of one row."""
+        return [Box(((index, index + 1), *box.ranges), index * row + box.start) for box in _boxes(sizes[1:], lo, hi)]
+
+    if end - first == 1:
+        return inside(first, start - first * row, stop - first * row)
+    if (end - first) * row <= (1 + SLACK) * (stop - start):
+        return [Box(((first, end), *whole), first * row)]
+    head: list[Box] = []
+    tail: list[Box] = []
+    if start % row:
+        head, first = inside(first, start % row, row), first + 1
+    if stop % row:
+        tail, end = inside(end - 1, 0, stop % row), end - 1
+    middle = [Box(((first, end), *whole), first * row)] if first < end else []
+    return head + middle + tail
+
+
+# -- A slice as rows of an unfolding -----------------------------------------------------------------------------------
+
+
+# Cost model, in multiply-adds: overhead per element of the result, and cost per element of L or R.
+_WRITTEN = 12
+_FORMED = 36
+
+
+class Cut(NamedTuple):
+    """The part of an unfolding that contains a slice.
+
+    Attributes
+    ----------
+    modes : int
+        Number of leading modes that are rows.
+    rows, cols : (int, int)
+        Start and stop.
+    start : int
+        Position of its first element in ``vec``; the others follow contiguously.
+    """
+
+    modes: int
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    start: int
+
+
+def best_cut(sizes: Sequence[int], start: int, stop: int, rank: Callable[[int], int | None]) -> Cut | None:
+    """Return the unfolding in which a slice costs least.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        ``d_1 … d_M``.
+    start, stop : int
+        The slice, ``0 <= start < stop <= prod(sizes)``.
+    rank : callable
+        Maps a number of leading modes to the number of columns of L; None if there is no such product.
+
+    Returns
+    -------
+    Cut or None
+        None if there is no unfolding, or each would compute over a quarter more than the slice.
+
+    Examples
+    --------
+    A weight of 2**24 elements out of 2**30 in four modes is 507 rows of the square unfolding:
+
+    >>> best_cut((182, 182, 182, 182), 0, 1 << 24, lambda modes: 8)
+    Cut(modes=2, rows=(0, 507), cols=(0, 33124), start=0)
+    >>> best_cut((4, 10), 12, 15, lambda modes: 1)
+    Cut(modes=1, rows=(1, 2), cols=(2, 5), start=12)
+    """
+    found: tuple[int, Cut] | None = None
+    for modes in range(1, len(sizes)):
+        inner = rank(modes)
+        if inner is None:
+            continue
+        length = math.prod(sizes[modes:])
+        first, end = start // length, -(-stop // length)
+        # A slice within one row needs only its own columns.
+        cols = (start - first * length, stop - first * length) if end - first == 1 else (0, length)
+        height, width = end - first, cols[1] - cols[0]
+        if height * width > (1 + SLACK) * (stop - start):
+            continue
+        cost = height * width * (_WRITTEN + inner) + (height + width) * inner * _FORMED
+        if found is None or cost < found[0]:
+            found = cost, Cut(modes, (first, end), cols, first * length + cols[0])
+    return None if found is None else found[1]
+
+
+def along(
+    backend: Backend,
+    sizes: Sequence[int],
+    start: int,
+    stop: int,
+    make: Callable[[Sequence[tuple[int, int]]], Array],
+    axis: int = 0,
+) -> Array:
+    """Call ``make`` on the boxes of a slice, join the results and crop them to the slice.
+
+    Parameters
+    ----------
+    backend : Backend
+    sizes : sequence of int
+        Sizes of the tensor.
+    start, stop : int
+        The slice of its ``vec``.
+    make : callable
+        Maps the ranges of a box to an array with one axis over all elements of the box, in order.
+    axis : int
+        That axis.
+
+    Returns
+    -------
+    array
+        Length ``stop - start`` on that axis.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tnadapt.backends import get_backend
+    >>> x = np.arange(12).reshape(3, 4)
+    >>> along(get_backend(x), (3, 4), 3, 9, lambda box: x[box[0][0]:box[0][1], box[1][0]:box[1][1]].reshape(-1))
+    array([3, 4, 5, 6, 7, 8])
+    """
+    parts = []
+    for ranges, first in boxes(sizes, start, stop):
+        part = make(ranges)
+        lo, hi = max(start - first, 0), min(stop - first, part.shape[axis])
+        whole = (lo, hi) == (0, part.shape[axis])
+        parts.append(part if whole else part[(*(slice(None),) * axis, slice(lo, hi), ...)])
+    return backend.concat(parts, axis=axis)

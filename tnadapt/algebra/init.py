@@ -1,4 +1,4 @@
-"""Initial values of the arrays: ΔW is exactly zero, and its gradient is not.
+"""Initial values of the arrays: which is zero and how large the others are, so that ΔW is zero and can be trained.
 
 **Linear F.** In every term, one array is zero: the one of the last split that carries the leading mode, in the role
 of ``lora_B``. All other arrays are random, with a common root mean square σ. ΔW is then exactly zero, and the zero
@@ -46,7 +46,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tnadapt.backends.fixed_arrays import FixedArrays
+from tnadapt.backends.backend import FixedArrays
 from tnadapt.errors import ConfigError
 
 from . import rng
@@ -59,10 +59,10 @@ from .starting_points import PREFIX, Start, starting_point
 __all__ = ["STEP", "Initializer", "StartingGroup", "ZeroArray", "zero_arrays"]
 
 
-# -- Which array of each term is zero at the start, so that ΔW is zero and its gradient is not -------------------------
+# -- Which array of each term is zero ----------------------------------------------------------------------------------
 
-# The rules are those of :mod:`tnadapt.algebra.init`. An array is zero by itself, or by one of its trained multipliers.
-# Groups whose arrays are tied are decided together, in their order: what one group has chosen counts for the others.
+# An array is zero by itself, or by one of its trained multipliers. Groups whose arrays are tied are decided together,
+# in their order: what one group has chosen counts for the others.
 
 
 # A group, and the network's name of an array or multiplier in it.
@@ -249,7 +249,7 @@ class _GroupChoice:
         return name.partition("split")[0] not in self._terms
 
 
-# -- Initial values of the arrays: ΔW is exactly zero, and its gradient is not -----------------------------------------
+# -- The initial arrays of a group -------------------------------------------------------------------------------------
 
 
 STEP = 1.0 / 32.0

@@ -1,7 +1,7 @@
-"""How N weights form one long vector (``vec``, concatenated), and how it is cut into G groups.
+"""Layout: which elements of which weights form each of G groups, and where a weight is in a group's folded tensor.
 
-The updates of all weights form one long vector: weight after weight, each in C order. A layout cuts it into G groups.
-Paper: appendix A.3, figure 13.
+The updates of all weights form one long vector: weight after weight, each in C order (``vec``, concatenated). A layout
+cuts it into G groups. Paper: appendix A.3, figure 13.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ import numpy as np
 from tnadapt.argument_checks import is_sequence, wrong_argument
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
-from .folding import MAX_SIZE
+from .folding import MAX_SIZE, boxes
 from .formats import Legs
-from .unfolding import boxes
 
 __all__ = [
     "KnownWeights",
@@ -40,7 +39,7 @@ __all__ = [
 ]
 
 
-# -- How N weights form one long vector (vec, concatenated), and how it is cut into G groups ---------------------------
+# -- The long vector and its groups ------------------------------------------------------------------------------------
 
 
 # Lists of more pieces are kept: there are few groups of so many weights.
@@ -401,7 +400,7 @@ def checked_shapes(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return [(rows, cols) for rows, cols in checked]
 
 
-# -- Where the rows and columns of a weight are in a folded tensor: integer arithmetic only ----------------------------
+# -- Where the rows and columns of a weight are in a folded tensor -----------------------------------------------------
 
 
 Box = tuple[tuple[int, int], ...]
@@ -512,7 +511,7 @@ def run_in_box(sizes: Sequence[int], box: Box, run: tuple[int, int]) -> slice | 
     )
 
 
-# -- Shapes of weights that are checked once, for the plans of many configs --------------------------------------------
+# -- Shapes that are checked once, for the plans of many configs -------------------------------------------------------
 
 
 class KnownWeights(tuple[tuple[int, int], ...]):

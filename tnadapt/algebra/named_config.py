@@ -1,4 +1,4 @@
-"""A config by the name of its preset, with the preset's settings: ``"lora", rank=8``."""
+"""A config by the name of its preset and settings (``"lora", rank=8``), and what is suggested for unknown names."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The tensor network of one group before F: a scaled sum of Kronecker or Hadamard products of splits.
 
 ``scale * sum_t kron_k(split_tk)``, the argument of F in equation (2) of the paper; for LoHa, elementwise products.
-Symbols: T terms, K splits, M modes.
+:class:`Network` computes the vector or any slice of it, and :class:`NetworkHalves` the rows of a weight as a product of
+two matrices. Symbols: T terms, K splits, M modes.
 """
 
 from __future__ import annotations
@@ -16,16 +17,14 @@ from typing import NamedTuple
 import numpy as np
 
 from tnadapt.backends import Backend
-from tnadapt.backends.backend import Array
-from tnadapt.backends.fixed_arrays import FixedArrays
+from tnadapt.backends.backend import Array, FixedArrays
 from tnadapt.errors import ConfigError, ShapeError
 
 from .config import Config, is_named
-from .folding import balanced_shape, hypercube_shape, kronecker_sizes
+from .folding import Cut, along, balanced_shape, best_cut, boxes, hypercube_shape, kronecker_sizes
 from .formats import Format, Legs, Permuted, make_format
 from .layout import Box, WeightPlace, enclosing, run_in_box
-from .products import contracted, hadamard_tensor, khatri_rao, kronecker_tensor, rearranged
-from .unfolding import Cut, along, best_cut, boxes, row_wise_khatri_rao
+from .products import contracted, hadamard_tensor, khatri_rao, kronecker_tensor, rearranged, row_wise_khatri_rao
 
 __all__ = [
     "Network",
@@ -35,7 +34,7 @@ __all__ = [
 ]
 
 
-# -- The tensor network of one group before F: a scaled sum of Kronecker or Hadamard products of splits ----------------
+# -- The network: arrays, slices and adjoint ---------------------------------------------------------------------------
 
 
 # An elementwise product of splits is computed as one matrix product if L has at most this many columns per term; with
@@ -190,7 +189,7 @@ class Network:
     def slice(self, backend: Backend, arrays: Mapping[str, Array], start: int, stop: int) -> Array:
         """Compute elements ``start`` to ``stop - 1`` of the vector, without forming anything much larger.
 
-        This is one matrix product if the formats allow it (see :mod:`tnadapt.algebra.unfolding`), else a sequence of
+        This is one matrix product if the formats allow it (see :mod:`tnadapt.algebra.folding`), else a sequence of
         boxes of the tensor.
         """
         cut = best_cut(self.sizes, start, stop, self._thin)
@@ -379,8 +378,7 @@ class Network:
         return tensor[cut]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A weight's rows of a tensor network as a product of two matrices whose inner dimension is the bound on their rank
+# -- A weight's rows as a product of two matrices, and a bound on their rank -------------------------------------------
 
 
 class _SplitBox(NamedTuple):

@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 
-# -- Frobenius norms without overflow or underflow: numbers are scaled by a power of two before they are squared -------
+# -- Norms: numbers are scaled by a power of two before they are squared -----------------------------------------------
 
 
 def exponent_of(*arrays: np.ndarray) -> int:
@@ -119,7 +119,7 @@ def _times_power(number: float, exponent: int) -> float:
         return math.inf
 
 
-# -- Rounding of float32 values to half-precision dtypes, on NumPy, which has no bfloat16 ------------------------------
+# -- Rounding of float32 to half precision, on NumPy, which has no bfloat16 --------------------------------------------
 
 
 def rounded_to(array: np.ndarray, dtype: str) -> np.ndarray:

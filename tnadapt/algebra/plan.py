@@ -1,4 +1,8 @@
-"""The integers of a plan: groups, lengths before and after F (ρ), parameter counts, shapes of arrays."""
+"""The plan of an adapter: which arrays its groups have, counts and shapes, the start, and what base weights determine.
+
+:class:`ArrayPlan` says which arrays are trained, frozen or tied. :class:`GroupPlan` lays out the groups, and
+:class:`ParameterPlan` adds their parameters; :class:`tnadapt.SuperLoRA`, which derives from both, adds the updates.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,8 @@ from typing import Any, ClassVar, Literal, Self, cast, overload
 import numpy as np
 
 from tnadapt.argument_checks import checks_arguments, wrong_argument
-from tnadapt.backends import Backend, get_backend, load_backend, load_imported
-from tnadapt.backends.array_types import JaxArray, TorchArray
-from tnadapt.backends.backend import Array
-from tnadapt.backends.blas_threads import one_blas_thread
+from tnadapt.backends import Backend, JaxArray, TorchArray, get_backend, load_backend, load_imported
+from tnadapt.backends.backend import Array, one_blas_thread
 from tnadapt.errors import BackendError, ConfigError, ShapeError, TnadaptError, safe_repr, summarize
 
 from .applying import applying_of
@@ -59,7 +61,7 @@ __all__ = [
 ]
 
 
-# -- Which arrays of a plan are trained, frozen, tied or scaled: their names, shapes and origins in every group --------
+# -- Which arrays of a plan are trained, frozen, tied or scaled --------------------------------------------------------
 
 
 class ArrayPlan:
@@ -316,7 +318,7 @@ def _single(label: str, array: Any, shape: tuple[int, ...], integers: bool = Fal
     return single
 
 
-# -- The integers of a plan: groups, lengths before and after F (ρ), parameter counts, shapes of arrays ----------------
+# -- Groups, lengths before and after F (ρ), parameter counts, shapes of arrays ----------------------------------------
 
 
 Weights = tuple[tuple[int, int], ...] | None
@@ -686,7 +688,7 @@ def some_names(names: Sequence[str]) -> str:
     return (", ".join(map(repr, first)) or "none") + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-# -- Computes what comes from base weights: frozen arrays and starts, of weights folded as the network; magnitudes -----
+# -- What base weights determine: frozen arrays, starts, and magnitudes ------------------------------------------------
 
 
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -818,7 +820,7 @@ def _weight(plan: GroupPlan, index: int, weights: Sequence[Any] | Callable[[int]
     return np.asarray(backend.to_numpy(wide)).reshape(-1)
 
 
-# -- The parameters of a plan: where they start, what base weights determine, and the arrays that they make ------------
+# -- The parameters of a plan: where they start, and the arrays that they make -----------------------------------------
 
 
 class ParameterPlan(GroupPlan):

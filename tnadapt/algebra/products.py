@@ -34,6 +34,7 @@ __all__ = [
     "mode_product",
     "padded_to",
     "rearranged",
+    "row_wise_khatri_rao",
     "train_cut",
     "tt_to_tensor",
     "tucker_in_order",
@@ -172,7 +173,7 @@ def train_cut(sizes: Sequence[int], bonds: Sequence[int]) -> int:
     return chosen
 
 
-# -- Products of checked factors with a chosen order of contraction; ._contraction_order chooses it --------------------
+# -- Products in a chosen order of contraction, of checked factors -----------------------------------------------------
 
 
 def cp_in_groups(backend: Backend, factors: Sequence[Array], groups: tuple[int, int]) -> Array:
@@ -222,6 +223,27 @@ def khatri_rao_of_rows(backend: Backend, factors: Sequence[Array]) -> Array:
     return functools.reduce(pair, factors)
 
 
+def row_wise_khatri_rao(backend: Backend, arrays: Sequence[Array]) -> Array:
+    """Compute the row-wise Kronecker product of matrices: L of an elementwise product from the L of its factors.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tnadapt.backends import get_backend
+    >>> a, b = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[1.0, 10.0], [1.0, 10.0]])
+    >>> row_wise_khatri_rao(get_backend(a), [a, b])
+    array([[ 1., 10.,  2., 20.],
+           [ 3., 30.,  4., 40.]])
+    """
+
+    def pair(a: Array, b: Array) -> Array:
+        rows = a.shape[0]
+        product = backend.reshape(a, (rows, -1, 1)) * backend.reshape(b, (rows, 1, -1))
+        return backend.reshape(product, (rows, a.shape[1] * b.shape[1]))
+
+    return functools.reduce(pair, arrays)
+
+
 def tucker_with_last(backend: Backend, core: Array, factors: Sequence[Array], last: int) -> Array:
     """Compute the tensor of a core and factors, of which one is applied after all others."""
     if last == len(factors) - 1:
@@ -248,7 +270,7 @@ def tucker_in_order(backend: Backend, core: Array, factors: Sequence[Array | Non
     return backend.reshape(core, sizes)
 
 
-# -- Tensor products: mode products, CP, Tucker, tensor train, Kronecker, Hadamard, as array operations ----------------
+# -- Public products: CP, Tucker, tensor train, Kronecker, Hadamard ----------------------------------------------------
 
 
 #: Rows of a Kronecker product with at least this many elements are long.

@@ -1,4 +1,4 @@
-"""Arithmetic of merging: ``W + ΔW`` computed in float64 and rounded, bit-identical in memory and on disk.
+"""Arithmetic of merging: the new weight W', from ``W + ΔW`` in float64, rounded; the same bits in memory and on disk.
 
 **ΔW** is computed in float64 from the adapter's arrays, cast to float64. **The sum** ``W + ΔW`` is computed in
 float64, rounded to float32, and then to the weight's dtype: two roundings to nearest, ties to even, which are the same
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-# -- Arithmetic of merging: W + ΔW computed in float64 and rounded, bit-identical in memory and on disk ----------------
+# -- The sum W + ΔW ----------------------------------------------------------------------------------------------------
 
 
 # Elements computed at once: a few such pieces in float64 fit in the cache.
@@ -258,10 +258,9 @@ def _finite(numbers: np.ndarray, dtype: str) -> np.ndarray:
     return np.asarray(np.isfinite(widened(stored, dtype)))
 
 
-# -- Merging of any update into a weight in float64: W' of tnadapt.algebra.applying, in whole rows if need be ----------
+# -- Any way of applying an update, in whole rows if need be -----------------------------------------------------------
 
-# The arithmetic is that of :mod:`tnadapt.algebra.rounding`: W' is computed in float64 from an update in float64,
-# rounded to float32 and then to the weight's dtype.
+# W' of :mod:`tnadapt.algebra.applying`, rounded as the sum is.
 
 
 def change_in_place(

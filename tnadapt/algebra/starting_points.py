@@ -1,8 +1,8 @@
-"""Starting points x_0 of training: the usual one with a zero, or one that is brought, or computed from the base.
+"""Starts: the values x_0 at which training begins: zero, random, given, or from the base (PiSSA, MiLoRA, OLoRA).
 
 ``Config(start=…)`` names one. Where it subtracts, ``ΔW = net(x) - net(x_0)`` and x begins at x_0, so that a fresh
-adapter changes nothing whatever x_0 is. One class a start and a file; a new built-in one is one more file and one more
-line in :data:`STARTS`; another package calls ``tnadapt.register_start``.
+adapter changes nothing whatever x_0 is. :mod:`tnadapt.algebra.init` has the zero and random arrays. A new built-in
+start is one more class and one more line in :data:`STARTS`; another package calls ``tnadapt.register_start``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .sources import OVERSAMPLING, Stream, dominant_svd, leading_qr, minor_svd
 __all__ = ["PREFIX", "STARTS", "Start", "StartPlace", "register_start", "starting_point"]
 
 
-# -- The contract of a start: the values x_0 of the trained arrays at which training begins ----------------------------
+# -- The contract of a start -------------------------------------------------------------------------------------------
 
 
 #: Plans and files have x_0 of an array under the array's name after this.
@@ -109,7 +109,7 @@ class Start:
         )
 
 
-# -- A start that the caller brings: of all arrays, or of some ---------------------------------------------------------
+# -- Given: brought by the caller --------------------------------------------------------------------------------------
 
 
 class BroughtStart(Start):
@@ -122,7 +122,7 @@ class BroughtStart(Start):
     brought: ClassVar[bool] = True
 
 
-# -- Starts of LoRA's two factors that are computed from the base weight -----------------------------------------------
+# -- Parts of the base weight, as LoRA's two factors -------------------------------------------------------------------
 
 
 _LEFT, _RIGHT = "split0.factor0", "split0.factor1"
@@ -182,7 +182,7 @@ class FactorStart(Start):
         raise NotImplementedError
 
 
-# -- MiLoRA: the start is the part of the weight with the smallest singular values -------------------------------------
+# -- MiLoRA: the smallest singular values ------------------------------------------------------------------------------
 
 
 class MiLoRA(FactorStart):
@@ -199,7 +199,7 @@ class MiLoRA(FactorStart):
         return left * np.sqrt(values), right * np.sqrt(values)
 
 
-# -- OLoRA: the start is an orthonormal basis of the first columns of the weight, and the weight's part in it ----------
+# -- OLoRA: an orthonormal basis of the first columns, and the weight's part in it -------------------------------------
 
 
 class OLoRA(FactorStart):
@@ -216,7 +216,7 @@ class OLoRA(FactorStart):
         return q, matrix.T @ q
 
 
-# -- PiSSA: the start is the part of the weight with the largest singular values ---------------------------------------
+# -- PiSSA: the largest singular values --------------------------------------------------------------------------------
 
 
 class PiSSA(FactorStart):
@@ -236,7 +236,7 @@ class PiSSA(FactorStart):
         return left * np.sqrt(values), right * np.sqrt(values)
 
 
-# -- A random start: no array is zero ----------------------------------------------------------------------------------
+# -- Random: no array is zero ------------------------------------------------------------------------------------------
 
 
 class RandomStart(Start):
@@ -249,7 +249,7 @@ class RandomStart(Start):
     leaves_zero: ClassVar[bool] = False
 
 
-# -- The usual start: one array of each term is zero, the others are random --------------------------------------------
+# -- Zero, the usual start: one array of each term is zero, the others are random --------------------------------------
 
 
 class ZeroStart(Start):
@@ -258,12 +258,7 @@ class ZeroStart(Start):
     subtracts: ClassVar[bool] = False
 
 
-# -- Starting points x_0 of training: the usual one with a zero, or one that is brought, or computed from the base -----
-
-# ``Config(start=…)`` names one. Where it subtracts, ``ΔW = net(x) - net(x_0)`` and x begins at x_0, so that a fresh
-# adapter changes nothing whatever x_0 is. One class a start and a file; a new built-in one is one more file and one
-# more line in :data:`STARTS`; another package calls ``tnadapt.register_start``.
-
+# -- The starts by name ------------------------------------------------------------------------------------------------
 
 STARTS: Registry[Start] = Registry(
     "start",

@@ -1,4 +1,4 @@
-"""SuperLoRA: from a config and the shapes of weights to parameters, and from parameters to weight updates.
+"""SuperLoRA: the ΔW of every weight from a config, shapes and parameters; ranks of ΔW, and units of parameters.
 
 ``Config`` + shapes -> :class:`SuperLoRA` (integers) -> ``init`` (arrays) -> ``deltas`` (arrays). Everything else in the
 library builds on these steps; no other code computes a ΔW.
@@ -12,19 +12,17 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from tnadapt.argument_checks import checks_arguments, flag, is_sequence, wrong_argument
-from tnadapt.backends import Backend, get_backend
-from tnadapt.backends.array_types import ArrayT
+from tnadapt.backends import ArrayT, Backend, get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, safe_repr, summarize
 from tnadapt.report import fact_table
 
 from .config import Config
-from .group import Group, updates_of_runs
+from .group import Group, lora_rank, rank_bound, rank_bounds, updates_of_runs
 from .layout import Piece
 from .maps.projection import Projection
 from .network import Network
 from .plan import ParameterPlan, base_weight, checked_given
-from .rank_bounds import lora_rank, rank_bound, rank_bounds
 from .units import RATES, term_product
 
 __all__ = [
@@ -37,7 +35,7 @@ __all__ = [
 ]
 
 
-# -- What a plan says about the matrix ranks of its updates ------------------------------------------------------------
+# -- Matrix ranks of the updates ---------------------------------------------------------------------------------------
 
 
 class RankPlan(ParameterPlan):
@@ -126,7 +124,7 @@ class RankPlan(ParameterPlan):
         return None
 
 
-# -- Units of the parameters of a plan, and the plan whose parameters are in these units -------------------------------
+# -- Units of the parameters, and the plan whose parameters are in these units -----------------------------------------
 
 
 class UnitPlan(RankPlan):
@@ -308,7 +306,7 @@ def _in_units(group: Group, units: Mapping[str, float], networks: dict[tuple[int
     return group._replace(network=network, start=group.start.in_units(own))
 
 
-# -- SuperLoRA: from a config and the shapes of weights to parameters, and from parameters to weight updates -----------
+# -- SuperLoRA: from parameters to weight updates ----------------------------------------------------------------------
 
 
 class SuperLoRA(UnitPlan):
@@ -637,7 +635,7 @@ def parameter_count(
     return SuperLoRA(config, shapes, layers, roles).num_parameters
 
 
-# -- Equal maps of several plans: their draws exist once, and are digested once ----------------------------------------
+# -- Equal maps of several plans ---------------------------------------------------------------------------------------
 
 
 def share_maps(plan: SuperLoRA, others: Iterable[SuperLoRA], digests: bool = False) -> None:

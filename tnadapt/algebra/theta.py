@@ -1,4 +1,4 @@
-"""A map before the network: the trained arrays of a plan, as a vector, are ``a_start + P θ``, and θ is trained.
+"""θ: a map P before the network, by which the trained arrays of a plan are ``a_start + P θ``, and θ is trained.
 
 P is a map with a short input and a long output, one of :mod:`tnadapt.algebra.maps`, such as ``one-hot`` (Uni-LoRA,
 arXiv 2506.00799) or ``normal`` (TinyLoRA, arXiv 2602.04118; NOLA, arXiv 2310.02556). Its draws are those of that map

@@ -1,4 +1,4 @@
-"""The random numbers of torch's CPU generator, drawn without torch, for adapters whose draws are left to a torch seed.
+"""Random numbers of torch's CPU generator, drawn without torch, for adapters whose draws are left to a torch seed.
 
 The generator is MT19937 with its classic seeding, which NumPy's ``RandomState`` has as well and never changes (NEP 19).
 The numbers are those of torch 1.0 to 2.13 to the bit, except :func:`normals`, whose logarithms and cosines torch

@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 
-# -- How far ΔW of one group moves if the entries of its arrays do: what the units of the parameters are made of -------
+# -- How far ΔW of one group moves if the entries of its arrays do -----------------------------------------------------
 
 
 def _mean_square(start: Initializer, name: str) -> float:
@@ -121,34 +121,7 @@ def _square(start: Initializer, name: str, moved: Collection[str], distance: flo
     return square
 
 
-# -- Units of the trained arrays for Adam: with them, one learning rate fits all configs -------------------------------
-
-# A step of Adam moves each entry of a parameter by about the learning rate, whatever its gradient is. An array that is
-# trained as ``a = unit * parameter`` moves by ``unit`` times the rate. All arrays of a product have the same unit. It
-# makes the first ``STEPS`` steps at ``RATE``, in all arrays together, move ΔW by
-#
-#     STEPS * STEP_NORM * sqrt(WEIGHTS / n_weights) / sqrt(N)
-#
-# per element (root mean square), where N is the number of elements of all n_weights adapted weights: the Frobenius norm
-# of a step is about ``STEP_NORM * sqrt(WEIGHTS / n_weights)``, whatever is trained and however large the weights are.
-# The steps of many weights add up in what the model computes: n of them, each of the norm s, change it by n times as
-# much as one does, while the norm of all of them together is only sqrt(n) times s.
-#
-# A map of n to N numbers, F or P, makes the norm larger by ``(N / n) ** SPREAD``. A step in a random subspace of n of N
-# dimensions points less along the gradient: by sqrt(n / N), so that for equal progress the norm would be larger by the
-# inverse. But it is limited by the curvature, too.
-#
-# For ΔW that is linear in the parameters (dense updates, a map F of them) the number of steps does not matter. A
-# product of several arrays grows faster than in proportion to the steps: at first only the array that starts from zero
-# counts, multiplied by the small random ones, and soon the moves of all of them, multiplied with each other.
-#
-# The moves are taken to have independent signs, and entries of different arrays to be independent: an array that moves
-# by x adds x² to its mean square, and mean squares of products multiply. With ``before``, θ has a unit, by what its
-# arrays move, and the arrays have none. Magnitudes (``apply="magnitude"``) have the unit 1.
-#
-# Units are powers of two, so that the conversions are exact. They do not depend on which arrays are trained. The three
-# constants are fits: docs/learning_rate.rst has the measurements.
-
+# -- Units for Adam ----------------------------------------------------------------------------------------------------
 
 #: The learning rate for which the units are made. With it, most units are between 1/16 and 16.
 RATE = 1e-2
@@ -316,7 +289,7 @@ def term_product(group: Group, units: Mapping[str, float]) -> float:
     return products.pop()
 
 
-# -- Optimizers for which one learning rate fits all configs: a parametrization each, as units of the parameters -------
+# -- Units by the name of the optimizer --------------------------------------------------------------------------------
 
 # A parametrization is a function of the plan and of the shapes of all adapted weights, which returns the unit of each
 # parameter by its name.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from tnadapt.errors import BackendError, safe_repr
 
@@ -32,6 +32,20 @@ __all__ = [
     "load_imported",
     "register_backend",
 ]
+
+
+# For type checkers: nothing is imported when a program runs.
+#: The arrays of one library: a function that takes them returns the same type.
+ArrayT = TypeVar("ArrayT")
+
+if TYPE_CHECKING:
+    import jax
+    import torch
+
+    TorchArray: TypeAlias = torch.Tensor
+    JaxArray: TypeAlias = jax.Array
+else:
+    TorchArray = JaxArray = Any
 
 
 def _make_numpy() -> Backend:

@@ -11,8 +11,7 @@ import numpy as np
 
 from tnadapt.errors import BackendError
 
-from ._dft2 import FFT_DTYPES, dft2_by_fft
-from .backend import LAUNCHED_AT_ONCE, OPTIONAL, Array, Backend, Map
+from .backend import FFT_DTYPES, LAUNCHED_AT_ONCE, OPTIONAL, Array, Backend, Map, dft2_by_fft
 
 
 class CupyBackend(Backend):

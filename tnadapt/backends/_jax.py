@@ -13,8 +13,7 @@ import numpy as np
 
 from tnadapt.errors import BackendError
 
-from ._dft2 import FFT_DTYPES, dft2_by_fft
-from .backend import Array, Backend, Map
+from .backend import FFT_DTYPES, Array, Backend, Map, dft2_by_fft
 
 
 class JaxBackend(Backend):

@@ -12,9 +12,18 @@ import numpy as np
 
 from tnadapt.errors import BackendError, safe_repr
 
-from ._dft2 import FFT_DTYPES, dft2_in_chunks
 from ._kernels import kernels
-from .backend import CALLED_AT_ONCE, Array, Backend, Map, kron_by_rows, kron_plain, short_rows
+from .backend import (
+    CALLED_AT_ONCE,
+    FFT_DTYPES,
+    Array,
+    Backend,
+    Map,
+    dft2_in_chunks,
+    kron_by_rows,
+    kron_plain,
+    short_rows,
+)
 
 # Rows of up to this length are slow in products with broadcasting.
 _SHORT = 256

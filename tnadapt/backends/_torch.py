@@ -24,13 +24,13 @@ from .backend import (
     OPTIONAL,
     Array,
     Backend,
+    FixedArrays,
     Map,
     constant_result,
     kron_by_rows,
     kron_plain,
     short_rows,
 )
-from .fixed_arrays import FixedArrays
 
 __all__ = [
     "fastfood",

@@ -1,15 +1,17 @@
-"""The interface of every array library: about twenty primitives under their array-API names.
+"""Backend: the interface of every array library, about twenty primitives under their array-API names.
 
-The class below is a working backend for any library that follows the Python array API standard
-(2022.12 or later); a subclass overrides only what its library does differently. Everything outside this
-folder uses only these methods, the operators ``+ - * /``, and basic slicing.
+:class:`Backend` is a working backend for any library that follows the Python array API standard (2022.12 or later); a
+subclass overrides only what its library does differently. Everything outside this folder uses only these methods, the
+operators ``+ - * /``, and basic slicing. :class:`FixedArrays` caches arrays that depend only on integers, such as
+the draws of a map, on the devices of each library. The sections after it are steps that several backends share.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -17,62 +19,27 @@ import numpy as np
 
 from tnadapt.errors import BackendError, safe_repr
 
-from .fixed_arrays import FixedArrays
-
 __all__ = [
+    "FFT_DTYPES",
+    "Array",
+    "Backend",
+    "FixedArrays",
     "constant_result",
+    "dft2_by_fft",
+    "dft2_in_chunks",
     "kron_by_rows",
     "kron_plain",
+    "one_blas_thread",
     "short_rows",
 ]
 
 
-# -- Kronecker product of two arrays: one product with broadcasting, or one over longer rows ---------------------------
-
-
-def kron_plain(backend: Any, a: Any, b: Any) -> Any:
-    """Compute the Kronecker product of two arrays with the same number of axes, in one product."""
-    shape: list[int] = []
-    slow: list[int] = []
-    fast: list[int] = []
-    for m, n in zip(a.shape, b.shape, strict=True):
-        shape.append(m * n)
-        slow += (m, 1)
-        fast += (1, n)
-    return backend.reshape(backend.reshape(a, slow) * backend.reshape(b, fast), shape)
-
-
-def kron_by_rows(backend: Any, a: Any, b: Any) -> Any:
-    """Compute :func:`kron_plain` with both arrays first expanded along the last axis, to rows of the result's length.
-
-    With broadcasting, the innermost loop of many libraries is as short as b's rows.
-    """
-    *rows, n = a.shape
-    *others, q = b.shape
-    spread = backend.xp.broadcast_to(backend.reshape(a, (*rows, n, 1)), (*rows, n, q))
-    tiled = backend.xp.broadcast_to(backend.reshape(b, (*others, 1, q)), (*others, n, q))
-    slow = [size for m in rows for size in (m, 1)]
-    fast = [size for p in others for size in (1, p)]
-    product = backend.reshape(spread, (*slow, n * q)) * backend.reshape(tiled, (*fast, n * q))
-    return backend.reshape(product, [*(m * p for m, p in zip(rows, others, strict=True)), n * q])
-
-
-def short_rows(a: Sequence[int], b: Sequence[int], limit: int, least: int) -> bool:
-    """Return whether :func:`kron_by_rows` pays for these shapes where rows of up to ``limit`` elements are slow.
-
-    For a result of fewer than ``least`` elements the additional operations cost more than they save.
-    """
-    if len(a) < 2 or b[-1] > limit or math.prod(a) * math.prod(b) < least:
-        return False
-    # With a single row on either side there is nothing to save.
-    return math.prod(a[:-1]) > 1 and math.prod(b[:-1]) > 1 and int(a[-1]) > 1
-
-
-# -- The interface of every array library: about twenty primitives under their array-API names -------------------------
-
-
 Array = Any  # an array of any supported library
 Map = Callable[[Array], Array]
+
+
+# -- Backend: the interface of every array library ---------------------------------------------------------------------
+
 
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 COMPLEX_DTYPES = ("complex128", "complex64")
@@ -437,6 +404,92 @@ class Backend:
         return self.reshape(x, (math.prod(x.shape),))
 
 
+# -- Fixed arrays: they depend only on integers, are computed when first needed, and cached for every library ----------
+
+
+class FixedArrays:
+    """Arrays that depend only on integers: computed on the host when first needed, and cached.
+
+    A subclass defines them in ``make``. ``kept`` caches them on the host, ``placed`` on the devices of each library.
+    Copies and pickles leave the arrays out, as they can be recomputed.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[Hashable, np.ndarray] = {}
+        self.placed: dict[tuple[str, str, Hashable], Array] = {}
+
+    def make(self, key: Hashable) -> np.ndarray:
+        """Compute the array with that key as a NumPy array."""
+        raise NotImplementedError
+
+    def host(self, key: Hashable) -> np.ndarray:
+        """Return the array with that key on the host, from the cache or computed, not cached. Do not write to it."""
+        found = self.kept.get(key)
+        return self.make(key) if found is None else found
+
+    def held(self, key: Hashable) -> np.ndarray:
+        """Return the array with that key on the host, computed once and cached. Do not write to it."""
+        found = self.kept.get(key)
+        if found is None:
+            found = self.kept[key] = self.make(key)
+        return found
+
+    def on(self, backend: Any, key: Hashable, like: Array, dtype: str | None = None, keep: bool = True) -> Array:
+        """Return the array with that key in like's library, on its device, and in ``dtype`` if one is given."""
+        found = backend.fixed(self, key, backend.device(like), keep)
+        return found if dtype is None else backend.astype(found, dtype)
+
+    def put_on(self, backend: Any, key: Hashable, device: Any, keep: bool = True) -> Array:
+        """Return the array with that key on a device of a library; cached if ``keep``, unless it is a placeholder."""
+        where = (backend.name, str(device), key)
+        found = self.placed.get(where)
+        if found is None:
+            host = self.host(key)
+            found = backend.constant(host, device)
+            if keep:
+                self.kept[key] = host
+                if backend.is_concrete(found):
+                    self.placed[where] = found
+        return found
+
+    def free(self) -> None:
+        """Give back the memory of everything that can be computed again."""
+        # New dictionaries instead of clear(): another thread may be reading the old ones.
+        self.kept, self.placed = {}, {}
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes of memory that is kept for the next call, beyond the arrays."""
+        return 0
+
+    def components(self) -> Iterator[FixedArrays]:
+        """Yield this object and those that it is made of, such as the maps of a chain."""
+        yield self
+        for value in self.__dict__.values():
+            for one in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(one, FixedArrays):
+                    yield from one.components()
+
+    def name_of(self, backend: str, key: Hashable, device: Any) -> str:
+        """Return the name of the attribute that is the array with that key on a device; create it if necessary.
+
+        For a compiler that must not trace how an array is computed: it treats the returned name as a constant, and
+        reads the attribute like any other tensor. Some compilers pass only constants to functions that they do not
+        trace; this is why it is a method of this object, and the backend is given by name.
+        """
+        # The compiler splits attribute names at dots.
+        name = f"placed on {device}: {key}".replace(".", "/")
+        if name not in self.__dict__:
+            from . import load_backend
+
+            self.__dict__[name] = self.put_on(load_backend(backend), key, device)
+        return name
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if not name.startswith("placed")}
+        return {**state, "kept": {}, "placed": {}}
+
+
 # -- Functions whose results compilers treat as constants --------------------------------------------------------------
 
 
@@ -463,3 +516,125 @@ def constant_result(function: _F) -> _F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+# -- Kronecker products: one product with broadcasting, or one over longer rows ----------------------------------------
+
+
+def kron_plain(backend: Any, a: Any, b: Any) -> Any:
+    """Compute the Kronecker product of two arrays with the same number of axes, in one product."""
+    shape: list[int] = []
+    slow: list[int] = []
+    fast: list[int] = []
+    for m, n in zip(a.shape, b.shape, strict=True):
+        shape.append(m * n)
+        slow += (m, 1)
+        fast += (1, n)
+    return backend.reshape(backend.reshape(a, slow) * backend.reshape(b, fast), shape)
+
+
+def kron_by_rows(backend: Any, a: Any, b: Any) -> Any:
+    """Compute :func:`kron_plain` with both arrays first expanded along the last axis, to rows of the result's length.
+
+    With broadcasting, the innermost loop of many libraries is as short as b's rows.
+    """
+    *rows, n = a.shape
+    *others, q = b.shape
+    spread = backend.xp.broadcast_to(backend.reshape(a, (*rows, n, 1)), (*rows, n, q))
+    tiled = backend.xp.broadcast_to(backend.reshape(b, (*others, 1, q)), (*others, n, q))
+    slow = [size for m in rows for size in (m, 1)]
+    fast = [size for p in others for size in (1, p)]
+    product = backend.reshape(spread, (*slow, n * q)) * backend.reshape(tiled, (*fast, n * q))
+    return backend.reshape(product, [*(m * p for m, p in zip(rows, others, strict=True)), n * q])
+
+
+def short_rows(a: Sequence[int], b: Sequence[int], limit: int, least: int) -> bool:
+    """Return whether :func:`kron_by_rows` pays for these shapes where rows of up to ``limit`` elements are slow.
+
+    For a result of fewer than ``least`` elements the additional operations cost more than they save.
+    """
+    if len(a) < 2 or b[-1] > limit or math.prod(a) * math.prod(b) < least:
+        return False
+    # With a single row on either side there is nothing to save.
+    return math.prod(a[:-1]) > 1 and math.prod(b[:-1]) > 1 and int(a[-1]) > 1
+
+
+# -- The real part of an inverse Fourier transform ---------------------------------------------------------------------
+
+
+#: The dtypes that the FFT of every library accepts and keeps.
+FFT_DTYPES = ("float64", "float32")
+
+# Elements that a processor transforms at a time, but at least one matrix. All at once take up to twice as long: the
+# temporary arrays are too large for the caches, and their memory is new from the system at each call.
+_CHUNK = 1 << 20
+
+
+def dft2_by_fft(xp: Any, x: Array) -> Array:
+    """Return ``Re(ifft2(x))`` over the last two axes.
+
+    Parameters
+    ----------
+    xp : module
+        The array-API namespace of x, with its extension for FFTs.
+    x : array, shape (…, rows, cols)
+        Real, not complex, and not empty.
+    """
+    # The forward transform has the same real part, and its values at (j, k) and (-j, -k) are conjugate: the columns up
+    # to the middle one determine the others.
+    cols = x.shape[-1]
+    half = xp.real(xp.fft.rfftn(x, axes=(-2, -1), norm="forward"))
+    rest = xp.flip(half[..., 1 : cols - cols // 2], axis=-1)
+    rest = xp.concat([rest[..., :1, :], xp.flip(rest[..., 1:, :], axis=-2)], axis=-2)
+    return xp.concat([half, rest], axis=-1)
+
+
+def dft2_in_chunks(xp: Any, x: Array, empty: Callable[[Array], Array]) -> Array:
+    """Return :func:`dft2_by_fft` of x, for libraries that compute on a processor and can write to arrays.
+
+    Parameters
+    ----------
+    xp : module
+    x : array, shape (…, rows, cols)
+    empty : callable
+        Returns an uninitialized array of the shape of its argument.
+    """
+    size = math.prod(x.shape[-2:])
+    some = max(1, _CHUNK // size)
+    if math.prod(x.shape[:-2]) <= some:
+        return dft2_by_fft(xp, x)
+    matrices = xp.reshape(x, (-1, *x.shape[-2:]))
+    found = empty(matrices)
+    for first in range(0, found.shape[0], some):
+        found[first : first + some] = dft2_by_fft(xp, matrices[first : first + some])
+    return xp.reshape(found, x.shape)
+
+
+# -- Matrix products in one thread -------------------------------------------------------------------------------------
+
+
+def one_blas_thread() -> AbstractContextManager[Any]:
+    """Return a context manager in which NumPy computes matrix products in the calling thread only.
+
+    The last bits of a product depend on the number of threads. Products of a few rows do not gain from more threads.
+    BLAS threads wait for each other in a busy loop: next to a thread that copies, and with no core to spare, products
+    take up to six times as long.
+
+    Notes
+    -----
+    The limit applies to the whole process and is reset at the end of the block. It needs threadpoolctl, which the extra
+    ``cli`` installs. Without it nothing changes; setting ``OPENBLAS_NUM_THREADS=1`` (or ``OMP_NUM_THREADS=1``) in the
+    environment has the same effect.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> with one_blas_thread():
+    ...     (np.ones((2, 3)) @ np.ones((3, 2))).tolist()
+    [[3.0, 3.0], [3.0, 3.0]]
+    """
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        return contextlib.nullcontext()
+    return threadpool_limits(1, "blas")  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tnadapt.algebra.rank_bounds import lora_rank
+from tnadapt.algebra.group import lora_rank
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import escaped
 from tnadapt.targets.checkpoint_experts import PARAMETERS

@@ -9,7 +9,7 @@ import numpy as np
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.folding import MAX_SIZE
-from tnadapt.algebra.rank_bounds import useful_rank
+from tnadapt.algebra.group import useful_rank
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, integer, safe_repr

@@ -24,15 +24,14 @@ from safetensors.numpy import save_file
 
 import tnadapt as tna
 from tnadapt.algebra.config import Config
+from tnadapt.algebra.folding import Cut
 from tnadapt.algebra.formats import FORMATS, jacobian_rank
 from tnadapt.algebra.maps import Dft2, Linear, LinearV2, Map, MapSettings, Shuffle, Space
 from tnadapt.algebra.maps.fastfood import fwht_plain
 from tnadapt.algebra.sources import Multiplied, Source, Stream, Tied, source_from_dict, source_to_dict
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.algebra.unfolding import Cut
 from tnadapt.backends import Backend, get_backend, load_backend
-from tnadapt.backends.backend import FLOAT_DTYPES, OPTIONAL, Array
-from tnadapt.backends.fixed_arrays import FixedArrays
+from tnadapt.backends.backend import FLOAT_DTYPES, OPTIONAL, Array, FixedArrays
 from tnadapt.convert import FORMS
 from tnadapt.errors import BackendError, ConfigError
 

@@ -16,8 +16,8 @@ from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.factoring import Factoring
 from tnadapt.algebra.folding import MAX_SIZE
+from tnadapt.algebra.group import useful_rank
 from tnadapt.algebra.named_config import config_of, is_setting
-from tnadapt.algebra.rank_bounds import useful_rank
 from tnadapt.algebra.superlora import SuperLoRA, share_maps
 from tnadapt.argument_checks import flag, is_sequence, wrong_argument
 from tnadapt.backends import load_backend

@@ -15,7 +15,7 @@ from torch import nn
 
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments, is_sequence
-from tnadapt.backends.fixed_arrays import FixedArrays
+from tnadapt.backends.backend import FixedArrays
 from tnadapt.errors import ConfigError, TargetError, integer, safe_repr, warn
 
 from ._delta_cache import all_or_none

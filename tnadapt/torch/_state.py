@@ -357,7 +357,7 @@ class AdapterState:
     def weight_name(self, device: str) -> str:
         """Return the name of the attribute that is the mixing weight on a device; create it if necessary.
 
-        As in :meth:`tnadapt.backends.fixed_arrays.FixedArrays.name_of`, a compiler takes the name for a constant.
+        As in :meth:`tnadapt.backends.backend.FixedArrays.name_of`, a compiler takes the name for a constant.
         """
         name = f"{_WEIGHT_ON}{device}"
         if name not in self.__dict__:

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.conftest import relative_error
-from tnadapt.algebra import _rng_numpy as rng_numpy
 from tnadapt.algebra import rng
 
 torch = pytest.importorskip("torch")
@@ -114,7 +113,7 @@ def test_normals_of_words_everywhere(rng: np.random.Generator) -> None:
     words = np.concatenate([edges, rng.integers(0, 1 << 32, (1 << 18) - len(edges))]).astype(np.uint32)
     found = torch.zeros(words.size, device=DEVICE)
     _normal_of[(64,)](torch.tensor(words.view(np.int32), device=DEVICE), found, N=1 << 12, enable_fp_fusion=False)
-    assert np.array_equal(numpy(found), rng_numpy._normal_of(words))
+    assert np.array_equal(numpy(found), rng._normal_of(words))
 
 
 @pytest.mark.law("kernels-agree")

@@ -1,8 +1,8 @@
-"""Base class of formats: a format computes a tensor of given sizes from a few arrays.
+"""Base class of formats: arrays and an einsum give a tensor, its boxes, adjoint, ranks, factors and degrees of freedom.
 
 A format must define two things: its arrays (:meth:`Format.array_shapes`), and the einsum that computes the tensor from
-them (:attr:`Format.formula`). Everything else is derived from these; a class overrides a method where it has a faster
-algorithm or a sharper formula.
+them (:attr:`Format.formula`). Everything else is derived from these, by the tools of the first sections; a class
+overrides a method where it has a faster algorithm or a sharper formula.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from tnadapt.algebra.unfolding import Cut
+from tnadapt.algebra.folding import Cut
 from tnadapt.backends import Backend, load_backend
-from tnadapt.backends.backend import Array
-from tnadapt.backends.fixed_arrays import FixedArrays
+from tnadapt.backends.backend import Array, FixedArrays
 from tnadapt.errors import ConfigError, integer, safe_repr
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ __all__ = [
 ]
 
 
-# -- Contraction of a small tensor network given as an einsum string, on any backend -----------------------------------
+# -- Contraction of a small tensor network given as an einsum string ---------------------------------------------------
 
 # This is the reference implementation for every format, and the default for formats that do not override it. Arrays are
 # contracted pairwise from left to right, each pair as one batched matrix product. An index may occur on any number of
@@ -234,7 +233,7 @@ def _turned(backend: Backend, array: Array, order: tuple[int, ...]) -> Array:
     return array if order == tuple(range(len(order))) else backend.permute_dims(array, order)
 
 
-# -- The cheapest cut of a small tensor network between row indices and column indices ---------------------------------
+# -- The cheapest cut of a network between row indices and column indices ----------------------------------------------
 
 # The network is then a product of two matrices, one for each side of the cut, and the cut is their inner dimension: an
 # upper bound on the rank that holds for any arrays, trained or not.
@@ -363,7 +362,7 @@ def covered(sizes: Sequence[int], ranges: Sequence[tuple[int, int]]) -> Cover:
     return Cover((start, start + math.prod(lengths)), lengths, crop)
 
 
-# -- A box of a tensor network as a product of two matrices, by the cheapest cut between its rows and its columns ------
+# -- A box of a network as a product of two matrices, by the cheapest cut ----------------------------------------------
 
 # This is the way for any network and any split of its indices into rows and columns: an index may be several digits,
 # some of the rows and some of the columns, as the blocks of a matrix are. Formats that have a faster way for whole
@@ -504,7 +503,7 @@ class Halves:
         return backend.reshape(array, tuple(shape))
 
 
-# -- Degrees of freedom of a small network: the rank of its Jacobian at random arrays, in float64 ----------------------
+# -- Degrees of freedom: the rank of the Jacobian at random arrays -----------------------------------------------------
 
 
 # The Jacobian is formed up to this number of elements.
@@ -547,7 +546,7 @@ def jacobian_rank(network: _Network, times: int) -> int | None:
     return int(np.sum(values > _ROUNDING * values[0]))
 
 
-# -- Base class of formats: a format computes a tensor of given sizes from a few arrays --------------------------------
+# -- The base class of formats -----------------------------------------------------------------------------------------
 
 
 Rank = int | tuple[int | None, ...]
@@ -946,7 +945,7 @@ def rows_of(array: Array, bounds: tuple[int, int], axis: int = 0) -> Array:
     return array[(*(slice(None),) * axis, slice(start, stop), ...)]
 
 
-# -- Dimensions of the sets of CP tensors, Tucker tensors and tensor trains, by formula --------------------------------
+# -- Degrees of freedom of CP, Tucker and tensor trains, by formula ----------------------------------------------------
 
 # The formulas are upper bounds. They are exact except for the few known defective shapes (CP of rank 3 on
 # 2 × 2 × 2 × 2, of rank 4 on 3 × 3 × 3, and their series).

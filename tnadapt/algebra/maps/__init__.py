@@ -1,19 +1,18 @@
 """The fixed maps F that follow the network, each with its adjoint and slices.
 
-Each map is one class in one file. It defines its forward pass and the fixed arrays that it draws; all that the
-initialization, the planner, the file formats and the solvers need is derived from these, or overridden (:class:`Map`).
-Settings of a map are a frozen dataclass (:class:`MapSettings`), which users find in ``tnadapt.maps``. A new built-in
-map needs one more file and one more line in :data:`MAPS`; another package calls ``tnadapt.register_map``.
-:class:`tnadapt.testing.MapContract` tests both kinds. ``_map_recipe`` parses ``Config.projection`` and builds maps,
-``_chain`` composes them, and ``_per_weight`` applies one to each weight of a group. ``walsh_hadamard`` is the
-transform, and ``projection`` is the user-facing class of a map.
+Each map is one class. It defines its forward pass and the fixed arrays that it draws; all that the initialization, the
+planner, the file formats and the solvers need is derived from these in ``_map``, or overridden (:class:`Map`). Settings
+of a map are a frozen dataclass (:class:`MapSettings`), which users find in ``tnadapt.maps``. A new built-in map needs
+one more class and one more line in :data:`MAPS`; another package calls ``tnadapt.register_map``.
+:class:`tnadapt.testing.MapContract` tests both kinds. ``fastfood`` has the paper's maps and the Walsh–Hadamard
+transform, ``_positions``, ``_matrices`` and ``_transforms`` the others; ``projection`` parses ``Config.projection``,
+builds and composes maps, and has the user-facing class of a map.
 """
 
 from __future__ import annotations
 
-from ._blocks import Circulant, Tile
-from ._map import Map, MapSettings, Space, check_settings_class
-from ._matrices import BroughtMap
+from ._map import BroughtMap, Map, MapSettings, Space, check_settings_class
+from ._matrices import Circulant, Tile
 from ._positions import Gather, Scatter, Shuffle, SignGather, TiedElements, TorchScatter
 from ._transforms import CenteredWavelet, Dft2, Wavelet
 from .fastfood import Linear, LinearV2, Nonlinear, tanhshrink

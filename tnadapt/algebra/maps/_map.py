@@ -1,9 +1,9 @@
-"""Base class of maps F, from vectors of ``n_in`` elements to vectors of ``n_out`` elements, fixed by a seed.
+"""Base class of maps F: adjoint, slices, cached draws, digest; and the simplest maps: identity, brought arrays.
 
 A linear map must define :meth:`Map.forward`, and its fixed arrays, if any, by :attr:`Map.fixed` and :meth:`Map.make`.
 Adjoint, slices, digest, gain and cost are derived from these; a class overrides a method where it has a faster
 algorithm. A map whose settings determine the length of its input also defines :meth:`Map.fixes_length` and
-:meth:`Map.domain`.
+:meth:`Map.domain`. The vectors have ``n_in`` and ``n_out`` elements, and a seed fixes the map.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import numpy as np
 from tnadapt.algebra import rng
 from tnadapt.argument_checks import require_frozen
 from tnadapt.backends import Backend, load_backend
-from tnadapt.backends.backend import Array
-from tnadapt.backends.fixed_arrays import FixedArrays
-from tnadapt.errors import ConfigError, safe_repr
+from tnadapt.backends.backend import Array, FixedArrays
+from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 __all__ = [
+    "BroughtMap",
     "ByRows",
+    "Identity",
     "Map",
     "MapSettings",
     "Space",
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 
-# -- The settings of a map: a frozen dataclass, which configs hold and adapter files store -----------------------------
+# -- Settings: a frozen dataclass, which configs hold and adapter files store ------------------------------------------
 
 
 # Positions and the like are elided in texts beyond this many.
@@ -98,7 +99,7 @@ def _is_plain(value: Any, depth: int = 4) -> bool:
     return value is None or type(value) in (bool, str)
 
 
-# -- Base class of maps F, from vectors of n_in elements to vectors of n_out elements, fixed by a seed -----------------
+# -- The base class of maps --------------------------------------------------------------------------------------------
 
 
 # The default adjoint forms F as a matrix and transposes it, up to this number of elements.
@@ -375,7 +376,7 @@ class Map(FixedArrays):
         raise self._lacks("matrix(), an independent reference; verify compares with it")
 
 
-# -- Base class of maps to a matrix that compute any of its rows alone -------------------------------------------------
+# -- Maps to a matrix that compute any of its rows alone ---------------------------------------------------------------
 
 
 class ByRows(Map):
@@ -397,7 +398,7 @@ class ByRows(Map):
         raise self._lacks("_rows")
 
 
-# -- Digests of maps whose streams are drawn piece by piece; long streams are digested by their two ends ---------------
+# -- Digests of draws; long streams are digested by their two ends -----------------------------------------------------
 
 
 # Streams longer than twice this are digested by their two ends. That is enough to identify a stream, since each element
@@ -426,3 +427,87 @@ def _bytes(found: _Drawn, name: str, length: int) -> Iterator[bytes]:
     for first, last in ends:
         for lo, hi in rng.chunks(first, last):
             yield found.part(name, lo, hi).astype("<i8" if name == "perm" else "<f4").tobytes()
+
+
+# -- The identity map --------------------------------------------------------------------------------------------------
+
+
+class Identity(Map):
+    """``y = x``; ρ = 1 only."""
+
+    kind = "identity"
+    square = isometry = identity = True
+
+    def forward(self, backend: Backend, x: Array) -> Array:
+        return x
+
+    def adjoint(self, backend: Backend, y: Array) -> Array:
+        return y
+
+    def gain(self) -> float:
+        return 1.0
+
+    def squared_norm(self) -> float:
+        return float(self.n_out)
+
+    def cost(self) -> int:
+        return 0
+
+    def part(self, name: str, start: int, stop: int) -> np.ndarray:
+        raise KeyError(name)  # it draws nothing
+
+    def digest(self) -> str:
+        return digest_of(self, {})
+
+
+# -- Maps whose array the caller brings --------------------------------------------------------------------------------
+
+
+class BroughtMap(Map):
+    """A map with one array that the caller brings and files store; ``Config.before`` takes it, alone.
+
+    Attributes
+    ----------
+    brings : str
+        Name of the array: a plan calls it ``theta.`` and this name.
+    """
+
+    brings: str = ""
+    _brought: np.ndarray | None = None
+
+    @property
+    def brought_shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        raise self._lacks("brought_shape")
+
+    def bring(self, array: np.ndarray, label: str = "the array") -> None:
+        """Set the array; raise a ConfigError or ShapeError that names it by ``label`` if it does not fit.
+
+        Parameters
+        ----------
+        array : ndarray, shape ``brought_shape``
+            Finite float32 numbers.
+        label : str
+        """
+        if array.shape != self.brought_shape:
+            raise ShapeError(f"{label} has shape {array.shape}; expected {self.brought_shape}")
+        self.check(array, label)
+        self._brought = array
+        self.kept.clear()
+
+    def check(self, array: np.ndarray, label: str) -> None:
+        """Raise a ConfigError if the values do not fit. Default: all do."""
+
+    def stand_in(self, rng: np.random.Generator) -> np.ndarray:
+        """Return a random array that fits, for what depends on shapes alone."""
+        raise self._lacks("stand_in(rng)")
+
+    @property
+    def brought(self) -> np.ndarray:
+        """The array."""
+        if self._brought is None:
+            raise ConfigError(
+                f"map {self.kind!r} has no {self.brings} yet, an array of shape {self.brought_shape}: use "
+                f"Config(before={self.kind!r}), whose plan takes it as given={{'theta.{self.brings}': array}}"
+            )
+        return self._brought

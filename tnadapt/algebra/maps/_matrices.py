@@ -1,22 +1,29 @@
-"""A dense map of independent normal numbers."""
+"""Maps by a matrix: dense and normal, given by the caller, circulant blocks (C3A), and repeated tiles (MiSS, MoRA)."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from tnadapt.algebra import rng
+from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
-from tnadapt.errors import ConfigError, ShapeError
+from tnadapt.errors import ConfigError, integer, safe_repr
 
-from ._map import Map
+from ._map import BroughtMap, Identity, Map, MapSettings, Space
 
 __all__ = [
-    "BroughtMap",
+    "Circulant",
+    "CirculantMap",
     "GivenMatrix",
     "Normal",
+    "Repeat",
+    "Tile",
+    "TileMap",
 ]
 
 
@@ -97,59 +104,6 @@ class Normal(Map):
         return np.asarray(np.float32(np.asarray(rows, np.float64) / math.sqrt(self.n_out)), np.float64)
 
 
-# -- Base class of maps before the network with an array that the caller brings ----------------------------------------
-
-
-class BroughtMap(Map):
-    """A map with one array that the caller brings and files store; ``Config.before`` takes it, alone.
-
-    Attributes
-    ----------
-    brings : str
-        Name of the array: a plan calls it ``theta.`` and this name.
-    """
-
-    brings: str = ""
-    _brought: np.ndarray | None = None
-
-    @property
-    def brought_shape(self) -> tuple[int, ...]:
-        """Shape of the array."""
-        raise self._lacks("brought_shape")
-
-    def bring(self, array: np.ndarray, label: str = "the array") -> None:
-        """Set the array; raise a ConfigError or ShapeError that names it by ``label`` if it does not fit.
-
-        Parameters
-        ----------
-        array : ndarray, shape ``brought_shape``
-            Finite float32 numbers.
-        label : str
-        """
-        if array.shape != self.brought_shape:
-            raise ShapeError(f"{label} has shape {array.shape}; expected {self.brought_shape}")
-        self.check(array, label)
-        self._brought = array
-        self.kept.clear()
-
-    def check(self, array: np.ndarray, label: str) -> None:
-        """Raise a ConfigError if the values do not fit. Default: all do."""
-
-    def stand_in(self, rng: np.random.Generator) -> np.ndarray:
-        """Return a random array that fits, for what depends on shapes alone."""
-        raise self._lacks("stand_in(rng)")
-
-    @property
-    def brought(self) -> np.ndarray:
-        """The array."""
-        if self._brought is None:
-            raise ConfigError(
-                f"map {self.kind!r} has no {self.brings} yet, an array of shape {self.brought_shape}: use "
-                f"Config(before={self.kind!r}), whose plan takes it as given={{'theta.{self.brings}': array}}"
-            )
-        return self._brought
-
-
 # -- A dense map that the caller brings --------------------------------------------------------------------------------
 
 
@@ -195,3 +149,298 @@ class GivenMatrix(BroughtMap):
 
     def matrix(self) -> np.ndarray:
         return self.brought.astype(np.float64)
+
+
+# -- Circulant blocks: each block is determined by its first row (C3A) -------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Circulant(MapSettings):
+    """Circulant blocks: ``Y[m b + s, n b + t] = X[m, n, (t - s) mod b]``.
+
+    Parameters
+    ----------
+    block : int
+        b, the size of a block; divides the rows and columns of every weight.
+    average : bool
+        Whether to divide by the number of columns, as C3A's code and PEFT do.
+
+    Raises
+    ------
+    ConfigError
+        If the block is not an integer of at least 1, or average is not a boolean.
+
+    Examples
+    --------
+    >>> import numpy as np, tnadapt as tna
+    >>> f = tna.Projection.on_weights(tna.maps.Circulant(block=3), [(3, 3)])
+    >>> f(np.array([1.0, 2.0, 3.0])).reshape(3, 3)
+    array([[1., 2., 3.],
+           [3., 1., 2.],
+           [2., 3., 1.]])
+    """
+
+    block: int
+    average: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block", integer("Circulant's block", self.block, 1, MAX_SIZE, ConfigError))
+        if not isinstance(self.average, bool):
+            raise ConfigError(f"Circulant's average must be True or False; got {safe_repr(self.average)}")
+        super().__post_init__()
+
+
+class CirculantMap(Map):
+    """``Y[m b + s, n b + t] = X[m, n, (t - s) mod b]``, divided by the number of columns if ``average``."""
+
+    kind = "circulant"
+    settings_class = Circulant
+    settings: Circulant
+    shape: tuple[int, int]
+    two_sided = True
+
+    @classmethod
+    def fixes_length(cls, settings: Circulant) -> bool:
+        return True
+
+    @classmethod
+    def domain(cls, codomain: Space, settings: Circulant) -> Space:
+        assert codomain.shape is not None
+        rows, cols = codomain.shape
+        if rows % settings.block or cols % settings.block:
+            raise ConfigError(
+                f"Circulant has block={settings.block}, which does not divide the {rows} rows and {cols} columns of a "
+                "weight: give a common divisor of both"
+            )
+        return Space(rows * cols // settings.block)
+
+    @property
+    def _factor(self) -> float:
+        return 1.0 / self.shape[1] if self.settings.average else 1.0
+
+    def make(self, key: object) -> np.ndarray:
+        """Return (t - s) mod b for each s and t; for "shifts" the element of a block with each difference and row."""
+        b = self.settings.block
+        places = np.arange(b)
+        if key == "differences":
+            found = (places[None, :] - places[:, None]) % b
+        else:
+            found = places[None, :] * b + (places[:, None] + places[None, :]) % b
+        return found.reshape(-1).astype(np.int64)
+
+    def forward(self, backend: Backend, x: Array) -> Array:
+        return self._block_rows(backend, x, 0, self.shape[0] // self.settings.block)
+
+    def _block_rows(self, backend: Backend, x: Array, first: int, last: int) -> Array:
+        b, across = self.settings.block, self.shape[1] // self.settings.block
+        batch = tuple(x.shape[:-1])
+        kernels = backend.reshape(x[..., first * across * b : last * across * b], (*batch, last - first, across, b))
+        blocks = backend.take(kernels, self.on(backend, "differences", x))
+        blocks = backend.reshape(blocks, (*batch, last - first, across, b, b))
+        found = backend.reshape(backend.moveaxis(blocks, -3, -2), (*batch, (last - first) * b * self.shape[1]))
+        return found * self._factor if self.settings.average else found
+
+    def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
+        length = self.settings.block * self.shape[1]
+        first, last = start // length, -(-stop // length)
+        return self._block_rows(backend, x, first, last)[..., start - first * length : stop - first * length]
+
+    def adjoint(self, backend: Backend, y: Array) -> Array:
+        b = self.settings.block
+        down, across = self.shape[0] // b, self.shape[1] // b
+        batch = tuple(y.shape[:-1])
+        blocks = backend.moveaxis(backend.reshape(y, (*batch, down, b, across, b)), -2, -3)
+        blocks = backend.reshape(blocks, (*batch, down, across, b * b))
+        # Sum each difference (t - s) mod b over the rows s.
+        sorted_blocks = backend.take(blocks, self.on(backend, "shifts", y))
+        found = backend.sum(backend.reshape(sorted_blocks, (*batch, down, across, b, b)), axis=-1)
+        found = backend.reshape(found, (*batch, self.n_in))
+        return found * self._factor if self.settings.average else found
+
+    def squared_norm(self) -> float:
+        return self.n_out * self._factor**2
+
+    def cost(self) -> int:
+        return self.n_out if self.settings.average else 0
+
+    def matrix(self) -> np.ndarray:
+        b, cols = self.settings.block, self.shape[1]
+        found = np.zeros((self.n_out, self.n_in))
+        for row in range(self.shape[0]):
+            for col in range(cols):
+                kernel = (row // b) * (cols // b) + col // b
+                found[row * cols + col, kernel * b + (col - row) % b] = 1.0
+        return found / cols if self.settings.average else found
+
+
+# -- Repeat: a vector, repeated and cut; one side of a tile ------------------------------------------------------------
+
+
+#: Up to so many repeats are concatenated; a longer list of arrays would take longer than a gather.
+_CONCATENATED = 64
+
+
+class Repeat(Map):
+    """``y[j] = x[j mod n_in]``. The adjoint sums the repeats of each element, and needs no gather.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tnadapt.backends import load_backend
+    >>> Repeat(2, 5).adjoint(load_backend("numpy"), np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
+    array([9., 6.])
+    """
+
+    kind = "repeat"
+
+    @property
+    def _times(self) -> int:
+        return -(-self.n_out // self.n_in)
+
+    def make(self, key: object) -> np.ndarray:
+        """Return which element of x each element of y is."""
+        return (np.arange(self.n_out) % self.n_in).astype(np.int64)
+
+    def forward(self, backend: Backend, x: Array) -> Array:
+        if self._times > _CONCATENATED:
+            return backend.take(x, self.on(backend, "places", x), axis=-1)
+        # Copies of whole runs take a third of the time of single elements.
+        whole = backend.concat([x] * self._times, axis=-1)
+        return whole if whole.shape[-1] == self.n_out else whole[..., : self.n_out]
+
+    def adjoint(self, backend: Backend, y: Array) -> Array:
+        whole = self._times * self.n_in
+        padded = y if whole == self.n_out else backend.pad_last(y, whole)
+        return backend.sum(backend.reshape(padded, (*y.shape[:-1], self._times, self.n_in)), axis=-2)
+
+    def squared_norm(self) -> float:
+        return float(self.n_out)
+
+    def cost(self) -> int:
+        return 0
+
+    def matrix(self) -> np.ndarray:
+        return np.asarray(np.eye(self.n_in)[self.make("places")])
+
+
+# -- Tile: a smaller matrix, repeated along rows and columns (MiSS, MoRA) ----------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile(MapSettings):
+    """A smaller matrix, repeated along rows and columns: ``Y[i, j] = X[i mod rows, j mod cols]``.
+
+    Parameters
+    ----------
+    rows, cols : int, optional
+        Size of X; by default that of the weight, which is then not repeated along this side. The last repeat is cut
+        if they do not divide the weight's size.
+
+    Raises
+    ------
+    ConfigError
+        If a size is not an integer of at least 1.
+
+    Examples
+    --------
+    >>> import numpy as np, tnadapt as tna
+    >>> f = tna.Projection.on_weights(tna.maps.Tile(cols=2), [(2, 5)])
+    >>> f(np.array([1.0, 2.0, 3.0, 4.0])).reshape(2, 5)
+    array([[1., 2., 1., 2., 1.],
+           [3., 4., 3., 4., 3.]])
+    """
+
+    rows: int | None = None
+    cols: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "cols"):
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, integer(f"Tile's {name}", given, 1, MAX_SIZE, ConfigError))
+        super().__post_init__()
+
+
+class TileMap(Map):
+    """``Y[i, j] = X[i mod rows, j mod cols]``."""
+
+    kind = "tile"
+    settings_class = Tile
+    settings: Tile
+    shape: tuple[int, int]
+    two_sided = True
+
+    @classmethod
+    def fixes_length(cls, settings: Tile) -> bool:
+        return True
+
+    @classmethod
+    def domain(cls, codomain: Space, settings: Tile) -> Space:
+        assert codomain.shape is not None
+        given = (settings.rows, settings.cols)
+        for side, size, whole in zip(("rows", "cols"), given, codomain.shape, strict=True):
+            if size is not None and size > whole:
+                raise ConfigError(
+                    f"Tile has {side}={size}, and a weight of {codomain.shape[0]}×{codomain.shape[1]} has {whole}: "
+                    f"give at most {whole}"
+                )
+        rows, cols = (whole if size is None else size for size, whole in zip(given, codomain.shape, strict=True))
+        return Space(rows * cols, (rows, cols))
+
+    @property
+    def _tile(self) -> tuple[int, int]:
+        shape = self.domain(Space(self.n_out, self.shape), self.settings).shape
+        assert shape is not None
+        return shape
+
+    def make(self, key: object) -> np.ndarray:
+        """Return which element of a row of X each column of Y is, or which row of X each row of Y is."""
+        side = 0 if key == "rows" else 1
+        return (np.arange(self.shape[side]) % self._tile[side]).astype(np.int64)
+
+    def forward(self, backend: Backend, x: Array) -> Array:
+        return self._rows(backend, x, 0, self.shape[0])
+
+    def _rows(self, backend: Backend, x: Array, first: int, last: int) -> Array:
+        batch = tuple(x.shape[:-1])
+        found = backend.reshape(x, (*batch, *self._tile))
+        found = backend.take(found, self.on(backend, "rows", x)[first:last], axis=-2)
+        found = backend.take(found, self.on(backend, "cols", x), axis=-1)
+        return backend.reshape(found, (*batch, (last - first) * self.shape[1]))
+
+    def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
+        cols = self.shape[1]
+        first, last = start // cols, -(-stop // cols)
+        return self._rows(backend, x, first, last)[..., start - first * cols : stop - first * cols]
+
+    def adjoint(self, backend: Backend, y: Array) -> Array:
+        batch = tuple(y.shape[:-1])
+        rows, cols = self._tile
+        down, across = -(-self.shape[0] // rows), -(-self.shape[1] // cols)
+        found = backend.pad_last(backend.reshape(y, (*batch, *self.shape)), across * cols)
+        found = backend.sum(backend.reshape(found, (*batch, self.shape[0], across, cols)), axis=-2)
+        found = backend.reshape(found, (*batch, self.shape[0] * cols))
+        found = backend.pad_last(found, down * rows * cols)
+        return backend.sum(backend.reshape(found, (*batch, down, rows * cols)), axis=-2)
+
+    def sides(self) -> Sequence[tuple[Map, Map]]:
+        rows, cols = (
+            Identity(size, whole) if size == whole else Repeat(size, whole)
+            for size, whole in zip(self._tile, self.shape, strict=True)
+        )
+        return [(rows, cols)]
+
+    def squared_norm(self) -> float:
+        return float(self.n_out)
+
+    def cost(self) -> int:
+        return 0
+
+    def matrix(self) -> np.ndarray:
+        rows, cols = self._tile
+        whole = np.tile(
+            np.arange(rows * cols).reshape(rows, cols),
+            [-(-a // b) for a, b in zip(self.shape, (rows, cols), strict=True)],
+        )
+        cut = whole[: self.shape[0], : self.shape[1]].reshape(-1)
+        return np.asarray(np.eye(self.n_in)[cut])

@@ -1,4 +1,4 @@
-"""Scatter: a few values at seeded or given positions of a vector that is zero elsewhere."""
+"""Maps that move elements: scatter, gather, one-hot, tied elements, and a permutation; at seeded or given positions."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, integer, safe_repr
 
-from ._map import Map, MapSettings, Space, digest_of
-from ._matrices import BroughtMap
+from ._map import BroughtMap, Map, MapSettings, Space, digest_of
 
 __all__ = [
     "Gather",
     "GatherMap",
-    "Identity",
     "OneHot",
     "Scatter",
     "ScatterMap",
@@ -39,7 +37,7 @@ __all__ = [
 ]
 
 
-# -- Scatter: a few values at seeded or given positions of a vector that is zero elsewhere -----------------------------
+# -- Scatter: a few values at positions of a vector that is zero elsewhere ---------------------------------------------
 
 
 # An adapter file bounds the length of its config, which holds the positions as decimal numbers.
@@ -190,7 +188,7 @@ class ScatterMap(Map):
         return found
 
 
-# -- Scatter at the positions that torch's generator draws: those of PEFT's FourierFT and SHiRA ------------------------
+# -- Scatter at the positions that torch's generator draws: PEFT's FourierFT and SHiRA ---------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +263,7 @@ class TorchScatterMap(ScatterMap):
         return super().make(key)
 
 
-# -- Gather: every element of the output is an element of a shorter vector, or its negative (hashing) ------------------
+# -- Gather: every element is an element of a shorter vector, or its negative (hashing) --------------------------------
 
 
 # Streams longer than twice this are digested by their two ends.
@@ -416,7 +414,7 @@ class SignGatherMap(GatherMap):
         return super().matrix() * signs.astype(np.float64)[:, None]
 
 
-# -- One-hot maps: each element of the output is one element of the input, scaled so that the map is an isometry -------
+# -- One-hot: as gather, scaled so that the map is an isometry ---------------------------------------------------------
 
 
 class OneHot(Map):
@@ -511,7 +509,7 @@ class SignedOneHot(OneHot):
     signed = True
 
 
-# -- TiedElements elements: each element of the output is the element of the input that a given index names ------------
+# -- Tied elements: a given index names the element of the input -------------------------------------------------------
 
 
 # The index is stored in float32, which holds the integers up to this one.
@@ -720,34 +718,3 @@ class Shuffle(Map):
 
     def digest(self) -> str:
         return digest_of(self, {"perm": self.n_out})
-
-
-# -- The identity map: y = x -------------------------------------------------------------------------------------------
-
-
-class Identity(Map):
-    """``y = x``; ρ = 1 only."""
-
-    kind = "identity"
-    square = isometry = identity = True
-
-    def forward(self, backend: Backend, x: Array) -> Array:
-        return x
-
-    def adjoint(self, backend: Backend, y: Array) -> Array:
-        return y
-
-    def gain(self) -> float:
-        return 1.0
-
-    def squared_norm(self) -> float:
-        return float(self.n_out)
-
-    def cost(self) -> int:
-        return 0
-
-    def part(self, name: str, start: int, stop: int) -> np.ndarray:
-        raise KeyError(name)  # it draws nothing
-
-    def digest(self) -> str:
-        return digest_of(self, {})

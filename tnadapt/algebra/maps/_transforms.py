@@ -1,4 +1,4 @@
-"""Base class of transforms of the rows and columns of a matrix: sums of products ``L X Rᵀ``."""
+"""Transforms of the rows and columns of a matrix, ``sum_t L_t X R_tᵀ``: cosine, Fourier, and wavelets."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from tnadapt.backends import Backend
-from tnadapt.backends.backend import Array
-from tnadapt.backends.fixed_arrays import FixedArrays
+from tnadapt.backends.backend import Array, FixedArrays
 from tnadapt.errors import ConfigError, safe_repr
 
 from ._map import ByRows, Map, MapSettings, Space
@@ -30,7 +29,7 @@ __all__ = [
 ]
 
 
-# -- A product with a fixed matrix: one side of a transform of the rows and columns of a matrix ------------------------
+# -- One side: a product with a fixed matrix ---------------------------------------------------------------------------
 
 
 class SideMatrix(Map):
@@ -63,7 +62,7 @@ class SideMatrix(Map):
         return np.asarray(self._matrices.host(self._key))
 
 
-# -- Base class of transforms of the rows and columns of a matrix: sums of products L X Rᵀ -----------------------------
+# -- The base class of two-sided transforms ----------------------------------------------------------------------------
 
 
 class TwoSided(ByRows):
@@ -130,7 +129,7 @@ class TwoSided(ByRows):
         return len(self.side_keys) * (rows_in * cols_in * cols + rows * rows_in * cols)
 
 
-# -- The inverse cosine transform of a matrix (LoCA) -------------------------------------------------------------------
+# -- The inverse cosine transform (LoCA) -------------------------------------------------------------------------------
 
 
 class _Cosines(FixedArrays):
@@ -166,7 +165,7 @@ class Dct2(TwoSided):
         return np.asarray(idctn(units, type=2, axes=(1, 2), norm="ortho")).reshape(self.n_in, self.n_out).T
 
 
-# -- The real part of the inverse Fourier transform of a matrix (FourierFT) --------------------------------------------
+# -- The real part of the inverse Fourier transform (FourierFT) --------------------------------------------------------
 
 
 # How many multiply-adds of a matrix product take as long as one of an FFT, about, on the CPU.
@@ -281,7 +280,7 @@ def _products(size: int) -> float:
     return min(total, 6 * bits * (1 << bits) / size)
 
 
-# -- Low-pass filters of the Daubechies wavelets with 1 to 10 vanishing moments, correctly rounded to float64 ----------
+# -- Filters of the Daubechies wavelets with 1 to 10 vanishing moments -------------------------------------------------
 
 # The factor ``(1 + z)^N Q(z)`` of minimal phase, with the sum √2, computed with 60 digits; PyWavelets calls them
 # ``rec_lo``.
@@ -413,7 +412,7 @@ DAUBECHIES: dict[str, tuple[float, ...]] = {
 }
 
 
-# -- The inverse wavelet transform of a matrix, of one level (WaveFT) --------------------------------------------------
+# -- The inverse wavelet transform, of one level (WaveFT) --------------------------------------------------------------
 
 
 _FILTERS = {"haar": DAUBECHIES["db1"], **DAUBECHIES}
@@ -620,7 +619,7 @@ class WaveletMap(ByRows):
         return found
 
 
-# -- The inverse wavelet transform of as many coefficients as the weight has elements: that of PEFT's WaveFT -----------
+# -- The inverse wavelet transform of as many coefficients as elements: PEFT's WaveFT ----------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Fastfood: F from two Walsh-Hadamard transforms, a normal diagonal, a permutation, and signs or a second diagonal.
+"""Fastfood, the paper's F, and the fast Walsh–Hadamard transform: draws, linear maps, and the nonlinearity after them.
 
-Paper symbols (equation 4, appendix A.6): H the Walsh-Hadamard matrix, G the Gaussian diagonal, Π the permutation, B the
-signs (G' in the v2 kind).
+F is two Walsh-Hadamard transforms with a normal diagonal, a permutation, and signs or a second diagonal. Paper symbols
+(equation 4, appendix A.6): H the Walsh-Hadamard matrix, G the Gaussian diagonal, Π the permutation, B the signs (G' in
+the v2 kind).
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ import numpy as np
 from tnadapt.algebra import rng
 from tnadapt.argument_checks import flag
 from tnadapt.backends import Backend, get_backend, kernels, known_backend
-from tnadapt.backends.backend import FLOAT_DTYPES, Array
-from tnadapt.backends.fixed_arrays import FixedArrays
+from tnadapt.backends.backend import FLOAT_DTYPES, Array, FixedArrays
 from tnadapt.errors import ShapeError, integer
 
 from ._map import Map, digest_of
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-# -- The draws of fastfood: permutation Π, normal diagonals 𝒢 and 𝒢', signs ℬ, whole or in pieces ----------------------
+# -- Draws: permutation Π, normal diagonals 𝒢 and 𝒢', signs ℬ, whole or in pieces --------------------------------------
 
 
 # From this length on, a gather misses the processor's caches.
@@ -305,12 +305,7 @@ class _SmallMatrices(FixedArrays):
 _small_matrices = _SmallMatrices()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Fastfood: F from two Walsh-Hadamard transforms, a normal diagonal, a permutation, and signs or a second diagonal
-
-# Paper symbols (equation 4, appendix A.6): H the Walsh-Hadamard matrix, G the Gaussian diagonal, Π the permutation, B
-# the signs (G' in the v2 kind).
-
+# -- The linear maps ---------------------------------------------------------------------------------------------------
 
 # How many elements of the long vector a slice draws at a time: several short blocks together, or part of a long one.
 _SLICE_CHUNK = 1 << 16
@@ -439,7 +434,7 @@ class LinearV2(Linear):
     normal = True
 
 
-# -- The linear fastfood maps followed by the nonlinearity t - tanh(t) -------------------------------------------------
+# -- The nonlinear maps: followed by t - tanh(t) -----------------------------------------------------------------------
 
 
 class Nonlinear(Linear):

@@ -1,4 +1,9 @@
-"""The user-facing class of a map F: it validates inputs, and computes half precision in single precision."""
+"""Projection, the map F that users call; and what ``Config.projection`` names: maps, chains, maps of each weight.
+
+:data:`MAPS` is the registry of maps by name. A *recipe* is what ``Config.projection`` says, and makes a :class:`Map`,
+which may be a :class:`Chain` or :class:`PerWeight`. :class:`Projection` checks inputs, and computes half precision in
+single precision.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +25,10 @@ from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, ShapeError, TnadaptError, integer, safe_repr
 from tnadapt.plugins import Registry
 
-from ._blocks import CirculantMap, TileMap
-from ._map import Map, MapSettings, Space, settings_text
-from ._matrices import BroughtMap, GivenMatrix, Normal
+from ._map import BroughtMap, Identity, Map, MapSettings, Space, settings_text
+from ._matrices import CirculantMap, GivenMatrix, Normal, TileMap
 from ._positions import (
     GatherMap,
-    Identity,
     OneHot,
     ScatterMap,
     Shuffle,
@@ -174,7 +177,7 @@ def _composed(parts: Sequence[Map]) -> Map:
     return moving[0] if moving else parts[0]
 
 
-# -- The registry of maps by name --------------------------------------------------------------------------------------
+# -- The maps by name --------------------------------------------------------------------------------------------------
 
 
 MAPS: Registry[Map] = Registry(
@@ -334,7 +337,7 @@ class PerWeight(Map):
         return np.asarray(block_diag(*(part.matrix() for part in self.parts)))
 
 
-# -- What Config.projection says: a map's name, its settings, or a chain of these; and the map that it makes -----------
+# -- Recipes: what Config.projection says, and the map that it makes ---------------------------------------------------
 
 
 #: What a map is applied to: the vector of a group, or each of its weights as a matrix.
@@ -712,7 +715,7 @@ def make_map_on_weights(
     return parts[0] if len(parts) == 1 else PerWeight(parts)
 
 
-# -- The user-facing class of a map F: it validates inputs, and computes half precision in single precision ------------
+# -- Projection: the class that users call -----------------------------------------------------------------------------
 
 
 class Projection:
@@ -1007,7 +1010,7 @@ def _in_float32(compute: Callable[..., Array], *arrays: Array) -> Array:
     return compute(backend, *arrays)
 
 
-# -- A map F on several vectors at once, as the rows of one array ------------------------------------------------------
+# -- F on several vectors at once, as the rows of one array ------------------------------------------------------------
 
 
 def slices(backend: Backend, projection: Projection, vectors: Sequence[Array], start: int, stop: int) -> list[Array]:

@@ -1,8 +1,9 @@
 """Where the numbers of an array come from: trained, or frozen (from a seed, the base weights, the caller), or tied.
 
-One class a source and a file. A new built-in source is one more file and one more line in :data:`SOURCES`; another
-package calls ``tnadapt.register_source``. :class:`tnadapt.testing.SourceContract` checks both kinds. Users find the
-classes in ``tnadapt.sources``.
+Each source is one class: those that compute an array from the base weights are in ``_from_base``, the others and their
+contract in ``_source``. A new built-in source is one more class and one more line in :data:`SOURCES`; another package
+calls ``tnadapt.register_source``. :class:`tnadapt.testing.SourceContract` checks both kinds. Users find the classes in
+``tnadapt.sources``.
 """
 
 from __future__ import annotations
@@ -14,18 +15,27 @@ from typing import Any
 from tnadapt.errors import ConfigError, TnadaptError, safe_repr
 from tnadapt.plugins import Registry
 
-from ._from_base import EXTRA as OVERSAMPLING
-from ._from_base import BaseCore, FromBase, dominant_svd, leading_qr, minor_svd
-from ._frozen import (
+from ._from_base import OVERSAMPLING, BaseCore, FromBase, dominant_svd, leading_qr, minor_svd
+from ._source import (
     FrozenArray,
     FrozenArrays,
+    Given,
+    Mixed,
+    Multiplied,
     Origin,
+    Place,
+    Scaled,
+    Seeded,
+    Source,
+    SourceMap,
+    Stream,
+    Tied,
+    Trained,
+    check_class,
     check_term,
     inner_source,
     origins_of,
 )
-from ._multiplied import Mixed, Multiplied, Scaled
-from ._source import Given, Place, Seeded, Source, SourceMap, Stream, Tied, Trained, check_class
 
 __all__ = [
     "OVERSAMPLING",

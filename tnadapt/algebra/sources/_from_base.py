@@ -1,4 +1,4 @@
-"""Frozen factors made of the base weights: bases of their dominant singular subspaces."""
+"""Sources that compute an array from the base weights, by their singular vectors; SVD and QR of a weight for starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tnadapt.errors import ConfigError, safe_repr, warn
 from ._source import Place, Source, Stream
 
 __all__ = [
-    "EXTRA",
+    "OVERSAMPLING",
     "PASSES",
     "START_PASSES",
     "BaseCore",
@@ -39,7 +39,7 @@ PASSES = 4
 #: Passes for a start of training, which needs the vectors and values themselves.
 START_PASSES = 16
 #: Columns that are iterated in addition to those wanted.
-EXTRA = 8
+OVERSAMPLING = 8
 # Singular values closer than this, relative to the larger one, leave the single vectors undetermined.
 _TIE = 1e-4
 # A gap below this, relative to the larger value, lets rounding errors of float64 turn a subspace by what float32 shows.
@@ -54,7 +54,7 @@ def dominant_basis(matrix: np.ndarray, normals: np.ndarray, rank: int, vectors: 
     Parameters
     ----------
     matrix : ndarray of float64, shape (d, n)
-    normals : ndarray of float64, shape (d, min(rank + EXTRA, d))
+    normals : ndarray of float64, shape (d, min(rank + OVERSAMPLING, d))
         Start of the iteration.
     rank : int
         At most ``min(d, n)``.
@@ -80,8 +80,8 @@ def dominant_basis(matrix: np.ndarray, normals: np.ndarray, rank: int, vectors: 
 
     Notes
     -----
-    ``PASSES`` passes of ``Q <- qr(A Aᵀ Q)`` with ``rank + EXTRA`` columns; all of min(d, n), where that many are
-    needed, give the subspace exactly. Cost: ``2 d n (rank + EXTRA)`` multiply-adds a pass.
+    ``PASSES`` passes of ``Q <- qr(A Aᵀ Q)`` with ``rank + OVERSAMPLING`` columns; all of min(d, n), where that many are
+    needed, give the subspace exactly. Cost: ``2 d n (rank + OVERSAMPLING)`` multiply-adds a pass.
 
     Examples
     --------
@@ -94,7 +94,7 @@ def dominant_basis(matrix: np.ndarray, normals: np.ndarray, rank: int, vectors: 
     largest = max(float(np.max(matrix)), -float(np.min(matrix)))
     if not np.isfinite(largest):
         raise ConfigError(f"{what} is computed from the base weight, which holds NaN or infinity")
-    width = min(rank + EXTRA, *matrix.shape)
+    width = min(rank + OVERSAMPLING, *matrix.shape)
     # Only float64 weights can be so large or small that their squares overflow or underflow.
     own = matrix if 1e-60 < largest < 1e60 or largest == 0.0 else matrix / largest
     q = _orthonormal(normals[:, :width])
@@ -248,7 +248,7 @@ def _signs(vectors: np.ndarray) -> np.ndarray:
     return np.where(vectors[largest, np.arange(vectors.shape[1])] < 0.0, -1.0, 1.0)
 
 
-# -- Frozen factors made of the base weights: bases of their dominant singular subspaces -------------------------------
+# -- Factors: bases of the base's dominant singular subspaces ----------------------------------------------------------
 
 
 _SIDES = ("rows", "cols", "mode")
@@ -356,7 +356,7 @@ class FromBase(Source):
         assert mode is not None  # checked by the plan
         matrix = np.moveaxis(base, mode, 0).reshape(base.shape[mode], -1)
         rows, rank = shape
-        width = min(rank + EXTRA, rows)
+        width = min(rank + OVERSAMPLING, rows)
         drawn = rng.normals(stream.seed, stream.group, stream.purpose, 0, rows * width)
         normals = drawn.astype(np.float64).reshape(rows, width)
         what = f"FromBase({self.side!r}) of group {stream.group}"
@@ -367,7 +367,7 @@ class FromBase(Source):
         return 1.0 / shape[0]
 
 
-# -- The frozen core of the higher-order singular value decomposition of the base weights ------------------------------
+# -- The core of the higher-order singular value decomposition of the base ---------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,10 @@
-"""The contract of a source: where the numbers of one array of a network come from."""
+"""Sources: what makes the numbers of an array (trained, tied, given, seeded, multiplied), and a group's frozen arrays.
+
+:class:`Source` is the contract, and the classes after it are the sources that do not depend on the base weights;
+``_from_base`` has those that do. A config names sources in a :class:`SourceMap`. :func:`origins_of` follows its ties
+and multipliers to where each array of a group comes from, and :class:`FrozenArrays` computes the frozen ones when they
+are first used.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +18,21 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from tnadapt.algebra import rng
+from tnadapt.algebra.norms import rounded_to
 from tnadapt.argument_checks import require_frozen
-from tnadapt.errors import ConfigError, safe_repr, summarize
+from tnadapt.backends import Backend
+from tnadapt.backends.backend import Array, FixedArrays
+from tnadapt.errors import ConfigError, TnadaptError, safe_repr, summarize
 
 __all__ = [
+    "FrozenArray",
+    "FrozenArrays",
     "Given",
+    "Mixed",
+    "Multiplied",
+    "Origin",
     "Place",
+    "Scaled",
     "Seeded",
     "Source",
     "SourceMap",
@@ -25,10 +40,13 @@ __all__ = [
     "Tied",
     "Trained",
     "check_class",
+    "check_term",
+    "inner_source",
+    "origins_of",
 ]
 
 
-# -- The contract of a source: where the numbers of one array of a network come from -----------------------------------
+# -- The contract of a source ------------------------------------------------------------------------------------------
 
 
 class Place(NamedTuple):
@@ -175,118 +193,7 @@ class Source:
         return self.mean_square(shape)
 
 
-# -- The sources that a config names: array names to sources, immutable and hashable -----------------------------------
-
-
-# factor0, split1.factor0, term2.split1.factor0: the last part is the format's own name of the array.
-_KEY = re.compile(r"(?:(?:term(?:0|[1-9]\d*)\.)?split(?:0|[1-9]\d*)\.)?[A-Za-z_]\w*")
-_MAX_ENTRIES = 1 << 12
-
-
-class SourceMap(Mapping[str, Source]):
-    """Sources by the names of arrays; arrays without an entry are trained.
-
-    Parameters
-    ----------
-    sources : mapping of str to Source
-        A key is an array's last name (``"factor0"``, for that array in every split and term), or begins with its split
-        (``"split0.factor0"``), or with its term and split (``"term1.split0.factor0"``). The longest key that fits an
-        array counts.
-
-    Raises
-    ------
-    ConfigError
-        If a key is not such a name, a value is not a source, or a setting of a source cannot be stored in a file.
-
-    Examples
-    --------
-    >>> from tnadapt.algebra.sources import Trained
-    >>> found = SourceMap({"factor0": Trained()})
-    >>> found.of("split2.factor0"), found == {"factor0": Trained()}
-    (Trained(), True)
-    """
-
-    def __init__(self, sources: Mapping[str, Source] = types.MappingProxyType({})) -> None:
-        if not isinstance(sources, Mapping):
-            raise ConfigError(f"sources must be a mapping of names to sources; got {safe_repr(sources)}")
-        self._sources = dict(sources)
-        if len(self._sources) > _MAX_ENTRIES:
-            raise ConfigError(f"sources has {len(self._sources)} entries; at most {_MAX_ENTRIES} are allowed")
-        for key, source in self._sources.items():
-            if not isinstance(key, str) or not _KEY.fullmatch(key):
-                raise ConfigError(
-                    "a key of sources is the name of an array, such as 'factor0', 'split0.factor0' or "
-                    f"'term0.split0.factor0'; got {safe_repr(key)}"
-                )
-            if not isinstance(source, Source):
-                raise ConfigError(
-                    f"sources[{key!r}] must be a source, such as tnadapt.sources.Trained(); got {safe_repr(source)}"
-                )
-            check_class(type(source))
-            for field in dataclasses.fields(source):
-                if not _is_plain(getattr(source, field.name)):
-                    raise ConfigError(
-                        f"sources[{key!r}]: {field.name} must be None, a boolean, an integer, a finite float, a "
-                        f"string, a source or a tuple of these; got {safe_repr(getattr(source, field.name))}"
-                    )
-
-    def __getitem__(self, key: str) -> Source:
-        return self._sources[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-    def __hash__(self) -> int:
-        return hash(frozenset(self._sources.items()))
-
-    def __repr__(self) -> str:
-        return repr(self._sources)
-
-    def of(self, name: str) -> Source | None:
-        """Return the source of a network's array, such as ``"term0.split1.factor0"``; None if no key fits."""
-        keys = _keys_of(name)
-        return next((self._sources[key] for key in keys if key in self._sources), None)
-
-    def check_names(self, names: Collection[str]) -> None:
-        """Raise a ConfigError if a key fits none of a network's arrays."""
-        known = dict.fromkeys(key for name in names for key in _keys_of(name)[::-1])
-        for key in self:
-            if key not in known:
-                raise ConfigError(
-                    f"sources names {safe_repr(key)}, which fits no array; the arrays are "
-                    f"{summarize([name for name in known if '.' not in name])}, in {summarize(list(names))}"
-                )
-
-
-def _keys_of(name: str) -> list[str]:
-    """The keys that fit an array, the longest first."""
-    parts = name.split(".")
-    return [".".join(parts[skipped:]) for skipped in range(len(parts))]
-
-
-def check_class(cls: type[Source]) -> None:
-    """Raise a ConfigError unless the settings of a class are the fields of a frozen dataclass."""
-    require_frozen(cls, f"source {cls.__name__}", "source")
-
-
-def _is_plain(value: Any, depth: int = 4) -> bool:
-    """Return whether a file can hold a value and give it back."""
-    if isinstance(value, tuple):
-        return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
-    if isinstance(value, Source):
-        fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
-        return depth > 0 and all(_is_plain(item, depth - 1) for item in fields)
-    if isinstance(value, float):
-        return type(value) is float and math.isfinite(value)
-    if type(value) is int:
-        return abs(value) < 1 << 64
-    return value is None or type(value) in (bool, str)
-
-
-# -- Arrays that are trained: the parameters of an adapter -------------------------------------------------------------
+# -- Trained arrays: the parameters of an adapter ----------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +210,7 @@ class Trained(Source):
     trained: ClassVar[bool] = True
 
 
-# -- Arrays that are another array of the plan -------------------------------------------------------------------------
+# -- Tied arrays: another array of the plan ----------------------------------------------------------------------------
 
 
 _NAME = re.compile(r"(?:group(0|[1-9]\d*)\.)?((?:term(?:0|[1-9]\d*)\.)?split(?:0|[1-9]\d*)\.[A-Za-z_]\w*)")
@@ -356,7 +263,7 @@ class Tied(Source):
         return group if found[1] is None else int(found[1]), found[2]
 
 
-# -- Frozen arrays that the caller brings ------------------------------------------------------------------------------
+# -- Given arrays: frozen, and brought by the caller -------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,7 +303,7 @@ class Given(Source):
         return self.shared
 
 
-# -- Frozen arrays that a seed determines: normal, uniform, signs, orthonormal, one-hot, identity ----------------------
+# -- Seeded arrays: normal, uniform, signs, orthonormal, one-hot, identity ---------------------------------------------
 
 
 Shape = tuple[int, ...]
@@ -533,3 +440,621 @@ _DRAW: dict[str, Callable[[Shape, Stream], np.ndarray]] = {
     "eye": _eye,
 }
 _INDEPENDENT = ("normal", "uniform", "signs")
+
+
+# -- Multiplied arrays: another source's array times trained multipliers -----------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiplied(Source):
+    """A factor A of shape (d, r) times trained arrays, its multipliers; linear in A and in each multiplier.
+
+    A subclass names the multipliers, and defines their shapes, their initial values and the product.
+
+    Parameters
+    ----------
+    of : Source
+        Source of A: usually frozen; a trained or tied one is trained as well.
+
+    Raises
+    ------
+    ConfigError
+        If ``of`` is not a source, or itself multiplied.
+    """
+
+    of: Source
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.of, Source) or isinstance(self.of, Multiplied):
+            raise ConfigError(
+                f"of must be a source, for {type(self).__name__} one without trained diagonals or matrices; got "
+                f"{safe_repr(self.of)}"
+            )
+
+    @property
+    def multipliers(self) -> tuple[str, ...]:
+        """Names of the multipliers, in order; ``split0.factor0.size`` is the multiplier ``size`` of an array."""
+        raise NotImplementedError
+
+    def multiplier_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each multiplier of an array."""
+        raise NotImplementedError
+
+    @property
+    def starts(self) -> dict[str, float]:
+        """Initial value of each multiplier, where it is not the one that has to be zero; 1 changes nothing."""
+        raise NotImplementedError
+
+    @property
+    def zero(self) -> str | None:
+        """The multiplier that starts at zero by the settings; None if there is none."""
+        return next((name for name, value in self.starts.items() if value == 0.0), None)
+
+    def initial(self, name: str, shape: tuple[int, ...], value: float) -> np.ndarray:
+        """Return the multiplier of an array of this shape that multiplies by ``value``, in float32."""
+        return np.full(self.multiplier_shapes(shape)[name], value, np.float32)
+
+    def check(self, place: Place) -> None:
+        """See :meth:`Source.check`."""
+        if len(place.shape) != 2:
+            raise ConfigError(
+                f"{type(self).__name__} is for factors, of shape (size, rank); {place.name!r} has the shape "
+                f"{place.shape}: give another source"
+            )
+
+    def touched(self, name: str, columns: int, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Return what the initialization needs to know of a multiplier.
+
+        Parameters
+        ----------
+        name : str
+        columns : int
+            The number of columns of A that an element of the update sums over.
+        shape : tuple of int
+            Of A.
+
+        Returns
+        -------
+        entries, products : int
+            How many entries of the multiplier an element of the update sums over, and of how many products of an entry
+            of A and entries of the multipliers an entry of the product is a sum.
+        """
+        raise NotImplementedError
+
+    def product(self, backend: Backend, array: Array, multipliers: Mapping[str, Array]) -> Array:
+        """Compute the array times its multipliers, which are given by name."""
+        raise NotImplementedError
+
+    def gradients(
+        self, array: np.ndarray, multipliers: Mapping[str, np.ndarray], gradient: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Return the gradients of A and of each multiplier, from that of the product."""
+        raise NotImplementedError
+
+
+# -- Mixed: times a trained square matrix ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed(Multiplied):
+    """A factor times a trained square matrix: ``A J``, whose columns are mixtures of those of A.
+
+    J is the array ``split0.factor0.mix``, of shape (r, r). It starts at the identity, or at zero if it falls to this
+    array to make ΔW zero at the start (:mod:`tnadapt.algebra.init`).
+
+    Parameters
+    ----------
+    of : Source
+        Source of A, a factor of shape (d, r): usually frozen, as in CRAFT.
+
+    Raises
+    ------
+    ConfigError
+        If ``of`` is not a source, or itself multiplied.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> from tnadapt.sources import Mixed, Seeded
+    >>> plan = tna.SuperLoRA(tna.presets.lora(2, sources={"factor0": Mixed(Seeded("orthonormal"))}), [(6, 4)])
+    >>> plan.param_shapes
+    {'group0.split0.factor0.mix': (2, 2), 'group0.split0.factor1': (4, 2)}
+    """
+
+    @property
+    def multipliers(self) -> tuple[str, ...]:
+        """The matrix alone: ``mix``."""
+        return ("mix",)
+
+    def multiplier_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return the shape of the matrix."""
+        return {"mix": (shape[1], shape[1])}
+
+    @property
+    def starts(self) -> dict[str, float]:
+        """The matrix starts at 1 times the identity."""
+        return {"mix": 1.0}
+
+    def initial(self, name: str, shape: tuple[int, ...], value: float) -> np.ndarray:
+        """Return ``value`` times the identity."""
+        return np.eye(shape[1], dtype=np.float32) * np.float32(value)
+
+    def touched(self, name: str, columns: int, shape: tuple[int, ...]) -> tuple[int, int]:
+        """See :meth:`Multiplied.touched`: a column of the product has all columns of A."""
+        return columns * shape[1], shape[1]
+
+    def product(self, backend: Backend, array: Array, multipliers: Mapping[str, Array]) -> Array:
+        """Compute ``A J``."""
+        return backend.matmul(array, multipliers["mix"])
+
+    def gradients(
+        self, array: np.ndarray, multipliers: Mapping[str, np.ndarray], gradient: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Return ``G Jᵀ`` and ``Aᵀ G``."""
+        return gradient @ multipliers["mix"].T, {"mix": array.T @ gradient}
+
+
+# -- Scaled: times trained diagonals -----------------------------------------------------------------------------------
+
+
+# The diagonals, and the axis of the array that each one scales.
+_AXES = {"size": 0, "rank": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled(Multiplied):
+    """A factor times trained diagonals: ``diag(size) A diag(rank)``, or one of the two.
+
+    Parameters
+    ----------
+    of : Source
+        Source of A, a factor of shape (d, r): usually frozen, as in VeRA; a trained or tied one is trained as well.
+    size : bool
+        Whether the d rows have trained factors: the array ``split0.factor0.size``, of shape (d,).
+    rank : bool
+        Whether the r columns have trained factors: ``split0.factor0.rank``, of shape (r,).
+    start : float or tuple of float, optional
+        Initial value of the diagonals, or of each one (size, rank). By default 1; but if it falls to this array to make
+        ΔW zero at the start (:mod:`tnadapt.algebra.init`), its first diagonal is 0. A start of 0 makes it the array
+        that is zero; with two diagonals, ``start=0`` is ``(0, 1)``.
+
+    Raises
+    ------
+    ConfigError
+        If ``of`` is not a source, or itself scaled; if there is no diagonal; or the start is not a finite number, or
+        has another number of values than there are diagonals, or more than one zero.
+
+    Examples
+    --------
+    VeRA, where both factors are frozen and shared by all layers:
+
+    >>> import tnadapt as tna
+    >>> from tnadapt.sources import Scaled, Seeded
+    >>> frozen = Seeded("uniform")
+    >>> vera = {"factor0": Scaled(frozen), "factor1": Scaled(frozen, size=False, rank=True, start=0.1)}
+    >>> plan = tna.SuperLoRA(tna.presets.lora(2, sources=vera), [(6, 4)])
+    >>> plan.param_shapes
+    {'group0.split0.factor0.size': (6,), 'group0.split0.factor1.rank': (2,)}
+    """
+
+    size: bool = True
+    rank: bool = False
+    start: float | tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in _AXES:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False; got {safe_repr(getattr(self, name))}")
+        if not self.size and not self.rank:
+            raise ConfigError("Scaled needs a diagonal: size=True, rank=True, or both")
+        if self.start is None:
+            return
+        given = self.start if isinstance(self.start, tuple) else (self.start,)
+        for number in given:
+            known = isinstance(number, (int, float)) and not isinstance(number, bool)
+            if not known or not abs(number) <= 1e30:  # NaN is not either
+                raise ConfigError(
+                    "start must be a finite number of at most 1e30, a tuple of one per diagonal, or None; got "
+                    f"{safe_repr(self.start)}"
+                )
+        if isinstance(self.start, tuple) and (len(given) != len(self.multipliers) or given.count(0.0) > 1):
+            raise ConfigError(
+                f"start={safe_repr(self.start)} must have one number for each of {', '.join(self.multipliers)}, at "
+                "most one of them 0"
+            )
+        floats = tuple(map(float, given))
+        object.__setattr__(self, "start", floats if isinstance(self.start, tuple) else floats[0])  # the class is frozen
+
+    @property
+    def starts(self) -> dict[str, float]:
+        """Initial value of each diagonal, where it is not the one that has to be zero."""
+        if isinstance(self.start, tuple):
+            return dict(zip(self.multipliers, self.start, strict=True))
+        first, *others = self.multipliers
+        if self.start == 0.0:
+            return {first: 0.0, **dict.fromkeys(others, 1.0)}
+        return dict.fromkeys(self.multipliers, 1.0 if self.start is None else self.start)
+
+    @property
+    def multipliers(self) -> tuple[str, ...]:
+        """Names of the diagonals, in order: ``size``, ``rank``."""
+        return tuple(name for name in _AXES if getattr(self, name))
+
+    def multiplier_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each diagonal of an array."""
+        return {name: (shape[_AXES[name]],) for name in self.multipliers}
+
+    def touched(self, name: str, columns: int, shape: tuple[int, ...]) -> tuple[int, int]:
+        """See :meth:`Multiplied.touched`: one entry for each column, or one for all of them."""
+        return (columns if name == "rank" else 1), 1
+
+    def product(self, backend: Backend, array: Array, multipliers: Mapping[str, Array]) -> Array:
+        """Compute the array times its diagonals, which are given by name."""
+        for name in self.multipliers:
+            own: Any = multipliers[name]
+            array = array * backend.reshape(own, (-1, 1) if _AXES[name] == 0 else (1, -1))
+        return array
+
+    def gradients(
+        self, array: np.ndarray, multipliers: Mapping[str, np.ndarray], gradient: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Return the gradients of A and of each diagonal."""
+        wide = {name: multipliers[name].reshape((-1, 1) if _AXES[name] == 0 else (1, -1)) for name in self.multipliers}
+        found = {}
+        for name in self.multipliers:
+            others = math.prod((own for other, own in wide.items() if other != name), start=np.float64(1.0))
+            found[name] = (gradient * array * others).sum(axis=1 - _AXES[name])
+        return gradient * math.prod(wide.values(), start=np.float64(1.0)), found
+
+
+# -- The sources that a config names, by the names of arrays -----------------------------------------------------------
+
+
+# factor0, split1.factor0, term2.split1.factor0: the last part is the format's own name of the array.
+_KEY = re.compile(r"(?:(?:term(?:0|[1-9]\d*)\.)?split(?:0|[1-9]\d*)\.)?[A-Za-z_]\w*")
+_MAX_ENTRIES = 1 << 12
+
+
+class SourceMap(Mapping[str, Source]):
+    """Sources by the names of arrays; arrays without an entry are trained.
+
+    Parameters
+    ----------
+    sources : mapping of str to Source
+        A key is an array's last name (``"factor0"``, for that array in every split and term), or begins with its split
+        (``"split0.factor0"``), or with its term and split (``"term1.split0.factor0"``). The longest key that fits an
+        array counts.
+
+    Raises
+    ------
+    ConfigError
+        If a key is not such a name, a value is not a source, or a setting of a source cannot be stored in a file.
+
+    Examples
+    --------
+    >>> from tnadapt.algebra.sources import Trained
+    >>> found = SourceMap({"factor0": Trained()})
+    >>> found.of("split2.factor0"), found == {"factor0": Trained()}
+    (Trained(), True)
+    """
+
+    def __init__(self, sources: Mapping[str, Source] = types.MappingProxyType({})) -> None:
+        if not isinstance(sources, Mapping):
+            raise ConfigError(f"sources must be a mapping of names to sources; got {safe_repr(sources)}")
+        self._sources = dict(sources)
+        if len(self._sources) > _MAX_ENTRIES:
+            raise ConfigError(f"sources has {len(self._sources)} entries; at most {_MAX_ENTRIES} are allowed")
+        for key, source in self._sources.items():
+            if not isinstance(key, str) or not _KEY.fullmatch(key):
+                raise ConfigError(
+                    "a key of sources is the name of an array, such as 'factor0', 'split0.factor0' or "
+                    f"'term0.split0.factor0'; got {safe_repr(key)}"
+                )
+            if not isinstance(source, Source):
+                raise ConfigError(
+                    f"sources[{key!r}] must be a source, such as tnadapt.sources.Trained(); got {safe_repr(source)}"
+                )
+            check_class(type(source))
+            for field in dataclasses.fields(source):
+                if not _is_plain(getattr(source, field.name)):
+                    raise ConfigError(
+                        f"sources[{key!r}]: {field.name} must be None, a boolean, an integer, a finite float, a "
+                        f"string, a source or a tuple of these; got {safe_repr(getattr(source, field.name))}"
+                    )
+
+    def __getitem__(self, key: str) -> Source:
+        return self._sources[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._sources.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._sources)
+
+    def of(self, name: str) -> Source | None:
+        """Return the source of a network's array, such as ``"term0.split1.factor0"``; None if no key fits."""
+        keys = _keys_of(name)
+        return next((self._sources[key] for key in keys if key in self._sources), None)
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Raise a ConfigError if a key fits none of a network's arrays."""
+        known = dict.fromkeys(key for name in names for key in _keys_of(name)[::-1])
+        for key in self:
+            if key not in known:
+                raise ConfigError(
+                    f"sources names {safe_repr(key)}, which fits no array; the arrays are "
+                    f"{summarize([name for name in known if '.' not in name])}, in {summarize(list(names))}"
+                )
+
+
+def _keys_of(name: str) -> list[str]:
+    """The keys that fit an array, the longest first."""
+    parts = name.split(".")
+    return [".".join(parts[skipped:]) for skipped in range(len(parts))]
+
+
+def check_class(cls: type[Source]) -> None:
+    """Raise a ConfigError unless the settings of a class are the fields of a frozen dataclass."""
+    require_frozen(cls, f"source {cls.__name__}", "source")
+
+
+def _is_plain(value: Any, depth: int = 4) -> bool:
+    """Return whether a file can hold a value and give it back."""
+    if isinstance(value, tuple):
+        return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
+    if isinstance(value, Source):
+        fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        return depth > 0 and all(_is_plain(item, depth - 1) for item in fields)
+    if isinstance(value, float):
+        return type(value) is float and math.isfinite(value)
+    if type(value) is int:
+        return abs(value) < 1 << 64
+    return value is None or type(value) in (bool, str)
+
+
+# -- Where each array of a group comes from, after ties and multipliers ------------------------------------------------
+
+
+class Origin(NamedTuple):
+    """Origin of the numbers of one array.
+
+    Attributes
+    ----------
+    group : int
+        Group of the array that has the numbers: another one's if the array is tied to it.
+    name : str
+        The network's name of that array.
+    source : Source
+        That array's source: trained, or one that computes it or takes it from the caller.
+    multiplied : Multiplied or None
+        The source whose multipliers multiply it, if there are any.
+    owner : (int, str)
+        Group and network's name of the array that the multipliers belong to.
+    """
+
+    group: int
+    name: str
+    source: Source
+    multiplied: Multiplied | None
+    owner: tuple[int, str]
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """Group and name of the array that has the numbers."""
+        return self.group, self.name
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything of the array is trained."""
+        return self.source.trained or self.multiplied is not None
+
+
+def origins_of(sources: SourceMap, group: int, names: Collection[str], num_groups: int) -> dict[str, Origin]:
+    """Return the origin of each array of a group, in order.
+
+    Parameters
+    ----------
+    sources : SourceMap
+    group : int
+    names : collection of str
+        The network's names of the arrays, the same for all groups.
+    num_groups : int
+
+    Raises
+    ------
+    ConfigError
+        If an array is tied to one that does not exist, or in a circle.
+
+    Notes
+    -----
+    An array that is tied to a scaled one shares its multipliers; one that is scaled itself, ``Scaled(Tied(…))``, has
+    its own.
+
+    Examples
+    --------
+    >>> names = ["split0.factor0", "split0.factor1"]
+    >>> tied = SourceMap({"factor1": Tied("group0.split0.factor1")})
+    >>> origins_of(tied, 3, names, 5)["split0.factor1"].key
+    (0, 'split0.factor1')
+    """
+    return {name: _origin(sources, (group, name), names, num_groups) for name in names}
+
+
+def _origin(sources: SourceMap, array: tuple[int, str], names: Collection[str], num_groups: int) -> Origin:
+    source = sources.of(array[1]) or Trained()
+    scaled = source if isinstance(source, Multiplied) else None
+    root, own, ended, owner = _root(sources, array, source if scaled is None else scaled.of, names, num_groups)
+    if scaled is None and ended is not None:
+        return Origin(*root, own, ended, owner)
+    return Origin(*root, own, scaled, array)
+
+
+def _root(
+    sources: SourceMap, array: tuple[int, str], source: Source, names: Collection[str], num_groups: int
+) -> tuple[tuple[int, str], Source, Multiplied | None, tuple[int, str]]:
+    """Follow ties: return the array that has the numbers, its source, and the multipliers on the way with owner."""
+    seen = [array]
+    while isinstance(source, Tied):
+        group, name = source.target(array[0])
+        if name not in names or group >= num_groups:
+            raise ConfigError(
+                f"sources ties {array[1]!r} to {safe_repr(source.to)}, which is not there: there are groups 0 to "
+                f"{num_groups - 1} with the arrays {summarize(list(names))}"
+            )
+        if (group, name) == array:
+            return array, Trained(), None, array  # the array that the others are tied to
+        array = group, name
+        if array in seen:
+            circle = ", ".join(repr(name) for _, name in seen)
+            raise ConfigError(f"sources ties {circle} in a circle, so that none of them has numbers: train one of them")
+        seen.append(array)
+        source = sources.of(name) or Trained()
+        if isinstance(source, Multiplied):
+            inner, own, _, _ = _root(sources, array, source.of, names, num_groups)
+            return inner, own, source, array
+    return array, source, None, array
+
+
+def inner_source(source: Source) -> Source:
+    """Return the source without its multipliers."""
+    return source.of if isinstance(source, Multiplied) else source
+
+
+def check_term(origins: Mapping[str, Origin], term: Collection[str]) -> None:
+    """Raise a ConfigError if nothing of a term's arrays is trained."""
+    if not any(origins[name].learns for name in term):
+        raise ConfigError(
+            f"sources freezes all of {', '.join(term)}, and nothing is left to train there: give one of them "
+            "tnadapt.sources.Trained()"
+        )
+
+
+# -- The frozen arrays of one group ------------------------------------------------------------------------------------
+
+
+class FrozenArray(NamedTuple):
+    """One frozen array: what computes it.
+
+    Attributes
+    ----------
+    full : str
+        Name of the array in the plan's ``frozen_shapes``; that of the array it is tied to, if it is.
+    source : Source
+    shape : tuple of int
+    stream : Stream
+    """
+
+    full: str
+    source: Source
+    shape: tuple[int, ...]
+    stream: Stream
+
+    def compute(self, stream: Stream | None = None) -> np.ndarray:
+        """Compute the array in float32, or raise a ConfigError that names it; with another stream if one is given."""
+        source, shape = self.source, self.shape
+        try:
+            found = np.asarray(source.array(shape, self.stream if stream is None else stream))
+        except TnadaptError:
+            raise
+        except Exception as error:  # whatever another package raises
+            raise ConfigError(
+                f"{safe_repr(source)} failed to compute {self.full!r}: {type(error).__name__}: {error}"
+            ) from error
+        if found.shape != shape or found.dtype.kind != "f":
+            raise ConfigError(
+                f"{safe_repr(source)} must compute floating-point numbers of shape {shape} for {self.full!r}; it "
+                f"returned {found.dtype} of shape {found.shape}"
+            )
+        with np.errstate(over="ignore"):
+            single = found.astype(np.float32)
+        if not np.isfinite(single).all():
+            raise ConfigError(
+                f"{safe_repr(source)} computes NaN, infinity, or numbers beyond float32 for {self.full!r}"
+            )
+        if not single.any():
+            raise ConfigError(
+                f"{safe_repr(source)} computes only zeros for {self.full!r}, so that nothing could be trained"
+            )
+        return single
+
+
+class FrozenArrays(FixedArrays):
+    """The frozen arrays of one group, by the network's names.
+
+    Parameters
+    ----------
+    entries : mapping of str to FrozenArray
+    given : mapping of str to ndarray, optional
+        Arrays that are not computed, by their full names, in float32.
+
+    Examples
+    --------
+    >>> FrozenArrays({}).entries
+    {}
+    """
+
+    def __init__(self, entries: Mapping[str, FrozenArray], given: Mapping[str, np.ndarray] | None = None) -> None:
+        super().__init__()
+        self.entries = dict(entries)
+        self._given = {} if given is None else given  # filled in later if it is empty
+        self._squares: dict[str, float] = {}  # of arrays that depend on the seed alone, which never change
+
+    def make(self, key: Any) -> np.ndarray:
+        """Return an array in float32, by its name, or by (name, dtype) with its values rounded to that dtype."""
+        if isinstance(key, tuple):
+            name, dtype = key
+            rounded = rounded_to(self.make(name), dtype)
+            if not np.isfinite(rounded).all():
+                raise ConfigError(
+                    f"{safe_repr(self.entries[name].source)} computes numbers for {name!r} that {dtype} cannot "
+                    "represent; use float32"
+                )
+            return rounded
+        entry = self.entries[key]
+        given = self._given.get(entry.full)
+        if given is not None:
+            return given[tuple(map(slice, entry.shape))]
+        if entry.source.brought:
+            raise ConfigError(
+                f"{entry.full!r} is an array that the caller brings: tnadapt.SuperLoRA(…, given={{{entry.full!r}: "
+                "array}), or tnadapt.torch.attach(…, given=…)"
+            )
+        if entry.source.needs_base:
+            raise ConfigError(
+                f"{entry.full!r} is computed from the base weights: bind the plan to them with "
+                "plan.with_base(weights); on a model that was on the meta device, call adapter.reset() once it has "
+                "its weights"
+            )
+        return entry.compute()
+
+    def mean_square(self, name: str) -> float:
+        """Return the mean square of an array, rounded to eight bits so that all machines agree."""
+        return self._square(name, self.entries[name].source.mean_square(self.entries[name].shape))
+
+    def expected_square(self, name: str) -> float:
+        """Return the same of an array, but for any base; see :meth:`Source.expected_square`."""
+        return self._square(name, self.entries[name].source.expected_square(self.entries[name].shape))
+
+    def _square(self, name: str, known: float | None) -> float:
+        if known is None:
+            entry = self.entries[name]
+            changes = entry.full in self._given or entry.source.brought or entry.source.needs_base
+            known = None if changes else self._squares.get(name)
+            if known is None:
+                known = _mean_square(self.host(name))
+                if not changes:
+                    self._squares[name] = known
+        mantissa, exponent = math.frexp(known)
+        return math.ldexp(round(mantissa * 256.0), exponent - 8)
+
+
+def _mean_square(array: np.ndarray) -> float:
+    wide = array.astype(np.float64).reshape(-1)
+    return float(wide @ wide) / wide.size
