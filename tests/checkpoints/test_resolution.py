@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.support import checkpoint_files as cp
-from tnadapt.checkpoints._resolution import resolve
 from tnadapt.checkpoints.checkpoint import open_checkpoint
+from tnadapt.checkpoints.stored_weights import resolve
 
 P, T = tna.presets, tna.Target
 

@@ -11,7 +11,7 @@ import pytest
 
 import tnadapt as tna
 from tnadapt import AdapterFile, Config, Rows, SuperLoRA, Target
-from tnadapt.convert._unpack import Unpacked, modules_of
+from tnadapt.convert._updates import Unpacked, modules_of
 from tnadapt.sources import Seeded
 
 from .conversions import TOLERANCE, error, model, updates

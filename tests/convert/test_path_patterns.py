@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 import tnadapt as tna
 from tnadapt import FileError
-from tnadapt.convert._path_patterns import PathPatterns
+from tnadapt.convert._peft_settings import PathPatterns
 
 from .test_refused import changed, folder, refused
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import tnadapt.torch as tt
 from tests.torch.test_experts import EXPERTS, IDS, MODELS, made
-from tnadapt.convert._peft_experts import _experts, _is_turned
+from tnadapt.convert._peft_lora import _experts, _is_turned
 from tnadapt.targets.checkpoint_experts import experts_of
 
 from .conversions import fill

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.support.array_presets import P
 from tnadapt import Config
-from tnadapt.convert._stored_tensors import factorization
+from tnadapt.convert._files import factorization
 
 from .conversions import CONVS, SHAPES, TOLERANCE, error, fill, made, model, updates
 

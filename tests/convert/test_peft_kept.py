@@ -501,7 +501,7 @@ def test_a_tie_to_a_head_of_unknown_name(tmp_path: Path) -> None:
 def test_the_names_of_tied_heads_are_those_of_transformers() -> None:
     from transformers.models.auto import modeling_auto
 
-    from tnadapt.checkpoints.tied_heads import _OTHER_HEADS, _TIED
+    from tnadapt.checkpoints.stored_weights import _OTHER_HEADS, _TIED
 
     heads = {end: heads for end, heads, witness in _TIED if witness == f"{end}.weight"}
     mappings = [value for name, value in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]

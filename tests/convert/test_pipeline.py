@@ -20,10 +20,9 @@ from tnadapt.algebra.formats import CP
 from tnadapt.convert import FORMS, ModuleUpdate, Pair, StoredFiles
 from tnadapt.convert._base_model import as_base
 from tnadapt.convert._file_format import KINDS
+from tnadapt.convert._files import factorization
 from tnadapt.convert._lycoris_format import LycorisFormat
-from tnadapt.convert._stored_tensors import factorization
-from tnadapt.convert._unpack import Unpacked
-from tnadapt.convert._updates import norms_of
+from tnadapt.convert._updates import Unpacked, norms_of
 from tnadapt.testing.strategies import plans
 
 from .conversions import TOLERANCE, error, made, updates

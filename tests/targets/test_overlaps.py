@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.support import checkpoint_files as cp
 from tests.support import forge
-from tnadapt.checkpoints._resolution import resolve
 from tnadapt.checkpoints.checkpoint import open_checkpoint
+from tnadapt.checkpoints.stored_weights import resolve
 from tnadapt.targets.target import Rows, Target, check_distinct
 
 OVERLAP = re.compile(r"targets (\d+) and (\d+) overlap: both update row (\d+) of '.*'")

@@ -25,7 +25,7 @@ from tnadapt import SuperLoRA, presets
 from tnadapt.checkpoints import adapter_format
 from tnadapt.errors import TargetError, TnadaptError
 from tnadapt.torch._adapter_saving import to_file
-from tnadapt.torch._delta_cache import DeltaCache, gather_full
+from tnadapt.torch._delta import DeltaCache, gather_full
 from tnadapt.torch._state import register_in
 
 from .distributed_jobs import BATCH, TOKENS, Job, Model, batches, build, spread

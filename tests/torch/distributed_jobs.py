@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import tnadapt.torch
 from tests.support.array_presets import P
 from tnadapt import Config
-from tnadapt.torch._delta_cache import gather_full
+from tnadapt.torch._delta import gather_full
 
 STEPS, BATCH, TOKENS, WIDTH, CLASSES = 4, 8, 5, 16, 3
 

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tnadapt.torch._delta_cache import Snapshot
+from tnadapt.torch._delta import Snapshot
 
 from .pretended_device import PretendedDevice
 

@@ -22,7 +22,7 @@ import tnadapt.torch as tt
 from tests.support.depth import long_only
 from tnadapt.checkpoints.fingerprint import Fingerprint
 from tnadapt.errors import FileError, TnadaptError
-from tnadapt.torch._folders import model_card
+from tnadapt.torch._adapter_saving import model_card
 
 from .small import small, stir
 

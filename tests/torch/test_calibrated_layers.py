@@ -13,7 +13,7 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tnadapt.torch._merging import numbers
-from tnadapt.torch._quantized._packed_codes import crossing, planar, unpacked
+from tnadapt.torch._quantized import crossing, planar, unpacked
 
 ROWS, COLS, GROUP = 64, 96, 32
 

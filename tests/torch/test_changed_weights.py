@@ -19,7 +19,7 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tests.support.depth import in_depth
-from tnadapt.torch import _delta_cache as quotients
+from tnadapt.torch import _delta
 from tnadapt.torch._quantized import QUANTIZED
 
 from .small import batch, small, stir
@@ -497,8 +497,8 @@ def test_half_precision_and_autocast() -> None:
 
 def test_without_gradients_the_norm_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    true = quotients.Quotient.__call__
-    monkeypatch.setattr(quotients.Quotient, "__call__", lambda self, *a: calls.append(1) or true(self, *a))
+    true = _delta.Quotient.__call__
+    monkeypatch.setattr(_delta.Quotient, "__call__", lambda self, *a: calls.append(1) or true(self, *a))
     model, x = layers(torch.float32), torch.randn(2, 6)
     for strategy in ("factored", "weight"):
         adapter = stirred(tt.attach(model, P.dora(2), "all-linear", strategy=strategy))

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 import tnadapt as tna
 import tnadapt.torch as tt
-from tnadapt.torch._delta_cache import DeltaCache
+from tnadapt.torch._delta import DeltaCache
 
 from .small import batch, compiles_whole, small, stir
 from .test_delta import moved

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.torch import _delta_cache as delta_cache
+from tnadapt.torch import _delta
 
 from .pretended_device import PretendedDevice
 from .small import batch, compiles_whole, small, stir
@@ -149,7 +149,7 @@ def test_an_update_is_computed_once_for_all_layers(monkeypatch: pytest.MonkeyPat
             assert (computed(), computed()) == (groups, 0)
             adapter.clear_cache()
             assert (computed(), computed()) == (groups, 0)
-            monkeypatch.setattr(delta_cache, "is_captured", lambda: True)
+            monkeypatch.setattr(_delta, "is_captured", lambda: True)
             assert (computed(), computed()) == (groups, groups)  # each graph contains the computation
 
 

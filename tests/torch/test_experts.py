@@ -20,7 +20,7 @@ import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 from tnadapt.targets.checkpoint_targets import find_stored
-from tnadapt.torch import _experts_forward as _parameter_sums
+from tnadapt.torch import _forward_patch
 
 from .small import stir
 
@@ -157,7 +157,7 @@ def test_factors_are_used_without_the_sum_of_a_stack(
     adapter = tt.attach(model, P.lora(2), EXPERTS)
     assert set(adapter.strategy) == {"factored"}
     stir(adapter, 0.2)
-    monkeypatch.setattr(_parameter_sums, "parameter_sum", None)
+    monkeypatch.setattr(_forward_patch, "parameter_sum", None)
     model(IDS).logits.sum().backward()
 
 

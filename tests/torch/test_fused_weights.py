@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tnadapt.errors import TargetError
 from tnadapt.targets.target import Rows, Target
-from tnadapt.torch._attention_search import AttentionModule, attentions
+from tnadapt.torch._target_selection import AttentionModule, attentions
 
 from .architectures import MODELS, TEXT, build
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import tnadapt.torch
 from tnadapt.targets.target import Target
-from tnadapt.torch._target_selection import find_targets, host_of, reads_outside
+from tnadapt.torch._target_selection import find_targets
+from tnadapt.torch._weights import host_of, reads_outside
 
 from .architectures import MODELS, build, output
 

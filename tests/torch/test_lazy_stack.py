@@ -18,8 +18,8 @@ from torch.nn import functional
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.torch import _experts_forward as _parameter_sums
-from tnadapt.torch._experts_forward import LazyStack
+from tnadapt.torch import _forward_patch
+from tnadapt.torch._forward_patch import LazyStack
 from tnadapt.torch._linear import overlap
 
 from .small import stir
@@ -154,14 +154,14 @@ def test_the_changed_weight_is_not_formed(
     product: Callable[..., Tensor], strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, _ = adapted(product, strategy=strategy)
-    monkeypatch.setattr(_parameter_sums, "parameter_sum", None)
+    monkeypatch.setattr(_forward_patch, "parameter_sum", None)
     module(X, IDS).sum().backward()
 
 
 def test_of_what_is_no_product_it_is_formed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     module, _ = adapted(_unknown, strategy="factored")
-    sums, plain = [], _parameter_sums.parameter_sum
-    monkeypatch.setattr(_parameter_sums, "parameter_sum", lambda *args: sums.append(args) or plain(*args))
+    sums, plain = [], _forward_patch.parameter_sum
+    monkeypatch.setattr(_forward_patch, "parameter_sum", lambda *args: sums.append(args) or plain(*args))
     module(X, IDS)
     assert len(sums) == 1
 

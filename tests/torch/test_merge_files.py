@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.checkpoints import module_names
+from tnadapt.checkpoints import stored_weights
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 
 from .hugging_face import bert, vit
@@ -146,7 +146,7 @@ def test_fused_interleaved_and_transposed_weights(name: str, targets: str, dtype
 @pytest.mark.parametrize("table", [True, False])
 def test_modules_that_were_renamed_are_found(table: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # On disk encoder.layer.0.attention.attention.query, in memory layers.0.attention.q_proj, since transformers 5.
-    monkeypatch.setattr(module_names, "_installed", lambda: table)
+    monkeypatch.setattr(stored_weights, "_installed", lambda: table)
     model, adapter = made("vit", P.lora(2), torch.float32, tmp_path)
     memory, disk, report = both_ways(model, adapter, tmp_path)
     assert contents(memory) == contents(disk)

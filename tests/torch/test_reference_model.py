@@ -11,8 +11,8 @@ from torch import nn
 import tnadapt.torch as tt
 from tnadapt import presets
 from tnadapt.errors import TargetError
-from tnadapt.torch import _removal as _reference_model
-from tnadapt.torch._removal import take_off
+from tnadapt.torch import _registry
+from tnadapt.torch._registry import take_off
 
 
 def perceptron() -> nn.Module:
@@ -119,7 +119,7 @@ def test_interrupted_it_leaves_the_model_frozen(monkeypatch: pytest.MonkeyPatch)
         take_off(state)  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_reference_model, "take_off", interrupted)
+    monkeypatch.setattr(_registry, "take_off", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tt.reference_model(model)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags

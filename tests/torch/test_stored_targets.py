@@ -29,8 +29,7 @@ from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.fused_rows import LayoutError
 from tnadapt.targets.prefixes import paired
 from tnadapt.targets.target import Target
-from tnadapt.torch._attention_search import attentions
-from tnadapt.torch._target_selection import find_targets
+from tnadapt.torch._target_selection import attentions, find_targets
 
 from .architectures import MODELS, build
 from .configured import CONFIGURED, configured

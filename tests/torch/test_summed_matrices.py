@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import tnadapt as tna
 import tnadapt.torch as tt
-from tnadapt.torch._experts_forward import stacked_sum, summed_matrices
 from tnadapt.torch._forward_pass import ColumnDropout, delta
+from tnadapt.torch._forward_patch import stacked_sum, summed_matrices
 
 from .small import stir
 

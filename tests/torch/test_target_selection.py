@@ -18,7 +18,8 @@ from paper.diffusion.unet import ClassEmbedding, PixelAttention, UNet
 from tnadapt.errors import TargetError
 from tnadapt.targets.target import Rows, Target
 from tnadapt.torch._attach import attach
-from tnadapt.torch._target_selection import find_targets, tied
+from tnadapt.torch._target_selection import find_targets
+from tnadapt.torch._weights import tied
 
 from .architectures import MODELS, build
 from .modules import Module, linear, names, qv, roles, vq

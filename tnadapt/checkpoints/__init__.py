@@ -2,6 +2,6 @@
 
 ``container`` reads a safetensors file strictly, and ``checkpoint`` a model in one or several of them. ``adapter_file``
 holds the content of an adapter file, ``adapter_format`` reads and writes it, ``fingerprint`` identifies its base model.
-``atomic_files``, ``renaming`` and ``file_locks`` keep every write atomic. ``merge`` adds an adapter to a checkpoint on
-disk; ``info`` describes files.
+``stored_weights`` finds an adapter's weights in a checkpoint. ``atomic_files`` keeps every write atomic. ``merge`` adds
+an adapter to a checkpoint on disk; ``info`` describes files.
 """

@@ -25,10 +25,10 @@ from .container import DTYPES
 from .fingerprint import Fingerprint
 from .pretrained_model import Pretrained
 
-__all__ = ["ACTIVATIONS", "KEPT", "AdapterFile"]
+__all__ = ["KEPT", "AdapterFile"]
 
 
-# -- The arrays that a config and its targets imply: their shapes, and the frozen ones a file may omit -----------------
+# -- The arrays that a config and its targets imply, and the frozen ones a file may omit -------------------------------
 
 
 # Maximum number of frozen arrays that a file omits, and of their elements in total. They bound the work that a small
@@ -197,7 +197,7 @@ def _drawn(start: Initializer, name: str, dtype: str, kind: str) -> np.ndarray:
     return made
 
 
-# -- AdapterFile, the content of an adapter file in memory: a config, targets and arrays that fit together -------------
+# -- AdapterFile -------------------------------------------------------------------------------------------------------
 
 
 KEPT = "kept."

@@ -123,6 +123,7 @@ from .container import (
     DTYPES,
     MAX_HEADER,
     MAX_VALUE,
+    TAG_OF,
     Container,
     Elements,
     Entry,
@@ -139,12 +140,10 @@ from .container import (
 from .fingerprint import Fingerprint
 from .pretrained_model import Pretrained
 
-__all__ = ["ENTRY", "AdapterFile", "content_of", "likeness", "load", "read", "save"]
+__all__ = ["ENTRY", "content_of", "likeness", "load", "read", "save"]
 
 
-# -- Writing and parsing of the metadata entry tnadapt of an adapter file ----------------------------------------------
-
-# :mod:`tnadapt.checkpoints.adapter_format` specifies its keys.
+# -- The metadata entry ``tnadapt``, written and parsed ----------------------------------------------------------------
 
 
 #: Of a file with one config, and of one with several.
@@ -327,7 +326,6 @@ def _base(value: dict[str, Any]) -> Fingerprint:
 # -- Save and load adapter files, and the specification of their format: one safetensors file --------------------------
 
 
-_TAGS = {name: tag for tag, name in DTYPES.items()}
 # A lone surrogate as it would be encoded; valid UTF-8 has none.
 _SURROGATE = re.compile(b"\xed[\xa0-\xbf]")
 
@@ -400,7 +398,7 @@ def _check_readable(header: bytes) -> None:
 
 def _stored(array: np.ndarray, dtype: str) -> tuple[str, np.ndarray]:
     """Return an array's dtype in the file, and the array to store."""
-    tag = _TAGS[dtype]
+    tag = TAG_OF[dtype]
     if tag == "BF16":
         array = (array.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
     # Not ascontiguousarray, which turns a scalar into a vector.

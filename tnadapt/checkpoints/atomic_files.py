@@ -1,4 +1,7 @@
-"""Atomic writes: files are written under a temporary name, synchronized and renamed."""
+"""Atomic writes, renames and exchanges of files, and advisory locks on them.
+
+A file is written under a temporary name, synchronized and renamed (:func:`atomic_write`).
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ __all__ = [
 ]
 
 
-# -- Atomic renames that never replace anything, and atomic exchanges of two names -------------------------------------
+# -- Renames that never replace anything, and exchanges of two names ---------------------------------------------------
 
 # Linux provides both in one system call, ``renameat2``, which Python does not expose. On other systems, and on file
 # systems that lack it, :func:`rename_new` approximates it and :func:`exchange` returns False.
@@ -137,7 +140,7 @@ def rename_new(source: str, target: str) -> None:
         os.unlink(source)
 
 
-# -- Atomic writes: files are written under a temporary name, synchronized and renamed ---------------------------------
+# -- Writes: under a temporary name, synchronized and renamed ----------------------------------------------------------
 
 
 # Errors of file systems that cannot synchronize folders. On macOS, ENOTSUP and EOPNOTSUPP are different numbers.

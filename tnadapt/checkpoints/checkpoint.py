@@ -1,4 +1,4 @@
-"""A model on disk in one safetensors file, or several with an index: headers are read, and tensors on demand."""
+"""A model on disk in one safetensors file, or several with an index, read on demand; where a GGUF model's files are."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ from .container import (
 )
 
 __all__ = [
-    "INDEX_SUFFIX",
     "SUFFIX",
     "Checkpoint",
     "file_state",
@@ -45,7 +44,7 @@ __all__ = [
 ]
 
 
-# -- A model on disk in one safetensors file, or several with an index: headers are read, and tensors on demand --------
+# -- The model: headers are read, and tensors on demand ----------------------------------------------------------------
 
 
 SUFFIX = ".safetensors"
@@ -324,7 +323,7 @@ def _places(index: Mapping[str, Any]) -> dict[str, str]:
     return places
 
 
-# -- Where the weights of a model in GGUF are: the file, and the folder or repository that transformers is given -------
+# -- A model in GGUF: the file, and the folder or repository that transformers is given --------------------------------
 
 
 def gguf_place(name: str) -> tuple[str, str]:

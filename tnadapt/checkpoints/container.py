@@ -5,6 +5,9 @@ space; and the tensors' bytes, little-endian, in C order, one after another. The
 ``{"dtype": …, "shape": […], "data_offsets": [begin, end]}``, with offsets counted from the end of the header, and
 ``__metadata__`` to an object of strings. Reading a file, whatever its content, yields arrays or raises a FileError, and
 memory for a tensor is allocated only once its bytes are known to be present.
+
+The JSON of headers and of other files from strangers is parsed here, too: strictly (:func:`json_file`), and value by
+value (:class:`Document`).
 """
 
 from __future__ import annotations
@@ -34,16 +37,15 @@ __all__ = [
     "MAX_METADATA",
     "MAX_TENSORS",
     "MAX_VALUE",
+    "TAG_OF",
     "Container",
     "Document",
     "Elements",
     "Entries",
     "Entry",
     "Later",
-    "Member",
     "Metadata",
     "check_held",
-    "check_utf8",
     "file_error_context",
     "held_bytes",
     "json_file",
@@ -55,11 +57,10 @@ __all__ = [
     "read_header",
     "serialized",
     "strict_json",
-    "strict_value",
 ]
 
 
-# -- A mapping of the tensors that headers list, which takes less memory than their text -------------------------------
+# -- The tensors that headers list, in less memory than their text -----------------------------------------------------
 
 
 # Names of dtypes in a file, and everywhere else.
@@ -67,6 +68,7 @@ DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+TAG_OF = {name: tag for tag, name in DTYPES.items()}
 
 # dtypes of safetensors that NumPy lacks, and their bits: allowed in a checkpoint, but not in an adapter.
 FOREIGN = {
@@ -251,7 +253,7 @@ def _column(numbers: array[Any]) -> np.ndarray:
     return np.asarray(numbers)
 
 
-# -- Strict reading of untrusted JSON: an object without duplicate keys, finite numbers only, files of limited size ----
+# -- Strict reading of untrusted JSON: no duplicate keys, finite numbers, limited size ---------------------------------
 
 
 #: Maximum bytes of the settings of a model or an adapter; only a mistaken or hostile file is larger.
@@ -368,7 +370,7 @@ def strict_value(text: str, what: str) -> Any:
         raise FileError(f"{what} is nested too deep") from error
 
 
-# -- Incremental JSON parser that rejects invalid values before it builds objects from them ----------------------------
+# -- The incremental JSON parser, which rejects invalid values before it builds objects --------------------------------
 
 # Python's own parser builds objects of up to 25 times the size of the text. Here a document is scanned for the spans of
 # its values, and each value is converted alone, so that a hostile document needs memory only for its text and one
@@ -668,7 +670,7 @@ def check_utf8(content: bytes, what: str) -> None:
         raise FileError(f"{what} is not UTF-8: {error}") from error
 
 
-# -- Strict parser for a safetensors header: entry by entry, in less than four times the memory of its text ------------
+# -- The header, parsed entry by entry in less than four times the memory of its text ----------------------------------
 
 
 #: The largest published models have 150,000 tensors over all of their files.
@@ -847,7 +849,7 @@ def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item <= _MAX_BYTES for item in value)
 
 
-# -- Strict reader and writer of the safetensors container, independent of adapters ------------------------------------
+# -- The container -----------------------------------------------------------------------------------------------------
 
 
 #: Half of what safetensors itself allows. The header of 100,000 tensors, as in the largest models, takes about 15 MB.

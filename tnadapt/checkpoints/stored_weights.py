@@ -1,31 +1,562 @@
-"""The weights of targets in a checkpoint, whether each is a tensor, a part of one, or several."""
+"""The weights of an adapter's targets in a checkpoint: found under their names there, tied or stacked, and read.
+
+:func:`resolve` finds the tensors of an adapter's targets for a merge, with the names that transformers changes on
+loading (:class:`ModuleNames`) and the heads that are not stored (:func:`ties_head`). :class:`StoredWeights` reads
+targets of two checkpoints of one model, and :class:`BaseWeights` those of an adapter's base, which it compares with the
+fingerprint.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import difflib
+import functools
+import importlib
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tnadapt.algebra.rounding import widened
-from tnadapt.errors import TargetError, TnadaptError, safe_repr
+from tnadapt.errors import FileError, TargetError, TnadaptError, pluralize, safe_repr, summarize
 from tnadapt.targets.checkpoint_experts import expert_tensors
-from tnadapt.targets.prefixes import Prefix, found_prefix, near_names, renamed_targets
-from tnadapt.targets.target import Target
+from tnadapt.targets.checkpoint_targets import find_stored, is_transposed
+from tnadapt.targets.fused_rows import LayoutError
+from tnadapt.targets.prefixes import Prefix, found_prefix, near_names, paired, renamed_targets, stored_names
+from tnadapt.targets.target import Target, check_distinct
 
-from ._resolution import resolve
 from .adapter_file import AdapterFile
 from .checkpoint import Checkpoint
-from .container import DTYPES
+from .container import DTYPES, FOREIGN, Entry
 from .fingerprint import Fingerprint, compare, fingerprint
-from .module_names import ModuleNames
 
-__all__ = ["FLOATS", "BaseWeights", "StoredWeights", "located", "numbers"]
+__all__ = [
+    "FLOATS",
+    "BaseWeights",
+    "ModuleNames",
+    "ResolvedTargets",
+    "StoredWeights",
+    "located",
+    "numbers",
+    "resolve",
+    "tied_heads",
+    "ties_head",
+]
 
 
-# -- The weights of targets in a checkpoint, whether each is a tensor, a part of one, or several -----------------------
+# -- Names that differ: a model's parameters and its checkpoint's, as transformers renames them ------------------------
+
+# From version 5 on, transformers gives many architectures other module names than their checkpoints have, and saves
+# under the names of the checkpoints: the queries of ViT are ``layers.0.attention.q_proj`` in memory, and
+# ``encoder.layer.0.attention.attention.query`` on disk. Its own table says how, and is read if transformers is
+# installed. No model is built: ``config.json`` tells whose entries apply, and a name counts only if a tensor has it.
 
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+# No model nests its modules this deep, and no config has as many parts.
+_MAX_DEPTH, _MAX_PARTS = 64, 64
+
+
+class ModuleNames:
+    """The names that the parameters of a model may have in its checkpoint.
+
+    Parameters
+    ----------
+    config : mapping, None or callable
+        Its ``config.json``, or a function that returns it. It is read, and transformers imported, on the first name.
+
+    Examples
+    --------
+    >>> ModuleNames(None).of("encoder.layer.0.fc.weight")
+    ['encoder.layer.0.fc.weight']
+    """
+
+    def __init__(self, config: Mapping[str, Any] | Callable[[], Mapping[str, Any] | None] | None) -> None:
+        self._config = config
+
+    def of(self, name: str) -> list[str]:
+        """Return the names that a parameter may have in the checkpoint; first its own."""
+        parts = name.split(".")
+        found = {name: None}
+        if len(parts) > _MAX_DEPTH or not self._tables:
+            return [name]
+        # transformers renames a parameter within the innermost model that has it, and then within those around that.
+        # Which modules are models is unknown here, so that every part of the path is tried as one.
+        for depth in range(len(parts) - 1, -1, -1):
+            prefix = "".join(f"{part}." for part in parts[:depth])
+            for known in [known for known in found if known.startswith(prefix)]:
+                for table in self._tables:
+                    found[prefix + _renamed(table, known.removeprefix(prefix))] = None
+        return list(found)
+
+    def inverse(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """Return for each name in a checkpoint those of the given parameters that may have it there."""
+        found: dict[str, list[str]] = {}
+        for name in names:
+            for stored in self.of(name):
+                found.setdefault(stored, []).append(name)
+        return found
+
+    @property
+    def way_out(self) -> str:
+        """The end of a message about a name that was not found; empty if transformers' table was read."""
+        if not self._kinds or _installed():
+            return ""
+        return ". transformers may have renamed it on loading: install transformers, whose table of names is then read"
+
+    @functools.cached_property
+    def _kinds(self) -> dict[str, None]:
+        return dict.fromkeys(_kinds(self._config() if callable(self._config) else self._config))
+
+    @functools.cached_property
+    def _tables(self) -> list[Sequence[Any]]:
+        """For each type and class of the model and its parts, the transforms by which transformers saves it."""
+        if not self._kinds or not _installed():
+            return []
+        return [table for kind in _with_classes(self._kinds) for table in _saving(kind)]
+
+
+def _installed() -> bool:
+    return importlib.util.find_spec("transformers") is not None
+
+
+def _kinds(config: Any) -> Iterator[str]:
+    """Yield the types and classes that a config names for a model and its parts."""
+    parts = [config]
+    for _ in range(_MAX_PARTS):
+        if not parts:
+            return
+        part = parts.pop()
+        if isinstance(part, Mapping):
+            classes = part.get("architectures")
+            for kind in (part.get("model_type"), *(classes if isinstance(classes, list) else ())):
+                if isinstance(kind, str):
+                    yield kind
+            parts += [value for value in part.values() if isinstance(value, Mapping)]
+
+
+def _with_classes(kinds: Iterable[str]) -> list[str]:
+    """Return types and classes of models, with the classes that belong to the types."""
+    classes = vars(importlib.import_module("transformers.models.auto.modeling_auto"))
+    configs = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING_NAMES
+    found = dict[str, None]()
+    for kind in kinds:
+        found[kind] = None
+        for table in [table for name, table in classes.items() if name.endswith("_MAPPING_NAMES")]:
+            own = table.get(kind, ())
+            found |= dict.fromkeys((own,) if isinstance(own, str) else own)
+        # Some parts of models, such as the text model of SigLIP, have classes that no table lists.
+        if isinstance(config := configs.get(kind), str):
+            found[f"{config.removesuffix('Config')}Model"] = None
+    return list(found)
+
+
+def _saving(kind: str) -> Iterator[Sequence[Any]]:
+    """Yield the transforms by which transformers saves a type or class of models; none if it renames nothing."""
+    try:
+        mapping = importlib.import_module("transformers.conversion_mapping")
+    except ModuleNotFoundError:  # before 5.0, checkpoints have the names of the modules
+        return
+    loading = mapping.get_checkpoint_conversion_mapping(kind) or ()
+    saving = [transform.reverse_transform() for transform in reversed(loading)]
+    # Saving adds a prefix only if loading has removed it, so that it may be missing.
+    without = [transform for transform in saving if type(transform).__name__ != "PrefixChange"]
+    yield from (table for table in (saving, without if len(without) < len(saving) else ()) if table)
+
+
+def _renamed(saving: Sequence[Any], name: str) -> str:
+    """Return the name under which a parameter is saved; its own if the numbers are changed as well."""
+    renaming = [transform for transform in saving if not hasattr(transform, "operations")]
+    computed = [transform for transform in saving if hasattr(transform, "operations")]
+    if any(transform.rename_source_key(name)[1] is not None for transform in computed):
+        return name
+    renamed = name
+    for transform in renaming:
+        renamed = transform.rename_source_key(renamed)[0]
+    return renamed
+
+
+# -- Output heads that are not stored, because they are tied to the token embedding ------------------------------------
+
+
+# The ends of the names of transformers' classes that have a head with a row for each token.
+_WITH_HEAD = (
+    "ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration", "DoubleHeadsModel",
+    "MarianMTModel",
+)  # fmt: skip
+# Token embeddings of transformers' language models by the ends of their paths, with the modules that
+# ``tie_word_embeddings`` ties to them, the head last, and a tensor that a checkpoint has where these are the modules:
+# of several rows the first that fits.
+_TIED: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("shared", ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"), "shared.weight"),
+    *((embedding, ("lm_head",), f"{embedding}.weight") for embedding in (
+        "model.embed_tokens", "model.language_model.embed_tokens", "model.decoder.embed_tokens", "transformer.wte",
+    )),
+    ("embeddings.word_embeddings", ("cls.predictions.decoder",), "cls.predictions.transform.dense.weight"),
+    ("embeddings.word_embeddings", ("lm_head.decoder",), "lm_head.dense.weight"),
+    ("embeddings.word_embeddings", ("predictions.decoder",), "predictions.dense.weight"),
+    ("embeddings.word_embeddings", ("generator_lm_head",), "generator_predictions.dense.weight"),
+    ("embeddings.word_embeddings", ("vocab_projector",), "vocab_transform.weight"),
+)  # fmt: skip
+# Architectures that have these embeddings, and other heads.
+_OTHER_HEADS = re.compile(
+    "Whisper|Moonshine|Canary|CohereAsr|TrOCR|T5Gemma|Ultrabert|Blt|Blip|Csm|Udop|Kosmos2|Pop2Piano", re.IGNORECASE
+)
+# Last parts of the paths of the embeddings, and ends of those of heads.
+_EMBEDDINGS = tuple({end.rpartition(".")[2] for end, _, _ in _TIED})
+_HEADS = tuple({heads[-1] for _, heads, _ in _TIED} | {"embed_out", "output_projection"})
+
+
+def ties_head(checkpoint: Checkpoint) -> bool:
+    """Return whether the token embedding of a model on disk is its output head as well, as one weight.
+
+    ``config.json`` may say so. Often it lacks ``tie_word_embeddings``, as transformers 4 left out what is the default
+    of the model's class. Then a model without a head of its own is tied, and so is one whose head equals the embedding.
+    """
+    says = (checkpoint.config or {}).get("tie_word_embeddings")
+    if says is False:
+        return False
+    names = _architectures(checkpoint)
+    if names is None:
+        return bool(_heads(checkpoint)) or (says is True and bool(_embeddings(checkpoint)))
+    return any(name.endswith(_WITH_HEAD) for name in names) and (says is True or not _has_own_head(checkpoint))
+
+
+def tied_heads(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the modules that a checkpoint does not store, as they are tied to an embedding, each with it.
+
+    The result is empty also where a head is tied whose name is not known.
+    """
+    return _heads(checkpoint) if ties_head(checkpoint) else {}
+
+
+def _architectures(checkpoint: Checkpoint) -> list[str] | None:
+    """Return the names of the model's classes, None if they are not known."""
+    names = (checkpoint.config or {}).get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) and names else None
+
+
+def _heads(checkpoint: Checkpoint) -> dict[str, str]:
+    kinds = _architectures(checkpoint) or [re.sub(r"\W|_", "", str((checkpoint.config or {}).get("model_type")))]
+    if any(map(_OTHER_HEADS.match, kinds)):
+        return {}
+    stored = checkpoint.entries
+    for end, heads, witness in _TIED:
+        found = _ending(stored, [end])
+        if len(found) == 1 and witness in stored and not any(f"{head}.weight" in stored for head in heads):
+            return dict.fromkeys(heads, found[0].removesuffix(".weight"))
+    return {}
+
+
+def _ending(stored: Iterable[str], ends: Iterable[str]) -> list[str]:
+    """Return the names of the weights of modules whose paths end in one of some paths."""
+    suffixes = tuple(f".{end}.weight" for end in ends)
+    return [name for name in stored if f".{name}".endswith(suffixes)]
+
+
+def _embeddings(checkpoint: Checkpoint) -> list[str]:
+    return _ending(checkpoint.entries, _EMBEDDINGS)
+
+
+def _has_own_head(checkpoint: Checkpoint) -> bool:
+    """Return whether a head is stored that differs from every embedding."""
+    heads, embeddings = _ending(checkpoint.entries, _HEADS), _embeddings(checkpoint)
+    return bool(heads) and not any(_equal(checkpoint, head, one) for head in heads for one in embeddings)
+
+
+def _equal(checkpoint: Checkpoint, head: str, embedding: str) -> bool:
+    """Return whether two matrices are equal, as far as rows from all over them tell."""
+    first, second = checkpoint.entries[head], checkpoint.entries[embedding]
+    if (first.dtype, first.shape) != (second.dtype, second.shape) or first.dtype in FOREIGN or len(first.shape) != 2:
+        return False
+    rows = sorted({int(row) for row in np.linspace(0, first.shape[0] - 1, 64)}) if first.shape[0] else []
+    return all(np.array_equal(checkpoint.array(head, row), checkpoint.array(embedding, row)) for row in rows)
+
+
+# -- An adapter's weights in a checkpoint, under whatever names --------------------------------------------------------
+
+
+# dtypes to which an update can be added.
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class ResolvedTargets(NamedTuple):
+    """An adapter's targets and kept parameters, under their names in a checkpoint.
+
+    Attributes
+    ----------
+    targets : tuple of Target
+        In the order of the adapter's targets.
+    kept : dict of str to str
+        Maps each kept parameter that the checkpoint has to its name there.
+    added : dict of str to str
+        Maps each kept parameter that the checkpoint lacks to its new name.
+    how : str
+        How the names were matched, for human readers; empty if they are the adapter's own.
+    also : tuple of (int, Target)
+        Copies of tied weights that the checkpoint has under other names, with the indices of their targets.
+    parts : dict of int to tuple of Target
+        For targets that the checkpoint stores as several tensors, one after the other by rows: all of them.
+    """
+
+    targets: tuple[Target, ...]
+    kept: dict[str, str]
+    added: dict[str, str]
+    how: str
+    also: tuple[tuple[int, Target], ...] = ()
+    parts: Mapping[int, tuple[Target, ...]] = {}
+
+    @property
+    def places(self) -> list[tuple[int, Target]]:
+        """Every tensor to change, with the index of its target."""
+        first = [place for place in enumerate(self.targets) if place[0] not in self.parts]
+        return [*first, *((index, part) for index, parts in self.parts.items() for part in parts), *self.also]
+
+
+def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
+    """Find all of an adapter's weights in a checkpoint.
+
+    Weights are matched by name; otherwise by name after adding or removing one common prefix (``bert.``, ``model.``);
+    experts also by the names of the tensors that checkpoints have for each of them; otherwise by the names that
+    transformers' table gives, if it is installed; otherwise by role and shape, as modules are renamed between releases.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    file : AdapterFile
+
+    Returns
+    -------
+    ResolvedTargets
+
+    Raises
+    ------
+    FileError
+        If a weight is missing, or has another shape or a dtype to which nothing can be added; or if a kept parameter
+        does not fit, or has another name in the checkpoint's module.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, tnadapt as tna
+    >>> from safetensors.numpy import save_file
+    >>> from tnadapt.checkpoints.checkpoint import open_checkpoint
+    >>> config, targets = tna.Config(rank=1), [tna.Target("bert.layer.0.query", (4, 6), "q")]
+    >>> file = tna.AdapterFile(config, targets, tna.SuperLoRA(config, [(4, 6)]).init())
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file({"layer.0.query.weight": np.ones((4, 6), np.float32)}, folder + "/model.safetensors")
+    ...     found = resolve(open_checkpoint(folder), file)
+    >>> found.targets[0].name, found.how
+    ('layer.0.query.weight', "names without 'bert.'")
+    """
+    _check_alone(checkpoint, file)
+    entries = checkpoint.entries
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    also: tuple[tuple[int, Target], ...] = ()
+    parts: dict[int, tuple[Target, ...]] = {}
+    names = ModuleNames(lambda: checkpoint.config)
+    try:
+        named, shift = stored_names(file.targets, shapes)
+        if shift is None:
+            named, shift, parts = _experts(file.targets, shapes)
+    except TargetError as error:
+        raise FileError(str(error)) from error
+    how = str(shift or "")
+    renamed = renamed_targets(file.targets, shapes, names.of) if shift is None else None
+    if renamed is not None:
+        (named, shift), how = renamed, "weights under the names that transformers gives them on disk"
+    if shift is not None:
+        targets = tuple(shift.target(target) for target in named)
+        also = tuple(
+            (index, shift.target(other))
+            for index, target in enumerate(named)
+            for other in target.tied_targets()
+            if shift.of(other.name) in entries
+        )
+    else:
+        targets, how = _by_role(checkpoint, file, names), "weights of the same roles and shapes under other names"
+    found = ResolvedTargets(targets, {}, {}, how, also, parts)
+    check_distinct([target for _, target in found.places])
+    for _, target in found.places:
+        _check_target(target, entries[target.name])
+        _check_order(target, checkpoint)
+    kept, added = _kept(entries, file, shift or Prefix(), names, renamed is not None)
+    both = {target.name for _, target in found.places}.intersection(kept.values())
+    if both:
+        raise FileError(f"the adapter both updates and replaces {summarize(both)}")
+    return found._replace(kept=kept, added=added)
+
+
+def _experts(
+    targets: Sequence[Target], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Sequence[Target], Prefix | None, dict[int, tuple[Target, ...]]]:
+    """Find experts in tensors of their own; return the first tensor of each target, the prefix, and several tensors."""
+    for several in expert_tensors(targets):
+        shift = found_prefix([part for parts in several for part in parts], shapes)
+        if shift is not None:
+            moved = {index: tuple(map(shift.target, parts)) for index, parts in enumerate(several) if len(parts) > 1}
+            return [parts[0] for parts in several], shift, moved
+    return targets, None, {}
+
+
+def _by_role(checkpoint: Checkpoint, file: AdapterFile, names: ModuleNames) -> tuple[Target, ...]:
+    missing = [target.name for target in file.targets if target.name not in checkpoint.entries]
+    roles = "".join(dict.fromkeys(target.role for target in file.targets))
+    found: list[Target] = []
+    if set(roles) <= set("qkvo"):
+        shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
+        try:
+            found = find_stored(shapes, roles, checkpoint.config)
+        except LayoutError as error:
+            raise FileError(
+                f"the checkpoint lacks {_how_many(missing, len(file.targets))}, such as "
+                f"{safe_repr(missing[0])}, under any "
+                f"prefix, and weights of the same roles cannot be identified: {error}"
+            ) from error
+        except TargetError:
+            found = []
+    partners = paired(file.targets, found)
+    if partners is None:
+        alike = sorted((t.role, t.shape) for t in found) == sorted((t.role, t.shape) for t in file.targets)
+        raise _missing(checkpoint, missing, len(file.targets), alike, names)
+    return tuple(dataclasses.replace(new, layer=old.layer) for new, old in zip(partners, file.targets, strict=True))
+
+
+def _how_many(missing: list[str], targets: int) -> str:
+    return f"{len(missing)} of the adapter's {pluralize(targets, 'weight')}" if targets > 1 else "the adapter's weight"
+
+
+def _missing(checkpoint: Checkpoint, missing: list[str], targets: int, alike: bool, names: ModuleNames) -> FileError:
+    name, entries = missing[0], checkpoint.entries
+    what = _how_many(missing, targets)
+    module = name.rpartition(".")[0]
+    packed = [entry for entry in entries if entry.startswith(f"{module}.")] if module else []
+    if packed:
+        near = f"its module has {summarize(packed)}: is the checkpoint quantized?"
+    else:
+        close = difflib.get_close_matches(name, entries, 3, 0.5)
+        near = f"nearest: {', '.join(map(safe_repr, close))}" if close else f"it has {summarize(entries)}"
+    way = ""
+    if checkpoint.index is None and "-of-" in os.path.basename(checkpoint.files[0]):
+        way = ". This file looks like one of several: give the folder, or the index"
+    return FileError(
+        f"the checkpoint lacks {what}, such as {safe_repr(name)}, under any prefix, and "
+        + (
+            "its weights of the same roles and shapes cannot be told apart"
+            if alike
+            else "has no weights of the same roles and shapes"
+        )
+        + f"; {near}{way}{names.way_out}"
+    )
+
+
+def _check_target(target: Target, entry: Entry) -> None:
+    if entry.dtype not in FLOATS:
+        kind = "no weight" if entry.dtype in ("BOOL", "C64") else "quantized or packed"
+        raise FileError(
+            f"{safe_repr(target.name)} is {entry.dtype}, {kind}: an update cannot be added to it. Merge into a "
+            "checkpoint "
+            "of the model in bfloat16, float16 or float32, and quantize the result"
+        )
+    if entry.shape != target.stored:
+        raise FileError(
+            f"{safe_repr(target.name)} has shape {entry.shape} in the checkpoint, and the adapter was trained "
+            "on one of "
+            f"{target.stored}"
+        )
+
+
+def _check_alone(checkpoint: Checkpoint, file: AdapterFile) -> None:
+    """Raise FileError if the adapter changes an embedding or a head alone, and the checkpoint has them as one."""
+    alone = {name for name, others in file.ties.items() if not others}
+    if not alone or not ties_head(checkpoint):
+        return
+    tokens = (checkpoint.config or {}).get("vocab_size")
+    shapes = {target.name: target.stored for target in file.targets}
+    shapes |= {name: array.shape for name, array in file.kept.items()}
+    for name in file.ties:
+        if name in alone and len(shapes[name]) == 2 and tokens in (None, shapes[name][0]):
+            raise FileError(
+                f"the adapter has {safe_repr(name)} of that module alone, and the checkpoint ties it to another "
+                "(tie_word_embeddings in config.json is not false), which would change as well: load it onto the model "
+                "by tnadapt.torch.load(model, path, untie=True), bake() it, set model.config.tie_word_embeddings = "
+                "False, and save the model"
+            )
+
+
+def _check_order(target: Target, checkpoint: Checkpoint) -> None:
+    """Raise FileError if a square matrix is stored as (in, out), and the adapter was not made for that."""
+    if target.transposed or len(target.stored) != 2 or len({*target.stored}) > 1:
+        return
+    # config.json is read for the names of such layers only.
+    if is_transposed(target.name, target.stored, {"model_type": "gpt2"}) and is_transposed(
+        target.name, target.stored, checkpoint.config
+    ):
+        raise FileError(
+            f"{safe_repr(target.name)} is stored as (in, out), and the adapter's update is one of (out, in): it was "
+            "made for another model, or converted from a file that does not say it. Convert that with base= (--base)"
+        )
+
+
+def _kept(
+    entries: Mapping[str, Entry], file: AdapterFile, shift: Prefix, names: ModuleNames, renamed: bool
+) -> tuple[dict[str, str], dict[str, str]]:
+    kept: dict[str, str] = {}
+    added: dict[str, str] = {}
+    # Top-level modules of the checkpoint, below the added prefix if there is one.
+    tops = {
+        name.removeprefix(shift.given).partition(".")[0] for name in entries if name.startswith(shift.given)
+    }  # fmt: skip
+    for name, array in file.kept.items():
+        moved = shift.of(name) or name
+        places = [place for one in (name, *file.ties.get(name, ())) for place in (shift.of(one) or one, one)]
+        stored = list(dict.fromkeys(place for place in places if place in entries))
+        there = stored[0] if stored else None
+        if len(stored) > 1 and file.ties.get(name):
+            raise FileError(
+                f"the adapter keeps {safe_repr(name)}, which is tied to {', '.join(map(safe_repr, file.ties[name]))}, "
+                f"and the checkpoint stores {' and '.join(map(safe_repr, stored))}: give one of the tied model"
+            )
+        of_model = moved.removeprefix(shift.given).partition(".")[0] in tops
+        if there is None and (of_model or renamed):
+            there = next((one for other in names.of(name) if (one := shift.of(other) or other) in entries), None)
+        if there is None:
+            if of_model:
+                close = difflib.get_close_matches(moved, entries, 3, 0.5)
+                raise FileError(
+                    f"the adapter keeps {safe_repr(name)}, which the checkpoint does not have, though it has others of "
+                    f"that module; nearest: {', '.join(map(safe_repr, close)) or 'none'}"
+                )
+            _need_free(added, name, moved)
+            added[name] = moved
+            continue
+        entry, theirs = entries[there], file.dtypes.get(f"kept.{name}", array.dtype.name)
+        if entry.shape != array.shape:
+            raise FileError(
+                f"the adapter keeps {safe_repr(name)} of shape {array.shape}, and the checkpoint's is "
+                f"{entry.shape}: give "
+                "a checkpoint with the head that it was trained with, or without any"
+            )
+        if DTYPES.get(entry.dtype) != theirs and not (entry.dtype in FLOATS and theirs in FLOATS.values()):
+            raise FileError(f"the adapter keeps {safe_repr(name)} as {theirs}, and the checkpoint's is {entry.dtype}")
+        _need_free(kept, name, there)
+        kept[name] = there
+    return kept, added
+
+
+def _need_free(taken: Mapping[str, str], name: str, place: str) -> None:
+    """Raise FileError if two kept parameters map to one name in the checkpoint, as with and without a prefix."""
+    for other, own in taken.items():
+        if own == place:
+            raise FileError(
+                f"the adapter keeps both {safe_repr(other)} and {safe_repr(name)}, which are both "
+                f"{safe_repr(place)} in the "
+                "checkpoint: it can hold one of them"
+            )
+
+
+# -- Weights of two checkpoints, each a tensor, a part of one, or several ----------------------------------------------
 
 
 def numbers(checkpoint: Checkpoint, name: str, index: int | None = None) -> np.ndarray:
@@ -130,10 +661,7 @@ def _check(part: Target, checkpoint: Checkpoint, which: str) -> None:
         )
 
 
-# -- The weights of a model on disk at an adapter's targets, compared with the fingerprint in the adapter's file -------
-
-
-_FLOATS = {tag: name for tag, name in DTYPES.items() if name.startswith(("float", "bfloat"))}
+# -- The base's weights at an adapter's targets, compared with its fingerprint -----------------------------------------
 
 
 def located(file: AdapterFile, checkpoint: Checkpoint) -> Sequence[Target]:
@@ -170,7 +698,7 @@ class BaseWeights:
         self._targets = located(file, checkpoint)
         for target in self._targets:
             entry = checkpoint.entries.get(target.name)
-            if entry is None or entry.dtype not in _FLOATS or tuple(entry.shape) != target.stored:
+            if entry is None or entry.dtype not in FLOATS or tuple(entry.shape) != target.stored:
                 what = "is missing" if entry is None else f"is {entry.dtype} of the shape {tuple(entry.shape)}"
                 raise TargetError(
                     f"the adapter needs {safe_repr(target.name)} of the shape {target.stored}, and in base it {what}: "
@@ -181,14 +709,14 @@ class BaseWeights:
         """Return a weight as a matrix, widened to float32 at least."""
         target = self._targets[index]
         array = self._checkpoint.array(target.name)
-        kind = _FLOATS[self._checkpoint.entries[target.name].dtype]
+        kind = FLOATS[self._checkpoint.entries[target.name].dtype]
         return np.asarray(widened(target.select(array), kind).reshape(target.shape))
 
     def check_fingerprint(self) -> None:
         """Raise TargetError if the file knows its base, and this is another one."""
         if self._file.base is None:
             return
-        kinds = {_FLOATS[self._checkpoint.entries[target.name].dtype] for target in self._targets}
+        kinds = {FLOATS[self._checkpoint.entries[target.name].dtype] for target in self._targets}
         kind = kinds.pop() if len(kinds) == 1 else "float64" if "float64" in kinds else "float32"
         difference = compare(self._file.base, self._stored(kind), kind)
         if difference is not None:
@@ -199,6 +727,6 @@ class BaseWeights:
 
     def _stored(self, kind: str) -> Iterator[np.ndarray]:
         for target in self._targets:
-            own = _FLOATS[self._checkpoint.entries[target.name].dtype]
+            own = FLOATS[self._checkpoint.entries[target.name].dtype]
             weight = target.select(self._checkpoint.array(target.name))
             yield weight if own == kind else widened(weight, own).astype(kind)

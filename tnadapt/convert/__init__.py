@@ -2,9 +2,9 @@
 
 :func:`convert` is the entry point, and ``_pipeline`` runs its steps: read, choose, write, measure. The
 :class:`FileFormat` of a library (such as ``_peft_format``) reads its files as one ``ModuleUpdate`` per
-module (``_updates``), and ``_unpack`` joins these into an adapter file. For export, ``_unpack`` determines the form of
-each module's update, ``_nearest`` chooses the form to write, and the format encodes and writes it. The result is read
-back to measure the error. Other packages add a format with a class and :func:`register_file_format`.
+module, and ``_updates`` joins these into an adapter file. For export, ``_updates`` determines the form of each module's
+update, ``_nearest`` chooses the form to write, and the format encodes and writes it. The result is read back to measure
+the error. Other packages add a format with a class and :func:`register_file_format`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
     from ._files import StoredFiles
     from ._pipeline import Conversion, register_file_format
-    from ._unpack import Module, TargetUpdate
-    from ._updates import ModuleUpdate, Pair
+    from ._updates import Module, ModuleUpdate, Pair, TargetUpdate
 
     FORMS: tuple[str, ...]
 
@@ -54,11 +53,11 @@ _LAZY = {
     "ExportChoice": "_file_format",
     "FileFormat": "_file_format",
     "ForeignAdapter": "_file_format",
-    "Module": "_unpack",
+    "Module": "_updates",
     "ModuleUpdate": "_updates",
     "Pair": "_updates",
     "StoredFiles": "_files",
-    "TargetUpdate": "_unpack",
+    "TargetUpdate": "_updates",
     "register_file_format": "_pipeline",
     "target_of": "_base_model",
 }

@@ -1,4 +1,4 @@
-"""The base model of a conversion: the paths of its modules, and the shapes of their weights if known."""
+"""The base model of a conversion: its modules' paths and weights' shapes, and arrays that a file leaves to it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ import numpy as np
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from tnadapt.checkpoints.container import DTYPES, Entry
-from tnadapt.checkpoints.module_names import ModuleNames
-from tnadapt.checkpoints.stored_weights import FLOATS, BaseWeights, located
+from tnadapt.checkpoints.stored_weights import FLOATS, BaseWeights, ModuleNames, located, tied_heads, ties_head
 from tnadapt.checkpoints.stored_weights import numbers as tensor_of
-from tnadapt.checkpoints.tied_heads import tied_heads, ties_head
 from tnadapt.errors import ConfigError, FileError, TargetError, safe_repr, summarize
 from tnadapt.targets.checkpoint_experts import experts_of
 from tnadapt.targets.checkpoint_targets import is_transposed
@@ -36,7 +34,7 @@ __all__ = [
 ]
 
 
-# -- The base model of a conversion: the paths of its modules, and the shapes of their weights if known ----------------
+# -- The base model ----------------------------------------------------------------------------------------------------
 
 
 class Base:
@@ -307,7 +305,7 @@ def missing_base(flat: str) -> FileError:
     )
 
 
-# -- Arrays that an adapter file leaves to the base model, as LoRA-XS does, computed for a conversion ------------------
+# -- Arrays that an adapter file leaves to the base model, as LoRA-XS does ---------------------------------------------
 
 
 def check_base(file: AdapterFile, known: Base, base: Any) -> None:

@@ -1,4 +1,4 @@
-"""The format of diffusers: PEFT's tensors of LoRA in one safetensors file, under the name of the component."""
+"""The format of diffusers: PEFT's LoRA in one safetensors file, by components of a pipeline and their names."""
 
 from __future__ import annotations
 
@@ -17,27 +17,23 @@ from tnadapt.targets.roles import natural
 
 from ._base_model import Base, target_of
 from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
-from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, safetensors_content
+from ._files import RECORD, StoredFiles, decode, encode, foreign_tensor_names, json_text, safetensors_content
 from ._peft_content import recorded
 from ._peft_settings import PeftSettings, settings_of
-from ._stored_tensors import decode, encode
-from ._unpack import Module, TargetUpdate
-from ._updates import Float, common_dtype, uniform, widen
+from ._updates import Float, Module, TargetUpdate, common_dtype, uniform, widen
 
 __all__ = [
     "COMPONENTS",
     "PREFIXES",
     "DiffusersFormat",
     "chosen_part",
-    "component_of",
     "other_path",
     "stored_path",
-    "written_component",
     "written_prefix",
 ]
 
 
-# -- The part of a diffusion pipeline that an adapter belongs to, by the caller, the file or the modules' names --------
+# -- The component of a pipeline, by the caller, the file or the modules' names ----------------------------------------
 
 # diffusers names parts as its pipelines do, and kohya's scripts by prefixes. Both names are understood everywhere.
 
@@ -189,7 +185,7 @@ def _choice(part: str) -> str:
     return f"part={part!r} (--part {part})"
 
 
-# -- The format of diffusers: PEFT's tensors of LoRA in one safetensors file, under the name of the component ----------
+# -- The format --------------------------------------------------------------------------------------------------------
 
 
 _NAME = re.compile(rf"({'|'.join(COMPONENTS)})\.(.+)\.(lora_A\.weight|lora_B\.weight|alpha)")

@@ -1,4 +1,4 @@
-"""The interface of file formats, through which :func:`tnadapt.convert` handles the adapters of other libraries.
+"""The interface of file formats, and how updates meet their weights (DoRA, HiRA), as other libraries store it.
 
 One class implements one format: it recognizes, reads, encodes and writes the files. The defaults of
 :class:`FileFormat` reject everything that a format does not explicitly support.
@@ -19,8 +19,7 @@ from tnadapt.targets.target import Target
 
 from ._base_model import Base, target_of
 from ._files import StoredFiles
-from ._unpack import Module, TargetUpdate, Unpacked
-from ._updates import Float, ModuleUpdate, narrow
+from ._updates import Float, Module, ModuleUpdate, TargetUpdate, Unpacked, narrow
 
 __all__ = [
     "KINDS",
@@ -35,7 +34,7 @@ __all__ = [
 ]
 
 
-# -- How updates of an adapter meet their weights, as other libraries store it: magnitudes (DoRA), and HiRA ------------
+# -- How updates meet their weights: magnitudes (DoRA), and HiRA -------------------------------------------------------
 
 
 class Application(NamedTuple):
@@ -114,7 +113,7 @@ def application_of(file: AdapterFile, modules: Sequence[Module]) -> Application:
     return Application(file.config.apply, file.config.magnitude_axis, magnitudes)
 
 
-# -- The interface of file formats, through which tnadapt.convert handles the adapters of other libraries --------------
+# -- The interface of file formats -------------------------------------------------------------------------------------
 
 
 # Methods that an adapter can be written as; "full" is one dense update per module.

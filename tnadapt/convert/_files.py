@@ -1,4 +1,4 @@
-"""Files of other libraries' adapters: reading them from disk or memory, and writing them atomically.
+"""Files of other libraries' adapters, read and written atomically; one module's tensors in them, decoded and encoded.
 
 The same content gives the same bytes. A kill or a full disk leaves the old files, the new ones, or a folder that cannot
 be loaded, but never a mixture.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -29,8 +30,8 @@ from tnadapt.checkpoints.atomic_files import (
     unlock,
 )
 from tnadapt.checkpoints.container import (
-    DTYPES,
     MAX_CONFIG,
+    TAG_OF,
     Container,
     json_file,
     opened,
@@ -38,25 +39,42 @@ from tnadapt.checkpoints.container import (
     raw_dtype,
     strict_json,
 )
-from tnadapt.errors import FileError
+from tnadapt.errors import FileError, safe_repr
+
+from ._updates import Float, ModuleUpdate, Pair, as_matrix
 
 __all__ = [
+    "DIFF",
+    "LOHA",
+    "LOKR",
     "RECORD",
     "StoredFiles",
+    "are_both_low",
+    "decode",
+    "decompose_factor",
+    "encode",
+    "factorization",
     "foreign_tensor_names",
+    "is_low",
     "json_text",
+    "kind_of",
+    "kronecker_sizes_of",
     "pickle_error",
     "replace_folder",
     "safetensors_content",
+    "spread_over_groups",
+    "without_groups",
 ]
+
+
+# -- The files, on disk or in memory -----------------------------------------------------------------------------------
+
 
 # Metadata entry for the record of a conversion.
 RECORD = "tnadapt.convert"
 
 # Subfolder of a staging folder for the files that are being replaced.
 _OLD = "old"
-
-_TAGS = {name: tag for tag, name in DTYPES.items()}
 
 
 # -- Reading -------------------------------------------------------------------------------------
@@ -152,7 +170,7 @@ def safetensors_content(
     metadata : mapping of str to str
         Written in the order of its keys, which safetensors' own writer does not guarantee.
     """
-    tags = {name: _TAGS[dtypes.get(name, array.dtype.name)] for name, array in tensors.items()}
+    tags = {name: TAG_OF[dtypes.get(name, array.dtype.name)] for name, array in tensors.items()}
     # Wide elements first, so that every tensor is aligned to the size of its elements.
     order = sorted(tensors, key=lambda name: (-raw_dtype(tags[name]).itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -281,3 +299,332 @@ def _stage(folder: str) -> Iterator[str]:
     finally:
         if not os.path.lexists(os.path.join(stage, _OLD)):
             shutil.rmtree(stage, ignore_errors=True)
+
+
+# -- The tensors of one module, under the names and shapes of PEFT and LyCORIS -----------------------------------------
+
+# Both libraries store LoKr and LoHa identically, and LoRA under different names, which their format modules translate.
+# Both derive the sizes of LoKr's W1 and W2 from the weight's by the same rule, :func:`factorization`.
+
+
+LORA = ("lora_down", "lora_up", "lora_mid")
+LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+DIFF = ("diff",)
+
+Tensors = Mapping[str, Float]
+
+# Limits of the search for a decompose_factor: how far above the sides, and how many candidates.
+_BEYOND, _MOST = 64, 1 << 16
+
+
+def kind_of(path: str, tensors: Tensors) -> str:
+    """Return the method that the tensors belong to; raise FileError unless there is exactly one."""
+    kinds = {"lora": LORA, "lokr": LOKR, "loha": LOHA, "dense": DIFF}
+    found = [kind for kind, names in kinds.items() if not tensors.keys().isdisjoint(names)]
+    if len(found) != 1:
+        raise FileError(f"{safe_repr(path)} has tensors of {' and '.join(found) or 'no method'}: {', '.join(tensors)}")
+    return found[0]
+
+
+# -- Decoding ------------------------------------------------------------------------------------
+
+
+def decode(
+    path: str, tensors: Tensors, scale: Callable[[int | None], float], kron_last_axes: bool = False
+) -> tuple[ModuleUpdate, tuple[int, ...]]:
+    """Decode the update of one module.
+
+    Parameters
+    ----------
+    path : str
+        Path of the module, for messages.
+    tensors : mapping of str to ndarray
+        Tensors by the names in ``LORA``, ``LOKR``, ``LOHA`` or ``DIFF``.
+    scale : callable
+        Returns the scale for a rank, or for None if LoKr has two full factors.
+    kron_last_axes : bool
+        Whether the Kronecker product of a Conv1d with a full W2 multiplies its last two axes, as in PEFT, and not its
+        first two, as in LyCORIS.
+
+    Returns
+    -------
+    ModuleUpdate, tuple of int
+        The update, and the weight's shape ``(out, in, …)`` as far as the tensors determine it: factors of LoKr and
+        LoHa store the sizes of a convolution after ``out`` as one product.
+
+    Raises
+    ------
+    FileError
+        If a tensor is missing or its shape does not fit the others.
+    """
+    kind = kind_of(path, tensors)
+    get = _Getter(path, tensors)
+    if kind == "dense":
+        diff = get("diff", 2)
+        return ModuleUpdate("dense", _matrix(diff.shape), (diff.reshape(diff.shape[0], -1),)), diff.shape
+    if kind == "lora":
+        pair, shape = _lora(get)
+        return ModuleUpdate("lora", pair.shape, (pair,), scale(pair.rank)), shape
+    if kind == "loha":
+        (one, shape), (two, other) = _half(get, "hada_w1", "hada_t1"), _half(get, "hada_w2", "hada_t2")
+        if shape != other or one.rank != two.rank:
+            raise get.misfit("its two halves are of different shapes or ranks")
+        return ModuleUpdate("loha", one.shape, (one, two), scale(one.rank)), shape
+    return _lokr(get, scale, kron_last_axes)
+
+
+class _Getter:
+    """The tensors of one module, whose number of axes is checked on access."""
+
+    def __init__(self, path: str, tensors: Tensors) -> None:
+        self.path, self.tensors = path, tensors
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def __call__(self, name: str, axes: int, most: int = 8) -> Float:
+        if name not in self.tensors:
+            raise FileError(f"{safe_repr(self.path)} has {', '.join(self.tensors)}, and lacks {name}")
+        array = self.tensors[name]
+        if not axes <= array.ndim <= most or 0 in array.shape:
+            raise self.misfit(f"{name} must have {axes} axes or more, none of them empty")
+        return array
+
+    def misfit(self, why: str) -> FileError:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in self.tensors.items())
+        return FileError(f"the tensors of {safe_repr(self.path)} do not fit together: {why}; they are {shapes}")
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], math.prod(shape[1:])
+
+
+def _lora(get: _Getter) -> tuple[Pair, tuple[int, ...]]:
+    up, down = get("lora_up", 2), get("lora_down", 2)
+    if math.prod(up.shape[2:]) != 1:
+        raise get.misfit("lora_up must be a matrix, or a kernel of size 1")
+    (out, rank), (inner, channels, *kernel) = up.shape[:2], down.shape
+    if "lora_mid" in get:
+        mid = get("lora_mid", 2)
+        if mid.shape[:2] != (up.shape[1], down.shape[0]) or math.prod(down.shape[2:]) != 1:
+            raise get.misfit("lora_mid must be (rank, rank, kernel …), and lora_down a kernel of size 1")
+        kernel = list(mid.shape[2:])
+        down = np.einsum("mnk,ni->mik", mid.reshape(rank, inner, -1), down.reshape(inner, channels))
+        inner = rank
+    if rank != inner:
+        raise get.misfit("the ranks of the two factors differ")
+    return Pair(up.reshape(out, rank), down.reshape(rank, -1).T), (out, channels, *kernel)
+
+
+def _half(get: _Getter, name: str, core: str) -> tuple[Pair, tuple[int, ...]]:
+    """Return a factor ``a @ b``, or ``core x_0 a x_1 b`` in Tucker form, where both are stored as (rank, size)."""
+    a, b = get(f"{name}_a", 2, 2), get(f"{name}_b", 2)
+    if core not in get:
+        if a.shape[1] != b.shape[0]:
+            raise get.misfit(f"the ranks of {name}_a and {name}_b differ")
+        return Pair(a, b.reshape(b.shape[0], -1).T), (a.shape[0], *b.shape[1:])
+    t = get(core, 3)
+    if b.ndim != 2 or t.shape[:2] != (a.shape[0], b.shape[0]):
+        raise get.misfit(f"{core} must be (rank, rank, kernel …) with the ranks of {name}_a and {name}_b")
+    wide = np.einsum("ijk,jr->irk", t.reshape(*t.shape[:2], -1), b)
+    return Pair(a.T, wide.reshape(wide.shape[0], -1).T), (a.shape[1], b.shape[1], *t.shape[2:])
+
+
+def _lokr(
+    get: _Getter, scale: Callable[[int | None], float], kron_last_axes: bool
+) -> tuple[ModuleUpdate, tuple[int, ...]]:
+    for name in ("lokr_w1", "lokr_w2"):
+        if name in get and (f"{name}_a" in get or f"{name}_b" in get):
+            raise get.misfit(f"{name} is there full and in two factors")
+    first: Pair | Float
+    last: Pair | Float
+    first = get("lokr_w1", 2, 2) if "lokr_w1" in get else _half(get, "lokr_w1", "")[0]
+    if "lokr_w2" in get:
+        if "lokr_t2" in get:
+            raise get.misfit("lokr_t2 belongs to two factors of W2, which is full")
+        full = get("lokr_w2", 2)
+        kernel, last = full.shape[2:], full.reshape(full.shape[0], -1)
+        channels = full.shape[1]
+    else:
+        last, (_, channels, *rest) = _half(get, "lokr_w2", "lokr_t2")
+        kernel = tuple(rest)
+    (p, q), (k, _) = first.shape, last.shape
+    shape = (p * k, q * channels, *kernel)
+    ranks = {part.rank for part in (first, last) if isinstance(part, Pair)}
+    if len(ranks) > 1:
+        raise get.misfit("W1 and W2 have different ranks")
+    factor = scale(ranks.pop() if ranks else None)
+    if kron_last_axes and len(kernel) == 1 and not isinstance(last, Pair) and (p, q) != (1, 1):
+        # torch.kron of a matrix and a tensor of order 3 multiplies the tensor's last two axes.
+        turned = np.asarray(np.kron(as_matrix(first)[None], last.reshape(k, channels, *kernel)), np.float64)
+        return ModuleUpdate("dense", _matrix(shape), (turned.reshape(_matrix(shape)),), factor), shape
+    return ModuleUpdate("lokr", _matrix(shape), (first, last), factor), shape
+
+
+# -- Encoding ------------------------------------------------------------------------------------
+
+
+def encode(update: ModuleUpdate, stored: Sequence[int], down: str, up: str) -> dict[str, Float]:
+    """Encode one module's update, without its scale.
+
+    Parameters
+    ----------
+    update : ModuleUpdate
+    stored : sequence of int
+        Shape of the weight.
+    down, up : str
+        Names of LoRA's two factors.
+    """
+    if update.kind == "lora":
+        return _encode_lora(update.pair, stored, down, up)
+    if update.kind == "loha":
+        return _encode_loha(update)
+    if update.kind == "lokr":
+        return _encode_lokr(update, stored)
+    assert update.kind == "dense"
+    return {"diff": as_matrix(update.parts[0]).reshape(stored)}
+
+
+def _encode_lora(pair: Pair, stored: Sequence[int], down_name: str, up_name: str) -> dict[str, Float]:
+    kernel = tuple(stored[2:])
+    down, up = pair.a.T, pair.b
+    if kernel:
+        down = down.reshape(pair.rank, stored[1], *kernel)
+        up = up.reshape(*pair.b.shape, *(1 for _ in kernel))
+    return {down_name: down, up_name: up}
+
+
+def _encode_loha(update: ModuleUpdate) -> dict[str, Float]:
+    found = dict[str, Float]()
+    for number, part in enumerate(update.parts, start=1):
+        assert isinstance(part, Pair)
+        part = part.padded(update.rank)
+        found |= {f"hada_w{number}_a": part.b, f"hada_w{number}_b": part.a.T}
+    return found
+
+
+def _encode_lokr(update: ModuleUpdate, stored: Sequence[int]) -> dict[str, Float]:
+    found = dict[str, Float]()
+    for number, part in enumerate(update.parts, start=1):
+        if isinstance(part, Pair):
+            found |= {f"lokr_w{number}_a": part.b, f"lokr_w{number}_b": part.a.T}
+        else:
+            kernel = tuple(stored[2:]) if number == 2 else ()
+            found[f"lokr_w{number}"] = part.reshape(part.shape[0], -1, *kernel) if kernel else part
+    return found
+
+
+# -- PEFT's LoRA of convolutions in groups --------------------------------------------------------
+
+
+def spread_over_groups(down: Float, groups: int) -> Float:
+    """Return the kernel ``(groups rank, channels, …)`` that PEFT has as A of a convolution in groups.
+
+    PEFT's A reads all channels, and its B is in groups: the outputs of a group see their own part of A's. A is
+    therefore repeated for every group, in the channels of the group.
+
+    Parameters
+    ----------
+    down : ndarray
+        A of the weight's update, of shape ``(rank, channels / groups, …)``.
+    groups : int
+    """
+    rank, channels, *kernel = down.shape
+    found = np.zeros((groups, rank, groups, channels, *kernel))
+    found[np.arange(groups), :, np.arange(groups)] = down
+    return found.reshape(groups * rank, groups * channels, *kernel)
+
+
+def without_groups(path: str, tensors: Tensors) -> tuple[Tensors, int]:
+    """Return PEFT's LoRA of a module as factors of the weight's update, and in how many groups its channels are.
+
+    Raises
+    ------
+    FileError
+        If a group reads channels of another one, as it does once PEFT has trained: no update of the weight does.
+    """
+    down, up = tensors.get("lora_down"), tensors.get("lora_up")
+    if down is None or up is None or min(down.ndim, up.ndim) < 3 or up.shape[1] in (0, len(down)):
+        return tensors, 1
+    groups = len(down) // up.shape[1]
+    if len(down) % up.shape[1] or down.shape[1] % groups or len(up) % groups:
+        return tensors, 1  # refused as factors of different ranks
+    rank, channels = up.shape[1], down.shape[1] // groups
+    parts = down.reshape(groups, rank, groups, channels, *down.shape[2:])
+    own = parts[np.arange(groups), :, np.arange(groups)]
+    if np.count_nonzero(parts) != np.count_nonzero(own):
+        raise FileError(
+            f"{safe_repr(path)} is a convolution in {groups} groups, and in PEFT's LoRA each reads the channels "
+            "of all groups, which no update of its weight does: leave it out of target_modules, or train LoKr or LoHa, "
+            "whose updates are those of the weight"
+        )
+    if all(np.array_equal(part, own[0]) for part in own):
+        return {**tensors, "lora_down": own[0]}, groups
+    wide = np.zeros((groups, len(up) // groups, groups, rank))
+    wide[np.arange(groups), :, np.arange(groups)] = up.reshape(groups, -1, rank)
+    ones = (1,) * (up.ndim - 2)
+    return {
+        **tensors,
+        "lora_down": own.reshape(groups * rank, channels, *down.shape[2:]),
+        "lora_up": wide.reshape(len(up), groups * rank, *ones),
+    }, groups
+
+
+# -- The sizes of LoKr's factors -----------------------------------------------------------------
+
+
+def factorization(size: int, factor: int = -1) -> tuple[int, int]:
+    """Return the sizes of a side in W1 and W2: the given factor if it divides the side, otherwise two close ones.
+
+    This is the rule of PEFT; that of LyCORIS puts the smaller size first. Files do not store the sizes: the libraries
+    compute them, so they can only load Kronecker factors with sizes that follow from the rule.
+
+    Examples
+    --------
+    >>> factorization(128), factorization(128, 4), factorization(12, 6), factorization(127)
+    ((8, 16), (4, 32), (6, 2), (1, 127))
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = size if factor < 0 else factor
+    small, large = 1, size
+    best = small + large
+    while small < large:
+        following = next(d for d in range(small + 1, size + 1) if size % d == 0)
+        if following + size // following > best or following > limit:
+            break
+        small, large = following, size // following
+    return min(small, large), max(small, large)
+
+
+def kronecker_sizes_of(update: ModuleUpdate, stored: Sequence[int]) -> tuple[int, int, int, int] | None:
+    """Return ``(p, q, k, n)`` with W1 (p, q), W2 (k, n, …) and ``stored = (p k, q n, …)``; None if there are none."""
+    (p, q), (k, _) = update.parts[0].shape, update.parts[1].shape
+    return (p, q, k, stored[1] // q) if stored[1] % q == 0 and p * k == stored[0] else None
+
+
+def is_low(part: Pair | Float, sides: Sequence[int], rank: int) -> bool:
+    """Return whether a rank is below half of the larger side, in which case both libraries store two factors."""
+    return isinstance(part, Pair) and 2 * rank < max(sides)
+
+
+def are_both_low(update: ModuleUpdate, size: tuple[int, int, int, int]) -> bool:
+    """Return whether W1 and W2 are both stored as two factors, and so both have the larger of the two ranks."""
+    return all(is_low(part, sides, update.rank) for part, sides in zip(update.parts, (size[:2], size[2:]), strict=True))
+
+
+def decompose_factor(sizes: Sequence[tuple[int, int, int, int]], stored: Sequence[Sequence[int]]) -> int | None:
+    """Return a ``decompose_factor`` that gives every weight the right sizes, or None."""
+    wanted = dict.fromkeys((size, tuple(shape[:2])) for size, shape in zip(sizes, stored, strict=False))
+    sides = [side for size, _ in wanted for side in size[:2]]
+    # PEFT takes a factor that does not divide a side as an upper limit. A factor slightly above the sides may therefore
+    # work for all weights where the sides themselves divide some of the others.
+    factors: list[int] = [-1, *sides, *range(1, max(sides, default=0) + _BEYOND)]
+    for factor in dict.fromkeys(factors[:_MOST]):
+        if all(
+            factorization(rows, factor) == (p, k) and factorization(cols, factor) == (q, n)
+            for (p, q, k, n), (rows, cols) in wanted
+        ):
+            return factor
+    return None

@@ -22,21 +22,13 @@ from tnadapt.targets.roles import natural
 
 from ._base_model import Base, target_of
 from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
-from ._files import RECORD, StoredFiles, json_text
-from ._stored_tensors import decode
-from ._unpack import Module, TargetUpdate
-from ._updates import Float, alpha_of, common_dtype, uniform
+from ._files import RECORD, StoredFiles, decode, json_text
+from ._updates import Float, Module, TargetUpdate, alpha_of, common_dtype, uniform
 
-__all__ = [
-    "GgufBase",
-    "GgufFormat",
-    "base_of_gguf",
-    "gguf_package",
-    "is_gguf",
-]
+__all__ = ["GgufBase", "GgufFormat", "base_of_gguf"]
 
 
-# -- The base model of a GGUF adapter: its architecture in llama.cpp, names of tensors, and rows that are permuted -----
+# -- The base model: its architecture in llama.cpp, names of tensors, and permuted rows --------------------------------
 
 
 # The architecture by the model_type of a config.json. Only architectures are listed whose matrices llama.cpp stores as
@@ -221,7 +213,7 @@ def _unknown(what: str, kind: Any, known: list[str]) -> ConfigError:
     )
 
 
-# -- The format of llama.cpp: LoRA in a GGUF file, for --lora ----------------------------------------------------------
+# -- The format --------------------------------------------------------------------------------------------------------
 
 
 # Entry of a conversion's record: path, shape, transposed and permuted heads by llama.cpp's names.

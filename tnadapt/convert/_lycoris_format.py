@@ -1,4 +1,4 @@
-"""The format of LyCORIS and kohya: LoRA, LoKr, LoHa and full differences in one safetensors file.
+"""The formats of LyCORIS and of kohya's scripts: LoRA, LoKr, LoHa and full differences in one safetensors file.
 
 Every tensor of such a file is either read exactly or rejected by name. LyCORIS loads written files to the same update.
 """
@@ -22,21 +22,24 @@ from tnadapt.targets.roles import natural
 from ._base_model import Base, missing_base, target_of
 from ._diffusers_format import COMPONENTS, PREFIXES, chosen_part, other_path, stored_path, written_prefix
 from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
-from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, safetensors_content
-from ._stored_tensors import (
+from ._files import (
     DIFF,
     LOHA,
     LOKR,
+    RECORD,
+    StoredFiles,
     are_both_low,
     decode,
     encode,
     factorization,
+    foreign_tensor_names,
     is_low,
+    json_text,
     kind_of,
     kronecker_sizes_of,
+    safetensors_content,
 )
-from ._unpack import Module, TargetUpdate
-from ._updates import Float, ModuleUpdate, Pair, alpha_of, as_matrix, common_dtype, widen
+from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, alpha_of, as_matrix, common_dtype, widen
 
 __all__ = [
     "KohyaFormat",
@@ -44,7 +47,7 @@ __all__ = [
 ]
 
 
-# -- The format of LyCORIS and kohya: LoRA, LoKr, LoHa and full differences in one safetensors file --------------------
+# -- The format of LyCORIS ---------------------------------------------------------------------------------------------
 
 
 # Entry of a conversion's record with the modules' paths and shapes. A file that has it can be read without a base.
@@ -274,7 +277,7 @@ def _path(name: str, base: Base | None, recorded: Mapping[str, tuple[str, tuple[
     return flat
 
 
-# -- The format of kohya's scripts: LyCORIS's tensors under the names of the component that they are of ----------------
+# -- The format of kohya's scripts: LyCORIS's tensors under the names of their component -------------------------------
 
 
 class KohyaFormat(LycorisFormat):

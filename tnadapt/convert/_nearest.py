@@ -1,4 +1,4 @@
-"""Choose the form of each module's update for another library: an exact one if possible, otherwise the nearest.
+"""The choice of the form in which an export writes each module's update: an exact one if possible, else the nearest.
 
 LoRA is the truncated SVD, the best approximation of its rank. LoKr and LoHa are fitted by :func:`tnadapt.decompose`.
 """
@@ -16,9 +16,8 @@ from tnadapt.algebra.norms import norm, relative, together
 from tnadapt.errors import ConfigError, safe_repr
 
 from ._file_format import ExportChoice, FileFormat
-from ._stored_tensors import factorization
-from ._unpack import Module, Unpacked
-from ._updates import Float, ModuleUpdate, Pair, as_matrix
+from ._files import factorization
+from ._updates import Float, Module, ModuleUpdate, Pair, Unpacked, as_matrix
 
 __all__ = ["ExportSpec", "choose"]
 

@@ -1,6 +1,7 @@
-"""The format of PEFT: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""The formats of PEFT and vLLM: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-LoRA, DoRA, HiRA, LoKr and LoHa are here; methods with a structure of their own are in ``_peft_methods``, one per file.
+LoRA, DoRA, HiRA, LoKr, LoHa and TrainableTokens are here; ``METHODS`` lists the classes of methods with a structure of
+their own.
 
 Every tensor and setting of such a folder is either read exactly or rejected by name. PEFT loads written folders to the
 same update.
@@ -27,67 +28,67 @@ from tnadapt.targets.target import Target
 
 from ._base_model import Base, target_of
 from ._file_format import Application, EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter, not_additive
-from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, pickle_error, safetensors_content
+from ._files import (
+    LOHA,
+    LOKR,
+    RECORD,
+    StoredFiles,
+    are_both_low,
+    decode,
+    decompose_factor,
+    encode,
+    foreign_tensor_names,
+    is_low,
+    json_text,
+    kind_of,
+    kronecker_sizes_of,
+    pickle_error,
+    safetensors_content,
+    spread_over_groups,
+    without_groups,
+)
 from ._peft_content import (
     CONFIG_NAME,
     PREFIX,
     TRANSPOSED,
+    OwnStructure,
     PeftContent,
+    PeftMethod,
     check_transposed,
     is_conv1d,
     is_saved,
     other_tensors,
     recorded,
 )
-from ._peft_embeddings import (
+from ._peft_frozen_factors import PeftRandLora, PeftVera
+from ._peft_lora import (
     EMBEDDING,
+    EXPERTS,
     TOKENS,
     as_embedding,
+    decoded_embedding,
+    decoded_experts,
     decoded_tokens,
+    encoded_embedding,
+    encoded_experts,
     is_embedding,
+    is_expert,
     is_head,
     joined_ties,
+    record_of,
     separate_rows,
     tied_paths,
     without_ties,
 )
-from ._peft_embeddings import decoded as decoded_embedding
-from ._peft_embeddings import decoded_tokens as decoded
-from ._peft_embeddings import encoded as encoded_embedding
-from ._peft_experts import EXPERTS, is_expert, record_of
-from ._peft_experts import decoded as decoded_experts
-from ._peft_experts import encoded as encoded_experts
-from ._peft_frozen_factors import PeftRandLora, PeftVera
-from ._peft_method import OwnStructure, PeftMethod
 from ._peft_positions import PeftC3a, PeftFourierFT, PeftMiss, PeftShira, PeftWaveFT
 from ._peft_settings import LOW_RANK, PeftSettings, config_of, origin_settings, settings_of
 from ._peft_shared_values import PeftTinyLora, PeftUniLora, PeftVbLora
-from ._stored_tensors import (
-    LOHA,
-    LOKR,
-    are_both_low,
-    decode,
-    decompose_factor,
-    encode,
-    is_low,
-    kind_of,
-    kronecker_sizes_of,
-    spread_over_groups,
-    without_groups,
-)
-from ._unpack import Module, TargetUpdate
-from ._updates import Float, ModuleUpdate, Pair, alpha_of, as_matrix, common_dtype, uniform, widen
+from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, alpha_of, as_matrix, common_dtype, uniform, widen
 
-__all__ = [
-    "METHODS",
-    "PeftFormat",
-    "PeftTrainableTokens",
-    "VllmFormat",
-    "saved_whole",
-]
+__all__ = ["METHODS", "PeftFormat", "VllmFormat"]
 
 
-# -- PEFT's TrainableTokens: rows of an embedding that were trained for single tokens, and nothing else ----------------
+# -- TrainableTokens: rows of an embedding that were trained for single tokens, and nothing else -----------------------
 
 
 _TENSOR = "trainable_tokens_delta"
@@ -105,15 +106,14 @@ class PeftTrainableTokens(PeftMethod):
         """Read the rows; an update is their difference from the base's."""
         content.require_modules()
         rows = {path: content.tensor(path, _TENSOR, 2) for path in content.modules}
-        found = decoded(rows, content.config.get("token_indices"), content.base)
+        found = decoded_tokens(rows, content.config.get("token_indices"), content.base)
         return OwnStructure(
             [one.target for one in found], updates=[one.update for one in found],
             alone=separate_rows(found, content.base),
         )  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The registry of PEFT's methods with a structure of their own: a new one is one more file, and one more line here
+# -- Methods with a structure of their own: a new one is one more line here --------------------------------------------
 
 
 METHODS: dict[str, PeftMethod] = {
@@ -131,7 +131,7 @@ METHODS: dict[str, PeftMethod] = {
 }
 
 
-# -- The format of PEFT: a folder with adapter_config.json and adapter_model.safetensors -------------------------------
+# -- The format of PEFT ------------------------------------------------------------------------------------------------
 
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -581,7 +581,7 @@ def _split_name(name: str) -> tuple[str, str]:
     return path, ""
 
 
-# -- The format that vLLM serves: PEFT's LoRA with one rank that vLLM takes, and a scale of 1 --------------------------
+# -- The format that vLLM serves: LoRA with one rank that vLLM takes, and a scale of 1 ---------------------------------
 
 
 # The only whole modules that vLLM loads next to LoRA, of classification models.

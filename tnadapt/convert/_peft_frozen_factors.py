@@ -1,4 +1,4 @@
-"""PEFT's VeRA: two frozen random matrices, shared by all weights, and two trained diagonals per weight."""
+"""PEFT's VeRA and RandLoRA: frozen random matrices, shared by weights, and trained diagonals."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ from tnadapt.errors import ConfigError
 from tnadapt.targets.target import Target
 
 from ._file_format import EncodedAdapter
-from ._peft_content import PeftContent
-from ._peft_method import DRAWN, OwnStructure, PeftMethod, rank_of, seed_of
+from ._peft_content import (
+    DRAWN,
+    OwnStructure,
+    PeftContent,
+    PeftMethod,
+    rank_of,
+    seed_of,
+)
 from ._peft_settings import number_of
-from ._unpack import Module
-from ._updates import Float, ModuleUpdate, Pair
+from ._updates import Float, Module, ModuleUpdate, Pair
 
 __all__ = [
     "PeftRandLora",
@@ -31,7 +36,7 @@ __all__ = [
 ]
 
 
-# -- PEFT's VeRA: two frozen random matrices, shared by all weights, and two trained diagonals per weight --------------
+# -- VeRA: two frozen matrices, shared by all weights, and two trained diagonals per weight ----------------------------
 
 
 _B, _D = "split0.factor0", "split0.factor1"
@@ -143,7 +148,7 @@ def _bound(fan_in: int) -> float:
     return math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(fan_in))
 
 
-# -- PEFT's RandLoRA: products of frozen random matrices with trained diagonals, whose sum has full rank ---------------
+# -- RandLoRA: products of frozen matrices with trained diagonals, whose sum has full rank -----------------------------
 
 # PEFT flattens its two stacks of N matrices in different orders, so that it pairs column ``k = r N + n`` of the bases B
 # with row r of A, and not the columns of base n (``test_fault_randlora_pairs_columns_of_different_bases``). As N

@@ -1,4 +1,4 @@
-"""Methods of PEFT that train a few values at some positions of a matrix: settings and names in common.
+"""PEFT's SHiRA, FourierFT, WaveFT, C3A and MiSS: a few trained values at some positions of a matrix.
 
 All weights have one config, whose map has one number of values. Where theirs differ, the shorter ones get zeros at
 further positions of the same permutation. Positions that no seed gives are listed in the config, as long as it holds
@@ -23,27 +23,21 @@ from tnadapt.errors import ConfigError, FileError, safe_repr
 from tnadapt.targets.target import Target
 
 from ._file_format import EncodedAdapter
-from ._peft_content import PeftContent
-from ._peft_method import OwnStructure, PeftMethod, rank_of, scaled_config, seed_of
+from ._peft_content import (
+    OwnStructure,
+    PeftContent,
+    PeftMethod,
+    rank_of,
+    scaled_config,
+    seed_of,
+)
 from ._peft_settings import integer_of, number_of
-from ._unpack import Module
-from ._updates import Float, ModuleUpdate
+from ._updates import Float, Module, ModuleUpdate
 
-__all__ = [
-    "PeftC3a",
-    "PeftFourierFT",
-    "PeftMiss",
-    "PeftShira",
-    "PeftWaveFT",
-    "dense_updates",
-    "few_values",
-    "padded",
-    "targets_with_room",
-    "values_of",
-]
+__all__ = ["PeftC3a", "PeftFourierFT", "PeftMiss", "PeftShira", "PeftWaveFT"]
 
 
-# -- Methods of PEFT that train a few values at some positions of a matrix: settings and names in common ---------------
+# -- Settings and names in common --------------------------------------------------------------------------------------
 
 
 def few_values(targets: Sequence[Target], values: Sequence[Float], projection: Recipe, scale: float) -> OwnStructure:
@@ -94,7 +88,7 @@ def values_of(method: PeftMethod, module: Module, file: AdapterFile) -> tuple[Fl
     return vector, group.network.scale, config.projection
 
 
-# -- PEFT's SHiRA: some elements of each weight, at positions that are stored ------------------------------------------
+# -- SHiRA: some elements of each weight, at positions that are stored -------------------------------------------------
 
 
 class PeftShira(PeftMethod):
@@ -218,7 +212,7 @@ def _listed(targets: Sequence[Target], places: Sequence[NDArray[np.int64]], valu
     return OwnStructure(targets, config, {"group0.split0.dense": np.concatenate(values)})
 
 
-# -- PEFT's FourierFT: a few frequencies per weight, at positions that PEFT leaves to a seed of torch's ----------------
+# -- FourierFT: a few frequencies per weight, at positions left to a seed of torch's -----------------------------------
 
 
 _FOURIER_SEED = 777
@@ -280,7 +274,7 @@ class PeftFourierFT(PeftMethod):
         return _FOURIER_SEED
 
 
-# -- PEFT's WaveFT: a few wavelet coefficients per weight, at positions that PEFT leaves to a seed of torch's ----------
+# -- WaveFT: a few wavelet coefficients per weight, at positions left to a seed of torch's -----------------------------
 
 # PEFT has a matrix of coefficients of the weight's own size, which it puts into the middle of the one that the filters
 # need, and it interchanges two quarters (``test_convention_waveft_interchanges_two_quarters_of_the_coefficients``).
@@ -352,7 +346,7 @@ def _wavelet(family: object) -> CenteredWavelet:
         ) from None
 
 
-# -- PEFT's C3A: circulant blocks, with one kernel for each block ------------------------------------------------------
+# -- C3A: circulant blocks, with one kernel for each block -------------------------------------------------------------
 
 
 class PeftC3a(PeftMethod):
@@ -397,7 +391,7 @@ def _delta(kernel: Float) -> Float:
     return found
 
 
-# -- PEFT's MiSS: one narrow matrix, repeated over the columns of a weight (and with "mini" over its rows) -------------
+# -- MiSS: one narrow matrix, repeated over the columns of a weight (with "mini" over its rows) ------------------------
 
 
 class PeftMiss(PeftMethod):

@@ -1,7 +1,4 @@
-"""PEFT's TinyLoRA: LoRA-XS whose r × r matrices are combinations of fixed random ones with few trained numbers.
-
-PEFT's random matrices become the matrix of a given map before the network.
-"""
+"""PEFT's TinyLoRA, Uni-LoRA and VB-LoRA: LoRA whose numbers are made of few trained ones that weights share."""
 
 from __future__ import annotations
 
@@ -25,12 +22,16 @@ from tnadapt.errors import FileError, safe_repr
 from tnadapt.targets.roles import natural
 
 from ._file_format import EncodedAdapter
-from ._path_patterns import PathPatterns
-from ._peft_content import PeftContent
-from ._peft_method import DRAWN, OwnStructure, PeftMethod, rank_of, seed_of
-from ._peft_settings import integer_of
-from ._unpack import Module
-from ._updates import Float, ModuleUpdate, Pair
+from ._peft_content import (
+    DRAWN,
+    OwnStructure,
+    PeftContent,
+    PeftMethod,
+    rank_of,
+    seed_of,
+)
+from ._peft_settings import PathPatterns, integer_of
+from ._updates import Float, Module, ModuleUpdate, Pair
 
 __all__ = [
     "PeftTinyLora",
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 
-# -- PEFT's TinyLoRA: LoRA-XS whose r × r matrices are combinations of fixed random ones with few trained numbers ------
+# -- TinyLoRA: the r × r matrices of LoRA-XS combine fixed random ones with few trained numbers ------------------------
 
 # PEFT's random matrices become the matrix of a given map before the network.
 
@@ -192,7 +193,7 @@ class PeftTinyLora(PeftMethod):
         return np.asarray(drawn.reshape(count, rank, rank), np.float64)
 
 
-# -- PEFT's Uni-LoRA: each number of all A and B is one of a few trained numbers, scaled -------------------------------
+# -- Uni-LoRA: each number of all A and B is one of a few trained numbers, scaled --------------------------------------
 
 # PEFT's indices become the index of tied elements before the network.
 
@@ -394,7 +395,7 @@ def _balanced(count: int, length: int, seed: int) -> NDArray[np.int64]:
     return found
 
 
-# -- PEFT's VB-LoRA: parts of A and B are mixtures of a few vectors of a bank, which no config has: read as LoRA -------
+# -- VB-LoRA: parts of A and B mix a few vectors of a bank, which no config has: read as LoRA --------------------------
 
 
 _VBLORA_NOTE = "stored as LoRA of the same rank, as no config has mixtures of the vectors of a bank"

@@ -1,4 +1,7 @@
-"""The steps of a conversion: read, choose, write and measure."""
+"""The steps of a conversion: its request, reading, choice, writing and measuring; its result; the table of formats.
+
+:func:`run` is the whole of it, and :class:`Conversion` its result. :func:`register_file_format` adds a format.
+"""
 
 from __future__ import annotations
 
@@ -27,30 +30,28 @@ from ._files import StoredFiles, replace_folder
 from ._gguf_format import GgufFormat
 from ._lycoris_format import KohyaFormat, LycorisFormat
 from ._nearest import ExportSpec, choose
-from ._peft_embeddings import is_embedding
-from ._peft_experts import check_method
 from ._peft_format import PeftFormat, VllmFormat
-from ._unpack import Module, Unpacked, join, modules_of, place_of
-from ._updates import ModuleUpdate, check_range, check_size, errors_of, is_rounding, narrow, norms_of, round_to
+from ._peft_lora import check_method, is_embedding
+from ._updates import (
+    Module,
+    ModuleUpdate,
+    Unpacked,
+    check_range,
+    check_size,
+    errors_of,
+    is_rounding,
+    join,
+    modules_of,
+    narrow,
+    norms_of,
+    place_of,
+    round_to,
+)
 
-__all__ = [
-    "OWN",
-    "Conversion",
-    "check_free",
-    "check_part",
-    "checked_request",
-    "format_names",
-    "format_of",
-    "forms",
-    "has_rank",
-    "is_built_in",
-    "register_file_format",
-    "run",
-    "with_method",
-]
+__all__ = ["Conversion", "format_of", "forms", "register_file_format", "run"]
 
 
-# -- The registry of file formats, and the names of the forms that they write ------------------------------------------
+# -- The table of file formats, and the names of the forms that they write ---------------------------------------------
 
 
 #: The name of this library's own form.
@@ -130,7 +131,7 @@ def is_built_in(name: str) -> bool:
     return name in _formats.built_in
 
 
-# -- The requested form of a conversion: checked arguments, and the method where only a format is named ----------------
+# -- The request: checked arguments, and the method where only a format is named ---------------------------------------
 
 
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -204,7 +205,7 @@ def with_method(spec: ExportSpec, modules: Sequence[Module], unpacked: Unpacked)
     return spec._replace(form=f"{spec.format.name}-{kind}", kind=kind)
 
 
-# -- The result of a conversion: the adapter in its new form, its error, and how to save it ----------------------------
+# -- The result: the adapter in its new form, its error, and how to save it --------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -336,7 +337,7 @@ def check_free(path: str, names: Sequence[str], overwrite: bool) -> None:
         raise FileError(f"{path}: exists; give another path, or overwrite=True (--overwrite)")
 
 
-# -- The steps of a conversion: read, choose, write and measure --------------------------------------------------------
+# -- The steps ---------------------------------------------------------------------------------------------------------
 
 
 # In a folder written by save_pretrained of tnadapt.torch.

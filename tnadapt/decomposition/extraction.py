@@ -287,7 +287,7 @@ def _alike(base: Checkpoint, place: str, tuned: Checkpoint, name: str) -> tuple[
     if kinds[0] == kinds[1]:
         return before, after
     # Neither of bfloat16 and float16 can represent all numbers of the other; either choice is fine.
-    narrow = DTYPES[min(kinds, key=FLOATS[::-1].index)]
+    narrow = DTYPES[min(kinds, key=[*FLOATS][::-1].index)]
     return tuple(widened(rounded(one.astype(np.float64), narrow), narrow) for one in (before, after))  # type: ignore[return-value]
 
 

@@ -177,7 +177,7 @@ def _nested(config: Config) -> Iterator[tuple[str, Config]]:
 
 # -- Find the queries, keys, values and outputs of every attention in a checkpoint by tensor names and shapes ----------
 
-# The counterpart of ``tnadapt.torch._attention_search``: the same names identify an attention, and the same table
+# The counterpart of ``tnadapt.torch._target_selection``: the same names identify an attention, and the same table
 # places q, k and v in the rows of a fused weight. Paths stand in for the classes that a model in memory has.
 
 

@@ -25,8 +25,7 @@ from ._attach import attach
 from ._merging import RequantizationReport, RequantizedWeight
 from ._model_extraction import extract
 from ._quantized import QuantizedLayer, register_quantized
-from ._registry import mix, set_cache_limit
-from ._removal import reference_model
+from ._registry import mix, reference_model, set_cache_limit
 from ._rows import rows
 from ._target_selection import find_targets
 from ._trainer_checkpoints import adapter_checkpoints

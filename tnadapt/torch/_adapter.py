@@ -1,4 +1,8 @@
-"""The handle of an adapter on a model."""
+"""Adapter, the handle of an adapter on a model: its methods and its summary; ``adapters``, the handles of a model.
+
+:class:`Adapter` is one class in three parts: its parameters, its files, and the rest. The methods are thin: what they
+do is in the modules for loading, saving, merging, training and removal.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +20,11 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.lora_export import LoraExport, lora_export
 from tnadapt.checkpoints.pretrained_model import Pretrained
-from tnadapt.decomposition import FitReport
 from tnadapt.errors import ConfigError, escaped, pluralize, safe_repr
 from tnadapt.report import html_table, text_table
 
 from . import _adapter_saving as saving
-from . import _folders as folders
-from . import _merging, _removal, _trainable
-from . import _state as _arrays
-from . import _trainable as _begin
+from . import _merging, _registry, _state, _trainable
 from ._base_models import describe
 from ._merging import RequantizationReport, fill
 from ._quantized import quantized_type
@@ -33,18 +33,13 @@ from ._state import AdapterState, is_array, named_parameters, need_unmerged
 from ._trainable import num_parameters
 from ._weights import join
 
-__all__ = [
-    "Adapter",
-    "AdapterFiles",
-    "AdapterParameters",
-    "Summary",
-    "SummaryRow",
-    "adapters",
-    "refuse_attribute",
-]
+if TYPE_CHECKING:
+    from tnadapt.decomposition import FitReport
+
+__all__ = ["Adapter", "adapters"]
 
 
-# -- PEFT's methods, and what an adapter's handle has instead: for the error of somebody who calls them ----------------
+# -- What a handle has instead of PEFT's methods, for the error of somebody who calls them -----------------------------
 
 
 _INSTEAD = {
@@ -73,7 +68,7 @@ def refuse_attribute(kind: str, name: str) -> NoReturn:
     raise AttributeError(f"{kind!r} object has no attribute {safe_repr(name)}{hint}")
 
 
-# -- The table of an adapter: the slices of groups that each weight's update consists of -------------------------------
+# -- The summary: the slices of groups that each weight's update consists of -------------------------------------------
 
 
 _HEAD = ("target", "role", "shape", "group[slice]", "strategy")
@@ -204,7 +199,7 @@ def _sizes(adapter: AdapterState) -> dict[str, int]:
     return sizes
 
 
-# -- The parameters of an adapter: the methods of tnadapt.torch.Adapter that read, choose and start them ---------------
+# -- The methods that read, choose and start the parameters ------------------------------------------------------------
 
 
 class AdapterParameters:
@@ -233,7 +228,7 @@ class AdapterParameters:
         str, nn.Parameter
             Such as ``group0.split0.factor0``.
         """
-        return _arrays.named_parameters(self._state)
+        return _state.named_parameters(self._state)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over the parameters that are trained, for an optimizer.
@@ -248,7 +243,7 @@ class AdapterParameters:
 
         They are the parameters times their units in ``plan.units``, which are 1 for ``rate="sgd"``.
         """
-        return self._state.plan.to_arrays(_arrays.full_arrays(self._state))
+        return self._state.plan.to_arrays(_state.full_arrays(self._state))
 
     def deltas(self) -> list[Tensor]:
         """Return the update of every target, ``(rows, cols)``, differentiable and without the mixing weight.
@@ -258,7 +253,7 @@ class AdapterParameters:
         ConfigError
             If there is an activation between the factors, in which case no ΔW exists.
         """
-        return _arrays.deltas(self._state)
+        return _state.deltas(self._state)
 
     def set_trainable(self, groups: Any = None, arrays: Any = None) -> None:
         """Train only the given groups and arrays, and freeze the others.
@@ -400,7 +395,7 @@ class AdapterParameters:
         >>> adapter.arrays()["group0.split0.factor0"].any(), adapter.deltas()[0].any()
         (tensor(True), tensor(False))
         """
-        _begin.start_from(self._state, arrays)
+        _trainable.start_from(self._state, arrays)
 
     @checks_arguments
     def load_arrays(self, arrays: Mapping[str, Any]) -> None:
@@ -426,10 +421,10 @@ class AdapterParameters:
         begin after the call has returned are exact. A server that changes adapters while it answers requests needs a
         lock around both, or a copy of the model for each adapter.
         """
-        _arrays.load_arrays(self._state, arrays)
+        _state.load_arrays(self._state, arrays)
 
 
-# -- The files of an adapter: the methods of tnadapt.torch.Adapter that save, upload and exchange it -------------------
+# -- The methods that save, upload and exchange the adapter ------------------------------------------------------------
 
 
 _log = logging.getLogger(__name__)
@@ -519,7 +514,9 @@ class AdapterFiles:
         -----
         Under ``torch.distributed`` every process must call, and process 0 writes.
         """
-        folders.save(self._state, folder, self.pretrained, (tokenizer, processor), metrics, store_bases, overwrite_card)
+        saving.save_folder(
+            self._state, folder, self.pretrained, (tokenizer, processor), metrics, store_bases, overwrite_card
+        )
 
     @checks_arguments
     def push_to_hub(
@@ -563,7 +560,7 @@ class AdapterFiles:
         -----
         A base or tokenizer in a local folder is not named in the upload, as nobody else has it. Call it in one process.
         """
-        return folders.push(
+        return saving.push(
             self._state, repo_id, self.pretrained, (tokenizer, processor), metrics, store_bases, overwrite_card,
             {"private": private, "token": token, "commit_message": commit_message, "revision": revision},
         )  # fmt: skip
@@ -581,7 +578,7 @@ class AdapterFiles:
         _log.info("swapped the arrays of %r for those in %s", self, escaped(str(path)))
 
 
-# -- The handle of an adapter on a model -------------------------------------------------------------------------------
+# -- The handle --------------------------------------------------------------------------------------------------------
 
 
 class Adapter(AdapterParameters, AdapterFiles):
@@ -779,7 +776,7 @@ class Adapter(AdapterParameters, AdapterFiles):
             If it is merged (unmerge first, or keep it merged with :meth:`bake`), no longer attached, or its arrays
             belong to a PEFT model.
         """
-        _removal.detach(self._state)
+        _registry.detach(self._state)
         _log.info("detached %r", self)
 
     @checks_arguments
@@ -797,7 +794,7 @@ class Adapter(AdapterParameters, AdapterFiles):
         >>> [name for name, _ in model.named_parameters()] == names
         True
         """
-        _removal.bake(self._state, max_error)
+        _registry.bake(self._state, max_error)
         _log.info("baked %r", self)
         return self.model
 

@@ -1,4 +1,4 @@
-"""Loading of adapters from files onto models."""
+"""Loading an adapter's file: onto a model (``load``), or with the base model that it names (``load_pretrained``)."""
 
 from __future__ import annotations
 
@@ -17,35 +17,38 @@ from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.checkpoint import gguf_place
 from tnadapt.checkpoints.fingerprint import Fingerprint
-from tnadapt.checkpoints.module_names import ModuleNames
 from tnadapt.checkpoints.pretrained_model import Pretrained
+from tnadapt.checkpoints.stored_weights import ModuleNames
 from tnadapt.errors import ConfigError, FileError, TargetError, safe_repr, summarize
 from tnadapt.targets.prefixes import paired, renamed_targets
 from tnadapt.targets.target import Target
 
-from . import _merging as merging
 from ._adapter import Adapter
-from ._adapter_saving import FileErrorContext, check_kept, fingerprint_of, kept_pairs, need_base
+from ._adapter_saving import (
+    FILE_NAME,
+    PROCESSOR_FILES,
+    FileErrorContext,
+    adapter_path,
+    check_kept,
+    fingerprint_of,
+    is_repository,
+    kept_pairs,
+    need_base,
+    processor_folder,
+)
 from ._attach import attach_with, check_name, checked_dtype
 from ._base_models import LIBRARIES, BuildOptions, describe
-from ._delta_cache import copy_all
-from ._folders import FILE_NAME, PROCESSOR_FILES, adapter_path, is_repository, processor_folder
-from ._removal import take_off
+from ._delta import copy_all
+from ._registry import take_off
 from ._state import ADAPTERS_ATTR, checked_pairs
 from ._target_selection import find_targets
 from ._trainable import keep
-from ._weights import names_of_shared, split_by_file
+from ._weights import names_of_shared, numbers, split_by_file
 
-__all__ = [
-    "attach_file",
-    "from_pretrained",
-    "load",
-    "load_pretrained",
-    "load_processor",
-]
+__all__ = ["from_pretrained", "load", "load_pretrained", "load_processor"]
 
 
-# -- Loading of adapters from files onto models ------------------------------------------------------------------------
+# -- Onto a model ------------------------------------------------------------------------------------------------------
 
 
 _log = logging.getLogger(__name__)
@@ -308,12 +311,12 @@ def _base(model: nn.Module, targets: list[Target], expected: Fingerprint | None)
     need_base(model)
     weights: list[Tensor | None] = []
     for target in targets:
-        weight = merging.numbers(model.get_submodule(target.module), target.parameter)
+        weight = numbers(model.get_submodule(target.module), target.parameter)
         weights.append(None if weight is None else target.select(weight))
     return fingerprint_of(weights, expected)
 
 
-# -- Models that are ready to predict, from an adapter's file alone: the base is built as the file says ----------------
+# -- Ready to predict, from the file alone: the base is built as the file says -----------------------------------------
 
 
 @checks_arguments

@@ -1,4 +1,7 @@
-"""Attaching an adapter to a model."""
+"""``attach``: a new adapter is put on a model. Also misplaced arguments, and the base's parameters that stay trainable.
+
+The steps are in other modules: the choice of targets, the plan, a strategy for each weight, patches of the layers.
+"""
 
 from __future__ import annotations
 
@@ -24,34 +27,22 @@ from tnadapt.backends import load_backend
 from tnadapt.errors import BackendError, ConfigError, TargetError, integer, safe_repr, warn
 from tnadapt.targets.target import Target, check_distinct
 
-from . import _registry as freezing
+from . import _registry
 from ._adapter import Adapter
-from ._delta_cache import is_sharded
+from ._delta import is_sharded
 from ._forward_pass import PassHooks, check_dropout
 from ._forward_patch import ACTIVATIONS, STRATEGIES, ForwardPatch
 from ._merging import bound, is_bound
-from ._registry import TransformersModel, attached, overlapping, prepare, refuse_merged
-from ._removal import take_off
+from ._registry import TransformersModel, attached, overlapping, prepare, refuse_merged, take_off
 from ._state import ADAPTERS_ATTR, DOT, AdapterSlot, AdapterState, is_array
 from ._strategy_choice import TOKENS, is_quantized, strategy_of
-from ._target_selection import check_ordered, find_targets, host_of, of_patterns, paths_of, tied
-from ._weights import join
+from ._target_selection import check_ordered, find_targets, of_patterns
+from ._weights import host_of, join, paths_of, tied
 
-__all__ = [
-    "BIASES",
-    "attach",
-    "attach_with",
-    "check_name",
-    "checked_dtype",
-    "kept_names",
-    "matching",
-    "refuse_misplaced",
-    "warn_undropped",
-    "warn_useless_rank",
-]
+__all__ = ["attach", "attach_with", "check_name", "checked_dtype", "matching", "warn_undropped"]
 
 
-# -- Arguments of attach() in another's place, such as a rank where the targets come: what the caller meant ------------
+# -- Arguments in another's place, such as a rank where the targets come -----------------------------------------------
 
 
 def refuse_misplaced(cfg: Any, targets: Any) -> None:
@@ -137,7 +128,7 @@ def _call(name: str, settings: Mapping[str, Any]) -> str:
     return f"attach(model, {name!r}, {listed})"
 
 
-# -- The model's own parameters that stay trainable with an adapter: those that a caller names, and biases -------------
+# -- The model's own parameters that stay trainable: those that a caller names, and biases -----------------------------
 
 
 #: Which biases stay trainable.
@@ -240,7 +231,7 @@ def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[
     return list(kept)
 
 
-# -- Attaching an adapter to a model -----------------------------------------------------------------------------------
+# -- Attaching ---------------------------------------------------------------------------------------------------------
 
 
 _log = logging.getLogger(__name__)
@@ -503,8 +494,8 @@ def _put_on(
     own = {name for names in separate for name in names}
     state.alone = tuple(target.name for target in state.targets if target.name in own)
     for second in dict.fromkeys([*(second for _, second in separate), *copies]):
-        freezing.untie(state, second)
-    freezing.freeze(state)
+        _registry.untie(state, second)
+    _registry.freeze(state)
     for array, tensor in arrays.items():
         model.register_parameter(state.parameter_names[array], nn.Parameter(tensor))
     for (index, target), owner, host, chosen in zip(places, owners, hosts, strategies, strict=True):

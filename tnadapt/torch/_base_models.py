@@ -1,7 +1,6 @@
-"""What makes an adapter's file serve itself: its model described and built again, its card, and the hub.
+"""The pretrained base model of an adapter's file, described and built again: models of transformers and of timm.
 
-``libraries`` has the libraries of models by name, ``model_card`` writes the README, and ``hub`` uploads and downloads.
-None of these knows an adapter's handle; they take a model, an :class:`~tnadapt.AdapterFile` or a path.
+None of this knows an adapter's handle: it takes a model, an :class:`~tnadapt.AdapterFile` or a path.
 """
 
 from __future__ import annotations
@@ -26,26 +25,10 @@ from tnadapt.errors import ConfigError, FileError, TnadaptError, safe_repr
 
 from ._state import is_array
 
-__all__ = [
-    "LIBRARIES",
-    "BuildOptions",
-    "ModelLibrary",
-    "TimmModels",
-    "TransformersModels",
-    "describe",
-    "missing",
-    "quiet_loggers",
-    "refusing",
-]
+__all__ = ["LIBRARIES", "BuildOptions", "describe", "refusing"]
 
 
-# -- What makes an adapter's file serve itself: its model described and built again, its card, and the hub -------------
-
-# ``libraries`` has the libraries of models by name, ``model_card`` writes the README, and ``hub`` uploads and
-# downloads. None of these knows an adapter's handle; they take a model, an :class:`~tnadapt.AdapterFile` or a path.
-
-
-# -- ModelLibrary, the interface of a library that builds pretrained models --------------------------------------------
+# -- The interface of a library that builds pretrained models ----------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +111,7 @@ def quiet_loggers(*names: str) -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-# -- Models of timm: described from their pretrained_cfg, built by timm.create_model -----------------------------------
+# -- timm: described from pretrained_cfg, built by timm.create_model ---------------------------------------------------
 
 
 _WEIGHTS = "model.safetensors"
@@ -235,7 +218,7 @@ def _name(config: dict[str, Any]) -> str:
     return ".".join(filter(None, (config["architecture"], config.get("tag"))))
 
 
-# -- Models of transformers: described from their config, built by the classes of TASKS --------------------------------
+# -- transformers: described from the config, built by the classes of TASKS --------------------------------------------
 
 
 # Where the hub's cache keeps a repository at a commit.
@@ -408,7 +391,7 @@ def _silent(transformers: Any) -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-# -- The libraries of pretrained models by name ------------------------------------------------------------------------
+# -- The libraries by name ---------------------------------------------------------------------------------------------
 
 
 LIBRARIES: Mapping[str, ModelLibrary] = {library.name: library for library in (TransformersModels(), TimmModels())}

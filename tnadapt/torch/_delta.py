@@ -1,41 +1,67 @@
-"""ΔW with autograd: computed once for all layers that share it, and recomputed in backward instead of saved.
+"""ΔW and what else is computed from an adapter's arrays: one autograd node each, cached while the arrays are unchanged.
 
 Where slices are cheap (:class:`Slice`), each layer computes its own during training. Where they are not, as behind F,
 the updates of a whole group are computed at once for all its layers. The graph is a single node,
 :class:`DeltaFunction`, that keeps only the small arrays. Backward can therefore run through it several times (gradient
 accumulation without an optimizer step, reentrant checkpointing), and a checkpointed region saves no tensor for it.
+
+:class:`DeltaCache` gives layers these updates, and reuses them across layers and forward passes as long as a
+:class:`Snapshot` of the arrays says that they are the same. :class:`ThetaArrays` and :class:`QuotientCache` do so for
+the arrays that θ makes and for the quotient m / ‖W + ΔW‖.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+import sys
+import time
+import weakref
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._guards import TracingContext
 from torch.autograd import forward_ad
+from torch.nn import functional
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from tnadapt.algebra.applying import Applying
+from tnadapt.algebra.composite import CompositePlan
 from tnadapt.algebra.factoring import KroneckerRows
 from tnadapt.algebra.group import Group, batches
 from tnadapt.algebra.maps.projection import adjoints
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.theta import ThetaPart
 from tnadapt.backends import load_backend
+from tnadapt.backends.backend import constant_result
 
 __all__ = [
+    "DeltaCache",
     "DeltaFunction",
-    "OuterRows",
+    "Quotient",
+    "QuotientCache",
     "Slice",
-    "Whole",
+    "Snapshot",
+    "ThetaArrays",
+    "all_or_none",
+    "copy_all",
+    "gather_full",
     "in_dispatch_mode",
     "in_functorch",
+    "is_sharded",
+    "on_host",
     "outer_vjp_once",
     "pieces",
+    "refuse_reentrant",
+    "reshard",
+    "update_product",
     "vector",
-    "version",
+    "wide_pair",
+    "wide_product",
 ]
 
 
@@ -60,7 +86,7 @@ def in_dispatch_mode() -> bool:
     )
 
 
-# -- ΔW with autograd: computed once for all layers that share it, and recomputed in backward instead of saved ---------
+# -- ΔW as one autograd node, recomputed in backward instead of saved --------------------------------------------------
 
 
 class DeltaFunction(torch.autograd.Function):
@@ -301,7 +327,7 @@ def pieces(plan: SuperLoRA, vec: Tensor) -> list[Tensor]:
     return [part.view(shape) for part, shape in zip(torch.split(vec, sizes), plan.shapes, strict=True)]
 
 
-# -- The update whose rows are outer products, and its gradients by two sums, in the buffer that holds it --------------
+# -- The update whose rows are outer products: its gradients by two sums, in its own buffer ----------------------------
 
 
 class _Table(NamedTuple):
@@ -395,3 +421,805 @@ def _scale(buffer: Tensor, *factors: float) -> None:
     for factor in factors:
         if factor != 1.0:
             buffer.mul_(factor)
+
+
+# -- Several assignments that take effect together or not at all -------------------------------------------------------
+
+
+Thing = TypeVar("Thing")
+Value = TypeVar("Value")
+
+
+def all_or_none(
+    assign: Callable[[Thing, Value], object], new: Sequence[tuple[Thing, Value]], old: Sequence[tuple[Thing, Value]]
+) -> None:
+    """Assign each new value; if that fails or is interrupted, restore the old ones.
+
+    Parameters
+    ----------
+    assign : function
+        Called with each object and its value.
+    new, old : sequence of (thing, value)
+
+    Examples
+    --------
+    >>> numbers = {"a": 1, "b": 2}
+    >>> def assign(key, value):
+    ...     numbers[key] = int(value)
+    >>> all_or_none(assign, [("a", "3"), ("b", "four")], list(numbers.items()))
+    Traceback (most recent call last):
+    ValueError: invalid literal for int() with base 10: 'four'
+    >>> numbers
+    {'a': 1, 'b': 2}
+    """
+    try:
+        for thing, value in new:
+            assign(thing, value)
+    except BaseException:  # KeyboardInterrupt, too
+        for thing, value in old:
+            assign(thing, value)
+        raise
+
+
+# -- Arrays of models that are distributed over processes (FSDP2, DDP) -------------------------------------------------
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether each process holds only a part of the tensor (a DTensor)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def gather_full(tensor: Tensor) -> Tensor:
+    """Return the whole tensor; every process must call."""
+    return cast(Tensor, tensor.full_tensor()) if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def distribute(tensor: Tensor, like: Tensor) -> Tensor:
+    """Distribute a full tensor, equal on all processes, in the same way as ``like``."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements)  # type: ignore[attr-defined]
+
+
+def copy_all(pairs: Sequence[tuple[Tensor, Any]]) -> None:
+    """Copy whole arrays, equal on all processes, into tensors: all of them, or none on failure or interruption."""
+    # Convert everything before the first write, so that bad input changes nothing.
+    sources = [torch.as_tensor(array, dtype=tensor.dtype, device=tensor.device) for tensor, array in pairs]
+    with torch.no_grad():
+        new = [(tensor, distribute(source, tensor)) for (tensor, _), source in zip(pairs, sources, strict=True)]
+        old = [(tensor, tensor.detach().clone()) for tensor, _ in pairs]
+        all_or_none(lambda tensor, value: tensor.copy_(value), new, old)
+
+
+def reshard(*models: nn.Module) -> None:
+    """Make the shards the modules' parameters again, before they are written to.
+
+    FSDP2 keeps its outermost module gathered after a forward pass, and drops what is written into gathered parameters
+    at the next pass. That module manages all parameters below it, so it may be one that contains the given modules.
+    """
+    inside = {module: None for model in models for module in model.modules()}
+    for module in [*inside, *_sharded_around(inside)]:
+        again = getattr(module, "reshard", None)
+        if callable(again) and hasattr(module, "unshard"):
+            again()
+
+
+def _sharded_around(inside: Collection[nn.Module]) -> list[nn.Module]:
+    """Return the modules sharded by torch that contain any of these."""
+    # A module has no reference to its parents, but torch keeps a private list of sharded modules. If the list is not
+    # imported, nothing is sharded; with a version of torch that has no such list, only the given modules are resharded.
+    known: Any = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", ())
+    return [
+        outer for outer in list(known) if outer not in inside and any(module in inside for module in outer.modules())
+    ]
+
+
+def refuse_reentrant(name: str) -> None:
+    """Raise a RuntimeError where DistributedDataParallel would silently compute wrong gradients.
+
+    Reentrant checkpointing runs a separate backward pass for each region. DistributedDataParallel takes the first one
+    for the complete gradient of an array that several regions share, unless it was told that the graph is static.
+    """
+    import torch.distributed as distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    from torch.nn.parallel import DistributedDataParallel
+
+    active = getattr(DistributedDataParallel, "_get_active_ddp_module", lambda: None)()
+    if active is not None and not getattr(active, "static_graph", False):
+        raise RuntimeError(
+            "a part of the model runs without gradients inside a training pass of DistributedDataParallel, as "
+            f"reentrant checkpointing does, and adapter {name!r} is shared by several parts: its gradients would be "
+            "wrong. Use checkpointing with use_reentrant=False, or DistributedDataParallel(…, static_graph=True)"
+        )
+
+
+# -- What an array was when something was computed from it -------------------------------------------------------------
+
+
+_UNSHARDED = (Tensor, torch.nn.Parameter)
+
+
+def on_host(array: Tensor) -> bool:
+    """Return whether the contents of an array can be read without waiting for a device."""
+    return array.device.type == "cpu"
+
+
+class Snapshot(NamedTuple):
+    """An array at one moment.
+
+    On the CPU this is a copy, which is compared by content: ``param.data.copy_()``, ``param.numpy()[...] = ...`` and
+    writes through DLPack change no version counter. Elsewhere a comparison would make the CPU wait for the device, and
+    is forbidden while a CUDA graph is captured. There, it is the memory and its version counter, which every operation
+    of torch in place changes; the writes above are not seen.
+
+    Attributes
+    ----------
+    array : Tensor
+        A copy, or the same memory. It keeps the memory alive, so that no other array can be allocated at its address.
+    version : int, optional
+        The version counter; None for a copy.
+
+    Examples
+    --------
+    >>> array = torch.ones(3)
+    >>> before = Snapshot.of(array)
+    >>> array.data[1] = 2.0
+    >>> before.is_of(array)
+    False
+    """
+
+    array: Tensor
+    version: int | None = None
+
+    @classmethod
+    def of(cls, array: Tensor) -> Snapshot:
+        """Take a snapshot of an array; not of an inference tensor on a device, which has no version counter."""
+        with torch.no_grad():
+            if on_host(array):
+                return cls(array.detach().clone())
+            # The version first: what is written after this line makes the snapshot an old one.
+            written = _versions(array)
+            return cls(array.detach(), written)
+
+    def is_of(self, array: Tensor) -> bool:
+        """Return whether an array is still what it was."""
+        own = self.array
+        if self.version is None and type(array) in _UNSHARDED and type(own) in _UNSHARDED:
+            # The same comparisons in less time: a layer may have a dozen arrays.
+            return array.is_cpu and array.dtype == own.dtype and torch.equal(array, own)
+        if array.device != own.device or array.dtype != own.dtype or array.shape != own.shape:
+            return False
+        if is_sharded(array) != is_sharded(own):
+            return False  # sharded meanwhile: sharded and ordinary tensors cannot be compared
+        if self.version is None:
+            return torch.equal(array, own)
+        return _versions(array) == self.version and _memory(array) == _memory(own)
+
+
+def _local(array: Tensor) -> Tensor:
+    """Return the part of an array in the memory of this process."""
+    return array._local_tensor if is_sharded(array) else array  # type: ignore[attr-defined]
+
+
+def _versions(array: Tensor) -> int:
+    # Each process can write to its shard as well as to the whole.
+    return version(array) + version(_local(array))
+
+
+def _memory(array: Tensor) -> tuple[Any, ...]:
+    local = _local(array)
+    # The identity of the storage, since the address is zero where there is no memory.
+    return local.untyped_storage()._cdata, local.storage_offset(), local.stride()
+
+
+# -- The cache of updates ----------------------------------------------------------------------------------------------
+
+
+#: Gives the current arrays of an adapter by name.
+Lookup = Callable[[Sequence[str]], list[Tensor]]
+
+
+_numbers = itertools.count()
+_caches: weakref.WeakValueDictionary[int, DeltaCache] = weakref.WeakValueDictionary()
+
+
+def numbered_cache(number: int) -> DeltaCache:
+    """Return the cache with that number."""
+    return _caches[number]
+
+
+class DeltaCache:
+    """The updates of one plan, cached and checked against the current arrays at every use.
+
+    Parameters
+    ----------
+    plan : SuperLoRA
+
+    Notes
+    -----
+    The cache does not depend on a "forward pass is running" flag: an interrupted pass never reports its end (torch runs
+    no hook on KeyboardInterrupt), and other threads may be in other passes. Instead the invariant is per entry: an
+    entry is immutable, holds snapshots of the arrays it was computed from, and is used only after a comparison with
+    these. It covers only the arrays of the requested weight, so its cost does not grow with the number of weights.
+
+    On the CPU the comparison is by content, and costs microseconds. On a GPU that would wait for the device. There it
+    is by memory and version counter (:class:`Snapshot`), which do not see all writes.
+    Updates that a layer can compute alone are therefore not cached there but computed in each call, as in training.
+    Steps of fused optimizers change no version counter: entries end when gradients are computed, and none is used while
+    arrays have gradients.
+
+    Entries are keyed by (gradients enabled, inference mode, weight; or -1, -2 … for all of a part). Entries with
+    gradients hold the graph as well: they are valid only for the same parameter objects with unchanged
+    ``requires_grad`` and version counters, because the graph leads to these objects and its backward pass refuses
+    arrays that were written to.
+    """
+
+    def __init__(self, plan: SuperLoRA) -> None:
+        self.plan = plan
+        #: By which an operator of a compiled program, which takes tensors and numbers only, finds this object.
+        self.number = next(_numbers)
+        _caches[self.number] = self
+        # Filled completely here: a list that grows later would trigger recompilation of compiled programs.
+        self._slices = [Slice(plan, index) for index in range(len(plan.shapes))]
+        self._alone = [Slice.of(plan, index) is not None for index in range(len(plan.shapes))]
+        #: Whether the arrays of a weight are as large as its update, as dense ones: comparing them costs more than it.
+        self._large = [
+            alone and sum(math.prod(plan.param_shapes[name]) for name in own.names) >= own.size
+            for own, alone in zip(self._slices, self._alone, strict=True)
+        ]
+        #: Parts of the plan whose updates are computed at once, and the part of each weight.
+        self._parts = _parts(plan)
+        self._part = [part for part in self._parts for _ in part.plan.shapes]
+        self._entries: dict[tuple[bool, bool, int], CacheEntry] = {}
+        #: The latest snapshot of each array, which entries share.
+        self._snapshots: dict[tuple[str, bool], Snapshot] = {}
+        #: The current compiler trace or forward pass, and the updates of each part that it has computed for all its
+        #: layers, where these are not cached.
+        self._traced: tuple[Hashable, dict[int, list[Tensor]]] | None = None
+        #: Number of the current forward pass of the whole model; 0 outside of one.
+        self._pass = 0
+        #: Whether the last forward pass of the whole model began with gradients.
+        self.began_with_gradients = False
+
+    def names(self, index: int) -> Sequence[str]:
+        """Return the names of all arrays that are read for the update of one weight."""
+        return self._slices[index].names if self._alone[index] else self._part[index].names
+
+    def slice(self, index: int) -> Slice | None:
+        """Return the slice that computes one weight's update alone; None where computing all costs less."""
+        return self._slices[index] if self._alone[index] else None
+
+    def begin(self) -> None:
+        """Record that a forward pass of the whole model starts."""
+        self.began_with_gradients = torch.is_grad_enabled()
+        if not torch.compiler.is_compiling():
+            self._pass = time.perf_counter_ns()
+        if self.began_with_gradients:
+            # In training the arrays have changed since: cached updates would only take memory. A compiled program does
+            # this, too, each time it runs: nothing else tells of the step of a fused optimizer that follows.
+            self.forget()
+
+    def end(self) -> None:
+        """Record that the pass has returned or failed; not called if it was interrupted."""
+        self._traced, self._pass = None, 0
+        self.began_with_gradients = False
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        # New dictionaries instead of clear(): other threads may be reading the old ones.
+        self._entries, self._snapshots = {}, {}
+
+    def held(self) -> int:
+        """Return the bytes that it keeps."""
+        tensors = [snapshot.array for snapshot in self._snapshots.values() if snapshot.version is None]
+        for entry in self._entries.values():
+            tensors += [*entry.made.values(), *entry.rounded.values()]
+        return held_bytes(tensors)
+
+    def get(self, lookup: Lookup, index: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the update of one weight for the current arrays; where it is cached, in ``dtype`` if one is given."""
+        if torch.compiler.is_compiling():
+            return self._compiled(lookup, index)
+        own, alone = self._slices[index], self._alone[index]
+        # Look up once: everything below refers to these tensors, even if another thread replaces them meanwhile.
+        given = lookup(own.names)
+        # With gradients, an update that is computed alone gets a separate graph in each call.
+        if self._large[index] or (alone and torch.is_grad_enabled()) or not can_cache(given, alone):
+            if not alone and reuses_in_pass(given):
+                modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+                made = self._once((self._pass, *modes) if self._pass else None, lookup, index)
+            else:
+                made = cast(Tensor, DeltaFunction.apply(own, *given))  # type: ignore[no-untyped-call]
+            return made
+        # An update with a graph cannot replace one without (outputs would require gradients, and the graph would stay
+        # alive), nor can an inference tensor replace an ordinary one.
+        part = self._part[index]
+        key = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), index if alone else part.key
+        # No lock is needed: entries are immutable, and reading or replacing one is a single dictionary operation. Two
+        # threads that both find none compute it twice, with equal results.
+        entry = self._entries.get(key)
+        if entry is not None and entry.is_of(own.names, given):
+            return entry.update(index, dtype)
+        # Drop the stale entry before computing the new one, to keep peak memory down.
+        entry = None
+        self._entries.pop(key, None)
+        new = self._entry(index, given) if alone else self._whole(lookup, part)
+        # A graph belongs to the arrays themselves, which another thread may have changed since they were copied. Such
+        # an entry is returned to this caller but not cached.
+        if new.leaves is None or new.is_of(own.names, given):
+            self._entries[key] = new
+        return new.update(index, dtype)
+
+    def _entry(self, index: int, given: Sequence[Tensor]) -> CacheEntry:
+        """Compute the entry of one weight alone, without gradients."""
+        own = self._slices[index]
+        copies = self._snapshots_of(own.names, given)
+        return CacheEntry(copies, {index: own(*(copy.array for copy in copies.values()))})
+
+    def _whole(self, lookup: Lookup, part: CachedPart) -> CacheEntry:
+        """Compute the entry of all weights of a part; with gradients, as one graph that all layers share."""
+        names = part.names
+        given = lookup(names)
+        # State before copies: a write in between makes the copies newer than the state, which invalidates the entry.
+        state = array_state(given) if torch.is_grad_enabled() else None
+        copies = self._snapshots_of(names, given)
+        if state is None:
+            # Computed from the copies, so that the entry is consistent whatever is written to the arrays meanwhile.
+            # (Where these are no copies, their version tells of a write, and the entry is not used again.)
+            made = pieces(part.plan, Whole(part.plan, part.own)(*(copy.array for copy in copies.values())))
+            return CacheEntry(copies, dict(enumerate(made, part.first)))
+        # Gradients that reach the updates end the cached ones, whose memory the backward pass through F then reuses.
+        made = part.updates(given, self.forget)
+        leaves = dict(zip(names, zip(given, state, strict=True), strict=True))
+        return CacheEntry(copies, dict(enumerate(made, part.first)), leaves, sum(map(version, given)))
+
+    def _snapshots_of(self, names: Sequence[str], given: Sequence[Tensor]) -> dict[str, Snapshot]:
+        """Return snapshots of arrays, reusing existing ones that are equal.
+
+        Entries of several weights, with and without gradients, refer to the same arrays and would otherwise hold one
+        copy each. A copy is never written to; an array that has changed gets a new one.
+        """
+        found = {}
+        for name, array in zip(names, given, strict=True):
+            key = name, torch.is_inference_mode_enabled()
+            snapshot = self._snapshots.get(key)
+            if snapshot is None or not snapshot.is_of(array):
+                snapshot = self._snapshots[key] = Snapshot.of(array)
+            found[name] = snapshot
+        return found
+
+    def _compiled(self, lookup: Lookup, index: int) -> Tensor:
+        """Compute the update by ordinary operations, for the compiler to fuse.
+
+        A compiled program must not contain a cached tensor as a constant, nor guard on the contents of arrays. So the
+        computation of an update is part of the program, once for all layers of one trace.
+        """
+        if self._alone[index]:
+            own = self._slices[index]
+            return own(*lookup(own.names))
+        return self._once(trace_number() or None, lookup, index)
+
+    def _once(self, key: Hashable | None, lookup: Lookup, index: int) -> Tensor:
+        """Compute the updates of a part once for all layers of the trace or pass with this key; None: at each call."""
+        # Between two programs of one pass, and after an interrupted pass, _traced may hold tensors of another trace.
+        # They must not be reused: a program cannot check whether the arrays have changed since.
+        if self._traced is None or self._traced[0] != key or key is None:
+            self._traced = key, {}
+        part, made = self._part[index], self._traced[1]
+        if part.key not in made:
+            made[part.key] = part.updates(lookup(part.names))
+        return made[part.key][index - part.first]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeltaCache:
+        return DeltaCache(self.plan)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DeltaCache, (self.plan,)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CachedPart:
+    """A part of a plan whose updates are computed at once: all of it, or those of one of its configs.
+
+    Attributes
+    ----------
+    plan : SuperLoRA
+        Of this part alone.
+    own, names : list of str
+        Names of its arrays there, and in the whole plan.
+    first : int
+        The number of its first weight in the whole plan.
+    key : int
+    """
+
+    plan: SuperLoRA
+    own: list[str]
+    names: list[str]
+    first: int
+    key: int
+
+    def updates(self, arrays: Sequence[Tensor], on_backward: Callable[[], None] | None = None) -> list[Tensor]:
+        """Compute the updates of its weights, differentiable; ``on_backward`` is called when gradients are."""
+        return pieces(self.plan, vector(self.plan, dict(zip(self.own, arrays, strict=True)), on_backward))
+
+
+def _parts(plan: SuperLoRA) -> list[CachedPart]:
+    if not isinstance(plan, CompositePlan):
+        names = list(plan.param_shapes)
+        return [CachedPart(plan, names, names, 0, -1)]
+    return [
+        CachedPart(part, list(names), list(names.values()), first, -1 - place)
+        for place, (part, names, first) in enumerate(plan.alone)
+    ]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CacheEntry:
+    """Updates, and the arrays they were computed from.
+
+    Attributes
+    ----------
+    copies : dict of str to Snapshot
+        The arrays as they were.
+    made : dict of int to Tensor
+        The updates by index of the weight.
+    leaves : dict of str to (Tensor, hashable), optional
+        Where the updates have a graph, the arrays themselves with their states: gradients go to these objects.
+    written : int
+        Sum of the version counters of the leaves.
+    rounded : dict of (int, dtype) to Tensor
+        Updates in other dtypes, added as they are asked for; only where there is no graph.
+    """
+
+    copies: dict[str, Snapshot]
+    made: dict[int, Tensor]
+    leaves: dict[str, tuple[Tensor, Hashable]] | None = None
+    written: int = 0
+    rounded: dict[tuple[int, torch.dtype], Tensor] = dataclasses.field(default_factory=dict)
+
+    def update(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the update of one weight, in a dtype if one is given."""
+        made = self.made[index]
+        if dtype is None or dtype == made.dtype:
+            return made
+        if self.leaves is not None:
+            return made.to(dtype)
+        found = self.rounded.get((index, dtype))
+        if found is None:
+            found = self.rounded[index, dtype] = made.to(dtype)
+        return found
+
+    def is_of(self, names: Sequence[str], given: Sequence[Tensor]) -> bool:
+        """Return whether the arrays of these names that it was computed from equal the given ones."""
+        if self.leaves is not None:
+            states = array_state(given)
+            for name, array, state in zip(names, given, states, strict=True):
+                leaf, before = self.leaves[name]
+                if leaf is not array or before != state:
+                    return False
+            # One graph covers all arrays, and its backward pass refuses if any of them was written to since.
+            if sum([version(leaf) for leaf, _ in self.leaves.values()]) != self.written:
+                return False
+        copies = self.copies
+        for name, array in zip(names, given, strict=True):  # noqa: SIM110, a generator takes as long as a comparison
+            if not copies[name].is_of(array):
+                return False
+        return True
+
+
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the memory behind tensors, counted once where several are views of it."""
+    return sum({one.data_ptr(): one.nbytes() for one in (tensor.untyped_storage() for tensor in tensors)}.values())
+
+
+def array_state(arrays: Sequence[Tensor]) -> list[Hashable]:
+    """Return what tells whether a graph still belongs to arrays: whether they require gradients, and their versions."""
+    return [(array.requires_grad, version(array)) for array in arrays]
+
+
+def can_cache(arrays: Sequence[Tensor], alone: bool) -> bool:
+    """Return whether an update of these arrays may be cached."""
+    if not on_host(arrays[0]):
+        if alone or arrays[0].device.type == "meta" or any(array.is_inference() for array in arrays):
+            return False
+        if is_captured() or (not torch.is_grad_enabled() and _can_be_stepped(arrays)):
+            return False
+    # A trace or a captured graph must contain the computation of the update, tensors wrapped by torch.func are valid
+    # only inside the transform, and a dispatch mode must see the same operations each time.
+    return not (in_dispatch_mode() or in_functorch())
+
+
+def reuses_in_pass(arrays: Sequence[Tensor]) -> bool:
+    """Return whether an update that is not cached is still the same for all layers of a pass.
+
+    So it is in a CUDA graph, which like a compiled program contains the computation, so that a replay uses the current
+    arrays; and where an optimizer may take a step before the next pass.
+    """
+    traced = in_dispatch_mode() or in_functorch()
+    return not (traced or on_host(arrays[0]) or arrays[0].device.type == "meta")
+
+
+def is_captured() -> bool:
+    """Return whether operations are recorded in a CUDA graph at this moment."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+
+
+def _can_be_stepped(arrays: Sequence[Tensor]) -> bool:
+    """Return whether arrays have gradients: fused optimizers write to these arrays without changing their versions."""
+    return any(array.is_leaf and array.grad is not None for array in arrays)
+
+
+@constant_result
+def trace_number() -> int:
+    """Return a number that identifies the current compiler trace; 0 outside a trace."""
+    context: Any = TracingContext.try_get()
+    return 0 if context is None else context.__dict__.setdefault("tnadapt_number", time.perf_counter_ns())
+
+
+# -- The arrays that θ makes -------------------------------------------------------------------------------------------
+
+# ``a_start + P θ`` is one autograd node for each θ. P is linear, so that the node saves nothing for backward: gradients
+# of any number of backward passes go through it, each by one call of Pᵀ.
+
+
+class ThetaFunction(torch.autograd.Function):
+    """``P θ`` as one autograd node that saves no tensor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(part: ThetaPart, on_backward: Callable[[], None] | None, theta: Tensor) -> Tensor:
+        return cast(Tensor, part.forward(theta))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.part, ctx.on_backward, _ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
+        if ctx.on_backward is not None:
+            ctx.on_backward()
+        return None, None, ctx.part.adjoint(grads[0])
+
+
+class ThetaArrays:
+    """The arrays of a plan with a map before the network, cached and checked against θ at every use.
+
+    Parameters
+    ----------
+    plan : SuperLoRA
+        With ``plan.theta``.
+
+    Notes
+    -----
+    The rules are those of :class:`DeltaCache`: an entry is immutable, holds snapshots of
+    the θ it was computed from, and with gradients is valid only for the same parameter objects and version counters.
+    """
+
+    def __init__(self, plan: SuperLoRA) -> None:
+        assert plan.theta is not None
+        self.plan, self.theta = plan, plan.theta
+        self._entries: dict[tuple[bool, bool], tuple[CacheEntry, dict[str, Tensor]]] = {}
+        self._traced: tuple[int, dict[str, Tensor]] | None = None
+
+    def get(self, thetas: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the arrays by their names in the plan, for the current θ in the order of ``theta.shapes``."""
+        if torch.compiler.is_compiling():
+            number = trace_number()
+            if self._traced is None or self._traced[0] != number or number == 0:
+                self._traced = number, self._made(thetas)
+            return self._traced[1]
+        if not can_cache(thetas, False):
+            return self._made(thetas)
+        names = list(self.theta.shapes)
+        key = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        found = self._entries.get(key)
+        if found is not None and found[0].is_of(names, thetas):
+            return found[1]
+        state: list[Hashable] = array_state(thetas) if torch.is_grad_enabled() else []
+        copies = {name: Snapshot.of(theta) for name, theta in zip(names, thetas, strict=True)}
+        made = self._made(thetas)
+        leaves = dict(zip(names, zip(thetas, state, strict=True), strict=True)) if state else None
+        entry = CacheEntry(copies, {}, leaves, sum(-1 if t.is_inference() else t._version for t in thetas))
+        self._entries[key] = entry, made
+        return made
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        self._entries = {}
+
+    def held(self) -> int:
+        """Return the bytes that it keeps."""
+        return held_bytes(array for _, made in self._entries.values() for array in made.values())
+
+    def end(self) -> None:
+        """Record that a pass has ended, so that the next one does not begin with what a trace left."""
+        self._traced = None
+
+    def _made(self, thetas: Sequence[Tensor]) -> dict[str, Tensor]:
+        backend = load_backend("torch")
+        found: dict[str, Tensor] = {}  # which torch.compile traces, unlike dict[str, Tensor]()
+        for part, theta in zip(self.theta.parts, thetas, strict=True):
+            sizes = [torch.Size(shape).numel() for shape in part.arrays.values()]
+            if torch.compiler.is_compiling():
+                vec = part.forward(theta)
+            else:
+                # Steps of fused optimizers, which follow a backward pass, change no version counter.
+                vec = ThetaFunction.apply(part, None if on_host(theta) else self.forget, theta)  # type: ignore[no-untyped-call]
+            for (full, shape), piece in zip(part.arrays.items(), torch.split(vec, sizes), strict=True):
+                moved = piece.view(shape)
+                found[full] = self.plan.array_start(backend, full, theta) + moved if self.theta.offset else moved
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ThetaArrays:
+        return ThetaArrays(self.plan)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ThetaArrays, (self.plan,)
+
+
+# -- The quotient m / ‖W + ΔW‖ of a layer whose output is scaled -------------------------------------------------------
+
+# The quotient is one autograd node (:class:`DeltaFunction`) that keeps the small arrays alone:
+# backward forms W + ΔW once more instead of saving it.
+
+
+def wide_pair(weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a weight and its update on the weight's device, in the wider dtype of both."""
+    kind = torch.promote_types(weight.dtype, delta.dtype)
+    return weight.to(kind), delta.to(weight.device, kind)
+
+
+class Quotient:
+    """The quotient of one weight as a function of the arrays of its update, and of the weight's own parameters.
+
+    Parameters
+    ----------
+    applying : Applying
+        One that rescales.
+    weight : callable
+        Returns the base weight, ``(rows, cols)``.
+    made : Slice or None
+        Computes the update from all arrays but the last; None if the first array is the update itself.
+    scale : float
+        Factor of an update that is computed here.
+    detach : bool
+        Whether the norm counts as a constant for the gradient.
+    """
+
+    def __init__(
+        self, applying: Applying, weight: Callable[[], Tensor], made: Slice | None, scale: float, detach: bool
+    ) -> None:
+        self.applying, self.weight, self.made = applying, weight, made
+        self.scale, self.detach = scale, detach
+
+    def __repr__(self) -> str:
+        # Traces contain this text and are compared with each other.
+        return f"Quotient({self.made!r})"
+
+    def _total(self, arrays: Sequence[Tensor]) -> Tensor:
+        delta = arrays[0] if self.made is None else self.made(*arrays[:-1])
+        weight, delta = wide_pair(self.weight(), delta if self.scale == 1.0 else delta * self.scale)
+        return cast(Tensor, weight + self.applying.change(load_backend("torch"), weight, delta))
+
+    def __call__(self, *arrays: Tensor) -> Tensor:
+        total = self._total(arrays)
+        found = self.applying.rescaling(
+            load_backend("torch"), total.detach() if self.detach else total, [arrays[-1].to(total.device)]
+        )
+        assert found is not None  # it rescales
+        return cast(Tensor, found.quotient.view(-1))
+
+    def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor | None]:
+        """Return the gradients of the wanted arrays, given that of the quotient."""
+        backend, last = load_backend("torch"), len(arrays) - 1
+        total = self._total(arrays)
+        found = self.applying.rescaling(backend, total, [arrays[-1].to(total.device)])
+        assert found is not None
+        through, (own,) = self.applying.rescaling_pulled(backend, total, found, gradient.view(-1, 1))
+        gradients: dict[int, Tensor | None] = {last: own.to(arrays[-1].device, arrays[-1].dtype)}
+        rest = [index for index in wanted if index != last]
+        if rest and not self.detach:
+            # C is ΔW where outputs are scaled.
+            moved = through.to(arrays[0].device, arrays[0].dtype)
+            moved = moved if self.scale == 1.0 else moved * self.scale
+            pulled = [moved] if self.made is None else self.made.vjp(arrays[:-1], rest, moved)
+            gradients.update(zip(rest, pulled, strict=True))
+        return [gradients.get(index) for index in wanted]
+
+
+class _KeptQuotient(NamedTuple):
+    """A quotient without a graph, and what it was computed from."""
+
+    entry: CacheEntry
+    settings: tuple[Hashable, ...]
+    quotient: Tensor
+
+
+class QuotientCache:
+    """Quotients of the weights of one adapter for passes without gradients, checked at every use.
+
+    Notes
+    -----
+    As in :class:`DeltaCache`, arrays are compared by content with the copies that a
+    quotient was computed from. The weight is too large for that: it has to be the same memory with the same version
+    counter, which every operation in place on it changes. (A write through ``weight.data`` or NumPy does not.)
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, bool], _KeptQuotient] = {}
+
+    def get(self, index: int, names: Sequence[str], arrays: Sequence[Tensor], own: Quotient, weight: Tensor) -> Tensor:
+        """Return the quotient of a weight for the current arrays; ``weight`` is the stored parameter."""
+        if not can_cache(arrays, True) or weight.is_inference():
+            return own(*arrays)
+        key = index, torch.is_inference_mode_enabled()
+        settings = weight.data_ptr(), weight.dtype, version(weight), own.scale
+        found = self._kept.get(key)
+        if found is not None and found.settings == settings and found.entry.is_of(names, arrays):
+            return found.quotient
+        # Copied first: computed from the copies, it is consistent whatever is written to the arrays meanwhile.
+        copies = {name: Snapshot.of(array) for name, array in zip(names, arrays, strict=True)}
+        made = own(*(copy.array for copy in copies.values()))
+        self._kept[key] = _KeptQuotient(CacheEntry(copies, {}), settings, made)
+        return made
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        self._kept = {}
+
+    def held(self) -> int:
+        """Return the bytes that it keeps."""
+        return held_bytes(kept.quotient for kept in self._kept.values())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuotientCache:
+        return QuotientCache()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return QuotientCache, ()
+
+
+# -- The product of an input with a cached update, as one operator for compiled programs -------------------------------
+
+# A compiled program cannot hold a cached tensor, and computing ΔW in it takes longer than the layer. The operator gets
+# the arrays, so the compiler knows what it reads, and finds ΔW in the cache, which compares these arrays with those
+# that it was computed from. It returns a new tensor, which the compiler may overwrite; ΔW itself it never sees.
+
+
+def update_product(cache: DeltaCache, x: Tensor, arrays: Sequence[Tensor], index: int) -> Tensor:
+    """Return ``x ΔWᵀ`` in the dtype of x, in a program that is being compiled.
+
+    Parameters
+    ----------
+    cache : DeltaCache
+    x : Tensor, shape (..., cols)
+    arrays : sequence of Tensor
+        Those of ``cache.names(index)``.
+    index : int
+        The weight.
+    """
+    # The number is an attribute that the compiler guards on: a program is compiled again for another cache.
+    return cast(Tensor, _update_product(x, list(arrays), cache.number, index, cache.plan.shapes[index][0]))
+
+
+def wide_product(x: Tensor, update: Tensor) -> Tensor:
+    """Return ``x ΔWᵀ`` in the wider dtype of both."""
+    kind = torch.promote_types(x.dtype, update.dtype)
+    return functional.linear(x.to(kind), update.to(kind))
+
+
+@torch.library.custom_op("tnadapt::update_product", mutates_args=())
+def _update_product(x: Tensor, arrays: Sequence[Tensor], cache: int, index: int, rows: int) -> Tensor:
+    found = numbered_cache(cache)
+    named = dict(zip(found.names(index), arrays, strict=True))
+    update = found.get(lambda names: [named[name] for name in names], index, x.dtype)
+    return wide_product(x, update.to(x.device).reshape(rows, x.shape[-1])).to(x.dtype)
+
+
+@_update_product.register_fake
+def _(x: Tensor, arrays: Sequence[Tensor], cache: int, index: int, rows: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))

@@ -1,4 +1,8 @@
-"""A target's rows of a weight as output features of a layer: selected from its output, or added to it."""
+"""A linear layer with updates, as autograd functions: low-rank factors, W + ΔW, or rows added to its output.
+
+:class:`FactoredLinear` is the strategy "factored", without ever forming ΔW, and :class:`MergedWeightLinear` the
+strategy "weight", which recomputes W + ΔW in backward.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +26,13 @@ from ._delta import Slice, in_dispatch_mode, in_functorch, outer_vjp_once
 __all__ = [
     "BLOCK",
     "MOST_ELEMENTS",
-    "Branch",
     "DeltaSource",
-    "FactoredLinear",
     "LowRank",
     "MergedWeightLinear",
     "add_features",
     "can_fuse",
     "can_sum_in_blocks",
     "factored_linear",
-    "features_of",
     "fixed_indices",
     "index_tensor",
     "is_small",
@@ -48,7 +49,7 @@ __all__ = [
 ]
 
 
-# -- A target's rows of a weight as output features of a layer: selected from its output, or added to it ---------------
+# -- A target's rows as output features: selected from a layer's output, or added to it --------------------------------
 
 
 def index_tensor(target: Target, device: torch.device) -> Tensor:
@@ -133,10 +134,9 @@ def overlap(one: Target, other: Target) -> bool:
     return not set(one.rows.indices()).isdisjoint(other.rows.indices())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A linear layer with low-rank updates by torch's own operations, for small layers and for passes without gradients
+# -- Low-rank updates by torch's own operations: small layers, and passes without gradients ----------------------------
 
-# :class:`~tnadapt.torch._linear.FactoredLinear` saves memory traffic in backward, at the price of a backward
+# :class:`FactoredLinear` saves memory traffic in backward, at the price of a backward
 # pass in Python. For a small layer the Python costs more than it saves. Where the factors have another dtype than the
 # layer, as next to a base in half precision, a product of its own for each update is all there is.
 
@@ -192,7 +192,7 @@ def mixed_low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, change
     return y
 
 
-# -- A linear layer with factored updates: ΔW is never formed ----------------------------------------------------------
+# -- Factored updates: ΔW is never formed ------------------------------------------------------------------------------
 
 # ``y = x Wᵀ + b + s Σ z_t Lᵀ``, where L is the left factor of the last matrix of a term (the matrix itself if it is not
 # factored). z is x times the right factor of the last matrix, multiplied by the other matrices of the Kronecker
@@ -520,8 +520,7 @@ def _accumulate(part: Tensor, z: Tensor, left: Tensor, scale: float) -> None:
         part.add_((z @ left.T).view(part.shape), alpha=scale)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The sum of a weight in half precision and its update in float32, rounded once, without arrays of the whole size
+# -- The sum of a weight in half precision and ΔW in float32, in blocks, rounded once ----------------------------------
 
 
 #: Elements that are summed at a time: the float32 sums of a block stay in the cache.
@@ -554,7 +553,7 @@ def sum_in_blocks(stored: Tensor, delta: Tensor) -> Tensor:
     return total
 
 
-# -- A linear layer on W + ΔW that recomputes the sum in backward instead of saving it ---------------------------------
+# -- A linear layer on W + ΔW, recomputed in backward instead of saved -------------------------------------------------
 
 # Written with ordinary operations, ``F.linear(x, W + ΔW)`` would save the sum of every layer until backward: the memory
 # of a second model. ΔW is cheap to compute from its arrays, so only these are saved. The custom function also reuses

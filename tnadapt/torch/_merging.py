@@ -1,8 +1,10 @@
-"""Merging updates into the weights, and unmerging to exactly the original bits.
+"""Merging updates into the weights, quantized or not, and unmerging to exactly the original bits.
 
 The invariant: from the moment ``adapter.merged`` is set, it holds the original rows of every target, and it is set
 before the first weight is written. Whatever fails or interrupts a merge or an unmerge, the original rows can therefore
 be written back, and writing them twice does no harm.
+
+The last section is the other way round: arrays and starts that a plan computes from the weights.
 """
 
 from __future__ import annotations
@@ -23,32 +25,26 @@ from tnadapt.errors import BackendError, ConfigError, TargetError, safe_repr
 from tnadapt.report import text_table
 from tnadapt.targets.target import Target
 
-from ._delta_cache import gather_full, is_sharded
+from ._delta import is_sharded
 from ._quantized import QuantizedLayer, is_packed, quantized_type, twin
 from ._state import AdapterState, Merged, full_arrays, need_attached, need_linear, not_a_sum
+from ._weights import computed, numbers
 
 __all__ = [
-    "MergedCodes",
-    "MergedRows",
     "RequantizationReport",
     "RequantizedWeight",
     "bound",
-    "changed_since",
-    "checksum",
-    "computed",
     "disabled",
     "fill",
     "is_bound",
     "merge",
     "original",
-    "requantized",
     "stored",
     "unmerge",
-    "write",
 ]
 
 
-# -- What is kept of the rows of a floating-point weight while an update is merged into them ---------------------------
+# -- What is kept of the rows of a floating-point weight ---------------------------------------------------------------
 
 
 class MergedRows(NamedTuple):
@@ -107,7 +103,7 @@ def _weight(target: Target, owner: nn.Module) -> Tensor:
     return found
 
 
-# -- Merging into quantized weights: dequantized, added to, quantized again by their library, and put back exactly -----
+# -- Quantized weights: dequantized, added to, quantized again by their library ----------------------------------------
 
 # The state of a layer, its tensors and what its library keeps with them, is taken out and kept as it is: nothing is
 # copied or subtracted. A merged layer has another state of the same form, so that putting back the first restores every
@@ -307,7 +303,7 @@ def _kind_name(owner: nn.Module) -> str:
     return type(owner).__name__ if plain or type(owner) is not nn.Linear else type(weight).__name__
 
 
-# -- Merging updates into the weights, and unmerging to exactly the original bits --------------------------------------
+# -- Merging and unmerging ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -538,27 +534,9 @@ def original(adapter: AdapterState, index: int) -> Tensor | None:
     return None if weight is None else cast(Tensor, adapter.targets[index].select(weight))
 
 
-def numbers(owner: nn.Module, parameter: str) -> Tensor | None:
-    """Return a whole weight as numbers: gathered, computed if parametrized, dequantized; None if unknown."""
-    quantized = quantized_type(owner)
-    if quantized is not None:
-        return quantized.dequantize(owner)
-    weight: Tensor | None = owner._parameters.get(parameter)
-    weight = computed(owner, parameter) if weight is None else weight
-    if weight is None or is_packed(weight) or not weight.is_floating_point():
-        return None
-    return gather_full(weight.detach())
-
-
 def stored(adapter: AdapterState, index: int) -> Tensor | None:
     """Return the parameter that holds a target; None if a quantized layer has none of that name."""
     return owner_of(adapter, index)._parameters.get(adapter.targets[index].parameter)
-
-
-def computed(owner: nn.Module, parameter: str) -> Tensor | None:
-    """Return the current value of a parametrized weight; None if it is not parametrized."""
-    with torch.no_grad():
-        return getattr(owner, parameter) if hasattr(owner, "parametrizations") else None
 
 
 def owner_of(adapter: AdapterState, index: int) -> nn.Module:
@@ -588,7 +566,7 @@ def _writable(adapter: AdapterState, index: int) -> Tensor:
     return weight.detach()
 
 
-# -- What an adapter's plan computes from the weights of its model: frozen arrays, and where it starts -----------------
+# -- What a plan computes from the weights of its model: frozen arrays, and where it starts ----------------------------
 
 
 def is_bound(plan: SuperLoRA) -> bool:

@@ -16,13 +16,13 @@ from tnadapt.decomposition import FitReport, Settings, Step, smallest_rank
 from tnadapt.errors import ShapeError, TargetError, escaped, safe_repr, warn
 from tnadapt.targets.target import Target, check_distinct
 
-from . import _merging as merging
 from ._adapter import Adapter
 from ._attach import attach, check_name, matching
-from ._delta_cache import gather_full
+from ._delta import gather_full
 from ._registry import overlapping
 from ._state import AdapterState
 from ._target_selection import find_targets, of_patterns
+from ._weights import computed
 
 __all__ = ["extract"]
 
@@ -173,7 +173,7 @@ def _state(tuned: Any) -> Mapping[str, Tensor]:
 def _weight(base: nn.Module, target: Target) -> Tensor:
     owner = base.get_submodule(target.module)
     weight: Tensor | None = owner._parameters.get(target.parameter)
-    weight = merging.computed(owner, target.parameter) if weight is None else weight
+    weight = computed(owner, target.parameter) if weight is None else weight
     if weight is None or not weight.is_floating_point():
         raise TargetError(
             f"{target.name} is quantized in the base, so its change cannot be computed: leave it out of the targets"

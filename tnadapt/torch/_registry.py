@@ -1,8 +1,13 @@
-"""The adapters that are attached to a model, and the weights of their mix."""
+"""The adapters on a model: listed, mixed, trimmed while idle, removed; the base prepared while there are any.
+
+:func:`attached` lists them, and :func:`mix` sets their weights. :func:`freeze`, :func:`prepare` and
+:class:`TransformersModel` change the model for an adapter; :func:`detach` and :func:`bake` undo it with the last one.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
 import sys
@@ -11,35 +16,38 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments, is_sequence
 from tnadapt.backends.backend import FixedArrays
 from tnadapt.errors import ConfigError, TargetError, integer, safe_repr, warn
 
-from ._delta_cache import all_or_none
+from ._delta import all_or_none
+from ._forward_pass import PassHooks
 from ._forward_patch import ForwardPatch
+from ._merging import merge
 from ._quantized import quantized_type
-from ._state import ADAPTERS_ATTR, AdapterState, Idle, UntiedWeight, is_array, need_unmerged
+from ._state import ADAPTERS_ATTR, AdapterState, Idle, UntiedWeight, is_array, need_attached, need_unmerged
 
 __all__ = [
-    "DEFAULT_LIMIT",
-    "AdapterMethod",
     "TransformersModel",
     "attached",
+    "bake",
+    "detach",
     "drawn",
-    "forget_draws",
     "freeze",
     "held_by_draws",
+    "let_go",
+    "let_go_merged",
     "mix",
     "overlapping",
     "prepare",
-    "put_back",
+    "reference_model",
     "refuse_merged",
-    "restore",
     "set_cache_limit",
     "set_weight",
+    "take_off",
     "trim_idle",
     "untie",
 ]
@@ -81,7 +89,7 @@ def forget_draws(plan: SuperLoRA, but: Collection[int]) -> None:
             one.free()
 
 
-# -- What adapters keep that do not act: up to a number of bytes for each model ----------------------------------------
+# -- What idle adapters keep: up to a number of bytes for each model ---------------------------------------------------
 
 # An adapter that has acted keeps what makes the next pass fast: its updates, and the draws of its F. Once others are
 # activated in its place, that memory is of use only if it comes back. Beyond the limit, the adapters that have been
@@ -172,7 +180,7 @@ def _forget(state: AdapterState, used: set[int]) -> None:
     forget_draws(state.plan, used)
 
 
-# -- The adapters that are attached to a model, and the weights of their mix -------------------------------------------
+# -- The adapters of a model, and the weights of their mix -------------------------------------------------------------
 
 
 def attached(model: nn.Module) -> dict[str, AdapterState]:
@@ -286,7 +294,7 @@ def _finite(weight: float) -> float:
     return number
 
 
-# -- Freezing of the base model: frozen while any adapter is attached, restored when the last one is detached ----------
+# -- The base, frozen while any adapter is attached --------------------------------------------------------------------
 
 
 def freeze(adapter: AdapterState) -> None:
@@ -337,7 +345,7 @@ def _recorded(adapter: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in _base(adapter) if name in adapter.was_trainable)
 
 
-# -- What a quantized model needs while an adapter is attached to it, undone when the last one is detached -------------
+# -- What a quantized model needs while an adapter is attached to it ---------------------------------------------------
 
 # - Layers whose library would change them in evaluation are told not to (:meth:`QuantizedLayer.while_attached`).
 # - Layers that pass no gradient to their input and are not adapted are named in a warning.
@@ -386,7 +394,7 @@ def put_back(state: AdapterState) -> None:
     state.settings = []
 
 
-# -- The methods by which transformers' models manage adapters of PEFT, for those of this library ----------------------
+# -- transformers' methods for adapters of PEFT, for those of this library ---------------------------------------------
 
 # transformers' own look for layers of PEFT, and raise whatever the lack of them leads to. While adapters are attached,
 # a model has these instead. Where it has adapters of PEFT, too (``model.add_adapter``), the names are PEFT's, and its
@@ -511,12 +519,12 @@ _METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-# -- What a transformers model has to know about its adapters: when it is saved, and when its Trainer asks -------------
+# -- What a transformers model has to know about its adapters: saving, and its Trainer ---------------------------------
 
 # transformers knows PEFT's adapters alone. Two of its methods would go wrong with others: ``save_pretrained``, which
 # writes a model that loads without its adapter; and the Trainer, which refuses to train a quantized model unless an
 # adapter is on it. (A model from a GGUF file counts as quantized, although its weights are dequantized.) Those that
-# switch and list adapters are in :mod:`tnadapt.torch._registry`.
+# switch and list adapters are above.
 
 
 _SAVE = "save_pretrained"
@@ -591,3 +599,169 @@ class TransformersModel:
             yield
         finally:
             self.model.__dict__[_HAS_ADAPTERS] = True
+
+
+# -- Removal, with or without the update left in the weights -----------------------------------------------------------
+
+
+def detach(state: AdapterState) -> None:
+    """Detach an adapter; see :meth:`Adapter.detach`."""
+    _need_own_arrays(state, "detach()")
+    let_go(state)
+
+
+def bake(state: AdapterState, max_error: float | None = None) -> None:
+    """Merge an adapter for good; see :meth:`Adapter.bake`."""
+    _need_own_arrays(state, "bake()")
+    let_go_merged(state, max_error)
+
+
+def let_go(state: AdapterState) -> None:
+    """Detach an adapter whose arrays the caller manages (:func:`~tnadapt.torch._state.register_in`)."""
+    need_unmerged(state, "detach()")
+    need_attached(state)
+    try:
+        take_off(state)
+    except BaseException:  # finish when interrupted: half of it would leave some weights adapted
+        take_off(state)
+        raise
+
+
+def let_go_merged(state: AdapterState, max_error: float | None = None) -> None:
+    """Bake an adapter whose arrays the caller manages."""
+    need_attached(state)
+    if state.merged is None:
+        merge(state, max_error)
+    try:
+        _take_off_merged(state)
+    except BaseException:  # finish when interrupted: half of it would add the update twice
+        _take_off_merged(state)
+        raise
+
+
+def _take_off_merged(state: AdapterState) -> None:
+    state.untied.clear()  # the untied copy contains the update, so it must not be replaced
+    take_off(state)
+    # Last: while it counts as merged, the adapter adds nothing in a forward pass.
+    state.merged = None
+
+
+def take_off(state: AdapterState) -> None:
+    """Remove everything that ``attach`` put into the model, even after a partial attach; can be called again."""
+    for patch in dict.fromkeys(state.patches):
+        patch.remove(state)
+    # Hooks are found by their object rather than by the handles from registration, which are invalid in a copied model.
+    for hooks in (state.model._forward_pre_hooks, state.model._forward_hooks):
+        for key, hook in list(hooks.items()):
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, PassHooks) and owner.state is state:
+                del hooks[key]
+                state.model._forward_hooks_always_called.pop(key, None)
+    for name in state.parameter_names.values():
+        if isinstance(state.owner, nn.ParameterDict) and name in state.owner:
+            del state.owner[name]  # a ParameterDict also keeps a list of names
+        state.owner._parameters.pop(name, None)
+    restore(state)
+    put_back(state)
+    # Last: an adapter that is still listed can be removed again after an interruption.
+    registered = state.model.__dict__.get(ADAPTERS_ATTR, {})
+    registered.pop(state.name, None)
+    if not registered:
+        state.model.__dict__.pop(ADAPTERS_ATTR, None)
+    TransformersModel.remove(state.model)
+
+
+def _need_own_arrays(state: AdapterState, what: str) -> None:
+    need_attached(state)
+    if state.managed_by is not None:
+        raise TargetError(
+            f"the arrays of adapter {state.name!r} are managed elsewhere, so {what} is refused: {state.managed_by}"
+        )
+
+
+# -- reference_model: a frozen copy that shares the base's tensors, for preference training ----------------------------
+
+
+@checks_arguments
+def reference_model(model: nn.Module, *, with_adapters: bool = False) -> nn.Module:
+    """Return a frozen copy of a model, without its adapters, that shares the base's parameters.
+
+    DPO, GRPO with a divergence, and distillation compare the model in training with a reference. This one takes almost
+    no memory: only the modules are copied, and parameters that are trained.
+
+    Parameters
+    ----------
+    model : Module
+        A model with adapters, none of them merged.
+    with_adapters : bool
+        Whether the reference is the model with its adapters as they are now, in copies of their own, such as after
+        supervised fine-tuning. By default it is the base.
+
+    Returns
+    -------
+    Module
+        Of the model's class, in evaluation mode. No parameter of it requires a gradient.
+
+    Raises
+    ------
+    TargetError
+        If the model has no adapter, or one is merged.
+
+    Notes
+    -----
+    Parameters that ``keep_trainable`` left free are copied with their current values: create the reference before
+    training. The frozen parameters are the same objects in both models, so do not move only one of them to another
+    device or dtype, and do not shard them (FSDP). Merge the adapter that was trained once the reference is no longer
+    used: the sum would be in both models, and ``merge()`` warns of it. Merging on the reference itself is refused.
+
+    Examples
+    --------
+    >>> import torch, tnadapt.torch
+    >>> model = torch.nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, dropout=0.0, batch_first=True)
+    >>> x = torch.randn(2, 3, 16)
+    >>> before = model(x)
+    >>> adapter = tnadapt.torch.attach(model)
+    >>> reference = tnadapt.torch.reference_model(model)
+    >>> with torch.no_grad():
+    ...     for array in adapter.parameters():
+    ...         _ = array.add_(1.0)
+    >>> [torch.allclose(one(x), before, atol=1e-5) for one in (reference, model)]
+    [True, False]
+    >>> reference.linear1.weight is model.linear1.weight
+    True
+
+    In TRL: ``DPOTrainer(model, ref_model=tnadapt.torch.reference_model(model), …)``.
+    """
+    states = attached(model)
+    if not states:
+        raise TargetError(
+            f"{type(model).__name__} has no adapter, so that all of its parameters may be trained: for a reference, "
+            "copy.deepcopy() it"
+        )
+    merged = next((state for state in states.values() if state.merged is not None), None)
+    if merged is not None:
+        raise TargetError(f"adapter {merged.name!r} is merged into the weights that the reference shares: unmerge() it")
+    shared = _shared(model)
+    # A tensor that the memo names is not copied.
+    reference = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    for state in states.values():
+        state.references.add(reference)
+    for state in attached(reference).values():
+        state.shares_weights = True
+        # Removing an adapter restores what was trainable before attach(), which here would be in the model in training.
+        state.was_trainable = dict.fromkeys(state.was_trainable, False)
+        if not with_adapters:
+            take_off(state)
+    own = {id(tensor) for tensor in shared}
+    for parameter in reference.parameters():
+        if id(parameter) not in own:
+            parameter.requires_grad_(False)
+    return reference.eval()
+
+
+def _shared(model: nn.Module) -> list[Tensor]:
+    """Return the parameters of the base that are frozen; buffers are small, and a forward pass may write to them."""
+    frozen: list[Tensor] = [
+        parameter for name, parameter in model.named_parameters() if not is_array(name) and not parameter.requires_grad
+    ]
+    return frozen

@@ -1,4 +1,4 @@
-"""One adapter, or none, for each row of a batch."""
+"""``rows``: one adapter, or none, for each row of a batch, and how a layer's forward runs the groups of rows."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tnadapt.errors import ConfigError, TargetError, safe_repr
 from tnadapt.targets.target import RowIndices, Target
 
-from ._experts_forward import is_read
 from ._forward_pass import PatchedParameter, delta, drops_input, factors
+from ._forward_patch import Placed, is_read
 from ._linear import add_features
 from ._quantized import is_embedding
 from ._registry import attached, overlapping, trim_idle
@@ -23,19 +23,10 @@ from ._state import AdapterSlot, AdapterState, RowAssignment, RowRunner, assignm
 from ._strategy_choice import MACHINES
 from ._weights import sees_tokens_in_order
 
-__all__ = [
-    "BASE",
-    "add_changes",
-    "assigned",
-    "check_usable",
-    "grouped",
-    "looped",
-    "row_runner",
-    "rows",
-]
+__all__ = ["BASE", "assigned", "looped", "row_runner", "rows"]
 
 
-# -- What the adapters of groups of rows add to a layer's output, low-rank updates by grouped products -----------------
+# -- What the adapters of groups of rows add to an output: low-rank updates by grouped products ------------------------
 
 # The plain form is a loop over groups: :func:`looped`. Where each group's adapter has one low-rank matrix for the same
 # target, and all have the same shape, the factors are stacked, and two batched products serve all groups.
@@ -153,13 +144,13 @@ def _plus(y: Tensor, target: Target | None, rows: Tensor, change: Tensor, in_pla
     return torch.cat([blocks[..., : own.start], part, blocks[..., own.start + own.length :]], -1).reshape(y.shape)
 
 
-# -- A layer's forward with one adapter, or none, for each row of the batch --------------------------------------------
+# -- A layer's forward with one adapter, or none, for each row ---------------------------------------------------------
 
 # Rows of one adapter form a group. There are three ways to run the groups; the last one is the reference for the
 # others, and tests compare them.
 #
 # - *shared*: one product with the base weight for all rows, and for each group what its adapter adds to the output.
-#   Low-rank updates of equal shapes are two grouped products for all groups together (:mod:`._grouped_products`). For
+#   Low-rank updates of equal shapes are two grouped products for all groups together (:func:`grouped`). For
 #   updates that factor or are added to the output, and for those that are added to the weight where a group has so few
 #   tokens that a second product costs less than forming the sum.
 # - *by group*: the layer's forward on the rows of each group.
@@ -167,7 +158,6 @@ def _plus(y: Tensor, target: Target | None, rows: Tensor, change: Tensor, in_pla
 #   that read a child's weight and have several tensors as inputs, such as masks, in which rows cannot be told apart.
 
 
-Placed = tuple[PatchedParameter, AdapterSlot]
 #: The rows of a group, and the slots that act on them.
 Group = tuple[Sequence[int], Sequence[Placed]]
 
@@ -433,7 +423,7 @@ def _check_output(patch: RowPatch, parts: Sequence[Tensor], sizes: Sequence[int]
             )
 
 
-# -- One adapter, or none, for each row of a batch ---------------------------------------------------------------------
+# -- The context manager, and its checks -------------------------------------------------------------------------------
 
 
 #: PEFT's name for no adapter.

@@ -1,7 +1,7 @@
-"""The state of an adapter, which the modules of this package share, and where a model keeps it.
+"""AdapterState: all that one adapter on one model has, its slots, arrays and mixing weight; which rows it acts on.
 
-All other modules are functions on :class:`AdapterState` and import this one. :class:`tnadapt.torch.Adapter` is the
-public interface of such a state; no module below imports that class, so there are no import cycles.
+Most other modules of the package are functions on :class:`AdapterState`. :class:`tnadapt.torch.Adapter` is the public
+interface of such a state; no module below imports that class, so there are no import cycles.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, ShapeError, TargetError, warn
 from tnadapt.targets.target import Target
 
-from ._delta_cache import DeltaCache, QuotientCache, ThetaArrays, copy_all, gather_full, reshard
+from ._delta import (
+    DeltaCache,
+    QuotientCache,
+    ThetaArrays,
+    copy_all,
+    gather_full,
+    reshard,
+)
 
 __all__ = [
     "ADAPTERS_ATTR",
@@ -38,7 +45,6 @@ __all__ = [
     "Merged",
     "RowAssignment",
     "RowRunner",
-    "SharedReferences",
     "UntiedWeight",
     "assignment_of",
     "checked_pairs",
@@ -62,7 +68,7 @@ __all__ = [
 ]
 
 
-# -- The models that share the base's tensors with an adapter's model: references of preference training ---------------
+# -- The models that share the base's tensors: references of preference training ---------------------------------------
 
 
 class SharedReferences:
@@ -93,7 +99,7 @@ class SharedReferences:
         return SharedReferences, ()
 
 
-# -- The state of an adapter, which the modules of this package share, and where a model keeps it ----------------------
+# -- The state, and where a model keeps it -----------------------------------------------------------------------------
 
 
 #: Prefix of the names of an adapter's parameters on its model.
@@ -407,7 +413,7 @@ def need_linear(state: AdapterState, what: str) -> None:
         )
 
 
-# -- An adapter's arrays: the parameters that hold them, loading new values, and the updates ΔW computed from them -----
+# -- Its arrays: the parameters that hold them, new values, and the updates --------------------------------------------
 
 
 def named_parameters(state: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
@@ -472,8 +478,8 @@ def register_in(state: AdapterState, owner: nn.ParameterDict, instead: str) -> N
     """Register the parameters in ``owner`` instead of on the model, under their array names with ``_`` for dots.
 
     The parameters stay the same objects. The caller keeps ``owner`` in the same module tree as the model, so that
-    moving, sharding and copying treat them alike, and removes the adapter with :func:`~._removal.let_go` or
-    :func:`~._removal.let_go_merged`; ``detach()`` and ``bake()`` then raise an error that names ``instead``.
+    moving, sharding and copying treat them alike, and removes the adapter with ``let_go`` or ``let_go_merged`` of
+    :mod:`tnadapt.torch._registry`; ``detach()`` and ``bake()`` then raise an error that names ``instead``.
     """
     names = {array: array.replace(".", "_") for array in state.parameter_names}
     left, old = state.owner, list(state.parameter_names.values())
@@ -495,7 +501,7 @@ def _move(
         left._parameters.pop(name, None)
 
 
-# -- Which adapter acts on which rows of a batch, in this thread, and the mixing weight that an adapter has there ------
+# -- Which adapter acts on which rows of a batch, in this thread -------------------------------------------------------
 
 # The assignment is a context variable and not an attribute of the model: threads with different rows do not see each
 # other's. ``AdapterState.by_rows`` only tells that some thread has one, so that passes without rows do not look it up,

@@ -1,4 +1,4 @@
-"""The choice of a strategy for one weight, and the refusal of those that do not suit it."""
+"""How the strategy "auto" is decided for a weight, by a cost model, and which strategies are refused."""
 
 from __future__ import annotations
 
@@ -20,15 +20,13 @@ from tnadapt.targets.target import RowIndices, Target
 from ._forward_pass import is_lookup
 from ._forward_patch import ForwardPatch
 from ._linear import MOST_ELEMENTS
-from ._merging import numbers
 from ._quantized import QuantizedLayer, is_embedding, is_packed, quantized_type
-from ._weights import tokens_of_one
+from ._weights import numbers, tokens_of_one
 
 __all__ = ["MACHINES", "TOKENS", "Machine", "StepWork", "choose", "costs", "dequantized", "is_quantized", "strategy_of"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A cost model for a training step of one linear layer with each strategy: operations, bytes and calls, in seconds
+# -- The cost model: operations, bytes and calls of a training step, in seconds ----------------------------------------
 
 # This is a model, not a measurement: a few numbers describe a machine, and the three strategies are compared by their
 # work beyond the layer itself. The documentation's page on strategies has the reasoning. ``benchmarks/strategies.py``
@@ -309,7 +307,7 @@ def _of_network(network: Network, size: float) -> StepWork:
     return StepWork(*(network.terms * value for value in total))
 
 
-# -- The choice of a strategy for one weight, and the refusal of those that do not suit it -----------------------------
+# -- The choice --------------------------------------------------------------------------------------------------------
 
 
 def strategy_of(

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers' Trainer that hold adapters instead of the whole model."""
+"""Checkpoints of transformers' Trainer that hold adapters instead of the whole model, and the cards that it writes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from torch import nn
 from tnadapt.checkpoints import adapter_format
 from tnadapt.errors import FileError, TargetError
 
-from . import _folders as folders
-from ._adapter_saving import is_writer, swap
-from ._folders import FILE_NAME, README, marked, model_card, unmarked
+from . import _adapter_saving as saving
+from ._adapter_saving import (
+    FILE_NAME,
+    README,
+    is_writer,
+    marked,
+    model_card,
+    swap,
+    unmarked,
+)
 from ._registry import attached
 from ._state import AdapterState, encoded
 
-__all__ = [
-    "adapter_checkpoints",
-    "complete_trainer_card",
-]
+__all__ = ["adapter_checkpoints"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The card of an adapter that a Trainer trained: the adapter's own, with what the Trainer writes about its training
+# -- The adapter's card, with what the Trainer writes about its training -----------------------------------------------
 
 
 # transformers and TRL give this tag to the cards that they write.
@@ -101,7 +104,7 @@ def _tags(front: dict[str, Any]) -> list[str]:
     return [tags] if isinstance(tags, str) else list(tags)
 
 
-# -- Checkpoints of transformers' Trainer that hold adapters instead of the whole model --------------------------------
+# -- The checkpoints ---------------------------------------------------------------------------------------------------
 
 
 # The Trainer's file of its own arguments in a checkpoint.
@@ -248,10 +251,10 @@ class _AdapterCheckpoints:
         if not trainer.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        about_of = folders.for_others if self.uploads else lambda about: about
+        about_of = saving.for_others if self.uploads else lambda about: about
         for name, file in self.files(folder).items():
             about = about_of(states[name].handle.pretrained)
-            folders.save(states[name], file.parent, about, (), None, False, False, self.where(file.parent))
+            saving.save_folder(states[name], file.parent, about, (), None, False, False, self.where(file.parent))
         self.complete_card(folder)
         processing = trainer.processing_class
         processing = getattr(trainer.data_collator, "tokenizer", None) if processing is None else processing

@@ -1,4 +1,4 @@
-"""The weights of a model that an adapter can update, whatever kind of module holds them."""
+"""A model's weights that an adapter can update: found, read as numbers, stacked, tied; the modules that read them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.errors import FileError, TargetError, integer, safe_repr
 from tnadapt.targets.roles import main_projection
 from tnadapt.targets.target import MAX_SIZE, RowIndices, Rows, Target
 
-from ._quantized import is_embedding, quantized_type
+from ._delta import gather_full
+from ._quantized import is_embedding, is_packed, quantized_type
 
 __all__ = [
     "Weight",
     "check_embedding",
+    "computed",
     "host_of",
     "join",
     "modules_of",
     "names_of_shared",
+    "numbers",
     "paths_of",
     "plain",
     "projections_in",
@@ -35,7 +38,6 @@ __all__ = [
     "sees_tokens_in_order",
     "shows_products",
     "split_by_file",
-    "stacks_of",
     "tied",
     "token_targets",
     "tokens_of_one",
@@ -45,7 +47,28 @@ __all__ = [
 ]
 
 
-# -- The matrices of experts that a module keeps stacked in parameters of three axes, and multiplies by itself ---------
+# -- A weight's numbers, gathered, computed or dequantized -------------------------------------------------------------
+
+
+def numbers(owner: nn.Module, parameter: str) -> Tensor | None:
+    """Return a whole weight as numbers: gathered, computed if parametrized, dequantized; None if unknown."""
+    quantized = quantized_type(owner)
+    if quantized is not None:
+        return quantized.dequantize(owner)
+    weight: Tensor | None = owner._parameters.get(parameter)
+    weight = computed(owner, parameter) if weight is None else weight
+    if weight is None or is_packed(weight) or not weight.is_floating_point():
+        return None
+    return gather_full(weight.detach())
+
+
+def computed(owner: nn.Module, parameter: str) -> Tensor | None:
+    """Return the current value of a parametrized weight; None if it is not parametrized."""
+    with torch.no_grad():
+        return getattr(owner, parameter) if hasattr(owner, "parametrizations") else None
+
+
+# -- Stacks: the matrices of experts that a module keeps in parameters of three axes -----------------------------------
 
 
 # Classes that do not say how they store their matrices: whether as (in, out).
@@ -114,7 +137,7 @@ def _is_transposed(module: Any) -> bool | None:
     return next((_TRANSPOSED[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _TRANSPOSED), None)
 
 
-# -- The weights of a model that an adapter can update, whatever kind of module holds them -----------------------------
+# -- The weights, whatever kind of module holds them -------------------------------------------------------------------
 
 
 # The attribute in which PEFT keeps the layer that it wraps.
@@ -335,7 +358,7 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}"
 
 
-# -- Targets that are the rows of some tokens in a model's embedding ---------------------------------------------------
+# -- The rows of some tokens in an embedding ---------------------------------------------------------------------------
 
 
 def token_targets(model: nn.Module, tokens: Iterable[int], module: str | None = None) -> list[Target]:
@@ -417,7 +440,7 @@ def _input_embeddings(model: Any) -> Any:
         return None
 
 
-# -- Tied weights: one tensor that several modules of a model hold, such as an embedding and the output head -----------
+# -- Tied weights: one tensor that several modules hold ----------------------------------------------------------------
 
 
 def tied(model: nn.Module, targets: Iterable[Target]) -> list[tuple[str, str]]:
@@ -547,7 +570,7 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.device, pointer, tuple(tensor.shape)
 
 
-# -- Find the module whose forward uses a weight, where an adapter has to act, by analysis of its source code ----------
+# -- The module whose forward reads a weight, where an adapter has to act, by its source code --------------------------
 
 # Usually it is the module that holds the weight. Some parents read a child's weight directly and never call the child:
 # timm's BEiT, ``F.linear(x, self.qkv.weight, bias)``; the fast path of :class:`torch.nn.TransformerEncoderLayer`. This

@@ -27,7 +27,7 @@ from ._adapter import Adapter, adapters
 __all__ = ["eva", "lora_ga"]
 
 
-# -- What the data-driven starts have in common: the layers that an adapter updates, and calls of the model ------------
+# -- What data-driven starts have in common ----------------------------------------------------------------------------
 
 
 #: Called with the number of batches so far, and their number if it is known.
@@ -128,7 +128,7 @@ def as_base(adapter: Adapter) -> Iterator[None]:
             module.training = mode
 
 
-# -- EVA: LoRA's A starts at the principal components of the inputs of each layer --------------------------------------
+# -- EVA: principal components of each layer's inputs ------------------------------------------------------------------
 
 
 # Rows of inputs that are added at once, as a multiple of the components that are kept.
@@ -328,7 +328,7 @@ class PrincipalComponents:
         return signed
 
 
-# -- LoRA-GA: LoRA's factors start at singular vectors of the gradient of each weight ----------------------------------
+# -- LoRA-GA: singular vectors of each weight's gradient ---------------------------------------------------------------
 
 
 #: For each direction, the singular vectors of which A and B are made, given the rank.
@@ -515,6 +515,3 @@ def _of(value: Tensor, weights: dict[nn.Module, nn.Parameter], adapter: Adapter)
             "that does, or adapt fewer weights"
         )
     return found
-
-
-# -- Starts that are computed from data: functions that return arrays for tnadapt.torch.Adapter.start_from -------------

@@ -1,8 +1,8 @@
 """Merge an adapter into a checkpoint on disk, one tensor at a time, without a framework: ``tnadapt.merge``.
 
-``_merge_checkpoint`` defines the function. ``checkpoints._resolution`` finds the weights in the checkpoint, ``_job``
-computes each tensor and file, ``_shards`` writes them, and ``_journal`` resumes an interrupted merge. ``_work_lock``
-serializes processes that write to the same destination, ``_publishing`` moves the finished output into place.
+``_merge_checkpoint`` defines the function, and computes each tensor and file. ``checkpoints.stored_weights`` finds the
+weights in the checkpoint. ``_destination`` decides what may be replaced, ``_shards`` writes the files, and ``_journal``
+resumes an interrupted merge, keeps other processes out and publishes the finished output.
 """
 
 from ._merge_checkpoint import MergeReport, merge

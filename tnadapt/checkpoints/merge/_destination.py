@@ -1,4 +1,4 @@
-"""The destination of a merged checkpoint, and the other files of the base's folder that are copied along."""
+"""Where a merged checkpoint is written, what it may replace, and the other files of the base's folder to copy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = [
 ]
 
 
-# -- Decide which files belong to a checkpoint: those in its folder, and the targets of links that do not leave it -----
+# -- Which files belong to a checkpoint: those in its folder, and the targets of links inside --------------------------
 
 # In a Hugging Face cache, files are links: ``REPOSITORY/snapshots/REVISION/config.json`` points to
 # ``REPOSITORY/blobs/HASH``. The folder of blobs therefore counts as part of every checkpoint below ``snapshots``.
@@ -72,7 +72,7 @@ def _blobs(folder: str) -> list[str]:
     return []
 
 
-# -- The destination of a merged checkpoint, and the other files of the base's folder that are copied along ------------
+# -- The destination, and the other files ------------------------------------------------------------------------------
 
 
 # Suffixes of weights in other formats. They do not have the update, so copying them next to the merged ones would be

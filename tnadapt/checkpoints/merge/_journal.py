@@ -16,9 +16,8 @@ not work (network file systems). These rules keep the output intact:
 1. The active process holds the lock. It deletes the lock file last. Another process that had opened the file before may
    then lock a deleted file, so after locking, each process checks that the file still has its name, and retries if not.
 2. A process works only in a run folder with a random name that it chose itself. It takes over the run of another
-process
-   by renaming the folder. Every later step of that process, including its publishing, then fails, as its paths are
-   gone. So even without locks, the files of two processes never mix.
+   process by renaming the folder. Every later step of that process, including its publishing, then fails, as its paths
+   are gone. So even without locks, the files of two processes never mix.
 3. Runs are never half deleted: they are renamed to ``trash-…`` first. All decisions apply to whole folders.
 4. ``done`` in the state guarantees that the listed files are finished and on disk. It is emptied, on disk, before
    publishing begins: from then on, ``files`` may hold the previous content of ``OUT``, and is never published.
@@ -67,22 +66,10 @@ from tnadapt.errors import FileError
 
 from ._shards import same_content
 
-__all__ = [
-    "LOCK",
-    "RUN",
-    "SUFFIX",
-    "TRASH",
-    "LeftoverError",
-    "MergeJournal",
-    "Refusal",
-    "partial",
-    "place",
-    "put_back",
-    "work_lock",
-]
+__all__ = ["SUFFIX", "MergeJournal", "partial", "place", "work_lock"]
 
 
-# -- Move a finished file or folder to its final path: in one step if the system can, and always reversibly ------------
+# -- Publishing: a finished file or folder moves to its final path, always reversibly ----------------------------------
 
 # If the system can exchange names (:mod:`tnadapt.checkpoints.atomic_files`), readers find either the previous or the
 # new content at any time, and the previous content ends up at the path where the new one was built. Otherwise a folder
@@ -303,7 +290,7 @@ def _holder(handle: int) -> str:
     return ""
 
 
-# -- Journal of a merge: output is built next to its final path, resumed after a kill, and published in one step -------
+# -- The journal -------------------------------------------------------------------------------------------------------
 
 
 SUFFIX = ".tnadapt-partial"
@@ -564,7 +551,7 @@ def partial(
     identity : mapping
         JSON-compatible values that identify this work.
     refusal : callable, optional
-        Decides what may be replaced (:data:`tnadapt.checkpoints.merge._journal.Refusal`).
+        Decides what may be replaced (:data:`Refusal`).
     overwrite : bool
         Whether anything may be replaced.
 

@@ -16,13 +16,13 @@ import numpy as np
 from tnadapt.algebra.rounding import Float64Deltas, change_in_place, rounded, widened
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends.backend import one_blas_thread
-from tnadapt.checkpoints._resolution import FLOATS, ResolvedTargets, resolve
 from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
 from tnadapt.checkpoints.adapter_format import content_of, load
 from tnadapt.checkpoints.atomic_files import sync_file
 from tnadapt.checkpoints.checkpoint import Checkpoint, file_state, open_checkpoint
-from tnadapt.checkpoints.container import DTYPES, file_error_context, path_of
+from tnadapt.checkpoints.container import TAG_OF, file_error_context, path_of
 from tnadapt.checkpoints.fingerprint import compare
+from tnadapt.checkpoints.stored_weights import FLOATS, ResolvedTargets, resolve
 from tnadapt.errors import ConfigError, FileError, TnadaptError, escaped, pluralize, safe_repr
 from tnadapt.targets.target import Target
 
@@ -30,22 +30,15 @@ from ._destination import Belonging, Destination, destination
 from ._journal import MergeJournal, partial
 from ._shards import Change, Shard, Writer, open_regular
 
-__all__ = [
-    "Job",
-    "MergeReport",
-    "Unfit",
-    "merge",
-]
+__all__ = ["Job", "MergeReport", "merge"]
 
 
-# -- A single merge of an adapter into a checkpoint: computes each tensor and the list of files to write ---------------
+# -- One merge: each tensor is computed, and the list of files to write ------------------------------------------------
 
 
 # Part of a merge's identity. Increase it if a release would compute different bits, so that it does not resume the work
 # of an earlier one.
 _ARITHMETIC = 1
-
-_TAGS = {name: tag for tag, name in DTYPES.items()}
 
 
 class Unfit(Exception):  # noqa: N818  # the message says what does not fit
@@ -267,7 +260,7 @@ class Job:
     def _added(self) -> dict[str, tuple[str, np.ndarray]]:
         found = {}
         for name, new in self.placed.added.items():
-            tag = _TAGS[self.file.dtypes.get(KEPT + name, self.file.kept[name].dtype.name)]
+            tag = TAG_OF[self.file.dtypes.get(KEPT + name, self.file.kept[name].dtype.name)]
             found[new] = tag, self._cast(name, tag)
         return found
 
@@ -294,7 +287,7 @@ def _copy_small(source: str, target: str) -> None:
     sync_file(target)
 
 
-# -- tnadapt.merge: add an adapter's updates to a checkpoint on disk, one tensor at a time, without a framework --------
+# -- The function ------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

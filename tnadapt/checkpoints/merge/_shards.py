@@ -1,4 +1,4 @@
-"""Write copies of safetensors files in which some tensors are changed: the kernel copies the rest."""
+"""Copies of safetensors files in which some tensors are changed; the kernel copies the rest. Comparison of files."""
 
 from __future__ import annotations
 
@@ -19,20 +19,10 @@ from tnadapt.checkpoints.checkpoint import Checkpoint
 from tnadapt.checkpoints.container import Entry, raw_bytes
 from tnadapt.errors import FileError
 
-__all__ = [
-    "Change",
-    "Shard",
-    "Stopped",
-    "Writer",
-    "copy_range",
-    "extended",
-    "open_regular",
-    "same_content",
-    "write_at",
-]
+__all__ = ["Change", "Shard", "Stopped", "Writer", "copy_range", "open_regular", "same_content", "write_at"]
 
 
-# -- Copy bytes between files: in the kernel, in large pieces, or through memory if the kernel cannot ------------------
+# -- Bytes copied between files: in the kernel, in large pieces, or through memory -------------------------------------
 
 
 # Size of one kernel call. It takes a fraction of a second, during which progress cannot be reported nor the copy
@@ -138,7 +128,7 @@ def write_at(target: BinaryIO, at: int, content: bytes | memoryview) -> None:
         rest = rest[target.write(rest) :]
 
 
-# -- Write copies of safetensors files in which some tensors are changed: the kernel copies the rest -------------------
+# -- Copies in which some tensors are changed --------------------------------------------------------------------------
 
 
 # Only one tensor larger than this is in memory at a time.
@@ -335,7 +325,7 @@ def extended(
     return len(text).to_bytes(8, "little") + text
 
 
-# -- Compare the bytes of two files, or of two folders of files --------------------------------------------------------
+# -- The bytes of two files, or of two folders, compared ---------------------------------------------------------------
 
 
 def open_regular(path: str) -> int:

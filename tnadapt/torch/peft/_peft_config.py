@@ -1,4 +1,4 @@
-"""The settings of an adapter as a PEFT config."""
+"""TnadaptConfig, the settings of an adapter as a PEFT config, and the weights that a config selects."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-# -- The settings of an adapter as a PEFT config -----------------------------------------------------------------------
+# -- The config --------------------------------------------------------------------------------------------------------
 
 
 class _PeftTypeName(str):
@@ -341,8 +341,7 @@ def _check_expressions(name: str, expressions: list[str]) -> None:
             raise ConfigError(f"{name}={safe_repr(expression)} is not a valid regular expression: {error}") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The weights that a config selects: tnadapt's targets minus those excluded by PEFT's rules for modules and layers
+# -- The weights that a config selects, minus those that PEFT's rules leave out ----------------------------------------
 
 
 def select_targets(model: nn.Module, config: TnadaptConfig, model_type: Any = None) -> list[Target]:

@@ -1,8 +1,10 @@
-"""PEFT's tuner: the wrapper around a model that maps PEFT's calls to tnadapt's adapters."""
+"""PEFT's tuner and tuner layer, which map PEFT's calls to tnadapt's adapters; the check of a config's base model."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from tnadapt.algebra.config import Config
+from tnadapt.checkpoints.adapter_file import AdapterFile
+from tnadapt.checkpoints.fingerprint import Fingerprint
 from tnadapt.errors import BackendError, ConfigError, FileError, TargetError, TnadaptError, safe_repr
+from tnadapt.torch import _merging as merging
 from tnadapt.torch._adapter import Adapter
+from tnadapt.torch._adapter_saving import base_fingerprint
 from tnadapt.torch._attach import attach_with, warn_undropped
-from tnadapt.torch._registry import overlapping
-from tnadapt.torch._removal import let_go, let_go_merged, take_off
+from tnadapt.torch._registry import let_go, let_go_merged, overlapping, take_off
 from tnadapt.torch._rows import BASE, assigned, row_runner
 from tnadapt.torch._state import PREFIX, AdapterState, RowAssignment, entered, register_in
 from tnadapt.torch._trainable import keep
@@ -28,13 +33,9 @@ from ._peft_library import (
     BaseTuner,
     BaseTunerLayer,
     PeftConfig,
-    base_dtype,
     check_adapter_name,
     check_adapters_to_merge,
-    check_base,
-    computed_from,
     delete_adapter,
-    describe_base,
     in_file,
     init_empty_weights,
     set_adapter,
@@ -42,12 +43,7 @@ from ._peft_library import (
     set_requires_grad,
 )
 
-__all__ = [
-    "TnadaptLayer",
-    "TnadaptModel",
-    "mixed_batch",
-    "start_randomly",
-]
+__all__ = ["TnadaptLayer", "TnadaptModel"]
 
 
 # -- The adapters on a model as PEFT sees them: a single "tuner layer" -------------------------------------------------
@@ -124,7 +120,7 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
         """Return the description of the base model for a file; None while another adapter is merged into the base."""
         # Computed when first needed, because it reads every weight.
         if name not in self._bases and set(self.merged_adapters) <= {name}:
-            self._bases[name] = describe_base(self.handle(name))
+            self._bases[name] = _describe_base(self.handle(name))
         return self._bases.get(name)
 
     def get_base_layer(self) -> nn.Module:
@@ -351,7 +347,89 @@ def start_randomly(handle: Adapter) -> None:
             array.add_(torch.randn_like(array), alpha=(0.1 / max(1.0, enlarged) if alone else 1.0) / units[name])
 
 
-# -- PEFT's tuner: the wrapper around a model that maps PEFT's calls to tnadapt's adapters -----------------------------
+# -- The description of the base model in adapter_config.json, and the check that an adapter fits a base ---------------
+
+
+def _describe_base(handle: Adapter) -> dict[str, Any]:
+    """Return the description of the base model and the draws for a file; reads every adapted weight."""
+    base = base_fingerprint(handle._state)
+    counts: dict[str, int] = {}
+    for rows, cols in handle.plan.shapes:
+        counts[f"{rows}x{cols}"] = counts.get(f"{rows}x{cols}", 0) + 1
+    return {
+        "weights": counts,
+        "fingerprint": None if base is None else {**dataclasses.asdict(base), "sketch": list(base.sketch)},
+        "draws": AdapterFile(handle.config, handle.targets, handle.plan.init(), given=handle.plan.given).draws,
+    }
+
+
+def _computed_from(handle: Adapter, base: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the fingerprint of a described base if arrays of the adapter are computed from its weights."""
+    return base["fingerprint"] if base is not None and handle.plan.base_shapes else None
+
+
+def _check_base(handle: Adapter, saved: dict[str, Any] | None, source: dict[str, Any] | None) -> None:
+    """Raise a FileError unless the adapter was trained on these weights and with the same draws.
+
+    Parameters
+    ----------
+    handle : Adapter
+    saved : dict or None
+        What :func:`_describe_base` returned for the base that it was trained on; None if nothing of it is compared.
+    source : dict or None
+        What :func:`_computed_from` returned. On another base, the arrays that the adapter does not store would differ.
+    """
+    computed = handle.plan.base_shapes
+    if saved is None and (source is None or not computed):
+        return
+    here, kind = _describe_base(handle), type(handle.model).__name__
+    way = (
+        "Give the base model that it was trained on; or, to use it here anyway, load its TnadaptConfig, set "
+        "config.base = None, and pass it as config="
+    )
+    if saved is not None and saved.get("weights") != here["weights"]:
+        raise FileError(
+            f"the adapter was trained on weights of the shapes {safe_repr(saved.get('weights'))}, and "
+            "target_modules find "
+            f"{here['weights']} in this {kind}. {way}"
+        )
+    if saved is not None and saved.get("draws") != here["draws"]:
+        raise FileError(
+            f"the adapter was trained with fixed draws whose digest is {safe_repr(saved.get('draws'))}; on this "
+            f"machine it is {here['draws']}. Its updates would differ: run tnadapt.verify to see why"
+        )
+    other = f"the adapter was trained on another base model than this {kind}: of its weights"
+    if computed and (difference := _difference(source, here["fingerprint"])) is not None:
+        raise FileError(
+            f"{other}, {difference}. Arrays such as {next(iter(computed))!r} are computed from the base weights and "
+            "not stored, and would be other ones here. Give the base model that it was trained on; or, on that model, "
+            "save the adapter with tnadapt.torch.adapters(model)[name].save(path, store_bases=True), and load that "
+            "file with tnadapt.torch.load(…, check_base=False)"
+        )
+    if saved is not None and (difference := _difference(saved.get("fingerprint"), here["fingerprint"])) is not None:
+        raise FileError(f"{other}, {difference}. {way}")
+
+
+def _difference(saved: Any, here: dict[str, Any] | None) -> str | None:
+    """Describe how two fingerprints differ; None if they match, or one of them could not be taken."""
+    if saved is None or here is None:
+        return None
+    try:
+        return Fingerprint(**saved).difference(Fingerprint(**here))
+    except (TypeError, TnadaptError) as error:
+        raise FileError(f"the fingerprint of the base model in the adapter's config is invalid: {error}") from None
+
+
+def _base_dtype(handle: Adapter) -> torch.dtype:
+    """Return the dtype of the adapted weights, promoted if they differ; float32 if all are quantized."""
+    stored = [merging.stored(handle._state, index) for index in range(len(handle.targets))]
+    dtypes = [weight.dtype for weight in stored if weight is not None]
+    # torch counts float8 types as floating point, but cannot compute in them.
+    wide = [dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1]
+    return functools.reduce(torch.promote_types, wide) if wide else torch.float32
+
+
+# -- The tuner ---------------------------------------------------------------------------------------------------------
 
 
 class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not looked at
@@ -403,7 +481,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
             with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
                 handle = _attach(model, config, adapter_name)
                 layer.add(handle)
-            check_base(handle, config.base, config.computed_from)
+            _check_base(handle, config.base, config.computed_from)
             if config.trained is not None:
                 _choose(handle, config.trained)
             if not config.init_weights:
@@ -494,7 +572,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         handle = self.tnadapt.handle(adapter_name)
-        dtype = torch.float32 if autocast_adapter_dtype else base_dtype(handle)
+        dtype = torch.float32 if autocast_adapter_dtype else _base_dtype(handle)
         for _, parameter in handle.named_parameters():
             if not autocast_adapter_dtype or parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.to(dtype)
@@ -540,7 +618,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         handle = layer.handle(adapter_name)
         if config.base is None or (config.computed_from is None and handle.plan.base_shapes):
             base = layer.base_of(adapter_name)
-            config.keep_base(base, computed_from(handle, base))
+            config.keep_base(base, _computed_from(handle, base))
         config.keep_trained(handle.trained)
         own = {key: tensor for key, tensor in state_dict.items() if in_file(key, adapter_name) is not None}
         # PEFT's files have the arrays, as tnadapt's do.

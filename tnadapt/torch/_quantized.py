@@ -1,0 +1,1089 @@
+"""Quantized layers of all libraries: recognized, dequantized and requantized by one class each; the table of them.
+
+:class:`QuantizedLayer` is the contract, which one class for each type of layer fulfills. None of them imports the
+library whose layers it knows: layers are recognized by the names of their classes, and a library is loaded already if a
+model has its layers. :data:`QUANTIZED` at the end lists the classes, and :func:`quantized_type` asks them.
+
+A layer with ``in_features``, ``out_features`` and an integer weight needs no entry here to be adapted. Without one it
+has no fingerprint, and nothing is merged into it.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from tnadapt.errors import TargetError
+from tnadapt.plugins import Registry, load_plugins
+
+__all__ = [
+    "QUANTIZED",
+    "QuantizedLayer",
+    "crossing",
+    "is_embedding",
+    "is_packed",
+    "planar",
+    "quantized_type",
+    "register_quantized",
+    "twin",
+    "unpacked",
+]
+
+
+# -- The contract of a type of quantized layer -------------------------------------------------------------------------
+
+
+class QuantizedLayer:
+    """Support for one type of quantized layer: a linear one, or an embedding.
+
+    A subclass defines :meth:`matches`, :meth:`shape` where the layer has no ``in_features`` and ``out_features``, and
+    :meth:`looks_up` for an embedding with a forward of its own.
+    Adapters act on it by the strategies ``"factored"`` and ``"additive"``, which leave the weight alone. With
+    :meth:`dequantize`, files have a fingerprint of the base, and settings that need its numbers work. With
+    :meth:`requantize` as well, updates can be merged into it.
+
+    Attributes
+    ----------
+    stored : tuple of str
+        Names of the module's attributes that together store the weight: parameters, buffers or others. They are kept
+        during a merge, and put back by ``unmerge()``. Empty for a type that cannot be merged into.
+    moved : float
+        The time to dequantize one element of the weight, in elements of float32 that are read or written meanwhile:
+        what ``"auto"`` counts where a strategy dequantizes (:mod:`tnadapt.torch._strategy_choice`). The built-in types'
+        are those of ``benchmarks/quantized.py`` on a CPU.
+    """
+
+    stored: tuple[str, ...] = ()
+    moved: float = 4.0
+
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether the module is a layer of this type.
+
+        Called for every module of a model, so look at classes and at which attributes there are, not at values.
+        """
+        raise TargetError(f"{type(self).__name__} does not define matches(module)")
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """Return rows and columns of the weight: output and input features; of an embedding, number and size."""
+        rows, cols = getattr(module, "out_features", None), getattr(module, "in_features", None)
+        if self.looks_up(module) or isinstance(module, nn.Embedding):
+            rows, cols = getattr(module, "num_embeddings", None), getattr(module, "embedding_dim", None)
+        if not (isinstance(rows, int) and isinstance(cols, int)):
+            raise TargetError(
+                f"{type(module).__name__} has no in_features and out_features: define "
+                f"{type(self).__name__}.shape(module)"
+            )
+        return rows, cols
+
+    def looks_up(self, module: nn.Module) -> bool:
+        """Return whether the module is an embedding: its forward takes indices, and returns those rows of the weight.
+
+        The forward of :class:`torch.nn.Embedding` is known; others are known by this method only.
+        """
+        return False
+
+    def dequantize(self, module: nn.Module) -> Tensor | None:
+        """Return the weight as numbers, ``(rows, cols)``, or None if that is not possible.
+
+        The fingerprint by which a file recognizes its base model is computed from it; without it nothing is checked.
+        """
+        return None
+
+    def passes_gradient(self, module: nn.Module) -> bool:
+        """Return whether backward through the layer computes the gradient of its input.
+
+        Layers that round their input do not. On an adapted layer the gradient is then that of x times the dequantized
+        weight, as if nothing were rounded.
+        """
+        return True
+
+    def while_attached(self, module: nn.Module) -> Mapping[str, Any]:
+        """Return attributes to set on the module while an adapter is attached to the model, by name.
+
+        Called for every layer of this type in a model, adapted or not.
+        """
+        return {}
+
+    def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
+        """Quantize a weight as the module's own is quantized, by a call of its library; do not change the module.
+
+        Parameters
+        ----------
+        module : Module
+        weight : Tensor
+            ``(rows, cols)`` in float32, on the device of the dequantized weight.
+
+        Returns
+        -------
+        mapping of str to object
+            A value for each name in ``stored``.
+
+        Raises
+        ------
+        TargetError
+            If that is not possible; by default always.
+        """
+        raise TargetError(
+            f"{type(module).__name__} cannot be merged into, because {type(self).__name__} does not define "
+            "requantize(module, weight)"
+        )
+
+    def keep_rows(self, module: nn.Module, state: Mapping[str, Any], changed: Tensor) -> Mapping[str, Any]:
+        """Return a new state with the module's own codes and scales in all rows but some; do not change the module.
+
+        Called where an update leaves rows as they are. A library that quantizes its own numbers again may round them to
+        others; where that is so, and rows have codes and scales of their own, they can be kept. By default, the state
+        is returned as it is.
+
+        Parameters
+        ----------
+        module : Module
+        state : mapping of str to object
+            As :meth:`requantize` returned it.
+        changed : Tensor of bool, shape (rows,)
+            The rows whose new codes are needed.
+        """
+        return state
+
+    def state(self, module: nn.Module) -> dict[str, Any]:
+        """Return what stores the module's weight: the attributes in ``stored``, not copied."""
+        return {name: getattr(module, name, None) for name in self.stored}
+
+    def restore(self, module: nn.Module, state: Mapping[str, Any]) -> None:
+        """Put a state in place, as :meth:`state` or :meth:`requantize` returned it; can be repeated."""
+        for name, value in state.items():
+            held = next((own for own in (module._parameters, module._buffers) if name in own), module.__dict__)
+            held[name] = value
+
+
+def is_instance(found: object, *names: str) -> bool:
+    """Return whether an object is of one of these classes, or of a subclass, without importing them.
+
+    Parameters
+    ----------
+    found : object
+    *names : str
+        Full names: ``"package.module.Class"``.
+
+    Examples
+    --------
+    >>> is_instance(nn.Linear(2, 2), "torch.nn.modules.linear.Linear"), is_instance(nn.ReLU(), "other.ReLU")
+    (True, False)
+    """
+    return any(f"{cls.__module__}.{cls.__qualname__}" in names for cls in type(found).__mro__)
+
+
+def twin(module: nn.Module) -> Any:
+    """Return a module with the same tensors and attributes, on which others can be set without changing the first."""
+    found = copy.copy(module)
+    for name in ("_parameters", "_buffers", "_modules"):
+        found.__dict__[name] = dict(module.__dict__[name])
+    return found
+
+
+def rows_of(changed: Tensor, new: Tensor, own: Tensor) -> Tensor:
+    """Return the rows of one tensor where a mask is true, and those of another elsewhere.
+
+    Examples
+    --------
+    >>> rows_of(torch.tensor([True, False]), torch.ones(2, 2), torch.zeros(2, 2))
+    tensor([[1., 1.],
+            [0., 0.]])
+    """
+    return torch.where(changed.to(own.device).view(-1, *[1] * (own.ndim - 1)), new, own)
+
+
+# -- bitsandbytes: 4-bit codes of nf4 and fp4, and int8 rows with a scale each (LLM.int8()) ----------------------------
+
+
+class FourBitLayer(QuantizedLayer):
+    """``bitsandbytes.nn.Linear4bit``: nf4 or fp4, with plain or quantized scales."""
+
+    stored = ("weight", "quant_state")
+    moved = 1.0
+
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether it is a Linear4bit."""
+        return is_instance(module, "bitsandbytes.nn.modules.Linear4bit")
+
+    def dequantize(self, module: nn.Module) -> Tensor | None:
+        """Return the weight; before its first move to a device it is not quantized yet."""
+        weight: Any = module._parameters["weight"]
+        if weight.device.type == "meta":
+            return None
+        state = _quant_state(module)
+        if state is None:
+            return cast(Tensor, weight.detach()) if weight.is_floating_point() else None
+        _unpack(module)
+        weight = module._parameters["weight"]
+        found: Tensor = _functional().dequantize_4bit(weight.data, _quant_state(module))
+        return found.reshape(self.shape(module))
+
+    def while_attached(self, module: nn.Module) -> Mapping[str, Any]:
+        """Keep the weight as it is in evaluation on CPUs with AVX-512 BF16.
+
+        There the first call in evaluation mode would repack it for a kernel that has no backward, with scales rounded
+        to bfloat16, for good.
+        """
+        _unpack(module)
+        return {"support_avx512bf16_for_cpu": False} if hasattr(module, "support_avx512bf16_for_cpu") else {}
+
+    def state(self, module: nn.Module) -> dict[str, Any]:
+        """Return weight and quantization state, in the layout that files have."""
+        _unpack(module)
+        return super().state(module)
+
+    def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
+        """Quantize by ``quantize_4bit`` with the weight's own type, block size and dtypes."""
+        held: Any = module._parameters["weight"]
+        known = _quant_state(module)
+        if known is None:
+            return {"weight": _same_class(held, weight.to(held.dtype)), "quant_state": None}
+        codes, found = _functional().quantize_4bit(
+            weight.to(known.dtype).contiguous(),
+            blocksize=known.blocksize,
+            compress_statistics=known.nested,
+            quant_type=known.quant_type,
+            quant_storage=held.dtype,
+        )
+        new = _same_class(held, codes.reshape(held.shape))
+        new.quant_state = found
+        return {"weight": new, "quant_state": found}
+
+
+class Int8Layer(QuantizedLayer):
+    """``bitsandbytes.nn.Linear8bitLt``: int8 codes, with the largest absolute value of each row as its scale."""
+
+    stored: tuple[str, ...] = ("weight", "state")
+    moved = 1.0
+
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether it is a Linear8bitLt."""
+        return is_instance(module, "bitsandbytes.nn.modules.Linear8bitLt")
+
+    def dequantize(self, module: nn.Module) -> Tensor | None:
+        """Return the weight; before its first move to a device it is not quantized yet."""
+        weight: Any = module._parameters["weight"]
+        if weight.device.type == "meta":
+            return None
+        if weight.dtype is not torch.int8:
+            return cast(Tensor, weight.detach())
+        holders = (weight, getattr(module, "state", None))  # an embedding has no state
+        scales = next(scales for holder in holders if (scales := getattr(holder, "SCB", None)) is not None)
+        codes: Tensor = weight.detach().as_subclass(Tensor)
+        return codes.float() * cast(Tensor, scales.float() / 127.0).view(-1, 1)
+
+    def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
+        """Quantize by ``int8_vectorwise_quant`` from float16, as the library does when a layer is moved."""
+        held: Any = module._parameters["weight"]
+        found: dict[str, Any] = {}
+        if "state" in self.stored:
+            found["state"] = copy.copy(module.state)
+            found["state"].reset_grads()  # forgets the codes and scales of the original
+        if held.dtype is not torch.int8:
+            return {**found, "weight": _same_class(held, weight.to(held.dtype))}
+        codes, scales, _ = _functional().int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+        new = _same_class(held, codes)
+        new.CB, new.SCB = codes, scales
+        return {**found, "weight": new}
+
+
+def _functional() -> Any:
+    return sys.modules["bitsandbytes"].functional
+
+
+def _quant_state(module: nn.Module) -> Any:
+    # A parameter that was converted, as by FSDP, has lost it, and the module still has it.
+    found = getattr(module._parameters["weight"], "quant_state", None)
+    return getattr(module, "quant_state", None) if found is None else found
+
+
+def _unpack(module: Any) -> None:
+    """Undo the packing for the CPU's kernel, by the library's own code, which runs when a state dict is made."""
+    state = _quant_state(module)
+    if state is not None and getattr(state, "packing_format_for_cpu", False):
+        module._save_to_state_dict({}, "", False)
+        state = _quant_state(module)
+    # That code (0.50) leaves plain scales transposed and in bfloat16, as the kernel reads them.
+    if state is not None and not state.nested and state.absmax.ndim == 2:
+        state.absmax = state.absmax.T.reshape(-1).float()
+
+
+def _same_class(held: Any, data: Tensor) -> Any:
+    """Return a parameter of the same class and settings with other data."""
+    new = torch.Tensor._make_subclass(type(held), data, held.requires_grad)
+    new.__dict__.update(held.__dict__)
+    return new
+
+
+# -- Embeddings with a forward of their own: bitsandbytes, and torchao after training for 4 bits -----------------------
+
+# Embeddings after ``torchao.quantization.quantize_`` are torch's own, with a tensor of torchao's
+# (:class:`TorchAOLayer`).
+
+
+class FourBitEmbedding(FourBitLayer):
+    """``bitsandbytes.nn.Embedding4bit``, and its subclasses for nf4 and fp4."""
+
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether it is an Embedding4bit."""
+        return is_instance(module, "bitsandbytes.nn.modules.Embedding4bit")
+
+    def looks_up(self, module: nn.Module) -> bool:
+        """Return True."""
+        return True
+
+
+class Int8Embedding(Int8Layer):
+    """``bitsandbytes.nn.Embedding8bit``."""
+
+    stored = ("weight",)
+
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether it is an Embedding8bit."""
+        return is_instance(module, "bitsandbytes.nn.modules.Embedding8bit")
+
+    def looks_up(self, module: nn.Module) -> bool:
+        """Return True."""
+        return True
+
+
+class Int4Embedding(QuantizedLayer):
+    """``Int4WeightOnlyEmbedding``, which torchao's ``Int4WeightOnlyEmbeddingQATQuantizer`` leaves after training."""
+
+    stored = ("weight", "scale", "zero_point")
+    moved = 2.0
+
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether it is an Int4WeightOnlyEmbedding."""
+        return is_instance(module, "torchao.quantization.qat.embedding.Int4WeightOnlyEmbedding")
+
+    def looks_up(self, module: nn.Module) -> bool:
+        """Return True."""
+        return True
+
+    def dequantize(self, module: nn.Module) -> Tensor | None:
+        """Return what the module's own forward returns for all indices."""
+        layer: Any = module
+        if layer.weight.device.type == "meta":
+            return None
+        with torch.no_grad():
+            found: Tensor = type(layer).forward(layer, torch.arange(layer.num_embeddings, device=layer.weight.device))
+        return found
+
+    def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
+        """Quantize by the functions of torchao that its quantizer calls, with the layer's group size and dtypes."""
+        layer: Any = module
+        utils = importlib.import_module("torchao.quantization.utils")
+        operations = importlib.import_module("torchao._executorch_ops")
+        low, high = -(1 << (layer.bit_width - 1)), (1 << (layer.bit_width - 1)) - 1
+        weight = weight.to(layer.output_dtype)
+        scale, zero = utils.get_group_qparams_symmetric(
+            weight, layer.bit_width, layer.group_size, precision=layer.scale_precision
+        )
+        zero = zero.to(layer.zero_point_precision)
+        quantize = operations._quantized_decomposed_quantize_per_channel_group_wrapper
+        codes = quantize(weight, scale, zero, low, high, torch.int8, layer.group_size)
+        return {"weight": codes, "scale": scale.to(layer.scale_precision), "zero_point": zero}
+
+    def keep_rows(self, module: nn.Module, state: Mapping[str, Any], changed: Tensor) -> Mapping[str, Any]:
+        """Keep codes, scales and zero points, which are row by row."""
+        return {name: rows_of(changed, state[name], own) for name, own in self.state(module).items()}
+
+
+# -- Small integers packed into words of 32 bits, as GPTQ and AWQ store codes and zero points --------------------------
+
+
+def unpacked(words: Tensor, bits: int, count: int, axis: int) -> Tensor:
+    """Return the integers that words hold along an axis, the lowest bits of the first word first.
+
+    Parameters
+    ----------
+    words : Tensor, int32, 2-D
+    bits : int
+        Width of each integer; it may cross from one word to the next, as 3 bits do.
+    count : int
+        Number of integers along the axis; the rest is padding.
+    axis : int
+
+    Returns
+    -------
+    Tensor, int32
+
+    Examples
+    --------
+    >>> unpacked(torch.tensor([[0x76543210]], dtype=torch.int32), 4, 8, axis=1)
+    tensor([[0, 1, 2, 3, 4, 5, 6, 7]], dtype=torch.int32)
+    """
+    words = words.movedim(axis, -1)
+    found = _aligned(words, bits, count) if 32 % bits == 0 else crossing(words, bits, count)
+    return found.movedim(-1, axis)
+
+
+def planar(words: Tensor, bits: int, count: int, axis: int) -> Tensor:
+    """Return the integers that words hold along an axis in planes: each 32 integers are in ``bits`` words.
+
+    First come the words of the lowest bits of all 32, then those of the next. The widths of these planes are the powers
+    of two that make up ``bits``, the largest first: 4, 2 and 1 for 7 bits. None crosses from one word to the next.
+
+    Parameters
+    ----------
+    words : Tensor, int32, 2-D
+    bits : int
+    count : int
+        Number of integers along the axis; the rest is padding.
+    axis : int
+
+    Returns
+    -------
+    Tensor, int32
+
+    Examples
+    --------
+    >>> low, high = [0xC, 0], [0x1]  # 2 bits each of the first 16 and the last, and the third bit of all
+    >>> planar(torch.tensor([low + high], dtype=torch.int32), 3, 4, axis=1)
+    tensor([[4, 3, 0, 0]], dtype=torch.int32)
+    """
+    words = words.movedim(axis, -1)
+    blocks = words.reshape(*words.shape[:-1], -1, bits)
+    found = torch.zeros(*blocks.shape[:-1], 32, dtype=torch.int32, device=words.device)
+    low = 0
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            found |= _aligned(blocks[..., low : low + width], width, 32) << low
+            low += width
+    return found.flatten(-2)[..., :count].movedim(-1, axis)
+
+
+def _aligned(words: Tensor, bits: int, count: int) -> Tensor:
+    """Return the integers along the last axis, where each is in one word."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    # The shift fills with the sign, which the mask cuts off.
+    return ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)[..., :count]
+
+
+def crossing(words: Tensor, bits: int, count: int) -> Tensor:
+    """Return the integers along the last axis, which may begin in one word and end in the next."""
+    words = words.to(torch.int64) & 0xFFFFFFFF
+    first = torch.arange(count, device=words.device) * bits
+    place, shift = first // 32, first % 32
+    # The word behind the last one is only read with a shift that leaves nothing of it.
+    low = words[..., place] >> shift
+    high = words[..., (place + 1).clamp_max(words.shape[-1] - 1)] << (32 - shift)
+    return ((low | high) & ((1 << bits) - 1)).to(torch.int32)
+
+
+# -- GPTQ and AWQ: packed words, and scales that were chosen by calibration data ---------------------------------------
+
+# Their packages have one class for each kernel. Some keep the format's words, and some repack them when a model is
+# loaded, or in the first evaluation.
+
+
+# Names of classes that put the words into a kernel's own order, or that rotate their input first.
+_OWN_LAYOUT = ("bitblas", "exllama", "gemv", "machete", "marlin", "mlx", "paro", "qqq", "swordfish")
+
+
+class CalibratedLayer(QuantizedLayer):
+    """A layer with ``qweight``, ``qzeros`` and ``scales``.
+
+    Attributes
+    ----------
+    method : str
+        The name of the method, for messages.
+    chosen : str
+        What the method chose by calibration data, for messages.
+    """
+
+    method = ""
+    chosen = ""
+    moved = 100.0
+
+    def passes_gradient(self, module: nn.Module) -> bool:
+        """Return False for GPTQModel's layers that were repacked for inference, or that also round their input."""
+        return getattr(module, "linear_mode", None) != "inference" and "w4a" not in _names(module)
+
+    def while_attached(self, module: nn.Module) -> Mapping[str, Any]:
+        """Keep the words as they are in evaluation.
+
+        Some of GPTQModel's layers for CPUs decide in their first call: in evaluation they repack their words for good,
+        for a kernel without a backward. They do not once they have been called in training.
+        """
+        undecided = module.__dict__.get("linear_mode", "") is None
+        return {"linear_mode": "train"} if undecided else {}
+
+    def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
+        """Raise a TargetError: codes or scales come from calibration data."""
+        raise TargetError(
+            f"{type(module).__name__} is quantized by {self.method}, which chose its {self.chosen} by calibration "
+            "data: rounding W + ΔW to them would undo that. Keep the adapter attached, or merge into the unquantized "
+            "model and quantize that"
+        )
+
+
+def is_readable(module: nn.Module) -> bool:
+    """Return whether a layer keeps the words of its format, and multiplies its input as it is with their numbers."""
+    layer: Any = module
+    if layer.qweight is None or layer.qweight.device.type == "meta" or layer.qweight.dtype is not torch.int32:
+        return False
+    # SpinQuant's and QuaRot's layers rotate their input.
+    rotates = getattr(layer, "online_full_had", False) or getattr(layer, "online_partial_had", False)
+    return not rotates and not any(own in _names(module) for own in _OWN_LAYOUT)
+
+
+def _names(module: nn.Module) -> str:
+    # AutoGPTQ calls each of its classes QuantLinear, and names the module for the kernel.
+    return " ".join([*(cls.__name__ for cls in type(module).__mro__), type(module).__module__]).lower()
+
+
+# -- AWQ: codes along the output features, those of 4 bits eight to a word in interleaved order ------------------------
+
+
+# Which of a word's eight output features is in which place, from the lowest bits on.
+_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+class AWQLayer(CalibratedLayer):
+    """The linear layers of AutoAWQ and of GPTQModel for AWQ in the GEMM layout, recognized by what they hold.
+
+    ``qweight`` is ``(cols, rows * bits / 32)``, ``qzeros`` ``(groups, rows * bits / 32)`` and ``scales`` ``(groups,
+    rows)``. The weight is ``(codes - zeros) * scales``. Codes of other than 4 bits, which GPTQModel has, are in order,
+    and may cross from one word to the next. Layouts of other kernels (GEMV, Marlin, ExLlama) have other shapes: their
+    layers are adapted, and their weights are not read.
+    """
+
+    method = "AWQ"
+    chosen = "scales"
+
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether it has the tensors of this format, and no groups by index, which GPTQ has."""
+        held = module._buffers.keys() | module._parameters.keys()
+        return held >= {"qweight", "qzeros", "scales"} and "g_idx" not in held and _bits(module) is not None
+
+    def dequantize(self, module: nn.Module) -> Tensor | None:
+        """Return the weight in the dtype of the scales; None for another layout."""
+        layer: Any = module
+        bits = _bits(module)
+        if bits is None or not is_readable(module):
+            return None
+        rows, cols = self.shape(module)
+        groups, words = layer.scales.shape[0], -(-rows * bits // 32)
+        expected = (cols, words), (groups, words), (groups, rows)
+        found = tuple(tuple(tensor.shape) for tensor in (layer.qweight, layer.qzeros, layer.scales))
+        if found != expected or cols % groups or (bits == 4 and rows % 8):
+            return None
+        codes, zeros = (_in_order(unpacked(held, bits, rows, axis=1), bits) for held in (layer.qweight, layer.qzeros))
+        size = cols // groups
+        scales, zeros = (tensor.repeat_interleave(size, 0) for tensor in (layer.scales, zeros))
+        return ((codes - zeros).to(scales.dtype) * scales).T.contiguous()
+
+
+def _bits(module: Any) -> int | None:
+    found = getattr(module, "w_bit", getattr(module, "bits", None))
+    return found if isinstance(found, int) else None
+
+
+def _in_order(codes: Tensor, bits: int) -> Tensor:
+    return codes if bits != 4 else codes.view(len(codes), -1, 8)[:, :, list(_PLACES)].reshape(codes.shape)
+
+
+# -- GPTQ: integer codes along the input features, with scales and zeros of groups of them -----------------------------
+
+
+_EMBEDDING = "gptqmodel.nn_modules.qlinear.torch.TorchQuantEmbeddings"
+
+
+class GPTQLayer(CalibratedLayer):
+    """The linear layers of AutoGPTQ and GPTQModel, recognized by what they hold.
+
+    ``qweight`` has codes of ``bits`` bits in int32 words along the input features, ``qzeros`` the zero points along the
+    output features, and ``g_idx`` the group of each input feature. The weight is ``scales[g] * (codes - zeros[g])``. In
+    AutoGPTQ's format, "gptq", zeros are stored less one; in "gptq_v2" as they are. In GPTQModel's "gptq_p", and for 5,
+    6 and 7 bits in any format, words hold parts of codes (:func:`planar`).
+    """
+
+    method = "GPTQ"
+    chosen = "codes"
+
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether it has the tensors of this format, whatever its class is called."""
+        return _holds_gptq(module) and not is_instance(module, _EMBEDDING)
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """Return output and input features, from the scales and the groups."""
+        anything: Any = module
+        return int(anything.scales.shape[1]), int(anything.g_idx.shape[0])
+
+    def dequantize(self, module: nn.Module) -> Tensor | None:
+        """Return the weight in the dtype of the scales; None if a kernel has put the codes into its own order."""
+        layer: Any = module
+        if not is_readable(module):
+            return None
+        rows, cols = int(layer.scales.shape[1]), int(layer.g_idx.shape[0])
+        if tuple(layer.qweight.shape) != (-(-cols * layer.bits // 32), rows):
+            return None
+        unpack = planar if getattr(layer, "planar", False) else unpacked
+        codes = unpack(layer.qweight, layer.bits, cols, axis=0)
+        zeros = unpack(layer.qzeros, layer.bits, rows, axis=1)
+        zeros = zeros + 1 if _less_one(layer) else zeros
+        group = layer.g_idx.long()
+        scales: Tensor = layer.scales[group]
+        return ((codes - zeros[group]).to(scales.dtype) * scales).T.contiguous()
+
+
+class GPTQEmbedding(GPTQLayer):
+    """GPTQModel's quantized embedding: its vectors are numbered as the input features of a linear layer are."""
+
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether it is a TorchQuantEmbeddings."""
+        return is_instance(module, _EMBEDDING) and _holds_gptq(module)
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """Return the number of vectors and their size."""
+        size, count = super().shape(module)
+        return count, size
+
+    def dequantize(self, module: nn.Module) -> Tensor | None:
+        """Return the table of vectors in the dtype of the scales."""
+        found = super().dequantize(module)
+        return None if found is None else found.T.contiguous()
+
+    def looks_up(self, module: nn.Module) -> bool:
+        """Return True."""
+        return True
+
+
+def _holds_gptq(module: nn.Module) -> bool:
+    held = module._buffers.keys() | module._parameters.keys()
+    return held >= {"qweight", "qzeros", "scales", "g_idx"} and isinstance(getattr(module, "bits", None), int)
+
+
+def _less_one(layer: Any) -> bool:
+    """Return whether the layer's forward adds one to the zeros that it holds.
+
+    GPTQModel's kernels with REQUIRES_FORMAT_V2 take them as they are. Their zeros are converted when a "gptq" model is
+    loaded; those of a "gptq_v2" model need no conversion, and ``qzero_format()`` goes on saying 1.
+    """
+    own = getattr(layer, "REQUIRES_FORMAT_V2", None)
+    method = getattr(layer, "qzero_format", None)
+    return own is not True and (method is None or method() == 1)
+
+
+# -- HQQ: packed codes of 1 to 8 bits, with scales and zeros of groups -------------------------------------------------
+
+
+class HQQLayer(QuantizedLayer):
+    """``hqq.core.quantize.HQQLinear``."""
+
+    stored = ("W_q", "meta")
+    moved = 4.0
+
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether it is an HQQLinear that has been quantized or loaded."""
+        return is_instance(module, "hqq.core.quantize.HQQLinear") and bool(getattr(module, "ready", False))
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """Return the shape that was quantized."""
+        rows, cols = module.meta["shape"]  # type: ignore[index]
+        return int(rows), int(cols)
+
+    def dequantize(self, module: nn.Module) -> Tensor | None:
+        """Return the weight in the layer's dtype."""
+        other = twin(module)
+        # The library completes this dictionary for a moment.
+        other.meta = dict(other.meta)
+        if other.W_q.device.type == "meta":
+            return None
+        with torch.no_grad():
+            found: Tensor = other.dequantize()
+        return found
+
+    def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
+        """Quantize by the layer's own ``quantize`` and settings, which fit scales and zeros."""
+        other = twin(module)
+        if not other.quant_config:
+            raise TargetError(
+                "this HQQLinear was loaded without its quant_config, so that it cannot be quantized again: keep the "
+                "adapter attached, or set quant_config on the layer"
+            )
+        before = other.W_q
+        for holder in (other._parameters, other._buffers, other.__dict__):
+            holder.pop("W_q", None)
+        with torch.no_grad():
+            other.quantize(weight, **dict(other.quant_config))
+        if other.W_q.shape != before.shape or other.W_q.dtype != before.dtype:
+            raise TargetError(
+                f"HQQ quantized the merged weight to codes of shape {tuple(other.W_q.shape)}, and the layer has "
+                f"{tuple(before.shape)}: its quant_config is not that of its codes"
+            )
+        return {"W_q": other.W_q, "meta": other.meta}
+
+
+# -- torchao: the module is torch's own, and the class of its weight is torchao's --------------------------------------
+
+# Such a tensor reports the dtype that it was quantized from, and the shape that it stands for: nothing but its class
+# tells it from ordinary numbers.
+
+
+class TorchAOLayer(QuantizedLayer):
+    """A linear layer or an embedding after ``torchao.quantization.quantize_``: int8, float8, int4 and others, nf4."""
+
+    stored = ("weight",)
+    moved = 2.0
+
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether it is a linear layer or an embedding, and its weight is of a class of torchao's."""
+        weight = module._parameters.get("weight")
+        return isinstance(module, (nn.Linear, nn.Embedding)) and weight is not None and _is_torchao(weight)
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """Return the shape that the tensor reports."""
+        rows, cols = module._parameters["weight"].shape  # type: ignore[union-attr]
+        return rows, cols
+
+    def dequantize(self, module: nn.Module) -> Tensor | None:
+        """Return the weight; None if its class has no dequantize(), as kernels' own layouts."""
+        weight: Any = module._parameters["weight"]
+        if weight.device.type == "meta":
+            return None
+        method = getattr(weight, "get_original_weight", weight.dequantize)  # nf4's own name
+        with torch.no_grad():
+            try:
+                found: Tensor = method()
+            except (AttributeError, NotImplementedError):
+                return None
+            # A class that does not define the method inherits torch's, which returns something else.
+            return found if type(found) is Tensor and found.shape == weight.shape else None
+
+    def passes_gradient(self, module: nn.Module) -> bool:
+        """Return False for weights whose layer quantizes its input, too."""
+        weight: Any = module._parameters["weight"]
+        names = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
+        return all(getattr(weight, name, None) is None for name in names)
+
+    def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
+        """Quantize by the tensor class's own method with the settings of the module's weight."""
+        held: Any = module._parameters["weight"]
+        how = _AGAIN.get(type(held).__name__)
+        if how is None:
+            raise TargetError(
+                f"torchao's {type(held).__name__} cannot be merged into: tnadapt knows how to quantize again for "
+                f"{', '.join(_AGAIN)}. Keep the adapter attached, or register a type with tnadapt.torch."
+                "register_quantized"
+            )
+        new = how(held, weight.to(held.dtype).contiguous())
+        for name in ("act_pre_scale", "act_quant_scale", "act_quant_zero_point"):
+            if getattr(held, name, None) is not None:
+                setattr(new, name, getattr(held, name))
+        return {"weight": nn.Parameter(new, requires_grad=False)}
+
+    def keep_rows(self, module: nn.Module, state: Mapping[str, Any], changed: Tensor) -> Mapping[str, Any]:
+        """Keep codes and scales where all of them are row by row: not those of one scale, or of a kernel's layout."""
+        weight: Any = module._parameters["weight"]
+        held, new = weight.data, state["weight"].data
+        names, settings = held.__tensor_flatten__()
+        rows = len(changed)
+        parts = {name: (getattr(new, name), getattr(held, name)) for name in names}
+        # Blocks of one row: codes and scales have a row for each.
+        by_rows = tuple(getattr(held, "block_size", ()))[:1] == (1,)
+        if not by_rows or any(len(own) != rows or one.shape != own.shape for one, own in parts.values()):
+            return state
+        kept = {name: rows_of(changed, one, own) for name, (one, own) in parts.items()}
+        found = type(held).__tensor_unflatten__(kept, settings, held.shape, held.stride())
+        return {"weight": nn.Parameter(found, requires_grad=False)}
+
+
+def _is_torchao(tensor: Tensor) -> bool:
+    return any(f"{cls.__module__}.".startswith("torchao.") for cls in type(tensor).__mro__)
+
+
+def _granularity(held: Any) -> Any:
+    """Return the granularity that a block size stands for."""
+    found = importlib.import_module("torchao.quantization.granularity")
+    block = tuple(held.block_size)
+    if block == tuple(held.shape):
+        return found.PerTensor()
+    if block == (1, held.shape[1]):
+        return found.PerRow()
+    return found.PerGroup(block[1]) if block[0] == 1 else found.PerBlock(block)
+
+
+def _mapping(held: Any) -> Any:
+    found = importlib.import_module("torchao.quantization.quant_primitives").MappingType
+    plain = held.zero_point is None or not bool(held.zero_point.any())
+    return found.SYMMETRIC if plain else found.ASYMMETRIC
+
+
+def _int8(held: Any, weight: Tensor) -> Any:
+    return type(held).from_hp(
+        weight,
+        _granularity(held),
+        mapping_type=_mapping(held),
+        act_quant_kwargs=held.act_quant_kwargs,
+        reduce_range=held.reduce_range,
+    )
+
+
+def _float8(held: Any, weight: Tensor) -> Any:
+    return type(held).from_hp(
+        weight,
+        float8_dtype=held.qdata.dtype,
+        granularity=_granularity(held),
+        mm_config=held.mm_config,
+        kernel_preference=held.kernel_preference,
+        act_quant_kwargs=held.act_quant_kwargs,
+    )
+
+
+def _intx(held: Any, weight: Tensor) -> Any:
+    return type(held).from_hp(
+        weight,
+        tuple(held.block_size),
+        held.target_dtype,
+        mapping_type=_mapping(held),
+        activation_quantization=held.activation_quantization,
+    )
+
+
+def _int4(held: Any, weight: Tensor) -> Any:
+    return type(held).from_hp(weight, list(held.block_size))
+
+
+def _nf4(held: Any, weight: Tensor) -> Any:
+    return type(held).from_tensor(weight, held.block_size, held.scaler_block_size)
+
+
+#: By the name of the tensor's class: quantize numbers again with a tensor's settings.
+_AGAIN: Mapping[str, Callable[[Any, Tensor], Any]] = {
+    "Int8Tensor": _int8,
+    "Float8Tensor": _float8,
+    "IntxUnpackedToInt8Tensor": _intx,
+    "Int4Tensor": _int4,
+    "Int4PlainInt32Tensor": _int4,
+    "Int4TilePackedTo4dTensor": _int4,
+    "NF4Tensor": _nf4,
+}
+
+
+# -- optimum-quanto: int8, int4, int2 and float8, frozen, or requantized in each forward pass --------------------------
+
+
+class QuantoLayer(QuantizedLayer):
+    """``optimum.quanto.QLinear``, before and after ``freeze``."""
+
+    stored = ("weight",)
+    moved = 2.0
+
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether it is a QLinear whose weight is quantized."""
+        return (
+            is_instance(module, "optimum.quanto.nn.qlinear.QLinear")
+            and getattr(module, "weight_qtype", None) is not None
+        )
+
+    def dequantize(self, module: nn.Module) -> Tensor | None:
+        """Return the weight that the layer computes with: before ``freeze``, its float weight after rounding."""
+        weight: Any = module._parameters["weight"]
+        if weight.device.type == "meta":
+            return None
+        anything: Any = module
+        with torch.no_grad():
+            found: Tensor = anything.qweight.dequantize()
+        return found
+
+    def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
+        """Quantize by the layer's own optimizer of scales; a layer that is not frozen keeps a float weight."""
+        held: Any = module._parameters["weight"]
+        other = twin(module)
+        frozen = other.frozen
+        new = nn.Parameter(weight.to(held.dtype), requires_grad=held.requires_grad and not frozen)
+        if not frozen:
+            return {"weight": new}
+        other._parameters["weight"] = new
+        with torch.no_grad():
+            return {"weight": nn.Parameter(other.qweight, requires_grad=False)}
+
+
+# -- GGUF: layers of transformers whose weights stay in the blocks of the file -----------------------------------------
+
+# transformers 5.24 makes them of some architectures where there is a kernel for the device, and numbers elsewhere.
+
+
+_MODULE = "transformers.integrations.gguf"
+
+
+class GgufLayer(QuantizedLayer):
+    """``GgufLinear`` of transformers."""
+
+    stored = ("weight",)
+    moved = 4.0
+    _own = f"{_MODULE}.utils.GgufLinear"
+
+    def matches(self, module: nn.Module) -> bool:
+        """Return whether it is a layer of this type."""
+        return is_instance(module, self._own)
+
+    def dequantize(self, module: nn.Module) -> Tensor | None:
+        """Return the weight in float32, for the input as it comes: some layers permute it first."""
+        layer: Any = module
+        if layer.weight.device.type == "meta":
+            return None
+        rows, cols = self.shape(module)
+        kernels = importlib.import_module(f"{_MODULE}.kernels")
+        with torch.no_grad():
+            found: Tensor = kernels.dequantize_blocks(layer.weight, layer.ggml_type, rows, cols, torch.float32)
+        order = getattr(layer, "input_permutation", None)
+        return found if order is None else torch.empty_like(found).index_copy_(1, order, found)
+
+    def passes_gradient(self, module: nn.Module) -> bool:
+        """Return False: kernels for few tokens have no backward."""
+        return self.looks_up(module)
+
+    def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
+        """Quantize by the package gguf, which knows how for some types of blocks."""
+        layer: Any = module
+        order = getattr(layer, "input_permutation", None)
+        weight = weight if order is None else weight.index_select(1, order)
+        try:
+            gguf: Any = importlib.import_module("gguf")
+            kind = gguf.GGMLQuantizationType(layer.ggml_type)
+            blocks = gguf.quants.quantize(weight.float().cpu().numpy(), kind)
+        except ImportError:
+            raise TargetError(
+                "merging into GGUF's blocks needs the package gguf: pip install 'tnadapt[gguf]'"
+            ) from None
+        except NotImplementedError:
+            raise TargetError(
+                f"the package gguf cannot quantize to {kind.name}: keep the adapter attached, or merge into the "
+                "unquantized model and quantize that"
+            ) from None
+        found = torch.from_numpy(blocks).to(layer.weight.device).reshape(layer.weight.shape)
+        return {"weight": nn.Parameter(found, requires_grad=False)}
+
+    def keep_rows(self, module: nn.Module, state: Mapping[str, Any], changed: Tensor) -> Mapping[str, Any]:
+        """Keep the blocks of rows, each of which has its own."""
+        held: Any = module._parameters["weight"]
+        return {"weight": nn.Parameter(rows_of(changed, state["weight"].data, held.data), requires_grad=False)}
+
+
+class GgufEmbedding(GgufLayer):
+    """``GgufEmbedding`` of transformers."""
+
+    _own = f"{_MODULE}.utils.GgufEmbedding"
+
+    def looks_up(self, module: nn.Module) -> bool:
+        """Return True."""
+        return True
+
+
+# -- The table of types, and the type of a module ----------------------------------------------------------------------
+
+
+QUANTIZED: Registry[QuantizedLayer] = Registry(
+    "quantized layer",
+    QuantizedLayer,
+    {
+        "bitsandbytes-4bit": FourBitLayer,
+        "bitsandbytes-int8": Int8Layer,
+        "bitsandbytes-4bit-embedding": FourBitEmbedding,
+        "bitsandbytes-int8-embedding": Int8Embedding,
+        "torchao": TorchAOLayer,
+        "torchao-int4-embedding": Int4Embedding,
+        "quanto": QuantoLayer,
+        "hqq": HQQLayer,
+        "gguf": GgufLayer,
+        "gguf-embedding": GgufEmbedding,
+        "gptq": GPTQLayer,
+        "gptq-embedding": GPTQEmbedding,
+        "awq": AWQLayer,
+    },
+)
+
+
+def register_quantized(name: str, cls: type[QuantizedLayer]) -> None:
+    """Make a type of quantized layer known to :func:`attach` and :func:`load`.
+
+    Parameters
+    ----------
+    name : str
+        Lower-case letters, digits, ``.``, ``_`` and ``-``. The module that registered it can
+        replace the class.
+    cls : type
+        A subclass of :class:`QuantizedLayer`, called without arguments. It is asked before the built-in types.
+
+    Raises
+    ------
+    ConfigError
+        If the name does not have that form, is built in, or registered by another module, or the class is not a
+        subclass of QuantizedLayer.
+
+    Examples
+    --------
+    >>> import torch, tnadapt.torch as tt
+    >>> class SignLinear(torch.nn.Module):
+    ...     def __init__(self, rows, cols):
+    ...         super().__init__()
+    ...         self.register_buffer("signs", torch.randn(rows, cols) > 0)
+    ...     def forward(self, x):
+    ...         return x @ (2.0 * self.signs - 1.0).T
+    >>> class Sign(tt.QuantizedLayer):
+    ...     stored = ("signs",)
+    ...     def matches(self, module):
+    ...         return isinstance(module, SignLinear)
+    ...     def shape(self, module):
+    ...         return tuple(module.signs.shape)
+    ...     def dequantize(self, module):
+    ...         return 2.0 * module.signs - 1.0
+    ...     def requantize(self, module, weight):
+    ...         return {"signs": weight > 0}
+    >>> tt.register_quantized("sign", Sign)
+    >>> adapter = tt.attach(torch.nn.Sequential(SignLinear(4, 6)), targets="all-linear")
+    >>> adapter.targets[0].shape
+    (4, 6)
+    """
+    QUANTIZED.register(name, cls)
+
+
+def quantized_type(module: nn.Module) -> QuantizedLayer | None:
+    """Return the type that matches a module, or None."""
+    load_plugins()
+    for name in sorted(QUANTIZED, key=QUANTIZED.built_in.__contains__):
+        found = QUANTIZED[name]()
+        if found.matches(module):
+            return found
+    return None
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Return whether a module is an embedding, of numbers or quantized.
+
+    Examples
+    --------
+    >>> is_embedding(nn.Embedding(4, 2)), is_embedding(nn.Linear(4, 2))
+    (True, False)
+    """
+    if isinstance(module, nn.Embedding):
+        return True
+    kind = quantized_type(module)
+    return kind is not None and kind.looks_up(module)
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Return whether a tensor is of a subclass that keeps something else than its elements, as torchao's codes.
+
+    Such a tensor may report a floating-point dtype. The parts of a DTensor are elements.
+
+    Examples
+    --------
+    >>> import torch
+    >>> is_packed(torch.zeros(2)), is_packed(nn.Parameter(torch.zeros(2)))
+    (False, False)
+    """
+    anything: Any = weight
+    return bool(is_traceable_wrapper_subclass(anything)) and not hasattr(weight, "full_tensor")
