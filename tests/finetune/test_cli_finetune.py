@@ -113,7 +113,6 @@ def test_the_default_folder_has_the_whole_name(source: str, word: str) -> None:
 
 def test_one_weight_is_counted_as_one(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
     given = ["--model", tiny.bert(tmp_path / "bert"), "--data", tiny.classes(tmp_path / "a.jsonl")]
     done = invoke(*given, "--targets", "bert.encoder.layer.0.attention.self.query", "--preset", "lora", "--dry-run")
     assert done.exit_code == 0, done.output
@@ -126,7 +125,6 @@ def test_one_weight_is_counted_as_one(tmp_path: Path) -> None:
 )
 def test_targets_are_names_roles_or_a_pattern(tmp_path: Path, targets: list[str], count: int) -> None:
     pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
     given = ["--model", tiny.bert(tmp_path / "bert"), "--data", tiny.classes(tmp_path / "a.jsonl"), "--preset", "lora"]
     done = invoke(*given, *(part for one in targets for part in ("--targets", one)), "--dry-run")
     assert done.exit_code == 0, done.output

@@ -14,7 +14,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
 typer_testing = pytest.importorskip("typer.testing")
 
 from tnadapt.cli import app

@@ -13,7 +13,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
 typer_testing = pytest.importorskip("typer.testing")
 
 import tnadapt as tna
@@ -34,8 +33,7 @@ LORA = Method("LoRA", "r = 1", tna.presets.lora(1))
 
 def trained(folder: Path, model: str, data: str, **options: Any) -> tuple[Problem, dict[str, Any], Path]:
     """Train an adapter for a few steps; return the problem, its result line and its file."""
-    # The plain loop takes the same steps as the Trainer, in less time.
-    problem = dataclasses.replace(open_problem(Spec(model=model, data=data, **options)), trainer=False)
+    problem = open_problem(Spec(model=model, data=data, **options))
     record = train(problem, Task(LORA, 0, 0.05), Training(2, 8), folder / "adapters")
     return problem, record, folder / "adapters" / record["adapter"]
 

@@ -10,7 +10,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
 
 from tnadapt.errors import FileError, TnadaptError
 from tnadapt.finetune import Spec, open_problem, predict

@@ -10,7 +10,6 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
-pytest.importorskip("accelerate")
 
 from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Spec, open_problem

@@ -12,7 +12,6 @@ import tnadapt
 
 MUTABLE = {
     "tnadapt.torch._forward_pass.PatchedParameter": "its list of slots is another one when an adapter leaves",
-    "tnadapt.finetune._indexed_trainer.TrainerArguments": "transformers' own are, and its Trainer writes into them",
     "tnadapt.torch.peft._peft_config.TnadaptConfig": "PEFT writes into the configs of adapters, and so do its users",
 }
 

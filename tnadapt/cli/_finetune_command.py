@@ -337,7 +337,7 @@ def finetune_command(
     ] = None,
     report_to: Annotated[
         ReportTo,
-        typer.Option(help="Where transformers' Trainer reports the trainings of your own model.", rich_help_panel=HOW),
+        typer.Option(help="Where the trainings of your own model are reported.", rich_help_panel=HOW),
     ] = ReportTo.NONE,
     pretrain_epochs: Annotated[
         int, typer.Option(min=1, help="Pretraining epochs of the small ViT for the digits.", rich_help_panel=HOW)

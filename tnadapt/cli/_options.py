@@ -299,7 +299,7 @@ TASK_NAMES = (
 
 
 class ReportTo(enum.StrEnum):
-    """Reports of transformers' Trainer."""
+    """Where trainings are reported, through transformers."""
 
     NONE = "none"
     TENSORBOARD = "tensorboard"

@@ -248,18 +248,9 @@ def _pretrain(
         torch.manual_seed(0)
         model, task = SmallViT(len(OLD), sizes), ImageClassification(tuple(map(str, OLD)))
         schedule = Schedule(**recipe["schedule"])
-        for step, steps, _ in fit(
-            model,
-            _plain,
-            task,
-            parts["training"],
-            list(model.parameters()),
-            schedule,
-            recipe["epochs"],
-            BATCH,
-            cpu,
-        ):
-            progress("pretraining a small ViT on the digits 0 to 4", step / steps)
+        parameters = list(model.parameters())
+        for step in fit(model, _plain, task, parts["training"], parameters, schedule, recipe["epochs"], BATCH, cpu):
+            progress("pretraining a small ViT on the digits 0 to 4", step.done / step.total)
     held_out = accuracy(model, _plain, task, parts["test"], cpu)
     if recipe["epochs"] >= 20 and held_out < 0.9:
         raise TnadaptError(

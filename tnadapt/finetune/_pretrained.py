@@ -36,7 +36,6 @@ from .data import (
 )
 from .problem import Problem, check_kept, under
 from .tasks import TASKS
-from .training import need_trainer
 
 __all__ = [
     "choose_task",
@@ -138,7 +137,6 @@ def pretrained(spec: Spec) -> Problem:
     """
     assert spec.model is not None
     assert spec.data is not None
-    need_trainer()
     source = open_source(spec.data, spec.text_column, spec.label_column, spec.label_names)
     kind = choose_task(source, spec)
     data = kind.read(source, spec)
@@ -343,7 +341,7 @@ def _problem(
     name = Path(str(spec.model).removeprefix("timm:")).name
     problem = Problem(
         f"{data.name} with {name}", data.kind, data.classes, dict(parts), build, logits, keep, drawn, task,
-        trainer=True, source=source,
+        source=source,
     )  # fmt: skip
     check_recordable(problem)
     return problem

@@ -1,11 +1,11 @@
-"""The training loop: fitting some parameters of a model to labeled samples."""
+"""The training loop and its schedule of learning rates, and the evaluation of a model on labeled samples."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ._learning_task import LearningTask
 from ._specification import Part
 from ._torch_threads import threads
 
-__all__ = ["OwnRates", "Schedule", "accuracy", "batches", "evaluate", "fit", "steps_of", "threads"]
+__all__ = ["OwnRates", "Schedule", "TrainingStep", "accuracy", "batches", "evaluate", "fit", "steps_of", "threads"]
 
 Logits = Callable[[nn.Module, Any], Tensor]
 
@@ -126,6 +126,28 @@ class Schedule:
         return optimiser, lr_scheduler.LambdaLR(optimiser, lambda step: self.factor(step, steps))
 
 
+class TrainingStep(NamedTuple):
+    """A step of :func:`fit`.
+
+    Attributes
+    ----------
+    done, total : int
+        Number of steps done, with this one, and of all.
+    loss : float
+        Of the batch, before the step.
+    rate : float
+        The learning rate of the first group of parameters.
+    gradient_norm : Tensor, optional
+        Before it was clipped; None if the loss is not finite, and no step was taken.
+    """
+
+    done: int
+    total: int
+    loss: float
+    rate: float
+    gradient_norm: Tensor | None = None
+
+
 def steps_of(part: Part, epochs: int, batch: int, steps: int | None = None) -> int:
     """Return the number of steps: ``steps``, or that of ``epochs`` epochs."""
     return epochs * math.ceil(len(part.labels) / batch) if steps is None else steps
@@ -143,8 +165,8 @@ def fit(
     device: torch.device,
     steps: int | None = None,
     own_rates: OwnRates | None = None,
-) -> Iterator[tuple[int, int, float]]:
-    """Train for ``steps`` steps, or else ``epochs`` epochs; yield ``(steps done, total steps, loss)`` after each step.
+) -> Iterator[TrainingStep]:
+    """Train for ``steps`` steps, or else ``epochs`` epochs; yield each step after it was taken.
 
     The order of the samples and dropout use torch's global generator, which the caller seeds. A loss that is not finite
     is yielded and ends the training before its step.
@@ -159,15 +181,16 @@ def fit(
             loss = task.loss(logits(model, part.batch(indices, device)), part.labels[indices].to(device))
             value = float(loss.detach())
             done += 1
+            step = TrainingStep(done, steps, value, optimiser.param_groups[0]["lr"])
             if not math.isfinite(value):
-                yield done, steps, value
+                yield step
                 return
             loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(parameters, schedule.clip)
+            norm = nn.utils.clip_grad_norm_(parameters, schedule.clip)
             optimiser.step()
             if done < steps:
                 rates.step()
-            yield done, steps, value
+            yield step._replace(gradient_norm=norm)
 
 
 def batches(part: Part, size: int) -> list[Tensor]:

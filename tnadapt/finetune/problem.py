@@ -44,8 +44,6 @@ class Problem:
         Number of threads per training; all if None.
     sketch : callable, optional
         ``sketch()`` returns a model of the same structure, for checks before the base is needed; ``build(0)`` if None.
-    trainer : bool
-        Whether trainings run on transformers' ``Trainer``.
     source : mapping
         What a saved adapter needs to encode inputs: name of the tokenizer, lengths, settings of images.
     """
@@ -61,7 +59,6 @@ class Problem:
     task: LearningTask
     threads: int | None = None
     sketch: Callable[[], nn.Module] | None = None
-    trainer: bool = False
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -8,7 +8,6 @@ import difflib
 import hashlib
 import importlib.util
 import math
-import random
 import re
 import sys
 import tempfile
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -28,29 +26,31 @@ from tnadapt.errors import TnadaptError, safe_repr
 from ._saved_task import recorded
 from .data import quiet
 from .grid import Method
-from .loop import OwnRates, Schedule, evaluate, fit, steps_of
-from .problem import Problem, free
+from .loop import OwnRates, Schedule, TrainingStep, evaluate, fit, steps_of
+from .problem import Part, Problem, free
 
 __all__ = [
-    "RunReport",
     "Task",
     "Training",
     "checked_rates",
     "clear_logs",
     "log_folder",
-    "log_to",
-    "need_trainer",
     "train",
-    "train_with_trainer",
     "usable_device",
 ]
 
 
-# -- The folders of what trainings report to TensorBoard, which holds a curve for each ---------------------------------
+# -- Reports to TensorBoard, W&B or trackio, through transformers' callbacks ------------------------------------------
 
+
+# Points in the curve of a training.
+_POINTS = 50
 
 # How TensorBoard's writers name their files; a reader joins all of those in one folder.
 _EVENTS = "events.out.tfevents.*"
+
+# Libraries whose runs the callback leaves open; that of trackio ends them itself.
+_LEFT_OPEN = ("wandb",)
 
 
 def log_folder(adapters: Path, file_name: str) -> Path:
@@ -75,137 +75,64 @@ def clear_logs(folder: Path) -> None:
             path.rmdir()  # fails unless it is empty
 
 
-def log_to(callbacks: Any, folder: Path) -> None:
-    """Let the callback for TensorBoard write to a folder itself, unless the user's environment names another.
-
-    By default the Trainer writes to a folder below it that has the time and this machine's name.
-    """
-    for callback in callbacks:
-        if getattr(callback, "logging_dir", "") is None:
-            callback.logging_dir = str(folder)
-
-
-# -- Trainings on transformers' Trainer, for its callbacks: TensorBoard, W&B, trackio ----------------------------------
-
-# It takes the same steps as :func:`tnadapt.finetune.loop.fit`, bit by bit: the same batches, dropout, optimizer, rates.
-
-
-# Points in the curve of a training that is reported.
-_POINTS = 50
-
-#: Libraries whose runs the Trainer's callback leaves open; that of trackio ends them itself.
-_LEFT_OPEN = ("wandb",)
-
-
-@dataclasses.dataclass(frozen=True)
-class RunReport:
-    """Where a training is reported to.
-
-    Attributes
-    ----------
-    to : str
-        An integration of the Trainer, such as ``tensorboard``; ``none`` for no reports.
-    name : str
-        The name of the run.
-    folder : Path, optional
-        For the files of TensorBoard. Those of an earlier training are deleted when this one begins.
-    """
-
-    to: str = "none"
-    name: str = ""
-    folder: Path | None = None
-
-
-def need_trainer() -> None:
-    """Raise an error if the Trainer cannot be used.
-
-    Raises
-    ------
-    TnadaptError
-        If accelerate is not installed.
-    """
-    if importlib.util.find_spec("accelerate") is None:
-        raise TnadaptError(
-            "trainings of your own models run on transformers' Trainer, which needs accelerate: pip install "
-            "'tnadapt[hub]'"
-        )
-
-
-def train_with_trainer(
-    model: nn.Module,
-    problem: Problem,
-    parameters: Sequence[nn.Parameter],
-    schedule: Schedule,
-    epochs: int,
-    batch: int,
-    device: torch.device,
-    steps: int | None = None,
-    own_rates: OwnRates | None = None,
-    report: RunReport = RunReport(),
-    progress: Callable[[float], None] = lambda done: None,
-) -> float:
-    """Train parameters of a model, and return the last loss; one that is not finite ends the training before its step.
-
-    Parameters
-    ----------
-    model : nn.Module
-        On the device.
-    problem : Problem
-    parameters : sequence of nn.Parameter
-    schedule, epochs, batch, device, steps, own_rates
-        As in :func:`tnadapt.finetune.loop.fit`.
-    report : RunReport
-    progress : callable
-        Called with the fraction of steps done.
-    """
-    with quiet("transformers", "accelerate"):
-        from ._indexed_trainer import NotFiniteError, TrainerArguments, indexed_trainer
-
-    steps = steps_of(problem.parts["training"], epochs, batch, steps)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_kept_random_state())
-        stack.enter_context(quiet("transformers", "accelerate"))
-        state = torch.get_rng_state()
-        folder = None if report.to == "none" else report.folder
-        out = stack.enter_context(tempfile.TemporaryDirectory()) if folder is None else str(folder)
-        arguments = TrainerArguments(
-            output_dir=out, max_steps=steps, per_device_train_batch_size=batch, max_grad_norm=schedule.clip,
-            learning_rate=schedule.rate, report_to=report.to, run_name=report.name, save_strategy="no",
-            logging_strategy="no" if report.to == "none" else "steps", logging_steps=max(1, steps // _POINTS),
-            disable_tqdm=True, logging_nan_inf_filter=False, use_cpu=device.type == "cpu",
-        )  # fmt: skip
-        trainer = indexed_trainer(model, problem, device, arguments, progress)
-        if folder is not None:
-            clear_logs(folder)
-            log_to(trainer.callback_handler.callbacks, folder)
-        trainer.optimizer, trainer.lr_scheduler = schedule.begin(parameters, steps, own_rates)
-        # The Trainer has seeded everything; the training goes on from the state that its caller chose.
-        torch.set_rng_state(state)
-        try:
-            trainer.train()
-        except NotFiniteError:
-            trainer.callback_handler.on_train_end(arguments, trainer.state, trainer.control)
-        finally:
-            _end_run(report.to)
-        return float(trainer.last)
-
-
 @contextlib.contextmanager
-def _kept_random_state() -> Iterator[None]:
-    """Restore the global state of ``random`` and NumPy, which the Trainer seeds."""
-    plain, numbers = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(plain)
-        np.random.set_state(numbers)
+def _reported(
+    model: nn.Module, task: Task, training: Training, part: Part, adapters: Path | None
+) -> Iterator[Callable[[TrainingStep], None]]:
+    """Give a function that reports a step; the mean loss since the last report is that of a point of the curve."""
+    if training.report_to == "none":
+        yield lambda step: None
+        return
+    if importlib.util.find_spec("accelerate") is None or importlib.util.find_spec("transformers") is None:
+        raise TnadaptError(
+            f"reports to {training.report_to} need transformers and accelerate: pip install 'tnadapt[hub]'"
+        )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet("transformers", "accelerate"))
+        import transformers
+        from transformers.integrations import get_reporting_integration_callbacks
 
+        steps = steps_of(part, training.epochs, training.batch, training.steps)
+        every = max(1, steps // _POINTS)
+        if adapters is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            folder = log_folder(adapters, task.file_name())
+            clear_logs(folder)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(folder), max_steps=steps, per_device_train_batch_size=training.batch,
+            max_grad_norm=training.clip, learning_rate=task.rate, report_to=training.report_to,
+            run_name=task.file_name().removesuffix(".safetensors"), save_strategy="no", logging_steps=every,
+            disable_tqdm=True, use_cpu=torch.device(training.device).type == "cpu",
+        )  # fmt: skip
+        state, control = transformers.TrainerState(max_steps=steps, logging_steps=every), transformers.TrainerControl()
+        callbacks = [callback() for callback in get_reporting_integration_callbacks(training.report_to)]
+        losses: list[float] = []
 
-def _end_run(library: str) -> None:
-    """End a run that the Trainer's callback leaves open, so that the next training begins another."""
-    module: Any = sys.modules.get(library) if library in _LEFT_OPEN else None
-    if module is not None and module.run is not None:
-        module.finish()
+        def call(event: str, **values: Any) -> None:
+            for callback in callbacks:
+                getattr(callback, event)(arguments, state, control, model=model, **values)
+
+        def report(step: TrainingStep) -> None:
+            state.global_step, state.epoch = step.done, step.done / steps_of(part, 1, training.batch)
+            losses.append(step.loss)
+            if step.gradient_norm is not None and step.done % every == 0:
+                logs = {"loss": sum(losses) / len(losses), "grad_norm": float(step.gradient_norm)}
+                call("on_log", logs={**logs, "learning_rate": step.rate, "epoch": state.epoch})
+                losses.clear()
+
+        for callback in callbacks:
+            # TensorBoard's would write to a folder below that has the time and this machine's name.
+            if getattr(callback, "logging_dir", "") is None:
+                callback.logging_dir = str(folder)
+        try:
+            call("on_train_begin")
+            yield report
+            call("on_train_end")
+        finally:
+            library: Any = sys.modules.get(training.report_to) if training.report_to in _LEFT_OPEN else None
+            if library is not None and library.run is not None:
+                library.finish()
 
 
 # -- One training with a method, a seed and a rate; its outcome is a result line ---------------------------------------
@@ -239,8 +166,8 @@ class Training:
     keep_references : bool
         Whether adapters of references, such as the dense update, are saved, too.
     report_to : str
-        The integration of transformers' Trainer that trainings of the user's own models are reported to, such as
-        ``tensorboard``; ``none`` for no reports.
+        The integration of transformers that trainings are reported to, such as ``tensorboard``; ``none`` for no
+        reports.
     """
 
     epochs: int
@@ -447,23 +374,15 @@ def _fitted(
     progress: Callable[[float], None],
 ) -> float:
     """Train, and return the last loss."""
-    how = (
-        training.schedule(task.rate),
-        training.epochs,
-        training.batch,
-        torch.device(training.device),
-        training.steps,
-        head,
-    )
-    if problem.trainer:
-        name = task.file_name().removesuffix(".safetensors")
-        folder = None if adapters is None else log_folder(adapters, task.file_name())
-        report = RunReport(training.report_to, name, folder)
-        return train_with_trainer(model, problem, parameters, *how, report, progress)
-    value = math.nan
-    for done, steps, loss in fit(model, problem.logits, problem.task, problem.parts["training"], parameters, *how):
-        value = loss
-        progress(done / steps)
+    part, value = problem.parts["training"], math.nan
+    with _reported(model, task, training, part, adapters) as report:
+        for step in fit(
+            model, problem.logits, problem.task, part, parameters, training.schedule(task.rate), training.epochs,
+            training.batch, torch.device(training.device), training.steps, head,
+        ):  # fmt: skip
+            value = step.loss
+            report(step)
+            progress(step.done / step.total)
     return value
 
 

@@ -13,7 +13,6 @@ from torch import nn
 from tnadapt.finetune import Problem, Training
 from tnadapt.finetune.loop import OwnRates, evaluate, fit
 from tnadapt.finetune.problem import base_digest, samples_digest, under
-from tnadapt.finetune.training import train_with_trainer
 
 from .. import methods
 from ..methods import Setting
@@ -69,15 +68,13 @@ class ProblemBench:
         self, model: nn.Module, parameters: Sequence[nn.Parameter], own: OwnRates, rate: float, progress: Progress
     ) -> float:
         """Train with the loop of ``tnadapt finetune``, and return the last loss."""
-        problem, training = self.problem, self.training
-        device = torch.device(training.device)
-        how = (training.schedule(rate), training.epochs, training.batch, device, training.steps, own)
-        if problem.trainer:
-            return train_with_trainer(model, problem, parameters, *how, progress=progress)
-        value = math.nan
-        for done, steps, loss in fit(model, problem.logits, problem.task, problem.parts["training"], parameters, *how):
-            value = loss
-            progress(done / steps)
+        problem, training, value = self.problem, self.training, math.nan
+        for step in fit(
+            model, problem.logits, problem.task, problem.parts["training"], parameters, training.schedule(rate),
+            training.epochs, training.batch, torch.device(training.device), training.steps, own,
+        ):  # fmt: skip
+            value = step.loss
+            progress(step.done / step.total)
         return value
 
     def _measured(self, model: nn.Module, device: torch.device) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Trainings on transformers' Trainer take the same steps as the plain loop, bit by bit."""
+"""Reports of trainings to TensorBoard, W&B and trackio, and what a training leaves alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import random
 import sys
 import types
@@ -17,8 +18,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from tnadapt import torch as tnt
 from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Choice, Spec, Task, Training, open_problem
+from tnadapt.finetune.loop import fit
 from tnadapt.finetune.training import clear_logs, train
 
 from . import tiny_models as tiny
@@ -32,39 +35,37 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return open_problem(Spec(model=tiny.bert(folder / "bert"), data=tiny.tags(folder / "tags.jsonl")))
 
 
-def both(problem: Any, training: Training, rate: float, folder: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
-    records, files = [], []
-    for trainer in (True, False):
-        out = folder / str(trainer)
-        record = train(dataclasses.replace(problem, trainer=trainer), Task(METHOD, 1, rate), training, out)
-        del record["seconds"]
-        records.append(record)
-        files += [path.read_bytes() for path in out.glob("*.safetensors")]
-    return records, files
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is reported to TensorBoard: an entry for each event."""
+    transformers = pytest.importorskip("transformers")
+    events: list[Any] = []
+
+    class Callback(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            events.append(("begin", args.output_dir, args.run_name))
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **more: Any) -> None:
+            events.append((state.global_step, logs))
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            events.append("end")
+
+    integrations = importlib.import_module("transformers.integrations.integration_utils")
+    monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, "tensorboard", Callback)
+    return events
 
 
-@pytest.mark.parametrize(
-    "training",
-    [
-        Training(2, 7, warmup=0.3, weight_decay=0.01, clip=0.1),
-        pytest.param(Training(1, 8, optimiser="sgd", shape="onecycle", steps=4), marks=pytest.mark.slow),
-    ],
-    ids=["epochs", "steps"],
-)
-def test_the_same_steps_as_the_plain_loop(problem: Any, tmp_path: Path, training: Training) -> None:
-    (one, other), files = both(problem, training, 0.02, tmp_path)
-    assert one == other
-    assert not one["diverged"]
-    assert len(files) == 2
-    assert files[0] == files[1]
-
-
-def test_a_loss_that_is_not_finite_ends_both(problem: Any, tmp_path: Path) -> None:
-    (one, other), files = both(problem, Training(2, 8), 1e30, tmp_path)
-    assert one == other
-    assert one["diverged"]
-    assert one["training_loss"] is None
-    assert not files
+def test_a_loss_that_is_not_finite_ends_the_training_and_its_curve(
+    problem: Any, tmp_path: Path, curves: list[Any]
+) -> None:
+    training = Training(2, 8, report_to="tensorboard")
+    record = train(problem, Task(METHOD, 1, 1e30), training, tmp_path / "adapters")
+    assert record["diverged"]
+    assert record["training_loss"] is None
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert [step for step, _ in curves[1:-1]] == [1]
+    assert curves[-1] == "end"
 
 
 @pytest.mark.law("no-global-random-state")
@@ -78,21 +79,45 @@ def test_it_leaves_global_random_states_alone(problem: Any) -> None:
     assert fractions == [1 / 3, 2 / 3, 1.0]
 
 
-def test_reports_go_to_a_folder_of_the_run(problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    transformers = pytest.importorskip("transformers")
-    seen: list[tuple[str, str, str | None]] = []
-
-    class Callback(transformers.TrainerCallback):  # type: ignore[misc]
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **more: Any) -> None:
-            seen.extend((args.output_dir, args.run_name, key) for key in logs)
-
-    integrations = importlib.import_module("transformers.integrations.integration_utils")
-    monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, "tensorboard", Callback)
+def test_reports_change_no_result_and_are_those_of_the_steps(problem: Any, tmp_path: Path, curves: list[Any]) -> None:
     task = Task(METHOD, 0, 0.01)
-    train(problem, task, Training(1, 8, report_to="tensorboard"), tmp_path / "adapters")
+    plain = Training(20, 4, warmup=0.3, clip=0.1)
+    reported = dataclasses.replace(plain, report_to="tensorboard")
+    assert reported.settings() == plain.settings()
+    records, files = [], []
+    for training in (plain, reported):
+        folder = tmp_path / training.report_to / "adapters"
+        record = train(problem, task, training, folder)
+        del record["seconds"]
+        records.append(record)
+        files.append((folder / record["adapter"]).read_bytes())
+    assert records[0] == records[1]
+    assert files[0] == files[1]
+
     name = task.file_name().removesuffix(".safetensors")
-    assert {one[:2] for one in seen} == {(str(tmp_path / "logs" / name), name)}
-    assert {"loss", "learning_rate", "grad_norm"} <= {one[2] for one in seen}
+    assert curves[0] == ("begin", str(tmp_path / "tensorboard" / "logs" / name), name)
+    assert curves[-1] == "end"
+    steps, logs = zip(*curves[1:-1], strict=True)
+    total = 20 * math.ceil(len(problem.parts["training"].labels) / 4)
+    every = total // 50
+    assert every > 1
+    assert steps == tuple(range(every, total + 1, every))
+    schedule = plain.schedule(0.01)
+    for step, log in zip(steps, logs, strict=True):
+        assert log["learning_rate"] == pytest.approx(0.01 * schedule.factor(step - 1, total))
+        assert log["epoch"] == pytest.approx(20 * step / total)
+        assert log["grad_norm"] > 0
+    # A point has the mean of the losses since the last one.
+    with torch.random.fork_rng():
+        model = problem.build(0)
+        torch.manual_seed(0)
+        adapter = tnt.attach(model, METHOD.config.replace(seed=0), "qv", keep_trainable=problem.keep_trainable)
+        parameters = [one for one in model.parameters() if one.requires_grad]
+        part, cpu = problem.parts["training"], torch.device("cpu")
+        found = list(fit(model, problem.logits, problem.task, part, parameters, schedule, 20, 4, cpu))
+    assert adapter.num_parameters == records[0]["parameters"]
+    losses = np.array([step.loss for step in found])[: len(steps) * every].reshape(-1, every)
+    np.testing.assert_allclose([log["loss"] for log in logs], losses.mean(1))
 
 
 def test_a_training_that_is_repeated_replaces_its_curve(
@@ -157,12 +182,9 @@ def transformers_callback() -> Any:
     return importlib.import_module("transformers").TrainerCallback
 
 
-def test_reports_change_no_result(problem: Any) -> None:
-    assert Training(1, 8, report_to="wandb").settings() == Training(1, 8).settings()
-
-
-def test_without_accelerate_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_without_accelerate_say_what_to_install(problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "accelerate" else find(name))
-    with pytest.raises(TnadaptError, match=r"needs accelerate: pip install 'tnadapt\[hub\]'"):
-        open_problem(Spec(model="any", data=tiny.tags(tmp_path / "tags.jsonl")))
+    message = r"reports to wandb need transformers and accelerate: pip install 'tnadapt\[hub\]'"
+    with pytest.raises(TnadaptError, match=message):
+        train(problem, Task(METHOD, 0, 0.01), Training(1, 8, report_to="wandb"))
