@@ -21,10 +21,10 @@ from ._damped_gauss_newton import least_squares
 from ._network_fit import fit_network, start_network
 from ._parameter_fit import ParameterFit, alternate, fit_parameters
 from ._single_tensor import Fit, Limits
-from .fits import Claim, FitReport, GroupReport, Step, holds, unwatched
+from .fits import OPEN, Claim, FitReport, GroupReport, Step, holds, unwatched
 from .implicit_gradient import refine
-from .linear_algebra import OPEN, Algebra, at_size, power_of
-from .matrix_truncation import lower_bound
+from .linear_algebra import Algebra, at_size, power_of
+from .lower_bounds import lower_bound
 
 __all__ = [
     "fit_group",

@@ -13,9 +13,9 @@ import numpy as np
 
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
-from tnadapt.decomposition.fits import Claim, holds
+from tnadapt.decomposition.fits import OPEN, Claim, holds
 from tnadapt.decomposition.implicit_gradient import implicit_gradient
-from tnadapt.decomposition.linear_algebra import OPEN, norm_of
+from tnadapt.decomposition.linear_algebra import norm_of
 from tnadapt.decomposition.matrix_truncation import with_value
 from tnadapt.errors import BackendError, ConfigError, ShapeError, UnexpectedKeywordError, safe_repr
 
