@@ -4,10 +4,9 @@
 an adapter from a tuned checkpoint. The solvers are one subject a file.
 """
 
-from ._decompose import Settings, decompose
-from ._rank_search import FoundRank, search_rank, smallest_rank
-from ._single_tensor import Fit, Limits, fit_format
-from .fits import FitReport, GroupReport, Step
+from ._decompose import FoundRank, Settings, decompose, search_rank, smallest_rank
+from ._single_tensor import fit_format
+from .fits import Fit, FitReport, GroupReport, Limits, Step
 
 __all__ = [
     "Fit",

@@ -21,8 +21,8 @@ from tnadapt.backends.backend import Array
 
 from ._hadamard_fit import fit_hadamard
 from ._kronecker_sums import Term, fit_sum, outer_sum
-from ._observed_fit import ObservedElements, affordable, fit_observed, moved, random_start
 from ._single_tensor import fit_format
+from .completion import ObservedElements, affordable, fit_observed, moved, random_start
 from .fits import Fit, Limits, unwatched
 from .linear_algebra import Algebra
 

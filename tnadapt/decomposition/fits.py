@@ -1,4 +1,4 @@
-"""Results of fits: arrays, errors and reports, and the proof that a fit is optimal."""
+"""Results of fits: errors, reports, the proof that a fit is optimal, and the search for the smallest rank."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ __all__ = [
     "all_of",
     "holds",
     "no_matrix_is_closer",
+    "smallest_within",
     "unwatched",
 ]
 
@@ -405,3 +406,38 @@ class Limits(NamedTuple):
 
     tol: float = 1e-6
     iterations: int = 100
+
+
+# -- The smallest rank for an error ------------------------------------------------------------------------------------
+
+
+T = TypeVar("T")
+
+
+def smallest_within(fitted: Callable[[int], T], error_of: Callable[[T], float], max_error: float, most: int) -> T:
+    """Return the fit of the smallest rank that is found to keep to an error: doubling, then halving.
+
+    Parameters
+    ----------
+    fitted : callable
+        Returns the fit of a rank.
+    error_of : callable
+        Returns the error of a fit.
+    max_error : float
+    most : int
+        The largest rank to try. If its fit has a larger error, it is returned.
+    """
+    low, rank, best = 0, 1, fitted(1)
+    while error_of(best) > max_error and rank < most:
+        low, rank = rank, min(2 * rank, most)
+        best = fitted(rank)
+    if error_of(best) > max_error:
+        return best
+    while rank - low > 1:
+        middle = (low + rank) // 2
+        candidate = fitted(middle)
+        if error_of(candidate) <= max_error:
+            rank, best = middle, candidate
+        else:
+            low = middle
+    return best
