@@ -11,8 +11,8 @@ from scipy.sparse import csr_array
 from scipy.sparse.linalg import aslinearoperator
 
 import tnadapt as tna
-from tnadapt.decomposition._damped_gauss_newton import damped_gauss_newton
-from tnadapt.decomposition._observed_fit import ObservedElements
+from tnadapt.decomposition._least_squares import damped_gauss_newton
+from tnadapt.decomposition.completion import ObservedElements
 from tnadapt.decomposition.fits import Limits
 
 

@@ -16,7 +16,7 @@ from tnadapt.decomposition import Limits
 from tnadapt.decomposition import _network_fit as _padded_fit
 from tnadapt.decomposition import _network_fit as network_fit
 from tnadapt.decomposition._network_fit import from_full_rows
-from tnadapt.decomposition._observed_fit import ObservedElements
+from tnadapt.decomposition.completion import ObservedElements
 from tnadapt.decomposition.linear_algebra import Algebra
 from tnadapt.decomposition.tt_svd import improved_train
 

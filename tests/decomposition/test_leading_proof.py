@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnadapt.decomposition import linear_algebra as leading_proof
-from tnadapt.decomposition.linear_algebra import no_matrix_is_closer
+from tnadapt.decomposition import fits
+from tnadapt.decomposition.fits import no_matrix_is_closer
 
 
 def proved(matrix: np.ndarray, vectors: np.ndarray) -> bool:
@@ -53,9 +53,9 @@ def test_ties_and_matrices_of_smaller_rank() -> None:
 
 def test_too_large_a_matrix_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     flat = np.eye(30)
-    monkeypatch.setattr(leading_proof, "_SIDE", 20)
+    monkeypatch.setattr(fits, "_FACTORED", 20)
     assert not proved(flat, flat[:, :1])
     # The Frobenius norm of what is left is enough here.
     assert proved(np.diag([1.0, *np.full(29, 0.1)]), flat[:, :1])
-    monkeypatch.setattr(leading_proof, "_ELEMENTS", 20)
+    monkeypatch.setattr(fits, "_ELEMENTS", 20)
     assert not proved(np.diag([1.0, *np.full(29, 0.1)]), flat[:, :1])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnadapt.backends import Backend, get_backend
-from tnadapt.decomposition._damped_gauss_newton import cgls, lsqr
+from tnadapt.decomposition._least_squares import cgls, lsqr
 from tnadapt.decomposition.linear_algebra import Algebra, tensorly_on
 
 NUMPY = get_backend(np.zeros(1))

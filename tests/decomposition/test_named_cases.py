@@ -15,7 +15,7 @@ import tnadapt as tna
 from tnadapt import presets
 from tnadapt.backends import get_backend
 from tnadapt.decomposition.linear_algebra import Algebra
-from tnadapt.decomposition.matrix_truncation import lower_bound
+from tnadapt.decomposition.lower_bounds import lower_bound
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import tnadapt as tna
 from tnadapt.algebra.formats import CP
 from tnadapt.algebra.network import Network
 from tnadapt.backends import load_backend
-from tnadapt.decomposition._observed_fit import ObservedElements, sweeps_on_observed, unobserved
+from tnadapt.decomposition.completion import ObservedElements, sweeps_on_observed, unobserved
 from tnadapt.decomposition.fits import Limits
 from tnadapt.testing.strategies import plans
 

@@ -10,8 +10,9 @@ import pytest
 import tnadapt as tna
 from tnadapt.algebra.products import cp_tensor
 from tnadapt.backends import Backend, load_backend
-from tnadapt.decomposition._single_tensor import Limits, _als
+from tnadapt.decomposition._single_tensor import _als
 from tnadapt.decomposition.cp_als import nearest_rank_one
+from tnadapt.decomposition.fits import Limits
 from tnadapt.decomposition.linear_algebra import Algebra
 
 NUMPY = load_backend("numpy")

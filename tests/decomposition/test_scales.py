@@ -16,7 +16,7 @@ from tnadapt.algebra.norms import norm, norm_of_difference, relative_difference
 from tnadapt.backends import Backend, get_backend, load_backend
 from tnadapt.decomposition import FitReport, GroupReport
 from tnadapt.decomposition.linear_algebra import Algebra
-from tnadapt.decomposition.matrix_truncation import lower_bound
+from tnadapt.decomposition.lower_bounds import lower_bound
 from tnadapt.errors import BackendError, ShapeError
 
 SHAPES = [(12, 8), (6, 8)]

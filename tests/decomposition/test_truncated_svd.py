@@ -1,4 +1,4 @@
-"""Triplets from a Krylov space are those of the full decomposition, in every library and for difficult spectra."""
+"""Few leading triplets are those of the full decomposition, in every library and for difficult spectra."""
 
 from __future__ import annotations
 
@@ -11,18 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tnadapt.backends import Backend, load_backend
-from tnadapt.decomposition import _truncated_svd
-from tnadapt.decomposition._truncated_svd import (
-    _Bidiagonalization,
-    _leading,
-    _misses,
-    lanczos_pays,
-    lanczos_vectors,
-    leading_triplets,
-    truncated_pays,
-)
+from tnadapt.decomposition import linear_algebra
 from tnadapt.decomposition.fits import holds
-from tnadapt.decomposition.linear_algebra import Algebra, no_matrix_is_closer
+from tnadapt.decomposition.linear_algebra import Algebra, leading_triplets, truncated_pays
 
 SIZE = 160
 NUMPY = load_backend("numpy")
@@ -84,19 +75,29 @@ def test_every_spectrum(name: str, dtype: str) -> None:
         assert holds(exact), (name, rank)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", ["slow", "fast", "repeated", "clustered", "tiny", "random"])
+def test_few_triplets_converge(name: str, dtype: str) -> None:
+    matrix = with_values(SPECTRA[name]).astype(dtype)
+    triplets = leading_triplets(NUMPY, matrix, 3, seed=0)
+    assert triplets is not None
+    agree(matrix.astype(np.float64), *triplets, float(np.finfo(dtype).eps))
+
+
 @pytest.mark.law("decompositions")
 @given(st.integers(12, 40), st.integers(1, 3), st.sampled_from([256, 500]), st.booleans())
 @example(16, 1, 300, False).via("the space of single vectors reaches the short side")
 @example(20, 1, 300, True).via("the space of single vectors reaches the short side")
 @settings(max_examples=25)
 def test_every_short_side(short: int, rank: int, long: int, tall: bool) -> None:
-    # Random numbers: values that decay slowly, for which one block does not converge.
+    # Random numbers: values that decay slowly.
     matrix = np.random.default_rng(short).normal(size=(long, short) if tall else (short, long))
-    found = leading_triplets(NUMPY, matrix, rank, 0)
-    if found.converged:
-        true = np.linalg.svd(matrix, compute_uv=False)[:rank]
-        np.testing.assert_allclose(found.s, true, rtol=1e-10)
-        np.testing.assert_allclose(matrix @ found.v, found.u * found.s, atol=1e-9 * true[0])
+    triplets = leading_triplets(NUMPY, matrix, rank, 0)
+    assert triplets is not None
+    u, s, v = triplets
+    true = np.linalg.svd(matrix, compute_uv=False)[:rank]
+    np.testing.assert_allclose(s, true, rtol=1e-10)
+    np.testing.assert_allclose(matrix @ v, u * s, atol=1e-9 * true[0])
 
 
 @pytest.mark.parametrize("shape", [(160, 160), (400, 130), (130, 400), (24, 3000)])
@@ -119,73 +120,45 @@ def test_every_library(backend: Backend, shape: tuple[int, int]) -> None:
     np.testing.assert_array_equal(backend.to_numpy(again[0]), backend.to_numpy(u))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", ["slow", "repeated", "with zeros"])
-def test_a_library_whose_arrays_are_not_on_the_host(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_whose_arrays_are_not_on_the_host(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    monkeypatch.setattr(_truncated_svd, "on_host", lambda *_: False)
-    host = with_values(SPECTRA[name])
-    found = leading_triplets(load_backend("torch"), torch.from_numpy(host), 3, seed=0)
-    assert found.converged
-    agree(host, found.u.numpy(), found.s, found.v.numpy(), float(np.finfo(float).eps))
+    monkeypatch.setattr(linear_algebra, "on_host", lambda *_: False)
+    host = with_values(SPECTRA[name]).astype(dtype)
+    triplets = leading_triplets(load_backend("torch"), torch.from_numpy(host), 2, seed=0)
+    assert triplets is not None
+    u, s, v = triplets
+    assert u.dtype == v.dtype == torch.from_numpy(host).dtype
+    agree(host.astype(np.float64), u.numpy(), s, v.numpy(), float(np.finfo(dtype).eps))
 
 
-@pytest.mark.parametrize("name", ["of rank three", "slow", "repeated", "random"])
-def test_a_start_that_is_orthogonal_to_the_leading_vectors(name: str) -> None:
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_same_call_has_the_same_result(name: str) -> None:
+    # Vectors of values that are zero, for which any would do, too.
     matrix = with_values(SPECTRA[name])
-    missed = np.ascontiguousarray(_orthogonal(2)[3:6].T)  # right vectors after the first three
-    found = leading_triplets(NUMPY, matrix, 3, seed=0, start=missed)
-    # Rounding brings the leading vectors in, or the result is known to be wrong.
-    true = np.linalg.svd(matrix, compute_uv=False)
-    right = np.allclose(found.s, true[:3], rtol=1e-8)
-    assert right or not found.converged or not no_matrix_is_closer(matrix, found.u, float(np.finfo(float).eps))
+    first = Algebra(NUMPY, matrix).svd(matrix, 7)
+    leading_triplets(NUMPY, with_values(SPECTRA["of rank three"]), 5, seed=1)
+    for one, other in zip(first[:3], Algebra(NUMPY, matrix).svd(matrix, 7)[:3], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_vectors_of_zeros_come_from_the_full_decomposition_where_arpack_draws_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matrix = with_values(SPECTRA["of rank three"])
+    monkeypatch.setattr(linear_algebra, "_seeded", lambda: False)
+    assert leading_triplets(NUMPY, matrix, 3, seed=0) is not None
+    assert leading_triplets(NUMPY, matrix, 4, seed=0) is None
 
 
 def test_what_does_not_converge_is_computed_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = with_values(SPECTRA["random"])
-    monkeypatch.setattr(_truncated_svd, "lanczos_vectors", lambda *_: (None, False))
-    assert not leading_triplets(NUMPY, matrix, 3, seed=0).converged
+    monkeypatch.setattr(linear_algebra, "_eigenvectors", lambda *_: None)
+    assert leading_triplets(NUMPY, matrix, 3, seed=0) is None
     u, s, v, exact = Algebra(NUMPY, matrix).svd(matrix, 3)
     agree(matrix, u, s, v, float(np.finfo(float).eps))
     assert exact is True
-
-
-def test_copies_that_a_single_vector_misses() -> None:
-    block = np.random.default_rng(0).normal(size=(32, 32))
-    matrix = np.kron(np.eye(8), block)
-    true = np.linalg.svd(matrix, compute_uv=False)
-    # Single vectors may find the copies that rounding brings in, or nothing; never other values than the largest.
-    vectors, _ = lanczos_vectors(matrix, 6, np.random.default_rng(1).normal(size=256))
-    if vectors is not None:
-        np.testing.assert_allclose(np.linalg.norm(matrix @ vectors[1], axis=0), true[:6], rtol=1e-8)
-    np.testing.assert_allclose(Algebra(NUMPY, matrix).svd(matrix, 6)[1], true[:6], rtol=1e-8)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", SPECTRA)
-def test_right_vectors_stay_orthonormal_until_the_space_ends(name: str, dtype: str) -> None:
-    matrix, eps = with_values(SPECTRA[name] / np.max(SPECTRA[name])).astype(dtype), float(np.finfo(dtype).eps)
-    run = _Bidiagonalization(matrix, np.random.default_rng(5).normal(size=SIZE).astype(dtype))
-    while len(run.alphas) < 100 and not (run.betas and run.betas[-1] <= 16.0 * eps * max(run.alphas)):
-        run.step()
-    size = len(run.alphas)
-    rights, lefts = (np.asarray(rows[:size], np.float64) for rows in (run.rights, run.lefts))
-    np.testing.assert_allclose(rights @ rights.T, np.eye(size), atol=100.0 * eps)
-    inner = np.diag(run.alphas) + np.diag(run.betas[:-1], 1)
-    np.testing.assert_allclose(matrix @ rights.T, lefts.T @ inner, atol=20.0 * eps * max(run.alphas))
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_close_values_of_a_large_space(seed: int) -> None:
-    # Their vectors in a space of a hundred are known up to rounding over the gaps: they must still be orthonormal.
-    rng = np.random.default_rng(seed)
-    diagonal, above = rng.uniform(0.9, 1.1, 120), rng.uniform(0.9, 1.1, 120)
-    left, s, right = _leading(list(diagonal), list(above), 4)
-    inner, eps = np.diag(diagonal) + np.diag(above[:-1], 1), float(np.finfo(float).eps)
-    np.testing.assert_allclose(s, np.linalg.svd(inner)[1][:4], rtol=20.0 * eps)
-    for vectors in (left, right):
-        np.testing.assert_allclose(vectors.T @ vectors, np.eye(4), atol=10.0 * eps)
-    np.testing.assert_allclose(inner @ right, left * s, atol=20.0 * eps)
-    np.testing.assert_allclose(inner.T @ left, right * s, atol=20.0 * eps)
 
 
 PAIRS = np.repeat(1.0 / (1.0 + K[: SIZE // 2]), 2)
@@ -193,24 +166,22 @@ PAIRS = np.repeat(1.0 / (1.0 + K[: SIZE // 2]), 2)
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
-    ("values", "found"),
+    ("name", "make"),
     [
-        (SPECTRA["repeated"], [0, 3]), (SPECTRA["repeated across the rank"], [0, 1, 10]), (PAIRS, [0, 2]),
-        (PAIRS, [0, 2, 4, 6]), (SPECTRA["slow"], [0, 1, 3]), (SPECTRA["slow"], [1, 2]), (SPECTRA["fast"], [0, 2]),
+        ("blocks", lambda rng: np.kron(np.eye(8), rng.normal(size=(32, 32)))),
+        ("diagonal", lambda rng: np.kron(np.eye(8), np.diag(1.0 / (1.0 + K[:32])))),
+        ("circulant", lambda rng: np.stack([np.roll(rng.normal(size=256), shift) for shift in range(256)])),
+        ("pairs", lambda rng: with_values(PAIRS)),
     ],
-)  # fmt: skip
-def test_another_start_shows_missed_values(values: np.ndarray, found: list[int], dtype: str) -> None:
-    right, rank = np.ascontiguousarray(_orthogonal(2)[: len(values)], dtype), len(found)
-    matrix = with_values(values).astype(dtype)
-    assert _misses(matrix, right[found], values[found])
-    assert not _misses(matrix, right[:rank], values[:rank])
-
-
-@pytest.mark.parametrize("rank", [2, 4, 7])
-def test_pairs_of_values(rank: int) -> None:
-    for seed in range(5):
-        s = Algebra(NUMPY, with_values(PAIRS), seed=seed).svd(with_values(PAIRS), rank)[1]
-        np.testing.assert_allclose(s, PAIRS[:rank], rtol=1e-10)
+)
+def test_copies_that_single_vectors_miss_are_noticed(name: str, make: Any, dtype: str) -> None:
+    # Without the search beside what was found, a third of the results of "blocks" lack some of the largest values.
+    for seed in range(4):
+        matrix = make(np.random.default_rng(seed)).astype(dtype)
+        true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+        for rank in (2, 4, 6):
+            s = Algebra(NUMPY, matrix, seed=seed).svd(matrix, rank)[1]
+            np.testing.assert_allclose(s, true[:rank], rtol=1e-5 if dtype == "float32" else 1e-8, err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -229,28 +200,33 @@ def test_copies_below_other_values(copies: int, dtype: str) -> None:
 def test_squares_outside_the_range(exponent: int, dtype: str) -> None:
     matrix = with_values(SPECTRA["slow"]).astype(dtype)
     plain = leading_triplets(NUMPY, matrix, 3, 0)
-    found = leading_triplets(NUMPY, np.ldexp(matrix, exponent), 3, 0)
-    assert found.converged
-    np.testing.assert_allclose(np.ldexp(found.s, -exponent), plain.s, rtol=1e-6)
+    scaled = leading_triplets(NUMPY, np.ldexp(matrix, exponent), 3, 0)
+    assert plain is not None
+    assert scaled is not None
+    np.testing.assert_allclose(np.ldexp(scaled[1], -exponent), plain[1], rtol=1e-6)
 
 
 def test_views_that_are_not_contiguous() -> None:
     whole = np.random.default_rng(0).normal(size=(300, 400))
     strided = whole[::2, 1::2]
-    agree(strided.copy(), *leading_triplets(NUMPY, strided, 2, 0)[:3], float(np.finfo(float).eps))
-    agree(strided.T.copy(), *leading_triplets(NUMPY, strided.T, 2, 0)[:3], float(np.finfo(float).eps))
+    for view in (strided, strided.T):
+        triplets = leading_triplets(NUMPY, view, 2, 0)
+        assert triplets is not None
+        agree(view.copy(), *triplets, float(np.finfo(float).eps))
 
 
 def test_only_where_few_triplets_are_asked_for() -> None:
     assert truncated_pays((1024, 1024), 4)
+    assert truncated_pays((1024, 2048), 64)
+    assert not truncated_pays((1024, 2048), 65)
     assert not truncated_pays((1024, 1024), 100)
     assert not truncated_pays((64, 64), 1)
     assert truncated_pays((64, 4096), 1)
-    assert lanczos_pays((1024, 2048), 64)
-    assert not lanczos_pays((1024, 2048), 65)
+    assert not truncated_pays((4096, 4096), 129)
 
 
-def test_numbers_that_are_not_finite_do_not_converge() -> None:
+def test_zeros_and_numbers_that_are_not_finite_do_not_converge() -> None:
     matrix = np.ones((128, 128))
     matrix[3, 4] = np.nan
-    assert not leading_triplets(NUMPY, matrix, 2, seed=0).converged
+    for one in (matrix, np.full((128, 128), np.inf), np.zeros((128, 128))):
+        assert leading_triplets(NUMPY, one, 2, seed=0) is None

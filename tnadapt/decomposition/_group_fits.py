@@ -17,14 +17,12 @@ from tnadapt.backends import load_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, ShapeError
 
-from ._damped_gauss_newton import least_squares
+from ._least_squares import least_squares, refine
 from ._network_fit import fit_network, start_network
 from ._parameter_fit import ParameterFit, alternate, fit_parameters
-from ._single_tensor import Fit, Limits
-from .fits import Claim, FitReport, GroupReport, Step, holds, unwatched
-from .implicit_gradient import refine
-from .linear_algebra import OPEN, Algebra, at_size, power_of
-from .matrix_truncation import lower_bound
+from .fits import OPEN, Claim, Fit, FitReport, GroupReport, Limits, Step, holds, unwatched
+from .linear_algebra import Algebra, at_size, power_of
+from .lower_bounds import lower_bound
 
 __all__ = [
     "fit_group",

@@ -17,9 +17,10 @@ from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
 from tnadapt.backends.backend import Array
 
-from ._observed_fit import ObservedElements, affordable, fit_observed, random_start
-from ._single_tensor import Fit, Limits, fit_format, on_host
-from .implicit_gradient import refine
+from ._least_squares import refine
+from ._single_tensor import double_on_host, fit_format
+from .completion import ObservedElements, affordable, fit_observed, random_start
+from .fits import Fit, Limits
 from .linear_algebra import Algebra
 
 __all__ = [
@@ -232,7 +233,7 @@ def _one_alone(algebra: Algebra, network: Network, vec: Array, limits: Limits) -
 
 def _roots(algebra: Algebra, network: Network, vec: Array) -> Arrays:
     """Return fits of each split to a root of the magnitudes, the first with the signs, and a little noise."""
-    host, rng, count = on_host(algebra, _folded(algebra, network, vec)), algebra.rng, len(network.splits)
+    host, rng, count = double_on_host(algebra, _folded(algebra, network, vec)), algebra.rng, len(network.splits)
     root = algebra.array(np.abs(host / network.terms) ** (1.0 / count))
     signed = root * algebra.array(np.sign(host))
     found: Arrays = {}
@@ -298,10 +299,10 @@ def _by_gauss_newton(
         for number, fit in enumerate(tried):
             # There may be an exact answer, which another start leads to.
             if not number or now <= _NEAR:
-                yield {name: on_host(algebra, array) for name, array in fit.arrays.items()}
+                yield {name: double_on_host(algebra, array) for name, array in fit.arrays.items()}
 
     own = limits._replace(iterations=min(limits.iterations, _LAST))
-    wanted = on_host(algebra, vec)
+    wanted = double_on_host(algebra, vec)
     found = fit_observed(elements, wanted, starts(), own, watch=seen)
     steps += found.iterations
     another = _from_rows(algebra, network, vec, found.error)
@@ -319,7 +320,10 @@ def _from_rows(algebra: Algebra, network: Network, vec: Array, error: float) -> 
     plain = len(sizes) == 2 and network.size == math.prod(sizes) and network.terms == 1
     if not plain or any(type(split) is not CP for split in splits) or error < _ANSWER:
         return None
-    matrix, ranks = on_host(algebra, _folded(algebra, network, vec)), [split.shapes["factor0"][1] for split in splits]
+    matrix, ranks = (
+        double_on_host(algebra, _folded(algebra, network, vec)),
+        [split.shapes["factor0"][1] for split in splits],
+    )
     pairs = subspace_start(matrix, ranks, error, algebra.rng)
     if pairs is None:
         return None

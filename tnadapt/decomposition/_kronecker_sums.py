@@ -19,8 +19,9 @@ from tnadapt.algebra.formats import Dense, Format
 from tnadapt.algebra.products import contracted
 from tnadapt.backends.backend import Array
 
-from ._observed_fit import ObservedElements, affordable, fit_observed, random_start
-from ._single_tensor import Fit, Limits, fit_format, on_host
+from ._single_tensor import double_on_host, fit_format
+from .completion import ObservedElements, affordable, fit_observed, random_start
+from .fits import Fit, Limits
 from .linear_algebra import Algebra
 
 __all__ = ["Term", "fit_sum", "outer_sum"]
@@ -120,9 +121,9 @@ def _refined(
     if not affordable(_elements(splits, prefixes, 0), math.prod(tensor.shape)):
         return arrays, found
     elements, rng = _elements(splits, prefixes, math.prod(tensor.shape)), algebra.rng
-    wanted = on_host(algebra, tensor).reshape(-1)
+    wanted = double_on_host(algebra, tensor).reshape(-1)
     named = {
-        prefix + name: on_host(algebra, array)
+        prefix + name: double_on_host(algebra, array)
         for own, term in zip(prefixes, arrays, strict=True)
         for prefix, split in zip(own, term, strict=True)
         for name, array in split.items()

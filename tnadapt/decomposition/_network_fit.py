@@ -21,8 +21,8 @@ from tnadapt.backends.backend import Array
 
 from ._hadamard_fit import fit_hadamard
 from ._kronecker_sums import Term, fit_sum, outer_sum
-from ._observed_fit import ObservedElements, affordable, fit_observed, moved, random_start
 from ._single_tensor import fit_format
+from .completion import ObservedElements, affordable, fit_observed, moved, random_start
 from .fits import Fit, Limits, unwatched
 from .linear_algebra import Algebra
 
@@ -267,7 +267,7 @@ def _completed(algebra: Algebra, network: Network, way: _Way, vec: Array, limits
     return found._replace(optimal=False, iterations=rounds, method=f"{found.method}, padding filled in")
 
 
-# -- One split -----------------------------------------------------------------------------------
+# -- One split ---------------------------------------------------------------------------------------------------------
 
 
 def _one_split(algebra: Algebra, network: Network) -> _Way:
@@ -313,7 +313,7 @@ def _one_split(algebra: Algebra, network: Network) -> _Way:
     return _Way(sizes, fold, solve, lambda arrays: made(joined(arrays)))
 
 
-# -- Sums, and Kronecker products -----------------------------------------------------------------
+# -- Sums, and Kronecker products --------------------------------------------------------------------------------------
 
 
 def _several(algebra: Algebra, network: Network) -> _Way:

@@ -25,9 +25,9 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
 from tnadapt.backends.backend import Array
 
-from ._damped_gauss_newton import damped_gauss_newton
-from ._single_tensor import Fit, Limits
+from ._least_squares import damped_gauss_newton
 from ._tensor_equivalence import equivalence
+from .fits import Fit, Limits
 from .linear_algebra import Algebra
 
 __all__ = [

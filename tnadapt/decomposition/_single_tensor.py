@@ -2,7 +2,7 @@
 
 There is one function per built-in format. If the optimum is known in closed form, it is returned. The iterations are
 those of :mod:`tnadapt.tensors`, each in a file of its own. Any other format is fitted by its own ``fit``, or by
-:mod:`~tnadapt.decomposition._single_tensor`.
+:func:`fit_any`.
 """
 
 from __future__ import annotations
@@ -18,177 +18,23 @@ from tnadapt.algebra.formats import CP, BatchedCP, Dense, Format, Permuted, Tens
 from tnadapt.algebra.products import padded_to
 from tnadapt.backends.backend import Array
 
-from ._damped_gauss_newton import least_squares
-from ._observed_fit import ObservedElements, affordable, fit_observed
+from ._least_squares import least_squares
+from .completion import ObservedElements, fit_observed, refinable
 from .cp_als import CPSweeps, cp_als, nearest_rank_one
 from .fits import Claim, Fit, Limits, all_of
 from .hooi import SMALL, hooi, hosvd, projected
-from .linear_algebra import Algebra
-from .matrix_truncation import Leading, MatrixTruncation
+from .linear_algebra import Algebra, Leading, MatrixTruncation
 from .tt_svd import improved_train, tt_svd
 
 __all__ = [
-    "Fit",
-    "Limits",
+    "double_on_host",
     "fit_any",
     "fit_format",
-    "on_host",
-    "refinable",
     "refined_format",
 ]
 
 
-# -- Fit of any format to one tensor by alternating least squares ------------------------------------------------------
-
-# A tensor is linear in each array, so each array in turn solves a linear least-squares problem with the others fixed;
-# no step increases the error. The problems are solved by LSQR, which needs only the tensor and the adjoint of the
-# format.
-
-
 Arrays = dict[str, Array]
-
-# Number of random starts for a small tensor, and its maximum size; larger ones have a single start.
-_GENERAL_STARTS, _SMALL_GENERAL = 4, 1 << 14
-# Solver steps for each least-squares problem; the next sweep continues from the result.
-_STEPS = 30
-
-
-def fit_any(algebra: Algebra, split: Format, tensor: Array, start: Mapping[str, Array] | None, limits: Limits) -> Fit:
-    """Fit the arrays of a format to a tensor; return the best result of several starts.
-
-    Parameters
-    ----------
-    algebra : Algebra
-    split : Format
-    tensor : array, shape (d_1, …, d_M)
-        Not zero. It may have fewer rows in the first mode than the format; the other rows are then unconstrained.
-    start : mapping of str to array, optional
-        Initial arrays; random if None.
-    limits : Limits
-
-    Returns
-    -------
-    Fit
-        Never marked optimal, as alternating least squares may end in a local minimum.
-    """
-    now = _Alternation(algebra, split, tensor, limits)
-    if start is not None:
-        return now.descent({name: start[name] for name in split.shapes})
-    rng = algebra.rng
-    starts = _GENERAL_STARTS if math.prod(tensor.shape) <= _SMALL_GENERAL else 1
-    best: Fit | None = None
-    error, sweeps = math.inf, 0
-    for _ in range(starts):
-        begun = {name: algebra.array(rng.normal(size=shape)) for name, shape in split.shapes.items()}
-        found = now.descent(begun)
-        sweeps += found.iterations
-        left = now.error(found.arrays)
-        if best is None or left < error:
-            best, error = found, left
-        if error <= 64.0 * algebra.eps * now.norm:
-            break
-    assert best is not None
-    return best._replace(iterations=sweeps)
-
-
-class _Alternation:
-    """A format, the tensor that it is fitted to, and the sweeps over its arrays."""
-
-    def __init__(self, algebra: Algebra, split: Format, tensor: Array, limits: Limits) -> None:
-        self.algebra, self.split, self.tensor, self.limits = algebra, split, tensor, limits
-        self.norm = algebra.norm(tensor)
-        self.box = [(0, int(size)) for size in tensor.shape]
-        self.missing = math.prod(split.sizes) - math.prod(tensor.shape)
-
-    def made(self, arrays: Mapping[str, Array]) -> Array:
-        return self.split.tensor(self.algebra.backend, arrays, self.box)
-
-    def error(self, arrays: Mapping[str, Array]) -> float:
-        return self.algebra.norm(self.tensor - self.made(arrays))
-
-    def descent(self, begun: Arrays) -> Fit:
-        """Run sweeps from given arrays until one gains no more than the tolerance."""
-        arrays, best = dict(begun), dict(begun)
-        error, sweeps = math.inf, 0
-        while sweeps < self.limits.iterations:
-            sweeps += 1
-            for name in self.split.shapes:
-                arrays[name] = self._solved(arrays, name)
-            before, error = error, self.error(arrays)
-            if not error < before:  # converged up to rounding, or NaN
-                break
-            best = dict(arrays)
-            if before - error <= self.limits.tol * self.norm:
-                break
-        return Fit(best, False, sweeps, "alternating least squares")
-
-    def _solved(self, arrays: Mapping[str, Array], name: str) -> Array:
-        """Return the optimal value of one array with the others fixed."""
-        backend, shape = self.algebra.backend, self.split.shapes[name]
-
-        def forward(vec: Array) -> Array:
-            return backend.flatten(self.made({**arrays, name: backend.reshape(vec, shape)}))
-
-        def adjoint(vec: Array) -> Array:
-            # Rows that the tensor does not have are not part of the problem, so they are zero in the adjoint.
-            filled = backend.reshape(backend.pad_last(vec, vec.shape[0] + self.missing), self.split.sizes)
-            return backend.flatten(self.split.adjoint(backend, arrays, filled)[name])
-
-        wanted, begun = backend.flatten(self.tensor), backend.flatten(arrays[name])
-        tol = min(self.limits.tol, 1e-6)
-        found: Any = least_squares(self.algebra, forward, adjoint, wanted, begun, tol, _STEPS)
-        return backend.reshape(found.x, shape)
-
-
-# -- Fit of one format to all elements of one small tensor by damped Gauss-Newton, from several starts -----------------
-
-
-def refinable(split: Format) -> bool:
-    """Return whether a format of these sizes is small enough for :func:`refined_format`."""
-    none = [np.zeros(0, np.intp)] * len(split.sizes)
-    return affordable(ObservedElements([split], [[""]], [none]), math.prod(split.sizes)) > 0
-
-
-def refined_format(
-    algebra: Algebra, split: Format, tensor: Array, starts: Iterable[Mapping[str, Array]], limits: Limits
-) -> Fit:
-    """Fit the arrays of a format to a tensor of its sizes, in float64 on the host.
-
-    Parameters
-    ----------
-    algebra : Algebra
-    split : Format
-    tensor : array, shape (d_1, …, d_M)
-        Not zero.
-    starts : iterable of mapping of str to array
-        Each is made when it is needed. No more are made once one fits exactly, or three end at the same error.
-    limits : Limits
-        Of each descent.
-
-    Returns
-    -------
-    Fit
-    """
-    elements = ObservedElements([split], [[""]], [all_places(split.sizes)])
-    wanted = on_host(algebra, tensor).reshape(-1)
-    begun = ({name: on_host(algebra, array) for name, array in start.items()} for start in starts)
-    found = fit_observed(elements, wanted, begun, limits)
-    arrays = {name: algebra.array(array) for name, array in found.arrays.items()}
-    return Fit(arrays, False, found.iterations, "Gauss-Newton")
-
-
-def all_places(sizes: Sequence[int]) -> list[np.ndarray]:
-    """Return for each mode the index of every element, in order."""
-    return list(np.unravel_index(np.arange(math.prod(sizes)), tuple(sizes)))
-
-
-def on_host(algebra: Algebra, x: Array) -> np.ndarray:
-    """Return an array in NumPy, in double precision, real or complex."""
-    host = np.asarray(algebra.backend.to_numpy(x))
-    return host.astype(np.result_type(host.dtype, np.float64))
-
-
-# -- Fit of one format to one tensor: SVD, ALS, HOOI, TT-SVD, or the general solver ------------------------------------
 
 
 def fit_format(
@@ -235,14 +81,14 @@ def _cut(start: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> A
     return {name: start[name][tuple(slice(0, size) for size in shape)] for name, shape in shapes.items()}
 
 
-# -- Dense -----------------------------------------------------------------------------------------
+# -- Dense -------------------------------------------------------------------------------------------------------------
 
 
 def _dense(algebra: Algebra, split: Format, tensor: Array, start: Any, limits: Limits) -> Fit:
     return Fit({"dense": tensor}, True, 0, "exact")
 
 
-# -- CP --------------------------------------------------------------------------------------------
+# -- CP: SVD, the nearest tensor of rank one, ALS ----------------------------------------------------------------------
 
 
 def _cp(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Limits) -> Fit:
@@ -427,7 +273,7 @@ def _singular_start(algebra: Algebra, rank: int, tensor: Array, rng: np.random.R
     return found
 
 
-# -- Tucker ----------------------------------------------------------------------------------------
+# -- Tucker: HOSVD, HOOI -----------------------------------------------------------------------------------------------
 
 
 def _tucker(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Limits) -> Fit:
@@ -486,7 +332,7 @@ def _possible_ranks(ranks: list[int], modes: list[int]) -> tuple[int, ...]:
     return tuple(ranks)
 
 
-# -- Tensor train ----------------------------------------------------------------------------------
+# -- Tensor train: TT-SVD, ALS -----------------------------------------------------------------------------------------
 
 
 def _tensor_train(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Limits) -> Fit:
@@ -517,3 +363,145 @@ _SOLVERS: dict[type[Format], Callable[[Algebra, Any, Array, Any, Limits], Fit]] 
     Tucker: _tucker,
     TensorTrain: _tensor_train,
 }
+
+
+# -- Any other format: one array after another, from several starts ----------------------------------------------------
+
+# A tensor is linear in each array, so each array in turn solves a linear least-squares problem with the others fixed;
+# no step increases the error. The problems are solved by LSQR, which needs only the tensor and the adjoint of the
+# format.
+
+
+# Number of random starts for a small tensor, and its maximum size; larger ones have a single start.
+_GENERAL_STARTS, _SMALL_GENERAL = 4, 1 << 14
+# Solver steps for each least-squares problem; the next sweep continues from the result.
+_STEPS = 30
+
+
+def fit_any(algebra: Algebra, split: Format, tensor: Array, start: Mapping[str, Array] | None, limits: Limits) -> Fit:
+    """Fit the arrays of a format to a tensor; return the best result of several starts.
+
+    Parameters
+    ----------
+    algebra : Algebra
+    split : Format
+    tensor : array, shape (d_1, …, d_M)
+        Not zero. It may have fewer rows in the first mode than the format; the other rows are then unconstrained.
+    start : mapping of str to array, optional
+        Initial arrays; random if None.
+    limits : Limits
+
+    Returns
+    -------
+    Fit
+        Never marked optimal, as alternating least squares may end in a local minimum.
+    """
+    now = _Alternation(algebra, split, tensor, limits)
+    if start is not None:
+        return now.descent({name: start[name] for name in split.shapes})
+    rng = algebra.rng
+    starts = _GENERAL_STARTS if math.prod(tensor.shape) <= _SMALL_GENERAL else 1
+    best: Fit | None = None
+    error, sweeps = math.inf, 0
+    for _ in range(starts):
+        begun = {name: algebra.array(rng.normal(size=shape)) for name, shape in split.shapes.items()}
+        found = now.descent(begun)
+        sweeps += found.iterations
+        left = now.error(found.arrays)
+        if best is None or left < error:
+            best, error = found, left
+        if error <= 64.0 * algebra.eps * now.norm:
+            break
+    assert best is not None
+    return best._replace(iterations=sweeps)
+
+
+class _Alternation:
+    """A format, the tensor that it is fitted to, and the sweeps over its arrays."""
+
+    def __init__(self, algebra: Algebra, split: Format, tensor: Array, limits: Limits) -> None:
+        self.algebra, self.split, self.tensor, self.limits = algebra, split, tensor, limits
+        self.norm = algebra.norm(tensor)
+        self.box = [(0, int(size)) for size in tensor.shape]
+        self.missing = math.prod(split.sizes) - math.prod(tensor.shape)
+
+    def made(self, arrays: Mapping[str, Array]) -> Array:
+        return self.split.tensor(self.algebra.backend, arrays, self.box)
+
+    def error(self, arrays: Mapping[str, Array]) -> float:
+        return self.algebra.norm(self.tensor - self.made(arrays))
+
+    def descent(self, begun: Arrays) -> Fit:
+        """Run sweeps from given arrays until one gains no more than the tolerance."""
+        arrays, best = dict(begun), dict(begun)
+        error, sweeps = math.inf, 0
+        while sweeps < self.limits.iterations:
+            sweeps += 1
+            for name in self.split.shapes:
+                arrays[name] = self._solved(arrays, name)
+            before, error = error, self.error(arrays)
+            if not error < before:  # converged up to rounding, or NaN
+                break
+            best = dict(arrays)
+            if before - error <= self.limits.tol * self.norm:
+                break
+        return Fit(best, False, sweeps, "alternating least squares")
+
+    def _solved(self, arrays: Mapping[str, Array], name: str) -> Array:
+        """Return the optimal value of one array with the others fixed."""
+        backend, shape = self.algebra.backend, self.split.shapes[name]
+
+        def forward(vec: Array) -> Array:
+            return backend.flatten(self.made({**arrays, name: backend.reshape(vec, shape)}))
+
+        def adjoint(vec: Array) -> Array:
+            # Rows that the tensor does not have are not part of the problem, so they are zero in the adjoint.
+            filled = backend.reshape(backend.pad_last(vec, vec.shape[0] + self.missing), self.split.sizes)
+            return backend.flatten(self.split.adjoint(backend, arrays, filled)[name])
+
+        wanted, begun = backend.flatten(self.tensor), backend.flatten(arrays[name])
+        tol = min(self.limits.tol, 1e-6)
+        found: Any = least_squares(self.algebra, forward, adjoint, wanted, begun, tol, _STEPS)
+        return backend.reshape(found.x, shape)
+
+
+# -- Any format of a small tensor: damped Gauss-Newton on all arrays, from several starts ------------------------------
+
+
+def refined_format(
+    algebra: Algebra, split: Format, tensor: Array, starts: Iterable[Mapping[str, Array]], limits: Limits
+) -> Fit:
+    """Fit the arrays of a format to a tensor of its sizes, in float64 on the host.
+
+    Parameters
+    ----------
+    algebra : Algebra
+    split : Format
+    tensor : array, shape (d_1, …, d_M)
+        Not zero.
+    starts : iterable of mapping of str to array
+        Each is made when it is needed. No more are made once one fits exactly, or three end at the same error.
+    limits : Limits
+        Of each descent.
+
+    Returns
+    -------
+    Fit
+    """
+    elements = ObservedElements([split], [[""]], [all_places(split.sizes)])
+    wanted = double_on_host(algebra, tensor).reshape(-1)
+    begun = ({name: double_on_host(algebra, array) for name, array in start.items()} for start in starts)
+    found = fit_observed(elements, wanted, begun, limits)
+    arrays = {name: algebra.array(array) for name, array in found.arrays.items()}
+    return Fit(arrays, False, found.iterations, "Gauss-Newton")
+
+
+def all_places(sizes: Sequence[int]) -> list[np.ndarray]:
+    """Return for each mode the index of every element, in order."""
+    return list(np.unravel_index(np.arange(math.prod(sizes)), tuple(sizes)))
+
+
+def double_on_host(algebra: Algebra, x: Array) -> np.ndarray:
+    """Return an array in NumPy, in double precision, real or complex."""
+    host = np.asarray(algebra.backend.to_numpy(x))
+    return host.astype(np.result_type(host.dtype, np.float64))

@@ -16,7 +16,7 @@ import numpy as np
 
 from tnadapt.errors import ShapeError
 
-from .matrix_truncation import kept
+from .linear_algebra import kept
 
 __all__ = [
     "ArrayPasses",

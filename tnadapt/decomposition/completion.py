@@ -1,36 +1,67 @@
-"""Decompositions of tensors with missing or weighted elements.
+"""Fits to some elements of a tensor, as others are missing or padding, with weights or without.
 
 A few sweeps of alternating least squares on the observed elements, then damped Gauss-Newton on all arrays at once if
-the problem is small enough for its equations; otherwise sweeps to the end.
+the problem is small enough for its equations; otherwise sweeps to the end. In double precision, on the host.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tnadapt.algebra.formats import Format
+from tnadapt.algebra.formats import Format, Permuted
+from tnadapt.algebra.network import Network
 
-from ._observed_fit import (
-    ObservedElements,
-    ObservedFit,
-    Seen,
-    affordable,
-    fit_observed,
-    random_start,
-    sweeps_on_observed,
-    unobserved,
-)
-from ._single_tensor import refinable
+from ._least_squares import Descent, damped_gauss_newton
 from .fits import Limits
 
-__all__ = ["complete", "refinable", "unobserved"]
+__all__ = [
+    "ObservedElements",
+    "affordable",
+    "complete",
+    "fit_observed",
+    "moved",
+    "random_start",
+    "refinable",
+    "sweeps_on_observed",
+    "unobserved",
+]
+
+
+Arrays = dict[str, np.ndarray]
+#: Called with the number and the relative error of each step; True stops.
+Seen = Callable[[int, float], Any]
 
 # Sweeps from each start before Gauss-Newton.
 _SWEEPS = 5
+
+
+class ObservedFit(NamedTuple):
+    """Arrays fitted to observed elements.
+
+    Attributes
+    ----------
+    arrays : dict of str to ndarray
+    error : float
+        Of the observed elements, weighted, relative to their norm.
+    converged : bool
+    history : tuple of float
+        The error after each step of the best descent.
+    iterations : int
+        Steps of all descents.
+    """
+
+    arrays: Arrays
+    error: float
+    converged: bool
+    history: tuple[float, ...]
+    iterations: int
 
 
 def complete(
@@ -146,3 +177,571 @@ def _by_sweeps(
 
     arrays, error, converged = sweeps_on_observed(elements, wanted, start, limits, roots, seen)
     return ObservedFit(arrays, error if math.isfinite(error) else math.inf, converged, tuple(history), len(history))
+
+
+# -- Some elements of the tensor of one format, and their derivatives --------------------------------------------------
+
+# An element of the tensor is an einsum of the rows of the arrays that its indices select, so any set of elements is one
+# einsum over gathered rows, whatever the format. The tensor is linear in each array: the derivative of an element by an
+# array is the einsum of the other arrays' rows, and it is zero outside of the array's own rows.
+
+
+# Stands for the elements among the indices of an einsum; no format has it in its formula.
+_ELEMENT = "*"
+
+
+class SplitElements:
+    """Elements of the tensor of a format, at given places.
+
+    Parameters
+    ----------
+    split : Format
+        With a formula.
+    places : sequence of ndarray of int, shape (n,)
+        For each mode, the index of each element.
+
+    Attributes
+    ----------
+    count : int
+        n.
+    """
+
+    def __init__(self, split: Format, places: Sequence[np.ndarray]) -> None:
+        self.shapes, self.count = split.shapes, len(places[0])
+        inputs, _, output = split.formula.partition("->")
+        self._indices = dict(zip(split.shapes, inputs.split(","), strict=True))
+        modes = {index: mode for mode, index in enumerate(output)}
+        # The axes of an array that are modes come first: they select its row.
+        self._legs = {n: [a for a, i in enumerate(own) if i in modes] for n, own in self._indices.items()}
+        self._bonds = {n: [a for a, i in enumerate(own) if i not in modes] for n, own in self._indices.items()}
+        self._places = {n: [places[modes[self._indices[n][a]]] for a in legs] for n, legs in self._legs.items()}
+        self._gathered = {
+            name: (_ELEMENT if self._legs[name] else "") + "".join(own[axis] for axis in self._bonds[name])
+            for name, own in self._indices.items()
+        }
+        self._whole = _Chain(list(self._gathered.values()), _ELEMENT)
+        self._others = {name: self._other_arrays(name) for name in self.shapes}
+
+    def _other_arrays(self, name: str) -> tuple[_Chain, list[int]]:
+        """Return the einsum of the other arrays' rows, and which bonds of this array it leaves at length 1."""
+        others = [own for other, own in self._gathered.items() if other != name]
+        bonds = [self._indices[name][axis] for axis in self._bonds[name]]
+        reached = [index for index in bonds if any(index in own for own in others)]
+        output = (_ELEMENT if any(_ELEMENT in own for own in others) else "") + "".join(reached)
+        # A bond that no other array has is summed over this array alone.
+        return _Chain(others, output), [place for place, index in enumerate(bonds) if index not in reached]
+
+    def rows(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return for each array the row of each element; an array without a mode as it is."""
+        found = {}
+        for name, places in self._places.items():
+            turned = arrays[name].transpose(*self._legs[name], *self._bonds[name])
+            found[name] = turned[tuple(places)] if places else turned
+        return found
+
+    def values(self, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Compute the elements whose rows are given."""
+        return self._whole([rows[name] for name in self.shapes])
+
+    def derivative(self, rows: Mapping[str, np.ndarray], name: str, count: int) -> np.ndarray:
+        """Compute the derivative of ``count`` elements by the row of an array that each selects, shape (count, width).
+
+        The columns are the array's bonds in order.
+        """
+        chain, lone = self._others[name]
+        bonds = [self.shapes[name][axis] for axis in self._bonds[name]]
+        made = chain([rows[other] for other in self.shapes if other != name])
+        if not chain.output.startswith(_ELEMENT):
+            made = made[None]
+        for place in lone:
+            made = np.expand_dims(made, place + 1)
+        return np.ascontiguousarray(np.broadcast_to(made, (count, *bonds))).reshape(count, -1)
+
+    def width(self, name: str) -> int:
+        """Return the number of elements of an array that an element of the tensor depends on."""
+        return math.prod(self.shapes[name][axis] for axis in self._bonds[name])
+
+    def selected(self, name: str) -> np.ndarray:
+        """Return the number of each element's row among all rows of an array, shape (n,)."""
+        sizes = [self.shapes[name][axis] for axis in self._legs[name]]
+        if not sizes:
+            return np.zeros(self.count, np.intp)
+        return np.ravel_multi_index(tuple(self._places[name]), sizes)
+
+    def positions(self, name: str) -> np.ndarray:
+        """Return where in the flat array each of its rows lies, shape (rows, width)."""
+        shape = self.shapes[name]
+        flat = np.arange(math.prod(shape)).reshape(shape).transpose(*self._legs[name], *self._bonds[name])
+        return flat.reshape(-1, self.width(name))
+
+
+class _Chain:
+    """An einsum of arrays from left to right, pair by pair, without a limit on the number of all indices."""
+
+    def __init__(self, inputs: Sequence[str], output: str) -> None:
+        self.output, self.steps = output, list[str]()
+        now = inputs[0] if inputs else ""
+        for place in range(1, len(inputs)):
+            later = set(output).union(*inputs[place + 1 :])
+            kept = "".join(index for index in dict.fromkeys(now + inputs[place]) if index in later)
+            self.steps.append(_ascii([now, inputs[place]], kept))
+            now = kept
+        self.last = _ascii([now], output)
+
+    def __call__(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        if not arrays:
+            return np.ones(())
+        now = arrays[0]
+        for step, right in zip(self.steps, arrays[1:], strict=True):
+            now = np.einsum(step, now, right)
+        found: np.ndarray = np.einsum(self.last, now)
+        return found
+
+
+def _ascii(inputs: Sequence[str], output: str) -> str:
+    """Return an einsum string with the indices named by ASCII letters."""
+    named = dict(zip(dict.fromkeys("".join(inputs)), string.ascii_letters, strict=False))
+    return ",".join("".join(named[i] for i in own) for own in inputs) + "->" + "".join(named[i] for i in output)
+
+
+# -- Some elements of a sum of products, as a function of all arrays, with its sparse Jacobian -------------------------
+
+# A row of the Jacobian has entries only at the rows of the arrays that its element selects. Their positions do not
+# change, so they are computed once, and each Jacobian costs a few products per entry.
+
+
+class ObservedElements:
+    """The observed elements of a scaled sum of Kronecker or Hadamard products of splits, in NumPy on the host.
+
+    Parameters
+    ----------
+    splits : sequence of Format
+        The K splits of each term.
+    prefixes : sequence of sequence of str
+        For each term and split, the prefix of the names of its arrays.
+    places : sequence of sequence of ndarray of int, shape (n,)
+        For each split, the index in each of its modes of each observed element.
+    scale : float
+
+    Attributes
+    ----------
+    shapes : dict of str to tuple of int
+        The arrays.
+    size, count : int
+        The numbers of parameters and of observed elements.
+    """
+
+    def __init__(
+        self,
+        splits: Sequence[Format],
+        prefixes: Sequence[Sequence[str]],
+        places: Sequence[Sequence[np.ndarray]],
+        scale: float = 1.0,
+    ) -> None:
+        pairs = [_unpermuted(split, own) for split, own in zip(splits, places, strict=True)]
+        self.elements = [SplitElements(split, own) for split, own in pairs]
+        self.prefixes, self.scale = prefixes, scale
+        self.shapes = {
+            prefix + name: shape
+            for term in prefixes
+            for prefix, split in zip(term, self.elements, strict=True)
+            for name, shape in split.shapes.items()
+        }
+        self.count = self.elements[0].count
+        self.size = sum(math.prod(shape) for shape in self.shapes.values())
+
+    @classmethod
+    def of_network(cls, network: Network, flat: np.ndarray | None = None) -> ObservedElements:
+        """Return elements of a network's vector; by default all of it."""
+        flat = np.arange(network.size) if flat is None else flat
+        modes = np.unravel_index(flat, network.sizes)
+        if not network.kronecker or len(network.splits) == 1:
+            return cls(network.splits, network.prefixes, [modes] * len(network.splits), network.scale)
+        # In each mode the index is a K-digit number with one digit per split, most significant first.
+        digits = [
+            np.unravel_index(place, [split.sizes[mode] for split in network.splits]) for mode, place in enumerate(modes)
+        ]
+        places = [[each[k] for each in digits] for k in range(len(network.splits))]
+        return cls(network.splits, network.prefixes, places, network.scale)
+
+    # -- Parameters as one vector ----------------------------------------------------------------
+
+    def flat(self, arrays: Mapping[str, Any]) -> np.ndarray:
+        """Return all arrays as one vector."""
+        return np.concatenate([np.asarray(arrays[name]).reshape(-1) for name in self.shapes])
+
+    def arrays(self, vec: np.ndarray) -> Arrays:
+        """Return one vector as all arrays."""
+        parts = np.split(vec, np.cumsum([math.prod(shape) for shape in self.shapes.values()])[:-1])
+        return {name: part.reshape(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+    # -- Values and derivatives ------------------------------------------------------------------
+
+    def values(self, vec: np.ndarray) -> np.ndarray:
+        """Compute the elements, shape (n,)."""
+        terms = [math.prod(parts[1:], start=parts[0]) for _, parts in self._terms(self.arrays(vec))]
+        return sum(terms[1:], start=terms[0]) * self.scale
+
+    def _terms(
+        self, arrays: Mapping[str, np.ndarray], terms: Sequence[Sequence[str]] | None = None
+    ) -> list[tuple[list[dict[str, np.ndarray]], list[np.ndarray]]]:
+        """Return for each term (by default all) the gathered rows and the elements of each split."""
+        found = []
+        for prefixes in self.prefixes if terms is None else terms:
+            rows = [
+                split.rows({name: arrays[prefix + name] for name in split.shapes})
+                for prefix, split in zip(prefixes, self.elements, strict=True)
+            ]
+            found.append((rows, [split.values(own) for split, own in zip(self.elements, rows, strict=True)]))
+        return found
+
+    def jacobian(self, vec: np.ndarray) -> Any:
+        """Compute the derivative of :meth:`values` as a SciPy CSR array, shape (n, size)."""
+        from scipy.sparse import csr_array
+
+        arrays, blocks = self.arrays(vec), []
+        for rows, values in self._terms(arrays):
+            for k, split in enumerate(self.elements):
+                factor = self._factor(values, k)
+                blocks += [split.derivative(rows[k], name, self.count) * factor for name in split.shapes]
+        data = np.concatenate(blocks, axis=1)
+        indices, indptr = self._pattern
+        return csr_array((data.reshape(-1), indices, indptr), shape=(self.count, self.size))
+
+    # -- One array at a time ---------------------------------------------------------------------
+
+    @functools.cached_property
+    def _owners(self) -> dict[str, tuple[int, int, str]]:
+        """Return the term, the split, and the name in the split's format of each array."""
+        return {
+            prefix + name: (term, k, name)
+            for term, prefixes in enumerate(self.prefixes)
+            for k, (prefix, split) in enumerate(zip(prefixes, self.elements, strict=True))
+            for name in split.shapes
+        }
+
+    def derivative(self, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+        """Compute the derivative of each element by the row of one array that it selects, shape (n, width)."""
+        term, k, own = self._owners[name]
+        rows, values = self._terms(arrays, [self.prefixes[term]])[0]
+        found: np.ndarray = self.elements[k].derivative(rows[k], own, self.count) * self._factor(values, k)
+        return found
+
+    def rows_of_arrays(self) -> dict[str, np.ndarray]:
+        """Return for each array the number of the row that each element selects, shape (n,)."""
+        return {name: self.elements[k].selected(own) for name, (_, k, own) in self._owners.items()}
+
+    def positions(self, name: str) -> np.ndarray:
+        """Return where in one flat array each of its rows lies, shape (rows, width)."""
+        _, k, own = self._owners[name]
+        return self.elements[k].positions(own)
+
+    def _factor(self, values: Sequence[np.ndarray], k: int) -> Any:
+        """Return what one split of a term is multiplied by in each element, shape (n, 1), or a number."""
+        others = [one for j, one in enumerate(values) if j != k]
+        return math.prod(others[1:], start=others[0])[:, None] * self.scale if others else self.scale
+
+    @functools.cached_property
+    def _pattern(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the columns of the entries of each row, and where each row begins."""
+        blocks, first = [], 0
+        for _ in self.prefixes:
+            for split in self.elements:
+                for name, shape in split.shapes.items():
+                    blocks.append(split.positions(name)[split.selected(name)] + first)
+                    first += math.prod(shape)
+        columns = np.concatenate(blocks, axis=1)
+        kind = np.int32 if columns.size < 1 << 31 else np.int64
+        return columns.reshape(-1).astype(kind), np.arange(self.count + 1, dtype=kind) * columns.shape[1]
+
+    @functools.cached_property
+    def entries(self) -> int:
+        """Number of entries of a row of the Jacobian."""
+        return len(self.prefixes) * sum(split.width(name) for split in self.elements for name in split.shapes)
+
+
+def _unpermuted(split: Format, places: Sequence[np.ndarray]) -> tuple[Format, Sequence[np.ndarray]]:
+    """Return the format that makes a permuted one, and the places in its modes."""
+    if not isinstance(split, Permuted):
+        return split, places
+    own = [
+        np.ravel_multi_index([places[digit] for digit in axis], [split.sizes[digit] for digit in axis])
+        for axis in split.axes
+    ]
+    return split.own, own
+
+
+def unobserved(mask: np.ndarray) -> tuple[int, int] | None:
+    """Return a mode and an index in it of which no element is observed; None if there is none.
+
+    Parameters
+    ----------
+    mask : ndarray of bool
+        True where an element is observed.
+
+    Examples
+    --------
+    >>> unobserved(np.array([[True, False], [True, False]])), unobserved(np.eye(2, dtype=bool))
+    ((1, 1), None)
+    """
+    for mode in range(mask.ndim):
+        seen = mask.any(axis=tuple(axis for axis in range(mask.ndim) if axis != mode))
+        if not seen.all():
+            return mode, int(np.argmin(seen))
+    return None
+
+
+# -- Sweeps: one array after another, row by row -----------------------------------------------------------------------
+
+# An element depends on one row of each array, and linearly. With the other arrays fixed, the rows of an array are small
+# least-squares problems that do not depend on each other. A sweep costs as much as a few gathered rows of all arrays
+# for each observed element, so that it suits large problems.
+
+
+# Ridge relative to the mean diagonal of a row's equations, which may be singular.
+_RIDGE = 1e-12
+
+
+def sweeps_on_observed(
+    elements: ObservedElements,
+    wanted: np.ndarray,
+    start: Mapping[str, np.ndarray],
+    limits: Limits,
+    roots: np.ndarray | None = None,
+    watch: Callable[[int, float], Any] = lambda *_: None,
+) -> tuple[Arrays, float, bool]:
+    """Run sweeps until one reduces the relative error by no more than the tolerance.
+
+    Parameters
+    ----------
+    elements : ObservedElements
+    wanted : ndarray, shape (n,)
+        Not all zero.
+    start : mapping of str to ndarray
+    limits : Limits
+    roots : ndarray, shape (n,), optional
+        Square roots of the weights.
+    watch : callable
+        Called with each sweep's number and relative error; stops the iteration if it returns True.
+
+    Returns
+    -------
+    arrays : dict of str to ndarray
+    error : float
+        Relative to the norm of the weighted elements.
+    converged : bool
+    """
+    roots = np.ones(elements.count) if roots is None else roots
+    kind = np.result_type(wanted.dtype, np.float64)
+    arrays = {name: np.array(start[name], kind) for name in elements.shapes}
+    groups = {name: _by_row(rows) for name, rows in elements.rows_of_arrays().items()}
+    norm = float(np.linalg.norm(wanted * roots))
+
+    def residual() -> np.ndarray:
+        return np.asarray((wanted - elements.values(elements.flat(arrays))) * roots)
+
+    left = residual()
+    error = float(np.linalg.norm(left)) / norm
+    for sweep in range(1, limits.iterations + 1):
+        for name, (order, edges, chosen) in groups.items():
+            rows = (elements.derivative(arrays, name) * roots[:, None])[order]
+            steps = _steps(rows, left[order], edges)
+            flat = arrays[name].reshape(-1)
+            flat[elements.positions(name)[chosen]] += steps
+            left[order] -= np.einsum("nw,nw->n", rows, np.repeat(steps, np.diff(edges), axis=0))
+        left = residual()
+        before, error = error, float(np.linalg.norm(left)) / norm
+        if watch(sweep, error) is True:
+            return arrays, error, False
+        if before - error <= limits.tol:
+            return arrays, error, True
+    return arrays, error, False
+
+
+def _by_row(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return an order of the elements by their row of an array, where each row begins, and which rows there are."""
+    order = np.argsort(rows, kind="stable")
+    chosen, first = np.unique(rows[order], return_index=True)
+    return order, np.append(first, len(rows)), chosen
+
+
+def _steps(rows: np.ndarray, left: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Solve the least-squares problem of each row of an array for its change."""
+    width, parts = rows.shape[1], list(itertools.pairwise(edges))
+    grams = np.stack([rows[a:b].conj().T @ rows[a:b] for a, b in parts])
+    rights = np.stack([rows[a:b].conj().T @ left[a:b] for a, b in parts])
+    size = np.trace(grams, axis1=1, axis2=2).real / width
+    shift = np.where(size > 0.0, _RIDGE * size, 1.0)
+    found: np.ndarray = np.linalg.solve(grams + shift[:, None, None] * np.eye(width), rights[:, :, None])[:, :, 0]
+    return found
+
+
+# -- Damped Gauss-Newton from several starts ---------------------------------------------------------------------------
+
+
+# Up to this many entries of a Jacobian are kept, and this many multiply-adds go into all steps of one fit, where each
+# step costs at least as much as the second number of them.
+_ENTRIES, _WORK, _STEP = 1 << 24, 1 << 33, 1 << 20
+# At least this many steps must be possible for a fit to be tried.
+_FEW = 8
+# A descent that has come this near to zero is continued.
+_NEAR = 1e-2
+# All descents take at most as many steps as this number of full ones.
+_DESCENTS = 8
+# An error of this many times epsilon is rounding. Descents that end this close to each other found the same optimum,
+# and no more are tried after as many as this.
+_ROUNDING, _SAME, _AGREE = 64.0, 1e-4, 3
+
+
+def affordable(elements: ObservedElements, count: int | None = None) -> int:
+    """Return the number of steps that a fit may take; 0 if too few to be worth a try.
+
+    Parameters
+    ----------
+    elements : ObservedElements
+    count : int, optional
+        Number of elements to assume; by default those that there are.
+    """
+    size, count = elements.size, elements.count if count is None else count
+    dense, sparse = count * size**2, 16 * count * elements.entries**2
+    steps = int(_WORK // (min(dense, sparse) + size**3 + _STEP))
+    return steps if steps >= _FEW and count * elements.entries <= _ENTRIES else 0
+
+
+def refinable(split: Format) -> bool:
+    """Return whether a tensor of these sizes is small enough for damped Gauss-Newton on all of its elements."""
+    none = [np.zeros(0, np.intp)] * len(split.sizes)
+    return affordable(ObservedElements([split], [[""]], [none]), math.prod(split.sizes)) > 0
+
+
+def fit_observed(
+    elements: ObservedElements,
+    wanted: np.ndarray,
+    starts: Iterable[Mapping[str, np.ndarray]],
+    limits: Limits,
+    *,
+    weights: np.ndarray | None = None,
+    watch: Seen = lambda *_: None,
+) -> ObservedFit:
+    """Fit arrays to observed elements from each of several starts, until one reaches zero or three reach one optimum.
+
+    Parameters
+    ----------
+    elements : ObservedElements
+    wanted : ndarray, shape (n,)
+        The observed elements; not all zero.
+    starts : iterable of mapping of str to ndarray
+        Each is made when it is needed; at least one.
+    limits : Limits
+        Of each descent. All descents together take a bounded number of steps, fewer for larger problems.
+    weights : ndarray, shape (n,), optional
+        Nonnegative weights of the squared errors.
+    watch : callable
+        Called with the number of each step and the least relative error so far; stops all descents if it returns True.
+
+    Returns
+    -------
+    ObservedFit
+        The best descent's.
+    """
+    problem = _Weighted(elements, wanted, weights)
+    best: Descent | None = None
+    agreeing, seen = 0, _BestSoFar(watch)
+    left = min(max(affordable(elements), _FEW), _DESCENTS * limits.iterations)
+
+    def descent(begun: np.ndarray, most: int) -> Descent:
+        own = limits._replace(iterations=most)
+        return damped_gauss_newton(problem.residual, problem.jacobian, begun, problem.norm, own, seen)
+
+    for start in starts:
+        begun = elements.flat(balanced(elements, start)).astype(problem.kind)
+        found = descent(begun, min(limits.iterations, left - seen.steps))
+        same = best is not None and abs(found.error - best.error) <= _SAME * best.error
+        better = best is None or found.error < best.error
+        agreeing = agreeing + 1 if same else 1 if better else agreeing
+        best = found if better or best is None else best
+        exact = best.error <= _ROUNDING * problem.eps * problem.norm
+        if agreeing == _AGREE or seen.steps >= left or exact or seen.stopped:
+            break
+    assert best is not None
+    if not best.converged and seen.steps < left and best.error <= _NEAR * problem.norm and not seen.stopped:
+        # It may be on its way to an exact answer, slowly.
+        further = descent(best.x, left - seen.steps)
+        best = further._replace(history=best.history + further.history)
+    error, converged = best.error / problem.norm, best.converged and not seen.stopped
+    return ObservedFit(elements.arrays(best.x), error, converged, best.history or (error,), seen.steps)
+
+
+class _BestSoFar:
+    """Counts the steps of all descents, and passes on the least error so far."""
+
+    def __init__(self, watch: Seen) -> None:
+        self.watch = watch
+        self.steps, self.error, self.stopped = 0, math.inf, False
+
+    def __call__(self, _: int, error: float) -> bool:
+        self.steps, self.error = self.steps + 1, min(self.error, error)
+        self.stopped = self.watch(self.steps, self.error) is True
+        return self.stopped
+
+
+class _Weighted:
+    """The residual of weighted elements, and its Jacobian."""
+
+    def __init__(self, elements: ObservedElements, wanted: np.ndarray, weights: np.ndarray | None) -> None:
+        self.elements, self.kind = elements, np.result_type(wanted.dtype, np.float64)
+        self.roots = None if weights is None else np.sqrt(np.asarray(weights, np.float64))
+        self.wanted = wanted if self.roots is None else wanted * self.roots
+        self.norm, self.eps = float(np.linalg.norm(self.wanted)), float(np.finfo(self.kind).eps)
+
+    def residual(self, vec: np.ndarray) -> np.ndarray:
+        made = self.elements.values(vec)
+        return np.asarray((made if self.roots is None else made * self.roots) - self.wanted)
+
+    def jacobian(self, vec: np.ndarray) -> Any:
+        found = self.elements.jacobian(vec)
+        if self.roots is not None:
+            found.data *= np.repeat(self.roots, self.elements.entries)
+        return found
+
+
+# -- Starts ------------------------------------------------------------------------------------------------------------
+
+
+def balanced(elements: ObservedElements, arrays: Mapping[str, Any]) -> Arrays:
+    """Return arrays whose norms are equal within each term, without changing any element.
+
+    Damping treats all parameters alike, so they should be of similar size.
+    """
+    found = {name: np.asarray(arrays[name]) for name in elements.shapes}
+    for prefixes in elements.prefixes:
+        names = [name for name in elements.shapes if name.startswith(tuple(prefixes))]
+        norms = np.array([np.linalg.norm(found[name]) for name in names])
+        if not (np.isfinite(norms).all() and norms.all()):
+            continue
+        mean = math.exp(float(np.mean(np.log(norms))))
+        found |= {name: found[name] * (mean / norm) for name, norm in zip(names, norms, strict=True)}
+    return found
+
+
+def random_start(elements: ObservedElements, rng: np.random.RandomState, norm: float, kind: Any = np.float64) -> Arrays:
+    """Return normal arrays, scaled so that their elements have a given norm."""
+    found: Arrays = {}
+    for name, shape in elements.shapes.items():
+        found[name] = rng.normal(size=shape).astype(kind)
+        if np.dtype(kind).kind == "c":
+            found[name] += 1j * rng.normal(size=shape)
+    made = float(np.linalg.norm(elements.values(elements.flat(found))))
+    # Every array of a term takes an equal part of the factor.
+    each = max(len(elements.shapes) // len(elements.prefixes), 1)
+    factor = (norm / made) ** (1.0 / each) if made else 1.0
+    return {name: array * factor for name, array in found.items()}
+
+
+def moved(starts: Iterable[Mapping[str, np.ndarray]], rng: np.random.RandomState, size: float) -> Iterator[Arrays]:
+    """Yield starts with noise of a size relative to the root mean square of each array."""
+    for start in starts:
+        yield {
+            name: array + size * (float(np.sqrt(np.mean(np.abs(array) ** 2))) or 1.0) * rng.normal(size=array.shape)
+            for name, array in start.items()
+        }

@@ -20,9 +20,8 @@ from tnadapt.algebra.products import contracted, hadamard_tensor, khatri_rao
 from tnadapt.backends import Backend, load_backend
 from tnadapt.backends.backend import Array
 
-from ._truncated_svd import on_host
 from .fits import Limits
-from .linear_algebra import Algebra, norm_of
+from .linear_algebra import Algebra, norm_of, on_host
 
 __all__ = [
     "CPSweeps",

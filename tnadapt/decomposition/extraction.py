@@ -237,7 +237,7 @@ def _kept(tuned: Checkpoint, patterns: str | Sequence[str], targets: set[str]) -
     return list(found)
 
 
-# -- What else differs -------------------------------------------------------------------------------
+# -- What else differs -------------------------------------------------------------------------------------------------
 
 
 def _others(

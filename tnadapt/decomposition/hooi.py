@@ -19,8 +19,7 @@ from tnadapt.algebra.products import mode_product
 from tnadapt.backends import Backend, load_backend
 from tnadapt.backends.backend import Array
 
-from .linear_algebra import tensorly_on
-from .matrix_truncation import Leading
+from .linear_algebra import Leading, tensorly_on
 
 __all__ = [
     "SMALL",

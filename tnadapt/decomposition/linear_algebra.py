@@ -1,6 +1,7 @@
-"""Linear algebra for decompositions: TensorLy on the library of the arrays, and robust norms.
+"""Linear algebra for decompositions, on the library of the arrays: singular vectors, truncation, norms and scaling.
 
-TensorLy has one backend for the whole process. Here it is set for the calling thread only, and restored afterwards.
+``Algebra.svd`` computes a few triplets of a large matrix by SciPy's ARPACK, random projections by TensorLy, and
+everything else by the library's own SVD.
 """
 
 from __future__ import annotations
@@ -8,132 +9,197 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tnadapt.algebra.network import Network
 from tnadapt.backends import Backend, load_backend
 from tnadapt.backends.backend import Array
-from tnadapt.errors import BackendError
+from tnadapt.errors import BackendError, ConfigError, safe_repr
 
-from ._truncated_svd import leading_triplets, on_host, truncated_pays
-from .fits import Claim
+from .fits import Claim, no_matrix_is_closer
 
 __all__ = [
-    "OPEN",
     "SVD_METHODS",
     "TENSORLY",
     "Algebra",
+    "Leading",
+    "MatrixTruncation",
     "at_size",
-    "no_matrix_is_closer",
+    "kept",
+    "leading_triplets",
     "norm_of",
+    "on_host",
     "power_of",
     "tensorly_on",
+    "truncated_pays",
+    "with_value",
 ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Proof that no matrix of a rank is closer to a matrix than its part in a given subspace, computed when asked for
+# -- A few singular triplets of a large matrix, by ARPACK --------------------------------------------------------------
 
-# Let U be the subspace, of r dimensions, ``B = Uᵀ A``, and ``R = A - U B``. For any numbers θ and d for which ::
-#
-#     θ ≤ λ_min(B Bᵀ) + d     and     θ I - R Rᵀ - R Bᵀ B Rᵀ / d  is positive definite,
-#
-# ``A Aᵀ`` is at most ``θ I + U (B Bᵀ + (d - θ) I) Uᵀ``, whose second term is positive semidefinite and of rank r. By
-# Weyl's inequalities the r largest eigenvalues of ``A Aᵀ`` then have a sum of at most ``|B|² + r d``, and by the
-# theorem of Eckart & Young the squared error of every matrix of rank r is at least ``|R|² - r d``. Nothing else is
-# assumed of U: a subspace that misses a direction, from whatever start, has no such θ and d.
-#
-# Positive definite is proved by a bound on the norm of R where that is enough, otherwise by a Cholesky factorization,
-# as it succeeds for no matrix with an eigenvalue below minus its rounding (Rump, "Verification of positive
-# definiteness", BIT 46, 2006).
+# ARPACK (Lehoucq, Sorensen & Yang, 1998) finds eigenvectors of ``Aᵀ A`` from products with single vectors, which are
+# computed where the matrix is. The triplets are those of the matrix between these vectors, as squared singular values
+# have half of the digits. Single vectors may miss copies of a repeated value: a few more steps, from another start and
+# beside the vectors that were found, show them.
 
 
-# What the claim leaves open, relative to the error, and in units of epsilon relative to the matrix.
-OPEN, _ROUNDING = 1e-8, 64.0
-# Error of computed singular values, in units of epsilon relative to the largest.
-_VALUES = 8.0
-# Longest side for a Cholesky factorization, and most elements of a matrix in float64.
-_SIDE, _ELEMENTS = 1 << 12, 1 << 25
+# Below this number of rows and columns, or of elements, LAPACK takes less time than the calls of a few steps.
+_SHORT, _FEW = 96, 1 << 16
+# Largest part of the short side that the rank may be, and the largest rank.
+_PART, _MOST = 16, 128
+# Steps to the first restart, and restarts that are always allowed. As many steps in total as the short side is long
+# take about as much time as the full decomposition.
+_STEPS, _RESTARTS = 20, 10
+# Residuals of up to this many times epsilon and the largest value are rounding: of ARPACK, and of the triplets.
+_CONVERGED, _ACCEPTED = 8.0, 64.0
+# A value that exceeds the smallest of the triplets by more than this was missed. Steps of the search for one, and the
+# part of it that it may be wrong by.
+_MISSED, _SEARCH, _ROUGH = 1e-6, 8, 0.1
 
 
-def no_matrix_is_closer(matrix: np.ndarray, vectors: np.ndarray, epsilon: float) -> bool:
-    """Return whether the part of a matrix in a subspace is proved to be its best approximation of that rank.
+def truncated_pays(shape: tuple[int, ...], rank: int) -> bool:
+    """Return whether :func:`leading_triplets` can be faster than the full SVD of a matrix of this shape."""
+    large = min(shape) >= _SHORT or math.prod(shape) >= _FEW
+    return large and rank <= min(_MOST, min(shape) // _PART)
+
+
+def leading_triplets(backend: Backend, matrix: Array, rank: int, seed: int) -> tuple[Array, np.ndarray, Array] | None:
+    """Compute the leading singular triplets of a real matrix.
 
     Parameters
     ----------
-    matrix : ndarray, shape (m, n)
-        Real and finite.
-    vectors : ndarray, shape (m, rank)
-        Columns that span the subspace.
-    epsilon : float
-        Of the dtype whose rounding counts.
+    backend : Backend
+    matrix : array, shape (m, n)
+    rank : int
+        Less than m and n.
+    seed : int
+        Seed of the start.
 
     Returns
     -------
-    bool
-        True if the relative error of every matrix of that rank is at least that of the part in the subspace, less
-        ``1e-8`` times itself and 64 epsilon. False if this is not so, or the proof would need more than a matrix of
-        4096 rows or 2^25 elements.
+    u : array, shape (m, rank)
+    s : ndarray, shape (rank,)
+        On the host, float64, in descending order.
+    v : array, shape (n, rank)
+
+    Notes
+    -----
+    None if they do not converge in less time than the full decomposition takes, or if larger values were missed. The
+    residuals of triplets that are returned are at rounding; that these are the leading ones is likely, but not certain.
     """
-    if matrix.shape[0] * matrix.shape[1] > _ELEMENTS:
-        return False
-    largest = float(np.max(np.abs(matrix), initial=0.0))
-    if largest == 0.0:
-        return True
-    wide = matrix.astype(np.float64) / largest
-    u = np.linalg.qr(vectors.astype(np.float64))[0]
-    along = u.T @ wide
-    rest = wide - u @ along
-    error, rounding = float(np.linalg.norm(rest)), _ROUNDING * epsilon * float(np.linalg.norm(wide))
-    least = error * (1.0 - OPEN) - rounding
-    if not least > 0.0:
-        return bool(error <= rounding)
-    if epsilon > np.finfo(np.float64).eps:
-        # The vectors have the rounding of their dtype: improve them in float64.
-        u = np.linalg.qr(wide @ along.T)[0]
-        along = u.T @ wide
-        rest = wide - u @ along
-    # What couples the two parts is rounding for singular vectors. It is left out of the matrix, at its full norm.
-    across = np.linalg.qr(along.T)[0]
-    coupled = rest @ across
-    return _bounded(rest - coupled @ across.T, along, least + float(np.linalg.norm(coupled)))
+    if matrix.shape[0] < matrix.shape[1]:
+        triplets = leading_triplets(backend, backend.matrix_transpose(matrix), rank, seed)
+        return None if triplets is None else triplets[::-1]
+    if backend.name != "numpy" and on_host(backend, matrix):
+        # Eager libraries dispatch, or compile, each of many small operations.
+        numpy, dtype, device = load_backend("numpy"), backend.dtype_name(matrix), backend.device(matrix)
+        triplets = leading_triplets(numpy, backend.to_numpy(matrix), rank, seed)
+        if triplets is None:
+            return None
+        u, v = (backend.asarray(np.ascontiguousarray(vectors), dtype, device) for vectors in triplets[::2])
+        return u, triplets[1], v
+    if backend.name == "numpy" and not (matrix.flags.c_contiguous or matrix.flags.f_contiguous):
+        matrix = np.ascontiguousarray(matrix)
+    rng = np.random.default_rng(seed)
+    dtype, device, across = backend.dtype_name(matrix), backend.device(matrix), backend.matrix_transpose(matrix)
+    eps, largest = float(np.finfo(dtype).eps), np.finfo(dtype).maxexp - 2
+
+    def product(x: Array, columns: np.ndarray) -> np.ndarray:
+        return backend.to_numpy(backend.matmul(x, backend.asarray(columns, dtype, device)))
+
+    # From the row space, which is all of the space that is needed where the rank is no larger.
+    start = product(across, rng.standard_normal((int(matrix.shape[0]), 1)))
+    size = float(np.max(np.abs(start), initial=0.0))
+    if not math.isfinite(size) or size == 0.0:
+        return None
+    # So that squares neither overflow nor underflow.
+    scale = 2.0 ** min(max(-math.frexp(size)[1], -largest), largest)
+
+    def squared(vector: np.ndarray) -> np.ndarray:
+        """Multiply by ``Aᵀ A``."""
+        return product(across, product(matrix, vector.reshape(-1, 1)) * scale) * scale
+
+    short = int(matrix.shape[1])
+    restarts = max(_RESTARTS, short // max(rank + 1, _STEPS - rank))
+    right = _eigenvectors(squared, start * scale, rank, _STEPS, restarts, _CONVERGED * eps, rng)
+    if right is None:
+        return None
+    # Rayleigh-Ritz: the singular value decomposition of the matrix between its left and right vectors.
+    right = backend.asarray(np.linalg.qr(right[1])[0], dtype, device)
+    left = backend.qr(backend.matmul(matrix, right))[0]
+    back = backend.matmul(across, left)
+    inner = backend.to_numpy(backend.matmul(backend.matrix_transpose(right), back)).astype(np.float64)
+    if not np.isfinite(inner).all():
+        return None
+    turned_right, s, turned_left = np.linalg.svd(inner)
+    to_left, to_right = (backend.asarray(np.ascontiguousarray(x), dtype, device) for x in (turned_left.T, turned_right))
+    u, v = backend.matmul(left, to_left), backend.matmul(right, to_right)
+    host = backend.to_numpy(v)
+    rest = backend.to_numpy(backend.matmul(back, to_left)).astype(np.float64) - host * s
+    rounding = _ACCEPTED * eps * float(s[0])
+    # Vectors of zeros come from ARPACK's own random numbers, which are the same each time from SciPy 1.17 on.
+    arbitrary = not _seeded() and s[-1] <= rounding
+    if arbitrary or not (np.linalg.norm(rest, axis=0) <= rounding).all():
+        return None
+
+    def beside(vector: np.ndarray) -> np.ndarray:
+        vector = vector.reshape(-1, 1)
+        image = squared(vector - host @ (host.T @ vector))
+        return np.asarray(image - host @ (host.T @ image))
+
+    if rank > 1:
+        another = np.asarray(rng.standard_normal((short, 1)), start.dtype)
+        others = _eigenvectors(beside, another, 1, _SEARCH, _RESTARTS, _ROUGH, rng)
+        most = scale * (s[-1] * (1.0 + _MISSED) + rounding)
+        if others is not None and math.sqrt(max(0.0, others[0][0])) > most:
+            return None
+    return u, s, v
 
 
-def _bounded(rest: np.ndarray, along: np.ndarray, least: float) -> bool:
-    """Return whether errors below ``least`` are excluded for ``U along + rest``."""
-    size, rank = float(np.sum(rest * rest)), len(along)
-    margin = (size - least * least) / rank
-    if not margin > 0.0:
-        return False
-    eps, mixed = float(np.finfo(np.float64).eps), along @ rest.T
-    values = np.linalg.svd(along, compute_uv=False)
-    level = max(0.0, float(values[-1]) - _VALUES * eps * float(values[0])) ** 2 + margin
-    if size + float(np.sum(mixed * mixed)) / margin <= level:
-        return True
-    rows, columns = rest.shape
-    if rows > _SIDE:
-        return False
-    # Rounding: of the products in the Gram matrix, and of its factorization.
-    slack = eps * ((columns + rank) * (size + float(np.sum(mixed * mixed)) / margin) + (rows + 2) * rows * level)
-    if not level > slack:
-        return False
-    scaled = mixed / np.sqrt(margin)
-    gram = rest @ rest.T
-    gram += scaled.T @ scaled
-    np.negative(gram, out=gram)
-    gram[np.diag_indices(rows)] += level - slack
+def _eigenvectors(
+    product: Callable[[np.ndarray], np.ndarray],
+    start: np.ndarray,
+    count: int,
+    steps: int,
+    restarts: int,
+    tol: float,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the largest eigenvalues of a symmetric product, ascending, and their vectors, if they converge."""
+    from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+
+    size = len(start)
+    operator = LinearOperator((size, size), matvec=product, dtype=start.dtype)
     try:
-        np.linalg.cholesky(gram)
-    except np.linalg.LinAlgError:
-        return False
-    return True
+        values, vectors = eigsh(
+            operator, count, which="LA", v0=start[:, 0], ncv=min(size, max(2 * count + 1, steps)), maxiter=restarts,
+            tol=tol, **({"rng": rng} if _seeded() else {}),
+        )  # fmt: skip
+    except ArpackError:
+        return None
+    return values, vectors
 
 
-# -- Linear algebra for decompositions: TensorLy on the library of the arrays, and robust norms ------------------------
+@functools.cache
+def _seeded() -> bool:
+    """Return whether ARPACK takes a random generator."""
+    from scipy.sparse.linalg import eigsh
+
+    return "rng" in inspect.signature(eigsh).parameters
+
+
+def on_host(backend: Backend, x: Array) -> bool:
+    """Return whether an array is in the memory that NumPy uses."""
+    return "cpu" in str(backend.device(x)).lower()
+
+
+# -- Norms, scaling and singular vectors in one library, dtype and device ----------------------------------------------
 
 # TensorLy has one backend for the whole process. Here it is set for the calling thread only, and restored afterwards.
 
@@ -338,14 +404,14 @@ class Algebra:
         shape = tuple(int(size) for size in matrix.shape)
         real = not self.backend.is_complex(matrix)
         if self.svd_method == "auto" and real and truncated_pays(shape, rank):
-            found = leading_triplets(self.backend, matrix, rank, self.seed)
-            if found.converged:
+            triplets = leading_triplets(self.backend, matrix, rank, self.seed)
+            if triplets is not None:
                 rows = shape[0] <= shape[1]
-                short, left = (matrix, found.u) if rows else (self.backend.matrix_transpose(matrix), found.v)
+                short, left = (matrix, triplets[0]) if rows else (self.backend.matrix_transpose(matrix), triplets[2])
                 # The caller may change the matrix before the proof is asked for.
                 kept, host = short if self.settled else short * 1.0, self.backend.to_numpy
                 proof = functools.cache(lambda: no_matrix_is_closer(host(kept), host(left), self.eps))
-                return found.u, found.s, found.v, proof
+                return *triplets, proof
         random = self.randomized(shape, rank)
         u, s, v = self._random_svd(matrix, rank) if random else self.backend.svd(matrix)
         values = self.backend.to_numpy(s[:rank]).astype(np.float64)
@@ -384,7 +450,205 @@ class Algebra:
             )  # fmt: skip
 
 
-# -- Frobenius norms in float64 of arrays of any library, real or complex ----------------------------------------------
+# -- Truncation of a matrix to a rank or to an error, inside traces and with derivatives -------------------------------
+
+# By :meth:`Algebra.svd`, which computes no more triplets than are asked for, and inside a trace by the library's own
+# SVD. Where derivatives are recorded, the triplets are the same, and their derivative is that of singular vectors.
+
+
+class Leading(NamedTuple):
+    """The leading left singular vectors of a matrix.
+
+    Attributes
+    ----------
+    u : array, shape (m, r)
+    exact : bool or function that returns one
+        Whether these are known to be the leading ones.
+    """
+
+    u: Array
+    exact: Claim
+
+
+class Triplets(NamedTuple):
+    """The leading singular triplets of a matrix.
+
+    Attributes
+    ----------
+    u : array, shape (m, r)
+    s : array, shape (r,)
+    vh : array, shape (r, n)
+    exact : bool or function that returns one
+        Whether these are known to be the leading ones.
+    """
+
+    u: Array
+    s: Array
+    vh: Array
+    exact: Claim
+
+
+def kept(values: np.ndarray, most: int, loss: float) -> int:
+    """Return how many singular values to keep: at least one, at most ``most``, and none that ``loss`` allows to drop.
+
+    Parameters
+    ----------
+    values : ndarray
+        In descending order.
+    most : int
+    loss : float
+        Norm of the values that may be dropped.
+
+    Examples
+    --------
+    >>> kept(np.array([3.0, 0.4, 0.3]), 3, 0.5), kept(np.array([3.0, 0.4, 0.3]), 3, 0.49)
+    (1, 2)
+    """
+    tails = np.sqrt(np.cumsum(np.square(values[::-1], dtype=np.float64)))[::-1]
+    needed = int(np.count_nonzero(tails > loss * (1.0 + 1e-12)))
+    return max(1, min(needed, most))
+
+
+class MatrixTruncation:
+    """Truncates matrices of one library, dtype and device.
+
+    Parameters
+    ----------
+    backend : Backend
+    like : array
+        What is decomposed.
+    svd : {"auto", "full", "randomized"}
+        As for :func:`tnadapt.decompose`.
+    seed : int
+    settled : bool
+        Whether nobody else can change the matrices later; otherwise what a proof needs is copied.
+    """
+
+    def __init__(
+        self, backend: Backend, like: Array, svd: str = "auto", seed: int = 0, *, settled: bool = False
+    ) -> None:
+        self.backend = backend
+        if svd not in SVD_METHODS:
+            raise ConfigError(f"svd must be one of {', '.join(SVD_METHODS)}; got {safe_repr(svd)}")
+        traced = not backend.is_concrete(like)
+        plain = traced or backend.is_complex(like) or backend.name not in TENSORLY
+        self.algebra = None if plain else Algebra(backend, backend.detached(like), svd, seed, settled)
+
+    def to_rank(self, matrix: Array, rank: int) -> Triplets:
+        """Return at most ``rank`` triplets."""
+        rank = min(rank, *(int(size) for size in matrix.shape))
+        if self._recorded(matrix):
+            found = self.to_rank(self.backend.detached(matrix), rank)
+            u = self._with_derivative(matrix, found.u, triplets=True)
+            rest = self.backend.matmul(self.backend.conj(self.backend.matrix_transpose(u)), matrix)
+            s = with_value(
+                self.backend, found.s, self._real(self.backend.sum(rest * self.backend.conj(found.vh), axis=1))
+            )
+            vh = rest / self.backend.reshape(self.backend.where(abs(s) > 0.0, s, s * 0.0 + 1.0), (-1, 1))
+            return Triplets(u, s, with_value(self.backend, found.vh, vh), found.exact)
+        if self.algebra is None:
+            return self._cut(*self.backend.svd(matrix), rank)
+        u, values, v, exact = self.algebra.svd(matrix, rank)
+        return Triplets(u, self.algebra.array(values), self.backend.matrix_transpose(v), exact)
+
+    def left_to_rank(self, matrix: Array, rank: int) -> Leading:
+        """Return at most ``rank`` left vectors."""
+        rank = min(rank, *(int(size) for size in matrix.shape))
+        if self._recorded(matrix):
+            found = self.left_to_rank(self.backend.detached(matrix), rank)
+            return found._replace(u=self._with_derivative(matrix, found.u))
+        if self.algebra is None:
+            return Leading(self.backend.svd(matrix)[0][:, :rank], True)
+        return Leading(*self.algebra.left(matrix, rank))
+
+    def left_to_loss(self, matrix: Array, loss: float) -> Leading:
+        """Return as many left vectors as are needed for an error of at most ``loss``; not inside a trace."""
+        u, s = self.backend.svd(matrix)[:2] if self.algebra is None else self.algebra.all_left(matrix)
+        return Leading(u[:, : kept(self.backend.to_numpy(s), int(s.shape[0]), loss)], True)
+
+    def _recorded(self, matrix: Array) -> bool:
+        return self.backend.is_concrete(matrix) and self.backend.differentiates(matrix)
+
+    def _real(self, x: Array) -> Array:
+        """Return the real part, in the same dtype."""
+        return (x + self.backend.conj(x)) * 0.5 if self.backend.is_complex(x) else x
+
+    def _with_derivative(self, matrix: Array, u: Array, triplets: bool = False) -> Array:
+        """Return leading left singular vectors of a matrix with their derivative.
+
+        With ``triplets``, the right vectors are computed from them, which takes singular values that are not zero.
+        """
+        backend, kind = self.backend, self.backend.dtype_name(matrix)
+        host = backend.to_numpy(u)
+
+        def pullback(x: Array, cotangents: Sequence[Array]) -> Array:
+            found = _pulled_back(backend.to_numpy(x), host, backend.to_numpy(cotangents[0]), triplets)
+            return backend.asarray(found, kind, backend.device(x))
+
+        return backend.with_pullback(matrix, [u], pullback)[0]
+
+    def _cut(self, u: Array, s: Array, vh: Array, rank: int) -> Triplets:
+        # The singular values of a complex matrix are real, but multiply complex vectors.
+        return Triplets(u[:, :rank], self.backend.astype(s[:rank], self.backend.dtype_name(u)), vh[:rank, :], True)
+
+
+def with_value(backend: Backend, value: Array, array: Array) -> Array:
+    """Return an array with the derivative of another one, which differs from it by rounding."""
+    return value + (array - backend.detached(array))
+
+
+def _pulled_back(matrix: np.ndarray, leading: np.ndarray, cotangent: np.ndarray, triplets: bool) -> np.ndarray:
+    """Return the gradient with respect to a matrix, given that with respect to its leading left singular vectors.
+
+    With ``A Aᴴ = U diag(λ) Uᴴ``, the vectors change by ``du_j = Σ_k u_k (u_kᴴ d(A Aᴴ) u_j) / (λ_j - λ_k)`` over all
+    k ≠ j. A function that does not depend on the basis of their span has no terms of k within it.
+    """
+    eps = float(np.finfo(matrix.dtype).eps)
+    wide = np.complex128 if np.iscomplexobj(matrix) else np.float64
+    a, given, cotangent = matrix.astype(wide), leading.astype(wide), cotangent.astype(wide)
+    rank = given.shape[1]
+    u, s, _ = np.linalg.svd(a, full_matrices=False)
+    squares, first = s**2, u[:, :rank]
+    turned = first.conj().T @ given
+    size = np.linalg.norm(cotangent)
+    if size == 0.0:
+        return np.zeros_like(a)
+    # Singular values that differ by less are equal up to rounding.
+    clear = 1e3 * eps * s[0]
+    least = s[rank] if rank < len(s) else 0.0
+    # The span of all left vectors does not change.
+    whole = rank == matrix.shape[0] and not triplets
+    unclear = not whole and s[rank - 1] - least <= clear
+    if unclear or np.linalg.norm(turned.conj().T @ turned - np.eye(rank)) > max(1e-3, 1e3 * eps):
+        raise BackendError(
+            f"singular values {rank} and {rank + 1} of an unfolding of shape {matrix.shape} are equal up to rounding, "
+            "or random projections have not found the leading ones, so that the truncation has no derivative: use "
+            "another rank and svd='full', or detach the tensor"
+        )
+    cotangent = cotangent @ turned.conj().T
+    inner = u.conj().T @ cotangent
+    gaps = squares[None, :rank] - squares[:, None]
+    within = inner[:rank] - inner[:rank].conj().T
+    small, tied = np.abs(within) <= 1e3 * eps * size, np.abs(s[None, :rank] - s[:rank, None]) <= clear
+    if (tied & ~small).any():
+        raise BackendError(
+            "this function of a decomposition depends on the signs, phases or basis of singular vectors of equal "
+            "singular values, so that it has no derivative: differentiate what the arrays represent, such as "
+            "to_tensor(), entries() or norm(), or detach the tensor"
+        )
+    weights = np.zeros_like(inner)
+    weights[:rank] = np.where(tied, 0.0, within) / np.where(tied, 1.0, gaps[:rank])
+    weights[rank:] = inner[rank:] / gaps[rank:]
+    change = u @ weights
+    if u.shape[0] > u.shape[1]:
+        change = change + (cotangent - u @ inner) / squares[:rank]
+    # Half of the terms within the span are counted twice below.
+    change = change - 0.5 * first @ weights[:rank]
+    both = change @ (first.conj().T @ a)
+    return np.asarray(both + first @ (change.conj().T @ a))
+
+
+# -- Norms of arrays of any library, and scaling of updates and their arrays by powers of two --------------------------
 
 
 def norm_of(backend: Backend, x: Array) -> float:
@@ -414,8 +678,6 @@ def norm_of(backend: Backend, x: Array) -> float:
         backend, x = load_backend("numpy"), backend.to_numpy(x)
     return Algebra(backend, x).norm(x)
 
-
-# -- Scaling of updates by powers of two, and of the arrays accordingly, each within its dtype's range -----------------
 
 # An update may have numbers near the limits of a dtype's range although none of its arrays has to.
 

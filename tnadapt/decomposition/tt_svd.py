@@ -16,8 +16,7 @@ from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 
 from .fits import Limits
-from .linear_algebra import norm_of
-from .matrix_truncation import Leading
+from .linear_algebra import Leading, norm_of
 
 __all__ = [
     "AroundFixed",

@@ -10,7 +10,7 @@ import numpy as np
 
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
-from tnadapt.decomposition.matrix_truncation import kept
+from tnadapt.decomposition.linear_algebra import kept
 from tnadapt.errors import BackendError, ShapeError, safe_repr
 
 __all__ = [

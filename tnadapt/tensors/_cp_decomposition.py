@@ -17,8 +17,7 @@ from tnadapt.decomposition.completion import complete, refinable
 from tnadapt.decomposition.cp_als import CPFactors, CPSweeps, cp_als, nearest_rank_one
 from tnadapt.decomposition.fits import Claim
 from tnadapt.decomposition.hooi import nonnegative_cp, nonnegative_tucker
-from tnadapt.decomposition.linear_algebra import norm_of
-from tnadapt.decomposition.matrix_truncation import MatrixTruncation
+from tnadapt.decomposition.linear_algebra import MatrixTruncation, norm_of
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of, mode_of, useful_rank

@@ -17,7 +17,7 @@ from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition.fits import Optimality
 from tnadapt.decomposition.implicit_gradient import Contraction
-from tnadapt.decomposition.matrix_truncation import with_value
+from tnadapt.decomposition.linear_algebra import with_value
 from tnadapt.errors import BackendError, ShapeError, safe_repr
 from tnadapt.report import fact_table
 

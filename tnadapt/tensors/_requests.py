@@ -13,10 +13,10 @@ import numpy as np
 
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
-from tnadapt.decomposition.fits import Claim, holds
+from tnadapt.decomposition.completion import unobserved
+from tnadapt.decomposition.fits import OPEN, Claim, holds, smallest_within
 from tnadapt.decomposition.implicit_gradient import implicit_gradient
-from tnadapt.decomposition.linear_algebra import OPEN, norm_of
-from tnadapt.decomposition.matrix_truncation import with_value
+from tnadapt.decomposition.linear_algebra import norm_of, with_value
 from tnadapt.errors import BackendError, ConfigError, ShapeError, UnexpectedKeywordError, safe_repr
 
 from ._checks import as_tensor, error_limit, finite, integer_of
@@ -330,14 +330,13 @@ def _all_seen(roots: np.ndarray) -> None:
     """Raise a ShapeError if a slice has no observed element: nothing says what its row of a factor is."""
     if not roots.any():
         raise ShapeError("mask and weights leave no element: nothing is known of the tensor")
-    for mode in range(roots.ndim):
-        seen = roots.any(axis=tuple(axis for axis in range(roots.ndim) if axis != mode))
-        if not seen.all():
-            index = int(np.flatnonzero(~seen)[0])
-            raise ShapeError(
-                f"index {index} of mode {mode} has no observed element, so that its row of a factor cannot be found: "
-                "remove it from the tensor"
-            )
+    missing = unobserved(roots > 0.0)
+    if missing is not None:
+        mode, index = missing
+        raise ShapeError(
+            f"index {index} of mode {mode} has no observed element, so that its row of a factor cannot be found: "
+            "remove it from the tensor"
+        )
 
 
 class Watch:
@@ -391,7 +390,7 @@ DecomposedT = TypeVar("DecomposedT", bound=Decomposed)
 def smallest_rank(
     fitted: Callable[[int], DecomposedT], limit: float, most: int, shape: Sequence[int], init: Any = "svd"
 ) -> DecomposedT:
-    """Return the fit of the smallest rank that is found to keep to an error: doubling, then halving.
+    """Return the fit of the smallest rank that is found to keep to an error.
 
     Parameters
     ----------
@@ -414,22 +413,12 @@ def smallest_rank(
     """
     if not isinstance(init, str):
         raise ConfigError("max_error= tries several ranks: use init='svd' or 'random', or give rank=")
-    low, rank, best = 0, 1, fitted(1)
-    while (best.error or 0.0) > limit and rank < most:
-        low, rank = rank, min(2 * rank, most)
-        best = fitted(rank)
+    best = smallest_within(fitted, lambda fit: fit.error or 0.0, limit, most)
     if (best.error or 0.0) > limit:
         raise ShapeError(
-            f"rank {rank}, which represents any tensor of shape {tuple(shape)}, was fitted with an error of "
+            f"rank {most}, which represents any tensor of shape {tuple(shape)}, was fitted with an error of "
             f"{best.error:.2g} only: allow a larger max_error, more max_iterations or more starts"
         )
-    while rank - low > 1:
-        middle = (low + rank) // 2
-        found = fitted(middle)
-        if (found.error or 0.0) <= limit:
-            rank, best = middle, found
-        else:
-            low = middle
     return best
 
 

@@ -15,7 +15,7 @@ from tnadapt.backends.backend import Array
 from tnadapt.decomposition import Limits
 from tnadapt.decomposition.block_passes import BlockPasses, passes_over
 from tnadapt.decomposition.fits import Claim, all_of
-from tnadapt.decomposition.matrix_truncation import Leading, MatrixTruncation
+from tnadapt.decomposition.linear_algebra import Leading, MatrixTruncation
 from tnadapt.decomposition.tt_svd import improved_train, ring_svd, ring_sweep, tt_svd
 from tnadapt.errors import ConfigError, ShapeError, TnadaptError, safe_repr
 

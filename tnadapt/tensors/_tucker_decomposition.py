@@ -15,8 +15,7 @@ from tnadapt.backends.backend import Array
 from tnadapt.decomposition.block_passes import BlockPasses, passes_over
 from tnadapt.decomposition.fits import Claim, all_of
 from tnadapt.decomposition.hooi import SMALL, hooi, hosvd, projected
-from tnadapt.decomposition.linear_algebra import norm_of
-from tnadapt.decomposition.matrix_truncation import Leading, MatrixTruncation
+from tnadapt.decomposition.linear_algebra import Leading, MatrixTruncation, norm_of
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of, mode_of, ranks_of
