@@ -1,9 +1,11 @@
-"""What the documentation says of files: the table of the paper's symbols, and every path on a page."""
+"""What the documentation says of files: where symbols and concepts are, the picture of the packages, every path."""
 
 from __future__ import annotations
 
+import collections
 import importlib
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tnadapt"
-TEXT = (ROOT / "docs" / "conventions.rst").read_text(encoding="utf-8")
-PLACES = re.findall(r"``([\w/]+\.py)``(?:, ``([\w.]+)``)?", TEXT)
+PLACES = {
+    (page, *place)
+    for page in ("conventions.rst", "architecture.rst")
+    for place in re.findall(
+        r"``([\w/]+\.py)``(?:,\s+``([\w.]+)``)?", (ROOT / "docs" / page).read_text(encoding="utf-8")
+    )
+}
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.rst"), *(ROOT / "docs" / "api").glob("*.rst")]
 # What is past is told by the names that it had.
 PAGES.remove(ROOT / "CHANGELOG.md")
@@ -28,9 +35,11 @@ PATHS = sorted(
 )
 
 
-@pytest.mark.parametrize(("file", "name"), sorted(set(PLACES)))
-def test_where_a_symbol_is(file: str, name: str) -> None:
-    assert (PACKAGE / file).is_file(), f"conventions.rst names {file}, which is not there"
+@pytest.mark.parametrize(("page", "file", "name"), sorted(PLACES))
+def test_where_a_symbol_is(page: str, file: str, name: str) -> None:
+    assert (PACKAGE / file).is_file(), f"{page} names {file}, which is not there"
+    if file.startswith("torch/"):
+        pytest.importorskip("torch")
     place: Any = importlib.import_module(".".join(("tnadapt", *Path(file).with_suffix("").parts)))
     for part in filter(None, name.split(".")):
         assert hasattr(place, part), f"{file} has no {name}"
@@ -38,7 +47,15 @@ def test_where_a_symbol_is(file: str, name: str) -> None:
 
 
 def test_there_are_places() -> None:
-    assert len(PLACES) > 25
+    counts = collections.Counter(page for page, *_ in PLACES)
+    assert counts["conventions.rst"] > 25
+    assert counts["architecture.rst"] > 20
+
+
+def test_the_picture_of_the_packages_is_that_of_the_imports() -> None:
+    pytest.importorskip("grimp")  # comes with import-linter
+    script = runpy.run_path(str(ROOT / "docs" / "architecture.py"))
+    assert script["PICTURE"].read_text(encoding="utf-8") == script["drawing"](), "run python docs/architecture.py"
 
 
 @pytest.mark.parametrize(("page", "path"), PATHS)

@@ -1,0 +1,143 @@
+"""Draw ``docs/_static/architecture.svg``: the packages, their imports, and the concepts of ``docs/architecture.rst``.
+
+    python docs/architecture.py
+
+An arrow points from a package to one that it imports; an import that other arrows imply has none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import grimp
+
+DOCS = Path(__file__).parent
+PICTURE = DOCS / "_static" / "architecture.svg"
+#: What several packages use: the files next to them. ``maps``, ``presets`` and ``sources`` are names of other files.
+FILES = ("argument_checks", "errors", "lazy_names", "plugins", "report")
+
+WIDTH, GAP, LINE, SPACE = 116, 32, 17, 16
+
+
+def concepts() -> dict[str, list[str]]:
+    """Return the concepts of each package, from the first table of the page."""
+    page = (DOCS / "architecture.rst").read_text(encoding="utf-8")
+    found: dict[str, list[str]] = {}
+    for row in page.split("\n   * - ")[2:]:
+        concept, package = re.findall(r"\*\*(\w+)\*\*", row)[0], re.findall(r"``(\w+)/", row)[0]
+        found.setdefault(package, []).append(concept)
+    return found
+
+
+def imports() -> dict[str, set[str]]:
+    """Return what each package imports, without what an import implies."""
+    graph = grimp.build_graph("tnadapt", cache_dir=None)
+
+    def package(module: str) -> str:
+        name = module.split(".")[1] if "." in module else ""
+        return "files" if name in FILES else name
+
+    packages = {package(name) for name in graph.modules if graph.find_children(name)} - {""} | {"files"}
+    direct: dict[str, set[str]] = {name: set() for name in sorted(packages)}
+    for module in graph.modules:
+        for imported in graph.find_modules_directly_imported_by(module):
+            if package(module) in packages and package(imported) in packages - {package(module)}:
+                direct[package(module)].add(package(imported))
+
+    def reached(name: str) -> set[str]:
+        return direct[name].union(*map(reached, direct[name]))
+
+    return {name: below - set().union(*map(reached, below)) for name, below in direct.items()}
+
+
+def columns(below: dict[str, set[str]]) -> tuple[list[list[str]], list[list[str]]]:
+    """Return the nodes of each column from the left, and the nodes on the path of each arrow.
+
+    A package's column is the length of its longest chain of imports. An arrow has a node in each column that it passes.
+    """
+
+    def depth(name: str) -> int:
+        return 1 + max(map(depth, below[name]), default=-1)
+
+    paths = []
+    places: list[list[str]] = [[] for _ in range(1 + max(map(depth, below)))]
+    for name in below:
+        places[depth(name)].append(name)
+    for name in below:
+        for other in sorted(below[name]):
+            passed = [(level, f"{name}>{other}>{level}") for level in range(depth(name) - 1, depth(other), -1)]
+            for level, node in passed:
+                places[level].append(node)
+            paths.append([name, *(node for _, node in passed), other])
+    pairs = [pair for path in paths for pair in itertools.pairwise(path)]
+    # Sweeps from both sides in turn: each node is placed at the mean of its neighbors.
+    for sweep in range(8):
+        rank = {node: (number + 0.5) / len(column) for column in places for number, node in enumerate(column)}
+        for column in places if sweep % 2 else reversed(places):
+            neighbors = {
+                node: [rank[second if first == node else first] for first, second in pairs if node in (first, second)]
+                or [0.5]
+                for node in column
+            }
+            column.sort(key=lambda node: (sum(neighbors[node]) / len(neighbors[node]), node))
+            rank |= {node: (number + 0.5) / len(column) for number, node in enumerate(column)}
+    return places[::-1], paths
+
+
+def drawing() -> str:
+    """Return the picture."""
+    named, below = concepts(), imports()
+    listed = {name: named.get(name, []) for name in below} | {"files": list(FILES)}
+    places, paths = columns(below)
+
+    def height(node: str) -> int:
+        return 0 if ">" in node else LINE * (1 + len(listed[node])) + 12
+
+    heights = [sum(map(height, column)) + SPACE * (len(column) - 1) for column in places]
+    boxes: dict[str, tuple[float, float]] = {}
+    for number, column in enumerate(places):
+        y = (max(heights) - heights[number]) / 2 + 2
+        for node in column:
+            boxes[node] = (number * (WIDTH + GAP) + 2, y)
+            y += height(node) + SPACE
+    arrows, rectangles, texts = [], [], []
+    for path in paths:
+        x, y = boxes[path[0]][0] + WIDTH, boxes[path[0]][1] + height(path[0]) / 2
+        curve = f"M{x:g},{y:g}"
+        for node in path[1:]:
+            left, middle = boxes[node][0], boxes[node][1] + height(node) / 2
+            curve += f" C{(x + left) / 2:g},{y:g} {(x + left) / 2:g},{middle:g} {left:g},{middle:g}"
+            x, y = left, middle
+            if ">" in node:
+                x += WIDTH
+                curve += f" H{x:g}"
+        arrows.append(f'<path d="{curve}"/>')
+    for node, lines in listed.items():
+        x, y = boxes[node]
+        fill = ' fill="#f6f0e2" stroke="#a07a1f"' if named.get(node) else ""
+        rectangles.append(f'<rect x="{x:g}" y="{y:g}" width="{WIDTH}" height="{height(node)}" rx="5"{fill}/>')
+        title = "*.py" if node == "files" else f"{node}/"
+        for number, line in enumerate([title, *lines]):
+            code = number == 0 or node == "files"
+            font = 'font-family="monospace" font-size="12"' if code else 'font-weight="bold"'
+            texts.append(f'<text x="{x + WIDTH / 2:g}" y="{y + 18 + LINE * number:g}" {font}>{line}</text>')
+    size = f"0 0 {len(places) * (WIDTH + GAP) - GAP + 4} {max(heights) + 4:g}"
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" role="img" aria-labelledby="title" '
+            'font-family="sans-serif" font-size="13">',
+            '<title id="title">The packages of tnadapt, what they import, and the concepts in them</title>',
+            '<defs><marker id="head" markerWidth="9" markerHeight="7" refX="8" refY="3.5" orient="auto">'
+            '<path d="M0,0 L9,3.5 L0,7 z" fill="#555"/></marker></defs>',
+            '<g stroke="#555" stroke-width="1.2" fill="none" marker-end="url(#head)">', *arrows, "</g>",
+            '<g fill="#eef3fb" stroke="#3b6ea8" stroke-width="1.4">', *rectangles, "</g>",
+            '<g text-anchor="middle" fill="#1d1d1d">', *texts, "</g>",
+            "</svg>", "",
+        ]
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    PICTURE.write_text(drawing(), encoding="utf-8")
