@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tests.support.depth import in_depth
 from tnadapt.torch import _delta_cache as quotients
-from tnadapt.torch._quantized import QUANTIZED
 
 from .small import batch, small, stir
-from .test_quantized import Packed
-from .test_quantized import model as packed
+from .test_requantizing import Packed
+from .test_requantizing import model as packed
 
 COLUMNS = P.dora(2, magnitude_axis="cols")
 #: Every way to apply W' with every strategy that it has.
@@ -39,12 +37,6 @@ CONFIGS = {
     "nonlinear": P.superlora(2, projection="nonlinear", ratio=0.5, apply="hadamard"),
     "from the base": P.lora_xs(2, apply="magnitude"),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    yield
-    QUANTIZED.forget()
 
 
 def layers(kind: Any = torch.float64) -> Any:
