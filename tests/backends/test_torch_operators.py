@@ -1,37 +1,46 @@
-"""The operators of the Triton kernels in programs of torch.compile, without Triton and without a device.
-
-What they compute is tested in kernels/test_torch_gpu.py.
-"""
+"""Kernels as operators of torch, without Triton or a device: programs, what is recorded, plans of launches."""
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-
-import tnadapt as tna
 
 torch = pytest.importorskip("torch")
 
 from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import tnadapt as tna
+from tnadapt.algebra.maps import Linear
 from tnadapt.backends import _torch_gpu as torch_gpu
 from tnadapt.backends import _torch_maps as operators
+from tnadapt.backends._kernels.gpu.launch_plans import Drawn, passes
+from tnadapt.backends._torch_maps import LinearMap, recorded
 from tnadapt.torch._delta import vector
+
+# -- The operators of the Triton kernels in programs of torch.compile, without Triton and without a device -------------
+
+# What they compute is tested in kernels/test_torch_gpu.py.
+
 
 LARGE = 2**64 - 59
 
 
-@pytest.fixture(autouse=True)
-def _pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Take any device for one with kernels."""
     monkeypatch.setattr(torch_gpu, "is_supported", lambda x: True)
     monkeypatch.setattr(torch_gpu, "_has_launcher", lambda: True)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+with_kernels = pytest.mark.usefixtures("pretended")
 
 
 class Traced:
@@ -74,6 +83,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Any], Any], tuple[int, ...], list[str]]] = 
 }
 
 
+@with_kernels
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_compiled_program_calls_them_forward_and_backward(name: str) -> None:
     function, shape, expected = FUNCTIONS[name]
@@ -86,6 +96,7 @@ def test_a_compiled_program_calls_them_forward_and_backward(name: str) -> None:
     assert not any("mm" in called for called in traced.called)
 
 
+@with_kernels
 def test_kept_normal_numbers_are_an_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_gpu, "_draws_fast", lambda device: False)
     traced, f = Traced(), tna.Projection("linear", 5, 12)
@@ -94,6 +105,7 @@ def test_kept_normal_numbers_are_an_input(monkeypatch: pytest.MonkeyPatch) -> No
     assert [name for name in f.map.draws.__dict__ if name.startswith("placed on")] == ["placed on cpu: gain"]
 
 
+@with_kernels
 @pytest.mark.parametrize(("capability", "fast"), [((9, 0), True), ((8, 0), True), ((8, 9), False), ((12, 0), False)])
 def test_cards_with_slow_double_precision_keep_normal_numbers(
     capability: tuple[int, int], fast: bool, monkeypatch: pytest.MonkeyPatch
@@ -102,6 +114,7 @@ def test_cards_with_slow_double_precision_keep_normal_numbers(
     assert torch_gpu._draws_fast(torch.device("cuda", 0)) is fast
 
 
+@with_kernels
 def test_seeds_stay_constants() -> None:
     """A second seed makes the compiler take an integer for a variable, which has 63 bits."""
     traced = Traced()
@@ -116,6 +129,7 @@ def test_seeds_stay_constants() -> None:
     assert traced.tnadapt() == ["tnadapt.fastfood.default", "tnadapt.shuffle.default"] * 3
 
 
+@with_kernels
 def test_any_number_of_rows() -> None:
     traced = Traced()
     f = torch.compile(tna.Projection("linear", 5, 12), backend=traced, fullgraph=True, dynamic=True)
@@ -123,6 +137,7 @@ def test_any_number_of_rows() -> None:
     assert traced.tnadapt() == ["tnadapt.fastfood.default"]
 
 
+@with_kernels
 @pytest.mark.parametrize("projection", ["linear", "shuffle"])
 def test_a_plan(projection: str) -> None:
     settings = {} if projection == "shuffle" else {"ratio": 0.3}
@@ -133,6 +148,7 @@ def test_a_plan(projection: str) -> None:
     assert len(traced.tnadapt()) == 2 * len(plan.groups)
 
 
+@with_kernels
 def test_half_precision_is_computed_in_single() -> None:
     traced = Traced()
     y = torch.compile(tna.fwht, backend=traced, fullgraph=True)(torch.ones(8, dtype=torch.bfloat16))
@@ -140,6 +156,7 @@ def test_half_precision_is_computed_in_single() -> None:
     assert traced.tnadapt() == ["tnadapt.fwht.default"]
 
 
+@with_kernels
 def test_exported_programs_contain_none() -> None:
     class Module(torch.nn.Module):
         def forward(self, x: Any) -> Any:
@@ -150,6 +167,7 @@ def test_exported_programs_contain_none() -> None:
         assert not any(str(node.target).startswith("tnadapt.") for node in program.graph.nodes)
 
 
+@with_kernels
 def test_shapes_without_numbers() -> None:
     with FakeTensorMode():
         x = torch.empty(3, 8)
@@ -159,9 +177,94 @@ def test_shapes_without_numbers() -> None:
         assert operators.shuffle(x, "1 0", True).shape == (3, 8)
 
 
+@with_kernels
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "kernels", lambda name: None)
     with pytest.raises(
         RuntimeError, match=r"compiled with Triton kernels for a tensor on cpu, and Triton 3\.5 or newer"
     ):
         operators.fwht(torch.ones(2, 8), 1.0)
+
+
+# -- A kernel is called directly where nothing records the call, and as an autograd function where something does ------
+
+
+def test_what_is_recorded() -> None:
+    plain, leaf = torch.randn(8), torch.randn(8, requires_grad=True)
+    assert not recorded(plain)
+    assert recorded(leaf)
+    with torch.no_grad():
+        assert not recorded(leaf)
+    with torch.inference_mode():
+        assert not recorded(torch.randn(8))
+    with torch.autograd.forward_ad.dual_level():
+        assert recorded(plain)
+    seen = []
+    torch.func.vmap(lambda x: (seen.append(recorded(x)), x)[1])(torch.randn(2, 8))
+    torch.func.grad(lambda x: (seen.append(recorded(x)), x.sum())[1])(plain)
+    assert seen == [True, True]
+
+
+# torch.func's forward mode scripts its decompositions.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_derivatives_and_batches_of_small_transforms() -> None:
+    matrix = tna.fwht(torch.eye(8))
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(tna.fwht(x), x @ matrix)
+    torch.testing.assert_close(torch.func.vmap(tna.fwht)(x), x @ matrix)
+    torch.testing.assert_close(torch.func.jacrev(tna.fwht)(x[0]), matrix)
+    torch.testing.assert_close(torch.func.jacfwd(tna.fwht)(x[0]), matrix)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x[0], x[1])
+        tangent = torch.autograd.forward_ad.unpack_dual(tna.fwht(dual)).tangent
+    torch.testing.assert_close(tangent, x[1] @ matrix)
+    with torch.autocast("cpu"):
+        assert tna.fwht(x).dtype is torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_tracer_is_given_no_constant() -> None:
+    try:
+        traced = torch.jit.trace(tna.fwht, torch.randn(8))
+    except RuntimeError:
+        return  # refused, as a function in Python may be
+    x = torch.randn(8)
+    torch.testing.assert_close(traced(x), tna.fwht(x))
+
+
+def test_the_signature_that_torch_binds_is_the_functions() -> None:
+    assert list(inspect.signature(LinearMap.forward).parameters) == ["x", "pair"]
+
+
+# -- Launch plans for GPUs: passes transform every digit once in tiles that fit, and read the draws of a map -----------
+
+
+@pytest.mark.parametrize("itemsize", [4, 8])
+@pytest.mark.parametrize("tile_bytes", [1 << 15, 1 << 16])
+def test_every_digit_is_done_once(itemsize: int, tile_bytes: int) -> None:
+    for bits in range(35):
+        found = passes(bits, itemsize, tile_bytes)
+        assert math.prod(1 << step.bits for step in found) == 1 << bits
+        assert [step.stride for step in found] == [1 << sum(s.bits for s in found[:k]) for k in range(len(found))]
+        for step in found:
+            assert step.rows * step.columns * itemsize <= tile_bytes
+            assert step.columns <= 128
+            if step.stride > 1:
+                assert step.rows == 1 << step.bits
+                assert step.stride % step.columns == 0
+                assert step.columns * itemsize >= 64
+
+
+def test_number_of_passes() -> None:
+    assert [len(passes(bits, 4, 1 << 16)) for bits in (14, 24, 30)] == [1, 2, 3]
+    assert [len(passes(bits, 4, 1 << 15)) for bits in (13, 22, 30)] == [1, 2, 3]
+    assert [len(passes(bits, 8, 1 << 15)) for bits in (12, 21, 30)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear_v2", "nonlinear", "nonlinear_v2"])
+def test_launch_plans_read_the_draws_of_a_map(kind: str) -> None:
+    f = tna.Projection(kind, 5, 100, seed=7, group=3).map
+    assert isinstance(f, Linear)
+    expected = Drawn(n_in=5, n_out=100, length=128, period=8, seed=7, group=3, signs=not kind.endswith("_v2"))
+    assert Drawn.of(f.draws, f.n_in) == expected

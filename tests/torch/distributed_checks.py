@@ -22,13 +22,11 @@ from torch.nn import functional
 
 import tnadapt.torch
 from tnadapt import SuperLoRA, presets
-from tnadapt.checkpoints import adapter_format
 from tnadapt.errors import TargetError, TnadaptError
-from tnadapt.torch._adapter_saving import to_file
-from tnadapt.torch._delta import DeltaCache, gather_full
+from tnadapt.torch._delta_cache import DeltaCache
 from tnadapt.torch._state import register_in
 
-from .distributed_jobs import BATCH, TOKENS, Job, Model, batches, build, spread
+from .distributed_jobs import BATCH, TOKENS, Job, Model, batches, build, spread, whole
 
 SHARDED = Job("fsdp2")
 
@@ -141,8 +139,9 @@ def swapped_from_a_file(folder: Path) -> None:
     source, alone = stirred(SHARDED)
     with torch.no_grad():
         source.head.bias += 1.0
-    path = folder / f"swap.{dist.get_rank()}.safetensors"
-    adapter_format.save(path, to_file(alone._state))
+    path = folder / "swap.safetensors"
+    alone.save(path)
+    dist.barrier()
     model, adapter = build(SHARDED)
     running = spread(SHARDED, model)
     adapter.swap(path)
@@ -176,7 +175,7 @@ def half_precision_blocks() -> None:
     expect(set(seen) == {torch.float32}, f"the adapter computed with was {seen}")
     for name, parameter in adapter.named_parameters():
         expect(parameter.dtype == torch.float32, f"{name} is {parameter.dtype}")
-        expect(bool(gather_full(parameter.grad).any()), f"{name} has no gradient")
+        expect(bool(whole(parameter.grad).any()), f"{name} has no gradient")
 
 
 def state_saved_and_resumed() -> None:
@@ -217,7 +216,7 @@ def groups_one_after_another() -> None:
         adapter.set_trainable(groups=group)
         running(sample()).square().mean().backward()
         for name, parameter in adapter.named_parameters():
-            gradient = parameter.grad is not None and bool(gather_full(parameter.grad).any())
+            gradient = parameter.grad is not None and bool(whole(parameter.grad).any())
             expect(gradient == name.startswith(f"group{group}."), f"{name} in the turn of group {group}")
         running.zero_grad()
 
@@ -280,7 +279,7 @@ def updates_of_arrays_sharded_since() -> None:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         arrays = {name: distribute_tensor(array, mesh, [Replicate()]) for name, array in arrays.items()}
         found = updates.get(lambda names: [arrays[name] for name in names], 0)
-    expect(torch.equal(gather_full(found), expected), "another update")
+    expect(torch.equal(whole(found), expected), "another update")
 
 
 def several_adapters() -> None:
@@ -309,7 +308,7 @@ def compiled() -> None:
         running = torch.compile(spread(job, model), backend="aot_eager")
         torch.testing.assert_close(outputs(running), expected, rtol=1e-6, atol=1e-6)
         running(sample()).square().mean().backward()
-        expect(all(bool(gather_full(p.grad).any()) for p in adapter.parameters()), f"{how}: no gradient")
+        expect(all(bool(whole(p.grad).any()) for p in adapter.parameters()), f"{how}: no gradient")
 
 
 def reentrant_without_static_graph() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tnadapt.torch._target_selection import find_targets
+from tnadapt.torch import find_targets
 
 
 class Module(nn.Module):

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tnadapt.torch._quantized import quantized_type
+
 #: Multiples of every library's block or group.
 SIZE, OUT = 128, 64
 
@@ -36,6 +38,12 @@ def library(name: str) -> Any:
             return importlib.import_module(name)
         except ImportError:
             pytest.skip(f"{name} is not installed")
+
+
+def numbers(layer: Any) -> Any:
+    """Return the weight that a layer's codes stand for; None where that is unknown."""
+    quantized = quantized_type(layer)
+    return None if quantized is None else quantized.dequantize(layer)
 
 
 def plain(dtype: Any = torch.float32) -> Any:

@@ -372,22 +372,18 @@ def test_from_the_meta_device(name: str, tmp_path: Path) -> None:
 
 
 def test_a_quantized_base_gives_its_dequantized_weights_and_is_stored(tmp_path: Path) -> None:
-    from tests.torch.test_quantized import Packed, PackedLinear
-    from tnadapt.torch._quantized import QUANTIZED
+    from tests.torch.test_requantizing import Packed, PackedLinear
 
     tt.register_quantized("packed", Packed)
-    try:
-        torch.manual_seed(0)
-        base = torch.nn.Sequential(PackedLinear(12, 8), torch.nn.Tanh(), PackedLinear(4, 12))
-        adapter = tt.attach(base, P.lora_xs(2), targets="all-linear")
-        left = np.linalg.svd(base[0].numbers().numpy())[0][:, :2]
-        basis = adapter.plan.given["group0.split0.factor0"]
-        np.testing.assert_allclose(basis @ basis.T, left @ left.T, atol=1e-3)
-        adapter.save(tmp_path / "adapter.safetensors")
-        assert tna.load(tmp_path / "adapter.safetensors").config == adapter.config
-        tt.load(copy.deepcopy(base), tmp_path / "adapter.safetensors", name="again")
-    finally:
-        QUANTIZED.forget()
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(PackedLinear(12, 8), torch.nn.Tanh(), PackedLinear(4, 12))
+    adapter = tt.attach(base, P.lora_xs(2), targets="all-linear")
+    left = np.linalg.svd(base[0].numbers().numpy())[0][:, :2]
+    basis = adapter.plan.given["group0.split0.factor0"]
+    np.testing.assert_allclose(basis @ basis.T, left @ left.T, atol=1e-3)
+    adapter.save(tmp_path / "adapter.safetensors")
+    assert tna.load(tmp_path / "adapter.safetensors").config == adapter.config
+    tt.load(copy.deepcopy(base), tmp_path / "adapter.safetensors", name="again")
 
 
 def test_progress_of_the_bases() -> None:

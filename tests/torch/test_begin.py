@@ -17,7 +17,6 @@ torch = pytest.importorskip("torch")
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.torch import _trainable as _begin
 
 from .small import compiles_whole
 
@@ -243,16 +242,21 @@ def test_what_start_from_refuses() -> None:
 @pytest.mark.law("interrupted-change")
 def test_an_interrupted_start_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = attached(CONFIGS["lora"], strategy="factored")
-    plan, before = adapter.plan, numbers(adapter)
+    plan, before, written = adapter.plan, numbers(adapter), []
+    copy_ = torch.Tensor.copy_
 
-    def interrupted(new: Any) -> None:
-        with torch.no_grad():
-            new[0][0].zero_()
-        raise KeyboardInterrupt
+    def interrupted(tensor: Any, *args: Any) -> Any:
+        copy_(tensor, *args)
+        written.append(tensor)
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        return tensor
 
-    monkeypatch.setattr(_begin, "copy_all", interrupted)
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
     with pytest.raises(KeyboardInterrupt):
         adapter.start_from(arrays_of(adapter.plan, 3))
+    monkeypatch.undo()
+    assert any(written[0] is parameter for parameter in adapter.parameters())
     assert adapter.plan is plan
     assert all(torch.equal(before[name], array) for name, array in adapter.arrays().items())
     assert torch.equal(base(batch()), model()(batch()))

@@ -12,8 +12,9 @@ torch = pytest.importorskip("torch")
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.torch._merging import numbers
-from tnadapt.torch._quantized import crossing, planar, unpacked
+from tnadapt.torch._quantized._packed_codes import crossing, planar, unpacked
+
+from .quantized_models import numbers
 
 ROWS, COLS, GROUP = 64, 96, 32
 
@@ -122,7 +123,7 @@ layers = pytest.mark.parametrize("layer", LAYERS)
 @layers
 def test_the_numbers_are_those_of_the_format(layer: str) -> None:
     made = LAYERS[layer]()
-    torch.testing.assert_close(numbers(made, "weight"), made.known, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(numbers(made), made.known, rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
@@ -174,7 +175,7 @@ def test_starts_and_changes_read_the_numbers(layer: str) -> None:
     made = torch.nn.Sequential(LAYERS[layer]())
     plain = torch.nn.Sequential(torch.nn.Linear(COLS, ROWS, bias=False))
     with torch.no_grad():
-        plain[0].weight.copy_(numbers(made[0], "weight"))
+        plain[0].weight.copy_(numbers(made[0]))
     for config in (P.lora_xs(2), P.dora(2)):
         found, expected = (tt.attach(one, config, "all-linear", name="x") for one in (made, plain))
         for name, array in found.arrays().items():
@@ -203,14 +204,14 @@ def test_other_layouts_are_adapted_and_not_read() -> None:
 
     made = awq()
     made.__class__ = ParoLinear
-    assert numbers(made, "weight") is None
-    assert numbers(gptq(4, online_full_had=True), "weight") is None
+    assert numbers(made) is None
+    assert numbers(gptq(4, online_full_had=True)) is None
     made = gptq(4)
     made.__class__ = MarlinLinear
-    assert numbers(made, "weight") is None
+    assert numbers(made) is None
     other = awq()
     other.qweight = other.qweight.T.contiguous()  # the layout of GEMV
-    assert numbers(other, "weight") is None
+    assert numbers(other) is None
     base = torch.nn.Sequential(made, torch.nn.Identity())
     adapter = tt.attach(base, P.lora(2), "all-linear")
     assert adapter.strategy == ("factored",)
@@ -245,7 +246,7 @@ def test_a_layer_is_not_repacked_while_an_adapter_is_attached(layer: Any) -> Non
     x.requires_grad_()
     base(x).sum().backward()
     torch.testing.assert_close(x.grad, made.known.sum(0).expand(3, -1))
-    torch.testing.assert_close(numbers(made, "weight"), made.known, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(numbers(made), made.known, rtol=1e-6, atol=0.0)
     adapter.detach()
     assert made.linear_mode is None
 
@@ -278,6 +279,6 @@ def test_gptq_embeddings_are_no_linear_layers() -> None:
     ids = torch.tensor([[0, 5, 95]])
     expected = (table.known.T + adapter.deltas()[0])[ids]
     torch.testing.assert_close(adapter.model(ids), expected)
-    torch.testing.assert_close(numbers(table, "weight"), table.known.T, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(numbers(table), table.known.T, rtol=1e-6, atol=0.0)
     with pytest.raises(tna.TargetError, match=r"0\.weight is quantized: TorchQuantEmbeddings is quantized by GPTQ"):
         adapter.merge()

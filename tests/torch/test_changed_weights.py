@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,11 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tests.support.depth import in_depth
-from tnadapt.torch import _delta
-from tnadapt.torch._quantized import QUANTIZED
+from tnadapt.torch import _delta_cache as quotients
 
 from .small import batch, small, stir
-from .test_quantized import Packed
-from .test_quantized import model as packed
+from .test_requantizing import Packed
+from .test_requantizing import model as packed
 
 COLUMNS = P.dora(2, magnitude_axis="cols")
 #: Every way to apply W' with every strategy that it has.
@@ -39,12 +37,6 @@ CONFIGS = {
     "nonlinear": P.superlora(2, projection="nonlinear", ratio=0.5, apply="hadamard"),
     "from the base": P.lora_xs(2, apply="magnitude"),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    yield
-    QUANTIZED.forget()
 
 
 def layers(kind: Any = torch.float64) -> Any:
@@ -497,8 +489,8 @@ def test_half_precision_and_autocast() -> None:
 
 def test_without_gradients_the_norm_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    true = _delta.Quotient.__call__
-    monkeypatch.setattr(_delta.Quotient, "__call__", lambda self, *a: calls.append(1) or true(self, *a))
+    true = quotients.Quotient.__call__
+    monkeypatch.setattr(quotients.Quotient, "__call__", lambda self, *a: calls.append(1) or true(self, *a))
     model, x = layers(torch.float32), torch.randn(2, 6)
     for strategy in ("factored", "weight"):
         adapter = stirred(tt.attach(model, P.dora(2), "all-linear", strategy=strategy))

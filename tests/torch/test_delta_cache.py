@@ -1,24 +1,36 @@
-"""Cached updates are reused exactly while the arrays behind them are unchanged."""
+"""Cached updates are reused exactly while the arrays behind them are unchanged; inactive adapters keep few."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+import numpy as np
+from torch import Tensor, nn
+
 import tnadapt as tna
 import tnadapt.torch as tt
-from tnadapt.torch._delta import DeltaCache
+from tests.support.array_presets import P
+from tnadapt.algebra.maps.fastfood import Linear
+from tnadapt.backends.fixed_arrays import FixedArrays
+from tnadapt.torch import _delta_cache as delta_cache
+from tnadapt.torch._delta_cache import DeltaCache, Snapshot
+from tnadapt.torch._registry import _bytes_held as _held
+from tnadapt.torch._registry import drawn, held_by_draws
 
+from .pretended_device import PretendedDevice
 from .small import batch, compiles_whole, small, stir
 from .test_delta import moved
 
-P = tna.presets
+# -- Cached updates are reused exactly while the arrays behind them are unchanged --------------------------------------
 
 
 class Reused:
@@ -35,11 +47,11 @@ class Reused:
         return found
 
 
-SHARED = P.superlora(2, projection="linear", ratio=0.5)  # all updates are computed at once
+SHARED = tna.presets.superlora(2, projection="linear", ratio=0.5)  # all updates are computed at once
 
 
 @pytest.mark.law("array-changes")
-@pytest.mark.parametrize("config", [P.superlora(2), SHARED], ids=["alone", "at once"])
+@pytest.mark.parametrize("config", [tna.presets.superlora(2), SHARED], ids=["alone", "at once"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_an_update_is_cached_while_its_arrays_are_equal(config: tna.Config, mode: Callable[[], Any]) -> None:
     case = Reused(config, [(8, 8), (8, 8)])
@@ -86,7 +98,7 @@ def test_an_update_with_a_graph_is_cached_while_its_leaves_are_the_same() -> Non
     assert not case.get().requires_grad
 
 
-@pytest.mark.parametrize("config", [P.superlora(2), SHARED], ids=["alone", "at once"])
+@pytest.mark.parametrize("config", [tna.presets.superlora(2), SHARED], ids=["alone", "at once"])
 def test_cached_updates_are_dropped_when_a_pass_with_gradients_begins(config: tna.Config) -> None:
     case = Reused(config, [(8, 8), (8, 8)])
     with torch.no_grad():
@@ -116,7 +128,7 @@ def test_a_compiled_program_computes_the_updates_of_its_layers() -> None:
 
 
 def test_only_the_arrays_of_a_weight_decide_about_its_update() -> None:
-    case = Reused(P.lora(2), [(8, 8), (8, 8)])
+    case = Reused(tna.presets.lora(2), [(8, 8), (8, 8)])
     with torch.no_grad():
         first, second = case.get(0), case.get(1)
         case.arrays["group1.split0.factor0"].data.mul_(2.0)
@@ -133,3 +145,402 @@ def test_averaged_weights_swapped_in_by_data_are_seen() -> None:
             parameter.data.add_(0.05)
         assert not torch.equal(model(batch()), before)
     stir(adapter)
+
+
+# -- Snapshots see every change on the CPU, and elsewhere every change that torch records, without waiting -------------
+
+
+def _new_memory(array: Any) -> None:
+    array.data = array.detach().clone()
+
+
+SEEN: dict[str, Callable[[Any], Any]] = {
+    "in place": lambda array: array.detach().add_(1.0),
+    "a part": lambda array: array.detach()[0].zero_(),
+    "foreach": lambda array: torch._foreach_mul_([array.detach()], 2.0),
+    "new memory": _new_memory,
+}
+
+
+@pytest.mark.law("array-changes")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", SEEN)
+def test_changes_are_seen_without_waiting(name: str, mode: Any) -> None:
+    array = torch.ones(3, requires_grad=True)
+    with PretendedDevice(), mode():
+        before = Snapshot.of(array)
+        assert before.array.data_ptr() == array.data_ptr()
+        assert before.is_of(array)
+        SEEN[name](array)
+        assert not before.is_of(array)
+        assert Snapshot.of(array).is_of(array)
+
+
+def test_on_a_device_writes_that_torch_does_not_record_are_not_seen() -> None:
+    array = torch.ones(3)
+    with PretendedDevice():
+        before = Snapshot.of(array)
+        array.data.zero_()
+        assert before.is_of(array)
+    before = Snapshot.of(array)
+    array.data.add_(1.0)
+    assert not before.is_of(array)
+
+
+def test_memory_that_was_freed_is_not_taken_for_its_successor() -> None:
+    with PretendedDevice():
+        before = Snapshot.of(torch.ones(1000))
+        assert not any(before.is_of(torch.ones(1000)) for _ in range(20))
+
+
+def test_other_types_and_shapes() -> None:
+    array = torch.ones(4)
+    before = Snapshot.of(array)
+    assert not before.is_of(array.double())
+    assert not before.is_of(array.view(2, 2))
+    assert not before.is_of(array.to("meta"))
+    with PretendedDevice():
+        before = Snapshot.of(array)
+        assert not before.is_of(array.view(2, 2).T.contiguous().view(4))
+        assert not Snapshot.of(array.view(2, 2)).is_of(array.view(2, 2).T)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Forward and backward passes on an accelerator: nothing waits for the device, and captured graphs compute updates
+
+
+F = {"projection": "linear", "ratio": 0.5}
+CONFIGS = {
+    "lora": P.lora(2), "lokr": P.lokr(2), "superlora": P.superlora(2), "superlora with F": P.superlora(2, **F),
+    "lorta": P.lorta(2), "dense": P.dense(), "fastfood": P.fastfood(0.1), "compacter": P.compacter(2),
+    "dora": P.dora(2), "hira": P.hira(2), "unilora": P.unilora(40, 2), "fourierft": P.fourierft(5),
+    "dct2": P.superlora(2, projection="dct2", on="weight"), "c3a": P.c3a(8),
+}  # fmt: skip
+
+
+def passes(model: Any) -> list[Any]:
+    """Return outputs without gradients, twice, and gradients."""
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode, torch.no_grad):
+        with mode():
+            found.append(model(batch()).clone())
+    model.zero_grad()
+    model(batch()).square().sum().backward()
+    return found + [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_pass_waits_for_the_device(name: str) -> None:
+    model = small()
+    stir(tt.attach(model, CONFIGS[name]))
+    expected = passes(copy.deepcopy(model))
+    with PretendedDevice():
+        passes(model)  # draws are copied to the device in the first pass
+        found = passes(model)
+    for ours, host in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, host, rtol=1e-4, atol=1e-6)
+
+
+def test_a_write_between_passes_is_seen() -> None:
+    model = small()
+    adapter = tt.attach(model, CONFIGS["superlora with F"])
+    stir(adapter)
+    with PretendedDevice(), torch.no_grad():
+        before = model(batch())
+        assert torch.allclose(model(batch()), before, rtol=0, atol=0)
+        for parameter in adapter.parameters():
+            parameter.mul_(2.0)
+        found = model(batch())
+    with torch.no_grad():
+        torch.testing.assert_close(found, copy.deepcopy(model)(batch()))
+
+
+@pytest.mark.law("array-changes")
+@pytest.mark.parametrize("name", ["superlora with F", "unilora", "nola"])
+@pytest.mark.parametrize("evaluated", ["after forward", "after backward", "after step", "after zeroing"])
+@pytest.mark.parametrize("hooked", [True, False])
+def test_a_step_of_a_fused_optimizer_is_seen(name: str, evaluated: str, hooked: bool) -> None:
+    """Such a step changes no version counter; nor does a call of a part of the model tell that a pass begins."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)), torch.randn(2, 8)
+    adapter = tt.attach(model, {"nola": P.nola(3, 2)}.get(name) or CONFIGS[name], "all-linear")
+    stir(adapter)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.1, fused=True)
+
+    def outputs(model: Any = model) -> Any:
+        return model(x) if hooked else model[1](model[0](x))
+
+    def evaluate(when: str) -> None:
+        if when == evaluated:
+            with torch.no_grad():
+                outputs()
+
+    for _ in range(2):
+        with PretendedDevice():
+            loss = outputs().square().mean()
+            evaluate("after forward")
+            loss.backward()
+            evaluate("after backward")
+        optimizer.step()
+        with PretendedDevice():
+            evaluate("after step")
+        optimizer.zero_grad()
+        with PretendedDevice():
+            evaluate("after zeroing")
+            found = outputs()
+            with torch.no_grad():
+                without = outputs()
+        expected = outputs(copy.deepcopy(model)).detach()
+        torch.testing.assert_close(found.detach(), expected)
+        torch.testing.assert_close(without, expected)
+
+
+@compiles_whole
+@pytest.mark.parametrize("name", ["superlora with F", "unilora"])
+def test_a_step_of_a_compiled_program_is_seen(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)), torch.randn(2, 8)
+    adapter = tt.attach(model, CONFIGS[name], "all-linear", strategy="weight")
+    stir(adapter)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.1, fused=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(3):
+        with PretendedDevice(), torch.no_grad():
+            found = model(x)
+        torch.testing.assert_close(found, copy.deepcopy(model)(x).detach())
+        compiled(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch._dynamo.reset()
+
+
+def test_an_update_is_computed_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small()
+    adapter = tt.attach(model, CONFIGS["superlora with F"])
+    stir(adapter)
+    counts: list[int] = []
+    forward = type(adapter.plan.groups[0].projection.map).forward
+    monkeypatch.setattr(
+        type(adapter.plan.groups[0].projection.map), "forward", lambda *args: counts.append(1) or forward(*args)
+    )
+
+    def computed() -> int:
+        counts.clear()
+        model(batch())
+        return len(counts)
+
+    groups = len(adapter.plan.groups)
+    with PretendedDevice():
+        with torch.no_grad():
+            assert (computed(), computed()) == (groups, 0)
+        assert (computed(), computed()) == (groups, groups)
+        model(batch()).sum().backward()
+        with torch.no_grad():
+            assert (computed(), computed()) == (groups, groups)  # an optimizer could take a step in between
+            model.zero_grad()
+            assert (computed(), computed()) == (groups, 0)
+            adapter.clear_cache()
+            assert (computed(), computed()) == (groups, 0)
+            monkeypatch.setattr(delta_cache, "is_captured", lambda: True)
+            assert (computed(), computed()) == (groups, groups)  # each graph contains the computation
+
+
+@compiles_whole
+def test_a_compiled_program_reads_the_mixing_weight_on_its_device() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8)).to("meta")
+    adapter = tt.attach(model, P.superlora(2), "all-linear", strategy="weight")
+    devices: set[str] = set()
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:
+        devices.update(x.device.type for x in inputs if isinstance(x, torch.Tensor))
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        compiled(torch.ones(2, 8, device="meta"))
+    assert devices == {"meta"}  # a scalar on the CPU keeps the compiler from CUDA graphs
+    adapter.set_weight(0.5)
+    torch._dynamo.reset()
+
+
+# -- What inactive adapters keep: no more than a model's limit, and equal draws only once ------------------------------
+
+
+SIZE = 64
+UPDATES = 2 * SIZE * SIZE * 4  # bytes of ΔW of both layers
+IDLE_CONFIGS = {
+    "superlora": tna.presets.superlora(2),
+    "F": tna.presets.superlora(2, projection="linear", ratio=0.1),
+    "unilora": tna.presets.unilora(50),
+    "dora": tna.presets.dora(2),
+    "fourierft": tna.presets.fourierft(20),
+}
+
+
+def model_with(config: tna.Config, number: int, **how: object) -> tuple[nn.Module, list[tt.Adapter]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)).eval()
+    adapters = [tt.attach(model, config, "all-linear", f"a{i}", strategy="weight", **how) for i in range(number)]
+    for adapter in adapters:
+        stir(adapter)
+    return model, adapters
+
+
+def held(adapters: list[tt.Adapter]) -> list[int]:
+    """Bytes of each adapter's updates, without draws."""
+    return [adapter._state.cache.held() for adapter in adapters]
+
+
+def outputs(model: nn.Module, adapters: list[tt.Adapter], x: Tensor) -> list[Tensor]:
+    found = []
+    with torch.no_grad():
+        for adapter in adapters:
+            adapter.activate()
+            found.append(model(x))
+    return found
+
+
+@pytest.mark.parametrize("name", IDLE_CONFIGS)
+def test_adapters_that_were_active_once_keep_no_more_than_the_limit(name: str) -> None:
+    model, adapters = model_with(IDLE_CONFIGS[name], 8)
+    tt.set_cache_limit(model, UPDATES * 3)
+    x = torch.randn(5, SIZE)
+    first = outputs(model, adapters, x)
+    idle = [adapter._state for adapter in adapters[:-1]]
+    shared = {id(one) for one in drawn(adapters[-1]._state.plan)}
+    own = [held_by_draws(one for one in drawn(state.plan) if id(one) not in shared) for state in idle]
+    assert sum(state.cache.held() + state.quotients.held() for state in idle) + sum(own) <= UPDATES * 3
+    # What was freed is computed again, with the same bits.
+    for before, after in zip(first, outputs(model, adapters, x), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_the_longest_idle_goes_first_and_the_active_one_keeps_all() -> None:
+    model, adapters = model_with(IDLE_CONFIGS["superlora"], 4)
+    x = torch.randn(5, SIZE)
+    outputs(model, adapters[:1], x)
+    one = _held(adapters[0]._state)
+    assert one >= UPDATES
+    tt.set_cache_limit(model, 2 * one)
+    outputs(model, adapters, x)
+    assert [bool(number) for number in held(adapters)] == [False, True, True, True]
+    outputs(model, [adapters[1]], x)  # it comes back; 2, 3 and nothing else are idle
+    assert [bool(number) for number in held(adapters)] == [False, True, True, True]
+    outputs(model, [adapters[0]], x)
+    assert [bool(number) for number in held(adapters)] == [True, True, False, True]
+
+
+def test_nothing_is_kept_with_a_limit_of_zero() -> None:
+    model, adapters = model_with(IDLE_CONFIGS["F"], 2)
+    tt.set_cache_limit(model, 0)
+    with torch.no_grad():
+        model(torch.randn(5, SIZE))
+        assert _held(adapters[0]._state) > 0
+        tt.mix(model, {})
+    assert [_held(adapter._state) for adapter in adapters] == [0, 0]
+
+
+def test_a_weight_of_zero_and_the_end_of_rows_count_as_idle() -> None:
+    model, adapters = model_with(IDLE_CONFIGS["superlora"], 2)
+    tt.set_cache_limit(model, 0)
+    x = torch.randn(2, SIZE)
+    with torch.no_grad():
+        model(x)
+        adapters[0].set_weight(0.0)
+        assert [bool(number) for number in held(adapters)] == [False, True]
+        adapters[1].set_weight(0.0)
+        with tt.rows(model, ["a0", "a1"]):
+            model(x)
+            assert all(held(adapters))
+    assert not any(held(adapters))
+
+
+def test_adapters_that_fit_are_all_kept_by_default() -> None:
+    model, adapters = model_with(IDLE_CONFIGS["superlora"], 5)
+    outputs(model, adapters, torch.randn(5, SIZE))
+    assert all(held(adapters))
+    assert sum(map(_held, (adapter._state for adapter in adapters))) < 32 * 2**20
+
+
+@pytest.mark.parametrize("name", ["F", "fourierft"])
+def test_equal_draws_exist_once(name: str) -> None:
+    model, (one, other) = model_with(IDLE_CONFIGS[name], 2)
+    mine, yours = (adapter.plan.groups[0].projection.map for adapter in (one, other))
+    assert mine is yours
+    third = tt.attach(model, IDLE_CONFIGS[name].replace(seed=1), "all-linear", "third", strategy="weight")
+    assert third.plan.groups[0].projection.map is not mine
+    x = torch.randn(5, SIZE)
+    tt.set_cache_limit(model, 0)
+    outputs(model, [one, other], x)
+    # One of two that use them is idle, so they stay.
+    assert held_by_draws(mine.components()) > 0
+    outputs(model, [third], x)
+    assert held_by_draws(mine.components()) == 0
+
+
+def test_arrays_on_a_device_count_where_they_have_memory_of_their_own() -> None:
+    draws = FixedArrays()
+    draws.kept["a"] = np.zeros(10)
+    draws.placed["torch", "cpu", "a"] = torch.from_numpy(draws.kept["a"])
+    assert held_by_draws([draws, draws]) == 80
+    draws.placed["torch", "cuda:0", "a"] = torch.zeros(10, dtype=torch.float64)
+    assert held_by_draws([draws, draws]) == 160
+
+
+def test_a_copy_has_the_limit_and_caches_of_its_own() -> None:
+    model, adapters = model_with(IDLE_CONFIGS["superlora"], 2)
+    tt.set_cache_limit(model, 0)
+    x = torch.randn(5, SIZE)
+    (found,) = outputs(model, adapters[:1], x)
+    other = copy.deepcopy(model)
+    theirs = tt.adapters(other)
+    assert torch.equal(outputs(other, [theirs["a0"]], x)[0], found)
+    theirs["a1"].activate()
+    assert [bool(number) for number in held(list(theirs.values()))] == [False, False]
+    assert held(adapters)[0] > 0
+
+
+@pytest.mark.parametrize("limit", [-1, 1.5, "32MB", None, True])
+def test_a_limit_is_a_number_of_bytes(limit: object) -> None:
+    model, _ = model_with(IDLE_CONFIGS["superlora"], 1)
+    with pytest.raises(tna.ConfigError, match=r"^limit must be (an integer; got|from 0 to)"):
+        tt.set_cache_limit(model, limit)  # type: ignore[arg-type]
+
+
+def test_swapped_files_are_checked_without_drawing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, (adapter,) = model_with(IDLE_CONFIGS["F"], 1)
+    digested = []
+    plain = Linear.digest
+    monkeypatch.setattr(Linear, "digest", lambda self: digested.append(1) or plain(self))
+    for number in (1.0, 2.0):
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.fill_(number)
+        adapter.save(tmp_path / f"{number}.safetensors")
+    digested.clear()
+    for number in (1.0, 2.0, 1.0):
+        adapter.swap(tmp_path / f"{number}.safetensors")
+        assert all(bool((parameter == number).all()) for parameter in adapter.parameters())
+    assert len(digested) <= 1
+    _, (foreign,) = model_with(IDLE_CONFIGS["F"].replace(seed=1), 1)
+    foreign.save(tmp_path / "other.safetensors")
+    with pytest.raises(tna.TnadaptError, match="seed"):
+        adapter.swap(tmp_path / "other.safetensors")
+
+
+def test_the_memory_that_kernels_reuse_is_freed_too() -> None:
+    pytest.importorskip("numba")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(192, 192)).eval()  # long enough for the compiled kernels
+    adapter = tt.attach(model, IDLE_CONFIGS["F"], "all-linear", strategy="weight")
+    stir(adapter)
+    tt.set_cache_limit(model, 0)
+    with torch.no_grad():
+        model(torch.randn(5, 192))
+    spaces = [one for one in drawn(adapter._state.plan) if getattr(one, "space", None) is not None]
+    assert spaces
+    adapter.set_weight(0.0)
+    assert all(one.space is None for one in spaces)
+    assert _held(adapter._state) == 0

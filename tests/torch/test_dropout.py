@@ -17,12 +17,9 @@ from torch.utils.checkpoint import checkpoint
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.algebra.factoring import factoring
-from tnadapt.torch._quantized import QUANTIZED
-from tnadapt.torch._strategy_choice import choose
 
 from .small import batch, compiles_whole, small, stir
-from .test_quantized import Packed, model
+from .test_requantizing import Packed, model
 
 CONFIGS = {
     "lora": P.lora(2), "lokr": P.lokr(2), "superlora": P.superlora(2), "theta": P.unilora(9, 2),
@@ -199,20 +196,17 @@ def test_conv1d_of_transformers_and_rows_of_a_fused_weight() -> None:
 @pytest.mark.parametrize("config", ["lora", "superlora", "dora"])
 def test_quantized_layers(config: str) -> None:
     tt.register_quantized("packed", Packed)
-    try:
-        made, x = model().train(), torch.randn(5, 8)
-        base = made(x)
-        adapter = tt.attach(made, CONFIGS[config], "all-linear", dropout=0.4)
-        assert torch.equal(made(x), base)
-        stir(adapter, 0.3)
-        torch.manual_seed(0)
-        with torch.no_grad():
-            several = made[0](x[:1].expand(4000, 8))
-            expected = made.eval()[0](x[:1])[0]
-        error = several.std(0) / 4000**0.5
-        assert ((several.mean(0) - expected).abs() < 5 * error + 1e-6).all()
-    finally:
-        QUANTIZED.forget()
+    made, x = model().train(), torch.randn(5, 8)
+    base = made(x)
+    adapter = tt.attach(made, CONFIGS[config], "all-linear", dropout=0.4)
+    assert torch.equal(made(x), base)
+    stir(adapter, 0.3)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        several = made[0](x[:1].expand(4000, 8))
+        expected = made.eval()[0](x[:1])[0]
+    error = several.std(0) / 4000**0.5
+    assert ((several.mean(0) - expected).abs() < 5 * error + 1e-6).all()
 
 
 @pytest.mark.parametrize("config", ["superlora", "dora", "hira"])
@@ -351,10 +345,9 @@ def test_no_probability(wrong: Any) -> None:
 
 def test_the_choice_of_a_strategy_counts_the_second_product() -> None:
     """A Kronecker product of full matrices, which is used as factors for fewer rows of x without dropout."""
-    plan = tna.SuperLoRA(P.krona(), [(768, 768)])
-    how = factoring(plan, 0)
-    assert choose(plan, 0, how, 8192) == "weight"
-    assert choose(plan, 0, how, 8192, dropout=True) == "factored"
+    for dropout, strategy in ((0.0, "weight"), (0.1, "factored")):
+        large = nn.Sequential(nn.Linear(768, 768, device="meta"))
+        assert tt.attach(large, P.krona(), "all-linear", tokens=8192, dropout=dropout).strategy == (strategy,)
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.torch._forward_pass import is_lookup
 
 from .small import stir
 
@@ -155,11 +154,8 @@ def test_a_quantized_embedding_is_refused() -> None:
 
 
 def test_lookups_are_recognized_by_their_source() -> None:
-    assert is_lookup(nn.Embedding(4, 2))
-    assert is_lookup(Scaled(4, 2))
-    assert not is_lookup(Normed(4, 2))
-    assert not is_lookup(nn.Embedding(4, 2, scale_grad_by_freq=True))
-    assert not is_lookup(nn.Linear(4, 2))
+    for cls in (nn.Embedding, Scaled):
+        assert tt.attach(embedding(cls), P.lora(2), "embeddings").strategy == ("factored",)
     for cls in (nn.Embedding, Normed):
         model = embedding(cls, **({"scale_grad_by_freq": True} if cls is nn.Embedding else {}))
         adapter = tt.attach(model, P.lora(2), "embeddings")
@@ -170,10 +166,11 @@ def test_lookups_are_recognized_by_their_source() -> None:
 
 
 def test_models_of_transformers_scale_their_embeddings_in_a_known_way() -> None:
-    modeling = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
-    assert is_lookup(modeling.Gemma3TextScaledWordEmbedding(4, 2, 0, embed_scale=2.0))
-    modeling = pytest.importorskip("transformers.models.bart.modeling_bart")
-    assert is_lookup(modeling.BartScaledWordEmbedding(4, 2, 0, embed_scale=2.0))
+    gemma = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
+    bart = pytest.importorskip("transformers.models.bart.modeling_bart")
+    for cls in (gemma.Gemma3TextScaledWordEmbedding, bart.BartScaledWordEmbedding):
+        model = nn.Sequential(cls(12, 6, 0, embed_scale=2.0))
+        assert tt.attach(model, P.lora(2), "embeddings").strategy == ("factored",)
 
 
 def test_what_is_more_than_a_sum_changes_the_weight() -> None:

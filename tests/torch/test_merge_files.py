@@ -10,14 +10,22 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.checkpoints import stored_weights
+from tnadapt.algebra.rounding import add_in_place
+from tnadapt.checkpoints import module_names
 from tnadapt.checkpoints.checkpoint import open_checkpoint
+from tnadapt.torch import _merging as merging
 
 from .hugging_face import bert, vit
 from .small import stir
+
+# -- On disk and in memory ---------------------------------------------------------------------------------------------
 
 
 def gpt2() -> Any:
@@ -146,7 +154,7 @@ def test_fused_interleaved_and_transposed_weights(name: str, targets: str, dtype
 @pytest.mark.parametrize("table", [True, False])
 def test_modules_that_were_renamed_are_found(table: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # On disk encoder.layer.0.attention.attention.query, in memory layers.0.attention.q_proj, since transformers 5.
-    monkeypatch.setattr(stored_weights, "_installed", lambda: table)
+    monkeypatch.setattr(module_names, "_installed", lambda: table)
     model, adapter = made("vit", P.lora(2), torch.float32, tmp_path)
     memory, disk, report = both_ways(model, adapter, tmp_path)
     assert contents(memory) == contents(disk)
@@ -230,3 +238,27 @@ def test_what_is_merged_does_what_was_attached(tmp_path: Path) -> None:
     with torch.no_grad():
         merged = type(model).from_pretrained(tmp_path / "out").eval()(words).logits
     assert (merged - attached).abs().max() < 1e-5
+
+
+# -- Sums of merging in memory are the same on a device and on the host ------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@given(seed=st.integers(0, 2**32 - 1), exponent=st.sampled_from([0, -20, 12, 60, 1000]), bad=st.sampled_from([0, 1, 2]))
+def test_the_sum_on_a_device_is_that_of_the_host(dtype: torch.dtype, seed: int, exponent: int, bad: int) -> None:
+    """A weight on a device is summed there; the code for devices is compared with the host's, on the host."""
+    rng = np.random.default_rng(seed)
+    weight = torch.from_numpy(rng.normal(size=12)).to(dtype)
+    update = np.ldexp(rng.normal(size=9), exponent)
+    if bad:
+        update[rng.integers(9)] = np.inf
+        weight[rng.integers(12) if bad == 2 else slice(0, 0)] = torch.inf
+    ours, plain = weight.clone(), weight.clone()
+    cut = int(rng.integers(1, 9))
+    pieces = [(2, update[:cut]), (2 + cut, update[cut:])]
+    found = merging._add_in_place(ours, ((start, torch.from_numpy(piece)) for start, piece in pieces))
+    bits = merging._bits(plain)
+    expected = add_in_place(bits, str(dtype).removeprefix("torch."), pieces)
+    assert found == expected
+    if found is None:
+        assert torch.equal(ours, plain)

@@ -18,17 +18,14 @@ from torch import nn
 import tnadapt.torch as tt
 import tnadapt.torch.peft as plugin
 from tnadapt.errors import ConfigError, TargetError
-from tnadapt.torch import _adapter as handle_module
-from tnadapt.torch import _registry as registry_module
 from tnadapt.torch.peft import TnadaptConfig
-from tnadapt.torch.peft import _tuner as layer_module
-from tnadapt.torch.peft import _tuner as tuner_module
 
 from .interrupts import interrupted, moments
 
 #: The modules in which PEFT's calls are interrupted; what the handles do otherwise is in test_interrupted.py.
-LAYER, TUNER, REGISTRY, HANDLE = (
-    str(module.__file__) for module in (layer_module, tuner_module, registry_module, handle_module)
+TUNER, REGISTRY, HANDLE = (
+    str(Path(tt.__file__).with_name("peft") / "_tuner.py"),
+    *(str(Path(tt.__file__).with_name(name)) for name in ("_registry.py", "_adapter.py")),
 )
 
 plugin.register()
@@ -158,9 +155,9 @@ def test_a_merge_that_fails_halfway_changes_nothing(
 
 def test_a_merge_interrupted_at_any_line_is_whole_or_did_not_happen() -> None:
     weight, expected = base_weight(both()), run(both())
-    for stop in moments(both().merge_adapter, LAYER):
+    for stop in moments(both().merge_adapter, TUNER):
         model = both()
-        interrupted(model.merge_adapter, stop, LAYER)
+        interrupted(model.merge_adapter, stop, TUNER)
         torch.testing.assert_close(run(model), expected)
         assert torch.equal(base_weight(model), weight), stop
         assert not model.base_model.tnadapt.merged
@@ -173,9 +170,9 @@ def test_an_unmerge_interrupted_at_any_line_can_be_repeated() -> None:
         return model
 
     weight, expected = base_weight(both()), run(both())
-    for stop in moments(merged().unmerge_adapter, LAYER):
+    for stop in moments(merged().unmerge_adapter, TUNER):
         model = merged()
-        interrupted(model.unmerge_adapter, stop, LAYER)
+        interrupted(model.unmerge_adapter, stop, TUNER)
         if model.base_model.tnadapt.merged:
             model.unmerge_adapter()
         assert torch.equal(base_weight(model), weight), stop
@@ -217,7 +214,7 @@ def test_a_dotted_name_with_modules_to_save_is_refused() -> None:
 # -- Interrupts ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("below", [LAYER, TUNER, REGISTRY, HANDLE], ids=["layer", "tuner", "registry", "handle"])
+@pytest.mark.parametrize("below", [TUNER, REGISTRY, HANDLE], ids=["tuner", "registry", "handle"])
 def test_adding_an_adapter_interrupted_at_any_line_adds_it_or_nothing(below: str) -> None:
     def add(model: PeftModel) -> None:
         model.add_adapter("b", config())

@@ -32,7 +32,6 @@ import tnadapt as tna
 import tnadapt.torch as tt
 import tnadapt.torch.peft as plugin
 from tnadapt.torch.peft import TnadaptConfig
-from tnadapt.torch.peft._peft_config import select_targets
 
 # PEFT 0.21 asks transformers 5 for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -180,7 +179,7 @@ def test_a_module_is_selected_if_and_only_if_lora_selects_it(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You have passed exclude_modules")
         try:
-            found = {target.module for target in select_targets(nested(PATHS), config)}
+            found = set(selected(nested(PATHS), config))
         except tna.TargetError:
             found = set()
     assert found == expected

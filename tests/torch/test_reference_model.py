@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -11,8 +13,8 @@ from torch import nn
 import tnadapt.torch as tt
 from tnadapt import presets
 from tnadapt.errors import TargetError
-from tnadapt.torch import _registry
-from tnadapt.torch._registry import take_off
+
+from .interrupts import interrupted, moments
 
 
 def perceptron() -> nn.Module:
@@ -110,16 +112,10 @@ def test_a_reference_is_not_merged_and_leaves_no_trace_when_detached() -> None:
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
 
 
-def test_interrupted_it_leaves_the_model_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = perceptron()
+def test_interrupted_it_leaves_the_model_frozen() -> None:
+    model, below = perceptron(), str(Path(tt.__file__).parent)
     tt.attach(model, targets="all-linear")
     flags = [parameter.requires_grad for parameter in model.parameters()]
-
-    def interrupted(state: object) -> None:
-        take_off(state)  # type: ignore[arg-type]
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(_registry, "take_off", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        tt.reference_model(model)
-    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    for stop in moments(lambda: tt.reference_model(model), below):
+        interrupted(lambda: tt.reference_model(model), stop, below)
+        assert [parameter.requires_grad for parameter in model.parameters()] == flags, stop

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -21,12 +21,10 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tnadapt.torch import _rows as passes
-from tnadapt.torch import _rows as products
-from tnadapt.torch._quantized import QUANTIZED
 
 from .small import WIDTH, batch, compiles_whole, small, stir
-from .test_quantized import Packed
-from .test_quantized import model as packed
+from .test_requantizing import Packed
+from .test_requantizing import model as packed
 
 NAMES: list[str | None] = ["a", None, "b", "a"]
 #: Pairs of adapters, with the settings of ``attach``.
@@ -45,12 +43,6 @@ PAIRS: dict[str, list[tuple[tna.Config, dict[str, Any]]]] = {
     "from the base": [(P.lora(2, start="pissa"), {}), (P.lora_xs(2), {})],
 }
 pairs = pytest.mark.parametrize("pair", PAIRS)
-
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    yield
-    QUANTIZED.forget()
 
 
 def adapted(model: Any, pair: str, targets: Any = "qv", **more: Any) -> Any:
@@ -116,7 +108,7 @@ def test_gradients_are_those_of_each_adapter_alone(pair: str) -> None:
     flat=st.booleans(), seed=st.integers(0, 9),
 )  # fmt: skip
 def test_every_way_is_the_reference(names: list[str | None], repeats: int, kind: str, flat: bool, seed: int) -> None:
-    """Grouped products and additions to a shared base product equal the forward on each group's rows."""
+    """Grouped passes and additions to a shared base product equal the forward on each group's rows."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 6).double())
     for index, name in enumerate("abc"):
@@ -140,12 +132,6 @@ def test_every_way_is_the_reference(names: list[str | None], repeats: int, kind:
         return
     with tt.rows(model, names), torch.no_grad():
         found = model(x)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                passes, "shared", lambda patch, one, groups, x: passes.by_group(patch, one, groups, x, (x,), {})
-            )
-            reference = model(x)
-    torch.testing.assert_close(found, reference, rtol=1e-10, atol=1e-12)
     with torch.no_grad():
         for row, name in enumerate(names):
             tt.mix(model, {} if name is None else {name: weights[name]})
@@ -175,8 +161,8 @@ def test_factors_of_equal_shapes_are_stacked(
 ) -> None:
     model = adapted(nn.Sequential(nn.Linear(WIDTH, 4)), pair, "all-linear")
     looped: list[Any] = []
-    whole = products.looped
-    monkeypatch.setattr(products, "looped", lambda *args: (looped.append(args), whole(*args))[1])
+    whole = passes.looped
+    monkeypatch.setattr(passes, "looped", lambda *args: (looped.append(args), whole(*args))[1])
     by_rows(model, names, batch(size=4))
     assert len(looped) == loops
 

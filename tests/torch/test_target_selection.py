@@ -11,18 +11,23 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn
+from torch import Tensor, nn
 
 import tnadapt as tna
+import tnadapt.torch
 from paper.diffusion.unet import ClassEmbedding, PixelAttention, UNet
 from tnadapt.errors import TargetError
+from tnadapt.targets.roles import is_attention, parse_projection_name
 from tnadapt.targets.target import Rows, Target
+from tnadapt.torch import find_targets
 from tnadapt.torch._attach import attach
-from tnadapt.torch._target_selection import find_targets
-from tnadapt.torch._weights import tied
+from tnadapt.torch._target_selection import host_of, reads_outside, tied
 
-from .architectures import MODELS, build
+from .architectures import MODELS, build, output
 from .modules import Module, linear, names, qv, roles, vq
+
+# -- Finding the weights to adapt, in models of many libraries and with every kind of request --------------------------
+
 
 UNET = json.loads(Path(__file__).parent.with_name("oracles.json").read_text())["unet_qv"]
 
@@ -413,3 +418,573 @@ def test_two_parameters_of_one_memory_are_tied() -> None:
     assert tied(empty, [Target("1", (2, 2))]) == []
     with torch.device("meta"):
         assert tied(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), [Target("1", (2, 2))]) == []
+
+
+# -- The module whose forward reads a weight: the owner, or a parent that reads it without calling the owner -----------
+
+
+# Models with weights that a parent reads, and how far above it is.
+READ_BY_PARENT = {"timm_swinv2": 1, "timm_beit": 1, "timm_eva": 1, "torch_encoder": 1, "torchvision_swin": 1}
+
+
+def up(path: str, steps: int) -> str:
+    return ".".join(path.split(".")[: -steps or None])
+
+
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"torchvision_resnet"}))
+def test_hosts_of_queries_and_values(name: str) -> None:
+    model, _ = build(name)
+    steps = READ_BY_PARENT.get(name, 0)
+    for target in find_targets(model):
+        assert host_of(model, target) == up(target.module, steps)
+        assert reads_outside(model, target) == ([up(target.module, steps)] if steps else [])
+
+
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"torchvision_resnet"}))
+def test_a_weight_that_is_not_called_is_read_elsewhere(name: str) -> None:
+    """With the owner's forward forbidden, the model still runs if and only if a parent is the host."""
+    model, inputs = build(name)
+    target = find_targets(model)[0]
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise RuntimeError("called")
+
+    model.get_submodule(target.module).forward = forbidden
+    with torch.no_grad():
+        if host_of(model, target) == target.module:
+            with pytest.raises(RuntimeError, match="called"):
+                output(model, inputs)
+        else:
+            output(model, inputs)
+
+
+def test_the_fast_path_reads_all_weights_of_a_layer() -> None:
+    model, _ = build("torch_encoder")
+    hosts = [host_of(model, target) for target in find_targets(model, "all-linear")]
+    assert hosts == ["layers.0"] * 4 + ["layers.1"] * 4
+    assert host_of(model, find_targets(model, ["layers.0.self_attn:o"])[0]) == "layers.0"
+    assert reads_outside(model, find_targets(model, "o")[0]) == ["layers.0", "layers.0.self_attn"]
+    decoder, _ = build("torch_decoder")
+    assert {host_of(decoder, target) for target in find_targets(decoder, "qkv")} == {
+        *("layers.0.self_attn", "layers.0.multihead_attn")
+    }
+
+
+class Reader(nn.Module):
+    """Base class of modules that read a weight instead of calling its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.other = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+        nn.init.zeros_(self.inner.weight)
+
+    def merged(self) -> Tensor:
+        return self.inner.weight + 0
+
+
+class Direct(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.inner.weight.T
+
+
+class ByMethod(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.merged()
+
+
+class ByProperty(Reader):
+    @property
+    def own(self) -> Tensor:
+        return self.inner.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.own
+
+
+class ByName(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.inner
+        return x @ inner.weight
+
+
+class Inherits(Direct):
+    pass
+
+
+class Looks(Reader):
+    """Reads only dtype and shape, or reads the weight without computing with it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.to(self.inner.weight.dtype)) * self.inner.weight.shape[0] * self.inner.weight.size(0)
+
+    def reset(self) -> Tensor:
+        return self.inner.weight
+
+
+class Loops(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x @ layer.weight
+        return x
+
+
+class Indexes(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.layers[0].weight
+
+
+class ByGetattr(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ getattr(self, "inner").weight  # noqa: B009
+
+
+class ByGetattrWithDefault(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = getattr(self.inner, "weight", None)
+        return self.inner(x) if weight is None else x @ weight
+
+
+class ByComputedName(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ getattr(self, "in" + "ner").weight
+
+
+class ByComputedIndex(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.layers[len(self.layers) - 1].weight
+
+
+class ByWalrus(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        if (inner := self.inner) is not None:
+            x = x @ inner.weight
+        return x @ (first := self.layers[0]).weight + first.bias
+
+
+class ByAnnotatedName(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        inner: nn.Linear = self.inner
+        return x @ inner.weight
+
+
+class ByPair(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        inner, first = self.inner, self.layers[0]
+        return first(x) @ inner.weight
+
+
+class ByLoopOverChildren(Reader):
+    """Children of the same depth are not distinguished."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.layers[0], self.layers[1]):
+            x = x @ layer.weight
+        return x
+
+
+class ByComprehension(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.stack([layer.weight for layer in self.layers]).sum(0)
+
+
+def child(module: nn.Module, name: str) -> Any:
+    return module.get_submodule(name)
+
+
+class ByAFunction(Reader):
+    """The results of functions are not tracked."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ child(self, "inner").weight
+
+
+class ByAnotherObject(Reader):
+    """A weight of the same name that is not this module's."""
+
+    def forward(self, x: Tensor, other: Reader | None = None) -> Tensor:
+        return x if other is None else x @ other.inner.weight @ other.layers[0].weight
+
+
+class Outer(nn.Module):
+    def __init__(self, below: nn.Module) -> None:
+        super().__init__()
+        self.below = below
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.below(x)
+
+
+class Reaches(Outer):
+    """Two levels down."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.below.inner.weight
+
+
+@pytest.mark.parametrize(
+    ("model", "readers"),
+    [
+        (Direct(), {"inner": [""]}),
+        (ByMethod(), {"inner": [""]}),
+        (ByProperty(), {"inner": [""]}),
+        (ByName(), {"inner": [""]}),
+        (Inherits(), {"inner": [""]}),
+        (Looks(), {}),
+        (Loops(), {"layers.0": [""], "layers.1": [""]}),
+        (Indexes(), {"layers.0": [""]}),
+        (ByGetattr(), {"inner": [""]}),
+        (ByGetattrWithDefault(), {"inner": [""]}),
+        (ByComputedName(), {"inner": [""], "other": [""]}),  # whose name it is, is not known
+        (ByComputedIndex(), {"layers.0": [""], "layers.1": [""]}),
+        (ByWalrus(), {"inner": [""], "layers.0": [""]}),
+        (ByAnnotatedName(), {"inner": [""]}),
+        (ByPair(), {"inner": [""]}),
+        (ByLoopOverChildren(), {"layers.0": [""], "layers.1": [""]}),
+        (ByComprehension(), {"layers.0": [""], "layers.1": [""]}),
+        (ByAFunction(), {}),
+        (ByAnotherObject(), {}),
+        (Outer(Looks()), {}),
+        (Outer(Direct()), {"below.inner": ["below"]}),
+        (Reaches(Looks()), {"below.inner": [""]}),
+        (Reaches(Direct()), {"below.inner": ["", "below"]}),
+    ],
+    ids=lambda case: type(case).__name__ if isinstance(case, nn.Module) else "",
+)
+def test_ways_to_read_a_childs_weight(model: nn.Module, readers: dict[str, list[str]]) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            target = Target(path, (2, 2))
+            assert reads_outside(model, target) == readers.get(path, [])
+            # The outermost encloses the others.
+            assert host_of(model, target) == readers.get(path, [path])[0]
+
+
+def test_a_module_under_two_paths_has_the_readers_of_both() -> None:
+    model = nn.ModuleDict({"alias": nn.Linear(2, 2), "below": Direct()})
+    model["below"].inner = model["alias"]
+    assert host_of(model, Target("alias", (2, 2))) == "below"
+
+
+def test_a_class_without_source() -> None:
+    space: dict[str, Any] = {"nn": nn}
+    exec("class Made(nn.Module):\n    def forward(self, x):\n        return x @ self.inner.weight", space)
+    model = space["Made"]()
+    model.inner = nn.Linear(2, 2)
+    assert host_of(model, Target("inner", (2, 2))) == "inner"
+
+
+def test_a_wrapper_of_peft_hands_the_weight_out() -> None:
+    peft = pytest.importorskip("peft")
+    model, _ = build("timm_beit")
+    wrapped = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv"]), model)
+    (target, *_) = find_targets(wrapped)
+    assert target.module == "blocks.0.attn.qkv.base_layer"
+    assert host_of(wrapped, target) == "blocks.0.attn"
+
+
+def test_attaching_walks_the_model_no_more_often_the_more_targets_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    walks: list[int] = []
+    true = nn.Module.named_modules
+
+    def counted(self: nn.Module, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+        walks.append(memo is None)
+        return true(self, memo, prefix, remove_duplicate)
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.value = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    counts = []
+    for layers in (2, 40):
+        model = nn.Sequential(*(Attention() for _ in range(layers)))
+        walks.clear()
+        tnadapt.torch.attach(model, targets=r".*\.(query|value)")
+        # Each walk calls itself for every module below.
+        counts.append(sum(walks))
+    assert counts[0] == counts[1]
+
+
+# -- The recognition of attention modules, and of their query, key, value and output weights ---------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("q", "query", "q_proj", "query_proj", "to_q", "to_query", "wq", "Wq", "q_lin", "linear_q", "proj_q"),
+        *("project_q", "projection_query", "q_head", "query_global", "add_q_proj", "q_linear", "w_qs", "query_layer"),
+        *("self_attn_query_content_proj", "q_attn", "layout_query", "fc_q", "lin_q", "to_q_t", "linear_Q"),
+    ],
+)
+def test_names_of_queries(name: str) -> None:
+    found = parse_projection_name(name)
+    assert found is not None
+    assert found.letters == "q"
+
+
+@pytest.mark.law("no-target")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("q_norm", "norm_q", "pool_q", "pos_query_proj", "lambda_q1", "query_tokens", "q_a_proj", "q_bias", "queue"),
+        *("qa_outputs", "quantize", "v1", "conv_q", "attn", "value_embedding", "kv_a_proj_with_mqa", "", "k_cache"),
+        *("q_or_v", "q_proj_q", "vq"),
+    ],
+)
+def test_names_of_nothing(name: str) -> None:
+    assert parse_projection_name(name) is None
+
+
+def test_a_lone_value_or_query_is_no_attention() -> None:
+    """A value head, a query elsewhere, and q next to v without k belong to reinforcement learning or retrieval."""
+    model = Module(
+        attn=linear("query", "key", "value"),
+        value=nn.Linear(8, 1),
+        critic=linear("q", "v"),
+        heads=linear("q_head", "v_head", "value_head"),
+        retrieval=linear("query"),
+        pair=linear("query_proj", "key_proj"),
+        feed_forward=linear("key", "value", "receptance"),
+    )
+    assert names(model) == ["attn.query.weight", "attn.value.weight"]
+
+
+@pytest.mark.parametrize(
+    ("children", "expected"),
+    [
+        (("q", "k", "v"), "qv"),
+        (("to_q", "to_kv"), "qv"),
+        (("qk", "v"), "qv"),
+        (("q_proj", "v_proj"), "qv"),
+        (("query", "value"), "qv"),
+        (("q_proj", "value"), ""),
+        (("q", "k", "value"), "qv"),
+        (("q", "value"), ""),
+        (("q_proj", "k_proj"), ""),
+        (("qkv",), "qv"),
+    ],
+)
+def test_which_children_make_an_attention(children: tuple[str, ...], expected: str) -> None:
+    fused = {"qkv": 24, "to_kv": 16, "qk": 16}
+    model = Module(block=Module(**{name: nn.Linear(8, fused.get(name, 8)) for name in children}))
+    try:
+        found = "".join(target.role for target in find_targets(model))
+    except TargetError:
+        found = ""
+    assert found == expected
+
+
+def test_in_a_module_called_attention_less_is_enough() -> None:
+    """Keys that other layers made, a query that is learned, names of two styles."""
+    shared = Module(self_attention=linear("q_proj", "o_proj"))
+    learned = Module(attn_pool=linear("k_proj", "v_proj"))
+    mixed = Module(attention=linear("q_content_proj", "k_content_proj", "v_proj"))
+    assert names(shared) == ["self_attention.q_proj.weight"]
+    assert names(learned) == ["attn_pool.v_proj.weight"]
+    assert names(mixed) == ["attention.q_content_proj.weight", "attention.v_proj.weight"]
+    assert is_attention("MHSA")
+    assert not is_attention("Latent", "pattern")
+
+
+def test_beside_queries_of_their_own_c_attn_is_keys_and_values() -> None:
+    """GPT-2's cross-attention."""
+    found = find_targets(Module(attn=Module(c_attn=nn.Linear(8, 16), q_attn=nn.Linear(8, 8))), "qkv")
+    assert [(target.role, target.module, target.rows) for target in found] == [
+        *(("k", "attn.c_attn", Rows(0, 8, 16)), ("v", "attn.c_attn", Rows(8, 8, 16)), ("q", "attn.q_attn", None))
+    ]
+
+
+def test_a_projection_with_a_norm_or_a_pooling() -> None:
+    """A depthwise convolution projects nothing; of several weights one may be called the projection."""
+    query = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+    key = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+    value = Module(linear=nn.Linear(8, 8), gate=nn.Linear(8, 8))
+    assert names(Module(attn=Module(query=query, key=key, value=value)), "qkv") == [
+        *("attn.query.0.weight", "attn.key.2.weight", "attn.value.linear.weight")
+    ]
+
+
+def test_several_weights_for_one_role_are_not_passed_over() -> None:
+    mlp = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model = Module(attn=Module(query=mlp, key=nn.Linear(8, 8), value=nn.Linear(8, 8)), other=linear("q", "k", "v"))
+    with pytest.raises(TargetError, match=r"attn\.query of Module seems to compute q, but with which weight or rows"):
+        find_targets(model)
+    assert names(model, "v") == ["attn.value.weight", "other.v.weight"]
+    assert names(model, ["attn:k", "attn.query.2"]) == ["attn.query.2.weight", "attn.key.weight"]
+
+
+def test_diffusers_fused_projections_replace_the_separate_ones() -> None:
+    model, _ = build("diffusers_unet")
+    model.fuse_qkv_projections()
+    found = find_targets(model)
+    assert [(target.role, target.shape) for target in found] == SHAPES["diffusers_unet"]
+    kinds = [target.module.rpartition(".")[2] for target in found]
+    assert kinds[:4] == ["to_qkv", "to_qkv", "to_q", "to_kv"]
+
+
+@pytest.mark.parametrize("fused", [True, False, None])
+def test_separate_projections_beside_a_fused_one_count_unless_it_is_said_to_replace_them(fused: bool | None) -> None:
+    attention = Module(to_qkv=nn.Linear(8, 24), to_q=nn.Linear(8, 8), to_v=nn.Linear(8, 8), add_q_proj=nn.Linear(8, 8))
+    if fused is not None:
+        attention.fused_projections = fused
+    found = [(target.role, target.module) for target in find_targets(Module(attn=attention))]
+    separate = [] if fused else [("q", "attn.to_q"), ("v", "attn.to_v")]
+    # That of the other stream is not in the fused one.
+    assert found == [("q", "attn.to_qkv"), ("v", "attn.to_qkv"), *separate, ("q", "attn.add_q_proj")]
+
+
+# PEFT asks transformers for a property that it is about to rename.
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_peft_wrapped_layers() -> None:
+    peft = pytest.importorskip("peft")
+    model, _ = build("bert")
+    plain = find_targets(model, "qkv")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query", "dense"]))
+    found = find_targets(wrapped, "qkv")
+    assert found[0].module == "base_model.model.bert.encoder.layer.0.attention.self.query.base_layer"
+    assert found[1].module == "base_model.model.bert.encoder.layer.0.attention.self.key"
+    assert [(target.role, target.shape) for target in found] == [(target.role, target.shape) for target in plain]
+    assert found[0].layer == "base_model.model.bert.encoder.layer.0"
+    assert names(wrapped, ["query"]) == names(wrapped, "q") == names(wrapped, r".*\.self\.query")
+    assert not [name for name in names(wrapped, "all-linear") if "lora" in name]
+    assert len(names(wrapped, "all-linear")) == 13  # 2 layers of 6, and the pooler
+
+
+def test_a_module_under_two_paths_counts_once() -> None:
+    attention = linear("query", "key", "value")
+    model = Module(first=attention, second=attention, third=Module(query=attention.query, key=None, value=None))
+    assert names(model) == ["first.query.weight", "first.value.weight"]
+    assert names(model, "all-linear") == ["first.query.weight", "first.key.weight", "first.value.weight"]
+    # One output for two attentions, and an alias that comes before the attention.
+    pair = Module(alias=nn.Linear(8, 8), first=linear("q", "k", "v"), second=linear("q", "k", "v"))
+    pair.first.o = pair.second.o = nn.Linear(8, 8)
+    pair.second.q = pair.alias
+    assert names(pair, "qo") == ["alias.weight", "first.q.weight", "first.o.weight"]
+
+
+# -- The weights of modules of many kinds: embeddings, convolutions, quantized layers, and modules without weights -----
+
+
+def test_conv1d_is_transposed() -> None:
+    found = find_targets(build("gpt2")[0])
+    assert [(target.name, target.stored, target.transposed) for target in found[:2]] == [
+        ("transformer.h.0.attn.c_attn.weight", (32, 96), True),
+        ("transformer.h.0.attn.c_attn.weight", (32, 96), True),
+    ]
+    assert [target.rows for target in found[:2]] == [Rows(0, 32, 96), Rows(64, 32, 96)]
+
+
+def test_convolutions() -> None:
+    model, _ = build("torchvision_resnet")
+    found = find_targets(model, "conv")
+    assert len(found) == 1 + 4 * 2 + 3
+    assert (found[0].role, found[0].stored, found[0].shape) == ("conv", (64, 3, 7, 7), (64, 147))
+    assert found[0].layer == ""
+    assert found[1].layer == "layer1.0"
+    kinds = nn.Sequential(
+        nn.Conv1d(4, 6, 3), nn.Conv2d(4, 6, 3, groups=2), nn.Conv3d(1, 2, 2), nn.ConvTranspose2d(4, 6, 3)
+    )
+    # Groups as they are stored; no transposed convolutions.
+    assert roles(kinds, "conv") == [("conv", (6, 12)), ("conv", (6, 18)), ("conv", (2, 8))]
+    with pytest.raises(TargetError, match="ConvTranspose2d, which holds no weight to adapt"):
+        find_targets(kinds, ["3"])
+
+
+def test_bags_and_norms_are_no_linear_maps() -> None:
+    model = Module(bag=nn.EmbeddingBag(4, 2), norm=nn.LayerNorm(2), both=nn.Bilinear(2, 2, 2), fine=nn.Linear(2, 2))
+    for name in ("bag", "norm", "both"):
+        with pytest.raises(TargetError, match="which holds no weight to adapt"):
+            find_targets(model, [name])
+
+
+def test_an_embedding_must_be_named() -> None:
+    model = Module(embed=nn.Embedding(4, 2), attn=Module(q=nn.Embedding(4, 2), v=nn.Linear(2, 2)), fine=nn.Linear(2, 2))
+    assert names(model, "all-linear") == ["attn.v.weight", "fine.weight"]
+    assert names(model, ["embed"]) == names(model, "embed") == ["embed.weight"]
+    assert find_targets(model, ["embed"])[0].shape == (4, 2)
+
+
+@pytest.mark.parametrize("targets", [["embed"], "embed", [Target("embed", (4, 2))], lambda path, _: path == "embed"])
+def test_embeddings_that_cannot_be_adapted(targets: Any) -> None:
+    model = Module(embed=nn.Embedding(4, 2, sparse=True))
+    with pytest.raises(TargetError, match=r"embed\.weight belongs to an embedding with sparse=True.*set sparse=False"):
+        find_targets(model, targets)
+    model = Module(embed=nn.Embedding(4, 2, max_norm=0.5))
+    with pytest.raises(TargetError, match=r"embed\.weight .* max_norm=0\.5, which rescales .* set max_norm=None"):
+        find_targets(model, targets)
+    model.embed.max_norm = None
+    assert names(model, targets) == ["embed.weight"]
+
+
+def test_a_matrix_of_an_unknown_module_must_be_named() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3, 2))
+
+    model = nn.Sequential(Odd(), nn.Linear(2, 2))
+    assert names(model, "all-linear") == ["1.weight"]
+    assert names(model, ["0"]) == ["0.weight"]
+
+
+def test_lazy_modules_have_no_shape_yet() -> None:
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3), nn.LazyConv2d(3, 1))
+    for targets in ("all-linear", "conv"):
+        with pytest.raises(TargetError, match=r"[02]\.weight of Lazy\w+ has no shape yet; run the model once"):
+            find_targets(model, targets)
+    assert names(model, ["1"]) == ["1.weight"]
+
+
+class Packed(nn.Linear):
+    """A layer like bitsandbytes' 4-bit one: bytes in a column, and the sizes as attributes."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        packed = torch.zeros(in_features * out_features // 2, 1, dtype=torch.uint8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+
+class Unpacked(nn.Module):
+    """A layer of integers that does not reveal its shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 2, dtype=torch.int8), requires_grad=False)
+
+
+class Conv1D(Unpacked):
+    """A quantized layer of transformers' ``Conv1D``, whose sizes are attributes."""
+
+    nx, nf = 8, 6
+
+
+def test_quantized_weights_of_known_shape() -> None:
+    assert [(target.stored, target.transposed) for target in find_targets(Conv1D(), "all-linear")] == [((8, 6), True)]
+    attention = Module(q_proj=Packed(8, 6), k_proj=Packed(8, 6), v_proj=Packed(8, 4))
+    assert roles(attention) == qv((6, 8), (4, 8))
+    gptq = nn.Linear(8, 6)
+    del gptq.weight
+    gptq.register_buffer("qweight", torch.zeros(1, 6, dtype=torch.int32))
+    assert names(nn.Sequential(gptq), "all-linear") == ["0.weight"]
+
+
+# They are about to leave torch for torchao, whose weights have a shape.
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_torchs_quantized_linear() -> None:
+    """A layer whose weight is a method."""
+    engine = torch.backends.quantized.engine
+    if engine == "none":
+        pytest.skip("this torch has no quantized kernels")
+    quantized = pytest.importorskip("torch.ao.nn.quantized.dynamic").Linear(8, 6)
+    assert roles(nn.Sequential(quantized), "all-linear") == [("linear", (6, 8))]
+
+
+def test_quantized_weights_of_unknown_shape() -> None:
+    model = nn.Sequential(Unpacked(), nn.Linear(2, 2))
+    with pytest.raises(TargetError, match=r"0\.weight of Unpacked is quantized"):
+        find_targets(model, ["0"])
+    assert names(model, "all-linear") == ["1.weight"]
+    with pytest.raises(TargetError, match=r"q\.weight of Unpacked is quantized"):
+        find_targets(Module(attn=Module(q=Unpacked(), k=nn.Linear(2, 2), v=nn.Linear(2, 2))))
