@@ -23,7 +23,7 @@ from torch.nn import functional
 import tnadapt.torch
 from tnadapt import SuperLoRA, presets
 from tnadapt.errors import TargetError, TnadaptError
-from tnadapt.torch._delta_cache import DeltaCache
+from tnadapt.torch._delta import DeltaCache
 from tnadapt.torch._state import register_in
 
 from .distributed_jobs import BATCH, TOKENS, Job, Model, batches, build, spread, whole

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.torch._quantized._packed_codes import crossing, planar, unpacked
+from tnadapt.torch._quantized import crossing, planar, unpacked
 
 from .quantized_models import numbers
 

@@ -18,7 +18,7 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tests.support.depth import in_depth
-from tnadapt.torch import _delta_cache as quotients
+from tnadapt.torch import _delta as quotients
 
 from .small import batch, small, stir
 from .test_requantizing import Packed

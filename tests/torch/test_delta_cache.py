@@ -20,9 +20,9 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tnadapt.algebra.maps.fastfood import Linear
-from tnadapt.backends.fixed_arrays import FixedArrays
-from tnadapt.torch import _delta_cache as delta_cache
-from tnadapt.torch._delta_cache import DeltaCache, Snapshot
+from tnadapt.backends.backend import FixedArrays
+from tnadapt.torch import _delta as delta_cache
+from tnadapt.torch._delta import DeltaCache, Snapshot
 from tnadapt.torch._registry import _bytes_held as _held
 from tnadapt.torch._registry import drawn, held_by_draws
 

@@ -26,9 +26,9 @@ import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 from tnadapt.targets.checkpoint_targets import find_stored
-from tnadapt.torch import _experts_forward as _parameter_sums
-from tnadapt.torch._experts_forward import LazyStack, stacked_sum, summed_matrices
+from tnadapt.torch import _forward_patch as _parameter_sums
 from tnadapt.torch._forward_pass import ColumnDropout, delta
+from tnadapt.torch._forward_patch import LazyStack, stacked_sum, summed_matrices
 from tnadapt.torch._linear import overlap
 
 from .small import stir

@@ -33,7 +33,7 @@ from tnadapt.targets.fused_rows import LayoutError
 from tnadapt.targets.prefixes import paired
 from tnadapt.targets.target import Rows, Target
 from tnadapt.torch import find_targets
-from tnadapt.torch._attention_search import AttentionModule, attentions
+from tnadapt.torch._target_selection import AttentionModule, attentions
 
 from .architectures import MODELS, TEXT, build
 from .configured import CONFIGURED, configured

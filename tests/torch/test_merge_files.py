@@ -18,7 +18,7 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tnadapt.algebra.rounding import add_in_place
-from tnadapt.checkpoints import module_names
+from tnadapt.checkpoints import stored_weights as module_names
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 from tnadapt.torch import _merging as merging
 

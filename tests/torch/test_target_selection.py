@@ -21,7 +21,8 @@ from tnadapt.targets.roles import is_attention, parse_projection_name
 from tnadapt.targets.target import Rows, Target
 from tnadapt.torch import find_targets
 from tnadapt.torch._attach import attach
-from tnadapt.torch._target_selection import host_of, reads_outside, tied
+from tnadapt.torch._target_selection import tied
+from tnadapt.torch._weights import host_of, reads_outside
 
 from .architectures import MODELS, build, output
 from .modules import Module, linear, names, qv, roles, vq

@@ -12,7 +12,7 @@ import numpy as np
 
 from tnadapt.algebra.config import Config, is_named
 from tnadapt.algebra.folding import MAX_SIZE
-from tnadapt.algebra.rank_bounds import useful_rank
+from tnadapt.algebra.group import useful_rank
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments, wrong_argument
 from tnadapt.backends import Backend, get_backend, load_backend
