@@ -1,8 +1,8 @@
-"""Registries of named formats, maps, attention layouts and file formats, and the plug-ins that extend them.
+"""Registries of classes by name (formats, maps, sources, starts, file formats …), and the plug-ins that add to them.
 
 Every choice that a setting names is a class in a :class:`Registry`. Another package adds its own classes through the
 ``register_…`` functions of :mod:`tnadapt`, or, without having to be imported, through an entry point in the group
-``tnadapt.plugins`` (:mod:`~tnadapt.plugins`).
+``tnadapt.plugins``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any, Generic, TypeVar
 from .errors import ConfigError, safe_repr
 
 __all__ = [
-    "GROUP",
     "Registry",
     "checked_name",
     "forget_registered",
@@ -219,6 +218,3 @@ def forget_registered() -> None:
     for registry in _registries:
         registry.forget()
     load_plugins.cache_clear()
-
-
-# -- Registries of named formats, maps, attention layouts and file formats, and the plug-ins that extend them ----------

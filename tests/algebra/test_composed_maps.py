@@ -35,7 +35,6 @@ from tnadapt.maps import (
 )
 from tnadapt.plugins import forget_registered
 from tnadapt.testing import _reference as reference
-from tnadapt.testing import _reference as reference_maps
 from tnadapt.testing.strategies import parameters, plans
 
 NUMPY = load_backend("numpy")
@@ -283,14 +282,14 @@ def maps_of(projection: Any) -> list[Map]:
 @pytest.mark.parametrize("projection", [*VECTORS, *MATRICES], ids=str)
 def test_a_chain_is_the_product_of_its_matrices(projection: Any, rng: np.random.Generator) -> None:
     for f in maps_of(projection):
-        matrix, part = reference_maps.matrix_of(f), f.linear_part
+        matrix, part = reference.matrix_of(f), f.linear_part
         x, y = rng.normal(size=(2, 3, f.n_in)), rng.normal(size=(2, 3, f.n_out))
         expected = x @ matrix.T
         assert relative_error(part.forward(NUMPY, x), expected) < 1e-12
         assert relative_error(part.adjoint(NUMPY, y), y @ matrix) < 1e-12
         slope = np.ones_like(expected)
         if not f.linear:
-            slope, expected = np.tanh(expected) ** 2, reference_maps.tanhshrink(expected)
+            slope, expected = np.tanh(expected) ** 2, reference.tanhshrink(expected)
         assert relative_error(f.forward(NUMPY, x), expected) < 1e-12
         assert relative_error(f.adjoint_at(NUMPY, y, x), (y * slope) @ matrix) < 1e-12
         for start, stop in ((0, 1), (f.n_out - 1, f.n_out), (1, f.n_out - 1), (0, f.n_out)):
@@ -305,7 +304,7 @@ def test_a_chain_is_the_product_of_its_matrices(projection: Any, rng: np.random.
 @pytest.mark.parametrize("projection", [*VECTORS, *MATRICES], ids=str)
 def test_the_sum_of_squares(projection: Any) -> None:
     for f in maps_of(projection):
-        exact = float(np.sum(reference_maps.matrix_of(f) ** 2))
+        exact = float(np.sum(reference.matrix_of(f) ** 2))
         assert f.squared_norm() == f.n_out or not f.isometry  # bit for bit
         blocks = f.parts if isinstance(f, PerWeight) else (f,)
         chains = [block.parts if isinstance(block, Chain) else (block,) for block in blocks]

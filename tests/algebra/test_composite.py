@@ -229,7 +229,7 @@ def test_composite_configs_are_values() -> None:
     assert config not in (other, P.lora(2))
     assert P.lora(2) != config
     assert config.replace(rank=5).parts == ((P.lora(5), 1), (P.lokr(5, seed=3), 2))
-    assert eval(repr(config), vars(tna)) == config
+    assert eval(repr(config), {"CompositeConfig": CompositeConfig, "Config": tna.Config}) == config
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.rank = 3  # type: ignore[misc]
 

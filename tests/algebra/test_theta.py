@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tnadapt.algebra.maps import BroughtMap, Map, make_map
+from tnadapt.algebra.maps.projection import THETA_STREAMS
 from tnadapt.algebra.norms import rounded_to
-from tnadapt.algebra.theta import THETA_STREAMS
 from tnadapt.backends import Backend, load_backend
 from tnadapt.testing import _reference as reference_maps
 

@@ -32,9 +32,7 @@ from .units import RATES
 
 __all__ = [
     "CompositeConfig",
-    "CompositeLayout",
     "CompositePlan",
-    "ConfigPart",
 ]
 
 

@@ -37,21 +37,9 @@ from .sources import Source, SourceMap, source_from_dict, source_to_dict
 from .starting_points import starting_point
 
 __all__ = [
-    "MAX_INT",
-    "NAMES",
     "RATE_NAMES",
     "Config",
-    "check_fold",
-    "checked_axes",
-    "checked_before",
-    "checked_fold",
-    "checked_groups",
-    "checked_integer",
     "checked_number",
-    "checked_sources",
-    "checked_split_size",
-    "checked_weight_shape",
-    "checked_word",
     "group_fold",
     "is_named",
 ]
@@ -463,7 +451,7 @@ class Config:
         How a group becomes a tensor: weights stacked along rows (M = 2 only), the paper's reshape to equal sizes, the
         smallest nearly equal sizes, or explicit sizes, one per mode. A size may be a name, which stands for a number of
         each group: ``("weights", "rows", "cols")``, or ``("weights", "rows/64", 64, "cols")`` with heads of 64 rows.
-        The weights of a group must then have one shape; see :mod:`tnadapt.algebra.config`.
+        The weights of a group must then have one shape.
     format : str
         Format of each split: "dense", "cp", "cp-weighted", "tucker", "tt", or a name given to
         :func:`tnadapt.register_format`.

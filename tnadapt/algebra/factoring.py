@@ -49,9 +49,7 @@ __all__ = [
     "Factoring",
     "KroneckerRows",
     "Matrix",
-    "difference",
     "factoring",
-    "mapped",
 ]
 
 

@@ -23,7 +23,6 @@ from tnadapt.errors import ConfigError, ShapeError, integer
 
 __all__ = [
     "FOLDS",
-    "Box",
     "Cut",
     "along",
     "balanced_factors",

@@ -23,14 +23,12 @@ from .sources import FrozenArrays, Multiplied
 
 __all__ = [
     "Group",
-    "Run",
     "Separation",
     "batches",
     "lora_rank",
     "rank_bound",
     "rank_bounds",
     "separation_of",
-    "updates",
     "updates_of_runs",
     "useful_rank",
 ]

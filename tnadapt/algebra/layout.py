@@ -28,7 +28,6 @@ __all__ = [
     "Layout",
     "Piece",
     "WeightPlace",
-    "checked_shapes",
     "enclosing",
     "layout_of",
     "make_layout",

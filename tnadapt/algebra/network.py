@@ -29,7 +29,6 @@ from .products import contracted, hadamard_tensor, khatri_rao, kronecker_tensor,
 __all__ = [
     "Network",
     "NetworkHalves",
-    "fold_sizes",
     "width_at",
 ]
 

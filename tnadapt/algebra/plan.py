@@ -48,7 +48,6 @@ from .starting_points import PREFIX, StartPlace, starting_point
 from .theta import Theta
 
 __all__ = [
-    "ArrayPlan",
     "GroupPlan",
     "ParameterPlan",
     "base_starts",
@@ -56,8 +55,6 @@ __all__ = [
     "checked_given",
     "checked_start",
     "from_base",
-    "names_of",
-    "some_names",
 ]
 
 

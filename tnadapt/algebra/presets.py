@@ -71,28 +71,15 @@ __all__ = [
 # -- What all presets share --------------------------------------------------------------------------------------------
 
 
-def preset_config(own: Mapping[str, Any], changes: Mapping[str, Any]) -> Config:
-    """Return the config of a preset.
-
-    Parameters
-    ----------
-    own : mapping
-        The preset's settings.
-    changes : mapping
-        Fields that the caller gives, which override them.
-
-    Examples
-    --------
-    >>> preset_config({"rank": 2}, {"seed": 1}).rate, preset_config({"rank": 2}, {"rate": "sgd"}).rate
-    ('adam', 'sgd')
-    """
+def _config(own: Mapping[str, Any], changes: Mapping[str, Any]) -> Config:
+    """Return the config of a preset: its settings, what the caller changes, and the rate that all presets share."""
     return Config.from_dict({"rate": "adam", **own, **changes})
 
 
 def _lora(rank: int, changes: dict[str, Any], **own: Any) -> Config:
     """LoRA's settings, and others of the preset's own: one group per weight, stack, M = 2, CP."""
     base = {"groups": "weight", "fold": "stack", "order": 2, "format": "cp", "rank": rank}
-    return preset_config({**base, **own}, changes)
+    return _config({**base, **own}, changes)
 
 
 # -- Methods of table 1, and others with one network per group ---------------------------------------------------------
@@ -109,7 +96,7 @@ def dense(**changes: Any) -> Config:
     >>> tna.parameter_count(dense(), [(768, 768)] * 24)
     14155776
     """
-    return preset_config({"groups": "weight", "order": 1, "fold": "stack", "format": "dense"}, changes)
+    return _config({"groups": "weight", "order": 1, "fold": "stack", "format": "dense"}, changes)
 
 
 def lora(rank: int = 4, **changes: Any) -> Config:
@@ -139,7 +126,7 @@ def lokr(rank: int = 4, **changes: Any) -> Config:
     >>> tna.SuperLoRA(lokr(rank=1), [(768, 768)]).param_shapes
     {'group0.split0.dense': (24, 24), 'group0.split1.factor0': (32, 1), 'group0.split1.factor1': (32, 1)}
     """
-    return preset_config(
+    return _config(
         {"groups": "weight", "fold": "stack", "order": 2, "splits": 2, "format": "cp", "rank": rank}, changes
     )
 
@@ -155,7 +142,7 @@ def krona(**changes: Any) -> Config:
     >>> tna.SuperLoRA(krona(), [(768, 768)]).num_parameters == 24**2 + 32**2
     True
     """
-    return preset_config({"groups": "weight", "fold": "stack", "order": 2, "splits": 2, "format": "dense"}, changes)
+    return _config({"groups": "weight", "fold": "stack", "order": 2, "splits": 2, "format": "dense"}, changes)
 
 
 def loha(rank: int = 4, **changes: Any) -> Config:
@@ -169,7 +156,7 @@ def loha(rank: int = 4, **changes: Any) -> Config:
     >>> tna.parameter_count(loha(rank=4), [(768, 768)])
     12288
     """
-    return preset_config(
+    return _config(
         {
             "groups": "weight",
             "fold": "stack",
@@ -199,7 +186,7 @@ def lonkr(
     >>> tna.SuperLoRA(lonkr(rank=1), [(768, 768)] * 24).num_parameters == 8**2 + 8**2 + 59 + 59
     True
     """
-    return preset_config(
+    return _config(
         {
             "groups": groups,
             "fold": "hypercube",
@@ -227,9 +214,7 @@ def lorta(rank: int | tuple[int, ...] = 4, order: int = 3, groups: Any = 1, **ch
     >>> tna.parameter_count(lorta(rank=1, order=5), unet)
     76
     """
-    return preset_config(
-        {"groups": groups, "fold": "hypercube", "order": order, "format": "tucker", "rank": rank}, changes
-    )
+    return _config({"groups": groups, "fold": "hypercube", "order": order, "format": "tucker", "rank": rank}, changes)
 
 
 @checks_arguments
@@ -276,7 +261,7 @@ def gralora(rank: int | tuple[int, ...] = 4, blocks: int = 2, **changes: Any) ->
         "format": "cp-batched",
         "rank": rank // k,
     }
-    return preset_config(own, changes)
+    return _config(own, changes)
 
 
 @checks_arguments
@@ -323,7 +308,7 @@ def quanta(digits: Sequence[int] = (16, 8), **changes: Any) -> Config:
         "rank": 1,
         "start": "random",
     }
-    return preset_config(own, changes)
+    return _config(own, changes)
 
 
 @checks_arguments
@@ -339,7 +324,7 @@ def fastfood(ratio: float = 0.01, **changes: Any) -> Config:
     141558
     """
     own = {"groups": 1, "order": 1, "fold": "hypercube", "format": "dense", "projection": "linear", "ratio": ratio}
-    return preset_config(own, changes)
+    return _config(own, changes)
 
 
 def superlora(
@@ -365,7 +350,7 @@ def superlora(
         "projection": projection,
         "ratio": ratio,
     }
-    return preset_config(own, changes)
+    return _config(own, changes)
 
 
 @checks_arguments
@@ -392,7 +377,7 @@ def compacter(rank: int | tuple[int, ...] = 1, terms: int = 4, **changes: Any) -
         "format": "cp",
         "rank": rank,
     }
-    return preset_config(own, changes)
+    return _config(own, changes)
 
 
 # -- Methods with factors shared among weights: all weights of a group are one tensor ----------------------------------
@@ -425,7 +410,7 @@ def _stacked(
         own = {**own, "order": len(made), "fold": made}
     else:
         own = {**own, "order": len(made), "fold": made, "weight_shape": (sizes["rows"], sizes["cols"])}
-    return preset_config({"groups": 1, **own}, changes)
+    return _config({"groups": 1, **own}, changes)
 
 
 def _in_heads(rows: int | str, heads: int | None, head_size: int | None) -> Fold:
@@ -927,7 +912,7 @@ def craft(rank: int | tuple[int, ...] = 64, *, weights: int | None = None, **cha
         "sources": {"core": BaseCore(), "factor0": bases, "factor1": bases, "factor2": bases},
         "start": "random",
     }
-    return preset_config(base, changes)
+    return _config(base, changes)
 
 
 @checks_arguments
@@ -1011,7 +996,7 @@ def _few_values(projection: Any, changes: dict[str, Any]) -> Config:
         "projection": projection,
         "on": "weight",
     }
-    return preset_config(own, changes)
+    return _config(own, changes)
 
 
 @checks_arguments

@@ -26,9 +26,7 @@ from .plan import ParameterPlan, base_weight, checked_given
 from .units import RATES, term_product
 
 __all__ = [
-    "RankPlan",
     "SuperLoRA",
-    "UnitPlan",
     "checked_given",
     "parameter_count",
     "share_maps",

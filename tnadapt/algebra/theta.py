@@ -20,13 +20,10 @@ from tnadapt.errors import ConfigError
 
 from .config import Config
 from .maps import BroughtMap
-from .maps.projection import Projection
+from .maps.projection import THETA_STREAMS, Projection
 from .norms import rounded_to
 
-__all__ = ["THETA_STREAMS", "Theta", "ThetaPart"]
-
-#: Group index of the draws of the first P.
-THETA_STREAMS = 1 << 31
+__all__ = ["Theta", "ThetaPart"]
 
 
 class ThetaPart(NamedTuple):

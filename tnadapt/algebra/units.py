@@ -46,11 +46,8 @@ __all__ = [
     "STEPS",
     "STEP_NORM",
     "WEIGHTS",
-    "adam_units",
-    "spread",
     "step_norm",
     "term_product",
-    "update_step",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Backends: everything that differs between array libraries.
+"""Backends: which array library an array belongs to, how libraries are loaded and registered.
 
 Design requirements of this package:
 

@@ -1,4 +1,4 @@
-"""CuPy: the array API through array-api-compat, on a CUDA device."""
+"""The CuPy backend: the array API through array-api-compat, on a CUDA device."""
 
 from __future__ import annotations
 

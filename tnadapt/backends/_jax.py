@@ -1,4 +1,4 @@
-"""JAX: jax.numpy is itself an array-API namespace."""
+"""The JAX backend: jax.numpy is itself an array-API namespace."""
 
 from __future__ import annotations
 

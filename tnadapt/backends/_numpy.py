@@ -1,4 +1,4 @@
-"""NumPy: the array API through array-api-compat, which covers NumPy 1.26 and 2 alike."""
+"""The NumPy backend, with its kernels: the array API through array-api-compat, NumPy 1.26 and 2 alike."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def _dtype_name(dtype: Any) -> str:
     return str(dtype)
 
 
-# -- Matrix products with a small inner dimension, on NumPy, computed in blocks of the result --------------------------
+# -- Matrix products with a small inner dimension, computed in blocks of the result ------------------------------------
 
 # BLAS fills the result with zeros and then adds to it. With a small inner dimension, memory bandwidth dominates, and
 # BLAS makes three passes over the result. Computing one cached block at a time makes one pass; OpenBLAS also has

@@ -1,4 +1,4 @@
-"""torch: the array API through array-api-compat; what torch.compile must not trace is marked for it."""
+"""The torch backend, and the kernels on its CPU tensors; what torch.compile must not trace is marked for it."""
 
 from __future__ import annotations
 
@@ -35,12 +35,10 @@ from .backend import (
 __all__ = [
     "fastfood",
     "hadamard",
-    "hadamard_at_once",
-    "hadamard_into",
 ]
 
 
-# -- Compiled kernels on CPU tensors, which share their memory with a NumPy array --------------------------------------
+# -- Kernels on CPU tensors, which share their memory with a NumPy array -----------------------------------------------
 
 
 # The dtypes of kernels, with NumPy's.
@@ -116,7 +114,7 @@ def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Ma
     return linear_map(x, pair.transposed if adjoint else pair)
 
 
-# -- torch: the array API through array-api-compat; what torch.compile must not trace is marked for it -----------------
+# -- The backend -------------------------------------------------------------------------------------------------------
 
 
 # Rows of up to this length are slow in products with broadcasting.

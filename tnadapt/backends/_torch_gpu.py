@@ -1,4 +1,4 @@
-"""Dispatch of CUDA tensors of torch to the Triton kernels: which tensors qualify, and the launch on their rows."""
+"""CUDA tensors of torch: which of them the Triton kernels take, and the launch on their rows."""
 
 from __future__ import annotations
 

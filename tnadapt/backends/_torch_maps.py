@@ -1,4 +1,4 @@
-"""Differentiable torch functions for linear maps that a kernel computes directly on memory."""
+"""Linear maps of torch tensors by kernels: derivatives, the FFT, and operators for compiled programs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-# -- Differentiable torch functions for linear maps that a kernel computes directly on memory --------------------------
+# -- A kernel as a differentiable function of tensors ------------------------------------------------------------------
 
 
 Map = Callable[[Tensor], Tensor]
@@ -176,7 +176,7 @@ class LinearMap(torch.autograd.Function):
 LinearMap.forward.__signature__ = inspect.signature(LinearMap.forward)  # type: ignore[attr-defined]
 
 
-# -- The FFT of torch tensors as a linear map of real numbers that is its own adjoint, and its own gradient ------------
+# -- The FFT as a linear map that is its own adjoint -------------------------------------------------------------------
 
 
 def dft2(x: Tensor, fallback: Map) -> Tensor | None:
@@ -201,13 +201,11 @@ def _transformed(x: Tensor) -> Tensor:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The Triton kernels as operators that torch knows by name, for programs of torch.compile, which cannot trace a
-# launch
+# -- The Triton kernels as operators, for programs of torch.compile ----------------------------------------------------
 
 # They act on ``(vectors, n)``, and have rules for shapes without numbers (fake tensors), gradients and vmap. Outside of
-# compiled programs :mod:`tnadapt.backends._torch_maps` costs less per call, and also has forward derivatives. An
-# operator can be registered without Triton, which is imported in the first call.
+# compiled programs :func:`linear_map` costs less per call, and also has forward derivatives. An operator can
+# be registered without Triton, which is imported in the first call.
 
 
 def _launcher(x: Tensor) -> Any:

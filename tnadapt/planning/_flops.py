@@ -1,4 +1,4 @@
-"""The cost of a training step: multiply-adds for all updates and the gradients of their parameters."""
+"""The cost of a training step: multiply-adds for all updates and gradients, counted by a backend without data."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ from tnadapt.backends import Backend
 from tnadapt.backends.backend import OPTIONAL
 
 __all__ = [
-    "CountingBackend",
-    "Shape",
     "applied_cost",
     "step_cost",
 ]
 
 
-# -- A backend of shapes without data, which counts the multiplications ------------------------------------------------
+# -- A backend of shapes without data, which counts multiplications ----------------------------------------------------
 
 
 class Shape:
@@ -138,7 +136,7 @@ class CountingBackend(Backend):
         return Shape([size for i, size in enumerate(x.shape) if i != axis % len(x.shape)], self)
 
 
-# -- The cost of a training step: multiply-adds for all updates and the gradients of their parameters ------------------
+# -- The cost of a training step ---------------------------------------------------------------------------------------
 
 
 @checks_arguments

@@ -1,4 +1,4 @@
-"""The largest matrix rank that an update can have, which random parameters attain with probability one."""
+"""Capacity of a setting: the largest matrix rank that its updates can have, and their degrees of freedom."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import ShapeError, integer
 
 __all__ = [
-    "LIMIT",
     "Rank",
     "degrees_of_freedom",
     "largest_rank",
 ]
 
 
-# -- The largest matrix rank that an update can have, which random parameters attain with probability one --------------
+# -- The largest matrix rank, which random parameters attain with probability one --------------------------------------
 
 
 Blocks = Iterator[np.ndarray]
@@ -233,7 +232,7 @@ def _of_matrix(network: Network) -> int | None:
     return math.prod(ranks) if exact and network.terms == 1 else None
 
 
-# -- Degrees of freedom: the dimension of the set of all ΔW that a plan can represent, by formula ----------------------
+# -- Degrees of freedom: the dimension of the set of all ΔW, by formula ------------------------------------------------
 
 # There are more parameters than degrees of freedom: different parameters give the same ΔW if they differ by a change of
 # basis between two arrays (the gauge), and parameters that affect only padding do not change ΔW at all. The formulas

@@ -15,7 +15,11 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.sources import Source
 from tnadapt.errors import FileError
 
-__all__ = ["DATA", "Gain", "Measurements", "TaskMeasurements", "measurements"]
+__all__ = [
+    "Gain",
+    "Measurements",
+    "measurements",
+]
 
 #: Written by ``python -m benchmarks.quality page`` from the published results.
 DATA = "measured.json"

@@ -1,4 +1,4 @@
-"""``tnadapt.plan``: find the settings that fit a budget."""
+"""``tnadapt.plan``: find the settings that fit a budget, on the weights of a model given by shapes or headers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,12 @@ from ._setting_names import known_as
 from .families import Family, Found, Search, families
 
 __all__ = [
-    "Headers",
     "model_targets",
     "plan",
-    "read_headers",
 ]
 
 
-# -- tnadapt.plan: find the settings that fit a budget -----------------------------------------------------------------
+# -- The search --------------------------------------------------------------------------------------------------------
 
 
 def plan(
@@ -172,8 +170,7 @@ def _down(
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Shapes of a model's weights from its headers alone: a folder, a safetensors file or index, or a name on the hub
+# -- Weights of a model from its headers alone: a folder, a safetensors file or index, a name on the hub ---------------
 
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)

@@ -1,4 +1,4 @@
-"""The result of planning: the rows, their Pareto front, and the printed table."""
+"""The result of planning: the settings with their measures, their Pareto front, and the table; budgets in bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ._setting_names import SYMBOLS, Name, PresetCall, known_as, preset_call
 __all__ = ["CRITERIA", "RUNG", "Plan", "Row", "bytes_each", "front_of", "padding_waste", "parameters_of", "rung"]
 
 
-# -- One setting of a plan, with its measures on given weights ---------------------------------------------------------
+# -- One setting, with its measures on given weights -------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _elements(network: Network) -> int:
     return math.prod(math.prod(split.sizes) for split in network.splits)
 
 
-# -- The result of planning: the rows, their Pareto front, and the printed table ---------------------------------------
+# -- The plan: rows, Pareto front, and printed table -------------------------------------------------------------------
 
 
 # Criteria of the front, and whether more is better. (The rank of a row is computed on first access.)
@@ -433,7 +433,7 @@ def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     return all(a >= b for a, b in zip(ours, theirs, strict=True)) and (ours != theirs or few > fewer)
 
 
-# -- Parsing of budgets: a number of parameters, or bytes of a dtype ---------------------------------------------------
+# -- Budgets: a number of parameters, or bytes of a dtype --------------------------------------------------------------
 
 
 UNITS = {

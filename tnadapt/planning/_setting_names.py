@@ -1,4 +1,4 @@
-"""Common names of configs: the method, and its setting."""
+"""Names of configs: the method and setting in words, and the preset call that makes a config."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .families import PRESET_FAMILIES
 __all__ = ["SYMBOLS", "Name", "PresetCall", "known_as", "preset_call"]
 
 
-# -- Common names of configs: the method, and its setting --------------------------------------------------------------
+# -- The method, and its setting ---------------------------------------------------------------------------------------
 
 
 #: What the symbols of labels stand for, which are those of the papers.

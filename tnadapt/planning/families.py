@@ -1,4 +1,4 @@
-"""The methods that ``plan`` compares, as families of settings: table 1 of the paper, between them, and others."""
+"""The settings that ``plan`` compares, as families in order of size: the paper's methods, and all presets."""
 
 from __future__ import annotations
 
@@ -26,16 +26,13 @@ __all__ = [
     "Family",
     "Found",
     "Ladder",
-    "PresetFamily",
     "Search",
-    "by_factors",
     "families",
-    "groups_between",
     "usual",
 ]
 
 
-# -- The settings of a family in order of size, and the search for the largest within a budget -------------------------
+# -- A family: settings in order of size, and the search for the largest within a budget -------------------------------
 
 
 class Ladder(NamedTuple):
@@ -174,7 +171,7 @@ class Search:
         return max(1, ladder.most(self.adapter(ladder.config(1))))
 
 
-# -- All presets as families: for each, its settings in order of size on given weights ---------------------------------
+# -- All presets as families -------------------------------------------------------------------------------------------
 
 
 #: The largest θ of TinyLoRA, whose random matrix is dense and is drawn in each step.
@@ -430,7 +427,7 @@ PRESET_FAMILIES: Mapping[str, PresetFamily] = MappingProxyType(
 )
 
 
-# -- The methods that plan compares, as families of settings: table 1 of the paper, between them, and others -----------
+# -- The families that plan compares: table 1 of the paper, between them, and others -----------------------------------
 
 
 Shapes = Sequence[tuple[int, int]]

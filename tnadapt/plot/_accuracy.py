@@ -1,4 +1,4 @@
-"""The plot of accuracy, or another score, against parameters, with the Pareto front."""
+"""Plots over the number of parameters: accuracy with its Pareto front, and rank for each order (figure 2)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-# -- The plot of accuracy, or another score, against parameters, with the Pareto front ---------------------------------
+# -- Accuracy, or another score, with the Pareto front -----------------------------------------------------------------
 
 
 # About the width of the axes in inches, and the fraction of it that names of reference lines may take.
@@ -265,7 +265,7 @@ def _labels(axes: Any, points: Sequence[Mark], levels: Sequence[float], up: floa
         )  # fmt: skip
 
 
-# -- The plot of parameters against rank, one line per order: the paper's figure 2 -------------------------------------
+# -- Parameters against rank, one line per order: the paper's figure 2 -------------------------------------------------
 
 
 # From dark to light as the order grows.

@@ -19,28 +19,16 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ConfigError, ShapeError, integer
 
 __all__ = [
-    "BOND_POINTS",
-    "KINDS",
-    "MODES",
-    "RADIUS",
-    "Bond",
-    "Box",
     "Diagram",
-    "FlowStep",
-    "KeyEntry",
     "Label",
-    "Leg",
     "Node",
     "SplitDrawing",
     "diagram",
-    "laid_out",
-    "some",
     "wide",
 ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The parts of a tensor diagram: nodes, bonds, legs and labels with their positions, and estimates of text widths
+# -- The parts of a diagram, and estimates of text widths --------------------------------------------------------------
 
 # Lengths are inches; y grows upward.
 
@@ -214,7 +202,7 @@ def some(count: int, most: int, first: int) -> tuple[list[int], int]:
     return [*range(first), count - 1], count - first - 1
 
 
-# -- The layout of one split of a group as a diagram: positions of its nodes, bonds, legs and labels. Draws nothing ----
+# -- One split ---------------------------------------------------------------------------------------------------------
 
 # Lengths are inches. The origin is the left end of the row of factors; y grows upward.
 
@@ -547,8 +535,7 @@ _STYLES: dict[str, Callable[[_Split], None]] = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The layout of a group's diagram: its tensor network and the steps to the weights, with positions. Draws nothing
+# -- The group: its splits and the steps to the weights ----------------------------------------------------------------
 
 
 # Of more than _SPLITS splits only the first few and the last are drawn.

@@ -1,4 +1,4 @@
-"""Lookup and registration of the layouts of fused attention weights, for models in memory and checkpoints on disk.
+"""Layouts of fused attention weights: the table, look-up for models and checkpoints, and registration.
 
 An entry says how to recognize a layout in torch (by the class of the attention) and in a checkpoint (by ``model_type``
 or timm's ``architecture``, and the weight's name), and which rule places q, k and v in the rows. A lookup returns None
@@ -35,9 +35,7 @@ __all__ = [
 ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The built-in table of fused attention weights: how each is recognized, and which rule places q, k and v in its
-# rows
+# -- The built-in table: how each layout is recognized, and which rule places q, k and v -------------------------------
 
 # Each entry was taken from its library's source. For each, the tests check that permuting the rows of one of q, k and v
 # affects only that one in the attention's computation.
@@ -274,8 +272,7 @@ TABLE: tuple[AttentionLayout, ...] = (
 )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Lookup and registration of the layouts of fused attention weights, for models in memory and checkpoints on disk
+# -- Look-up and registration ------------------------------------------------------------------------------------------
 
 
 _added: dict[str, AttentionLayout] = {}

@@ -1,8 +1,8 @@
-"""Find the matrices of experts in a checkpoint, as stacks or as a tensor for each expert.
+"""Matrices of experts in a checkpoint, stacked or each a tensor of its own, as targets; names of the single tensors.
 
-Either way they become the targets that the model has in memory, where transformers stacks them:
-:mod:`tnadapt.targets.checkpoint_experts` has the names of single tensors for these. Whether the matrices of a stack are
-stored as ``(in, out)`` follows from the shapes of two parameters: the rows of one are the columns of the other.
+Either way they become the targets that the model has in memory, where transformers stacks them. Whether the matrices of
+a stack are stored as ``(in, out)`` follows from the shapes of two parameters: the rows of one are the columns of the
+other.
 """
 
 from __future__ import annotations
@@ -18,16 +18,13 @@ from .roles import layer_of, natural
 from .target import Target
 
 __all__ = [
-    "MODULES",
     "PARAMETERS",
-    "PARTS",
-    "StoredExpert",
     "expert_tensors",
     "experts_of",
 ]
 
 
-# -- Names of experts' matrices in checkpoints that store each of them as a tensor of its own --------------------------
+# -- Names of experts' matrices in checkpoints that store each as a tensor of its own ----------------------------------
 
 # In memory, transformers stacks the matrices of a layer's experts in parameters such as ``mlp.experts.gate_up_proj``.
 # In most checkpoints each expert has its own ``mlp.experts.3.gate_proj.weight`` and ``up_proj.weight``, or
@@ -83,7 +80,7 @@ def _tensors(target: Target, old: str, new: str, parts: Sequence[str]) -> tuple[
     return tuple(dataclasses.replace(whole, module=f"{module}.{part}") for part in parts)
 
 
-# -- Find the matrices of experts in a checkpoint, as stacks or as a tensor for each expert ----------------------------
+# -- The matrices of experts as targets --------------------------------------------------------------------------------
 
 
 #: Names of parameters that stack matrices, in the order in which modules define them.

@@ -1,4 +1,4 @@
-"""Select targets in a checkpoint by tensor names and shapes, without building the model.
+"""Find targets in a checkpoint by names and shapes, without building the model; q, k and v in its fused weights.
 
 A checkpoint carries less information than a model. If one tensor produces q, k and v and its layout does not follow
 from its name and the model's ``config.json``, it is rejected: wrong rows would be merged without any error.
@@ -36,15 +36,12 @@ from .roles import (
 from .target import ROLES, Rows, Target
 
 __all__ = [
-    "StoredModel",
     "find_stored",
     "is_transposed",
-    "stored_rows",
-    "targets_of",
 ]
 
 
-# -- Locate q, k and v in a checkpoint's fused weight by its name, config.json and neighboring tensors -----------------
+# -- Rows of q, k and v in a fused weight, by its name, config.json and neighboring tensors ----------------------------
 
 # A checkpoint has no classes, so the table of layouts is searched by model type. If that finds nothing, the name of the
 # weight decides, unless some entry of the table has a weight that looks the same. Then the weight is rejected with a
@@ -175,7 +172,7 @@ def _nested(config: Config) -> Iterator[tuple[str, Config]]:
             yield key.removesuffix("_config"), part
 
 
-# -- Find the queries, keys, values and outputs of every attention in a checkpoint by tensor names and shapes ----------
+# -- The queries, keys, values and outputs of every attention ----------------------------------------------------------
 
 # The counterpart of ``tnadapt.torch._target_selection``: the same names identify an attention, and the same table
 # places q, k and v in the rows of a fused weight. Paths stand in for the classes that a model in memory has.
@@ -381,7 +378,7 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-# -- Select targets in a checkpoint by tensor names and shapes, without building the model -----------------------------
+# -- Selection of targets ----------------------------------------------------------------------------------------------
 
 
 _LETTERS = frozenset("qkvo")

@@ -1,4 +1,4 @@
-"""Fused weights, the known sizes of their attention, and the rows of q, k and v in them.
+"""Rows of q, k and v in a fused weight: the rules by which libraries lay them out, and the sizes they need.
 
 Nothing here depends on whether the sizes come from a torch module's attributes or a checkpoint's ``config.json``, so a
 model in memory and its checkpoint get the same rows.
@@ -14,8 +14,6 @@ from tnadapt.errors import TargetError
 from .target import Rows
 
 __all__ = [
-    "SHARED",
-    "Blocks",
     "Facts",
     "Fused",
     "LayoutError",
@@ -44,7 +42,7 @@ __all__ = [
 ]
 
 
-# -- Fused weights, the known sizes of their attention, and the rows of q, k and v in them -----------------------------
+# -- Fused weights, the known sizes of their attention, and rows from blocks -------------------------------------------
 
 
 # The number of equal blocks, and the parts of one block: a letter and its row count; "-" is none of q, k and v.
@@ -197,7 +195,7 @@ def place_rows(blocks: Blocks, fused: Fused) -> dict[str, Rows | None]:
     return found
 
 
-# -- Rules for how libraries lay out q, k and v in the rows of one weight ----------------------------------------------
+# -- Rules for how libraries lay out q, k and v ------------------------------------------------------------------------
 
 # A rule maps the sizes of an attention and a fused weight to blocks of rows. ``tnadapt.targets.attention_layouts``
 # finds the rule of an attention.

@@ -1,4 +1,4 @@
-"""Match two sets of names of one model that differ by at most one common prefix, or by known renames.
+"""Match the weights of one model under two sets of names: by a common prefix, by renames, or by role and shape.
 
 A model's backbone is saved without the prefix, such as ``bert.``, that it has within the model for a task.
 """
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-# -- Match two sets of names of one model that differ by at most one common prefix, or by known renames ----------------
+# -- Names that differ by a common prefix, or by known renames ---------------------------------------------------------
 
 
 class Prefix(NamedTuple):
@@ -218,7 +218,7 @@ def near_names(name: str, stored: Collection[str]) -> str:
     return f"nearest: {', '.join(map(safe_repr, close))}" if close else ""
 
 
-# -- Pair the weights of one model under two sets of names, by role, shape and position --------------------------------
+# -- Pairs of weights by role, shape and position ----------------------------------------------------------------------
 
 # Modules are renamed between releases. The order of a model's modules differs from that of the names in a checkpoint
 # (an encoder comes before its decoder, but not in the alphabet), so the order alone cannot pair them.

@@ -1,4 +1,4 @@
-"""Parse the names of projections in attention modules.
+"""Names of projections in attention modules: which of q, k, v and o a weight is, and which belong together.
 
 A name is read word by word. One word, or several in a row, says which of q, k and v a weight produces (``query``,
 ``kv``, ``query_key_value``). Every other word must merely say "projection" (``to``, ``proj``, ``lin``) or name the
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-# -- Parse the names of projections in attention modules ---------------------------------------------------------------
+# -- The name of one projection ----------------------------------------------------------------------------------------
 
 
 _LETTERS = {
@@ -248,7 +248,7 @@ def _words(name: str) -> list[str]:
     return found
 
 
-# -- Rules that group sibling names into the projections of one attention ----------------------------------------------
+# -- Sibling names that are the projections of one attention -----------------------------------------------------------
 
 # A model in memory has modules and a checkpoint has tensor paths, so each finds the weights of a projection
 # differently. The rules here are shared by both, so that an adapter finds the same weights in a model and in its

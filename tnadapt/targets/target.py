@@ -1,4 +1,4 @@
-"""Targets of an adapter: rows of a matrix, in whatever shape the model stores that matrix.
+"""Target: a weight of an adapter, as rows of a matrix in whatever shape the model stores it; overlaps of targets.
 
 A target consists of integers and names only and works with any array library: torch modules and checkpoints on disk are
 updated through the same views.
@@ -117,7 +117,7 @@ class RowIndices:
         return list(self.numbers)
 
 
-# -- Targets of an adapter: rows of a matrix, in whatever shape the model stores that matrix ---------------------------
+# -- Targets -----------------------------------------------------------------------------------------------------------
 
 
 ROLES = ("q", "k", "v", "o", "linear", "conv", "embedding")
@@ -428,7 +428,7 @@ class Target:
         return cls(value[0], value[1], value[2], **rest)
 
 
-# -- Check that no two targets update the same element of a stored parameter -------------------------------------------
+# -- No two targets may update the same element of a stored parameter --------------------------------------------------
 
 # Patterns of rows have sizes that a file may choose freely, so they are compared by arithmetic, never enumerated. Lists
 # of rows are as long in the file as they are here.

@@ -1,6 +1,7 @@
-"""The contract of a format: the tests that every tensor format passes, as a class to inherit.
+"""Contracts: the tests that every format, map, source and backend passes, as classes to inherit.
 
-``class TestMine(FormatContract): kind = Mine`` runs them all; the page on extending tnadapt has an example.
+``class TestMine(FormatContract): kind = Mine`` runs them all; the pages on extending tnadapt and on backends have
+examples.
 """
 
 from __future__ import annotations
@@ -35,13 +36,12 @@ from tnadapt.backends.backend import FLOAT_DTYPES, OPTIONAL, Array, FixedArrays
 from tnadapt.convert import FORMS
 from tnadapt.errors import BackendError, ConfigError
 
-from . import _reference as reference_maps
+from . import _reference as reference
 
 __all__ = [
     "BackendContract",
     "FormatContract",
     "MapContract",
-    "Required",
     "SourceContract",
 ]
 
@@ -81,10 +81,7 @@ class Required:
         raise ConfigError(f"{owner.__name__} does not say what it tests: set {self.name} = {self.example} in the class")
 
 
-# -- The contract of a format: the tests that every tensor format passes, as a class to inherit ------------------------
-
-# ``class TestMine(FormatContract): kind = Mine`` runs them all; the page on extending tnadapt has an example.
-
+# -- Formats -----------------------------------------------------------------------------------------------------------
 
 # What the file formats of other libraries need to know, other than the adapter; for llama.cpp also a base.
 _WRITTEN: dict[str, dict[str, Any]] = {
@@ -328,9 +325,7 @@ def _updates(file: tna.AdapterFile | None) -> np.ndarray:
     return np.concatenate([deltas[names.index(name)].reshape(-1) for name in sorted(names)])
 
 
-# -- The contract of a map: the tests that every fixed map F passes, as a class to inherit -----------------------------
-
-# ``class TestMine(MapContract): kind = Mine`` runs them all; the page on extending tnadapt has an example.
+# -- Maps --------------------------------------------------------------------------------------------------------------
 
 
 class MapContract:
@@ -407,7 +402,7 @@ class MapContract:
         for f in self._each():
             part = f.linear_part
             found = np.asarray(part.forward(b, np.eye(f.n_in))).T
-            np.testing.assert_allclose(found, _matrix(part), rtol=1e-10, atol=1e-10)
+            np.testing.assert_allclose(found, reference.matrix_of(part), rtol=1e-10, atol=1e-10)
 
     def test_the_adjoint_is_that_of_the_derivative(self) -> None:
         b, rng = load_backend("numpy"), np.random.default_rng(1)
@@ -454,7 +449,7 @@ class MapContract:
     def test_what_is_known_of_it_is_so(self) -> None:
         for f in self._each():
             part = f.linear_part
-            matrix = _matrix(part)
+            matrix = reference.matrix_of(part)
             frobenius = float(np.sum(matrix * matrix))
             # Some maps state the mean over their draws.
             assert 0.3 * frobenius <= f.squared_norm() <= 3.0 * frobenius or f.n_out < 16
@@ -479,14 +474,7 @@ class MapContract:
         assert repr(np.random.get_state(legacy=False)) == state
 
 
-def _matrix(part: Map) -> np.ndarray:
-    return reference_maps.matrix_of(part)
-
-
-# -- The contract of a source: the tests that every source of an array passes, as a class to inherit -------------------
-
-# ``class TestMine(SourceContract): sources = (Mine(),)`` runs them all; the page on extending tnadapt has an example.
-
+# -- Sources -----------------------------------------------------------------------------------------------------------
 
 _SMALL_WEIGHTS = [(6, 4), (8, 4)]
 _CONFIGS = (
@@ -583,10 +571,7 @@ class SourceContract:
         ]
 
 
-# -- The contract of a backend: the tests that every backend passes, as a class to inherit -----------------------------
-
-# ``class TestMine(BackendContract): backend = load_backend("mine")`` runs them all; the page on backends has an
-# example.
+# -- Backends ----------------------------------------------------------------------------------------------------------
 
 
 class BackendContract:

@@ -9,42 +9,28 @@ library.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tnadapt.algebra import rng
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.maps import Circulant, Scatter, Tile, Wavelet
 
-from ._reference import project
+from ._reference import Float, Params, Shapes, project
 
 __all__ = [
     "CHANGED",
-    "MAP_METHODS",
     "METHODS",
-    "SOURCE_METHODS",
-    "Float",
-    "Method",
-    "Named",
-    "Params",
-    "Shapes",
-    "alpha_over_rank",
     "each",
-    "each_shape",
-    "lora",
 ]
 
 
-# -- How the formulas of methods are written: types, and functions that apply the formula of one weight to all ---------
+# -- Types, and functions that apply the formula of one weight to all --------------------------------------------------
 
 
-Float = NDArray[np.floating[Any]]
-Params = Mapping[str, Float]
-Shapes = Sequence[tuple[int, int]]
 Method = Callable[[Params, Config, Shapes], list[Float]]
 Named = Callable[[str], Float]
 
@@ -79,7 +65,7 @@ def lora(p: Named, config: Config) -> Float:
     return alpha_over_rank(config) * lora_b @ lora_a
 
 
-# -- The formulas of methods whose map determines what is trained; see _methods ----------------------------------------
+# -- Methods whose map determines what is trained ----------------------------------------------------------------------
 
 
 def _values(p: Named, config: Config, size: int) -> Float:
@@ -187,7 +173,7 @@ MAP_METHODS: dict[str, Method] = {
 }
 
 
-# -- The formulas of methods with frozen or tied arrays, or with arrays made of the base or of θ; see _methods ---------
+# -- Methods with frozen or tied arrays, or with arrays made of the base or of θ ---------------------------------------
 
 
 def _vera(p: Named, config: Config) -> Float:
@@ -307,7 +293,7 @@ SOURCE_METHODS: dict[str, Method] = {
 }
 
 
-# -- The formula of each named method as its paper states it, implemented independently of this library ----------------
+# -- All methods by name, with the other formulas ----------------------------------------------------------------------
 
 
 def _dense(p: Named, config: Config) -> Float:

@@ -36,8 +36,6 @@ from tnadapt.errors import ConfigError
 
 __all__ = [
     "LINEAR_PARTS",
-    "circuit",
-    "circuit_count",
     "count",
     "count_of_magnitudes",
     "deltas",
@@ -51,7 +49,7 @@ __all__ = [
 ]
 
 
-# -- The reference of circuits: gates applied one after another to the unit vectors of the columns ---------------------
+# -- Circuits: gates applied one after another to the unit vectors of the columns --------------------------------------
 
 
 Float = NDArray[np.floating[Any]]
@@ -107,7 +105,7 @@ def _pairs(axes: int) -> list[tuple[int, ...]]:
     return list(itertools.combinations(range(axes), 2)) or [(0,)]
 
 
-# -- Reference of the maps F: the dense matrix of each, and tanhshrink, in float64 NumPy. See _reference ---------------
+# -- Maps F: the dense matrix of each, and tanhshrink ------------------------------------------------------------------
 
 
 # The longest side of a dense matrix of F: half a gigabyte.
@@ -229,7 +227,7 @@ def tanhshrink(t: Float) -> Float:
     return np.asarray(np.where(np.abs(t) < 3.0, sum(terms) / np.cosh(near), t - np.tanh(t)))
 
 
-# -- Reference implementation of the library: the definitions, written out in float64 NumPy ----------------------------
+# -- Counts, starts and updates of a plan ------------------------------------------------------------------------------
 
 
 Params = Mapping[str, Float]
@@ -567,20 +565,19 @@ def _last(projection: Recipe) -> object:
     return projection[-1] if isinstance(projection, tuple) else projection
 
 
-# -- Reference for the arrays of a plan: sources and the map before the network, written out in float64 NumPy ----------
+# -- The arrays of a plan: sources, and the map before the network -----------------------------------------------------
 
 # Names are followed one by one, and P is a dense matrix. What a source computes for a frozen array is given: it has no
 # second definition.
 
 
-Arrays = Mapping[str, Float]
 Names = Sequence[Mapping[str, tuple[int, ...]]]
 
 # Group index of the draws of the first map before a network.
 _FIRST_STREAM = 2**31
 
 
-def network_arrays(config: Config, names: Names, params: Arrays, frozen: Arrays, begun: Arrays) -> dict[str, Float]:
+def network_arrays(config: Config, names: Names, params: Params, frozen: Params, begun: Params) -> dict[str, Float]:
     """Return all arrays of all networks by their full names.
 
     Parameters
@@ -640,7 +637,7 @@ def _target(tied: Tied, group: int) -> tuple[int, str]:
     return (int(first.removeprefix("group")), rest) if first.startswith("group") else (group, tied.to)
 
 
-def _value(config: Config, group: int, name: str, source: Source, params: Arrays, frozen: Arrays) -> Float:
+def _value(config: Config, group: int, name: str, source: Source, params: Params, frozen: Params) -> Float:
     full = f"group{group}.{name}"
     if isinstance(source, Scaled):
         array = _value(config, group, name, source.of, params, frozen)
@@ -662,7 +659,7 @@ def _value(config: Config, group: int, name: str, source: Source, params: Arrays
 
 
 def _from_theta(
-    config: Config, shapes: Mapping[str, tuple[int, ...]], params: Arrays, frozen: Arrays, begun: Arrays
+    config: Config, shapes: Mapping[str, tuple[int, ...]], params: Params, frozen: Params, begun: Params
 ) -> dict[str, Float]:
     scopes: dict[str, list[str]] = {}
     for full in shapes:

@@ -1,8 +1,8 @@
-"""Verification of the laws as a library call: whether a config computes what it defines, on this machine and library.
+"""Laws as a library call (``tnadapt.verify``): whether a config computes what it defines, on this machine and library.
 
-Each law reports the largest error found and the error allowed; a report holds if no law exceeds its limit.
-:mod:`tnadapt.testing.verification`, :mod:`tnadapt.testing.verification` and
-:mod:`tnadapt.testing.verification` check them one by one.
+Each law reports the largest error found and the error allowed; a report holds if no law exceeds its limit. The sections
+check the laws of changed weights, of a projection, of a config, and of the library one by one, and ``verify`` runs them
+all.
 """
 
 from __future__ import annotations
@@ -31,27 +31,18 @@ from tnadapt.report import html_table, text_table
 
 from . import _methods as methods
 from . import _reference as reference
-from . import _reference as reference_maps
-from ._reference import network_arrays, trained_shapes
 
 __all__ = [
-    "TIGHT",
-    "ChangeLaws",
     "Law",
-    "LawCollector",
     "Report",
-    "checkable",
     "examples",
     "formula",
-    "of_config",
-    "of_library",
-    "of_projection",
     "relative_error",
     "verify",
 ]
 
 
-# -- The result of checking one law, its error measure, and the collector that gathers results -------------------------
+# -- The result of checking one law, its error, and the collector of results -------------------------------------------
 
 
 # Relative to the largest element compared; a float64 has sixteen digits.
@@ -113,7 +104,7 @@ class LawCollector:
         self.found.append(Law(name, self.subject, self.backend.name, len(errors), worst, allowed))
 
 
-# -- The laws of a weight that an update changes otherwise than by a sum: W' of Config.apply ---------------------------
+# -- Laws of W' where an update does more than add ---------------------------------------------------------------------
 
 # The formulas are written out here once more, row by row, and the derivative of W' is compared with a central
 # difference of them.
@@ -236,19 +227,19 @@ def _vector(matrices: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([matrix.reshape(-1) for matrix in matrices])
 
 
-# -- The laws of one projection F: its dense matrix, its adjoint and its slices ----------------------------------------
+# -- Laws of one projection F: its dense matrix, adjoint and slices ----------------------------------------------------
 
 
 def of_projection(label: str, f: Projection, backend: Backend, rng: np.random.Generator) -> list[Law]:
     """Check the laws of one projection on one library."""
     collector = LawCollector(label, backend)
-    matrix = reference_maps.matrix_of(f.map)
+    matrix = reference.matrix_of(f.map)
     host = rng.normal(size=f.n_in)
     x = backend.asarray(host, "float64")
     expected: np.ndarray = matrix @ host
     slope = np.ones_like(expected)
     if not f.linear:
-        expected, slope = reference_maps.tanhshrink(expected), np.tanh(expected) ** 2
+        expected, slope = reference.tanhshrink(expected), np.tanh(expected) ** 2
     collector.add("F = its dense matrix", [relative_error(backend.to_numpy(f(x)), expected)])
     y = rng.normal(size=f.n_out)
     adjoint = backend.to_numpy(f.adjoint(backend.asarray(y, "float64"), at=x))
@@ -268,7 +259,7 @@ def of_projection(label: str, f: Projection, backend: Backend, rng: np.random.Ge
     return collector.found
 
 
-# -- The laws of one config: counts, formulas, slices, the start and gradients of its plan -----------------------------
+# -- Laws of one config: counts, formulas, slices, start and gradients -------------------------------------------------
 
 # Everything is computed in float64 on one array library and compared with :mod:`tnadapt.testing._reference` and
 # :mod:`tnadapt.testing._methods`, which are written independently of the library.
@@ -430,7 +421,7 @@ class _Case:
             scopes = {"plan": 1, "group": self.plan.num_groups, "array": len(self.plan.array_shapes)}
             return own + scopes[self.config.scope] * (self.config.parameters or 0)
         if self.config.sources:
-            return own + sum(math.prod(shape) for shape in trained_shapes(self.config, self.names).values())
+            return own + sum(math.prod(shape) for shape in reference.trained_shapes(self.config, self.names).values())
         return reference.count(self.config, self.plan.shapes, self.layers, self.roles)
 
     def _formulas(self, whole: np.ndarray) -> None:
@@ -534,14 +525,14 @@ class _Case:
         return np.concatenate([delta.reshape(-1) for delta in found])
 
     def _whole(self, host: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return network_arrays(self.config, self.names, host, self.frozen, self.begun)
+        return reference.network_arrays(self.config, self.names, host, self.frozen, self.begun)
 
     def _projections(self) -> None:
         for group in self.plan.groups:
             self.collector.found += of_projection(self.label, group.projection, self.backend, self.rng)
 
 
-# -- The laws of the library's operations by themselves: draws, fwht, products and projections, without a config -------
+# -- Laws of the library's operations: draws, fwht, products and projections -------------------------------------------
 
 # They are compared with known answers, with SciPy's Hadamard matrix and with TensorLy's products.
 
@@ -651,8 +642,7 @@ def _product_laws(collector: LawCollector, rng: np.random.Generator) -> None:
     collector.add("products = TensorLy's", errors)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Verification of the laws as a library call: whether a config computes what it defines, on this machine and library
+# -- verify ------------------------------------------------------------------------------------------------------------
 
 
 _HEAD = ("law", "backend", "cases", "largest error", "allowed", "")

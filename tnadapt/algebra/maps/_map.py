@@ -23,6 +23,7 @@ from tnadapt.backends.backend import Array, FixedArrays
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 __all__ = [
+    "ENDS",
     "BroughtMap",
     "ByRows",
     "Identity",
@@ -403,7 +404,7 @@ class ByRows(Map):
 
 # Streams longer than twice this are digested by their two ends. That is enough to identify a stream, since each element
 # is a pure function of its index.
-_ENDS = 1 << 19
+ENDS = 1 << 19
 
 
 class _Drawn(Protocol):
@@ -422,8 +423,8 @@ def digest_of(found: _Drawn, lengths: Mapping[str, int]) -> str:
 
 def _bytes(found: _Drawn, name: str, length: int) -> Iterator[bytes]:
     ends = [(0, length)]
-    if length > 2 * _ENDS:
-        ends = [(0, _ENDS), (length - _ENDS, length)]
+    if length > 2 * ENDS:
+        ends = [(0, ENDS), (length - ENDS, length)]
     for first, last in ends:
         for lo, hi in rng.chunks(first, last):
             yield found.part(name, lo, hi).astype("<i8" if name == "perm" else "<f4").tobytes()

@@ -14,7 +14,7 @@ from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, integer, safe_repr
 
-from ._map import BroughtMap, Identity, Map, MapSettings, Space
+from ._map import BroughtMap, ByRows, Identity, Map, MapSettings, Space
 
 __all__ = [
     "Circulant",
@@ -361,14 +361,12 @@ class Tile(MapSettings):
         super().__post_init__()
 
 
-class TileMap(Map):
+class TileMap(ByRows):
     """``Y[i, j] = X[i mod rows, j mod cols]``."""
 
     kind = "tile"
     settings_class = Tile
     settings: Tile
-    shape: tuple[int, int]
-    two_sided = True
 
     @classmethod
     def fixes_length(cls, settings: Tile) -> bool:
@@ -398,20 +396,12 @@ class TileMap(Map):
         side = 0 if key == "rows" else 1
         return (np.arange(self.shape[side]) % self._tile[side]).astype(np.int64)
 
-    def forward(self, backend: Backend, x: Array) -> Array:
-        return self._rows(backend, x, 0, self.shape[0])
-
     def _rows(self, backend: Backend, x: Array, first: int, last: int) -> Array:
         batch = tuple(x.shape[:-1])
         found = backend.reshape(x, (*batch, *self._tile))
         found = backend.take(found, self.on(backend, "rows", x)[first:last], axis=-2)
         found = backend.take(found, self.on(backend, "cols", x), axis=-1)
         return backend.reshape(found, (*batch, (last - first) * self.shape[1]))
-
-    def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
-        cols = self.shape[1]
-        first, last = start // cols, -(-stop // cols)
-        return self._rows(backend, x, first, last)[..., start - first * cols : stop - first * cols]
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
         batch = tuple(y.shape[:-1])

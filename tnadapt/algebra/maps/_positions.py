@@ -18,7 +18,7 @@ from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, integer, safe_repr
 
-from ._map import BroughtMap, Map, MapSettings, Space, digest_of
+from ._map import ENDS, BroughtMap, Map, MapSettings, Space, digest_of
 
 __all__ = [
     "Gather",
@@ -266,10 +266,6 @@ class TorchScatterMap(ScatterMap):
 # -- Gather: every element is an element of a shorter vector, or its negative (hashing) --------------------------------
 
 
-# Streams longer than twice this are digested by their two ends.
-_ENDS = 1 << 19
-
-
 @dataclasses.dataclass(frozen=True)
 class Gather(MapSettings):
     """Every element of the output is a seeded element of the input: ``y[j] = x[h(j)]``.
@@ -346,11 +342,11 @@ class GatherMap(Map):
 
     def streams(self) -> Iterator[np.ndarray]:
         # Long streams by their two ends: each element is a pure function of its index.
-        if self.n_out <= 2 * _ENDS:
+        if self.n_out <= 2 * ENDS:
             yield from super().streams()
             return
         for name in self.fixed:
-            ends = self._drawn(name, 0, _ENDS), self._drawn(name, self.n_out - _ENDS, self.n_out)
+            ends = self._drawn(name, 0, ENDS), self._drawn(name, self.n_out - ENDS, self.n_out)
             yield np.concatenate(ends).astype("<i8")
 
     def make(self, key: object) -> np.ndarray:

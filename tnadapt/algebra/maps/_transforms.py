@@ -22,8 +22,6 @@ __all__ = [
     "CenteredWaveletMap",
     "Dct2",
     "Dft2",
-    "SideMatrix",
-    "TwoSided",
     "Wavelet",
     "WaveletMap",
 ]

@@ -45,6 +45,7 @@ __all__ = [
     "MAPS",
     "ON",
     "SQUARE",
+    "THETA_STREAMS",
     "Chain",
     "PerWeight",
     "Projection",
@@ -345,8 +346,8 @@ ON = ("vector", "weight")
 # Element k of a chain draws with the group plus k times this, so that equal maps in a chain have different draws.
 _STREAMS = 1 << 28
 _MOST = 16
-# Groups from here on are those of maps before the network (:mod:`tnadapt.algebra.theta`), of chains of up to 8 maps.
-_THETA = 1 << 31
+#: Groups from here on are those of maps before the network (:mod:`tnadapt.algebra.theta`), of chains of up to 8 maps.
+THETA_STREAMS = 1 << 31
 
 Recipe = str | MapSettings | tuple[str | MapSettings, ...]
 
@@ -609,7 +610,7 @@ def _length(ratio: float, size: int) -> int:
 def _build(steps: Sequence[_Step], codomain: Space, free_length: int | None, seed: int, group: int) -> Map:
     """Return the map of a chain with this output; ``free_length`` is that before the map that :func:`_free` returns."""
     free, parts = _free(steps), list[Map]()
-    if len(steps) > 1 and group % _THETA >= _STREAMS:
+    if len(steps) > 1 and group % THETA_STREAMS >= _STREAMS:
         raise ConfigError(f"a chain of maps can be drawn for {_STREAMS} groups, and {group} is beyond: use shared=True")
     for number in reversed(range(len(steps))):
         step = steps[number]

@@ -15,8 +15,6 @@ from ._source import Place, Source, Stream
 
 __all__ = [
     "OVERSAMPLING",
-    "PASSES",
-    "START_PASSES",
     "BaseCore",
     "FromBase",
     "dominant_basis",
@@ -276,7 +274,7 @@ class FromBase(Source):
     Notes
     -----
     The subspace has as many dimensions as the array has columns. It is computed in float64 by
-    four passes of subspace iteration from seeded normal numbers (:mod:`tnadapt.algebra.sources._from_base`) and rounded
+    four passes of subspace iteration from seeded normal numbers (:func:`dominant_basis`) and rounded
     to float32: the same bits on one machine, and equal to about 1e-6 between machines. It costs ``8 d n (r + 8)``
     multiply-adds for a weight of d × n.
 

@@ -1,4 +1,4 @@
-"""A linear F and its adjoint, in few passes over memory.
+"""A linear F and its adjoint in few passes over memory: gathered in the cache, or sorted into buckets.
 
 With ``h`` one period of H times the padded input, F is ``y = diagonal * H z``, ``z[j] = (g h)[perm[j]]``. There are two
 algorithms:
@@ -34,32 +34,22 @@ from .walsh import across, block, evenly, low_run, stages, strips, transform, tr
 from .work_space import CACHE_LINE, WorkSpace, aligned_empty, cache_sizes, readable, share, thread_count
 
 __all__ = [
-    "CHUNK_BITS",
-    "Draws",
     "begin",
     "buckets_of",
-    "chunks_from_buckets",
-    "chunks_to_buckets",
-    "draw_buckets",
     "end",
-    "find_starts",
     "gather",
     "linear",
-    "number_buckets",
     "order_of",
     "permuted",
     "permutes",
     "place",
     "scatter",
-    "sort_locations",
-    "sorts",
     "starts_of",
     "takes",
-    "unplace",
 ]
 
 
-# -- Loops of a linear F: its diagonals, gathering and scattering, and sorting into buckets ----------------------------
+# -- Loops: diagonals, gathering and scattering, sorting into buckets --------------------------------------------------
 
 # All loops work on blocks that fit in the level 2 cache, in parts that fit in the level 1 cache. ``fastfood.py``
 # describes how they combine to F.
@@ -366,7 +356,7 @@ def chunks_from_buckets(first, last, runs, g, buckets, starts, low, near, within
             _rest_of_block(table, i + size - (1 << within), CHUNK_BITS, within)
 
 
-# -- A linear F and its adjoint, in few passes over memory -------------------------------------------------------------
+# -- F and its adjoint -------------------------------------------------------------------------------------------------
 
 
 # mypy: disable-error-code="no-untyped-call"

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-# -- Gathering at the images of the permutation, and scattering to them, while the next images are drawn ---------------
+# -- Loops -------------------------------------------------------------------------------------------------------------
 
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"

@@ -1,4 +1,4 @@
-"""Compiled streams of :mod:`tnadapt.algebra.rng`, with the same bits.
+"""Compiled random streams of :mod:`tnadapt.algebra.rng`, with the same bits: words, signs, normals, permutations.
 
 The code consists of branch-free loops over short arrays that stay in the cache, so that the compiler vectorizes them: a
 round of the Feistel network and a branch of AS 241 are one loop each. The reference implementation is
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-# -- Compiled streams of tnadapt.algebra.rng, with the same bits -------------------------------------------------------
+# -- The random words, normals and permutation -------------------------------------------------------------------------
 
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -332,7 +332,7 @@ def _stream(seed: int, group: int, purpose: int) -> tuple[np.uint64, np.uint64, 
     return np.uint64(purpose), np.uint64(group), np.uint64(seed)
 
 
-# -- The permutation of tnadapt.algebra.rng, regenerated where it is used: 32-bit images in SIMD registers -------------
+# -- The permutation, regenerated where it is used: 32-bit images in SIMD registers ------------------------------------
 
 # A round of the Feistel network has two dependent multiplications with a latency of ten cycles each. Interleaving eight
 # independent vectors hides this latency; numba's own loops would process one vector at a time.

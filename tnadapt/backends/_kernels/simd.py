@@ -1,4 +1,4 @@
-"""Butterflies in SIMD registers, written as LLVM intrinsics.
+"""SIMD instructions as LLVM intrinsics: butterflies in registers, signs packed as bits, and prefetching.
 
 numba's vectorizer does not keep several vectors in registers over several butterfly stages. These intrinsics
 do: they emit LLVM code with explicit vectors as wide as the host's registers, and with unaligned loads and
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-# -- Butterflies in SIMD registers, written as LLVM intrinsics ---------------------------------------------------------
+# -- Butterflies in SIMD registers -------------------------------------------------------------------------------------
 
 
 # The target that numba compiles for, and that its cache is keyed by: triple, processor, features.
@@ -331,7 +331,7 @@ butterfly_of_overlapping_eight = _overlapping(8)
 butterfly_of_overlapping_sixteen = _overlapping(16)
 
 
-# -- LLVM intrinsics for operations that numba cannot express: signs packed as bits, and prefetching -------------------
+# -- Signs packed as bits, and prefetching -----------------------------------------------------------------------------
 
 
 _BIT, _BYTE, _I32 = ir.IntType(1), ir.IntType(8), ir.IntType(32)

@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 
-# -- Loops of the Hadamard transform: all stages of a block in the cache, and stages across distant rows ---------------
+# -- Loops: all stages of a block in the cache, and stages across distant rows -----------------------------------------
 
 # Stage s pairs elements ``unit * 2**s`` apart, where unit is the distance of neighbors along the axis. Every schedule
 # runs from the lowest stage to the highest, so that all of them compute the same sums in the same order, and with them
@@ -222,7 +222,7 @@ def strips(src, dst, first, last, rows_apart, bits, width, scale):
             )
 
 
-# -- The Hadamard transform along one axis of an array: its passes over memory, and their division among threads -------
+# -- The transform: its passes over memory, and their division among threads -------------------------------------------
 
 
 # Stages across rows in one pass: a strip has up to 512 rows, which must fit in the cache together.

@@ -1,4 +1,7 @@
-"""Memory that repeated calls of a kernel reuse: for new memory, the system would find and zero pages in every call."""
+"""What kernels run on: aligned memory that calls reuse, the sizes of caches, and a pool of threads.
+
+For new memory, the system would find and zero pages in every call.
+"""
 
 from __future__ import annotations
 
@@ -78,8 +81,7 @@ def cache_sizes() -> tuple[int, int]:
     return found[1], found[2]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Memory that repeated calls of a kernel reuse: for new memory, the system would find and zero pages in every call
+# -- Memory that repeated calls reuse ----------------------------------------------------------------------------------
 
 
 class WorkSpace:
@@ -142,7 +144,7 @@ class _Lent:
         self.idle.append(self.memory)
 
 
-# -- Parallel work on a pool of ordinary threads, which is effective because kernels release the interpreter lock ------
+# -- A pool of threads, which is effective because kernels release the interpreter lock --------------------------------
 
 
 def thread_count() -> int:

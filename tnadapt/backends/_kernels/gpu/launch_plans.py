@@ -1,4 +1,4 @@
-"""Sequences of kernel launches for the Hadamard transform and for F.
+"""Sequences of kernel launches for the Hadamard transform and for F, and its passes over memory on a GPU.
 
 A launcher runs one pass. Otherwise only ``reshape`` and ``sum`` of arrays are used, so they may be of any library. The
 reference implementations are :func:`tnadapt.algebra.maps.fastfood.fwht` and the linear part of
@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 
-# -- Division of a long Hadamard transform into passes over memory on a GPU --------------------------------------------
+# -- Division of a long Hadamard transform into passes -----------------------------------------------------------------
 
 # ``H`` of ``2**bits`` points is a Kronecker product of smaller matrices, one pass for each. The first pass transforms
 # runs of neighboring points; every later pass transforms points that are a stride apart, with enough adjacent columns
@@ -81,7 +81,7 @@ def passes(bits: int, itemsize: int, tile_bytes: int) -> list[Pass]:
     return result
 
 
-# -- Sequences of kernel launches for the Hadamard transform and for F -------------------------------------------------
+# -- Sequences of launches for the transform and for F -----------------------------------------------------------------
 
 
 class Drawn(NamedTuple):

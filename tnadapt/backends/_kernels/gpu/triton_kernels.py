@@ -1,4 +1,4 @@
-"""The passes of F in Triton; every random number is drawn where it is used.
+"""Triton kernels: random draws, the Hadamard transform of a tile, and the passes of F, which draw what they use.
 
 None is stored, unless ``KEPT``: then the normal numbers, in the order of the permutation, are read from ``gain``.
 
@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "butterflies",
     "drawn_pass",
     "feistel",
     "feistel_keys",
@@ -25,13 +24,12 @@ __all__ = [
     "scaled",
     "shuffle",
     "sign_row",
-    "tile_rows",
     "transform",
     "word",
 ]
 
 
-# -- Element-wise random draws inside a Triton kernel, with the bits of tnadapt.algebra.rng, the reference -------------
+# -- Random draws, with the bits of tnadapt.algebra.rng ----------------------------------------------------------------
 
 # Integers are exact, and every float64 operation is rounded separately. A kernel that calls :func:`normal_of` must be
 # launched with ``enable_fp_fusion=False``: a fused multiply-add rounds once instead of twice, which changes the last
@@ -237,7 +235,7 @@ def permuted(x, size, keys, BITS: tl.constexpr, INVERSE: tl.constexpr):
     return image
 
 
-# -- The Hadamard transform of a tile of points in a Triton program, and the pass that does only this ------------------
+# -- The Hadamard transform of a tile of points, and the pass that does only this --------------------------------------
 
 # The points of a tile are in the program's registers. A stage removes the lowest binary digit of the position
 # (``split``), does the butterfly, and adds the digit back at the top (``join``, ``permute``). To the compiler this only
@@ -302,11 +300,7 @@ def hadamard_pass(
     tl.store(out + (vector * n_out)[:, None] + j, tile, mask=inside & (j < n_out))
 
 
-# -- The passes of F in Triton; every random number is drawn where it is used ------------------------------------------
-
-# None is stored, unless ``KEPT``: then the normal numbers, in the order of the permutation, are read from ``gain``.
-#
-# The adjoint sums in a fixed order (no atomics), so that two runs give the same bits.
+# -- The passes of F ---------------------------------------------------------------------------------------------------
 
 
 @triton.jit
