@@ -12,8 +12,8 @@ torch = pytest.importorskip("torch")
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.torch._merging import numbers
 from tnadapt.torch._quantized import crossing, planar, unpacked
+from tnadapt.torch._weights import numbers
 
 ROWS, COLS, GROUP = 64, 96, 32
 

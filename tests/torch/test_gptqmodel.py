@@ -13,7 +13,7 @@ from torch import nn
 
 import tnadapt as tna
 import tnadapt.torch as tt
-from tnadapt.torch._merging import numbers
+from tnadapt.torch._weights import numbers
 
 from .quantized_models import library
 

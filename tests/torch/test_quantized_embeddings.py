@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.torch._merging import numbers
 from tnadapt.torch._quantized import quantized_type
+from tnadapt.torch._weights import numbers
 
 from .quantized_models import EMBEDDINGS, KINDS, OUT, SIZE, embedding, equal, library, tensors_in
 

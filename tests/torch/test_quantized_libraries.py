@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.torch._merging import numbers
+from tnadapt.torch._weights import numbers
 
 from .quantized_models import KINDS, OUT, SIZE, equal, model, plain, values
 
