@@ -60,7 +60,6 @@ from ._peft_content import (
     other_tensors,
     recorded,
 )
-from ._peft_frozen_factors import PeftRandLora, PeftVera
 from ._peft_lora import (
     EMBEDDING,
     EXPERTS,
@@ -82,7 +81,7 @@ from ._peft_lora import (
 )
 from ._peft_positions import PeftC3a, PeftFourierFT, PeftMiss, PeftShira, PeftWaveFT
 from ._peft_settings import LOW_RANK, PeftSettings, config_of, origin_settings, settings_of
-from ._peft_shared_values import PeftTinyLora, PeftUniLora, PeftVbLora
+from ._peft_shared_factors import PeftRandLora, PeftTinyLora, PeftUniLora, PeftVbLora, PeftVera
 from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, alpha_of, as_matrix, common_dtype, uniform, widen
 
 __all__ = ["METHODS", "PeftFormat", "VllmFormat"]

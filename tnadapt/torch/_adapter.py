@@ -26,7 +26,7 @@ from tnadapt.report import html_table, text_table
 from . import _adapter_saving as saving
 from . import _merging, _registry, _state, _trainable
 from ._base_models import describe
-from ._merging import RequantizationReport, fill
+from ._merging import RequantizationReport
 from ._quantized import quantized_type
 from ._registry import attached, mix, set_weight
 from ._state import AdapterState, is_array, named_parameters, need_unmerged
@@ -351,7 +351,7 @@ class AdapterParameters:
         Also use it to fill the arrays after ``model.to_empty()`` of a meta-device model, once its weights are loaded:
         frozen arrays that are computed from them are computed then."""
         need_unmerged(self._state, "reset()")
-        fill(self._state)
+        _trainable.fill(self._state)
         self.load_arrays(self.plan.init(trained=self.trained))
 
     @checks_arguments

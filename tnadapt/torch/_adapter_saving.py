@@ -34,7 +34,6 @@ from tnadapt.targets.target import Target
 from . import _merging as merging
 from ._base_models import refusing
 from ._delta import copy_all, gather_full
-from ._merging import is_bound
 from ._registry import refuse_merged
 from ._state import AdapterState, checked_pairs, named_parameters, need_attached
 from ._weights import names_of_shared, split_by_file
@@ -128,7 +127,7 @@ def to_file(adapter: AdapterState, store_bases: bool = False) -> AdapterFile:
     The arrays that are computed from the base weights are included with ``store_bases``, and where the weights have no
     fingerprint by which the file could recognize them.
     """
-    if not is_bound(adapter.plan):
+    if adapter.plan.needs_base:
         raise TargetError(
             f"adapter {adapter.name!r} has arrays that are computed from the base weights, which had no values when it "
             "was attached: call reset() once the model has its weights"

@@ -32,12 +32,11 @@ from ._adapter import Adapter
 from ._delta import is_sharded
 from ._forward_pass import PassHooks, check_dropout
 from ._forward_patch import ACTIVATIONS, STRATEGIES, ForwardPatch
-from ._merging import bound, is_bound
 from ._registry import TransformersModel, attached, overlapping, prepare, refuse_merged, take_off
 from ._state import ADAPTERS_ATTR, DOT, AdapterSlot, AdapterState, is_array
 from ._strategy_choice import TOKENS, is_quantized, strategy_of
 from ._target_selection import check_ordered, find_targets, of_patterns
-from ._weights import host_of, join, paths_of, tied
+from ._weights import bound, host_of, join, paths_of, tied
 
 __all__ = ["attach", "attach_with", "check_name", "checked_dtype", "matching", "warn_undropped"]
 
@@ -456,7 +455,7 @@ def attach_with(
     places = [*enumerate(found), *((index, one) for index, target in enumerate(found) for one in target.tied_targets())]
     owners = [model.get_submodule(target.module) for _, target in places]
     hosts = _hosts(model, [target for _, target in places])
-    if not is_bound(plan):
+    if plan.needs_base:
         refuse_merged(model, f"adapter {name!r} is attached, whose arrays are computed from it")
         plan = bound(plan, found, owners[: len(found)], progress)
     share_maps(plan, [other.plan for other in attached(model).values()])

@@ -216,7 +216,7 @@ def rounded_delta(slot: AdapterSlot, dtype: torch.dtype) -> Tensor:
 
 
 def delta_source(slot: AdapterSlot) -> tuple[DeltaSource, list[Tensor]]:
-    """Return the source of an update for :class:`MergedWeightLinear`, and the arrays it is computed from."""
+    """Return the source of an update for ``MergedWeightLinear``, and the arrays it is computed from."""
     state = slot.adapter
     made = state.cache.slice(slot.index)
     if made is None:

@@ -3,8 +3,6 @@
 The invariant: from the moment ``adapter.merged`` is set, it holds the original rows of every target, and it is set
 before the first weight is written. Whatever fails or interrupts a merge or an unmerge, the original rows can therefore
 be written back, and writing them twice does no harm.
-
-The last section is the other way round: arrays and starts that a plan computes from the weights.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from tnadapt.algebra.rounding import PIECE, Float64Deltas, change_in_place, changed_spans
-from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
 from tnadapt.errors import BackendError, ConfigError, TargetError, safe_repr
 from tnadapt.report import text_table
@@ -33,10 +30,7 @@ from ._weights import computed, numbers
 __all__ = [
     "RequantizationReport",
     "RequantizedWeight",
-    "bound",
     "disabled",
-    "fill",
-    "is_bound",
     "merge",
     "original",
     "stored",
@@ -564,62 +558,3 @@ def _writable(adapter: AdapterState, index: int) -> Tensor:
     if weight.device.type == "meta":
         raise TargetError(f"{name} is on the meta device and has no values to merge into")
     return weight.detach()
-
-
-# -- What a plan computes from the weights of its model: frozen arrays, and where it starts ----------------------------
-
-
-def is_bound(plan: SuperLoRA) -> bool:
-    """Return whether the plan has everything that is computed from base weights."""
-    return not plan.needs_base
-
-
-def bound(
-    plan: SuperLoRA,
-    targets: Sequence[Target],
-    owners: Sequence[nn.Module],
-    progress: Callable[[int, int], None] | None = None,
-) -> SuperLoRA:
-    """Return the plan with what is computed from the weights of the model.
-
-    Quantized weights are dequantized. The plan is returned as it is if the weights are on the meta device.
-
-    Raises
-    ------
-    TargetError
-        If a weight has no values that can be read.
-    """
-    devices = {tensor.device.type for owner in owners for tensor in [*owner.parameters(), *owner.buffers()]}
-    if is_bound(plan) or "meta" in devices:
-        return plan
-
-    def weight(index: int) -> Tensor:
-        weight = _dequantized_rows(plan, targets[index], owners[index]).cpu()
-        return weight if weight.dtype is torch.float64 else weight.float()
-
-    return plan.with_base(weight, progress)
-
-
-def fill(state: AdapterState) -> None:
-    """Compute the arrays of an adapter that was attached on the meta device, now that the weights have values."""
-    if not is_bound(state.plan):
-        owners = [slot.owner for slot in state.slots[: len(state.targets)]]
-        state.plan.fill(bound(state.plan, state.targets, owners))
-
-
-def _what(plan: SuperLoRA) -> str:
-    if plan.weight_param_shapes:
-        return f"apply={plan.config.apply!r}"
-    return f"start={plan.config.start!r}" if plan.point.needs_base else "FromBase"
-
-
-def _dequantized_rows(plan: SuperLoRA, target: Target, owner: nn.Module) -> Tensor:
-    weight = numbers(owner, target.parameter)
-    if weight is None:
-        raise TargetError(
-            f"the adapter has arrays that are computed from the base weights ({_what(plan)}), and the values of "
-            f"{target.name} cannot be read: register its layer type with tnadapt.torch.register_quantized"
-            + ("" if plan.weight_param_shapes else ", or give the arrays as given=")
-        )
-    found: Tensor = target.select(weight)
-    return found

@@ -26,8 +26,9 @@ from ._delta import (
     reshard,
 )
 from ._state import AdapterState, named_parameters, need_attached, need_unmerged, pairs
+from ._weights import bound
 
-__all__ = ["choose", "keep", "num_parameters", "parameter_groups", "start_from"]
+__all__ = ["choose", "fill", "keep", "num_parameters", "parameter_groups", "start_from"]
 
 
 # -- The arrays to train, and learning rates: Local LoRA, asymmetric LoRA, LoRA+ ---------------------------------------
@@ -239,7 +240,7 @@ def _start_zero(adapter: AdapterState) -> Iterator[str]:
                 yield full
 
 
-# -- A given start: the arrays at which training begins, and from which ΔW is the difference ---------------------------
+# -- Starts: given arrays, and what is computed once the weights have values -------------------------------------------
 
 
 def start_from(adapter: AdapterState, arrays: Mapping[str, Any]) -> None:
@@ -318,3 +319,10 @@ def _exchange(adapter: AdapterState, plan: SuperLoRA) -> None:
         patch.exchange(slots)
     adapter.slots = list(slots.values())
     adapter.handle.plan = plan.file_plan
+
+
+def fill(state: AdapterState) -> None:
+    """Compute the arrays of an adapter that was attached on the meta device, now that the weights have values."""
+    if state.plan.needs_base:
+        owners = [slot.owner for slot in state.slots[: len(state.targets)]]
+        state.plan.fill(bound(state.plan, state.targets, owners))

@@ -7,13 +7,14 @@ import dataclasses
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.errors import FileError, TargetError, integer, safe_repr
 from tnadapt.targets.roles import main_projection
@@ -24,6 +25,7 @@ from ._quantized import is_embedding, is_packed, quantized_type
 
 __all__ = [
     "Weight",
+    "bound",
     "check_embedding",
     "computed",
     "host_of",
@@ -66,6 +68,53 @@ def computed(owner: nn.Module, parameter: str) -> Tensor | None:
     """Return the current value of a parametrized weight; None if it is not parametrized."""
     with torch.no_grad():
         return getattr(owner, parameter) if hasattr(owner, "parametrizations") else None
+
+
+# -- What a plan computes from the weights of its model: frozen arrays, and where it starts ----------------------------
+
+
+def bound(
+    plan: SuperLoRA,
+    targets: Sequence[Target],
+    owners: Sequence[nn.Module],
+    progress: Callable[[int, int], None] | None = None,
+) -> SuperLoRA:
+    """Return the plan with what is computed from the weights of the model.
+
+    Quantized weights are dequantized. The plan is returned as it is if the weights are on the meta device.
+
+    Raises
+    ------
+    TargetError
+        If a weight has no values that can be read.
+    """
+    devices = {tensor.device.type for owner in owners for tensor in [*owner.parameters(), *owner.buffers()]}
+    if not plan.needs_base or "meta" in devices:
+        return plan
+
+    def weight(index: int) -> Tensor:
+        weight = _dequantized_rows(plan, targets[index], owners[index]).cpu()
+        return weight if weight.dtype is torch.float64 else weight.float()
+
+    return plan.with_base(weight, progress)
+
+
+def _what(plan: SuperLoRA) -> str:
+    if plan.weight_param_shapes:
+        return f"apply={plan.config.apply!r}"
+    return f"start={plan.config.start!r}" if plan.point.needs_base else "FromBase"
+
+
+def _dequantized_rows(plan: SuperLoRA, target: Target, owner: nn.Module) -> Tensor:
+    weight = numbers(owner, target.parameter)
+    if weight is None:
+        raise TargetError(
+            f"the adapter has arrays that are computed from the base weights ({_what(plan)}), and the values of "
+            f"{target.name} cannot be read: register its layer type with tnadapt.torch.register_quantized"
+            + ("" if plan.weight_param_shapes else ", or give the arrays as given=")
+        )
+    found: Tensor = target.select(weight)
+    return found
 
 
 # -- Stacks: the matrices of experts that a module keeps in parameters of three axes -----------------------------------

@@ -148,8 +148,7 @@ def destination(out: Any, checkpoint: Checkpoint, adapter: str | None) -> Destin
     FileError
         If the destination is the base or the adapter, lies in the base's folder or contains it; is not of the base's
         kind (a file or a folder); is a pipe, a device or a socket; or is in a folder that does not exist. Also if a
-        file of the base's weights is a link that leaves the checkpoint
-        (:mod:`tnadapt.checkpoints.merge._destination`).
+        file of the base's weights is a link that leaves the checkpoint (:class:`Belonging`).
     """
     given = path_of(out)
     path = os.path.realpath(given)
