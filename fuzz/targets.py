@@ -220,7 +220,7 @@ def tokenizer(data: bytes) -> None:
     import tokenizers
     import transformers
 
-    from tnadapt.finetune._text_inputs import tokenizer_of
+    from tnadapt.finetune._inputs import tokenizer_of
 
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "good": 1, "film": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

@@ -46,7 +46,7 @@ main()
 COMMANDS = {
     "extract": (("tnadapt", "extract"), "base.safetensors tuned.safetensors -o out.safetensors",
                 "out.safetensors is unchanged or complete; the same command starts over"),
-    "convert": (("tnadapt.cli._file_commands", "convert"), "a.safetensors -o out --to peft-lora",
+    "convert": (("tnadapt.cli._convert_command", "convert"), "a.safetensors -o out --to peft-lora",
                 "out is unchanged or complete; the same command starts over"),
     "merge": (("tnadapt", "merge"), "base a.safetensors -o out",
               "out is unchanged or complete; the same command resumes"),

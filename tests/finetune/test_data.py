@@ -26,9 +26,10 @@ from tnadapt.finetune.data import (
     Samples,
     choose,
     divide,
-    read,
 )
 from tnadapt.finetune.problem import samples_digest
+
+from .small import read
 
 
 def toy(counts: list[int], test: list[int] | None = None) -> Data:

@@ -18,8 +18,8 @@ from safetensors import torch as safetensors_torch
 
 from tnadapt.errors import FileError, TnadaptError
 from tnadapt.finetune import Choice, Spec, Study, Training, open_problem
-from tnadapt.finetune import _text_inputs as _image_inputs
-from tnadapt.finetune._encode import Images
+from tnadapt.finetune import _inputs as _image_inputs
+from tnadapt.finetune._inputs import Images
 from tnadapt.finetune.data import Samples
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -210,7 +210,7 @@ def test_images_of_every_sort(image: Any, channels: int) -> None:
 
 
 def test_images_that_are_too_many_to_keep_are_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tnadapt.finetune import _encode as encode
+    from tnadapt.finetune import _inputs as encode
 
     pictures = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8)
     samples = Samples(pictures, np.zeros(6, np.int64))

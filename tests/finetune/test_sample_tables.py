@@ -22,10 +22,11 @@ from tnadapt.finetune.data import (
     find_column,
     needed_column,
     open_source,
-    read,
     read_table,
 )
 from tnadapt.finetune.tasks import TASKS
+
+from .small import read
 
 WORDS = ("neg", "pos")
 

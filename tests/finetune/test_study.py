@@ -22,7 +22,8 @@ from tests.support.depth import long_only
 from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError
 from tnadapt.finetune import Choice, Reporter, Spec, Study, Task, Training, open_problem
 from tnadapt.finetune._study import prove
-from tnadapt.finetune.loop import OwnRates, Schedule, fit, threads
+from tnadapt.finetune.engines import threads
+from tnadapt.finetune.loop import OwnRates, Schedule, fit
 from tnadapt.finetune.pareto_report import points_in
 from tnadapt.finetune.problem import base_digest, free
 from tnadapt.finetune.training import train, usable_device

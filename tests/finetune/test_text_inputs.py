@@ -13,7 +13,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Spec, open_problem
-from tnadapt.finetune._text_inputs import tokenizer_of
+from tnadapt.finetune._inputs import tokenizer_of
 from tnadapt.finetune.data import first_line
 
 from . import tiny_models as tiny

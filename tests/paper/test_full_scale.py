@@ -28,7 +28,7 @@ image = pytest.importorskip("PIL.Image")
 
 import tnadapt.torch as tnt
 from paper import classification
-from tnadapt.finetune.data import Data, Samples, divide, read
+from tnadapt.finetune.data import Data, Samples, divide, open_source
 
 pytestmark = pytest.mark.slow
 
@@ -98,7 +98,7 @@ def test_the_fine_classes_of_cifar100_are_read_in_every_form(
     monkeypatch.setattr(classification, "Study", lambda spec, *others: spec)
     given = None if form is None else str(form(tmp_path / "images.npz"))
     spec: Any = classification.study_of(open_recipe(name), tmp_path, data=given)
-    data = read(spec.data, spec.text_column, spec.label_column, spec.label_names)
+    data: Any = open_source(spec.data, spec.text_column, spec.label_column, spec.label_names)
     assert (data.kind, list(data.classes)) == ("image", FINE)
     assert data.test is not None
     assert (len(data.samples), len(data.test)) == (10 * TRAINING, 10 * TEST)

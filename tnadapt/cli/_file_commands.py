@@ -21,19 +21,18 @@ __all__ = [
     "extract_command",
     "info_command",
     "merge_command",
-    "size",
 ]
 
 
-# -- Human-readable numbers of bytes -----------------------------------------------------------------------------------
+# -- Bytes for humans --------------------------------------------------------------------------------------------------
 
 
-def size(count: int) -> str:
+def _size(count: int) -> str:
     """Format a number of bytes for humans.
 
     Examples
     --------
-    >>> size(999), size(4_300_000_000)
+    >>> _size(999), _size(4_300_000_000)
     ('999 bytes', '4.3 GB')
     """
     number = float(count)
@@ -46,7 +45,7 @@ def size(count: int) -> str:
     return f"{number:.3g} {unit}" if number < 999.5 else f"{number:,.0f} {unit}"
 
 
-# -- The command tnadapt merge -----------------------------------------------------------------------------------------
+# -- tnadapt merge -----------------------------------------------------------------------------------------------------
 
 
 def merge_command(
@@ -96,7 +95,7 @@ def merge_command(
 
 def _print_merge(report: tnadapt.MergeReport, check_base: bool) -> None:
     files = f"{report.files} file" + "s" * (report.files != 1)
-    echo(f"{report.out}: {size(report.bytes)} in {files}")
+    echo(f"{report.out}: {_size(report.bytes)} in {files}")
     echo(f"  {report.targets} updates added to {report.changed} of {report.tensors} tensors")
     if report.names:
         echo(f"  {report.names}")
@@ -119,7 +118,7 @@ def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-# -- The command tnadapt extract ---------------------------------------------------------------------------------------
+# -- tnadapt extract ---------------------------------------------------------------------------------------------------
 
 
 def extract_command(
@@ -238,7 +237,7 @@ def _print_extraction(found: tnadapt.decomposition.extraction.Extraction, out: P
         )
 
 
-# -- The command tnadapt info ------------------------------------------------------------------------------------------
+# -- tnadapt info ------------------------------------------------------------------------------------------------------
 
 
 def info_command(
@@ -263,7 +262,7 @@ def info_command(
 
 
 def _adapter(found: dict[str, Any]) -> Iterable[str]:
-    yield f"{found['path']}: a tnadapt adapter, format version {found['version']}, {size(found['bytes'])}"
+    yield f"{found['path']}: a tnadapt adapter, format version {found['version']}, {_size(found['bytes'])}"
     rows = [
         ("parameters", f"{found['parameters']:,} {found['dtype']} in {_counted(found['arrays'], 'array')}"
                        f"{_frozen(found)}"),
@@ -327,14 +326,14 @@ def _config(settings: dict[str, Any]) -> str:
 def _checkpoint(found: dict[str, Any]) -> Iterable[str]:
     files = found["files"]
     kind = ", ".join([*(found["architectures"] or []), *([found["model_type"]] if found["model_type"] else [])])
-    yield f"{found['path']}: a checkpoint of {size(found['bytes'])} in {_counted(len(files), 'file')}"
+    yield f"{found['path']}: a checkpoint of {_size(found['bytes'])} in {_counted(len(files), 'file')}"
     rows = [("model", found["no_config"] or kind or "unknown, without a config.json")]
     rows.append(("tensors", f"{found['tensors']:,}"))
     for dtype, counts in found["dtypes"].items():
-        rows.append((f"  {dtype}", f"{counts['tensors']:,}, {size(counts['bytes'])}"))
+        rows.append((f"  {dtype}", f"{counts['tensors']:,}, {_size(counts['bytes'])}"))
     if len(files) > 1:
         rows.append(("files", ""))
-        rows += [(f"  {one['name']}", f"{one['tensors']:,} tensors, {size(one['bytes'])}") for one in files]
+        rows += [(f"  {one['name']}", f"{one['tensors']:,} tensors, {_size(one['bytes'])}") for one in files]
     yield from _aligned(rows)
     if found["no_targets"]:
         yield f"  no queries and values: {found['no_targets']}"
@@ -342,7 +341,7 @@ def _checkpoint(found: dict[str, Any]) -> Iterable[str]:
 
 
 def _other(found: dict[str, Any]) -> Iterable[str]:
-    yield f"{found['path']}: {found['what']}, {size(found['bytes'])}; tnadapt convert reads it"
+    yield f"{found['path']}: {found['what']}, {_size(found['bytes'])}; tnadapt convert reads it"
 
 
 def _targets(found: dict[str, Any], title: str) -> Iterable[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from tnadapt.algebra.formats import FORMATS
-from tnadapt.errors import TnadaptError
+from tnadapt.errors import TnadaptError, pluralize
 
 from ._options import (
     ENGINE_HELP,
@@ -32,17 +32,13 @@ from .terminal import echo, echo_json, print_table, stoppable
 if TYPE_CHECKING:
     from tnadapt.finetune import Outcome, Point, Study
 
-__all__ = [
-    "finetune_command",
-    "print_outcome",
-    "print_plan",
-]
+__all__ = ["finetune_command"]
 
 
-# -- What tnadapt finetune prints: what it would train, and what came out ----------------------------------------------
+# -- What it prints ----------------------------------------------------------------------------------------------------
 
 
-def print_plan(study: Study, as_json: bool) -> None:
+def _print_plan(study: Study, as_json: bool) -> None:
     """Print what a study would train."""
     counts = [(method, study.parameters(method)) for method in study.methods]
     if as_json:
@@ -56,17 +52,13 @@ def print_plan(study: Study, as_json: bool) -> None:
 def _sizes(study: Study) -> str:
     parts = ", ".join(f"{len(part.labels):,} {name}" for name, part in study.problem.parts.items())
     return (
-        f"{_counted(len(study.targets), 'weight')} of {study.problem.name}; {parts} samples; "
-        f"{_counted(len(study.methods), 'setting')} x {_counted(len(study.rates), 'rate')} x "
-        f"{_counted(len(study.seeds), 'seed')} = {_counted(len(study.tasks), 'training')}"
+        f"{pluralize(len(study.targets), 'weight')} of {study.problem.name}; {parts} samples; "
+        f"{pluralize(len(study.methods), 'setting')} x {pluralize(len(study.rates), 'rate')} x "
+        f"{pluralize(len(study.seeds), 'seed')} = {pluralize(len(study.tasks), 'training')}"
     )
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
-
-
-def print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) -> None:
+def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) -> None:
     """Print the table of a study that was run, its best adapter, and where its files are."""
     best, proof = outcome.best, outcome.proof
     if as_json:
@@ -124,7 +116,7 @@ def _same(same: bool, different: int | None = None) -> str:
     return "DIFFERENT predictions" if different is None else f"DIFFERENT predictions for {different}"
 
 
-# -- The command tnadapt finetune --------------------------------------------------------------------------------------
+# -- The command -------------------------------------------------------------------------------------------------------
 
 
 OWN = "Your own model and data"
@@ -425,9 +417,9 @@ def finetune_command(
             if not dry_run:
                 outcome = study.run(folder, jobs, fresh, engine, where)
     if dry_run:
-        print_plan(study, as_json)
+        _print_plan(study, as_json)
         return
-    print_outcome(study, outcome, folder, as_json)
+    _print_outcome(study, outcome, folder, as_json)
     if outcome.proof is not None and not outcome.proof.holds:
         raise typer.Exit(1)
 

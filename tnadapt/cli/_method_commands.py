@@ -1,4 +1,4 @@
-"""The command ``tnadapt presets``."""
+"""The commands about methods: ``tnadapt presets``, ``verify`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -28,18 +28,16 @@ from ._options import (
 from .terminal import echo, echo_json, echo_table, print_table, stoppable
 
 __all__ = [
-    "Weights",
     "plan_command",
-    "planned_weights",
     "presets_command",
     "verify_command",
 ]
 
 
-# -- The weights that a command plans for: those of a model's headers, or of --shape -----------------------------------
+# -- The weights to plan for -------------------------------------------------------------------------------------------
 
 
-class Weights(NamedTuple):
+class _Weights(NamedTuple):
     """The weights to plan for."""
 
     shapes: list[tuple[int, int]]
@@ -50,7 +48,7 @@ class Weights(NamedTuple):
     drawn_roles: list[str] | None = None  # None where roles do not tell weights apart
 
 
-def planned_weights(model: str | None, targets: list[str] | None, shape: list[str] | None) -> Weights:
+def _planned_weights(model: str | None, targets: list[str] | None, shape: list[str] | None) -> _Weights:
     """Return the weights of a model, or of ``--shape``.
 
     Raises
@@ -63,7 +61,7 @@ def planned_weights(model: str | None, targets: list[str] | None, shape: list[st
     if shape is not None:
         if targets is not None:
             raise TnadaptError("--targets chooses among the weights of a model, and --shape has none; leave it out")
-        return Weights(shapes_of(shape), None, None, None, [])
+        return _Weights(shapes_of(shape), None, None, None, [])
     assert model is not None
     try:
         found = tnadapt.planning.model_targets(model, targets_of(targets))
@@ -84,14 +82,14 @@ def planned_weights(model: str | None, targets: list[str] | None, shape: list[st
         for i, (role, layer) in enumerate(zip(roles, layers, strict=True))
     ]
     shapes, paths = [target.shape for target in found], [target.name for target in found]
-    return Weights(shapes, layers, names, roles, paths, roles if plain else None)
+    return _Weights(shapes, layers, names, roles, paths, roles if plain else None)
 
 
-# -- The command tnadapt presets ---------------------------------------------------------------------------------------
+# -- tnadapt presets ---------------------------------------------------------------------------------------------------
 
 
 # The queries and values of ViT-base, as in README.md.
-USUAL = Weights(
+USUAL = _Weights(
     [(768, 768)] * 24, [str(weight // 2) for weight in range(24)], None, ["q", "v"] * 12, []
 )  # fmt: skip
 
@@ -117,7 +115,7 @@ def presets_command(
     """
     given = model is not None or shape is not None or targets is not None
     with stoppable("nothing was listed"):
-        weights = planned_weights(model, targets, shape) if given else USUAL
+        weights = _planned_weights(model, targets, shape) if given else USUAL
         rows = [_row(name, weights) for name in tnadapt.presets.__all__]
     if as_json:
         echo_json({"weights": len(weights.shapes), "presets": rows})
@@ -134,7 +132,7 @@ def presets_command(
     echo("tnadapt plan lists the settings that fit a budget of parameters")
 
 
-def _row(name: str, weights: Weights) -> dict[str, Any]:
+def _row(name: str, weights: _Weights) -> dict[str, Any]:
     preset = getattr(tnadapt.presets, name)
     arguments = [
         one.name if one.default is one.empty else f"{one.name}={one.default!r}"
@@ -148,7 +146,7 @@ def _row(name: str, weights: Weights) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _fewest(name: str, weights: Weights) -> int | None:
+def _fewest(name: str, weights: _Weights) -> int | None:
     from tnadapt.planning.families import PRESET_FAMILIES, AdaptedWeights, Ladder, Search
 
     adapted = AdaptedWeights(weights.shapes, weights.layers, weights.roles)
@@ -159,7 +157,7 @@ def _fewest(name: str, weights: Weights) -> int | None:
     return None if found is None else found.parameters
 
 
-# -- The command tnadapt verify ----------------------------------------------------------------------------------------
+# -- tnadapt verify ----------------------------------------------------------------------------------------------------
 
 
 def verify_command(
@@ -196,7 +194,7 @@ def verify_command(
     raise typer.Exit(0 if report.holds else 1)
 
 
-# -- The command tnadapt plan ------------------------------------------------------------------------------------------
+# -- tnadapt plan ------------------------------------------------------------------------------------------------------
 
 
 # Columns to omit, in this order, if a terminal is too narrow.
@@ -256,7 +254,7 @@ def plan_command(
         raise TnadaptError("give a budget: --budget 1000 for parameters, --budget 4kB for bytes")
     drawn = chosen_config(preset, settings or [], None)
     with stoppable("there is no plan"), tnadapt.ProgressBar("planning") as bar:
-        weights = planned_weights(model, targets, shape)
+        weights = _planned_weights(model, targets, shape)
         found = tnadapt.plan(
             weights.shapes,
             budget,
@@ -286,7 +284,7 @@ def plan_command(
 
 def _draw(
     found: tnadapt.planning.Plan,
-    weights: Weights,
+    weights: _Weights,
     adapter: tnadapt.SuperLoRA,
     picture: Path | None,
     layout_picture: Path | None,

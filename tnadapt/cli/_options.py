@@ -1,4 +1,4 @@
-"""Options that several commands have, with their help, as types of arguments."""
+"""Options of several commands: their help, and their values parsed and checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -31,8 +31,6 @@ __all__ = [
     "engine_options",
     "job_package",
     "preset_option",
-    "presets_that_begin_with",
-    "setting",
     "settings_of",
     "shapes_of",
     "targets_of",
@@ -40,7 +38,7 @@ __all__ = [
 ]
 
 
-# -- Parsing of settings from the command line -------------------------------------------------------------------------
+# -- Values ------------------------------------------------------------------------------------------------------------
 
 
 # Maximum number of weights: a plan of this size takes half a minute, and no model's attention has as many.
@@ -53,12 +51,12 @@ _SELECTORS = ("all-linear", "conv", "embeddings")
 _PATTERN = frozenset(r"\^$*+?{}[]|()")
 
 
-def setting(text: str) -> tuple[str, Any]:
+def _setting(text: str) -> tuple[str, Any]:
     """Parse ``FIELD=VALUE``, with the value as JSON or a word.
 
     Examples
     --------
-    >>> setting("rank=4"), setting("fold=hypercube"), setting("fold=[8,8]")
+    >>> _setting("rank=4"), _setting("fold=hypercube"), _setting("fold=[8,8]")
     (('rank', 4), ('fold', 'hypercube'), ('fold', [8, 8]))
     """
     name, equals, value = text.partition("=")
@@ -95,7 +93,7 @@ def settings_of(
     tnadapt.errors.TnadaptError: --set gives rank twice; leave one of them out
     """
     found: dict[str, Any] = {}
-    for name, value in map(setting, texts):
+    for name, value in map(_setting, texts):
         if name in found:
             raise TnadaptError(f"--set gives {name} twice; {way}")
         if name in options:
@@ -112,12 +110,12 @@ def word_or_number(text: str) -> Any:
         return text
 
 
-def presets_that_begin_with(incomplete: str) -> list[str]:
+def _presets_that_begin_with(incomplete: str) -> list[str]:
     """Return the presets for the completion of a shell.
 
     Examples
     --------
-    >>> presets_that_begin_with("lora_")
+    >>> _presets_that_begin_with("lora_")
     ['lora_fa', 'lora_xs']
     """
     return [name for name in tnadapt.presets.__all__ if name.startswith(incomplete)]
@@ -215,7 +213,7 @@ def targets_of(given: Sequence[str] | None) -> str | list[str]:
     return list(given)
 
 
-# -- Options that several commands have, with their help, as types of arguments ----------------------------------------
+# -- Options, as types of arguments ------------------------------------------------------------------------------------
 
 
 def preset_option(help: str, show_default: str, panel: str | None = None) -> typer.models.OptionInfo:
@@ -231,7 +229,7 @@ def preset_option(help: str, show_default: str, panel: str | None = None) -> typ
     """
     found: typer.models.OptionInfo = typer.Option(
         help=f"{help}; tnadapt presets lists them.", show_default=show_default, rich_help_panel=panel,
-        autocompletion=presets_that_begin_with,
+        autocompletion=_presets_that_begin_with,
     )  # fmt: skip
     return found
 
@@ -258,7 +256,7 @@ ConfigFile: TypeAlias = Annotated[
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-# -- Where parallel trainings run: the options of every command that trains --------------------------------------------
+# -- Where parallel trainings run --------------------------------------------------------------------------------------
 
 
 ENGINE_HELP = "Where parallel trainings run: local, ray (a Ray cluster) or slurm."
@@ -289,7 +287,7 @@ def engine_options(given: Sequence[str]) -> dict[str, str]:
     return found
 
 
-# -- Options of tnadapt finetune about tasks and reports, checked before torch is imported -----------------------------
+# -- Tasks and reports of tnadapt finetune -----------------------------------------------------------------------------
 
 
 #: The built-in tasks; a test compares them with ``tnadapt.finetune.tasks``.

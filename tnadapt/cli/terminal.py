@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 
-# -- Ctrl-C: a command stops and says what is kept; a second one ends the process without waiting for its clean-up -----
+# -- Ctrl-C ------------------------------------------------------------------------------------------------------------
 
 
 #: The exit code of shells for a program that SIGINT has ended.
@@ -109,7 +109,7 @@ def _say_stopped(kept: str) -> None:
         os.write(2, f"\n{line}\n".encode(sys.stderr.encoding or "utf-8", "replace"))
 
 
-# -- Printing through one path that escapes control characters, so that no file can control the terminal ---------------
+# -- Printing: everything is escaped, so that no file can control the terminal -----------------------------------------
 
 
 # Maximum characters of a cell: a name in a file may have thousands, and all rows would become as wide.
@@ -151,7 +151,7 @@ def cell(text: str) -> str:
     return shown if len(shown) <= _WIDEST else shown[:_WIDEST] + " …"
 
 
-# -- Building blocks of command lines, for tnadapt and other programs: output, progress, and exits on errors -----------
+# -- Errors and help ---------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -229,7 +229,7 @@ def exit_on_error(program: str) -> Iterator[None]:
     raise SystemExit(2)
 
 
-# -- Commands that are imported when they are used: each needs modules that the others do not --------------------------
+# -- Commands that are imported when they are used ---------------------------------------------------------------------
 
 
 #: The commands, in the order of the help page, and the modules of their functions, which are named ``NAME_command``.

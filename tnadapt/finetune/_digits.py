@@ -21,19 +21,18 @@ from tnadapt.errors import FileError, ShapeError, TnadaptError
 
 from ._specification import Part, Spec
 from .data import Data, Samples, choose, divide
-from .loop import Schedule, accuracy, fit, threads
+from .engines import threads
+from .loop import Schedule, accuracy, fit
 from .problem import Problem, samples_digest
 from .tasks import ImageClassification
 
 __all__ = [
-    "SmallViT",
-    "ViTSizes",
     "cache_folder",
     "digits",
 ]
 
 
-# -- A vision transformer small enough to pretrain within a short wait -------------------------------------------------
+# -- The vision transformer --------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +124,7 @@ class SmallViT(nn.Module):
         return logits
 
 
-# -- The default problem: a small ViT pretrained on the digits 0 to 4, to learn 5 to 9 ---------------------------------
+# -- The problem -------------------------------------------------------------------------------------------------------
 
 
 OLD = (0, 1, 2, 3, 4)
@@ -260,7 +259,7 @@ def _pretrain(
     return model.state_dict()
 
 
-# -- The cache ---------------------------------------------------------------------------------
+# -- The cache of the pretrained model ---------------------------------------------------------------------------------
 
 
 def cache_folder() -> Path:

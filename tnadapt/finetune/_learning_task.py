@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tnadapt.errors import ConfigError, TnadaptError, safe_repr
 
-from ._encode import Texts
+from ._inputs import Texts
 from ._specification import Part, Spec
 from .data import Data, Samples, Table
 
@@ -26,10 +26,11 @@ __all__ = [
     "Measured",
     "Metric",
     "Rows",
+    "encoded",
 ]
 
 
-# -- Metrics: the number that a study compares methods by, and how it is shown -----------------------------------------
+# -- Metrics -----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Metric:
 ACCURACY = Metric("accuracy")
 
 
-# -- The interface of a task: what fits it, how it is encoded, its loss and its metrics --------------------------------
+# -- The interface -----------------------------------------------------------------------------------------------------
 
 
 Rows = Sequence[Tensor]
@@ -312,3 +313,40 @@ class LearningTask(abc.ABC):
     def settings(self) -> dict[str, Any]:
         """Return what a study's settings say about the task."""
         return {"task": self.to_dict()}
+
+
+# -- The samples of a task on texts, as tokens -------------------------------------------------------------------------
+
+
+def encoded(
+    task: LearningTask, samples: Mapping[str, Samples], tokenizer: Any, longest: int, model: Any, name: str
+) -> dict[str, Part]:
+    """Return the parts as tokens, after checking them.
+
+    Raises
+    ------
+    TnadaptError
+        If a text has no token, none has a known word, or the model does not know a token.
+    """
+    known = model.get_input_embeddings().num_embeddings
+    special = torch.tensor(tokenizer.all_special_ids)
+    parts: dict[str, Part] = {}
+    for part, some in samples.items():
+        texts = task.encode(some, tokenizer, longest)
+        assert isinstance(texts, Texts)
+        # If the folder has no tokenizer, transformers returns one without a vocabulary.
+        if all(bool(torch.isin(tokens, special).all()) for tokens in texts.tokens):
+            raise TnadaptError(
+                f"{safe_repr(name)} has no tokenizer, or one that knows no word of the texts; give a folder or hub "
+                "name with one as --tokenizer"
+            )
+        if texts.lengths is not None and not bool(texts.lengths.all()):
+            empty = some.inputs[int(texts.lengths.argmin())]
+            raise TnadaptError(f"the tokenizer of {safe_repr(name)} finds no token in {safe_repr(empty)}")
+        top = max((int(tokens.max()) for tokens in texts.tokens if len(tokens)), default=0)
+        if top >= known:
+            raise TnadaptError(
+                f"the tokenizer returned token {top}, but the model has only {known} tokens: they do not fit together"
+            )
+        parts[part] = texts
+    return parts

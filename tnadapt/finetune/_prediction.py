@@ -1,4 +1,4 @@
-"""Predictions with a saved adapter: the other half of a study."""
+"""Predictions with a saved adapter, the other half of a study, and the rows in which they are written."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import FileError, safe_repr
 
-from ._encode import Images, refused, silent, transformers_library
-from ._learning_task import LearningTask
+from ._inputs import Images, lengths, longest_text, refused, silent, tokenizer_of, transformers_library
+from ._learning_task import LearningTask, encoded
 from ._pretrained import logits_of
 from ._saved_task import pixel_settings, task_in, tokenizer_in
 from ._specification import Part, Spec
-from ._text_inputs import encoded, lengths, longest_text, tokenizer_of
 from .data import IMAGES, Data, Samples, Table, open_source
 from .loop import evaluate
 
@@ -37,7 +36,7 @@ __all__ = [
 ]
 
 
-# -- The rows of a file of predictions: the columns of the data, and next to them those of the predictions -------------
+# -- The rows of a file of predictions ---------------------------------------------------------------------------------
 
 
 _LEFT_OUT = object()
@@ -109,7 +108,7 @@ def _json(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int)) else _LEFT_OUT
 
 
-# -- Predictions with a saved adapter: the other half of a study -------------------------------------------------------
+# -- Predictions -------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The user's pretrained model: a local folder or a hub name through transformers, or ``timm:NAME``."""
+"""Opening a problem: the user's data and the task that fits them, and the model, of transformers or timm."""
 
 from __future__ import annotations
 
@@ -16,11 +16,20 @@ from tnadapt.checkpoints.checkpoint import hidden_bar
 from tnadapt.errors import ConfigError, TnadaptError, safe_repr
 
 from ._digits import digits
-from ._encode import class_expected, refused, silent, transformers_library
-from ._learning_task import LearningTask
+from ._inputs import (
+    class_expected,
+    divided_images,
+    image_settings,
+    longest_text,
+    refused,
+    require_whole_patches,
+    silent,
+    tokenizer_of,
+    transformers_library,
+)
+from ._learning_task import LearningTask, encoded
 from ._saved_task import check_recordable
 from ._specification import Part, Spec, model_place
-from ._text_inputs import divided_images, encoded, image_settings, longest_text, require_whole_patches, tokenizer_of
 from .data import (
     LABEL_COLUMNS,
     TEXT_COLUMNS,
@@ -41,11 +50,57 @@ __all__ = [
     "choose_task",
     "logits_of",
     "open_problem",
-    "pretrained",
 ]
 
 
-# -- The choice of the task: the one that the user names, or the one that the data are evidence of ---------------------
+# -- Opening a problem -------------------------------------------------------------------------------------------------
+
+
+@checks_arguments
+def open_problem(spec: Spec, progress: Callable[[str, float], None] = lambda what, done: None) -> Problem:
+    """Open the model and the data.
+
+    Parameters
+    ----------
+    spec : Spec
+    progress : callable
+        Called with ``(what, fraction done)`` during long steps.
+
+    Returns
+    -------
+    Problem
+
+    Raises
+    ------
+    TnadaptError
+        If one of the two is missing or cannot be read, or they do not fit together.
+    """
+    spec.check()
+    return digits(spec, progress) if spec.model is None else _own_problem(spec)
+
+
+def _own_problem(spec: Spec) -> Problem:
+    """Return the problem of the user's model and data."""
+    assert spec.model is not None
+    assert spec.data is not None
+    source = open_source(spec.data, spec.text_column, spec.label_column, spec.label_names)
+    kind = choose_task(source, spec)
+    data = kind.read(source, spec)
+    test = None if data.test is None else choose(data.test, spec.limit, stratified=kind.stratified)
+    some = choose(data.samples, spec.limit, stratified=kind.stratified)
+    data = Data(data.name, data.kind, data.classes, some, test)
+    samples = divide(data, validation=spec.holdout, stratified=kind.stratified)
+    task = kind.of(data, samples["training"])
+    if spec.model.startswith("timm:"):
+        if spec.head_rows:
+            raise TnadaptError(
+                "head_rows needs a head that transformers loads: use --model with a folder or a hub name"
+            )
+        return _timm(spec, data, task, samples)
+    return _transformers(spec, data, task, samples)
+
+
+# -- The task that fits the data ---------------------------------------------------------------------------------------
 
 
 def choose_task(source: Table | Data, spec: Spec) -> type[LearningTask]:
@@ -116,45 +171,11 @@ def _need_columns(table: Table, spec: Spec, texts: bool) -> None:
     needed_column(table.path, "label", spec.label_column, usual, names)
 
 
-# -- The user's pretrained model: a local folder or a hub name through transformers, or timm:NAME ----------------------
+# -- Models of transformers --------------------------------------------------------------------------------------------
 
 
+# Usual names of a head that comes with the checkpoint.
 HEADS = ("classifier", "score", "head", "classification_head", "fc")
-
-
-def pretrained(spec: Spec) -> Problem:
-    """Return the problem of a user's model and data.
-
-    Parameters
-    ----------
-    spec : Spec
-        Must have ``model`` and ``data``.
-
-    Raises
-    ------
-    TnadaptError
-        If the model or data does not exist, they do not fit together, or a required library is missing.
-    """
-    assert spec.model is not None
-    assert spec.data is not None
-    source = open_source(spec.data, spec.text_column, spec.label_column, spec.label_names)
-    kind = choose_task(source, spec)
-    data = kind.read(source, spec)
-    test = None if data.test is None else choose(data.test, spec.limit, stratified=kind.stratified)
-    some = choose(data.samples, spec.limit, stratified=kind.stratified)
-    data = Data(data.name, data.kind, data.classes, some, test)
-    samples = divide(data, validation=spec.holdout, stratified=kind.stratified)
-    task = kind.of(data, samples["training"])
-    if spec.model.startswith("timm:"):
-        if spec.head_rows:
-            raise TnadaptError(
-                "head_rows needs a head that transformers loads: use --model with a folder or a hub name"
-            )
-        return _timm(spec, data, task, samples)
-    return _transformers(spec, data, task, samples)
-
-
-# -- transformers ------------------------------------------------------------------------------
 
 
 def _transformers(spec: Spec, data: Data, task: LearningTask, samples: dict[str, Samples]) -> Problem:
@@ -247,25 +268,6 @@ def _cut_head(model: nn.Module, missing: Sequence[str], rows: Sequence[int], cla
     model.config.num_labels = len(rows)  # type: ignore[union-attr]
 
 
-def logits_of(model: nn.Module, kind: str, library: str = "transformers") -> Callable[[nn.Module, Any], Tensor]:
-    """Return the function that computes the logits of a model like this one from a batch.
-
-    Parameters
-    ----------
-    model : nn.Module
-    kind : {"text", "image"}
-    library : {"transformers", "timm"}
-    """
-    if library == "timm":
-        return lambda model, images: model(images)
-    if kind == "text":
-        return lambda model, inputs: model(**inputs).logits
-    more = {"interpolate_pos_encoding": True}
-    if "interpolate_pos_encoding" not in inspect.signature(model.forward).parameters:
-        more = {}
-    return lambda model, inputs: model(pixel_values=inputs, **more).logits
-
-
 def _head(model: nn.Module) -> tuple[str, ...]:
     """Return the name of a head from the checkpoint, which must be one of the usual names."""
     found = tuple(name for name in HEADS if hasattr(model, name))
@@ -277,7 +279,7 @@ def _head(model: nn.Module) -> tuple[str, ...]:
     return found
 
 
-# -- timm --------------------------------------------------------------------------------------
+# -- Models of timm ----------------------------------------------------------------------------------------------------
 
 
 def _timm(spec: Spec, data: Data, task: LearningTask, samples: dict[str, Samples]) -> Problem:
@@ -313,7 +315,7 @@ def _timm(spec: Spec, data: Data, task: LearningTask, samples: dict[str, Samples
     )
 
 
-# -- Both --------------------------------------------------------------------------------------
+# -- Models of both ----------------------------------------------------------------------------------------------------
 
 
 def _problem(
@@ -347,27 +349,20 @@ def _problem(
     return problem
 
 
-# -- Opening of a problem: model and data as the user named them, in a common form -------------------------------------
-
-
-@checks_arguments
-def open_problem(spec: Spec, progress: Callable[[str, float], None] = lambda what, done: None) -> Problem:
-    """Open the model and the data.
+def logits_of(model: nn.Module, kind: str, library: str = "transformers") -> Callable[[nn.Module, Any], Tensor]:
+    """Return the function that computes the logits of a model like this one from a batch.
 
     Parameters
     ----------
-    spec : Spec
-    progress : callable
-        Called with ``(what, fraction done)`` during long steps.
-
-    Returns
-    -------
-    Problem
-
-    Raises
-    ------
-    TnadaptError
-        If one of the two is missing or cannot be read, or they do not fit together.
+    model : nn.Module
+    kind : {"text", "image"}
+    library : {"transformers", "timm"}
     """
-    spec.check()
-    return digits(spec, progress) if spec.model is None else pretrained(spec)
+    if library == "timm":
+        return lambda model, images: model(images)
+    if kind == "text":
+        return lambda model, inputs: model(**inputs).logits
+    more = {"interpolate_pos_encoding": True}
+    if "interpolate_pos_encoding" not in inspect.signature(model.forward).parameters:
+        more = {}
+    return lambda model, inputs: model(pixel_values=inputs, **more).logits

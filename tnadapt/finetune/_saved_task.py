@@ -15,7 +15,6 @@ from .problem import Problem
 from .tasks import TASKS
 
 __all__ = [
-    "check_inputs",
     "check_recordable",
     "pixel_settings",
     "recorded",
@@ -24,7 +23,7 @@ __all__ = [
 ]
 
 
-# -- What an adapter's file says about inputs, such as the size of images: values that come from elsewhere, checked ----
+# -- The settings of inputs, which come from elsewhere and are checked -------------------------------------------------
 
 
 #: Sides of images beyond this are refused, because they would take all memory.
@@ -61,12 +60,12 @@ _EXPECTED: Mapping[str, tuple[str, Any]] = {
 }
 
 
-def check_inputs(inputs: Mapping[str, Any]) -> None:
+def _check_inputs(inputs: Mapping[str, Any]) -> None:
     """Raise a ConfigError that names the setting if a value cannot be used.
 
     Examples
     --------
-    >>> check_inputs({"max_length": "long"})
+    >>> _check_inputs({"max_length": "long"})
     Traceback (most recent call last):
     tnadapt.errors.ConfigError: max_length of the inputs must be an integer from 1 to 2147483647, or None; got 'long'
     """
@@ -125,7 +124,7 @@ def tokenizer_in(
     return given or named or (recorded if own else str(base)), (about.revision or None) if own else None
 
 
-# -- What an adapter's file says about its task: how to encode inputs, and how to read the model's outputs -------------
+# -- The task ----------------------------------------------------------------------------------------------------------
 
 
 _CLASSES = "classes"
@@ -151,7 +150,7 @@ def check_recordable(problem: Problem) -> None:
         If there are too many classes, one has a name that is too long, or a setting is none that a file may have.
     """
     try:
-        check_inputs(recorded(Pretrained(), problem).inputs)
+        _check_inputs(recorded(Pretrained(), problem).inputs)
     except ConfigError as error:
         raise TnadaptError(f"an adapter's file cannot hold the task of {problem.name}: {error}") from None
 
@@ -184,7 +183,7 @@ def task_in(about: Pretrained | None, path: str) -> tuple[LearningTask, Mapping[
     if about.library == "timm" and task.kind != "image":
         raise FileError(f"{path} was trained for {name!r}, a task of texts, but its model is one of timm, of images")
     try:
-        check_inputs(about.inputs)
+        _check_inputs(about.inputs)
     except ConfigError as error:
         raise FileError(f"{path}: {error}") from None
     return task, about.inputs

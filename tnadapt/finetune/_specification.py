@@ -18,18 +18,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "ModelPlace",
     "Part",
     "Spec",
     "model_place",
-    "require_model",
 ]
 
 
-# -- Where the user's model is: a folder, a name on the hub, or a GGUF file; checked before transformers looks ---------
+# -- Where the user's model is, checked before transformers looks ------------------------------------------------------
 
 
-class ModelPlace(NamedTuple):
+class _ModelPlace(NamedTuple):
     """What transformers is given: a folder or a name on the hub, and the GGUF file in it, if the model is in one."""
 
     folder: str
@@ -41,7 +39,7 @@ class ModelPlace(NamedTuple):
         return {"gguf_file": self.file} if self.file else {}
 
 
-def model_place(name: str, kind: str) -> ModelPlace:
+def model_place(name: str, kind: str) -> _ModelPlace:
     """Return where a model is.
 
     Parameters
@@ -58,7 +56,7 @@ def model_place(name: str, kind: str) -> ModelPlace:
     TnadaptError
         If a GGUF file cannot be read, because the package is missing or the data have images.
     """
-    place = require_model(name)
+    place = _require_model(name)
     if place.file:
         if kind == "image":
             raise TnadaptError(
@@ -69,14 +67,14 @@ def model_place(name: str, kind: str) -> ModelPlace:
     return place
 
 
-def require_model(name: str) -> ModelPlace:
+def _require_model(name: str) -> _ModelPlace:
     """Return where a model is, or raise an error if it is a path at which there is none.
 
     Raises
     ------
     FileError
     """
-    place = ModelPlace(*gguf_place(name))
+    place = _ModelPlace(*gguf_place(name))
     path = Path(name)
     if not os.path.exists(name) and name.startswith((".", "/", "~")):
         raise FileError(f"no model at {name}: there is no such {'file' if path.suffix else 'folder'}")
@@ -91,7 +89,7 @@ def require_model(name: str) -> ModelPlace:
     return place
 
 
-# -- What a study is about: the model and data that the user names, and samples in the model's input format ------------
+# -- The model and the data that the user names, and samples in the model's input format -------------------------------
 
 
 @checks_arguments
@@ -171,7 +169,7 @@ class Spec:
             raise TnadaptError(f"{given} needs {other}, too; with neither, the data are scikit-learn's digits")
         require_data(self.data)
         if not self.model.startswith("timm:"):
-            require_model(self.model)
+            _require_model(self.model)
 
 
 class Part(Protocol):

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 
-# -- The check of a saved adapter: loaded on a fresh base, and merged, it predicts the same as the trained one ---------
+# -- The check of a saved adapter --------------------------------------------------------------------------------------
 
 
 class Proof(NamedTuple):
@@ -106,7 +106,7 @@ def prove(problem: Problem, record: Mapping[str, Any], path: Path, training: Tra
     )
 
 
-# -- A study: all trainings of a comparison, planned, run or found in earlier results, and reported --------------------
+# -- The study ---------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -463,7 +463,7 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-# -- The trainings of a study in a progress bar ------------------------------------------------------------------------
+# -- Its trainings in a progress bar -----------------------------------------------------------------------------------
 
 
 class BarReporter(Reporter):

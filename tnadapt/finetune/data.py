@@ -1,4 +1,4 @@
-"""Labeled samples, the common form of all data sources, and their split into parts."""
+"""Data sets: readers of the sources that a user can name, and labeled samples, split into parts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ __all__ = [
     "TEXT_COLUMNS",
     "Data",
     "LabelFacts",
-    "Labels",
     "Samples",
     "Table",
     "choose",
@@ -43,19 +42,17 @@ __all__ = [
     "facts_of",
     "filled",
     "find_column",
-    "is_file_of_data",
     "labelled_texts",
     "needed_column",
     "number",
     "open_source",
-    "read",
     "read_npz",
     "read_table",
     "require_data",
 ]
 
 
-# -- Labeled samples, the common form of all data sources, and their split into parts ----------------------------------
+# -- Samples and their split into parts --------------------------------------------------------------------------------
 
 
 PARTS = ("training", "validation", "test")
@@ -354,7 +351,7 @@ def _lonely(joint: Sequence[str], words: set[str], mark: str) -> tuple[str, str]
     return joint[0], ""
 
 
-# -- Tables of samples: their columns, found by name, and the readers of .csv, .tsv, .jsonl and .json ------------------
+# -- Tables: .csv, .tsv, .jsonl and .json ------------------------------------------------------------------------------
 
 
 # Columns that a message names.
@@ -592,58 +589,126 @@ _READERS = {
 }
 
 
-# -- What the data of a study may be, as far as their name and the file system say -------------------------------------
+# -- Samples of a table or a folder that each have one class -----------------------------------------------------------
 
 
-#: The suffixes of images.
-IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
-
-#: The suffix of arrays.
-NPZ = ".npz"
+TEXT_COLUMNS = ("text", "sentence", "review", "content")
+LABEL_COLUMNS = ("label", "labels", "class", "target")
 
 
-def is_file_of_data(path: Path) -> bool:
-    """Return whether a file has a suffix of data that can be read."""
-    return path.suffix.lower() in (*TABLES, NPZ)
-
-
-@checks_arguments
-def require_data(source: str, one_image: bool = False) -> None:
-    """Raise an error if a source of data is a file of another kind, or a path at which nothing is.
-
-    Parameters
-    ----------
-    source : str
-        As for :func:`~tnadapt.finetune.data.open_source`.
-    one_image : bool
-        Whether it may be an image, too.
+def labelled_texts(
+    table: Table, text_column: str | None = None, label_column: str | None = None, label_names: Sequence[str] = ()
+) -> Data:
+    """Return the texts of a table, each with one class.
 
     Raises
     ------
     FileError
-
-    Examples
-    --------
-    >>> require_data("imdb")  # perhaps a name for datasets
-    >>> require_data("nowhere.csv")
-    Traceback (most recent call last):
-    tnadapt.errors.FileError: no data at nowhere.csv: there is no such file or folder
+        If there is no column of texts or of labels, or a cell holds something else.
     """
-    path = Path(path_of(source))
-    # These functions of os.path return False for a path that cannot be one, such as one that is too long.
-    if os.path.isdir(path):
-        return
-    if os.path.isfile(path):
-        if not is_file_of_data(path) and not (one_image and path.suffix.lower() in IMAGES):
-            images = "an image or a folder of images" if one_image else "a folder of images"
-            raise FileError(
-                f"cannot read data from {path}: expected a .csv, .tsv, .jsonl, .json or .npz file, or {images}"
-            )
-    elif is_file_of_data(path) or source.startswith((".", "/", "~")):
-        raise FileError(f"no data at {path}: there is no such file or folder")
+    names = list(table.columns)
+    text = needed_column(table.path, "text", text_column, TEXT_COLUMNS, names)
+    label = needed_column(table.path, "label", label_column, (*label_names, *LABEL_COLUMNS), names)
+    table.filled([text, label])
+
+    def of(part: Table) -> tuple[Any, list[Any]]:
+        labels = list(part.columns[label])
+        for row, one in enumerate(labels):
+            part.word(label, row, one)  # raises if it is not the number of a class
+        return list(part.columns[text]), labels
+
+    test = table.test([text, label], label)
+    data = _labelled(table.name, "text", *of(table), None if test is None else of(test))
+    words = table.words.get(label)
+    return data if not words else data.with_words(words)
 
 
-# -- Arrays from untrusted archives: claimed sizes are checked against the bytes present before memory is allocated ----
+def _labelled(
+    name: str,
+    kind: str,
+    inputs: Any,
+    labels: Sequence[Any],
+    test: tuple[Any, Any] | None = None,
+    test_name: str = "test",
+) -> Data:
+    """Return data whose classes are the distinct labels, sorted (numbers numerically), without outer spaces."""
+    for part in [(inputs, labels)] if test is None else [(inputs, labels), test]:
+        _check(name, kind, *part)
+    labels = _stripped(labels)
+    test = None if test is None else (test[0], _stripped(test[1]))
+    found = sorted(set(labels) if test is None else set(labels) | set(test[1]))
+    place = {label: index for index, label in enumerate(found)}
+
+    def samples(inputs: Any, labels: Sequence[Any]) -> Samples:
+        return Samples(inputs, np.array([place[label] for label in labels], np.int64))
+
+    return Data(
+        name,
+        kind,
+        tuple(str(label) for label in found),
+        samples(inputs, labels),
+        None if test is None else samples(*test),
+        test_name,
+    )
+
+
+def _stripped(labels: Sequence[Any]) -> list[Any]:
+    return [label.strip() if isinstance(label, str) else label for label in labels]
+
+
+def _check(name: str, kind: str, inputs: Any, labels: Sequence[Any]) -> None:
+    """Raise a FileError unless the labels are words or integers and the texts are strings."""
+    kinds = {type(label) for label in labels}
+    if not kinds or not (kinds == {str} or kinds <= {int, bool}):
+        known = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
+        raise FileError(f"the labels of {name} are of type {known}; expected words, or integers")
+    for index, text in enumerate(inputs if kind == "text" else []):
+        if not isinstance(text, str):
+            raise FileError(f"the text of sample {index} of {name} is {safe_repr(text)}")
+
+
+# -- Folders of images -------------------------------------------------------------------------------------------------
+
+
+#: The suffixes of images.
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+TEST_FOLDERS = ("test", "validation", "valid", "val")
+
+
+def _folder(path: Path) -> Data:
+    names = {entry.name: entry for entry in sorted(path.iterdir()) if entry.is_dir() and entry.name[0] != "."}
+    if "train" in names and not names.keys().isdisjoint(TEST_FOLDERS) and not names.keys() <= {"train", *TEST_FOLDERS}:
+        others = ", ".join(sorted(names.keys() - {"train", *TEST_FOLDERS}))
+        raise FileError(
+            f"{path} has folders named train and test and others ({others}): it is unclear whether they are parts or "
+            "classes; move the others away, or rename train and test"
+        )
+    if "train" in names and names.keys() <= {"train", *TEST_FOLDERS}:
+        part = next((name for name in TEST_FOLDERS if name in names), None)
+        divided = None if part is None else _class_folders(names[part])
+        return _labelled(path.name, "image", *_class_folders(names["train"]), divided, part or "")
+    return _labelled(path.name, "image", *_class_folders(path))
+
+
+def _class_folders(path: Path) -> tuple[list[Path], list[str]]:
+    files, labels = [], []
+    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."):
+        inside = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
+        if not inside:
+            raise FileError(f"no image in {folder}: expected a folder of images for each class")
+        files += inside
+        labels += [folder.name] * len(inside)
+    if not files:
+        raise FileError(f"no sub-folders with images in {path}: expected one for each class")
+    return files, labels
+
+
+# -- Arrays in .npz archives: claimed sizes are checked against the bytes present before memory is allocated -----------
+
+
+#: The suffix of arrays.
+NPZ = ".npz"
+ARRAYS = frozenset({"x_train", "y_train", "x_test", "y_test", "x", "y", "images", "labels"})
 
 
 #: Limit on the total bytes of an archive's arrays: 16 GiB.
@@ -778,180 +843,6 @@ def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, there: int, left: 
     return array.T if fortran else array
 
 
-# -- Readers of user data: a table of texts, a folder of images, an .npz, or a datasets name ---------------------------
-
-
-ARRAYS = frozenset({"x_train", "y_train", "x_test", "y_test", "x", "y", "images", "labels"})
-TEST_FOLDERS = ("test", "validation", "valid", "val")
-TEXT_COLUMNS = ("text", "sentence", "review", "content")
-LABEL_COLUMNS = ("label", "labels", "class", "target")
-IMAGE_COLUMNS = ("image", "img")
-
-
-def open_source(
-    source: str, text_column: str | None = None, label_column: str | None = None, label_names: Sequence[str] = ()
-) -> Table | Data:
-    """Open the data that ``--data`` names: a table of texts, or labeled images.
-
-    Parameters
-    ----------
-    source : str
-        A ``.csv`` or ``.tsv`` file with a header line; a ``.jsonl`` or ``.json`` file of objects; a folder with one
-        sub-folder per class (or with ``train`` and ``test`` folders that have these); an ``.npz`` with ``x_train``,
-        ``y_train``, ``x_test``, ``y_test``, with ``x`` and ``y``, or with ``images`` and ``labels``, of at most 16 GiB
-        in total; a folder saved by ``datasets``; else a name for ``datasets.load_dataset``, as ``NAME`` or
-        ``NAME:CONFIG``.
-    text_column, label_column : str, optional
-        With a text column, a source of ``datasets`` is a table even if it has images, too.
-    label_names : sequence of str
-        Possible names of the label column of images, tried before the usual ones.
-
-    Raises
-    ------
-    TnadaptError
-        If the source does not exist or cannot be read.
-    """
-    path = Path(source)
-    # These functions of os.path return False for a path that cannot be one, such as one that is too long.
-    if os.path.isdir(source):
-        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return _from_datasets(source, text_column, label_column, (*label_names, *LABEL_COLUMNS))
-        return _folder(path)
-    require_data(source)
-    if os.path.isfile(source):
-        return read_table(path) if path.suffix.lower() in TABLES else _npz(path)
-    return _from_datasets(source, text_column, label_column, (*label_names, *LABEL_COLUMNS))
-
-
-def read(
-    source: str, text_column: str | None = None, label_column: str | None = None, label_names: Sequence[str] = ()
-) -> Data:
-    """Read texts or images that each have one class.
-
-    Parameters
-    ----------
-    source : str
-        As in :func:`open_source`.
-    text_column, label_column : str, optional
-        Columns of a table; found by their usual names by default.
-    label_names : sequence of str
-        Possible names of the label column, tried before the usual ones if ``label_column`` is not given.
-
-    Returns
-    -------
-    Data
-
-    Raises
-    ------
-    TnadaptError
-        If the source does not exist or does not hold labeled texts or images.
-    """
-    found = open_source(source, text_column, label_column, label_names)
-    return found if isinstance(found, Data) else labelled_texts(found, text_column, label_column, label_names)
-
-
-def labelled_texts(
-    table: Table, text_column: str | None = None, label_column: str | None = None, label_names: Sequence[str] = ()
-) -> Data:
-    """Return the texts of a table, each with one class.
-
-    Raises
-    ------
-    FileError
-        If there is no column of texts or of labels, or a cell holds something else.
-    """
-    names = list(table.columns)
-    text = needed_column(table.path, "text", text_column, TEXT_COLUMNS, names)
-    label = needed_column(table.path, "label", label_column, (*label_names, *LABEL_COLUMNS), names)
-    table.filled([text, label])
-
-    def of(part: Table) -> tuple[Any, list[Any]]:
-        labels = list(part.columns[label])
-        for row, one in enumerate(labels):
-            part.word(label, row, one)  # raises if it is not the number of a class
-        return list(part.columns[text]), labels
-
-    test = table.test([text, label], label)
-    data = _labelled(table.name, "text", *of(table), None if test is None else of(test))
-    words = table.words.get(label)
-    return data if not words else data.with_words(words)
-
-
-def _labelled(
-    name: str,
-    kind: str,
-    inputs: Any,
-    labels: Sequence[Any],
-    test: tuple[Any, Any] | None = None,
-    test_name: str = "test",
-) -> Data:
-    """Return data whose classes are the distinct labels, sorted (numbers numerically), without outer spaces."""
-    for part in [(inputs, labels)] if test is None else [(inputs, labels), test]:
-        _check(name, kind, *part)
-    labels = _stripped(labels)
-    test = None if test is None else (test[0], _stripped(test[1]))
-    found = sorted(set(labels) if test is None else set(labels) | set(test[1]))
-    place = {label: index for index, label in enumerate(found)}
-
-    def samples(inputs: Any, labels: Sequence[Any]) -> Samples:
-        return Samples(inputs, np.array([place[label] for label in labels], np.int64))
-
-    return Data(
-        name,
-        kind,
-        tuple(str(label) for label in found),
-        samples(inputs, labels),
-        None if test is None else samples(*test),
-        test_name,
-    )
-
-
-def _stripped(labels: Sequence[Any]) -> list[Any]:
-    return [label.strip() if isinstance(label, str) else label for label in labels]
-
-
-def _check(name: str, kind: str, inputs: Any, labels: Sequence[Any]) -> None:
-    """Raise a FileError unless the labels are words or integers and the texts are strings."""
-    kinds = {type(label) for label in labels}
-    if not kinds or not (kinds == {str} or kinds <= {int, bool}):
-        known = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
-        raise FileError(f"the labels of {name} are of type {known}; expected words, or integers")
-    for index, text in enumerate(inputs if kind == "text" else []):
-        if not isinstance(text, str):
-            raise FileError(f"the text of sample {index} of {name} is {safe_repr(text)}")
-
-
-# -- Images ------------------------------------------------------------------------------------
-
-
-def _folder(path: Path) -> Data:
-    names = {entry.name: entry for entry in sorted(path.iterdir()) if entry.is_dir() and entry.name[0] != "."}
-    if "train" in names and not names.keys().isdisjoint(TEST_FOLDERS) and not names.keys() <= {"train", *TEST_FOLDERS}:
-        others = ", ".join(sorted(names.keys() - {"train", *TEST_FOLDERS}))
-        raise FileError(
-            f"{path} has folders named train and test and others ({others}): it is unclear whether they are parts or "
-            "classes; move the others away, or rename train and test"
-        )
-    if "train" in names and names.keys() <= {"train", *TEST_FOLDERS}:
-        part = next((name for name in TEST_FOLDERS if name in names), None)
-        divided = None if part is None else _class_folders(names[part])
-        return _labelled(path.name, "image", *_class_folders(names["train"]), divided, part or "")
-    return _labelled(path.name, "image", *_class_folders(path))
-
-
-def _class_folders(path: Path) -> tuple[list[Path], list[str]]:
-    files, labels = [], []
-    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."):
-        inside = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
-        if not inside:
-            raise FileError(f"no image in {folder}: expected a folder of images for each class")
-        files += inside
-        labels += [folder.name] * len(inside)
-    if not files:
-        raise FileError(f"no sub-folders with images in {path}: expected one for each class")
-    return files, labels
-
-
 def _npz(path: Path) -> Data:
     try:
         arrays, known = read_npz(path, ARRAYS)
@@ -1008,7 +899,10 @@ def _labels(path: Path, name: str, array: NDArray[Any], count: int) -> list[Any]
     return [label.decode("utf-8", "replace") if isinstance(label, bytes) else label for label in labels]
 
 
-# -- The datasets library ----------------------------------------------------------------------
+# -- The datasets library ----------------------------------------------------------------------------------------------
+
+
+IMAGE_COLUMNS = ("image", "img")
 
 
 def _from_datasets(
@@ -1117,3 +1011,81 @@ def quiet(*loggers: str) -> Iterator[None]:
     finally:
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)
+
+
+# -- Any of these sources ----------------------------------------------------------------------------------------------
+
+
+def open_source(
+    source: str, text_column: str | None = None, label_column: str | None = None, label_names: Sequence[str] = ()
+) -> Table | Data:
+    """Open the data that ``--data`` names: a table of texts, or labeled images.
+
+    Parameters
+    ----------
+    source : str
+        A ``.csv`` or ``.tsv`` file with a header line; a ``.jsonl`` or ``.json`` file of objects; a folder with one
+        sub-folder per class (or with ``train`` and ``test`` folders that have these); an ``.npz`` with ``x_train``,
+        ``y_train``, ``x_test``, ``y_test``, with ``x`` and ``y``, or with ``images`` and ``labels``, of at most 16 GiB
+        in total; a folder saved by ``datasets``; else a name for ``datasets.load_dataset``, as ``NAME`` or
+        ``NAME:CONFIG``.
+    text_column, label_column : str, optional
+        With a text column, a source of ``datasets`` is a table even if it has images, too.
+    label_names : sequence of str
+        Possible names of the label column of images, tried before the usual ones.
+
+    Raises
+    ------
+    TnadaptError
+        If the source does not exist or cannot be read.
+    """
+    path = Path(source)
+    # These functions of os.path return False for a path that cannot be one, such as one that is too long.
+    if os.path.isdir(source):
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return _from_datasets(source, text_column, label_column, (*label_names, *LABEL_COLUMNS))
+        return _folder(path)
+    require_data(source)
+    if os.path.isfile(source):
+        return read_table(path) if path.suffix.lower() in TABLES else _npz(path)
+    return _from_datasets(source, text_column, label_column, (*label_names, *LABEL_COLUMNS))
+
+
+# Suffixes of files that can be read.
+_SUFFIXES = (*TABLES, NPZ)
+
+
+@checks_arguments
+def require_data(source: str, one_image: bool = False) -> None:
+    """Raise an error if a source of data is a file of another kind, or a path at which nothing is.
+
+    Parameters
+    ----------
+    source : str
+        As for :func:`~tnadapt.finetune.data.open_source`.
+    one_image : bool
+        Whether it may be an image, too.
+
+    Raises
+    ------
+    FileError
+
+    Examples
+    --------
+    >>> require_data("imdb")  # perhaps a name for datasets
+    >>> require_data("nowhere.csv")
+    Traceback (most recent call last):
+    tnadapt.errors.FileError: no data at nowhere.csv: there is no such file or folder
+    """
+    path = Path(path_of(source))
+    # These functions of os.path return False for a path that cannot be one, such as one that is too long.
+    if os.path.isdir(path):
+        return
+    if os.path.isfile(path):
+        if path.suffix.lower() not in (*_SUFFIXES, *(IMAGES if one_image else ())):
+            images = "an image or a folder of images" if one_image else "a folder of images"
+            raise FileError(
+                f"cannot read data from {path}: expected a .csv, .tsv, .jsonl, .json or .npz file, or {images}"
+            )
+    elif path.suffix.lower() in _SUFFIXES or source.startswith((".", "/", "~")):
+        raise FileError(f"no data at {path}: there is no such file or folder")

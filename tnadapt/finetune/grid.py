@@ -1,4 +1,4 @@
-"""For ``tnadapt finetune``: the settings to train, a default grid or presets by name."""
+"""The methods that a study compares: a default grid, presets by name, or the largest within a budget."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ __all__ = [
     "Chooser",
     "Method",
     "Shapes",
-    "check_budget",
-    "check_settings",
     "default_methods",
     "head_alone",
     "methods_of",
@@ -32,7 +30,7 @@ __all__ = [
 ]
 
 
-# -- For tnadapt finetune: the settings to train, a default grid or presets by name ------------------------------------
+# -- Methods, and the default grid -------------------------------------------------------------------------------------
 
 
 Shapes = Sequence[tuple[int, int]]
@@ -95,34 +93,6 @@ def method_of(config: Config) -> Method:
     return Method(*known_as(config), config)
 
 
-def lora_of(rank: int) -> Method:
-    return method_of(presets.lora(rank))
-
-
-def lokr_of(rank: int) -> Method:
-    return method_of(presets.lokr(rank))
-
-
-def superlora_of(rank: int) -> Method:
-    return method_of(presets.superlora(rank))
-
-
-def projected_of(rank: int, ratio: float) -> Method:
-    return method_of(presets.superlora(rank, projection="linear", ratio=ratio))
-
-
-def lonkr_of(rank: int, splits: int, size: int) -> Method:
-    return method_of(presets.lonkr(rank, splits=splits, split_size=size))
-
-
-def lorta_of(rank: int, order: int) -> Method:
-    return method_of(presets.lorta(rank, order))
-
-
-def fastfood_of(ratio: float) -> Method:
-    return method_of(presets.fastfood(ratio))
-
-
 @checks_arguments
 def default_methods(short: bool = False) -> list[Method]:
     """Return the default grid of methods, from tens of parameters to dense.
@@ -137,34 +107,26 @@ def default_methods(short: bool = False) -> list[Method]:
     >>> len(default_methods()), len(default_methods(short=True))
     (19, 10)
     """
-    dense = Method(DENSE, "", presets.dense())
     if short:
-        small = [lokr_of(4), lorta_of(1, 5), lorta_of(8, 3), superlora_of(1), superlora_of(4), projected_of(4, 0.1)]
-        return [head_alone(), dense, lora_of(1), lora_of(8), *small]
-    return [
-        head_alone(),
-        dense,
-        lora_of(1),
-        lora_of(4),
-        lokr_of(1),
-        lokr_of(4),
-        lonkr_of(1, 3, 6),
-        lonkr_of(2, 2, 8),
-        lorta_of(1, 5),
-        lorta_of(1, 3),
-        lorta_of(2, 5),
-        lorta_of(6, 3),
-        superlora_of(1),
-        superlora_of(4),
-        superlora_of(11),
-        projected_of(1, 0.01),
-        projected_of(1, 0.1),
-        projected_of(4, 0.1),
-        fastfood_of(0.1),
-    ]
+        configs = [
+            presets.lora(1), presets.lora(8), presets.lokr(4), presets.lorta(1, 5), presets.lorta(8, 3),
+            presets.superlora(1), presets.superlora(4), presets.superlora(4, projection="linear", ratio=0.1),
+        ]  # fmt: skip
+    else:
+        configs = [
+            presets.lora(1), presets.lora(4), presets.lokr(1), presets.lokr(4),
+            presets.lonkr(1, splits=3, split_size=6), presets.lonkr(2, splits=2, split_size=8),
+            presets.lorta(1, 5), presets.lorta(1, 3), presets.lorta(2, 5), presets.lorta(6, 3),
+            presets.superlora(1), presets.superlora(4), presets.superlora(11),
+            presets.superlora(1, projection="linear", ratio=0.01),
+            presets.superlora(1, projection="linear", ratio=0.1),
+            presets.superlora(4, projection="linear", ratio=0.1),
+            presets.fastfood(0.1),
+        ]  # fmt: skip
+    return [head_alone(), Method(DENSE, "", presets.dense()), *map(method_of, configs)]
 
 
-# -- By name -----------------------------------------------------------------------------------
+# -- Presets by name ---------------------------------------------------------------------------------------------------
 
 
 def methods_of(
@@ -211,24 +173,8 @@ def methods_of(
     return found
 
 
-def check_settings(names: Sequence[str], ranks: Sequence[int], changes: Mapping[str, Any]) -> None:
-    """Raise the errors of :func:`methods_of` that do not depend on the weights.
-
-    Parameters
-    ----------
-    names, ranks, changes
-        As for :func:`methods_of`.
-
-    Raises
-    ------
-    TnadaptError
-
-    Examples
-    --------
-    >>> check_settings(["lora"], [0], {})
-    Traceback (most recent call last):
-    tnadapt.errors.ConfigError: rank must be from 1 to 1099511627776; got 0
-    """
+def _check_settings(names: Sequence[str], ranks: Sequence[int], changes: Mapping[str, Any]) -> None:
+    """Raise the errors of :func:`methods_of` that do not depend on the weights."""
     for name, parameters in _presets(names, changes):
         # The others compute their fold from the weights.
         if "rows" not in parameters or changes.get("groups") == "role":
@@ -290,7 +236,7 @@ def _stacked(name: str, parameters: Mapping[str, Any], shapes: Shapes, layers: i
     return {key: value for key, value in known.items() if key in parameters}
 
 
-# -- For tnadapt finetune --budget: the largest setting of each method within a budget of parameters -------------------
+# -- The largest settings within a budget ------------------------------------------------------------------------------
 
 
 #: Presets that join the usual families: those with the fewest parameters, and the one that did best with few on a task
@@ -299,8 +245,7 @@ _FEW = (*FEWEST, "fourierft")
 
 
 @checks_arguments
-def check_budget(budget: int) -> None:
-    """Raise a TnadaptError unless a budget is a number of parameters."""
+def _check_budget(budget: int) -> None:
     if budget < 1:
         raise TnadaptError(f"a budget must be at least 1 parameter; got {budget}")
 
@@ -341,7 +286,7 @@ def within(budget: int, shapes: Shapes) -> list[Method]:
     Uni-LoRA p = 10000, r = 4 10000
     FourierFT n = 416 9984
     """
-    check_budget(budget)
+    _check_budget(budget)
     search, families = Search(shapes), _families(shapes)
     allowed = min(budget, sum(rows * cols for rows, cols in shapes))
     found = [largest for family in families if (largest := search.largest(family, allowed))]
@@ -358,7 +303,7 @@ def _families(shapes: Shapes) -> list[Family]:
     return [*usual(shapes), *(PRESET_FAMILIES[name].family(weights) for name in _FEW)]
 
 
-# -- The user's choice of the methods that a study compares ------------------------------------------------------------
+# -- The user's choice -------------------------------------------------------------------------------------------------
 
 
 class Chooser(Protocol):
@@ -413,9 +358,9 @@ class Choice:
         if self.budgets and self._named:
             raise TnadaptError("a budget finds the settings itself; give a budget or settings, not both")
         for budget in self.budgets:
-            check_budget(budget)
+            _check_budget(budget)
         if self._named:
-            check_settings(self.presets, self.ranks, self.changes)
+            _check_settings(self.presets, self.ranks, self.changes)
 
     def methods(self, shapes: Shapes, layers: int) -> list[Method]:
         """Return the methods to compare on weights of these shapes in ``layers`` layers.

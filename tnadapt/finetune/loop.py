@@ -16,9 +16,8 @@ from tnadapt.errors import TnadaptError, safe_repr
 
 from ._learning_task import LearningTask
 from ._specification import Part
-from ._torch_threads import threads
 
-__all__ = ["OwnRates", "Schedule", "TrainingStep", "accuracy", "batches", "evaluate", "fit", "steps_of", "threads"]
+__all__ = ["OwnRates", "Schedule", "TrainingStep", "accuracy", "batches", "evaluate", "fit", "steps_of"]
 
 Logits = Callable[[nn.Module, Any], Tensor]
 

@@ -1,4 +1,4 @@
-"""The evaluation of results: each method at its best rate, the Pareto front, and the table."""
+"""The evaluation of results: each method at its best rate, the front, the table, and the control."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-# -- The evaluation of results: each method at its best rate, the Pareto front, and the table --------------------------
+# -- Points, the Pareto front, and the table ---------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,7 +327,7 @@ def rows_of(points: Sequence[Point]) -> list[list[str]]:
     return rows
 
 
-# -- The control of a study: whether the best adapter is better than the head alone, or than the untrained base --------
+# -- Whether the best adapter is better than the head alone, or than the untrained base --------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tnadapt.errors import TargetError
 
 from ._learning_task import LearningTask
-from ._specification import Part, Spec
+from ._specification import Part
 
-__all__ = ["Part", "Problem", "Spec", "base_digest", "check_kept", "free", "samples_digest", "under"]
+__all__ = ["Problem", "base_digest", "check_kept", "free", "samples_digest", "under"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Results as JSON lines: one per finished training, written atomically."""
+"""Results as JSON lines: one per finished training, on disk before the next one begins."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ __all__ = [
     "Results",
     "append_line",
     "check_out",
-    "machine",
     "read_lines",
     "undamaged_lines",
 ]
@@ -63,7 +62,7 @@ def undamaged_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield found
 
 
-# -- Results as JSON lines: one per finished training, written atomically ----------------------------------------------
+# -- The results of a study --------------------------------------------------------------------------------------------
 
 
 FORMAT = "tnadapt finetune 1"
@@ -177,7 +176,7 @@ class Results:
 
     def begin_session(self, **more: Any) -> None:
         """Record that a run started, and on which machine."""
-        self._append({"session": {**machine(), **more}})
+        self._append({"session": {**_machine(), **more}})
 
     def add(self, record: dict[str, Any]) -> None:
         """Write a finished training; it is on disk when this returns."""
@@ -258,7 +257,7 @@ def _shortened(was: Any, now: Any) -> tuple[str, str]:
     return texts[0], texts[1]
 
 
-def machine() -> dict[str, Any]:
+def _machine() -> dict[str, Any]:
     """Return the machine and versions that results may depend on, without names of hosts or users."""
     versions = {"python": platform.python_version()}
     for name in ("tnadapt", "numpy", "torch", "scikit-learn", "transformers", "accelerate", "timm", "datasets"):
@@ -286,7 +285,7 @@ def _processor() -> str:
     return platform.processor()
 
 
-# -- The folder of a study: whether it can be used, as far as that can be seen before anything is written --------------
+# -- The folder of a study ---------------------------------------------------------------------------------------------
 
 
 @checks_arguments

@@ -35,7 +35,7 @@ from paper.diffusion.images import ImageSet, balanced, read_images
 from paper.diffusion.metrics import METRICS
 from paper.diffusion.opening import generation_of
 from tnadapt.finetune import Reporter
-from tnadapt.finetune.loop import threads
+from tnadapt.finetune.engines import threads
 
 from .standins import write_idx, write_svhn
 

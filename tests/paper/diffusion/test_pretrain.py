@@ -15,7 +15,7 @@ from paper.diffusion import pretrain
 from paper.diffusion.images import ImageSet, read_images
 from paper.diffusion.pretrain import Pretraining, pretrained
 from paper.diffusion.process import Process
-from tnadapt.finetune.loop import threads
+from tnadapt.finetune.engines import threads
 
 from .standins import write_idx
 

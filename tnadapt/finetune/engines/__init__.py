@@ -17,6 +17,7 @@ from ._engine import (
     Work,
     discard,
     run_call,
+    threads,
 )
 from ._running import ENGINES, engine_options, open_engine, run_tasks
 
@@ -37,4 +38,5 @@ __all__ = [
     "open_engine",
     "run_call",
     "run_tasks",
+    "threads",
 ]

@@ -1,4 +1,4 @@
-"""What an engine defines: where calls run, how many at once, and how each ended."""
+"""What all engines share: tasks and their calls, the files of workers, and the interface of an engine."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from tnadapt.checkpoints.atomic_files import replace_file, sync_folder
 from tnadapt.errors import FileError, TnadaptError, safe_repr
-from tnadapt.finetune._torch_threads import threads
 from tnadapt.finetune.results import append_line, undamaged_lines
 
 __all__ = [
     "AGAIN",
     "NOTES",
+    "SHARE",
     "Died",
     "Do",
     "Ended",
@@ -44,14 +44,12 @@ __all__ = [
     "discard",
     "interrupts_held",
     "name_of",
-    "new_worker_file",
-    "progress_file",
     "run_call",
-    "worker_files",
+    "threads",
 ]
 
 
-# -- What is run: work that a process opens once, and tasks with keys --------------------------------------------------
+# -- Work and tasks ----------------------------------------------------------------------------------------------------
 
 
 Do = Callable[[Any, Callable[[float], None]], dict[str, Any]]
@@ -80,7 +78,7 @@ def name_of(task: Keyed) -> str:
     return str(getattr(task, "name", task.key))
 
 
-# -- The worker's side: one call runs one task, writes its line to the worker's own file, and returns it ---------------
+# -- In a worker: one call runs one task, and writes its line to the worker's own file ---------------------------------
 
 
 #: Seconds between two reports of one task.
@@ -133,7 +131,7 @@ class TaskCall:
     Attributes
     ----------
     folder : Path
-        The folder of the run, absolute: see :class:`~tnadapt.finetune.engines._engine.RunFolder`.
+        The folder of the run, absolute: see :class:`RunFolder`.
     where : str
         The working directory of the program, from which the paths in the work start.
     work : Work
@@ -150,6 +148,19 @@ class TaskCall:
     task: Keyed
     threads: int
     run: str
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Set torch's number of threads inside ``with``. Torch is imported here, after options have been checked."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_call(call: TaskCall) -> Ended:
@@ -240,14 +251,14 @@ class _ProgressFile:
                 return  # progress is not worth an error
 
 
-# -- The driver's side of a run's files: lines of workers that no one has read yet, and the progress of all ------------
+# -- In the driver: lines of workers that no one has read yet, and the progress of all ---------------------------------
 
 
 #: The name of the file, in its own folder, in which an engine notes the keys of jobs that outlive the program.
 NOTES = "jobs.jsonl"
 
-# Reading progress may take this fraction of the driver's time, however slow the file system is.
-_SHARE = 0.05
+#: Reading files of workers may take this fraction of the driver's time, however slow the file system is.
+SHARE = 0.05
 
 T = TypeVar("T", bound=Keyed)
 
@@ -302,7 +313,7 @@ class RunFolder:
         for task in tasks:
             self.report_one(task, progress)
         now = time.monotonic()
-        self._next_look = now + (now - began) / _SHARE
+        self._next_look = now + (now - began) / SHARE
 
     def report_one(self, task: T, progress: Callable[[T, float], None]) -> None:
         """Report the progress of one task, if there is any."""
@@ -379,7 +390,7 @@ def discard(folder: Path) -> None:
             (folder / "workers").rmdir()  # fails unless it is empty
 
 
-# -- What an engine defines: where calls run, how many at once, and how each ended -------------------------------------
+# -- The interface of an engine ----------------------------------------------------------------------------------------
 
 
 #: How to go on after an error of an engine.
@@ -476,9 +487,9 @@ class Engine(abc.ABC):
             raise TnadaptError(f"option {option} of engine {self.name} must be a number of at least 0; got {text!r}")
         return value
 
-    @abc.abstractmethod
     def threads(self, wanted: int | None, tasks: int) -> int:
-        """Return torch's threads for each of so many tasks, of which the problem may want a certain number."""
+        """Return torch's threads for each of so many tasks: as many as the problem wants, else the option ``cpus``."""
+        return wanted or max(1, int(self.number("cpus", 1)))
 
     def here(self, tasks: int) -> bool:
         """Whether so many tasks run one after the other in this process."""
@@ -516,7 +527,7 @@ class Engine(abc.ABC):
         """Return what to do about workers that die, as part of a sentence."""
 
 
-# -- Delays Ctrl-C while an engine starts workers or jobs, until the engine knows which ones to end --------------------
+# -- Ctrl-C while an engine starts workers or jobs ---------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -18,8 +18,6 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tnadapt.finetune._torch_threads import number_of_threads
-
 from ._engine import (
     Died,
     Ended,
@@ -49,7 +47,9 @@ class LocalEngine(Engine):
 
     def threads(self, wanted: int | None, tasks: int) -> int:
         """Return as many as wanted, or an equal share of all."""
-        return wanted or max(1, number_of_threads() // max(1, min(self.jobs, tasks)))
+        import torch
+
+        return wanted or max(1, torch.get_num_threads() // max(1, min(self.jobs, tasks)))
 
     def here(self, tasks: int) -> bool:
         """Whether only one task runs at a time, in this process."""

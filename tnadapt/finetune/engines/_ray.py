@@ -40,10 +40,6 @@ class RayEngine(Engine):
         }
     )
 
-    def threads(self, wanted: int | None, tasks: int) -> int:
-        """Return as many as wanted, else the option ``cpus``."""
-        return wanted or max(1, int(self.number("cpus", 1)))
-
     def start(self, folder: Path, threads: int) -> Started:
         """Connect to a cluster, or start one.
 

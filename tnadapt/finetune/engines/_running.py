@@ -1,4 +1,4 @@
-"""Run tasks on an engine: what is finished is kept, what died is tried again."""
+"""The engines by name, and the run of tasks on one: what is finished is kept, what died is tried again."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from tnadapt.argument_checks import checks_arguments, wrong_argument
 from tnadapt.checkpoints.container import path_of
 from tnadapt.errors import ConfigError, TnadaptError, integer, safe_repr
-from tnadapt.finetune._torch_threads import threads as torch_threads
 
+from . import _engine
 from ._engine import AGAIN, Died, Do, Engine, Failed, Finished, Keyed, RunFolder, TaskCall, Work, as_json, name_of
 from ._local import LocalEngine
 from ._ray import RayEngine
@@ -66,10 +66,10 @@ def open_engine(
     Traceback (most recent call last):
     tnadapt.errors.TnadaptError: no engine 'loca'; expected one of local, ray, slurm
     """
-    return _engine(name)(jobs, options, light)
+    return _engine_class(name)(jobs, options, light)
 
 
-def _engine(name: str) -> type[Engine]:
+def _engine_class(name: str) -> type[Engine]:
     if name not in ENGINES:
         raise TnadaptError(f"no engine {safe_repr(name)}; expected one of {', '.join(ENGINES)}")
     return ENGINES[name]
@@ -83,10 +83,10 @@ def engine_options(name: str) -> Mapping[str, str]:
     >>> engine_options("ray")["gpus"]
     'of each task, such as 1 or 0.25'
     """
-    return _engine(name).known
+    return _engine_class(name).known
 
 
-# -- Run tasks on an engine: what is finished is kept, what died is tried again ----------------------------------------
+# -- Running tasks -----------------------------------------------------------------------------------------------------
 
 
 #: How often a task is started whose worker dies.
@@ -221,7 +221,7 @@ def _one_by_one(
     do: Do, tasks: Sequence[T], share: int, progress: Callable[[T, float], None]
 ) -> Generator[tuple[T, dict[str, Any]]]:
     for task in tasks:
-        with torch_threads(share):
+        with _engine.threads(share):
             line = as_json(do(task, functools.partial(progress, task)))
         yield task, line
 

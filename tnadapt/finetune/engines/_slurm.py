@@ -16,6 +16,7 @@ from tnadapt.finetune.results import undamaged_lines
 
 from ._engine import (
     NOTES,
+    SHARE,
     Died,
     Ended,
     Engine,
@@ -33,8 +34,6 @@ __all__ = ["SlurmEngine"]
 _ARRAY = 1000
 # File systems of clusters show a new file on other machines after some seconds.
 _LAG = 15.0
-# Looking for the results of jobs may take this fraction of the program's time, however slow the file system is.
-_SHARE = 0.05
 # Seconds in which processes of this machine end after they were told to.
 _PATIENCE = 10.0
 # Seconds between two commands that submit jobs. One may take seconds, so those that are ready go together.
@@ -88,10 +87,6 @@ class SlurmEngine(Engine):
             "cluster": "slurm; or local, for processes of this machine",
         }
     )
-
-    def threads(self, wanted: int | None, tasks: int) -> int:
-        """Return as many as wanted, else the option ``cpus``."""
-        return wanted or max(1, int(self.number("cpus", 1)))
 
     @property
     def capacity(self) -> int:
@@ -151,7 +146,7 @@ class _Jobs(Started):
         time.sleep(max(seconds, self.pause))
         began = time.monotonic()
         found = {key: ended for key, job in self.jobs.items() if (ended := self._ended(key, job)) is not None}
-        self.pause = (time.monotonic() - began) / _SHARE
+        self.pause = (time.monotonic() - began) / SHARE
         for key, ended in found.items():
             del self.jobs[key]
             yield key, ended

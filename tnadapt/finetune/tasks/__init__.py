@@ -1,4 +1,4 @@
-"""The tasks of ``tnadapt finetune``, each a class in a module of its own.
+"""The tasks of ``tnadapt finetune``, each a class.
 
 Another one is a subclass of :class:`LearningTask`, made known by :func:`register_task`.
 """

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 
-from .._encode import TokenLists
+from .._inputs import IGNORED, TokenLists
 from .._learning_task import Evidence, LearningTask, Measured, Metric, Rows
 from .._specification import Part, Spec
 from ..data import Data, Samples, Table, find_column
@@ -27,8 +27,6 @@ COMPLETION_COLUMNS = ("completion", "response", "answer", "output")
 _USUAL = {*PROMPT_COLUMNS, *COMPLETION_COLUMNS}
 MESSAGES = "messages"
 _FORMS = ("text", "completion", MESSAGES)
-#: The target of tokens that are not learned.
-IGNORED = -100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +128,7 @@ class CausalLM(LearningTask):
             before = before[max(0, len(before) + len(after) - longest) :]
             tokens.append([*before, *after])
             targets.append([IGNORED] * len(before) + after)
-        return TokenLists(tokens, targets, tokenizer.pad_token_id, IGNORED)
+        return TokenLists(tokens, targets, tokenizer.pad_token_id)
 
     def check(self, compute: Callable[[Any], Tensor], inputs: Any, model: str, data: str) -> None:
         """Raise an error if logits depend on later tokens, as those of a BERT do."""

@@ -1,4 +1,4 @@
-"""Classification of texts: one class each."""
+"""Tasks with one answer for each text or image: classes, several labels, or a number."""
 
 from __future__ import annotations
 
@@ -34,16 +34,11 @@ __all__ = [
     "ImageClassification",
     "MultiLabel",
     "Regression",
-    "class_numbers",
     "columns_of",
-    "label_facts",
-    "labels_of",
-    "missing_columns",
-    "texts_of",
 ]
 
 
-# -- What tasks on tables share: their columns of texts and labels -----------------------------------------------------
+# -- Columns of texts and labels ---------------------------------------------------------------------------------------
 
 
 def class_numbers(classes: Sequence[str], labels: Sequence[str], name: str) -> list[int]:
@@ -230,7 +225,7 @@ class Classification(LearningTask):
         return {}
 
 
-# -- Multi-label classification of texts: any number of labels each ----------------------------------------------------
+# -- Classification of texts: any number of labels each ----------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

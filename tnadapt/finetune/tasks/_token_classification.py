@@ -13,19 +13,17 @@ from torch import Tensor, nn
 
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 
-from .._encode import TokenLists
+from .._inputs import IGNORED, TokenLists
 from .._learning_task import Evidence, LearningTask, Measured, Metric, Rows
 from .._specification import Part, Spec
 from ..data import Data, Samples, Table, find_column
 
-__all__ = ["TaggedWords", "TokenClassification"]
+__all__ = ["TokenClassification"]
 
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("tags", "ner_tags", "pos_tags", "labels")
 #: The tag of words that belong to nothing.
 OUTSIDE = "O"
-#: The target of tokens that do not begin a word.
-IGNORED = -100
 
 
 class TaggedWords(TokenLists):
@@ -46,7 +44,7 @@ class TaggedWords(TokenLists):
         pad: int,
         words: Sequence[Sequence[int]],
     ) -> None:
-        super().__init__(tokens, targets, pad, IGNORED)
+        super().__init__(tokens, targets, pad)
         self.words = words
 
 

@@ -1,11 +1,11 @@
-"""Batches of texts as tokens and of images as pixels."""
+"""A model's inputs: texts as its tokens and images as its pixels, and the libraries that prepare both."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,37 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from tnadapt.checkpoints.checkpoint import gguf_place, need_gguf
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 
 from .data import Samples, first_line, quiet
 
 __all__ = [
+    "IGNORED",
     "Images",
     "Texts",
     "TokenLists",
     "class_expected",
+    "divided_images",
+    "image_settings",
+    "lengths",
+    "longest_text",
     "refused",
+    "require_whole_patches",
     "silent",
+    "tokenizer_of",
     "transformers_library",
 ]
 
 
-# -- Batches of texts as tokens and of images as pixels ----------------------------------------------------------------
+# -- Texts as tokens ---------------------------------------------------------------------------------------------------
 
 
-# Images of more bytes than this are not kept in memory but read again for each batch.
-KEPT_BYTES = 2 << 30
+#: The target of tokens from which nothing is learned.
+IGNORED = -100
+
+# Tokens to which texts are cut unless the user or the model says otherwise.
+LONGEST = 256
 
 
 class Texts:
@@ -75,16 +86,83 @@ class TokenLists(Texts):
     ----------
     tokens, targets : sequence of sequence of int
         The tokens of each text, and a target for each.
-    pad, ignored : int
-        The token, and the target, of padding.
+    pad : int
+        The token of padding, whose target is :data:`IGNORED`.
     """
 
-    def __init__(
-        self, tokens: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], pad: int, ignored: int
-    ) -> None:
+    def __init__(self, tokens: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], pad: int) -> None:
         self._take(tokens, pad)
         rows = [torch.tensor(row, dtype=torch.int64) for row in targets]
-        self.labels = pad_sequence(rows, batch_first=True, padding_value=ignored)
+        self.labels = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+
+
+def tokenizer_of(name: str, transformers: Any, *, split_words: bool = False, revision: str | None = None) -> Any:
+    """Return the tokenizer of a folder, GGUF file or hub name, with a padding token.
+
+    With ``split_words``, it takes lists of words. No code that comes with a tokenizer is run.
+
+    Raises
+    ------
+    TnadaptError
+        If there is none, or it has no token that can serve as padding.
+    """
+    way = "; give a folder or hub name that has one with --tokenizer"
+    folder, file = gguf_place(name)
+    if file:
+        need_gguf(name)
+    what = f"no tokenizer in {safe_repr(name)} that transformers can open"
+    if Path(folder).is_dir() and not file and not Path(folder, "tokenizer.json").exists():
+        what += " (the folder has no tokenizer.json)"
+    with refused(what, way), silent(transformers):
+        settings: dict[str, Any] = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
+        settings |= {"gguf_file": file} if file else {}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **settings)
+        if split_words and getattr(tokenizer, "add_prefix_space", None) is False:
+            # Byte-level tokenizers take words that are split already only with this. It adds a space to other texts.
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, add_prefix_space=True, **settings)
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+        # Some classes, such as RAG's, hold tokenizers and are none.
+        raise TnadaptError(
+            f"the tokenizer of {safe_repr(name)} is a {type(tokenizer).__name__}, not one for texts{way}"
+        )
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, (int, float)) or not longest >= 1:
+        raise TnadaptError(
+            f"model_max_length of the tokenizer of {safe_repr(name)} must be a number from 1; got {safe_repr(longest)}"
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise TnadaptError(f"the tokenizer of {name} has neither a padding token nor an end-of-sequence token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def lengths(tokenizer: Any, model: Any) -> tuple[int, int]:
+    """Return the least and the most tokens that texts can be cut to."""
+    most = min(getattr(model.config, "max_position_embeddings", None) or 1 << 30, tokenizer.model_max_length)
+    return tokenizer.num_special_tokens_to_add() + 1, most
+
+
+def longest_text(given: int | None, name: str, tokenizer: Any, model: Any) -> int:
+    """Return the tokens to which texts are cut.
+
+    Raises
+    ------
+    TnadaptError
+        If the length that the user gave is not possible.
+    """
+    least, most = lengths(tokenizer, model)
+    longest = given or min(LONGEST, most)
+    if not least <= longest <= most:
+        raise TnadaptError(f"--max-length must be from {least} to {most} for {safe_repr(name)}; got {longest}")
+    return int(longest)
+
+
+# -- Images as pixels --------------------------------------------------------------------------------------------------
+
+
+# Images of more bytes than this are not kept in memory but read again for each batch.
+KEPT_BYTES = 2 << 30
 
 
 class Images:
@@ -189,6 +267,67 @@ def _eight_bits(picture: Any) -> Any:
         raise FileError(f"the pixels of an image go from {low:g} to {high:g}; expected integers of 8 or 16 bits")
     wide = picture.mode != "I" or high > 255
     return Image.fromarray(np.rint(numbers / 257 if wide else numbers).astype(np.uint8))
+
+
+def image_settings(name: str, transformers: Any, config: Any, given: int | None) -> tuple[int, int, Any]:
+    """Return size, channels, and mean and deviation of the pixels that a model was trained with; None if unknown."""
+    processor = _processor(name, transformers)
+    size = given or _side(processor.get("crop_size")) or _side(processor.get("size"))
+    size = size or _side(getattr(config, "image_size", None)) or 224
+    if given is not None:
+        require_whole_patches(given, getattr(config, "patch_size", None))
+    statistics = processor.get("image_mean"), processor.get("image_std")
+    return size, int(getattr(config, "num_channels", 3)), None if None in statistics else statistics
+
+
+def _processor(name: str, transformers: Any) -> dict[str, Any]:
+    """Return the image settings that come with a model; empty if there are none."""
+    with contextlib.suppress(Exception), silent(transformers):
+        return dict(transformers.AutoImageProcessor.from_pretrained(name).to_dict())
+    return {}
+
+
+def divided_images(
+    samples: Mapping[str, Samples], size: int, channels: int, given: Any
+) -> Iterator[tuple[str, Images]]:
+    """Yield the parts as images with the same normalization: the model's, or that of the training images."""
+    if channels not in (1, 3):
+        raise TnadaptError(f"the model takes images of {channels} channels; only 1 and 3 are supported")
+    statistics = None
+    if given is not None:
+        mean, std = (torch.tensor(numbers, dtype=torch.float32).expand(channels)[:, None, None] for numbers in given)
+        statistics = mean, std
+    for part, some in samples.items():
+        images = Images(some, size, channels, statistics)
+        statistics = images.statistics
+        yield part, images
+
+
+def require_whole_patches(size: int, patch: Any) -> None:
+    """Raise a TnadaptError unless images of a size are whole patches: most models would cut off the rest silently.
+
+    Parameters
+    ----------
+    size : int
+        Pixels per side.
+    patch : int or sequence or mapping of int, optional
+        Pixels per side of a patch; None if the model has no patches.
+    """
+    side = _side(patch)
+    if side and size % side:
+        below, above = size // side * side, -(-size // side) * side
+        near = f"{below} or {above}" if below else above
+        raise TnadaptError(
+            f"--image-size {size} is not a multiple of the model's patches of {side} pixels; give {near}"
+        )
+
+
+def _side(size: Any) -> int | None:
+    if isinstance(size, dict):
+        size = size.get("height") or size.get("shortest_edge")
+    if isinstance(size, (list, tuple)):
+        size = size[0]
+    return int(size) if size else None
 
 
 # -- Errors and messages of the libraries that load models -------------------------------------------------------------
