@@ -1,4 +1,4 @@
-"""Tensor trains and tensor rings: chains of cores of three axes.
+"""Tensor trains, tensor rings and TT matrices: chains of cores.
 
 Oseledets, "Tensor-train decomposition" (SIAM J. Sci. Comput. 33, 2011); Zhao et al., "Tensor ring decomposition"
 (arXiv 1606.05535).
@@ -22,14 +22,13 @@ from ._checks import as_tensors, numeric, rounded_cores, scalar_of
 from ._decomposed import Decomposed, block_diagonal
 
 __all__ = [
-    "CoreChain",
     "TRTensor",
     "TTMatrix",
     "TTTensor",
 ]
 
 
-# -- Tensor trains and tensor rings: chains of cores of three axes -----------------------------------------------------
+# -- Tensor trains and tensor rings: cores of three axes ---------------------------------------------------------------
 
 
 class CoreChain(Decomposed, tuple[Array, ...]):
@@ -284,7 +283,7 @@ class TRTensor(CoreChain):
         return backend.reshape(backend.matmul(rows, cols), self.shape)
 
 
-# -- Matrices in tensor-train format: chains of cores of four axes -----------------------------------------------------
+# -- TT matrices: cores of four axes -----------------------------------------------------------------------------------
 
 
 class TTMatrix(Decomposed, tuple[Array, ...]):
