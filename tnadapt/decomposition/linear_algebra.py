@@ -46,7 +46,7 @@ __all__ = [
 # ARPACK (Lehoucq, Sorensen & Yang, 1998) finds eigenvectors of ``Aᵀ A`` from products with single vectors, which are
 # computed where the matrix is. The triplets are those of the matrix between these vectors, as squared singular values
 # have half of the digits. Single vectors may miss copies of a repeated value: a few more steps, from another start and
-# beside the vectors that were found, show them.
+# orthogonal to the vectors that were found, show them.
 
 
 # Below this number of rows and columns, or of elements, LAPACK takes less time than the calls of a few steps.
@@ -142,14 +142,14 @@ def leading_triplets(backend: Backend, matrix: Array, rank: int, seed: int) -> t
         return u, s, v
     known = backend.to_numpy(v)
 
-    def beside(vector: np.ndarray) -> np.ndarray:
-        """Multiply by ``Aᵀ A`` beside the right vectors."""
+    def deflated(vector: np.ndarray) -> np.ndarray:
+        """Multiply by ``Aᵀ A`` without its part along the right vectors."""
         column = vector.reshape(-1, 1)
         image = squared(column - known @ (known.T @ column))
         return np.asarray(image - known @ (known.T @ image))
 
     another = np.asarray(rng.standard_normal((short, 1)), start.dtype)
-    largest_left = _eigenvectors(beside, another, 1, _SEARCH, _RESTARTS, _ROUGH, rng)
+    largest_left = _eigenvectors(deflated, another, 1, _SEARCH, _RESTARTS, _ROUGH, rng)
     limit = scale * (s[-1] * (1.0 + _MISSED) + rounding)
     missed = largest_left is not None and math.sqrt(max(0.0, largest_left[0][0])) > limit
     return None if missed else (u, s, v)

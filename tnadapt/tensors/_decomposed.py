@@ -15,8 +15,7 @@ from tnadapt.algebra.products import cp_to_tensor, hadamard_tensor, kronecker_te
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
-from tnadapt.decomposition.fits import Optimality
-from tnadapt.decomposition.implicit_gradient import Contraction
+from tnadapt.decomposition.fits import Contraction, Optimality
 from tnadapt.decomposition.linear_algebra import with_value
 from tnadapt.errors import BackendError, ShapeError, safe_repr
 from tnadapt.report import fact_table

@@ -17,7 +17,7 @@ from tnadapt.argument_checks import checks_arguments, is_sequence
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition import Step, decompose
-from tnadapt.decomposition.implicit_gradient import Contraction
+from tnadapt.decomposition.fits import Contraction
 from tnadapt.errors import BackendError, ShapeError, safe_repr
 
 from ._checks import as_tensor, as_tensors, integer_of, numeric, scalar_of, useful_rank

@@ -18,7 +18,6 @@ from tnadapt.decomposition import Limits
 from tnadapt.decomposition.block_passes import LEAST_ERROR, BlockPasses, Compressed, by_error, by_sizes
 from tnadapt.decomposition.completion import complete, unobserved
 from tnadapt.decomposition.fits import OPEN, Claim, holds, smallest_within
-from tnadapt.decomposition.implicit_gradient import implicit_gradient
 from tnadapt.decomposition.linear_algebra import norm_of, with_value
 from tnadapt.errors import BackendError, ConfigError, ShapeError, UnexpectedKeywordError, safe_repr
 
@@ -206,6 +205,8 @@ class Request:
             return found.with_arrays(
                 [with_value(backend, value, array) for value, array in zip(values, expressed, strict=True)]
             )
+        from tnadapt.decomposition.implicit_gradient import implicit_gradient
+
         kind = backend.dtype_name(self.tensor)
         hosts, contraction = [backend.to_numpy(value) for value in values], found.contraction
 

@@ -15,7 +15,7 @@ import numpy as np
 from tnadapt.algebra.products import tt_left, tt_to_tensor
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
-from tnadapt.decomposition.implicit_gradient import Contraction
+from tnadapt.decomposition.fits import Contraction
 from tnadapt.errors import ShapeError
 
 from ._checks import as_tensors, numeric, rounded_cores, scalar_of
