@@ -9,8 +9,7 @@ import pytest
 
 import tnadapt as tna
 from tnadapt.backends import get_backend
-from tnadapt.decomposition import _group_fits as _through_map
-from tnadapt.decomposition import _parameter_fit as _alternating
+from tnadapt.decomposition import _group_fits
 from tnadapt.decomposition.linear_algebra import Algebra
 
 
@@ -26,7 +25,7 @@ def test_a_few_steps_reach_the_error_of_many(ratio: float, seed: int, monkeypatc
     plan = tna.SuperLoRA(tna.presets.superlora(2, projection="linear", ratio=ratio), [(48, 48)] * 3)
     updates = [delta.astype(np.float64) for delta in updates_of(plan, seed, 0.5)]
     _, few = tna.decompose(updates, plan.config, tol=1e-8)
-    monkeypatch.setattr(_alternating, "_FEW", _alternating._STEPS)
+    monkeypatch.setattr(_group_fits, "_FEW", _group_fits._MANY)
     _, many = tna.decompose(updates, plan.config, tol=1e-8)
     assert few.groups[0].method == many.groups[0].method == "alternating least squares"
     assert few.error == pytest.approx(many.error, rel=1e-6)
@@ -44,7 +43,7 @@ def test_a_large_group_is_fitted_at_least_as_well_from_the_adjoint(
     plan = tna.SuperLoRA(tna.presets.superlora(2, projection="linear", ratio=ratio), [(128, 128)] * 17)
     updates = updates_of(plan, 3, noise)
     _, found = tna.decompose(updates, plan.config)
-    monkeypatch.setattr(_through_map, "_LARGE", 1 << 30)
+    monkeypatch.setattr(_group_fits, "_LARGE", 1 << 30)
     _, before = tna.decompose(updates, plan.config)
     # Noise has many local optima that are nearly as good as the best.
     assert 1.0 - found.error**2 >= (0.99 if noise > 1.0 else 1.0) * (1.0 - before.error**2) - 1e-6
@@ -81,7 +80,7 @@ def test_the_curvature_is_that_of_the_network(format: str, splits: int) -> None:
     algebra = Algebra(backend, np.zeros(1))
     known = 0
     for name, shape in network.shapes.items():
-        curvature = _alternating._curvature(network, arrays, algebra, name)
+        curvature = _group_fits._curvature(network, arrays, algebra, name)
         if curvature is None:
             continue
         known += 1
@@ -98,10 +97,10 @@ def test_the_curvature_is_that_of_the_network(format: str, splits: int) -> None:
 @pytest.mark.parametrize("factor", [0.0, 1e-30])
 def test_arrays_without_curvature_are_not_weighted(factor: float) -> None:
     algebra = Algebra(get_backend(np.zeros(1, np.float32)), np.zeros(1, np.float32))
-    assert _alternating._inverse(algebra, None) is None
-    assert _alternating._inverse(algebra, np.zeros((2, 2))) is None
+    assert _group_fits._inverse(algebra, None) is None
+    assert _group_fits._inverse(algebra, np.zeros((2, 2))) is None
     # A component without weight has no gradient; its rounding is not blown up.
-    inverse = _alternating._inverse(algebra, np.diag([1.0, factor]))
+    inverse = _group_fits._inverse(algebra, np.diag([1.0, factor]))
     assert inverse is not None
     assert np.isfinite(inverse).all()
     assert inverse.max() < 1e4

@@ -12,9 +12,7 @@ from tests.support.depth import in_depth
 from tests.support.exact_cases import cp_tensor, padded_plans, random_deltas
 from tnadapt.algebra.products import tt_tensor
 from tnadapt.backends import Backend, load_backend
-from tnadapt.decomposition import Limits
-from tnadapt.decomposition import _network_fit as _padded_fit
-from tnadapt.decomposition import _network_fit as network_fit
+from tnadapt.decomposition import Limits, _network_fit
 from tnadapt.decomposition._network_fit import from_full_rows
 from tnadapt.decomposition.completion import ObservedElements
 from tnadapt.decomposition.linear_algebra import Algebra
@@ -58,7 +56,7 @@ def test_padded_folds_are_fitted_in_every_library(backend: Backend) -> None:
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_large_padded_fold_starts_from_its_full_rows(fmt: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the equations would be too large, the padding is filled in, from a start that may be exact."""
-    monkeypatch.setattr(network_fit, "fit_given", lambda *_: None)
+    monkeypatch.setattr(_network_fit, "fit_given", lambda *_: None)
     config = tna.Config(rank=2, order=3, groups=1, fold="hypercube", format=fmt)
     plan = tna.SuperLoRA(config, [(19, 10)])
     made = random_deltas(plan, np.random.default_rng(1))
@@ -72,7 +70,7 @@ def test_full_rows_and_the_cut_one_are_a_linear_problem() -> None:
     arrays = {name: rng.normal(size=shape) for name, shape in network.shapes.items()}
     vec = network.whole(NUMPY, arrays)
     algebra = Algebra(NUMPY, vec)
-    way = network_fit._way(algebra, network)
+    way = _network_fit._way(algebra, network)
     found = from_full_rows(algebra, network, way.started, vec, Limits())
     assert found is not None
     np.testing.assert_allclose(network.whole(NUMPY, found), vec, atol=1e-12)
@@ -184,6 +182,6 @@ def test_a_cut_row_whose_derivatives_do_not_fit_in_memory_is_filled_in(monkeypat
     deltas = [rng.normal(size=(20, 21)) for _ in range(5)]
     config = tna.Config(rank=12, order=3, groups=1, fold="hypercube", format="tucker")
     with_row = tna.decompose(deltas, config)[1].error
-    monkeypatch.setattr(_padded_fit, "_ENTRIES", 0)
+    monkeypatch.setattr(_network_fit, "_ENTRIES", 0)
     monkeypatch.setattr(ObservedElements, "jacobian", None)
     assert tna.decompose(deltas, config)[1].error == pytest.approx(with_row, rel=0.02)

@@ -1,7 +1,11 @@
 """Decomposition: fit the parameters of a config to given updates.
 
-``decompose`` fits group by group, ``search_rank`` finds the smallest rank within an error, and ``extraction`` creates
-an adapter from a tuned checkpoint. The solvers are one subject a file.
+``_decompose`` has :func:`tnadapt.decompose` and the search for a rank; ``extraction`` creates an adapter from a tuned
+checkpoint. ``_group_fits`` fits the groups of a plan, each through its F: by ``_network_fit`` before F, which sums of
+products (``_kronecker_sums``, ``_hadamard_fit``) divide into single tensors (``_single_tensor``), or, for frozen, tied
+and scaled arrays, by ``_parameter_fit``. Solvers that :mod:`tnadapt.tensors` uses, too, are ``cp_als``, ``hooi``,
+``tt_svd``, ``completion`` (some elements only), ``linear_algebra`` (singular vectors) and ``block_passes``. ``fits``
+and ``lower_bounds`` say how good a fit is, and whether it is the optimum.
 """
 
 from ._decompose import FoundRank, Settings, decompose, search_rank, smallest_rank

@@ -1,4 +1,4 @@
-"""Fit of all groups of a plan, one after another, with updates that are read when they are needed."""
+"""Fit of all groups of a plan, one after another, each by what its F and its arrays allow."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tnadapt.algebra.formats import Dense
+from tnadapt.algebra.formats import CP, Dense
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.maps import Linear, Nonlinear, tanhshrink
 from tnadapt.algebra.maps.projection import Projection
+from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
 from tnadapt.backends.backend import Array
@@ -19,153 +20,15 @@ from tnadapt.errors import ConfigError, ShapeError
 
 from ._least_squares import least_squares, refine
 from ._network_fit import fit_network, start_network
-from ._parameter_fit import ParameterFit, alternate, fit_parameters
+from ._parameter_fit import ParameterFit, fit_parameters
 from .fits import OPEN, Claim, Fit, FitReport, GroupReport, Limits, Step, holds, unwatched
 from .linear_algebra import Algebra, at_size, power_of
 from .lower_bounds import lower_bound
 
-__all__ = [
-    "fit_group",
-    "fit_plan",
-]
-
-
-# -- Fit of one group through its F ------------------------------------------------------------------------------------
-
-# - identity, shuffle: F preserves distances, so the network is fitted to ``Fᵀ y``.
-# - linear F: least squares gives the vector before F. If the network is dense, that vector is the result. Otherwise the
-#   network is fitted to it, and then refined by alternating least squares through F. For a large group with few
-#   parameters, ``Fᵀ y`` takes the place of that vector: fastfood nearly preserves the lengths of what such a network
-#   can be, so that sweeps find the rest in few steps.
-# - nonlinear F: the same for the argument that tanhshrink would need, then L-BFGS.
-
-
-Watch = Callable[[int, float], None]
-
-_STEPS = 50  # least-squares steps for an initial guess
-_FAR = 100.0  # beyond this, t - tanh(t) is t - 1 in every dtype
-_FORMED = 1 << 21  # F is formed as a matrix up to this number of elements
-# Elements from which a linear F is not inverted for a start, and inputs of F for each parameter of the network.
-_LARGE, _SPARSE = 1 << 18, 6
-
-
-def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Watch) -> Fit:
-    """Fit the arrays of a group to its part of the long vector.
-
-    Parameters
-    ----------
-    algebra : Algebra
-    group : Group
-    y : array, shape (size,)
-    limits : Limits
-    watch : callable
-        Called with the number and the relative error of each iteration.
-
-    Returns
-    -------
-    Fit
-        Arrays with the network's names.
-    """
-    network, projection = group.network, group.projection
-    if algebra.largest(y) == 0.0:
-        return Fit(started(algebra, group), True, 0, "zero")
-    if not projection.linear:
-        return _nonlinear(algebra, group, y, limits, watch)
-    if projection.map.isometry:
-        return fit_network(algebra, network, projection.adjoint(y), limits, watch)
-    plain = len(network.splits) == 1 and isinstance(network.splits[0], Dense)
-    if not plain and _preserves(group):
-        pulled = projection.adjoint(y) * (projection.n_in / projection.map.squared_norm())
-        start = start_network(algebra, network, pulled, limits)
-        return alternate(algebra, network, projection, y, start, limits, watch, preserved=True)
-    before = _before(algebra, projection, y, limits, limits.iterations if plain else _STEPS)
-    if algebra.squares(before.arrays["x"]) == 0.0:
-        # y is orthogonal to the range of F.
-        return Fit({name: algebra.zeros(shape) for name, shape in network.shapes.items()}, False, 0, before.method)
-    found = fit_network(algebra, network, before.arrays["x"], limits, unwatched)
-    if plain:
-        return found._replace(optimal=before.optimal, iterations=before.iterations, method=before.method)
-    return alternate(algebra, network, projection, y, found.arrays, limits, watch)
-
-
-def _preserves(group: Group) -> bool:
-    """Return whether F nearly preserves the lengths of the vectors that the network can be, up to a factor."""
-    network, projection = group.network, group.projection
-    few = _SPARSE * network.num_parameters <= projection.n_in
-    return few and projection.n_out >= _LARGE and isinstance(projection.map, Linear)
-
-
-def started(algebra: Algebra, group: Group) -> dict[str, Array]:
-    """Return the initial arrays of training, whose update is zero."""
-    return {name: algebra.array(group.start.host(name)) for name in group.network.shapes}
-
-
-def _before(algebra: Algebra, projection: Projection, y: Array, limits: Limits, steps: int) -> Fit:
-    """Compute the vector before a linear F by least squares."""
-    if projection.n_in * projection.n_out <= _FORMED:
-        # Solve with F as a float64 matrix, which gives a certified optimum. The small gradient of an iterative solver
-        # would not tell how near the optimum is.
-        backend = algebra.backend
-        rows = backend.to_numpy(projection(algebra.array(np.eye(projection.n_in)))).astype(np.float64)
-        x, *_ = np.linalg.lstsq(rows.T, backend.to_numpy(y).astype(np.float64), rcond=None)
-        return Fit({"x": algebra.array(x)}, True, 0, "least squares through F")
-    start = algebra.zeros((projection.n_in,))
-    tol = min(limits.tol, 1e-6)
-    found = least_squares(algebra, projection, projection.adjoint, y, start, tol, steps)
-    method = "least squares through F by LSQR" + (", converged" if found.converged else "")
-    return Fit({"x": found.x}, False, found.iterations, method)
-
-
-def _nonlinear(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Watch) -> Fit:
-    backend, network, projection = algebra.backend, group.network, group.projection
-    begun = started(algebra, group)
-    # The update is F(x) - F(x_start).
-    wanted = y + projection(network.whole(backend, begun))
-    guesses = [begun]
-    if not isinstance(projection.map, Nonlinear):
-        return refine(algebra, network, projection, wanted, begun, limits, watch)
-    # Fit the required argument of tanhshrink through the linear part of F, scaled to magnitude one.
-    linear, target = projection.linear_part, _unshrunk(algebra, wanted)
-    exponent = power_of(algebra, target)
-    target = algebra.scaled(target, -exponent)
-    before = _before(algebra, linear, target, limits, _STEPS).arrays["x"]
-    if 0.0 < algebra.largest(before) < np.inf:
-        few = limits._replace(iterations=min(limits.iterations, 10))
-        fitted = fit_network(algebra, network, before, few, unwatched).arrays
-        fitted = alternate(algebra, network, linear, target, fitted, few, unwatched).arrays
-        near = at_size(algebra, network, fitted, exponent)
-        # Add a little of the initial arrays: where two factors of a product are zero, both gradients vanish.
-        guesses.append({name: near[name] + begun[name] * 1e-3 for name in network.shapes})
-
-    def error(arrays: dict[str, Array]) -> float:
-        with np.errstate(over="ignore", invalid="ignore"):  # arrays that overflow are not chosen
-            return algebra.norm(projection(network.whole(backend, arrays)) - wanted)
-
-    best = min(guesses, key=error)
-    return refine(algebra, network, projection, wanted, best, limits, watch)
-
-
-def _unshrunk(algebra: Algebra, y: Array) -> Array:
-    """Solve ``t - tanh(t) = y`` for t by Newton's method from the cube root of 3 y."""
-    backend = algebra.backend
-    # Beyond _FAR tanh is exactly 1, and cubes would overflow.
-    near = backend.where(y > _FAR, y * 0.0 + _FAR, backend.where(y < -_FAR, y * 0.0 - _FAR, y))
-    cube = near * 3.0
-    root = backend.where(y > 0.0, y * 0.0 + 1.0, y * 0.0 - 1.0)
-    for _ in range(60):
-        root = root * (2.0 / 3.0) + cube / (root * root + 1e-30) * (1.0 / 3.0)
-    t = root
-    for _ in range(20):
-        slope = backend.tanh(t)
-        t = t - (tanhshrink(backend, t) - near) / (slope * slope + 1e-30)
-    # If y is negligible, so is t.
-    return backend.where(near * near > 1e-36, t, y * 0.0) + (y - near)
-
-
-# -- Fit of all groups of a plan, one after another, with updates that are read when they are needed -------------------
-
+__all__ = ["fit_plan"]
 
 Progress = Callable[[Step], None]
+Watch = Callable[[int, float], None]
 
 # An error of up to this many times the dtype's epsilon is rounding.
 _ROUNDING = 64
@@ -364,3 +227,329 @@ def _error(algebra: Algebra, group: Group, arrays: Mapping[str, Array], scaled: 
     with np.errstate(over="ignore", invalid="ignore"):  # the error is infinite for arrays that overflow
         made = group.update(double.backend, params, 0, group.size, algebra.backend.dtype_name(algebra.like))
         return double.norm(made - algebra.doubled(scaled))
+
+
+# -- One group, through its F ------------------------------------------------------------------------------------------
+
+# - identity, shuffle: F preserves distances, so the network is fitted to ``Fᵀ y``.
+# - linear F: least squares gives the vector before F. If the network is dense, that vector is the result. Otherwise the
+#   network is fitted to it, and then refined by alternating least squares through F. For a large group with few
+#   parameters, ``Fᵀ y`` takes the place of that vector: fastfood nearly preserves the lengths of what such a network
+#   can be, so that sweeps find the rest in few steps.
+# - nonlinear F: the same for the argument that tanhshrink would need, then L-BFGS.
+
+
+_STEPS = 50  # least-squares steps for an initial guess
+_FAR = 100.0  # beyond this, t - tanh(t) is t - 1 in every dtype
+_FORMED = 1 << 21  # F is formed as a matrix up to this number of elements
+# Elements from which a linear F is not inverted for a start, and inputs of F for each parameter of the network.
+_LARGE, _SPARSE = 1 << 18, 6
+
+
+def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Watch) -> Fit:
+    """Fit the arrays of a group to its part of the long vector.
+
+    Parameters
+    ----------
+    algebra : Algebra
+    group : Group
+    y : array, shape (size,)
+    limits : Limits
+    watch : callable
+        Called with the number and the relative error of each iteration.
+
+    Returns
+    -------
+    Fit
+        Arrays with the network's names.
+    """
+    network, projection = group.network, group.projection
+    if algebra.largest(y) == 0.0:
+        return Fit(started(algebra, group), True, 0, "zero")
+    if not projection.linear:
+        return _nonlinear(algebra, group, y, limits, watch)
+    if projection.map.isometry:
+        return fit_network(algebra, network, projection.adjoint(y), limits, watch)
+    plain = len(network.splits) == 1 and isinstance(network.splits[0], Dense)
+    if not plain and _preserves(group):
+        pulled = projection.adjoint(y) * (projection.n_in / projection.map.squared_norm())
+        start = start_network(algebra, network, pulled, limits)
+        return alternate(algebra, network, projection, y, start, limits, watch, preserved=True)
+    before = _before(algebra, projection, y, limits, limits.iterations if plain else _STEPS)
+    if algebra.squares(before.arrays["x"]) == 0.0:
+        # y is orthogonal to the range of F.
+        return Fit({name: algebra.zeros(shape) for name, shape in network.shapes.items()}, False, 0, before.method)
+    found = fit_network(algebra, network, before.arrays["x"], limits, unwatched)
+    if plain:
+        return found._replace(optimal=before.optimal, iterations=before.iterations, method=before.method)
+    return alternate(algebra, network, projection, y, found.arrays, limits, watch)
+
+
+def _preserves(group: Group) -> bool:
+    """Return whether F nearly preserves the lengths of the vectors that the network can be, up to a factor."""
+    network, projection = group.network, group.projection
+    few = _SPARSE * network.num_parameters <= projection.n_in
+    return few and projection.n_out >= _LARGE and isinstance(projection.map, Linear)
+
+
+def started(algebra: Algebra, group: Group) -> dict[str, Array]:
+    """Return the initial arrays of training, whose update is zero."""
+    return {name: algebra.array(group.start.host(name)) for name in group.network.shapes}
+
+
+def _before(algebra: Algebra, projection: Projection, y: Array, limits: Limits, steps: int) -> Fit:
+    """Compute the vector before a linear F by least squares."""
+    if projection.n_in * projection.n_out <= _FORMED:
+        # Solve with F as a float64 matrix, which gives a certified optimum. The small gradient of an iterative solver
+        # would not tell how near the optimum is.
+        backend = algebra.backend
+        rows = backend.to_numpy(projection(algebra.array(np.eye(projection.n_in)))).astype(np.float64)
+        x, *_ = np.linalg.lstsq(rows.T, backend.to_numpy(y).astype(np.float64), rcond=None)
+        return Fit({"x": algebra.array(x)}, True, 0, "least squares through F")
+    start = algebra.zeros((projection.n_in,))
+    tol = min(limits.tol, 1e-6)
+    found = least_squares(algebra, projection, projection.adjoint, y, start, tol, steps)
+    method = "least squares through F by LSQR" + (", converged" if found.converged else "")
+    return Fit({"x": found.x}, False, found.iterations, method)
+
+
+def _nonlinear(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Watch) -> Fit:
+    backend, network, projection = algebra.backend, group.network, group.projection
+    begun = started(algebra, group)
+    # The update is F(x) - F(x_start).
+    wanted = y + projection(network.whole(backend, begun))
+    guesses = [begun]
+    if not isinstance(projection.map, Nonlinear):
+        return refine(algebra, network, projection, wanted, begun, limits, watch)
+    # Fit the required argument of tanhshrink through the linear part of F, scaled to magnitude one.
+    linear, target = projection.linear_part, _unshrunk(algebra, wanted)
+    exponent = power_of(algebra, target)
+    target = algebra.scaled(target, -exponent)
+    before = _before(algebra, linear, target, limits, _STEPS).arrays["x"]
+    if 0.0 < algebra.largest(before) < np.inf:
+        few = limits._replace(iterations=min(limits.iterations, 10))
+        fitted = fit_network(algebra, network, before, few, unwatched).arrays
+        fitted = alternate(algebra, network, linear, target, fitted, few, unwatched).arrays
+        near = at_size(algebra, network, fitted, exponent)
+        # Add a little of the initial arrays: where two factors of a product are zero, both gradients vanish.
+        guesses.append({name: near[name] + begun[name] * 1e-3 for name in network.shapes})
+
+    def error(arrays: dict[str, Array]) -> float:
+        with np.errstate(over="ignore", invalid="ignore"):  # arrays that overflow are not chosen
+            return algebra.norm(projection(network.whole(backend, arrays)) - wanted)
+
+    best = min(guesses, key=error)
+    return refine(algebra, network, projection, wanted, best, limits, watch)
+
+
+def _unshrunk(algebra: Algebra, y: Array) -> Array:
+    """Solve ``t - tanh(t) = y`` for t by Newton's method from the cube root of 3 y."""
+    backend = algebra.backend
+    # Beyond _FAR tanh is exactly 1, and cubes would overflow.
+    near = backend.where(y > _FAR, y * 0.0 + _FAR, backend.where(y < -_FAR, y * 0.0 - _FAR, y))
+    cube = near * 3.0
+    root = backend.where(y > 0.0, y * 0.0 + 1.0, y * 0.0 - 1.0)
+    for _ in range(60):
+        root = root * (2.0 / 3.0) + cube / (root * root + 1e-30) * (1.0 / 3.0)
+    t = root
+    for _ in range(20):
+        slope = backend.tanh(t)
+        t = t - (tanhshrink(backend, t) - near) / (slope * slope + 1e-30)
+    # If y is negligible, so is t.
+    return backend.where(near * near > 1e-36, t, y * 0.0) + (y - near)
+
+
+# -- Through a linear F: alternating least squares over the arrays of a network ----------------------------------------
+
+# ``F(network)`` is linear in each array. With the others fixed, the optimal array solves a linear least-squares
+# problem, which needs only the map (the network followed by F) and its adjoint, no matrix. No step increases the error.
+#
+# F dominates the time, so the residual is updated instead of computed again: a step of conjugate gradients takes one F
+# and one adjoint. F nearly preserves the lengths of vectors that have few parameters. What is left is the curvature of
+# the network itself, which is known for CP and divided out, so that one step nearly solves a problem.
+
+
+# Steps for each least-squares problem; the next sweep continues from the result. A few are enough while the other
+# arrays still change, one where the curvature is known and F preserves lengths. That the error no longer falls is known
+# from sweeps of many.
+_ONE, _FEW, _MANY = 1, 2, 20
+# A step that gains less than this part of the tolerance is the last one for its array.
+_NEGLIGIBLE = 0.1
+# Below this error, in units of epsilon, the rounding of the updated residual is not negligible.
+_NEAR = 1e4
+# A sweep's change is continued by a multiple within these limits: twice the last one, or a quarter if that was too far.
+_NEAREST, _FARTHEST = 0.25, 16.0
+
+
+def alternate(
+    algebra: Algebra,
+    network: Network,
+    projection: Projection,
+    y: Array,
+    start: Mapping[str, Array],
+    limits: Limits,
+    watch: Callable[[int, float], None],
+    preserved: bool = False,
+) -> Fit:
+    """Fit the arrays of a network through a linear F to a vector, from a start.
+
+    Parameters
+    ----------
+    algebra : Algebra
+    network : Network
+    projection : Projection
+        Linear.
+    y : array, shape (n_out,)
+    start : mapping of str to array
+        With the names and shapes of ``network.shapes``.
+    limits : Limits
+    watch : callable
+        Called with each sweep's number and relative error.
+    preserved : bool
+        Whether F nearly preserves the lengths of the vectors that the network can be, up to a factor.
+
+    Returns
+    -------
+    Fit
+
+    Notes
+    -----
+    A sweep solves one problem per array, each in one or two steps; its change is then continued as far as that reduces
+    the error, at the cost of one F. Once a sweep reduces the error by no more than ``tol``, the next one has up to 20
+    steps. It ends with a sweep of the latter kind.
+    """
+    state = _Descent(algebra, network, projection, y, start, limits.tol)
+    known = all(_curvature(network, start, algebra, name) is not None for name in network.shapes)
+    few = _ONE if preserved and known else _FEW
+    sweeps, steps = 0, few
+    for sweeps in range(1, limits.iterations + 1):
+        arrays, before = dict(state.arrays), state.error
+        state.sweep(steps)
+        if state.error <= _NEAR * algebra.eps * state.norm:
+            state.measure()
+        else:
+            state.go_on(arrays)
+        watch(sweeps, state.error / state.norm)
+        improved = state.error < before  # not if converged up to rounding, or NaN
+        if not improved:
+            state.arrays = arrays
+        if not improved or before - state.error <= state.least:
+            if steps == _MANY:
+                break
+            steps = _MANY
+        else:
+            steps = few if state.error > _NEAR * algebra.eps * state.norm else _FEW * 2
+        if not improved:
+            state.measure()
+    return Fit(state.arrays, False, sweeps, "alternating least squares")
+
+
+class _Descent:
+    """Arrays with the residual of their update; steps change both."""
+
+    def __init__(
+        self,
+        algebra: Algebra,
+        network: Network,
+        projection: Projection,
+        y: Array,
+        start: Mapping[str, Array],
+        tol: float,
+    ) -> None:
+        self.algebra, self.network, self.projection, self.y = algebra, network, projection, y
+        self.arrays, self.norm = dict(start), algebra.norm(y)
+        self.least = tol * self.norm
+        self.reach = _NEAREST
+        self.measure()
+
+    def measure(self) -> None:
+        """Compute the residual from the arrays."""
+        self.residual = self.y - self.made(self.arrays)
+        self.error = self.algebra.norm(self.residual)
+
+    def made(self, arrays: Mapping[str, Array]) -> Array:
+        return self.projection(self.network.whole(self.algebra.backend, arrays))
+
+    def sweep(self, steps: int) -> None:
+        """Improve the arrays one after another."""
+        for name in self.network.shapes:
+            self._solve(name, steps)
+            self.error = self.algebra.norm(self.residual)
+
+    def _solve(self, name: str, steps: int) -> None:
+        """Do steps of conjugate gradients for one array."""
+        algebra, backend = self.algebra, self.algebra.backend
+        inverse = _inverse(algebra, _curvature(self.network, self.arrays, algebra, name))
+        # The terms of a sum that do not contain the array are a constant.
+        several = self.network.terms > 1
+        constant = self.made({**self.arrays, name: algebra.zeros(self.network.shapes[name])}) if several else None
+        direction: Array | None = None
+        slope = 0.0
+        for _ in range(steps):
+            pulled = self.projection.adjoint(self.residual)
+            gradient = self.network.adjoint(backend, self.arrays, pulled, only=name)[name]
+            ahead = gradient if inverse is None else backend.matmul(gradient, inverse)
+            before, slope = slope, _dot(algebra, gradient, ahead)
+            if not slope > 0.0:
+                break
+            direction = ahead if direction is None else ahead + direction * (slope / before)
+            image = self.made({**self.arrays, name: direction})
+            image = image if constant is None else image - constant
+            curvature = algebra.squares(image)
+            if not curvature > 0.0:
+                break
+            step = slope / curvature
+            self.arrays[name] = self.arrays[name] + direction * step
+            self.residual = self.residual - image * step
+            # The square of the error falls by slope * step.
+            if slope * step <= 2.0 * _NEGLIGIBLE * self.least * self.error:
+                break
+
+    def go_on(self, before: Mapping[str, Array]) -> None:
+        """Continue the change of the arrays since ``before``, if that reduces the error."""
+        kept = self.arrays, self.residual, self.error
+        self.arrays = {name: array + (array - before[name]) * self.reach for name, array in self.arrays.items()}
+        self.measure()
+        if self.error < kept[2]:
+            self.reach = min(2.0 * self.reach, _FARTHEST)
+        else:
+            self.arrays, self.residual, self.error = kept
+            self.reach = max(0.25 * self.reach, _NEAREST)
+
+
+def _curvature(network: Network, arrays: Mapping[str, Array], algebra: Algebra, name: str) -> np.ndarray | None:
+    """Return the matrix K of an array, up to a factor: the network's adjoint of its value at D is ``D K``.
+
+    None if it is not known. If padding is cut off, it is an approximation.
+    """
+    prefix, _, own = name.rpartition(".")
+    split = network.splits[int(prefix.rpartition("split")[2])]
+    if network.terms > 1 or not network.kronecker:
+        return None
+    if isinstance(split, Dense):
+        return np.ones((1, 1))
+    if not isinstance(split, CP) or own == "weights":
+        return None
+    found = np.ones((split.rank, split.rank))
+    for other in split.shapes:
+        array = np.asarray(algebra.backend.to_numpy(arrays[f"{prefix}.{other}"]), np.float64)
+        if other == "weights":
+            found *= np.outer(array, array)
+        elif other != own:
+            found *= array.T @ array
+    return found
+
+
+def _inverse(algebra: Algebra, curvature: np.ndarray | None) -> Array | None:
+    """Return the inverse of a curvature, up to a factor; small eigenvalues, which are rounding, are raised."""
+    if curvature is None or len(curvature) == 1:
+        return None
+    mean = float(np.trace(curvature)) / len(curvature)
+    if not 0.0 < mean < np.inf:
+        return None
+    return algebra.array(np.linalg.inv(curvature / mean + algebra.eps**0.5 * np.eye(len(curvature))))
+
+
+def _dot(algebra: Algebra, a: Array, b: Array) -> float:
+    host = (np.asarray(algebra.backend.to_numpy(x), np.float64).reshape(-1) for x in (a, b))
+    return float(np.dot(*host))

@@ -148,7 +148,7 @@ def _norm(x: np.ndarray) -> float:
     return found if math.isfinite(found) else math.inf
 
 
-# -- Steps -------------------------------------------------------------------------------------------------------------
+# -- Steps of the damped Gauss-Newton method ---------------------------------------------------------------------------
 
 
 def _solver(jacobian: Any, left: np.ndarray) -> _Formed | _Products:

@@ -20,7 +20,7 @@ from tnadapt.backends.backend import Array
 
 from ._least_squares import least_squares
 from .completion import ObservedElements, fit_observed, refinable
-from .cp_als import CPSweeps, cp_als, nearest_rank_one
+from .cp_als import CRAWLS, MOVED, NEAR, OTHER_STARTS, CPSweeps, cp_als, nearest_rank_one
 from .fits import Claim, Fit, Limits, all_of
 from .hooi import SMALL, hooi, hosvd, projected
 from .linear_algebra import Algebra, Leading, MatrixTruncation
@@ -28,9 +28,7 @@ from .tt_svd import improved_train, tt_svd
 
 __all__ = [
     "double_on_host",
-    "fit_any",
     "fit_format",
-    "refined_format",
 ]
 
 
@@ -169,14 +167,9 @@ def _svd_name(algebra: Algebra, matrix: Array, rank: int) -> str:
     return "randomized SVD" if algebra.randomized(matrix.shape, rank) else "SVD"
 
 
-# Sweeps between two checks of the error; number of starts for a small tensor, and its maximum size; size of the noise
-# on the first start; number of starts for Gauss-Newton, and the error up to which it may find an exact answer.
+# Sweeps between two checks of the error; number of starts for a small tensor, and its maximum size.
 _SWEEPS = 10
 _STARTS, _SMALL = 3, 1 << 14
-_REFINED, _NEAR = 16, 0.3
-# Sweeps that have not converged after this many crawl.
-_CRAWLS = 30
-_MOVED = 0.01
 
 
 def _als(algebra: Algebra, rank: int, tensor: Array, start: Any, limits: Limits) -> tuple[list[Array], int, str]:
@@ -188,14 +181,14 @@ def _als(algebra: Algebra, rank: int, tensor: Array, start: Any, limits: Limits)
     rng, norm = algebra.rng, algebra.norm(tensor)
     first = _singular_start(algebra, rank, tensor, rng)
     several = limits.iterations > _SWEEPS
-    few = limits._replace(iterations=min(limits.iterations, _CRAWLS))
+    few = limits._replace(iterations=min(limits.iterations, CRAWLS))
     factors, error, sweeps = _descent(algebra, rank, tensor, first, few)
     # Where sweeps converge fast, Gauss-Newton would take longer than all of them.
-    crawls = several and sweeps >= _CRAWLS
+    crawls = several and sweeps >= CRAWLS
     fine = crawls and error > 64.0 * algebra.eps * norm and refinable(CP(tensor.shape, rank))
-    if not (fine and error <= _NEAR * norm):
-        if crawls and limits.iterations > _CRAWLS:
-            rest = limits._replace(iterations=limits.iterations - _CRAWLS)
+    if not (fine and error <= NEAR * norm):
+        if crawls and limits.iterations > CRAWLS:
+            rest = limits._replace(iterations=limits.iterations - CRAWLS)
             factors, error, more = _descent(algebra, rank, tensor, factors, rest)
             sweeps += more
         for _ in range(_STARTS - 1 if several and math.prod(tensor.shape) <= _SMALL else 0):
@@ -206,7 +199,7 @@ def _als(algebra: Algebra, rank: int, tensor: Array, start: Any, limits: Limits)
             sweeps += more
             if other < error:
                 factors, error = found, other
-    if fine and error <= _NEAR * norm:
+    if fine and error <= NEAR * norm:
         return _refined_als(algebra, rank, tensor, factors, limits, sweeps)
     return factors, sweeps, "ALS"
 
@@ -222,7 +215,7 @@ def _refined_als(
 
     def starts() -> Iterator[Arrays]:
         nonlocal swept
-        for number in range(_REFINED):
+        for number in range(1 + OTHER_STARTS):
             factors = first
             if number:
                 begun = [algebra.array(rng.normal(size=(size, rank))) for size in tensor.shape]
@@ -268,7 +261,7 @@ def _singular_start(algebra: Algebra, rank: int, tensor: Array, rng: np.random.R
         columns = [algebra.svd(rows, known)[0]]
         if known < rank:
             columns.append(algebra.array(rng.uniform(size=(size, rank - known))))
-        moved = algebra.array(rng.normal(size=(size, rank)) * (_MOVED / math.sqrt(size)))
+        moved = algebra.array(rng.normal(size=(size, rank)) * (MOVED / math.sqrt(size)))
         found.append(algebra.backend.concat(columns, axis=1) + moved)
     return found
 

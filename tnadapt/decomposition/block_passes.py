@@ -1,4 +1,4 @@
-"""Passes over tensors that are read block by block: memory-mapped arrays, and arrays of dask.
+"""Tensors that are read block by block (memory maps, dask): passes over them, and compression to a small tensor.
 
 A pass sums sketches of the unfoldings, their Gram matrices, or a projection: each is a sum over blocks. Everything is
 computed in double precision, one block at a time.
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-# -- Passes over tensors that are read block by block: memory-mapped arrays, and arrays of dask ------------------------
+# -- Passes ------------------------------------------------------------------------------------------------------------
 
 
 Place = tuple[slice, ...]
@@ -277,7 +277,7 @@ def _times(block: np.ndarray, matrix: np.ndarray, mode: int) -> np.ndarray:
     return np.moveaxis(np.tensordot(matrix, block, axes=(1, mode)), 0, mode)
 
 
-# -- Compression of a tensor that is read block by block to a small tensor and orthonormal factors, in three passes ----
+# -- Compression to a small tensor and orthonormal factors, in three passes --------------------------------------------
 
 # By sketches: Halko, Martinsson & Tropp, "Finding structure with randomness" (SIAM Review 53, 2011), with Khatri-Rao
 # products of normal matrices as test matrices (Sun, Guo, Luo, Tropp & Udell, "Low-rank Tucker approximation of a tensor

@@ -1,4 +1,4 @@
-"""CP decomposition by alternating least squares.
+"""Solvers for CP: alternating least squares, and the nearest tensor of rank one.
 
 Carroll & Chang (1970) and Harshman (1970); Kolda & Bader, "Tensor decompositions and applications" (SIAM Review 51,
 2009), section 3.4. The products of the tensor with all factors but one come from two large matrix products a sweep, one
@@ -24,15 +24,26 @@ from .fits import Limits
 from .linear_algebra import Algebra, norm_of, on_host
 
 __all__ = [
+    "CRAWLS",
+    "MOVED",
+    "NEAR",
+    "OTHER_STARTS",
+    "CPFactors",
     "CPSweeps",
     "cp_als",
     "nearest_rank_one",
 ]
 
 
-# -- CP decomposition by alternating least squares ---------------------------------------------------------------------
+# -- Alternating least squares -----------------------------------------------------------------------------------------
 
 
+# Standard deviation of the noise on singular vectors that sweeps start from: without it, a structured tensor may keep
+# them at a saddle point.
+MOVED = 0.01
+# Sweeps that have not converged after this many crawl. If their relative error is below the second number, there may be
+# an exact answer, which Gauss-Newton looks for from there and from so many other starts.
+CRAWLS, NEAR, OTHER_STARTS = 30, 0.3, 15
 # Sweeps before the first extrapolation, and from one to the next.
 _BEFORE, _BETWEEN = 10, 5
 # A squared error below this many epsilons of the squared norm is not computed as a difference.
@@ -252,7 +263,7 @@ def _tried(sweeps: CPSweeps, factors: Sequence[Array], ridge: float, norm: float
     return found
 
 
-# -- The nearest tensor of rank one: the power iteration on all modes, from several starts -----------------------------
+# -- The nearest tensor of rank one: power iteration on all modes, from several starts ---------------------------------
 
 # De Lathauwer, De Moor & Vandewalle, "On the best rank-1 and rank-(R1, …, RN) approximation of higher-order tensors"
 # (SIAM J. Matrix Anal. Appl. 21, 2000). A sweep takes two products with the whole tensor, one for each half of the

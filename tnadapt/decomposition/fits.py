@@ -18,6 +18,7 @@ from tnadapt.report import html_table
 __all__ = [
     "OPEN",
     "Claim",
+    "Contraction",
     "Fit",
     "FitReport",
     "GroupReport",
@@ -368,6 +369,8 @@ class FitReport:
 
 
 Arrays = dict[str, Array]
+#: For each array the indices of its axes, and those of the result: as ``numpy.einsum`` takes them.
+Contraction = tuple[list[list[int]], list[int]]
 
 
 def unwatched(iteration: int, error: float | None) -> None:

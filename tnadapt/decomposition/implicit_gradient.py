@@ -18,11 +18,10 @@ import numpy as np
 
 from tnadapt.errors import BackendError
 
-__all__ = ["Contraction", "implicit_gradient"]
+from .fits import Contraction
 
+__all__ = ["implicit_gradient"]
 
-#: For each array the indices of its axes, and those of the result: as ``numpy.einsum`` takes them.
-Contraction = tuple[list[list[int]], list[int]]
 
 # The Hessian is formed: with more parameters it would take minutes.
 _PARAMETERS = 2048

@@ -46,7 +46,7 @@ __all__ = [
 # ARPACK (Lehoucq, Sorensen & Yang, 1998) finds eigenvectors of ``Aᵀ A`` from products with single vectors, which are
 # computed where the matrix is. The triplets are those of the matrix between these vectors, as squared singular values
 # have half of the digits. Single vectors may miss copies of a repeated value: a few more steps, from another start and
-# beside the vectors that were found, show them.
+# orthogonal to the vectors that were found, show them.
 
 
 # Below this number of rows and columns, or of elements, LAPACK takes less time than the calls of a few steps.
@@ -114,7 +114,8 @@ def leading_triplets(backend: Backend, matrix: Array, rank: int, seed: int) -> t
         return backend.to_numpy(backend.matmul(x, backend.asarray(columns, dtype, device)))
 
     # From the row space, which is all of the space that is needed where the rank is no larger.
-    start = product(across, rng.standard_normal((int(matrix.shape[0]), 1)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        start = product(across, rng.standard_normal((int(matrix.shape[0]), 1)))
     size = float(np.max(np.abs(start), initial=0.0))
     if not math.isfinite(size) or size == 0.0:
         return None
@@ -127,11 +128,39 @@ def leading_triplets(backend: Backend, matrix: Array, rank: int, seed: int) -> t
 
     short = int(matrix.shape[1])
     restarts = max(_RESTARTS, short // max(rank + 1, _STEPS - rank))
-    right = _eigenvectors(squared, start * scale, rank, _STEPS, restarts, _CONVERGED * eps, rng)
-    if right is None:
+    pairs = _eigenvectors(squared, start * scale, rank, _STEPS, restarts, _CONVERGED * eps, rng)
+    ritz = None if pairs is None else _rayleigh_ritz(backend, matrix, np.linalg.qr(pairs[1])[0])
+    if ritz is None:
         return None
-    # Rayleigh-Ritz: the singular value decomposition of the matrix between its left and right vectors.
-    right = backend.asarray(np.linalg.qr(right[1])[0], dtype, device)
+    u, s, v, residual = ritz
+    rounding = _ACCEPTED * eps * float(s[0])
+    # Vectors of zeros come from ARPACK's own random numbers, which are the same each time from SciPy 1.17 on.
+    arbitrary = not _seeded() and s[-1] <= rounding
+    if arbitrary or not residual <= rounding:
+        return None
+    if rank == 1:
+        return u, s, v
+    known = backend.to_numpy(v)
+
+    def deflated(vector: np.ndarray) -> np.ndarray:
+        """Multiply by ``Aᵀ A`` without its part along the right vectors."""
+        column = vector.reshape(-1, 1)
+        image = squared(column - known @ (known.T @ column))
+        return np.asarray(image - known @ (known.T @ image))
+
+    another = np.asarray(rng.standard_normal((short, 1)), start.dtype)
+    largest_left = _eigenvectors(deflated, another, 1, _SEARCH, _RESTARTS, _ROUGH, rng)
+    limit = scale * (s[-1] * (1.0 + _MISSED) + rounding)
+    missed = largest_left is not None and math.sqrt(max(0.0, largest_left[0][0])) > limit
+    return None if missed else (u, s, v)
+
+
+def _rayleigh_ritz(
+    backend: Backend, matrix: Array, vectors: np.ndarray
+) -> tuple[Array, np.ndarray, Array, float] | None:
+    """Return the singular triplets of a matrix between some right vectors, and the largest norm of ``Aᵀ u - s v``."""
+    dtype, device, across = backend.dtype_name(matrix), backend.device(matrix), backend.matrix_transpose(matrix)
+    right = backend.asarray(vectors, dtype, device)
     left = backend.qr(backend.matmul(matrix, right))[0]
     back = backend.matmul(across, left)
     inner = backend.to_numpy(backend.matmul(backend.matrix_transpose(right), back)).astype(np.float64)
@@ -140,26 +169,8 @@ def leading_triplets(backend: Backend, matrix: Array, rank: int, seed: int) -> t
     turned_right, s, turned_left = np.linalg.svd(inner)
     to_left, to_right = (backend.asarray(np.ascontiguousarray(x), dtype, device) for x in (turned_left.T, turned_right))
     u, v = backend.matmul(left, to_left), backend.matmul(right, to_right)
-    host = backend.to_numpy(v)
-    rest = backend.to_numpy(backend.matmul(back, to_left)).astype(np.float64) - host * s
-    rounding = _ACCEPTED * eps * float(s[0])
-    # Vectors of zeros come from ARPACK's own random numbers, which are the same each time from SciPy 1.17 on.
-    arbitrary = not _seeded() and s[-1] <= rounding
-    if arbitrary or not (np.linalg.norm(rest, axis=0) <= rounding).all():
-        return None
-
-    def beside(vector: np.ndarray) -> np.ndarray:
-        vector = vector.reshape(-1, 1)
-        image = squared(vector - host @ (host.T @ vector))
-        return np.asarray(image - host @ (host.T @ image))
-
-    if rank > 1:
-        another = np.asarray(rng.standard_normal((short, 1)), start.dtype)
-        others = _eigenvectors(beside, another, 1, _SEARCH, _RESTARTS, _ROUGH, rng)
-        most = scale * (s[-1] * (1.0 + _MISSED) + rounding)
-        if others is not None and math.sqrt(max(0.0, others[0][0])) > most:
-            return None
-    return u, s, v
+    rest = backend.to_numpy(backend.matmul(back, to_left)).astype(np.float64) - backend.to_numpy(v) * s
+    return u, s, v, float(np.max(np.linalg.norm(rest, axis=0)))
 
 
 def _eigenvectors(

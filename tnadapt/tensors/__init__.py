@@ -15,8 +15,7 @@ from tnadapt.algebra.products import (
 
 from ._cp_decomposition import cp
 from ._decomposed import CPTensor, Decomposed, FitOutcome, TuckerTensor
-from ._kronecker_decomposition import hadamard_decomposition, kronecker_decomposition
-from ._kronecker_tensor import HadamardTensor, KroneckerTensor
+from ._kronecker import HadamardTensor, KroneckerTensor, hadamard_decomposition, kronecker_decomposition
 from ._matrix_products import (
     contract,
     fold,

@@ -1,4 +1,4 @@
-"""What the functions of this package accept as a tensor, and how they refuse anything else."""
+"""Checks of arguments: tensors, modes, ranks and errors; and the truncation of ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-# -- What the functions of this package accept as a tensor, and how they refuse anything else --------------------------
+# -- Tensors, modes and numbers ----------------------------------------------------------------------------------------
 
 
 #: Dtypes that computations run in; others are converted to the first.
@@ -175,7 +175,7 @@ def scalar_of(value: Any) -> Any:
     return value if isinstance(value, (int, float, complex)) or getattr(value, "shape", None) == () else None
 
 
-# -- Truncation of ranks: by a number, or by an error that is allowed --------------------------------------------------
+# -- Ranks and errors --------------------------------------------------------------------------------------------------
 
 # The Frobenius error of a sequence of truncations is at most the root of the sum of their squares, so each of n
 # truncations may lose ``max_error / sqrt(n)``.

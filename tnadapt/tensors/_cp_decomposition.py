@@ -1,4 +1,4 @@
-"""CP decompositions of given tensors."""
+"""``cp``: decompose a tensor into a sum of outer products."""
 
 from __future__ import annotations
 
@@ -10,214 +10,41 @@ import numpy as np
 
 from tnadapt.algebra.formats import CP, unfolded
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import Backend, get_backend
+from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition import Limits
 from tnadapt.decomposition.completion import complete, refinable
-from tnadapt.decomposition.cp_als import CPFactors, CPSweeps, cp_als, nearest_rank_one
+from tnadapt.decomposition.cp_als import (
+    CRAWLS,
+    MOVED,
+    NEAR,
+    OTHER_STARTS,
+    CPFactors,
+    CPSweeps,
+    cp_als,
+    nearest_rank_one,
+)
 from tnadapt.decomposition.fits import Claim
-from tnadapt.decomposition.hooi import nonnegative_cp, nonnegative_tucker
-from tnadapt.decomposition.linear_algebra import MatrixTruncation, norm_of
-from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
+from tnadapt.decomposition.linear_algebra import MatrixTruncation
+from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of, mode_of, useful_rank
-from ._decomposed import CPTensor, TuckerTensor
-from ._known_elements import METHOD, STARTS, completed, refuse_observed
-from ._requests import Callback, Request, Watch, hints_keywords, requested, smallest_rank
+from ._decomposed import CPTensor
+from ._nonnegative import constrained_modes, fitted_cp, refuse_callback
+from ._requests import (
+    METHOD,
+    STARTS,
+    Callback,
+    Request,
+    Watch,
+    completed,
+    hints_keywords,
+    refuse_observed,
+    requested,
+    smallest_rank,
+)
 
-__all__ = [
-    "constrained_modes",
-    "cp",
-    "fitted_cp",
-    "fitted_tucker",
-    "refuse_callback",
-]
-
-
-# -- Decompositions into factors that are not negative: checks, starts, and what is known about the error --------------
-
-
-_WAY = "non-negative HALS"
-# A tensor has no positive element if its negative part has its norm, up to this.
-_ROUNDING = 1e-14
-
-
-def constrained_modes(nonnegative: Any, request: Request) -> frozenset[int]:
-    """Return the modes whose factors must not be negative.
-
-    Parameters
-    ----------
-    nonnegative : bool or collection of int
-        True for all modes.
-    request : Request
-
-    Raises
-    ------
-    ConfigError
-        If it is something else.
-    ShapeError
-        If there is no such mode.
-    BackendError
-        If the tensor is complex, traced or differentiated.
-    """
-    if nonnegative is False:
-        return frozenset()
-    if nonnegative is True:
-        modes = frozenset(range(len(request.shape)))
-    elif isinstance(nonnegative, (list, tuple, set, frozenset)) and len(nonnegative):
-        modes = frozenset(mode_of(mode, request.shape) for mode in nonnegative)
-    else:
-        raise ConfigError(
-            f"nonnegative must be True for all modes, False, or a list of modes; got {safe_repr(nonnegative)}"
-        )
-    backend = request.backend
-    if backend.is_complex(request.tensor):
-        raise BackendError("nonnegative= needs a real tensor: complex numbers are neither negative nor positive")
-    request.refuse_trace("nonnegative=", "detach the tensor")
-    request.refuse_recorded("with nonnegative=, the tensor", request.source)
-    return modes
-
-
-def refuse_callback(callback: Any) -> None:
-    """Raise a ConfigError if there is a callback, which TensorLy's iteration cannot call."""
-    if callback is not None:
-        raise ConfigError("callback= is not called with nonnegative=: read the result's history, or set max_iterations")
-
-
-def _not_negative(backend: Backend, array: Array, what: str) -> None:
-    if bool((backend.to_numpy(array) < 0.0).any()):
-        raise ShapeError(f"{what} has negative elements, but nonnegative= asks for none: pass its magnitude")
-
-
-def _bound(request: Request) -> float:
-    """The error of any tensor without negative elements: at least the negative part of the given one."""
-    backend, tensor = request.backend, request.tensor
-    norm = request.norm()
-    return norm_of(backend, backend.where(tensor < 0.0, tensor, tensor * 0.0)) / norm if norm else 0.0
-
-
-def fitted_cp(
-    request: Request,
-    rank: int,
-    modes: frozenset[int],
-    init: str | CPTensor,
-    fixed: Collection[int],
-    starts: int,
-    tol: float,
-    iterations: int,
-) -> CPTensor:
-    """Return the best of several fits of one rank, of a tensor with at least two modes."""
-    backend, best = request.backend, list[CPTensor]()
-    bound = _bound(request) if len(modes) == len(request.shape) else 0.0
-    if bound >= 1.0 - _ROUNDING and not fixed:
-        zeros = [backend.zeros((size, rank), like=request.tensor) for size in request.shape]
-        return request.finished(CPTensor(None, zeros), "zero", optimal=True)
-    given: str | list[Array] = init if isinstance(init, str) else _factors(request, init, rank, modes, fixed)
-    rng = np.random.default_rng(request.seed)
-    for number in range(starts):
-        start = given if number == 0 or not isinstance(given, str) else "random"
-        if number and not isinstance(given, str):
-            start = [one if mode in fixed else _uniform(request, rng, one) for mode, one in enumerate(given)]
-        factors, errors = nonnegative_cp(
-            backend, request.tensor, rank, modes, start, fixed, tol, iterations, request.seed + number
-        )
-        if not all(np.isfinite(errors)):
-            continue
-        found = CPTensor(None, factors)
-        best.append(
-            request.finished(
-                found if fixed else found.truncated(rank), _WAY, bound=bound, converged=len(errors) < iterations,
-                history=errors,
-            )
-        )  # fmt: skip
-    if not best:
-        raise ShapeError(
-            f"no start of rank {rank} succeeded, as its equations are singular: use another init or random_state, or a "
-            "smaller rank"
-        )
-    return min(best, key=lambda found: found.error or 0.0)
-
-
-def _factors(request: Request, init: CPTensor, rank: int, modes: frozenset[int], fixed: Collection[int]) -> list[Array]:
-    if init.rank != rank:
-        raise ShapeError(f"init has rank {init.rank}; expected {rank}")
-    for mode in sorted(modes):
-        _not_negative(request.backend, init.factors[mode], f"factor {mode} of init")
-    factors = list(init.factors)
-    free = next((mode for mode in range(len(factors)) if mode not in fixed), None)
-    if free is None:
-        raise ConfigError("fixed= keeps all modes, so that nothing is left to fit: leave out one of them")
-    if init.weights is not None:
-        factors[free] = factors[free] * init.weights
-        if free in modes:
-            _not_negative(request.backend, factors[free], "init with its weights")
-    return factors
-
-
-def _uniform(request: Request, rng: np.random.Generator, like: Array) -> Array:
-    backend = request.backend
-    return backend.asarray(rng.random(tuple(like.shape)), backend.dtype_name(like), backend.device(like))
-
-
-def fitted_tucker(
-    request: Request, ranks: Sequence[int], init: str | TuckerTensor, tol: float, iterations: int
-) -> TuckerTensor:
-    """Return a core and factors that are not negative."""
-    backend = request.backend
-    start: str | tuple[Array, list[Array]]
-    if isinstance(init, str):
-        start = init
-    else:
-        if init.rank != tuple(ranks):
-            raise ShapeError(f"init has ranks {init.rank}; expected {tuple(ranks)}")
-        for place, array in enumerate(init.arrays):
-            _not_negative(backend, array, f"factor {place - 1} of init" if place else "the core of init")
-        start = (init.core, list(init.factors))
-    bound = _bound(request)
-    if request.norm() == 0.0 or bound >= 1.0 - _ROUNDING:
-        zeros = [
-            backend.zeros((size, rank), like=request.tensor) for size, rank in zip(request.shape, ranks, strict=True)
-        ]
-        return request.finished(TuckerTensor(backend.zeros(ranks, like=request.tensor), zeros), "zero", optimal=True)
-    fitted = _tried(request, request.tensor, ranks, start, tol, iterations)
-    if fitted is None:
-        # A core or a factor that becomes zero stays so; one that fits the positive part of the tensor does not.
-        positive = backend.where(request.tensor > 0.0, request.tensor, request.tensor * 0.0)
-        begun = _tried(request, positive, ranks, start, tol, iterations)
-        fitted = None if begun is None else _tried(request, request.tensor, ranks, begun[:2], tol, iterations)
-    if fitted is None:
-        raise ShapeError("the iteration failed, as its equations are singular: use another init or smaller ranks")
-    core, factors, errors = fitted
-    return request.finished(
-        TuckerTensor(core, factors), _WAY, bound=bound, converged=len(errors) < iterations, history=errors
-    )
-
-
-def _tried(
-    request: Request,
-    tensor: Array,
-    ranks: Sequence[int],
-    start: str | tuple[Array, list[Array]],
-    tol: float,
-    iterations: int,
-) -> tuple[Array, list[Array], list[float]] | None:
-    """Return a core, factors and errors; None if the equations are singular."""
-    try:
-        found = nonnegative_tucker(request.backend, tensor, ranks, start, tol, iterations, request.seed)
-    except np.linalg.LinAlgError:
-        return None
-    return found if all(np.isfinite(found[2])) else None
-
-
-# -- CP decompositions of given tensors --------------------------------------------------------------------------------
-
-
-# Standard deviation of the noise on singular vectors: without it, a structured tensor may keep them at a saddle point.
-_MOVED = 0.01
-# The relative error up to which there may be an exact answer, and the number of other starts that may lead to it.
-_NEAR, _STARTS = 0.3, 15
-# Sweeps that have not converged after this many crawl.
-_CRAWLS = 30
+__all__ = ["cp"]
 
 
 @hints_keywords
@@ -350,7 +177,7 @@ class _Options:
         self.starts = integer_of("starts", starts, 1, 1 << 20)
         self.iterations = integer_of("max_iterations", max_iterations, 1)
         self.tol, self.callback = tol, callback
-        self.nonnegative = constrained_modes(nonnegative, request)
+        self.nonnegative = constrained_modes(nonnegative, request) if nonnegative is not False else frozenset[int]()
         if self.nonnegative:
             refuse_callback(callback)
         if not isinstance(init, CPTensor) and (not isinstance(init, str) or init not in ("svd", "random")):
@@ -415,7 +242,7 @@ class _Options:
                 "or a smaller rank"
             )
         # Where sweeps crawl; where they converge fast, Gauss-Newton would take longer than all of them.
-        near = 64.0 * sweeps.epsilon * norm < error <= _NEAR * norm and len(watch.history) > _CRAWLS
+        near = 64.0 * sweeps.epsilon * norm < error <= NEAR * norm and len(watch.history) > CRAWLS
         plain = isinstance(self.init, str) and self.init == "svd"
         if near and plain and not stopped and refinable(CP(shape, rank)):
             return self._refined(factors, error / norm, watch)
@@ -449,7 +276,8 @@ class _Options:
 
         found = complete(
             [CP(request.shape, int(factors[0].shape[1]))], backend.to_numpy(request.tensor),
-            np.ones(request.shape, bool), starts=_STARTS, seed=request.seed, limits=Limits(watch.tol, self.iterations),
+            np.ones(request.shape, bool), starts=OTHER_STARTS, seed=request.seed,
+            limits=Limits(watch.tol, self.iterations),
             start={f"factor{mode}": backend.to_numpy(factor) for mode, factor in enumerate(factors)}, watch=seen,
         )  # fmt: skip
         if not found.error < error:
@@ -520,5 +348,5 @@ class _Options:
             missing = rank - int(columns.shape[1])
             if missing:
                 columns = backend.concat([columns, normal(size, missing)], axis=1)
-            factors.append(columns + normal(size, rank) * (_MOVED / math.sqrt(size)))
+            factors.append(columns + normal(size, rank) * (MOVED / math.sqrt(size)))
         return factors

@@ -1,4 +1,4 @@
-"""What the results of all decompositions have in common."""
+"""Results of decompositions: what all have in common, CP tensors, and Tucker tensors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from tnadapt.algebra.products import cp_to_tensor, hadamard_tensor, kronecker_te
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
-from tnadapt.decomposition.fits import Optimality
-from tnadapt.decomposition.implicit_gradient import Contraction
+from tnadapt.decomposition.fits import Contraction, Optimality
 from tnadapt.decomposition.linear_algebra import with_value
 from tnadapt.errors import BackendError, ShapeError, safe_repr
 from tnadapt.report import fact_table
@@ -33,7 +32,7 @@ __all__ = [
 ]
 
 
-# -- What the results of all decompositions have in common -------------------------------------------------------------
+# -- What all results share --------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,7 +346,7 @@ class Decomposed(abc.ABC):
         return facts
 
 
-# -- Canonical polyadic (CP) tensors: sums of outer products of vectors ------------------------------------------------
+# -- CP tensors: sums of outer products of vectors ---------------------------------------------------------------------
 
 
 class _CPParts(NamedTuple):
@@ -535,43 +534,6 @@ class CPTensor(Decomposed, _CPParts):
         return backend.zeros((self.rank,), like=self.factors[0]) + 1.0
 
 
-# -- Block-diagonal joins of arrays, from which sums of networks are made ----------------------------------------------
-
-
-def block_diagonal(backend: Backend, a: Array, b: Array, axes: Collection[int]) -> Array:
-    """Join two arrays so that along some axes each has its own block, with zeros elsewhere.
-
-    Parameters
-    ----------
-    backend : Backend
-    a, b : array
-        With the same sizes along the other axes.
-    axes : collection of int
-        The axes that are joined.
-
-    Returns
-    -------
-    array
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from tnadapt.backends import get_backend
-    >>> block_diagonal(get_backend(np.ones(1)), np.ones((1, 2)), np.ones((1, 1)), [0, 1])
-    array([[1., 1., 0.],
-           [0., 0., 1.]])
-    """
-    first, second = a, b
-    for axis in sorted(axes):
-        before = [int(size) for size in first.shape]
-        after = [int(size) for size in second.shape]
-        extra, own = before.copy(), after.copy()
-        extra[axis], own[axis] = int(b.shape[axis]), int(a.shape[axis])
-        first = backend.concat([first, backend.zeros(extra, like=a)], axis=axis)
-        second = backend.concat([backend.zeros(own, like=a), second], axis=axis)
-    return first + second
-
-
 # -- Tucker tensors: a small core, multiplied by a matrix along each mode ----------------------------------------------
 
 
@@ -714,3 +676,40 @@ class TuckerTensor(Decomposed, _TuckerParts):
             factors.append(q)
             core = mode_dot(core, r, mode)
         return type(self)(core, factors).with_outcome(self.outcome)
+
+
+# -- Block-diagonal joins of arrays, from which sums of networks are made ----------------------------------------------
+
+
+def block_diagonal(backend: Backend, a: Array, b: Array, axes: Collection[int]) -> Array:
+    """Join two arrays so that along some axes each has its own block, with zeros elsewhere.
+
+    Parameters
+    ----------
+    backend : Backend
+    a, b : array
+        With the same sizes along the other axes.
+    axes : collection of int
+        The axes that are joined.
+
+    Returns
+    -------
+    array
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tnadapt.backends import get_backend
+    >>> block_diagonal(get_backend(np.ones(1)), np.ones((1, 2)), np.ones((1, 1)), [0, 1])
+    array([[1., 1., 0.],
+           [0., 0., 1.]])
+    """
+    first, second = a, b
+    for axis in sorted(axes):
+        before = [int(size) for size in first.shape]
+        after = [int(size) for size in second.shape]
+        extra, own = before.copy(), after.copy()
+        extra[axis], own[axis] = int(b.shape[axis]), int(a.shape[axis])
+        first = backend.concat([first, backend.zeros(extra, like=a)], axis=axis)
+        second = backend.concat([backend.zeros(own, like=a), second], axis=axis)
+    return first + second

@@ -1,4 +1,4 @@
-"""Products of matrices and tensors that are not mode products: Khatri-Rao, outer, inner, and general networks."""
+"""Products and reshapings of tensors: Khatri-Rao, outer, inner and mode products, networks, unfolding and folding."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-# -- Products of matrices and tensors that are not mode products: Khatri-Rao, outer, inner, and general networks -------
+# -- Khatri-Rao, outer and inner products, and contractions of networks ------------------------------------------------
 
 
 def khatri_rao(matrices: Sequence[Any], weights: Any = None, skip_matrix: int | None = None) -> Array:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import load_backend
+from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of, ranks_of
 from ._decomposed import CPTensor, TuckerTensor
 from ._tensor_chains import TRTensor, TTMatrix, TTTensor
 
-__all__ = ["generator", "random_cp", "random_tr", "random_tt", "random_tt_matrix", "random_tucker"]
+__all__ = ["random_cp", "random_tr", "random_tt", "random_tt_matrix", "random_tucker"]
 
 _SEEDS = (int, np.integer, np.random.BitGenerator, np.random.bit_generator.ISeedSequence)
 
@@ -44,21 +45,20 @@ def generator(random_state: Any) -> np.random.Generator:
         raise ConfigError(f"random_state must be a seed or a NumPy generator; got {safe_repr(random_state)}") from None
 
 
-class _Draws:
-    """Normal numbers in a library and dtype."""
+def _normal(random_state: Any, backend: str, dtype: str, device: Any) -> Callable[..., Array]:
+    """Return a function that draws normal arrays of a library and dtype."""
+    rng, library = generator(random_state), load_backend(backend)
 
-    def __init__(self, random_state: Any, backend: str, dtype: str, device: Any) -> None:
-        self.rng, self.backend = generator(random_state), load_backend(backend)
-        self.dtype, self.device = dtype, device
-
-    def __call__(self, *shape: int) -> Any:
+    def draw(*shape: int) -> Array:
         try:
-            numbers = self.rng.standard_normal(shape)
+            numbers = rng.standard_normal(shape)
         except (MemoryError, ValueError):
             raise ShapeError(f"shape and rank make an array of shape {shape}, too large for memory") from None
-        if self.dtype.startswith("complex"):
-            numbers = (numbers + 1j * self.rng.standard_normal(shape)) * math.sqrt(0.5)
-        return self.backend.asarray(numbers, self.dtype, self.device)
+        if dtype.startswith("complex"):
+            numbers = (numbers + 1j * rng.standard_normal(shape)) * math.sqrt(0.5)
+        return library.asarray(numbers, dtype, device)
+
+    return draw
 
 
 def _shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -117,13 +117,13 @@ def random_cp(
     (4, 2)
     """
     sizes, rank = _shape(shape), integer_of("rank", rank, 1)
-    draw = _Draws(random_state, backend, dtype, device)
+    draw = _normal(random_state, backend, dtype, device)
     factors = [draw(size, rank) for size in sizes]
     if orthogonal:
         if rank > min(sizes):
             raise ShapeError(f"{rank} orthonormal columns do not fit sizes {sizes}: use a rank of at most {min(sizes)}")
-        factors = [draw.backend.qr(factor)[0] for factor in factors]
-    found = CPTensor(draw.backend.asarray(np.ones(rank), dtype, device), factors)
+        factors = [load_backend(backend).qr(factor)[0] for factor in factors]
+    found = CPTensor(load_backend(backend).asarray(np.ones(rank), dtype, device), factors)
     return CPTensor(found.weights, found.normalized().factors) if normalized else found
 
 
@@ -166,13 +166,13 @@ def random_tucker(
     """
     sizes = _shape(shape)
     ranks = ranks_of(rank, len(sizes), "modes")
-    draw = _Draws(random_state, backend, dtype, device)
+    draw = _normal(random_state, backend, dtype, device)
     core = draw(*ranks)
     factors = [draw(size, r) for size, r in zip(sizes, ranks, strict=True)]
     if orthogonal:
         if any(r > size for size, r in zip(sizes, ranks, strict=True)):
             raise ShapeError(f"orthonormal columns of ranks {tuple(ranks)} do not fit sizes {sizes}")
-        factors = [draw.backend.qr(factor)[0] for factor in factors]
+        factors = [load_backend(backend).qr(factor)[0] for factor in factors]
     return TuckerTensor(core, factors)
 
 
@@ -212,7 +212,7 @@ def random_tt(
     """
     sizes = _shape(shape)
     ranks = [1, *_inner(rank, len(sizes)), 1]
-    draw = _Draws(random_state, backend, dtype, device)
+    draw = _normal(random_state, backend, dtype, device)
     return TTTensor([draw(ranks[m], size, ranks[m + 1]) for m, size in enumerate(sizes)])
 
 
@@ -255,7 +255,7 @@ def random_tr(
     if isinstance(listed, list) and len(listed) == len(sizes) + 1 and listed[0] == listed[-1]:
         listed = listed[:-1]
     ranks = ranks_of(listed, len(sizes), "bonds")
-    draw = _Draws(random_state, backend, dtype, device)
+    draw = _normal(random_state, backend, dtype, device)
     return TRTensor([draw(ranks[m], size, ranks[(m + 1) % len(sizes)]) for m, size in enumerate(sizes)])
 
 
@@ -299,7 +299,7 @@ def random_tt_matrix(
     if len(tall) != len(wide):
         raise ShapeError(f"rows {tall} and columns {wide} must have the same number of modes")
     ranks = [1, *_inner(rank, len(tall)), 1]
-    draw = _Draws(random_state, backend, dtype, device)
+    draw = _normal(random_state, backend, dtype, device)
     return TTMatrix([draw(ranks[m], r, c, ranks[m + 1]) for m, (r, c) in enumerate(zip(tall, wide, strict=True))])
 
 

@@ -1,4 +1,4 @@
-"""What every decomposition is asked: a tensor, a rank or an error, and perhaps what of the tensor is known."""
+"""What all decompositions share: arguments, missing elements, convergence, the search for a rank, errors of results."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
+from tnadapt.algebra.formats import Format
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
-from tnadapt.decomposition.completion import unobserved
+from tnadapt.decomposition import Limits
+from tnadapt.decomposition.block_passes import LEAST_ERROR, BlockPasses, Compressed, by_error, by_sizes
+from tnadapt.decomposition.completion import complete, unobserved
 from tnadapt.decomposition.fits import OPEN, Claim, holds, smallest_within
-from tnadapt.decomposition.implicit_gradient import implicit_gradient
 from tnadapt.decomposition.linear_algebra import norm_of, with_value
 from tnadapt.errors import BackendError, ConfigError, ShapeError, UnexpectedKeywordError, safe_repr
 
@@ -23,17 +25,27 @@ from ._checks import as_tensor, error_limit, finite, integer_of
 from ._decomposed import Decomposed, FitOutcome
 
 __all__ = [
+    "BLOCK",
+    "METHOD",
+    "OVERSAMPLED",
+    "STARTS",
+    "Callback",
     "Request",
     "Watch",
+    "completed",
+    "compressed",
     "hints_keywords",
     "one_of",
+    "refuse_observed",
     "requested",
+    "result_dtype",
     "seed_of",
     "smallest_rank",
+    "with_block_error",
 ]
 
 
-# -- What every decomposition is asked: a tensor, a rank or an error, and perhaps what of the tensor is known ----------
+# -- Arguments, and what is said of the result -------------------------------------------------------------------------
 
 
 Callback = Callable[[int, float], Any]
@@ -193,6 +205,8 @@ class Request:
             return found.with_arrays(
                 [with_value(backend, value, array) for value, array in zip(values, expressed, strict=True)]
             )
+        from tnadapt.decomposition.implicit_gradient import implicit_gradient
+
         kind = backend.dtype_name(self.tensor)
         hosts, contraction = [backend.to_numpy(value) for value in values], found.contraction
 
@@ -339,6 +353,9 @@ def _all_seen(roots: np.ndarray) -> None:
         )
 
 
+# -- Convergence -------------------------------------------------------------------------------------------------------
+
+
 class Watch:
     """Collects the errors of an iteration, calls the callback, and says when to stop.
 
@@ -381,7 +398,7 @@ class Watch:
         return self.stopped
 
 
-# -- The smallest rank whose fit keeps to an error ---------------------------------------------------------------------
+# -- The smallest rank for an error ------------------------------------------------------------------------------------
 
 
 DecomposedT = TypeVar("DecomposedT", bound=Decomposed)
@@ -422,7 +439,135 @@ def smallest_rank(
     return best
 
 
-# -- Hints for callers who use TensorLy's keywords with our functions --------------------------------------------------
+# -- Fits with missing or weighted elements ----------------------------------------------------------------------------
+
+
+#: Random starts of a small problem.
+STARTS = 8
+METHOD = "least squares on the observed elements"
+
+
+class Completed(NamedTuple):
+    """The arrays of a completion, in the tensor's library, and how they were found."""
+
+    arrays: dict[str, Array]
+    converged: bool
+    history: tuple[float, ...]
+
+
+def refuse_observed(nonnegative: Any) -> None:
+    """Raise a ConfigError if what is fitted to observed elements is to be nonnegative."""
+    if nonnegative is not False and nonnegative not in ((), frozenset(), None):
+        raise ConfigError("nonnegative= does not go with mask= or weights=: leave one of them out")
+
+
+def completed(
+    request: Request,
+    splits: Sequence[Format],
+    watch: Watch,
+    *,
+    iterations: int,
+    starts: int,
+    terms: int = 1,
+    hadamard: bool = False,
+    start: Mapping[str, Array] | None = None,
+    fixed: Any = (),
+) -> Completed:
+    """Fit formats to the observed elements of a tensor.
+
+    Parameters
+    ----------
+    request : Request
+        With ``observed``.
+    splits, terms, hadamard, starts
+        As for :func:`tnadapt.decomposition.completion.complete`.
+    watch : Watch
+    iterations : int
+    start : mapping of str to array, optional
+    fixed : collection
+        What the caller was asked to keep.
+
+    Raises
+    ------
+    ConfigError
+        If an error is given in place of ranks, or something is to be kept.
+    BackendError
+        If the tensor is traced or differentiated.
+    """
+    assert request.observed is not None
+    backend = request.backend
+    request.refuse_trace("a decomposition with mask= or weights=", "detach the tensor")
+    request.refuse_recorded("with mask= or weights=, the tensor", request.source)
+    if request.max_error is not None:
+        raise ConfigError("mask= and weights= need ranks, as the error of known elements says little about the others")
+    if fixed:
+        raise ConfigError(f"fixed={sorted(fixed)} cannot be kept with mask= or weights=: leave one of them out")
+    roots = np.real(backend.to_numpy(request.observed)).astype(np.float64)
+    host = None if start is None else {name: backend.to_numpy(array) for name, array in start.items()}
+    found = complete(
+        splits, backend.to_numpy(request.tensor), roots**2, terms=terms, hadamard=hadamard, start=host, starts=starts,
+        seed=request.seed, limits=Limits(watch.tol, iterations), watch=watch.told,
+    )  # fmt: skip
+    kind, device = backend.dtype_name(request.tensor), backend.device(request.tensor)
+    arrays = {name: backend.asarray(np.ascontiguousarray(one), kind, device) for name, one in found.arrays.items()}
+    return Completed(arrays, found.converged, found.history)
+
+
+# -- Tensors that are read block by block ------------------------------------------------------------------------------
+
+
+#: Bytes of a block, in double precision, unless told otherwise.
+BLOCK = 1 << 27
+#: Directions of a sketch beyond the rank.
+OVERSAMPLED = 10
+
+
+def compressed(passes: BlockPasses, sizes: Sequence[int] | None, max_error: float | None, seed: int) -> Compressed:
+    """Compress a tensor to sizes, or as far as an error allows.
+
+    Raises
+    ------
+    ShapeError
+        If the tensor has no elements, NaN or infinity, or the error is below what Gram matrices can tell.
+    BackendError
+        If the tensor does not hold numbers.
+    """
+    if passes.dtype.kind not in "biufc":
+        raise BackendError(f"the tensor must hold numbers; got the dtype {passes.dtype}")
+    if not math.prod(passes.shape):
+        raise ShapeError(f"the tensor has shape {passes.shape}, so there is nothing to decompose")
+    if sizes is None:
+        limit = error_limit(max_error)
+        if limit < LEAST_ERROR:
+            raise ShapeError(
+                f"max_error={limit} is below {LEAST_ERROR}, the least for a tensor read in blocks: give ranks, or "
+                "load the tensor into memory"
+            )
+        return by_error(passes, limit)
+    return by_sizes(passes, sizes, seed)
+
+
+def with_block_error(result: D, found: Compressed, small: Any) -> D:
+    """Attach how good a result is, from what the compression lost and the error of what was left."""
+    outcome = small.outcome
+    inside = outcome.error * float(np.linalg.norm(found.core))
+    error = math.hypot(found.lost, inside) / found.norm if found.norm else 0.0
+    bound = min(error, found.bound / found.norm if found.norm else 0.0)
+    eps = float(np.finfo(result.arrays[0].dtype).eps)
+    method = f"compressed in blocks, {outcome.method}"
+    return result.with_outcome(
+        FitOutcome(error, bound, error <= 64.0 * eps, outcome.converged, outcome.history, method)
+    )
+
+
+def result_dtype(passes: BlockPasses) -> np.dtype[Any]:
+    """Return the dtype of a result: that of the tensor, or float64 for integers, float32 for half precision."""
+    if passes.dtype.kind not in "fc":
+        return np.dtype(np.float64)
+    return np.dtype(np.float32) if passes.dtype.itemsize < 4 else passes.dtype
+
+
+# -- TensorLy's keywords, refused with our names for them --------------------------------------------------------------
 
 
 P = ParamSpec("P")

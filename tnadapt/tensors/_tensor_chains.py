@@ -1,4 +1,4 @@
-"""Tensor trains and tensor rings: chains of cores of three axes.
+"""Tensor trains, tensor rings and TT matrices: chains of cores.
 
 Oseledets, "Tensor-train decomposition" (SIAM J. Sci. Comput. 33, 2011); Zhao et al., "Tensor ring decomposition"
 (arXiv 1606.05535).
@@ -15,21 +15,20 @@ import numpy as np
 from tnadapt.algebra.products import tt_left, tt_to_tensor
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
-from tnadapt.decomposition.implicit_gradient import Contraction
+from tnadapt.decomposition.fits import Contraction
 from tnadapt.errors import ShapeError
 
 from ._checks import as_tensors, numeric, rounded_cores, scalar_of
 from ._decomposed import Decomposed, block_diagonal
 
 __all__ = [
-    "CoreChain",
     "TRTensor",
     "TTMatrix",
     "TTTensor",
 ]
 
 
-# -- Tensor trains and tensor rings: chains of cores of three axes -----------------------------------------------------
+# -- Tensor trains and tensor rings: cores of three axes ---------------------------------------------------------------
 
 
 class CoreChain(Decomposed, tuple[Array, ...]):
@@ -284,7 +283,7 @@ class TRTensor(CoreChain):
         return backend.reshape(backend.matmul(rows, cols), self.shape)
 
 
-# -- Matrices in tensor-train format: chains of cores of four axes -----------------------------------------------------
+# -- TT matrices: cores of four axes -----------------------------------------------------------------------------------
 
 
 class TTMatrix(Decomposed, tuple[Array, ...]):

@@ -1,4 +1,4 @@
-"""Tensor trains and TT matrices of given tensors."""
+"""``tensor_train``, ``tt_matrix`` and ``tensor_ring``: decompose a tensor into a chain of cores."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tnadapt.algebra.formats import TensorTrain
+from tnadapt.algebra.products import mode_product
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import get_backend
+from tnadapt.backends import get_backend, load_backend
 from tnadapt.backends.backend import Array
 from tnadapt.decomposition import Limits
-from tnadapt.decomposition.block_passes import BlockPasses, passes_over
+from tnadapt.decomposition.block_passes import BlockPasses, Compressed, passes_over
 from tnadapt.decomposition.fits import Claim, all_of
 from tnadapt.decomposition.linear_algebra import Leading, MatrixTruncation
 from tnadapt.decomposition.tt_svd import improved_train, ring_svd, ring_sweep, tt_svd
@@ -21,107 +22,33 @@ from tnadapt.errors import ConfigError, ShapeError, TnadaptError, safe_repr
 
 from ._checks import as_tensor, error_limit, finite, inner_ranks, integer_of, mode_of, ranks_of, ring_ranks
 from ._decomposed import Decomposed
-from ._known_elements import BLOCK, METHOD, OVERSAMPLED, STARTS, completed, compressed, expanded_train
-from ._requests import Callback, Request, Watch, hints_keywords, one_of, requested, seed_of, smallest_rank
+from ._requests import (
+    BLOCK,
+    METHOD,
+    OVERSAMPLED,
+    STARTS,
+    Callback,
+    Request,
+    Watch,
+    completed,
+    compressed,
+    hints_keywords,
+    one_of,
+    requested,
+    result_dtype,
+    seed_of,
+    smallest_rank,
+    with_block_error,
+)
 from ._tensor_chains import TRTensor, TTMatrix, TTTensor
 
-__all__ = [
-    "from_start",
-    "start_of",
-    "started",
-    "tensor_ring",
-    "tensor_train",
-    "tt_matrix",
-]
+__all__ = ["tensor_ring", "tensor_train", "tt_matrix"]
 
 
-# -- Tensor trains that are fitted from a given start, some of whose cores may be fixed --------------------------------
+# -- Tensor trains and TT matrices -------------------------------------------------------------------------------------
 
 
 ChainT = TypeVar("ChainT", TTTensor, TTMatrix)
-
-
-def start_of(
-    request: Request, init: str | Sequence[Any], fixed: Collection[int], ranks: Sequence[int] | None
-) -> tuple[TTTensor | None, frozenset[int]]:
-    """Check what a train starts from.
-
-    Parameters
-    ----------
-    request : Request
-    init, fixed
-        As for :func:`tnadapt.tensors.tensor_train`.
-    ranks : sequence of int or None
-        Of the bonds; None if an error is given instead.
-
-    Returns
-    -------
-    TTTensor or None
-        None for "svd".
-    frozenset of int
-        Positions of fixed cores, from 0.
-
-    Raises
-    ------
-    ConfigError
-        If it is neither "svd" nor a train, if there is no rank, or if cores are fixed that are not given.
-    ShapeError
-        If it has another shape or other ranks, or NaN or infinity.
-    BackendError
-        If it is of another library, dtype or device, its derivatives are recorded, or the tensor is traced.
-    """
-    held = frozenset(mode_of(mode, request.shape, "a mode in fixed") for mode in fixed)
-    other = isinstance(init, Decomposed) and not isinstance(init, TTTensor)
-    if isinstance(init, str) or other or not isinstance(init, Sequence):
-        if not isinstance(init, str) or init != "svd":
-            raise ConfigError(f"init must be 'svd', a TTTensor or its cores; got {safe_repr(init)}")
-        if held:
-            raise ConfigError(f"fixed={sorted(held)} keeps cores of a start: give them as init=TTTensor(cores)")
-        return None, held
-    if ranks is None:
-        raise ConfigError("max_error= chooses ranks, but a start has its own: give rank= with init=")
-    start = started(TTTensor, init)
-    get_backend(start[0], request.tensor)
-    expected = (request.shape, (1, *ranks, 1))
-    if (start.shape, start.rank) != expected:
-        raise ShapeError(
-            f"init has shape {start.shape} and ranks {start.rank}; expected {expected[0]} and {expected[1]}"
-        )
-    request.refuse_trace("tensor_train(init=…)", "omit init=")
-    request.refuse_recorded("init", *start)
-    for mode, core in enumerate(start):
-        finite(request.backend, core, f"core {mode} of init")
-    return start, held
-
-
-def started(cls: type[ChainT], init: Any) -> ChainT:
-    """Return the train that ``init=`` gives; an error about its cores names ``init``."""
-    if isinstance(init, cls):
-        return init
-    try:
-        return cls(init)
-    except TnadaptError as error:
-        raise type(error)(f"init: {error}") from error
-
-
-def from_start(request: Request, start: TTTensor, fixed: frozenset[int], sweeps: int, watch: Watch) -> TTTensor:
-    """Improve a train by sweeps over the cores that are not fixed."""
-    backend, cores, converged = request.backend, list(start), True
-    if request.norm() == 0.0:
-        free = [mode for mode in range(len(cores)) if mode not in fixed]
-        cores = [backend.zeros(core.shape, like=core) if mode in free else core for mode, core in enumerate(cores)]
-    elif sweeps:
-        limits = Limits(watch.tol, sweeps)
-        cores, _, converged = improved_train(backend, request.tensor, cores, limits, watch, fixed)
-    method = "given start, ALS" if sweeps else "given start"
-    found = TTTensor(cores)
-    return request.finished(
-        found, method, converged=watch.converged or converged, history=watch.history,
-        closed=None if sweeps else lambda tensor: found, fixed=fixed,
-    )  # fmt: skip
-
-
-# -- Tensor trains and TT matrices of given tensors --------------------------------------------------------------------
 
 
 @hints_keywords
@@ -231,7 +158,7 @@ def tensor_train(
     watch, iterations = Watch(tol, callback), integer_of("max_iterations", max_iterations, 1)
     most = None if sweeps is None else integer_of("sweeps", sweeps, 0)
     ranks = None if rank is None else inner_ranks(rank, _possible(request.shape))
-    begun, held = start_of(request, init, fixed, ranks)
+    begun, held = _start_of(request, init, fixed, ranks)
     if request.observed is not None:
         split = TensorTrain(request.shape, 1 if ranks is None else tuple(ranks))
         start = None if begun is None else {f"core{mode}": core for mode, core in enumerate(begun)}
@@ -239,7 +166,7 @@ def tensor_train(
         cores = [found.arrays[f"core{mode}"] for mode in range(len(request.shape))]
         return request.finished(TTTensor(cores), METHOD, converged=found.converged, history=found.history)
     if begun is not None:
-        return from_start(request, begun, held, iterations if most is None else most, watch)
+        return _from_start(request, begun, held, iterations if most is None else most, watch)
     return _finished(request, ranks, svd, most or 0, watch)
 
 
@@ -260,7 +187,17 @@ def _from_blocks(passes: BlockPasses, rank: Any, max_error: float | None, svd: s
         core = float(np.linalg.norm(found.core))
         left = math.sqrt(max(0.0, (max_error * found.norm) ** 2 - found.lost**2)) / core if core else 0.0
     small = tensor_train(found.core, rank, max_error=left, svd=svd, random_state=seed)
-    return expanded_train(passes, found, small)
+    return _expanded(passes, found, small)
+
+
+def _expanded(passes: BlockPasses, found: Compressed, small: TTTensor) -> TTTensor:
+    """Return the tensor train of what a tensor was compressed to, expanded."""
+    backend, dtype = load_backend("numpy"), result_dtype(passes)
+    cores = [
+        np.asarray(mode_product(backend, core, basis, 1), dtype)
+        for core, basis in zip(small, found.factors, strict=True)
+    ]
+    return with_block_error(TTTensor(cores), found, small)
 
 
 def _possible(shape: tuple[int, ...]) -> list[int]:
@@ -382,7 +319,7 @@ def tt_matrix(
 
 
 def _merged_start(init: Sequence[Any], rows: tuple[int, ...], cols: tuple[int, ...]) -> TTTensor:
-    given = started(TTMatrix, init)
+    given = _started(TTMatrix, init)
     if (given.row_sizes, given.col_sizes) != (rows, cols):
         raise ShapeError(
             f"init divides rows and columns into {given.row_sizes} and {given.col_sizes}; expected {rows} and {cols}"
@@ -412,7 +349,90 @@ def _sizes(
     return tall, wide
 
 
-# -- Tensor rings of given tensors -------------------------------------------------------------------------------------
+# -- Trains from a given start, some of whose cores may be fixed -------------------------------------------------------
+
+
+def _start_of(
+    request: Request, init: str | Sequence[Any], fixed: Collection[int], ranks: Sequence[int] | None
+) -> tuple[TTTensor | None, frozenset[int]]:
+    """Check what a train starts from.
+
+    Parameters
+    ----------
+    request : Request
+    init, fixed
+        As for :func:`tnadapt.tensors.tensor_train`.
+    ranks : sequence of int or None
+        Of the bonds; None if an error is given instead.
+
+    Returns
+    -------
+    TTTensor or None
+        None for "svd".
+    frozenset of int
+        Positions of fixed cores, from 0.
+
+    Raises
+    ------
+    ConfigError
+        If it is neither "svd" nor a train, if there is no rank, or if cores are fixed that are not given.
+    ShapeError
+        If it has another shape or other ranks, or NaN or infinity.
+    BackendError
+        If it is of another library, dtype or device, its derivatives are recorded, or the tensor is traced.
+    """
+    held = frozenset(mode_of(mode, request.shape, "a mode in fixed") for mode in fixed)
+    other = isinstance(init, Decomposed) and not isinstance(init, TTTensor)
+    if isinstance(init, str) or other or not isinstance(init, Sequence):
+        if not isinstance(init, str) or init != "svd":
+            raise ConfigError(f"init must be 'svd', a TTTensor or its cores; got {safe_repr(init)}")
+        if held:
+            raise ConfigError(f"fixed={sorted(held)} keeps cores of a start: give them as init=TTTensor(cores)")
+        return None, held
+    if ranks is None:
+        raise ConfigError("max_error= chooses ranks, but a start has its own: give rank= with init=")
+    start = _started(TTTensor, init)
+    get_backend(start[0], request.tensor)
+    expected = (request.shape, (1, *ranks, 1))
+    if (start.shape, start.rank) != expected:
+        raise ShapeError(
+            f"init has shape {start.shape} and ranks {start.rank}; expected {expected[0]} and {expected[1]}"
+        )
+    request.refuse_trace("tensor_train(init=…)", "omit init=")
+    request.refuse_recorded("init", *start)
+    for mode, core in enumerate(start):
+        finite(request.backend, core, f"core {mode} of init")
+    return start, held
+
+
+def _started(cls: type[ChainT], init: Any) -> ChainT:
+    """Return the train that ``init=`` gives; an error about its cores names ``init``."""
+    if isinstance(init, cls):
+        return init
+    try:
+        return cls(init)
+    except TnadaptError as error:
+        raise type(error)(f"init: {error}") from error
+
+
+def _from_start(request: Request, start: TTTensor, fixed: frozenset[int], sweeps: int, watch: Watch) -> TTTensor:
+    """Improve a train by sweeps over the cores that are not fixed."""
+    backend, cores, converged = request.backend, list(start), True
+    if request.norm() == 0.0:
+        free = [mode for mode in range(len(cores)) if mode not in fixed]
+        cores = [backend.zeros(core.shape, like=core) if mode in free else core for mode, core in enumerate(cores)]
+    elif sweeps:
+        limits = Limits(watch.tol, sweeps)
+        cores, _, converged = improved_train(backend, request.tensor, cores, limits, watch, fixed)
+    method = "given start, ALS" if sweeps else "given start"
+    found = TTTensor(cores)
+    return request.finished(
+        found, method, converged=watch.converged or converged, history=watch.history,
+        closed=None if sweeps else lambda tensor: found, fixed=fixed,
+    )  # fmt: skip
+
+
+# -- Tensor rings ------------------------------------------------------------------------------------------------------
 
 
 @hints_keywords

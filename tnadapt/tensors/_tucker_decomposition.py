@@ -1,4 +1,4 @@
-"""Tucker decompositions of given tensors."""
+"""``tucker``: decompose a tensor into a core and a matrix for each mode."""
 
 from __future__ import annotations
 
@@ -12,26 +12,33 @@ from tnadapt.algebra.formats import Tucker
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
-from tnadapt.decomposition.block_passes import BlockPasses, passes_over
+from tnadapt.decomposition.block_passes import BlockPasses, Compressed, passes_over
 from tnadapt.decomposition.fits import Claim, all_of
 from tnadapt.decomposition.hooi import SMALL, hooi, hosvd, projected
 from tnadapt.decomposition.linear_algebra import Leading, MatrixTruncation, norm_of
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of, mode_of, ranks_of
-from ._cp_decomposition import constrained_modes, fitted_tucker, refuse_callback
 from ._decomposed import TuckerTensor
-from ._known_elements import (
+from ._nonnegative import constrained_modes, fitted_tucker, refuse_callback
+from ._requests import (
     BLOCK,
     METHOD,
     OVERSAMPLED,
     STARTS,
+    Callback,
+    Request,
+    Watch,
     completed,
     compressed,
-    expanded_tucker,
+    hints_keywords,
+    one_of,
     refuse_observed,
+    requested,
+    result_dtype,
+    seed_of,
+    with_block_error,
 )
-from ._requests import Callback, Request, Watch, hints_keywords, one_of, requested, seed_of
 
 __all__ = ["tucker"]
 
@@ -208,7 +215,14 @@ def _from_blocks(
     found = compressed(passes, sizes, max_error, seed)
     kept = [int(size) for size in found.core.shape] if ranks is None else ranks
     small = tucker(found.core, kept, svd=svd, random_state=seed, tol=tol, max_iterations=sweeps, callback=callback)
-    return expanded_tucker(passes, found, small)
+    return _expanded(passes, found, small)
+
+
+def _expanded(passes: BlockPasses, found: Compressed, small: TuckerTensor) -> TuckerTensor:
+    """Return the Tucker tensor of what a tensor was compressed to, expanded."""
+    dtype = result_dtype(passes)
+    factors = [np.asarray(basis @ factor, dtype) for basis, factor in zip(found.factors, small.factors, strict=True)]
+    return with_block_error(TuckerTensor(np.asarray(small.core, dtype), factors), found, small)
 
 
 def _ranks(rank: Any, shape: tuple[int, ...]) -> list[int]:

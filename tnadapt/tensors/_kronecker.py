@@ -1,0 +1,569 @@
+"""Sums of Kronecker products, and Hadamard products of CP tensors: the tensors, and decompositions into them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.folding import MAX_ORDER
+from tnadapt.algebra.formats import CP, Dense
+from tnadapt.algebra.products import hadamard_tensor, kron_matvec, kronecker_tensor, rearranged
+from tnadapt.argument_checks import checks_arguments, is_sequence
+from tnadapt.backends import get_backend
+from tnadapt.backends.backend import Array
+from tnadapt.decomposition import Step, decompose
+from tnadapt.decomposition.fits import Contraction
+from tnadapt.errors import BackendError, ShapeError, safe_repr
+
+from ._checks import as_tensor, as_tensors, integer_of, numeric, scalar_of, useful_rank
+from ._cp_decomposition import cp
+from ._decomposed import CPTensor, Decomposed, FitOutcome
+from ._requests import METHOD, STARTS, Callback, Request, Watch, completed, requested, smallest_rank
+
+__all__ = ["HadamardTensor", "KroneckerTensor", "hadamard_decomposition", "kronecker_decomposition"]
+
+
+# -- Sums of Kronecker products ----------------------------------------------------------------------------------------
+
+
+class _KroneckerParts(NamedTuple):
+    weights: Array | None
+    terms: list[list[Array]]
+
+
+class KroneckerTensor(Decomposed, _KroneckerParts):
+    """A sum of Kronecker products ``sum_t weights[t] * kronecker(terms[t])``.
+
+    Parameters
+    ----------
+    weights : array, shape (T,), or None
+        None stands for ones.
+    terms : sequence of sequence of array
+        T terms of K factors each; factor k has the same shape in every term.
+
+    Attributes
+    ----------
+    outcome : FitOutcome or None
+        How a decomposition found it.
+
+    Raises
+    ------
+    ShapeError
+        If the terms differ in shape.
+    BackendError
+        If libraries, dtypes or devices are mixed.
+
+    Notes
+    -----
+    Unpacks as ``weights, terms``. Of a single term, ``factors`` are the K arrays, with the weight in the first.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> product = KroneckerTensor(None, [[np.eye(2), np.ones((1, 3))]])
+    >>> product.to_tensor()
+    array([[1., 1., 1., 0., 0., 0.],
+           [0., 0., 0., 1., 1., 1.]])
+    >>> product @ np.ones(6), product.shape
+    (array([3., 3.]), (2, 6))
+    """
+
+    @checks_arguments
+    def __new__(cls, weights: Any, terms: Sequence[Sequence[Any]]) -> Self:
+        listed = [list(term) for term in terms]
+        flat = [array for term in listed for array in term]
+        backend, arrays = as_tensors(flat, "terms")
+        if weights is not None:
+            weights = as_tensor(weights, "weights")[1]
+            get_backend(*arrays, weights)
+            if tuple(weights.shape) != (len(listed),):
+                raise ShapeError(f"weights have shape {tuple(weights.shape)}; expected ({len(listed)},), one per term")
+        shapes = [tuple(int(size) for size in array.shape) for array in arrays]
+        count = len(listed[0])
+        for number, term in enumerate(listed):
+            own = shapes[number * len(term) : (number + 1) * len(term)]
+            if len(term) != count or own != shapes[:count]:
+                raise ShapeError(f"term {number} has factors of shapes {own}; expected {shapes[:count]}, like term 0")
+        if len({len(shape) for shape in shapes[:count]}) > 1:
+            raise ShapeError(
+                f"factors of a Kronecker product need the same number of axes; got shapes {shapes[:count]}"
+            )
+        return cls.of(backend, (weights, [arrays[k * count : (k + 1) * count] for k in range(len(listed))]))
+
+    __repr__ = Decomposed.__repr__
+
+    @property
+    def factors(self) -> list[Array]:
+        """The factors of a single term, with its weight in the first."""
+        if len(self.terms) != 1:
+            raise ShapeError(f"a sum of {len(self.terms)} Kronecker products has no single list of factors: use terms")
+        return self.scaled_terms()[0]
+
+    @property
+    def factor_shapes(self) -> list[tuple[int, ...]]:
+        """Shape of each of the K factors."""
+        return [tuple(int(size) for size in array.shape) for array in self.terms[0]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(sizes) for sizes in zip(*self.factor_shapes, strict=True))
+
+    @property
+    def rank(self) -> int:
+        """Number of terms."""
+        return len(self.terms)
+
+    @property
+    def arrays(self) -> list[Array]:
+        flat = [array for term in self.terms for array in term]
+        return flat if self.weights is None else [self.weights, *flat]
+
+    def scaled_terms(self) -> list[list[Array]]:
+        """Return the terms with each weight in the first factor."""
+        if self.weights is None:
+            return [list(term) for term in self.terms]
+        return [[term[0] * self.weights[t], *term[1:]] for t, term in enumerate(self.terms)]
+
+    def to_tensor(self) -> Array:
+        backend = self.backend
+        products = [kronecker_tensor(backend, term) for term in self.scaled_terms()]
+        found = products[0]
+        for product in products[1:]:
+            found = found + product
+        return found
+
+    def entries(self, indices: Any) -> Array:
+        backend, places, shapes = self.backend, self.places(indices), self.factor_shapes
+        # The digits of each index: one for each factor, the first factor's slowest.
+        digits = [np.unravel_index(place, [shape[mode] for shape in shapes]) for mode, place in enumerate(places)]
+        found: Array = None
+        for term in self.scaled_terms():
+            values = []
+            for k, array in enumerate(term):
+                flat = np.ravel_multi_index([digit[k] for digit in digits], shapes[k])
+                vector = backend.flatten(array)
+                values.append(backend.take(vector, backend.constant(np.asarray(flat), backend.device(vector))))
+            product = hadamard_tensor(values)
+            found = product if found is None else found + product
+        return found
+
+    def part(self, *index: int | slice) -> Self:
+        """Take a slice that is a Kronecker product: whole modes, or a range that one index of the first factor has."""
+        terms = [list(term) for term in self.scaled_terms()]
+        for mode, (one, size) in enumerate(zip(self.slices(index), self.shape, strict=True)):
+            inner = math.prod(shape[mode] for shape in self.factor_shapes[1:])
+            if one == slice(0, size, 1):
+                continue
+            if one.step != 1 or one.start % inner or one.stop % inner:
+                raise ShapeError(
+                    f"the slice {one} of mode {mode} is no Kronecker product: use multiples of {inner} as bounds, "
+                    "or take entries"
+                )
+            cut = (*[slice(None)] * mode, slice(one.start // inner, one.stop // inner))
+            for term in terms:
+                term[0] = term[0][cut]
+        return type(self)(None, terms)
+
+    def inner(self, other: Self) -> Array:
+        self._same_factors(other)
+        backend = self.backend
+        found: Array = None
+        for mine in self.scaled_terms():
+            for theirs in other.scaled_terms():
+                parts = [
+                    backend.sum(backend.flatten(backend.conj(a) * b), axis=0) for a, b in zip(mine, theirs, strict=True)
+                ]
+                product = hadamard_tensor(parts)
+                found = product if found is None else found + product
+        return found
+
+    def __matmul__(self, x: Any) -> Array:
+        """Multiply by a vector or a matrix of columns, without forming the product (two axes only)."""
+        if len(self.shape) != 2:
+            raise ShapeError(f"only a matrix multiplies a vector; this is a tensor of shape {self.shape}")
+        x = numeric(get_backend(x), x, "x")
+        found: Array = None
+        for term in self.scaled_terms():
+            product = kron_matvec(term, x)
+            found = product if found is None else found + product
+        return found
+
+    def __add__(self, other: Any) -> Self:
+        if not isinstance(other, KroneckerTensor):
+            return NotImplemented
+        self._same_factors(other)
+        return type(self)(None, [*self.scaled_terms(), *other.scaled_terms()])
+
+    def __mul__(self, other: Any) -> Self:
+        number = scalar_of(other)
+        if number is not None:
+            return type(self)(None, [[term[0] * number, *term[1:]] for term in self.scaled_terms()])
+        if not isinstance(other, KroneckerTensor):
+            return NotImplemented
+        self._same_factors(other)
+        pairs = [(mine, theirs) for mine in self.scaled_terms() for theirs in other.scaled_terms()]
+        return type(self)(None, [[a * b for a, b in zip(mine, theirs, strict=True)] for mine, theirs in pairs])
+
+    def _same_factors(self, other: KroneckerTensor) -> None:
+        self.same_shape(other)
+        if other.factor_shapes != self.factor_shapes:
+            raise ShapeError(
+                f"the factors have shapes {self.factor_shapes} and {other.factor_shapes}; expected the same ones"
+            )
+
+
+# -- The nearest Kronecker product, and sums of them -------------------------------------------------------------------
+
+
+@checks_arguments
+def kronecker_decomposition(
+    tensor: Any,
+    shapes: Sequence[Sequence[int]],
+    terms: int | None = None,
+    *,
+    max_error: float | None = None,
+    mask: Any = None,
+    weights: Any = None,
+    starts: int = 1,
+    random_state: Any = None,
+    tol: float = 1e-8,
+    max_iterations: int = 200,
+    callback: Callback | None = None,
+) -> KroneckerTensor:
+    """Approximate a matrix or tensor by a Kronecker product of K factors, or by a sum of such products.
+
+    Parameters
+    ----------
+    tensor : array, shape (d_1, …, d_M)
+        Real or complex. Lists and integers are converted.
+    shapes : sequence of K shapes
+        The shapes of the factors, whose products mode by mode are the tensor's shape: for a matrix of shape (12, 20)
+        for example ``[(3, 4), (4, 5)]``.
+    terms : int, optional
+        Number of products that are added; 1 if neither it nor ``max_error`` is given.
+    max_error : float, optional
+        Relative Frobenius error that is allowed, instead of a number of terms.
+    mask, weights : array, shape (d_1, …, d_M), optional
+        As for :func:`cp`: what is known, and how much each element counts.
+    starts, random_state, tol, max_iterations, callback
+        Of the iteration for K ≥ 3, as for :func:`cp`.
+
+    Returns
+    -------
+    KroneckerTensor
+        Its ``factors`` are the K arrays of a single term; it unpacks as ``weights, terms``. For K = 2 the error is the
+        least possible one.
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not multiply to the tensor's, or the tensor has NaN, infinity or no elements.
+    BackendError
+        If the tensor is not an array of numbers of a known library, or is traced.
+
+    Notes
+    -----
+    Van Loan & Pitsianis, "Approximation with Kronecker products" (1993): rearranged, a Kronecker product is an outer
+    product, and a sum of T products a CP tensor of rank T with the factors as vectors. For K = 2 that is a truncated
+    SVD of a matrix with as many rows as the first factor has elements. With ``terms``, it is differentiable
+    once it has converged.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> a, b = np.arange(6.0).reshape(2, 3), np.ones((4, 2))
+    >>> found = kronecker_decomposition(np.kron(a, b), [(2, 3), (4, 2)])
+    >>> left, right = found.factors
+    >>> left.shape, right.shape, bool(np.allclose(np.kron(left, right), np.kron(a, b))), found.certified
+    ((2, 3), (4, 2), True, True)
+    """
+    terms = 1 if terms is None and max_error is None else terms
+    request = requested(tensor, terms, max_error, mask=mask, weights=weights, random_state=random_state, what="terms")
+    request.refuse_trace("kronecker_decomposition()", "detach the tensor")
+    sizes = _shapes(shapes, request.shape)
+    backend = request.backend
+    if request.observed is not None:
+        watch, many = Watch(tol, callback), integer_of("terms", terms or 1, 1)
+        known = completed(
+            request, [Dense(shape, 1) for shape in sizes], watch, terms=many, starts=max(starts, STARTS),
+            iterations=integer_of("max_iterations", max_iterations, 1),
+        )  # fmt: skip
+        alone = many == len(sizes) == 1
+        found_terms = [
+            [known.arrays["dense" if alone else f"term{term}.split{k}.dense"] for k in range(len(sizes))]
+            for term in range(many)
+        ]
+        return request.finished(
+            KroneckerTensor(None, found_terms), METHOD, converged=known.converged, history=known.history
+        )
+    vectors = [math.prod(shape) for shape in sizes]
+    most = math.prod(vectors) // max(vectors)
+    count = None if terms is None else min(integer_of("terms", terms, 1), most)
+    given = request.tensor if request.source is None else request.source
+    found = cp(
+        rearranged(backend, given, sizes), count, max_error=max_error, starts=starts,
+        random_state=request.seed, tol=tol, max_iterations=max_iterations, callback=callback,
+    )  # fmt: skip
+    terms_ = [
+        [backend.reshape(factor[:, term], shape) for factor, shape in zip(found.factors, sizes, strict=True)]
+        for term in range(found.rank)
+    ]
+    return KroneckerTensor(found.weights, terms_).with_outcome(found.outcome)
+
+
+def _shapes(shapes: Any, whole: tuple[int, ...]) -> list[tuple[int, ...]]:
+    try:
+        found = [tuple(integer_of("a size in shapes", size, 1) for size in shape) for shape in shapes]
+    except TypeError:
+        raise ShapeError(f"shapes must be a list of shapes, one for each factor; got {safe_repr(shapes)}") from None
+    if not found:
+        raise ShapeError("shapes is empty; expected the shape of each factor")
+    if any(len(shape) != len(whole) for shape in found):
+        raise ShapeError(f"the factors of a tensor of shape {whole} need {len(whole)} axes each; got shapes {found}")
+    product = tuple(math.prod(sizes) for sizes in zip(*found, strict=True))
+    if product != whole:
+        raise ShapeError(f"factors of shapes {found} multiply to {product}; expected the tensor's shape {whole}")
+    return found
+
+
+# -- Element-by-element products of CP tensors, such as LoHa's updates -------------------------------------------------
+
+
+class _HadamardParts(NamedTuple):
+    parts: list[CPTensor]
+
+
+class HadamardTensor(Decomposed, _HadamardParts):
+    """A product, element by element, of CP tensors of one shape.
+
+    Parameters
+    ----------
+    parts : sequence of CPTensor
+
+    Attributes
+    ----------
+    outcome : FitOutcome or None
+        How a decomposition found it.
+
+    Raises
+    ------
+    ShapeError
+        If the parts differ in shape.
+    BackendError
+        If libraries, dtypes or devices are mixed.
+
+    Notes
+    -----
+    Hyeon-Woo, Ye-Bin & Oh, "FedPara" (arXiv 2108.06098): with two matrices of rank r, the product has rank up to r².
+    ``to_cp()`` gives the same tensor as one CP tensor, whose rank is the product of the ranks. ``a * b`` has the
+    parts of both. A sum has no such form: add the CP tensors.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> part = CPTensor(None, [np.array([[1.0], [2.0]]), np.array([[3.0], [4.0]])])
+    >>> product = HadamardTensor([part, part])
+    >>> product.to_tensor()
+    array([[ 9., 16.],
+           [36., 64.]])
+    >>> product.rank, product.to_cp().rank
+    ((1, 1), 1)
+    """
+
+    def __new__(cls, parts: Sequence[CPTensor]) -> Self:
+        listed = list(parts) if is_sequence(parts) else []
+        if not listed or not all(isinstance(part, CPTensor) for part in listed):
+            raise ShapeError(f"parts must be a list of CP tensors; got {safe_repr(parts)}")
+        for part in listed[1:]:
+            listed[0].same_shape(part)
+        return cls.of(get_backend(*(array for part in listed for array in part.arrays)), (listed,))
+
+    __repr__ = Decomposed.__repr__
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parts[0].shape
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        return tuple(part.rank for part in self.parts)
+
+    @property
+    def arrays(self) -> list[Array]:
+        return [array for part in self.parts for array in part.arrays]
+
+    @property
+    def contraction(self) -> Contraction:
+        modes, arrays = list(range(self.order)), list[list[int]]()
+        for number, part in enumerate(self.parts, self.order):
+            arrays += ([] if part.weights is None else [[number]]) + [[mode, number] for mode in modes]
+        return arrays, modes
+
+    def to_tensor(self) -> Array:
+        return hadamard_tensor([part.to_tensor() for part in self.parts])
+
+    def to_cp(self) -> CPTensor:
+        """Return the same tensor as one CP tensor."""
+        return functools.reduce(lambda a, b: a * b, self.parts)
+
+    def entries(self, indices: Any) -> Array:
+        return hadamard_tensor([part.entries(indices) for part in self.parts])
+
+    def part(self, *index: int | slice) -> Self:
+        return type(self)([part.part(*index) for part in self.parts])
+
+    def inner(self, other: Self) -> Array:
+        self.same_shape(other)
+        return self.to_cp().inner(other.to_cp())
+
+    def __add__(self, other: Any) -> Self:
+        return NotImplemented
+
+    def __mul__(self, other: Any) -> Self:
+        number = scalar_of(other)
+        if number is not None:
+            return type(self)([self.parts[0] * number, *self.parts[1:]])
+        if not isinstance(other, HadamardTensor):
+            return NotImplemented
+        return type(self)([*self.parts, *other.parts])
+
+
+# -- The Hadamard product nearest to a tensor --------------------------------------------------------------------------
+
+
+@checks_arguments
+def hadamard_decomposition(
+    tensor: Any,
+    rank: int | None = None,
+    parts: int = 2,
+    *,
+    max_error: float | None = None,
+    mask: Any = None,
+    weights: Any = None,
+    random_state: Any = None,
+    tol: float = 1e-6,
+    max_iterations: int = 100,
+    callback: Callback | None = None,
+) -> HadamardTensor:
+    """Approximate a matrix or tensor by an element-by-element product of CP tensors, as LoHa does.
+
+    Parameters
+    ----------
+    tensor : array, shape (d_1, …, d_M)
+        Real. Lists and integers are converted.
+    rank : int, optional
+        The rank of each part.
+    parts : int
+        Number of parts that are multiplied.
+    max_error : float, optional
+        Relative Frobenius error that is allowed, instead of a rank: the smallest rank is searched whose fit has no
+        larger error.
+    mask, weights : array, shape (d_1, …, d_M), optional
+        As for :func:`cp`: what is known, and how much each element counts.
+    random_state : int or Generator, optional
+        Seed of the starts.
+    tol : float
+        The iteration stops when a step reduces the relative error by no more than this.
+    max_iterations : int
+        Maximum number of steps.
+    callback : callable, optional
+        Called with the number and the relative error of each step; with ``mask`` or ``weights``, it stops the
+        iteration if it returns True.
+
+    Returns
+    -------
+    HadamardTensor
+        Its ``parts`` are CP tensors.
+
+    Raises
+    ------
+    ShapeError
+        If the tensor has NaN, infinity or no elements, or the rank is out of range.
+    BackendError
+        If the tensor is not an array of real numbers of a known library, or is traced.
+
+    Notes
+    -----
+    Hyeon-Woo, Ye-Bin & Oh, "FedPara" (arXiv 2108.06098). The problem is not convex: the result is the best of several
+    starts, without a guarantee. With ``rank``, it is differentiable once it has converged. For matrices a lower bound
+    is reported, as the rank is at most ``rank ** parts``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tensor = np.outer(np.arange(1.0, 5.0), np.arange(1.0, 4.0)) ** 2
+    >>> found = hadamard_decomposition(tensor, 1)
+    >>> len(found.parts), found.shape, found.error < 1e-6
+    (2, (4, 3), True)
+    >>> hadamard_decomposition(tensor, max_error=1e-6).rank
+    (1, 1)
+    """
+    request = requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
+    request.refuse_trace("hadamard_decomposition()", "detach the tensor")
+    if request.backend.is_complex(request.tensor):
+        raise BackendError(
+            f"hadamard_decomposition() needs a real tensor; got {request.backend.dtype_name(request.tensor)}: "
+            "decompose its real and imaginary parts, or use cp()"
+        )
+    parts, shape = integer_of("parts", parts, 1), request.shape
+    if len(shape) > MAX_ORDER:
+        raise ShapeError(f"the tensor has {len(shape)} modes; hadamard_decomposition() takes at most {MAX_ORDER}")
+
+    def fitted(one: int) -> HadamardTensor:
+        return _fitted(request, one, parts, tol, max_iterations, callback)
+
+    if rank is not None:
+        return fitted(integer_of("rank", rank, 1))
+    assert request.max_error is not None
+    return smallest_rank(fitted, request.max_error, useful_rank(shape), shape)
+
+
+def _fitted(
+    request: Request, rank: int, parts: int, tol: float, max_iterations: int, callback: Callback | None
+) -> HadamardTensor:
+    """Return the fit of one rank."""
+    shape, watch = request.shape, Watch(tol, callback)
+    if parts > 64 or rank > math.prod(shape):
+        raise ShapeError(f"{parts} parts of rank {rank} are more than a tensor of shape {shape} can use")
+
+    if request.observed is not None:
+        known = completed(
+            request, [CP(shape, rank) for _ in range(parts)], watch, hadamard=True, starts=STARTS,
+            iterations=integer_of("max_iterations", max_iterations, 1),
+        )  # fmt: skip
+        prefixes = [f"term0.split{part}." if parts > 1 else "" for part in range(parts)]
+        own = [[known.arrays[f"{prefix}factor{mode}"] for mode in range(len(shape))] for prefix in prefixes]
+        made = HadamardTensor([CPTensor(None, factors) for factors in own])
+        return request.finished(made, METHOD, converged=known.converged, history=known.history)
+
+    def on_step(step: Step) -> None:
+        if step.error is not None:
+            watch(step.iteration, step.error)
+
+    matrix = request.backend.reshape(request.tensor, (shape[0], math.prod(shape[1:])))
+    config = Config(rank=rank, order=len(shape), fold=shape, groups=1, format="cp")
+    if parts > 1:
+        config = config.replace(splits=parts, combine="hadamard", leading="same")
+    params, report = decompose(
+        [matrix], config, tol=tol, max_iterations=max_iterations, seed=request.seed, progress=on_step
+    )
+    names = list(params)
+    each = len(names) // parts
+    found = HadamardTensor(
+        [CPTensor(None, [params[name] for name in names[part * each : (part + 1) * each]]) for part in range(parts)]
+    )
+    (group,) = report.groups
+    # Another start may have used up the steps; an exact answer needs no more of them.
+    exact = float(group.error) <= 64.0 * float(np.finfo(request.backend.dtype_name(request.tensor)).eps)
+    converged = exact or group.iterations < max_iterations
+    return request.differentiable(found, converged).with_outcome(
+        FitOutcome.computed_later(
+            lambda _: (group.bound, group.certified), error=group.error, converged=converged,
+            history=tuple(watch.history), method=group.method,
+        )
+    )  # fmt: skip
