@@ -63,5 +63,26 @@ def test_a_path_on_a_page_is_there(page: str, path: str) -> None:
     assert (ROOT / path).exists(), f"{page} names {path}, which is not there"
 
 
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def in_tree(path: str) -> Path:
+    """Return the file of a recipe, whose paths are in the package or in another folder of the repository."""
+    return next((folder / path for folder in (ROOT, PACKAGE) if (folder / path).exists()), ROOT / path)
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`([\w.]+/[\w./]*|\w+\.py)`", CONTRIBUTING))))
+def test_a_path_of_a_recipe_is_there(path: str) -> None:
+    assert in_tree(path).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), sorted(set(re.findall(r"`(\w+)`\s+(?:in|of)\s+`([\w/]+\.py)`", CONTRIBUTING)))
+)
+def test_a_name_of_a_recipe_is_in_its_file(name: str, path: str) -> None:
+    text = in_tree(path).read_text(encoding="utf-8")
+    assert re.search(rf"^(?:    )?(?:(?:def|class) {name}\b|{name}(?::.*)? = )", text, flags=re.MULTILINE)
+
+
 def test_there_are_paths() -> None:
     assert {page for page, _ in PATHS} >= {"CONTRIBUTING.md", "SECURITY.md", "docs/slices.rst"}
