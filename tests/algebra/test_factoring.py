@@ -25,9 +25,6 @@ from tnadapt.maps import Scatter, Tile
 from tnadapt.plugins import forget_registered
 from tnadapt.testing.strategies import configs, parameters, plans
 
-# -- Row and column factors of a weight: exact, and found wherever they exist ------------------------------------------
-
-
 P = tna.presets
 NUMPY = load_backend("numpy")
 

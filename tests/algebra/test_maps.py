@@ -42,8 +42,6 @@ from tnadapt.plugins import forget_registered
 from tnadapt.testing import MapContract
 from tnadapt.testing.strategies import parameters, plans
 
-# -- Every map inherits the contract -----------------------------------------------------------------------------------
-
 
 class TestIdentity(MapContract):
     kind = MAPS["identity"]

@@ -18,9 +18,6 @@ from tnadapt.algebra.products import contracted, cp_groups, padded_to, rearrange
 from tnadapt.backends import Backend, get_backend
 from tnadapt.testing.strategies import parameters, plans
 
-# -- CP, Tucker, TT and Kronecker products against TensorLy and NumPy, on every library; gradients ---------------------
-
-
 ONES22, ONES33 = np.ones((2, 2)), np.ones((3, 3))
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=5)
 

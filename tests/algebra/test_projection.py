@@ -20,9 +20,6 @@ from tnadapt.algebra.maps import KINDS, SQUARE
 from tnadapt.algebra.maps.fastfood import fwht_plain, hadamard_rows
 from tnadapt.backends import Backend, load_backend
 
-# -- F against its dense matrix, its adjoint, slices and digest, for every kind and library ----------------------------
-
-
 KIND = st.sampled_from(KINDS)
 LENGTHS = [(1, 1), (1, 9), (9, 1), (2, 3), (7, 7), (64, 64), (37, 509), (40, 7), (100, 1000)]
 

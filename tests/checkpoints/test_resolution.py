@@ -22,9 +22,6 @@ from tnadapt.checkpoints.checkpoint import open_checkpoint
 from tnadapt.checkpoints.module_names import ModuleNames
 from tnadapt.targets.prefixes import Prefix, renamed_targets
 
-# -- Weights of a model in a checkpoint: found by exact names, with a prefix, by role, or not at all -------------------
-
-
 P, T = tna.presets, tna.Target
 
 
