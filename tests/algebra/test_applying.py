@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.conftest import NUMPY_AND_TORCH, relative_error
+from tests.support.references import methods
 from tnadapt.algebra.applying import APPLYING, Add, Applying, Hadamard, Magnitude, applying_of, norms
 from tnadapt.algebra.rounding import change_in_place, rounded, widened
 from tnadapt.backends import load_backend
-from tnadapt.testing import _methods as methods
 from tnadapt.testing import verification as laws
 
 P, NUMPY = tna.presets, load_backend("numpy")

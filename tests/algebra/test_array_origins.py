@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.conftest import on_every_library, relative_error
+from tests.support.references import methods, reference
 from tnadapt.algebra.sources import (
     BaseCore,
     FromBase,
@@ -30,8 +31,6 @@ from tnadapt.algebra.sources import (
 )
 from tnadapt.algebra.sources._from_base import dominant_basis
 from tnadapt.backends import Backend
-from tnadapt.testing import _reference as reference
-from tnadapt.testing._reference import network_arrays, trained_shapes
 
 SHAPES = [(6, 4)] * 3
 BASE = list(np.random.default_rng(7).normal(size=(3, 6, 4)))
@@ -98,9 +97,9 @@ def test_updates_are_those_of_the_arrays_written_out(config: tna.Config, seed: i
     plan = plan_of(config)
     rng = np.random.default_rng(seed)
     params = {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
-    assert plan.param_shapes == trained_shapes(config, names_of(plan))
+    assert plan.param_shapes == reference.trained_shapes(config, names_of(plan))
     assert plan.num_parameters == sum(math.prod(shape) for shape in plan.param_shapes.values())
-    whole = network_arrays(config, names_of(plan), params, frozen_of(plan), {})
+    whole = reference.network_arrays(config, names_of(plan), params, frozen_of(plan), {})
     expected = reference.deltas(config.replace(sources={}), SHAPES, whole)
     found = plan.deltas(params)
     scale = max(float(np.max(np.abs(delta))) for delta in expected) or 1.0
@@ -717,8 +716,6 @@ def test_counts_on_query_and_value_of_a_vit(config: tna.Config, count: int) -> N
 def test_presets_equal_their_formulas_on_weights_of_several_shapes(
     rank: int, count: int, seed: int, data: st.DataObject
 ) -> None:
-    from tnadapt.testing._methods import METHODS
-
     alike = data.draw(st.tuples(st.integers(rank, 9), st.integers(rank, 9)))
     mixed = data.draw(st.lists(st.tuples(st.integers(rank, 9), st.integers(rank, 9)), min_size=count, max_size=count))
     P = tna.presets
@@ -740,6 +737,6 @@ def test_presets_equal_their_formulas_on_weights_of_several_shapes(
             for index, group in enumerate(plan.groups)
             for array in group.names
         }
-        own = METHODS[name]({**params, **frozen_of(plan), **begun}, plan.config, shapes)
+        own = methods.METHODS[name]({**params, **frozen_of(plan), **begun}, plan.config, shapes)
         for ours, theirs in itertools.zip_longest(plan.deltas(params), own):
             assert relative_error(ours, theirs) < 1e-12, name

@@ -1,4 +1,4 @@
-"""Sizes by integer arithmetic, and the boxes that cover a slice."""
+"""Folds of weights: sizes by integer arithmetic, and slices as one matrix product."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tnadapt.algebra.folding import balanced_factors, balanced_shape, boxes, kronecker_sizes
-from tnadapt.backends import Backend
+from tests.conftest import on_every_library, relative_error
+from tnadapt.algebra.folding import balanced_factors, balanced_shape, kronecker_sizes
+from tnadapt.algebra.formats import make_format
+from tnadapt.algebra.network import Network
+from tnadapt.algebra.unfolding import along, best_cut, boxes, row_wise_khatri_rao
+from tnadapt.backends import Backend, get_backend
+
+# -- Sizes by integer arithmetic, and the boxes that cover a slice -----------------------------------------------------
 
 
 @given(st.integers(1, 10**15), st.integers(1, 12))
@@ -145,3 +151,126 @@ def test_bounds_are_accepted_and_values_beyond_are_refused() -> None:
     assert balanced_factors(2**44, 2) == (2**22, 2**22)
     with pytest.raises(tna.ShapeError, match=r"^17592186044417 is too large to be factored evenly; give split_size "):
         balanced_factors(2**44 + 1, 2)
+
+
+# -- Slices as one matrix product: the choice of the unfolding, and the values -----------------------------------------
+
+
+SIZES = st.lists(st.integers(1, 6), min_size=2, max_size=5)
+
+
+@pytest.mark.law("update-slice")
+@given(SIZES, st.data())
+def test_a_cut_holds_the_slice_and_not_much_more(sizes: list[int], data: st.DataObject) -> None:
+    size = math.prod(sizes)
+    start = data.draw(st.integers(0, size - 1))
+    stop = data.draw(st.integers(start + 1, size))
+    ranks = data.draw(st.lists(st.none() | st.integers(1, 9), min_size=len(sizes), max_size=len(sizes)))
+    cut = best_cut(sizes, start, stop, lambda modes: ranks[modes])
+    # How many elements each unfolding would have to form: whole rows, or a part of one row.
+    formed = {}
+    for modes in range(1, len(sizes)):
+        if ranks[modes] is not None:
+            length = math.prod(sizes[modes:])
+            rows = (stop - 1) // length - start // length + 1
+            formed[modes] = rows * length if rows > 1 else stop - start
+    if cut is None:
+        assert all(elements > 1.25 * (stop - start) for elements in formed.values())
+        return
+    assert 1 <= cut.modes < len(sizes)
+    assert ranks[cut.modes] is not None
+    whole = np.arange(size).reshape(math.prod(sizes[: cut.modes]), -1)
+    part = whole[slice(*cut.rows), slice(*cut.cols)].reshape(-1)
+    assert part[0] == cut.start
+    assert part.tolist() == list(range(cut.start, cut.start + part.size))
+    assert part[start - cut.start : stop - cut.start].tolist() == list(range(start, stop))
+    assert part.size == formed[cut.modes] <= 1.25 * (stop - start)
+
+
+def test_a_weight_of_a_long_group_is_one_product() -> None:
+    # Of no order do its elements fill boxes; in each they are a run of rows of some unfolding, up to 7 % more.
+    n = 4096 * 4096
+    for order, start in itertools.product((2, 3, 4, 5), (0, 7 * n, 7 * n + 12345, 63 * n)):
+        network = Network(tna.Config(rank=8, groups=1, fold="hypercube", order=order), 64 * n)
+        cut = best_cut(network.sizes, start, start + n, network.splits[0].inner)
+        assert cut is not None
+        assert (cut.rows[1] - cut.rows[0]) * (cut.cols[1] - cut.cols[0]) <= 1.07 * n
+
+
+def test_no_cut_where_none_is_near() -> None:
+    # Two elements on either side of a row's end: each row is far longer.
+    assert best_cut((4, 1000), 999, 1001, lambda modes: 1) is None
+    assert best_cut((1000,), 0, 5, lambda modes: 1) is None
+    assert best_cut((4, 10), 0, 40, lambda modes: None) is None
+
+
+def test_the_core_goes_where_it_is_contracted_with_more() -> None:
+    split = make_format("tucker", (4, 5, 6, 7), (3, 4, 2, 2))
+    assert [split.inner(modes) for modes in (1, 2, 3)] == [3, 4, 2]
+    # A mode without a factor can lie with the core only.
+    split = make_format("tucker", (4, 5, 6, 7), (3, None, 2, 2))
+    assert [split.inner(modes) for modes in (1, 2, 3)] == [3, 4, 2]
+    split = make_format("tucker", (4, 5, 6, 7), (None, 3, None, 2))
+    assert [split.inner(modes) for modes in (1, 2, 3)] == [None, None, 2]
+
+
+@given(SIZES, st.integers(0, 2), st.data())
+def test_along_joins_boxes_on_any_axis(sizes: list[int], axis: int, data: st.DataObject) -> None:
+    size = math.prod(sizes)
+    start = data.draw(st.integers(0, size - 1))
+    stop = data.draw(st.integers(start + 1, size))
+    x = np.moveaxis(np.arange(6 * size).reshape(2, 3, size), -1, axis)
+
+    def on_box(box: list[tuple[int, int]]) -> np.ndarray:
+        inside = np.arange(size).reshape(sizes)[tuple(slice(*bounds) for bounds in box)]
+        return np.take(x, inside.reshape(-1), axis=axis)
+
+    found = along(get_backend(x), sizes, start, stop, on_box, axis)
+    assert np.array_equal(found, np.take(x, np.arange(start, stop), axis=axis))
+
+
+def test_rowwise_is_the_product_of_rows(rng: np.random.Generator) -> None:
+    a, b, c = (rng.normal(size=(3, r)) for r in (2, 1, 4))
+    found = row_wise_khatri_rao(get_backend(a), [a, b, c])
+    assert (
+        relative_error(found, np.stack([np.kron(np.kron(*rows[:2]), rows[2]) for rows in zip(a, b, c, strict=True)]))
+        < 1e-15
+    )
+
+
+CONFIGS = {
+    "scaled": tna.Config(rank=3, groups=1, fold="hypercube", order=3, alpha=7.5),
+    "weighted": tna.Config(rank=3, groups=1, fold="balanced", order=4, format="cp-weighted"),
+    "tucker": tna.Config(rank=2, groups=1, fold="hypercube", order=5, format="tucker"),
+    "partial": tna.Config(rank=[2, None, 2], groups=1, fold="hypercube", order=3, format="tucker"),
+    "train": tna.Config(rank=3, groups=1, fold="hypercube", order=4, format="tt"),
+    "terms": tna.Config(rank=2, groups=1, fold="hypercube", order=3, terms=3, alpha=3.0),
+    "hadamard": tna.Config(rank=2, groups=1, fold="hypercube", splits=3, combine="hadamard", leading="same"),
+    "thick": tna.Config(rank=9, groups=1, fold="hypercube", splits=2, combine="hadamard", leading="same"),
+}
+
+
+@pytest.mark.law("update-formula")
+@on_every_library("name", CONFIGS, ["partial", "terms", "hadamard"])
+def test_it_is_what_the_boxes_make(name: str, backend: Backend, rng: np.random.Generator) -> None:
+    plan = tna.SuperLoRA(CONFIGS[name], [(9, 8)] * 3)
+    group = plan.groups[0]
+    host = {key: rng.normal(size=shape) for key, shape in group.network.shapes.items()}
+    arrays = {key: backend.asarray(array, "float32") for key, array in host.items()}
+    numpy = get_backend(*host.values())
+    by_boxes = group.network._sum(numpy, host, [(0, d) for d in group.network.sizes]).reshape(-1) * plan.config.scale
+    for start, stop in ((0, 216), (0, 100), (70, 146), (33, 35), (71, 73), (215, 216)):
+        found = group.network.slice(backend, arrays, start, stop)
+        assert relative_error(backend.to_numpy(found), by_boxes[start:stop]) < 1e-5
+
+
+@pytest.mark.law("precision")
+def test_half_precision_keeps_its_bits_where_the_scale_is_small() -> None:
+    # 1e-4 times a factor of 1e-3 is no float16 of any precision; the product of both halves is.
+    config = tna.Config(rank=1, groups=1, fold="hypercube", alpha=1e-4)
+    plan = tna.SuperLoRA(config, [(4, 4)])
+    values = dict(zip(plan.param_shapes, (3e-3, 3e4), strict=True))
+    params = {name: np.full(shape, values[name], np.float16) for name, shape in plan.param_shapes.items()}
+    found = plan.deltas(params)[0].astype(np.float64)
+    exact = float(np.float16(3e-3)) * float(np.float16(3e4)) * plan.config.scale
+    assert np.max(np.abs(found / exact - 1)) < 2e-3

@@ -1,19 +1,36 @@
-"""Every map inherits the contract."""
+"""Every map inherits the contract; maps with settings, chains of maps, and maps of each weight."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
+import math
+import pickle
 from collections.abc import Iterator
+from typing import Any, ClassVar
+from unittest import mock
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+import tnadapt as tna
+from tests.conftest import NUMPY_AND_TORCH, on_every_library, relative_error
+from tests.support.references import reference
 from tnadapt import ConfigError
-from tnadapt.algebra.maps import KINDS, MAPS, BroughtMap, Map
-from tnadapt.algebra.maps._matrices import Repeat
+from tnadapt.algebra import rng as draws
+from tnadapt.algebra.maps import KINDS, MAPS, BroughtMap, Chain, Dft2, Map, PerWeight, make_map, make_map_on_weights
+from tnadapt.algebra.maps._blocks import Repeat
+from tnadapt.algebra.maps._transforms import DAUBECHIES
+from tnadapt.backends import Backend, load_backend
+from tnadapt.backends._dft2 import FFT_DTYPES
 from tnadapt.maps import (
     CenteredWavelet,
     Circulant,
     Gather,
+    MapSettings,
     Scatter,
     SignGather,
     TiedElements,
@@ -21,7 +38,9 @@ from tnadapt.maps import (
     TorchScatter,
     Wavelet,
 )
+from tnadapt.plugins import forget_registered
 from tnadapt.testing import MapContract
+from tnadapt.testing.strategies import parameters, plans
 
 
 class TestIdentity(MapContract):
@@ -159,3 +178,819 @@ def test_a_class_has_the_name_it_is_registered_under(name: str) -> None:
 def test_an_unknown_map() -> None:
     with pytest.raises(ConfigError, match=r"projection must be one of 'identity', .*got 'svd'.*install the plug-in"):
         MAPS.find("svd")
+
+
+# -- Maps with settings, chains of maps, and maps of each weight: what a config says, and that all of it follows -------
+
+
+NUMPY = load_backend("numpy")
+SHAPES = [(6, 4), (4, 4), (6, 4)]
+SIDES = st.integers(1, 9)
+
+# Every way to shorten, and what may follow on vectors and on matrices.
+SHORTER = [Scatter(3), Scatter(positions=(2, 0)), TorchScatter(3, 777), Gather(3), SignGather(2)]
+NOT_SHORTER = [Tile(cols=3), Circulant(2), Wavelet("db3"), CenteredWavelet("db3"), TiedElements()]
+VECTORS: list[Any] = [
+    *SHORTER,
+    "gather",
+    [Scatter(3), "shuffle"],
+    [Scatter(3), "linear"],
+    ["shuffle", "shuffle"],
+    ["shuffle", "gather", "linear_v2"],
+    [Gather(3), "nonlinear"],
+    ["linear", "shuffle", "nonlinear_v2"],
+]
+MATRICES: list[Any] = [
+    "linear",
+    "dct2",
+    "dft2",
+    "wavelet",
+    Wavelet("db2", periodic=True),
+    Tile(cols=3),
+    Circulant(2),
+    [Scatter(3), "dct2"],
+    [Scatter(3), "dft2"],
+    [TorchScatter(3), "dft2"],
+    [Scatter(3), Wavelet("db3")],
+    [Scatter(3), CenteredWavelet("db3")],
+    [Scatter(3), Circulant(2, average=True)],
+    ["dct2", Tile(2, 2)],
+    [SignGather(3), "dct2", "nonlinear"],
+]
+
+
+def dense_config(projection: Any, **settings: Any) -> tna.Config:
+    return tna.Config(order=1, format="dense", projection=projection, **settings)
+
+
+def filled(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
+
+
+# -- What a config takes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("projection", [*VECTORS, *MATRICES], ids=str)
+def test_dictionaries_copies_and_pickles_give_the_config_back(projection: Any) -> None:
+    config = dense_config(projection, on="weight")
+    stored = json.loads(json.dumps(config.to_dict()))
+    for other in (tna.Config.from_dict(stored), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert other == config
+        assert hash(other) == hash(config)
+    assert config.replace(rank=8).projection == config.projection
+
+
+def test_what_is_stored() -> None:
+    config = dense_config([Scatter(2, (3, 1)), "dft2"], on="weight")
+    assert config.to_dict()["projection"] == [{"map": "scatter", "size": 2, "positions": [3, 1]}, "dft2"]
+    assert config.to_dict()["on"] == "weight"
+    assert "on" not in tna.Config().to_dict()
+    assert tna.Config().to_dict()["projection"] == "identity"
+
+
+def test_one_way_to_say_each() -> None:
+    def projection(given: Any) -> Any:
+        return tna.Config(projection=given, on="weight").projection
+
+    assert projection(["linear"]) == projection(["identity", "linear"]) == "linear"
+    assert projection(["identity"]) == projection(["identity", "identity"]) == "identity"
+    assert projection(Gather()) == projection({"map": "gather"}) == "gather"
+    assert projection(Wavelet("haar")) == "wavelet"
+    assert projection(Scatter(positions=[4, 1])) == Scatter(2, (4, 1))
+    assert projection([Scatter(np.int64(3)), "dct2"]) == (Scatter(3), "dct2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unregistered(MapSettings):
+    pass
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"projection": "dct3"}, r"projection must be one of 'identity', .* such as tnadapt.maps.Scatter\(size=1000\), or a"
+                             r" list of these; got 'dct3'"),
+    ({"projection": 3}, "projection must be one of .*got 3"),
+    ({"projection": []}, "composes 1 to 16 maps; got 0"),
+    ({"projection": ["shuffle"] * 17}, "composes 1 to 16 maps; got 17"),
+    ({"projection": [["shuffle"]]}, r"projection must be one of .*got \['shuffle'\]"),
+    ({"projection": "scatter"}, r"map 'scatter' needs settings: .*tnadapt.maps.Scatter\(size=…, positions=…\)"),
+    ({"projection": "circulant"}, r"map 'circulant' needs settings: projection=tnadapt.maps.Circulant\(block=…\)"),
+    ({"projection": {"size": 3}}, r"a mapping with its name as 'map'; got \{'size': 3\}"),
+    ({"projection": {"map": "linear"}}, "map 'linear' has no settings; give its name, projection='linear'"),
+    ({"projection": {"map": "scatter", "sise": 3}}, "map 'scatter' has no setting 'sise'; its settings are size, pos"),
+    ({"projection": {"map": "circulant"}}, "map 'circulant': TypeError: .*block"),
+    ({"projection": {"map": "scatters"}}, "projection must be one of .*got 'scatters'"),
+    ({"projection": Unregistered()}, r"Unregistered\(\) are the settings of no registered map; call tnadapt.regis"),
+    ({"projection": ["nonlinear", "shuffle"]}, "'nonlinear' is not linear, and only the last map of a chain may be"),
+    ({"projection": "dct2"}, "'dct2' works on the rows and columns of a weight, and on='vector'.*set on='weight'"),
+    ({"projection": [Scatter(3), "dft2"]}, "'dft2' works on the rows and columns of a weight.*set on='weight'"),
+    ({"on": "matrix"}, "on must be one of 'vector', 'weight'; got 'matrix'"),
+    ({"projection": Scatter(3), "ratio": 0.5},
+     r"ratio=0.5 sets the length before F, and the projection scatter\(size=3\) determines it by its own settings"),
+    ({"projection": [Scatter(3), "linear"], "ratio": 0.5}, "ratio=0.5 sets the length before F, and the projection"),
+    ({"projection": ["dct2", "linear"], "on": "weight", "ratio": 0.5}, "the projection dct2 → linear determines it by"),
+    ({"projection": ["shuffle", "shuffle"], "ratio": 0.5}, "ratio=0.5 needs a projection that changes the length"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED, ids=[message[:30] for _, message in REFUSED])
+def test_what_a_config_refuses(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(tna.ConfigError, match=message):
+        tna.Config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Scatter(), r"Scatter needs the number of values, Scatter\(size=1000\), or their positions"),
+        (lambda: Scatter(0), "Scatter's size must be from 1 .*got 0"),
+        (lambda: Scatter(2.0), "Scatter's size must be an integer"),
+        (lambda: Scatter(positions=()), r"positions must be a tuple of integers, or None; got \(\)"),
+        (lambda: Scatter(positions=5), "positions must be a tuple of integers, or None; got 5"),
+        (lambda: Scatter(positions=(1, -1)), "one of Scatter's positions must be from 0"),
+        (lambda: Scatter(positions=(1, 4, 1)), "positions must be distinct; 1 is given twice or more"),
+        (lambda: Scatter(3, (1, 4)), "Scatter has size=3 and 2 positions: leave size out"),
+        (lambda: Scatter(positions=tuple(range(20_000))), r"20000 positions have more digits .*Scatter\(size=20000"),
+        (lambda: Gather(0), "Gather's size must be from 1"),
+        (lambda: SignGather(0), "SignGather's size must be from 1"),
+        (lambda: Tile(cols=0), "Tile's cols must be from 1"),
+        (lambda: Circulant(0), "Circulant's block must be from 1"),
+        (lambda: Circulant(3, average=1), "Circulant's average must be True or False; got 1"),
+        (lambda: Wavelet("db11"), "Wavelet's family must be one of 'haar', 'db1', .*; got 'db11'"),
+        (lambda: Wavelet("haar", periodic=1), "Wavelet's periodic must be True or False; got 1"),
+    ],
+)  # fmt: skip
+def test_what_settings_refuse(make: Any, message: str) -> None:
+    with pytest.raises(tna.ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("projection", "message"),
+    [
+        (TorchScatter(17), "TorchScatter has size=17, more positions than places: its output has 16 elements; give a"),
+        (Scatter(17), "Scatter has size=17, more positions than places: its output has 16 elements; give a size of at"),
+        (Scatter(positions=(3, 16)), "position 16 is beyond its output of 16 elements, whose positions are 0 to 15"),
+        (Tile(cols=5), "Tile has cols=5, and a weight of 4×4 has 4: give at most 4"),
+        (Circulant(3), "Circulant has block=3, which does not divide the 4 rows and 4 columns"),
+        (["dct2", Scatter(9)], "'dct2' works on the rows and columns of a weight, and its output is a vector of 9"),
+        (["dct2", Circulant(2)], "'dct2' works on .* its output is a vector of 8 elements: set on='weight', and let"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_a_weight_are_refused_by_the_plan(projection: Any, message: str) -> None:
+    with pytest.raises(tna.ConfigError, match=message):
+        tna.SuperLoRA(dense_config(projection, on="weight"), [(4, 4)])
+
+
+def test_periodic_wavelets_need_even_sizes() -> None:
+    with pytest.raises(
+        tna.ConfigError, match="needs even sizes, and a weight has 5 rows and 4 columns: leave periodic"
+    ):
+        tna.SuperLoRA(dense_config(Wavelet("db2", periodic=True), on="weight"), [(5, 4)])
+
+
+def test_a_map_of_each_weight_needs_whole_weights() -> None:
+    config = dense_config("dct2", on="weight", groups=2)
+    assert tna.SuperLoRA(config, [(2, 3), (3, 2)]).num_groups == 2  # the cut is between the weights
+    with pytest.raises(
+        tna.ConfigError, match=r"groups=2 cuts through weight 1 of 4×4: use groups='weight', 'layer', 1"
+    ):
+        tna.SuperLoRA(config, SHAPES)
+    assert tna.SuperLoRA(config.replace(groups=1), SHAPES).num_parameters == 64
+
+
+# -- Lengths --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("projection", "ratio", "expected"),
+    [
+        ("gather", 0.07, 7),
+        ("sign-gather", 1.0, 100),
+        (["shuffle", "linear"], 0.3, 30),
+        (["gather", "linear"], 0.3, 30),  # the first one that can
+        (["linear", "linear"], 0.3, 30),
+        ([Scatter(5), "linear"], 1.0, 5),
+        (["linear", Gather(20)], 0.3, 30),  # ρ is of the whole chain
+    ],
+)
+def test_the_length_before_a_chain(projection: Any, ratio: float, expected: int) -> None:
+    plan = tna.SuperLoRA(dense_config(projection, ratio=ratio), [(10, 10)])
+    assert plan.groups[0].projection.n_in == plan.num_parameters == expected
+
+
+def test_a_projection_of_its_own_length() -> None:
+    assert tna.Projection(Scatter(3), n_out=9).n_in == 3
+    assert tna.Projection("shuffle", n_out=9).n_in == 9
+    assert tna.Projection("linear", n_out=9).n_in == 9  # ρ is 1 unless given
+    with pytest.raises(tna.ConfigError, match=r"scatter\(size=3\) takes n_in=3; got n_in=4: leave n_in out"):
+        tna.Projection(Scatter(3), 4, 9)
+    with pytest.raises(tna.ConfigError, match="n_out must be an integer"):
+        tna.Projection("shuffle", 4)
+
+
+@pytest.mark.parametrize("positions", [(5,), (0, 5), (5, 0), (4, 5), (3, 1, 5, 0, 2, 4)])
+def test_scatter_reaches_the_first_and_the_last_place(positions: tuple[int, ...]) -> None:
+    f = tna.Projection(Scatter(positions=positions), n_out=6)
+    x, y = np.arange(1.0, len(positions) + 1.0), np.arange(10.0, 16.0)
+    expected = np.zeros(6)
+    for number, place in zip(x, positions, strict=True):
+        expected[place] = number
+    assert np.array_equal(f(x), expected)
+    backend = load_backend("numpy")
+    assert np.array_equal(f.map.adjoint(backend, y), [y[place] for place in positions])
+    for start in range(6):
+        for stop in range(start + 1, 7):
+            for each in (f.map, copy.deepcopy(f.map)):  # with draws in memory, and without
+                assert np.array_equal(each.slice(backend, x, start, stop), expected[start:stop])
+
+
+def test_scatter_may_fill_all_places() -> None:
+    f, x = tna.Projection(Scatter(6), n_out=6, seed=3), np.arange(1.0, 7.0)
+    assert sorted(f(x)) == x.tolist()
+    for start in range(6):
+        one = copy.deepcopy(f.map).slice(load_backend("numpy"), x, start, start + 1)
+        assert np.array_equal(one, f(x)[start : start + 1])
+
+
+# -- What is computed -----------------------------------------------------------------------------
+
+
+def maps_of(projection: Any) -> list[Map]:
+    """The map on a vector, or on one weight and several, equal or not."""
+    if projection in VECTORS:
+        return [tna.Projection(projection, n_out=n, seed=5, group=2).map for n in (5, 64)]
+    shapes: list[list[tuple[int, int]]] = [[(6, 4)], [(4, 4)] * 3, [(6, 4), (4, 8), (6, 4)]]
+    return [tna.Projection.on_weights(projection, given, seed=5).map for given in shapes]
+
+
+@pytest.mark.law("projection-adjoint", "projection-slice")
+@pytest.mark.parametrize("projection", [*VECTORS, *MATRICES], ids=str)
+def test_a_chain_is_the_product_of_its_matrices(projection: Any, rng: np.random.Generator) -> None:
+    for f in maps_of(projection):
+        matrix, part = reference.matrix_of(f), f.linear_part
+        x, y = rng.normal(size=(2, 3, f.n_in)), rng.normal(size=(2, 3, f.n_out))
+        expected = x @ matrix.T
+        assert relative_error(part.forward(NUMPY, x), expected) < 1e-12
+        assert relative_error(part.adjoint(NUMPY, y), y @ matrix) < 1e-12
+        slope = np.ones_like(expected)
+        if not f.linear:
+            slope, expected = np.tanh(expected) ** 2, reference.tanhshrink(expected)
+        assert relative_error(f.forward(NUMPY, x), expected) < 1e-12
+        assert relative_error(f.adjoint_at(NUMPY, y, x), (y * slope) @ matrix) < 1e-12
+        for start, stop in ((0, 1), (f.n_out - 1, f.n_out), (1, f.n_out - 1), (0, f.n_out)):
+            for each in (f, copy.deepcopy(f)):
+                cut = each.slice(NUMPY, x, start, stop)
+                assert np.max(np.abs(cut - expected[..., start:stop])) < 1e-12 * np.max(np.abs(expected))
+        assert np.linalg.matrix_rank(matrix) <= f.freedom()
+        if f.isometry:
+            np.testing.assert_allclose(matrix @ matrix.T, np.eye(f.n_out), atol=1e-12)
+
+
+@pytest.mark.parametrize("projection", [*VECTORS, *MATRICES], ids=str)
+def test_the_sum_of_squares(projection: Any) -> None:
+    for f in maps_of(projection):
+        exact = float(np.sum(reference.matrix_of(f) ** 2))
+        assert f.squared_norm() == f.n_out or not f.isometry  # bit for bit
+        blocks = f.parts if isinstance(f, PerWeight) else (f,)
+        chains = [block.parts if isinstance(block, Chain) else (block,) for block in blocks]
+        # Fastfood's is that of its expectation, and that of several maps is estimated.
+        known = all(sum(not part.isometry for part in chain) < 2 for chain in chains) and "linear" not in f.kind
+        if known:
+            assert math.isclose(f.squared_norm(), exact, rel_tol=1e-12)
+        else:
+            assert f.n_out < 16 or 0.2 * exact <= f.squared_norm() <= 5.0 * exact
+
+
+@given(st.integers(2, 6), st.integers(2, 6), st.data())
+def test_seeded_positions_have_their_share_of_the_sum_of_squares(rows: int, cols: int, data: st.DataObject) -> None:
+    """Exactly, as a mean over all positions, which have the same probability."""
+    size = data.draw(st.integers(1, rows * cols))
+    squares = np.sum(make_map_on_weights("dft2", [(rows, cols)]).matrix() ** 2, axis=0)
+    assert squares.max() <= 2.0 * squares.min() * (1.0 + 1e-12)  # even_columns
+    chain = make_map_on_weights((Scatter(size), "dft2"), [(rows, cols)])
+    assert math.isclose(chain.squared_norm(), size * squares.mean(), rel_tol=1e-12)
+
+
+def test_units_and_starts_of_fourierft_compute_no_transform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They took a Fourier transform of every weight some 900 times: minutes for the weights of a small ViT."""
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a transform was computed")
+
+    monkeypatch.setattr("tnadapt.algebra.maps._transforms.Dft2.forward", refuse)
+    plan = tna.SuperLoRA(tna.presets.fourierft(1000), [(768, 768)] * 24)
+    assert len(plan.units) == len(plan.init()) == 24
+
+
+@pytest.mark.law("equal-seeds", "update-formula", "update-slice")
+@on_every_library("projection", [*VECTORS, *MATRICES], [*VECTORS, *MATRICES][::3])
+def test_every_library_gives_numpys_numbers(projection: Any, backend: Backend, rng: np.random.Generator) -> None:
+    f = maps_of(projection)[-1]
+    x, y = rng.normal(size=(2, f.n_in)), rng.normal(size=(2, f.n_out))
+    theirs, at = backend.asarray(x, "float64"), backend.asarray(x, "float64")
+    found = backend.to_numpy(copy.deepcopy(f).forward(backend, theirs))
+    assert relative_error(found, f.forward(NUMPY, x)) < 1e-12
+    back = backend.to_numpy(copy.deepcopy(f).adjoint_at(backend, backend.asarray(y, "float64"), at))
+    assert relative_error(back, f.adjoint_at(NUMPY, y, x)) < 1e-12
+    cut = backend.to_numpy(copy.deepcopy(f).slice(backend, theirs, 3, f.n_out - 2))
+    assert relative_error(cut, f.forward(NUMPY, x)[:, 3:-2]) < 1e-12
+
+
+def test_one_map_in_a_list_is_that_map_to_the_bit() -> None:
+    for name in ("linear", "shuffle", "nonlinear"):
+        plans = [tna.SuperLoRA(tna.Config(projection=given, seed=3), SHAPES) for given in (name, [name])]
+        one, other = ([delta.tobytes() for delta in plan.deltas(filled(plan))] for plan in plans)
+        assert one == other
+        assert plans[0].groups[0].projection.digest == plans[1].groups[0].projection.digest
+    first = make_map(("linear", "shuffle"), 5, 20, 3, 1)
+    assert isinstance(first, Chain)
+    assert first.parts[0].digest() == make_map("linear", 5, 20, 3, 1).digest()
+
+
+def test_equal_maps_in_a_chain_draw_differently() -> None:
+    found = make_map(("shuffle", "shuffle"), 16, 16, seed=1)
+    assert isinstance(found, Chain)
+    assert found.parts[0].digest() == make_map("shuffle", 16, 16, seed=1).digest()
+    assert found.parts[1].digest() == make_map("shuffle", 16, 16, seed=1, group=1 << 28).digest()
+    with pytest.raises(
+        tna.ConfigError, match=r"can be drawn for 268435456 groups, and 268435456 is beyond: use shared"
+    ):
+        make_map(("shuffle", "shuffle"), 16, 16, group=1 << 28)
+
+
+def test_digests_differ_where_maps_do() -> None:
+    on = tna.Projection.on_weights
+    maps = [
+        tna.Projection(Scatter(3), n_out=32),
+        tna.Projection(Scatter(3), n_out=32, seed=1),
+        tna.Projection(Scatter(3), n_out=32, group=1),
+        tna.Projection(Scatter(positions=(0, 1, 2)), n_out=32),
+        tna.Projection(Scatter(positions=(0, 2, 1)), n_out=32),
+        tna.Projection(Gather(3), n_out=32),
+        tna.Projection(SignGather(3), n_out=32),
+        tna.Projection([Scatter(3), "shuffle"], n_out=32),
+        tna.Projection([Scatter(3), "linear"], n_out=32),
+        on("dct2", [(4, 8)]),
+        on("dct2", [(8, 4)]),
+        on("dct2", [(4, 4)] * 2),
+        on("dft2", [(4, 8)]),
+        on(Wavelet("db2"), [(4, 8)]),
+        on(Wavelet("db2", periodic=True), [(4, 8)]),
+        on(Tile(cols=2), [(4, 8)]),
+        on(Tile(cols=4), [(4, 8)]),
+        on(Circulant(2), [(4, 8)]),
+        on(Circulant(2, average=True), [(4, 8)]),
+    ]
+    assert len({f.digest for f in maps}) == len(maps)
+    assert maps[0].digest == tna.Projection(Scatter(3), n_out=32).digest
+
+
+@pytest.mark.law("known-draws")
+def test_the_draws_are_pinned() -> None:
+    """What files of released versions hold: a change here is a break of the format."""
+    assert tna.Projection(Scatter(5), n_out=100, seed=7).map.host("positions").tolist() == SCATTERED
+    gather = make_map("gather", 4, 12, seed=7)
+    assert gather.host("index").tolist() == GATHERED
+    assert make_map("sign-gather", 4, 12, seed=7).host("signs").tolist() == SIGNED
+    assert tna.Projection([SignGather(7), "linear"], n_out=509, seed=7).digest == CHAINED
+    assert tna.Projection.on_weights([Scatter(7), "dft2"], [(6, 4), (8, 8)], seed=7).digest == ON_WEIGHTS
+
+
+SCATTERED = [42, 93, 31, 74, 67]
+GATHERED = [1, 1, 1, 0, 0, 2, 3, 2, 0, 3, 2, 3]
+SIGNED = [-1, 1, -1, 1, 1, 1, -1, -1, -1, -1, -1, 1]
+CHAINED = "203135d8588d31a4ce9fb2393d7c508bbea96fc9ca409e495a44bd7c299f5017"
+ON_WEIGHTS = "3468816c821583566f77733845e0206184a4fef9222f419bfc27dc4c036617ab"
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from([0, 2**63]))
+def test_a_gather_uses_every_element_alike(n_in: int, n_out: int, seed: int) -> None:
+    counts = np.bincount(make_map("gather", n_in, n_out, seed).host("index"), minlength=n_in)
+    assert counts.max() - counts.min() <= 1
+    assert len(counts) == n_in
+
+
+@given(st.integers(1, 60), st.data())
+def test_seeded_positions_are_the_first_of_the_permutation(places: int, data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, places))
+    f = tna.Projection(Scatter(size), n_out=places, seed=4, group=3)
+    x = np.arange(1.0, size + 1)
+    y = f(x)
+    assert np.array_equal(y[draws.permutation(places, 4, 3, 0, size)], x)
+    assert np.count_nonzero(y) == size
+    given_ones = Scatter(positions=tuple(draws.permutation(places, 4, 3, 0, size).tolist()))
+    assert np.array_equal(tna.Projection(given_ones, n_out=places)(x), y)
+
+
+def test_shared_false_draws_anew_for_each_group() -> None:
+    config = dense_config([Scatter(3), "dct2"], on="weight", shared=False)
+    plan = tna.SuperLoRA(config, [(6, 4)] * 2)
+    assert plan.groups[0].projection.digest != plan.groups[1].projection.digest
+    shared = tna.SuperLoRA(config.replace(shared=True), [(6, 4)] * 2)
+    assert shared.groups[0].projection is shared.groups[1].projection
+
+
+# -- Transforms against other libraries -----------------------------------------------------------
+
+
+@given(SIDES, SIDES)
+def test_cosine_and_fourier_transforms_are_those_of_scipy_and_numpy(rows: int, cols: int) -> None:
+    from scipy.fft import idctn
+
+    x = np.random.default_rng(0).normal(size=rows * cols)
+    found = tna.Projection.on_weights("dct2", [(rows, cols)])(x).reshape(rows, cols)
+    assert relative_error(found, idctn(x.reshape(rows, cols), norm="ortho")) < 1e-12
+    found = tna.Projection.on_weights("dft2", [(rows, cols)])(x).reshape(rows, cols)
+    assert relative_error(found, np.fft.ifft2(x.reshape(rows, cols)).real) < 1e-12
+
+
+def test_frequencies_and_their_negatives_have_one_effect() -> None:
+    """FourierFT takes the real part: half of the frequencies are redundant."""
+    f = tna.Projection.on_weights("dft2", [(6, 4)])
+    columns = f(np.eye(24)).reshape(6, 4, 24)
+    for row in range(6):
+        for col in range(4):
+            np.testing.assert_allclose(columns[row, col], columns[-row % 6, -col % 4], atol=1e-15)
+    assert np.linalg.matrix_rank(f(np.eye(24))) == f.map.freedom() == 14
+
+
+@given(st.sampled_from(["haar", *DAUBECHIES]), SIDES, SIDES)
+def test_wavelets_are_those_of_pywavelets(family: str, rows: int, cols: int) -> None:
+    pywt = pytest.importorskip("pywt")
+    f = tna.Projection.on_weights(Wavelet(family), [(rows, cols)])
+    shape = tuple(2 * math.ceil((size + pywt.Wavelet(family).rec_len - 2) / 2) for size in (rows, cols))
+    assert f.n_in == math.prod(shape)
+    x = np.random.default_rng(0).normal(size=shape)
+    whole = pywt.waverec2(in_quarters(x), family, mode="zero")
+    assert relative_error(f(x.reshape(-1)).reshape(rows, cols), whole[:rows, :cols]) < 1e-12
+
+
+@given(st.sampled_from(["haar", *DAUBECHIES]), SIDES, SIDES)
+def test_periodic_wavelets_are_those_of_pywavelets(family: str, rows: int, cols: int) -> None:
+    pywt = pytest.importorskip("pywt")
+    x = np.random.default_rng(0).normal(size=(2 * rows, 2 * cols))
+    f = tna.Projection.on_weights(Wavelet(family, periodic=True), [x.shape])
+    assert relative_error(f(x.reshape(-1)), pywt.waverec2(in_quarters(x), family, "periodization").reshape(-1)) < 1e-12
+
+
+def in_quarters(x: np.ndarray) -> list[Any]:
+    """The coefficients as PyWavelets has them: its first detail is high-pass along rows (``da``)."""
+    rows, cols = x.shape[0] // 2, x.shape[1] // 2
+    return [x[:rows, :cols], (x[rows:, :cols], x[:rows, cols:], x[rows:, cols:])]
+
+
+@pytest.mark.parametrize("moments", range(1, 11))
+def test_filters_are_pywavelets(moments: int) -> None:
+    pywt = pytest.importorskip("pywt")
+    assert DAUBECHIES[f"db{moments}"] == tuple(pywt.Wavelet(f"db{moments}").rec_lo)
+
+
+# -- All that follows from a config ---------------------------------------------------------------
+
+CONFIGS = {
+    "scatter": dense_config(Scatter(7)),
+    "gather, low rank": tna.presets.superlora(2, projection=["sign-gather", "shuffle"], ratio=0.3),
+    "chain of fastfood": tna.Config(2, 3, groups=2, fold="balanced", projection=["linear", "linear"], ratio=0.3),
+    "nonlinear chain": tna.Config(
+        rank=2, groups=1, fold="hypercube", projection=["gather", "nonlinear"], ratio=0.5, seed=2
+    ),
+    "per weight": dense_config([Scatter(5), "dft2"], on="weight", groups=1, shared=False),
+    "per weight, low rank": tna.presets.superlora(2, [[0, 2], [1]], projection="linear", on="weight"),
+    "per weight, nonlinear": tna.Config(
+        rank=2, groups=1, fold="hypercube", projection=["dct2", "nonlinear"], on="weight"
+    ),
+    "tile": tna.Config(rank=2, fold="hypercube", projection=Tile(cols=2), on="weight"),
+    "circulant": dense_config(Circulant(2, average=True), on="weight", groups=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_laws_hold(name: str) -> None:
+    report = tna.verify(CONFIGS[name], SHAPES, backends=["numpy"])
+    assert report.holds, str(report)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_plots_plans_and_names(name: str, tmp_path: Any) -> None:
+    from tnadapt.planning import degrees_of_freedom, known_as, largest_rank, step_cost
+
+    plan = tna.SuperLoRA(CONFIGS[name], SHAPES)
+    assert str(known_as(CONFIGS[name]))
+    assert step_cost(plan) >= 0
+    assert 1 <= degrees_of_freedom(plan) <= plan.num_parameters
+    if plan.groups[0].projection.linear:
+        deltas = plan.deltas(filled(plan))
+        assert largest_rank(plan, 0).value == np.linalg.matrix_rank(deltas[0])
+    pytest.importorskip("matplotlib")
+    from tnadapt import plot
+
+    plot.network(CONFIGS[name], SHAPES, tmp_path / "network.png")
+    plot.layout(plan, tmp_path / "groups.png")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_adapter_files(name: str, tmp_path: Any) -> None:
+    config = CONFIGS[name]
+    plan = tna.SuperLoRA(config, SHAPES)
+    targets = [tna.Target(f"layer.{number}.q", shape, "q") for number, shape in enumerate(SHAPES)]
+    arrays = {key: array.astype(np.float32) for key, array in filled(plan).items()}
+    file = tna.AdapterFile(config, targets, arrays)
+    assert file.draws is not None
+    tna.save(tmp_path / "adapter.safetensors", file)
+    loaded = tna.load(tmp_path / "adapter.safetensors")
+    assert loaded.config == config
+    assert loaded.draws == file.draws
+    for one, other in zip(file.deltas(), loaded.deltas(), strict=True):
+        assert np.array_equal(one, other)
+    other = tna.AdapterFile(config.replace(seed=9), targets, arrays)
+    drawn = "tile" not in name and "circulant" not in name
+    assert (other.draws != file.draws) == drawn
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "nonlinear" not in name])
+def test_updates_are_found_again(name: str) -> None:
+    plan = tna.SuperLoRA(CONFIGS[name], SHAPES)
+    params, report = tna.decompose(plan.deltas(filled(plan)), CONFIGS[name], max_iterations=300)
+    assert report.error < (1e-7 if plan.config.order == 1 else 0.1)
+    assert params.keys() == plan.param_shapes.keys()
+
+
+def test_the_cosine_transform_of_lora_is_fitted_exactly() -> None:
+    """It preserves distances, so that a truncated SVD of the transformed update is the optimum."""
+    config = tna.presets.lora(2, projection="dct2", on="weight")
+    rng = np.random.default_rng(0)
+    delta = rng.normal(size=(6, 4))
+    _, report = tna.decompose([delta], config)
+    from scipy.fft import dctn
+
+    values = np.linalg.svd(dctn(delta, norm="ortho"), compute_uv=False)
+    assert math.isclose(report.error, math.sqrt(np.sum(values[2:] ** 2) / np.sum(values**2)), rel_tol=1e-9)
+
+
+# -- Plug-ins -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Power(MapSettings):
+    by: float = 2.0
+
+
+class Scaled(Map):
+    """``y = by * x``, as a plug-in would write it."""
+
+    settings_class = Power
+    square = True
+    matrices: ClassVar[int] = 0
+
+    def forward(self, backend: Backend, x: Any) -> Any:
+        return x * self.settings.by
+
+    def matrix(self) -> np.ndarray:
+        return self.settings.by * np.eye(self.n_out)
+
+
+@pytest.fixture
+def scaled() -> Iterator[None]:
+    tna.register_map("scaled", Scaled)
+    yield
+    forget_registered()
+
+
+@pytest.mark.usefixtures("scaled")
+def test_a_registered_map_with_settings() -> None:
+    config = tna.Config(rank=2, groups=1, fold="hypercube", projection=["gather", Power(3.0)], ratio=0.5)
+    assert config.to_dict()["projection"] == ["gather", {"map": "scaled", "by": 3.0}]
+    assert tna.Config.from_dict(config.to_dict()) == config
+    assert tna.verify(config, SHAPES, backends=["numpy"]).holds
+    assert tna.Config(projection=Power()).projection == "scaled"
+
+
+@pytest.mark.usefixtures("scaled")
+@pytest.mark.parametrize("value", [None, True, -((1 << 64) - 1), 0.1, "x", (), ((((1, "x"), 2.5),),)])
+def test_settings_that_a_file_can_hold(value: Any) -> None:
+    config = tna.Config(projection=Power(value))
+    assert tna.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("value", [[], math.inf, math.nan, 1 << 64, (((((),),),),), np.float64(0.5), np.ones(2)])
+def test_settings_that_a_file_cannot_hold_are_refused(value: Any) -> None:
+    with pytest.raises(tna.ConfigError, match=r"Power: by must be None, a boolean, an integer, a finite .*; got"):
+        Power(value)
+
+
+@pytest.mark.parametrize("settings", [*SHORTER, *NOT_SHORTER], ids=str)
+def test_settings_of_a_subclass_are_checked(settings: MapSettings) -> None:
+    subclass = dataclasses.make_dataclass("Own", [("more", Any, None)], bases=(type(settings),), frozen=True)
+    with pytest.raises(tna.ConfigError, match=r"Own: more must be None, a boolean, an integer, a finite .*; got"):
+        subclass(**dataclasses.asdict(settings), more=[])
+
+
+def test_settings_of_another_class_cannot_be_registered() -> None:
+    class Loose(MapSettings):
+        pass
+
+    @dataclasses.dataclass(frozen=True)
+    class Reserved(MapSettings):
+        map: int = 3
+
+    for settings, message in (
+        (int, "settings_class must inherit from tnadapt.maps.MapSettings; got <class 'int'>"),
+        (Loose, "the settings class Loose must be a frozen dataclass"),
+        (Reserved, "the settings class Reserved has the field 'map': the name 'map' is reserved"),
+    ):
+        with pytest.raises(tna.ConfigError, match=message):
+            tna.register_map("other", type("Other", (Map,), {"settings_class": settings}))
+
+
+def test_weights_of_equal_shape_share_one_map() -> None:
+    found = make_map_on_weights((Scatter(3), "dct2"), [(6, 4), (4, 4), (6, 4)])
+    assert isinstance(found, PerWeight)
+    assert found.parts[0] is found.parts[2]
+    assert found.n_in == 9
+
+
+@pytest.mark.parametrize("projection", ["identity", "shuffle"])
+def test_the_identity_of_each_weight_is_one(projection: str) -> None:
+    assert make_map_on_weights(projection, SHAPES).identity == (projection == "identity")
+
+
+# -- Any config -----------------------------------------------------------------------------------
+
+ON_VECTORS = (
+    Scatter(1),
+    "gather",
+    SignGather(3),
+    ("shuffle", "linear"),
+    (Gather(2), "nonlinear"),
+    ("gather", "shuffle"),
+)
+ON_MATRICES = (
+    "linear", "nonlinear_v2", "gather", "dct2", "dft2", "wavelet", Tile(cols=1), Tile(1), Circulant(1, average=True),
+    (Scatter(1), "dct2"), ("gather", "dft2"), ("dct2", "nonlinear"), ("sign-gather", Wavelet("db2")),
+)  # fmt: skip
+
+
+@pytest.mark.law("update-formula", "update-slice", "parameter-count", "first-gradients")
+@given(st.one_of(plans(ON_VECTORS), plans(ON_MATRICES, "weight")), st.data())
+def test_any_config_is_its_textbook_formula(plan: tna.SuperLoRA, data: st.DataObject) -> None:
+    layers = [plan.layout.of_weight(weight)[0].group for weight in range(len(plan.shapes))]
+    host = data.draw(parameters(plan))
+    begun = plan.init(dtype="float64")
+    expected = np.concatenate([d.reshape(-1) for d in reference.deltas(plan.config, plan.shapes, host, layers, begun)])
+    scale = np.max(np.abs(expected)) or 1.0
+    found = np.concatenate([delta.reshape(-1) for delta in plan.deltas(host)])
+    assert np.max(np.abs(found - expected)) < 1e-11 * scale
+    start = data.draw(st.integers(0, plan.size - 1))
+    stop = data.draw(st.integers(start + 1, plan.size))
+    assert np.max(np.abs(plan.vector(host, start, stop) - expected[start:stop])) < 1e-11 * scale
+    assert plan.num_parameters == sum(array.size for array in begun.values())
+    assert plan.num_parameters == reference.count(plan.config, plan.shapes, layers)
+    assert not any(delta.any() for delta in plan.deltas(begun))
+
+
+def test_many_given_positions_fit_into_a_file_and_not_into_a_message(tmp_path: Any) -> None:
+    positions = tuple(np.random.default_rng(0).permutation(100_000)[:8000].tolist())
+    config = tna.presets.shira(8000, positions)
+    targets = [tna.Target("layer.0.q", (400, 400), "q")]
+    plan = tna.SuperLoRA(config, [(400, 400)])
+    tna.save(tmp_path / "adapter.safetensors", tna.AdapterFile(config, targets, filled(plan)))
+    assert tna.load(tmp_path / "adapter.safetensors").config == config
+    assert repr(plan.groups[0].projection) == (
+        "Projection('scatter(size=8000, positions=(8000 given))', n_in=8000, n_out=160000, seed=0, group=0)"
+    )
+
+
+# -- dft2 by an FFT: equal to the products with cosines and sines, for any sides, batch, dtype and slice ---------------
+
+
+#: Even, odd and prime sides, the shortest ones, and a pair of which one has many factors.
+FOURIER_SHAPES = [(1, 1), (1, 6), (7, 1), (2, 2), (9, 5), (16, 16), (31, 37), (66, 128), (131, 96)]
+ROUNDING = {"float64": 1e-12, "float32": 2.0**-20}
+
+
+def with_fft() -> Any:
+    """Return a context in which sides do not matter."""
+    return mock.patch("tnadapt.algebra.maps._transforms._PRODUCTS_PER_STEP", 0)
+
+
+def fourier(rows: int, cols: int) -> Dft2:
+    return Dft2(rows * cols, rows * cols, shape=(rows, cols))
+
+
+@pytest.mark.law("projection-adjoint", "projection-slice")
+@given(
+    rows=st.integers(1, 70),
+    cols=st.integers(1, 70),
+    batch=st.lists(st.integers(1, 3), max_size=2),
+    dtype=st.sampled_from(FFT_DTYPES),
+    library=st.sampled_from(NUMPY_AND_TORCH),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_the_fft_is_the_product_with_cosines_and_sines(
+    rows: int, cols: int, batch: list[int], dtype: str, library: str, seed: int, data: st.DataObject
+) -> None:
+    b, f = load_backend(library), fourier(rows, cols)
+    x = b.asarray(np.random.default_rng(seed).normal(size=(*batch, f.n_in)), dtype)
+    start = data.draw(st.integers(0, f.n_out - 1))
+    stop = data.draw(st.integers(start + 1, f.n_out))
+    with with_fft():
+        found, back, part = f.forward(b, x), f.adjoint(b, x), f.slice(b, x, start, stop)
+    assert b.dtype_name(found) == dtype
+    assert relative_error(b.to_numpy(found), b.to_numpy(f.forward_plain(b, x))) < ROUNDING[dtype]
+    assert np.array_equal(b.to_numpy(back), b.to_numpy(found))  # its matrix is symmetric
+    assert np.array_equal(b.to_numpy(part), b.to_numpy(found)[..., start:stop])
+
+
+@pytest.mark.law("projection-adjoint", "projection-slice")
+@pytest.mark.parametrize("shape", FOURIER_SHAPES)
+@pytest.mark.parametrize("rate", [0, 8, 10**9], ids=["FFT", "chosen", "products"])
+def test_every_library_computes_numpys_transform(
+    backend: Backend, shape: tuple[int, int], rate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tnadapt.algebra.maps._transforms._PRODUCTS_PER_STEP", rate)
+    x = np.random.default_rng(0).normal(size=(2, math.prod(shape)))
+    f = tna.Projection.on_weights("dft2", [shape])
+    expected = np.fft.ifft2(x.reshape(2, *shape)).real.reshape(2, -1)
+    theirs = backend.asarray(x, "float64")
+    assert relative_error(backend.to_numpy(f(theirs)), expected) < 1e-12
+    assert relative_error(backend.to_numpy(f.adjoint(theirs)), expected) < 1e-12
+    start, stop = f.n_out // 3, f.n_out // 3 + 1
+    assert relative_error(backend.to_numpy(f.slice(theirs, start, stop)), expected[:, start:stop]) < 1e-12
+
+
+# The half-precision dtypes of each library; array_api_strict has none.
+HALVES = {
+    "numpy": ["float16"],
+    "cupy": ["float16"],
+    "torch": ["float16", "bfloat16"],
+    "jax": ["float16", "bfloat16"],
+}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_computed_in_single_and_rounded_once(backend: Backend, dtype: str) -> None:
+    numbers = np.random.default_rng(0).normal(size=96)
+    if dtype not in HALVES.get(backend.name, ()):
+        with pytest.raises(tna.BackendError, match=dtype):
+            backend.asarray(numbers, dtype)
+        return
+    x = backend.asarray(numbers, dtype)
+    f = tna.Projection.on_weights("dft2", [(8, 12)])
+    expected = backend.astype(f(backend.astype(x, "float32")), dtype)
+    assert np.array_equal(backend.to_numpy(f(x)), backend.to_numpy(expected))
+
+
+@pytest.mark.parametrize("library", NUMPY_AND_TORCH)
+@pytest.mark.parametrize("chunk", [1, 12 * 7, 2 * 12 * 7 + 1, 4 * 12 * 7])
+def test_a_batch_in_chunks(library: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    b, f = load_backend(library), fourier(12, 7)
+    x = b.asarray(np.random.default_rng(0).normal(size=(5, f.n_in)), "float64")
+    expected = b.to_numpy(f.forward_plain(b, x))
+    monkeypatch.setattr("tnadapt.backends._dft2._CHUNK", chunk)
+    with with_fft():
+        assert relative_error(b.to_numpy(f.forward(b, x)), expected) < 1e-12
+
+
+def test_strided_read_only_and_empty_input() -> None:
+    b, f = load_backend("numpy"), fourier(4, 6)
+    x = np.random.default_rng(0).normal(size=(f.n_in, 6))[:, ::2].T
+    x.flags.writeable = False
+    kept = x.copy()
+    with with_fft():
+        assert relative_error(f.forward(b, x), f.forward_plain(b, kept)) < 1e-12
+        assert f.forward(b, x[:0]).shape == (0, f.n_out)
+    assert np.array_equal(x, kept)
+
+
+def test_an_array_class_of_its_own_keeps_its_class() -> None:
+    class Own(np.ndarray):
+        pass
+
+    b, f = load_backend("numpy"), fourier(4, 6)
+    x = np.random.default_rng(0).normal(size=f.n_in)
+    with with_fft():
+        found = f.forward(b, x.view(Own))
+    assert type(found) is Own
+    assert relative_error(np.asarray(found), f.forward(b, x)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("shape", "cost"),
+    [
+        ((1, 1), 0),
+        ((64, 32), 64 * 32 * 11),  # log2 of the number of elements
+        ((1, 1024 * 9), 1024 * 9 * (10 * 2 + 2 * 3) / 2),
+        ((12, 350), 12 * 350 * (2 + 2 + 3 + 2 + 5 + 5 + 7) / 2),
+        ((1, 769), 6 * 11 * 2048 / 2),  # a prime: three transforms of 2048
+        ((61, 67), 2 * 61 * 67 * (61 + 67)),  # the products are faster
+    ],
+)
+def test_the_cost_is_that_of_the_faster_way(shape: tuple[int, int], cost: float) -> None:
+    assert fourier(*shape).cost() == math.ceil(cost)
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_nothing_costs_more_than_the_products(rows: int, cols: int) -> None:
+    assert fourier(rows, cols).cost() <= 2 * rows * cols * (rows + cols)

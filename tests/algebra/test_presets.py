@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.conftest import relative_error
-from tnadapt.testing import _methods as methods
+from tests.support.references import methods
 from tnadapt.testing.verification import examples
 
 

@@ -1,4 +1,4 @@
-"""CP, Tucker, TT and Kronecker products against TensorLy and NumPy, on every library; gradients."""
+"""CP, Tucker, TT and Kronecker products against TensorLy and NumPy, in every library; gradients; the order of sums."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.conftest import relative_error
-from tnadapt.backends import Backend
+from tnadapt.algebra.products import contracted, cp_groups, padded_to, rearranged, train_cut, tucker_last
+from tnadapt.backends import Backend, get_backend
+from tnadapt.testing.strategies import parameters, plans
 
 ONES22, ONES33 = np.ones((2, 2)), np.ones((3, 3))
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=5)
@@ -177,3 +179,119 @@ def test_mixed_dtypes_and_no_arrays() -> None:
         tna.kronecker([np.ones(2), np.ones(2, np.float32)])
     with pytest.raises(tna.BackendError, match="got list"):
         tna.kronecker([[1.0, 2.0]])
+
+
+# -- Rearrangement of Kronecker products to outer products, and the adjoint of a whole network -------------------------
+
+
+NUMPY = get_backend(np.zeros(1))
+
+
+@st.composite
+def splits(draw: st.DrawFn) -> list[np.ndarray]:
+    order = draw(st.integers(1, 4))
+    size = st.integers(1, 3)
+    sizes = draw(st.lists(st.tuples(*[size] * order), min_size=1, max_size=4))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return [rng.normal(size=one) for one in sizes]
+
+
+@given(splits())
+def test_a_kronecker_product_rearranged_is_an_outer_product(tensors: list[np.ndarray]) -> None:
+    product = functools.reduce(np.kron, tensors)
+    outer = functools.reduce(np.multiply.outer, [tensor.reshape(-1) for tensor in tensors])
+    np.testing.assert_allclose(rearranged(NUMPY, product, [t.shape for t in tensors]), outer, rtol=1e-12)
+
+
+@given(splits(), st.data())
+def test_contracting_is_the_sum_over_all_other_splits(tensors: list[np.ndarray], data: st.DataObject) -> None:
+    rng = np.random.default_rng(0)
+    sizes = [tensor.size for tensor in tensors]
+    tensor = rng.normal(size=sizes)
+    kept = data.draw(st.integers(0, len(tensors) - 1))
+    given = [None if k == kept else one for k, one in enumerate(tensors)]
+    letters = "abcdefgh"[: len(sizes)]
+    inputs = ",".join(letters[k] for k in range(len(sizes)) if k != kept)
+    vectors = [one.reshape(-1) for k, one in enumerate(tensors) if k != kept]
+    expected = np.einsum(f"{letters}{',' if vectors else ''}{inputs}->{letters[kept]}", tensor, *vectors)
+    found = contracted(NUMPY, tensor, given, tensors[kept].shape)
+    np.testing.assert_allclose(found, expected.reshape(tensors[kept].shape), rtol=1e-10, atol=1e-10)
+
+
+def test_padding_is_at_the_end_of_every_mode() -> None:
+    padded = padded_to(NUMPY, np.ones((2, 1)), (3, 2))
+    np.testing.assert_array_equal(padded, [[1, 0], [1, 0], [0, 0]])
+
+
+def test_32_modes_of_three_splits_have_no_more_axes_than_numpy_allows() -> None:
+    sizes = [(1,) * 30 + (2, 1), (1,) * 31 + (2,), (1,) * 30 + (1, 2)]
+    assert rearranged(NUMPY, np.arange(8.0).reshape((1,) * 30 + (2, 4)), sizes).shape == (2, 2, 2)
+
+
+@given(st.data())
+def test_the_adjoint_of_a_network_is_that_of_each_of_its_linear_maps(data: st.DataObject) -> None:
+    plan = data.draw(plans())
+    group = plan.groups[0]
+    given = data.draw(parameters(plan))
+    arrays = {name: given[full] for name, full in group.names.items()}
+    rng = np.random.default_rng(1)
+    vec = rng.normal(size=group.network.size)
+    found = group.network.adjoint(NUMPY, arrays, vec)
+    assert {name: array.shape for name, array in found.items()} == group.network.shapes
+    base = {name: group.network.whole(NUMPY, {**arrays, name: 0.0 * array}) for name, array in arrays.items()}
+    for name, gradient in found.items():
+        other = rng.normal(size=gradient.shape)
+        # Of several terms, the others are a constant.
+        made = group.network.whole(NUMPY, {**arrays, name: other}) - base[name]
+        np.testing.assert_allclose((other * gradient).sum(), (made * vec).sum(), rtol=1e-8, atol=1e-8)
+
+
+# -- Which modes are joined last: the choice by shapes, and that it changes nothing but the time -----------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((5, 7), (0, 1)),
+        ((2000, 40, 10), (0, 1)),
+        ((10, 40, 2000), (0, 2)),
+        # A long mode in the middle: a batch, and the one long operand is not expanded.
+        ((10, 2000, 40), (1, 2)),
+        # Few columns are no batch.
+        ((100, 1000, 10), (0, 1)),
+        ((16, 16, 16, 16, 16), (1, 3)),
+        ((0, 3, 2), (0, 2)),
+    ],
+)
+def test_groups_of_cp(sizes: tuple[int, ...], expected: tuple[int, int]) -> None:
+    assert cp_groups(sizes, 8) == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks", "expected"),
+    [
+        ((64, 64, 64), (4, 4, 4), 2),
+        ((10, 2000, 40), (4, 4, 4), 1),
+        ((2000, 10, 40), (4, 4, 4), 0),
+        ((100, 1000, 10), (4, 4, 4), 0),
+        # The small rank, not only the long mode.
+        ((30, 40), (2, 39), 0),
+        ((0, 3), (2, 3), 1),
+    ],
+)
+def test_last_mode_of_tucker(sizes: tuple[int, ...], ranks: tuple[int, ...], expected: int) -> None:
+    assert tucker_last(sizes, ranks) == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "bonds", "expected"),
+    [
+        ((8, 8, 8, 8), (4, 4, 4), 2),
+        ((8, 8, 8), (4, 4), 2),
+        ((2000, 10, 10), (4, 4), 1),
+        # A thin bond away from the middle saves more arithmetic than a balanced cut.
+        ((8, 8, 8, 8), (4, 50, 2), 3),
+    ],
+)
+def test_cut_of_trains(sizes: tuple[int, ...], bonds: tuple[int, ...], expected: int) -> None:
+    assert train_cut(sizes, bonds) == expected

@@ -1,23 +1,37 @@
-"""The plan and its four steps, for every config: values, slices, counts, and memory."""
+"""The plan: layout of weights in groups, values, slices, counts, memory, and what several plans share."""
 
 from __future__ import annotations
 
 import copy
 import json
 import pickle
+import re
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.conftest import peak_of, relative_error
-from tnadapt.backends import Backend
-from tnadapt.testing import _reference as reference
-from tnadapt.testing.strategies import base_weights, parameters, plans
+from tests.support.references import reference
+from tnadapt.algebra.factoring import factoring
+from tnadapt.algebra.formats import FORMATS
+from tnadapt.algebra.group import batches
+from tnadapt.algebra.layout import make_layout
+from tnadapt.algebra.maps import KINDS
+from tnadapt.algebra.superlora import share_maps
+from tnadapt.backends import Backend, load_backend
+from tnadapt.testing.strategies import base_weights, configs, parameters, plans, shapes
 from tnadapt.testing.verification import formula
+
+# -- The plan and its four steps, for every config: values, slices, counts, and memory ---------------------------------
+
 
 ORACLES = json.loads((Path(__file__).parents[1] / "oracles.json").read_text())
 VIT_BASE = [(768, 768)] * 24
@@ -309,7 +323,7 @@ def test_groups_share_f_or_do_not(rng: np.random.Generator) -> None:
 
 
 def test_bad_plans() -> None:
-    for config, shapes, error, message in (
+    for config, sizes, error, message in (
         ({"rank": 4}, [(2, 2)], tna.ConfigError, "config must be a tnadapt.Config; got dict"),
         (tna.Config(groups=3), [(4, 4)], tna.ShapeError, "use fold='hypercube'"),
         (tna.Config(groups=17), [(4, 4)], tna.ConfigError, "more than the 16"),
@@ -323,7 +337,7 @@ def test_bad_plans() -> None:
         (tna.Config(groups=3), [(2, 1), (1, 3)], tna.ShapeError, "multiple of 3 columns; one has 2 elements"),
     ):
         with pytest.raises(error, match=message):
-            tna.SuperLoRA(config, shapes)  # type: ignore[arg-type]
+            tna.SuperLoRA(config, sizes)  # type: ignore[arg-type]
 
 
 def test_a_plan_says_what_it_is() -> None:
@@ -410,20 +424,20 @@ def test_neighbors_in_one_group_are_one_slice() -> None:
 @pytest.mark.slow
 @pytest.mark.law("huge-models")
 def test_construction_is_small_and_ends_for_any_values() -> None:
-    for config, shapes in (
+    for config, sizes in (
         (tna.Config(fold=(1 << 61, 2)), [(10, 10)]),
         (tna.Config(fold=(2**8 * 3**4 * 5**2 * 7 * 11 * 13, 2), splits=8), [(10, 10)]),
         (tna.Config(groups=10**9), [(10**9, 10)]),
         (tna.Config(terms=1 << 16), [(4, 4)]),
     ):
-        assert peak_of(lambda c=config, s=shapes: tna.SuperLoRA(c, s).num_parameters) < 200 << 20
-    for config, shapes in (
+        assert peak_of(lambda c=config, s=sizes: tna.SuperLoRA(c, s).num_parameters) < 200 << 20
+    for config, sizes in (
         (tna.Config(), [(10**5000, 2)]),
         (tna.Config(), [(1 << 40, 1 << 40)]),
         (tna.Config(fold=((1 << 61) - 1, 2), splits=2), [(10, 10)]),
     ):
         with pytest.raises(tna.ShapeError):
-            tna.SuperLoRA(config, shapes)
+            tna.SuperLoRA(config, sizes)
     for layers in ([[0]], 5, iter([0, 1])):
         with pytest.raises(tna.ConfigError, match="layers"):
             tna.SuperLoRA(tna.Config(groups="layer"), [(2, 2)], layers=layers)  # type: ignore[arg-type]
@@ -432,3 +446,413 @@ def test_construction_is_small_and_ends_for_any_values() -> None:
 def test_every_public_name_says_what_it_is() -> None:
     for name in tna.__all__:
         assert getattr(tna, name).__doc__, name
+
+
+# -- Layout of weights in groups: every element occurs once, and weights that straddle groups stay in order ------------
+
+
+@given(st.data())
+def test_pieces_are_the_reference_positions(data: st.DataObject) -> None:
+    weights = data.draw(shapes())
+    config = data.draw(configs(weights))
+    layers = [data.draw(st.integers(0, 1)) for _ in weights]
+    layout = make_layout(config.groups, weights, layers)
+    expected = reference.positions(config, weights, layers)
+    assert layout.num_groups == len(expected)
+    starts = np.cumsum([0, *(rows * cols for rows, cols in weights)])
+    for group, where in enumerate(expected):
+        assert layout.group_size(group) == len(where)
+        pieces = layout.of_group(group)
+        found = [np.arange(p.length) + starts[p.weight] + p.weight_start for p in pieces]
+        assert np.array_equal(np.concatenate(found), where)
+        assert [p.group_start for p in pieces] == np.cumsum([0, *(p.length for p in pieces)])[:-1].tolist()
+        columns = [weights[p.weight][1] for p in pieces]
+        assert layout.columns(group) == np.gcd.reduce(columns)
+    for weight, (rows, cols) in enumerate(weights):
+        pieces = layout.of_weight(weight)
+        assert sum(p.length for p in pieces) == rows * cols
+        for p in pieces:
+            assert np.array_equal(
+                expected[p.group][p.group_start : p.group_start + p.length],
+                starts[weight] + p.weight_start + np.arange(p.length),
+            )
+    start = data.draw(st.integers(0, layout.size - 1))
+    stop = data.draw(st.integers(start + 1, layout.size))
+    found = [expected[p.group][p.group_start : p.group_start + p.length] for p in layout.of_slice(start, stop)]
+    assert np.array_equal(np.concatenate(found), np.arange(start, stop))
+    assert [size for _, count, size in layout.same_size() for _ in range(count)] == [len(w) for w in expected]
+
+
+def test_a_weight_may_straddle_two_groups() -> None:
+    layout = make_layout(2, [(2, 3), (2, 2)])
+    assert [piece.group for piece in layout.of_weight(0)] == [0, 1]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 21), (21, 21)])
+def test_a_slice_that_leaves_the_vector_is_refused(start: int, stop: int) -> None:
+    layout = make_layout(2, [(4, 3), (2, 4)], None)
+    assert not layout.of_slice(20, 20)
+    with pytest.raises(tna.ShapeError, match=f"no slice {start}:{stop} of a vector of 20 elements"):
+        layout.of_slice(start, stop)
+
+
+def test_groups_that_would_be_empty_are_left_out() -> None:
+    # ceil(10 / 7) = 2 elements a group: five groups use up the vector.
+    assert make_layout(7, [(2, 5)]).num_groups == 5
+
+
+def test_layers_group_by_key_in_order_of_first_appearance() -> None:
+    layout = make_layout("layer", [(1, 1), (1, 2), (1, 3), (1, 4)], layers=["b", "a", "b", "a"])
+    assert [[p.weight for p in layout.of_group(g)] for g in range(2)] == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (tna.ConfigError, "more than the 6 elements", (7, [(2, 3)])),
+        (tna.ConfigError, "needs layers", ("layer", [(2, 3)])),
+        (tna.ConfigError, "2 keys for 1 weights", ("layer", [(2, 3)], [0, 0])),
+        (tna.ConfigError, "exactly once", (((0,), (0,)), [(2, 3)])),
+        (tna.ConfigError, "exactly once", (((0,),), [(2, 3), (2, 3)])),
+        (tna.ConfigError, "exactly once", (((1,),), [(2, 3)])),
+        (tna.ShapeError, "empty", ("weight", [])),
+        (tna.ShapeError, r"shapes\[0\] is \(2, 3, 4\)", ("weight", [(2, 3, 4)])),
+        (tna.ShapeError, r"shapes\[1\] is \(0, 3\)", ("weight", [(2, 3), (0, 3)])),
+        (tna.ShapeError, "integers", ("weight", [(2.0, 3)])),
+        (tna.ShapeError, "integers", ("weight", [3])),
+    ],
+)
+def test_bad_input(error: type[Exception], message: str, arguments: tuple) -> None:
+    with pytest.raises(error, match=message):
+        make_layout(*arguments)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 11)])
+def test_a_slice_out_of_the_vector_is_refused(start: int, stop: int) -> None:
+    layout = make_layout(2, [(2, 3), (2, 2)])
+    with pytest.raises(tna.ShapeError, match=f"no slice {start}:{stop} of a vector of 10 elements"):
+        layout.of_slice(start, stop)
+    assert layout.of_slice(4, 4) == []
+    assert sum(piece.length for piece in layout.of_slice(0, 10)) == 10
+
+
+# -- Networks whose modes index the fold in another order, or several of its sizes in one mode -------------------------
+
+
+P = tna.presets
+
+
+def drawn(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
+
+
+def rank(matrix: np.ndarray) -> int:
+    return int(np.linalg.matrix_rank(matrix, rtol=1e-9)) if matrix.any() else 0
+
+
+@st.composite
+def reordered(draw: st.DrawFn) -> tna.SuperLoRA:
+    """A plan of any axes: some single sizes, some several in one mode."""
+    weights, row, rows, col, cols = (draw(st.integers(1, 3)) for _ in range(5))
+    order = draw(st.permutations(range(5)))
+    cuts = sorted(draw(st.sets(st.integers(1, 4))))
+    axes = [tuple(order[lo:hi]) for lo, hi in zip([0, *cuts], [*cuts, 5], strict=True)]
+    name = draw(st.sampled_from(sorted(FORMATS.built_in)))
+    given: Any = draw(st.integers(1, 3))
+    if name == "tucker" and draw(st.booleans()):
+        given = tuple(draw(st.none() | st.integers(1, 3)) for _ in axes)
+    shape = (row * rows, col * cols)
+    fold: Any = (weights, row, rows, col, cols)
+    if draw(st.booleans()):
+        fold = ("weights", f"rows/{rows}", rows, f"cols/{cols}", cols)
+    config = tna.Config(
+        given, order=len(axes), groups=1, fold=fold, axes=axes, format=name,
+        terms=draw(st.integers(1, 2)),
+        splits=2 if draw(st.booleans()) else 1, combine="hadamard", leading="same",
+        alpha=draw(st.none() | st.just(2.0)),
+        projection=draw(st.sampled_from(["identity", "identity", "linear"])),
+    )  # fmt: skip
+    return tna.SuperLoRA(config, [shape] * weights)
+
+
+@pytest.mark.law("update-formula", "update-slice", "parameter-count", "largest-rank")
+@given(plan=reordered(), data=st.data())
+def test_updates_are_the_textbooks_and_slices_are_parts_of_them(plan: tna.SuperLoRA, data: st.DataObject) -> None:
+    params = drawn(plan)
+    expected = reference.deltas(plan.config, plan.shapes, params)
+    for weight, (found, own) in enumerate(zip(plan.deltas(params), expected, strict=True)):
+        assert relative_error(found, own) < 1e-12
+        assert relative_error(plan.delta(params, weight), own) < 1e-12
+        assert rank(own) <= plan.largest_rank(weight)
+        how = factoring(plan, weight)
+        if how is not None:
+            numpy = load_backend("numpy")
+            assert relative_error(how(numpy, params).dense(numpy), own) < 1e-12
+    whole = np.concatenate([delta.reshape(-1) for delta in expected])
+    start = data.draw(st.integers(0, plan.size - 1))
+    stop = data.draw(st.integers(start + 1, plan.size))
+    scale = float(np.max(np.abs(whole))) or 1.0
+    assert np.max(np.abs(plan.vector(params, start, stop) - whole[start:stop])) < 1e-12 * scale
+    assert plan.num_parameters == reference.count(plan.config, plan.shapes) == sum(a.size for a in params.values())
+    assert not any(delta.any() for delta in plan.deltas(plan.init()))
+
+
+@given(plan=reordered())
+def test_the_adjoint_of_each_array_is_that_of_a_linear_map(plan: tna.SuperLoRA) -> None:
+    network, numpy = plan.groups[0].network, load_backend("numpy")
+    arrays = {name: drawn(plan)[full] for name, full in plan.groups[0].names.items()}
+    vec = np.random.default_rng(1).normal(size=network.size)
+    whole = float(vec @ network.whole(numpy, arrays))
+    scale = float(np.linalg.norm(vec) * np.linalg.norm(network.whole(numpy, arrays))) or 1.0
+    for prefixes in network.prefixes:
+        for prefix, split in zip(prefixes, network.splits, strict=True):
+            # Without this term's array, what is left is the other terms.
+            name = prefix + next(iter(split.shapes))
+            rest = float(vec @ network.whole(numpy, {**arrays, name: 0.0 * arrays[name]}))
+            found = network.adjoint(numpy, arrays, vec)[name]
+            assert abs(float(np.sum(found * arrays[name])) - (whole - rest)) < 1e-12 * scale
+
+
+@pytest.mark.law("special-cases")
+@given(sizes=st.tuples(*[st.integers(1, 4)] * 3), name=st.sampled_from(sorted(FORMATS.built_in)), r=st.integers(1, 3))
+def test_the_folds_own_order_is_no_change(sizes: tuple[int, int, int], name: str, r: int) -> None:
+    plain = tna.Config(r, order=3, groups=1, fold=sizes, format=name)
+    one, other = (tna.SuperLoRA(c, [sizes[1:]] * sizes[0]) for c in (plain, plain.replace(axes=(0, 1, 2))))
+    assert one.param_shapes == other.param_shapes
+    params = drawn(one)
+    for mine, theirs in zip(one.deltas(params), other.deltas(params), strict=True):
+        assert relative_error(theirs, mine) < 1e-12
+    for mine, theirs in zip(one.init().values(), other.init().values(), strict=True):
+        assert np.array_equal(mine, theirs)
+
+
+def test_a_tensor_train_matrix_pairs_digits_of_rows_and_columns() -> None:
+    config = tna.Config(3, order=3, fold=(2, 3, 4, 5, 2, 3), axes=((0, 3), (1, 4), (2, 5)), format="tt")
+    plan = tna.SuperLoRA(config, [(24, 30)])
+    assert plan.param_shapes == {
+        "group0.split0.core0": (1, 10, 3), "group0.split0.core1": (3, 6, 3), "group0.split0.core2": (3, 12, 1)
+    }  # fmt: skip
+    params = drawn(plan)
+    cores = [params[f"group0.split0.core{m}"] for m in range(3)]
+    digits = zip(cores, (2, 3, 4), strict=True)
+    one, two, three = (core.reshape(core.shape[0], rows, -1, core.shape[2]) for core, rows in digits)
+    expected = np.einsum("apxb,bqyc,crzd->pqrxyz", one, two, three).reshape(24, 30)
+    assert relative_error(plan.deltas(params)[0], expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS.built_in))
+def test_the_laws_hold(name: str) -> None:
+    config = tna.Config(2, order=3, groups=1, fold=("weights", "rows", "cols"), axes=(1, 0, 2), format=name)
+    assert tna.verify(config, [(6, 5)] * 3, backends=["numpy"]).holds
+
+
+@pytest.mark.parametrize("name", ["cp", "tt"])
+def test_a_slice_forms_no_other_weight(name: str) -> None:
+    config = tna.Config(2, order=3, groups=1, fold=("weights", "rows", "cols"), axes=(1, 0, 2), format=name)
+    plan = tna.SuperLoRA(config, [(24, 20)] * 5)
+    how = factoring(plan, 3)
+    assert how is not None
+    assert [(size.rows, size.cols, size.width) for size in how.sizes] == [(24, 20, 2)]
+    assert plan.lora_rank == 2
+
+
+def test_updates_in_another_order_are_fitted() -> None:
+    config = tna.Config(2, order=3, groups=1, fold=("weights", "rows", "cols"), axes=(1, 0, 2), format="tt")
+    plan = tna.SuperLoRA(config, [(6, 5)] * 3)
+    deltas = plan.deltas(drawn(plan))
+    params, report = tna.decompose(deltas, config)
+    assert report.error < 1e-6
+    assert report.bound <= report.error
+    for found, delta in zip(plan.deltas(params), deltas, strict=True):
+        assert relative_error(found, delta) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"axes": (0, 1)}, "axes must name each of the positions 0 to 2 of fold=(4, 6, 5) once, in the order"),
+        ({"axes": (0, 1, 1)}, "axes must name each of the positions 0 to 2"),
+        ({"axes": ((0, 1, 2), ())}, "axes must name each of the positions 0 to 2"),
+        ({"axes": (0, 1, 3)}, "axes[2] must be from 0 to 2"),
+        ({"axes": "rows"}, "the positions 0 to 2 of fold=(4, 6, 5) once, such as (0, 1, 2); got 'rows'"),
+        ({"axes": ((0, 1), 2)}, "are 2 modes and order is 3; set order=2"),
+        ({"axes": (0, 1, 2), "fold": "hypercube"}, "are positions in a fold of explicit sizes, and fold='hypercube'"),
+        ({"axes": (1, 0, 2), "splits": 2}, "Kronecker splits have several: leave axes out, or use splits=1"),
+    ],
+)
+def test_axes_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(tna.ConfigError, match=re.escape(message)):
+        tna.Config(**{"order": 3, "groups": 1, "fold": (4, 6, 5), "format": "tt", **changes})
+
+
+def test_a_fold_with_more_elements_than_the_group_is_refused() -> None:
+    config = tna.Config(2, order=3, groups=1, fold=(4, 6, 5), axes=(1, 0, 2), format="tt")
+    with pytest.raises(tna.ShapeError, match=re.escape("all 120 elements of fold=(4, 6, 5), and a group has 90")):
+        tna.SuperLoRA(config, [(6, 5)] * 3)
+
+
+def test_axes_are_part_of_a_config_and_left_out_where_there_are_none() -> None:
+    config = tna.Config(2, order=2, groups=1, fold=(4, 6, 5), axes=((1, 0), 2))
+    assert config.axes == ((1, 0), (2,))
+    assert config.to_dict()["axes"] == [[1, 0], [2]]
+    assert tna.Config.from_dict(config.to_dict()) == config
+    assert "axes" not in tna.Config(2).to_dict()
+
+
+def test_blocks_are_fitted_each_by_itself_to_the_optimum() -> None:
+    rng = np.random.default_rng(0)
+    deltas = [rng.normal(size=(8, 6)), np.zeros((8, 6))]
+    deltas[1][:4, :3] = 1.0  # the other blocks are zero
+    _, report = tna.decompose(deltas, P.gralora(2, blocks=2))
+    left = 0.0
+    for delta in deltas:
+        for block in (delta[:4, :3], delta[:4, 3:], delta[4:, :3], delta[4:, 3:]):
+            left += float(np.sum(np.linalg.svd(block, compute_uv=False)[1:] ** 2))
+    whole = sum(float(np.sum(delta**2)) for delta in deltas)
+    assert report.error == pytest.approx(np.sqrt(left / whole))
+    assert report.certified
+
+
+# -- Groups in one call of F: the same bits as one by one, and as few calls as the backend's limit allows --------------
+
+
+MAPS = (*(kind for kind in KINDS if kind != "identity"), tna.maps.Gather(size=3), "normal")
+
+
+@contextmanager
+def at_once(backend: Backend, limit: int) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "at_once", lambda x: limit)
+        yield
+
+
+def superlora(count: int, side: int = 4, **settings: Any) -> tna.SuperLoRA:
+    settings = {"projection": "linear", "ratio": 0.3, **settings}
+    return tna.SuperLoRA(tna.presets.superlora(2, groups="weight", **settings), [(side, side)] * count)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "array_api_strict", "torch"], indirect=True)
+@given(data=st.data())
+def test_batches_change_no_bit(backend: Backend, data: st.DataObject) -> None:
+    plan = data.draw(plans(projections=MAPS))
+    kind = data.draw(st.sampled_from(["float32", "float64"]))
+    params = {name: backend.asarray(a, kind) for name, a in data.draw(parameters(plan)).items()}
+    start = data.draw(st.integers(0, plan.size - 1))
+    stop = data.draw(st.integers(start + 1, plan.size))
+
+    def computed(limit: int) -> list[np.ndarray]:
+        with at_once(backend, limit):
+            found = [*plan.deltas(params), plan.vector(params), plan.vector(params, start, stop)]
+        return [backend.to_numpy(array) for array in found]
+
+    for ours, plain in zip(computed(1 << 20), computed(0), strict=True):
+        assert np.array_equal(ours, plain)
+
+
+@pytest.mark.parametrize("projection", ["linear", "nonlinear_v2", "shuffle"])
+def test_longer_vectors_keep_their_bits(projection: str, rng: np.random.Generator) -> None:
+    # Long enough for the compiled kernels, and with many repeats of a short period.
+    ratio = {} if projection == "shuffle" else {"ratio": 0.01}
+    plan, backend = superlora(3, 130, projection=projection, **{"ratio": 1.0, **ratio}), load_backend("numpy")
+    params = {name: a + rng.normal(size=a.shape).astype("float32") for name, a in plan.init().items()}
+    with at_once(backend, 1 << 20):
+        found = plan.vector(params)
+    with at_once(backend, 0):
+        assert np.array_equal(found, plan.vector(params))
+
+
+@pytest.mark.parametrize(("limit", "calls"), [(0, 24), (16, 24), (63, 8), (1 << 20, 1)])
+def test_as_few_calls_of_f_as_the_limit_allows(limit: int, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, backend, shapes = superlora(24), load_backend("numpy"), list[tuple[int, ...]]()
+    kind = type(plan.groups[0].projection.map)
+    forward = kind.forward
+
+    def counted(self: Any, backend: Backend, x: Any) -> Any:
+        shapes.append(x.shape[:-1])
+        return forward(self, backend, x)
+
+    monkeypatch.setattr(kind, "forward", counted)
+    with at_once(backend, limit):
+        plan.deltas(plan.init())
+        assert len(shapes) == calls
+        # One slice that ends within a group: the whole ones are still together.
+        shapes.clear()
+        plan.vector(plan.init(), 1)
+    assert shapes == {0: [()] * 23, 16: [()] * 23, 63: [(3,)] * 7 + [(2,)], 1 << 20: [(23,)]}[limit]
+
+
+@pytest.mark.parametrize("projection", ["linear", "nonlinear"])
+def test_groups_of_weights_apart_are_computed_once(projection: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tna.presets.superlora(2, groups=[[0, 2], [3, 1]], projection=projection, ratio=0.3)
+    plan = tna.SuperLoRA(config, [(4, 3)] * 4)
+    params = {name: array + 0.5 for name, array in plan.init(dtype="float64").items()}
+    expected = np.concatenate([delta.reshape(-1) for delta in plan.deltas(params)])
+    kind = type(plan.groups[0].projection.map)
+    monkeypatch.setattr(kind, "slice", None)  # not called
+    assert np.array_equal(plan.vector(params), expected)
+    monkeypatch.undo()
+    # Half of one group is missing: it is a slice, and the other one whole.
+    np.testing.assert_allclose(plan.vector(params, 12), expected[12:], rtol=1e-12, atol=1e-14)
+
+
+def test_what_is_not_alike_is_apart() -> None:
+    backend, like = load_backend("numpy"), np.zeros(1)
+
+    def together(plan: tna.SuperLoRA) -> list[list[int]]:
+        return batches(backend, like, [(group, 0, group.size) for group in plan.groups])
+
+    two = tna.SuperLoRA(tna.presets.superlora(2, groups="weight", projection="linear"), [(4, 4), (4, 5), (4, 4)])
+    assert together(two) == [[0, 2], [1]]
+    assert together(superlora(2, shared=False)) == [[0], [1]]
+    assert together(superlora(2, projection="identity", ratio=1.0)) == [[0], [1]]
+    # A product with a matrix sums one row in another order than several.
+    assert together(superlora(2, projection="normal")) == [[0], [1]]
+    assert together(superlora(2, projection=["shuffle", "linear"], ratio=0.3)) == [[0, 1]]
+
+
+def test_processors_put_short_vectors_together_and_devices_longer_ones() -> None:
+    torch = pytest.importorskip("torch")
+    backend = load_backend("torch")
+    assert backend.at_once(torch.zeros(1)) == load_backend("numpy").at_once(np.zeros(1)) == 1 << 16
+    assert backend.at_once(types.SimpleNamespace(device=torch.device("cuda"))) == 1 << 24
+    assert backend.at_once(torch.zeros(1, device="meta")) == 0
+
+
+def test_jax_is_one_by_one() -> None:
+    # XLA may round rows of a batch differently, and merges the launches of a program itself.
+    jax = pytest.importorskip("jax")
+    assert load_backend("jax").at_once(jax.numpy.zeros(1)) == 0
+
+
+# -- Equal maps F of several plans exist once --------------------------------------------------------------------------
+
+
+@given(st.data())
+@settings(max_examples=20)
+def test_a_plan_computes_the_same_with_shared_maps(data: st.DataObject) -> None:
+    plan, other = data.draw(plans()), data.draw(plans())
+    params = data.draw(parameters(plan))
+    expected = plan.vector(params)
+    shared = copy.deepcopy(plan)
+    share_maps(shared, [other, plan], digests=True)
+    np.testing.assert_array_equal(shared.vector(params), expected)
+    assert [group.projection.digest for group in shared.groups] == [group.projection.digest for group in plan.groups]
+
+
+@pytest.mark.parametrize(
+    ("config", "same"),
+    [
+        (P.superlora(3, projection="linear", ratio=0.1), True),  # of another rank in front of it
+        (P.superlora(2, projection="linear", ratio=0.1, seed=1), False),
+        (P.superlora(2, projection="linear", ratio=0.2), False),
+        (P.superlora(2, projection="linear_v2", ratio=0.1), False),
+        (P.superlora(2, projection="linear", ratio=0.1, groups=2), False),
+    ],
+)
+def test_which_maps_are_equal(config: tna.Config, same: bool) -> None:
+    shapes = [(16, 16)] * 4
+    one = tna.SuperLoRA(P.superlora(2, projection="linear", ratio=0.1), shapes)
+    other = tna.SuperLoRA(config, shapes)
+    share_maps(other, [one])
+    assert (other.groups[0].projection.map is one.groups[0].projection.map) is same

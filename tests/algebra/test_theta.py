@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.support.references import reference
 from tnadapt.algebra.maps import BroughtMap, Map, make_map
 from tnadapt.algebra.maps.projection import THETA_STREAMS
 from tnadapt.algebra.norms import rounded_to
 from tnadapt.backends import Backend, load_backend
-from tnadapt.testing import _reference as reference_maps
 
 P = tna.presets
 SHAPES = [(6, 4), (5, 4), (6, 4)]
@@ -65,7 +65,7 @@ def test_arrays_are_their_start_plus_p_theta(name: Any, scope: str) -> None:
     found = plan.arrays(params)
     assert list(found) == list(plan.array_shapes) == list(begun)
     for index, part in enumerate(plan.theta.parts):
-        dense = reference_maps.matrix_of(expected_map(plan, index))
+        dense = reference.matrix_of(expected_map(plan, index))
         moved = np.split(dense @ params[part.name], np.cumsum([math.prod(s) for s in part.arrays.values()])[:-1])
         for (full, shape), piece in zip(part.arrays.items(), moved, strict=True):
             np.testing.assert_allclose(found[full], begun[full] + piece.reshape(shape), rtol=1e-12, atol=1e-13)
@@ -94,7 +94,7 @@ def test_updates_are_those_of_the_arrays(name: Any, scope: str) -> None:
 )
 def test_one_hot_maps_are_isometries(name: str, n_in: int, more: int, seed: int) -> None:
     found = make_map(name, n_in, n_in + more, seed)
-    dense = reference_maps.matrix_of(found)
+    dense = reference.matrix_of(found)
     np.testing.assert_allclose(dense.T @ dense, np.eye(n_in), atol=1e-12)
     assert ((dense != 0).sum(axis=1) == 1).all()
     counts = (dense != 0).sum(axis=0)

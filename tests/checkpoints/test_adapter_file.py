@@ -1,22 +1,33 @@
-"""The content of an adapter file as an object: inconsistent parts are rejected."""
+"""The content of adapter files: what is inconsistent is rejected; starts, sources of arrays, and several configs."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import hashlib
+import json
 import pickle
+import re
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import tnadapt as tna
 from tests.conftest import relative_error
+from tests.support.array_presets import P
 from tnadapt import AdapterFile, BackendError, Config, ConfigError, ShapeError, SuperLoRA, Target
+from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.checkpoints.adapter_file import _arrays_of_group
+from tnadapt.checkpoints.adapter_format import content_of
 from tnadapt.checkpoints.fingerprint import fingerprint
+from tnadapt.sources import Given, Scaled, Seeded, Tied
+
+# -- The content of an adapter file as an object: inconsistent parts are rejected --------------------------------------
+
 
 TARGETS = (
     Target("a.q", (6, 4), "q", layer="a"),
@@ -346,3 +357,396 @@ def test_ties_are_kept_in_a_file(ties: dict[str, Any], tmp_path: Path) -> None:
 def test_ties_that_cannot_be_are_named(ties: Any, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         made(kept={"head.weight": np.ones((3, 2), np.float32)}, ties=ties)
+
+
+# -- Adapter files whose updates are differences to a start: what is stored, and what is computed again ----------------
+
+
+START_TARGETS = [tna.Target("q", (12, 8), "q"), tna.Target("v", (12, 8), "v")]
+START_SHAPES = [target.shape for target in START_TARGETS]
+LEFT, RIGHT = "group0.split0.factor0", "group0.split0.factor1"
+
+
+def start_arrays_of(plan: tna.SuperLoRA, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in plan.array_shapes.items()}
+
+
+def plan_of(config: tna.Config) -> tna.SuperLoRA:
+    plan = tna.SuperLoRA(config, START_SHAPES)
+    plan = plan.with_base([np.random.default_rng(i).normal(size=shape) for i, shape in enumerate(START_SHAPES)])
+    return plan.with_start(start_arrays_of(plan, 0)) if plan.point.brought else plan
+
+
+def file_of(plan: tna.SuperLoRA, given: Any = None, **more: Any) -> AdapterFile:
+    rng = np.random.default_rng(1)
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in plan.param_shapes.items()}
+    return tna.AdapterFile(plan.config, START_TARGETS, params, given=plan.given if given is None else given, **more)
+
+
+START_CONFIGS = {
+    "lora": tna.presets.lora(3, alpha=5, start="given"),
+    "lokr": tna.presets.lokr(2, start="given"),
+    "linear": tna.presets.superlora(2, projection="linear", ratio=0.4, start="given"),
+    "nonlinear": tna.presets.superlora(2, projection="nonlinear", start="given"),
+    "θ": tna.presets.unilora(7, rank=2, start="given"),
+    "vera": tna.presets.vera(3, start="given"),
+    **{start: tna.presets.lora(3, alpha=5, start=start) for start in ("pissa", "milora", "olora")},
+}
+
+
+@pytest.mark.law("file-round-trip")
+@pytest.mark.parametrize("name", START_CONFIGS)
+def test_round_trip(name: str, tmp_path: Path) -> None:
+    plan, path = plan_of(START_CONFIGS[name]), tmp_path / "a.safetensors"
+    file = file_of(plan)
+    tna.save(path, file)
+    found = tna.load(path)
+    assert found.config == file.config
+    assert found.given.keys() == plan.given.keys()
+    assert all(map(np.array_equal, found.deltas(), file.deltas()))
+    tna.save(tmp_path / "b.safetensors", found)
+    assert path.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    told = tna.info(path)
+    assert told["start"] == {"name": START_CONFIGS[name].start, "stored": len(plan.start_shapes)}
+    assert told["draws_here"] in (True, None)
+    json.dumps(told)
+
+
+@pytest.mark.law("file-bytes")
+def test_the_usual_start_leaves_no_trace(tmp_path: Path) -> None:
+    file = file_of(tna.SuperLoRA(tna.presets.lora(2), START_SHAPES))
+    tna.save(tmp_path / "a.safetensors", file)
+    assert b"start" not in (tmp_path / "a.safetensors").read_bytes()
+    assert "start" not in tna.info(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("start", ["pissa", "milora", "olora"])
+def test_what_the_base_gives_is_not_stored(start: str, tmp_path: Path) -> None:
+    plan, path = plan_of(START_CONFIGS[start]), tmp_path / "a.safetensors"
+    tna.save(path, file_of(plan, given={}))
+    found = tna.load(path)
+    assert not found.complete
+    assert found.draws is None
+    with pytest.raises(
+        tna.ConfigError, match=r"the start of 'group0.split0.factor0' is computed from the base weights"
+    ):
+        found.deltas()
+    whole = found.with_base([np.random.default_rng(i).normal(size=shape) for i, shape in enumerate(START_SHAPES)])
+    assert all(map(np.array_equal, whole.deltas(), file_of(plan).deltas()))
+
+
+def test_what_is_not_brought_is_drawn_again(tmp_path: Path) -> None:
+    # One array of six is brought, the others are in the digest of the draws.
+    whole = tna.SuperLoRA(tna.presets.lora(3, start="given"), START_SHAPES)
+    plan = whole.with_start({RIGHT: np.ones((8, 3))})
+    file = file_of(plan)
+    tna.save(tmp_path / "a.safetensors", file)
+    found = tna.load(tmp_path / "a.safetensors")
+    assert found.given.keys() == {f"start.{RIGHT}"}
+    assert found.draws == file.draws
+    assert None is not file.draws != file_of(whole).draws
+    other = file_of(whole.with_start({RIGHT: np.full((8, 3), 2.0)}))
+    assert other.draws == file.draws  # of another start, the same is drawn
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float64", "float16"])
+def test_the_start_is_stored_in_float32(kind: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    plan = plan_of(tna.presets.lora(3, start="given"))
+    made = plan.init("torch", kind)
+    host = {n: a.float().numpy() if kind == "bfloat16" else a.numpy() for n, a in made.items()}
+    dtypes = dict.fromkeys(host, kind) if kind == "bfloat16" else {}
+    file = tna.AdapterFile(plan.config, START_TARGETS, host, dtypes=dtypes, given=plan.given)
+    tna.save(tmp_path / "a.safetensors", file)
+    found = tna.load(tmp_path / "a.safetensors")
+    assert {array.dtype.name for array in found.given.values()} == {"float32"}
+    assert not any(delta.any() for delta in found.deltas())
+    assert isinstance(made[LEFT], torch.Tensor)
+
+
+def test_frozen_arrays_are_stored_where_there_is_a_start(tmp_path: Path) -> None:
+    plan = plan_of(tna.presets.lora(3, start="pissa"))
+    file = tna.AdapterFile(plan.config, START_TARGETS, plan.init(), given=plan.given, trained=[LEFT])
+    assert file.left_out == ()
+    tna.save(tmp_path / "a.safetensors", file)
+    assert tna.load(tmp_path / "a.safetensors").trained == (LEFT,)
+
+
+@pytest.mark.law("bad-tensors")
+def test_arrays_of_a_start_that_do_not_belong() -> None:
+    plan = plan_of(tna.presets.lora(3, start="given"))
+    usual = tna.SuperLoRA(tna.presets.lora(3), START_SHAPES)
+    with pytest.raises(tna.ShapeError, match=r"unknown: 'start.group0.split0.factor0'"):
+        file_of(usual, given={f"start.{LEFT}": np.ones((12, 3), np.float32)})
+    with pytest.raises(tna.ShapeError, match=r"start.group0.split0.factor0 has shape \(3, 12\)"):
+        file_of(plan, given={f"start.{LEFT}": np.ones((3, 12), np.float32)})
+    with pytest.raises(
+        tna.ConfigError, match="activation='tanh' depends on the input, so that the update of a start ca"
+    ):
+        file_of(plan, activation="tanh")
+
+
+@pytest.mark.law("foreign-files", "largest-rank")
+@pytest.mark.parametrize("name", ["lora", "pissa", "olora"])
+def test_it_exports_exactly_as_lora_of_twice_the_rank(name: str, tmp_path: Path) -> None:
+    config = START_CONFIGS[name].replace(rank=2)
+    targets = [tna.Target("q", (24, 16), "q")]
+    plan = tna.SuperLoRA(config, [(24, 16)]).with_base([np.random.default_rng(0).normal(size=(24, 16))])
+    if plan.point.brought:
+        plan = plan.with_start(start_arrays_of(plan, 0))
+    rng = np.random.default_rng(1)
+    params = {n: (a + 0.1 * rng.normal(size=a.shape)).astype(np.float32) for n, a in plan.init().items()}
+    file = tna.AdapterFile(config, targets, params, given=plan.given)
+    assert plan.lora_rank == 4
+    found = tna.convert(file, to="peft-lora", dtype="float64")
+    assert found.exact
+    assert found.error == 0.0
+    assert found.config is not None
+    assert found.config["r"] == 4
+    b, a = (found.tensors[f"base_model.model.q.lora_{x}.weight"] for x in "BA")
+    scale = found.config["lora_alpha"] / found.config["r"]
+    wide = {name: array.astype(np.float64) for name, array in params.items()}
+    assert relative_error(scale * b @ a, plan.deltas(wide, "float32")[0]) < 1e-12
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files of adapters whose numbers come from elsewhere: small ones cannot ask for much work; what is wrong is named
+
+
+SOURCE_TARGETS = [tna.Target("m", (6, 4))]
+# SHA-256 of a file that was written before sources, θ, axes, roles and maps with settings existed.
+VERSION_ONE = "f30149f7478eb61551e536df2e8aa3d0efdfcd4069668c7b98f6f1018564e52e"
+THETA = {"theta": np.ones(3, np.float32)}
+
+
+def loaded(config: tna.Config, arrays: dict[str, np.ndarray], folder: Path, **settings: Any) -> tna.AdapterFile:
+    tna.save(folder / "adapter.safetensors", tna.AdapterFile(config, SOURCE_TARGETS, arrays, **settings))
+    return tna.load(folder / "adapter.safetensors")
+
+
+@pytest.mark.law("allocation-limit")
+@pytest.mark.parametrize("before", ["one-hot", "signed-one-hot", "normal", "linear"])
+@pytest.mark.parametrize("projection", ["identity", "nonlinear"])
+def test_a_file_of_theta_is_read_without_forming_what_it_makes(before: str, projection: str, tmp_path: Path) -> None:
+    config = tna.Config(rank=1 << 30, projection=projection, before=before, parameters=3)
+    began = time.perf_counter()
+    assert loaded(config, THETA, tmp_path).num_parameters == 3
+    assert time.perf_counter() - began < 20.0
+
+
+@pytest.mark.law("allocation-limit")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"before": "one-hot", "parameters": 3},
+        {"sources": {f"factor{m}": Tied(f"term0.split0.factor{m}") for m in range(2)}},
+    ],
+)
+def test_a_small_file_cannot_ask_for_many_arrays(settings: dict[str, Any]) -> None:
+    config = tna.Config(rank=1, terms=1 << 15, **settings)
+    with pytest.raises(tna.ShapeError, match=r"make 65536 arrays; at most \d+ can come from so few that are stored"):
+        tna.AdapterFile(config, SOURCE_TARGETS, THETA)
+
+
+@pytest.mark.law("allocation-limit")
+def test_sources_nested_in_a_file(tmp_path: Path) -> None:
+    file = tna.AdapterFile(
+        tna.Config(rank=1, sources={"factor1": Scaled(Seeded("normal"), start=1.0)}),
+        SOURCE_TARGETS,
+        {"group0.split0.factor0": np.zeros((6, 1), np.float32), "group0.split0.factor1.size": np.ones(4, np.float32)},
+    )
+    content = content_of(file)
+    source = {"distribution": "normal", "scale": None, "shared": True, "source": "seeded"}
+    inner = json.dumps(source, separators=(",", ":"))
+    escaped = inner.replace('"', '\\"').encode()
+    assert escaped in content
+    deep = inner
+    for _ in range(40):
+        deep = '{"of":' + deep + ',"source":"scaled"}'
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].replace(escaped, deep.replace('"', '\\"').encode())
+    path = tmp_path / "adapter.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    with pytest.raises(tna.FileError, match=r"nested more than 4 deep|nested|deep"):
+        tna.load(path)
+
+
+def test_given_arrays_in_a_file(tmp_path: Path) -> None:
+    config = tna.Config(rank=1, sources={"factor1": Given()})
+    arrays = {"group0.split0.factor0": np.ones((6, 1), np.float64)}
+    brought = {"group0.split0.factor1": np.arange(4.0).reshape(4, 1)}
+    found = loaded(config, arrays, tmp_path, given=brought)
+    assert found.given["group0.split0.factor1"].dtype == np.float32
+    assert found.arrays["group0.split0.factor0"].dtype == np.float64
+    np.testing.assert_array_equal(found.deltas()[0], np.ones((6, 1)) @ np.arange(4.0)[None])
+    assert tna.info(tmp_path / "adapter.safetensors")
+    with pytest.raises(tna.ShapeError, match=r"missing: 'group0.split0.factor1'"):
+        tna.AdapterFile(config, SOURCE_TARGETS, arrays)
+    with pytest.raises(tna.ShapeError, match=r"unknown: 'group0.split0.factor0.size'"):
+        tna.AdapterFile(config, SOURCE_TARGETS, {**arrays, "group0.split0.factor0.size": np.ones(6)}, given=brought)
+
+
+def test_files_of_version_one_keep_their_bytes(tmp_path: Path) -> None:
+    plan = tna.SuperLoRA(P.lora(2, alpha=4, seed=3), [(6, 4)])
+    shapes = plan.param_shapes.items()
+    arrays = {name: np.arange(np.prod(shape), dtype=np.float32).reshape(shape) for name, shape in shapes}
+    tna.save(tmp_path / "a.safetensors", tna.AdapterFile(plan.config, SOURCE_TARGETS, arrays, model="ViT"))
+    assert hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest() == VERSION_ONE
+
+
+# -- Adapter files of several configs: format version 2 ----------------------------------------------------------------
+
+
+COMPOSITE_TARGETS = [
+    tna.Target("a.q", (6, 4), "q", layer="a"), tna.Target("a.v", (5, 4), "v", layer="a"),
+    tna.Target("b.q", (6, 4), "q", layer="b"), tna.Target("b.up", (8, 4), "linear", layer="b"),
+]  # fmt: skip
+CONFIG = CompositeConfig([(P.superlora(2, groups="layer", projection="nonlinear"), 3), (P.lora(3, alpha=6, seed=9), 1)])
+
+
+def composite_made(config: tna.Config = CONFIG, targets: Any = COMPOSITE_TARGETS, **fields: Any) -> tna.AdapterFile:
+    plan = tna.SuperLoRA(config, [t.shape for t in targets], [t.layer for t in targets], [t.role for t in targets])
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in plan.param_shapes.items()}
+    return tna.AdapterFile(config, targets, arrays, **fields)
+
+
+def recipe_of(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    return json.loads(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["tnadapt"])
+
+
+def forged(file: tna.AdapterFile, path: Path, **changes: Any) -> Path:
+    """Write a file whose recipe is changed, and whose checksum is right."""
+    tna.save(path, file)
+    recipe = {key: value for key, value in {**recipe_of(path), **changes}.items() if value is not None}
+    arrays = load_file(path)
+    text = json.dumps({**recipe, "sha256": "0" * 64}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    total = hashlib.sha256(text.encode() + b"\0")
+    for name in sorted(arrays):
+        total.update(f"{name}\0F32\0{','.join(map(str, arrays[name].shape))}\0".encode() + arrays[name].tobytes())
+    save_file(arrays, path, {"tnadapt": text.replace("0" * 64, total.hexdigest())})
+    return path
+
+
+@pytest.mark.law("file-round-trip", "file-bytes")
+def test_a_round_trip(tmp_path: Path) -> None:
+    file, path = composite_made(model="Net"), tmp_path / "adapter.safetensors"
+    tna.save(path, file)
+    found = tna.load(path)
+    assert found.config == CONFIG
+    # The layers of the part that has groups of layers, and of no other.
+    assert [target.layer for target in found.targets] == ["a", "a", "b", ""]
+    assert all(np.array_equal(array, found.arrays[name]) for name, array in file.arrays.items())
+    assert all(map(np.array_equal, found.deltas(), file.deltas()))
+    tna.save(tmp_path / "again.safetensors", found)
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+    recipe = recipe_of(path)
+    assert (recipe["version"], "config" in recipe) == (2, False)
+    assert recipe["parts"] == [
+        [{"fold": "hypercube", "groups": "layer", "projection": "nonlinear", "rank": 2}, 3],
+        [{"alpha": 6.0, "rank": 3, "seed": 9}, 1],
+    ]
+
+
+def test_the_bytes_are_known() -> None:
+    assert (
+        hashlib.sha256(content_of(composite_made(model="Net"))).hexdigest()
+        == "2ffc9698515f91e310447dd50640563f6c2db5c4050d7908f05933cd22e67b02"
+    )
+
+
+def test_one_config_is_still_version_1(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    tna.save(path, composite_made(P.lora(2)))
+    recipe = recipe_of(path)
+    assert (recipe["version"], recipe["config"], "parts" in recipe) == (1, {"rank": 2}, False)
+
+
+@pytest.mark.law("independent-readers")
+def test_parts_are_adapters_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    file = composite_made()
+    tna.save(path, file)
+    stored, found, first, group = load_file(path), [], 0, 0
+    for settings, count in recipe_of(path)["parts"]:
+        targets = COMPOSITE_TARGETS[first : first + count]
+        plan = tna.SuperLoRA(tna.Config.from_dict(settings), [t.shape for t in targets], [t.layer for t in targets])
+        arrays = {}
+        for name in plan.param_shapes:
+            number, rest = re.fullmatch(r"group(\d+)\.(.*)", name).groups()  # type: ignore[union-attr]
+            arrays[name] = stored[f"group{int(number) + group}.{rest}"]
+        found += plan.deltas(arrays)
+        first, group = first + count, group + plan.num_groups
+    assert all(map(np.array_equal, found, file.deltas()))
+
+
+def test_frozen_arrays_of_some_parts_are_drawn_again(tmp_path: Path) -> None:
+    config = CompositeConfig([(P.lora(2, seed=1), 2), (P.lora(3, seed=2), 2)])
+    plan = tna.SuperLoRA(config, [target.shape for target in COMPOSITE_TARGETS])
+    trained = [name for name in plan.param_shapes if name.startswith(("group0", "group2")) or name.endswith("factor0")]
+    arrays = plan.init(trained=trained)
+    file, path = tna.AdapterFile(config, COMPOSITE_TARGETS, arrays, trained=trained), tmp_path / "adapter.safetensors"
+    assert file.left_out == ("group1.split0.factor1", "group3.split0.factor1")
+    tna.save(path, file)
+    assert not set(file.left_out) & load_file(path).keys()
+    found = tna.load(path)
+    assert all(np.array_equal(found.arrays[name], arrays[name]) for name in arrays)
+    with pytest.raises(tna.FileError, match="was trained with fixed draws whose digest is"):
+        tna.load(forged(file, path, parts=[[{"rank": 2, "seed": 5}, 2], [{"rank": 3, "seed": 2}, 2]]))
+
+
+@pytest.mark.law("bad-tensors")
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"version": 1}, "the tnadapt entry has unknown keys: 'parts'; lacks: 'config'"),
+        ({"config": {"rank": 2}}, "the tnadapt entry has unknown keys: 'config'; lacks: none"),
+        ({"parts": None}, "has unknown keys: none; lacks: 'parts'"),
+        ({"version": 3}, "has format version 3, and this tnadapt reads up to 2: update tnadapt"),
+        ({"version": 0}, "the tnadapt entry has the format version 0; expected 1 or 2"),
+        ({"parts": {}}, "the tnadapt entry's parts must be a list; got {}"),
+        ({"parts": []}, "parts: parts must be a list of two or more pairs"),
+        ({"parts": [[{"rank": 3}, 4]]}, "parts: parts must be a list of two or more pairs"),
+        ({"parts": [[{"rank": 3}, 4], 3]}, "part 1 must be a list of a config and a number of targets; got 3"),
+        ({"parts": [[{"rank": 3}, 3], [{"rnak": 3}, 1]]}, "part 1: config has unknown fields: 'rnak'"),
+        ({"parts": [[{"rank": 3}, 3], [[], 1]]}, "part 1: the tnadapt entry's config must be an object; got []"),
+        ({"parts": [[{"rank": 3}, 3], [{"rank": 0}, 1]]}, "part 1: config: rank must be from 1"),
+        (
+            {"parts": [[{"rank": 3}, 3], [{"rank": 3}, 2]]},
+            "parts: items must be one for each of the 5 weights of the configs; got",
+        ),
+        ({"parts": [[{"rank": 3}, 3], [{"rank": 3}, 1.0]]}, "parts: the weights of part 1 must be an integer; got 1.0"),
+        ({"parts": [[{"rank": 3}, 3], [{"rank": 3}, -1]]}, "parts: the weights of part 1 must be from 1 to"),
+        ({"parts": [[{"rank": 1}, 1]] * 5}, "has more than 4 parts, and each has a target"),
+        ({"parts": [[{"rank": 3}, 3], [{"rank": 3, "apply": "hadamard"}, 1]]}, "must have the same apply"),
+        ({"parts": [[{"terms": 60000}, 3], [{"rank": 3}, 1]]}, "config and targets require 360002 arrays; there are"),
+        ({"parts": [[{"rank": 3}, 3], [{"rank": 3}, 1]]}, "the arrays must be those of config and targets; missing:"),
+    ],
+)
+def test_what_is_refused(changes: dict[str, Any], text: str, tmp_path: Path) -> None:
+    path = forged(composite_made(), tmp_path / "adapter.safetensors", **changes)
+    with pytest.raises(tna.FileError, match=re.escape(text)):
+        tna.load(path)
+
+
+def test_info(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    tna.save(path, composite_made())
+    found = tna.info(path)
+    assert found["version"] == 2
+    assert CompositeConfig.from_dict(found["config"]) == CONFIG
+    assert json.loads(json.dumps(found))["config"] == found["config"]
+
+
+def test_a_merge_on_disk(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    base = {target.name: rng.standard_normal(target.stored).astype(np.float32) for target in COMPOSITE_TARGETS}
+    save_file(base, tmp_path / "model.safetensors")
+    file = composite_made()
+    tna.save(tmp_path / "adapter.safetensors", file)
+    tna.merge(tmp_path / "model.safetensors", tmp_path / "adapter.safetensors", tmp_path / "out.safetensors")
+    merged = load_file(tmp_path / "out.safetensors")
+    for target, delta in zip(COMPOSITE_TARGETS, file.deltas(), strict=True):
+        np.testing.assert_allclose(merged[target.name], base[target.name] + delta, rtol=1e-5, atol=1e-5)

@@ -14,6 +14,8 @@ from safetensors.numpy import save_file
 import tnadapt as tna
 from tests.conftest import peak_of
 from tests.support import checkpoint_files as cp
+from tests.support.in_process import run_here
+from tnadapt.__main__ import main
 from tnadapt.checkpoints.container import read_header
 from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.prefixes import paired
@@ -184,18 +186,13 @@ def test_weights_are_paired_by_numbers_of_thousands_of_digits() -> None:
         ({"architectures": ["A"], "model_type": ["y"]}, ["A"], None, "A"),
     ],
 )
-def test_names_of_a_model_are_strings(
-    said: Any, architectures: Any, kind: Any, printed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_names_of_a_model_are_strings(said: Any, architectures: Any, kind: Any, printed: str, tmp_path: Path) -> None:
     pytest.importorskip("typer")
-    from tnadapt.cli._file_commands import info_command
-
     save_file({"h.0.q_proj.weight": np.ones((4, 4), np.float32)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(said))
     found = tna.info(tmp_path)
     assert (found["architectures"], found["model_type"]) == (architectures, kind)
-    info_command(tmp_path)
-    assert capsys.readouterr().out.splitlines()[1].split(maxsplit=1) == ["model", printed]
+    assert run_here(main, "info", tmp_path).stdout.splitlines()[1].split(maxsplit=1) == ["model", printed]
 
 
 def test_sizes_of_thousands_of_digits_in_a_config_are_none(tmp_path: Path) -> None:

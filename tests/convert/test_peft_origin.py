@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import tnadapt as tna
 from tnadapt import Pretrained
-from tnadapt.convert._peft_settings import origin_settings
 
 from .conversions import SHAPES, fill, made
 
@@ -18,6 +19,16 @@ from .conversions import SHAPES, fill, made
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 NAME = "someone/tiny"
+
+
+def written(about: Pretrained | None, saved: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the settings of PEFT for an adapter of this base with these modules trained as a whole."""
+    file = made(tna.presets.lora(2), SHAPES)
+    kept = {f"{name}.weight": np.ones((3, 4), "f4") for name in saved}
+    file = tna.AdapterFile(file.config, file.targets, file.arrays, pretrained=about, kept=kept)
+    config = tna.convert(file, to="peft-lora").config
+    assert config is not None
+    return config
 
 
 @pytest.mark.parametrize(
@@ -35,32 +46,32 @@ NAME = "someone/tiny"
     ],
 )
 def test_a_name_on_the_hub_is_written_and_no_path(about: Pretrained | None, expected: dict[str, Any]) -> None:
-    assert origin_settings(about, None) == expected
+    config = written(about)
+    assert {name: config[name] for name in ("base_model_name_or_path", "revision") if config.get(name)} == expected
 
 
 @pytest.mark.parametrize(
     ("task", "saved", "expected"),
     [
-        ("text-generation", None, "CAUSAL_LM"),
-        ("text2text-generation", None, "SEQ_2_SEQ_LM"),
-        ("feature-extraction", None, "FEATURE_EXTRACTION"),
+        ("text-generation", [], "CAUSAL_LM"),
+        ("text2text-generation", [], "SEQ_2_SEQ_LM"),
+        ("feature-extraction", [], "FEATURE_EXTRACTION"),
         ("text-classification", ["score"], "SEQ_CLS"),
         ("token-classification", ["classifier"], "TOKEN_CLS"),
         ("question-answering", ["qa_outputs"], "QUESTION_ANS"),
-        ("text-classification", None, None),
+        ("text-classification", [], None),
         ("text-classification", ["classifier.dense", "classifier.out_proj"], None),
         ("token-classification", ["qa_outputs"], None),
         ("question-answering", [], None),
         ("image-classification", ["classifier"], None),
     ],
 )
-def test_a_task_of_peft_only_with_its_head(task: str, saved: list[str] | None, expected: str | None) -> None:
-    found = origin_settings(Pretrained(task=task), saved)
-    if expected is not None:
-        assert found == {"task_type": expected}
-    else:
-        assert found.keys() == {"auto_mapping"}
-        assert found["auto_mapping"]["parent_library"] == "transformers"
+def test_a_task_of_peft_only_with_its_head(task: str, saved: list[str], expected: str | None) -> None:
+    config = written(Pretrained(task=task), saved)
+    assert config["task_type"] == expected
+    assert ("auto_mapping" in config) == (expected is None)
+    if expected is None:
+        assert config["auto_mapping"]["parent_library"] == "transformers"
 
 
 def test_methods_of_peft_and_vllm_say_it_too(tmp_path: Path) -> None:
@@ -76,8 +87,7 @@ def test_methods_of_peft_and_vllm_say_it_too(tmp_path: Path) -> None:
 
 
 def test_a_file_that_records_no_base_says_nothing() -> None:
-    config = tna.convert(made(tna.presets.lora(2), SHAPES), to="peft-lora").config
-    assert config is not None
+    config = written(None)
     assert (config["base_model_name_or_path"], config["task_type"]) == (None, None)
     assert "auto_mapping" not in config
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,27 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 import tnadapt as tna
 from tests.conftest import peak_of
-from tnadapt import AdapterFile, Config, SuperLoRA, Target
+from tnadapt import AdapterFile, Config, ConfigError, Rows, SuperLoRA, Target, presets
 from tnadapt.algebra.formats import CP
+from tnadapt.checkpoints.fingerprint import fingerprint
 from tnadapt.convert import FORMS, ModuleUpdate, Pair, StoredFiles
 from tnadapt.convert._base_model import as_base
 from tnadapt.convert._file_format import KINDS
-from tnadapt.convert._files import factorization
 from tnadapt.convert._lycoris_format import LycorisFormat
-from tnadapt.convert._updates import Unpacked, norms_of
+from tnadapt.convert._stored_tensors import factorization
+from tnadapt.convert._unpack import Unpacked, modules_of
+from tnadapt.convert._updates import norms_of
+from tnadapt.sources import Seeded
 from tnadapt.testing.strategies import plans
 
-from .conversions import TOLERANCE, error, made, updates
+from .conversions import SHAPES, TOLERANCE, error, made, model, updates
+
+# -- Any adapter -------------------------------------------------------------------------------------------------------
+
 
 # The forms that hold more than the adapters of one structure. GGUF needs a model of a known architecture.
 FOREIGN = [form for form in FORMS if form.rpartition("-")[2] in KINDS and not form.startswith("gguf")]
@@ -431,3 +439,477 @@ def test_what_a_conversion_says_of_itself() -> None:
     # Two are two, whatever is in them.
     assert len({found, found, dataclasses.replace(found)}) == 2
     assert found.to_dict()["parameters"] == {"before": 368, "after": 92}
+
+
+# -- Methods whose weights stay low-rank are exported as LoRA exactly, from their own factors, and load in PEFT --------
+
+
+P = tna.presets
+# Grouped-query attention of three layers: four query heads and two key and value heads of 6 rows.
+ATTENTION: dict[str, tuple[int, ...]] = {
+    f"layers.{layer}.{name}_proj": (rows, 20) for layer in range(3) for name, rows in (("q", 24), ("v", 12))
+}
+
+METHODS: dict[str, Config] = {
+    "lora": P.lora(2, alpha=3),
+    "lora, terms": P.lora(1, terms=3),
+    "lotr": P.lotr(2, groups="role", alpha=3),
+    "lotr, train": P.lotr(2, train=True, groups="role"),
+    "lotr, terms": P.lotr(1, terms=2, groups="role", alpha=0.3),
+    "fact_tt": P.fact_tt(3, groups="role"),
+    "fact_tk": P.fact_tk(2, groups="role"),
+    "fact_tk, unequal": P.fact_tk((2, 2, 3), groups="role"),
+    "cara": P.cara(2, head_size=6, groups="role"),
+    "cara, terms": P.cara(1, head_size=6, terms=3, groups="role"),
+    "lorta_cp": P.lorta_cp(3, head_size=6, groups="role"),
+    "metatt": P.metatt(2, groups="role", alpha=3),
+    "metatt, heads": P.metatt(2, head_size=6, groups="role"),
+    "metatt, terms": P.metatt(1, terms=2, groups="role"),
+    "miss": P.miss(5, alpha=3),
+    "miss that is cut": P.miss(3),
+    "miss of rows": P.miss(8, 4),
+    "low rank, cosines": Config(2, projection="dct2", on="weight"),
+    "Hadamard across weights": P.lotr(1, splits=2, combine="hadamard", leading="same", groups="role"),
+}
+FROZEN = {
+    "lora": {"factor1": Seeded("normal")},
+    "lotr": {"factor1": Seeded("normal"), "factor2": Seeded("orthonormal")},
+    "lotr, train": {"core1": Seeded("normal")},
+    "fact_tk": {"factor2": Seeded("signs")},
+    "cara": {"factor0": Seeded("uniform")},
+    "lorta_cp": {"factor4": Seeded("normal", shared=False)},
+    "metatt": {"core0": Seeded("normal"), "core3": Seeded("normal")},
+}
+CASES = {**METHODS, **{f"{name}, frozen": METHODS[name].replace(sources=own) for name, own in FROZEN.items()}}
+
+
+def adapter(config: Config, dtype: str = "float32") -> AdapterFile:
+    targets = [Target(path, shape, path[-6]) for path, shape in ATTENTION.items()]
+    plan = SuperLoRA(config, [target.shape for target in targets], roles=[target.role for target in targets])
+    rng = np.random.default_rng(0)
+    return AdapterFile(config, targets, {n: rng.normal(size=s).astype(dtype) for n, s in plan.param_shapes.items()})
+
+
+def refuse(*_: Any, **__: Any) -> Any:
+    raise AssertionError("no singular value decomposition is needed")
+
+
+@pytest.mark.law("foreign-files", "largest-rank")
+@pytest.mark.parametrize("name", CASES)
+def test_the_factors_are_the_networks_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = adapter(CASES[name])
+    unpacked = Unpacked(file)
+    if name != "fact_tk, unequal":  # narrowed to the smaller of two ranks
+        monkeypatch.setattr(np.linalg, "svd", refuse)
+    found = tna.convert(file, to="peft-lora")
+    assert found.exact
+    assert found.error <= TOLERANCE
+    for module in modules_of(file):
+        form = module.form(unpacked)
+        assert form is not None
+        assert form.kind == "lora"
+        assert form.rank == file.plan.largest_rank(module.targets[0][0])
+        # Before anything is rounded.
+        assert error(form.delta(), unpacked.delta(module.targets[0][0])) < 1e-12
+        assert found.tensors[f"base_model.model.{module.path}.lora_B.weight"].shape == (module.shape[0], form.rank)
+    assert found.config is not None
+    assert found.config["r"] == file.plan.lora_rank
+    assert not found.config["rank_pattern"]
+
+
+@pytest.mark.law("foreign-files")
+@pytest.mark.parametrize("name", CASES)
+def test_the_error_is_zero_where_nothing_is_rounded(name: str) -> None:
+    for file in (adapter(CASES[name], "float64"), adapter(CASES[name])):
+        found = tna.convert(file, to="peft-lora", dtype="float64")
+        assert found.exact
+        assert found.error == 0.0
+        assert set(found.errors.values()) == {0.0}
+
+
+@pytest.mark.law("foreign-files")
+@pytest.mark.parametrize("name", CASES)
+def test_peft_loads_the_same_updates(name: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    file = adapter(CASES[name])
+    tna.convert(file, tmp_path / "out", to="peft-lora")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.PeftModel.from_pretrained(model(ATTENTION), tmp_path / "out")
+    for path, delta in updates(file).items():
+        assert error(wrapped.get_submodule(f"base_model.model.{path}").get_delta_weight("default"), delta) <= TOLERANCE
+    again = tna.convert(tmp_path / "out").file
+    assert again is not None
+    assert again.config.format == "cp"
+
+
+def test_ranks_that_differ_are_patterns(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    # Three rows hold no rank above 3.
+    shapes: dict[str, tuple[int, ...]] = {"layers.0.q_proj": (24, 40), "layers.0.v_proj": (3, 40)}
+    config = P.lotr(5, groups="role")
+    targets = [Target(path, shape, path[-6]) for path, shape in shapes.items()]
+    plan = SuperLoRA(config, list(shapes.values()), roles="qv")
+    assert [plan.largest_rank(weight) for weight in range(2)] == [5, 3]
+    rng = np.random.default_rng(0)
+    file = AdapterFile(config, targets, {n: rng.normal(size=s).astype("f4") for n, s in plan.param_shapes.items()})
+    found = tna.convert(file, tmp_path / "out", to="peft-lora", rank=5)
+    assert found.exact
+    assert found.config is not None
+    assert {found.config["r"], *found.config["rank_pattern"].values()} == {5, 3}
+    wrapped = peft.PeftModel.from_pretrained(model(shapes), tmp_path / "out")
+    for path, delta in updates(file).items():
+        assert error(wrapped.get_submodule(f"base_model.model.{path}").get_delta_weight("default"), delta) <= TOLERANCE
+
+
+def test_rows_of_a_fused_weight_are_one_update_of_the_sum_of_their_ranks() -> None:
+    # q of 24 rows and v of 12 in one weight, with keys between them.
+    targets = [
+        Target(f"layers.{layer}.qkv", (48, 20), role, rows=Rows(start, length, 48))
+        for layer in range(2)
+        for role, start, length in (("q", 0, 24), ("v", 36, 12))
+    ]
+    config = P.lotr(2, groups="role")
+    plan = SuperLoRA(config, [target.shape for target in targets], roles=[target.role for target in targets])
+    rng = np.random.default_rng(0)
+    file = AdapterFile(config, targets, {n: rng.normal(size=s).astype("f4") for n, s in plan.param_shapes.items()})
+    found = tna.convert(file, to="peft-lora", dtype="float64")
+    assert (found.exact, found.error) == (True, 0.0)
+    assert found.config is not None
+    assert found.config["r"] == 4
+
+
+def test_a_slice_of_high_rank_is_left_to_the_other_ways() -> None:
+    file = adapter(P.lotr(12, groups="role"))
+    assert file.plan.lora_rank is None
+    with pytest.raises(
+        tna.ConfigError, match=r"give rank= \(--rank\) or max_error= \(--max-error\) for the nearest of lower rank"
+    ):
+        tna.convert(file, to="peft-lora")
+    assert tna.convert(file, to="lycoris-full").exact
+
+
+@pytest.mark.parametrize("to", ["lycoris-lora", "peft-loha", "lycoris-lokr"])
+@pytest.mark.parametrize("name", ["lotr", "cara", "lorta_cp"])
+def test_other_forms_that_hold_low_rank_are_exact_too(name: str, to: str) -> None:
+    found = tna.convert(adapter(CASES[name]), to=to)
+    assert found.exact
+    assert found.error <= TOLERANCE
+
+
+# -- Adapters with frozen, tied and shared arrays are LoRA exactly; those of the base weights need the base ------------
+
+
+SQUARES: dict[str, tuple[int, ...]] = {f"layers.{layer}.{name}_proj": (24, 20) for layer in range(2) for name in "qv"}
+LOW_RANK = {
+    "lora_fa": (presets.lora_fa(3, alpha=2), 3),
+    "share_lora": (presets.share_lora(3), 3),
+    "tied_lora": (presets.tied_lora(3, alpha=5), 3),
+    "vera": (presets.vera(5), 5),
+    "unilora": (presets.unilora(50, 3), 3),
+    "nola": (presets.nola(20, 2), 2),
+    "lora_xs": (presets.lora_xs(4, alpha=2), 4),
+    "svft": (presets.svft(6), 6),
+    "tinylora": (presets.tinylora(7, 2), 2),
+}
+OF_BASE = ("lora_xs", "svft", "tinylora")
+
+
+def from_base(config: tna.Config) -> tna.AdapterFile:
+    rng = np.random.default_rng(0)
+    targets = [tna.Target(path, shape, path[-6]) for path, shape in SQUARES.items()]
+    plan = tna.SuperLoRA(config, [target.shape for target in targets])
+    arrays = {name: rng.normal(size=shape).astype("f4") for name, shape in plan.param_shapes.items()}
+    return tna.AdapterFile(config, targets, arrays)
+
+
+def weights(seed: int = 1) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {f"{path}.weight": rng.normal(size=shape).astype("f4") for path, shape in SQUARES.items()}
+
+
+@pytest.mark.law("foreign-files", "largest-rank")
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_low_rank_methods_are_lora_exactly(name: str, tmp_path: Path) -> None:
+    config, rank = LOW_RANK[name]
+    file, base = from_base(config), weights()
+    save_file(base, tmp_path / "model.safetensors")
+    whole = file.with_base(list(base.values())) if name in OF_BASE else file
+    for source, folder in ((whole, None), (file, tmp_path / "model.safetensors"), (file, tmp_path)):
+        found = tna.convert(source, to="peft-lora", base=folder, dtype="float64")
+        assert (found.exact, found.error) == (True, 0.0)
+        assert found.config is not None
+        assert found.config["r"] == rank
+        assert not found.config["rank_pattern"]
+    peft = pytest.importorskip("peft")
+    tna.convert(whole, tmp_path / "lora", to="peft-lora")
+    wrapped = peft.PeftModel.from_pretrained(model(SQUARES), tmp_path / "lora")
+    for path, delta in updates(whole).items():
+        assert error(wrapped.get_submodule(f"base_model.model.{path}").get_delta_weight("default"), delta) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", OF_BASE)
+def test_what_is_missing_is_said(name: str, tmp_path: Path) -> None:
+    file = from_base(LOW_RANK[name][0])
+    for base in (None, SQUARES):
+        with pytest.raises(tna.ConfigError) as caught:
+            tna.convert(file, to="peft-lora", base=base)
+        told = str(caught.value)
+        assert "does not store the arrays that are computed from the base weights, 'group0.split0.factor0'" in told
+        assert "give base= (--base), a safetensors file, an index or a folder of the base model" in told
+        assert "or, in Python, convert file.with_base(weights)" in told
+
+
+@pytest.mark.law("foreign-files")
+@pytest.mark.parametrize("changes", [{}, {"offset": False, "seed": 3}, {"before": "linear"}])
+def test_tinylora_is_written_for_peft(changes: dict[str, Any], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    file = from_base(presets.tinylora(13, 2, alpha=3, **changes))
+    base = weights()
+    save_file(base, tmp_path / "model.safetensors")
+    found = tna.convert(file, tmp_path / "theirs", to="peft-tinylora", base=tmp_path / "model.safetensors")
+    assert found.exact
+    wrapped = peft.PeftModel.from_pretrained(model(SQUARES), tmp_path / "theirs")
+    assert sum(p.numel() for n, p in wrapped.named_parameters() if "tinylora_v" in n) == 13
+    for path, delta in updates(file.with_base(list(base.values()))).items():
+        assert error(wrapped.get_submodule(f"base_model.model.{path}").get_delta_weight("default"), delta) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (presets.lora_xs(4), "it needs one θ for all weights, and both factors frozen"),
+        (presets.tinylora(3, 2, scope="group"), "it needs one θ for all weights"),
+        (presets.unilora(50, 3), "it needs one θ for all weights, and both factors frozen"),
+        (
+            presets.tinylora(7, 2).replace(rank=(2, 3)),
+            "PEFT's matrices between the factors are square",
+        ),
+    ],
+)
+def test_what_is_no_tinylora_of_peft(config: tna.Config, message: str) -> None:
+    file = from_base(config)
+    with pytest.raises(tna.ConfigError, match=message):
+        tna.convert(file.with_base(list(weights().values())), to="peft-tinylora")
+
+
+def test_a_file_on_disk_with_its_base(tmp_path: Path) -> None:
+    file, base = from_base(LOW_RANK["lora_xs"][0]), weights()
+    save_file(base, tmp_path / "model.safetensors")
+    tna.save(tmp_path / "adapter.safetensors", file)
+    found = tna.convert(tmp_path / "adapter.safetensors", tmp_path / "lora", to="peft-lora",
+                        base=tmp_path / "model.safetensors")  # fmt: skip
+    back = tna.convert(tmp_path / "lora").file
+    assert back is not None
+    for path, delta in updates(file.with_base(list(base.values()))).items():
+        assert error(updates(back)[path], delta) <= TOLERANCE
+    assert found.parameters == (4 * 16, 4 * 4 * 44)
+    # In this library's own form, the arrays are stored from now on.
+    own = tna.convert(file, base=tmp_path / "model.safetensors").file
+    assert own is not None
+    assert own.complete
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    file, base = from_base(LOW_RANK["lora_xs"][0]), weights()
+    path = tmp_path / "model.safetensors"
+    known = tna.AdapterFile(file.config, file.targets, file.arrays, base=fingerprint(list(base.values()), "float32"))
+    save_file(base, path)
+    assert tna.convert(known, to="peft-lora", base=path).exact
+    save_file(weights(2), path)
+    with pytest.raises(tna.TargetError, match=r"base is another model than the one that the adapter was trained on"):
+        tna.convert(known, to="peft-lora", base=path)
+    save_file({name: array.astype("i4") for name, array in base.items()}, path)
+    with pytest.raises(tna.TargetError, match=r"'layers.0.q_proj.weight' of the shape \(24, 20\), .* it is I32"):
+        tna.convert(known, to="peft-lora", base=path)
+    few = dict(list(base.items())[1:])
+    save_file(few, path)
+    with pytest.raises(tna.TargetError, match=r"base has no module 'layers.0.q_proj'"):
+        tna.convert(known, to="peft-lora", base=path)
+    save_file({name: array.astype("f2") for name, array in base.items()}, path)
+    assert tna.convert(file, to="peft-lora", base=path).exact
+
+
+@pytest.mark.parametrize("name", ["lora_xs", "lora_fa"])
+@pytest.mark.parametrize("renamed", ["headless", "earlier"])
+def test_the_base_may_name_its_weights_otherwise(name: str, renamed: str, tmp_path: Path) -> None:
+    # A checkpoint without the prefix of the model with a head, or with names of an earlier release.
+    own = {f"encoder.{path}": shape for path, shape in SQUARES.items()}
+    other = {path: path.removeprefix("encoder.") for path in own}
+    if renamed == "earlier":
+        kinds = {"q": "query", "v": "value"}
+        other = {path: f"block.{path.split('.')[2]}.attention.{kinds[path[-6]]}" for path in own}
+    config, plain = LOW_RANK[name][0], from_base(LOW_RANK[name][0])
+    targets = [tna.Target(path, shape, path[-6]) for path, shape in own.items()]
+    base = dict(zip(own, weights().values(), strict=True))
+    save_file({f"{other[path]}.weight": array for path, array in base.items()}, tmp_path / "model.safetensors")
+    file = tna.AdapterFile(config, targets, plain.arrays, base=fingerprint(list(base.values()), "float32"))
+    found = tna.convert(file, tmp_path / "theirs", to="peft-lora", base=tmp_path / "model.safetensors")
+    assert found.exact
+    assert all(path.startswith("base_model.model.encoder.layers.") for path in found.tensors)
+    again = tna.convert(tmp_path / "theirs").file
+    assert again is not None
+    want = file if file.complete else file.with_base(list(base.values()))
+    for path, delta in updates(again).items():
+        assert error(delta, updates(want)[path]) <= TOLERANCE
+    with pytest.raises(tna.TargetError, match=r"base has no module 'encoder.layers.0.q_proj'"):
+        tna.convert(file, to="peft-lora", base=list(other.values()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adapters whose updates other maps than the paper's make: converted where ΔW has the form, else as near as allowed
+
+
+@pytest.mark.parametrize(
+    "config",
+    [P.shira(30), P.fourierft(30), P.loca(30), P.waveft(30, family="db3"), P.c3a(2), P.miss(3)],
+    ids=["shira", "fourierft", "loca", "waveft", "c3a", "miss"],
+)
+def test_the_whole_difference_is_exact(config: tna.Config) -> None:
+    file = made(config)
+    found = tna.convert(file, to="lycoris-full")
+    assert found.exact
+    assert found.error < TOLERANCE
+    for delta, tensor in zip(file.deltas(), found.tensors.values(), strict=True):
+        np.testing.assert_allclose(tensor, delta, atol=TOLERANCE * np.max(np.abs(delta)))
+
+
+def test_a_repeated_matrix_is_lora_of_its_rank() -> None:
+    file = made(P.miss(3))
+    found = tna.convert(file, to="peft-lora")
+    assert found.error < TOLERANCE
+    assert {min(tensor.shape) for tensor in found.tensors.values()} == {3}
+
+
+def test_a_sparse_update_is_lora_only_within_an_error() -> None:
+    file = made(P.shira(60))
+    with pytest.raises(tna.ConfigError, match="error"):
+        tna.convert(file, to="peft-lora", rank=2)
+    found = tna.convert(file, to="peft-lora", rank=2, max_error=1.0)
+    assert 0.1 < found.error < 1.0
+    assert updates(file).keys() == set(SHAPES)
+
+
+# -- What a conversion is asked for: names of forms, and a format alone ------------------------------------------------
+
+
+def test_every_format_has_its_name_and_its_methods() -> None:
+    named = {"peft", "lycoris", "kohya", "diffusers", "gguf", "vllm"}
+    assert named <= set(FORMS)
+    assert {f"{name}-lora" for name in named} <= set(FORMS)
+
+
+@pytest.mark.parametrize(
+    ("to", "meant"), [("khoya", "'kohya'"), ("peft_lora", "'peft-lora'"), ("gguf-lore", "'gguf-lora'")]
+)
+def test_a_name_that_is_nearly_one_is_suggested(to: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=rf"to \(--to\) must be one of tnadapt, .*; got '{to}'; did you mean {meant}"):
+        tna.convert(made(tna.presets.lora(2)), to=to)
+
+
+def test_a_format_alone_takes_the_adapters_own_method_or_lora() -> None:
+    for config, kind in (
+        (tna.presets.lora(2), "lora"),
+        (tna.presets.lokr(2), "lokr"),
+        (tna.presets.loha(2), "loha"),
+        (tna.presets.vera(rank=3), "lora"),
+    ):
+        for name in ("peft", "lycoris"):
+            found = tna.convert(made(config), to=name)
+            assert (found.kind, found.exact) == (f"{name}-{kind}", True)
+    found = tna.convert(made(tna.presets.lokr(2)), to="diffusers", part="transformer", rank=2, max_error=1)
+    assert found.kind == "diffusers-lora"
+
+
+# -- Regression tests --------------------------------------------------------------------------------------------------
+
+
+def _file(config: tna.Config, targets: list[tna.Target], sizes: tuple[float, ...] = ()) -> tna.AdapterFile:
+    plan = tna.SuperLoRA(config, [target.shape for target in targets])
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=shape).astype("f4") for name, shape in plan.param_shapes.items()}
+    for group, size in enumerate(sizes):
+        arrays = {n: (a * np.float32(size) if n.startswith(f"group{group}.") else a) for n, a in arrays.items()}
+    return tna.AdapterFile(config, targets, arrays)
+
+
+def test_lora_on_an_attention_of_torch_is_refused(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = torch.nn.MultiheadAttention(16, 2)
+
+    peft.get_peft_model(Model(), peft.LoraConfig(target_modules=["attn"])).save_pretrained(tmp_path)
+    with pytest.raises(tna.FileError, match=r"PEFT's LoRA on nn\.MultiheadAttention"):
+        tna.convert(tmp_path)
+
+
+def test_square_weights_stay_as_they_are_stored_beside_others(tmp_path: Path) -> None:
+    square, plain = tna.Target("h.c_proj", (8, 8), transposed=True), tna.Target("h.fc", (6, 8))
+    for targets in ([square, plain], [square, tna.Target("h.c_wide", (8, 24), transposed=True), plain]):
+        file = _file(presets.lora(2), targets)
+        theirs = tna.convert(file, tmp_path / "peft", to="peft-lora", overwrite=True)
+        assert theirs.config is not None
+        # PEFT's one word for all layers; what it sets for each of the others itself is recorded.
+        assert theirs.config["fan_in_fan_out"] is False
+        for base in (None, {target.module: target.stored for target in targets}):
+            back = tna.convert(tmp_path / "peft", base=base).file
+            assert back is not None
+            assert {target.module: target.transposed for target in back.targets} == {
+                target.module: target.transposed for target in targets
+            }
+
+
+def test_one_word_for_weights_of_two_kinds_is_not_believed_of_square_ones(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    conv = transformers.pytorch_utils.Conv1D
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.square, self.wide, self.head = conv(8, 8), conv(24, 8), torch.nn.Linear(8, 5)
+
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        model = peft.get_peft_model(Model(), peft.LoraConfig(target_modules=["square", "wide", "head"]))
+    model.save_pretrained(tmp_path)
+    base = {"square": (8, 8), "wide": (8, 24), "head": (5, 8)}
+    with pytest.raises(tna.FileError, match="unknown how the square 'square' is stored"):
+        tna.convert(tmp_path, base=base)
+
+
+def test_exact_is_so_of_every_weight() -> None:
+    targets = [tna.Target("a.q", (24, 36)), tna.Target("b.q", (24, 36))]
+    file = _file(presets.krona(), targets, (1.0, 1e-4))
+    with pytest.raises(tna.ConfigError, match=r"that of b\.q\.weight by 0\.9"):
+        tna.convert(file, to="lycoris-full", dtype="float16")
+    found = tna.convert(file, to="lycoris-full", dtype="float16", max_error=0.01)
+    assert not found.exact
+    assert "b.q.weight" in str(found)
+
+
+def test_lokr_of_a_rank_is_no_worse_than_lora_of_it() -> None:
+    targets = [tna.Target(f"l.{layer}.q", (24, 36)) for layer in range(2)]
+    file = _file(presets.superlora(3), targets)
+    lora, lokr = (tna.convert(file, to=form, rank=2, max_error=1).error for form in ("peft-lora", "peft-lokr"))
+    assert lokr <= lora + 1e-6
+
+
+def test_alpha_may_be_an_integer(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    tensors = {
+        "lora_unet_q.lora_down.weight": rng.normal(size=(4, 6)).astype("f4"),
+        "lora_unet_q.lora_up.weight": rng.normal(size=(5, 4)).astype("f4"),
+        "lora_unet_q.alpha": np.array(2, np.int64),
+    }
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    file = tna.convert(tmp_path / "kohya.safetensors", base=["q"]).file
+    assert file is not None
+    expected = 0.5 * tensors["lora_unet_q.lora_up.weight"] @ tensors["lora_unet_q.lora_down.weight"]
+    np.testing.assert_allclose(file.deltas()[0], expected, rtol=1e-5)

@@ -22,7 +22,6 @@ import tnadapt as tna
 from tests.conftest import peak_of
 from tests.support import checkpoint_files as cp
 from tnadapt import FileError
-from tnadapt.convert._files import safetensors_content
 
 from .conversions import SHAPES, made
 
@@ -561,25 +560,6 @@ def test_the_error_is_in_the_file(tmp_path: Path) -> None:
     assert record["error"] == pytest.approx(found.error, rel=1e-2)
     assert (record["exact"], record["from"], record["to"]) == (False, "tnadapt", "peft-lora")
     assert tna.Config.from_dict(record["config"]) == tna.presets.lora(4)
-
-
-@given(
-    st.dictionaries(
-        st.text(min_size=1, max_size=5).filter(lambda name: name != "__metadata__"),
-        st.tuples(st.sampled_from(["f2", "f4", "f8", "i8", "u1"]), st.lists(st.integers(0, 3), max_size=3)),
-        min_size=1, max_size=6,
-    ),
-    st.dictionaries(st.text(max_size=4), st.text(max_size=4), max_size=3),
-)  # fmt: skip
-def test_safetensors_reads_what_is_written(entries: dict[str, tuple[str, list[int]]], metadata: dict[str, str]) -> None:
-    from safetensors.numpy import load
-
-    arrays = {n: RNG.integers(0, 9, shape).astype(dtype) for n, (dtype, shape) in entries.items()}
-    found = load(safetensors_content(arrays, {}, metadata))
-    assert found.keys() == arrays.keys()
-    for name, array in arrays.items():
-        assert found[name].dtype == array.dtype
-        assert np.array_equal(found[name], array)
 
 
 @pytest.mark.law("foreign-files")

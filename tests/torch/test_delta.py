@@ -15,9 +15,6 @@ from tnadapt.backends import load_backend
 from tnadapt.testing.strategies import plans
 from tnadapt.torch._delta import Slice, outer_vjp_once, pieces, vector
 
-# -- The update with autograd: a single node that saves only the arrays ------------------------------------------------
-
-
 P = tna.presets
 
 

@@ -30,8 +30,6 @@ from .pretended_device import PretendedDevice
 from .small import batch, compiles_whole, small, stir
 from .test_delta import moved
 
-# -- Cached updates are reused exactly while the arrays behind them are unchanged --------------------------------------
-
 
 class Reused:
     """A cache with a record of whether it returns the same object as before."""

@@ -33,9 +33,6 @@ from tnadapt.torch._linear import overlap
 
 from .small import stir
 
-# -- Experts that a model keeps in parameters of three axes: found, updated, saved and merged one by one ---------------
-
-
 IDS = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(1))
 SIZES = {
     "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,

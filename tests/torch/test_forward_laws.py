@@ -26,8 +26,7 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tests.support.depth import LONG, in_depth
-from tnadapt.testing import _reference as reference
-from tnadapt.testing._reference import LINEAR_PARTS, matrix_of
+from tests.support.references import reference
 from tnadapt.torch import _forward_pass as _few_rows
 from tnadapt.torch import _linear as _low_rank_linear
 
@@ -151,14 +150,14 @@ def plain_deltas(plan: tna.SuperLoRA, arrays: Mapping[str, Tensor], start: Mappi
         length = reference._length(config, len(where), weights)
         sizes = reference._fold(config, length, [shapes[weight] for weight in np.unique(owner[where])])
         found = reference._map(config, length, len(where), 0 if config.shared else group, weights)
-        matrix = torch.eye(length) if config.projection == "identity" else torch.from_numpy(matrix_of(found))
+        matrix = torch.eye(length) if config.projection == "identity" else torch.from_numpy(reference.matrix_of(found))
 
         def update(given: Mapping[str, Tensor]) -> Tensor:
             after = matrix.double() @ network_of(config, given, group, sizes)[:length]  # noqa: B023
-            return after - torch.tanh(after) if config.projection in LINEAR_PARTS else after
+            return after - torch.tanh(after) if config.projection in reference.LINEAR_PARTS else after
 
         one = update(arrays)
-        if config.start != "zero" or config.projection in LINEAR_PARTS:
+        if config.start != "zero" or config.projection in reference.LINEAR_PARTS:
             one = one - update(start)
         whole = whole.index_copy(0, torch.from_numpy(where), one)
     return [part.reshape(shape) for part, shape in zip(whole.split(counts), shapes, strict=True)]

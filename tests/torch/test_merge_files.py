@@ -25,8 +25,6 @@ from tnadapt.torch import _merging as merging
 from .hugging_face import bert, vit
 from .small import stir
 
-# -- On disk and in memory ---------------------------------------------------------------------------------------------
-
 
 def gpt2() -> Any:
     torch.manual_seed(0)

@@ -19,9 +19,6 @@ from tnadapt.torch._strategy_choice import MACHINES, Machine, StepWork, choose, 
 
 from .test_linear import peak_of
 
-# -- The choice of the strategy at attach, by an estimate of operations and bytes --------------------------------------
-
-
 P = tna.presets
 
 

@@ -27,9 +27,6 @@ from tnadapt.torch._weights import host_of, reads_outside
 from .architectures import MODELS, build, output
 from .modules import Module, linear, names, qv, roles, vq
 
-# -- Finding the weights to adapt, in models of many libraries and with every kind of request --------------------------
-
-
 UNET = json.loads(Path(__file__).parent.with_name("oracles.json").read_text())["unet_qv"]
 
 

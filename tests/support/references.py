@@ -1,0 +1,8 @@
+"""The independent formulas of ``tnadapt.verify``, with which the tests compare updates."""
+
+from __future__ import annotations
+
+from tnadapt.testing import _methods as methods
+from tnadapt.testing import _reference as reference
+
+__all__ = ["methods", "reference"]
