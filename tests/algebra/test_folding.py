@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.conftest import on_every_library, relative_error
-from tnadapt.algebra.folding import balanced_factors, balanced_shape, kronecker_sizes
+from tnadapt.algebra.folding import along, balanced_factors, balanced_shape, best_cut, boxes, kronecker_sizes
 from tnadapt.algebra.formats import make_format
 from tnadapt.algebra.network import Network
-from tnadapt.algebra.unfolding import along, best_cut, boxes, row_wise_khatri_rao
+from tnadapt.algebra.products import row_wise_khatri_rao
 from tnadapt.backends import Backend, get_backend
 
 # -- Sizes by integer arithmetic, and the boxes that cover a slice -----------------------------------------------------

@@ -22,10 +22,10 @@ from tests.support.references import reference
 from tnadapt import ConfigError
 from tnadapt.algebra import rng as draws
 from tnadapt.algebra.maps import KINDS, MAPS, BroughtMap, Chain, Dft2, Map, PerWeight, make_map, make_map_on_weights
-from tnadapt.algebra.maps._blocks import Repeat
+from tnadapt.algebra.maps._matrices import Repeat
 from tnadapt.algebra.maps._transforms import DAUBECHIES
 from tnadapt.backends import Backend, load_backend
-from tnadapt.backends._dft2 import FFT_DTYPES
+from tnadapt.backends.backend import FFT_DTYPES
 from tnadapt.maps import (
     CenteredWavelet,
     Circulant,

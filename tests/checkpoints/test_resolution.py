@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.support import checkpoint_files as cp
 from tests.support.depth import LONG
-from tnadapt.checkpoints import module_names
-from tnadapt.checkpoints._resolution import resolve
+from tnadapt.checkpoints import stored_weights
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.checkpoints.module_names import ModuleNames
+from tnadapt.checkpoints.stored_weights import ModuleNames, resolve
 from tnadapt.targets.prefixes import Prefix, renamed_targets
 
 P, T = tna.presets, tna.Target
@@ -204,7 +203,7 @@ def test_deep_configs_and_names_take_no_time() -> None:
 
 @without_warnings
 def test_without_transformers_the_message_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_names, "_installed", lambda: False)
+    monkeypatch.setattr(stored_weights, "_installed", lambda: False)
     base = names_stored(tmp_path, {f"{ON_DISK}.weight": (6, 4)})
     file = cp.adapter(tna.presets.lora(1), [tna.Target("vit.layers.0.mlp.fc1", (6, 4))])
     with pytest.raises(tna.FileError, match=r"'vit\.layers\.0\.mlp\.fc1\.weight'.*install transformers, whose table"):

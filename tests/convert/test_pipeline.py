@@ -23,10 +23,9 @@ from tnadapt.checkpoints.fingerprint import fingerprint
 from tnadapt.convert import FORMS, ModuleUpdate, Pair, StoredFiles
 from tnadapt.convert._base_model import as_base
 from tnadapt.convert._file_format import KINDS
+from tnadapt.convert._files import factorization
 from tnadapt.convert._lycoris_format import LycorisFormat
-from tnadapt.convert._stored_tensors import factorization
-from tnadapt.convert._unpack import Unpacked, modules_of
-from tnadapt.convert._updates import norms_of
+from tnadapt.convert._updates import Unpacked, modules_of, norms_of
 from tnadapt.sources import Seeded
 from tnadapt.testing.strategies import plans
 

@@ -15,8 +15,6 @@ from tests.support.array_presets import P
 from tnadapt.torch._quantized import crossing, planar, unpacked
 from tnadapt.torch._weights import numbers
 
-from .quantized_models import numbers
-
 ROWS, COLS, GROUP = 64, 96, 32
 
 
