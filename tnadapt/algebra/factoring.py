@@ -1,4 +1,4 @@
-"""Row and column factors of one weight's update, for updates whose rows and columns are separable.
+"""Row and column factors of one weight's update, by which layers multiply and from which exports take theirs.
 
 ``ΔW_i = scale * sum_t M_1 ⊗ … ⊗ M_K``, where each M_k is a small matrix or a product ``left @ right.T`` of two narrow
 ones. A layer that multiplies by these never needs ΔW. LoRA is one term with one product. A weight that is a run of rows
@@ -18,8 +18,8 @@ A map F that keeps rows and columns separate, ``F(X) = A X Bᵀ``, as one that r
 factors of X. If X has no narrow ones and is smaller than the weight (MiSS), A and Bᵀ are applied to what the layer
 multiplies: ``A (X (Bᵀ x))``.
 
-Separability is decided from the integers of the plan, and is exact. There are no factors if a weight is in several
-groups or F mixes rows with columns.
+Only updates whose rows and columns are separable have factors, which is decided from the integers of the plan, and is
+exact: there are none if a weight is in several groups or F mixes rows with columns.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The plan of an adapter: which arrays its groups have, counts and shapes, the start, and what base weights determine.
 
-:class:`ArrayPlan` says which arrays are trained, frozen or tied. :class:`GroupPlan` lays out the groups, and
-:class:`ParameterPlan` adds their parameters; :class:`tnadapt.SuperLoRA`, which derives from both, adds the updates.
+:class:`ArrayPlan` says which arrays are trained, frozen or tied. :class:`GroupPlan` lays out the groups,
+:class:`ParameterPlan` adds their parameters, and :class:`RankPlan` bounds on the ranks of the updates.
+:class:`tnadapt.algebra.units.UnitPlan` and :class:`tnadapt.SuperLoRA` derive from these, and add the updates.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import numpy as np
 from tnadapt.argument_checks import checks_arguments, wrong_argument
 from tnadapt.backends import Backend, JaxArray, TorchArray, get_backend, load_backend, load_imported
 from tnadapt.backends.backend import Array, one_blas_thread
-from tnadapt.errors import BackendError, ConfigError, ShapeError, TnadaptError, safe_repr, summarize
+from tnadapt.errors import BackendError, ConfigError, ShapeError, TnadaptError, integer, safe_repr, summarize
 
 from .applying import applying_of
 from .config import Config, group_fold, is_named
-from .group import Group
+from .group import Group, lora_rank, rank_bound, rank_bounds
 from .init import Initializer, StartingGroup, ZeroArray, zero_arrays
 from .layout import layout_of, require_alike, require_keys
 from .maps import input_length, is_linear
@@ -50,6 +51,7 @@ from .theta import Theta
 __all__ = [
     "GroupPlan",
     "ParameterPlan",
+    "RankPlan",
     "base_starts",
     "base_weight",
     "checked_given",
@@ -1177,3 +1179,92 @@ class ParameterPlan(GroupPlan):
             if tuple(params[name].shape) != shape:
                 raise ShapeError(f"params[{name!r}] has shape {tuple(params[name].shape)}; expected {shape}")
         return backend
+
+
+# -- Matrix ranks of the updates ---------------------------------------------------------------------------------------
+
+
+class RankPlan(ParameterPlan):
+    """A plan with bounds on the ranks of its updates."""
+
+    @checks_arguments
+    def largest_rank(self, i: int) -> int:
+        """Return a matrix rank that the update of a weight never exceeds, whatever the arrays are.
+
+        LoRA of that rank holds the update exactly, and :func:`tnadapt.convert` writes it from the factors.
+
+        Parameters
+        ----------
+        i : int
+            Index of the weight, ``0 <= i < len(shapes)``.
+
+        Returns
+        -------
+        int
+            At most ``min(shapes[i])``.
+
+        Raises
+        ------
+        ShapeError
+            If there is no weight i.
+
+        Notes
+        -----
+        The bound follows from the integers of the plan: the least product of bonds of the network between the rows and
+        the columns of the weight, as a slice of the folded tensor. It holds for frozen arrays as well. Terms add up,
+        and ranks of the splits of Kronecker and Hadamard products multiply. Behind a map F that mixes rows with
+        columns, or where a fold cuts through rows, only ``min(rows, cols)`` is known. Random arrays usually attain it;
+        see :func:`tnadapt.planning.largest_rank` for the rank that they have.
+
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> vit, P = [(768, 768)] * 24, tna.presets
+        >>> for config in (P.lora(4), P.lotr(4), P.cara(4, heads=12), P.lokr(4), P.superlora(4)):
+        ...     print(tna.SuperLoRA(config, vit).largest_rank(0))
+        4
+        4
+        4
+        96
+        768
+        """
+        i = integer("i", i, 0, len(self.shapes) - 1, ShapeError)
+        return rank_bound(self.layout, self.groups, i)
+
+    @functools.cached_property
+    def lora_rank(self) -> int | None:
+        """The rank of LoRA that holds the update of every weight exactly: the maximum of :meth:`largest_rank`.
+
+        None if for some weight two factors of its rank are no smaller than the update itself, or if ``config.apply``
+        does more than add the update.
+
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> gqa = [(64, 32), (16, 32)] * 3
+        >>> tna.SuperLoRA(tna.presets.fact_tk(2, groups="role"), gqa, roles="qvqvqv").lora_rank
+        2
+        >>> tna.SuperLoRA(tna.presets.superlora(2), gqa).lora_rank is None
+        True
+        """
+        if not self.applying.additive:
+            return None
+        return lora_rank(self.shapes, self.largest_ranks)
+
+    @functools.cached_property
+    def largest_ranks(self) -> list[int]:
+        """:meth:`largest_rank` of every weight."""
+        return list(rank_bounds(self.layout, self.groups))
+
+    def full_rank_bound(self) -> int | None:
+        """Return the rank of the weights' smaller sides if some update may have it and is no smaller as LoRA.
+
+        None if not; no other rank has to be known then.
+        """
+        most = max(map(min, self.shapes))
+        for (rows, cols), rank in zip(self.shapes, rank_bounds(self.layout, self.groups), strict=True):
+            if rank * (rows + cols) < rows * cols:
+                return None
+            if rank == most:
+                return most
+        return None

@@ -8,9 +8,8 @@ LoDA, which the paper also names, is not included: its nonlinearity acts on acti
 Methods that stack all weights of a group into one tensor (``lotr``, ``fact_tt``, ``fact_tk``, ``cara``, ``lorta_cp``,
 ``metatt``) take the number of weights and their shape from the weights of each group. If the sizes are given as
 arguments, they are a condition (``Config.weight_shape``): other weights are refused. The weights of a group must have
-one shape;
-``groups="role"`` makes one group of all queries, one of all values and so on, which have different shapes in
-grouped-query attention. The weights must be in the order layer 0 query, layer 0 value, layer 1 query, …
+one shape; ``groups="role"`` makes one group of all queries, one of all values and so on, which have different shapes
+in grouped-query attention. The weights must be in the order layer 0 query, layer 0 value, layer 1 query, …
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Backend: the interface of every array library, about twenty primitives under their array-API names.
+"""Backend: the interface of every array library, by about twenty primitives; fixed arrays (draws), cached for each.
 
 :class:`Backend` is a working backend for any library that follows the Python array API standard (2022.12 or later); a
 subclass overrides only what its library does differently. Everything outside this folder uses only these methods, the

@@ -15,8 +15,9 @@ from tnadapt.algebra.config import Config, group_fold, is_named
 from tnadapt.algebra.formats import make_format
 from tnadapt.algebra.init import Initializer
 from tnadapt.algebra.layout import Layout, make_layout
+from tnadapt.algebra.plan import checked_given
 from tnadapt.algebra.sources import Multiplied, Source, SourceMap, Tied, Trained, inner_source
-from tnadapt.algebra.superlora import SuperLoRA, checked_given
+from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import BackendError, ConfigError, ShapeError, pluralize, safe_repr, summarize
 from tnadapt.targets.target import Target, check_distinct
