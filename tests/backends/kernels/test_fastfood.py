@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.conftest import installed, relative_error
-from tnadapt.algebra import _rng_numpy as rng_numpy
 from tnadapt.algebra import rng
 from tnadapt.backends import load_backend
 from tnadapt.backends._kernels import kernels
@@ -428,7 +427,7 @@ def same(found: np.ndarray, expected: np.ndarray) -> bool:
 def test_consecutive_elements(stream: tuple[int, int, int], start: int, length: int) -> None:
     for name in ("words", "normals", "signs"):
         asked = (*stream, start, start + length)
-        assert same(getattr(draws, name)(*asked), getattr(rng_numpy, name)(*asked)), name
+        assert same(getattr(draws, name)(*asked), getattr(rng.NumpyStreams, name)(*asked)), name
 
 
 @pytest.mark.law("equal-seeds")
@@ -436,7 +435,7 @@ def test_consecutive_elements(stream: tuple[int, int, int], start: int, length: 
 def test_elements_anywhere(stream: tuple[int, int, int], some: list[int], length: int) -> None:
     for index in (np.array(some, np.int64), np.arange(length)[::-1] * 7, np.arange(length, dtype=np.int32)):
         for name in ("words_at", "normals_at"):
-            assert same(getattr(draws, name)(*stream, index), getattr(rng_numpy, name)(*stream, index)), name
+            assert same(getattr(draws, name)(*stream, index), getattr(rng.NumpyStreams, name)(*stream, index)), name
 
 
 @pytest.mark.law("equal-seeds")
@@ -448,7 +447,7 @@ def test_normals_of_extreme_words() -> None:
     word = np.resize(word, 1024)
     found = np.empty(word.size, np.float32)
     draws._of_words(word, *np.empty((1, 1024)), np.empty(1024, np.int64), np.empty(1024), found)
-    assert same(found, rng_numpy._normal_of(word))
+    assert same(found, rng._normal_of(word))
 
 
 @pytest.mark.law("equal-seeds")
@@ -457,22 +456,22 @@ def test_normals_of_extreme_words() -> None:
 @example(size=2**16 + 1, stream=(0, 0, 1), inverse=True, where=0.0, length=2**16 + 1)
 @example(size=2**63 - 1, stream=(1, 0, 1), inverse=False, where=1.0, length=1030)
 def test_permutations(size: int, stream: tuple[int, int, int], inverse: bool, where: float, length: int) -> None:
-    keys = rng_numpy.words(*stream, 0, 8)
+    keys = rng.NumpyStreams.words(*stream, 0, 8)
     start = int(where * max(0, size - length))
     asked = (size, keys, start, min(size, start + length), inverse)
-    assert same(draws.permutation(*asked), rng_numpy.permutation(*asked))
+    assert same(draws.permutation(*asked), rng.NumpyStreams.permutation(*asked))
 
 
 @given(st.integers(2, 31), STREAM, st.booleans(), st.integers(0, 2**31))
 def test_images_in_32_bits(bits: int, stream: tuple[int, int, int], inverse: bool, start: int) -> None:
     from tnadapt.backends._kernels.philox import IMAGES, fill_images
 
-    keys = rng_numpy.words(*stream, 0, 8)
+    keys = rng.NumpyStreams.words(*stream, 0, 8)
     start %= 1 << bits
     found = np.empty(2 * IMAGES, np.uint32)
     fill_images(start, bits, keys, inverse, found)
     stop = min(start + found.size, 1 << bits)
-    expected = rng_numpy.permutation(1 << bits, keys, start, stop, inverse)
+    expected = rng.NumpyStreams.permutation(1 << bits, keys, start, stop, inverse)
     assert np.array_equal(found[: stop - start], expected)
 
 
