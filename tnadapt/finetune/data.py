@@ -29,7 +29,6 @@ __all__ = [
     "HOLDOUT",
     "IMAGES",
     "LABEL_COLUMNS",
-    "LARGEST",
     "PARTS",
     "TABLES",
     "TEXT_COLUMNS",
@@ -49,6 +48,7 @@ __all__ = [
     "read_npz",
     "read_table",
     "require_data",
+    "require_texts",
 ]
 
 
@@ -662,7 +662,13 @@ def _check(name: str, kind: str, inputs: Any, labels: Sequence[Any]) -> None:
     if not kinds or not (kinds == {str} or kinds <= {int, bool}):
         known = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
         raise FileError(f"the labels of {name} are of type {known}; expected words, or integers")
-    for index, text in enumerate(inputs if kind == "text" else []):
+    if kind == "text":
+        require_texts(inputs, name)
+
+
+def require_texts(texts: Sequence[Any], name: str) -> None:
+    """Raise a FileError that names the first that is no text."""
+    for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise FileError(f"the text of sample {index} of {name} is {safe_repr(text)}")
 
@@ -991,6 +997,9 @@ class _Pictures:
 
     def take(self, indices: Labels) -> _Pictures:
         return _Pictures(self.rows.select(indices), self.column)
+
+
+# -- Messages of other libraries ---------------------------------------------------------------------------------------
 
 
 def first_line(error: Exception) -> str:

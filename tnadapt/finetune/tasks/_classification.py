@@ -27,6 +27,7 @@ from tnadapt.finetune.data import (
     labelled_texts,
     needed_column,
     number,
+    require_texts,
 )
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "ImageClassification",
     "MultiLabel",
     "Regression",
+    "class_numbers",
     "columns_of",
 ]
 
@@ -41,8 +43,8 @@ __all__ = [
 # -- Columns of texts and labels ---------------------------------------------------------------------------------------
 
 
-def class_numbers(classes: Sequence[str], labels: Sequence[str], name: str) -> list[int]:
-    """Return the numbers of classes by their names.
+def class_numbers(classes: Sequence[str], labels: Sequence[str], name: str, what: str = "label") -> list[int]:
+    """Return the numbers of classes by their names, which messages call by ``what``.
 
     Raises
     ------
@@ -53,7 +55,7 @@ def class_numbers(classes: Sequence[str], labels: Sequence[str], name: str) -> l
     for label in labels:
         if label not in place:
             known = ", ".join(map(repr, classes[:20]))
-            raise FileError(f"{name} has the label {safe_repr(label)}; the adapter knows {known}")
+            raise FileError(f"{name} has the {what} {safe_repr(label)}; the adapter knows {known}")
     return [place[label] for label in labels]
 
 
@@ -95,9 +97,7 @@ def texts_of(table: Table, spec: Spec) -> list[str]:
     name = needed_column(table.path, "text", spec.text_column, TEXT_COLUMNS, list(table.columns))
     table.filled([name])
     texts = list(table.columns[name])
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise FileError(f"the text of sample {index} of {table.name} is {safe_repr(text)}")
+    require_texts(texts, table.name)
     return texts
 
 

@@ -17,6 +17,7 @@ from .._inputs import IGNORED, TokenLists
 from .._learning_task import Evidence, LearningTask, Measured, Metric, Rows
 from .._specification import Part, Spec
 from ..data import Data, Samples, Table, find_column
+from ._classification import class_numbers
 
 __all__ = ["TokenClassification"]
 
@@ -115,13 +116,9 @@ class TokenClassification(LearningTask):
         return Samples(lists, self._numbered([[self.classes[0]] * len(some) for some in lists], source.name)), False
 
     def _numbered(self, tags: Sequence[Sequence[str]], name: str) -> NDArray[Any]:
-        place = {one: index for index, one in enumerate(self.classes)}
         found = np.empty(len(tags), object)
         for row, some in enumerate(tags):
-            if unknown := [tag for tag in some if tag not in place]:
-                known = ", ".join(map(repr, self.classes[:20]))
-                raise FileError(f"{name} has the tag {safe_repr(unknown[0])}; the adapter knows {known}")
-            found[row] = [place[tag] for tag in some]
+            found[row] = class_numbers(self.classes, some, name, "tag")
         return found
 
     @property
