@@ -152,7 +152,7 @@ def updates(
     ----------
     backend : Backend
     groups : sequence of Group
-        Those that :func:`tnadapt.algebra.group.batches` puts together.
+        Those that :func:`batches` puts together.
     params : mapping of str to array
     start, stop : int
     trained : str, optional
@@ -212,7 +212,7 @@ Run = tuple[Group, int, int]
 def updates_of_runs(
     backend: Backend, runs: Sequence[Run], params: Mapping[str, Array], trained: str | None = None
 ) -> list[Array]:
-    """Return these parts of the updates of groups, each as :meth:`tnadapt.algebra.group.Group.update` gives it.
+    """Return these parts of the updates of groups, each as :meth:`Group.update` gives it.
 
     Parameters
     ----------
@@ -220,7 +220,7 @@ def updates_of_runs(
     runs : sequence of (group, start, stop)
     params : mapping of str to array
     trained : str, optional
-        As for :meth:`~tnadapt.algebra.group.Group.update`.
+        As for :meth:`Group.update`.
 
     Returns
     -------

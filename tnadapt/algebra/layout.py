@@ -519,7 +519,7 @@ class KnownWeights(tuple[tuple[int, int], ...]):
     Parameters
     ----------
     shapes, layers, roles
-        As for :func:`~tnadapt.algebra.layout.make_layout`.
+        As for :func:`make_layout`.
 
     Examples
     --------
@@ -548,7 +548,7 @@ class KnownWeights(tuple[tuple[int, int], ...]):
         return tuple, (list(self),)
 
     def layout(self, groups: Groups) -> Layout:
-        """Return :func:`~tnadapt.algebra.layout.make_layout` of these weights, which is made once."""
+        """Return :func:`make_layout` of these weights, which is made once."""
         if groups not in self._layouts:
             self._layouts[groups] = make_layout(groups, list(self), self.layers, self.roles)
         return self._layouts[groups]
@@ -560,7 +560,7 @@ def layout_of(
     layers: Sequence[Hashable] | None = None,
     roles: Sequence[Hashable] | None = None,
 ) -> Layout:
-    """Return :func:`~tnadapt.algebra.layout.make_layout`, of known weights the one that they have already."""
+    """Return :func:`make_layout`, of known weights the one that they have already."""
     if isinstance(shapes, KnownWeights) and shapes.layers is layers and shapes.roles is roles:
         return shapes.layout(groups)
     return make_layout(groups, shapes, layers, roles)

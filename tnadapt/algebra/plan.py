@@ -699,8 +699,6 @@ def from_base(
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, np.ndarray]:
     """Compute the arrays in ``plan.base_shapes``; see :meth:`tnadapt.SuperLoRA.with_base`."""
-    if not callable(weights) and len(weights) != len(plan.shapes):
-        raise ShapeError(f"with_base needs the {len(plan.shapes)} base weights; got {len(weights)}")
     found = dict[str, np.ndarray]()
 
     def put(arrays: Iterable[tuple[str, np.ndarray]]) -> None:

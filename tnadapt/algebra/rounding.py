@@ -293,7 +293,7 @@ def change_in_place(
     Returns
     -------
     str or None
-        As :func:`~tnadapt.algebra.rounding.add_in_place`; the weight may then be partially changed.
+        As :func:`add_in_place`; the weight may then be partially changed.
 
     Examples
     --------
