@@ -184,6 +184,22 @@ def test_copies_that_single_vectors_miss_are_noticed(name: str, make: Any, dtype
             np.testing.assert_allclose(s, true[:rank], rtol=1e-5 if dtype == "float32" else 1e-8, err_msg=name)
 
 
+def test_nothing_is_searched_where_the_norm_shows_that_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches, plain = list[int](), linear_algebra._eigenvectors
+
+    def counted(*args: Any) -> Any:
+        searches.append(1)
+        return plain(*args)
+
+    monkeypatch.setattr(linear_algebra, "_eigenvectors", counted)
+    for name, rank, count in (("of rank three", 3, 1), ("slow", 3, 2), ("repeated", 3, 2), ("slow", 1, 1)):
+        # The squares of the last ones vanish in float64, which says nothing.
+        for size in (1.0, 1e-170):
+            searches.clear()
+            assert leading_triplets(NUMPY, with_values(SPECTRA[name]) * size, rank, 0) is not None
+            assert len(searches) == (count if size == 1.0 or rank == 1 else 2)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("copies", [2, 3, 5])
 def test_copies_below_other_values(copies: int, dtype: str) -> None:

@@ -61,6 +61,8 @@ _CONVERGED, _ACCEPTED = 8.0, 64.0
 # A value that exceeds the smallest of the triplets by more than this was missed. Steps of the search for one, and the
 # part of it that it may be wrong by.
 _MISSED, _SEARCH, _ROUGH = 1e-6, 8, 0.1
+# Relative error that a sum of squares may have.
+_SUMMED = 1e-3
 
 
 def truncated_pays(shape: tuple[int, ...], rank: int) -> bool:
@@ -138,7 +140,8 @@ def leading_triplets(backend: Backend, matrix: Array, rank: int, seed: int) -> t
     arbitrary = not _seeded() and s[-1] <= rounding
     if arbitrary or not residual <= rounding:
         return None
-    if rank == 1:
+    limit = s[-1] * (1.0 + _MISSED) + rounding
+    if rank == 1 or (backend.name == "numpy" and _leaves_less(matrix, s, limit)):
         return u, s, v
     known = backend.to_numpy(v)
 
@@ -150,9 +153,17 @@ def leading_triplets(backend: Backend, matrix: Array, rank: int, seed: int) -> t
 
     another = np.asarray(rng.standard_normal((short, 1)), start.dtype)
     largest_left = _eigenvectors(deflated, another, 1, _SEARCH, _RESTARTS, _ROUGH, rng)
-    limit = scale * (s[-1] * (1.0 + _MISSED) + rounding)
-    missed = largest_left is not None and math.sqrt(max(0.0, largest_left[0][0])) > limit
+    missed = largest_left is not None and math.sqrt(max(0.0, largest_left[0][0])) > scale * limit
     return None if missed else (u, s, v)
+
+
+def _leaves_less(matrix: np.ndarray, s: np.ndarray, limit: float) -> bool:
+    """Return whether the norm of what some triplets leave of a matrix excludes values above a limit."""
+    flat = matrix.ravel(order="K")
+    with np.errstate(over="ignore", under="ignore"):
+        most, known = float(flat @ flat) * (1.0 + _SUMMED), float(s @ s)
+    # Less than what is known, or nothing: squares have underflowed.
+    return 0.0 < known <= most <= known + limit * limit
 
 
 def _rayleigh_ritz(
