@@ -1,8 +1,9 @@
-"""What a file records of its base: exact, bounded, refused if strange, and absent from files without it."""
+"""What a file records of its base: exact, bounded, refused if strange; names of models in GGUF."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import tracemalloc
 from pathlib import Path
@@ -15,10 +16,14 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.support import forge
-from tnadapt import ConfigError, FileError, Pretrained
+from tnadapt import ConfigError, FileError, Pretrained, TnadaptError
+from tnadapt.checkpoints.checkpoint import gguf_files, gguf_place, hidden_bar, need_gguf
 from tnadapt.checkpoints.pretrained_model import MAX_LABELS, TASKS
 
 from .test_adapter_file import LORA, made
+
+# -- What a file records of its base: exact, bounded, refused if strange, and absent from files without it -------------
+
 
 FULL = Pretrained(
     "user/base", "0123abc", "q4.gguf", "transformers", "text-classification", ["no", "yés", "👩‍🔬"], "bfloat16",
@@ -194,3 +199,71 @@ def test_the_tasks_name_classes_of_transformers() -> None:
     for task in TASKS.values():
         assert hasattr(transformers, task.model)
         assert hasattr(transformers, task.processor)
+
+
+# -- Names of models in GGUF: a file, a folder with one, a file in a repository ----------------------------------------
+
+
+def folder(path: Path, *names: str) -> Path:
+    path.mkdir()
+    for name in names:
+        (path / name).write_bytes(b"GGUF")
+    return path
+
+
+def test_files_and_folders(tmp_path: Path) -> None:
+    one = folder(tmp_path / "one", "a.gguf", "README.md")
+    assert gguf_place(str(one)) == gguf_place(str(one / "a.gguf")) == (str(one), "a.gguf")
+    other = folder(tmp_path / "other", "a.gguf", "B.GGUF", "config.json")
+    assert gguf_place(str(other)) == (str(other), "")  # the config.json is of other weights
+    assert gguf_place(str(other / "B.GGUF")) == (str(other), "B.GGUF")
+    assert gguf_place(str(other / "README.md")) == (str(other / "README.md"), "")
+    assert gguf_files(other) == []
+
+
+def test_one_of_several_files_has_to_be_named(tmp_path: Path) -> None:
+    several = folder(tmp_path / "several", "b.gguf", "a.gguf")
+    with pytest.raises(FileError, match=r"has 2 GGUF files and no config\.json: name one of them, .*a\.gguf'"):
+        gguf_place(str(several))
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("owner/name/sub/a.gguf", ("owner/name", "sub/a.gguf")),
+        ("owner/a.gguf", ("owner/a.gguf", "")),
+        ("./models/x/a.gguf", ("./models/x/a.gguf", "")),
+        ("/models/x/a.gguf", ("/models/x/a.gguf", "")),
+        ("bert-base-uncased", ("bert-base-uncased", "")),
+    ],
+)
+def test_names_on_the_hub(name: str, place: tuple[str, str]) -> None:
+    assert gguf_place(name) == place
+
+
+def test_the_package_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(name: str) -> Any:
+        assert name == "gguf"
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    with pytest.raises(TnadaptError, match=r"'a\.gguf' is a GGUF file, which needs .* pip install 'tnadapt\[gguf\]'"):
+        need_gguf("a.gguf")
+
+
+def test_the_bar_is_back_after_an_error() -> None:
+    module = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
+    before = module.tqdm
+    with hidden_bar(""):
+        assert module.tqdm is before
+    with hidden_bar("a.gguf"):
+        assert list(module.tqdm([1, 2], desc="x")) == [1, 2]
+        assert module.tqdm is not before
+    assert module.tqdm is before
+
+    def fail() -> None:
+        with hidden_bar("a.gguf"):
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert module.tqdm is before
