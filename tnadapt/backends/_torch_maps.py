@@ -204,8 +204,8 @@ def _transformed(x: Tensor) -> Tensor:
 # -- The Triton kernels as operators, for programs of torch.compile ----------------------------------------------------
 
 # They act on ``(vectors, n)``, and have rules for shapes without numbers (fake tensors), gradients and vmap. Outside of
-# compiled programs :func:`linear_map` costs less per call, and also has forward derivatives. An operator can
-# be registered without Triton, which is imported in the first call.
+# compiled programs :func:`linear_map` costs less per call, and also has forward derivatives. An operator can be
+# registered without Triton, which is imported in the first call.
 
 
 def _launcher(x: Tensor) -> Any:

@@ -204,7 +204,7 @@ def some(count: int, most: int, first: int) -> tuple[list[int], int]:
 
 # -- One split ---------------------------------------------------------------------------------------------------------
 
-# Lengths are inches. The origin is the left end of the row of factors; y grows upward.
+# The origin is the left end of the row of factors.
 
 
 # Of more than MODES modes only the first few and the last are drawn.

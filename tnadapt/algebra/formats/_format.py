@@ -47,6 +47,7 @@ __all__ = [
 
 # -- Contraction of a small tensor network given as an einsum string ---------------------------------------------------
 
+
 # This is the reference implementation for every format, and the default for formats that do not override it. Arrays are
 # contracted pairwise from left to right, each pair as one batched matrix product. An index may occur on any number of
 # arrays; it stays open if the output names it.
@@ -232,6 +233,7 @@ def _turned(backend: Backend, array: Array, order: tuple[int, ...]) -> Array:
 
 # -- The cheapest cut of a network between row indices and column indices ----------------------------------------------
 
+
 # The network is then a product of two matrices, one for each side of the cut, and the cut is their inner dimension: an
 # upper bound on the rank that holds for any arrays, trained or not.
 
@@ -360,6 +362,7 @@ def covered(sizes: Sequence[int], ranges: Sequence[tuple[int, int]]) -> Cover:
 
 
 # -- A box of a network as a product of two matrices, by the cheapest cut ----------------------------------------------
+
 
 # This is the way for any network and any split of its indices into rows and columns: an index may be several digits,
 # some of the rows and some of the columns, as the blocks of a matrix are. Formats that have a faster way for whole
@@ -541,6 +544,46 @@ def jacobian_rank(network: _Network, times: int) -> int | None:
                 rows.append(np.ravel(network.tensor(backend, {**arrays, name: unit}, whole)))
     values = np.linalg.svd(np.array(rows), compute_uv=False)
     return int(np.sum(values > _ROUNDING * values[0]))
+
+
+# -- Degrees of freedom of CP, Tucker and tensor trains, by formula ----------------------------------------------------
+
+
+# The formulas are upper bounds. They are exact except for the few known defective shapes (CP of rank 3 on
+# 2 × 2 × 2 × 2, of rank 4 on 3 × 3 × 3, and their series).
+
+
+def of_cp(sizes: Sequence[int], rank: int) -> int:
+    ranks = multilinear(sizes, [rank] * len(sizes))
+    bases = sum(r * (d - r) for r, d in zip(ranks, sizes, strict=True))
+    # Restricted to the spans of its factors, the tensor is a smaller CP tensor, which may fill these spaces.
+    inner = min(math.prod(ranks), rank * (sum(ranks) - len(ranks) + 1))
+    return min(math.prod(sizes), bases + inner, rank * (sum(sizes) - len(sizes) + 1))
+
+
+def of_tucker(sizes: Sequence[int], ranks: Sequence[int]) -> int:
+    ranks = multilinear(sizes, ranks)
+    return math.prod(ranks) + sum(r * (d - r) for r, d in zip(ranks, sizes, strict=True))
+
+
+def multilinear(sizes: Sequence[int], ranks: Sequence[int]) -> list[int]:
+    """Return the ranks of the unfoldings: each at most its mode's size and the product of the other ranks."""
+    found = [min(rank, size) for rank, size in zip(ranks, sizes, strict=True)]
+    largest = max(range(len(found)), key=lambda mode: found[mode])
+    rest = math.prod(found[:largest] + found[largest + 1 :])
+    # Only the largest rank can exceed the product of the others, since every other product contains the largest one.
+    found[largest] = min(found[largest], rest)
+    return found
+
+
+def of_train(sizes: Sequence[int], ranks: Sequence[int]) -> int:
+    bonds = [1, *ranks, 1]
+    for mode in range(1, len(sizes)):
+        bonds[mode] = min(bonds[mode], bonds[mode - 1] * sizes[mode - 1])
+    for mode in range(len(sizes) - 1, 0, -1):
+        bonds[mode] = min(bonds[mode], bonds[mode + 1] * sizes[mode])
+    cores = sum(left * size * right for left, size, right in zip(bonds, sizes, bonds[1:], strict=False))
+    return cores - sum(bond * bond for bond in bonds[1:-1])
 
 
 # -- The base class of formats -----------------------------------------------------------------------------------------
@@ -940,42 +983,3 @@ def rows_of(array: Array, bounds: tuple[int, int], axis: int = 0) -> Array:
     if (start, stop) == (0, array.shape[axis]):
         return array
     return array[(*(slice(None),) * axis, slice(start, stop), ...)]
-
-
-# -- Degrees of freedom of CP, Tucker and tensor trains, by formula ----------------------------------------------------
-
-# The formulas are upper bounds. They are exact except for the few known defective shapes (CP of rank 3 on
-# 2 × 2 × 2 × 2, of rank 4 on 3 × 3 × 3, and their series).
-
-
-def of_cp(sizes: Sequence[int], rank: int) -> int:
-    ranks = multilinear(sizes, [rank] * len(sizes))
-    bases = sum(r * (d - r) for r, d in zip(ranks, sizes, strict=True))
-    # Restricted to the spans of its factors, the tensor is a smaller CP tensor, which may fill these spaces.
-    inner = min(math.prod(ranks), rank * (sum(ranks) - len(ranks) + 1))
-    return min(math.prod(sizes), bases + inner, rank * (sum(sizes) - len(sizes) + 1))
-
-
-def of_tucker(sizes: Sequence[int], ranks: Sequence[int]) -> int:
-    ranks = multilinear(sizes, ranks)
-    return math.prod(ranks) + sum(r * (d - r) for r, d in zip(ranks, sizes, strict=True))
-
-
-def multilinear(sizes: Sequence[int], ranks: Sequence[int]) -> list[int]:
-    """Return the ranks of the unfoldings: each at most its mode's size and the product of the other ranks."""
-    found = [min(rank, size) for rank, size in zip(ranks, sizes, strict=True)]
-    largest = max(range(len(found)), key=lambda mode: found[mode])
-    rest = math.prod(found[:largest] + found[largest + 1 :])
-    # Only the largest rank can exceed the product of the others, since every other product contains the largest one.
-    found[largest] = min(found[largest], rest)
-    return found
-
-
-def of_train(sizes: Sequence[int], ranks: Sequence[int]) -> int:
-    bonds = [1, *ranks, 1]
-    for mode in range(1, len(sizes)):
-        bonds[mode] = min(bonds[mode], bonds[mode - 1] * sizes[mode - 1])
-    for mode in range(len(sizes) - 1, 0, -1):
-        bonds[mode] = min(bonds[mode], bonds[mode + 1] * sizes[mode])
-    cores = sum(left * size * right for left, size, right in zip(bonds, sizes, bonds[1:], strict=False))
-    return cores - sum(bond * bond for bond in bonds[1:-1])

@@ -51,8 +51,8 @@ __all__ = [
 
 # -- Loops: diagonals, gathering and scattering, sorting into buckets --------------------------------------------------
 
-# All loops work on blocks that fit in the level 2 cache, in parts that fit in the level 1 cache. ``fastfood.py``
-# describes how they combine to F.
+# All loops work on blocks that fit in the level 2 cache, in parts that fit in the level 1 cache. The
+# docstring of the file says how they combine to F.
 
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
