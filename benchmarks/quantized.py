@@ -139,7 +139,7 @@ def off_by(make: Any, rows: int, cols: int) -> float:
     """Return the relative error of a quantized weight of a shape."""
     import torch
 
-    from tnadapt.torch._merging import numbers
+    from tnadapt.torch._weights import numbers
 
     plain = torch.nn.Linear(cols, rows, bias=False)
     own = 0.02 * torch.randn(rows, cols, generator=torch.Generator().manual_seed(SEED))
@@ -150,7 +150,7 @@ def off_by(make: Any, rows: int, cols: int) -> float:
 
 def seconds_to_dequantize(layer: Any) -> float:
     """Return the time for one element."""
-    from tnadapt.torch._merging import numbers
+    from tnadapt.torch._weights import numbers
 
     times = []
     for _ in range(7):
@@ -166,7 +166,7 @@ def merged(name: str, make: Any, size: float) -> dict[str, float]:
 
     import tnadapt as tna
     import tnadapt.torch as tt
-    from tnadapt.torch._merging import numbers
+    from tnadapt.torch._weights import numbers
 
     model = torch.nn.Sequential(make(before(name)))
     weight = numbers(model[0], "weight").float()
@@ -186,7 +186,7 @@ def measure() -> dict[str, Any]:
     """Return all results."""
     import torch
 
-    from tnadapt.torch._merging import numbers
+    from tnadapt.torch._weights import numbers
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
