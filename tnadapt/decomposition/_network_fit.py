@@ -26,7 +26,6 @@ from .fits import Fit, Limits, unwatched
 from .linear_algebra import Algebra
 
 __all__ = [
-    "fit_given",
     "fit_network",
     "from_full_rows",
     "start_network",

@@ -29,7 +29,7 @@ from tnadapt.targets.target import Target, check_distinct
 
 from . import FitReport, Settings, Step, smallest_rank
 
-__all__ = ["Extraction", "extract", "within"]
+__all__ = ["Extraction", "extract"]
 
 _PIECE = 1 << 20
 
@@ -136,24 +136,30 @@ def extract(
     check_distinct(found)
     new, old = StoredWeights(after, found, "tuned"), StoredWeights(before, found, "base")
     kept = _kept(after, keep_trainable, new.names)
-    arrays, report, config = within(
-        [target.shape for target in found],
-        [target.layer for target in found],
-        [target.role for target in found],
-        cfg,
-        lambda weight: _difference(found[weight].label, old.numbers(weight), new.numbers(weight)),
-        old.numbers,
-        chosen,
-        max_error,
-        max_rank,
-        progress,
-    )
+    backend, like = load_backend("numpy"), np.zeros(0, np.float32)
+
+    def read(weight: int) -> np.ndarray:
+        return _difference(found[weight].label, old.numbers(weight), new.numbers(weight))
+
+    def fit(config: Config) -> tuple[dict[str, np.ndarray], FitReport]:
+        plan = SuperLoRA(
+            config,
+            [target.shape for target in found],
+            [target.layer for target in found],
+            [target.role for target in found],
+        )
+        return chosen.fit(backend, like, plan.with_base(old.numbers), read, progress)
+
+    if max_error is None:
+        arrays, report = fit(cfg)
+    else:
+        _, cfg, arrays, report = smallest_rank(fit, cfg, max_error, max_rank)
     dtypes = {KEPT + name: "bfloat16" for name in kept if after.entries[name].dtype == "BF16"}
     base_print = old.fingerprint()
     # A base that has no fingerprint could not be recognized, so that what is computed from it is stored.
     given = {} if base_print is not None else report.plan.given
     file = AdapterFile(
-        config,
+        cfg,
         found,
         arrays,
         kept={name: numbers(after, name) for name in kept},
@@ -164,34 +170,6 @@ def extract(
     )
     others = tuple(_others(before, after, new, old.prefix, set(kept))) if compare else ()
     return Extraction(file, report, others)
-
-
-def within(
-    shapes: Sequence[tuple[int, int]],
-    layers: Sequence[str],
-    roles: Sequence[str],
-    cfg: Config,
-    read: Callable[[int], np.ndarray],
-    base: Callable[[int], np.ndarray],
-    settings: Settings,
-    max_error: float | None,
-    max_rank: int | None,
-    progress: Callable[[Step], None] | None,
-) -> tuple[dict[str, np.ndarray], FitReport, Config]:
-    """Fit updates that are read one at a time, at the config's rank or at the smallest rank within an error.
-
-    ``base`` reads the base weights, for arrays that are computed from them.
-    """
-    backend, like = load_backend("numpy"), np.zeros(0, np.float32)
-
-    def fit(config: Config) -> tuple[dict[str, np.ndarray], FitReport]:
-        plan = SuperLoRA(config, shapes, list(layers), list(roles)).with_base(base)
-        return settings.fit(backend, like, plan, read, progress)
-
-    if max_error is None:
-        return *fit(cfg), cfg
-    found = smallest_rank(fit, cfg, max_error, max_rank)
-    return found.params, found.report, found.config
 
 
 # -- Reading ---------------------------------------------------------------------------------------

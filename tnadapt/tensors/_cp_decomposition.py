@@ -148,14 +148,15 @@ def cp(
     request = requested(tensor, rank, max_error, mask=mask, weights=weights, random_state=random_state)
     request.refuse_trace("cp()", "use tensor_train(), or tucker(max_iterations=0)")
     options = _Options(request, init, fixed, nonnegative, starts, tol, max_iterations, callback)
-    if rank is not None:
-        most = useful_rank(request.shape)
-        if integer_of("rank", rank, 1) > most:
-            raise ShapeError(
-                f"rank {rank} is above {most}, with which every tensor of shape {request.shape} is a CP tensor"
-            )
-        return options.fitted(int(rank))
-    return options.searched()
+    most = useful_rank(request.shape)
+    if rank is None:
+        assert request.max_error is not None
+        return smallest_rank(options.fitted, request.max_error, most, request.shape, init)
+    if integer_of("rank", rank, 1) > most:
+        raise ShapeError(
+            f"rank {rank} is above {most}, with which every tensor of shape {request.shape} is a CP tensor"
+        )
+    return options.fitted(int(rank))
 
 
 class _Options:
@@ -191,12 +192,6 @@ class _Options:
             if init.shape != request.shape:
                 raise ShapeError(f"init has shape {init.shape}; expected the tensor's, {request.shape}")
             request.refuse_recorded("init", *init.arrays)
-
-    def searched(self) -> CPTensor:
-        """Return the fit of the smallest rank that is found to keep to the error."""
-        limit, shape = self.request.max_error, self.request.shape
-        assert limit is not None
-        return smallest_rank(self.fitted, limit, useful_rank(shape), shape, self.init)
 
     def fitted(self, rank: int) -> CPTensor:
         """Return the fit of one rank."""
