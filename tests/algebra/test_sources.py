@@ -683,17 +683,6 @@ def test_the_laws_hold(name: str) -> None:
     assert table.holds, str(table)
 
 
-@named
-def test_pictures_count_what_is_trained(name: str) -> None:
-    pytest.importorskip("matplotlib")
-    from tnadapt.plot._diagram import diagram
-
-    plan = tna.SuperLoRA(CONFIGS[name], SHAPES)
-    drawn = diagram(plan)
-    own = {full: shape for full, shape in plan.param_shapes.items() if full.startswith("group0.")}
-    assert drawn.parameters == sum(map(math.prod, own.values()))
-
-
 @pytest.mark.usefixtures("normal")
 def test_a_file_is_refused_where_its_source_computes_other_arrays(tmp_path: Path) -> None:
     config = tna.Config(rank=2, sources={"factor1": Normal()})

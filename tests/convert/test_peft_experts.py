@@ -18,8 +18,6 @@ from safetensors.torch import load_file, save_file
 
 import tnadapt.torch as tt
 from tests.torch.test_experts import EXPERTS, IDS, MODELS, made
-from tnadapt.convert._peft_lora import _experts, _is_turned
-from tnadapt.targets.checkpoint_experts import experts_of
 
 from .conversions import fill
 
@@ -108,18 +106,24 @@ def test_other_methods_become_the_nearest_lora_of_each_expert(tmp_path: Path) ->
     torch.testing.assert_close(theirs(IDS).logits, again(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_module_that_peft_takes_for_the_other_order() -> None:
+def test_a_module_that_peft_takes_for_the_other_order(tmp_path: Path) -> None:
     """Llama 4 stores (in, out) and does not say so: PEFT's factors of it are those of the transposes."""
-    base = {"feed_forward.experts.gate_up_proj": (2, 4, 6), "feed_forward.experts.down_proj": (2, 3, 4)}
-    draw = torch.Generator().manual_seed(0)
-    (target,) = [one.target for one in experts_of(base) if one.target.index == 0 and "gate" in one.target.parameter]
-    a, b = (torch.randn(size, generator=draw).double().numpy() for size in ((2 * 2, 6), (4, 2 * 2)))
-    assert target.transposed
-    assert not _is_turned([(target, a, b)])
-    updates = _experts(target, a, b, False, lambda path, rank: 1.0)
-    stored = torch.einsum("ore,eri->eoi", torch.tensor(b).reshape(4, 2, 2), torch.tensor(a).reshape(2, 2, 6))
-    for index, one in enumerate(updates):
-        torch.testing.assert_close(torch.tensor(one.update.delta()).T, stored[index])
+    model = torch.nn.Module()
+    model.feed_forward = torch.nn.Module()
+    model.feed_forward.experts = torch.nn.Module()
+    model.feed_forward.experts.gate_up_proj = torch.nn.Parameter(torch.zeros(2, 4, 6))
+    model.feed_forward.experts.down_proj = torch.nn.Parameter(torch.zeros(2, 3, 4))
+    base = shapes_of(model)
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=[], target_parameters=["experts.gate_up_proj"])
+    theirs = peft.get_peft_model(model, config)
+    fill(parameter for parameter in theirs.parameters() if parameter.requires_grad)
+    theirs.save_pretrained(tmp_path)
+    merged = theirs.merge_and_unload().feed_forward.experts.gate_up_proj
+    file = tna.convert(tmp_path, base=base).file
+    assert file is not None
+    assert [(target.index, target.transposed) for target in file.targets] == [(0, True), (1, True)]
+    for delta, stored in zip(file.deltas(), merged, strict=True):
+        torch.testing.assert_close(torch.tensor(delta), stored.detach().T, rtol=1e-5, atol=1e-6)
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:

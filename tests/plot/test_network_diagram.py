@@ -271,8 +271,11 @@ def test_every_preset_is_drawn(tmp_path: Path, name: str) -> None:
     [("lora", []), ("lora_xs", ["factor0", "factor1"]), ("vera", []), ("craft", ["core"]), ("lora_fa", ["factor1"])],
 )
 def test_what_is_frozen_is_drawn_so(name: str, frozen: list[str]) -> None:
-    found = diagram(tna.SuperLoRA(PRESETS[name], VIT))
+    plan = tna.SuperLoRA(PRESETS[name], VIT)
+    found = diagram(plan)
     assert [node.name.rpartition(".")[2] for node in nodes(found) if node.frozen] == frozen
+    trained = [math.prod(shape) for array, shape in plan.param_shapes.items() if array.startswith("group0.")]
+    assert found.parameters == sum(trained)
     assert [entry.text for entry in found.key].count("frozen, not trained") == bool(frozen)
 
 

@@ -22,7 +22,6 @@ import tnadapt.torch as tt
 from tests.support.depth import long_only
 from tnadapt.checkpoints.fingerprint import Fingerprint
 from tnadapt.errors import FileError, TnadaptError
-from tnadapt.torch._adapter_saving import model_card
 
 from .small import small, stir
 
@@ -538,11 +537,10 @@ def test_a_card_of_several_configs_and_of_a_long_one(tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text()
     assert '| Config | `rank=2`, `rate="adam"` for 1 weight |\n' in card
     assert '| Config | `rank=3`, `groups=1`, `fold="hypercube"`, `rate="adam"` for 1 weight |\n' in card
-    file = tna.load(tmp_path / "adapter.safetensors")
+    long = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(99)])
     config = tna.Config(rank=1, groups=[[number] for number in range(99)], fold="hypercube")
-    targets = [tna.Target(f"layer{number}", (2, 2), "q") for number in range(99)]
-    arrays = tna.SuperLoRA(config, [(2, 2)] * 99).init()
-    card = model_card(dataclasses.replace(file, config=config, targets=targets, arrays=arrays, trained=None), "x", {})
+    tt.attach(long, config, "all-linear").save_pretrained(tmp_path / "long")
+    card = (tmp_path / "long" / "README.md").read_text()
     assert "`groups=[[0], [1], [2]," in card
     assert max(map(len, card.splitlines())) < 400
 
@@ -673,19 +671,20 @@ def test_a_language_model_in_gguf(tmp_path: Path) -> None:
 
 def test_names_in_a_card_are_text(tmp_path: Path) -> None:
     evil = "a`<img src=x>|\x1b[31m\u202e\n---\nlicense: evil"
-    config = tna.presets.lora(1)
-    file = tna.AdapterFile(
-        config, [tna.Target(f"{evil}{number}", (2, 2), "q") for number in range(2)],
-        tna.SuperLoRA(config, [(2, 2)] * 2).init(), model=evil, pretrained=tna.Pretrained("/x/" + evil.split("|")[0]),
-    )  # fmt: skip
-    card = model_card(file, evil, {evil: 0.5})
+    model, names = type(evil, (torch.nn.Module,), {})(), [f"{evil}{number}" for number in range(2)]
+    for name in names:
+        model.add_module(name, torch.nn.Linear(2, 2))
+    adapter = tt.attach(model, tna.presets.lora(1), names)
+    adapter.pretrained = tna.Pretrained("/x/" + evil.split("|")[0])
+    adapter.save_pretrained(tmp_path / evil, metrics={evil: 0.5})
+    card = (tmp_path / evil / "README.md").read_text()
     front, body = card.split("\n---\n")[0], card.split("\n---\n", 1)[1]
     assert "license" not in front
     assert "\n---" not in body
     assert not {"\x1b", "\u202e"} & set(card)
     (updated,) = [line for line in body.splitlines() if line.startswith("| Updated weights |")]
     name = r"a'<img src=x>\|\x1b[31m\u202e --- license: evil"
-    assert updated == f"| Updated weights | 2 weights (q): `{name}0.weight` … `{name}1.weight` |"
+    assert updated == f"| Updated weights | 2 weights (linear): `{name}0.weight` … `{name}1.weight` |"
     # Outside of code nothing is a tag.
     assert "<" not in re.sub(r"```.*?```|`[^`]*`", "", body.replace(r"\<", "").replace(r"\`", ""), flags=re.S).replace(
         "<!-- tnadapt", ""

@@ -18,7 +18,6 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tests.support.depth import in_depth
-from tnadapt.torch import _delta as quotients
 
 from .small import batch, small, stir
 from .test_requantizing import Packed
@@ -485,33 +484,6 @@ def test_half_precision_and_autocast() -> None:
 
 
 # -- Costs ---------------------------------------------------------------------------------------
-
-
-def test_without_gradients_the_norm_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    true = quotients.Quotient.__call__
-    monkeypatch.setattr(quotients.Quotient, "__call__", lambda self, *a: calls.append(1) or true(self, *a))
-    model, x = layers(torch.float32), torch.randn(2, 6)
-    for strategy in ("factored", "weight"):
-        adapter = stirred(tt.attach(model, P.dora(2), "all-linear", strategy=strategy))
-        with torch.no_grad():
-            calls.clear()
-            first = model(x)
-            assert torch.equal(model(x), first)
-            assert len(calls) == 2
-            model[0].weight.mul_(2.0)
-            assert not torch.equal(model(x), first)
-            assert len(calls) == 3
-            adapter.load_arrays({name: 2.0 * array for name, array in adapter.arrays().items()})
-            model(x)
-            assert len(calls) == 5
-            adapter.set_weight(0.5)
-            model(x)
-            assert len(calls) == 7
-            dict(adapter.named_parameters())["weight0.magnitude"].data.zero_()  # without a version
-            model(x)
-            assert len(calls) == 8
-        adapter.detach()
 
 
 def test_the_summary_says_that_it_is_no_lora() -> None:

@@ -28,6 +28,7 @@ from tnadapt.torch._registry import drawn, held_by_draws
 
 from .pretended_device import PretendedDevice
 from .small import batch, compiles_whole, small, stir
+from .test_changed_weights import layers, stirred
 from .test_delta import moved
 
 
@@ -542,3 +543,33 @@ def test_the_memory_that_kernels_reuse_is_freed_too() -> None:
     adapter.set_weight(0.0)
     assert all(one.space is None for one in spaces)
     assert _held(adapter._state) == 0
+
+
+# -- Norms of changed weights -----------------------------------------------------------------------------------------
+
+
+def test_without_gradients_the_norm_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    true = delta_cache.Quotient.__call__
+    monkeypatch.setattr(delta_cache.Quotient, "__call__", lambda self, *a: calls.append(1) or true(self, *a))
+    model, x = layers(torch.float32), torch.randn(2, 6)
+    for strategy in ("factored", "weight"):
+        adapter = stirred(tt.attach(model, P.dora(2), "all-linear", strategy=strategy))
+        with torch.no_grad():
+            calls.clear()
+            first = model(x)
+            assert torch.equal(model(x), first)
+            assert len(calls) == 2
+            model[0].weight.mul_(2.0)
+            assert not torch.equal(model(x), first)
+            assert len(calls) == 3
+            adapter.load_arrays({name: 2.0 * array for name, array in adapter.arrays().items()})
+            model(x)
+            assert len(calls) == 5
+            adapter.set_weight(0.5)
+            model(x)
+            assert len(calls) == 7
+            dict(adapter.named_parameters())["weight0.magnitude"].data.zero_()  # without a version
+            model(x)
+            assert len(calls) == 8
+        adapter.detach()

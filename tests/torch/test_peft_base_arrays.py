@@ -18,10 +18,7 @@ from safetensors.torch import load_file
 import tnadapt as tna
 import tnadapt.torch as tt
 import tnadapt.torch.peft as plugin
-from tnadapt.algebra.applying import APPLYING
-from tnadapt.testing.verification import examples
 from tnadapt.torch.peft import TnadaptConfig
-from tnadapt.torch.peft._peft_library import in_file
 
 from .test_peft import bits, ids, llama, run, same, stir, traces
 
@@ -120,15 +117,6 @@ def test_a_damaged_fingerprint_is_reported(tmp_path: Path) -> None:
     for name in ("base", "computed_from"):
         with pytest.raises(tna.ConfigError, match=f"{name} must be a dict that save_pretrained wrote"):
             config(**{name: "x"})
-
-
-@pytest.mark.parametrize("preset", examples())
-@pytest.mark.parametrize("apply", APPLYING.built_in)
-def test_every_array_has_a_name_in_the_file(preset: str, apply: str) -> None:
-    example, shapes = examples()[preset]
-    names = tna.SuperLoRA(example.replace(apply=apply, magnitude_axis="rows"), shapes).param_shapes
-    for name in names:
-        assert in_file(f"tnadapt.tnadapt_arrays.a.{name.replace('.', '_')}", "a") == f"model.tnadapt.{name}"
 
 
 def test_magnitudes_are_saved_and_loaded(tmp_path: Path) -> None:

@@ -93,17 +93,20 @@ def run(model: Any) -> Any:
 
 @pytest.mark.law("trl-reference")
 @pytest.mark.parametrize("preset", presets.__all__)
-def test_an_adapter_is_copied_by_the_names_of_its_parameters(preset: str) -> None:
-    """Copy an adapter as TRL does for its reference."""
+def test_an_adapter_is_copied_by_the_names_of_its_parameters(preset: str, tmp_path: Path) -> None:
+    """Copy an adapter as TRL does for its reference; and in a file, each array has the name that it has in the plan."""
     model = get_peft_model(llama(), config(preset))
     stir(model)
+    model.save_pretrained(tmp_path)
+    arrays = tt.adapters(model)["default"].plan.param_shapes
+    assert load_file(tmp_path / "adapter_model.safetensors").keys() == {f"base_model.model.tnadapt.{n}" for n in arrays}
     model.add_adapter("ref", model.peft_config["default"])
     copied = 0
     for name, parameter in list(model.named_parameters()):
         if ".default." in name:
             model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
             copied += 1
-    assert copied == len(tt.adapters(model)["default"].plan.param_shapes)
+    assert copied == len(arrays)
     trained = run(model)
     with model.disable_adapter():
         assert not torch.equal(run(model), trained)
