@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tnadapt.backends.backend import one_blas_thread
+from tnadapt.backends import one_blas_thread
 
 if TYPE_CHECKING:
     from torch import nn

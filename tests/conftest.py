@@ -22,8 +22,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tnadapt.backends import Backend, load_backend, register_backend
-from tnadapt.backends.backend import OPTIONAL
+from tnadapt.backends import OPTIONAL, Backend, load_backend, register_backend
 
 from .laws import markers
 from .support.depth import in_depth

@@ -19,8 +19,7 @@ from tnadapt.algebra.layout import place_of, run_in_box
 from tnadapt.algebra.maps import Map
 from tnadapt.algebra.products import cp_in_groups, khatri_rao, khatri_rao_of_rows, tucker_in_order, tucker_with_last
 from tnadapt.algebra.starting_points import STARTS
-from tnadapt.backends import load_backend
-from tnadapt.backends.backend import Array, Backend
+from tnadapt.backends import Array, Backend, load_backend
 from tnadapt.maps import Scatter, Tile
 from tnadapt.plugins import forget_registered
 from tnadapt.testing.strategies import configs, parameters, plans

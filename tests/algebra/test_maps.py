@@ -24,8 +24,7 @@ from tnadapt.algebra import rng as draws
 from tnadapt.algebra.maps import KINDS, MAPS, BroughtMap, Chain, Dft2, Map, PerWeight, make_map, make_map_on_weights
 from tnadapt.algebra.maps._matrices import Repeat
 from tnadapt.algebra.maps._transforms import DAUBECHIES
-from tnadapt.backends import Backend, load_backend
-from tnadapt.backends.backend import FFT_DTYPES
+from tnadapt.backends import FFT_DTYPES, Backend, load_backend
 from tnadapt.maps import (
     CenteredWavelet,
     Circulant,

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnadapt.backends import Backend, get_backend
-from tnadapt.backends.backend import kron_by_rows, kron_plain, short_rows
+from tnadapt.backends import Backend, get_backend, kron_by_rows, kron_plain, short_rows
 
 SIZES = st.integers(1, 6)
 

@@ -20,8 +20,7 @@ import tnadapt as tna
 from tests.support.depth import in_depth
 from tnadapt.algebra.maps import KINDS, SQUARE
 from tnadapt.algebra.maps.fastfood import fwht_plain
-from tnadapt.backends import get_backend
-from tnadapt.backends.backend import constant_result
+from tnadapt.backends import constant_result, get_backend
 from tnadapt.testing.strategies import plans
 
 # -- What torch adds: second derivatives, compile, vmap, inference mode, half precision --------------------------------

@@ -9,9 +9,8 @@ import pytest
 
 import tnadapt as tna
 from tnadapt.algebra.formats import CP, FORMATS, Dense, Format
-from tnadapt.backends import Backend, load_backend, register_backend
+from tnadapt.backends import OPTIONAL, Backend, load_backend, register_backend
 from tnadapt.backends._numpy import NumpyBackend
-from tnadapt.backends.backend import OPTIONAL
 from tnadapt.testing import BackendContract, FormatContract, MapContract, SourceContract
 
 TESTS = {

@@ -20,7 +20,7 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tnadapt.algebra.maps.fastfood import Linear
-from tnadapt.backends.backend import FixedArrays
+from tnadapt.backends import FixedArrays
 from tnadapt.torch import _delta as delta_cache
 from tnadapt.torch._delta import DeltaCache, Snapshot
 from tnadapt.torch._registry import _bytes_held as _held

@@ -17,8 +17,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from tnadapt.backends import Backend, load_backend
-from tnadapt.backends.backend import FLOAT_DTYPES, Array
+from tnadapt.backends import FLOAT_DTYPES, Array, Backend, load_backend
 from tnadapt.errors import BackendError, safe_repr
 from tnadapt.plugins import Registry
 

@@ -32,8 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tnadapt.backends import Backend
-from tnadapt.backends.backend import Array, FixedArrays
+from tnadapt.backends import Array, Backend, FixedArrays
 
 from .folding import Cut, boxes
 from .formats import Format, Ranges

@@ -17,8 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import Backend, get_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.errors import ConfigError, ShapeError, integer
 
 __all__ = [

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import get_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, get_backend
 from tnadapt.errors import ShapeError, integer
 
 from .norms import exponent_of, relative_difference, scaled_by

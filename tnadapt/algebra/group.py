@@ -11,8 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from types import MappingProxyType
 from typing import NamedTuple
 
-from tnadapt.backends import Backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend
 
 from .init import Initializer
 from .layout import Layout, Piece, place_of

@@ -46,7 +46,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tnadapt.backends.backend import FixedArrays
+from tnadapt.backends import FixedArrays
 from tnadapt.errors import ConfigError
 
 from . import rng

@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tnadapt.backends import Backend
-from tnadapt.backends.backend import Array, FixedArrays
+from tnadapt.backends import Array, Backend, FixedArrays
 from tnadapt.errors import ConfigError, ShapeError
 
 from .config import Config, is_named

@@ -19,8 +19,16 @@ from typing import Any, ClassVar, Literal, Self, cast, overload
 import numpy as np
 
 from tnadapt.argument_checks import checks_arguments, wrong_argument
-from tnadapt.backends import Backend, JaxArray, TorchArray, get_backend, load_backend, load_imported
-from tnadapt.backends.backend import Array, one_blas_thread
+from tnadapt.backends import (
+    Array,
+    Backend,
+    JaxArray,
+    TorchArray,
+    get_backend,
+    load_backend,
+    load_imported,
+    one_blas_thread,
+)
 from tnadapt.errors import BackendError, ConfigError, ShapeError, TnadaptError, integer, safe_repr, summarize
 
 from .applying import applying_of

@@ -15,8 +15,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tnadapt.backends import Backend, get_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.errors import ShapeError, safe_repr
 
 from .folding import MAX_ORDER

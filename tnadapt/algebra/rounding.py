@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.backends import Backend, get_backend, load_backend
-from tnadapt.backends.backend import FLOAT_DTYPES, Array
+from tnadapt.backends import FLOAT_DTYPES, Array, Backend, get_backend, load_backend
 from tnadapt.errors import BackendError, safe_repr
 
 from .applying import Applying

@@ -11,8 +11,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tnadapt.argument_checks import checks_arguments, flag, is_sequence, wrong_argument
-from tnadapt.backends import ArrayT, Backend, get_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, ArrayT, Backend, get_backend
 from tnadapt.errors import BackendError, ShapeError, integer
 from tnadapt.report import fact_table
 

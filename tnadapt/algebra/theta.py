@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tnadapt.backends import Backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend
 from tnadapt.errors import ConfigError
 
 from .config import Config

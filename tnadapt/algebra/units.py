@@ -36,8 +36,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Self
 
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import ArrayT
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, ArrayT
 from tnadapt.errors import ConfigError, safe_repr, summarize
 
 from .group import Group

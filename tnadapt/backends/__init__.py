@@ -1,4 +1,4 @@
-"""Backends: which array library an array belongs to, how libraries are loaded and registered.
+"""Backends: the interface of every array library; which library an array belongs to; loading and registering one.
 
 Design requirements of this package:
 
@@ -7,21 +7,30 @@ Design requirements of this package:
 * Importing tnadapt imports no framework: a library is considered only if it is already in
   ``sys.modules``, or if the caller requests it by name.
 * An operation never branches on the backend. What differs between libraries is a method of
-  :class:`~tnadapt.backends.backend.Backend`.
+  :class:`Backend`.
 * Adding a library takes one class and one call of :func:`register_backend`.
+
+:class:`Backend` is a working backend for any library that follows the Python array API standard (2022.12 or later); a
+subclass overrides only what its library does differently. Everything outside this folder uses only these methods, the
+operators ``+ - * /``, and basic slicing. :class:`FixedArrays` caches arrays that depend only on integers, such as
+the draws of a map, on the devices of each library. The sections after it are steps that several backends share.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import numpy as np
 
 from tnadapt.errors import BackendError, safe_repr
 
 from ._kernels import kernels
-from .backend import Backend
 
 __all__ = [
     "Backend",
@@ -32,6 +41,615 @@ __all__ = [
     "load_imported",
     "register_backend",
 ]
+
+
+Array = Any  # an array of any supported library
+Map = Callable[[Array], Array]
+
+
+# -- Backend: the interface of every array library ---------------------------------------------------------------------
+
+
+FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
+COMPLEX_DTYPES = ("complex128", "complex64")
+#: Methods of a backend that may return None, if :meth:`Backend.lacks` lists them.
+OPTIONAL = ("gradient", "fwht", "fastfood", "shuffle", "dft2")
+#: What :meth:`Backend.at_once` returns on a processor: there longer vectors are no faster together.
+CALLED_AT_ONCE = 1 << 16
+#: And on a device: one pass over 64 MiB takes an estimated 50 µs there (not measured),
+#: longer than its launch, so that more would gain no time and cost memory.
+LAUNCHED_AT_ONCE = 1 << 24
+
+
+class Backend:
+    """The operations that tnadapt needs of an array library.
+
+    Parameters
+    ----------
+    namespace : module
+        The library's array-API namespace.
+
+    Attributes
+    ----------
+    name : str
+        The library's top-level module.
+    types : tuple of type
+        The library's usual array types, if these are few; ``owns`` is called for all others.
+
+    Notes
+    -----
+    Every method is differentiable if its library is, except for those under *In and out*.
+    :class:`tnadapt.testing.BackendContract` is the test suite that a new backend inherits.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tnadapt.backends import get_backend
+    >>> x = np.arange(6.0)
+    >>> get_backend(x).reshape(x, (2, 3))
+    array([[0., 1., 2.],
+           [3., 4., 5.]])
+    """
+
+    name: str = ""
+    types: tuple[type, ...] = ()
+
+    def __init__(self, namespace: Any) -> None:
+        self.xp = namespace
+
+    # -- Which arrays belong to the library --------------------------------------------------
+
+    def owns(self, x: Any) -> bool:
+        """Return whether x is an array of this library."""
+        return hasattr(x, "__array_namespace__") and x.__array_namespace__() is self.xp
+
+    def usable(self) -> bool:
+        """Return whether the library can compute on this machine (a CUDA library needs a device)."""
+        return True
+
+    def is_concrete(self, x: Array) -> bool:
+        """Return whether x holds numbers; False for the placeholders of a tracer or transformation."""
+        return True
+
+    def differentiates(self, x: Array) -> bool:
+        """Return whether operations on x are traced or differentiated, so that only the library's own may run."""
+        return not self.is_concrete(x)
+
+    def dtype_name(self, x: Array) -> str:
+        """Return the name of x's dtype, such as ``"float32"``; the same in every library."""
+        return str(x.dtype).rpartition(".")[2]
+
+    def device(self, x: Array) -> Any:
+        """Return the device of x, an object that can be compared and printed; None if it is unknown."""
+        return getattr(x, "device", None)
+
+    # -- In and out --------------------------------------------------------------------------
+
+    def dtype(self, name: str) -> Any:
+        """Return the library's dtype with that name, or raise a BackendError."""
+        found = getattr(self.xp, name, None) if name in FLOAT_DTYPES + COMPLEX_DTYPES else None
+        if found is None:
+            raise BackendError(
+                f"{self.name} has no floating dtype {safe_repr(name)}; expected one of {', '.join(FLOAT_DTYPES)}"
+            )
+        return found
+
+    def asarray(self, array: np.ndarray, dtype: str | None = None, device: Any = None) -> Array:
+        """Convert a NumPy array to an array of this library, rounded to ``dtype``; never a view of the input."""
+        kind = self.dtype(dtype) if dtype is not None else None
+        return self.xp.asarray(array.tolist() if array.ndim == 0 else array, dtype=kind, device=device, copy=True)
+
+    def constant(self, array: np.ndarray, device: Any) -> Array:
+        """Convert a NumPy array without changing its dtype, on a device (None: the default); may share memory."""
+        return self.xp.asarray(array, device=device)
+
+    def fixed(self, source: FixedArrays, key: Hashable, device: Any, keep: bool = True) -> Array:
+        """Return one of the arrays of ``source`` on a device: not differentiable, and a constant to a compiler."""
+        return source.put_on(self, key, device, keep)
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        """Return x as a NumPy array on the host, detached from any gradient."""
+        return np.asarray(x)
+
+    def largest(self, x: Array) -> float:
+        """Return the largest magnitude of the elements of x; 0 if x is empty, NaN if an element is NaN."""
+        return float(self.to_numpy(self.xp.max(self.xp.abs(x)))) if all(x.shape) else 0.0
+
+    def all_finite(self, x: Array) -> bool:
+        """Return whether no element of x is NaN or infinite."""
+        return math.isfinite(self.largest(x))
+
+    def detached(self, x: Array) -> Array:
+        """Return x on its device without any gradient; may share memory."""
+        return x
+
+    def with_pullback(
+        self, x: Array, values: Sequence[Array], pullback: Callable[[Array, Sequence[Array]], Array]
+    ) -> list[Array]:
+        """Return arrays with these values and, where derivatives of x are recorded, with this derivative.
+
+        ``pullback`` is called with x and the gradient with respect to each of the values, all detached, and returns the
+        gradient with respect to x. Libraries that record no derivatives of arrays with values return the values.
+        """
+        if self.is_concrete(x) and self.differentiates(x):
+            raise NotImplementedError(
+                f"{type(self).__name__} records derivatives but defines no with_pullback: without it they would be zero"
+            )
+        return list(values)
+
+    def astype(self, x: Array, dtype: str) -> Array:
+        """Cast x to another floating dtype; return x itself if it already has that dtype."""
+        return x if self.dtype_name(x) == dtype else self.xp.astype(x, self.dtype(dtype))
+
+    def write(self, out: Array, x: Array) -> None:
+        """Write the elements of x to an array of the same shape and dtype; BackendError if it cannot be written to."""
+        raise BackendError(f"{self.name} has no arrays that can be written to here: leave out=… out")
+
+    def zeros(self, shape: Sequence[int], like: Array) -> Array:
+        """Return zeros of that shape, with like's dtype and device."""
+        return self.xp.zeros(tuple(shape), dtype=like.dtype, device=self.device(like))
+
+    # -- Shapes ------------------------------------------------------------------------------
+
+    def reshape(self, x: Array, shape: Sequence[int]) -> Array:
+        """Reshape x, in C order."""
+        return self.xp.reshape(x, tuple(shape))
+
+    def permute_dims(self, x: Array, axes: Sequence[int]) -> Array:
+        """Permute the axes of x to that order."""
+        return self.xp.permute_dims(x, tuple(axes))
+
+    def matrix_transpose(self, x: Array) -> Array:
+        """Swap the last two axes of x."""
+        return self.xp.matrix_transpose(x)
+
+    def moveaxis(self, x: Array, source: int, destination: int) -> Array:
+        """Move one axis of x to another position."""
+        ndim = len(x.shape)
+        axes = [axis for axis in range(ndim) if axis != source % ndim]
+        axes.insert(destination % ndim, source % ndim)
+        return self.permute_dims(x, axes)
+
+    def concat(self, arrays: Sequence[Array], axis: int = 0) -> Array:
+        """Concatenate arrays along an axis; a single array is returned as it is."""
+        return arrays[0] if len(arrays) == 1 else self.xp.concat(list(arrays), axis=axis)
+
+    def split(self, x: Array, sizes: Sequence[int]) -> list[Array]:
+        """Split a vector into consecutive pieces of these sizes."""
+        stops = np.cumsum([0, *sizes]).tolist()
+        return [x[start:stop] for start, stop in itertools.pairwise(stops)]
+
+    def take(self, x: Array, indices: Array, axis: int = -1) -> Array:
+        """Take the elements of x at these positions (an integer vector) along an axis."""
+        return self.xp.take(x, indices, axis=axis)
+
+    def where(self, condition: Array, a: Array, b: Array) -> Array:
+        """Select elements of a where the condition holds, otherwise of b."""
+        return self.xp.where(condition, a, b)
+
+    # -- Arithmetic --------------------------------------------------------------------------
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        """Compute the matrix product over the last two axes, batched over the others."""
+        return self.xp.matmul(a, b)
+
+    def precise_matmul(self, a: Array, b: Array) -> Array:
+        """Compute the same in the full precision of the dtype, also where a setting allows TF32 or less for products.
+
+        For products with the fixed matrices of F, whose result is part of the format.
+        """
+        return self.matmul(a, b)
+
+    def kron(self, a: Array, b: Array) -> Array:
+        """Compute the Kronecker product of two arrays with the same number of axes."""
+        return kron_plain(self, a, b)
+
+    def sum(self, x: Array, axis: int) -> Array:
+        """Sum x along one axis."""
+        return self.xp.sum(x, axis=axis)
+
+    def tanh(self, x: Array) -> Array:
+        """Compute the hyperbolic tangent element by element."""
+        return self.xp.tanh(x)
+
+    def sqrt(self, x: Array) -> Array:
+        """Compute the square root element by element, correctly rounded."""
+        return self.xp.sqrt(x)
+
+    def conj(self, x: Array) -> Array:
+        """Compute the complex conjugate element by element; x itself if it is real."""
+        return self.xp.conj(x) if self.is_complex(x) else x
+
+    def apart(self, arrays: Sequence[Array]) -> list[Array]:
+        """Return the arrays behind an optimization barrier: no compiler merges their computation into what follows."""
+        return list(arrays)
+
+    # -- Linear algebra ----------------------------------------------------------------------
+
+    def svd(self, x: Array) -> tuple[Array, Array, Array]:
+        """Compute the reduced singular value decomposition of a matrix: u, s in descending order, and vh."""
+        u, s, vh = self.xp.linalg.svd(x, full_matrices=False)
+        return u, s, vh
+
+    def qr(self, x: Array) -> tuple[Array, Array]:
+        """Compute the reduced QR decomposition of a matrix."""
+        q, r = self.xp.linalg.qr(x)
+        return q, r
+
+    def eigh(self, x: Array) -> tuple[Array, Array]:
+        """Compute the eigenvalues of a symmetric or Hermitian matrix in ascending order, and its eigenvectors."""
+        values, vectors = self.xp.linalg.eigh(x)
+        return values, vectors
+
+    def solve(self, a: Array, b: Array) -> Array:
+        """Solve ``a @ x = b`` for a square matrix a and a matrix b."""
+        return self.xp.linalg.solve(a, b)
+
+    # -- Optional features -------------------------------------------------------------------
+
+    def lacks(self, x: Array) -> frozenset[str]:
+        """Return the optional methods that are not available for float32 arrays on the device of x.
+
+        The methods in :data:`OPTIONAL` return None in this class. A subclass that does not override one of them lists
+        it here: :class:`tnadapt.testing.BackendContract` fails if a method returns None and is not listed, or is listed
+        and returns something else.
+
+        Parameters
+        ----------
+        x : array
+            An array of this library.
+
+        Returns
+        -------
+        frozenset of str
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from tnadapt.backends import load_backend
+        >>> "gradient" in load_backend("numpy").lacks(np.ones(1))
+        True
+        """
+        return frozenset()
+
+    # -- Kernels: faster implementations -----------------------------------------------------
+    # These return None if there is no kernel for the array; the caller then runs the reference implementation, which
+    # every kernel must match. It is passed as `fallback` (a pair for a map and its adjoint) for derivatives that the
+    # kernel meets later and cannot handle, such as batches of gradients.
+
+    def fwht(self, x: Array, scale: float, axis: int, fallback: Map) -> Array | None:
+        """Compute ``scale * H x`` along one axis; the entries of H are 1 and -1.
+
+        x is float32 or float64 and not empty. The axis is counted from the last; its length is a power of two, at
+        least 2.
+        """
+        return None
+
+    def fwht_at_once(self, x: Array, normalize: bool) -> Array | None:
+        """Compute the transform of a small vector, for which the checks of :func:`tnadapt.fwht` take long; or None.
+
+        x is any array of the library: a backend returns None unless its dtype and shape are such that it would accept
+        it, and where derivatives are recorded. The bits are those of :meth:`fwht`.
+        """
+        return None
+
+    def fwht_into(self, x: Array, scale: float, axis: int, out: Array) -> bool:
+        """Compute :meth:`fwht` into an array of the same shape and dtype, which may be x; False if no kernel can.
+
+        No derivatives are recorded: a backend raises a BackendError where they would be.
+        """
+        return False
+
+    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Array | None:
+        """Compute the linear part of a projection F along the last axis, or its adjoint.
+
+        ``draws`` are the :class:`tnadapt.algebra.maps.fastfood.FastfoodDraws` of F.
+        """
+        return None
+
+    def shuffle(self, x: Array, recipe: str, inverse: bool, fallback: tuple[Map, Map]) -> Array | None:
+        """Permute the last axis of x by the fixed permutation of its length, or by its inverse.
+
+        The recipe has seed and group, with a space between them.
+        """
+        return None
+
+    def dft2(self, x: Array, fallback: Map) -> Array | None:
+        """Compute ``Re(ifft2(x))`` of the real matrices in the last two axes by an FFT; this map is its own adjoint."""
+        return None
+
+    def at_once(self, x: Array) -> int:
+        """Return how many elements of independent vectors to compute in one call, at most, on the device of x.
+
+        Where the call of an operation, or the launch of a kernel, takes longer than a short vector, several vectors in
+        one call are faster. More elements only need more memory. 0 means one vector after another.
+        """
+        return 0
+
+    # -- Results -----------------------------------------------------------------------------
+
+    def register_result(self, kind: type[tuple[Any, ...]]) -> None:
+        """Let a subclass of tuple pass through the library's transformations with the arrays that it holds."""
+
+    # -- Used by the checks of the laws ------------------------------------------------------
+
+    def double_precision(self) -> AbstractContextManager[Any]:
+        """Return a context in which float64 arrays can be created, for libraries that do not always allow it."""
+        return nullcontext()
+
+    def gradient(
+        self, function: Callable[[dict[str, Array]], Array], arrays: dict[str, Array]
+    ) -> dict[str, Array] | None:
+        """Compute the derivatives of a scalar function of named arrays; None if :meth:`lacks` lists it."""
+        return None
+
+    # -- Derived from the methods above ------------------------------------------------------
+
+    def is_float(self, x: Array) -> bool:
+        """Return whether x has a real floating dtype that tnadapt computes in."""
+        return self.dtype_name(x) in FLOAT_DTYPES
+
+    def is_complex(self, x: Array) -> bool:
+        """Return whether x has a complex dtype; only :mod:`tnadapt.tensors` computes in these."""
+        return self.dtype_name(x) in COMPLEX_DTYPES
+
+    def require_float(self, x: Array, what: str) -> None:
+        """Raise a BackendError that names ``what`` unless x has a real floating dtype."""
+        if not self.is_float(x):
+            raise BackendError(
+                f"{what} must have a real floating dtype ({', '.join(FLOAT_DTYPES)}); "
+                f"got {self.dtype_name(x)}: cast it first"
+            )
+
+    def pad_last(self, x: Array, size: int) -> Array:
+        """Pad the last axis of x with zeros at the end, up to ``size``."""
+        missing = size - x.shape[-1]
+        if missing == 0:
+            return x
+        return self.concat([x, self.zeros((*x.shape[:-1], missing), like=x)], axis=-1)
+
+    def flatten(self, x: Array) -> Array:
+        """Return vec(x): x flattened in C order."""
+        return self.reshape(x, (math.prod(x.shape),))
+
+
+# -- Fixed arrays: they depend only on integers, are computed when first needed, and cached for every library ----------
+
+
+class FixedArrays:
+    """Arrays that depend only on integers: computed on the host when first needed, and cached.
+
+    A subclass defines them in ``make``. ``kept`` caches them on the host, ``placed`` on the devices of each library.
+    Copies and pickles leave the arrays out, as they can be recomputed.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[Hashable, np.ndarray] = {}
+        self.placed: dict[tuple[str, str, Hashable], Array] = {}
+
+    def make(self, key: Hashable) -> np.ndarray:
+        """Compute the array with that key as a NumPy array."""
+        raise NotImplementedError
+
+    def host(self, key: Hashable) -> np.ndarray:
+        """Return the array with that key on the host, from the cache or computed, not cached. Do not write to it."""
+        found = self.kept.get(key)
+        return self.make(key) if found is None else found
+
+    def held(self, key: Hashable) -> np.ndarray:
+        """Return the array with that key on the host, computed once and cached. Do not write to it."""
+        found = self.kept.get(key)
+        if found is None:
+            found = self.kept[key] = self.make(key)
+        return found
+
+    def on(self, backend: Any, key: Hashable, like: Array, dtype: str | None = None, keep: bool = True) -> Array:
+        """Return the array with that key in like's library, on its device, and in ``dtype`` if one is given."""
+        found = backend.fixed(self, key, backend.device(like), keep)
+        return found if dtype is None else backend.astype(found, dtype)
+
+    def put_on(self, backend: Any, key: Hashable, device: Any, keep: bool = True) -> Array:
+        """Return the array with that key on a device of a library; cached if ``keep``, unless it is a placeholder."""
+        where = (backend.name, str(device), key)
+        found = self.placed.get(where)
+        if found is None:
+            host = self.host(key)
+            found = backend.constant(host, device)
+            if keep:
+                self.kept[key] = host
+                if backend.is_concrete(found):
+                    self.placed[where] = found
+        return found
+
+    def free(self) -> None:
+        """Give back the memory of everything that can be computed again."""
+        # New dictionaries instead of clear(): another thread may be reading the old ones.
+        self.kept, self.placed = {}, {}
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes of memory that is kept for the next call, beyond the arrays."""
+        return 0
+
+    def components(self) -> Iterator[FixedArrays]:
+        """Yield this object and those that it is made of, such as the maps of a chain."""
+        yield self
+        for value in self.__dict__.values():
+            for one in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(one, FixedArrays):
+                    yield from one.components()
+
+    def name_of(self, backend: str, key: Hashable, device: Any) -> str:
+        """Return the name of the attribute that is the array with that key on a device; create it if necessary.
+
+        For a compiler that must not trace how an array is computed: it treats the returned name as a constant, and
+        reads the attribute like any other tensor. Some compilers pass only constants to functions that they do not
+        trace; this is why it is a method of this object, and the backend is given by name.
+        """
+        # The compiler splits attribute names at dots.
+        name = f"placed on {device}: {key}".replace(".", "/")
+        if name not in self.__dict__:
+            from . import load_backend
+
+            self.__dict__[name] = self.put_on(load_backend(backend), key, device)
+        return name
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if not name.startswith("placed")}
+        return {**state, "kept": {}, "placed": {}}
+
+
+# -- Functions whose results compilers treat as constants --------------------------------------------------------------
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def constant_result(function: _F) -> _F:
+    """Mark a function as :func:`torch.compiler.assume_constant_result` does.
+
+    Parameters
+    ----------
+    function : callable
+        Compiled programs contain its result as a constant.
+
+    Returns
+    -------
+    callable
+        The same function.
+
+    Notes
+    -----
+    Torch's own function imports the compiler, which takes more than a second, and most processes compile nothing. A
+    test compares the marks.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# -- Kronecker products: one product with broadcasting, or one over longer rows ----------------------------------------
+
+
+def kron_plain(backend: Any, a: Any, b: Any) -> Any:
+    """Compute the Kronecker product of two arrays with the same number of axes, in one product."""
+    shape: list[int] = []
+    slow: list[int] = []
+    fast: list[int] = []
+    for m, n in zip(a.shape, b.shape, strict=True):
+        shape.append(m * n)
+        slow += (m, 1)
+        fast += (1, n)
+    return backend.reshape(backend.reshape(a, slow) * backend.reshape(b, fast), shape)
+
+
+def kron_by_rows(backend: Any, a: Any, b: Any) -> Any:
+    """Compute :func:`kron_plain` with both arrays first expanded along the last axis, to rows of the result's length.
+
+    With broadcasting, the innermost loop of many libraries is as short as b's rows.
+    """
+    *rows, n = a.shape
+    *others, q = b.shape
+    spread = backend.xp.broadcast_to(backend.reshape(a, (*rows, n, 1)), (*rows, n, q))
+    tiled = backend.xp.broadcast_to(backend.reshape(b, (*others, 1, q)), (*others, n, q))
+    slow = [size for m in rows for size in (m, 1)]
+    fast = [size for p in others for size in (1, p)]
+    product = backend.reshape(spread, (*slow, n * q)) * backend.reshape(tiled, (*fast, n * q))
+    return backend.reshape(product, [*(m * p for m, p in zip(rows, others, strict=True)), n * q])
+
+
+def short_rows(a: Sequence[int], b: Sequence[int], limit: int, least: int) -> bool:
+    """Return whether :func:`kron_by_rows` pays for these shapes where rows of up to ``limit`` elements are slow.
+
+    For a result of fewer than ``least`` elements the additional operations cost more than they save.
+    """
+    if len(a) < 2 or b[-1] > limit or math.prod(a) * math.prod(b) < least:
+        return False
+    # With a single row on either side there is nothing to save.
+    return math.prod(a[:-1]) > 1 and math.prod(b[:-1]) > 1 and int(a[-1]) > 1
+
+
+# -- The real part of an inverse Fourier transform ---------------------------------------------------------------------
+
+
+#: The dtypes that the FFT of every library accepts and keeps.
+FFT_DTYPES = ("float64", "float32")
+
+# Elements that a processor transforms at a time, but at least one matrix. All at once take up to twice as long: the
+# temporary arrays are too large for the caches, and their memory is new from the system at each call.
+_CHUNK = 1 << 20
+
+
+def dft2_by_fft(xp: Any, x: Array) -> Array:
+    """Return ``Re(ifft2(x))`` over the last two axes.
+
+    Parameters
+    ----------
+    xp : module
+        The array-API namespace of x, with its extension for FFTs.
+    x : array, shape (…, rows, cols)
+        Real, not complex, and not empty.
+    """
+    # The forward transform has the same real part, and its values at (j, k) and (-j, -k) are conjugate: the columns up
+    # to the middle one determine the others.
+    cols = x.shape[-1]
+    half = xp.real(xp.fft.rfftn(x, axes=(-2, -1), norm="forward"))
+    rest = xp.flip(half[..., 1 : cols - cols // 2], axis=-1)
+    rest = xp.concat([rest[..., :1, :], xp.flip(rest[..., 1:, :], axis=-2)], axis=-2)
+    return xp.concat([half, rest], axis=-1)
+
+
+def dft2_in_chunks(xp: Any, x: Array, empty: Callable[[Array], Array]) -> Array:
+    """Return :func:`dft2_by_fft` of x, for libraries that compute on a processor and can write to arrays.
+
+    Parameters
+    ----------
+    xp : module
+    x : array, shape (…, rows, cols)
+    empty : callable
+        Returns an uninitialized array of the shape of its argument.
+    """
+    size = math.prod(x.shape[-2:])
+    some = max(1, _CHUNK // size)
+    if math.prod(x.shape[:-2]) <= some:
+        return dft2_by_fft(xp, x)
+    matrices = xp.reshape(x, (-1, *x.shape[-2:]))
+    found = empty(matrices)
+    for first in range(0, found.shape[0], some):
+        found[first : first + some] = dft2_by_fft(xp, matrices[first : first + some])
+    return xp.reshape(found, x.shape)
+
+
+# -- Matrix products in one thread -------------------------------------------------------------------------------------
+
+
+def one_blas_thread() -> AbstractContextManager[Any]:
+    """Return a context manager in which NumPy computes matrix products in the calling thread only.
+
+    The last bits of a product depend on the number of threads. Products of a few rows do not gain from more threads.
+    BLAS threads wait for each other in a busy loop: next to a thread that copies, and with no core to spare, products
+    take up to six times as long.
+
+    Notes
+    -----
+    The limit applies to the whole process and is reset at the end of the block. It needs threadpoolctl, which the extra
+    ``cli`` installs. Without it nothing changes; setting ``OPENBLAS_NUM_THREADS=1`` (or ``OMP_NUM_THREADS=1``) in the
+    environment has the same effect.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> with one_blas_thread():
+    ...     (np.ones((2, 3)) @ np.ones((3, 2))).tolist()
+    [[3.0, 3.0], [3.0, 3.0]]
+    """
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        return contextlib.nullcontext()
+    return threadpool_limits(1, "blas")  # type: ignore[no-any-return]
+
+
+# -- Which library an array belongs to; loading and registering libraries ----------------------------------------------
 
 
 # For type checkers: nothing is imported when a program runs.

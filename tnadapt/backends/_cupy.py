@@ -11,7 +11,7 @@ import numpy as np
 
 from tnadapt.errors import BackendError
 
-from .backend import FFT_DTYPES, LAUNCHED_AT_ONCE, OPTIONAL, Array, Backend, Map, dft2_by_fft
+from . import FFT_DTYPES, LAUNCHED_AT_ONCE, OPTIONAL, Array, Backend, Map, dft2_by_fft
 
 
 class CupyBackend(Backend):

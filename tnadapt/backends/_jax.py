@@ -13,7 +13,7 @@ import numpy as np
 
 from tnadapt.errors import BackendError
 
-from .backend import FFT_DTYPES, Array, Backend, Map, dft2_by_fft
+from . import FFT_DTYPES, Array, Backend, Map, dft2_by_fft
 
 
 class JaxBackend(Backend):

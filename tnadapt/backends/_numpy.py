@@ -12,8 +12,7 @@ import numpy as np
 
 from tnadapt.errors import BackendError, safe_repr
 
-from ._kernels import kernels
-from .backend import (
+from . import (
     CALLED_AT_ONCE,
     FFT_DTYPES,
     Array,
@@ -24,6 +23,7 @@ from .backend import (
     kron_plain,
     short_rows,
 )
+from ._kernels import kernels
 
 # Rows of up to this length are slow in products with broadcasting.
 _SHORT = 256

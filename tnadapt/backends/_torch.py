@@ -15,10 +15,7 @@ from torch.autograd import forward_ad
 
 from tnadapt.errors import BackendError
 
-from . import _torch_gpu as torch_gpu
-from ._kernels import kernels
-from ._torch_maps import KernelPair, KernelWithFallback, dft2, in_memory, linear_map, on_memory, recorded
-from .backend import (
+from . import (
     CALLED_AT_ONCE,
     LAUNCHED_AT_ONCE,
     OPTIONAL,
@@ -31,6 +28,9 @@ from .backend import (
     kron_plain,
     short_rows,
 )
+from . import _torch_gpu as torch_gpu
+from ._kernels import kernels
+from ._torch_maps import KernelPair, KernelWithFallback, dft2, in_memory, linear_map, on_memory, recorded
 
 __all__ = [
     "fastfood",

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _torch_maps as operators
+from . import constant_result
 from ._kernels import kernels
 from ._torch_maps import KernelPair, KernelWithFallback, Map, in_memory, linear_map
-from .backend import constant_result
 
 __all__ = ["fastfood", "fwht", "lacking", "shuffle", "there_are_kernels"]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from . import FFT_DTYPES, dft2_by_fft, dft2_in_chunks
 from ._kernels import kernels
-from .backend import FFT_DTYPES, dft2_by_fft, dft2_in_chunks
 
 __all__ = [
     "KernelPair",

@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 
 from tnadapt.algebra import rng
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends.backend import FLOAT_DTYPES
+from tnadapt.backends import FLOAT_DTYPES
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 __all__ = ["TOLERANCE", "Fingerprint", "compare", "fingerprint"]

@@ -15,8 +15,7 @@ from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.algebra.group import useful_rank
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments, wrong_argument
-from tnadapt.backends import Backend, get_backend, load_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend, get_backend, load_backend
 from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, safe_repr
 
 from ._group_fits import fit_plan

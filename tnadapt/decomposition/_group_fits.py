@@ -14,8 +14,7 @@ from tnadapt.algebra.maps import Linear, Nonlinear, tanhshrink
 from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.backends import load_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, load_backend
 from tnadapt.errors import ConfigError, ShapeError
 
 from ._least_squares import least_squares, refine

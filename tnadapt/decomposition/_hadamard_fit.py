@@ -15,7 +15,7 @@ import numpy as np
 from tnadapt.algebra.formats import CP, Dense
 from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array
 
 from ._least_squares import refine
 from ._single_tensor import double_on_host, fit_format

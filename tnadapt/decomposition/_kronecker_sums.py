@@ -17,7 +17,7 @@ import numpy as np
 
 from tnadapt.algebra.formats import Dense, Format
 from tnadapt.algebra.products import contracted
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array
 
 from ._single_tensor import double_on_host, fit_format
 from .completion import ObservedElements, affordable, fit_observed, random_start

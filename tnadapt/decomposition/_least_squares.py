@@ -10,7 +10,7 @@ import numpy as np
 
 from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array
 
 from .fits import Fit, Limits
 from .linear_algebra import Algebra

@@ -16,7 +16,7 @@ import numpy as np
 
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.products import rearranged
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array
 
 from ._hadamard_fit import fit_hadamard
 from ._kronecker_sums import Term, fit_sum, outer_sum

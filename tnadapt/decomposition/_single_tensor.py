@@ -16,7 +16,7 @@ import numpy as np
 
 from tnadapt.algebra.formats import CP, BatchedCP, Dense, Format, Permuted, TensorTrain, Tucker, WeightedCP, unfolded
 from tnadapt.algebra.products import padded_to
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array
 
 from ._least_squares import least_squares
 from .completion import ObservedElements, fit_observed, refinable

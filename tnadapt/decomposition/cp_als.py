@@ -17,8 +17,7 @@ import numpy as np
 
 from tnadapt.algebra.formats import unfolded
 from tnadapt.algebra.products import contracted, hadamard_tensor, khatri_rao
-from tnadapt.backends import Backend, load_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend, load_backend
 
 from .fits import Limits
 from .linear_algebra import Algebra, norm_of, on_host

@@ -12,7 +12,7 @@ import numpy as np
 
 from tnadapt.algebra.norms import relative, together
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array
 from tnadapt.report import html_table
 
 __all__ = [

@@ -11,8 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from tnadapt.algebra.formats import unfolded
 from tnadapt.algebra.products import mode_product
-from tnadapt.backends import Backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend
 
 from .linear_algebra import Leading
 

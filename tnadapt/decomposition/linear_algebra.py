@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tnadapt.algebra.network import Network
-from tnadapt.backends import Backend, load_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend, load_backend
 from tnadapt.errors import BackendError, ConfigError, safe_repr
 
 from .fits import Claim, no_matrix_is_closer

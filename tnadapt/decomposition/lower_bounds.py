@@ -15,7 +15,7 @@ import numpy as np
 
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.products import rearranged
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array
 
 from .linear_algebra import Algebra
 

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from tnadapt.algebra.products import tt_tensor
-from tnadapt.backends import Backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend
 
 from .fits import Limits
 from .linear_algebra import Leading, norm_of

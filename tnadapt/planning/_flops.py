@@ -12,8 +12,7 @@ from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import Backend
-from tnadapt.backends.backend import OPTIONAL
+from tnadapt.backends import OPTIONAL, Backend
 
 __all__ = [
     "applied_cost",

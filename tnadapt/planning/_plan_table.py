@@ -15,7 +15,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments, is_sequence
-from tnadapt.backends.backend import FLOAT_DTYPES
+from tnadapt.backends import FLOAT_DTYPES
 from tnadapt.checkpoints.lora_export import LoraExport, lora_export
 from tnadapt.errors import ConfigError, integer, safe_repr
 from tnadapt.report import html_table, text_table

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array
 from tnadapt.errors import TargetError, escaped, integer, safe_repr
 
 __all__ = [

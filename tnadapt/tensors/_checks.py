@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.backends import Backend, get_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.decomposition.linear_algebra import kept
 from tnadapt.errors import BackendError, ShapeError, safe_repr
 

@@ -10,8 +10,7 @@ import numpy as np
 
 from tnadapt.algebra.formats import CP, unfolded
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import get_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, get_backend
 from tnadapt.decomposition import Limits
 from tnadapt.decomposition.completion import complete, refinable
 from tnadapt.decomposition.cp_als import (

@@ -13,8 +13,7 @@ import numpy as np
 
 from tnadapt.algebra.products import cp_to_tensor, hadamard_tensor, kronecker_tensor, tucker_to_tensor
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import Backend, get_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.decomposition.fits import Contraction, Optimality
 from tnadapt.decomposition.linear_algebra import with_value
 from tnadapt.errors import BackendError, ShapeError, safe_repr

@@ -14,8 +14,7 @@ from tnadapt.algebra.folding import MAX_ORDER
 from tnadapt.algebra.formats import CP, Dense
 from tnadapt.algebra.products import hadamard_tensor, kron_matvec, kronecker_tensor, rearranged
 from tnadapt.argument_checks import checks_arguments, is_sequence
-from tnadapt.backends import get_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, get_backend
 from tnadapt.decomposition import Step, decompose
 from tnadapt.decomposition.fits import Contraction
 from tnadapt.errors import BackendError, ShapeError, safe_repr

@@ -10,8 +10,7 @@ from typing import Any
 from tnadapt.algebra.products import khatri_rao as columns_of
 from tnadapt.algebra.products import mode_product
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import Backend, get_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.errors import ShapeError, safe_repr
 
 from ._checks import alike, as_tensor, as_tensors, integer_of, mode_of, numeric

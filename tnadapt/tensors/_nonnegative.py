@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.backends import Backend, load_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend, load_backend
 from tnadapt.decomposition.linear_algebra import norm_of, tensorly_on
 from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 

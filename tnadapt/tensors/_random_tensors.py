@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import load_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, load_backend
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from ._checks import integer_of, ranks_of

@@ -13,8 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from tnadapt.algebra.products import tt_left, tt_to_tensor
-from tnadapt.backends import Backend, get_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.decomposition.fits import Contraction
 from tnadapt.errors import ShapeError
 

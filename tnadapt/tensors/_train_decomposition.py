@@ -11,8 +11,7 @@ import numpy as np
 from tnadapt.algebra.formats import TensorTrain
 from tnadapt.algebra.products import mode_product
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import get_backend, load_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, get_backend, load_backend
 from tnadapt.decomposition import Limits
 from tnadapt.decomposition.block_passes import BlockPasses, Compressed, passes_over
 from tnadapt.decomposition.fits import Claim, all_of

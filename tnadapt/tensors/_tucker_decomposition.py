@@ -10,8 +10,7 @@ import numpy as np
 
 from tnadapt.algebra.formats import Tucker
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import get_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, get_backend
 from tnadapt.decomposition.block_passes import BlockPasses, Compressed, passes_over
 from tnadapt.decomposition.fits import Claim, all_of
 from tnadapt.decomposition.hooi import SMALL, hooi, hosvd, projected

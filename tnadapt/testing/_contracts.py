@@ -31,8 +31,7 @@ from tnadapt.algebra.maps import Dft2, Linear, LinearV2, Map, MapSettings, Shuff
 from tnadapt.algebra.maps.fastfood import fwht_plain
 from tnadapt.algebra.sources import Multiplied, Source, Stream, Tied, source_from_dict, source_to_dict
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.backends import Backend, get_backend, load_backend
-from tnadapt.backends.backend import FLOAT_DTYPES, OPTIONAL, Array, FixedArrays
+from tnadapt.backends import FLOAT_DTYPES, OPTIONAL, Array, Backend, FixedArrays, get_backend, load_backend
 from tnadapt.convert import FORMS
 from tnadapt.errors import BackendError, ConfigError
 

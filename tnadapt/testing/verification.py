@@ -24,8 +24,7 @@ from tnadapt.algebra.sources import Tied, inner_source
 from tnadapt.algebra.starting_points import STARTS
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import Backend, available_backends, load_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend, available_backends, load_backend
 from tnadapt.errors import BackendError, ConfigError, integer, safe_repr
 from tnadapt.report import html_table, text_table
 

@@ -36,8 +36,7 @@ from tnadapt.algebra.group import Group, batches
 from tnadapt.algebra.maps.projection import adjoints
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.algebra.theta import ThetaPart
-from tnadapt.backends import load_backend
-from tnadapt.backends.backend import constant_result
+from tnadapt.backends import constant_result, load_backend
 
 __all__ = [
     "DeltaCache",

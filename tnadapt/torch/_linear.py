@@ -17,8 +17,7 @@ from torch.nn import functional
 
 from tnadapt.algebra.factoring import Factored, Matrix
 from tnadapt.algebra.maps import Map
-from tnadapt.backends import load_backend
-from tnadapt.backends.backend import FixedArrays
+from tnadapt.backends import FixedArrays, load_backend
 from tnadapt.targets.target import RowIndices, Rows, Target
 
 from ._delta import Slice, in_dispatch_mode, in_functorch, outer_vjp_once

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments, is_sequence
-from tnadapt.backends.backend import FixedArrays
+from tnadapt.backends import FixedArrays
 from tnadapt.errors import ConfigError, TargetError, integer, safe_repr, warn
 
 from ._delta import all_or_none

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tnadapt.algebra.factoring import Factoring
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.backends.backend import constant_result
+from tnadapt.backends import constant_result
 from tnadapt.checkpoints.fingerprint import Fingerprint
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, ShapeError, TargetError, warn
@@ -363,7 +363,7 @@ class AdapterState:
     def weight_name(self, device: str) -> str:
         """Return the name of the attribute that is the mixing weight on a device; create it if necessary.
 
-        As in :meth:`tnadapt.backends.backend.FixedArrays.name_of`, a compiler takes the name for a constant.
+        As in :meth:`tnadapt.backends.FixedArrays.name_of`, a compiler takes the name for a constant.
         """
         name = f"{_WEIGHT_ON}{device}"
         if name not in self.__dict__:

@@ -10,8 +10,7 @@ import numpy as np
 import tnadapt as tna
 from tnadapt.algebra import rng
 from tnadapt.algebra.maps import Map
-from tnadapt.backends import Backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend
 
 BUCKETS, SIGNS = (1 << 24) + 1, (1 << 24) + 2  # streams of this package's own
 

@@ -26,8 +26,7 @@ from tnadapt.algebra.products import (
     tt_tensor,
     tucker_tensor,
 )
-from tnadapt.backends import Backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend
 from tnadapt.errors import ConfigError
 from tnadapt.plugins import Registry
 

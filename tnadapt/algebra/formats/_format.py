@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from tnadapt.algebra.folding import Cut
-from tnadapt.backends import Backend, load_backend
-from tnadapt.backends.backend import Array, FixedArrays
+from tnadapt.backends import Array, Backend, FixedArrays, load_backend
 from tnadapt.errors import ConfigError, integer, safe_repr
 
 if TYPE_CHECKING:

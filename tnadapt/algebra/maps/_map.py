@@ -18,8 +18,7 @@ import numpy as np
 
 from tnadapt.algebra import rng
 from tnadapt.argument_checks import require_frozen
-from tnadapt.backends import Backend, load_backend
-from tnadapt.backends.backend import Array, FixedArrays
+from tnadapt.backends import Array, Backend, FixedArrays, load_backend
 from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 __all__ = [

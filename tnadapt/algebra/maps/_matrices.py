@@ -10,8 +10,7 @@ import numpy as np
 
 from tnadapt.algebra import rng
 from tnadapt.algebra.folding import MAX_SIZE
-from tnadapt.backends import Backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend
 from tnadapt.errors import ConfigError, integer, safe_repr
 
 from ._map import BroughtMap, ByRows, Identity, Map, MapSettings, Space

@@ -14,8 +14,7 @@ import numpy as np
 from tnadapt.algebra import rng
 from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.algebra.torch_streams import DEFAULT_SEED, permutation_head
-from tnadapt.backends import Backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend
 from tnadapt.errors import ConfigError, integer, safe_repr
 
 from ._map import ENDS, BroughtMap, Map, MapSettings, Space, digest_of

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.backends import Backend
-from tnadapt.backends.backend import Array, FixedArrays
+from tnadapt.backends import Array, Backend, FixedArrays
 from tnadapt.errors import ConfigError, safe_repr
 
 from ._map import ByRows, Map, MapSettings, Space

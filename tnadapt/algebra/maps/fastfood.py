@@ -17,8 +17,7 @@ import numpy as np
 
 from tnadapt.algebra import rng
 from tnadapt.argument_checks import flag
-from tnadapt.backends import Backend, get_backend, kernels, known_backend
-from tnadapt.backends.backend import FLOAT_DTYPES, Array, FixedArrays
+from tnadapt.backends import FLOAT_DTYPES, Array, Backend, FixedArrays, get_backend, kernels, known_backend
 from tnadapt.errors import ShapeError, integer
 
 from ._map import Map, digest_of

@@ -20,8 +20,7 @@ import numpy as np
 
 from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import Backend, get_backend
-from tnadapt.backends.backend import Array
+from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.errors import ConfigError, ShapeError, TnadaptError, integer, safe_repr
 from tnadapt.plugins import Registry
 

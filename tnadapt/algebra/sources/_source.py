@@ -20,8 +20,7 @@ import numpy as np
 from tnadapt.algebra import rng
 from tnadapt.algebra.norms import rounded_to
 from tnadapt.argument_checks import require_frozen
-from tnadapt.backends import Backend
-from tnadapt.backends.backend import Array, FixedArrays
+from tnadapt.backends import Array, Backend, FixedArrays
 from tnadapt.errors import ConfigError, TnadaptError, safe_repr, summarize
 
 __all__ = [

@@ -15,7 +15,7 @@ import numpy as np
 
 from tnadapt.algebra.rounding import Float64Deltas, change_in_place, rounded, widened
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends.backend import one_blas_thread
+from tnadapt.backends import one_blas_thread
 from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
 from tnadapt.checkpoints.adapter_format import content_of, load
 from tnadapt.checkpoints.atomic_files import sync_file
