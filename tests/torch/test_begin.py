@@ -18,6 +18,7 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 
+from .interrupts import PACKAGE, interrupted, moments
 from .small import compiles_whole
 
 LEFT, RIGHT = "group0.split0.factor0", "group0.split0.factor1"
@@ -60,6 +61,8 @@ def train(base: Any, adapter: tt.Adapter, steps: int = 3) -> None:
         base(batch()).square().sum().backward()
         optimizer.step()
 
+
+TORCH = PACKAGE + "torch"
 
 CONFIGS = {
     "lora": P.lora(3, alpha=5, start="given"),
@@ -240,26 +243,17 @@ def test_what_start_from_refuses() -> None:
 
 
 @pytest.mark.law("interrupted-change")
-def test_an_interrupted_start_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    base, adapter = attached(CONFIGS["lora"], strategy="factored")
-    plan, before, written = adapter.plan, numbers(adapter), []
-    copy_ = torch.Tensor.copy_
-
-    def interrupted(tensor: Any, *args: Any) -> Any:
-        copy_(tensor, *args)
-        written.append(tensor)
-        if len(written) == 1:
-            raise KeyboardInterrupt
-        return tensor
-
-    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        adapter.start_from(arrays_of(adapter.plan, 3))
-    monkeypatch.undo()
-    assert any(written[0] is parameter for parameter in adapter.parameters())
-    assert adapter.plan is plan
-    assert all(torch.equal(before[name], array) for name, array in adapter.arrays().items())
-    assert torch.equal(base(batch()), model()(batch()))
+@pytest.mark.parametrize("name", ["lora", "loha"])
+def test_an_interrupted_start_changes_nothing_or_all(name: str) -> None:
+    adapter = attached(CONFIGS[name])[1]
+    start = arrays_of(adapter.plan, 3)
+    for stop in moments(lambda: adapter.start_from(start), TORCH):  # noqa: B023
+        base, adapter = attached(CONFIGS[name], strategy="factored" if name == "lora" else "auto")
+        before, plan = numbers(adapter), adapter.plan
+        interrupted(lambda adapter=adapter: adapter.start_from(start), stop, TORCH)
+        after = before if adapter.plan is plan else {key: torch.tensor(array).float() for key, array in start.items()}
+        assert all(torch.equal(after[key], array) for key, array in adapter.arrays().items())
+        assert torch.equal(base(batch()), model()(batch()))
 
 
 @pytest.mark.law("meta-device")

@@ -25,7 +25,7 @@ from ._delta import (
     gather_full,
     reshard,
 )
-from ._state import AdapterState, named_parameters, need_attached, need_unmerged, pairs
+from ._state import AdapterSlot, AdapterState, named_parameters, need_attached, need_unmerged, pairs
 from ._weights import bound
 
 __all__ = ["choose", "fill", "keep", "num_parameters", "parameter_groups", "start_from"]
@@ -265,11 +265,15 @@ def start_from(adapter: AdapterState, arrays: Mapping[str, Any]) -> None:
     new = pairs(adapter, plan.init())
     numbers = [(parameter, parameter.detach().clone()) for parameter, _ in new]
     before = adapter.plan
+    slots = {
+        slot: dataclasses.replace(slot, factoring=None if slot.factoring is None else factoring(plan, slot.index))
+        for slot in adapter.slots
+    }
     try:
-        _exchange(adapter, plan)
+        _exchange(adapter, plan, slots)
         copy_all(new)
-    except BaseException:  # KeyboardInterrupt, too
-        _exchange(adapter, before)
+    except BaseException:  # KeyboardInterrupt, too: at any point of the exchange, which is undone slot by slot
+        _exchange(adapter, before, {new_slot: slot for slot, new_slot in slots.items()})
         with torch.no_grad():
             for parameter, number in numbers:
                 parameter.copy_(number)
@@ -306,18 +310,14 @@ def _check_gradient(adapter: AdapterState, plan: SuperLoRA) -> None:
     warn(f"{problem}. Start one of them at other numbers")
 
 
-def _exchange(adapter: AdapterState, plan: SuperLoRA) -> None:
-    """Let an adapter compute with another plan of the same config, shapes and names."""
-    slots = {
-        slot: dataclasses.replace(slot, factoring=None if slot.factoring is None else factoring(plan, slot.index))
-        for slot in adapter.slots
-    }
+def _exchange(adapter: AdapterState, plan: SuperLoRA, slots: Mapping[AdapterSlot, AdapterSlot]) -> None:
+    """Let an adapter compute with another plan of the same config, shapes and names, and each slot with its other."""
     adapter.plan = plan
     adapter.cache = DeltaCache(plan.arrays_plan)
     adapter.made = None if plan.theta is None else ThetaArrays(plan)
     for patch in dict.fromkeys(adapter.patches):
         patch.exchange(slots)
-    adapter.slots = list(slots.values())
+    adapter.slots = [slots.get(slot, slot) for slot in adapter.slots]
     adapter.handle.plan = plan.file_plan
 
 
