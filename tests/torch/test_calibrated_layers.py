@@ -13,7 +13,8 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tnadapt.torch._quantized import crossing, planar, unpacked
-from tnadapt.torch._weights import numbers
+
+from .quantized_models import numbers
 
 ROWS, COLS, GROUP = 64, 96, 32
 

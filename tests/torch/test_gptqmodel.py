@@ -13,9 +13,8 @@ from torch import nn
 
 import tnadapt as tna
 import tnadapt.torch as tt
-from tnadapt.torch._weights import numbers
 
-from .quantized_models import library
+from .quantized_models import library, numbers
 
 pytestmark = pytest.mark.slow
 ROWS, COLS, GROUP = 64, 128, 32
@@ -64,31 +63,31 @@ def own_numbers(made: Any) -> Any:
 @pytest.mark.parametrize("ordered", [True, False], ids=["", "act-order"])
 def test_gptq_has_the_same_numbers(bits: int, ordered: bool) -> None:
     made = packed("torch.TorchLinear", bits, ordered)
-    assert torch.equal(numbers(made, "weight"), own_numbers(made).T)
+    assert torch.equal(numbers(made), own_numbers(made).T)
     # As a model of the first format is converted when it is loaded.
     convert = importlib.import_module("gptqmodel.utils.model").convert_gptq_v1_to_v2_format_module
     convert(made, bits=bits, pack_dtype=torch.int32)
     assert made.qzero_format() == 2
-    assert torch.equal(numbers(made, "weight"), own_numbers(made).T)
+    assert torch.equal(numbers(made), own_numbers(made).T)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gptq_in_planes_has_the_same_numbers(bits: int) -> None:
     formats = importlib.import_module("gptqmodel.quantization").FORMAT
     made = packed("torch.TorchLinear", bits, format=formats.GPTQ_P)
-    assert torch.equal(numbers(made, "weight"), own_numbers(made).T)
+    assert torch.equal(numbers(made), own_numbers(made).T)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_awq_has_the_same_numbers(bits: int) -> None:
     made = packed("torch_awq.AwqTorchLinear", bits)
-    assert torch.equal(numbers(made, "weight"), own_numbers(made).T)
+    assert torch.equal(numbers(made), own_numbers(made).T)
 
 
 def test_an_embedding_is_adapted() -> None:
     made = packed("torch.TorchQuantEmbeddings", 4)
     table = own_numbers(made)
-    assert torch.equal(numbers(made, "weight"), table)
+    assert torch.equal(numbers(made), table)
     model = nn.Sequential(made)
     adapter = tt.attach(model, tna.presets.lora(2), "embeddings")
     with torch.no_grad():
@@ -115,17 +114,17 @@ def test_a_layer_for_cpus_has_a_backward_after_an_evaluation(name: str) -> None:
     else:
         made = packed(name, 4)
     made.post_init()
-    before = numbers(made, "weight")
+    before = numbers(made)
     model = nn.Sequential(nn.Linear(COLS, COLS).bfloat16(), made).eval()
     adapter = tt.attach(model, tna.presets.lora(2), ["1"])
     x = torch.randn(3, COLS).bfloat16()
     with torch.no_grad():
         model(x)
-    assert torch.equal(numbers(made, "weight"), before)
+    assert torch.equal(numbers(made), before)
     x.requires_grad_()
     model.train()(x).sum().backward()
     assert x.grad is not None
     adapter.detach()
     with torch.no_grad():
         model.eval()(x)
-    assert (made.linear_mode, numbers(made, "weight")) == ("inference", None)
+    assert (made.linear_mode, numbers(made)) == ("inference", None)

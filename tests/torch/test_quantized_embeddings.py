@@ -14,10 +14,19 @@ from torch import Tensor, nn
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.torch._quantized import quantized_type
-from tnadapt.torch._weights import numbers
 
-from .quantized_models import EMBEDDINGS, KINDS, OUT, SIZE, embedding, equal, library, tensors_in
+from .quantized_models import (
+    EMBEDDINGS,
+    KINDS,
+    OUT,
+    SIZE,
+    embedding,
+    equal,
+    library,
+    numbers,
+    quantized_type,
+    tensors_in,
+)
 
 # The libraries' own calls of torch.
 pytestmark = pytest.mark.filterwarnings(
@@ -52,14 +61,14 @@ def stored(made: Any) -> dict[str, Any]:
 @kinds
 def test_the_numbers_are_what_the_forward_returns(kind: str) -> None:
     made = embedding(kind)
-    assert torch.equal(numbers(made, "weight"), made(torch.arange(OUT)))
+    assert torch.equal(numbers(made), made(torch.arange(OUT)))
 
 
 @kinds
 @pytest.mark.parametrize("strategy", ["factored", "additive"])
 def test_rows_of_the_update_are_added(kind: str, strategy: str) -> None:
     model = nn.Sequential(embedding(kind))
-    base = numbers(model[0], "weight")
+    base = numbers(model[0])
     adapter = moved(tt.attach(model, P.lora(2), "embeddings", strategy=strategy))
     assert (adapter.strategy, adapter.targets[0].shape) == ((strategy,), (OUT, SIZE))
     torch.testing.assert_close(model(IDS), (base + adapter.deltas()[0])[IDS], rtol=1e-5, atol=1e-5)
@@ -89,14 +98,14 @@ def test_trained_saved_loaded_merged_and_the_same_bytes(kind: str, tmp_path: Pat
     again = nn.Sequential(embedding(kind), model[1])
     second = tt.load(again, tmp_path / "a.safetensors")
     assert torch.equal(again[0](IDS), trained)
-    base, update = numbers(again[0], "weight").double(), second.deltas()[0].detach().double()
+    base, update = numbers(again[0]).double(), second.deltas()[0].detach().double()
     second.merge()
     assert second.merge_report is not None
     (row,) = second.merge_report
-    off = numbers(again[0], "weight").double() - base - update
+    off = numbers(again[0]).double() - base - update
     assert row.update_error == pytest.approx(float(off.norm() / update.norm()), rel=1e-4)
     assert row.update_error < (0.25 if "8" in kind else 1.0)
-    assert torch.equal(again[0](IDS), numbers(again[0], "weight")[IDS])
+    assert torch.equal(again[0](IDS), numbers(again[0])[IDS])
     assert not equal(stored(again[0]), before)
     second.unmerge()
     assert equal(stored(again[0]), before)
@@ -113,7 +122,7 @@ def test_rows_of_a_few_tokens(kind: str) -> None:
     before = stored(model[0])
     adapter.merge()
     # The other rows have the same codes: they are kept, or rounded again to the same, but for a scale's last bits.
-    others = numbers(model[0], "weight")[IDS[~changed]]
+    others = numbers(model[0])[IDS[~changed]]
     exact = "torchao" in kind and "float8" not in kind
     torch.testing.assert_close(others, base[~changed], rtol=0.0 if exact else 1e-6, atol=0.0)
     adapter.unmerge()
@@ -169,7 +178,7 @@ def test_a_scaled_embedding_scales_the_update() -> None:
 
     model = nn.Sequential(Scaled(OUT, SIZE))
     model[0].weight = embedding("torchao int8 embedding").weight
-    base = numbers(model[0], "weight")
+    base = numbers(model[0])
     adapter = moved(tt.attach(model, P.lora(2), "embeddings"))
     torch.testing.assert_close(model(IDS), 8.0 * (base + adapter.deltas()[0])[IDS], rtol=1e-5, atol=1e-4)
 
@@ -189,7 +198,7 @@ def test_gguf_layers_that_permute_their_input() -> None:
     model = nn.Sequential(KINDS["gguf q8_0"].quantize(library(KINDS["gguf q8_0"].library), nn.Linear(SIZE, OUT)))
     model[0].input_permutation = torch.randperm(SIZE, generator=torch.Generator().manual_seed(0))
     x = torch.randn(16, SIZE, requires_grad=True)
-    weight = numbers(model[0], "weight")
+    weight = numbers(model[0])
     torch.testing.assert_close(model(x), x @ weight.T + model[0].bias, rtol=1e-4, atol=1e-4)
     before = model[0].weight.clone()
     adapter = moved(tt.attach(model, P.lora(2), "all-linear"), 0.1)
@@ -199,7 +208,7 @@ def test_gguf_layers_that_permute_their_input() -> None:
     adapter.merge()
     assert adapter.merge_report is not None
     assert adapter.merge_report.update_error < 0.1
-    torch.testing.assert_close(numbers(model[0], "weight"), changed, rtol=0.0, atol=0.02)
+    torch.testing.assert_close(numbers(model[0]), changed, rtol=0.0, atol=0.02)
     adapter.unmerge()
     assert torch.equal(model[0].weight, before)
 

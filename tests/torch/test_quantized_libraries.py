@@ -13,9 +13,8 @@ torch = pytest.importorskip("torch")
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.torch._weights import numbers
 
-from .quantized_models import KINDS, OUT, SIZE, equal, model, plain, values
+from .quantized_models import KINDS, OUT, SIZE, equal, model, numbers, plain, values
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,7 +44,7 @@ def of_numbers(made: Any) -> Any:
     found = plain()
     with torch.no_grad():
         for place in (0, 2):
-            found[place].weight.copy_(numbers(made[place], "weight"))
+            found[place].weight.copy_(numbers(made[place]))
     return found
 
 
@@ -91,7 +90,7 @@ def test_merged_it_computes_the_sum_and_unmerged_the_same_bytes(kind: str) -> No
     made, x = model(kind), batch()
     first = made(x).detach()
     adapter = moved(tt.attach(made, P.lora(4), "all-linear"), 0.1)
-    before, base = values(made), [numbers(made[place], "weight").clone() for place in (0, 2)]
+    before, base = values(made), [numbers(made[place]).clone() for place in (0, 2)]
     attached = made(x).detach()
     updates = [update.detach() for update in adapter.deltas()]
     assert adapter.merge_report is None
@@ -100,7 +99,7 @@ def test_merged_it_computes_the_sum_and_unmerged_the_same_bytes(kind: str) -> No
     assert report is not None
     assert [row.name for row in report] == ["0.weight", "2.weight"]
     for row, place, old, update in zip(report, (0, 2), base, updates, strict=True):
-        now = numbers(made[place], "weight")
+        now = numbers(made[place])
         off = torch.linalg.norm(now - (old + update))
         assert row.error == pytest.approx(float(off / torch.linalg.norm(old + update)), rel=1e-3)
         assert row.update_error == pytest.approx(float(off / torch.linalg.norm(update)), rel=1e-3)
@@ -253,10 +252,10 @@ def test_evaluation_leaves_nf4_layers_as_they_are() -> None:
     made, x = model("bitsandbytes nf4, double"), batch()
     flags = [getattr(made[place], "support_avx512bf16_for_cpu", None) for place in (0, 2)]
     adapter = moved(tt.attach(made, P.lora(4), ["2.weight"]))
-    base = numbers(made[0], "weight").clone()
+    base = numbers(made[0]).clone()
     with torch.no_grad():
         made.eval()(x)
-    assert torch.equal(numbers(made[0], "weight"), base)
+    assert torch.equal(numbers(made[0]), base)
     made.train()(x.requires_grad_()).sum().backward()
     assert x.grad is not None
     adapter.detach()
@@ -265,11 +264,11 @@ def test_evaluation_leaves_nf4_layers_as_they_are() -> None:
 
 def test_nf4_layers_that_were_repacked_are_read() -> None:
     made, x = model("bitsandbytes nf4"), batch()
-    base = numbers(made[0], "weight").clone()
+    base = numbers(made[0]).clone()
     with torch.no_grad():
         made.eval()(x)
     # The scales are rounded to bfloat16 where the CPU has the kernel, and nothing has happened elsewhere.
-    assert torch.allclose(numbers(made[0], "weight"), base, rtol=0.01)
+    assert torch.allclose(numbers(made[0]), base, rtol=0.01)
     adapter = moved(tt.attach(made, P.lora(4), "all-linear"))
     before = values(made)
     adapter.merge()
@@ -281,11 +280,11 @@ def test_nf4_layers_that_were_repacked_are_read() -> None:
 @kinds
 def test_rows_that_no_update_changes_keep_their_numbers(kind: str) -> None:
     made = model(kind)
-    before = numbers(made[2], "weight")
+    before = numbers(made[2])
     target = tna.Target("2", (OUT, SIZE), rows=tna.RowIndices((3, 40)))
     adapter = moved(tt.attach(made, P.dense(), [target]), 0.5)
     adapter.merge()
-    after = numbers(made[2], "weight")
+    after = numbers(made[2])
     others = [row for row in range(OUT) if row not in (3, 40)]
     assert (after[[3, 40]] != before[[3, 40]]).any()
     off = float((after - before)[others].norm() / before[others].norm())
