@@ -435,8 +435,8 @@ class PatchedParameter:
 # -- The shortest way through a linear layer: low-rank updates whose factors are stored arrays -------------------------
 
 # For a small layer the questions that :class:`~tnadapt.torch._forward_patch.ForwardPatch` asks in each call take longer
-# than the products. Here what cannot change between calls is asked once, when slots are added or removed, and the rest
-# in as few steps as possible. The general way is the reference: it computes the same bits.
+# than the products. This layer answers those that cannot change between calls once, when slots are added or removed,
+# and the rest in as few steps as possible. The general way is the reference: it computes the same bits.
 
 
 #: Subclasses, such as sharded tensors, take the general way.

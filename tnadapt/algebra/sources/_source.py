@@ -1038,7 +1038,7 @@ class FrozenArrays(FixedArrays):
         return self._square(name, self.entries[name].source.mean_square(self.entries[name].shape))
 
     def expected_square(self, name: str) -> float:
-        """Return the same of an array, but for any base; see :meth:`Source.expected_square`."""
+        """Return the mean square of an array for any base weights; see :meth:`Source.expected_square`."""
         return self._square(name, self.entries[name].source.expected_square(self.entries[name].shape))
 
     def _square(self, name: str, known: float | None) -> float:
