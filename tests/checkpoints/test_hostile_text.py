@@ -138,7 +138,7 @@ FINE = {
 @pytest.mark.law("printed-text")
 def test_no_command_prints_what_a_terminal_would_act_on(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("typer")
-    from tnadapt.__main__ import main
+    from tests.support.in_process import main
 
     failed = {}
     for what, arguments in COMMANDS.items():

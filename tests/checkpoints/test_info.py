@@ -14,8 +14,7 @@ from safetensors.numpy import save_file
 import tnadapt as tna
 from tests.conftest import peak_of
 from tests.support import checkpoint_files as cp
-from tests.support.in_process import run_here
-from tnadapt.__main__ import main
+from tests.support.in_process import main, run_here
 from tnadapt.checkpoints.container import read_header
 from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.prefixes import paired

@@ -13,8 +13,7 @@ import pytest
 
 import tnadapt
 import tnadapt as tna
-from tests.support.in_process import run_here
-from tnadapt.__main__ import main
+from tests.support.in_process import main, run_here
 
 pytest.importorskip("typer")
 
@@ -34,9 +33,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 BARE = """
 import sys
 sys.modules["typer"] = None  # as if only the core were installed
-from tnadapt.__main__ import main
+import runpy
 sys.argv[1:] = {}
-main()
+runpy.run_module("tnadapt", run_name="__main__")
 """
 
 
@@ -122,14 +121,14 @@ MISTAKES: list[tuple[str, str]] = [
 # One process for all: whatever one of them imports stays imported.
 ONE_BY_ONE = """
 import contextlib, io, json, sys
-from tnadapt.__main__ import main
+import runpy
 found = []
 for line in json.loads(sys.argv[1]):
     sys.argv[1:] = line.split()
     told = io.StringIO()
     with contextlib.redirect_stderr(told):
         try:
-            main()
+            runpy.run_module("tnadapt", run_name="__main__")
         except SystemExit as end:
             slow = [name for name in ("torch", "transformers", "sklearn", "scipy", "matplotlib") if name in sys.modules]
             found.append((end.code, told.getvalue(), slow))
@@ -158,11 +157,11 @@ def test_mistakes_are_refused_before_anything_slow_is_imported(tmp_path: Path) -
 def test_a_misspelt_option_is_refused_before_numpy_is_imported() -> None:
     code = """
 import sys
-from tnadapt.__main__ import main
+import runpy
 for command in sys.argv[1].split():
     sys.argv[1:] = [command, "--nonsense"]
     try:
-        main()
+        runpy.run_module("tnadapt", run_name="__main__")
     except SystemExit as end:
         print(command, end.code, "numpy" in sys.modules)
 """
@@ -189,7 +188,7 @@ print(group.get_command(None, "info").name, [name for name in sys.modules if nam
 
 def test_shells_complete_presets() -> None:
     environment = {**os.environ, "_TNADAPT_COMPLETE": "complete_bash", "COMP_WORDS": "tnadapt finetune --preset lora_"}
-    code = "import sys; sys.argv = ['tnadapt']; from tnadapt.__main__ import main; main()"
+    code = "import sys; sys.argv = ['tnadapt']; import runpy; runpy.run_module('tnadapt', run_name='__main__')"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -279,7 +278,7 @@ def test_a_users_mistake_is_exit_code_2_and_no_traceback(arguments: list[str], m
 
 
 def test_without_the_extra_it_says_what_to_install() -> None:
-    code = "import sys; sys.modules['typer'] = None; from tnadapt.__main__ import main; main()"
+    code = "import sys; sys.modules['typer'] = None; import runpy; runpy.run_module('tnadapt', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code, "info"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert 'pip install "tnadapt[cli]"' in done.stderr

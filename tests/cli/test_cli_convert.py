@@ -12,8 +12,7 @@ from safetensors.numpy import save_file
 import tnadapt as tna
 from tests.convert.conversions import made
 from tests.support.array_presets import P
-from tests.support.in_process import run_here
-from tnadapt.__main__ import main
+from tests.support.in_process import main, run_here
 
 pytest.importorskip("typer")
 

@@ -11,8 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import tnadapt as tna
-from tests.support.in_process import run_here
-from tnadapt.__main__ import main
+from tests.support.in_process import main, run_here
 
 pytest.importorskip("typer")
 

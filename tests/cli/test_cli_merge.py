@@ -16,8 +16,7 @@ import pytest
 
 import tnadapt as tna
 from tests.support import checkpoint_files as cp
-from tests.support.in_process import run_here
-from tnadapt.__main__ import main
+from tests.support.in_process import main, run_here
 
 pytest.importorskip("typer")
 

@@ -19,9 +19,8 @@ import tnadapt as tna
 pytest.importorskip("typer")
 
 
-from tests.support.in_process import run_here
+from tests.support.in_process import main, run_here
 from tnadapt import cli
-from tnadapt.__main__ import main
 from tnadapt.cli._options import targets_of
 from tnadapt.errors import FileError
 from tnadapt.planning import model_targets

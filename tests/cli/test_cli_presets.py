@@ -15,8 +15,7 @@ pytest.importorskip("typer")
 
 from pathlib import Path
 
-from tests.support.in_process import run_here
-from tnadapt.__main__ import main
+from tests.support.in_process import main, run_here
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

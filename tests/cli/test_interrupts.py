@@ -40,8 +40,8 @@ def work(*given, **settings):
             raise ImportError("cannot import name 'a' from partially initialized module 'b'")
     time.sleep(60)
 setattr(importlib.import_module(where), what, work)
-from tnadapt.__main__ import main
-main()
+import runpy
+runpy.run_module("tnadapt", run_name="__main__")
 """
 COMMANDS = {
     "extract": (("tnadapt", "extract"), "base.safetensors tuned.safetensors -o out.safetensors",

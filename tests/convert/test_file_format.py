@@ -182,7 +182,12 @@ def test_a_cell_can_be_run_again() -> None:
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run ``tnadapt convert`` in a process in which the other package has registered its format."""
-    code = "from tests.convert.npz_format import register; register(); from tnadapt.__main__ import main; main()"
+    code = """
+import runpy
+from tests.convert.npz_format import register
+register()
+runpy.run_module("tnadapt", run_name="__main__")
+"""
     return subprocess.run(
         [sys.executable, "-c", code, "convert", *map(str, arguments)], capture_output=True, text=True, timeout=120,
         check=False, cwd=Path(__file__).parents[2],

@@ -338,7 +338,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 
 
 def test_without_torch_it_says_what_to_install_and_verify_works() -> None:
-    code = "import sys; sys.modules['torch'] = None; from tnadapt.__main__ import main; main()"
+    code = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_module('tnadapt', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code, "finetune"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("tnadapt: tnadapt finetune needs its extra: pip install 'tnadapt[demo]'")

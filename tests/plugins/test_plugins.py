@@ -272,7 +272,8 @@ def test_commands_in_a_process_of_their_own(plugins: Path, tmp_path: Path) -> No
     tna.save(path, tna.AdapterFile(plan.config, targets, arrays))
     tried = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(plugins)!r})\n"
-         f"from tnadapt.__main__ import main; sys.argv = ['tnadapt', 'info', {str(path)!r}]; main()"],
+         f"import runpy; sys.argv = ['tnadapt', 'info', {str(path)!r}]\n"
+         "runpy.run_module('tnadapt', run_name='__main__')"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert tried.returncode == 0, tried.stderr

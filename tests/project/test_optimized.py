@@ -31,14 +31,14 @@ EVERYTHING = """
 import contextlib, importlib, io, pkgutil, sys, traceback
 import tnadapt
 assert False, "asserts are not to be run"
-from tnadapt.__main__ import main
+import runpy
 
 def command(*words, code=0):
     sys.argv = ["tnadapt", *words]
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         try:
-            main()
+            runpy.run_module("tnadapt", run_name="__main__")
         except SystemExit as end:
             if (end.code or 0) != code:
                 raise RuntimeError(f"{words}: {end.code}")

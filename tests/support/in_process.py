@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 import pytest
 
-__all__ = ["run_here"]
+from tnadapt.__main__ import main
+
+__all__ = ["main", "run_here"]
 
 
 def run_here(main: Callable[[], None], *arguments: object) -> subprocess.CompletedProcess[str]:
