@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import importlib
 import importlib.util
 import os
@@ -15,13 +14,10 @@ from typing import Any
 
 import pytest
 
-import tnadapt
-
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 WORKFLOWS = ROOT / ".github" / "workflows"
-FORMS = ROOT / ".github" / "ISSUE_TEMPLATE"
 pytestmark = pytest.mark.skipif(not WORKFLOWS.is_dir(), reason="the workflows are not in this copy of the project")
 
 YAML_FILES = sorted(
@@ -44,11 +40,6 @@ def workflow(name: str) -> Any:
     return load_yaml(f".github/workflows/{name}.yml")
 
 
-def triggers(data: Any) -> Any:
-    """Return the section ``on``, which YAML 1.1 reads as the boolean."""
-    return data[True]
-
-
 def commands(job: Any) -> list[str]:
     return [step["run"] for step in job["steps"] if "run" in step]
 
@@ -61,14 +52,6 @@ def readme_commands() -> set[str]:
 
 
 # -- YAML ---------------------------------------------------------------------------------------
-
-
-def test_all_kinds_of_yaml_are_found() -> None:
-    expected = {".pre-commit-config.yaml", ".readthedocs.yaml", "CITATION.cff", "conda-recipe/recipe.yaml"}
-    assert expected < set(YAML_FILES)
-    names = {path.name for path in WORKFLOWS.iterdir()}
-    assert names == {"ci.yml", "nightly.yml", "release.yml"}
-    assert {path.name for path in FORMS.iterdir()} == {"bug.yml", "config.yml", "feature.yml"}
 
 
 @pytest.mark.parametrize("place", YAML_FILES)
@@ -90,17 +73,6 @@ def test_yaml_parses_without_repeated_keys(place: str) -> None:
     check(yaml.compose(text(place), Loader=yaml.SafeLoader))
 
 
-@pytest.mark.parametrize("name", ["bug", "feature"])
-def test_issue_forms_are_complete(name: str) -> None:
-    form = load_yaml(f".github/ISSUE_TEMPLATE/{name}.yml")
-    assert form["name"]
-    assert form["description"]
-    fields = [item for item in form["body"] if item["type"] != "markdown"]
-    assert all(item["attributes"]["label"] for item in fields)
-    assert len({item["id"] for item in fields}) == len(fields)
-    assert any(item.get("validations", {}).get("required") for item in fields)
-
-
 # -- Workflows ----------------------------------------------------------------------------------
 
 
@@ -110,24 +82,15 @@ def supported_pythons() -> list[str]:
 
 
 def test_ci_runs_everything_on_every_supported_python() -> None:
-    full = workflow("ci")["jobs"]["full"]
-    assert commands(full) == [".ci/run"]
-    assert full["strategy"]["matrix"]["python"] == supported_pythons()
-    assert any("${{ matrix.python }}" in str(step.get("with")) for step in full["steps"])
-
-
-def test_the_oldest_supported_python_is_the_required_one() -> None:
     pythons = supported_pythons()
-    assert pythons == sorted(pythons, key=lambda version: int(version.split(".")[1]))
     assert PROJECT["requires-python"] == f">={pythons[0]}"
     assert PYPROJECT["tool"]["mypy"]["python_version"] == pythons[0]
-
-
-def test_this_python_is_a_supported_one() -> None:
-    """A newer Python may work. CI and the classifiers have to say so before anybody else does."""
-    if sys.version_info.releaselevel != "final":
-        pytest.skip("a Python that is not released")
-    assert f"{sys.version_info.major}.{sys.version_info.minor}" in supported_pythons()
+    full = workflow("ci")["jobs"]["full"]
+    assert commands(full) == [".ci/run"]
+    assert full["strategy"]["matrix"]["python"] == pythons
+    # A newer Python may work. CI and the classifiers have to say so before anybody else does.
+    if sys.version_info.releaselevel == "final":
+        assert f"{sys.version_info.major}.{sys.version_info.minor}" in pythons
 
 
 def test_other_systems_run_the_commands_of_the_readme() -> None:
@@ -138,52 +101,28 @@ def test_other_systems_run_the_commands_of_the_readme() -> None:
 
 
 def test_nightly_runs_the_long_jobs() -> None:
-    nightly = workflow("nightly")
-    assert triggers(nightly)["schedule"]
-    jobs = nightly["jobs"]
+    jobs = workflow("nightly")["jobs"]
     assert re.fullmatch(r"timeout .*\d+h \.ci/long", commands(jobs["long"])[0])
-    assert commands(jobs["oldest"]) == [".ci/oldest"]
-    assert commands(jobs["audit"]) == [".ci/audit"]
-    assert commands(jobs["package"]) == [".ci/package"]
-    assert jobs["package"]["strategy"]["matrix"]["python"] == supported_pythons()
-    assert f"'{supported_pythons()[0]}'" in str(jobs["oldest"]["steps"])
+    assert {name: commands(jobs[name]) for name in ("oldest", "audit", "package")} == {
+        "oldest": [".ci/oldest"], "audit": [".ci/audit"], "package": [".ci/package"],
+    }  # fmt: skip
 
 
 def test_a_release_is_built_checked_and_published_without_a_token() -> None:
     release = workflow("release")
-    assert triggers(release) == {"push": {"tags": ["v*"]}}
     build, extras, publish = (release["jobs"][name] for name in ("build", "extras", "publish"))
     (step,) = [step for step in build["steps"] if "run" in step]
     # No package of an extra runs where the files that are published are built.
     assert step["run"] == ".ci/package core"
-    assert step["env"]["TAG"] == "${{ github.ref_name }}"
     script = text(".ci/package")
     for check in ("-m build", "-m twine check --strict", "check-wheel-contents", "-m readme_renderer", "cyclonedx-py"):
         assert check in script
     assert commands(extras) == [".ci/package"]
-    assert extras["strategy"]["matrix"]["python"] == supported_pythons()
     assert publish["needs"] == ["build", "extras"]
-    assert publish["environment"]["name"] == "pypi"
     assert publish["permissions"] == {"id-token": "write"}
     # The job that may publish runs no code of this repository or of its dependencies.
     assert commands(publish) == []
-    assert publish["steps"][-1]["uses"].startswith("pypa/gh-action-pypi-publish@")
     assert "secrets." not in text(".github/workflows/release.yml")
-
-
-def test_the_release_on_github_has_the_files_of_pypi_and_what_goes_with_them() -> None:
-    jobs = workflow("release")["jobs"]
-    announce = jobs["announce"]
-    assert announce["needs"] == "publish"
-    assert announce["permissions"] == {"contents": "write"}
-    (command,) = commands(announce)
-    for part in ("--verify-tag", "dist/*", "documents/*.cdx.json", "documents/recipe.yaml", "documents/notes.md"):
-        assert part in command
-    kept = [step["with"] for step in jobs["build"]["steps"] if "upload-artifact" in step.get("uses", "")]
-    assert {one["name"]: one["path"].split() for one in kept} == {
-        "dist": ["out/dist/"],
-        "documents": ["out/*.cdx.json", "out/notes.md", "out/recipe.yaml"],
-    }
 
 
 @pytest.mark.parametrize("name", ["ci", "nightly", "release"])
@@ -202,12 +141,7 @@ def test_workflows_are_limited(name: str) -> None:
                 assert re.fullmatch(r"[\w-]+/[\w-]+@(release/)?v\d+", step["uses"])
                 if step["uses"].startswith("actions/checkout"):
                     assert step["with"]["persist-credentials"] is False
-
-
-@pytest.mark.parametrize("name", ["ci", "nightly", "release"])
-def test_scripts_of_workflows_are_there(name: str) -> None:
     for script in re.findall(r"\.ci/\w+", text(f".github/workflows/{name}.yml")):
-        assert (ROOT / script).is_file(), script
         assert os.access(ROOT / script, os.X_OK), script
 
 
@@ -220,21 +154,12 @@ def test_the_documentation_is_built_with_an_extra_that_exists() -> None:
     assert config["build"]["tools"]["python"] in supported_pythons()
 
 
-def test_hooks_are_pinned() -> None:
-    hooks = load_yaml(".pre-commit-config.yaml")["repos"]
-    assert all(re.fullmatch(r"v\d+\.\d+\.\d+", repository["rev"]) for repository in hooks)
-    names = {hook["id"] for repository in hooks for hook in repository["hooks"]}
-    assert {"ruff-check", "ruff-format", "check-yaml", "check-toml", "end-of-file-fixer"} <= names
-
-
 # -- Citation and metadata ----------------------------------------------------------------------
 
 
-def test_the_citation_is_complete_and_of_this_version() -> None:
+def test_the_citation_is_of_this_project() -> None:
     citation = load_yaml("CITATION.cff")
-    assert {"cff-version", "message", "title", "authors", "version", "license"} <= set(citation)
     assert citation["title"] == PROJECT["name"]
-    assert citation["version"] == tnadapt.__version__
     assert citation["license"] == PROJECT["license"]
     assert [author["name"] for author in citation["authors"]] == [author["name"] for author in PROJECT["authors"]]
 
@@ -260,6 +185,9 @@ def test_the_project_has_one_home() -> None:
     for place in ("pyproject.toml", ".github/ISSUE_TEMPLATE/bug.yml", ".github/ISSUE_TEMPLATE/config.yml"):
         found = re.findall(r"https://github\.com/[\w.-]+/[\w.-]+", text(place))
         assert set(found) == {home}, place
+    report = PROJECT["urls"]["Report a vulnerability"]
+    assert f"]({report})" in text("SECURITY.md")
+    assert f"url: {report}\n" in text(".github/ISSUE_TEMPLATE/config.yml")
 
 
 def test_classifiers_are_known() -> None:
@@ -279,10 +207,6 @@ def test_public_modules_list_names_that_exist(name: str) -> None:
     assert module.__all__
     assert [one for one in module.__all__ if not hasattr(module, one)] == []
     assert len(set(module.__all__)) == len(module.__all__)
-
-
-def test_the_policy_is_part_of_the_documentation() -> None:
-    assert re.search(r"^   stability$", text("docs/explanations.rst"), flags=re.MULTILINE)
 
 
 # -- The source distribution --------------------------------------------------------------------
@@ -321,25 +245,10 @@ def named() -> set[str]:
     }
 
 
-def covers(pattern: str, name: str) -> bool:
-    """Whether a pattern of the sdist's include list, which begins with a slash, covers a file or folder."""
-    pattern = pattern.removeprefix("/")
-    return fnmatch.fnmatchcase(name.split("/")[0], pattern) or f"{name}/".startswith(f"{pattern}/")
-
-
 def test_links_lead_to_files() -> None:
     links = linked()
     assert {"CHANGELOG.md", "benchmarks/results/digits.png", "examples/distributed/train.py"} <= links
     assert [link for link in sorted(links) if not (ROOT / link).exists()] == []
-
-
-def test_the_sdist_is_configured_to_hold_what_the_texts_name() -> None:
-    included = PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
-    # Hatchling adds these two.
-    patterns = [*included, "/pyproject.toml", "/.gitignore"]
-    places = sorted({*linked(), *named(), *(path.name for path in ROOT.glob("*.md"))})
-    assert {".ci/run", "CITATION.cff", "CODE_OF_CONDUCT.md", "SECURITY.md", "docs/stability.rst"} <= set(places)
-    assert [place for place in places if not any(covers(pattern, place) for pattern in patterns)] == []
 
 
 def test_the_sdist_holds_what_the_texts_name(tmp_path: Path) -> None:

@@ -236,32 +236,10 @@ def test_every_import_is_declared() -> None:
     names = {"scipy", "numpy", "opt_einsum", "tensorly", "array_api_compat", "safetensors"}
     declared = {d.split(">")[0].split("[")[0].replace("-", "_") for d in project["dependencies"]}
     optional = {
-        "torch",
-        "jax",
-        "cupy",
-        "typer",
-        "hypothesis",
-        "pytest",
-        "peft",
-        "matplotlib",
-        "transformers",
-        "timm",
-    }
-    optional |= {
-        "datasets",
-        "huggingface_hub",
-        "sklearn",
-        "threadpoolctl",
-        "PIL",
-        "dask",
-        "gguf",
-        "numba",
-        "onnx",
-        "diffusers",
-        "torch_fidelity",
-        "ray",
-        "submitit",
-    }
+        "torch", "jax", "cupy", "typer", "hypothesis", "pytest", "peft", "matplotlib", "transformers", "timm",
+        "datasets", "huggingface_hub", "sklearn", "threadpoolctl", "PIL", "dask", "gguf", "numba", "onnx", "diffusers",
+        "torch_fidelity", "ray", "submitit",
+    }  # fmt: skip
     optional |= {"triton"}  # comes with torch, where torch is for CUDA
     optional |= {"vllm"}  # which imports its plug-in, and is installed by whoever serves with it
     optional |= {"llvmlite"}  # numba's own compiler, of the version that numba asks for

@@ -123,25 +123,6 @@ def test_lines_that_run_in_processes_of_their_own_are_reached(tmp_path: Path) ->
     assert reach.tests["tnadapt/m.py"][5] == {"tests/test_m.py::test_it[g]"}
 
 
-def test_all_files_have_their_turn(tmp_path: Path) -> None:
-    module = module_of(tmp_path, CODE)
-    mutant = next(mutant for mutant in module.mutants if mutant.operator == "NegateIn")
-    seconds = {f"a.py::{i}": 1.0 + i for i in range(7)} | {"b.py::0": 60.0, "b.py::1": 2.0}
-    own, others = [f"test_m.py::{i:02}" for i in range(45)], [f"a.py::{i}" for i in range(7)]
-    seconds |= dict.fromkeys(own, 1.0)
-    reach = Reach(seconds, {"m.py": {mutant.line: set(seconds)}})
-    found = reach.of(module, mutant, ["test_m.py", "a.py", "b.py"])
-    assert found == [*own[:40], *others[:5], "b.py::1", "b.py::0", *own[40:], *others[5:]]
-    machine = Machine({})
-    Judge(machine, reach).judged(module, mutant, ["test_m.py", "a.py", "b.py"])  # type: ignore[arg-type]
-    # What fits into a stage: a slow one keeps none of those behind it out.
-    assert [tests for _, tests, _ in machine.asked] == [
-        own[:4],
-        [*own[4:40], *others[:5], "b.py::1", *own[40:]],
-        own[:20],
-    ]
-
-
 def test_what_runs_on_import_and_in_which_test_is_measured(tmp_path: Path) -> None:
     (tmp_path / "tnadapt").mkdir()
     code = "def made(n):\n    return n + 1\n\n\ndef used(n):\n    return n + TWO\n\n\nTWO = made(1)\n"
@@ -202,25 +183,6 @@ def test_a_mutant_is_killed_by_a_test_that_passes_without_it(
     found = Judge(Machine(answers), reach).judged(module, mutant, ["t.py"])  # type: ignore[arg-type]
     assert found is not None
     assert (found["status"], found["by"], found["tests"]) == (status, by, 2)
-
-
-def test_tests_that_cannot_be_run_at_all_kill_nothing(tmp_path: Path) -> None:
-    class Unable(Machine):
-        def run(self, tests: list[str], profile: str, seconds: float) -> Outcome:
-            return Outcome("failed" if broken or self.mutated else "passed")
-
-    module = module_of(tmp_path, CODE)
-    mutant = next(mutant for mutant in module.mutants if mutant.operator == "NegateIn")
-    reach = Reach({"t.py::a": 0.1}, {"m.py": {mutant.line: {"t.py::a"}}})
-    broken = False  # a mutant that cannot be imported
-    found = Judge(Unable({}), reach).judged(module, mutant, ["t.py"])  # type: ignore[arg-type]
-    assert found is not None
-    assert (found["status"], found["by"]) == ("killed", "")
-    broken = True
-    machine: Any = Unable({})
-    machine.folder = tmp_path
-    with pytest.raises(RuntimeError, match=r"t\.py cannot be run without any mutation"):
-        Judge(machine, reach).judged(module, mutant, ["t.py"])
 
 
 def record(key: str, status: str) -> dict[str, Any]:

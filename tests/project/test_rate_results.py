@@ -52,34 +52,24 @@ def lines_of(rates: Sequence[float], losses: Sequence[float | None], seed: int =
     )
 
 
-@pytest.fixture
-def script(
+def test_a_loss_of_zero_is_the_best_and_a_repeated_training_counts_once(
     benchmark_scripts: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> ModuleType:
-    found = benchmark_scripts("rates")
-    monkeypatch.setattr(found, "RESULTS", tmp_path)
+) -> None:
+    script = benchmark_scripts("rates")
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
     (tmp_path / "digits.jsonl").touch()
-    return found
 
+    def tables(text: str) -> tuple[str, str]:
+        for name in ("power", "norm"):
+            (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        return script.power_table(), script.norm_table()
 
-def written(script: ModuleType, text: str) -> tuple[str, str]:
-    """Return the tables of some lines."""
-    for name in ("power", "norm"):
-        (script.RESULTS / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    return script.power_table(), script.norm_table()
-
-
-def test_a_loss_of_zero_is_the_best_one(script: ModuleType) -> None:
-    found = written(script, lines_of(script.RATES, [0.5, 0.4, 0.3, 0.0, None]))
-    assert found == written(script, lines_of(script.RATES, [0.5, 0.4, 0.3, 0.1, None]))
-    assert f"     - {script.RATES[3]:g}\n" in found[0]
-
-
-def test_a_training_that_was_written_twice_counts_once(script: ModuleType) -> None:
-    twice = lines_of(script.RATES, [0.1, 0.2, 0.3, 5.0, 0.5]) + lines_of(script.RATES, [0.5, 0.4, 0.3, 0.2, 0.25])
-    other = lines_of(script.RATES, [0.5, 0.4, 0.3, 0.2, 0.25], seed=1)
-    once = lines_of(script.RATES, [0.5, 0.4, 0.3, 0.2, 0.25])
-    assert written(script, twice + other) == written(script, once + other)
+    best_is_zero = tables(lines_of(script.RATES, [0.5, 0.4, 0.3, 0.0, None]))
+    assert best_is_zero == tables(lines_of(script.RATES, [0.5, 0.4, 0.3, 0.1, None]))
+    assert f"     - {script.RATES[3]:g}\n" in best_is_zero[0]
+    last = [0.5, 0.4, 0.3, 0.2, 0.25]
+    once = lines_of(script.RATES, last) + lines_of(script.RATES, last, seed=1)
+    assert tables(lines_of(script.RATES, [0.1, 0.2, 0.3, 5.0, 0.5]) + once) == tables(once)
 
 
 def test_what_is_left_after_merging(benchmark_scripts: Callable[[str], ModuleType]) -> None:

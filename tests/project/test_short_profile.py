@@ -95,13 +95,6 @@ def test_a_ratio_is_the_median_of_those_within_a_round(short: ModuleType, monkey
     assert found == {"ratio": 2.0, "low": 2.0, "high": 2.5, "seconds": 3.0, "other": 1.0, "rounds": 3}
 
 
-def test_short_calls_are_repeated(short: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(short, "SECONDS", 0.0)
-    monkeypatch.setattr(short, "ROUNDS", 1)
-    ours, theirs, clock = ticking({"ours": [1e-3] * 7, "theirs": [2e-3] * 4})
-    assert short.turns(ours, theirs, clock, smoke=False)["ratio"] == pytest.approx(0.5)
-
-
 def test_a_peer_that_is_not_installed_is_named(short: ModuleType) -> None:
     def build(smoke: bool, folder: Path) -> Any:
         return importlib.import_module("no_such_peer")

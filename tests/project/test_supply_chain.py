@@ -17,18 +17,8 @@ ROOT = Path(__file__).parents[2]
 MODULES = sorted(path for package in ("tnadapt", "paper") for path in (ROOT / package).rglob("*.py"))
 # Whose reading runs what is read.
 RUNNING = {
-    "pickle",
-    "cPickle",
-    "_pickle",
-    "marshal",
-    "shelve",
-    "dill",
-    "cloudpickle",
-    "joblib",
-    "yaml",
-    "code",
-    "runpy",
-}
+    "pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "code", "runpy",
+}  # fmt: skip
 # The modules that start other programs: one fetches with pip and npm, when asked to, and one asks Slurm about jobs and
 # cancels them, with its own commands.
 STARTING = {"paper/registries.py", "tnadapt/finetune/engines/_slurm.py"}
