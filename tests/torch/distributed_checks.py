@@ -15,18 +15,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn import functional
 
 import tnadapt.torch
-from tnadapt import SuperLoRA, presets
+from tnadapt import presets
 from tnadapt.errors import TargetError, TnadaptError
-from tnadapt.torch._delta import DeltaCache
-from tnadapt.torch._state import register_in
 
 from .distributed_jobs import BATCH, TOKENS, Job, Model, batches, build, spread, whole
+from .internals_a import register_in
 
 SHARDED = Job("fsdp2")
 
@@ -56,27 +53,23 @@ def expect(condition: bool, what: str) -> None:
         raise AssertionError(what)
 
 
-def merge_is_refused() -> None:
+def refused(action: Callable[[], object], words: str) -> None:
+    try:
+        action()
+    except TargetError as error:
+        expect(words in str(error), str(error))
+    else:
+        expect(False, f"not refused because of {words!r}")
+
+
+def merges_and_attaching_are_refused() -> None:
     model, adapter = stirred(SHARDED)
     running = spread(SHARDED, model)
     before = outputs(running)
-    try:
-        adapter.merge()
-    except TargetError as error:
-        expect("sharded" in str(error), str(error))
-    else:
-        expect(False, "a sharded weight was merged into")
+    refused(adapter.merge, "sharded")
     expect(torch.equal(outputs(running), before), "a refused merge changed the model")
-
-
-def attach_after_sharding_is_refused() -> None:
-    running = spread(SHARDED, Model())
-    try:
-        tnadapt.torch.attach(running)
-    except TargetError as error:
-        expect("attach first" in str(error), str(error))
-    else:
-        expect(False, "attached to a sharded model")
+    fresh = spread(SHARDED, Model())
+    refused(lambda: tnadapt.torch.attach(fresh), "attach first")
 
 
 def disabled_is_the_base() -> None:
@@ -101,17 +94,6 @@ def changed_parameters_act_at_once() -> None:
     alone, other = build(SHARDED)
     other.load_arrays(arrays)
     torch.testing.assert_close(found, outputs(alone), rtol=1e-6, atol=1e-6)
-
-
-def new_arrays_stay() -> None:
-    """Load arrays after a forward pass, when torch still has gathered parameters that the next pass reshards."""
-    model, adapter = stirred(SHARDED)
-    running = spread(SHARDED, model)
-    outputs(running)
-    wanted = other_arrays(adapter, 2)
-    adapter.load_arrays(wanted)
-    running(sample()).square().mean().backward()
-    same_arrays(adapter.arrays(), wanted)
 
 
 def same_arrays(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -248,13 +230,17 @@ class Around(nn.Module):
         return self.inner(x)
 
 
-def writes_where_the_sharded_root_contains_the_model() -> None:
-    for beside in (False, True):
+def new_arrays_stay() -> None:
+    """Load arrays after a forward pass, when torch still has gathered parameters that the next pass reshards.
+
+    The sharded root is the model, or contains it, and may hold the arrays next to it.
+    """
+    for root in ("model", "around", "beside"):
         model, adapter = stirred(SHARDED)
         around = Around(model)
-        if beside:
+        if root == "beside":
             register_in(adapter._state, around.beside, "let_go()")
-        running = fully_shard(around)
+        running = spread(SHARDED, model) if root == "model" else fully_shard(around)
         before = outputs(running)
         wanted = other_arrays(adapter, 2)
         adapter.load_arrays(wanted)
@@ -267,19 +253,6 @@ def writes_where_the_sharded_root_contains_the_model() -> None:
         running(sample()).square().mean().backward()
         for name, parameter in adapter.named_parameters():
             expect((parameter.grad is not None) == name.endswith("factor1"), f"{name} has a gradient, or has none")
-
-
-def updates_of_arrays_sharded_since() -> None:
-    """Arrays cached before sharding are not compared with sharded ones, which torch refuses."""
-    plan = SuperLoRA(presets.lora(2), [(4, 4)])
-    arrays: dict[str, Tensor] = dict(plan.init("torch"))
-    updates = DeltaCache(plan)
-    with torch.no_grad():
-        expected = updates.get(lambda names: [arrays[name] for name in names], 0)
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        arrays = {name: distribute_tensor(array, mesh, [Replicate()]) for name, array in arrays.items()}
-        found = updates.get(lambda names: [arrays[name] for name in names], 0)
-    expect(torch.equal(whole(found), expected), "another update")
 
 
 def several_adapters() -> None:
@@ -331,22 +304,9 @@ def reentrant_without_static_graph() -> None:
 CHECKS: dict[str, Callable[..., None]] = {
     check.__name__: check
     for check in (
-        merge_is_refused,
-        attach_after_sharding_is_refused,
-        disabled_is_the_base,
-        changed_parameters_act_at_once,
-        new_arrays_stay,
-        from_the_meta_device,
-        swapped_from_a_file,
-        process_zero_may_save_alone,
-        half_precision_blocks,
-        state_saved_and_resumed,
-        groups_one_after_another,
-        chosen_after_a_pass_without_gradients,
-        updates_of_arrays_sharded_since,
-        writes_where_the_sharded_root_contains_the_model,
-        several_adapters,
-        compiled,
+        merges_and_attaching_are_refused, disabled_is_the_base, changed_parameters_act_at_once, from_the_meta_device,
+        swapped_from_a_file, process_zero_may_save_alone, half_precision_blocks, state_saved_and_resumed,
+        groups_one_after_another, chosen_after_a_pass_without_gradients, new_arrays_stay, several_adapters, compiled,
         reentrant_without_static_graph,
     )
-}
+}  # fmt: skip
