@@ -191,16 +191,16 @@ def _loss(output: Tensor) -> Tensor:
     return output.to(torch.promote_types(output.dtype, torch.float32)).square().sum()
 
 
-def by_formula(adapter: tt.Adapter, base: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Return what ``passes`` does, of the base with W + ΔW for each weight, without the adapter's layers."""
+def by_formula(adapter: tt.Adapter, base: nn.Module, x: Tensor, detach_norm: bool = False) -> dict[str, Tensor]:
+    """Return what ``passes`` does, of the base with W' in the place of each W, without the adapter's layers."""
     arrays = {name: p.detach().clone().requires_grad_() for name, p in adapter.named_parameters()}
     weights = {name: p.detach() for name, p in base.named_parameters()}
-    for target, delta in zip(adapter.targets, adapter.plan.training_plan.deltas(arrays), strict=True):
+    rows = [target.rows.indices() if target.rows else list(range(target.shape[0])) for target in adapter.targets]
+    blocks = [weights[target.name].flatten(1)[own] for target, own in zip(adapter.targets, rows, strict=True)]
+    changed = adapter.plan.training_plan.merged(arrays, blocks, detach_norm=detach_norm)
+    for target, own, block in zip(adapter.targets, rows, changed, strict=True):
         weight = weights[target.name]
-        rows = range(target.shape[0]) if target.rows is None else target.rows.indices()
-        change = torch.zeros(weight.shape[0], target.shape[1], dtype=delta.dtype)
-        change = change.index_add(0, torch.tensor(list(rows)), delta)
-        weights[target.name] = weight + change.reshape(weight.shape)
+        weights[target.name] = weight.index_copy(0, torch.tensor(own), block.reshape(-1, *weight.shape[1:]))
     output = torch.func.functional_call(base, weights, (x,))
     _loss(output).backward()
     return {"output": output.detach(), **{name: array.grad for name, array in arrays.items()}}

@@ -46,6 +46,7 @@ CONFIGS: dict[str, tna.Config] = {
     "θ of diagonals": P.vera(3, before="normal", parameters=5),
     "θ by index": P.lora(2, before=tna.maps.TiedElements(normalized=True), parameters=11),
     "θ by matrix": P.lora(2, before="given", parameters=4, scope="group"),
+    "pissa": P.lora(2, start="pissa"),
     "given": P.lora(2, sources={"factor0": Given(shared=True)}),
     "hadamard": P.loha(2, sources={"split0.factor1": Seeded("signs")}),
     "kronecker": P.lokr(2, sources={"dense": Tied("group0.split0.dense")}),
@@ -179,8 +180,9 @@ def test_other_dtypes_train_merge_and_load(name: str, dtype: Any, tmp_path: Path
     assert torch.allclose(base(x), expected, atol=0.1 if dtype != torch.float64 else 1e-10)
 
 
-def test_another_base_is_refused(tmp_path: Path) -> None:
-    base, adapter = moved("lora_xs")
+@pytest.mark.parametrize("name", ["lora_xs", "pissa"])
+def test_another_base_is_refused(name: str, tmp_path: Path) -> None:
+    base, adapter = moved(name)
     path = tmp_path / "adapter.safetensors"
     adapter.save(path)
     assert not tna.load(path).complete
@@ -206,7 +208,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         tna.TargetError, match=r"adapter 'default' is merged into the base: unmerge it before adapter 'b'"
     ):
-        tt.attach(base, CONFIGS["lora_xs"], name="b")
+        tt.attach(base, CONFIGS[name], name="b")
     with pytest.raises(tna.FileError, match="trained on another base model"):
         tt.load(adapter.bake(), path)
 

@@ -19,7 +19,7 @@ from tnadapt.errors import ConfigError, TargetError
 from tnadapt.targets.target import Target
 
 from .life import run
-from .small import WIDTH, batch, small, stir
+from .small import WIDTH, batch, small
 
 # -- What attach() takes by name: presets, layers, what to exclude, and biases -----------------------------------------
 
@@ -262,16 +262,6 @@ def test_no_bias_to_train() -> None:
         tt.attach(nn.Linear(4, 4, bias=False), "lora", "", biases="all")
     with pytest.raises(tna.ConfigError, match="biases must be one of none, adapted, all; got 'lora_only'"):
         tt.attach(small(), "lora", biases="lora_only")
-
-
-def test_all_together_in_training() -> None:
-    model, x = stacks(), batch()
-    before = run(model, x)
-    adapter = tt.attach(model, "lora", "all-linear", rank=2, layers=[0, -1], exclude=["experts"], biases="adapted")
-    assert len(adapter.targets) == 8
-    assert torch.equal(run(model, x), before)
-    stir(adapter)
-    assert not torch.equal(run(model, x), before)
 
 
 # -- Settings in the place of other arguments of attach(), dropout that drops nothing, and ranks that add nothing ------

@@ -148,20 +148,6 @@ def test_attach_train_save_load_and_no_merge(layer: str, tmp_path: Path) -> None
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.named_buffers() if name in before)
 
 
-@layers
-def test_starts_and_changes_read_the_numbers(layer: str) -> None:
-    quantized = torch.nn.Sequential(LAYERS[layer]())
-    plain = torch.nn.Sequential(torch.nn.Linear(COLS, ROWS, bias=False))
-    with torch.no_grad():
-        plain[0].weight.copy_(numbers(quantized[0]))
-    for config in (P.lora_xs(2), P.dora(2)):
-        adapter, expected = (tt.attach(base, config, "all-linear", name=config.apply) for base in (quantized, plain))
-        for name, array in adapter.arrays().items():
-            assert torch.equal(array, expected.arrays()[name])
-        adapter.detach()
-        expected.detach()
-
-
 def test_other_layouts_are_adapted_and_not_read() -> None:
     def of_class(name: str, layer: Any) -> Any:
         layer.__class__ = type(name, (Layer,), {})

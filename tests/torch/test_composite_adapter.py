@@ -61,7 +61,7 @@ CONFIGS = (
 )  # fmt: skip
 
 
-@pytest.mark.law("fresh-is-zero", "attached-is-update", "merge-exact-undo", "detach")
+@pytest.mark.law("attached-is-update", "merge-exact-undo")
 @settings(max_examples=12)
 @given(st.lists(st.integers(0, 2), min_size=5, max_size=5), st.lists(st.sampled_from(CONFIGS), min_size=3, max_size=3))
 def test_it_acts_as_its_parts_do_alone(of_layer: list[int], configs: list[tna.Config]) -> None:
@@ -72,12 +72,12 @@ def test_it_acts_as_its_parts_do_alone(of_layer: list[int], configs: list[tna.Co
         if part in of_layer
     }
     model, separate = chain(), chain()
-    base, before = run(model, x), bits(model)
+    before = bits(model)
     adapter = tt.attach(model, parts)
     alone = [
         tt.attach(separate, config, list(paths), str(number)) for number, (paths, config) in enumerate(parts.items())
     ]
-    assert torch.equal(run(model, x), base)
+    assert torch.equal(run(model, x), run(chain(), x))
     assert adapter.num_parameters == sum(one.num_parameters for one in alone)
     assert [target for one in alone for target in one.targets] == list(adapter.targets)
     # Every part draws what it draws alone.
@@ -89,24 +89,17 @@ def test_it_acts_as_its_parts_do_alone(of_layer: list[int], configs: list[tna.Co
             mine.copy_(theirs)
     assert all(map(torch.equal, adapter.deltas(), [delta for one in alone for delta in one.deltas()]))
     assert adapter.strategy == tuple(strategy for one in alone for strategy in one.strategy)
-    moved = run(model, x)
-    torch.testing.assert_close(moved, run(separate, x), rtol=1e-5, atol=1e-5)
-    # Gradients are theirs, too.
     for one in (model, separate):
         one(x).square().sum().backward()
+    torch.testing.assert_close(run(model, x), run(separate, x), rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(own, adapter.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
     adapter.merge()
     for one in alone:
         one.merge()
     assert bits(model) == bits(separate)
-    with adapter.disabled():
-        assert torch.equal(run(model, x), base)
     adapter.unmerge()
-    assert torch.equal(run(model, x), moved)
-    adapter.detach()
     assert bits(model) == before
-    assert torch.equal(run(model, x), base)
 
 
 SHARED: dict[str, dict[Any, Any]] = {
@@ -162,26 +155,6 @@ def test_training_one_part_and_starting_over() -> None:
     adapter.set_trainable(arrays="factor1")
     assert not any(delta.any() for delta in adapter.deltas())
     assert all(adapter.arrays()[name].eq(0).all() for name in adapter.trained)
-
-
-def test_several_adapters_with_several_configs(tmp_path: Path) -> None:
-    model = small()
-    a = tt.attach(model, {"q_proj": "lora", "head": "dense"}, name="a")
-    b = tt.attach(model, {"v_proj": "lora", "head": P.lora(1)}, name="b")
-    stir(a)
-    stir(b, seed=3)
-    both = run(model)
-    tt.mix(model, {"a": 0.5})
-    assert not torch.equal(run(model), both)
-    a.save(tmp_path / "a.safetensors")
-    arrays = {name: array.clone() for name, array in a.arrays().items()}
-    a.reset()
-    a.swap(tmp_path / "a.safetensors")
-    assert all(torch.equal(array, arrays[name]) for name, array in a.arrays().items())
-    with pytest.raises(tna.FileError, match="its config differs from that of adapter 'b'"):
-        b.swap(tmp_path / "a.safetensors")
-    tt.mix(model, {"a": 1.0, "b": 1.0})
-    assert torch.equal(run(model), both)
 
 
 def test_export_as_one_peft_adapter(tmp_path: Path) -> None:
