@@ -185,29 +185,6 @@ def test_a_second_adapter_of_one_name_is_refused() -> None:
     tt.attach(model)
 
 
-@pytest.mark.law("tied-weights")
-def test_tied_weights_are_refused_or_untied_by_wish() -> None:
-    def tied() -> nn.Module:
-        model = small()
-        model.blocks[1].q_proj.weight = model.blocks[0].proj.weight
-        return model
-
-    targets = ["blocks.0.proj", "blocks.1.q_proj"]
-    with pytest.raises(tna.TargetError, match=r"one tensor \(tied weights\).*untie=True"):
-        tt.attach(tied(), targets=targets)
-    model = tied()
-    adapter = tt.attach(model, targets=targets, untie=True)
-    assert torch.equal(run(model), run(tied()))
-    stir(adapter)
-    adapter.merge()
-    assert not torch.equal(model.blocks[1].q_proj.weight, model.blocks[0].proj.weight)
-    merged = run(model)
-    adapter.bake()
-    assert torch.equal(run(model), merged)
-    tt.attach(other := tied(), targets=targets, untie=True).detach()
-    assert other.blocks[1].q_proj.weight is other.blocks[0].proj.weight
-
-
 # -- 10: merging ---------------------------------------------------------------------------------------------
 
 
@@ -295,19 +272,21 @@ def test_merging_takes_the_memory_of_one_update_and_no_more() -> None:
 
 @pytest.mark.law("merge-not-finite")
 @pytest.mark.parametrize(
-    ("variant", "dtype", "bad", "message"),
+    ("config", "dtype", "bad", "message"),
     [
-        # In the last group: the others are good.
-        ("superlora groups", torch.float32, float("nan"), "not finite.*no weight was changed"),
-        ("superlora groups", torch.float32, float("inf"), "not finite.*no weight was changed"),
-        ("dense", torch.float16, 1e6, r"exceeds the range of torch\.float16"),
+        # In the last group or weight: the others are good.
+        (VARIANTS["superlora groups"], torch.float32, float("nan"), "not finite.*no weight was changed"),
+        (VARIANTS["superlora groups"], torch.float32, float("inf"), "not finite.*no weight was changed"),
+        (P.dense(), torch.float16, 1e6, r"exceeds the range of torch\.float16"),
+        (P.dora(2), torch.float16, 1e6, r"v_proj.weight plus its update exceeds the range of torch\.float16"),
+        (P.dora(2), torch.float16, float("nan"), r"the update of blocks.1.v_proj.weight is not finite"),
     ],
 )
 def test_a_merge_that_is_not_finite_touches_no_weight(
-    variant: str, dtype: torch.dtype, bad: float, message: str
+    config: tna.Config, dtype: torch.dtype, bad: float, message: str
 ) -> None:
     model = small().to(dtype)
-    adapter = tt.attach(model, VARIANTS[variant])
+    adapter = tt.attach(model, config, "qv" if config.apply == "add" else ["q_proj", "v_proj"])
     stir(adapter)
     before = bits(model)
     with torch.no_grad():
