@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn
+from torch import nn
 
 import tnadapt as tna
 import tnadapt.torch as tt
@@ -24,37 +24,22 @@ from .small import WIDTH, batch, small
 # -- What attach() takes by name: presets, layers, what to exclude, and biases -----------------------------------------
 
 
-class Layer(nn.Module):
-    def __init__(self, experts: int) -> None:
-        super().__init__()
-        self.q_proj, self.v_proj = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 4), nn.Linear(4, WIDTH)) for _ in range(experts))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + torch.tanh(self.q_proj(x)) * self.v_proj(x)
-        return x + sum(expert(x) for expert in self.experts)
-
-
-class Stacks(nn.Module):
+def stacks() -> nn.ModuleDict:
     """Two stacks of layers of different heights, with two experts in each layer, and a head."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(2) for _ in range(3))})
-        self.decoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(2) for _ in range(2))})
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3)
+    def layers(number: int) -> nn.ModuleDict:
+        parts = [
+            {
+                "q_proj": nn.Linear(WIDTH, WIDTH),
+                "v_proj": nn.Linear(WIDTH, WIDTH, bias=False),
+                "experts": nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 4), nn.Linear(4, WIDTH)) for _ in range(2)),
+            }
+            for _ in range(number)
+        ]
+        return nn.ModuleDict({"layers": nn.ModuleList(map(nn.ModuleDict, parts))})
 
-    def forward(self, x: Tensor) -> Tensor:
-        for stack in (self.encoder, self.decoder):
-            for layer in stack["layers"]:
-                x = layer(x)
-        return self.head(self.norm(x))
-
-
-def stacks() -> Stacks:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Stacks()
+    ends = {"norm": nn.LayerNorm(WIDTH), "head": nn.Linear(WIDTH, 3)}
+    return nn.ModuleDict({"encoder": layers(3), "decoder": layers(2), **ends})
 
 
 def modules(**words: Any) -> list[str]:

@@ -127,6 +127,9 @@ def test_a_local_base_is_not_named_in_an_upload(bert: Path, hub: Hub) -> None:
     with pytest.raises(FileError, match="it does not name its base model: give base="):
         tt.load_pretrained("user/mine")
     assert torch.equal(outputs(tt.load_pretrained("user/mine", base=bert)), outputs(model))
+    fresh = transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=3)
+    assert tt.from_pretrained(fresh, "user/mine", revision="v1").num_parameters == adapter.num_parameters
+    assert hub.calls[-1][-1] == {"revision": "v1", "token": None}
 
 
 @pytest.mark.parametrize(
@@ -167,15 +170,6 @@ def test_a_download(bert: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> No
     ]  # fmt: skip
     assert torch.equal(outputs(loaded, **words), outputs(model, **words))
     assert loaded.config.id2label == dict(enumerate(bundle.LABELS))
-
-
-def test_an_adapter_from_the_hub_on_a_model(bert: Path, hub: Hub) -> None:
-    _, adapter = adapted(bert)
-    adapter.push_to_hub("user/mine")
-    fresh = transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=3)
-    found = tt.from_pretrained(fresh, "user/mine", revision="v1")
-    assert hub.calls[-1][-1] == {"revision": "v1", "token": None}
-    assert found.num_parameters == adapter.num_parameters
 
 
 def test_messages(bert: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
