@@ -89,7 +89,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_formula(variant: str) -> N
         model.blocks[1](batch().double()).sum().backward()
 
 
-# -- 8: disabled, and what is refused ------------------------------------------------------------------------
+# -- 8: what is refused, and kept trainable ------------------------------------------------------------------
 
 
 @pytest.mark.law("no-target")
@@ -533,9 +533,6 @@ def test_an_adapter_may_be_changed_after_a_pass_with_gradients(strategy: str) ->
     assert not torch.equal(halved, base)
     loss.backward()
     assert torch.equal(run(model, x), whole)
-
-
-# -- What is trained -----------------------------------------------------------------------------------------
 
 
 # -- Strategies ----------------------------------------------------------------------------------------------

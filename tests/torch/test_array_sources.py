@@ -22,7 +22,7 @@ from tests.support.depth import in_depth
 from tnadapt.sources import FromBase, Given, Scaled, Seeded, Tied
 
 from . import life
-from .life import assert_near, by_formula, passes
+from .life import assert_near, by_formula, passes, run
 from .small import stir
 
 GIVEN = {"group0.split0.factor0": np.random.default_rng(0).normal(size=(16, 2))}
@@ -117,6 +117,23 @@ def test_a_layer_can_use_the_factors_that_theta_makes() -> None:
     base, adapter = moved("unilora", strategy="factored")
     assert set(adapter.strategy) == {"factored"}
     assert_near(passes(base, adapter, inputs()), by_formula(adapter, model(), inputs()), 1e-4)
+
+
+def test_arrays_are_made_from_theta_once_for_all_layers_and_passes() -> None:
+    base, adapter = moved("unilora")
+    calls = []
+    projection = adapter.plan.theta.parts[0].projection
+    forward = projection.map.forward
+    projection.map.forward = lambda backend, x: calls.append(1) or forward(backend, x)
+    passes(base, adapter, *inputs().split(1))
+    assert len(calls) == 1
+    for _ in range(2):
+        run(base, inputs())
+    assert len(calls) == 2
+    next(adapter.parameters()).data.add_(0.1)  # no version counter tells of this
+    output = run(base, inputs())
+    assert len(calls) == 3
+    torch.testing.assert_close(output, by_formula(adapter, model(), inputs())["output"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["tinylora", "unilora", "tied_lora", "θ and a nonlinear F"])

@@ -65,17 +65,6 @@ def test_a_preset_by_its_name() -> None:
     assert all(parameter.requires_grad for parameter in other.parameters())
 
 
-def test_extraction_takes_a_preset_by_its_name() -> None:
-    base, tuned = small(), small()
-    with torch.no_grad():
-        tuned.blocks[1].q_proj.weight += torch.outer(torch.ones(WIDTH), torch.arange(WIDTH) / WIDTH)
-    adapter = tt.extract(base, tuned, "lora", ["q_proj"], rank=1, tol=1e-7)
-    assert adapter.config == tna.presets.lora(1)
-    assert adapter.report.error < 1e-5
-    with pytest.raises(TypeError, match="preset 'lora' has no setting 'max_eror'; did you mean 'max_error'"):
-        tt.extract(small(), tuned, "lora", ["q_proj"], max_eror=0.1)
-
-
 # -- Layers ------------------------------------------------------------------------------------------
 
 

@@ -282,7 +282,10 @@ class Codes(nn.Module):
         ),
         (layers, {"cfg": P.dora(2), "activation": "gelu"}, ConfigError, "activation='gelu' acts on the input of one"),
         (layers, {"cfg": P.hira(2), "strategy": "factored"}, ConfigError, "strategy='factored' needs a linear layer"),
-        (layers, {"cfg": COLUMNS, "strategy": "additive"}, ConfigError, "magnitude_axis='cols' scales the input of 0"),
+        (
+            layers, {"cfg": COLUMNS, "strategy": "additive"}, ConfigError,
+            "magnitude_axis='cols' scales the input of 0.weight",
+        ),
         (layers, {"cfg": P.dora(2), "detach_norm": 2}, ConfigError, "detach_norm must be True or False; got 2"),
     ],
 )  # fmt: skip

@@ -158,7 +158,7 @@ def test_export_as_one_peft_adapter(tmp_path: Path) -> None:
     assert found.config["alpha_pattern"] == {"blocks.4.linear1": 6, "head": 1}
 
 
-def test_extraction_with_several_configs() -> None:
+def test_extraction_with_several_configs_and_by_the_name_of_a_preset() -> None:
     base, tuned = small(), small()
     with torch.no_grad():
         tuned.blocks[1].q_proj.weight += torch.outer(torch.ones(WIDTH), torch.arange(WIDTH) / WIDTH)
@@ -169,6 +169,11 @@ def test_extraction_with_several_configs() -> None:
     text = "rank differs between the 2 configs of one adapter"
     with pytest.raises(tna.ConfigError, match=text):
         tt.extract(small(), tuned, {"q_proj": P.lora(1), "head": P.lora(2)}, max_error=0.1)
+    adapter = tt.extract(small(), tuned, "lora", ["q_proj"], rank=1, tol=1e-7)
+    assert adapter.config == tna.presets.lora(1)
+    assert adapter.report.error < 1e-5
+    with pytest.raises(TypeError, match="preset 'lora' has no setting 'max_eror'; did you mean 'max_error'"):
+        tt.extract(small(), tuned, "lora", ["q_proj"], max_eror=0.1)
 
 
 @pytest.mark.slow
@@ -217,21 +222,27 @@ def test_patterns_are_roles_words_and_ends_of_paths() -> None:
     ("patterns", "words", "text"),
     [
         ({}, {}, "a mapping of patterns to configs must have at least one; got {}"),
-        ({"q": "lora", "q_proj": "dense"}, {}, "q_proj.weight is found by 'q' and by 'q_proj', and each weight"),
-        ({"qkv": "lora", ("qkv",): "dense"}, {}, "0.qkv.weight is found by 'qkv' and by ('qkv',), and each weight"),
+        ({"q": "lora", "q_proj": "lora"}, {}, "blocks.1.q_proj.weight is found by 'q' and by 'q_proj', and each weight"),
+        (
+            {"qkv": "lora", ("qkv",): "dense"}, {},
+            "blocks.0.qkv.weight is found by 'qkv' and by ('qkv',), and each weight",
+        ),
         ({"q": "lora", "nothing": "lora"}, {}, "no module of Small matches 'nothing'"),
         ({"(": "lora"}, {}, "'(' is not a role, keyword or regular expression: "),
         ({"q": 3}, {}, "the config of 'q' must be a tnadapt.Config or the name of a preset; got int"),
         ({"q": None}, {}, "the config of 'q' must be a tnadapt.Config or the name of a preset; got NoneType"),
         ({"q": "lroa"}, {}, "no preset 'lroa'; did you mean 'lora'?"),
-        ({"q": "lora", "v": "dora"}, {}, "all configs of one adapter must have the same apply; part 0 has 'add', part"),
+        (
+            {"q": "lora", "v": "dora"}, {},
+            "all configs of one adapter must have the same apply; part 0 has 'add', part 1",
+        ),
         ({"q": "lora"}, {"targets": "v"}, "the keys of a mapping of configs are the targets; got targets='v', too"),
-        ({"q": "lora", "head": "lora"}, {"layers": 1}, "layers and exclude leave no target of 'head': leave this"),
+        ({"q": "lora", "head": "lora"}, {"layers": 1}, "and exclude leave no target of 'head': leave this pattern"),
         ({"q": "lora", "v": "lora"}, {"exclude": "o"}, "exclude='o' excludes none of the 10 targets"),
         ({"q": "lora"}, {"rank": 3}, "argument 'rank': a config has its settings already: use config.replace(rank=…)"),
         ({3: "lora"}, {}, "targets must be roles such as 'qv', 'all-linear', 'conv', "),
     ],
-)
+)  # fmt: skip
 def test_mappings_that_are_refused(patterns: Any, words: dict[str, Any], text: str) -> None:
     model = small()
     before = bits(model)
