@@ -291,33 +291,31 @@ def peft_model(start: str, rank: int, alpha: float) -> Any:
 @pytest.mark.parametrize("strategy", ["weight", "factored", "additive"])
 @pytest.mark.parametrize(("start", "alpha"), [("pissa", 4), ("pissa", 10), ("olora", 4)])
 def test_pissa_and_olora_are_pefts(start: str, alpha: float, strategy: str, steps: int) -> None:
-    theirs, x = peft_model(start, 4, alpha), batch()
+    theirs = peft_model(start, 4, alpha)
     base, adapter = attached(P.lora(4, alpha=alpha, start=start), strategy=strategy)
-    optimizers = [
-        torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=1e-2),
-        torch.optim.SGD(adapter.parameters(), lr=1e-2),
-    ]
-    for _ in range(steps):
-        for whole, optimizer in zip((theirs, base), optimizers, strict=True):
-            optimizer.zero_grad()
-            whole(x).square().sum().backward()
-            optimizer.step()
-    assert torch.allclose(theirs(x), base(x), atol=1e-5)
+    outputs = []
     for whole in (theirs, base):
-        whole.zero_grad()
-        whole(x).square().sum().backward()
+        optimizer = torch.optim.SGD([p for p in whole.parameters() if p.requires_grad], lr=1e-2)
+        for step in range(steps + 1):
+            optimizer.zero_grad()
+            output = whole(batch())
+            output.square().sum().backward()
+            if step < steps:
+                optimizer.step()
+        outputs.append(output.detach())
+    assert torch.allclose(*outputs, atol=1e-5)
+    arrays = dict(adapter.named_parameters())
     for group, layer in enumerate((theirs.base_model.model[0], theirs.base_model.model[2])):
         pairs = [
             (layer.lora_B["default"].weight, f"group{group}.split0.factor0", False),
             (layer.lora_A["default"].weight, f"group{group}.split0.factor1", True),
         ]
         for weight, name, turned in pairs:
-            own = dict(adapter.named_parameters())[name]
             value, gradient = (t.T if turned else t for t in (weight.detach(), weight.grad))
             # The sign of a pair of vectors is LAPACK's choice there.
-            signs = torch.sign((value * own).sum(0).detach())
-            assert torch.allclose(value * signs, own, atol=2e-5)
-            assert torch.allclose(gradient * signs, own.grad, atol=1e-4 * gradient.abs().max().item())
+            signs = torch.sign((value * arrays[name]).sum(0).detach())
+            assert torch.allclose(value * signs, arrays[name], atol=2e-5)
+            assert torch.allclose(gradient * signs, arrays[name].grad, atol=1e-4 * gradient.abs().max().item())
 
 
 def test_the_plugin_of_peft_takes_no_given_start() -> None:
