@@ -136,8 +136,12 @@ def test_attach_translates_the_keywords_of_peft() -> None:
         with pytest.raises(TypeError, match=re.escape(text) + "$") as error:
             tt.attach(model, **{keyword: 8})
         assert isinstance(error.value, tna.ConfigError)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
-        tt.attach(model, ranks=8)  # type: ignore[call-arg]
+    for keyword, text in (
+        ("ranks", "unexpected keyword argument 'ranks'"),
+        ("rank", "settings belong to a preset, so name one: attach(…, 'superlora', rank=…)"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(text)):
+            tt.attach(model, **{keyword: 8})
     assert not tt.adapters(model)
 
 

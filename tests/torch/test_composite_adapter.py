@@ -112,7 +112,7 @@ def test_the_life_of_an_adapter(name: str, tmp_path: Path) -> None:
     life.check_life(small, attach, batch(), tmp_path)
 
 
-def test_on_a_model_of_many_forms() -> None:
+def test_on_a_model_of_many_forms(tmp_path: Path) -> None:
     model = small()
     adapter = tt.attach(model, PATTERNS, keep_trainable="blocks.1.k_proj")
     assert isinstance(adapter.config, CompositeConfig)
@@ -125,6 +125,10 @@ def test_on_a_model_of_many_forms() -> None:
     tt.attach(other, PATTERNS)
     other.load_state_dict(model.state_dict())
     assert torch.equal(run(other), run(model))
+    adapter.save(tmp_path / "adapter.safetensors")
+    third = tt.attach(other, {"v_proj": "lora", "head": P.lora(1)}, name="third")
+    with pytest.raises(tna.FileError, match="its config differs from that of adapter 'third'"):
+        third.swap(tmp_path / "adapter.safetensors")
 
 
 def test_training_one_part_and_starting_over() -> None:
