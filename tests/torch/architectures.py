@@ -6,6 +6,7 @@ weights, and the keyword arguments of one call; :func:`build` calls one, or skip
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from paper.diffusion import unet
+
+from .configured import CONFIGURED
 
 Inputs = dict[str, Any]
 MODELS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {}
@@ -51,11 +54,6 @@ def _image(size: int = 32, channels: int = 3) -> Tensor:
 
 def _text(length: int = 7) -> Inputs:
     return {"input_ids": torch.randint(3, 40, (2, length))}
-
-
-def _hugging_face(model: str, config: str, **settings: Any) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    return getattr(transformers, model)(getattr(transformers, config)(**settings))
 
 
 # -- torch, torchvision ------------------------------------------------------------------------
@@ -161,188 +159,78 @@ def timm_eva() -> tuple[nn.Module, Inputs]:
     return model, {"x": _image()}
 
 
-# -- transformers: encoders --------------------------------------------------------------------
+# -- transformers ------------------------------------------------------------------------------
 
 _WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+_WORDS = {**_WIDTH, "vocab_size": 40, "max_position_embeddings": 16}
+
+# The class, its config's, and the settings, as in ``CONFIGURED``.
+TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert": ("BertForSequenceClassification", "BertConfig", {**_WORDS, "num_labels": 3}),
+    # One layer, used three times.
+    "albert": ("AlbertModel", "AlbertConfig", {**_WORDS, "num_hidden_layers": 3, "embedding_size": 16}),
+    "vit": ("ViTForImageClassification", "ViTConfig", {**CONFIGURED["vit"][2], "num_labels": 5}),
+    "clip": (
+        "CLIPModel", "CLIPConfig",
+        {
+            "text_config": {**_WORDS, **TEXT}, "projection_dim": 16,
+            "vision_config": {**_WIDTH, "hidden_size": 48, "image_size": 32, "patch_size": 8},
+        },
+    ),
+    # With cross-attention, where c_attn has k and v alone.
+    "gpt2_cross": ("GPT2Model", "GPT2Config", {**CONFIGURED["gpt2_cross"][2], "n_layer": 1}),
+    # Four query heads for two of keys and values.
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {**_WORDS, **TEXT, "num_key_value_heads": 2}),
+    # The same in one weight whose rows would also divide by three.
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", CONFIGURED["phi3"][2]),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", CONFIGURED["gpt_neox"][2]),
+    "deepseek_v3": ("DeepseekV3Model", "DeepseekV3Config", {**CONFIGURED["deepseek_v3"][2], "num_key_value_heads": 4}),
+    "t5": (
+        "T5ForConditionalGeneration", "T5Config",
+        {
+            "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 3, "vocab_size": 40,
+            "decoder_start_token_id": 0,
+        },
+    ),
+    "whisper": (
+        "WhisperModel", "WhisperConfig",
+        {
+            **TEXT, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
+            "max_source_positions": 12, "max_target_positions": 12, "decoder_start_token_id": 1,
+        },
+    ),
+    **{
+        name: CONFIGURED[name]
+        for name in (
+            "modernbert", "dinov2", "gpt2", "bloom", "falcon_old", "falcon_multi_query", "falcon_new", "gpt_bigcode",
+            "gpt_bigcode_heads", "codegen", "mpt",
+        )
+    },
+}  # fmt: skip
+
+# What a call gets besides the words, or instead of them.
+OTHER_INPUTS: dict[str, Callable[[], Inputs]] = {
+    "vit": lambda: {"pixel_values": _image()},
+    "dinov2": lambda: {"pixel_values": _image()},
+    "clip": lambda: {**_text(), "pixel_values": _image()},
+    "gpt2_cross": lambda: {**_text(), "encoder_hidden_states": torch.randn(2, 5, 32)},
+    "t5": lambda: {**_text(), "decoder_input_ids": torch.randint(3, 40, (2, 4))},
+    "whisper": lambda: {
+        "input_features": torch.randn(2, 8, 24),
+        "decoder_input_ids": torch.randint(3, 40, (2, 4)),
+    },
+}
 
 
-@_model
-def bert() -> tuple[nn.Module, Inputs]:
-    settings = {**_WIDTH, "vocab_size": 40, "max_position_embeddings": 16, "num_labels": 3}
-    return _hugging_face("BertForSequenceClassification", "BertConfig", **settings), _text()
+def _of_transformers(name: str) -> tuple[nn.Module, Inputs]:
+    transformers = pytest.importorskip("transformers")
+    model, config, settings = TRANSFORMERS[name]
+    made = getattr(transformers, model)(getattr(transformers, config)(**settings))
+    return made, OTHER_INPUTS.get(name, _text)()
 
 
-@_model
-def albert() -> tuple[nn.Module, Inputs]:
-    """One layer, used three times."""
-    settings = {**_WIDTH, "num_hidden_layers": 3, "vocab_size": 40, "embedding_size": 16, "max_position_embeddings": 16}
-    return _hugging_face("AlbertModel", "AlbertConfig", **settings), _text()
-
-
-@_model
-def modernbert() -> tuple[nn.Module, Inputs]:
-    settings = {
-        **_WIDTH,
-        **TEXT,
-        "max_position_embeddings": 16,
-        "local_attention": 4,
-        "cls_token_id": 1,
-        "sep_token_id": 2,
-    }
-    return _hugging_face("ModernBertModel", "ModernBertConfig", **settings), _text()
-
-
-@_model
-def vit() -> tuple[nn.Module, Inputs]:
-    settings = {**_WIDTH, "image_size": 32, "patch_size": 8, "num_labels": 5}
-    return _hugging_face("ViTForImageClassification", "ViTConfig", **settings), {"pixel_values": _image()}
-
-
-@_model
-def dinov2() -> tuple[nn.Module, Inputs]:
-    settings = {**_WIDTH, "image_size": 32, "patch_size": 8, "mlp_ratio": 2}
-    return _hugging_face("Dinov2Model", "Dinov2Config", **settings), {"pixel_values": _image()}
-
-
-@_model
-def clip() -> tuple[nn.Module, Inputs]:
-    text = {**_WIDTH, **TEXT, "max_position_embeddings": 16}
-    vision = {**_WIDTH, "hidden_size": 48, "image_size": 32, "patch_size": 8}
-    model = _hugging_face("CLIPModel", "CLIPConfig", text_config=text, vision_config=vision, projection_dim=16)
-    return model, {**_text(), "pixel_values": _image()}
-
-
-# -- transformers: decoders --------------------------------------------------------------------
-
-
-_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
-_GPT2 |= {name: number for name, number in TEXT.items() if name != "pad_token_id"}
-
-
-@_model
-def gpt2() -> tuple[nn.Module, Inputs]:
-    """Weights stored as (in, out), and the embedding tied to the head."""
-    return _hugging_face("GPT2LMHeadModel", "GPT2Config", **_GPT2), _text()
-
-
-@_model
-def gpt2_cross() -> tuple[nn.Module, Inputs]:
-    """With cross-attention, where c_attn has k and v alone."""
-    settings = {
-        "n_embd": 32,
-        "n_layer": 1,
-        "n_head": 4,
-        "n_positions": 16,
-        "vocab_size": 40,
-        "add_cross_attention": True,
-    }
-    model = _hugging_face("GPT2Model", "GPT2Config", **settings)
-    return model, {**_text(), "encoder_hidden_states": torch.randn(2, 5, 32)}
-
-
-@_model
-def llama() -> tuple[nn.Module, Inputs]:
-    """Four query heads for two of keys and values."""
-    settings = {**_WIDTH, **TEXT, "num_key_value_heads": 2, "max_position_embeddings": 16}
-    return _hugging_face("LlamaForCausalLM", "LlamaConfig", **settings), _text()
-
-
-@_model
-def phi3() -> tuple[nn.Module, Inputs]:
-    """As :func:`llama`, in one weight whose rows would also divide by three."""
-    settings = {**_WIDTH, **TEXT, "num_key_value_heads": 1, "max_position_embeddings": 16}
-    return _hugging_face("Phi3ForCausalLM", "Phi3Config", **settings), _text()
-
-
-@_model
-def gpt_neox() -> tuple[nn.Module, Inputs]:
-    settings = {**_WIDTH, **TEXT, "max_position_embeddings": 16}
-    return _hugging_face("GPTNeoXForCausalLM", "GPTNeoXConfig", **settings), _text()
-
-
-@_model
-def bloom() -> tuple[nn.Module, Inputs]:
-    settings = {"hidden_size": 32, "n_layer": 2, "n_head": 4, **TEXT}
-    return _hugging_face("BloomModel", "BloomConfig", **settings), _text()
-
-
-def _falcon(**settings: Any) -> tuple[nn.Module, Inputs]:
-    settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **TEXT, **settings}
-    return _hugging_face("FalconModel", "FalconConfig", **settings), _text()
-
-
-@_model
-def falcon_old() -> tuple[nn.Module, Inputs]:
-    """q, k and v head by head."""
-    return _falcon(multi_query=False, new_decoder_architecture=False)
-
-
-@_model
-def falcon_multi_query() -> tuple[nn.Module, Inputs]:
-    """All queries, then one head of keys and one of values."""
-    return _falcon(multi_query=True, new_decoder_architecture=False)
-
-
-@_model
-def falcon_new() -> tuple[nn.Module, Inputs]:
-    """Head of keys by head of keys, each after its queries."""
-    return _falcon(new_decoder_architecture=True, num_kv_heads=2)
-
-
-@_model
-def gpt_bigcode() -> tuple[nn.Module, Inputs]:
-    return _hugging_face("GPTBigCodeModel", "GPTBigCodeConfig", **_GPT2, multi_query=True), _text()
-
-
-@_model
-def gpt_bigcode_heads() -> tuple[nn.Module, Inputs]:
-    return _hugging_face("GPTBigCodeModel", "GPTBigCodeConfig", **_GPT2, multi_query=False), _text()
-
-
-@_model
-def codegen() -> tuple[nn.Module, Inputs]:
-    settings = {"n_embd": 32, "n_layer": 2, "n_head": 8, "n_positions": 16, "rotary_dim": 4, **TEXT}
-    return _hugging_face("CodeGenModel", "CodeGenConfig", **settings), _text()
-
-
-@_model
-def mpt() -> tuple[nn.Module, Inputs]:
-    settings = {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 16, "vocab_size": 40}
-    return _hugging_face("MptModel", "MptConfig", **settings), _text()
-
-
-@_model
-def deepseek_v3() -> tuple[nn.Module, Inputs]:
-    """Latent attention: queries and keys in two steps."""
-    settings = {
-        **_WIDTH, **TEXT, "q_lora_rank": 8, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
-        "v_head_dim": 8, "first_k_dense_replace": 2, "max_position_embeddings": 16,
-    }  # fmt: skip
-    return _hugging_face("DeepseekV3Model", "DeepseekV3Config", **settings), _text()
-
-
-# -- transformers: encoder and decoder ---------------------------------------------------------
-
-
-@_model
-def t5() -> tuple[nn.Module, Inputs]:
-    settings = {
-        "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 3, "vocab_size": 40,
-        "decoder_start_token_id": 0,
-    }  # fmt: skip
-    model = _hugging_face("T5ForConditionalGeneration", "T5Config", **settings)
-    return model, {**_text(), "decoder_input_ids": torch.randint(3, 40, (2, 4))}
-
-
-@_model
-def whisper() -> tuple[nn.Module, Inputs]:
-    settings = {
-        **TEXT, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
-        "max_source_positions": 12, "max_target_positions": 12, "decoder_start_token_id": 1,
-    }  # fmt: skip
-    model = _hugging_face("WhisperModel", "WhisperConfig", **settings)
-    return model, {"input_features": torch.randn(2, 8, 24), "decoder_input_ids": torch.randint(3, 40, (2, 4))}
+MODELS |= {name: functools.partial(_of_transformers, name) for name in TRANSFORMERS}
 
 
 # -- Diffusion ---------------------------------------------------------------------------------

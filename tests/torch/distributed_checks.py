@@ -15,18 +15,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn import functional
 
 import tnadapt.torch
-from tnadapt import SuperLoRA, presets
-from tnadapt.errors import TargetError, TnadaptError
-from tnadapt.torch._delta import DeltaCache
-from tnadapt.torch._state import register_in
+from tnadapt import presets
+from tnadapt.errors import TargetError
 
 from .distributed_jobs import BATCH, TOKENS, Job, Model, batches, build, spread, whole
+from .internals_a import register_in
 
 SHARDED = Job("fsdp2")
 
@@ -56,27 +53,23 @@ def expect(condition: bool, what: str) -> None:
         raise AssertionError(what)
 
 
-def merge_is_refused() -> None:
+def refused(action: Callable[[], object], words: str) -> None:
+    try:
+        action()
+    except TargetError as error:
+        expect(words in str(error), str(error))
+    else:
+        expect(False, f"not refused because of {words!r}")
+
+
+def merges_and_attaching_are_refused() -> None:
     model, adapter = stirred(SHARDED)
     running = spread(SHARDED, model)
     before = outputs(running)
-    try:
-        adapter.merge()
-    except TargetError as error:
-        expect("sharded" in str(error), str(error))
-    else:
-        expect(False, "a sharded weight was merged into")
+    refused(adapter.merge, "sharded")
     expect(torch.equal(outputs(running), before), "a refused merge changed the model")
-
-
-def attach_after_sharding_is_refused() -> None:
-    running = spread(SHARDED, Model())
-    try:
-        tnadapt.torch.attach(running)
-    except TargetError as error:
-        expect("attach first" in str(error), str(error))
-    else:
-        expect(False, "attached to a sharded model")
+    fresh = spread(SHARDED, Model())
+    refused(lambda: tnadapt.torch.attach(fresh), "attach first")
 
 
 def disabled_is_the_base() -> None:
@@ -101,17 +94,6 @@ def changed_parameters_act_at_once() -> None:
     alone, other = build(SHARDED)
     other.load_arrays(arrays)
     torch.testing.assert_close(found, outputs(alone), rtol=1e-6, atol=1e-6)
-
-
-def new_arrays_stay() -> None:
-    """Load arrays after a forward pass, when torch still has gathered parameters that the next pass reshards."""
-    model, adapter = stirred(SHARDED)
-    running = spread(SHARDED, model)
-    outputs(running)
-    wanted = other_arrays(adapter, 2)
-    adapter.load_arrays(wanted)
-    running(sample()).square().mean().backward()
-    same_arrays(adapter.arrays(), wanted)
 
 
 def same_arrays(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -221,21 +203,6 @@ def groups_one_after_another() -> None:
         running.zero_grad()
 
 
-def chosen_after_a_pass_without_gradients() -> None:
-    """Choose while torch still has the gathered parameters, and no assignment of values makes it drop them."""
-    model, adapter = stirred(SHARDED)
-    running = spread(SHARDED, model)
-    for word in ("factor1", None, "factor0"):
-        outputs(running)
-        adapter.set_trainable(arrays=word)
-        running.zero_grad()
-        running(sample()).square().mean().backward()
-        for name, parameter in adapter.named_parameters():
-            chosen = word is None or name.endswith(word)
-            expect(parameter.requires_grad == chosen, f"{name} requires_grad, with {word} chosen")
-            expect((parameter.grad is not None) == chosen, f"{name} has a gradient, with {word} chosen")
-
-
 class Around(nn.Module):
     """A module around the adapted model, which may also hold the arrays next to it."""
 
@@ -248,38 +215,33 @@ class Around(nn.Module):
         return self.inner(x)
 
 
-def writes_where_the_sharded_root_contains_the_model() -> None:
-    for beside in (False, True):
+def new_arrays_stay() -> None:
+    """Load arrays after a forward pass, when torch still has gathered parameters that the next pass reshards.
+
+    The sharded root is the model, or contains it, and may hold the arrays next to it.
+    """
+    for root in ("model", "around", "beside"):
         model, adapter = stirred(SHARDED)
         around = Around(model)
-        if beside:
+        if root == "beside":
             register_in(adapter._state, around.beside, "let_go()")
-        running = fully_shard(around)
+        running = spread(SHARDED, model) if root == "model" else fully_shard(around)
         before = outputs(running)
         wanted = other_arrays(adapter, 2)
         adapter.load_arrays(wanted)
         expect(not torch.equal(outputs(running), before), "the arrays do not act")
         running(sample()).square().mean().backward()
         same_arrays(adapter.arrays(), wanted)
-        outputs(running)
-        adapter.set_trainable(arrays="factor1")
-        running.zero_grad()
-        running(sample()).square().mean().backward()
-        for name, parameter in adapter.named_parameters():
-            expect((parameter.grad is not None) == name.endswith("factor1"), f"{name} has a gradient, or has none")
-
-
-def updates_of_arrays_sharded_since() -> None:
-    """Arrays cached before sharding are not compared with sharded ones, which torch refuses."""
-    plan = SuperLoRA(presets.lora(2), [(4, 4)])
-    arrays: dict[str, Tensor] = dict(plan.init("torch"))
-    updates = DeltaCache(plan)
-    with torch.no_grad():
-        expected = updates.get(lambda names: [arrays[name] for name in names], 0)
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        arrays = {name: distribute_tensor(array, mesh, [Replicate()]) for name, array in arrays.items()}
-        found = updates.get(lambda names: [arrays[name] for name in names], 0)
-    expect(torch.equal(whole(found), expected), "another update")
+        # Choose while torch still has the gathered parameters, and no assignment of values makes it drop them.
+        for word in ("factor1", None, "factor0"):
+            outputs(running)
+            adapter.set_trainable(arrays=word)
+            running.zero_grad()
+            running(sample()).square().mean().backward()
+            for name, parameter in adapter.named_parameters():
+                chosen = word is None or name.endswith(word)
+                expect(parameter.requires_grad == chosen, f"{name} requires_grad, with {word} chosen")
+                expect((parameter.grad is not None) == chosen, f"{name} has a gradient, with {word} chosen")
 
 
 def several_adapters() -> None:
@@ -311,42 +273,11 @@ def compiled() -> None:
         expect(all(bool(whole(p.grad).any()) for p in adapter.parameters()), f"{how}: no gradient")
 
 
-def reentrant_without_static_graph() -> None:
-    """DDP reduces a gradient when it first arrives, and reentrant checkpoints deliver it block by block."""
-    job = Job("ddp", reentrant=True)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    gradients = []
-    for running in (stirred(job)[0], spread(job, stirred(job)[0])):
-        x = sample() if isinstance(running, Model) else sample()[rank::world]
-        try:
-            running(x).square().mean().backward()
-        except (TnadaptError, RuntimeError) as error:
-            expect("static_graph" in str(error), str(error))
-            return
-        gradients.append([p.grad for name, p in running.named_parameters() if "tnadapt" in name])
-    for one, many in zip(*gradients, strict=True):
-        torch.testing.assert_close(many, one, rtol=1e-5, atol=1e-7)
-
-
 CHECKS: dict[str, Callable[..., None]] = {
     check.__name__: check
     for check in (
-        merge_is_refused,
-        attach_after_sharding_is_refused,
-        disabled_is_the_base,
-        changed_parameters_act_at_once,
-        new_arrays_stay,
-        from_the_meta_device,
-        swapped_from_a_file,
-        process_zero_may_save_alone,
-        half_precision_blocks,
-        state_saved_and_resumed,
-        groups_one_after_another,
-        chosen_after_a_pass_without_gradients,
-        updates_of_arrays_sharded_since,
-        writes_where_the_sharded_root_contains_the_model,
-        several_adapters,
-        compiled,
-        reentrant_without_static_graph,
+        merges_and_attaching_are_refused, disabled_is_the_base, changed_parameters_act_at_once, from_the_meta_device,
+        swapped_from_a_file, process_zero_may_save_alone, half_precision_blocks, state_saved_and_resumed,
+        groups_one_after_another, new_arrays_stay, several_adapters, compiled,
     )
-}
+}  # fmt: skip

@@ -11,34 +11,21 @@ import transformers
 CLASSES = 3
 
 
+SMALL = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "num_labels": CLASSES,
+}  # fmt: skip
+
+
 def bert() -> Any:
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=40,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=16,
-        num_labels=CLASSES,
-        # Ten times the usual: attention then matters, which no pretraining has taught it here.
-        initializer_range=0.2,
-    )
+    # Ten times the usual range: attention then matters, which no pretraining has taught it here.
+    config = transformers.BertConfig(**SMALL, vocab_size=40, max_position_embeddings=16, initializer_range=0.2)
     return transformers.BertForSequenceClassification(config)
 
 
 def vit() -> Any:
     torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        image_size=8,
-        patch_size=4,
-        num_labels=CLASSES,
-    )
-    return transformers.ViTForImageClassification(config)
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL, image_size=8, patch_size=4))
 
 
 def sentences(number: int = 16) -> list[dict[str, Any]]:

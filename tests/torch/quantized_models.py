@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tnadapt.torch._quantized import quantized_type
+from .internals_a import quantized_type
 
 #: Multiples of every library's block or group.
 SIZE, OUT = 128, 64
@@ -110,10 +110,11 @@ def _int8(own: Any, linear: Any) -> Any:
 
 
 def _torchao(config: str, **settings: Any) -> Callable[[Any, Any], Any]:
-    def quantize(own: Any, linear: Any) -> Any:
+    def quantize(own: Any, layer: Any) -> Any:
         groups = library("torchao.quantization.granularity")
-        own.quantize_(linear, getattr(own, config)(**{name: value(groups) for name, value in settings.items()}))
-        return linear
+        how = getattr(own, config)(**{name: value(groups) for name, value in settings.items()})
+        own.quantize_(layer, how, lambda module, _: isinstance(module, (nn.Linear, nn.Embedding)))
+        return layer
 
     return quantize
 
@@ -153,16 +154,6 @@ def _embedding_of_bitsandbytes(name: str) -> Callable[[Any, Any], Any]:
     return quantize
 
 
-def _embedding_of_torchao(config: str, **settings: Any) -> Callable[[Any, Any], Any]:
-    def quantize(own: Any, table: Any) -> Any:
-        groups = library("torchao.quantization.granularity")
-        how = getattr(own, config)(**{name: value(groups) for name, value in settings.items()})
-        own.quantize_(table, how, lambda module, _: isinstance(module, nn.Embedding))
-        return table
-
-    return quantize
-
-
 def _after_training(own: Any, table: Any) -> Any:
     quantizer = own.Int4WeightOnlyEmbeddingQATQuantizer(group_size=32)
     return quantizer.convert(quantizer.prepare(nn.Sequential(table)))[0]
@@ -188,6 +179,7 @@ def _gguf(kind: str) -> Callable[[Any, Any], Any]:
 
 GGUF = "transformers.integrations.gguf.utils"
 BNB, AO, QUANTO, HQQ = "bitsandbytes", "torchao.quantization", "optimum.quanto", "hqq.core.quantize"
+INT4 = _torchao("IntxWeightOnlyConfig", weight_dtype=lambda _: torch.int4, granularity=lambda g: g.PerGroup(32))
 
 KINDS = {
     "bitsandbytes nf4": Kind(BNB, _four_bit("nf4", False)),
@@ -198,9 +190,7 @@ KINDS = {
     "torchao int8, one scale": Kind(AO, _torchao("Int8WeightOnlyConfig", granularity=lambda g: g.PerTensor())),
     "torchao int8 dynamic": Kind(AO, _torchao("Int8DynamicActivationInt8WeightConfig"), exact=False),
     "torchao float8": Kind(AO, _torchao("Float8WeightOnlyConfig")),
-    "torchao int4": Kind(
-        AO, _torchao("IntxWeightOnlyConfig", weight_dtype=lambda _: torch.int4, granularity=lambda g: g.PerGroup(32))
-    ),
+    "torchao int4": Kind(AO, INT4),
     "quanto int8": Kind(QUANTO, _quanto("qint8"), copies=False),
     "quanto int8, not frozen": Kind(QUANTO, _quanto("qint8", frozen=False)),
     "quanto int4": Kind(QUANTO, _quanto("qint4"), copies=False),
@@ -216,14 +206,9 @@ EMBEDDINGS = {
     "bitsandbytes nf4 embedding": Kind(BNB, _embedding_of_bitsandbytes("EmbeddingNF4")),
     "bitsandbytes fp4 embedding": Kind(BNB, _embedding_of_bitsandbytes("EmbeddingFP4")),
     "bitsandbytes int8 embedding": Kind(BNB, _embedding_of_bitsandbytes("Embedding8bit")),
-    "torchao int8 embedding": Kind(AO, _embedding_of_torchao("Int8WeightOnlyConfig")),
-    "torchao float8 embedding": Kind(AO, _embedding_of_torchao("Float8WeightOnlyConfig")),
-    "torchao int4 embedding": Kind(
-        AO,
-        _embedding_of_torchao(
-            "IntxWeightOnlyConfig", weight_dtype=lambda _: torch.int4, granularity=lambda g: g.PerGroup(32)
-        ),
-    ),
+    "torchao int8 embedding": Kind(AO, _torchao("Int8WeightOnlyConfig")),
+    "torchao float8 embedding": Kind(AO, _torchao("Float8WeightOnlyConfig")),
+    "torchao int4 embedding": Kind(AO, INT4),
     "torchao int4 embedding, trained": Kind("torchao.quantization.qat.embedding", _after_training),
     "gguf q8_0 embedding": Kind(GGUF, _gguf("Q8_0")),
 }

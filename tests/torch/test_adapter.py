@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import gc
-import io
-import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +18,8 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.depth import in_depth
 
+from . import life
+from .life import asks_for_grad, assert_near, bits, by_formula, passes
 from .small import Separate, batch, compiles_whole, small, stir
 
 P = tna.presets
@@ -60,198 +58,91 @@ def attached(variant: str = "default", **settings: object) -> tuple[nn.Module, t
 
 
 def run(model: nn.Module, x: torch.Tensor | None = None) -> torch.Tensor:
-    with torch.no_grad():
-        return model(batch() if x is None else x)
+    return life.run(model, batch() if x is None else x)
 
 
-def bits(model: nn.Module) -> dict[str, bytes]:
-    """Return the bytes of the base's parameters and buffers by name."""
-    return {
-        name: tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        for name, tensor in model.state_dict().items()
-        if not name.startswith("tnadapt_")
-    }
+# -- 7: a fresh adapter, and training --------------------------------------------------------------------------
 
 
-def reference_model(adapter: tt.Adapter) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, torch.Tensor]]:
-    """Return a function that runs the same model with W + ΔW by functional_call, without the adapter's code."""
-    arrays = {name: p.detach().clone().requires_grad_() for name, p in adapter.named_parameters()}
-    dtype = next(iter(arrays.values())).dtype
-    duplicate = small().to(dtype)
-    weights = {name: p.detach() for name, p in duplicate.named_parameters()}
-    for target, delta in zip(adapter.targets, adapter.plan.training_plan.deltas(arrays), strict=True):
-        weight = weights[target.name]
-        rows = list(range(target.shape[0])) if target.rows is None else target.rows.indices()
-        change = torch.zeros(weight.shape[0], target.shape[1], dtype=dtype).index_add(0, torch.tensor(rows), delta)
-        weights[target.name] = weight + change.reshape(weight.shape)
-    return lambda x: torch.func.functional_call(duplicate, weights, x), arrays
-
-
-# -- 7: a fresh adapter, and the first step ------------------------------------------------------------------
-
-
-@pytest.mark.law("fresh-is-zero")
+@pytest.mark.law(
+    "fresh-is-zero", "first-gradients", "base-is-constant", "merge-is-attached", "merge-exact-undo", "disabled",
+    "detach", "copies", "file-round-trip", "merge-disk-is-memory",
+)  # fmt: skip
 @variants
-def test_a_fresh_adapter_changes_no_bit_of_the_output(variant: str) -> None:
-    base = small()
-    free = base(batch())
-    model, adapter = attached(variant)
-    assert torch.equal(run(model), run(base))
-    assert torch.equal(model(batch()), free)
-    assert [tuple(d.shape) for d in adapter.deltas()] == [target.shape for target in adapter.targets]
+def test_the_life_of_an_adapter(variant: str, tmp_path: Path) -> None:
+    life.check_life(small, lambda model: tt.attach(model, VARIANTS[variant]), batch(), tmp_path)
 
 
-@pytest.mark.law("first-gradients", "base-is-constant")
+@pytest.mark.law("attached-is-update", "accumulation")
 @variants
-def test_training_moves_every_array_and_no_bit_of_the_base(variant: str) -> None:
-    model, adapter = attached(variant)
-    before, started = bits(model), {name: p.detach().clone() for name, p in adapter.named_parameters()}
-    optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-3)
-    first = None
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(batch()), torch.tensor([0, 1, 2]))
-        loss.backward()
-        if first is None:
-            first = loss.item()
-            moving = [name for name, p in adapter.named_parameters() if bool(p.grad.any())]
-            # A linear F has one array that starts from zero, and the others wait for it; a nonlinear one none.
-            zero = [name for name, start in started.items() if not start.any()]
-            assert set(moving) >= (set(zero) or set(started))
-        optimizer.step()
-    assert all(not torch.equal(p, started[name]) for name, p in adapter.named_parameters())
-    assert nn.functional.cross_entropy(run(model), torch.tensor([0, 1, 2])).item() < first
-    assert bits(model) == before
-
-
-@pytest.mark.law("attached-is-update")
-@variants
-def test_attached_is_the_base_with_its_weights_changed(variant: str) -> None:
-    model, adapter = attached(variant)
-    stir(adapter)
-    arrays = {name: p.detach().double().numpy() for name, p in adapter.named_parameters()}
-    if "nonlinear" in variant:  # whose start is float32's
-        arrays = {name: p.detach().numpy() for name, p in adapter.named_parameters()}
-    by_hand = small()
-    for target, delta in zip(adapter.targets, adapter.plan.training_plan.deltas(arrays), strict=True):
-        weight = by_hand.get_parameter(target.name).data
-        rows = list(range(target.shape[0])) if target.rows is None else target.rows.indices()
-        weight[rows] += torch.tensor(delta, dtype=torch.float32).reshape(len(rows), *weight.shape[1:])
-    moved = (run(by_hand) - run(small())).abs().max()
-    assert (run(model) - run(by_hand)).abs().max() < 1e-5 * max(1.0, moved)
-    assert moved > 1e-3
-
-
-@pytest.mark.law("attached-is-update")
-@variants
-def test_gradients_are_those_of_the_plain_formula(variant: str) -> None:
+def test_outputs_and_gradients_are_those_of_the_plain_formula(variant: str) -> None:
     model, adapter = attached(variant)
     model.double()
     stir(adapter)
-    model(batch().double()).square().sum().backward()
-    duplicate, arrays = reference_model(adapter)
-    duplicate(batch().double()).square().sum().backward()
-    for name, parameter in adapter.named_parameters():
-        scale = arrays[name].grad.abs().max()
-        assert (parameter.grad - arrays[name].grad).abs().max() <= 1e-10 * scale, name
+    x = batch(size=4).double()
+    expected = by_formula(adapter, small().double(), x)
+    # One part of a batch after another, too: the gradients add up.
+    for batches in ([x], x.split(2)):
+        assert_near(passes(model, adapter, *batches), expected, 1e-10)
+    assert (expected["output"] - run(small().double(), x)).abs().max() > 1e-3
+    for _ in range(2):  # a part called by itself
+        model.blocks[1](batch().double()).sum().backward()
 
 
-# -- 8: disabled, and what is refused ------------------------------------------------------------------------
-
-
-@pytest.mark.law("disabled")
-def test_disabled_gives_the_bases_bits_also_after_an_exception() -> None:
-    model, adapter = attached()
-    stir(adapter)
-    on = run(model)
-    assert ", attached, weight 1>" in repr(adapter)
-    with adapter.disabled():
-        assert torch.equal(run(model), run(small()))
-        assert ", disabled, weight 1>" in repr(adapter)
-    assert torch.equal(run(model), on)
-    with contextlib.suppress(ZeroDivisionError), adapter.disabled():
-        raise ZeroDivisionError
-    assert torch.equal(run(model), on)
-    adapter.merge()
-    with adapter.disabled():
-        assert torch.equal(run(model), run(small()))
-    assert adapter.merged
-
-
-@pytest.mark.law("disabled")
-def test_a_forward_that_fails_leaves_the_model_as_it_was() -> None:
-    model, adapter = attached()
-    stir(adapter)
-    on, free = run(model), bits(model)
-    with pytest.raises(RuntimeError):
-        model(torch.zeros(2, 5, 7))
-    with pytest.raises(AssertionError):
-        model.blocks[3](torch.zeros(2, 5, 7))
-    assert torch.equal(run(model), on)
-    assert bits(model) == free
-    assert all("in_proj_weight" not in module.__dict__ for module in model.modules())
+# -- 8: what is refused, and kept trainable ------------------------------------------------------------------
 
 
 @pytest.mark.law("no-target")
 def test_refusals_list_what_was_there_and_change_nothing() -> None:
     model = small()
-    before = (
-        repr(model),
-        sorted(model.state_dict()),
-        [p.requires_grad for p in model.parameters()],
-        dict(model.__dict__),
-    )
 
-    def refused(error: type[Exception], words: str, **settings: object) -> None:
+    def state() -> tuple[object, ...]:
+        assert all("forward" not in module.__dict__ for module in model.modules())
+        free = [p.requires_grad for p in model.parameters()]
+        return repr(model), sorted(model.state_dict()), free, dict(model.__dict__)
+
+    before = state()
+    refused: list[tuple[type[Exception], str, dict[str, object]]] = [
+        (tna.TargetError, "no parameter is at or below 'haed'; .*: blocks, head", {"keep_trainable": "haed"}),
+        (tna.TargetError, "non-empty string of printable characters; got 3", {"name": 3}),
+        (tna.TargetError, "non-empty string of printable characters; got ''", {"name": ""}),
+        (tna.TargetError, "printable characters", {"name": "a\nb"}),
+        (tna.TargetError, "is both a target and in keep_trainable", {"keep_trainable": "q_proj"}),
+        (tna.ConfigError, "strategy must be one of", {"strategy": "fast"}),
+        (tna.ConfigError, "activation must be one of", {"activation": "step"}),
+        (tna.ConfigError, "rows and columns are separate", {"strategy": "factored"}),
+        (tna.ConfigError, "use tnadapt.presets.lora", {"activation": "relu"}),
+        (tna.BackendError, "dtype must be one of", {"dtype": torch.int32}),
+        (tna.ConfigError, "more than the", {"cfg": P.superlora(2, groups=10**9)}),
+        (tna.TargetError, "nothing like that at all", {"targets": "nothing like that at all"}),
+    ]
+    for error, words, settings in refused:
         with pytest.raises(error, match=words):
             tt.attach(model, **settings)
-        now = (
-            repr(model),
-            sorted(model.state_dict()),
-            [p.requires_grad for p in model.parameters()],
-            dict(model.__dict__),
-        )
-        assert now == before
-        assert all("forward" not in module.__dict__ for module in model.modules())
-
-    refused(
-        tna.TargetError, "keep_trainable: no parameter is at or below 'haed'; .*: blocks, head", keep_trainable="haed"
-    )
-    refused(tna.TargetError, "non-empty string of printable characters; got 3", name=3)
-    refused(tna.TargetError, "non-empty string of printable characters; got ''", name="")
-    refused(tna.TargetError, "printable characters", name="a\nb")
-    refused(tna.TargetError, "is both a target and in keep_trainable", keep_trainable="q_proj")
-    refused(tna.ConfigError, "strategy must be one of", strategy="fast")
-    refused(tna.ConfigError, "activation must be one of", activation="step")
-    refused(tna.ConfigError, "rows and columns are separate", strategy="factored")
-    refused(tna.ConfigError, "use tnadapt.presets.lora", activation="relu")
-    refused(tna.BackendError, "dtype must be one of", dtype=torch.int32)
-    refused(tna.ConfigError, "more than the", cfg=P.superlora(2, groups=10**9))
-    refused(tna.TargetError, "nothing like that at all", targets="nothing like that at all")
+        assert state() == before
     with pytest.raises(tna.TargetError, match="needs a torch module; got dict"):
         tt.attach({})
     with pytest.raises(tna.TargetError, match=r"1 linear or convolution weights: 0\.weight"):
         tt.attach(nn.Sequential(nn.Linear(3, 3)))
 
 
-@pytest.mark.parametrize(
-    ("keyword", "ours"),
-    [
-        ("r", "'rank' here, a setting of tnadapt.Config and its presets"),
-        ("lora_alpha", "'alpha' here, a setting of tnadapt.Config and its presets"),
-        ("target_modules", "'targets' here, an argument of tnadapt.torch.attach"),
-        ("modules_to_save", "'keep_trainable' here, an argument of tnadapt.torch.attach"),
-    ],
-)
-def test_attach_translates_the_keywords_of_peft(keyword: str, ours: str) -> None:
+def test_attach_translates_the_keywords_of_peft() -> None:
     model = small()
-    text = f"attach() got an unexpected keyword argument {keyword!r}: PEFT's {keyword!r} is {ours}"
-    with pytest.raises(TypeError, match=re.escape(text) + "$") as error:
-        tt.attach(model, **{keyword: 8})
-    assert isinstance(error.value, tna.ConfigError)
+    for keyword, ours in (
+        ("lora_alpha", "'alpha' here, a setting of tnadapt.Config and its presets"),
+        ("modules_to_save", "'keep_trainable' here, an argument of tnadapt.torch.attach"),
+    ):
+        text = f"attach() got an unexpected keyword argument {keyword!r}: PEFT's {keyword!r} is {ours}"
+        with pytest.raises(TypeError, match=re.escape(text) + "$") as error:
+            tt.attach(model, **{keyword: 8})
+        assert isinstance(error.value, tna.ConfigError)
+    for keyword, text in (
+        ("ranks", "unexpected keyword argument 'ranks'"),
+        ("rank", "settings belong to a preset, so name one: attach(…, 'superlora', rank=…)"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(text)):
+            tt.attach(model, **{keyword: 8})
     assert not tt.adapters(model)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
-        tt.attach(model, ranks=8)  # type: ignore[call-arg]
 
 
 def test_what_is_kept_trainable_is_in_the_state_dict_and_no_adapter_s() -> None:
@@ -279,69 +170,7 @@ def test_a_second_adapter_of_one_name_is_refused() -> None:
     tt.attach(model)
 
 
-@pytest.mark.law("name-clash")
-def test_a_row_is_not_updated_twice() -> None:
-    whole = tna.Target("blocks.0.qkv", (48, 16))
-    q = tna.Target("blocks.0.qkv", (48, 16), "q", rows=tna.Rows(0, 16, 48))
-    for targets in ([whole, q], [q, tna.Target("blocks.0.qkv", (48, 16), "v", rows=tna.Rows(8, 16, 48))]):
-        with pytest.raises(tna.TargetError, match=r"blocks\.0\.qkv\.weight"):
-            tt.attach(small(), targets=targets)
-
-
-# -- 9: fused and tied weights -------------------------------------------------------------------------------
-
-
-@pytest.mark.law("fused-keys")
-def test_the_keys_of_a_fused_weight_keep_their_bits() -> None:
-    model, adapter = attached()
-    stir(adapter)
-    keys = slice(16, 32)
-    names = ["blocks.0.qkv.weight", "blocks.3.attn.in_proj_weight", "blocks.4.self_attn.in_proj_weight"]
-    base = {name: small().get_parameter(name)[keys] for name in names}
-    k = small().blocks[0].qkv(batch())[..., keys]
-    assert torch.equal(model.blocks[0].qkv(batch())[..., keys], k)
-    adapter.merge()
-    for name in names:
-        assert torch.equal(model.get_parameter(name)[keys], base[name])
-        assert not torch.equal(model.get_parameter(name), small().get_parameter(name))
-
-
-@pytest.mark.law("tied-weights")
-def test_tied_weights_are_refused_or_untied_by_wish() -> None:
-    def tied() -> nn.Module:
-        model = small()
-        model.blocks[1].q_proj.weight = model.blocks[0].proj.weight
-        return model
-
-    targets = ["blocks.0.proj", "blocks.1.q_proj"]
-    with pytest.raises(tna.TargetError, match=r"one tensor \(tied weights\).*untie=True"):
-        tt.attach(tied(), targets=targets)
-    model = tied()
-    adapter = tt.attach(model, targets=targets, untie=True)
-    assert torch.equal(run(model), run(tied()))
-    stir(adapter)
-    adapter.merge()
-    assert not torch.equal(model.blocks[1].q_proj.weight, model.blocks[0].proj.weight)
-    merged = run(model)
-    adapter.bake()
-    assert torch.equal(run(model), merged)
-    adapter = tt.attach(other := tied(), targets=targets, untie=True)
-    adapter.detach()
-    assert other.blocks[1].q_proj.weight is other.blocks[0].proj.weight
-
-
 # -- 10: merging ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.law("merge-is-attached")
-@variants
-def test_merged_is_attached(variant: str) -> None:
-    model, adapter = attached(variant)
-    stir(adapter)
-    on = run(model)
-    adapter.merge()
-    assert (run(model) - on).abs().max() < 1e-5
-    assert not torch.equal(run(model), run(small()))
 
 
 @pytest.mark.law("merge-exact-undo")
@@ -426,61 +255,31 @@ def test_merging_takes_the_memory_of_one_update_and_no_more() -> None:
     assert alive() == expected
 
 
-@pytest.mark.parametrize("action", ["merge", "unmerge"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_a_merge_or_unmerge_that_ends_midway_leaves_the_base(
-    action: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, adapter = attached()
-    stir(adapter)
-    before, expected = bits(model), run(model)
-    if action == "unmerge":
-        adapter.merge()
-    true, writes = tna.Target.write, []
-
-    def fails_once(self: tna.Target, *args: object) -> None:
-        writes.append(self)
-        if len(writes) == 3:
-            raise error
-        true(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tna.Target, "write", fails_once)
-        with pytest.raises(error):
-            getattr(adapter, action)()
-    assert len(writes) > 3
-    assert bits(model) == before
-    assert torch.equal(run(model), expected)
-    adapter.merge()
-    assert bits(model) != before
-    adapter.unmerge()
-    assert bits(model) == before
-
-
 @pytest.mark.law("merge-not-finite")
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_an_adapter_that_is_not_finite_touches_no_weight(bad: float) -> None:
-    model, adapter = attached("superlora groups")
+@pytest.mark.parametrize(
+    ("config", "dtype", "bad", "message"),
+    [
+        # In the last group or weight: the others are good.
+        (VARIANTS["superlora groups"], torch.float32, float("nan"), "not finite.*no weight was changed"),
+        (VARIANTS["superlora groups"], torch.float32, float("inf"), "not finite.*no weight was changed"),
+        (P.dense(), torch.float16, 1e6, r"exceeds the range of torch\.float16"),
+        (P.dora(2), torch.float16, 1e6, r"v_proj.weight plus its update exceeds the range of torch\.float16"),
+        (P.dora(2), torch.float16, float("nan"), r"the update of blocks.1.v_proj.weight is not finite"),
+    ],
+)
+def test_a_merge_that_is_not_finite_touches_no_weight(
+    config: tna.Config, dtype: torch.dtype, bad: float, message: str
+) -> None:
+    model = small().to(dtype)
+    adapter = tt.attach(model, config, "qv" if config.apply == "add" else ["q_proj", "v_proj"])
     stir(adapter)
     before = bits(model)
-    with torch.no_grad():  # in the last group: the others are good
-        list(adapter.parameters())[-1][0, 0] = bad
-    with pytest.raises(tna.BackendError, match=r"not finite.*no weight was changed"):
+    with torch.no_grad():
+        list(adapter.parameters())[-1].view(-1)[0] = bad
+    with pytest.raises(tna.BackendError, match=message):
         adapter.merge()
     assert bits(model) == before
     assert not adapter.merged
-
-
-@pytest.mark.law("merge-not-finite")
-def test_a_sum_that_leaves_the_range_touches_no_weight() -> None:
-    model = small().to(torch.float16)
-    adapter = tt.attach(model, P.dense())
-    before = bits(model)
-    with torch.no_grad():
-        list(adapter.parameters())[-1][0] = 1e6
-    with pytest.raises(tna.BackendError, match=r"exceeds the range of torch\.float16"):
-        adapter.merge()
-    assert bits(model) == before
 
 
 @pytest.mark.law("between-passes")
@@ -500,7 +299,7 @@ def test_what_was_changed_since_is_not_thrown_away() -> None:
 
 
 @pytest.mark.law("detach")
-def test_baking_leaves_nothing_of_the_adapter() -> None:
+def test_baking_and_detaching_leave_nothing_of_the_adapter() -> None:
     model, adapter = attached()
     stir(adapter)
     on = run(model)
@@ -510,22 +309,16 @@ def test_baking_leaves_nothing_of_the_adapter() -> None:
     assert vars(model).keys() == vars(small()).keys()
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
-
-
-@pytest.mark.law("detach")
-def test_detaching_gives_the_model_back_as_it_was() -> None:
     model = small()
     model.head.bias.requires_grad_(False)
-    adapter = tt.attach(model, keep_trainable="blocks.0.proj")
+    first = tt.attach(model, keep_trainable="blocks.0.proj")
     assert [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("tnadapt_")] == [
-        "blocks.0.proj.weight",
-        "blocks.0.proj.bias",
-    ]
+        "blocks.0.proj.weight", "blocks.0.proj.bias",
+    ]  # fmt: skip
     second = tt.attach(model, name="second", keep_trainable="head")
-    stir(adapter)
-    stir(second)
-    adapter.detach()
-    second.detach()
+    for adapter in (first, second):
+        stir(adapter)
+        adapter.detach()
     assert torch.equal(run(model), run(small()))
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == {"head.bias"}
     assert all("forward" not in module.__dict__ for module in model.modules())
@@ -534,36 +327,18 @@ def test_detaching_gives_the_model_back_as_it_was() -> None:
 # -- 11: dtypes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.law("half-precision-base")
-@pytest.mark.parametrize("variant", ["default", "lora", "superlora linear", "superlora nonlinear", "dense"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_bases_have_float32_adapters(variant: str, dtype: torch.dtype) -> None:
-    base = small().to(dtype)
-    x = batch().to(dtype)
-    free = run(base, x)
-    adapter = tt.attach(base, VARIANTS[variant])
-    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
-    y = base(x)
-    assert y.dtype == dtype
-    assert torch.equal(run(base, x), free)
-    y.float().square().sum().backward()
-    assert all(p.grad.dtype == torch.float32 for p in adapter.parameters())
-    assert any(p.grad.any() for p in adapter.parameters())
-    wish = tt.attach(small().to(dtype), VARIANTS[variant], dtype=torch.bfloat16)
-    assert {p.dtype for p in wish.parameters()} == {torch.bfloat16}
-
-
 @pytest.mark.law("autocast")
 @pytest.mark.parametrize("variant", ["default", "lora", "superlora linear", "superlora nonlinear", "dense"])
 def test_autocast(variant: str) -> None:
+    autocast = torch.autocast("cpu", torch.bfloat16)
     base = small()
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast:
         free = base(batch())
     model, adapter = attached(variant)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast:
         assert torch.equal(model(batch()), free)
     stir(adapter)  # outside: autocast remembers what it has cast
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast:
         y = model(batch())
         assert {d.dtype for d in adapter.deltas()} == {torch.float32}
     assert y.dtype == free.dtype
@@ -572,95 +347,26 @@ def test_autocast(variant: str) -> None:
     # As near to float32's gradients as those of the plain formula under autocast are.
     exact, fine = attached(variant)
     stir(fine)
-    exact(batch()).square().sum().backward()
-    plain, arrays = reference_model(fine)
-    with torch.autocast("cpu", torch.bfloat16):
-        z = plain(batch())
-    z.float().square().sum().backward()
-    want = [p.grad for p in fine.parameters()]
-    error, plains = (
-        sum(float((a - b).square().sum()) for a, b in zip(found, want, strict=True)) ** 0.5
-        for found in ([p.grad for p in adapter.parameters()], [array.grad for array in arrays.values()])
+    expected = passes(exact, fine, batch())
+    with autocast:
+        plain = by_formula(fine, small(), batch())
+    error, error_of_plain = (
+        sum(float((gradients[name] - expected[name]).square().sum()) for name in gradients) ** 0.5
+        for gradients in (
+            {name: p.grad for name, p in adapter.named_parameters()},
+            {name: plain[name] for name, _ in adapter.named_parameters()},
+        )
     )
-    assert error <= 1.5 * plains
+    assert error <= 1.5 * error_of_plain
 
 
 # -- 12: copies, meta, accumulation, checkpointing, compilation ------------------------------------------------
 
 
-@pytest.mark.law("copies")
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-@pytest.mark.parametrize("variant", ["default", "lora", "superlora linear"])
-def test_copies_are_independent(variant: str, copied: Callable[[nn.Module], nn.Module]) -> None:
-    model, adapter = attached(variant)
-    stir(adapter)
-    on = run(model)
-    duplicate = copied(model)
-    assert torch.equal(run(duplicate), on)
-    other = tt.adapters(duplicate)["default"]
-    assert other is not adapter
-    assert other.model is duplicate
-    stir(other, seed=9)
-    assert not torch.equal(run(duplicate), on)
-    assert torch.equal(run(model), on)
-    other.merge()
-    other.unmerge()
-    other.detach()
-    assert torch.equal(run(duplicate), run(small()))
-    assert torch.equal(run(model), on)
-    adapter.detach()
-    assert torch.equal(run(model), run(small()))
-
-
-@pytest.mark.law("copies")
-def test_torch_save_of_the_whole_model() -> None:
-    model, adapter = attached()
-    stir(adapter)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    assert torch.equal(run(torch.load(file, weights_only=False)), run(model))
-
-
 @pytest.mark.law("meta-device")
-def test_on_the_meta_device_nothing_is_allocated() -> None:
-    with torch.device("meta"):
-        model = small()
-    adapter = tt.attach(model, P.superlora(4, projection="linear", ratio=0.1))
-    assert {p.device.type for p in adapter.parameters()} == {"meta"}
-    assert adapter.num_parameters == sum(p.numel() for p in adapter.parameters())
-    with pytest.raises(tna.TargetError, match="meta device"):
-        adapter.merge()
-    model.to_empty(device="cpu")
-    model.load_state_dict(small().state_dict(), strict=False)
-    adapter.reset()
-    assert torch.equal(run(model), run(small()))
-
-
-@pytest.mark.law("accumulation")
-@variants
-def test_two_backward_passes_without_a_step(variant: str) -> None:
-    model, adapter = attached(variant)
-    stir(adapter)
-    model(batch(size=4)).sum().backward()
-    whole = [p.grad.clone() for p in adapter.parameters()]
-    model.zero_grad()
-    # Of the model, and of its parts called by themselves, which share one node of the graph.
-    for half in batch(size=4).split(2):
-        model(half).sum().backward()
-    for p, want in zip(adapter.parameters(), whole, strict=True):
-        assert (p.grad - want).abs().max() <= 1e-5 * want.abs().max()
-    for _ in range(2):
-        model.blocks[1](batch()).sum().backward()
-
-
-@pytest.mark.law("between-passes")
-def test_a_change_between_forward_and_backward_is_noticed() -> None:
-    model, adapter = attached()
-    loss = model(batch()).sum()
-    stir(adapter)
-    with pytest.raises(RuntimeError, match="changed in place between the forward pass"):
-        loss.backward()
+def test_on_the_meta_device_nothing_is_allocated(tmp_path: Path) -> None:
+    config = P.superlora(4, projection="linear", ratio=0.1)
+    life.check_from_meta(small, lambda model: tt.attach(model, config), batch(), tmp_path)
 
 
 class Checkpointed(nn.Module):
@@ -686,11 +392,8 @@ def test_checkpointing_gives_the_same_gradients(variant: str, reentrant: bool) -
         model = Checkpointed(mode)
         adapter = tt.attach(model, VARIANTS[variant])
         stir(adapter)
-        for _ in range(2):
-            model(batch().requires_grad_()).square().sum().backward()
-        found.append([p.grad for p in adapter.parameters()])
-    for a, b in zip(*found, strict=True):
-        assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+        found.append(passes(model, adapter, batch().requires_grad_(), batch().requires_grad_()))
+    assert_near(found[1], found[0], 1e-5)
 
 
 @pytest.fixture
@@ -706,30 +409,23 @@ def one_process() -> Iterator[None]:
 def test_reentrant_checkpointing_with_distributed_data_parallel_is_refused() -> None:
     """In training and without a static graph: what DDP would give then is wrong."""
 
-    def spread(reentrant: bool | None, **settings: bool) -> nn.Module:
+    def spread(reentrant: bool | None, **settings: bool) -> tuple[nn.Module, tt.Adapter]:
         model = Checkpointed(reentrant)
-        stir(tt.attach(model, P.superlora(3), strategy="weight"))
-        return nn.parallel.DistributedDataParallel(model, **settings)
+        adapter = tt.attach(model, P.superlora(3), strategy="weight")
+        stir(adapter)
+        return nn.parallel.DistributedDataParallel(model, **settings), adapter
 
     x = batch().requires_grad_()
     with pytest.raises(RuntimeError, match=r"adapter 'default' is shared by several.*use_reentrant=False, or Distrib"):
-        spread(True)(x)
-    gradients = []
-    for model in (spread(None), spread(False), spread(True, static_graph=True)):
-        with torch.no_grad():
-            model(x)  # no training
-        model(x).square().sum().backward()
-        gradients.append([p.grad for name, p in model.named_parameters() if "tnadapt" in name])
-    for plain, *others in zip(*gradients, strict=True):
-        for other in others:
-            assert (other - plain).abs().max() <= 1e-5 * plain.abs().max()
-    evaluated = spread(True)
-    with torch.no_grad():
-        assert torch.equal(evaluated(x), evaluated.module(x))
-
-
-# torch asks every input of a compiled program for its .grad, and hides the warning from its users.
-asks_for_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+        spread(True)[0](x)
+    found = []
+    for model, adapter in (spread(None), spread(False), spread(True, static_graph=True)):
+        run(model, x)  # no training
+        found.append(passes(model, adapter, x))
+    for other in found[1:]:
+        assert_near(other, found[0], 1e-5)
+    evaluated, _ = spread(True)
+    assert torch.equal(run(evaluated, x), run(evaluated.module, x))
 
 
 @pytest.mark.slow
@@ -746,16 +442,7 @@ asks_for_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tens
 def test_compiled_whole_is_eager(variant: str) -> None:
     model, adapter = attached(variant)
     stir(adapter)
-    model(batch()).square().sum().backward()
-    eager = [p.grad.clone() for p in adapter.parameters()]
-    model.zero_grad()
-    torch._dynamo.reset()
-    program = torch.compile(model, fullgraph=True, backend="aot_eager")
-    y = program(batch())
-    y.square().sum().backward()
-    assert (y - model(batch())).abs().max() < 1e-5
-    for p, want in zip(adapter.parameters(), eager, strict=True):
-        assert (p.grad - want).abs().max() <= 1e-5 * want.abs().max()
+    life.check_compiled(model, adapter, batch())
 
 
 @pytest.mark.slow
@@ -800,25 +487,34 @@ def test_adapters_add_up_by_their_weights() -> None:
     stir(a, seed=1)
     stir(b, seed=2)
     tt.mix(model, {"a": 0.5, "b": -2.0})
-    mixed = run(model)
-    by_hand = small()
+    mixed, by_hand = run(model), small()
     for adapter, weight in ((a, 0.5), (b, -2.0)):
         for target, delta in zip(adapter.targets, adapter.deltas(), strict=True):
-            stored = by_hand.get_parameter(target.name).data
-            target.block(stored).add_(weight * target.like_block(delta.detach()))
+            target.block(by_hand.get_parameter(target.name).data).add_(weight * target.like_block(delta.detach()))
     assert (mixed - run(by_hand)).abs().max() < 1e-5
-    a.activate()
-    assert (a.weight, b.weight) == (1.0, 0.0)
     with pytest.raises(tna.TargetError, match="no adapter 'c' on this model; there are: 'a', 'b'"):
         tt.mix(model, {"c": 1.0})
     with pytest.raises(tna.ConfigError, match="finite"):
         b.set_weight(float("nan"))
+    a.activate()
     a.merge()
     with pytest.raises(tna.TargetError, match="merged"):
         b.activate()
     assert (a.weight, b.weight) == (1.0, 0.0)
     with pytest.raises(tna.TargetError, match=r"not active.*activate\(\)"):
         b.merge()
+    a.unmerge()
+    # Merged one after another, they are unmerged in the other order.
+    tt.mix(model, {"a": 1.0, "b": 1.0})
+    on, before = run(model), bits(model)
+    a.merge()
+    b.merge()
+    assert (run(model) - on).abs().max() < 1e-5
+    with pytest.raises(tna.TargetError, match="by another adapter"):
+        a.unmerge()
+    b.unmerge()
+    a.unmerge()
+    assert bits(model) == before
 
 
 @pytest.mark.parametrize("strategy", ["weight", "factored"])
@@ -843,83 +539,16 @@ def test_an_adapter_may_be_changed_after_a_pass_with_gradients(strategy: str) ->
     assert torch.equal(run(model, x), whole)
 
 
-def test_adapters_are_unmerged_in_the_other_order() -> None:
-    model, a = attached("default", name="a")
-    b = tt.attach(model, VARIANTS["lora"], name="b")
-    stir(a, seed=1)
-    stir(b, seed=2)
-    on, before = run(model), bits(model)
-    a.merge()
-    b.merge()
-    assert (run(model) - on).abs().max() < 1e-5
-    with pytest.raises(tna.TargetError, match="by another adapter"):
-        a.unmerge()
-    b.unmerge()
-    a.unmerge()
-    assert bits(model) == before
-
-
-# -- What is trained -----------------------------------------------------------------------------------------
-
-
-def test_groups_one_after_another_and_frozen_factors() -> None:
-    model, adapter = attached("superlora groups")
-    adapter.set_trainable(groups=2)
-    assert len(list(adapter.parameters())) == 2
-    stir(adapter)
-    model(batch()).sum().backward()
-    assert {name.split(".")[0] for name, p in adapter.named_parameters() if p.grad is not None} == {"group2"}
-    adapter.set_trainable(arrays="factor0")
-    assert len(list(adapter.parameters())) == 4
-    adapter.set_trainable()
-    assert len(list(adapter.parameters())) == 8
-    with pytest.raises(tna.ConfigError, match=r"groups 0 to 3 and arrays factor0, factor1"):
-        adapter.set_trainable(arrays="core")
-    with pytest.raises(tna.ConfigError, match="no arrays"):
-        adapter.set_trainable(groups=[7])
-
-
-def test_parameter_groups_of_lora_plus() -> None:
-    _, adapter = attached("lora")
-    slow, fast = adapter.parameter_groups(1e-3, ratio=16)
-    assert (slow["lr"], fast["lr"]) == (1e-3, 16e-3)
-    assert all(p.any() for p in slow["params"])
-    assert not any(p.any() for p in fast["params"])
-    assert len(slow["params"]) == len(fast["params"]) == 10
-    _, nonlinear = attached("superlora nonlinear")
-    assert [group["lr"] for group in nonlinear.parameter_groups(1e-3)] == [1e-3]
-
-
 # -- Strategies ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.law("attached-is-update")
-@pytest.mark.parametrize("variant", ["lora", "lora alpha"])
-def test_the_three_ways_are_one(variant: str) -> None:
-    targets = ["blocks.0.proj", "blocks.1.q_proj", "blocks.1.v_proj"]
-    found = {}
-    for strategy in ("weight", "factored", "additive"):
-        model, adapter = attached(variant, targets=targets, strategy=strategy)
-        assert set(adapter.strategy) == {strategy}
-        stir(adapter)
-        y = model(batch())
-        y.square().sum().backward()
-        found[strategy] = [y.detach(), *(p.grad for p in adapter.parameters())]
-    for other in ("factored", "additive"):
-        for a, b in zip(found["weight"], found[other], strict=True):
-            assert (a - b).abs().max() <= 1e-5 * a.abs().max()
-
-
 def test_loda_is_a_nonlinearity_between_the_factors() -> None:
-    targets = ["blocks.1.q_proj"]
-    model, adapter = attached("lora", targets=targets, activation="relu")
+    model, adapter = attached("lora", targets=["blocks.1.q_proj"], activation="relu")
     assert torch.equal(run(model), run(small()))
     stir(adapter)
-    b, a = adapter.arrays().values()
-    b, a = b.detach(), a.detach()
-    x = batch()
-    want = small().blocks[1].q_proj(x) + torch.relu(x @ a) @ b.T
-    assert (run(model.blocks[1].q_proj, x) - want).abs().max() < 1e-6
+    b, a = (array.detach() for array in adapter.arrays().values())
+    expected = small().blocks[1].q_proj(batch()) + torch.relu(batch() @ a) @ b.T
+    assert (run(model.blocks[1].q_proj) - expected).abs().max() < 1e-6
     model(batch()).sum().backward()
     assert all(p.grad.any() for p in adapter.parameters())
     for call in (adapter.merge, adapter.deltas, adapter.bake):
@@ -927,29 +556,35 @@ def test_loda_is_a_nonlinearity_between_the_factors() -> None:
             call()
 
 
-def test_a_quantized_weight_is_adapted_beside() -> None:
-    class Quantized(nn.Module):
-        """A linear layer of 8-bit integers, as quantization libraries make them."""
+class Rounded(nn.Module):
+    """A linear layer of 8-bit integers, as quantization libraries make them, under any name."""
 
-        def __init__(self, linear: nn.Linear) -> None:
-            super().__init__()
-            self.in_features, self.out_features = linear.in_features, linear.out_features
-            self.scale = linear.weight.detach().abs().max().item() / 127
-            rounded = (linear.weight / self.scale).round().to(torch.int8)
-            self.weight = nn.Parameter(rounded, requires_grad=False)
+    def __init__(self, linear: nn.Linear, name: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.name = linear.in_features, linear.out_features, name
+        codes = (linear.weight.detach() * 64).round().to(torch.int8)
+        if name == "weight":
+            self.weight = nn.Parameter(codes, requires_grad=False)
+        else:
+            self.register_buffer(name, codes)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x @ (self.weight.to(x.dtype) * self.scale).T
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (getattr(self, self.name).to(x.dtype) / 64).T
 
+
+@pytest.mark.parametrize("name", ["weight", "qweight"])
+def test_a_quantized_weight_is_adapted_beside(name: str, tmp_path: Path) -> None:
     def quantized() -> nn.Module:
         model = small()
-        for name in ("q_proj", "v_proj"):
-            setattr(model.blocks[1], name, Quantized(getattr(model.blocks[1], name)))
+        for path in ("q_proj", "v_proj"):
+            setattr(model.blocks[1], path, Rounded(getattr(model.blocks[1], path), name))
         return model
 
+    def find(path: str, _: nn.Module) -> bool:
+        return path in ("blocks.1.q_proj", "blocks.1.v_proj")
+
     model = quantized()
-    targets = ["blocks.1.q_proj", "blocks.1.v_proj"]
-    adapter = tt.attach(model, targets=targets)
+    adapter = tt.attach(model, targets=find)
     assert set(adapter.strategy) == {"additive"}
     assert torch.equal(run(model), run(quantized()))
     model(batch()).sum().backward()
@@ -958,7 +593,13 @@ def test_a_quantized_weight_is_adapted_beside() -> None:
     with pytest.raises(tna.TargetError, match="quantized"):
         adapter.merge()
     with pytest.raises(tna.ConfigError, match="quantized: use 'additive'"):
-        tt.attach(quantized(), targets=targets, strategy="weight")
+        tt.attach(quantized(), targets=find, strategy="weight")
+    on = run(model)
+    adapter.save(tmp_path / "a.safetensors")
+    assert tna.load(tmp_path / "a.safetensors").base is None
+    adapter.detach()
+    assert set(tt.load(model, tmp_path / "a.safetensors").strategy) == {"additive"}
+    assert torch.equal(run(model), on)
 
 
 def test_a_linear_layer_of_another_forward_is_adapted_in_its_weight() -> None:
@@ -978,21 +619,16 @@ def test_a_linear_layer_of_another_forward_is_adapted_in_its_weight() -> None:
         tt.attach(model, P.lora(2), ["blocks.1.q_proj"], "b", strategy="factored")
 
 
-def test_a_weight_that_its_module_reads_itself_has_one_strategy() -> None:
-    model = nn.TransformerEncoderLayer(8, 2, batch_first=True)
-    with pytest.raises(
-        tna.ConfigError,
-        match=r"needs a linear layer; self_attn\.in_proj_weight is read by TransformerEncoderLayer itself: use",
-    ):
-        tt.attach(model, strategy="additive")
-    assert set(tt.attach(model).strategy) == {"weight"}
-
-
 @pytest.mark.parametrize("training", [False, True])
 def test_weights_that_their_parent_reads_are_adapted_in_the_parent(training: bool) -> None:
     """As torch's encoder layer reads all of its weights where it takes its fast path."""
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True).train(training)
+    with pytest.raises(
+        tna.ConfigError,
+        match=r"needs a linear layer; self_attn\.in_proj_weight is read by TransformerEncoderLayer itself: use",
+    ):
+        tt.attach(model, strategy="additive")
     adapter = tt.attach(model, P.lora(2), "all-linear")
     assert set(adapter.strategy) == {"weight"}
     x = torch.randn(2, 5, 16)
@@ -1054,35 +690,11 @@ def test_a_forward_that_was_put_on_a_layer_before_is_called(strategy: str) -> No
     assert model[0].forward is before
 
 
-def test_a_quantized_layer_without_a_weight_of_that_name(tmp_path: Path) -> None:
-    class Packed(nn.Module):
-        """As GPTQ's: integers under another name."""
-
-        def __init__(self, linear: nn.Linear) -> None:
-            super().__init__()
-            self.in_features, self.out_features = linear.in_features, linear.out_features
-            self.register_buffer("qweight", (linear.weight.detach() * 64).round().to(torch.int8))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x @ (self.qweight.to(x.dtype) / 64).T
-
-    model = small()
-    model.blocks[1].q_proj = Packed(model.blocks[1].q_proj)
-    target = tna.Target("blocks.1.q_proj", (16, 16), "q")
-    adapter = tt.attach(model, P.lorta(2), lambda path, _: path == target.module)
-    assert adapter.strategy == ("additive",)
-    model(batch()).sum().backward()
-    assert any(p.grad.any() for p in adapter.parameters())
-    with pytest.raises(tna.TargetError, match="quantized"):
-        adapter.merge()
-    adapter.save(tmp_path / "a.safetensors")
-    assert tna.load(tmp_path / "a.safetensors").base is None
-    adapter.detach()
-    assert tt.load(model, tmp_path / "a.safetensors").strategy == ("additive",)
-
-
 def test_the_summary_has_every_slice_and_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     _, adapter = attached("superlora groups", keep_trainable="head")
+    assert ", attached, weight 1>" in repr(adapter)
+    with adapter.disabled():
+        assert ", disabled, weight 1>" in repr(adapter)
     summary = adapter.summary()
     assert capsys.readouterr() == ("", "")
     assert len(summary.rows) == 10

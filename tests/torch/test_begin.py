@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import pickle
-import threading
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 
+from . import life
 from .interrupts import PACKAGE, interrupted, moments
-from .small import compiles_whole
+from .life import asks_for_grad, assert_near, by_formula, passes
+from .small import compiles_whole, stir
 
 LEFT, RIGHT = "group0.split0.factor0", "group0.split0.factor1"
-
-asks_for_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 
 def model(dtype: Any = None) -> Any:
@@ -90,72 +89,50 @@ CASES = [
 # -- The start ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.law("fresh-is-zero", "first-gradients", "array-changes", "copies")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.law(
+    "fresh-is-zero", "first-gradients", "array-changes", "copies", "file-round-trip", "merge-disk-is-memory"
+)
 @pytest.mark.parametrize(("name", "strategy"), CASES)
-def test_every_strategy_begins_at_the_base(name: str, strategy: str, dtype: Any) -> None:
+def test_the_life_of_an_adapter(name: str, strategy: str, tmp_path: Path) -> None:
+    life.check_life(model, lambda base: attached(CONFIGS[name], base, strategy=strategy)[1], batch(), tmp_path)
+
+
+@pytest.mark.law("fresh-is-zero", "first-gradients")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("name", "strategy"), CASES)
+def test_every_strategy_begins_at_the_base_in_other_dtypes(name: str, strategy: str, dtype: Any) -> None:
     base, adapter = attached(CONFIGS[name], strategy=strategy, dtype=dtype)
     plain, x = model()(batch()), batch()
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             assert torch.equal(base(x), plain)
     assert not any(bool(delta.any()) for delta in adapter.deltas())
-    base(x).square().sum().backward()
-    assert any(bool(p.grad.any()) for p in adapter.parameters())
     train(base, adapter)
-    y = base(x)
-    assert not torch.allclose(y, plain, atol=1e-4)
-    for copied in (copy.deepcopy(base), pickle.loads(pickle.dumps(base))):
-        assert torch.equal(copied(x), y)
-    adapter.reset()
-    with torch.no_grad():
-        assert torch.equal(base(x), plain)
+    assert not torch.allclose(base(x), plain, atol=1e-4)
 
 
-@pytest.mark.law("attached-is-update", "merge-is-attached")
-@pytest.mark.parametrize("name", CONFIGS)
-def test_strategies_agree_and_so_does_merging(name: str) -> None:
-    outputs = []
-    for strategy in [how for other, how in CASES if other == name]:
-        base, adapter = attached(CONFIGS[name], strategy=strategy)
-        adapter.load_arrays({n: p.detach() + 0.1 * torch.ones_like(p) for n, p in adapter.named_parameters()})
-        outputs.append(base(batch()).detach())
-        changed = [w + d for w, d in zip([base[0].weight, base[2].weight], adapter.deltas(), strict=True)]
-        linear = torch.nn.functional.linear
-        outputs.append(linear(linear(batch(), changed[0], base[0].bias).tanh(), changed[1], base[2].bias).detach())
-        adapter.merge()
-        outputs.append(base(batch()).detach())
-        adapter.unmerge()
-        assert torch.equal(base[0].weight, model()[0].weight)
-    for output in outputs:
-        assert torch.allclose(output, outputs[0], atol=2e-5)
+@pytest.mark.law("attached-is-update", "derivatives-of-presets")
+@pytest.mark.parametrize(("name", "strategy"), CASES)
+def test_outputs_and_gradients_are_those_of_the_sum(name: str, strategy: str) -> None:
+    base, adapter = attached(CONFIGS[name], model(torch.float64), strategy=strategy, dtype=torch.float64)
+    stir(adapter, 0.1)
+    x = batch().double()
+    assert_near(passes(base, adapter, x), by_formula(adapter, model(torch.float64), x), 1e-10)
 
 
-@pytest.mark.law("half-precision-base", "autocast")
-@pytest.mark.parametrize("strategy", ["weight", "factored", "auto"])
-def test_half_precision(strategy: str) -> None:
-    for name in ("lora", "pissa"):
-        base, _ = attached(CONFIGS[name], model(torch.bfloat16), strategy=strategy)
-        x = batch().bfloat16()
-        assert torch.equal(base(x), model(torch.bfloat16)(x))
-        base, _ = attached(CONFIGS[name], strategy=strategy)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(base(batch()), model()(batch()))
-
-
-@pytest.mark.law("derivatives-of-presets")
-@pytest.mark.parametrize(
-    ("name", "strategy"), [case for case in CASES if case[0] in ("lora", "loha", "linear", "pissa")]
-)
-def test_gradients_are_those_of_the_sum(name: str, strategy: str) -> None:
-    found = []
-    for how in (strategy, "weight"):
-        base, adapter = attached(CONFIGS[name], model(torch.float64), strategy=how, dtype=torch.float64)
-        adapter.load_arrays({n: p.detach() + 0.1 * torch.ones_like(p) for n, p in adapter.named_parameters()})
-        base(batch().double()).square().sum().backward()
-        found.append([p.grad for p in adapter.parameters()])
-    for one, two in zip(*found, strict=True):
-        assert torch.allclose(one, two, rtol=1e-10, atol=1e-10)
+@pytest.mark.law("half-precision-base", "autocast", "merge-disk-is-memory")
+@pytest.mark.parametrize("name", ["lora", "pissa", "olora", "nonlinear"])
+def test_half_precision(name: str, tmp_path: Path) -> None:
+    x, half = batch().bfloat16(), functools.partial(model, torch.bfloat16)
+    for strategy in ("weight", "factored", "auto"):
+        if strategy != "factored" or name in FACTORED:
+            base, adapter = attached(CONFIGS[name], half(), strategy=strategy)
+            assert torch.equal(base(x), half()(x))
+            other, _ = attached(CONFIGS[name], strategy=strategy)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(other(batch()), model()(batch()))
+    stir(adapter, 0.1)
+    life.check_merged(half, base, adapter, tmp_path)
 
 
 @pytest.mark.slow
@@ -174,21 +151,18 @@ def test_compiled(name: str, strategy: str) -> None:
         adapter.start_from(arrays_of(adapter.plan, 5))
         assert torch.equal(program(batch()), model()(batch()))
     train(base, adapter)
-    y = program(batch())
-    assert torch.allclose(y, base(batch()), atol=1e-5)
-    y.square().sum().backward()
-    assert all(p.grad is not None for p in adapter.parameters())
+    assert_near(passes(program, adapter, batch()), passes(base, adapter, batch()), 1e-5)
 
 
 # -- start_from --------------------------------------------------------------------------------------------
 
 
-def test_another_start_of_a_fresh_adapter() -> None:
+@pytest.mark.law("array-changes")
+def test_a_fresh_adapter_can_start_elsewhere_and_no_other() -> None:
     base, adapter = attached(CONFIGS["lora"])
     other = copy.deepcopy(base)
     adapter.start_from(arrays_of(adapter.plan, 3))
     adapter.start_from({RIGHT: torch.full((12, 3), 0.5, dtype=torch.bfloat16, requires_grad=True)})
-    assert adapter.plan is adapter._state.plan
     assert not adapter.arrays()[LEFT].any()
     assert bool((adapter.arrays()[RIGHT] == 0.5).all())
     assert torch.equal(base(batch()), model()(batch()))
@@ -196,38 +170,38 @@ def test_another_start_of_a_fresh_adapter() -> None:
     (copied,) = tt.adapters(other).values()
     assert copied.plan.given.keys() == {f"start.{name}" for name in copied.plan.param_shapes}
     assert torch.equal(other(batch()), model()(batch()))
-
-
-@pytest.mark.law("array-changes")
-def test_only_a_fresh_adapter_can_start_elsewhere() -> None:
-    base, adapter = attached(CONFIGS["lora"])
     train(base, adapter, 1)
     before, y = numbers(adapter), base(batch())
-    arrays = arrays_of(adapter.plan, 3)
     with pytest.raises(
         tna.ConfigError, match=r"'default' has been trained or loaded, and another start .* call reset\(\)"
     ):
-        adapter.start_from(arrays)
+        adapter.start_from(arrays_of(adapter.plan, 3))
     assert all(torch.equal(before[name], array) for name, array in adapter.arrays().items())
     assert torch.equal(base(batch()), y)
     adapter.reset()
-    adapter.start_from(arrays)
+    adapter.start_from(arrays_of(adapter.plan, 3))
     assert torch.equal(base(batch()), model()(batch()))
 
 
 def test_what_start_from_refuses() -> None:
     base, adapter = attached(CONFIGS["lora"])
     arrays, usual = arrays_of(adapter.plan), tt.attach(model(), P.lora(2), "all-linear")
-    with pytest.raises(tna.ConfigError, match=r"need Config\(start='given'\); the config has start='zero'"):
-        usual.start_from(arrays)
-    with pytest.raises(tna.ConfigError, match="start_from names 'factor0'"):
-        adapter.start_from({"factor0": arrays[LEFT]})
-    with pytest.raises(tna.ConfigError, match="arrays must be a mapping of strings; got "):
-        adapter.start_from([arrays])
-    with pytest.raises(
-        tna.ConfigError, match=r"more than one array .* in group 0 and 1 more: nothing would learn. Start"
-    ):
-        adapter.start_from({name: 0.0 * array for name, array in arrays.items()})
+    with torch.device("meta"):
+        empty = tt.attach(model(), CONFIGS["lora"], "all-linear")
+    refused: list[tuple[tt.Adapter, Any, str]] = [
+        (usual, arrays, r"need Config\(start='given'\); the config has start='zero'"),
+        (adapter, {"factor0": arrays[LEFT]}, "start_from names 'factor0'"),
+        (adapter, [arrays], "arrays must be a mapping of strings; got "),
+        (
+            adapter,
+            {name: 0.0 * array for name, array in arrays.items()},
+            r"more than one array .* in group 0 and 1 more: nothing would learn. Start",
+        ),
+        (empty, arrays, r"is on the meta device: .* call reset\(\) before start_from"),
+    ]
+    for refusing, given, message in refused:
+        with pytest.raises(tna.ConfigError, match=message):
+            refusing.start_from(given)
     with pytest.warns(
         UserWarning, match=r"the gradient of every trained array is zero.* in group 0\. Start one of them"
     ):
@@ -257,23 +231,10 @@ def test_an_interrupted_start_changes_nothing_or_all(name: str) -> None:
 
 
 @pytest.mark.law("meta-device")
-def test_on_the_meta_device() -> None:
-    with torch.device("meta"):
-        empty = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.Tanh(), torch.nn.Linear(16, 8))
-    for name in ("lora", "pissa"):
-        base = copy.deepcopy(empty)
-        adapter = tt.attach(base, CONFIGS[name], "all-linear")
-        if name == "lora":
-            with pytest.raises(tna.ConfigError, match=r"is on the meta device: .* call reset\(\) before start_from"):
-                adapter.start_from(arrays_of(adapter.plan))
-        base.to_empty(device="cpu")
-        base.load_state_dict(model().state_dict(), strict=False)
-        adapter.reset()
-        if name == "lora":
-            adapter.start_from(arrays_of(adapter.plan))
-        assert torch.equal(base(batch()), model()(batch()))
-        base(batch()).square().sum().backward()
-        assert any(bool(p.grad.any()) for p in adapter.parameters())
+@pytest.mark.parametrize("name", ["lora", "pissa"])
+def test_on_the_meta_device(name: str, tmp_path: Path) -> None:
+    attach = functools.partial(tt.attach, cfg=CONFIGS[name], targets="all-linear")
+    life.check_from_meta(model, attach, batch(), tmp_path)
 
 
 def test_training_a_subset() -> None:
@@ -285,12 +246,9 @@ def test_training_a_subset() -> None:
     after = numbers(adapter)
     assert torch.equal(before[RIGHT], after[RIGHT])
     assert not torch.equal(before[LEFT], after[LEFT])
-    assert adapter.parameter_groups(1e-3)[0]["lr"] == 1e-3
-
-
-def test_lora_plus_finds_the_array_that_is_zero() -> None:
-    base = model()
-    adapter = tt.attach(base, P.lora(3, start="given"), "all-linear")
+    assert [group["lr"] for group in adapter.parameter_groups(1e-3)] == [1e-3]
+    # LoRA+ finds the array that is zero.
+    adapter = tt.attach(model(), CONFIGS["lora"], "all-linear")
     adapter.start_from({RIGHT: torch.ones(12, 3)})
     assert [group["lr"] for group in adapter.parameter_groups(1e-3)] == [1e-3, 16e-3]
 
@@ -301,95 +259,20 @@ def test_no_start_behind_an_activation(start: str) -> None:
         tt.attach(model(), P.lora(2, start=start), "all-linear", activation="tanh")
 
 
-def test_no_factors_across_rows() -> None:
-    with pytest.raises(tna.ConfigError, match="strategy='factored' needs a linear layer, and an update whose rows"):
-        tt.attach(model(), CONFIGS["superlora"], "all-linear", strategy="factored")
-
-
-@pytest.mark.law("threads")
-def test_two_threads() -> None:
-    base, adapter = attached(CONFIGS["linear"])
-    train(base, adapter)
-    with torch.no_grad():
-        want, found = base(batch()), []
-        others = [threading.Thread(target=lambda: found.append(base(batch()))) for _ in range(2)]
-        with torch.no_grad():
-            for other in others:
-                other.start()
-            for other in others:
-                other.join()
-    assert all(torch.allclose(one, want, atol=1e-6) for one in found)
-
-
 # -- Files -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.law("file-round-trip")
-@pytest.mark.parametrize("name", CONFIGS)
-def test_files(name: str, tmp_path: Path) -> None:
-    base, adapter = attached(CONFIGS[name])
-    train(base, adapter)
-    adapter.save(tmp_path / "a.safetensors")
-    fresh = model()
-    loaded = tt.load(fresh, tmp_path / "a.safetensors")
-    assert torch.equal(fresh(batch()), base(batch()))
-    adapter.swap(tmp_path / "a.safetensors")
-    if loaded.plan.point.brought:
-        with pytest.raises(tna.ConfigError, match="has been trained or loaded"):
-            loaded.start_from(arrays_of(loaded.plan))
-    loaded.reset()
-    with torch.no_grad():
-        assert torch.equal(fresh(batch()), model()(batch()))
-
-
-@pytest.mark.law("file-round-trip")
-@pytest.mark.parametrize("stored", [False, True])
-def test_a_start_of_the_base_needs_the_base_or_is_stored(stored: bool, tmp_path: Path) -> None:
-    base, adapter = attached(CONFIGS["pissa"])
-    train(base, adapter)
-    adapter.save(tmp_path / "a.safetensors", store_bases=stored)
-    assert tna.load(tmp_path / "a.safetensors").complete is stored
-    other = model()
-    with torch.no_grad():
-        other[0].weight += 1.0
-    with pytest.raises(tna.FileError, match="it was trained on another base model"):
-        tt.load(other, tmp_path / "a.safetensors")
-    if not stored:
-        with pytest.raises(
-            tna.FileError, match="its arrays are computed from the base weights, which have to be those"
-        ):
-            tt.load(other, tmp_path / "a.safetensors", check_base=False)
-        return
-    loaded = tt.load(other, tmp_path / "a.safetensors", check_base=False)
-    assert all(map(torch.equal, loaded.deltas(), adapter.deltas()))
-
-
 def test_a_file_of_another_start_is_not_swapped_in(tmp_path: Path) -> None:
-    _, adapter = attached(CONFIGS["lora"])
+    base, adapter = attached(CONFIGS["lora"])
+    train(base, adapter)
     other = tt.attach(model(), CONFIGS["lora"], "all-linear")
-    other.save(tmp_path / "a.safetensors")  # nothing is brought
-    with pytest.raises(tna.FileError, match=r"its frozen array 'start\..*' differs from that of adapter 'default'"):
-        adapter.swap(tmp_path / "a.safetensors")
-    adapter.save(tmp_path / "b.safetensors")
-    with pytest.raises(tna.FileError, match=r"its frozen array 'start\..*' differs from that of adapter 'default'"):
-        other.swap(tmp_path / "b.safetensors")
-
-
-@pytest.mark.law("merge-disk-is-memory")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["lora", "pissa", "olora", "nonlinear"])
-def test_merged_on_disk_to_the_bit(name: str, dtype: Any, tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
-    base, adapter = attached(CONFIGS[name], model(dtype))
-    adapter.load_arrays({n: p.detach() + 0.1 * torch.ones_like(p) for n, p in adapter.named_parameters()})
-    safetensors.save_file(model(dtype).state_dict(), tmp_path / "model.safetensors")
-    adapter.save(tmp_path / "a.safetensors")
-    tna.merge(tmp_path / "model.safetensors", tmp_path / "a.safetensors", tmp_path / "out.safetensors")
-    adapter.merge()
-    found = safetensors.load_file(tmp_path / "out.safetensors")
-    assert torch.equal(found["0.weight"], base[0].weight)
-    assert torch.equal(found["2.weight"], base[2].weight)
-    assert not torch.equal(found["0.weight"], model(dtype)[0].weight)
+    other.save(tmp_path / "other.safetensors")  # nothing is brought
+    adapter.save(tmp_path / "adapter.safetensors")
+    for swapped, path in ((adapter, "other"), (other, "adapter")):
+        with pytest.raises(tna.FileError, match=r"its frozen array 'start\..*' differs from that of adapter 'default'"):
+            swapped.swap(tmp_path / f"{path}.safetensors")
+    with pytest.raises(tna.ConfigError, match="has been trained or loaded"):
+        tt.load(model(), tmp_path / "adapter.safetensors").start_from(arrays_of(adapter.plan))
 
 
 # -- PEFT --------------------------------------------------------------------------------------------------
@@ -408,59 +291,42 @@ def peft_model(start: str, rank: int, alpha: float) -> Any:
 @pytest.mark.parametrize("strategy", ["weight", "factored", "additive"])
 @pytest.mark.parametrize(("start", "alpha"), [("pissa", 4), ("pissa", 10), ("olora", 4)])
 def test_pissa_and_olora_are_pefts(start: str, alpha: float, strategy: str, steps: int) -> None:
-    theirs, x = peft_model(start, 4, alpha), batch()
+    theirs = peft_model(start, 4, alpha)
     base, adapter = attached(P.lora(4, alpha=alpha, start=start), strategy=strategy)
-    optimizers = [
-        torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=1e-2),
-        torch.optim.SGD(adapter.parameters(), lr=1e-2),
-    ]
-    for _ in range(steps):
-        for whole, optimizer in zip((theirs, base), optimizers, strict=True):
-            optimizer.zero_grad()
-            whole(x).square().sum().backward()
-            optimizer.step()
-    assert torch.allclose(theirs(x), base(x), atol=1e-5)
+    outputs = []
     for whole in (theirs, base):
-        whole.zero_grad()
-        whole(x).square().sum().backward()
+        optimizer = torch.optim.SGD([p for p in whole.parameters() if p.requires_grad], lr=1e-2)
+        for step in range(steps + 1):
+            optimizer.zero_grad()
+            output = whole(batch())
+            output.square().sum().backward()
+            if step < steps:
+                optimizer.step()
+        outputs.append(output.detach())
+    assert torch.allclose(*outputs, atol=1e-5)
+    arrays = dict(adapter.named_parameters())
     for group, layer in enumerate((theirs.base_model.model[0], theirs.base_model.model[2])):
         pairs = [
             (layer.lora_B["default"].weight, f"group{group}.split0.factor0", False),
             (layer.lora_A["default"].weight, f"group{group}.split0.factor1", True),
         ]
         for weight, name, turned in pairs:
-            own = dict(adapter.named_parameters())[name]
             value, gradient = (t.T if turned else t for t in (weight.detach(), weight.grad))
             # The sign of a pair of vectors is LAPACK's choice there.
-            signs = torch.sign((value * own).sum(0).detach())
-            assert torch.allclose(value * signs, own, atol=2e-5)
-            assert torch.allclose(gradient * signs, own.grad, atol=1e-4 * gradient.abs().max().item())
+            signs = torch.sign((value * arrays[name]).sum(0).detach())
+            assert torch.allclose(value * signs, arrays[name], atol=2e-5)
+            assert torch.allclose(gradient * signs, arrays[name].grad, atol=1e-4 * gradient.abs().max().item())
 
 
-def test_the_plugin_takes_starts_of_the_base(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+def test_the_plugin_of_peft_takes_no_given_start() -> None:
+    pytest.importorskip("peft")
     import tnadapt.torch.peft as plugin
 
     plugin.register()
-
-    def config(start: str) -> Any:
-        return plugin.TnadaptConfig(preset="lora", settings={"rank": 3, "start": start}, target_modules=["0", "2"])
-
     with pytest.raises(
         tna.ConfigError, match="start='given' stores its start, and PEFT's files hold the trained arrays"
     ):
-        config("given")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = peft.get_peft_model(model(), config("pissa"))
-        assert torch.equal(theirs(batch()), model()(batch()))
-        with torch.no_grad():
-            for array in tt.adapters(theirs)["default"].parameters():
-                array += 0.1
-        theirs.save_pretrained(tmp_path)
-        again = peft.PeftModel.from_pretrained(model(), tmp_path)
-    assert torch.equal(again(batch()), theirs(batch()))
-    assert not torch.equal(again(batch()), model()(batch()))
+        plugin.TnadaptConfig(preset="lora", settings={"rank": 3, "start": "given"}, target_modules=["0", "2"])
 
 
 @pytest.mark.law("peft-agrees", "foreign-files")

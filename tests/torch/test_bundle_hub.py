@@ -18,9 +18,10 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tnadapt.errors import FileError, TnadaptError
 
-from .small import stir
+from . import test_bundle as bundle
+from .test_bundle import bert, outputs, tokenizer
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
+__all__ = ["bert"]  # the fixture
 
 
 class Hub:
@@ -74,32 +75,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return made
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=8,
-    )  # fmt: skip
-    transformers.BertModel(config).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-def tokenizer() -> Any:
-    return transformers.BertTokenizerFast({word: number for number, word in enumerate(WORDS)})
-
-
-def adapted(base: Path, name: str = "") -> tuple[Any, tt.Adapter]:
-    model = transformers.BertForSequenceClassification.from_pretrained(base, id2label={0: "no", 1: "yes", 2: "so"})
-    adapter = tt.attach(model.eval(), tna.presets.superlora(1), keep_trainable=["classifier"])
-    stir(adapter)
+def adapted(bert: Path, name: str = "") -> tuple[Any, tt.Adapter]:
+    model, adapter = bundle.adapted(bert)
     if name:
         model.config._name_or_path, model.config._commit_hash = name, "a" * 40
     return model, adapter
 
 
-def test_an_upload(base: Path, hub: Hub) -> None:
-    _, adapter = adapted(base, "user/base")
+def test_an_upload(bert: Path, hub: Hub) -> None:
+    _, adapter = adapted(bert, "user/base")
     address = adapter.push_to_hub(
         "user/mine", private=True, token="hf_x", commit_message="First", tokenizer=tokenizer(), metrics={"f1": 0.5}
     )
@@ -118,8 +102,8 @@ def test_an_upload(base: Path, hub: Hub) -> None:
     assert "# mine\n" in card
 
 
-def test_a_branch_and_a_card_that_stays(base: Path, hub: Hub) -> None:
-    _, adapter = adapted(base)
+def test_a_branch_and_a_card_that_stays(bert: Path, hub: Hub) -> None:
+    _, adapter = adapted(bert)
     (hub.root / "user" / "mine").mkdir(parents=True)
     card = hub.root / "user" / "mine" / "README.md"
     card.write_text("by hand")
@@ -133,18 +117,19 @@ def test_a_branch_and_a_card_that_stays(base: Path, hub: Hub) -> None:
     assert "An adapter of [tnadapt]" in card.read_text()
 
 
-def test_a_local_base_is_not_named_in_an_upload(base: Path, hub: Hub) -> None:
-    model, adapter = adapted(base)
-    assert adapter.pretrained.name == str(base)
+def test_a_local_base_is_not_named_in_an_upload(bert: Path, hub: Hub) -> None:
+    model, adapter = adapted(bert)
+    assert adapter.pretrained.name == str(bert)
     adapter.push_to_hub("user/mine")
     for path in (hub.root / "user" / "mine").iterdir():
-        assert str(base).encode() not in path.read_bytes()
-    assert adapter.pretrained.name == str(base)
+        assert str(bert).encode() not in path.read_bytes()
+    assert adapter.pretrained.name == str(bert)
     with pytest.raises(FileError, match="it does not name its base model: give base="):
         tt.load_pretrained("user/mine")
-    words = torch.tensor([[5, 7]])
-    with torch.no_grad():
-        assert torch.equal(tt.load_pretrained("user/mine", base=base)(words).logits, model(words).logits)
+    assert torch.equal(outputs(tt.load_pretrained("user/mine", base=bert)), outputs(model))
+    fresh = transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=3)
+    assert tt.from_pretrained(fresh, "user/mine", revision="v1").num_parameters == adapter.num_parameters
+    assert hub.calls[-1][-1] == {"revision": "v1", "token": None}
 
 
 @pytest.mark.parametrize(
@@ -154,8 +139,8 @@ def test_a_local_base_is_not_named_in_an_upload(base: Path, hub: Hub) -> None:
         ("~ann", "./tokenizer"), ("/", "./tokenizer"), ("user/words", "user/words"), ("words", "words"),
     ],
 )  # fmt: skip
-def test_a_local_tokenizer_is_not_named_in_an_upload(base: Path, hub: Hub, given: str, uploaded: str) -> None:
-    _, adapter = adapted(base, "user/base")
+def test_a_local_tokenizer_is_not_named_in_an_upload(bert: Path, hub: Hub, given: str, uploaded: str) -> None:
+    _, adapter = adapted(bert, "user/base")
     adapter.pretrained = dataclasses.replace(adapter.pretrained, inputs={"tokenizer": given, "max_length": 8})
     adapter.push_to_hub("user/mine")
     found = tna.load(hub.root / "user/mine/adapter.safetensors").pretrained
@@ -163,8 +148,8 @@ def test_a_local_tokenizer_is_not_named_in_an_upload(base: Path, hub: Hub, given
     assert adapter.pretrained.inputs["tokenizer"] == given
 
 
-def test_a_download(base: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, adapter = adapted(base, "user/base")
+def test_a_download(bert: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, adapter = adapted(bert, "user/base")
     adapter.push_to_hub("user/mine", tokenizer=tokenizer())
     hub.calls.clear()
     build = transformers.AutoModelForSequenceClassification.from_pretrained
@@ -172,7 +157,7 @@ def test_a_download(base: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> No
 
     def found(name: str, **settings: Any) -> Any:
         asked.append((name, settings["revision"], settings["trust_remote_code"]))
-        return build(base, **{**settings, "revision": None})
+        return build(bert, **{**settings, "revision": None})
 
     monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", found)
     loaded = tt.load_pretrained("user/mine", revision="v2", token="hf_x")
@@ -183,28 +168,18 @@ def test_a_download(base: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> No
     assert sorted(path.name for path in (hub.root / "snapshots").iterdir()) == [
         "tokenizer.json", "tokenizer_config.json"
     ]  # fmt: skip
-    with torch.no_grad():
-        assert torch.equal(loaded(**words).logits, model(**words).logits)
-    assert loaded.config.id2label == {0: "no", 1: "yes", 2: "so"}
+    assert torch.equal(outputs(loaded, **words), outputs(model, **words))
+    assert loaded.config.id2label == dict(enumerate(bundle.LABELS))
 
 
-def test_an_adapter_from_the_hub_on_a_model(base: Path, hub: Hub) -> None:
-    _, adapter = adapted(base)
-    adapter.push_to_hub("user/mine")
-    fresh = transformers.BertForSequenceClassification.from_pretrained(base, num_labels=3)
-    found = tt.from_pretrained(fresh, "user/mine", revision="v1")
-    assert hub.calls[-1][-1] == {"revision": "v1", "token": None}
-    assert found.num_parameters == adapter.num_parameters
-
-
-def test_messages(base: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages(bert: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TnadaptError) as caught:
         tt.load_pretrained("user/missing")
     assert str(caught.value) == (
         "cannot download adapter.safetensors of 'user/missing', which is no file or folder here, from the hub: 404 "
         "Client Error.; check the name, the network and the token, or give a folder"
     )
-    _, adapter = adapted(base)
+    _, adapter = adapted(bert)
     for name in ("a/b/c", "mine", "../mine"):
         with pytest.raises(TnadaptError, match=r"repo_id must be like 'user/my-adapter'; got "):
             adapter.push_to_hub(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ torch = pytest.importorskip("torch")
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.torch._quantized import crossing, planar, unpacked
 
 from .quantized_models import numbers
 
-ROWS, COLS, GROUP = 64, 96, 32
+#: Of some widths, the integers of a column fill their words, and of others they do not.
+ROWS, COLS, GROUP = 56, 96, 32
 
 
 def words(codes: Any, bits: int) -> Any:
@@ -33,6 +34,7 @@ def words(codes: Any, bits: int) -> Any:
 def planes(codes: Any, bits: int) -> Any:
     """Pack integers along the first axis in blocks of 32, each as the bits of 1, 2, 4 or 8 places at a time."""
     widths = [width for width in (8, 4, 2, 1) if bits & width]
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % 32))
     found = []
     for block in codes.split(32):
         low = 0
@@ -100,54 +102,26 @@ def awq(bits: int = 4) -> Any:
 
 
 LAYERS = {
-    "gptq 4 bits": lambda: gptq(4),
-    "gptq 2 bits": lambda: gptq(2),
-    "gptq 3 bits": lambda: gptq(3),
-    "gptq 8 bits": lambda: gptq(8),
+    **{f"gptq {bits} bits": functools.partial(gptq, bits) for bits in (2, 3, 4, 8)},
+    **{
+        f"gptq {bits} bits in planes": functools.partial(gptq, bits, bits != 6, pack=planes, planar=True)
+        for bits in (2, 3, 4, 5, 6, 7)
+    },
+    **{f"awq {bits} bits": functools.partial(awq, bits) for bits in (3, 4, 5, 8)},
     "gptq in order of activations": lambda: gptq(4, ordered=False),
     "gptq, second format": lambda: gptq(4, second=True, qzero_format=lambda: 2),
     # A model that was stored in the second format: the kernel needs it, and nothing was converted.
     "gptq, second format in the file": lambda: gptq(4, second=True, qzero_format=lambda: 1, REQUIRES_FORMAT_V2=True),
-    "gptq 3 bits in planes": lambda: gptq(3, pack=planes, planar=True),
-    "gptq 5 bits": lambda: gptq(5, pack=planes, planar=True),
-    "gptq 6 bits": lambda: gptq(6, ordered=False, pack=planes, planar=True),
-    "gptq 7 bits": lambda: gptq(7, pack=planes, planar=True),
-    "awq": awq,
-    "awq 3 bits": lambda: awq(3),
-    "awq 5 bits": lambda: awq(5),
-    "awq 8 bits": lambda: awq(8),
 }
 layers = pytest.mark.parametrize("layer", LAYERS)
 
 
 @layers
-def test_the_numbers_are_those_of_the_format(layer: str) -> None:
-    made = LAYERS[layer]()
-    torch.testing.assert_close(numbers(made), made.known, rtol=1e-6, atol=0.0)
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
-def test_aligned_integers_are_those_of_the_general_way(bits: int) -> None:
-    torch.manual_seed(bits)
-    packed = torch.randint(-(1 << 31), 1 << 31, (3, 5), dtype=torch.int64).to(torch.int32)
-    for count in (5 * 32 // bits, 5 * 32 // bits - 1):
-        assert torch.equal(unpacked(packed, bits, count, axis=1), crossing(packed, bits, count))
-        across = unpacked(packed.T.contiguous(), bits, count, axis=0)
-        assert torch.equal(across, crossing(packed, bits, count).T)
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_one_plane_is_the_same_as_whole_codes(bits: int) -> None:
-    torch.manual_seed(bits)
-    packed = torch.randint(-(1 << 31), 1 << 31, (3, 4 * bits), dtype=torch.int64).to(torch.int32)
-    assert torch.equal(planar(packed, bits, 125, axis=1), unpacked(packed, bits, 125, axis=1))
-    across = packed.T.contiguous()
-    assert torch.equal(planar(across, bits, 125, axis=0), unpacked(across, bits, 125, axis=0))
-
-
-@layers
-def test_attach_train_save_load(layer: str, tmp_path: Path) -> None:
-    base = torch.nn.Sequential(LAYERS[layer]())
+def test_attach_train_save_load_and_no_merge(layer: str, tmp_path: Path) -> None:
+    quantized = LAYERS[layer]()
+    torch.testing.assert_close(numbers(quantized), quantized.known, rtol=1e-6, atol=0.0)
+    base = torch.nn.Sequential(quantized)
+    before = {name: tensor.clone() for name, tensor in base.named_buffers()}
     adapter = tt.attach(base, P.lora(2), "all-linear")
     assert adapter.targets[0].shape == (ROWS, COLS)
     x = torch.randn(5, COLS)
@@ -168,52 +142,24 @@ def test_attach_train_save_load(layer: str, tmp_path: Path) -> None:
     other[0].scales *= 2.0
     with pytest.raises(tna.FileError, match="another base"):
         tt.load(other, tmp_path / "a.safetensors")
-
-
-@layers
-def test_starts_and_changes_read_the_numbers(layer: str) -> None:
-    made = torch.nn.Sequential(LAYERS[layer]())
-    plain = torch.nn.Sequential(torch.nn.Linear(COLS, ROWS, bias=False))
-    with torch.no_grad():
-        plain[0].weight.copy_(numbers(made[0]))
-    for config in (P.lora_xs(2), P.dora(2)):
-        found, expected = (tt.attach(one, config, "all-linear", name="x") for one in (made, plain))
-        for name, array in found.arrays().items():
-            assert torch.equal(array, expected.arrays()[name])
-        found.detach()
-        expected.detach()
-
-
-@layers
-def test_a_merge_is_refused(layer: str) -> None:
-    base = torch.nn.Sequential(LAYERS[layer]())
-    adapter = tt.attach(base, P.lora(2), "all-linear")
-    before = {name: tensor.clone() for name, tensor in base.named_buffers()}
     how = layer[:4].strip(" ,").upper()
     with pytest.raises(tna.TargetError, match=rf"0\.weight is quantized: Layer is quantized by {how}, which chose its"):
         adapter.merge()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in base.named_buffers())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.named_buffers() if name in before)
 
 
 def test_other_layouts_are_adapted_and_not_read() -> None:
-    class MarlinLinear(Layer):
-        """A kernel's own order, in tensors of the same names."""
+    def of_class(name: str, layer: Any) -> Any:
+        layer.__class__ = type(name, (Layer,), {})
+        return layer
 
-    class ParoLinear(Layer):
-        """A rotation of the input before the product."""
-
-    made = awq()
-    made.__class__ = ParoLinear
-    assert numbers(made) is None
-    assert numbers(gptq(4, online_full_had=True)) is None
-    made = gptq(4)
-    made.__class__ = MarlinLinear
-    assert numbers(made) is None
-    other = awq()
-    other.qweight = other.qweight.T.contiguous()  # the layout of GEMV
-    assert numbers(other) is None
-    base = torch.nn.Sequential(made, torch.nn.Identity())
-    adapter = tt.attach(base, P.lora(2), "all-linear")
+    gemv = awq()
+    gemv.qweight = gemv.qweight.T.contiguous()
+    marlin = of_class("MarlinLinear", gptq(4))  # a kernel's own order, in tensors of the same names
+    # Paro rotates the input before the product.
+    for layer in (of_class("ParoLinear", awq()), gptq(4, online_full_had=True), marlin, gemv):
+        assert numbers(layer) is None
+    adapter = tt.attach(torch.nn.Sequential(marlin, torch.nn.Identity()), P.lora(2), "all-linear")
     assert adapter.strategy == ("factored",)
     with pytest.raises(
         tna.TargetError, match=r"cannot be merged into: it is on the meta device, or in a layout whose n"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from safetensors.numpy import load_file
 from torch import nn
-from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tests.support.depth import in_depth
+from tnadapt.errors import ConfigError, TargetError
 
+from . import life
+from .life import assert_near, by_formula, passes, run
 from .small import batch, small, stir
 from .test_requantizing import Packed
 from .test_requantizing import model as packed
@@ -51,43 +54,19 @@ def stirred(adapter: tt.Adapter, size: float = 0.3) -> tt.Adapter:
     return adapter
 
 
-def plain(model: Any, x: Any, adapter: tt.Adapter, detach: bool) -> tuple[Any, dict[str, Any]]:
-    """The same by ordinary operations: the output, and the parameters that it is computed from."""
-    leaves = {name: array.detach().clone().requires_grad_() for name, array in adapter.arrays().items()}
-    config = adapter.config
-    for index, place in enumerate((0, 2)):
-        layer = model[place]
-        weight = layer.weight.detach()
-        delta = leaves[f"group{index}.split0.factor0"] @ leaves[f"group{index}.split0.factor1"].T
-        if config.apply == "hadamard":
-            changed = weight * (1 + delta)
-        else:
-            axis = 1 if config.magnitude_axis == "rows" else 0
-            norm = (weight + delta).norm(dim=axis, keepdim=True)
-            size = leaves[f"weight{index}.magnitude"].view(norm.shape)
-            changed = size * (weight + delta) / (norm.detach() if detach else norm)
-        x = functional.linear(x, changed, layer.bias)
-        x = torch.tanh(x) if index == 0 else x
-    return x, leaves
-
-
 @pytest.mark.law("fresh-is-zero")
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("config", "strategy"), WAYS, ids=IDS)
 def test_a_fresh_adapter_changes_no_bit(config: tna.Config, strategy: str, kind: Any) -> None:
     model, x = layers(kind), torch.randn(3, 6).to(kind)
-    before = [model[place].weight.clone() for place in (0, 2)]
-    with torch.no_grad():
-        quiet = model(x)
-    expected = model(x)
+    quiet, expected, before = run(model, x), model(x), life.bits(model)
     for dtype in {kind, torch.float64 if kind == torch.float64 else torch.float32}:
         adapter = tt.attach(model, config, "all-linear", strategy=strategy, dtype=dtype)
         assert adapter.strategy == (strategy,) * 2
         assert torch.equal(model(x), expected)
-        with torch.no_grad():
-            assert torch.equal(model(x), quiet)
+        assert torch.equal(run(model, x), quiet)
         adapter.merge()
-        assert all(torch.equal(model[place].weight, old) for place, old in zip((0, 2), before, strict=True))
+        assert life.bits(model) == before
         adapter.unmerge()
         adapter.detach()
 
@@ -95,50 +74,37 @@ def test_a_fresh_adapter_changes_no_bit(config: tna.Config, strategy: str, kind:
 @pytest.mark.law("merge-is-attached")
 @pytest.mark.parametrize("detach", [False, True], ids=["exact", "detached norm"])
 @pytest.mark.parametrize(("config", "strategy"), WAYS, ids=IDS)
-def test_outputs_and_gradients_are_the_plain_formula_s(config: tna.Config, strategy: str, detach: bool) -> None:
-    model, x = layers(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+def test_outputs_and_gradients_are_the_formula_s(config: tna.Config, strategy: str, detach: bool) -> None:
+    model, x = layers(), torch.randn(3, 6, dtype=torch.float64)
     adapter = stirred(
         tt.attach(model, config, "all-linear", strategy=strategy, dtype=torch.float64, detach_norm=detach)
     )
-    expected, leaves = plain(model, x, adapter, detach)
-    of_x, *of_leaves = torch.autograd.grad(expected.square().sum(), [x, *leaves.values()])
-    found = model(x)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    found.square().sum().backward()
-    torch.testing.assert_close(x.grad, of_x, rtol=1e-11, atol=1e-12)
-    for (_, parameter), gradient in zip(adapter.named_parameters(), of_leaves, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-11, atol=1e-12)
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
-        adapter.merge()
-        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
-        adapter.unmerge()
-        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    formula = by_formula(adapter, layers(), x, detach)
+    assert_near(passes(model, adapter, x), formula, 1e-11)
+    checkpointed = functools.partial(checkpoint, model, use_reentrant=False)
+    assert_near(passes(checkpointed, adapter, x), formula, 1e-11)
+    torch.testing.assert_close(run(model, x), formula["output"], rtol=1e-12, atol=1e-12)
+    adapter.merge()
+    torch.testing.assert_close(run(model, x), formula["output"], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("config", "strategy"), WAYS, ids=IDS)
-def test_derivatives_of_the_layer(config: tna.Config, strategy: str) -> None:
-    torch.manual_seed(0)
-    layer = nn.Linear(4, 3).double()
-    model = nn.Sequential(layer)
-    adapter = stirred(tt.attach(model, config, "all-linear", strategy=strategy, dtype=torch.float64))
-    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
-    own = list(adapter.parameters())
-    assert torch.autograd.gradcheck(lambda x, *_: model(x), (x, *own))
-    assert torch.autograd.gradgradcheck(lambda x, *_: model(x), (x, *own))
-    layer.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, *_: model(x), (x, layer.weight, layer.bias, *own))
+def test_gradients_by_torch_func(config: tna.Config, strategy: str) -> None:
+    model, x = layers(), torch.randn(2, 6, dtype=torch.float64)
+    stirred(tt.attach(model, config, "all-linear", strategy=strategy, dtype=torch.float64))
+    model[0].requires_grad_()
 
     def loss(parameters: Any, x: Any) -> Any:
         return torch.func.functional_call(model, parameters, (x,)).square().sum()
 
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    found = torch.func.grad(loss)(parameters, x.detach())
-    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x.detach().unsqueeze(1))
+    gradients = torch.func.grad(loss)(parameters, x)
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x.unsqueeze(1))
     loss(dict(model.named_parameters()), x).backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad)
-        torch.testing.assert_close(each[name].sum(0), parameter.grad)
+        if parameter.requires_grad:
+            torch.testing.assert_close(gradients[name], parameter.grad)
+            torch.testing.assert_close(each[name].sum(0), parameter.grad)
 
 
 @pytest.mark.slow
@@ -155,89 +121,31 @@ def test_compiled(way: str) -> None:
     for weight in (1.0, 0.5, 0.0):
         adapter.set_weight(weight)
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(run(compiled, x), model(x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.law("merge-is-attached")
+@pytest.mark.law("merge-is-attached", "merge-disk-is-memory")
 @pytest.mark.parametrize("name", CONFIGS)
-def test_trained_saved_loaded_copied_and_merged(name: str, tmp_path: Path) -> None:
+def test_the_life_of_an_adapter(name: str, tmp_path: Path) -> None:
     """On weights of every sort: fused, separate, convolutions, those of nn.MultiheadAttention."""
-    model, config = small(), CONFIGS[name]
-    with torch.no_grad():
-        base = model(batch())
-    adapter = tt.attach(model, config)
-    assert adapter.num_parameters == adapter.plan.num_parameters == sum(p.numel() for p in adapter.parameters())
-    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
-    losses = []
-    for step in range(5):
-        optimizer.zero_grad()
-        loss = functional.cross_entropy(model(batch()), torch.tensor([0, 1, 2]))
-        loss.backward()
-        assert step == 0 or all(parameter.grad.any() for parameter in adapter.parameters())
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0]
-    with torch.no_grad():
-        trained = model(batch())
-        adapter.save(tmp_path / "adapter.safetensors")
-        file = tna.load(tmp_path / "adapter.safetensors")
-        assert file.config == config
-        assert file.arrays.keys() == adapter.plan.param_shapes.keys()
-        other = small()
-        tt.load(other, tmp_path / "adapter.safetensors")
-        assert torch.equal(other(batch()), trained)
-        assert torch.equal(copy.deepcopy(model)(batch()), trained)
-        assert torch.equal(pickle.loads(pickle.dumps(model))(batch()), trained)
-        adapter.merge()
-        torch.testing.assert_close(model(batch()), trained, rtol=1e-4, atol=1e-5)
-        adapter.unmerge()
-        assert torch.equal(model(batch()), trained)
-        with adapter.disabled():
-            assert torch.equal(model(batch()), base)
-        adapter.reset()
-        assert torch.equal(model(batch()), base)
+    life.check_life(small, functools.partial(tt.attach, cfg=CONFIGS[name]), batch(), tmp_path)
 
 
 @pytest.mark.law("merge-disk-is-memory")
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["dora", "columns", "hira", "behind F", "from the base"])
 def test_merged_on_disk_to_the_byte(name: str, kind: Any, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     model = small().to(kind)
-    save_file({key: value.clone() for key, value in model.state_dict().items()}, tmp_path / "base.safetensors")
     adapter = tt.attach(model, CONFIGS[name])
     stir(adapter)
-    adapter.save(tmp_path / "adapter.safetensors")
-    tna.merge(tmp_path / "base.safetensors", tmp_path / "adapter.safetensors", tmp_path / "out.safetensors")
-    adapter.bake()
-    disk = load_file(tmp_path / "out.safetensors")
-    assert disk.keys() == model.state_dict().keys()
-    for key, value in model.state_dict().items():
-        assert torch.equal(disk[key], value), key
-
-
-def test_a_merge_that_leaves_the_range_changes_nothing() -> None:
-    model = layers(torch.float16)
-    before = copy.deepcopy(model.state_dict())
-    adapter = tt.attach(model, P.dora(2), "all-linear")
-    with torch.no_grad():
-        dict(adapter.named_parameters())["weight1.magnitude"].fill_(1e6)
-    with pytest.raises(tna.BackendError, match=r"2.weight plus its update exceeds the range of torch.float16"):
-        adapter.merge()
-    with torch.no_grad():
-        dict(adapter.named_parameters())["weight1.magnitude"].fill_(float("nan"))
-    with pytest.raises(tna.BackendError, match=r"the update of 2.weight is not finite"):
-        adapter.merge()
-    assert all(torch.equal(before[name], model.state_dict()[name]) for name in before)
+    life.check_merged(lambda: small().to(kind), model, adapter, tmp_path)
 
 
 # -- Parameters ----------------------------------------------------------------------------------
 
 
-def test_magnitudes_are_trained_by_choice() -> None:
-    model = layers(torch.float32)
+def test_magnitudes_are_trained_by_choice(tmp_path: Path) -> None:
+    model, x = layers(torch.float32), torch.randn(2, 6)
     adapter = tt.attach(model, P.dora(2), "all-linear")
     adapter.set_trainable(arrays="magnitude")
     assert adapter.trained == ("weight0.magnitude", "weight1.magnitude")
@@ -245,13 +153,17 @@ def test_magnitudes_are_trained_by_choice() -> None:
     adapter.set_trainable(groups=1)
     assert adapter.trained == ("group1.split0.factor0", "group1.split0.factor1", "weight1.magnitude")
     adapter.set_trainable(arrays=["factor0", "factor1"])
-    model(torch.randn(2, 6)).sum().backward()
+    model(x).sum().backward()
     assert dict(adapter.named_parameters())["weight0.magnitude"].grad is None
     fast, slow = adapter.parameter_groups(1.0)[1]["params"], adapter.parameter_groups(1.0)[0]["params"]
     assert len(fast) == len(slow) == 2
-
-
-def test_a_weight_in_several_groups_is_in_each() -> None:
+    # Frozen, they are in the file.
+    adapter.save(tmp_path / "adapter.safetensors")
+    assert {"weight0.magnitude", "weight1.magnitude"} <= load_file(tmp_path / "adapter.safetensors").keys()
+    other = layers(torch.float32)
+    assert tt.load(other, tmp_path / "adapter.safetensors").trained == adapter.trained
+    assert torch.equal(run(other, x), run(model, x))
+    # A weight in several groups is in each.
     adapter = tt.attach(layers(), tna.Config(rank=1, groups=3, fold="hypercube", apply="magnitude"), "all-linear")
     adapter.set_trainable(groups=1)
     assert adapter.trained is not None
@@ -261,41 +173,17 @@ def test_a_weight_in_several_groups_is_in_each() -> None:
 def test_the_gradient_can_be_chosen_when_loading(tmp_path: Path) -> None:
     x = torch.linspace(-1.0, 1.0, 18).reshape(3, 6)
     stirred(tt.attach(layers(torch.float32), P.dora(2), "all-linear")).save_pretrained(tmp_path)
-    found = []
+    gradients = []
     for detach in (False, True):
         model = layers(torch.float32)
         adapter = tt.from_pretrained(model, tmp_path, detach_norm=detach)
-        model(x).square().sum().backward()
-        found.append(dict(adapter.named_parameters())["group0.split0.factor0"].grad)
-    assert not torch.allclose(*found)
+        gradients.append(passes(model, adapter, x)["group0.split0.factor0"])
+    assert not torch.allclose(*gradients)
 
 
-def test_frozen_magnitudes_are_in_the_file(tmp_path: Path) -> None:
-    model = layers(torch.float32)
-    adapter = tt.attach(model, P.dora(2), "all-linear")
-    adapter.set_trainable(arrays="factor0")
-    adapter.save(tmp_path / "adapter.safetensors")
-    with torch.no_grad():
-        expected = model(torch.ones(1, 6))
-    model = layers(torch.float32)
-    again = tt.load(model, tmp_path / "adapter.safetensors")
-    assert again.trained == adapter.trained
-    with torch.no_grad():
-        assert torch.equal(model(torch.ones(1, 6)), expected)
-    from safetensors.numpy import load_file
-
-    assert {"weight0.magnitude", "weight1.magnitude"} <= load_file(tmp_path / "adapter.safetensors").keys()
-
-
-def test_on_the_meta_device_reset_fills_them() -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(6, 5))
-    adapter = tt.attach(model, P.dora(2), "all-linear")
-    model.to_empty(device="cpu")
-    nn.init.normal_(model[0].weight)
-    nn.init.zeros_(model[0].bias)
-    adapter.reset()
-    torch.testing.assert_close(adapter.arrays()["weight0.magnitude"], model[0].weight.norm(dim=1))
+def test_on_the_meta_device_reset_fills_them(tmp_path: Path) -> None:
+    attach = functools.partial(tt.attach, cfg=P.dora(2), targets="all-linear")
+    life.check_from_meta(lambda: layers(torch.float32), attach, torch.randn(2, 6), tmp_path)
 
 
 # -- Several adapters and mixing weights -----------------------------------------------------------
@@ -347,61 +235,7 @@ def test_other_rows_of_a_fused_weight_are_free() -> None:
     torch.testing.assert_close(model(x), changed, rtol=1e-4, atol=1e-5)
 
 
-def test_a_mixing_weight_scales_the_update_and_zero_is_off() -> None:
-    model, x = layers(), torch.randn(2, 6, dtype=torch.float64)
-    base = model(x)
-    for config, strategy in WAYS:
-        adapter = stirred(tt.attach(model, config, "all-linear", strategy=strategy, dtype=torch.float64))
-        adapter.set_weight(0.5)
-        found = model(x)
-        halved = {n: a * 0.5 if n.endswith("factor0") else a for n, a in adapter.arrays().items()}
-        adapter.set_weight(1.0)
-        adapter.load_arrays(halved)
-        torch.testing.assert_close(found, model(x), rtol=1e-12, atol=1e-12)
-        adapter.set_weight(0.0)
-        assert torch.equal(model(x), base)
-        adapter.detach()
-
-
 # -- Layers --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("config", [P.dora(2), COLUMNS, P.hira(2)], ids=["dora", "columns", "hira"])
-def test_convolutions(config: tna.Config) -> None:
-    torch.manual_seed(0)
-    for conv, x in ((nn.Conv2d(4, 6, 3), torch.randn(2, 4, 5, 5)), (nn.Conv1d(4, 6, 3), torch.randn(2, 4, 9))):
-        model = nn.Sequential(conv)
-        expected = model(x)
-        adapter = tt.attach(model, config, "conv")
-        assert torch.equal(model(x), expected)
-        stirred(adapter)
-        (changed,) = adapter.plan.merged(adapter.arrays(), [conv.weight.detach().reshape(6, -1)])
-        torch.testing.assert_close(model(x), conv._conv_forward(x, changed.view_as(conv.weight), conv.bias))
-        adapter.detach()
-
-
-class Conv1D(nn.Module):
-    """As in transformers: a linear layer that stores its weight as (in, out)."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf, self.nx = nf, nx
-        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
-
-    def forward(self, x: Any) -> Any:
-        return torch.addmm(self.bias, x, self.weight)
-
-
-@pytest.mark.parametrize(("config", "strategy"), WAYS, ids=IDS)
-def test_transposed_weights(config: tna.Config, strategy: str) -> None:
-    torch.manual_seed(0)
-    model, x = nn.Sequential(Conv1D(5, 6)), torch.randn(3, 6)
-    expected = model(x)
-    adapter = tt.attach(model, config, "all-linear", strategy=strategy)
-    assert torch.equal(model(x), expected)
-    stirred(adapter)
-    (changed,) = adapter.plan.merged(adapter.arrays(), [model[0].weight.detach().T])
-    torch.testing.assert_close(model(x), functional.linear(x, changed, model[0].bias), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["dora", "hira", "behind F"])
@@ -416,12 +250,9 @@ def test_quantized_weights(name: str) -> None:
     leaves = {key: array.detach().clone().requires_grad_() for key, array in adapter.arrays().items()}
     one, two = adapter.plan.training_plan.merged(leaves, [model[0].numbers(), model[2].numbers()])
     reference = torch.tanh(x @ one.T) @ two.T
-    reference.sum().backward()
-    found = model(x)
-    torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-5)
-    found.sum().backward()
-    for key, parameter in adapter.named_parameters():
-        torch.testing.assert_close(parameter.grad, leaves[key].grad, rtol=1e-4, atol=1e-4)
+    reference.square().sum().backward()
+    formula = {"output": reference.detach(), **{key: array.grad for key, array in leaves.items()}}
+    assert_near(passes(model, adapter, x), formula, 1e-4)
 
 
 class Codes(nn.Module):
@@ -438,49 +269,50 @@ class Codes(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("make", "settings", "message"),
+    ("make", "settings", "error", "message"),
     [
-        (lambda: packed(), {"cfg": COLUMNS}, r"magnitude_axis='cols' changes the weight itself, and 0.weight is"),
+        (packed, {"cfg": COLUMNS}, ConfigError, r"magnitude_axis='cols' changes the weight itself, and 0.weight is"),
         (
-            lambda: nn.Sequential(Codes()), {"cfg": P.hira(2)},
+            lambda: nn.Sequential(Codes()), {"cfg": P.hira(2)}, ConfigError,
             r"apply='hadamard' needs the values of 0.weight, which is quantized, and they cannot be read: register",
         ),
-        (layers, {"cfg": P.dora(2), "activation": "gelu"}, r"activation='gelu' acts on the input of one"),
-        (layers, {"cfg": P.hira(2), "strategy": "factored"}, r"strategy='factored' needs a linear layer"),
-        (layers, {"cfg": COLUMNS, "strategy": "additive"}, r"magnitude_axis='cols' scales the input of 0.weight"),
-        (layers, {"cfg": P.dora(2), "detach_norm": 2}, r"detach_norm must be True or False; got 2"),
+        (
+            lambda: nn.Sequential(Codes()), {"cfg": P.dora(2)}, TargetError,
+            r"\(apply='magnitude'\), and the values of 0.weight cannot be read: register",
+        ),
+        (layers, {"cfg": P.dora(2), "activation": "gelu"}, ConfigError, "activation='gelu' acts on the input of one"),
+        (layers, {"cfg": P.hira(2), "strategy": "factored"}, ConfigError, "strategy='factored' needs a linear layer"),
+        (
+            layers, {"cfg": COLUMNS, "strategy": "additive"}, ConfigError,
+            "magnitude_axis='cols' scales the input of 0.weight",
+        ),
+        (layers, {"cfg": P.dora(2), "detach_norm": 2}, ConfigError, "detach_norm must be True or False; got 2"),
     ],
 )  # fmt: skip
-def test_refused(make: Any, settings: dict[str, Any], message: str) -> None:
+def test_refused(make: Any, settings: dict[str, Any], error: type[Exception], message: str) -> None:
     tt.register_quantized("packed", Packed)
     model = make()
-    with pytest.raises(tna.ConfigError, match=message):
+    with pytest.raises(error, match=message):
         tt.attach(model, targets="all-linear", **settings)
     assert not tt.adapters(model)
 
 
-def test_values_that_cannot_be_read_are_told() -> None:
-    with pytest.raises(
-        tna.TargetError, match=r"\(apply='magnitude'\), and the values of 0.weight cannot be read: register"
-    ):
-        tt.attach(nn.Sequential(Codes()), P.dora(2), "all-linear")
-
-
-def test_half_precision_and_autocast() -> None:
-    for config, strategy in WAYS:
-        model, x = layers(torch.float32), torch.randn(4, 6)
-        adapter = tt.attach(model, config, "all-linear", strategy=strategy)
-        with torch.autocast("cpu", torch.bfloat16):
-            with adapter.disabled():
-                expected = model(x)
-            assert torch.equal(model(x), expected)
-        stirred(adapter)
-        with torch.autocast("cpu", torch.bfloat16):
-            found = model(x)
-        assert found.dtype is torch.bfloat16
-        torch.testing.assert_close(found.float(), model(x), rtol=0.1, atol=0.1)
-        found.float().sum().backward()
-        assert all(parameter.grad is not None for parameter in adapter.parameters())
+@pytest.mark.parametrize(("config", "strategy"), WAYS, ids=IDS)
+def test_half_precision_and_autocast(config: tna.Config, strategy: str) -> None:
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    model, x = layers(torch.float32), torch.randn(4, 6)
+    adapter = tt.attach(model, config, "all-linear", strategy=strategy)
+    with autocast:
+        with adapter.disabled():
+            expected = model(x)
+        assert torch.equal(model(x), expected)
+    stirred(adapter)
+    with autocast:
+        output = model(x)
+    assert output.dtype is torch.bfloat16
+    torch.testing.assert_close(output.float(), model(x), rtol=0.1, atol=0.1)
+    output.float().sum().backward()
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
 
 
 # -- Costs ---------------------------------------------------------------------------------------
@@ -491,51 +323,3 @@ def test_the_summary_says_that_it_is_no_lora() -> None:
     assert summary.lora_rank is None
     assert summary.parameters == 49
     assert str(summary).endswith("merge only: apply='magnitude' does more than add its updates")
-
-
-def test_checkpointed_layers_recompute_the_same() -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    for config, strategy in WAYS:
-        model, x = layers(), torch.randn(3, 6, dtype=torch.float64)
-        adapter = stirred(tt.attach(model, config, "all-linear", strategy=strategy, dtype=torch.float64))
-        model(x).square().sum().backward()
-        expected = [parameter.grad.clone() for parameter in adapter.parameters()]
-        for parameter in adapter.parameters():
-            parameter.grad = None
-        checkpoint(model, x, use_reentrant=False).square().sum().backward()
-        for parameter, gradient in zip(adapter.parameters(), expected, strict=True):
-            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
-@pytest.mark.parametrize(("config", "strategy"), WAYS, ids=IDS)
-def test_rows_of_a_fused_weight(config: tna.Config, strategy: str, transposed: bool) -> None:
-    torch.manual_seed(0)
-    layer = (Conv1D(18, 4) if transposed else nn.Linear(4, 18)).double()
-    model, x = nn.Sequential(layer), torch.randn(3, 4, dtype=torch.float64)
-    stored = tuple(layer.weight.shape)
-    # q, and v in two heads.
-    rows = [tna.Rows(0, 6, 18), tna.Rows(7, 2, 9, 2)]
-    targets = [tna.Target("0", stored, "linear", rows=own, transposed=transposed) for own in rows]
-    expected = model(x)
-    adapter = tt.attach(model, config, targets, strategy=strategy, dtype=torch.float64)
-    assert adapter.strategy == (strategy,) * 2
-    assert torch.equal(model(x), expected)
-    stirred(adapter)
-    leaves = {name: array.detach().clone().requires_grad_() for name, array in adapter.arrays().items()}
-    weight = layer.weight.detach().T if transposed else layer.weight.detach()
-    changed = weight.clone()
-    parts = [own.indices() for own in rows]
-    for index, own in zip(parts, adapter.plan.merged(leaves, [weight[index] for index in parts]), strict=True):
-        changed = changed.index_copy(0, torch.tensor(index), own)
-    reference = functional.linear(x, changed, layer.bias)
-    torch.testing.assert_close(model(x), reference, rtol=1e-12, atol=1e-12)
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), reference, rtol=1e-12, atol=1e-12)
-    reference.square().sum().backward()
-    model(x).square().sum().backward()
-    for name, parameter in adapter.named_parameters():
-        torch.testing.assert_close(parameter.grad, leaves[name].grad, rtol=1e-10, atol=1e-12)
-    adapter.merge()
-    torch.testing.assert_close(model(x), reference, rtol=1e-12, atol=1e-12)

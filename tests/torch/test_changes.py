@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -29,44 +30,29 @@ def by_optimizer(kind: Callable[..., torch.optim.Optimizer], **settings: Any) ->
     return change
 
 
-def by_data(model: nn.Module, adapter: Adapter) -> None:
-    for p in adapter.parameters():
-        p.data.copy_(p.data + 0.1)
+def to_each(change: Callable[[nn.Parameter], object]) -> Callable[..., None]:
+    def apply(model: nn.Module, adapter: Adapter) -> None:
+        for parameter in adapter.parameters():
+            change(parameter)
 
-
-def by_other_data(model: nn.Module, adapter: Adapter) -> None:
-    for p in adapter.parameters():
-        p.data = p.data + 0.1
-
-
-def by_numpy(model: nn.Module, adapter: Adapter) -> None:
-    for p in adapter.parameters():
-        p.detach().numpy()[...] += 0.1
+    return apply
 
 
 def by_one_element(model: nn.Module, adapter: Adapter) -> None:
     next(adapter.parameters()).data.view(-1)[0] += 1.0
 
 
-def by_state_dict(model: nn.Module, adapter: Adapter) -> None:
-    state = {name: value + 0.1 if "tnadapt" in name else value for name, value in model.state_dict().items()}
-    model.load_state_dict(state)
+def by_state_dict(**settings: bool) -> Callable[..., None]:
+    def change(model: nn.Module, adapter: Adapter) -> None:
+        state = {name: value + 0.1 if "tnadapt" in name else value for name, value in model.state_dict().items()}
+        model.load_state_dict(state, **settings)
 
-
-def by_assigned_state_dict(model: nn.Module, adapter: Adapter) -> None:
-    state = {name: value + 0.1 if "tnadapt" in name else value for name, value in model.state_dict().items()}
-    model.load_state_dict(state, assign=True)
+    return change
 
 
 def by_foreach(model: nn.Module, adapter: Adapter) -> None:
     with torch.no_grad():
         torch._foreach_add_(list(adapter.parameters()), 0.1)
-
-
-def by_inference_mode(model: nn.Module, adapter: Adapter) -> None:
-    with torch.inference_mode():
-        for p in adapter.parameters():
-            p.data.add_(0.1)
 
 
 def by_new_parameters(model: nn.Module, adapter: Adapter) -> None:
@@ -80,9 +66,8 @@ def by_arrays(model: nn.Module, adapter: Adapter) -> None:
 
 
 def by_clipping(model: nn.Module, adapter: Adapter) -> None:
-    torch.nn.utils.vector_to_parameters(
-        torch.nn.utils.parameters_to_vector(adapter.parameters()).detach() * 1.5, adapter.parameters()
-    )
+    vector = torch.nn.utils.parameters_to_vector(adapter.parameters()).detach()
+    torch.nn.utils.vector_to_parameters(vector * 1.5, adapter.parameters())
 
 
 CHANGES: dict[str, Callable[[nn.Module, Adapter], None]] = {
@@ -90,22 +75,17 @@ CHANGES: dict[str, Callable[[nn.Module, Adapter], None]] = {
     "adamw": by_optimizer(torch.optim.AdamW),
     "adamw-foreach": by_optimizer(torch.optim.AdamW, foreach=True),
     "adamw-fused": by_optimizer(torch.optim.AdamW, fused=True),
-    **{
-        change.__name__: change
-        for change in (
-            by_data,
-            by_other_data,
-            by_numpy,
-            by_one_element,
-            by_state_dict,
-            by_assigned_state_dict,
-            by_foreach,
-            by_inference_mode,
-            by_new_parameters,
-            by_arrays,
-            by_clipping,
-        )
-    },
+    "data": to_each(lambda p: p.data.copy_(p.data + 0.1)),
+    "other data": to_each(lambda p: setattr(p, "data", p.data + 0.1)),
+    "numpy": to_each(lambda p: np.add(p.detach(), 0.1, out=p.detach().numpy())),
+    "inference mode": to_each(torch.inference_mode()(lambda p: p.data.add_(0.1))),
+    "one element": by_one_element,
+    "state dict": by_state_dict(),
+    "assigned state dict": by_state_dict(assign=True),
+    "foreach": by_foreach,
+    "new parameters": by_new_parameters,
+    "arrays": by_arrays,
+    "clipping": by_clipping,
 }
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 CALLS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
@@ -131,33 +111,6 @@ def test_a_changed_adapter_acts_at_once(change: str, mode: str, call: str) -> No
         expected = CALLS[call](copy.deepcopy(model))(x)
     assert torch.equal(after, expected)
     assert not torch.equal(after, before)
-
-
-@pytest.mark.law("array-changes")
-@pytest.mark.parametrize("config", CONFIGS)
-def test_averaged_weights_swapped_in_and_out(config: str) -> None:
-    model, adapter = make(config)
-    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.05)
-    x = batch()
-    for _ in range(2):
-        loss_of(model, x).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update_parameters(model)
-    mine = [p.detach().clone() for p in adapter.parameters()]
-    averaged = [p for name, p in ema.module.named_parameters() if "tnadapt" in name]
-    with torch.no_grad():
-        trained, smooth = model(x), ema(x)
-        for p, average in zip(adapter.parameters(), averaged, strict=True):
-            p.data.copy_(average.data)
-        swapped = model(x)
-        for p, original in zip(adapter.parameters(), mine, strict=True):
-            p.data.copy_(original)
-        back = model(x)
-    assert torch.equal(swapped, smooth)
-    assert torch.equal(back, trained)
-    assert not torch.equal(smooth, trained)
 
 
 @pytest.mark.law("between-passes")
@@ -190,31 +143,6 @@ def test_a_forward_that_turns_gradients_on_itself() -> None:
         y = model(batch())
     y.square().mean().backward()
     assert len(gradients(adapter)) == len(adapter.plan.param_shapes)
-
-
-@pytest.mark.law("disabled", "array-changes")
-def test_a_pass_interrupted_from_the_keyboard_leaves_no_old_update() -> None:
-    class Slow(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = Block(True)
-            self.interrupted = True
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.inner(x)
-            if self.interrupted:
-                raise KeyboardInterrupt
-            return x
-
-    model = Slow()
-    adapter = attach(model)
-    move(adapter)
-    with pytest.raises(KeyboardInterrupt):
-        model(batch())
-    move(adapter, 5)
-    model.interrupted = False
-    with torch.no_grad():
-        assert torch.equal(model.inner(batch()), model(batch()))
 
 
 @pytest.mark.slow
