@@ -56,16 +56,12 @@ def run(*commands: Sequence[Any], timeout: float = 200.0) -> list[str]:
         started = [
             stack.enter_context(
                 subprocess.Popen(
-                    [str(part) for part in command],
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
+                    [str(part) for part in command], cwd=ROOT, env=environment, text=True,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 )
             )
             for command in commands
-        ]
+        ]  # fmt: skip
         try:
             printed = [process.communicate(timeout=timeout)[0] for process in started]
         except subprocess.TimeoutExpired:
@@ -147,10 +143,17 @@ def relative(found: Any, expected: Any) -> float:
     return float((found - expected).detach().abs().max() / expected.detach().abs().max())
 
 
-def is_as_by_one_process(folder: Path, name: str, world: int) -> None:
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        *(pytest.param("two", name, marks=pytest.mark.law("two-processes")) for name in TWO),
+        *(pytest.param("four", name, marks=pytest.mark.law("four-processes")) for name in FOUR),
+    ],
+)
+def test_several_processes_train_as_one(folder: str, name: str, request: pytest.FixtureRequest) -> None:
     job = jobs.JOBS[name]
     losses, adapter, _ = jobs.train(job)
-    ranks = results(folder, name, world)
+    ranks = results(request.getfixturevalue(folder), name, {"two": 2, "four": 4}[folder])
     assert len(set(losses)) == len(losses)
     for rank in ranks:
         assert rank["losses"] == pytest.approx(losses, rel=1e-6)
@@ -161,18 +164,6 @@ def is_as_by_one_process(folder: Path, name: str, world: int) -> None:
     for array, tensor in adapter.arrays().items():
         assert relative(ranks[0]["arrays"][array], tensor) < 1e-6, array
         assert relative(fresh.arrays()[array], tensor) > 1e-4, array
-
-
-@pytest.mark.law("two-processes")
-@pytest.mark.parametrize("name", TWO)
-def test_two_processes_train_as_one(two: Path, name: str) -> None:
-    is_as_by_one_process(two, name, 2)
-
-
-@pytest.mark.law("four-processes")
-@pytest.mark.parametrize("name", FOUR)
-def test_four_processes_train_as_one(four: Path, name: str) -> None:
-    is_as_by_one_process(four, name, 4)
 
 
 @pytest.mark.law("distributed-save")
