@@ -1,5 +1,11 @@
-"""Private parts of ``tnadapt.torch`` that the tests need: what a user cannot see, but what makes a layer fast."""
+"""Private parts of the library that the tests of ``tnadapt.torch`` need.
 
+They are what no user sees but what makes a layer fast, and the targets that are found in a checkpoint.
+"""
+
+from tnadapt.targets.attention_layouts import TABLE
+from tnadapt.targets.checkpoint_targets import find_stored
+from tnadapt.targets.fused_rows import LayoutError
 from tnadapt.torch import _delta as delta
 from tnadapt.torch import _forward_pass as forward_pass
 from tnadapt.torch import _forward_patch as forward_patch
@@ -11,8 +17,10 @@ from tnadapt.torch._registry import drawn, held_by_draws
 from tnadapt.torch._target_selection import AttentionModule, attentions
 
 __all__ = [
+    "TABLE",
     "AttentionModule",
     "DeltaCache",
+    "LayoutError",
     "LowRankLayer",
     "Slice",
     "Snapshot",
@@ -20,6 +28,7 @@ __all__ = [
     "bytes_held",
     "delta",
     "drawn",
+    "find_stored",
     "forward_pass",
     "forward_patch",
     "held_by_draws",

@@ -251,43 +251,30 @@ def is_like(found: tna.AdapterFile, expected: tna.AdapterFile) -> None:
 
 
 @pytest.mark.law("launchers")
-def test_torchrun_on_one_machine(task: ModuleType, tmp_path: Path) -> None:
-    out = tmp_path / "adapter.safetensors"
-    (printed,) = run(
-        [*TORCHRUN, "--standalone", "--nproc-per-node", 2, EXAMPLES / "train.py", "--epochs", 2, "--out", out]
-    )
-    assert printed.count("loss") == 2
-    is_like(tna.load(out), by_one_process(task, shuffled=True))
-
-
-@pytest.mark.law("launchers")
-def test_torchrun_on_two_machines(task: ModuleType, tmp_path: Path) -> None:
-    start, out = tmp_path / "start.safetensors", tmp_path / "adapter.safetensors"
-    first = tnadapt.torch.attach(task.pretrained_model(), tna.presets.lora(2), keep_trainable="head")
-    first.save(start)
-    port = free_port()
-    machine = [
-        *TORCHRUN,
-        *("--nnodes", 2, "--nproc-per-node", 1),
-        *("--rdzv-id", 1, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"),
-        *(EXAMPLES / "train.py", "--how", "fsdp2", "--epochs", 2, "--adapter", start, "--out", out),
-    ]
-    printed = run(machine, machine)
-    assert "".join(printed).count("loss") == 2
-    is_like(tna.load(out), by_one_process(task, shuffled=True, start=start))
-
-
-@pytest.mark.law("launchers")
-def test_accelerate_launch(task: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    out = tmp_path / "adapter.safetensors"
-    (printed,) = run(
-        [
+@pytest.mark.parametrize("launcher", ["torchrun", "torchrun on two machines", "accelerate"])
+def test_a_script_of_the_documentation_trains_as_one_process(launcher: str, task: ModuleType, tmp_path: Path) -> None:
+    start, out = None, tmp_path / "adapter.safetensors"
+    arguments = ["--epochs", 2, "--out", out]
+    if launcher == "torchrun":
+        commands = [[*TORCHRUN, "--standalone", "--nproc-per-node", 2, EXAMPLES / "train.py", *arguments]]
+    elif launcher == "accelerate":
+        pytest.importorskip("accelerate")
+        launch = [
             *(sys.executable, "-m", "accelerate.commands.launch"),
             *("--cpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"),
             *("--main_process_port", free_port()),
-            *(EXAMPLES / "train_accelerate.py", "--epochs", 2, "--out", out),
         ]
-    )
-    assert printed.count("loss") == 2
-    is_like(tna.load(out), by_one_process(task, shuffled=False))
+        commands = [[*launch, EXAMPLES / "train_accelerate.py", *arguments]]
+    else:
+        start = tmp_path / "start.safetensors"
+        tnadapt.torch.attach(task.pretrained_model(), tna.presets.lora(2), keep_trainable="head").save(start)
+        machine = [
+            *TORCHRUN,
+            *("--nnodes", 2, "--nproc-per-node", 1),
+            *("--rdzv-id", 1, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"),
+            *(EXAMPLES / "train.py", "--how", "fsdp2", "--adapter", start, *arguments),
+        ]
+        commands = [machine, machine]
+    printed = run(*commands)
+    assert "".join(printed).count("loss") == 2
+    is_like(tna.load(out), by_one_process(task, shuffled=launcher != "accelerate", start=start))

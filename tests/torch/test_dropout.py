@@ -198,20 +198,6 @@ def test_compiled(config: str) -> None:
     assert not torch.allclose(made(x), found[0][0])
 
 
-def test_two_adapters_have_their_own_zeros_and_probabilities() -> None:
-    made, first = adapted("lora", "factored", 0.5)
-    second = tt.attach(made, P.superlora(2), "all-linear", "b", dtype=torch.float64)
-    stir(second, 0.3)
-    x = torch.randn(3, 6, dtype=torch.float64)
-    torch.manual_seed(7)
-    found = made(x)
-    torch.manual_seed(7)
-    dropped = functional.dropout(x, 0.5, training=True)
-    (one,), (other,) = first.deltas(), second.deltas()
-    expected = functional.linear(x, made[0].weight + other, made[0].bias) + functional.linear(dropped, one)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-
-
 def test_it_is_no_part_of_a_file(tmp_path: Path) -> None:
     made, adapter = adapted("lora", dropout=0.25)
     assert adapter.dropout == 0.25

@@ -24,9 +24,8 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.targets.checkpoint_targets import find_stored
 
-from .internals_b import forward_patch
+from .internals_b import find_stored, forward_patch
 from .small import stir
 
 IDS = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -37,35 +36,23 @@ SIZES = {
 SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "intermediate_size": 24}
 
 
-def mixtral() -> Any:
-    return transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(intermediate_size=24, num_local_experts=4, **SIZES)
-    )
-
-
-def qwen2_moe() -> Any:
-    config = transformers.Qwen2MoeConfig(shared_expert_intermediate_size=8, **SPARSE, **SIZES)
-    return transformers.Qwen2MoeForCausalLM(config)
-
-
-def qwen3_moe() -> Any:
-    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(head_dim=8, **SPARSE, **SIZES))
-
-
-def gpt_oss() -> Any:
-    config = transformers.GptOssConfig(
-        intermediate_size=24, num_local_experts=4, num_experts_per_tok=2, head_dim=8, **SIZES
-    )
-    return transformers.GptOssForCausalLM(config)
-
-
-MODELS = {"mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss}
+#: The prefix of the classes of a model and of its config, and its settings.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"intermediate_size": 24, "num_local_experts": 4}),
+    "qwen2_moe": ("Qwen2Moe", {"shared_expert_intermediate_size": 8, **SPARSE}),
+    "qwen3_moe": ("Qwen3Moe", {"head_dim": 8, **SPARSE}),
+    "gpt_oss": (
+        "GptOss", {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    ),
+}  # fmt: skip
 EXPERTS = r".*\.mlp\.experts"
 
 
 def made(name: str, implementation: str = "eager") -> Any:
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    prefix, settings = MODELS[name]
+    config = getattr(transformers, f"{prefix}Config")(**settings, **SIZES)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
     model.set_experts_implementation(implementation)
     return model
 
@@ -163,23 +150,6 @@ def test_any_config_in_any_implementation_and_strategy_is_the_formula(
     check(name, getattr(P, cfg)(2), implementation, strategy)
 
 
-def test_adapters_that_do_not_add_up_may_be_on_different_experts() -> None:
-    model = made("mixtral")
-    first, second = ([t for t in tt.find_targets(model, EXPERTS) if t.index == index] for index in (0, 1))
-    adapters = [tt.attach(model, P.dora(2), targets, name) for targets, name in ((first, "a"), (second, "b"))]
-    for number, adapter in enumerate(adapters):
-        stir(adapter, 0.2, seed=number)
-    found = model(IDS).logits
-    for adapter in adapters:
-        adapter.merge()
-    torch.testing.assert_close(model(IDS).logits, found, rtol=1e-4, atol=1e-5)
-    for adapter in reversed(adapters):
-        adapter.unmerge()
-    tt.attach(model, P.dora(2), second, "again")
-    with pytest.raises(tna.TargetError, match="adapters 'b' and 'again' both act on"):
-        model(IDS)
-
-
 def test_unknown_implementations_get_the_sum() -> None:
     model, addresses = made("mixtral"), list[int]()
     adapter = tt.attach(model, P.lora(2), EXPERTS, strategy="factored")
@@ -223,7 +193,7 @@ def test_all_linear_finds_them() -> None:
     assert (gpt[0].stored, gpt[0].shape) == ((4, 16, 48), (48, 16))
     # Their order is that of the model, on disk as well.
     names = ["experts.down_proj", "experts.gate_up_proj"]
-    model = mixtral()
+    model = made("mixtral")
     targets = tt.find_targets(model, names)
     assert [target.parameter for target in targets[::4]] == ["gate_up_proj", "down_proj"] * 2
     assert tt.find_targets(model, names[::-1]) == targets
@@ -579,14 +549,24 @@ def test_dropout_acts_on_the_input_of_each_expert(cfg: tna.Config) -> None:
         assert len(torch.unique(of_one.mul(1e3).round(), dim=0)) == 2**COLS
 
 
-@pytest.mark.parametrize(("product", "strategy"), [(_of_all, "factored"), (_unknown, "weight")])
-def test_a_compiled_module_multiplies_by_the_sum(product: Callable[..., Tensor], strategy: str) -> None:
-    module = Experts(product, True)
+def _whole(x: Tensor, weight: Tensor, ids: Tensor, transposed: bool) -> Tensor:
+    return weight * 1.0
+
+
+@pytest.mark.parametrize(
+    ("product", "strategy", "dtype"),
+    [(_of_all, "factored", torch.float32), (_unknown, "weight", torch.float32), (_whole, "weight", torch.bfloat16)],
+)
+def test_a_compiled_module_multiplies_by_the_sum(
+    product: Callable[..., Tensor], strategy: str, dtype: torch.dtype
+) -> None:
+    module = Experts(product, True, dtype)
     first, *_, last = tt.find_targets(module, "all-linear")
-    adapter = tt.attach(module, P.lora(1), [with_rows(first, tna.Rows(1, 2, 4, 2)), last], strategy=strategy)
-    stir(adapter, 0.3)
-    found = torch.compile(module, backend="eager", fullgraph=True)(X, LAZY_IDS)
-    torch.testing.assert_close(found, module(X, LAZY_IDS), rtol=1e-5, atol=1e-6)
+    for name, targets in (("a", [with_rows(first, tna.Rows(1, 2, 4, 2)), last]), ("b", [first])):
+        stir(tt.attach(module, P.lora(1), targets, name, strategy=strategy), 0.3)
+    found, expected = torch.compile(module, backend="eager", fullgraph=True)(X, LAZY_IDS), module(X, LAZY_IDS)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_copy_and_a_switched_off_adapter() -> None:
@@ -631,7 +611,7 @@ def test_half_precision_is_rounded_like_a_linear_layer(strategy: str) -> None:
 
 
 def test_other_matrices_keep_their_bits_and_the_parameter_too() -> None:
-    module = Experts(lambda x, weight, ids, transposed: weight * 1.0, False)
+    module = Experts(_whole, False)
     before = module.up_proj.detach().clone()
     adapter = tt.attach(module, tna.presets.dense(), [tt.find_targets(module, "all-linear")[1]], strategy="weight")
     stir(adapter, 0.3)

@@ -24,9 +24,8 @@ import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tests.support.depth import LONG, in_depth
 from tests.support.references import reference
-from tnadapt.torch import _forward_pass as _few_rows
-from tnadapt.torch import _linear as _low_rank_linear
 
+from .internals_b import forward_pass, linear
 from .small import stir
 
 CONFIGS = {
@@ -186,10 +185,6 @@ def by_formula(
 # -- Models --------------------------------------------------------------------------------------
 
 
-def linear() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8, bias=False))
-
-
 def fused() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 24))
 
@@ -200,28 +195,26 @@ def transposed() -> nn.Sequential:
     return nn.Sequential(Conv1D(12, 8), nn.Tanh(), Conv1D(8, 12))
 
 
-def convolved() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(2, 8, (2, 3), padding=1), nn.Tanh(), nn.Conv2d(8, 4, 1, bias=False))
-
-
-def grouped() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(4, 6, 2, groups=2, stride=2))
-
-
 def embedded() -> nn.Sequential:
     return nn.Sequential(nn.Embedding(12, 8, padding_idx=3), nn.Tanh(), nn.Linear(8, 12))
 
 
 T = tna.Target
 LAYERS: dict[str, tuple[Any, list[tna.Target]]] = {
-    "linear": (linear, [T("0", (12, 8)), T("2", (8, 12))]),
+    "linear": (
+        lambda: nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8, bias=False)),
+        [T("0", (12, 8)), T("2", (8, 12))],
+    ),
     "fused": (fused, [T("0", (24, 8), rows=tna.Rows(0, 8, 24)), T("0", (24, 8), rows=tna.Rows(12, 12, 24))]),
     "blocks": (fused, [T("0", (24, 8), rows=tna.Rows(2, 4, 12, 2)), T("0", (24, 8), rows=tna.Rows(8, 4, 12, 2))]),
     "indices": (fused, [T("0", (24, 8), rows=tna.RowIndices([0, 3, 4, 11, 12, 17, 20, 23]))]),
     "transposed": (transposed, [T("0", (8, 12), transposed=True), T("2", (12, 8), transposed=True)]),
     "transposed rows": (transposed, [T("0", (8, 12), transposed=True, rows=tna.Rows(4, 8, 12))]),
-    "conv": (convolved, [T("0", (8, 2, 2, 3)), T("2", (4, 8, 1, 1))]),
-    "grouped conv": (grouped, [T("0", (6, 2, 2, 2))]),
+    "conv": (
+        lambda: nn.Sequential(nn.Conv2d(2, 8, (2, 3), padding=1), nn.Tanh(), nn.Conv2d(8, 4, 1, bias=False)),
+        [T("0", (8, 2, 2, 3)), T("2", (4, 8, 1, 1))],
+    ),
+    "grouped conv": (lambda: nn.Sequential(nn.Conv2d(4, 6, 2, groups=2, stride=2)), [T("0", (6, 2, 2, 2))]),
     "embedding": (embedded, [T("0", (12, 8), role="embedding"), T("2", (12, 8))]),
     "embedding blocks": (
         embedded,
@@ -313,7 +306,13 @@ def attached(case: Case, dropout: float = 0.0, second: str = "slices") -> tuple[
             continue
         config, strategy = (CONFIGS[case.config], case.strategy) if number == 0 else (CONFIGS[second], "auto")
         adapter = tt.attach(
-            model, config, targets, f"adapter{number}", strategy=strategy, dtype=torch.float64, dropout=dropout
+            model,
+            config,
+            targets,
+            f"adapter{number}",
+            strategy=strategy,
+            dtype=torch.float64,
+            dropout=dropout / (1 + number),
         )
         start = {name: array.detach().clone() for name, array in adapter.arrays().items()}
         stir(adapter, 0.4, seed=number)
@@ -337,8 +336,8 @@ def large_layers(is_large: bool) -> Iterator[None]:
     """Let every layer count as a large one, which has its own ways with and without gradients."""
     with pytest.MonkeyPatch.context() as patch:
         if is_large:
-            patch.setattr(_low_rank_linear, "MOST_ELEMENTS", -1)
-            patch.setattr(_few_rows, "LEAST_ELEMENTS", 0)
+            patch.setattr(linear, "MOST_ELEMENTS", -1)
+            patch.setattr(forward_pass, "LEAST_ELEMENTS", 0)
         yield
 
 
@@ -510,16 +509,21 @@ def take_a_step(several: Sequence[Attached], model: nn.Sequential, x: Tensor) ->
     optimizer.step()
 
 
-def load_a_state_dict(several: Sequence[Attached], model: nn.Sequential, x: Tensor) -> None:
-    model.load_state_dict({name: 0.9 * tensor for name, tensor in model.state_dict().items()})
+def load_a_state_dict(several: Sequence[Attached], model: nn.Sequential, x: Tensor, assign: bool = False) -> None:
+    model.load_state_dict({name: 0.9 * tensor for name, tensor in model.state_dict().items()}, assign=assign)
 
 
-def change_arrays(several: Sequence[Attached], model: nn.Sequential, x: Tensor) -> None:
-    """One element in place, and the others by new memory."""
-    *arrays, last = several[0].adapter.parameters()
+def assign_a_state_dict(several: Sequence[Attached], model: nn.Sequential, x: Tensor) -> None:
+    load_a_state_dict(several, model, x, assign=True)
+
+
+def change_one_element(several: Sequence[Attached], model: nn.Sequential, x: Tensor) -> None:
     with torch.no_grad():
-        last.view(-1)[-1] += 0.25
-    for array in arrays:
+        list(several[0].adapter.parameters())[-1].view(-1)[-1] += 0.25
+
+
+def change_memory(several: Sequence[Attached], model: nn.Sequential, x: Tensor) -> None:
+    for array in several[0].adapter.parameters():
         array.data = 0.8 * array.data
 
 
@@ -533,7 +537,8 @@ def change_the_base(several: Sequence[Attached], model: nn.Sequential, x: Tensor
 
 
 CHANGES = [
-    take_a_step, load_a_state_dict, change_arrays, change_the_mixing_weight, change_the_base, take_a_step,
+    take_a_step, load_a_state_dict, assign_a_state_dict, change_one_element, change_memory, change_the_mixing_weight,
+    change_the_base, take_a_step,
 ]  # fmt: skip
 
 

@@ -231,33 +231,6 @@ def test_rows_of_a_weight_have_no_short_way() -> None:
     assert short_ways(model) == [None]
 
 
-def test_it_reads_what_the_model_has_at_each_call() -> None:
-    model = layers()
-    adapter = adapted(model)
-    x = torch.randn(4, 6)
-    first = model(x)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.data.mul_(1.5)
-    assert not torch.equal(model(x), first)
-    state = {name: value * 2 for name, value in model.state_dict().items()}
-    model.load_state_dict(state, assign=True)
-    with taken() as short:
-        found = model(x)
-        inside = torch.func.functional_call(model, {name: value * 0.5 for name, value in state.items()}, (x,))
-        adapter.merge()
-        merged = model(x)
-        adapter.unmerge()
-        with adapter.disabled():
-            base = model(x)
-    assert short == [True] * 4 + [False] * 4
-    with general(model):
-        assert torch.equal(found, model(x))
-    assert not torch.equal(inside, found)
-    assert not torch.equal(base, found)
-    torch.testing.assert_close(merged, found)
-
-
 @pytest.mark.parametrize("stepped", [False, True])
 def test_a_recomputation_with_other_settings_is_an_error(stepped: bool) -> None:
     model = nn.Sequential(layers())
@@ -355,17 +328,6 @@ def test_it_is_the_formula(name: str, dtype: torch.dtype, no_sums: None) -> None
         error = float((found.double() - expected).abs().max()) / scale if expected.numel() else 0.0
         # A layer rounds W x, ΔW, ΔW x and their sum: four half units each.
         assert error <= 8 * torch.finfo(dtype).eps
-
-
-def test_weights_of_a_mix_and_two_adapters(no_sums: None) -> None:
-    model = square_layers()
-    one, other = attached(model, CONFIGS["superlora"], name="one"), attached(model, CONFIGS["F"], name="other")
-    x = torch.randn(3, SIZE)
-    for weights in ({"one": 1.0}, {"one": 0.5, "other": -2.0}, {"other": 1.0}):
-        tt.mix(model, weights)
-        with torch.inference_mode():
-            found = model(x)
-        torch.testing.assert_close(found.double(), in_float64(model, [one, other], x), rtol=1e-4, atol=1e-4)
 
 
 def test_many_rows_small_weights_and_gradients_form_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:

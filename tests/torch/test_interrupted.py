@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -168,17 +169,13 @@ class Case:
             assert not {"weight", "in_proj_weight"} & module.__dict__.keys(), "a sum stands for a weight"
             site = module.__dict__.get("forward")
             if site is not None:
-                free: list[bool] = []
-                thread = threading.Thread(target=_try, args=[site._lock, free])
-                thread.start()
-                thread.join()
-                assert free == [True], "a lock is held"
+                with ThreadPoolExecutor(1) as other:
+                    assert other.submit(_is_free, site._lock).result(), "a lock is held"
 
 
-def _try(lock: Any, free: list[bool]) -> None:
-    free.append(lock.acquire(blocking=False))
-    if free[0]:
-        lock.release()
+def _is_free(lock: Any) -> bool:
+    with contextlib.ExitStack() as stack:
+        return lock.acquire(blocking=False) and stack.callback(lock.release) is not None
 
 
 # -- Passes ------------------------------------------------------------------------------------
