@@ -102,20 +102,17 @@ def test_eva_is_the_formula() -> None:
     assert all(p.grad.any() for name, p in adapter.named_parameters() if name.endswith("factor0"))
 
 
-def test_eva_keeps_few_components_between_chunks() -> None:
+def test_eva_keeps_few_components_between_chunks_of_any_size() -> None:
     _, adapter = attached()
-    exact, few = (starts.eva(adapter, batches(), keep=keep) for keep in (16, None))
+    exact, few, whole = (
+        starts.eva(adapter, data, keep=keep)
+        for data, keep in ((batches(), 16), (batches(), None), ([torch.cat(batches())], 16))
+    )
     for name, array in exact.items():
         assert torch.allclose(array, few[name], atol=1e-2)
+        assert torch.allclose(array, whole[name], atol=1e-6)
     again = starts.eva(adapter, iter(batches()))
     assert all(torch.equal(again[name], array) for name, array in few.items())
-
-
-def test_eva_takes_one_batch_as_well_as_many() -> None:
-    _, adapter = attached()
-    whole = starts.eva(adapter, [torch.cat(batches())], keep=16)
-    for name, array in starts.eva(adapter, batches(), keep=16).items():
-        assert torch.allclose(array, whole[name], atol=1e-6)
 
 
 class Indexed(torch.utils.data.Dataset):  # type: ignore[misc]
@@ -130,9 +127,8 @@ class Indexed(torch.utils.data.Dataset):  # type: ignore[misc]
 
 def test_batches_may_be_a_data_set() -> None:
     _, adapter = attached()
-    done = list[tuple[int, int | None]]()
     for start in (
-        lambda of: starts.eva(adapter, of, progress=lambda *numbers: done.append(numbers)),
+        lambda of: starts.eva(adapter, of),
         lambda of: starts.lora_ga(adapter, of, loss),
     ):
         found, expected = start(Indexed()), start(batches())
@@ -140,7 +136,6 @@ def test_batches_may_be_a_data_set() -> None:
         for wrong in ("words", {"x": 1}, 3, torch.tensor(1.0)):
             with pytest.raises(tna.ConfigError, match=r"^batches must be an iterable; got "):
                 start(wrong)
-    assert done == [(number, 6) for number in range(1, 7)] * 2
 
 
 class Masked(torch.nn.Module):
@@ -286,91 +281,76 @@ def test_lora_ga_is_pefts() -> None:
     assert torch.allclose(theirs.eval()(x), own.eval()(x), atol=1e-5)
 
 
-def test_the_first_step_follows_the_gradient() -> None:
-    """What the start is for: the first update is nearer to that of full training than LoRA's usual one."""
-    angles = []
-    for config in (P.lora(4), GIVEN):
-        base, adapter = attached(config)
-        if adapter.plan.point.brought:
-            adapter.start_from(starts.lora_ga(adapter, batches(), loss))
-        base.eval()
-        sum(loss(base, x) for x in batches()).backward()
-        with torch.no_grad():
-            for p in adapter.parameters():
-                p -= 1e-3 * p.grad
-        delta, full = adapter.deltas()[0].detach().numpy(), gradient(model(), 0)
-        angles.append(-(delta * full).sum() / np.linalg.norm(delta) / np.linalg.norm(full))
-    assert angles[1] > 0.9 > angles[0]
-
-
 # -- What is refused ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["eva", "lora_ga"])
-def test_adapters_that_do_not_fit(what: str) -> None:
-    def of(adapter: Any) -> Any:
-        return starts.eva(adapter, batches()) if what == "eva" else starts.lora_ga(adapter, batches(), loss)
+CONFIG, SHAPE, TARGET = tna.ConfigError, tna.ShapeError, tna.TargetError
 
-    for config in (P.lora(4), P.unilora(9, rank=2, start="given")):
-        with pytest.raises(
-            tna.ConfigError, match=rf"{what} computes arrays for adapter.start_from\(\), which needs a co"
-        ):
-            of(attached(config)[1])
-    for config in (P.lokr(2, start="given"), P.superlora(2, start="given")):
-        with pytest.raises(
-            tna.ConfigError, match=rf"{what} computes LoRA's two factors of each weight, and 0.weight has"
-        ):
-            of(attached(config)[1])
-    heads = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True)
-    with pytest.raises(
-        tna.ConfigError, match=rf"{what} needs linear layers, .*self_attn.in_proj_weight is read by Tra"
-    ):
-        of(tt.attach(heads, GIVEN))
-    with pytest.raises(tna.TargetError, match="this Sequential has 0 adapters: attach one first"):
-        of(model())
-    with pytest.raises(tna.TargetError, match="expected an adapter, or a model with one; got str"):
-        of("adapter")
+
+def run(what: str, of: Any, **settings: Any) -> Any:
+    start = starts.eva if what == "eva" else starts.lora_ga
+    return start(of, **{"batches": batches(), **({} if what == "eva" else {"loss": loss}), **settings})
+
+
+def of_two_adapters() -> Any:
     base, _ = attached()
     tt.attach(base, GIVEN, "all-linear", name="second")
-    with pytest.raises(tna.TargetError, match="this Sequential has 2 adapters; give one of them instead of the model"):
-        of(base)
+    return base
 
 
-def test_what_eva_refuses() -> None:
-    _, adapter = attached()
-    with pytest.raises(tna.ConfigError, match="keep=3 components are fewer than the rank, 4: keep at least as many"):
-        starts.eva(adapter, batches(), keep=3)
-    with pytest.raises(
-        tna.ShapeError, match=r"layer of 0.weight was called with 0 rows, and 4 components need more tha"
-    ):
-        starts.eva(adapter, [])
-    with pytest.raises(
-        tna.ShapeError, match=r"the inputs of 0.weight vary in fewer than 4 directions: give more batches"
-    ):
-        starts.eva(adapter, [torch.ones(9, 12)])
-    with pytest.raises(tna.ShapeError, match="an input of a layer holds NaN or infinity"):
-        starts.eva(adapter, [torch.full((9, 12), float("nan"))])
-    assert not any(module._forward_pre_hooks for module in adapter.model)
+@pytest.mark.parametrize(
+    ("of", "error", "message"),
+    [
+        (P.lora(4), CONFIG, r"{} computes arrays for adapter.start_from\(\), which needs a co"),
+        (P.unilora(9, 2, start="given"), CONFIG, r"{} computes arrays for adapter.start_from\(\), which needs a co"),
+        (P.lokr(2, start="given"), CONFIG, "{} computes LoRA's two factors of each weight, and 0.weight has"),
+        (P.superlora(2, start="given"), CONFIG, "{} computes LoRA's two factors of each weight, and 0.weight has"),
+        (
+            lambda: tt.attach(torch.nn.TransformerEncoderLayer(16, 2, batch_first=True), GIVEN), CONFIG,
+            "{} needs linear layers, .*self_attn.in_proj_weight is read by Tra",
+        ),
+        (model, TARGET, "this Sequential has 0 adapters: attach one first"),
+        (lambda: "adapter", TARGET, "expected an adapter, or a model with one; got str"),
+        (of_two_adapters, TARGET, "this Sequential has 2 adapters; give one of them instead of the model"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("what", ["eva", "lora_ga"])
+def test_adapters_that_do_not_fit(what: str, of: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message.format(what)):
+        run(what, attached(of)[1] if isinstance(of, tna.Config) else of())
 
 
-def test_what_lora_ga_refuses() -> None:
-    base, adapter = attached()
-    for setting in ("direction", "scale"):
-        with pytest.raises(tna.ConfigError, match=rf"{setting} must be one of .*; got 'svd'"):
-            starts.lora_ga(adapter, batches(), loss, **{setting: "svd"})
-    with pytest.raises(tna.ConfigError, match="gamma must be a positive number; got 0"):
-        starts.lora_ga(adapter, batches(), loss, gamma=0)
-    with pytest.raises(tna.ShapeError, match="lora_ga needs at least one batch; there was none"):
-        starts.lora_ga(adapter, [], loss)
-    with pytest.raises(tna.ShapeError, match="loss must return one finite number as a tensor; got"):
-        starts.lora_ga(adapter, batches(), lambda whole, x: whole(x))
-    with pytest.raises(tna.ShapeError, match="the loss does not depend on every weight of adapter 'default'"):
-        starts.lora_ga(adapter, batches(), lambda whole, x: whole[0](x).sum())
-    with pytest.raises(
-        tna.ShapeError, match=r"the gradient of 0.weight has fewer than 8 singular values above rounding"
-    ):
-        starts.lora_ga(adapter, [torch.ones(1, 12)], loss)
+@pytest.mark.parametrize(
+    ("what", "settings", "error", "message"),
+    [
+        ("eva", {"keep": 3}, CONFIG, "keep=3 components are fewer than the rank, 4: keep at least as many"),
+        ("eva", {"batches": []}, SHAPE, "layer of 0.weight was called with 0 rows, and 4 components need more tha"),
+        (
+            "eva", {"batches": [torch.ones(9, 12)]}, SHAPE,
+            "the inputs of 0.weight vary in fewer than 4 directions: give more batches",
+        ),
+        ("eva", {"batches": [torch.full((9, 12), torch.nan)]}, SHAPE, "an input of a layer holds NaN or infinity"),
+        ("lora_ga", {"direction": "svd"}, CONFIG, "direction must be one of .*; got 'svd'"),
+        ("lora_ga", {"scale": "svd"}, CONFIG, "scale must be one of .*; got 'svd'"),
+        ("lora_ga", {"gamma": 0}, CONFIG, "gamma must be a positive number; got 0"),
+        ("lora_ga", {"batches": []}, SHAPE, "lora_ga needs at least one batch; there was none"),
+        ("lora_ga", {"loss": lambda m, x: m(x)}, SHAPE, "loss must return one finite number as a tensor; got"),
+        (
+            "lora_ga", {"loss": lambda m, x: m[0](x).sum()}, SHAPE,
+            "the loss does not depend on every weight of adapter 'default'",
+        ),
+        (
+            "lora_ga", {"batches": [torch.ones(1, 12)]}, SHAPE,
+            "the gradient of 0.weight has fewer than 8 singular values above rounding",
+        ),
+        ("lora_ga, rank 5", {}, CONFIG, r"lora_ga takes 2 \* rank singular vectors .* use a rank of 4 or less"),
+    ],
+)  # fmt: skip
+def test_settings_and_data_that_are_refused(
+    what: str, settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    base, adapter = attached(P.lora(5, start="given") if "rank 5" in what else GIVEN)
+    with pytest.raises(error, match=message):
+        run(what, adapter, **settings)
+    assert not any(module._forward_pre_hooks for module in base)
     assert not any(p.requires_grad for p in copy.deepcopy(base)[0].parameters())
-    _, wide = attached(P.lora(5, start="given"))
-    with pytest.raises(tna.ConfigError, match=r"lora_ga takes 2 \* rank singular vectors .* use a rank of 4 or less"):
-        starts.lora_ga(wide, batches(), loss)

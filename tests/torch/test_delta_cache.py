@@ -21,11 +21,8 @@ import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tnadapt.algebra.maps.fastfood import Linear
 from tnadapt.backends import FixedArrays
-from tnadapt.torch import _delta as delta_cache
-from tnadapt.torch._delta import DeltaCache, Snapshot
-from tnadapt.torch._registry import _bytes_held as _held
-from tnadapt.torch._registry import drawn, held_by_draws
 
+from .internals_b import DeltaCache, Snapshot, bytes_held, delta, drawn, held_by_draws
 from .pretended_device import PretendedDevice
 from .small import batch, compiles_whole, small, stir
 from .test_changed_weights import layers, stirred
@@ -66,9 +63,21 @@ def test_an_update_is_cached_while_its_arrays_are_equal(config: tna.Config, mode
         case.arrays[name].detach().numpy()[0] = 7.0
         assert case.get() is not second
         case.arrays[name] = case.arrays[name].detach().clone()
-        case.get()
-        case.arrays[name] = case.arrays[name].float().double().to(torch.float64)
-        case.get()
+        kept = weakref.ref(case.get())
+        case.updates.begin()
+        assert kept() is not None
+        case.updates.end()
+        assert case.get() is kept()
+    del first, second
+    case.updates.begin()  # a pass with gradients
+    gc.collect()
+    assert kept() is None
+    alone = Reused(tna.presets.lora(2), [(8, 8), (8, 8)])
+    with mode():  # only the arrays of a weight decide about its update
+        first, second = alone.get(0), alone.get(1)
+        alone.arrays["group1.split0.factor0"].data.mul_(2.0)
+        assert alone.get(0) is first
+        assert alone.get(1) is not second
 
 
 @pytest.mark.law("array-changes")
@@ -95,55 +104,6 @@ def test_an_update_with_a_graph_is_cached_while_its_leaves_are_the_same() -> Non
     for array in case.arrays.values():
         array.requires_grad_(False)
     assert not case.get().requires_grad
-
-
-@pytest.mark.parametrize("config", [tna.presets.superlora(2), SHARED], ids=["alone", "at once"])
-def test_cached_updates_are_dropped_when_a_pass_with_gradients_begins(config: tna.Config) -> None:
-    case = Reused(config, [(8, 8), (8, 8)])
-    with torch.no_grad():
-        kept = weakref.ref(case.get())
-        case.updates.begin()
-        assert kept() is not None
-        case.updates.end()
-        assert case.get() is kept()
-    case.updates.begin()
-    gc.collect()
-    assert kept() is None
-
-
-@pytest.mark.slow
-@compiles_whole
-def test_a_compiled_program_computes_the_updates_of_its_layers() -> None:
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
-    stir(tt.attach(model, SHARED, "all-linear", strategy="weight"))
-    x = torch.randn(2, 8)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        for _ in range(2):
-            torch.testing.assert_close(compiled(x), model(x))
-    torch._dynamo.reset()
-
-
-def test_only_the_arrays_of_a_weight_decide_about_its_update() -> None:
-    case = Reused(tna.presets.lora(2), [(8, 8), (8, 8)])
-    with torch.no_grad():
-        first, second = case.get(0), case.get(1)
-        case.arrays["group1.split0.factor0"].data.mul_(2.0)
-        assert case.get(0) is first
-        assert case.get(1) is not second
-
-
-def test_averaged_weights_swapped_in_by_data_are_seen() -> None:
-    model = small()
-    adapter = tt.attach(model)
-    with torch.no_grad():
-        before = model(batch())
-        for parameter in adapter.parameters():
-            parameter.data.add_(0.05)
-        assert not torch.equal(model(batch()), before)
-    stir(adapter)
 
 
 # -- Snapshots see every change on the CPU, and elsewhere every change that torch records, without waiting -------------
@@ -175,33 +135,22 @@ def test_changes_are_seen_without_waiting(name: str, mode: Any) -> None:
         assert Snapshot.of(array).is_of(array)
 
 
-def test_on_a_device_writes_that_torch_does_not_record_are_not_seen() -> None:
-    array = torch.ones(3)
-    with PretendedDevice():
-        before = Snapshot.of(array)
-        array.data.zero_()
-        assert before.is_of(array)
-    before = Snapshot.of(array)
-    array.data.add_(1.0)
-    assert not before.is_of(array)
-
-
-def test_memory_that_was_freed_is_not_taken_for_its_successor() -> None:
-    with PretendedDevice():
-        before = Snapshot.of(torch.ones(1000))
-        assert not any(before.is_of(torch.ones(1000)) for _ in range(20))
-
-
-def test_other_types_and_shapes() -> None:
+def test_what_a_snapshot_is_not_of() -> None:
     array = torch.ones(4)
     before = Snapshot.of(array)
-    assert not before.is_of(array.double())
-    assert not before.is_of(array.view(2, 2))
-    assert not before.is_of(array.to("meta"))
+    assert not any(before.is_of(other) for other in (array.double(), array.view(2, 2), array.to("meta")))
     with PretendedDevice():
         before = Snapshot.of(array)
         assert not before.is_of(array.view(2, 2).T.contiguous().view(4))
         assert not Snapshot.of(array.view(2, 2)).is_of(array.view(2, 2).T)
+        array.data.zero_()
+        assert before.is_of(array)  # torch does not record such a write, and on a device it is not seen
+        # Memory that was freed is not taken for its successor.
+        before = Snapshot.of(torch.ones(1000))
+        assert not any(before.is_of(torch.ones(1000)) for _ in range(20))
+    before = Snapshot.of(array)
+    array.data.add_(1.0)
+    assert not before.is_of(array)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -240,18 +189,12 @@ def test_no_pass_waits_for_the_device(name: str) -> None:
         torch.testing.assert_close(ours, host, rtol=1e-4, atol=1e-6)
 
 
-def test_a_write_between_passes_is_seen() -> None:
-    model = small()
-    adapter = tt.attach(model, CONFIGS["superlora with F"])
+def two_layers(config: tna.Config, **how: Any) -> tuple[nn.Sequential, tt.Adapter, Tensor, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(2, 8)
+    adapter = tt.attach(model, config, "all-linear", **how)
     stir(adapter)
-    with PretendedDevice(), torch.no_grad():
-        before = model(batch())
-        assert torch.allclose(model(batch()), before, rtol=0, atol=0)
-        for parameter in adapter.parameters():
-            parameter.mul_(2.0)
-        found = model(batch())
-    with torch.no_grad():
-        torch.testing.assert_close(found, copy.deepcopy(model)(batch()))
+    return model, adapter, x, torch.optim.AdamW(adapter.parameters(), lr=0.1, fused=True)
 
 
 @pytest.mark.law("array-changes")
@@ -260,11 +203,7 @@ def test_a_write_between_passes_is_seen() -> None:
 @pytest.mark.parametrize("hooked", [True, False])
 def test_a_step_of_a_fused_optimizer_is_seen(name: str, evaluated: str, hooked: bool) -> None:
     """Such a step changes no version counter; nor does a call of a part of the model tell that a pass begins."""
-    torch.manual_seed(0)
-    model, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)), torch.randn(2, 8)
-    adapter = tt.attach(model, {"nola": P.nola(3, 2)}.get(name) or CONFIGS[name], "all-linear")
-    stir(adapter)
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.1, fused=True)
+    model, _, x, optimizer = two_layers({"nola": P.nola(3, 2)}.get(name) or CONFIGS[name])
 
     def outputs(model: Any = model) -> Any:
         return model(x) if hooked else model[1](model[0](x))
@@ -297,11 +236,7 @@ def test_a_step_of_a_fused_optimizer_is_seen(name: str, evaluated: str, hooked: 
 @compiles_whole
 @pytest.mark.parametrize("name", ["superlora with F", "unilora"])
 def test_a_step_of_a_compiled_program_is_seen(name: str) -> None:
-    torch.manual_seed(0)
-    model, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)), torch.randn(2, 8)
-    adapter = tt.attach(model, CONFIGS[name], "all-linear", strategy="weight")
-    stir(adapter)
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.1, fused=True)
+    model, _, x, optimizer = two_layers(CONFIGS[name], strategy="weight")
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for _ in range(3):
@@ -341,7 +276,7 @@ def test_an_update_is_computed_once_for_all_layers(monkeypatch: pytest.MonkeyPat
             assert (computed(), computed()) == (groups, 0)
             adapter.clear_cache()
             assert (computed(), computed()) == (groups, 0)
-            monkeypatch.setattr(delta_cache, "is_captured", lambda: True)
+            monkeypatch.setattr(delta, "is_captured", lambda: True)
             assert (computed(), computed()) == (groups, groups)  # each graph contains the computation
 
 
@@ -416,51 +351,44 @@ def test_adapters_that_were_active_once_keep_no_more_than_the_limit(name: str) -
         assert torch.equal(before, after)
 
 
+def are_kept(adapters: list[tt.Adapter]) -> list[bool]:
+    return [bool(number) for number in held(adapters)]
+
+
 def test_the_longest_idle_goes_first_and_the_active_one_keeps_all() -> None:
     model, adapters = model_with(IDLE_CONFIGS["superlora"], 4)
     x = torch.randn(5, SIZE)
+    outputs(model, adapters, x)
+    assert all(held(adapters))  # they fit into the default
+    assert sum(bytes_held(adapter._state) for adapter in adapters) < 32 * 2**20
+    model, adapters = model_with(IDLE_CONFIGS["superlora"], 4)
     outputs(model, adapters[:1], x)
-    one = _held(adapters[0]._state)
+    one = bytes_held(adapters[0]._state)
     assert one >= UPDATES
     tt.set_cache_limit(model, 2 * one)
     outputs(model, adapters, x)
-    assert [bool(number) for number in held(adapters)] == [False, True, True, True]
+    assert are_kept(adapters) == [False, True, True, True]
     outputs(model, [adapters[1]], x)  # it comes back; 2, 3 and nothing else are idle
-    assert [bool(number) for number in held(adapters)] == [False, True, True, True]
+    assert are_kept(adapters) == [False, True, True, True]
     outputs(model, [adapters[0]], x)
-    assert [bool(number) for number in held(adapters)] == [True, True, False, True]
+    assert are_kept(adapters) == [True, True, False, True]
 
 
-def test_nothing_is_kept_with_a_limit_of_zero() -> None:
+def test_with_a_limit_of_zero_nothing_is_kept_of_what_is_mixed_out_has_no_weight_or_had_rows() -> None:
     model, adapters = model_with(IDLE_CONFIGS["F"], 2)
-    tt.set_cache_limit(model, 0)
-    with torch.no_grad():
-        model(torch.randn(5, SIZE))
-        assert _held(adapters[0]._state) > 0
-        tt.mix(model, {})
-    assert [_held(adapter._state) for adapter in adapters] == [0, 0]
-
-
-def test_a_weight_of_zero_and_the_end_of_rows_count_as_idle() -> None:
-    model, adapters = model_with(IDLE_CONFIGS["superlora"], 2)
     tt.set_cache_limit(model, 0)
     x = torch.randn(2, SIZE)
     with torch.no_grad():
         model(x)
+        assert bytes_held(adapters[0]._state) > 0
         adapters[0].set_weight(0.0)
-        assert [bool(number) for number in held(adapters)] == [False, True]
-        adapters[1].set_weight(0.0)
+        assert are_kept(adapters) == [False, True]
         with tt.rows(model, ["a0", "a1"]):
             model(x)
             assert all(held(adapters))
-    assert not any(held(adapters))
-
-
-def test_adapters_that_fit_are_all_kept_by_default() -> None:
-    model, adapters = model_with(IDLE_CONFIGS["superlora"], 5)
-    outputs(model, adapters, torch.randn(5, SIZE))
-    assert all(held(adapters))
-    assert sum(map(_held, (adapter._state for adapter in adapters))) < 32 * 2**20
+        assert are_kept(adapters) == [False, True]
+        tt.mix(model, {})
+    assert [bytes_held(adapter._state) for adapter in adapters] == [0, 0]
 
 
 @pytest.mark.parametrize("name", ["F", "fourierft"])
@@ -497,7 +425,7 @@ def test_a_copy_has_the_limit_and_caches_of_its_own() -> None:
     theirs = tt.adapters(other)
     assert torch.equal(outputs(other, [theirs["a0"]], x)[0], found)
     theirs["a1"].activate()
-    assert [bool(number) for number in held(list(theirs.values()))] == [False, False]
+    assert are_kept(list(theirs.values())) == [False, False]
     assert held(adapters)[0] > 0
 
 
@@ -542,7 +470,7 @@ def test_the_memory_that_kernels_reuse_is_freed_too() -> None:
     assert spaces
     adapter.set_weight(0.0)
     assert all(one.space is None for one in spaces)
-    assert _held(adapter._state) == 0
+    assert bytes_held(adapter._state) == 0
 
 
 # -- Norms of changed weights -----------------------------------------------------------------------------------------
@@ -550,8 +478,8 @@ def test_the_memory_that_kernels_reuse_is_freed_too() -> None:
 
 def test_without_gradients_the_norm_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    true = delta_cache.Quotient.__call__
-    monkeypatch.setattr(delta_cache.Quotient, "__call__", lambda self, *a: calls.append(1) or true(self, *a))
+    true = delta.Quotient.__call__
+    monkeypatch.setattr(delta.Quotient, "__call__", lambda self, *a: calls.append(1) or true(self, *a))
     model, x = layers(torch.float32), torch.randn(2, 6)
     for strategy in ("factored", "weight"):
         adapter = stirred(tt.attach(model, P.dora(2), "all-linear", strategy=strategy))

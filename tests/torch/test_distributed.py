@@ -56,16 +56,12 @@ def run(*commands: Sequence[Any], timeout: float = 200.0) -> list[str]:
         started = [
             stack.enter_context(
                 subprocess.Popen(
-                    [str(part) for part in command],
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
+                    [str(part) for part in command], cwd=ROOT, env=environment, text=True,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 )
             )
             for command in commands
-        ]
+        ]  # fmt: skip
         try:
             printed = [process.communicate(timeout=timeout)[0] for process in started]
         except subprocess.TimeoutExpired:
@@ -147,10 +143,17 @@ def relative(found: Any, expected: Any) -> float:
     return float((found - expected).detach().abs().max() / expected.detach().abs().max())
 
 
-def is_as_by_one_process(folder: Path, name: str, world: int) -> None:
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        *(pytest.param("two", name, marks=pytest.mark.law("two-processes")) for name in TWO),
+        *(pytest.param("four", name, marks=pytest.mark.law("four-processes")) for name in FOUR),
+    ],
+)
+def test_several_processes_train_as_one(folder: str, name: str, request: pytest.FixtureRequest) -> None:
     job = jobs.JOBS[name]
     losses, adapter, _ = jobs.train(job)
-    ranks = results(folder, name, world)
+    ranks = results(request.getfixturevalue(folder), name, {"two": 2, "four": 4}[folder])
     assert len(set(losses)) == len(losses)
     for rank in ranks:
         assert rank["losses"] == pytest.approx(losses, rel=1e-6)
@@ -161,18 +164,6 @@ def is_as_by_one_process(folder: Path, name: str, world: int) -> None:
     for array, tensor in adapter.arrays().items():
         assert relative(ranks[0]["arrays"][array], tensor) < 1e-6, array
         assert relative(fresh.arrays()[array], tensor) > 1e-4, array
-
-
-@pytest.mark.law("two-processes")
-@pytest.mark.parametrize("name", TWO)
-def test_two_processes_train_as_one(two: Path, name: str) -> None:
-    is_as_by_one_process(two, name, 2)
-
-
-@pytest.mark.law("four-processes")
-@pytest.mark.parametrize("name", FOUR)
-def test_four_processes_train_as_one(four: Path, name: str) -> None:
-    is_as_by_one_process(four, name, 4)
 
 
 @pytest.mark.law("distributed-save")
@@ -260,43 +251,30 @@ def is_like(found: tna.AdapterFile, expected: tna.AdapterFile) -> None:
 
 
 @pytest.mark.law("launchers")
-def test_torchrun_on_one_machine(task: ModuleType, tmp_path: Path) -> None:
-    out = tmp_path / "adapter.safetensors"
-    (printed,) = run(
-        [*TORCHRUN, "--standalone", "--nproc-per-node", 2, EXAMPLES / "train.py", "--epochs", 2, "--out", out]
-    )
-    assert printed.count("loss") == 2
-    is_like(tna.load(out), by_one_process(task, shuffled=True))
-
-
-@pytest.mark.law("launchers")
-def test_torchrun_on_two_machines(task: ModuleType, tmp_path: Path) -> None:
-    start, out = tmp_path / "start.safetensors", tmp_path / "adapter.safetensors"
-    first = tnadapt.torch.attach(task.pretrained_model(), tna.presets.lora(2), keep_trainable="head")
-    first.save(start)
-    port = free_port()
-    machine = [
-        *TORCHRUN,
-        *("--nnodes", 2, "--nproc-per-node", 1),
-        *("--rdzv-id", 1, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"),
-        *(EXAMPLES / "train.py", "--how", "fsdp2", "--epochs", 2, "--adapter", start, "--out", out),
-    ]
-    printed = run(machine, machine)
-    assert "".join(printed).count("loss") == 2
-    is_like(tna.load(out), by_one_process(task, shuffled=True, start=start))
-
-
-@pytest.mark.law("launchers")
-def test_accelerate_launch(task: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    out = tmp_path / "adapter.safetensors"
-    (printed,) = run(
-        [
+@pytest.mark.parametrize("launcher", ["torchrun", "torchrun on two machines", "accelerate"])
+def test_a_script_of_the_documentation_trains_as_one_process(launcher: str, task: ModuleType, tmp_path: Path) -> None:
+    start, out = None, tmp_path / "adapter.safetensors"
+    arguments = ["--epochs", 2, "--out", out]
+    if launcher == "torchrun":
+        commands = [[*TORCHRUN, "--standalone", "--nproc-per-node", 2, EXAMPLES / "train.py", *arguments]]
+    elif launcher == "accelerate":
+        pytest.importorskip("accelerate")
+        launch = [
             *(sys.executable, "-m", "accelerate.commands.launch"),
             *("--cpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"),
             *("--main_process_port", free_port()),
-            *(EXAMPLES / "train_accelerate.py", "--epochs", 2, "--out", out),
         ]
-    )
-    assert printed.count("loss") == 2
-    is_like(tna.load(out), by_one_process(task, shuffled=False))
+        commands = [[*launch, EXAMPLES / "train_accelerate.py", *arguments]]
+    else:
+        start = tmp_path / "start.safetensors"
+        tnadapt.torch.attach(task.pretrained_model(), tna.presets.lora(2), keep_trainable="head").save(start)
+        machine = [
+            *TORCHRUN,
+            *("--nnodes", 2, "--nproc-per-node", 1),
+            *("--rdzv-id", 1, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"),
+            *(EXAMPLES / "train.py", "--how", "fsdp2", "--adapter", start, *arguments),
+        ]
+        commands = [machine, machine]
+    printed = run(*commands)
+    assert "".join(printed).count("loss") == 2
+    is_like(tna.load(out), by_one_process(task, shuffled=launcher != "accelerate", start=start))

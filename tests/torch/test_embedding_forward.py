@@ -10,8 +10,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tnadapt as tna
@@ -86,6 +84,7 @@ def test_every_strategy_is_the_formula(name: str, strategy: str) -> None:
         found.square().sum().backward()
         for parameter, gradient in zip(adapter.parameters(), gradients, strict=True):
             torch.testing.assert_close(parameter.grad.double(), gradient, rtol=1e-4, atol=1e-4)
+        assert model(IDS[:, :0]).shape == (2, 0, 6)
         adapter.merge()
         torch.testing.assert_close(model(IDS), found.detach(), rtol=1e-5, atol=1e-6)
         adapter.unmerge()
@@ -106,35 +105,13 @@ def test_rows_are_rounded_once_as_the_sum_is(dtype: torch.dtype) -> None:
     assert torch.equal(*found)
 
 
-@given(st.sampled_from(list(CONFIGS)), st.lists(st.integers(0, 11), max_size=7), st.booleans())
-def test_lookups_are_the_rows_of_the_sum(name: str, ids: list[int], second: bool) -> None:
-    model = embedding()
-    adapters = [tt.attach(model, CONFIGS[name], "embeddings")]
-    if second:
-        adapters.append(tt.attach(model, P.lora(1), "embeddings", "second", strategy="weight"))
-    for adapter in adapters:
-        stir(adapter, 0.3)
-    with torch.no_grad():
-        total = model[0].weight + sum(adapter.deltas()[0] for adapter in adapters)
-        torch.testing.assert_close(model(torch.tensor(ids, dtype=torch.long)), total[ids], rtol=1e-5, atol=1e-5)
-
-
 def test_only_the_batch_s_rows_are_computed() -> None:
     model = nn.Sequential(nn.Embedding(100_000, 64))
     adapter = tt.attach(model, P.lora(2), "embeddings")
     stir(adapter)
-    largest = 0
-
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            found = function(*args, **(kwargs or {}))
-            if isinstance(found, Tensor) and not found._is_view() and function is not torch.ops.aten.t.default:
-                largest = max(largest, found.untyped_storage().nbytes() if found._base is None else 0)
-            return found
-
-    with Largest(), torch.no_grad():
+    with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
         model(IDS)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
     # The left factor itself is 100,000 × 2; the sum would have 6.4 million elements.
     assert largest <= 4 * 100_000 * 2
 
@@ -165,24 +142,18 @@ def test_lookups_are_recognized_by_their_source() -> None:
         torch.testing.assert_close(model(IDS).double(), y, rtol=1e-5, atol=1e-5)
 
 
-def test_models_of_transformers_scale_their_embeddings_in_a_known_way() -> None:
-    gemma = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
-    bart = pytest.importorskip("transformers.models.bart.modeling_bart")
-    for cls in (gemma.Gemma3TextScaledWordEmbedding, bart.BartScaledWordEmbedding):
-        model = nn.Sequential(cls(12, 6, 0, embed_scale=2.0))
-        assert tt.attach(model, P.lora(2), "embeddings").strategy == ("factored",)
+@pytest.mark.parametrize(("library", "name"), [("gemma3", "Gemma3Text"), ("bart", "Bart")])
+def test_models_of_transformers_scale_their_embeddings_in_a_known_way(library: str, name: str) -> None:
+    modeling = pytest.importorskip(f"transformers.models.{library}.modeling_{library}")
+    model = nn.Sequential(getattr(modeling, f"{name}ScaledWordEmbedding")(12, 6, 0, embed_scale=2.0))
+    assert tt.attach(model, P.lora(2), "embeddings").strategy == ("factored",)
 
 
 def test_what_is_more_than_a_sum_changes_the_weight() -> None:
     model = embedding()
     with pytest.raises(tna.ConfigError, match=r"looks up rows of ΔW, and apply='magnitude' of 0\.weight does more"):
         tt.attach(model, P.dora(2), "embeddings", strategy="factored")
-    adapter = tt.attach(model, P.dora(2), "embeddings")
-    assert adapter.strategy == ("weight",)
-    stir(adapter, 0.3)
-    before = model(IDS).detach()
-    adapter.merge()
-    torch.testing.assert_close(model(IDS), before, rtol=1e-5, atol=1e-6)
+    assert tt.attach(model, P.dora(2), "embeddings").strategy == ("weight",)
 
 
 def test_indices_are_not_dropped() -> None:
@@ -191,21 +162,6 @@ def test_indices_are_not_dropped() -> None:
         adapter = tt.attach(model, P.lora(2), "embeddings", dropout=0.5)
     stir(adapter, 0.3)
     assert torch.equal(model.train()(IDS), model.eval()(IDS))
-
-
-@pytest.mark.parametrize("strategy", ["auto", "additive", "weight"])
-def test_rows_of_a_batch_have_their_own_adapter(strategy: str) -> None:
-    model = embedding()
-    first = tt.attach(model, P.lora(2), "embeddings", "first", strategy=strategy)
-    second = tt.attach(model, P.dense(), tt.token_targets(model, [3, 7]), "second")
-    expected = []
-    for adapter, ids in zip((first, second), IDS, strict=True):
-        stir(adapter, 0.3)
-        adapter.activate()
-        expected.append(model(ids))
-    with tt.rows(model, ["first", "second"]):
-        found = model(IDS)
-    torch.testing.assert_close(found, torch.stack(expected))
 
 
 def test_a_copied_and_a_compiled_model_look_up_the_same() -> None:

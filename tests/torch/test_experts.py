@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.targets.checkpoint_targets import find_stored
-from tnadapt.torch import _forward_patch as _parameter_sums
-from tnadapt.torch._forward_pass import ColumnDropout, delta
-from tnadapt.torch._forward_patch import LazyStack, stacked_sum, summed_matrices
-from tnadapt.torch._linear import overlap
 
+from .internals_b import find_stored, forward_patch
 from .small import stir
 
 IDS = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -41,53 +36,67 @@ SIZES = {
 SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "intermediate_size": 24}
 
 
-def mixtral() -> Any:
-    return transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(intermediate_size=24, num_local_experts=4, **SIZES)
-    )
-
-
-def qwen2_moe() -> Any:
-    config = transformers.Qwen2MoeConfig(shared_expert_intermediate_size=8, **SPARSE, **SIZES)
-    return transformers.Qwen2MoeForCausalLM(config)
-
-
-def qwen3_moe() -> Any:
-    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(head_dim=8, **SPARSE, **SIZES))
-
-
-def gpt_oss() -> Any:
-    config = transformers.GptOssConfig(
-        intermediate_size=24, num_local_experts=4, num_experts_per_tok=2, head_dim=8, **SIZES
-    )
-    return transformers.GptOssForCausalLM(config)
-
-
-MODELS = {"mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss}
+#: The prefix of the classes of a model and of its config, and its settings.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"intermediate_size": 24, "num_local_experts": 4}),
+    "qwen2_moe": ("Qwen2Moe", {"shared_expert_intermediate_size": 8, **SPARSE}),
+    "qwen3_moe": ("Qwen3Moe", {"head_dim": 8, **SPARSE}),
+    "gpt_oss": (
+        "GptOss", {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    ),
+}  # fmt: skip
 EXPERTS = r".*\.mlp\.experts"
 
 
 def made(name: str, implementation: str = "eager") -> Any:
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    prefix, settings = MODELS[name]
+    config = getattr(transformers, f"{prefix}Config")(**settings, **SIZES)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
     model.set_experts_implementation(implementation)
     return model
 
 
-def by_formula(adapter: tt.Adapter, model: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def llama4() -> Any:
+    """Experts that are stored transposed, of sorted tokens."""
+    modeling = pytest.importorskip("transformers.models.llama4.modeling_llama4")
+    config = transformers.Llama4TextConfig(num_local_experts=3, hidden_size=8, intermediate_size=6)
+    experts = modeling.Llama4TextExperts(config)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    return experts
+
+
+def with_rows(target: tna.Target, rows: tna.Rows) -> tna.Target:
+    fields = ("module", "stored", "role", "parameter", "transposed", "index")
+    return tna.Target(**{name: getattr(target, name) for name in fields}, rows=rows)
+
+
+def replaced(stored: Tensor, target: tna.Target, numbers: Tensor) -> Tensor:
+    """Return a parameter with other numbers in a target's rows, differentiable by them."""
+    places = target.select(torch.arange(stored.numel()).view(stored.shape)).reshape(-1)
+    return stored.reshape(-1).index_copy(0, places, numbers.reshape(-1)).view(stored.shape)
+
+
+def by_formula(adapter: tt.Adapter, model: Any) -> tuple[Tensor, list[Tensor]]:
     """The logits of a model whose parameters are changed in float64, and the gradients of the sum of their squares."""
     model = model.double()
     arrays = {name: array.detach().double().requires_grad_() for name, array in adapter.arrays().items()}
     weights = [target.select(model.get_parameter(target.name).detach()) for target in adapter.targets]
-    changed: dict[str, torch.Tensor] = {}
+    changed: dict[str, Tensor] = {}
     for target, weight in zip(adapter.targets, adapter.plan.training_plan.merged(arrays, weights), strict=True):
-        whole = changed.get(target.name, model.get_parameter(target.name).detach())
-        own = weight.T if target.transposed else weight
-        if target.index is not None:
-            own = torch.cat([whole[: target.index], own[None], whole[target.index + 1 :]])
-        changed[target.name] = own
+        stored = changed.get(target.name, model.get_parameter(target.name).detach())
+        changed[target.name] = replaced(stored, target, weight)
     y = torch.func.functional_call(model, changed, (IDS,)).logits
     return y.detach(), list(torch.autograd.grad(y.square().sum(), list(arrays.values())))
+
+
+@contextlib.contextmanager
+def forming_no_sum() -> Iterator[None]:
+    """Fail where a changed weight is formed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward_patch, "parameter_sum", None)
+        yield
 
 
 def check(name: str, cfg: tna.Config, implementation: str, strategy: str = "weight") -> None:
@@ -98,10 +107,11 @@ def check(name: str, cfg: tna.Config, implementation: str, strategy: str = "weig
     assert set(adapter.strategy) == {strategy}
     assert torch.equal(model(IDS).logits, base)
     stir(adapter, 0.2)
-    found = model(IDS).logits
+    with contextlib.nullcontext() if strategy == "weight" else forming_no_sum():
+        found = model(IDS).logits
+        found.square().sum().backward()
     y, gradients = by_formula(adapter, made(name))
     torch.testing.assert_close(found.double(), y, rtol=1e-5, atol=1e-5)
-    found.square().sum().backward()
     for parameter, gradient in zip(adapter.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad.double(), gradient, rtol=1e-3, atol=1e-5)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -113,28 +123,13 @@ def check(name: str, cfg: tna.Config, implementation: str, strategy: str = "weig
     assert torch.equal(model(IDS).logits, base)
 
 
-@pytest.mark.parametrize("strategy", ["weight", "factored"])
+@pytest.mark.parametrize(
+    ("strategy", "implementation"),
+    [("weight", "grouped_mm"), *(("factored", how) for how in ("eager", "grouped_mm", "batched_mm"))],
+)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_trained_adapter_is_the_formula(name: str, strategy: str) -> None:
-    check(name, P.lora(2), "grouped_mm", strategy)
-
-
-def test_adapters_that_do_not_add_up_may_be_on_different_experts() -> None:
-    model = made("mixtral")
-    targets = tt.find_targets(model, EXPERTS)
-    both = [[target for target in targets if target.index == index] for index in (0, 1)]
-    adapters = [tt.attach(model, P.dora(2), own, f"of {own[0].index}") for own in both]
-    for number, adapter in enumerate(adapters):
-        stir(adapter, 0.2, seed=number)
-    found = model(IDS).logits
-    for adapter in adapters:
-        adapter.merge()
-    torch.testing.assert_close(model(IDS).logits, found, rtol=1e-4, atol=1e-5)
-    for adapter in reversed(adapters):
-        adapter.unmerge()
-    tt.attach(model, P.dora(2), both[1], "again")
-    with pytest.raises(tna.TargetError, match="adapters 'of 1' and 'again' both act on"):
-        model(IDS)
+def test_a_trained_adapter_is_the_formula(name: str, strategy: str, implementation: str) -> None:
+    check(name, P.lora(2), implementation, strategy)
 
 
 STRATEGIES = [
@@ -155,40 +150,26 @@ def test_any_config_in_any_implementation_and_strategy_is_the_formula(
     check(name, getattr(P, cfg)(2), implementation, strategy)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("name", MODELS)
-def test_factors_are_used_without_the_sum_of_a_stack(
-    name: str, implementation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = made(name, implementation)
-    adapter = tt.attach(model, P.lora(2), EXPERTS)
-    assert set(adapter.strategy) == {"factored"}
-    stir(adapter, 0.2)
-    monkeypatch.setattr(_parameter_sums, "parameter_sum", None)
-    model(IDS).logits.sum().backward()
-
-
 def test_unknown_implementations_get_the_sum() -> None:
-    model = made("mixtral")
+    model, addresses = made("mixtral"), list[int]()
     adapter = tt.attach(model, P.lora(2), EXPERTS, strategy="factored")
     stir(adapter, 0.2)
     expected = model(IDS).logits
-    kernel = functools.partial(_with_addresses, [])
+
+    def kernel(module: Any, *args: Any) -> Any:
+        assert type(module.gate_up_proj) is Tensor
+        addresses.append(module.down_proj.data_ptr())
+        return type(module).forward.__wrapped__(module, *args)
+
     for layer in model.model.layers:
         layer.mlp.experts.config._experts_implementation = "a_kernel"
-    ALL_EXPERTS_FUNCTIONS = importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS
-    ALL_EXPERTS_FUNCTIONS.register("a_kernel", kernel)
+    functions = importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS
+    functions.register("a_kernel", kernel)
     try:
         torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
     finally:
-        ALL_EXPERTS_FUNCTIONS._global_mapping.pop("a_kernel", None)
-    assert kernel.args[0]
-
-
-def _with_addresses(seen: list[int], module: Any, *args: Any) -> Any:
-    assert type(module.up_proj if hasattr(module, "up_proj") else module.gate_up_proj) is torch.Tensor
-    seen.append(module.down_proj.data_ptr())
-    return type(module).forward.__wrapped__(module, *args)
+        functions._global_mapping.pop("a_kernel", None)
+    assert addresses
 
 
 def test_all_linear_finds_them() -> None:
@@ -210,35 +191,31 @@ def test_all_linear_finds_them() -> None:
     gpt = [target for target in tt.find_targets(made("gpt_oss"), "all-linear") if target.index is not None]
     assert gpt[0].transposed
     assert (gpt[0].stored, gpt[0].shape) == ((4, 16, 48), (48, 16))
-
-
-def test_one_group_for_the_experts_of_a_layer_and_one_half_of_a_fused_matrix() -> None:
+    # Their order is that of the model, on disk as well.
+    names = ["experts.down_proj", "experts.gate_up_proj"]
     model = made("mixtral")
-    adapter = tt.attach(model, tna.Config(groups="layer", rank=2, fold="hypercube"), EXPERTS)
-    assert adapter.plan.num_groups == 2
-    adapter.detach()
+    targets = tt.find_targets(model, names)
+    assert [target.parameter for target in targets[::4]] == ["gate_up_proj", "down_proj"] * 2
+    assert tt.find_targets(model, names[::-1]) == targets
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert find_stored(shapes, names, model.config.to_dict()) == targets
+    # One group for the experts of a layer.
+    groups = tna.Config(groups="layer", rank=2, fold="hypercube")
+    assert tt.attach(model, groups, EXPERTS).plan.num_groups == 2
+
+
+def test_one_half_of_a_fused_matrix() -> None:
+    model = made("mixtral")
     whole = tt.find_targets(model, ["experts.gate_up_proj"])
-    gates = [
-        tna.Target(one.module, one.stored, parameter=one.parameter, rows=tna.Rows(0, 24, 48), index=one.index)
-        for one in whole
-    ]
-    adapter = tt.attach(model, P.lora(1), gates)
+    adapter = tt.attach(model, P.lora(1), [with_rows(target, tna.Rows(0, 24, 48)) for target in whole])
     stir(adapter, 0.3)
-    y, _ = by_rows(adapter, made("mixtral"))
+    y, _ = by_formula(adapter, made("mixtral"))
     torch.testing.assert_close(model(IDS).logits.double(), y, rtol=1e-5, atol=1e-5)
 
 
-def by_rows(adapter: tt.Adapter, model: Any) -> tuple[torch.Tensor, None]:
-    model = model.double()
-    with torch.no_grad():
-        for target, update in zip(adapter.targets, adapter.deltas(), strict=True):
-            stored = model.get_parameter(target.name)
-            target.write(stored, target.select(stored) + update.double())
-        return model(IDS).logits, None
-
-
-def test_rows_of_a_batch_have_their_own_adapter() -> None:
-    model, expected = made("mixtral", "grouped_mm"), []
+@pytest.mark.parametrize("model_name", ["mixtral", "gpt_oss"])
+def test_rows_of_a_batch_have_their_own_adapter(model_name: str) -> None:
+    model, expected = made(model_name, "grouped_mm"), []
     for name, ids in zip(("first", "second"), IDS, strict=True):
         adapter = tt.attach(model, {"experts": P.lora(1)}, name=name)
         stir(adapter, 0.2, len(expected))
@@ -247,6 +224,17 @@ def test_rows_of_a_batch_have_their_own_adapter() -> None:
     with tt.rows(model, ["first", "second"]):
         found = model(IDS, use_cache=False).logits
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_of_sorted_tokens_take_no_rows() -> None:
+    model = nn.ModuleDict({"feed_forward": llama4()})
+    for name in "ab":
+        tt.attach(model, tna.presets.lora(1), "feed_forward", name)
+    with (
+        pytest.raises(tna.TargetError, match="belongs to experts, which see selected tokens of all rows"),
+        tt.rows(model, ["a", "b"]),
+    ):
+        pass
 
 
 def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
@@ -262,13 +250,8 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
         fresh.model.layers[0].mlp.experts.down_proj[2] += 1.0
     with pytest.raises(tna.FileError, match="trained on another base"):
         tt.load(fresh, tmp_path / "a.safetensors", "second")
-    again = tt.extract(made("gpt_oss"), merged(model, adapter), P.lora(2), "all-linear")
-    assert again.report.error < 1e-4
-
-
-def merged(model: Any, adapter: tt.Adapter) -> Any:
     adapter.bake()
-    return model
+    assert tt.extract(made("gpt_oss"), model, P.lora(2), "all-linear").report.error < 1e-4
 
 
 def on_disk(name: str, cfg: tna.Config, dtype: torch.dtype, folder: Path) -> None:
@@ -295,11 +278,8 @@ def test_a_checkpoint_is_merged_to_the_bits_of_the_model(name: str, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "cfg",
-    [P.superlora(2, projection="linear"), P.dora(2), P.lora(2, start="pissa")],
-    ids=["superlora", "dora", "pissa"],
-)
+@pytest.mark.law("merge-disk-is-memory")
+@pytest.mark.parametrize("cfg", [P.superlora(2, projection="linear"), P.dora(2), P.lora(2, start="pissa")])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_a_checkpoint_is_merged_for_any_config(name: str, cfg: tna.Config, tmp_path: Path) -> None:
     on_disk(name, cfg, torch.float32, tmp_path)
@@ -349,10 +329,7 @@ def test_one_parameter_of_half_precision_is_extracted_and_the_rest_is_named(tmp_
     tuned_pair("gpt_oss", tmp_path / "gpt")
     found = tna.extract(tmp_path / "gpt" / "base", tmp_path / "gpt" / "tuned", P.lora(2), ["layers.0.mlp.experts"])
     assert found.others == tuple(f"model.layers.1.mlp.experts.{one}" for one in ("down_proj", "gate_up_proj"))
-
-
-def test_single_tensors_of_experts_are_extracted_by_their_own_names(tmp_path: Path) -> None:
-    tuned_pair("mixtral", tmp_path)
+    # By the names of single tensors.
     found = tna.extract(tmp_path / "base", tmp_path / "tuned", P.lora(2), r".*\.experts\.\d+\.w1")
     assert found.file.targets[0].name == "model.layers.0.block_sparse_moe.experts.0.w1.weight"
 
@@ -389,11 +366,7 @@ def test_a_parameter_of_three_axes_that_says_nothing_is_left_alone() -> None:
 
 
 def test_classes_that_store_them_transposed_are_known() -> None:
-    config = transformers.Llama4TextConfig(num_local_experts=3, hidden_size=8, intermediate_size=6)
-    modeling = pytest.importorskip("transformers.models.llama4.modeling_llama4")
-    experts = modeling.Llama4TextExperts(config)
-    nn.init.normal_(experts.gate_up_proj)
-    nn.init.normal_(experts.down_proj)
+    experts = llama4()
     adapter = tt.attach(experts, P.lora(1), "all-linear")
     assert [target.shape for target in adapter.targets[::3]] == [(12, 8), (8, 6)]
     stir(adapter, 0.3)
@@ -401,55 +374,6 @@ def test_classes_that_store_them_transposed_are_known() -> None:
     found = experts(x)
     adapter.merge()
     torch.testing.assert_close(experts(x), found, rtol=1e-4, atol=1e-5)
-
-
-def test_activation_checkpointing_gives_the_same_gradients() -> None:
-    found = []
-    for on in (False, True):
-        model = made("mixtral", "grouped_mm").train()
-        if on:
-            for layer in model.model.layers:
-                layer.mlp.forward = functools.partial(checkpoint, layer.mlp.forward, use_reentrant=False)
-        adapter = tt.attach(model, P.lora(1), EXPERTS)
-        stir(adapter, 0.2)
-        model(IDS, use_cache=False).logits.square().sum().backward()
-        found.append([parameter.grad for parameter in adapter.parameters()])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_experts_of_tokens_in_order_take_rows(name: str) -> None:
-    model = made(name)
-    for one in "ab":
-        tt.attach(model, tna.presets.lora(1), r".*\.experts", one)
-    with tt.rows(model, ["a", "b"]):
-        pass
-
-
-def test_experts_of_sorted_tokens_take_no_rows() -> None:
-    config = transformers.Llama4TextConfig(num_local_experts=3, hidden_size=8, intermediate_size=6)
-    modeling = importlib.import_module("transformers.models.llama4.modeling_llama4")
-    model = nn.ModuleDict({"feed_forward": modeling.Llama4TextExperts(config)})
-    for parameter in model.parameters():
-        nn.init.normal_(parameter)
-    for one in "ab":
-        tt.attach(model, tna.presets.lora(1), "feed_forward", one)
-    with (
-        pytest.raises(tna.TargetError, match="belongs to experts, which see selected tokens of all rows"),
-        tt.rows(model, ["a", "b"]),
-    ):
-        pass
-
-
-def test_the_parameters_of_experts_have_one_order() -> None:
-    model = mixtral()
-    names = ["experts.down_proj", "experts.gate_up_proj"]
-    targets = tt.find_targets(model, names)
-    assert [target.parameter for target in targets[::4]] == ["gate_up_proj", "down_proj"] * 2
-    assert tt.find_targets(model, names[::-1]) == targets
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert find_stored(shapes, names, model.config.to_dict()) == targets
 
 
 # -- Experts' products with updates added to them: equal to products with the changed weight, which is not formed ------
@@ -513,16 +437,13 @@ class Experts(nn.Module):
 
 def changed(module: Experts, adapters: list[tt.Adapter]) -> Tensor:
     """W' by the plan's own formula, with gradients to the adapters' parameters."""
-    total = module.up_proj.detach().clone()
+    stored = module.up_proj.detach()
+    total = stored.clone()
     for adapter in adapters:
-        weights = [target.select(module.up_proj.detach()) for target in adapter.targets]
-        arrays = dict(adapter.arrays())
-        for target, weight, new in zip(adapter.targets, weights, adapter.plan.merged(arrays, weights), strict=True):
-            place = torch.zeros_like(total)
-            target.write(place, torch.ones(target.shape))
-            whole = torch.zeros_like(total)
-            target.write(whole, (new - weight) * adapter.weight)
-            total = total + place * whole
+        weights = [target.select(stored) for target in adapter.targets]
+        merged = adapter.plan.merged(dict(adapter.arrays()), weights)
+        for target, weight, new in zip(adapter.targets, weights, merged, strict=True):
+            total = total + replaced(torch.zeros_like(stored), target, adapter.weight * (new - weight))
     return total
 
 
@@ -533,13 +454,10 @@ def cases(draw: st.DrawFn) -> tuple[Experts, list[tt.Adapter], Tensor, Tensor]:
     for number in range(draw(st.integers(1, 2))):
         chosen = draw(st.lists(st.sampled_from(every), min_size=1, unique=True))
         if draw(st.booleans()):
-            fields = ("module", "stored", "parameter", "transposed", "index")
-            chosen = [
-                tna.Target(**{name: getattr(one, name) for name in fields}, rows=tna.Rows(1, 2, 4, 2)) for one in chosen
-            ]
+            chosen = [with_rows(target, tna.Rows(1, 2, 4, 2)) for target in chosen]
         cfg, strategy = draw(st.sampled_from(CONFIGS))
         sums = cfg.apply == "add" and all(adapter.config.apply == "add" for adapter in adapters)
-        if not sums and any(overlap(a, b) for one in adapters for a in one.targets for b in chosen):
+        if not sums and any(a.index == b.index for one in adapters for a in one.targets for b in chosen):
             break
         adapters.append(tt.attach(module, cfg, chosen, f"a{number}", strategy=strategy))
         stir(adapters[-1], 0.3, number)
@@ -581,32 +499,23 @@ def adapted(
 
 @pytest.mark.parametrize("strategy", ["factored", "additive"])
 @pytest.mark.parametrize("product", PRODUCTS[:4])
-def test_the_changed_weight_is_not_formed(
-    product: Callable[..., Tensor], strategy: str, monkeypatch: pytest.MonkeyPatch
+def test_products_form_no_changed_weight_and_use_the_experts_with_tokens(
+    product: Callable[..., Tensor], strategy: str
 ) -> None:
-    module, _ = adapted(product, strategy=strategy)
-    monkeypatch.setattr(_parameter_sums, "parameter_sum", None)
-    module(X, LAZY_IDS).sum().backward()
+    module, adapter = adapted(product, strategy=strategy)
+    with forming_no_sum():
+        module(X, LAZY_IDS).sum().backward()
+    if product is not _of_all:
+        trained = [name for name, parameter in adapter.named_parameters() if parameter.grad is not None]
+        assert {name.split(".")[0] for name in trained} == {"group0", "group2"}
 
 
 def test_of_what_is_no_product_it_is_formed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     module, _ = adapted(_unknown, strategy="factored")
-    sums, plain = [], _parameter_sums.parameter_sum
-    monkeypatch.setattr(_parameter_sums, "parameter_sum", lambda *args: sums.append(args) or plain(*args))
+    sums, plain = [], forward_patch.parameter_sum
+    monkeypatch.setattr(forward_patch, "parameter_sum", lambda *args: sums.append(args) or plain(*args))
     module(X, LAZY_IDS)
     assert len(sums) == 1
-
-
-@pytest.mark.parametrize("product", PRODUCTS[:3])
-def test_experts_without_tokens_compute_nothing(
-    product: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, _ = adapted(product, strategy="factored")
-    called, patch = set(), module.forward
-    output = patch.output
-    monkeypatch.setattr(patch, "output", lambda slot, x: called.add(slot.target.index) or output(slot, x))
-    module(X, LAZY_IDS)
-    assert called == {0, 2}
 
 
 def test_the_best_strategy_is_chosen_by_the_tokens_of_one_expert() -> None:
@@ -640,10 +549,24 @@ def test_dropout_acts_on_the_input_of_each_expert(cfg: tna.Config) -> None:
         assert len(torch.unique(of_one.mul(1e3).round(), dim=0)) == 2**COLS
 
 
-def test_a_compiled_module_multiplies_by_the_sum() -> None:
-    module, _ = adapted(_of_all, strategy="factored")
-    found = torch.compile(module, backend="eager", fullgraph=True)(X, LAZY_IDS)
-    torch.testing.assert_close(found, module(X, LAZY_IDS), rtol=1e-5, atol=1e-6)
+def _whole(x: Tensor, weight: Tensor, ids: Tensor, transposed: bool) -> Tensor:
+    return weight * 1.0
+
+
+@pytest.mark.parametrize(
+    ("product", "strategy", "dtype"),
+    [(_of_all, "factored", torch.float32), (_unknown, "weight", torch.float32), (_whole, "weight", torch.bfloat16)],
+)
+def test_a_compiled_module_multiplies_by_the_sum(
+    product: Callable[..., Tensor], strategy: str, dtype: torch.dtype
+) -> None:
+    module = Experts(product, True, dtype)
+    first, *_, last = tt.find_targets(module, "all-linear")
+    for name, targets in (("a", [with_rows(first, tna.Rows(1, 2, 4, 2)), last]), ("b", [first])):
+        stir(tt.attach(module, P.lora(1), targets, name, strategy=strategy), 0.3)
+    found, expected = torch.compile(module, backend="eager", fullgraph=True)(X, LAZY_IDS), module(X, LAZY_IDS)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_copy_and_a_switched_off_adapter() -> None:
@@ -657,7 +580,6 @@ def test_a_copy_and_a_switched_off_adapter() -> None:
 
 def test_it_tells_its_shape_and_hides_its_numbers() -> None:
     def looks(x: Tensor, weight: Any, ids: Tensor, transposed: bool) -> Tensor:
-        assert isinstance(weight, LazyStack)
         assert weight.shape == (COUNT, OUT, COLS)
         assert (weight.dtype, weight.device, weight.ndim, len(weight)) == (x.dtype, x.device, 3, COUNT)
         with (
@@ -671,130 +593,58 @@ def test_it_tells_its_shape_and_hides_its_numbers() -> None:
     module(X, LAZY_IDS)
 
 
-def test_half_precision_is_rounded_like_a_linear_layer() -> None:
+@pytest.mark.parametrize("strategy", ["factored", "weight"])
+def test_half_precision_is_rounded_like_a_linear_layer(strategy: str) -> None:
     module = Experts(_eager, False, torch.bfloat16)
     layer = nn.Linear(COLS, OUT, bias=False)
     layer.weight = nn.Parameter(module.up_proj[1].detach().clone())
     x, ids = X.bfloat16(), torch.ones(len(X), dtype=torch.int64)
-    found = []
-    for one, args in ((module, (x, ids)), (layer, (x,))):
-        targets = tt.find_targets(one, "all-linear")
-        adapter = tt.attach(one, P.lora(2), targets[1:2] or targets, strategy="factored")
+    outputs = []
+    for host, args in ((module, (x, ids)), (layer, (x,))):
+        targets = tt.find_targets(host, "all-linear")
+        adapter = tt.attach(host, P.lora(2), targets[1:2] or targets, strategy=strategy)
         stir(adapter, 0.3)
-        found.append(one(*args))
-    assert torch.equal(*found)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The sum of stacked matrices and their updates: one copy of the stack, equal to the operations on the whole stack
-
-
-SUMMED_CONFIGS = [tna.presets.lora(1), tna.presets.superlora(2), tna.presets.dense(), tna.presets.lokr(1)]
-
-
-class SummedExperts(nn.Module):
-    """Every row of x goes through every expert."""
-
-    def __init__(self, count: int, out: int, cols: int, transposed: bool, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        made = torch.Generator().manual_seed(0)
-        sizes = (count, cols, out) if transposed else (count, out, cols)
-        self.down_proj = nn.Parameter(torch.randn(sizes, generator=made).to(dtype))
-        self.is_transposed, self.is_concatenated = transposed, True
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.down_proj if self.is_transposed else self.down_proj.mT
-        return torch.matmul(x, weight).sum(0)
-
-
-@st.composite
-def summed_adapted(draw: st.DrawFn) -> tuple[SummedExperts, list[tt.Adapter]]:
-    count, out, cols = draw(st.integers(1, 5)), draw(st.integers(2, 6)), draw(st.integers(2, 4))
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
-    module = SummedExperts(count, out, cols, draw(st.booleans()), dtype)
-    every = tt.find_targets(module, "all-linear")
-    assert len(every) == count
-    adapters = []
-    for number in range(draw(st.integers(1, 2))):
-        chosen = draw(st.lists(st.sampled_from(every), min_size=1, unique=True))
-        if draw(st.booleans()):
-            half = tna.Rows(0, 1, out)
-            chosen = [tna.Target(**{**_fields(target), "rows": half}) for target in chosen]
-        adapters.append(tt.attach(module, draw(st.sampled_from(SUMMED_CONFIGS)), chosen, f"a{number}"))
-        stir(adapters[-1], 0.3, number)
-        adapters[-1].set_weight(draw(st.sampled_from([1.0, 0.5])))
-    return module, adapters
-
-
-def _fields(target: tna.Target) -> dict[str, object]:
-    return {name: getattr(target, name) for name in ("module", "stored", "role", "parameter", "transposed", "index")}
-
-
-@given(summed_adapted())
-def test_it_is_the_sum_of_the_whole_stack(given: tuple[SummedExperts, list[tt.Adapter]]) -> None:
-    module, adapters = given
-    slots = [slot for adapter in adapters for slot in adapter._state.slots]
-    found = summed_matrices(module.down_proj, slots, ColumnDropout(module))
-    plain = stacked_sum(module.down_proj, [(slot.target, delta(slot)) for slot in slots])
-    assert found.dtype == plain.dtype == module.down_proj.dtype
-    torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-6)
-    with torch.no_grad():
-        assert torch.equal(summed_matrices(module.down_proj, slots, ColumnDropout(module)), found)
-    gradient = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(found.dtype)
-    arrays = [parameter for adapter in adapters for parameter in adapter.parameters()]
-    ours = torch.autograd.grad(found, arrays, gradient)
-    for one, other in zip(ours, torch.autograd.grad(plain, arrays, gradient), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        outputs.append(host(*args))
+        with torch.no_grad():
+            outputs.append(host(*args))
+    assert all(torch.equal(outputs[0], y) for y in outputs)
 
 
 def test_other_matrices_keep_their_bits_and_the_parameter_too() -> None:
-    module = SummedExperts(4, 6, 3, False)
-    before = module.down_proj.detach().clone()
-    targets = tt.find_targets(module, "all-linear")
-    adapter = tt.attach(module, tna.presets.dense(), [targets[2]])
+    module = Experts(_whole, False)
+    before = module.up_proj.detach().clone()
+    adapter = tt.attach(module, tna.presets.dense(), [tt.find_targets(module, "all-linear")[1]], strategy="weight")
     stir(adapter, 0.3)
-    found = summed_matrices(module.down_proj, adapter._state.slots, ColumnDropout(module))
-    assert torch.equal(found[[0, 1, 3]], before[[0, 1, 3]])
-    assert not torch.equal(found[2], before[2])
-    assert torch.equal(module.down_proj, before)
-    assert set(module.__dict__).isdisjoint({"down_proj"})
+    found = module(X, LAZY_IDS)
+    assert torch.equal(found[[0, 2]], before[[0, 2]])
+    torch.testing.assert_close(found[1], before[1] + adapter.deltas()[0])
+    assert torch.equal(module.up_proj, before)
+    assert set(module.__dict__).isdisjoint({"up_proj"})
 
 
 def test_one_copy_of_the_stack_is_made_however_many_experts_there_are() -> None:
-    module = SummedExperts(32, 64, 64, False)
-    adapter = tt.attach(module, tna.presets.lora(1), "all-linear")
-    stir(adapter)
-    x = torch.randn(2, 64)
+    module = Experts(lambda x, weight, ids, transposed: torch.matmul(x, weight.mT).sum(0), False)
+    module.up_proj = nn.Parameter(torch.randn(32, 64, 64))
+    stir(tt.attach(module, tna.presets.lora(1), "all-linear"))
     with torch.profiler.profile(profile_memory=True) as profile:
-        module(x).sum().backward()
-    size = module.down_proj.numel() * 4
+        module(torch.randn(2, 64), LAZY_IDS).sum().backward()
+    size = module.up_proj.numel() * 4
     large = [event for event in profile.events() if event.self_cpu_memory_usage >= size]
     # The copy, and in backward the gradients of the product and of the sum; none of them once for each expert.
     assert 1 <= len(large) <= 6
 
 
-def test_a_compiled_module_computes_the_same() -> None:
-    module = SummedExperts(3, 4, 5, True)
-    adapter = tt.attach(module, tna.presets.lora(1), "all-linear")
-    stir(adapter, 0.3)
-    x = torch.randn(2, 5)
-    expected = module(x)
-    torch.testing.assert_close(torch.compile(module, backend="eager")(x), expected, rtol=1e-5, atol=1e-5)
-
-
 def test_a_second_derivative_and_dropout() -> None:
-    module = SummedExperts(3, 4, 3, True)
-    adapter = tt.attach(module, tna.presets.lora(1), "all-linear", dropout=0.5)
-    stir(adapter, 0.3)
-    x = torch.randn(2, 3)
+    module, adapter = adapted(_unknown, dropout=0.5, strategy="weight")
     module.eval()
     arrays = list(adapter.parameters())
-    first = torch.autograd.grad(module(x).square().sum(), arrays, create_graph=True)
-    second = torch.autograd.grad(sum(one.square().sum() for one in first), arrays)
-    assert all(torch.isfinite(one).all() and one.abs().sum() > 0 for one in second)
+    ids = torch.arange(len(X)) % COUNT
+    first = torch.autograd.grad(module(X, ids).square().sum(), arrays, create_graph=True)
+    second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), arrays)
+    assert all(torch.isfinite(gradient).all() and gradient.abs().sum() > 0 for gradient in second)
     torch.manual_seed(0)
     module.train()
-    outputs = torch.stack([module(x).detach() for _ in range(400)])
-    expected = module.eval()(x).detach()
+    outputs = torch.stack([module(X, ids).detach() for _ in range(400)])
+    expected = module.eval()(X, ids).detach()
     torch.testing.assert_close(outputs.mean(0), expected, rtol=0, atol=6 * float(outputs.std(0).max()) / 400**0.5)
     assert outputs.std(0).min() > 0

@@ -1,8 +1,7 @@
 """Whatever a layer is, and however it uses its updates: its output and both derivatives are those of the formula.
 
-The formula is written out here in float64 by einsum, Kronecker products and dense matrices of F, and differentiated by
-autograd: ``y = x W'ᵀ + b``, and with dropout ``y = x Wᵀ + b + drop(x) (W' - W)ᵀ``. It shares no product with the
-library.
+The formula is written out here in float64 and differentiated by autograd: ``y = x W'ᵀ + b``, and with dropout
+``y = x Wᵀ + b + drop(x) (W' - W)ᵀ``. It shares no product with the layers; ΔW is compared with the textbook formula.
 """
 
 from __future__ import annotations
@@ -10,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -27,9 +24,8 @@ import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tests.support.depth import LONG, in_depth
 from tests.support.references import reference
-from tnadapt.torch import _forward_pass as _few_rows
-from tnadapt.torch import _linear as _low_rank_linear
 
+from .internals_b import forward_pass, linear
 from .small import stir
 
 CONFIGS = {
@@ -85,84 +81,6 @@ FEW = ("lora", "lokr", "slices", "behind F", "dora", "hira")
 # -- The formula ---------------------------------------------------------------------------------
 
 
-def split_of(kind: str, own: Mapping[str, Tensor], order: int) -> Tensor:
-    """Return a split as a tensor, by one einsum."""
-    modes, ranks = string.ascii_lowercase[:order], string.ascii_uppercase[: order + 1]
-    if kind == "dense":
-        return own["dense"]
-    if kind in ("cp", "cp-weighted"):
-        operands, inputs = [own[f"factor{mode}"] for mode in range(order)], [f"{mode}R" for mode in modes]
-        if kind == "cp-weighted":
-            operands, inputs = [own["weights"], *operands], ["R", *inputs]
-    elif kind == "cp-batched":
-        operands = [own[f"factor{mode}"] for mode in range(1, order)]
-        inputs = [f"{modes[0]}{mode}R" for mode in modes[1:]]
-    elif kind == "tucker":
-        present = [mode for mode in range(order) if f"factor{mode}" in own]
-        core = "".join(ranks[mode] if mode in present else modes[mode] for mode in range(order))
-        operands = [own["core"], *(own[f"factor{mode}"] for mode in present)]
-        inputs = [core, *(modes[mode] + ranks[mode] for mode in present)]
-    else:
-        assert kind == "tt"
-        operands = [own[f"core{mode}"] for mode in range(order)]
-        inputs = [ranks[mode] + modes[mode] + ranks[mode + 1] for mode in range(order)]
-    return torch.einsum(",".join(inputs) + "->" + modes, *operands)
-
-
-def network_of(config: tna.Config, arrays: Mapping[str, Tensor], group: int, sizes: tuple[int, ...]) -> Tensor:
-    """Return a group's network before F as a vector."""
-    total: Any = 0.0
-    for term in range(config.terms):
-        tensor: Tensor | None = None
-        for number, own_sizes in enumerate(reference._split_sizes(config, sizes)):
-            prefix = f"group{group}." + (f"term{term}." if config.terms > 1 else "") + f"split{number}."
-            own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-            is_last = number == config.splits - 1
-            split = split_of(config.format if is_last or config.leading == "same" else "dense", own, len(own_sizes))
-            if tensor is None:
-                tensor = split
-            else:
-                tensor = tensor * split if config.combine == "hadamard" else torch.kron(tensor, split)
-        assert tensor is not None
-        total = total + (tensor[tuple(slice(size) for size in sizes)] if config.axes is None else tensor)
-    if config.axes is not None:
-        # Each element of the folded tensor is that of its digits' place over the network's modes.
-        place, digits = np.zeros(sizes, np.int64), np.indices(sizes)
-        for digit in itertools.chain.from_iterable(reference._axes(config)):
-            place = place * sizes[digit] + digits[digit]
-        total = total.reshape(-1)[torch.from_numpy(place)]
-    return (total * (1.0 if config.alpha is None else config.alpha / config.rank)).reshape(-1)
-
-
-def plain_deltas(plan: tna.SuperLoRA, arrays: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return every ΔW, without any mixing weight."""
-    config, shapes = plan.config, plan.shapes
-    for group, made in enumerate(plan.groups):  # arrays that are tied have the name of the first
-        arrays, start = (
-            {**given, **{f"group{group}.{own}": given[full] for own, full in made.names.items()}}
-            for given in (arrays, start)
-        )
-    counts = [rows * cols for rows, cols in shapes]
-    owner = np.repeat(np.arange(len(shapes)), counts)
-    whole = torch.zeros(sum(counts), dtype=torch.float64)
-    for group, where in enumerate(reference.positions(config, shapes)):
-        weights = reference._weights(config, shapes, owner[where])
-        length = reference._length(config, len(where), weights)
-        sizes = reference._fold(config, length, [shapes[weight] for weight in np.unique(owner[where])])
-        found = reference._map(config, length, len(where), 0 if config.shared else group, weights)
-        matrix = torch.eye(length) if config.projection == "identity" else torch.from_numpy(reference.matrix_of(found))
-
-        def update(given: Mapping[str, Tensor]) -> Tensor:
-            after = matrix.double() @ network_of(config, given, group, sizes)[:length]  # noqa: B023
-            return after - torch.tanh(after) if config.projection in reference.LINEAR_PARTS else after
-
-        one = update(arrays)
-        if config.start != "zero" or config.projection in reference.LINEAR_PARTS:
-            one = one - update(start)
-        whole = whole.index_copy(0, torch.from_numpy(where), one)
-    return [part.reshape(shape) for part, shape in zip(whole.split(counts), shapes, strict=True)]
-
-
 def changed_rows(config: tna.Config, rows: Tensor, delta: Tensor, magnitude: Tensor | None) -> Tensor:
     """Return the rows of W' of a target."""
     if config.apply == "add":
@@ -198,8 +116,19 @@ class Attached(NamedTuple):
     start: dict[str, Tensor]
 
     def deltas(self) -> list[Tensor]:
-        """Return every ΔW, without the mixing weight."""
-        return plain_deltas(self.adapter.plan, self.leaves, self.start)
+        """Return every ΔW, without the mixing weight: those of the textbook formula, with derivatives."""
+        plan = self.adapter.plan.arrays_plan
+        deltas = plan.deltas({name: self.leaves[name] for name in plan.param_shapes})
+        # Arrays that are tied have the name of the first.
+        groups = enumerate(group.names.items() for group in plan.groups)
+        names = {f"group{number}.{own}": full for number, pairs in groups for own, full in pairs}
+        arrays, start = (
+            {own: given[full].detach().numpy() for own, full in names.items()} for given in (self.leaves, self.start)
+        )
+        expected = reference.deltas(plan.config, plan.shapes, arrays, start=start)
+        for delta, formula in zip(deltas, expected, strict=True):
+            torch.testing.assert_close(delta.detach(), torch.from_numpy(formula), rtol=1e-11, atol=1e-11)
+        return deltas
 
     def change(self, deltas: Sequence[Tensor], place: str, weight: Tensor, mixing: float) -> Tensor | None:
         """Return W' - W of a layer; None if the adapter does not change it."""
@@ -256,10 +185,6 @@ def by_formula(
 # -- Models --------------------------------------------------------------------------------------
 
 
-def linear() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8, bias=False))
-
-
 def fused() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 24))
 
@@ -270,28 +195,26 @@ def transposed() -> nn.Sequential:
     return nn.Sequential(Conv1D(12, 8), nn.Tanh(), Conv1D(8, 12))
 
 
-def convolved() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(2, 8, (2, 3), padding=1), nn.Tanh(), nn.Conv2d(8, 4, 1, bias=False))
-
-
-def grouped() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(4, 6, 2, groups=2, stride=2))
-
-
 def embedded() -> nn.Sequential:
     return nn.Sequential(nn.Embedding(12, 8, padding_idx=3), nn.Tanh(), nn.Linear(8, 12))
 
 
 T = tna.Target
 LAYERS: dict[str, tuple[Any, list[tna.Target]]] = {
-    "linear": (linear, [T("0", (12, 8)), T("2", (8, 12))]),
+    "linear": (
+        lambda: nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8, bias=False)),
+        [T("0", (12, 8)), T("2", (8, 12))],
+    ),
     "fused": (fused, [T("0", (24, 8), rows=tna.Rows(0, 8, 24)), T("0", (24, 8), rows=tna.Rows(12, 12, 24))]),
     "blocks": (fused, [T("0", (24, 8), rows=tna.Rows(2, 4, 12, 2)), T("0", (24, 8), rows=tna.Rows(8, 4, 12, 2))]),
     "indices": (fused, [T("0", (24, 8), rows=tna.RowIndices([0, 3, 4, 11, 12, 17, 20, 23]))]),
     "transposed": (transposed, [T("0", (8, 12), transposed=True), T("2", (12, 8), transposed=True)]),
     "transposed rows": (transposed, [T("0", (8, 12), transposed=True, rows=tna.Rows(4, 8, 12))]),
-    "conv": (convolved, [T("0", (8, 2, 2, 3)), T("2", (4, 8, 1, 1))]),
-    "grouped conv": (grouped, [T("0", (6, 2, 2, 2))]),
+    "conv": (
+        lambda: nn.Sequential(nn.Conv2d(2, 8, (2, 3), padding=1), nn.Tanh(), nn.Conv2d(8, 4, 1, bias=False)),
+        [T("0", (8, 2, 2, 3)), T("2", (4, 8, 1, 1))],
+    ),
+    "grouped conv": (lambda: nn.Sequential(nn.Conv2d(4, 6, 2, groups=2, stride=2)), [T("0", (6, 2, 2, 2))]),
     "embedding": (embedded, [T("0", (12, 8), role="embedding"), T("2", (12, 8))]),
     "embedding blocks": (
         embedded,
@@ -383,7 +306,13 @@ def attached(case: Case, dropout: float = 0.0, second: str = "slices") -> tuple[
             continue
         config, strategy = (CONFIGS[case.config], case.strategy) if number == 0 else (CONFIGS[second], "auto")
         adapter = tt.attach(
-            model, config, targets, f"adapter{number}", strategy=strategy, dtype=torch.float64, dropout=dropout
+            model,
+            config,
+            targets,
+            f"adapter{number}",
+            strategy=strategy,
+            dtype=torch.float64,
+            dropout=dropout / (1 + number),
         )
         start = {name: array.detach().clone() for name, array in adapter.arrays().items()}
         stir(adapter, 0.4, seed=number)
@@ -407,8 +336,8 @@ def large_layers(is_large: bool) -> Iterator[None]:
     """Let every layer count as a large one, which has its own ways with and without gradients."""
     with pytest.MonkeyPatch.context() as patch:
         if is_large:
-            patch.setattr(_low_rank_linear, "MOST_ELEMENTS", -1)
-            patch.setattr(_few_rows, "LEAST_ELEMENTS", 0)
+            patch.setattr(linear, "MOST_ELEMENTS", -1)
+            patch.setattr(forward_pass, "LEAST_ELEMENTS", 0)
         yield
 
 
@@ -521,7 +450,12 @@ def test_outputs_and_derivatives_are_the_formula_s(case: Case) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        *cases(in_depth(LAYERS, ["linear", "blocks", "conv", "transposed"]), in_depth(CONFIGS, FEW), ["part"]),
+        *cases(
+            in_depth(LAYERS, ["linear", "blocks", "conv", "grouped conv", "transposed", "transposed rows"]),
+            in_depth(CONFIGS, FEW),
+            ["part"],
+        ),
+        *cases(["linear"], [] if LONG else ["pissa", "dora of columns"], ["part"]),
         *cases(in_depth(LAYERS, ["linear", "embedding"]), in_depth(CONFIGS, ["lora", "slices"]), ["two"]),
     ],
     ids=str,
@@ -548,7 +482,7 @@ ROWS: list[list[str | None]] = [[A, None, B, A], [B, A, A, B], [A, A], [None, B]
             in_depth(["lora", "slices"], ["lora"]),
         ),
         *itertools.product(cases(in_depth(LAYERS, ["linear"]), ["lora", "dora"], ["two alone"]), ["dora"]),
-        *itertools.product(cases(["conv", "embedding"], ["lora", "hira"], ["two alone"]), ["lora"]),
+        *itertools.product(cases(["conv", "embedding", "tokens"], ["lora", "hira"], ["two alone"]), ["lora"]),
     ],
     ids=str,
 )
@@ -569,39 +503,46 @@ def test_each_row_is_that_of_its_adapter_alone(case: Case, second: str) -> None:
             check(model, several, x, names, seed=13)
 
 
-def _by_step(several: Sequence[Attached], model: nn.Sequential, x: Tensor) -> None:
+def take_a_step(several: Sequence[Attached], model: nn.Sequential, x: Tensor) -> None:
     optimizer = torch.optim.Adam([array for one in several for array in one.adapter.parameters()], lr=0.1)
     model(x).square().sum().backward()
     optimizer.step()
 
 
-def _by_state_dict(several: Sequence[Attached], model: nn.Sequential, x: Tensor) -> None:
-    model.load_state_dict({name: 0.9 * tensor for name, tensor in model.state_dict().items()})
+def load_a_state_dict(several: Sequence[Attached], model: nn.Sequential, x: Tensor, assign: bool = False) -> None:
+    model.load_state_dict({name: 0.9 * tensor for name, tensor in model.state_dict().items()}, assign=assign)
 
 
-def _by_one_element(several: Sequence[Attached], model: nn.Sequential, x: Tensor) -> None:
+def assign_a_state_dict(several: Sequence[Attached], model: nn.Sequential, x: Tensor) -> None:
+    load_a_state_dict(several, model, x, assign=True)
+
+
+def change_one_element(several: Sequence[Attached], model: nn.Sequential, x: Tensor) -> None:
     with torch.no_grad():
         list(several[0].adapter.parameters())[-1].view(-1)[-1] += 0.25
 
 
-def _by_data(several: Sequence[Attached], model: nn.Sequential, x: Tensor) -> None:
+def change_memory(several: Sequence[Attached], model: nn.Sequential, x: Tensor) -> None:
     for array in several[0].adapter.parameters():
         array.data = 0.8 * array.data
 
 
-def _by_weight(several: Sequence[Attached], model: nn.Sequential, x: Tensor) -> None:
+def change_the_mixing_weight(several: Sequence[Attached], model: nn.Sequential, x: Tensor) -> None:
     several[0].adapter.set_weight(-2.0)
 
 
-def _by_base(several: Sequence[Attached], model: nn.Sequential, x: Tensor) -> None:
+def change_the_base(several: Sequence[Attached], model: nn.Sequential, x: Tensor) -> None:
     with torch.no_grad():
-        next(parameter for name, parameter in model.named_parameters() if name == "0.weight").mul_(1.5)
+        model.get_parameter("0.weight").mul_(1.5)
 
 
-CHANGES = [_by_step, _by_state_dict, _by_one_element, _by_data, _by_weight, _by_base, _by_step]
+CHANGES = [
+    take_a_step, load_a_state_dict, assign_a_state_dict, change_one_element, change_memory, change_the_mixing_weight,
+    change_the_base, take_a_step,
+]  # fmt: skip
 
 
-@pytest.mark.law("attached-is-update")
+@pytest.mark.law("attached-is-update", "array-changes")
 @pytest.mark.parametrize(
     "case",
     [
@@ -635,24 +576,6 @@ def test_no_pass_uses_what_has_changed_since(case: Case, is_large: bool) -> None
             for context in (torch.no_grad, torch.enable_grad):
                 with context():
                     assert_close(model(many), expected, "a pass with the adapter disabled")
-
-
-@pytest.mark.parametrize("config", ["lora", "slices", "behind F", "behind a nonlinear F"])
-def test_a_layer_alone_sees_which_arrays_are_trained(config: str) -> None:
-    """A layer that is called without its model, so that no pass begins anew."""
-    model, several = attached(Case("linear", config, "weight", "part"))
-    x, arrays = inputs(Case("linear", config, "weight", "part"))[0], list(several[0].adapter.parameters())
-    expected = by_formula(model[:1], several, x).detach()
-    for is_trained in (True, False, True, True):
-        for array in arrays:
-            array.requires_grad_(is_trained)
-        found = model[0](x)
-        assert_close(found, expected, "the output")
-        assert found.requires_grad == is_trained
-        if is_trained:
-            # Those of the other layer, where it has arrays of its own, get none.
-            gradients = torch.autograd.grad(found.square().sum(), arrays, materialize_grads=True)
-            assert any(bool(one.any()) for one in gradients)
 
 
 @pytest.mark.law("attached-is-update")

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import tnadapt.torch
-from tnadapt.torch import Adapter, attach
+from tnadapt.torch import attach
 
 from .loops import CONFIGS, bits, same, snapshot
 from .small import batch, small
@@ -40,14 +40,6 @@ def points() -> TensorDataset:
     return TensorDataset(batch(size=16), torch.arange(16) % CLASSES)
 
 
-def accelerated(accelerator: Any, config: str = "default") -> tuple[Any, Adapter, Any, Any]:
-    model = small()
-    adapter = attach(model, CONFIGS[config], keep_trainable=("head",))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(points(), 4))
-    return model, adapter, optimizer, loader
-
-
 def epoch(accelerator: Any, model: Any, optimizer: Any, loader: Any) -> list[float]:
     losses = []
     for x, labels in loader:
@@ -66,7 +58,10 @@ def epoch(accelerator: Any, model: Any, optimizer: Any, loader: Any) -> list[flo
 @pytest.mark.parametrize("config", CONFIGS)
 def test_accelerate(accelerate: Any, tmp_path: Path, config: str, precision: str) -> None:
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
-    model, adapter, optimizer, loader = accelerated(accelerator, config)
+    model = small()
+    adapter = attach(model, CONFIGS[config], keep_trainable=("head",))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(points(), 4))
     base, start = bits(model, "head"), snapshot(adapter)
     first = epoch(accelerator, model, optimizer, loader)
     # Two batches a step: the second sees what the first saw.
@@ -105,11 +100,6 @@ def test_accelerate_when_the_model_is_the_layer(accelerate: Any) -> None:
 # -- Lightning -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def lightning(caplog: pytest.LogCaptureFixture) -> Any:
-    return pytest.importorskip("lightning")
-
-
 def module_of(lightning: Any, config: str) -> Any:
     class Module(lightning.LightningModule):
         """A module as users of Lightning write it."""
@@ -140,22 +130,17 @@ def module_of(lightning: Any, config: str) -> Any:
 @pytest.mark.filterwarnings("ignore::FutureWarning:lightning", "ignore::UserWarning:lightning")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("config", ["default", "lora"])
-def test_lightning(lightning: Any, tmp_path: Path, config: str, precision: str) -> None:
+def test_lightning(tmp_path: Path, config: str, precision: str) -> None:
+    lightning = pytest.importorskip("lightning")
+
     def fit(epochs: int, keep: bool, resume: str | None = None) -> tuple[Any, Any]:
         module = module_of(lightning, config)
         base = bits(module.model, "head")
         trainer = lightning.Trainer(
-            default_root_dir=tmp_path,
-            max_epochs=epochs,
-            accelerator="cpu",
-            devices=1,
-            precision=precision,
-            accumulate_grad_batches=2,
-            logger=False,
-            enable_checkpointing=keep,
-            enable_progress_bar=False,
+            default_root_dir=tmp_path, max_epochs=epochs, accelerator="cpu", devices=1, precision=precision,
+            accumulate_grad_batches=2, logger=False, enable_checkpointing=keep, enable_progress_bar=False,
             enable_model_summary=False,
-        )
+        )  # fmt: skip
         loader = DataLoader(points(), 4)
         trainer.fit(module, loader, loader, ckpt_path=resume)
         assert same(bits(module.model, "head"), base)

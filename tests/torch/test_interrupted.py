@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,16 @@ def convolution(model: Net) -> list[Tensor]:
 
 
 def gradients(model: Net) -> list[Tensor]:
-    model.zero_grad()
-    y = model(batch().requires_grad_())
-    y.square().sum().backward()
-    return [y.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+    return _gradients_of(model, model, batch().requires_grad_())
 
 
 def gradients_of_a_part(model: Net) -> list[Tensor]:
+    return _gradients_of(model, model.lin, batch())
+
+
+def _gradients_of(model: Net, part: nn.Module, x: Tensor) -> list[Tensor]:
     model.zero_grad()
-    y = model.lin(batch())
+    y = part(x)
     y.square().sum().backward()
     return [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
@@ -167,17 +169,13 @@ class Case:
             assert not {"weight", "in_proj_weight"} & module.__dict__.keys(), "a sum stands for a weight"
             site = module.__dict__.get("forward")
             if site is not None:
-                free: list[bool] = []
-                thread = threading.Thread(target=_try, args=[site._lock, free])
-                thread.start()
-                thread.join()
-                assert free == [True], "a lock is held"
+                with ThreadPoolExecutor(1) as other:
+                    assert other.submit(_is_free, site._lock).result(), "a lock is held"
 
 
-def _try(lock: Any, free: list[bool]) -> None:
-    free.append(lock.acquire(blocking=False))
-    if free[0]:
-        lock.release()
+def _is_free(lock: Any) -> bool:
+    with contextlib.ExitStack() as stack:
+        return lock.acquire(blocking=False) and stack.callback(lock.release) is not None
 
 
 # -- Passes ------------------------------------------------------------------------------------
@@ -189,13 +187,20 @@ ACTIONS = CALLS if EVERY else (gradients,)
 
 
 @pytest.mark.law("interrupted-pass")
-@pytest.mark.parametrize("config", CONFIGS if EVERY else ["alone", "at once", "factored"])
-@pytest.mark.parametrize("action", ACTIONS, ids=lambda action: action.__name__)
-def test_an_interrupted_pass(config: str, action: Callable[[Net], list[Tensor]]) -> None:
-    case = Case(config)
+@pytest.mark.parametrize(
+    ("config", "action", "reentrant"),
+    [
+        *itertools.product(CONFIGS if EVERY else ["alone", "at once", "factored"], ACTIONS, [None]),
+        *itertools.product(CONFIGS if EVERY else ["at once"], [gradients], [False, True]),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_an_interrupted_pass(config: str, action: Callable[[Net], list[Tensor]], reentrant: bool | None) -> None:
+    case = Case(config, reentrant)
     case.adapter._state.cache.forget()
     turns = itertools.cycle(itertools.product(CALLS, (0, 1), (False, True)))
-    for stop in moments(lambda: action(case.model), WHERE):
+    # With checkpointing forward again in backward: twice as many lines, mostly the same.
+    for stop in moments(lambda: action(case.model), WHERE)[:: 1 if EVERY or reentrant is None else 4]:
         # With an empty cache, as at the first time, and with one of other arrays.
         call, after, filled = next(turns)
         case.adapter._state.cache.forget()
@@ -204,49 +209,29 @@ def test_an_interrupted_pass(config: str, action: Callable[[Net], list[Tensor]])
             whole(case.model)
         case.put(0)
         interrupted(lambda: action(case.model), stop, WHERE)
-        case.put(after)
-        case.check(call, after)
-        case.put(1 - after)
-        case.check(call, 1 - after)
+        for which in (after, 1 - after):
+            case.put(which)
+            case.check(call, which)
         assert case.has_base_bits()
         case.check_nothing_is_left()
 
 
 @pytest.mark.law("interrupted-pass")
-@pytest.mark.parametrize("config", CONFIGS if EVERY else ["at once"])
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_an_interrupted_pass_with_checkpointing(config: str, reentrant: bool) -> None:
-    case = Case(config, reentrant)
-    turns = itertools.cycle(itertools.product((gradients, whole, gradients_of_a_part), (0, 1)))
-    # Forward, and forward again in backward: twice as many lines as a pass without checkpointing, mostly the same.
-    for stop in moments(lambda: gradients(case.model), WHERE)[:: 1 if EVERY else 4]:
-        call, after = next(turns)
-        case.put(0)
-        interrupted(lambda: gradients(case.model), stop, WHERE)
-        case.put(after)
-        case.check(call, after)
-        case.put(1 - after)
-        case.check(call, 1 - after)
-
-
-@pytest.mark.law("interrupted-pass")
 def test_an_interrupted_first_use_of_the_draws_of_f() -> None:
     """The draws are computed at the first call and kept with the plan."""
-    expected = Case("at once").expected[0][whole]
-
-    def made() -> Case:
-        case = Case.__new__(Case)
-        case.model, case.adapter = Case.made("at once", None)
-        return case
-
     reference = Case("at once")
-    count = len(interrupted(lambda: whole(made().model), None).seen)
+
+    def fresh() -> Net:
+        model, adapter = Case.made("at once", None)
+        adapter.load_arrays(reference.arrays[0])
+        return model
+
+    model = fresh()
+    count = len(interrupted(lambda: whole(model), None).seen)
     for stop in range(0, count, 1 if EVERY else 1 + count // 40):
-        case = made()
-        case.adapter.load_arrays(reference.arrays[0])
-        interrupted(lambda case=case: whole(case.model), stop)
-        (found,) = whole(case.model)
-        assert torch.equal(found, expected[0])
+        model = fresh()
+        interrupted(lambda model=model: whole(model), stop)
+        assert torch.equal(whole(model)[0], reference.expected[0][whole][0])
 
 
 # -- In the middle of a pass -------------------------------------------------------------------
@@ -317,38 +302,27 @@ def test_an_unmerge_after_two_interrupts_gives_the_bits_back() -> None:
     lines = interrupted(case.adapter.merge, None, TORCH).seen
     case.adapter.unmerge()
     loop = [number for number, (code, _) in enumerate(lines) if code.co_name == "_write"]
-    for stop in loop[:: 1 if EVERY else 2]:
-        for again in range(0, 12, 1 if EVERY else 3):
-
-            def twice(stop: int = stop, again: int = again) -> None:
-                interrupted_twice(case.adapter.merge, stop, again)
-
-            twice()
-            if case.adapter.merged:
-                case.adapter.unmerge()
-            assert case.has_base_bits()
+    for stop, again in itertools.product(loop[:: 1 if EVERY else 2], range(0, 12, 1 if EVERY else 3)):
+        interrupted(case.adapter.merge, Several({stop, stop + again}), TORCH)
+        if case.adapter.merged:
+            case.adapter.unmerge()
+        assert case.has_base_bits()
 
 
-def interrupted_twice(action: Callable[[], object], first: int, after: int) -> None:
-    """Interrupt an action, and its cleanup this many lines later."""
-    from .interrupts import Lines
+class Several(int):
+    """Equal to each of several numbers."""
 
-    class Twice(Lines):
-        def __call__(self, frame: Any, event: str, argument: Any) -> Any:
-            if len(self.seen) > first and self.stop == first:
-                self.stop = first + after
-            return super().__call__(frame, event, argument)
+    numbers: set[int]
 
-    import sys
+    def __new__(cls, numbers: set[int]) -> Several:
+        made = super().__new__(cls, min(numbers))
+        made.numbers = numbers
+        return made
 
-    before = sys.gettrace()
-    sys.settrace(Twice(first, TORCH))
-    try:
-        action()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
+    def __eq__(self, other: object) -> bool:
+        return other in self.numbers
+
+    __hash__ = int.__hash__
 
 
 @pytest.mark.law("interrupted-change")
