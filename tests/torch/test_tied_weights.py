@@ -207,3 +207,30 @@ def test_a_data_driven_start_refuses_tied_weights() -> None:
     adapter = tt.attach(model, P.lora(2, start="given"), ["head"], keep_tied=True)
     with pytest.raises(tna.ConfigError, match=r"embed\.weight is tied to head\.weight: leave it out of the targets"):
         tt.starts.eva(adapter, [IDS])
+
+
+@pytest.mark.law("tied-weights")
+def test_an_untied_adapter_is_loaded_untied_and_tied_again_when_it_goes(tmp_path: Path) -> None:
+    model = Tied()
+    base = model(IDS)
+    adapter = tt.attach(model, targets=["head", "inner"], untie=True)
+    stir(adapter)
+    adapter.save(tmp_path / "a.safetensors")
+    fresh = Tied()
+    with pytest.raises(tna.FileError, match="untie=True"):
+        tt.load(fresh, tmp_path / "a.safetensors")
+    loaded = tt.load(fresh, tmp_path / "a.safetensors", untie=True)
+    assert torch.equal(fresh(IDS), model(IDS))
+    loaded.detach()
+    assert fresh.head.weight is fresh.embed.weight
+    assert torch.equal(fresh(IDS), base)
+    attached = model(IDS)
+    adapter.bake()
+    assert model.head.weight is not model.embed.weight
+    assert torch.allclose(model(IDS), attached, atol=1e-5)
+
+
+def test_a_tied_head_is_kept_by_either_name() -> None:
+    for name in ("embed.weight", "head.weight"):
+        adapter = tt.attach(Tied(), targets=["inner"], keep_trainable=name)
+        assert adapter.kept == ("embed.weight",)
