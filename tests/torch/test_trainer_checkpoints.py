@@ -27,25 +27,35 @@ def hf() -> Any:
     return importlib.import_module(".hugging_face", __package__)
 
 
-def trainer_of(hf: Any, model: Any, folder: Path, **settings: Any) -> Any:
+def trainer_of(hf: Any, model: Any, folder: Path, alone: bool = True, **settings: Any) -> Any:
+    """Return a Trainer, whose checkpoints hold adapters alone or the whole model."""
     trainer = hf.trainer_of(model, folder, **{**EVERY_STEP, **settings})
-    tt.adapter_checkpoints(trainer)
+    if alone:
+        tt.adapter_checkpoints(trainer)
     return trainer
 
 
-def test_a_resumed_run_equals_one_that_was_not_interrupted(hf: Any, tmp_path: Path) -> None:
-    model = hf.bert()
+@pytest.mark.filterwarnings("ignore:save_pretrained writes the whole:UserWarning")
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_resumed_run_equals_one_that_was_not_interrupted(alone: bool, hf: Any, tmp_path: Path) -> None:
+    model, words = hf.bert(), torch.arange(4, 12).view(1, 8)
     adapter = tt.attach(model, keep_trainable="classifier")
-    trainer = trainer_of(hf, model, tmp_path)
+    trainer = trainer_of(hf, model, tmp_path, alone)
     trainer.train()
-    names = {file.name for file in (tmp_path / "checkpoint-2").iterdir()}
-    assert {"adapter.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"} <= names
-    assert not any(name.startswith(("model", "config", "pytorch")) for name in names)
-
     other = hf.bert()
-    resumed = tt.attach(other, keep_trainable="classifier")
     base = bits(other, "classifier")
-    again = trainer_of(hf, other, tmp_path)
+    if alone:
+        names = {file.name for file in (tmp_path / "checkpoint-2").iterdir()}
+        own = {"adapter.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"}
+        assert own <= names
+        assert not any(name.startswith(("model", "config", "pytorch")) for name in names)
+        loaded = tt.load(other, tmp_path / "checkpoint-4" / "adapter.safetensors")
+        with torch.no_grad():
+            assert torch.equal(other.eval()(words).logits, model.eval()(words).logits)
+        loaded.detach()
+        other = hf.bert()
+    resumed = tt.attach(other, keep_trainable="classifier")
+    again = trainer_of(hf, other, tmp_path, alone)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     losses = [[entry["loss"] for entry in one.state.log_history if "loss" in entry] for one in (trainer, again)]
     assert losses[0] == losses[1]
@@ -54,22 +64,15 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(hf: Any, tmp_path: Pa
     assert same(bits(other, "classifier"), base)
 
 
-def test_a_checkpoint_loads_as_an_adapter(hf: Any, tmp_path: Path) -> None:
-    model, words = hf.bert(), torch.arange(4, 12).view(1, 8)
-    tt.attach(model, keep_trainable="classifier")
-    trainer_of(hf, model, tmp_path).train()
-    other = hf.bert().eval()
-    tt.load(other, tmp_path / "checkpoint-4" / "adapter.safetensors")
-    with torch.no_grad():
-        assert torch.equal(other(words).logits, model.eval()(words).logits)
-
-
-def test_the_best_is_loaded_at_the_end(hf: Any, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:save_pretrained writes the whole:UserWarning")
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_best_is_loaded_at_the_end(alone: bool, hf: Any, tmp_path: Path) -> None:
     model = hf.bert()
     adapter = tt.attach(model, keep_trainable="classifier")
+    base = bits(model, "classifier")
     # The loss falls. With its largest taken for the best, the Trainer has to go back.
     best = {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
-    trainer = trainer_of(hf, model, tmp_path, eval_strategy="steps", eval_steps=1, **best)
+    trainer = trainer_of(hf, model, tmp_path, alone, max_steps=6, eval_strategy="steps", eval_steps=1, **best)
     seen = []
 
     class Look(transformers.TrainerCallback):  # type: ignore[misc]
@@ -82,6 +85,8 @@ def test_the_best_is_loaded_at_the_end(hf: Any, tmp_path: Path) -> None:
     first = evaluated.index(max(evaluated))
     assert first < len(evaluated) - 1
     assert same(snapshot(adapter), seen[first])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluated[first], rel=1e-6)
+    assert same(bits(model, "classifier"), base)
 
 
 def test_several_adapters_have_folders(hf: Any, tmp_path: Path) -> None:
@@ -104,23 +109,13 @@ def test_a_checkpoint_of_a_whole_model_resumes(hf: Any, tmp_path: Path) -> None:
     def run(folder: Path, checkpoint: str | None, whole: bool) -> dict[str, Any]:
         model = hf.bert()
         adapter = tt.attach(model, keep_trainable="classifier")
-        make = hf.trainer_of if whole else trainer_of.__get__(hf)
-        trainer = make(model, folder, **EVERY_STEP)
+        trainer = trainer_of(hf, model, folder, not whole)
         trainer.train(resume_from_checkpoint=checkpoint)
         return snapshot(adapter)
 
     with pytest.warns(UserWarning, match="adapter_checkpoints"):
         expected = run(tmp_path, None, whole=True)
     assert same(run(tmp_path / "again", str(tmp_path / "checkpoint-3"), whole=False), expected)
-
-
-def test_asked_twice_it_still_falls_back_to_the_trainer(hf: Any, tmp_path: Path) -> None:
-    model = hf.bert()
-    tt.attach(model)
-    trainer = trainer_of(hf, model, tmp_path)
-    tt.adapter_checkpoints(trainer)
-    with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
-        trainer._load_from_checkpoint(str(tmp_path))
 
 
 @pytest.mark.parametrize("end", ["bake", "detach"])
@@ -131,28 +126,6 @@ def test_without_an_adapter_the_whole_model_is_saved(end: str, hf: Any, tmp_path
     getattr(adapter, end)()
     trainer.save_model(str(tmp_path / "end"))
     assert (tmp_path / "end" / "model.safetensors").is_file()
-
-
-def test_training_that_would_reach_no_adapter_is_refused(hf: Any, tmp_path: Path) -> None:
-    model = hf.bert()
-    one, other = tt.attach(model, name="one"), tt.attach(model, name="other")
-    trainer = trainer_of(hf, model, tmp_path, max_steps=1)
-    one.merge()
-    with pytest.raises(TargetError) as caught:
-        trainer.train()
-    assert str(caught.value) == "adapter 'one' is merged, and would not be trained: call unmerge() before train()"
-    one.unmerge()
-    tt.mix(model, {})
-    with pytest.raises(TargetError) as caught:
-        trainer.train()
-    assert str(caught.value) == (
-        "no adapter is active, so none would be trained: call activate() of one of 'one', 'other'"
-    )
-    other.activate()
-    before = snapshot(one), snapshot(other)
-    trainer.train()
-    assert same(snapshot(one), before[0])
-    assert not same(snapshot(other), before[1])
 
 
 def test_a_name_is_one_folder(hf: Any, tmp_path: Path) -> None:
@@ -166,19 +139,39 @@ def test_a_name_is_one_folder(hf: Any, tmp_path: Path) -> None:
     trainer._load_from_checkpoint(str(tmp_path / "out"))
 
 
+def refused(call: Any, message: str, error: type[Exception] = TargetError) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+def test_training_that_would_reach_no_adapter_is_refused(hf: Any, tmp_path: Path) -> None:
+    model = hf.bert()
+    one, other = tt.attach(model, name="one"), tt.attach(model, name="other")
+    trainer = trainer_of(hf, model, tmp_path, max_steps=1)
+    one.merge()
+    refused(trainer.train, "adapter 'one' is merged, and would not be trained: call unmerge() before train()")
+    one.unmerge()
+    tt.mix(model, {})
+    refused(trainer.train, "no adapter is active, so none would be trained: call activate() of one of 'one', 'other'")
+    other.activate()
+    before = snapshot(one), snapshot(other)
+    trainer.train()
+    assert same(snapshot(one), before[0])
+    assert not same(snapshot(other), before[1])
+
+
 def test_refused(hf: Any, tmp_path: Path) -> None:
     model = hf.bert()
-    with pytest.raises(TargetError) as caught:
-        tt.adapter_checkpoints(model)
-    assert str(caught.value) == (
+    refused(
+        lambda: tt.adapter_checkpoints(model),
         "adapter_checkpoints takes a transformers Trainer; BertForSequenceClassification has no '_save': in a training "
-        "loop of your own, call adapter.save(path)"
+        "loop of your own, call adapter.save(path)",
     )
     trainer = hf.trainer_of(model, tmp_path)
-    with pytest.raises(TargetError) as caught:
-        tt.adapter_checkpoints(trainer)
-    assert str(caught.value) == (
-        "BertForSequenceClassification has no adapter: call attach() before adapter_checkpoints()"
+    refused(
+        lambda: tt.adapter_checkpoints(trainer),
+        "BertForSequenceClassification has no adapter: call attach() before adapter_checkpoints()",
     )
     tt.attach(model)
     trainer.args.save_on_each_node = True
@@ -186,28 +179,32 @@ def test_refused(hf: Any, tmp_path: Path) -> None:
         tt.adapter_checkpoints(trainer)
     trainer.args.save_on_each_node = False
     trainer.is_fsdp_enabled = True
-    with pytest.raises(TargetError) as caught:
-        tt.adapter_checkpoints(trainer)
-    assert str(caught.value) == (
+    refused(
+        lambda: tt.adapter_checkpoints(trainer),
         "this trainer shards the model by FSDP, which writes checkpoints of its own: leave adapter_checkpoints out, "
-        "and call adapter.save(path) in every process when it has trained"
+        "and call adapter.save(path) in every process when it has trained",
     )
 
 
 def test_other_adapters_are_refused_on_resuming(hf: Any, tmp_path: Path) -> None:
     model = hf.bert()
     tt.attach(model, presets.lora(2))
-    trainer_of(hf, model, tmp_path).save_model(str(tmp_path))
+    trainer = trainer_of(hf, model, tmp_path)
+    tt.adapter_checkpoints(trainer)
+    # Asked twice, it still falls back to the trainer.
+    with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
+        trainer._load_from_checkpoint(str(tmp_path))
+    trainer.save_model(str(tmp_path))
     other = hf.bert()
     tt.attach(other, presets.lora(3))
     with pytest.raises(FileError, match="its config differs from that of adapter 'default'"):
         trainer_of(hf, other, tmp_path)._load_from_checkpoint(str(tmp_path))
     tt.attach(other, presets.lora(2), name="second")
-    with pytest.raises(FileError) as caught:
-        trainer_of(hf, other, tmp_path)._load_from_checkpoint(str(tmp_path))
-    assert str(caught.value) == (
+    refused(
+        lambda: trainer_of(hf, other, tmp_path)._load_from_checkpoint(str(tmp_path)),
         f"{tmp_path}: it has adapter.safetensors, and the model has the adapters 'default', 'second': attach those "
-        "that were trained, under the same names"
+        "that were trained, under the same names",
+        FileError,
     )
 
 
