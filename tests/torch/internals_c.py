@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from tnadapt.algebra.starting_points import STARTS
 from tnadapt.torch import _linear as linear
+from tnadapt.torch import _merging as merging
 from tnadapt.torch._delta import Slice
+from tnadapt.torch._strategy_choice import MACHINES, Machine, StepWork, choose, costs, dequantized
 from tnadapt.torch._weights import host_of, reads_outside
 
-__all__ = ["Slice", "host_of", "linear", "reads_outside"]
+__all__ = [
+    "MACHINES",
+    "STARTS",
+    "Machine",
+    "Slice",
+    "StepWork",
+    "choose",
+    "costs",
+    "dequantized",
+    "host_of",
+    "linear",
+    "merging",
+    "reads_outside",
+]

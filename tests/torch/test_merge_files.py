@@ -20,9 +20,9 @@ from tests.support.array_presets import P
 from tnadapt.algebra.rounding import add_in_place
 from tnadapt.checkpoints import stored_weights as module_names
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.torch import _merging as merging
 
 from .hugging_face import bert, vit
+from .internals_c import merging
 from .small import stir
 
 
@@ -148,6 +148,25 @@ def test_fused_interleaved_and_transposed_weights(name: str, targets: str, dtype
     assert contents(memory) == contents(disk)
 
 
+@pytest.mark.parametrize("longer", [True, False])
+def test_names_with_another_prefix(longer: bool, tmp_path: Path) -> None:
+    model = bert()
+    model.save_pretrained(tmp_path / "base", max_shard_size="30KB")
+    model.bert.save_pretrained(tmp_path / "headless", max_shard_size="30KB")
+    settings: dict[str, Any] = {} if longer else {"keep_trainable": "classifier"}
+    adapter = tt.attach(model.bert if longer else model, P.lora(2), **settings)
+    stir(adapter)
+    adapter.save(tmp_path / "adapter.safetensors")
+    adapter.bake()
+    base = tmp_path / ("base" if longer else "headless")
+    report = tna.merge(base, tmp_path / "adapter.safetensors", tmp_path / "out", check_base=True)
+    assert report.names == ("names with 'bert.' before them" if longer else "names without 'bert.'")
+    # A base without its head gets one.
+    assert report.added == (() if longer else ("classifier.bias", "classifier.weight"))
+    found = type(model).from_pretrained(tmp_path / "out", num_labels=3).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.law("renamed-modules")
 @pytest.mark.parametrize("table", [True, False])
 def test_modules_that_were_renamed_are_found(table: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,31 +191,6 @@ def test_a_head_that_was_trained_beside_it(dtype: Any, tmp_path: Path) -> None:
     memory, disk, report = both_ways(model, adapter, tmp_path)
     assert contents(memory) == contents(disk)
     assert report.replaced == ("classifier.bias", "classifier.weight")
-
-
-def test_a_base_without_its_head_gets_one(tmp_path: Path) -> None:
-    model, adapter = made("bert", P.lora(2), torch.float32, tmp_path, keep_trainable="classifier")
-    model.bert.save_pretrained(tmp_path / "headless", max_shard_size="30KB")
-    adapter.save(tmp_path / "adapter.safetensors")
-    adapter.bake()
-    report = tna.merge(tmp_path / "headless", tmp_path / "adapter.safetensors", tmp_path / "out", check_base=True)
-    assert report.names == "names without 'bert.'"
-    assert report.added == ("classifier.bias", "classifier.weight")
-    found = type(model).from_pretrained(tmp_path / "out", num_labels=3).state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_a_prefix_more(tmp_path: Path) -> None:
-    model = MODELS["bert"]()
-    model.save_pretrained(tmp_path / "base")
-    adapter = tt.attach(model.bert, P.lora(2))
-    stir(adapter)
-    adapter.save(tmp_path / "adapter.safetensors")
-    report = tna.merge(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "out")
-    assert report.names == "names with 'bert.' before them"
-    adapter.bake()
-    found = type(model).from_pretrained(tmp_path / "out").state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.law("merge-disk-is-memory")
@@ -224,18 +218,6 @@ def test_what_comes_from_a_base_of_numbers_that_float32_lacks(
     model, adapter = made("thirds", config, torch.float64, tmp_path)
     memory, disk, _ = both_ways(model, adapter, tmp_path)
     assert contents(memory) == contents(disk)
-
-
-def test_what_is_merged_does_what_was_attached(tmp_path: Path) -> None:
-    model, adapter = made("bert", P.superlora(3), torch.float32, tmp_path)
-    words = torch.arange(4, 20).reshape(2, 8)
-    with torch.no_grad():
-        attached = model.eval()(words).logits
-    adapter.save(tmp_path / "adapter.safetensors")
-    tna.merge(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "out")
-    with torch.no_grad():
-        merged = type(model).from_pretrained(tmp_path / "out").eval()(words).logits
-    assert (merged - attached).abs().max() < 1e-5
 
 
 # -- Sums of merging in memory are the same on a device and on the host ------------------------------------------------

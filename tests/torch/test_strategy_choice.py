@@ -15,70 +15,52 @@ import tnadapt.torch as tt
 from tnadapt.algebra.applying import Applying, Hadamard, Magnitude
 from tnadapt.algebra.factoring import factoring
 from tnadapt.testing.strategies import plans
-from tnadapt.torch._strategy_choice import MACHINES, Machine, StepWork, choose, costs, dequantized
 
+from .internals_c import MACHINES, Machine, StepWork, choose, costs, dequantized
 from .test_linear import peak_of
 
 P = tna.presets
 
 
-def chosen(config: tna.Config, width: int, tokens: int) -> str:
-    plan = tna.SuperLoRA(config, [(width, width)])
-    return choose(plan, 0, factoring(plan, 0), tokens)
-
-
-def test_where_factors_are_narrow_they_stay() -> None:
-    for width in (384, 768, 4096):
-        for tokens in (64, 1024, 8192):
-            assert chosen(P.lora(4), width, tokens) == "factored"
-
-
-def test_low_rank_factors_of_small_layers_stay_too() -> None:
-    for width in (32, 64, 128, 256):
-        for tokens in (1, 64, 1024, 2048):
-            assert chosen(P.lora(4), width, tokens) == "factored"
-
-
-def test_the_calls_of_a_low_rank_matrix_depend_on_the_size() -> None:
-    plan = tna.SuperLoRA(P.lora(4), [(64, 32)])
-    few, many = (costs(plan, 0, factoring(plan, 0), tokens)["factored"] for tokens in (1024, 1025))
-    assert (few.calls, many.calls) == (4, 10)
-
-
-def test_a_kronecker_product_of_dense_matrices_goes_into_the_weight_of_many_tokens() -> None:
-    for config in (P.krona(), tna.Config(splits=3, format="dense")):
-        found = [chosen(config, 768, tokens) for tokens in (1, 8, 64, 8192, 65536)]
-        assert found == ["factored"] * 3 + ["weight"] * 2
-
-
-def test_what_does_not_factor_is_never_factored() -> None:
-    for tokens in (1, 1024, 8192):
-        assert chosen(P.superlora(8, groups="weight", fold=(1024, 576)), 768, tokens) == "weight"
-
-
-def test_a_quantized_weight_is_never_added_to() -> None:
-    def of_packed(config: tna.Config, width: int, tokens: int = 2048) -> str:
-        plan = tna.SuperLoRA(config, [(width, width)])
-        return choose(plan.arrays_plan, 0, factoring(plan, 0), tokens, applying=plan.applying, packed=4.0)
-
-    assert of_packed(P.lora(4), 768) == of_packed(P.dora(4), 768) == "factored"
-    # Three large products are faster than many narrow ones.
-    assert of_packed(P.lora(400), 768) == "additive"
-    assert of_packed(P.hira(4), 768) == of_packed(P.superlora(8, groups="weight", fold=(1024, 576)), 768) == "additive"
+MANY = (64, 1024, 8192)
 
 
 @pytest.mark.parametrize(
-    ("config", "additive", "factored"),
-    [(P.lora(2), 0, 0), (P.hira(2), 1, 0), (P.dora(2), 2, 2)],
-    ids=["lora", "hira", "dora"],
+    ("config", "widths", "tokens", "expected"),
+    [
+        # Where factors are narrow they stay, also in small layers.
+        (P.lora(4), (384, 768, 4096), MANY, "factored"),
+        (P.lora(4), (32, 64, 128, 256), (1, 64, 1024, 2048), "factored"),
+        # A Kronecker product of dense matrices goes into the weight of many tokens.
+        (P.krona(), (768,), (1, 8, 64), "factored"),
+        (P.krona(), (768,), (8192, 65536), "weight"),
+        (tna.Config(splits=3, format="dense"), (768,), (1, 8, 64), "factored"),
+        (tna.Config(splits=3, format="dense"), (768,), (8192, 65536), "weight"),
+        # What does not factor is never factored.
+        (P.superlora(8, groups="weight", fold=(1024, 576)), (768,), (1, *MANY), "weight"),
+    ],
 )
-@pytest.mark.parametrize("packed", [1.0, 100.0])
-def test_dequantizing_counts_where_numbers_are_needed(
-    config: tna.Config, additive: int, factored: int, packed: float
-) -> None:
-    found = dequantized(tna.SuperLoRA(config, [(4, 8)]).applying, (4, 8), packed)
-    assert found["additive"].moved == additive * 32 * packed
-    assert found["factored"].moved == factored * 32 * packed
+def test_the_choice(config: tna.Config, widths: tuple[int, ...], tokens: tuple[int, ...], expected: str) -> None:
+    for width in widths:
+        plan = tna.SuperLoRA(config, [(width, width)])
+        assert {choose(plan, 0, factoring(plan, 0), number) for number in tokens} == {expected}, width
+
+
+def test_a_quantized_weight_is_never_added_to() -> None:
+    # Three large products are faster than many narrow ones.
+    for config, expected in (
+        (P.lora(4), "factored"), (P.dora(4), "factored"), (P.lora(400), "additive"), (P.hira(4), "additive"),
+        (P.superlora(8, groups="weight", fold=(1024, 576)), "additive"),
+    ):  # fmt: skip
+        plan = tna.SuperLoRA(config, [(768, 768)])
+        how = factoring(plan, 0)
+        assert choose(plan.arrays_plan, 0, how, 2048, applying=plan.applying, packed=4.0) == expected
+    # Dequantizing counts where numbers are needed.
+    for config, additive, factored in ((P.lora(2), 0, 0), (P.hira(2), 1, 0), (P.dora(2), 2, 2)):
+        for packed in (1.0, 100.0):
+            found = dequantized(tna.SuperLoRA(config, [(4, 8)]).applying, (4, 8), packed)
+            assert found["additive"].moved == additive * 32 * packed
+            assert found["factored"].moved == factored * 32 * packed
 
 
 @given(plans(), st.sampled_from([1, 10, 1000]), st.sampled_from(sorted(MACHINES)))

@@ -37,42 +37,46 @@ def moved(model: nn.Module, adapter: Adapter, groups: list[dict[str, Any]] | Non
     return {name: float((p.detach() - before[name]).norm()) for name, p in adapter.named_parameters()}
 
 
-def test_groups_one_after_another() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(Block(True), Block(False))
-    adapter = attach(model, presets.superlora(2, groups=3))
-    move(adapter)
-    for group in range(3):
-        adapter.set_trainable(groups=group)
-        for name, distance in moved(model, adapter).items():
-            assert (distance > 0) == name.startswith(f"group{group}."), name
-    adapter.set_trainable()
-    assert all(distance > 0 for distance in moved(model, adapter).values())
-
-
-def test_one_optimizer_for_groups_one_after_another() -> None:
+def grouped() -> tuple[nn.Module, Adapter]:
     torch.manual_seed(0)
     model = nn.Sequential(Block(True), Block(False))
     adapter = attach(model, presets.superlora(2, groups=2))
     move(adapter)
+    return model, adapter
+
+
+def test_groups_one_after_another() -> None:
+    model, adapter = grouped()
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.1, weight_decay=0.0)
-    for group in range(2):
-        adapter.set_trainable(groups=[group])
-        before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
-        loss_of(model, batch()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        for name, p in adapter.named_parameters():
-            assert torch.equal(p, before[name]) != name.startswith(f"group{group}."), name
+    for group in (0, 1):
+        # Also what is frozen between a backward pass and a step stays.
+        for chosen in ([group], group):
+            loss_of(model, batch()).backward()
+            adapter.set_trainable(groups=chosen)
+            before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+            loss_of(model, batch()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            for name, p in adapter.named_parameters():
+                assert torch.equal(p, before[name]) != name.startswith(f"group{group}."), name
+    adapter.set_trainable()
+    assert all(distance > 0 for distance in moved(model, adapter).values())
 
 
-@pytest.mark.parametrize("config", ["default", "lora"])
-@pytest.mark.parametrize("factor", ["factor0", "factor1"])
-def test_frozen_factors(config: str, factor: str) -> None:
-    model, adapter = make(config)
-    adapter.set_trainable(arrays=factor)
-    for name, distance in moved(model, adapter).items():
-        assert (distance > 0) == name.endswith(factor), name
+def test_a_choice_that_fails_leaves_the_gradients() -> None:
+    model, adapter = grouped()
+    loss_of(model, batch()).backward()
+    gradients = {name: p.grad for name, p in adapter.named_parameters()}
+    last: Any = list(adapter.named_parameters())[-1][1]
+
+    def fail(required: bool) -> None:
+        del last.requires_grad_  # what undoes the choice is not to fail
+        raise MemoryError
+
+    last.requires_grad_ = fail
+    with pytest.raises(MemoryError):
+        adapter.set_trainable(groups=1)
+    assert all(p.requires_grad and p.grad is gradients[name] for name, p in adapter.named_parameters())
 
 
 @pytest.mark.parametrize("config", ["default", "lora"])
@@ -85,31 +89,6 @@ def test_lora_plus(config: str) -> None:
     assert (slow["lr"], fast["lr"]) == (0.1, 0.4)
     for name, distance in moved(model, adapter, [slow, fast]).items():
         assert distance == pytest.approx((4.0 if name.endswith("factor0") else 1.0) * plain[name], rel=1e-9), name
-
-
-def test_a_nonlinearity_between_the_factors_trains_and_does_not_merge() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(Block(True), Block(False))
-    adapter = attach(model, presets.lora(4), activation="relu")
-    linear = nn.Sequential(Block(True), Block(False))
-    linear.load_state_dict({name: p for name, p in model.state_dict().items() if "tnadapt" not in name})
-    attach(linear, presets.lora(4)).load_arrays(adapter.arrays())
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(6):
-        loss = loss_of(model, batch())
-        losses.append(float(loss.detach()))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < losses[0]
-    state = {name: p.clone() for name, p in model.state_dict().items()}
-    with pytest.raises(ConfigError, match="cannot be merged"):
-        adapter.merge()
-    assert all(torch.equal(p, state[name]) for name, p in model.state_dict().items())
-    next(iter(tnadapt.torch.adapters(linear).values())).load_arrays(adapter.arrays())
-    with torch.no_grad():
-        assert not torch.allclose(model(batch()), linear(batch()), rtol=1e-3)
 
 
 # -- The zero of the start is an array that is trained ------------------------------------------------
@@ -146,6 +125,27 @@ def subsets(adapter: Adapter) -> list[dict[str, Any]]:
     some = [list(c) for count in range(1, len(words) + 1) for c in itertools.combinations(words, count)]
     groups: list[Any] = [None, *(range(adapter.plan.num_groups) if adapter.plan.num_groups > 1 else [])]
     return [{"groups": group, "arrays": chosen} for group in groups for chosen in some]
+
+
+def test_a_nonlinearity_between_the_factors_trains_and_does_not_merge() -> None:
+    model, adapter, x = attention(presets.lora(4), activation="relu")
+    linear, alike, _ = attention(presets.lora(4))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = (model(x) - 1.0).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    state = {name: p.clone() for name, p in model.state_dict().items()}
+    with pytest.raises(ConfigError, match="cannot be merged"):
+        adapter.merge()
+    assert all(torch.equal(p, state[name]) for name, p in model.state_dict().items())
+    alike.load_arrays(adapter.arrays())
+    with torch.no_grad():
+        assert not torch.allclose(model(x), linear(x), rtol=1e-3)
 
 
 @pytest.mark.law("frozen-arrays")
@@ -222,56 +222,6 @@ def test_frozen_arrays_come_back_in_every_dtype(dtype: torch.dtype, config: Any,
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
-def test_an_optimizer_leaves_what_is_frozen_between_backward_and_step() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(Block(True), Block(False))
-    adapter = attach(model, presets.superlora(2, groups=2))
-    move(adapter)
-    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
-    loss_of(model, batch()).backward()
-    adapter.set_trainable(groups=0)
-    before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
-    optimizer.step()
-    for name, p in adapter.named_parameters():
-        assert torch.equal(p, before[name]) != name.startswith("group0."), name
-
-
-def test_a_choice_that_fails_leaves_the_gradients() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(Block(True), Block(False))
-    adapter = attach(model, presets.superlora(2, groups=2))
-    move(adapter)
-    loss_of(model, batch()).backward()
-    gradients = {name: p.grad for name, p in adapter.named_parameters()}
-    last: Any = list(adapter.named_parameters())[-1][1]
-
-    def fail(required: bool) -> None:
-        del last.requires_grad_  # what undoes the choice is not to fail
-        raise MemoryError
-
-    last.requires_grad_ = fail
-    with pytest.raises(MemoryError):
-        adapter.set_trainable(groups=1)
-    assert all(p.requires_grad and p.grad is gradients[name] for name, p in adapter.named_parameters())
-
-
-def test_frozen_arrays_that_have_moved_are_stored(tmp_path: Path) -> None:
-    model, adapter, x = attention(presets.lora(2))
-    move(adapter)
-    output = model(x)
-    adapter.set_trainable(arrays="factor1")
-    # What has been trained keeps every number.
-    assert torch.equal(model(x), output)
-    adapter.save(tmp_path / "a.safetensors")
-    with safe_open(tmp_path / "a.safetensors", "np") as stored:
-        assert set(stored.keys()) == adapter.plan.param_shapes.keys()
-    adapter.detach()
-    assert tnadapt.torch.load(model, tmp_path / "a.safetensors").trained == (
-        "group0.split0.factor1", "group1.split0.factor1",
-    )  # fmt: skip
-    assert torch.equal(model(x), output)
-
-
 def test_a_loaded_adapter_goes_on_as_it_was_saved(tmp_path: Path) -> None:
     model, adapter, x = attention(presets.lorta(2))
     adapter.set_trainable(arrays="core")
@@ -287,6 +237,21 @@ def test_a_loaded_adapter_goes_on_as_it_was_saved(tmp_path: Path) -> None:
     again.reset()
     assert not own.any()
     assert again.arrays()["group0.split0.core"].any()
+    again.detach()
+    # Frozen arrays that have moved are stored.
+    adapter = attach(model, presets.lora(2))
+    move(adapter)
+    output = model(x)
+    adapter.set_trainable(arrays="factor1")
+    # What has been trained keeps every number.
+    assert torch.equal(model(x), output)
+    adapter.save(tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "np") as stored:
+        assert set(stored.keys()) == adapter.plan.param_shapes.keys()
+    adapter.detach()
+    names = tuple(f"group{number}.split0.factor1" for number in (0, 1))
+    assert tnadapt.torch.load(model, tmp_path / "a.safetensors").trained == names
+    assert torch.equal(model(x), output)
 
 
 def test_merging_and_converting_a_file_with_frozen_arrays(tmp_path: Path) -> None:
@@ -316,30 +281,28 @@ def test_merging_and_converting_a_file_with_frozen_arrays(tmp_path: Path) -> Non
 def test_what_could_never_learn_is_refused() -> None:
     _, adapter, _ = attention(presets.lora(2))
     arrays = adapter.arrays()
-    # As a data-driven start brings them: no start of ours, and zero where it is to be trained.
-    brought = {name: array + 1.0 if name.endswith("factor1") else array for name, array in arrays.items()}
-    adapter.load_arrays(brought)
-    with pytest.raises(ConfigError, match=r"arrays of zeros next to factor1 that would be frozen.*nothing would learn"):
-        adapter.set_trainable(arrays="factor1")
-    assert adapter.trained is None
-    assert all(p.requires_grad for _, p in adapter.named_parameters())
-    assert all(torch.equal(array, brought[name]) for name, array in adapter.arrays().items())
-    adapter.set_trainable(arrays="factor0")
-    # Where the zero of the start is trained as it was, and all else has become zero.
-    adapter.load_arrays(
-        {name: array + 1.0 if name.endswith("factor0") else 0 * array for name, array in arrays.items()}
-    )
+    # As a data-driven start brings them: no start of ours, and zero where it is to be trained; and where the zero of
+    # the start is trained as it was, and all else has become zero.
+    for word, other in (("factor1", "factor0"), ("factor0", "factor1")):
+        brought = {name: array + 1.0 if name.endswith(word) else 0 * array for name, array in arrays.items()}
+        adapter.set_trainable()
+        adapter.load_arrays(brought)
+        with pytest.raises(
+            ConfigError, match=rf"arrays of zeros next to {word} that would be frozen.*nothing would learn"
+        ):
+            adapter.set_trainable(arrays=word)
+        assert adapter.trained is None
+        assert all(p.requires_grad for _, p in adapter.named_parameters())
+        assert all(torch.equal(array, brought[name]) for name, array in adapter.arrays().items())
+        adapter.set_trainable(arrays=other)
     adapter.set_trainable()
-    with pytest.raises(ConfigError, match=r"arrays of zeros next to factor0 that would be frozen.*nothing would learn"):
-        adapter.set_trainable(arrays="factor0")
     adapter.reset()
     adapter.set_trainable(arrays="factor1")
-    # In one group only: a warning.
-    mixed = {name: brought[name] if "group0" in name else array + 1.0 for name, array in arrays.items()}
     adapter.set_trainable()
-    adapter.load_arrays(mixed)
-    with pytest.warns(UserWarning, match=r"gradient of the trained arrays is zero in groups 0\. Train the others"):
+    adapter.merge()
+    with pytest.raises(TargetError, match="call unmerge"):
         adapter.set_trainable(arrays="factor1")
+    assert adapter.trained is None
 
 
 @pytest.mark.parametrize(("count", "said"), [(1, "0"), (4, "0, 1, 2, 3"), (5, "0, 1, 2, 3 and 1 more")])
@@ -352,6 +315,11 @@ def test_the_groups_that_could_not_learn_are_named(count: int, said: str) -> Non
     with pytest.warns(UserWarning, match=rf"gradient of the trained arrays is zero in groups {said}\. Train") as told:
         adapter.set_trainable(arrays="factor1")
     assert told[0].filename == __file__
+    # Learning rates follow the zero.
+    adapter.reset()
+    (fast,) = adapter.parameter_groups(lr=0.1, ratio=4.0)
+    assert fast["lr"] == 0.1
+    assert len(fast["params"]) == 6
 
 
 def test_a_relu_passes_nothing_back_to_a_factor_of_zeros() -> None:
@@ -380,19 +348,3 @@ def test_a_choice_on_the_meta_device_is_filled_in_by_reset() -> None:
     (core,) = adapter.parameters()
     assert core.grad is not None
     assert core.grad.any()
-
-
-def test_a_merged_adapter_keeps_its_arrays() -> None:
-    _, adapter, _ = attention(presets.lorta(2))
-    adapter.merge()
-    with pytest.raises(TargetError, match="call unmerge"):
-        adapter.set_trainable(arrays="core")
-    assert adapter.trained is None
-
-
-def test_learning_rates_follow_the_zero() -> None:
-    _, adapter, _ = attention(presets.lora(2))
-    adapter.set_trainable(arrays="factor1")
-    (fast,) = adapter.parameter_groups(lr=0.1, ratio=4.0)
-    assert fast["lr"] == 0.1
-    assert len(fast["params"]) == 2
