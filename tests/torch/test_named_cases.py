@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -328,3 +329,34 @@ def test_a_reference_pass_before_a_checkpointed_region_runs_again_is_no_change(r
 
     for found, expected in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+# -- What happens is logged at the level INFO under tnadapt, and not printed -----------------------
+
+
+def test_what_happens_to_an_adapter_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO, logger="tnadapt")
+    model = nn.Sequential(nn.Linear(8, 8))
+    path = tmp_path / "a\x1b.safetensors"
+    adapter = tt.attach(model, "lora", "all-linear", rank=2, name="one")
+    adapter.save(path)
+    adapter.swap(path)
+    adapter.merge()
+    adapter.unmerge()
+    adapter.detach()
+    tt.load(model, path, name="two").bake()
+    words = ["attached", "saved", "swapped", "merged", "unmerged", "detached", "attached", "loaded", "baked"]
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message.partition(" ")[0] for message in messages] == words
+    assert all("<tnadapt adapter " in message and "32 parameters" in message for message in messages)
+    assert f"to {tmp_path}/a\\x1b.safetensors" in messages[1]
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+    assert {record.name.partition(".")[0] for record in caplog.records} == {"tnadapt"}
+    assert capsys.readouterr() == ("", "")
+    # Nothing is logged of what fails.
+    caplog.clear()
+    with pytest.raises(tna.TnadaptError):
+        tt.attach(model, "lora", "nothing like it", rank=2)
+    assert not caplog.records

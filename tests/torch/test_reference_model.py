@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from pathlib import Path
 
 import pytest
@@ -38,62 +40,44 @@ def trained_pair(**how: bool) -> tuple[nn.Module, nn.Module, tt.Adapter]:
 x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
 
 
-def test_the_base() -> None:
-    model, reference, adapter = trained_pair()
-    with torch.no_grad(), adapter.disabled():
-        expected = model(x)
-    move(parameter for parameter in model.parameters() if parameter.requires_grad)
-    assert torch.equal(reference(x), expected)
-    assert not torch.equal(model(x), expected)
-    assert tt.adapters(reference) == {}
-    assert list(reference.state_dict()) == list(perceptron().state_dict())
-
-
-def test_the_adapters_as_they_are() -> None:
-    model, reference, _ = trained_pair(with_adapters=True)
-    with torch.no_grad():
-        expected = model(x)
-    move(parameter for parameter in model.parameters() if parameter.requires_grad)
-    assert torch.equal(reference(x), expected)
-    assert not torch.equal(model(x), expected)
-
-
 @pytest.mark.parametrize("with_adapters", [False, True])
-def test_only_what_is_trained_is_copied(with_adapters: bool) -> None:
-    model, reference, _ = trained_pair(with_adapters=with_adapters)
+def test_a_reference_stays_as_it_is(with_adapters: bool) -> None:
+    model, reference, adapter = trained_pair(with_adapters=with_adapters)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # Only what is trained is copied, and nothing changes in the model that is trained.
     other = dict(reference.named_parameters())
     for name, parameter in model.named_parameters():
         assert name not in other or (other[name] is parameter) == (name not in trainable)
-    # Nothing changes in the model that is trained.
     assert trainable == {"4.weight", "4.bias", *(n for n, _ in model.named_parameters() if n.startswith("tnadapt_"))}
     assert not any(parameter.requires_grad for parameter in reference.parameters())
-    # Each has its own mode.
-    model.train()
-    assert not any(module.training for module in reference.modules())
-
-
-def test_a_forward_pass_in_training_mode_writes_to_its_own_buffers() -> None:
-    model, reference, _ = trained_pair()
+    if not with_adapters:
+        assert tt.adapters(reference) == {}
+        assert list(reference.state_dict()) == list(perceptron().state_dict())
+    with torch.no_grad(), contextlib.nullcontext() if with_adapters else adapter.disabled():
+        expected = model(x)
+    move(parameter for parameter in model.parameters() if parameter.requires_grad)
+    assert torch.equal(reference(x), expected)
+    assert not torch.equal(model(x), expected)
+    # Each has its own mode and buffers.
     before = reference[1].running_mean.clone()  # type: ignore[index]
-    model.train()
-    model(x)
+    model.train()(x)
+    assert not any(module.training for module in reference.modules())
     assert torch.equal(reference[1].running_mean, before)  # type: ignore[index]
 
 
 def test_refused() -> None:
     model = perceptron()
-    with pytest.raises(TargetError) as caught:
-        tt.reference_model(model)
-    assert str(caught.value) == (
+    text = (
         "Sequential has no adapter, so that all of its parameters may be trained: for a reference, copy.deepcopy() it"
     )
+    with pytest.raises(TargetError, match=f"^{re.escape(text)}$"):
+        tt.reference_model(model)
     adapter = tt.attach(model, targets="all-linear")
     move(adapter.parameters())
     adapter.merge()
-    with pytest.raises(TargetError) as caught:
+    text = "adapter 'default' is merged into the weights that the reference shares: unmerge() it"
+    with pytest.raises(TargetError, match=f"^{re.escape(text)}$"):
         tt.reference_model(model)
-    assert str(caught.value) == ("adapter 'default' is merged into the weights that the reference shares: unmerge() it")
 
 
 def test_a_reference_is_not_merged_and_leaves_no_trace_when_detached() -> None:
