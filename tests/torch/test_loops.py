@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,9 +13,7 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-import tnadapt.torch
 from tests.support.depth import in_depth
-from tnadapt.torch import Adapter
 
 from .loops import CONFIGS, batch, gradients, loss_of, make, relative
 from .small import compiles_whole
@@ -45,35 +42,6 @@ def test_accumulated_gradients_are_those_of_one_big_batch(config: str) -> None:
 
 
 # -- Copies and dtypes -----------------------------------------------------------------------
-
-
-@pytest.mark.law("copies")
-@pytest.mark.parametrize("config", CONFIGS)
-def test_a_copy_made_in_training_goes_its_own_way(config: str) -> None:
-    model, adapter = make(config)
-    x = batch()
-
-    def steps(model: nn.Module, adapter: Adapter, number: int) -> list[float]:
-        optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
-        losses = []
-        for _ in range(number):
-            loss = loss_of(model, x)
-            losses.append(float(loss.detach()))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return losses
-
-    steps(model, adapter, 2)
-    duplicate = copy.deepcopy(model)
-    (other,) = tnadapt.torch.adapters(duplicate).values()
-    with torch.no_grad():
-        before = duplicate(x)
-    first = steps(model, adapter, 3)
-    with torch.no_grad():
-        assert torch.equal(duplicate(x), before)
-    assert steps(duplicate, other, 3) == first
-    assert first[0] > first[-1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

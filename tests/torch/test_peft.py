@@ -32,8 +32,6 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
@@ -929,31 +927,6 @@ def test_generate_of_an_encoder_and_a_decoder(beams: int) -> None:
     for row, name in enumerate(NAMES):
         assert torch.equal(found[row], several[name][row])
     assert not torch.equal(several["default"], several["other"])
-
-
-def test_rows_of_a_model_without_peft() -> None:
-    """``tnadapt.torch.rows`` around ``generate``, for GPT-2, whose fused weight is stored transposed."""
-    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=50, bos_token_id=1, eos_token_id=2)
-    model = seeded(0, lambda: GPT2LMHeadModel(config))
-    generator = torch.Generator().manual_seed(0)
-    for name, preset in (("a", tna.presets.lora(2)), ("b", tna.presets.superlora(2))):
-        with torch.no_grad():
-            for parameter in tt.attach(model, preset, name=name).parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    names: list[str | None] = ["a", None, "b", "b"]
-
-    def call(number: int = 1) -> Any:
-        return model.generate(
-            input_ids=ids(), attention_mask=torch.ones_like(ids()), max_new_tokens=6, min_new_tokens=6,
-            pad_token_id=0, num_beams=number, num_return_sequences=number,
-        )  # fmt: skip
-
-    for number in (1, 2):
-        with tt.rows(model, names):
-            found = call(number).unflatten(0, (4, -1))
-        for row, name in enumerate(names):
-            tt.mix(model, {} if name is None else {name: 1.0})
-            assert torch.equal(found[row], call(number).unflatten(0, (4, -1))[row])
 
 
 def test_it_is_peft_s_own_mixed_batch() -> None:

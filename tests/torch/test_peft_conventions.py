@@ -371,25 +371,16 @@ def test_the_base_s_state_is_the_base_s_alone() -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in get_base_model_state_dict(model).items())
 
 
-def test_an_embedding_is_a_target_where_it_is_named(tmp_path: Path) -> None:
+def test_an_embedding_is_a_target_where_it_is_named() -> None:
     model = get_peft_model(llama(), config(target_modules=["embed_tokens", "q_proj"]))
     handle = tt.adapters(model)["default"]
     assert [target.shape for target in handle.targets] == [(50, 16), (16, 16), (16, 16)]
     assert torch.equal(run(model), run(llama()))
-    model(input_ids=torch.arange(3, 17).view(2, 7)).logits.square().sum().backward()
-    assert all(array.grad is not None for array in handle.parameters())
     stir(model)
-    expected = run(model)
-    with torch.no_grad():
-        ids = torch.arange(3, 17).view(2, 7)
-        rows = llama().model.embed_tokens.weight[ids] + handle.deltas()[0][ids]
-    torch.testing.assert_close(model.base_model.model.model.embed_tokens(ids), rows)
-    handle.save(tmp_path / "adapter.safetensors")
-    llama().save_pretrained(tmp_path / "base")
-    tna.merge(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "out")
-    merged = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    expected, update = run(model), handle.deltas()[0].detach()
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged.model.embed_tokens.weight, llama().model.embed_tokens.weight + update)
     torch.testing.assert_close(run(merged), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(run(model.merge_and_unload()), expected, rtol=0, atol=1e-5)
 
 
 def test_older_files_are_read(tmp_path: Path) -> None:

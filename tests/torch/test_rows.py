@@ -98,9 +98,11 @@ def test_a_few_and_many_tokens(tokens: int) -> None:
     """Many form the sum once for each adapter, where a second product costs more than W + ΔW."""
     model, x = adapted(nn.Sequential(nn.Linear(32, 32)), "weight", "all-linear"), torch.randn(4, tokens, 32)
     torch.testing.assert_close(by_rows(model, NAMES, x), alone(model, NAMES, x), rtol=1e-4, atol=1e-5)
-    # A name for several rows, and in one dimension less.
+    # A name for several rows, in one dimension less; and GPT-2's layers, which store their weights transposed.
     x = x.repeat_interleave(2, 0)[:, 0]
-    torch.testing.assert_close(by_rows(model, NAMES, x), alone(model, NAMES, x), rtol=1e-4, atol=1e-5)
+    layer = pytest.importorskip("transformers.pytorch_utils").Conv1D(8, 32)
+    for other in (model, adapted(nn.Sequential(layer), "lora", "all-linear")):
+        torch.testing.assert_close(by_rows(other, NAMES, x), alone(other, NAMES, x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_that_only_one_adapter_updates() -> None:

@@ -22,7 +22,7 @@ from paper.diffusion.unet import UNet
 from tests.support.array_presets import P
 
 from .loops import same
-from .small import WIDTH, Separate, Small, batch, small, stir
+from .small import WIDTH, Small, batch, small, stir
 
 ROOT = Path(__file__).parents[2]
 
@@ -267,20 +267,6 @@ def test_the_same_base_in_half_precision_is_accepted(tmp_path: Path) -> None:
             tt.load(small(seed=7).to(dtype), tmp_path / "a.safetensors")
 
 
-class Other(Separate):
-    """The same attention with other names of its projections."""
-
-    def __init__(self, old: Separate) -> None:
-        nn.Module.__init__(self)
-        self.query, self.key, self.value, self.output = old.q_proj, old.k_proj, old.v_proj, old.o_proj
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q = self.query(x).unflatten(-1, (2, -1)).transpose(-2, -3)
-        k, v = (proj(x).unsqueeze(-3) for proj in (self.key, self.value))
-        y = nn.functional.scaled_dot_product_attention(q, k.expand_as(q), v.expand_as(q))
-        return x + self.output(y.transpose(-2, -3).flatten(-2))
-
-
 class Renamed(Small):
     """The same model after a release that renamed modules."""
 
@@ -288,7 +274,6 @@ class Renamed(Small):
         super().__init__()
         self.layers = self.blocks
         del self.blocks
-        self.layers[1] = Other(self.layers[1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.layers:

@@ -15,7 +15,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.support.depth import in_depth, long_only
 from tnadapt.torch import Adapter, attach
@@ -86,29 +86,6 @@ def test_trainer_on_images_with_reentrant_checkpointing(hf: Any, tmp_path: Path)
     before = snapshot(adapter)
     hf.trainer_of(model, tmp_path, hf.images(), **hf.checkpointing(True)).train()
     assert all(not torch.equal(array, before[name]) for name, array in adapter.arrays().items())
-
-
-@pytest.mark.law("accumulation")
-def test_trainer_accumulates_gradients(hf: Any, tmp_path: Path) -> None:
-    found = []
-    for accumulated in (1, 2):
-        model = hf.bert()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        adapter = attach(model, keep_trainable=("classifier",))
-        trainer = hf.trainer_of(
-            model,
-            tmp_path / str(accumulated),
-            gradient_accumulation_steps=accumulated,
-            per_device_train_batch_size=4 // accumulated,
-            optim="sgd",
-            learning_rate=0.5,
-        )
-        trainer.train()
-        found.append(snapshot(adapter))
-    for name, array in found[0].items():
-        torch.testing.assert_close(found[1][name], array, rtol=1e-5, atol=1e-6)
 
 
 NEW_PROCESS = """

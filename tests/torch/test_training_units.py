@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from pathlib import Path
 
@@ -90,13 +91,14 @@ def test_files_have_the_arrays(name: str, dtype: torch.dtype, tmp_path: Path) ->
     assert torch.equal(loss_of(again), loss_of(model))
 
 
+@pytest.mark.law("copies")
 @pytest.mark.parametrize("name", CONFIGS)
-def test_arrays_reset_swap_and_pickles(name: str, tmp_path: Path) -> None:
+def test_arrays_reset_swap_and_copies(name: str, tmp_path: Path) -> None:
     model = base()
     adapter = attach(model, CONFIGS[name], "all-linear")
     fresh = {array: parameter.detach().clone() for array, parameter in adapter.named_parameters()}
     trained(model, adapter.parameters())
-    again, output = pickle.loads(pickle.dumps(model)), loss_of(model)
+    copies, output = (copy.deepcopy(model), pickle.loads(pickle.dumps(model))), loss_of(model)
     adapter.save(tmp_path / "a.safetensors")
     arrays = {array: own.detach().clone() for array, own in adapter.arrays().items()}
     adapter.reset()
@@ -108,8 +110,9 @@ def test_arrays_reset_swap_and_pickles(name: str, tmp_path: Path) -> None:
     adapter.swap(tmp_path / "a.safetensors")
     # The same also after another step, from the same gradients.
     for _ in range(2):
-        assert torch.equal(loss_of(again), loss_of(model))
-        for one in (model, again):
+        for one in copies:
+            assert torch.equal(loss_of(one), loss_of(model))
+        for one in (model, *copies):
             trained(one, [parameter for parameter in one.parameters() if parameter.requires_grad], 1)
 
 
