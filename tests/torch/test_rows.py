@@ -138,17 +138,6 @@ def test_half_precision_and_autocast(dtype: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
-def test_weights_of_the_mix_count_and_an_inactive_adapter_acts_fully() -> None:
-    model = adapted(nn.Sequential(nn.Linear(WIDTH, 4)), "lora", "all-linear")
-    x = batch(size=2)
-    tt.mix(model, {"a": 0.5})
-    first = model(x[:1])
-    found = by_rows(model, ["a", "b"], x)
-    torch.testing.assert_close(found[:1], first)
-    activate(model, "b")
-    torch.testing.assert_close(found[1:], model(x[1:]))
-
-
 def test_a_model_that_masks_attention() -> None:
     """nn.MultiheadAttention with masks: rows cannot be told from its arguments, so each adapter has a whole pass."""
     torch.manual_seed(0)
@@ -256,18 +245,6 @@ def test_backward_outside_recomputes_nothing_else() -> None:
     output = by_rows(model, NAMES, batch(size=4).requires_grad_())
     with pytest.raises(RuntimeError, match=r"or rows\(\) left, between a forward pass with activation checkpointing"):
         output.sum().backward()
-
-
-def test_dropout_in_training() -> None:
-    model = adapted(nn.Sequential(nn.Linear(WIDTH, 4)), "lora and superlora", "all-linear", dropout=0.5).train()
-    x = torch.randn(2, 1, WIDTH).expand(2, 4000, WIDTH)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        found = by_rows(model, ["a", "b"], x)
-        expected = by_rows(model.eval(), ["a", "b"], x)
-    error = found.std(1) / 4000**0.5
-    assert ((found.mean(1) - expected[:, 0]).abs() < 5 * error + 1e-6).all()
-    assert (error > 0).all()
 
 
 # -- Compiled programs ---------------------------------------------------------------------------
