@@ -18,7 +18,6 @@ from torch import Tensor, nn
 import tnadapt as tna
 from paper.diffusion.unet import ClassEmbedding, UNet
 from tnadapt.errors import TargetError
-from tnadapt.targets.roles import parse_projection_name
 from tnadapt.targets.target import Rows, Target
 from tnadapt.torch import attach, find_targets
 
@@ -525,23 +524,6 @@ def test_a_wrapper_of_peft_hands_the_weight_out() -> None:
 # -- The recognition of attention modules, and of their query, key, value and output weights ---------------------------
 
 
-@pytest.mark.law("no-target")
-@pytest.mark.parametrize(
-    ("letters", "words"),
-    [
-        ("q", "q query q_proj query_proj to_q to_query wq Wq q_lin linear_q proj_q project_q projection_query q_head "
-              "query_global add_q_proj q_linear w_qs query_layer self_attn_query_content_proj q_attn layout_query "
-              "fc_q lin_q to_q_t linear_Q"),
-        ("", "q_norm norm_q pool_q pos_query_proj lambda_q1 query_tokens q_a_proj q_bias queue qa_outputs quantize v1 "
-             "conv_q attn value_embedding kv_a_proj_with_mqa k_cache q_or_v q_proj_q vq"),
-    ],
-)  # fmt: skip
-def test_names_of_queries_and_of_nothing(letters: str, words: str) -> None:
-    for name in words.split():
-        found = parse_projection_name(name)
-        assert ("" if found is None else found.letters) == letters, name
-
-
 def test_a_lone_value_or_query_is_no_attention() -> None:
     """A value head, a query elsewhere, and q next to v without k belong to reinforcement learning or retrieval."""
     model = Module(
@@ -566,14 +548,6 @@ def test_in_a_module_called_attention_less_is_enough() -> None:
     assert names(mixed) == ["attention.q_content_proj.weight", "attention.v_proj.weight"]
 
 
-def test_beside_queries_of_their_own_c_attn_is_keys_and_values() -> None:
-    """GPT-2's cross-attention."""
-    found = find_targets(Module(attn=Module(c_attn=nn.Linear(8, 16), q_attn=nn.Linear(8, 8))), "qkv")
-    assert [(target.role, target.module, target.rows) for target in found] == [
-        *(("k", "attn.c_attn", Rows(0, 8, 16)), ("v", "attn.c_attn", Rows(8, 8, 16)), ("q", "attn.q_attn", None))
-    ]
-
-
 def test_a_projection_with_a_norm_or_a_pooling() -> None:
     """A depthwise convolution projects nothing; of several weights one may be called the projection."""
     query = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
@@ -591,15 +565,6 @@ def test_several_weights_for_one_role_are_not_passed_over() -> None:
         find_targets(model)
     assert names(model, "v") == ["attn.value.weight", "other.v.weight"]
     assert names(model, ["attn:k", "attn.query.2"]) == ["attn.query.2.weight", "attn.key.weight"]
-
-
-def test_diffusers_fused_projections_replace_the_separate_ones() -> None:
-    model, _ = build("diffusers_unet")
-    model.fuse_qkv_projections()
-    found = find_targets(model)
-    assert [(target.role, target.shape) for target in found] == SHAPES["diffusers_unet"]
-    kinds = [target.module.rpartition(".")[2] for target in found]
-    assert kinds[:4] == ["to_qkv", "to_qkv", "to_q", "to_kv"]
 
 
 @pytest.mark.parametrize("fused", [True, False, None])
