@@ -5,6 +5,7 @@ from __future__ import annotations
 from tnadapt.algebra.starting_points import STARTS
 from tnadapt.torch import _linear as linear
 from tnadapt.torch import _merging as merging
+from tnadapt.torch import _rows as batch_rows
 from tnadapt.torch._delta import Slice
 from tnadapt.torch._strategy_choice import MACHINES, Machine, StepWork, choose, costs, dequantized
 from tnadapt.torch._weights import host_of, reads_outside
@@ -15,6 +16,7 @@ __all__ = [
     "Machine",
     "Slice",
     "StepWork",
+    "batch_rows",
     "choose",
     "costs",
     "dequantized",

@@ -793,19 +793,6 @@ def test_a_damaged_fingerprint_is_reported(tmp_path: Path) -> None:
         PeftModel.from_pretrained(llama(), tmp_path, config=given)
 
 
-def test_magnitudes_are_saved_and_loaded(tmp_path: Path) -> None:
-    model = stir(get_peft_model(llama(), config_of(preset="dora", settings={"rank": 2})))
-    model.save_pretrained(tmp_path)
-    assert "base_model.model.tnadapt.weight3.magnitude" in load_file(tmp_path / "adapter_model.safetensors")
-    again = PeftModel.from_pretrained(llama(), tmp_path)
-    assert torch.equal(run(again), run(model))
-    for (name, array), (other, found) in zip(
-        *(tt.adapters(m)["default"].named_parameters() for m in (model, again)), strict=True
-    ):
-        assert name == other
-        assert torch.equal(array, found)
-
-
 def test_the_norm_is_detached_as_by_attach(tmp_path: Path) -> None:
     def gradients(model: Any, handle: tt.Adapter) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -871,17 +858,6 @@ def test_forward_for_named_adapters(kind: str, other: str) -> None:
         expected = alone(model, name, lambda model: model(input_ids=ids()).logits)
         torch.testing.assert_close(found[row], expected[row], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found[0], alone(model, "other", lambda model: model(input_ids=ids()).logits)[0])
-
-
-def test_the_weights_of_active_and_inactive_adapters() -> None:
-    model = two("llama")
-    handles = tt.adapters(model)
-    handles["default"].set_weight(0.5)
-    expected = alone(model, "default", lambda model: model(input_ids=ids()).logits)
-    model.set_adapter("other")
-    with torch.no_grad():
-        found = model(input_ids=ids(), adapter_names=["default", "other"] * 2).logits
-    torch.testing.assert_close(found[::2], expected[::2], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 
+from .internals_c import batch_rows
 from .small import WIDTH, batch, compiles_whole, small, stir
 from .test_requantizing import Packed
 from .test_requantizing import model as packed
@@ -93,16 +94,33 @@ def test_rows_are_those_of_each_adapter_alone(pair: str, grad: bool) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("tokens", [1, 3000])
-def test_a_few_and_many_tokens(tokens: int) -> None:
-    """Many form the sum once for each adapter, where a second product costs more than W + ΔW."""
-    model, x = adapted(nn.Sequential(nn.Linear(32, 32)), "weight", "all-linear"), torch.randn(4, tokens, 32)
-    torch.testing.assert_close(by_rows(model, NAMES, x), alone(model, NAMES, x), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(
+    ("pair", "names", "tokens", "ways"),
+    [
+        # Factors of equal shapes are stacked; what few tokens get is added to a product that all rows share.
+        ("lora", NAMES, 5, ["shared"]),
+        ("ranks", NAMES, 5, ["shared", "looped"]),
+        ("lora", ["a", None], 5, ["shared", "looped"]),
+        ("weight", NAMES, 1, ["shared", "looped"]),
+        # Many form the sum once for each adapter, where a second product costs more than W + ΔW.
+        ("weight", NAMES, 3000, ["by_group"]),
+    ],
+)
+def test_the_ways_of_few_and_many_tokens(
+    pair: str, names: list[str | None], tokens: int, ways: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    for way in ("shared", "looped", "by_group"):
+        whole = getattr(batch_rows, way)
+        monkeypatch.setattr(batch_rows, way, lambda *args, way=way, whole=whole: (called.append(way), whole(*args))[1])
+    model, x = adapted(nn.Sequential(nn.Linear(32, 32)), pair, "all-linear"), torch.randn(4, tokens, 32)
+    torch.testing.assert_close(by_rows(model, names, x), alone(model, names, x), rtol=1e-4, atol=1e-5)
+    assert called == ways
     # A name for several rows, in one dimension less; and GPT-2's layers, which store their weights transposed.
     x = x.repeat_interleave(2, 0)[:, 0]
     layer = pytest.importorskip("transformers.pytorch_utils").Conv1D(8, 32)
     for other in (model, adapted(nn.Sequential(layer), "lora", "all-linear")):
-        torch.testing.assert_close(by_rows(other, NAMES, x), alone(other, NAMES, x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(by_rows(other, names, x), alone(other, names, x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_that_only_one_adapter_updates() -> None:

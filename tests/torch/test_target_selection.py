@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ torch = pytest.importorskip("torch")
 
 from torch import Tensor, nn
 
-import tnadapt as tna
 from paper.diffusion.unet import ClassEmbedding, UNet
 from tnadapt.errors import TargetError
 from tnadapt.targets.target import Rows, Target
@@ -24,9 +21,6 @@ from tnadapt.torch import attach, find_targets
 from .architectures import MODELS, build, output
 from .internals_c import host_of, reads_outside
 from .modules import Module, linear, names, qv, roles, vq
-
-UNET = json.loads(Path(__file__).parent.with_name("oracles.json").read_text())["unet_qv"]
-
 
 # -- By role, in every library -----------------------------------------------------------------
 
@@ -130,23 +124,6 @@ def test_the_papers_unet_is_as_large_as_it_says() -> None:
     assert (net, label) == (10_409_027, 300)
     # 10.42 million in the paper.
     assert abs(net + label - 10.42e6) < 0.0011 * 10.42e6
-
-
-def test_the_papers_counts_come_out() -> None:
-    shapes = [target.shape for target in find_targets(UNet())]
-    assert len(shapes) == 42
-    assert sum(map(math.prod, shapes)) == 565_248
-    presets = tna.presets
-    configs = [
-        presets.lora(rank=1),
-        presets.lorta(rank=1, order=5),
-        presets.lorta(rank=1, order=3),
-        presets.superlora(rank=1),
-        presets.lorta(rank=1, order=5).replace(projection="linear", ratio=0.01),
-    ]
-    assert [tna.parameter_count(config, shapes) for config in configs] == [
-        entry["parameters"] for entry in UNET["counts"]
-    ]
 
 
 # -- Kinds -------------------------------------------------------------------------------------

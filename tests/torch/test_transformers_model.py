@@ -102,12 +102,17 @@ def test_the_trainer_takes_a_quantized_model_with_an_adapter(hf: Any, tmp_path: 
     assert (tmp_path / "config.json").is_file()
     assert not (tmp_path / "adapter_config.json").exists()
     validate(model)
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     other = attach(model, name="other")
     adapter.detach()
     validate(model)
     other.detach()
-    with pytest.raises(ValueError, match="attach trainable adapters"):
-        validate(model)
+    for twin in twins:
+        validate(twin)
+        adapters(twin)["default"].detach()
+    for made in (model, *twins):
+        with pytest.raises(ValueError, match="attach trainable adapters"):
+            validate(made)
 
 
 @pytest.mark.parametrize("quantized", [False, True])
