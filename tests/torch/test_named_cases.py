@@ -416,7 +416,7 @@ def test_a_reference_stays_as_it_is(with_adapters: bool) -> None:
     assert torch.equal(reference[1].running_mean, before)  # type: ignore[index]
 
 
-def test_refused() -> None:
+def test_a_reference_of_a_model_without_adapters_or_merged_is_refused() -> None:
     model = perceptron()
     text = (
         "Sequential has no adapter, so that all of its parameters may be trained: for a reference, copy.deepcopy() it"
