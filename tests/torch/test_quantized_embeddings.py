@@ -59,19 +59,18 @@ def stored(made: Any) -> dict[str, Any]:
 
 
 @kinds
-def test_the_numbers_are_what_the_forward_returns(kind: str) -> None:
-    made = embedding(kind)
-    assert torch.equal(numbers(made), made(torch.arange(OUT)))
-
-
-@kinds
 @pytest.mark.parametrize("strategy", ["factored", "additive"])
 def test_rows_of_the_update_are_added(kind: str, strategy: str) -> None:
     model = nn.Sequential(embedding(kind))
     base = numbers(model[0])
-    adapter = moved(tt.attach(model, P.lora(2), "embeddings", strategy=strategy))
+    assert torch.equal(base, model[0](torch.arange(OUT)))
+    # Dropout leaves indices alone.
+    with pytest.warns(UserWarning, match="drops nothing"):
+        adapter = moved(tt.attach(model, P.lora(2), "embeddings", strategy=strategy, dropout=0.5))
     assert (adapter.strategy, adapter.targets[0].shape) == ((strategy,), (OUT, SIZE))
-    torch.testing.assert_close(model(IDS), (base + adapter.deltas()[0])[IDS], rtol=1e-5, atol=1e-5)
+    for mode in (True, False):
+        y = model.train(mode)(IDS)
+        torch.testing.assert_close(y, (base + adapter.deltas()[0])[IDS], rtol=1e-5, atol=1e-5)
     with pytest.raises(tna.TargetError, match="all-linear"):
         tt.find_targets(model, "all-linear")
 
@@ -127,15 +126,6 @@ def test_rows_of_a_few_tokens(kind: str) -> None:
     torch.testing.assert_close(others, base[~changed], rtol=0.0 if exact else 1e-6, atol=0.0)
     adapter.unmerge()
     assert equal(stored(model[0]), before)
-
-
-@kinds
-def test_dropout_leaves_indices_alone(kind: str) -> None:
-    model = nn.Sequential(embedding(kind))
-    with pytest.warns(UserWarning, match="drops nothing"):
-        adapter = tt.attach(model, P.lora(2), "embeddings", dropout=0.5)
-    moved(adapter)
-    assert torch.equal(model.train()(IDS), model.eval()(IDS))
 
 
 def test_other_layers_of_a_model_with_a_quantized_embedding_are_adapted(tmp_path: Path) -> None:

@@ -54,9 +54,26 @@ def model(seed: int = 0) -> Any:
     return torch.nn.Sequential(PackedLinear(12, 8), torch.nn.Tanh(), PackedLinear(4, 12))
 
 
-def test_without_registration_it_is_no_layer() -> None:
+def test_what_is_missing_is_named() -> None:
     with pytest.raises(tna.TargetError, match="all-linear"):
-        tt.attach(model(), tna.presets.lora(2), targets="all-linear")
+        tt.attach(model(), tna.presets.lora(2), targets="all-linear")  # registered by nobody
+
+    class Silent(tt.QuantizedLayer):
+        """It defines nothing."""
+
+    class Shapeless(tt.QuantizedLayer):
+        def matches(self, module: Any) -> bool:
+            return isinstance(module, PackedLinear)
+
+    for cls, message in (
+        (Silent, r"Silent does not define matches\(module\)"),
+        (Shapeless, r"PackedLinear has no in_features.*define Shapeless\.shape\(module\)"),
+    ):
+        tt.register_quantized("lacking", cls)
+        with pytest.raises(tna.TargetError, match=message):
+            tt.attach(model(), tna.presets.lora(2), targets="all-linear")
+    with pytest.raises(tna.ConfigError, match=r"inherits from tnadapt\.torch\.QuantizedLayer; got"):
+        tt.register_quantized("dict", dict)
 
 
 @pytest.mark.parametrize(
@@ -84,48 +101,13 @@ def test_attach_train_save_load(config: tna.Config, tmp_path: Path) -> None:
     tt.load(again, tmp_path / "a.safetensors")
     assert torch.equal(again(x), base(x))
     assert all(torch.equal(tensor, state[name]) for name, tensor in base.state_dict().items() if name in state)
-
-
-def test_another_base_is_refused_by_its_numbers(tmp_path: Path) -> None:
-    tt.register_quantized("packed", Packed)
-    adapter = tt.attach(model(), tna.presets.lora(2), targets="all-linear")
-    adapter.save(tmp_path / "a.safetensors")
     with pytest.raises(tna.FileError, match="base"):
         tt.load(model(seed=1), tmp_path / "a.safetensors")
-
-
-def test_it_is_never_written_to() -> None:
-    tt.register_quantized("packed", Packed)
-    adapter = tt.attach(model(), tna.presets.lora(2), targets="all-linear")
     with pytest.raises(
         tna.TargetError,
         match=r"0\.weight is quantized: PackedLinear cannot be merged into, because Packed does not define requantize",
     ):
         adapter.merge()
-
-
-class Silent(tt.QuantizedLayer):
-    """It defines nothing."""
-
-
-class Shapeless(tt.QuantizedLayer):
-    def matches(self, module: Any) -> bool:
-        return isinstance(module, PackedLinear)
-
-
-@pytest.mark.parametrize(
-    ("cls", "message"),
-    [
-        (Silent, r"Silent does not define matches\(module\)"),
-        (Shapeless, r"PackedLinear has no in_features.*define Shapeless\.shape\(module\)"),
-    ],
-)
-def test_what_is_missing_is_named(cls: Any, message: str) -> None:
-    tt.register_quantized("lacking", cls)
-    with pytest.raises(tna.TargetError, match=message):
-        tt.attach(model(), tna.presets.lora(2), targets="all-linear")
-    with pytest.raises(tna.ConfigError, match=r"inherits from tnadapt\.torch\.QuantizedLayer; got"):
-        tt.register_quantized("dict", dict)
 
 
 def test_an_embedding_of_another_package_is_looked_up() -> None:
@@ -224,44 +206,39 @@ def batch() -> Any:
     return torch.randn(5, 8, generator=torch.Generator().manual_seed(2))
 
 
-def test_the_sum_is_quantized_by_the_layers_own_rule() -> None:
-    made, adapter = adapted()
-    before, update = made[0].numbers().clone(), adapter.deltas()[0].detach()
-    expected = Grid().requantize(made[0], (before.double() + update.double()).float())
-    adapter.merge()
-    assert torch.equal(made[0].codes, expected["codes"])
-    torch.testing.assert_close(made[0].step, expected["step"], rtol=1e-6, atol=0.0)
-
-
 @pytest.mark.parametrize(
     "config", [P.lora(2), P.superlora(2), P.hira(2), P.dora(2)], ids=["lora", "all", "hira", "dora"]
 )
-def test_unmerged_every_byte_is_back(config: tna.Config) -> None:
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_unmerged_every_byte_is_back(config: tna.Config, is_trained: bool) -> None:
     made, adapter = adapted(config)
+    made[0].step.requires_grad_(is_trained)
     before, first = bits(made), made(batch()).detach()
     for _ in range(3):
         adapter.merge()
-        assert not same(bits(made), before)
+        merged = bits(made)
+        assert not same(merged, before)
+        with adapter.disabled():
+            assert same(bits(made), before)
+        assert same(bits(made), merged)
+        made[0].codes[0, 0] += 1
+        with pytest.raises(tna.TargetError, match=r"0\.weight was changed after adapter 'default' was merged"):
+            adapter.unmerge()
+        made[0].codes[0, 0] -= 1
         adapter.unmerge()
         assert same(bits(made), before)
     assert torch.equal(made(batch()).detach(), first)
-
-
-def test_steps_in_training_are_merged_into() -> None:
-    made, adapter = adapted()
-    made[0].step.requires_grad_()
-    before = bits(made)
+    assert adapter.summary().base == 12 * 8 + 12 + 6 * 12 + 6  # what the codes stand for
     adapter.merge()
-    assert not same(bits(made), before)
-    adapter.unmerge()
-    assert same(bits(made), before)
+    adapter.bake()
+    assert same(bits(made), merged)
 
 
 def test_an_update_of_zero_leaves_the_codes_alone() -> None:
     made, adapter = adapted(size=0.0)
     before = bits(made)
     assert not torch.equal(Grid().requantize(made[0], made[0].numbers())["codes"], made[0].codes)
-    adapter.merge()
+    adapter.merge(max_error=0.0)
     assert same(bits(made), before)
     assert adapter.merge_report is not None
     assert adapter.merge_report[0][2:] == (0.0, 0.0, 1.0)
@@ -271,8 +248,12 @@ def test_an_update_of_zero_leaves_the_codes_alone() -> None:
 
 def test_the_report_measures_what_is_stored() -> None:
     made, adapter = adapted()
-    old, update = made[0].numbers().double(), adapter.deltas()[0].detach().double()
+    old, update = made[0].numbers().clone().double(), adapter.deltas()[0].detach().double()
+    expected = Grid().requantize(made[0], (old + update).float())
     adapter.merge()
+    # The sum is quantized by the layer's own rule.
+    assert torch.equal(made[0].codes, expected["codes"])
+    torch.testing.assert_close(made[0].step, expected["step"], rtol=1e-6, atol=0.0)
     report = adapter.merge_report
     assert report is not None
     (row,) = report  # the layer of numbers is not quantized
@@ -287,9 +268,6 @@ def test_the_report_measures_what_is_stored() -> None:
     assert str(report).splitlines()[1].split()[:2] == ["0.weight", "GridLinear"]
     adapter.unmerge()
     assert adapter.merge_report is None
-
-
-def test_without_quantized_weights_the_report_is_empty() -> None:
     _, adapter = adapted(targets=["2.weight"])
     adapter.merge()
     report = adapter.merge_report
@@ -298,13 +276,58 @@ def test_without_quantized_weights_the_report_is_empty() -> None:
     assert str(report) == "no quantized weight was merged into"
 
 
-def test_an_update_of_zero_is_kept() -> None:
-    made = grid_model()
-    adapter = tt.attach(made, P.lora(2), "all-linear")
-    adapter.merge(max_error=0.0)
-    report = adapter.merge_report
-    assert report is not None
-    assert (report[0].update_error, report[0].kept) == (0.0, 1.0)
+def test_another_adapter_sees_the_base_that_was_merged_into() -> None:
+    made, adapter = adapted(targets=["0.weight"])
+    before = bits(made)
+    other = tt.attach(made, P.dense(), ["0.weight"], name="other")
+    other.load_arrays({name: torch.full(shape, 0.2) for name, shape in other.plan.param_shapes.items()})
+    adapter.merge()
+    other.merge()
+    with pytest.raises(tna.TargetError, match=r"0\.weight was changed after adapter 'default' was merged"):
+        adapter.unmerge()
+    other.unmerge()
+    adapter.unmerge()
+    assert same(bits(made), before)
+
+
+def out_of_memory(self: Any, module: Any, weight: Any) -> Mapping[str, Any]:
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize(
+    ("requantize", "error", "text"),
+    [
+        (out_of_memory, RuntimeError, "out of memory"),
+        # It forgets a part.
+        (
+            lambda self, module, weight: {"codes": module.codes},
+            tna.TargetError, r"Failing\.requantize\(\) returned codes, and its stored is codes, step",
+        ),
+        # Its codes stand for no number.
+        (
+            lambda self, module, weight: {"codes": module.codes, "step": module.step / 0.0},
+            tna.BackendError, r"0\.weight plus its update cannot be quantized as GridLinear: the result is not f",
+        ),
+        (None, tna.BackendError, r"the update of 0\.weight is not finite"),
+    ],
+)  # fmt: skip
+def test_a_merge_that_fails_changes_nothing(requantize: Any, error: Any, text: str) -> None:
+    made, adapter = adapted()
+    before, arrays = bits(made), {name: array.clone() for name, array in adapter.arrays().items()}
+    if requantize is None:
+        with torch.no_grad():
+            next(iter(adapter.parameters()))[0, 0] = float("nan")
+    else:
+        tt.register_quantized("grid", type("Failing", (Grid,), {"requantize": requantize}))
+    with pytest.raises(error, match=text):
+        adapter.merge()
+    assert same(bits(made), before)
+    assert not adapter.merged
+    tt.register_quantized("grid", Grid)
+    adapter.load_arrays(arrays)
+    adapter.merge()
+    adapter.unmerge()
+    assert same(bits(made), before)
 
 
 def test_too_large_an_error_is_refused() -> None:
@@ -343,43 +366,6 @@ def test_rows_of_one_layer_are_merged_together() -> None:
     assert torch.equal(made[0].codes[4:8], Grid().requantize(made[0], old)["codes"][4:8])
     adapter.unmerge()
     assert same(bits(made), before)
-
-
-def test_another_adapter_sees_the_base_that_was_merged_into() -> None:
-    made, adapter = adapted(targets=["0.weight"])
-    before = bits(made)
-    other = tt.attach(made, P.dense(), ["0.weight"], name="other")
-    other.load_arrays({name: torch.full(shape, 0.2) for name, shape in other.plan.param_shapes.items()})
-    adapter.merge()
-    other.merge()
-    with pytest.raises(tna.TargetError, match=r"0\.weight was changed after adapter 'default' was merged"):
-        adapter.unmerge()
-    other.unmerge()
-    adapter.unmerge()
-    assert same(bits(made), before)
-
-
-def test_a_layer_that_was_written_to_is_not_overwritten() -> None:
-    made, adapter = adapted()
-    adapter.merge()
-    made[0].codes[0, 0] += 1
-    with pytest.raises(tna.TargetError, match=r"0\.weight was changed after adapter 'default' was merged"):
-        adapter.unmerge()
-    made[0].codes[0, 0] -= 1
-    adapter.unmerge()
-
-
-def test_disabled_and_baked() -> None:
-    made, adapter = adapted()
-    before = bits(made)
-    adapter.merge()
-    merged = bits(made)
-    with adapter.disabled():
-        assert same(bits(made), before)
-    assert same(bits(made), merged)
-    assert adapter.merge_report is not None
-    adapter.bake()
-    assert same(bits(made), merged)
 
 
 @pytest.mark.parametrize(
@@ -423,63 +409,6 @@ def test_an_interruption_leaves_the_base_or_the_sum() -> None:
             assert same(bits(made), before), stop
 
 
-class Failing(Grid):
-    """A type whose library fails."""
-
-    def requantize(self, module: Any, weight: Any) -> Mapping[str, Any]:
-        raise RuntimeError("out of memory")
-
-
-class Short(Grid):
-    """A type that forgets a part."""
-
-    def requantize(self, module: Any, weight: Any) -> Mapping[str, Any]:
-        return {"codes": module.codes}
-
-
-class Infinite(Grid):
-    """A type whose codes stand for no number."""
-
-    def requantize(self, module: Any, weight: Any) -> Mapping[str, Any]:
-        return {"codes": module.codes, "step": module.step / 0.0}
-
-
-@pytest.mark.parametrize(
-    ("kind", "error", "text"),
-    [
-        (Failing, RuntimeError, "out of memory"),
-        (Short, tna.TargetError, r"Short\.requantize\(\) returned codes, and its stored is codes, step"),
-        (
-            Infinite,
-            tna.BackendError,
-            r"0\.weight plus its update cannot be quantized as GridLinear: the result is not f",
-        ),
-    ],
-)
-def test_a_library_that_fails_changes_nothing(kind: Any, error: Any, text: str) -> None:
-    tt.register_quantized("grid", kind)
-    made, adapter = adapted()
-    before = bits(made)
-    with pytest.raises(error, match=text):
-        adapter.merge()
-    assert same(bits(made), before)
-    assert not adapter.merged
-    tt.register_quantized("grid", Grid)
-    adapter.merge()
-    adapter.unmerge()
-    assert same(bits(made), before)
-
-
-def test_an_update_that_is_not_finite_is_refused() -> None:
-    made, adapter = adapted()
-    before = bits(made)
-    with torch.no_grad():
-        next(iter(adapter.parameters()))[0, 0] = float("nan")
-    with pytest.raises(tna.BackendError, match=r"the update of 0\.weight is not finite"):
-        adapter.merge()
-    assert same(bits(made), before)
-
-
 def test_unknown_and_empty_layers_are_refused() -> None:
     class Codes(torch.nn.Module):
         """Nobody knows how its codes are to be read."""
@@ -503,11 +432,6 @@ def test_unknown_and_empty_layers_are_refused() -> None:
         tna.TargetError, match=r"0\.weight of GridLinear cannot be merged into: it is on the meta device"
     ):
         adapter.merge()
-
-
-def test_the_summary_counts_what_the_codes_stand_for() -> None:
-    _, adapter = adapted()
-    assert adapter.summary().base == 12 * 8 + 12 + 6 * 12 + 6
 
 
 def test_a_registered_type_is_asked_before_the_built_in_ones() -> None:

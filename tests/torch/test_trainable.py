@@ -10,15 +10,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import copy
+import pickle
+
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import tnadapt as tna
 import tnadapt.torch
 from tnadapt import presets
 from tnadapt.errors import ConfigError, TargetError
-from tnadapt.torch import Adapter, attach
+from tnadapt.torch import Adapter, attach, load
 
 from .distributed_jobs import Block
 from .loops import batch, loss_of, make, move
@@ -37,42 +40,46 @@ def moved(model: nn.Module, adapter: Adapter, groups: list[dict[str, Any]] | Non
     return {name: float((p.detach() - before[name]).norm()) for name, p in adapter.named_parameters()}
 
 
-def test_groups_one_after_another() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(Block(True), Block(False))
-    adapter = attach(model, presets.superlora(2, groups=3))
-    move(adapter)
-    for group in range(3):
-        adapter.set_trainable(groups=group)
-        for name, distance in moved(model, adapter).items():
-            assert (distance > 0) == name.startswith(f"group{group}."), name
-    adapter.set_trainable()
-    assert all(distance > 0 for distance in moved(model, adapter).values())
-
-
-def test_one_optimizer_for_groups_one_after_another() -> None:
+def grouped() -> tuple[nn.Module, Adapter]:
     torch.manual_seed(0)
     model = nn.Sequential(Block(True), Block(False))
     adapter = attach(model, presets.superlora(2, groups=2))
     move(adapter)
+    return model, adapter
+
+
+def test_groups_one_after_another() -> None:
+    model, adapter = grouped()
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.1, weight_decay=0.0)
-    for group in range(2):
-        adapter.set_trainable(groups=[group])
-        before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
-        loss_of(model, batch()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        for name, p in adapter.named_parameters():
-            assert torch.equal(p, before[name]) != name.startswith(f"group{group}."), name
+    for group in (0, 1):
+        # Also what is frozen between a backward pass and a step stays.
+        for chosen in ([group], group):
+            loss_of(model, batch()).backward()
+            adapter.set_trainable(groups=chosen)
+            before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+            loss_of(model, batch()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            for name, p in adapter.named_parameters():
+                assert torch.equal(p, before[name]) != name.startswith(f"group{group}."), name
+    adapter.set_trainable()
+    assert all(distance > 0 for distance in moved(model, adapter).values())
 
 
-@pytest.mark.parametrize("config", ["default", "lora"])
-@pytest.mark.parametrize("factor", ["factor0", "factor1"])
-def test_frozen_factors(config: str, factor: str) -> None:
-    model, adapter = make(config)
-    adapter.set_trainable(arrays=factor)
-    for name, distance in moved(model, adapter).items():
-        assert (distance > 0) == name.endswith(factor), name
+def test_a_choice_that_fails_leaves_the_gradients() -> None:
+    model, adapter = grouped()
+    loss_of(model, batch()).backward()
+    gradients = {name: p.grad for name, p in adapter.named_parameters()}
+    last: Any = list(adapter.named_parameters())[-1][1]
+
+    def fail(required: bool) -> None:
+        del last.requires_grad_  # what undoes the choice is not to fail
+        raise MemoryError
+
+    last.requires_grad_ = fail
+    with pytest.raises(MemoryError):
+        adapter.set_trainable(groups=1)
+    assert all(p.requires_grad and p.grad is gradients[name] for name, p in adapter.named_parameters())
 
 
 @pytest.mark.parametrize("config", ["default", "lora"])
@@ -85,31 +92,6 @@ def test_lora_plus(config: str) -> None:
     assert (slow["lr"], fast["lr"]) == (0.1, 0.4)
     for name, distance in moved(model, adapter, [slow, fast]).items():
         assert distance == pytest.approx((4.0 if name.endswith("factor0") else 1.0) * plain[name], rel=1e-9), name
-
-
-def test_a_nonlinearity_between_the_factors_trains_and_does_not_merge() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(Block(True), Block(False))
-    adapter = attach(model, presets.lora(4), activation="relu")
-    linear = nn.Sequential(Block(True), Block(False))
-    linear.load_state_dict({name: p for name, p in model.state_dict().items() if "tnadapt" not in name})
-    attach(linear, presets.lora(4)).load_arrays(adapter.arrays())
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(6):
-        loss = loss_of(model, batch())
-        losses.append(float(loss.detach()))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < losses[0]
-    state = {name: p.clone() for name, p in model.state_dict().items()}
-    with pytest.raises(ConfigError, match="cannot be merged"):
-        adapter.merge()
-    assert all(torch.equal(p, state[name]) for name, p in model.state_dict().items())
-    next(iter(tnadapt.torch.adapters(linear).values())).load_arrays(adapter.arrays())
-    with torch.no_grad():
-        assert not torch.allclose(model(batch()), linear(batch()), rtol=1e-3)
 
 
 # -- The zero of the start is an array that is trained ------------------------------------------------
@@ -146,6 +128,27 @@ def subsets(adapter: Adapter) -> list[dict[str, Any]]:
     some = [list(c) for count in range(1, len(words) + 1) for c in itertools.combinations(words, count)]
     groups: list[Any] = [None, *(range(adapter.plan.num_groups) if adapter.plan.num_groups > 1 else [])]
     return [{"groups": group, "arrays": chosen} for group in groups for chosen in some]
+
+
+def test_a_nonlinearity_between_the_factors_trains_and_does_not_merge() -> None:
+    model, adapter, x = attention(presets.lora(4), activation="relu")
+    linear, alike, _ = attention(presets.lora(4))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = (model(x) - 1.0).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    state = {name: p.clone() for name, p in model.state_dict().items()}
+    with pytest.raises(ConfigError, match="cannot be merged"):
+        adapter.merge()
+    assert all(torch.equal(p, state[name]) for name, p in model.state_dict().items())
+    alike.load_arrays(adapter.arrays())
+    with torch.no_grad():
+        assert not torch.allclose(model(x), linear(x), rtol=1e-3)
 
 
 @pytest.mark.law("frozen-arrays")
@@ -222,56 +225,6 @@ def test_frozen_arrays_come_back_in_every_dtype(dtype: torch.dtype, config: Any,
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
-def test_an_optimizer_leaves_what_is_frozen_between_backward_and_step() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(Block(True), Block(False))
-    adapter = attach(model, presets.superlora(2, groups=2))
-    move(adapter)
-    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
-    loss_of(model, batch()).backward()
-    adapter.set_trainable(groups=0)
-    before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
-    optimizer.step()
-    for name, p in adapter.named_parameters():
-        assert torch.equal(p, before[name]) != name.startswith("group0."), name
-
-
-def test_a_choice_that_fails_leaves_the_gradients() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(Block(True), Block(False))
-    adapter = attach(model, presets.superlora(2, groups=2))
-    move(adapter)
-    loss_of(model, batch()).backward()
-    gradients = {name: p.grad for name, p in adapter.named_parameters()}
-    last: Any = list(adapter.named_parameters())[-1][1]
-
-    def fail(required: bool) -> None:
-        del last.requires_grad_  # what undoes the choice is not to fail
-        raise MemoryError
-
-    last.requires_grad_ = fail
-    with pytest.raises(MemoryError):
-        adapter.set_trainable(groups=1)
-    assert all(p.requires_grad and p.grad is gradients[name] for name, p in adapter.named_parameters())
-
-
-def test_frozen_arrays_that_have_moved_are_stored(tmp_path: Path) -> None:
-    model, adapter, x = attention(presets.lora(2))
-    move(adapter)
-    output = model(x)
-    adapter.set_trainable(arrays="factor1")
-    # What has been trained keeps every number.
-    assert torch.equal(model(x), output)
-    adapter.save(tmp_path / "a.safetensors")
-    with safe_open(tmp_path / "a.safetensors", "np") as stored:
-        assert set(stored.keys()) == adapter.plan.param_shapes.keys()
-    adapter.detach()
-    assert tnadapt.torch.load(model, tmp_path / "a.safetensors").trained == (
-        "group0.split0.factor1", "group1.split0.factor1",
-    )  # fmt: skip
-    assert torch.equal(model(x), output)
-
-
 def test_a_loaded_adapter_goes_on_as_it_was_saved(tmp_path: Path) -> None:
     model, adapter, x = attention(presets.lorta(2))
     adapter.set_trainable(arrays="core")
@@ -287,6 +240,21 @@ def test_a_loaded_adapter_goes_on_as_it_was_saved(tmp_path: Path) -> None:
     again.reset()
     assert not own.any()
     assert again.arrays()["group0.split0.core"].any()
+    again.detach()
+    # Frozen arrays that have moved are stored.
+    adapter = attach(model, presets.lora(2))
+    move(adapter)
+    output = model(x)
+    adapter.set_trainable(arrays="factor1")
+    # What has been trained keeps every number.
+    assert torch.equal(model(x), output)
+    adapter.save(tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "np") as stored:
+        assert set(stored.keys()) == adapter.plan.param_shapes.keys()
+    adapter.detach()
+    names = tuple(f"group{number}.split0.factor1" for number in (0, 1))
+    assert tnadapt.torch.load(model, tmp_path / "a.safetensors").trained == names
+    assert torch.equal(model(x), output)
 
 
 def test_merging_and_converting_a_file_with_frozen_arrays(tmp_path: Path) -> None:
@@ -316,30 +284,28 @@ def test_merging_and_converting_a_file_with_frozen_arrays(tmp_path: Path) -> Non
 def test_what_could_never_learn_is_refused() -> None:
     _, adapter, _ = attention(presets.lora(2))
     arrays = adapter.arrays()
-    # As a data-driven start brings them: no start of ours, and zero where it is to be trained.
-    brought = {name: array + 1.0 if name.endswith("factor1") else array for name, array in arrays.items()}
-    adapter.load_arrays(brought)
-    with pytest.raises(ConfigError, match=r"arrays of zeros next to factor1 that would be frozen.*nothing would learn"):
-        adapter.set_trainable(arrays="factor1")
-    assert adapter.trained is None
-    assert all(p.requires_grad for _, p in adapter.named_parameters())
-    assert all(torch.equal(array, brought[name]) for name, array in adapter.arrays().items())
-    adapter.set_trainable(arrays="factor0")
-    # Where the zero of the start is trained as it was, and all else has become zero.
-    adapter.load_arrays(
-        {name: array + 1.0 if name.endswith("factor0") else 0 * array for name, array in arrays.items()}
-    )
+    # As a data-driven start brings them: no start of ours, and zero where it is to be trained; and where the zero of
+    # the start is trained as it was, and all else has become zero.
+    for word, other in (("factor1", "factor0"), ("factor0", "factor1")):
+        brought = {name: array + 1.0 if name.endswith(word) else 0 * array for name, array in arrays.items()}
+        adapter.set_trainable()
+        adapter.load_arrays(brought)
+        with pytest.raises(
+            ConfigError, match=rf"arrays of zeros next to {word} that would be frozen.*nothing would learn"
+        ):
+            adapter.set_trainable(arrays=word)
+        assert adapter.trained is None
+        assert all(p.requires_grad for _, p in adapter.named_parameters())
+        assert all(torch.equal(array, brought[name]) for name, array in adapter.arrays().items())
+        adapter.set_trainable(arrays=other)
     adapter.set_trainable()
-    with pytest.raises(ConfigError, match=r"arrays of zeros next to factor0 that would be frozen.*nothing would learn"):
-        adapter.set_trainable(arrays="factor0")
     adapter.reset()
     adapter.set_trainable(arrays="factor1")
-    # In one group only: a warning.
-    mixed = {name: brought[name] if "group0" in name else array + 1.0 for name, array in arrays.items()}
     adapter.set_trainable()
-    adapter.load_arrays(mixed)
-    with pytest.warns(UserWarning, match=r"gradient of the trained arrays is zero in groups 0\. Train the others"):
+    adapter.merge()
+    with pytest.raises(TargetError, match="call unmerge"):
         adapter.set_trainable(arrays="factor1")
+    assert adapter.trained is None
 
 
 @pytest.mark.parametrize(("count", "said"), [(1, "0"), (4, "0, 1, 2, 3"), (5, "0, 1, 2, 3 and 1 more")])
@@ -352,6 +318,11 @@ def test_the_groups_that_could_not_learn_are_named(count: int, said: str) -> Non
     with pytest.warns(UserWarning, match=rf"gradient of the trained arrays is zero in groups {said}\. Train") as told:
         adapter.set_trainable(arrays="factor1")
     assert told[0].filename == __file__
+    # Learning rates follow the zero.
+    adapter.reset()
+    (fast,) = adapter.parameter_groups(lr=0.1, ratio=4.0)
+    assert fast["lr"] == 0.1
+    assert len(fast["params"]) == 6
 
 
 def test_a_relu_passes_nothing_back_to_a_factor_of_zeros() -> None:
@@ -382,17 +353,125 @@ def test_a_choice_on_the_meta_device_is_filled_in_by_reset() -> None:
     assert core.grad.any()
 
 
-def test_a_merged_adapter_keeps_its_arrays() -> None:
-    _, adapter, _ = attention(presets.lorta(2))
-    adapter.merge()
-    with pytest.raises(TargetError, match="call unmerge"):
-        adapter.set_trainable(arrays="core")
-    assert adapter.trained is None
+# -- Parameters in training units: files, arrays and other adapters have the arrays themselves ------
 
 
-def test_learning_rates_follow_the_zero() -> None:
-    _, adapter, _ = attention(presets.lora(2))
-    adapter.set_trainable(arrays="factor1")
-    (fast,) = adapter.parameter_groups(lr=0.1, ratio=4.0)
-    assert fast["lr"] == 0.1
-    assert len(fast["params"]) == 2
+IN_UNITS = {
+    "lora": presets.lora(4),
+    "alpha": presets.lora(4, alpha=6.0),
+    "superlora": presets.superlora(4, projection="linear", ratio=0.1),
+    "nonlinear": presets.superlora(4, projection="nonlinear"),
+    "lokr": presets.lokr(2),
+    "dense": presets.dense(),
+    "vera": presets.vera(4),
+    "tied": presets.tied_lora(2),
+    "theta": presets.unilora(20),
+    "tinylora": presets.tinylora(5),
+    "magnitude": presets.dora(2),
+    "factor": presets.hira(2),
+    "pissa": presets.lora(2, start="pissa"),
+    "given": presets.lora(2, start="given"),
+}
+
+
+def base() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 12), nn.GELU(), nn.Linear(12, 12), nn.GELU(), nn.Linear(12, 12))
+
+
+def loss_in_units(model: nn.Sequential) -> Tensor:
+    x = torch.linspace(-1.0, 1.0, 60, dtype=model[0].weight.dtype).view(5, 12)
+    return model(x).square().sum()
+
+
+def trained(model: nn.Sequential, groups: object, steps: int = 4) -> nn.Sequential:
+    optimizer = torch.optim.Adam(groups, 1e-2, eps=1e-30)  # type: ignore[arg-type]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_in_units(model).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.law("training-units")
+@pytest.mark.parametrize("name", IN_UNITS)
+def test_adam_in_units_is_adam_with_a_rate_for_each_array(name: str) -> None:
+    model, other = base().double(), base().double()
+    adapter = attach(model, IN_UNITS[name], "all-linear", dtype=torch.float64)
+    alike = attach(other, IN_UNITS[name].replace(rate="sgd"), "all-linear", dtype=torch.float64)
+    assert max(adapter.plan.units.values()) > 1.0
+    assert set(alike.plan.units.values()) == {1.0}
+    trained(model, adapter.parameters())
+    trained(other, alike.adam_groups(1e-2))
+    for array, own in alike.arrays().items():
+        torch.testing.assert_close(adapter.arrays()[array], own, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.law("training-units")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", IN_UNITS)
+def test_files_have_the_arrays(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = base()
+    adapter = attach(model, IN_UNITS[name], "all-linear", dtype=dtype)
+    trained(model, adapter.parameters())
+    adapter.save(tmp_path / "a.safetensors")
+    file = tna.load(tmp_path / "a.safetensors")
+    assert file.config.rate == "adam"
+    arrays = adapter.arrays()
+    for array, own in file.arrays.items():
+        assert torch.equal(torch.from_numpy(own), arrays[array].detach().float())
+    # What the file's plan computes is what the adapter does.
+    for one, delta in zip(adapter.deltas(), adapter.plan.deltas(arrays), strict=True):
+        assert torch.equal(one, delta)
+    again = base()
+    loaded = load(again, tmp_path / "a.safetensors", dtype=dtype)
+    for (_, one), (_, other) in zip(adapter.named_parameters(), loaded.named_parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(loss_in_units(again), loss_in_units(model))
+
+
+@pytest.mark.law("copies")
+@pytest.mark.parametrize("name", IN_UNITS)
+def test_arrays_reset_swap_and_copies(name: str, tmp_path: Path) -> None:
+    model = base()
+    adapter = attach(model, IN_UNITS[name], "all-linear")
+    fresh = {array: parameter.detach().clone() for array, parameter in adapter.named_parameters()}
+    trained(model, adapter.parameters())
+    copies, output = (copy.deepcopy(model), pickle.loads(pickle.dumps(model))), loss_in_units(model)
+    adapter.save(tmp_path / "a.safetensors")
+    arrays = {array: own.detach().clone() for array, own in adapter.arrays().items()}
+    adapter.reset()
+    for array, parameter in adapter.named_parameters():
+        assert torch.equal(parameter, fresh[array])
+    adapter.load_arrays(arrays)
+    assert torch.equal(loss_in_units(model), output)
+    adapter.reset()
+    adapter.swap(tmp_path / "a.safetensors")
+    # The same also after another step, from the same gradients.
+    for _ in range(2):
+        for one in copies:
+            assert torch.equal(loss_in_units(one), loss_in_units(model))
+        for one in (model, *copies):
+            trained(one, [parameter for parameter in one.parameters() if parameter.requires_grad], 1)
+
+
+def test_start_from_takes_arrays_and_groups_have_one_rate() -> None:
+    adapter = attach(base(), presets.lora(1, start="given"), "all-linear")
+    start = torch.full((12, 1), 0.25)
+    adapter.start_from({"group0.split0.factor0": start})
+    assert torch.equal(adapter.arrays()["group0.split0.factor0"], start)
+    assert not any(delta.any() for delta in adapter.deltas())
+    (group,) = adapter.adam_groups(2e-3)
+    assert group["lr"] == 2e-3
+    assert len(group["params"]) == len(list(adapter.parameters()))
+
+
+def test_a_file_of_the_other_rate_can_be_swapped_in(tmp_path: Path) -> None:
+    model = base()
+    adapter = attach(model, presets.lora(2, rate="sgd"), "all-linear")
+    trained(model, adapter.adam_groups(1e-2))
+    adapter.save(tmp_path / "a.safetensors")
+    assert tna.load(tmp_path / "a.safetensors").config.rate == "sgd"
+    other = base()
+    attach(other, presets.lora(2), "all-linear").swap(tmp_path / "a.safetensors")
+    assert torch.equal(loss_in_units(other), loss_in_units(model))

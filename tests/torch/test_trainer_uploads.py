@@ -134,6 +134,7 @@ def test_an_adapter_below_a_peft_model_is_refused(hf: Any, tmp_path: Path) -> No
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*attention implementation.*:UserWarning")
 def test_a_card_of_trl(hf: Any, hub: Hub, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     tiny = importlib.import_module(".tiny_language_model", __package__)

@@ -46,17 +46,28 @@ def test_saving_a_model_whole_warns_and_says_what_to_do(hf: Any, tmp_path: Path)
     assert (tmp_path / "model.safetensors").is_file()
 
 
-def test_a_merged_model_is_saved_as_an_ordinary_one(hf: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_a_merged_model_or_its_copy_is_saved_as_an_ordinary_one(hf: Any, tmp_path: Path, copied: Any) -> None:
     model, words = hf.bert().eval(), torch.arange(4, 12).view(1, 8)
-    names = list(model.state_dict())
-    adapter = attach(model)
+    names, base = list(model.state_dict()), model(words).logits
+    attach(model)
+    other = copied(model)
+    adapter = adapters(other)["default"]
     train(adapter)
     adapter.merge()
-    model.save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path)
     loaded = transformers.BertForSequenceClassification.from_pretrained(tmp_path)
     assert list(loaded.state_dict()) == names
     with torch.no_grad():
-        assert torch.equal(loaded(words).logits, model(words).logits)
+        assert torch.equal(loaded(words).logits, other(words).logits)
+    adapter.unmerge()
+    other.disable_adapters()
+    assert other.active_adapters() == []
+    if other is not model:
+        assert model.active_adapters() == ["default"]
+        assert torch.equal(model(words).logits, base)
 
 
 def test_without_adapters_nothing_is_left(hf: Any, tmp_path: Path) -> None:
@@ -70,31 +81,13 @@ def test_without_adapters_nothing_is_left(hf: Any, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.save_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_saves_itself(hf: Any, tmp_path: Path, copied: Any) -> None:
-    model = hf.bert()
-    attach(model)
-    other = copied(model)
-    adapter = adapters(other)["default"]
-    train(adapter)
-    adapter.merge()
-    other.save_pretrained(tmp_path)
-    found = transformers.BertForSequenceClassification.from_pretrained(tmp_path)
-    name = adapter.targets[0].name
-    assert torch.equal(found.state_dict()[name], other.state_dict()[name])
-    assert not torch.equal(found.state_dict()[name], model.state_dict()[name])
-
-
-def test_a_method_of_the_instance_is_left_alone(hf: Any) -> None:
-    model = hf.bert()
+    # A method of the instance is left alone.
     own = model.save_pretrained = lambda folder: None
     attach(model).detach()
     assert model.save_pretrained is own
 
 
-def test_the_trainer_takes_a_quantized_model_with_an_adapter(hf: Any) -> None:
+def test_the_trainer_takes_a_quantized_model_with_an_adapter(hf: Any, tmp_path: Path) -> None:
     validate = pytest.importorskip("transformers.trainer_utils").validate_quantization_for_training
     model = hf.bert()
     # As the model of a GGUF file is: its weights are dequantized, and it counts as quantized.
@@ -103,27 +96,29 @@ def test_the_trainer_takes_a_quantized_model_with_an_adapter(hf: Any) -> None:
         validate(model)
     adapter = attach(model)
     validate(model)
-    other = attach(model, name="other")
-    adapter.detach()
-    validate(model)
-    other.detach()
-    with pytest.raises(ValueError, match="attach trainable adapters"):
-        validate(model)
-
-
-def test_a_quantized_model_is_not_saved_in_pefts_format(hf: Any, tmp_path: Path) -> None:
-    model = hf.bert()
-    model.is_quantized = True
-    attach(model)
+    # It is not saved in PEFT's format.
     with pytest.warns(UserWarning, match="from_pretrained will load the base without its effect"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "config.json").is_file()
     assert not (tmp_path / "adapter_config.json").exists()
-    pytest.importorskip("transformers.trainer_utils").validate_quantization_for_training(model)
+    validate(model)
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    other = attach(model, name="other")
+    adapter.detach()
+    validate(model)
+    other.detach()
+    for twin in twins:
+        validate(twin)
+        adapters(twin)["default"].detach()
+    for made in (model, *twins):
+        with pytest.raises(ValueError, match="attach trainable adapters"):
+            validate(made)
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_methods_for_adapters_of_peft_are_those_for_ours(hf: Any, quantized: bool) -> None:
+def test_methods_for_adapters_of_peft_are_those_for_ours(
+    hf: Any, quantized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, words = hf.bert().eval(), torch.arange(4, 12).view(1, 8)
     model.is_quantized = quantized
     base = model(words).logits
@@ -154,22 +149,10 @@ def test_methods_for_adapters_of_peft_are_those_for_ours(hf: Any, quantized: boo
     other.unmerge()
     model.delete_adapter(["a", "b"])
     assert "active_adapters" not in model.__dict__
-
-
-def test_adapters_of_peft_keep_their_methods(hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = hf.bert()
+    # As transformers' add_adapter() leaves a model: adapters of PEFT keep their methods.
     attach(model)
-    # As transformers' add_adapter() leaves a model.
     model.peft_config = {"theirs": None}
     monkeypatch.setattr(type(model), "active_adapters", lambda self: list(self.peft_config))
     assert model.active_adapters() == ["theirs"]
     model.peft_config = {}
     assert model.active_adapters() == ["default"]
-
-
-def test_a_copy_lists_its_own_adapters(hf: Any) -> None:
-    model = hf.bert()
-    attach(model)
-    other = copy.deepcopy(model)
-    other.disable_adapters()
-    assert (model.active_adapters(), other.active_adapters()) == (["default"], [])

@@ -1,8 +1,7 @@
-"""TRL's trainers on a trained adapter: their reference is that adapter rather than the base model."""
+"""TRL's trainers on a model with an attached adapter, and on one through PEFT, whose reference is that adapter."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -14,29 +13,32 @@ pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("tokenizers")
-pytest.importorskip("trl")
-
-from peft import PeftModel, get_peft_model
+trl = pytest.importorskip("trl")
 
 import tnadapt.torch as tt
 import tnadapt.torch.peft as plugin
 from tests.support.depth import in_depth
 from tnadapt import presets
 
-from . import tiny_language_model
+from .loops import bits, same, snapshot
+from .tiny_language_model import llama, peft_config, settings, shifted, through_peft, tokenizer
 
 # They are about TRL's own dependencies, and about options that it sets itself.
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*attention implementation.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
 
-SIZES = {
-    "weights": 4, "rows": 16, "cols": 16, "heads": 4, "layers": 2, "n": 40, "block": 4, "r": 2, "parameters": 13,
-    "digits": (4, 2),
-}  # fmt: skip
+CONFIGS = {"default": None, "lora": presets.lora(2), "unilora": presets.unilora(40, 2)}
+# Two sentences, so that every batch is the same and the loss of the first and the last can be compared.
+SENTENCES = [{"text": "w1 w2 w3 w4 w5 w6 w7"}, {"text": "w9 w8 w7 w6 w5"}] * 6
+PAIRS = [
+    {"prompt": "w1 w2 w3", "chosen": " w4 w5 w6", "rejected": " w7 w8"},
+    {"prompt": "w3 w2", "chosen": " w9", "rejected": " w17 w8 w5"},
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,76 +46,202 @@ def _registered() -> None:
     plugin.register()
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_language_model.tokenizer()
-
-
-def trained(preset: str) -> PeftModel:
-    """Return a model with a trained adapter."""
-    takes = inspect.signature(getattr(presets, preset)).parameters
-    settings = {name: size for name, size in SIZES.items() if name in takes}
-    model = get_peft_model(
-        tiny_language_model.llama(), plugin.TnadaptConfig(task_type="CAUSAL_LM", preset=preset, settings=settings)
-    )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, array in tt.adapters(model)["default"].named_parameters():
-            array.add_(0.3 * torch.randn(array.shape, generator=generator))
-    return model
-
-
-def settings(folder: Path) -> dict[str, Any]:
-    return tiny_language_model.settings(folder, learning_rate=0.0)
-
-
-def first_log(trainer: Any) -> dict[str, float]:
+def quiet(trainer: Any) -> Any:
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
-    return trainer.state.log_history[0]
+    return trainer
 
 
-def dpo(model: PeftModel, tokenizer: Any, folder: Path) -> Any:
-    from trl import DPOConfig, DPOTrainer
+def logged(trainer: Any, key: str) -> list[float]:
+    return [float(entry[key]) for entry in trainer.state.log_history if key in entry]
 
-    pairs = [
-        {"prompt": "w1 w2 w3", "chosen": " w4 w5 w6", "rejected": " w7 w8"},
-        {"prompt": "w3 w2", "chosen": " w9", "rejected": " w17 w8 w5"},
-    ]
-    return DPOTrainer(
-        model=model,
-        args=DPOConfig(**settings(folder)),
-        train_dataset=datasets.Dataset.from_list(pairs),
-        processing_class=tokenizer,
+
+def sft(model: Any, folder: Path, peft_config: Any = None, **changes: Any) -> Any:
+    return quiet(
+        trl.SFTTrainer(
+            model,
+            trl.SFTConfig(**settings(folder, max_steps=6, max_length=16, **changes)),
+            train_dataset=datasets.Dataset.from_list(SENTENCES),
+            processing_class=tokenizer(),
+            peft_config=peft_config,
+        )
     )
 
 
-def grpo(model: PeftModel, tokenizer: Any, folder: Path) -> Any:
-    from trl import GRPOConfig, GRPOTrainer
+def dpo(model: Any, folder: Path, ref_model: Any = None, **changes: Any) -> Any:
+    return quiet(
+        trl.DPOTrainer(
+            model,
+            ref_model=ref_model,
+            args=trl.DPOConfig(**settings(folder, **{"max_steps": 3, **changes})),
+            train_dataset=datasets.Dataset.from_list(PAIRS),
+            processing_class=tokenizer(),
+        )
+    )
 
+
+def grpo(model: Any, folder: Path, beta: float = 0.1, **changes: Any) -> Any:
     def number_of_fours(completions: list[str], **others: Any) -> list[float]:
         return [float(text.count("4")) for text in completions]
 
-    arguments = GRPOConfig(**settings(folder), beta=0.1, num_generations=2, max_completion_length=4)
-    return GRPOTrainer(
-        model=model,
-        args=arguments,
-        reward_funcs=number_of_fours,
-        train_dataset=datasets.Dataset.from_list([{"prompt": "w1 w2 w3"}] * 2),
-        processing_class=tokenizer,
+    arguments = trl.GRPOConfig(
+        **settings(folder, **{"max_steps": 3, "per_device_train_batch_size": 4, **changes}), beta=beta,
+        num_generations=4, max_completion_length=6,
+    )  # fmt: skip
+    prompts = datasets.Dataset.from_list([{"prompt": "w1 w2 w3"}] * 4)
+    return quiet(
+        trl.GRPOTrainer(model, number_of_fours, args=arguments, train_dataset=prompts, processing_class=tokenizer())
     )
 
 
-def arrays(trainer: Any, name: str) -> dict[str, Any]:
-    return dict(tt.adapters(trainer.model)[name].named_parameters())
+# -- Supervised ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "config", [*in_depth(CONFIGS, ["default"]), *in_depth(["superlora", "tinylora"], ["tinylora"])]
+)
+@pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore:.*gradient_checkpointing.*:UserWarning")
+def test_sft_resumes_to_the_bit(config: str, tmp_path: Path) -> None:
+    def run(checkpoint: str | None) -> tuple[list[float], dict[str, Any]]:
+        model, how = llama(), {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
+        if config in CONFIGS:
+            tt.attach(model, CONFIGS[config])
+            base = bits(model)
+            trainer = sft(model, tmp_path, **how)
+            tt.adapter_checkpoints(trainer)
+        else:
+            base = bits(model)
+            trainer = sft(model, tmp_path, peft_config(config), gradient_checkpointing=True, **how)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert same(bits(model), base)
+        (adapter,) = tt.adapters(trainer.model).values()
+        return logged(trainer, "loss"), snapshot(adapter)
+
+    losses, arrays = run(None)
+    assert losses[-1] < losses[0]
+    assert not list(tmp_path.rglob("model*"))
+    again = run(str(tmp_path / "checkpoint-3"))
+    assert again[0] == losses
+    assert same(again[1], arrays)
+
+
+@pytest.mark.parametrize("config", in_depth(CONFIGS, ["lora"]))
+def test_sft_with_gradient_checkpointing(config: str, tmp_path: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = llama()
+        adapter = tt.attach(model, CONFIGS[config])
+        sft(model, tmp_path, gradient_checkpointing=checkpointing).train()
+        found.append(snapshot(adapter))
+    for name, array in found[0].items():
+        torch.testing.assert_close(found[1][name], array, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{"packing": True}, {"bf16": True}])
+@pytest.mark.filterwarnings("ignore:.*[Pp]ad.*:UserWarning")
+def test_sft_packed_and_in_bfloat16(how: dict[str, bool], tmp_path: Path) -> None:
+    model = llama()
+    adapter = tt.attach(model)
+    before = snapshot(adapter)
+    trainer = sft(model, tmp_path, **how)
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert losses[-1] < losses[0]
+    assert all(not torch.equal(array, before[name]) for name, array in snapshot(adapter).items())
+    assert {array.dtype for array in adapter.parameters()} == {torch.float32}
+
+
+# -- Against a reference ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", in_depth(CONFIGS, ["default", "unilora"]))
+def test_dpo_against_a_reference_that_shares_the_base(config: str, tmp_path: Path) -> None:
+    model = llama()
+    adapter = tt.attach(model, CONFIGS[config])
+    reference = tt.reference_model(model)
+    base = bits(model)
+    trainer = dpo(model, tmp_path, reference)
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[-1] < losses[0]
+    assert same(bits(model), base)
+    assert same(bits(reference), base)
+    assert any(bool(delta.any()) for delta in adapter.deltas())
+
+
+@pytest.mark.parametrize("with_adapters", [True, False])
+def test_dpo_from_an_adapter_as_it_is(with_adapters: bool, tmp_path: Path) -> None:
+    """With the base for its reference it would not start at log 2."""
+    model = llama()
+    shifted(tt.attach(model))
+    trainer = dpo(model, tmp_path, tt.reference_model(model, with_adapters=with_adapters))
+    trainer.train()
+    assert (abs(logged(trainer, "loss")[0] - math.log(2)) < 1e-6) == with_adapters
+
+
+def test_dpo_without_a_reference_loads_the_base(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    tt.attach(model)
+    trainer = dpo(model, tmp_path)
+    assert same(bits(trainer.ref_model), bits(model))
+    trainer.train()
+    assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("config", in_depth(CONFIGS, ["unilora"]))
+def test_grpo(config: str, tmp_path: Path) -> None:
+    model = llama()
+    adapter = tt.attach(model, CONFIGS[config])
+    base = bits(model)
+    trainer = grpo(model, tmp_path, beta=0.0)
+    assert trainer.ref_model is None
+    trainer.train()
+    assert len(logged(trainer, "reward")) == 3
+    assert same(bits(model), base)
+    assert any(bool(delta.any()) for delta in adapter.deltas())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_grpo_with_a_divergence_from_the_base(shared: bool, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    adapter = tt.attach(model)
+    trainer = grpo(model, tmp_path)
+    if shared:
+        trainer.ref_model = tt.reference_model(model)
+    trainer.train()
+    assert logged(trainer, "kl")[0] == 0.0
+    assert logged(trainer, "kl")[-1] > 0.0
+    shifted(adapter)
+    assert same(bits(trainer.ref_model), bits(model))
+
+
+# -- Through PEFT, a trained adapter is its own reference ---------------------------------------------
+
+#: Trainers, the first number that they log, and what it is where the reference is the adapter.
+REFERENCED: dict[str, tuple[Any, str, float]] = {"dpo": (dpo, "loss", math.log(2)), "grpo": (grpo, "kl", 0.0)}
 #: A preset of each format, source, map and way of changing a weight.
 ONE_OF_EACH = ("lora", "superlora", "dora", "tinylora", "vera", "fourierft")
 
 
-def assert_reference_is_the_adapter(trainer: Any, before: dict[str, Any]) -> None:
-    policy, reference = arrays(trainer, "default"), arrays(trainer, "ref")
+@pytest.mark.law("trl-reference")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("how", "preset"),
+    [
+        *(("dpo", preset) for preset in in_depth(presets.__all__, ONE_OF_EACH)),
+        *(("grpo", preset) for preset in in_depth(presets.__all__, ONE_OF_EACH[::2])),
+    ],
+)
+def test_a_trained_adapter_is_its_own_reference(how: str, preset: str, tmp_path: Path) -> None:
+    make, key, start = REFERENCED[how]
+    model = through_peft(preset)
+    before = {name: p.detach().clone() for name, p in tt.adapters(model)["default"].named_parameters()}
+    trainer = make(model, tmp_path, learning_rate=0.0, max_steps=1)
+    trainer.train()
+    assert logged(trainer, key)[0] == pytest.approx(start, abs=1e-6 if start else 0.0)
+    policy, reference = (dict(tt.adapters(trainer.model)[name].named_parameters()) for name in ("default", "ref"))
     assert all(torch.equal(reference[name], before[name]) for name in before)
     assert all(torch.equal(policy[name], before[name]) for name in before)
     assert all(policy[name] is not reference[name] for name in before)
@@ -122,56 +250,12 @@ def assert_reference_is_the_adapter(trainer: Any, before: dict[str, Any]) -> Non
 
 
 @pytest.mark.law("trl-reference")
-@pytest.mark.parametrize("preset", in_depth(presets.__all__, ONE_OF_EACH))
-def test_dpo_starts_at_log_2(preset: str, tokenizer: Any, tmp_path: Path) -> None:
-    model = trained(preset)
-    before = {name: p.detach().clone() for name, p in tt.adapters(model)["default"].named_parameters()}
-    trainer = dpo(model, tokenizer, tmp_path)
-    assert first_log(trainer)["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert_reference_is_the_adapter(trainer, before)
-
-
-@pytest.mark.law("trl-reference")
-@pytest.mark.parametrize("preset", in_depth(presets.__all__, ONE_OF_EACH[::2]))
-def test_grpo_starts_without_divergence(preset: str, tokenizer: Any, tmp_path: Path) -> None:
-    model = trained(preset)
-    before = {name: p.detach().clone() for name, p in tt.adapters(model)["default"].named_parameters()}
-    trainer = grpo(model, tokenizer, tmp_path)
-    found = first_log(trainer)["kl"]
-    assert found == 0.0
-    assert_reference_is_the_adapter(trainer, before)
-
-
-@pytest.mark.law("trl-reference")
-def test_another_reference_would_show(tokenizer: Any, tmp_path: Path) -> None:
-    for make, key, start in ((dpo, "loss", math.log(2)), (grpo, "kl", 0.0)):
-        trainer = make(trained("superlora"), tokenizer, tmp_path)
-        # At its start, as a reference is to which nothing was copied.
-        tt.adapters(trainer.model)["ref"].reset()
-        assert abs(first_log(trainer)[key] - start) > 1e-3
-
-
-@pytest.mark.parametrize("preset", in_depth(["superlora", "tinylora"], ["tinylora"]))
-def test_sft_resumes_to_the_bit(preset: str, tokenizer: Any, tmp_path: Path) -> None:
-    from trl import SFTConfig, SFTTrainer
-
-    def run(checkpoint: str | None) -> tuple[list[float], dict[str, Any]]:
-        how = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_checkpointing": True}
-        sizes = {name: SIZES[name] for name in inspect.signature(getattr(presets, preset)).parameters if name in SIZES}
-        trainer = SFTTrainer(
-            tiny_language_model.llama(),
-            args=SFTConfig(**tiny_language_model.settings(tmp_path, max_length=16, **how)),
-            train_dataset=datasets.Dataset.from_list([{"text": "w1 w2 w3 w4 w5"}] * 4),
-            processing_class=tokenizer,
-            peft_config=plugin.TnadaptConfig(task_type="CAUSAL_LM", preset=preset, settings=sizes),
-        )
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], arrays(trainer, "default")
-
-    losses, ended = run(None)
-    assert losses[-1] < losses[0]
-    assert not list(tmp_path.rglob("model*.safetensors"))
-    again = run(str(tmp_path / "checkpoint-2"))
-    assert again[0] == losses
-    assert all(torch.equal(again[1][name], ended[name]) for name in ended)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("how", REFERENCED)
+def test_another_reference_would_show(how: str, tmp_path: Path) -> None:
+    make, key, start = REFERENCED[how]
+    trainer = make(through_peft("superlora"), tmp_path, learning_rate=0.0, max_steps=1)
+    # At its start, as a reference is to which nothing was copied.
+    tt.adapters(trainer.model)["ref"].reset()
+    trainer.train()
+    assert abs(logged(trainer, key)[0] - start) > 1e-3

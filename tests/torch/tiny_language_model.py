@@ -1,12 +1,18 @@
-"""A tiny Llama, and a tokenizer of words for it."""
+"""A tiny Llama with adapters through PEFT, and a tokenizer of words for it."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import peft
 import tokenizers
 import torch
 import transformers
+
+import tnadapt.torch as tt
+import tnadapt.torch.peft as plugin
+from tnadapt import presets
 
 WORDS = ["<pad>", "<end>", "<unknown>", *(f"w{number}" for number in range(40))]
 
@@ -38,3 +44,31 @@ def settings(folder: Any, **changes: Any) -> dict[str, Any]:
         "logging_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
         "bf16": False, "dataloader_pin_memory": False, **changes,
     }  # fmt: skip
+
+
+#: The settings that presets take, for this model's weights.
+SIZES = {
+    "weights": 4, "rows": 16, "cols": 16, "heads": 4, "layers": 2, "n": 40, "block": 4, "r": 2, "parameters": 13,
+    "digits": (4, 2),
+}  # fmt: skip
+
+
+def peft_config(preset: str, **more: Any) -> plugin.TnadaptConfig:
+    takes = inspect.signature(getattr(presets, preset)).parameters
+    sizes = {name: size for name, size in SIZES.items() if name in takes}
+    return plugin.TnadaptConfig(task_type="CAUSAL_LM", preset=preset, settings=sizes, **more)
+
+
+def shifted(adapter: Any, size: float = 0.3) -> None:
+    """Move an adapter, as training would have done."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, array in adapter.named_parameters():
+            array.add_((size * torch.randn(array.shape, generator=generator)).to(array.dtype))
+
+
+def through_peft(preset: str, dtype: torch.dtype = torch.float32, size: float = 0.3, **more: Any) -> Any:
+    """Return a PEFT model with a trained adapter, in training mode."""
+    model = peft.get_peft_model(llama().to(dtype), peft_config(preset, **more))
+    shifted(tt.adapters(model)["default"], size)
+    return model.train()
