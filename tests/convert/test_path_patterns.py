@@ -15,9 +15,8 @@ from safetensors.numpy import save_file
 
 import tnadapt as tna
 from tnadapt import FileError
-from tnadapt.convert._peft_settings import PathPatterns
 
-from .test_refused import changed, folder, refused
+from .internals import PathPatterns
 
 # What users of PEFT, PEFT and this library write.
 SHAPES = [
@@ -143,7 +142,3 @@ def test_a_path_with_a_line_break_has_no_pattern() -> None:
     with pytest.raises(FileError, match=r"^'a\\nb' has a line break, so that no pattern of rank_pattern is for it$"):
         PathPatterns("rank_pattern", {"b": 1}).get("a\nb", 0)
     assert PathPatterns("rank_pattern", {}).get("a\nb", 3) == 3
-
-
-def test_a_folder_of_peft_with_such_an_expression(tmp_path: Path) -> None:
-    refused(folder(tmp_path / "a", config=changed(rank_pattern={"(?=q)": 2})), "rank_pattern has the pattern '(?=q)'")

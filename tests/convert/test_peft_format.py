@@ -11,12 +11,25 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 import tnadapt as tna
 from tests.support.array_presets import P
 from tnadapt import Config
 
-from .conversions import CONVS, SHAPES, TOLERANCE, error, fill, made, model, updates
+from .conversions import (
+    CONVS,
+    SHAPES,
+    TOLERANCE,
+    assert_same_updates,
+    converted,
+    error,
+    fill,
+    made,
+    model,
+    peft_updates,
+    updates,
+)
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -29,15 +42,7 @@ def theirs(folder: Path, config: Any, shapes: dict[str, tuple[int, ...]], seed: 
     wrapped = peft.get_peft_model(model(shapes), config)
     fill((p for name, p in wrapped.named_parameters() if "lora_" in name or "lokr_" in name or "hada_" in name), seed)
     wrapped.save_pretrained(folder)
-    return deltas(wrapped)
-
-
-def deltas(wrapped: Any) -> dict[str, Any]:
-    return {
-        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach()
-        for name, module in wrapped.named_modules()
-        if hasattr(module, "get_delta_weight")
-    }
+    return peft_updates(wrapped)
 
 
 LINEAR = ["q_proj", "v_proj", "fc_1"]
@@ -68,17 +73,16 @@ CONFIGS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_peft_saved_gives_its_updates(name: str, tmp_path: Path) -> None:
-    shapes = {path: BOTH[path] for path in BOTH}
-    expected = theirs(tmp_path / "theirs", CONFIGS[name](), shapes)
+def test_what_peft_saved_gives_its_updates_here_and_back(name: str, tmp_path: Path) -> None:
+    expected = theirs(tmp_path / "theirs", CONFIGS[name](), BOTH)
     # Base: LoKr and LoHa do not tell the kernel of a convolution.
-    found = tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=shapes)
+    found = tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=BOTH)
     assert found.exact
     assert found.error <= TOLERANCE
-    ours = updates(tna.load(tmp_path / "ours.safetensors"))
-    assert ours.keys() == expected.keys()
-    for path, delta in expected.items():
-        assert error(ours[path], delta) <= TOLERANCE, path
+    assert_same_updates(tna.load(tmp_path / "ours.safetensors"), expected)
+    form = f"peft-{name.partition('-')[0]}"
+    assert tna.convert(found.file, tmp_path / "again", to=form, max_error=1e-6).exact
+    check_loaded(tmp_path / "again", expected)
 
 
 def test_lokr_of_several_sizes_has_several_configs(tmp_path: Path) -> None:
@@ -89,16 +93,14 @@ def test_lokr_of_several_sizes_has_several_configs(tmp_path: Path) -> None:
     assert {part.config.splits for part in found.file.config.parts} == {1, 2}
     assert found.notes == ()
     assert found.parameters[0] == found.parameters[1]
-    for path, delta in expected.items():
-        # That of the one-dimensional convolution is PEFT's own, which multiplies other axes than LyCORIS.
-        assert error(updates(found.file)[path], delta) <= TOLERANCE, path
+    # That of the one-dimensional convolution is PEFT's own, which multiplies other axes than LyCORIS.
+    assert_same_updates(found.file, expected)
 
 
 def test_dense_updates_of_lokr_are_found_again(tmp_path: Path) -> None:
     shapes = {path: shape for path, shape in BOTH.items() if path != "stem.line"}
     expected = theirs(tmp_path / "theirs", peft.LoKrConfig(r=9, alpha=3, target_modules=ALL[:-1]), shapes)
-    factors = tna.convert(tmp_path / "theirs", base=shapes).file
-    assert factors is not None
+    factors = converted(tmp_path / "theirs", base=shapes)
     arrays = {f"group{number}.split0.dense": delta.reshape(-1) for number, delta in enumerate(factors.deltas())}
     file = tna.AdapterFile(P.dense(), factors.targets, arrays)
     with pytest.raises(tna.ConfigError, match=r"not exactly LoKr: give rank="):
@@ -115,8 +117,7 @@ def test_rank_and_alpha_patterns_are_configs_of_their_own(tmp_path: Path) -> Non
         r=2, lora_alpha=4, target_modules=ALL, rank_pattern=patterns, alpha_pattern={"q_proj": 5}
     )
     expected = theirs(tmp_path / "theirs", settings, BOTH)
-    file = tna.convert(tmp_path / "theirs", base=BOTH).file
-    assert file is not None
+    file = converted(tmp_path / "theirs", base=BOTH)
     found = {}
     for config, targets in file.config.split(file.targets):
         found |= {target.module: (config.rank, config.scale) for target in targets}
@@ -150,21 +151,11 @@ def test_lokr_of_several_sizes_goes_straight_to_the_other_library(tmp_path: Path
     by_lycoris(tmp_path / "lycoris.safetensors", expected, shapes)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_and_back_again(name: str, tmp_path: Path) -> None:
-    expected = theirs(tmp_path / "theirs", CONFIGS[name](), BOTH)
-    kind = name.partition("-")[0]
-    file = tna.convert(tmp_path / "theirs", base=BOTH).file
-    found = tna.convert(file, tmp_path / "again", to=f"peft-{kind}", max_error=1e-6)
-    assert found.exact
-    check_loaded(tmp_path / "again", expected)
-
-
 def check_loaded(folder: Path, expected: dict[str, Any], shapes: dict[str, tuple[int, ...]] | None = None) -> None:
     """PEFT's loader, its update of every weight, what it merges, and its outputs."""
     base = model(shapes or BOTH)
     wrapped = peft.PeftModel.from_pretrained(model(shapes or BOTH), folder)
-    found = deltas(wrapped)
+    found = peft_updates(wrapped)
     assert found.keys() == expected.keys()
     before, after = dict(base.named_parameters()), {}
     generator = torch.Generator().manual_seed(3)
@@ -207,25 +198,19 @@ OURS: dict[str, tuple[Config, str]] = {
 def test_what_we_write_gives_our_updates(name: str, tmp_path: Path) -> None:
     config, to = OURS[name]
     file = made(config, SHAPES)
-    if name == "a CP across weights":
-        found = tna.convert(file, tmp_path / "theirs", to=to, rank=8)
-    else:
-        found = tna.convert(file, tmp_path / "theirs", to=to)
+    found = tna.convert(file, tmp_path / "theirs", to=to, rank=8 if name == "a CP across weights" else None)
     assert found.exact
     assert found.error <= TOLERANCE
     check_loaded(tmp_path / "theirs", updates(file), SHAPES)
-    again = tna.convert(tmp_path / "theirs").file
-    for path, delta in updates(file).items():
-        assert error(updates(again)[path], delta) <= TOLERANCE
+    assert_same_updates(converted(tmp_path / "theirs"), file)
 
 
 def test_factors_keep_their_bits(tmp_path: Path) -> None:
     file = made(P.lora(3, alpha=7), SHAPES)
     found = tna.convert(file, tmp_path / "a", to="peft-lora")
-    again = tna.convert(tmp_path / "a").file
+    again = converted(tmp_path / "a")
     assert again.config == file.config
-    order = [again.targets.index(t) for t in again.targets]
-    assert [again.targets[i].module for i in order] == list(SHAPES)
+    assert [target.module for target in again.targets] == list(SHAPES)
     for key, array in file.arrays.items():
         assert np.array_equal(again.arrays[key], array)
     assert found.parameters == (file.num_parameters, file.num_parameters)
@@ -245,8 +230,6 @@ def test_no_weight_takes_another_s_rank_or_scale(tmp_path: Path) -> None:
         tensors |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
         tensors[f"{name}.alpha"] = np.asarray(number * number, "f4")
         expected[path] = number * up.astype("f8") @ down
-    from safetensors.numpy import save_file
-
     save_file(tensors, tmp_path / "theirs.safetensors")
     found = tna.convert(tmp_path / "theirs.safetensors", tmp_path / "out", to="peft-lora", base=TRICKY)
     assert found.exact
