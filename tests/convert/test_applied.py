@@ -55,34 +55,6 @@ def stir(parameters: Any) -> None:
 X = torch.linspace(-1.0, 1.0, 30).reshape(5, 6)
 
 
-def config_of(kind: str, model: Model) -> Any:
-    settings: dict[str, Any] = {"target_modules": names(model), "fan_in_fan_out": model.conv is None}
-    if kind == "hira":
-        return peft.HiraConfig(r=3, rank_pattern={"two": 2}, **settings)
-    return peft.LoraConfig(r=3, lora_alpha=5, use_dora=True, rank_pattern={"two": 2}, **settings)
-
-
-@pytest.mark.law("foreign-files")
-@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
-@pytest.mark.parametrize("kind", ["dora", "hira"])
-def test_peft_s_become_ours(kind: str, transposed: bool, tmp_path: Path) -> None:
-    theirs = peft.get_peft_model(Model(transposed), config_of(kind, Model(transposed))).eval()
-    stir(parameter for parameter in theirs.parameters() if parameter.requires_grad)
-    theirs.save_pretrained(tmp_path / "theirs")
-    base = {f"{name}.weight": tuple(getattr(Model(transposed), name).weight.shape) for name in names(Model(transposed))}
-    found = tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=base)
-    assert found.exact
-    assert found.origin == f"peft-{kind}"
-    assert found.file is not None
-    assert found.file.config.apply == {"dora": "magnitude", "hira": "hadamard"}[kind]
-    ours = Model(transposed)
-    adapter = tt.load(ours, tmp_path / "ours.safetensors")
-    with torch.no_grad():
-        torch.testing.assert_close(ours(X), theirs(X), rtol=1e-5, atol=1e-6)
-        adapter.merge()
-        torch.testing.assert_close(ours(X), theirs(X), rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.law("foreign-files")
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tnadapt as tna
@@ -82,44 +82,6 @@ def check_loaded(path: Path, expected: dict[str, Any], shapes: dict[str, tuple[i
         assert error(merged.get_submodule(name).weight, base.get_submodule(name).weight) <= TOLERANCE, name
 
 
-LINES = {
-    "lora": ("lora", 4, 6.0, {}),
-    "lora-tucker": ("lora", 3, 2.0, {"use_tucker": True}),
-    "lora-rs": ("lora", 3, 2.0, {"rs_lora": True}),
-    "lokr": ("lokr", 1, 3.0, {}),
-    "lokr-full": ("lokr", 64, 3.0, {}),
-    "lokr-both": ("lokr", 1, 3.0, {"decompose_both": True}),
-    "lokr-factor": ("lokr", 1, 3.0, {"factor": 2}),
-    "lokr-tucker": ("lokr", 1, 3.0, {"use_tucker": True}),
-    "lokr-unbalanced": ("lokr", 1, 3.0, {"unbalanced_factorization": True}),
-    "loha": ("loha", 3, 5.0, {}),
-    "loha-tucker": ("loha", 2, 5.0, {"use_tucker": True}),
-    "full": ("full", 4, 1.0, {}),
-}
-
-
-@pytest.mark.parametrize("shapes", [SHAPES, BOTH], ids=["linear", "conv"])
-@pytest.mark.parametrize("name", LINES)
-def test_what_lycoris_saved_gives_its_updates_here_and_back(
-    name: str, shapes: dict[str, tuple[int, ...]], tmp_path: Path
-) -> None:
-    algo, dim, alpha, more = LINES[name]
-    expected = theirs(tmp_path / "theirs.safetensors", shapes, algo, dim, alpha, **more)
-    assert expected.keys() == shapes.keys()
-    found = tna.convert(tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors", base=shapes)
-    assert found.exact
-    assert found.error <= TOLERANCE
-    assert_same_updates(tna.load(tmp_path / "ours.safetensors"), expected)
-    if shapes is BOTH or name == "lokr-unbalanced":
-        return
-    found = tna.convert(
-        tmp_path / "theirs.safetensors", tmp_path / "again.safetensors", to=f"lycoris-{algo}", base=SHAPES
-    )
-    assert found.exact
-    assert found.error <= TOLERANCE
-    check_loaded(tmp_path / "again.safetensors", expected, SHAPES)
-
-
 P = tna.presets
 OURS: dict[str, tuple[Config, str]] = {
     "lora": (P.lora(3, alpha=7), "lycoris-lora"),
@@ -169,15 +131,30 @@ SIDES = st.tuples(st.integers(1, 6), st.integers(1, 6)).map(lambda pair: pair[0]
     shape=st.tuples(SIDES, SIDES), kernel=st.sampled_from([(), (), (1, 1), (3, 2), (2,)]), rank=st.integers(1, 6),
     alpha=st.sampled_from([0.0, 0.5, 1.0, 3.0]), kind=st.sampled_from(["lora", "lokr", "loha", "full"]),
     both=st.booleans(), factor=st.sampled_from([-1, 1, 2, 3, 4]), tucker=st.booleans(), unbalanced=st.booleans(),
+    rank_stabilized=st.booleans(),
+)  # fmt: skip
+@example(
+    shape=(12, 18), kernel=(), rank=3, alpha=3.0, kind="lora", both=False, factor=-1, tucker=False, unbalanced=False,
+    rank_stabilized=True,
+)  # fmt: skip
+@example(  # of full matrices
+    shape=(12, 18), kernel=(3, 2), rank=64, alpha=3.0, kind="lokr", both=False, factor=2, tucker=False,
+    unbalanced=True, rank_stabilized=False,
 )  # fmt: skip
 def test_any_adapter_of_lycoris_is_read_and_loaded_or_refused(
     shape: tuple[int, int], kernel: tuple[int, ...], rank: int, alpha: float, kind: str, both: bool, factor: int,
-    tucker: bool, unbalanced: bool, tmp_path_factory: pytest.TempPathFactory,
+    tucker: bool, unbalanced: bool, rank_stabilized: bool, tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
     tmp_path = tmp_path_factory.mktemp("lycoris")
     shapes = {"block.0.w": (*shape, *kernel)}
-    more = {"use_tucker": tucker, "decompose_both": both, "factor": factor, "unbalanced_factorization": unbalanced}
-    expected = theirs(tmp_path / "theirs.safetensors", shapes, kind, rank, alpha, **(more if kind != "full" else {}))
+    more: dict[str, Any] = {"rs_lora": True, "use_tucker": tucker}
+    if kind == "full":
+        more = {}
+    elif kind != "lora" or not rank_stabilized:
+        more = {
+            "use_tucker": tucker, "decompose_both": both, "factor": factor, "unbalanced_factorization": unbalanced,
+        }  # fmt: skip
+    expected = theirs(tmp_path / "theirs.safetensors", shapes, kind, rank, alpha, **more)
     found = tna.convert(tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors", base=shapes)
     assert found.exact
     assert error(updates(tna.load(tmp_path / "ours.safetensors"))["block.0.w"], expected["block.0.w"]) <= TOLERANCE

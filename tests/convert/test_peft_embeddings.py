@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -30,69 +29,6 @@ class Model(torch.nn.Module):
 
     def forward(self, ids: Any) -> Any:
         return self.fc(self.embed(ids))
-
-
-def test_what_peft_saved_gives_its_outputs(tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["embed", "fc"], rank_pattern={"fc": 2})
-    theirs = peft.get_peft_model(Model(), config)
-    fill(p for p in theirs.parameters() if p.requires_grad)
-    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
-    found = tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base={"embed": (12, 6), "fc": (8, 6)})
-    assert found.exact
-    model = Model()
-    adapter = tt.load(model, tmp_path / "ours.safetensors")
-    assert [target.role for target in adapter.targets] == ["embedding", "linear"]
-    torch.testing.assert_close(model(IDS), theirs(IDS), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("alone", [True, False])
-def test_what_we_write_gives_our_outputs(alone: bool, tmp_path: Path) -> None:
-    model = Model()
-    base = model(IDS)
-    adapter = tt.attach(model, tna.presets.lora(3, alpha=5), ["embed"] if alone else ["embed", "fc"])
-    fill(adapter.parameters())
-    adapter.save(tmp_path / "ours.safetensors")
-    found = tna.convert(tmp_path / "ours.safetensors", tmp_path / "theirs", to="peft-lora")
-    assert found.exact
-    theirs = peft.PeftModel.from_pretrained(Model(), tmp_path / "theirs")
-    assert not torch.allclose(model(IDS), base)
-    torch.testing.assert_close(theirs(IDS), model(IDS), rtol=1e-5, atol=1e-5)
-    merged = theirs.merge_and_unload()
-    torch.testing.assert_close(merged(IDS), model(IDS), rtol=1e-5, atol=1e-5)
-    again = tna.convert(tmp_path / "theirs").file
-    assert again.targets[0].role == "embedding"
-
-
-def test_the_dtype_is_that_of_the_tensors(tmp_path: Path) -> None:
-    file = tna.AdapterFile(*_own(tna.presets.lora(2)))
-    tna.convert(file, tmp_path, to="peft-lora", dtype="bfloat16")
-    assert tna.convert(tmp_path).file.dtype == "bfloat16"
-
-
-def test_the_base_s_weight_next_to_an_update_is_left_out(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    theirs = peft.get_peft_model(Model(), peft.LoraConfig(r=2, target_modules=["embed"]))
-    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
-    path = tmp_path / "adapter_model.safetensors"
-    name = "base_model.model.embed.base_layer.weight"
-    save_file({**load_file(path), name: Model().embed.weight.detach().clone()}, path)
-    found = tna.convert(tmp_path)
-    note = "PEFT saves the base's own weight next to the update of an embedding or head"
-    assert found.notes == (f"left out {name!r}: {note}",)
-    whole = load_file(path)
-    for other in (
-        "fc.base_layer.weight",
-        "embed",
-        "embed.base_layer",
-        "embed.base_layer.scale",
-        "embed.base_layer.a.bias",
-    ):
-        save_file({**whole, f"base_model.model.{other}": torch.zeros(2)}, path)
-        with pytest.raises(
-            tna.FileError, match=rf"tensors that do not belong to a lora adapter: .*{re.escape(other)}'"
-        ):
-            tna.convert(tmp_path)
 
 
 @pytest.mark.parametrize("to", ["peft-lokr", "peft-loha", "lycoris-lora", "lycoris-full"])

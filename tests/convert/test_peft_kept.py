@@ -382,16 +382,6 @@ def _logits(model: Any) -> Any:
         return (model(input_ids=IDS, decoder_input_ids=IDS) if "T5" in kind else model(input_ids=IDS)).logits
 
 
-OF_HEADS: list[dict[str, Any]] = [
-    {"modules_to_save": ["EMBED"]}, {"modules_to_save": ["EMBED", "HEAD"]}, {"modules_to_save": ["HEAD"]},
-    {"target_modules": ["LINEAR", "HEAD"]}, {"target_modules": ["LINEAR", "EMBED", "HEAD"]},
-    {"trainable_token_indices": [7, 2]}, {"trainable_token_indices": {"EMBED": [7, 2]}},
-    {"trainable_token_indices": {"HEAD": [3]}}, {"bias": "all"}, {"bias": "all", "modules_to_save": ["HEAD"]},
-    {"bias": "lora_only"},
-]  # fmt: skip
-FEW_OTHERS = [("GPT2", OF_HEADS[1]), ("T5", OF_HEADS[5]), ("Bert", OF_HEADS[3]), ("Bert", OF_HEADS[8])]
-
-
 def other_architecture(name: str, settings: dict[str, Any], folder: Path) -> tuple[Any, Any]:
     """Save a model and a trained adapter of PEFT; return a function that builds the model, and PEFT's model."""
     build, embedding, head, linear = architectures()[name]
@@ -407,26 +397,6 @@ def other_architecture(name: str, settings: dict[str, Any], folder: Path) -> tup
     fill(trained(theirs))
     theirs.save_pretrained(folder / "theirs")
     return fresh, theirs
-
-
-@pytest.mark.parametrize(
-    ("name", "settings"), in_depth(((name, own) for own in OF_HEADS for name in architectures()), FEW_OTHERS), ids=str
-)
-def test_other_architectures(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    fresh, theirs = other_architecture(name, settings, tmp_path)
-    tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=tmp_path / "base")
-    model = fresh()
-    try:
-        tt.load(model, tmp_path / "ours.safetensors")
-    except tna.FileError:
-        model = fresh()
-        with pytest.raises(tna.FileError, match="load it with untie=True"):
-            tt.load(model, tmp_path / "ours.safetensors")
-        tt.load(model, tmp_path / "ours.safetensors", untie=True)
-    torch.testing.assert_close(_logits(model), _logits(theirs), rtol=1e-4, atol=1e-4)
-    tna.convert(tmp_path / "ours.safetensors", tmp_path / "back", to="peft-lora", base=tmp_path / "base")
-    back = peft.PeftModel.from_pretrained(fresh(), tmp_path / "back").eval()
-    torch.testing.assert_close(_logits(back), _logits(theirs), rtol=1e-4, atol=1e-4)
 
 
 ALONE = [{"target_modules": ["EMBED"]}, {"modules_to_save": ["EMBED"]}]

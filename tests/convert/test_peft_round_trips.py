@@ -584,7 +584,29 @@ def run(case: Case, folder: Path, place: Path) -> None:
 CASES = range(500)
 
 
-@pytest.mark.parametrize("number", in_depth(CASES, range(40)))
+def traits(case: Case) -> set[Any]:
+    """What a case tries: its model and, of its method, the base, the dtype, the kinds of layers and the settings."""
+    model, found = MODELS[case.model], {("model", case.model), (case.method, case.base), (case.method, case.dtype)}
+    for target in case.targets:
+        layer = "convolution" if target in model.convolutions else "linear"
+        found.add((case.method, "embedding" if target in (model.embedding, model.head) else layer))
+        found.add((case.method, "in, out" if case.model == "gpt2" else "out, in"))
+    for name, value in case.settings.items():
+        found.add((case.method, name, str(value) if isinstance(value, (bool, str)) else type(value).__name__))
+    return found
+
+
+def few_cases() -> list[int]:
+    """Numbers of a few cases that together have the traits of all."""
+    having = {number: traits(drawn(number)) for number in CASES}
+    missing, chosen = set[Any]().union(*having.values()), list[int]()
+    while missing:
+        chosen.append(max(CASES, key=lambda number: len(having[number] & missing)))
+        missing -= having[chosen[-1]]
+    return chosen
+
+
+@pytest.mark.parametrize("number", in_depth(CASES, few_cases()))
 def test_round_trip(number: int, folders: Callable[[str], Path], tmp_path: Path) -> None:
     case = drawn(number)
     run(case, folders(case.model), tmp_path)

@@ -510,14 +510,6 @@ def test_a_slice_of_high_rank_is_left_to_the_other_ways() -> None:
     assert tna.convert(file, to="lycoris-full").exact
 
 
-@pytest.mark.parametrize("to", ["lycoris-lora", "peft-loha", "lycoris-lokr"])
-@pytest.mark.parametrize("name", ["lotr", "cara", "lorta_cp"])
-def test_other_forms_that_hold_low_rank_are_exact_too(name: str, to: str) -> None:
-    found = tna.convert(on_projections(CASES[name], ATTENTION), to=to)
-    assert found.exact
-    assert found.error <= TOLERANCE
-
-
 # -- Adapters with frozen, tied and shared arrays are LoRA exactly; those of the base weights need the base ------------
 
 
@@ -703,25 +695,6 @@ def test_square_weights_stay_as_they_are_stored_beside_others(tmp_path: Path) ->
             assert {(target.module, target.transposed) for target in back} == {
                 (target.module, target.transposed) for target in targets
             }
-
-
-def test_one_word_for_weights_of_two_kinds_is_not_believed_of_square_ones(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    conv = transformers.pytorch_utils.Conv1D
-
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.square, self.wide, self.head = conv(8, 8), conv(24, 8), torch.nn.Linear(8, 5)
-
-    with pytest.warns(UserWarning, match="fan_in_fan_out"):
-        model = peft.get_peft_model(Model(), peft.LoraConfig(target_modules=["square", "wide", "head"]))
-    model.save_pretrained(tmp_path)
-    base = {"square": (8, 8), "wide": (8, 24), "head": (5, 8)}
-    with pytest.raises(tna.FileError, match="unknown how the square 'square' is stored"):
-        tna.convert(tmp_path, base=base)
 
 
 def test_exact_is_so_of_every_weight() -> None:

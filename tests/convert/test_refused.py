@@ -24,7 +24,7 @@ from tests.conftest import peak_of
 from tests.support import checkpoint_files as cp
 from tnadapt import FileError
 
-from .conversions import SHAPES, converted, made
+from .conversions import converted, made
 
 PREFIX = "base_model.model."
 RNG = np.random.default_rng(0)
@@ -182,6 +182,16 @@ def refused(source: Path, message: str, **more: Any) -> None:
         (tensors(a__q__lokr_w1=np.ones((2, 2), "f4")), "has tensors of lora and lokr"),
         (tensors(a__q__lora_A__default__weight=np.ones((2, 8), "f4")), "do not belong to a lora adapter"),
         ({"a.q.lora_A.weight": np.zeros((2, 8), "f4")}, "do not belong to a lora adapter"),
+        *(
+            ({**lora(), f"{PREFIX}{name}": np.zeros(2, "f4")}, f"do not belong to a lora adapter: '{PREFIX}{name}'")
+            for name in (
+                "b.q.base_layer.weight",
+                "a.q",
+                "a.q.base_layer",
+                "a.q.base_layer.scale",
+                "a.q.base_layer.a.bias",
+            )
+        ),
         ({}, "has no adapted weight"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
@@ -239,14 +249,6 @@ def kohya(**more: Any) -> dict[str, np.ndarray]:
 def test_files_of_kohya(given: dict[str, np.ndarray], more: dict[str, Any], message: str, tmp_path: Path) -> None:
     save_file(given, tmp_path / "kohya.safetensors")
     refused(tmp_path / "kohya.safetensors", message, **{"base": {"a.q": (6, 8)}, **more})
-
-
-def test_one_part_of_several_is_read_by_its_name(tmp_path: Path) -> None:
-    save_file(kohya(lora_te_x__diff=np.ones((2, 2), "f4")), tmp_path / "kohya.safetensors")
-    unet = tna.convert(tmp_path / "kohya.safetensors", base=["a.q"], part="lora_unet")
-    text = tna.convert(tmp_path / "kohya.safetensors", part="lora_te")  # a name without underscores has no dots
-    assert [unet.origin, list(unet.errors)] == ["lycoris-lora", ["a.q.weight"]]
-    assert [text.origin, list(text.errors)] == ["lycoris-full", ["x.weight"]]
 
 
 def test_a_bias_that_has_not_moved_is_none(tmp_path: Path) -> None:
@@ -397,14 +399,6 @@ def test_what_acts_on_activations_is_no_update(tmp_path: Path) -> None:
     broken.arrays["group0.split0.factor0"][0, 0] = np.nan
     with pytest.raises(tna.ShapeError, match="holds NaN or infinity"):
         tna.convert(broken, to="peft-lora")
-
-
-def test_the_base_of_our_own_file_is_checked(tmp_path: Path) -> None:
-    tna.save(tmp_path / "ours.safetensors", made(tna.presets.lora(2)))
-    refused(tmp_path / "ours.safetensors", "base has no module 'blocks.0.attn.q_proj'", base=["a.q"])
-    other = {**SHAPES, "blocks.0.attn.v_proj": (8, 19)}
-    refused(tmp_path / "ours.safetensors", "(8, 18), and the weight in base has (8, 19)", base=other)
-    assert tna.convert(tmp_path / "ours.safetensors", base=SHAPES, to="peft-lora").exact
 
 
 def test_an_update_that_no_memory_holds(tmp_path: Path) -> None:

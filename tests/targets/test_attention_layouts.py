@@ -12,10 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnadapt.errors import TargetError
-from tnadapt.targets import fused_rows as rules
-from tnadapt.targets.attention_layouts import TABLE, StoredWeight, by_name, contested, of_class, of_config
-from tnadapt.targets.checkpoint_targets import find_stored
-from tnadapt.targets.fused_rows import Facts, Fused, LayoutError, place_rows
+
+from .internals import (
+    TABLE,
+    Facts,
+    Fused,
+    LayoutError,
+    StoredWeight,
+    by_name,
+    contested,
+    find_stored,
+    of_class,
+    of_config,
+    place_rows,
+    rules,
+)
 
 # -- The rules --------------------------------------------------------------------------------
 

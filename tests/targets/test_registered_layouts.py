@@ -11,15 +11,8 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
-from tnadapt.targets.attention_layouts import (
-    AttentionLayout,
-    StoredWeight,
-    forget_layouts,
-    of_class,
-    of_config,
-    register_layout,
-    rules,
-)
+
+from .internals import AttentionLayout, StoredWeight, forget_layouts, of_class, of_config, register_layout, rules
 
 # Values first, then keys, then queries: an order that nothing built in has.
 PARROT = AttentionLayout(
