@@ -27,6 +27,22 @@ CONVS: dict[str, tuple[int, ...]] = {
 }
 
 
+P = tna.presets
+#: Configs of ours, each with the method of PEFT and LyCORIS that it is exactly.
+EXPORTED: dict[str, tuple[Config, str]] = {
+    "lora": (P.lora(3, alpha=7), "lora"),
+    "tucker": (Config(rank=(2, 3), format="tucker"), "lora"),
+    "krona": (P.krona(alpha=3), "lokr"),
+    "lokr": (P.lokr(1, alpha=3), "lokr"),
+    "lokr of low-rank W1": (P.lokr(1, leading="same"), "lokr"),
+    "lokr of a factor": (P.lokr(1, split_size=2), "lokr"),
+    "lonkr": (P.lonkr(1, splits=3, groups="weight", fold="stack", split_size="balanced"), "lokr"),
+    "lora to lokr": (P.lora(2), "lokr"),
+    "loha": (P.loha(2, alpha=3), "loha"),
+    "lora to loha": (P.lora(2, alpha=6), "loha"),
+}
+
+
 def model(shapes: dict[str, tuple[int, ...]] | None = None) -> Any:
     """A torch model with these weights, random, each in a Linear or a convolution without a bias."""
     import torch

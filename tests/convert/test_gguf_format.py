@@ -90,42 +90,41 @@ def test_llama_cpp_finds_the_update_of_its_own_weights(config: tna.Config, llama
     assert_same_updates(converted(out), file)
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
-def test_the_dtype_is_one_that_llama_cpp_has(kind: str, llama: Path, tmp_path: Path) -> None:
-    dtype = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[kind]
-    tna.convert(made(tna.presets.lora(2), SHAPES), tmp_path / "out.gguf", to="gguf", base=llama, dtype=dtype)
-    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
-    assert kinds == {kind}
-    assert converted(tmp_path / "out.gguf").dtype == dtype
+@pytest.mark.parametrize(("kind", "dtype"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16")])
+def test_the_dtype_is_one_that_llama_cpp_has(kind: str, dtype: str, llama: Path, tmp_path: Path) -> None:
+    file, out = made(tna.presets.lora(2), SHAPES), tmp_path / "out.gguf"
+    tna.convert(file, out, to="gguf", base=llama, dtype=dtype)
+    assert {tensor.tensor_type.name for tensor in gguf.GGUFReader(out).tensors} == {kind}
+    assert converted(out).dtype == dtype
     with pytest.raises(ConfigError, match=r"llama.cpp does not compute in float64: give dtype='float32'"):
-        tna.convert(made(tna.presets.lora(2), SHAPES), to="gguf", base=llama, dtype="float64")
+        tna.convert(file, to="gguf", base=llama, dtype="float64")
 
 
-def test_other_architectures_keep_their_rows(tmp_path: Path) -> None:
-    shapes = {f"model.layers.0.self_attn.{name}_proj": (8, 6) for name in "qk"}
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "qwen3", "num_hidden_layers": 1, "num_attention_heads": 2})
-    )
-    save_file({f"{path}.weight": np.zeros(shape, "f4") for path, shape in shapes.items()}, tmp_path / "m.safetensors")
-    file = made(tna.presets.lora(2), shapes)
+QWEN = {"model_type": "qwen3", "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "target", "name"),
+    [
+        (QWEN, Target("model.layers.0.self_attn.q_proj", (8, 6)), "attn_q"),
+        (QWEN, Target("model.layers.0.self_attn.k_proj", (8, 6)), "attn_k"),
+        # llama.cpp has it as (out, in).
+        (
+            {"model_type": "gpt2", "n_layer": 1, "n_head": 2},
+            Target("transformer.h.0.attn.c_attn", (6, 18), transposed=True),
+            "attn_qkv",
+        ),
+    ],
+)
+def test_other_architectures_keep_their_rows(config: Any, target: Target, name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({f"{target.module}.weight": np.zeros(target.stored, "f4")}, tmp_path / "m.safetensors")
+    file = adapter_on([target], tna.presets.lora(2))
     tna.convert(file, tmp_path / "out.gguf", to="gguf", base=tmp_path / "m.safetensors")
     tensors = stored(tmp_path / "out.gguf")[1]
-    for name in "qk":
-        own = f"blk.0.attn_{name}.weight"
-        delta = tensors[f"{own}.lora_b"] @ tensors[f"{own}.lora_a"]
-        assert error(delta, updates(file)[f"model.layers.0.self_attn.{name}_proj"]) <= TOLERANCE
-
-
-def test_weights_stored_transposed_are_as_llama_cpp_has_them(tmp_path: Path) -> None:
-    path = "transformer.h.0.attn.c_attn"
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 1, "n_head": 2}))
-    save_file({f"{path}.weight": np.zeros((6, 18), "f4")}, tmp_path / "model.safetensors")
-    file = adapter_on([Target(path, (6, 18), transposed=True)], tna.presets.lora(2))
-    tna.convert(file, tmp_path / "out.gguf", to="gguf", base=tmp_path)
-    tensors = stored(tmp_path / "out.gguf")[1]
-    found = tensors["blk.0.attn_qkv.weight.lora_b"] @ tensors["blk.0.attn_qkv.weight.lora_a"]
-    assert error(found, file.deltas()[0]) <= TOLERANCE
-    assert converted(tmp_path / "out.gguf").targets[0].transposed
+    a, b = (tensors[f"blk.0.{name}.weight.lora_{which}"] for which in "ab")
+    assert error(b @ a, file.deltas()[0]) <= TOLERANCE
+    assert converted(tmp_path / "out.gguf").targets[0].transposed == target.transposed
 
 
 def test_it_needs_the_model(llama: Path) -> None:

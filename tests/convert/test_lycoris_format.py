@@ -14,7 +14,19 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tnadapt import Config
 
-from .conversions import CONVS, SHAPES, TOLERANCE, assert_same_updates, converted, error, fill, made, model, updates
+from .conversions import (
+    CONVS,
+    EXPORTED,
+    SHAPES,
+    TOLERANCE,
+    assert_same_updates,
+    converted,
+    error,
+    fill,
+    made,
+    model,
+    updates,
+)
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("lycoris")
@@ -82,31 +94,21 @@ def check_loaded(path: Path, expected: dict[str, Any], shapes: dict[str, tuple[i
         assert error(merged.get_submodule(name).weight, base.get_submodule(name).weight) <= TOLERANCE, name
 
 
-P = tna.presets
 OURS: dict[str, tuple[Config, str]] = {
-    "lora": (P.lora(3, alpha=7), "lycoris-lora"),
-    "tucker": (Config(rank=(2, 3), format="tucker"), "lycoris-lora"),
-    "krona": (P.krona(alpha=3), "lycoris-lokr"),
-    "lokr": (P.lokr(1, alpha=3), "lycoris-lokr"),
-    "lokr of low-rank W1": (P.lokr(1, leading="same"), "lycoris-lokr"),
-    "lokr of a factor": (P.lokr(1, split_size=2), "lycoris-lokr"),
-    "lonkr": (P.lonkr(1, splits=3, groups="weight", fold="stack", split_size="balanced"), "lycoris-lokr"),
-    "lora to lokr": (P.lora(2), "lycoris-lokr"),
-    "loha": (P.loha(2, alpha=3), "lycoris-loha"),
-    "lora to loha": (P.lora(2, alpha=6), "lycoris-loha"),
-    "dense": (P.dense(), "lycoris-full"),
-    "superlora": (P.superlora(2, projection="nonlinear", ratio=0.5), "lycoris-full"),
+    **EXPORTED,
+    "dense": (tna.presets.dense(), "full"),
+    "superlora": (tna.presets.superlora(2, projection="nonlinear", ratio=0.5), "full"),
 }
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_what_we_write_gives_our_updates(name: str, tmp_path: Path) -> None:
-    config, to = OURS[name]
+    config, method = OURS[name]
     file = made(config, SHAPES)
     expected = updates(file)
     if config.projection == "nonlinear":
         expected = {t.module: d for t, d in zip(file.targets, file.deltas(), strict=True)}
-    found = tna.convert(file, tmp_path / "theirs.safetensors", to=to)
+    found = tna.convert(file, tmp_path / "theirs.safetensors", to=f"lycoris-{method}")
     assert found.exact
     assert found.error <= TOLERANCE
     check_loaded(tmp_path / "theirs.safetensors", expected, SHAPES)

@@ -19,6 +19,7 @@ from tnadapt import Config
 
 from .conversions import (
     CONVS,
+    EXPORTED,
     SHAPES,
     TOLERANCE,
     assert_same_updates,
@@ -140,29 +141,22 @@ def check_loaded(folder: Path, expected: dict[str, Any], shapes: dict[str, tuple
 
 
 OURS: dict[str, tuple[Config, str]] = {
-    "lora": (P.lora(3, alpha=7), "peft-lora"),
-    "cp-weighted": (Config(rank=3, format="cp-weighted"), "peft-lora"),
-    "tucker": (Config(rank=(2, 3), format="tucker"), "peft-lora"),
-    "tucker, one factor": (Config(rank=(None, 3), format="tucker"), "peft-lora"),
-    "tt": (Config(rank=3, format="tt", alpha=2), "peft-lora"),
-    "terms": (Config(rank=2, terms=3), "peft-lora"),
-    "a CP across weights": (P.superlora(2, groups=2), "peft-lora"),
-    "krona": (P.krona(alpha=3), "peft-lokr"),
-    "lokr": (P.lokr(1, alpha=3), "peft-lokr"),
-    "lokr of low-rank W1": (P.lokr(1, leading="same"), "peft-lokr"),
-    "lokr of a factor": (P.lokr(1, split_size=2), "peft-lokr"),
-    "lonkr": (P.lonkr(1, splits=3, groups="weight", fold="stack", split_size="balanced"), "peft-lokr"),
-    "lora to lokr": (P.lora(2), "peft-lokr"),
-    "loha": (P.loha(2, alpha=3), "peft-loha"),
-    "lora to loha": (P.lora(2, alpha=6), "peft-loha"),
+    **EXPORTED,
+    "cp-weighted": (Config(rank=3, format="cp-weighted"), "lora"),
+    "tucker, one factor": (Config(rank=(None, 3), format="tucker"), "lora"),
+    "tt": (Config(rank=3, format="tt", alpha=2), "lora"),
+    "terms": (Config(rank=2, terms=3), "lora"),
+    "a CP across weights": (P.superlora(2, groups=2), "lora"),
 }
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_what_we_write_gives_our_updates(name: str, tmp_path: Path) -> None:
-    config, to = OURS[name]
+    config, method = OURS[name]
     file = made(config, SHAPES)
-    found = tna.convert(file, tmp_path / "theirs", to=to, rank=8 if name == "a CP across weights" else None)
+    found = tna.convert(
+        file, tmp_path / "theirs", to=f"peft-{method}", rank=8 if name == "a CP across weights" else None
+    )
     assert found.exact
     assert found.error <= TOLERANCE
     check_loaded(tmp_path / "theirs", updates(file), SHAPES)

@@ -552,19 +552,6 @@ def test_tokens_that_do_not_fit_are_named(tmp_path: Path) -> None:
             tna.convert(theirs, base=tmp_path / "base")
 
 
-def test_trained_rows_are_written_as_lora_of_their_number(tmp_path: Path) -> None:
-    model = made()
-    adapter = tt.attach(model, tna.presets.dense(), tt.token_targets(model, [5, 2, 7]))
-    fill(adapter.parameters())
-    adapter.save(tmp_path / "ours.safetensors")
-    found = tna.convert(tmp_path / "ours.safetensors", tmp_path / "theirs", to="peft-lora")
-    assert found.exact
-    assert found.config is not None
-    assert found.config["r"] == 3
-    theirs = peft.PeftModel.from_pretrained(made(), tmp_path / "theirs").eval()
-    same(theirs, model)
-
-
 @pytest.mark.parametrize("rows", [None, [2, 5]])
 def test_a_tied_embedding_is_written_for_both_modules(rows: list[int] | None, tmp_path: Path) -> None:
     model = made(True)

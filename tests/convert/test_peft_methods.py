@@ -138,6 +138,17 @@ NOTES = {
     "randlora, wide": "weights whose smaller sides differ: PEFT pairs the bases differently, and each stores",
     "c3a, patterns": r"stored dense: a config has one size of block, and there are [2, 6]",
     "fourierft, dense": "stored dense: a config has one number of entries, and 200 are more than a weight has",
+    "randlora": "weights with more rows than columns and others: each stores its own bases",
+}
+
+
+# Positions that are a seed.
+SEEDS = {
+    "fourierft, patterns": (tna.maps.TorchScatter(30, seed=5), "dft2"),
+    "shira": tna.maps.TorchScatter(72),
+    "shira, seeded": tna.maps.TorchScatter(72, seed=4),
+    "waveft, unequal": (tna.maps.TorchScatter(30, seed=5), tna.maps.CenteredWavelet("db2")),
+    "waveft, no transform": tna.maps.TorchScatter(30, seed=777),
 }
 
 
@@ -161,6 +172,14 @@ def test_what_peft_saved_gives_its_updates(name: str, tmp_path: Path) -> None:
     found = check(tmp_path / "theirs", shapes, expected)
     assert found.origin == f"peft-{name.partition(',')[0]}"
     assert NOTES.get(name, "") in str(found)
+    if name in SEEDS:
+        assert found.file is not None
+        assert found.file.config.projection == SEEDS[name]
+    if name == "randlora":
+        assert found.file is not None
+        trained = peft.get_peft_model(model(shapes), config_of(name)).parameters()
+        # The weight of 8 rows has three bases and the others four: its fourth is zeros.
+        assert found.file.num_parameters == sum(p.numel() for p in trained if p.requires_grad) + 3 + 8
     # The file on disk, which is read by itself.
     tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=shapes)
     file = tna.load(tmp_path / "ours.safetensors")
@@ -354,34 +373,6 @@ def test_randlora_is_terms_of_scaled_factors(tmp_path: Path) -> None:
     assert more.num_parameters == 2 * 3 * (3 + 8)
     assert sorted(more.given) == ["group0.term0.split0.factor0", "group0.term0.split0.factor1",
                                   "group0.term1.split0.factor0", "group0.term2.split0.factor0"]  # fmt: skip
-
-
-def test_randlora_on_tall_and_wide_weights_trains_what_peft_trains(tmp_path: Path) -> None:
-    shapes, _ = saved("randlora", tmp_path)
-    wrapped = peft.get_peft_model(model(shapes), config_of("randlora"))
-    count = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    found = tna.convert(tmp_path, base=shapes)
-    assert found.file is not None
-    # The weight of 8 rows has three bases and the others four: its fourth is zeros.
-    assert found.file.num_parameters == count + 3 + 8
-    assert "weights with more rows than columns and others: each stores its own bases" in str(found)
-
-
-@pytest.mark.parametrize(
-    ("name", "projection"),
-    [
-        ("fourierft, patterns", (tna.maps.TorchScatter(30, seed=5), "dft2")),
-        ("shira", tna.maps.TorchScatter(72)),
-        ("shira, seeded", tna.maps.TorchScatter(72, seed=4)),
-        ("waveft, unequal", (tna.maps.TorchScatter(30, seed=5), tna.maps.CenteredWavelet("db2"))),
-        ("waveft, no transform", tna.maps.TorchScatter(30, seed=777)),
-    ],
-)
-def test_positions_are_a_seed(name: str, projection: Any, tmp_path: Path) -> None:
-    shapes, _ = saved(name, tmp_path)
-    file = converted(tmp_path, base=shapes)
-    assert file.config.projection == projection
-    assert file.num_parameters == 3 * file.arrays["group0.split0.dense"].size
 
 
 def test_positions_of_a_mask_of_one_s_own(tmp_path: Path) -> None:
