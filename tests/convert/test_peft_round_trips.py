@@ -201,13 +201,6 @@ class Case:
         return PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[self.method]](**self.settings)
 
 
-# In this order they are drawn.
-METHODS = (
-    "LORA", "HIRA", "LOKR", "LOHA", "VERA", "RANDLORA", "FOURIERFT", "WAVEFT", "C3A", "SHIRA", "MISS", "UNILORA",
-    "TINYLORA", "VBLORA", "TRAINABLE_TOKENS",
-)  # fmt: skip
-
-
 # How often each method is drawn.
 WEIGHTS = {"LORA": 8, "LOKR": 2, "LOHA": 2, "HIRA": 2}
 
@@ -220,7 +213,7 @@ GROUPED = {"grouped", "depthwise"}
 def drawn(number: int) -> Case:
     """The case of a number."""
     rng = random.Random(f"round trips {number}")
-    method = rng.choices(METHODS, [WEIGHTS.get(name, 1) for name in METHODS])[0]
+    method = rng.choices([*OPTIONS], [WEIGHTS.get(name, 1) for name in OPTIONS])[0]
     names = [name for name in MODELS if method in TRANSPOSED or name != "gpt2"]
     if method == "TRAINABLE_TOKENS":
         names = [name for name in MODELS if MODELS[name].embedding]
@@ -233,7 +226,7 @@ def drawn(number: int) -> Case:
     count = rng.randint(1, min(4, len(several)))
     targets = sorted(rng.sample(several, count))
     settings: dict[str, Any] = {"target_modules": targets}
-    settings |= OPTIONS[method](rng, model, targets)
+    settings |= options(rng, method, model, targets)
     if (
         name in ("llama", "tied llama", "vit")
         and targets != ["projection"]  # which is in no layer
@@ -277,118 +270,60 @@ def kept_and_tied(rng: random.Random, method: str, name: str, targets: list[str]
     return found
 
 
-Options = Callable[[random.Random, Model, Sequence[str]], dict[str, Any]]
+#: The settings of each method: one of several values, or True with a probability; those without a name, several.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "LORA": {
+        "r": range(1, 6), "lora_alpha": [1, 4, 16, 2.5], "use_rslora": 0.25, "use_dora": 0.2, "fan_in_fan_out": 0.3,
+        "lora_dropout": [0.0, 0.1], "init_lora_weights": [True, True, True, False, "gaussian"],
+    },
+    "HIRA": {"r": range(1, 6)},
+    "LOKR": {
+        "r": range(1, 6), "alpha": [1, 4, 2.5], "use_effective_conv2d": 0.5, "init_weights": 0.5,
+        "decompose_both": 0.4, "decompose_factor": [-1, -1, 2, 4, 8],
+    },
+    "LOHA": {"r": range(1, 6), "alpha": [1, 4, 2.5], "use_effective_conv2d": 0.5, "init_weights": 0.5},
+    "VERA": {"r": range(1, 10), "projection_prng_key": range(10), "save_projection": 0.7},
+    "RANDLORA": {
+        "r": range(2, 9), "randlora_alpha": range(1, 10), "save_projection": 0.7,
+        "": [{}, {}, {"sparse": True}, {"very_sparse": True}],
+    },
+    "FOURIERFT": {"n_frequency": range(5, 101), "scaling": [2.0, 25.0], "random_loc_seed": range(10)},
+    "WAVEFT": {
+        "n_frequency": range(5, 101), "scaling": [2.0, 25.0], "random_loc_seed": range(10),
+        "wavelet_family": ["db1", "db2", "db3"], "use_idwt": 0.8, "proportional_parameters": 0.3,
+    },
+    "C3A": {"block_size": [2, 4]},
+    "SHIRA": {"r": range(1, 5), "random_seed": [None, 3]},
+    "MISS": {"r": range(2, 7), "": [{}, {}, {"r": 4, "mini_r": 4, "init_weights": "mini"}]},
+    "UNILORA": {"r": range(1, 5), "theta_d_length": range(5, 61), "save_indices": 0.5},
+    "TINYLORA": {"r": range(1, 4), "u": range(2, 10), "weight_tying": [0.0, 0.5, 1.0], "save_projection": 0.7},
+    "VBLORA": {
+        "r": range(1, 4), "num_vectors": [9], "vector_length": [4], "topk": range(1, 4), "save_only_topk_weights": 0.5,
+    },
+    "TRAINABLE_TOKENS": {},
+}  # fmt: skip
 
 
-def lora(rng: random.Random, model: Model, targets: Sequence[str]) -> dict[str, Any]:
-    grouped = not GROUPED.isdisjoint(targets)
-    rank = 12 * rng.randint(1, 2) if grouped else rng.randint(1, 5)
-    found: dict[str, Any] = {
-        "r": rank,
-        "lora_alpha": rng.choice([1, 4, 16, 2.5]),
-        "use_rslora": rng.random() < 0.25,
-        "use_dora": rng.random() < 0.2 and not grouped,
-        "fan_in_fan_out": rng.random() < 0.3,
-        "lora_dropout": rng.choice([0.0, 0.1]),
-        "init_lora_weights": rng.choice([True, True, True, False, "gaussian"]),
-    }
-    if model.head == "lm_head" and rng.random() < 0.3:
-        found["task_type"] = "SEQ_2_SEQ_LM" if model.build is t5 else "CAUSAL_LM"
-    return found | patterns(rng, targets, ranks=not grouped)
-
-
-def patterns(rng: random.Random, targets: Sequence[str], ranks: bool = True) -> dict[str, Any]:
+def options(rng: random.Random, method: str, model: Model, targets: Sequence[str]) -> dict[str, Any]:
     found = dict[str, Any]()
-    if rng.random() < 0.3 and ranks:
+    for name, values in OPTIONS[method].items():
+        value = rng.random() < values if isinstance(values, float) else rng.choice(values)
+        found |= {name: value} if name else value
+    grouped, small = not GROUPED.isdisjoint(targets), model.build is Pixels
+    if method == "TRAINABLE_TOKENS":
+        found["token_indices"] = sorted(rng.sample(range(10), 3))
+    if method == "LORA" and grouped:
+        found |= {"r": 12 * rng.randint(1, 2), "use_dora": False}
+    if method == "LORA" and model.head == "lm_head" and rng.random() < 0.3:
+        found["task_type"] = "SEQ_2_SEQ_LM" if model.build is t5 else "CAUSAL_LM"
+    if method in ("LORA", "LOKR", "LOHA") and rng.random() < 0.3 and (method != "LORA" or not grouped):
         found["rank_pattern"] = {rng.choice(targets): rng.randint(1, 6)}
-    if rng.random() < 0.3:
+    if method in ("LORA", "LOKR", "LOHA") and rng.random() < 0.3:
         found["alpha_pattern"] = {rng.choice(targets): rng.choice([3, 7.5])}
-    return found
-
-
-def low_rank(rng: random.Random, model: Model, targets: Sequence[str]) -> dict[str, Any]:
-    return {
-        "r": rng.randint(1, 5),
-        "alpha": rng.choice([1, 4, 2.5]),
-        "use_effective_conv2d": rng.random() < 0.5,
-        "init_weights": rng.choice([True, False]),
-        **patterns(rng, targets),
-    }
-
-
-def lokr(rng: random.Random, model: Model, targets: Sequence[str]) -> dict[str, Any]:
-    more = {"decompose_both": rng.random() < 0.4, "decompose_factor": rng.choice([-1, -1, 2, 4, 8])}
-    return low_rank(rng, model, targets) | more
-
-
-def frequencies(rng: random.Random, model: Model, targets: Sequence[str]) -> dict[str, Any]:
-    most = 30 if model.build is Pixels else 100
-    found: dict[str, Any] = {
-        "n_frequency": rng.randint(5, most),
-        "scaling": rng.choice([2.0, 25.0]),
-        "random_loc_seed": rng.randint(0, 9),
-    }
-    if rng.random() < 0.3:
-        found["n_frequency_pattern"] = {rng.choice(targets): rng.randint(5, most // 2)}
-    return found
-
-
-def waves(rng: random.Random, model: Model, targets: Sequence[str]) -> dict[str, Any]:
-    more = {
-        "wavelet_family": rng.choice(["db1", "db2", "db3"]),
-        "use_idwt": rng.random() < 0.8,
-        "proportional_parameters": rng.random() < 0.3,
-    }
-    return frequencies(rng, model, targets) | more
-
-
-OPTIONS: dict[str, Options] = {
-    "LORA": lora,
-    "HIRA": lambda rng, model, targets: {"r": rng.randint(1, 5)},
-    "TRAINABLE_TOKENS": lambda rng, model, targets: {"token_indices": sorted(rng.sample(range(10), 3))},
-    "LOKR": lokr,
-    "LOHA": low_rank,
-    "VERA": lambda rng, model, targets: {
-        "r": rng.randint(1, 9),
-        "projection_prng_key": rng.randint(0, 9),
-        "save_projection": rng.random() < 0.7,
-    },
-    "RANDLORA": lambda rng, model, targets: {
-        "r": rng.randint(2, 8),
-        "randlora_alpha": rng.randint(1, 9),
-        "save_projection": rng.random() < 0.7,
-        **rng.choice([{}, {}, {"sparse": True}, {"very_sparse": True}]),
-    },
-    "FOURIERFT": frequencies,
-    "WAVEFT": waves,
-    "C3A": lambda rng, model, targets: {"block_size": rng.choice([2, 4])},
-    "SHIRA": lambda rng, model, targets: {
-        "r": rng.randint(1, 2 if model.build is Pixels else 4),
-        "random_seed": rng.choice([None, 3]),
-    },
-    "MISS": lambda rng, model, targets: {
-        "r": rng.randint(2, 6),
-        **rng.choice([{}, {}, {"r": 4, "mini_r": 4, "init_weights": "mini"}]),
-    },
-    "UNILORA": lambda rng, model, targets: {
-        "r": rng.randint(1, 4),
-        "theta_d_length": rng.randint(5, 60),
-        "save_indices": rng.random() < 0.5,
-    },
-    "TINYLORA": lambda rng, model, targets: {
-        "r": rng.randint(1, 3),
-        "u": rng.randint(2, 9),
-        "weight_tying": rng.choice([0.0, 0.5, 1.0]),
-        "save_projection": rng.random() < 0.7,
-    },
-    "VBLORA": lambda rng, model, targets: {
-        "r": rng.randint(1, 3),
-        "num_vectors": 9,
-        "vector_length": 4,
-        "topk": rng.randint(1, 3),
-        "save_only_topk_weights": rng.random() < 0.5,
-    },
-}
+    if method in ("FOURIERFT", "WAVEFT") and rng.random() < 0.3:
+        found["n_frequency_pattern"] = {rng.choice(targets): rng.randint(5, 15 if small else 50)}
+    limits = {"n_frequency": 30, "r": 2 if method == "SHIRA" else 100} if small else {}
+    return found | {name: min(found[name], most) for name, most in limits.items() if name in found}
 
 
 # -- Refusals ------------------------------------------------------------------------------------
@@ -619,7 +554,7 @@ def test_few_are_refused() -> None:
     # Every reason, method and model occurs.
     for one in (*NOT_READ.values(), *NOT_WRITTEN.values()):
         assert any(one.when(case) for case in cases)
-    assert {case.method for case in cases} == {*METHODS}
+    assert {case.method for case in cases} == {*OPTIONS}
     assert {case.model for case in cases} == {*MODELS}
 
 
@@ -628,15 +563,15 @@ def test_few_are_refused() -> None:
 
 def test_every_method_is_read_or_refused_by_name(tmp_path: Path) -> None:
     kinds = {kind.value for kind in peft.PeftType}
-    assert kinds >= set(METHODS)
+    assert kinds >= OPTIONS.keys()
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    for kind in sorted(kinds - set(METHODS)):
+    for kind in sorted(kinds - OPTIONS.keys()):
         (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
         message = f"peft_type is '{kind}'; only LORA, LOKR, .* can be converted"
         with pytest.raises(tna.FileError, match=message) as caught:
             tna.convert(tmp_path)
         (known,) = re.findall("; only (.*) can be converted", str(caught.value))
-        assert set(known.split(", ")) == set(METHODS)
+        assert set(known.split(", ")) == OPTIONS.keys()
 
 
 # -- Convolutions in groups -----------------------------------------------------------------------
