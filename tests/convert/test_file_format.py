@@ -82,18 +82,6 @@ def test_what_is_not_added_has_no_structure_of_its_own() -> None:
         tna.convert(made(tna.presets.dora(2)), to="own-blocks")
 
 
-def test_errors_are_measured_and_limited_as_for_built_in_formats() -> None:
-    file = made(tna.presets.lora(4))
-    with pytest.raises(tna.ConfigError, match=r"the conversion to npz-lora would change the updates.*lycoris-full"):
-        tna.convert(file, to="npz-lora", rank=2)
-    ours, theirs = (tna.convert(file, to=form, rank=2, max_error=1.0) for form in ("npz-lora", "peft-lora"))
-    assert ours.errors == pytest.approx(theirs.errors, rel=1e-5)
-    assert not ours.exact
-    rounded = tna.convert(file, to="npz-lora", dtype="float16")
-    assert {array.dtype.name for array in rounded.tensors.values()} == {"float16"}
-    assert 0 < rounded.error < 4e-3
-
-
 def test_the_base_is_checked(tmp_path: Path) -> None:
     tna.convert(made(tna.presets.lora(1), {"a.q": (3, 4)}), tmp_path / "out.npz", to="npz-lora")
     with pytest.raises(tna.FileError, match=r"out\.npz: base has no module 'a\.q'"):
