@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 import tnadapt as tna
 from tnadapt import ConfigError, FileError, TargetError
 from tnadapt.maps import Circulant, Tile, TorchScatter, Wavelet
+from tnadapt.sources import Given, Scaled
 
 from .conversions import adapter_on, converted, made
 
@@ -99,7 +100,10 @@ def test_these_are_read(method: str, tmp_path: Path) -> None:
 )
 def test_vera_starts_another_training_at_a_small_diagonal(given: Any, start: float, tmp_path: Path) -> None:
     found = converted(folder(tmp_path / "a", "VERA", {"d_initial": given}), base=SHAPES)
-    assert found.config.sources["factor1"].start == start
+    assert found.config.sources == {
+        "factor0": Scaled(Given(shared=True), start=0.0),
+        "factor1": Scaled(Given(shared=True), size=False, rank=True, start=start),
+    }
 
 
 def test_positions_from_windows_are_floating_point_numbers(tmp_path: Path) -> None:
