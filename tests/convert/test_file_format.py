@@ -31,9 +31,8 @@ def npz(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_is_one_of_the_forms() -> None:
     assert sys.modules["tnadapt.convert"].FORMS[-1] == "npz-lora"
-    with pytest.raises(
-        tna.ConfigError, match=r"to \(--to\) must be one of tnadapt, peft, .*, npz-lora; got 'npz-lokr'; did"
-    ):
+    message = r"to \(--to\) must be one of tnadapt, peft, .*, npz-lora; got 'npz-lokr'; did"
+    with pytest.raises(tna.ConfigError, match=message):
         tna.convert(made(tna.presets.lora(1)), to="npz-lokr")
 
 
@@ -92,14 +91,12 @@ def test_the_base_is_checked(tmp_path: Path) -> None:
 
 
 def test_what_a_format_does_not_say_it_can_hold_is_refused() -> None:
-    with pytest.raises(
-        tna.ConfigError, match=r"'stem\.conv' is stored in 4 axes, and the npz library has lora only for m"
-    ):
+    message = r"'stem\.conv' is stored in 4 axes, and the npz library has lora only for m"
+    with pytest.raises(tna.ConfigError, match=message):
         tna.convert(made(tna.presets.lora(1), {"stem.conv": CONVS["stem.conv"]}), to="npz-lora")
     turned = adapter_on([tna.Target("a.q", (4, 4), transposed=True)], tna.presets.lora(1))
-    with pytest.raises(
-        tna.ConfigError, match=r"'a\.q' is stored as \(in, out\), and the npz library has lora only for m"
-    ):
+    message = r"'a\.q' is stored as \(in, out\), and the npz library has lora only for m"
+    with pytest.raises(tna.ConfigError, match=message):
         tna.convert(turned, to="npz-lora")
     kept = dataclasses.replace(made(tna.presets.lora(1)), kept={"head.weight": np.ones((2, 2), "f4")})
     with pytest.raises(tna.ConfigError, match=r"the npz library has no place for .*head\.weight.*without_kept=True"):
@@ -182,7 +179,6 @@ def test_on_the_command_line(tmp_path: Path) -> None:
 def test_what_a_plug_in_s_libraries_raise_is_an_error_of_the_file(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "damaged.npz"
     path.write_bytes(content)
-    with pytest.raises(
-        tna.FileError, match=r"damaged.npz: the file format 'npz' \(the npz library\) cannot read it: \w+"
-    ):
+    message = r"damaged.npz: the file format 'npz' \(the npz library\) cannot read it: \w+"
+    with pytest.raises(tna.FileError, match=message):
         tna.convert(path)

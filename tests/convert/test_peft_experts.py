@@ -113,9 +113,8 @@ def test_a_module_that_peft_takes_for_the_other_order(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     saved_by_peft("mixtral", tmp_path)
     model = made("mixtral")
-    with pytest.raises(
-        tna.FileError, match=r"target_parameters=.* does not store which .* give base= \(--base\), a folder"
-    ):
+    message = r"target_parameters=.* does not store which .* give base= \(--base\), a folder"
+    with pytest.raises(tna.FileError, match=message):
         tna.convert(tmp_path)
     with pytest.raises(tna.FileError, match=r"names 'experts\.\w+', .* base has no experts of that name"):
         tna.convert(tmp_path, base={"fc.weight": (3, 4)})
@@ -154,9 +153,8 @@ def own(cfg: tna.Config, **fields: Any) -> tna.AdapterFile:
 
 
 def test_what_cannot_be_written_is_named() -> None:
-    with pytest.raises(
-        tna.ConfigError, match=r"'experts\.down_proj\[1\]' is one of the matrices .* apply='magnitude' of it is not"
-    ):
+    message = r"'experts\.down_proj\[1\]' is one of the matrices .* apply='magnitude' of it is not"
+    with pytest.raises(tna.ConfigError, match=message):
         tna.convert(own(P.dora(1)), to="peft-lora")
     with pytest.raises(tna.ConfigError, match=r"'experts' has parameters weight, and it is unknown in which order"):
         tna.convert(own(P.lora(1), parameter="weight"), to="peft-lora")
@@ -185,14 +183,12 @@ def test_other_forms_have_no_embeddings(to: str) -> None:
 
 def test_embeddings_that_cannot_be_written_are_named() -> None:
     for cfg in (P.dora(2), P.hira(2)):
-        with pytest.raises(
-            tna.ConfigError, match=r"'embed' is an embedding, and apply=.* of it is not written for PEFT"
-        ):
+        message = r"'embed' is an embedding, and apply=.* of it is not written for PEFT"
+        with pytest.raises(tna.ConfigError, match=message):
             tna.convert(embedding(cfg), to="peft-lora")
     file = embedding(P.lora(2), tied=("head.table",))
-    with pytest.raises(
-        tna.ConfigError, match=r"embed\.weight .* updated together with head\.table, to which it is tied"
-    ):
+    message = r"embed\.weight .* updated together with head\.table, to which it is tied"
+    with pytest.raises(tna.ConfigError, match=message):
         tna.convert(file, to="peft-lora")
 
 

@@ -657,9 +657,8 @@ def test_dora_of_groups_is_refused(tmp_path: Path) -> None:
         tna.convert(tmp_path / "theirs")
     adapter = tt.attach(fresh("pixels"), "dora", ["grouped"], rank=2)
     adapter.save(tmp_path / "ours.safetensors")
-    with pytest.raises(
-        tna.ConfigError, match="'grouped' is a convolution in 2 groups: PEFT's DoRA of it takes the norms"
-    ):
+    message = "'grouped' is a convolution in 2 groups: PEFT's DoRA of it takes the norms"
+    with pytest.raises(tna.ConfigError, match=message):
         tna.convert(tmp_path / "ours.safetensors", to="peft-lora")
 
 
@@ -718,9 +717,8 @@ def test_a_square_weight_is_not_merged_the_wrong_way(tmp_path: Path, folders: Ca
     config = tna.presets.lora(1)
     plan = tna.SuperLoRA(config, [shape])
     tna.save(tmp_path / "a.safetensors", tna.AdapterFile(config, targets, plan.init()))
-    with pytest.raises(
-        tna.FileError, match=r"c_proj\.weight' is stored as \(in, out\), and the adapter's update is one of"
-    ):
+    message = r"c_proj\.weight' is stored as \(in, out\), and the adapter's update is one of"
+    with pytest.raises(tna.FileError, match=message):
         tna.merge(folders("gpt2"), tmp_path / "a.safetensors", tmp_path / "merged")
     right = [dataclasses.replace(targets[0], transposed=True)]
     tna.save(tmp_path / "b.safetensors", tna.AdapterFile(config, right, plan.init()))
