@@ -136,6 +136,18 @@ SIDES = st.tuples(st.integers(1, 6), st.integers(1, 6)).map(lambda pair: pair[0]
     rank_stabilized=st.booleans(),
 )  # fmt: skip
 @example(
+    shape=(8, 6), kernel=(3, 3), rank=3, alpha=3.0, kind="lora", both=False, factor=-1, tucker=True, unbalanced=False,
+    rank_stabilized=False,
+)  # fmt: skip
+@example(
+    shape=(8, 6), kernel=(3, 3), rank=2, alpha=3.0, kind="loha", both=False, factor=-1, tucker=True, unbalanced=False,
+    rank_stabilized=False,
+)  # fmt: skip
+@example(
+    shape=(8, 6), kernel=(3, 3), rank=1, alpha=3.0, kind="lokr", both=False, factor=-1, tucker=True, unbalanced=False,
+    rank_stabilized=False,
+)  # fmt: skip
+@example(
     shape=(12, 18), kernel=(), rank=3, alpha=3.0, kind="lora", both=False, factor=-1, tucker=False, unbalanced=False,
     rank_stabilized=True,
 )  # fmt: skip
