@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+import tnadapt as tna
 from tnadapt import AdapterFile, Config, SuperLoRA, Target
 
 # Of what the peers make in float32 and we in float64, and once more in between: a few roundings of 6e-8.
@@ -21,6 +24,22 @@ CONVS: dict[str, tuple[int, ...]] = {
     "stem.conv": (8, 6, 3, 3),
     "stem.point": (4, 8, 1, 1),
     "stem.line": (6, 4, 3),
+}
+
+
+P = tna.presets
+#: Configs of ours, each with the method of PEFT and LyCORIS that it is exactly.
+EXPORTED: dict[str, tuple[Config, str]] = {
+    "lora": (P.lora(3, alpha=7), "lora"),
+    "tucker": (Config(rank=(2, 3), format="tucker"), "lora"),
+    "krona": (P.krona(alpha=3), "lokr"),
+    "lokr": (P.lokr(1, alpha=3), "lokr"),
+    "lokr of low-rank W1": (P.lokr(1, leading="same"), "lokr"),
+    "lokr of a factor": (P.lokr(1, split_size=2), "lokr"),
+    "lonkr": (P.lonkr(1, splits=3, groups="weight", fold="stack", split_size="balanced"), "lokr"),
+    "lora to lokr": (P.lora(2), "lokr"),
+    "loha": (P.loha(2, alpha=3), "loha"),
+    "lora to loha": (P.lora(2, alpha=6), "loha"),
 }
 
 
@@ -55,10 +74,25 @@ def made(
         Target(path, shape, "linear" if len(shape) == 2 else "conv", layer=path.split(".")[1])
         for path, shape in (shapes or SHAPES).items()
     ]
+    return adapter_on(targets, config, seed, dtype)
+
+
+def adapter_on(targets: Sequence[Target], config: Config, seed: int = 0, dtype: str = "f4") -> AdapterFile:
+    """An adapter of ours on these targets, with random numbers."""
     rng = np.random.default_rng(seed)
-    plan = SuperLoRA(config, [target.shape for target in targets], [target.layer for target in targets])
+    plan = SuperLoRA(
+        config, [target.shape for target in targets], [target.layer for target in targets],
+        roles=[target.role for target in targets],
+    )  # fmt: skip
     arrays = {name: (rng.standard_normal(shape) / 2).astype(dtype) for name, shape in plan.param_shapes.items()}
     return AdapterFile(config, targets, arrays)
+
+
+def converted(source: Any, *arguments: Any, **options: Any) -> AdapterFile:
+    """What a conversion to this library's own form makes of an adapter."""
+    file = tna.convert(source, *arguments, **options).file
+    assert file is not None
+    return file
 
 
 def updates(file: AdapterFile) -> dict[str, np.ndarray]:
@@ -78,6 +112,29 @@ def error(one: Any, other: Any) -> float:
     return float(np.linalg.norm(one - other) / max(np.linalg.norm(other), 1e-30))
 
 
+def assert_same_updates(ours: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
+    """Compare two adapters, each a file of ours or a mapping of paths to updates, weight by weight."""
+    ours, expected = (updates(one) if isinstance(one, AdapterFile) else one for one in (ours, expected))
+    assert ours.keys() == expected.keys()
+    for path, delta in expected.items():
+        assert error(ours[path], delta) <= tolerance, path
+
+
+def peft_updates(wrapped: Any) -> dict[str, Any]:
+    """Path -> update, as a model of PEFT has it."""
+    return {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach()
+        for name, module in wrapped.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+
+
+def loaded_by_peft(folder: Path, base: Any) -> dict[str, Any]:
+    """Path -> update, as PEFT loads a folder onto a model, or onto one of these shapes."""
+    peft = pytest.importorskip("peft")
+    return peft_updates(peft.PeftModel.from_pretrained(model(base) if isinstance(base, dict) else base, folder))
+
+
 def fill(parameters: Iterator[Any], seed: int = 0, scale: float = 0.5) -> None:
     """Random numbers in all of them."""
     import torch
@@ -92,7 +149,6 @@ def tiny_unet() -> tuple[Any, dict[str, tuple[int, ...]]]:
     """A UNet of diffusers with random weights, and the shapes of some of its linear layers and convolutions."""
     import warnings
 
-    import pytest
     import torch
 
     with warnings.catch_warnings():

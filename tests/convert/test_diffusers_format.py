@@ -1,7 +1,8 @@
-"""Files of diffusers and kohya: names and parts of pipelines, scales, and what the loaders of each make of them."""
+"""Files of diffusers and kohya, folders for vLLM: names, parts of pipelines, scales, and what loaders make of them."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -15,25 +16,9 @@ import tnadapt as tna
 from tests.support.array_presets import P
 from tnadapt import ConfigError, FileError
 
-from .conversions import SHAPES, TOLERANCE, error, made, model, tiny_unet, updates
+from .conversions import CONVS, SHAPES, assert_same_updates, converted, made, model, tiny_unet
 
 # -- Files of diffusers: names of components, scales, and what its own loader makes of them ----------------------------
-
-
-UNET_SHAPES = {"down_blocks.0.attn.to_q": (8, 6), "down_blocks.0.conv": (4, 3, 3, 3), "mid_block.attn.to_q": (8, 6)}
-
-
-def test_it_reads_back_what_it_writes(tmp_path: Path) -> None:
-    file = made(tna.presets.lora(2, alpha=3), UNET_SHAPES)
-    found = tna.convert(file, tmp_path / "out.safetensors", to="diffusers")
-    assert sorted(found.tensors) == sorted(
-        f"unet.{path}.lora_{which}.weight" for path in UNET_SHAPES for which in ("A", "B")
-    )
-    again = tna.convert(tmp_path / "out.safetensors")
-    assert again.origin == "diffusers-lora"
-    assert again.file is not None
-    for path, delta in updates(again.file).items():
-        assert error(delta, updates(file)[path].reshape(delta.shape)) <= TOLERANCE
 
 
 def test_all_factors_have_one_rank() -> None:
@@ -60,8 +45,7 @@ def test_scales_are_those_of_diffusers(tmp_path: Path) -> None:
         ({"lora_adapter_metadata": json.dumps(settings)}, {}, 3.0),
     ):
         rewritten(tmp_path / "in.safetensors", metadata, extra)
-        file = tna.convert(tmp_path / "in.safetensors").file
-        assert file is not None
+        file = converted(tmp_path / "in.safetensors")
         np.testing.assert_array_equal(file.deltas()[0], np.full((8, 6), 2 * scale))
 
 
@@ -72,66 +56,86 @@ def test_one_component_at_a_time(tmp_path: Path) -> None:
         tna.convert(tmp_path / "in.safetensors")
     with pytest.raises(FileError, match="has no part 'transformer'; its parts are text_encoder, unet"):
         tna.convert(tmp_path / "in.safetensors", part="transformer")
-    file = tna.convert(tmp_path / "in.safetensors", part="unet").file
-    assert file is not None
+    file = converted(tmp_path / "in.safetensors", part="unet")
     assert [target.module for target in file.targets] == ["mid_block.to_q"]
-    again = tna.convert(made(tna.presets.lora(2), UNET_SHAPES), to="diffusers", part="transformer")
-    assert all(name.startswith("transformer.") for name in again.tensors)
 
 
-def test_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
-    rewritten(tmp_path / "in.safetensors", {}, {"unet.mid_block.to_q.lokr_w1": np.ones((2, 2), "f4")})
-    with pytest.raises(FileError, match=r"has tensors that do not belong to a LoRA of diffusers: 'unet.mid_block"):
+@pytest.mark.parametrize(
+    ("metadata", "extra", "message"),
+    [
+        (
+            {}, {"unet.mid_block.to_q.lokr_w1": np.ones((2, 2), "f4")},
+            "has tensors that do not belong to a LoRA of diffusers: 'unet.mid_block",
+        ),
+        (
+            {"lora_adapter_metadata": "["}, {},
+            "the entry lora_adapter_metadata of its metadata is not a JSON object",
+        ),
+    ],
+)  # fmt: skip
+def test_what_it_cannot_hold_is_refused(metadata: Any, extra: Any, message: str, tmp_path: Path) -> None:
+    rewritten(tmp_path / "in.safetensors", metadata, extra)
+    with pytest.raises(FileError, match=message):
         tna.convert(tmp_path / "in.safetensors")
-    rewritten(tmp_path / "in.safetensors", {"lora_adapter_metadata": "["}, {})
-    with pytest.raises(FileError, match="the entry lora_adapter_metadata of its metadata is not a JSON object"):
-        tna.convert(tmp_path / "in.safetensors")
-    with pytest.raises(ConfigError, match=r"can only add: merge it into the base with tnadapt.merge"):
-        tna.convert(made(tna.presets.dora(rank=2), UNET_SHAPES), to="diffusers-lora")
 
 
 @pytest.mark.slow
-def test_diffusers_loads_it_into_a_unet(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "to"),
+    [
+        (P.lora(2, alpha=3), "diffusers"),
+        (P.lotr(2, groups="weight", alpha=3), "diffusers"),
+        (P.lora(2, alpha=3), "kohya"),
+    ],
+)
+def test_diffusers_loads_it_into_a_unet(config: tna.Config, to: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     unet, shapes = tiny_unet()
-    for config in (tna.presets.lora(2, alpha=3), tna.presets.lotr(2, groups="weight", alpha=3)):
-        file = made(config, shapes)
-        tna.convert(file, tmp_path / "out.safetensors", to="diffusers", overwrite=True)
-        before = {path: unet.get_submodule(path).weight.detach().clone() for path in shapes}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    file = made(config, shapes)
+    tna.convert(file, tmp_path / "out.safetensors", to=to)
+    before = {path: unet.get_submodule(path).weight.detach().clone() for path in shapes}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if to == "diffusers":
             unet.load_lora_adapter(str(tmp_path / "out.safetensors"), prefix="unet")
-            unet.fuse_lora()
-            unet.unload_lora()
-        for path, delta in updates(file).items():
-            assert error(unet.get_submodule(path).weight - before[path], delta) <= TOLERANCE
-            unet.get_submodule(path).weight.data.copy_(before[path])
+        else:
+            from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin as Mixin
+            from safetensors.torch import load_file
+
+            state, alphas = Mixin.lora_state_dict(load_file(tmp_path / "out.safetensors"), unet_config=unet.config)
+            Mixin.load_lora_into_unet(state, network_alphas=alphas, unet=unet)
+        unet.fuse_lora()
+        unet.unload_lora()
+    assert_same_updates({path: unet.get_submodule(path).weight - before[path] for path in shapes}, file)
 
 
 # -- Files under kohya's names: the component's prefix, and what the loaders of LyCORIS and diffusers make of them -----
 
 
 PATHS = {
-    "unet": {"down_blocks.0.attn.to_q": (8, 6), "mid_block.attn.to_q": (8, 6)},
+    "unet": {"down_blocks.0.attn.to_q": (8, 6), "down_blocks.0.conv": (4, 3, 3, 3), "mid_block.attn.to_q": (8, 6)},
     "text encoder": {"text_model.encoder.layers.0.self_attn.q_proj": (8, 6)},
     "transformer": {"transformer_blocks.0.attn.to_q": (8, 6)},
 }
 PREFIXES = {"unet": "lora_unet", "text encoder": "lora_te", "transformer": "lora_transformer"}
 
 
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
 @pytest.mark.parametrize("name", PATHS)
-def test_the_prefix_is_that_of_the_component(name: str, tmp_path: Path) -> None:
-    file = made(P.lora(2, alpha=3), PATHS[name])
-    found = tna.convert(file, tmp_path / "out.safetensors", to="kohya")
-    flat = [f"{PREFIXES[name]}_{path.replace('.', '_')}" for path in PATHS[name]]
-    assert sorted(found.tensors) == sorted(
-        f"{one}.{own}" for one in flat for own in ("alpha", "lora_down.weight", "lora_up.weight")
-    )
-    again = tna.convert(tmp_path / "out.safetensors")
-    assert again.origin == "lycoris-lora"
-    assert again.file is not None
-    assert again.file.config == file.config
-    assert {target.module for target in again.file.targets} == set(PATHS[name])
+def test_the_prefix_is_that_of_the_component(name: str, to: str, tmp_path: Path) -> None:
+    file, out = made(P.lora(2, alpha=3), PATHS[name]), tmp_path / "out.safetensors"
+    found = tna.convert(file, out, to=to)
+    if to == "kohya":
+        flat = [f"{PREFIXES[name]}_{path.replace('.', '_')}" for path in PATHS[name]]
+        ends = ("alpha", "lora_down.weight", "lora_up.weight")
+    else:
+        flat = [f"{name.replace(' ', '_')}.{path}" for path in PATHS[name]]
+        ends = ("lora_A.weight", "lora_B.weight")
+    assert sorted(found.tensors) == sorted(f"{one}.{end}" for one in flat for end in ends)
+    assert tna.convert(out).origin == ("lycoris-lora" if to == "kohya" else "diffusers-lora")
+    if to == "kohya":
+        assert converted(out).config == file.config
+    assert_same_updates(converted(out), file)
 
 
 def test_the_caller_names_the_second_text_encoder() -> None:
@@ -142,23 +146,12 @@ def test_the_caller_names_the_second_text_encoder() -> None:
     assert again.tensors.keys() == found.tensors.keys()
 
 
-def test_the_method_is_the_adapters_own() -> None:
-    for config, kind in ((P.lokr(2), "lokr"), (P.loha(2), "loha"), (P.lora(2), "lora")):
-        found = tna.convert(made(config), to="kohya", part="transformer")
-        assert (found.kind, found.exact) == (f"kohya-{kind}", True)
-
-
+@pytest.mark.parametrize("to", ["kohya-lora", "diffusers-lora"])
 @pytest.mark.parametrize("preset", [P.dora, P.hira])
-def test_what_is_no_sum_is_refused(preset: Any) -> None:
-    with pytest.raises(ConfigError, match="does more than add ΔW to the weight, and kohya-lora can only add"):
-        tna.convert(made(preset(rank=2)), to="kohya-lora", part="unet")
-
-
-def test_a_lossy_one_must_be_asked_for() -> None:
-    file = made(P.krona(), {"mid_block.attn.to_q": (12, 18)})
-    with pytest.raises(ConfigError, match="the conversion to kohya-lora would change the updates by a relative error"):
-        tna.convert(file, to="kohya-lora", rank=2)
-    assert 0 < tna.convert(file, to="kohya-lora", rank=2, max_error=1).error < 1
+def test_what_is_no_sum_is_refused(preset: Any, to: str) -> None:
+    message = f"does more than add ΔW to the weight, and {to} can only add: merge it into the base with tnadapt.merge"
+    with pytest.raises(ConfigError, match=message):
+        tna.convert(made(preset(rank=2)), to=to, part="unet")
 
 
 @pytest.mark.slow  # its import takes long
@@ -175,30 +168,8 @@ def test_lycoris_loads_it_by_its_loader_of_kohyas_names(form: str, tmp_path: Pat
         warnings.simplefilter("ignore")
         network = create_network_from_weights(1.0, str(tmp_path / "out.safetensors"), None, None, own)[0]
     assert len(network.unet_loras) == len(SHAPES)
-    by_name = {module.lora_name: module for module in network.unet_loras}
-    for path, delta in updates(file).items():
-        got = by_name[f"lora_unet_{path.replace('.', '_')}"].get_diff_weight(1.0)[0]
-        assert error(got, delta) <= TOLERANCE
-
-
-@pytest.mark.slow
-def test_kohya_diffusers_loads_it_into_a_unet(tmp_path: Path) -> None:
-    pytest.importorskip("peft")
-    unet, shapes = tiny_unet()
-    file = made(P.lora(2, alpha=3), shapes)
-    tna.convert(file, tmp_path / "out.safetensors", to="kohya")
-    before = {path: unet.get_submodule(path).weight.detach().clone() for path in shapes}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin as Mixin
-        from safetensors.torch import load_file
-
-        state, alphas = Mixin.lora_state_dict(load_file(tmp_path / "out.safetensors"), unet_config=unet.config)
-        Mixin.load_lora_into_unet(state, network_alphas=alphas, unet=unet)
-        unet.fuse_lora()
-        unet.unload_lora()
-    for path, delta in updates(file).items():
-        assert error(unet.get_submodule(path).weight - before[path], delta) <= TOLERANCE
+    by_name = {module.lora_name: module.get_diff_weight(1.0)[0] for module in network.unet_loras}
+    assert_same_updates({path: by_name[f"lora_unet_{path.replace('.', '_')}"] for path in SHAPES}, file)
 
 
 # -- Parts of diffusion pipelines, from files of kohya to those of diffusers and back, and wherever there are none -----
@@ -239,20 +210,18 @@ def test_either_name_selects_a_part_of_kohyas_and_names_that_of_diffusers(
     source, out = both(tmp_path), tmp_path / "diffusers.safetensors"
     found = tna.convert(source, out, to="diffusers", part=part, base=BASE)
     assert sorted(found.tensors) == [f"{component}.{module}.lora_{which}.weight" for which in "AB"]
-    back = tna.convert(out, to="kohya")
     assert found.file is None
-    (delta,) = tna.convert(out).file.deltas()  # type: ignore[union-attr]
+    back = tna.convert(out, to="kohya")
+    (delta,) = converted(out).deltas()
     np.testing.assert_array_equal(delta, np.full((8, 6), 2.0 * number))
     prefix = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}[component]
     assert all(name.startswith(f"{prefix}_") for name in back.tensors)
 
 
 def test_a_part_must_be_chosen_where_a_file_has_several(tmp_path: Path) -> None:
+    message = r"several models: lora_te1, lora_te2, lora_unet\. Choose one, for example part='lora_te1' \(--part l"
     for to in ("tnadapt", "diffusers", "kohya", "peft-lora"):
-        with pytest.raises(
-            FileError,
-            match=r"several models: lora_te1, lora_te2, lora_unet\. Choose one, for example part='lora_te1' \(--part l",
-        ):
+        with pytest.raises(FileError, match=message):
             tna.convert(both(tmp_path), to=to, base=BASE)
     with pytest.raises(FileError, match="has no part 'transformer_2'; its parts are lora_te1, lora_te2, lora_unet"):
         tna.convert(both(tmp_path), part="transformer_2", base=BASE)
@@ -271,9 +240,8 @@ def test_kohyas_unet_may_be_a_transformer(tmp_path: Path) -> None:
         found = tna.convert(flux, to="diffusers", base=BASE, part=part)
         assert all(name.startswith("transformer.") for name in found.tensors)
     other = kohya_file(tmp_path / "other.safetensors", {"lora_unet": "double_blocks.0.img_attn.qkv"})
-    with pytest.raises(
-        ConfigError, match="lora_unet may be unet or transformer, and the module names do not show which: 'd"
-    ):
+    message = "lora_unet may be unet or transformer, and the module names do not show which: 'd"
+    with pytest.raises(ConfigError, match=message):
         tna.convert(other, to="diffusers", base=BASE)
     found = tna.convert(other, to="diffusers", base=BASE, part="transformer")
     assert all(name.startswith("transformer.double_blocks") for name in found.tensors)
@@ -287,7 +255,9 @@ def test_modules_of_no_known_part_are_refused_until_it_is_named(to: str) -> None
     mixed = made(tna.presets.lora(2), {UNET: (8, 6), TEXT: (8, 6)})
     with pytest.raises(ConfigError, match="the module names do not show which"):
         tna.convert(mixed, to=to)
-    assert tna.convert(file, to=to, part="transformer").exact
+    found = tna.convert(file, to=to, part="transformer")
+    assert found.exact
+    assert all(name.startswith(("transformer.blocks", "lora_transformer_blocks")) for name in found.tensors)
 
 
 def test_a_part_without_a_prefix_of_kohyas_is_refused() -> None:
@@ -295,30 +265,27 @@ def test_a_part_without_a_prefix_of_kohyas_is_refused() -> None:
         tna.convert(made(tna.presets.lora(2), {UNET: (8, 6)}), to="kohya", part="controlnet")
 
 
-def test_unknown_parts_are_refused_everywhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", ["tnadapt", "peft", "kohya", "diffusers", "lycoris"])
+def test_unknown_parts_are_refused_everywhere(to: str, tmp_path: Path) -> None:
     file = made(tna.presets.lora(2), {UNET: (8, 6)})
     tna.convert(file, tmp_path / "peft", to="peft-lora")
+    with pytest.raises(ConfigError, match=r"part \(--part\) must be one of .*text_encoder_2.*; got 'nonsense'"):
+        tna.convert(both(tmp_path), to=to, part="nonsense", base=BASE)
+    message = r"part \(--part\) must be one of .*lora_te2.*; got 'unett'; did you mean .*'unet'"
     for source in (file, tmp_path / "peft"):
-        for to in ("kohya", "diffusers"):
-            with pytest.raises(
-                ConfigError, match=r"part \(--part\) must be one of .*lora_te2.*; got 'unett'; did you mean .*'unet'"
-            ):
+        if to in ("kohya", "diffusers"):
+            with pytest.raises(ConfigError, match=message):
                 tna.convert(source, to=to, part="unett")
-    for to in ("tnadapt", "peft", "kohya", "diffusers", "lycoris"):
-        with pytest.raises(ConfigError, match=r"part \(--part\) must be one of .*text_encoder_2.*; got 'nonsense'"):
-            tna.convert(both(tmp_path), to=to, part="nonsense", base=BASE)
 
 
 @pytest.mark.parametrize("to", ["tnadapt", "peft-lora", "lycoris", "gguf-lora", "vllm"])
 def test_a_part_where_there_are_none_is_refused(to: str, tmp_path: Path) -> None:
     file = made(tna.presets.lora(2), {UNET: (8, 6)})
     tna.convert(file, tmp_path / "peft", to="peft-lora")
-    tna.save(tmp_path / "own.safetensors", file)
-    for source, name in ((file, "tnadapt"), (tmp_path / "own.safetensors", "tnadapt"), (tmp_path / "peft", "peft")):
-        with pytest.raises(
-            ConfigError,
-            match=rf"part='unet' \(--part\) has no effect on a conversion from {name} to {to.partition('-')[0]}: only",
-        ):
+    for source, name in ((file, "tnadapt"), (tmp_path / "peft", "peft")):
+        library = to.partition("-")[0]
+        message = rf"part='unet' \(--part\) has no effect on a conversion from {name} to {library}: only"
+        with pytest.raises(ConfigError, match=message):
             tna.convert(source, to=to, part="unet")
 
 
@@ -333,8 +300,7 @@ def test_files_name_the_modules_of_clip_as_loaders_expect(to: str, tmp_path: Pat
     name = f"lora_te_text_model_{FLAT.replace('.', '_')}." if to == "kohya" else f"text_encoder.{TEXT}."
     assert all(one.startswith(name) for one in found.tensors)
     for base, path in ((None, FLAT), ([FLAT], FLAT), ([TEXT], TEXT), ([FLAT, TEXT], TEXT)):
-        back = tna.convert(out, base=base).file
-        assert back is not None
+        back = converted(out, base=base)
         assert [target.module for target in back.targets] == [path]
         np.testing.assert_allclose(back.deltas()[0], file.deltas()[0], rtol=0, atol=1e-6)
 
@@ -350,8 +316,6 @@ def test_other_encoders_keep_their_names() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])
 def test_diffusers_loads_it_into_a_text_encoder(to: str, tmp_path: Path) -> None:
-    import warnings
-
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     pytest.importorskip("peft")
     with warnings.catch_warnings():
@@ -379,3 +343,54 @@ def test_diffusers_loads_it_into_a_text_encoder(to: str, tmp_path: Path) -> None
         got = layer.get_delta_weight(layer.active_adapters[0])
         assert torch.equal(layer.base_layer.weight, before[path])
         np.testing.assert_allclose(got.numpy(), deltas[path], rtol=0, atol=1e-6 * float(np.abs(deltas[path]).max()))
+
+
+# -- Folders for vLLM: one rank of its list, a scale of 1, and nothing that it does not serve -------------------------
+
+
+SQUARE = {f"layers.{layer}.q_proj": (80, 80) for layer in range(2)}
+
+
+@pytest.mark.parametrize(("rank", "served"), [(1, 1), (2, 8), (8, 8), (9, 16), (33, 64)])
+def test_the_rank_is_padded_to_one_that_vllm_takes(rank: int, served: int, tmp_path: Path) -> None:
+    file = made(tna.presets.lora(rank, alpha=3), SQUARE)
+    found = tna.convert(file, tmp_path / "out", to="vllm", rank=None if rank < 33 else 33)
+    assert found.config is not None
+    assert (found.config["r"], found.config["lora_alpha"]) == (served, served)
+    assert (found.config["rank_pattern"], found.config["alpha_pattern"]) == ({}, {})
+    assert {min(array.shape) for array in found.tensors.values()} == {served}
+    assert found.exact
+    assert tna.convert(tmp_path / "out").origin == "peft-lora"
+    assert_same_updates(converted(tmp_path / "out"), file)
+
+
+def test_ranks_that_differ_become_one() -> None:
+    shapes = {"layers.0.q_proj": (24, 40), "layers.0.v_proj": (3, 40)}
+    found = tna.convert(made(tna.presets.lotr(5, groups="weight"), shapes), to="vllm-lora", rank=5)
+    assert found.config is not None
+    assert found.config["r"] == 8
+    assert found.config["rank_pattern"] == {}
+
+
+def test_what_vllm_does_not_serve_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"apply='magnitude' of this adapter does more than add ΔW .*vllm-lora"):
+        tna.convert(made(tna.presets.dora(rank=2)), to="vllm")
+    with pytest.raises(ConfigError, match=r"'stem.conv' is a convolution, and vLLM has no LoRA of convolutions: merge"):
+        tna.convert(made(tna.presets.lora(2), CONVS), to="vllm")
+    wide = {"layers.0.q_proj": (1200, 1200)}
+    with pytest.raises(ConfigError, match="the LoRA of this adapter has rank 513, and vLLM takes ranks up to 512"):
+        tna.convert(made(tna.presets.lora(513), wide), to="vllm")
+    plain = made(tna.presets.lora(2), SHAPES)
+    kept = {"lm_head.weight": np.ones((3, 4), "f4")}
+    other = dataclasses.replace(plain, kept=kept)
+    message = "besides LoRA, vLLM loads only trained modules named classifier or score, and"
+    with pytest.raises(ConfigError, match=message):
+        tna.convert(other, to="vllm")
+    assert tna.convert(other, to="vllm", without_kept=True).exact
+    head = dataclasses.replace(plain, kept={"score.weight": np.ones((3, 4), "f4")})
+    found = tna.convert(head, to="vllm")
+    assert found.config is not None
+    assert found.config["modules_to_save"] == ["score"]
+    bias = dataclasses.replace(plain, kept={"score.bias": np.ones(3, "f4")})
+    with pytest.raises(ConfigError, match=r"this adapter has 'score\.bias'"):
+        tna.convert(bias, to="vllm")

@@ -8,13 +8,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tnadapt as tna
 from tnadapt import Config
 
-from .conversions import CONVS, SHAPES, TOLERANCE, error, fill, made, model, updates
+from .conversions import (
+    CONVS,
+    EXPORTED,
+    SHAPES,
+    TOLERANCE,
+    assert_same_updates,
+    converted,
+    error,
+    fill,
+    made,
+    model,
+    updates,
+)
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("lycoris")
@@ -61,10 +73,7 @@ def weights(network: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
 def check_loaded(path: Path, expected: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     """LyCORIS' loader: its update of every weight, what it merges, and its outputs."""
     network, _ = create_lycoris_from_weights(1.0, str(path), model(shapes))
-    found = weights(network, shapes)
-    assert found.keys() == expected.keys()
-    for name, delta in expected.items():
-        assert error(found[name], delta) <= TOLERANCE, name
+    assert_same_updates(weights(network, shapes), expected)
     applied, base = model(shapes), model(shapes)
     network, _ = create_lycoris_from_weights(1.0, str(path), applied)
     network.eval()
@@ -85,78 +94,25 @@ def check_loaded(path: Path, expected: dict[str, Any], shapes: dict[str, tuple[i
         assert error(merged.get_submodule(name).weight, base.get_submodule(name).weight) <= TOLERANCE, name
 
 
-LINES = {
-    "lora": ("lora", 4, 6.0, {}),
-    "lora-tucker": ("lora", 3, 2.0, {"use_tucker": True}),
-    "lora-rs": ("lora", 3, 2.0, {"rs_lora": True}),
-    "lokr": ("lokr", 1, 3.0, {}),
-    "lokr-full": ("lokr", 64, 3.0, {}),
-    "lokr-both": ("lokr", 1, 3.0, {"decompose_both": True}),
-    "lokr-factor": ("lokr", 1, 3.0, {"factor": 2}),
-    "lokr-tucker": ("lokr", 1, 3.0, {"use_tucker": True}),
-    "lokr-unbalanced": ("lokr", 1, 3.0, {"unbalanced_factorization": True}),
-    "loha": ("loha", 3, 5.0, {}),
-    "loha-tucker": ("loha", 2, 5.0, {"use_tucker": True}),
-    "full": ("full", 4, 1.0, {}),
-}
-
-
-@pytest.mark.parametrize("shapes", [SHAPES, BOTH], ids=["linear", "conv"])
-@pytest.mark.parametrize("name", LINES)
-def test_what_lycoris_saved_gives_its_updates(name: str, shapes: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
-    algo, dim, alpha, more = LINES[name]
-    expected = theirs(tmp_path / "theirs.safetensors", shapes, algo, dim, alpha, **more)
-    assert expected.keys() == shapes.keys()
-    found = tna.convert(tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors", base=shapes)
-    assert found.exact
-    assert found.error <= TOLERANCE
-    ours = updates(tna.load(tmp_path / "ours.safetensors"))
-    for path, delta in expected.items():
-        assert error(ours[path], delta) <= TOLERANCE, path
-
-
-@pytest.mark.parametrize("name", [name for name in LINES if name != "lokr-unbalanced"])
-def test_and_back_again(name: str, tmp_path: Path) -> None:
-    algo, dim, alpha, more = LINES[name]
-    expected = theirs(tmp_path / "theirs.safetensors", SHAPES, algo, dim, alpha, **more)
-    found = tna.convert(
-        tmp_path / "theirs.safetensors", tmp_path / "again.safetensors", to=f"lycoris-{algo}", base=SHAPES
-    )
-    assert found.exact
-    assert found.error <= TOLERANCE
-    check_loaded(tmp_path / "again.safetensors", expected, SHAPES)
-
-
 OURS: dict[str, tuple[Config, str]] = {
-    "lora": (tna.presets.lora(3, alpha=7), "lycoris-lora"),
-    "tucker": (Config(rank=(2, 3), format="tucker"), "lycoris-lora"),
-    "krona": (tna.presets.krona(alpha=3), "lycoris-lokr"),
-    "lokr": (tna.presets.lokr(1, alpha=3), "lycoris-lokr"),
-    "lokr of low-rank W1": (tna.presets.lokr(1, leading="same"), "lycoris-lokr"),
-    "lokr of a factor": (tna.presets.lokr(1, split_size=2), "lycoris-lokr"),
-    "lonkr": (tna.presets.lonkr(1, splits=3, groups="weight", fold="stack", split_size="balanced"), "lycoris-lokr"),
-    "lora to lokr": (tna.presets.lora(2), "lycoris-lokr"),
-    "loha": (tna.presets.loha(2, alpha=3), "lycoris-loha"),
-    "lora to loha": (tna.presets.lora(2, alpha=6), "lycoris-loha"),
-    "dense": (tna.presets.dense(), "lycoris-full"),
-    "superlora": (tna.presets.superlora(2, projection="nonlinear", ratio=0.5), "lycoris-full"),
+    **EXPORTED,
+    "dense": (tna.presets.dense(), "full"),
+    "superlora": (tna.presets.superlora(2, projection="nonlinear", ratio=0.5), "full"),
 }
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_what_we_write_gives_our_updates(name: str, tmp_path: Path) -> None:
-    config, to = OURS[name]
+    config, method = OURS[name]
     file = made(config, SHAPES)
     expected = updates(file)
     if config.projection == "nonlinear":
         expected = {t.module: d for t, d in zip(file.targets, file.deltas(), strict=True)}
-    found = tna.convert(file, tmp_path / "theirs.safetensors", to=to)
+    found = tna.convert(file, tmp_path / "theirs.safetensors", to=f"lycoris-{method}")
     assert found.exact
     assert found.error <= TOLERANCE
     check_loaded(tmp_path / "theirs.safetensors", expected, SHAPES)
-    again = updates(tna.convert(tmp_path / "theirs.safetensors").file)  # by the names in its record
-    for path, delta in expected.items():
-        assert error(again[path], delta) <= TOLERANCE
+    assert_same_updates(converted(tmp_path / "theirs.safetensors"), expected)  # by the names in its record
 
 
 @pytest.mark.parametrize("to", ["lycoris-lora", "lycoris-loha", "lycoris-lokr", "lycoris-full"])
@@ -165,7 +121,7 @@ def test_convolutions(to: str, tmp_path: Path) -> None:
     found = tna.convert(file, tmp_path / "theirs.safetensors", to=to)
     assert found.exact
     check_loaded(tmp_path / "theirs.safetensors", updates(file), CONVS)
-    again = tna.convert(tmp_path / "theirs.safetensors").file
+    again = converted(tmp_path / "theirs.safetensors")
     assert [t.stored for t in again.targets] == [CONVS[t.module] for t in again.targets]
 
 
@@ -177,15 +133,42 @@ SIDES = st.tuples(st.integers(1, 6), st.integers(1, 6)).map(lambda pair: pair[0]
     shape=st.tuples(SIDES, SIDES), kernel=st.sampled_from([(), (), (1, 1), (3, 2), (2,)]), rank=st.integers(1, 6),
     alpha=st.sampled_from([0.0, 0.5, 1.0, 3.0]), kind=st.sampled_from(["lora", "lokr", "loha", "full"]),
     both=st.booleans(), factor=st.sampled_from([-1, 1, 2, 3, 4]), tucker=st.booleans(), unbalanced=st.booleans(),
+    rank_stabilized=st.booleans(),
+)  # fmt: skip
+@example(
+    shape=(8, 6), kernel=(3, 3), rank=3, alpha=3.0, kind="lora", both=False, factor=-1, tucker=True, unbalanced=False,
+    rank_stabilized=False,
+)  # fmt: skip
+@example(
+    shape=(8, 6), kernel=(3, 3), rank=2, alpha=3.0, kind="loha", both=False, factor=-1, tucker=True, unbalanced=False,
+    rank_stabilized=False,
+)  # fmt: skip
+@example(
+    shape=(8, 6), kernel=(3, 3), rank=1, alpha=3.0, kind="lokr", both=False, factor=-1, tucker=True, unbalanced=False,
+    rank_stabilized=False,
+)  # fmt: skip
+@example(
+    shape=(12, 18), kernel=(), rank=3, alpha=3.0, kind="lora", both=False, factor=-1, tucker=False, unbalanced=False,
+    rank_stabilized=True,
+)  # fmt: skip
+@example(  # of full matrices
+    shape=(12, 18), kernel=(3, 2), rank=64, alpha=3.0, kind="lokr", both=False, factor=2, tucker=False,
+    unbalanced=True, rank_stabilized=False,
 )  # fmt: skip
 def test_any_adapter_of_lycoris_is_read_and_loaded_or_refused(
     shape: tuple[int, int], kernel: tuple[int, ...], rank: int, alpha: float, kind: str, both: bool, factor: int,
-    tucker: bool, unbalanced: bool, tmp_path_factory: pytest.TempPathFactory,
+    tucker: bool, unbalanced: bool, rank_stabilized: bool, tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
     tmp_path = tmp_path_factory.mktemp("lycoris")
     shapes = {"block.0.w": (*shape, *kernel)}
-    more = {"use_tucker": tucker, "decompose_both": both, "factor": factor, "unbalanced_factorization": unbalanced}
-    expected = theirs(tmp_path / "theirs.safetensors", shapes, kind, rank, alpha, **(more if kind != "full" else {}))
+    more: dict[str, Any] = {"rs_lora": True, "use_tucker": tucker}
+    if kind == "full":
+        more = {}
+    elif kind != "lora" or not rank_stabilized:
+        more = {
+            "use_tucker": tucker, "decompose_both": both, "factor": factor, "unbalanced_factorization": unbalanced,
+        }  # fmt: skip
+    expected = theirs(tmp_path / "theirs.safetensors", shapes, kind, rank, alpha, **more)
     found = tna.convert(tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors", base=shapes)
     assert found.exact
     assert error(updates(tna.load(tmp_path / "ours.safetensors"))["block.0.w"], expected["block.0.w"]) <= TOLERANCE

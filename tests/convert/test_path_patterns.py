@@ -15,9 +15,8 @@ from safetensors.numpy import save_file
 
 import tnadapt as tna
 from tnadapt import FileError
-from tnadapt.convert._peft_settings import PathPatterns
 
-from .test_refused import changed, folder, refused
+from .internals import PathPatterns
 
 # What users of PEFT, PEFT and this library write.
 SHAPES = [
@@ -99,12 +98,8 @@ def test_expressions_that_take_python_forever_are_matched_at_once() -> None:
         patterns = PathPatterns("rank_pattern", {key: 2})
         assert [patterns.get(path + end, 0) for end in ("", key[-1])] == [0, 2]
     assert time.process_time() - start < 1
-
-
-def test_time_is_linear_in_the_path() -> None:
-    patterns = PathPatterns("rank_pattern", {"(a|a)+b": 2, "(.*.*.*.*)!": 3})
-    start = time.process_time()
-    assert patterns.get("a" * 50_000, 0) == 0
+    # In time that is linear in the path.
+    assert PathPatterns("rank_pattern", {"(a|a)+b": 2, "(.*.*.*.*)!": 3}).get("a" * 50_000, 0) == 0
     assert time.process_time() - start < 5
 
 
@@ -118,32 +113,24 @@ def test_patterns_that_would_take_too_long_are_refused() -> None:
     assert time.process_time() - start < 8
 
 
-def test_thousands_of_paths_have_patterns_of_their_own() -> None:
-    paths = [f"model.layers.{i // 7}.self_attn.p{i % 7}_proj" for i in range(3000)]
-    start = time.process_time()
-    for keys in (paths, [f"^{re.escape(path)}" for path in paths], [f".*{path}" for path in paths]):
-        patterns = PathPatterns("rank_pattern", {key: place for place, key in enumerate(keys)})
-        assert [patterns.get(path, None) for path in paths] == list(range(3000))
-    assert time.process_time() - start < 3
-
-
 def test_a_folder_with_thousands_of_modules_and_keys(tmp_path: Path) -> None:
     names = [f"model.layers.{number // 7}.self_attn.p{number % 7}_proj" for number in range(3000)]
-    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "rank_pattern": dict.fromkeys(names, 1)}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": dict.fromkeys(names, 1)}))
+    start = time.process_time()
+    for keys in (names, [f"^{re.escape(name)}" for name in names], [f".*{name}" for name in names]):
+        patterns = PathPatterns("rank_pattern", {key: place for place, key in enumerate(keys)})
+        assert [patterns.get(name, None) for name in names] == list(range(3000))
+    assert time.process_time() - start < 3
+    ones = dict.fromkeys(names, 1)
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "rank_pattern": ones, "alpha_pattern": ones}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     one = np.ones((1, 1), np.float32)
     tensors = {f"base_model.model.{name}.lora_{which}.weight": one for name in names for which in "AB"}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    start = time.process_time()
     assert len(tna.convert(tmp_path).file.targets) == len(names)
-    assert time.process_time() - start < 10  # it takes one or two; in quadratic time, more than half a minute
+    assert time.process_time() - start < 13  # it takes one or two; in quadratic time, more than half a minute
 
 
 def test_a_path_with_a_line_break_has_no_pattern() -> None:
     with pytest.raises(FileError, match=r"^'a\\nb' has a line break, so that no pattern of rank_pattern is for it$"):
         PathPatterns("rank_pattern", {"b": 1}).get("a\nb", 0)
     assert PathPatterns("rank_pattern", {}).get("a\nb", 3) == 3
-
-
-def test_a_folder_of_peft_with_such_an_expression(tmp_path: Path) -> None:
-    refused(folder(tmp_path / "a", config=changed(rank_pattern={"(?=q)": 2})), "rank_pattern has the pattern '(?=q)'")

@@ -1,4 +1,4 @@
-"""LoRA of experts, which PEFT calls target_parameters, to PEFT and back, compared with PEFT's own outputs."""
+"""LoRA of experts, which PEFT calls target_parameters, and of embeddings, compared with PEFT's own outputs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import tnadapt as tna
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file
 
 import tnadapt.torch as tt
 from tests.torch.test_experts import EXPERTS, IDS, MODELS, made
 
-from .conversions import fill
+from .conversions import adapter_on, converted, fill
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
@@ -91,21 +91,6 @@ def test_some_experts_of_one_parameter_with_ranks_of_their_own(tmp_path: Path) -
     torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_other_methods_become_the_nearest_lora_of_each_expert(tmp_path: Path) -> None:
-    model = made("qwen3_moe")
-    adapter = tt.attach(model, P.superlora(4), ["layers.0.mlp.experts"])
-    fill(adapter.parameters())
-    adapter.save(tmp_path / "ours.safetensors")
-    found = tna.convert(tmp_path / "ours.safetensors", tmp_path / "theirs", to="peft-lora", rank=4, max_error=0.99)
-    assert not found.exact
-    assert len(found.errors) == 8
-    theirs = peft.PeftModel.from_pretrained(made("qwen3_moe"), tmp_path / "theirs")
-    again = made("qwen3_moe")
-    tna.convert(tmp_path / "theirs", tmp_path / "again.safetensors")
-    tt.load(again, tmp_path / "again.safetensors")
-    torch.testing.assert_close(theirs(IDS).logits, again(IDS).logits, rtol=1e-4, atol=1e-5)
-
-
 def test_a_module_that_peft_takes_for_the_other_order(tmp_path: Path) -> None:
     """Llama 4 stores (in, out) and does not say so: PEFT's factors of it are those of the transposes."""
     model = torch.nn.Module()
@@ -119,8 +104,7 @@ def test_a_module_that_peft_takes_for_the_other_order(tmp_path: Path) -> None:
     fill(parameter for parameter in theirs.parameters() if parameter.requires_grad)
     theirs.save_pretrained(tmp_path)
     merged = theirs.merge_and_unload().feed_forward.experts.gate_up_proj
-    file = tna.convert(tmp_path, base=base).file
-    assert file is not None
+    file = converted(tmp_path, base=base)
     assert [(target.index, target.transposed) for target in file.targets] == [(0, True), (1, True)]
     for delta, stored in zip(file.deltas(), merged, strict=True):
         torch.testing.assert_close(torch.tensor(delta), stored.detach().T, rtol=1e-5, atol=1e-6)
@@ -129,9 +113,8 @@ def test_a_module_that_peft_takes_for_the_other_order(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     saved_by_peft("mixtral", tmp_path)
     model = made("mixtral")
-    with pytest.raises(
-        tna.FileError, match=r"target_parameters=.* does not store which .* give base= \(--base\), a folder"
-    ):
+    message = r"target_parameters=.* does not store which .* give base= \(--base\), a folder"
+    with pytest.raises(tna.FileError, match=message):
         tna.convert(tmp_path)
     with pytest.raises(tna.FileError, match=r"names 'experts\.\w+', .* base has no experts of that name"):
         tna.convert(tmp_path, base={"fc.weight": (3, 4)})
@@ -160,29 +143,85 @@ def test_other_forms_have_no_experts(to: str) -> None:
 
 
 def test_a_format_alone_takes_lora() -> None:
-    cfg = P.lora(1)
     targets = [tna.Target("experts", (2, 6, 4), parameter="down_proj", index=index) for index in (0, 1)]
-    found = tna.convert(tna.AdapterFile(cfg, targets, tna.SuperLoRA(cfg, [(6, 4)] * 2).init()), to="peft")
+    found = tna.convert(adapter_on(targets, P.lora(1)), to="peft")
     assert (found.kind, found.exact) == ("peft-lora", True)
 
 
 def own(cfg: tna.Config, **fields: Any) -> tna.AdapterFile:
-    target = tna.Target("experts", (2, 6, 4), index=1, **{"parameter": "down_proj", **fields})
-    plan = tna.SuperLoRA(cfg, [(6, 4)]).with_base(lambda _: torch.ones(6, 4).numpy())
-    return tna.AdapterFile(cfg, [target], plan.init())
+    return adapter_on([tna.Target("experts", (2, 6, 4), index=1, **{"parameter": "down_proj", **fields})], cfg)
 
 
 def test_what_cannot_be_written_is_named() -> None:
-    with pytest.raises(
-        tna.ConfigError, match=r"'experts\.down_proj\[1\]' is one of the matrices .* apply='magnitude' of it is not"
-    ):
+    message = r"'experts\.down_proj\[1\]' is one of the matrices .* apply='magnitude' of it is not"
+    with pytest.raises(tna.ConfigError, match=message):
         tna.convert(own(P.dora(1)), to="peft-lora")
     with pytest.raises(tna.ConfigError, match=r"'experts' has parameters weight, and it is unknown in which order"):
         tna.convert(own(P.lora(1), parameter="weight"), to="peft-lora")
-    cfg, plan = P.lora(1), tna.SuperLoRA(P.lora(1), [(6, 4), (6, 4)])
-    targets = [
-        tna.Target("experts", (2, 6, 4), parameter="up_proj", index=0),
-        tna.Target("fc", (4, 6), transposed=True),
-    ]
+    expert = tna.Target("experts", (2, 6, 4), parameter="up_proj", index=0)
+    other = tna.Target("fc", (4, 6), transposed=True)
     with pytest.raises(tna.ConfigError, match=r"'fc' is stored as \(in, out\), which PEFT .* refuses for experts"):
-        tna.convert(tna.AdapterFile(cfg, targets, plan.init()), to="peft-lora")
+        tna.convert(adapter_on([expert, other], P.lora(1)), to="peft-lora")
+
+
+# -- Embeddings ----------------------------------------------------------------------------------
+
+
+TOKENS = torch.tensor([[3, 0, 11, 3], [7, 2, 3, 9]])
+
+
+def embedding(cfg: tna.Config, **settings: Any) -> tna.AdapterFile:
+    return adapter_on([tna.Target("embed", (12, 6), "embedding", **settings)], cfg)
+
+
+@pytest.mark.parametrize("to", ["peft-lokr", "peft-loha", "lycoris-lora", "lycoris-full"])
+def test_other_forms_have_no_embeddings(to: str) -> None:
+    file = embedding(P.lora(2))
+    with pytest.raises(tna.ConfigError, match=r"'embed' is an embedding, and .* has no .* of such a layer: convert to"):
+        tna.convert(file, to=to)
+
+
+def test_embeddings_that_cannot_be_written_are_named() -> None:
+    for cfg in (P.dora(2), P.hira(2)):
+        message = r"'embed' is an embedding, and apply=.* of it is not written for PEFT"
+        with pytest.raises(tna.ConfigError, match=message):
+            tna.convert(embedding(cfg), to="peft-lora")
+    file = embedding(P.lora(2), tied=("head.table",))
+    message = r"embed\.weight .* updated together with head\.table, to which it is tied"
+    with pytest.raises(tna.ConfigError, match=message):
+        tna.convert(file, to="peft-lora")
+
+
+def test_settings_that_peft_would_misread(tmp_path: Path) -> None:
+    """A Conv1D next to an embedding: PEFT's one setting is that of the Conv1D."""
+    targets = [tna.Target("embed", (12, 6), "embedding"), tna.Target("fc", (6, 8), transposed=True)]
+    tna.convert(adapter_on(targets, P.lora(2)), tmp_path / "theirs", to="peft-lora")
+    assert json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    again = converted(tmp_path / "theirs")
+    assert [(target.stored, target.transposed) for target in again.targets] == [((12, 6), False), ((6, 8), True)]
+
+
+def test_fan_in_fan_out_is_not_said_of_embeddings_and_convolutions(tmp_path: Path) -> None:
+    class Mixed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.fc = torch.nn.Embedding(12, 6), transformers.pytorch_utils.Conv1D(8, 6)
+            self.conv = torch.nn.Conv1d(8, 8, 2)
+
+        def forward(self, ids: Any) -> Any:
+            return self.conv(self.fc(self.embed(ids)).mT)
+
+    config = peft.LoraConfig(r=3, target_modules=["embed", "fc", "conv"], fan_in_fan_out=True)
+    theirs = peft.get_peft_model(Mixed(), config).eval()
+    fill(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    base = {"embed": (12, 6), "fc": (6, 8), "conv": (8, 8, 2)}
+    for known in (None, base):
+        file = converted(tmp_path / "theirs", tmp_path / "ours.safetensors", base=known, overwrite=True)
+        assert {target.module: target.transposed for target in file.targets} == {
+            "embed": False, "fc": True, "conv": False,
+        }  # fmt: skip
+        model = Mixed()
+        tt.load(model, tmp_path / "ours.safetensors")
+        torch.testing.assert_close(model(TOKENS), theirs(TOKENS), rtol=1e-5, atol=1e-5)

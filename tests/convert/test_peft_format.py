@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -11,15 +12,32 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 import tnadapt as tna
 from tests.support.array_presets import P
 from tnadapt import Config
 
-from .conversions import CONVS, SHAPES, TOLERANCE, error, fill, made, model, updates
+from .conversions import (
+    CONVS,
+    EXPORTED,
+    SHAPES,
+    TOLERANCE,
+    adapter_on,
+    assert_same_updates,
+    converted,
+    error,
+    fill,
+    made,
+    model,
+    peft_updates,
+    updates,
+)
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+
+import tnadapt.torch as tt
 
 BOTH = SHAPES | CONVS
 
@@ -29,56 +47,11 @@ def theirs(folder: Path, config: Any, shapes: dict[str, tuple[int, ...]], seed: 
     wrapped = peft.get_peft_model(model(shapes), config)
     fill((p for name, p in wrapped.named_parameters() if "lora_" in name or "lokr_" in name or "hada_" in name), seed)
     wrapped.save_pretrained(folder)
-    return deltas(wrapped)
-
-
-def deltas(wrapped: Any) -> dict[str, Any]:
-    return {
-        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach()
-        for name, module in wrapped.named_modules()
-        if hasattr(module, "get_delta_weight")
-    }
+    return peft_updates(wrapped)
 
 
 LINEAR = ["q_proj", "v_proj", "fc_1"]
 ALL = [*LINEAR, "conv", "point", "line"]
-
-CONFIGS: dict[str, Any] = {
-    "lora": lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=ALL),
-    "lora-odd": lambda: peft.LoraConfig(r=3, lora_alpha=16, target_modules=LINEAR),
-    "lora-rs": lambda: peft.LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=LINEAR),
-    "lora-patterns": lambda: peft.LoraConfig(
-        r=2, lora_alpha=2, target_modules=ALL, rank_pattern={"q_proj": 5, "^stem.conv": 3},
-        alpha_pattern={"blocks.[0-9]+.mlp.fc_1": 7, "q_proj": 1},
-    ),
-    "lokr": lambda: peft.LoKrConfig(r=2, alpha=3, target_modules=LINEAR),
-    "lokr-full": lambda: peft.LoKrConfig(r=64, alpha=16, target_modules=LINEAR),
-    "lokr-both": lambda: peft.LoKrConfig(r=1, alpha=3, decompose_both=True, target_modules=["fc_1"]),
-    "lokr-factor": lambda: peft.LoKrConfig(r=1, alpha=3, decompose_factor=2, target_modules=LINEAR),
-    "lokr-conv": lambda: peft.LoKrConfig(r=1, alpha=3, target_modules=["conv", "point"]),
-    "lokr-conv-full": lambda: peft.LoKrConfig(r=9, alpha=3, target_modules=["conv", "point"]),
-    "lokr-tucker": lambda: peft.LoKrConfig(r=1, alpha=3, use_effective_conv2d=True, target_modules=["conv", "point"]),
-    "lokr-line": lambda: peft.LoKrConfig(r=1, alpha=3, target_modules=["line"]),
-    "loha": lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=ALL),
-    "loha-tucker": lambda: peft.LoHaConfig(r=2, alpha=5, use_effective_conv2d=True, target_modules=ALL),
-    "loha-patterns": lambda: peft.LoHaConfig(
-        r=3, alpha=5, target_modules=LINEAR, rank_pattern={"v_proj": 1}, alpha_pattern={"v_proj": 0.25}
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_what_peft_saved_gives_its_updates(name: str, tmp_path: Path) -> None:
-    shapes = {path: BOTH[path] for path in BOTH}
-    expected = theirs(tmp_path / "theirs", CONFIGS[name](), shapes)
-    # Base: LoKr and LoHa do not tell the kernel of a convolution.
-    found = tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=shapes)
-    assert found.exact
-    assert found.error <= TOLERANCE
-    ours = updates(tna.load(tmp_path / "ours.safetensors"))
-    assert ours.keys() == expected.keys()
-    for path, delta in expected.items():
-        assert error(ours[path], delta) <= TOLERANCE, path
 
 
 def test_lokr_of_several_sizes_has_several_configs(tmp_path: Path) -> None:
@@ -89,16 +62,14 @@ def test_lokr_of_several_sizes_has_several_configs(tmp_path: Path) -> None:
     assert {part.config.splits for part in found.file.config.parts} == {1, 2}
     assert found.notes == ()
     assert found.parameters[0] == found.parameters[1]
-    for path, delta in expected.items():
-        # That of the one-dimensional convolution is PEFT's own, which multiplies other axes than LyCORIS.
-        assert error(updates(found.file)[path], delta) <= TOLERANCE, path
+    # That of the one-dimensional convolution is PEFT's own, which multiplies other axes than LyCORIS.
+    assert_same_updates(found.file, expected)
 
 
 def test_dense_updates_of_lokr_are_found_again(tmp_path: Path) -> None:
     shapes = {path: shape for path, shape in BOTH.items() if path != "stem.line"}
     expected = theirs(tmp_path / "theirs", peft.LoKrConfig(r=9, alpha=3, target_modules=ALL[:-1]), shapes)
-    factors = tna.convert(tmp_path / "theirs", base=shapes).file
-    assert factors is not None
+    factors = converted(tmp_path / "theirs", base=shapes)
     arrays = {f"group{number}.split0.dense": delta.reshape(-1) for number, delta in enumerate(factors.deltas())}
     file = tna.AdapterFile(P.dense(), factors.targets, arrays)
     with pytest.raises(tna.ConfigError, match=r"not exactly LoKr: give rank="):
@@ -115,8 +86,7 @@ def test_rank_and_alpha_patterns_are_configs_of_their_own(tmp_path: Path) -> Non
         r=2, lora_alpha=4, target_modules=ALL, rank_pattern=patterns, alpha_pattern={"q_proj": 5}
     )
     expected = theirs(tmp_path / "theirs", settings, BOTH)
-    file = tna.convert(tmp_path / "theirs", base=BOTH).file
-    assert file is not None
+    file = converted(tmp_path / "theirs", base=BOTH)
     found = {}
     for config, targets in file.config.split(file.targets):
         found |= {target.module: (config.rank, config.scale) for target in targets}
@@ -128,7 +98,11 @@ def test_rank_and_alpha_patterns_are_configs_of_their_own(tmp_path: Path) -> Non
         (found[target.module] for target in file.targets), file.deltas(), strict=True
     ))  # fmt: skip
     back = tna.convert(file, tmp_path / "back", to="peft-lora")
+    assert back.config is not None
     assert (back.exact, back.config["r"]) == (True, 2)
+    # Plain paths are left plain.
+    assert back.config["rank_pattern"] == {"blocks.0.attn.q_proj": 5, "stem.conv": 3}
+    assert back.config["target_modules"] == sorted(BOTH)
     check_loaded(tmp_path / "back", expected)
 
 
@@ -150,21 +124,11 @@ def test_lokr_of_several_sizes_goes_straight_to_the_other_library(tmp_path: Path
     by_lycoris(tmp_path / "lycoris.safetensors", expected, shapes)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_and_back_again(name: str, tmp_path: Path) -> None:
-    expected = theirs(tmp_path / "theirs", CONFIGS[name](), BOTH)
-    kind = name.partition("-")[0]
-    file = tna.convert(tmp_path / "theirs", base=BOTH).file
-    found = tna.convert(file, tmp_path / "again", to=f"peft-{kind}", max_error=1e-6)
-    assert found.exact
-    check_loaded(tmp_path / "again", expected)
-
-
 def check_loaded(folder: Path, expected: dict[str, Any], shapes: dict[str, tuple[int, ...]] | None = None) -> None:
     """PEFT's loader, its update of every weight, what it merges, and its outputs."""
     base = model(shapes or BOTH)
     wrapped = peft.PeftModel.from_pretrained(model(shapes or BOTH), folder)
-    found = deltas(wrapped)
+    found = peft_updates(wrapped)
     assert found.keys() == expected.keys()
     before, after = dict(base.named_parameters()), {}
     generator = torch.Generator().manual_seed(3)
@@ -185,51 +149,26 @@ def check_loaded(folder: Path, expected: dict[str, Any], shapes: dict[str, tuple
 
 
 OURS: dict[str, tuple[Config, str]] = {
-    "lora": (P.lora(3, alpha=7), "peft-lora"),
-    "cp-weighted": (Config(rank=3, format="cp-weighted"), "peft-lora"),
-    "tucker": (Config(rank=(2, 3), format="tucker"), "peft-lora"),
-    "tucker, one factor": (Config(rank=(None, 3), format="tucker"), "peft-lora"),
-    "tt": (Config(rank=3, format="tt", alpha=2), "peft-lora"),
-    "terms": (Config(rank=2, terms=3), "peft-lora"),
-    "a CP across weights": (P.superlora(2, groups=2), "peft-lora"),
-    "krona": (P.krona(alpha=3), "peft-lokr"),
-    "lokr": (P.lokr(1, alpha=3), "peft-lokr"),
-    "lokr of low-rank W1": (P.lokr(1, leading="same"), "peft-lokr"),
-    "lokr of a factor": (P.lokr(1, split_size=2), "peft-lokr"),
-    "lonkr": (P.lonkr(1, splits=3, groups="weight", fold="stack", split_size="balanced"), "peft-lokr"),
-    "lora to lokr": (P.lora(2), "peft-lokr"),
-    "loha": (P.loha(2, alpha=3), "peft-loha"),
-    "lora to loha": (P.lora(2, alpha=6), "peft-loha"),
+    **EXPORTED,
+    "cp-weighted": (Config(rank=3, format="cp-weighted"), "lora"),
+    "tucker, one factor": (Config(rank=(None, 3), format="tucker"), "lora"),
+    "tt": (Config(rank=3, format="tt", alpha=2), "lora"),
+    "terms": (Config(rank=2, terms=3), "lora"),
+    "a CP across weights": (P.superlora(2, groups=2), "lora"),
 }
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_what_we_write_gives_our_updates(name: str, tmp_path: Path) -> None:
-    config, to = OURS[name]
+    config, method = OURS[name]
     file = made(config, SHAPES)
-    if name == "a CP across weights":
-        found = tna.convert(file, tmp_path / "theirs", to=to, rank=8)
-    else:
-        found = tna.convert(file, tmp_path / "theirs", to=to)
+    found = tna.convert(
+        file, tmp_path / "theirs", to=f"peft-{method}", rank=8 if name == "a CP across weights" else None
+    )
     assert found.exact
     assert found.error <= TOLERANCE
     check_loaded(tmp_path / "theirs", updates(file), SHAPES)
-    again = tna.convert(tmp_path / "theirs").file
-    for path, delta in updates(file).items():
-        assert error(updates(again)[path], delta) <= TOLERANCE
-
-
-def test_factors_keep_their_bits(tmp_path: Path) -> None:
-    file = made(P.lora(3, alpha=7), SHAPES)
-    found = tna.convert(file, tmp_path / "a", to="peft-lora")
-    again = tna.convert(tmp_path / "a").file
-    assert again.config == file.config
-    order = [again.targets.index(t) for t in again.targets]
-    assert [again.targets[i].module for i in order] == list(SHAPES)
-    for key, array in file.arrays.items():
-        assert np.array_equal(again.arrays[key], array)
-    assert found.parameters == (file.num_parameters, file.num_parameters)
-    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["lora_alpha"] == 7
+    assert_same_updates(converted(tmp_path / "theirs"), file)
 
 
 # Paths that are expressions for other paths, or none at all.
@@ -245,22 +184,12 @@ def test_no_weight_takes_another_s_rank_or_scale(tmp_path: Path) -> None:
         tensors |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
         tensors[f"{name}.alpha"] = np.asarray(number * number, "f4")
         expected[path] = number * up.astype("f8") @ down
-    from safetensors.numpy import save_file
-
     save_file(tensors, tmp_path / "theirs.safetensors")
     found = tna.convert(tmp_path / "theirs.safetensors", tmp_path / "out", to="peft-lora", base=TRICKY)
     assert found.exact
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert len(config["rank_pattern"]) == len(TRICKY) - 1
     check_loaded(tmp_path / "out", expected, TRICKY)
-
-
-def test_plain_paths_are_left_plain(tmp_path: Path) -> None:
-    theirs(tmp_path / "theirs", CONFIGS["lora-patterns"](), BOTH)
-    config = tna.convert(tmp_path / "theirs", to="peft-lora", base=BOTH).config
-    assert config is not None
-    assert config["rank_pattern"] == {"blocks.0.attn.q_proj": 5, "stem.conv": 3}
-    assert config["target_modules"] == sorted(BOTH)
 
 
 SIDES = st.tuples(st.integers(1, 6), st.integers(1, 6)).map(lambda pair: pair[0] * pair[1])
@@ -310,3 +239,126 @@ def test_any_adapter_of_peft_goes_there_and_back(
         return
     assert again.exact
     check_loaded(tmp_path / "again", expected, shapes)
+
+
+# -- DoRA and HiRA, on models whose outputs stay the same ----------------------------------------------------
+
+
+class Model(torch.nn.Module):  # type: ignore[name-defined, misc]
+    """Linear layers with and without a bias, and a convolution."""
+
+    def __init__(self, transposed: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        conv1d, nn = pytest.importorskip("transformers").pytorch_utils.Conv1D, torch.nn
+        self.one, self.two = (
+            (conv1d(7, 6), conv1d(5, 7)) if transposed else (nn.Linear(6, 7), nn.Linear(7, 5, bias=False))
+        )
+        self.conv = None if transposed else nn.Conv2d(1, 3, 3)
+
+    def forward(self, x: Any) -> Any:
+        y = self.two(torch.tanh(self.one(x)))
+        return y if self.conv is None else self.conv(y[None, None])
+
+
+def names(model: Model) -> list[str]:
+    return ["one", "two"] if model.conv is None else ["one", "two", "conv"]
+
+
+def stir(parameters: Any) -> None:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += 0.2 * torch.randn_like(parameter)
+
+
+X = torch.linspace(-1.0, 1.0, 30).reshape(5, 6)
+
+
+@pytest.mark.law("foreign-files")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
+@pytest.mark.parametrize(
+    "config",
+    [P.dora(2, alpha=3), P.hira(2, alpha=3), P.lokr(2, split_size=1, apply="hadamard"), P.dora(2).replace(terms=2)],
+    ids=["dora", "hira", "lokr", "terms"],
+)
+def test_ours_become_peft_s(config: tna.Config, transposed: bool, tmp_path: Path) -> None:
+    ours = Model(transposed)
+    adapter = tt.attach(ours, config, [f"{name}" for name in names(ours)])
+    stir(parameter for _, parameter in adapter.named_parameters())
+    adapter.save(tmp_path / "ours.safetensors")
+    found = tna.convert(tmp_path / "ours.safetensors", tmp_path / "theirs", to="peft-lora", dtype="float32", rank=None)
+    assert found.error < 1e-6
+    written = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    assert written["peft_type"] == ("LORA" if config.apply == "magnitude" else "HIRA")
+    theirs = peft.PeftModel.from_pretrained(Model(transposed), str(tmp_path / "theirs")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(X), ours(X), rtol=1e-5, atol=1e-5)
+    # And back.
+    again = converted(tmp_path / "theirs")
+    assert again.config.apply == config.apply
+    for name, array in again.arrays.items():
+        if name.endswith("magnitude"):
+            path = again.targets[int(name[len("weight")])].module
+            own = next(index for index, target in enumerate(adapter.targets) if target.module == path)
+            assert np.array_equal(array, adapter.arrays()[f"weight{own}.magnitude"].detach().numpy())
+
+
+def of_queries(config: tna.Config) -> tna.AdapterFile:
+    return adapter_on([tna.Target("attn.q", (6, 4), "q")], config)
+
+
+@pytest.mark.parametrize(
+    ("file", "to", "message"),
+    [
+        (
+            of_queries(P.dora(2)),
+            "lycoris-lora",
+            "apply='magnitude' of this adapter does more than add ΔW to the weight, and",
+        ),
+        (
+            of_queries(P.dora(2)),
+            "peft-lokr",
+            "and peft-lokr can only add: merge it into the base with tnadapt.merge (tnadapt merge), or convert it to "
+            "'peft-lora' (--to peft-lora)",
+        ),
+        (of_queries(P.hira(2)), "lycoris-full", "apply='hadamard' of this adapter does more than add"),
+        (
+            of_queries(P.dora(2, magnitude_axis="cols")),
+            "peft-lora",
+            "and peft-lora can only add: merge it into the base with tnadapt.merge (tnadapt merge)",
+        ),
+        (
+            adapter_on([tna.Target("attn.qkv", (18, 4), "q", rows=tna.Rows(0, 6, 18))], P.dora(2)),
+            "peft-lora",
+            "'attn.qkv' has magnitudes of some of its rows only",
+        ),
+    ],
+)
+def test_what_a_form_does_not_hold_is_refused(file: tna.AdapterFile, to: str, message: str) -> None:
+    with pytest.raises(tna.ConfigError) as error:
+        tna.convert(file, to=to)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("to", ["peft-lokr", "lycoris-lokr", "peft-loha"])
+def test_it_is_refused_before_a_rank_is_asked_for(to: str) -> None:
+    # An update that is no Kronecker product: a rank would not help.
+    file, rng = of_queries(P.dora(2, start="pissa")), np.random.default_rng(0)
+    start = {name: rng.normal(size=shape).astype(np.float32) for name, shape in file.plan.start_shapes.items()}
+    with pytest.raises(tna.ConfigError, match="apply='magnitude' of this adapter does more than add"):
+        tna.convert(dataclasses.replace(file, given=start), to=to)
+
+
+def test_a_magnitude_of_another_length_is_refused(tmp_path: Path) -> None:
+    tna.convert(of_queries(P.dora(2)), tmp_path / "theirs", to="peft-lora")
+    place = tmp_path / "theirs" / "adapter_model.safetensors"
+    tensors = load_file(place)
+    name = "base_model.model.attn.q.lora_magnitude_vector"
+    save_file({**tensors, name: np.ones(5, np.float32)}, place)
+    message = r"the magnitude of 'attn.q' has 5 elements; expected 6, one for each output"
+    with pytest.raises(tna.FileError, match=message):
+        tna.convert(tmp_path / "theirs")
+    save_file({**{key: array for key, array in tensors.items() if key != name}, f"{name}.weight": tensors[name]}, place)
+    assert tna.convert(tmp_path / "theirs").exact

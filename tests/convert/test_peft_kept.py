@@ -1,13 +1,16 @@
-"""What PEFT trains besides updates of layers: saved modules, biases, embeddings, heads; compared with its outputs."""
+"""What PEFT trains besides updates of layers: saved modules, biases, embeddings, rows of them, heads; as it outputs."""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import tnadapt as tna
@@ -21,7 +24,8 @@ from safetensors.torch import load_file, save_file
 
 import tnadapt.torch as tt
 
-from .conversions import fill
+from .conversions import adapter_on, converted, fill
+from .internals import OTHER_HEADS, TIED
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
@@ -58,19 +62,23 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-def made(tie: bool) -> Any:
+def made(tie: bool = False, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, tie_word_embeddings=tie,
     )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(config).to(dtype).eval()
+
+
+def trained(model: Any) -> Iterator[Any]:
+    return (parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
 def saved_by_peft(folder: Path, model: Any, **settings: Any) -> Any:
     """A trained adapter of PEFT, saved with its defaults."""
     theirs = peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **settings})).eval()
-    fill(parameter for parameter in theirs.parameters() if parameter.requires_grad)
+    fill(trained(theirs))
     theirs.save_pretrained(folder)
     return theirs
 
@@ -98,6 +106,8 @@ def test_peft_s_outputs_here_and_back(case: str, tie: bool, tmp_path: Path) -> N
     adapter = tt.load(model, ours, untie=apart)
     assert not torch.allclose(model(IDS).logits, made(tie)(IDS).logits, atol=1e-2)
     same(model, theirs)
+    if case == "tokens":  # in ascending order
+        assert [target.rows for target in adapter.targets] == [None, tna.RowIndices((2, 7))]
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (tie and not apart)
     check_merge(base, ours, tmp_path / "merged", theirs, apart)
     # Saved again, and back to PEFT, from both files.
@@ -145,7 +155,7 @@ def test_our_outputs_in_peft(case: str, tmp_path: Path) -> None:
     ours, base, model = tmp_path / "ours.safetensors", tmp_path / "base", made(True)
     model.save_pretrained(base)
     adapter = tt.attach(model, "lora", **OWN[case], rank=2)
-    fill((parameter for parameter in model.parameters() if parameter.requires_grad), scale=0.2)
+    fill(trained(model), scale=0.2)
     adapter.save(ours)
     tna.convert(ours, tmp_path / "theirs", to="peft-lora", base=base)
     same(peft.PeftModel.from_pretrained(made(True), tmp_path / "theirs").eval(), model)
@@ -164,13 +174,12 @@ def test_a_kept_embedding_and_its_head_next_to_lokr(tmp_path: Path) -> None:
     """PEFT ties what it saves for LoRA alone: for others it has two equal copies."""
     model = made(True)
     adapter = tt.attach(model, "lokr", ["q_proj"], keep_trainable=["embed_tokens"])
-    fill((parameter for parameter in model.parameters() if parameter.requires_grad), scale=0.2)
+    fill(trained(model), scale=0.2)
     adapter.save(tmp_path / "ours.safetensors")
-    found = tna.convert(tmp_path / "ours.safetensors", tmp_path / "theirs", to="peft-lokr")
-    assert found.config is not None
-    assert (found.config["modules_to_save"], "ensure_weight_tying" in found.config) == (
-        ["lm_head", "model.embed_tokens"], False,
-    )  # fmt: skip
+    config = tna.convert(tmp_path / "ours.safetensors", tmp_path / "theirs", to="peft-lokr").config
+    assert config is not None
+    assert config["modules_to_save"] == ["lm_head", "model.embed_tokens"]
+    assert "ensure_weight_tying" not in config
     same(peft.PeftModel.from_pretrained(made(True), tmp_path / "theirs").eval(), model)
 
 
@@ -204,8 +213,10 @@ def their_config(method: str, **settings: Any) -> Any:
     return getattr(peft, f"{method}Config")(**sizes[method], target_modules=["first", "plain"], **settings)
 
 
-@pytest.mark.parametrize("adapter_name", ["default", "mine"])
-@pytest.mark.parametrize("method", ["Lora", "Vera", "Miss", "C3A", "FourierFT"])
+@pytest.mark.parametrize(
+    ("method", "adapter_name"),
+    [("Lora", "default"), ("Lora", "mine"), ("Vera", "mine"), ("Miss", "mine"), ("C3A", "mine"), ("FourierFT", "mine")],
+)
 def test_the_trained_copy_of_a_bias_is_read(method: str, adapter_name: str, tmp_path: Path) -> None:
     """With ``bias="all"`` PEFT stores three copies of a saved module's biases; the untrained one came last."""
     config = their_config(method, bias="all", modules_to_save=["head"])
@@ -213,12 +224,11 @@ def test_the_trained_copy_of_a_bias_is_read(method: str, adapter_name: str, tmp_
     fill((p for name, p in theirs.named_parameters() if p.requires_grad and "original_module" not in name), scale=0.3)
     theirs.save_pretrained(tmp_path)
     folder = tmp_path if adapter_name == "default" else tmp_path / adapter_name
-    found = tna.convert(folder, tmp_path / "ours.safetensors", base=SHAPES)
+    file = converted(folder, tmp_path / "ours.safetensors", base=SHAPES)
     model = Model()
     tt.load(model, tmp_path / "ours.safetensors")
     torch.testing.assert_close(model(X), theirs(X), rtol=1e-5, atol=1e-5)
-    assert found.file is not None
-    assert set(found.file.kept) == {
+    assert set(file.kept) == {
         "first.bias", "norm.bias", "other.bias", "head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias",
     }  # fmt: skip
     back = tmp_path / "back"
@@ -257,7 +267,7 @@ def test_biases_are_written_as_peft_loads_them(
     model, presets = Model(), tna.presets
     preset = {"peft-lora": presets.lora(2), "peft-vera": presets.vera(4), "peft-miss": presets.miss(4)}[to]
     adapter = tt.attach(model, preset, ["first", "plain"], **settings)
-    fill((p for p in model.parameters() if p.requires_grad), scale=0.3)
+    fill(trained(model), scale=0.3)
     adapter.save(tmp_path / "ours.safetensors")
     found = tna.convert(tmp_path / "ours.safetensors", tmp_path / "theirs", to=to, base=_checkpoint(tmp_path))
     assert found.config is not None
@@ -265,10 +275,9 @@ def test_biases_are_written_as_peft_loads_them(
     assert found.config["modules_to_save"] == (saved or None)
     theirs = peft.PeftModel.from_pretrained(Model(), tmp_path / "theirs")
     torch.testing.assert_close(theirs(X), model(X), rtol=1e-5, atol=1e-5)
-    kept = tna.convert(tmp_path / "theirs").file.kept
-    assert {name: array.tolist() for name, array in kept.items()} == {
-        name: array.tolist() for name, array in tna.load(tmp_path / "ours.safetensors").kept.items()
-    }
+    kept, expected = converted(tmp_path / "theirs").kept, tna.load(tmp_path / "ours.safetensors").kept
+    assert kept.keys() == expected.keys()
+    assert all(np.array_equal(kept[name], expected[name]) for name in kept)
 
 
 def _checkpoint(folder: Path) -> Path:
@@ -285,9 +294,8 @@ def test_what_peft_cannot_load_is_refused(tmp_path: Path) -> None:
             tna.convert(file, to=to)
         assert tna.convert(file, to=to, without_kept=True).exact
     file = _saved(tmp_path, "lora", keep_trainable=["other.weight"])
-    with pytest.raises(
-        tna.ConfigError, match=r"with 'other\.weight' it needs 'other\.bias', which the adapter does not"
-    ):
+    message = r"with 'other\.weight' it needs 'other\.bias', which the adapter does not"
+    with pytest.raises(tna.ConfigError, match=message):
         tna.convert(file, to="peft-lora", base=base)
     # PEFT would take "norm" for the end of "prenorm", too.
     save_file({**Model().state_dict(), "prenorm.weight": torch.ones(2)}, base)
@@ -318,15 +326,14 @@ def test_a_head_next_to_the_base_s_weight(method: str, tmp_path: Path) -> None:
     made(False).save_pretrained(base)
     config = getattr(peft, f"{method}Config")(**HEAD_CONFIGS[method], target_modules=target)
     theirs = peft.get_peft_model(made(False), config).eval()
-    fill((p for p in theirs.parameters() if p.requires_grad), scale=0.1)
+    fill(trained(theirs), scale=0.1)
     theirs.save_pretrained(tmp_path / "theirs")
     weights = tmp_path / "theirs" / "adapter_model.safetensors"
     name = "base_model.model.lm_head.base_layer.weight"
     assert name in load_file(weights)
     found = tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=base)
-    assert (
-        f"left out {name!r}: PEFT saves the base's own weight next to the update of an embedding or head" in found.notes
-    )
+    note = f"left out {name!r}: PEFT saves the base's own weight next to the update of an embedding or head"
+    assert note in found.notes
     model = made(False)
     tt.load(model, tmp_path / "ours.safetensors")
     same(model, theirs)
@@ -375,16 +382,6 @@ def _logits(model: Any) -> Any:
         return (model(input_ids=IDS, decoder_input_ids=IDS) if "T5" in kind else model(input_ids=IDS)).logits
 
 
-OF_HEADS: list[dict[str, Any]] = [
-    {"modules_to_save": ["EMBED"]}, {"modules_to_save": ["EMBED", "HEAD"]}, {"modules_to_save": ["HEAD"]},
-    {"target_modules": ["LINEAR", "HEAD"]}, {"target_modules": ["LINEAR", "EMBED", "HEAD"]},
-    {"trainable_token_indices": [7, 2]}, {"trainable_token_indices": {"EMBED": [7, 2]}},
-    {"trainable_token_indices": {"HEAD": [3]}}, {"bias": "all"}, {"bias": "all", "modules_to_save": ["HEAD"]},
-    {"bias": "lora_only"},
-]  # fmt: skip
-FEW_OTHERS = [("GPT2", OF_HEADS[1]), ("T5", OF_HEADS[5]), ("Bert", OF_HEADS[3]), ("Bert", OF_HEADS[8])]
-
-
 def other_architecture(name: str, settings: dict[str, Any], folder: Path) -> tuple[Any, Any]:
     """Save a model and a trained adapter of PEFT; return a function that builds the model, and PEFT's model."""
     build, embedding, head, linear = architectures()[name]
@@ -397,29 +394,9 @@ def other_architecture(name: str, settings: dict[str, Any], folder: Path) -> tup
     own = ast.literal_eval(functools.reduce(lambda text, word: text.replace(word, words[word]), words, repr(settings)))
     fresh().save_pretrained(folder / "base")
     theirs = peft.get_peft_model(fresh(), peft.LoraConfig(**{"r": 2, "target_modules": [linear], **own})).eval()
-    fill(p for p in theirs.parameters() if p.requires_grad)
+    fill(trained(theirs))
     theirs.save_pretrained(folder / "theirs")
     return fresh, theirs
-
-
-@pytest.mark.parametrize(
-    ("name", "settings"), in_depth(((name, own) for own in OF_HEADS for name in architectures()), FEW_OTHERS), ids=str
-)
-def test_other_architectures(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    fresh, theirs = other_architecture(name, settings, tmp_path)
-    tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=tmp_path / "base")
-    model = fresh()
-    try:
-        tt.load(model, tmp_path / "ours.safetensors")
-    except tna.FileError:
-        model = fresh()
-        with pytest.raises(tna.FileError, match="load it with untie=True"):
-            tt.load(model, tmp_path / "ours.safetensors")
-        tt.load(model, tmp_path / "ours.safetensors", untie=True)
-    torch.testing.assert_close(_logits(model), _logits(theirs), rtol=1e-4, atol=1e-4)
-    tna.convert(tmp_path / "ours.safetensors", tmp_path / "back", to="peft-lora", base=tmp_path / "base")
-    back = peft.PeftModel.from_pretrained(fresh(), tmp_path / "back").eval()
-    torch.testing.assert_close(_logits(back), _logits(theirs), rtol=1e-4, atol=1e-4)
 
 
 ALONE = [{"target_modules": ["EMBED"]}, {"modules_to_save": ["EMBED"]}]
@@ -486,9 +463,8 @@ def test_a_tie_to_a_head_of_unknown_name(tmp_path: Path) -> None:
     theirs = saved_by_peft(tmp_path / "theirs", made(True), trainable_token_indices=[7, 2])
     found = tna.convert(tmp_path / "theirs", ours, base=base)
     assert any("load the result with keep_tied=True, and save it again for PEFT" in note for note in found.notes)
-    with pytest.raises(
-        tna.ConfigError, match=r"does not say whether an update of 'model\.embed_tokens' is one of both"
-    ):
+    message = r"does not say whether an update of 'model\.embed_tokens' is one of both"
+    with pytest.raises(tna.ConfigError, match=message):
         tna.convert(ours, to="peft-lora", base=base)
     model = made(True)
     tt.load(model, ours, keep_tied=True).save(ours)
@@ -501,16 +477,14 @@ def test_a_tie_to_a_head_of_unknown_name(tmp_path: Path) -> None:
 def test_the_names_of_tied_heads_are_those_of_transformers() -> None:
     from transformers.models.auto import modeling_auto
 
-    from tnadapt.checkpoints.stored_weights import _OTHER_HEADS, _TIED
-
-    heads = {end: heads for end, heads, witness in _TIED if witness == f"{end}.weight"}
+    heads = {end: heads for end, heads, witness in TIED if witness == f"{end}.weight"}
     mappings = [value for name, value in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
     listed = {one for names in mappings for own in names.values() for one in ([own] if isinstance(own, str) else own)}
     ends, checked = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration"), 0
     wrong = dict[str, set[str]]()
     for name in sorted(listed):
         ties = getattr(getattr(transformers, name, None), "_tied_weights_keys", None)
-        if not isinstance(ties, dict) or not name.endswith(ends) or _OTHER_HEADS.match(name):
+        if not isinstance(ties, dict) or not name.endswith(ends) or OTHER_HEADS.match(name):
             continue
         for embedding, own in heads.items():
             tied = {key for key, source in ties.items() if source == f"{embedding}.weight"}
@@ -518,3 +492,91 @@ def test_the_names_of_tied_heads_are_those_of_transformers() -> None:
             if tied - {f"{head}.weight" for head in own} or (tied and len(tied) < len(own)):
                 wrong[name] = tied
     assert (wrong, checked > 100) == ({}, True)
+
+
+# -- Single rows of an embedding -----------------------------------------------------------------------------------
+
+
+def test_tokens_alone_in_half_precision_are_the_stored_rows(tmp_path: Path) -> None:
+    made(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = made(dtype=torch.bfloat16)
+    saved_by_peft(tmp_path / "theirs", model, trainable_token_indices=[7, 3, 39])
+    path = tmp_path / "theirs" / "adapter_model.safetensors"
+    name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    rows = load_file(path)[name].bfloat16()
+    save_file({name: rows}, path)
+    found = tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=tmp_path / "base")
+    assert found.parameters == (48, 48)
+    ours = made(dtype=torch.bfloat16)
+    tt.load(ours, tmp_path / "ours.safetensors").merge()
+    assert torch.equal(ours.model.embed_tokens.weight[[7, 3, 39]], rows)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_the_method_for_tokens_alone(tie: bool, tmp_path: Path) -> None:
+    made(tie).save_pretrained(tmp_path / "base")
+    config = peft.TrainableTokensConfig(token_indices=[9, 5, 2], target_modules=["embed_tokens"])
+    theirs = peft.get_peft_model(made(tie), config).eval()
+    fill(trained(theirs))
+    theirs.save_pretrained(tmp_path / "theirs")
+    found = tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=tmp_path / "base")
+    assert (found.origin, found.exact, found.parameters) == ("peft-trainable_tokens", True, (96 if tie else 48, 48))
+    model = made(tie)
+    tt.load(model, tmp_path / "ours.safetensors", keep_tied=tie)
+    same(model, theirs)
+    with pytest.raises(tna.FileError, match="replace those of the base"):
+        tna.convert(tmp_path / "theirs")
+
+
+def test_tokens_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    made().save_pretrained(tmp_path / "base")
+    theirs = tmp_path / "theirs"
+    saved_by_peft(theirs, made(), trainable_token_indices=[5, 2])
+    message = r"the rows of tokens of .* replace those of the base, .* give base= \(--base\), a"
+    with pytest.raises(tna.FileError, match=message):
+        tna.convert(theirs)
+    shapes = {name: tuple(module.weight.shape) for name, module in made().named_modules() if hasattr(module, "weight")}
+    with pytest.raises(tna.FileError, match=r"the values of 'model.embed_tokens' are needed, and base has shapes"):
+        tna.convert(theirs, base=shapes)
+    settings = theirs / "adapter_config.json"
+    text = settings.read_text()
+    for wrong, match in (
+        ('{"other": [5, 2]}', "have no list of different tokens for 'model.embed_tokens'"),
+        ("[5, 5]", "have no list of different tokens"),
+        ("[1, 2, 3]", r"has rows of shape \(2, 16\) for 3 tokens"),
+        ("[1, 400]", r"row 400 of a floating-point matrix is wanted: this is another model"),
+    ):
+        before, _, after = text.partition('"trainable_token_indices": ')
+        settings.write_text(f'{before}"trainable_token_indices": {wrong}{after[after.index("]") + 1 :]}')
+        with pytest.raises(tna.FileError, match=match):
+            tna.convert(theirs, base=tmp_path / "base")
+
+
+@pytest.mark.parametrize("rows", [None, [2, 5]])
+def test_a_tied_embedding_is_written_for_both_modules(rows: list[int] | None, tmp_path: Path) -> None:
+    model = made(True)
+    targets = "embeddings" if rows is None else tt.token_targets(model, rows)
+    adapter = tt.attach(
+        model, tna.presets.lora(3, alpha=5) if rows is None else tna.presets.dense(), targets, keep_tied=True
+    )
+    fill(adapter.parameters())
+    adapter.save(tmp_path / "ours.safetensors")
+    assert str(adapter.summary().export).endswith("and only PEFT has one LoRA of both, so merge it for others)")
+    found = tna.convert(tmp_path / "ours.safetensors", tmp_path / "theirs", to="peft-lora")
+    assert found.exact
+    theirs = peft.PeftModel.from_pretrained(made(True), tmp_path / "theirs").eval()
+    same(theirs, model)
+    again = converted(tmp_path / "theirs")
+    assert [(one.name, one.tied) for one in again.targets] == [("model.embed_tokens.weight", ("lm_head.weight",))]
+    with pytest.raises(tna.ConfigError, match=r"updated together with lm_head.weight, to which it is tied, and vLLM"):
+        tna.convert(tmp_path / "ours.safetensors", to="vllm")
+
+
+def test_equal_factors_of_other_layers_stay_apart() -> None:
+    targets = [tna.Target("embed", (12, 6), "embedding"), tna.Target("fc", (12, 6))]
+    file = adapter_on(targets, tna.presets.lora(2))
+    equal = {name: np.ones_like(array) for name, array in file.arrays.items()}
+    found = tna.convert(dataclasses.replace(file, arrays=equal), to="peft-lora")
+    assert found.config is not None
+    assert "ensure_weight_tying" not in found.config
+    assert found.parameters[0] == found.parameters[1]

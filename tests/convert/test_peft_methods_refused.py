@@ -18,8 +18,9 @@ from safetensors.numpy import save_file
 import tnadapt as tna
 from tnadapt import ConfigError, FileError, TargetError
 from tnadapt.maps import Circulant, Tile, TorchScatter, Wavelet
+from tnadapt.sources import Given, Scaled
 
-from .conversions import made
+from .conversions import adapter_on, converted, made
 
 RNG = np.random.default_rng(0)
 Q = "base_model.model.a.q."
@@ -63,8 +64,7 @@ CONTENT: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {
         "base_model.vblora_vector_bank": floats(5, 2),
     }),
 }  # fmt: skip
-#: These need the numbers of the base, not its shapes alone: see test_peft_tokens.py.
-OF_NUMBERS = ("TRAINABLE_TOKENS",)
+# TRAINABLE_TOKENS needs the numbers of the base, not its shapes alone: see test_peft_kept.py.
 PLACES = np.sort(RNG.permutation(48)[:14])
 CONTENT["SHIRA"][1][f"{Q}shira_indices"] = integers(*np.divmod(PLACES, 8))
 
@@ -90,8 +90,7 @@ def folder(
 @pytest.mark.parametrize("method", CONTENT)
 def test_these_are_read(method: str, tmp_path: Path) -> None:
     found = tna.convert(folder(tmp_path / "a", method), base=SHAPES)
-    assert found.exact
-    assert found.origin == f"peft-{method.lower()}"
+    assert (found.exact, found.origin) == (True, f"peft-{method.lower()}")
     assert found.file is not None
     assert [target.shape for target in found.file.targets] == [(6, 8)]
 
@@ -100,18 +99,18 @@ def test_these_are_read(method: str, tmp_path: Path) -> None:
     ("given", "start"), [(0.3, 0.3), (-1, -1.0), (0, 0.1), (1.5, 0.1), (True, 0.1), ("0.3", 0.1), (None, 0.1)]
 )
 def test_vera_starts_another_training_at_a_small_diagonal(given: Any, start: float, tmp_path: Path) -> None:
-    found = tna.convert(folder(tmp_path / "a", "VERA", {"d_initial": given}), base=SHAPES).file
-    assert found is not None
-    assert found.config.sources["factor1"].start == start
+    found = converted(folder(tmp_path / "a", "VERA", {"d_initial": given}), base=SHAPES)
+    assert found.config.sources == {
+        "factor0": Scaled(Given(shared=True), start=0.0),
+        "factor1": Scaled(Given(shared=True), size=False, rank=True, start=start),
+    }
 
 
 def test_positions_from_windows_are_floating_point_numbers(tmp_path: Path) -> None:
     name = f"{Q}shira_indices"
-    whole = tna.convert(folder(tmp_path / "a", "SHIRA"), base=SHAPES).file
     turned = {name: CONTENT["SHIRA"][1][name].astype("f4")}
-    found = tna.convert(folder(tmp_path / "b", "SHIRA", {}, turned), base=SHAPES).file
-    assert whole is not None
-    assert found is not None
+    whole = converted(folder(tmp_path / "a", "SHIRA"), base=SHAPES)
+    found = converted(folder(tmp_path / "b", "SHIRA", {}, turned), base=SHAPES)
     assert np.array_equal(found.deltas()[0], whole.deltas()[0])
 
 
@@ -209,13 +208,6 @@ def test_shapes_that_are_not_stored(method: str, tmp_path: Path) -> None:
         tna.convert(place, base={"a.k": (6, 8)})
 
 
-def test_an_unknown_method_lists_what_is_read(tmp_path: Path) -> None:
-    place = folder(tmp_path / "a", "VERA", {"peft_type": "BOFT"})
-    known = ", ".join(("LORA", "LOKR", "LOHA", "HIRA", *CONTENT, *OF_NUMBERS))
-    with pytest.raises(FileError, match=f"peft_type is 'BOFT'; only {known} can be converted$"):
-        tna.convert(place, base=SHAPES)
-
-
 def test_the_order_of_modules_that_is_not_stored(tmp_path: Path) -> None:
     bare = dict.fromkeys(name for name in CONTENT["UNILORA"][1] if name.startswith(Q))
     place = folder(tmp_path / "a", "UNILORA", {}, bare)
@@ -262,24 +254,25 @@ def test_damaged_tensors_raise_nothing_else(method: str, data: st.DataObject) ->
 # -- Writing -------------------------------------------------------------------------------------
 
 
-def few(projection: Any, **changes: Any) -> tna.Config:
-    return tna.Config.from_dict({"order": 1, "format": "dense", "rank": 1, "on": "weight", **changes}).replace(
-        projection=projection
-    )
-
-
-FLAT = {"a.q": (6, 8), "a.v": (6, 8)}
 P = tna.presets
+
+
+def few(projection: Any, **changes: Any) -> tna.Config:
+    config = tna.Config.from_dict({"order": 1, "format": "dense", "rank": 1, "on": "weight", **changes})
+    return config.replace(projection=projection)
+
+
+def on_theta(before: str, **changes: Any) -> tna.Config:
+    return P.lora(2, before=before, parameters=5, offset=False, **changes)
+
+
+FLAT: dict[str, tuple[int, ...]] = {"a.q": (6, 8), "a.v": (6, 8)}
 
 
 @pytest.mark.parametrize(
     ("config", "to", "message"),
     [
-        (
-            lambda: P.lora(2),
-            "vera",
-            "it needs order=2, format='cp', and both factors frozen, shared by all",
-        ),
+        (lambda: P.lora(2), "vera", "it needs order=2, format='cp', and both factors frozen, shared by all"),
         (
             lambda: P.tied_lora(2),
             "vera",
@@ -303,24 +296,16 @@ P = tna.presets
         (lambda: P.lora(2), "unilora", "it needs one θ for all factors of LoRA, and one weight per group"),
         (lambda: P.unilora(9, 2, scope="group"), "unilora", "it needs one θ for all factors of LoRA"),
         (
-            lambda: P.lora(2, before="one-hot", parameters=5, offset=False, fold="hypercube"),
+            lambda: on_theta("one-hot", fold="hypercube"),
             "unilora",
             "it needs one θ for all factors of LoRA, and one weight per group",
         ),
-        (
-            lambda: P.lora(2, before="normal", parameters=5, offset=False),
-            "unilora",
-            "before='normal' adds several elements of θ up",
-        ),
+        (lambda: on_theta("normal"), "unilora", "before='normal' adds several elements of θ up"),
         (lambda: P.c3a(2), "miss", r"it needs projection=maps.Tile\(cols=…\) alone"),
         (lambda: P.miss(2), "c3a", r"it needs projection=maps.Circulant\(…\) alone"),
         (lambda: few(Tile(2)), "miss", r"it needs projection=maps.Tile\(cols=…\) alone"),
         (lambda: few(Tile(4, 2)), "miss", "mini_r=4 must divide the 6 rows of a.q there"),
-        (
-            lambda: P.shira(48),
-            "shira",
-            r"PEFT trains r \(rows \+ cols\) elements of each weight, r = 4 here",
-        ),
+        (lambda: P.shira(48), "shira", r"PEFT trains r \(rows \+ cols\) elements of each weight, r = 4 here"),
         (lambda: P.fourierft(5), "shira", r"it needs projection=maps.Scatter\(…\) alone"),
         (lambda: few(TorchScatter(3), on="vector", groups=1, fold="hypercube"), "shira", ""),
         (lambda: few([Circulant(2), "dct2"]), "c3a", "it needs projection=maps.Circulant"),
@@ -336,27 +321,26 @@ def test_what_cannot_be_written(config: Callable[[], tna.Config], to: str, messa
     assert "cannot be written as PEFT's" in str(caught.value)
 
 
-def test_weights_that_peft_does_not_adapt_so() -> None:
-    conv = made(P.miss(2), {"a.conv": (4, 3, 2, 2)})
-    with pytest.raises(ConfigError, match=r"'a.conv' is stored in 4 axes, and PEFT has MiSS for matrices \(out"):
-        tna.convert(conv, to="peft-miss")
-    targets = [tna.Target("a", (6, 8), transposed=True)]
-    arrays = {"group0.split0.dense": np.ones(16, "f4")}
-    turned = tna.AdapterFile(P.miss(2), targets, arrays)
-    with pytest.raises(ConfigError, match=r"'a' is stored as \(in, out\), and PEFT has MiSS for matrices \(out"):
-        tna.convert(turned, to="peft-miss")
-    rows = [tna.Target("a", (12, 8), rows=tna.Rows(6, 6, 12))]
-    part = tna.AdapterFile(P.miss(2), rows, {"group0.split0.dense": np.ones(12, "f4")})
-    with pytest.raises(ConfigError, match=r"'a' is updated in some of its rows, and PEFT has MiSS for whole modules"):
-        tna.convert(part, to="peft-miss")
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (tna.Target("a", (4, 3, 2, 2)), r"is stored in 4 axes, and PEFT has MiSS for matrices \(out"),
+        (tna.Target("a", (6, 8), transposed=True), r"is stored as \(in, out\), and PEFT has MiSS for matrices \(out"),
+        (
+            tna.Target("a", (12, 8), rows=tna.Rows(6, 6, 12)),
+            "is updated in some of its rows, and PEFT has MiSS for whole modules",
+        ),
+    ],
+)
+def test_weights_that_peft_does_not_adapt_so(target: tna.Target, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"'a' {message}"):
+        tna.convert(adapter_on([target], P.miss(2)), to="peft-miss")
 
 
 def test_a_rank_belongs_to_other_forms() -> None:
-    with pytest.raises(
-        ConfigError, match=r"rank=2 \(--rank\) applies to LoRA, LoKr and LoHa only; 'peft-miss' has no rank to choose"
-    ):
+    message = r"rank=2 \(--rank\) applies to LoRA, LoKr and LoHa only; 'peft-miss' has no rank to choose"
+    with pytest.raises(ConfigError, match=message):
         tna.convert(made(P.miss(2), FLAT), to="peft-miss", rank=2)
-    with pytest.raises(
-        ConfigError, match=r"to \(--to\) must be one of tnadapt, peft, peft-lora, peft-lokr, peft-loha, peft-vera"
-    ):
+    message = r"to \(--to\) must be one of tnadapt, peft, peft-lora, peft-lokr, peft-loha, peft-vera"
+    with pytest.raises(ConfigError, match=message):
         tna.convert(made(P.lora(2), FLAT), to="peft-vblora")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -23,7 +24,7 @@ from tests.conftest import peak_of
 from tests.support import checkpoint_files as cp
 from tnadapt import FileError
 
-from .conversions import SHAPES, made
+from .conversions import converted, made
 
 PREFIX = "base_model.model."
 RNG = np.random.default_rng(0)
@@ -45,10 +46,6 @@ def folder(path: Path, tensors: Mapping[str, np.ndarray] | None = None, config: 
     text = config if isinstance(config, str) else json.dumps(CONFIG if config is None else config)
     (path / "adapter_config.json").write_text(text)
     return path
-
-
-def test_this_one_is_read(tmp_path: Path) -> None:
-    assert tna.convert(folder(tmp_path / "a")).exact
 
 
 def changed(**fields: Any) -> dict[str, Any]:
@@ -116,72 +113,24 @@ def test_settings_of_peft(config: Any, message: str, tmp_path: Path) -> None:
     refused(where, message)
 
 
-def shapes(**fields: tuple[int, ...]) -> dict[str, np.ndarray]:
-    return {f"lycoris_a_q.{name}": RNG.standard_normal(shape).astype("f4") for name, shape in fields.items()}
-
-
-W2 = {"lokr_w2_a": (3, 2), "lokr_w2_b": (2, 4)}
-
-
 @pytest.mark.parametrize(
-    ("tensors", "message"),
+    ("stored", "to", "message"),
     [
-        ({"lokr_w1": (2, 2), "lokr_w1_a": (2, 1), **W2}, "lokr_w1 is there full and in two factors"),
-        ({"lokr_w1": (2, 2), "lokr_w2": (3, 4), "lokr_w2_b": (2, 4)}, "lokr_w2 is there full and in two factors"),
-        ({"lokr_w1": (2, 2), "lokr_w2": (3, 4), "lokr_t2": (2, 2, 3)}, "lokr_t2 belongs to two factors of W2"),
-        ({"lokr_w1_a": (2, 1), "lokr_w1_b": (1, 2), **W2}, "W1 and W2 have different ranks"),
-        ({"lokr_w1_a": (2, 1), "lokr_w1_b": (2, 2), **W2}, "the ranks of lokr_w1_a and lokr_w1_b differ"),
-        ({"lokr_w1": (2, 2), "lokr_w2_a": (3, 2), "lokr_w2_b": (3, 4)}, "the ranks of lokr_w2_a and lokr_w2_b differ"),
-        ({"lokr_w1": (2, 2), **W2, "lokr_t2": (2, 3, 3)}, "lokr_t2 must be (rank, rank, kernel …) with the ranks of"),
-        ({"lokr_w1": (2, 2), **W2, "lokr_t2": (3, 3, 3)}, "lokr_t2 must be (rank, rank, kernel …) with the ranks of"),
-        ({"lokr_w1": (2, 2, 1), **W2}, "lokr_w1 must have 2 axes or more"),
-        ({"lokr_w1": (2, 0), **W2}, "lokr_w1 must have 2 axes or more, none of them empty"),
-        (
-            {"hada_w1_a": (3, 2), "hada_w1_b": (2, 4), "hada_w2_a": (3, 2), "hada_w2_b": (2, 5)},
-            "its two halves are of different shapes or ranks",
-        ),
-        (
-            {"hada_w1_a": (3, 2), "hada_w1_b": (2, 4), "hada_w2_a": (3, 1), "hada_w2_b": (1, 4)},
-            "its two halves are of different shapes or ranks",
-        ),
-        ({"lora_up": (4, 2, 2, 1), "lora_down": (2, 3)}, "lora_up must be a matrix, or a kernel of size 1"),
-        ({"lora_up": (4, 2), "lora_down": (3, 3)}, "the ranks of the two factors differ"),
-        ({"lora_up": (4, 2), "lora_down": (3, 3), "lora_mid": (3, 2, 2, 2)}, "lora_mid must be (rank, rank, kernel …)"),
-        ({"lora_up": (4, 2), "lora_down": (2, 3, 2, 1), "lora_mid": (2, 2, 2, 2)}, "lora_mid must be (rank, rank, k"),
+        ((4, 2, 1, 2, 1, 1), "peft-lora", "of 4 dimensions, and PEFT has lora only for up to 3"),
+        ((4, 2, 1, 2, 1), "peft-loha", "of 3 dimensions, and PEFT has loha only for up to 2"),
+        ((4, 2, 1, 2, 1, 1), "lycoris-full", "4 dimensions, and LyCORIS has full only for up to 3"),
     ],
-)  # fmt: skip
-def test_tensors_that_make_no_update(tensors: dict[str, tuple[int, ...]], message: str, tmp_path: Path) -> None:
-    lora = {"lora_up", "lora_down", "lora_mid"}
-    given = {f"{name}.weight" if name.rpartition(".")[2] in lora else name: a for name, a in shapes(**tensors).items()}
-    save_file(given, tmp_path / "in.safetensors")
-    refused(tmp_path / "in.safetensors", f"the tensors of 'a.q' do not fit together: {message}", base=["a.q"])
-
-
-@pytest.mark.parametrize(
-    ("targets", "to", "message"),
-    [
-        ([tna.Target("a", (4, 2, 1, 2, 1, 1))], "peft-lora", "of 4 dimensions, and PEFT has lora only for up to 3"),
-        ([tna.Target("a", (4, 2, 1, 2, 1))], "peft-loha", "of 3 dimensions, and PEFT has loha only for up to 2"),
-        ([tna.Target("a", (4, 2, 1, 2, 1, 1))], "lycoris-full", "4 dimensions, and LyCORIS has full only for up to 3"),
-        ([tna.Target("a.b", (4, 4)), tna.Target("a_b", (4, 4))], "lycoris-full", "'a.b' and 'a_b' would have one name"),
-    ],
-)  # fmt: skip
-def test_what_a_library_has_no_adapter_for(targets: list[tna.Target], to: str, message: str) -> None:
-    config = tna.presets.lora(1)
-    arrays = tna.SuperLoRA(config, [target.shape for target in targets]).init()
+)
+def test_what_a_library_has_no_adapter_for(stored: tuple[int, ...], to: str, message: str) -> None:
     with pytest.raises(tna.ConfigError, match=re.escape(message)):
-        tna.convert(tna.AdapterFile(config, targets, arrays), to=to)
+        tna.convert(made(tna.presets.lora(1), {"a.0": stored}), to=to)
+    assert tna.convert(made(tna.presets.lora(1), {"a.0": stored[:-1]}), to=to).exact
 
 
-def test_kernels_as_large_as_a_library_has_are_converted() -> None:
-    for stored, to in (((4, 2, 1, 2, 1), "peft-lora"), ((4, 2, 1, 2), "peft-loha"), ((4, 2, 1, 2, 1), "lycoris-full")):
-        assert tna.convert(made(tna.presets.lora(1), {"a.0": stored}), to=to).exact
-
-
-def test_a_folder_that_does_not_exist_is_said(tmp_path: Path) -> None:
-    found = tna.convert(made(tna.presets.lora(1)), to="peft-lora")
-    with pytest.raises(FileError, match=re.escape(f"the folder {tmp_path / 'none'} does not exist; make it first")):
-        found.save(tmp_path / "none" / "out")
+def test_modules_that_would_have_one_name() -> None:
+    file = made(tna.presets.lora(1), {"a.b": (4, 4), "a_b.c": (4, 4), "a.b_c": (4, 4)})
+    with pytest.raises(tna.ConfigError, match=r"'a\.b_c' and 'a_b\.c' would have one name"):
+        tna.convert(file, to="lycoris-full")
 
 
 @pytest.mark.parametrize("dtype", ["F16", "F32", "BF16"])
@@ -195,9 +144,7 @@ def test_what_was_trained_beside_the_adapter_is_finite(dtype: str, tmp_path: Pat
         (where / "adapter_model.safetensors").unlink()
         cp.write_file(where / "adapter_model.safetensors", both)
         if fine:
-            file = tna.convert(where).file
-            assert file is not None
-            assert np.array_equal(file.kept["head.weight"], single)
+            assert np.array_equal(converted(where).kept["head.weight"], single)
         else:
             refused(where, f"'{PREFIX}head.weight' holds NaN or infinity")
 
@@ -235,6 +182,16 @@ def refused(source: Path, message: str, **more: Any) -> None:
         (tensors(a__q__lokr_w1=np.ones((2, 2), "f4")), "has tensors of lora and lokr"),
         (tensors(a__q__lora_A__default__weight=np.ones((2, 8), "f4")), "do not belong to a lora adapter"),
         ({"a.q.lora_A.weight": np.zeros((2, 8), "f4")}, "do not belong to a lora adapter"),
+        *(
+            ({**lora(), f"{PREFIX}{name}": np.zeros(2, "f4")}, f"do not belong to a lora adapter: '{PREFIX}{name}'")
+            for name in (
+                "b.q.base_layer.weight",
+                "a.q",
+                "a.q.base_layer",
+                "a.q.base_layer.scale",
+                "a.q.base_layer.a.bias",
+            )
+        ),
         ({}, "has no adapted weight"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
@@ -294,14 +251,6 @@ def test_files_of_kohya(given: dict[str, np.ndarray], more: dict[str, Any], mess
     refused(tmp_path / "kohya.safetensors", message, **{"base": {"a.q": (6, 8)}, **more})
 
 
-def test_one_part_of_several_is_read_by_its_name(tmp_path: Path) -> None:
-    save_file(kohya(lora_te_x__diff=np.ones((2, 2), "f4")), tmp_path / "kohya.safetensors")
-    unet = tna.convert(tmp_path / "kohya.safetensors", base=["a.q"], part="lora_unet")
-    text = tna.convert(tmp_path / "kohya.safetensors", part="lora_te")  # a name without underscores has no dots
-    assert [unet.origin, list(unet.errors)] == ["lycoris-lora", ["a.q.weight"]]
-    assert [text.origin, list(text.errors)] == ["lycoris-full", ["x.weight"]]
-
-
 def test_a_bias_that_has_not_moved_is_none(tmp_path: Path) -> None:
     given = {"lycoris_x.diff": np.ones((2, 2), "f4"), "lycoris_x.diff_b": np.zeros(2, "f4")}
     save_file(given, tmp_path / "full.safetensors")
@@ -310,12 +259,14 @@ def test_a_bias_that_has_not_moved_is_none(tmp_path: Path) -> None:
 
 def lycoris(**shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
     """Tensors of one module of these shapes."""
-    return {f"lycoris_b.{name}": RNG.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
+    ends = {name: f"{name}.weight" if name.startswith("lora") else name for name in shapes}
+    return {f"lycoris_b.{ends[name]}": RNG.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
 
 
 LOHA = {"hada_w1_a": (8, 2), "hada_w1_b": (2, 6), "hada_w2_a": (8, 2), "hada_w2_b": (2, 6)}
 CORES = {"hada_w1_a": (2, 8), "hada_w1_b": (2, 6), "hada_w2_a": (2, 8), "hada_w2_b": (2, 6)}
 CORES |= {"hada_t1": (2, 2, 3, 3), "hada_t2": (2, 2, 3, 3)}
+W1, W2 = {"lokr_w1": (2, 2)}, {"lokr_w2_a": (3, 2), "lokr_w2_b": (2, 4)}
 
 
 @pytest.mark.parametrize(
@@ -323,6 +274,7 @@ CORES |= {"hada_t1": (2, 2, 3, 3), "hada_t2": (2, 2, 3, 3)}
     [
         ({**LOHA, "hada_w2_a": (8, 3), "hada_w2_b": (3, 6)}, "its two halves are of different shapes or ranks"),
         ({**LOHA, "hada_w2_a": (9, 2)}, "its two halves are of different shapes or ranks"),
+        ({**LOHA, "hada_w2_b": (2, 7)}, "its two halves are of different shapes or ranks"),
         ({**LOHA, "hada_w1_b": (3, 6)}, "the ranks of hada_w1_a and hada_w1_b differ"),
         ({**LOHA, "hada_w1_b": (2,)}, "hada_w1_b must have 2 axes or more, none of them empty"),
         ({**LOHA, "hada_w1_a": (8, 2, 1)}, "hada_w1_a must have 2 axes or more, none of them empty"),
@@ -330,45 +282,37 @@ CORES |= {"hada_t1": (2, 2, 3, 3), "hada_t2": (2, 2, 3, 3)}
         ({**CORES, "hada_t1": (2, 3, 3, 3)}, "hada_t1 must be (rank, rank, kernel …) with the ranks of hada_w1_a and"),
         ({**CORES, "hada_w2_b": (2, 6, 1)}, "hada_t2 must be (rank, rank, kernel …) with the ranks of hada_w2_a and"),
         ({**CORES, "hada_t2": (2, 2, 3, 1)}, "its two halves are of different shapes or ranks"),
-        ({"lokr_w1": (2, 2), "lokr_w1_a": (2, 1), "lokr_w2": (4, 3)}, "lokr_w1 is there full and in two factors"),
-        ({"lokr_w1": (2, 2), "lokr_w2": (4, 3), "lokr_w2_b": (1, 3)}, "lokr_w2 is there full and in two factors"),
+        ({**W1, **W2, "lokr_w1_a": (2, 1)}, "lokr_w1 is there full and in two factors"),
+        ({**W1, "lokr_w2": (3, 4), "lokr_w2_b": (2, 4)}, "lokr_w2 is there full and in two factors"),
+        ({**W1, "lokr_w2": (3, 4), "lokr_t2": (2, 2, 3)}, "lokr_t2 belongs to two factors of W2, which is"),
+        ({"lokr_w1_a": (2, 1), "lokr_w1_b": (1, 2), **W2}, "W1 and W2 have different ranks"),
+        ({"lokr_w1_a": (2, 1), "lokr_w1_b": (2, 2), **W2}, "the ranks of lokr_w1_a and lokr_w1_b differ"),
+        ({**W1, "lokr_w2_a": (3, 2), "lokr_w2_b": (3, 4)}, "the ranks of lokr_w2_a and lokr_w2_b differ"),
+        ({**W1, **W2, "lokr_t2": (2, 3, 3)}, "lokr_t2 must be (rank, rank, kernel …) with the ranks of"),
+        ({**W1, **W2, "lokr_t2": (3, 3, 3)}, "lokr_t2 must be (rank, rank, kernel …) with the ranks of"),
+        ({**W2, "lokr_w1": (2, 2, 1)}, "lokr_w1 must have 2 axes or more"),
+        ({**W2, "lokr_w1": (2, 0)}, "lokr_w1 must have 2 axes or more, none of them empty"),
+        ({"lora_up": (4, 2, 2, 1), "lora_down": (2, 3)}, "lora_up must be a matrix, or a kernel of size 1"),
+        ({"lora_up": (4, 2), "lora_down": (3, 3)}, "the ranks of the two factors differ"),
         (
-            {"lokr_w1": (2, 2), "lokr_w2": (4, 3), "lokr_t2": (1, 1, 3)},
-            "lokr_t2 belongs to two factors of W2, which is",
-        ),
-        (
-            {"lokr_w1_a": (2, 1), "lokr_w1_b": (1, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 3)},
-            "W1 and W2 have different ranks",
-        ),
-        ({"lora_up.weight": (8, 2, 3), "lora_down.weight": (2, 6)}, "lora_up must be a matrix, or a kernel of size 1"),
-        ({"lora_up.weight": (8, 2), "lora_down.weight": (3, 6)}, "the ranks of the two factors differ"),
-        (
-            {"lora_up.weight": (8, 2), "lora_mid.weight": (3, 2, 3), "lora_down.weight": (2, 6)},
+            {"lora_up": (4, 2), "lora_down": (2, 6), "lora_mid": (3, 2, 3)},
             "lora_mid must be (rank, rank, kernel …), and lora_down a kernel of size 1",
         ),
         (
-            {"lora_up.weight": (8, 2), "lora_mid.weight": (2, 2, 3), "lora_down.weight": (2, 6, 3)},
+            {"lora_up": (4, 2), "lora_down": (2, 6, 3), "lora_mid": (2, 2, 3)},
             "lora_mid must be (rank, rank, kernel …), and lora_down a kernel of size 1",
         ),
     ],
 )
 def test_tensors_that_do_not_fit_together(shapes: dict[str, Any], message: str, tmp_path: Path) -> None:
     save_file(lycoris(**shapes), tmp_path / "x.safetensors")
-    refused(tmp_path / "x.safetensors", message, base=["b"])
+    refused(tmp_path / "x.safetensors", f"the tensors of 'b' do not fit together: {message}", base=["b"])
 
 
-@pytest.mark.parametrize("shapes", [LOHA, CORES])
+@pytest.mark.parametrize("shapes", [LOHA, CORES, {**W1, **W2}])
 def test_tensors_that_do_fit(shapes: dict[str, Any], tmp_path: Path) -> None:
     save_file(lycoris(**shapes), tmp_path / "x.safetensors")
     assert tna.convert(tmp_path / "x.safetensors", base=["b"]).exact
-
-
-def test_names_that_would_be_one(tmp_path: Path) -> None:
-    file = made(tna.presets.lora(1), {"a.b_c": (4, 4), "a_b.c": (4, 4)})
-    with pytest.raises(tna.ConfigError, match=r"'a\.b_c' and 'a_b\.c' would have one name"):
-        tna.convert(file, tmp_path / "out", to="lycoris-lora")
-    assert not os.listdir(tmp_path)
-    assert tna.convert(file, to="peft-lora").exact
 
 
 @pytest.mark.law("pickle-refused")
@@ -445,27 +389,16 @@ def test_wishes_that_cannot_be(more: dict[str, Any], message: str, tmp_path: Pat
 
 
 def test_what_acts_on_activations_is_no_update(tmp_path: Path) -> None:
-    import dataclasses
-
     file = dataclasses.replace(made(tna.presets.lora(2)), activation="gelu")
     with pytest.raises(tna.ConfigError, match="does not update weights"):
         tna.convert(file, to="lycoris-full")
     conversion = tna.convert(file, dtype="float16")
-    assert conversion.file is not None
-    assert conversion.file.activation == "gelu"
     assert (conversion.exact, conversion.error) == (True, 0.0)
+    assert converted(file, dtype="float16").activation == "gelu"
     broken = made(tna.presets.lora(2))
     broken.arrays["group0.split0.factor0"][0, 0] = np.nan
     with pytest.raises(tna.ShapeError, match="holds NaN or infinity"):
         tna.convert(broken, to="peft-lora")
-
-
-def test_the_base_of_our_own_file_is_checked(tmp_path: Path) -> None:
-    tna.save(tmp_path / "ours.safetensors", made(tna.presets.lora(2)))
-    refused(tmp_path / "ours.safetensors", "base has no module 'blocks.0.attn.q_proj'", base=["a.q"])
-    other = {**SHAPES, "blocks.0.attn.v_proj": (8, 19)}
-    refused(tmp_path / "ours.safetensors", "(8, 18), and the weight in base has (8, 19)", base=other)
-    assert tna.convert(tmp_path / "ours.safetensors", base=SHAPES, to="peft-lora").exact
 
 
 def test_an_update_that_no_memory_holds(tmp_path: Path) -> None:
@@ -539,20 +472,13 @@ def test_a_full_disk_changes_nothing(to: str, there: bool, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("to", ["peft-lora", "peft-lokr", "lycoris-lora", "lycoris-full"])
-def test_the_same_content_gives_the_same_bytes(to: str, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        tna.convert(made(tna.presets.lora(2)), tmp_path / name, to=to)
-    (one, two) = tmp_path / "one", tmp_path / "two"
-    if one.is_dir():
-        assert everything(one) == everything(two)
-    else:
-        assert one.read_bytes() == two.read_bytes()
+def test_the_same_content_gives_the_same_bytes(to: str) -> None:
+    first, second = (tna.convert(made(tna.presets.lora(2)), to=to).files for _ in range(2))
+    assert first == second
 
 
 def test_the_error_is_in_the_file(tmp_path: Path) -> None:
     found = tna.convert(made(tna.presets.lora(4)), tmp_path / "out", to="peft-lora", rank=2, max_error=0.9)
-    from safetensors import safe_open
-
     with safe_open(tmp_path / "out" / "adapter_model.safetensors", "numpy") as file:
         metadata = file.metadata()
         assert metadata["format"] == "pt"  # which some loaders insist on
@@ -601,40 +527,37 @@ OVERFLOWS: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {
     "factors": ({}, tensors(a__q__lora_A__weight=np.full((2, 8), LARGE), a__q__lora_B__weight=np.full((6, 2), LARGE))),
     "alpha": ({"lora_alpha": 1e38}, tensors(a__q__lora_A__weight=np.full((2, 8), 1e4, "f4"))),
     "alpha of float64": ({"lora_alpha": 1e38}, {n: array.astype("f8") * 1e140 for n, array in lora().items()}),
-    "HiRA": (
-        {"peft_type": "HIRA"},
-        {f"{PREFIX}a.q.hira_A": np.full((2, 8), LARGE), f"{PREFIX}a.q.hira_B": np.full((6, 2), LARGE)},
-    ),
-    "LoKr": (
-        {"peft_type": "LOKR", "alpha": 2},
-        {f"{PREFIX}a.q.lokr_w1": np.full((2, 2), LARGE), f"{PREFIX}a.q.lokr_w2": np.full((3, 4), LARGE)},
-    ),
-    "LoHa": (
-        {"peft_type": "LOHA", "alpha": 2},
-        {
-            f"{PREFIX}a.q.hada_w{k}_{half}": np.full(shape, LARGE)
-            for k in (1, 2)
-            for half, shape in (("a", (6, 2)), ("b", (2, 8)))
-        },
-    ),
+    **{
+        method: (
+            {"peft_type": method.upper(), "alpha": 2},
+            {f"{PREFIX}a.q.{name}": np.full(shape, LARGE) for name, shape in parts.items()},
+        )
+        for method, parts in {
+            "HiRA": {"hira_A": (2, 8), "hira_B": (6, 2)},
+            "LoKr": {"lokr_w1": (2, 2), "lokr_w2": (3, 4)},
+            "LoHa": {"hada_w1_a": (6, 2), "hada_w1_b": (2, 8), "hada_w2_a": (6, 2), "hada_w2_b": (2, 8)},
+        }.items()
+    },
 }
 
 
 @pytest.mark.parametrize("name", OVERFLOWS)
 def test_updates_that_are_not_finite(name: str, tmp_path: Path) -> None:
-    config, found = OVERFLOWS[name]
-    where = folder(tmp_path / "a", found, {**CONFIG, **config})
-    kind = "float64" if name.endswith("float64") else "float32"
+    config, arrays = OVERFLOWS[name]
+    where = folder(tmp_path / "a", arrays, {**CONFIG, **config} if "peft_type" not in config else {"r": 2, **config})
+    dtype = "float64" if name.endswith("float64") else "float32"
     says = (
-        rf"/a: the update of 'a\.q\.weight' has numbers that are not finite in {kind}: the adapter is damaged, or its"
+        rf"/a: the update of 'a\.q\.weight' has numbers that are not finite in {dtype}: the adapter is damaged, or its"
     )
     for to in ("tnadapt", "peft-lora", "lycoris-full"):
         with pytest.raises(FileError, match=says):
             tna.convert(where, to=to)
-    # What the file format can hold is held, whatever a base in half precision can.
+
+
+def test_what_the_file_format_holds_is_held_whatever_a_base_in_half_precision_can(tmp_path: Path) -> None:
     scaled = {path: array.astype("f8") for path, array in lora().items()}
-    scaled[f"{PREFIX}a.q.lora_A.weight"] = scaled[f"{PREFIX}a.q.lora_A.weight"] * 1e100
-    assert tna.convert(folder(tmp_path / "b", scaled)).error == 0.0
+    scaled[f"{PREFIX}a.q.lora_A.weight"] *= 1e100
+    assert tna.convert(folder(tmp_path / "a", scaled)).error == 0.0
 
 
 LONG = np.full((100_000, 1), 1e19, "f4")
@@ -670,15 +593,11 @@ def test_huge_updates_whose_numbers_are_finite(tmp_path: Path) -> None:
 
 def test_an_array_that_its_scale_makes_infinite(tmp_path: Path) -> None:
     """The scale is multiplied into W1, while the other factor keeps the update in range."""
-    small = {
-        f"{PREFIX}a.q.lokr_w1": np.full((2, 2), 1e10, "f4"),
-        f"{PREFIX}a.q.lokr_w2_a": np.full((3, 1), 1e-10, "f4"),
-    }
-    small[f"{PREFIX}a.q.lokr_w2_b"] = np.full((1, 4), 1e-10, "f4")
+    sizes = {"lokr_w1": ((2, 2), 1e10), "lokr_w2_a": ((3, 1), 1e-10), "lokr_w2_b": ((1, 4), 1e-10)}
+    small = {f"{PREFIX}a.q.{name}": np.full(shape, value, "f4") for name, (shape, value) in sizes.items()}
     where = folder(tmp_path / "a", small, {**CONFIG, "peft_type": "LOKR", "r": 1, "alpha": 1e32})
-    with pytest.raises(
-        FileError, match=r"/a: the scale of 'a\.q\.weight' makes numbers that are too large for float32"
-    ):
+    message = r"/a: the scale of 'a\.q\.weight' makes numbers that are too large for float32"
+    with pytest.raises(FileError, match=message):
         tna.convert(where)
 
 
@@ -686,13 +605,9 @@ def test_an_array_that_its_scale_makes_infinite(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_updates_of_ours_that_are_not_finite(dtype: str, to: str) -> None:
     file = made(tna.presets.lora(2), {"a.q": (6, 8)}, dtype=dtype)
-    file = tna.AdapterFile(
-        file.config,
-        file.targets,
-        {name: np.full_like(array, np.finfo(dtype).max) for name, array in file.arrays.items()},
-    )
+    arrays = {name: np.full_like(array, np.finfo(dtype).max) for name, array in file.arrays.items()}
     with pytest.raises(FileError, match=rf"the update of 'a\.q\.weight' has numbers that are not finite in {dtype}"):
-        tna.convert(file, to=to)
+        tna.convert(dataclasses.replace(file, arrays=arrays), to=to)
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,6 @@ HERE = Path(__file__).parent
 PACKAGES = ("tensor-ring", "count-sketch", "hadamard-rows")
 
 
-def forget() -> None:
-    """Leave the registries as they are in a process that has not asked for a plug-in."""
-    forget_registered()
-
-
 @pytest.fixture(scope="session")
 def installed_plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder into which pip has installed all of them."""
@@ -39,8 +34,8 @@ def plugins(installed_plugins: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     """All are installed, as far as this process can see; nothing is imported or registered."""
     monkeypatch.syspath_prepend(str(installed_plugins))
     importlib.invalidate_caches()
-    forget()
+    forget_registered()
     yield installed_plugins
-    forget()
+    forget_registered()
     for name in ("tnadapt_tensor_ring", "tnadapt_count_sketch", "tnadapt_hadamard_rows"):
         sys.modules.pop(name, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.support.depth import in_depth
-from tnadapt.backends import Backend, get_backend
-from tnadapt.planning import degrees_of_freedom, largest_rank, step_cost
+from tnadapt.algebra.formats import CP, Format
+from tnadapt.backends import Backend
+from tnadapt.planning import degrees_of_freedom, known_as, largest_rank, step_cost
+from tnadapt.plugins import forget_registered
 from tnadapt.testing import FormatContract, MapContract, SourceContract
 
 SHAPES = [(12, 10), (12, 10)]
@@ -57,18 +57,14 @@ def drawn(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
 class TestTensorRing(FormatContract):
     @property
     def kind(self) -> Any:  # type: ignore[override]
-        from tnadapt_tensor_ring import TensorRing
-
-        return TensorRing
+        return importlib.import_module("tnadapt_tensor_ring").TensorRing
 
 
 @pytest.mark.usefixtures("plugins")
 class TestCountSketch(MapContract):
     @property
     def kind(self) -> Any:  # type: ignore[override]
-        from tnadapt_count_sketch import CountSketch
-
-        return CountSketch
+        return importlib.import_module("tnadapt_count_sketch").CountSketch
 
 
 @pytest.mark.usefixtures("plugins")
@@ -77,10 +73,9 @@ class TestHadamardRows(SourceContract):
 
     @property
     def sources(self) -> Any:  # type: ignore[override]
-        from tnadapt_hadamard_rows import HadamardRows
-
         tna.Config(sources={"factor0": ROWS})  # finds the plug-in, which registers the class
-        return HadamardRows(), HadamardRows(permuted=False)
+        kind = importlib.import_module("tnadapt_hadamard_rows").HadamardRows
+        return kind(), kind(permuted=False)
 
 
 # -- Registration ---------------------------------------------------------------------------------
@@ -96,18 +91,13 @@ def test_without_them_the_names_are_refused() -> None:
 
 
 @pytest.mark.usefixtures("plugins")
-def test_a_source_says_what_it_is_for() -> None:
-    with pytest.raises(tna.ConfigError, match=r"HadamardRows is for factors; 'split0.core1' has the shape \(2, 3, 2\)"):
-        tna.SuperLoRA(tna.Config(rank=2, order=3, fold=(2, 3, 4), format="tt", sources={"core1": ROWS}), [(6, 4)])
-
-
-@pytest.mark.usefixtures("plugins")
 def test_a_name_is_found_when_it_is_first_asked_for() -> None:
-    assert "tnadapt_tensor_ring" not in sys.modules
     tna.Config(format="tt")
     assert "tnadapt_tensor_ring" not in sys.modules
     assert tna.Config(format="tensor-ring").format == "tensor-ring"
     assert "tnadapt_tensor_ring" in sys.modules
+    with pytest.raises(tna.ConfigError, match=r"HadamardRows is for factors; 'split0.core1' has the shape \(2, 3, 2\)"):
+        tna.SuperLoRA(tna.Config(rank=2, order=3, fold=(2, 3, 4), format="tt", sources={"core1": ROWS}), [(6, 4)])
 
 
 # -- The algebra ----------------------------------------------------------------------------------
@@ -122,58 +112,6 @@ def test_verify_holds_the_laws(name: str, backend: Backend) -> None:
     assert report.holds, str(report)
 
 
-@named
-@pytest.mark.usefixtures("plugins")
-def test_every_library_gives_numpys_numbers(name: str, backend: Backend) -> None:
-    plan = plan_of(name)
-    host = drawn(plan)
-    expected = plan.deltas(host)
-    with backend.double_precision():
-        params = {key: backend.asarray(array, "float64") for key, array in host.items()}
-        for found, wanted in zip(plan.deltas(params), expected, strict=True):
-            np.testing.assert_allclose(backend.to_numpy(found), wanted, rtol=1e-10, atol=1e-10)
-        part = plan.vector(params, 31, 187)
-    long_vector = np.concatenate([delta.reshape(-1) for delta in expected])
-    np.testing.assert_allclose(backend.to_numpy(part), long_vector[31:187], rtol=1e-10, atol=1e-10)
-
-
-@named
-@pytest.mark.usefixtures("plugins")
-def test_a_fresh_adapter_changes_nothing_and_learns(name: str) -> None:
-    torch = pytest.importorskip("torch")
-    plan = plan_of(name)
-    params = {key: torch.from_numpy(array).requires_grad_() for key, array in plan.init().items()}
-    deltas = plan.deltas(params)
-    assert not any(bool(delta.any()) for delta in deltas)
-    rng = np.random.default_rng(0)
-    loss = sum((delta * torch.from_numpy(rng.normal(size=delta.shape).astype("f4"))).sum() for delta in deltas)
-    loss.backward()
-    assert any(param.grad is not None and bool(param.grad.any()) for param in params.values())
-
-
-@given(order=st.integers(2, 4), rank=st.integers(1, 3), sides=st.lists(st.integers(1, 6), min_size=2, max_size=2))
-@settings(max_examples=20)
-def test_rings_of_any_size_are_their_einsum(order: int, rank: int, sides: list[int]) -> None:
-    from tests.plugins.conftest import HERE
-
-    sys.path.insert(0, str(HERE / "tensor-ring"))
-    try:
-        from tnadapt_tensor_ring import TensorRing
-    finally:
-        sys.path.remove(str(HERE / "tensor-ring"))
-        sys.modules.pop("tnadapt_tensor_ring", None)
-    sizes = [*sides, 2, 3][:order]
-    split = TensorRing(sizes, rank)
-    rng = np.random.default_rng(0)
-    arrays = {name: rng.normal(size=shape) for name, shape in split.shapes.items()}
-    whole = split.tensor(get_backend(*arrays.values()), arrays, [(0, size) for size in sizes])
-    index = tuple(size // 2 for size in sizes)
-    product = np.eye(rank)
-    for core, place in zip(arrays.values(), index, strict=True):
-        product = product @ core[:, place]
-    np.testing.assert_allclose(whole[index], np.trace(product), rtol=1e-10, atol=1e-12)
-
-
 # -- Decomposition, planning, pictures ------------------------------------------------------------
 
 
@@ -184,14 +122,6 @@ def test_decompose_recovers_what_it_made(name: str) -> None:
     deltas = plan.deltas(drawn(plan))
     _, report = tna.decompose(deltas, plan.config, max_iterations=300, tol=1e-9)
     assert report.error < 0.02, report
-
-
-@pytest.mark.usefixtures("plugins")
-def test_search_rank_finds_the_rank_of_a_ring() -> None:
-    config = tna.Config(rank=2, order=3, format="tensor-ring", groups=1, fold=(6, 5, 8))
-    plan = tna.SuperLoRA(config, [(30, 8)])
-    found = tna.search_rank(plan.deltas(drawn(plan)), config, 1e-3, max_iterations=500, tol=1e-10)
-    assert found.rank == 2
 
 
 @named
@@ -222,8 +152,6 @@ def _jacobian_rank(plan: tna.SuperLoRA) -> int:
 @pytest.mark.usefixtures("plugins")
 def test_plan_lists_given_settings_of_a_plug_in() -> None:
     config = tna.Config(**CONFIGS["ring"])
-    from tnadapt.planning import known_as
-
     assert str(known_as(config)) == "SuperLoRA tensor ring, M = 3, r = 2"
     assert tna.parameter_count(config, SHAPES) == 3 * 2 * 2 * 7
 
@@ -243,44 +171,45 @@ def test_its_network_is_drawn(name: str, tmp_path: Path) -> None:
 # -- Files ----------------------------------------------------------------------------------------
 
 
-@named
-def test_a_file_needs_the_plug_in_and_says_so(name: str, plugins: Path, tmp_path: Path) -> None:
-    from tests.plugins.conftest import forget
-
-    plan = plan_of(name)
+def saved(plan: tna.SuperLoRA, path: Path) -> dict[str, np.ndarray]:
     targets = [tna.Target(f"layer{i}.weight", shape) for i, shape in enumerate(SHAPES)]
     arrays = {key: array.astype(np.float32) for key, array in drawn(plan).items()}
-    path = tmp_path / "adapter.safetensors"
     tna.save(path, tna.AdapterFile(plan.config, targets, arrays))
+    return arrays
+
+
+@named
+def test_a_file_needs_the_plug_in_and_says_so(name: str, plugins: Path, tmp_path: Path) -> None:
+    plan, path = plan_of(name), tmp_path / "adapter.safetensors"
+    arrays = saved(plan, path)
     again = tna.load(path)
     assert again.config == plan.config
     for found, expected in zip(again.deltas(), plan.deltas(arrays), strict=True):
         assert np.array_equal(found, expected)
     missing = "tensor-ring" if "ring" in name else "count-sketch" if "sketch" in name else "hadamard-rows"
     sys.path.remove(str(plugins))
-    forget()
+    forget_registered()
     with pytest.raises(tna.FileError, match=rf"adapter\.safetensors.*got '{missing}'.*install the plug-in"):
         tna.load(path)
 
 
 def test_commands_in_a_process_of_their_own(plugins: Path, tmp_path: Path) -> None:
     pytest.importorskip("typer")
-    plan = plan_of("sketch of a ring")
-    targets = [tna.Target(f"layer{i}.weight", shape) for i, shape in enumerate(SHAPES)]
-    arrays = {key: array.astype(np.float32) for key, array in drawn(plan).items()}
     path = tmp_path / "adapter.safetensors"
-    tna.save(path, tna.AdapterFile(plan.config, targets, arrays))
-    tried = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(plugins)!r})\n"
-         f"import runpy; sys.argv = ['tnadapt', 'info', {str(path)!r}]\n"
-         "runpy.run_module('tnadapt', run_name='__main__')"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    saved(plan_of("sketch of a ring"), path)
+
+    def info(*paths: object) -> subprocess.CompletedProcess[str]:
+        code = f"""
+import runpy, sys
+sys.path[:0] = {[*map(str, paths)]!r}
+sys.argv = ["tnadapt", "info", {str(path)!r}]
+runpy.run_module("tnadapt", run_name="__main__")
+"""
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    tried, without = info(plugins), info()
     assert tried.returncode == 0, tried.stderr
     assert "tensor-ring" in tried.stdout
-    without = subprocess.run(
-        [sys.executable, "-m", "tnadapt", "info", str(path)], capture_output=True, text=True, check=False
-    )
     assert without.returncode == 2
     assert "install the plug-in" in without.stderr
     assert "Traceback" not in without.stderr
@@ -293,8 +222,7 @@ def test_commands_in_a_process_of_their_own(plugins: Path, tmp_path: Path) -> No
 @pytest.mark.usefixtures("plugins")
 def test_attach_train_merge_unmerge_save_load(name: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    import tnadapt.torch as tt
-
+    tt = pytest.importorskip("tnadapt.torch")
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(10, 12), torch.nn.Tanh(), torch.nn.Linear(12, 10))
     base = {key: value.clone() for key, value in model.state_dict().items()}
@@ -325,34 +253,10 @@ def test_attach_train_merge_unmerge_save_load(name: str, tmp_path: Path) -> None
     assert all(torch.equal(value, base[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["ring", "sketch", "sketch of a ring"])
-@pytest.mark.usefixtures("plugins")
-def test_a_compiled_model_is_the_model(name: str) -> None:
-    torch = pytest.importorskip("torch")
-    import tnadapt.torch as tt
-
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(10, 12), torch.nn.Linear(12, 10))
-    adapter = tt.attach(model, tna.Config(**CONFIGS[name]), targets="all-linear")
-    with torch.no_grad():
-        for param in adapter.parameters():
-            param.add_(torch.randn_like(param) * 0.3)
-    x = torch.randn(5, 10)
-    expected = model(x)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-6)
-    compiled(x).sum().backward()
-    assert all(math.isfinite(float(param.grad.abs().sum())) for param in adapter.parameters())
-
-
 # -- A plug-in that is broken -----------------------------------------------------------------------
 
 
 def test_a_plug_in_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib
-
-    from tests.plugins.conftest import forget
-
     info = tmp_path / "broken-2.5.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 2.5\n")
@@ -360,45 +264,36 @@ def test_a_plug_in_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "broken_plugin.py").write_text("def register():\n    raise RuntimeError('no license')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
-    forget()
+    forget_registered()
     try:
         assert tna.Config(format="cp").format == "cp"
         said = r"got 'tensor-ring'.*plug-in 'ring' of broken 2\.5 failed to load: RuntimeError: no license"
         with pytest.raises(tna.ConfigError, match=said):
             tna.Config(format="tensor-ring")
     finally:
-        forget()
+        forget_registered()
         sys.modules.pop("broken_plugin", None)
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "cls", "message"),
     [
-        ("Ring", "lower-case letters"),
-        ("", "lower-case letters"),
-        (3, "lower-case letters"),
-        ("tt", "format 'tt' is built in and cannot be replaced"),
+        ("Ring", Format, "lower-case letters"),
+        ("", Format, "lower-case letters"),
+        (3, Format, "lower-case letters"),
+        ("tt", Format, "format 'tt' is built in and cannot be replaced"),
+        ("mine", dict, r"inherits from tnadapt\.algebra\.formats\.Format; got"),
     ],
 )
-def test_bad_names_are_refused(name: Any, message: str) -> None:
-    from tnadapt.algebra.formats import Format
-
+def test_what_is_no_format_is_refused(name: Any, cls: Any, message: str) -> None:
     with pytest.raises(tna.ConfigError, match=message):
-        tna.register_format(name, Format)
+        tna.register_format(name, cls)
 
 
 def test_two_packages_cannot_have_the_same_name() -> None:
-    from tnadapt.algebra.formats import CP
-
-    first = type("First", (CP,), {"__module__": "one_package"})
-    tna.register_format("mine", first)
+    tna.register_format("mine", type("First", (CP,), {"__module__": "one_package"}))
     tna.register_format("mine", type("First", (CP,), {"__module__": "one_package"}))  # as a cell that is run again
     message = r"format 'mine' is already registered, by one_package\.First: choose another name for another\.Second"
     with pytest.raises(tna.ConfigError, match=message):
         tna.register_format("mine", type("Second", (CP,), {"__module__": "another"}))
     assert tna.Config(format="mine").format == "mine"
-
-
-def test_what_is_no_format_is_refused() -> None:
-    with pytest.raises(tna.ConfigError, match=r"inherits from tnadapt\.algebra\.formats\.Format; got"):
-        tna.register_format("mine", dict)  # type: ignore[arg-type]

@@ -2,161 +2,125 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tnadapt as tna
 from tnadapt.errors import TargetError
-from tnadapt.targets import fused_rows as rules
-from tnadapt.targets.attention_layouts import TABLE, StoredWeight, by_name, contested, of_class, of_config
-from tnadapt.targets.checkpoint_targets import find_stored
-from tnadapt.targets.fused_rows import Facts, Fused, LayoutError, place_rows
+
+from .internals import (
+    TABLE,
+    AttentionLayout,
+    Facts,
+    Fused,
+    LayoutError,
+    StoredWeight,
+    by_name,
+    contested,
+    find_stored,
+    forget_layouts,
+    of_class,
+    of_config,
+    place_rows,
+    register_layout,
+    rules,
+)
 
 # -- The rules --------------------------------------------------------------------------------
 
-# The letters of a weight, what is known of its attention, how many rows it has, and an array of row numbers taken
-# apart by the library's own reshape.
-Case = tuple[str, dict[str, Any], int, Callable[[np.ndarray], dict[str, np.ndarray]]]
+
+class Sizes(NamedTuple):
+    """Heads, heads of keys and values, heads of queries for each of these, and sizes of heads."""
+
+    n: int
+    kv: int
+    each: int
+    d: int
+    v: int
 
 
-def _split(array: np.ndarray, **sizes: int) -> dict[str, np.ndarray]:
-    """Parts of the last axis, "_" a part that is none of q, k and v."""
-    parts = np.split(array, np.cumsum([*sizes.values()])[:-1], axis=-1)
-    return {letter: part.reshape(-1) for letter, part in zip(sizes, parts, strict=True)}
+# What is known of an attention (names of the same are separated by bars), in how many blocks the library's own reshape
+# takes its rows apart, and the parts of each block, "_" one that is none of q, k and v.
+Case = tuple[dict[str, Any], int, dict[str, int]]
+HEADS, KV_HEADS = "num_heads|n_head|num_attention_heads", "num_key_value_heads|num_kv_heads|n_head_kv"
 
 
-heads = st.integers(1, 6)
-size = st.integers(1, 5)
+def by_head(s: Sizes, heads: str = HEADS, **flags: bool) -> Case:
+    return {heads: s.n, **flags}, s.n, {"q": s.d, "k": s.d, "v": s.d}
 
 
-@st.composite
-def by_head(draw: st.DrawFn) -> Case:
-    n, d, letters = draw(heads), draw(size), draw(st.sampled_from(["qkv", "kv"]))
-    known = {draw(st.sampled_from(["num_heads", "n_head", "num_attention_heads"])): n}
-    return letters, known, n * len(letters) * d, lambda r: _split(r.reshape(n, -1), **dict.fromkeys(letters, d))
+def by_group(s: Sizes, **flags: bool) -> Case:
+    return {"num_heads": s.kv * s.each, KV_HEADS: s.kv, **flags}, s.kv, {"q": s.each * s.d, "k": s.d, "v": s.d}
 
 
-@st.composite
-def by_group(draw: st.DrawFn) -> Case:
-    kv, each, d = draw(heads), draw(heads), draw(size)
-
-    def apart(r: np.ndarray) -> dict[str, np.ndarray]:
-        grouped = r.reshape(kv, each + 2, d)
-        return {"q": grouped[:, :-2].reshape(-1), "k": grouped[:, -2].reshape(-1), "v": grouped[:, -1].reshape(-1)}
-
-    name = draw(st.sampled_from(["num_key_value_heads", "num_kv_heads", "n_head_kv"]))
-    return "qkv", {"num_heads": kv * each, name: kv}, kv * (each + 2) * d, apart
+def concatenated(s: Sizes, **known: Any) -> Case:
+    return known, 1, {"q": s.kv * s.each * s.d, "k": s.kv * s.d, "v": s.kv * s.d}
 
 
-@st.composite
-def concatenated(draw: st.DrawFn) -> Case:
-    kv, each, d = draw(heads), draw(heads), draw(size)
-    known = {"n_heads": kv * each, "kv_n_heads": kv} | draw(st.sampled_from([{}, {"head_dim": d}]))
-    return "qkv", known, kv * (each + 2) * d, lambda r: _split(r, q=kv * each * d, k=kv * d, v=kv * d)
+def multi_query(s: Sizes, **flags: bool) -> Case:
+    return {"multi_query": True, "n_head": s.n, **flags}, 1, {"q": s.n * s.d, "k": s.d, "v": s.d}
 
 
-@st.composite
-def thirds(draw: st.DrawFn) -> Case:
-    d = draw(size)
-    return "qkv", {}, 3 * d, lambda r: dict(zip("qkv", r.reshape(3, -1), strict=True))
+def thirds(s: Sizes, **flags: bool) -> Case:
+    return dict(flags), 1, {"q": s.d, "k": s.d, "v": s.d}
 
 
-@st.composite
-def halves(draw: st.DrawFn) -> Case:
-    d, letters = draw(size), draw(st.sampled_from(["kv", "qk"]))
-    return letters, {}, 2 * d, lambda r: dict(zip(letters, r.reshape(2, -1), strict=True))
-
-
-@st.composite
-def multi_query(draw: st.DrawFn) -> Case:
-    n, d = draw(heads), draw(size)
-    return "qkv", {"multi_query": True, "n_head": n}, (n + 2) * d, lambda r: _split(r, q=n * d, k=d, v=d)
-
-
-def with_flags(case: st.SearchStrategy[Case], **flags: bool) -> st.SearchStrategy[Case]:
-    return case.filter(lambda one: one[0] == "qkv").map(lambda one: (one[0], one[1] | flags, *one[2:]))
-
-
-@st.composite
-def glm_groups(draw: st.DrawFn) -> Case:
-    kv, each, d = draw(heads), draw(heads), draw(size)
-    known = {"multi_query_attention": True, "num_attention_heads": kv * each, "multi_query_group_num": kv}
-    return "qkv", known, kv * (each + 2) * d, lambda r: _split(r, q=kv * each * d, k=kv * d, v=kv * d)
-
-
-@st.composite
-def code_gen(draw: st.DrawFn) -> Case:
-    d = draw(size)
-    return "qkv", {}, 12 * d, lambda r: _split(r.reshape(4, -1), q=d, v=d, k=d)
-
-
-@st.composite
-def levit(draw: st.DrawFn) -> Case:
-    n, d, v = draw(heads), draw(size), draw(size)
-    return "qkv", {"num_heads": n, "key_dim": d}, n * (2 * d + v), lambda r: _split(r.reshape(n, -1), q=d, k=d, v=v)
-
-
-@st.composite
-def delta_rule(draw: st.DrawFn) -> Case:
-    n, d, each, v, gate = draw(heads), draw(size), draw(heads), draw(size), draw(st.booleans())
-    known = {
-        "linear_num_key_heads": n, "linear_key_head_dim": d, "linear_num_value_heads": n * each,
-        "linear_value_head_dim": v,
+def delta_rule(s: Sizes) -> dict[str, Any]:
+    return {
+        "linear_num_key_heads": s.n, "linear_key_head_dim": s.d, "linear_num_value_heads": s.n * s.each,
+        "linear_value_head_dim": s.v,
     }  # fmt: skip
-    if gate:
-        apart = {"q": d, "k": d, "v": each * v, "_": each * v}
-        return "qkv", known, n * sum(apart.values()), lambda r: _split(r.reshape(n, -1), **apart)
-    return "qkv", known, n * (2 * d + each * v), lambda r: _split(r, q=n * d, k=n * d, v=n * each * v)
 
 
-@st.composite
-def latent(draw: st.DrawFn) -> Case:
-    n, d, v = draw(heads), draw(size), draw(size)
-    known = {"qk_nope_head_dim": d, "v_head_dim": v}
-    return "kv", known, n * (d + v), lambda r: _split(r.reshape(n, -1), k=d, v=v)
-
-
-@st.composite
-def linear_attention(draw: st.DrawFn) -> Case:
-    d = draw(size)
-    return "qkv", {}, 1 + 2 * d, lambda r: _split(r, q=1, k=d, v=d)
-
-
-CASES: dict[str, tuple[rules.Rule, st.SearchStrategy[Case]]] = {
-    "head by head": (rules.by_head, by_head()),
-    "key-value head by key-value head": (rules.by_group, by_group()),
-    "one after another": (rules.concatenated, concatenated()),
-    "equal parts": (rules.concatenated, thirds()),
-    "thirds": (rules.thirds, thirds()),
-    "halves": (rules.concatenated, halves()),
-    "falcon, new": (rules.falcon, with_flags(by_group(), new_decoder_architecture=True, multi_query=True)),
-    "falcon, multi-query": (rules.falcon, with_flags(multi_query(), new_decoder_architecture=False)),
-    "falcon, old": (rules.falcon, with_flags(by_head(), new_decoder_architecture=False, multi_query=False)),
-    "bigcode": (rules.multi_query, multi_query()),
-    "bigcode, heads": (rules.multi_query, with_flags(by_head(), multi_query=False)),
-    "bigcode, cross-attention": (rules.multi_query, halves()),
-    "glm, groups": (rules.glm, glm_groups()),
-    "glm, heads": (
-        rules.glm,
-        with_flags(by_head(), multi_query_attention=False).filter(lambda case: "num_attention_heads" in case[1]),
+CASES: dict[str, tuple[rules.Rule, Callable[[Sizes], Case]]] = {
+    "head by head": (rules.by_head, by_head),
+    "head by head, keys and values": (rules.by_head, lambda s: ({HEADS: s.n}, s.n, {"k": s.d, "v": s.d})),
+    "key-value head by key-value head": (rules.by_group, by_group),
+    "one after another": (rules.concatenated, lambda s: concatenated(s, n_heads=s.kv * s.each, kv_n_heads=s.kv)),
+    "of a known size": (
+        rules.concatenated, lambda s: concatenated(s, n_heads=s.kv * s.each, kv_n_heads=s.kv, head_dim=s.d),
     ),
-    "glm, first release": (
+    "equal parts": (rules.concatenated, thirds),
+    "thirds": (rules.thirds, thirds),
+    "halves": (rules.concatenated, lambda s: ({}, 1, {"k": s.d, "v": s.d})),
+    "halves of queries and keys": (rules.concatenated, lambda s: ({}, 1, {"q": s.d, "k": s.d})),
+    "falcon, new": (rules.falcon, lambda s: by_group(s, new_decoder_architecture=True, multi_query=True)),
+    "falcon, multi-query": (rules.falcon, lambda s: multi_query(s, new_decoder_architecture=False)),
+    "falcon, old": (rules.falcon, lambda s: by_head(s, new_decoder_architecture=False, multi_query=False)),
+    "bigcode": (rules.multi_query, multi_query),
+    "bigcode, heads": (rules.multi_query, lambda s: by_head(s, multi_query=False)),
+    "bigcode, cross-attention": (rules.multi_query, lambda s: ({}, 1, {"k": s.d, "v": s.d})),
+    "glm, groups": (
         rules.glm,
-        with_flags(by_head(), position_encoding_2d=True).filter(lambda case: "num_attention_heads" in case[1]),
+        lambda s: concatenated(
+            s, multi_query_attention=True, num_attention_heads=s.kv * s.each, multi_query_group_num=s.kv
+        ),
     ),
-    "codegen": (rules.code_gen, code_gen()),
-    "levit": (rules.levit, levit()),
-    "delta rule": (rules.delta_rule, delta_rule()),
-    "latent": (rules.latent, latent()),
-    "linear attention": (rules.linear_attention, linear_attention()),
-    "heads first": (rules.head_first, with_flags(by_head(), head_first=True)),
-    "heads last": (rules.head_first, with_flags(thirds(), head_first=False)),
-}
+    "glm, heads": (rules.glm, lambda s: by_head(s, "num_attention_heads", multi_query_attention=False)),
+    "glm, first release": (rules.glm, lambda s: by_head(s, "num_attention_heads", position_encoding_2d=True)),
+    "codegen": (rules.code_gen, lambda s: ({}, 4, {"q": s.d, "v": s.d, "k": s.d})),
+    "levit": (rules.levit, lambda s: ({"num_heads": s.n, "key_dim": s.d}, s.n, {"q": s.d, "k": s.d, "v": s.v})),
+    "delta rule": (
+        rules.delta_rule,
+        lambda s: (delta_rule(s), 1, {"q": s.n * s.d, "k": s.n * s.d, "v": s.n * s.each * s.v}),
+    ),
+    "delta rule, gated": (
+        rules.delta_rule,
+        lambda s: (delta_rule(s), s.n, {"q": s.d, "k": s.d, "v": s.each * s.v, "_": s.each * s.v}),
+    ),
+    "latent": (rules.latent, lambda s: ({"qk_nope_head_dim": s.d, "v_head_dim": s.v}, s.n, {"k": s.d, "v": s.v})),
+    "linear attention": (rules.linear_attention, lambda s: ({}, 1, {"q": 1, "k": s.d, "v": s.d})),
+    "heads first": (rules.head_first, lambda s: by_head(s, head_first=True)),
+    "heads last": (rules.head_first, lambda s: thirds(s, head_first=False)),
+}  # fmt: skip
 # No reshape but the one that the rule is: sizes that the module holds itself, and what is no layout. Those with sizes
 # are compared with their libraries' own code in torch/test_fused.py.
 OTHERS = {"sized", "shared", "reordered", "global_window", "lambda_layer", "in_split", "guided"}
@@ -166,15 +130,19 @@ OTHERS = {"sized", "shared", "reordered", "global_window", "lambda_layer", "in_s
 @pytest.mark.parametrize("name", CASES)
 @given(st.data())
 def test_rows_are_a_partition_and_those_of_a_plain_reshape(name: str, data: st.DataObject) -> None:
-    rule, strategy = CASES[name]
-    letters, known, out, apart = data.draw(strategy)
-    fused = Fused(letters, out)
+    rule, case = CASES[name]
+    heads, size = st.integers(1, 6), st.integers(1, 5)
+    known, blocks, parts = case(data.draw(st.builds(Sizes, heads, heads, heads, size, size)))
+    known = {data.draw(st.sampled_from(key.split("|"))): value for key, value in known.items()}
+    fused = Fused("".join(letter for letter in "qkv" if letter in parts), blocks * sum(parts.values()))
+    ends = np.cumsum([*parts.values()])[:-1]
+    pieces = np.split(np.arange(fused.out).reshape(blocks, -1), ends, axis=1)
+    expected = dict(zip(parts, pieces, strict=True))
     found = place_rows(rule(Facts([known.get], "there is no"), fused), fused)
-    expected = apart(np.arange(out))
-    other = expected.pop("_", np.zeros(0, int))
-    rows = {letter: range(out) if one is None else one.indices() for letter, one in found.items()}
-    assert {letter: list(one) for letter, one in rows.items()} == {key: one.tolist() for key, one in expected.items()}
-    assert sorted([*other.tolist(), *(row for one in rows.values() for row in one)]) == list(range(out))
+    rows = {letter: list(range(fused.out) if one is None else one.indices()) for letter, one in found.items()}
+    assert rows == {letter: part.reshape(-1).tolist() for letter, part in expected.items() if letter != "_"}
+    other = expected.get("_", np.zeros(0, int)).reshape(-1)
+    assert sorted([*other, *(row for one in rows.values() for row in one)]) == list(range(fused.out))
 
 
 @pytest.mark.law("fused-layouts")
@@ -377,3 +345,80 @@ def test_heads_of_a_gpt2_are_stored_as_others_store_them() -> None:
     named = {f"decoder.transformer.{name}": shape for name, shape in shapes.items()}
     (target,) = find_stored(named, "v", both)
     assert (target.transposed, target.rows) == (True, (16, 8, 24, 1))
+
+
+# -- Layouts that other packages register ----------------------------------------------------------------
+
+
+# Values first, then keys, then queries: an order that nothing built in has.
+PARROT = AttentionLayout(
+    lambda facts, fused: (1, [(letter, fused.out // 3) for letter in "vkq"]),
+    ("to_qkv",),
+    ("ParrotAttention",),
+    ("parrot",),
+)
+
+
+@pytest.fixture
+def nothing_registered() -> Iterator[None]:
+    forget_layouts()
+    yield
+    forget_layouts()
+
+
+@pytest.mark.usefixtures("nothing_registered")
+def test_it_is_found_by_class_and_by_model_type() -> None:
+    assert of_class(["ParrotAttention"], lambda name: False) is None
+    register_layout("parrot", PARROT)
+    assert of_class(["MyAttention", "ParrotAttention"], lambda name: False) is PARROT
+    assert of_config({"model_type": "parrot"}, StoredWeight("to_qkv")) is PARROT
+    assert of_config({"model_type": "parrot"}, StoredWeight("in_proj")) is None
+
+
+@pytest.mark.usefixtures("nothing_registered")
+def test_a_model_and_its_checkpoint_have_the_same_rows(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    import tnadapt.torch as tt
+
+    class ParrotAttention(torch.nn.Module):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_heads = 2
+            self.to_qkv = torch.nn.Linear(8, 24)
+            self.out_proj = torch.nn.Linear(8, 8)
+
+        def forward(self, x: Any) -> Any:
+            v, k, q = self.to_qkv(x).split(8, -1)
+            return self.out_proj(torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+    register_layout("parrot", PARROT)
+    model = torch.nn.ModuleDict({"attention": ParrotAttention()})
+    found = {target.role: target.rows for target in tt.find_targets(model, "qkv")}
+    assert found == {"q": tna.Rows(16, 8, 24), "k": tna.Rows(8, 8, 24), "v": tna.Rows(0, 8, 24)}
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "parrot", "num_attention_heads": 2}))
+    stored = {target["role"]: target for target in tna.info(tmp_path)["targets"]}
+    assert {role: stored[role]["rows"] for role in "qv"} == {"q": [16, 8, 24, 1], "v": [0, 8, 24, 1]}
+    assert np.all([stored[role]["name"].startswith("attention.to_qkv") for role in "qv"])
+
+
+@pytest.mark.usefixtures("nothing_registered")
+@pytest.mark.parametrize(
+    ("name", "layout", "message"),
+    [
+        ("Parrot", PARROT, "lower-case letters"),
+        ("parrot", {}, "takes an AttentionLayout; got {}"),
+        ("parrot", AttentionLayout(rules.by_head, ("qkv",)), "nothing to recognize its attention by"),
+        ("parrot", AttentionLayout(rules.by_head, ("weight3",), ("A",)), "does not say which of q, k and v"),
+        ("parrot", AttentionLayout(rules.by_head, ("Wqkv",), ("MptAttention",)), "MptAttention already has a layout"),
+        ("parrot", AttentionLayout(rules.by_head, ("in_proj",), (), ("deberta",)), "deberta already has a layout"),
+        ("budgie", PARROT, "ParrotAttention already has a layout"),
+    ],
+)
+def test_what_cannot_be_registered_is_refused(name: str, layout: Any, message: str) -> None:
+    if name == "budgie":
+        for _ in range(2):  # as a cell that is run again
+            register_layout("parrot", PARROT)
+    with pytest.raises(tna.ConfigError, match=message):
+        tna.register_layout(name, layout)

@@ -1,8 +1,9 @@
-"""Targets: fields are validated, and blocks are views of the stored weight."""
+"""Targets: their fields, their places in the stored array, and their JSON."""
 
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnadapt import Rows, Target, TargetError
+from tnadapt import RowIndices, Rows, Target, TargetError
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,16 @@ from tnadapt import Rows, Target, TargetError
         ({"rows": (0, 1, 3, 1)}, r"rows 0 to 0 of 1 blocks of 3 do not fit the 6 rows of m\.weight"),
         ({"rows": (0, 1, 4, 2)}, r"rows 0 to 0 of 2 blocks of 4 do not fit the 6 rows of m\.weight"),
         ({"rows": (0, 1, 6, 1), "transposed": True}, r"do not fit the 4 rows of m\.weight"),
+        ({"rows": RowIndices((2, 6))}, r"row 6 is not among the 6 rows of m\.weight"),
+        ({"rows": RowIndices((4,)), "transposed": True}, r"row 4 is not among the 4 rows of m\.weight"),
+        ({"index": 0}, r"one of the matrices of a 3-D weight; m\.weight has \(6, 4\)"),
+        ({"stored": (3, 6, 4), "index": 3}, r"the index of m\.weight must be from 0 to 2; got 3"),
+        ({"stored": (3, 6, 4), "index": True}, r"the index of m\.weight must be an integer; got True"),
+        ({"stored": (3, 6, 4), "index": 0, "rows": (0, 1, 3, 1)}, "do not fit the 6 rows"),
+        ({"tied": "head.weight"}, "tied names must be a list of dotted paths; got 'head.weight'"),
+        ({"tied": ("",)}, r"tied names must be a list of dotted paths; got \(''"),
+        ({"tied": ("m.weight",)}, "tied names must be different ones"),
+        ({"tied": ("a.weight", "a.weight")}, "tied names must be different ones"),
     ],
 )  # fmt: skip
 def test_wrong_fields_are_refused(fields: dict[str, Any], why: str) -> None:
@@ -61,49 +72,61 @@ def test_two_to_eight_sizes_are_a_stored_shape(stored: Any) -> None:
 
 
 @st.composite
-def views(draw: st.DrawFn) -> tuple[Target, list[int]]:
+def targets(draw: st.DrawFn) -> tuple[Target, list[int]]:
     """A target, and the rows that it is to have by the definition."""
     count, stride = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    out, transposed, stack = count * stride, draw(st.booleans()), draw(st.none() | st.integers(1, 3))
+    rest = draw(st.lists(st.integers(1, 3), min_size=1, max_size=1 if transposed or stack else 3))
     start = draw(st.integers(0, stride - 1))
     length = draw(st.integers(1, stride - start))
-    rest = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
-    out, transposed = count * stride, draw(st.booleans())
-    stored = (rest[0], out) if transposed else (out, *rest)
+    chosen: Rows | RowIndices = Rows(start, length, stride, count)
     rows = [block * stride + row for block, row in itertools.product(range(count), range(start, start + length))]
-    return Target("m", stored, "q", rows=Rows(start, length, stride, count), transposed=transposed), rows
+    if draw(st.booleans()):
+        rows = sorted(draw(st.sets(st.integers(0, out - 1), min_size=1)))
+        chosen = RowIndices(tuple(rows))
+    stored = (rest[0], out) if transposed else (out, *rest)
+    target = Target(
+        draw(st.sampled_from(["", "m.n"])), stored if stack is None else (stack, *stored), "q", rows=chosen,
+        transposed=transposed, index=None if stack is None else draw(st.integers(0, stack - 1)),
+        tied=draw(st.sampled_from([(), ("head.weight",), ("a.b", "c.d")])),
+        parameter=draw(st.sampled_from(["weight", "p"])), layer=draw(st.sampled_from(["", "3"])),
+    )  # fmt: skip
+    return target, rows
 
 
-@given(views())
-def test_a_block_is_the_rows_of_the_stored_weight(view: tuple[Target, list[int]]) -> None:
+@given(targets())
+def test_what_is_written_is_selected_and_nothing_else_changes(view: tuple[Target, list[int]]) -> None:
     target, rows = view
-    stored = np.arange(np.prod(target.stored), dtype=float).reshape(target.stored)
-    matrix = stored.T.copy() if target.transposed else stored.reshape(target.stored[0], -1).copy()
-    block = target.block(stored)
-    assert np.array_equal(block.reshape(-1, block.shape[-1]), matrix[rows])
-    assert target.shape == matrix[rows].shape
-    assert np.array_equal(target.like_block(matrix[rows]), block)
+    stored = np.zeros(target.stored)
+    matrix = 1.0 + np.arange(np.prod(target.shape)).reshape(target.shape)
+    target.write(stored, matrix)
+    np.testing.assert_array_equal(target.select(stored), matrix)
+    assert np.count_nonzero(stored) == matrix.size
+    own = stored if target.index is None else stored[target.index]
+    whole = own.T if target.transposed else own.reshape(len(own), -1)
+    np.testing.assert_array_equal(whole[rows], matrix)
+    assert target.shape == (len(rows), whole.shape[1])
     # Rows that are all of them are none in particular.
-    assert (target.rows is None) == (rows == list(range(len(matrix))))
+    assert (target.rows is None) == (rows == list(range(len(whole))))
     assert target.rows is None or target.rows.indices() == rows
-    block[...] = -1.0
-    matrix[rows] = -1.0
-    assert np.array_equal(stored.T if target.transposed else stored.reshape(matrix.shape), matrix)
-    assert target.renamed("other.n").name == "other.n.weight"
+    if not isinstance(target.rows, RowIndices):
+        block = target.block(stored)
+        assert np.array_equal(block.reshape(-1, block.shape[-1]), matrix)
+        assert np.array_equal(target.like_block(matrix), block)
+        block[...] = -1.0
+        assert np.array_equal(target.select(stored), np.full(target.shape, -1.0))
+
+
+@given(targets())
+def test_a_target_survives_json(view: tuple[Target, list[int]]) -> None:
+    target, _ = view
+    assert Target.from_list(json.loads(json.dumps(target.to_list()))) == target
+    assert [one.name for one in target.tied_targets()] == list(target.tied)
+    assert target.renamed("other.n").name == f"other.n.{target.parameter}"
     assert Target("", target.stored).name == "weight"
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        Target("a", (6, 4), "q"),
-        Target("", (6, 4), parameter="qkv", rows=Rows(0, 2, 6), layer="3"),
-        Target("a.b", (4, 6), "v", transposed=True),
-        Target("a", (6, 2, 3, 3), "conv", groups=3),
-    ],
-)
-def test_a_list_keeps_all_of_a_target(target: Target) -> None:
-    assert Target.from_list(target.to_list()) == target
-    assert target.renamed("c").name == f"c.{target.parameter}"
+SETTINGS = "a target's settings must be among groups, index, layer, parameter, rows, tied, transposed; got"
 
 
 @pytest.mark.parametrize(
@@ -112,14 +135,15 @@ def test_a_list_keeps_all_of_a_target(target: Target) -> None:
         ("abc", r"a target must be \[module, shape, role\] and at most its settings; got 'abc'"),
         (["a", [1, 1]], "at most its settings"),
         (["a", [1, 1], "q", {}, {}], "at most its settings"),
-        (
-            ["a", [1, 1], "q", []],
-            "a target's settings must be among groups, index, layer, parameter, rows, tied, transposed; got",
-        ),
-        (
-            ["a", [1, 1], "q", {"row": 1}],
-            "a target's settings must be among groups, index, layer, parameter, rows, tied, transposed; got",
-        ),
+        (["a", [1, 1], "q", []], SETTINGS),
+        (["a", [1, 1], "q", {"row": 1}], SETTINGS),
+        (["m", [6, 4], "q", {"rows": {}}], "must be four integers, or indices; got {}"),
+        (["m", [6, 4], "q", {"rows": {"numbers": [1]}}], "must be four integers, or indices; got {'numbers'"),
+        (["m", [6, 4], "q", {"rows": {"indices": [1], "more": 2}}], "must be four integers, or indices"),
+        (["m", [6, 4], "q", {"rows": {"indices": "12"}}], "must be four integers, or indices"),
+        (["m", [6, 4], "q", {"rows": {"indices": []}}], "at least one integer"),
+        (["m", [6, 4], "q", {"rows": {"indices": [3, 1]}}], "must increase"),
+        (["m", [6, 4], "q", {"rows": {"indices": [6]}}], "row 6 is not among the 6 rows"),
     ],
 )
 def test_a_list_that_is_no_target_is_refused(value: Any, message: str) -> None:
@@ -138,3 +162,42 @@ def test_groups_are_those_of_a_convolution() -> None:
     for groups in (0, 1.5, True, "2"):
         with pytest.raises(TargetError, match=r"the groups of a\.weight must be"):
             Target("a", (6, 2, 3), groups=groups)  # type: ignore[arg-type]
+    assert Target.from_list(target.to_list()) == target
+
+
+# -- Rows given as a list, and one matrix of a stack ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("numbers", "why"),
+    [
+        ((), r"a list of at least one integer; got \(\)"),
+        (5, "a list of at least one integer; got 5"),
+        ({5, 9}, "a list of at least one integer; got {"),
+        ((5, 5), "must increase; 5 follows 5"),
+        ((9, 5), "must increase; 5 follows 9"),
+        ((-1,), "an index of a row must be from 0"),
+        ((1.0,), "an index of a row must be an integer; got 1.0"),
+        ((True,), "an index of a row must be an integer; got True"),
+    ],
+)
+def test_wrong_lists_of_rows_are_refused(numbers: Any, why: str) -> None:
+    with pytest.raises(TargetError, match=why):
+        RowIndices(numbers)
+
+
+def test_a_list_of_rows_has_no_view() -> None:
+    with pytest.raises(TargetError, match=r"no view of a list of rows, as of m\.weight: use select\(\) and write\(\)"):
+        Target("m", (6, 4), rows=RowIndices((1, 3))).block(np.zeros((6, 4)))
+
+
+def test_labels_tell_targets_apart() -> None:
+    stack = (3, 6, 4)
+    found = [
+        Target("m", (6, 4)), Target("m", (6, 4), rows=Rows(2, 2, 6)), Target("m", (6, 4), rows=RowIndices((4,))),
+        Target("m", (6, 4), rows=RowIndices((1, 5))), Target("m", stack, index=2),
+        Target("m", stack, rows=Rows(0, 1, 2, 3), index=1),
+    ]  # fmt: skip
+    assert [target.label.removeprefix("m.weight") for target in found] == [
+        "", "[2:4]", "[4]", "[1, …]", "[2]", "[1][0:1]",
+    ]  # fmt: skip
