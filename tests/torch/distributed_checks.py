@@ -23,7 +23,7 @@ from tnadapt import presets
 from tnadapt.errors import TargetError
 
 from .distributed_jobs import BATCH, TOKENS, Job, Model, batches, build, spread, whole
-from .internals_a import register_in
+from .internals import register_in
 
 SHARDED = Job("fsdp2")
 

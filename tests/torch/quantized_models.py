@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from .internals_a import quantized_type
+from .internals import quantized_type
 
 #: Multiples of every library's block or group.
 SIZE, OUT = 128, 64

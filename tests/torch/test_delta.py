@@ -13,7 +13,7 @@ import tnadapt as tna
 from tnadapt.backends import load_backend
 from tnadapt.testing.strategies import plans
 
-from .internals_b import Slice, outer_vjp_once, pieces, vector
+from .internals import Slice, outer_vjp_once, pieces, vector
 
 P = tna.presets
 

@@ -22,7 +22,7 @@ from tests.support.array_presets import P
 from tnadapt.algebra.maps.fastfood import Linear
 from tnadapt.backends import FixedArrays
 
-from .internals_b import DeltaCache, Snapshot, bytes_held, delta, drawn, held_by_draws
+from .internals import DeltaCache, Snapshot, bytes_held, delta, drawn, held_by_draws
 from .pretended_device import PretendedDevice
 from .small import batch, compiles_whole, small, stir
 from .test_changed_weights import layers, stirred

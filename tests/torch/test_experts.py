@@ -25,7 +25,7 @@ import tnadapt.torch as tt
 from tests.support.array_presets import P
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 
-from .internals_b import find_stored, forward_patch
+from .internals import find_stored, forward_patch
 from .small import stir
 
 IDS = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(1))

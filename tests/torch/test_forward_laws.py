@@ -25,7 +25,7 @@ from tests.support.array_presets import P
 from tests.support.depth import LONG, in_depth
 from tests.support.references import reference
 
-from .internals_b import forward_pass, linear
+from .internals import forward_pass, linear
 from .small import stir
 
 CONFIGS = {

@@ -20,7 +20,7 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 
-from .internals_b import LowRankLayer, forward_pass, forward_patch, linear
+from .internals import LowRankLayer, forward_pass, forward_patch, linear
 from .small import stir
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from tnadapt.torch import find_targets
 
 from .architectures import MODELS, TEXT, build
 from .configured import CONFIGURED, configured
-from .internals_b import TABLE, AttentionModule, LayoutError, attentions, find_stored
+from .internals import TABLE, AttentionModule, LayoutError, attentions, find_stored
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The rows of a fused weight that produce q, k and v, verified by changing them and observing the attention's

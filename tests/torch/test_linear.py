@@ -24,7 +24,7 @@ from tnadapt.algebra.applying import Applying, Hadamard, Magnitude
 from tnadapt.algebra.factoring import factoring
 from tnadapt.testing.strategies import plans
 
-from .internals_c import MACHINES, Machine, Slice, StepWork, choose, costs, dequantized, linear
+from .internals import MACHINES, Machine, Slice, StepWork, choose, costs, dequantized, linear
 from .small import stir
 
 # Outputs and derivatives with every update, layer and strategy are compared with the formula in test_forward_laws.py.

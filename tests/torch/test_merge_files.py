@@ -23,7 +23,7 @@ from tnadapt.checkpoints import stored_weights as module_names
 from tnadapt.checkpoints.checkpoint import open_checkpoint
 
 from .hugging_face import bert, vit
-from .internals_c import merging
+from .internals import merging
 from .small import stir
 
 

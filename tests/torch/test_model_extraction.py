@@ -21,7 +21,7 @@ from tnadapt.errors import ConfigError, ShapeError, TargetError
 from tnadapt.testing.verification import examples
 
 from .architectures import build, output
-from .internals_c import STARTS
+from .internals import STARTS
 
 
 def _tuned(model: nn.Module, rank: int = 2, targets: Any = "qv", size: float = 0.3) -> nn.Module:

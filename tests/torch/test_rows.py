@@ -19,7 +19,7 @@ import tnadapt as tna
 import tnadapt.torch as tt
 from tests.support.array_presets import P
 
-from .internals_c import batch_rows
+from .internals import batch_rows
 from .small import WIDTH, batch, compiles_whole, small, stir
 from .test_requantizing import Packed
 from .test_requantizing import model as packed

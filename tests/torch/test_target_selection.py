@@ -19,7 +19,7 @@ from tnadapt.targets.target import Rows, Target
 from tnadapt.torch import attach, find_targets
 
 from .architectures import MODELS, build, output
-from .internals_c import host_of, reads_outside
+from .internals import host_of, reads_outside
 from .modules import Module, linear, names, qv, roles, vq
 
 # -- By role, in every library -----------------------------------------------------------------
