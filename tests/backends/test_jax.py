@@ -64,16 +64,6 @@ def test_draws_first_met_under_jit_are_not_kept_as_tracers() -> None:
                           plan.vector({k: np.asarray(a) + 0.1 for k, a in params.items()})) < 1e-12  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", in_depth(PRESETS, [*PRESETS][::2]))
-def test_the_start_under_jit(name: str) -> None:
-    plan = tna.SuperLoRA(PRESETS[name], SHAPES)
-    for dtype in ("float64", "float32"):
-        params = plan.init("jax", dtype)
-        assert not np.asarray(plan.vector(params)).any()
-        assert not np.asarray(jax.jit(plan.vector)(params)).any()
-
-
 @pytest.mark.law("dtype-overflow")
 def test_without_64_bits_float64_is_refused_and_float32_works() -> None:
     plan = tna.SuperLoRA(PRESETS["F linear"], SHAPES)

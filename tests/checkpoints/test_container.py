@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from tnadapt.checkpoints.container import (
     opened,
     raw_dtype,
     serialized,
-    strict_json,
 )
 
 EMPTY = '{"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}'
@@ -213,29 +211,8 @@ def test_a_length_that_begins_like_a_pickle_is_a_length(tmp_path: Path, length: 
     assert read(write(tmp_path, content)) == {}
 
 
-def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
-    # Longer than what is read ahead with the header.
-    header = {"a": {"dtype": "U8", "shape": [1 << 20], "data_offsets": [0, 1 << 20]}}
-    path = write(tmp_path, forge.container(header, bytes(1 << 20)))
-    with opened(path) as container:
-        os.truncate(path, os.path.getsize(path) - 1)
-        with pytest.raises(FileError, match="ended within 'a'"):
-            container.array("a")
-
-
-def test_json_must_be_an_object() -> None:
-    with pytest.raises(FileError, match=r"the entry must be a JSON object; got \[1\]"):
-        strict_json("[1]", "the entry")
-
-
 def test_about_names_the_path_whatever_happens() -> None:
     for error in (FileError("it"), OSError(28, "it"), MemoryError(), OverflowError("it")):
         with pytest.raises(FileError, match=r"^some/path: .*it") as caught, file_error_context("some/path"):
             raise error
         assert caught.value.__cause__ is error
-
-
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(FileError, match="pipe: is neither a file nor a folder"):
-        read(str(tmp_path / "pipe"))

@@ -15,9 +15,9 @@ import tnadapt as tna
 from tests.conftest import peak_of
 from tests.support import checkpoint_files as cp
 from tests.support.in_process import main, run_here
-from tnadapt.checkpoints.container import read_header
-from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.prefixes import paired
+
+from .internals import find_stored
 
 P, T = tna.presets, tna.Target
 
@@ -201,20 +201,3 @@ def test_sizes_of_thousands_of_digits_in_a_config_are_none(tmp_path: Path) -> No
     (tmp_path / "config.json").write_text(json.dumps(config | {"linear_num_value_heads": int("9" * 4000)}))
     why = tna.info(tmp_path)["no_targets"]
     assert "in an unknown layout: config.json lacks num_v_heads. " in why
-
-
-@pytest.mark.parametrize("shards", [1, 2])
-def test_the_headers_of_a_checkpoint_are_read_once(
-    shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tensors = cp.base([T(f"h.{layer}.attn.{name}_proj", (4, 4), name) for layer in range(2) for name in "qv"])
-    cp.write(tmp_path / "model", tensors, shards)
-    headers = []
-
-    def counted(content: bytes, foreign: bool) -> Any:
-        headers.append(content)
-        return read_header(content, foreign)
-
-    monkeypatch.setattr("tnadapt.checkpoints.container.read_header", counted)
-    assert tna.info(tmp_path / "model")["tensors"] == len(tensors)
-    assert len(headers) == shards

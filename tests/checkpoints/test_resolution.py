@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.support import checkpoint_files as cp
 from tests.support.depth import LONG
-from tnadapt.checkpoints import stored_weights
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.checkpoints.stored_weights import ModuleNames, resolve
 from tnadapt.targets.prefixes import Prefix, renamed_targets
+
+from .internals import stored_weights
+
+ModuleNames, resolve = stored_weights.ModuleNames, stored_weights.resolve
 
 P, T = tna.presets, tna.Target
 
@@ -231,21 +233,6 @@ def test_vit(tmp_path: Path) -> None:
     assert [target.name for target in found.targets] == list(there)[:2]
     assert (found.kept, found.added) == ({f"{fc[0]}.bias": f"{fc[1]}.bias"}, {})
     assert found.how == "weights under the names that transformers gives them on disk"
-
-
-@without_warnings
-def test_the_table_is_read_once_for_all_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The targets have the names on disk, and the checkpoints those of the modules."""
-    pytest.importorskip("transformers")
-    here = [QUERY.replace("0", str(layer)) for layer in range(20)]
-    targets = [tna.Target(ON_DISK.replace("0", str(layer)), (6, 4), "q") for layer in range(20)]
-    asked = list[str]()
-    names_of = ModuleNames.of
-    monkeypatch.setattr(ModuleNames, "of", lambda self, name: asked.append(name) or names_of(self, name))
-    base = names_stored(tmp_path, {f"{path}.weight": (6, 4) for path in here})
-    found = tna.extract(base, base, tna.presets.lora(1), targets)
-    assert found.file.targets == tuple(targets)
-    assert len(asked) <= 4 * len(targets)
 
 
 FEW = {"ViTForImageClassification", "LlavaForConditionalGeneration", "SiglipModel", "Dinov2Model", "BertModel"}

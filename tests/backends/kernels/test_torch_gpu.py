@@ -22,10 +22,9 @@ from tnadapt.algebra.maps.fastfood import fwht_plain
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", minversion="3.5")
 
-from tnadapt.backends import _torch_gpu as torch_gpu
-from tnadapt.backends import _torch_maps as operators
 from tnadapt.backends import get_backend
-from tnadapt.torch._delta import vector
+
+from ..internals import torch_gpu, torch_maps, vector
 
 # torch's own forward derivatives compile some of theirs with what torch calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -48,7 +47,7 @@ def test_under_the_interpreter() -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Record every run of a kernel, so that no test passes without one."""
     made: list[Any] = []
-    by_rows, launcher = torch_gpu._by_rows, operators._launcher
+    by_rows, launcher = torch_gpu._by_rows, torch_maps._launcher
 
     def counted(kernel: Any, x: Any) -> Any:
         made.append(kernel)
@@ -59,16 +58,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return launcher(x)
 
     monkeypatch.setattr(torch_gpu, "_by_rows", counted)
-    monkeypatch.setattr(operators, "_launcher", launched)
+    monkeypatch.setattr(torch_maps, "_launcher", launched)
     if INTERPRETED:
         monkeypatch.setattr(torch_gpu, "is_supported", lambda x: True)
     yield made
     if INTERPRETED or torch.cuda.is_available():
         assert made
-
-
-def plain_f(f: tna.Projection, x: Any) -> Any:
-    return x @ torch.tensor(f(np.eye(f.n_in)).T, device=DEVICE, dtype=x.dtype).T
 
 
 @kernels
@@ -120,18 +115,6 @@ def test_kept_normal_numbers_change_no_bit(n_in: int, n_out: int, monkeypatch: p
 
 
 @kernels
-def test_under_vmap_and_vjp() -> None:
-    f = tna.Projection("linear", 5, 12, seed=1)
-    x = torch.randn(5, 3, 2, dtype=torch.float64, device=DEVICE)
-    found = torch.func.vmap(torch.func.vmap(f, in_dims=1), in_dims=2)(x)
-    assert torch.allclose(found, plain_f(f, x.permute(2, 1, 0)))
-    y = torch.randn(4, 12, dtype=torch.float64, device=DEVICE)
-    _, pull = torch.func.vjp(f, x[:, 0, 0])
-    assert torch.allclose(torch.func.vmap(pull)(y)[0], f.adjoint(y))
-    assert torch.allclose(torch.func.jacrev(f)(x[:, 0, 0]), torch.func.jacfwd(f)(x[:, 0, 0]))
-
-
-@kernels
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_a_batch_of_gradients_at_once() -> None:
     f = tna.Projection("linear", 5, 12, seed=2**64 - 1)
@@ -163,15 +146,6 @@ def test_numbers_that_are_not_in_memory_yet() -> None:
     assert torch.equal(tna.fwht(torch._neg_view(x)), tna.fwht(-x))
     assert not tna.fwht(torch._efficientzerotensor(3, 8, dtype=torch.float64, device=DEVICE)).any()
     assert torch.equal(tna.fwht(x[:1].expand(3, 8)), tna.fwht(x[:1].repeat(3, 1)))
-
-
-@kernels
-def test_autocast_changes_nothing() -> None:
-    f = tna.Projection("linear", 50, 200, seed=1)
-    x = torch.randn(50, device=DEVICE)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        found = f(x)
-    assert torch.equal(found, f(x))
 
 
 @kernels
@@ -213,11 +187,11 @@ def test_groups_that_share_f_are_launched_together(calls: list[Any], monkeypatch
 
 RECIPE = f"16 8 {2**64 - 59} 3 1"
 CALLS: dict[str, tuple[Any, int, tuple[Any, ...]]] = {
-    "fwht": (operators.fwht, 8, (0.5,)),
-    "fastfood": (operators.fastfood, 7, (None, RECIPE, 7, 13, False)),
-    "its adjoint": (operators.fastfood, 13, (None, RECIPE, 7, 13, True)),
-    "shuffle": (operators.shuffle, 7, (f"{2**64 - 59} 3", False)),
-    "back": (operators.shuffle, 7, (f"{2**64 - 59} 3", True)),
+    "fwht": (torch_maps.fwht, 8, (0.5,)),
+    "fastfood": (torch_maps.fastfood, 7, (None, RECIPE, 7, 13, False)),
+    "its adjoint": (torch_maps.fastfood, 13, (None, RECIPE, 7, 13, True)),
+    "shuffle": (torch_maps.shuffle, 7, (f"{2**64 - 59} 3", False)),
+    "back": (torch_maps.shuffle, 7, (f"{2**64 - 59} 3", True)),
 }
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
