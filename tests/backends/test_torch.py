@@ -16,8 +16,10 @@ import numpy as np
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tnadapt as tna
+from tests.conftest import relative_error
 from tests.support.depth import in_depth
-from tnadapt.algebra.maps import KINDS, SQUARE
+from tnadapt.algebra.maps import KINDS, SQUARE, Dft2
+from tnadapt.backends import get_backend
 
 # -- What torch adds: second derivatives, compile, vmap, inference mode, half precision --------------------------------
 
@@ -136,26 +138,21 @@ def test_the_first_thing_that_a_process_does_may_be_compiling(script: str) -> No
 
 
 @pytest.mark.law("functional-transforms")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, within jvp
 @pytest.mark.parametrize("name", list(PRESETS))
-def test_vmap_over_adapters(name: str) -> None:
+def test_vmap_grad_and_jvp(name: str) -> None:
     plan = tna.SuperLoRA(PRESETS[name], SHAPES)
-    params = drawn(plan)
-    stacked = {key: torch.stack([array.detach(), 2.0 * array.detach()]) for key, array in params.items()}
+    params = {key: array.detach() for key, array in drawn(plan).items()}
+    stacked = {key: torch.stack([array, 2.0 * array]) for key, array in params.items()}
     found = torch.func.vmap(lambda p: plan.vector(p))(stacked)
     for i in range(2):
         alone = plan.vector({key: array[i] for key, array in stacked.items()})
         torch.testing.assert_close(found[i], alone, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.law("functional-transforms")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, within jvp
-def test_func_grad_and_jvp() -> None:
-    plan = tna.SuperLoRA(PRESETS["F nonlinear"], SHAPES)
-    params = {key: array.detach() for key, array in drawn(plan).items()}
-    grads = torch.func.grad(lambda p: plan.vector(p).square().sum())(params)
-    way = {key: torch.ones_like(array) for key, array in params.items()}
-    _, slope = torch.func.jvp(lambda p: plan.vector(p).square().sum(), (params,), (way,))
-    torch.testing.assert_close(slope, sum(grad.sum() for grad in grads.values()))
+    if name == "F nonlinear":
+        grads = torch.func.grad(lambda p: plan.vector(p).square().sum())(params)
+        way = {key: torch.ones_like(array) for key, array in params.items()}
+        _, slope = torch.func.jvp(lambda p: plan.vector(p).square().sum(), (params,), (way,))
+        torch.testing.assert_close(slope, sum(grad.sum() for grad in grads.values()))
 
 
 @pytest.mark.law("no-global-random-state")
@@ -172,7 +169,7 @@ def test_draws_first_met_in_inference_mode_can_be_trained_through() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.law("precision")
+@pytest.mark.law("precision", "fresh-is-zero")
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 5e-2), ("float16", 5e-3)])
 def test_lower_precision(name: str, dtype: str, tolerance: float) -> None:
@@ -182,6 +179,7 @@ def test_lower_precision(name: str, dtype: str, tolerance: float) -> None:
     assert found.dtype is getattr(torch, dtype)
     exact = plan.vector({key: array.double() for key, array in params.items()})
     assert float((found.double() - exact).abs().max()) < tolerance * float(exact.abs().max())
+    assert not any(bool(delta.any()) for delta in plan.deltas(plan.init("torch", dtype)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -378,3 +376,79 @@ print("torch._dynamo" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+# -- The FFT of torch and JAX ----------------------------------------------------------------------------------------
+
+
+DFT = Dft2(42, 42, shape=(6, 7))
+
+
+@pytest.fixture
+def with_fft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For these short sides, the products are faster."""
+    monkeypatch.setattr("tnadapt.algebra.maps._transforms._PRODUCTS_PER_STEP", 0)
+
+
+@pytest.mark.usefixtures("with_fft")
+class TestDft2:
+    """The FFT under what transforms programs: derivatives, batches, compilers, export."""
+
+    def f(self, x: Any) -> Any:
+        return DFT.forward(get_backend(x), x)
+
+    def drawn(self, *batch: int) -> Any:
+        return torch.from_numpy(np.random.default_rng(0).normal(size=(*batch, DFT.n_in)))
+
+    @pytest.mark.law("derivatives-of-projections")
+    # torch's own forward derivatives compile some of theirs with what torch calls deprecated.
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+    def test_derivatives_in_both_modes(self) -> None:
+        x = self.drawn(2).requires_grad_()
+        assert torch.autograd.gradcheck(self.f, x, check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(lambda x: self.f(x).square(), x)
+
+    @pytest.mark.law("functional-transforms")
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+    def test_functional_transforms(self) -> None:
+        func, x = torch.func, self.drawn(3)
+        assert relative_error(func.vmap(self.f, in_dims=1, out_dims=1)(x.T), self.f(x).T) < 1e-14
+        assert relative_error(func.jvp(self.f, (x,), (2.0 * x,))[1], 2.0 * self.f(x)) < 1e-14
+        each = func.vmap(func.grad(lambda x: self.f(x).square().sum()))(x)
+        assert relative_error(each, 2.0 * self.f(self.f(x))) < 1e-14
+        assert relative_error(func.functionalize(self.f)(x), self.f(x)) < 1e-14
+
+    def test_autocast_does_not_round(self) -> None:
+        for x in (self.drawn(2), self.drawn(2).float()):
+            expected = self.f(x)
+            with torch.autocast("cpu"):
+                found = self.f(x)
+            assert found.dtype is x.dtype
+            assert torch.equal(found, expected)
+
+    def test_shapes_without_numbers(self) -> None:
+        assert self.f(torch.empty(2, DFT.n_in, device="meta")).shape == (2, DFT.n_out)
+
+    @pytest.mark.slow
+    @pytest.mark.law("compile")
+    @pytest.mark.filterwarnings("ignore")  # the compiler's own
+    @pytest.mark.parametrize("derivative", [False, True])
+    def test_compiled_in_one_graph(self, derivative: bool) -> None:
+        way = torch.func.grad(lambda x: self.f(x).square().sum()) if derivative else self.f
+        x = self.drawn(2).requires_grad_()
+        torch.compiler.reset()
+        found = torch.compile(way, fullgraph=True)(x)
+        assert relative_error(found.detach(), way(x).detach()) < 1e-14
+        if not derivative:
+            (grad,) = torch.autograd.grad(found.square().sum(), x)
+            assert relative_error(grad, 2.0 * self.f(self.f(x.detach()))) < 1e-14
+
+    def test_an_exported_program_has_no_complex_numbers(self) -> None:
+        class Module(torch.nn.Module):  # type: ignore[misc, name-defined]
+            def forward(module, x: Any) -> Any:  # noqa: N805
+                return self.f(x)
+
+        x = self.drawn(2)
+        program = torch.export.export(Module(), (x,))
+        assert not any("fft" in str(node.target) for node in program.graph.nodes)
+        assert relative_error(program.module()(x), self.f(x)) < 1e-14

@@ -88,6 +88,11 @@ def test_it_is_a_plain_object() -> None:
     assert repr(dataclasses.replace(file, kept={}))[-7:] == "0 kept)"
 
 
+def reloaded(file: AdapterFile, folder: Path) -> AdapterFile:
+    tna.save(folder / "adapter.safetensors", file)
+    return tna.load(folder / "adapter.safetensors")
+
+
 # -- dtypes -------------------------------------------------------------------------------------
 
 
@@ -197,81 +202,71 @@ ARRAYS = arrays_of(LORA)
 FIRST = "group0.split0.factor0"
 
 
-@pytest.mark.parametrize(
-    ("fields", "error", "why"),
-    [
-        ({"config": {"rank": 2}, "arrays": ARRAYS}, ConfigError, r"config must be a tnadapt\.Config; got dict"),
-        ({"targets": "blocks"}, ConfigError, "targets must be a list of Target; got 'blocks'"),
-        ({"targets": 3}, ConfigError, "targets must be a list of Target; got 3"),
-        ({"targets": [TARGETS[0], (6, 4)]}, ConfigError, r"must be a list of Target; got \(6, 4\) among them"),
-        ({"targets": ()}, ConfigError, "targets is empty: an adapter updates at least one weight"),
-        ({"targets": TARGETS[:2]}, ShapeError, r"missing: none; unknown: 'group2\.split0\.factor0', "),
-        ({"arrays": None}, ShapeError, "arrays must be a mapping of names to arrays; got NoneType"),
+REFUSED: dict[type[Exception], list[tuple[dict[str, Any], str]]] = {
+    ConfigError: [
+        ({"config": {"rank": 2}, "arrays": ARRAYS}, r"config must be a tnadapt\.Config; got dict"),
+        ({"targets": "blocks"}, "targets must be a list of Target; got 'blocks'"),
+        ({"targets": 3}, "targets must be a list of Target; got 3"),
+        ({"targets": [TARGETS[0], (6, 4)]}, r"must be a list of Target; got \(6, 4\) among them"),
+        ({"targets": ()}, "targets is empty: an adapter updates at least one weight"),
+        ({"kept": {"\ud800": np.ones(2)}}, r"'\\ud800' has half a surrogate pair"),
+        ({"model": "\ud800"}, "has half a surrogate pair"),
+        ({"targets": [*TARGETS[:2], Target("\ud800", (6, 4))]}, "has half a surrogate pair"),
+        ({"model": None}, "model must be the name of a class; got None"),
+        ({"trained": FIRST}, "trained must be a list of names of arrays, or None for all; got 'group0"),
+        ({"trained": [FIRST, 3]}, "trained must be a list of names of arrays, or None for all; got \\['group0"),
+        ({"trained": {FIRST}}, "trained must be a list of names of arrays, or None for all; got {"),
+        ({"trained": []}, "each once; unknown: none; there are 'group0"),
+        ({"trained": [FIRST, FIRST]}, "each once; unknown: none; there are 'group0"),
+        ({"trained": [FIRST, "x"]}, "each once; unknown: 'x'; there are 'group0"),
+        ({"activation": "sine"}, "activation must be None or one of relu, gelu, tanh, silu; got 'sine'"),
+        ({"base": "0" * 64}, "base must be a Fingerprint or None; got str"),
+        ({"pretrained": {}}, "pretrained must be a Pretrained or None; got dict"),
+    ],
+    ShapeError: [
+        ({"targets": TARGETS[:2]}, r"missing: none; unknown: 'group2\.split0\.factor0', "),
+        ({"arrays": None}, "arrays must be a mapping of names to arrays; got NoneType"),
         (
             {"arrays": dict(list(ARRAYS.items())[4:])},
-            ShapeError,
             r"missing: 'group0\.split0\.factor0', \S+, \S+, \S+; unknown: none",
         ),
-        (
-            {"arrays": dict(list(ARRAYS.items())[5:])},
-            ShapeError,
-            r", 'group1\.split0\.factor1' and 1 more; unknown: none",
-        ),
-        ({"arrays": {}}, ShapeError, r"missing: 'group0\.split0\.factor0', .* and 2 more; unknown: none"),
-        ({"arrays": without(ARRAYS, FIRST)}, ShapeError, rf"missing: '{FIRST}'; unknown: none"),
-        ({"arrays": {**ARRAYS, "more": np.ones(2, "f4")}}, ShapeError, "missing: none; unknown: 'more'"),
-        (
-            {"arrays": {**without(ARRAYS, FIRST), "x": ARRAYS[FIRST]}},
-            ShapeError,
-            f"missing: '{FIRST}'; unknown: 'x'",
-        ),
+        ({"arrays": dict(list(ARRAYS.items())[5:])}, r", 'group1\.split0\.factor1' and 1 more; unknown: none"),
+        ({"arrays": {}}, r"missing: 'group0\.split0\.factor0', .* and 2 more; unknown: none"),
+        ({"arrays": without(ARRAYS, FIRST)}, rf"missing: '{FIRST}'; unknown: none"),
+        ({"arrays": {**ARRAYS, "more": np.ones(2, "f4")}}, "missing: none; unknown: 'more'"),
+        ({"arrays": {**without(ARRAYS, FIRST), "x": ARRAYS[FIRST]}}, f"missing: '{FIRST}'; unknown: 'x'"),
         (
             {"arrays": {**ARRAYS, FIRST: ARRAYS[FIRST].T}},
-            ShapeError,
             rf"{FIRST} has shape \(2, 6\); config and targets require \(6, 2\)",
         ),
-        ({"arrays": {**ARRAYS, FIRST: [[1.0]]}}, ShapeError, "must be a NumPy array; got list"),
-        ({"arrays": {**ARRAYS, FIRST: np.ma.masked_array(ARRAYS[FIRST])}}, ShapeError, "got MaskedArray"),
-        ({"arrays": {**ARRAYS, 3: np.ones(2)}}, ShapeError, "arrays must be named by strings; got 3"),
-        ({"arrays": {**ARRAYS, FIRST: ARRAYS[FIRST].astype(int)}}, BackendError, "has dtype int64; expected one of"),
-        ({"arrays": {**ARRAYS, FIRST: ARRAYS[FIRST].astype("f8")}}, BackendError, "one dtype; got float32 and float64"),
-        ({"dtypes": ["bfloat16"]}, BackendError, "dtypes must be a mapping of names to dtypes; got list"),
-        ({"dtypes": {FIRST: "bfloat16"}}, BackendError, "has values that bfloat16 cannot represent; round them"),
-        ({"dtypes": {FIRST: "float16"}}, BackendError, "which float32 arrays are stored as 'bfloat16'; got 'float16'"),
-        ({"dtypes": {"head": "bfloat16"}}, BackendError, "dtypes names 'head', which is not an array of the file"),
+        ({"arrays": {**ARRAYS, FIRST: [[1.0]]}}, "must be a NumPy array; got list"),
+        ({"arrays": {**ARRAYS, FIRST: np.ma.masked_array(ARRAYS[FIRST])}}, "got MaskedArray"),
+        ({"arrays": {**ARRAYS, 3: np.ones(2)}}, "arrays must be named by strings; got 3"),
+        ({"kept": {"": np.ones(2)}}, "kept must be named by strings; got ''"),
+    ],
+    BackendError: [
+        ({"arrays": {**ARRAYS, FIRST: ARRAYS[FIRST].astype(int)}}, "has dtype int64; expected one of"),
+        ({"arrays": {**ARRAYS, FIRST: ARRAYS[FIRST].astype("f8")}}, "one dtype; got float32 and float64"),
+        ({"dtypes": ["bfloat16"]}, "dtypes must be a mapping of names to dtypes; got list"),
+        ({"dtypes": {FIRST: "bfloat16"}}, "has values that bfloat16 cannot represent; round them"),
+        ({"dtypes": {FIRST: "float16"}}, "which float32 arrays are stored as 'bfloat16'; got 'float16'"),
+        ({"dtypes": {"head": "bfloat16"}}, "dtypes names 'head', which is not an array of the file"),
         (
             {"kept": {"head": np.ones(2)}, "dtypes": {"kept.head": "bfloat16"}},
-            BackendError,
             "got 'bfloat16' for 'kept.head', which is float64",
         ),
         (
             {"arrays": {**ARRAYS, FIRST: 0 * ARRAYS[FIRST]}, "dtypes": {FIRST: "bfloat16"}},
-            BackendError,
             "one dtype; got bfloat16 and float32",
         ),
-        ({"kept": {"": np.ones(2)}}, ShapeError, "kept must be named by strings; got ''"),
-        ({"kept": {"head": np.ones(2, complex)}}, BackendError, "has dtype complex128; expected one of"),
-        ({"kept": {"head": np.array([None])}}, BackendError, "has dtype object; expected one of"),
-        ({"kept": {"\ud800": np.ones(2)}}, ConfigError, r"'\\ud800' has half a surrogate pair"),
-        ({"model": "\ud800"}, ConfigError, "has half a surrogate pair"),
-        ({"targets": [*TARGETS[:2], Target("\ud800", (6, 4))]}, ConfigError, "has half a surrogate pair"),
-        ({"model": None}, ConfigError, "model must be the name of a class; got None"),
-        ({"trained": FIRST}, ConfigError, "trained must be a list of names of arrays, or None for all; got 'group0"),
-        (
-            {"trained": [FIRST, 3]},
-            ConfigError,
-            "trained must be a list of names of arrays, or None for all; got \\['group0",
-        ),
-        ({"trained": {FIRST}}, ConfigError, "trained must be a list of names of arrays, or None for all; got {"),
-        ({"trained": []}, ConfigError, "each once; unknown: none; there are 'group0"),
-        ({"trained": [FIRST, FIRST]}, ConfigError, "each once; unknown: none; there are 'group0"),
-        ({"trained": [FIRST, "x"]}, ConfigError, "each once; unknown: 'x'; there are 'group0"),
-        ({"activation": "sine"}, ConfigError, "activation must be None or one of relu, gelu, tanh, silu; got 'sine'"),
-        ({"base": "0" * 64}, ConfigError, "base must be a Fingerprint or None; got str"),
-        ({"pretrained": {}}, ConfigError, "pretrained must be a Pretrained or None; got dict"),
+        ({"kept": {"head": np.ones(2, complex)}}, "has dtype complex128; expected one of"),
+        ({"kept": {"head": np.array([None])}}, "has dtype object; expected one of"),
     ],
-)
-def test_what_does_not_fit_is_refused(fields: dict[str, Any], error: type[Exception], why: str) -> None:
+}
+
+
+@pytest.mark.parametrize(("error", "fields", "why"), [(error, *row) for error, rows in REFUSED.items() for row in rows])
+def test_what_does_not_fit_is_refused(error: type[Exception], fields: dict[str, Any], why: str) -> None:
     with pytest.raises(error, match=why):
         made(**fields)
 
@@ -298,8 +293,7 @@ def test_all_arrays_trained_is_the_default() -> None:
 def test_ties_are_kept_in_a_file(ties: dict[str, Any], tmp_path: Path) -> None:
     file = made(kept={"head.weight": np.ones((3, 2), np.float32)}, ties=ties)
     assert file.ties == {name: tuple(others) for name, others in ties.items()}
-    tna.save(tmp_path / "a.safetensors", file)
-    assert tna.load(tmp_path / "a.safetensors").ties == file.ties
+    assert reloaded(file, tmp_path).ties == file.ties
 
 
 @pytest.mark.parametrize(
@@ -376,9 +370,8 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("start", ["pissa", "milora", "olora"])
 def test_what_the_base_gives_is_not_stored(start: str, tmp_path: Path) -> None:
-    plan, path = plan_of(START_CONFIGS[start]), tmp_path / "a.safetensors"
-    tna.save(path, file_of(plan, given={}))
-    found = tna.load(path)
+    plan = plan_of(START_CONFIGS[start])
+    found = reloaded(file_of(plan, given={}), tmp_path)
     assert not found.complete
     assert found.draws is None
     with pytest.raises(
@@ -394,8 +387,7 @@ def test_what_is_not_brought_is_drawn_again(tmp_path: Path) -> None:
     whole = tna.SuperLoRA(tna.presets.lora(3, start="given"), START_SHAPES)
     plan = whole.with_start({RIGHT: np.ones((8, 3))})
     file = file_of(plan)
-    tna.save(tmp_path / "a.safetensors", file)
-    found = tna.load(tmp_path / "a.safetensors")
+    found = reloaded(file, tmp_path)
     assert found.given.keys() == {f"start.{RIGHT}"}
     assert found.draws == file.draws
     assert None is not file.draws != file_of(whole).draws
@@ -411,8 +403,7 @@ def test_the_start_is_stored_in_float32(kind: str, tmp_path: Path) -> None:
     host = {n: a.float().numpy() if kind == "bfloat16" else a.numpy() for n, a in made.items()}
     dtypes = dict.fromkeys(host, kind) if kind == "bfloat16" else {}
     file = tna.AdapterFile(plan.config, START_TARGETS, host, dtypes=dtypes, given=plan.given)
-    tna.save(tmp_path / "a.safetensors", file)
-    found = tna.load(tmp_path / "a.safetensors")
+    found = reloaded(file, tmp_path)
     assert {array.dtype.name for array in found.given.values()} == {"float32"}
     assert not any(delta.any() for delta in found.deltas())
     assert isinstance(made[LEFT], torch.Tensor)
@@ -422,8 +413,7 @@ def test_frozen_arrays_are_stored_where_there_is_a_start(tmp_path: Path) -> None
     plan = plan_of(tna.presets.lora(3, start="pissa"))
     file = tna.AdapterFile(plan.config, START_TARGETS, plan.init(), given=plan.given, trained=[LEFT])
     assert file.left_out == ()
-    tna.save(tmp_path / "a.safetensors", file)
-    assert tna.load(tmp_path / "a.safetensors").trained == (LEFT,)
+    assert reloaded(file, tmp_path).trained == (LEFT,)
 
 
 @pytest.mark.law("bad-tensors")
@@ -471,18 +461,13 @@ VERSION_TWO = "2ffc9698515f91e310447dd50640563f6c2db5c4050d7908f05933cd22e67b02"
 THETA = {"theta": np.ones(3, np.float32)}
 
 
-def loaded(config: tna.Config, arrays: dict[str, np.ndarray], folder: Path, **settings: Any) -> tna.AdapterFile:
-    tna.save(folder / "adapter.safetensors", tna.AdapterFile(config, SOURCE_TARGETS, arrays, **settings))
-    return tna.load(folder / "adapter.safetensors")
-
-
 @pytest.mark.law("allocation-limit")
 @pytest.mark.parametrize("before", ["one-hot", "signed-one-hot", "normal", "linear"])
 @pytest.mark.parametrize("projection", ["identity", "nonlinear"])
 def test_a_file_of_theta_is_read_without_forming_what_it_makes(before: str, projection: str, tmp_path: Path) -> None:
     config = tna.Config(rank=1 << 30, projection=projection, before=before, parameters=3)
     began = time.perf_counter()
-    assert loaded(config, THETA, tmp_path).num_parameters == 3
+    assert reloaded(tna.AdapterFile(config, SOURCE_TARGETS, THETA), tmp_path).num_parameters == 3
     assert time.perf_counter() - began < 20.0
 
 
@@ -522,7 +507,7 @@ def test_given_arrays_in_a_file(tmp_path: Path) -> None:
     config = tna.Config(rank=1, sources={"factor1": Given()})
     arrays = {"group0.split0.factor0": np.ones((6, 1), np.float64)}
     brought = {"group0.split0.factor1": np.arange(4.0).reshape(4, 1)}
-    found = loaded(config, arrays, tmp_path, given=brought)
+    found = reloaded(tna.AdapterFile(config, SOURCE_TARGETS, arrays, given=brought), tmp_path)
     assert found.given["group0.split0.factor1"].dtype == np.float32
     assert found.arrays["group0.split0.factor0"].dtype == np.float64
     np.testing.assert_array_equal(found.deltas()[0], np.ones((6, 1)) @ np.arange(4.0)[None])

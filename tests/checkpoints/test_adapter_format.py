@@ -125,17 +125,13 @@ def test_a_round_trip_is_exact(tmp_path: Path, name: str, dtype: str) -> None:
 @pytest.mark.parametrize("groups", [1, "layer"])
 def test_everything_it_can_hold_comes_back(tmp_path: Path, dtype: str, groups: Any) -> None:
     file = full(Config(rank=1, groups=groups, fold="hypercube", alpha=0.1), dtype)
-    found = read(tmp_path, content_of(file, tmp_path))
-    same(file, found)
+    for path in (str(tmp_path / "one"), tmp_path / "two", os.fsencode(tmp_path / "three")):
+        tna.save(path, file)
+        found = tna.load(path)
+        same(file, found)
+    assert len(list(tmp_path.iterdir())) == 3
     assert [target.layer for target in found.targets] == (["0", "0", "1", "1", "2"] if groups == "layer" else [""] * 5)
     assert all(array.flags.writeable and array.flags.c_contiguous for _, array in found.tensors())
-
-
-def test_a_path_is_a_string_or_a_path(tmp_path: Path) -> None:
-    for path in (str(tmp_path / "one"), tmp_path / "two", os.fsencode(tmp_path / "three")):
-        tna.save(path, full())
-        same(tna.load(path), full())
-    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.law("file-bytes")
@@ -492,7 +488,6 @@ def tt_start_beyond_floats() -> tuple[Recipe, list[Any], Stored]:
 HOSTILE: dict[str, tuple[Recipe, list[Any], Stored]] = {
     "rank": ({"rank": 10**12}, HUGE, lora_tensors(2)),
     "groups": ({"groups": 1 << 40, "fold": "hypercube"}, HUGE, lora_tensors(2)),
-    "more groups than there are elements": ({"groups": 1 << 62, "fold": "hypercube"}, HUGE, lora_tensors(2)),
     "terms": ({"terms": 1 << 16, "groups": 1, "fold": "hypercube"}, HUGE, lora_tensors(2)),
     "terms of a train": ({**TT, "terms": 1 << 16, "splits": 32, "leading": "same"}, HUGE, lora_tensors(2)),
     "4096 groups of them": (
@@ -519,7 +514,6 @@ HOSTILE: dict[str, tuple[Recipe, list[Any], Stored]] = {
         {f"group0.split{k}.factor{m}": ("F16", np.zeros((1, 4))) for k in range(16) for m in range(32)},
     ),
     "targets": ({}, [["fc", [1 << 20, 1 << 20], "q"]] * 20_000, lora_tensors(2)),
-    "targets of one group": ({"groups": 1, "fold": "hypercube"}, HUGE * 20_000, lora_tensors(2)),
     "a group too many": ({"groups": 1001, "fold": "hypercube"}, HUGE, lora_tensors(2000)),
     "a start beyond floats": tt_start_beyond_floats(),
     "a shape to print": ({"rank": [10**4000] * 100}, HUGE, {}),

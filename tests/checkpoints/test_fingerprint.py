@@ -150,19 +150,6 @@ def test_rounding_is_forgiven_with_a_wide_margin() -> None:
     assert max(to_half) < 0.1 * TOLERANCE
 
 
-@pytest.mark.law("base-dtype")
-def test_rounding_at_its_worst_is_forgiven() -> None:
-    # Just above powers of two errors are largest beside the number: 0.0023 of it in root mean square.
-    rng = np.random.default_rng(12)
-    found = []
-    for _ in range(300):
-        weight = (2.0 ** rng.integers(-8, 0, (1, 3000)) * rng.uniform(1, 1.01, (1, 3000))).astype(np.float32)
-        full, bf16 = fingerprint([weight], "float32"), fingerprint([to_bfloat16(weight)], "bfloat16")
-        assert full.matches(bf16)
-        found.append(apart(full, bf16))
-    assert math.sqrt(np.mean(np.square(found))) < 0.0024
-
-
 @pytest.mark.law("wrong-base")
 def test_other_models_are_told_apart() -> None:
     found = [fingerprint([weight], "float32") for weight in models(60) if weight.size > 8]
@@ -216,27 +203,18 @@ GOOD = {"sha256": "0" * 64, "dtype": "float32", "sketch": (0.5,) * 8}
 
 
 @pytest.mark.parametrize(
-    "bad",
+    ("field", "values"),
     [
-        {"sha256": "0" * 63},
-        {"sha256": "0" * 64 + "\n"},
-        {"sha256": "A" * 64},
-        {"sha256": None},
-        {"dtype": "int8"},
-        {"dtype": ["float32"]},
-        {"sketch": (0.5,) * 7},
-        {"sketch": (0.5,) * 7 + (math.nan,)},
-        {"sketch": (0.5,) * 7 + (math.inf,)},
-        {"sketch": (0.5,) * 7 + (10**400,)},
-        {"sketch": (0.5,) * 7 + (True,)},
-        {"sketch": (0.5,) * 7 + ("0",)},
-        {"sketch": 0.5},
+        ("sha256", ["0" * 63, "0" * 64 + "\n", "A" * 64, None]),
+        ("dtype", ["int8", ["float32"]]),
+        ("sketch", [(0.5,) * 7, *((0.5,) * 7 + (bad,) for bad in (math.nan, math.inf, 10**400, True, "0")), 0.5]),
     ],
 )
-def test_a_field_of_another_kind_is_refused(bad: dict[str, object]) -> None:
+def test_a_field_of_another_kind_is_refused(field: str, values: list[object]) -> None:
     assert Fingerprint(**GOOD).sketch == (0.5,) * 8  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=f"a fingerprint's {next(iter(bad))} must be"):
-        Fingerprint(**{**GOOD, **bad})  # type: ignore[arg-type]
+    for value in values:
+        with pytest.raises(ConfigError, match=f"a fingerprint's {field} must be"):
+            Fingerprint(**{**GOOD, field: value})  # type: ignore[arg-type]
 
 
 # -- What it takes ------------------------------------------------------------------------------

@@ -9,8 +9,6 @@ import errno
 import itertools
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,16 +91,9 @@ HEADERS: dict[str, Callable[[int], str]] = {
     "deep lists": lambda size: '{"a":' + "[" * (size // 2) + "]" * (size // 2) + "}",
     "lists": lambda size: filled('{"a":[', repeated("[],"), "[]]}", size),
     "tiny keys": lambda size: filled("{", (f'"{name}":1,' for name in numbers()), '"~":1}', size),
-    "tiny keys of an entry": lambda size: filled(
-        '{"a":{', (f'"{name}":1,' for name in numbers()), '"dtype":1}}', size
-    ),
     "one key in an entry": lambda size: filled('{"a":{', repeated('"dtype":1,'), '"dtype":1}}', size),
     "numbers": lambda size: filled('{"a":{"dtype":"U8","shape":[', repeated("1,"), '1],"data_offsets":[0,1]}}', size),
-    "digits": lambda size: filled('{"a":', repeated("9"), "}", size),
     "a long name": lambda size: filled('{"', repeated("name"), f'":{{{EMPTY}}}}}', size),
-    "a long dtype": lambda size: filled(
-        '{"a":{"dtype":"', repeated("F32"), '","shape":[],"data_offsets":[0,0]}}', size
-    ),
     "a long string of escapes": lambda size: filled(
         '{"__metadata__":{"a":"', repeated("\\n"), '\\ud83d\\ude00"}}', size
     ),
@@ -117,9 +108,7 @@ HEADERS: dict[str, Callable[[int], str]] = {
         size,
     ),
     "no end": lambda size: filled("{", scalars(numbers()), '"~', size),
-    "spaces": lambda size: "{" + " " * size + '"a":1}',
     "recipe of a string": lambda size: in_entry("x" * size + "😀"),
-    "recipe of lists": lambda size: in_entry(filled('{"targets":[', repeated("[],"), "[]]}", size)),
     "recipe of keys": lambda size: in_entry(
         filled("{", (f'"{name}":1,' for name in numbers()), '"~":1}', size * 3 // 4)
     ),
@@ -332,25 +321,18 @@ SPARSE: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("use", SPARSE)
 def test_holes_are_not_read(holes: Path, use: str) -> None:
     def refused() -> None:
-        with pytest.raises(tna.FileError, match=r"has a size of 1,099,5\d\d,\d\d\d,\d\d\d bytes, and the disk holds"):
+        why = r"has a size of 1,099,5[\d,]{10} bytes, and the disk holds .* the rest is holes, and was not read"
+        with pytest.raises(tna.FileError, match=why):
             SPARSE[use](holes)
 
     assert peak_of(refused) < (8 << 20 if use != "torch" else 1 << 30)
 
 
 @pytest.mark.law("allocation-limit")
-def test_a_checkpoint_of_holes_is_opened_and_described_in_little_memory(holes: Path) -> None:
-    code = (
-        "import resource, sys, tnadapt as tna\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n"
-        "found = tna.info(sys.argv[1]); print(found['tensors'], found['bytes'])\n"
-        "try: tna.load(sys.argv[2])\n"
-        "except tna.FileError as error: print(error)\n"
-    )
-    command = [sys.executable, "-c", code, str(holes / "base"), str(holes / "adapter.safetensors")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.stdout.startswith(f"1 {TERA}\n"), done.stderr
-    assert "the rest is holes, and was not read" in done.stdout
+def test_a_checkpoint_of_holes_is_described_in_little_memory(holes: Path) -> None:
+    found = []
+    assert peak_of(lambda: found.append(tna.info(holes / "base"))) < 8 << 20
+    assert (found[0]["tensors"], found[0]["bytes"]) == (1, TERA)
 
 
 def test_zeros_that_a_file_system_leaves_out_are_read(tmp_path: Path) -> None:
@@ -369,10 +351,22 @@ def no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_blocks")
-def test_data_are_read_where_the_system_counts_no_blocks_of_them(tmp_path: Path) -> None:
-    data = bytes(range(1, 256)) * 1024
+@pytest.mark.parametrize("failure", [0, errno.EINVAL, errno.EOPNOTSUPP, None])
+def test_data_are_read_where_the_system_knows_neither_blocks_nor_perhaps_holes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: int | None
+) -> None:
+    data, real = bytes(range(256)) * 1024, os.lseek
     path = tmp_path / "model.safetensors"
     path.write_bytes(forge.container({"a": hole(size=len(data))}, data))
+
+    def lseek(handle: int, at: int, how: int) -> int:
+        if failure and how in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise OSError(failure, os.strerror(failure))
+        return real(handle, at, how)
+
+    monkeypatch.setattr(os, "lseek", lseek)
+    if failure is None:
+        monkeypatch.delattr(os, "SEEK_DATA")
     assert open_checkpoint(path).array("a").tobytes() == data
     with container.opened(str(path)) as file:
         assert [file.array("a").tobytes() for _ in range(2)] == [data, data]
@@ -387,27 +381,6 @@ def test_the_data_of_a_file_with_holes_are_added_up(tmp_path: Path) -> None:
         file.write(data)
     with pytest.raises(tna.FileError, match=r"the disk holds 1[34]\d,\d\d\d of it: the rest is holes"):
         open_checkpoint(path).array("a")
-
-
-@pytest.mark.usefixtures("no_blocks")
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
-def test_a_file_whose_holes_the_system_does_not_know_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    data = bytes(1 << 18)
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(forge.container({"a": hole(size=len(data))}, data))
-    real = os.lseek
-
-    def lseek(handle: int, at: int, how: int) -> int:
-        if how in (os.SEEK_DATA, os.SEEK_HOLE):
-            raise OSError(number, os.strerror(number))
-        return real(handle, at, how)
-
-    monkeypatch.setattr(os, "lseek", lseek)
-    assert open_checkpoint(path).array("a").tobytes() == data
-    monkeypatch.delattr(os, "SEEK_DATA")
-    assert open_checkpoint(path).array("a").tobytes() == data
 
 
 def test_json_says_where_it_is_wrong() -> None:

@@ -168,34 +168,20 @@ def folder(path: Path, *names: str) -> Path:
     return path
 
 
-def test_files_and_folders(tmp_path: Path) -> None:
+def test_files_folders_and_names_on_the_hub(tmp_path: Path) -> None:
     one = folder(tmp_path / "one", "a.gguf", "README.md")
     assert gguf_place(str(one)) == gguf_place(str(one / "a.gguf")) == (str(one), "a.gguf")
     other = folder(tmp_path / "other", "a.gguf", "B.GGUF", "config.json")
     assert gguf_place(str(other)) == (str(other), "")  # the config.json is of other weights
     assert gguf_place(str(other / "B.GGUF")) == (str(other), "B.GGUF")
-    assert gguf_place(str(other / "README.md")) == (str(other / "README.md"), "")
     assert gguf_files(other) == []
-
-
-def test_one_of_several_files_has_to_be_named(tmp_path: Path) -> None:
     several = folder(tmp_path / "several", "b.gguf", "a.gguf")
     with pytest.raises(FileError, match=r"has 2 GGUF files and no config\.json: name one of them, .*a\.gguf'"):
         gguf_place(str(several))
-
-
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
-        ("owner/name/sub/a.gguf", ("owner/name", "sub/a.gguf")),
-        ("owner/a.gguf", ("owner/a.gguf", "")),
-        ("./models/x/a.gguf", ("./models/x/a.gguf", "")),
-        ("/models/x/a.gguf", ("/models/x/a.gguf", "")),
-        ("bert-base-uncased", ("bert-base-uncased", "")),
-    ],
-)
-def test_names_on_the_hub(name: str, place: tuple[str, str]) -> None:
-    assert gguf_place(name) == place
+    assert gguf_place("owner/name/sub/a.gguf") == ("owner/name", "sub/a.gguf")
+    elsewhere = ("owner/a.gguf", "./models/x/a.gguf", "/models/x/a.gguf", "bert-base-uncased", str(other / "README.md"))
+    for name in elsewhere:
+        assert gguf_place(name) == (name, "")
 
 
 def test_the_package_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

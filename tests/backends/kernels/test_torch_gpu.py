@@ -148,20 +148,24 @@ def test_numbers_that_are_not_in_memory_yet() -> None:
     assert torch.equal(tna.fwht(x[:1].expand(3, 8)), tna.fwht(x[:1].repeat(3, 1)))
 
 
+def arrays_of(plan: tna.SuperLoRA) -> dict[str, Any]:
+    host = plan.init(dtype="float64")
+    return {name: torch.tensor(array + 0.1, device=DEVICE, requires_grad=True) for name, array in host.items()}
+
+
+def step(plan: tna.SuperLoRA, arrays: dict[str, Any]) -> list[Any]:
+    update = vector(plan, arrays)
+    return [update, *torch.autograd.grad(update.square().sum(), list(arrays.values()))]
+
+
 @kernels
 @pytest.mark.parametrize("projection", ["linear", "nonlinear_v2"])
 def test_a_step_of_a_plan(projection: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = tna.SuperLoRA(tna.presets.superlora(2, projection=projection, ratio=0.3), [(12, 10), (10, 10)])
-    host = plan.init(dtype="float64")
-    arrays = {name: torch.tensor(a + 0.1, device=DEVICE, requires_grad=True) for name, a in host.items()}
-
-    def step() -> list[Any]:
-        update = vector(plan, arrays)
-        return [update, *torch.autograd.grad(update.square().sum(), list(arrays.values()))]
-
-    found = step()
+    arrays = arrays_of(plan)
+    found = step(plan, arrays)
     monkeypatch.setattr(torch_gpu, "there_are_kernels", lambda x: False)
-    for ours, plain in zip(found, step(), strict=True):
+    for ours, plain in zip(found, step(plan, arrays), strict=True):
         assert torch.allclose(ours, plain, rtol=1e-10, atol=1e-12)
 
 
@@ -169,19 +173,12 @@ def test_a_step_of_a_plan(projection: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_groups_that_share_f_are_launched_together(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     config = tna.presets.superlora(2, projection="linear", ratio=0.3, groups="weight")
     plan = tna.SuperLoRA(config, [(12, 10)] * 6)
-    arrays = {
-        n: torch.tensor(a + 0.1, device=DEVICE, requires_grad=True) for n, a in plan.init(dtype="float64").items()
-    }
-
-    def step() -> list[Any]:
-        update = vector(plan, arrays)
-        return [update, *torch.autograd.grad(update.square().sum(), list(arrays.values()))]
-
-    found = step()
+    arrays = arrays_of(plan)
+    found = step(plan, arrays)
     assert len(calls) == 2  # forward and backward
     calls.clear()
     monkeypatch.setattr(get_backend(arrays["group0.split0.factor0"]), "at_once", lambda x: 0)
-    assert all(map(torch.equal, found, step()))
+    assert all(map(torch.equal, found, step(plan, arrays)))
     assert len(calls) == 12
 
 

@@ -21,6 +21,9 @@ from tests.support.depth import in_depth
 from ..internals import kernels, work_space
 
 CACHE_LINE, share = work_space.CACHE_LINE, work_space.share
+needs_numba = pytest.mark.skipif(
+    kernels("fastfood") is None, reason="numba, which compiles the kernels, is not installed"
+)
 
 # -- Memory that calls of a kernel reuse: who has it when, how much is kept, and what ends it --------------------------
 
@@ -29,7 +32,7 @@ def address(x: np.ndarray) -> int:
     return int(x.ctypes.data)
 
 
-@pytest.mark.skipif(kernels("fastfood") is None, reason="numba is not installed")
+@needs_numba
 @pytest.mark.parametrize("n_in", [100, 1 << 14])
 def test_results_of_a_projection_stay_as_they_are_in_any_thread(n_in: int) -> None:
     f = tna.Projection("linear", n_in, 1 << 14)
@@ -55,7 +58,7 @@ def test_results_of_a_projection_stay_as_they_are_in_any_thread(n_in: int) -> No
     assert address(f(x[:n_in])) % CACHE_LINE == 0
 
 
-@pytest.mark.skipif(kernels("fastfood") is None, reason="numba is not installed")
+@needs_numba
 def test_the_work_space_belongs_to_a_projection() -> None:
     f = tna.Projection("linear", 100, 1 << 14)
     x = np.ones(100, np.float32)
@@ -86,12 +89,6 @@ def test_every_piece_is_done_once(count: int, team: int) -> None:
     done: list[int] = []
     share(done.append, count, team)
     assert sorted(done) == list(range(count))
-
-
-@pytest.mark.usefixtures("many")
-def test_others_take_part() -> None:
-    meeting = threading.Barrier(3)
-    share(lambda i: meeting.wait(timeout=30), 3, 3)
 
 
 @pytest.mark.usefixtures("many")
@@ -189,9 +186,10 @@ def run(code: str, **environment: str) -> tuple[str, list[str]]:
     return found.stdout.strip(), [line for line in found.stderr.splitlines() if line.startswith("tnadapt: ")]
 
 
+@needs_numba
 @pytest.mark.slow
 def test_compiled_once_and_announced_once(tmp_path: Path) -> None:
-    pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
+
     code = CALL + "print(kernels('walsh') is not None)"
     first = run(code, NUMBA_CACHE_DIR=str(tmp_path))
     assert first[0] == "True"
@@ -200,6 +198,7 @@ def test_compiled_once_and_announced_once(tmp_path: Path) -> None:
     assert run(code, NUMBA_CACHE_DIR=str(tmp_path)) == ("True", [])
 
 
+@needs_numba
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "said"),
@@ -210,7 +209,7 @@ def test_compiled_once_and_announced_once(tmp_path: Path) -> None:
     ids=["no folder", "no space"],
 )
 def test_without_a_writable_cache(before: str, said: str, tmp_path: Path) -> None:
-    pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
+
     code = f"from numba.core import caching; {before}{CALL}print(kernels('walsh') is not None)"
     printed, lines = run(code, NUMBA_CACHE_DIR=str(tmp_path))
     assert printed == "True"
@@ -230,10 +229,11 @@ def test_without_a_compiler_plain_operations_are_used(before: str, environment: 
     assert "plain operations are used" in said[0]
 
 
+@needs_numba
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", in_depth([".nbc", ".nbi"], [".nbi"]))
 def test_a_damaged_cache_is_recompiled(ending: str, tmp_path: Path) -> None:
-    pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
+
     environment = {"NUMBA_CACHE_DIR": str(tmp_path)}
     run(CALL, **environment)
     kept = list(tmp_path.rglob("*" + ending))
@@ -245,8 +245,7 @@ def test_a_damaged_cache_is_recompiled(ending: str, tmp_path: Path) -> None:
     assert run(CALL, **environment)[1] == []
 
 
+@needs_numba
 def test_functions_of_other_packages_compile_as_before() -> None:
-    numba = pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
     code = CALL + "import numba\nnames = {}\nexec('def f(x): return x + 1', names)\nprint(numba.njit(names['f'])(1))"
-    assert numba is not None
     assert run(code)[0] == "2"
