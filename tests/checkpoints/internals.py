@@ -1,11 +1,11 @@
-"""The internals of ``tnadapt.checkpoints`` that tests reach: for failures of a system that none has here on demand.
+"""The internals of ``tnadapt.checkpoints`` that tests reach: for failures that no system has on demand, mostly.
 
 Tests import them from this module alone, so that one place follows when the library is restructured.
 """
 
 from __future__ import annotations
 
-from tnadapt.checkpoints import adapter_file, adapter_format, atomic_files, checkpoint, container, stored_weights
+from tnadapt.checkpoints import atomic_files, checkpoint, container, stored_weights
 from tnadapt.checkpoints.merge import _journal as journal
 from tnadapt.checkpoints.merge import _merge_checkpoint as merge_job
 from tnadapt.checkpoints.merge import _shards as shards
@@ -15,8 +15,6 @@ from tnadapt.targets.checkpoint_targets import find_stored
 __all__ = [
     "MAX_LABELS",
     "TASKS",
-    "adapter_file",
-    "adapter_format",
     "atomic_files",
     "checkpoint",
     "container",

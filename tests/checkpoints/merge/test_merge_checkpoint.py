@@ -116,11 +116,8 @@ def test_it_is_the_sum_rounded_and_nothing_else_is_touched(
             assert content(where[1])[name] == before[name]
 
 
-DTYPES = ["float64", "float32", "float16", "bfloat16"]
-
-
 @pytest.mark.law("merge-disk-is-memory")
-@pytest.mark.parametrize("trained", DTYPES)
+@pytest.mark.parametrize("trained", ["float64", "float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("projection", ["identity", "linear", "nonlinear"])
 def test_adapters_of_every_dtype(trained: str, projection: str, tmp_path: Path) -> None:
     ratio = 1.0 if projection == "identity" else 0.5
