@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -168,6 +170,20 @@ def test_the_result_keeps_little_more_than_itself() -> None:
             assert made.flags.owndata or made.base.nbytes <= 1.3 * made.nbytes + 64
 
 
+def test_other_dtypes_and_short_vectors_use_plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError
+
+    f = projection("linear", 700, 17_000)
+    f(vector(700))
+    monkeypatch.setattr(compiled, "linear", fail)
+    f.adjoint(vector(17_000).astype(np.float64))
+    f.slice(vector(700), 3, 9)
+    projection("linear", 70, 1700)(vector(70))
+    with pytest.raises(AssertionError):
+        f(vector(700).astype(np.float16))  # computed in float32
+
+
 @pytest.mark.skipif(not installed("torch"), reason="torch is not installed")
 class TestTorch:
     """Gradients of tensors."""
@@ -222,6 +238,27 @@ class TestTorch:
         grads = torch.from_numpy(vector(2 * (700 if adjoint else f.n_out))).reshape(2, -1)
         found = torch.autograd.grad(way(x), x, grads, is_grads_batched=True)[0]
         assert relative_error(found, back(grads)) < CLOSE
+
+    def test_the_kernel_is_what_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch
+
+        f, ran = projection("linear", 700, 17_000), []
+        true = compiled.linear
+        monkeypatch.setattr(compiled, "linear", lambda *a: ran.append(a[-1]) or true(*a))
+        x = torch.from_numpy(vector(700)).requires_grad_()
+        f(x).sum().backward()
+        assert ran == [False, True]
+        with torch.inference_mode():
+            f(x)
+        f(x.detach().half())
+        f(torch.nn.Parameter(x.detach()))
+        assert ran == [False, True, False, False, False]
+        f(x.double())
+        f.adjoint(torch.zeros(17_000, dtype=torch.float64))
+        f(torch.empty(0, 700))
+        assert len(ran) == 5
+        f(x.detach().double())
+        assert ran[5:] == [False]
 
     def test_compiled_by_torch(self) -> None:
         import torch
@@ -290,3 +327,23 @@ def test_permutations(size: int, stream: tuple[int, int, int], inverse: bool, wh
     start = int(where * max(0, size - length))
     asked = (size, keys, start, min(size, start + length), inverse)
     assert same(draws.permutation(*asked), rng.NumpyStreams.permutation(*asked))
+
+
+def test_long_draws_ask_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Spy:
+        def __getattr__(self, name: str) -> Any:
+            asked.append(name)
+            return getattr(draws, name)
+
+    monkeypatch.setattr(rng, "kernels", lambda name: Spy())
+    size = rng.WORTH
+    for wanted in (size - 1, size):
+        rng.words(0, 0, 1, 0, wanted)
+        rng.signs(0, 0, 0, wanted)
+        rng.normals(0, 0, 2, 5, wanted + 5)
+        rng.permutation(size + 7, 0, 0, 0, wanted)
+        rng.words_at(0, 0, 1, np.arange(wanted))
+        rng.normals_at(0, 0, 1, np.arange(wanted))
+    assert asked == ["words", "signs", "normals", "permutation", "words_at", "normals_at"]
