@@ -60,28 +60,17 @@ def test_subclasses_are_their_librarys() -> None:
     assert get_backend(torch.nn.Parameter(torch.zeros(2))).name == "torch"
 
 
-@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
-def test_lookalikes_of_arrays_are_refused() -> None:
-    for thing in (np.matrix([[1.0, 2.0]]), np.ma.masked_array([1.0, 2.0])):
-        with pytest.raises(tna.BackendError, match="must be an array of one of numpy"):
-            tna.fwht(thing)
-
-
-def test_mixed_libraries_name_both() -> None:
+def test_mixed_libraries_or_devices_name_both() -> None:
     torch = pytest.importorskip("torch")
     with pytest.raises(tna.BackendError, match="two libraries in one call: numpy and torch"):
         tna.kronecker([np.ones(2, np.float32), torch.ones(2)])
+    with pytest.raises(tna.BackendError, match="two devices in one call: cpu and meta"):
+        tna.kronecker([torch.ones(2), torch.ones(2, device="meta")])
     plan = tna.SuperLoRA(tna.presets.lora(1), [(2, 2)])
     params = plan.init()
     params["group0.split0.factor1"] = torch.tensor(params["group0.split0.factor1"])
     with pytest.raises(tna.BackendError, match="numpy and torch"):
         plan.deltas(params)
-
-
-def test_mixed_devices_name_both() -> None:
-    torch = pytest.importorskip("torch")
-    with pytest.raises(tna.BackendError, match="two devices in one call: cpu and meta"):
-        tna.kronecker([torch.ones(2), torch.ones(2, device="meta")])
 
 
 def test_devices_that_do_not_exist() -> None:
@@ -128,9 +117,13 @@ def test_a_library_that_records_derivatives_says_how() -> None:
     assert load_backend("numpy").with_pullback(x, [x], lambda x, cotangents: x)[0] is x
 
 
-def test_no_arrays() -> None:
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_no_arrays_and_lookalikes_of_arrays() -> None:
     with pytest.raises(tna.BackendError, match="at least one array"):
         get_backend()
     for thing in (1.0, [1.0], None, "x"):
         with pytest.raises(tna.BackendError, match="expected an array of one of numpy"):
             get_backend(thing)
+    for thing in (np.matrix([[1.0, 2.0]]), np.ma.masked_array([1.0, 2.0])):
+        with pytest.raises(tna.BackendError, match="must be an array of one of numpy"):
+            tna.fwht(thing)

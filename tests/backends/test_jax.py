@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tests.conftest import relative_error
 from tests.support.depth import in_depth
 from tnadapt.backends import load_backend
 
-from .test_torch import LARGER, NONLINEAR, PRESETS, SHAPES
+from .test_torch import DFT, LARGER, NONLINEAR, PRESETS, SHAPES, with_fft  # noqa: F401
 
 jax = pytest.importorskip("jax")
 torch = pytest.importorskip("torch")
@@ -64,16 +65,6 @@ def test_draws_first_met_under_jit_are_not_kept_as_tracers() -> None:
                           plan.vector({k: np.asarray(a) + 0.1 for k, a in params.items()})) < 1e-12  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", in_depth(PRESETS, [*PRESETS][::2]))
-def test_the_start_under_jit(name: str) -> None:
-    plan = tna.SuperLoRA(PRESETS[name], SHAPES)
-    for dtype in ("float64", "float32"):
-        params = plan.init("jax", dtype)
-        assert not np.asarray(plan.vector(params)).any()
-        assert not np.asarray(jax.jit(plan.vector)(params)).any()
-
-
 @pytest.mark.law("dtype-overflow")
 def test_without_64_bits_float64_is_refused_and_float32_works() -> None:
     plan = tna.SuperLoRA(PRESETS["F linear"], SHAPES)
@@ -117,3 +108,26 @@ def test_positions_past_2_31_are_not_truncated() -> None:
             backend.constant(np.array([2**31 + 5]), None)
         assert int(backend.constant(np.array([2**31 - 1]), None)[0]) == 2**31 - 1
     assert int(backend.constant(np.array([2**31 + 5]), None)[0]) == 2**31 + 5
+
+
+@pytest.mark.usefixtures("with_fft")
+class TestDft2:
+    def f(self, x: Any) -> Any:
+        return DFT.forward(load_backend("jax"), x)
+
+    @pytest.mark.law("functional-transforms", "derivatives-of-projections")
+    def test_under_jit_vmap_and_grad(self) -> None:
+        x = jax.numpy.asarray(np.random.default_rng(0).normal(size=(3, DFT.n_in)))
+        expected = np.asarray(x) @ DFT.matrix().T
+        assert relative_error(jax.jit(jax.vmap(self.f))(x), expected) < 1e-13
+        assert relative_error(jax.jvp(self.f, (x,), (2.0 * x,))[1], 2.0 * expected) < 1e-13
+        grad = jax.jit(jax.grad(lambda x: (self.f(x) ** 2).sum()))(x)
+        assert relative_error(grad, 2.0 * expected @ DFT.matrix()) < 1e-13
+
+    @pytest.mark.law("precision")
+    def test_single_precision_with_64_bits_switched_off(self) -> None:
+        with jax.enable_x64(False):
+            x = jax.numpy.asarray(np.random.default_rng(0).normal(size=DFT.n_in), "float32")
+            found = self.f(x)
+        assert found.dtype == np.float32
+        assert relative_error(found, DFT.matrix() @ np.asarray(x, np.float64)) < 2.0**-20

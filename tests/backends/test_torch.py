@@ -13,15 +13,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import numpy as np
-from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tnadapt as tna
+from tests.conftest import relative_error
 from tests.support.depth import in_depth
-from tnadapt.algebra.maps import KINDS, SQUARE
-from tnadapt.algebra.maps.fastfood import fwht_plain
-from tnadapt.backends import constant_result, get_backend
-from tnadapt.testing.strategies import plans
+from tnadapt.algebra.maps import KINDS, SQUARE, Dft2
+from tnadapt.backends import get_backend
 
 # -- What torch adds: second derivatives, compile, vmap, inference mode, half precision --------------------------------
 
@@ -70,21 +68,6 @@ def test_gradients_of_first_and_second_order(name: str) -> None:
     arrays = tuple(params.values())
     assert torch.autograd.gradcheck(function, arrays)
     assert torch.autograd.gradgradcheck(lambda *a: function(*a).square(), arrays, atol=1e-4, fast_mode=True)
-
-
-@pytest.mark.law("first-gradients")
-@given(plans())
-@settings(max_examples=25)
-def test_first_step_gradients_are_not_zero(plan: tna.SuperLoRA) -> None:
-    params = {name: array.requires_grad_() for name, array in plan.init("torch", "float32").items()}
-    weights = torch.randn(plan.size, generator=torch.Generator().manual_seed(0))
-    (plan.vector(params) * weights).sum().backward()
-    for group in range(plan.num_groups):
-        own = [array.grad for name, array in params.items() if name.startswith(f"group{group}.")]
-        assert any(bool(grad.any()) for grad in own)
-    if plan.config.projection.startswith("nonlinear"):
-        # Nothing is zero at the start, so every array moves.
-        assert all(bool(array.grad.any()) for array in params.values())
 
 
 @pytest.mark.slow
@@ -155,29 +138,27 @@ def test_the_first_thing_that_a_process_does_may_be_compiling(script: str) -> No
 
 
 @pytest.mark.law("functional-transforms")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, within jvp
 @pytest.mark.parametrize("name", list(PRESETS))
-def test_vmap_over_adapters(name: str) -> None:
+def test_vmap_grad_and_jvp(name: str) -> None:
     plan = tna.SuperLoRA(PRESETS[name], SHAPES)
-    params = drawn(plan)
-    stacked = {key: torch.stack([array.detach(), 2.0 * array.detach()]) for key, array in params.items()}
+    params = {key: array.detach() for key, array in drawn(plan).items()}
+    stacked = {key: torch.stack([array, 2.0 * array]) for key, array in params.items()}
     found = torch.func.vmap(lambda p: plan.vector(p))(stacked)
     for i in range(2):
         alone = plan.vector({key: array[i] for key, array in stacked.items()})
         torch.testing.assert_close(found[i], alone, rtol=1e-12, atol=1e-12)
+    if name == "F nonlinear":
+        grads = torch.func.grad(lambda p: plan.vector(p).square().sum())(params)
+        way = {key: torch.ones_like(array) for key, array in params.items()}
+        _, slope = torch.func.jvp(lambda p: plan.vector(p).square().sum(), (params,), (way,))
+        torch.testing.assert_close(slope, sum(grad.sum() for grad in grads.values()))
 
 
-@pytest.mark.law("functional-transforms")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, within jvp
-def test_func_grad_and_jvp() -> None:
-    plan = tna.SuperLoRA(PRESETS["F nonlinear"], SHAPES)
-    params = {key: array.detach() for key, array in drawn(plan).items()}
-    grads = torch.func.grad(lambda p: plan.vector(p).square().sum())(params)
-    way = {key: torch.ones_like(array) for key, array in params.items()}
-    _, slope = torch.func.jvp(lambda p: plan.vector(p).square().sum(), (params,), (way,))
-    torch.testing.assert_close(slope, sum(grad.sum() for grad in grads.values()))
-
-
+@pytest.mark.law("no-global-random-state")
 def test_draws_first_met_in_inference_mode_can_be_trained_through() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
     plan = tna.SuperLoRA(P.superlora(2, projection="nonlinear", ratio=0.5), SHAPES)
     params = drawn(plan, torch.float32)
     with torch.inference_mode():
@@ -185,22 +166,10 @@ def test_draws_first_met_in_inference_mode_can_be_trained_through() -> None:
         plan.delta({key: array.detach() for key, array in params.items()}, 1)
     plan.vector(params).sum().backward()
     assert all(bool(array.grad.any()) for array in params.values())
+    assert torch.equal(before, torch.get_rng_state())
 
 
-def test_two_backward_passes_accumulate() -> None:
-    plan = tna.SuperLoRA(PRESETS["F linear"], SHAPES)
-    params = drawn(plan)
-    for _ in range(2):
-        plan.vector(params).square().sum().backward()
-    twice = {key: array.grad.clone() for key, array in params.items()}
-    for array in params.values():
-        array.grad = None
-    plan.vector(params).square().sum().backward()
-    for key, array in params.items():
-        torch.testing.assert_close(twice[key], 2.0 * array.grad)
-
-
-@pytest.mark.law("precision")
+@pytest.mark.law("precision", "fresh-is-zero")
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 5e-2), ("float16", 5e-3)])
 def test_lower_precision(name: str, dtype: str, tolerance: float) -> None:
@@ -210,44 +179,7 @@ def test_lower_precision(name: str, dtype: str, tolerance: float) -> None:
     assert found.dtype is getattr(torch, dtype)
     exact = plan.vector({key: array.double() for key, array in params.items()})
     assert float((found.double() - exact).abs().max()) < tolerance * float(exact.abs().max())
-
-
-@pytest.mark.law("fresh-is-zero")
-@pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-def test_the_start_is_exactly_zero_in_every_dtype(name: str, dtype: str) -> None:
-    plan = tna.SuperLoRA(PRESETS[name], SHAPES)
-    params = plan.init("torch", dtype)
-    assert not any(bool(delta.any()) for delta in plan.deltas(params))
-    assert not bool(plan.delta(params, 3).any())
-
-
-@pytest.mark.law("no-global-random-state")
-def test_global_random_state_is_untouched() -> None:
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    plan = tna.SuperLoRA(PRESETS["F linear"], SHAPES)
-    plan.deltas(plan.init("torch"))
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_deltas_of_views_and_of_parameters_of_a_module() -> None:
-    plan = tna.SuperLoRA(P.lora(2), [(6, 4)])
-    holder = torch.nn.ParameterDict(
-        {"b": torch.nn.Parameter(torch.randn(2, 6)), "a": torch.nn.Parameter(torch.randn(4, 2))}
-    )
-    params = {"group0.split0.factor0": holder["b"].T, "group0.split0.factor1": holder["a"]}
-    torch.testing.assert_close(plan.deltas(params)[0], holder["b"].T @ holder["a"].T)
-
-
-@pytest.mark.law("update-formula")
-def test_numpy_parity_in_single_precision() -> None:
-    for config in PRESETS.values():
-        plan = tna.SuperLoRA(config, SHAPES)
-        host = {key: array.detach().float().numpy() for key, array in drawn(plan).items()}
-        found = plan.vector({key: torch.tensor(array) for key, array in host.items()}).numpy()
-        expected = plan.vector(host)
-        assert np.max(np.abs(found - expected)) < 1e-5 * np.max(np.abs(expected))
+    assert not any(bool(delta.any()) for delta in plan.deltas(plan.init("torch", dtype)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -338,16 +270,22 @@ def projections() -> dict[str, tna.Projection]:
     return {**{kind: tna.Projection(kind, 5, 40) for kind in ("linear", "linear_v2", "normal")}, **on_weights}
 
 
+def precisions() -> tuple[str, str]:
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+
+
 class Products(TorchDispatchMode):
-    """Record the dtypes in which products of matrices are computed."""
+    """Record the dtypes in which products of matrices are computed, and the settings of their precision."""
 
     def __init__(self) -> None:
         super().__init__()
         self.dtypes: list[Any] = []
+        self.settings = set[tuple[str, str]]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ in PRODUCTS:
             self.dtypes.append(args[-1].dtype)
+            self.settings.add(precisions())
         return func(*args, **(kwargs or {}))
 
 
@@ -361,7 +299,7 @@ def allow_on_cpu() -> None:
 
 @pytest.fixture(params=[allow_all, allow_on_cpu], ids=["high", "bf16 on the CPU"])
 def reduced(request: pytest.FixtureRequest) -> Iterator[None]:
-    cuda, host = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    cuda, host = precisions()
     request.param()
     yield
     torch.set_float32_matmul_precision("highest")
@@ -373,6 +311,7 @@ def test_no_product_is_in_single_precision(name: str, reduced: None, rng: np.ran
     f = projections()[name]
     x, y = rng.normal(size=f.n_in), rng.normal(size=f.n_out)
     given = torch.tensor(x, dtype=torch.float32, requires_grad=True)
+    settings = precisions()
     with Products() as products:  # no kernel runs under such a mode
         found = f(given)
         (pulled,) = torch.autograd.grad(found, given, torch.tensor(y, dtype=torch.float32))
@@ -380,6 +319,7 @@ def test_no_product_is_in_single_precision(name: str, reduced: None, rng: np.ran
     if name != "dft2":  # by an FFT
         assert products.dtypes
     assert torch.float32 not in products.dtypes
+    assert products.settings <= {settings}
     assert found.dtype == pulled.dtype == part.dtype == torch.float32
     for ours, exact in ((found, f(x)), (pulled, f.adjoint(y)), (part, f(x)[3:17])):
         assert np.allclose(ours.detach().numpy(), exact, rtol=1e-5, atol=1e-6)
@@ -409,20 +349,6 @@ def test_compiled(reduced: None) -> None:
     assert torch.equal(found, tna.fwht(x))
 
 
-def test_no_setting_is_changed(reduced: None) -> None:
-    before = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
-    seen: list[Any] = []
-
-    class Settings(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            seen.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
-            return func(*args, **(kwargs or {}))
-
-    with Settings():
-        fwht_plain(get_backend(torch.ones(1)), torch.ones(64))
-    assert set(seen) == {before}
-
-
 def test_jax() -> None:
     jax = pytest.importorskip("jax")
     program = " ".join(str(jax.make_jaxpr(tna.fwht)(jax.numpy.ones(256, dtype="float32"))).split())
@@ -431,18 +357,6 @@ def test_jax() -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Importing and attaching does not import torch's compiler, and what it reads of this package is marked as it does
-
-
-def test_the_mark_is_torchs() -> None:
-    def ours() -> int:
-        return 1
-
-    def torchs() -> int:
-        return 1
-
-    assert constant_result(ours) is ours
-    torch.compiler.assume_constant_result(torchs)
-    assert vars(ours) == vars(torchs) != {}
 
 
 def test_torchs_compiler_is_imported_when_it_is_needed() -> None:
@@ -462,3 +376,79 @@ print("torch._dynamo" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+# -- The FFT of torch and JAX ----------------------------------------------------------------------------------------
+
+
+DFT = Dft2(42, 42, shape=(6, 7))
+
+
+@pytest.fixture
+def with_fft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For these short sides, the products are faster."""
+    monkeypatch.setattr("tnadapt.algebra.maps._transforms._PRODUCTS_PER_STEP", 0)
+
+
+@pytest.mark.usefixtures("with_fft")
+class TestDft2:
+    """The FFT under what transforms programs: derivatives, batches, compilers, export."""
+
+    def f(self, x: Any) -> Any:
+        return DFT.forward(get_backend(x), x)
+
+    def drawn(self, *batch: int) -> Any:
+        return torch.from_numpy(np.random.default_rng(0).normal(size=(*batch, DFT.n_in)))
+
+    @pytest.mark.law("derivatives-of-projections")
+    # torch's own forward derivatives compile some of theirs with what torch calls deprecated.
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+    def test_derivatives_in_both_modes(self) -> None:
+        x = self.drawn(2).requires_grad_()
+        assert torch.autograd.gradcheck(self.f, x, check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(lambda x: self.f(x).square(), x)
+
+    @pytest.mark.law("functional-transforms")
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+    def test_functional_transforms(self) -> None:
+        func, x = torch.func, self.drawn(3)
+        assert relative_error(func.vmap(self.f, in_dims=1, out_dims=1)(x.T), self.f(x).T) < 1e-14
+        assert relative_error(func.jvp(self.f, (x,), (2.0 * x,))[1], 2.0 * self.f(x)) < 1e-14
+        each = func.vmap(func.grad(lambda x: self.f(x).square().sum()))(x)
+        assert relative_error(each, 2.0 * self.f(self.f(x))) < 1e-14
+        assert relative_error(func.functionalize(self.f)(x), self.f(x)) < 1e-14
+
+    def test_autocast_does_not_round(self) -> None:
+        for x in (self.drawn(2), self.drawn(2).float()):
+            expected = self.f(x)
+            with torch.autocast("cpu"):
+                found = self.f(x)
+            assert found.dtype is x.dtype
+            assert torch.equal(found, expected)
+
+    def test_shapes_without_numbers(self) -> None:
+        assert self.f(torch.empty(2, DFT.n_in, device="meta")).shape == (2, DFT.n_out)
+
+    @pytest.mark.slow
+    @pytest.mark.law("compile")
+    @pytest.mark.filterwarnings("ignore")  # the compiler's own
+    @pytest.mark.parametrize("derivative", [False, True])
+    def test_compiled_in_one_graph(self, derivative: bool) -> None:
+        way = torch.func.grad(lambda x: self.f(x).square().sum()) if derivative else self.f
+        x = self.drawn(2).requires_grad_()
+        torch.compiler.reset()
+        found = torch.compile(way, fullgraph=True)(x)
+        assert relative_error(found.detach(), way(x).detach()) < 1e-14
+        if not derivative:
+            (grad,) = torch.autograd.grad(found.square().sum(), x)
+            assert relative_error(grad, 2.0 * self.f(self.f(x.detach()))) < 1e-14
+
+    def test_an_exported_program_has_no_complex_numbers(self) -> None:
+        class Module(torch.nn.Module):  # type: ignore[misc, name-defined]
+            def forward(module, x: Any) -> Any:  # noqa: N805
+                return self.f(x)
+
+        x = self.drawn(2)
+        program = torch.export.export(Module(), (x,))
+        assert not any("fft" in str(node.target) for node in program.graph.nodes)
+        assert relative_error(program.module()(x), self.f(x)) < 1e-14

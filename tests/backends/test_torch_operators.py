@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,12 +14,10 @@ from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tnadapt as tna
-from tnadapt.algebra.maps import Linear
-from tnadapt.backends import _torch_gpu as torch_gpu
-from tnadapt.backends import _torch_maps as operators
-from tnadapt.backends._kernels.gpu.launch_plans import Drawn, passes
-from tnadapt.backends._torch_maps import LinearMap, recorded
-from tnadapt.torch._delta import vector
+
+from .internals import launch_plans, torch_gpu, torch_maps
+
+passes = launch_plans.passes
 
 # -- The operators of the Triton kernels in programs of torch.compile, without Triton and without a device -------------
 
@@ -138,17 +135,6 @@ def test_any_number_of_rows() -> None:
 
 
 @with_kernels
-@pytest.mark.parametrize("projection", ["linear", "shuffle"])
-def test_a_plan(projection: str) -> None:
-    settings = {} if projection == "shuffle" else {"ratio": 0.3}
-    plan = tna.SuperLoRA(tna.presets.superlora(2, projection=projection, **settings), [(12, 10), (10, 10)])
-    arrays = {name: torch.tensor(a, requires_grad=True) for name, a in plan.init().items()}
-    traced = Traced()
-    torch.compile(lambda: vector(plan, arrays), backend=traced, fullgraph=True)().sum().backward()
-    assert len(traced.tnadapt()) == 2 * len(plan.groups)
-
-
-@with_kernels
 def test_half_precision_is_computed_in_single() -> None:
     traced = Traced()
     y = torch.compile(tna.fwht, backend=traced, fullgraph=True)(torch.ones(8, dtype=torch.bfloat16))
@@ -171,55 +157,22 @@ def test_exported_programs_contain_none() -> None:
 def test_shapes_without_numbers() -> None:
     with FakeTensorMode():
         x = torch.empty(3, 8)
-        assert operators.fwht(x, 0.5).shape == (3, 8)
-        assert operators.fastfood(x, None, "16 8 1 0 1", 8, 13, False).shape == (3, 13)
-        assert operators.fastfood(torch.empty(3, 13), None, "16 8 1 0 1", 8, 13, True).shape == (3, 8)
-        assert operators.shuffle(x, "1 0", True).shape == (3, 8)
+        assert torch_maps.fwht(x, 0.5).shape == (3, 8)
+        assert torch_maps.fastfood(x, None, "16 8 1 0 1", 8, 13, False).shape == (3, 13)
+        assert torch_maps.fastfood(torch.empty(3, 13), None, "16 8 1 0 1", 8, 13, True).shape == (3, 8)
+        assert torch_maps.shuffle(x, "1 0", True).shape == (3, 8)
 
 
 @with_kernels
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators, "kernels", lambda name: None)
+    monkeypatch.setattr(torch_maps, "kernels", lambda name: None)
     with pytest.raises(
         RuntimeError, match=r"compiled with Triton kernels for a tensor on cpu, and Triton 3\.5 or newer"
     ):
-        operators.fwht(torch.ones(2, 8), 1.0)
+        torch_maps.fwht(torch.ones(2, 8), 1.0)
 
 
 # -- A kernel is called directly where nothing records the call, and as an autograd function where something does ------
-
-
-def test_what_is_recorded() -> None:
-    plain, leaf = torch.randn(8), torch.randn(8, requires_grad=True)
-    assert not recorded(plain)
-    assert recorded(leaf)
-    with torch.no_grad():
-        assert not recorded(leaf)
-    with torch.inference_mode():
-        assert not recorded(torch.randn(8))
-    with torch.autograd.forward_ad.dual_level():
-        assert recorded(plain)
-    seen = []
-    torch.func.vmap(lambda x: (seen.append(recorded(x)), x)[1])(torch.randn(2, 8))
-    torch.func.grad(lambda x: (seen.append(recorded(x)), x.sum())[1])(plain)
-    assert seen == [True, True]
-
-
-# torch.func's forward mode scripts its decompositions.
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-def test_derivatives_and_batches_of_small_transforms() -> None:
-    matrix = tna.fwht(torch.eye(8))
-    x = torch.randn(3, 8)
-    torch.testing.assert_close(tna.fwht(x), x @ matrix)
-    torch.testing.assert_close(torch.func.vmap(tna.fwht)(x), x @ matrix)
-    torch.testing.assert_close(torch.func.jacrev(tna.fwht)(x[0]), matrix)
-    torch.testing.assert_close(torch.func.jacfwd(tna.fwht)(x[0]), matrix)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x[0], x[1])
-        tangent = torch.autograd.forward_ad.unpack_dual(tna.fwht(dual)).tangent
-    torch.testing.assert_close(tangent, x[1] @ matrix)
-    with torch.autocast("cpu"):
-        assert tna.fwht(x).dtype is torch.float32
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -231,10 +184,6 @@ def test_a_tracer_is_given_no_constant() -> None:
         return  # refused, as a function in Python may be
     x = torch.randn(8)
     torch.testing.assert_close(traced(x), tna.fwht(x))
-
-
-def test_the_signature_that_torch_binds_is_the_functions() -> None:
-    assert list(inspect.signature(LinearMap.forward).parameters) == ["x", "pair"]
 
 
 # -- Launch plans for GPUs: passes transform every digit once in tiles that fit, and read the draws of a map -----------
@@ -260,11 +209,3 @@ def test_number_of_passes() -> None:
     assert [len(passes(bits, 4, 1 << 16)) for bits in (14, 24, 30)] == [1, 2, 3]
     assert [len(passes(bits, 4, 1 << 15)) for bits in (13, 22, 30)] == [1, 2, 3]
     assert [len(passes(bits, 8, 1 << 15)) for bits in (12, 21, 30)] == [1, 2, 3]
-
-
-@pytest.mark.parametrize("kind", ["linear", "linear_v2", "nonlinear", "nonlinear_v2"])
-def test_launch_plans_read_the_draws_of_a_map(kind: str) -> None:
-    f = tna.Projection(kind, 5, 100, seed=7, group=3).map
-    assert isinstance(f, Linear)
-    expected = Drawn(n_in=5, n_out=100, length=128, period=8, seed=7, group=3, signs=not kind.endswith("_v2"))
-    assert Drawn.of(f.draws, f.n_in) == expected

@@ -1,9 +1,15 @@
-"""Full and read-only disks, as small file systems in memory that only root can mount; and concurrent writers."""
+"""Full and read-only disks, concurrent writers, and processes killed at random points: nothing is lost.
+
+Small disks are file systems in memory that only root can mount. There are twelve kills each; 150 with
+``HYPOTHESIS_PROFILE=long``. Merges are killed in merge/test_merge_disk.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,20 +22,20 @@ import pytest
 
 import tnadapt as tna
 from tests.convert.conversions import made
+from tests.support import checkpoint_files as cp
+from tests.support.depth import LONG
+
+from .merge.merge_scene import content
 
 SHAPES = {f"blocks.{number}.q": (64, 64) for number in range(4)}
 ONE, TWO = (made(tna.presets.lora(8), SHAPES, seed) for seed in range(2))
+KILLS = 150 if LONG else 12
+
+needs_kills = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 
 
 def holds(path: Path, file: tna.AdapterFile) -> bool:
     return all(np.array_equal(array, file.arrays[name]) for name, array in tna.load(path).arrays.items())
-
-
-def mounted(disk: Path, options: str) -> None:
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("a small disk can be mounted by root alone")
 
 
 @pytest.fixture
@@ -37,7 +43,10 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """256 KiB."""
     made = tmp_path / "disk"
     made.mkdir()
-    mounted(made, "size=256k")
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(made)], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a small disk can be mounted by root alone")
     yield made
     subprocess.run(["umount", str(made)], check=True)
 
@@ -65,18 +74,24 @@ def test_a_full_disk_keeps_the_file_that_is_there(disk: Path) -> None:
     assert holds(path, TWO)
 
 
-@pytest.mark.law("full-disk")
-def test_a_full_disk_keeps_a_converted_adapter_whole(disk: Path) -> None:
-    found = tna.convert(ONE, to="peft-lora")
-    found.save(disk / "peft")
-    before = {path.name: path.read_bytes() for path in (disk / "peft").iterdir()}
-    filler = fill(disk)
-    with pytest.raises(tna.FileError, match="No space left on device"):
-        tna.convert(TWO, to="peft-lora").save(disk / "peft", overwrite=True)
-    assert {path.name: path.read_bytes() for path in (disk / "peft").iterdir()} == before
-    filler.unlink()
-    tna.convert(TWO, to="peft-lora").save(disk / "peft", overwrite=True)
-    assert {path.name for path in (disk / "peft").iterdir()} == set(before)
+@pytest.mark.law("merge-disk-faults")
+def test_a_merge_on_a_full_disk_goes_on_when_there_is_space(disk: Path, tmp_path: Path) -> None:
+    weights: cp.Tensors = {target.name: ("F32", np.ones(target.stored, np.float32)) for target in ONE.targets}
+    base = cp.write(tmp_path / "base", weights | {"big": ("F32", np.zeros(70_000, np.float32))}, 3)
+    # Too small from the start: not begun.
+    with pytest.raises(tna.FileError, match=r"34\d,\d+ bytes are to be written, and the disk has 25\d,\d+"):
+        tna.merge(base, ONE, disk / "out")
+    assert os.listdir(disk) == []
+    subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+    # Another process takes the space meanwhile.
+    with pytest.raises(tna.FileError, match="out: No space left on device"):
+        tna.merge(base, ONE, disk / "out", progress=lambda done, total: fill(disk) and None)
+    assert not (disk / "out").exists()
+    (disk / "filler").unlink()
+    tna.merge(base, ONE, disk / "out")
+    tna.merge(base, ONE, tmp_path / "expected")  # on another file system
+    assert content(disk / "out") == content(tmp_path / "expected")
+    assert os.listdir(disk) == ["out"]
 
 
 @pytest.mark.law("full-disk")
@@ -151,12 +166,32 @@ def test_a_folder_that_may_only_be_read() -> None:
         assert holds(folder / "adapter", ONE)
 
 
+def killed(code: str, *arguments: object, delays: Iterator[float]) -> list[str]:
+    """Start a program, wait until it says that it is at it, and kill it a moment later: the lines it said since."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"at it\n", process.stderr.read().decode()
+        time.sleep(next(delays))
+        process.kill()
+        # Not communicate(), which misses what came together with the first line.
+        said, error = process.stdout.read(), process.stderr.read()
+        assert process.wait() == -signal.SIGKILL, error.decode()
+    return said[: said.rfind(b"\n") + 1].decode().splitlines()
+
+
+def moments(longest: float) -> Iterator[float]:
+    drawn = random.Random(5)
+    while True:
+        yield drawn.uniform(0.0, longest)
+
+
 SAVING = """
-import sys
+import itertools, sys
 import tnadapt as tna
-file, path = tna.load(sys.argv[1]), sys.argv[2]
+*files, path = sys.argv[1:]
+files = [tna.load(file) for file in files]
 print("at it", flush=True)
-while True:
+for file in itertools.cycle(files):
     tna.save(path, file)
 """
 
@@ -191,3 +226,59 @@ def test_two_processes_that_write_one_name_leave_one_of_the_two(tmp_path: Path) 
             writer.stdout.close()
     assert seen == either
     tna.load(path)
+
+
+@pytest.mark.slow
+@needs_kills
+@pytest.mark.law("killed-saving")
+def test_a_file_that_is_saved_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    tna.save(tmp_path / "one", ONE)
+    tna.save(tmp_path / "two", TWO)
+    either = {(tmp_path / name).read_bytes() for name in ("one", "two")}
+    path = tmp_path / "saved"
+    tna.save(path, ONE)
+    seen, delays = set(), moments(0.05)
+    for _ in range(KILLS):
+        killed(SAVING, tmp_path / "one", tmp_path / "two", path, delays=delays)
+        content = path.read_bytes()
+        assert content in either
+        seen.add(content)
+        # What a killed process leaves beside it has a name of its own, and is in nobody's way.
+        left = set(os.listdir(tmp_path)) - {"one", "two", "saved"}
+        assert all(name.startswith(".tnadapt-") for name in left)
+    assert seen == either, "killed at one point only"
+    tna.save(path, ONE)
+    assert holds(path, ONE)
+
+
+SWEEPING = """
+import sys
+from pathlib import Path
+from tnadapt.finetune.results import Results
+with Results(Path(sys.argv[1]), {"what": "a sweep"}, fields={"key", "value"}) as results:
+    results.begin_session(jobs=1)
+    print("at it", flush=True)
+    while True:
+        number = len(results.records)
+        results.add({"key": str(number), "value": "x" * (number % 97)})
+        print(number, flush=True)  # a kill from here on must not lose it
+"""
+
+
+@pytest.mark.slow
+@needs_kills
+@pytest.mark.law("killed-sweep")
+def test_a_sweep_has_every_line_that_it_said_was_there(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from tnadapt.finetune.results import Results
+
+    path, promised, delays = tmp_path / "results.jsonl", 0, moments(0.03)
+    for _ in range(KILLS // 3):
+        said = killed(SWEEPING, path, delays=delays)
+        promised = max([promised, *(int(number) + 1 for number in said)])
+        with Results(path, {"what": "a sweep"}, fields={"key", "value"}) as results:
+            found = results.records
+        assert len(found) >= promised
+        assert found == {str(n): {"key": str(n), "value": "x" * (n % 97)} for n in range(len(found))}
+        promised = len(found)
+    assert promised

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.conftest import peak_of
 from tests.support import forge
 from tnadapt import ConfigError, FileError, Pretrained, TnadaptError
 from tnadapt.checkpoints.checkpoint import gguf_files, gguf_place, hidden_bar, need_gguf
-from tnadapt.checkpoints.pretrained_model import MAX_LABELS, TASKS
 
+from .internals import MAX_LABELS, TASKS
 from .test_adapter_file import LORA, made
+from .test_adapter_format import content_of, refusal
 
 # -- What a file records of its base: exact, bounded, refused if strange, and absent from files without it -------------
 
@@ -32,34 +33,22 @@ FULL = Pretrained(
 
 
 def written(folder: Path, about: Pretrained | None) -> bytes:
-    path = folder / "adapter.safetensors"
-    tna.save(path, dataclasses.replace(made(LORA), pretrained=about))
-    return path.read_bytes()
+    return content_of(dataclasses.replace(made(LORA), pretrained=about), folder)
 
 
-def recipe_of(content: bytes) -> dict[str, Any]:
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return json.loads(header["__metadata__"]["tnadapt"])
-
-
-def refusal(folder: Path, **entries: Any) -> str:
-    """The message about a file whose recipe has these entries, with a right checksum."""
+def claiming(**entries: Any) -> bytes:
+    """A file whose recipe has these entries, with a right checksum."""
     recipe = {"version": 1, "config": {}, "targets": [["fc", [2, 2], "q"]], **entries}
-    tensors = {f"group0.split0.factor{k}": ("F32", np.zeros((2, 4))) for k in (0, 1)}
-    path = folder / "forged.safetensors"
-    forge.write(path, forge.adapter(recipe, tensors))
-    with pytest.raises(FileError) as caught:
-        tna.load(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    return str(caught.value)[len(f"{path}: ") :]
+    return forge.adapter(recipe, {f"group0.split0.factor{k}": ("F32", np.zeros((2, 4))) for k in (0, 1)})
 
 
 @pytest.mark.law("file-round-trip")
 @pytest.mark.parametrize("about", [FULL, Pretrained(), Pretrained(labels=["a"]), Pretrained("x", library="timm")])
 def test_it_comes_back_from_a_file(tmp_path: Path, about: Pretrained) -> None:
     content = written(tmp_path, about)
-    found = tna.load(tmp_path / "adapter.safetensors")
+    found = tna.load(tmp_path / "made")
     assert found.pretrained == about
+    assert tna.info(tmp_path / "made")["pretrained"] == about.to_dict()
     assert written(tmp_path, found.pretrained) == content
     assert Pretrained.from_dict(about.to_dict()) == about
 
@@ -79,45 +68,26 @@ def test_labels_by_number_and_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "local"),
+    ("names", "local", "remote"),
     [
-        ("bert", False), ("user/bert", False), ("vit.augreg", False), ("hf-hub:user/vit", False), ("", False),
-        ("/a/b", True), ("./b", True), ("~/b", True), ("a/b/c", True), ("C:\\b", True), ("a\\b", True),
-        ("local-dir:/a", True),
+        (["bert", "user/bert", "vit.augreg", "hf-hub:user/vit", ""], False, False),
+        (["/a/b", "./b", "~/b", "a/b/c", "C:\\b", "a\\b", "local-dir:/a"], True, False),
+        (["\\\\host\\share", "//host/share", "https://host/bert", "file:/a"], None, True),
     ],
-)  # fmt: skip
-def test_which_names_are_folders(name: str, local: bool) -> None:
-    assert Pretrained(name).local is local
-
-
-@pytest.mark.parametrize(
-    ("name", "remote"),
-    [
-        ("user/bert", False), ("hf-hub:user/vit", False), ("/a/b", False), ("C:\\b", False), ("local-dir:/a", False),
-        ("\\\\host\\share", True), ("//host/share", True), ("https://host/bert", True), ("file:/a", True),
-    ],
-)  # fmt: skip
-def test_which_names_are_elsewhere(name: str, remote: bool) -> None:
-    assert Pretrained(name).remote is remote
+)
+def test_which_names_are_folders_and_which_are_elsewhere(names: list[str], local: bool | None, remote: bool) -> None:
+    for name in names:
+        assert Pretrained(name).remote is remote, name
+        assert local is None or Pretrained(name).local is local, name
 
 
 @pytest.mark.law("file-bytes")
 def test_a_file_without_it_has_not_changed(tmp_path: Path) -> None:
-    recipe = recipe_of(written(tmp_path, None))
+    recipe, _ = forge.parsed(written(tmp_path, None))
     assert recipe.keys().isdisjoint({"pretrained", "labels"})
-    assert recipe_of(written(tmp_path, FULL)) == {
-        **recipe,
-        "labels": list(FULL.labels),
-        "pretrained": {key: value for key, value in FULL.to_dict().items() if key != "labels"},
-        "sha256": recipe_of(written(tmp_path, FULL))["sha256"],
-    }
-
-
-def test_info_shows_it(tmp_path: Path) -> None:
-    written(tmp_path, FULL)
-    assert tna.info(tmp_path / "adapter.safetensors")["pretrained"] == FULL.to_dict()
-    written(tmp_path, None)
-    assert "pretrained" not in tna.info(tmp_path / "adapter.safetensors")
+    assert "pretrained" not in tna.info(tmp_path / "made")
+    about = {key: value for key, value in FULL.to_dict().items() if key != "labels"}
+    assert forge.parsed(written(tmp_path, FULL))[0] == {**recipe, "labels": list(FULL.labels), "pretrained": about}
 
 
 @pytest.mark.parametrize(
@@ -171,27 +141,14 @@ def test_what_is_refused(settings: dict[str, Any], said: str) -> None:
     ],
 )
 def test_what_a_file_may_not_say(tmp_path: Path, entries: dict[str, Any], said: str) -> None:
-    assert said in refusal(tmp_path, **entries)
+    assert said in refusal(tmp_path, claiming(**entries))
 
 
 @pytest.mark.law("allocation-limit")
 def test_many_labels_take_no_memory(tmp_path: Path) -> None:
-    labels = ["a"] * (1 << 16)
-    refusal(tmp_path, pretrained={}, labels=labels)  # imports, and the text for the file
-    length = (tmp_path / "forged.safetensors").stat().st_size
-    tracemalloc.start()
-    try:
-        with pytest.raises(FileError, match="labels"):
-            tna.load(tmp_path / "forged.safetensors")
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak <= 4 * length + (2 << 20)
-
-
-def test_an_adapter_file_takes_no_other_object() -> None:
-    with pytest.raises(ConfigError, match="pretrained must be a Pretrained or None; got dict"):
-        dataclasses.replace(made(LORA), pretrained={})
+    content = claiming(pretrained={}, labels=["a"] * (1 << 16))
+    assert "labels" in refusal(tmp_path, content)  # imports, too
+    assert peak_of(lambda: refusal(tmp_path, content)) <= 4 * len(content) + (2 << 20)
 
 
 def test_the_tasks_name_classes_of_transformers() -> None:
@@ -211,34 +168,20 @@ def folder(path: Path, *names: str) -> Path:
     return path
 
 
-def test_files_and_folders(tmp_path: Path) -> None:
+def test_files_folders_and_names_on_the_hub(tmp_path: Path) -> None:
     one = folder(tmp_path / "one", "a.gguf", "README.md")
     assert gguf_place(str(one)) == gguf_place(str(one / "a.gguf")) == (str(one), "a.gguf")
     other = folder(tmp_path / "other", "a.gguf", "B.GGUF", "config.json")
     assert gguf_place(str(other)) == (str(other), "")  # the config.json is of other weights
     assert gguf_place(str(other / "B.GGUF")) == (str(other), "B.GGUF")
-    assert gguf_place(str(other / "README.md")) == (str(other / "README.md"), "")
     assert gguf_files(other) == []
-
-
-def test_one_of_several_files_has_to_be_named(tmp_path: Path) -> None:
     several = folder(tmp_path / "several", "b.gguf", "a.gguf")
     with pytest.raises(FileError, match=r"has 2 GGUF files and no config\.json: name one of them, .*a\.gguf'"):
         gguf_place(str(several))
-
-
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
-        ("owner/name/sub/a.gguf", ("owner/name", "sub/a.gguf")),
-        ("owner/a.gguf", ("owner/a.gguf", "")),
-        ("./models/x/a.gguf", ("./models/x/a.gguf", "")),
-        ("/models/x/a.gguf", ("/models/x/a.gguf", "")),
-        ("bert-base-uncased", ("bert-base-uncased", "")),
-    ],
-)
-def test_names_on_the_hub(name: str, place: tuple[str, str]) -> None:
-    assert gguf_place(name) == place
+    assert gguf_place("owner/name/sub/a.gguf") == ("owner/name", "sub/a.gguf")
+    elsewhere = ("owner/a.gguf", "./models/x/a.gguf", "/models/x/a.gguf", "bert-base-uncased", str(other / "README.md"))
+    for name in elsewhere:
+        assert gguf_place(name) == (name, "")
 
 
 def test_the_package_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.support import checkpoint_files as cp
 from tests.support.depth import LONG
-from tnadapt.checkpoints import stored_weights
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.checkpoints.stored_weights import ModuleNames, resolve
 from tnadapt.targets.prefixes import Prefix, renamed_targets
+
+from .internals import stored_weights
+
+ModuleNames, resolve = stored_weights.ModuleNames, stored_weights.resolve
 
 P, T = tna.presets, tna.Target
 
@@ -32,41 +32,17 @@ def targets_of(*modules: str, role: str = "q") -> list[tna.Target]:
     return [T(module, (6, 4), role) for module in modules]
 
 
-part = st.sampled_from(["a", "b", "encoder", "layer", "0", "1"])
-paths = st.lists(part, min_size=1, max_size=4).map(".".join)
-
-
-def prefixes(names: dict[str, tuple[int, ...]]) -> set[str]:
-    """All beginnings of names, up to a dot."""
-    return {"", *(name[: place + 1] for name in names for place, letter in enumerate(name) if letter == ".")}
-
-
-@given(st.lists(paths, min_size=1, max_size=4, unique=True), st.lists(part, max_size=2), st.booleans(), st.booleans())
-def test_one_prefix_more_or_less_is_found(
-    tmp_path_factory: pytest.TempPathFactory, modules: list[str], prefix: list[str], longer: bool, others: bool
-) -> None:
-    # A prefix of its own, so that no other one fits as well.
-    before = "".join(f"{one}." for one in ["model", *prefix]) if prefix else ""
-    in_file = [(before if longer else "") + f"{module}.weight" for module in modules]
-    in_model = [("" if longer else before) + module for module in modules]
-    names = dict.fromkeys(in_file, (6, 4)) | ({"other.thing": (3,), "model.more": (2,)} if others else {})
-    folder = tmp_path_factory.mktemp("case")
-    file = cp.adapter(P.lora(1), targets_of(*in_model))
-    several = sum(all(f"{one}{module}.weight" in names for module in in_model) for one in prefixes(names)) > 1
-    if several and not {f"{module}.weight" for module in in_model} <= names.keys():
-        with pytest.raises(tna.FileError, match="it is unclear which"):  # a is in b.a, too
-            resolve(open_checkpoint(stored(folder, names)), file)
-        return
-    found = resolve(open_checkpoint(stored(folder, names)), file)
-    assert [target.name for target in found.targets] == in_file
-    assert [(t.role, t.stored, t.rows) for t in found.targets] == [(t.role, t.stored, t.rows) for t in file.targets]
-    assert bool(found.how) == bool(before)
-
-
-def test_an_exact_name_goes_before_a_prefix(tmp_path: Path) -> None:
-    base = stored(tmp_path, {"q.weight": (6, 4), "model.q.weight": (6, 4)})
-    found = resolve(open_checkpoint(base), cp.adapter(P.lora(1), targets_of("q")))
-    assert (found.targets[0].name, found.how) == ("q.weight", "")
+def test_one_prefix_more_or_less_is_found_and_an_exact_name_goes_before_it(tmp_path: Path) -> None:
+    base = stored(tmp_path, {"q.weight": (6, 4), "model.q.weight": (6, 4), "model.v.weight": (6, 4)})
+    for module, name, renamed in (
+        ("q", "q.weight", False),
+        ("v", "model.v.weight", True),
+        ("base.model.v", "model.v.weight", True),
+    ):
+        file = cp.adapter(P.lora(1), targets_of(module))
+        found = resolve(open_checkpoint(base), file)
+        assert [(t.name, t.role, t.stored) for t in found.targets] == [(name, "q", (6, 4))]
+        assert bool(found.how) == renamed
 
 
 def test_of_two_that_fit_the_shapes_decide_or_nothing(tmp_path: Path) -> None:
@@ -154,8 +130,7 @@ ON_DISK = "vit.encoder.layer.0.attention.attention.query"
 
 
 def names_stored(folder: Path, names: dict[str, tuple[int, ...]]) -> Path:
-    cp.write(folder, {name: ("F32", np.ones(shape, "<f4")) for name, shape in names.items()})
-    (folder / "config.json").write_text(json.dumps(VIT))
+    (stored(folder, names) / "config.json").write_text(json.dumps(VIT))
     return folder
 
 
@@ -231,21 +206,6 @@ def test_vit(tmp_path: Path) -> None:
     assert [target.name for target in found.targets] == list(there)[:2]
     assert (found.kept, found.added) == ({f"{fc[0]}.bias": f"{fc[1]}.bias"}, {})
     assert found.how == "weights under the names that transformers gives them on disk"
-
-
-@without_warnings
-def test_the_table_is_read_once_for_all_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The targets have the names on disk, and the checkpoints those of the modules."""
-    pytest.importorskip("transformers")
-    here = [QUERY.replace("0", str(layer)) for layer in range(20)]
-    targets = [tna.Target(ON_DISK.replace("0", str(layer)), (6, 4), "q") for layer in range(20)]
-    asked = list[str]()
-    names_of = ModuleNames.of
-    monkeypatch.setattr(ModuleNames, "of", lambda self, name: asked.append(name) or names_of(self, name))
-    base = names_stored(tmp_path, {f"{path}.weight": (6, 4) for path in here})
-    found = tna.extract(base, base, tna.presets.lora(1), targets)
-    assert found.file.targets == tuple(targets)
-    assert len(asked) <= 4 * len(targets)
 
 
 FEW = {"ViTForImageClassification", "LlavaForConditionalGeneration", "SiglipModel", "Dinov2Model", "BertModel"}

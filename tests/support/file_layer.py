@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tnadapt.checkpoints import atomic_files as renaming
-from tnadapt.checkpoints.merge import _shards as shards
+from tests.checkpoints.internals import atomic_files as renaming
+from tests.checkpoints.internals import shards
 
 
 class Call(NamedTuple):

@@ -22,10 +22,9 @@ from tnadapt.algebra.maps.fastfood import fwht_plain
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", minversion="3.5")
 
-from tnadapt.backends import _torch_gpu as torch_gpu
-from tnadapt.backends import _torch_maps as operators
 from tnadapt.backends import get_backend
-from tnadapt.torch._delta import vector
+
+from ..internals import torch_gpu, torch_maps, vector
 
 # torch's own forward derivatives compile some of theirs with what torch calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -48,7 +47,7 @@ def test_under_the_interpreter() -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Record every run of a kernel, so that no test passes without one."""
     made: list[Any] = []
-    by_rows, launcher = torch_gpu._by_rows, operators._launcher
+    by_rows, launcher = torch_gpu._by_rows, torch_maps._launcher
 
     def counted(kernel: Any, x: Any) -> Any:
         made.append(kernel)
@@ -59,16 +58,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return launcher(x)
 
     monkeypatch.setattr(torch_gpu, "_by_rows", counted)
-    monkeypatch.setattr(operators, "_launcher", launched)
+    monkeypatch.setattr(torch_maps, "_launcher", launched)
     if INTERPRETED:
         monkeypatch.setattr(torch_gpu, "is_supported", lambda x: True)
     yield made
     if INTERPRETED or torch.cuda.is_available():
         assert made
-
-
-def plain_f(f: tna.Projection, x: Any) -> Any:
-    return x @ torch.tensor(f(np.eye(f.n_in)).T, device=DEVICE, dtype=x.dtype).T
 
 
 @kernels
@@ -120,18 +115,6 @@ def test_kept_normal_numbers_change_no_bit(n_in: int, n_out: int, monkeypatch: p
 
 
 @kernels
-def test_under_vmap_and_vjp() -> None:
-    f = tna.Projection("linear", 5, 12, seed=1)
-    x = torch.randn(5, 3, 2, dtype=torch.float64, device=DEVICE)
-    found = torch.func.vmap(torch.func.vmap(f, in_dims=1), in_dims=2)(x)
-    assert torch.allclose(found, plain_f(f, x.permute(2, 1, 0)))
-    y = torch.randn(4, 12, dtype=torch.float64, device=DEVICE)
-    _, pull = torch.func.vjp(f, x[:, 0, 0])
-    assert torch.allclose(torch.func.vmap(pull)(y)[0], f.adjoint(y))
-    assert torch.allclose(torch.func.jacrev(f)(x[:, 0, 0]), torch.func.jacfwd(f)(x[:, 0, 0]))
-
-
-@kernels
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_a_batch_of_gradients_at_once() -> None:
     f = tna.Projection("linear", 5, 12, seed=2**64 - 1)
@@ -165,29 +148,24 @@ def test_numbers_that_are_not_in_memory_yet() -> None:
     assert torch.equal(tna.fwht(x[:1].expand(3, 8)), tna.fwht(x[:1].repeat(3, 1)))
 
 
-@kernels
-def test_autocast_changes_nothing() -> None:
-    f = tna.Projection("linear", 50, 200, seed=1)
-    x = torch.randn(50, device=DEVICE)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        found = f(x)
-    assert torch.equal(found, f(x))
+def arrays_of(plan: tna.SuperLoRA) -> dict[str, Any]:
+    host = plan.init(dtype="float64")
+    return {name: torch.tensor(array + 0.1, device=DEVICE, requires_grad=True) for name, array in host.items()}
+
+
+def step(plan: tna.SuperLoRA, arrays: dict[str, Any]) -> list[Any]:
+    update = vector(plan, arrays)
+    return [update, *torch.autograd.grad(update.square().sum(), list(arrays.values()))]
 
 
 @kernels
 @pytest.mark.parametrize("projection", ["linear", "nonlinear_v2"])
 def test_a_step_of_a_plan(projection: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = tna.SuperLoRA(tna.presets.superlora(2, projection=projection, ratio=0.3), [(12, 10), (10, 10)])
-    host = plan.init(dtype="float64")
-    arrays = {name: torch.tensor(a + 0.1, device=DEVICE, requires_grad=True) for name, a in host.items()}
-
-    def step() -> list[Any]:
-        update = vector(plan, arrays)
-        return [update, *torch.autograd.grad(update.square().sum(), list(arrays.values()))]
-
-    found = step()
+    arrays = arrays_of(plan)
+    found = step(plan, arrays)
     monkeypatch.setattr(torch_gpu, "there_are_kernels", lambda x: False)
-    for ours, plain in zip(found, step(), strict=True):
+    for ours, plain in zip(found, step(plan, arrays), strict=True):
         assert torch.allclose(ours, plain, rtol=1e-10, atol=1e-12)
 
 
@@ -195,29 +173,22 @@ def test_a_step_of_a_plan(projection: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_groups_that_share_f_are_launched_together(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     config = tna.presets.superlora(2, projection="linear", ratio=0.3, groups="weight")
     plan = tna.SuperLoRA(config, [(12, 10)] * 6)
-    arrays = {
-        n: torch.tensor(a + 0.1, device=DEVICE, requires_grad=True) for n, a in plan.init(dtype="float64").items()
-    }
-
-    def step() -> list[Any]:
-        update = vector(plan, arrays)
-        return [update, *torch.autograd.grad(update.square().sum(), list(arrays.values()))]
-
-    found = step()
+    arrays = arrays_of(plan)
+    found = step(plan, arrays)
     assert len(calls) == 2  # forward and backward
     calls.clear()
     monkeypatch.setattr(get_backend(arrays["group0.split0.factor0"]), "at_once", lambda x: 0)
-    assert all(map(torch.equal, found, step()))
+    assert all(map(torch.equal, found, step(plan, arrays)))
     assert len(calls) == 12
 
 
 RECIPE = f"16 8 {2**64 - 59} 3 1"
 CALLS: dict[str, tuple[Any, int, tuple[Any, ...]]] = {
-    "fwht": (operators.fwht, 8, (0.5,)),
-    "fastfood": (operators.fastfood, 7, (None, RECIPE, 7, 13, False)),
-    "its adjoint": (operators.fastfood, 13, (None, RECIPE, 7, 13, True)),
-    "shuffle": (operators.shuffle, 7, (f"{2**64 - 59} 3", False)),
-    "back": (operators.shuffle, 7, (f"{2**64 - 59} 3", True)),
+    "fwht": (torch_maps.fwht, 8, (0.5,)),
+    "fastfood": (torch_maps.fastfood, 7, (None, RECIPE, 7, 13, False)),
+    "its adjoint": (torch_maps.fastfood, 13, (None, RECIPE, 7, 13, True)),
+    "shuffle": (torch_maps.shuffle, 7, (f"{2**64 - 59} 3", False)),
+    "back": (torch_maps.shuffle, 7, (f"{2**64 - 59} 3", True)),
 }
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -28,9 +28,9 @@ triton = pytest.importorskip("triton", minversion="3.5")
 
 import triton.language as tl
 
-from tnadapt.backends._kernels.gpu import launch_plans as passes
-from tnadapt.backends._kernels.gpu import triton_kernels as kernel_draws
-from tnadapt.backends._kernels.gpu import triton_launcher as launcher
+from ..internals import launch_plans as passes
+from .internals import triton_kernels as kernel_draws
+from .internals import triton_launcher as launcher
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

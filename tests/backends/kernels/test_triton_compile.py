@@ -15,12 +15,8 @@ import pytest
 
 triton = pytest.importorskip("triton", minversion="3.5")
 
-from tnadapt.backends._kernels.gpu import launch_plans as passes
-from tnadapt.backends._kernels.gpu import triton_kernels as triton_fastfood
-from tnadapt.backends._kernels.gpu import triton_kernels as triton_hadamard
-from tnadapt.backends._kernels.gpu import triton_launcher
-from tnadapt.backends._kernels.gpu.launch_plans import Drawn
-from tnadapt.backends._kernels.gpu.triton_launcher import TritonLauncher, warps
+from ..internals import launch_plans as passes
+from .internals import triton_kernels, triton_launcher
 
 compiler = pytest.importorskip("triton.compiler")
 GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
@@ -28,7 +24,8 @@ GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 
 BITS = 24
-TILE = TritonLauncher.tile_bytes
+warps = triton_launcher.warps
+TILE = triton_launcher.TritonLauncher.tile_bytes
 SHORT, ROWS, COLUMNS = passes.passes(12, 4, TILE)[0], *passes.passes(BITS - 4, 4, TILE)
 # What the smallest multiprocessor that Triton compiles for has. (Triton before 3.7 takes two tiles, others one.)
 SHARED = 64 << 10
@@ -82,14 +79,21 @@ def stack(made: Any, tmp_path: Path) -> int:
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("step", [SHORT, ROWS, COLUMNS], ids=["short", "rows", "columns"])
-def test_fwht(step: passes.Pass, capability: int, tmp_path: Path) -> None:
-    check(compiled(triton_hadamard.hadamard_pass, capability, warps(step), LENGTH=1 << BITS, **shape(step)), tmp_path)
+@pytest.mark.parametrize(
+    ("step", "dtype"),
+    [*((step, "fp32") for step in (SHORT, ROWS, COLUMNS)), *((step, "fp64") for step in passes.passes(BITS, 8, TILE))],
+    ids=str,
+)
+def test_fwht(step: passes.Pass, dtype: str, capability: int, tmp_path: Path) -> None:
+    kernel = triton_kernels.hadamard_pass
+    check(compiled(kernel, capability, warps(step), dtype, LENGTH=1 << BITS, **shape(step)), tmp_path)
 
 
-@pytest.mark.parametrize("step", passes.passes(BITS, 8, TILE), ids=lambda step: f"stride {step.stride}")
-def test_fwht_in_double_precision(step: passes.Pass, tmp_path: Path) -> None:
-    check(compiled(triton_hadamard.hadamard_pass, 80, warps(step), "fp64", LENGTH=1 << BITS, **shape(step)), tmp_path)
+def test_gathering_and_shuffling(tmp_path: Path) -> None:
+    sums = {"LENGTH": 1 << 24, "LOG_LENGTH": 24, "PERIOD": 1 << 18, "ROWS": 8, "COLUMNS": 128, "KEPT": False}
+    for dtype in ("fp32", "fp64"):
+        check(compiled(triton_kernels.gathered_sum, 80, 4, dtype, **sums), tmp_path)
+    check(compiled(triton_kernels.shuffle, 80, 4, BITS=24, INVERSE=False, TILE=256), tmp_path)
 
 
 PASSES = {
@@ -109,32 +113,11 @@ def test_fastfood(name: str, kept: bool, tmp_path: Path) -> None:
     step, load, store, signs = PASSES[name]
     bits = 12 if step is SHORT else BITS
     made = compiled(
-        triton_fastfood.drawn_pass, 90 if name == "gathers" else 80, warps(step), LENGTH=1 << bits, LOG_LENGTH=bits,
+        triton_kernels.drawn_pass, 90 if name == "gathers" else 80, warps(step), LENGTH=1 << bits, LOG_LENGTH=bits,
         PERIOD=1 << bits if load == "unpermuted" else 1 << 10, LOAD=load, STORE=store, SIGNS=signs, KEPT=kept,
         **shape(step),
     )  # fmt: skip
     check(made, tmp_path)
-
-
-def test_the_gathering_sum(tmp_path: Path) -> None:
-    for dtype in ("fp32", "fp64"):
-        made = compiled(
-            triton_fastfood.gathered_sum,
-            80,
-            4,
-            dtype,
-            LENGTH=1 << 24,
-            LOG_LENGTH=24,
-            PERIOD=1 << 18,
-            ROWS=8,
-            COLUMNS=128,
-            KEPT=False,
-        )
-        check(made, tmp_path)
-
-
-def test_the_shuffle(tmp_path: Path) -> None:
-    check(compiled(triton_fastfood.shuffle, 80, 4, BITS=24, INVERSE=False, TILE=256), tmp_path)
 
 
 class NoDevice:
@@ -164,7 +147,7 @@ def test_what_is_launched_compiles(n_in: int, n_out: int, signs: bool, monkeypat
     monkeypatch.setattr(triton.JITFunction, "run", prepare)
     monkeypatch.setattr(triton.runtime.driver, "_active", NoDevice())
     length = 1 << (max(n_in, n_out) - 1).bit_length()
-    f = Drawn(n_in, n_out, length, 1 << (n_in - 1).bit_length(), 2**64 - 1, 2**32 - 1, signs)
+    f = passes.Drawn(n_in, n_out, length, 1 << (n_in - 1).bit_length(), 2**64 - 1, 2**32 - 1, signs)
     assert triton_launcher.fastfood(torch.zeros(2, n_in), f).shape == (2, n_out)
     assert triton_launcher.fastfood_adjoint(torch.zeros(2, n_out), f).shape == (2, n_in)
     assert triton_launcher.fwht(torch.zeros(2, length, dtype=torch.float64), length, 0.1, length).shape == (2, length)

@@ -9,7 +9,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
@@ -19,10 +19,11 @@ from tnadapt.backends import load_backend
 
 pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
 
-from tnadapt.backends._kernels import walsh
-from tnadapt.backends._kernels import work_space as memory
-from tnadapt.backends._kernels import work_space as thread_pool
-from tnadapt.backends._kernels.walsh import low_run, strips, transform, transform_at_once, transform_into
+from ..internals import kernels, work_space
+from ..layouts import LAYOUTS, laid_out
+
+walsh = kernels("walsh")
+strips, transform, transform_into = walsh.strips, walsh.transform, walsh.transform_into
 
 DTYPES = ("float32", "float64")
 
@@ -43,37 +44,10 @@ def plain(x: np.ndarray, axis: int, normalize: bool) -> np.ndarray:
     return np.moveaxis(fwht_plain(backend, np.moveaxis(x, axis, -1), normalize), -1, axis)
 
 
-def laid_out(x: np.ndarray, how: str) -> np.ndarray:
-    """Return the same numbers in another memory layout."""
-    if how == "Fortran":
-        return np.asfortranarray(x)
-    if how == "read-only":
-        x = x.copy()
-        x.flags.writeable = False
-    elif how == "backwards":
-        return np.ascontiguousarray(x[..., ::-1])[..., ::-1]
-    elif how == "every third":
-        wide = np.full((*x.shape[:-1], 3 * x.shape[-1]), np.nan, x.dtype)
-        wide[..., 1::3] = x
-        return wide[..., 1::3]
-    elif how == "unaligned":
-        odd = np.zeros(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
-        odd[...] = x
-        return odd
-    elif how == "axes turned":
-        return np.ascontiguousarray(np.moveaxis(x, 0, -1)).transpose(x.ndim - 1, *range(x.ndim - 1))
-    elif how == "repeated":
-        return np.broadcast_to(x[..., :1], x.shape)
-    return x
-
-
-LAYOUTS = ("C", "Fortran", "read-only", "backwards", "every third", "unaligned", "axes turned", "repeated")
-
-
 @pytest.fixture(params=[1, 2, 5])
 def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Set the number of threads, and caches so small that many arrays are large enough to be split."""
-    monkeypatch.setattr(thread_pool, "_allowed", lambda: request.param)
+    monkeypatch.setattr(work_space, "_allowed", lambda: request.param)
     monkeypatch.setattr(walsh, "thread_count", lambda: request.param)
     monkeypatch.setattr(walsh, "_SHARED_BYTES", 1 << 12)
     return int(request.param)
@@ -129,8 +103,8 @@ def test_it_equals_its_reference_implementation(
 def test_small_vectors_without_checks(shape: tuple[int, ...], dtype: str, how: str, normalize: bool) -> None:
     x = np.random.default_rng(0).normal(size=shape).astype(dtype)
     x = laid_out(x, how) if x.ndim and x.size else x
-    kept, found = x.copy(), transform_at_once(x, normalize)
-    small = dtype in DTYPES and x.ndim == 1 and low_run(x.itemsize) <= x.size < memory.SMALL // x.itemsize
+    kept, found = x.copy(), walsh.transform_at_once(x, normalize)
+    small = dtype in DTYPES and x.ndim == 1 and walsh.low_run(x.itemsize) <= x.size < work_space.SMALL // x.itemsize
     assert (found is not None) == small
     if found is None:
         return
@@ -222,17 +196,6 @@ def test_public_calls_from_many_threads_at_once(team: int, rng: np.random.Genera
     for worker in workers:
         worker.join()
     assert all(np.array_equal(found[i], expected[i]) for i in range(8))
-
-
-@settings(max_examples=20)
-@given(st.sampled_from([3, 1000, 1 << 15, 1 << 18]), st.sampled_from(DTYPES))
-def test_large_arrays_begin_with_a_cache_line(length: int, dtype: str) -> None:
-    made = memory.aligned_empty((length, 2), np.dtype(dtype))
-    assert made.shape == (length, 2)
-    assert made.flags.c_contiguous
-    assert made.flags.writeable
-    if made.nbytes >= 1 << 15:
-        assert made.ctypes.data % memory.CACHE_LINE == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

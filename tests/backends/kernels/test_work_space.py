@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import copy
-import gc
 import os
 import pickle
 import subprocess
@@ -18,9 +17,13 @@ import pytest
 
 import tnadapt as tna
 from tests.support.depth import in_depth
-from tnadapt.backends._kernels import kernels
-from tnadapt.backends._kernels import work_space as thread_pool
-from tnadapt.backends._kernels.work_space import CACHE_LINE, WorkSpace, share, thread_count
+
+from ..internals import kernels, work_space
+
+CACHE_LINE, share = work_space.CACHE_LINE, work_space.share
+needs_numba = pytest.mark.skipif(
+    kernels("fastfood") is None, reason="numba, which compiles the kernels, is not installed"
+)
 
 # -- Memory that calls of a kernel reuse: who has it when, how much is kept, and what ends it --------------------------
 
@@ -29,70 +32,33 @@ def address(x: np.ndarray) -> int:
     return int(x.ctypes.data)
 
 
-def test_a_vector_comes_back_with_the_last_array_that_uses_it() -> None:
-    space = WorkSpace()
-    x = space.vector(1000)
-    assert (x.shape, x.dtype, x.flags.writeable, address(x) % CACHE_LINE) == ((1000,), np.float32, True, 0)
-    x[...] = np.arange(1000)
-    there, view = address(x), x[10:20].reshape(2, 5)
-    del x
-    gc.collect()
-    assert space.nbytes == 0
-    assert view[1].tolist() == [15, 16, 17, 18, 19]
-    other = space.vector(1000)
-    assert address(other) != there
-    del view
-    assert space.nbytes == 4 * 1000 + CACHE_LINE
-    assert address(space.vector(1000)) == there
+@needs_numba
+@pytest.mark.parametrize("n_in", [100, 1 << 14])
+def test_results_of_a_projection_stay_as_they_are_in_any_thread(n_in: int) -> None:
+    f = tna.Projection("linear", n_in, 1 << 14)
+    x, y = np.random.default_rng(0).standard_normal((2, 1 << 14), dtype=np.float32)
+    expected, pulled = f(x[:n_in]), f.adjoint(y)
+    wrong = []
 
+    def work(sign: int) -> None:
+        for _ in range(20):
+            first = f(sign * x[:n_in])
+            part = f(2 * sign * x[:n_in])[10:20]  # which holds the whole
+            back = f.adjoint(sign * y)
+            f(x[:n_in])
+            ours, theirs = (first, part, back), (sign * expected, 2 * sign * expected[10:20], sign * pulled)
+            wrong.extend(sign for pair in zip(ours, theirs, strict=True) if not np.array_equal(*pair))
 
-def test_one_vector_is_kept_and_others_are_freed() -> None:
-    space = WorkSpace()
-    several = [space.vector(1000) for _ in range(3)]
-    assert len({address(x) for x in several}) == 3
-    del several
-    assert space.nbytes == 4 * 1000 + CACHE_LINE
-    # A vector of another size takes its place.
-    assert space.vector(2000).size == 2000
-    assert space.nbytes == 4 * 2000 + CACHE_LINE
-    space.clear()
-    assert space.nbytes == 0
-
-
-def test_no_two_threads_have_one_vector() -> None:
-    space, wrong = WorkSpace(), []
-
-    def work(number: int) -> None:
-        for _ in range(200):
-            x = space.vector(500)
-            x[...] = number
-            if not (x == number).all():
-                wrong.append(number)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    threads = [threading.Thread(target=work, args=(sign,)) for sign in (1, -1, 1, -1)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not wrong
-    assert space.nbytes == 4 * 500 + CACHE_LINE
+    assert address(f(x[:n_in])) % CACHE_LINE == 0
 
 
-@pytest.mark.skipif(kernels("fastfood") is None, reason="numba is not installed")
-@pytest.mark.parametrize("n_in", [100, 1 << 14])
-def test_results_of_a_projection_stay_as_they_are(n_in: int) -> None:
-    f = tna.Projection("linear", n_in, 1 << 14)
-    x, y = np.random.default_rng(0).standard_normal((2, 1 << 14), dtype=np.float32)
-    first, pulled = f(x[:n_in]), f.adjoint(y)
-    kept = first.copy(), pulled.copy()
-    second = f(-x[:n_in])
-    assert f.adjoint(-y).tobytes() == (-pulled).tobytes()
-    assert np.array_equal(second, -first)
-    assert np.array_equal(first, kept[0])
-    assert np.array_equal(pulled, kept[1])
-
-
-@pytest.mark.skipif(kernels("fastfood") is None, reason="numba is not installed")
+@needs_numba
 def test_the_work_space_belongs_to_a_projection() -> None:
     f = tna.Projection("linear", 100, 1 << 14)
     x = np.ones(100, np.float32)
@@ -104,16 +70,28 @@ def test_the_work_space_belongs_to_a_projection() -> None:
         assert np.array_equal(other(x), f(x))
 
 
+def test_one_vector_is_kept_and_others_are_freed() -> None:
+    space = work_space.WorkSpace()
+    several = [space.vector(1000) for _ in range(3)]
+    del several
+    assert space.nbytes == 4 * 1000 + CACHE_LINE
+    # A vector of another size takes its place.
+    assert space.vector(2000).size == 2000
+    assert space.nbytes == 4 * 2000 + CACHE_LINE
+    space.clear()
+    assert space.nbytes == 0
+
+
 # -- Parallel work: every piece runs once, errors are raised, and no call waits for a thread that cannot start ---------
 
 
 @pytest.fixture
 def many(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A pool of three, whatever this machine has."""
-    thread_pool._pool.cache_clear()
-    monkeypatch.setattr(thread_pool, "_allowed", lambda: 4)
+    work_space._pool.cache_clear()
+    monkeypatch.setattr(work_space, "_allowed", lambda: 4)
     yield
-    thread_pool._pool.cache_clear()
+    work_space._pool.cache_clear()
 
 
 @pytest.mark.usefixtures("many")
@@ -123,12 +101,6 @@ def test_every_piece_is_done_once(count: int, team: int) -> None:
     done: list[int] = []
     share(done.append, count, team)
     assert sorted(done) == list(range(count))
-
-
-@pytest.mark.usefixtures("many")
-def test_others_take_part() -> None:
-    meeting = threading.Barrier(3)
-    share(lambda i: meeting.wait(timeout=30), 3, 3)
 
 
 @pytest.mark.usefixtures("many")
@@ -164,11 +136,11 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     # In a separate process: other libraries with threads in this one do not survive a fork.
     code = """
 import os, threading
-from tnadapt.backends._kernels import work_space as thread_pool
-thread_pool._allowed = lambda: 4
+from tests.backends.internals import work_space
+work_space._allowed = lambda: 4
 def meet():
     meeting = threading.Barrier(3)
-    thread_pool.share(lambda i: meeting.wait(timeout=30), 3, 3)
+    work_space.share(lambda i: meeting.wait(timeout=30), 3, 3)
 meet()
 child = os.fork()
 meet()
@@ -179,7 +151,7 @@ if child:
 
 
 def count_in_a_process(code: str, **environment: str) -> int:
-    code = f"{code}\nfrom tnadapt.backends._kernels.work_space import thread_count\nprint(thread_count())"
+    code = f"{code}\nfrom tests.backends.internals import work_space\nprint(work_space.thread_count())"
     environment = {**{k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}, **environment}
     return int(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout)
 
@@ -200,7 +172,7 @@ def test_the_setting_of_torch_counts() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert thread_count() == 1
+        assert work_space.thread_count() == 1
     finally:
         torch.set_num_threads(before)
 
@@ -214,7 +186,7 @@ logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
 import numpy as np, tnadapt as tna
 x = np.random.default_rng(0).normal(size=(3, 64)).astype("float32")
 tna.fwht(x), tna.fwht(x)
-from tnadapt.backends._kernels import kernels
+from tests.backends.internals import kernels
 """
 
 
@@ -226,17 +198,26 @@ def run(code: str, **environment: str) -> tuple[str, list[str]]:
     return found.stdout.strip(), [line for line in found.stderr.splitlines() if line.startswith("tnadapt: ")]
 
 
+@needs_numba
 @pytest.mark.slow
-def test_compiled_once_and_announced_once(tmp_path: Path) -> None:
-    pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
-    code = CALL + "print(kernels('walsh') is not None)"
-    first = run(code, NUMBA_CACHE_DIR=str(tmp_path))
-    assert first[0] == "True"
-    assert len(first[1]) == 1
-    assert "compiling kernels" in first[1][0]
-    assert run(code, NUMBA_CACHE_DIR=str(tmp_path)) == ("True", [])
+@pytest.mark.parametrize("ending", in_depth([".nbc", ".nbi"], [".nbi"]))
+def test_compiled_once_and_announced_once_and_again_if_the_cache_is_damaged(ending: str, tmp_path: Path) -> None:
+    code, cache = CALL + "print(kernels('walsh') is not None)", str(tmp_path)
+    printed, lines = run(code, NUMBA_CACHE_DIR=cache)
+    assert printed == "True"
+    assert len(lines) == 1
+    assert "compiling kernels" in lines[0]
+    assert run(code, NUMBA_CACHE_DIR=cache) == ("True", [])
+    kept = list(tmp_path.rglob("*" + ending))
+    assert kept
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:10])
+    _, lines = run(CALL, NUMBA_CACHE_DIR=cache)
+    assert sum("cannot be read" in line for line in lines) == 1
+    assert run(CALL, NUMBA_CACHE_DIR=cache)[1] == []
 
 
+@needs_numba
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "said"),
@@ -247,7 +228,7 @@ def test_compiled_once_and_announced_once(tmp_path: Path) -> None:
     ids=["no folder", "no space"],
 )
 def test_without_a_writable_cache(before: str, said: str, tmp_path: Path) -> None:
-    pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
+
     code = f"from numba.core import caching; {before}{CALL}print(kernels('walsh') is not None)"
     printed, lines = run(code, NUMBA_CACHE_DIR=str(tmp_path))
     assert printed == "True"
@@ -267,23 +248,7 @@ def test_without_a_compiler_plain_operations_are_used(before: str, environment: 
     assert "plain operations are used" in said[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ending", in_depth([".nbc", ".nbi"], [".nbi"]))
-def test_a_damaged_cache_is_recompiled(ending: str, tmp_path: Path) -> None:
-    pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
-    environment = {"NUMBA_CACHE_DIR": str(tmp_path)}
-    run(CALL, **environment)
-    kept = list(tmp_path.rglob("*" + ending))
-    assert kept
-    for path in kept:
-        path.write_bytes(path.read_bytes()[:10])
-    _, lines = run(CALL, **environment)
-    assert sum("cannot be read" in line for line in lines) == 1
-    assert run(CALL, **environment)[1] == []
-
-
+@needs_numba
 def test_functions_of_other_packages_compile_as_before() -> None:
-    numba = pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
     code = CALL + "import numba\nnames = {}\nexec('def f(x): return x + 1', names)\nprint(numba.njit(names['f'])(1))"
-    assert numba is not None
     assert run(code)[0] == "2"

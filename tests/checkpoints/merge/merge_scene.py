@@ -51,6 +51,13 @@ class Scene(NamedTuple):
     def merge(self, number: int, overwrite: bool = False) -> tna.MergeReport:
         return tna.merge(self.base, self.adapters[number], self.out, overwrite=overwrite)
 
+    def finish(self, number: int = 0, overwrite: bool = True) -> tna.MergeReport:
+        """Merge, which must give the result and leave nothing beside it."""
+        report = self.merge(number, overwrite)
+        assert content(self.out) == self.results[number]
+        assert not self.beside.exists()
+        return report
+
     @property
     def beside(self) -> Path:
         return Path(f"{self.out}.tnadapt-partial")

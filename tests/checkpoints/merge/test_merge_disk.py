@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import errno
+import json
 import os
 import shutil
 import subprocess
@@ -21,18 +22,20 @@ from tests.support import checkpoint_files as cp
 from tests.support.file_layer import Call, intercepted, killed_before, recorded
 from tests.support.macos_errors import ENOTSUP, as_on_macos
 from tests.support.power_failure import after_failures, put
-from tnadapt.checkpoints import atomic_files as file_locks
-from tnadapt.checkpoints import atomic_files as renaming
-from tnadapt.checkpoints.atomic_files import replace_file
-from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.checkpoints.merge import _journal as partial_module
-from tnadapt.checkpoints.merge import _journal as publishing
-from tnadapt.checkpoints.merge import _journal as work_lock
-from tnadapt.checkpoints.merge import _merge_checkpoint as job
-from tnadapt.checkpoints.merge._journal import MergeJournal, partial
-from tnadapt.checkpoints.merge._shards import Shard, Writer
 
-from .merge_scene import TARGETS, Scene, content, plain_base, scene
+from ..internals import atomic_files, journal, merge_job, shards
+from .merge_scene import (
+    TARGETS,
+    Scene,
+    a_file_added,
+    content,
+    half_deleted,
+    one_byte_flipped,
+    other_result,
+    plain_base,
+    precious,
+    scene,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the file layer reads /proc")
 
@@ -62,53 +65,6 @@ def prepared(folder: Path, setting: Setting) -> Scene:
 # -- Order and power failures ------------------------------------------------------------------------
 
 
-def published(calls: list[Call], out: Path) -> int:
-    """The number of the step that puts the result in its place."""
-    (found,) = [
-        number for number, call in enumerate(calls)
-        if (call.name in ("rename", "replace", "rename_new", "exchange", "link") and call.paths[1] == str(out))
-        or (call.name == "exchange" and call.paths[0] == str(out))
-    ]  # fmt: skip
-    return found
-
-
-@pytest.mark.law("power-failure")
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_everything_is_on_the_disk_before_it_is_published_and_the_name_after(setting: Setting, memory: Path) -> None:
-    where = prepared(memory, setting)
-    calls = recorded(lambda: where.merge(0, setting.old), setting.exchange)
-    at = published(calls, where.out)
-    before, after = calls[:at], calls[at + 1 :]
-
-    made = Path(calls[at].paths[0])
-    files = {made} if setting.single else {made / name for name in where.results[0]}
-    assert all(
-        str(made) in (call.paths[0], str(Path(call.paths[0]).parent)) or not setting.single for call in [calls[at]]
-    )
-    for path in files:
-        steps = [call.name for call in before if call.paths[0] == str(path)]
-        assert steps[0] == "create"
-        assert steps[-1] == "fsync", f"{path.name} was written to after it was synchronized"
-    folders = {path.parent for path in files} | ({made} if not setting.single else set())
-    for folder in folders:
-        last = [
-            number for number, call in enumerate(before)
-            if call.name in ("create", "mkdir") and Path(call.paths[0]).parent == folder
-        ][-1]  # fmt: skip
-        assert Call("fsync", (str(folder),)) in before[last:], f"{folder.name} was not synchronized"
-
-    # The state no longer promises anything of `files`, on the disk, before they may be the old output.
-    states = [number for number, call in enumerate(before) if call.paths[-1].endswith("state.json")]
-    assert before[states[-1]].name == "replace"
-    assert Call("fsync", (os.path.dirname(before[states[-1]].paths[1]),)) in before[states[-1] :]
-
-    deletions = [number for number, call in enumerate(after) if call.name in ("unlink", "rmdir")]
-    # Linking takes the old name away at once.
-    first = deletions[1 if calls[at].name == "link" else 0]
-    for folder in (where.out.parent, made.parent):
-        assert Call("fsync", (str(folder),)) in after[:first], f"{folder.name} was not synchronized"
-
-
 @pytest.mark.law("power-failure")
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_after_a_power_failure_it_is_the_old_one_or_the_new_one(setting: Setting, memory: Path) -> None:
@@ -122,7 +78,7 @@ def test_after_a_power_failure_it_is_the_old_one_or_the_new_one(setting: Setting
         states[hash(frozenset(own.items()))] = number, own
     assert len(states) > len(calls) // 2
     every = list(states.values())
-    for number, tree in every if LONG else every[::3] + every[-12:]:
+    for number, tree in every if LONG else every[::2] + every[-12:]:
         where.clear()
         put(tree, where.folder)
         found = content(where.out)
@@ -134,40 +90,30 @@ def test_after_a_power_failure_it_is_the_old_one_or_the_new_one(setting: Setting
             # Verified, or refused where nothing tells any more that it may be the result.
             with contextlib.suppress(tna.FileError):
                 where.merge(0)
+            assert content(where.out) == where.results[0]
         else:
-            where.merge(0, setting.old)
-        assert content(where.out) == where.results[0]
+            where.finish(overwrite=setting.old)
 
 
 @pytest.mark.law("power-failure")
 @pytest.mark.parametrize("single", [True, False])
-def test_a_failing_disk_is_an_error_and_no_success(
-    single: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_disk_is_an_error_and_no_success(single: bool, tmp_path: Path) -> None:
     where = scene(tmp_path, single)
-    real, count = os.fsync, len([call for call in recorded(lambda: where.merge(0)) if call.name == "fsync"])
+    count = len([call for call in recorded(lambda: where.merge(0)) if call.name == "fsync"])
     for failing in range(1, count + 1):
         where.clear()
         left = failing
 
-        def fsync(handle: int) -> None:
+        def before(call: Call) -> None:
             nonlocal left
-            left -= 1
-            if not left:
+            left -= call.name == "fsync"
+            if not left and call.name == "fsync":
                 raise OSError(5, "Input/output error")
-            real(handle)
 
-        monkeypatch.setattr(os, "fsync", fsync)
-        with pytest.raises(tna.FileError, match="Input/output error"):
+        with pytest.raises(tna.FileError, match="Input/output error"), intercepted(before):
             where.merge(0)
-        monkeypatch.undo()
         assert content(where.out) in (None, where.results[0])
-        try:
-            where.merge(0)
-        except tna.FileError as error:
-            pytest.fail(f"fsync {failing}: {error}")
-        assert content(where.out) == where.results[0]
-        assert not where.beside.exists()
+        where.finish(overwrite=False)
 
 
 # -- Killed, and the user acts before the next merge ----------------------------------------------------
@@ -180,27 +126,77 @@ def killed_after_publishing(where: Scene, overwrite: bool, step: str) -> None:
         return call.short.startswith(step) and any(str(where.out) in done.paths for done in before)
 
     killed_before(due, lambda: where.merge(0, overwrite))
+    assert content(where.out) == where.results[0]
+
+
+@pytest.mark.law("merge-killed")
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_killed_before_any_step_the_next_merge_goes_on(setting: Setting, memory: Path) -> None:
+    where = prepared(memory, setting)
+    old = where.results[1] if setting.old else None
+    steps = len(recorded(lambda: where.merge(0, setting.old), setting.exchange))
+    for number in range(steps):
+        where.clear()
+        where.put(old)
+        killed_before(
+            lambda call, before, number=number: len(before) == number,
+            lambda: where.merge(0, setting.old),
+            setting.exchange,
+        )
+        found = content(where.out)
+        between = not setting.exchange and not setting.single and setting.old and found is None
+        assert found in (old, where.results[0]) or between
+        states = [json.loads(state.read_text()) for state in where.beside.glob("run-*/state.json")]
+        done = [name for state in states for name in state["done"]]
+        report = where.merge(0, overwrite=True)
+        assert content(where.out) == where.results[0]
+        assert not where.beside.exists()
+        assert report.resumed == len(done) or not done
+
+
+def replaced_by_a_link(where: Scene) -> None:
+    (where.out / "config.json").rename(where.elsewhere)
+    (where.out / "config.json").symlink_to(where.elsewhere)
+
+
+def replaced_by_a_folder(where: Scene) -> None:
+    (where.out / "config.json").unlink()
+    (where.out / "config.json").mkdir()
+
+
+def renamed(where: Scene) -> None:
+    (where.out / "config.json").rename(where.out / "config.jsom")
 
 
 @pytest.mark.law("merge-publishing")
-def test_killed_while_cleaning_up_a_base_that_is_put_there_is_not_taken_for_the_result(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [plain_base, half_deleted, one_byte_flipped, a_file_added, other_result, precious, replaced_by_a_link,
+     replaced_by_a_folder, renamed],
+)  # fmt: skip
+def test_killed_while_cleaning_up_what_is_changed_is_not_taken_for_the_result(change: Any, tmp_path: Path) -> None:
     where = scene(tmp_path, single=False)
     killed_after_publishing(where, False, "rename run-")
-    assert content(where.out) == where.results[0]
-    plain_base(where)
+    change(where)
+    changed = content(where.out)
     with pytest.raises(tna.FileError, match="is not the output of an earlier run, which was killed during publishing"):
         where.merge(0)
-    assert content(where.out) == content(where.base)
-    where.merge(0, overwrite=True)
-    assert content(where.out) == where.results[0]
-    assert not where.beside.exists()
+    assert content(where.out) == changed
+    if change is plain_base:
+        where.finish()
+    else:
+        where.out.rename(where.refused)
+        where.finish(overwrite=False)
 
 
 @pytest.mark.law("merge-publishing")
-def test_killed_while_cleaning_up_a_result_that_is_whole_is_verified(tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece", [1 << 24, 3])
+def test_killed_while_cleaning_up_a_result_that_is_whole_is_verified(
+    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     where = scene(tmp_path, single=False)
     killed_after_publishing(where, False, "rename run-")
-    assert content(where.out) == where.results[0]
+    monkeypatch.setattr(shards, "_PIECE", piece)
     inode = where.out.stat().st_ino
     assert where.merge(0).files == 2
     assert where.out.stat().st_ino == inode, "it was whole, and not to be overwritten"
@@ -213,10 +209,14 @@ def test_killed_while_cleaning_up_the_old_output_never_comes_back(step: str, tmp
     where = scene(tmp_path, single=False)
     where.put(where.results[1])
     killed_after_publishing(where, True, step)
-    assert content(where.out) == where.results[0]
     where.out.rename(where.elsewhere)
-    where.merge(0, overwrite=True)
-    assert content(where.out) == content(where.elsewhere) == where.results[0]
+    # Killed again while the files are made again.
+    for again in ("create model", "write", "create .tnadapt"):
+        killed_before(
+            lambda call, before, again=again: call.short.startswith(again), lambda: where.merge(0, overwrite=True)
+        )
+    where.finish()
+    assert content(where.elsewhere) == where.results[0]
 
 
 @pytest.mark.law("merge-publishing")
@@ -258,50 +258,21 @@ def test_what_was_created_between_two_renames_is_not_replaced_by_the_old_output(
     killed_before(due, lambda: where.merge(0, overwrite=True))
     assert content(where.out) == content(where.base)
     assert [content(old) for old in where.beside.glob("run-*/old")] == [where.results[1]]
-    where.merge(0, overwrite=True)
-    assert content(where.out) == where.results[0]
-    assert not where.beside.exists()
+    where.finish()
 
 
-@pytest.mark.law("merge-publishing")
-def test_killed_twice_while_the_files_are_made_again(tmp_path: Path) -> None:
-    where = scene(tmp_path, single=False)
-    where.put(where.results[1])
-    killed_after_publishing(where, True, "fsync")
-    for step in ("create model", "write", "create .tnadapt"):
-        killed_before(
-            lambda call, before, step=step: call.short.startswith(step), lambda: where.merge(0, overwrite=True)
-        )
-    where.merge(0, overwrite=True)
-    assert content(where.out) == where.results[0]
-    assert not where.beside.exists()
+def test_publishing_that_fails_on_a_disk_without_space_for_the_state(tmp_path: Path) -> None:
+    where, failed = scene(tmp_path, single=False), False
 
-
-def test_publishing_that_fails_on_a_disk_without_space_for_the_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    where = scene(tmp_path, single=False)
-    full = OSError(28, "No space left on device")
-    real, failed = partial_module.replace_file, False
-
-    def place(*arguments: Any) -> None:
+    def before(call: Call) -> None:
         nonlocal failed
-        failed = True
-        raise full
+        failed = failed or str(where.out) in call.paths
+        if failed and call.name in ("create", "rename", "rename_new", "replace", "exchange", "link"):
+            raise OSError(28, "No space left on device")
 
-    def write(path: str, piece: bytes) -> None:
-        if failed:
-            raise full
-        real(path, piece)
-
-    monkeypatch.setattr(partial_module, "place", place)
-    monkeypatch.setattr(partial_module, "replace_file", write)
-    with pytest.raises(tna.FileError, match="No space left on device"):
+    with pytest.raises(tna.FileError, match="No space left on device"), intercepted(before):
         where.merge(0)
-    monkeypatch.undo()
-    where.merge(0)
-    assert content(where.out) == where.results[0]
-    assert not where.beside.exists()
+    where.finish(overwrite=False)
 
 
 def between_two_renames(where: Scene) -> Path:
@@ -332,8 +303,9 @@ def test_kills_and_races_in_short(memory: Path) -> None:
 
 @pytest.mark.law("merge-races")
 def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by a race of four processes: the file had tensors of two adapters."""
     root = str(tmp_path / f"out{PARTIAL}")
-    real, locked = file_locks.lock, list[int]()
+    real, locked = atomic_files.lock, list[int]()
 
     def lock(handle: int, wait: bool = False) -> bool:
         if not locked:
@@ -342,16 +314,14 @@ def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(tmp_path: Path, mon
         locked.append(os.fstat(handle).st_ino)
         return real(handle, wait)
 
-    monkeypatch.setattr(work_lock, "lock", lock)
-    with work_lock.work_lock(root):
+    monkeypatch.setattr(journal, "lock", lock)
+    refused = pytest.raises(
+        tna.FileError, match=rf"another process is writing {root} \(process {os.getpid()} on .+\): wait"
+    )
+    with journal.work_lock(root):
         assert len(locked) == 2
         assert os.stat(os.path.join(root, "lock")).st_ino == locked[1]
-        with (
-            pytest.raises(
-                tna.FileError, match=rf"another process is writing {root} \(process {os.getpid()} on .+\): wait"
-            ),
-            work_lock.work_lock(root),
-        ):
+        with refused, journal.work_lock(root):
             pass
 
 
@@ -386,138 +356,50 @@ def test_the_folder_of_unfinished_work_is_deleted_on_nfs(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "unlink", nfs_unlink)
     monkeypatch.setattr(os, "close", nfs_close)
-    where.merge(0)
-    assert content(where.out) == where.results[0]
-    assert not where.beside.exists()
-
-
-@pytest.mark.law("merge-races")
-def test_one_that_waited_for_a_lock_and_one_that_came_later_do_not_work_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Found by a race of four processes: the file had tensors of two adapters."""
-    where = scene(tmp_path, single=True, adapters=3)
-    opened, finished, at_work, done = (threading.Event() for _ in range(4))
-    real_lock, real_remove, real_run = work_lock.lock, MergeJournal.remove, job.Job.run
-    results: dict[str, str] = {}
-
-    def lock(handle: int, wait: bool = False) -> bool:
-        if threading.current_thread().name == "second":
-            opened.set()
-            assert finished.wait(30)
-        return real_lock(handle, wait)
-
-    def remove(work: MergeJournal) -> None:
-        if threading.current_thread().name == "first":
-            second.start()
-            assert opened.wait(30)
-        real_remove(work)
-
-    def run(job: job.Job, *arguments: Any) -> None:
-        if threading.current_thread().name == "second":
-            at_work.set()
-            assert done.wait(30)
-        real_run(job, *arguments)
-
-    def merge(number: int) -> None:
-        try:
-            where.merge(number, overwrite=True)
-            results[threading.current_thread().name] = "made"
-        except tna.FileError as error:
-            results[threading.current_thread().name] = str(error)
-
-    monkeypatch.setattr(work_lock, "lock", lock)
-    monkeypatch.setattr(MergeJournal, "remove", remove)
-    monkeypatch.setattr(job.Job, "run", run)
-    first, second, third = (
-        threading.Thread(target=merge, args=(number,), name=name)
-        for number, name in enumerate(["first", "second", "third"])
-    )
-    first.start()
-    first.join()
-    finished.set()
-    assert at_work.wait(30)
-    third.start()
-    third.join()
-    done.set()
-    second.join()
-    assert results.pop("third").startswith(f"{where.out}: another process is writing")
-    assert results == {"first": "made", "second": "made"}
-    assert content(where.out) == where.results[1]
-
-
-@pytest.mark.parametrize("late", ["what is done meanwhile", "the last file"])
-def test_what_fails_when_all_is_written_is_an_error(late: str, tmp_path: Path) -> None:
-    where, written, made = scene(tmp_path, single=True), threading.Event(), tmp_path / "made"
-    checkpoint = open_checkpoint(where.base)
-    (file,) = checkpoint.files
-
-    def failing() -> None:
-        assert written.wait(60)
-        raise FileNotFoundError(late)
-
-    def finished() -> None:
-        written.set()
-        if late == "the last file":
-            raise FileNotFoundError(late)
-
-    shard = Shard(file, str(made), {}, {}, finished)
-    with pytest.raises(FileNotFoundError, match=late):
-        Writer(checkpoint, lambda count: None).write([shard], failing if late != "the last file" else None)
-    assert made.read_bytes() == Path(file).read_bytes()
+    where.finish(overwrite=False)
 
 
 @pytest.mark.parametrize("single", [True, False])
 def test_a_system_that_has_no_locks_is_left_as_tidy(
     single: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_locks, "HAS_LOCKS", False)
-    monkeypatch.setattr(work_lock, "HAS_LOCKS", False)
+    monkeypatch.setattr(atomic_files, "HAS_LOCKS", False)
+    monkeypatch.setattr(journal, "HAS_LOCKS", False)
     where = scene(tmp_path, single)
-    where.merge(0)
-    assert content(where.out) == where.results[0]
-    assert not where.beside.exists()
-    with work_lock.work_lock(str(tmp_path / "work")):
+    where.finish(overwrite=False)
+    with journal.work_lock(str(tmp_path / "work")):
         assert (tmp_path / "work").is_dir()
     (tmp_path / "work" / "theirs").touch()
-    with pytest.raises(tna.FileError, match="is in the way"), work_lock.work_lock(str(tmp_path / "work")):
+    with pytest.raises(tna.FileError, match="is in the way"), journal.work_lock(str(tmp_path / "work")):
         pass
     # One that is stopped after it has finished a file leaves that one, and the next goes on.
-    done = MergeJournal.finished
+    done = journal.MergeJournal.finished
 
-    def stopped(work: MergeJournal, name: str) -> None:
+    def stopped(work: journal.MergeJournal, name: str) -> None:
         done(work, name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(MergeJournal, "finished", stopped)
+    monkeypatch.setattr(journal.MergeJournal, "finished", stopped)
     with pytest.raises(KeyboardInterrupt):
         where.merge(1, overwrite=True)
     assert where.beside.exists()
-    monkeypatch.setattr(MergeJournal, "finished", done)
-    assert where.merge(1, overwrite=True).resumed >= 1
-    assert content(where.out) == where.results[1]
-    assert not where.beside.exists()
+    monkeypatch.setattr(journal.MergeJournal, "finished", done)
+    assert where.finish(1).resumed >= 1
 
 
-@pytest.mark.law("merge-races")
-@pytest.mark.parametrize("single", [True, False])
-def test_without_locks_one_that_comes_later_takes_over_and_the_first_one_says_so(
-    single: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(file_locks.fcntl, "flock", lambda handle, operation: None)
-    where, taken = scene(tmp_path, single), False
+def taking_over(where: Scene, step: str) -> None:
+    """Another process without locks takes over the unfinished work before the first step that begins like this."""
+    seen: list[Call] = []
 
-    def second(done: int, total: int) -> None:
-        nonlocal taken
-        if not taken:
-            taken = True
-            where.merge(1, overwrite=True)
+    def before(call: Call) -> None:
+        if not seen and call.short.startswith(step):
+            seen.append(call)
+            with journal.partial(str(where.out), {"another": "work"}, lambda path: None):
+                pass
 
-    with pytest.raises(tna.FileError, match="were removed, or taken over by another process: run it again"):
-        tna.merge(where.base, where.adapters[0], where.out, overwrite=True, progress=second)
-    assert taken
-    assert content(where.out) == where.results[1]
-    assert not where.beside.exists()
+    with pytest.raises(tna.FileError, match="were removed, or taken over"), intercepted(before):
+        where.merge(0, overwrite=True)
+    assert seen
 
 
 @pytest.mark.law("merge-races")
@@ -525,27 +407,17 @@ def test_without_locks_one_that_comes_later_takes_over_and_the_first_one_says_so
 def test_taken_over_at_any_step_nothing_of_the_first_one_is_published(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_locks.fcntl, "flock", lambda handle, operation: None)
-    where = scene(tmp_path, single=False)
+    monkeypatch.setattr(atomic_files.fcntl, "flock", lambda handle, operation: None)
+    where = scene(tmp_path, single=False, adapters=3)
     where.put(where.results[1])
-    seen = False
-
-    def before(call: Call) -> None:
-        nonlocal seen
-        if not seen and call.short.startswith(step):
-            seen = True
-            with partial(str(where.out), {"another": "work"}, lambda path: None):
-                pass
-
-    with pytest.raises(tna.FileError, match="were removed, or taken over"), intercepted(before):
-        where.merge(0, overwrite=True)
-    assert seen
+    taking_over(where, step)
     assert content(where.out) == where.results[1]
+    where.finish(2)
 
 
 @pytest.mark.law("merge-races")
 def test_taken_over_as_it_takes_over_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_locks.fcntl, "flock", lambda handle, operation: None)
+    monkeypatch.setattr(atomic_files.fcntl, "flock", lambda handle, operation: None)
     where = scene(tmp_path, single=False)
 
     def due(call: Call, before: list[Call]) -> bool:
@@ -553,21 +425,9 @@ def test_taken_over_as_it_takes_over_itself(tmp_path: Path, monkeypatch: pytest.
 
     killed_before(due, lambda: where.merge(0))
     assert len(list(where.beside.glob("run-*/files/*.safetensors"))) == 2  # one of them is unfinished
-    seen = False
-
-    def before(call: Call) -> None:
-        nonlocal seen
-        if not seen and call.short.startswith("unlink trash-"):
-            seen = True
-            with partial(str(where.out), {"another": "work"}):
-                pass
-
-    with pytest.raises(tna.FileError, match="were removed, or taken over"), intercepted(before):
-        where.merge(0)
-    assert seen
+    taking_over(where, "unlink trash-")
     assert not where.out.exists()
-    where.merge(0)
-    assert content(where.out) == where.results[0]
+    where.finish(overwrite=False)
 
 
 def test_the_lock_of_the_next_one_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -575,15 +435,15 @@ def test_the_lock_of_the_next_one_is_left_alone(tmp_path: Path, monkeypatch: pyt
     other = cp.write(tmp_path / "other", cp.base(TARGETS, seed=9))
     tensors = cp.base(TARGETS)
     tna.save(tmp_path / "adapter", cp.adapter(tna.presets.lora(2), TARGETS, tensors))
-    real, stack = MergeJournal.remove, contextlib.ExitStack()
+    real, stack = journal.MergeJournal.remove, contextlib.ExitStack()
 
-    def remove(work: MergeJournal) -> None:
+    def remove(work: journal.MergeJournal) -> None:
         first = not work.removed
         real(work)
         if first:
-            stack.enter_context(work_lock.work_lock(work.root))  # the next one comes at once
+            stack.enter_context(journal.work_lock(work.root))  # the next one comes at once
 
-    monkeypatch.setattr(MergeJournal, "remove", remove)
+    monkeypatch.setattr(journal.MergeJournal, "remove", remove)
     with pytest.raises(tna.FileError, match="is another base model"):
         tna.merge(other, tmp_path / "adapter", where.out)
     with stack:
@@ -649,7 +509,7 @@ def test_what_takes_the_name_at_the_last_moment_is_not_lost(
 ) -> None:
     where = scene(tmp_path, single)
     where.put(where.results[1])
-    real, real_renameat2, swapped = publishing._replace, renaming._renameat2, False
+    real, real_renameat2, swapped = journal._replace, atomic_files._renameat2, False
 
     def replace(*arguments: Any) -> None:
         nonlocal swapped
@@ -663,14 +523,14 @@ def test_what_takes_the_name_at_the_last_moment_is_not_lost(
                 (where.out / "thesis.txt").write_text("the only copy")
         real(*arguments)
 
-    monkeypatch.setattr(publishing, "_replace", replace)
+    monkeypatch.setattr(journal, "_replace", replace)
     if not exchange:
-        monkeypatch.setattr(renaming, "_renameat2", lambda *arguments: False)
+        monkeypatch.setattr(atomic_files, "_renameat2", lambda *arguments: False)
     with pytest.raises(tna.FileError, match="and is not overwritten"):
         where.merge(0, overwrite=True)
     assert swapped
     assert content(where.out) == ({"thesis.txt": b"the only copy"} if not single else b"something that is no file")
-    monkeypatch.setattr(renaming, "_renameat2", real_renameat2)
+    monkeypatch.setattr(atomic_files, "_renameat2", real_renameat2)
     where.out.rename(where.refused)
     assert where.merge(0).resumed == (1 if single else 2), "what was finished was lost"
     assert content(where.out) == where.results[0]
@@ -700,10 +560,6 @@ def test_with_overwrite_false_what_comes_to_be_meanwhile_stays(single: bool, exc
 # -- Renames -----------------------------------------------------------------------------------------------
 
 
-def system_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(renaming, "_renameat2", lambda *arguments: False)
-
-
 @pytest.mark.law("no-overwrite")
 @pytest.mark.parametrize("way", ["renameat2", "links", "neither"])
 @pytest.mark.parametrize("there", ["file", "folder", "full folder", "dangling link", "pipe"])
@@ -712,7 +568,7 @@ def test_a_new_name_is_never_taken_from_anything(
     what: str, there: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way != "renameat2":
-        system_without(monkeypatch)
+        monkeypatch.setattr(atomic_files, "_renameat2", lambda *arguments: False)
     if way == "neither":
         monkeypatch.setattr(os, "link", lambda *arguments, **settings: (_ for _ in ()).throw(OSError(1, "EPERM")))
     source, target = tmp_path / "source", tmp_path / "target"
@@ -730,37 +586,12 @@ def test_a_new_name_is_never_taken_from_anything(
     }[there]()
     before = os.lstat(target).st_ino
     with pytest.raises(FileExistsError):
-        renaming.rename_new(str(source), str(target))
+        atomic_files.rename_new(str(source), str(target))
     assert os.lstat(target).st_ino == before
     assert source.exists()
-    renaming.rename_new(str(source), str(tmp_path / "free"))
+    atomic_files.rename_new(str(source), str(tmp_path / "free"))
     assert not source.exists()
     assert (tmp_path / "free").exists()
-
-
-def test_a_file_system_without_links_on_macos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = as_on_macos(monkeypatch, "tnadapt.checkpoints.atomic_files")
-
-    def link(*arguments: Any, **settings: Any) -> None:
-        raise OSError(ENOTSUP, "Operation not supported")
-
-    monkeypatch.setattr(os, "link", link)
-    monkeypatch.setattr(module, "_renameat2", lambda *arguments: False)
-    (tmp_path / "a").write_text("1")
-    module.rename_new(str(tmp_path / "a"), str(tmp_path / "b"))
-    assert (tmp_path / "b").read_text() == "1"
-    assert not (tmp_path / "a").exists()
-
-
-def test_a_call_that_a_file_system_lacks_on_macos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = as_on_macos(monkeypatch, "tnadapt.checkpoints.atomic_files")
-
-    def call(*arguments: Any) -> int:
-        ctypes.set_errno(ENOTSUP)
-        return -1
-
-    monkeypatch.setattr(module, "_system_call", lambda: call)
-    assert not module.exchange(str(tmp_path / "a"), str(tmp_path / "b"))
 
 
 def test_where_names_cannot_be_exchanged_it_says_so_and_other_failures_are_errors(
@@ -769,53 +600,38 @@ def test_where_names_cannot_be_exchanged_it_says_so_and_other_failures_are_error
     (tmp_path / "a").write_text("1")
     (tmp_path / "b").mkdir()
     with pytest.raises(FileNotFoundError):
-        renaming.exchange(str(tmp_path / "a"), str(tmp_path / "missing"))
-    if not renaming.exchange(str(tmp_path / "a"), str(tmp_path / "b")):
+        atomic_files.exchange(str(tmp_path / "a"), str(tmp_path / "missing"))
+    if not atomic_files.exchange(str(tmp_path / "a"), str(tmp_path / "b")):
         pytest.skip("this file system cannot exchange names")
     assert (tmp_path / "a").is_dir()
     assert (tmp_path / "b").read_text() == "1"
-    monkeypatch.setattr(renaming, "_system_call", lambda: None)
-    assert not renaming.exchange(str(tmp_path / "a"), str(tmp_path / "b"))
+    monkeypatch.setattr(atomic_files, "_system_call", lambda: None)
+    assert not atomic_files.exchange(str(tmp_path / "a"), str(tmp_path / "b"))
 
 
 # -- Inputs that change -------------------------------------------------------------------------------------
 
 
 @pytest.mark.law("merge-disk-faults")
-def test_an_adapter_that_is_replaced_while_it_is_read_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["adapter", "base"])
+def test_an_input_that_is_replaced_while_it_is_read_is_noticed(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tnadapt.checkpoints.merge import _merge_checkpoint
+    where = scene(tmp_path, single=True)
+    path, step = (where.adapters[0], "load") if what == "adapter" else (where.base, "resolve")  # after its header
+    real = getattr(merge_job, step)
 
-    where = scene(tmp_path, single=False)
-    real, other = _merge_checkpoint.load, tna.load(where.adapters[1])
-
-    def load(path: str) -> tna.AdapterFile:
-        found = real(path)
-        tna.save(path, other)
+    def replacing(*arguments: Any) -> Any:
+        if what == "base":
+            atomic_files.replace_file(str(path), path.read_bytes())
+        found = real(*arguments)
+        if what == "adapter":
+            shutil.copyfile(where.adapters[1], path)
         return found
 
-    monkeypatch.setattr(_merge_checkpoint, "load", load)
-    with pytest.raises(tna.FileError, match=f"^{where.adapters[0]}: was changed while it was read: run it again"):
-        where.merge(0)
-    assert not where.beside.exists()
-
-
-@pytest.mark.law("merge-disk-faults")
-def test_a_base_that_is_replaced_after_its_header_was_read_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tnadapt.checkpoints.merge import _merge_checkpoint
-
-    where = scene(tmp_path, single=True)
-    real = _merge_checkpoint.resolve
-
-    def place(*arguments: Any) -> Any:
-        replace_file(str(where.base), where.base.read_bytes())
-        return real(*arguments)
-
-    monkeypatch.setattr(_merge_checkpoint, "resolve", place)
-    with pytest.raises(tna.FileError, match="was changed while it was merged: run it again"):
+    monkeypatch.setattr(merge_job, step, replacing)
+    when = "merged" if what == "base" else "read"
+    with pytest.raises(tna.FileError, match=f"^{path}: was changed while it was {when}: run it again"):
         where.merge(0)
     assert not where.out.exists()
     assert not where.beside.exists()
@@ -837,17 +653,17 @@ def test_a_name_that_is_created_and_removed_forever_is_given_up(
     def gone(*names: str) -> None:
         raise FileNotFoundError(names[0])
 
-    monkeypatch.setattr(publishing, "rename_new", taken)
-    monkeypatch.setattr(publishing, "exchange", gone)
+    monkeypatch.setattr(journal, "rename_new", taken)
+    monkeypatch.setattr(journal, "exchange", gone)
     out, aside = str(tmp_path / "out"), str(tmp_path / "aside")
     with pytest.raises(tna.FileError, match="is created and removed by something else again and again: choose another"):
-        publishing.place(str(tmp_path / "made"), out, aside, lambda path: None)
+        journal.place(str(tmp_path / "made"), out, aside, lambda path: None)
     assert 10 <= len(tries) <= 1000
     assert (tmp_path / "made").read_text() == "new"
     # Where what was made is gone itself, that is the error.
     (tmp_path / "made").unlink()
     with pytest.raises(FileNotFoundError):
-        publishing.place(str(tmp_path / "made"), out, aside, lambda path: None)
+        journal.place(str(tmp_path / "made"), out, aside, lambda path: None)
 
 
 def test_what_was_replaced_and_may_not_be_goes_back_even_if_the_name_is_free_by_then(
@@ -865,5 +681,117 @@ def test_what_was_replaced_and_may_not_be_goes_back_even_if_the_name_is_free_by_
         return "is somebody's"
 
     with pytest.raises(tna.FileError, match="is somebody's"):
-        publishing.place(str(tmp_path / "made"), str(tmp_path / "out"), str(tmp_path / "aside"), refusal)
+        journal.place(str(tmp_path / "made"), str(tmp_path / "out"), str(tmp_path / "aside"), refusal)
     assert (tmp_path / "out").read_text() == "somebody's"
+
+
+# -- Copying, and locks, where the system fails ------------------------------------------------------------
+
+
+def opened_pair(folder: Path) -> tuple[Any, Any]:
+    (folder / "source").write_bytes(b"0123456789")
+    return open(folder / "source", "rb", buffering=0), open(folder / "target", "w+b", buffering=0)
+
+
+def test_a_source_that_ends_too_soon(tmp_path: Path) -> None:
+    source, target = opened_pair(tmp_path)
+    with source, target, pytest.raises(tna.FileError, match="ended before its last tensor"):
+        shards.copy_range(source, 5, target, 0, 6, lambda count: None)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EFBIG])
+def test_what_is_no_matter_of_the_way_is_not_tried_by_another(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def way(*arguments: Any) -> int:
+        raise OSError(number, "it")
+
+    monkeypatch.setattr(shards, "_WAYS", [way, shards._by_hand])
+    source, target = opened_pair(tmp_path)
+    with source, target, pytest.raises(OSError, match="it"):
+        shards.copy_range(source, 0, target, 0, 10, lambda count: None)
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSOCK, ENOTSUP])
+def test_without_a_sendfile_for_files_they_are_copied_by_hand(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS, whose sendfile takes sockets only."""
+    module = as_on_macos(monkeypatch, shards.__name__)
+
+    def sendfile(*arguments: Any) -> int:
+        raise OSError(number, "not for files")
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    monkeypatch.setattr(module, "_WAYS", [module._by_sendfile, module._by_hand])
+    source, target = opened_pair(tmp_path)
+    with source, target:
+        module.copy_range(source, 2, target, 0, 5, lambda count: None)
+    assert (tmp_path / "target").read_bytes() == b"23456"
+
+
+def test_writing_takes_as_many_goes_as_it_needs(tmp_path: Path) -> None:
+    class Slow:
+        def __init__(self) -> None:
+            self.place, self.content = 0, bytearray(12)
+
+        def seek(self, place: int) -> None:
+            self.place = place
+
+        def write(self, content: memoryview) -> int:
+            some = bytes(content[:3])
+            self.content[self.place : self.place + len(some)] = some
+            self.place += len(some)
+            return len(some)
+
+    slow: Any = Slow()
+    shards.write_at(slow, 2, b"0123456789")
+    assert bytes(slow.content) == b"\0\x000123456789"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="is not a regular file"):
+        shards.open_regular(str(tmp_path / "pipe"))
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    with pytest.raises(OSError, match="link"):
+        shards.open_regular(str(tmp_path / "link"))
+    os.close(shards.open_regular(str(tmp_path / "file")))
+
+
+@pytest.mark.skipif(not atomic_files.HAS_LOCKS, reason="no advisory locks here")
+def test_a_file_system_without_locks_counts_as_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(tmp_path / "file", "w") as one, open(tmp_path / "file") as two:
+        assert atomic_files.lock(one.fileno())
+        assert not atomic_files.lock(two.fileno())
+        atomic_files.unlock(one.fileno())
+        assert atomic_files.lock(two.fileno())
+
+        def without(*_: Any) -> None:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr(atomic_files.fcntl, "flock", without)
+        assert atomic_files.lock(one.fileno())
+        atomic_files.unlock(one.fileno())
+
+
+@pytest.mark.skipif(not atomic_files.HAS_LOCKS, reason="no advisory locks here")
+def test_the_lock_of_a_folder_that_is_always_deleted_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = os.open
+
+    def deleted(path: Any, *rest: Any, **settings: Any) -> int:
+        if os.path.dirname(path) == str(tmp_path / "work"):
+            os.rmdir(tmp_path / "work")
+        return plain(path, *rest, **settings)
+
+    monkeypatch.setattr(os, "open", deleted)
+    with (
+        pytest.raises(tna.FileError, match=r"other processes are writing \S+ again and again"),
+        journal.work_lock(str(tmp_path / "work")),
+    ):
+        pass
+    assert not (tmp_path / "work").exists()
