@@ -1,4 +1,4 @@
-"""``lora``, ``lokr``, ``krona`` and ``loha`` against the computation of PEFT and of LyCORIS themselves.
+"""``lora``, ``lokr``, ``krona``, ``loha`` and ``gralora`` against the computation of PEFT and of LyCORIS themselves.
 
 Their adapter tensors, filled with random numbers, become our parameters; the ΔW, the outputs and the gradients
 must be theirs to 1e-12 in float64. Where a peer errs or has a convention of its own, a test named ``test_fault_…``
@@ -21,6 +21,9 @@ from hypothesis import strategies as st
 from tnadapt import Config, SuperLoRA, presets
 from tnadapt.errors import ConfigError
 
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
 TOLERANCE = 1e-12
 
 SIZES = st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(1, 30))
@@ -32,23 +35,17 @@ ALPHAS = st.none() | st.floats(0.125, 32.0)
 PRODUCTS = st.tuples(st.integers(1, 7), st.integers(1, 7)).map(lambda pair: pair[0] * pair[1])
 
 
-@pytest.fixture(scope="module")
-def torch() -> Iterator[Any]:
-    torch = pytest.importorskip("torch")
-    # These matrices are tiny, and threads that wait for each other on busy cores take ten times as long.
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """These matrices are tiny, and threads that wait for each other on busy cores take ten times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield torch
+    yield
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def peft(torch: Any) -> Any:
-    return pytest.importorskip("peft")
-
-
-@pytest.fixture(scope="module")
-def lycoris(torch: Any) -> Any:
+def lycoris() -> Any:
     pytest.importorskip("lycoris")
     from lycoris.functional import factorization, locon, loha, lokr
     from lycoris.modules.locon import LoConModule
@@ -57,7 +54,7 @@ def lycoris(torch: Any) -> Any:
 
     return types.SimpleNamespace(
         factorization=factorization,
-        functional=types.SimpleNamespace(lora=locon, loha=loha, lokr=lokr),
+        functional={"lora": locon, "loha": loha, "lokr": lokr},
         modules={"lora": LoConModule, "loha": LohaModule, "lokr": LokrModule},
     )
 
@@ -96,21 +93,17 @@ def check_equal(configs: Sequence[Config], arrays: Sequence[Mapping[str, Any]], 
 
 def check_gradients(ours: Sequence[Any], theirs: Sequence[Any], modules: Sequence[Any], draw: Callable) -> None:
     """The gradient that the peer's own parameters get through our ΔW is the one they get through its own."""
-    from torch.autograd import grad
-
     for own, other, module in zip(ours, theirs, modules, strict=True):
         leaves = [param for param in module.parameters() if param.requires_grad]
         assert leaves
         weights = draw(*other.shape)
-        through_ours, through_theirs = (grad((delta * weights).sum(), leaves) for delta in (own, other))
+        through_ours, through_theirs = (torch.autograd.grad((delta * weights).sum(), leaves) for delta in (own, other))
         for mine, its in zip(through_ours, through_theirs, strict=True):
             assert error(mine, its) <= TOLERANCE
 
 
 def drawer(seed: int) -> Callable:
     """Normal float64 tensors, one after another, from a generator of their own."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
 
@@ -125,6 +118,15 @@ def our_arrays(method: str, get: Callable[[str], Any]) -> dict[str, Any]:
     """Their tensors under our names; ``get`` finds one by its name in PEFT, or None. Views, so gradients flow."""
     if method == "lora":
         return {"split0.factor0": get("lora_B"), "split0.factor1": get("lora_A").T}
+    if method == "gralora":
+        # PEFT has A of each block of inputs, with r / k columns for each block of outputs, and B the other way around.
+        a, b = get("gralora_A"), get("gralora_B")
+        k, rank = len(a), a.shape[2] // len(a)
+        blocks, part = list(itertools.product(range(k), repeat=2)), [slice(n * rank, (n + 1) * rank) for n in range(k)]
+        return {
+            "split0.factor1": torch.stack([b[out, part[into]].T for out, into in blocks]),
+            "split0.factor2": torch.stack([a[into][:, part[out]] for out, into in blocks]),
+        }
     stem = {"lokr": "lokr_w", "loha": "hada_w"}[method]
     arrays = {}
     for k in (0, 1):
@@ -164,10 +166,8 @@ def lokr_config(
 # -- PEFT --------------------------------------------------------------------------------------
 
 
-def peft_model(peft: Any, config: Any, sizes: Sequence[int], draw: Callable) -> tuple[Any, list[Any]]:
+def peft_model(config: Any, sizes: Sequence[int], draw: Callable) -> tuple[Any, list[Any]]:
     """Linear layers from size to size, adapted, all of it random; and the adapted layers."""
-    import torch
-
     layers = [torch.nn.Linear(cols, rows) for cols, rows in itertools.pairwise(sizes)]
     config.target_modules = [str(i) for i in range(len(layers))]
     model = peft.get_peft_model(torch.nn.Sequential(*layers), config).double().eval()
@@ -185,14 +185,10 @@ def peft_arrays(method: str, layer: Any) -> dict[str, Any]:
     return our_arrays(method, get)
 
 
-def check_peft(
-    peft: Any, method: str, peft_config: Any, configs: Sequence[Config], sizes: Sequence[int], seed: int
-) -> list[dict[str, Any]]:
-    """ΔW, its gradients, the output of the model and the merged weights; returns the arrays of each layer."""
-    import torch
-
+def check_peft(method: str, peft_config: Any, configs: Sequence[Config], sizes: Sequence[int], seed: int) -> None:
+    """ΔW, its gradients, the output of the model and the merged weights."""
     draw = drawer(seed)
-    model, layers = peft_model(peft, peft_config, sizes, draw)
+    model, layers = peft_model(peft_config, sizes, draw)
     arrays = [peft_arrays(method, layer) for layer in layers]
     theirs = [layer.get_delta_weight("default") for layer in layers]
     ours = check_equal(configs, arrays, theirs)
@@ -206,25 +202,23 @@ def check_peft(
         assert error(expected, model(x)) <= TOLERANCE
         for layer, weight in zip(model.merge_and_unload(), weights, strict=True):
             assert error(weight, layer.weight) <= TOLERANCE
-    return arrays
 
 
 @pytest.mark.law("peft-agrees")
+@pytest.mark.parametrize("method", ["lora", "loha"])
 @given(sizes=SIZES, rank=RANKS, alpha=ALPHAS, seed=SEEDS)
 @example(sizes=(12, 8, 18), rank=3, alpha=16.0, seed=0)
-def test_lora_is_peft_s(peft: Any, sizes: tuple[int, ...], rank: int, alpha: float | None, seed: int) -> None:
-    theirs = peft.LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha)
-    check_peft(peft, "lora", theirs, [presets.lora(rank=rank, alpha=alpha)] * 2, sizes, seed)
-
-
-# PEFT rounds LoHa's alpha / r to float32 (a test below): here are scales that float32 has.
-@pytest.mark.law("peft-agrees")
-@given(sizes=SIZES, rank=RANKS, sixteenths=st.integers(1, 64), seed=SEEDS)
-@example(sizes=(12, 8, 18), rank=3, sixteenths=40, seed=0)
-def test_loha_is_peft_s(peft: Any, sizes: tuple[int, ...], rank: int, sixteenths: int, seed: int) -> None:
-    alpha = rank * sixteenths / 16
-    theirs = peft.LoHaConfig(r=rank, alpha=alpha)
-    check_peft(peft, "loha", theirs, [presets.loha(rank=rank, alpha=alpha)] * 2, sizes, seed)
+def test_lora_and_loha_are_peft_s(
+    method: str, sizes: tuple[int, ...], rank: int, alpha: float | None, seed: int
+) -> None:
+    whole = float(rank) if alpha is None else alpha
+    if method == "lora":
+        theirs = peft.LoraConfig(r=rank, lora_alpha=whole)
+    else:
+        # PEFT rounds LoHa's alpha / r to float32 (a test below): here are scales that float32 has.
+        alpha = whole = rank * float(np.float32(whole / rank))
+        theirs = peft.LoHaConfig(r=rank, alpha=whole)
+    check_peft(method, theirs, [getattr(presets, method)(rank=rank, alpha=alpha)] * 2, sizes, seed)
 
 
 @pytest.mark.law("peft-agrees")
@@ -242,11 +236,11 @@ def test_loha_is_peft_s(peft: Any, sizes: tuple[int, ...], rank: int, sixteenths
 @example(sizes=(39, 22), rank=2, alpha=5.0, both=True, seed=0)
 @example(sizes=(13, 7), rank=1, alpha=5.0, both=False, seed=0)
 def test_lokr_and_krona_of_balanced_sizes_are_peft_s(
-    peft: Any, sizes: tuple[int, ...], rank: int, alpha: float | None, both: bool, seed: int
+    sizes: tuple[int, ...], rank: int, alpha: float | None, both: bool, seed: int
 ) -> None:
     configs = [lokr_config((rows, cols), rank, alpha, both) for cols, rows in itertools.pairwise(sizes)]
     theirs = peft.LoKrConfig(r=rank, alpha=rank if alpha is None else alpha, decompose_both=both)
-    check_peft(peft, "lokr", theirs, configs, sizes, seed)
+    check_peft("lokr", theirs, configs, sizes, seed)
 
 
 @pytest.mark.law("peft-agrees")
@@ -255,27 +249,11 @@ def test_lokr_and_krona_of_balanced_sizes_are_peft_s(
     seed=SEEDS,
 )  # fmt: skip
 @example(rows=3, cols=2, k=2, rank=2, alpha=16.0, seed=0)
-def test_gralora_is_peft_s(
-    peft: Any, torch: Any, rows: int, cols: int, k: int, rank: int, alpha: float | None, seed: int
-) -> None:
-    r, rows, cols = rank * k, rows * k, cols * k
+def test_gralora_is_peft_s(rows: int, cols: int, k: int, rank: int, alpha: float | None, seed: int) -> None:
+    r = rank * k
     whole = r if alpha is None else alpha
-    theirs = peft.GraloraConfig(r=r, alpha=whole, gralora_k=k, target_modules=["0"], init_weights=False)
-    torch.manual_seed(seed % 1000)
-    layer = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(cols, rows)), theirs).base_model.model[0]
-    expected = layer.get_delta_weight("default").detach().numpy().astype(np.float64)
-    # PEFT has A of each block of inputs, with r / k columns for each block of outputs, and B the other way around.
-    a, b = (np.asarray(part["default"].detach(), np.float64) for part in (layer.gralora_A, layer.gralora_B))
-    config = presets.gralora(r, k, alpha=whole)
-    plan = SuperLoRA(config, [(rows, cols)])
-    blocks = [(out, into) for out in range(k) for into in range(k)]
-    part = [slice(block * rank, (block + 1) * rank) for block in range(k)]
-    params = {
-        "group0.split0.factor1": np.stack([b[out, part[into]].T for out, into in blocks]),
-        "group0.split0.factor2": np.stack([a[into][:, part[out]] for out, into in blocks]),
-    }
-    assert plan.num_parameters == a.size + b.size
-    assert error(plan.deltas(params)[0], expected) < 1e-6
+    theirs = peft.GraloraConfig(r=r, alpha=whole, gralora_k=k, init_weights=False)
+    check_peft("gralora", theirs, [presets.gralora(r, k, alpha=alpha)], (cols * k, rows * k), seed)
 
 
 # PEFT's decompose_factor f is our split_size=f wherever f divides, even where W1 is then the larger of the two.
@@ -287,29 +265,23 @@ def test_gralora_is_peft_s(
 @example(factor=7, of_cols=9, of_rows=2, rank=3, alpha=16.0, both=True, seed=0)
 @example(factor=7, of_cols=2, of_rows=3, rank=1, alpha=16.0, both=False, seed=0)
 def test_lokr_of_a_given_size_is_peft_s(
-    peft: Any, factor: int, of_cols: int, of_rows: int, rank: int, alpha: float | None, both: bool, seed: int
+    factor: int, of_cols: int, of_rows: int, rank: int, alpha: float | None, both: bool, seed: int
 ) -> None:
     cols, rows = factor * of_cols, factor * of_rows
     config = lokr_config((rows, cols), rank, alpha, both, split_size=factor)
     theirs = peft.LoKrConfig(
         r=rank, alpha=rank if alpha is None else alpha, decompose_both=both, decompose_factor=factor
     )
-    check_peft(peft, "lokr", theirs, [config], (cols, rows), seed)
+    check_peft("lokr", theirs, [config], (cols, rows), seed)
 
 
-def test_balanced_sizes_are_peft_s_and_lycoris_s(peft: Any, lycoris: Any) -> None:
+def test_sizes_of_the_factors_are_the_peers(lycoris: Any) -> None:
     from peft.tuners.lokr.layer import factorization
 
     for size in range(1, 513):
         w1, w2 = split_shapes((size, size), "balanced")
         assert (w1[0], w2[0]) == factorization(size, -1) == lycoris.factorization(size, -1)
-
-
-@pytest.mark.parametrize("factor", range(1, 13))
-def test_given_sizes_are_the_peers_where_the_factor_divides(peft: Any, lycoris: Any, factor: int) -> None:
-    from peft.tuners.lokr.layer import factorization
-
-    for size in range(1, 145):
+    for factor, size in itertools.product(range(1, 13), range(1, 145)):
         w1, w2 = split_shapes((size, size), factor)
         ours, divides = (w1[0], w2[0]), size % factor == 0
         # Where f does not divide, ours is larger and cut; theirs is another f.
@@ -318,8 +290,8 @@ def test_given_sizes_are_the_peers_where_the_factor_divides(peft: Any, lycoris: 
         assert (ours == lycoris.factorization(size, factor)) == (divides and factor**2 <= size)
 
 
-def test_fault_peft_rounds_the_scale_of_loha_to_float32(peft: Any) -> None:
-    _, (layer,) = peft_model(peft, peft.LoHaConfig(r=3, alpha=1.0), (12, 8), drawer(0))
+def test_fault_peft_rounds_the_scale_of_loha_to_float32() -> None:
+    _, (layer,) = peft_model(peft.LoHaConfig(r=3, alpha=1.0), (12, 8), drawer(0))
     arrays = {f"group0.{name}": array for name, array in peft_arrays("loha", layer).items()}
     theirs = layer.get_delta_weight("default")
     rounded = 3 * float(np.float32(1 / 3))
@@ -335,8 +307,6 @@ def lycoris_module(
     lycoris: Any, method: str, shape: tuple[int, int], rank: int, alpha: float | None, draw: Callable, **settings: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
     """A linear layer, its LyCORIS module, all of it random, and the arrays by our names."""
-    import torch
-
     rows, cols = shape
     linear = torch.nn.Linear(cols, rows).double()
     fill(linear, draw)
@@ -352,12 +322,25 @@ def lycoris_module(
     return linear, module, our_arrays(method, get)
 
 
+def lycoris_weights(method: str, arrays: Mapping[str, Any]) -> list[Any]:
+    """What the functions of ``lycoris.functional`` take: for LoKr w1, w1a, w1b, w2, w2a, w2b, t2."""
+    get = {name: array.detach() for name, array in arrays.items()}.get
+    if method == "lora":
+        return [get("split0.factor1").T, get("split0.factor0"), None]
+    if method == "loha":
+        halves = [(get(f"split{k}.factor1").T, get(f"split{k}.factor0")) for k in (0, 1)]
+        return [*halves[0], *halves[1], None, None]
+    weights = []
+    for k in (0, 1):
+        second = get(f"split{k}.factor1")
+        weights += [get(f"split{k}.dense"), get(f"split{k}.factor0"), None if second is None else second.T]
+    return [*weights, None]
+
+
 def check_lycoris(
     lycoris: Any, method: str, config: Config, shape: tuple[int, int], seed: int, **settings: Any
-) -> dict[str, Any]:
-    """ΔW as the forward pass makes it, its gradients, and both forms of the forward pass; returns the arrays."""
-    import torch
-
+) -> None:
+    """ΔW as the forward pass and as the function make it, its gradients, and both forms of the forward pass."""
     draw = drawer(seed)
     linear, module, arrays = lycoris_module(lycoris, method, shape, config.rank, config.alpha, draw, **settings)
     if method == "lora":
@@ -371,45 +354,24 @@ def check_lycoris(
     with torch.no_grad():
         assert error(x @ (linear.weight + ours[0]).T + linear.bias, module(x)) <= TOLERANCE
         assert error(x @ ours[0].T, module.bypass_forward_diff(x)) <= TOLERANCE
-    return arrays
+    gamma = config.rank if config.alpha is None else config.alpha
+    # LoKr's function, and only this one, divides gamma by the rank itself: a test below.
+    gamma /= 1 if method == "lokr" else config.rank
+    function = lycoris.functional[method].diff_weight
+    check_equal([config], [arrays], [function(*lycoris_weights(method, arrays), gamma=gamma)])
 
 
 SHAPES = st.tuples(st.integers(1, 30), st.integers(1, 30))
 
 
 @pytest.mark.law("lycoris-agrees")
+@pytest.mark.parametrize("method", ["lora", "loha"])
 @given(shape=SHAPES, rank=RANKS, alpha=ALPHAS, seed=SEEDS)
 @example(shape=(8, 12), rank=3, alpha=16.0, seed=0)
-def test_lora_is_lycoris_s(lycoris: Any, shape: tuple[int, int], rank: int, alpha: float | None, seed: int) -> None:
-    arrays = check_lycoris(lycoris, "lora", presets.lora(rank=rank, alpha=alpha), shape, seed)
-    gamma = 1.0 if alpha is None else alpha / rank
-    up, down = (array.detach() for array in (arrays["split0.factor0"], arrays["split0.factor1"].T))
-    theirs = lycoris.functional.lora.diff_weight(down, up, None, gamma=gamma)
-    check_equal([presets.lora(rank=rank, alpha=alpha)], [arrays], [theirs])
-
-
-@pytest.mark.law("lycoris-agrees")
-@given(shape=SHAPES, rank=RANKS, alpha=ALPHAS, seed=SEEDS)
-@example(shape=(8, 12), rank=3, alpha=16.0, seed=0)
-def test_loha_is_lycoris_s(lycoris: Any, shape: tuple[int, int], rank: int, alpha: float | None, seed: int) -> None:
-    arrays = check_lycoris(lycoris, "loha", presets.loha(rank=rank, alpha=alpha), shape, seed)
-    gamma = 1.0 if alpha is None else alpha / rank
-    halves = []
-    for k in (0, 1):
-        halves += [arrays[f"split{k}.factor1"].T.detach(), arrays[f"split{k}.factor0"].detach()]
-    theirs = lycoris.functional.loha.diff_weight(*halves, None, None, gamma=gamma)
-    check_equal([presets.loha(rank=rank, alpha=alpha)], [arrays], [theirs])
-
-
-def lycoris_lokr_weights(arrays: Mapping[str, Any]) -> list[Any]:
-    """w1, w1a, w1b, w2, w2a, w2b, t2: what the functions of ``lycoris.functional.lokr`` take."""
-    weights = []
-    for k in (0, 1):
-        if f"split{k}.dense" in arrays:
-            weights += [arrays[f"split{k}.dense"].detach(), None, None]
-        else:
-            weights += [None, arrays[f"split{k}.factor0"].detach(), arrays[f"split{k}.factor1"].T.detach()]
-    return [*weights, None]
+def test_lora_and_loha_are_lycoris_s(
+    lycoris: Any, method: str, shape: tuple[int, int], rank: int, alpha: float | None, seed: int
+) -> None:
+    check_lycoris(lycoris, method, getattr(presets, method)(rank=rank, alpha=alpha), shape, seed)
 
 
 @pytest.mark.law("lycoris-agrees")
@@ -423,11 +385,7 @@ def test_lokr_and_krona_are_lycoris_s(
     config = lokr_config(shape, rank, alpha, both)
     if config.format == "dense":
         config = config.replace(alpha=None)  # the one alpha that LyCORIS takes there: a test below
-    arrays = check_lycoris(lycoris, "lokr", config, shape, seed, decompose_both=both)
-    # This function, and only this one, divides gamma by the rank itself: a test below.
-    gamma = rank if config.alpha is None else config.alpha
-    theirs = lycoris.functional.lokr.diff_weight(*lycoris_lokr_weights(arrays), gamma=gamma)
-    check_equal([config], [arrays], [theirs])
+    check_lycoris(lycoris, "lokr", config, shape, seed, decompose_both=both)
 
 
 # LyCORIS has f in W1 as we do up to the square root of the size.
@@ -452,7 +410,7 @@ def changed(what: str) -> str:
 def test_fault_lycoris_ignores_alpha_if_both_factors_of_lokr_are_full(lycoris: Any, alpha: float) -> None:
     draw = drawer(0)
     _, module, arrays = lycoris_module(lycoris, "lokr", (8, 12), 2, alpha, draw)
-    theirs, weights, x = module.get_weight((8, 12)), lycoris_lokr_weights(arrays), draw(5, 12)
+    theirs, weights, x = module.get_weight((8, 12)), lycoris_weights("lokr", arrays), draw(5, 12)
     unscaled = check_equal([presets.krona(rank=2, alpha=2)], [arrays], [theirs])[0]
     what = "ignores alpha where both factors of LoKr are full"
     scaled = SuperLoRA(presets.krona(rank=2, alpha=alpha), [(8, 12)]).deltas(
@@ -460,7 +418,7 @@ def test_fault_lycoris_ignores_alpha_if_both_factors_of_lokr_are_full(lycoris: A
     )[0]
     assert error(scaled, theirs) > 0.1, changed(what)
     # So do its functions, and what it saves as alpha is the rank.
-    function = lycoris.functional.lokr
+    function = lycoris.functional["lokr"]
     assert error(unscaled, function.diff_weight(*weights, gamma=alpha)) <= TOLERANCE, changed(what)
     output = function.bypass_forward_diff(x, None, *weights, gamma=alpha)
     assert error(x @ unscaled.T, output) <= TOLERANCE, changed(what)
@@ -489,9 +447,9 @@ def test_fault_lycoris_scales_lokr_and_loha_twice_on_merge(
 def test_convention_lycoris_s_lokr_function_divides_gamma_by_the_rank(lycoris: Any) -> None:
     rank, alpha = 2, 6.0
     _, _, arrays = lycoris_module(lycoris, "lokr", (30, 36), rank, alpha, drawer(0))
-    weights = lycoris_lokr_weights(arrays)
+    weights = lycoris_weights("lokr", arrays)
     # Its docstring says alpha / rank, which is what its siblings for LoRA and LoHa take.
-    theirs = lycoris.functional.lokr.diff_weight(*weights, gamma=alpha / rank)
+    theirs = lycoris.functional["lokr"].diff_weight(*weights, gamma=alpha / rank)
     check_equal([presets.lokr(rank=rank, alpha=alpha / rank)], [arrays], [theirs])
 
 

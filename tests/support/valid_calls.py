@@ -19,14 +19,13 @@ from torch import nn
 import tnadapt as tna
 import tnadapt.torch as tnt
 import tnadapt.torch.peft
+from tests.frozen.settings import CALLS as PRESET_CALLS
 from tnadapt import checkpoints, decomposition, finetune, maps, planning, presets, sources, tensors
+from tnadapt.algebra import starting_points
 from tnadapt.algebra.formats import Format
-from tnadapt.algebra.maps import Map
-from tnadapt.algebra.starting_points import Start
 from tnadapt.checkpoints.fingerprint import fingerprint
 from tnadapt.convert import FileFormat
-from tnadapt.targets.attention_layouts import AttentionLayout, rules
-from tnadapt.torch._trainer_checkpoints import _METHODS as METHODS
+from tnadapt.targets import attention_layouts as layouts
 
 __all__ = ["CALLS", "OWNERS", "Workbench"]
 
@@ -114,7 +113,8 @@ class Workbench:
 
     def trainer(self) -> Any:
         """Return the least of transformers' Trainer."""
-        return types.SimpleNamespace(model=self.adapted(), args=None, **dict.fromkeys(METHODS, lambda: None))
+        methods = {name: lambda: None for name in vars(transformers.Trainer) if not name.startswith("__")}
+        return types.SimpleNamespace(model=self.adapted(), args=None, **methods)
 
     @staticmethod
     def given_start() -> Any:
@@ -181,36 +181,19 @@ def _composite() -> tna.CompositeConfig:
     return tna.CompositeConfig([(presets.lora(2), 1), (presets.lora(1), 1)])
 
 
-def _cp() -> Any:
-    return tna.cp(np.random.default_rng(0).normal(size=(3, 4, 5)), 2)
+def _tensor(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape or (3, 4, 5))
 
 
-def _tucker() -> Any:
-    return tna.tucker(np.random.default_rng(0).normal(size=(3, 4, 5)), 2)
-
-
-def _train() -> Any:
-    return tna.tensor_train(np.random.default_rng(0).normal(size=(3, 4, 5)), 2)
-
-
-def _ring() -> Any:
-    return tensors.random_tr((3, 4, 5), 2, random_state=0)
-
-
-def _matrix_train() -> Any:
-    return tensors.random_tt_matrix((2, 3), (3, 2), 2, random_state=0)
-
-
-def _kronecker() -> Any:
-    return tna.kronecker_decomposition(np.random.default_rng(0).normal(size=(4, 6)), [(2, 3), (2, 2)], 2)
-
-
-def _hadamard() -> Any:
-    return tensors.HadamardTensor([_cp(), _cp()])
-
-
-def _tensor() -> np.ndarray:
-    return np.random.default_rng(0).normal(size=(3, 4, 5))
+TENSORS: dict[str, Callable[[], Any]] = {
+    "CPTensor": lambda: tna.cp(_tensor(), 2),
+    "TuckerTensor": lambda: tna.tucker(_tensor(), 2),
+    "TTTensor": lambda: tna.tensor_train(_tensor(), 2),
+    "TRTensor": lambda: tensors.random_tr((3, 4, 5), 2, random_state=0),
+    "TTMatrix": lambda: tensors.random_tt_matrix((2, 3), (3, 2), 2, random_state=0),
+    "KroneckerTensor": lambda: tna.kronecker_decomposition(_tensor(4, 6), [(2, 3), (2, 2)], 2),
+    "HadamardTensor": lambda: tensors.HadamardTensor([tna.cp(_tensor(), 2), tna.cp(_tensor(), 2)]),
+}
 
 
 class PlainFormat(FileFormat):
@@ -230,89 +213,62 @@ def _mine(base: type) -> type:
 
 Arguments = Callable[[Workbench], Mapping[str, Any]]
 
-TENSORS = ("CPTensor", "TuckerTensor", "TTTensor", "TRTensor", "TTMatrix", "KroneckerTensor", "HadamardTensor")
-_FIT = {"tol": 1e-3, "max_iterations": 3, "callback": None}
-_PARTLY = {"mask": None, "weights": None}
-_DRAW = {"random_state": 0, "backend": "numpy", "dtype": "float64", "device": None}
-_OWN_SIZES = {"layers": 2, "rows": 4, "cols": 6, "heads": 2, "head_size": None, "matrices": 2}
-_LOADING = {"check_base": True, "untie": False, "keep_tied": False, "detach_norm": False, "dropout": 0.0}
+_FIT = {"random_state": 0, "tol": 1e-3, "max_iterations": 3}
 
-#: The keyword arguments of a valid call; of all parameters that the test varies.
+#: The keyword arguments of a valid call, without those that are the default of their parameter.
 CALLS: dict[str, Arguments] = {
     # -- tnadapt ---------------------------------------------------------------------------------
-    "AdapterFile": lambda b: {
-        "config": b.config, "targets": b.targets, "arrays": b.plan.init(), "kept": {}, "dtypes": {}, "base": None,
-        "activation": None, "model": "", "trained": None, "given": {}, "pretrained": None,
-    },
-    "AdapterFile.with_base": lambda b: {"weights": list(b.weights.values()), "progress": None},
+    "AdapterFile": lambda b: {"config": b.config, "targets": b.targets, "arrays": b.plan.init()},
+    "AdapterFile.with_base": lambda b: {"weights": list(b.weights.values())},
     "AdapterFile.draws_without": lambda b: {"left_out": []},
     "CompositeConfig": lambda b: {"parts": [(presets.lora(2), 1), (presets.lora(1), 1)]},
     "CompositeConfig.from_dict": lambda b: {"settings": _composite().to_dict()},
     "CompositeConfig.replace": lambda b: {"seed": 1},
     "CompositeConfig.split": lambda b: {"items": ["a", "b"]},
-    "Config": lambda b: {
-        "rank": 4, "order": 2, "splits": 1, "groups": "weight", "fold": "stack", "format": "cp",
-        "combine": "kronecker", "split_size": "balanced", "leading": "dense", "terms": 1, "projection": "identity",
-        "ratio": 1.0, "shared": True, "alpha": None, "seed": 0, "sources": {}, "on": "vector", "before": None,
-        "parameters": None, "scope": "plan", "offset": True, "weight_shape": None, "axes": None, "apply": "add",
-        "magnitude_axis": "rows", "start": "zero", "rate": "sgd",
-    },
+    "Config": lambda b: {},
     "Config.from_dict": lambda b: {"settings": b.config.to_dict()},
     "Config.replace": lambda b: {"rank": 3},
     "Config.split": lambda b: {"items": ["a", "b"]},
-    "Pretrained": lambda b: {
-        "name": "org/model", "revision": "", "file": "", "library": "transformers", "task": "", "labels": (),
-        "dtype": "", "settings": {}, "inputs": {},
-    },
-    "Pretrained.from_dict": lambda b: {"values": tna.Pretrained("org/model").to_dict(), "labels": ()},
-    "ProgressBar": lambda b: {"title": ""},
-    "ProgressBar.update": lambda b: {"done": 0.5, "words": ""},
+    "Pretrained": lambda b: {"name": "org/model"},
+    "Pretrained.from_dict": lambda b: {"values": tna.Pretrained("org/model").to_dict()},
+    "ProgressBar": lambda b: {},
+    "ProgressBar.update": lambda b: {"done": 0.5},
     "ProgressBar.counts": lambda b: {"done": 1, "total": 2},
     "ProgressBar.steps": lambda b: {"step": decomposition.Step(0, 1, 1, 0.5)},
     "ProgressBar.iterations": lambda b: {"number": 1, "error": 0.5},
     "ProgressBar.lines": lambda b: {"line": "x"},
-    "Projection": lambda b: {"kind": "linear", "n_in": 4, "n_out": 8, "seed": 0, "group": 0},
+    "Projection": lambda b: {"kind": "linear", "n_in": 4, "n_out": 8},
     "Projection.__call__": lambda b: {"x": b.matrix(4)},
-    "Projection.on_weights": lambda b: {"kind": "linear", "shapes": SHAPES, "ratio": 0.5, "seed": 0, "group": 0},
-    "Projection.share": lambda b: {"other": tna.Projection("linear", 4, 8), "digest": False},
+    "Projection.on_weights": lambda b: {"kind": "linear", "shapes": SHAPES, "ratio": 0.5},
+    "Projection.share": lambda b: {"other": tna.Projection("linear", 4, 8)},
     "Projection.slice": lambda b: {"x": b.matrix(4), "start": 0, "stop": 8},
-    "Projection.adjoint": lambda b: {"y": b.matrix(8), "at": None},
+    "Projection.adjoint": lambda b: {"y": b.matrix(8)},
     "RowIndices": lambda b: {"numbers": (0, 2)},
     "Rows": lambda b: {"start": 0, "length": 2, "stride": 3, "count": 1},
-    "SuperLoRA": lambda b: {
-        "config": b.config, "shapes": SHAPES, "layers": None, "roles": None, "given": None, "start_from": None,
-    },
-    "SuperLoRA.arrays": lambda b: {"params": b.params(), "dtype": None},
-    "SuperLoRA.delta": lambda b: {"params": b.params(), "i": 0, "dtype": None},
-    "SuperLoRA.deltas": lambda b: {"params": b.params(), "dtype": None},
+    "SuperLoRA": lambda b: {"config": b.config, "shapes": SHAPES},
+    "SuperLoRA.arrays": lambda b: {"params": b.params()},
+    "SuperLoRA.delta": lambda b: {"params": b.params(), "i": 0},
+    "SuperLoRA.deltas": lambda b: {"params": b.params()},
     "SuperLoRA.from_arrays": lambda b: {"arrays": b.params()},
-    "SuperLoRA.init": lambda b: {"backend": "numpy", "dtype": "float32", "device": None, "trained": None},
+    "SuperLoRA.init": lambda b: {},
     "SuperLoRA.largest_rank": lambda b: {"i": 0},
-    "SuperLoRA.merged": lambda b: {
-        "params": b.params(), "weights": list(b.weights.values()), "dtype": None, "detach_norm": False,
-    },
+    "SuperLoRA.merged": lambda b: {"params": b.params(), "weights": list(b.weights.values())},
     "SuperLoRA.part_of": lambda b: {"i": 0},
-    "SuperLoRA.starts": lambda b: {"trained": None},
+    "SuperLoRA.starts": lambda b: {},
     "SuperLoRA.to_arrays": lambda b: {"params": b.params()},
     "SuperLoRA.units_for": lambda b: {"rate": "adam"},
-    "SuperLoRA.vector": lambda b: {"params": b.params(), "start": 0, "stop": 8, "dtype": None},
-    "SuperLoRA.with_base": lambda b: {"weights": list(b.weights.values()), "progress": None},
+    "SuperLoRA.vector": lambda b: {"params": b.params(), "stop": 8},
+    "SuperLoRA.with_base": lambda b: {"weights": list(b.weights.values())},
     "SuperLoRA.with_start": lambda b: {"arrays": b.params()},
     "SuperLoRA.with_units": lambda b: {"units": dict.fromkeys(b.plan.param_shapes, 1.0)},
-    "Target": lambda b: {
-        "module": "attn.q", "stored": (4, 6), "role": "q", "parameter": "weight", "rows": None, "transposed": False,
-        "layer": "", "index": None, "tied": (),
-    },
+    "Target": lambda b: {"module": "attn.q", "stored": (4, 6), "role": "q"},
     "Target.from_list": lambda b: {"value": b.targets[0].to_list()},
     "Target.renamed": lambda b: {"module": "attn.k"},
     "Target.block": lambda b: {"stored": b.matrix(4, 6)},
     "Target.select": lambda b: {"stored": b.matrix(4, 6)},
     "Target.like_block": lambda b: {"matrix": b.matrix(4, 6)},
     "Target.write": lambda b: {"stored": b.matrix(4, 6), "matrix": b.matrix(4, 6)},
-    "convert": lambda b: {
-        "source": b.file, "out": None, "to": "peft-lora", "rank": None, "max_error": None, "base": None, "part": None,
-        "dtype": None, "without_kept": False, "overwrite": False,
-    },
+    "convert": lambda b: {"source": b.file, "to": "peft-lora"},
     "cp_to_tensor": lambda b: {"cp": (None, [np.ones((3, 2)), np.ones((4, 2))])},
     "tucker_to_tensor": lambda b: {"tucker": (np.ones((2, 2)), [np.ones((3, 2)), np.ones((4, 2))])},
     "tt_to_tensor": lambda b: {"cores": [np.ones((1, 3, 2)), np.ones((2, 4, 1))]},
@@ -321,149 +277,99 @@ CALLS: dict[str, Arguments] = {
     "hypercube_shape": lambda b: {"size": 100, "order": 3},
     "to_hypercube": lambda b: {"vec": b.matrix(100), "order": 3},
     "from_hypercube": lambda b: {"tensor": tna.to_hypercube(b.matrix(100), 3), "size": 100},
-    "fwht": lambda b: {"x": b.matrix(8, 4), "axis": 0, "normalize": True, "out": None},
+    "fwht": lambda b: {"x": b.matrix(8, 4), "axis": 0},
     "geometry": lambda b: {"dense": b.matrix(8, 6), "variant": b.matrix(8, 6), "k": 3},
-    "decompose": lambda b: {
-        "deltas": [b.matrix(4, 6)] * 2, "cfg": b.config, "layers": None, "roles": None, "base": None, "given": None,
-        "tol": 1e-3, "max_iterations": 3, "svd": "auto", "seed": 0, "progress": None,
-    },
+    "decompose": lambda b: {"deltas": [b.matrix(4, 6)] * 2, "cfg": b.config, "tol": 1e-3, "max_iterations": 3},
     "search_rank": lambda b: {"deltas": [b.matrix(4, 6)] * 2, "cfg": b.config, "max_error": 0.9, "max_rank": 4},
-    "extract": lambda b: {
-        "base": b.path("base.safetensors"), "tuned": b.path("tuned.safetensors"), "cfg": b.config, "targets": "qv",
-        "max_error": None, "max_rank": None, "keep_trainable": (), "compare": True, "progress": None,
-    },
-    "info": lambda b: {"path": b.path("adapter.safetensors"), "every": False},
-    "load": lambda b: {"path": b.path("adapter.safetensors"), "check_draws": True, "like": b.plan},
+    "extract": lambda b: {"base": b.path("base.safetensors"), "tuned": b.path("tuned.safetensors"), "cfg": b.config},
+    "info": lambda b: {"path": b.path("adapter.safetensors")},
+    "load": lambda b: {"path": b.path("adapter.safetensors"), "like": b.plan},
     "merge": lambda b: {
-        "base": b.path("base.safetensors"), "adapter": b.file, "out": b.new(".safetensors"), "overwrite": False,
-        "check_base": False, "progress": None,
+        "base": b.path("base.safetensors"), "adapter": b.file, "out": b.new(".safetensors"), "check_base": False,
     },
-    "parameter_count": lambda b: {"config": b.config, "shapes": SHAPES, "layers": None, "roles": None},
-    "plan": lambda b: {
-        "shapes": [(8, 8)], "budget": 40, "layers": None, "roles": None, "dtype": "float32", "by": ("parameters",),
-        "progress": None,
-    },
+    "parameter_count": lambda b: {"config": b.config, "shapes": SHAPES},
+    "plan": lambda b: {"shapes": [(8, 8)], "budget": 40, "by": ("parameters",)},
     "save": lambda b: {"path": b.new(".safetensors"), "adapter_file": b.file},
-    "verify": lambda b: {
-        "config": presets.lora(1), "shapes": [(3, 2)], "layers": None, "backends": ["numpy"], "seed": 0,
-        "progress": None, "roles": None,
-    },
+    "verify": lambda b: {"config": presets.lora(1), "shapes": [(3, 2)], "backends": ["numpy"]},
     "register_backend": lambda b: {"name": "mine", "factory": lambda: None},
     "register_format": lambda b: {"name": "mine", "cls": _mine(Format)},
     "register_layout": lambda b: {
-        "name": "mine", "layout": AttentionLayout(rules.by_head, ("qkv_proj",), ("MineAttention",), ("mine",)),
+        "name": "mine",
+        "layout": layouts.AttentionLayout(layouts.rules.by_head, ("qkv_proj",), ("MineAttention",), ("mine",)),
     },
-    "register_map": lambda b: {"name": "mine", "cls": _mine(Map)},
+    "register_map": lambda b: {"name": "mine", "cls": _mine(maps.Map)},
     "register_source": lambda b: {"name": "mine", "cls": _mine(sources.Source)},
-    "register_start": lambda b: {"name": "mine", "cls": _mine(Start)},
+    "register_start": lambda b: {"name": "mine", "cls": _mine(starting_points.Start)},
     # -- presets ---------------------------------------------------------------------------------
     **{
-        f"presets.{name}": functools.partial(lambda settings, b: dict(settings), settings)
-        for name, settings in {
-            "c3a": {"block": 2}, "cara": {"rank": 2, "weights": 2, "rows": 4, "cols": 6, "heads": 2, "head_size": None},
-            "compacter": {"rank": 1, "terms": 2}, "craft": {"rank": 2, "weights": 2}, "dora": {"rank": 2},
-            "fact_tk": {"rank": 2, "weights": 2, "rows": 4, "cols": 6},
-            "fact_tt": {"rank": 2, "weights": 2, "rows": 4, "cols": 6}, "fastfood": {"ratio": 0.1},
-            "fourierft": {"n": 3, "positions": None}, "gralora": {"rank": 2, "blocks": 2}, "hira": {"rank": 2},
-            "loca": {"n": 3, "positions": None}, "loha": {"rank": 2}, "lokr": {"rank": 2},
-            "lonkr": {"rank": 2, "splits": 2, "groups": 1, "split_size": 2}, "lora": {"rank": 2},
-            "lora_fa": {"rank": 2}, "lora_xs": {"rank": 2}, "lorta": {"rank": 2, "order": 3, "groups": 1},
-            "lorta_cp": {"rank": 2, **_OWN_SIZES},
-            "lotr": {"rank": 2, "weights": 2, "rows": 4, "cols": 6, "train": False},
-            "metatt": {"rank": 2, **_OWN_SIZES}, "miss": {"r": 2, "mini": None}, "nola": {"parameters": 5, "rank": 2},
-            "quanta": {"digits": (2, 3)}, "randlora": {"rank": 2, "rows": 4, "cols": 6}, "share_lora": {"rank": 2},
-            "shira": {"n": 3, "positions": None},
-            "superlora": {"rank": 2, "groups": 1, "projection": "identity", "ratio": 1.0},
-            "svft": {"rank": 2, "rows": 4, "cols": 6}, "tied_lora": {"rank": 2},
-            "tinylora": {"parameters": 3, "rank": 2}, "unilora": {"parameters": 5, "rank": 2},
-            "vera": {"rank": 2, "d_initial": 0.1}, "waveft": {"n": 3, "positions": None, "family": "haar"},
-        }.items()
+        f"presets.{name}": functools.partial(lambda settings, b: dict(settings), calls[0])
+        for name, calls in PRESET_CALLS.items()
+        if name not in ("dense", "krona")  # all their arguments are those of Config
     },
     # -- maps ------------------------------------------------------------------------------------
-    "maps.CenteredWavelet": lambda b: {"family": "haar"},
+    "maps.CenteredWavelet": lambda b: {},
     "maps.Chain": lambda b: {"parts": [maps.make_map("linear", 4, 8)]},
-    "maps.Circulant": lambda b: {"block": 2, "average": False},
+    "maps.Circulant": lambda b: {"block": 2},
     "maps.Gather": lambda b: {"size": 3},
     "maps.PerWeight": lambda b: {"parts": [maps.make_map("linear", 4, 8)]},
-    "maps.Scatter": lambda b: {"size": None, "positions": (0, 1)},
+    "maps.Scatter": lambda b: {"positions": (0, 1)},
     "maps.SignGather": lambda b: {"size": 3},
-    "maps.TiedElements": lambda b: {"normalized": False},
+    "maps.TiedElements": lambda b: {},
     "maps.Tile": lambda b: {"rows": 2, "cols": 2},
     "maps.TorchScatter": lambda b: {"size": 3, "seed": 1},
-    "maps.Wavelet": lambda b: {"family": "haar", "periodic": False},
+    "maps.Wavelet": lambda b: {},
     "maps.checked_projection": lambda b: {"given": "linear"},
-    "maps.input_length": lambda b: {"projection": "linear", "size": 8, "ratio": 0.5, "shapes": None},
-    "maps.make_map": lambda b: {"kind": "linear", "n_in": 4, "n_out": 8, "seed": 0, "group": 0, "ratio": None},
-    "maps.make_map_on_weights": lambda b: {"kind": "linear", "shapes": SHAPES, "ratio": 0.5, "seed": 0, "group": 0},
+    "maps.input_length": lambda b: {"projection": "linear", "size": 8, "ratio": 0.5},
+    "maps.make_map": lambda b: {"kind": "linear", "n_in": 4, "n_out": 8},
+    "maps.make_map_on_weights": lambda b: {"kind": "linear", "shapes": SHAPES, "ratio": 0.5},
     # -- sources ---------------------------------------------------------------------------------
-    "sources.FromBase": lambda b: {"side": "rows", "vectors": False},
-    "sources.Given": lambda b: {"shared": False},
+    "sources.FromBase": lambda b: {"side": "rows"},
+    "sources.Given": lambda b: {},
     "sources.Mixed": lambda b: {"of": sources.Seeded("normal")},
-    "sources.Scaled": lambda b: {"of": sources.Seeded("normal"), "size": True, "rank": False, "start": None},
-    "sources.Seeded": lambda b: {"distribution": "normal", "shared": True, "scale": None},
+    "sources.Scaled": lambda b: {"of": sources.Seeded("normal")},
+    "sources.Seeded": lambda b: {"distribution": "normal"},
     "sources.SourceMap": lambda b: {"sources": {"factor0": sources.Trained()}},
     "sources.Tied": lambda b: {"to": "group0.split0.factor0"},
     "sources.source_from_dict": lambda b: {"settings": sources.source_to_dict(sources.Trained())},
     "sources.source_to_dict": lambda b: {"source": sources.Trained()},
     # -- tensors ---------------------------------------------------------------------------------
-    "cp": lambda b: {
-        "tensor": _tensor(), "rank": 2, "max_error": None, **_PARTLY, "init": "svd", "fixed": (), "nonnegative": False,
-        "starts": 1, "random_state": 0, **_FIT,
-    },
-    "tucker": lambda b: {
-        "tensor": _tensor(), "rank": 2, "max_error": None, **_PARTLY, "init": "svd", "fixed": (), "nonnegative": False,
-        "svd": "auto", "random_state": 0, **_FIT, "memory": 1 << 20,
-    },
-    "tensor_train": lambda b: {
-        "tensor": _tensor(), "rank": 2, "max_error": None, **_PARTLY, "init": "svd", "fixed": (), "svd": "auto",
-        "random_state": 0, "sweeps": None, **_FIT, "memory": 1 << 20,
-    },
-    "tensor_ring": lambda b: {
-        "tensor": _tensor(), "rank": 2, "max_error": None, "init": "svd", "fixed": (), "starts": 1, "random_state": 0,
-        **_FIT,
-    },
+    "cp": lambda b: {"tensor": _tensor(), "rank": 2, **_FIT},
+    "tucker": lambda b: {"tensor": _tensor(), "rank": 2, **_FIT, "memory": 1 << 20},
+    "tensor_train": lambda b: {"tensor": _tensor(), "rank": 2, **_FIT, "memory": 1 << 20},
+    "tensor_ring": lambda b: {"tensor": _tensor(), "rank": 2, **_FIT},
     "tt_matrix": lambda b: {
-        "matrix": b.matrix(4, 6), "rank": 2, "rows": (2, 2), "cols": (2, 3), "max_error": None, "init": "svd",
-        "fixed": (), "svd": "auto", "random_state": 0, "sweeps": None, **_FIT,
+        "matrix": b.matrix(4, 6), "rank": 2, "rows": (2, 2), "cols": (2, 3), **_FIT,
     },
     "kronecker_decomposition": lambda b: {
-        "tensor": b.matrix(4, 6), "shapes": [(2, 3), (2, 2)], "terms": 1, "max_error": None, **_PARTLY, "starts": 1,
-        "random_state": 0, **_FIT,
+        "tensor": b.matrix(4, 6), "shapes": [(2, 3), (2, 2)], "terms": 1, **_FIT,
     },
-    "hadamard_decomposition": lambda b: {
-        "tensor": b.matrix(4, 6), "rank": 1, "parts": 2, "max_error": None, **_PARTLY, "random_state": 0, **_FIT,
-    },
+    "hadamard_decomposition": lambda b: {"tensor": b.matrix(4, 6), "rank": 1, **_FIT},
     "tensors.CPTensor": lambda b: {"weights": None, "factors": [np.ones((3, 2)), np.ones((4, 2))]},
     "tensors.TuckerTensor": lambda b: {"core": np.ones((2, 2)), "factors": [np.ones((3, 2)), np.ones((4, 2))]},
     "tensors.TTTensor": lambda b: {"cores": [np.ones((1, 3, 2)), np.ones((2, 4, 1))]},
     "tensors.TRTensor": lambda b: {"cores": [np.ones((2, 3, 2)), np.ones((2, 4, 2))]},
     "tensors.TTMatrix": lambda b: {"cores": [np.ones((1, 2, 3, 2)), np.ones((2, 4, 2, 1))]},
     "tensors.KroneckerTensor": lambda b: {"weights": None, "terms": [[np.ones((2, 3)), np.ones((2, 2))]]},
-    "tensors.HadamardTensor": lambda b: {"parts": [_cp(), _cp()]},
+    "tensors.HadamardTensor": lambda b: {"parts": [tna.cp(_tensor(), 2)] * 2},
     "tensors.unfold": lambda b: {"tensor": _tensor(), "mode": 1},
     "tensors.fold": lambda b: {"unfolded": b.matrix(4, 15), "mode": 1, "shape": (3, 4, 5)},
     "tensors.vec": lambda b: {"tensor": _tensor()},
     "tensors.tensor_to_vec": lambda b: {"tensor": _tensor()},
     "tensors.vec_to_tensor": lambda b: {"vector": b.matrix(60), "shape": (3, 4, 5)},
-    "tensors.mode_dot": lambda b: {
-        "tensor": _tensor(), "matrix_or_vector": np.ones((2, 4)), "mode": 1, "transpose": False,
-    },
+    "tensors.mode_dot": lambda b: {"tensor": _tensor(), "matrix_or_vector": np.ones((2, 4)), "mode": 1},
     "tensors.multi_mode_dot": lambda b: {
-        "tensor": _tensor(), "matrices_or_vectors": [np.ones((2, 3)), np.ones((2, 4))], "modes": [0, 1], "skip": None,
-        "transpose": False,
+        "tensor": _tensor(), "matrices_or_vectors": [np.ones((2, 3)), np.ones((2, 4))], "modes": [0, 1],
     },
-    "tensors.khatri_rao": lambda b: {
-        "matrices": [np.ones((3, 2)), np.ones((4, 2))], "weights": None, "skip_matrix": None,
-    },
+    "tensors.khatri_rao": lambda b: {"matrices": [np.ones((3, 2)), np.ones((4, 2))]},
     "tensors.row_khatri_rao": lambda b: {"matrices": [np.ones((3, 2)), np.ones((3, 4))]},
     "tensors.outer": lambda b: {"tensors": [np.ones(3), np.ones((4, 2))]},
-    "tensors.inner": lambda b: {"tensor1": _tensor(), "tensor2": _tensor(), "n_modes": None},
-    "tensors.contract": lambda b: {"equation": "ij->ji", "*tensors": [np.ones((3, 2))], "optimize": "auto"},
-    "tensors.random_cp": lambda b: {"shape": (3, 4), "rank": 2, "orthogonal": False, "normalized": False, **_DRAW},
-    "tensors.random_tucker": lambda b: {"shape": (3, 4), "rank": 2, "orthogonal": False, **_DRAW},
-    "tensors.random_tt": lambda b: {"shape": (3, 4), "rank": 2, **_DRAW},
-    "tensors.random_tr": lambda b: {"shape": (3, 4), "rank": 2, **_DRAW},
-    "tensors.random_tt_matrix": lambda b: {"rows": (2, 3), "cols": (3, 2), "rank": 2, **_DRAW},
+    "tensors.inner": lambda b: {"tensor1": _tensor(), "tensor2": _tensor()},
+    "tensors.contract": lambda b: {"equation": "ij->ji", "*tensors": [np.ones((3, 2))]},
+    **{
+        f"tensors.random_{name}": lambda b: {"shape": (3, 4), "rank": 2, "random_state": 0}
+        for name in ("cp", "tucker", "tt", "tr")
+    },
+    "tensors.random_tt_matrix": lambda b: {"rows": (2, 3), "cols": (3, 2), "rank": 2, "random_state": 0},
     **{
         f"tensors.{name}.{method}": arguments
         for name in TENSORS
@@ -480,65 +386,51 @@ CALLS: dict[str, Arguments] = {
     "tensors.TTMatrix.entry": lambda b: {"*index": [0, 0]},
     **{
         f"tensors.{name}.inner": functools.partial(lambda make, b: {"other": make()}, make)
-        for name, make in {
-            "CPTensor": _cp, "TuckerTensor": _tucker, "TTTensor": _train, "TRTensor": _ring, "TTMatrix": _matrix_train,
-            "KroneckerTensor": _kronecker, "HadamardTensor": _hadamard,
-        }.items()
+        for name, make in TENSORS.items()
     },
     "tensors.KroneckerTensor.entries": lambda b: {"indices": [[0, 0]]},
     "tensors.KroneckerTensor.entry": lambda b: {"*index": [0, 0]},
     "tensors.CPTensor.truncated": lambda b: {"rank": 1},
     "tensors.CPTensor.mode_dot": lambda b: {"matrix": np.ones((2, 4)), "mode": 1},
     "tensors.TuckerTensor.mode_dot": lambda b: {"matrix": np.ones((2, 4)), "mode": 1},
-    "tensors.TTTensor.round": lambda b: {"rank": 1, "max_error": None},
-    "tensors.TTMatrix.round": lambda b: {"rank": 1, "max_error": None},
+    "tensors.TTTensor.round": lambda b: {"rank": 1},
+    "tensors.TTMatrix.round": lambda b: {"rank": 1},
     # -- decomposition ---------------------------------------------------------------------------
-    "decomposition.Settings": lambda b: {"tol": 1e-6, "max_iterations": 100, "svd": "auto", "seed": 0},
+    "decomposition.Settings": lambda b: {},
     "decomposition.smallest_rank": lambda b: {
         "fit": lambda config: tna.decompose([b.matrix(4, 6)] * 2, config), "cfg": b.config, "max_error": 0.9,
         "max_rank": 4,
     },
     # -- planning --------------------------------------------------------------------------------
     "planning.degrees_of_freedom": lambda b: {"plan": b.plan},
-    "planning.largest_rank": lambda b: {"plan": b.plan, "weight": 0, "limit": 64, "seed": 0},
+    "planning.largest_rank": lambda b: {"plan": b.plan, "weight": 0, "limit": 64},
     "planning.step_cost": lambda b: {"plan": b.plan},
     "planning.padding_waste": lambda b: {"plan": b.plan},
     "planning.known_as": lambda b: {"config": b.config},
     "planning.preset_call": lambda b: {"config": b.config},
-    "planning.model_targets": lambda b: {"model": b.path("base.safetensors"), "targets": "qv"},
+    "planning.model_targets": lambda b: {"model": b.path("base.safetensors")},
     "planning.PresetCall.attach": lambda b: {"targets": "qv"},
     "planning.PresetCall.options": lambda b: {"targets": "qv"},
-    "planning.Row.of": lambda b: {"adapter": b.plan, "each": 4},
+    "planning.Row.of": lambda b: {"adapter": b.plan},
     # -- plot ------------------------------------------------------------------------------------
-    "plot.Axis": lambda b: {"label": "accuracy", "percent": True, "lower": False},
+    "plot.Axis": lambda b: {"label": "accuracy"},
     "plot.Axis.shown": lambda b: {"number": 81.25},
-    "plot.Mark": lambda b: {
-        "family": "LoRA", "label": "r = 1", "parameters": 10, "accuracies": (0.5, 0.6), "front": False, "factor": 100.0,
-    },
-    "plot.layout": lambda b: {"plan": b.plan, "path": b.new(".svg"), "names": None, "roles": None, "title": ""},
-    "plot.network": lambda b: {
-        "config": b.config, "shapes": SHAPES, "path": b.new(".svg"), "layers": None, "roles": None, "group": 0,
-        "title": "", "note": "",
-    },
-    "plot.parameters": lambda b: {
-        "shapes": [(8, 8)], "path": b.new(".svg"), "budget": None, "orders": (2,), "ranks": 4, "title": "",
-    },
-    "plot.pareto": lambda b: {
-        "marks": [tna.plot.Mark("LoRA", "r = 1", 10, (0.5, 0.6))], "path": b.new(".svg"), "title": "", "note": "",
-        "axis": tna.plot.Axis(),
-    },
+    "plot.Mark": lambda b: {"family": "LoRA", "label": "r = 1", "parameters": 10, "accuracies": (0.5, 0.6)},
+    "plot.layout": lambda b: {"plan": b.plan, "path": b.new(".svg")},
+    "plot.network": lambda b: {"config": b.config, "shapes": SHAPES, "path": b.new(".svg")},
+    "plot.parameters": lambda b: {"shapes": [(8, 8)], "path": b.new(".svg"), "orders": (2,), "ranks": 4},
+    "plot.pareto": lambda b: {"marks": [tna.plot.Mark("LoRA", "r = 1", 10, (0.5, 0.6))], "path": b.new(".svg")},
     "plot.styles": lambda b: {"families": ["LoRA"]},
     # -- targets ---------------------------------------------------------------------------------
     "targets.attention_layouts.AttentionLayout": lambda b: {
-        "rule": rules.by_head, "weights": ("mine_proj",), "classes": ("Mine",), "model_types": ("mine",),
-        "architectures": (), "attributes": (), "settings": (), "beside": (), "ndim": (2,),
+        "rule": layouts.rules.by_head, "weights": ("mine_proj",), "classes": ("Mine",), "model_types": ("mine",),
     },
     "targets.checkpoint_targets.find_stored": lambda b: {
-        "shapes": {"attn.q_proj.weight": (8, 8), "attn.v_proj.weight": (8, 8)}, "targets": "qv", "config": None,
+        "shapes": {"attn.q_proj.weight": (8, 8), "attn.v_proj.weight": (8, 8)},
     },
     # -- checkpoints -----------------------------------------------------------------------------
     "checkpoints.checkpoint.open_checkpoint": lambda b: {"path": b.path("base.safetensors")},
-    "checkpoints.checkpoint.Checkpoint.array": lambda b: {"name": "attn.q_proj.weight", "index": None},
+    "checkpoints.checkpoint.Checkpoint.array": lambda b: {"name": "attn.q_proj.weight"},
     "checkpoints.fingerprint.Fingerprint": lambda b: {
         name: getattr(fingerprint(b.weights.values(), "float32"), name) for name in ("sha256", "dtype", "sketch")
     },
@@ -549,62 +441,40 @@ CALLS: dict[str, Arguments] = {
     "convert.Conversion.save": lambda b: {"path": b.new(), "overwrite": False},
     "convert.register_file_format": lambda b: {"name": "mine", "cls": _mine(PlainFormat)},
     # -- serving ---------------------------------------------------------------------------------
-    "serving.ServedFolder": lambda b: {"folder": b.path(""), "cache": b.new(), "base": None},
+    "serving.ServedFolder": lambda b: {"folder": b.path(""), "cache": b.new()},
     "serving.ServedFolder.file_of": lambda b: {"name": "adapter"},
     "serving.ServedFolder.find": lambda b: {"name": "adapter", "model": "org/model"},
     # -- torch -----------------------------------------------------------------------------------
-    "torch.attach": lambda b: {
-        "model": b.model(), "cfg": b.config, "targets": "qv", "name": "default", "layers": None, "exclude": None,
-        "keep_trainable": (), "biases": "none", "strategy": "auto", "tokens": 8, "activation": None,
-        "dtype": torch.float32, "untie": False, "keep_tied": False, "given": None, "progress": None,
-        "detach_norm": False, "dropout": 0.0,
-    },
-    "torch.find_targets": lambda b: {
-        "model": b.model(), "targets": "qv", "layers": None, "exclude": None, "untie": False, "keep_tied": False,
-    },
-    "torch.token_targets": lambda b: {"model": b.model(), "tokens": [0, 2], "module": None},
-    "torch.load": lambda b: {"model": b.model(), "path": b.path("adapter.safetensors"), "name": "default", **_LOADING},
-    "torch.from_pretrained": lambda b: {
-        "model": b.model(), "folder": b.path(""), "name": "default", **_LOADING, "revision": None, "token": None,
-    },
-    "torch.load_pretrained": lambda b: {
-        "where": b.path("adapter.safetensors"), "base": b.model(), "device": None, "dtype": None,
-        "quantization_config": None, "revision": None, "token": None, "name": "default", "check_base": True,
-        "merge": False, "untie": False, "detach_norm": False,
-    },
-    "torch.extract": lambda b: {
-        "base": b.model(), "tuned": b.tuned(), "cfg": b.config, "targets": "qv", "name": "default", "max_error": None,
-        "max_rank": None, "keep_trainable": (), "keep_tied": False, "progress": None,
-    },
+    "torch.attach": lambda b: {"model": b.model(), "cfg": b.config, "tokens": 8},
+    "torch.find_targets": lambda b: {"model": b.model()},
+    "torch.token_targets": lambda b: {"model": b.model(), "tokens": [0, 2]},
+    "torch.load": lambda b: {"model": b.model(), "path": b.path("adapter.safetensors")},
+    "torch.from_pretrained": lambda b: {"model": b.model(), "folder": b.path("")},
+    "torch.load_pretrained": lambda b: {"where": b.path("adapter.safetensors"), "base": b.model()},
+    "torch.extract": lambda b: {"base": b.model(), "tuned": b.tuned(), "cfg": b.config},
     "torch.adapters": lambda b: {"model": b.adapted()},
     "torch.mix": lambda b: {"model": b.adapted(), "weights": {"default": 0.5}},
     "torch.rows": lambda b: {"model": b.adapted(), "names": ["default", None]},
     "torch.set_cache_limit": lambda b: {"model": b.adapted(), "limit": 1 << 20},
     "torch.adapter_checkpoints": lambda b: {"trainer": b.trainer()},
-    "torch.reference_model": lambda b: {"model": b.adapted(), "with_adapters": False},
+    "torch.reference_model": lambda b: {"model": b.adapted()},
     "torch.register_quantized": lambda b: {"name": "mine", "cls": _mine(tnt.QuantizedLayer)},
-    "torch.Adapter.bake": lambda b: {"max_error": None},
-    "torch.Adapter.merge": lambda b: {"max_error": None},
+    "torch.Adapter.bake": lambda b: {},
+    "torch.Adapter.merge": lambda b: {},
     "torch.Adapter.set_weight": lambda b: {"weight": 0.5},
-    "torch.Adapter.set_trainable": lambda b: {"groups": None, "arrays": None},
-    "torch.Adapter.parameter_groups": lambda b: {"lr": 1e-3, "ratio": 16.0},
+    "torch.Adapter.set_trainable": lambda b: {},
+    "torch.Adapter.parameter_groups": lambda b: {"lr": 1e-3},
     "torch.Adapter.adam_groups": lambda b: {"lr": 1e-3},
     "torch.Adapter.start_from": lambda b: {"arrays": b.params()},
     "torch.Adapter.load_arrays": lambda b: {"arrays": b.params()},
-    "torch.Adapter.save": lambda b: {"path": b.new(".safetensors"), "store_bases": False},
-    "torch.Adapter.save_pretrained": lambda b: {
-        "folder": b.new(), "tokenizer": None, "processor": None, "metrics": None, "store_bases": False,
-        "overwrite_card": False,
-    },
+    "torch.Adapter.save": lambda b: {"path": b.new(".safetensors")},
+    "torch.Adapter.save_pretrained": lambda b: {"folder": b.new()},
     "torch.Adapter.swap": lambda b: {"path": b.path("adapter.safetensors")},
     "torch.starts.eva": lambda b: {
-        "adapter": b.given_start(), "batches": b.batches(), "forward": lambda model, batch: model(batch), "mask": None,
-        "keep": None, "progress": None,
+        "adapter": b.given_start(), "batches": b.batches(), "forward": lambda model, batch: model(batch),
     },
     "torch.starts.lora_ga": lambda b: {
-        "adapter": b.given_start(), "batches": b.batches(),
-        "loss": lambda model, batch: model(batch).square().mean(), "direction": "ArB2r", "scale": "stable",
-        "gamma": 16.0, "progress": None,
+        "adapter": b.given_start(), "batches": b.batches(), "loss": lambda model, batch: model(batch).square().mean(),
     },
     "torch.peft.TnadaptConfig": lambda b: {
         **_registered(), "preset": "lora", "settings": {"rank": 2}, "target_modules": "qv", "exclude_modules": None,
@@ -612,42 +482,31 @@ CALLS: dict[str, Arguments] = {
         "activation": None, "init_weights": True, "detach_norm": False, "dropout": 0.0, "base": None,
         "computed_from": None, "trained": None,
     },
-    "torch.load_processor": lambda b: {"where": b.processor(), "revision": None, "token": None},
+    "torch.load_processor": lambda b: {"where": b.processor()},
     # -- testing ---------------------------------------------------------------------------------
-    "testing.shapes": lambda b: {"max_weights": 4, "max_side": 9},
-    "testing.configs": lambda b: {
-        "weights": SHAPES, "projections": ("identity",), "formats": ("cp",), "on": "vector",
-    },
-    "testing.plans": lambda b: {"projections": ("identity",), "on": "vector"},
+    "testing.shapes": lambda b: {},
+    "testing.configs": lambda b: {"weights": SHAPES, "projections": ("identity",), "formats": ("cp",)},
+    "testing.plans": lambda b: {"projections": ("identity",)},
     "testing.base_weights": lambda b: {"weights": SHAPES},
     "testing.parameters": lambda b: {"plan": b.plan},
     # -- finetune --------------------------------------------------------------------------------
-    "finetune.Spec": lambda b: {
-        "model": None, "data": None, "text_column": None, "label_column": None, "label_names": (), "task": None,
-        "separator": None, "tokenizer": None, "image_size": None, "max_length": None, "limit": None, "holdout": 0.2,
-        "keep_trainable": (), "head_rows": (), "cache": Path(b.path("cache")), "pretrain_epochs": 1,
-    },
+    "finetune.Spec": lambda b: {"cache": Path(b.path("cache")), "pretrain_epochs": 1},
     "finetune.open_problem": lambda b: {"spec": finetune.Spec(), "progress": lambda what, done: None},
     "finetune.run_tasks": lambda b: {
-        "work": _Squares(), "tasks": [_Number(2)], "folder": b.new(), "engine": "local", "options": None,
-        "threads": None, "progress": lambda task, done: None, "study": "", "known": (), "do": None, "lost": None,
+        "work": _Squares(), "tasks": [_Number(2)], "folder": b.new(), "progress": lambda task, done: None,
     },
-    "finetune.Choice": lambda b: {"presets": ("lora",), "ranks": (1,), "changes": {}, "budgets": (), "short": False},
-    "finetune.Training": lambda b: {
-        "epochs": 1, "batch": 2, "targets": "qv", "device": "cpu", "warmup": 0.1, "weight_decay": 0.0, "clip": 1.0,
-        "optimiser": "adamw", "shape": "cosine", "steps": None, "head_rate": None, "keep_references": False,
-        "report_to": "none",
-    },
-    "finetune.default_methods": lambda b: {"short": False},
+    "finetune.Choice": lambda b: {"presets": ("lora",), "ranks": (1,)},
+    "finetune.Training": lambda b: {"epochs": 1, "batch": 2},
+    "finetune.default_methods": lambda b: {},
     "finetune.within": lambda b: {"budget": 200, "shapes": [(16, 16)]},
-    "finetune.open_engine": lambda b: {"name": "local", "jobs": 1, "options": None, "light": False},
+    "finetune.open_engine": lambda b: {"name": "local", "jobs": 1},
     "finetune.usable_device": lambda b: {"name": "cpu"},
     "finetune.check_out": lambda b: {"out": Path(b.new())},
-    "finetune.require_data": lambda b: {"source": "digits", "one_image": False},
+    "finetune.require_data": lambda b: {"source": "digits"},
     "finetune.pareto_front": lambda b: {"points": [(1, 0.5), (2, 0.6)]},
     "finetune.Study": lambda b: {
         "spec": finetune.Spec(), "choice": finetune.Choice(("lora",), (1,)), "training": finetune.Training(1, 2),
-        "rates": (0.01,), "seeds": 1, "reporter": None, "tuned_by": None,
+        "rates": (0.01,),
     },
 }  # fmt: skip
 
@@ -661,13 +520,7 @@ OWNERS: dict[str, Callable[[Workbench], Any]] = {
     "Projection": lambda b: tna.Projection("linear", 4, 8),
     "SuperLoRA": lambda b: b.plan,
     "Target": lambda b: b.targets[0],
-    "tensors.CPTensor": lambda b: _cp(),
-    "tensors.TuckerTensor": lambda b: _tucker(),
-    "tensors.TTTensor": lambda b: _train(),
-    "tensors.TRTensor": lambda b: _ring(),
-    "tensors.TTMatrix": lambda b: _matrix_train(),
-    "tensors.KroneckerTensor": lambda b: _kronecker(),
-    "tensors.HadamardTensor": lambda b: _hadamard(),
+    **{f"tensors.{name}": functools.partial(lambda make, b: make(), make) for name, make in TENSORS.items()},
     "planning.PresetCall": lambda b: planning.preset_call(b.config),
     "planning.Row": lambda b: b.planned.rows[0],
     "plot.Axis": lambda b: tna.plot.Axis(),
