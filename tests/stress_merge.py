@@ -1,8 +1,8 @@
 """Kill merges and race them against each other until an error occurs: ``python -m tests.stress_merge``.
 
 ``--kills N``: a merge is killed between two of its steps on disk, for all such steps; a user may change the output; the
-next merge must then write the output, or reject it and leave everything unchanged. ``--seconds S`` or ``--minutes M``:
-four processes merge four adapters to the same name, while one of them is killed and restarted at intervals, and readers
+next merge must then write the output, or reject it and leave everything unchanged. ``--seconds S``: four
+processes merge four adapters to the same name, while one of them is killed and restarted at intervals, and readers
 watch: the output must be one of the four at any time. Prints a table of the outcomes, and exits with 1 if there was any
 error. Needs Linux.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import itertools
 import os
 import random
@@ -26,8 +27,7 @@ from typing import NamedTuple
 import pytest
 
 import tnadapt as tna
-from tnadapt.checkpoints import atomic_files as file_locks
-from tnadapt.checkpoints import atomic_files as renaming
+from tnadapt.checkpoints import atomic_files
 
 from .checkpoints.merge.merge_scene import ACTIONS, Content, Scene, content, scene
 from .support.file_layer import Call, intercepted
@@ -66,10 +66,11 @@ class Setting(NamedTuple):
     exchange: bool
 
     def __str__(self) -> str:
-        return (
-            f"{'file' if self.single else 'folder'}, {'replaced' if self.old else 'new'}, "
-            f"{'renameat2' if self.exchange else 'no renameat2'}"
-        )
+        return words_of(self.single, "replaced" if self.old else "new", self.exchange)
+
+
+def words_of(single: bool, word: str, exchange: bool) -> str:
+    return f"{'file' if single else 'folder'}, {word}, {'renameat2' if exchange else 'no renameat2'}"
 
 
 SETTINGS = [Setting(*flags) for flags in itertools.product((True, False), repeat=3)]
@@ -130,7 +131,7 @@ def one_kill(
         raise ViolationError("an error that is none of ours")
     start, aside = content(where.out), content(where.elsewhere)
 
-    code = child(lambda: unlike(setting, lambda: where.merge(0, overwrite)))
+    code = next_merge(where, setting, overwrite)
     now = content(where.out)
     check(code in (0, 1), f"the next merge ended with {code}")
     check(content(where.base) == before, "the base was changed")
@@ -144,17 +145,21 @@ def one_kill(
     # Refused for what stands there alone: it is done when that is gone.
     check(now is not None, "refused although nothing was there")
     where.out.rename(where.refused)
-    code = child(lambda: unlike(setting, lambda: where.merge(0, False)))
+    code = next_merge(where, setting, overwrite=False)
     check(code == 0, f"the merge after the refusal ended with {code}")
     check(content(where.out) in (where.results[0], old), "after the refusal")
     check(content(where.refused) == now, "what was refused was changed")
     return "refused, nothing changed"
 
 
-def unlike(setting: Setting, act: Callable[[], object]) -> None:
-    """Run it with or without renameat2."""
-    with intercepted(lambda call: None, exchange=setting.exchange):
-        act()
+def next_merge(where: Scene, setting: Setting, overwrite: bool) -> int:
+    """Merge in a child, with or without renameat2."""
+
+    def act() -> None:
+        with intercepted(lambda call: None, exchange=setting.exchange):
+            where.merge(0, overwrite)
+
+    return child(act)
 
 
 def drawn_kills(counts: dict[Setting, int], rng: random.Random) -> Iterator[tuple[Setting, int]]:
@@ -199,10 +204,7 @@ class Race(NamedTuple):
     exchange: bool
 
     def __str__(self) -> str:
-        return (
-            f"{'file' if self.single else 'folder'}, {'locks' if self.locks else 'no locks'}, "
-            f"{'renameat2' if self.exchange else 'no renameat2'}"
-        )
+        return words_of(self.single, "locks" if self.locks else "no locks", self.exchange)
 
 
 RACES = [Race(*flags) for flags in itertools.product((True, False), (True, False), (True, False))]
@@ -212,9 +214,9 @@ def contender(where: Scene, number: int, setting: Race, ends: float, pipe: int) 
     """Merge one adapter again and again, and write what each attempt came to, a line each."""
     with pytest.MonkeyPatch.context() as patch:
         if not setting.locks:
-            patch.setattr(file_locks.fcntl, "flock", lambda handle, operation: None)
+            patch.setattr(atomic_files.fcntl, "flock", lambda handle, operation: None)
         if not setting.exchange:
-            patch.setattr(renaming, "_renameat2", lambda *arguments: False)
+            patch.setattr(atomic_files, "_renameat2", lambda *arguments: False)
         while time.monotonic() < ends:
             try:
                 where.merge(number, overwrite=True)
@@ -287,13 +289,11 @@ def race(folder: Path, setting: Race, seconds: float, seed: int) -> tuple[Count,
 
 
 def drained(handle: int) -> bytes:
-    found = b""
-    try:
+    content = b""
+    with contextlib.suppress(BlockingIOError):
         while piece := os.read(handle, 1 << 16):
-            found += piece
-    except BlockingIOError:
-        pass
-    return found
+            content += piece
+    return content
 
 
 def seen_by_a_reader(where: Scene) -> Content:
@@ -326,8 +326,7 @@ def described(found: Content) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=300)
-    parser.add_argument("--minutes", type=float, default=0.0, help="of races, of each kind in turn")
-    parser.add_argument("--seconds", type=float, default=0.0)
+    parser.add_argument("--seconds", type=float, default=0.0, help="of races, of each kind in turn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="on the file system to be tried")
     settings = parser.parse_args(arguments)
@@ -338,16 +337,13 @@ def main(arguments: list[str] | None = None) -> int:
             found, bad = kills(Path(place) / "kills", settings.kills, settings.seed)
             report(f"{settings.kills} kills in {time.monotonic() - begun:.0f} s", found)
             wrong += bad
-        seconds = settings.seconds + 60.0 * settings.minutes
         # Often in turn, so that a run that is stopped has tried them all.
-        rounds = max(1, round(seconds / 240.0))
+        rounds = max(1, round(settings.seconds / 240.0))
         totals = {setting: Count() for setting in RACES}
-        for turn in range(rounds if seconds else 0):
-            for setting in RACES:
-                span = seconds / rounds / len(RACES)
-                found, bad = race(
-                    Path(place) / f"race{turn}{RACES.index(setting)}", setting, span, settings.seed + turn
-                )
+        for turn in range(rounds if settings.seconds else 0):
+            for number, setting in enumerate(RACES):
+                span = settings.seconds / rounds / len(RACES)
+                found, bad = race(Path(place) / f"race{turn}{number}", setting, span, settings.seed + turn)
                 totals[setting] += found
                 wrong += bad
             print(f"round {turn + 1} of {rounds}: {len(wrong)} wrong", flush=True)

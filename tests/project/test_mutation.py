@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,61 +107,53 @@ def test_a_statement_of_many_lines_is_reached_by_any_of_them(tmp_path: Path) -> 
     assert reach.of(module, mutant, ["t.py"]) == ["t.py::b", "t.py::a", "u.py::c"]
 
 
-def test_lines_that_run_in_processes_of_their_own_are_reached(tmp_path: Path) -> None:
+def test_lines_that_run_on_import_in_tests_and_in_their_processes_are_reached(tmp_path: Path) -> None:
     for folder in ("tnadapt", "tests"):
         (tmp_path / folder).mkdir()
     (tmp_path / "tnadapt" / "__init__.py").touch()
-    (tmp_path / "tnadapt" / "m.py").write_text("def f():\n    return 1\n\ndef g():\n    return 2\n")
+    functions = "".join(f"def {name}():\n    return 1\n\n" for name in ("f", "g", "h", "at_import"))
+    (tmp_path / "tnadapt" / "m.py").write_text(functions + "at_import()\n")
     (tmp_path / "tests" / "test_m.py").write_text(
         "import os, subprocess, sys, pytest\n"
+        "from tnadapt import m\n"
         "@pytest.mark.parametrize('name', ['f', 'g'])\n"
-        "def test_it(name):\n"
+        "def test_process(name):\n"
         "    end = {'f': 'sys.exit()', 'g': 'os._exit(0)'}[name]\n"
         "    code = f'import os, sys; from tnadapt import m; m.{name}(); {end}'\n"
         "    subprocess.run([sys.executable, '-c', code], check=True)\n"
+        "def test_here():\n"
+        "    assert m.h() == 1\n"
     )
-    reach = Reach.measured(tmp_path, tmp_path / "kept", ["tests/test_m.py"])
-    assert reach.tests["tnadapt/m.py"][2] == {"tests/test_m.py::test_it[f]"}
-    assert reach.tests["tnadapt/m.py"][5] == {"tests/test_m.py::test_it[g]"}
-
-
-def test_what_runs_on_import_and_in_which_test_is_measured(tmp_path: Path) -> None:
-    (tmp_path / "tnadapt").mkdir()
-    code = "def made(n):\n    return n + 1\n\n\ndef used(n):\n    return n + TWO\n\n\nTWO = made(1)\n"
-    (tmp_path / "tnadapt" / "__init__.py").write_text(code)
-    (tmp_path / "test_it.py").write_text("import tnadapt\n\n\ndef test_it():\n    assert tnadapt.used(1) == 3\n")
     (tmp_path / "mutation").symlink_to(ROOT / "mutation")
-    reach = Reach.measured(tmp_path, tmp_path / "kept", ["test_it.py"])
-    assert set(reach.seconds) == {"test_it.py::test_it"}
-    lines = reach.tests["tnadapt/__init__.py"]
-    assert lines[2] == {""}
-    assert lines[6] == {"test_it.py::test_it"}
+    reach = Reach.measured(tmp_path, tmp_path / "kept", ["tests/test_m.py"])
+    file = "tests/test_m.py::test"
+    assert set(reach.seconds) == {f"{file}_process[f]", f"{file}_process[g]", f"{file}_here"}
+    lines = reach.tests["tnadapt/m.py"]
+    assert lines[2] == {f"{file}_process[f]"}
+    assert lines[5] == {f"{file}_process[g]"}
+    assert lines[8] == {f"{file}_here"}
+    assert "" in lines[11]
+    assert f"{file}_here" not in lines[11]
 
 
 class Machine:
-    """In a tree's place: says what it is told to say, and keeps what it was asked."""
+    """In a tree's place: says what it is told to say."""
 
     def __init__(self, answers: dict[str, str]) -> None:
-        self.answers, self.asked = answers, []  # type: ignore[var-annotated]
+        self.answers = answers
         self.mutated = False
 
-    def holding(self, path: str, code: str) -> Any:
-        import contextlib
-
-        @contextlib.contextmanager
-        def held() -> Any:
-            self.mutated = True
-            yield
-            self.mutated = False
-
-        return held()
+    @contextlib.contextmanager
+    def holding(self, path: str, code: str) -> Iterator[None]:
+        self.mutated = True
+        yield
+        self.mutated = False
 
     def run(self, tests: list[str], profile: str, seconds: float) -> Outcome:
-        self.asked.append((self.mutated, list(tests), profile))
         for test in tests:
-            kind = self.answers.get(test, "")
-            if kind == "broken" or (self.mutated and kind):
-                return Outcome("timeout" if kind == "slow" else "failed", test)
+            answer = self.answers.get(test, "")
+            if answer == "broken" or (self.mutated and answer):
+                return Outcome("timeout" if answer == "slow" else "failed", test)
         return Outcome("passed")
 
 
