@@ -1,4 +1,4 @@
-"""``python -m pytest`` runs the fast tests in parallel, ``-m slow`` the others."""
+"""How tests run here: ``python -m pytest`` runs the fast ones in parallel, and doctests compare messages."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ def test_fast(): note("fast")
 @pytest.mark.slow
 def test_slow(): note("slow")
 """
+EXAMPLE = """
+>>> import tnadapt
+>>> tnadapt.Config(rank=4.0)
+Traceback (most recent call last):
+    ...
+{}: {}
+"""
 
 
 @pytest.fixture
@@ -40,12 +47,19 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(project: Path, *options: str) -> dict[str, str]:
-    """What the tests that ran have noted."""
+def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run pytest without the options of the run that this test is part of, such as --laws."""
     unwanted = ("PYTEST_", "OMP_NUM_THREADS")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def notes(project: Path, *options: str) -> dict[str, str]:
+    """What the tests that ran have noted."""
+    done = run(project, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     return {path.name: path.read_text() for path in (project / "tests").iterdir() if path.name in ("fast", "slow")}
 
@@ -55,15 +69,27 @@ def run(project: Path, *options: str) -> dict[str, str]:
     ("options", "speeds"), [((), {"fast"}), (("-m", "slow"), {"slow"}), (("-m", ""), {"fast", "slow"})]
 )
 def test_a_run_of_everything_is_parallel(project: Path, options: tuple[str, ...], speeds: set[str]) -> None:
-    found = run(project, *options)
-    assert found.keys() == speeds
+    noted = notes(project, *options)
+    assert noted.keys() == speeds
     if importlib.util.find_spec("xdist") is None:
-        assert set(found.values()) == {"alone None"}
+        assert set(noted.values()) == {"alone None"}
     else:
-        assert all(note.startswith("gw") and note.endswith(" 1") for note in found.values()), found
+        assert all(note.startswith("gw") and note.endswith(" 1") for note in noted.values()), noted
 
 
 def test_a_run_of_paths_is_not_nor_one_that_says_so(project: Path) -> None:
-    assert run(project, "tests/test_it.py") == {"fast": "alone None"}
+    assert notes(project, "tests/test_it.py") == {"fast": "alone None"}
     if importlib.util.find_spec("xdist") is not None:
-        assert run(project, "-n", "0") == {"fast": "alone None"}
+        assert notes(project, "-n", "0") == {"fast": "alone None"}
+
+
+def test_a_wrong_message_of_an_example_fails(project: Path) -> None:
+    message = "rank must be an integer or a tuple with one rank per mode; got 4.0"
+    for exception, said, outcome in [
+        ("tnadapt.errors.ConfigError", message, "1 passed"),
+        ("tnadapt.errors.ConfigError", message.replace("integer", "number"), "1 failed"),
+        ("ConfigError", message, "1 failed"),
+    ]:
+        (project / "docs" / "example.rst").write_text(EXAMPLE.format(exception, said), encoding="utf-8")
+        done = run(project, "-q", "docs/example.rst")
+        assert outcome in done.stdout, done.stdout + done.stderr
