@@ -46,12 +46,6 @@ def test_where_a_symbol_is(page: str, file: str, name: str) -> None:
         place = getattr(place, part)
 
 
-def test_there_are_places() -> None:
-    counts = collections.Counter(page for page, *_ in PLACES)
-    assert counts["conventions.rst"] > 25
-    assert counts["architecture.rst"] > 20
-
-
 def test_the_picture_of_the_packages_is_that_of_the_imports() -> None:
     pytest.importorskip("grimp")  # comes with import-linter
     script = runpy.run_path(str(ROOT / "docs" / "architecture.py"))
@@ -61,6 +55,13 @@ def test_the_picture_of_the_packages_is_that_of_the_imports() -> None:
 @pytest.mark.parametrize(("page", "path"), PATHS)
 def test_a_path_on_a_page_is_there(page: str, path: str) -> None:
     assert (ROOT / path).exists(), f"{page} names {path}, which is not there"
+
+
+def test_pages_name_places_and_paths() -> None:
+    counts = collections.Counter(page for page, *_ in PLACES)
+    assert counts["conventions.rst"] > 25
+    assert counts["architecture.rst"] > 20
+    assert {page for page, _ in PATHS} >= {"CONTRIBUTING.md", "SECURITY.md", "docs/slices.rst"}
 
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -82,7 +83,3 @@ def test_a_path_of_a_recipe_is_there(path: str) -> None:
 def test_a_name_of_a_recipe_is_in_its_file(name: str, path: str) -> None:
     text = in_tree(path).read_text(encoding="utf-8")
     assert re.search(rf"^(?:    )?(?:(?:def|class) {name}\b|{name}(?::.*)? = )", text, flags=re.MULTILINE)
-
-
-def test_there_are_paths() -> None:
-    assert {page for page, _ in PATHS} >= {"CONTRIBUTING.md", "SECURITY.md", "docs/slices.rst"}

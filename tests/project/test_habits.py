@@ -110,14 +110,6 @@ def test_other_systems_run_the_commands_of_the_readme() -> None:
     assert set(commands(quick)) <= readme_commands()
 
 
-def test_nightly_runs_the_long_jobs() -> None:
-    jobs = workflow("nightly")["jobs"]
-    assert re.fullmatch(r"timeout .*\d+h \.ci/long", commands(jobs["long"])[0])
-    assert {name: commands(jobs[name]) for name in ("oldest", "audit", "package")} == {
-        "oldest": [".ci/oldest"], "audit": [".ci/audit"], "package": [".ci/package"],
-    }  # fmt: skip
-
-
 def test_a_release_is_built_checked_and_published_without_a_token() -> None:
     release = workflow("release")
     build, extras, publish = (release["jobs"][name] for name in ("build", "extras", "publish"))

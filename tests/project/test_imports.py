@@ -1,19 +1,14 @@
-"""Importing tnadapt imports no framework, prints nothing, and what is declared is what is imported."""
+"""Importing tnadapt imports no framework and prints nothing, and every public name is there when it is asked for."""
 
 from __future__ import annotations
 
-import ast
 import importlib
 import subprocess
 import sys
-import tomllib
-from pathlib import Path
 
 import pytest
 
 import tnadapt
-
-ROOT = Path(__file__).parents[2]
 
 
 def run(code: str) -> str:
@@ -208,31 +203,3 @@ print(tna.verify(tna.presets.lora(1)).holds)
     printed = run(code)
     assert "backend 'torch' needs a library that cannot be imported here" in printed
     assert printed.strip().endswith("True")
-
-
-def test_every_import_is_declared() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = {"scipy", "numpy", "opt_einsum", "tensorly", "array_api_compat", "safetensors"}
-    declared = {d.split(">")[0].split("[")[0].replace("-", "_") for d in project["dependencies"]}
-    optional = {
-        "torch", "jax", "cupy", "typer", "hypothesis", "pytest", "peft", "matplotlib", "transformers", "timm",
-        "datasets", "huggingface_hub", "sklearn", "threadpoolctl", "PIL", "dask", "gguf", "numba", "onnx", "diffusers",
-        "torch_fidelity", "ray", "submitit",
-    }  # fmt: skip
-    optional |= {"triton"}  # comes with torch, where torch is for CUDA
-    optional |= {"vllm"}  # which imports its plug-in, and is installed by whoever serves with it
-    optional |= {"llvmlite"}  # numba's own compiler, of the version that numba asks for
-    extras = {
-        d.split(">")[0].split("[")[0].replace("-", "_") for e in project["optional-dependencies"].values() for d in e
-    }
-    assert optional - {"cupy", "sklearn", "PIL", "llvmlite", "triton", "vllm"} <= extras
-    assert {"cupy_cuda12x", "scikit_learn", "pillow"} <= extras
-    assert names <= declared
-    own = {"tnadapt", "paper"}
-    for path in [path for name in own for path in (ROOT / name).rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            found = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            found += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            for module in found:
-                top = module.split(".")[0]
-                assert top in sys.stdlib_module_names | names | optional | own, f"{path} imports {module}"

@@ -214,11 +214,12 @@ def test_the_two_kinds_of_operators_are_weighted_by_how_many_mutants_they_make()
     rest = report.Rest([*[record("k", "killed")] * 99, record("s", "survived")], 300)
     # Half of 200 are cosmic-ray's, all of them noticed or, without the late one, nine of ten; 99 % of 300 more.
     page = report.page(records, {}, {"tnadapt/m.py": 200}, {}, rest)
-    assert (
-        "make 300 more mutants. Of 100 that were drawn at random and are not equivalent, the tests notice 99. " in page
-    )
-    assert f"the share is **{(100 + 297) / 400:.1%}**" in page
-    assert f"for survivors it is {(90 + 297) / 400:.1%}, which" in page
+    for part in (
+        "make 300 more mutants. Of 100 that were drawn at random and are not equivalent, the tests notice 99. ",
+        f"the share is **{(100 + 297) / 400:.1%}**",
+        f"for survivors it is {(90 + 297) / 400:.1%}, which",
+    ):
+        assert part in page
     assert len(report.failings(rest.records, {})) == 1
     assert report.failings(rest.records, {"s": {"kind": "gap"}}, goal=False) == []
 

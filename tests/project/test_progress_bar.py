@@ -67,20 +67,17 @@ def test_decompositions_and_fits_show_their_steps(notebook: Output) -> None:
     assert any(html.escape("config") in page for page in notebook.pages)
 
 
-def test_an_error_leaves_the_bar_where_it_was(notebook: Output) -> None:
+def test_an_error_leaves_the_bar_where_it_was_and_few_updates_are_drawn(
+    notebook: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bar = ProgressBar()
     bar.counts(1, 4)
     bar.__exit__(ValueError, ValueError("wrong"), None)
     assert 'value="0.2500"' in notebook.pages[-1]
-
-
-def test_names_from_files_are_escaped(notebook: Output) -> None:
     with ProgressBar() as bar:
-        bar.lines("<b>\x1b[1m")
+        bar.lines("<b>\x1b[1m")  # names from files are escaped
     assert r"&lt;b&gt;\x1b[1m" in notebook.pages[-1]
-
-
-def test_few_updates_are_drawn(notebook: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook.pages.clear()
     monkeypatch.setattr(report, "_PERIOD", 60.0)
     with ProgressBar() as bar:
         for done in range(1000):

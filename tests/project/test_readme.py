@@ -45,44 +45,32 @@ def test_the_sizes_of_presets(name: str, arguments: str, count: int) -> None:
     assert tna.parameter_count(config, [(768, 768)] * 24, roles="qv" * 12) == count
 
 
-def test_the_sizes_are_those_of_every_preset() -> None:
-    assert {name for name, _, _ in ROWS} == set(tna.presets.__all__)
-
-
 # -- What README says of the library ------------------------------------------------------------------
 
 
-def results(name: str) -> Any:
-    return json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
-
-
-def test_the_number_of_methods() -> None:
+def test_numbers_are_those_of_the_library_and_of_the_results() -> None:
+    assert {name for name, _, _ in ROWS} == set(tna.presets.__all__)
     assert f"**{len(tna.presets.__all__)} methods, one formula.**" in TEXT
-
-
-def test_the_laws() -> None:
     counted = json.loads((ROOT / "docs" / "laws.json").read_text(encoding="utf-8"))
     assert "More than a hundred [laws]" in TEXT
     assert len(counted["laws"]) > 100
     assert "hold in over 10,000 test" in TEXT
     assert counted["cases"] > 10_000
-
-
-def test_what_is_left_after_unmerging() -> None:
-    rows = {(row["library"], row["dtype"], row["times"]): row for row in results("unmerge.json")["rows"]}
+    results = ROOT / "benchmarks" / "results"
+    # What is left after unmerging.
+    unmerged = json.loads((results / "unmerge.json").read_text(encoding="utf-8"))["rows"]
+    rows = {(row["library"], row["dtype"], row["times"]): row for row in unmerged}
     theirs = rows["PEFT", "bfloat16", 100]
     assert f"[{100 * theirs['error']:.0f} % of an adapter's update]" in TEXT
     assert all(row["changed"] == 0 for (library, _, _), row in rows.items() if library == "tnadapt")
-
-
-def test_the_learning_rate() -> None:
+    # The learning rate.
     heads = [
         re.match(r"(\d+) of (\d+) settings", path.read_text(encoding="utf-8"))
-        for path in sorted((ROOT / "benchmarks" / "results" / "rates").glob("*.rst"))
+        for path in sorted((results / "rates").glob("*.rst"))
     ]
-    found = [(int(head[1]), int(head[2])) for head in heads if head]
-    assert len(found) == 3
-    assert f"[{sum(one for one, _ in found)} of {sum(every for _, every in found)} settings]" in TEXT
+    counts = [(int(head[1]), int(head[2])) for head in heads if head]
+    assert len(counts) == 3
+    assert f"[{sum(within for within, _ in counts)} of {sum(every for _, every in counts)} settings]" in TEXT
 
 
 PAGES = re.findall(r"\]\(https://tnadapt\.readthedocs\.io/en/latest/([\w/]+)\.html\)", TEXT)
@@ -91,16 +79,12 @@ FILES = re.findall(
 )
 
 
-def test_links_lead_to_pages_and_files() -> None:
+def test_links_are_absolute_as_pypi_needs_them_and_lead_to_pages_and_files() -> None:
+    assert [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if not link.startswith("https://")] == []
     assert len(PAGES) > 10
     assert len(FILES) > 3
     assert [page for page in PAGES if not list((ROOT / "docs").glob(f"{page}.*"))] == []
     assert [file for file in FILES if not (ROOT / file).is_file()] == []
-
-
-def test_links_are_absolute_as_pypi_needs_them() -> None:
-    links = re.findall(r"\]\(([^)]+)\)", TEXT)
-    assert [link for link in links if not link.startswith("https://")] == []
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +119,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (tmp_path / "served" / "adapter_config.json").is_file()
 
 
-def test_setup_and_tests_are_what_ci_runs() -> None:
+def test_setup_and_tests_are_what_ci_runs_and_contributing_says() -> None:
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     commands = (
         "-m venv",
@@ -146,14 +130,11 @@ def test_setup_and_tests_are_what_ci_runs() -> None:
     for command in (*commands, "tnadapt", "finetune", "python -m sphinx"):
         assert command in ci
         assert command.replace(" --quiet", "") in TEXT
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for command in re.findall(r"^\.venv/bin/python -m (?:pip|pytest).*$", TEXT, flags=re.MULTILINE):
+        assert f"\n{command}\n" in contributing
     # The fast tests first: they fail soonest.
     assert [ci.index(command) for command in commands] == sorted(ci.index(command) for command in commands)
-
-
-def test_the_commands_are_contributing_s() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    for command in re.findall(r"^\.venv/bin/python -m (?:pip|pytest).*$", TEXT, flags=re.MULTILINE):
-        assert f"\n{command}\n" in text
 
 
 def test_extras_are_those_of_the_project() -> None:

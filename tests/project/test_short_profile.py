@@ -6,7 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -71,28 +71,20 @@ def test_wrong_arguments_are_refused(
     assert text in capsys.readouterr().err
 
 
-def ticking(calls: dict[str, list[float]]) -> tuple[Callable[[], None], Callable[[], None], Callable[[], float]]:
-    """Return two contestants, each of whose calls takes the next of its seconds, and the clock that tells them."""
-    now = 0.0
-    left = {name: iter(seconds) for name, seconds in calls.items()}
-
-    def taking(seconds: Iterator[float]) -> Callable[[], None]:
-        def run() -> None:
-            nonlocal now
-            now += next(seconds)
-
-        return run
-
-    return taking(left["ours"]), taking(left["theirs"]), lambda: now
+def taking(clock: list[float], seconds: list[float]) -> Callable[[], None]:
+    """Return a contestant, each of whose calls takes the next of its seconds of a clock."""
+    left = iter(seconds)
+    return lambda: clock.append(clock[-1] + next(left))
 
 
 def test_a_ratio_is_the_median_of_those_within_a_round(short: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(short, "SECONDS", 0.0)
     monkeypatch.setattr(short, "ROUNDS", 3)
     # Two calls first. The machine is ten times as slow in the third round, of which the ratio shows nothing.
-    ours, theirs, clock = ticking({"ours": [9.0, 1.0, 2.0, 3.0, 20.0], "theirs": [9.0, 1.0, 1.0, 1.0, 10.0]})
-    found = short.turns(ours, theirs, clock, smoke=False)
-    assert found == {"ratio": 2.0, "low": 2.0, "high": 2.5, "seconds": 3.0, "other": 1.0, "rounds": 3}
+    clock = [0.0]
+    ours, theirs = taking(clock, [9.0, 1.0, 2.0, 3.0, 20.0]), taking(clock, [9.0, 1.0, 1.0, 1.0, 10.0])
+    ratio = short.turns(ours, theirs, lambda: clock[-1], smoke=False)
+    assert ratio == {"ratio": 2.0, "low": 2.0, "high": 2.5, "seconds": 3.0, "other": 1.0, "rounds": 3}
 
 
 def test_a_peer_that_is_not_installed_is_named(short: ModuleType) -> None:

@@ -1,4 +1,4 @@
-"""What SECURITY.md promises: nothing read is run, no network unless asked, bounds that can be installed."""
+"""What SECURITY.md promises: nothing read is run, no network unless asked; and requirements that can be installed."""
 
 from __future__ import annotations
 
@@ -144,13 +144,31 @@ def test_the_guard_sees_a_connection() -> None:
     assert "AssertionError: socket." in done.stderr
 
 
-def requirements() -> list[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    listed = [*project["dependencies"], *(one for some in project["optional-dependencies"].values() for one in some)]
-    return [one for one in listed if not one.startswith("tnadapt[")]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = [one for some in PROJECT["optional-dependencies"].values() for one in some if not one.startswith("tnadapt[")]
+REQUIREMENTS = [*PROJECT["dependencies"], *EXTRAS]
 
 
-@pytest.mark.parametrize("requirement", sorted(set(requirements())))
+def test_every_import_is_declared() -> None:
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"[>\[]", one)[0].replace("-", "_") for one in requirements}
+
+    required = {"scipy", "numpy", "opt_einsum", "tensorly", "array_api_compat", "safetensors"}
+    optional = {
+        "torch", "jax", "typer", "hypothesis", "pytest", "peft", "matplotlib", "transformers", "timm", "datasets",
+        "huggingface_hub", "threadpoolctl", "dask", "gguf", "numba", "onnx", "diffusers", "torch_fidelity", "ray",
+        "submitit",
+    }  # fmt: skip
+    assert required <= names(PROJECT["dependencies"])
+    assert optional | {"cupy_cuda12x", "scikit_learn", "pillow"} <= names(EXTRAS)
+    known = required | optional | {"cupy", "sklearn", "PIL", "tnadapt", "paper"}
+    known |= {"triton"}  # comes with torch, where torch is for CUDA
+    known |= {"vllm"}  # which imports its plug-in, and is installed by whoever serves with it
+    known |= {"llvmlite"}  # numba's own compiler, of the version that numba asks for
+    assert [one for one in imported() if one[1] not in known | sys.stdlib_module_names] == []
+
+
+@pytest.mark.parametrize("requirement", sorted(set(REQUIREMENTS)))
 def test_every_dependency_has_a_lower_bound_and_no_upper_one(requirement: str) -> None:
     assert re.fullmatch(r"[\w.-]+>=[\d.]+(; .*)?", requirement), requirement
 
@@ -162,7 +180,7 @@ TRIED = {"transformers": (5, 0), "huggingface_hub": (1, 3), "accelerate": (1, 3)
 
 @pytest.mark.parametrize("package", TRIED)
 def test_no_bound_is_below_what_was_tried(package: str) -> None:
-    bounds = {one.partition(">=")[2] for one in requirements() if one.partition(">=")[0] == package}
+    bounds = {one.partition(">=")[2] for one in REQUIREMENTS if one.partition(">=")[0] == package}
     assert bounds
     assert all(tuple(int(part) for part in bound.split(".")) >= TRIED[package] for bound in bounds)
 
@@ -174,5 +192,5 @@ def test_the_lower_bounds_are_what_the_job_of_the_oldest_installs() -> None:
     lines = done.stdout.split()
     # Of the dependencies, of the extras that were named, and of extras within these.
     assert {"numpy", "hypothesis", "matplotlib", "torch", "typer"} <= {line.partition("==")[0] for line in lines}
-    known = {requirement.replace(">=", "==").partition(";")[0] for requirement in requirements()}
+    known = {requirement.replace(">=", "==").partition(";")[0] for requirement in REQUIREMENTS}
     assert set(lines) <= known
