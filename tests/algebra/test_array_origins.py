@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import pickle
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.algebra.internals import dominant_basis
 from tests.conftest import on_every_library, relative_error
-from tests.support.references import methods, reference
+from tests.support.references import reference
 from tnadapt.algebra.sources import (
     BaseCore,
     FromBase,
@@ -29,7 +29,6 @@ from tnadapt.algebra.sources import (
     source_from_dict,
     source_to_dict,
 )
-from tnadapt.algebra.sources._from_base import dominant_basis
 from tnadapt.backends import Backend
 
 SHAPES = [(6, 4)] * 3
@@ -107,6 +106,11 @@ def test_updates_are_those_of_the_arrays_written_out(config: tna.Config, seed: i
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12 * scale)
     for index, delta in enumerate(found):
         np.testing.assert_allclose(plan.delta(params, index), delta, rtol=0, atol=1e-12 * scale)
+    assert tna.Config.from_dict(config.to_dict()) == config
+    for other in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan)), copy.copy(plan)):
+        assert other.param_shapes == plan.param_shapes
+        for ours, theirs in zip(other.init().values(), plan.init().values(), strict=True):
+            assert ours.tobytes() == theirs.tobytes()
 
 
 @pytest.mark.law("sources")
@@ -121,18 +125,6 @@ def test_a_fresh_adapter_changes_nothing_and_learns(config: tna.Config) -> None:
     (vec * weights).sum().backward()
     for group in plan.groups:
         assert any(params[full].grad.any() for full in group.names.values())
-
-
-@pytest.mark.law("sources")
-@given(configs())
-def test_a_plan_survives_copies_and_its_config_a_dictionary(config: tna.Config) -> None:
-    plan = plan_of(config)
-    assert tna.Config.from_dict(config.to_dict()) == config
-    params = plan.init()
-    for other in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan)), copy.copy(plan)):
-        assert other.param_shapes == plan.param_shapes
-        for ours, theirs in zip(other.init().values(), params.values(), strict=True):
-            assert ours.tobytes() == theirs.tobytes()
 
 
 @on_every_library("name", NETWORKS, ["train", "lokr", "projected"])
@@ -165,21 +157,6 @@ def test_gradients_of_tied_and_scaled_arrays_in_every_library(name: str, backend
 
 
 # -- Tied -------------------------------------------------------------------------------------------
-
-
-def test_a_tied_array_is_counted_and_stored_once() -> None:
-    plan = tna.SuperLoRA(tna.presets.share_lora(2), SHAPES)
-    assert list(plan.param_shapes) == [
-        "group0.split0.factor0",
-        "group0.split0.factor1",
-        "group1.split0.factor0",
-        "group2.split0.factor0",
-    ]
-    assert plan.num_parameters == 3 * 12 + 8
-    params = {name: np.random.default_rng(0).normal(size=shape) for name, shape in plan.param_shapes.items()}
-    for index, delta in enumerate(plan.deltas(params)):
-        expected = params[f"group{index}.split0.factor0"] @ params["group0.split0.factor1"].T
-        np.testing.assert_allclose(delta, expected, rtol=1e-12)
 
 
 def test_ties_lead_through_other_groups_and_frozen_arrays() -> None:
@@ -709,34 +686,3 @@ VIT = [(768, 768)] * 24
 )
 def test_counts_on_query_and_value_of_a_vit(config: tna.Config, count: int) -> None:
     assert tna.parameter_count(config, VIT, roles="qv" * 12) == count
-
-
-@settings(max_examples=20)
-@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**64 - 1), st.data())
-def test_presets_equal_their_formulas_on_weights_of_several_shapes(
-    rank: int, count: int, seed: int, data: st.DataObject
-) -> None:
-    alike = data.draw(st.tuples(st.integers(rank, 9), st.integers(rank, 9)))
-    mixed = data.draw(st.lists(st.tuples(st.integers(rank, 9), st.integers(rank, 9)), min_size=count, max_size=count))
-    P = tna.presets
-    cases = {
-        "lora_fa": (P.lora_fa(rank), mixed), "lora_xs": (P.lora_xs(rank), mixed), "svft": (P.svft(rank), mixed),
-        "vera": (P.vera(rank), mixed), "nola": (P.nola(1, rank), mixed), "unilora": (P.unilora(2, rank), mixed),
-        "share_lora": (P.share_lora(rank), [alike] * count), "tied_lora": (P.tied_lora(rank), [alike] * count),
-        "randlora": (P.randlora(rank, rows=alike[0], cols=alike[1]), [alike] * count),
-        "craft": (P.craft(rank, groups=1), [alike] * count),
-        "quanta": (P.quanta((2, rank)), [(6 * rank, 4 * rank)] * count),
-    }  # fmt: skip
-    rng = np.random.default_rng(0)
-    for name, (config, shapes) in cases.items():
-        plan = tna.SuperLoRA(config.replace(seed=seed), shapes)
-        plan = plan.with_base([rng.normal(size=shape) for shape in shapes])
-        params = {full: rng.normal(size=shape) for full, shape in plan.param_shapes.items()}
-        begun = {
-            f"begun.group{index}.{array}": group.start.host(array).astype(np.float64)
-            for index, group in enumerate(plan.groups)
-            for array in group.names
-        }
-        own = methods.METHODS[name]({**params, **frozen_of(plan), **begun}, plan.config, shapes)
-        for ours, theirs in itertools.zip_longest(plan.deltas(params), own):
-            assert relative_error(ours, theirs) < 1e-12, name

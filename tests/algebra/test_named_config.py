@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import pickle
 import re
 from typing import Any
 
@@ -15,12 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.algebra.internals import STARTS, config_of, named_config
 from tests.conftest import relative_error
 from tests.support.references import methods
 from tnadapt import errors
-from tnadapt.algebra.layout import make_layout
-from tnadapt.algebra.named_config import config_of, named_config
-from tnadapt.algebra.starting_points import STARTS
 from tnadapt.testing.strategies import base_weights, configs, shapes
 
 # -- A config by the name of its preset --------------------------------------------------------------------------------
@@ -204,11 +201,6 @@ def test_roles_group_as_layers_do(data: st.DataObject) -> None:
         assert np.array_equal(mine, theirs)
 
 
-def test_roles_group_in_order_of_first_appearance() -> None:
-    layout = make_layout("role", [(1, 1), (1, 2), (1, 3), (1, 4)], roles=["v", "q", "v", "q"])
-    assert [[p.weight for p in layout.of_group(g)] for g in range(2)] == [[0, 2], [1, 3]]
-
-
 @pytest.mark.parametrize(
     ("roles", "message"),
     [
@@ -220,14 +212,6 @@ def test_roles_group_in_order_of_first_appearance() -> None:
 def test_roles_that_do_not_fit_are_refused(roles: Any, message: str) -> None:
     with pytest.raises(tna.ConfigError, match=re.escape(message)):
         tna.SuperLoRA(tna.Config(groups="role"), [(2, 2)] * 2, roles=roles)
-
-
-@pytest.mark.parametrize("name", BY_ROLE)
-def test_a_plan_survives_pickling(name: str) -> None:
-    plan = tna.SuperLoRA(BY_ROLE[name], GROUPED, roles=ROLES)
-    again = pickle.loads(pickle.dumps(plan))
-    assert again.param_shapes == plan.param_shapes
-    assert again.config == plan.config
 
 
 # -- Presets with a fold of their own ---------------------------------------------------------------

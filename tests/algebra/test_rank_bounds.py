@@ -99,6 +99,7 @@ METHODS: dict[str, tuple[tna.Config, int]] = {
     "six columns in an index": (tna.Config(2, groups=1, fold=(8, 60)), 10),
     "two rows in a row": (tna.Config(2, groups=1, fold=(24, 20)), 4),
     "half a row": (tna.Config(2, groups=1, fold=(96, 5)), 4),
+    "miss": (P.miss(4), 4),
 }
 
 
@@ -107,6 +108,7 @@ METHODS: dict[str, tuple[tna.Config, int]] = {
 def test_the_bound_is_the_methods_rank(name: str) -> None:
     config, expected = METHODS[name]
     plan = tna.SuperLoRA(config, [(12, 10)] * 4)
+    assert largest_rank(plan).value == expected
     params = drawn(plan)
     for weight in range(4):
         assert plan.largest_rank(weight) == expected
@@ -135,14 +137,6 @@ def test_methods_of_low_rank_attain_their_bound(
         bound = plan.largest_rank(weight)
         assert bound <= min(terms * given_rank, *shape)
         assert rank(plan.delta(params, weight)) == bound
-
-
-@pytest.mark.law("largest-rank")
-def test_the_rank_of_random_arrays_is_within_the_bound() -> None:
-    shapes = [(12, 10)] * 4
-    for config, expected in METHODS.values():
-        plan = tna.SuperLoRA(config, shapes)
-        assert largest_rank(plan).value == expected
 
 
 def test_a_weight_in_two_groups_has_the_sum_of_their_ranks() -> None:

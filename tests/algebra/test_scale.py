@@ -67,9 +67,6 @@ def test_what_a_budget_buys_is_planned_for_the_largest() -> None:
     assert all(row.parameters <= 10_000 for row in rows)
 
 
-WEIGHTS, SIDE = 64, 4096  # 2**30 elements; one weight has 2**24
-
-
 def element(plan: tna.SuperLoRA, params: dict[str, np.ndarray], position: int) -> float:
     """One element of the vector of one group of CP or Tucker, by its indices."""
     split = "group0.split0."
@@ -85,25 +82,8 @@ def element(plan: tna.SuperLoRA, params: dict[str, np.ndarray], position: int) -
     return scale * float(core)
 
 
-@pytest.mark.law("update-slice")
-@pytest.mark.parametrize("config", [P.superlora(4), P.lorta(3, order=3), P.lorta(2, order=5)], ids=["2D", "3D", "5D"])
-def test_one_weight_of_a_group_of_2_30_elements_takes_less_than_a_gigabyte(config: tna.Config) -> None:
-    plan = tna.SuperLoRA(config, [(SIDE, SIDE)] * WEIGHTS)
-    assert plan.groups[0].size == 1 << 30
-    rng = np.random.default_rng(0)
-    params = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in plan.param_shapes.items()}
-    found: list[np.ndarray] = []
-    peak = peak_of(lambda: found.append(plan.delta(params, WEIGHTS - 1)))
-    assert peak < 1 << 30
-    assert found[0].shape == (SIDE, SIDE)
-    start = (WEIGHTS - 1) * SIDE * SIDE
-    for place in (0, 1, SIDE, 12_345_678, SIDE * SIDE - 1):
-        want = element(plan, params, start + place)
-        assert abs(found[0].reshape(-1)[place] - want) < 1e-4 * max(1.0, abs(want))
-
-
 @pytest.mark.law("beyond-2-31")
-@pytest.mark.parametrize("config", [P.superlora(4), P.lorta(3, order=3)], ids=["2D", "3D"])
+@pytest.mark.parametrize("config", [P.superlora(4), P.lorta(3, order=3), P.lorta(2, order=5)], ids=["2D", "3D", "5D"])
 @pytest.mark.parametrize(
     ("backend", "length"),
     [("numpy", 1), ("numpy", 7), ("numpy", 1 << 12), ("torch", 7), ("torch", 1 << 12), ("jax", 7), ("cupy", 1 << 12)],

@@ -47,18 +47,39 @@ def flat(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.asarray(array).reshape(-1) for array in arrays])
 
 
-@pytest.mark.law("update-formula")
+def _layers(plan: tna.SuperLoRA) -> list[int]:
+    return [plan.layout.of_weight(weight)[0].group for weight in range(len(plan.shapes))]
+
+
+@pytest.mark.law("update-formula", "update-slice", "parameter-count", "first-gradients")
 @given(st.data())
-def test_deltas_are_the_textbook_formula(data: st.DataObject) -> None:
+def test_any_plan_is_the_textbook_formula_whole_and_in_parts(data: st.DataObject) -> None:
     plan = data.draw(plans())
     params = data.draw(parameters(plan))
     # The plan was made with layers; the reference is told the groups themselves.
     groups = [[piece.weight for piece in group.pieces] for group in plan.groups]
     config = plan.config if isinstance(plan.config.groups, int) else plan.config.replace(groups=groups)
-    expected = reference.deltas(config, plan.shapes, params, start=start_of(plan))
-    found = plan.deltas(params)
-    assert [delta.shape for delta in found] == list(plan.shapes)
-    assert relative_error(flat(found), flat(expected)) < 1e-12
+    deltas = plan.deltas(params)
+    expected = flat(reference.deltas(config, plan.shapes, params, start=start_of(plan)))
+    assert [delta.shape for delta in deltas] == list(plan.shapes)
+    assert relative_error(flat(deltas), expected) < 1e-12
+    scale = np.max(np.abs(expected)) or 1.0
+    weight = data.draw(st.integers(0, len(plan.shapes) - 1))
+    first = sum(rows * cols for rows, cols in plan.shapes[:weight])
+    start = data.draw(st.integers(0, plan.size - 1))
+    stop = data.draw(st.integers(start + 1, plan.size))
+    for other in (plan, pickle.loads(pickle.dumps(plan))):  # the copy has drawn nothing yet
+        delta = other.delta(params, weight)
+        assert delta.shape == plan.shapes[weight]
+        assert np.max(np.abs(delta.reshape(-1) - expected[first : first + delta.size])) < 1e-12 * scale
+        assert np.max(np.abs(other.vector(params, start, stop) - expected[start:stop])) < 1e-12 * scale
+        assert np.max(np.abs(other.vector(params) - expected)) < 1e-12 * scale
+    begun = plan.init()
+    assert {name: array.shape for name, array in begun.items()} == plan.param_shapes
+    assert plan.num_parameters == sum(array.size for array in begun.values())
+    assert plan.num_parameters == reference.count(plan.config, plan.shapes, _layers(plan))
+    if plan.config.groups != "layer":
+        assert plan.num_parameters == tna.parameter_count(plan.config, plan.shapes)
 
 
 @pytest.mark.law("update-formula", "fresh-is-zero")
@@ -77,62 +98,6 @@ def test_changed_weights_are_the_textbook_formula_and_w_at_the_start(data: st.Da
     plan = plan.with_base(weights)
     for found, weight in zip(plan.merged(plan.init(dtype="float64"), weights), weights, strict=True):
         assert np.array_equal(found, weight)
-
-
-@pytest.mark.law("update-slice")
-@given(st.data())
-def test_a_slice_is_the_whole_cut(data: st.DataObject) -> None:
-    plan = data.draw(plans())
-    params = data.draw(parameters(plan))
-    whole = flat(plan.deltas(params))
-    scale = np.max(np.abs(whole)) or 1.0
-    weight = data.draw(st.integers(0, len(plan.shapes) - 1))
-    start = data.draw(st.integers(0, plan.size - 1))
-    stop = data.draw(st.integers(start + 1, plan.size))
-    fresh = pickle.loads(pickle.dumps(plan))  # has drawn nothing yet
-    for other in (plan, fresh):
-        first = sum(rows * cols for rows, cols in plan.shapes[:weight])
-        found = other.delta(params, weight)
-        assert found.shape == plan.shapes[weight]
-        assert np.max(np.abs(found.reshape(-1) - whole[first : first + found.size])) < 1e-12 * scale
-        assert np.max(np.abs(other.vector(params, start, stop) - whole[start:stop])) < 1e-12 * scale
-        assert np.max(np.abs(other.vector(params) - whole)) < 1e-12 * scale
-
-
-def _layers(plan: tna.SuperLoRA) -> list[int]:
-    return [plan.layout.of_weight(weight)[0].group for weight in range(len(plan.shapes))]
-
-
-@pytest.mark.law("parameter-count")
-@given(plans())
-def test_counts(plan: tna.SuperLoRA) -> None:
-    config = plan.config
-    if config.groups == "layer":
-        layers = _layers(plan)
-        assert plan.num_parameters == reference.count(config, plan.shapes, layers)
-    else:
-        assert plan.num_parameters == reference.count(config, plan.shapes)
-        assert tna.parameter_count(config, plan.shapes) == plan.num_parameters
-    params = plan.init()
-    assert list(params) == list(plan.param_shapes)
-    assert {name: array.shape for name, array in params.items()} == plan.param_shapes
-    assert plan.num_parameters == sum(array.size for array in params.values())
-
-
-@given(plans())
-def test_names_are_the_specs(plan: tna.SuperLoRA) -> None:
-    config = plan.config
-    for name in plan.weight_param_shapes:
-        weight, array = name.split(".")
-        assert 0 <= int(weight.removeprefix("weight")) < len(plan.shapes)
-        assert array == "magnitude"
-    assert list(plan.param_shapes) == [*plan.array_shapes, *plan.weight_param_shapes]
-    for name in plan.array_shapes:
-        group, *term, split, array = name.split(".")
-        assert group.removeprefix("group").isdigit()
-        assert len(term) == (config.terms > 1)
-        assert 0 <= int(split.removeprefix("split")) < config.splits
-        assert array.rstrip("0123456789") in ("dense", "factor", "weights", "core", "gate")
 
 
 @pytest.mark.law("first-gradients")
@@ -267,44 +232,6 @@ def test_a_slice_of_a_long_group_never_forms_the_group(config: tna.Config, start
     params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in plan.param_shapes.items()}
     stop = start + (1 << 20)
     assert peak_of(lambda: plan.vector(params, start, stop)) < 24 << 20
-
-
-@pytest.mark.law("projection-slice")
-def test_a_slice_through_linear_f_needs_the_slice_and_the_compressed_vector() -> None:
-    plan = tna.SuperLoRA(tna.presets.superlora(2, projection="linear", ratio=0.001), [(2048, 2048)] * 4)
-    rng = np.random.default_rng(0)
-    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in plan.param_shapes.items()}
-    # The group is 2**24 elements, 64 MiB, and the draws of a whole F nine bytes for each.
-    assert peak_of(lambda: plan.vector(params, 1 << 20, (1 << 20) + (1 << 16))) < 48 << 20
-
-
-@pytest.mark.law("beyond-2-31")
-def test_a_far_slice_of_a_group_past_2_31_elements() -> None:
-    # 3 * 2**30 elements: 32-bit positions would wrap.
-    plan = tna.SuperLoRA(tna.presets.lorta(2, order=5), [(1 << 15, 1 << 15)] * 3)
-    rng = np.random.default_rng(0)
-    params = {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
-    assert plan.size > 1 << 31
-    d = tna.hypercube_shape(plan.size, 5)[0]
-    found = plan.vector(params, plan.size - 5, plan.size)
-    core = params["group0.split0.core"]
-    for offset, value in enumerate(found):
-        index = np.unravel_index(plan.size - 5 + offset, (d,) * 5)
-        rows = [params[f"group0.split0.factor{m}"][i] for m, i in enumerate(index)]
-        assert abs(np.einsum("abcde,a,b,c,d,e->", core, *rows) - value) < 1e-12
-
-
-# -- Copies ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.law("copies")
-def test_copies_and_pickles_are_equal_and_small(rng: np.random.Generator) -> None:
-    plan = tna.SuperLoRA(tna.presets.superlora(2, projection="nonlinear", ratio=0.1), [(40, 40)] * 2)
-    params = {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
-    expected = flat(plan.deltas(params))
-    for other in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
-        assert np.array_equal(flat(other.deltas(params)), expected)
-    assert len(pickle.dumps(plan)) < 10_000
 
 
 @pytest.mark.law("projection-shared")
@@ -443,11 +370,6 @@ def test_construction_is_small_and_ends_for_any_values() -> None:
             tna.SuperLoRA(tna.Config(groups="layer"), [(2, 2)], layers=layers)  # type: ignore[arg-type]
 
 
-def test_every_public_name_says_what_it_is() -> None:
-    for name in tna.__all__:
-        assert getattr(tna, name).__doc__, name
-
-
 # -- Layout of weights in groups: every element occurs once, and weights that straddle groups stay in order ------------
 
 
@@ -483,27 +405,12 @@ def test_pieces_are_the_reference_positions(data: st.DataObject) -> None:
     assert [size for _, count, size in layout.same_size() for _ in range(count)] == [len(w) for w in expected]
 
 
-def test_a_weight_may_straddle_two_groups() -> None:
-    layout = make_layout(2, [(2, 3), (2, 2)])
-    assert [piece.group for piece in layout.of_weight(0)] == [0, 1]
-
-
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 21), (21, 21)])
 def test_a_slice_that_leaves_the_vector_is_refused(start: int, stop: int) -> None:
     layout = make_layout(2, [(4, 3), (2, 4)], None)
     assert not layout.of_slice(20, 20)
     with pytest.raises(tna.ShapeError, match=f"no slice {start}:{stop} of a vector of 20 elements"):
         layout.of_slice(start, stop)
-
-
-def test_groups_that_would_be_empty_are_left_out() -> None:
-    # ceil(10 / 7) = 2 elements a group: five groups use up the vector.
-    assert make_layout(7, [(2, 5)]).num_groups == 5
-
-
-def test_layers_group_by_key_in_order_of_first_appearance() -> None:
-    layout = make_layout("layer", [(1, 1), (1, 2), (1, 3), (1, 4)], layers=["b", "a", "b", "a"])
-    assert [[p.weight for p in layout.of_group(g)] for g in range(2)] == [[0, 2], [1, 3]]
 
 
 @pytest.mark.parametrize(
@@ -525,15 +432,6 @@ def test_layers_group_by_key_in_order_of_first_appearance() -> None:
 def test_bad_input(error: type[Exception], message: str, arguments: tuple) -> None:
     with pytest.raises(error, match=message):
         make_layout(*arguments)
-
-
-@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 11)])
-def test_a_slice_out_of_the_vector_is_refused(start: int, stop: int) -> None:
-    layout = make_layout(2, [(2, 3), (2, 2)])
-    with pytest.raises(tna.ShapeError, match=f"no slice {start}:{stop} of a vector of 10 elements"):
-        layout.of_slice(start, stop)
-    assert layout.of_slice(4, 4) == []
-    assert sum(piece.length for piece in layout.of_slice(0, 10)) == 10
 
 
 # -- Networks whose modes index the fold in another order, or several of its sizes in one mode -------------------------
@@ -598,20 +496,19 @@ def test_updates_are_the_textbooks_and_slices_are_parts_of_them(plan: tna.SuperL
     assert not any(delta.any() for delta in plan.deltas(plan.init()))
 
 
-@given(plan=reordered())
-def test_the_adjoint_of_each_array_is_that_of_a_linear_map(plan: tna.SuperLoRA) -> None:
-    network, numpy = plan.groups[0].network, load_backend("numpy")
-    arrays = {name: drawn(plan)[full] for name, full in plan.groups[0].names.items()}
-    vec = np.random.default_rng(1).normal(size=network.size)
-    whole = float(vec @ network.whole(numpy, arrays))
-    scale = float(np.linalg.norm(vec) * np.linalg.norm(network.whole(numpy, arrays))) or 1.0
-    for prefixes in network.prefixes:
-        for prefix, split in zip(prefixes, network.splits, strict=True):
-            # Without this term's array, what is left is the other terms.
-            name = prefix + next(iter(split.shapes))
-            rest = float(vec @ network.whole(numpy, {**arrays, name: 0.0 * arrays[name]}))
-            found = network.adjoint(numpy, arrays, vec)[name]
-            assert abs(float(np.sum(found * arrays[name])) - (whole - rest)) < 1e-12 * scale
+@given(plan=st.one_of(plans(), reordered()))
+def test_the_adjoint_of_a_network_is_that_of_each_of_its_linear_maps(plan: tna.SuperLoRA) -> None:
+    group, numpy = plan.groups[0], load_backend("numpy")
+    arrays = {name: drawn(plan)[full] for name, full in group.names.items()}
+    rng = np.random.default_rng(1)
+    vec = rng.normal(size=group.network.size)
+    gradients = group.network.adjoint(numpy, arrays, vec)
+    assert {name: array.shape for name, array in gradients.items()} == group.network.shapes
+    for name, gradient in gradients.items():
+        other = rng.normal(size=gradient.shape)
+        # Of several terms, the others are a constant.
+        without, moved = (group.network.whole(numpy, {**arrays, name: array}) for array in (0.0 * other, other))
+        np.testing.assert_allclose((other * gradient).sum(), ((moved - without) * vec).sum(), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.law("special-cases")
@@ -639,22 +536,6 @@ def test_a_tensor_train_matrix_pairs_digits_of_rows_and_columns() -> None:
     one, two, three = (core.reshape(core.shape[0], rows, -1, core.shape[2]) for core, rows in digits)
     expected = np.einsum("apxb,bqyc,crzd->pqrxyz", one, two, three).reshape(24, 30)
     assert relative_error(plan.deltas(params)[0], expected) < 1e-12
-
-
-@pytest.mark.parametrize("name", sorted(FORMATS.built_in))
-def test_the_laws_hold(name: str) -> None:
-    config = tna.Config(2, order=3, groups=1, fold=("weights", "rows", "cols"), axes=(1, 0, 2), format=name)
-    assert tna.verify(config, [(6, 5)] * 3, backends=["numpy"]).holds
-
-
-@pytest.mark.parametrize("name", ["cp", "tt"])
-def test_a_slice_forms_no_other_weight(name: str) -> None:
-    config = tna.Config(2, order=3, groups=1, fold=("weights", "rows", "cols"), axes=(1, 0, 2), format=name)
-    plan = tna.SuperLoRA(config, [(24, 20)] * 5)
-    how = factoring(plan, 3)
-    assert how is not None
-    assert [(size.rows, size.cols, size.width) for size in how.sizes] == [(24, 20, 2)]
-    assert plan.lora_rank == 2
 
 
 def test_updates_in_another_order_are_fitted() -> None:
@@ -762,46 +643,11 @@ def test_longer_vectors_keep_their_bits(projection: str, rng: np.random.Generato
         assert np.array_equal(found, plan.vector(params))
 
 
-@pytest.mark.parametrize(("limit", "calls"), [(0, 24), (16, 24), (63, 8), (1 << 20, 1)])
-def test_as_few_calls_of_f_as_the_limit_allows(limit: int, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, backend, shapes = superlora(24), load_backend("numpy"), list[tuple[int, ...]]()
-    kind = type(plan.groups[0].projection.map)
-    forward = kind.forward
-
-    def counted(self: Any, backend: Backend, x: Any) -> Any:
-        shapes.append(x.shape[:-1])
-        return forward(self, backend, x)
-
-    monkeypatch.setattr(kind, "forward", counted)
-    with at_once(backend, limit):
-        plan.deltas(plan.init())
-        assert len(shapes) == calls
-        # One slice that ends within a group: the whole ones are still together.
-        shapes.clear()
-        plan.vector(plan.init(), 1)
-    assert shapes == {0: [()] * 23, 16: [()] * 23, 63: [(3,)] * 7 + [(2,)], 1 << 20: [(23,)]}[limit]
-
-
-@pytest.mark.parametrize("projection", ["linear", "nonlinear"])
-def test_groups_of_weights_apart_are_computed_once(projection: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tna.presets.superlora(2, groups=[[0, 2], [3, 1]], projection=projection, ratio=0.3)
-    plan = tna.SuperLoRA(config, [(4, 3)] * 4)
-    params = {name: array + 0.5 for name, array in plan.init(dtype="float64").items()}
-    expected = np.concatenate([delta.reshape(-1) for delta in plan.deltas(params)])
-    kind = type(plan.groups[0].projection.map)
-    monkeypatch.setattr(kind, "slice", None)  # not called
-    assert np.array_equal(plan.vector(params), expected)
-    monkeypatch.undo()
-    # Half of one group is missing: it is a slice, and the other one whole.
-    np.testing.assert_allclose(plan.vector(params, 12), expected[12:], rtol=1e-12, atol=1e-14)
+def together(plan: tna.SuperLoRA) -> list[list[int]]:
+    return batches(load_backend("numpy"), np.zeros(1), [(group, 0, group.size) for group in plan.groups])
 
 
 def test_what_is_not_alike_is_apart() -> None:
-    backend, like = load_backend("numpy"), np.zeros(1)
-
-    def together(plan: tna.SuperLoRA) -> list[list[int]]:
-        return batches(backend, like, [(group, 0, group.size) for group in plan.groups])
-
     two = tna.SuperLoRA(tna.presets.superlora(2, groups="weight", projection="linear"), [(4, 4), (4, 5), (4, 4)])
     assert together(two) == [[0, 2], [1]]
     assert together(superlora(2, shared=False)) == [[0], [1]]
@@ -809,6 +655,12 @@ def test_what_is_not_alike_is_apart() -> None:
     # A product with a matrix sums one row in another order than several.
     assert together(superlora(2, projection="normal")) == [[0], [1]]
     assert together(superlora(2, projection=["shuffle", "linear"], ratio=0.3)) == [[0, 1]]
+
+
+@pytest.mark.parametrize(("limit", "most"), [(0, 1), (16, 1), (63, 3), (1 << 20, 24)])
+def test_as_many_groups_are_together_as_the_limit_allows(limit: int, most: int) -> None:
+    with at_once(load_backend("numpy"), limit):
+        assert together(superlora(24)) == [list(range(first, first + most)) for first in range(0, 24, most)]
 
 
 def test_processors_put_short_vectors_together_and_devices_longer_ones() -> None:

@@ -74,11 +74,10 @@ def test_arrays_are_their_start_plus_p_theta(name: Any, scope: str) -> None:
 @pytest.mark.law("theta")
 @before
 @scoped
-def test_updates_are_those_of_the_arrays(name: Any, scope: str) -> None:
+def test_updates_are_those_of_the_arrays_and_begin_at_their_start(name: Any, scope: str) -> None:
     plan = plan_of(name, scope)
-    params = drawn(plan)
+    params, inner = drawn(plan), plan.arrays_plan
     arrays = plan.arrays(params)
-    inner = plan.arrays_plan
     assert inner.param_shapes == plan.array_shapes
     assert inner.config.before is None
     for ours, theirs in zip(plan.deltas(params), inner.deltas(arrays), strict=True):
@@ -86,6 +85,11 @@ def test_updates_are_those_of_the_arrays(name: Any, scope: str) -> None:
     np.testing.assert_array_equal(plan.delta(params, 1), inner.delta(arrays, 1))
     np.testing.assert_array_equal(plan.vector(params, 7, 40), inner.vector(arrays, 7, 40))
     assert tna.SuperLoRA(P.lora(2), SHAPES).arrays_plan.theta is None
+    for dtype in ("float32", "float64", "float16"):
+        fresh, usual = plan.init(dtype=dtype), inner.init(dtype=dtype)
+        assert not any(theta.any() for theta in fresh.values())
+        assert all(array.tobytes() == usual[full].tobytes() for full, array in plan.arrays(fresh).items())
+        assert not any(delta.any() for delta in plan.deltas(fresh))
 
 
 @pytest.mark.law("theta")
@@ -104,14 +108,12 @@ def test_one_hot_maps_are_isometries(name: str, n_in: int, more: int, seed: int)
 
 
 def test_a_large_normal_map_is_drawn_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tnadapt.algebra.maps import _matrices as _normal
-
     small = make_map("normal", 7, 50, seed=1)
     x, y = np.random.default_rng(0).normal(size=(2, 7)), np.random.default_rng(1).normal(size=(2, 50))
     f, g = tna.Projection("normal", 7, 50, seed=1), tna.Projection("normal", 7, 50, seed=1)
     whole, back = f(x), f.adjoint(y)
-    monkeypatch.setattr(_normal, "_KEPT", 0)
-    monkeypatch.setattr(_normal, "_BLOCK", 7 * 8)
+    monkeypatch.setattr("tnadapt.algebra.maps._matrices._KEPT", 0)
+    monkeypatch.setattr("tnadapt.algebra.maps._matrices._BLOCK", 7 * 8)
     np.testing.assert_allclose(g(x), whole, rtol=1e-12)
     np.testing.assert_allclose(g.adjoint(y), back, rtol=1e-12)
     np.testing.assert_allclose(g.slice(x, 5, 43), whole[:, 5:43], rtol=1e-12)
@@ -155,6 +157,7 @@ def test_a_sum_over_very_unequal_indices_takes_little_memory() -> None:
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
+        ("tied", {"theta.index": np.zeros(57)}, r"given\['theta.index'\] .*\(57,\).*\(58,\)"),
         ("tied", {}, r"'theta.index', of shape \(58,\), is an array that the caller brings: tnadapt.SuperLoRA\("),
         ("given", {}, r"'theta.matrix', of shape \(58, 5\), is an array that the caller brings"),
         (
@@ -178,37 +181,14 @@ def test_a_sum_over_very_unequal_indices_takes_little_memory() -> None:
     ],
 )
 def test_arrays_of_p_that_do_not_fit(name: str, given: dict[str, Any], message: str) -> None:
-    with pytest.raises(tna.ConfigError, match=message):
-        tna.SuperLoRA(P.lora(2, before=name, parameters=5), SHAPES, given=given).init()
-
-
-def test_an_index_of_another_length_is_refused() -> None:
-    with pytest.raises(tna.ShapeError, match=r"given\['theta.index'\] .*\(57,\).*\(58,\)"):
-        tna.SuperLoRA(P.lora(2, before="tied", parameters=5), SHAPES, given={"theta.index": np.zeros(57)})
-
-
-def test_a_plan_counts_without_the_arrays_of_p() -> None:
-    plan = tna.SuperLoRA(P.lora(2, before="tied", parameters=5), SHAPES)
-    assert (plan.num_parameters, plan.given_shapes) == (5, {"theta.index": (58,)})
-    with pytest.raises(tna.ConfigError, match=r"'theta.index', of shape \(58,\), is an array that the caller brings"):
-        plan.deltas({"theta": np.zeros(5)})
+    config = P.lora(2, before=name, parameters=5)
+    with pytest.raises((tna.ConfigError, tna.ShapeError), match=message):
+        tna.SuperLoRA(config, SHAPES, given=given).init()
+    # Counting needs none of them.
+    assert tna.SuperLoRA(config, SHAPES).num_parameters == 5
 
 
 # -- The start --------------------------------------------------------------------------------------
-
-
-@pytest.mark.law("theta")
-@before
-@scoped
-def test_theta_starts_at_zero_where_the_arrays_are_those_without_it(name: Any, scope: str) -> None:
-    plan = plan_of(name, scope)
-    for dtype in ("float32", "float64", "float16"):
-        fresh = plan.init(dtype=dtype)
-        assert not any(theta.any() for theta in fresh.values())
-        usual = plan.arrays_plan.init(dtype=dtype)
-        for full, array in plan.arrays(fresh).items():
-            assert array.tobytes() == usual[full].tobytes()
-        assert not any(delta.any() for delta in plan.deltas(fresh))
 
 
 def test_without_an_offset_one_array_per_term_must_be_made() -> None:
