@@ -11,10 +11,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tnadapt.algebra.folding import along, balanced_factors, balanced_shape, best_cut, boxes, kronecker_sizes
+from tnadapt.algebra.folding import balanced_factors, balanced_shape, best_cut, boxes, kronecker_sizes
 from tnadapt.algebra.formats import make_format
 from tnadapt.algebra.network import Network
-from tnadapt.backends import Backend, get_backend
+from tnadapt.backends import Backend
 
 # -- Sizes by integer arithmetic, and the boxes that cover a slice -----------------------------------------------------
 
@@ -204,21 +204,6 @@ def test_the_core_goes_where_it_is_contracted_with_more() -> None:
     assert [split.inner(modes) for modes in (1, 2, 3)] == [3, 4, 2]
     split = make_format("tucker", (4, 5, 6, 7), (None, 3, None, 2))
     assert [split.inner(modes) for modes in (1, 2, 3)] == [None, None, 2]
-
-
-@given(SIZES, st.integers(0, 2), st.data())
-def test_along_joins_boxes_on_any_axis(sizes: list[int], axis: int, data: st.DataObject) -> None:
-    size = math.prod(sizes)
-    start = data.draw(st.integers(0, size - 1))
-    stop = data.draw(st.integers(start + 1, size))
-    x = np.moveaxis(np.arange(6 * size).reshape(2, 3, size), -1, axis)
-
-    def on_box(box: list[tuple[int, int]]) -> np.ndarray:
-        inside = np.arange(size).reshape(sizes)[tuple(slice(*bounds) for bounds in box)]
-        return np.take(x, inside.reshape(-1), axis=axis)
-
-    found = along(get_backend(x), sizes, start, stop, on_box, axis)
-    assert np.array_equal(found, np.take(x, np.arange(start, stop), axis=axis))
 
 
 @pytest.mark.law("precision")

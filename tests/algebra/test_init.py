@@ -12,6 +12,7 @@ import tnadapt as tna
 from tnadapt.algebra import rng
 from tnadapt.algebra.init import STEP, Initializer
 from tnadapt.algebra.network import Network
+from tnadapt.testing.verification import examples
 
 SHAPES = [(96, 96)] * 8
 FOUR = {"weights": 8, "rows": 96, "cols": 96}
@@ -219,32 +220,18 @@ def test_what_a_dtype_cannot_hold_is_refused() -> None:
 
 # -- Where some arrays are frozen --------------------------------------------------------------------
 
-SMALL = [(6, 4)] * 4
-BASE = list(np.random.default_rng(0).normal(size=(4, 6, 4)))
-STACK = {"weights": 4, "rows": 6, "cols": 4}
+SMALL = [(12, 8)] * 4
+BASE = list(np.random.default_rng(0).normal(size=(4, 12, 8)))
 FROZEN = {
-    "dense": P.dense(), "lora": P.lora(2), "lokr": P.lokr(2), "lokr, both low rank": P.lokr(2, leading="same"),
-    "krona": P.krona(), "loha": P.loha(2), "lonkr": P.lonkr(2, split_size=2), "lotr": P.lotr(2, **STACK),
-    "lotr, train": P.lotr(2, train=True, **STACK), "lorta": P.lorta(2),
-    "lorta_cp": P.lorta_cp(2, layers=2, rows=6, cols=4, heads=3), "fastfood": P.fastfood(0.5),
-    "superlora": P.superlora(2, groups=2), "fact_tt": P.fact_tt(2, **STACK), "fact_tk": P.fact_tk(2, **STACK),
-    "cara": P.cara(2, heads=3, **STACK), "compacter": P.compacter(2, terms=2),
-    "lora_fa": P.lora_fa(2), "lora_xs": P.lora_xs(2), "nola": P.nola(3, 2), "randlora": P.randlora(2, rows=6, cols=4),
-    "share_lora": P.share_lora(2), "svft": P.svft(4), "tied_lora": P.tied_lora(2), "tinylora": P.tinylora(3),
-    "unilora": P.unilora(5, 2), "vera": P.vera(3), "craft": P.craft(2, groups=1), "quanta": P.quanta((2, 1)),
-    "shira": P.shira(5), "fourierft": P.fourierft(5), "loca": P.loca(5), "waveft": P.waveft(5), "c3a": P.c3a(2),
-    "miss": P.miss(2), "dora": P.dora(2), "hira": P.hira(2),
-    "metatt": P.metatt(2), "gralora": P.gralora(2, blocks=2),
+    # θ has no parts to choose.
+    **{name: config for name, (config, _) in examples().items() if config.before is None},
+    "lokr, both low rank": P.lokr(2, leading="same"),
+    "lotr, train": P.lotr(2, train=True, weights=4, rows=12, cols=8),
     "linear": P.superlora(2, projection="linear", ratio=0.5),
     "nonlinear": P.superlora(2, projection="nonlinear", ratio=0.5),
-    "weighted, nonlinear": P.cara(2, heads=3, projection="nonlinear_v2", **STACK),
+    "weighted, nonlinear": P.cara(2, heads=3, projection="nonlinear_v2", weights=4, rows=12, cols=8),
     "weights of an order of one": tna.Config(rank=2, order=1, format="cp-weighted"),
-}  # fmt: skip
-
-
-# All arrays come from θ, which has no parts to choose.
-OF_THETA = {"nola", "tinylora", "unilora"}
-IN_PART = [name for name in FROZEN if name not in OF_THETA]
+}
 
 
 def choices(plan: tna.SuperLoRA) -> list[tuple[list[int], tuple[str, ...]]]:
@@ -263,17 +250,18 @@ def chosen(plan: tna.SuperLoRA, groups: list[int], words: tuple[str, ...]) -> li
     ]
 
 
-def test_every_preset_is_frozen_in_part_below() -> None:
-    assert set(P.__all__) <= FROZEN.keys()
-
-
 @pytest.mark.law("frozen-arrays")
-@pytest.mark.parametrize("name", IN_PART)
+@pytest.mark.parametrize("name", FROZEN)
 def test_whatever_is_trained_changes_nothing_at_first_and_has_a_gradient(name: str) -> None:
     torch = pytest.importorskip("torch")
     plan = tna.SuperLoRA(FROZEN[name], SMALL).with_base(BASE)
+    usual = plan.init()
     for groups, words in choices(plan):
         trained = chosen(plan, groups, words)
+        zero = {f"group{number}.{name}" for number in groups for name in plan.groups[number].start.zeros}
+        if zero <= set(trained):  # the usual zero stays where it is trained
+            started = plan.init(trained=trained)
+            assert all(np.array_equal(started[key], usual[key]) for key in usual)
         params = {
             key: array.requires_grad_(key in trained) for key, array in plan.init("torch", trained=trained).items()
         }
@@ -295,7 +283,7 @@ def test_whatever_is_trained_changes_nothing_at_first_and_has_a_gradient(name: s
 
 @pytest.mark.slow
 @pytest.mark.law("first-step")
-@pytest.mark.parametrize("name", IN_PART)
+@pytest.mark.parametrize("name", FROZEN)
 def test_the_first_step_does_not_depend_on_what_is_frozen(name: str) -> None:
     torch = pytest.importorskip("torch")
     config = FROZEN[name]
@@ -323,20 +311,8 @@ def test_the_first_step_does_not_depend_on_what_is_frozen(name: str) -> None:
         assert STEP / 10 < np.median(found) < STEP * 10, words
 
 
-@pytest.mark.parametrize("name", IN_PART)
-def test_the_usual_zero_stays_where_it_is_trained(name: str) -> None:
-    plan = tna.SuperLoRA(FROZEN[name], SMALL).with_base(BASE)
-    usual = plan.init()
-    for groups, words in choices(plan):
-        trained = chosen(plan, groups, words)
-        zero = {f"group{number}.{name}" for number in groups for name in plan.groups[number].start.zeros}
-        if zero <= set(trained):
-            found = plan.init(trained=trained)
-            assert all(np.array_equal(found[key], usual[key]) for key in usual)
-
-
 def test_a_frozen_array_is_drawn_from_its_own_stream() -> None:
-    plan = tna.SuperLoRA(P.fact_tk(2, seed=7, **STACK), SMALL)
+    plan = tna.SuperLoRA(P.fact_tk(2, seed=7, weights=4, rows=12, cols=8), SMALL)
     params = plan.init(trained=["group0.split0.core"])
     (start,) = plan.starts(["group0.split0.core"])
     assert start.zeros == {"split0.core"}

@@ -38,7 +38,6 @@ from tnadapt.maps import (
 )
 from tnadapt.plugins import forget_registered
 from tnadapt.testing import MapContract
-from tnadapt.testing.strategies import parameters, plans
 
 
 class BroughtMapContract(MapContract):
@@ -419,27 +418,21 @@ def test_equal_maps_in_a_chain_draw_differently() -> None:
 
 
 def test_digests_differ_where_maps_do() -> None:
-    on = tna.Projection.on_weights
+    of_vectors = [
+        Scatter(3), Scatter(positions=(0, 1, 2)), Scatter(positions=(0, 2, 1)), Gather(3), SignGather(3),
+        [Scatter(3), "shuffle"], [Scatter(3), "linear"],
+    ]  # fmt: skip
+    of_weights = [
+        "dct2", "dft2", Wavelet("db2"), Wavelet("db2", periodic=True), Tile(cols=2), Tile(cols=4), Circulant(2),
+        Circulant(2, average=True),
+    ]  # fmt: skip
     maps = [
-        tna.Projection(Scatter(3), n_out=32),
+        *(tna.Projection(recipe, n_out=32) for recipe in of_vectors),
         tna.Projection(Scatter(3), n_out=32, seed=1),
         tna.Projection(Scatter(3), n_out=32, group=1),
-        tna.Projection(Scatter(positions=(0, 1, 2)), n_out=32),
-        tna.Projection(Scatter(positions=(0, 2, 1)), n_out=32),
-        tna.Projection(Gather(3), n_out=32),
-        tna.Projection(SignGather(3), n_out=32),
-        tna.Projection([Scatter(3), "shuffle"], n_out=32),
-        tna.Projection([Scatter(3), "linear"], n_out=32),
-        on("dct2", [(4, 8)]),
-        on("dct2", [(8, 4)]),
-        on("dct2", [(4, 4)] * 2),
-        on("dft2", [(4, 8)]),
-        on(Wavelet("db2"), [(4, 8)]),
-        on(Wavelet("db2", periodic=True), [(4, 8)]),
-        on(Tile(cols=2), [(4, 8)]),
-        on(Tile(cols=4), [(4, 8)]),
-        on(Circulant(2), [(4, 8)]),
-        on(Circulant(2, average=True), [(4, 8)]),
+        *(tna.Projection.on_weights(recipe, [(4, 8)]) for recipe in of_weights),
+        tna.Projection.on_weights("dct2", [(8, 4)]),
+        tna.Projection.on_weights("dct2", [(4, 4)] * 2),
     ]
     assert len({f.digest for f in maps}) == len(maps)
     assert maps[0].digest == tna.Projection(Scatter(3), n_out=32).digest
@@ -566,25 +559,6 @@ def test_plots_plans_and_names(name: str, tmp_path: Any) -> None:
     plot.layout(plan, tmp_path / "groups.png")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_adapter_files(name: str, tmp_path: Any) -> None:
-    config = CONFIGS[name]
-    plan = tna.SuperLoRA(config, SHAPES)
-    targets = [tna.Target(f"layer.{number}.q", shape, "q") for number, shape in enumerate(SHAPES)]
-    arrays = {key: array.astype(np.float32) for key, array in filled(plan).items()}
-    file = tna.AdapterFile(config, targets, arrays)
-    assert file.draws is not None
-    tna.save(tmp_path / "adapter.safetensors", file)
-    loaded = tna.load(tmp_path / "adapter.safetensors")
-    assert loaded.config == config
-    assert loaded.draws == file.draws
-    for one, other in zip(file.deltas(), loaded.deltas(), strict=True):
-        assert np.array_equal(one, other)
-    other = tna.AdapterFile(config.replace(seed=9), targets, arrays)
-    drawn = "tile" not in name and "circulant" not in name
-    assert (other.draws != file.draws) == drawn
-
-
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "nonlinear" not in name])
 def test_updates_are_found_again(name: str) -> None:
     plan = tna.SuperLoRA(CONFIGS[name], SHAPES)
@@ -692,40 +666,6 @@ def test_the_identity_of_each_weight_is_one(projection: str) -> None:
     assert make_map_on_weights(projection, SHAPES).identity == (projection == "identity")
 
 
-# -- Any config -----------------------------------------------------------------------------------
-
-ON_VECTORS = (
-    Scatter(1),
-    "gather",
-    SignGather(3),
-    ("shuffle", "linear"),
-    (Gather(2), "nonlinear"),
-    ("gather", "shuffle"),
-)
-ON_MATRICES = (
-    "linear", "nonlinear_v2", "gather", "dct2", "dft2", "wavelet", Tile(cols=1), Tile(1), Circulant(1, average=True),
-    (Scatter(1), "dct2"), ("gather", "dft2"), ("dct2", "nonlinear"), ("sign-gather", Wavelet("db2")),
-)  # fmt: skip
-
-
-@pytest.mark.law("update-formula", "update-slice", "parameter-count", "first-gradients")
-@given(st.one_of(plans(ON_VECTORS), plans(ON_MATRICES, "weight")), st.data())
-def test_any_config_is_its_textbook_formula(plan: tna.SuperLoRA, data: st.DataObject) -> None:
-    layers = [plan.layout.of_weight(weight)[0].group for weight in range(len(plan.shapes))]
-    host = data.draw(parameters(plan))
-    begun = plan.init(dtype="float64")
-    expected = np.concatenate([d.reshape(-1) for d in reference.deltas(plan.config, plan.shapes, host, layers, begun)])
-    scale = np.max(np.abs(expected)) or 1.0
-    found = np.concatenate([delta.reshape(-1) for delta in plan.deltas(host)])
-    assert np.max(np.abs(found - expected)) < 1e-11 * scale
-    start = data.draw(st.integers(0, plan.size - 1))
-    stop = data.draw(st.integers(start + 1, plan.size))
-    assert np.max(np.abs(plan.vector(host, start, stop) - expected[start:stop])) < 1e-11 * scale
-    assert plan.num_parameters == sum(array.size for array in begun.values())
-    assert plan.num_parameters == reference.count(plan.config, plan.shapes, layers)
-    assert not any(delta.any() for delta in plan.deltas(begun))
-
-
 def test_many_given_positions_fit_into_a_file_and_not_into_a_message(tmp_path: Any) -> None:
     positions = tuple(np.random.default_rng(0).permutation(100_000)[:8000].tolist())
     config = tna.presets.shira(8000, positions)
@@ -797,26 +737,15 @@ def test_every_library_computes_numpys_transform(
     assert relative_error(backend.to_numpy(f.slice(theirs, start, stop)), expected[:, start:stop]) < 1e-12
 
 
-# The half-precision dtypes of each library; array_api_strict has none.
-HALVES = {
-    "numpy": ["float16"],
-    "cupy": ["float16"],
-    "torch": ["float16", "bfloat16"],
-    "jax": ["float16", "bfloat16"],
-}
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_computed_in_single_and_rounded_once(backend: Backend, dtype: str) -> None:
-    numbers = np.random.default_rng(0).normal(size=96)
-    if dtype not in HALVES.get(backend.name, ()):
-        with pytest.raises(tna.BackendError, match=dtype):
-            backend.asarray(numbers, dtype)
-        return
-    x = backend.asarray(numbers, dtype)
-    f = tna.Projection.on_weights("dft2", [(8, 12)])
-    expected = backend.astype(f(backend.astype(x, "float32")), dtype)
-    assert np.array_equal(backend.to_numpy(f(x)), backend.to_numpy(expected))
+def test_half_precision_is_computed_in_single_and_rounded_once(backend: Backend) -> None:
+    numbers, f = np.random.default_rng(0).normal(size=96), tna.Projection.on_weights("dft2", [(8, 12)])
+    for dtype in ("float16", "bfloat16"):
+        try:
+            x = backend.asarray(numbers, dtype)
+        except tna.BackendError:
+            continue
+        expected = backend.astype(f(backend.astype(x, "float32")), dtype)
+        assert np.array_equal(backend.to_numpy(f(x)), backend.to_numpy(expected))
 
 
 @pytest.mark.parametrize("library", NUMPY_AND_TORCH)

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.conftest import NUMPY_AND_TORCH
 from tests.support.references import reference
 from tnadapt.algebra.maps import BroughtMap, Map, make_map
 from tnadapt.algebra.maps.projection import THETA_STREAMS
 from tnadapt.algebra.norms import rounded_to
-from tnadapt.backends import Backend, load_backend
+from tnadapt.backends import load_backend
 
 P = tna.presets
 SHAPES = [(6, 4), (5, 4), (6, 4)]
@@ -207,23 +208,10 @@ def test_without_an_offset_one_array_per_term_must_be_made() -> None:
 
 @pytest.mark.law("theta")
 @before
-def test_gradients_in_every_library(name: Any, backend: Backend) -> None:
-    plan = plan_of(name)
-    host = drawn(plan)
-    rng = np.random.default_rng(2)
-    target = rng.normal(size=plan.size)
-    with backend.double_precision():
-        params = {full: backend.asarray(array, "float64") for full, array in host.items()}
-        weights = backend.asarray(target, "float64")
-        np.testing.assert_allclose(backend.to_numpy(plan.vector(params)), plan.vector(host), rtol=1e-10, atol=1e-12)
-        if "gradient" in backend.lacks(weights):
-            return
-        found = backend.gradient(lambda own: backend.sum(plan.vector(own) * weights, axis=0), params)
-        assert found is not None
-        way = rng.normal(size=5)
-        ahead, behind = (plan.vector({"theta": host["theta"] + step * 1e-6 * way}) for step in (1, -1))
-        slope = float(target @ (ahead - behind)) / 2e-6
-        assert abs(float(np.asarray(backend.to_numpy(found["theta"])) @ way) - slope) <= 1e-6 * max(1.0, abs(slope))
+@scoped
+def test_the_laws_hold(name: Any, scope: str) -> None:
+    report = tna.verify(plan_of(name, scope).config, SHAPES, backends=NUMPY_AND_TORCH)
+    assert report.holds, str(report)
 
 
 # -- Casts ------------------------------------------------------------------------------------------
