@@ -479,14 +479,12 @@ def test_seeded_positions_are_the_first_of_the_permutation(places: int, data: st
 
 
 @given(SIDES, SIDES)
-def test_cosine_and_fourier_transforms_are_those_of_scipy_and_numpy(rows: int, cols: int) -> None:
+def test_the_cosine_transform_is_that_of_scipy(rows: int, cols: int) -> None:
     from scipy.fft import idctn
 
     x = np.random.default_rng(0).normal(size=rows * cols)
-    found = tna.Projection.on_weights("dct2", [(rows, cols)])(x).reshape(rows, cols)
-    assert relative_error(found, idctn(x.reshape(rows, cols), norm="ortho")) < 1e-12
-    found = tna.Projection.on_weights("dft2", [(rows, cols)])(x).reshape(rows, cols)
-    assert relative_error(found, np.fft.ifft2(x.reshape(rows, cols)).real) < 1e-12
+    transformed = tna.Projection.on_weights("dct2", [(rows, cols)])(x).reshape(rows, cols)
+    assert relative_error(transformed, idctn(x.reshape(rows, cols), norm="ortho")) < 1e-12
 
 
 def test_half_of_the_frequencies_are_redundant() -> None:

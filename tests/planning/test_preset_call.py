@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.planning.internals import chosen_config
 from tnadapt.planning import preset_call
 from tnadapt.testing import configs
 
@@ -25,12 +26,10 @@ def evaluated(written: str) -> Any:
 
 
 def parsed(options: str) -> Any:
-    from tnadapt.cli._options import chosen_config
-
     words = shlex.split(options)
     assert words[0] == "--preset"
     assert set(words[2::2]) <= {"--set"}
-    return chosen_config(words[1], words[3::2], None)
+    return chosen_config(words[1], words[3::2])
 
 
 @settings(max_examples=settings.default.max_examples // 4)
