@@ -311,20 +311,6 @@ def test_the_first_step_does_not_depend_on_what_is_frozen(name: str) -> None:
         assert STEP / 10 < np.median(found) < STEP * 10, words
 
 
-def test_a_frozen_array_is_drawn_from_its_own_stream() -> None:
-    plan = tna.SuperLoRA(P.fact_tk(2, seed=7, weights=4, rows=12, cols=8), SMALL)
-    params = plan.init(trained=["group0.split0.core"])
-    (start,) = plan.starts(["group0.split0.core"])
-    assert start.zeros == {"split0.core"}
-    for number, (name, shape) in enumerate(plan.param_shapes.items()):
-        if name.endswith("core"):
-            assert not params[name].any()
-            continue
-        drawn = rng.normals(7, 0, 16 + number, 0, shape[0] * shape[1]).reshape(shape)
-        scaled = drawn * (start.std / np.sqrt(np.mean(drawn.astype(np.float64) ** 2)))
-        np.testing.assert_allclose(params[name], scaled, rtol=1e-6)
-
-
 def test_terms_have_each_a_zero_that_is_trained() -> None:
     plan = tna.SuperLoRA(tna.Config(rank=2, format="cp-weighted", terms=2), [(5, 4)])
     trained = ["group0.term0.split0.weights", "group0.term1.split0.factor1", "group0.term1.split0.weights"]

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tests.algebra.internals import STARTS, config_of, named_config
+from tests.algebra.internals import config_of, named_config
 from tests.conftest import relative_error
 from tests.support.references import methods
 from tnadapt import errors
-from tnadapt.testing.strategies import base_weights, configs, shapes
+from tnadapt.testing.strategies import base_weights, plans
 
 # -- A config by the name of its preset --------------------------------------------------------------------------------
 
@@ -179,26 +179,20 @@ def drawn(plan: tna.SuperLoRA) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.law("special-cases")
-@given(data=st.data())
-def test_roles_group_as_layers_do(data: st.DataObject) -> None:
-    weights = data.draw(shapes())
-    keys = [data.draw(st.sampled_from("qkv")) for _ in weights]
-    config = data.draw(configs(weights))
-    if STARTS[config.start].needs_base:
-        config = config.replace(start="zero")  # the others are LoRA's alone, which has groups of one weight
-    config = config.replace(groups="layer", ratio=1.0, fold="balanced")
-    base = data.draw(base_weights(weights))
-    one = tna.SuperLoRA(config, weights, layers=keys).with_base(base)
-    other = tna.SuperLoRA(config.replace(groups="role"), weights, roles=keys).with_base(base)
+@given(plans().filter(lambda plan: plan.config.groups == "layer"), st.data())
+def test_roles_group_as_layers_do(one: tna.SuperLoRA, data: st.DataObject) -> None:
+    roles, base = one._layers, data.draw(base_weights(one.shapes))
+    other = tna.SuperLoRA(one.config.replace(groups="role"), one.shapes, roles=roles, given=one.given)
+    one, other = one.with_base(base), other.with_base(base)
     assert one.param_shapes == other.param_shapes
-    assert one.num_parameters == tna.parameter_count(other.config, weights, roles=keys)
+    assert one.num_parameters == tna.parameter_count(other.config, one.shapes, roles=roles)
     params = drawn(one)
-    for mine, theirs in zip(one.deltas(params), other.deltas(params), strict=True):
-        assert np.array_equal(mine, theirs)
-    for mine, theirs in zip(one.merged(params, base), other.merged(params, base), strict=True):
-        assert np.array_equal(mine, theirs)
-    for mine, theirs in zip(one.init().values(), other.init().values(), strict=True):
-        assert np.array_equal(mine, theirs)
+    for mine, theirs in (
+        (one.deltas(params), other.deltas(params)),
+        (one.merged(params, base), other.merged(params, base)),
+        (one.init().values(), other.init().values()),
+    ):
+        assert all(map(np.array_equal, mine, theirs))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -103,6 +102,13 @@ def cases(rng: np.random.Generator) -> dict[str, tuple[Callable, list[np.ndarray
             lambda c, a, b: tna.tucker_to_tensor((c, [a, None, b])),
             [rng.normal(size=s) for s in ((2, 3, 2), (4, 2), (3, 2))],
         ),
+        # Of long modes, products are grouped in other ways, with a batch and without.
+        "cp, long": (lambda *f: tna.cp_to_tensor((None, f)), [rng.normal(size=(size, 3)) for size in (2, 3, 40, 33)]),
+        "cp, long first": (lambda *f: tna.cp_to_tensor((None, f)), [rng.normal(size=(size, 3)) for size in (40, 3, 2)]),
+        "tucker, long": (
+            lambda c, *f: tna.tucker_to_tensor((c, f)),
+            [rng.normal(size=s) for s in ((3, 3, 3, 3), (2, 3), (3, 3), (40, 3), (33, 3))],
+        ),
         "tt": (lambda *c: tna.tt_to_tensor(c), [rng.normal(size=s) for s in ((1, 3, 2), (2, 4, 3), (3, 2, 1))]),
         "kronecker": (lambda *a: tna.kronecker(a), [rng.normal(size=s) for s in ((2, 3), (1, 2), (3, 2))]),
         "kron_matvec": (
@@ -113,7 +119,7 @@ def cases(rng: np.random.Generator) -> dict[str, tuple[Callable, list[np.ndarray
 
 
 @pytest.mark.law("products", "torch-jax-gradients")
-@pytest.mark.parametrize("name", ["cp", "tucker", "tt", "kronecker", "kron_matvec"])
+@pytest.mark.parametrize("name", cases(np.random.default_rng(0)))
 def test_every_library_gives_numpys_value_and_the_exact_gradient(
     backend: Backend, name: str, rng: np.random.Generator
 ) -> None:
@@ -291,25 +297,6 @@ def test_every_last_mode_gives_the_tensor_in_order(modes: list[tuple[int, int]])
     expected = tucker_in_order(NUMPY, core, factors)
     for last in range(len(modes)):
         assert relative_error(tucker_with_last(NUMPY, core, factors, last), expected) < 1e-12
-
-
-@pytest.mark.law("products")
-@pytest.mark.parametrize("sizes", [(3, 40, 33), (2, 3, 40, 33), (40, 3, 2)])
-def test_what_the_model_chooses_in_every_library(backend: Backend, sizes: tuple[int, ...]) -> None:
-    rng = np.random.default_rng(0)
-    factors = [rng.normal(size=(size, 3)) for size in sizes]
-    core = rng.normal(size=(3,) * len(sizes))
-    there = [backend.asarray(factor, "float64") for factor in factors]
-    weights = rng.normal(size=3)
-
-    def same(found: Any, expected: np.ndarray) -> None:
-        assert tuple(found.shape) == sizes
-        assert relative_error(backend.to_numpy(found), expected) < 1e-12
-
-    same(tna.cp_to_tensor((None, there)), tensorly.cp_to_tensor((None, factors)))
-    weighted = [factors[0] * weights, *factors[1:]]
-    same(tna.cp_to_tensor((backend.asarray(weights, "float64"), there)), tensorly.cp_to_tensor((None, weighted)))
-    same(tna.tucker_to_tensor((backend.asarray(core, "float64"), there)), tucker_in_order(NUMPY, core, factors))
 
 
 def test_the_result_is_in_c_order() -> None:
