@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.algebra.internals import dominant_basis
+from tests.algebra.random_parameters import drawn
 from tests.conftest import NUMPY_AND_TORCH, relative_error
 from tests.support.references import reference
 from tnadapt.algebra.sources import (
@@ -211,7 +212,7 @@ def test_given_arrays_are_used_as_they_are() -> None:
     with pytest.raises(tna.ConfigError, match=r"'group0.split0.factor1' is an array that the caller brings: .*given="):
         plan.deltas(plan.init())
     plan = tna.SuperLoRA(config, SHAPES, given={f"group{g}.split0.factor1": numbers[g] for g in range(3)})
-    params = {name: np.random.default_rng(1).normal(size=shape) for name, shape in plan.param_shapes.items()}
+    params = drawn(plan, 1)
     for group, delta in enumerate(plan.deltas(params)):
         np.testing.assert_allclose(delta, params[f"group{group}.split0.factor0"] @ numbers[group].T, rtol=1e-12)
     found = pickle.loads(pickle.dumps(plan))
@@ -507,8 +508,7 @@ FITTED: dict[str, tna.Config] = {
 def test_a_fit_finds_updates_that_the_config_made(name: str) -> None:
     config = FITTED[name]
     plan = tna.SuperLoRA(config, SHAPES).with_base(BASE)
-    rng = np.random.default_rng(1)
-    params = {full: rng.normal(size=shape) for full, shape in plan.param_shapes.items()}
+    params = drawn(plan, 1)
     deltas = plan.deltas(params)
     fitted, report = tna.decompose(deltas, config, base=BASE if plan.base_shapes else None, max_iterations=300)
     assert fitted.keys() == plan.param_shapes.keys()

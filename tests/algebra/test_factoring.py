@@ -247,6 +247,8 @@ def test_what_has_a_limited_rank_has_factors(
         combine=combine, terms=terms, leading="same", start=start,
     )  # fmt: skip
     all_that_is_limited(tna.SuperLoRA(config, shapes), seed)
+    columns = data.draw(st.integers(1, size))  # that may end anywhere in a mode
+    factors_of(tna.SuperLoRA(config, [(size // columns, columns)]), seed)
 
 
 @given(

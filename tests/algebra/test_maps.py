@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.algebra.internals import DAUBECHIES, Repeat
+from tests.algebra.random_parameters import drawn
 from tests.conftest import NUMPY_AND_TORCH, on_every_library, relative_error
 from tests.support.references import reference
 from tnadapt import ConfigError
@@ -143,11 +144,6 @@ MATRICES: list[Any] = [
 
 def dense_config(projection: Any, **settings: Any) -> tna.Config:
     return tna.Config(order=1, format="dense", projection=projection, **settings)
-
-
-def filled(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
 
 
 # -- What a config takes --------------------------------------------------------------------------
@@ -401,7 +397,7 @@ def test_every_library_gives_numpys_numbers(projection: Any, backend: Backend, r
 def test_one_map_in_a_list_is_that_map_to_the_bit() -> None:
     for name in ("linear", "shuffle", "nonlinear"):
         plans = [tna.SuperLoRA(tna.Config(projection=given, seed=3), SHAPES) for given in (name, [name])]
-        one, other = ([delta.tobytes() for delta in plan.deltas(filled(plan))] for plan in plans)
+        one, other = ([delta.tobytes() for delta in plan.deltas(drawn(plan))] for plan in plans)
         assert one == other
         assert plans[0].groups[0].projection.digest == plans[1].groups[0].projection.digest
 
@@ -548,7 +544,7 @@ def test_plots_plans_and_names(name: str, tmp_path: Any) -> None:
     assert step_cost(plan) >= 0
     assert 1 <= degrees_of_freedom(plan) <= plan.num_parameters
     if plan.groups[0].projection.linear:
-        deltas = plan.deltas(filled(plan))
+        deltas = plan.deltas(drawn(plan))
         assert largest_rank(plan, 0).value == np.linalg.matrix_rank(deltas[0])
     pytest.importorskip("matplotlib")
     from tnadapt import plot
@@ -557,10 +553,19 @@ def test_plots_plans_and_names(name: str, tmp_path: Any) -> None:
     plot.layout(plan, tmp_path / "groups.png")
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_files_tell_draws_of_other_seeds_where_a_map_draws(name: str) -> None:
+    arrays = {key: array.astype(np.float32) for key, array in drawn(tna.SuperLoRA(CONFIGS[name], SHAPES)).items()}
+    targets = [tna.Target(f"layer.{number}.q", shape, "q") for number, shape in enumerate(SHAPES)]
+    one, other = (tna.AdapterFile(CONFIGS[name].replace(seed=seed), targets, arrays).draws for seed in (0, 9))
+    assert one is not None
+    assert (one != other) == ("tile" not in name and "circulant" not in name)
+
+
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "nonlinear" not in name])
 def test_updates_are_found_again(name: str) -> None:
     plan = tna.SuperLoRA(CONFIGS[name], SHAPES)
-    params, report = tna.decompose(plan.deltas(filled(plan)), CONFIGS[name], max_iterations=300)
+    params, report = tna.decompose(plan.deltas(drawn(plan)), CONFIGS[name], max_iterations=300)
     assert report.error < (1e-7 if plan.config.order == 1 else 0.1)
     assert params.keys() == plan.param_shapes.keys()
 
@@ -669,7 +674,7 @@ def test_many_given_positions_fit_into_a_file_and_not_into_a_message(tmp_path: A
     config = tna.presets.shira(8000, positions)
     targets = [tna.Target("layer.0.q", (400, 400), "q")]
     plan = tna.SuperLoRA(config, [(400, 400)])
-    tna.save(tmp_path / "adapter.safetensors", tna.AdapterFile(config, targets, filled(plan)))
+    tna.save(tmp_path / "adapter.safetensors", tna.AdapterFile(config, targets, drawn(plan)))
     assert tna.load(tmp_path / "adapter.safetensors").config == config
     assert repr(plan.groups[0].projection) == (
         "Projection('scatter(size=8000, positions=(8000 given))', n_in=8000, n_out=160000, seed=0, group=0)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import pickle
 import re
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.algebra.internals import config_of, named_config
+from tests.algebra.random_parameters import drawn
 from tests.conftest import relative_error
 from tests.support.references import methods
 from tnadapt import errors
@@ -168,11 +170,6 @@ BY_ROLE: dict[str, tna.Config] = {
     "lorta_cp": P.lorta_cp(2, head_size=16, groups="role"),
     "metatt": P.metatt(2, groups="role", alpha=3),
 }
-
-
-def drawn(plan: tna.SuperLoRA) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
 
 
 # -- groups="role" ----------------------------------------------------------------------------------
@@ -348,5 +345,7 @@ def test_a_fold_in_names_is_part_of_a_config() -> None:
 
 
 @pytest.mark.parametrize("name", BY_ROLE)
-def test_the_laws_hold(name: str) -> None:
+def test_the_laws_hold_and_pickles_keep_the_roles(name: str) -> None:
     assert tna.verify(BY_ROLE[name], GROUPED, roles=ROLES, backends=["numpy"]).holds
+    plan = tna.SuperLoRA(BY_ROLE[name], GROUPED, roles=ROLES)
+    assert pickle.loads(pickle.dumps(plan)).param_shapes == plan.param_shapes

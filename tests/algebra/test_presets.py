@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.algebra.random_parameters import drawn
 from tests.conftest import relative_error
 from tests.support.references import methods
 from tnadapt.testing.verification import examples
@@ -150,11 +151,6 @@ def test_the_update_is_the_methods_own_formula(methods_of: Cases) -> None:
 
 
 # -- Table 1: where the settings meet ---------------------------------------------------------------
-
-
-def drawn(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
 
 
 @pytest.mark.law("special-cases")

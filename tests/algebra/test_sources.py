@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.algebra.random_parameters import drawn
+from tests.algebra.test_init import first_step
 from tests.conftest import NUMPY_AND_TORCH, peak_of, relative_error
 from tnadapt.algebra import rng as draws
 from tnadapt.algebra.init import STEP
@@ -198,6 +201,7 @@ CONFIGS: dict[str, tna.Config] = {
 named = pytest.mark.parametrize("name", CONFIGS)
 
 
+@pytest.mark.law("sources")
 @named
 def test_the_laws_hold_and_what_is_frozen_is_neither_counted_nor_made(name: str) -> None:
     report = tna.verify(CONFIGS[name], SHAPES, backends=NUMPY_AND_TORCH)
@@ -334,17 +338,10 @@ def test_classes_whose_settings_would_be_lost_are_refused() -> None:
 def test_the_first_step_takes_the_size_of_frozen_arrays_into_account(
     array: str, multiplied: Callable[[Source], Source]
 ) -> None:
-    def step(std: float) -> float:
-        torch = pytest.importorskip("torch")
+    for std in (1e-3, 1.0, 1e3):
         sources = {array: multiplied(Normal(std))}
-        plan = tna.SuperLoRA(tna.Config(rank=4, format="tucker", groups="weight", sources=sources), [(24, 16)])
-        params = {name: array.requires_grad_() for name, array in plan.init("torch", "float64").items()}
-        gradient = torch.tensor(np.random.default_rng(0).normal(size=plan.size))
-        (plan.vector(params) * gradient).sum().backward()
-        moved = {name: (a - 1e-4 * a.grad).detach() for name, a in params.items()}
-        return float(plan.vector(moved).square().mean().sqrt() / gradient.square().mean().sqrt() / 1e-4)
-
-    assert all(STEP / 5 < step(std) < STEP * 5 for std in (1e-3, 1.0, 1e3))
+        config = tna.Config(rank=4, format="tucker", groups="weight", sources=sources)
+        assert STEP / 5 < first_step(tna.SuperLoRA(config, [(24, 16)])) < STEP * 5
 
 
 def test_planning_accounts_for_frozen_arrays() -> None:
@@ -413,6 +410,7 @@ def test_groups_share_arrays_or_not(shared: bool) -> None:
     first, second, third = (group.frozen.host("split0.factor1") for group in plan.groups)
     assert np.array_equal(first, second) is shared
     assert np.array_equal(first, third[:4]) is shared
+    assert copy.deepcopy(plan.groups[0]) is plan.groups[0]
     alike = tna.SuperLoRA(plan.config, [(6, 4)] * 100).groups
     assert (len({id(group.frozen) for group in alike}) == 1) is shared
     other = tna.SuperLoRA(plan.config.replace(seed=1), plan.shapes)
@@ -451,8 +449,7 @@ def test_lora_with_a_frozen_factor_is_lora_fa(rank: int, seed: int) -> None:
     config = tna.presets.lora(rank).replace(sources={"factor1": Seeded("normal", shared=False)}, seed=seed)
     plan = tna.SuperLoRA(config, SHAPES)
     assert plan.num_parameters == sum(rank * rows for rows, _ in SHAPES)
-    numbers = np.random.default_rng(0)
-    params = {name: numbers.normal(size=shape) for name, shape in plan.param_shapes.items()}
+    params = drawn(plan)
     for index, (delta, (_, cols)) in enumerate(zip(plan.deltas(params), SHAPES, strict=True)):
         words = draws.normals(seed, index, (1 << 16) + 1, 0, cols * rank).astype(np.float64)
         frozen = (words.reshape(cols, rank) / np.sqrt(cols)).astype(np.float32).astype(np.float64)
@@ -466,8 +463,7 @@ def test_lora_with_a_frozen_factor_is_lora_fa(rank: int, seed: int) -> None:
 @named
 def test_the_file_stores_what_is_trained(name: str, tmp_path: Path) -> None:
     plan = tna.SuperLoRA(CONFIGS[name], SHAPES)
-    numbers = np.random.default_rng(0)
-    params = {name: numbers.normal(size=shape).astype(np.float32) for name, shape in plan.param_shapes.items()}
+    params = {name: array.astype(np.float32) for name, array in drawn(plan).items()}
     targets = [tna.Target(f"m{index}", shape) for index, shape in enumerate(SHAPES)]
     path = tmp_path / "adapter.safetensors"
     tna.save(path, tna.AdapterFile(plan.config, targets, params))
@@ -524,8 +520,7 @@ def test_a_small_file_does_not_make_its_reader_draw_much(tmp_path: Path) -> None
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_frozen_arrays_of_a_cast_are_those_of_training(dtype: str) -> None:
     plan = tna.SuperLoRA(CONFIGS["lora"], SHAPES)
-    rng = np.random.default_rng(0)
-    params = {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
+    params = drawn(plan)
     frozen = rounded_to(plan.groups[1].frozen.host("split0.factor1"), dtype).astype(np.float64)
     assert relative_error(plan.deltas(params, dtype)[1], params["group1.split0.factor0"] @ frozen.T) < 1e-12
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pickle
 import re
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.algebra.random_parameters import drawn
 from tests.conftest import peak_of, relative_error
 from tests.support.references import reference
 from tnadapt.algebra.formats import FORMATS
@@ -49,11 +51,6 @@ def flat(arrays: list[np.ndarray]) -> np.ndarray:
 
 def _layers(plan: tna.SuperLoRA) -> list[int]:
     return [plan.layout.of_weight(weight)[0].group for weight in range(len(plan.shapes))]
-
-
-def drawn(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
 
 
 @st.composite
@@ -102,7 +99,7 @@ SORTS = {
 }
 
 
-@pytest.mark.law("update-formula", "update-slice", "parameter-count", "first-gradients")
+@pytest.mark.law("update-formula", "update-slice", "parameter-count", "fresh-is-zero", "copies")
 @pytest.mark.parametrize("sort", SORTS)
 @given(data=st.data())
 def test_any_plan_is_the_textbook_formula_whole_and_in_parts(sort: str, data: st.DataObject) -> None:
@@ -254,9 +251,12 @@ def test_bad_plans() -> None:
             tna.SuperLoRA(config, sizes)  # type: ignore[arg-type]
 
 
-def test_a_plan_says_what_it_is() -> None:
+def test_a_plan_says_what_it_is_and_pickles_without_its_draws() -> None:
     plan = tna.SuperLoRA(tna.Config(rank=2), [(4, 3)] * 2)
     assert repr(plan) == f"SuperLoRA({plan.config!r}, 2 weights, 2 groups, 24 elements)"
+    plan = tna.SuperLoRA(tna.presets.superlora(2, projection="nonlinear", ratio=0.1), [(40, 40)] * 2)
+    plan.deltas(plan.init())
+    assert len(pickle.dumps(plan)) < 10_000
 
 
 def test_bad_parameters() -> None:
@@ -379,7 +379,10 @@ def test_pieces_are_the_reference_positions(data: st.DataObject) -> None:
             )
     start = data.draw(st.integers(0, layout.size - 1))
     stop = data.draw(st.integers(start + 1, layout.size))
-    found = [expected[p.group][p.group_start : p.group_start + p.length] for p in layout.of_slice(start, stop)]
+    runs = layout.of_slice(start, stop)
+    found = [expected[p.group][p.group_start : p.group_start + p.length] for p in runs]
+    # Neighbors in one group are one run.
+    assert all((a.group, a.group_start + a.length) != (b.group, b.group_start) for a, b in itertools.pairwise(runs))
     assert np.array_equal(np.concatenate(found), np.arange(start, stop))
     assert [size for _, count, size in layout.same_size() for _ in range(count)] == [len(w) for w in expected]
 
@@ -563,14 +566,31 @@ def test_longer_vectors_keep_their_bits(projection: str, rng: np.random.Generato
         assert np.array_equal(found, plan.vector(params))
 
 
-def together(plan: tna.SuperLoRA) -> list[list[int]]:
-    return batches(load_backend("numpy"), np.zeros(1), [(group, 0, group.size) for group in plan.groups])
+@pytest.mark.parametrize("projection", ["linear", "nonlinear"])
+def test_groups_of_weights_apart_are_computed_once(projection: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tna.presets.superlora(2, groups=[[0, 2], [3, 1]], projection=projection, ratio=0.3)
+    plan = tna.SuperLoRA(config, [(4, 3)] * 4)
+    params = {name: array + 0.5 for name, array in plan.init(dtype="float64").items()}
+    expected = flat(plan.deltas(params))
+    kind = type(plan.groups[0].projection.map)
+    monkeypatch.setattr(kind, "slice", None)  # not called
+    assert np.array_equal(plan.vector(params), expected)
+    monkeypatch.undo()
+    # Half of one group is missing: it is a slice, and the other one whole.
+    np.testing.assert_allclose(plan.vector(params, 12), expected[12:], rtol=1e-12, atol=1e-14)
+
+
+def together(plan: tna.SuperLoRA, first: int = 0) -> list[list[int]]:
+    """Which groups are computed in one call, of the elements from the first one on."""
+    runs = [(group, 0 if number else first, group.size) for number, group in enumerate(plan.groups)]
+    return batches(load_backend("numpy"), np.zeros(1), runs)
 
 
 def test_what_is_not_alike_is_apart() -> None:
     two = tna.SuperLoRA(tna.presets.superlora(2, groups="weight", projection="linear"), [(4, 4), (4, 5), (4, 4)])
     assert together(two) == [[0, 2], [1]]
     assert together(superlora(2, shared=False)) == [[0], [1]]
+    assert together(superlora(3), first=1) == [[0], [1, 2]]  # the first is not whole
     assert together(superlora(2, projection="identity", ratio=1.0)) == [[0], [1]]
     # A product with a matrix sums one row in another order than several.
     assert together(superlora(2, projection="normal")) == [[0], [1]]

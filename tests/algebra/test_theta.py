@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.algebra.random_parameters import drawn
 from tests.conftest import NUMPY_AND_TORCH
 from tests.support.references import reference
 from tnadapt.algebra.maps import BroughtMap, make_map
@@ -33,11 +34,6 @@ def plan_of(name: Any, scope: str = "plan", **settings: Any) -> tna.SuperLoRA:
     assert plan.theta is not None
     given = plan.theta.stand_ins(np.random.default_rng(9))
     return tna.SuperLoRA(plan.config, SHAPES, given=given) if given else plan
-
-
-def drawn(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
 
 
 # -- What it computes -------------------------------------------------------------------------------
