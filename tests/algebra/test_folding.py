@@ -124,9 +124,7 @@ def test_bad_input() -> None:
             kronecker_sizes((4, 4), 2, split_size)
     with pytest.raises(tna.ShapeError, match="no slice"):
         boxes((4, 4), 3, 3)
-
-
-def test_bounds_are_accepted_and_values_beyond_are_refused() -> None:
+    # Bounds are accepted, and values beyond them are refused.
     assert tna.hypercube_shape(2**1024, 32) == (2**32,) * 32
     for size, order, expected in (
         (2**1024 + 1, 32, r"^size must be from 1 to \d+; got "),

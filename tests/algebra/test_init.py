@@ -10,8 +10,8 @@ import pytest
 
 import tnadapt as tna
 from tnadapt.algebra import rng
-from tnadapt.algebra.init import STEP, Initializer
-from tnadapt.algebra.network import Network
+from tnadapt.algebra.init import STEP
+from tnadapt.backends import load_backend
 from tnadapt.testing.verification import examples
 
 SHAPES = [(96, 96)] * 8
@@ -109,6 +109,7 @@ def test_alpha_acts_as_in_lora(name: str, alpha: float) -> None:
 @pytest.mark.parametrize("rank", [1, 4])
 def test_where_nothing_is_random_the_step_is_dense_fine_tunings(rank: int) -> None:
     assert abs(step_of(P.dense()) - 1) < 1e-9
+    assert tna.SuperLoRA(P.dense(), SHAPES).groups[0].start.std == 0.0
     assert abs(step_of(tna.Config(rank=rank, order=1)) - rank) < 1e-9
 
 
@@ -174,15 +175,10 @@ def test_cp_weights_start_at_one_and_every_term_has_its_zero() -> None:
 
 @pytest.mark.law("first-gradients")
 def test_a_nonlinear_start_is_alive_and_small() -> None:
-    config = P.superlora(4, projection="nonlinear", ratio=0.1)
-    plan = tna.SuperLoRA(config, SHAPES)
-    params = plan.init(dtype="float64")
-    network = Network(config, plan.groups[0].network.size)
-    linear = tna.Projection("linear", network.size, plan.size)
-    begun = {name.removeprefix("group0."): array for name, array in params.items()}
-    from tnadapt.backends import load_backend
-
-    t = linear(network.whole(load_backend("numpy"), begun))
+    plan = tna.SuperLoRA(P.superlora(4, projection="nonlinear", ratio=0.1), SHAPES)
+    params, group = plan.init(dtype="float64"), plan.groups[0]
+    begun = {name: params[full] for name, full in group.names.items()}
+    t = tna.Projection("linear", group.network.size, plan.size)(group.network.whole(load_backend("numpy"), begun))
     # The derivative tanh(t)² is far from zero, and t - tanh(t) is far from t.
     assert 0.05 < np.sqrt(np.mean(t**2)) < 0.6
 
@@ -339,11 +335,6 @@ def test_the_bits_of_starts_are_known() -> None:
             total.update(array.astype("<f4").tobytes())
         digests[name] = total.hexdigest()[:16]
     assert digests == KNOWN
-
-
-def test_nothing_random_gives_no_scale() -> None:
-    config = P.dense()
-    assert Initializer(Network(config, 12), tna.Projection("identity", 12, 12), 0, 0).std == 0.0
 
 
 @pytest.mark.law("dtype-overflow")

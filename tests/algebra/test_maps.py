@@ -657,16 +657,12 @@ def test_settings_of_another_class_cannot_be_registered() -> None:
             tna.register_map("other", type("Other", (Map,), {"settings_class": settings}))
 
 
-def test_weights_of_equal_shape_share_one_map() -> None:
-    found = make_map_on_weights((Scatter(3), "dct2"), [(6, 4), (4, 4), (6, 4)])
-    assert isinstance(found, PerWeight)
-    assert found.parts[0] is found.parts[2]
-    assert found.n_in == 9
-
-
-@pytest.mark.parametrize("projection", ["identity", "shuffle"])
-def test_the_identity_of_each_weight_is_one(projection: str) -> None:
-    assert make_map_on_weights(projection, SHAPES).identity == (projection == "identity")
+def test_weights_of_equal_shape_share_one_map_and_identities_are_one() -> None:
+    on_weights = make_map_on_weights((Scatter(3), "dct2"), [(6, 4), (4, 4), (6, 4)])
+    assert isinstance(on_weights, PerWeight)
+    assert on_weights.parts[0] is on_weights.parts[2]
+    assert on_weights.n_in == 9
+    assert [make_map_on_weights(name, SHAPES).identity for name in ("identity", "shuffle")] == [True, False]
 
 
 def test_many_given_positions_fit_into_a_file_and_not_into_a_message(tmp_path: Any) -> None:

@@ -152,9 +152,7 @@ def test_equal_seeds_give_equal_maps_and_digests(rng: np.random.Generator) -> No
         tna.Projection("identity", 50, 50, seed=7),
     ]
     assert len({one.digest, *(other.digest for other in others)}) == 1 + len(others)
-
-
-def test_a_linear_part_is_another_map_than_its_whole() -> None:
+    # A linear part is another map than its whole.
     whole, plain = (tna.Projection(kind, 3, 5) for kind in ("nonlinear", "linear"))
     assert plain.linear_part is plain
     assert whole.linear_part.key not in (whole.key, plain.key)

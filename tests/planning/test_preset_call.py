@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.conftest import installed
 from tests.planning.internals import chosen_config
 from tnadapt.planning import preset_call
 from tnadapt.testing import configs
@@ -34,20 +35,12 @@ def parsed(options: str) -> Any:
 
 @settings(max_examples=settings.default.max_examples // 4)
 @given(weights, st.integers(1, 3000))
-def test_every_row_of_a_plan_can_be_written(shapes: list[tuple[int, int]], budget: int) -> None:
+def test_every_row_of_a_plan_can_be_written_and_given_as_options(shapes: list[tuple[int, int]], budget: int) -> None:
     for row in tna.plan(shapes, budget).rows:
         assert row.call is not None
         assert evaluated(str(row.call)) == row.config
-
-
-@settings(max_examples=settings.default.max_examples // 4)
-@given(weights, st.integers(1, 3000))
-def test_every_row_of_a_plan_can_be_given_as_options(shapes: list[tuple[int, int]], budget: int) -> None:
-    pytest.importorskip("typer")
-    for row in tna.plan(shapes, budget).rows:
-        assert row.call is not None
         options = row.call.options()
-        if options is not None:
+        if options is not None and installed("typer"):
             assert parsed(options) == row.config
 
 
