@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tnadapt.algebra.factoring import Factoring, factoring
 from tnadapt.algebra.formats import FORMATS
+from tnadapt.algebra.layout import run_in_box
 from tnadapt.backends import load_backend
 from tnadapt.maps import Scatter, Tile
 from tnadapt.testing.strategies import plans
@@ -100,6 +101,12 @@ CUT = {
     "a mode with rows and columns, CP": tna.SuperLoRA(P.lorta(2, order=3, format="cp"), [(64, 64)] * 8),
     "a cut Kronecker product": tna.SuperLoRA(P.lokr(1, split_size=5), [(13, 13)]),
     "a Kronecker product across weights": ACROSS_WEIGHTS,
+    "a Kronecker product with two modes of rows": tna.SuperLoRA(
+        tna.Config(1, order=3, groups=1, fold=(4, 6, 12), splits=2, leading="same"), [(24, 12)]
+    ),
+    "a Kronecker product whose rows are no box": tna.SuperLoRA(
+        tna.Config(1, order=3, groups=1, fold=(4, 6, 24), splits=2, leading="same"), [(7, 24), (17, 24)]
+    ),
 }
 
 
@@ -304,3 +311,7 @@ def test_float32_and_other_libraries_have_the_same_factors() -> None:
         found = how(backend, own).dense(backend)
         assert found.dtype == next(iter(own.values())).dtype
         np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_side_without_modes_is_one_run() -> None:
+    assert run_in_box((), (), (0, 1)) == slice(0, 1)
