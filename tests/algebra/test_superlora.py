@@ -104,7 +104,8 @@ SORTS = {
 def test_any_plan_is_the_textbook_formula_whole_and_in_parts(sort: str, data: st.DataObject) -> None:
     drawn_plans, tolerance = SORTS[sort]
     plan = data.draw(drawn_plans)
-    params = data.draw(parameters(plan))
+    # Twice as large, for those of the seed of a given start would cancel with it.
+    params = {name: 2.0 * array for name, array in data.draw(parameters(plan)).items()}
     # The plan was made with layers; the reference is told the groups themselves.
     groups = [[piece.weight for piece in group.pieces] for group in plan.groups]
     config = plan.config if isinstance(plan.config.groups, int) else plan.config.replace(groups=groups)
