@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tnadapt.checkpoints.lora_export import lora_export
 from tnadapt.planning._flops import applied_cost, forward_cost, of_map
 from tnadapt.planning._matrix_rank import by_formula, of_network, sketched
 from tnadapt.planning._measured import Gain, Measurements, kind_of, measurements, read
@@ -20,6 +21,7 @@ __all__ = [
     "chosen_config",
     "forward_cost",
     "kind_of",
+    "lora_export",
     "measurements",
     "of_map",
     "of_network",
