@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 
 import tnadapt as tna
+from tests.planning.internals import applied_cost, forward_cost
 from tnadapt.algebra.applying import APPLYING, AXES, applying_of
 from tnadapt.backends import Backend, load_backend
 from tnadapt.planning import padding_waste, step_cost
-from tnadapt.planning._flops import applied_cost, forward_cost
 from tnadapt.testing.strategies import plans
 
 

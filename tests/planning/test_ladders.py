@@ -11,15 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.planning.internals import applied_cost, forward_cost, lora_export, of_map, of_network
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.group import rank_bound, rank_bounds
 from tnadapt.algebra.layout import KnownWeights
 from tnadapt.algebra.superlora import parameter_count
-from tnadapt.checkpoints.lora_export import lora_export
 from tnadapt.errors import ShapeError, TnadaptError
 from tnadapt.planning import degrees_of_freedom, padding_waste, step_cost
-from tnadapt.planning._flops import applied_cost, forward_cost, of_map
-from tnadapt.planning._matrix_rank import of_network
 from tnadapt.planning.families import Search, families
 
 sides = st.integers(1, 12)

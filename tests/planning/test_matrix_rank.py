@@ -10,9 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.planning.internals import by_formula, sketched
 from tnadapt.errors import ShapeError
 from tnadapt.planning import Rank, largest_rank
-from tnadapt.planning._matrix_rank import by_formula, sketched
 from tnadapt.testing.strategies import plans
 
 from .test_freedom import point, rank

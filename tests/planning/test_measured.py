@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.planning.internals import Gain, Measurements, kind_of, measurements, published_results, read
 from tnadapt.errors import FileError
-from tnadapt.planning import Plan, _measured
-from tnadapt.planning._measured import Gain, Measurements, kind_of, measurements, read
+from tnadapt.planning import Plan
 from tnadapt.planning.families import PRESET_FAMILIES, AdaptedWeights
 
 WEIGHTS = AdaptedWeights([(64, 64)] * 8, [i // 2 for i in range(8)], ["q", "v"] * 4, 16)
@@ -43,7 +43,7 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Replace the published results."""
 
     def put(*tasks: dict[str, Any]) -> None:
-        monkeypatch.setattr(_measured, "_measured", lambda: read(json.loads(json.dumps(tasks))))
+        monkeypatch.setattr("tnadapt.planning._measured._measured", lambda: read(json.loads(json.dumps(tasks))))
 
     put()
     return put
@@ -75,7 +75,7 @@ def test_presets_are_of_different_kinds() -> None:
 @given(elements=st.integers(1, 10**9), size=st.integers(1, 10**9))
 def test_results_apply_to_weights_of_about_the_same_size(elements: int, size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_measured, "_measured", lambda: read([task("a", elements)]))
+        patch.setattr("tnadapt.planning._measured._measured", lambda: read([task("a", elements)]))
         assert bool(measurements(size).tasks) == (10 * elements >= size and elements <= 10 * size)
 
 
@@ -265,6 +265,6 @@ def test_tasks_on_which_nothing_was_gained_are_named(published: Any) -> None:
 
 
 def test_the_published_results_can_be_read() -> None:
-    for one in _measured._measured():
+    for one in published_results():
         assert one.settings or one.no_gain
         assert all(setting.parameters > 0 for setting in one.settings)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.planning.internals import CRITERIA, rung
 from tnadapt.errors import ConfigError, ShapeError
 from tnadapt.planning import Plan, Row, degrees_of_freedom, padding_waste, step_cost
-from tnadapt.planning._plan_table import CRITERIA, rung
 
 VIT = [(768, 768)] * 24
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -190,9 +190,9 @@ def test_mistakes(call: Any, error: type[Exception], message: str) -> None:
 
 
 def test_a_budget_below_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tnadapt.planning import _plan_search as plan_search
     from tnadapt.planning import families
 
-    monkeypatch.setattr(plan_search, "families", lambda shapes, layers, roles: families.usual(shapes)[:3])
+    few = families.usual(VIT)[:3]
+    monkeypatch.setattr("tnadapt.planning._plan_search.families", lambda shapes, layers, roles: few)
     with pytest.raises(ConfigError, match=r"a budget of 20 parameters .* the least is 137: LoNKr K = 4, f = 5, r = 1"):
         tna.plan(VIT, 20)

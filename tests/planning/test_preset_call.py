@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.conftest import installed
+from tests.planning.internals import chosen_config
 from tnadapt.planning import preset_call
 from tnadapt.testing import configs
 
@@ -25,30 +27,20 @@ def evaluated(written: str) -> Any:
 
 
 def parsed(options: str) -> Any:
-    from tnadapt.cli._options import chosen_config
-
     words = shlex.split(options)
     assert words[0] == "--preset"
     assert set(words[2::2]) <= {"--set"}
-    return chosen_config(words[1], words[3::2], None)
+    return chosen_config(words[1], words[3::2])
 
 
 @settings(max_examples=settings.default.max_examples // 4)
 @given(weights, st.integers(1, 3000))
-def test_every_row_of_a_plan_can_be_written(shapes: list[tuple[int, int]], budget: int) -> None:
+def test_every_row_of_a_plan_can_be_written_and_given_as_options(shapes: list[tuple[int, int]], budget: int) -> None:
     for row in tna.plan(shapes, budget).rows:
         assert row.call is not None
         assert evaluated(str(row.call)) == row.config
-
-
-@settings(max_examples=settings.default.max_examples // 4)
-@given(weights, st.integers(1, 3000))
-def test_every_row_of_a_plan_can_be_given_as_options(shapes: list[tuple[int, int]], budget: int) -> None:
-    pytest.importorskip("typer")
-    for row in tna.plan(shapes, budget).rows:
-        assert row.call is not None
         options = row.call.options()
-        if options is not None:
+        if options is not None and installed("typer"):
             assert parsed(options) == row.config
 
 

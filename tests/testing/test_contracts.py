@@ -10,8 +10,9 @@ import pytest
 import tnadapt as tna
 from tnadapt.algebra.formats import CP, FORMATS, Dense, Format
 from tnadapt.backends import OPTIONAL, Backend, load_backend, register_backend
-from tnadapt.backends._numpy import NumpyBackend
 from tnadapt.testing import BackendContract, FormatContract, MapContract, SourceContract
+
+NumpyBackend: Any = type(load_backend("numpy"))
 
 TESTS = {
     "gradient": BackendContract.test_gradient,

@@ -10,9 +10,9 @@ from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.algebra.internals import STARTS
 from tests.support.depth import in_depth
 from tnadapt.algebra.applying import APPLYING
-from tnadapt.algebra.starting_points import STARTS
 from tnadapt.testing.strategies import base_weights, configs, plans
 
 

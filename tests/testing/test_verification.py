@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.conftest import installed
 from tests.support.depth import in_depth
+from tests.support.references import reference
 from tnadapt.algebra import products as factor_products
 from tnadapt.algebra import rng
 from tnadapt.algebra.init import Initializer
 from tnadapt.algebra.maps import Linear
 from tnadapt.backends import load_backend
-from tnadapt.testing import _reference as reference
 from tnadapt.testing.strategies import plans
 from tnadapt.testing.verification import Law, Report, relative_error, verify
 
