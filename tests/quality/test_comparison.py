@@ -1,8 +1,9 @@
-"""Statistics of the benchmark against SciPy, and its table."""
+"""Statistics of the benchmark against SciPy, its table, its recommendations, and what second runs confirm."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,9 +19,9 @@ pytest.importorskip("peft")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
 import tnadapt as tna
-from benchmarks.quality import evidence, report, store, tasks, which
-from benchmarks.quality.comparison import difference, improves, leader_of, outcomes_of
-from benchmarks.quality.recommendation import lora_rank
+from benchmarks.quality import evidence, page, replication, report, store, tasks, which
+from benchmarks.quality.comparison import difference, improves, leader_of, outcomes_of, share
+from benchmarks.quality.recommendation import Study, lora_rank, recommendations, table
 from tests.quality.played_task import PlayedTask
 
 TASK = PlayedTask()
@@ -68,19 +69,16 @@ def test_a_difference_is_that_of_a_paired_t_test(pairs: list[tuple[float, float]
 
 def test_only_seeds_of_both_are_compared() -> None:
     long, short = lines("a", [0.5, 0.6, 0.9]), lines("b", [0.4, 0.4])
-    first, second = outcomes_of(TASK, [*long, *short], every=True)
-    found = difference(TASK, first, second)
-    assert found is not None
-    assert (found.seeds, found.mean) == (2, pytest.approx(0.15))
+    gain = difference(TASK, *outcomes_of(TASK, [*long, *short], every=True))
+    assert gain is not None
+    assert (gain.seeds, gain.mean) == (2, pytest.approx(0.15))
     # A setting with fewer seeds than others is not finished.
-    assert [one.method for one in outcomes_of(TASK, [*long, *short])] == ["a"]
-
-
-def test_where_lower_is_better_a_gain_is_a_loss() -> None:
+    assert [outcome.method for outcome in outcomes_of(TASK, [*long, *short])] == ["a"]
+    # Where lower is better, a gain is a loss.
     first, second = outcomes_of(Lower(), [*lines("a", [3.0, 4.0]), *lines("b", [1.0, 1.5])])
-    found = difference(Lower(), second, first)
-    assert found is not None
-    assert found.mean == pytest.approx(2.25)
+    loss = difference(Lower(), second, first)
+    assert loss is not None
+    assert loss.mean == pytest.approx(2.25)
 
 
 def test_the_leader_has_the_best_held_out_score() -> None:
@@ -143,53 +141,55 @@ def with_config(config: dict[str, Any] | None, *given: Any, **more: Any) -> list
     return [{**line, "config": config} for line in lines(*given, **more)]
 
 
-def test_the_rank_of_lora_that_serves_a_setting() -> None:
-    facts = TASK.facts(TASK.sketch())
-    cases = [
-        (with_config(LORA, "lora", [0.5]), 3),
-        (with_config(FOURIER, "fourierft", [0.5]), None),
-        (with_config({"peft": "LoraConfig", "r": 5}, "peft-lora", [0.5], "PEFT"), 5),
-        (with_config({"peft": "LoKrConfig", "r": 5}, "peft-lokr", [0.5], "PEFT"), None),
-    ]
-    for given_lines, rank in cases:
-        (one,) = outcomes_of(TASK, given_lines)
-        assert lora_rank(one, facts) == rank
+@pytest.mark.parametrize(
+    ("method", "config", "rank"),
+    [
+        ("lora", LORA, 3), ("fourierft", FOURIER, None), ("peft-lora", {"peft": "LoraConfig", "r": 5}, 5),
+        ("peft-lokr", {"peft": "LoKrConfig", "r": 5}, None),
+    ],
+)  # fmt: skip
+def test_the_rank_of_lora_that_serves_a_setting(method: str, config: dict[str, Any], rank: int | None) -> None:
+    (outcome,) = outcomes_of(TASK, with_config(config, method, [0.5], "PEFT" if "peft" in config else "tnadapt"))
+    assert lora_rank(outcome, TASK.facts(TASK.sketch())) == rank
 
 
-@pytest.fixture
-def published(publish: Publish) -> None:
-    publish([
-        *with_config(None, "base", [0.30, 0.31, 0.32], "control", parameters=0),
-        *with_config(LORA, "dense", [0.90, 0.91, 0.92], "control"),
-        *with_config(FOURIER, "fourierft", [0.75, 0.77, 0.76], validation=0.9),
-        *with_config(LORA, "lora", [0.60, 0.62, 0.61], validation=0.8),
-        *with_config({"r": 2}, "peft-lora", [0.76, 0.75, 0.76], "PEFT", validation=0.7),
-    ])  # fmt: skip
-
-
-def row_of(folder: Path) -> str:
-    """Return the row of 100 parameters of "Which method?"."""
-    (row,) = [line for line in which.write(folder).read_text("utf-8").splitlines() if line.startswith("| 100 |")]
-    return row
-
-
-@pytest.mark.usefixtures("published")
-def test_an_answer_names_the_best_those_not_decided_and_the_best_as_lora(tmp_path: Path) -> None:
-    text = which.write(tmp_path).read_text(encoding="utf-8")
-    assert "No adapter: 31.0 ± 1.0; dense updates (128 parameters): 91.0 ± 1.0. 2 weights are adapted." in text
-    row = row_of(tmp_path)
-    assert row.startswith(
+BASE = with_config(LORA, "base", [0.30, 0.31, 0.32], "control", parameters=0)
+NEAR_LORA = with_config(LORA, "lora", [0.31, 0.30, 0.33], validation=0.8)
+#: For each case the published lines, and the beginning of the row of 100 parameters.
+ANSWERS = {
+    "the best, those not decided, and the best as LoRA": (
+        [
+            *with_config(LORA, "dense", [0.90, 0.91, 0.92], "control"),
+            *with_config(FOURIER, "fourierft", [0.75, 0.77, 0.76], validation=0.9),
+            *with_config(LORA, "lora", [0.60, 0.62, 0.61], validation=0.8),
+            *with_config({"r": 2}, "peft-lora", [0.76, 0.75, 0.76], "PEFT", validation=0.7),
+        ],
         "| 100 | fourierft r = 1 | 76.0 ± 1.0 | peft-lora (PEFT) | lora r = 1 (rank 3) | 61.0 ± 1.0 |"
-    )
-    assert row.endswith("| 15.0 [15.0, 15.0] |")
+        " 15.0 [15.0, 15.0] |",
+    ),
+    "no better than no adapter": (NEAR_LORA, "| 100 | lora r = 1 (no gain) | 31.3 ± 1.5 |"),
+    "better on test than the best": (
+        [
+            *with_config(LORA, "lora", [0.41, 0.40, 0.43], validation=0.8),
+            *with_config(FOURIER, "fourierft", [0.61, 0.60, 0.63], validation=0.7),
+            *with_config({"r": 2}, "peft-lora", [0.42, 0.39, 0.43], "PEFT", validation=0.7),
+            *with_config({"r": 1}, "peft-fourierft", [0.31, 0.30, 0.32], "PEFT", validation=0.7),
+        ],
+        "| 100 | lora r = 1 | 41.3 ± 1.5 | fourierft (better on test), peft-lora (PEFT) | lora",
+    ),
+}
 
 
-def test_a_best_method_that_is_no_better_than_no_adapter_is_marked(tmp_path: Path, publish: Publish) -> None:
-    publish([
-        *with_config(LORA, "base", [0.30, 0.31, 0.32], "control"),
-        *with_config(LORA, "lora", [0.31, 0.30, 0.33], validation=0.8),
-    ])  # fmt: skip
-    assert row_of(tmp_path).startswith("| 100 | lora r = 1 (no gain) | 31.3 ± 1.5 |")
+@pytest.mark.parametrize(("records", "beginning"), ANSWERS.values(), ids=ANSWERS)
+def test_an_answer_is_the_best_on_held_out_samples(
+    records: list[dict[str, Any]], beginning: str, tmp_path: Path, publish: Publish
+) -> None:
+    publish([*BASE, *records])
+    text = which.write(tmp_path).read_text(encoding="utf-8")
+    (row,) = [line for line in text.splitlines() if line.startswith("| 100 |")]
+    assert row.startswith(beginning)
+    if "dense" in {record["method"] for record in records}:
+        assert "No adapter: 31.0 ± 1.0; dense updates (128 parameters): 91.0 ± 1.0. 2 weights are adapted." in text
 
 
 def test_a_gain_is_an_interval_above_no_adapter() -> None:
@@ -216,9 +216,8 @@ def test_what_plans_rank_by_is_the_share_of_the_gain_of_dense_updates_on_held_ou
     ])  # fmt: skip
     (task,) = json.loads(evidence.evidence(tmp_path))["tasks"]
     assert (task["title"], task["elements"], task["no_gain"]) == (TASK.title, 128, [])
-    assert [(one["config"], one["parameters"], one["held_out_share"]) for one in task["settings"]] == [
-        (FOURIER, 90, 0.5), (LORA, 90, 0.75),
-    ]  # fmt: skip
+    shares = [(setting["config"], setting["parameters"], setting["held_out_share"]) for setting in task["settings"]]
+    assert shares == [(FOURIER, 90, 0.5), (LORA, 90, 0.75)]
 
 
 @pytest.mark.parametrize(("second", "no_gain"), [([0.45, 0.44, 0.47], []), ([0.31, 0.33, 0.30], [100])])
@@ -242,13 +241,165 @@ def test_plans_do_not_rank_by_a_budget_at_which_nothing_is_gained(
     assert task["no_gain"] == no_gain
 
 
-def test_a_method_that_is_better_on_test_than_the_best_is_named(tmp_path: Path, publish: Publish) -> None:
-    publish([
-        *with_config(LORA, "base", [0.30, 0.31, 0.32], "control"),
-        *with_config(LORA, "lora", [0.41, 0.40, 0.43], validation=0.8),
-        *with_config(FOURIER, "fourierft", [0.61, 0.60, 0.63], validation=0.7),
-        *with_config({"r": 2}, "peft-lora", [0.42, 0.39, 0.43], "PEFT", validation=0.7),
-        *with_config({"r": 1}, "peft-fourierft", [0.31, 0.30, 0.32], "PEFT", validation=0.7),
-    ])  # fmt: skip
-    expected = "| 100 | lora r = 1 | 41.3 ± 1.5 | fourierft (better on test), peft-lora (PEFT) | lora"
-    assert row_of(tmp_path).startswith(expected)
+# -- One method for each budget, over several tasks ---------------------------------------------------
+
+#: Times of steps.
+STEP_TIMES = {"fourierft": 1.234, "lora": 1.0}
+
+
+class Other(PlayedTask):
+    """Lower scores are better, in both parts."""
+
+    name = "other"
+    lower = chosen_lower = True
+
+
+def seeds(method: str, held_out: list[float], test: list[float], config: Any = FOURIER) -> list[dict[str, Any]]:
+    """Return the lines of a method at 100 parameters, or of a control, one for each seed."""
+    library = "control" if method in ("base", "dense") else "tnadapt"
+    some = lines(method, test, library, config=config, kept=0, label="")
+    return [{**line, "validation": validation} for line, validation in zip(some, held_out, strict=True)]
+
+
+def study(task: PlayedTask, *records: list[dict[str, Any]]) -> Study:
+    outcomes = outcomes_of(task, [line for own in records for line in own])
+    return Study(task, task.facts(task.sketch()), outcomes)
+
+
+def near(value: float) -> list[float]:
+    return [value, value + 0.01, value - 0.01]
+
+
+CONTROLS = (seeds("base", near(0.2), near(0.2)), seeds("dense", near(0.8), near(0.8)))
+FALLING = (seeds("base", near(0.9), near(0.9)), seeds("dense", near(0.1), near(0.1)))
+
+
+def test_held_out_samples_choose_and_the_shares_are_of_test_samples() -> None:
+    first = study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.5)), seeds("b", near(0.6), near(0.75)))
+    second = study(Other(), *FALLING, seeds("a", near(0.3), near(0.5)), seeds("b", near(0.4), near(0.2)))
+    (answer,) = recommendations([first, second])
+    assert (answer.budget, answer.tasks, answer.best.name) == (100, ("played", "other"), "a")
+    assert answer.best.shares == pytest.approx([0.3 / 0.6, 0.4 / 0.8])
+    assert answer.served is None
+    assert list(table([answer], STEP_TIMES))[2] == "| 100 | a | 50 % (50 to 50) | – | – | – | – | 2 | played, other |"
+
+
+def test_a_method_has_to_be_measured_on_every_task_that_counts() -> None:
+    first = study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.5)), seeds("b", near(0.3), near(0.4)))
+    second = study(Other(), *FALLING, seeds("b", near(0.4), near(0.2)), seeds("c", near(0.2), near(0.2)))
+    assert [one.best.name for one in recommendations([first, second])] == ["b"]
+    assert [one.best.name for one in recommendations([first])] == ["a"]
+    # Without a method that was measured on all of them, there is no answer.
+    assert recommendations([study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.5))), second]) == []
+
+
+def test_a_task_in_which_nothing_is_gained_does_not_count() -> None:
+    first = study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.5)))
+    nothing = study(Other(), *FALLING, seeds("b", near(0.2), near(0.9)))
+    (answer,) = recommendations([first, nothing])
+    assert (answer.best.name, answer.tasks, answer.idle) == ("a", ("played",), ("other",))
+    assert list(table([answer], STEP_TIMES))[2].endswith("| 1 | played; no gain by any method: other |")
+    assert recommendations([nothing]) == []
+
+
+def test_a_choice_that_gains_nothing_somewhere_says_so() -> None:
+    first = study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.5)), seeds("b", near(0.3), near(0.2)))
+    second = study(Other(), *FALLING, seeds("a", near(0.3), near(0.9)), seeds("b", near(0.8), near(0.2)))
+    (answer,) = recommendations([first, second])
+    assert (answer.best.name, answer.best.undecided, answer.compared) == ("a", ("other",), 2)
+    assert list(table([answer], STEP_TIMES))[2].startswith("| 100 | a (no gain: other) | 25 % (0 to 50) |")
+
+
+@pytest.mark.parametrize("controls", [CONTROLS[:1], CONTROLS[1:], [CONTROLS[0], seeds("dense", near(0.1), near(0.8))]])
+def test_a_task_without_a_share_does_not_count(controls: list[list[dict[str, Any]]]) -> None:
+    assert recommendations([study(TASK, *controls, seeds("a", near(0.7), near(0.5)))]) == []
+
+
+def test_the_methods_of_one_library_are_chosen_from_alike() -> None:
+    peft = [{**line, "library": "PEFT"} for line in seeds("b", near(0.75), near(0.7))]
+    own = study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.5)), peft)
+    assert [(one.best.name, one.compared) for one in recommendations([own])] == [("b (PEFT)", 2)]
+    assert [(one.best.name, one.compared) for one in recommendations([own], "tnadapt")] == [("a", 1)]
+    assert recommendations([own], "LyCORIS") == []
+
+
+def test_what_is_served_as_lora_is_chosen_alike_and_says_its_ranks() -> None:
+    records = [seeds("fourierft", near(0.7), near(0.7)), seeds("lora", near(0.5), near(0.5), LORA)]
+    better = [
+        seeds("lora", near(0.5), near(0.5), tna.presets.lora(1).to_dict()),
+        seeds("fourierft", near(0.4), near(0.5)),
+    ]
+    (answer,) = recommendations([study(TASK, *CONTROLS, *records), study(Other(), *FALLING, *better)])
+    assert answer.served is not None
+    assert (answer.served.name, answer.served.ranks) == ("lora", (3, 1))
+    found = (
+        "| 100 | fourierft | 67 % (50 to 83) | 1.23 | lora, rank 1 to 3 | 50 % (50 to 50) | 1.00 | 2 | played, other |"
+    )
+    assert list(table([answer], STEP_TIMES))[2] == found
+
+
+scores = st.lists(st.integers(30, 100).map(lambda score: score / 100), min_size=3, max_size=3)
+
+
+@given(given=st.lists(st.tuples(scores, scores), min_size=1, max_size=5))
+def test_the_choice_has_the_largest_share_on_held_out_samples(given: list[tuple[list[float], list[float]]]) -> None:
+    gain = seeds("always", near(0.25), near(0.29))
+    own = study(TASK, *CONTROLS, gain, *(seeds(f"m{i}", *pair) for i, pair in enumerate(given)))
+    (answer,) = recommendations([own])
+    means = {f"m{i}": statistics.fmean(pair[0]) for i, pair in enumerate(given)}
+    assert means.get(answer.best.name, 0.25) == pytest.approx(max(means.values()), abs=1e-12)
+    (chosen,) = [one for one in own.outcomes if one.name == answer.best.name]
+    assert answer.best.shares == (share(TASK, chosen, own.outcomes),)
+
+
+# -- Second runs: what agrees, what is decided again, what is reversed -----------------------------------
+
+FIRST = [
+    *lines("base", [0.30, 0.31, 0.32], "control"),
+    *lines("a", [0.80, 0.82, 0.81]),
+    *lines("b", [0.70, 0.73, 0.71]),
+    *lines("c", [0.60, 0.62, 0.61]),
+    *lines("d", [0.59, 0.63, 0.62]),
+]
+
+
+def second_run(**scores: list[float]) -> list[dict[str, Any]]:
+    return [line for name, tests in scores.items() for line in lines(name, tests)]
+
+
+def test_two_equal_runs_agree_in_all_that_is_decided() -> None:
+    first = outcomes_of(TASK, FIRST)
+    # Every pair but that of c and d.
+    assert replication.agreement(TASK, first, first) == replication.Agreement(5, 5, 5, 0)
+
+
+def test_signs_and_decisions_are_counted() -> None:
+    # b is above a for sure, c below a without being decided, and d is missing.
+    second = outcomes_of(TASK, second_run(a=[0.70, 0.72, 0.71], b=[0.80, 0.83, 0.81], c=[0.90, 0.10, 0.50]))
+    found = replication.agreement(TASK, outcomes_of(TASK, FIRST), second)
+    assert found == replication.Agreement(decided=3, same=2, confirmed=0, reversed=1)
+
+
+def test_two_settings_are_too_few() -> None:
+    second = outcomes_of(TASK, second_run(a=[0.7, 0.8, 0.9], b=[0.1, 0.2, 0.3]))
+    assert replication.agreement(TASK, outcomes_of(TASK, FIRST), second) == replication.Agreement()
+
+
+def test_pages_have_the_second_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = store.TaskResults({"samples": {"training": 3}}, {one["key"]: one for one in FIRST}, [])
+
+    def read(folder: Path, name: str, scale: str) -> store.TaskResults | None:
+        there = folder == tmp_path or (folder.name == replication.FOLDER and folder.parent.name == "twice")
+        return found if scale == "small" and (there or folder.name == "twice") else None
+
+    monkeypatch.setattr(store, "read", read)
+    monkeypatch.setattr(tasks, "TASKS", ["played"])
+    monkeypatch.setattr(tasks, "find", lambda name: TASK)
+    monkeypatch.setattr(page, "_studies", lambda folder: [(TASK, "small")])
+    monkeypatch.setattr(which, "_section", lambda *_: iter(["## Played"]))
+    said = "Repeated on another machine: of 5 differences between two methods that are decided here, 5 have"
+    twice = tmp_path / "twice"
+    assert said in which.page(twice).replace("\n", " ")
+    assert said in page.page(twice).replace("\n", " ")
+    assert "Repeated" not in which.page(tmp_path)
+    assert "Repeated" not in page.page(tmp_path)
