@@ -25,8 +25,7 @@ TARGETS = [T(f"layers.{n}.self_attn.q_proj", (6, 4), "q") for n in range(3)]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tnadapt", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    return run_here(main, *arguments)
 
 
 @pytest.fixture
@@ -76,30 +75,6 @@ def test_another_base_needs_to_be_wished_for(base: Path, tmp_path: Path) -> None
     done = run("merge", other, tmp_path / "adapter.safetensors", "-o", tmp_path / "out", "--no-check-base")
     assert done.returncode == 0
     assert "not checked whether it was trained on this base (--no-check-base)" in done.stdout
-
-
-@pytest.mark.law("hostile-commands")
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["merge"], ["merge", "base"], ["merge", "base", "adapter.safetensors"],
-        ["merge", "none", "adapter.safetensors", "-o", "out"], ["merge", "base", "none", "-o", "out"],
-        ["merge", "base", "base", "-o", "out"], ["merge", "adapter.safetensors", "adapter.safetensors", "-o", "out"],
-        ["merge", "base", "adapter.safetensors", "-o", "base"], ["merge", "base", "adapter.safetensors", "-o", ""],
-        ["merge", "base", "adapter.safetensors", "-o", "no/out"], ["info"], ["info", "none"], ["info", "."],
-        ["info", "base/config.json"],
-    ],
-)  # fmt: skip
-def test_a_mistake_is_one_message_and_exit_code_2(
-    arguments: list[str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "second.safetensors").write_bytes(b"")  # "." then has two
-    done = run_here(main, *arguments)
-    assert done.returncode == 2, done.stdout
-    assert "Traceback" not in done.stderr
-    assert done.stderr
-    assert sorted(os.listdir(tmp_path)) == ["adapter.safetensors", "base", "second.safetensors"]
 
 
 @pytest.mark.usefixtures("keyboard")
