@@ -121,6 +121,17 @@ def shades(path: Path) -> str:
     return str(path)
 
 
+#: For each task a model, data for it, and the suffix of their file.
+JOBS = {
+    "classification": (bert, classes, ".jsonl"),
+    "multi-label": (bert, several, ".jsonl"),
+    "regression": (bert, numbers, ".jsonl"),
+    "token-classification": (bert, tags, ".jsonl"),
+    "causal-lm": (gpt2, completions, ".jsonl"),
+    "image-classification": (vit, shades, ".npz"),
+}
+
+
 def gguf(folder: Path, name: str = "tiny.gguf") -> str:
     """A Llama in a GGUF file with its tokenizer: bytes, and the words as merged bytes."""
     import gguf

@@ -12,7 +12,8 @@ import tnadapt as tna
 def untrained(path: Path, model: str, data: str, **options: Any) -> Path:
     """Write the file of a fresh LoRA adapter for a model and data."""
     from tnadapt.finetune import Spec, open_problem
-    from tnadapt.finetune._saved_task import recorded
+
+    from .internals import recorded
 
     problem = open_problem(Spec(model=model, data=data, **options))
     built = problem.build(0)
