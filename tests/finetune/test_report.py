@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 pytest.importorskip("torch")
 
 import tnadapt as tna
+from tnadapt.finetune import Task, pareto_front
 from tnadapt.finetune.grid import Method
-from tnadapt.finetune.pareto_report import best_point, pareto_front, points_of, rows_of
-from tnadapt.finetune.training import Task
+
+from .internals import best_point, points_of, rows_of
 
 LORA = Method("LoRA", "r = 1", tna.presets.lora(1))
 SUPER = Method("SuperLoRA", "r = 1", tna.presets.superlora(1))
@@ -48,44 +50,51 @@ def keyed(*records: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {one["key"]: one for one in records}
 
 
-def test_the_rate_is_chosen_by_validation_whatever_the_test_says() -> None:
-    records = keyed(
-        record(LORA, 0.1, 0, 0.9, 0.1), record(LORA, 0.1, 1, 0.8, 0.3), record(LORA, 0.2, 0, 0.84, 0.99),
-        record(LORA, 0.2, 1, 0.84, 0.99),
-    )  # fmt: skip
-    (point,) = points_of(records, [LORA], [0.1, 0.2], range(2))
-    assert (point.rate, point.test, point.score) == (0.1, (0.1, 0.3), 0.2)
-    assert point.spread == pytest.approx(0.1414213)
+@pytest.mark.parametrize(
+    ("records", "seeds", "rate", "test"),
+    [
+        (  # whatever the test says
+            [
+                record(LORA, 0.1, 0, 0.9, 0.1), record(LORA, 0.1, 1, 0.8, 0.3), record(LORA, 0.2, 0, 0.84, 0.99),
+                record(LORA, 0.2, 1, 0.84, 0.99),
+            ],
+            2, 0.1, (0.1, 0.3),
+        ),
+        (  # equal validation is decided by its loss
+            [
+                record(LORA, 0.1, 0, 0.9, 0.1), record(LORA, 0.2, 0, 0.9, 0.2, validation_loss=0.5),
+                record(LORA, 0.3, 0, 0.9, 0.3, validation_loss=None),
+            ],
+            1, 0.2, (0.2,),
+        ),
+        (  # a rate that lacks a seed does not stand
+            [record(LORA, 0.1, 0, 0.9, 0.9), record(LORA, 0.2, 0, 0.5, 0.4), record(LORA, 0.2, 1, 0.5, 0.6)],
+            2, 0.2, (0.4, 0.6),
+        ),
+    ],
+)  # fmt: skip
+def test_the_rate_is_chosen_by_validation(
+    records: list[dict[str, Any]], seeds: int, rate: float, test: tuple[float, ...]
+) -> None:
+    (point,) = points_of(keyed(*records), [LORA, SUPER], [0.1, 0.2, 0.3], range(seeds))
+    assert (point.rate, point.test, point.score) == (rate, test, pytest.approx(sum(test) / len(test)))
+    assert point.spread == pytest.approx(statistics.stdev(test) if seeds > 1 else 0)
 
 
-def test_equal_validation_is_decided_by_its_loss() -> None:
-    records = keyed(
-        record(LORA, 0.1, 0, 0.9, 0.1), record(LORA, 0.2, 0, 0.9, 0.2, validation_loss=0.5),
-        record(LORA, 0.3, 0, 0.9, 0.3, validation_loss=None),
-    )  # fmt: skip
-    (point,) = points_of(records, [LORA], [0.1, 0.2, 0.3], [0])
-    assert point.rate == 0.2
-
-
-def test_a_rate_that_lacks_a_seed_does_not_stand() -> None:
-    records = keyed(record(LORA, 0.1, 0, 0.9, 0.9), record(LORA, 0.2, 0, 0.5, 0.5), record(LORA, 0.2, 1, 0.5, 0.5))
-    (point,) = points_of(records, [LORA, SUPER], [0.1, 0.2], range(2))
-    assert point.rate == 0.2
-
-
-def test_the_best_is_chosen_by_validation_among_adapters_that_did_not_diverge() -> None:
-    records = keyed(
-        record(LORA, 0.1, 0, 0.9, 0.2), record(SUPER, 0.1, 0, 0.8, 0.9), record(DENSE, 0.1, 0, 0.95, 0.95),
-    )  # fmt: skip
-    points = points_of(records, [LORA, SUPER, DENSE], [0.1], [0])
-    best = best_point(points)
-    assert best is not None
-    assert best.method == LORA
-    assert best_point([point for point in points if point.method == DENSE]) is None
-    gone = keyed(record(LORA, 0.1, 0, 0.9, 0.2, diverged=True), record(SUPER, 0.1, 0, 0.8, 0.9))
-    best = best_point(points_of(gone, [LORA, SUPER], [0.1], [0]))
-    assert best is not None
-    assert best.method == SUPER
+@pytest.mark.parametrize(
+    ("records", "best"),
+    [
+        ([record(LORA, 0.1, 0, 0.9, 0.2), record(SUPER, 0.1, 0, 0.8, 0.9), record(DENSE, 0.1, 0, 0.95, 0.95)], LORA),
+        ([record(DENSE, 0.1, 0, 0.95, 0.95)], None),
+        ([record(LORA, 0.1, 0, 0.9, 0.2, diverged=True), record(SUPER, 0.1, 0, 0.8, 0.9)], SUPER),
+        ([record(LORA, 0.1, 0, 0.9, 0.9), record(SUPER, 0.1, 0, 0.9, 0.9)], SUPER),  # of equals, the smaller
+    ],
+)
+def test_the_best_is_chosen_by_validation_among_adapters_that_did_not_diverge(
+    records: list[dict[str, Any]], best: Method | None
+) -> None:
+    found = best_point(points_of(keyed(*records), [LORA, SUPER, DENSE], [0.1], [0]))
+    assert (None if found is None else found.method) == best
 
 
 def test_what_diverged_stands_behind_and_off_the_front() -> None:
@@ -99,21 +108,12 @@ def test_what_diverged_stands_behind_and_off_the_front() -> None:
     assert rows_of([other])[0][5] == "diverged"
 
 
-def test_of_equals_the_smaller_is_best() -> None:
-    points = points_of(
-        keyed(record(LORA, 0.1, 0, 0.9, 0.9), record(SUPER, 0.1, 0, 0.9, 0.9)), [LORA, SUPER], [0.1], [0]
-    )
-    best = best_point(points)
-    assert best is not None
-    assert best.method == SUPER
-    assert [point.front for point in points] == [False, True]
-
-
 def test_the_table() -> None:
-    points = points_of(
-        keyed(record(LORA, 0.1, 0, 0.9, 0.875), record(SUPER, 0.1, 0, 0.8, 0.5)), [LORA, SUPER], [0.1], [0]
-    )
-    assert rows_of(points) == [
-        ["●", "SuperLoRA", "r = 1", "5", "0.1", "80.0%", "50.0%", "2.0"],
-        ["●", "LoRA", "r = 1", "10", "0.1", "90.0%", "87.5%", "2.0"],
-    ]
+    for score, front in ((0.875, "●"), (0.5, "")):
+        records = keyed(record(LORA, 0.1, 0, 0.9, score), record(SUPER, 0.1, 0, 0.8, 0.5))
+        points = points_of(records, [LORA, SUPER], [0.1], [0])
+        assert [point.front for point in points] == [bool(front), True]
+        assert rows_of(points) == [
+            ["●", "SuperLoRA", "r = 1", "5", "0.1", "80.0%", "50.0%", "2.0"],
+            [front, "LoRA", "r = 1", "10", "0.1", "90.0%", f"{score:.1%}", "2.0"],
+        ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,11 +36,15 @@ def test_lines_are_found_again(tmp_path: Path) -> None:
         assert list(results.records) == ["a", "b"]
         results.add(training("b", test=2))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines[0]["format"] == FORMAT
-    assert lines[0]["study"] == STUDY
+    assert (lines[0]["format"], lines[0]["study"]) == (FORMAT, STUDY)
     assert set(lines[1]["session"]) >= {"versions", "cores", "jobs"}
     with Results(path, STUDY) as results:
         assert results.records["b"]["test"] == 2
+    # A first line that was not finished is written anew.
+    path.write_bytes(path.read_bytes()[:20])
+    with Results(path, STUDY) as results:
+        assert results.records == {}
+    assert json.loads(path.read_text().splitlines()[0])["study"] == STUDY
 
 
 @pytest.mark.law("killed-sweep")
@@ -53,15 +58,6 @@ def test_a_line_that_was_not_finished_is_dropped(tmp_path: Path, cut: int) -> No
         results.add(training("c"))
     with Results(path, STUDY) as results:
         assert list(results.records) == ["a", "c"]
-
-
-def test_a_first_line_that_was_not_finished_is_written_anew(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    start(path)
-    path.write_bytes(path.read_bytes()[:20])
-    with Results(path, STUDY) as results:
-        assert results.records == {}
-    assert json.loads(path.read_text().splitlines()[0])["study"] == STUDY
 
 
 @pytest.mark.parametrize("line", [b"{half\n", b"[1]\n", b"\xff\n", b"[" * 5000 + b"\n", b'{"key": "a", "seed": 0}\n'])
@@ -84,27 +80,32 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: bytes, 
     assert path.read_bytes() == content
 
 
-def test_long_settings_are_told_where_they_differ(tmp_path: Path) -> None:
-    study = {**STUDY, "targets": [[f"bert.encoder.layer.{number}.query", 32] for number in range(4)]}
-    path = tmp_path / "results.jsonl"
-    Results(path, study).close()
-    changed = json.loads(json.dumps(study))
-    changed["targets"][2][1] = 48
-    message = r"another study \(targets was \[.bert\.encoder\.layer\.2\.query., 32\], now .* 48\]\)"
-    with pytest.raises(FileError, match=message):
-        Results(path, changed)
-    with pytest.raises(FileError, match=r"another study \(targets was a list of 4, now a list of 3\)"):
-        Results(path, {**study, "targets": changed["targets"][:3]})
+TARGETS = [[f"bert.encoder.layer.{number}.query", 32] for number in range(4)]
+OTHER = [[name, 48 if ".2." in str(name) else size] for name, size in TARGETS]
 
 
-def test_another_study_is_refused_and_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("study", "changes", "message"),
+    [
+        (STUDY, {"epochs": 4, "keep": []}, r"\(epochs was 3, now 4; keep was null, now \[\]\); .*--fresh"),
+        (
+            {**STUDY, "targets": TARGETS}, {"targets": OTHER},
+            r"\(targets was \[.bert\.encoder\.layer\.2\.query., 32\], now .* 48\]\)",
+        ),
+        ({**STUDY, "targets": TARGETS}, {"targets": OTHER[:3]}, r"\(targets was a list of 4, now a list of 3\)"),
+        # A tuple is a list after a turn as JSON.
+        ({**STUDY, "targets": ("q", "v")}, {"epochs": 4}, r"\(epochs was 3, now 4\)"),
+    ],
+)  # fmt: skip
+def test_another_study_is_refused_and_told(
+    study: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "results.jsonl"
-    start(path, "a")
+    with Results(path, study) as results:
+        results.add(training("a"))
     before = path.read_bytes()
-    with pytest.raises(
-        FileError, match=r"results of another study \(epochs was 3, now 4; keep was null, now \[\]\); .*--fresh"
-    ):
-        Results(path, {**STUDY, "epochs": 4, "keep": []})
+    with pytest.raises(FileError, match=rf"results of another study {message}"):
+        Results(path, {**study, **changes})
     assert path.read_bytes() == before
 
 
@@ -132,17 +133,9 @@ def test_a_fresh_beginning_knows_what_was_there(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 1
 
 
-def test_a_study_is_the_same_after_a_turn_as_json(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    Results(path, {"epochs": 3, "targets": ("q", "v")}).close()
-    with pytest.raises(FileError, match=r"another study \(epochs was 3, now 4\)"):
-        Results(path, {"epochs": 4, "targets": ("q", "v")})
-
-
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileError, match="give another folder with --out"):
-        Results(tmp_path / "file" / "results.jsonl", STUDY)
     (tmp_path / "results.jsonl").mkdir()
-    with pytest.raises(FileError, match="give another folder with --out"):
-        Results(tmp_path / "results.jsonl", STUDY)
+    for folder in (tmp_path / "file", tmp_path):
+        with pytest.raises(FileError, match="give another folder with --out"):
+            Results(folder / "results.jsonl", STUDY)
