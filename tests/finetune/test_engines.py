@@ -455,26 +455,6 @@ def test_each_of_two_processes_opens_the_work_once_and_does_several(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "error", "message"),
-    [
-        ("refuses", tna.TnadaptError, "^not like this$"),
-        ("raises", RuntimeError, r"(?s)a task failed \(raises/3\):\n.*UnpicklableError: no luck"),
-    ],
-)
-def test_one_that_fails_ends_those_that_run_and_loses_none_that_is_done(
-    name: str, error: type[Exception], message: str, tmp_path: Path
-) -> None:
-    finished: list[str] = []
-    began = time.monotonic()
-    with pytest.raises(error, match=message):
-        finish(finished, run_tasks(Play(tmp_path), acts("long", "a", "b", name, "c"), tmp_path, jobs=2))
-    assert finished == ["a", "b"]
-    assert time.monotonic() - began < 120, "it does not wait for the long one"
-    assert gone(tmp_path)
-
-
-@pytest.mark.slow
 @pytest.mark.law("killed-sweep")
 def test_one_that_dies_disturbs_no_other_and_is_tried_again(tmp_path: Path) -> None:
     finished: list[str] = []

@@ -19,7 +19,7 @@ pytest.importorskip("peft")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
 import tnadapt as tna
-from benchmarks.quality import evidence, page, replication, report, store, tasks, which
+from benchmarks.quality import evidence, replication, report, store, tasks
 from benchmarks.quality.comparison import difference, improves, leader_of, outcomes_of, share
 from benchmarks.quality.recommendation import Study, lora_rank, recommendations, table
 from tests.quality.played_task import PlayedTask
@@ -151,45 +151,6 @@ def with_config(config: dict[str, Any] | None, *given: Any, **more: Any) -> list
 def test_the_rank_of_lora_that_serves_a_setting(method: str, config: dict[str, Any], rank: int | None) -> None:
     (outcome,) = outcomes_of(TASK, with_config(config, method, [0.5], "PEFT" if "peft" in config else "tnadapt"))
     assert lora_rank(outcome, TASK.facts(TASK.sketch())) == rank
-
-
-BASE = with_config(LORA, "base", [0.30, 0.31, 0.32], "control", parameters=0)
-NEAR_LORA = with_config(LORA, "lora", [0.31, 0.30, 0.33], validation=0.8)
-#: For each case the published lines, and the beginning of the row of 100 parameters.
-ANSWERS = {
-    "the best, those not decided, and the best as LoRA": (
-        [
-            *with_config(LORA, "dense", [0.90, 0.91, 0.92], "control"),
-            *with_config(FOURIER, "fourierft", [0.75, 0.77, 0.76], validation=0.9),
-            *with_config(LORA, "lora", [0.60, 0.62, 0.61], validation=0.8),
-            *with_config({"r": 2}, "peft-lora", [0.76, 0.75, 0.76], "PEFT", validation=0.7),
-        ],
-        "| 100 | fourierft r = 1 | 76.0 ± 1.0 | peft-lora (PEFT) | lora r = 1 (rank 3) | 61.0 ± 1.0 |"
-        " 15.0 [15.0, 15.0] |",
-    ),
-    "no better than no adapter": (NEAR_LORA, "| 100 | lora r = 1 (no gain) | 31.3 ± 1.5 |"),
-    "better on test than the best": (
-        [
-            *with_config(LORA, "lora", [0.41, 0.40, 0.43], validation=0.8),
-            *with_config(FOURIER, "fourierft", [0.61, 0.60, 0.63], validation=0.7),
-            *with_config({"r": 2}, "peft-lora", [0.42, 0.39, 0.43], "PEFT", validation=0.7),
-            *with_config({"r": 1}, "peft-fourierft", [0.31, 0.30, 0.32], "PEFT", validation=0.7),
-        ],
-        "| 100 | lora r = 1 | 41.3 ± 1.5 | fourierft (better on test), peft-lora (PEFT) | lora",
-    ),
-}
-
-
-@pytest.mark.parametrize(("records", "beginning"), ANSWERS.values(), ids=ANSWERS)
-def test_an_answer_is_the_best_on_held_out_samples(
-    records: list[dict[str, Any]], beginning: str, tmp_path: Path, publish: Publish
-) -> None:
-    publish([*BASE, *records])
-    text = which.write(tmp_path).read_text(encoding="utf-8")
-    (row,) = [line for line in text.splitlines() if line.startswith("| 100 |")]
-    assert row.startswith(beginning)
-    if "dense" in {record["method"] for record in records}:
-        assert "No adapter: 31.0 ± 1.0; dense updates (128 parameters): 91.0 ± 1.0. 2 weights are adapted." in text
 
 
 def test_a_gain_is_an_interval_above_no_adapter() -> None:
@@ -367,39 +328,18 @@ def second_run(**scores: list[float]) -> list[dict[str, Any]]:
     return [line for name, tests in scores.items() for line in lines(name, tests)]
 
 
-def test_two_equal_runs_agree_in_all_that_is_decided() -> None:
+@pytest.mark.parametrize(
+    ("second", "agreement"),
+    [
+        (None, (5, 5, 5, 0)),  # the same run: every pair but that of c and d
+        # b is above a for sure, c below a without being decided, and d is missing.
+        ({"a": [0.70, 0.72, 0.71], "b": [0.80, 0.83, 0.81], "c": [0.90, 0.10, 0.50]}, (3, 2, 0, 1)),
+        ({"a": [0.7, 0.8, 0.9], "b": [0.1, 0.2, 0.3]}, None),  # two settings are too few
+    ],
+)
+def test_signs_and_decisions_are_counted(
+    second: dict[str, list[float]] | None, agreement: tuple[int, int, int, int] | None
+) -> None:
     first = outcomes_of(TASK, FIRST)
-    # Every pair but that of c and d.
-    assert replication.agreement(TASK, first, first) == replication.Agreement(5, 5, 5, 0)
-
-
-def test_signs_and_decisions_are_counted() -> None:
-    # b is above a for sure, c below a without being decided, and d is missing.
-    second = outcomes_of(TASK, second_run(a=[0.70, 0.72, 0.71], b=[0.80, 0.83, 0.81], c=[0.90, 0.10, 0.50]))
-    found = replication.agreement(TASK, outcomes_of(TASK, FIRST), second)
-    assert found == replication.Agreement(decided=3, same=2, confirmed=0, reversed=1)
-
-
-def test_two_settings_are_too_few() -> None:
-    second = outcomes_of(TASK, second_run(a=[0.7, 0.8, 0.9], b=[0.1, 0.2, 0.3]))
-    assert replication.agreement(TASK, outcomes_of(TASK, FIRST), second) == replication.Agreement()
-
-
-def test_pages_have_the_second_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = store.TaskResults({"samples": {"training": 3}}, {one["key"]: one for one in FIRST}, [])
-
-    def read(folder: Path, name: str, scale: str) -> store.TaskResults | None:
-        there = folder == tmp_path or (folder.name == replication.FOLDER and folder.parent.name == "twice")
-        return found if scale == "small" and (there or folder.name == "twice") else None
-
-    monkeypatch.setattr(store, "read", read)
-    monkeypatch.setattr(tasks, "TASKS", ["played"])
-    monkeypatch.setattr(tasks, "find", lambda name: TASK)
-    monkeypatch.setattr(page, "_studies", lambda folder: [(TASK, "small")])
-    monkeypatch.setattr(which, "_section", lambda *_: iter(["## Played"]))
-    said = "Repeated on another machine: of 5 differences between two methods that are decided here, 5 have"
-    twice = tmp_path / "twice"
-    assert said in which.page(twice).replace("\n", " ")
-    assert said in page.page(twice).replace("\n", " ")
-    assert "Repeated" not in which.page(tmp_path)
-    assert "Repeated" not in page.page(tmp_path)
+    again = first if second is None else outcomes_of(TASK, second_run(**second))
+    assert replication.agreement(TASK, first, again) == replication.Agreement(*agreement or ())
