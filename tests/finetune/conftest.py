@@ -20,8 +20,7 @@ def adapter_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
 
     The base is in the folder ``model`` beside the file.
     """
-    from .tiny_models import JOBS
-    from .untrained import untrained
+    from .tiny_models import JOBS, untrained
 
     @functools.cache
     def adapter(name: str) -> tuple[Path, str]:

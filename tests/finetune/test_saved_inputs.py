@@ -19,7 +19,6 @@ from tnadapt.finetune.tasks import TASKS
 
 from . import tiny_models as tiny
 from .internals import prediction
-from .untrained import changed
 
 AdapterOf = Callable[[str], tuple[Path, str]]
 TEXTS, NUMBERS, IMAGES = "classification", "regression", "image-classification"
@@ -80,7 +79,7 @@ def test_settings_that_cannot_be_used_are_named(
 def refused(adapter: tuple[Path, str], path: Path, message: str, **about: Any) -> None:
     """Check that a file with these values is refused with its name and this message."""
     with pytest.raises(FileError) as caught:
-        predict(changed(adapter[0], path, **about), adapter[1], new_tokens=2)
+        predict(tiny.changed(adapter[0], path, **about), adapter[1], new_tokens=2)
     assert str(caught.value).startswith(str(path)), caught.value
     assert message in str(caught.value)
 
@@ -116,7 +115,7 @@ def test_texts_for_a_model_of_timm(adapter_of: AdapterOf, tmp_path: Path) -> Non
 
 
 def test_classes_of_a_language_model(adapter_of: AdapterOf, tmp_path: Path) -> None:
-    file = changed(
+    file = tiny.changed(
         adapter_of("causal-lm")[0], tmp_path / "b.safetensors", labels=("no", "yes"),
         inputs={"task": "classification", "task_form": ...},
     )  # fmt: skip
@@ -127,7 +126,7 @@ def test_classes_of_a_language_model(adapter_of: AdapterOf, tmp_path: Path) -> N
 
 def test_completions_of_a_classifier(adapter_of: AdapterOf, tmp_path: Path) -> None:
     adapter, _ = adapter_of("classification")
-    file = changed(adapter, tmp_path / "b.safetensors", inputs={"task": "causal-lm", "task_form": "completion"})
+    file = tiny.changed(adapter, tmp_path / "b.safetensors", inputs={"task": "causal-lm", "task_form": "completion"})
     message = "the adapter's task is 'causal-lm', but its model, a BertForSequenceClassification, cannot continue texts"
     with pytest.raises(TnadaptError, match=message):
         predict(file, tiny.completions(tmp_path / "c.jsonl"))
@@ -138,7 +137,7 @@ def test_completions_of_a_classifier(adapter_of: AdapterOf, tmp_path: Path) -> N
 
 def test_a_given_tokenizer_comes_before_the_files(adapter_of: AdapterOf, tmp_path: Path) -> None:
     adapter, data = adapter_of("classification")
-    file = changed(adapter, tmp_path / "b.safetensors", inputs={"tokenizer": "//host/share"})
+    file = tiny.changed(adapter, tmp_path / "b.safetensors", inputs={"tokenizer": "//host/share"})
     own = predict(adapter, data).rows
     assert predict(file, data, tokenizer=str(adapter.parent / "model")).rows == own
 
@@ -166,7 +165,7 @@ def test_the_bases_tokenizer_is_of_its_revision(
     monkeypatch.setattr(prediction, "tokenizer_of", tokenizer_of)
     adapter, data = adapter_of("classification")
     model = str(adapter.parent / "model")
-    file = changed(adapter, tmp_path / "b.safetensors", revision="abc123", inputs={"tokenizer": named})
+    file = tiny.changed(adapter, tmp_path / "b.safetensors", revision="abc123", inputs={"tokenizer": named})
     predict(file, data, base=model if base else None, tokenizer=tokenizer)
     assert seen == [(expected[0].format(model=model), expected[1])]
 

@@ -30,7 +30,6 @@ from tnadapt.finetune.training import train
 
 from . import tiny_models as tiny
 from .internals import control_of, points_in
-from .untrained import untrained
 
 CPU = torch.device("cpu")
 TEMPLATE = (
@@ -242,7 +241,7 @@ def test_conversations_to_train_on_end_with_an_answer(tmp_path: Path, roles: tup
 
 def test_conversations_to_predict_may_end_with_a_question(gpt2: Path, tmp_path: Path) -> None:
     whole = tiny.rows(tmp_path / "a.jsonl", [{"messages": turns("user", "assistant")}] * 8)
-    file = untrained(tmp_path / "a.safetensors", str(gpt2), whole)
+    file = tiny.untrained(tmp_path / "a.safetensors", str(gpt2), whole)
     rows = [{"messages": turns("user")}, {"messages": turns("user", "assistant")}]
     found = predict(file, tiny.rows(tmp_path / "b.jsonl", rows), new_tokens=2)
     assert found.metrics == {}

@@ -1,7 +1,8 @@
-"""Small random models with tokenizers, in folders, and data for each task."""
+"""Small random models with tokenizers, in folders, data for each task, and adapters' files."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import tnadapt as tna
 
 WORDS = [
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "the", "a", "very", "not", "was", "it", "and",
@@ -191,3 +194,35 @@ def gguf(folder: Path, name: str = "tiny.gguf") -> str:
     writer.write_tensors_to_file()
     writer.close()
     return str(folder / name)
+
+
+# -- Adapters' files as a study writes them, without any training ------------------------------
+
+
+def untrained(path: Path, model: str, data: str, **options: Any) -> Path:
+    """Write the file of a fresh LoRA adapter for a model and data."""
+    from tnadapt.finetune import Spec, open_problem
+
+    from .internals import recorded
+
+    problem = open_problem(Spec(model=model, data=data, **options))
+    built = problem.build(0)
+    adapter = tna.torch.attach(built, tna.presets.lora(1), keep_trainable=problem.keep_trainable)
+    assert adapter.pretrained is not None
+    adapter.pretrained = recorded(adapter.pretrained, problem)
+    adapter.save(path)
+    return path
+
+
+def changed(file: Path, path: Path, **about: Any) -> Path:
+    """Write another file whose description of the base has these values; ``inputs`` are added to those that are there.
+
+    An input of the value ``...`` is left out.
+    """
+    found = tna.load(file)
+    assert found.pretrained is not None
+    if "inputs" in about:
+        inputs = {**found.pretrained.inputs, **about["inputs"]}
+        about["inputs"] = {name: value for name, value in inputs.items() if value is not ...}
+    tna.save(path, dataclasses.replace(found, pretrained=dataclasses.replace(found.pretrained, **about)))
+    return path
