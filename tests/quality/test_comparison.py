@@ -1,12 +1,12 @@
-"""Statistics of the benchmark against SciPy, its table, its recommendations, and what second runs confirm."""
+"""Statistics of the benchmark against SciPy, its table, its recommendations, and what second runs confirm.
+
+What the published results show is in test_published_quality.py: tables, answers, and what plans rank by.
+"""
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +19,9 @@ pytest.importorskip("peft")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
 import tnadapt as tna
-from benchmarks.quality import evidence, replication, report, store, tasks
+from benchmarks.quality import replication, report, store
 from benchmarks.quality.comparison import difference, improves, leader_of, outcomes_of, share
-from benchmarks.quality.recommendation import Study, lora_rank, recommendations, table
+from benchmarks.quality.recommendation import Study, recommendations, table
 from tests.quality.played_task import PlayedTask
 
 TASK = PlayedTask()
@@ -112,45 +112,7 @@ def test_the_table_says_what_was_found() -> None:
     assert "2 cores of a processor, device cpu, Python 3.12, torch 2" in text
 
 
-# -- What is published ------------------------------------------------------------------------------
-
-Publish: TypeAlias = Callable[[list[dict[str, Any]]], None]
-
-
-@pytest.fixture
-def publish(monkeypatch: pytest.MonkeyPatch) -> Publish:
-    """Return a function that makes lines the only published results, those of the played task."""
-    monkeypatch.setattr(tasks, "TASKS", ["played"])
-    monkeypatch.setattr(tasks, "find", lambda name: TASK)
-
-    def publish(records: list[dict[str, Any]]) -> None:
-        found = store.TaskResults({}, {one["key"]: one for one in records}, [])
-        monkeypatch.setattr(
-            store, "read", lambda folder, name, scale: found if (name, scale) == ("played", "small") else None
-        )
-
-    return publish
-
-
-# -- Which method? ---------------------------------------------------------------------------------
-
 LORA, FOURIER = tna.presets.lora(3).to_dict(), tna.presets.fourierft(4).to_dict()
-
-
-def with_config(config: dict[str, Any] | None, *given: Any, **more: Any) -> list[dict[str, Any]]:
-    return [{**line, "config": config} for line in lines(*given, **more)]
-
-
-@pytest.mark.parametrize(
-    ("method", "config", "rank"),
-    [
-        ("lora", LORA, 3), ("fourierft", FOURIER, None), ("peft-lora", {"peft": "LoraConfig", "r": 5}, 5),
-        ("peft-lokr", {"peft": "LoKrConfig", "r": 5}, None),
-    ],
-)  # fmt: skip
-def test_the_rank_of_lora_that_serves_a_setting(method: str, config: dict[str, Any], rank: int | None) -> None:
-    (outcome,) = outcomes_of(TASK, with_config(config, method, [0.5], "PEFT" if "peft" in config else "tnadapt"))
-    assert lora_rank(outcome, TASK.facts(TASK.sketch())) == rank
 
 
 def test_a_gain_is_an_interval_above_no_adapter() -> None:
@@ -163,43 +125,6 @@ def test_a_gain_is_an_interval_above_no_adapter() -> None:
     found = {one.method: one for one in outcomes_of(TASK, records)}
     assert [improves(TASK, found[name], found["base"]) for name in ("good", "near", "bad")] == [True, False, False]
     assert improves(TASK, found["near"], None)
-
-
-def test_what_plans_rank_by_is_the_share_of_the_gain_of_dense_updates_on_held_out_samples(
-    tmp_path: Path, publish: Publish
-) -> None:
-    publish([
-        *with_config(None, "base", [0.30, 0.31, 0.32], "control", parameters=0, validation=0.4),
-        *with_config(LORA, "dense", [0.90, 0.91, 0.92], "control", validation=0.8),
-        *with_config(FOURIER, "fourierft", [0.75, 0.77, 0.76], validation=0.6),
-        *with_config(LORA, "lora", [0.60, 0.62, 0.61], validation=0.7),  # worse on test samples
-        *with_config({"r": 2}, "peft-lora", [0.76, 0.75, 0.76], "PEFT", validation=0.7),
-    ])  # fmt: skip
-    (task,) = json.loads(evidence.evidence(tmp_path))["tasks"]
-    assert (task["title"], task["elements"], task["no_gain"]) == (TASK.title, 128, [])
-    shares = [(setting["config"], setting["parameters"], setting["held_out_share"]) for setting in task["settings"]]
-    assert shares == [(FOURIER, 90, 0.5), (LORA, 90, 0.75)]
-
-
-@pytest.mark.parametrize(("second", "no_gain"), [([0.45, 0.44, 0.47], []), ([0.31, 0.33, 0.30], [100])])
-@pytest.mark.parametrize("larger", [False, True])
-def test_plans_do_not_rank_by_a_budget_at_which_nothing_is_gained(
-    tmp_path: Path, publish: Publish, second: list[float], no_gain: list[int], larger: bool
-) -> None:
-    records = [
-        *with_config(None, "base", [0.30, 0.31, 0.32], "control", parameters=0, validation=0.4),
-        *with_config(LORA, "dense", [0.90, 0.91, 0.92], "control", validation=0.9),
-        *with_config(LORA, "lora", [0.31, 0.30, 0.33], validation=0.8),
-        *with_config({"r": 2}, "peft-lora", second, "PEFT", validation=0.7),
-    ]
-    if larger:
-        records += with_config(FOURIER, "fourierft", [0.75, 0.77, 0.76], validation=0.9, budget=1000)
-    publish(records)
-    (task,) = json.loads(evidence.evidence(tmp_path))["tasks"]
-    # A method of PEFT may be the one that gains: the budget decides something, and ours count with it.
-    assert [one["config"] for one in task["settings"]] == [*([] if no_gain else [LORA]), *([FOURIER] if larger else [])]
-    # A task counts also if nothing is gained at any of its budgets: plans name it.
-    assert task["no_gain"] == no_gain
 
 
 # -- One method for each budget, over several tasks ---------------------------------------------------
@@ -254,23 +179,6 @@ def test_a_method_has_to_be_measured_on_every_task_that_counts() -> None:
     assert recommendations([study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.5))), second]) == []
 
 
-def test_a_task_in_which_nothing_is_gained_does_not_count() -> None:
-    first = study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.5)))
-    nothing = study(Other(), *FALLING, seeds("b", near(0.2), near(0.9)))
-    (answer,) = recommendations([first, nothing])
-    assert (answer.best.name, answer.tasks, answer.idle) == ("a", ("played",), ("other",))
-    assert list(table([answer], STEP_TIMES))[2].endswith("| 1 | played; no gain by any method: other |")
-    assert recommendations([nothing]) == []
-
-
-def test_a_choice_that_gains_nothing_somewhere_says_so() -> None:
-    first = study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.5)), seeds("b", near(0.3), near(0.2)))
-    second = study(Other(), *FALLING, seeds("a", near(0.3), near(0.9)), seeds("b", near(0.8), near(0.2)))
-    (answer,) = recommendations([first, second])
-    assert (answer.best.name, answer.best.undecided, answer.compared) == ("a", ("other",), 2)
-    assert list(table([answer], STEP_TIMES))[2].startswith("| 100 | a (no gain: other) | 25 % (0 to 50) |")
-
-
 @pytest.mark.parametrize("controls", [CONTROLS[:1], CONTROLS[1:], [CONTROLS[0], seeds("dense", near(0.1), near(0.8))]])
 def test_a_task_without_a_share_does_not_count(controls: list[list[dict[str, Any]]]) -> None:
     assert recommendations([study(TASK, *controls, seeds("a", near(0.7), near(0.5)))]) == []
@@ -282,21 +190,6 @@ def test_the_methods_of_one_library_are_chosen_from_alike() -> None:
     assert [(one.best.name, one.compared) for one in recommendations([own])] == [("b (PEFT)", 2)]
     assert [(one.best.name, one.compared) for one in recommendations([own], "tnadapt")] == [("a", 1)]
     assert recommendations([own], "LyCORIS") == []
-
-
-def test_what_is_served_as_lora_is_chosen_alike_and_says_its_ranks() -> None:
-    records = [seeds("fourierft", near(0.7), near(0.7)), seeds("lora", near(0.5), near(0.5), LORA)]
-    better = [
-        seeds("lora", near(0.5), near(0.5), tna.presets.lora(1).to_dict()),
-        seeds("fourierft", near(0.4), near(0.5)),
-    ]
-    (answer,) = recommendations([study(TASK, *CONTROLS, *records), study(Other(), *FALLING, *better)])
-    assert answer.served is not None
-    assert (answer.served.name, answer.served.ranks) == ("lora", (3, 1))
-    found = (
-        "| 100 | fourierft | 67 % (50 to 83) | 1.23 | lora, rank 1 to 3 | 50 % (50 to 50) | 1.00 | 2 | played, other |"
-    )
-    assert list(table([answer], STEP_TIMES))[2] == found
 
 
 scores = st.lists(st.integers(30, 100).map(lambda score: score / 100), min_size=3, max_size=3)

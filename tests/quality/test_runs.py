@@ -16,7 +16,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
-from benchmarks.quality import methods, page, report, store, tasks
+from benchmarks.quality import methods, store, tasks
 from benchmarks.quality.command import main
 from benchmarks.quality.grid import shard_of
 from benchmarks.quality.running import Listener, Run
@@ -79,23 +79,6 @@ def test_a_run_resumes_after_any_line(tmp_path: Path) -> None:
         assert after[:cut] == kept
         keys = [line["key"] for line in after if "key" in line]
         assert len(set(keys)) == len(keys)
-
-
-def test_lines_of_workers_that_were_not_asked_for_are_kept(tmp_path: Path) -> None:
-    run(tmp_path)
-    header = json.loads((tmp_path / "played.jsonl").read_bytes().splitlines()[0])
-    finished = next(iter(records(tmp_path)))
-    workers = tmp_path / "running" / "played" / "workers"
-    left = workers / ("0123456789abcdef" * 2)
-    left.mkdir(parents=True)
-    (workers / "current.json").write_text(json.dumps({"study": header["digest"], "run": left.name}))
-    lines = [{"key": key, "line": {"was": key}} for key in ("other method", "other budget", finished)]
-    (left / "worker-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    # Whether anything is due or not.
-    for plan in (PLAN, Plan(PlayedTask.rates, seeds=3), Plan(PlayedTask.rates, seeds=3)):
-        run(tmp_path, plan=plan)
-        found = [json.loads(line) for path in left.glob("worker-*") for line in path.read_text().splitlines()]
-        assert [line["key"] for line in found] == ["other method", "other budget"], "that of a finished one is deleted"
 
 
 def test_a_broken_device_ends_the_run_and_is_no_failure_of_what_follows(
@@ -223,20 +206,6 @@ def test_results_of_another_study_or_budget_are_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"targets": "qv"', '"targets": "all"', 1))
     with pytest.raises(FileError, match=r"has results of played with other targets; give another one with --out"):
         run(tmp_path, (2, 2))
-
-
-def test_tables_and_figures_are_those_of_the_results(tmp_path: Path) -> None:
-    run(tmp_path)
-    written = report.write(tmp_path, PlayedTask(), "small")
-    assert [path.name for path in written] == ["played.md", "played.png", "played-methods.png"]
-    paths = page.write(tmp_path)
-    assert [path.name for path in paths] == ["played.png", "played-methods.png", "page.md", "which.md"]
-    text = (tmp_path / "page.md").read_text(encoding="utf-8")
-    assert "## A played task" in text
-    assert text.endswith((tmp_path / "played.md").read_text(encoding="utf-8"))
-    assert "`digits`: Small ViT, digits 0 to 4 to digits 5 to 9 (not measured yet)" in text
-    assert page.write(tmp_path) == paths
-    assert (tmp_path / "page.md").read_text(encoding="utf-8") == text
 
 
 # -- The command ---------------------------------------------------------------------------------
