@@ -687,24 +687,6 @@ def test_jobs_of_slurm_are_an_array_with_the_options_and_go_on_without_the_progr
 
 
 @pytest.mark.slow
-@needs("slurm")
-@pytest.mark.usefixtures("keyboard")
-def test_an_interrupt_cancels_jobs_of_slurm(tmp_path: Path, slurm: Path) -> None:
-    with start(tmp_path, "slurm", "long", "long", jobs=0) as process:
-        assert wait_for(lambda: len(Play(tmp_path).noted("begun")) == 2)
-        os.kill(process.pid, signal.SIGKILL)
-    (slurm / "calls-sacct").unlink(missing_ok=True)
-    # It asks for one of them alone.
-    with start(tmp_path, "slurm", "long", jobs=0) as process:
-        assert wait_for(lambda: (slurm / "calls-sacct").exists())
-        os.killpg(process.pid, signal.SIGINT)
-        process.communicate(timeout=60)
-    assert {path.name for path in slurm.glob("cancelled-*")} == {"cancelled-100_0", "cancelled-100_1"}
-    assert len((slurm / "calls-scancel").read_text().splitlines()) == 1, "one command may take seconds"
-    assert gone(tmp_path)
-
-
-@pytest.mark.slow
 @long_only  # the others kill jobs, too; this one waits for its limit
 @needs("slurm")
 def test_a_job_that_reaches_its_time_limit_disturbs_no_other_and_is_tried_again(tmp_path: Path, slurm: Path) -> None:
@@ -751,38 +733,6 @@ def test_jobs_of_slurm_are_submitted_together(tmp_path: Path, monkeypatch: pytes
     assert not list(started.wait(0))
     assert sizes == [1, 2]
     assert [one["key"] for one in lines((tmp_path / "slurm" / "jobs.jsonl").read_text())] == ["a/0", "b/1", "c/2"]
-
-
-@pytest.mark.slow
-@needs("slurm")
-def test_a_job_that_slurm_does_not_take_now_is_submitted_later(
-    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(slurm_engine, "_PERIOD", 0.1)
-    fake_slurm.refuse(slurm, 3, "Batch job submission failed: Socket timed out on send/recv operation")
-    assert words(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="slurm")) == {"a": "new"}
-    assert Play(tmp_path).noted("begun") == ["a/0"]
-    fake_slurm.refuse(slurm, 1, "Batch job submission failed: Invalid account")
-    message = "^engine slurm cannot submit jobs: sbatch: error: Batch job submission failed: Invalid account; look"
-    with pytest.raises(tna.TnadaptError, match=message):
-        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="slurm"))
-
-
-@pytest.mark.slow
-@needs("slurm")
-@pytest.mark.law("killed-sweep")
-def test_jobs_go_on_when_slurm_takes_no_others(tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm_engine, "_PERIOD", 0.1)
-    found = run_tasks(Play(tmp_path), acts("a", "waits", "b"), tmp_path, engine="slurm", jobs=2)
-    assert next(found)[0].does == "a"
-    fake_slurm.refuse(slurm, 6, "QOSMaxSubmitJobPerUserLimit")
-    with pytest.raises(tna.TnadaptError, match=r"QOSMaxSubmitJobPerUserLimit; .*; jobs that run go on, and"):
-        next(found)
-    (tmp_path / "go").touch()
-    found = run_tasks(Play(tmp_path), acts("a", "waits", "b")[1:], tmp_path, engine="slurm", jobs=2, known=["a/0"])
-    assert words(found) == {"waits": "new", "b": "new"}
-    assert Play(tmp_path).noted("begun") == ["a/0", "b/2", "waits/1"], "none was begun twice"
-    assert not list(slurm.glob("cancelled-*"))
 
 
 def adopting(slurm: Path, folder: Path, **state: str) -> tuple[Any, list[Any]]:
@@ -853,17 +803,51 @@ def test_jobs_of_a_later_phase_go_on_when_one_has_ended(tmp_path: Path, slurm: P
     assert not (slurm / "calls-scancel").exists()
 
 
+SBATCH = "sbatch: error: Batch job submission failed: "
+
+
 @needs("slurm")
+@pytest.mark.law("killed-sweep")
 @pytest.mark.parametrize("running", [False, True])
-def test_an_answer_of_slurm_without_a_number_is_shown(running: bool, tmp_path: Path, slurm: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "answer", "times", "shown"),
+    [
+        ("FailedJobError", SBATCH + "Socket timed out on send/recv operation", 3, ""),
+        ("FailedJobError", SBATCH + "QOSMaxSubmitJobPerUserLimit", 6, SBATCH + "QOSMaxSubmitJobPerUserLimit"),
+        ("FailedJobError", SBATCH + "Invalid account", 1, SBATCH + "Invalid account"),
+        ("FailedSubmissionError", 'Could not make sense of sbatch output "hm"\nJob instance …', 1, '.* output "hm"'),
+    ],
+)
+def test_a_job_that_slurm_does_not_take_is_submitted_later_or_its_answer_shown(
+    error: str, answer: str, times: int, shown: str, running: bool, tmp_path: Path, slurm: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     import submitit
 
     def submit(run_job: object, calls: list[Any]) -> list[Any]:
-        raise submitit.core.utils.FailedSubmissionError('Could not make sense of sbatch output "hm"\nJob instance …')
+        attempts.append(len(calls))
+        if len(attempts) <= times:
+            raise getattr(submitit.core.utils, error)(answer)
+        return [SimpleNamespace(job_id="100", done=lambda: False)]
 
+    def attempt() -> None:
+        with started:
+            started.submit([call_of(tmp_path)])
+            for _ in range(times):
+                assert not list(started.wait(0))
+
+    attempts: list[int] = []
+    monkeypatch.setattr(slurm_engine, "_PERIOD", 0.0)
     started = slurm_jobs(tmp_path / "logs", submit)
     if running:
-        started.jobs["b/0"] = SimpleNamespace(job_id="100")
-    with pytest.raises(tna.TnadaptError, match=r'^engine slurm .*: Could not make sense of .* "hm"; '), started:
-        started.submit([call_of(tmp_path)])
+        started.jobs["b/0"] = SimpleNamespace(job_id="99", done=lambda: False)
+    if not shown:
+        attempt()
+        assert attempts == [1] * (times + 1)
+        return
+    message = f"engine slurm cannot submit jobs: {shown}; look at its options, and at --jobs, the number that is queued"
+    goes_on = "; jobs that run go on, and the same command finds them again" if running else ""
+    with pytest.raises(tna.TnadaptError, match=f"^{message} at a time{goes_on}$"):
+        attempt()
+    assert attempts == [1] * times
     assert (slurm / "calls-scancel").exists() is not running

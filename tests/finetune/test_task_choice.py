@@ -18,7 +18,7 @@ from tnadapt.plugins import forget_registered
 pytest.importorskip("torch")
 
 from tnadapt.finetune import Spec
-from tnadapt.finetune.data import Data, Samples, Table, facts_of, find_column, needed_column, open_source, read_table
+from tnadapt.finetune.data import Data, Samples, Table, facts_of, open_source, read_table
 from tnadapt.finetune.tasks import TASKS, register_task
 
 from . import tiny_models as tiny
@@ -252,14 +252,6 @@ def task_of(name: str) -> Any:
 # -- Columns -----------------------------------------------------------------------------------
 
 
-def test_a_column_that_was_asked_for_is_there() -> None:
-    message = r"a.csv has no column 'lable'; its columns are 'text', 'label'"
-    for find in (find_column, lambda *given: needed_column(given[0], "label", *given[1:])):
-        with pytest.raises(FileError, match=message):
-            find("a.csv", "lable", ["label"], ["text", "label"])
-    assert find_column("a.csv", None, ["label"], ["text"]) is None
-
-
 @pytest.mark.parametrize("options", [{"label_column": "lable"}, {"text_column": "txt"}])
 @pytest.mark.parametrize("name", ["classification", "multi-label", "regression", "token-classification", "causal-lm"])
 def test_a_column_with_a_typo_is_not_left_out(name: str, options: dict[str, str]) -> None:
@@ -303,14 +295,6 @@ def test_a_number_of_no_class_is_named(name: str, number: Any) -> None:
     message = "photos has the label -1, which is not the number of a class; expected 0 to 1: leave such samples out"
     with pytest.raises(FileError, match=message):
         images.with_words(WORDS)
-
-
-@pytest.mark.parametrize("name", OF_CLASSES)
-def test_numbers_are_those_of_the_names(name: str) -> None:
-    samples, known = task_of(name).samples(numbered(name, 1, 0), Spec())
-    assert known
-    expected = {"multi-label": [[0, 1], [1, 0]], "token-classification": [[1], [0]]}.get(name, [1, 0])
-    assert [one if isinstance(one, list) else one.tolist() for one in samples.labels] == expected
 
 
 @pytest.mark.parametrize("name", [*OF_CLASSES, "regression"])
