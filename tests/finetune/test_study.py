@@ -30,13 +30,9 @@ class Counting(Reporter):
     def __init__(self) -> None:
         self.begun: tuple[int, int] | None = None
         self.done: list[str] = []
-        self.fractions: list[float] = []
 
     def begins(self, tasks: int, finished: int) -> None:
         self.begun = (tasks, finished)
-
-    def training(self, task: Task, done: float) -> None:
-        self.fractions.append(done)
 
     def finished(self, task: Task, record: Mapping[str, Any]) -> None:
         self.done.append(task.key)

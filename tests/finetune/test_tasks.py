@@ -152,41 +152,29 @@ def test_exact_matches_are_those_of_greedy_decoding(gpt2: Path, tmp_path: Path) 
     tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
     model = transformers.AutoModelForCausalLM.from_pretrained(gpt2).eval()
 
-    def continued(prompt: str) -> list[int]:
-        tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        made = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False, pad_token_id=3
-        )
-        return list(made[0, tokens.shape[1] :].tolist())
+    def greedy(prompt: Any, count: int) -> list[int]:
+        settings = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 3}
+        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+        return list(output[0, prompt.shape[1] :].tolist())
 
-    found = []
+    rows = []
     for place, text in enumerate(tiny.films()):
-        after = continued(text)
+        words = tokenizer.convert_ids_to_tokens(greedy(tokenizer(text, return_tensors="pt")["input_ids"], 4))
         # Every other completion is what the model says, and the rest differ in one word.
-        words = tokenizer.convert_ids_to_tokens(after)
         if place % 2:
             words[place % len(words)] = "Rome" if words[place % len(words)] != "Rome" else "Paris"
-        found.append({"prompt": text, "completion": " ".join(words)})
-    problem = open_problem(Spec(model=str(gpt2), data=tiny.rows(tmp_path / "a.jsonl", found)))
-    # Four words are not followed by the end of the text, which the task adds, so it is left out here.
+        rows.append({"prompt": text, "completion": " ".join(words)})
+    problem = open_problem(Spec(model=str(gpt2), data=tiny.rows(tmp_path / "a.jsonl", rows)))
     part = problem.parts["training"]
-    base = problem.build(0)
-    rows = evaluate(base, problem.logits, problem.task, part, CPU)
-    ends = [len(row) - 1 for row in rows]
-    right = [
-        bool((row[:end, 1] == truth[truth != -100][:end]).all())
-        for row, truth, end in zip(rows, part.labels, ends, strict=True)
-    ]
-    truths = []
-    for tokens, labels in zip(part.tokens, part.labels, strict=True):
-        learnt = labels[labels != -100][:-1].tolist()
-        prompt = tokens[: len(tokens) - len(learnt) - 1][None]
-        made = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=len(learnt), do_sample=False, pad_token_id=3
-        )
-        truths.append(made[0, prompt.shape[1] :].tolist() == learnt)
-    assert right == truths
-    assert 0 < sum(truths) < len(truths)
+    outputs = evaluate(problem.build(0), problem.logits, problem.task, part, CPU)
+    right, expected = [], []
+    for output, tokens, labels in zip(outputs, part.tokens, part.labels, strict=True):
+        # Four words are not followed by the end of the text, which the task adds, so it is left out here.
+        learnt = labels[labels != -100][:-1]
+        right.append(bool((output[: len(output) - 1, 1] == learnt).all()))
+        expected.append(greedy(tokens[: len(tokens) - len(learnt) - 1][None], len(learnt)) == learnt.tolist())
+    assert right == expected
+    assert 0 < sum(expected) < len(expected)
 
 
 def test_a_text_model_that_sees_what_it_is_to_predict_is_refused(tmp_path: Path) -> None:
