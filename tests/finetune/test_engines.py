@@ -427,10 +427,17 @@ def test_who_always_dies_is_handed_over_on_request(tmp_path: Path) -> None:
     assert not (tmp_path / "workers").exists()
 
 
-def test_a_failure_waits_for_no_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("refuses", tna.TnadaptError, "^not like this$"),
+        ("raises", RuntimeError, r"(?s)a task failed \(raises/1\):\n.*UnpicklableError: no luck"),
+    ],
+)
+def test_a_failure_waits_for_no_others(name: str, error: type[Exception], message: str, tmp_path: Path) -> None:
     done: list[str] = []
-    with pytest.raises(RuntimeError, match=r"(?s)a task failed \(raises/1\):\n.*UnpicklableError: no luck"):
-        finish(done, run_tasks(Play(tmp_path), acts("a", "raises", "b", "c"), tmp_path, engine=Crowded()))
+    with pytest.raises(error, match=message):
+        finish(done, run_tasks(Play(tmp_path), acts("a", name, "b", "c"), tmp_path, engine=Crowded()))
     assert done == []
     # What is not known to be finished is in the workers' files, if it is.
     assert words(run_tasks(Play(tmp_path), acts("a"), tmp_path)) == {"a": "new"}
