@@ -16,7 +16,7 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 quality = pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
-from benchmarks.quality import evidence, figures, page, readme, replication, store, tasks, which
+from benchmarks.quality import evidence, page, readme, replication, store, tasks, which
 from benchmarks.quality.command import PUBLISHED, main
 from benchmarks.quality.comparison import outcomes_of
 from benchmarks.quality.page import RUNS
@@ -47,21 +47,6 @@ def test_the_commands_on_the_page_leave_nothing_to_train(arguments: str, capsys:
 
 def test_the_commands_of_every_task_with_results_are_known() -> None:
     assert {name for name in tasks.TASKS if store.files_of(PUBLISHED, name, "small")} <= set(RUNS)
-
-
-@pytest.mark.parametrize("name", [name for name in tasks.TASKS if store.files_of(PUBLISHED, name, "small")])
-def test_no_text_above_a_picture_covers_another(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    task, drawn = tasks.find(name), list[Any]()
-    monkeypatch.setattr(figures, "saved", lambda figure, path: drawn.append(figure))
-    found = store.read(PUBLISHED, name, "small")
-    assert found is not None
-    figures.draw_scores(task, outcomes_of(task, found.records.values()), tmp_path / "scores.png", "A note.")
-    (axes,) = drawn[0].axes
-    drawn[0].draw_without_rendering()
-    title = next(one for one in axes.get_children() if getattr(one, "get_text", str)() == task.title)
-    assert not title.get_window_extent().overlaps(axes.get_legend().get_window_extent())
-    assert title.get_window_extent().x1 <= drawn[0].bbox.x1
 
 
 @pytest.mark.parametrize("folder", [PUBLISHED, PUBLISHED / replication.FOLDER], ids=["first", "second"])
