@@ -8,6 +8,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -712,17 +713,6 @@ def test_a_job_that_reaches_its_time_limit_disturbs_no_other_and_is_tried_again(
     assert not list(slurm.glob("cancelled-*"))
 
 
-@pytest.mark.slow
-@long_only
-@needs("slurm")
-def test_a_task_that_failed_as_a_job_is_run_again_by_the_same_command(tmp_path: Path, slurm: Path) -> None:
-    # The cause may be fixed by then.
-    for _ in range(2):
-        done = run(tmp_path, "slurm", "refuses", jobs=0)
-        assert done.stderr.splitlines()[-1].endswith("TnadaptError: not like this")
-    assert Play(tmp_path).noted("begun") == ["refuses/0"] * 2
-
-
 @needs("slurm")
 def test_jobs_of_slurm_are_submitted_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
@@ -764,17 +754,25 @@ def adopting(slurm: Path, folder: Path, **state: str) -> tuple[Any, list[Any]]:
 
 @needs("slurm")
 @pytest.mark.parametrize(
-    ("state", "again"),
-    [({"job": "1"}, False), ({"job": "1", "suspended": ""}, False), ({"job": "1", "ended": "1"}, True), ({}, True)],
-)
+    ("state", "result", "again"),
+    [
+        ({"job": "1"}, None, False), ({"job": "1", "suspended": ""}, None, False),
+        ({"job": "1", "ended": "1"}, None, True), ({}, None, True),
+        ({}, engines.Finished({"does": "a"}), False), ({}, engines.Failed("no luck", False), True),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("accounting", [True, False])
-def test_a_job_that_may_still_run_is_not_submitted_again(
-    state: dict[str, str], again: bool, accounting: bool, tmp_path: Path, slurm: Path
+def test_a_job_that_may_still_run_or_has_finished_is_not_submitted_again(
+    state: dict[str, str], result: Any, again: bool, accounting: bool, tmp_path: Path, slurm: Path
 ) -> None:
     if not accounting:
         (slurm / "sacct-fails").touch()
-    _, submitted = adopting(slurm, tmp_path / "logs", **state)
+    if result is not None:  # the cause of a failure may be fixed by now
+        (tmp_path / "logs").mkdir()
+        (tmp_path / "logs" / "79_0_result.pkl").write_bytes(pickle.dumps(("success", result)))
+    started, submitted = adopting(slurm, tmp_path / "logs", **state)
     assert [call.task for call in submitted] == [Act("a")] * again
+    assert result is None or again or list(started.wait(0)) == [("a/0", result)]
 
 
 @needs("slurm")
