@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import json
 import multiprocessing
@@ -694,23 +693,20 @@ def test_jobs_of_slurm_are_an_array_with_the_options_and_go_on_without_the_progr
     assert not (tmp_path / "workers").exists()
 
 
-@pytest.mark.slow
-@long_only  # the others kill jobs, too; this one waits for its limit
 @needs("slurm")
-def test_a_job_that_reaches_its_time_limit_disturbs_no_other_and_is_tried_again(tmp_path: Path, slurm: Path) -> None:
-    begun = functools.partial(Play(tmp_path).noted, "begun")
-    with start(tmp_path, "slurm", "clings", "waits", jobs=0, options=("time=5",)) as process:
-        assert wait_for(lambda: "waits/1" in begun())
-        for attempts, job in ((1, "100_0"), (2, "101"), (3, "102")):
-            assert wait_for(lambda expected=attempts: begun().count("clings/0") == expected)
-            fake_slurm.send(slurm, job, signal.SIGUSR2)
-        (tmp_path / "go").touch()
-        _, told = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "a worker died 3 times while it ran clings/0 (job 102: time limit); the logs are in " in told
-    assert "; the options time and mem give jobs more of both. What is finished is kept" in told.splitlines()[-1]
-    assert keys(lines((tmp_path / "own.jsonl").read_text())) == ["waits/1"]
-    assert not list(slurm.glob("cancelled-*"))
+def test_a_job_that_reaches_its_time_limit_has_died(tmp_path: Path) -> None:
+    import submitit
+
+    def requeue(number: int, frame: object) -> None:  # submitit's own handler
+        raise submitit.core.utils.UncompletedJobError("time limit")
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        assert slurm_engine._run_job(call_of(tmp_path, Act("clings"))) == engines.Died("time limit")
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    advice = f"the logs are in {tmp_path / 'slurm'}; the options time and mem give jobs more of both"
+    assert open_engine("slurm").advice(tmp_path) == advice
 
 
 @needs("slurm")
@@ -776,7 +772,10 @@ def test_a_job_that_may_still_run_or_has_finished_is_not_submitted_again(
 
 
 @needs("slurm")
-def test_a_job_that_is_suspended_has_not_died(tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reason", ["OUT_OF_MEMORY", "time limit"])
+def test_a_job_that_is_suspended_has_not_died(
+    reason: str, tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(slurm_engine, "_LOOK", 0.0)
     started, submitted = adopting(slurm, tmp_path / "logs", job="1", suspended="")
     started.lag = 0.0
@@ -784,7 +783,9 @@ def test_a_job_that_is_suspended_has_not_died(tmp_path: Path, slurm: Path, monke
     # It goes on, and dies then.
     (slurm / "suspended-79").unlink()
     (slurm / "ended-79").write_text("1")
-    assert [*started.wait(0), *started.wait(0)] == [("a/0", engines.Died("job 79: OUT_OF_MEMORY"))]
+    if reason == "time limit":  # which the job itself says
+        (tmp_path / "logs" / "79_0_result.pkl").write_bytes(pickle.dumps(("success", engines.Died(reason))))
+    assert [*started.wait(0), *started.wait(0)] == [("a/0", engines.Died(f"job 79: {reason}"))]
 
 
 @needs("slurm")

@@ -21,7 +21,8 @@ from torch import nn
 import tnadapt as tna
 from benchmarks.quality import methods, tasks
 from benchmarks.quality.facts import Facts, facts_of
-from benchmarks.quality.grid import Grid, Trial, grid_of, shard_of
+from benchmarks.quality.grid import BUDGETS, Grid, Trial, grid_of, shard_of
+from tests.support.depth import long_only
 from tnadapt.errors import TnadaptError
 
 
@@ -34,6 +35,22 @@ def test_every_preset_takes_part() -> None:
     names = set(methods.names(["tnadapt"]))
     assert set(tna.presets.__all__) - {"dense"} <= names
     assert "dense" in methods.names(["control"])
+
+
+@pytest.mark.slow
+@long_only
+def test_settings_are_within_their_budgets(grid: Grid) -> None:
+    for one in grid.settings:
+        if methods.find(one.method).library != "control":
+            assert one.budget / 2 <= one.parameters <= one.budget, one
+    named = {(one.method, one.budget) for one in grid.settings if one.budget}
+    without = {(one.method, one.budget) for one in grid.absent}
+    used = [budget for budget in BUDGETS if budget <= grid.facts.size]
+    assert used == [13, 100, 1_000, 10_000]
+    assert named.isdisjoint(without)
+    assert named | without == set(itertools.product(methods.names(), used))
+    # At the largest budget of these weights, only those that cannot reach half of it are absent.
+    assert {"lora", "superlora", "unilora", "peft-lora", "peft-boft"} <= {one[0] for one in named if one[1] == 10_000}
 
 
 def test_keys_are_stable() -> None:
@@ -132,7 +149,6 @@ FEW = ("lora", "unilora", "peft-lora", "peft-boft", "peft-tinylora")
 def test_a_method_trains_as_many_parameters_as_were_counted(name: str) -> None:
     setting = fitting(name)
     assert setting is not None, name
-    assert methods.find(name).library == "control" or setting.budget / 2 <= setting.parameters <= setting.budget
     model = small()
     attached = methods.find(name).attach(model, setting, FACTS, "qv", seed=3)
     assert methods.trained(attached) == setting.parameters
