@@ -268,3 +268,50 @@ def test_without_torch_it_says_what_to_install_and_verify_works() -> None:
     given = ["verify", "--preset", "lora", "--backend", "numpy"]
     done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+WHERE = [["--jobs", 1], ["--jobs", 2], ["--jobs", 2, "--engine", "ray", "--engine-option", "address=local"]]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
+@pytest.mark.usefixtures("keyboard")
+@pytest.mark.parametrize("where", in_depth(WHERE, WHERE[:1]))  # Ray takes half a minute
+def test_interrupted_it_says_how_to_go_on(
+    cache: Path, tmp_path: Path, where: list[Any], record_property: Callable[[str, object], None]
+) -> None:
+    if "ray" in where:
+        pytest.importorskip("ray")
+    arguments = (
+        *("--pretrain-epochs", 1, "--cache", cache, "--out", tmp_path / "run", *where, "--epochs", 8, "--rank", 1),
+        *("--lr", 0.005, "--lr", 0.01, "--lr", 0.02),
+    )
+    process = subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    while first and "[1/6]" not in first:
+        first = process.stderr.readline()
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
+    _, told = process.communicate(timeout=60)
+    seconds = time.monotonic() - began
+    record_property("seconds_until_exit", round(seconds, 2))
+    assert process.returncode == 130, told
+    assert f"stopped; finished trainings are in {tmp_path / 'run'}, and the same command resumes" in told
+    assert "Traceback" not in told
+    assert seconds < 10  # two on a machine that does nothing else
+    assert len(records(tmp_path / "run")) >= 1
+    until = time.monotonic() + 10
+    while _group(process.pid) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not _group(process.pid)
+    assert not [path for path in (tmp_path / "run").glob("adapters/*") if path.suffix != ".safetensors"]
+
+
+def _group(leader: int) -> list[str]:
+    """Return the processes of a group that run; those that ended and were not waited for yet do not."""
+    listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    lines = [line.split(maxsplit=2) for line in listed.splitlines()]
+    return [args[0] if args else "" for group, state, *args in lines if int(group) == leader and state[0] != "Z"]

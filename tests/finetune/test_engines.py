@@ -857,3 +857,41 @@ def test_a_job_that_slurm_does_not_take_is_submitted_later_or_its_answer_shown(
         attempt()
     assert attempts == [1] * times
     assert (slurm / "calls-scancel").exists() is not running
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("refuses", tna.TnadaptError, "^not like this$"),
+        ("raises", RuntimeError, r"(?s)a task failed \(raises/3\):\n.*UnpicklableError: no luck"),
+    ],
+)
+def test_one_that_fails_ends_those_that_run_and_loses_none_that_is_done(
+    name: str, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    finished: list[str] = []
+    began = time.monotonic()
+    with pytest.raises(error, match=message):
+        finish(finished, run_tasks(Play(tmp_path), acts("long", "a", "b", name, "c"), tmp_path, jobs=2))
+    assert finished == ["a", "b"]
+    assert time.monotonic() - began < 120, "it does not wait for the long one"
+    assert gone(tmp_path)
+
+
+@pytest.mark.slow
+@needs("slurm")
+@pytest.mark.usefixtures("keyboard")
+def test_an_interrupt_cancels_jobs_of_slurm(tmp_path: Path, slurm: Path) -> None:
+    with start(tmp_path, "slurm", "long", "long", jobs=0) as process:
+        assert wait_for(lambda: len(Play(tmp_path).noted("begun")) == 2)
+        os.kill(process.pid, signal.SIGKILL)
+    (slurm / "calls-sacct").unlink(missing_ok=True)
+    # It asks for one of them alone.
+    with start(tmp_path, "slurm", "long", jobs=0) as process:
+        assert wait_for(lambda: (slurm / "calls-sacct").exists())
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=60)
+    assert {path.name for path in slurm.glob("cancelled-*")} == {"cancelled-100_0", "cancelled-100_1"}
+    assert len((slurm / "calls-scancel").read_text().splitlines()) == 1, "one command may take seconds"
+    assert gone(tmp_path)
