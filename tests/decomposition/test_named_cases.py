@@ -12,10 +12,9 @@ import pytest
 import tensorly
 
 import tnadapt as tna
+from tests.decomposition.internals import Algebra, lower_bound, tensorly_on
 from tnadapt import presets
 from tnadapt.backends import get_backend
-from tnadapt.decomposition.linear_algebra import Algebra
-from tnadapt.decomposition.lower_bounds import lower_bound
 
 
 @pytest.mark.slow
@@ -69,17 +68,6 @@ def test_a_bound_is_not_above_what_rounding_leaves(library: str, columns: int) -
     assert lower_bound(Algebra(get_backend(x), x), network, x.reshape(-1)) == 0.0
 
 
-def test_a_bound_in_single_precision_is_one_in_double() -> None:
-    rng = np.random.default_rng(0)
-    for scale in (1.0, 1e-2, 1e-4):
-        delta = (rng.normal(size=(6, 1)) @ rng.normal(size=(1, 900)) + scale * rng.normal(size=(6, 900))).astype("f4")
-        network = tna.SuperLoRA(presets.lora(2), [delta.shape]).groups[0].network
-        true = math.sqrt((np.linalg.svd(delta.astype(np.float64), compute_uv=False)[2:] ** 2).sum())
-        bound = lower_bound(Algebra(get_backend(delta), delta), network, delta.reshape(-1))
-        assert bound <= true
-        assert scale < 1.0 or bound > 0.99 * true
-
-
 def _w() -> np.ndarray:
     tensor = np.zeros((2, 2, 2))
     tensor[0, 0, 1] = tensor[0, 1, 0] = tensor[1, 0, 0] = 1.0
@@ -122,24 +110,14 @@ def test_a_hadamard_product_is_no_worse_than_one_split_alone() -> None:
             assert loha <= lora + 1e-12
 
 
-def test_tucker_of_a_matrix_is_its_svd() -> None:
-    delta = np.random.default_rng(0).normal(size=(20, 30))
-    config = tna.Config(rank=(4, 5), format="tucker")
-    _, report = tna.decompose([delta], config)
-    left = np.linalg.svd(delta, compute_uv=False)[4:]
-    assert report.error == pytest.approx(np.linalg.norm(left) / np.linalg.norm(delta))
-    assert report.certified
-
-
 def test_threads_leave_no_filters_and_go_on_following_the_process() -> None:
     before = list(warnings.filters)
     seen: list[str] = []
     tensor = np.random.default_rng(0).normal(size=(3, 4, 5))
-    config = tna.Config(rank=5, order=3, fold=(3, 4, 5), format="tucker")
     decomposed, told = threading.Event(), threading.Event()
 
     def work() -> None:
-        tna.decompose(tensor, config)
+        tna.decompose(tensor, tna.Config(rank=5, order=3, fold=(3, 4, 5), format="tucker"))
         decomposed.set()
         told.wait(30)
         seen.append(tensorly.get_backend())
@@ -147,8 +125,7 @@ def test_threads_leave_no_filters_and_go_on_following_the_process() -> None:
     thread = threading.Thread(target=work)
     thread.start()
     assert decomposed.wait(30)
-    manager = tensorly.backend.BackendManager
-    was, name = manager._backend, tensorly.get_backend()
+    was, name = tensorly.backend.BackendManager._backend, tensorly.get_backend()
     try:
         pytest.importorskip("torch")
         tensorly.set_backend("pytorch")
@@ -157,9 +134,29 @@ def test_threads_leave_no_filters_and_go_on_following_the_process() -> None:
     finally:
         told.set()
         tensorly.set_backend(name)
-        assert manager._backend is was
+        assert tensorly.backend.BackendManager._backend is was
     assert seen == ["pytorch"]
     assert warnings.filters == before
+
+
+def test_tensorlys_backend_is_set_in_one_thread_and_until_an_error_ends_it() -> None:
+    torch = pytest.importorskip("torch")
+    seen = {tensorly.get_backend()}
+
+    def ask() -> None:
+        seen.add(tensorly.get_backend())
+
+    def in_thread(*_: Any) -> None:
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+
+    tna.decompose(torch.randn(3, 4, 5), tna.Config(rank=2, order=3, fold=(3, 4, 5)), progress=in_thread)
+    in_thread()
+    with pytest.raises(ZeroDivisionError), tensorly_on(get_backend(torch.zeros(1))):
+        raise ZeroDivisionError
+    ask()
+    assert seen == {"numpy"}
 
 
 def test_a_large_argument_of_tanhshrink_overflows_nothing() -> None:
@@ -167,14 +164,3 @@ def test_a_large_argument_of_tanhshrink_overflows_nothing() -> None:
     with np.errstate(all="raise", under="ignore"):
         found = projection(np.full(8, 1e30, np.float32))
     assert np.isfinite(found).all()
-
-
-def test_a_tensor_on_the_meta_device_is_refused() -> None:
-    torch = pytest.importorskip("torch")
-    with pytest.raises(tna.BackendError, match="has no values"):
-        tna.decompose([torch.empty(3, 4, device="meta")], presets.lora(1))
-
-
-def test_nothing_to_fit_is_reported() -> None:
-    _, report = tna.decompose([np.zeros((3, 4))], presets.lora(1))
-    assert "the updates are zero" in str(report)

@@ -8,11 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tnadapt.algebra.formats import CP
 from tnadapt.algebra.network import Network
 from tnadapt.backends import load_backend
-from tnadapt.decomposition.completion import ObservedElements, sweeps_on_observed, unobserved
-from tnadapt.decomposition.fits import Limits
+from tnadapt.decomposition import Limits
+from tnadapt.decomposition.completion import ObservedElements, sweeps_on_observed
 from tnadapt.testing.strategies import plans
 
 NUMPY = load_backend("numpy")
@@ -77,26 +76,3 @@ def test_a_sweep_solves_for_each_array_in_turn(data: st.DataObject) -> None:
     assert error == pytest.approx(expected, rel=1e-4, abs=1e-6)
     made = elements.values(elements.flat(found))
     assert error == pytest.approx(np.linalg.norm((wanted - made) * roots) / np.linalg.norm(wanted * roots), rel=1e-9)
-
-
-def test_an_unobserved_slice_is_found() -> None:
-    mask = np.ones((3, 4, 2), bool)
-    assert unobserved(mask) is None
-    mask[:, 2, :] = False
-    assert unobserved(mask) == (1, 2)
-    assert unobserved(np.zeros((2, 2), bool)) == (0, 0)
-
-
-def test_complex_arrays() -> None:
-    rng = np.random.default_rng(0)
-    sizes = (3, 4, 2)
-    places = list(np.unravel_index(np.arange(24), sizes))
-    elements = ObservedElements([CP(sizes, 2)], [[""]], [places])
-    arrays = {n: rng.normal(size=s) + 1j * rng.normal(size=s) for n, s in elements.shapes.items()}
-    at = elements.flat(arrays)
-    np.testing.assert_allclose(
-        elements.values(at).reshape(sizes), np.einsum("ar,br,cr->abc", *arrays.values()), rtol=1e-12
-    )
-    step = 1e-6 * (rng.normal(size=at.size) + 1j * rng.normal(size=at.size))
-    moved = elements.values(at + step) - elements.values(at - step)
-    np.testing.assert_allclose(elements.jacobian(at) @ (2.0 * step), moved, atol=1e-12)
