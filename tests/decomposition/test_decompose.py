@@ -176,18 +176,6 @@ def test_krona_is_the_nearest_kronecker_product(rows: int, cols: int, seed: int)
     assert report.certified
 
 
-@pytest.mark.parametrize("kind", ["linear", "linear_v2"])
-def test_dense_through_f_is_least_squares(kind: str) -> None:
-    config = presets.fastfood(0.4, projection=kind)
-    given = [np.random.default_rng(0).normal(size=(6, 7))]
-    plan = tna.SuperLoRA(config, [(6, 7)])
-    matrix = plan.groups[0].projection(np.eye(plan.num_parameters)).T
-    expected, *_ = np.linalg.lstsq(matrix, given[0].reshape(-1), rcond=None)
-    params, report = tna.decompose(given, config, tol=1e-12)
-    np.testing.assert_allclose(params["group0.split0.dense"], expected, rtol=1e-6, atol=1e-8)
-    assert report.certified
-
-
 @given(st.lists(st.integers(2, 4), min_size=3, max_size=4), st.integers(1, 3), st.integers(0, 1000))
 def test_a_train_is_within_its_bound(sizes: list[int], rank: int, seed: int) -> None:
     tensor = np.random.default_rng(seed).normal(size=sizes)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 import tnadapt.tensors as tt
 from tests.conftest import installed, peak_of, relative_error
-from tnadapt.decomposition.block_passes import ArrayPasses, BlockPasses, DaskPasses
+from tests.decomposition.internals import ArrayPasses, BlockPasses, DaskPasses
 from tnadapt.errors import BackendError, ConfigError, ShapeError
 
 from .test_modes import numbers
