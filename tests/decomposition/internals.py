@@ -10,11 +10,8 @@ from tnadapt.decomposition import _hadamard_fit as hadamard_fit
 from tnadapt.decomposition import _network_fit as network_fit
 from tnadapt.decomposition import linear_algebra
 from tnadapt.decomposition._least_squares import cgls, damped_gauss_newton, lsqr
-from tnadapt.decomposition._parameter_fit import _independent as independent_groups
-from tnadapt.decomposition._single_tensor import _als as alternating_least_squares
-from tnadapt.decomposition._tensor_equivalence import equivalence
 from tnadapt.decomposition.block_passes import ArrayPasses, BlockPasses, DaskPasses
-from tnadapt.decomposition.cp_als import CPSweeps, nearest_rank_one
+from tnadapt.decomposition.cp_als import CPSweeps
 from tnadapt.decomposition.linear_algebra import Algebra, leading_triplets, tensorly_on, truncated_pays
 from tnadapt.decomposition.lower_bounds import lower_bound
 from tnadapt.tensors._checks import ring_ranks
@@ -25,18 +22,14 @@ __all__ = [
     "BlockPasses",
     "CPSweeps",
     "DaskPasses",
-    "alternating_least_squares",
     "cgls",
     "damped_gauss_newton",
-    "equivalence",
     "group_fits",
     "hadamard_fit",
-    "independent_groups",
     "leading_triplets",
     "linear_algebra",
     "lower_bound",
     "lsqr",
-    "nearest_rank_one",
     "network_fit",
     "ring_ranks",
     "tensorly_on",

@@ -1,4 +1,7 @@
-"""Least squares: LSQR and CGLS solve as NumPy does; damped Gauss-Newton ends where SciPy does, for every Jacobian."""
+"""Least squares: LSQR and CGLS solve as NumPy does, damped Gauss-Newton ends where SciPy does, for every Jacobian.
+
+The structured Jacobian of observed elements is that of the network, column by column.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ from scipy.sparse.linalg import aslinearoperator
 
 import tnadapt as tna
 from tests.decomposition.internals import Algebra, cgls, damped_gauss_newton, lsqr
+from tnadapt.algebra.network import Network
 from tnadapt.backends import load_backend
 from tnadapt.decomposition import Limits
 from tnadapt.decomposition.completion import ObservedElements
+from tnadapt.testing.strategies import plans
 
 NUMPY = load_backend("numpy")
 
@@ -113,3 +118,44 @@ def test_how_it_ends() -> None:
         lambda x: np.exp(x) - 2.0, lambda x: np.diag(np.exp(x)), np.array([-30.0]), 2.0, Limits(1e-12, 500)
     )
     assert np.isfinite(found.error)
+
+
+# -- The elements of a network, and their Jacobian -------------------------------------------------------
+
+
+def _columns(network: Network, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """The Jacobian, column by column: the vector is affine in each array."""
+    found = []
+    for name, shape in network.shapes.items():
+        at_zero = network.whole(NUMPY, {**arrays, name: np.zeros(shape)})
+        for unit in np.eye(int(np.prod(shape))):
+            found.append(network.whole(NUMPY, {**arrays, name: unit.reshape(shape)}) - at_zero)
+    return np.stack(found, axis=1)
+
+
+@given(st.data())
+def test_the_jacobian_is_that_of_single_columns(data: st.DataObject) -> None:
+    network = data.draw(plans()).groups[0].network
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    arrays = {name: rng.normal(size=shape) for name, shape in network.shapes.items()}
+    count = data.draw(st.integers(1, network.size))
+    some = np.sort(rng.choice(network.size, count, replace=False))
+    elements = ObservedElements.of_network(network, some)
+    assert elements.shapes == network.shapes
+    at = elements.flat(arrays)
+    expected = network.whole(NUMPY, arrays)[some]
+    np.testing.assert_allclose(elements.values(at), expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+    columns = _columns(network, arrays)[some]
+    np.testing.assert_allclose(elements.jacobian(at).toarray(), columns, rtol=1e-9, atol=1e-9 * np.abs(columns).max())
+    back = elements.arrays(at)
+    assert all(np.array_equal(back[name], arrays[name]) for name in arrays)
+
+
+def test_the_jacobian_of_a_long_train() -> None:
+    """More indices than an einsum has letters."""
+    config = tna.Config(rank=1, order=32, groups=1, fold=(2, 2, *[1] * 30), format="tt")
+    network = tna.SuperLoRA(config, [(2, 2)]).groups[0].network
+    arrays = {name: np.full(shape, 1.5) for name, shape in network.shapes.items()}
+    elements = ObservedElements.of_network(network)
+    np.testing.assert_allclose(elements.values(elements.flat(arrays)), network.whole(NUMPY, arrays))
+    np.testing.assert_allclose(elements.jacobian(elements.flat(arrays)).toarray(), _columns(network, arrays))

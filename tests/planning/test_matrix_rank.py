@@ -237,13 +237,6 @@ def test_sketches_tell_ranks_apart(size: tuple[int, int], limit: int, rng: np.ra
         assert in_blocks(matrix, limit, rng) == expected
 
 
-def test_a_square_part_may_be_singular_where_the_whole_is_not(rng: np.random.Generator) -> None:
-    # Rows come in equal pairs: of 128 random ones of 400 some are equal, and the rank is 200.
-    matrix = np.repeat(rng.standard_normal((200, 300)), 2, axis=0)
-    assert in_blocks(matrix, 128, rng) == Rank(128, False)
-    assert in_blocks(matrix, 1024, rng) == Rank(200, True)
-
-
 def test_known_ranks_and_which_weight() -> None:
     # 64 of 64 × 64 fold to a square of 512: a row of it is eight rows of a weight, one after another.
     aligned = tna.SuperLoRA(tna.presets.superlora(1), [(64, 64)] * 64)
