@@ -14,7 +14,6 @@ from tnadapt.decomposition.block_passes import ArrayPasses, BlockPasses, DaskPas
 from tnadapt.decomposition.cp_als import CPSweeps
 from tnadapt.decomposition.linear_algebra import Algebra, leading_triplets, tensorly_on, truncated_pays
 from tnadapt.decomposition.lower_bounds import lower_bound
-from tnadapt.tensors._checks import ring_ranks
 
 __all__ = [
     "Algebra",
@@ -31,7 +30,6 @@ __all__ = [
     "lower_bound",
     "lsqr",
     "network_fit",
-    "ring_ranks",
     "tensorly_on",
     "truncated_pays",
 ]

@@ -6,7 +6,6 @@ import functools
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -102,16 +101,6 @@ def test_the_documentation_says_which_have_a_miniature_and_which_were_run() -> N
     assert sorted([*run, *other, *none]) == names()
     results = {path.parent.name for path in (root / "paper" / "results").glob("*/results.jsonl")}
     assert set(run) == {*results, "params"}, "counts are made in no time, and not kept"
-
-
-def test_the_digits_ask_no_question_that_they_cannot_answer() -> None:
-    recipe = open_recipe("digits", "mini")
-    groups: dict[str, set[Any]] = {arm.name: {config.groups for config in arm.configs} for arm in recipe.arms}
-    assert groups["SuperLoRA 1D, dense, with projection"] == {1}
-    assert "A.5" not in recipe.paper
-    # What A.10 asks: groups of LoNKr and of LoRTA; A.11: its splits.
-    assert groups["LoNKr"] == groups["LoRTA 3D"] == {1, 4}
-    assert {config.splits for arm in recipe.arms if arm.name == "LoNKr" for config in arm.configs} == {2, 3, 4}
 
 
 # -- The settings file ---------------------------------------------------------------------------

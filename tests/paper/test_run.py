@@ -65,6 +65,7 @@ def test_figure_2_is_drawn(tmp_path: Path) -> None:
         (["imagenet"], "expected one of"), (["svhn-mnist"], "give --features"),
         (["digits", "--scale", "mini", "--engine", "rey"], "no engine 'rey'; expected one of local, ray, slurm"),
         (["svhn-mnist", "--scale", "mini", "--engine-option", "gpus=1"], "engine local has no option 'gpus'"),
+        (["geometry", "--scale", "mini", "--features", "classifier"], "so --features does not apply"),
         (["params", "--out", "file"], "file"), (["cifar10", "--arm", "LoRa", "--dry-run"], "no arm 'LoRa'"),
         *(([name, "--scale", "mini", "--redraw"], f"cannot read the results of recipe {name}")
           for name in ("digits", "geometry", "svhn-mnist")),

@@ -63,8 +63,11 @@ def test_products_are_counted(
     assert step_cost(plan) == counted(plan.groups[0])
 
 
-def test_partial_tucker() -> None:
-    plan = tna.SuperLoRA(tna.presets.lotr(3, weights=4, rows=6, cols=5), [(6, 5)] * 4)
+@pytest.mark.parametrize(
+    "config", [tna.presets.lotr(3, weights=4, rows=6, cols=5), tna.presets.metatt(2, groups=[[0, 1, 2, 3]])]
+)
+def test_partial_tucker_and_axes_in_another_order(config: tna.Config) -> None:
+    plan = tna.SuperLoRA(config, [(6, 5)] * 4, layers=[0, 0, 1, 1])
     assert step_cost(plan) == counted(plan.groups[0])
 
 

@@ -18,7 +18,7 @@ from tests.support.depth import in_depth
 from tnadapt.algebra.group import rank_bound, rank_bounds
 from tnadapt.algebra.layout import KnownWeights
 from tnadapt.algebra.network import Network
-from tnadapt.errors import ShapeError
+from tnadapt.errors import ConfigError, ShapeError
 from tnadapt.planning import Rank, degrees_of_freedom, largest_rank
 from tnadapt.testing.strategies import plans
 
@@ -251,11 +251,13 @@ def test_known_ranks_and_which_weight() -> None:
 
 
 @given(plans())
+@example(tna.SuperLoRA(tna.presets.dora(2), [(4, 6), (3, 2)]))
 def test_ranks_of_all_weights_equal_those_of_each(plan: tna.SuperLoRA) -> None:
     each = [rank_bound(plan.layout, plan.groups, weight) for weight in range(len(plan.shapes))]
     assert list(rank_bounds(plan.layout, plan.groups)) == plan.largest_ranks == each
     full = plan.full_rank_bound()
     assert full is None or (plan.lora_rank, full) == (None, max(each))
+    assert plan.applying.additive or plan.lora_rank is None
 
 
 def test_plans_of_known_weights_share_layouts_and_others_do_not() -> None:
@@ -270,3 +272,5 @@ def test_plans_of_known_weights_share_layouts_and_others_do_not() -> None:
     assert type(pickle.loads(pickle.dumps(weights))) is tuple
     with pytest.raises(ShapeError, match=r"shapes\[1\] is \(0, 3\); expected \(rows, cols\), both at least 1"):
         KnownWeights([(1, 2), (0, 3)])
+    with pytest.raises(ConfigError, match="groups=49 is more than the 48 elements there are; use at most 48"):
+        tna.SuperLoRA(tna.presets.superlora(1, groups=49), weights)

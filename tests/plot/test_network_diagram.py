@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tests.plot.internals import Diagram, Node, SplitDrawing, diagram, wide
+from tests.plot.internals import Diagram, Node, SplitDrawing, diagram, texts, wide
 from tests.support.depth import in_depth
 from tnadapt.algebra.formats import FORMATS
 from tnadapt.errors import ConfigError, ShapeError
@@ -239,12 +239,6 @@ def test_no_such_group_or_plan(tmp_path: Path, config: tna.Config, group: Any, m
     with pytest.raises((ShapeError, ConfigError), match=message):
         network(config, VIT, tmp_path / "a.png", group=group)
     assert not (tmp_path / "a.png").exists()
-
-
-def texts(path: Path) -> list[str]:
-    """Return the text in a vector graphic."""
-    lines = path.read_text().splitlines()
-    return [line.strip()[5:-4] for line in lines if line.strip().startswith("<!-- ")]
 
 
 @pytest.mark.parametrize("name", PRESETS)

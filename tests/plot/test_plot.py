@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 import tnadapt as tna
-from tests.plot.internals import counted
+from tests.plot.internals import counted, texts
 from tnadapt import plot
 from tnadapt.errors import ShapeError
 from tnadapt.plot import STYLES, Mark, canvas, layout, parameters, pareto
@@ -231,12 +231,6 @@ def test_the_counts_of_the_paper() -> None:
     assert lorta[5] == known["LoRTA 5D, hypercube, G=1, r=1 ('less than 80'; '120-fold')"]
     assert (MARKS[0].mean, round(MARKS[0].spread, 4)) == (70.5, 0.7071)
     assert Mark("LoRA", "", 1, (0.5,)).spread == 0
-
-
-def texts(path: Path) -> list[str]:
-    """Return the text in a vector graphic."""
-    lines = path.read_text().splitlines()
-    return [line.strip()[5:-4] for line in lines if line.strip().startswith("<!-- ")]
 
 
 def test_parameters_against_rank(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 import tnadapt as tna
 import tnadapt.tensors as tt
 from tests.conftest import relative_error
-from tests.decomposition.internals import CPSweeps, ring_ranks
+from tests.decomposition.internals import CPSweeps
 from tnadapt.backends import Backend, get_backend
 from tnadapt.errors import BackendError, ConfigError, ShapeError, TnadaptError
 
-from .test_modes import numbers
+from .test_modes import error_of, numbers
 
 #: Decompositions under another name than TensorLy's, or with other keywords.
 HINTING = (tna.cp, tna.tucker, tna.tensor_train, tna.tensor_ring, tna.tt_matrix)
@@ -45,12 +45,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 #: Those that take complex tensors, and end at one place.
 COMPLEX = st.sampled_from(sorted(set(FUNCTIONS) - {"hadamard_decomposition"}))
-
-
-def error_of(found: tt.Decomposed, tensor: np.ndarray) -> float:
-    """The relative error, by NumPy alone."""
-    norm = float(np.linalg.norm(tensor))
-    return float(np.linalg.norm(np.asarray(found.to_tensor()) - tensor)) / norm
 
 
 @pytest.mark.law("decompositions")
@@ -457,21 +451,6 @@ T = numbers((3, 4, 5), 1)
 def test_what_cannot_be_is_refused(call: Any, text: str) -> None:
     with pytest.raises(TnadaptError, match=text):
         call()
-
-
-@given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.data())
-def test_ranks_of_rings_are_cut_to_those_that_are_useful(shape: list[int], data: st.DataObject) -> None:
-    ranks = data.draw(st.lists(st.integers(1, 20), min_size=len(shape), max_size=len(shape)))
-    useful = ring_ranks(ranks, shape)
-    assert all(1 <= cut <= rank for cut, rank in zip(useful, ranks, strict=True))
-    assert ring_ranks(useful, shape) == useful
-    for bond, rank in enumerate(useful):
-        after = (bond + 1) % len(shape)
-        assert rank <= min(useful[bond - 1] * shape[bond - 1], useful[after] * shape[bond])
-    # A train is a ring with one bond of rank 1: one with these ranks reproduces any tensor.
-    most = ring_ranks([4**4] * len(shape), shape)[0]
-    turned = [(*shape[first:], *shape[:first]) for first in range(len(shape))]
-    assert min(tna.tensor_train(numbers(sizes, 0), most).error for sizes in turned) < 1e-12  # type: ignore[type-var, operator]
 
 
 @pytest.mark.parametrize("kind", ["float64", "complex128"])

@@ -19,7 +19,7 @@ from tests.conftest import peak_of, relative_error
 from tests.decomposition.internals import ArrayPasses, BlockPasses, DaskPasses
 from tnadapt.errors import BackendError, ConfigError, ShapeError
 
-from .test_modes import numbers
+from .test_modes import error_of, numbers
 
 SHAPES = st.lists(st.integers(1, 6), min_size=2, max_size=4).map(tuple)
 
@@ -84,10 +84,6 @@ def noisy(kind: str = "float64") -> np.ndarray:
     return tensor + 0.01 * np.abs(tensor).std() * numbers(tensor.shape, 3, kind)
 
 
-def relative_norm(found: Any, tensor: np.ndarray) -> float:
-    return float(np.linalg.norm(found.to_tensor() - tensor) / np.linalg.norm(tensor))
-
-
 @sources
 @pytest.mark.parametrize("kind", ["float64", "complex128"])
 @pytest.mark.parametrize("request_", [{"rank": (4, 5, 3)}, {"max_error": 0.03}], ids=["rank", "error"])
@@ -98,14 +94,14 @@ def test_tucker_is_that_of_memory_and_a_train_nearly(
     found = tna.tucker(SOURCES[source](tmp_path, tensor), memory=1 << 14, **request_)
     expected = tna.tucker(tensor, **request_)
     assert found.rank == expected.rank
-    made = relative_norm(found, tensor)
+    made = error_of(found, tensor)
     assert found.error == pytest.approx(made, rel=1e-6)
     assert made <= expected.error * 1.001
     assert found.bound <= found.error
     if kind == "float64":
         request_ = {"rank": (4, 3)} if "rank" in request_ else request_
         train = tna.tensor_train(SOURCES[source](tmp_path, tensor), memory=1 << 14, **request_)
-        made = relative_norm(train, tensor)
+        made = error_of(train, tensor)
         assert train.error == pytest.approx(made, rel=1e-6)
         assert made <= (0.03 if "max_error" in request_ else tna.tensor_train(tensor, **request_).error * 1.01)
 

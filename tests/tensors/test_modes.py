@@ -27,6 +27,11 @@ def numbers(shape: Any, seed: int = 0, kind: str = "float64") -> np.ndarray:
     return real + 1j * rng.normal(size=shape) if kind.startswith("complex") else real
 
 
+def error_of(found: Any, tensor: np.ndarray) -> float:
+    """The relative error of a decomposition, by NumPy alone."""
+    return float(np.linalg.norm(np.asarray(found.to_tensor()) - tensor) / np.linalg.norm(tensor))
+
+
 @pytest.mark.law("tensorly-conventions")
 @given(SHAPES, st.data())
 def test_unfold_is_tensorlys_and_fold_undoes_it(shape: tuple[int, ...], data: st.DataObject) -> None:

@@ -15,7 +15,7 @@ from tests.conftest import relative_error
 from tnadapt.backends import Backend
 from tnadapt.errors import TnadaptError
 
-from .test_modes import numbers
+from .test_modes import error_of, numbers
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 
@@ -23,11 +23,6 @@ SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 def random_train(shape: tuple[int, ...], rank: int, seed: int, dtype: str = "float64") -> tt.TTTensor:
     """A train whose ranks are possible."""
     return tna.tensor_train(tt.random_tt(shape, rank, random_state=seed, dtype=dtype).to_tensor(), rank)
-
-
-def error_of(found: Any, tensor: np.ndarray) -> float:
-    """The relative Frobenius error, by NumPy alone."""
-    return float(np.linalg.norm(found.to_tensor() - tensor) / np.linalg.norm(tensor))
 
 
 @pytest.mark.law("decompositions")
@@ -92,20 +87,14 @@ def test_the_last_free_core_is_the_least_squares_solution(seed: int) -> None:
     np.testing.assert_allclose(found[2][:, :, 0], expected, atol=1e-10)
 
 
-@pytest.mark.parametrize("fixed", [(), (0,), (1,), (0, 1, 2)])
-def test_a_tensor_of_zeros(fixed: tuple[int, ...]) -> None:
-    start = random_train((3, 4, 5), 2, 1)
-    found = tna.tensor_train(np.zeros((3, 4, 5)), 2, init=start, fixed=fixed)
-    assert (found.error == 0.0) is (len(fixed) < 3)
-    assert all(np.array_equal(found[mode], start[mode]) for mode in fixed)
-
-
-def test_a_fixed_core_without_full_rank() -> None:
-    start = list(random_train((3, 4, 5), 2, 1))
+def test_a_fixed_core_without_full_rank_and_a_tensor_of_zeros() -> None:
+    tensor, start = numbers((3, 4, 5), 1), list(random_train((3, 4, 5), 2, 1))
+    for fixed in ((), (0,), (1,), (0, 1, 2)):
+        found = tna.tensor_train(np.zeros((3, 4, 5)), 2, init=start, fixed=fixed)
+        assert (found.error == 0.0) is (len(fixed) < 3)
+        assert all(np.array_equal(found[mode], start[mode]) for mode in fixed)
     start[1] = start[1] * np.array([1.0, 0.0])
-    tensor = numbers((3, 4, 5), 1)
-    found = tna.tensor_train(tensor, 2, init=start, fixed=[1])
-    assert found.error < error_of(tt.TTTensor(start), tensor)
+    assert tna.tensor_train(tensor, 2, init=start, fixed=[1]).error < error_of(tt.TTTensor(start), tensor)
     start[1] = start[1] * 0.0
     assert tna.tensor_train(tensor, 2, init=start, fixed=[1]).error == pytest.approx(1.0)
 

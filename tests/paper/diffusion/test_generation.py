@@ -13,10 +13,8 @@ import pytest
 
 import tnadapt as tna
 from paper import open_recipe, redraw, run
-from paper.__main__ import main
 from paper.recipe import Recipe
 from tests.support.depth import in_depth
-from tests.support.in_process import run_here
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("typer")
@@ -268,19 +266,3 @@ def test_a_model_of_ones_own(done: tuple[Path, Any], data: Path, cache: Path, tm
     ):
         with pytest.raises(tna.TnadaptError, match=word):
             generation_of(tiny(), tmp_path, data=str(data), model=str(tmp_path / name))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        (["svhn-mnist"], "--features the file"),
-        (["svhn-mnist", "--features", "classifier"], "needs --data: a folder with the folders 'svhn' and 'mnist'"),
-        (["svhn-mnist", "--features", "classifier", "--data", "nowhere"], "no train-images-idx3-ubyte in nowhere"),
-        (["geometry", "--scale", "mini", "--features", "classifier"], "so --features does not apply"),
-    ],
-)
-def test_a_mistake_is_one_message(arguments: list[str], word: str, tmp_path: Path) -> None:
-    found = run_here(main, *arguments, "--out", tmp_path / "run")
-    assert found.returncode == 2, found.stdout
-    assert word in " ".join(found.stderr.split())
-    assert "Traceback" not in found.stderr
