@@ -222,7 +222,7 @@ def test_rank_one_in_every_library_and_of_an_outer_product(backend: Backend) -> 
         rng = np.random.default_rng(0)
         _, report = _rank_one(cp_to_tensor(NUMPY, None, [rng.normal(size=(size, 1)) for size in shape]))
         assert report.error < 1e-14
-        assert report.iterations < 50
+        assert 0 < report.iterations < 50
 
 
 def test_three_kronecker_factors() -> None:

@@ -175,6 +175,8 @@ def test_a_callback_stops(form: str, swept: bool, monkeypatch: pytest.MonkeyPatc
     assert len(stopped.history) <= 2
     assert not stopped.converged
     assert stopped.error == pytest.approx(calls[-1])
+    limited = fit(tensor, mask=mask, max_iterations=2)
+    assert not swept or (len(limited.history), limited.converged) == (2, False)
 
 
 MASK = known(1, 0.6)
