@@ -1,39 +1,20 @@
-"""The private parts of ``tnadapt.planning`` that its tests reach inside for, in one place: each name is a debt."""
+"""What is tested here and has no public name: published results of any content, sketches, and how a front is made."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from tnadapt.checkpoints.lora_export import lora_export
-from tnadapt.planning._flops import applied_cost, forward_cost, of_map
-from tnadapt.planning._matrix_rank import by_formula, of_network, sketched
-from tnadapt.planning._measured import Gain, Measurements, kind_of, measurements, read
-from tnadapt.planning._measured import _measured as published_results
+import tnadapt as tna
+from tnadapt.planning import _measured as measured
+from tnadapt.planning import _plan_search as plan_search
+from tnadapt.planning._matrix_rank import sketched
 from tnadapt.planning._plan_table import CRITERIA, rung
 
-__all__ = [
-    "CRITERIA",
-    "Gain",
-    "Measurements",
-    "applied_cost",
-    "by_formula",
-    "chosen_config",
-    "forward_cost",
-    "kind_of",
-    "lora_export",
-    "measurements",
-    "of_map",
-    "of_network",
-    "published_results",
-    "read",
-    "rung",
-    "sketched",
-]
+__all__ = ["CRITERIA", "chosen_config", "measured", "plan_search", "rung", "sketched"]
 
 
-def chosen_config(preset: str, settings: Sequence[str]) -> Any:
-    """Return the config that the options of a command line choose; this needs typer."""
+def chosen_config(preset: str, settings: Sequence[str]) -> tna.Config:
+    """The config of a preset and settings on the command line, which needs typer."""
     from tnadapt.cli import _options
 
     return _options.chosen_config(preset, settings, None)
