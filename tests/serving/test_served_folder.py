@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
+from tests.serving.internals import served_folder
 from tnadapt import ConfigError, FileError, TargetError, TnadaptError
-from tnadapt.serving import ServedFolder, _served_folder
+from tnadapt.serving import ServedFolder
 
 from .adapters import adapter, complete, saved_model, tiny
 
@@ -77,8 +78,8 @@ def test_it_is_expanded_once_for_each_content_and_base(place: Path, monkeypatch:
     assert first is not None
     assert first.number > 0
     calls = []
-    real = _served_folder.convert
-    monkeypatch.setattr(_served_folder, "convert", lambda *args, **more: calls.append(args) or real(*args, **more))
+    real = served_folder.convert
+    monkeypatch.setattr(served_folder, "convert", lambda *args, **more: calls.append(args) or real(*args, **more))
     assert served(place).find("math", "m") == first
     assert calls == []
     tna.save(place / "adapters" / "same.safetensors", adapter(tna.presets.lora(2)))
@@ -165,8 +166,8 @@ def test_what_is_merge_only_or_damaged_is_refused(config: tna.Config | None, why
 
 def test_a_refusal_is_remembered_until_the_file_changes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, folder, calls = place / "adapters" / "math.safetensors", served(place), []
-    real = _served_folder.convert
-    monkeypatch.setattr(_served_folder, "convert", lambda *args, **more: calls.append(args) or real(*args, **more))
+    real = served_folder.convert
+    monkeypatch.setattr(served_folder, "convert", lambda *args, **more: calls.append(args) or real(*args, **more))
 
     def refused() -> str:
         with pytest.raises(ConfigError, match="LoRA of that rank is larger than the update itself") as error:
@@ -192,8 +193,8 @@ def test_another_base_is_refused_and_remembered(
 ) -> None:
     saved_model(place / "base", seed=1)
     folder, reads = served(place), []
-    real = _served_folder.load
-    monkeypatch.setattr(_served_folder, "load", lambda path: reads.append(path) or real(path))
+    real = served_folder.load
+    monkeypatch.setattr(served_folder, "load", lambda path: reads.append(path) or real(path))
     tna.save(place / "adapters" / "math.safetensors", file)
     for _ in range(2):
         with pytest.raises(TargetError, match="base is another model than the one that the adapter was trained on"):
@@ -214,7 +215,7 @@ def test_errors_that_may_pass_are_not_remembered(full: bool, place: Path, monkey
     tna.save(place / "adapters" / "math.safetensors", adapter(tna.presets.lora(2)))
     folder = served(place)
     with monkeypatch.context() as patch:
-        patch.setattr(_served_folder, "convert", fail)
+        patch.setattr(served_folder, "convert", fail)
         with pytest.raises(FileError if full else ConfigError):
             folder.find("math", "m")
     assert folder.find("math", "m") is not None
