@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import pickle
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tests.conftest import on_every_library, relative_error
-from tests.support.references import methods, reference
+from tests.algebra.internals import dominant_basis
+from tests.algebra.random_parameters import drawn
+from tests.conftest import NUMPY_AND_TORCH, relative_error
+from tests.support.references import reference
 from tnadapt.algebra.sources import (
     BaseCore,
     FromBase,
@@ -29,8 +30,6 @@ from tnadapt.algebra.sources import (
     source_from_dict,
     source_to_dict,
 )
-from tnadapt.algebra.sources._from_base import dominant_basis
-from tnadapt.backends import Backend
 
 SHAPES = [(6, 4)] * 3
 BASE = list(np.random.default_rng(7).normal(size=(3, 6, 4)))
@@ -76,133 +75,36 @@ def plan_of(config: tna.Config) -> tna.SuperLoRA:
         raise
 
 
-def frozen_of(plan: tna.SuperLoRA) -> dict[str, np.ndarray]:
-    return {
-        full: group.frozen.host(name).astype(np.float64)
-        for group in plan.groups
-        for name, full in group.frozen_names.items()
-    }
-
-
-def names_of(plan: tna.SuperLoRA) -> list[dict[str, tuple[int, ...]]]:
-    return [dict(group.network.shapes) for group in plan.groups]
-
-
 # -- Laws over all of them --------------------------------------------------------------------------
 
 
 @pytest.mark.law("sources")
-@given(configs(), st.integers(0, 99))
-def test_updates_are_those_of_the_arrays_written_out(config: tna.Config, seed: int) -> None:
-    plan = plan_of(config)
-    rng = np.random.default_rng(seed)
-    params = {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
-    assert plan.param_shapes == reference.trained_shapes(config, names_of(plan))
-    assert plan.num_parameters == sum(math.prod(shape) for shape in plan.param_shapes.values())
-    whole = reference.network_arrays(config, names_of(plan), params, frozen_of(plan), {})
-    expected = reference.deltas(config.replace(sources={}), SHAPES, whole)
-    found = plan.deltas(params)
-    scale = max(float(np.max(np.abs(delta))) for delta in expected) or 1.0
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12 * scale)
-    for index, delta in enumerate(found):
-        np.testing.assert_allclose(plan.delta(params, index), delta, rtol=0, atol=1e-12 * scale)
-
-
-@pytest.mark.law("sources")
 @given(configs())
-def test_a_fresh_adapter_changes_nothing_and_learns(config: tna.Config) -> None:
-    torch = pytest.importorskip("torch")
+def test_the_laws_hold_for_any_sources_of_all_arrays(config: tna.Config) -> None:
     plan = plan_of(config)
-    params = {name: array.requires_grad_() for name, array in plan.init("torch").items()}
-    vec = plan.vector(params)
-    assert not vec.any()
-    weights = torch.tensor(np.random.default_rng(0).normal(size=plan.size), dtype=torch.float32)
-    (vec * weights).sum().backward()
-    for group in plan.groups:
-        assert any(params[full].grad.any() for full in group.names.values())
-
-
-@pytest.mark.law("sources")
-@given(configs())
-def test_a_plan_survives_copies_and_its_config_a_dictionary(config: tna.Config) -> None:
-    plan = plan_of(config)
+    report = tna.verify(config, SHAPES, backends=NUMPY_AND_TORCH)
+    assert report.holds, str(report)
+    assert plan.param_shapes == reference.trained_shapes(config, [dict(group.network.shapes) for group in plan.groups])
     assert tna.Config.from_dict(config.to_dict()) == config
-    params = plan.init()
     for other in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan)), copy.copy(plan)):
         assert other.param_shapes == plan.param_shapes
-        for ours, theirs in zip(other.init().values(), params.values(), strict=True):
+        for ours, theirs in zip(other.init().values(), plan.init().values(), strict=True):
             assert ours.tobytes() == theirs.tobytes()
-
-
-@on_every_library("name", NETWORKS, ["train", "lokr", "projected"])
-def test_gradients_of_tied_and_scaled_arrays_in_every_library(name: str, backend: Backend) -> None:
-    config = NETWORKS[name]
-    names = tna.SuperLoRA(config, SHAPES).groups[0].network.shapes
-    sources: dict[str, Source] = {
-        array: Scaled(Tied(f"group0.{array}"), rank=True) if len(shape) == 2 else Tied(f"group0.{array}")
-        for array, shape in names.items()
-    }
-    plan = tna.SuperLoRA(config.replace(sources=sources), SHAPES)
-    rng = np.random.default_rng(3)
-    host = {full: rng.normal(size=shape) for full, shape in plan.param_shapes.items()}
-    with backend.double_precision():
-        params = {full: backend.asarray(array, "float64") for full, array in host.items()}
-        target = rng.normal(size=plan.size)
-        weights = backend.asarray(target, "float64")
-        found = np.asarray(backend.to_numpy(plan.vector(params)))
-        np.testing.assert_allclose(found, plan.vector(host), rtol=1e-10, atol=1e-12)
-        if "gradient" in backend.lacks(weights):
-            return
-        gradients = backend.gradient(lambda own: backend.sum(plan.vector(own) * weights, axis=0), params)
-        assert gradients is not None
-        for full, array in host.items():
-            way = rng.normal(size=array.shape)
-            ahead, behind = (plan.vector({**host, full: array + step * 1e-6 * way}) for step in (1, -1))
-            slope = float(target @ (ahead - behind)) / 2e-6
-            got = float(np.sum(np.asarray(backend.to_numpy(gradients[full])) * way))
-            assert abs(got - slope) <= 1e-6 * max(1.0, abs(slope))
 
 
 # -- Tied -------------------------------------------------------------------------------------------
 
 
-def test_a_tied_array_is_counted_and_stored_once() -> None:
-    plan = tna.SuperLoRA(tna.presets.share_lora(2), SHAPES)
-    assert list(plan.param_shapes) == [
-        "group0.split0.factor0",
-        "group0.split0.factor1",
-        "group1.split0.factor0",
-        "group2.split0.factor0",
-    ]
-    assert plan.num_parameters == 3 * 12 + 8
-    params = {name: np.random.default_rng(0).normal(size=shape) for name, shape in plan.param_shapes.items()}
-    for index, delta in enumerate(plan.deltas(params)):
-        expected = params[f"group{index}.split0.factor0"] @ params["group0.split0.factor1"].T
-        np.testing.assert_allclose(delta, expected, rtol=1e-12)
-
-
-def test_ties_lead_through_other_groups_and_frozen_arrays() -> None:
-    config = tna.presets.lora(
-        2,
-        sources={
-            "factor1": Tied("group0.split0.factor1"),
-            "factor0": Scaled(Tied("group2.split0.factor0")),
-        },
-    )
-    assert tna.verify(config, SHAPES, backends=["numpy"]).holds
-    frozen = tna.Config(
+def test_a_tied_array_may_be_frozen() -> None:
+    config = tna.Config(
         rank=2,
         terms=2,
         sources={"term0.split0.factor1": Seeded("signs"), "term1.split0.factor1": Tied("term0.split0.factor1")},
     )
-    plan = tna.SuperLoRA(frozen, SHAPES)
-    assert [name for name in plan.frozen_shapes if name.startswith("group1")] == [
-        "group1.term0.split0.factor1",
-        "group1.term1.split0.factor1",
-    ]
-    group = plan.groups[1]
-    first, second = (group.frozen.host(f"term{term}.split0.factor1") for term in range(2))
+    plan = tna.SuperLoRA(config, SHAPES)
+    frozen = [f"term{term}.split0.factor1" for term in range(2)]
+    assert [name for name in plan.frozen_shapes if name.startswith("group1")] == [f"group1.{name}" for name in frozen]
+    first, second = (plan.groups[1].frozen.host(name) for name in frozen)
     assert first.tobytes() == second.tobytes()
 
 
@@ -310,7 +212,7 @@ def test_given_arrays_are_used_as_they_are() -> None:
     with pytest.raises(tna.ConfigError, match=r"'group0.split0.factor1' is an array that the caller brings: .*given="):
         plan.deltas(plan.init())
     plan = tna.SuperLoRA(config, SHAPES, given={f"group{g}.split0.factor1": numbers[g] for g in range(3)})
-    params = {name: np.random.default_rng(1).normal(size=shape) for name, shape in plan.param_shapes.items()}
+    params = drawn(plan, 1)
     for group, delta in enumerate(plan.deltas(params)):
         np.testing.assert_allclose(delta, params[f"group{group}.split0.factor0"] @ numbers[group].T, rtol=1e-12)
     found = pickle.loads(pickle.dumps(plan))
@@ -347,11 +249,6 @@ def test_one_given_array_for_groups_of_several_sizes() -> None:
 def test_arrays_that_do_not_fit(brought: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         tna.SuperLoRA(tna.Config(rank=2, sources={"factor1": Given()}), SHAPES, given=brought)
-
-
-def test_a_given_array_where_there_is_none() -> None:
-    with pytest.raises(tna.ConfigError, match=r"a caller can give are none: use tnadapt.sources.Given\(\)"):
-        tna.SuperLoRA(tna.Config(), SHAPES, given={"group0.split0.factor0": np.ones((6, 4))})
 
 
 # -- FromBase ---------------------------------------------------------------------------------------
@@ -397,11 +294,6 @@ def test_single_vectors_are_those_of_the_svd_with_the_largest_entry_positive(row
     np.testing.assert_allclose(np.abs(np.sum(found * left[:, :size], axis=0)), 1.0, atol=1e-9)
 
 
-def test_values_that_tie_are_warned_about() -> None:
-    with pytest.warns(UserWarning, match=r"two of whose singular values are nearer than 0.0001: another machine"):
-        dominant_basis(np.eye(5), np.random.default_rng(0).normal(size=(5, 5)), 2, True, "x")
-
-
 def test_a_subspace_that_ends_between_equal_values_is_warned_about(recwarn: pytest.WarningsRecorder) -> None:
     normals = np.random.default_rng(0).normal(size=(6, 6))
     equal = np.diag([3.0, 2.0, 2.0, 1.0, 1.0, 0.5])
@@ -410,6 +302,8 @@ def test_a_subspace_that_ends_between_equal_values_is_warned_about(recwarn: pyte
     assert not recwarn.list
     with pytest.warns(UserWarning, match=r"factor0 takes .* nearer than 1e-08 to the next one: .* use another rank"):
         dominant_basis(equal, normals, 2, False, "factor0")
+    with pytest.warns(UserWarning, match=r"two of whose singular values are nearer than 0.0001: another machine"):
+        dominant_basis(np.eye(5), normals[:5, :5], 2, True, "x")
     with pytest.warns(UserWarning, match="another machine may take another part"):
         tna.SuperLoRA(tna.presets.lora_xs(2), [(6, 4)]).with_base([np.eye(6)[:, :4]])
 
@@ -493,13 +387,6 @@ def test_a_core_of_the_base_needs_factors_of_the_base(changes: dict[str, Source]
         tna.SuperLoRA(config.replace(sources={**config.sources, **changes}), SHAPES)
 
 
-def test_a_core_of_the_base_is_not_for_other_networks() -> None:
-    with pytest.raises(tna.ConfigError, match=r"BaseCore makes 'split0.core' of the base weights, and a projection"):
-        tna.SuperLoRA(
-            tna.Config(2, format="tucker", groups=1, sources={"core": BaseCore()}, projection="shuffle"), SHAPES
-        )
-
-
 def test_factors_of_a_stack_are_those_of_its_modes() -> None:
     config = tna.presets.fact_tk(2, weights=3, rows=6, cols=4).replace(
         sources={"factor0": FromBase("mode"), "factor1": FromBase("rows"), "factor2": FromBase("cols")}
@@ -539,6 +426,10 @@ def test_factors_of_a_stack_are_those_of_its_modes() -> None:
         (
             tna.presets.superlora(2, projection="shuffle", sources={"factor0": FromBase("rows")}),
             r"a projection follows the network, .*use projection='identity'",
+        ),
+        (
+            tna.Config(2, format="tucker", groups=1, sources={"core": BaseCore()}, projection="shuffle"),
+            r"BaseCore makes 'split0.core' of the base weights, and a projection",
         ),
     ],
 )
@@ -611,8 +502,7 @@ FITTED: dict[str, tna.Config] = {
 def test_a_fit_finds_updates_that_the_config_made(name: str) -> None:
     config = FITTED[name]
     plan = tna.SuperLoRA(config, SHAPES).with_base(BASE)
-    rng = np.random.default_rng(1)
-    params = {full: rng.normal(size=shape) for full, shape in plan.param_shapes.items()}
+    params = drawn(plan, 1)
     deltas = plan.deltas(params)
     fitted, report = tna.decompose(deltas, config, base=BASE if plan.base_shapes else None, max_iterations=300)
     assert fitted.keys() == plan.param_shapes.keys()
@@ -678,13 +568,6 @@ def test_combinations_that_no_other_library_has(name: str) -> None:
     assert report.holds, report
 
 
-def test_counts_of_the_combinations() -> None:
-    counts = {name: tna.parameter_count(config, SIX) for name, config in COMBINED.items()}
-    assert counts["TinyLoRA over SuperLoRA's groups"] == 13
-    assert counts["one core over depth between bases of each weight"] == 9
-    assert all(count == 7 for name, count in counts.items() if "θ" in name)
-
-
 # -- The table of the specification ----------------------------------------------------------------
 
 VIT = [(768, 768)] * 24
@@ -709,34 +592,3 @@ VIT = [(768, 768)] * 24
 )
 def test_counts_on_query_and_value_of_a_vit(config: tna.Config, count: int) -> None:
     assert tna.parameter_count(config, VIT, roles="qv" * 12) == count
-
-
-@settings(max_examples=20)
-@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**64 - 1), st.data())
-def test_presets_equal_their_formulas_on_weights_of_several_shapes(
-    rank: int, count: int, seed: int, data: st.DataObject
-) -> None:
-    alike = data.draw(st.tuples(st.integers(rank, 9), st.integers(rank, 9)))
-    mixed = data.draw(st.lists(st.tuples(st.integers(rank, 9), st.integers(rank, 9)), min_size=count, max_size=count))
-    P = tna.presets
-    cases = {
-        "lora_fa": (P.lora_fa(rank), mixed), "lora_xs": (P.lora_xs(rank), mixed), "svft": (P.svft(rank), mixed),
-        "vera": (P.vera(rank), mixed), "nola": (P.nola(1, rank), mixed), "unilora": (P.unilora(2, rank), mixed),
-        "share_lora": (P.share_lora(rank), [alike] * count), "tied_lora": (P.tied_lora(rank), [alike] * count),
-        "randlora": (P.randlora(rank, rows=alike[0], cols=alike[1]), [alike] * count),
-        "craft": (P.craft(rank, groups=1), [alike] * count),
-        "quanta": (P.quanta((2, rank)), [(6 * rank, 4 * rank)] * count),
-    }  # fmt: skip
-    rng = np.random.default_rng(0)
-    for name, (config, shapes) in cases.items():
-        plan = tna.SuperLoRA(config.replace(seed=seed), shapes)
-        plan = plan.with_base([rng.normal(size=shape) for shape in shapes])
-        params = {full: rng.normal(size=shape) for full, shape in plan.param_shapes.items()}
-        begun = {
-            f"begun.group{index}.{array}": group.start.host(array).astype(np.float64)
-            for index, group in enumerate(plan.groups)
-            for array in group.names
-        }
-        own = methods.METHODS[name]({**params, **frozen_of(plan), **begun}, plan.config, shapes)
-        for ours, theirs in itertools.zip_longest(plan.deltas(params), own):
-            assert relative_error(ours, theirs) < 1e-12, name

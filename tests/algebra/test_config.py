@@ -64,24 +64,16 @@ def test_scale() -> None:
 
 
 BAD = [
-    ({"rank": 0}, "rank must be from 1"),
-    ({"rank": -1}, "rank must be from 1"),
+    ({"rate": "adamw"}, "rate must be one of"),
     ({"rank": 2.0}, "rank must be an integer"),
     ({"rank": True}, "rank must be an integer"),
     ({"rank": "4"}, "rank must be an integer"),
     ({"rank": None}, "rank must be an integer"),
-    ({"rank": 10**30}, "rank must be from 1"),
     ({"rank": (2, 2)}, "format='cp' has one rank"),
     ({"rank": (2, 2, 2), "format": "tucker"}, "needs 2 ranks; got 3"),
     ({"rank": (None,), "format": "tt"}, r"rank\[0\] must be an integer"),
     ({"rank": (2, 2), "format": "tt"}, "needs 1 ranks; got 2"),
-    ({"rank": (2, 0), "format": "tucker"}, r"rank\[1\] must be from 1"),
-    ({"order": 0}, "order must be from 1"),
-    ({"order": 1000}, "order must be from 1 to 32"),
     ({"order": 3}, "use fold='hypercube'"),
-    ({"splits": 0}, "splits must be from 1"),
-    ({"terms": 0}, "terms must be from 1"),
-    ({"groups": 0}, "groups must be from 1"),
     ({"groups": "all"}, 'groups must be "weight", "layer", "role"'),
     ({"groups": []}, "none of them empty"),
     ({"groups": [[0], []]}, "none of them empty"),
@@ -91,7 +83,6 @@ BAD = [
     ({"groups": None}, "groups must be an integer or"),
     ({"fold": "cube"}, "fold must be one of 'stack', 'hypercube', 'balanced' or a tuple"),
     ({"fold": (2, 3, 4)}, "set order=3"),
-    ({"fold": (2, 0)}, r"fold\[1\] must be from 1"),
     ({"format": "svd"}, "format must be one of"),
     ({"format": "tcuker"}, r"got 'tcuker'; did you mean 'tucker'\? If a plug-in provides it"),
     ({"format": "TT"}, r"got 'TT'; did you mean 'tt'\? If a plug-in provides it"),
@@ -99,28 +90,19 @@ BAD = [
     ({"format": ["cp"]}, "format must be one of"),
     ({"combine": "sum"}, "combine must be one of"),
     ({"leading": "cp"}, "leading must be one of"),
-    ({"split_size": 0}, "split_size must be from 1"),
     ({"split_size": "even"}, 'split_size must be an integer or "balanced"'),
     ({"split_size": (8,)}, "has 1 sizes and order is 2: give one per mode"),
-    ({"split_size": (8, 0)}, r"split_size\[1\] must be from 1"),
     ({"splits": 2, "combine": "hadamard", "split_size": 4}, "leave split_size out"),
     ({"projection": "fast"}, "projection must be one of"),
     ({"ratio": 0.5}, "use projection='linear', or ratio=1"),
     ({"ratio": 0.5, "projection": "shuffle"}, "use projection='linear'"),
-    ({"ratio": 0.0, "projection": "linear"}, "above 0 and at most 1"),
-    ({"ratio": 1.5, "projection": "linear"}, "above 0 and at most 1"),
     ({"ratio": float("nan"), "projection": "linear"}, "ratio must be finite"),
     ({"ratio": "0.5", "projection": "linear"}, "ratio must be a number"),
     ({"shared": 1}, "shared must be True or False"),
-    ({"alpha": 0}, r"alpha must be from 1e-09 to 1e\+09"),
-    ({"alpha": 1e-300}, "alpha must be from"),
     ({"rank": 10**5000}, "an integer of 16610 bits"),
-    ({"terms": 2**40}, "terms must be from 1"),
     ({"split_size": np.array([2, 3])}, "split_size must be an integer"),
     ({"alpha": float("inf")}, "alpha must be finite"),
     ({"alpha": True}, "alpha must be a number"),
-    ({"seed": -1}, "seed must be from 0"),
-    ({"seed": 2**64}, "seed must be from 0"),
     ({"seed": 1.0}, "seed must be an integer"),
     ({"weight_shape": (2, 3)}, "fold='stack' names none"),
     ({"weight_shape": 6, "fold": (2, 3)}, r"weight_shape must be \(rows, cols\)"),
@@ -142,8 +124,6 @@ def test_unknown_fields() -> None:
     for call in (tna.Config.from_dict, lambda d: tna.Config(**d), lambda d: tna.Config().replace(**d)):
         with pytest.raises(tna.ConfigError, match="no field 'rnk'; did you mean 'rank'"):
             call({"rnk": 3})
-    with pytest.raises(tna.ConfigError, match="no field 'rnk'"):
-        tna.Config.from_dict({"rnk": 3})
     with pytest.raises(tna.ConfigError, match="no field 5"):
         tna.Config.from_dict({5: 3})  # type: ignore[dict-item]
     with pytest.raises(tna.ConfigError, match="expected a mapping"):

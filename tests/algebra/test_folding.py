@@ -11,17 +11,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tests.conftest import on_every_library, relative_error
-from tnadapt.algebra.folding import along, balanced_factors, balanced_shape, best_cut, boxes, kronecker_sizes
+from tnadapt.algebra.folding import balanced_factors, balanced_shape, best_cut, boxes, kronecker_sizes
 from tnadapt.algebra.formats import make_format
 from tnadapt.algebra.network import Network
-from tnadapt.algebra.products import row_wise_khatri_rao
-from tnadapt.backends import Backend, get_backend
+from tnadapt.backends import Backend
 
 # -- Sizes by integer arithmetic, and the boxes that cover a slice -----------------------------------------------------
 
 
-@given(st.integers(1, 10**15), st.integers(1, 12))
+@given(st.integers(1, 10**15) | st.builds(lambda d: d**6 + d % 2, st.integers(1, 300)), st.integers(1, 12))
 @example(size=64, order=3)  # 64 ** (1 / 3) is 3.9999999999999996
 @example(size=1, order=1)
 @example(size=3**39, order=13)
@@ -31,12 +29,6 @@ def test_the_hypercube_is_the_smallest(size: int, order: int) -> None:
     assert shape == (d,) * order
     assert d**order >= size
     assert d == 1 or (d - 1) ** order < size
-
-
-@given(st.integers(2, 2000), st.integers(1, 12))
-def test_exact_powers(d: int, order: int) -> None:
-    assert tna.hypercube_shape(d**order, order)[0] == d
-    assert tna.hypercube_shape(d**order + 1, order)[0] == d + 1
 
 
 @given(st.integers(1, 10**6), st.integers(1, 6))
@@ -132,9 +124,7 @@ def test_bad_input() -> None:
             kronecker_sizes((4, 4), 2, split_size)
     with pytest.raises(tna.ShapeError, match="no slice"):
         boxes((4, 4), 3, 3)
-
-
-def test_bounds_are_accepted_and_values_beyond_are_refused() -> None:
+    # Bounds are accepted, and values beyond them are refused.
     assert tna.hypercube_shape(2**1024, 32) == (2**32,) * 32
     for size, order, expected in (
         (2**1024 + 1, 32, r"^size must be from 1 to \d+; got "),
@@ -212,56 +202,6 @@ def test_the_core_goes_where_it_is_contracted_with_more() -> None:
     assert [split.inner(modes) for modes in (1, 2, 3)] == [3, 4, 2]
     split = make_format("tucker", (4, 5, 6, 7), (None, 3, None, 2))
     assert [split.inner(modes) for modes in (1, 2, 3)] == [None, None, 2]
-
-
-@given(SIZES, st.integers(0, 2), st.data())
-def test_along_joins_boxes_on_any_axis(sizes: list[int], axis: int, data: st.DataObject) -> None:
-    size = math.prod(sizes)
-    start = data.draw(st.integers(0, size - 1))
-    stop = data.draw(st.integers(start + 1, size))
-    x = np.moveaxis(np.arange(6 * size).reshape(2, 3, size), -1, axis)
-
-    def on_box(box: list[tuple[int, int]]) -> np.ndarray:
-        inside = np.arange(size).reshape(sizes)[tuple(slice(*bounds) for bounds in box)]
-        return np.take(x, inside.reshape(-1), axis=axis)
-
-    found = along(get_backend(x), sizes, start, stop, on_box, axis)
-    assert np.array_equal(found, np.take(x, np.arange(start, stop), axis=axis))
-
-
-def test_rowwise_is_the_product_of_rows(rng: np.random.Generator) -> None:
-    a, b, c = (rng.normal(size=(3, r)) for r in (2, 1, 4))
-    found = row_wise_khatri_rao(get_backend(a), [a, b, c])
-    assert (
-        relative_error(found, np.stack([np.kron(np.kron(*rows[:2]), rows[2]) for rows in zip(a, b, c, strict=True)]))
-        < 1e-15
-    )
-
-
-CONFIGS = {
-    "scaled": tna.Config(rank=3, groups=1, fold="hypercube", order=3, alpha=7.5),
-    "weighted": tna.Config(rank=3, groups=1, fold="balanced", order=4, format="cp-weighted"),
-    "tucker": tna.Config(rank=2, groups=1, fold="hypercube", order=5, format="tucker"),
-    "partial": tna.Config(rank=[2, None, 2], groups=1, fold="hypercube", order=3, format="tucker"),
-    "train": tna.Config(rank=3, groups=1, fold="hypercube", order=4, format="tt"),
-    "terms": tna.Config(rank=2, groups=1, fold="hypercube", order=3, terms=3, alpha=3.0),
-    "hadamard": tna.Config(rank=2, groups=1, fold="hypercube", splits=3, combine="hadamard", leading="same"),
-    "thick": tna.Config(rank=9, groups=1, fold="hypercube", splits=2, combine="hadamard", leading="same"),
-}
-
-
-@pytest.mark.law("update-formula")
-@on_every_library("name", CONFIGS, ["partial", "terms", "hadamard"])
-def test_it_is_what_the_boxes_make(name: str, backend: Backend, rng: np.random.Generator) -> None:
-    plan = tna.SuperLoRA(CONFIGS[name], [(9, 8)] * 3)
-    group = plan.groups[0]
-    host = {key: rng.normal(size=shape) for key, shape in group.network.shapes.items()}
-    arrays = {key: backend.asarray(array, "float32") for key, array in host.items()}
-    numpy = get_backend(*host.values())
-    by_boxes = group.network._sum(numpy, host, [(0, d) for d in group.network.sizes]).reshape(-1) * plan.config.scale
-    for start, stop in ((0, 216), (0, 100), (70, 146), (33, 35), (71, 73), (215, 216)):
-        found = group.network.slice(backend, arrays, start, stop)
-        assert relative_error(backend.to_numpy(found), by_boxes[start:stop]) < 1e-5
 
 
 @pytest.mark.law("precision")

@@ -15,13 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.algebra.internals import config_of, named_config
+from tests.algebra.random_parameters import drawn
 from tests.conftest import relative_error
 from tests.support.references import methods
 from tnadapt import errors
-from tnadapt.algebra.layout import make_layout
-from tnadapt.algebra.named_config import config_of, named_config
-from tnadapt.algebra.starting_points import STARTS
-from tnadapt.testing.strategies import base_weights, configs, shapes
+from tnadapt.testing.strategies import base_weights, plans
 
 # -- A config by the name of its preset --------------------------------------------------------------------------------
 
@@ -173,40 +172,24 @@ BY_ROLE: dict[str, tna.Config] = {
 }
 
 
-def drawn(plan: tna.SuperLoRA) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
-
-
 # -- groups="role" ----------------------------------------------------------------------------------
 
 
 @pytest.mark.law("special-cases")
-@given(data=st.data())
-def test_roles_group_as_layers_do(data: st.DataObject) -> None:
-    weights = data.draw(shapes())
-    keys = [data.draw(st.sampled_from("qkv")) for _ in weights]
-    config = data.draw(configs(weights))
-    if STARTS[config.start].needs_base:
-        config = config.replace(start="zero")  # the others are LoRA's alone, which has groups of one weight
-    config = config.replace(groups="layer", ratio=1.0, fold="balanced")
-    base = data.draw(base_weights(weights))
-    one = tna.SuperLoRA(config, weights, layers=keys).with_base(base)
-    other = tna.SuperLoRA(config.replace(groups="role"), weights, roles=keys).with_base(base)
+@given(plans().filter(lambda plan: plan.config.groups == "layer"), st.data())
+def test_roles_group_as_layers_do(one: tna.SuperLoRA, data: st.DataObject) -> None:
+    roles, base = one._layers, data.draw(base_weights(one.shapes))
+    other = tna.SuperLoRA(one.config.replace(groups="role"), one.shapes, roles=roles, given=one.given)
+    one, other = one.with_base(base), other.with_base(base)
     assert one.param_shapes == other.param_shapes
-    assert one.num_parameters == tna.parameter_count(other.config, weights, roles=keys)
+    assert one.num_parameters == tna.parameter_count(other.config, one.shapes, roles=roles)
     params = drawn(one)
-    for mine, theirs in zip(one.deltas(params), other.deltas(params), strict=True):
-        assert np.array_equal(mine, theirs)
-    for mine, theirs in zip(one.merged(params, base), other.merged(params, base), strict=True):
-        assert np.array_equal(mine, theirs)
-    for mine, theirs in zip(one.init().values(), other.init().values(), strict=True):
-        assert np.array_equal(mine, theirs)
-
-
-def test_roles_group_in_order_of_first_appearance() -> None:
-    layout = make_layout("role", [(1, 1), (1, 2), (1, 3), (1, 4)], roles=["v", "q", "v", "q"])
-    assert [[p.weight for p in layout.of_group(g)] for g in range(2)] == [[0, 2], [1, 3]]
+    for mine, theirs in (
+        (one.deltas(params), other.deltas(params)),
+        (one.merged(params, base), other.merged(params, base)),
+        (one.init().values(), other.init().values()),
+    ):
+        assert all(map(np.array_equal, mine, theirs))
 
 
 @pytest.mark.parametrize(
@@ -220,14 +203,6 @@ def test_roles_group_in_order_of_first_appearance() -> None:
 def test_roles_that_do_not_fit_are_refused(roles: Any, message: str) -> None:
     with pytest.raises(tna.ConfigError, match=re.escape(message)):
         tna.SuperLoRA(tna.Config(groups="role"), [(2, 2)] * 2, roles=roles)
-
-
-@pytest.mark.parametrize("name", BY_ROLE)
-def test_a_plan_survives_pickling(name: str) -> None:
-    plan = tna.SuperLoRA(BY_ROLE[name], GROUPED, roles=ROLES)
-    again = pickle.loads(pickle.dumps(plan))
-    assert again.param_shapes == plan.param_shapes
-    assert again.config == plan.config
 
 
 # -- Presets with a fold of their own ---------------------------------------------------------------
@@ -370,5 +345,7 @@ def test_a_fold_in_names_is_part_of_a_config() -> None:
 
 
 @pytest.mark.parametrize("name", BY_ROLE)
-def test_the_laws_hold(name: str) -> None:
+def test_the_laws_hold_and_pickles_keep_the_roles(name: str) -> None:
     assert tna.verify(BY_ROLE[name], GROUPED, roles=ROLES, backends=["numpy"]).holds
+    plan = tna.SuperLoRA(BY_ROLE[name], GROUPED, roles=ROLES)
+    assert pickle.loads(pickle.dumps(plan)).param_shapes == plan.param_shapes

@@ -11,16 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.algebra.random_parameters import drawn
 from tests.conftest import relative_error
 from tests.support.references import methods
 from tnadapt.testing.verification import examples
 
 
 def held_to_its_formula(name: str, config: tna.Config, shapes: list[tuple[int, int]]) -> None:
-    plan = tna.SuperLoRA(config, shapes)
+    """Compare updates with the method's own formula, which is given what was frozen and where training began."""
     rng = np.random.default_rng(0)
+    plan = tna.SuperLoRA(config, shapes)
+    plan = plan.with_base([rng.normal(size=shape) for shape in shapes])
     params = {key: rng.normal(size=shape) for key, shape in plan.param_shapes.items()}
-    expected = methods.METHODS[name](params, config, shapes)
+    arrays = dict(params)
+    for index, group in enumerate(plan.groups):
+        arrays |= {full: group.frozen.host(key).astype(np.float64) for key, full in group.frozen_names.items()}
+        arrays |= {f"begun.group{index}.{key}": group.start.host(key).astype(np.float64) for key in group.names}
+    expected = methods.METHODS[name](arrays, config, shapes)
     for found, own in zip(plan.deltas(params), expected, strict=True):
         assert relative_error(found, own) < 1e-12
 
@@ -41,47 +48,6 @@ SIDES = st.integers(1, 12)
 WEIGHTS = st.integers(1, 3)
 RANKS = st.integers(1, 5)
 ALPHAS = st.none() | st.sampled_from([1.0, 8.0])
-
-
-@pytest.mark.law("presets")
-@given(name=st.sampled_from(["dense", "lora", "lokr", "krona", "loha"]), rank=RANKS, alpha=ALPHAS, data=st.data())
-def test_weight_wise_methods(name: str, rank: int, alpha: float | None, data: st.DataObject) -> None:
-    shapes = data.draw(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3))
-    preset = getattr(tna.presets, name)
-    if name in ("dense", "krona"):
-        held_to_its_formula(name, preset(alpha=alpha) if name == "krona" else preset(), shapes)
-    else:
-        held_to_its_formula(name, preset(rank, alpha=alpha), shapes)
-
-
-@pytest.mark.law("presets")
-@given(terms=st.integers(1, 4), rank=RANKS, rows=st.integers(1, 4), cols=st.integers(1, 4), weights=WEIGHTS)
-def test_compacter(terms: int, rank: int, rows: int, cols: int, weights: int) -> None:
-    held_to_its_formula("compacter", tna.presets.compacter(rank, terms=terms), [(rows * terms, cols * terms)] * weights)
-
-
-@pytest.mark.law("presets")
-@given(name=st.sampled_from(["lotr", "fact_tt", "fact_tk"]), rank=RANKS, rows=SIDES, cols=SIDES, weights=WEIGHTS)
-def test_methods_over_weights_rows_and_columns(name: str, rank: int, rows: int, cols: int, weights: int) -> None:
-    config = getattr(tna.presets, name)(rank, weights=weights, rows=rows, cols=cols)
-    held_to_its_formula(name, config, [(rows, cols)] * weights)
-
-
-@pytest.mark.law("presets")
-@given(rank=RANKS, rows=SIDES, cols=SIDES, weights=WEIGHTS)
-def test_lotr_as_a_tensor_train(rank: int, rows: int, cols: int, weights: int) -> None:
-    config = tna.presets.lotr(rank, weights=weights, rows=rows, cols=cols, train=True)
-    held_to_its_formula("lotr", config, [(rows, cols)] * weights)
-
-
-@pytest.mark.law("presets")
-@given(rank=RANKS, heads=st.integers(1, 3), head=st.integers(1, 4), cols=SIDES, layers=WEIGHTS)
-def test_methods_over_heads(rank: int, heads: int, head: int, cols: int, layers: int) -> None:
-    shapes = [(heads * head, cols)] * (2 * layers)
-    config = tna.presets.lorta_cp(rank, layers=layers, rows=heads * head, cols=cols, heads=heads)
-    held_to_its_formula("lorta_cp", config, shapes)
-    config = tna.presets.cara(rank, weights=2 * layers, rows=heads * head, cols=cols, heads=heads)
-    held_to_its_formula("cara", config, shapes)
 
 
 @pytest.mark.law("presets", "parameter-count", "largest-rank")
@@ -127,68 +93,64 @@ def test_metatt(
             assert plan.num_parameters == layers + matrices + cols + (heads + head if split else heads * head)
 
 
-@pytest.mark.law("presets")
-@given(
-    shapes=st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3),
-    rank=RANKS,
-    order=st.integers(3, 5),
-    splits=st.integers(3, 4),
-    size=st.integers(1, 3),
-)
-def test_the_papers_own_methods(shapes: list[tuple[int, int]], rank: int, order: int, splits: int, size: int) -> None:
-    held_to_its_formula("lorta", tna.presets.lorta(rank, order=order), shapes)
-    held_to_its_formula("lonkr", tna.presets.lonkr(rank, splits=splits, split_size=size), shapes)
+P = tna.presets
+Cases = dict[str, tuple[tna.Config, list[tuple[int, int]]]]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Cases:
+    """A config of every preset but those with a test of their own, and weights that it fits."""
+    r, alpha, weights, seed = draw(RANKS), draw(ALPHAS), draw(WEIGHTS), draw(st.sampled_from([0, 1, 2**40 + 7]))
+    rows, cols, heads, block, down, across = draw(SIDES), draw(SIDES), *(draw(st.integers(1, 4)) for _ in range(4))
+    mixed = draw(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3))
+    large = [(r + more, r + wider) for more, wider in mixed]  # sides of at least the rank
+    sizes, split = {"rows": rows, "cols": cols}, {"rows": heads * block, "cols": cols, "heads": heads}
+    ratio, linear = draw(st.sampled_from([1.0, 0.5, 0.07])), draw(st.sampled_from(["linear", "linear_v2"]))
+    smallest = min(rows * cols for rows, cols in mixed)
+    n = draw(st.integers(1, smallest))
+    positions = draw(st.sampled_from([None, np.random.default_rng(seed).permutation(smallest)[:n]]))
+    few: dict[str, Any] = {"seed": seed, "alpha": alpha}
+    family = draw(st.sampled_from(["haar", "db1", "db2", "db3"]))
+    mini = draw(st.none() | st.integers(1, rows))
+    return {
+        "dense": (P.dense(), mixed),
+        "krona": (P.krona(alpha=alpha), mixed),
+        **{name: (getattr(P, name)(r, alpha=alpha), mixed) for name in ("lora", "lokr", "loha")},
+        **{name: (getattr(P, name)(r, seed=seed), large) for name in ("lora_fa", "lora_xs", "svft", "vera")},
+        "nola": (P.nola(1, r, seed=seed), large),
+        "unilora": (P.unilora(2, r, seed=seed), large),
+        **{name: (getattr(P, name)(r, seed=seed), large[:1] * weights) for name in ("share_lora", "tied_lora")},
+        "randlora": (P.randlora(r, rows=large[0][0], cols=large[0][1], seed=seed), large[:1] * weights),
+        "craft": (P.craft(r, groups=1), large[:1] * weights),
+        "quanta": (P.quanta((2, r), seed=seed), [(6 * r, 4 * r)] * weights),
+        **{
+            name: (getattr(P, name)(r, weights=weights, **sizes), [(rows, cols)] * weights)
+            for name in ("lotr", "fact_tt", "fact_tk")
+        },
+        "lotr as a train": (P.lotr(r, weights=weights, train=True, **sizes), [(rows, cols)] * weights),
+        "lorta_cp": (P.lorta_cp(r, layers=weights, **split), [(heads * block, cols)] * (2 * weights)),
+        "cara": (P.cara(r, weights=weights, **split), [(heads * block, cols)] * weights),
+        "lorta": (P.lorta(r, order=draw(st.integers(3, 5))), mixed),
+        "lonkr": (P.lonkr(r, splits=draw(st.integers(3, 4)), split_size=draw(st.integers(1, 3))), mixed),
+        "fastfood": (P.fastfood(ratio, projection=linear), mixed),
+        "superlora": (P.superlora(r, projection=linear, ratio=ratio), mixed),
+        "superlora of its length": (P.superlora(r, projection=draw(st.sampled_from(["identity", "shuffle"]))), mixed),
+        **{name: (getattr(P, name)(n, positions, **few), mixed) for name in ("shira", "fourierft", "loca")},
+        "waveft": (P.waveft(n, positions, family=family, **few), mixed),
+        "compacter": (P.compacter(r, terms=block), [(down * block, across * block)] * weights),
+        "c3a": (P.c3a(block), [(block * down, block * across)] * weights),
+        "miss": (P.miss(draw(st.integers(1, cols)), mini), [(rows, cols)] * weights),
+    }
 
 
 @pytest.mark.law("presets")
-@given(
-    shapes=st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3),
-    rank=RANKS,
-    projection=st.sampled_from(["identity", "shuffle", "linear", "linear_v2"]),
-    ratio=st.sampled_from([1.0, 0.5, 0.07]),
-)
-def test_superlora_and_fastfood(shapes: list[tuple[int, int]], rank: int, projection: str, ratio: float) -> None:
-    ratio = ratio if projection.startswith("linear") else 1.0
-    held_to_its_formula("superlora", tna.presets.superlora(rank, projection=projection, ratio=ratio), shapes)
-    held_to_its_formula("fastfood", tna.presets.fastfood(ratio, projection="linear_v2"), shapes)
-
-
-@pytest.mark.law("presets")
-@given(
-    name=st.sampled_from(["shira", "fourierft", "loca", "waveft"]),
-    shapes=st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3),
-    seed=st.sampled_from([0, 1, 2**40 + 7]),
-    alpha=st.sampled_from([None, 3.0]),
-    given_ones=st.booleans(),
-    data=st.data(),
-)
-def test_methods_of_few_values(
-    name: str, shapes: list[tuple[int, int]], seed: int, alpha: float | None, given_ones: bool, data: st.DataObject
-) -> None:
-    n = data.draw(st.integers(1, min(rows * cols for rows, cols in shapes)))
-    positions = np.random.default_rng(seed).permutation(min(rows * cols for rows, cols in shapes))[:n]
-    family = {"family": data.draw(st.sampled_from(["haar", "db1", "db2", "db3"]))} if name == "waveft" else {}
-    config = getattr(tna.presets, name)(n, positions if given_ones else None, seed=seed, alpha=alpha, **family)
-    held_to_its_formula(name, config, shapes)
-
-
-@pytest.mark.law("presets")
-@given(
-    block=st.integers(1, 5), down=st.integers(1, 3), across=st.integers(1, 3), weights=WEIGHTS, r=RANKS, data=st.data()
-)
-def test_methods_that_repeat(block: int, down: int, across: int, weights: int, r: int, data: st.DataObject) -> None:
-    held_to_its_formula("c3a", tna.presets.c3a(block), [(block * down, block * across)] * weights)
-    rows, cols = data.draw(SIDES), data.draw(st.integers(r, 12))
-    mini = data.draw(st.none() | st.integers(1, rows))
-    held_to_its_formula("miss", tna.presets.miss(r, mini), [(rows, cols)] * weights)
+@given(cases())
+def test_the_update_is_the_methods_own_formula(methods_of: Cases) -> None:
+    for name, (config, shapes) in methods_of.items():
+        held_to_its_formula(name.partition(" ")[0], config, shapes)
 
 
 # -- Table 1: where the settings meet ---------------------------------------------------------------
-
-
-def drawn(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
 
 
 @pytest.mark.law("special-cases")

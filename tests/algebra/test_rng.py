@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 
 import numpy as np
@@ -21,38 +20,18 @@ def hexes(words: np.ndarray) -> str:
     return " ".join(f"{word:08x}" for word in words.tolist())
 
 
-def sha(array: np.ndarray) -> str:
-    return hashlib.sha256(array.tobytes()).hexdigest()[:16]
-
-
 @pytest.mark.law("known-draws")
-def test_philox_gives_random123s_known_answers() -> None:
+def test_known_answers_of_random123_and_of_the_format() -> None:
     zero = rng._philox(np.zeros(1, np.uint64), 0, 0, 0)[0]
     assert hexes(zero) == "6627e8d5 e169c58d bc57ac4c 9b00dbd8"
     ones = rng._philox(np.array([2**64 - 1], np.uint64), 2**32 - 1, 2**32 - 1, 2**64 - 1)[0]
     assert hexes(ones) == "408f276d 41c83b0e a20bc7c6 6d5451fd"
-
-
-@pytest.mark.law("known-draws")
-def test_words() -> None:
     assert hexes(rng.words(0, 0, 1, 0, 5)) == "844515e1 f08d6eaa 0f19c053 83f875f0 ca7cf69e"
     assert hexes(rng.words(2**40 + 7, 3, 2, 6, 8)) == "63e2c124 276e314f"
-
-
-@pytest.mark.law("known-draws")
-def test_known_answers_of_the_format() -> None:
     assert rng.signs(0, 0, 0, 16).tolist() == [1, 1, -1, -1, -1, -1, 1, -1, 1, -1, 1, -1, 1, 1, 1, 1]
     assert rng.permutation(16, 0, 0).tolist() == [14, 13, 7, 10, 6, 8, 3, 15, 1, 2, 9, 4, 0, 11, 12, 5]
-    g = rng.normals(0, 0, 2, 0, 6)
-    expected = "-1.96115649 0.56195688 -1.04096723 -0.08592003 -0.07768124 -1.10234046"
-    assert " ".join(f"{value:.8f}" for value in g.tolist()) == expected
-
-
-@pytest.mark.law("known-draws")
-def test_digests() -> None:
-    assert sha(rng.signs(0, 0, 0, 1000).astype(np.float32)) == "3557a0b7985e0a08"
-    assert sha(rng.permutation(1000, 0, 0)) == "2e6668c5a904a31a"
-    assert sha(rng.normals(0, 0, 2, 0, 100_000)) == "9ef7bb3d30e7e723"
+    normals = " ".join(f"{value:.8f}" for value in rng.normals(0, 0, 2, 0, 6).tolist())
+    assert normals == "-1.96115649 0.56195688 -1.04096723 -0.08592003 -0.07768124 -1.10234046"
 
 
 @pytest.mark.law("draws-in-pieces")

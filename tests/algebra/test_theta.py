@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.algebra.random_parameters import drawn
+from tests.conftest import NUMPY_AND_TORCH
 from tests.support.references import reference
-from tnadapt.algebra.maps import BroughtMap, Map, make_map
-from tnadapt.algebra.maps.projection import THETA_STREAMS
+from tnadapt.algebra.maps import BroughtMap, make_map
 from tnadapt.algebra.norms import rounded_to
-from tnadapt.backends import Backend, load_backend
+from tnadapt.backends import load_backend
 
 P = tna.presets
 SHAPES = [(6, 4), (5, 4), (6, 4)]
@@ -35,50 +36,17 @@ def plan_of(name: Any, scope: str = "plan", **settings: Any) -> tna.SuperLoRA:
     return tna.SuperLoRA(plan.config, SHAPES, given=given) if given else plan
 
 
-def expected_map(plan: tna.SuperLoRA, index: int) -> Map:
-    """Return P of one θ, without the plan's cached draws."""
-    assert plan.theta is not None
-    assert plan.config.before is not None
-    part = plan.theta.parts[index]
-    size = sum(math.prod(shape) for shape in part.arrays.values())
-    found = make_map(plan.config.before, 5, size, 3, THETA_STREAMS + index)
-    if isinstance(found, BroughtMap):
-        found.bring(plan.given[f"{part.name}.{found.brings}"])
-    return found
-
-
-def drawn(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
-
-
 # -- What it computes -------------------------------------------------------------------------------
 
 
 @pytest.mark.law("theta")
 @before
 @scoped
-def test_arrays_are_their_start_plus_p_theta(name: Any, scope: str) -> None:
+def test_updates_are_those_of_the_arrays_and_begin_at_their_start(name: Any, scope: str) -> None:
     plan = plan_of(name, scope)
-    assert plan.theta is not None
-    params, begun = drawn(plan), plan.arrays_plan.init(dtype="float64")
-    found = plan.arrays(params)
-    assert list(found) == list(plan.array_shapes) == list(begun)
-    for index, part in enumerate(plan.theta.parts):
-        dense = reference.matrix_of(expected_map(plan, index))
-        moved = np.split(dense @ params[part.name], np.cumsum([math.prod(s) for s in part.arrays.values()])[:-1])
-        for (full, shape), piece in zip(part.arrays.items(), moved, strict=True):
-            np.testing.assert_allclose(found[full], begun[full] + piece.reshape(shape), rtol=1e-12, atol=1e-13)
-
-
-@pytest.mark.law("theta")
-@before
-@scoped
-def test_updates_are_those_of_the_arrays(name: Any, scope: str) -> None:
-    plan = plan_of(name, scope)
-    params = drawn(plan)
+    params, inner = drawn(plan), plan.arrays_plan
     arrays = plan.arrays(params)
-    inner = plan.arrays_plan
+    assert list(arrays) == list(plan.array_shapes)
     assert inner.param_shapes == plan.array_shapes
     assert inner.config.before is None
     for ours, theirs in zip(plan.deltas(params), inner.deltas(arrays), strict=True):
@@ -86,6 +54,11 @@ def test_updates_are_those_of_the_arrays(name: Any, scope: str) -> None:
     np.testing.assert_array_equal(plan.delta(params, 1), inner.delta(arrays, 1))
     np.testing.assert_array_equal(plan.vector(params, 7, 40), inner.vector(arrays, 7, 40))
     assert tna.SuperLoRA(P.lora(2), SHAPES).arrays_plan.theta is None
+    for dtype in ("float32", "float64", "float16"):
+        fresh, usual = plan.init(dtype=dtype), inner.init(dtype=dtype)
+        assert not any(theta.any() for theta in fresh.values())
+        assert all(array.tobytes() == usual[full].tobytes() for full, array in plan.arrays(fresh).items())
+        assert not any(delta.any() for delta in plan.deltas(fresh))
 
 
 @pytest.mark.law("theta")
@@ -104,14 +77,12 @@ def test_one_hot_maps_are_isometries(name: str, n_in: int, more: int, seed: int)
 
 
 def test_a_large_normal_map_is_drawn_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tnadapt.algebra.maps import _matrices as _normal
-
     small = make_map("normal", 7, 50, seed=1)
     x, y = np.random.default_rng(0).normal(size=(2, 7)), np.random.default_rng(1).normal(size=(2, 50))
     f, g = tna.Projection("normal", 7, 50, seed=1), tna.Projection("normal", 7, 50, seed=1)
     whole, back = f(x), f.adjoint(y)
-    monkeypatch.setattr(_normal, "_KEPT", 0)
-    monkeypatch.setattr(_normal, "_BLOCK", 7 * 8)
+    monkeypatch.setattr("tnadapt.algebra.maps._matrices._KEPT", 0)
+    monkeypatch.setattr("tnadapt.algebra.maps._matrices._BLOCK", 7 * 8)
     np.testing.assert_allclose(g(x), whole, rtol=1e-12)
     np.testing.assert_allclose(g.adjoint(y), back, rtol=1e-12)
     np.testing.assert_allclose(g.slice(x, 5, 43), whole[:, 5:43], rtol=1e-12)
@@ -155,6 +126,7 @@ def test_a_sum_over_very_unequal_indices_takes_little_memory() -> None:
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
+        ("tied", {"theta.index": np.zeros(57)}, r"given\['theta.index'\] .*\(57,\).*\(58,\)"),
         ("tied", {}, r"'theta.index', of shape \(58,\), is an array that the caller brings: tnadapt.SuperLoRA\("),
         ("given", {}, r"'theta.matrix', of shape \(58, 5\), is an array that the caller brings"),
         (
@@ -178,37 +150,14 @@ def test_a_sum_over_very_unequal_indices_takes_little_memory() -> None:
     ],
 )
 def test_arrays_of_p_that_do_not_fit(name: str, given: dict[str, Any], message: str) -> None:
-    with pytest.raises(tna.ConfigError, match=message):
-        tna.SuperLoRA(P.lora(2, before=name, parameters=5), SHAPES, given=given).init()
-
-
-def test_an_index_of_another_length_is_refused() -> None:
-    with pytest.raises(tna.ShapeError, match=r"given\['theta.index'\] .*\(57,\).*\(58,\)"):
-        tna.SuperLoRA(P.lora(2, before="tied", parameters=5), SHAPES, given={"theta.index": np.zeros(57)})
-
-
-def test_a_plan_counts_without_the_arrays_of_p() -> None:
-    plan = tna.SuperLoRA(P.lora(2, before="tied", parameters=5), SHAPES)
-    assert (plan.num_parameters, plan.given_shapes) == (5, {"theta.index": (58,)})
-    with pytest.raises(tna.ConfigError, match=r"'theta.index', of shape \(58,\), is an array that the caller brings"):
-        plan.deltas({"theta": np.zeros(5)})
+    config = P.lora(2, before=name, parameters=5)
+    with pytest.raises((tna.ConfigError, tna.ShapeError), match=message):
+        tna.SuperLoRA(config, SHAPES, given=given).init()
+    # Counting needs none of them.
+    assert tna.SuperLoRA(config, SHAPES).num_parameters == 5
 
 
 # -- The start --------------------------------------------------------------------------------------
-
-
-@pytest.mark.law("theta")
-@before
-@scoped
-def test_theta_starts_at_zero_where_the_arrays_are_those_without_it(name: Any, scope: str) -> None:
-    plan = plan_of(name, scope)
-    for dtype in ("float32", "float64", "float16"):
-        fresh = plan.init(dtype=dtype)
-        assert not any(theta.any() for theta in fresh.values())
-        usual = plan.arrays_plan.init(dtype=dtype)
-        for full, array in plan.arrays(fresh).items():
-            assert array.tobytes() == usual[full].tobytes()
-        assert not any(delta.any() for delta in plan.deltas(fresh))
 
 
 def test_without_an_offset_one_array_per_term_must_be_made() -> None:
@@ -227,23 +176,10 @@ def test_without_an_offset_one_array_per_term_must_be_made() -> None:
 
 @pytest.mark.law("theta")
 @before
-def test_gradients_in_every_library(name: Any, backend: Backend) -> None:
-    plan = plan_of(name)
-    host = drawn(plan)
-    rng = np.random.default_rng(2)
-    target = rng.normal(size=plan.size)
-    with backend.double_precision():
-        params = {full: backend.asarray(array, "float64") for full, array in host.items()}
-        weights = backend.asarray(target, "float64")
-        np.testing.assert_allclose(backend.to_numpy(plan.vector(params)), plan.vector(host), rtol=1e-10, atol=1e-12)
-        if "gradient" in backend.lacks(weights):
-            return
-        found = backend.gradient(lambda own: backend.sum(plan.vector(own) * weights, axis=0), params)
-        assert found is not None
-        way = rng.normal(size=5)
-        ahead, behind = (plan.vector({"theta": host["theta"] + step * 1e-6 * way}) for step in (1, -1))
-        slope = float(target @ (ahead - behind)) / 2e-6
-        assert abs(float(np.asarray(backend.to_numpy(found["theta"])) @ way) - slope) <= 1e-6 * max(1.0, abs(slope))
+@scoped
+def test_the_laws_hold(name: Any, scope: str) -> None:
+    report = tna.verify(plan_of(name, scope).config, SHAPES, backends=NUMPY_AND_TORCH)
+    assert report.holds, str(report)
 
 
 # -- Casts ------------------------------------------------------------------------------------------

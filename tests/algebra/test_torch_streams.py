@@ -8,8 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.algebra.internals import DEFAULT_SEED, TorchStream, permutation_head
 from tnadapt import ConfigError
-from tnadapt.algebra.torch_streams import DEFAULT_SEED, TorchStream, permutation_head
 
 torch = pytest.importorskip("torch")
 

@@ -68,10 +68,10 @@ def command_lines(places: Mapping[str, str]) -> Iterator[CommandLines]:
 
 def _serve() -> None:
     import paper.__main__
-    import tnadapt.__main__
+    from tests.support.in_process import main
     from tnadapt.cli.terminal import COMMANDS
 
-    mains = {"tnadapt": tnadapt.__main__.main, "paper": paper.__main__.main}
+    mains = {"tnadapt": main, "paper": paper.__main__.main}
     # Commands import what they need when they are used: here beforehand, so that it does not count as what they take.
     modules = (f"tnadapt.cli.{module}" for module in COMMANDS.values())
     lazily = [*modules, "tnadapt.torch", "tnadapt.finetune._study"]

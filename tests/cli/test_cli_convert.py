@@ -1,8 +1,9 @@
-"""``tnadapt convert``, run as by a user."""
+"""``tnadapt convert``, and what ``tnadapt extract`` says of equal weights, run as by a user."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from tests.support.in_process import main, run_here
 
 pytest.importorskip("typer")
 
-from .test_cli import run
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return run_here(main, *arguments)
 
 
 def test_there_and_back(tmp_path: Path) -> None:
@@ -55,35 +58,6 @@ def test_what_is_lost_is_said(tmp_path: Path) -> None:
     assert "NOT exact: relative error 0." in done.stdout
     assert "blocks.0.attn.q_proj.weight" in done.stdout
     assert done.stdout.endswith("nothing was written: give -o OUT to write it\n")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--to", "lora"], "to (--to) must be one of tnadapt, peft, peft-lora"),
-        (["--to", "peft-lora", "--rank", "0"], "Invalid value for '--rank'"),
-        (["--to", "peft-lora", "--max-error", "7"], "max_error (--max-error) must be a number from 0 to 1"),
-        (["--rank", "2"], "rank=2 (--rank) applies to LoRA, LoKr and LoHa only"),
-        (["--base", "no/such"], "base: no/such: No such file or directory"),
-        (["-o", "no/such/out"], "does not exist; make it first"),
-        (["-o", "."], "exists; give another path, or overwrite=True (--overwrite)"),
-        (["--nonsense"], "No such option"),
-        (["--force"], "No such option"),
-    ],
-)  # fmt: skip
-def test_mistakes_are_one_line_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
-    tna.save(tmp_path / "ours.safetensors", made(P.lora(4)))
-    done = run_here(main, "convert", tmp_path / "ours.safetensors", *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_file_that_is_missing_is_one_line(tmp_path: Path) -> None:
-    done = run("convert", str(tmp_path / "missing"))
-    assert done.returncode == 2
-    assert done.stderr == f"tnadapt: {tmp_path}/missing: No such file or directory\n"
 
 
 def test_what_is_there_is_replaced_if_asked(tmp_path: Path) -> None:
@@ -140,5 +114,44 @@ def test_ways_out_are_commands(tmp_path: Path) -> None:
     assert "with tnadapt.merge (tnadapt merge), or convert it to 'peft-lora' (--to peft-lora)" in refused.stderr
 
 
-def test_it_is_among_the_commands() -> None:
-    assert "convert" in run("--help").stdout
+# -- tnadapt extract: other tests are with tnadapt.extract ------------------------------------------------
+
+NAMES = [f"attn.{name}_proj.weight" for name in "qkv"]
+
+
+def checkpoint(path: Path, other: str = "") -> Path:
+    """Write a checkpoint, with one weight that differs."""
+    rng = np.random.default_rng(0)
+    save_file({name: (rng.normal(size=(8, 8)) + (name == other)).astype("f4") for name in NAMES}, path)
+    return path
+
+
+@pytest.mark.parametrize("options", [[], ["--no-compare"], ["--json"]])
+def test_equal_weights_are_warned_of(tmp_path: Path, options: list[str]) -> None:
+    base, out = checkpoint(tmp_path / "base.safetensors"), tmp_path / "adapter.safetensors"
+    done = run("extract", base, base, "-o", out, *options)
+    assert done.returncode == 0
+    assert done.stderr == (
+        f"warning: {base} and {base} have equal weights, so the adapter adds nothing; are they the same model?\n"
+    )
+    assert not any(delta.any() for delta in tna.load(out).deltas())
+    if "--json" in options:
+        assert json.loads(done.stdout)["parameters"] == tna.load(out).num_parameters
+
+
+@pytest.mark.parametrize(
+    ("other", "options", "warning"),
+    [
+        (NAMES[1], [], "so the adapter adds nothing; --targets chooses among others that differ\n"),
+        (NAMES[1], ["--targets", "k_proj"], ""),
+        (NAMES[2], [], ""),
+    ],
+)
+def test_equal_weights_among_others_are_warned_of(other: str, options: list[str], warning: str, tmp_path: Path) -> None:
+    out = tmp_path / "adapter.safetensors"
+    base, tuned = checkpoint(tmp_path / "base.safetensors"), checkpoint(tmp_path / "tuned.safetensors", other)
+    done = run("extract", base, tuned, "-o", out, *options)
+    assert done.returncode == 0
+    assert done.stderr.endswith(warning)
+    assert bool(done.stderr) == bool(warning)
+    assert not options or [target.role for target in tna.load(out).targets] == ["linear"]

@@ -25,8 +25,7 @@ TARGETS = [T(f"layers.{n}.self_attn.q_proj", (6, 4), "q") for n in range(3)]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tnadapt", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    return run_here(main, *arguments)
 
 
 @pytest.fixture
@@ -78,56 +77,6 @@ def test_another_base_needs_to_be_wished_for(base: Path, tmp_path: Path) -> None
     assert "not checked whether it was trained on this base (--no-check-base)" in done.stdout
 
 
-@pytest.mark.law("hostile-commands")
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["merge"], ["merge", "base"], ["merge", "base", "adapter.safetensors"],
-        ["merge", "none", "adapter.safetensors", "-o", "out"], ["merge", "base", "none", "-o", "out"],
-        ["merge", "base", "base", "-o", "out"], ["merge", "adapter.safetensors", "adapter.safetensors", "-o", "out"],
-        ["merge", "base", "adapter.safetensors", "-o", "base"], ["merge", "base", "adapter.safetensors", "-o", ""],
-        ["merge", "base", "adapter.safetensors", "-o", "no/out"], ["info"], ["info", "none"], ["info", "."],
-        ["info", "base/config.json"],
-    ],
-)  # fmt: skip
-def test_a_mistake_is_one_message_and_exit_code_2(
-    arguments: list[str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "second.safetensors").write_bytes(b"")  # "." then has two
-    done = run_here(main, *arguments)
-    assert done.returncode == 2, done.stdout
-    assert "Traceback" not in done.stderr
-    assert done.stderr
-    assert sorted(os.listdir(tmp_path)) == ["adapter.safetensors", "base", "second.safetensors"]
-
-
-@pytest.mark.usefixtures("keyboard")
-def test_interrupted_it_says_how_to_go_on(tmp_path: Path) -> None:
-    tensors: cp.Tensors = {f"big.{n}": ("F32", np.zeros(1 << 22, "<f4")) for n in range(12)}
-    targets = [T(f"big.{n}.q", (2048, 2048), "q") for n in range(12)]
-    tensors |= {target.name: ("F32", np.ones((2048, 2048), "<f4")) for target in targets}
-    base = cp.write(tmp_path / "base", tensors, 4)
-    tna.save(tmp_path / "a.safetensors", cp.adapter(P.lora(64), targets))
-    command = [sys.executable, "-m", "tnadapt", "merge", str(base), str(tmp_path / "a.safetensors"), "-o"]
-    child = subprocess.Popen([*command, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
-    for _ in range(3000):
-        if any(tmp_path.glob("out.tnadapt-partial/run-*/files/*")):
-            break
-        time.sleep(0.01)
-    child.send_signal(signal.SIGINT)
-    message = child.communicate(timeout=60)[1]
-    assert child.returncode == 130, message
-    assert message.strip() == f"stopped; {tmp_path / 'out'} is unchanged or complete; the same command resumes"
-    assert not (tmp_path / "out").exists()
-    assert run("merge", base, tmp_path / "a.safetensors", "-o", tmp_path / "out").returncode == 0
-    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "base", "out"]
-    again = tmp_path / "again"
-    assert run("merge", base, tmp_path / "a.safetensors", "-o", again).returncode == 0
-    for one in again.iterdir():
-        assert one.read_bytes() == (tmp_path / "out" / one.name).read_bytes()
-
-
 def test_info_prints_what_there_is(base: Path, tmp_path: Path) -> None:
     done = run("info", tmp_path / "adapter.safetensors")
     assert (done.returncode, done.stderr) == (0, "")
@@ -158,3 +107,29 @@ def test_info_prints_what_there_is(base: Path, tmp_path: Path) -> None:
     assert "a checkpoint of" in done.stdout
     assert "model-00001-of-00002.safetensors" in done.stdout
     assert json.loads(run("info", base, "--json", "--all").stdout)["kind"] == "checkpoint"
+
+
+@pytest.mark.usefixtures("keyboard")
+def test_interrupted_it_says_how_to_go_on(tmp_path: Path) -> None:
+    tensors: cp.Tensors = {f"big.{n}": ("F32", np.zeros(1 << 22, "<f4")) for n in range(12)}
+    targets = [T(f"big.{n}.q", (2048, 2048), "q") for n in range(12)]
+    tensors |= {target.name: ("F32", np.ones((2048, 2048), "<f4")) for target in targets}
+    base = cp.write(tmp_path / "base", tensors, 4)
+    tna.save(tmp_path / "a.safetensors", cp.adapter(P.lora(64), targets))
+    command = [sys.executable, "-m", "tnadapt", "merge", str(base), str(tmp_path / "a.safetensors"), "-o"]
+    child = subprocess.Popen([*command, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+    for _ in range(3000):
+        if any(tmp_path.glob("out.tnadapt-partial/run-*/files/*")):
+            break
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    message = child.communicate(timeout=60)[1]
+    assert child.returncode == 130, message
+    assert message.strip() == f"stopped; {tmp_path / 'out'} is unchanged or complete; the same command resumes"
+    assert not (tmp_path / "out").exists()
+    assert run("merge", base, tmp_path / "a.safetensors", "-o", tmp_path / "out").returncode == 0
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "base", "out"]
+    again = tmp_path / "again"
+    assert run("merge", base, tmp_path / "a.safetensors", "-o", again).returncode == 0
+    for one in again.iterdir():
+        assert one.read_bytes() == (tmp_path / "out" / one.name).read_bytes()

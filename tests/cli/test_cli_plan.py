@@ -1,4 +1,4 @@
-"""``tnadapt plan``, run as by a user."""
+"""``tnadapt plan`` and ``tnadapt presets``, run as by a user."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ pytest.importorskip("typer")
 
 from tests.support.in_process import main, run_here
 from tnadapt import cli
-from tnadapt.cli._options import targets_of
 from tnadapt.errors import FileError
 from tnadapt.planning import model_targets
 
@@ -56,11 +55,15 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def test_shapes_as_a_table() -> None:
-    command = [sys.executable, "-m", "tnadapt", "plan", "--shape", "64x64*8", "--budget", "300"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def test_shapes_as_a_table_and_as_json() -> None:
+    done = run("--shape", "64x64*8", "--budget", "300")
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip("\n") == str(tna.plan([(64, 64)] * 8, 300))
+    done = run("--shape", "64x64*8", "--budget", "300", "--by", "rank", "--by", "cost", "--all", "--json")
+    plan = tna.plan([(64, 64)] * 8, 300, by=["rank", "cost"])
+    read = json.loads(done.stdout)
+    assert read["by"] == ["rank", "cost"]
+    assert [row["front"] for row in read["rows"]] == [row in plan.front for row in plan.rows]
 
 
 def test_a_model_as_json(model: Path) -> None:
@@ -107,14 +110,6 @@ def test_pictures(model: Path, tmp_path: Path) -> None:
     assert f"where {first} places each weight" in done.stdout
 
 
-def test_by_and_all() -> None:
-    done = run("--shape", "64x64*8", "--budget", "300", "--by", "rank", "--by", "cost", "--all", "--json")
-    found = tna.plan([(64, 64)] * 8, 300, by=["rank", "cost"])
-    read = json.loads(done.stdout)
-    assert read["by"] == ["rank", "cost"]
-    assert [row["front"] for row in read["rows"]] == [row in found.front for row in found.rows]
-
-
 @pytest.mark.parametrize("columns", [40, 80, 120, 200])
 def test_a_terminal_of_any_width(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: int
@@ -131,47 +126,13 @@ def test_a_terminal_of_any_width(
     assert any(line.startswith("\x1b[1m●") for line in table)
 
 
-@pytest.mark.law("hostile-commands")
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "give a budget: --budget 1000"),
-        (["--budget", "1000"], "give a model, or the shapes of weights"),
-        (["--budget", "1000", "--shape", "3x3", "here"], "one of them"),
-        (["--budget", "4k", "--shape", "3x3"], "got '4k'"),
-        (["--budget", "0", "--shape", "3x3"], "at least 1 parameter; got '0'"),
-        (["--budget", "3 B", "--shape", "3x3"], "one parameter is 4 bytes in float32"),
-        (["--budget", "100", "--shape", "3"], "--shape takes ROWSxCOLS"),
-        (["--budget", "100", "--shape", "3x0"], "both at least 1"),
-        (["--budget", "100", "--shape", "3x3", "--targets", "qv"], "--targets chooses among the weights of a model"),
-        (["--budget", "100", "--shape", "3x3", "--by", "speed"], "by must name"),
-        (["--budget", "100", "--shape", "3x3", "--dtype", "int4"], "dtype must be one of"),
-        (["--budget", "100", "--shape", "3x3", "--set", "rank=2"], "give its file, too"),
-        (["--budget", "100", "--shape", "3x3", "--set", "rank=0", "--layout-picture", "a.png"], "rank must be from 1"),
-        (["--budget", "100", "nowhere.safetensors"], "nowhere.safetensors: No such file or directory"),
-        (
-            ["--budget", "100", "timm:vit_tiny"],
-            "plans read the headers of files; give the model's repository on the hub",
-        ),
-        (["--budget", "100", "./nowhere"], "./nowhere: No such file or directory"),
-        (["--budget", "100", "docs"], "has no safetensors file"),
-    ],
-)
-def test_a_users_mistake_is_exit_code_2_and_no_traceback(arguments: list[str], message: str) -> None:
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert message in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
-    assert not done.stdout
-
-
-def test_what_cannot_be_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a.nonsense", "no/such/folder/a.png"])
+def test_what_cannot_be_drawn(name: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    for name in ("a.nonsense", "no/such/folder/a.png"):
-        done = run("--budget", "100", "--shape", "4x4", "--picture", str(tmp_path / name))
-        assert done.returncode == 2
-        assert done.stderr.startswith("tnadapt: ")
-        assert "Traceback" not in done.stderr
+    done = run("--budget", "100", "--shape", "4x4", "--picture", str(tmp_path / name))
+    assert done.returncode == 2
+    assert done.stderr.startswith("tnadapt: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_targets_that_are_not_there(model: Path) -> None:
@@ -193,24 +154,55 @@ def test_targets_that_are_not_there(model: Path) -> None:
     ],
 )
 def test_targets_are_names_roles_or_a_pattern(model: Path, given: list[str], roles: str, chosen: Any) -> None:
-    done = run(str(model), "--budget", "100", *(part for one in given for part in ("--targets", one)))
+    done = run(str(model), "--budget", "100", *(part for name in given for part in ("--targets", name)))
     assert done.returncode == 0, done.stderr
+    targets = model_targets(str(model), chosen)
+    assert {target.module.rpartition(".")[2][0] for target in targets} == set(roles)
+    assert f"\n{len(targets)} weight{'s' * (len(targets) > 1)} of " in done.stdout
     # The lines that say how to go on select the same weights, in Python and as a command.
     call, command = done.stdout.splitlines()[-2:]
     assert call.endswith(f"targets={chosen!r})")
-    found = model_targets(str(model), chosen)
-    assert {target.module.rpartition(".")[2][0] for target in found} == set(roles)
-    assert f"\n{len(found)} weight{'s' * (len(found) > 1)} of " in done.stdout
-    again = shlex.split(command)
-    given = [again[place + 1] for place, word in enumerate(again) if word == "--targets"]
-    assert targets_of(given) == chosen
+    words = shlex.split(command)
+    again = [part for place, word in enumerate(words) if word == "--targets" for part in words[place : place + 2]]
+    assert run(str(model), "--budget", "100", *again).stdout == done.stdout
 
 
-def test_targets_that_are_empty(model: Path) -> None:
-    for given in ("", " "):
-        done = run(str(model), "--budget", "100", "--targets", given)
-        assert done.returncode == 2
-        assert "--targets is empty; give roles such as qv, names of modules, or a regular expression" in done.stderr
+# -- tnadapt presets -------------------------------------------------------------------------------
+
+
+def listed(*arguments: str) -> dict[str, dict[str, object]]:
+    done = run_here(main, "presets", "--json", *arguments)
+    assert done.returncode == 0, done.stderr
+    return {row["preset"]: row for row in json.loads(done.stdout)["presets"]}
+
+
+def test_every_preset_is_listed_with_its_arguments_and_its_method() -> None:
+    presets = listed()
+    assert list(presets) == list(tna.presets.__all__)
+    assert presets["lora"] == {
+        "preset": "lora", "arguments": "rank=4", "from": 36864,
+        "method": "LoRA: ΔW = (alpha / r) B A (table 1; Hu et al., arXiv 2106.09685)",
+    }  # fmt: skip
+    assert presets["randlora"]["arguments"] == "rank=32, rows, cols"
+    assert [name for name, row in presets.items() if row["from"] is None] == ["cara", "lorta_cp"]
+
+
+def test_the_fewest_parameters_are_those_of_a_setting(model: Path) -> None:
+    presets = listed("--shape", "64x48*4")
+    for name, sizes in {"lora": (1,), "dense": (), "unilora": (1,)}.items():
+        config = getattr(tna.presets, name)(*sizes)
+        assert presets[name]["from"] == tna.SuperLoRA(config, [(64, 48)] * 4).num_parameters
+    assert listed(str(model))["lora"]["from"] == 4 * 40
+    assert listed(str(model), "--targets", "qkvo")["lora"]["from"] == 8 * 40
+
+
+def test_a_table_of_presets() -> None:
+    lines = run_here(main, "presets", "--shape", "64x64*8").stdout.splitlines()
+    assert lines[0].split() == ["preset", "arguments", "from", "method"]
+    assert len(lines) == 1 + len(tna.presets.__all__) + 3
+    assert lines[-3] == "from: the fewest parameters on 8 weights of 64 x 64"
+    assert "1 weight of 64 x 64" in run_here(main, "presets", "--shape", "64x64").stdout
+    assert "on 2 weights\n" in run_here(main, "presets", "--shape", "64x64", "--shape", "8x8").stdout
 
 
 # -- The hub, which is not to be had here: its client's answers are made up ------------------------
@@ -255,17 +247,15 @@ def test_a_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         model_targets("gpt2")
 
 
-@pytest.mark.parametrize("config", ["{", "[]", '{"a": NaN}'])
-def test_a_hub_config_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: str) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", stub({"a/b": {"x.q.weight": [4, 4]}}, config, tmp_path))
+@pytest.mark.parametrize("config", ["{", "[]", '{"a": NaN}', None])
+def test_a_hub_config_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: str | None) -> None:
+    shapes = {"attn.q.weight": [4, 4], "attn.v.weight": [4, 4]}
+    monkeypatch.setitem(sys.modules, "huggingface_hub", stub({"a/b": shapes}, config, tmp_path))
+    if config is None:
+        assert len(model_targets("a/b")) == 2
+        return
     with pytest.raises(FileError, match=r"a/b: config\.json"):
         model_targets("a/b")
-
-
-def test_a_hub_model_without_a_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    shapes = {"attn.q.weight": [4, 4], "attn.v.weight": [4, 4]}
-    monkeypatch.setitem(sys.modules, "huggingface_hub", stub({"a/b": shapes}, None, tmp_path))
-    assert len(model_targets("a/b")) == 2
 
 
 def test_without_the_hub_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,50 +89,33 @@ def begun(arguments: Sequence[object], cwd: Path) -> subprocess.Popen[str]:
     return process
 
 
-def ended(process: subprocess.Popen[str], signals: int = 1) -> tuple[float, str]:
-    """Interrupt a process and all that it started; return the seconds until it ended, and what it said."""
-    time.sleep(0.2)
-    start = time.monotonic()
-    for number in range(signals):
-        if number:
-            time.sleep(0.3)
-        os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    return time.monotonic() - start, told
-
-
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("predict", "finetune"))) for name in COMMANDS],
+    ("name", "how"),
+    [
+        *(
+            pytest.param(name, "sleeping", marks=[pytest.mark.slow] * (name in ("predict", "finetune")))
+            for name in COMMANDS
+        ),
+        ("verify", "failing"),  # because of the interrupt
+        ("verify", "stubborn"),  # the first one alone would wait for the clean-up, which takes a minute
+    ],
 )
-def test_an_interrupt_ends_a_command_and_says_what_is_kept(name: str, folder: Path) -> None:
+def test_an_interrupt_ends_a_command_and_says_what_is_kept(name: str, how: str, folder: Path) -> None:
     if name in ("predict", "finetune"):
         pytest.importorskip("torch")
         pytest.importorskip("sklearn")
     before = sorted(path.name for path in folder.iterdir())
     place, arguments, kept = COMMANDS[name]
-    process = begun(["-c", CODE, *place, "sleeping", name, *arguments.split()], folder)
-    seconds, told = ended(process)
-    assert (process.returncode, told.strip()) == (130, f"stopped; {kept}")
-    assert seconds < LIMIT
+    process = begun(["-c", CODE, *place, how, name, *arguments.split()], folder)
+    time.sleep(0.2)
+    start = time.monotonic()
+    for _ in range(2 if how == "stubborn" else 1):
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
+        time.sleep(0.3)
+    _, message = process.communicate(timeout=60)
+    assert time.monotonic() - start < LIMIT
+    assert (process.returncode, message.strip()) == (130, f"stopped; {kept}")
     assert sorted(path.name for path in folder.iterdir()) == before
-
-
-def test_work_that_fails_because_of_an_interrupt_was_interrupted(folder: Path) -> None:
-    place, arguments, kept = COMMANDS["verify"]
-    process = begun(["-c", CODE, *place, "failing", "verify", *arguments.split()], folder)
-    seconds, told = ended(process)
-    assert (process.returncode, told.strip()) == (130, f"stopped; {kept}")
-    assert seconds < LIMIT
-
-
-def test_a_second_interrupt_ends_it_at_once(folder: Path) -> None:
-    place, arguments, kept = COMMANDS["verify"]
-    process = begun(["-c", CODE, *place, "stubborn", "verify", *arguments.split()], folder)
-    # The first one alone would wait for the clean-up, which takes a minute.
-    seconds, told = ended(process, signals=2)
-    assert (process.returncode, told.strip()) == (130, f"stopped; {kept}")
-    assert seconds < LIMIT
 
 
 def test_a_command_that_ends_leaves_signals_as_they_were() -> None:
@@ -145,12 +128,8 @@ def test_a_command_that_ends_leaves_signals_as_they_were() -> None:
     with pytest.raises(ValueError, match="wrong"), stoppable("nothing"):
         raise ValueError("wrong")
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_a_signal_that_is_ignored_stays_ignored() -> None:
-    from tnadapt.cli.terminal import stoppable
-
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # One that is ignored stays ignored.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with stoppable("nothing"):
             signal.raise_signal(signal.SIGINT)

@@ -11,12 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.decomposition.internals import Algebra, lower_bound
 from tnadapt import presets
 from tnadapt.algebra.norms import norm, norm_of_difference, relative_difference
 from tnadapt.backends import Backend, get_backend, load_backend
 from tnadapt.decomposition import FitReport, GroupReport
-from tnadapt.decomposition.linear_algebra import Algebra
-from tnadapt.decomposition.lower_bounds import lower_bound
 from tnadapt.errors import BackendError, ShapeError
 
 SHAPES = [(12, 8), (6, 8)]
@@ -54,23 +53,17 @@ def integers(seed: int, shapes: list[tuple[int, int]] = SHAPES) -> list[np.ndarr
 
 
 def error_of(plan: tna.SuperLoRA, params: dict[str, Any], exponent: int, given: list[np.ndarray]) -> float:
-    """Relative error by extended precision, which holds squares of all these numbers; arrays as they were returned."""
+    """Relative error of LoRA, written out in extended precision, which holds squares of all these numbers."""
     host = {
         name: np.asarray(get_backend(array).to_numpy(array)).astype(np.longdouble) for name, array in params.items()
     }
     off = whole = np.longdouble(0)
-    for made, wanted in zip(_made(plan, host), given, strict=True):
-        off += np.sum((made - np.ldexp(wanted.astype(np.longdouble), exponent)) ** 2)
-        whole += np.sum(np.ldexp(wanted.astype(np.longdouble), exponent) ** 2)
+    for i, plain in enumerate(given):
+        made = host[f"group{i}.split0.factor0"] @ host[f"group{i}.split0.factor1"].T * np.longdouble(plan.config.scale)
+        wanted = np.ldexp(plain.astype(np.longdouble), exponent)
+        off += np.sum((made - wanted) ** 2)
+        whole += np.sum(wanted**2)
     return float(np.sqrt(off / whole))
-
-
-def _made(plan: tna.SuperLoRA, host: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """The updates of LoRA in extended precision, written out."""
-    return [
-        host[f"group{i}.split0.factor0"] @ host[f"group{i}.split0.factor1"].T * np.longdouble(plan.config.scale)
-        for i in range(len(plan.shapes))
-    ]
 
 
 # Libraries that compile, and methods that iterate: an eighth of the usual examples is enough for a default run.
@@ -182,14 +175,11 @@ def test_groups_of_very_different_sizes_together(exponents: list[int], errors: l
     assert FitReport(plan, groups).error == pytest.approx(expected, rel=1e-12, abs=1e-320)
 
 
-def test_updates_of_zeros_beside_others() -> None:
+def test_updates_of_zeros_beside_others_and_a_norm_that_float64_cannot_hold() -> None:
     given = [np.zeros((6, 4)), np.random.default_rng(0).normal(size=(6, 4)) * 1e-200]
     _, report = tna.decompose(given, presets.lora(1))
     assert report.groups[0].error == 0.0
     assert report.error == pytest.approx(report.groups[1].error, rel=1e-12)
-
-
-def test_a_norm_that_float64_cannot_hold_is_refused() -> None:
     with pytest.raises(ShapeError, match="Frobenius norm exceeds float64"):
         tna.decompose([np.full((12, 8), 1.7e308)], presets.lora(1))
 
@@ -226,14 +216,14 @@ def test_bounds_of_single_precision_are_those_of_double(scale: float, seed: int,
     assert true - 1e-6 * norm(delta) <= bound <= true * (1 + 1e-12)
 
 
-@given(seed=st.integers(0, 20), large=st.integers(10, 30))
-def test_norms_of_single_precision_add_up_in_double(seed: int, large: int) -> None:
+@given(seed=st.integers(0, 20), large=st.integers(10, 30), count=st.sampled_from([4, 10_000, 200_004]))
+def test_norms_of_single_precision_add_up_in_double(seed: int, large: int, count: int) -> None:
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=10_000).astype(np.float32) * np.float32(2.0**large)
+    x = rng.normal(size=count).astype(np.float32) * np.float32(2.0**large)
     algebra = Algebra(get_backend(x), x)
     exact = math.sqrt(math.fsum((x.astype(np.float64) ** 2).tolist()))
     assert algebra.norm(x) == pytest.approx(exact, rel=1e-14)
-    columns = x.reshape(2500, 4)
+    columns = x.reshape(-1, 4)
     assert algebra.columns(columns) == pytest.approx(np.linalg.norm(columns.astype(np.float64), axis=0), rel=1e-14)
 
 

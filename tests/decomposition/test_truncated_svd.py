@@ -1,4 +1,7 @@
-"""Few leading triplets are those of the full decomposition, in every library and for difficult spectra."""
+"""Few leading triplets are those of the full decomposition, in every library and for difficult spectra.
+
+The proof that their subspace is the best one holds for it, and for no other.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.decomposition.internals import Algebra, leading_triplets, linear_algebra, truncated_pays
 from tnadapt.backends import Backend, load_backend
-from tnadapt.decomposition import linear_algebra
-from tnadapt.decomposition.fits import holds
-from tnadapt.decomposition.linear_algebra import Algebra, leading_triplets, truncated_pays
+from tnadapt.decomposition import fits
+from tnadapt.decomposition.fits import holds, no_matrix_is_closer
 
 SIZE = 160
 NUMPY = load_backend("numpy")
@@ -68,20 +71,19 @@ def agree(matrix: np.ndarray, u: Any, s: np.ndarray, v: Any, eps: float) -> None
 @pytest.mark.parametrize("name", SPECTRA)
 def test_every_spectrum(name: str, dtype: str) -> None:
     matrix = with_values(SPECTRA[name]).astype(dtype)
+    wide, algebra = matrix.astype(np.float64), Algebra(NUMPY, matrix)
     for rank in (1, 3, 7):
-        algebra = Algebra(NUMPY, matrix)
         u, s, v, exact = algebra.svd(matrix, rank)
-        agree(matrix.astype(np.float64), u, s, v, algebra.eps)
+        agree(wide, u, s, v, algebra.eps)
         assert holds(exact), (name, rank)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", ["slow", "fast", "repeated", "clustered", "tiny", "random"])
-def test_few_triplets_converge(name: str, dtype: str) -> None:
-    matrix = with_values(SPECTRA[name]).astype(dtype)
-    triplets = leading_triplets(NUMPY, matrix, 3, seed=0)
-    assert triplets is not None
-    agree(matrix.astype(np.float64), *triplets, float(np.finfo(dtype).eps))
+    if name in ("slow", "fast", "repeated", "clustered", "tiny", "random"):
+        triplets = leading_triplets(NUMPY, matrix, 3, seed=0)
+        assert triplets is not None, "it converges"
+        agree(wide, *triplets, algebra.eps)
+    # The same call has the same result, whatever was called between, also of vectors of values that are zero.
+    leading_triplets(NUMPY, with_values(SPECTRA["of rank three"]), 5, seed=1)
+    for one, other in zip((u, s, v), algebra.svd(matrix, 7)[:3], strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.law("decompositions")
@@ -121,26 +123,16 @@ def test_every_library(backend: Backend, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", ["slow", "repeated", "with zeros"])
-def test_a_library_whose_arrays_are_not_on_the_host(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_whose_arrays_are_not_on_the_host(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(linear_algebra, "on_host", lambda *_: False)
-    host = with_values(SPECTRA[name]).astype(dtype)
-    triplets = leading_triplets(load_backend("torch"), torch.from_numpy(host), 2, seed=0)
-    assert triplets is not None
-    u, s, v = triplets
-    assert u.dtype == v.dtype == torch.from_numpy(host).dtype
-    agree(host.astype(np.float64), u.numpy(), s, v.numpy(), float(np.finfo(dtype).eps))
-
-
-@pytest.mark.parametrize("name", SPECTRA)
-def test_the_same_call_has_the_same_result(name: str) -> None:
-    # Vectors of values that are zero, for which any would do, too.
-    matrix = with_values(SPECTRA[name])
-    first = Algebra(NUMPY, matrix).svd(matrix, 7)
-    leading_triplets(NUMPY, with_values(SPECTRA["of rank three"]), 5, seed=1)
-    for one, other in zip(first[:3], Algebra(NUMPY, matrix).svd(matrix, 7)[:3], strict=True):
-        np.testing.assert_array_equal(one, other)
+    for name in ("slow", "repeated", "with zeros"):
+        host = with_values(SPECTRA[name]).astype(dtype)
+        triplets = leading_triplets(load_backend("torch"), torch.from_numpy(host), 2, seed=0)
+        assert triplets is not None
+        u, s, v = triplets
+        assert u.dtype == v.dtype == torch.from_numpy(host).dtype
+        agree(host.astype(np.float64), u.numpy(), s, v.numpy(), float(np.finfo(dtype).eps))
 
 
 def test_vectors_of_zeros_come_from_the_full_decomposition_where_arpack_draws_them(
@@ -153,6 +145,10 @@ def test_vectors_of_zeros_come_from_the_full_decomposition_where_arpack_draws_th
 
 
 def test_what_does_not_converge_is_computed_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    not_finite = np.ones((128, 128))
+    not_finite[3, 4] = np.nan
+    for matrix in (not_finite, np.full((128, 128), np.inf), np.zeros((128, 128))):
+        assert leading_triplets(NUMPY, matrix, 2, seed=0) is None
     matrix = with_values(SPECTRA["random"])
     monkeypatch.setattr(linear_algebra, "_eigenvectors", lambda *_: None)
     assert leading_triplets(NUMPY, matrix, 3, seed=0) is None
@@ -179,25 +175,11 @@ def test_copies_that_single_vectors_miss_are_noticed(name: str, make: Any, dtype
     for seed in range(4):
         matrix = make(np.random.default_rng(seed)).astype(dtype)
         true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
-        for rank in (2, 4, 6):
-            s = Algebra(NUMPY, matrix, seed=seed).svd(matrix, rank)[1]
-            np.testing.assert_allclose(s, true[:rank], rtol=1e-5 if dtype == "float32" else 1e-8, err_msg=name)
-
-
-def test_nothing_is_searched_where_the_norm_shows_that_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    searches, plain = list[int](), linear_algebra._eigenvectors
-
-    def counted(*args: Any) -> Any:
-        searches.append(1)
-        return plain(*args)
-
-    monkeypatch.setattr(linear_algebra, "_eigenvectors", counted)
-    for name, rank, count in (("of rank three", 3, 1), ("slow", 3, 2), ("repeated", 3, 2), ("slow", 1, 1)):
-        # The squares of the last ones vanish in float64, which says nothing.
-        for size in (1.0, 1e-170):
-            searches.clear()
-            assert leading_triplets(NUMPY, with_values(SPECTRA[name]) * size, rank, 0) is not None
-            assert len(searches) == (count if size == 1.0 or rank == 1 else 2)
+        # The squares of the smallest ones vanish in float64, which says nothing about what is left.
+        for size in (1.0,) if dtype == "float32" else (1.0, 1e-170):
+            for rank in (2, 4, 6):
+                s = Algebra(NUMPY, matrix, seed=seed).svd(size * matrix, rank)[1]
+                np.testing.assert_allclose(s / size, true[:rank], rtol=1e-5 if dtype == "float32" else 1e-8)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -241,8 +223,49 @@ def test_only_where_few_triplets_are_asked_for() -> None:
     assert not truncated_pays((4096, 4096), 129)
 
 
-def test_zeros_and_numbers_that_are_not_finite_do_not_converge() -> None:
-    matrix = np.ones((128, 128))
-    matrix[3, 4] = np.nan
-    for one in (matrix, np.full((128, 128), np.inf), np.zeros((128, 128))):
-        assert leading_triplets(NUMPY, one, 2, seed=0) is None
+# -- The proof ----------------------------------------------------------------------------------------
+
+
+def proved(matrix: np.ndarray, vectors: np.ndarray) -> bool:
+    return no_matrix_is_closer(matrix, vectors, float(np.finfo(matrix.dtype).eps))
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from(["float32", "float64"]))
+def test_of_random_subspaces_only_the_best_is_proved(seed: int, rank: int, dtype: str) -> None:
+    rng = np.random.default_rng(seed)
+    matrix = (rng.normal(size=(12, 12)) * rng.choice([1.0, 0.1, 1e-3], size=12)).astype(dtype)
+    left, values, _ = np.linalg.svd(matrix.astype(np.float64))
+    assert proved(matrix, left[:, :rank].astype(dtype))
+    chosen = rng.permutation(12)[:rank]
+    near = left[:, :rank] + 0.03 * rng.normal(size=(12, rank))
+    for other in (left[:, chosen], np.linalg.qr(near)[0], rng.normal(size=(12, rank))):
+        u = np.linalg.qr(other)[0]
+        wide = matrix.astype(np.float64)
+        error, least = np.linalg.norm(wide - u @ (u.T @ wide)), np.linalg.norm(values[rank:])
+        if error > least * (1.0 + 1e-7) + 65.0 * np.finfo(dtype).eps * np.linalg.norm(wide):
+            assert not proved(matrix, u)
+
+
+def test_what_is_proved_of_diagonals(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A large value that the subspace misses.
+    matrix = np.diag(np.r_[3.0, 2.0, 1.0, np.full(61, 0.2)])
+    assert proved(matrix, np.eye(64)[:, :3])
+    for columns in ((0, 1, 3), (1, 2, 3), (0, 2, 5)):
+        assert not proved(matrix, np.eye(64)[:, columns])
+    # Ties, and matrices of smaller rank.
+    assert proved(np.eye(20), np.eye(20)[:, 5:8])
+    exact = np.diag([1.0, 2.0, *np.zeros(10)])
+    assert proved(exact, np.eye(12)[:, :3])
+    assert not proved(exact, np.eye(12)[:, :1])
+    assert proved(np.zeros((4, 5)), np.eye(4)[:, :1])
+    # Magnitudes whose squares would vanish or overflow.
+    for size in (1e-200, 1e200):
+        assert proved(size * np.diag([3.0, 1.0, 0.5]), np.eye(3)[:, :1])
+        assert not proved(size * np.diag([1.0, 3.0, 0.5]), np.eye(3)[:, :1])
+    # What is too large is not tried; the Frobenius norm of what is left is enough for one of these.
+    flat, steep = np.eye(30), np.diag([1.0, *np.full(29, 0.1)])
+    monkeypatch.setattr(fits, "_FACTORED", 20)
+    assert not proved(flat, flat[:, :1])
+    assert proved(steep, flat[:, :1])
+    monkeypatch.setattr(fits, "_ELEMENTS", 20)
+    assert not proved(steep, flat[:, :1])

@@ -26,10 +26,6 @@ def install(folder: Path) -> dict[str, str]:
 def sbatch(path: str) -> None:
     """Start all jobs of an array at once."""
     folder = Path(os.environ[STATE])
-    if refusals := sorted(folder.glob("refusal-*")):
-        message = refusals[0].read_text()
-        refusals[0].unlink()
-        sys.exit(f"sbatch: error: {message}")
     text = Path(path).read_text()
     number = 100
     while True:
@@ -65,19 +61,7 @@ def srun(*given: str) -> None:
     for stream, name in ((1, "--output"), (2, "--error")):
         path = re.sub("%[Aajt]", lambda found: os.environ[names[found[0]]], files[name])
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    (Path(os.environ[STATE]) / f"step-{os.environ['SLURM_JOB_ID']}").write_text(str(os.getpid()))
     os.execvp(options[0], options)
-
-
-def refuse(folder: Path, times: int, message: str) -> None:
-    """Let sbatch fail some times."""
-    for number in range(times):
-        (folder / f"refusal-{number}").write_text(message)
-
-
-def send(folder: Path, job: str, number: signal.Signals) -> None:
-    """Send a signal to what a job runs, as Slurm does before the time limit."""
-    os.kill(int((folder / f"step-{job}").read_text()), number)
 
 
 def sacct(*given: str) -> None:

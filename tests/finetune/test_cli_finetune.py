@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -21,14 +20,14 @@ pytest.importorskip("matplotlib")
 typer_testing = pytest.importorskip("typer.testing")
 
 from tests.support.depth import in_depth
-from tnadapt.cli import app
-from tnadapt.cli._finetune_command import _word
-from tnadapt.cli.training_reporter import _outcome
-from tnadapt.errors import TnadaptError
+from tnadapt import finetune
+from tnadapt.cli import app, training_reporter
+from tnadapt.errors import FileError, TnadaptError
+from tnadapt.finetune import Task
+from tnadapt.finetune.grid import head_alone
 
-from . import tiny_models as tiny
+from .internals import study_job
 
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (the extra ray)")
 QUICK = ("--pretrain-epochs", "1", "--epochs", "1", "--batch", "64", "--lr", "0.03")
 
 
@@ -56,10 +55,19 @@ def records(out: Path) -> list[dict[str, Any]]:
         ({"validation": 0.875, "metric": "micro F1", "percent": True}, "validation micro F1 87.5%, 2.0 s"),
         ({"validation": 5.3861, "metric": "RMSE", "percent": False}, "validation RMSE 5.386, 2.0 s"),
         ({"validation": 0.5, "metric": "RMSE"}, "validation RMSE 0.5, 2.0 s"),
+        ({"validation_loss": 1.25}, "validation loss 1.2500, 2.0 s"),
+        ({"diverged": True}, "diverged"),
     ],
 )
-def test_progress_shows_scores_as_the_table_does(record: dict[str, Any], shown: str) -> None:
-    assert _outcome({"diverged": False, "seconds": 2.0, **record}) == shown
+def test_progress_shows_scores_as_the_table_does(
+    record: dict[str, Any], shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with training_reporter.reporter() as reporter:
+        reporter.begins(3, 1)
+        reporter.finished(Task(head_alone(), 0, 0.1), {"diverged": False, "seconds": 2.0, **record})
+    assert capsys.readouterr().err == (
+        f"1 of 3 trainings were finished before\n[2/3] head alone, rate 0.1, seed 0: {shown}\n"
+    )
 
 
 @pytest.mark.slow
@@ -95,40 +103,43 @@ def test_the_whole_job(cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "word"),
+    ("model", "data", "folder"),
     [
-        ("Qwen/Qwen2.5-7B-Instruct", "Qwen2.5-7B-Instruct"),
-        ("Qwen/Qwen2.5-0.5B", "Qwen2.5-0.5B"),
-        ("timm:vit_small_patch16_224.augreg_in1k", "vit_small_patch16_224.augreg_in1k"),
-        ("./my-bert", "my-bert"),
-        ("data/reviews.csv", "reviews"),
-        ("models/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct.Q4_1"),
-        ("photos/", "photos"),
-        ("..", ".."),
+        ("Qwen/Qwen2.5-7B-Instruct", "imdb", "Qwen2.5-7B-Instruct-imdb"),
+        ("Qwen/Qwen2.5-0.5B", "some/reviews:en", "Qwen2.5-0.5B-reviews-en"),
+        ("timm:vit_small_patch16_224.augreg_in1k", "photos/", "vit_small_patch16_224.augreg_in1k-photos"),
+        ("./my-bert", "data/reviews.csv", "my-bert-reviews"),
+        ("models/SmolLM2-135M-Instruct.Q4_1.gguf", "..", "SmolLM2-135M-Instruct.Q4_1-.."),
     ],
 )
-def test_the_default_folder_has_the_whole_name(source: str, word: str) -> None:
-    assert _word(source) == word
+def test_the_default_folder_has_the_whole_name(
+    model: str, data: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(out: Path) -> None:
+        raise FileError(str(out))
 
-
-def test_one_weight_is_counted_as_one(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    given = ["--model", tiny.bert(tmp_path / "bert"), "--data", tiny.classes(tmp_path / "a.jsonl")]
-    done = invoke(*given, "--targets", "bert.encoder.layer.0.attention.self.query", "--preset", "lora", "--dry-run")
-    assert done.exit_code == 0, done.output
-    assert "\n1 weight of a.jsonl with bert; " in done.stdout
+    for name in ("photos", "my-bert", "data", "models"):
+        (tmp_path / name).mkdir()
+    for name in ("my-bert/config.json", "data/reviews.csv", "models/SmolLM2-135M-Instruct.Q4_1.gguf"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(finetune, "check_out", stop)
+    assert str(invoke("--model", model, "--data", data).exception) == f"runs/{folder}"
 
 
 @pytest.mark.parametrize(
     ("targets", "count"),
     [(["query"], 2), (["query", "key"], 4), (["0.attention.self.query"], 1), ([".*query"], 2), (["q", "k"], 4)],
 )
-def test_targets_are_names_roles_or_a_pattern(tmp_path: Path, targets: list[str], count: int) -> None:
+def test_targets_are_names_roles_or_a_pattern(
+    adapter_of: Callable[[str], tuple[Path, str]], targets: list[str], count: int
+) -> None:
     pytest.importorskip("transformers")
-    given = ["--model", tiny.bert(tmp_path / "bert"), "--data", tiny.classes(tmp_path / "a.jsonl"), "--preset", "lora"]
-    done = invoke(*given, *(part for one in targets for part in ("--targets", one)), "--dry-run")
+    file, data = adapter_of("classification")
+    options = [part for target in targets for part in ("--targets", target)]
+    done = invoke("--model", file.parent / "model", "--data", data, "--preset", "lora", *options, "--dry-run")
     assert done.exit_code == 0, done.output
-    assert f"\n{count} weight{'s' * (count > 1)} of a.jsonl with bert; " in done.stdout
+    assert f"\n{count} weight{'s' * (count > 1)} of a.jsonl with model; " in done.stdout
 
 
 def test_a_budget_of_settings(cache: Path) -> None:
@@ -138,11 +149,9 @@ def test_a_budget_of_settings(cache: Path) -> None:
     assert "Uni-LoRA       p = 100, r = 4              100" in done.stdout
     assert "10 settings x 1 rate x 1 seed = 10 trainings" in done.stdout
     listed = json.loads(invoke(*QUICK, "--cache", cache, "--budget", 100, "--dry-run", "--json").stdout)
-    assert all(one["parameters"] <= 100 for one in listed["methods"])
+    assert all(method["parameters"] <= 100 for method in listed["methods"])
     assert listed["trainings"] == 10
-
-
-def test_nothing_asked_for_is_the_whole_grid(cache: Path) -> None:
+    # Nothing asked for is the whole grid.
     done = invoke("--pretrain-epochs", 1, "--cache", cache, "--dry-run", "--seeds", 2)
     assert "19 settings x 1 rate x 2 seeds = 38 trainings" in done.stdout
 
@@ -180,10 +189,7 @@ def test_the_engine_and_its_options_arrive_in_the_study(
 
 
 def test_a_proof_that_fails_is_exit_code_1(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tnadapt.finetune import _study as study
-    from tnadapt.finetune._study import Proof
-
-    monkeypatch.setattr(study, "prove", lambda *given: Proof(269, False, 3, 0.5))
+    monkeypatch.setattr(study_job, "prove", lambda *given: study_job.Proof(269, False, 3, 0.5))
     done = invoke(*QUICK, "--cache", cache, "--out", tmp_path, "--rank", 1, "--jobs", 1)
     assert done.exit_code == 1
     assert "DIFFERENT predictions on 269 test samples; merged: DIFFERENT predictions for 3" in done.stdout
@@ -235,11 +241,36 @@ def _busy(out: Path) -> bool:
     return any(str(out) in line and "tnadapt" in line for line in listed.splitlines())
 
 
-WHERE = [
-    pytest.param(["--jobs", 1], id="one job"),
-    pytest.param(["--jobs", 2], id="two jobs"),
-    pytest.param(["--jobs", 2, "--engine", "ray", "--engine-option", "address=local"], marks=needs_ray, id="ray"),
-]
+@pytest.mark.law("hostile-commands")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--targets", "xyz", "--rank", "1"], "matches 'xyz'"),
+        (["--targets", "all_linear", "--rank", "1"], "did you mean 'all-linear'?"),
+        (["--device", "abacus"], "no device 'abacus'; give cpu, cuda, cuda:0, mps, …"),
+        (["--limit", "3"], "--limit 3 leaves no sample for some of the 5 classes"),
+        (["--limit", "8"], "it needs at least 3, one for each of training, validation, test"),
+    ],
+)
+def test_mistakes_that_the_problem_shows(cache: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    # Others are refused before torch is imported: see tests/cli/test_cli.py.
+    done = invoke("--pretrain-epochs", 1, "--cache", cache, "--out", tmp_path / "run", *arguments)
+    assert isinstance(done.exception, TnadaptError), done.output
+    assert message in str(done.exception)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_torch_it_says_what_to_install_and_verify_works() -> None:
+    code = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_module('tnadapt', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, "finetune"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("tnadapt: tnadapt finetune needs its extra: pip install 'tnadapt[demo]'")
+    given = ["verify", "--preset", "lora", "--backend", "numpy"]
+    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+WHERE = [["--jobs", 1], ["--jobs", 2], ["--jobs", 2, "--engine", "ray", "--engine-option", "address=local"]]
 
 
 @pytest.mark.slow
@@ -249,6 +280,8 @@ WHERE = [
 def test_interrupted_it_says_how_to_go_on(
     cache: Path, tmp_path: Path, where: list[Any], record_property: Callable[[str, object], None]
 ) -> None:
+    if "ray" in where:
+        pytest.importorskip("ray")
     arguments = (
         *("--pretrain-epochs", 1, "--cache", cache, "--out", tmp_path / "run", *where, "--epochs", 8, "--rank", 1),
         *("--lr", 0.005, "--lr", 0.01, "--lr", 0.02),
@@ -282,66 +315,3 @@ def _group(leader: int) -> list[str]:
     listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
     lines = [line.split(maxsplit=2) for line in listed.splitlines()]
     return [args[0] if args else "" for group, state, *args in lines if int(group) == leader and state[0] != "Z"]
-
-
-@pytest.mark.law("hostile-commands")
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--preset", "lorra"], "no preset 'lorra'; did you mean 'lora'? The presets are c3a, cara"),
-        (["--rank", "0"], "rank must be from 1"),
-        (["--budget", "0"], "a budget must be at least 1 parameter; got 0"),
-        (["--budget", "9", "--rank", "1"], "a budget or settings, not both"),
-        (["--set", "rank"], "--set takes FIELD=VALUE"),
-        (["--set", "rank=2", "--set", "rank=8"], "--set gives rank twice; it applies to every preset: run the command"),
-        (["--rank", "2", "--set", "rank=8"], "--rank and --set rank=… both give rank; leave one of them out"),
-        (["--order", "2", "--set", "order=3"], "--order and --set order=… both give order; leave one of them out"),
-        (["--ratio", "0.5"], "ratio=0.5 needs a projection that changes the length"),
-        (["--groups", "some"], 'groups must be "weight", "layer"'),
-        (["--targets", "xyz", "--rank", "1"], "matches 'xyz'"),
-        (["--targets", "all_linear", "--rank", "1"], "did you mean 'all-linear'?"),
-        (["--targets", ""], "--targets is empty; give roles such as qv, names of modules, or a regular expression"),
-        (["--lr", "0"], "--lr must be above 0 and at most 1e6; got 0.0"),
-        (["--lr", "nan"], "--lr must be above 0 and at most 1e6; got nan"),
-        (["--device", "abacus"], "no device 'abacus'; give cpu, cuda, cuda:0, mps, …"),
-        (["--engine", "rey"], "no engine 'rey'; expected one of local, ray, slurm"),
-        (["--engine-option", "gpus"], "--engine-option takes KEY=VALUE; got 'gpus'"),
-        (["--engine-option", "gpus=1"], "engine local has no option 'gpus'; it has none"),
-        (["--engine-option", "a=1", "--engine-option", "a=2"], "--engine-option a is given twice"),
-        (["--model", "here"], "--model needs --data, too; with neither, the data are scikit-learn's digits"),
-        (["--data", "here.csv"], "--data needs --model, too"),
-        (
-            ["--model", "./nowhere", "--data", "./nothing.csv"],
-            "no data at nothing.csv: there is no such file or folder",
-        ),
-        (["--limit", "3"], "--limit 3 leaves no sample for some of the 5 classes"),
-        (["--limit", "8"], "it needs at least 3, one for each of training, validation, test"),
-    ],
-)
-def test_a_users_mistake(cache: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
-    out = tmp_path / "run"
-    done = invoke("--pretrain-epochs", 1, "--cache", cache, "--out", out, *arguments)
-    assert isinstance(done.exception, TnadaptError), done.output
-    assert message in str(done.exception)
-    assert not out.exists()
-
-
-def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    done = subprocess.run(
-        command("--model", ".", "--data", "none.csv"), capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert done.returncode == 2
-    assert done.stderr == "tnadapt: no data at none.csv: there is no such file or folder\n"
-    done = subprocess.run(command("--seeds", "0"), capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-
-
-def test_without_torch_it_says_what_to_install_and_verify_works() -> None:
-    code = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_module('tnadapt', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code, "finetune"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("tnadapt: tnadapt finetune needs its extra: pip install 'tnadapt[demo]'")
-    given = ["verify", "--preset", "lora", "--backend", "numpy"]
-    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

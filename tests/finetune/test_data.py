@@ -6,6 +6,7 @@ import contextlib
 import io
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,11 @@ from hypothesis import strategies as st
 
 from tnadapt.errors import FileError, TnadaptError
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
 from tests.conftest import peak_of
 from tnadapt.finetune import data as archives
-from tnadapt.finetune._digits import Pixels
-from tnadapt.finetune.data import (
-    PARTS,
-    Data,
-    Samples,
-    choose,
-    divide,
-)
+from tnadapt.finetune.data import PARTS, Data, Samples, choose, divide, open_source
 from tnadapt.finetune.problem import samples_digest
 
 from .small import read
@@ -57,12 +51,9 @@ def test_the_parts_are_all_of_the_data_once_and_every_class_is_in_each(counts: l
     assert all(np.array_equal(parts[name].inputs, again[name].inputs) for name in PARTS)
 
 
-def test_another_seed_divides_otherwise() -> None:
+def test_another_seed_divides_otherwise_and_a_test_part_stays_whole() -> None:
     one, other = divide(toy([20, 20]), 0), divide(toy([20, 20]), 1)
     assert one["test"].inputs.tolist() != other["test"].inputs.tolist()
-
-
-def test_a_test_part_that_comes_with_the_data_stays_whole() -> None:
     parts = divide(toy([10, 10], [3, 4]))
     assert parts["test"].inputs.tolist() == [1000.0 + i for i in range(7)]
     assert {name: len(part) for name, part in parts.items()} == {"training": 16, "validation": 4, "test": 7}
@@ -98,21 +89,17 @@ def test_a_limit_takes_from_all_classes_alike(counts: list[int], limit: int) -> 
         assert abs(taken - len(chosen) * count / len(samples)) <= len(counts)
 
 
-def test_the_digest_sees_every_pixel_token_label_and_statistic() -> None:
-    def digest(change: Any = None, mean: float = 0.0) -> str:
-        samples = Samples(np.zeros((4, 2, 2)), np.array([0, 0, 1, 1]))
-        if change is not None:
-            change(samples)
-        return samples_digest({"training": Pixels(samples, mean, 1.0)})
-
-    def brighter(samples: Samples) -> None:
-        samples.inputs[3, 1, 1] = 0.5
-
-    def relabelled(samples: Samples) -> None:
-        samples.labels[0] = 1
+def test_the_digest_sees_every_pixel_token_and_label() -> None:
+    def digest(brighter: float = 0.0, label: int = 0, name: str = "training") -> str:
+        inputs = torch.zeros(300, 2, 2)
+        inputs[299, 1, 1] = brighter
+        part: Any = SimpleNamespace(
+            labels=torch.tensor([label, 1] * 150), batch=lambda indices, device: inputs[indices]
+        )
+        return samples_digest({name: part})
 
     assert digest() == digest()
-    assert len({digest(), digest(brighter), digest(relabelled), digest(mean=0.1)}) == 4
+    assert len({digest(), digest(brighter=0.5), digest(label=2), digest(name="test")}) == 4
 
 
 # -- Tables ------------------------------------------------------------------------------------
@@ -123,65 +110,65 @@ def write(path: Path, text: str, encoding: str = "utf-8") -> str:
     return str(path)
 
 
-def test_a_table_with_usual_names(tmp_path: Path) -> None:
+def test_a_table_with_usual_or_named_columns(tmp_path: Path) -> None:
     data = read(
         write(tmp_path / "a.csv", 'id,Text,Label\n1,"good, really",yes\n2,bad,no\n3,"two\nlines",yes\n', "utf-8-sig")
     )
     assert (data.kind, data.classes) == ("text", ("no", "yes"))
     assert list(data.samples.inputs) == ["good, really", "bad", "two\nlines"]
     assert data.samples.labels.tolist() == [1, 0, 1]
+    data = read(write(tmp_path / "a.tsv", "what\tverdict\nx\t3\ny\t10\n"), "what", "verdict")
+    assert (data.classes, list(data.samples.inputs)) == (("10", "3"), ["x", "y"])
 
 
-def test_a_table_with_named_columns_and_tabs(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.tsv", "what\tverdict\nx\t3\ny\t10\n")
-    data = read(path, "what", "verdict")
-    assert data.classes == ("10", "3")
-    assert list(data.samples.inputs) == ["x", "y"]
+LABEL_MISSING, TEXT_MISSING = "line 2: nothing in column 'label'", "line 2: nothing in column 'text'"
+ENCODED = "text,label\ngood,0\nschön,1\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "options", "message"),
+    ("name", "content", "message"),
     [
-        ("a,b\n1,2\n", {}, "which column of .* is the text\\? It has 'a', 'b': give --text-column"),
-        ("text,b\n1,2\n", {}, "which column of .* is the label\\?"),
-        ("text,label\n1,2\n", {"text_column": "txt"}, "has no column 'txt'; its columns are 'text', 'label'"),
-        ("text,label\n", {}, "has no rows"),
-        ("", {}, "is empty; expected a line of column names"),
-        ("text,label\nfilm 1, good,1\n", {}, "line 2: more fields than column names; a text that has commas in it"),
-        ("text;label\nx;1\n", {}, r"a\.csv: its columns seem to be separated by ';': 'text;label'; expected commas"),
-        ("text,label,text\na,1,b\n", {}, "has more than one column 'text'"),
-        ("text,label\nx,  \n", {}, "line 2: nothing in column 'label'"),
-        ("text,label\n  ,1\n", {}, "line 2: nothing in column 'text'"),
-        ("text,label\nx,\n", {}, "line 2: nothing in column 'label'"),
-        ("text,label\nx\n", {}, "line 2: nothing in column 'label'"),
-        ("text,label\n,1\n", {}, "line 2: nothing in column 'text'"),
-        ('text,label\n"x,1\n', {}, "cannot read .* as a table"),
+        ("a.csv", "a,b\n1,2\n", "which column of .* is the text\\? It has 'a', 'b': give --text-column"),
+        ("a.csv", "text,b\n1,2\n", "which column of .* is the label\\?"),
+        ("a.csv", "text,label\n", "has no rows"),
+        ("a.csv", "", "is empty; expected a line of column names"),
+        ("a.csv", "text,label\nfilm 1, good,1\n", "line 2: more fields than column names; a text that has commas in"),
+        ("a.csv", "text;label\nx;1\n", r"a\.csv: its columns seem to be separated by ';': 'text;label'; expected com"),
+        ("a.csv", "text,label,text\na,1,b\n", "has more than one column 'text'"),
+        ("a.csv", "text,label\nx,  \n", LABEL_MISSING),
+        ("a.csv", "text,label\n  ,1\n", TEXT_MISSING),
+        ("a.csv", "text,label\nx,\n", LABEL_MISSING),
+        ("a.csv", "text,label\nx\n", LABEL_MISSING),
+        ("a.csv", "text,label\n,1\n", TEXT_MISSING),
+        ("a.csv", 'text,label\n"x,1\n', "cannot read .* as a table"),
+        ("a.csv", ENCODED.encode("latin-1"), r"a\.csv, line 3 is not UTF-8; save the file in that encoding"),
+        ("a.csv", ENCODED.encode("utf-16"), r"a\.csv, line 1 is not UTF-8; save the file in that encoding"),
+        ("a.txt", "text", r"expected a \.csv, \.tsv, \.jsonl, \.json or \.npz file, or a folder of images"),
+        ("a.npz", "PK and no more", r"as an .npz of plain arrays"),
+        ("nothing.csv", None, "there is no such file or folder"),
+        ("/nothing/here.npz", None, "there is no such file or folder"),
+        ("./nothing", None, "there is no such file or folder"),
+        ("a.jsonl", '{"text": "x"', "line 1 is not JSON"),
+        ("a.jsonl", "[1]\n", "line 1 is \\[1\\]; expected an object with one value for each column"),
+        ("a.jsonl", '{"text": "x"}\n\n{"label": "y"}\n', "line 3: column 'label' is not in every row"),
+        ("a.jsonl", "\n", "has no rows"),
+        ("a.json", '{"text": "x"}', "is not a list of objects"),
+        ("a.json", '[{"text": "x"}, 3]', "entry 2 is 3; expected an object"),
+        ("a.json", "[" * 100_000, "the file is not JSON"),
     ],
 )
-def test_bad_tables(tmp_path: Path, text: str, options: dict[str, Any], message: str) -> None:
+def test_bad_files(tmp_path: Path, name: str, content: str | bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(FileError, match=message):
-        read(write(tmp_path / "a.csv", text), **options)
+        read(name if name.startswith(".") else str(tmp_path / name))
 
 
-def test_a_table_in_another_encoding(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    for encoding, line in (("latin-1", 3), ("utf-16", 1)):
-        path.write_bytes("text,label\ngood,0\nschön,1\n".encode(encoding))
-        with pytest.raises(FileError, match=rf"a\.csv, line {line} is not UTF-8; save the file in that encoding"):
-            read(str(path))
-
-
-@pytest.mark.parametrize("name", ["nothing.csv", "./nothing", "/nothing/here.npz"])
-def test_no_such_file(name: str) -> None:
-    with pytest.raises(FileError, match="there is no such file or folder"):
-        read(name)
-
-
-def test_a_file_of_another_kind(tmp_path: Path) -> None:
-    with pytest.raises(
-        FileError, match=r"expected a \.csv, \.tsv, \.jsonl, \.json or \.npz file, or a folder of images"
-    ):
-        read(write(tmp_path / "a.txt", "text"))
+def test_a_list_and_lines_of_json_are_the_same(tmp_path: Path) -> None:
+    rows = [f'{{"text": "t{number}", "label": "{number % 2}"}}' for number in range(4)]
+    lines = open_source(write(tmp_path / "a.jsonl", "\n".join(rows)))
+    whole = open_source(write(tmp_path / "a.json", f"[{','.join(rows)}]"))
+    assert dict(lines.columns) == dict(whole.columns)  # type: ignore[union-attr]
 
 
 # -- Arrays ------------------------------------------------------------------------------------
@@ -227,16 +214,12 @@ def test_arrays_that_come_divided(tmp_path: Path) -> None:
         ({"x": np.full((3, 4, 4), np.nan), "y": [0, 1, 0]}, "expected 0 to 255"),
         ({"x": np.zeros((3, 4, 4), complex), "y": [0, 1, 0]}, "expected numbers"),
         ({"images": np.array([{}, {}]), "labels": [0, 1]}, "as an .npz of plain arrays"),
+        ({"x": np.zeros((2, 4, 4)), "X": np.zeros((2, 4, 4)), "y": [0, 1]}, "more than one array x"),
     ],
 )
 def test_bad_arrays(tmp_path: Path, given: dict[str, Any], message: str) -> None:
     with pytest.raises(FileError, match=message):
         read(arrays(tmp_path / "a.npz", **given))
-
-
-def test_a_file_that_is_no_archive(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"as an .npz of plain arrays"):
-        read(write(tmp_path / "a.npz", "PK and no more"))
 
 
 def test_an_archive_that_is_damaged_inside(tmp_path: Path) -> None:
@@ -277,52 +260,52 @@ SMALL = 1 << 20
 @pytest.mark.parametrize("said", [None, 1 << 30, 1 << 62])
 @pytest.mark.parametrize("shape", [(1 << 10, 1 << 10, 1 << 10), (1 << 31, 1 << 31), (1 << 62,), (-1, 5)])
 def test_what_an_array_claims_costs_nothing(tmp_path: Path, shape: tuple[int, ...], said: int | None) -> None:
-    path = forged(tmp_path / "a.npz", shape, bytes(100), said)
-    read_refused(path)
-    assert peak_of(lambda: read_refused(path)) < SMALL
+    refused_cheaply(forged(tmp_path / "a.npz", shape, bytes(100), said))
 
 
-def read_refused(path: str) -> None:
-    with pytest.raises(FileError, match=r"as an \.npz of plain arrays"):
-        read(path)
+def refused_cheaply(path: str) -> None:
+    def refused() -> None:
+        with pytest.raises(FileError, match=r"as an \.npz of plain arrays"):
+            read(path)
+
+    refused()  # it imports what it needs
+    assert peak_of(refused) < SMALL
 
 
 @pytest.mark.law("allocation-limit")
 def test_an_archive_is_read_as_far_as_it_says_and_no_further(tmp_path: Path) -> None:
     # 64 MiB of zeros, of which the array is 400 bytes by all that the archive says.
-    path = forged(tmp_path / "a.npz", (4, 10, 10), bytes(64 << 20), 400)
-    read_refused(path)
-    assert peak_of(lambda: read_refused(path)) < SMALL
+    refused_cheaply(forged(tmp_path / "a.npz", (4, 10, 10), bytes(64 << 20), 400))
 
 
 @pytest.mark.law("allocation-limit")
-def test_headers_of_any_length_and_other_packers_are_not_read(tmp_path: Path) -> None:
-    path = tmp_path / "a.npz"
-    for method, start in (
+@pytest.mark.parametrize(
+    ("method", "start"),
+    [
         (zipfile.ZIP_DEFLATED, b"\x93NUMPY\x02\x00" + (64 << 20).to_bytes(4, "little")),
         (zipfile.ZIP_BZIP2, b""), (zipfile.ZIP_LZMA, b""),
-    ):  # fmt: skip
-        with zipfile.ZipFile(path, "w", method) as archive:
-            archive.writestr("x.npy", start + b" " * (64 << 20))
-            archive.writestr("y.npy", b"")
-        read_refused(str(path))
-        assert peak_of(lambda: read_refused(str(path))) < SMALL
+    ],
+    ids=["header", "bzip2", "lzma"],
+)  # fmt: skip
+def test_headers_of_any_length_and_other_packers_are_not_read(tmp_path: Path, method: int, start: bytes) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", method) as archive:
+        archive.writestr("x.npy", start + b" " * (64 << 20))
+        archive.writestr("y.npy", b"")
+    refused_cheaply(str(tmp_path / "a.npz"))
 
 
 def test_all_arrays_together_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = arrays(tmp_path / "a.npz", x=np.zeros((4, 10, 10), np.uint8), y=np.array([0, 1, 0, 1], np.uint8))
-    monkeypatch.setattr(archives, "LARGEST", 404)
-    assert len(read(path).samples) == 4
-    monkeypatch.setattr(archives, "LARGEST", 403)
-    with pytest.raises(FileError, match="may have at most 16 GiB"):
-        read(path)
-
-
-def test_images_of_one_colour_are_read_though_they_pack_a_thousandfold(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
+    # Images of one colour are read though they pack a thousandfold.
     np.savez_compressed(path, x=np.full((400, 128, 128), 7, np.uint8), y=np.arange(400) % 2)
     assert path.stat().st_size * 700 < 400 * 128 * 128
     assert read(str(path)).samples.inputs.shape == (400, 128, 128)
+    arrays(path, x=np.zeros((4, 10, 10), np.uint8), y=np.array([0, 1, 0, 1], np.uint8))
+    monkeypatch.setattr(archives, "LARGEST", 404)
+    assert len(read(str(path)).samples) == 4
+    monkeypatch.setattr(archives, "LARGEST", 403)
+    with pytest.raises(FileError, match="may have at most 16 GiB"):
+        read(str(path))
 
 
 @pytest.mark.parametrize("order", "CF")
@@ -338,12 +321,6 @@ def test_arrays_are_those_that_numpy_reads(tmp_path: Path, order: str, dtype: st
             np.testing.assert_array_equal(found[name], expected[name])
 
 
-def test_two_arrays_of_one_name_are_refused(tmp_path: Path) -> None:
-    path = arrays(tmp_path / "a.npz", x=np.zeros((2, 4, 4)), X=np.zeros((2, 4, 4)), y=[0, 1])
-    with pytest.raises(FileError, match="more than one array x"):
-        read(path)
-
-
 # -- Folders and the datasets library ----------------------------------------------------------
 
 
@@ -354,38 +331,27 @@ def pictures(folder: Path, count: int, shade: int) -> None:
         image.fromarray(np.full((6, 9, 3), shade + index, np.uint8)).save(folder / f"{index}.png")
 
 
-def test_a_folder_of_images(tmp_path: Path) -> None:
-    pictures(tmp_path / "cat", 3, 10)
-    pictures(tmp_path / "dog", 2, 90)
-    data = read(str(tmp_path))
-    assert (data.kind, data.classes) == ("image", ("cat", "dog"))
+def test_a_folder_of_images_may_be_divided(tmp_path: Path) -> None:
+    pictures(tmp_path / "whole" / "cat", 3, 10)
+    pictures(tmp_path / "whole" / "dog", 2, 90)
+    data = read(str(tmp_path / "whole"))
+    assert (data.kind, data.classes, data.test) == ("image", ("cat", "dog"), None)
     assert data.samples.labels.tolist() == [0, 0, 0, 1, 1]
-    assert data.test is None
-
-
-def test_a_folder_that_comes_divided(tmp_path: Path) -> None:
     for part in ("train", "test"):
-        pictures(tmp_path / part / "cat", 2, 10)
-        pictures(tmp_path / part / "dog", 2, 90)
-    data = read(str(tmp_path))
+        pictures(tmp_path / "divided" / part / "cat", 2, 10)
+        pictures(tmp_path / "divided" / part / "dog", 2, 90)
+    data = read(str(tmp_path / "divided"))
     assert data.test is not None
-    assert (len(data.samples), len(data.test)) == (4, 4)
-    assert data.classes == ("cat", "dog")
-
-
-def test_a_folder_that_may_be_divided_or_not(tmp_path: Path) -> None:
-    for name in ("train", "test", "unlabelled"):
-        pictures(tmp_path / name / "cat", 1, 10)
-    with pytest.raises(FileError, match=r"has folders named train and test and others \(unlabelled\)"):
-        read(str(tmp_path))
-
-
-def test_folders_without_images(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match="no sub-folders with images"):
-        read(str(tmp_path))
-    (tmp_path / "cat").mkdir()
-    with pytest.raises(FileError, match=r"no image in .*cat"):
-        read(str(tmp_path))
+    assert (len(data.samples), len(data.test), data.classes) == (4, 4, ("cat", "dog"))
+    pictures(tmp_path / "divided" / "unlabelled" / "cat", 1, 10)
+    (tmp_path / "empty" / "cat").mkdir(parents=True)
+    for name, message in {
+        "divided": r"has folders named train and test and others \(unlabelled\)",
+        "empty/cat": "no sub-folders with images",
+        "empty": r"no image in .*cat",
+    }.items():
+        with pytest.raises(FileError, match=message):
+            read(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("divided", [False, True])
@@ -403,34 +369,23 @@ def test_what_datasets_saved(tmp_path: Path, divided: bool) -> None:
     assert (data.test is not None) == divided
 
 
-def test_images_that_datasets_saved(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    pytest.importorskip("PIL")
-    pixels = [np.full((5, 5, 3), shade, np.uint8) for shade in (0, 100, 200)]
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
-    one = datasets.Dataset.from_dict({"img": pixels, "label": [7, 8, 7]}, features=features)
-    one.save_to_disk(tmp_path / "saved")
-    data = read(str(tmp_path / "saved"))
-    assert (data.kind, data.classes) == ("image", ("7", "8"))
-    np.testing.assert_array_equal(np.asarray(data.samples.inputs[1]), pixels[1])
-
-
 def test_images_that_datasets_saved_are_decoded_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     pytest.importorskip("PIL")
     pixels = [np.full((5, 5, 3), shade, np.uint8) for shade in range(20)]
     features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
-    datasets.Dataset.from_dict({"img": pixels, "label": [0, 1] * 10}, features=features).save_to_disk(
-        tmp_path / "saved"
-    )
+    rows = {"img": pixels, "label": [7, 8] * 10}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
     decoded = []
     decode = datasets.Image.decode_example
     monkeypatch.setattr(datasets.Image, "decode_example", lambda *a, **k: (decoded.append(1), decode(*a, **k))[1])
-    few = choose(read(str(tmp_path / "saved")).samples, 4)
-    assert decoded == []
+    data = read(str(tmp_path / "saved"))
+    few = choose(data.samples, 4)
+    assert (data.kind, data.classes, decoded) == ("image", ("7", "8"), [])
     shades = [int(np.asarray(few.inputs[index])[0, 0, 0]) for index in range(len(few))]
     assert [shade % 2 for shade in shades] == few.labels.tolist()
     assert len(decoded) == 4
+    np.testing.assert_array_equal(np.asarray(data.samples.inputs[1]), pixels[1])
 
 
 @pytest.mark.parametrize(
@@ -448,19 +403,6 @@ def test_bad_rows_that_datasets_saved(tmp_path: Path, rows: dict[str, Any], mess
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
     with pytest.raises(FileError, match=message):
         read(str(tmp_path / "saved"))
-
-
-def test_a_test_part_without_labels_is_none(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    one, unlabelled, held = (
-        datasets.Dataset.from_dict({"text": ["a", "b"], "label": labels}) for labels in ([0, 1], [-1, -1], [1, 0])
-    )
-    parts = datasets.DatasetDict({"train": one, "test": unlabelled, "validation": held})
-    parts.save_to_disk(tmp_path / "saved")
-    data = read(str(tmp_path / "saved"))
-    assert data.classes == ("0", "1")
-    assert data.test is not None
-    assert data.test.labels.tolist() == [1, 0]
 
 
 def test_a_datasets_name_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

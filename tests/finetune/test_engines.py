@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,11 +31,12 @@ import torch
 import tnadapt as tna
 from tests.support.depth import in_depth, long_only
 from tnadapt.finetune import Engine, engines, open_engine, run_tasks
-from tnadapt.finetune.engines import Started, _slurm
-from tnadapt.finetune.engines import _engine as _run_folder
+from tnadapt.finetune.engines import Started
 
 from . import fake_slurm
-from .played_tasks import ROOT, Act, Play, acts, environment, lines, run, start
+from .internals import run_folder
+from .internals import slurm as slurm_engine
+from .played_tasks import ROOT, Act, Play, acts, lines, run, start
 
 
 def needs(engine: str) -> pytest.MarkDecorator:
@@ -88,53 +89,20 @@ def keys(found: list[dict[str, Any]]) -> list[str]:
 def test_one_job_runs_here_in_order_and_as_if_its_lines_had_been_in_a_file(tmp_path: Path) -> None:
     progress: list[tuple[str, float]] = []
     before = torch.get_num_threads()
-    found = list(
-        run_tasks(
-            Play(tmp_path), acts(*"cab"), tmp_path, threads=before + 2,
-            progress=lambda task, done: progress.append((task.does, done)),
-        )
-    )  # fmt: skip
-    assert [task.does for task, _ in found] == list("cab")
-    assert [line for _, line in found] == [
-        {"does": name, "pair": [1, 2], "threads": before + 2, "process": os.getpid()} for name in "cab"
+    report = lambda task, done: progress.append((task.does, done))  # noqa: E731
+    results = list(run_tasks(Play(tmp_path), acts(*"cab"), tmp_path, threads=before + 2, progress=report))
+    assert [(task.does, line) for task, line in results] == [
+        (name, {"does": name, "pair": [1, 2], "threads": before + 2, "process": os.getpid()}) for name in "cab"
     ]
     assert progress == [(name, 0.5) for name in "cab"]
     assert torch.get_num_threads() == before
     assert not (tmp_path / "workers").exists()
-
-
-def test_what_was_opened_already_is_used_here(tmp_path: Path) -> None:
-    (found,) = run_tasks(Play(tmp_path / "none"), acts("a"), tmp_path, do=lambda task, report: {"own": task.does})
-    assert found == (Act("a"), {"own": "a"})
-
-
-@pytest.mark.parametrize(
-    ("name", "error", "message"),
-    [("refuses", tna.TnadaptError, "^not like this$"), ("raises", Exception, "no luck")],
-)
-def test_here_errors_are_what_they_are(name: str, error: type[Exception], message: str, tmp_path: Path) -> None:
-    with pytest.raises(error, match=message):
-        list(run_tasks(Play(tmp_path), acts(name), tmp_path))
-
-
-def test_a_line_must_be_json(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, do=lambda task, report: {"set": {1}}))
-
-
-def test_keys_must_differ(tmp_path: Path) -> None:
-    with pytest.raises(tna.TnadaptError, match="tasks need different keys; 2 have the key 'a/0'"):
-        list(run_tasks(Play(tmp_path), [Act("a"), Act("b"), Act("a")], tmp_path))
+    # What was opened already is used.
+    (result,) = run_tasks(Play(tmp_path / "none"), acts("a"), tmp_path, do=lambda task, report: {"own": task.does})
+    assert result == (Act("a"), {"own": "a"})
 
 
 # -- By name ---------------------------------------------------------------------------------------
-
-
-def test_an_unknown_engine_or_option_is_named() -> None:
-    with pytest.raises(tna.TnadaptError, match=f"no engine 'rey'; expected one of {', '.join(engines.ENGINES)}"):
-        open_engine("rey")
-    with pytest.raises(tna.TnadaptError, match="engine local has no option 'partition'; it has none"):
-        open_engine("local", options={"partition": "gpu"})
 
 
 def test_libraries_of_clusters_are_imported_where_an_engine_starts() -> None:
@@ -147,10 +115,11 @@ def test_libraries_of_clusters_are_imported_where_an_engine_starts() -> None:
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
-@pytest.mark.parametrize("engine", ["ray", "slurm"])
-def test_a_library_that_is_not_installed_is_named_with_its_extra(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("engine", "library"), [("ray", "ray"), ("slurm", "submitit")])
+def test_a_library_that_is_not_installed_is_named_with_its_extra(
+    engine: str, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    library = {"ray": "ray", "slurm": "submitit"}[engine]
     message = f"engine {engine} needs {library}, which is not installed: pip install 'tnadapt[{engine}]'"
     with pytest.raises(tna.TnadaptError, match=re.escape(message)):
         open_engine(engine)
@@ -184,6 +153,9 @@ def test_how_many_run_on_this_machine(jobs: int | None, light: bool, expected: i
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     engine = open_engine("local", jobs, light=light)
     assert engine.jobs == engine.capacity == (expected or cores)
+    # What is left when "run the same command again" is followed may kill its process: not this one, if jobs were asked.
+    assert engine.here(1) == (jobs != 3)
+    assert engine.here(2) == (engine.jobs < 2)
     assert engine.device("cuda") is None, "it is looked for"
     assert engine.threads(5, 7) == 5
     assert engine.threads(None, 1) == torch.get_num_threads()
@@ -205,17 +177,30 @@ def leave(folder: Path, study: str = "") -> Path:
     return run
 
 
-def words(found: Any) -> dict[str, str]:
-    return {task.does: line.get("was", "new") for task, line in found}
+def words(results: Any) -> dict[str, str]:
+    return {task.does: line.get("was", "new") for task, line in results}
+
+
+#: Steps after a program was killed: the tasks asked for, those known to be finished, those that are run now, and how
+#: many files of workers are left.
+STEPS = {
+    "what workers had finished is not run again": [("bxdac", "", "x", 0)],
+    "lines that nobody has asked for yet are kept": [("adx", "", "x", 1), ("ca", "", "a", 1), ("b", "", "", 0)],
+    "lines that a killed program had read are deleted": [("cx", "abd", "x", 0)],
+    "files of a program that was killed at its end are deleted": [("", "abcd", "", 0)],
+}
 
 
 @pytest.mark.law("killed-sweep")
-def test_what_workers_had_finished_is_not_run_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+def test_lines_of_a_killed_program_are_used_once(steps: list[tuple[str, str, str, int]], tmp_path: Path) -> None:
     leave(tmp_path)
-    found = run_tasks(Play(tmp_path), [Act(name) for name in "bxdac"], tmp_path)
-    assert words(found) == {"b": "b", "d": "d", "a": "a", "c": "c", "x": "new"}
-    assert Play(tmp_path).noted("begun") == ["x/0"]
-    assert not (tmp_path / "workers").exists()
+    for asked, known, new, files in steps:
+        results = run_tasks(Play(tmp_path), [Act(name) for name in asked], tmp_path, known=[f"{k}/0" for k in known])
+        assert words(results) == {name: "new" if name in new else name for name in asked}
+        assert len(list(tmp_path.glob("workers/*/worker-*.jsonl"))) == files
+        assert (tmp_path / "workers").exists() == bool(files)
+    assert Play(tmp_path).noted("begun") == sorted(f"{name}/0" for _, _, new, _ in steps for name in new)
 
 
 @pytest.mark.law("killed-sweep")
@@ -224,35 +209,6 @@ def test_who_stops_reading_loses_none_of_them(tmp_path: Path) -> None:
     with contextlib.closing(run_tasks(Play(tmp_path), [Act("a"), Act("b")], tmp_path)) as found:
         assert next(found) == (Act("a"), {"was": "a"})
     assert words(run_tasks(Play(tmp_path), [Act("b")], tmp_path)) == {"b": "b"}
-
-
-@pytest.mark.law("killed-sweep")
-def test_lines_of_tasks_that_nobody_has_asked_for_yet_are_kept(tmp_path: Path) -> None:
-    leave(tmp_path)
-    assert words(run_tasks(Play(tmp_path), [Act("a"), Act("d"), Act("x")], tmp_path)) == {
-        "a": "a",
-        "d": "d",
-        "x": "new",
-    }
-    assert len(list(tmp_path.glob("workers/*/worker-*.jsonl"))) == 1
-    assert words(run_tasks(Play(tmp_path), [Act("c"), Act("a")], tmp_path)) == {"c": "c", "a": "new"}
-    assert words(run_tasks(Play(tmp_path), [Act("b")], tmp_path)) == {"b": "b"}
-    assert not (tmp_path / "workers").exists()
-
-
-@pytest.mark.law("killed-sweep")
-def test_lines_that_a_killed_program_had_read_are_deleted(tmp_path: Path) -> None:
-    leave(tmp_path)
-    found = run_tasks(Play(tmp_path), [Act("c"), Act("x")], tmp_path, known=[Act(name).key for name in "abd"])
-    assert words(found) == {"c": "c", "x": "new"}
-    assert not (tmp_path / "workers").exists()
-
-
-@pytest.mark.law("killed-sweep")
-def test_the_files_of_a_program_that_was_killed_at_its_end_are_deleted(tmp_path: Path) -> None:
-    leave(tmp_path)
-    assert not list(run_tasks(Play(tmp_path), [], tmp_path, known=[Act(name).key for name in "abcd"]))
-    assert not (tmp_path / "workers").exists()
 
 
 @pytest.mark.law("killed-sweep")
@@ -275,35 +231,32 @@ def test_a_line_that_is_being_written_while_others_are_deleted_is_kept(
     run = leave(tmp_path)
     late = run / "worker-late.jsonl"
     late.write_text('{"key": "late/0", ')
-    read = _run_folder.undamaged_lines
+    read = run_folder.undamaged_lines
 
     def write(path: Path) -> Iterable[dict[str, Any]]:
-        found = list(read(path))
+        lines_before = list(read(path))
         if path == late:
             late.write_text('{"key": "late/0", "line": {"was": "late"}}\n')
             (run / "worker-later.jsonl").write_text('{"key": "later/0", "line": {"was": "later"}}\n')
-        return found
+        return lines_before
 
     with monkeypatch.context() as patch:
-        patch.setattr(_run_folder, "undamaged_lines", write)
-        _run_folder.RunFolder(tmp_path, "").forget({"a/0"})
-    found = words(run_tasks(Play(tmp_path), [Act(name) for name in ("b", "late", "later")], tmp_path))
-    assert found == {"b": "b", "late": "late", "later": "later"}
+        patch.setattr(run_folder, "undamaged_lines", write)
+        run_folder.RunFolder(tmp_path, "").forget({"a/0"})
+    names = ("b", "late", "later")
+    assert words(run_tasks(Play(tmp_path), [Act(name) for name in names], tmp_path)) == {name: name for name in names}
 
 
-def test_lines_of_another_study_are_discarded(tmp_path: Path) -> None:
-    leave(tmp_path, "one")
-    assert words(run_tasks(Play(tmp_path), [Act("a")], tmp_path, study="other")) == {"a": "new"}
-    assert not (tmp_path / "workers").exists()
-
-
-def test_discarding_takes_its_own_alone(tmp_path: Path) -> None:
+def test_lines_of_another_study_are_discarded_and_nothing_else(tmp_path: Path) -> None:
+    leave(tmp_path / "other", "one")
+    assert words(run_tasks(Play(tmp_path), [Act("a")], tmp_path / "other", study="other")) == {"a": "new"}
+    assert not (tmp_path / "other" / "workers").exists()
     run = leave(tmp_path)
     (tmp_path / "workers" / "precious").write_text("mine")
-    engines.discard(tmp_path)
-    assert not run.exists()
-    assert [path.name for path in (tmp_path / "workers").iterdir()] == ["precious"]
-    engines.discard(tmp_path)
+    for _ in range(2):
+        engines.discard(tmp_path)
+        assert not run.exists()
+        assert [path.name for path in (tmp_path / "workers").iterdir()] == ["precious"]
 
 
 @pytest.mark.parametrize(
@@ -327,9 +280,9 @@ def test_of_a_file_that_was_cut_the_whole_lines_count(
     path = leave(folder) / "worker-0.jsonl"
     whole = path.read_bytes()[:cut]
     path.write_bytes(whole + junk.replace(b"\n", b""))
-    found = words(run_tasks(Play(folder), [Act(name) for name in "abcd"], folder))
-    expected = [name for name in "ab" if f'{{"key": "{name}/0", "line": {{"was": "{name}"}}}}\n'.encode() in whole]
-    assert found == {name: name if name in [*expected, "c", "d"] else "new" for name in "abcd"}
+    kept = [name for name in "ab" if f'{{"key": "{name}/0", "line": {{"was": "{name}"}}}}\n'.encode() in whole]
+    results = words(run_tasks(Play(folder), [Act(name) for name in "abcd"], folder))
+    assert results == {name: name if name in [*kept, "c", "d"] else "new" for name in "abcd"}
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
@@ -389,15 +342,44 @@ class _Here(Started):
 
 def test_another_engine(tmp_path: Path) -> None:
     engine = Crowded(options={"cpus": "2"})
-    found = list(run_tasks(Play(tmp_path), acts(*"abcde"), tmp_path, engine=engine))
-    assert sorted(task.does for task, _ in found) == list("abcde")
-    assert {line["threads"] for _, line in found} == {2}
+    results = list(run_tasks(Play(tmp_path), acts(*"abcde"), tmp_path, engine=engine))
+    assert sorted(task.does for task, _ in results) == list("abcde")
+    assert {line["threads"] for _, line in results} == {2}
     assert (engine.most, engine.closed) == (2, True)
     assert not (tmp_path / "workers").exists()
-    with pytest.raises(tna.TnadaptError, match="option cpus of engine crowded must be a number of at least 0; got 'x'"):
-        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine=Crowded(options={"cpus": "x"})))
     with pytest.raises(tna.TnadaptError, match="engine crowded has no option 'gpus'; it has cpus"):
         Crowded(options={"gpus": "1"})
+
+
+@pytest.mark.parametrize(
+    ("tasks", "settings", "error", "message"),
+    [
+        (acts("refuses"), {}, tna.TnadaptError, "^not like this$"),
+        (acts("raises"), {}, Exception, "no luck"),
+        (acts("a"), {"do": lambda task, report: {"set": {1}}}, TypeError, "not JSON serializable"),
+        (
+            [Act("a"), Act("b"), Act("a")], {}, tna.TnadaptError,
+            "tasks need different keys; 2 have the key 'a/0'",
+        ),
+        (
+            acts("a"), {"engine": "rey"}, tna.TnadaptError,
+            f"no engine 'rey'; expected one of {', '.join(engines.ENGINES)}",
+        ),
+        (
+            acts("a"), {"options": {"partition": "gpu"}}, tna.TnadaptError,
+            "engine local has no option 'partition'; it has none",
+        ),
+        (
+            acts("a"), {"engine": Crowded(options={"cpus": "x"})}, tna.TnadaptError,
+            "option cpus of engine crowded must be a number of at least 0; got 'x'",
+        ),
+    ],
+)  # fmt: skip
+def test_errors_in_this_process_are_what_they_are(
+    tasks: list[Act], settings: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        list(run_tasks(Play(tmp_path), tasks, tmp_path, **settings))
 
 
 def test_a_process_that_outlives_a_run_does_the_work_of_the_next(tmp_path: Path) -> None:
@@ -415,23 +397,22 @@ def test_who_dies_after_its_line_was_written_has_finished(tmp_path: Path) -> Non
     assert len(Play(tmp_path).noted("begun")) == 1
 
 
-def test_who_always_dies_is_named_when_all_others_are_done(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ("lost", *"abcde"),
+            r"lost/0 \(out of memory\); use larger machines\. What is finished is kept: run the same command again to "
+            "continue",
+        ),
+        (("lost",) * 5, r"lost/\d, lost/\d, lost/\d and 2 more \(out of memory\); .*"),
+    ],
+)
+def test_who_always_dies_is_named_when_all_others_are_done(names: Sequence[str], message: str, tmp_path: Path) -> None:
     done: list[str] = []
-    with pytest.raises(tna.TnadaptError) as caught:
-        finish(done, run_tasks(Play(tmp_path), acts("lost", *"abcde"), tmp_path, engine=Crowded()))
-    assert sorted(done) == list("abcde")
-    assert str(caught.value) == (
-        "a worker died 3 times while it ran lost/0 (out of memory); use larger machines. What is finished is kept: run "
-        "the same command again to continue"
-    )
-
-
-def test_of_many_that_always_die_for_one_reason_three_are_named(tmp_path: Path) -> None:
-    with pytest.raises(tna.TnadaptError) as caught:
-        list(run_tasks(Play(tmp_path), acts(*["lost"] * 5), tmp_path, engine=Crowded()))
-    told = re.fullmatch(r"a worker died 3 times while it ran (.+) and 2 more \(out of memory\); .*", str(caught.value))
-    assert told
-    assert len(set(told[1].split(", "))) == 3
+    with pytest.raises(tna.TnadaptError, match=f"^a worker died 3 times while it ran {message}$"):
+        finish(done, run_tasks(Play(tmp_path), acts(*names), tmp_path, engine=Crowded()))
+    assert sorted(done) == [name for name in names if name != "lost"]
 
 
 def test_who_always_dies_is_handed_over_on_request(tmp_path: Path) -> None:
@@ -446,10 +427,17 @@ def test_who_always_dies_is_handed_over_on_request(tmp_path: Path) -> None:
     assert not (tmp_path / "workers").exists()
 
 
-def test_a_failure_waits_for_no_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("refuses", tna.TnadaptError, "^not like this$"),
+        ("raises", RuntimeError, r"(?s)a task failed \(raises/1\):\n.*UnpicklableError: no luck"),
+    ],
+)
+def test_a_failure_waits_for_no_others(name: str, error: type[Exception], message: str, tmp_path: Path) -> None:
     done: list[str] = []
-    with pytest.raises(RuntimeError, match=r"(?s)a task failed \(raises/1\):\n.*UnpicklableError: no luck"):
-        finish(done, run_tasks(Play(tmp_path), acts("a", "raises", "b", "c"), tmp_path, engine=Crowded()))
+    with pytest.raises(error, match=message):
+        finish(done, run_tasks(Play(tmp_path), acts("a", name, "b", "c"), tmp_path, engine=Crowded()))
     assert done == []
     # What is not known to be finished is in the workers' files, if it is.
     assert words(run_tasks(Play(tmp_path), acts("a"), tmp_path)) == {"a": "new"}
@@ -460,40 +448,16 @@ def test_a_failure_waits_for_no_others(tmp_path: Path) -> None:
 
 def test_each_of_two_processes_opens_the_work_once_and_does_several(tmp_path: Path) -> None:
     progress: list[tuple[str, float]] = []
-    found = list(
-        run_tasks(
-            Play(tmp_path), acts(*"abcdef"), tmp_path, jobs=2, threads=3,
-            progress=lambda task, done: progress.append((task.does, done)),
-        )
-    )  # fmt: skip
-    assert sorted(task.does for task, _ in found) == list("abcdef")
-    processes = {line["process"] for _, line in found}
+    report = lambda task, done: progress.append((task.does, done))  # noqa: E731
+    results = list(run_tasks(Play(tmp_path), acts(*"abcdef"), tmp_path, jobs=2, threads=3, progress=report))
+    assert sorted(task.does for task, _ in results) == list("abcdef")
+    processes = {line["process"] for _, line in results}
     assert os.getpid() not in processes
     assert len(processes) <= 2
     assert sorted(map(int, Play(tmp_path).noted("process"))) == sorted(processes)
-    assert {line["threads"] for _, line in found} == {3}
+    assert {line["threads"] for _, line in results} == {3}
     assert set(progress) == {(name, 0.5) for name in "abcdef"}
     assert not (tmp_path / "workers").exists()
-    assert gone(tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "error", "message"),
-    [
-        ("refuses", tna.TnadaptError, "^not like this$"),
-        ("raises", RuntimeError, r"(?s)a task failed \(raises/3\):\n.*UnpicklableError: no luck"),
-    ],
-)
-def test_one_that_fails_ends_those_that_run_and_loses_none_that_is_done(
-    name: str, error: type[Exception], message: str, tmp_path: Path
-) -> None:
-    finished: list[str] = []
-    began = time.monotonic()
-    with pytest.raises(error, match=message):
-        finish(finished, run_tasks(Play(tmp_path), acts("long", "a", "b", name, "c"), tmp_path, jobs=2))
-    assert finished == ["a", "b"]
-    assert time.monotonic() - began < 120, "it does not wait for the long one"
     assert gone(tmp_path)
 
 
@@ -501,21 +465,11 @@ def test_one_that_fails_ends_those_that_run_and_loses_none_that_is_done(
 @pytest.mark.law("killed-sweep")
 def test_one_that_dies_disturbs_no_other_and_is_tried_again(tmp_path: Path) -> None:
     finished: list[str] = []
-    names = ("waits", "killed-once", "killed", "a")
-    with pytest.raises(tna.TnadaptError, match=r"a worker died 3 times while it ran killed/2; .*--jobs 1; .*again"):
+    names, ended = ("waits", "killed-once", "killed", "a"), r"a worker died 3 times while it ran killed/2; .*--jobs 1; "
+    with pytest.raises(tna.TnadaptError, match=ended + r".*if __name__ == '__main__'\. .*again"):
         finish(finished, run_tasks(Play(tmp_path), acts(*names), tmp_path, jobs=2), go=tmp_path / "go")
     assert sorted(finished) == ["a", "killed-once", "waits"]
     assert Play(tmp_path).noted("begun") == ["a/3", *["killed-once/1"] * 2, *["killed/2"] * 3, "waits/0"]
-    assert gone(tmp_path)
-
-
-@pytest.mark.slow
-def test_the_last_task_kills_its_worker_and_not_the_program(tmp_path: Path) -> None:
-    # What is left when "run the same command again" is followed.
-    done = run(tmp_path, "local", "killed")
-    assert done.returncode == 1
-    assert "a worker died 3 times while it ran killed/0" in done.stderr.splitlines()[-1]
-    assert Play(tmp_path).noted("begun") == ["killed/0"] * 3
     assert gone(tmp_path)
 
 
@@ -534,16 +488,13 @@ def test_an_interrupt_while_a_worker_starts_ends_it(
     real = futures.ProcessPoolExecutor.submit
 
     def submit(pool: futures.ProcessPoolExecutor, *call: Any) -> futures.Future[Any]:
-        found = real(pool, *call)
+        future = real(pool, *call)
         os.kill(os.getpid(), signal.SIGINT)
-        return found
+        return future
 
     ended = threading.Event()
-    others = [
-        threading.Thread(target=ended.wait, daemon=True) for _ in range(threads - 1)
-    ]  # one that may hear of the signal
-    for thread in others:
-        thread.start()
+    for _ in range(threads - 1):  # one that may hear of the signal
+        threading.Thread(target=ended.wait, daemon=True).start()
     monkeypatch.setattr(futures.ProcessPoolExecutor, "submit", submit)
     before, began = signal.getsignal(signal.SIGINT), time.monotonic()
     with pytest.raises(KeyboardInterrupt):
@@ -552,27 +503,6 @@ def test_an_interrupt_while_a_worker_starts_ends_it(
     assert not multiprocessing.active_children()
     assert signal.getsignal(signal.SIGINT) is before
     ended.set()
-
-
-@pytest.mark.slow
-@long_only
-def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import pathlib\nfrom tests.finetune.played_tasks import Play, acts, run_tasks\n"
-        f"folder = pathlib.Path({str(tmp_path)!r})\n"
-        "list(run_tasks(Play(folder), acts('long', 'long'), folder, jobs=2))\n"
-    )
-    done = run_script(script)
-    assert done.returncode == 1
-    assert "run the study under if __name__ == '__main__'" in done.stderr.splitlines()[-1]
-
-
-def run_script(path: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(path)], capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=120,
-        check=False,
-    )  # fmt: skip
 
 
 # -- Every engine ----------------------------------------------------------------------------------
@@ -649,20 +579,17 @@ def test_ray_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         asked.append(given["address"])
         raise ConnectionError("could not find\nany")
 
-    def start(**options: str) -> None:
-        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="ray", options=options))
-
     asked: list[str | None] = []
     monkeypatch.setattr(ray, "init", init)
     hint = "; one that wants a token needs RAY_AUTH_MODE=token, and the option address=local starts a new one$"
-    with pytest.raises(tna.TnadaptError, match=rf"^no Ray cluster at 'ray\.example:6379': could not find{hint}"):
-        start(address="ray.example:6379")
-    monkeypatch.setenv("RAY_ADDRESS", "another:1")
-    with pytest.raises(tna.TnadaptError, match=rf"^no Ray cluster at 'another:1': could not find{hint}"):
-        start()
-    monkeypatch.delenv("RAY_ADDRESS")
-    with pytest.raises(tna.TnadaptError, match=rf"^no Ray cluster where ray start has left its address: .*{hint}"):
-        start()
+    for options, variable, where in (
+        ({"address": "ray.example:6379"}, "", r"at 'ray\.example:6379': could not find"),
+        ({}, "another:1", "at 'another:1': could not find"),
+        ({}, "", "where ray start has left its address: .*"),
+    ):
+        monkeypatch.setenv("RAY_ADDRESS", variable) if variable else monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        with pytest.raises(tna.TnadaptError, match=f"^no Ray cluster {where}{hint}"):
+            list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="ray", options=options))
     assert asked == ["ray.example:6379", "another:1", None]
 
 
@@ -725,10 +652,19 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @needs("slurm")
 def test_slurm_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(tna.TnadaptError, match=r'^engine slurm cannot start: Could not detect "srun"'):
-        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="slurm"))
-    with pytest.raises(tna.TnadaptError, match=r"^engine slurm cannot start: .* executor named moon"):
-        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="slurm", options={"cluster": "moon"}))
+    for options, message in (({}, 'Could not detect "srun"'), ({"cluster": "moon"}, ".* executor named moon")):
+        with pytest.raises(tna.TnadaptError, match=f"^engine slurm cannot start: {message}"):
+            list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="slurm", options=options))
+
+
+def slurm_jobs(folder: Path, submit: Callable[[Any, list[Any]], list[Any]]) -> Any:
+    """Return the jobs of Slurm of a program, which are submitted by a function."""
+    folder.mkdir(exist_ok=True)
+    return slurm_engine._SlurmJobs(SimpleNamespace(map_array=submit), folder, "run")
+
+
+def call_of(folder: Path, task: Act = Act("a")) -> engines.TaskCall:  # noqa: B008  # it cannot be changed
+    return engines.TaskCall(folder, str(folder), Play(folder), task, 1, "run")
 
 
 @pytest.mark.slow
@@ -757,24 +693,190 @@ def test_jobs_of_slurm_are_an_array_with_the_options_and_go_on_without_the_progr
     assert not (tmp_path / "workers").exists()
 
 
-@pytest.mark.slow
-@long_only  # others kill the program, too
+@needs("slurm")
+def test_a_job_that_reaches_its_time_limit_has_died(tmp_path: Path) -> None:
+    import submitit
+
+    def requeue(number: int, frame: object) -> None:  # submitit's own handler
+        raise submitit.core.utils.UncompletedJobError("time limit")
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        assert slurm_engine._run_job(call_of(tmp_path, Act("clings"))) == engines.Died("time limit")
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    advice = f"the logs are in {tmp_path / 'slurm'}; the options time and mem give jobs more of both"
+    assert open_engine("slurm").advice(tmp_path) == advice
+
+
+@needs("slurm")
+def test_jobs_of_slurm_are_submitted_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def submit(run_job: object, calls: list[Any]) -> list[Any]:
+        sizes.append(len(calls))
+        return [SimpleNamespace(job_id=f"{len(sizes)}_{index}", done=lambda: False) for index in range(len(calls))]
+
+    monkeypatch.setattr(slurm_engine, "_PERIOD", 0.3)
+    started = slurm_jobs(tmp_path / "slurm", submit)
+    for task in acts("a", "b", "c"):
+        started.submit([call_of(tmp_path, task)])
+    assert sizes == [1], "one command may take seconds"
+    time.sleep(0.3)
+    assert not list(started.wait(0))
+    assert sizes == [1, 2]
+    assert [one["key"] for one in lines((tmp_path / "slurm" / "jobs.jsonl").read_text())] == ["a/0", "b/1", "c/2"]
+
+
+def adopting(slurm: Path, folder: Path, **state: str) -> tuple[Any, list[Any]]:
+    """Return jobs of Slurm with one of an earlier program, 79, and the calls that are submitted all the same."""
+    import submitit
+
+    submitit.SlurmJob.watcher.clear()
+    folder.mkdir(exist_ok=True)
+    (folder / "jobs.jsonl").write_text('{"key": "a/0", "job": "79"}\n')
+    for name, content in state.items():
+        (slurm / f"{name}-79").write_text(content)
+    submitted: list[Any] = []
+
+    def submit(run_job: object, calls: list[Any]) -> list[Any]:
+        submitted.extend(calls)
+        return [SimpleNamespace(job_id="80", done=lambda: False)]
+
+    started = slurm_jobs(folder, submit)
+    started.submit([call_of(folder)])
+    return started, submitted
+
+
+@needs("slurm")
+@pytest.mark.parametrize(
+    ("state", "result", "again"),
+    [
+        ({"job": "1"}, None, False), ({"job": "1", "suspended": ""}, None, False),
+        ({"job": "1", "ended": "1"}, None, True), ({}, None, True),
+        ({}, engines.Finished({"does": "a"}), False), ({}, engines.Failed("no luck", False), True),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("accounting", [True, False])
+def test_a_job_that_may_still_run_or_has_finished_is_not_submitted_again(
+    state: dict[str, str], result: Any, again: bool, accounting: bool, tmp_path: Path, slurm: Path
+) -> None:
+    if not accounting:
+        (slurm / "sacct-fails").touch()
+    if result is not None:  # the cause of a failure may be fixed by now
+        (tmp_path / "logs").mkdir()
+        (tmp_path / "logs" / "79_0_result.pkl").write_bytes(pickle.dumps(("success", result)))
+    started, submitted = adopting(slurm, tmp_path / "logs", **state)
+    assert [call.task for call in submitted] == [Act("a")] * again
+    assert result is None or again or list(started.wait(0)) == [("a/0", result)]
+
+
+@needs("slurm")
+@pytest.mark.parametrize("reason", ["OUT_OF_MEMORY", "time limit"])
+def test_a_job_that_is_suspended_has_not_died(
+    reason: str, tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm_engine, "_LOOK", 0.0)
+    started, submitted = adopting(slurm, tmp_path / "logs", job="1", suspended="")
+    started.lag = 0.0
+    assert not [*started.wait(0), *started.wait(0), *submitted]
+    # It goes on, and dies then.
+    (slurm / "suspended-79").unlink()
+    (slurm / "ended-79").write_text("1")
+    if reason == "time limit":  # which the job itself says
+        (tmp_path / "logs" / "79_0_result.pkl").write_bytes(pickle.dumps(("success", engines.Died(reason))))
+    assert [*started.wait(0), *started.wait(0)] == [("a/0", engines.Died(f"job 79: {reason}"))]
+
+
+@needs("slurm")
+@pytest.mark.usefixtures("keyboard")
+def test_an_interrupt_while_jobs_are_submitted_waits_until_they_are_noted(tmp_path: Path, slurm: Path) -> None:
+    def submit(run_job: object, calls: list[Any]) -> list[Any]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return [SimpleNamespace(job_id="100", done=lambda: False)]
+
+    with pytest.raises(KeyboardInterrupt), slurm_jobs(tmp_path / "logs", submit) as started:
+        started.submit([call_of(tmp_path)])
+    assert lines((tmp_path / "logs" / "jobs.jsonl").read_text()) == [{"key": "a/0", "job": "100"}]
+    assert len((slurm / "calls-scancel").read_text().splitlines()) == 1
+
+
+@needs("slurm")
+def test_jobs_of_a_later_phase_go_on_when_one_has_ended(tmp_path: Path, slurm: Path) -> None:
+    started, _ = adopting(slurm, tmp_path / "logs", job="1")
+    with started:
+        pass
+    assert not (slurm / "calls-scancel").exists()
+
+
+SBATCH = "sbatch: error: Batch job submission failed: "
+
+
 @needs("slurm")
 @pytest.mark.law("killed-sweep")
-def test_jobs_of_a_later_phase_go_on_without_the_program(tmp_path: Path, slurm: Path) -> None:
-    # A study tries all rates with one seed, and then trains the others with the best.
-    names = ("a", "then", "waits", "waits")
-    with start(tmp_path, "slurm", *names, jobs=0) as process:
-        assert wait_for(lambda: len(Play(tmp_path).noted("begun")) == 3)
-        os.kill(process.pid, signal.SIGKILL)
-    with start(tmp_path, "slurm", *names, jobs=0) as process:
-        assert not wait_for(lambda: len(Play(tmp_path).noted("begun")) > 3, 8)
-        (tmp_path / "go").touch()
-        _, told = process.communicate(timeout=60)
-    assert process.returncode == 0, told
-    assert keys(lines((tmp_path / "own.jsonl").read_text())) == ["a/0", "waits/1", "waits/2"]
-    assert Play(tmp_path).noted("begun") == ["a/0", "waits/1", "waits/2"], "none was begun twice"
-    assert not (tmp_path / "workers").exists()
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize(
+    ("error", "answer", "times", "shown"),
+    [
+        ("FailedJobError", SBATCH + "Socket timed out on send/recv operation", 3, ""),
+        ("FailedJobError", SBATCH + "QOSMaxSubmitJobPerUserLimit", 6, SBATCH + "QOSMaxSubmitJobPerUserLimit"),
+        ("FailedJobError", SBATCH + "Invalid account", 1, SBATCH + "Invalid account"),
+        ("FailedSubmissionError", 'Could not make sense of sbatch output "hm"\nJob instance …', 1, '.* output "hm"'),
+    ],
+)
+def test_a_job_that_slurm_does_not_take_is_submitted_later_or_its_answer_shown(
+    error: str, answer: str, times: int, shown: str, running: bool, tmp_path: Path, slurm: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    import submitit
+
+    def submit(run_job: object, calls: list[Any]) -> list[Any]:
+        attempts.append(len(calls))
+        if len(attempts) <= times:
+            raise getattr(submitit.core.utils, error)(answer)
+        return [SimpleNamespace(job_id="100", done=lambda: False)]
+
+    def attempt() -> None:
+        with started:
+            started.submit([call_of(tmp_path)])
+            for _ in range(times):
+                assert not list(started.wait(0))
+
+    attempts: list[int] = []
+    monkeypatch.setattr(slurm_engine, "_PERIOD", 0.0)
+    started = slurm_jobs(tmp_path / "logs", submit)
+    if running:
+        started.jobs["b/0"] = SimpleNamespace(job_id="99", done=lambda: False)
+    if not shown:
+        attempt()
+        assert attempts == [1] * (times + 1)
+        return
+    message = f"engine slurm cannot submit jobs: {shown}; look at its options, and at --jobs, the number that is queued"
+    goes_on = "; jobs that run go on, and the same command finds them again" if running else ""
+    with pytest.raises(tna.TnadaptError, match=f"^{message} at a time{goes_on}$"):
+        attempt()
+    assert attempts == [1] * times
+    assert (slurm / "calls-scancel").exists() is not running
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("refuses", tna.TnadaptError, "^not like this$"),
+        ("raises", RuntimeError, r"(?s)a task failed \(raises/3\):\n.*UnpicklableError: no luck"),
+    ],
+)
+def test_one_that_fails_ends_those_that_run_and_loses_none_that_is_done(
+    name: str, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    finished: list[str] = []
+    began = time.monotonic()
+    with pytest.raises(error, match=message):
+        finish(finished, run_tasks(Play(tmp_path), acts("long", "a", "b", name, "c"), tmp_path, jobs=2))
+    assert finished == ["a", "b"]
+    assert time.monotonic() - began < 120, "it does not wait for the long one"
+    assert gone(tmp_path)
 
 
 @pytest.mark.slow
@@ -793,175 +895,3 @@ def test_an_interrupt_cancels_jobs_of_slurm(tmp_path: Path, slurm: Path) -> None
     assert {path.name for path in slurm.glob("cancelled-*")} == {"cancelled-100_0", "cancelled-100_1"}
     assert len((slurm / "calls-scancel").read_text().splitlines()) == 1, "one command may take seconds"
     assert gone(tmp_path)
-
-
-@pytest.mark.slow
-@long_only  # the others kill jobs, too; this one waits for its limit
-@needs("slurm")
-def test_a_job_that_reaches_its_time_limit_disturbs_no_other_and_is_tried_again(tmp_path: Path, slurm: Path) -> None:
-    begun = functools.partial(Play(tmp_path).noted, "begun")
-    with start(tmp_path, "slurm", "clings", "waits", jobs=0, options=("time=5",)) as process:
-        assert wait_for(lambda: "waits/1" in begun())
-        for attempts, job in ((1, "100_0"), (2, "101"), (3, "102")):
-            assert wait_for(lambda expected=attempts: begun().count("clings/0") == expected)
-            fake_slurm.send(slurm, job, signal.SIGUSR2)
-        (tmp_path / "go").touch()
-        _, told = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "a worker died 3 times while it ran clings/0 (job 102: time limit); the logs are in " in told
-    assert "; the options time and mem give jobs more of both. What is finished is kept" in told.splitlines()[-1]
-    assert keys(lines((tmp_path / "own.jsonl").read_text())) == ["waits/1"]
-    assert not list(slurm.glob("cancelled-*"))
-
-
-@pytest.mark.slow
-@long_only
-@needs("slurm")
-def test_a_task_that_failed_as_a_job_is_run_again_by_the_same_command(tmp_path: Path, slurm: Path) -> None:
-    # The cause may be fixed by then.
-    for _ in range(2):
-        done = run(tmp_path, "slurm", "refuses", jobs=0)
-        assert done.stderr.splitlines()[-1].endswith("TnadaptError: not like this")
-    assert Play(tmp_path).noted("begun") == ["refuses/0"] * 2
-
-
-@needs("slurm")
-def test_jobs_of_slurm_are_submitted_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-
-    def submit(run_job: object, calls: list[Any]) -> list[Any]:
-        sizes.append(len(calls))
-        return [SimpleNamespace(job_id=f"{len(sizes)}_{index}", done=lambda: False) for index in range(len(calls))]
-
-    monkeypatch.setattr(_slurm, "_PERIOD", 0.3)
-    (tmp_path / "slurm").mkdir()
-    started = _slurm._SlurmJobs(SimpleNamespace(map_array=submit), tmp_path / "slurm", "run")
-    for task in acts("a", "b", "c"):
-        started.submit([engines.TaskCall(tmp_path, str(tmp_path), Play(tmp_path), task, 1, "run")])
-    assert sizes == [1], "one command may take seconds"
-    time.sleep(0.3)
-    assert not list(started.wait(0))
-    assert sizes == [1, 2]
-    assert [one["key"] for one in lines((tmp_path / "slurm" / "jobs.jsonl").read_text())] == ["a/0", "b/1", "c/2"]
-
-
-@pytest.mark.slow
-@needs("slurm")
-def test_a_job_that_slurm_does_not_take_now_is_submitted_later(
-    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_slurm, "_PERIOD", 0.1)
-    fake_slurm.refuse(slurm, 3, "Batch job submission failed: Socket timed out on send/recv operation")
-    assert words(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="slurm")) == {"a": "new"}
-    assert Play(tmp_path).noted("begun") == ["a/0"]
-    fake_slurm.refuse(slurm, 1, "Batch job submission failed: Invalid account")
-    message = "^engine slurm cannot submit jobs: sbatch: error: Batch job submission failed: Invalid account; look"
-    with pytest.raises(tna.TnadaptError, match=message):
-        list(run_tasks(Play(tmp_path), acts("a"), tmp_path, engine="slurm"))
-
-
-@pytest.mark.slow
-@needs("slurm")
-@pytest.mark.law("killed-sweep")
-def test_jobs_go_on_when_slurm_takes_no_others(tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_slurm, "_PERIOD", 0.1)
-    found = run_tasks(Play(tmp_path), acts("a", "waits", "b"), tmp_path, engine="slurm", jobs=2)
-    assert next(found)[0].does == "a"
-    fake_slurm.refuse(slurm, 6, "QOSMaxSubmitJobPerUserLimit")
-    with pytest.raises(tna.TnadaptError, match=r"QOSMaxSubmitJobPerUserLimit; .*; jobs that run go on, and"):
-        next(found)
-    (tmp_path / "go").touch()
-    found = run_tasks(Play(tmp_path), acts("a", "waits", "b")[1:], tmp_path, engine="slurm", jobs=2, known=["a/0"])
-    assert words(found) == {"waits": "new", "b": "new"}
-    assert Play(tmp_path).noted("begun") == ["a/0", "b/2", "waits/1"], "none was begun twice"
-    assert not list(slurm.glob("cancelled-*"))
-
-
-def adopting(slurm: Path, folder: Path, **state: str) -> tuple[Any, list[Any]]:
-    """Return jobs of Slurm with one of an earlier program, 79, and the calls that are submitted all the same."""
-    folder.mkdir(exist_ok=True)
-    (folder / "jobs.jsonl").write_text('{"key": "a/0", "job": "79"}\n')
-    for name, content in state.items():
-        (slurm / f"{name}-79").write_text(content)
-    submitted: list[Any] = []
-
-    def submit(run_job: object, calls: list[Any]) -> list[Any]:
-        submitted.extend(calls)
-        return [SimpleNamespace(job_id="80", done=lambda: False)]
-
-    started = _slurm._SlurmJobs(SimpleNamespace(map_array=submit), folder, "run")
-    started.submit([engines.TaskCall(folder, str(folder), Play(folder), Act("a"), 1, "run")])
-    return started, submitted
-
-
-@needs("slurm")
-@pytest.mark.parametrize(
-    ("state", "again"),
-    [({"job": "1"}, False), ({"job": "1", "suspended": ""}, False), ({"job": "1", "ended": "1"}, True), ({}, True)],
-)
-@pytest.mark.parametrize("accounting", [True, False])
-def test_a_job_that_may_still_run_is_not_submitted_again(
-    state: dict[str, str], again: bool, accounting: bool, tmp_path: Path, slurm: Path
-) -> None:
-    import submitit
-
-    if not accounting:
-        (slurm / "sacct-fails").touch()
-    submitit.SlurmJob.watcher.clear()
-    _, submitted = adopting(slurm, tmp_path / "logs", **state)
-    assert [call.task for call in submitted] == [Act("a")] * again
-
-
-@needs("slurm")
-def test_a_job_that_is_suspended_has_not_died(tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import submitit
-
-    monkeypatch.setattr(_slurm, "_LOOK", 0.0)
-    submitit.SlurmJob.watcher.clear()
-    started, submitted = adopting(slurm, tmp_path / "logs", job="1", suspended="")
-    started.lag = 0.0
-    assert not [*started.wait(0), *started.wait(0), *submitted]
-    # It goes on, and dies then.
-    (slurm / "suspended-79").unlink()
-    (slurm / "ended-79").write_text("1")
-    assert [*started.wait(0), *started.wait(0)] == [("a/0", engines.Died("job 79: OUT_OF_MEMORY"))]
-
-
-@needs("slurm")
-@pytest.mark.usefixtures("keyboard")
-def test_an_interrupt_while_jobs_are_submitted_waits_until_they_are_noted(tmp_path: Path, slurm: Path) -> None:
-    def submit(run_job: object, calls: list[Any]) -> list[Any]:
-        os.kill(os.getpid(), signal.SIGINT)
-        return [SimpleNamespace(job_id="100", done=lambda: False)]
-
-    (tmp_path / "logs").mkdir()
-    started = _slurm._SlurmJobs(SimpleNamespace(map_array=submit), tmp_path / "logs", "run")
-    with pytest.raises(KeyboardInterrupt), started:
-        started.submit([engines.TaskCall(tmp_path, str(tmp_path), Play(tmp_path), Act("a"), 1, "run")])
-    assert lines((tmp_path / "logs" / "jobs.jsonl").read_text()) == [{"key": "a/0", "job": "100"}]
-    assert len((slurm / "calls-scancel").read_text().splitlines()) == 1
-
-
-@needs("slurm")
-def test_jobs_of_a_later_phase_go_on_when_one_has_ended(tmp_path: Path, slurm: Path) -> None:
-    started, _ = adopting(slurm, tmp_path / "logs", job="1")
-    with started:
-        pass
-    assert not (slurm / "calls-scancel").exists()
-
-
-@needs("slurm")
-@pytest.mark.parametrize("running", [False, True])
-def test_an_answer_of_slurm_without_a_number_is_shown(running: bool, tmp_path: Path, slurm: Path) -> None:
-    import submitit
-
-    def submit(run_job: object, calls: list[Any]) -> list[Any]:
-        raise submitit.core.utils.FailedSubmissionError('Could not make sense of sbatch output "hm"\nJob instance …')
-
-    (tmp_path / "logs").mkdir()
-    started = _slurm._SlurmJobs(SimpleNamespace(map_array=submit), tmp_path / "logs", "run")
-    if running:
-        started.jobs["b/0"] = SimpleNamespace(job_id="100")
-    with pytest.raises(tna.TnadaptError, match=r'^engine slurm .*: Could not make sense of .* "hm"; '), started:
-        started.submit([engines.TaskCall(tmp_path, str(tmp_path), Play(tmp_path), Act("a"), 1, "run")])
-    assert (slurm / "calls-scancel").exists() is not running

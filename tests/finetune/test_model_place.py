@@ -15,11 +15,10 @@ pytest.importorskip("accelerate")
 pytest.importorskip("gguf")
 
 import tnadapt as tna
-from tnadapt.errors import FileError, TnadaptError
+from tnadapt.errors import TnadaptError
 from tnadapt.finetune import Spec, open_problem, predict
 
 from . import tiny_models as tiny
-from .untrained import untrained
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def test_a_language_model_in_a_gguf_file(
     assert (problem.task.name, type(problem.build(0)).__name__) == ("causal-lm", "LlamaForCausalLM")
     inputs = problem.parts["training"].batch(torch.arange(1), torch.device("cpu"))["input_ids"]
     assert problem.logits(problem.build(0), {"input_ids": inputs}).shape[:2] == inputs.shape
-    file = untrained(tmp_path / "a.safetensors", str(model), data)
+    file = tiny.untrained(tmp_path / "a.safetensors", str(model), data)
     about = tna.load(file).pretrained
     assert about is not None
     assert (about.name, about.file, about.task) == (str(model.parent), model.name, "text-generation")
@@ -60,7 +59,7 @@ def test_a_gguf_file_beside_others_is_recorded(model: Path, tmp_path: Path) -> N
         shutil.copy(model, folder / name)
     (folder / "config.json").write_text("{}")
     data = tiny.completions(tmp_path / "a.jsonl")
-    file = untrained(tmp_path / "a.safetensors", str(folder / "b.gguf"), data)
+    file = tiny.untrained(tmp_path / "a.safetensors", str(folder / "b.gguf"), data)
     about = tna.load(file).pretrained
     assert about is not None
     assert about.file == "b.gguf"
@@ -75,43 +74,25 @@ def test_a_gguf_file_beside_others_is_recorded(model: Path, tmp_path: Path) -> N
 
 def test_what_is_no_model_says_so(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tiny.completions(tmp_path / "a.jsonl")
-    with pytest.raises(FileError, match=r"no model at .*/none\.gguf: there is no such file"):
-        open_problem(Spec(model=str(tmp_path / "none.gguf"), data=data))
-    with pytest.raises(FileError, match=r"has no config\.json and no \.gguf file"):
-        open_problem(Spec(model=str(tmp_path), data=data))
-    with pytest.raises(FileError, match=r"expected a folder with a config\.json, a \.gguf file or a hub name"):
-        open_problem(Spec(model=data, data=data))
-    with pytest.raises(TnadaptError, match="is a GGUF file, of which transformers makes language models"):
-        open_problem(Spec(model=str(model), data=tiny.shades(tmp_path / "a.npz")))
-    broken = tmp_path / "broken.gguf"
-    broken.write_bytes(b"GGUF" + bytes(60))
-    with pytest.raises(TnadaptError, match=r"cannot load '.*broken\.gguf' for texts through transformers: "):
-        open_problem(Spec(model=str(broken), data=data))
-    file = untrained(tmp_path / "a.safetensors", str(model), data)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(60))
+    images = tiny.shades(tmp_path / "a.npz")
+    for name, samples, message in (
+        (tmp_path / "none.gguf", data, r"no model at .*/none\.gguf: there is no such file"),
+        (tmp_path / "empty", data, r"has no config\.json and no \.gguf file"),
+        (model, images, "is a GGUF file, of which transformers makes language models"),
+        (tmp_path / "broken.gguf", data, r"cannot load '.*broken\.gguf' for texts through transformers: "),
+    ):
+        with pytest.raises(TnadaptError, match=message):
+            open_problem(Spec(model=str(name), data=samples))
+    file = tiny.untrained(tmp_path / "a.safetensors", str(model), data)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "gguf" else find(name, *more))
-    needed = r"is a GGUF file, which needs the package gguf: pip install 'tnadapt\[gguf\]'"
-    with pytest.raises(TnadaptError, match=needed):
-        open_problem(Spec(model=str(model), data=data))
-    for load in (tna.torch.load_pretrained, tna.torch.load_processor):
-        with pytest.raises(TnadaptError, match=needed):
-            load(file)
-    with pytest.raises(TnadaptError, match=needed):
-        predict(file, data)
-
-
-@pytest.mark.slow
-def test_a_study_of_a_gguf_file(model: Path, tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
-    from tnadapt.cli import app
-
-    data = tiny.completions(tmp_path / "a.jsonl")
-    arguments = ["--model", str(model), "--data", data, "--preset", "lora", "--rank", "1", "--epochs", "1"]
-    arguments += ["--lr", "0.01", "--out", str(tmp_path / "out")]
-    found = CliRunner().invoke(app, ["finetune", *arguments])
-    assert found.exit_code == 0, found.output
-    assert "loaded on a fresh base: the same predictions" in found.output
-    again = CliRunner().invoke(app, ["predict", str(tmp_path / "out" / "best.safetensors"), "--data", data])
-    assert again.exit_code == 0, again.output
-    assert "causal-lm: loss per token" in again.output
+    for load in (
+        lambda: open_problem(Spec(model=str(model), data=data)), lambda: tna.torch.load_pretrained(file),
+        lambda: tna.torch.load_processor(file), lambda: predict(file, data),
+    ):  # fmt: skip
+        with pytest.raises(
+            TnadaptError, match=r"is a GGUF file, which needs the package gguf: pip install 'tnadapt\[g"
+        ):
+            load()

@@ -1,34 +1,42 @@
-"""``tnadapt predict``: the other half of ``tnadapt finetune``."""
+"""``tnadapt predict``: what is predicted, what is written, what it never replaces, and which part it predicts."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import datetime
+import io
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 typer_testing = pytest.importorskip("typer.testing")
 
 import tnadapt as tna
+from tnadapt import finetune
 from tnadapt.cli import app
 from tnadapt.errors import FileError, TnadaptError
-from tnadapt.finetune import Spec, Task, Training, open_problem, predict
-from tnadapt.finetune._learning_task import LearningTask
-from tnadapt.finetune.data import Samples, divide, open_source
+from tnadapt.finetune import Predictions, Spec, Task, Training, open_problem, predict
+from tnadapt.finetune.data import Samples, Table, divide, open_source
 from tnadapt.finetune.grid import Method
 from tnadapt.finetune.loop import evaluate
 from tnadapt.finetune.problem import Problem
 from tnadapt.finetune.training import train
 
 from . import tiny_models as tiny
+from .internals import prediction
 
 LORA = Method("LoRA", "r = 1", tna.presets.lora(1))
+AdapterOf = Callable[[str], tuple[Path, str]]
 
 
 def trained(folder: Path, model: str, data: str, **options: Any) -> tuple[Problem, dict[str, Any], Path]:
@@ -42,17 +50,7 @@ def invoke(*arguments: Any) -> Any:
     return typer_testing.CliRunner().invoke(app, ["predict", *map(str, arguments)], catch_exceptions=True)
 
 
-MODELS = {
-    "classification": (tiny.bert, tiny.classes),
-    "multi-label": (tiny.bert, tiny.several),
-    "regression": (tiny.bert, tiny.numbers),
-    "token-classification": (tiny.bert, tiny.tags),
-    "causal-lm": (tiny.gpt2, tiny.completions),
-    "image-classification": (tiny.vit, tiny.shades),
-}
-
-
-def held_out(path: Path, task: LearningTask) -> str:
+def held_out(path: Path, task: Any) -> str:
     """Write the samples of the test part of a study to a file of their own, in their order."""
     data = type(task).read(open_source(str(path)), Spec())
     places = Samples(list(range(len(data.samples))), data.samples.labels)
@@ -65,44 +63,34 @@ def held_out(path: Path, task: LearningTask) -> str:
     return tiny.rows(path.with_name("test.jsonl"), [json.loads(lines[place]) for place in some])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", tiny.JOBS)
 def test_predictions_and_metrics_are_those_of_the_study(tmp_path: Path, name: str) -> None:
-    make, write = MODELS[name]
-    data = write(tmp_path / ("a.npz" if name.startswith("image") else "a.jsonl"))
+    make, write, suffix = tiny.JOBS[name]
+    data = write(tmp_path / f"a{suffix}")
     problem, record, file = trained(tmp_path, make(tmp_path / "model"), data)
-    found = predict(file, held_out(Path(data), problem.task), new_tokens=3)
+    predictions = predict(file, held_out(Path(data), problem.task), new_tokens=3)
     fresh = problem.build(7)
     tna.torch.load(fresh, file)
-    expected = evaluate(fresh, problem.logits, problem.task, problem.parts["test"], torch.device("cpu"))
-    assert found.task == name
-    assert len(found.rows) == len(problem.parts["test"].labels)
-    for row, one in zip(found.rows, expected, strict=True):
-        for column, value in problem.task.answer(one).items():
-            assert row[column] == (value if column == "prediction" and name != "regression" else approximately(value))
+    outputs = evaluate(fresh, problem.logits, problem.task, problem.parts["test"], torch.device("cpu"))
+    assert predictions.task == name
+    assert len(predictions.rows) == len(problem.parts["test"].labels)
+    for row, output in zip(predictions.rows, outputs, strict=True):
+        for column, value in problem.task.answer(output).items():
+            exact = column == "prediction" and name != "regression"
+            # Other batches give other roundings.
+            assert row[column] == (value if exact else pytest.approx(value, rel=1e-4, abs=1e-4))
     metrics = {problem.task.metric.name: record["test"], **record.get("test_metrics", {})}
-    assert found.metrics == approximately(metrics)
+    assert predictions.metrics == pytest.approx(metrics, rel=1e-4, abs=1e-4)
 
 
-def approximately(value: Any) -> Any:
-    # Other batches give other roundings.
-    return pytest.approx(value, rel=1e-4, abs=1e-4)
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """Return a base, data and an adapter's file."""
-    folder = tmp_path_factory.mktemp("classifier")
-    model, data = tiny.bert(folder / "bert"), tiny.classes(folder / "a.jsonl")
-    return Path(model), Path(data), trained(folder, model, data)[2]
-
-
-def test_a_table_and_lines_of_predictions(classifier: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    _, data, file = classifier
+def test_a_table_and_lines_of_predictions(adapter_of: AdapterOf, tmp_path: Path) -> None:
+    file, data = adapter_of("classification")
     table, lines = tmp_path / "p.csv", tmp_path / "p.jsonl"
     done = invoke(file, "--data", data, "--out", table, "--limit", 5)
     assert done.exit_code == 0, done.output
     assert f"5 predictions: {table}" in done.stdout
     assert "classification: accuracy 0." in done.stdout
+    assert " part" not in done.output
     assert invoke(file, "--data", data, "--out", lines, "--limit", 5).exit_code == 0
     printed = invoke(file, "--data", data, "--limit", 5)
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
@@ -115,19 +103,17 @@ def test_a_table_and_lines_of_predictions(classifier: tuple[Path, Path, Path], t
     assert list(read[0]) == ["text", "label", "prediction", "score"]
 
 
-def test_columns_of_the_data_stay_and_new_ones_do_not_replace_them(
-    classifier: tuple[Path, Path, Path], tmp_path: Path
-) -> None:
+def test_columns_of_the_data_stay_and_new_ones_do_not_replace_them(adapter_of: AdapterOf, tmp_path: Path) -> None:
+    file, _ = adapter_of("classification")
     data, first, second = tmp_path / "a.csv", tmp_path / "b.csv", tmp_path / "c.jsonl"
     data.write_text('id,review,note\n007,good film,"a, b"\n8,bad film,\n')
-    given = ("--text-column", "review")
-    assert invoke(classifier[2], "--data", data, "--out", first, *given).exit_code == 0
+    assert invoke(file, "--data", data, "--out", first, "--text-column", "review").exit_code == 0
     with first.open(newline="") as opened:
         rows = list(csv.DictReader(opened))
     assert [list(row.values())[:3] for row in rows] == [["007", "good film", "a, b"], ["8", "bad film", ""]]
     assert list(rows[0]) == ["id", "review", "note", "prediction", "score"]
     # The predictions of one adapter are data for the next.
-    assert invoke(classifier[2], "--data", first, "--out", second, *given).exit_code == 0
+    assert invoke(file, "--data", first, "--out", second, "--text-column", "review").exit_code == 0
     again = [json.loads(line) for line in second.read_text().splitlines()]
     assert list(again[0]) == [*rows[0], "prediction_2", "score_2"]
     for row, before in zip(again, rows, strict=True):
@@ -135,60 +121,64 @@ def test_columns_of_the_data_stay_and_new_ones_do_not_replace_them(
         assert row["prediction_2"] == before["prediction"]
 
 
-def test_data_without_labels(classifier: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    _, data, file = classifier
-    texts = [{"text": json.loads(line)["text"]} for line in data.read_text().splitlines()]
-    found = predict(file, tiny.rows(tmp_path / "b.jsonl", texts))
-    assert found.metrics == {}
-    labelled = predict(file, str(data)).rows
-    assert found.rows == [{name: row[name] for name in ("text", "prediction", "score")} for row in labelled]
-
-
-@pytest.mark.slow
-def test_words_without_tags_and_prompts_without_completions(tmp_path: Path) -> None:
-    _, _, file = trained(tmp_path, tiny.bert(tmp_path / "bert"), tiny.tags(tmp_path / "a.jsonl"))
-    found = predict(file, tiny.rows(tmp_path / "b.jsonl", [{"tokens": ["good", "film"]}]))
-    assert found.metrics == {}
-    assert len(found.rows[0]["prediction"]) == 2
+def test_data_without_targets(adapter_of: AdapterOf, tmp_path: Path) -> None:
+    file, data = adapter_of("classification")
+    texts = [{"text": json.loads(line)["text"]} for line in Path(data).read_text().splitlines()]
+    unlabelled = predict(file, tiny.rows(tmp_path / "b.jsonl", texts))
+    labelled = predict(file, data)
+    assert (unlabelled.metrics, labelled.part) == ({}, "")
+    assert unlabelled.rows == [{name: row[name] for name in ("text", "prediction", "score")} for row in labelled.rows]
     # A word that is cut off, or has no token, keeps its place.
-    long = predict(file, tiny.rows(tmp_path / "e.jsonl", [{"tokens": ["good", "\u200b", "film", *["very"] * 60]}]))
-    tags = long.rows[0]["prediction"]
-    assert len(tags) == len(long.rows[0]["scores"]) == 63
+    rows = [{"tokens": ["good", "\u200b", "film", *["very"] * 60]}]
+    tagged = predict(adapter_of("token-classification")[0], tiny.rows(tmp_path / "t.jsonl", rows))
+    assert tagged.metrics == {}
+    tags = tagged.rows[0]["prediction"]
+    assert len(tags) == len(tagged.rows[0]["scores"]) == 63
     assert [place for place, tag in enumerate(tags) if tag is None] == [1, *range(31, 63)]
-    _, _, file = trained(tmp_path, tiny.gpt2(tmp_path / "gpt2"), tiny.completions(tmp_path / "c.jsonl"))
-    found = predict(file, tiny.rows(tmp_path / "d.jsonl", [{"prompt": "what is"}, {"prompt": "the"}]), new_tokens=4)
-    assert found.metrics == {}
-    assert [set(row) for row in found.rows] == [{"prompt", "prediction"}] * 2
+    file, _ = adapter_of("causal-lm")
+    prompts = tiny.rows(tmp_path / "d.jsonl", [{"prompt": "what is"}, {"prompt": "the"}])
+    completed = predict(file, prompts, new_tokens=4)
+    assert completed.metrics == {}
+    assert [set(row) for row in completed.rows] == [{"prompt", "prediction"}] * 2
     with pytest.raises(TnadaptError, match="--max-new-tokens must be below the 48 positions of the model; got 48"):
-        predict(file, str(tmp_path / "d.jsonl"), new_tokens=48)
+        predict(file, prompts, new_tokens=48)
 
 
 @pytest.mark.slow
 def test_completions_are_those_of_generate(tmp_path: Path) -> None:
     problem, _, file = trained(tmp_path, tiny.gpt2(tmp_path / "gpt2"), tiny.completions(tmp_path / "c.jsonl"))
-    found = predict(file, str(tmp_path / "c.jsonl"), new_tokens=5, limit=6)
+    predictions = predict(file, str(tmp_path / "c.jsonl"), new_tokens=5, limit=6)
     model = problem.build(0)
     tna.torch.load(model, file)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "gpt2")
-    for row in found.rows:
+    for row in predictions.rows:
         tokens = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
-        made = model.eval().generate(
+        generated = model.eval().generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=5, do_sample=False, pad_token_id=3
         )
-        assert row["prediction"] == tokenizer.decode(made[0, tokens.shape[1] :], skip_special_tokens=True)
+        assert row["prediction"] == tokenizer.decode(generated[0, tokens.shape[1] :], skip_special_tokens=True)
 
 
-def test_a_folder_of_images_without_classes(tmp_path: Path) -> None:
+def test_images_without_classes(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     _, _, file = trained(tmp_path, tiny.vit(tmp_path / "vit"), tiny.shades(tmp_path / "a.npz"))
     (tmp_path / "new").mkdir()
-    for place, shade in enumerate((30, 220)):
-        image.fromarray(np.full((12, 20, 3), shade, np.uint8)).save(tmp_path / "new" / f"{place}.png")
-    found = predict(file, str(tmp_path / "new"))
-    assert [row["prediction"] for row in found.rows] == ["0", "1"]
-    assert [row["image"] for row in found.rows] == [str(tmp_path / "new" / f"{place}.png") for place in (0, 1)]
-    assert found.metrics == {}
-    assert predict(file, str(tmp_path / "new" / "1.png")).rows == found.rows[1:]
+    paths = [tmp_path / "new" / f"{place}.png" for place in range(2)]
+    for path, shade in zip(paths, (30, 220), strict=True):
+        image.fromarray(np.full((12, 20, 3), shade, np.uint8)).save(path)
+    predictions = predict(file, str(tmp_path / "new"))
+    assert [(row["image"], row["prediction"]) for row in predictions.rows] == [
+        (str(paths[0]), "0"),
+        (str(paths[1]), "1"),
+    ]
+    assert predictions.metrics == {}
+    assert predict(file, str(paths[1])).rows == predictions.rows[1:]
+    done = invoke(file, "--data", paths[1])
+    (row,) = [json.loads(line) for line in done.output.splitlines() if line.startswith("{")]
+    assert (row["image"], row["prediction"]) == (str(paths[1]), "1")
+    (tmp_path / "sound.mp3").touch()
+    refused = invoke(file, "--data", tmp_path / "sound.mp3")
+    assert str(refused.exception).endswith(".json or .npz file, or an image or a folder of images")
     with pytest.raises(FileError, match=r"is a table; the adapter predicts images: give a folder of them"):
         predict(file, tiny.classes(tmp_path / "b.jsonl"))
 
@@ -197,42 +187,35 @@ def test_a_folder_of_images_without_classes(tmp_path: Path) -> None:
 def test_a_model_of_timm(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     sizes = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 32}
-    made = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=10, **sizes)
-    timm.models.save_for_hf(made, str(tmp_path / "vit"), model_args=sizes, safe_serialization=True)
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=10, **sizes)
+    timm.models.save_for_hf(model, str(tmp_path / "vit"), model_args=sizes, safe_serialization=True)
     data = tiny.shades(tmp_path / "a.npz")
     _, record, file = trained(tmp_path, f"timm:local-dir:{tmp_path / 'vit'}", data)
     assert record["test"] == 1
-    found = predict(file, data)
-    assert found.metrics == {"accuracy": 1.0}
-    assert [row["prediction"] for row in found.rows] == ["0", "1"] * 20
+    predictions = predict(file, data)
+    assert predictions.metrics == {"accuracy": 1.0}
+    assert [row["prediction"] for row in predictions.rows] == ["0", "1"] * 20
 
 
-def test_an_adapter_of_an_unknown_task(classifier: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    broken = tmp_path / "a.safetensors"
-    file = tna.load(classifier[2])
-    for inputs, message in (
-        ({"task": "sorting"}, "was trained for a task that is unknown here: task must be one of 'classification'"),
-        ({"task": "regression", "task_mean": 1.0}, "the description of the task 'regression' is damaged"),
-    ):
-        about = dataclasses.replace(file.pretrained, inputs=inputs)
-        tna.save(broken, dataclasses.replace(file, pretrained=about))
-        with pytest.raises(FileError, match=message):
-            predict(broken, str(classifier[1]))
-
-
-def test_a_base_that_moved_and_another_base(classifier: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    model, data, file = classifier
-    moved = tmp_path / "moved"
-    moved.mkdir()
-    for path in model.iterdir():
-        (moved / path.name).write_bytes(path.read_bytes())
-    assert predict(file, str(data), base=str(moved)).rows == predict(file, str(data)).rows
+def test_a_base_that_moved_and_another_base(adapter_of: AdapterOf, tmp_path: Path) -> None:
+    data = tiny.classes(tmp_path / "a.jsonl")
+    (file, _), moved = adapter_of("classification"), tmp_path / "moved"
+    expected, place = predict(file, data).rows, file.parent / "model"
+    place.rename(moved)
+    try:
+        done = invoke(file, "--data", data)
+        words = "there is no such folder here; give base= (--base) with a folder, a name or a model"
+        assert words in str(done.exception)
+        assert invoke(file, "--data", data, "--base", moved).exit_code == 0
+        assert predict(file, data, base=str(moved)).rows == expected
+    finally:
+        tiny.bert(place)
     changed = transformers.BertModel.from_pretrained(moved)
     with torch.no_grad():
         changed.encoder.layer[0].attention.self.query.weight.add_(1.0)
     changed.save_pretrained(moved)
     with pytest.raises(FileError, match="another base model"):
-        predict(file, str(data), base=str(moved))
+        predict(file, data, base=str(moved))
 
 
 @pytest.mark.parametrize(
@@ -242,76 +225,230 @@ def test_a_base_that_moved_and_another_base(classifier: tuple[Path, Path, Path],
         ({"words": "good"}, {}, "which column of .* is the text\\? It has 'words'"),
         ({"text": 3}, {}, "the text of sample 0 of b.jsonl is 3"),
         ({"text": "good"}, {"text_column": "txt"}, "has no column 'txt'"),
-    ],
-)  # fmt: skip
-def test_data_that_the_adapter_does_not_take(
-    classifier: tuple[Path, Path, Path], tmp_path: Path, row: dict[str, Any], options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(FileError, match=message):
-        predict(classifier[2], tiny.rows(tmp_path / "b.jsonl", [row]), **options)
-
-
-def test_images_for_an_adapter_of_texts(classifier: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"a\.npz has images, and the adapter was trained on texts \(classification\)"):
-        predict(classifier[2], tiny.shades(tmp_path / "a.npz"))
-
-
-@pytest.mark.law("hostile-commands")
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["none.safetensors", "--data", "a.csv"], "no adapter at none.safetensors: there is no such file"),
-        ([".", "--data", "a.csv"], "no adapter at .: it is a folder; give a file such as best.safetensors"),
-        (["{file}", "--data", "a.csv"], "no data at a.csv: there is no such file or folder"),
-        (["{file}", "--data", "a.csv", "--out", "p.txt"], "--out must end in .csv or .jsonl; got p.txt"),
-        (["{file}", "--data", "a.csv", "--out", "none/p.csv"], "is in a folder that does not exist"),
-        (["{data}", "--data", "{data}"], "a.jsonl: "),
+        (None, {}, r"a\.npz has images, and the adapter was trained on texts \(classification\)"),
     ],
 )
-def test_a_users_mistake(
-    classifier: tuple[Path, Path, Path], tmp_path: Path, arguments: list[str], message: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_data_that_the_adapter_does_not_take(
+    adapter_of: AdapterOf, tmp_path: Path, row: dict[str, Any] | None, options: dict[str, Any], message: str
+) -> None:
+    data = tiny.shades(tmp_path / "a.npz") if row is None else tiny.rows(tmp_path / "b.jsonl", [row])
+    with pytest.raises(FileError, match=message):
+        predict(adapter_of("classification")[0], data, **options)
+
+
+# -- Files that are there already --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["the same", "a link", "another way", "the adapter"])
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_the_data_and_the_adapter_are_never_replaced(
+    adapter_of: AdapterOf, tmp_path: Path, how: str, more: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    done = invoke(*(one.format(file=classifier[2], data=classifier[1]) for one in arguments))
-    assert isinstance(done.exception, TnadaptError), done.output
-    assert message in str(done.exception)
-    assert not list(tmp_path.iterdir())
+    file, source = adapter_of("classification")
+    data, adapter = tmp_path / "new.jsonl", tmp_path / "adapter.csv"
+    data.write_bytes(Path(source).read_bytes())
+    adapter.write_bytes(file.read_bytes())
+    os.link(data, "link.jsonl")
+    ways = {"the same": data, "a link": "link.jsonl", "the adapter": adapter}
+    out = ways.get(how, f"../{tmp_path.name}/new.jsonl")
+    done = invoke(adapter, "--data", data, "--out", out, *more)
+    assert isinstance(done.exception, FileError), done.output
+    what = how if how == "the adapter" else "--data"
+    assert str(done.exception) == f"--out {out} is {what}, which predictions would replace; give another file"
+    assert data.read_bytes() == Path(source).read_bytes()
+    assert adapter.read_bytes() == file.read_bytes()
 
 
-def test_one_image_is_predicted_on_the_command_line(tmp_path: Path) -> None:
-    image = pytest.importorskip("PIL.Image")
-    _, _, file = trained(tmp_path, tiny.vit(tmp_path / "vit"), tiny.shades(tmp_path / "a.npz"))
-    path = tmp_path / "one.png"
-    image.fromarray(np.full((12, 20, 3), 220, np.uint8)).save(path)
-    done = invoke(file, "--data", path)
-    (row,) = [json.loads(line) for line in done.output.splitlines() if line.startswith("{")]
-    assert (row["image"], row["prediction"]) == (str(path), "1")
-    (tmp_path / "sound.mp3").touch()
-    refused = invoke(file, "--data", tmp_path / "sound.mp3")
-    assert str(refused.exception).endswith(".json or .npz file, or an image or a folder of images")
-
-
-def test_an_adapter_that_says_no_task(classifier: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    model = torch.nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
-    tna.torch.attach(model, tna.presets.lora(1)).save(tmp_path / "a.safetensors")
-    with pytest.raises(FileError, match="does not say how inputs are prepared and outputs are read, as files of"):
-        predict(tmp_path / "a.safetensors", str(classifier[1]))
+def test_another_file_is_replaced_only_if_asked(adapter_of: AdapterOf, tmp_path: Path) -> None:
+    (file, data), out = adapter_of("classification"), tmp_path / "p.csv"
+    out.write_text("mine")
+    done = invoke(file, "--data", data, "--out", out, "--limit", 2)
+    assert isinstance(done.exception, FileError), done.output
+    assert str(done.exception) == f"{out} exists; give another --out, or --overwrite to replace it"
+    assert out.read_text() == "mine"
+    assert invoke(file, "--data", data, "--out", out, "--limit", 2, "--overwrite").exit_code == 0
+    assert len(out.read_text().splitlines()) == 3
 
 
 def test_interrupted_it_writes_nothing(
-    classifier: tuple[Path, Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    adapter_of: AdapterOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from tnadapt import finetune
-
     def interrupted(*given: Any, **settings: Any) -> None:
         raise KeyboardInterrupt
 
+    file, data = adapter_of("classification")
     monkeypatch.setattr(finetune, "predict", interrupted)
-    done = invoke(classifier[2], "--data", classifier[1], "--out", tmp_path / "p.csv")
-    assert done.exit_code == 130
+    assert invoke(file, "--data", data, "--out", tmp_path / "p.csv").exit_code == 130
     assert "stopped; nothing was written" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+# -- Parts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_the_test_part_is_predicted_and_named(adapter_of: AdapterOf, tmp_path: Path, hidden: bool) -> None:
+    datasets = pytest.importorskip("datasets")
+    file, _ = adapter_of("classification")
+    names = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
+    parts = {"train": [0, 1, 0], "validation": [1], "test": [-1, -1] if hidden else [0, 1]}
+    rows = {name: {"text": [f"{name} good film"] * len(labels), "label": labels} for name, labels in parts.items()}
+    saved = datasets.DatasetDict({name: datasets.Dataset.from_dict(one, features) for name, one in rows.items()})
+    saved.save_to_disk(tmp_path / "data")
+    out = tmp_path / "p.jsonl"
+    done = invoke(file, "--data", tmp_path / "data", "--out", out)
+    assert done.exit_code == 0, done.output
+    assert f"predicting the test part of {tmp_path / 'data'}" in done.stderr
+    assert f"2 predictions of the test part: {out}" in done.stdout
+    assert ("classification of the test part: accuracy 0.5" in done.stdout) == (not hidden)
+    assert [json.loads(line)["text"] for line in out.read_text().splitlines()] == ["test good film"] * 2
+    assert predict(file, str(tmp_path / "data")).part == "test"
+
+
+def test_images_of_a_test_part(adapter_of: AdapterOf, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    file, _ = adapter_of("image-classification")
+    pixels = np.zeros((4, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", x_train=pixels, y_train=[0, 1] * 2, x_test=pixels[:3], y_test=[0, 1, 1])
+    predictions = predict(file, str(tmp_path / "a.npz"))
+    assert (predictions.part, len(predictions.rows)) == ("test", 3)
+    assert set(predictions.metrics) == {"accuracy"}
+    for part, count in (("train", 2), ("val", 1)):
+        for name in "01":
+            (tmp_path / "photos" / part / name).mkdir(parents=True)
+            for place in range(count):
+                image.fromarray(pixels[0]).save(tmp_path / "photos" / part / name / f"{place}.png")
+    predictions = predict(file, str(tmp_path / "photos"))
+    assert predictions.part == "val"
+    assert [Path(row["image"]).parts[-3:-1] for row in predictions.rows] == [("val", "0"), ("val", "1")]
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_images_whose_labels_are_hidden(adapter_of: AdapterOf, tmp_path: Path, hidden: bool) -> None:
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("PIL")
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    labels = {"train": [0, 1], "validation": [1], "test": [-1, -1, -1] if hidden else [0, 1, 1]}
+    rows = {name: {"img": [np.zeros((16, 16, 3), np.uint8)] * len(y), "label": y} for name, y in labels.items()}
+    saved = datasets.DatasetDict({name: datasets.Dataset.from_dict(one, features) for name, one in rows.items()})
+    saved.save_to_disk(tmp_path / "data")
+    predictions = predict(adapter_of("image-classification")[0], str(tmp_path / "data"))
+    assert (predictions.part, len(predictions.rows)) == ("test", 3)
+    assert (predictions.metrics == {}) == hidden
+
+
+# -- What is written: columns, numbers that are not finite, lists, and no formulas --------------
+
+
+def strict(text: str) -> Any:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("name", ["classification", "multi-label", "regression", "token-classification"])
+def test_a_number_that_is_not_finite_is_none(
+    adapter_of: AdapterOf, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file, data), logits_of = adapter_of(name), prediction.logits_of
+    nan = lambda *given: lambda *inputs: logits_of(*given)(*inputs) * float("nan")  # noqa: E731
+    monkeypatch.setattr(prediction, "logits_of", nan)
+    rows = predict(file, data, limit=2).rows
+    assert "null" in json.dumps(rows, allow_nan=False)
+    assert all(len(row) == len(rows[0]) for row in rows)
+    assert invoke(file, "--data", data, "--out", tmp_path / "p.jsonl", "--limit", 2).exit_code == 0
+    assert [strict(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()] == rows
+    printed = invoke(file, "--data", data, "--limit", 2).stdout
+    assert [strict(line) for line in printed.splitlines() if line.startswith("{")] == rows
+
+
+@pytest.fixture
+def written(adapter_of: AdapterOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Return a function that writes rows of predictions to a file, as the command does, and returns its content."""
+
+    def write(rows: list[dict[str, Any]], suffix: str = ".csv") -> str:
+        monkeypatch.setattr(finetune, "predict", lambda *given, **settings: Predictions("sorting", rows, {}))
+        file, data = adapter_of("classification")
+        out = tmp_path / f"written{suffix}"
+        done = invoke(file, "--data", data, "--out", out, "--overwrite")
+        assert done.exit_code == 0, done.output
+        return out.read_bytes().decode()
+
+    return write
+
+
+def test_lists_in_a_table_are_json_and_its_columns_those_of_all_rows(
+    adapter_of: AdapterOf, written: Callable[..., str]
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"tokens": ["a|b", "c,d"], "prediction": ["X", None], "scores": [0.5, None]},
+        {"tokens": ["a", '"'], "prediction": ["X", "Y"], "scores": [0.5, 0.25]},
+        {"tokens": ["é"], "prediction": [], "scores": [1]},
+    ]
+    read = list(csv.DictReader(written(rows).splitlines()))
+    assert [{name: strict(cell) for name, cell in row.items()} for row in read] == rows
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "score": 0.5}, {"other": "c"}]
+    read = list(csv.DictReader(written(rows).splitlines()))
+    assert list(read[0]) == ["text", "label", "score", "other"]
+    assert [{name: cell for name, cell in row.items() if cell} for row in read] == [
+        {name: str(value) for name, value in row.items()} for row in rows
+    ]
+    rows = predict(*adapter_of("multi-label")).rows
+    lists = [column for column, value in rows[0].items() if not isinstance(value, str)]
+    assert {"prediction", "scores"} <= set(lists)
+    read = list(csv.DictReader(written(rows).splitlines()))
+    assert [[strict(row[column]) for column in lists] for row in read] == [[row[c] for c in lists] for row in rows]
+
+
+def test_a_spreadsheet_finds_no_formula_in_a_table(written: Callable[..., str]) -> None:
+    formulas = ["=1+2", "+cmd|' /C calc'!A0", "-2+3", "@A1", "\t=1", "\r=1", "\n=1", "\uff1d1", "\uff0b1", "-", "-a"]
+    plain = ["-1.5", "+3", "-.5e-3", "a=b", "", "'=1", " =1", "0"]
+    rows = [{"=text": text, "score": -0.5, "tags": ["=a"]} for text in formulas + plain]
+    read = list(csv.reader(io.StringIO(written(rows), newline="")))
+    assert read[0] == ["'=text", "score", "tags"]
+    assert [row[0] for row in read[1:]] == [f"'{text}" for text in formulas] + plain
+    assert {tuple(row[1:]) for row in read[1:]} == {("-0.5", '["=a"]')}
+    assert [json.loads(line)["=text"] for line in written(rows, ".jsonl").splitlines()] == formulas + plain
+
+
+names = st.sampled_from(["prediction", "score", "prediction_2", "score_2", "score_3", "id"])
+
+
+@given(columns=st.lists(names, unique=True))
+def test_no_column_is_lost(columns: list[str]) -> None:
+    table = Table("a", "a", {name: [f"{name} 0", f"{name} 1"] for name in columns})
+    answers = [{"prediction": place, "score": place / 2} for place in range(2)]
+    rows = prediction.prediction_rows(table, ["a", "b"], answers)
+    for place, row in enumerate(rows):
+        assert list(row)[:-2] == columns
+        assert all(row[name] == f"{name} {place}" for name in columns)
+        # Both get the same ending, so that it is clear which score is whose.
+        assert list(row.values())[-2:] == [place, place / 2]
+        assert len({name.removeprefix(key) for name, key in zip(list(row)[-2:], answers[0], strict=True)}) == 1
+
+
+def test_values_are_those_that_json_has_and_others_are_left_out() -> None:
+    class Columns(dict[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            assert name != "sound", "it would be decoded"
+            return super().__getitem__(name)
+
+    cells = {
+        "day": datetime.date(2024, 1, 2), "time": datetime.datetime(2024, 1, 2, 3, 4, 5),
+        "numbers": [1, float("nan"), None, True], "messages": [{"role": "user", "content": "é"}], "bytes": b"\0",
+        "inside": [{"picture": object()}], "sound": "",
+    }  # fmt: skip
+    # Fewer samples than rows: the first ones.
+    table = Table("a", "a", Columns({name: [cell, ""] for name, cell in cells.items()}), opaque=("sound",))
+    (row,) = prediction.prediction_rows(table, ["a"], [{"prediction": float("inf")}])
+    assert row == {
+        "day": "2024-01-02", "time": "2024-01-02T03:04:05", "numbers": [1, None, None, True],
+        "messages": [{"role": "user", "content": "é"}], "prediction": None,
+    }  # fmt: skip
+    json.dumps(row, allow_nan=False)
+    # Images have their path or place.
+    rows = prediction.prediction_rows(None, [Path("a.png"), object()], [{"prediction": "x"}] * 2)
+    assert [row["image"] for row in rows] == ["a.png", 1]

@@ -8,6 +8,7 @@ import math
 import random
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from tnadapt import torch as tnt
@@ -36,9 +37,15 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def curves(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def report_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, type], None]:
+    """Return a function that makes a class the callback of a library, which need not be installed."""
+    integrations = importlib.import_module("transformers.integrations.integration_utils")
+    return lambda name, callback: monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, name, callback)
+
+
+@pytest.fixture
+def curves(report_by: Callable[[str, type], None]) -> list[Any]:
     """What is reported to TensorBoard: an entry for each event."""
-    transformers = pytest.importorskip("transformers")
     events: list[Any] = []
 
     class Callback(transformers.TrainerCallback):  # type: ignore[misc]
@@ -51,8 +58,7 @@ def curves(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             events.append("end")
 
-    integrations = importlib.import_module("transformers.integrations.integration_utils")
-    monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, "tensorboard", Callback)
+    report_by("tensorboard", Callback)
     return events
 
 
@@ -121,36 +127,30 @@ def test_reports_change_no_result_and_are_those_of_the_steps(problem: Any, tmp_p
 
 
 def test_a_training_that_is_repeated_replaces_its_curve(
-    problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    problem: Any, tmp_path: Path, report_by: Callable[[str, type], None]
 ) -> None:
-    transformers = pytest.importorskip("transformers")
     # TensorBoard is not needed: this is what the Trainer's callback for it does.
-    found: list[str] = []
+    folders: list[Path] = []
 
     class Callback(transformers.TrainerCallback):  # type: ignore[misc]
         logging_dir: str | None = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            folder = Path(self.logging_dir or f"{args.output_dir}/runs/time_host")
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"events.out.tfevents.{len(found)}").touch()
-            found.append(str(folder))
+            folders.append(Path(self.logging_dir or f"{args.output_dir}/runs/time_host"))
+            folders[-1].mkdir(parents=True, exist_ok=True)
+            (folders[-1] / f"events.out.tfevents.{len(folders)}").touch()
 
-    integrations = importlib.import_module("transformers.integrations.integration_utils")
-    monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, "tensorboard", Callback)
-    task, other = Task(METHOD, 0, 0.01), Task(METHOD, 1, 0.01)
-    for one in (task, other, task):
-        train(problem, one, Training(1, 40, report_to="tensorboard"), tmp_path / "adapters")
-    logs = tmp_path / "logs"
-    folders = [logs / one.file_name().removesuffix(".safetensors") for one in (task, other, task)]
-    assert found == list(map(str, folders))
-    assert sorted(path.relative_to(logs) for path in logs.rglob("events*")) == sorted(
-        folders[place].relative_to(logs) / f"events.out.tfevents.{place}" for place in (1, 2)
-    )
+    report_by("tensorboard", Callback)
+    tasks, logs = [Task(METHOD, seed, 0.01) for seed in (0, 1, 0)], tmp_path / "logs"
+    for task in tasks:
+        train(problem, task, Training(1, 40, report_to="tensorboard"), tmp_path / "adapters")
+    assert folders == [logs / task.file_name().removesuffix(".safetensors") for task in tasks]
+    events = {folders[place - 1] / f"events.out.tfevents.{place}" for place in (2, 3)}
+    assert {path for path in logs.rglob("events*") if path.is_file()} == events
     # The folder that the user's environment names is kept.
-    monkeypatch.setattr(Callback, "logging_dir", str(tmp_path / "own"))
-    train(problem, task, Training(1, 40, report_to="tensorboard"), tmp_path / "adapters")
-    assert found[-1] == str(tmp_path / "own")
+    Callback.logging_dir = str(tmp_path / "own")
+    train(problem, tasks[0], Training(1, 40, report_to="tensorboard"), tmp_path / "adapters")
+    assert folders[-1] == tmp_path / "own"
 
 
 def test_only_what_was_reported_is_deleted(tmp_path: Path) -> None:
@@ -161,25 +161,22 @@ def test_only_what_was_reported_is_deleted(tmp_path: Path) -> None:
     clear_logs(folder)
     assert [path.name for path in folder.rglob("*")] == ["notes.txt"]
     (folder / "notes.txt").unlink()
-    clear_logs(folder)
-    assert not folder.exists()
-    clear_logs(folder)  # nothing to do
+    for _ in range(2):  # the second time there is nothing to do
+        clear_logs(folder)
+        assert not folder.exists()
 
 
 @pytest.mark.slow
-def test_a_run_that_is_left_open_is_ended(problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "run", "ends"), [("wandb", "open", 1), ("wandb", None, 0), ("trackio", "open", 0)])
+def test_a_run_that_is_left_open_is_ended(
+    name: str, run: str | None, ends: int, problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    report_by: Callable[[str, type], None],
+) -> None:  # fmt: skip
     ended: list[str] = []
-    integrations = importlib.import_module("transformers.integrations.integration_utils")
-    for name, run in (("wandb", "open"), ("wandb", None), ("trackio", "open")):
-        library = types.SimpleNamespace(run=run, finish=lambda name=name: ended.append(name))
-        monkeypatch.setitem(sys.modules, name, library)
-        monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, name, transformers_callback())
-        train(problem, Task(METHOD, 0, 0.01), Training(1, 40, report_to=name), tmp_path / "adapters")
-    assert ended == ["wandb"]
-
-
-def transformers_callback() -> Any:
-    return importlib.import_module("transformers").TrainerCallback
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(run=run, finish=lambda: ended.append(name)))
+    report_by(name, transformers.TrainerCallback)
+    train(problem, Task(METHOD, 0, 0.01), Training(1, 40, report_to=name), tmp_path / "adapters")
+    assert len(ended) == ends
 
 
 def test_reports_without_accelerate_say_what_to_install(problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:

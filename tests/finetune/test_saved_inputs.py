@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,135 +12,111 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import tnadapt as tna
 from tnadapt.errors import FileError, TnadaptError
 from tnadapt.finetune import Spec, open_problem, predict
-from tnadapt.finetune import _prediction as prediction
-from tnadapt.finetune._saved_task import check_recordable
 from tnadapt.finetune.tasks import TASKS
 
 from . import tiny_models as tiny
-from .untrained import changed, untrained
+from .internals import prediction
 
-Made = tuple[Path, str]
-
-
-def made(folder: Path, model: Any, write: Any, name: str = "a.jsonl") -> Made:
-    data = write(folder / name)
-    return untrained(folder / "a.safetensors", model(folder / "model"), data), data
-
-
-@pytest.fixture(scope="module")
-def of_texts(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return made(tmp_path_factory.mktemp("texts"), tiny.bert, tiny.classes)
+AdapterOf = Callable[[str], tuple[Path, str]]
+TEXTS, NUMBERS, IMAGES = "classification", "regression", "image-classification"
+LENGTH = "max_length of the inputs must be an integer from 1 to 2147483647, or None; got "
+CUT = "; expected 3 to 32, for the base "
+REMOTE = ", an address or network share, which is not opened"
+FORM = "form of the task 'causal-lm' must be one of 'text', 'completion', 'messages'; got "
+SIDE = "image_size of the inputs must be an integer from 1 to 8192; got "
+MEAN = "pixel_mean of the inputs must be a list of one number per channel"
+DEVIATION = "pixel_std of the inputs must be a list of one number per channel, from 1e-6 to 1e6"
 
 
-@pytest.fixture(scope="module")
-def of_numbers(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return made(tmp_path_factory.mktemp("numbers"), tiny.bert, tiny.numbers)
+@pytest.mark.parametrize(
+    ("task", "inputs", "message"),
+    [
+        (TEXTS, {"max_length": "long"}, LENGTH + "'long'"),
+        (TEXTS, {"max_length": [32]}, LENGTH + "[32]"),
+        (TEXTS, {"max_length": True}, LENGTH),
+        (TEXTS, {"max_length": 0}, LENGTH),
+        (TEXTS, {"max_length": 33}, "has the max_length 33" + CUT),
+        (TEXTS, {"max_length": 2}, "has the max_length 2" + CUT),
+        (TEXTS, {"tokenizer": 5}, "tokenizer of the inputs must be text or None; got 5"),
+        (TEXTS, {"tokenizer": "a\nb"}, "tokenizer of the inputs must be text or None; got 'a\\nb'"),
+        (TEXTS, {"tokenizer": "//host/share"}, "names as its tokenizer '//host/share'" + REMOTE),
+        (TEXTS, {"tokenizer": "https://host/a"}, "names as its tokenizer 'https://host/a'" + REMOTE),
+        (TEXTS, {"task": "sorting"}, "was trained for a task that is unknown here: task must be one of 'classificat"),
+        (TEXTS, {"task": NUMBERS, "task_mean": 1.0}, "the description of the task 'regression' is damaged"),
+        (TEXTS, {"task": ...}, "does not say how inputs are prepared and outputs are read, as files of"),
+        (NUMBERS, {"task_mean": "a"}, "mean of the task 'regression' must be a finite number; got 'a'"),
+        (NUMBERS, {"task_mean": True}, "mean of the task 'regression' must be a finite number; got True"),
+        (NUMBERS, {"task_deviation": 0}, "deviation of the task 'regression' must be a positive number; got 0"),
+        (NUMBERS, {"task_deviation": None}, "deviation of the task 'regression' must be a positive number; got None"),
+        ("causal-lm", {"task_form": "xyz"}, FORM),
+        ("causal-lm", {"task_form": None}, FORM),
+        ("causal-lm", {"task_form": ["text"]}, FORM),
+        (IMAGES, {"image_size": "big"}, SIDE + "'big'"),
+        (IMAGES, {"image_size": -2}, SIDE + "-2"),
+        (IMAGES, {"image_size": 1_000_000}, SIDE + "1000000"),
+        (IMAGES, {"image_size": ...}, "does not say how images are scaled: its inputs have no image_size"),
+        (IMAGES, {"channels": 7}, "channels of the inputs must be 1 or 3; got 7"),
+        (
+            IMAGES,
+            {"channels": 1},
+            "pixel_mean of the inputs must be a list of 1 numbers, one per channel; got [0.5,",
+        ),
+        (IMAGES, {"pixel_mean": [0, 0]}, MEAN),
+        (IMAGES, {"pixel_mean": ["a", "b", "c"]}, MEAN),
+        (IMAGES, {"pixel_std": "small"}, DEVIATION),
+        (IMAGES, {"pixel_std": [1, 1, 0]}, DEVIATION),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(
+    adapter_of: AdapterOf, tmp_path: Path, task: str, inputs: dict[str, Any], message: str
+) -> None:
+    refused(adapter_of(task), tmp_path / "b.safetensors", message, inputs=inputs)
 
 
-@pytest.fixture(scope="module")
-def of_completions(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return made(tmp_path_factory.mktemp("completions"), tiny.gpt2, tiny.completions)
-
-
-@pytest.fixture(scope="module")
-def of_images(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return made(tmp_path_factory.mktemp("images"), tiny.vit, tiny.shades, "a.npz")
-
-
-def refused(one: Made, path: Path, message: str, **about: Any) -> None:
+def refused(adapter: tuple[Path, str], path: Path, message: str, **about: Any) -> None:
     """Check that a file with these values is refused with its name and this message."""
     with pytest.raises(FileError) as caught:
-        predict(changed(one[0], path, **about), one[1], new_tokens=2)
+        predict(tiny.changed(adapter[0], path, **about), adapter[1], new_tokens=2)
     assert str(caught.value).startswith(str(path)), caught.value
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("max_length", "long", "max_length of the inputs must be an integer from 1 to 2147483647, or None; got 'long'"),
-        ("max_length", [32], "max_length of the inputs must be an integer from 1 to 2147483647, or None; got [32]"),
-        ("max_length", True, "max_length of the inputs must be an integer"),
-        ("max_length", 0, "max_length of the inputs must be an integer"),
-        ("max_length", 33, "has the max_length 33; expected 3 to 32, for the base "),
-        ("max_length", 2, "has the max_length 2; expected 3 to 32, for the base "),
-        ("tokenizer", 5, "tokenizer of the inputs must be text or None; got 5"),
-        ("tokenizer", "a\nb", "tokenizer of the inputs must be text or None; got 'a\\nb'"),
-        ("tokenizer", "//host/share", "names as its tokenizer '//host/share', an address or network share, which is"),
-        ("tokenizer", "https://host/a", "names as its tokenizer 'https://host/a', an address or network share, which"),
-    ],
-)
-def test_settings_of_texts(of_texts: Made, tmp_path: Path, name: str, value: Any, message: str) -> None:
-    refused(of_texts, tmp_path / "b.safetensors", message, inputs={name: value})
-
-
 @pytest.mark.parametrize("labels", [(), ("yes",), ("yes", "yes")])
 @pytest.mark.parametrize("task", ["classification", "multi-label", "token-classification"])
-def test_classes_that_are_none(of_texts: Made, tmp_path: Path, task: str, labels: Any) -> None:
+def test_classes_that_are_none(adapter_of: AdapterOf, tmp_path: Path, task: str, labels: Any) -> None:
     message = f"classes of the task {task!r} must be two or more different names; got {labels!r}"
-    refused(of_texts, tmp_path / "b.safetensors", message, labels=labels, inputs={"task": task})
+    file = tmp_path / "b.safetensors"
+    refused(adapter_of("classification"), file, message, labels=labels, inputs={"task": task})
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("task_mean", "a", "mean of the task 'regression' must be a finite number; got 'a'"),
-        ("task_mean", True, "mean of the task 'regression' must be a finite number; got True"),
-        ("task_deviation", 0, "deviation of the task 'regression' must be a positive number; got 0"),
-        ("task_deviation", None, "deviation of the task 'regression' must be a positive number; got None"),
-    ],
-)
-def test_numbers_of_regression(of_numbers: Made, tmp_path: Path, name: str, value: Any, message: str) -> None:
-    refused(of_numbers, tmp_path / "b.safetensors", message, inputs={name: value})
+def test_a_study_is_refused_before_it_trains_what_no_file_may_hold(adapter_of: AdapterOf, tmp_path: Path) -> None:
+    rows = [{"text": "good", "label": label} for label in ["a" * 10_000, "b"] * 4]
+    spec = Spec(model=str(adapter_of("classification")[0].parent / "model"), data=tiny.rows(tmp_path / "a.jsonl", rows))
+    with pytest.raises(TnadaptError, match=r"cannot hold the task of .*: a label must be a string of at most \d+ lett"):
+        open_problem(spec)
 
 
-@pytest.mark.parametrize("value", ["xyz", None, ["text"]])
-def test_forms_of_language_modelling(of_completions: Made, tmp_path: Path, value: Any) -> None:
-    message = "form of the task 'causal-lm' must be one of 'text', 'completion', 'messages'; got "
-    refused(of_completions, tmp_path / "b.safetensors", message, inputs={"task_form": value})
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("image_size", "big", "image_size of the inputs must be an integer from 1 to 8192; got 'big'"),
-        ("image_size", -2, "image_size of the inputs must be an integer from 1 to 8192; got -2"),
-        ("image_size", 1_000_000, "image_size of the inputs must be an integer from 1 to 8192; got 1000000"),
-        ("image_size", ..., "does not say how images are scaled: its inputs have no image_size"),
-        ("channels", 7, "channels of the inputs must be 1 or 3; got 7"),
-        ("channels", 1, "pixel_mean of the inputs must be a list of 1 numbers, one per channel; got [0.5, 0.5, 0.5]"),
-        ("pixel_mean", [0, 0], "pixel_mean of the inputs must be a list of one number per channel"),
-        ("pixel_mean", ["a", "b", "c"], "pixel_mean of the inputs must be a list of one number per channel"),
-        ("pixel_std", "small", "pixel_std of the inputs must be a list of one number per channel, from 1e-6 to 1e6"),
-        ("pixel_std", [1, 1, 0], "pixel_std of the inputs must be a list of one number per channel, from 1e-6 to 1e6"),
-    ],
-)
-def test_settings_of_images(of_images: Made, tmp_path: Path, name: str, value: Any, message: str) -> None:
-    refused(of_images, tmp_path / "b.safetensors", message, inputs={name: value})
-
-
-def test_a_study_is_refused_before_it_trains_what_no_file_may_hold(of_images: Made) -> None:
-    problem = open_problem(Spec(model=str(of_images[0].parent / "model"), data=of_images[1]))
-    check_recordable(problem)
-    problem.source["image_size"] = 10_000  # type: ignore[index]
-    message = "cannot hold the task of .*: image_size of the inputs must be an integer from 1 to 8192; got 10000"
-    with pytest.raises(TnadaptError, match=message):
-        check_recordable(problem)
+def test_an_adapter_without_a_description(adapter_of: AdapterOf, tmp_path: Path) -> None:
+    model = torch.nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
+    tna.torch.attach(model, tna.presets.lora(1)).save(tmp_path / "a.safetensors")
+    with pytest.raises(FileError, match="does not say how inputs are prepared and outputs are read, as files of"):
+        predict(tmp_path / "a.safetensors", adapter_of("classification")[1])
 
 
 # -- A task that its model does not do ---------------------------------------------------------
 
 
-def test_texts_for_a_model_of_timm(of_texts: Made, tmp_path: Path) -> None:
+def test_texts_for_a_model_of_timm(adapter_of: AdapterOf, tmp_path: Path) -> None:
     message = "was trained for 'classification', a task of texts, but its model is one of timm, of images"
-    refused(of_texts, tmp_path / "b.safetensors", message, library="timm", settings={})
+    refused(adapter_of("classification"), tmp_path / "b.safetensors", message, library="timm", settings={})
 
 
-def test_classes_of_a_language_model(of_completions: Made, tmp_path: Path) -> None:
-    file = changed(
-        of_completions[0], tmp_path / "b.safetensors", labels=("no", "yes"),
+def test_classes_of_a_language_model(adapter_of: AdapterOf, tmp_path: Path) -> None:
+    file = tiny.changed(
+        adapter_of("causal-lm")[0], tmp_path / "b.safetensors", labels=("no", "yes"),
         inputs={"task": "classification", "task_form": ...},
     )  # fmt: skip
     start = re.escape(f"the model of {file} returned (2, ")
@@ -147,8 +124,9 @@ def test_classes_of_a_language_model(of_completions: Made, tmp_path: Path) -> No
         predict(file, tiny.classes(tmp_path / "c.jsonl"))
 
 
-def test_completions_of_a_classifier(of_texts: Made, tmp_path: Path) -> None:
-    file = changed(of_texts[0], tmp_path / "b.safetensors", inputs={"task": "causal-lm", "task_form": "completion"})
+def test_completions_of_a_classifier(adapter_of: AdapterOf, tmp_path: Path) -> None:
+    adapter, _ = adapter_of("classification")
+    file = tiny.changed(adapter, tmp_path / "b.safetensors", inputs={"task": "causal-lm", "task_form": "completion"})
     message = "the adapter's task is 'causal-lm', but its model, a BertForSequenceClassification, cannot continue texts"
     with pytest.raises(TnadaptError, match=message):
         predict(file, tiny.completions(tmp_path / "c.jsonl"))
@@ -157,10 +135,11 @@ def test_completions_of_a_classifier(of_texts: Made, tmp_path: Path) -> None:
 # -- Tokenizers --------------------------------------------------------------------------------
 
 
-def test_a_given_tokenizer_comes_before_the_files(of_texts: Made, tmp_path: Path) -> None:
-    file = changed(of_texts[0], tmp_path / "b.safetensors", inputs={"tokenizer": "//host/share"})
-    own = predict(of_texts[0], of_texts[1]).rows
-    assert predict(file, of_texts[1], tokenizer=str(of_texts[0].parent / "model")).rows == own
+def test_a_given_tokenizer_comes_before_the_files(adapter_of: AdapterOf, tmp_path: Path) -> None:
+    adapter, data = adapter_of("classification")
+    file = tiny.changed(adapter, tmp_path / "b.safetensors", inputs={"tokenizer": "//host/share"})
+    own = predict(adapter, data).rows
+    assert predict(file, data, tokenizer=str(adapter.parent / "model")).rows == own
 
 
 @pytest.mark.parametrize(
@@ -174,7 +153,7 @@ def test_a_given_tokenizer_comes_before_the_files(of_texts: Made, tmp_path: Path
     ],
 )
 def test_the_bases_tokenizer_is_of_its_revision(
-    of_texts: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: bool, tokenizer: str | None,
+    adapter_of: AdapterOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: bool, tokenizer: str | None,
     named: str | None, expected: tuple[str, str | None],
 ) -> None:  # fmt: skip
     seen = []
@@ -184,9 +163,10 @@ def test_the_bases_tokenizer_is_of_its_revision(
         return transformers.AutoTokenizer.from_pretrained(model)
 
     monkeypatch.setattr(prediction, "tokenizer_of", tokenizer_of)
-    model = str(of_texts[0].parent / "model")
-    file = changed(of_texts[0], tmp_path / "b.safetensors", revision="abc123", inputs={"tokenizer": named})
-    predict(file, of_texts[1], base=model if base else None, tokenizer=tokenizer)
+    adapter, data = adapter_of("classification")
+    model = str(adapter.parent / "model")
+    file = tiny.changed(adapter, tmp_path / "b.safetensors", revision="abc123", inputs={"tokenizer": named})
+    predict(file, data, base=model if base else None, tokenizer=tokenizer)
     assert seen == [(expected[0].format(model=model), expected[1])]
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,33 +15,24 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
 import tnadapt as tna
-from tests.support.depth import long_only
 from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError
 from tnadapt.finetune import Choice, Reporter, Spec, Study, Task, Training, open_problem
-from tnadapt.finetune._study import prove
 from tnadapt.finetune.engines import threads
-from tnadapt.finetune.loop import OwnRates, Schedule, fit
-from tnadapt.finetune.pareto_report import points_in
+from tnadapt.finetune.loop import OwnRates, Schedule, batches, fit
 from tnadapt.finetune.problem import base_digest, free
 from tnadapt.finetune.training import train, usable_device
 
-from .played_tasks import ROOT
+from .internals import points_in, study_job
 from .small import CHOICE, TRAINING, spec, study
-
-CLUSTERS = [("ray", "ray", {"address": "local"}), ("slurm", "submitit", {"cluster": "local"})]
 
 
 class Counting(Reporter):
     def __init__(self) -> None:
         self.begun: tuple[int, int] | None = None
         self.done: list[str] = []
-        self.fractions: list[float] = []
 
     def begins(self, tasks: int, finished: int) -> None:
         self.begun = (tasks, finished)
-
-    def training(self, task: Task, done: float) -> None:
-        self.fractions.append(done)
 
     def finished(self, task: Task, record: Mapping[str, Any]) -> None:
         self.done.append(task.key)
@@ -58,10 +46,6 @@ def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
@@ -79,9 +63,7 @@ def test_the_outcome(finished: tuple[Path, Any]) -> None:
     assert [point.parameters for point in outcome.points] == [0, 1024, 364]
     assert {point.kept for point in outcome.points} == {325}
     assert (outcome.trained, outcome.reused) == (6, 0)
-    assert outcome.best is not None
     assert outcome.best.parameters
-    assert outcome.proof is not None
     assert outcome.proof.holds
     assert outcome.proof.samples == 269
     assert outcome.proof.largest < 1e-4
@@ -89,10 +71,6 @@ def test_the_outcome(finished: tuple[Path, Any]) -> None:
     assert outcome.picture.stat().st_size > 5000
     assert outcome.adapter == out / "best.safetensors"
     assert len(tna.load(outcome.adapter).targets) == 8
-
-
-def test_the_lines(finished: tuple[Path, Any]) -> None:
-    out, _ = finished
     records = lines(out)
     assert len(records) == 6
     for record in records:
@@ -104,11 +82,8 @@ def test_the_lines(finished: tuple[Path, Any]) -> None:
             assert tna.Config.from_dict(record["config"]).seed == record["seed"] == 0
             assert (out / "adapters" / record["adapter"]).is_file()
     assert {record["rate"] for record in records} == {0.01, 0.03}
-
-
-def test_a_file_of_results_gives_the_points_again(finished: tuple[Path, Any]) -> None:
-    out, outcome = finished
-    assert [one.to_dict() for one in points_in(out / "results.jsonl")] == [one.to_dict() for one in outcome.points]
+    # The file of results gives the points again.
+    assert [point.to_dict() for point in points_in(out / "results.jsonl")] == [p.to_dict() for p in outcome.points]
 
 
 def test_what_is_finished_is_not_done_again(finished: tuple[Path, Any], cache: Path) -> None:
@@ -142,30 +117,6 @@ def test_side_by_side_gives_the_same_numbers(finished: tuple[Path, Any], cache: 
     out, _ = finished
     study(cache).run(tmp_path, jobs=2)
     assert numbers(tmp_path) == numbers(out)
-
-
-@pytest.mark.slow
-@long_only  # tests/finetune/test_engines.py runs tasks on both; this adds that trainings are such tasks
-@pytest.mark.parametrize(("engine", "library", "options"), CLUSTERS)
-def test_a_cluster_gives_the_same_numbers(
-    finished: tuple[Path, Any], cache: Path, engine: str, library: str, options: dict[str, str], tmp_path: Path
-) -> None:
-    pytest.importorskip(library)
-    script = (
-        "from pathlib import Path\nfrom tests.finetune.small import study\n"
-        f"outcome = study(Path({str(cache)!r})).run(Path('run'), 2, engine={engine!r}, options={options!r})\n"
-        "assert outcome.proof.holds\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert numbers(tmp_path / "run") == numbers(finished[0])
-    assert not (tmp_path / "run" / "workers").exists()
-    sessions = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
-    assert [one["session"]["engine"] for one in sessions if "session" in one] == [engine]
 
 
 def test_other_settings_are_another_study(finished: tuple[Path, Any], cache: Path) -> None:
@@ -217,7 +168,7 @@ def test_adapters_that_were_removed_or_damaged_are_trained_again(cache: Path, tm
     reporter = Counting()
     one = Study(spec(cache), CHOICE, TRAINING, (0.03,), 1, reporter)
     before, records = one.run(tmp_path), numbers(tmp_path)
-    for damage in (Path.unlink, truncate, empty):
+    for damage in (Path.unlink, truncate, lambda path: path.write_bytes(b"")):
         for path in (tmp_path / "best.safetensors", *(tmp_path / "adapters").iterdir()):
             damage(path)
         again = one.run(tmp_path)
@@ -237,31 +188,26 @@ def test_a_damaged_best_adapter_is_copied_again(finished: tuple[Path, Any], cach
 
 def test_the_proof_notices_another_adapter(finished: tuple[Path, Any], cache: Path) -> None:
     out, outcome = finished
-    problem = open_problem(spec(cache))
-    own = outcome.best.records[0]
-    others = [one for one in lines(out) if one["config"] and one["predictions"] != own["predictions"]]
-    assert prove(problem, own, out / "best.safetensors", TRAINING).holds
-    assert not prove(problem, own, out / "adapters" / others[0]["adapter"], TRAINING).loaded_same
+    problem, record = open_problem(spec(cache)), outcome.best.records[0]
+    others = [line for line in lines(out) if line["config"] and line["predictions"] != record["predictions"]]
+    assert study_job.prove(problem, record, out / "best.safetensors", TRAINING).holds
+    assert not study_job.prove(problem, record, out / "adapters" / others[0]["adapter"], TRAINING).loaded_same
 
 
-def test_a_rate_that_explodes_is_a_line_and_no_adapter(cache: Path, tmp_path: Path) -> None:
-    outcome = study(cache, Choice(presets=("lora",), ranks=(1,)), (1e30,)).run(tmp_path, jobs=1)
-    record = next(one for one in lines(tmp_path) if one["config"])
+@pytest.mark.parametrize("rates", [(1e30,), (1e30, 0.03)])
+def test_a_rate_that_explodes_is_a_line_and_no_adapter(cache: Path, tmp_path: Path, rates: tuple[float, ...]) -> None:
+    # One step an epoch, one epoch: only the last step explodes, and the loss before it is sound.
+    training = Training(1, 100_000) if len(rates) == 2 else TRAINING
+    outcome = Study(spec(cache), Choice(presets=("lora",), ranks=(1,)), training, rates).run(tmp_path, jobs=1)
+    (record,) = [line for line in lines(tmp_path) if line["config"] and line["rate"] == 1e30]
     assert record["diverged"]
-    assert record["training_loss"] is None
     assert "adapter" not in record
-    assert outcome.best is None
-    assert outcome.adapter is None
-
-
-def test_a_last_step_that_explodes_is_noticed_too(cache: Path, tmp_path: Path) -> None:
-    # One step an epoch, one epoch: the loss before it is sound.
-    one = Study(spec(cache), Choice(presets=("lora",), ranks=(1,)), Training(1, 100_000), (1e30, 0.03))
-    outcome = one.run(tmp_path)
-    broken = [line for line in lines(tmp_path) if line["config"] and line["rate"] == 1e30]
-    assert [line["diverged"] for line in broken] == [True]
-    assert outcome.best is not None
-    assert outcome.best.rate == 0.03
+    if len(rates) == 2:
+        assert outcome.best is not None
+        assert outcome.best.rate == 0.03
+    else:
+        assert record["training_loss"] is None
+        assert (outcome.best, outcome.adapter) == (None, None)
 
 
 @pytest.mark.law("no-global-random-state")
@@ -316,25 +262,17 @@ def test_a_worker_that_cannot_open_the_problem_says_why(cache: Path, tmp_path: P
         one.run(tmp_path, jobs=2)
 
 
-def test_a_device_that_is_not_here() -> None:
-    assert usable_device("cpu") == "cpu"
-    with pytest.raises(TnadaptError, match="no device 'cuda:99' here: "):
-        usable_device("cuda:99")
-
-
 @pytest.mark.parametrize(
     ("name", "meant"),
     [("gpu", "cuda"), ("GPU:0", "cuda:0"), ("cuad:1", "cuda:1"), ("cuda:x", "cuda"), ("metal", "mps"), ("abacus", "")],
 )
-def test_a_device_of_another_name(name: str, meant: str) -> None:
+def test_a_device_that_is_not_here(name: str, meant: str) -> None:
+    assert usable_device("cpu") == "cpu"
+    with pytest.raises(TnadaptError, match="no device 'cuda:99' here: "):
+        usable_device("cuda:99")
     hint = rf"did you mean '{meant}'\? " if meant else ""
     with pytest.raises(TnadaptError, match=f"^no device '{name}'; {hint}give cpu, cuda, cuda:0, mps, …$"):
         usable_device(name)
-
-
-def test_only_one_of_model_and_data() -> None:
-    with pytest.raises(TnadaptError, match="--data needs --model, too"):
-        open_problem(Spec(data="a.csv"))
 
 
 # -- The cache ---------------------------------------------------------------------------------
@@ -358,16 +296,19 @@ def test_the_pretrained_model_is_kept_and_made_anew_where_damaged(tmp_path: Path
         told.clear()
 
 
-def test_another_recipe_is_another_file(tmp_path: Path) -> None:
-    for epochs in (1, 2):
-        open_problem(Spec(cache=tmp_path, pretrain_epochs=epochs)).build(0)
-    assert len(list((tmp_path / "digits").iterdir())) == 2
-
-
-def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").write_text("")
     with pytest.raises(FileError, match="give another folder with --cache"):
         open_problem(Spec(cache=tmp_path / "cache", pretrain_epochs=1)).build(0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    # Another recipe is another file.
+    for epochs in (1, 2):
+        open_problem(Spec(pretrain_epochs=epochs)).build(0)
+    assert len(list((tmp_path / "xdg" / "tnadapt" / "digits").iterdir())) == 2
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    open_problem(Spec(pretrain_epochs=1)).build(0)
+    assert list((tmp_path / "home").rglob("tnadapt/digits/*"))
 
 
 def test_what_does_not_fit_is_refused_before_a_base_is_trained(tmp_path: Path) -> None:
@@ -385,16 +326,6 @@ def test_what_does_not_fit_is_refused_before_a_base_is_trained(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
     found.settings()
     assert told
-
-
-@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME"])
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str) -> None:
-    from tnadapt.finetune._digits import cache_folder
-
-    monkeypatch.setenv(variable, str(tmp_path))
-    assert cache_folder() == tmp_path / "tnadapt"
-    monkeypatch.delenv(variable)
-    assert cache_folder().name == "tnadapt" or cache_folder().parent.name == "tnadapt"
 
 
 # -- The loop ----------------------------------------------------------------------------------
@@ -415,14 +346,14 @@ def test_the_schedule_rises_and_falls_to_nothing() -> None:
 def test_the_rate_of_a_head(optimiser: str, shape: str) -> None:
     adapter, head = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     schedule = Schedule(0.1, optimiser=optimiser, shape=shape)
-    for own, expected in ((OwnRates([head], 0.4), 4.0), (OwnRates([head]), 1.0), (OwnRates(), 1.0)):
-        made, rates = schedule.begin([adapter, head], 10, own)
-        of = {id(p): group for group in made.param_groups for p in group["params"]}
-        assert of.keys() == {id(adapter), id(head)}
+    for rates, expected in ((OwnRates([head], 0.4), 4.0), (OwnRates([head]), 1.0), (OwnRates(), 1.0)):
+        stepper, scheduler = schedule.begin([adapter, head], 10, rates)
+        group_of = {id(p): group for group in stepper.param_groups for p in group["params"]}
+        assert group_of.keys() == {id(adapter), id(head)}
         for _ in range(4):
-            assert of[id(head)]["lr"] / of[id(adapter)]["lr"] == pytest.approx(expected)
-            made.step()
-            rates.step()
+            assert group_of[id(head)]["lr"] / group_of[id(adapter)]["lr"] == pytest.approx(expected)
+            stepper.step()
+            scheduler.step()
     alone, _ = schedule.begin([head], 10, OwnRates([head], 0.4))
     assert len(alone.param_groups) == 1
 
@@ -430,48 +361,29 @@ def test_the_rate_of_a_head(optimiser: str, shape: str) -> None:
 def test_a_loss_that_is_not_finite_ends_the_training_before_its_step(cache: Path) -> None:
     problem = open_problem(spec(cache))
     model = problem.build(0)
-    before = base_digest(model)
-    steps = list(
-        fit(
-            model,
-            lambda model, x: problem.logits(model, x) * float("nan"),
-            problem.task,
-            problem.parts["training"],
-            list(model.parameters()),
-            Schedule(0.1),
-            3,
-            64,
-            torch.device("cpu"),
-        )
-    )
-    assert len(steps) == 1
+    before, part = base_digest(model), problem.parts["training"]
+    logits = lambda model, x: problem.logits(model, x) * float("nan")  # noqa: E731
+    training = (problem.task, part, list(model.parameters()), Schedule(0.1), 3, 64, torch.device("cpu"))
+    assert len(list(fit(model, logits, *training))) == 1
     assert base_digest(model) == before
 
 
 def test_texts_of_like_length_share_a_batch(cache: Path) -> None:
-    from tnadapt.finetune.loop import batches as _batches
 
     part = open_problem(spec(cache)).parts["training"]
     part.lengths = torch.arange(len(part.labels)).flip(0)
-    batches = _batches(part, 10)
-    assert sorted(torch.cat(batches).tolist()) == list(range(len(part.labels)))
-    assert len(batches) == -(-len(part.labels) // 10)
-    spans = [int(part.lengths[batch].max() - part.lengths[batch].min()) for batch in batches]
+    some = batches(part, 10)
+    assert sorted(torch.cat(some).tolist()) == list(range(len(part.labels)))
+    assert len(some) == -(-len(part.labels) // 10)
+    spans = [int(part.lengths[batch].max() - part.lengths[batch].min()) for batch in some]
     assert sum(spans) / len(spans) < 60  # of 448, in random batches it would be above 350
 
 
 def test_threads_are_given_back_after_an_error() -> None:
-    before = torch.get_num_threads()
-    inside = 0
-
-    def fail() -> None:
-        nonlocal inside
-        with threads(before + 1):
-            inside = torch.get_num_threads()
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
+    before, inside = torch.get_num_threads(), 0
+    with pytest.raises(ZeroDivisionError), threads(before + 1):  # noqa: PT012
+        inside = torch.get_num_threads()
+        raise ZeroDivisionError
     assert inside == before + 1
     assert torch.get_num_threads() == before
 

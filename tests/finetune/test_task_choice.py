@@ -1,7 +1,9 @@
-"""The task that data are evidence of, and the refusals of data that fit another, several, or none."""
+"""The task that data are evidence of, the refusals of data that fit another, several or none, and its samples."""
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,13 @@ from tnadapt.plugins import forget_registered
 
 pytest.importorskip("torch")
 
-from tnadapt.cli._options import TASK_NAMES
 from tnadapt.finetune import Spec
-from tnadapt.finetune._pretrained import choose_task
-from tnadapt.finetune.data import facts_of, open_source
+from tnadapt.finetune.data import Data, Samples, Table, facts_of, open_source, read_table
 from tnadapt.finetune.tasks import TASKS, register_task
 
 from . import tiny_models as tiny
+from .internals import choose_task
+from .small import read
 
 
 def chosen(path: str, **options: Any) -> Any:
@@ -40,29 +42,27 @@ def table(folder: Path, labels: list[Any], **more: list[Any]) -> str:
 
 
 def test_the_command_lists_all_tasks() -> None:
-    assert tuple(TASKS.built_in) == TASK_NAMES
+    typer = pytest.importorskip("typer")
+    from tnadapt.cli import app
+
+    commands: Any = typer.main.get_command(app)
+    (option,) = (option for option in commands.commands["finetune"].params if option.name == "task")
+    assert option.help == f"{', '.join(TASKS.built_in)}."
 
 
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        (tiny.classes, "classification"),
-        (tiny.several, "multi-label"),
-        (tiny.numbers, "regression"),
-        (tiny.tags, "token-classification"),
-        (tiny.completions, "causal-lm"),
-    ],
-)
-def test_the_task_is_evident(tmp_path: Path, make: Any, name: str) -> None:
-    path = make(tmp_path / "data.jsonl")
+@pytest.mark.parametrize("name", tiny.JOBS)
+def test_the_task_is_evident(tmp_path: Path, name: str) -> None:
+    _, write, suffix = tiny.JOBS[name]
+    path = write(tmp_path / f"data{suffix}")
     task, data = chosen(path)
     assert task.name == name
     assert len(data.samples) == 40
-    assert chosen(path, task=name)[0] is task
-
-
-def test_images_are_classified(tmp_path: Path) -> None:
-    assert chosen(tiny.shades(tmp_path / "data.npz"))[0].name == "image-classification"
+    for other in TASKS.built_in:
+        if other == name:
+            assert chosen(path, task=name)[0] is task
+        elif suffix == ".npz":
+            with pytest.raises(TnadaptError, match=f"--task {other} does not fit: data.npz has images; these"):
+                chosen(path, task=other)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,7 @@ def test_named_columns_are_texts_and_labels_unless_they_are_called_completions(
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
+        ([1.5, "", 2.5], {"task": "regression"}, "data.csv, line 3: nothing in column 'label'"),
         (
             [1, 2, 3, 5] * 2, {},
             "the task is not evident from data.csv: the 4 different numbers in 'label', 1 to 5, may be classes (--task "
@@ -191,40 +192,32 @@ def test_rows_that_do_not_fit(tmp_path: Path, row: dict[str, Any], options: dict
         chosen(tiny.rows(tmp_path / "data.jsonl", [row] * 4), **options)
 
 
-def test_images_fit_no_other_task(tmp_path: Path) -> None:
-    path = tiny.shades(tmp_path / "data.npz")
-    for name in TASK_NAMES[:-1]:
-        with pytest.raises(TnadaptError, match=f"--task {name} does not fit: data.npz has images; these"):
-            chosen(path, task=name)
+NAMES = ["no", "maybe", "yes"]
 
 
-def test_a_missing_number_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"data\.csv, line 3: nothing in column 'label'"):
-        chosen(table(tmp_path, [1.5, "", 2.5]), task="regression")
-
-
-def test_classes_that_datasets_names_are_evident(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("column", "labels", "name", "classes", "expected"),
+    [
+        ("label", [0, 1, 2] * 2, "classification", ("no", "maybe", "yes"), [0, 1, 2] * 2),
+        ("labels", [[0], [0, 2], []], "multi-label", ("no", "yes"), [[1, 0], [1, 1], [0, 0]]),
+        ("ner_tags", [[0, 2], [1]], "token-classification", ("maybe", "no", "yes"), [[1, 2], [0]]),
+    ],
+)
+def test_classes_that_datasets_names_are_evident(
+    column: str, labels: list[Any], name: str, classes: tuple[str, ...], expected: list[Any], tmp_path: Path
+) -> None:
     datasets = pytest.importorskip("datasets")
-    names = datasets.ClassLabel(names=["no", "maybe", "yes"])
-    features = datasets.Features({"text": datasets.Value("string"), "label": names})
-    rows = {"text": list("abcdef"), "label": [0, 1, 2] * 2}
-    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "one")
-    task, data = chosen(str(tmp_path / "one"))
-    assert (task.name, data.classes) == ("classification", ("no", "maybe", "yes"))
-    listed = datasets.Features({"text": datasets.Value("string"), "labels": datasets.Sequence(names)})
-    rows = {"text": list("abc"), "labels": [[0], [0, 2], []]}
-    datasets.Dataset.from_dict(rows, features=listed).save_to_disk(tmp_path / "several")
-    task, data = chosen(str(tmp_path / "several"))
-    assert (task.name, data.classes) == ("multi-label", ("no", "yes"))
-    np.testing.assert_array_equal(data.samples.labels, [[1, 0], [1, 1], [0, 0]])
-    tagged = datasets.Features(
-        {"tokens": datasets.Sequence(datasets.Value("string")), "ner_tags": datasets.Sequence(names)}
-    )
-    rows = {"tokens": [["a", "b"], ["c"]], "ner_tags": [[0, 2], [1]]}
-    datasets.Dataset.from_dict(rows, features=tagged).save_to_disk(tmp_path / "tags")
-    task, data = chosen(str(tmp_path / "tags"))
-    assert (task.name, data.classes) == ("token-classification", ("maybe", "no", "yes"))
-    assert list(data.samples.labels) == [[1, 2], [0]]
+    text, label = datasets.Value("string"), datasets.ClassLabel(names=NAMES)
+    if column != "label":
+        label = datasets.Sequence(label)
+    rows: dict[str, Any] = {"text": list("abcdef")[: len(labels)], column: labels}
+    if column == "ner_tags":
+        rows, text = {"tokens": [["a", "b"], ["c"]], column: labels}, datasets.Sequence(text)
+    features = datasets.Features({next(iter(rows)): text, column: label})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    task, data = chosen(str(tmp_path / "saved"))
+    assert (task.name, data.classes) == (name, classes)
+    assert [one if isinstance(one, list) else one.tolist() for one in data.samples.labels] == expected
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=3), st.sampled_from("|;/"))
@@ -248,29 +241,139 @@ def test_another_task_is_registered() -> None:
         forget_registered()
 
 
-# -- JSON --------------------------------------------------------------------------------------
+WORDS = ("neg", "pos")
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", '{"text": "x"', "line 1 is not JSON"),
-        ("a.jsonl", "[1]\n", "line 1 is \\[1\\]; expected an object with one value for each column"),
-        ("a.jsonl", '{"text": "x"}\n\n{"label": "y"}\n', "line 3: column 'label' is not in every row"),
-        ("a.jsonl", "\n", "has no rows"),
-        ("a.json", '{"text": "x"}', "is not a list of objects"),
-        ("a.json", '[{"text": "x"}, 3]', "entry 2 is 3; expected an object"),
-        ("a.json", "[" * 100_000, "the file is not JSON"),
-    ],
-)
-def test_bad_json(tmp_path: Path, name: str, content: str, message: str) -> None:
-    (tmp_path / name).write_text(content)
+def task_of(name: str) -> Any:
+    fields = {"regression": (0.0, 1.0), "causal-lm": ("completion",)}
+    return TASKS[name](*fields.get(name, (WORDS,)))
+
+
+# -- Columns -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"label_column": "lable"}, {"text_column": "txt"}])
+@pytest.mark.parametrize("name", ["classification", "multi-label", "regression", "token-classification", "causal-lm"])
+def test_a_column_with_a_typo_is_not_left_out(name: str, options: dict[str, str]) -> None:
+    columns: dict[str, list[Any]] = {"text": ["a"] * 4, "label": [0, 1] * 2}
+    if name == "token-classification":
+        columns = {"tokens": [["a"]] * 4, "tags": [["neg"], ["pos"]] * 2}
+    if name == "causal-lm":
+        columns = {"prompt": ["a"] * 4, "completion": ["b"] * 4, "text": ["c"] * 4}
+    table, typo = Table("data", "data", columns), next(iter(options.values()))
+    message = f"data has no column '{typo}'; its columns are "
     with pytest.raises(FileError, match=message):
-        open_source(str(tmp_path / name))
+        choose_task(table, Spec(task=name, **options))
+    with pytest.raises(FileError, match=message):
+        task_of(name).samples(table, Spec(**options))
 
 
-def test_a_list_and_lines_of_json_are_the_same(tmp_path: Path) -> None:
-    lines = Path(tiny.classes(tmp_path / "a.jsonl")).read_text().splitlines()
-    (tmp_path / "a.json").write_text(f"[{','.join(lines)}]")
-    one, other = (open_source(str(tmp_path / name)) for name in ("a.jsonl", "a.json"))
-    assert dict(one.columns) == dict(other.columns)  # type: ignore[union-attr]
+# -- Numbers of classes ------------------------------------------------------------------------
+
+
+def numbered(name: str, *numbers: Any) -> Table:
+    """A table whose labels are numbers of classes, one each."""
+    if name == "token-classification":
+        tags = [[one] for one in numbers]
+        return Table("data", "data", {"tokens": [["a"]] * len(tags), "tags": tags}, words={"tags": WORDS})
+    labels = [[one] for one in numbers] if name == "multi-label" else list(numbers)
+    return Table("data", "data", {"text": ["a"] * len(labels), "label": labels}, words={"label": WORDS})
+
+
+OF_CLASSES = ("classification", "multi-label", "token-classification")
+
+
+@pytest.mark.parametrize("name", OF_CLASSES)
+@pytest.mark.parametrize("number", [-1, 2, 1 << 70, True])
+def test_a_number_of_no_class_is_named(name: str, number: Any) -> None:
+    table = numbered(name, 0, 1, number)
+    message = r"row 2 of data: .* in '(label|tags)' is not the number of a class; expected 0 to 1: leave the row out"
+    for read_samples in (task_of(name).samples, TASKS[name].read):
+        with pytest.raises(FileError, match=message):
+            read_samples(table, Spec())
+    images = Data("photos", "image", ("-1", "0", "1"), Samples([], np.zeros(0, np.int64)))
+    message = "photos has the label -1, which is not the number of a class; expected 0 to 1: leave such samples out"
+    with pytest.raises(FileError, match=message):
+        images.with_words(WORDS)
+
+
+@pytest.mark.parametrize("name", [*OF_CLASSES, "regression"])
+def test_labels_that_are_all_hidden_are_none(name: str) -> None:
+    samples, known = task_of(name).samples(numbered(name, -1, -1), Spec())
+    assert (len(samples), known) == (2, False)
+    # One text may have the number -1.
+    samples, known = task_of("regression").samples(numbered("regression", -1), Spec())
+    assert (samples.labels.tolist(), known) == ([-1], True)
+
+
+def test_classes_that_do_not_all_occur_have_names() -> None:
+    table = Table("data", "data", {"text": list("abcd"), "label": [2, 0, 2, 0]}, words={"label": ("a", "b", "c")})
+    data = TASKS["classification"].read(table, Spec())
+    assert data.classes == ("a", "c")
+    assert data.samples.labels.tolist() == [1, 0, 1, 0]
+    # What was trained on is predicted, too.
+    assert TASKS["classification"](data.classes).samples(table, Spec())[0].labels.tolist() == [1, 0, 1, 0]
+
+
+# -- Parts -------------------------------------------------------------------------------------
+
+
+def test_a_test_part_needs_the_columns_and_labels() -> None:
+    parts = {
+        "test": {"text": ["a"], "label": [-1]}, "validation": {"sentence": ["a"], "label": [0]},
+        "val": {"text": ["b"], "label": [1]},
+    }  # fmt: skip
+    table = Table("data", "data", {"text": ["c", "d"], "label": [0, 1]}, parts)
+    held = table.test(["text", "label"], "label")
+    assert held is not None
+    assert (held.path, held.columns["text"], held.tests) == ("the val part of data", ["b"], {})
+    assert TASKS["classification"].read(table, Spec()).test.inputs == ["b"]
+
+
+# -- Spaces ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_spaces_around_labels_are_no_part_of_them(tmp_path: Path, suffix: str) -> None:
+    labels = ["pos ", " neg", "pos", "neg"]
+    lines = ["text,label", *(f"t,{label}" for label in labels)]
+    if suffix == ".jsonl":
+        lines = [json.dumps({"text": "t", "label": label}) for label in labels]
+    path = tmp_path / f"a{suffix}"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    data = read(str(path))
+    assert data.classes == WORDS
+    assert data.samples.labels.tolist() == [1, 0, 1, 0]
+    task = TASKS["classification"].of(data, data.samples)
+    assert task.samples(open_source(str(path)), Spec())[0].labels.tolist() == [1, 0, 1, 0]
+
+
+# -- Hostile tables ----------------------------------------------------------------------------
+
+
+def test_a_hundred_thousand_columns(tmp_path: Path) -> None:
+    many, doubled, long = (tmp_path / f"{name}.csv" for name in ("many", "doubled", "long"))
+    many.write_text("\n".join([",".join(f"c{i}" for i in range(100_000)), ",".join(["1"] * 100_000)]))
+    doubled.write_text(",".join(f"c{i // 2}" for i in range(100_000)) + "\n1\n")
+    long.write_text("x" * 100_000 + ",label\n1,2\n")
+    start = time.process_time()
+    assert len(read_table(many).columns) == 100_000
+    message = (
+        r"which column of .*many\.csv is the text\? It has 'c0', .*, 'c29' and 99,970 more: give --text-column NAME"
+    )
+    with pytest.raises(FileError, match=message):
+        read(str(many))
+    with pytest.raises(FileError, match=r"doubled\.csv has more than one column 'c0'$"):
+        read_table(doubled)
+    assert time.process_time() - start < 2
+    # A name of a column is shortened in messages.
+    with pytest.raises(FileError) as caught:
+        read(str(long))
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("source", ["x" * 100_000, "./" + "x" * 100_000, "x" * 100_000 + ".csv", "y" * 300 + "/a.csv"])
+def test_a_path_that_is_too_long_has_no_data(source: str) -> None:
+    with pytest.raises(TnadaptError, match=r"^no (data at|file or folder) |a path must be") as caught:
+        open_source(source)
+    assert len(str(caught.value)) < 5100

@@ -1,7 +1,8 @@
-"""Small random models with tokenizers, in folders, and data for each task."""
+"""Small random models with tokenizers, in folders, data for each task, and adapters' files."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import tnadapt as tna
 
 WORDS = [
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "the", "a", "very", "not", "was", "it", "and",
@@ -121,24 +124,27 @@ def shades(path: Path) -> str:
     return str(path)
 
 
+#: For each task a model, data for it, and the suffix of their file.
+JOBS = {
+    "classification": (bert, classes, ".jsonl"),
+    "multi-label": (bert, several, ".jsonl"),
+    "regression": (bert, numbers, ".jsonl"),
+    "token-classification": (bert, tags, ".jsonl"),
+    "causal-lm": (gpt2, completions, ".jsonl"),
+    "image-classification": (vit, shades, ".npz"),
+}
+
+
 def gguf(folder: Path, name: str = "tiny.gguf") -> str:
-    """A Llama in a GGUF file with its tokenizer: bytes, and the words as merged bytes."""
+    """A Llama in a GGUF file with its tokenizer: bytes, and two of them merged."""
     import gguf
 
     alphabet = sorted({letter for word in WORDS[5:] for letter in word})
-    tokens, merges = ["<pad>", "<s>", "</s>", "\u0120", *alphabet], []
-    for word in WORDS[5:]:
-        pieces = ["\u0120", *word]
-        while len(pieces) > 1:
-            left, right, *rest = pieces
-            if left + right not in tokens:
-                tokens.append(left + right)
-                merges.append(f"{left} {right}")
-            pieces = [left + right, *rest]
+    tokens = ["<pad>", "<s>", "</s>", "\u0120", *alphabet, "th"]
     width, inner, heads, shared = 32, 64, 4, 2
     folder.mkdir(exist_ok=True)
     writer = gguf.GGUFWriter(folder / name, "llama")
-    writer.add_context_length(48)
+    writer.add_context_length(96)
     writer.add_embedding_length(width)
     writer.add_block_count(2)
     writer.add_feed_forward_length(inner)
@@ -151,7 +157,7 @@ def gguf(folder: Path, name: str = "tiny.gguf") -> str:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3))
-    writer.add_token_merges(merges)
+    writer.add_token_merges(["t h"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
@@ -180,3 +186,35 @@ def gguf(folder: Path, name: str = "tiny.gguf") -> str:
     writer.write_tensors_to_file()
     writer.close()
     return str(folder / name)
+
+
+# -- Adapters' files as a study writes them, without any training ------------------------------
+
+
+def untrained(path: Path, model: str, data: str, **options: Any) -> Path:
+    """Write the file of a fresh LoRA adapter for a model and data."""
+    from tnadapt.finetune import Spec, open_problem
+
+    from .internals import recorded
+
+    problem = open_problem(Spec(model=model, data=data, **options))
+    built = problem.build(0)
+    adapter = tna.torch.attach(built, tna.presets.lora(1), keep_trainable=problem.keep_trainable)
+    assert adapter.pretrained is not None
+    adapter.pretrained = recorded(adapter.pretrained, problem)
+    adapter.save(path)
+    return path
+
+
+def changed(file: Path, path: Path, **about: Any) -> Path:
+    """Write another file whose description of the base has these values; ``inputs`` are added to those that are there.
+
+    An input of the value ``...`` is left out.
+    """
+    found = tna.load(file)
+    assert found.pretrained is not None
+    if "inputs" in about:
+        inputs = {**found.pretrained.inputs, **about["inputs"]}
+        about["inputs"] = {name: value for name, value in inputs.items() if value is not ...}
+    tna.save(path, dataclasses.replace(found, pretrained=dataclasses.replace(found.pretrained, **about)))
+    return path

@@ -20,7 +20,6 @@ __all__ = [
     "every_group",
     "everything",
     "everything_in_depth",
-    "in_one_fold",
 ]
 
 #: Wide, tall and square; their 106 elements are cut in two groups of 53, a prime. Half of each is a multiple of its
@@ -64,12 +63,7 @@ def every_group(test: Callable[..., None]) -> Callable[..., None]:
     return _over(test, SORTS)
 
 
-def in_one_fold(test: Callable[..., None]) -> Callable[..., None]:
-    """The test over all kinds of group and one F of each sort."""
-    return _over(test, SORTS, folds=False)
-
-
-def _over(test: Callable[..., None], projections: Iterable[str], folds: bool = True) -> Callable[..., None]:
-    for name, values in (("projection", projections), *([("fold", FOLDS)] if folds else []), ("kind", KINDS_OF_GROUP)):
+def _over(test: Callable[..., None], projections: Iterable[str]) -> Callable[..., None]:
+    for name, values in (("projection", projections), ("fold", FOLDS), ("kind", KINDS_OF_GROUP)):
         test = pytest.mark.parametrize(name, values)(test)
     return test

@@ -79,18 +79,8 @@ def run(folder: Path, tests: str, *options: str) -> subprocess.CompletedProcess[
     """pytest in a folder with these tests, whose markers are recorded."""
     (folder / "test_draws.py").write_text(tests)
     (folder / "pytest.ini").write_text("[pytest]\njunit_family = xunit1\nmarkers =\n    law\n    slow\n")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "tests.laws.markers",
-        "-p",
-        "no:cacheprovider",
-        *options,
-        ".",
-    ]
+    plugins = ["-p", "tests.laws.markers", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, *options, "."]
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}", "PYTEST_ADDOPTS": ""}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 

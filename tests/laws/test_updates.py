@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +15,29 @@ import pytest
 import tnadapt as tna
 from tests.conftest import relative_error
 from tests.support.depth import in_depth
+from tests.support.references import reference
+from tnadapt.algebra.folding import FOLDS
 from tnadapt.algebra.maps import KINDS
-from tnadapt.backends import Backend, load_backend
-from tnadapt.testing import _reference as reference
+from tnadapt.backends import Backend
 
-from .grid import KINDS_OF_GROUP, SHAPES, SORTS, config_of, everything, in_one_fold
+from .grid import KINDS_OF_GROUP, SHAPES, SORTS, config_of, everything
 
 # Relative to the largest element: of float64 as everywhere, of float32 some hundred of its last digits.
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5}
 TARGETS = tuple(tna.Target(f"block{number}.q", shape, "q") for number, shape in enumerate(SHAPES))
 
-# Where every operation is a call of another library's, and NumPy has had the whole grid.
-elsewhere = pytest.mark.parametrize("backend", ["torch", "cupy"], indirect=True)
+
+def in_libraries(jax: Iterable[tuple[str, str, str]] = ()) -> pytest.MarkDecorator:
+    """Every kind of group, fold and projection on NumPy.
+
+    Where every operation is a call of another library's, one fold and an F of each sort; on JAX, which compiles every
+    operation anew, what is given.
+    """
+    cases = [pytest.param("numpy", *case) for case in itertools.product(KINDS_OF_GROUP, FOLDS, KINDS)]
+    for library in ("torch", "cupy"):
+        cases += [pytest.param(library, *case) for case in itertools.product(KINDS_OF_GROUP, ["hypercube"], SORTS)]
+    cases += [pytest.param("jax", *case, marks=pytest.mark.slow) for case in jax]
+    return pytest.mark.parametrize(("backend", "kind", "fold", "projection"), cases, indirect=["backend"])
 
 
 def numbers(plan: tna.SuperLoRA, dtype: str = "float64") -> dict[str, np.ndarray]:
@@ -70,20 +82,9 @@ def error_of(backend: Backend, config: tna.Config, dtype: str) -> float:
 
 
 @pytest.mark.law("update-slice")
-@everything
-def test_a_slice_is_the_whole_cut(kind: str, fold: str, projection: str) -> None:
-    check_slices(load_backend("numpy"), config_of(kind, fold, projection))
-
-
-@pytest.mark.law("update-slice")
-@in_one_fold
-@elsewhere
-def test_a_slice_is_the_whole_cut_on_other_libraries(backend: Backend, kind: str, projection: str) -> None:
-    check_slices(backend, config_of(kind, "hypercube", projection))
-
-
-def check_slices(backend: Backend, config: tna.Config) -> None:
-    plan = tna.SuperLoRA(config, SHAPES)
+@in_libraries()
+def test_a_slice_is_the_whole_cut(backend: Backend, kind: str, fold: str, projection: str) -> None:
+    plan = tna.SuperLoRA(config_of(kind, fold, projection), SHAPES)
     arrays = {name: backend.asarray(array) for name, array in numbers(plan).items()}
     whole = backend.to_numpy(plan.vector(arrays))
     scale = np.abs(whole).max()
@@ -152,23 +153,12 @@ def test_copies_and_pickles_compute_the_same_bits(kind: str, fold: str, projecti
 
 
 @pytest.mark.law("not-finite-shows")
-@everything
-def test_one_number_that_is_not_finite_spoils_all_that_f_mixes_it_with(kind: str, fold: str, projection: str) -> None:
-    check_that_it_spreads(load_backend("numpy"), config_of(kind, fold, projection))
-
-
-@pytest.mark.law("not-finite-shows")
-@in_one_fold
-@elsewhere
-def test_one_number_that_is_not_finite_spoils_as_much_on_other_libraries(
-    backend: Backend, kind: str, projection: str
+@in_libraries()
+def test_one_number_that_is_not_finite_spoils_all_that_f_mixes_it_with(
+    backend: Backend, kind: str, fold: str, projection: str
 ) -> None:
-    check_that_it_spreads(backend, config_of(kind, "hypercube", projection))
-
-
-def check_that_it_spreads(backend: Backend, config: tna.Config) -> None:
     """By a linear or nonlinear F the whole group; by itself or shuffled, what the products bring it to."""
-    plan = tna.SuperLoRA(config, SHAPES)
+    plan = tna.SuperLoRA(config_of(kind, fold, projection), SHAPES)
     arrays = numbers(plan)
     clean, first = vector(backend, plan, arrays), plan.groups[0].size
     for name in (name for name in arrays if name.startswith("group0.")):
@@ -176,7 +166,7 @@ def check_that_it_spreads(backend: Backend, config: tna.Config) -> None:
             spoilt = arrays[name].copy()
             spoilt.flat[index] = value
             found = vector(backend, plan, {**arrays, name: spoilt})
-            if config.projection in ("identity", "shuffle"):
+            if projection in ("identity", "shuffle"):
                 finite = np.isfinite(found)
                 assert np.array_equal(found[finite], clean[finite])
                 # The last element may be one that only padding would hold; the first is not.
@@ -186,29 +176,10 @@ def check_that_it_spreads(backend: Backend, config: tna.Config) -> None:
 
 
 @pytest.mark.law("not-finite-shows")
-@everything
-def test_what_is_not_finite_does_not_hide(kind: str, fold: str, projection: str) -> None:
-    check_that_it_shows(load_backend("numpy"), config_of(kind, fold, projection))
-
-
-@pytest.mark.law("not-finite-shows")
-@in_one_fold
-@elsewhere
-def test_what_is_not_finite_does_not_hide_on_other_libraries(backend: Backend, kind: str, projection: str) -> None:
-    check_that_it_shows(backend, config_of(kind, "hypercube", projection))
-
-
-@pytest.mark.slow
-@pytest.mark.law("not-finite-shows")
-@pytest.mark.parametrize("projection", KINDS)
-@pytest.mark.parametrize("backend", ["jax"], indirect=True)
-def test_what_is_not_finite_does_not_hide_on_jax(backend: Backend, projection: str) -> None:
-    check_that_it_shows(backend, config_of("cp", "hypercube", projection))
-
-
-def check_that_it_shows(backend: Backend, config: tna.Config) -> None:
+@in_libraries(jax=[("cp", "hypercube", projection) for projection in KINDS])
+def test_what_is_not_finite_does_not_hide(backend: Backend, kind: str, fold: str, projection: str) -> None:
     """NaN or infinity in an array is seen in the update of its own group, and in no other group's."""
-    plan = tna.SuperLoRA(config, SHAPES)
+    plan = tna.SuperLoRA(config_of(kind, fold, projection), SHAPES)
     arrays = numbers(plan)
     want = vector(backend, plan, arrays)
     own = [name for name in arrays if name.startswith("group0.")]

@@ -33,54 +33,51 @@ def test_all_are_those_of_the_scale_each_once(scale: str) -> None:
             batch.recipes_of(["params", name], scale)
 
 
-def test_a_name_or_scale_that_is_not_there() -> None:
-    with pytest.raises(tna.TnadaptError, match="no recipe 'imagenet'; expected one of cifar10"):
-        batch.recipes_of(["all", "imagenet"], "full")
-    with pytest.raises(tna.TnadaptError, match="scale must be one of full, mini; got 'giant'"):
-        batch.recipes_of(["all"], "giant")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((["all", "imagenet"], "full"), "no recipe 'imagenet'; expected one of cifar10"),
+        ((["all"], "giant"), "scale must be one of full, mini; got 'giant'"),
+        ((["cifar100"], "mini"), "recipe cifar100 has no scale 'mini'; it has full"),
+    ],
+)
+def test_a_name_or_scale_that_is_not_there(given: tuple[list[str], str], message: str) -> None:
+    with pytest.raises(tna.TnadaptError, match=message):
+        batch.recipes_of(*given)
 
 
 def test_inputs_are_found_by_the_names_of_the_recipes(tmp_path: Path) -> None:
     models, data = tmp_path / "models", tmp_path / "data"
-    (models / "vit-base-patch16-224-in21k").mkdir(parents=True)
+    vit = models / "vit-base-patch16-224-in21k"
+    vit.mkdir(parents=True)
     (data / "cifar10").mkdir(parents=True)
     given = (str(models), str(data))
-    assert batch.inputs_of(open_recipe("cifar100"), *given) == (str(models / "vit-base-patch16-224-in21k"), None)
-    assert batch.inputs_of(open_recipe("geometry"), *given) == (str(models / "vit-base-patch16-224-in21k"), None)
-    assert batch.inputs_of(open_recipe("cifar10"), *given) == (None, str(data / "cifar10"))
-    assert batch.inputs_of(open_recipe("svhn-mnist"), *given) == (None, str(data))
-    assert batch.inputs_of(open_recipe("digits", "mini"), *given) == (None, None)
+    for name, scale, expected in (
+        ("cifar100", "full", (str(vit), None)),
+        ("geometry", "full", (str(vit), None)),
+        ("cifar10", "full", (None, str(data / "cifar10"))),
+        ("svhn-mnist", "full", (None, str(data))),
+        ("digits", "mini", (None, None)),
+    ):
+        assert batch.inputs_of(open_recipe(name, scale), *given) == expected
     assert batch.inputs_of(open_recipe("cifar10"), None, None) == (None, None)
 
 
-def wrong() -> Recipe:
+@pytest.mark.law("parameter-count")
+@pytest.mark.parametrize("given", [["cifar100"], ["params", "cifar100"]])
+def test_counts_that_differ_are_told_before_the_first_recipe(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = open_recipe("cifar100")
     (what, paper, config), *others = recipe.stated
-    return dataclasses.replace(recipe, stated=((what, paper + 1, config), *others))
-
-
-@pytest.mark.law("parameter-count")
-def test_a_count_that_differs_is_told() -> None:
-    (what, paper, _), *_ = open_recipe("cifar100").stated
+    wrong = dataclasses.replace(recipe, stated=((what, paper + 1, config), *others))
+    told = f"recipe cifar100: the paper states {paper + 1:,} for {what}, and here it has {paper:,}. Nothing was trained"
     with pytest.raises(tna.TnadaptError) as caught:
-        batch.check_counts([open_recipe("params", "mini"), wrong()])
-    assert str(caught.value) == (
-        f"recipe cifar100: the paper states {paper + 1:,} for {what}, and here it has {paper:,}. Nothing was trained"
-    )
-
-
-@pytest.mark.parametrize("given", [["cifar100"], ["params", "cifar100"]])
-def test_counts_are_checked_before_the_first_recipe(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def opened(name: str, scale: str) -> Recipe:
-        return wrong() if name == "cifar100" else open_recipe(name, scale)
-
-    def run(*arguments: Any, **more: Any) -> Any:
-        raise AssertionError("it runs")
-
-    monkeypatch.setattr(batch, "open_recipe", opened)
-    monkeypatch.setattr("paper.command.run", run)
+        batch.check_counts([open_recipe("params", "mini"), wrong])
+    assert str(caught.value) == told
+    runs = Runs()
+    monkeypatch.setattr(batch, "open_recipe", lambda name, scale: wrong if name == "cifar100" else open_recipe(name))
+    monkeypatch.setattr("paper.command.run", runs)
     done = run_here(main, *given)
-    assert done.returncode == 2
+    assert (done.returncode, runs.seen) == (2, [])
     assert "Nothing was trained" in done.stderr
 
 
@@ -197,12 +194,3 @@ def test_a_mistake_is_told_before_the_first_recipe(
     done = run_here(main, *arguments)
     assert (done.returncode, runs.seen) == (2, [])
     assert message in " ".join(done.stderr.split())
-
-
-def test_a_dry_run_of_several(tmp_path: Path) -> None:
-    done = run_here(main, "params", "geometry", "--scale", "mini", "--dry-run")
-    assert done.returncode == 0
-    assert "params: Parameters against rank, by order" in done.stdout
-    assert "5 settings of query and value of the digits' ViT" in done.stdout
-    listed = json.loads(run_here(main, "params", "geometry", "--scale", "mini", "--dry-run", "--json").stdout)
-    assert [one["recipe"] for one in listed] == ["params", "geometry"]

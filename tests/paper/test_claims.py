@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import pytest
 
 import tnadapt as tna
-from paper import open_recipe
 
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
@@ -35,28 +35,6 @@ def test_the_page_is_that_of_its_results(tmp_path: Path) -> None:
             assert drawn.tobytes() == there.tobytes(), picture
 
 
-def test_every_study_has_three_seeds_and_every_setting_all_rates() -> None:
-    paths = list(RESULTS.glob("*/results.jsonl"))
-    assert {path.parent.name for path in paths} >= {"cifar10", "digits", "geometry"}
-    for path in paths:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        records = [line for line in lines if "key" in line and line["config"] is not None]
-        seeds, rates = ({line[name] for line in records} for name in ("seed", "rate"))
-        assert len(seeds) >= 3, path
-        tried: dict[str, set[float]] = {}
-        with_seeds: dict[str, dict[float, set[int]]] = {}
-        for line in records:
-            config = json.dumps(tna.Config.from_dict(line["config"]).replace(seed=0).to_dict(), sort_keys=True)
-            with_seeds.setdefault(config, {}).setdefault(line["rate"], set()).add(line["seed"])
-            if line["seed"] == 0:
-                tried.setdefault(config, set()).add(line["rate"])
-        assert all(own == rates for own in tried.values()), path
-        # At one of its rates every setting has all seeds.
-        assert all(max(own.values(), key=len) == seeds for own in with_seeds.values()), path
-        configs = {tna.Config.from_dict(json.loads(one)) for one in tried}
-        assert configs == {point.config for point in open_recipe(path.parent.name, "mini").points()}, path
-
-
 # -- Verdicts, of numbers that are known -----------------------------------------------------------
 
 
@@ -80,6 +58,10 @@ def study(*settings: tuple[str, tna.Config | None, int, tuple[float, ...]]) -> A
 def claim_of(beginning: str) -> Any:
     (found,) = (claim for claim in claims.CLAIMS if claim.title.startswith(beginning))
     return found
+
+
+def verdict(beginning: str, *settings: Any) -> str:
+    return str(claims._verdict(claim_of(beginning), study(*settings)).rpartition(" ")[0])
 
 
 def test_pairs_differ_in_one_thing() -> None:
@@ -155,8 +137,7 @@ def test_a_pair_that_says_the_contrary_makes_it_mixed() -> None:
             if beginning == "Shuffling":
                 one, two = two, one
             settings += [("a", one, 9, tuple(50 + gain for gain in own)), ("b", two, 9, (50.0,) * 3)]
-        found: str = claims._verdict(claim_of(beginning), study(*settings))
-        return found.rpartition(" ")[0]
+        return verdict(beginning, *settings)
 
     up, down = (8.0, 8.1, 7.9), (-3.0, -3.1, -2.9)
     stacked, shuffled = {"fold": "stack"}, {"projection": "shuffle"}
@@ -195,8 +176,7 @@ def test_differences_of_pairs_do_not_cancel_by_chance() -> None:
 def test_no_harm_has_to_be_shown(shuffled: tuple[float, ...], word: str) -> None:
     plain = tna.Config(groups=1, fold="stack", rank=4)
     settings = ("a", plain.replace(projection="shuffle"), 9, shuffled), ("b", plain, 9, (85.0,) * len(shuffled))
-    found = study(*settings)
-    assert claims._verdict(claim_of("Shuffling"), found).rpartition(" ")[0] == word
+    assert verdict("Shuffling", *settings) == word
 
 
 @pytest.mark.parametrize(
@@ -216,41 +196,32 @@ def test_a_third_of_the_parameters_is_as_good(values: tuple[float, ...], word: s
     assert [(pair.first.parameters, pair.second.parameters) for pair in ten.pairs(found)] == [
         (40, 1000), (40, 2000), (350, 4000),
     ]  # fmt: skip
-    better = study(*lora[1:], *others)
-    assert claims._verdict(three, better).rpartition(" ")[0] == word
+    assert verdict("SuperLoRA needs 3", *lora[1:], *others) == word
 
 
 def test_what_stands_at_an_edge_is_marked_and_what_diverged_left_out(tmp_path: Path) -> None:
     from tnadapt.finetune import Method, Task
 
+    about = {"problem": "x", "samples": {"training": 10}, "epochs": 2, "batch": 4}
     lines: list[dict[str, Any]] = [
-        {
-            "format": "tnadapt finetune 1",
-            "study": {"problem": "x", "samples": {"training": 10}, "epochs": 2, "batch": 4},
-        }
+        {"format": "tnadapt finetune 1", "study": about},
+        {"session": {"cores": 2, "processor": "x", "versions": {"torch": "2"}}},
     ]
-    lines.append({"session": {"cores": 2, "processor": "x", "versions": {"torch": "2"}}})
-    for method, best in (
-        (Method("LoRA", "r = 1", tna.presets.lora(1)), 0.1),
-        (Method("LoRA", "r = 2", tna.presets.lora(2)), 0.2),
-    ):
-        for seed in range(3):
-            for rate in (0.1, 0.2, 0.3):
-                task = Task(method, seed, rate)
-                accuracy = 0.9 if rate == best else 0.5
-                lines.append(
-                    {
-                        "key": task.key, "family": "LoRA", "label": method.label, "config": task.settings(),
-                        "seed": seed, "rate": rate, "parameters": 5, "kept": 0, "validation": accuracy,
-                        "test": accuracy, "diverged": method.label == "r = 2" and seed == 1, "validation_loss": 1.0,
-                        "seconds": 1.0,
-                    }
-                )  # fmt: skip
+    for rank, seed, rate in itertools.product((1, 2), range(3), (0.1, 0.2, 0.3)):
+        method = Method("LoRA", f"r = {rank}", tna.presets.lora(rank))
+        task, accuracy = Task(method, seed, rate), 0.9 if rate == rank / 10 else 0.5
+        lines.append(
+            {
+                "key": task.key, "family": "LoRA", "label": method.label, "config": task.settings(), "seed": seed,
+                "rate": rate, "parameters": 5, "kept": 0, "validation": accuracy, "test": accuracy,
+                "diverged": rank == 2 and seed == 1, "validation_loss": 1.0, "seconds": 1.0,
+            }
+        )  # fmt: skip
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits" / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = compared_studies.studies(tmp_path)["digits"]
     assert [(one.label, one.edge) for one in found.settings] == [("r = 1", True)]
     assert "left out: 1 setting that diverged at every rate" in found.about
     assert "2 epochs, 6 steps, of AdamW with a cosine, batches of 4" in found.about
-    (pair,) = [compared_studies.ComparedPair(found.settings[0], found.settings[0])]
+    pair = compared_studies.ComparedPair(found.settings[0], found.settings[0])
     assert "90.0 ± 0.0°" in "".join(claims._table([pair]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import tnadapt as tna
 from paper import open_recipe, run
 from paper.adapted_weights import WEIGHTS, AdaptedWeights
 from paper.recipe import Recipe
-from tests.cli.command_lines import CommandLines, command_lines
 from tests.support.depth import in_depth
 
 torch = pytest.importorskip("torch")
@@ -24,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
-image = pytest.importorskip("PIL.Image")
+pytest.importorskip("PIL.Image")
 
 import tnadapt.torch as tnt
 from paper import classification
@@ -55,24 +53,6 @@ def hub(label: str, *others: str) -> Any:
 # -- Images ----------------------------------------------------------------------------------------
 
 
-def folders(path: Path) -> Path:
-    for part, each in (("train", TRAINING), ("test", TEST)):
-        for label in FINE:
-            (path / part / label).mkdir(parents=True)
-            for index in range(each):
-                image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path / part / label / f"{index}.png")
-    return path
-
-
-def arrays(path: Path) -> Path:
-    names = np.array(FINE)
-    np.savez(
-        path, x_train=np.zeros((10 * TRAINING, 8, 8, 3), np.uint8), y_train=np.repeat(names, TRAINING),
-        x_test=np.zeros((10 * TEST, 8, 8, 3), np.uint8), y_test=np.repeat(names, TEST),
-    )  # fmt: skip
-    return path
-
-
 def usual(path: Path) -> Path:
     hub("label", "coarse_label").save_to_disk(path)
     return path
@@ -84,8 +64,8 @@ def hubs(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["cifar100", "groups-dense", "geometry"])
-@pytest.mark.parametrize("form", [None, hubs, usual, folders, arrays])
-def test_the_fine_classes_of_cifar100_are_read_in_every_form(
+@pytest.mark.parametrize("form", [None, hubs, usual])
+def test_the_fine_classes_of_cifar100_are_read_in_either_form(
     name: str, form: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -96,7 +76,7 @@ def test_the_fine_classes_of_cifar100_are_read_in_every_form(
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(classification, "Study", lambda spec, *others: spec)
-    given = None if form is None else str(form(tmp_path / "images.npz"))
+    given = None if form is None else str(form(tmp_path / "images"))
     spec: Any = classification.study_of(open_recipe(name), tmp_path, data=given)
     data: Any = open_source(spec.data, spec.text_column, spec.label_column, spec.label_names)
     assert (data.kind, list(data.classes)) == ("image", FINE)
@@ -125,15 +105,6 @@ def test_where_nothing_is_chosen_nearly_all_is_trained_on(
 
     assert sizes() == sizes(0.1) == sizes(0.1, 0.1) == [49_900, 100, 10_000]
     assert sizes(0.05, 0.1) == [40_000, 10_000, 10_000], "rates are chosen by a fifth"
-
-
-def test_the_miniatures_are_divided_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classification, "Study", lambda spec, *others: spec)
-    monkeypatch.setattr(classification, "fetch", lambda name, folder: (folder / "model", folder / "data"))
-    for name in ("cifar10", "digits", "geometry", "reviews"):
-        for rates in ((), (0.05,)):
-            spec: Any = classification.study_of(open_recipe(name, "mini"), tmp_path, rates=rates)
-            assert spec.holdout == 0.2
 
 
 @pytest.mark.parametrize("holdout", [0.0, 1.0, -0.1, float("nan"), 1, "0.1"])
@@ -220,31 +191,3 @@ def test_the_frozen_head_is_the_rows_that_the_recipe_names(makers: dict[str, Pat
     assert torch.equal(cut.weight, whole.weight[rows])
     assert torch.equal(cut.bias, whole.bias[rows])
     assert study.problem.keep_trainable == ()
-
-
-# -- Without a hub ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def offline() -> Iterator[CommandLines]:
-    with command_lines({}) as found:
-        yield found
-
-
-@pytest.mark.parametrize("name", STARTS)
-def test_without_its_images_a_recipe_says_how_to_give_them(name: str, offline: CommandLines, tmp_path: Path) -> None:
-    done = offline.run([name, "--out", "run"], tmp_path, program="paper")
-    assert (done.code, done.out) == (2, "")
-    (line,) = done.err.splitlines()
-    data = "cifar10" if name == "cifar10" else "cifar100"
-    assert line.startswith(f"paper: no file or folder '{data}', and datasets cannot load that name: ")
-    assert line.endswith("; give --data a file or folder")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_without_its_model_a_recipe_says_how_to_give_it(offline: CommandLines, tmp_path: Path) -> None:
-    done = offline.run(["cifar100", "--data", str(arrays(tmp_path / "images.npz"))], tmp_path, program="paper")
-    assert (done.code, done.out) == (2, "")
-    (line,) = done.err.splitlines()
-    assert line.startswith("paper: cannot load 'google/vit-base-patch16-224-in21k' for images through transformers: ")
-    assert line.endswith("; no such folder is here: check the name, or use --model with a folder")

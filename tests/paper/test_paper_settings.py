@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import tnadapt as tna
@@ -86,11 +85,6 @@ def test_the_diffusion_model_is_trained_as_section_4_2_says(name: str) -> None:
     assert all(config.alpha == 2.0 and 1 <= config.rank <= 32 for config in ranked)  # type: ignore[operator]
 
 
-def test_why_there_are_20_epochs_and_not_40_is_noted() -> None:
-    (note,) = (note for note in open_recipe("svhn-mnist").notes if "40 epochs" in note)
-    assert "mainly from epoch 20" in note
-
-
 def test_alpha_is_the_rank_in_classification() -> None:
     """4.1: "LoRA α is set to be the same as rank"."""
     for name in VIT:
@@ -143,23 +137,6 @@ def test_cifar100_sweeps_what_section_4_1_says() -> None:
     assert (values(found, "ratio"), values(found, "order")) == ([1.0, 0.5, 0.25, 0.1, 0.01], [1])
     found = configs("cifar100", "SuperLoRA 2D, reshape, with projection")
     assert (values(found, "ratio"), values(found, "groups")) == ([0.5, 0.25, 0.1], [1])
-
-
-def test_that_24_stacked_groups_repeat_lora_is_noted() -> None:
-    """4.1: "the largest number of groups is set to 24 (i.e. LoRA)"."""
-    recipe = open_recipe("cifar100")
-    lora = {config.rank: config for config in configs("cifar100", "LoRA")}
-    again = [config for config in configs("cifar100", "SuperLoRA 2D") if config.groups == 24]
-    (note,) = (note for note in recipe.notes if "G = 24" in note)
-    assert f"the {len(again)} settings of SuperLoRA 2D with G = 24 are those of LoRA" in note
-    for config in again:
-        one, other = (
-            tna.SuperLoRA(own, recipe.weights.shapes, recipe.weights.layers) for own in (config, lora[config.rank])
-        )
-        assert one.param_shapes == other.param_shapes
-    one, other = (tna.SuperLoRA(own, recipe.weights.shapes) for own in (again[0], lora[1]))
-    start = one.init()
-    assert all(np.array_equal(start[name], array) for name, array in other.init().items())
 
 
 def test_groups_dense_sweeps_what_appendix_a_5_says() -> None:

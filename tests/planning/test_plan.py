@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.planning.internals import CRITERIA, plan_search, rung
 from tnadapt.errors import ConfigError, ShapeError
-from tnadapt.planning import Plan, Row, degrees_of_freedom, padding_waste, step_cost
-from tnadapt.planning._plan_table import CRITERIA, rung
+from tnadapt.planning import Plan, Row, degrees_of_freedom, families, padding_waste, step_cost
 
 VIT = [(768, 768)] * 24
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -44,6 +44,9 @@ def test_every_row(drawn: tuple[Plan, Any]) -> None:
         assert row.freedom == degrees_of_freedom(adapter) <= min(row.parameters, found.size)
         assert (row.cost, row.waste) == (step_cost(adapter), padding_waste(adapter))
         assert 0 <= row.waste < 1
+        assert sum(count for _, count in adapter.alike) == adapter.num_groups
+        sizes = sum(group.network.size for group in adapter.groups)
+        assert sum(count * group.network.size for group, count in adapter.alike) == sizes
         assert row.fraction == row.freedom / found.size <= 1
     assert len({row.config for row in found.rows}) == len(found.rows)
     order = [(row.measured is None, -(row.measured or 0.0), -row.parameters) for row in found.rows]
@@ -85,8 +88,12 @@ def test_no_row_beats_one_on_the_front_and_each_other_is_beaten_by_one_on_it(dra
 
 @settings(max_examples=settings.default.max_examples // 4)
 @given(weights, st.integers(1, 3000))
-def test_plans_are_reproducible(shapes: list[tuple[int, int]], budget: int) -> None:
-    assert tna.plan(shapes, budget).to_dict() == tna.plan(tuple(shapes), f"{budget}").to_dict()
+def test_plans_are_reproducible_and_tell_how_far_they_are(shapes: list[tuple[int, int]], budget: int) -> None:
+    seen: list[tuple[int, int]] = []
+    found = tna.plan(shapes, budget, progress=lambda done, total: seen.append((done, total)))
+    assert found.to_dict() == tna.plan(tuple(shapes), f"{budget}").to_dict()
+    assert seen == [(number + 1, len(families.families(shapes))) for number in range(len(seen))]
+    assert seen[-1][0] == seen[-1][1]
 
 
 def test_each_method_is_listed_with_its_freest_setting() -> None:
@@ -111,16 +118,12 @@ def test_names_are_told_apart() -> None:
         assert len({str(row.name) for row in found.rows}) == len(found.rows)
 
 
-def test_a_full_budget_includes_dense() -> None:
+def test_a_full_budget_includes_dense_and_layers_are_groups_where_they_are_known() -> None:
     found = tna.plan([(8, 8)] * 2, 10**9)
     assert any(row.config == tna.presets.dense() for row in found.rows)
     assert max(row.parameters for row in found.rows) == 128
-
-
-def test_layers_and_bytes() -> None:
-    layers = [i // 2 for i in range(24)]
-    assert any(row.config.groups == "layer" for row in tna.plan(VIT, 40_000, layers=layers).rows)
-    assert not any(row.config.groups == "layer" for row in tna.plan(VIT, 40_000).rows)
+    for layers in ([i // 2 for i in range(24)], None):
+        assert any(row.config.groups == "layer" for row in tna.plan(VIT, 40_000, layers=layers).rows) is bool(layers)
 
 
 def test_roles_are_among_the_groups_where_they_are_known() -> None:
@@ -190,9 +193,6 @@ def test_mistakes(call: Any, error: type[Exception], message: str) -> None:
 
 
 def test_a_budget_below_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tnadapt.planning import _plan_search as plan_search
-    from tnadapt.planning import families
-
     monkeypatch.setattr(plan_search, "families", lambda shapes, layers, roles: families.usual(shapes)[:3])
     with pytest.raises(ConfigError, match=r"a budget of 20 parameters .* the least is 137: LoNKr K = 4, f = 5, r = 1"):
         tna.plan(VIT, 20)

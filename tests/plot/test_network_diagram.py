@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.plot.internals import Diagram, Node, SplitDrawing, diagram, texts, wide
 from tests.support.depth import in_depth
 from tnadapt.algebra.formats import FORMATS
 from tnadapt.errors import ConfigError, ShapeError
 from tnadapt.plot import network
-from tnadapt.plot._diagram import Diagram, Node, SplitDrawing, diagram, wide
 from tnadapt.testing.strategies import plans
 
 P = tna.presets
@@ -106,21 +106,23 @@ def test_the_groups_make_up_the_parameters(plan: tna.SuperLoRA) -> None:
         assert all(words in one.words for words in told)
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("unilora", "6,144 elements in this group's arrays, computed from 256 trainable parameters"),
-    ("share_lora", "6,144 trainable parameters in this group, some shared, 76,800 in all 24 groups"),
-])  # fmt: skip
-def test_counts_of_shared_parameters_are_not_added_up(name: str, words: str) -> None:
-    plan = tna.SuperLoRA(PRESETS[name], VIT)
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (tna.SuperLoRA(PRESETS["unilora"], VIT),
+         "6,144 elements in this group's arrays, computed from 256 trainable parameters"),
+        (tna.SuperLoRA(PRESETS["share_lora"], VIT),
+         "6,144 trainable parameters in this group, some shared, 76,800 in all 24 groups"),
+        (tna.SuperLoRA(P.dora(1, groups=1), [(2, 3)]),
+         "5 trainable parameters, all in this group, and 2 magnitudes of weights"),
+        (tna.SuperLoRA(P.dora(1, magnitude_axis="cols"), [(2, 1), (2, 3)]),
+         "3 trainable parameters in this group, 8 in all 2 groups, and 4 magnitudes of weights"),
+        (tna.SuperLoRA(PRESETS["superlora"], VIT),
+         "23,452 trainable parameters in this group, 117,260 in all 5 groups"),
+    ],
+)  # fmt: skip
+def test_shared_parameters_and_magnitudes_are_counted_once(plan: tna.SuperLoRA, words: str) -> None:
     assert diagram(plan).words == words
-    assert f"{plan.num_parameters:,} " in words
-
-
-def test_magnitudes_are_counted_next_to_the_groups() -> None:
-    one = tna.SuperLoRA(tna.presets.dora(1, groups=1), [(2, 3)])
-    assert diagram(one).words == "5 trainable parameters, all in this group, and 2 magnitudes of weights"
-    two = tna.SuperLoRA(tna.presets.dora(1, magnitude_axis="cols"), [(2, 1), (2, 3)])
-    assert diagram(two).words == "3 trainable parameters in this group, 8 in all 2 groups, and 4 magnitudes of weights"
 
 
 @given(large())
@@ -210,49 +212,33 @@ def test_the_steps_are_the_plan_s() -> None:
         (("group 1: 2,831,156 elements",), "minus F at the start", False),
         (("6 weights: 4–9 (4, 9 in part)", "768 × 768"), "row by row", False),
     ]
-    assert found.words == f"23,452 trainable parameters in this group, {plan.num_parameters:,} in all 5 groups"
     lora, lonkr = (diagram(tna.SuperLoRA(PRESETS[name], VIT)) for name in ("lora", "lonkr"))
     assert lora.steps[0].note == "times 2, the scale α / r"
     assert lonkr.steps[0].note == "cut from 3,776 × 3,776"
     assert [sign.text for sign in lonkr.signs] == ["split0", "⊗", "split1", "⊗", "split2"]
-
-
-def test_axes_in_another_order_are_a_step() -> None:
+    # Axes in another order are a step.
     found = diagram(tna.SuperLoRA(PRESETS["metatt"], VIT))
     assert [(step.lines, step.note) for step in found.steps[:2]] == [
         (("tensor 768 × 12 × 2 × 768",), ""), (("tensor 12 × 2 × 768 × 768",), "reorder axes"),
     ]  # fmt: skip
-
-
-def test_groups_of_roles(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    network(P.lotr(1, groups="role"), VIT, tmp_path / "a.svg", roles=["q", "v"] * 12, group=1)
-    assert "12 weights: 1, 3, 5" in (tmp_path / "a.svg").read_text()
-
-
-def test_a_sum_of_terms() -> None:
     found = diagram(tna.SuperLoRA(PRESETS["compacter"], VIT))
     assert {"Σ", "4 terms"} <= {sign.text for sign in found.signs}
     assert found.brackets is not None
     assert diagram(tna.SuperLoRA(PRESETS["lokr"], VIT)).brackets is None
 
 
-@pytest.mark.parametrize("group", [-1, 24, 1.0, True, "0", None])
-def test_no_such_group(tmp_path: Path, group: Any) -> None:
-    with pytest.raises(ShapeError, match=r"group must be (from 0 to 23; got (-1|24)|an integer; got .*)$"):
-        network(P.lora(1), VIT, tmp_path / "a.png", group=group)
+@pytest.mark.parametrize(
+    ("config", "group", "message"),
+    [
+        *((P.lora(1), group, r"group must be from 0 to 23; got (-1|24)$") for group in (-1, 24)),
+        *((P.lora(1), group, r"group must be an integer; got .*$") for group in (1.0, True, "0", None)),
+        (P.lora(1, groups="layer"), 0, "layers"),
+    ],
+)
+def test_no_such_group_or_plan(tmp_path: Path, config: tna.Config, group: Any, message: str) -> None:
+    with pytest.raises((ShapeError, ConfigError), match=message):
+        network(config, VIT, tmp_path / "a.png", group=group)
     assert not (tmp_path / "a.png").exists()
-
-
-def test_what_the_plan_refuses(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="layers"):
-        network(P.lora(1, groups="layer"), VIT, tmp_path / "a.png")
-
-
-def texts(path: Path) -> list[str]:
-    """Return the text in a vector graphic."""
-    lines = path.read_text().splitlines()
-    return [line.strip()[5:-4] for line in lines if line.strip().startswith("<!-- ")]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -264,6 +250,10 @@ def test_every_preset_is_drawn(tmp_path: Path, name: str) -> None:
     expected += [node.symbol for node in nodes(found)] + [entry.text for entry in found.key]
     expected += [found.words, "a title with $x_$ in it", "a note with $ in it"]
     assert not collections.Counter(expected) - collections.Counter(written)
+
+
+def test_every_preset_is_there() -> None:
+    assert set(P.__all__) <= set(PRESETS)
 
 
 @pytest.mark.parametrize(
@@ -279,10 +269,6 @@ def test_what_is_frozen_is_drawn_so(name: str, frozen: list[str]) -> None:
     assert [entry.text for entry in found.key].count("frozen, not trained") == bool(frozen)
 
 
-def test_every_preset_is_there() -> None:
-    assert set(P.__all__) <= set(PRESETS)
-
-
 @pytest.mark.parametrize("form", list(FORMATS))
 @pytest.mark.parametrize("order", in_depth([1, 2, 3, 8, 32], [3, 32]))
 def test_every_format_is_drawn(tmp_path: Path, form: str, order: int) -> None:
@@ -293,12 +279,20 @@ def test_every_format_is_drawn(tmp_path: Path, form: str, order: int) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_groups_of_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "given", "words"),
+    [
+        ({"groups": "layer"}, {"layers": [weight // 2 for weight in range(24)], "group": 11},
+         ["group 11: 1,179,648 elements", "2 weights: 22, 23"]),
+        ({"groups": "role"}, {"roles": ["q", "v"] * 12, "group": 1}, ["12 weights: 1, 3, 5"]),
+    ],
+)  # fmt: skip
+def test_groups_of_layers_and_roles(
+    tmp_path: Path, settings: dict[str, Any], given: dict[str, Any], words: list[str]
+) -> None:
     pytest.importorskip("matplotlib")
-    config = P.lora(1, groups="layer")
-    network(config, VIT, tmp_path / "a.svg", layers=[weight // 2 for weight in range(24)], group=11)
-    assert "group 11: 1,179,648 elements" in (tmp_path / "a.svg").read_text()
-    assert "2 weights: 22, 23" in (tmp_path / "a.svg").read_text()
+    network(P.lora(1, **settings), VIT, tmp_path / "a.svg", **given)
+    assert all(one in (tmp_path / "a.svg").read_text() for one in words)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +18,10 @@ import pytest
 pytest.importorskip("matplotlib")
 
 import tnadapt as tna
+from tests.plot.internals import counted, texts
 from tnadapt import plot
 from tnadapt.errors import ShapeError
 from tnadapt.plot import STYLES, Mark, canvas, layout, parameters, pareto
-from tnadapt.plot._accuracy import counted
 
 MARKS = [
     Mark("head alone", "", 0, (0.7, 0.71)),
@@ -42,29 +41,6 @@ def test_a_picture_is_written(tmp_path: Path, marks: list[Mark]) -> None:
     assert len(content) > 5000
 
 
-FULL = """
-import pathlib, resource, sys
-import tnadapt as tna
-from tnadapt.plot import Mark, pareto
-pareto([Mark("LoRA", "", 9, (0.5,))], sys.argv[1])
-before = pathlib.Path(sys.argv[1]).read_bytes()
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-try:
-    pareto([Mark("LoRA", "", 9, (0.5, 0.6))], sys.argv[1])
-except tna.FileError as error:
-    print(error)
-print(pathlib.Path(sys.argv[1]).read_bytes() == before)
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no limits of this kind")
-def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FULL, str(tmp_path / "a.png")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == f"{tmp_path / 'a.png'}: File too large\nTrue\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-
-
 PICTURES = {
     "layout": lambda path: layout(tna.SuperLoRA(tna.presets.lora(1), [(4, 3)]), path),
     "network": lambda path: plot.network(tna.presets.lora(1), [(4, 3)], path),
@@ -78,16 +54,13 @@ def test_every_kind_of_picture_is_tried() -> None:
     assert PICTURES.keys() == kinds - {"styles"}
 
 
-def test_families_are_told_apart_however_many_there_are() -> None:
+def test_families_are_told_apart_however_many_there_are_and_keep_their_styles() -> None:
     names = [*STYLES, *(f"method {number}" for number in range(36))]
     found = plot.styles([*names, *names])
     assert list(found) == names
     assert len(set(found.values())) == len(names)
     assert {name: found[name] for name in STYLES} == STYLES
     assert len(plot.styles(f"method {number}" for number in range(100))) == 100
-
-
-def test_families_keep_their_styles_if_others_follow() -> None:
     few, many = plot.styles(["a", "LoRA"]), plot.styles(["a", "LoRA", "b"])
     assert many == {**few, "b": many["b"]}
 
@@ -114,11 +87,23 @@ def test_pictures_have_matplotlibs_names(tmp_path: Path) -> None:
         pareto(MARKS, tmp_path / "c.xyz")
 
 
-def test_every_family_is_in_the_legend(tmp_path: Path) -> None:
+def test_every_family_is_in_the_legend_and_ticks_are_whole_numbers(tmp_path: Path) -> None:
     pareto(MARKS, tmp_path / "a.svg")
-    text = (tmp_path / "a.svg").read_text()
     for mark in MARKS:
-        assert f"<!-- {mark.family}" in text
+        assert f"<!-- {mark.family}" in (tmp_path / "a.svg").read_text()
+    for counts, ticks in (((700, 900), {"400", "1,000", "2,000"}), ((31, 4096), {"100", "1,000"})):
+        pareto([Mark("LoRA", "", count, (0.5,)) for count in counts], tmp_path / "a.svg")
+        written = set(texts(tmp_path / "a.svg"))
+        assert ticks <= written
+        assert not [text for text in written if "times" in text or "^" in text]
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that a test would save."""
+    drawn: list[Any] = []
+    monkeypatch.setattr("tnadapt.plot._accuracy.saved", lambda figure, path: drawn.append(figure))
+    return drawn
 
 
 FEW = {
@@ -131,11 +116,9 @@ FEW = {
 
 
 @pytest.mark.parametrize("marks", FEW.values(), ids=FEW)
-def test_axes_fit_few_points(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, marks: list[Mark]) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr("tnadapt.plot._accuracy.saved", lambda figure, path: drawn.append(figure))
+def test_axes_fit_few_points(tmp_path: Path, figures: list[Any], marks: list[Mark]) -> None:
     pareto([*marks, Mark("head alone", "", 0, marks[0].accuracies)], tmp_path / "a.png")
-    (figure,) = drawn
+    (figure,) = figures
     figure.canvas.draw()
     (axes,) = figure.axes
     left, right = axes.get_xlim()
@@ -152,18 +135,14 @@ def test_axes_fit_few_points(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ma
     assert not overlaps
 
 
-def test_a_label_has_the_color_of_its_method_and_a_line_if_it_moved_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr("tnadapt.plot._accuracy.saved", lambda figure, path: drawn.append(figure))
+def test_a_label_has_the_color_of_its_method_and_a_line_if_it_moved_up(tmp_path: Path, figures: list[Any]) -> None:
     marks = [
         Mark("LoRTA", "first", 110, (0.85,), front=True),
         Mark("SuperLoRA", "second", 120, (0.851,), front=True),
         Mark("LoRA", "third", 5000, (0.95,), front=True),
     ]
     pareto(marks, tmp_path / "a.png")
-    (axes,) = drawn[0].axes
+    (axes,) = figures[0].axes
     colours = {text.get_text(): text.get_color() for text in axes.texts}
     assert colours == {mark.label: canvas.legible(STYLES[mark.family][0], text=True) for mark in marks}
     leaders = [line for line in axes.lines if list(line.get_xdata()) in [[mark.parameters] * 2 for mark in marks]]
@@ -227,19 +206,6 @@ def test_colours_stand_out_from_a_dark_ground() -> None:
             assert lab(canvas.legible(colour), SEEN["as it is"])[0] > 37
 
 
-@pytest.mark.parametrize(("counts", "ticks"), [((700, 900), {"400", "1,000", "2,000"}), ((31, 4096), {"100", "1,000"})])
-def test_ticks_are_whole_numbers(tmp_path: Path, counts: tuple[int, int], ticks: set[str]) -> None:
-    pareto([Mark("LoRA", "", count, (0.5,)) for count in counts], tmp_path / "a.svg")
-    written = set(re.findall(r"<!-- (.+) -->", (tmp_path / "a.svg").read_text()))
-    assert ticks <= written
-    assert not [text for text in written if "times" in text or "^" in text]
-
-
-def test_mean_and_spread() -> None:
-    assert (MARKS[0].mean, round(MARKS[0].spread, 4)) == (70.5, 0.7071)
-    assert Mark("LoRA", "", 1, (0.5,)).spread == 0
-
-
 def test_no_window_and_no_import_before(tmp_path: Path) -> None:
     code = f"""
 import sys, tnadapt.plot
@@ -263,12 +229,8 @@ def test_the_counts_of_the_paper() -> None:
     lorta = {order: next(counted(UNET, order, 1))[1] + 1 for order in (3, 5)}
     assert lorta[3] == known["LoRTA 3D, hypercube, G=1, r=1 ('beyond 200')"]
     assert lorta[5] == known["LoRTA 5D, hypercube, G=1, r=1 ('less than 80'; '120-fold')"]
-
-
-def texts(path: Path) -> list[str]:
-    """Return the text in a vector graphic."""
-    lines = path.read_text().splitlines()
-    return [line.strip()[5:-4] for line in lines if line.strip().startswith("<!-- ")]
+    assert (MARKS[0].mean, round(MARKS[0].spread, 4)) == (70.5, 0.7071)
+    assert Mark("LoRA", "", 1, (0.5,)).spread == 0
 
 
 def test_parameters_against_rank(tmp_path: Path) -> None:
@@ -322,25 +284,24 @@ def test_hundreds_of_weights_and_of_groups(tmp_path: Path) -> None:
     assert any(text.endswith("376 more groups") for text in texts(tmp_path / "b.svg"))
 
 
-def test_one_name_and_one_role_a_weight(tmp_path: Path) -> None:
-    plan = tna.SuperLoRA(tna.presets.lora(1), [(4, 4)] * 3)
-    with pytest.raises(ShapeError, match="names has 2 entries for 3 weights"):
-        layout(plan, tmp_path / "a.png", names=["a", "b"])
-    with pytest.raises(ShapeError, match="roles has 1 entries for 3 weights"):
-        layout(plan, tmp_path / "a.png", roles=["q"])
-    assert not (tmp_path / "a.png").exists()
+PLAN = tna.SuperLoRA(tna.presets.lora(1), [(4, 4)] * 3)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("draw", "error", "message"),
     [
-        ({"title": "x" * 1001}, "title must have at most 1,000 characters; got 1,001"),
-        ({"title": "a\ud800b"}, r"title has half a surrogate pair, which no font can draw; got 'a\\ud800b'"),
-        ({"budget": 0}, "budget must be at least 1; got 0"),
-        ({"orders": ()}, "orders is empty; give at least one order"),
+        (lambda path: layout(PLAN, path, names=["a", "b"]), ShapeError, "names has 2 entries for 3 weights"),
+        (lambda path: layout(PLAN, path, roles=["q"]), ShapeError, "roles has 1 entries for 3 weights"),
+        *((lambda path, settings=settings: parameters([(8, 8)], path, **settings), tna.ConfigError, message)
+          for settings, message in (
+            ({"title": "x" * 1001}, "title must have at most 1,000 characters; got 1,001"),
+            ({"title": "a\ud800b"}, r"title has half a surrogate pair, which no font can draw; got 'a\\ud800b'"),
+            ({"budget": 0}, "budget must be at least 1; got 0"),
+            ({"orders": ()}, "orders is empty; give at least one order"),
+        )),
     ],
-)
-def test_what_cannot_be_drawn_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(tna.ConfigError, match=message):
-        tna.plot.parameters([(8, 8)], tmp_path / "picture.png", **settings)
+)  # fmt: skip
+def test_what_cannot_be_drawn_is_refused(draw: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=message):
+        draw(tmp_path / "picture.png")
     assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import re
 import tomllib
 from pathlib import Path
 
@@ -56,3 +57,16 @@ def test_import_linter_ignores_nothing() -> None:
 def test_tests_mirror_the_tree() -> None:
     packages = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
     assert packages <= {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
+
+
+def test_private_names_are_imported_in_one_module_of_a_package() -> None:
+    wrong = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path.name == "internals.py" or "support" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            names = [f"{node.module or ''}.{name}" for name in names] if isinstance(node, ast.ImportFrom) else names
+            private = [name for name in names if re.match(r"tnadapt\..*\b_[a-z]", name, flags=re.IGNORECASE)]
+            wrong |= {path.relative_to(ROOT).as_posix()} if private else set()
+    assert wrong == set(), "import private names in internals.py of the package, if no public one shows the behaviour"

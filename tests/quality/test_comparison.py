@@ -1,11 +1,12 @@
-"""Statistics of the benchmark against SciPy, and its table."""
+"""Statistics of the benchmark against SciPy, its table, its recommendations, and what second runs confirm.
+
+What the published results show is in test_published_quality.py: tables, answers, and what plans rank by.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeAlias
+import statistics
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +19,9 @@ pytest.importorskip("peft")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
 import tnadapt as tna
-from benchmarks.quality import evidence, report, store, tasks, which
-from benchmarks.quality.comparison import difference, improves, leader_of, outcomes_of
-from benchmarks.quality.recommendation import lora_rank
+from benchmarks.quality import replication, report, store
+from benchmarks.quality.comparison import difference, improves, leader_of, outcomes_of, share
+from benchmarks.quality.recommendation import Study, recommendations, table
 from tests.quality.played_task import PlayedTask
 
 TASK = PlayedTask()
@@ -68,19 +69,16 @@ def test_a_difference_is_that_of_a_paired_t_test(pairs: list[tuple[float, float]
 
 def test_only_seeds_of_both_are_compared() -> None:
     long, short = lines("a", [0.5, 0.6, 0.9]), lines("b", [0.4, 0.4])
-    first, second = outcomes_of(TASK, [*long, *short], every=True)
-    found = difference(TASK, first, second)
-    assert found is not None
-    assert (found.seeds, found.mean) == (2, pytest.approx(0.15))
+    gain = difference(TASK, *outcomes_of(TASK, [*long, *short], every=True))
+    assert gain is not None
+    assert (gain.seeds, gain.mean) == (2, pytest.approx(0.15))
     # A setting with fewer seeds than others is not finished.
-    assert [one.method for one in outcomes_of(TASK, [*long, *short])] == ["a"]
-
-
-def test_where_lower_is_better_a_gain_is_a_loss() -> None:
+    assert [outcome.method for outcome in outcomes_of(TASK, [*long, *short])] == ["a"]
+    # Where lower is better, a gain is a loss.
     first, second = outcomes_of(Lower(), [*lines("a", [3.0, 4.0]), *lines("b", [1.0, 1.5])])
-    found = difference(Lower(), second, first)
-    assert found is not None
-    assert found.mean == pytest.approx(2.25)
+    loss = difference(Lower(), second, first)
+    assert loss is not None
+    assert loss.mean == pytest.approx(2.25)
 
 
 def test_the_leader_has_the_best_held_out_score() -> None:
@@ -114,82 +112,7 @@ def test_the_table_says_what_was_found() -> None:
     assert "2 cores of a processor, device cpu, Python 3.12, torch 2" in text
 
 
-# -- What is published ------------------------------------------------------------------------------
-
-Publish: TypeAlias = Callable[[list[dict[str, Any]]], None]
-
-
-@pytest.fixture
-def publish(monkeypatch: pytest.MonkeyPatch) -> Publish:
-    """Return a function that makes lines the only published results, those of the played task."""
-    monkeypatch.setattr(tasks, "TASKS", ["played"])
-    monkeypatch.setattr(tasks, "find", lambda name: TASK)
-
-    def publish(records: list[dict[str, Any]]) -> None:
-        found = store.TaskResults({}, {one["key"]: one for one in records}, [])
-        monkeypatch.setattr(
-            store, "read", lambda folder, name, scale: found if (name, scale) == ("played", "small") else None
-        )
-
-    return publish
-
-
-# -- Which method? ---------------------------------------------------------------------------------
-
 LORA, FOURIER = tna.presets.lora(3).to_dict(), tna.presets.fourierft(4).to_dict()
-
-
-def with_config(config: dict[str, Any] | None, *given: Any, **more: Any) -> list[dict[str, Any]]:
-    return [{**line, "config": config} for line in lines(*given, **more)]
-
-
-def test_the_rank_of_lora_that_serves_a_setting() -> None:
-    facts = TASK.facts(TASK.sketch())
-    cases = [
-        (with_config(LORA, "lora", [0.5]), 3),
-        (with_config(FOURIER, "fourierft", [0.5]), None),
-        (with_config({"peft": "LoraConfig", "r": 5}, "peft-lora", [0.5], "PEFT"), 5),
-        (with_config({"peft": "LoKrConfig", "r": 5}, "peft-lokr", [0.5], "PEFT"), None),
-    ]
-    for given_lines, rank in cases:
-        (one,) = outcomes_of(TASK, given_lines)
-        assert lora_rank(one, facts) == rank
-
-
-@pytest.fixture
-def published(publish: Publish) -> None:
-    publish([
-        *with_config(None, "base", [0.30, 0.31, 0.32], "control", parameters=0),
-        *with_config(LORA, "dense", [0.90, 0.91, 0.92], "control"),
-        *with_config(FOURIER, "fourierft", [0.75, 0.77, 0.76], validation=0.9),
-        *with_config(LORA, "lora", [0.60, 0.62, 0.61], validation=0.8),
-        *with_config({"r": 2}, "peft-lora", [0.76, 0.75, 0.76], "PEFT", validation=0.7),
-    ])  # fmt: skip
-
-
-def row_of(folder: Path) -> str:
-    """Return the row of 100 parameters of "Which method?"."""
-    (row,) = [line for line in which.write(folder).read_text("utf-8").splitlines() if line.startswith("| 100 |")]
-    return row
-
-
-@pytest.mark.usefixtures("published")
-def test_an_answer_names_the_best_those_not_decided_and_the_best_as_lora(tmp_path: Path) -> None:
-    text = which.write(tmp_path).read_text(encoding="utf-8")
-    assert "No adapter: 31.0 ± 1.0; dense updates (128 parameters): 91.0 ± 1.0. 2 weights are adapted." in text
-    row = row_of(tmp_path)
-    assert row.startswith(
-        "| 100 | fourierft r = 1 | 76.0 ± 1.0 | peft-lora (PEFT) | lora r = 1 (rank 3) | 61.0 ± 1.0 |"
-    )
-    assert row.endswith("| 15.0 [15.0, 15.0] |")
-
-
-def test_a_best_method_that_is_no_better_than_no_adapter_is_marked(tmp_path: Path, publish: Publish) -> None:
-    publish([
-        *with_config(LORA, "base", [0.30, 0.31, 0.32], "control"),
-        *with_config(LORA, "lora", [0.31, 0.30, 0.33], validation=0.8),
-    ])  # fmt: skip
-    assert row_of(tmp_path).startswith("| 100 | lora r = 1 (no gain) | 31.3 ± 1.5 |")
 
 
 def test_a_gain_is_an_interval_above_no_adapter() -> None:
@@ -204,51 +127,112 @@ def test_a_gain_is_an_interval_above_no_adapter() -> None:
     assert improves(TASK, found["near"], None)
 
 
-def test_what_plans_rank_by_is_the_share_of_the_gain_of_dense_updates_on_held_out_samples(
-    tmp_path: Path, publish: Publish
+# -- One method for each budget, over several tasks ---------------------------------------------------
+
+#: Times of steps.
+STEP_TIMES = {"fourierft": 1.234, "lora": 1.0}
+
+
+class Other(PlayedTask):
+    """Lower scores are better, in both parts."""
+
+    name = "other"
+    lower = chosen_lower = True
+
+
+def seeds(method: str, held_out: list[float], test: list[float], config: Any = FOURIER) -> list[dict[str, Any]]:
+    """Return the lines of a method at 100 parameters, or of a control, one for each seed."""
+    library = "control" if method in ("base", "dense") else "tnadapt"
+    some = lines(method, test, library, config=config, kept=0, label="")
+    return [{**line, "validation": validation} for line, validation in zip(some, held_out, strict=True)]
+
+
+def study(task: PlayedTask, *records: list[dict[str, Any]]) -> Study:
+    outcomes = outcomes_of(task, [line for own in records for line in own])
+    return Study(task, task.facts(task.sketch()), outcomes)
+
+
+def near(value: float) -> list[float]:
+    return [value, value + 0.01, value - 0.01]
+
+
+CONTROLS = (seeds("base", near(0.2), near(0.2)), seeds("dense", near(0.8), near(0.8)))
+FALLING = (seeds("base", near(0.9), near(0.9)), seeds("dense", near(0.1), near(0.1)))
+
+
+def test_held_out_samples_choose_and_the_shares_are_of_test_samples() -> None:
+    first = study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.5)), seeds("b", near(0.6), near(0.75)))
+    second = study(Other(), *FALLING, seeds("a", near(0.3), near(0.5)), seeds("b", near(0.4), near(0.2)))
+    (answer,) = recommendations([first, second])
+    assert (answer.budget, answer.tasks, answer.best.name) == (100, ("played", "other"), "a")
+    assert answer.best.shares == pytest.approx([0.3 / 0.6, 0.4 / 0.8])
+    assert answer.served is None
+    assert list(table([answer], STEP_TIMES))[2] == "| 100 | a | 50 % (50 to 50) | – | – | – | – | 2 | played, other |"
+
+
+def test_a_method_has_to_be_measured_on_every_task_that_counts() -> None:
+    first = study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.5)), seeds("b", near(0.3), near(0.4)))
+    second = study(Other(), *FALLING, seeds("b", near(0.4), near(0.2)), seeds("c", near(0.2), near(0.2)))
+    assert [one.best.name for one in recommendations([first, second])] == ["b"]
+    assert [one.best.name for one in recommendations([first])] == ["a"]
+    # Without a method that was measured on all of them, there is no answer.
+    assert recommendations([study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.5))), second]) == []
+
+
+@pytest.mark.parametrize("controls", [CONTROLS[:1], CONTROLS[1:], [CONTROLS[0], seeds("dense", near(0.1), near(0.8))]])
+def test_a_task_without_a_share_does_not_count(controls: list[list[dict[str, Any]]]) -> None:
+    assert recommendations([study(TASK, *controls, seeds("a", near(0.7), near(0.5)))]) == []
+
+
+def test_the_methods_of_one_library_are_chosen_from_alike() -> None:
+    peft = [{**line, "library": "PEFT"} for line in seeds("b", near(0.75), near(0.7))]
+    own = study(TASK, *CONTROLS, seeds("a", near(0.7), near(0.5)), peft)
+    assert [(one.best.name, one.compared) for one in recommendations([own])] == [("b (PEFT)", 2)]
+    assert [(one.best.name, one.compared) for one in recommendations([own], "tnadapt")] == [("a", 1)]
+    assert recommendations([own], "LyCORIS") == []
+
+
+scores = st.lists(st.integers(30, 100).map(lambda score: score / 100), min_size=3, max_size=3)
+
+
+@given(given=st.lists(st.tuples(scores, scores), min_size=1, max_size=5))
+def test_the_choice_has_the_largest_share_on_held_out_samples(given: list[tuple[list[float], list[float]]]) -> None:
+    gain = seeds("always", near(0.25), near(0.29))
+    own = study(TASK, *CONTROLS, gain, *(seeds(f"m{i}", *pair) for i, pair in enumerate(given)))
+    (answer,) = recommendations([own])
+    means = {f"m{i}": statistics.fmean(pair[0]) for i, pair in enumerate(given)}
+    assert means.get(answer.best.name, 0.25) == pytest.approx(max(means.values()), abs=1e-12)
+    (chosen,) = [one for one in own.outcomes if one.name == answer.best.name]
+    assert answer.best.shares == (share(TASK, chosen, own.outcomes),)
+
+
+# -- Second runs: what agrees, what is decided again, what is reversed -----------------------------------
+
+FIRST = [
+    *lines("base", [0.30, 0.31, 0.32], "control"),
+    *lines("a", [0.80, 0.82, 0.81]),
+    *lines("b", [0.70, 0.73, 0.71]),
+    *lines("c", [0.60, 0.62, 0.61]),
+    *lines("d", [0.59, 0.63, 0.62]),
+]
+
+
+def second_run(**scores: list[float]) -> list[dict[str, Any]]:
+    return [line for name, tests in scores.items() for line in lines(name, tests)]
+
+
+@pytest.mark.parametrize(
+    ("second", "agreement"),
+    [
+        (None, (5, 5, 5, 0)),  # the same run: every pair but that of c and d
+        # b is above a for sure, c below a without being decided, and d is missing.
+        ({"a": [0.70, 0.72, 0.71], "b": [0.80, 0.83, 0.81], "c": [0.90, 0.10, 0.50]}, (3, 2, 0, 1)),
+        ({"a": [0.7, 0.8, 0.9], "b": [0.1, 0.2, 0.3]}, None),  # two settings are too few
+    ],
+)
+def test_signs_and_decisions_are_counted(
+    second: dict[str, list[float]] | None, agreement: tuple[int, int, int, int] | None
 ) -> None:
-    publish([
-        *with_config(None, "base", [0.30, 0.31, 0.32], "control", parameters=0, validation=0.4),
-        *with_config(LORA, "dense", [0.90, 0.91, 0.92], "control", validation=0.8),
-        *with_config(FOURIER, "fourierft", [0.75, 0.77, 0.76], validation=0.6),
-        *with_config(LORA, "lora", [0.60, 0.62, 0.61], validation=0.7),  # worse on test samples
-        *with_config({"r": 2}, "peft-lora", [0.76, 0.75, 0.76], "PEFT", validation=0.7),
-    ])  # fmt: skip
-    (task,) = json.loads(evidence.evidence(tmp_path))["tasks"]
-    assert (task["title"], task["elements"], task["no_gain"]) == (TASK.title, 128, [])
-    assert [(one["config"], one["parameters"], one["held_out_share"]) for one in task["settings"]] == [
-        (FOURIER, 90, 0.5), (LORA, 90, 0.75),
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(("second", "no_gain"), [([0.45, 0.44, 0.47], []), ([0.31, 0.33, 0.30], [100])])
-@pytest.mark.parametrize("larger", [False, True])
-def test_plans_do_not_rank_by_a_budget_at_which_nothing_is_gained(
-    tmp_path: Path, publish: Publish, second: list[float], no_gain: list[int], larger: bool
-) -> None:
-    records = [
-        *with_config(None, "base", [0.30, 0.31, 0.32], "control", parameters=0, validation=0.4),
-        *with_config(LORA, "dense", [0.90, 0.91, 0.92], "control", validation=0.9),
-        *with_config(LORA, "lora", [0.31, 0.30, 0.33], validation=0.8),
-        *with_config({"r": 2}, "peft-lora", second, "PEFT", validation=0.7),
-    ]
-    if larger:
-        records += with_config(FOURIER, "fourierft", [0.75, 0.77, 0.76], validation=0.9, budget=1000)
-    publish(records)
-    (task,) = json.loads(evidence.evidence(tmp_path))["tasks"]
-    # A method of PEFT may be the one that gains: the budget decides something, and ours count with it.
-    assert [one["config"] for one in task["settings"]] == [*([] if no_gain else [LORA]), *([FOURIER] if larger else [])]
-    # A task counts also if nothing is gained at any of its budgets: plans name it.
-    assert task["no_gain"] == no_gain
-
-
-def test_a_method_that_is_better_on_test_than_the_best_is_named(tmp_path: Path, publish: Publish) -> None:
-    publish([
-        *with_config(LORA, "base", [0.30, 0.31, 0.32], "control"),
-        *with_config(LORA, "lora", [0.41, 0.40, 0.43], validation=0.8),
-        *with_config(FOURIER, "fourierft", [0.61, 0.60, 0.63], validation=0.7),
-        *with_config({"r": 2}, "peft-lora", [0.42, 0.39, 0.43], "PEFT", validation=0.7),
-        *with_config({"r": 1}, "peft-fourierft", [0.31, 0.30, 0.32], "PEFT", validation=0.7),
-    ])  # fmt: skip
-    expected = "| 100 | lora r = 1 | 41.3 ± 1.5 | fourierft (better on test), peft-lora (PEFT) | lora"
-    assert row_of(tmp_path).startswith(expected)
+    first = outcomes_of(TASK, FIRST)
+    again = first if second is None else outcomes_of(TASK, second_run(**second))
+    assert replication.agreement(TASK, first, again) == replication.Agreement(*agreement or ())

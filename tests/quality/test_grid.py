@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -60,8 +62,8 @@ def test_keys_are_stable() -> None:
 @pytest.mark.slow
 def test_keys_are_unique(grid: Grid) -> None:
     trials = [
-        Trial("digits", scale, one, seed, rate)
-        for one in grid.settings
+        Trial("digits", scale, setting, seed, rate)
+        for setting in grid.settings
         for scale, seed, rate in itertools.product(("small", "full"), (0, 1), (0.1, 1.0))
     ]
     assert len({trial.key for trial in trials}) == len(trials)
@@ -75,30 +77,36 @@ def test_shards_partition_the_settings(of: int) -> None:
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
-@pytest.mark.parametrize("shard", [(0, 2), (3, 2)])
-def test_other_shards_are_refused(shard: tuple[int, int]) -> None:
-    with pytest.raises(TnadaptError, match=rf"a shard is I/N with I from 1 to N; got {shard[0]}/2"):
-        shard_of([], shard)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: methods.find("lara"), "no method 'lara'; expected one of base, dense, lora"),
+        (lambda: tasks.find("digit"), "no task 'digit'; expected one of digits, reviews"),
+        (lambda: grid_of(tasks.find("digits"), budgets=[0]), "a budget must be at least 1 parameter; got 0"),
+        (
+            lambda: methods.register(methods.find("lora")),
+            "there is a method 'lora' already; give this one another name",
+        ),
+        (
+            lambda: grid_of(tasks.find("digits"), ["peft-vera", "lora"], (1_100, 1_500)),
+            "lora r = 1 is the largest setting at budgets of 1,100 and 1,500 parameters; give budgets that differ more",
+        ),
+        (
+            lambda: facts_of(nn.Sequential(nn.TransformerEncoderLayer(8, 2)), "qv"),
+            "only a part of 0.self_attn.in_proj_weight is a target; PEFT adapts whole layers, so cut it up",
+        ),
+        (lambda: shard_of([], (0, 2)), "a shard is I/N with I from 1 to N; got 0/2"),
+        (lambda: shard_of([], (3, 2)), "a shard is I/N with I from 1 to N; got 3/2"),
+    ],
+)
+def test_what_is_wrong_is_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(TnadaptError, match=re.escape(message)):
+        call()
 
 
-def test_unknown_names_are_refused() -> None:
-    with pytest.raises(TnadaptError, match=r"no method 'lara'; expected one of base, dense, lora"):
-        methods.find("lara")
-    with pytest.raises(TnadaptError, match=r"no task 'digit'; expected one of digits, reviews"):
-        tasks.find("digit")
-    with pytest.raises(TnadaptError, match=r"a budget must be at least 1 parameter; got 0"):
-        grid_of(tasks.find("digits"), budgets=[0])
-    with pytest.raises(TnadaptError, match=r"there is a method 'lora' already; give this one another name"):
-        methods.register(methods.find("lora"))
-
-
-def test_budgets_that_share_a_setting_are_refused() -> None:
-    words = r"lora r = 1 is the largest setting at budgets of 1,100 and 1,500 parameters; give budgets that differ more"
-    with pytest.raises(TnadaptError, match=words):
-        grid_of(tasks.find("digits"), ["peft-vera", "lora"], (1_100, 1_500))
-    # At more than a factor of 2, no method has the same setting at both.
-    found = grid_of(tasks.find("digits"), ["lora"], (1_100, 2_201))
-    assert len({(one.method, one.spec) for one in found.settings}) == len(found.settings)
+def test_at_more_than_a_factor_of_2_no_method_has_one_setting_at_both_budgets() -> None:
+    wide = grid_of(tasks.find("digits"), ["lora"], (1_100, 2_201))
+    assert len({(setting.method, setting.spec) for setting in wide.settings}) == len(wide.settings)
 
 
 # -- What is counted is what is trained --------------------------------------------------------------
@@ -145,9 +153,3 @@ def test_a_method_trains_as_many_parameters_as_were_counted(name: str) -> None:
     attached = methods.find(name).attach(model, setting, FACTS, "qv", seed=3)
     assert methods.trained(attached) == setting.parameters
     assert not model.get_submodule("head").weight.requires_grad
-
-
-def test_a_part_of_a_layer_is_no_target() -> None:
-    words = r"only a part of 0\.self_attn\.in_proj_weight is a target; PEFT adapts whole layers, so cut it up"
-    with pytest.raises(TnadaptError, match=words):
-        facts_of(nn.Sequential(nn.TransformerEncoderLayer(8, 2)), "qv")

@@ -1,7 +1,12 @@
-"""The page that the documentation shows is that of the published results."""
+"""What is published is that of the results, the times of steps are read strictly, and examples hold."""
 
 from __future__ import annotations
 
+import csv
+import doctest
+import importlib
+import json
+import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +14,25 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
-pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
+quality = pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
-from benchmarks.quality import evidence, figures, page, readme, replication, store, tasks, which
+from benchmarks.quality import evidence, page, readme, replication, store, tasks, which
 from benchmarks.quality.command import PUBLISHED, main
 from benchmarks.quality.comparison import outcomes_of
 from benchmarks.quality.page import RUNS
+from benchmarks.quality.recommendation import STEPS, recommendations, step_ratio, step_ratios, studies_of
+from benchmarks.quality.tasks import smollm2_sft
 from tests.support.depth import long_only
+from tnadapt.errors import FileError
 
 
-def test_the_page_is_that_of_the_results() -> None:
+def test_pages_are_those_of_the_results() -> None:
     assert (PUBLISHED / "page.md").read_text(encoding="utf-8") == page.page(PUBLISHED)
-
-
-def test_which_method_is_that_of_the_results() -> None:
     assert (PUBLISHED / "which.md").read_text(encoding="utf-8") == which.page(PUBLISHED)
-
-
-def test_readme_has_the_table_of_the_results() -> None:
     text = readme.README.read_text(encoding="utf-8")
     assert f"{readme.BEGIN}\n{readme.section(PUBLISHED)}{readme.END}\n" in text
+    # What plans rank by, too.
+    assert evidence.PACKAGED.read_text(encoding="utf-8") == evidence.evidence(PUBLISHED)
 
 
 @pytest.mark.slow
@@ -43,25 +47,6 @@ def test_the_commands_on_the_page_leave_nothing_to_train(arguments: str, capsys:
 
 def test_the_commands_of_every_task_with_results_are_known() -> None:
     assert {name for name in tasks.TASKS if store.files_of(PUBLISHED, name, "small")} <= set(RUNS)
-
-
-def test_what_plans_rank_by_is_that_of_the_results() -> None:
-    assert evidence.PACKAGED.read_text(encoding="utf-8") == evidence.evidence(PUBLISHED)
-
-
-@pytest.mark.parametrize("name", [name for name in tasks.TASKS if store.files_of(PUBLISHED, name, "small")])
-def test_no_text_above_a_picture_covers_another(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    task, drawn = tasks.find(name), list[Any]()
-    monkeypatch.setattr(figures, "saved", lambda figure, path: drawn.append(figure))
-    found = store.read(PUBLISHED, name, "small")
-    assert found is not None
-    figures.draw_scores(task, outcomes_of(task, found.records.values()), tmp_path / "scores.png", "A note.")
-    (axes,) = drawn[0].axes
-    drawn[0].draw_without_rendering()
-    title = next(one for one in axes.get_children() if getattr(one, "get_text", str)() == task.title)
-    assert not title.get_window_extent().overlaps(axes.get_legend().get_window_extent())
-    assert title.get_window_extent().x1 <= drawn[0].bbox.x1
 
 
 @pytest.mark.parametrize("folder", [PUBLISHED, PUBLISHED / replication.FOLDER], ids=["first", "second"])
@@ -81,3 +66,74 @@ def test_results_are_finished(name: str, folder: Path) -> None:
         outcomes = outcomes_of(task, found.records.values())
         assert len(outcomes) == len(outcomes_of(task, found.records.values(), every=True))
         assert all(len(one.test) >= 3 and len(one.tried) >= 3 for one in outcomes if one.measured and one.budget)
+
+
+# -- Times of steps -------------------------------------------------------------------------------
+
+
+def test_every_recommended_method_is_measured() -> None:
+    ratios, studies = step_ratios(), studies_of(PUBLISHED)
+    for library in (None, "tnadapt"):
+        for one in recommendations(studies, library):
+            for choice in filter(None, (one.best, one.served)):
+                assert step_ratio(ratios, choice.method) != "–", (library, one.budget, choice.method)
+
+
+def test_the_file_says_where_it_was_measured() -> None:
+    rows = [json.loads(line) for line in STEPS.read_text(encoding="utf-8").splitlines()]
+    assert all(row["problem"] == "minilm" and row["layers"] == 6 for row in rows)
+    assert all(row["rounds"] >= 12 and {"torch", "cores"} <= set(row) for row in rows)
+
+
+def test_a_method_without_a_time_has_a_dash(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    path.write_text('{"case": "superlora F 0.01", "ratio": 1.234}\n')
+    ratios = step_ratios(path)
+    assert [step_ratio(ratios, name) for name in ("superlora-projected", "superlora")] == ["1.23", "–"]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"case": "lora"}', '{"case": "lora", "ratio": null}', "{"])
+def test_a_damaged_file_is_refused(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    if content:
+        path.write_text(content)
+    with pytest.raises(FileError, match=r"steps\.jsonl has no times of steps: "):
+        step_ratios(path)
+
+
+# -- Examples, which pytest does not collect there ------------------------------------------------
+
+MODULES = [
+    one.name for one in pkgutil.walk_packages(quality.__path__, "benchmarks.quality.") if "__main__" not in one.name
+]
+
+
+def test_examples_hold() -> None:
+    found = [doctest.testmod(importlib.import_module(name)) for name in MODULES]
+    assert sum(one.failed for one in found) == 0
+    assert sum(one.attempted for one in found) >= 7
+
+
+# -- The files that tasks keep in their cache -------------------------------------------------------
+
+
+def test_prompts_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reviews, prompts = tmp_path / "reviews.csv", tmp_path / "prompts.csv"
+    reviews.write_text('text,label\n"Fine, é",positive\nDull,negative\n', encoding="utf-8")
+
+    def interrupted(file: Any) -> None:
+        file.write("prompt,completion")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(csv, "writer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            smollm2_sft._prompts(reviews, prompts)
+    assert list(tmp_path.iterdir()) == [reviews]
+    assert smollm2_sft._prompts(reviews, prompts) == prompts
+    with prompts.open(encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file)) == [
+            ["prompt", "completion"],
+            ["Review: Fine, é\nSentiment:", " positive"],
+            ["Review: Dull\nSentiment:", " negative"],
+        ]

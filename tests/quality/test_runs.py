@@ -1,15 +1,10 @@
-"""Runs: played ones for resuming, shards and files; a real one on the digits, with a kill."""
+"""Runs: played ones for resuming, shards and files; a real one on the digits."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +16,12 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("benchmarks.quality", reason="the benchmarks are not in this copy of the project")
 
-from benchmarks.quality import methods, page, report, store, tasks
+from benchmarks.quality import methods, store, tasks
 from benchmarks.quality.command import main
-from benchmarks.quality.engine import Trainings
-from benchmarks.quality.engine import run as run_trials
-from benchmarks.quality.grid import Trial, shard_of
+from benchmarks.quality.grid import shard_of
 from benchmarks.quality.running import Listener, Run
 from benchmarks.quality.tuning import Plan
-from tests.finetune.test_engines import Crowded, _Here, leave
+from tests.finetune.test_engines import Crowded, _Here
 from tests.quality.played_task import BEST, PlayedBench, PlayedTask, setting_of
 from tests.support.depth import in_depth
 from tnadapt import Config
@@ -63,15 +56,12 @@ def test_a_run_is_finished_once(tmp_path: Path) -> None:
     before = (tmp_path / "played.jsonl").read_bytes()
     assert (count, run(tmp_path)) == (len(records(tmp_path)), 0)
     assert (tmp_path / "played.jsonl").read_bytes() == before
-    # More seeds only add trainings.
-    assert run(tmp_path, plan=Plan(PlayedTask.rates, seeds=3)) == len(SETTINGS)
-
-
-def test_a_line_has_the_device_and_the_versions_of_its_training(tmp_path: Path) -> None:
-    run(tmp_path)
     for line in records(tmp_path).values():
         assert line["device"] == "cpu"
         assert line["versions"] == {name: importlib.metadata.version(name) for name in ("peft", "torch")}
+    assert not (tmp_path / "running").exists()
+    # More seeds only add trainings.
+    assert run(tmp_path, plan=Plan(PlayedTask.rates, seeds=3)) == len(SETTINGS)
 
 
 def test_a_run_resumes_after_any_line(tmp_path: Path) -> None:
@@ -89,44 +79,6 @@ def test_a_run_resumes_after_any_line(tmp_path: Path) -> None:
         assert after[:cut] == kept
         keys = [line["key"] for line in after if "key" in line]
         assert len(set(keys)) == len(keys)
-
-
-def test_lines_of_workers_that_were_not_asked_for_are_kept(tmp_path: Path) -> None:
-    run(tmp_path)
-    header = json.loads((tmp_path / "played.jsonl").read_bytes().splitlines()[0])
-    finished = next(iter(records(tmp_path)))
-    workers = tmp_path / "running" / "played" / "workers"
-    left = workers / ("0123456789abcdef" * 2)
-    left.mkdir(parents=True)
-    (workers / "current.json").write_text(json.dumps({"study": header["digest"], "run": left.name}))
-    lines = [{"key": key, "line": {"was": key}} for key in ("other method", "other budget", finished)]
-    (left / "worker-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    # Whether anything is due or not.
-    for plan in (PLAN, Plan(PlayedTask.rates, seeds=3), Plan(PlayedTask.rates, seeds=3)):
-        run(tmp_path, plan=plan)
-        found = [json.loads(line) for path in left.glob("worker-*") for line in path.read_text().splitlines()]
-        assert [line["key"] for line in found] == ["other method", "other budget"], "that of a finished one is deleted"
-
-
-def test_a_finished_run_leaves_no_folder(tmp_path: Path) -> None:
-    run(tmp_path)
-    assert not (tmp_path / "running").exists()
-
-
-def test_what_failed_is_tried_again_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*given: object) -> dict[str, Any]:
-        raise ValueError("no memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PlayedBench, "train", broken)
-        assert run(tmp_path) == len(SETTINGS) * len(PlayedTask.rates)
-    assert {one["failed"] for one in records(tmp_path).values()} == {"ValueError: no memory"}
-    assert run(tmp_path) == 0
-    again = Run(tmp_path, tmp_path, open_engine("local", 1), retry=True)
-    assert again.task(PlayedTask(), "small", SETTINGS, PLAN, Listener()) == len(records(tmp_path))
-    assert not any("failed" in one for one in records(tmp_path).values())
-    run(tmp_path / "whole")
-    assert records(tmp_path) == records(tmp_path / "whole")
 
 
 def test_a_broken_device_ends_the_run_and_is_no_failure_of_what_follows(
@@ -151,17 +103,20 @@ def test_a_broken_device_ends_the_run_and_is_no_failure_of_what_follows(
     assert run(tmp_path) == before
 
 
-def test_a_success_of_a_retry_replaces_the_failure_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_failed_in_a_shard_is_tried_again_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*given: object) -> dict[str, Any]:
         raise ValueError("no memory")
 
     with monkeypatch.context() as patch:
         patch.setattr(PlayedBench, "train", broken)
-        for number in (1, 2):
-            run(tmp_path, (number, 2))
+        counts = [run(tmp_path, (number, 2)) for number in (1, 2)]
+    assert sum(counts) == len(SETTINGS) * len(PlayedTask.rates)
+    assert {line["failed"] for line in records(tmp_path).values()} == {"ValueError: no memory"}
+    assert run(tmp_path) == 0
     # The retry writes to the file of the whole task, which is read before those of the shards.
     again = Run(tmp_path, tmp_path, open_engine("local", 1), retry=True)
-    again.task(PlayedTask(), "small", SETTINGS, PLAN, Listener())
+    assert again.task(PlayedTask(), "small", SETTINGS, PLAN, Listener()) == len(records(tmp_path))
+    assert not any("failed" in line for line in records(tmp_path).values())
     run(tmp_path / "whole")
     assert records(tmp_path) == records(tmp_path / "whole")
     store.merge(tmp_path, "played", "small")
@@ -185,24 +140,19 @@ class _Short(_Here):
 
 
 def test_a_training_whose_worker_always_dies_ends_no_others(tmp_path: Path) -> None:
-    one = Run(tmp_path, tmp_path, Short())
-    count = one.task(PlayedTask(), "small", SETTINGS, PLAN, Listener())
+    short = Run(tmp_path, tmp_path, Short())
+    count = short.task(PlayedTask(), "small", SETTINGS, PLAN, Listener())
     assert count == len(records(tmp_path))
     failed = {(line["method"], line["rate"], line["failed"]) for line in records(tmp_path).values() if "failed" in line}
     assert failed == {("lora", 1.0, "a worker died 3 times: out of memory")}
-    assert one.task(PlayedTask(), "small", SETTINGS, PLAN, Listener()) == 0
+    assert short.task(PlayedTask(), "small", SETTINGS, PLAN, Listener()) == 0
     run(tmp_path / "whole")
-    others = {key: line for key, line in records(tmp_path / "whole").items() if line["method"] != "lora"}
-    assert {key: line for key, line in records(tmp_path).items() if line["method"] != "lora"} == others
+    others, expected = (
+        {key: line for key, line in records(out).items() if line["method"] != "lora"}
+        for out in (tmp_path, tmp_path / "whole")
+    )
+    assert others == expected
     assert not (tmp_path / "running").exists()
-
-
-def test_files_of_workers_are_deleted_when_their_lines_are_written(tmp_path: Path) -> None:
-    leave(tmp_path)
-    work, trial = Trainings("played", "small", tmp_path, "cpu"), Trial("played", "small", SETTINGS[0], 0, 0.1)
-    done = run_trials(work, PlayedBench(), [trial], tmp_path, Short(), "", known=[f"{name}/0" for name in "abcd"])
-    assert [one for one, _ in done] == [trial]
-    assert not (tmp_path / "workers").exists()
 
 
 @pytest.mark.parametrize("of", [2, 3, 9])
@@ -244,138 +194,75 @@ def test_a_file_that_was_killed_before_its_first_line_is_merged(tmp_path: Path) 
     run(tmp_path)
 
 
-def test_results_of_another_study_are_refused(tmp_path: Path) -> None:
+def test_results_of_another_study_or_budget_are_refused(tmp_path: Path) -> None:
     run(tmp_path, (1, 2))
     path = tmp_path / "played.1-of-2.jsonl"
+    before = path.read_bytes()
+    other = setting_of(next(iter(records(tmp_path).values()))["method"], budget=150)
+    words = r"has results of \S+ r = 1 at a budget of 100 parameters; .* at 150, too: give --budgets .* another --out"
+    with pytest.raises(FileError, match=words):
+        Run(tmp_path, tmp_path, open_engine("local", 1)).task(PlayedTask(), "small", [other], PLAN, Listener())
+    assert path.read_bytes() == before
     path.write_text(path.read_text().replace('"targets": "qv"', '"targets": "all"', 1))
     with pytest.raises(FileError, match=r"has results of played with other targets; give another one with --out"):
         run(tmp_path, (2, 2))
-
-
-def test_a_setting_that_has_results_at_another_budget_is_refused(tmp_path: Path) -> None:
-    run(tmp_path)
-    before = (tmp_path / "played.jsonl").read_bytes()
-    one, other = Run(tmp_path, tmp_path, open_engine("local", 1)), setting_of("lora", budget=150)
-    words = r"has results of lora r = 1 at a budget of 100 parameters; .* at 150, too: give --budgets .* another --out"
-    with pytest.raises(FileError, match=words):
-        one.task(PlayedTask(), "small", [other], PLAN, Listener())
-    assert (tmp_path / "played.jsonl").read_bytes() == before
-
-
-def test_tables_and_figures_are_those_of_the_results(tmp_path: Path) -> None:
-    run(tmp_path)
-    written = report.write(tmp_path, PlayedTask(), "small")
-    assert [path.name for path in written] == ["played.md", "played.png", "played-methods.png"]
-    paths = page.write(tmp_path)
-    assert [path.name for path in paths] == ["played.png", "played-methods.png", "page.md", "which.md"]
-    text = (tmp_path / "page.md").read_text(encoding="utf-8")
-    assert "## A played task" in text
-    assert text.endswith((tmp_path / "played.md").read_text(encoding="utf-8"))
-    assert "`digits`: Small ViT, digits 0 to 4 to digits 5 to 9 (not measured yet)" in text
-    assert page.write(tmp_path) == paths
-    assert (tmp_path / "page.md").read_text(encoding="utf-8") == text
 
 
 # -- The command ---------------------------------------------------------------------------------
 
 
 def test_a_dry_run_lists_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["run", "digits", "--dry-run", "--methods", "lora,peft-vera", "--budgets", "1000,10000"]
+    arguments = ["run", "digits", "--dry-run", "--methods", "lora,peft-vera", "--budgets", "50,1000,10000"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "digits (Small ViT, digits 0 to 4 to digits 5 to 9): 4 settings" in shown
     assert "10,000     9,216  lora" in shown
+    assert "    lora at 50: needs at least 1,024 parameters\n" in shown
     assert "0 trainings are finished; 16 can be run now" in shown
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    in_depth(
-        [
-            (["run", "--profile", "fast"], "no profile 'fast'; expected one of quick, day, full"),
-            (["run", "numbers"], "no task 'numbers'; expected one of digits"),
-            (["run", "--shard", "3/2"], "--shard takes I/N with I from 1 to N, such as 2/8; got '3/2'"),
-            (["run", "--rates", "0.1,x"], "--rates takes numbers with commas between them; got '0.1,x'"),
-            (["run", "--seeds", "0"], "--seeds and --tuned-by must be at least 1; got 0 and 1"),
-            (["run", "played", "--scale", "big"], "task played has the scales small; got 'big'"),
-            (["run", "played", "--engine-option", "cpus"], "--engine-option takes KEY=VALUE; got 'cpus'"),
-            (["run", "played", "--engine", "cloud"], "no engine 'cloud'; expected one of local, ray, slurm"),
-        ],
-        [(["run", "--profile", "fast"], "no profile 'fast'; expected one of quick, day, full")],
-    ),
-)
+WRONG = [
+    (["run", "--profile", "fast"], "no profile 'fast'; expected one of quick, day, full"),
+    (["run", "numbers"], "no task 'numbers'; expected one of digits"),
+    (["run", "--shard", "3/2"], "--shard takes I/N with I from 1 to N, such as 2/8; got '3/2'"),
+    (["run", "--rates", "0.1,x"], "--rates takes numbers with commas between them; got '0.1,x'"),
+    (["run", "--seeds", "0"], "--seeds and --tuned-by must be at least 1; got 0 and 1"),
+    # The last task is checked before the first one is trained.
+    (["run", "digits", "played", "--scale", "smoke"], "task played has the scales small; got 'smoke'"),
+    (["run", "played", "--engine-option", "cpus"], "--engine-option takes KEY=VALUE; got 'cpus'"),
+    (["run", "played", "--engine", "cloud"], "no engine 'cloud'; expected one of local, ray, slurm"),
+    (["run", "digits", "--methods", "", "--dry-run"], "no method ''; expected one of base"),
+    (["run", "digits", "--budgets", "", "--dry-run"], "with commas between them; got ''"),
+    (["merge"], "error: no results in {out}; give the folder of a run with --out\n"),
+    (["report"], "error: no results in {out}; give the folder of a run with --out\n"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), in_depth(WRONG, [WRONG[0], *WRONG[5:6], *WRONG[8:]]))
 def test_wrong_arguments_are_explained(
-    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rest = ["--methods", "lora", "--budgets", "1000", "--out", str(tmp_path)]
-    assert main([*arguments, *rest]) == 2
-    assert words in capsys.readouterr().err
-
-
-def test_a_setting_that_does_not_exist_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["run", "digits", "--dry-run", "--methods", "lora", "--budgets", "50", "--out", str(tmp_path)]
-    assert main(given) == 0
-    assert "    lora at 50: needs at least 1,024 parameters\n" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("command", ["merge", "report"])
-def test_a_folder_without_results_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"error: no results in {tmp_path}; give the folder of a run with --out\n"
-
-
-@pytest.mark.parametrize(
-    ("option", "words"),
-    [("--methods", "no method ''; expected one of base"), ("--budgets", "with commas between them; got ''")],
-)
-def test_an_empty_option_is_no_default(
-    option: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["run", "digits", option, "", "--dry-run", "--out", str(tmp_path)]) == 2
-    assert words in capsys.readouterr().err
-
-
-def test_the_last_task_is_checked_before_the_first_one_is_trained(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr(Run, "task", lambda *given: pytest.fail("it was trained"))
-    few = ["--methods", "lora", "--budgets", "1000", "--scale", "smoke"]
-    assert main(["run", "digits", "played", *few, "--out", str(tmp_path)]) == 2
-    assert "task played has the scales small; got 'smoke'" in capsys.readouterr().err
+    usual = {"--methods": "lora", "--budgets": "1000"} if arguments[0] == "run" else {}
+    rest = [word for name, value in usual.items() if name not in arguments for word in (name, value)]
+    assert main([*arguments, *rest, "--out", str(tmp_path)]) == 2
+    assert words.format(out=tmp_path) in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_real_run_resumes_after_a_kill(tmp_path: Path) -> None:
-    chosen = ["--methods", "lora_xs,peft-fourierft", "--budgets", "100", "--scale", "smoke"]
-    short = [*chosen, "--rates", "0.01,0.1", "--seeds", "2", "--no-refine"]
-    where = ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--jobs", "1"]
-    command = [sys.executable, "-m", "benchmarks.quality", "run", "digits", *short, *where]
-    log = tmp_path / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-        results = tmp_path / "out" / "digits-smoke.jsonl"
-        deadline = time.monotonic() + 240
-        while not (results.is_file() and results.read_bytes().count(b'"key"') >= 2):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    before = [json.loads(line) for line in results.read_bytes().split(b"\n")[:-1]]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    after = [json.loads(line) for line in results.read_bytes().splitlines()]
-    assert after[: len(before)] == before
-    lines = [line for line in after if "key" in line]
+def test_a_real_run(tmp_path: Path) -> None:
+    chosen = ["--methods", "lora_xs,peft-fourierft", "--budgets", "100", "--scale", "smoke", "--rates", "0.01,0.1"]
+    where = ["--seeds", "2", "--no-refine", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    assert main(["run", "digits", *chosen, *where, "--jobs", "1"]) == 0
+    results = store.read(tmp_path / "out", "digits", "smoke")
+    assert results is not None
+    lines = list(results.records.values())
     assert {line["method"] for line in lines} == {"base", "dense", "lora_xs", "peft-fourierft"}
-    assert len({line["key"] for line in lines}) == len(lines)
     assert not any(line["diverged"] or "failed" in line for line in lines)
     # The head has as many parameters beside an adapter of either library.
     assert {line["kept"] for line in lines} == {5 * 64 + 5}
-    found = store.read(tmp_path / "out", "digits", "smoke")
-    assert found is not None
-    assert len(found.sessions) == 2
     text = (tmp_path / "out" / "digits-smoke.md").read_text(encoding="utf-8")
     assert "| FourierFT (PEFT) | n = 12 | 96 |" in text
 

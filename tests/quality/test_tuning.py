@@ -63,12 +63,9 @@ def test_rates_are_extended_and_refined(method: str, tried: list[float]) -> None
 def test_all_seeds_get_the_rate_that_is_best_on_held_out_samples(method: str, tuned_by: int) -> None:
     plan = Plan(TASK.rates, seeds=4, tuned_by=tuned_by)
     records = played(setting_of(method), plan)
-    rates: dict[int, set[float]] = {}
-    for one in records.values():
-        rates.setdefault(one["seed"], set()).add(one["rate"])
-    assert sorted(rates) == [0, 1, 2, 3]
-    assert all(len(rates[seed]) > 1 for seed in range(tuned_by))
-    assert all(rates[seed] == {FOUND[method]} for seed in range(tuned_by, 4))
+    rates = {seed: {one["rate"] for one in records.values() if one["seed"] == seed} for seed in range(5)}
+    assert [len(rates[seed]) > 1 for seed in range(tuned_by)] == [True] * tuned_by
+    assert [rates[seed] for seed in range(tuned_by, 5)] == [{FOUND[method]}] * (4 - tuned_by) + [set()]
     state = tuned(TASK, "small", setting_of(method), records, plan)
     assert (state.rate, state.missing) == (FOUND[method], ())
     # What the results alone say is the same.
@@ -85,38 +82,23 @@ def test_all_seeds_get_the_rate_that_is_best_on_held_out_samples(method: str, tu
         (Plan(TASK.rates, 1, 1), Plan(TASK.rates, 4, 3)),
         (Plan(TASK.rates, 2, 1, refine=False), Plan((0.02, 0.2, 2.0), 4, 2)),
         (Plan((0.05,), 1, 1), Plan(TASK.rates, 3, 1)),
+        (Plan(TASK.rates, 5, 2), Plan(TASK.rates, 5, 1)),  # may choose another rate, of which all seeds are there
     ],
 )
 def test_results_of_an_earlier_plan_do_not_hide_a_setting(first: Plan, then: Plan) -> None:
+    setting = setting_of("lora")
     for number in range(40):
         random = Random(number)
 
         def make(trial: Trial, random: Random = random) -> dict[str, Any]:
             return line(trial) | {"validation": random.random()}
 
-        setting = setting_of("lora")
         records = played(setting, then, make, before=played(setting, first, make))
-        state = tuned(TASK, "small", setting, records, then)
+        plans = (first, then) if first.seeds == then.seeds else (then,)
         (outcome,) = outcomes_of(TASK, records.values())
-        assert outcome.rate == state.rate
-        assert outcome.tuned_by == max(first.tuned_by, then.tuned_by)
+        assert outcome.rate in [tuned(TASK, "small", setting, records, plan).rate for plan in plans]
+        assert len(plans) == 2 or outcome.tuned_by == max(first.tuned_by, then.tuned_by)
         assert sorted(outcome.test) == list(range(then.seeds))
-
-
-def test_a_rate_that_two_plans_chose_differently_has_all_seeds() -> None:
-    for number in range(40):
-        random = Random(number)
-
-        def make(trial: Trial, random: Random = random) -> dict[str, Any]:
-            return line(trial) | {"validation": random.random()}
-
-        first, then = Plan(TASK.rates, 5, 2), Plan(TASK.rates, 5, 1)
-        setting = setting_of("lora")
-        records = played(setting, then, make, before=played(setting, first, make))
-        (outcome,) = outcomes_of(TASK, records.values())
-        chosen = [tuned(TASK, "small", setting, records, plan).rate for plan in (first, then)]
-        assert outcome.rate in chosen
-        assert len(outcome.test) == 5
 
 
 def test_a_method_that_fails_is_not_tried_again_and_others_go_on() -> None:
@@ -136,25 +118,12 @@ DIVERGED = {"diverged": True, "validation": None, "test": None}
 @pytest.mark.parametrize("lost", [DIVERGED, failed("LinAlgError: no")], ids=["diverged", "failed"])
 def test_a_rate_that_diverges_or_fails_is_not_chosen(lost: dict[str, Any]) -> None:
     plan, setting = Plan(TASK.rates, seeds=2), setting_of("dense")
-
-    def make(trial: Trial) -> dict[str, Any]:
-        return line(trial) | (lost if trial.rate >= 0.01 else {})
-
-    records = played(setting, plan, make)
+    records = played(setting, plan, lambda trial: line(trial) | (lost if trial.rate >= 0.01 else {}))
     assert tuned(TASK, "small", setting, records, plan).rate == 0.0032
     (outcome,) = outcomes_of(TASK, records.values())
     assert (outcome.rate, outcome.measured, sorted(outcome.test)) == (0.0032, True, [0, 1])
-
-
-def test_a_failure_at_the_chosen_rate_is_one_of_the_setting() -> None:
-    plan, setting = Plan(TASK.rates, seeds=3), setting_of("dense")
-    records = played(setting, plan, lambda trial: line(trial) | (failed("ValueError: no") if trial.seed == 2 else {}))
+    # A failure at the chosen rate is one of the setting; and what always diverges ends.
+    records = played(setting, plan, lambda trial: line(trial) | (lost if trial.seed == 1 else {}))
     (outcome,) = outcomes_of(TASK, records.values())
-    assert (outcome.measured, outcome.failed) == (False, "ValueError: no")
-
-
-def test_a_method_that_always_diverges_ends() -> None:
-    plan, setting = Plan(TASK.rates, seeds=2), setting_of("dense")
-    records = played(setting, plan, lambda trial: line(trial) | {"diverged": True, "validation": None})
-    (outcome,) = outcomes_of(TASK, records.values())
-    assert (outcome.measured, outcome.diverged) == (False, True)
+    assert (outcome.measured, outcome.failed, outcome.diverged) == (False, lost.get("failed", ""), True)
+    assert not outcomes_of(TASK, played(setting, plan, lambda trial: line(trial) | lost).values())[0].measured

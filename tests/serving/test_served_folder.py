@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
+from tests.serving.internals import served_folder
 from tnadapt import ConfigError, FileError, TargetError, TnadaptError
-from tnadapt.serving import ServedFolder, _served_folder
+from tnadapt.serving import ServedFolder
 
 from .adapters import adapter, complete, saved_model, tiny
 
@@ -44,12 +45,6 @@ def test_thirteen_parameters_are_served_as_lora(place: Path) -> None:
         np.testing.assert_allclose(delta, own, rtol=0, atol=1e-6 * float(np.abs(own).max()))
 
 
-def test_a_folder_of_save_pretrained_is_an_adapter(place: Path) -> None:
-    (place / "adapters" / "math").mkdir()
-    tna.save(place / "adapters" / "math" / "adapter.safetensors", adapter(tna.presets.lora(2)))
-    assert served(place).find("math", "m") is not None
-
-
 @pytest.mark.parametrize(
     "name",
     ["../secret", "..", ".", "", "a/b", "a\\b", "/etc/passwd", ".hidden", "a\0b", "a b", "x" * 129, "math\n", "~root"],
@@ -70,6 +65,10 @@ def test_an_unknown_name_is_none(place: Path) -> None:
     assert served(place).find("nobody", "m") is None
     with pytest.raises(FileError, match="is not a folder: create it, or give another folder"):
         ServedFolder(place / "nowhere", place / "cache")
+    # A folder of save_pretrained is an adapter.
+    (place / "adapters" / "math").mkdir()
+    tna.save(place / "adapters" / "math" / "adapter.safetensors", adapter(tna.presets.lora(2)))
+    assert served(place).find("math", "m") is not None
 
 
 def test_it_is_expanded_once_for_each_content_and_base(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,8 +78,8 @@ def test_it_is_expanded_once_for_each_content_and_base(place: Path, monkeypatch:
     assert first is not None
     assert first.number > 0
     calls = []
-    real = _served_folder.convert
-    monkeypatch.setattr(_served_folder, "convert", lambda *args, **more: calls.append(args) or real(*args, **more))
+    real = served_folder.convert
+    monkeypatch.setattr(served_folder, "convert", lambda *args, **more: calls.append(args) or real(*args, **more))
     assert served(place).find("math", "m") == first
     assert calls == []
     tna.save(place / "adapters" / "same.safetensors", adapter(tna.presets.lora(2)))
@@ -99,32 +98,17 @@ def find(place: Path) -> tuple[str, int] | None:
     return served(place).find("tiny", "m")
 
 
-def test_requests_at_once_get_one_complete_folder(place: Path) -> None:
+@pytest.mark.parametrize("workers", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
+def test_requests_at_once_get_one_complete_folder(workers: str, place: Path) -> None:
     tna.save(place / "adapters" / "tiny.safetensors", tiny())
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        found = set(pool.map(find, [place] * 16))
-    assert len(found) == 1
-    (one,) = (place / "cache").iterdir()  # and nothing is left of the others
-    assert sorted(path.name for path in one.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-
-
-@pytest.mark.slow
-def test_processes_at_once_get_one_complete_folder(place: Path) -> None:
-    tna.save(place / "adapters" / "tiny.safetensors", tiny())
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        found = set(pool.map(find, [place] * 6))
-    assert len(found) == 1
-    (one,) = (place / "cache").iterdir()
-    assert sorted(path.name for path in one.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-
-
-def test_another_base_is_refused(place: Path) -> None:
-    saved_model(place / "other", seed=1)
-    for file in (tiny(), adapter(tna.presets.lora(2), base=0)):
-        tna.save(place / "adapters" / "math.safetensors", file)
-        with pytest.raises(TargetError, match="base is another model than the one that the adapter was trained on"):
-            served(place, "other").find("math", "m")
-        assert not (place / "cache").exists() or not list((place / "cache").iterdir())
+    pool: concurrent.futures.Executor = concurrent.futures.ThreadPoolExecutor(8)
+    if workers == "processes":
+        pool = concurrent.futures.ProcessPoolExecutor(3, multiprocessing.get_context("spawn"))
+    with pool:
+        answers = set(pool.map(find, [place] * 16))
+    assert len(answers) == 1
+    (entry,) = (place / "cache").iterdir()  # and nothing is left of the others
+    assert sorted(path.name for path in entry.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_the_base_is_what_vllm_serves(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,73 +154,68 @@ def test_an_entry_that_lost_a_file_is_written_again(place: Path) -> None:
     [
         (tna.presets.dora(2), "apply='magnitude' of this adapter does more than add"),
         (tna.presets.dense(), "and LoRA of that rank is larger than the update itself"),
+        (None, r"math\.safetensors"),
     ],
 )
-def test_what_is_merge_only_is_refused(config: tna.Config, why: str, place: Path) -> None:
-    tna.save(place / "adapters" / "math.safetensors", adapter(config))
+def test_what_is_merge_only_or_damaged_is_refused(config: tna.Config | None, why: str, place: Path) -> None:
+    path = place / "adapters" / "math.safetensors"
+    path.write_bytes(b"no adapter") if config is None else tna.save(path, adapter(config))
     with pytest.raises(TnadaptError, match=why):
         served(place).find("math", "m")
 
 
-def test_a_damaged_file_is_refused(place: Path) -> None:
-    (place / "adapters" / "bad.safetensors").write_bytes(b"no adapter")
-    with pytest.raises(FileError, match=r"bad\.safetensors"):
-        served(place).find("bad", "m")
-
-
 def test_a_refusal_is_remembered_until_the_file_changes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, folder, calls = place / "adapters" / "math.safetensors", served(place), []
-    real = _served_folder.convert
-    monkeypatch.setattr(_served_folder, "convert", lambda *args, **more: calls.append(args) or real(*args, **more))
-    tna.save(path, adapter(tna.presets.dense()))
-    told = set()
-    for _ in range(3):
+    real = served_folder.convert
+    monkeypatch.setattr(served_folder, "convert", lambda *args, **more: calls.append(args) or real(*args, **more))
+
+    def refused() -> str:
         with pytest.raises(ConfigError, match="LoRA of that rank is larger than the update itself") as error:
             folder.find("math", "m")
-        told.add(str(error.value))
+        return str(error.value)
+
+    tna.save(path, adapter(tna.presets.dense()))
+    assert len({refused() for _ in range(3)}) == 1
     assert len(calls) == 1
-    assert len(told) == 1
     tna.save(path, adapter(tna.presets.dense(), seed=1))  # another one, of the same size
-    with pytest.raises(ConfigError, match="larger than the update itself"):
-        folder.find("math", "m")
+    refused()
     assert len(calls) == 2
     tna.save(path, adapter(tna.presets.lora(2)))
     assert folder.find("math", "m") is not None
     tna.save(path, adapter(tna.presets.dense(), seed=1))
-    with pytest.raises(ConfigError, match="larger than the update itself"):
-        folder.find("math", "m")
+    refused()
     assert len(calls) == 3
 
 
-def test_a_refusal_is_of_one_base(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("file", [tiny(), adapter(tna.presets.lora(2), base=0)], ids=["tinylora", "lora"])
+def test_another_base_is_refused_and_remembered(
+    file: tna.AdapterFile, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saved_model(place / "base", seed=1)
     folder, reads = served(place), []
-    real = _served_folder.load
-    monkeypatch.setattr(_served_folder, "load", lambda path: reads.append(path) or real(path))
-    tna.save(place / "adapters" / "math.safetensors", adapter(tna.presets.lora(2), base=0))
+    real = served_folder.load
+    monkeypatch.setattr(served_folder, "load", lambda path: reads.append(path) or real(path))
+    tna.save(place / "adapters" / "math.safetensors", file)
     for _ in range(2):
         with pytest.raises(TargetError, match="base is another model than the one that the adapter was trained on"):
             folder.find("math", "m")
     assert len(reads) == 1
+    assert not (place / "cache").exists() or not list((place / "cache").iterdir())
     saved_model(place / "base", seed=0)
     assert folder.find("math", "m") is not None
 
 
-def test_errors_that_may_pass_are_not_remembered(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tna.save(place / "adapters" / "math.safetensors", adapter(tna.presets.lora(2)))
-    folder, real = served(place), _served_folder.convert
-
-    def without_memory(*_: object, **more: object) -> None:
+@pytest.mark.parametrize("full", [False, True])
+def test_errors_that_may_pass_are_not_remembered(full: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **more: object) -> None:
+        if full:
+            raise FileError("No space left on device")
         raise ConfigError("there is not enough memory") from MemoryError()
 
-    def full(*_: object, **more: object) -> None:
-        raise FileError("No space left on device")
-
-    for convert, error in ((without_memory, ConfigError), (full, FileError)):
-        monkeypatch.setattr(_served_folder, "convert", convert)
-        with pytest.raises(error):
+    tna.save(place / "adapters" / "math.safetensors", adapter(tna.presets.lora(2)))
+    folder = served(place)
+    with monkeypatch.context() as patch:
+        patch.setattr(served_folder, "convert", fail)
+        with pytest.raises(FileError if full else ConfigError):
             folder.find("math", "m")
-        monkeypatch.setattr(_served_folder, "convert", real)
-        found = folder.find("math", "m")
-        assert found is not None
-        Path(found.path, "adapter_config.json").unlink()
+    assert folder.find("math", "m") is not None

@@ -81,17 +81,14 @@ def resolved(place: Path, name: str) -> Any:
     return asyncio.run(resolver.resolve_lora(str(place / "base"), name))
 
 
-def test_it_answers_with_a_folder_of_peft(interface: Registered, place: Path) -> None:
-    found = resolved(place, "tiny")
-    assert isinstance(found, Request)
-    assert (found.lora_name, found.lora_int_id > 0) == ("tiny", True)
-    assert Path(found.lora_path, "adapter_config.json").is_file()
-    assert resolved(place, "tiny") == found
+def test_it_answers_with_a_folder_of_peft(interface: Registered, place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    request = resolved(place, "tiny")
+    assert isinstance(request, Request)
+    assert (request.lora_name, request.lora_int_id > 0) == ("tiny", True)
+    assert Path(request.lora_path, "adapter_config.json").is_file()
+    assert resolved(place, "tiny") == request
     assert resolved(place, "nobody") is None
     assert resolved(place, "../base/model") is None
-
-
-def test_what_cannot_be_served_is_logged(interface: Registered, place: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
         assert resolved(place, "wide") is None
     assert "the adapter 'wide' cannot be served as LoRA: the update of 'model.layers.0.self_attn.q_proj'" in caplog.text
@@ -101,7 +98,9 @@ def test_it_is_registered_only_if_a_folder_is_named(
     interface: Registered, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TNADAPT_VLLM_ADAPTERS", raising=False)
-    register_vllm_resolver()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "vllm", None)  # its import would fail
+        register_vllm_resolver()
     assert interface.resolvers == {}
     monkeypatch.setenv("TNADAPT_VLLM_ADAPTERS", str(place / "adapters"))
     monkeypatch.setenv("TNADAPT_VLLM_BASE", str(place / "base"))
@@ -118,12 +117,6 @@ def test_it_is_registered_only_if_a_folder_is_named(
         register_vllm_resolver()
 
 
-def test_without_its_variable_vllm_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TNADAPT_VLLM_ADAPTERS", raising=False)
-    monkeypatch.setitem(sys.modules, "vllm", None)  # its import fails
-    register_vllm_resolver()
-
-
 def test_vllm_finds_it_by_its_entry_point() -> None:
     pyproject = ROOT / "pyproject.toml"
     if not pyproject.is_file():
@@ -138,29 +131,18 @@ def vllm(module: str) -> Any:
         return pytest.importorskip(f"vllm.{module}", exc_type=ImportError)
 
 
-def test_vllm_itself_takes_the_resolver(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    resolver_module, request_module = vllm("lora.resolver"), vllm("lora.request")
+def test_vllms_server_asks_the_resolver_by_name(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The class behind vLLM's routes, with an engine that only notes what it is given."""
+    resolver_module, serving = vllm("lora.resolver"), vllm("entrypoints.openai.models.serving")
+    request_module = vllm("lora.request")
     monkeypatch.setenv("TNADAPT_VLLM_ADAPTERS", str(place / "adapters"))
     monkeypatch.setenv("TNADAPT_VLLM_CACHE", str(place / "cache"))
     registry = resolver_module.LoRAResolverRegistry
     monkeypatch.setattr(registry, "resolvers", {})
     register_vllm_resolver()
     assert registry.get_supported_resolvers() == {"tnadapt"}
-    resolver = registry.get_resolver("tnadapt")
-    assert isinstance(resolver, resolver_module.LoRAResolver)
-    found = asyncio.run(resolver.resolve_lora(str(place / "base"), "tiny"))
-    assert isinstance(found, request_module.LoRARequest)
-
-
-def test_vllms_server_asks_the_resolver_by_name(
-    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The class behind vLLM's routes, with an engine that only notes what it is given."""
-    resolver_module, serving = vllm("lora.resolver"), vllm("entrypoints.openai.models.serving")
-    monkeypatch.setenv("TNADAPT_VLLM_ADAPTERS", str(place / "adapters"))
-    monkeypatch.setenv("TNADAPT_VLLM_CACHE", str(place / "cache"))
-    monkeypatch.setattr(resolver_module.LoRAResolverRegistry, "resolvers", {})
-    register_vllm_resolver()
     loaded: list[Any] = []
 
     async def add_lora(request: Any) -> bool:
@@ -178,6 +160,7 @@ def test_vllms_server_asks_the_resolver_by_name(
 
     first, again, wide, nobody = asyncio.run(ask())
     assert first is again
+    assert isinstance(first, request_module.LoRARequest)
     assert [Path(request.lora_path).parent for request in loaded] == [place / "cache"]
     assert [one.error.code for one in (wide, nobody)] == [404, 404]
     assert "the adapter 'wide' cannot be served as LoRA" in caplog.text

@@ -95,10 +95,6 @@ class _Names:
         return found
 
 
-def _inside(path: str, top: str) -> bool:
-    return path.startswith(top + os.sep)
-
-
 def after_failures(calls: Sequence[Call], top: Path, start: Path) -> Iterator[tuple[int, Tree]]:
     """Each state that a failure right after each step can leave, with the number of the steps that were done.
 

@@ -37,6 +37,13 @@ FORMS: dict[str, tuple[Any, Any]] = {
         ),
         lambda t, **w: tna.kronecker_decomposition(t, [(2, 3, 1), (4, 3, 7)], **w),
     ),
+    "two kronecker products": (
+        lambda seed, **words: tt.KroneckerTensor(
+            None, [[tt.random_cp((4, 3, 1), 2, random_state=seed + term, **words).to_tensor(),
+                    tt.random_cp((2, 3, 7), 1, random_state=seed + 9 + term, **words).to_tensor()] for term in (1, 5)]
+        ),
+        lambda t, **w: tna.kronecker_decomposition(t, [(4, 3, 1), (2, 3, 7)], 2, **w),
+    ),
 }  # fmt: skip
 forms = pytest.mark.parametrize("form", FORMS)
 
@@ -84,12 +91,11 @@ def test_the_error_is_that_of_the_known_elements(form: str, seed: int) -> None:
 
 
 def rebuilt(found: Any, arrays: list[np.ndarray]) -> Any:
-    if isinstance(found, tt.CPTensor):
-        return tt.CPTensor(arrays[0], arrays[1:])
-    if isinstance(found, tt.TuckerTensor):
-        return tt.TuckerTensor(arrays[0], arrays[1:])
+    if isinstance(found, tt.CPTensor | tt.TuckerTensor):
+        return type(found)(arrays[0], arrays[1:])
     if isinstance(found, tt.KroneckerTensor):
-        return tt.KroneckerTensor(None, [arrays])
+        count = len(found.terms[0])
+        return tt.KroneckerTensor(None, [arrays[at : at + count] for at in range(0, len(arrays), count)])
     return tt.TTTensor(arrays)
 
 
@@ -105,11 +111,13 @@ def test_a_full_mask_and_equal_weights_are_no_mask(form: str) -> None:
 
 
 @forms
-def test_equal_seeds_give_equal_bits(form: str) -> None:
+def test_equal_seeds_give_equal_bits_and_zeros_give_zeros(form: str) -> None:
     _, fit = FORMS[form]
     tensor, mask = numbers(SHAPE, 1), known(2, 0.7)
     one, other = (fit(tensor, mask=mask, random_state=3) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(one.arrays, other.arrays, strict=True))
+    zeros = fit(np.zeros(SHAPE), mask=mask)
+    assert (zeros.error, zeros.to_tensor().any()) == (0.0, False)
 
 
 @forms
@@ -124,22 +132,23 @@ def test_torch_tensors_stay_torch(form: str) -> None:
         fit(torch.tensor(tensor, requires_grad=True), mask=mask)
 
 
-def test_a_hadamard_product_is_completed() -> None:
+def test_a_hadamard_product_is_completed_and_stops() -> None:
     parts = [tt.random_cp((9, 8), 1, random_state=seed) for seed in (1, 2)]
     tensor = tt.HadamardTensor(parts).to_tensor()
     mask = np.random.default_rng(0).random((9, 8)) < 0.7
     found = tna.hadamard_decomposition(np.where(mask, tensor, np.nan), 1, mask=mask)
     assert relative_error(found.to_tensor(), tensor) < 1e-8
+    stopped = tna.hadamard_decomposition(numbers((9, 8), 1), 1, mask=np.eye(9, 8) < 0.5, callback=lambda *_: True)
+    assert (len(stopped.history), stopped.converged) == (1, False)
 
 
-def test_a_given_start_and_the_history() -> None:
+def test_a_given_start() -> None:
     tensor, mask = tt.random_cp(SHAPE, 2, random_state=3).to_tensor(), known(1, 0.6)
-    start = tt.random_cp(SHAPE, 2, random_state=8)
-    seen: list[tuple[int, float]] = []
-    found = tna.cp(tensor, 2, mask=mask, init=start, callback=lambda *step: seen.append(step))
-    assert relative_error(found.to_tensor(), tensor) < 1e-8
-    assert seen
-    assert found.history
+    for start in (tt.random_cp(SHAPE, 2, random_state=8), tna.cp(tensor, 2, mask=mask)):
+        found = tna.cp(tensor, 2, mask=mask, init=start)
+        assert relative_error(found.to_tensor(), tensor) < 1e-8
+        assert found.history
+    assert len(found.history) <= 1, "it was at the optimum"
 
 
 @forms
@@ -166,11 +175,8 @@ def test_a_callback_stops(form: str, swept: bool, monkeypatch: pytest.MonkeyPatc
     assert len(stopped.history) <= 2
     assert not stopped.converged
     assert stopped.error == pytest.approx(calls[-1])
-
-
-def test_a_hadamard_product_stops() -> None:
-    stopped = tna.hadamard_decomposition(numbers((9, 8), 1), 1, mask=np.eye(9, 8) < 0.5, callback=lambda *_: True)
-    assert (len(stopped.history), stopped.converged) == (1, False)
+    limited = fit(tensor, mask=mask, max_iterations=2)
+    assert not swept or (len(limited.history), limited.converged) == (2, False)
 
 
 MASK = known(1, 0.6)

@@ -38,11 +38,6 @@ def test_no_element_is_negative_and_the_bound_is_below_the_error(
         assert one.bound == pytest.approx(min(one.error, lost)) or one.certified
 
 
-def test_a_core_that_becomes_zero_starts_again() -> None:
-    found = tna.tucker(np.array([[0.14, -0.23]]), 1, nonnegative=True)
-    assert found.error == pytest.approx(0.23 / np.hypot(0.14, 0.23), abs=1e-3)
-
-
 def test_a_nonnegative_tensor_is_recovered() -> None:
     found = tna.cp(TENSOR, 2, nonnegative=True, max_iterations=500)
     assert found.error < 0.01
@@ -51,41 +46,35 @@ def test_a_nonnegative_tensor_is_recovered() -> None:
     assert found.history[-1] == pytest.approx(found.error, abs=1e-6)
     assert tna.tucker(TENSOR, (2, 2, 2), nonnegative=True, max_iterations=40).error < 0.1
     stopped = tna.cp(TENSOR, 2, nonnegative=True, max_iterations=3)
-    assert stopped.converged is False
-    assert len(stopped.history) == 3
+    assert (stopped.converged, len(stopped.history)) == (False, 3)
+    # A core that becomes zero starts again.
+    found = tna.tucker(np.array([[0.14, -0.23]]), 1, nonnegative=True)
+    assert found.error == pytest.approx(0.23 / np.hypot(0.14, 0.23), abs=1e-3)
 
 
-def test_a_matrix_gets_no_svd_but_nonnegative_factors() -> None:
+def test_a_matrix_or_single_modes_may_be_constrained() -> None:
     found = tna.cp(TENSOR[0], 2, nonnegative=True)
-    assert min(factor.min() for factor in found.factors) >= 0.0
+    assert min(factor.min() for factor in found.factors) >= 0.0, "no SVD"
     assert found.error < 0.01
-
-
-def test_single_modes_may_be_constrained() -> None:
     signed = tt.CPTensor(None, [FACTORS[0], FACTORS[1] - 0.5, FACTORS[2]]).to_tensor()
     found = tna.cp(signed, 2, nonnegative=[0, -1], max_iterations=500)
     assert found.error < 1e-3
-    assert (found.factors[0] >= 0.0).all()
-    assert (found.factors[2] >= 0.0).all()
-    assert (found.factors[1] < 0.0).any()
+    assert [bool((factor < 0.0).any()) for factor in found.factors] == [False, True, False]
 
 
-def test_a_tensor_without_a_positive_element_is_approximated_by_zero() -> None:
-    for found in (tna.cp(-TENSOR, 1, nonnegative=True), tna.tucker(-TENSOR, 1, nonnegative=True)):
-        assert found.error == pytest.approx(1.0)
-        assert found.certified
-    assert tna.cp(0.0 * TENSOR, 1, nonnegative=True).error == 0.0
-    assert tna.tucker(0.0 * TENSOR, 1, nonnegative=True).error == 0.0
+BOTH = pytest.mark.parametrize("fit", [tna.cp, tna.tucker])
 
 
-@pytest.mark.parametrize("power", [-300, 300])
-def test_a_power_of_two_changes_nothing_but_the_size(power: int) -> None:
-    for call in (
-        lambda tensor: tna.cp(tensor, 2, nonnegative=True, max_iterations=20),
-        lambda tensor: tna.tucker(tensor, 2, nonnegative=True, max_iterations=20),
-    ):
-        one, other = call(TENSOR), call(np.ldexp(TENSOR, power))
-        assert other.error == pytest.approx(one.error, rel=1e-9)
+@BOTH
+def test_zeros_and_powers_of_two(fit: Any) -> None:
+    found = fit(-TENSOR, 1, nonnegative=True)  # without a positive element
+    assert found.error == pytest.approx(1.0)
+    assert found.certified
+    assert fit(0.0 * TENSOR, 1, nonnegative=True).error == 0.0
+    plain = fit(TENSOR, 2, nonnegative=True, max_iterations=20)
+    for power in (-300, 300):
+        scaled = fit(np.ldexp(TENSOR, power), 2, nonnegative=True, max_iterations=20)
+        assert scaled.error == pytest.approx(plain.error, rel=1e-9)
 
 
 def test_starts_fixed_modes_errors_and_seeds() -> None:
@@ -106,15 +95,13 @@ def test_starts_fixed_modes_errors_and_seeds() -> None:
     assert tna.tucker(TENSOR, 2, nonnegative=True, init=start, max_iterations=30).error <= start.error + 1e-9
 
 
-def test_every_library_keeps_its_arrays(backend: Any) -> None:
+@BOTH
+def test_every_library_keeps_its_arrays(backend: Any, fit: Any) -> None:
     tensor = backend.asarray(TENSOR.astype("float32"), "float32", None)
-    for found in (
-        tna.cp(tensor, 2, nonnegative=True, max_iterations=30),
-        tna.tucker(tensor, 2, nonnegative=True, max_iterations=30),
-    ):
-        assert found.backend.name == backend.name
-        assert {backend.dtype_name(array) for array in found.arrays} == {"float32"}
-        assert relative_error(backend.to_numpy(found.to_tensor()), TENSOR) < 0.2
+    found = fit(tensor, 2, nonnegative=True, max_iterations=30)
+    assert found.backend.name == backend.name
+    assert {backend.dtype_name(array) for array in found.arrays} == {"float32"}
+    assert relative_error(backend.to_numpy(found.to_tensor()), TENSOR) < 0.2
 
 
 def test_a_memory_map_is_refused(tmp_path: Path) -> None:

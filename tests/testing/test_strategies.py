@@ -10,6 +10,7 @@ from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
+from tests.algebra.internals import STARTS
 from tests.support.depth import in_depth
 from tnadapt.algebra import starting_points
 from tnadapt.algebra.applying import APPLYING

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +13,8 @@ import pytest
 
 import tnadapt as tna
 from paper import open_recipe, redraw, run
-from paper.__main__ import main
 from paper.recipe import Recipe
-from tests.support.depth import in_depth, long_only
-from tests.support.in_process import run_here
+from tests.support.depth import in_depth
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("typer")
@@ -101,6 +93,15 @@ def test_every_setting_is_trained_sampled_and_measured(done: tuple[Path, Any]) -
         images = np.load(out / "images" / record["images"], allow_pickle=False)
         assert (images.shape, images.dtype) == ((20, 8, 8, 1), np.uint8)
         assert record["config"] is None or (out / "adapters" / record["adapter"]).is_file()
+    # The rate is chosen with the first seed, by the loss held out.
+    for row in outcome.rows[2:]:
+        own = [one for one in records if one["family"] == row["arm"]]
+        first = {one["rate"]: one["validation_loss"] for one in own if one["seed"] == 0}
+        assert row["rate"] == min(first, key=lambda rate: first[rate])
+        assert [one["rate"] for one in own if one["seed"] == 1] == [row["rate"]]
+    # The base is measured as it is, and adapters move it.
+    assert records[0]["config"] is None
+    assert all(one["validation_loss"] != records[0]["validation_loss"] for one in records[1:] if one["rate"] == 0.03)
 
 
 def test_as_many_real_images_are_measured_of_none_that_are_compared_with(done: tuple[Path, Any], data: Path) -> None:
@@ -116,15 +117,6 @@ def test_as_many_real_images_are_measured_of_none_that_are_compared_with(done: t
     drawn = [np.load(out / "images" / base["real"]["images"], allow_pickle=False) for base in bases]
     assert all(bytes(np.ascontiguousarray(one.transpose(2, 0, 1))) in known for some in drawn for one in some)
     assert not np.array_equal(*drawn)
-
-
-def test_the_rate_is_chosen_with_the_first_seed_by_the_loss_held_out(done: tuple[Path, Any]) -> None:
-    out, outcome = done
-    for row in outcome.rows[2:]:
-        own = [one for one in lines(out) if one["family"] == row["arm"]]
-        first = {one["rate"]: one["validation_loss"] for one in own if one["seed"] == 0}
-        assert row["rate"] == min(first, key=lambda rate: first[rate])
-        assert [one["rate"] for one in own if one["seed"] == 1] == [row["rate"]]
 
 
 def test_what_is_done_is_not_done_again_and_results_alone_give_the_same(
@@ -178,13 +170,18 @@ def test_other_rates_and_seeds_in_the_same_folder(
     assert told == [(2, 2)], "others' trainings are not counted"
 
 
-def test_a_line_that_a_kill_cut_off_is_not_read(done: tuple[Path, Any], tmp_path: Path) -> None:
-    out, outcome = done
+def test_a_line_that_a_kill_cut_off_is_not_read_and_an_image_cut_off_is_one_message(
+    done: tuple[Path, Any], tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(out, copy)
+    shutil.copytree(done[0], copy)
     with (copy / "results.jsonl").open("ab") as file:
         file.write(b'{"key": "12')
-    assert redraw(tiny(), copy).rows == outcome.rows
+    assert redraw(tiny(), copy).rows == done[1].rows
+    for path in (copy / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(tna.errors.FileError, match="cannot draw what is in"):
+        redraw(tiny(), copy)
 
 
 @pytest.mark.parametrize(
@@ -196,31 +193,20 @@ def test_damaged_results_are_one_message(tmp_path: Path, damage: bytes) -> None:
         redraw(tiny(), tmp_path)
 
 
-def test_an_image_that_is_cut_off_is_one_message(done: tuple[Path, Any], tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(done[0], copy)
-    for path in (copy / "images").iterdir():
-        path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(tna.errors.FileError, match="cannot draw what is in"):
-        redraw(tiny(), copy)
-
-
-@pytest.mark.parametrize("rate", [-1.0, 0.0, float("nan"), float("inf")])
-def test_a_rate_that_is_none_is_refused_before_anything_is_opened(rate: float, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(tna.TnadaptError, match="finite number above 0"):
-        run(tiny(), tmp_path, data=str(data), rates=[rate])
+@pytest.mark.parametrize(
+    ("settings", "given", "message"),
+    [
+        *(({}, {"rates": [rate]}, "finite number above 0") for rate in (-1.0, 0.0, float("nan"), float("inf"))),
+        ({}, {"features": "nowhere.pth"}, r"cannot load Inception's weights from nowhere\.pth"),
+        ({"base": 64}, {}, "its U-Net of width 64 has 42 weights of other shapes, the first of"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_the_base_is_trained(
+    settings: dict[str, Any], given: dict[str, Any], message: str, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(tna.TnadaptError, match=message):
+        run(tiny(**settings), tmp_path, data=str(data), **given)
     assert not (tmp_path / "cache").exists()
-
-
-def test_what_looks_at_images_is_opened_before_the_base_is_trained(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(tna.TnadaptError, match=r"cannot load Inception's weights from nowhere\.pth"):
-        run(tiny(), tmp_path, data=str(data), features="nowhere.pth")
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_recipe_of_other_weights_is_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(tna.TnadaptError, match="its U-Net of width 64 has 42 weights of other shapes, the first of"):
-        run(tiny(base=64), tmp_path, data=str(data))
 
 
 def test_real_images_have_the_classes_in_turn_whatever_their_order() -> None:
@@ -232,15 +218,6 @@ def test_real_images_have_the_classes_in_turn_whatever_their_order() -> None:
     assert torch.equal(found.pixels, balanced(images, 115).pixels[:50])
     assert len(balanced(images, 1000)) == 115
     assert not torch.equal(found.pixels[::10].reshape(-1), torch.arange(5.0)), "not the first of the file"
-
-
-def test_a_base_is_measured_as_it_is_and_adapters_move_it(done: tuple[Path, Any], data: Path, cache: Path) -> None:
-    out, _ = done
-    base, *adapted = lines(out)
-    assert base["config"] is None
-    assert all(record["validation_loss"] != base["validation_loss"] for record in adapted if record["rate"] == 0.03)
-    bench = generation_of(tiny(), cache, data=str(data)).bench
-    assert sum(weight.numel() for weight in bench.model().parameters()) == 2612941
 
 
 def test_a_rate_at_which_all_diverge_is_still_one() -> None:
@@ -281,6 +258,7 @@ def test_a_model_of_ones_own(done: tuple[Path, Any], data: Path, cache: Path, tm
         save_file(generation_of(tiny(), cache, data=str(data)).bench.weights, base)
     found = generation_of(tiny(), tmp_path, data=str(data), model=str(base)).bench
     assert found.weights.keys() == found.model().state_dict().keys()
+    assert sum(weight.numel() for weight in found.model().parameters()) == 2612941
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     for name, word in (
         ("other.safetensors", "is not a U-Net of 1 channels and width 32"),
@@ -288,52 +266,3 @@ def test_a_model_of_ones_own(done: tuple[Path, Any], data: Path, cache: Path, tm
     ):
         with pytest.raises(tna.TnadaptError, match=word):
             generation_of(tiny(), tmp_path, data=str(data), model=str(tmp_path / name))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        (["svhn-mnist"], "--features the file"),
-        (["svhn-mnist", "--features", "classifier"], "needs --data: a folder with the folders 'svhn' and 'mnist'"),
-        (["svhn-mnist", "--features", "classifier", "--data", "nowhere"], "no train-images-idx3-ubyte in nowhere"),
-        (["geometry", "--scale", "mini", "--features", "classifier"], "so --features does not apply"),
-    ],
-)
-def test_a_mistake_is_one_message(arguments: list[str], word: str, tmp_path: Path) -> None:
-    found = run_here(main, *arguments, "--out", tmp_path / "run")
-    assert found.returncode == 2, found.stdout
-    assert word in " ".join(found.stderr.split())
-    assert "Traceback" not in found.stderr
-
-
-@long_only  # as in tests/finetune/test_engines.py and tests/finetune/test_cli_finetune.py, with another bench
-def test_a_killed_run_of_two_workers_goes_on_and_gives_the_same(
-    done: tuple[Path, Any], data: Path, cache: Path, tmp_path: Path
-) -> None:
-    out, _ = done
-    script = tmp_path / "job.py"
-    script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom tests.paper.diffusion.test_generation import tiny\n"
-        "from paper import run\n"
-        f"if __name__ == '__main__':\n    run(tiny(), Path({str(tmp_path / 'run')!r}), cache=Path({str(cache)!r}), "
-        f"data={str(data)!r}, jobs=2, engine=sys.argv[1], options=dict(one.split('=') for one in sys.argv[2:]))\n",
-        encoding="utf-8",
-    )
-    root = str(Path(__file__).parents[3])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    results = tmp_path / "run" / "results.jsonl"
-    with subprocess.Popen([sys.executable, str(script), "local"], cwd=root, env=environment) as process:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not (results.is_file() and b'"key"' in results.read_bytes()):
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-    first = {line["key"] for line in lines(tmp_path / "run")}
-    assert first
-    # On another engine, if its library is installed.
-    where = ["slurm", "cluster=local"] if importlib.util.find_spec("submitit") else ["local"]
-    again = subprocess.run([sys.executable, str(script), *where], cwd=root, env=environment, check=False)
-    assert again.returncode == 0
-    one, two = ({line["key"]: {**line, "seconds": 0} for line in lines(folder)} for folder in (out, tmp_path / "run"))
-    assert len(lines(tmp_path / "run")) == len(two) == 8
-    assert first < two.keys()
-    assert two == one

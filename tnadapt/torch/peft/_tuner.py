@@ -515,6 +515,8 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate these adapters; see PEFT."""
+        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
+            self.tnadapt.handle(name)  # raises before PEFT freezes the modules_to_save of the others
         set_adapter(self, adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 

@@ -1,0 +1,35 @@
+"""What is tested here and has no public name: solvers, bounds and proofs, of which a user sees the results alone.
+
+Modules are here where a test lowers one of their thresholds, so that a small problem goes the way of a large one.
+"""
+
+from __future__ import annotations
+
+from tnadapt.decomposition import _group_fits as group_fits
+from tnadapt.decomposition import _hadamard_fit as hadamard_fit
+from tnadapt.decomposition import _network_fit as network_fit
+from tnadapt.decomposition import linear_algebra
+from tnadapt.decomposition._least_squares import cgls, damped_gauss_newton, lsqr
+from tnadapt.decomposition.block_passes import ArrayPasses, BlockPasses, DaskPasses
+from tnadapt.decomposition.cp_als import CPSweeps
+from tnadapt.decomposition.linear_algebra import Algebra, leading_triplets, tensorly_on, truncated_pays
+from tnadapt.decomposition.lower_bounds import lower_bound
+
+__all__ = [
+    "Algebra",
+    "ArrayPasses",
+    "BlockPasses",
+    "CPSweeps",
+    "DaskPasses",
+    "cgls",
+    "damped_gauss_newton",
+    "group_fits",
+    "hadamard_fit",
+    "leading_triplets",
+    "linear_algebra",
+    "lower_bound",
+    "lsqr",
+    "network_fit",
+    "tensorly_on",
+    "truncated_pays",
+]
