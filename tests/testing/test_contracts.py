@@ -15,8 +15,6 @@ from tnadapt.algebra.formats import CP, FORMATS, Dense, Format
 from tnadapt.backends import OPTIONAL, Backend, load_backend, register_backend
 from tnadapt.testing import BackendContract, FormatContract, MapContract, SourceContract
 
-NumpyBackend: Any = type(load_backend("numpy"))
-
 TESTS = {
     "gradient": BackendContract.test_gradient,
     "fwht": BackendContract.test_the_kernel_of_fwht,

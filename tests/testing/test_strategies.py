@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.algebra.internals import STARTS
 from tests.support.depth import in_depth
-from tnadapt.algebra import starting_points
 from tnadapt.algebra.applying import APPLYING
 from tnadapt.testing.strategies import base_weights, configs, plans
 
@@ -22,7 +21,7 @@ def first(wanted: Callable[[tna.SuperLoRA], bool]) -> tna.SuperLoRA:
     return find(plans(), wanted, settings=settings(phases=[Phase.generate], max_examples=2000))
 
 
-EVERY = list(itertools.product(APPLYING.built_in, starting_points.STARTS.built_in))
+EVERY = list(itertools.product(APPLYING.built_in, STARTS.built_in))
 
 
 @pytest.mark.parametrize(("apply", "start"), in_depth(EVERY, EVERY[::6]))
@@ -45,7 +44,7 @@ def test_starts_of_the_base_are_drawn_only_where_lora_is(data: st.DataObject) ->
         )
     )
     config = data.draw(configs([(4, 3)], projections, formats, on))
-    assert not starting_points.STARTS[config.start].needs_base
+    assert not STARTS[config.start].needs_base
     assert config.format in formats
     assert config.projection in projections
 
