@@ -1,4 +1,7 @@
-"""``python -OO``: without docstrings and without asserts, everything is there and every check is made."""
+"""``python -OO``: without docstrings and without asserts, everything is there and every check is made.
+
+The program that goes through everything runs without ``-OO``, too, and opens no connection either way.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +16,33 @@ import tnadapt as tna
 from tests.support import checkpoint_files as cp
 from tests.support import forge
 
-pytestmark = pytest.mark.slow
-
 TARGETS = [tna.Target(f"layers.0.attn.{x}_proj", (4, 6), x) for x in "qv"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-OO", *arguments], capture_output=True, text=True, check=False, timeout=300,
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=300,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
 
+GUARD = """
+import sys
+
+def refuse(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        raise AssertionError(f"{event}{arguments!r}")
+
+sys.addaudithook(refuse)
+"""
+
 # One process: every module, every command's help, and an adapter through all of them.
-EVERYTHING = """
-import contextlib, importlib, io, pkgutil, sys, traceback
-import tnadapt
-assert False, "asserts are not to be run"
-import runpy
+EVERYTHING = (
+    GUARD
+    + """
+import contextlib, importlib, io, pkgutil, runpy, traceback
+import paper, tnadapt
+assert not sys.flags.optimize, "asserts are not to be run"
 
 def command(*words, code=0):
     sys.argv = ["tnadapt", *words]
@@ -53,41 +65,67 @@ command("info", folder + "/adapter.safetensors")
 command("info", folder + "/base")
 command("merge", folder + "/base", folder + "/adapter.safetensors", "-o", folder + "/out")
 command("convert", folder + "/adapter.safetensors", "--to", "peft-lora", "-o", folder + "/peft")
+tnadapt.convert(folder + "/peft", base=["layers.0.attn.q_proj", "layers.0.attn.v_proj"])
 command("extract", folder + "/base", folder + "/out", "-o", folder + "/again.safetensors", "--rank", "1")
 command("plan", folder + "/base", "--budget", "100")
 command("verify", "--preset", "lora", "--shape", "4x6", "--backend", "numpy")
 command("merge", folder + "/base", folder + "/cut.safetensors", "-o", folder + "/no", code=2)
-for module in pkgutil.walk_packages(tnadapt.__path__, "tnadapt.", lambda name: None):
-    if not module.name.endswith("__main__"):
-        try:
-            importlib.import_module(module.name)
-        except ImportError:
-            pass  # an extra that is not installed
-        except Exception as error:
-            # transformers, below PEFT, needs its docstrings; no line of this library does.
-            last = [frame.filename for frame in traceback.extract_tb(error.__traceback__)][-1]
-            if last.startswith(tnadapt.__path__[0]):
-                raise
+for package in (tnadapt, paper):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".", lambda name: None):
+        if not module.name.endswith("__main__"):
+            try:
+                importlib.import_module(module.name)
+            except ImportError:
+                pass  # an extra that is not installed
+            except Exception as error:
+                # transformers, below PEFT, needs its docstrings; no line of this library does.
+                last = [frame.filename for frame in traceback.extract_tb(error.__traceback__)][-1]
+                if not sys.flags.optimize or last.startswith((tnadapt.__path__[0], paper.__path__[0])):
+                    raise
+try:
+    import torch
+except ImportError:
+    pass
+else:
+    def model():
+        torch.manual_seed(0)
+        return torch.nn.TransformerEncoderLayer(8, 2, 8)
+
+    config = tnadapt.presets.superlora(2, projection="linear", ratio=0.5)
+    tnadapt.torch.attach(model(), config).save(folder + "/of_torch")
+    adapter = tnadapt.torch.load(model(), folder + "/of_torch")
+    adapter.merge()
+    adapter.unmerge()
 print("all of it")
 """
+)
 
 
-@pytest.mark.law("optimized-python")
-def test_every_command_and_every_module(tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.law("optimized-python", "offline")
+@pytest.mark.parametrize("options", [("-OO",), ()], ids=["optimized", "as usual"])
+def test_every_command_and_every_module(tmp_path: Path, options: tuple[str, ...]) -> None:
     pytest.importorskip("typer")
     tensors = cp.base(TARGETS)
     cp.write(tmp_path / "base", tensors)
     tna.save(tmp_path / "adapter.safetensors", cp.adapter(tna.presets.lora(2), TARGETS, tensors))
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "adapter.safetensors").read_bytes()[:-1])
-    done = run("-c", EVERYTHING, str(tmp_path))
+    done = run(*options, "-W", "ignore", "-c", EVERYTHING, str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.endswith("all of it\n")
     assert "cut off or too long" in done.stderr
 
 
+@pytest.mark.law("offline")
+def test_the_guard_sees_a_connection() -> None:
+    done = run("-c", GUARD + "import socket\nsocket.create_connection(('127.0.0.1', 9))\n")
+    assert "AssertionError: socket." in done.stderr
+
+
+@pytest.mark.slow
 def test_the_program_of_the_paper() -> None:
     pytest.importorskip("typer")
-    done = run("-m", "paper", "--help")
+    done = run("-OO", "-m", "paper", "--help")
     assert done.returncode == 0, done.stderr
     assert "--dry-run" in done.stdout
 
@@ -116,6 +154,7 @@ def hostile() -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.law("optimized-python")
 def test_hostile_files_are_refused_in_the_same_words(tmp_path: Path) -> None:
     files = hostile()
@@ -132,5 +171,5 @@ def test_hostile_files_are_refused_in_the_same_words(tmp_path: Path) -> None:
         "    try: tnadapt.load(path); print('READ', path)\n"
         "    except tnadapt.FileError as error: print(error)\n"
     )
-    done = run("-c", code, *(str(tmp_path / f"{name}.safetensors") for name in files))
+    done = run("-OO", "-c", code, *(str(tmp_path / f"{name}.safetensors") for name in files))
     assert done.stdout.splitlines() == said, done.stderr
