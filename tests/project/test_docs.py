@@ -6,10 +6,14 @@ import collections
 import importlib
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.links import broken
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tnadapt"
@@ -83,3 +87,37 @@ def test_a_path_of_a_recipe_is_there(path: str) -> None:
 def test_a_name_of_a_recipe_is_in_its_file(name: str, path: str) -> None:
     text = in_tree(path).read_text(encoding="utf-8")
     assert re.search(rf"^(?:    )?(?:(?:def|class) {name}\b|{name}(?::.*)? = )", text, flags=re.MULTILINE)
+
+
+# -- The check of links in the built pages ---------------------------------------------------------
+
+BUILT = {
+    "index.html": '<h1 id="start">A</h1><a href="#start"></a><a href="#"></a><a href="https://example.org/x#y"></a>'
+    '<a href="deep/page.html#here"></a><a href="deep/page.html?q=1"></a><img src="gone.png">',
+    "deep/page.html": '<p id="here"></p><a href="../index.html#none"></a><a href="../a%20b.txt"></a>'
+    '<a href="mailto:a@b.org"></a>',
+    "_modules/code.html": '<a href="nowhere.html"></a>',
+    "a b.txt": "",
+}
+
+
+def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
+    for name, text in BUILT.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert broken(tmp_path) == [
+        "deep/page.html: ../index.html#none: no such anchor",
+        "index.html: gone.png: no such file",
+    ]
+    (tmp_path / "gone.png").touch()
+    (tmp_path / "deep" / "page.html").write_text('<p id="here">', encoding="utf-8")
+    assert broken(tmp_path) == []
+
+
+def test_an_empty_folder_is_no_documentation(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.links", str(tmp_path)],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "has no index.html" in done.stderr

@@ -1,9 +1,14 @@
-"""Notebooks show results as tables: well-formed HTML with the content of the text, and nothing from files unescaped."""
+"""What notebooks show: results as tables of well-formed HTML, and a progress bar, with nothing from files unescaped.
+
+Terminals show the bar on one line, and nothing else at all.
+"""
 
 from __future__ import annotations
 
 import html
 import re
+import sys
+import types
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +17,7 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
+from tnadapt import report
 from tnadapt.report import fact_table, html_table
 
 SHAPES = [(12, 8)] * 3
@@ -89,3 +95,146 @@ def test_a_config_shows_what_was_chosen() -> None:
     assert repr(config) == ("Config(rank=3, groups=1, fold='hypercube', projection='linear', ratio=0.5, rate='adam')")
     assert eval(repr(config), {"Config": tna.Config}) == config
     assert repr(tna.Config()) == "Config(rank=4)"
+
+
+# -- Progress -------------------------------------------------------------------------------------
+
+RNG = np.random.default_rng(0)
+
+
+class Output:
+    """What a cell shows: each state of it, in turn."""
+
+    def __init__(self) -> None:
+        self.pages: list[str] = []
+        self.displays = 0
+
+    def display(self, data: dict[str, str], raw: bool, display_id: bool) -> Any:
+        assert raw
+        assert display_id
+        self.displays += 1
+        self.pages.append(data["text/html"])
+        return types.SimpleNamespace(update=lambda data, raw: self.pages.append(data["text/html"]))
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> Output:
+    """A stand-in for IPython in a kernel, and no limit on the number of updates."""
+    output = Output()
+    shell = types.SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(display=output.display))
+    monkeypatch.setattr(report, "_PERIOD", 0.0)
+    return output
+
+
+def test_decompositions_and_fits_show_their_steps(notebook: Output) -> None:
+    with tna.ProgressBar("<CP>") as bar:
+        tna.cp(RNG.normal(size=(6, 7, 8)), rank=2, callback=bar.iterations)
+    assert notebook.displays == 1
+    assert notebook.pages[0] == "&lt;CP&gt; <progress></progress> "
+    assert any("iteration 1, error 0." in page for page in notebook.pages)
+    assert 'value="1.0000"' in notebook.pages[-1]
+    notebook.pages.clear()
+    with tna.ProgressBar() as bar:
+        tna.decompose([RNG.normal(size=(12, 8))] * 4, tna.presets.lora(2), progress=bar.steps)
+    assert [f"group {group} of 4" for group in range(1, 5)] == list(
+        dict.fromkeys(page.rpartition("% ")[2].partition(",")[0] for page in notebook.pages if "group" in page)
+    )
+    notebook.pages.clear()
+    with tna.ProgressBar() as bar:
+        tna.plan([(64, 64)] * 4, 100, progress=bar.counts)
+    last = notebook.pages[-1]
+    assert 'value="1.0000"' in last
+    number = last.rpartition(" of ")[2]
+    assert f"{number} of {number}" in last
+    with tna.ProgressBar() as bar:
+        tna.verify(tna.presets.lora(1), [(2, 2)], backends=["numpy"], progress=bar.lines)
+    assert any(html.escape("config") in page for page in notebook.pages)
+
+
+def test_an_error_leaves_the_bar_where_it_was_and_few_updates_are_drawn(
+    notebook: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bar = tna.ProgressBar()
+    bar.counts(1, 4)
+    bar.__exit__(ValueError, ValueError("wrong"), None)
+    assert 'value="0.2500"' in notebook.pages[-1]
+    with tna.ProgressBar() as bar:
+        bar.lines("<b>\x1b[1m")  # names from files are escaped
+    assert r"&lt;b&gt;\x1b[1m" in notebook.pages[-1]
+    notebook.pages.clear()
+    monkeypatch.setattr(report, "_PERIOD", 60.0)
+    with tna.ProgressBar() as bar:
+        for done in range(1000):
+            bar.counts(done, 1000)
+    assert len(notebook.pages) == 2
+    assert "999 of 1,000" in notebook.pages[-1]
+
+
+def test_elsewhere_there_is_nothing_and_on_a_terminal_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tna.ProgressBar("a") as bar:
+        bar.counts(1, 2)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(report, "_PERIOD", 0.0)
+    with tna.ProgressBar("a") as bar:
+        bar.counts(1, 2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "\r\x1b[Ka\r\x1b[Ka [##########          ] 50% 1 of 2\r\x1b[Ka [####################] 100% 1 of 2\n"
+
+
+def test_trainings_of_a_study(notebook: Output) -> None:
+    pytest.importorskip("torch")
+    from tnadapt.finetune import BarReporter, Method, Task
+
+    first, second = (Task(Method("LoRA", f"r = {rank}", tna.presets.lora(rank)), 0, 0.01) for rank in (1, 2))
+    with tna.ProgressBar("digits") as bar:
+        reporter = BarReporter(bar)
+        reporter.preparing("pretraining", 0.5)
+        reporter.begins(4, 1)
+        reporter.training(first, 0.5)
+        reporter.training(second, 0.25)
+        reporter.finished(first, {})
+    shown = [page.partition("digits ")[2] for page in notebook.pages]
+    assert shown[1:6] == [
+        '<progress value="0.5000"></progress> 50% pretraining',
+        '<progress value="0.2500"></progress> 25% 1 of 4 trainings',
+        f'<progress value="0.3750"></progress> 38% 1 of 4 trainings: {first.name}',
+        f'<progress value="0.4375"></progress> 44% 1 of 4 trainings: {second.name}',
+        f'<progress value="0.5625"></progress> 56% 2 of 4 trainings: {first.name}',
+    ]
+
+
+@pytest.mark.slow
+def test_a_notebook_shows_it() -> None:
+    """Run a notebook with its real kernel, and look at the messages as they come."""
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    code = """
+import numpy as np, tnadapt as tna
+from tnadapt import report
+report._PERIOD = 0.0
+with tna.ProgressBar("CP") as bar:
+    tna.cp(np.random.default_rng(0).normal(size=(6, 7, 8)), rank=2, callback=bar.iterations)
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    live: list[str] = []
+
+    class Client(nbclient.NotebookClient):  # type: ignore[misc, name-defined]
+        def process_message(self, message: Any, cell: Any, index: int) -> Any:
+            if message["msg_type"] in ("display_data", "update_display_data"):
+                live.append(message["content"]["data"]["text/html"])
+            return super().process_message(message, cell, index)
+
+    Client(notebook, kernel_name="python3", timeout=120).execute()
+    assert len(live) > 3
+    assert live[0].startswith("CP <progress></progress>")
+    # One output in the end, the last.
+    (output,) = notebook.cells[0].outputs
+    assert output.data["text/html"] == live[-1]
+    assert 'value="1.0000"' in live[-1]

@@ -106,9 +106,14 @@ def adapter(
 ) -> tna.AdapterFile:
     """One that has been trained, on the weights of ``tensors`` if they are given."""
     plan = tna.SuperLoRA(config, [target.shape for target in targets], [target.layer for target in targets])
+    base_print = None
     if tensors is not None:
-        names = {value: key for key, value in TAGS.items()}
-        plan = plan.with_base([target.select(numbers(*_named(tensors[target.name], names))) for target in targets])
+        names = {tag: name for name, tag in TAGS.items()}
+        stored_weights = [(target, *tensors[target.name]) for target in targets]
+        plan = plan.with_base([target.select(numbers(array, names[tag])) for target, tag, array in stored_weights])
+        base_print = fingerprint(
+            [target.select(array) for target, _, array in stored_weights], names[stored_weights[0][1]]
+        )
     rng = np.random.default_rng(seed)
     arrays, dtypes = {}, {}
     for name, start in plan.init().items():
@@ -117,16 +122,7 @@ def adapter(
             arrays[name], dtypes[name] = from_bfloat16(to_bfloat16(moved)), "bfloat16"
         else:
             arrays[name] = moved.astype(dtype)
-    print_of = None
-    if tensors is not None:
-        kinds = {value: key for key, value in TAGS.items()}
-        kind = kinds[tensors[targets[0].name][0]]
-        print_of = fingerprint([target.select(tensors[target.name][1]) for target in targets], kind)
-    return tna.AdapterFile(config, targets, arrays, dtypes=dtypes, base=print_of, kept=kept or {}, given=plan.given)
-
-
-def _named(tensor: tuple[str, np.ndarray], names: Mapping[str, str]) -> tuple[np.ndarray, str]:
-    return tensor[1], names[tensor[0]]
+    return tna.AdapterFile(config, targets, arrays, dtypes=dtypes, base=base_print, kept=kept or {}, given=plan.given)
 
 
 def changed(file: tna.AdapterFile, index: int, weight: np.ndarray, delta: np.ndarray) -> np.ndarray:
