@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,17 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     file = made(tna.presets.lora(2, alpha=4))
     ours, theirs, back = (tmp_path / name for name in ("ours.safetensors", "out.npz", "back.safetensors"))
     tna.save(ours, file)
-    assert "npz-lora" in run_here(main, "convert", "--help").stdout
+    # A process of its own: the help lists the formats that are registered when the command is imported.
+    code = """
+import runpy
+from tests.convert.npz_format import register
+register()
+runpy.run_module("tnadapt", run_name="__main__")
+"""
+    command = [sys.executable, "-c", code, "convert", "--help"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=root)
+    assert "npz-lora" in done.stdout
     done = run_here(main, "convert", ours, "-o", theirs, "--to", "npz-lora")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("tnadapt -> npz-lora, 3 weights\n")
