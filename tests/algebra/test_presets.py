@@ -67,6 +67,12 @@ def test_gralora(rank: int, blocks: int, rows: int, cols: int, weights: int, alp
     assert config.scale == (1.0 if alpha is None else pytest.approx(alpha / (rank * blocks)))
 
 
+@pytest.mark.parametrize("name", ["fourierft", "loca", "shira", "waveft"])
+def test_n_is_the_number_of_positions(name: str) -> None:
+    with pytest.raises(tna.ConfigError, match=r"^n must be the number of positions; got n=7 and 3 positions$"):
+        getattr(tna.presets, name)(7, (1, 2, 3))
+
+
 def test_gralora_of_blocks_that_do_not_divide_is_refused() -> None:
     with pytest.raises(tna.ConfigError, match=r"blocks must divide the rank, .*; got rank=5, blocks=2"):
         tna.presets.gralora(5, 2)

@@ -1098,7 +1098,12 @@ def waveft(n: int = 1000, positions: Sequence[int] | None = None, family: str = 
 
 def _scatter(n: int, positions: Sequence[int] | None) -> Scatter:
     count = integer("n", n, 1, MAX_SIZE, ConfigError)
-    return Scatter(count, None if positions is None else tuple(positions))
+    if positions is None:
+        return Scatter(count)
+    places = tuple(positions)
+    if len(places) != count:
+        raise ConfigError(f"n must be the number of positions; got n={count} and {len(places)} positions")
+    return Scatter(count, places)
 
 
 @checks_arguments
