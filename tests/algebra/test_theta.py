@@ -18,7 +18,7 @@ from tests.conftest import NUMPY_AND_TORCH
 from tests.support.references import reference
 from tnadapt.algebra.maps import BroughtMap, make_map
 from tnadapt.algebra.norms import rounded_to
-from tnadapt.backends import load_backend
+from tnadapt.backends import Backend, load_backend
 
 P = tna.presets
 SHAPES = [(6, 4), (5, 4), (6, 4)]
@@ -180,6 +180,39 @@ def test_without_an_offset_one_array_per_term_must_be_made() -> None:
 def test_the_laws_hold(name: Any, scope: str) -> None:
     report = tna.verify(plan_of(name, scope).config, SHAPES, backends=NUMPY_AND_TORCH)
     assert report.holds, str(report)
+
+
+SOURCED = {
+    "vera": P.vera(2),
+    "tied": P.tied_lora(2),
+    "scaled": tna.Config(rank=2, groups=2, fold="hypercube", projection="linear", ratio=0.5, sources={
+        "factor1": tna.sources.Scaled(tna.sources.Seeded("normal")),
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.law("theta", "sources")
+@pytest.mark.parametrize("name", [*MAPS, *SOURCED])
+def test_values_and_gradients_in_every_library(name: Any, backend: Backend) -> None:
+    plan = tna.SuperLoRA(SOURCED[name], [(6, 4)] * 3) if name in SOURCED else plan_of(name)
+    host = drawn(plan)
+    rng = np.random.default_rng(2)
+    target = rng.normal(size=plan.size)
+    with backend.double_precision():
+        params = {full: backend.asarray(array, "float64") for full, array in host.items()}
+        weights = backend.asarray(target, "float64")
+        np.testing.assert_allclose(backend.to_numpy(plan.vector(params)), plan.vector(host), rtol=1e-10, atol=1e-12)
+        if "gradient" in backend.lacks(weights):
+            return
+        found = backend.gradient(lambda own: backend.sum(plan.vector(own) * weights, axis=0), params)
+        assert found is not None
+        way = {full: rng.normal(size=array.shape) for full, array in host.items()}
+        ahead, behind = (
+            plan.vector({full: array + step * 1e-6 * way[full] for full, array in host.items()}) for step in (1, -1)
+        )
+        slope = float(target @ (ahead - behind)) / 2e-6
+        along = sum(float(np.sum(np.asarray(backend.to_numpy(found[full])) * way[full])) for full in host)
+        assert abs(along - slope) <= 1e-6 * max(1.0, abs(slope))
 
 
 # -- Casts ------------------------------------------------------------------------------------------
