@@ -130,7 +130,7 @@ def test_it_reads_metadata_that_are_null_as_safetensors_does(tmp_path: Path) -> 
         (forge.container(" {}"), "does not begin with '{'"),
         (forge.container("{}\x0b", pad=False), "does not end with '}'"),
         (forge.container("{}\0", pad=False), "does not end with '}'"),
-        (forge.container(b'{"\xff": 1}'), "is not UTF-8"),
+        (forge.container(b'{"\xff": 1}'), "the header is not UTF-8"),
         (forge.container("{nothing}"), "is not JSON"),
         (forge.container('{"a": NaN}'), "not finite"),
         (forge.container('{"a": -Infinity}'), "not finite"),

@@ -399,7 +399,7 @@ def test_arrays_that_set_trainable_froze_stay_frozen_when_adapters_are_switched(
         holder.set_requires_grad(names, False)
         assert not any(p.requires_grad for _, p in handle.named_parameters())
         holder.set_requires_grad(names)
-    assert {name for name, p in handle.named_parameters() if p.requires_grad} == set(handle.trained)
+        assert {name for name, p in handle.named_parameters() if p.requires_grad} == set(handle.trained)
     assert all(name.endswith("factor0") for name in handle.trained)
     assert handle.num_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
