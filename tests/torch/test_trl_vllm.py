@@ -180,6 +180,14 @@ def test_the_adapter_alone_is_refused_and_converted_where_it_is_a_lora(preset: s
     assert lora.exact
     names = {f"base_model.model.{target.module}.lora_{side}.weight" for target in adapter.targets for side in "AB"}
     assert set(lora.tensors) == names
+    assert lora.config is not None
+    assert lora.config["lora_alpha"] == lora.config["r"]
+    for target, delta in zip(adapter.targets, adapter.deltas(), strict=True):
+        down, up = (lora.tensors[f"base_model.model.{target.module}.lora_{side}.weight"].astype("f8") for side in "AB")
+        assert down.shape[0] == lora.config["r"]
+        wanted = delta.detach().double().numpy()
+        assert np.linalg.norm(wanted) > 0.0
+        np.testing.assert_allclose(up @ down, wanted, rtol=0.0, atol=2e-6 * np.abs(wanted).max())
 
 
 # -- attach() without PEFT -----------------------------------------------------------------------
