@@ -35,7 +35,7 @@ from .init import Initializer
 from .layout import Layout, Piece, require_keys
 from .maps.projection import Projection
 from .network import Network
-from .part import Part, base_weight, checked_given, checked_start, from_base
+from .plan_part import PlanPart, base_weight, checked_given, checked_start, from_base
 from .starting_points import PREFIX, Start, StartPlace
 from .theta import Theta
 from .units import RATES, in_units
@@ -147,7 +147,7 @@ class SuperLoRA:
                 _ = self.param_shapes, self.weight_param_names, self.groups
 
     def _view(self, **fields: Any) -> Self:
-        """Return a plan of the same parts with other fields, which computes anew what this one has cached."""
+        """Return a plan of the same parts with other fields, which computes again what this one has cached."""
         view = type(self).__new__(type(self))
         cached = {name for name, value in vars(SuperLoRA).items() if isinstance(value, functools.cached_property)}
         view.__dict__.update({name: value for name, value in self.__dict__.items() if name not in cached})
@@ -293,7 +293,7 @@ class SuperLoRA:
         _, first = self._firsts[place]
         return {name: _renumbered(name, first) for name in names}
 
-    def _joined(self, of_part: Callable[[Part], dict[str, Any]]) -> dict[str, Any]:
+    def _joined(self, of_part: Callable[[PlanPart], dict[str, Any]]) -> dict[str, Any]:
         """Return what each part has by the names of arrays there, by their names in the plan."""
         if len(self._parts) == 1:
             return of_part(self._parts[0])
@@ -1250,13 +1250,13 @@ def _parts_of(
     shapes: Sequence[tuple[int, int]],
     layers: Sequence[Hashable] | None,
     roles: Sequence[Hashable] | None,
-) -> tuple[Part, ...]:
+) -> tuple[PlanPart, ...]:
     if not isinstance(config, CompositeConfig):
-        return (Part(config, shapes, layers, roles),)
+        return (PlanPart(config, shapes, layers, roles),)
     shapes = list(shapes)
     keys = [[None] * len(shapes) if keys is None else _as_many(keys, shapes) for keys in (layers, roles)]
     return tuple(
-        Part(
+        PlanPart(
             part_config,
             [shape for shape, _, _ in weights],
             None if layers is None else [layer for _, layer, _ in weights],

@@ -45,7 +45,7 @@ from .starting_points import PREFIX, STARTS, StartPlace
 from .theta import Theta
 
 __all__ = [
-    "Part",
+    "PlanPart",
     "base_weight",
     "checked_given",
     "checked_start",
@@ -60,7 +60,7 @@ Weights = tuple[tuple[int, int], ...] | None
 Shapes = dict[str, tuple[int, ...]]
 
 
-class Part:
+class PlanPart:
     """One config on its weights, in integers; arrays are drawn or computed when they are asked for.
 
     Parameters
@@ -78,7 +78,7 @@ class Part:
 
     Examples
     --------
-    >>> Part(Config(rank=2), [(6, 4)]).array_shapes
+    >>> PlanPart(Config(rank=2), [(6, 4)]).array_shapes
     {'group0.split0.factor0': (6, 2), 'group0.split0.factor1': (4, 2)}
     """
 
@@ -546,7 +546,7 @@ _WORKERS = min(8, os.cpu_count() or 1)
 
 
 def from_base(
-    part: Part, weight: Callable[[int], np.ndarray], on_array: Callable[[], None] = lambda: None
+    part: PlanPart, weight: Callable[[int], np.ndarray], on_array: Callable[[], None] = lambda: None
 ) -> dict[str, np.ndarray]:
     """Compute the arrays in ``part.base_shapes``; see :meth:`tnadapt.SuperLoRA.with_base`.
 
@@ -606,7 +606,7 @@ def _computed(base: np.ndarray, entry: FrozenArray, factors: Mapping[int, np.nda
     return entry.compute(dataclasses.replace(entry.stream, base=base, factors=factors))
 
 
-def _start(part: Part, index: int, base: np.ndarray) -> dict[str, np.ndarray]:
+def _start(part: PlanPart, index: int, base: np.ndarray) -> dict[str, np.ndarray]:
     """Compute the start of a group, by the names in ``part.start_shapes``, in float32."""
     place = part.start_place(index)
     computed = part.point.arrays(place, base, Stream(part.config.seed, index, PURPOSE["source"]))
