@@ -98,6 +98,7 @@ class PlanPart:
         self._networks: dict[tuple[int, int, Weights, tuple[int, ...] | None], Network] = {}
         self._projections: dict[tuple[int, int, Weights], Projection] = {}
         self._frozen_arrays: dict[tuple[int, int], FrozenArrays] = {}
+        self._trained: dict[tuple[int, int], Shapes] = {}
         # Build every network once, to raise errors here and not at the first use.
         for group in self._different:
             self.network(group)
@@ -119,8 +120,7 @@ class PlanPart:
         Groups of equal size have the same network, but for stacks and folds in names, of different weights, and groups
         with a map F of each weight.
         """
-        named = is_named(self.config.fold) and not self.layout.equal_shapes
-        if self.config.on == "weight" or named:
+        if self.config.on == "weight" or (self._named and not self.layout.equal_shapes):
             return [(group, 1) for group in range(self.num_groups)]
         return self.layout.kinds(columns=self._stacked)
 
@@ -129,16 +129,20 @@ class PlanPart:
         """Indices of groups that together have every network."""
         return [first for first, _ in self.kinds]
 
-    @property
+    @functools.cached_property
     def _stacked(self) -> bool:
         return self.config.fold == "stack" and self.config.order == 2
+
+    @functools.cached_property
+    def _named(self) -> bool:
+        return is_named(self.config.fold)
 
     def network(self, group: int) -> Network:
         """Return the network of a group; groups that are alike share it."""
         size = self.layout.group_size(group)
         columns = self.layout.columns(group) if self._stacked else 1
         config, weights = self.config, self._weights(group)
-        fold = group_fold(config.fold, self.layout, group) if is_named(config.fold) else None
+        fold = group_fold(config.fold, self.layout, group) if self._named else None
         key = size, columns, weights, fold
         if key not in self._networks:
             n_in = input_length(config.projection, size, config.ratio, weights)
@@ -195,9 +199,15 @@ class PlanPart:
 
     def _trained_shapes(self, group: int) -> Shapes:
         """Return the trained arrays and multipliers that belong to a group itself, by the network's names."""
-        shapes = self.network(group).shapes
+        network = self.network(group)
         if not self.config.sources:
-            return shapes
+            return network.shapes
+        key = id(network), group if self.tied else 0
+        if key not in self._trained:
+            self._trained[key] = self._shapes_by_origin(group, network.shapes)
+        return self._trained[key]
+
+    def _shapes_by_origin(self, group: int, shapes: Shapes) -> Shapes:
         trained: Shapes = {}
         for name, origin in self.origins(group).items():
             if origin.source.trained and origin.key == (group, name):
@@ -280,7 +290,7 @@ class PlanPart:
     @functools.cached_property
     def theta(self) -> Theta | None:
         """The map before the network; None if there is none, and the arrays themselves are trained."""
-        return None if self.config.before is None else Theta(self.config, self.array_shapes)
+        return None if self.config.before is None else Theta(self.config, self.num_elements, lambda: self.array_shapes)
 
     @functools.cached_property
     def param_shapes(self) -> Shapes:
@@ -368,9 +378,9 @@ class PlanPart:
     def alike(self) -> list[tuple[Group, int]]:
         """A group of each kind, and the number of groups that have its network, map, and kinds of arrays.
 
-        For what is counted in integers, without laying all groups out. Groups with ``sources`` stand for themselves.
+        For what is counted in integers, without laying all groups out. Groups with tied arrays stand for themselves.
         """
-        if self.config.sources:
+        if self.tied:
             return [(group, 1) for group in self.groups]
         return [(self._group(first), count) for first, count in self.kinds]
 

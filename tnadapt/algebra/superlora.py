@@ -138,9 +138,11 @@ class SuperLoRA:
         self._units: Mapping[str, float] = {}
         self._file_plan: Self | None = None
         self._base_starts: dict[str, np.ndarray] = {}
-        self._bring(checked_given(given, self.fixed_shapes, self.brought_shapes))
+        if given is not None:
+            self._bring(checked_given(given, self.fixed_shapes, self.brought_shapes))
         if start_from is not None:
             self._bring(checked_start(config.start, self.point.brought, start_from, self.array_shapes))
+        _ = self.theta  # raises a ConfigError if it has more elements than what is made from it
         if lay_out:
             load_imported()
             if self.num_groups <= LAID_OUT:
@@ -241,7 +243,7 @@ class SuperLoRA:
     def alike(self) -> list[tuple[Group, int]]:
         """A group of each kind, and the number of groups that have its network, map, and kinds of arrays.
 
-        For what is counted in integers, without laying all groups out. Groups with ``sources`` stand for themselves.
+        For what is counted in integers, without laying all groups out. Groups with tied arrays stand for themselves.
         """
         return [kind for part in self._parts for kind in part.alike]
 
