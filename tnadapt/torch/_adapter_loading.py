@@ -36,7 +36,7 @@ from ._adapter_saving import (
     need_base,
     processor_folder,
 )
-from ._attach import attach_with, check_name, checked_dtype
+from ._attach import Request, carry_out, check_name, checked_dtype
 from ._base_models import LIBRARIES, BuildOptions, describe
 from ._delta import copy_all
 from ._registry import take_off
@@ -175,9 +175,11 @@ def attach_file(
     check_name(model, name)
     before: list[tuple[Tensor, Tensor]] = []
     try:
-        adapter = attach_with(
-            model, file.config, targets, name, kept=kept, activation=file.activation, dtype=dtype, given=file.given,
-            fresh=False, copies=copies, **options,
+        adapter = carry_out(
+            Request(
+                model, file.config, targets, name, kept=kept, activation=file.activation, dtype=dtype, given=file.given,
+                fresh=False, copies=copies, **options,
+            )
         )  # fmt: skip
         state = adapter._state
         state.alone += tuple(one for one, others in file.ties.items() if not others and one not in state.alone)

@@ -1,15 +1,17 @@
-"""``attach``: a new adapter is put on a model. Also misplaced arguments, and the base's parameters that stay trainable.
+"""``attach``: a new adapter is put on a model, in four steps: targets, plan, forms, installation.
 
-The steps are in other modules: the choice of targets, the plan, a strategy for each weight, patches of the layers.
+Each step is a function of the :class:`Request` and of what the steps before it return. Also here: arguments in
+another's place, and the base's trainable parameters.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,7 +40,7 @@ from ._strategy_choice import TOKENS, is_quantized, strategy_of
 from ._target_selection import check_ordered, find_targets, of_patterns
 from ._weights import bound, host_of, join, paths_of, tied
 
-__all__ = ["attach", "attach_with", "check_name", "checked_dtype", "matching", "warn_undropped"]
+__all__ = ["Request", "attach", "carry_out", "check_name", "checked_dtype", "matching", "warn_undropped"]
 
 
 # -- Arguments in another's place, such as a rank where the targets come -----------------------------------------------
@@ -391,10 +393,12 @@ def attach(
         check_ordered(targets)
     is_given = cfg is not None
     cfg = config_of(cfg, settings, "attach", keywords)
-    adapter = attach_with(
-        model, cfg, targets, name, layers=layers, exclude=exclude, keep_trainable=keep_trainable, biases=biases,
-        strategy=strategy, tokens=tokens, activation=activation, dtype=dtype, untie=untie, keep_tied=keep_tied,
-        given=given, progress=progress, detach_norm=detach_norm, dropout=dropout,
+    adapter = carry_out(
+        Request(
+            model, cfg, targets, name, layers=layers, exclude=exclude, keep_trainable=keep_trainable, biases=biases,
+            strategy=strategy, tokens=tokens, activation=activation, dtype=dtype, untie=untie, keep_tied=keep_tied,
+            given=given, progress=progress, detach_norm=detach_norm, dropout=dropout,
+        )
     )  # fmt: skip
     warn_undropped(adapter.targets, adapter.dropout)
     if is_given:
@@ -402,76 +406,164 @@ def attach(
     return adapter
 
 
-def attach_with(
-    model: nn.Module,
-    cfg: Config,
-    targets: Any,
-    name: str,
-    *,
-    layers: Any = None,
-    exclude: Any = None,
-    keep_trainable: str | Sequence[str] = (),
-    biases: str = "none",
-    strategy: str = "auto",
-    tokens: int = TOKENS,
-    activation: str | None = None,
-    dtype: torch.dtype | str = torch.float32,
-    untie: bool = False,
-    keep_tied: bool = False,
-    given: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    detach_norm: bool = False,
-    dropout: float = 0.0,
-    fresh: bool = True,
-    kept: Sequence[str] | None = None,
-    copies: Sequence[str] = (),
-) -> Adapter:
-    """Do :func:`attach`; with ``fresh=False`` for a caller that loads all parameters, which are then zeros.
+@dataclasses.dataclass
+class Request:
+    """What :func:`attach` is asked for, checked; its arguments are described there.
 
-    Such a caller names the parameters and buffers that are kept, and those whose weights are untied by ``copies``.
+    Attributes
+    ----------
+    fresh : bool
+        False for a caller that loads all parameters, which are then zeros.
+    kept : sequence of str, optional
+        The names of the parameters and buffers that stay trainable, in place of ``keep_trainable`` and ``biases``.
+    copies : sequence of str
+        Names of tied weights that get a copy of their own.
     """
-    if not isinstance(model, nn.Module):
-        raise TargetError(f"attach needs a torch module; got {type(model).__name__}")
-    check_name(model, name)
-    tokens = integer("tokens", tokens, 1, MAX_SIZE, ConfigError)
-    if not isinstance(strategy, str) or strategy not in STRATEGIES:
-        raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {safe_repr(strategy)}")
-    if activation is not None and (not isinstance(activation, str) or activation not in ACTIVATIONS):
-        raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {safe_repr(activation)}")
-    dtype = checked_dtype(dtype)
-    detach_norm = flag("detach_norm", detach_norm)
-    dropout = check_dropout(dropout)
-    found = find_targets(model, targets, layers=layers, exclude=exclude, untie=untie, keep_tied=keep_tied)
-    check_distinct(found)
+
+    model: nn.Module
+    config: Config
+    targets: Any
+    name: str
+    _: dataclasses.KW_ONLY
+    layers: Any = None
+    exclude: Any = None
+    keep_trainable: str | Sequence[str] = ()
+    biases: str = "none"
+    strategy: str = "auto"
+    tokens: int = TOKENS
+    activation: str | None = None
+    dtype: torch.dtype | str = torch.float32
+    untie: bool = False
+    keep_tied: bool = False
+    given: Mapping[str, Any] | None = None
+    progress: Callable[[int, int], None] | None = None
+    detach_norm: bool = False
+    dropout: float = 0.0
+    fresh: bool = True
+    kept: Sequence[str] | None = None
+    copies: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise TargetError(f"attach needs a torch module; got {type(self.model).__name__}")
+        check_name(self.model, self.name)
+        self.tokens = integer("tokens", self.tokens, 1, MAX_SIZE, ConfigError)
+        if not isinstance(self.strategy, str) or self.strategy not in STRATEGIES:
+            raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {safe_repr(self.strategy)}")
+        if self.activation is not None and (not isinstance(self.activation, str) or self.activation not in ACTIVATIONS):
+            raise ConfigError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {safe_repr(self.activation)}"
+            )
+        self.dtype = checked_dtype(self.dtype)
+        self.detach_norm = flag("detach_norm", self.detach_norm)
+        self.dropout = check_dropout(self.dropout)
+
+
+class Form(NamedTuple):
+    """How one weight uses its update.
+
+    Attributes
+    ----------
+    number : int
+        That of the target.
+    target : Target
+        It, or the same weight under another name.
+    owner, host : Module
+        The module that holds the weight, and the one whose forward applies it.
+    strategy : str
+    factoring : Factoring or None
+    """
+
+    number: int
+    target: Target
+    owner: nn.Module
+    host: nn.Module
+    strategy: str
+    factoring: Factoring | None
+
+
+def carry_out(request: Request) -> Adapter:
+    """Attach what is requested; if anything fails, the model is as it was."""
+    targets = _targets(request)
+    plan = _plan(request, targets)
+    return _install(request, targets, plan, _forms(request, targets, plan))
+
+
+def _targets(request: Request) -> list[Target]:
+    targets = find_targets(
+        request.model, request.targets, layers=request.layers, exclude=request.exclude, untie=request.untie,
+        keep_tied=request.keep_tied,
+    )  # fmt: skip
+    check_distinct(targets)
+    return targets
+
+
+def _plan(request: Request, targets: Sequence[Target]) -> SuperLoRA:
+    """Return the plan of the targets, in units, with what is computed from their weights."""
+    model = request.model
     plan = SuperLoRA(
-        cfg,
-        [target.shape for target in found],
-        layers=[target.layer for target in found],
-        roles=[target.role for target in found],
-        given=given,
+        request.config,
+        [target.shape for target in targets],
+        layers=[target.layer for target in targets],
+        roles=[target.role for target in targets],
+        given=request.given,
     )
-    kept = kept_names(model, keep_trainable, biases, found) if kept is None else kept
-    # A target of a tied weight has several places; those of the first names come first, in the order of the targets.
-    places = [*enumerate(found), *((index, one) for index, target in enumerate(found) for one in target.tied_targets())]
-    owners = [model.get_submodule(target.module) for _, target in places]
-    hosts = _hosts(model, [target for _, target in places])
     if plan.needs_base:
-        refuse_merged(model, f"adapter {name!r} is attached, whose arrays are computed from it")
-        plan = bound(plan, found, owners[: len(found)], progress)
+        refuse_merged(model, f"adapter {request.name!r} is attached, whose arrays are computed from it")
+        plan = bound(plan, targets, [model.get_submodule(target.module) for target in targets], request.progress)
     share_maps(plan, [other.plan for other in attached(model).values()])
-    plan = plan.training_plan
-    strategies = [
-        strategy_of(strategy, plan, index, tokens, target, owner, host, activation, dropout > 0.0)
-        for (index, target), owner, host in zip(places, owners, hosts, strict=True)
-    ]
+    return plan.training_plan
+
+
+def _forms(request: Request, targets: Sequence[Target], plan: SuperLoRA) -> list[Form]:
+    """Choose how each weight uses its update.
+
+    A tied weight has several forms, one for each name. Those of the first names come first, in order of the targets.
+    """
+    model, paths = request.model, paths_of(request.model)
+    places = [*enumerate(targets)]
+    places += [(index, other) for index, target in enumerate(targets) for other in target.tied_targets()]
+    hosts: dict[str, nn.Module] = {}
+    forms = []
+    for index, target in places:
+        if target.name not in hosts:  # the many experts of one parameter have one host
+            hosts[target.name] = model.get_submodule(host_of(model, target, paths))
+        owner, host = model.get_submodule(target.module), hosts[target.name]
+        strategy, factoring = strategy_of(
+            request.strategy, plan, index, request.tokens, target, owner, host, request.activation,
+            request.dropout > 0.0,
+        )  # fmt: skip
+        forms.append(Form(index, target, owner, host, strategy, factoring))
+    return forms
+
+
+def _install(request: Request, targets: Sequence[Target], plan: SuperLoRA, forms: Sequence[Form]) -> Adapter:
+    """Put the parameters and the forms on the model."""
+    model, kept = request.model, request.kept
+    if kept is None:
+        kept = kept_names(model, request.keep_trainable, request.biases, targets)
     # Leave inference mode: tensors created in it could never be trained.
     with torch.inference_mode(False):
-        arrays = _arrays(plan, _weight_or_substitute(owners[0], found[0].parameter), dtype, fresh)
+        like = _weight_or_substitute(forms[0].owner, targets[0].parameter)
+        arrays = _arrays(plan, like, checked_dtype(request.dtype), request.fresh)
     # Nothing can fail from here on, but it can be interrupted.
-    state = AdapterState(model, name, plan, found, kept, activation, detach_norm, dropout)
+    state = AdapterState(
+        model, request.name, plan, targets, kept, request.activation, request.detach_norm, request.dropout
+    )
     adapter = Adapter(state)
     try:
-        _put_on(state, arrays, places, owners, hosts, strategies, copies)
+        _separate(state, request.copies)
+        _registry.freeze(state)
+        for array, tensor in arrays.items():
+            model.register_parameter(state.parameter_names[array], nn.Parameter(tensor))
+        for form in forms:
+            _put_on(state, form)
+        prepare(state)
+        hooks = PassHooks(state)
+        model.register_forward_pre_hook(hooks.begin)
+        model.register_forward_hook(hooks.end, always_call=True)
+        model.__dict__.setdefault(ADAPTERS_ATTR, {})[state.name] = state
+        TransformersModel.install(model)
     except BaseException:
         take_off(state)
         raise
@@ -479,50 +571,26 @@ def attach_with(
     return adapter
 
 
-def _put_on(
-    state: AdapterState,
-    arrays: Mapping[str, torch.Tensor],
-    places: Sequence[tuple[int, Target]],
-    owners: Sequence[nn.Module],
-    hosts: Sequence[nn.Module],
-    strategies: Sequence[tuple[str, Factoring | None]],
-    copies: Sequence[str],
-) -> None:
-    model = state.model
-    separate = tied(model, state.targets)
-    own = {name for names in separate for name in names}
-    state.alone = tuple(target.name for target in state.targets if target.name in own)
-    for second in dict.fromkeys([*(second for _, second in separate), *copies]):
+def _separate(state: AdapterState, copies: Sequence[str]) -> None:
+    """Give tied weights that are adapted alone, and those that are named, copies of their own."""
+    pairs = tied(state.model, state.targets)
+    names = {name for pair in pairs for name in pair}
+    state.alone = tuple(target.name for target in state.targets if target.name in names)
+    for second in dict.fromkeys([*(second for _, second in pairs), *copies]):
         _registry.untie(state, second)
-    _registry.freeze(state)
-    for array, tensor in arrays.items():
-        model.register_parameter(state.parameter_names[array], nn.Parameter(tensor))
-    for (index, target), owner, host, chosen in zip(places, owners, hosts, strategies, strict=True):
-        there = ForwardPatch.of(host)
-        patch = ForwardPatch(host) if there is None else there
-        # Recorded before it is installed, so that take_off() finds everything that is in the model.
-        state.patches.append(patch)
-        if there is None:
-            patch.install()
-        quantized = not state.plan.applying.additive and is_quantized(owner, target)
-        slot = AdapterSlot(state, index, owner, target, *chosen, quantized)
-        state.slots.append(slot)
-        patch.add(slot)
-    prepare(state)
-    hooks = PassHooks(state)
-    model.register_forward_pre_hook(hooks.begin)
-    model.register_forward_hook(hooks.end, always_call=True)
-    model.__dict__.setdefault(ADAPTERS_ATTR, {})[state.name] = state
-    TransformersModel.install(model)
 
 
-def _hosts(model: nn.Module, targets: Sequence[Target]) -> list[nn.Module]:
-    """Return the module whose forward applies each target."""
-    paths, found = paths_of(model), dict[str, nn.Module]()
-    for target in targets:
-        if target.name not in found:  # the many experts of one parameter have one host
-            found[target.name] = model.get_submodule(host_of(model, target, paths))
-    return [found[target.name] for target in targets]
+def _put_on(state: AdapterState, form: Form) -> None:
+    present = ForwardPatch.of(form.host)
+    patch = ForwardPatch(form.host) if present is None else present
+    # Recorded before it is installed, so that take_off() finds everything that is in the model.
+    state.patches.append(patch)
+    if present is None:
+        patch.install()
+    quantized = not state.plan.applying.additive and is_quantized(form.owner, form.target)
+    slot = AdapterSlot(state, form.number, form.owner, form.target, form.strategy, form.factoring, quantized)
+    state.slots.append(slot)
+    patch.add(slot)
 
 
 def check_name(model: nn.Module, name: str) -> None:
