@@ -36,7 +36,7 @@ from ._adapter_saving import (
     need_base,
     processor_folder,
 )
-from ._attach import Request, carry_out, check_name, checked_dtype
+from ._attach import AttachRequest, carry_out, check_name, checked_dtype
 from ._base_models import LIBRARIES, BuildOptions, describe
 from ._delta import copy_all
 from ._registry import take_off
@@ -176,7 +176,7 @@ def attach_file(
     before: list[tuple[Tensor, Tensor]] = []
     try:
         adapter = carry_out(
-            Request(
+            AttachRequest(
                 model, file.config, targets, name, kept=kept, activation=file.activation, dtype=dtype, given=file.given,
                 fresh=False, copies=copies, **options,
             )

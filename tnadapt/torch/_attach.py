@@ -1,6 +1,6 @@
 """``attach``: a new adapter is put on a model, in four steps: targets, plan, forms, installation.
 
-Each step is a function of the :class:`Request` and of what the steps before it return. Also here: arguments in
+Each step is a function of the :class:`AttachRequest` and of what the steps before it return. Also here: arguments in
 another's place, and the base's trainable parameters.
 """
 
@@ -40,7 +40,7 @@ from ._strategy_choice import TOKENS, is_quantized, strategy_of
 from ._target_selection import check_ordered, find_targets, of_patterns
 from ._weights import bound, host_of, join, paths_of, tied
 
-__all__ = ["Request", "attach", "carry_out", "check_name", "checked_dtype", "matching", "warn_undropped"]
+__all__ = ["AttachRequest", "attach", "carry_out", "check_name", "checked_dtype", "matching", "warn_undropped"]
 
 
 # -- Arguments in another's place, such as a rank where the targets come -----------------------------------------------
@@ -394,7 +394,7 @@ def attach(
     is_given = cfg is not None
     cfg = config_of(cfg, settings, "attach", keywords)
     adapter = carry_out(
-        Request(
+        AttachRequest(
             model, cfg, targets, name, layers=layers, exclude=exclude, keep_trainable=keep_trainable, biases=biases,
             strategy=strategy, tokens=tokens, activation=activation, dtype=dtype, untie=untie, keep_tied=keep_tied,
             given=given, progress=progress, detach_norm=detach_norm, dropout=dropout,
@@ -407,7 +407,7 @@ def attach(
 
 
 @dataclasses.dataclass
-class Request:
+class AttachRequest:
     """What :func:`attach` is asked for, checked; its arguments are described there.
 
     Attributes
@@ -482,14 +482,14 @@ class Form(NamedTuple):
     factoring: Factoring | None
 
 
-def carry_out(request: Request) -> Adapter:
+def carry_out(request: AttachRequest) -> Adapter:
     """Attach what is requested; if anything fails, the model is as it was."""
     targets = _targets(request)
     plan = _plan(request, targets)
     return _install(request, targets, plan, _forms(request, targets, plan))
 
 
-def _targets(request: Request) -> list[Target]:
+def _targets(request: AttachRequest) -> list[Target]:
     targets = find_targets(
         request.model, request.targets, layers=request.layers, exclude=request.exclude, untie=request.untie,
         keep_tied=request.keep_tied,
@@ -498,7 +498,7 @@ def _targets(request: Request) -> list[Target]:
     return targets
 
 
-def _plan(request: Request, targets: Sequence[Target]) -> SuperLoRA:
+def _plan(request: AttachRequest, targets: Sequence[Target]) -> SuperLoRA:
     """Return the plan of the targets, in units, with what is computed from their weights."""
     model = request.model
     plan = SuperLoRA(
@@ -515,7 +515,7 @@ def _plan(request: Request, targets: Sequence[Target]) -> SuperLoRA:
     return plan.training_plan
 
 
-def _forms(request: Request, targets: Sequence[Target], plan: SuperLoRA) -> list[Form]:
+def _forms(request: AttachRequest, targets: Sequence[Target], plan: SuperLoRA) -> list[Form]:
     """Choose how each weight uses its update.
 
     A tied weight has several forms, one for each name. Those of the first names come first, in order of the targets.
@@ -537,7 +537,7 @@ def _forms(request: Request, targets: Sequence[Target], plan: SuperLoRA) -> list
     return forms
 
 
-def _install(request: Request, targets: Sequence[Target], plan: SuperLoRA, forms: Sequence[Form]) -> Adapter:
+def _install(request: AttachRequest, targets: Sequence[Target], plan: SuperLoRA, forms: Sequence[Form]) -> Adapter:
     """Put the parameters and the forms on the model."""
     model, kept = request.model, request.kept
     if kept is None:
