@@ -72,7 +72,7 @@ def check_fit(
         If arrays are missing, unknown or of another shape; the message names them.
     """
     # Count before planning: a hostile config of a few bytes can ask for millions of arrays.
-    counts = [_checked_counts(own, weights) for own, weights in config.split(targets)]
+    counts = [_checked_counts(part, weights) for part, weights in config.split(targets)]
     every, expected = (sum(numbers) for numbers in zip(*counts, strict=True))
     if expected > len(shapes) + 1024:
         raise ShapeError(f"config and targets require {expected} arrays; there are {len(shapes)}")
@@ -81,24 +81,24 @@ def check_fit(
         raise ShapeError(f"config and targets make {every} arrays; at most {most} can come from so few that are stored")
     plan = plan_of(config, targets)
     params = plan.param_shapes
-    found = {**params, **plan.fixed_shapes}
-    missing = found.keys() - shapes.keys() - plan.base_shapes.keys() - plan.start_shapes.keys()
+    required = {**params, **plan.fixed_shapes}
+    missing = required.keys() - shapes.keys() - plan.base_shapes.keys() - plan.start_shapes.keys()
     if trained is not None:
         # Parameters of weights start at numbers of the base, which a reader may not have.
         drawn_ones = params.keys() - plan.weight_param_shapes.keys()
         missing -= drawn_ones - set(checked_trained(trained, params) or params)
     left_out = params.keys() - shapes.keys() - missing
-    if len(left_out) > MAX_LEFT_OUT or sum(math.prod(found[name]) for name in left_out) > MAX_DRAWN:
+    if len(left_out) > MAX_LEFT_OUT or sum(math.prod(required[name]) for name in left_out) > MAX_DRAWN:
         raise ShapeError(
             f"{len(left_out)} frozen arrays are left out; at most {MAX_LEFT_OUT} with {MAX_DRAWN} elements in total "
             "may be"
         )
-    if missing or not shapes.keys() <= found.keys():
+    if missing or not shapes.keys() <= required.keys():
         raise ShapeError(
             f"the arrays must be those of config and targets; missing: {summarize(missing)}; "
-            f"unknown: {summarize(shapes.keys() - found.keys())}"
+            f"unknown: {summarize(shapes.keys() - required.keys())}"
         )
-    for name, shape in found.items():
+    for name, shape in required.items():
         if shapes.get(name, shape) != shape:
             raise ShapeError(f"{name} has shape {shapes[name]}; config and targets require {shape}")
     return plan
@@ -184,18 +184,18 @@ def drawn(plan: SuperLoRA, trained: Sequence[str] | None, dtype: str) -> dict[st
     """
     if trained is None or plan.theta is not None or plan.point.subtracts:
         return {}  # θ is stored, as it is short; so is what starts at arrays that may not be drawn
-    chosen, found = set(trained), dict[str, Callable[[], np.ndarray]]()
-    kind = "float32" if dtype == "bfloat16" else dtype
+    chosen, draws = set(trained), dict[str, Callable[[], np.ndarray]]()
+    numpy_dtype = "float32" if dtype == "bfloat16" else dtype
     for group, start in zip(plan.groups, plan.starts(trained), strict=True):
         for name, full in group.names.items():
             if full not in chosen:
-                found[full] = functools.partial(_drawn, start, name, dtype, kind)
-    return found
+                draws[full] = functools.partial(_drawn, start, name, dtype, numpy_dtype)
+    return draws
 
 
-def _drawn(start: Initializer, name: str, dtype: str, kind: str) -> np.ndarray:
-    made: np.ndarray = start.make((name, dtype)).astype(kind)
-    return made
+def _drawn(start: Initializer, name: str, dtype: str, numpy_dtype: str) -> np.ndarray:
+    array: np.ndarray = start.make((name, dtype)).astype(numpy_dtype)
+    return array
 
 
 # -- AdapterFile -------------------------------------------------------------------------------------------------------
@@ -307,8 +307,8 @@ class AdapterFile:
                 raise ShapeError(f"given[{safe_repr(name)}] must be an array; got {type(array).__name__}")
         _check_dtypes(self)
         _check_text(self)
-        own = {name: tuple(array.shape) for name, array in [*self.arrays.items(), *self.given.items()]}
-        plan = check_fit(self.config, self.targets, own)
+        shapes = {name: tuple(array.shape) for name, array in [*self.arrays.items(), *self.given.items()]}
+        plan = check_fit(self.config, self.targets, shapes)
         put(
             "given",
             checked_given(self.given, plan.fixed_shapes, plan.brought_shapes),
@@ -379,17 +379,17 @@ class AdapterFile:
     @property
     def left_out(self) -> tuple[str, ...]:
         """Names of the frozen arrays that a file omits because the seed draws them, up to a limit on count and size."""
-        found, left = list[str](), MAX_DRAWN
+        names, left = list[str](), MAX_DRAWN
         for name, make in drawn(self.plan, self.trained, self.dtype).items():
             left -= self.arrays[name].size
-            if left < 0 or len(found) == MAX_LEFT_OUT:
+            if left < 0 or len(names) == MAX_LEFT_OUT:
                 break
             # Compare bits: a negative zero must be stored.
             if np.array_equal(self.arrays[name].view(np.uint8), make().view(np.uint8)):
-                found.append(name)
+                names.append(name)
             else:
                 left += self.arrays[name].size
-        return tuple(found)
+        return tuple(names)
 
     @property
     def draws(self) -> str | None:
@@ -440,9 +440,9 @@ class AdapterFile:
                 if drawn_so_far <= MAX_DRAWN:
                     total.update(group.frozen.make(name).astype("<f4").tobytes())
         if left_out:
-            made = drawn(self.plan, self.trained, "float32")
+            draws = drawn(self.plan, self.trained, "float32")
             for name in left_out:
-                total.update(made[name]().astype("<f4").tobytes())
+                total.update(draws[name]().astype("<f4").tobytes())
         return total.hexdigest()
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -494,9 +494,9 @@ def _draws(plan: SuperLoRA, full: str, subtracted: bool = False) -> bool:
 
     With ``subtracted``, only those whose start the update subtracts.
     """
-    group, _, name = full.removeprefix("group").partition(".")
-    own = plan.groups[int(group)]
-    return (own.subtracts or not subtracted) and own.start.draws(name)
+    number, _, name = full.removeprefix("group").partition(".")
+    group = plan.groups[int(number)]
+    return (group.subtracts or not subtracted) and group.start.draws(name)
 
 
 def _starts(plan: SuperLoRA) -> bytes:
@@ -522,8 +522,8 @@ def _own_targets(targets: Any, config: Config) -> tuple[Target, ...]:
         if not isinstance(target, Target):
             raise ConfigError(f"targets must be a list of Target; got {safe_repr(target)} among them")
     return tuple(
-        target if own.groups == "layer" else dataclasses.replace(target, layer="")
-        for own, weights in config.split(targets)
+        target if part.groups == "layer" else dataclasses.replace(target, layer="")
+        for part, weights in config.split(targets)
         for target in weights
     )
 
@@ -532,7 +532,7 @@ def _own_arrays(what: str, arrays: Any, dtypes: dict[str, str]) -> dict[str, np.
     """Return the arrays as a dictionary, in native byte order, with bfloat16 converted to float32."""
     if not isinstance(arrays, Mapping):
         raise ShapeError(f"{what} must be a mapping of names to arrays; got {type(arrays).__name__}")
-    found = {}
+    native = {}
     for name, array in arrays.items():
         if not isinstance(name, str) or not name:
             raise ShapeError(f"{what} must be named by strings; got {safe_repr(name)}")
@@ -544,8 +544,8 @@ def _own_arrays(what: str, arrays: Any, dtypes: dict[str, str]) -> dict[str, np.
         allowed = _FLOATS if what == "arrays" else [name for name in DTYPES.values() if name != "bfloat16"]
         if array.dtype.name not in allowed:
             raise BackendError(f"{what}[{name!r}] has dtype {array.dtype.name}; expected one of {', '.join(allowed)}")
-        found[name] = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return found
+        native[name] = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return native
 
 
 def _own_ties(file: AdapterFile) -> dict[str, tuple[str, ...]]:

@@ -192,8 +192,8 @@ def recipe_of(file: AdapterFile, draws: str | None) -> dict[str, Any]:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    found = config.replace(weight_shape=None).to_dict()
-    return {key: value for key, value in found.items() if key not in _DEFAULTS or value != _DEFAULTS[key]}
+    settings = config.replace(weight_shape=None).to_dict()
+    return {key: value for key, value in settings.items() if key not in _DEFAULTS or value != _DEFAULTS[key]}
 
 
 def recipe_text(recipe: Mapping[str, Any]) -> str:
@@ -246,9 +246,9 @@ def _value(value: Any) -> Any:
 
 def _of_kind(key: str, value: Any) -> Any:
     """Return a value after checking that it has the type of its key."""
-    kind = (_REQUIRED | _OPTIONAL | dict(_CONFIGS.values()))[key]
-    if not isinstance(value, kind):  # also catches Elements where no list is expected
-        raise FileError(f"the {ENTRY} entry's {key} must be {_JSON[kind]}; got {safe_repr(value)}")
+    expected = (_REQUIRED | _OPTIONAL | dict(_CONFIGS.values()))[key]
+    if not isinstance(value, expected):  # also catches Elements where no list is expected
+        raise FileError(f"the {ENTRY} entry's {key} must be {_JSON[expected]}; got {safe_repr(value)}")
     return value
 
 
@@ -275,36 +275,36 @@ def _composite(listed: Iterable[Any], targets: int) -> CompositeConfig:
         except FileError as error:
             raise FileError(f"part {number}: {error}") from error
     try:
-        found = CompositeConfig(parts)
-        found.split(range(targets))
+        config = CompositeConfig(parts)
+        config.split(range(targets))
     except TnadaptError as error:
         raise FileError(f"parts: {error}") from error
-    return found
+    return config
 
 
 def _targets(listed: Iterable[Any]) -> list[Target]:
-    found: list[Target] = []
+    targets: list[Target] = []
     for number, value in enumerate(listed):
         if number == _MAX_TARGETS:
             raise FileError(f"has more than {_MAX_TARGETS} targets, and no model has as many weights to adapt")
         try:
-            found.append(Target.from_list(value))
+            targets.append(Target.from_list(value))
         except TnadaptError as error:
             raise FileError(f"target {number}: {error}") from error
-    check_distinct(found)
-    return found
+    check_distinct(targets)
+    return targets
 
 
 def _trained(listed: Iterable[Any], most: int) -> list[str]:
     """Return the names; raise FileError if there are more than ``most``, the arrays stored or possibly omitted."""
-    found: list[str] = []
+    names: list[str] = []
     for name in listed:
         if not isinstance(name, str):
             raise FileError(f"trained must be a list of names of arrays; got {safe_repr(name)} among them")
-        if len(found) == most:
+        if len(names) == most:
             raise FileError(f"trained names more than {most} arrays, more than the file can have")
-        found.append(name)
-    return found
+        names.append(name)
+    return names
 
 
 def _pretrained(recipe: dict[str, Any]) -> Pretrained | None:
@@ -358,8 +358,8 @@ def save(path: str | os.PathLike[str], adapter_file: AdapterFile) -> None:
     >>> file = tna.AdapterFile(config, targets, tna.SuperLoRA(config, [(4, 6)]).init())
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     tna.save(folder + "/adapter.safetensors", file)
-    ...     found = tna.load(folder + "/adapter.safetensors")
-    >>> found.config == config, found.targets == tuple(targets), found.deltas()[0].shape
+    ...     loaded = tna.load(folder + "/adapter.safetensors")
+    >>> loaded.config == config, loaded.targets == tuple(targets), loaded.deltas()[0].shape
     (True, True, (4, 6))
     """
     where = path_of(path)
@@ -460,17 +460,17 @@ def load(path: str | os.PathLike[str], check_draws: bool = True, like: SuperLoRA
     where = path_of(path)
     with file_error_context(where):
         with opened(where) as container:
-            found, recipe, left_out = read(container)
+            adapter, recipe, left_out = read(container)
         if like is not None:
-            share_maps(found.plan, [like], digests=True)
+            share_maps(adapter.plan, [like], digests=True)
         draws = recipe.get("draws")
-        # Not found.draws: another writer may store arrays that this one omits.
-        if check_draws and draws != (here := found.draws_without(left_out)):
+        # Not adapter.draws: another writer may store arrays that this one omits.
+        if check_draws and draws != (here := adapter.draws_without(left_out)):
             raise FileError(
                 f"was trained with fixed draws whose digest is {draws}; on this machine it is {here}. The updates "
                 "would differ; run tnadapt.verify to see why, or load the file with check_draws=False"
             )
-        return found
+        return adapter
 
 
 def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, ...]]:
@@ -478,8 +478,8 @@ def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, 
     text = _entry_text(container)
     entries = container.entries
     recipe, config, targets, base, trained = parse_recipe(text, len(entries))
-    own = {name: entry for name, entry in entries.items() if not name.startswith(KEPT)}
-    plan = check_fit(config, targets, {name: entry.shape for name, entry in own.items()}, trained)
+    plan_entries = {name: entry for name, entry in entries.items() if not name.startswith(KEPT)}
+    plan = check_fit(config, targets, {name: entry.shape for name, entry in plan_entries.items()}, trained)
     # Entries are in the order of their bytes, so the file is read sequentially.
     stored = {name: (entry.dtype, container.array(name)) for name, entry in entries.items()}
     digest = recipe["sha256"]
@@ -488,16 +488,16 @@ def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, 
         raise FileError("is damaged: its bytes do not match its SHA-256")
     arrays = {name: _loaded(*tensor) for name, tensor in stored.items()}
     dtypes = {name: "bfloat16" for name, (tag, _) in stored.items() if tag == "BF16"}
-    left_out = _draw_missing(plan, trained, own, arrays, dtypes)
+    left_out = _draw_missing(plan, trained, plan_entries, arrays, dtypes)
     params = plan.param_shapes
-    given = {name: array for name, array in arrays.items() if name not in params and not name.startswith(KEPT)}
-    if any(stored[name][0] != "F32" for name in given):
+    frozen = {name: array for name, array in arrays.items() if name not in params and not name.startswith(KEPT)}
+    if any(stored[name][0] != "F32" for name in frozen):
         raise FileError("has frozen arrays of another dtype than float32")
-    found = AdapterFile(
+    adapter = AdapterFile(
         config,
         targets,
         {name: array for name, array in arrays.items() if name in params},
-        given=given,
+        given=frozen,
         kept={name.removeprefix(KEPT): array for name, array in arrays.items() if name.startswith(KEPT)},
         dtypes=dtypes,
         base=base,
@@ -507,28 +507,28 @@ def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, 
         pretrained=recipe["pretrained"],
         ties=recipe.get("ties", {}),
     )
-    found.check_finite()
-    return found, recipe, left_out
+    adapter.check_finite()
+    return adapter, recipe, left_out
 
 
 def _draw_missing(
     plan: SuperLoRA,
     trained: list[str] | None,
-    own: Mapping[str, Entry],
+    entries: Mapping[str, Entry],
     arrays: dict[str, np.ndarray],
     dtypes: dict[str, str],
 ) -> tuple[str, ...]:
     """Draw the frozen arrays that the file omits, and return their names."""
     if trained is None:
         return ()
-    kind = DTYPES[next(entry for name, entry in own.items() if name in plan.param_shapes).dtype]
-    if kind not in ("float64", "float32", "float16", "bfloat16"):
+    dtype = DTYPES[next(entry for name, entry in entries.items() if name in plan.param_shapes).dtype]
+    if dtype not in ("float64", "float32", "float16", "bfloat16"):
         return ()  # AdapterFile rejects the dtype later, with a better message
-    missing = {name: make for name, make in drawn(plan, trained, kind).items() if name not in own}
+    missing = {name: make for name, make in drawn(plan, trained, dtype).items() if name not in entries}
     for name, make in missing.items():
         arrays[name] = make()
-        if kind == "bfloat16":
-            dtypes[name] = kind
+        if dtype == "bfloat16":
+            dtypes[name] = dtype
     return tuple(missing)
 
 

@@ -48,12 +48,12 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.E
 @functools.cache
 def _system_call() -> Callable[..., int] | None:
     try:
-        found = ctypes.CDLL(None, use_errno=True).renameat2
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
         return None
-    found.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
-    found.restype = ctypes.c_int
-    return found
+    renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    renameat2.restype = ctypes.c_int
+    return renameat2
 
 
 def _renameat2(source: str, target: str, flags: int) -> bool:
@@ -207,18 +207,18 @@ def atomic_write(path: str, overwrite: bool = True) -> Iterator[io.FileIO]:
     sync_folder(folder)
 
 
-def _place(made: str, path: str, overwrite: bool) -> None:
+def _place(source: str, path: str, overwrite: bool) -> None:
     if not overwrite:
         try:
-            return rename_new(made, path)
+            return rename_new(source, path)
         except FileExistsError:
             raise FileError("exists; give another path, or overwrite=True (--overwrite)") from None
     with contextlib.suppress(FileNotFoundError):
         mode = os.lstat(path).st_mode
         if not stat.S_ISREG(mode):  # created in the meantime
             raise FileError("is neither a file nor a folder")
-        _set_mode(made, stat.S_IMODE(mode))
-    return os.replace(made, path)
+        _set_mode(source, stat.S_IMODE(mode))
+    return os.replace(source, path)
 
 
 def _set_mode(path: str, mode: int) -> None:

@@ -101,7 +101,7 @@ class Checkpoint:
                 self.entries.extend(container.entries)
                 self.data[file], self.metadata[file] = container.data, container.metadata
         if (name := self.entries.index()) is not None:
-            both = [os.path.basename(files[number]) for own, number in self.entries.files() if own == name]
+            both = [os.path.basename(files[number]) for other, number in self.entries.files() if other == name]
             with file_error_context(os.path.join(self.folder, both[1])):
                 raise FileError(f"{safe_repr(name)} is also in {both[0]}")
 
@@ -167,21 +167,21 @@ class Checkpoint:
                 )
             with open(file, "rb", buffering=0) as raw:
                 check_held(entry.stop - entry.start, held_bytes(os.fstat(raw.fileno())), safe_repr(name), raw)
-                made = np.empty(entry.shape if index is None else entry.shape[1:], raw_dtype(entry.dtype))
-                raw.seek(self.data[file] + entry.start + (0 if index is None else index * made.nbytes))
-                rest = made.reshape(-1).view(np.uint8).data
+                array = np.empty(entry.shape if index is None else entry.shape[1:], raw_dtype(entry.dtype))
+                raw.seek(self.data[file] + entry.start + (0 if index is None else index * array.nbytes))
+                rest = array.reshape(-1).view(np.uint8).data
                 while rest:
                     got = raw.readinto(rest)  # Linux reads at most 2 GiB at a time
                     if not got:
                         raise FileError(f"the file ended within {safe_repr(name)}, while it was read")
                     rest = rest[got:]
-        return made
+        return array
 
 
 def file_state(path: str) -> list[int]:
     """Return a file's size, modification time and inode, which change when it is written to or replaced."""
-    found = os.stat(path)
-    return [found.st_size, found.st_mtime_ns, found.st_ino]
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 class _Shards(Mapping[str, str]):
@@ -234,14 +234,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         ...
     tnadapt.errors.FileError: missing: No such file or directory
     """
-    given = path_of(path)
-    with file_error_context(given):
-        where = os.path.abspath(given)
+    path = path_of(path)
+    with file_error_context(path):
+        where = os.path.abspath(path)
         if os.path.isdir(where):
             where = os.path.join(where, _main(where))
         elif not os.path.lexists(where):
             raise FileError("No such file or directory")
-    return _indexed(given, where) if where.endswith(".json") else Checkpoint(given, (where,))
+    return _indexed(path, where) if where.endswith(".json") else Checkpoint(path, (where,))
 
 
 def _main(folder: str) -> str:
@@ -253,12 +253,12 @@ def _main(folder: str) -> str:
         if indices:
             raise FileError(f"has both model{SUFFIX} and {', '.join(indices)}, two models: give the path of one")
         return f"model{SUFFIX}"
-    for found in (indices, files):
-        if len(found) == 1:
-            return found[0]
-        if found:
+    for candidates in (indices, files):
+        if len(candidates) == 1:
+            return candidates[0]
+        if candidates:
             raise FileError(
-                f"has {_some(found)}, and nothing says which is the model: give the path of one"
+                f"has {_some(candidates)}, and nothing says which is the model: give the path of one"
                 + ("" if indices else ", or the index that belongs to them")
             )
     if not names:
@@ -282,7 +282,7 @@ def _json(path: str, limit: int) -> dict[str, Any]:
         return json_file(path, limit)
 
 
-def _indexed(given: str, where: str) -> Checkpoint:
+def _indexed(path: str, where: str) -> Checkpoint:
     content = _json(where, MAX_HEADER)
     with file_error_context(where):
         places = _places(content)
@@ -291,17 +291,19 @@ def _indexed(given: str, where: str) -> Checkpoint:
         missing = [os.path.basename(file) for file in files if not os.path.lexists(file)]
         if missing:
             raise FileError(f"lists files that are not there: {_some(missing)}. Was the download complete?")
-    found = Checkpoint(given, files, where)
+    checkpoint = Checkpoint(path, files, where)
     with file_error_context(where):
         for name, place in places.items():
-            there = found.shard.get(name)
-            if there is None or os.path.basename(there) != place:
-                where_it_is = "none of its files" if there is None else os.path.basename(there)
+            shard = checkpoint.shard.get(name)
+            if shard is None or os.path.basename(shard) != place:
+                where_it_is = "none of its files" if shard is None else os.path.basename(shard)
                 raise FileError(f"says that {safe_repr(name)} is in {place}; it is in {where_it_is}")
-        for name in found.entries:
+        for name in checkpoint.entries:
             if name not in places:
-                raise FileError(f"does not list {safe_repr(name)}, which is in {os.path.basename(found.shard[name])}")
-    return found
+                raise FileError(
+                    f"does not list {safe_repr(name)}, which is in {os.path.basename(checkpoint.shard[name])}"
+                )
+    return checkpoint
 
 
 def _places(index: Mapping[str, Any]) -> dict[str, str]:
@@ -394,7 +396,7 @@ def hidden_bar(file: str) -> Iterator[None]:
     if bar is None:
         yield
         return
-    module.tqdm = lambda found, *args, **kwargs: found
+    module.tqdm = lambda iterable, *args, **kwargs: iterable
     try:
         yield
     finally:

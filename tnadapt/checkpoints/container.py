@@ -331,10 +331,10 @@ def strict_json(text: str, what: str) -> dict[str, Any]:
         ...
     tnadapt.errors.FileError: the header has the key 'a' twice
     """
-    found = strict_value(text, what)
-    if not isinstance(found, dict):
-        raise FileError(f"{what} must be a JSON object; got {safe_repr(found)}")
-    return found
+    value = strict_value(text, what)
+    if not isinstance(value, dict):
+        raise FileError(f"{what} must be a JSON object; got {safe_repr(value)}")
+    return value
 
 
 def strict_value(text: str, what: str) -> Any:
@@ -347,12 +347,12 @@ def strict_value(text: str, what: str) -> Any:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        members = dict(pairs)
+        if len(members) < len(pairs):
             seen = set[str]()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             raise FileError(f"{what} has the key {safe_repr(twice)} twice")
-        return found
+        return members
 
     def number(text: str) -> float:
         value = float(text)  # 1e999 is infinity; NaN and Infinity, which JSON lacks, are parsed here, too
@@ -477,10 +477,10 @@ class Document:
         more = self.content[at : at + 1] != b"}"
         at += not more
         while more:
-            if (found := _STRING.match(self.content, at, self.stop)) is None:
+            if (key_match := _STRING.match(self.content, at, self.stop)) is None:
                 raise self._broken(at, "a key in quotes")
-            key = self.text(at, found.end())
-            at = self._space(found.end())
+            key = self.text(at, key_match.end())
+            at = self._space(key_match.end())
             if self.content[at : at + 1] != b":":
                 raise self._broken(at, "':'")
             at = self._space(at + 1)
@@ -515,16 +515,16 @@ class Document:
         """Return where the value that begins at a position ends, examining only its strings and brackets."""
         first, bound = self.content[at : min(at + 1, self.stop)], min(self.stop, at + limit)
         if first == b'"':
-            found = _STRING.match(self.content, at, self.stop)
+            match = _STRING.match(self.content, at, self.stop)
         elif first not in (b"{", b"["):
-            found = _SCALAR.match(self.content, at, self.stop)
+            match = _SCALAR.match(self.content, at, self.stop)
         else:
             return self._bracketed(at, bound, limit, key)
-        if found is None:
+        if match is None:
             raise self._broken(at, "a value")
-        if found.end() > bound:
+        if match.end() > bound:
             raise self._long(limit, key)
-        return found.end()
+        return match.end()
 
     def _bracketed(self, start: int, bound: int, limit: int, key: str | None) -> int:
         at, depth, tokens = start, 0, 0
@@ -534,10 +534,10 @@ class Document:
                 raise FileError(f"{self.what} has a value with more than {_MAX_TOKENS} strings and brackets")
             letter = self.content[at]
             if letter == 0x22:
-                found = _STRING.match(self.content, at, bound)
-                if found is None:
+                match = _STRING.match(self.content, at, bound)
+                if match is None:
                     break
-                at = found.end()
+                at = match.end()
             elif letter in b"[{":
                 depth, at = depth + 1, at + 1
                 if depth > _MAX_DEPTH:
@@ -573,14 +573,14 @@ class Document:
         start, stop = start + 1, stop - 1
         if self.content.find(b"\\", start, stop) < 0:
             return self.content[start:stop]
-        made = io.BytesIO()
+        buffer = io.BytesIO()
         while start < stop:
-            found = _LETTERS.match(self.content, start, stop)
-            if found is None:
+            match = _LETTERS.match(self.content, start, stop)
+            if match is None:
                 raise self._broken(start, "a string")
-            made.write(json.loads(f'"{found[0].decode()}"').encode("utf-8", "surrogatepass"))
-            start = found.end()
-        return made.getvalue()
+            buffer.write(json.loads(f'"{match[0].decode()}"').encode("utf-8", "surrogatepass"))
+            start = match.end()
+        return buffer.getvalue()
 
     def peek(self, at: int, count: int = 200) -> str:
         """Return the text at a position, for a message."""
@@ -640,8 +640,8 @@ def lazy_object(content: bytes, what: str, lazy: Collection[str], most: int = 64
 
     Examples
     --------
-    >>> found = lazy_object(b'{"version": 1, "targets": [[2], [3]]}', "the entry", ["targets"])
-    >>> found["version"].value(), list(found["targets"])
+    >>> entry = lazy_object(b'{"version": 1, "targets": [[2], [3]]}', "the entry", ["targets"])
+    >>> entry["version"].value(), list(entry["targets"])
     (1, [[2], [3]])
     """
     check_utf8(content, what)
@@ -791,16 +791,16 @@ def _metadata(document: Document, start: int) -> Metadata:
 
     if document.content[start : start + 1] != b"{":
         raise wrong(start)
-    found = dict[str, bytes]()
+    entries = dict[str, bytes]()
     for key, begin, end, _ in document.members(start, limit=document.stop, whole=False):
         if document.content[begin : begin + 1] != b'"':
             raise wrong(begin)
-        if key in found:
+        if key in entries:
             raise FileError(f"the header has the key {safe_repr(key)} twice in __metadata__")
-        if len(found) == MAX_METADATA:
+        if len(entries) == MAX_METADATA:
             raise FileError(f"the header has more than {MAX_METADATA} entries of __metadata__")
-        found[key] = document.long_text(begin, end)
-    return Metadata(found)
+        entries[key] = document.long_text(begin, end)
+    return Metadata(entries)
 
 
 def _unusual(document: Document, name: str, start: int, end: int) -> tuple[Any, Any, Any]:
@@ -896,14 +896,14 @@ class Container:
             )
         # Check the whole file, as a caller that reads one tensor reads the others as well.
         check_held(self._size, self.held, "the file", self._file)
-        made = np.empty(entry.shape, raw_dtype(entry.dtype))
+        array = np.empty(entry.shape, raw_dtype(entry.dtype))
         self._file.seek(self.data + entry.start)
         # A tensor without elements has no bytes to read.
-        if made.size and self._file.readinto(raw_bytes(made)) != made.nbytes:
+        if array.size and self._file.readinto(raw_bytes(array)) != array.nbytes:
             raise FileError(f"the file ended within {safe_repr(name)}, while it was read")
-        if entry.dtype == "BOOL" and made.size and made.view(np.uint8).max() > 1:
+        if entry.dtype == "BOOL" and array.size and array.view(np.uint8).max() > 1:
             raise FileError(f"{safe_repr(name)} is BOOL and has bytes other than 0 and 1")
-        return made
+        return array
 
 
 def held_bytes(state: os.stat_result) -> int:
@@ -950,17 +950,17 @@ def _data_bytes(handle: int, enough: int) -> int:
     if not hasattr(os, "SEEK_DATA"):
         return size
     before = os.lseek(handle, 0, os.SEEK_CUR)
-    found = at = 0
+    num_bytes = at = 0
     try:
-        while found < enough:
+        while num_bytes < enough:
             start = os.lseek(handle, at, os.SEEK_DATA)
             at = os.lseek(handle, start, os.SEEK_HOLE)
-            found += at - start
+            num_bytes += at - start
     except OSError as error:
-        return found if error.errno == errno.ENXIO else size  # ENXIO: nothing but a hole from there on
+        return num_bytes if error.errno == errno.ENXIO else size  # ENXIO: nothing but a hole from there on
     finally:
         os.lseek(handle, before, os.SEEK_SET)
-    return found
+    return num_bytes
 
 
 # The longest path of any system, that of Windows, is one of as many letters; others are texts in the place of a path.
@@ -983,13 +983,13 @@ def path_of(value: Any) -> str:
     tnadapt.errors.FileError: 3: a path must be a string or PathLike that can name a file
     """
     try:
-        found = os.fsdecode(value)
-        usable = 0 < len(found) <= _LONGEST_PATH and b"\0" not in os.fsencode(found)
+        path = os.fsdecode(value)
+        usable = 0 < len(path) <= _LONGEST_PATH and b"\0" not in os.fsencode(path)
     except (TypeError, UnicodeEncodeError):
         usable = False
     if not usable:
         raise FileError(f"{safe_repr(value)}: a path must be a string or PathLike that can name a file")
-    return found
+    return path
 
 
 @contextlib.contextmanager
@@ -1032,8 +1032,8 @@ def opened(path: str, foreign: bool = False) -> Iterator[Container]:
                 "tnadapt.convert(FOLDER, 'adapter.safetensors')"
             )
         names = sorted(name for name in map(os.fsdecode, os.listdir(path)) if name.endswith(".safetensors"))
-        found = f", such as {escaped(names[0])}" if names else ""
-        raise FileError(f"is a folder; give the path of a file in it{found}")
+        example = f", such as {escaped(names[0])}" if names else ""
+        raise FileError(f"is a folder; give the path of a file in it{example}")
     if not stat.S_ISREG(mode):
         # Opening a pipe would block until somebody writes to it.
         raise FileError("is neither a file nor a folder")
@@ -1096,12 +1096,12 @@ def serialized(tensors: Mapping[str, tuple[str, np.ndarray]], metadata: Mapping[
 
     # safetensors takes bytes up to release 0.7 and addresses from 0.8 on. ``tensors`` keeps the arrays alive meanwhile.
     spec = getattr(safetensors, "TensorSpec", None)
-    given: dict[str, Any] = {}
+    specs: dict[str, Any] = {}
     for name, (dtype, elements) in tensors.items():
         common = {"dtype": DTYPES[dtype], "shape": list(elements.shape)}
         if spec is None:
-            given[name] = {**common, "data": elements.tobytes()}
+            specs[name] = {**common, "data": elements.tobytes()}
         else:
             assert elements.flags.c_contiguous
-            given[name] = spec(**common, data_ptr=elements.ctypes.data, data_len=elements.nbytes)
-    return bytes(safetensors.serialize(given, dict(metadata)))
+            specs[name] = spec(**common, data_ptr=elements.ctypes.data, data_len=elements.nbytes)
+    return bytes(safetensors.serialize(specs, dict(metadata)))

@@ -106,8 +106,8 @@ class Fingerprint:
 
         Examples
         --------
-        >>> one, other = (fingerprint([np.full((1, 8), x)], "float64") for x in (1.0, 2.0))
-        >>> one.difference(other)
+        >>> ones, twos = (fingerprint([np.full((1, 8), x)], "float64") for x in (1.0, 2.0))
+        >>> ones.difference(twos)
         'both are float64, and their SHA-256 differ: 986923ae7d90… and d7d078610d18…'
         """
         if self.dtype == other.dtype:
@@ -131,8 +131,8 @@ class Fingerprint:
         Examples
         --------
         >>> weights = np.random.default_rng(0).normal(size=(64, 64))
-        >>> one, rounded = (fingerprint([w], "float64") for w in (weights, weights.round()))
-        >>> 0.1 < one.apart(rounded) < 0.6
+        >>> exact, rounded = (fingerprint([w], "float64") for w in (weights, weights.round()))
+        >>> 0.1 < exact.apart(rounded) < 0.6
         True
         """
         return math.dist(self.sketch, other.sketch) / math.sqrt(_SKETCHES)
@@ -182,15 +182,15 @@ def fingerprint(weights: Iterable[np.ndarray], dtype: str) -> Fingerprint:
         digest.update(f"{raw.shape[0]},{raw.shape[1]};".encode())
         for piece in _pieces(raw):
             digest.update(piece.view(np.uint8).data)
-            found, square = _sums(_wide(piece, dtype), position)
-            sums, squares, position = sums + found, squares + square, position + piece.size
+            piece_sums, piece_squares = _sums(_wide(piece, dtype), position)
+            sums, squares, position = sums + piece_sums, squares + piece_squares, position + piece.size
         if not np.isfinite(squares).all():
             raise ShapeError(f"weight {number} holds NaN, infinity, or numbers whose squares are infinite")
     if not position:
         raise ShapeError("there is no weight to take a fingerprint of")
     norm = math.sqrt(float(squares.sum()) / _SKETCHES)
     # Adding 0.0 turns -0.0 into 0.0, so that equal numbers have the same text.
-    sketch = tuple(round(float(found) / norm, _DECIMALS) + 0.0 if norm else 0.0 for found in sums)
+    sketch = tuple(round(float(total) / norm, _DECIMALS) + 0.0 if norm else 0.0 for total in sums)
     return Fingerprint(digest.hexdigest(), dtype, sketch)
 
 

@@ -57,8 +57,8 @@ def info(path: str | os.PathLike[str], every: bool = False) -> dict[str, Any]:
     >>> file = tna.AdapterFile(config, targets, tna.SuperLoRA(config, [(4, 6)] * 3).init())
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     tna.save(folder + "/adapter.safetensors", file)
-    ...     found = info(folder + "/adapter.safetensors")
-    >>> found["kind"], found["parameters"], found["targets"]
+    ...     summary = info(folder + "/adapter.safetensors")
+    >>> summary["kind"], summary["parameters"], summary["targets"]
     ('adapter', 30, [{'count': 3, 'role': 'q', 'name': 'layer.{0-2}.q.weight', 'stored': [4, 6], 'shape': [4, 6]}])
     """
     checkpoint = open_checkpoint(path)
@@ -77,7 +77,7 @@ def _of_adapter(path: str, every: bool) -> dict[str, Any]:
         file, recipe, left_out = read(container)
         draws = recipe.get("draws")
         draws_here = None if draws is None else file.draws_without(left_out) == draws
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "path": path,
         "kind": "adapter",
         "version": recipe.get("version", VERSION),
@@ -99,17 +99,17 @@ def _of_adapter(path: str, every: bool) -> dict[str, Any]:
         "sha256": recipe["sha256"],
     }
     if file.pretrained is not None:
-        found["pretrained"] = file.pretrained.to_dict()
+        summary["pretrained"] = file.pretrained.to_dict()
     if file.trained is not None:
-        found["frozen"] = sum(array.size for array in file.arrays.values()) - file.num_parameters
-    if given := [array for name, array in file.given.items() if name not in file.plan.start_shapes]:
-        found["given"] = {"arrays": len(given), "elements": sum(array.size for array in given)}
+        summary["frozen"] = sum(array.size for array in file.arrays.values()) - file.num_parameters
+    if given_arrays := [array for name, array in file.given.items() if name not in file.plan.start_shapes]:
+        summary["given"] = {"arrays": len(given_arrays), "elements": sum(array.size for array in given_arrays)}
     if file.plan.point.subtracts:
         stored = [name for name in file.given if name in file.plan.start_shapes]
-        found["start"] = {"name": file.config.start, "stored": len(stored)}
+        summary["start"] = {"name": file.config.start, "stored": len(stored)}
     if every:
-        found["every"] = [_target(target) for target in file.targets]
-    return found
+        summary["every"] = [_target(target) for target in file.targets]
+    return summary
 
 
 def _kept(file: AdapterFile) -> list[dict[str, Any]]:
@@ -123,15 +123,15 @@ def _of_checkpoint(checkpoint: Checkpoint, every: bool) -> dict[str, Any]:
     entries = checkpoint.entries
     dtypes: dict[str, dict[str, int]] = {}
     for entry in entries.values():
-        kind = dtypes.setdefault(entry.dtype, {"tensors": 0, "bytes": 0})
-        kind["tensors"] += 1
-        kind["bytes"] += entry.stop - entry.start
+        totals = dtypes.setdefault(entry.dtype, {"tensors": 0, "bytes": 0})
+        totals["tensors"] += 1
+        totals["bytes"] += entry.stop - entry.start
     in_file = collections.Counter(checkpoint.shard.values())
     try:
         config, no_config = checkpoint.config or {}, None
     except FileError as error:
         config, no_config = {}, str(error)
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "path": checkpoint.path,
         "kind": "checkpoint",
         "model_type": model_type if isinstance(model_type := config.get("model_type"), str) else None,
@@ -148,55 +148,59 @@ def _of_checkpoint(checkpoint: Checkpoint, every: bool) -> dict[str, Any]:
         "no_targets": None,
     }
     try:
-        found["targets"] = _grouped(find_stored({n: e.shape for n, e in entries.items()}, "qv", config))
+        summary["targets"] = _grouped(find_stored({n: e.shape for n, e in entries.items()}, "qv", config))
     except TnadaptError as error:
-        found["no_targets"] = str(error)
+        summary["no_targets"] = str(error)
     if every:
-        found["every"] = [
+        summary["every"] = [
             {"name": name, "dtype": entry.dtype, "shape": list(entry.shape), "bytes": entry.stop - entry.start}
             for name, entry in entries.items()
         ]
-    return found
+    return summary
 
 
 def _strings(value: Any) -> list[str] | None:
-    return value if isinstance(value, list) and all(isinstance(one, str) for one in value) else None
+    return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else None
 
 
 def _target(target: Target) -> dict[str, Any]:
-    found: dict[str, Any] = {"role": target.role, "name": target.name, "stored": list(target.stored)}
-    found["shape"] = list(target.shape)
+    fields: dict[str, Any] = {"role": target.role, "name": target.name, "stored": list(target.stored)}
+    fields["shape"] = list(target.shape)
     if target.rows is not None:
-        found["rows"] = target.rows.to_json()
+        fields["rows"] = target.rows.to_json()
     if target.transposed:
-        found["transposed"] = True
+        fields["transposed"] = True
     if target.index is not None:
-        found["index"] = target.index
+        fields["index"] = target.index
     if target.tied:
-        found["tied"] = list(target.tied)
+        fields["tied"] = list(target.tied)
     if target.groups > 1:
-        found["groups"] = target.groups
-    return found
+        fields["groups"] = target.groups
+    return fields
 
 
 def _grouped(targets: Iterable[Target]) -> list[dict[str, Any]]:
     """Group targets that differ only in the numbers in their paths."""
     alike: dict[Any, list[Target]] = {}
     for target in targets:
-        key = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", target.name)
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", target.name)
         view = (target.rows, target.transposed, target.index is None, target.tied, target.groups)
-        kind = (key, target.role, target.stored, *view)
-        alike.setdefault(kind, []).append(target)
-    return [_summary(found) for found in alike.values()]
+        key = (pattern, target.role, target.stored, *view)
+        alike.setdefault(key, []).append(target)
+    return [_summary(group) for group in alike.values()]
 
 
-def _summary(found: list[Target]) -> dict[str, Any]:
+def _summary(targets: list[Target]) -> dict[str, Any]:
     """Describe targets of one kind: all matrices of the stacks of several layers, say."""
-    own = {"count": len(found), **_target(found[0]), "name": _pattern(list(dict.fromkeys(one.name for one in found)))}
-    several = {one.index for one in found}
+    summary = {
+        "count": len(targets),
+        **_target(targets[0]),
+        "name": _pattern(list(dict.fromkeys(target.name for target in targets))),
+    }
+    several = {target.index for target in targets}
     if len(several) > 1:
-        own["index"] = _ranges(str(index) for index in several)
-    return own
+        summary["index"] = _ranges(str(index) for index in several)
+    return summary
 
 
 def _pattern(names: list[str]) -> str:

@@ -122,8 +122,8 @@ def lora_export(plan: SuperLoRA, targets: Sequence[Target] | None = None, activa
     tied = next((target for target in targets or () if target.tied), None)
     if tied is not None and not _is_tied_embedding(tied):
         return LoraExport(None, f"{escaped(tied.name)} is tied to {escaped(', '.join(tied.tied))}")
-    own = targets or ()
-    other = next((target for target in own if not _is_layer(target)), None)
+    weights = targets or ()
+    other = next((target for target in weights if not _is_layer(target)), None)
     if other is not None:
         return LoraExport(None, f"{escaped(other.name)} is not the weight of a layer")
     if targets is None and (full := plan.full_rank_bound()) is not None:
@@ -136,9 +136,11 @@ def lora_export(plan: SuperLoRA, targets: Sequence[Target] | None = None, activa
             total[_place(target)] += rank
         whole = {_place(target): dataclasses.replace(target, rows=None).shape for target in targets}
         shapes, ranks = [whole[module] for module in total], list(total.values())
-    found = lora_rank(shapes, ranks)
-    if found is not None:
-        return LoraExport(found, embedding=any(target.role == "embedding" for target in own), limits=_limits(own))
+    export_rank = lora_rank(shapes, ranks)
+    if export_rank is not None:
+        return LoraExport(
+            export_rank, embedding=any(target.role == "embedding" for target in weights), limits=_limits(weights)
+        )
     most = max(min(rank, *shape) for rank, shape in zip(ranks, shapes, strict=True))
     return LoraExport(None, f"its updates may have matrix rank {most}")
 

@@ -67,7 +67,7 @@ def _natural(value: Any) -> bool:
 
 
 def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and 0 < len(value) <= 3 and all(_natural(one) for one in value)
+    return isinstance(value, list) and 0 < len(value) <= 3 and all(_natural(size) for size in value)
 
 
 # The settings with which each library builds a model, and the check of their values.
@@ -79,10 +79,6 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 def is_local(name: str) -> bool:
     """Return whether a name is the path of a folder rather than a name on the hub, whether or not the folder exists.
-
-    Parameters
-    ----------
-    name : str
 
     Examples
     --------
@@ -128,8 +124,8 @@ class Pretrained:
     Examples
     --------
     >>> import tnadapt as tna
-    >>> found = tna.Pretrained("bert-base-uncased", task="text-classification", labels=["no", "yes"])
-    >>> found.id2label, found.label2id
+    >>> base = tna.Pretrained("bert-base-uncased", task="text-classification", labels=["no", "yes"])
+    >>> base.id2label, base.label2id
     ({0: 'no', 1: 'yes'}, {'no': 0, 'yes': 1})
     """
 
@@ -180,10 +176,10 @@ class Pretrained:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values that differ from the defaults, as JSON-compatible values."""
-        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        found["labels"] = list(self.labels)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["labels"] = list(self.labels)
         usual = {"library": "transformers"}
-        return {name: value for name, value in found.items() if value and value != usual.get(name)}
+        return {name: value for name, value in values.items() if value and value != usual.get(name)}
 
     @classmethod
     @checks_arguments
@@ -192,13 +188,13 @@ class Pretrained:
         unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise FileError(f"pretrained has unknown keys: {summarize(unknown)}")
-        found = list[Any]()
+        label_list = list[Any]()
         for label in labels:
-            found.append(label)
-            if len(found) > MAX_LABELS:
+            label_list.append(label)
+            if len(label_list) > MAX_LABELS:
                 raise FileError(f"has more than {MAX_LABELS} labels")
         try:
-            return cls(**{**values, "labels": found or values.get("labels", ())})
+            return cls(**{**values, "labels": label_list or values.get("labels", ())})
         except TnadaptError as error:
             raise FileError(f"pretrained: {error}") from error
 
@@ -221,13 +217,13 @@ def _check_choice(field: str, value: Any, known: Sequence[str]) -> None:
 def _own_labels(labels: Any) -> tuple[str, ...]:
     if not is_sequence(labels):
         raise ConfigError(f"labels must be a list of strings; got {safe_repr(labels)}")
-    found = tuple(labels)
-    if len(found) > MAX_LABELS:
-        raise ConfigError(f"labels must be at most {MAX_LABELS}; got {pluralize(len(found), 'label')}")
-    for label in found:
+    texts = tuple(labels)
+    if len(texts) > MAX_LABELS:
+        raise ConfigError(f"labels must be at most {MAX_LABELS}; got {pluralize(len(texts), 'label')}")
+    for label in texts:
         if not isinstance(label, str) or len(label) > _MAX_TEXT or not _encodes(label):
             raise ConfigError(f"a label must be a string of at most {_MAX_TEXT} letters; got {safe_repr(label)}")
-    return found
+    return texts
 
 
 def _encodes(text: str) -> bool:
@@ -241,15 +237,15 @@ def _encodes(text: str) -> bool:
 def _own_settings(settings: Any, library: str) -> dict[str, Any]:
     if not isinstance(settings, Mapping):
         raise ConfigError(f"settings must be a dictionary; got {safe_repr(settings)}")
-    known, found = _SETTINGS[library], {}
+    known, values = _SETTINGS[library], {}
     for name, value in settings.items():
         if name not in known:
             raise ConfigError(f"settings of {library} must be among {', '.join(known)}; got {safe_repr(name)}")
         value = list(value) if isinstance(value, tuple) else value
         if not known[name](value):
             raise ConfigError(f"settings have an impossible {name}: {safe_repr(value)}")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def _own_inputs(inputs: Any) -> dict[str, Any]:
@@ -257,20 +253,20 @@ def _own_inputs(inputs: Any) -> dict[str, Any]:
         raise ConfigError(f"inputs must be a dictionary; got {safe_repr(inputs)}")
     if len(inputs) > _MAX_INPUTS:
         raise ConfigError(f"inputs must be at most {_MAX_INPUTS} settings; got {len(inputs)}")
-    found = {}
+    values = {}
     for name, value in inputs.items():
         _check_line("the name of a setting in inputs", name)
         value = list(value) if isinstance(value, tuple) else value
-        plain = all(_plain(one) for one in value) and len(value) <= _MAX_TEXT if isinstance(value, list) else None
+        plain = all(_plain(item) for item in value) and len(value) <= _MAX_TEXT if isinstance(value, list) else None
         if not (_plain(value) if plain is None else plain):
             raise ConfigError(
                 f"inputs[{safe_repr(name)}] must be text, a number, a boolean, None or a list of these; got "
                 f"{safe_repr(value)}"
             )
-        found[name] = value
-    if len(json.dumps(found)) > 1 << 14:
+        values[name] = value
+    if len(json.dumps(values)) > 1 << 14:
         raise ConfigError("inputs must be small settings, of at most 16 KiB as JSON")
-    return found
+    return values
 
 
 def _plain(value: Any) -> bool:

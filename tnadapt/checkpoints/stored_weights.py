@@ -79,25 +79,25 @@ class ModuleNames:
     def of(self, name: str) -> list[str]:
         """Return the names that a parameter may have in the checkpoint; first its own."""
         parts = name.split(".")
-        found = {name: None}
+        names = {name: None}
         if len(parts) > _MAX_DEPTH or not self._tables:
             return [name]
         # transformers renames a parameter within the innermost model that has it, and then within those around that.
         # Which modules are models is unknown here, so that every part of the path is tried as one.
         for depth in range(len(parts) - 1, -1, -1):
             prefix = "".join(f"{part}." for part in parts[:depth])
-            for known in [known for known in found if known.startswith(prefix)]:
+            for known in [known for known in names if known.startswith(prefix)]:
                 for table in self._tables:
-                    found[prefix + _renamed(table, known.removeprefix(prefix))] = None
-        return list(found)
+                    names[prefix + _renamed(table, known.removeprefix(prefix))] = None
+        return list(names)
 
     def inverse(self, names: Iterable[str]) -> dict[str, list[str]]:
         """Return for each name in a checkpoint those of the given parameters that may have it there."""
-        found: dict[str, list[str]] = {}
+        parameters: dict[str, list[str]] = {}
         for name in names:
             for stored in self.of(name):
-                found.setdefault(stored, []).append(name)
-        return found
+                parameters.setdefault(stored, []).append(name)
+        return parameters
 
     @property
     def way_out(self) -> str:
@@ -115,7 +115,7 @@ class ModuleNames:
         """For each type and class of the model and its parts, the transforms by which transformers saves it."""
         if not self._kinds or not _installed():
             return []
-        return [table for kind in _with_classes(self._kinds) for table in _saving(kind)]
+        return [table for type_name in _with_classes(self._kinds) for table in _saving(type_name)]
 
 
 def _installed() -> bool:
@@ -131,9 +131,9 @@ def _kinds(config: Any) -> Iterator[str]:
         part = parts.pop()
         if isinstance(part, Mapping):
             classes = part.get("architectures")
-            for kind in (part.get("model_type"), *(classes if isinstance(classes, list) else ())):
-                if isinstance(kind, str):
-                    yield kind
+            for type_name in (part.get("model_type"), *(classes if isinstance(classes, list) else ())):
+                if isinstance(type_name, str):
+                    yield type_name
             parts += [value for value in part.values() if isinstance(value, Mapping)]
 
 
@@ -141,25 +141,25 @@ def _with_classes(kinds: Iterable[str]) -> list[str]:
     """Return types and classes of models, with the classes that belong to the types."""
     classes = vars(importlib.import_module("transformers.models.auto.modeling_auto"))
     configs = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING_NAMES
-    found = dict[str, None]()
-    for kind in kinds:
-        found[kind] = None
+    names = dict[str, None]()
+    for type_name in kinds:
+        names[type_name] = None
         for table in [table for name, table in classes.items() if name.endswith("_MAPPING_NAMES")]:
-            own = table.get(kind, ())
-            found |= dict.fromkeys((own,) if isinstance(own, str) else own)
+            class_names = table.get(type_name, ())
+            names |= dict.fromkeys((class_names,) if isinstance(class_names, str) else class_names)
         # Some parts of models, such as the text model of SigLIP, have classes that no table lists.
-        if isinstance(config := configs.get(kind), str):
-            found[f"{config.removesuffix('Config')}Model"] = None
-    return list(found)
+        if isinstance(config := configs.get(type_name), str):
+            names[f"{config.removesuffix('Config')}Model"] = None
+    return list(names)
 
 
-def _saving(kind: str) -> Iterator[Sequence[Any]]:
+def _saving(type_name: str) -> Iterator[Sequence[Any]]:
     """Yield the transforms by which transformers saves a type or class of models; none if it renames nothing."""
     try:
         mapping = importlib.import_module("transformers.conversion_mapping")
     except ModuleNotFoundError:  # before 5.0, checkpoints have the names of the modules
         return
-    loading = mapping.get_checkpoint_conversion_mapping(kind) or ()
+    loading = mapping.get_checkpoint_conversion_mapping(type_name) or ()
     saving = [transform.reverse_transform() for transform in reversed(loading)]
     # Saving adds a prefix only if loading has removed it, so that it may be missing.
     without = [transform for transform in saving if type(transform).__name__ != "PrefixChange"]
@@ -244,9 +244,9 @@ def _heads(checkpoint: Checkpoint) -> dict[str, str]:
         return {}
     stored = checkpoint.entries
     for end, heads, witness in _TIED:
-        found = _ending(stored, [end])
-        if len(found) == 1 and witness in stored and not any(f"{head}.weight" in stored for head in heads):
-            return dict.fromkeys(heads, found[0].removesuffix(".weight"))
+        embeddings = _ending(stored, [end])
+        if len(embeddings) == 1 and witness in stored and not any(f"{head}.weight" in stored for head in heads):
+            return dict.fromkeys(heads, embeddings[0].removesuffix(".weight"))
     return {}
 
 
@@ -263,7 +263,7 @@ def _embeddings(checkpoint: Checkpoint) -> list[str]:
 def _has_own_head(checkpoint: Checkpoint) -> bool:
     """Return whether a head is stored that differs from every embedding."""
     heads, embeddings = _ending(checkpoint.entries, _HEADS), _embeddings(checkpoint)
-    return bool(heads) and not any(_equal(checkpoint, head, one) for head in heads for one in embeddings)
+    return bool(heads) and not any(_equal(checkpoint, head, embedding) for head in heads for embedding in embeddings)
 
 
 def _equal(checkpoint: Checkpoint, head: str, embedding: str) -> bool:
@@ -322,15 +322,6 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
     experts also by the names of the tensors that checkpoints have for each of them; otherwise by the names that
     transformers' table gives, if it is installed; otherwise by role and shape, as modules are renamed between releases.
 
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-    file : AdapterFile
-
-    Returns
-    -------
-    ResolvedTargets
-
     Raises
     ------
     FileError
@@ -346,8 +337,8 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
     >>> file = tna.AdapterFile(config, targets, tna.SuperLoRA(config, [(4, 6)]).init())
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_file({"layer.0.query.weight": np.ones((4, 6), np.float32)}, folder + "/model.safetensors")
-    ...     found = resolve(open_checkpoint(folder), file)
-    >>> found.targets[0].name, found.how
+    ...     resolved = resolve(open_checkpoint(folder), file)
+    >>> resolved.targets[0].name, resolved.how
     ('layer.0.query.weight', "names without 'bert.'")
     """
     _check_alone(checkpoint, file)
@@ -376,16 +367,16 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
         )
     else:
         targets, how = _by_role(checkpoint, file, names), "weights of the same roles and shapes under other names"
-    found = ResolvedTargets(targets, {}, {}, how, also, parts)
-    check_distinct([target for _, target in found.places])
-    for _, target in found.places:
+    resolved = ResolvedTargets(targets, {}, {}, how, also, parts)
+    check_distinct([target for _, target in resolved.places])
+    for _, target in resolved.places:
         _check_target(target, entries[target.name])
         _check_order(target, checkpoint)
     kept, added = _kept(entries, file, shift or Prefix(), names, renamed is not None)
-    both = {target.name for _, target in found.places}.intersection(kept.values())
+    both = {target.name for _, target in resolved.places}.intersection(kept.values())
     if both:
         raise FileError(f"the adapter both updates and replaces {summarize(both)}")
-    return found._replace(kept=kept, added=added)
+    return resolved._replace(kept=kept, added=added)
 
 
 def _experts(
@@ -395,19 +386,21 @@ def _experts(
     for several in expert_tensors(targets):
         shift = found_prefix([part for parts in several for part in parts], shapes)
         if shift is not None:
-            moved = {index: tuple(map(shift.target, parts)) for index, parts in enumerate(several) if len(parts) > 1}
-            return [parts[0] for parts in several], shift, moved
+            shifted_parts = {
+                index: tuple(map(shift.target, parts)) for index, parts in enumerate(several) if len(parts) > 1
+            }
+            return [parts[0] for parts in several], shift, shifted_parts
     return targets, None, {}
 
 
 def _by_role(checkpoint: Checkpoint, file: AdapterFile, names: ModuleNames) -> tuple[Target, ...]:
     missing = [target.name for target in file.targets if target.name not in checkpoint.entries]
     roles = "".join(dict.fromkeys(target.role for target in file.targets))
-    found: list[Target] = []
+    candidates: list[Target] = []
     if set(roles) <= set("qkvo"):
         shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
         try:
-            found = find_stored(shapes, roles, checkpoint.config)
+            candidates = find_stored(shapes, roles, checkpoint.config)
         except LayoutError as error:
             raise FileError(
                 f"the checkpoint lacks {_how_many(missing, len(file.targets))}, such as "
@@ -415,10 +408,10 @@ def _by_role(checkpoint: Checkpoint, file: AdapterFile, names: ModuleNames) -> t
                 f"prefix, and weights of the same roles cannot be identified: {error}"
             ) from error
         except TargetError:
-            found = []
-    partners = paired(file.targets, found)
+            candidates = []
+    partners = paired(file.targets, candidates)
     if partners is None:
-        alike = sorted((t.role, t.shape) for t in found) == sorted((t.role, t.shape) for t in file.targets)
+        alike = sorted((t.role, t.shape) for t in candidates) == sorted((t.role, t.shape) for t in file.targets)
         raise _missing(checkpoint, missing, len(file.targets), alike, names)
     return tuple(dataclasses.replace(new, layer=old.layer) for new, old in zip(partners, file.targets, strict=True))
 
@@ -453,9 +446,9 @@ def _missing(checkpoint: Checkpoint, missing: list[str], targets: int, alike: bo
 
 def _check_target(target: Target, entry: Entry) -> None:
     if entry.dtype not in FLOATS:
-        kind = "no weight" if entry.dtype in ("BOOL", "C64") else "quantized or packed"
+        form = "no weight" if entry.dtype in ("BOOL", "C64") else "quantized or packed"
         raise FileError(
-            f"{safe_repr(target.name)} is {entry.dtype}, {kind}: an update cannot be added to it. Merge into a "
+            f"{safe_repr(target.name)} is {entry.dtype}, {form}: an update cannot be added to it. Merge into a "
             "checkpoint "
             "of the model in bfloat16, float16 or float32, and quantize the result"
         )
@@ -509,29 +502,31 @@ def _kept(
         name.removeprefix(shift.given).partition(".")[0] for name in entries if name.startswith(shift.given)
     }  # fmt: skip
     for name, array in file.kept.items():
-        moved = shift.of(name) or name
-        places = [place for one in (name, *file.ties.get(name, ())) for place in (shift.of(one) or one, one)]
+        shifted = shift.of(name) or name
+        places = [place for alias in (name, *file.ties.get(name, ())) for place in (shift.of(alias) or alias, alias)]
         stored = list(dict.fromkeys(place for place in places if place in entries))
-        there = stored[0] if stored else None
+        stored_name = stored[0] if stored else None
         if len(stored) > 1 and file.ties.get(name):
             raise FileError(
                 f"the adapter keeps {safe_repr(name)}, which is tied to {', '.join(map(safe_repr, file.ties[name]))}, "
                 f"and the checkpoint stores {' and '.join(map(safe_repr, stored))}: give one of the tied model"
             )
-        of_model = moved.removeprefix(shift.given).partition(".")[0] in tops
-        if there is None and (of_model or renamed):
-            there = next((one for other in names.of(name) if (one := shift.of(other) or other) in entries), None)
-        if there is None:
+        of_model = shifted.removeprefix(shift.given).partition(".")[0] in tops
+        if stored_name is None and (of_model or renamed):
+            stored_name = next(
+                (place for other in names.of(name) if (place := shift.of(other) or other) in entries), None
+            )
+        if stored_name is None:
             if of_model:
-                close = difflib.get_close_matches(moved, entries, 3, 0.5)
+                close = difflib.get_close_matches(shifted, entries, 3, 0.5)
                 raise FileError(
                     f"the adapter keeps {safe_repr(name)}, which the checkpoint does not have, though it has others of "
                     f"that module; nearest: {', '.join(map(safe_repr, close)) or 'none'}"
                 )
-            _need_free(added, name, moved)
-            added[name] = moved
+            _need_free(added, name, shifted)
+            added[name] = shifted
             continue
-        entry, theirs = entries[there], file.dtypes.get(f"kept.{name}", array.dtype.name)
+        entry, theirs = entries[stored_name], file.dtypes.get(f"kept.{name}", array.dtype.name)
         if entry.shape != array.shape:
             raise FileError(
                 f"the adapter keeps {safe_repr(name)} of shape {array.shape}, and the checkpoint's is "
@@ -540,15 +535,15 @@ def _kept(
             )
         if DTYPES.get(entry.dtype) != theirs and not (entry.dtype in FLOATS and theirs in FLOATS.values()):
             raise FileError(f"the adapter keeps {safe_repr(name)} as {theirs}, and the checkpoint's is {entry.dtype}")
-        _need_free(kept, name, there)
-        kept[name] = there
+        _need_free(kept, name, stored_name)
+        kept[name] = stored_name
     return kept, added
 
 
 def _need_free(taken: Mapping[str, str], name: str, place: str) -> None:
     """Raise FileError if two kept parameters map to one name in the checkpoint, as with and without a prefix."""
-    for other, own in taken.items():
-        if own == place:
+    for other, other_place in taken.items():
+        if other_place == place:
             raise FileError(
                 f"the adapter keeps both {safe_repr(other)} and {safe_repr(name)}, which are both "
                 f"{safe_repr(place)} in the "
@@ -603,7 +598,7 @@ class StoredWeights:
 
     def numbers(self, index: int) -> np.ndarray:
         """Read the weight of a target, of shape ``(rows, cols)``, in a dtype that NumPy supports."""
-        return _joined([_selected(one, numbers(self.checkpoint, one.name, one.index)) for one in self.parts[index]])
+        return _joined([_selected(part, numbers(self.checkpoint, part.name, part.index)) for part in self.parts[index]])
 
     def fingerprint(self) -> Fingerprint | None:
         """Return the fingerprint of the weights; None if they have several dtypes."""
@@ -620,8 +615,8 @@ def _joined(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _selected(part: Target, stored: np.ndarray) -> np.ndarray:
-    found: np.ndarray = (part if part.index is None else part.of_matrix()).select(stored)
-    return found
+    array: np.ndarray = (part if part.index is None else part.of_matrix()).select(stored)
+    return array
 
 
 def _placed(checkpoint: Checkpoint, targets: Sequence[Target], which: str) -> tuple[list[tuple[Target, ...]], Prefix]:
@@ -673,10 +668,10 @@ def located(file: AdapterFile, checkpoint: Checkpoint) -> Sequence[Target]:
     if all(target.name in checkpoint.entries for target in file.targets):
         return file.targets
     try:
-        found = resolve(checkpoint, file)
+        resolved = resolve(checkpoint, file)
     except TnadaptError:
         return file.targets
-    return file.targets if found.parts else found.targets
+    return file.targets if resolved.parts else resolved.targets
 
 
 class BaseWeights:
@@ -709,24 +704,24 @@ class BaseWeights:
         """Return a weight as a matrix, widened to float32 at least."""
         target = self._targets[index]
         array = self._checkpoint.array(target.name)
-        kind = FLOATS[self._checkpoint.entries[target.name].dtype]
-        return np.asarray(widened(target.select(array), kind).reshape(target.shape))
+        dtype = FLOATS[self._checkpoint.entries[target.name].dtype]
+        return np.asarray(widened(target.select(array), dtype).reshape(target.shape))
 
     def check_fingerprint(self) -> None:
         """Raise TargetError if the file knows its base, and this is another one."""
         if self._file.base is None:
             return
-        kinds = {FLOATS[self._checkpoint.entries[target.name].dtype] for target in self._targets}
-        kind = kinds.pop() if len(kinds) == 1 else "float64" if "float64" in kinds else "float32"
-        difference = compare(self._file.base, self._stored(kind), kind)
+        dtypes = {FLOATS[self._checkpoint.entries[target.name].dtype] for target in self._targets}
+        dtype = dtypes.pop() if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32"
+        difference = compare(self._file.base, self._stored(dtype), dtype)
         if difference is not None:
             raise TargetError(
                 f"base is another model than the one that the adapter was trained on: for the adapted weights, "
                 f"{difference}. Give that one"
             )
 
-    def _stored(self, kind: str) -> Iterator[np.ndarray]:
+    def _stored(self, dtype: str) -> Iterator[np.ndarray]:
         for target in self._targets:
-            own = FLOATS[self._checkpoint.entries[target.name].dtype]
+            stored_dtype = FLOATS[self._checkpoint.entries[target.name].dtype]
             weight = target.select(self._checkpoint.array(target.name))
-            yield weight if own == kind else widened(weight, own).astype(kind)
+            yield weight if stored_dtype == dtype else widened(weight, stored_dtype).astype(dtype)

@@ -79,9 +79,9 @@ class ServedFolder:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     tna.save(folder + "/math.safetensors", tna.AdapterFile(plan.config, targets, arrays))
     ...     served = ServedFolder(folder, folder + "/cache")
-    ...     found = served.find("math", "org/model")
-    ...     config = json.loads(Path(found.path, "adapter_config.json").read_text())
-    ...     config["r"], served.find("math", "org/model") == found, served.find("../math", "org/model")
+    ...     adapter = served.find("math", "org/model")
+    ...     config = json.loads(Path(adapter.path, "adapter_config.json").read_text())
+    ...     config["r"], served.find("math", "org/model") == adapter, served.find("../math", "org/model")
     (8, True, None)
     """
 
@@ -149,9 +149,9 @@ class ServedFolder:
 
     def _check_refused(self, name: str, digest: str) -> None:
         """Raise the error of an adapter again if the same content was refused before."""
-        known, kind, message = self._refused.get(name, ("", TnadaptError, ""))
+        known, error_type, message = self._refused.get(name, ("", TnadaptError, ""))
         if known == digest:
-            raise kind(message)
+            raise error_type(message)
 
     def _expand(self, path: Path, content: bytes, base: str | None, place: Path) -> None:
         """Write an adapter's LoRA; of several writers of one place, any one wins, as all write the same."""
@@ -212,10 +212,10 @@ def _folder_of(model: str) -> str | None:
 
 def _digest(content: bytes, model: str, base: str | None) -> str:
     """Return a digest of all that the expanded adapter depends on."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for part in (_VERSION, model.encode("utf-8", "surrogatepass"), str(base).encode(), *_state(base), content):
-        found.update(len(part).to_bytes(8, "little") + part)
-    return found.hexdigest()
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
 
 
 def _state(base: str | None) -> list[bytes]:
@@ -255,13 +255,13 @@ def vllm_resolver(folder: ServedFolder) -> Any:
     class TnadaptResolver(LoRAResolver):  # type: ignore[misc]  # vLLM is not installed where types are checked
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
             try:
-                found = await asyncio.to_thread(folder.find, lora_name, base_model_name)
+                served = await asyncio.to_thread(folder.find, lora_name, base_model_name)
             except (TnadaptError, OSError) as error:
                 _log.error("the adapter %r cannot be served as LoRA: %s", lora_name, error)
                 return None
-            if found is None:
+            if served is None:
                 return None
-            return LoRARequest(lora_name=lora_name, lora_int_id=found.number, lora_path=found.path)
+            return LoRARequest(lora_name=lora_name, lora_int_id=served.number, lora_path=served.path)
 
     return TnadaptResolver()
 

@@ -389,9 +389,9 @@ def of_config(config: Mapping[str, Any], stored: StoredWeight) -> AttentionLayou
     >>> of_config({}, StoredWeight("in_proj")) is None
     True
     """
-    kind, architecture = config.get("model_type"), config.get("architecture")
+    model_type, architecture = config.get("model_type"), config.get("architecture")
     for entry in _entries():
-        known = kind in entry.model_types
+        known = model_type in entry.model_types
         known = known or (isinstance(architecture, str) and architecture.startswith(entry.architectures or ("\0",)))
         known = known or (bool(entry.settings) and all(config.get(name) is not None for name in entry.settings))
         if known and entry.may_be(stored):

@@ -64,9 +64,9 @@ def expert_tensors(targets: Sequence[Target]) -> Iterator[list[tuple[Target, ...
         if any(not target.module.endswith(old) for target in experts):
             continue
         for parts in PARTS:
-            found = [_tensors(target, old, new, parts.get(target.parameter, ())) for target in targets]
-            if all(found):
-                yield found
+            tensors = [_tensors(target, old, new, parts.get(target.parameter, ())) for target in targets]
+            if all(tensors):
+                yield tensors
 
 
 def _tensors(target: Target, old: str, new: str, parts: Sequence[str]) -> tuple[Target, ...]:
@@ -126,17 +126,22 @@ def experts_of(
     Examples
     --------
     >>> stacks = {"mlp.experts.gate_up_proj": (2, 8, 12), "mlp.experts.down_proj": (2, 6, 8)}
-    >>> [(one.target.label, one.target.shape) for one in experts_of(stacks)][1:3]
+    >>> [(expert.target.label, expert.target.shape) for expert in experts_of(stacks)][1:3]
     [('mlp.experts.gate_up_proj[1]', (12, 8)), ('mlp.experts.down_proj[0]', (8, 6))]
     >>> single = {f"moe.experts.{i}.{x}_proj.weight": (4, 8) for i in (0, 1) for x in ("gate", "up")}
-    >>> [(one.target.label, one.tensors[0]) for one in experts_of(single)]
+    >>> [(expert.target.label, expert.tensors[0]) for expert in experts_of(single)]
     [('moe.experts.gate_up_proj[0]', 'moe.experts.0.gate_proj.weight'),
      ('moe.experts.gate_up_proj[1]', 'moe.experts.1.gate_proj.weight')]
     """
-    single = [one for one in _single(shapes) if chosen(one.target.module, one.target.parameter)]
-    found = [*_stacked(shapes, config, chosen), *single]
+    single = [expert for expert in _single(shapes) if chosen(expert.target.module, expert.target.parameter)]
+    experts = [*_stacked(shapes, config, chosen), *single]
     return sorted(
-        found, key=lambda one: (natural(one.target.module), PARAMETERS.index(one.target.parameter), one.target.index)
+        experts,
+        key=lambda expert: (
+            natural(expert.target.module),
+            PARAMETERS.index(expert.target.parameter),
+            expert.target.index,
+        ),
     )
 
 
@@ -151,19 +156,21 @@ def _stacked(
         module, _, parameter = name.rpartition(".")
         if parameter in PARAMETERS and len(shape) == 3 and min(shape) > 0 and "experts" in module.rpartition(".")[2]:
             of_module.setdefault(module, {})[parameter] = tuple(shape)
-    found = []
-    for module, own in of_module.items():
-        wanted = {parameter: shape for parameter, shape in own.items() if chosen(module, parameter)}
-        transposed = bool(wanted) and _is_transposed(module, own, config or {})
+    experts = []
+    for module, stacks in of_module.items():
+        wanted = {parameter: shape for parameter, shape in stacks.items() if chosen(module, parameter)}
+        transposed = bool(wanted) and _is_transposed(module, stacks, config or {})
         for parameter, shape in wanted.items():
             whole = Target(module, shape, "linear", parameter, None, transposed, _layer(module), 0)
-            found += [StoredExpert(dataclasses.replace(whole, index=index), (whole.name,)) for index in range(shape[0])]
-    return found
+            experts += [
+                StoredExpert(dataclasses.replace(whole, index=index), (whole.name,)) for index in range(shape[0])
+            ]
+    return experts
 
 
-def _is_transposed(module: str, own: Mapping[str, Shape], config: Mapping[str, Any]) -> bool:
-    down = own.get("down_proj")
-    first, factor = (own["gate_up_proj"], 2) if "gate_up_proj" in own else (own.get("up_proj"), 1)
+def _is_transposed(module: str, stacks: Mapping[str, Shape], config: Mapping[str, Any]) -> bool:
+    down = stacks.get("down_proj")
+    first, factor = (stacks["gate_up_proj"], 2) if "gate_up_proj" in stacks else (stacks.get("up_proj"), 1)
     if first is not None and down is not None:
         # (out, in), where in of one matrix is out of the other; gate and up are twice as many rows.
         plain = (first[1], first[2]) == (factor * down[2], down[1])
@@ -174,8 +181,8 @@ def _is_transposed(module: str, own: Mapping[str, Shape], config: Mapping[str, A
         if plain and first[1] != first[2] and hidden in first[1:]:
             return bool(first[1] == hidden)
     raise TargetError(
-        f"{module} stacks the matrices of experts in tensors of shapes {list(own.values())}, which do not tell inputs "
-        "from outputs: build the model and use tnadapt.torch, which reads its classes"
+        f"{module} stacks the matrices of experts in tensors of shapes {list(stacks.values())}, which do not tell "
+        "inputs from outputs: build the model and use tnadapt.torch, which reads its classes"
     )
 
 
@@ -187,22 +194,22 @@ def _single(shapes: Mapping[str, Sequence[int]]) -> list[StoredExpert]:
     for name, shape in shapes.items():
         match = _SINGLE.fullmatch(name)
         if match is not None and len(shape) == 2 and min(shape) > 0:
-            own = of_module.setdefault(match[1], {}).setdefault(match[3], {})
-            own[int(match[2])] = tuple(shape)
-    return [one for module, own in of_module.items() for one in _joined(module, own)]
+            by_number = of_module.setdefault(match[1], {}).setdefault(match[3], {})
+            by_number[int(match[2])] = tuple(shape)
+    return [expert for module, shapes_by_name in of_module.items() for expert in _joined(module, shapes_by_name)]
 
 
-def _joined(module: str, own: Mapping[str, Mapping[int, Shape]]) -> list[StoredExpert]:
+def _joined(module: str, shapes: Mapping[str, Mapping[int, Shape]]) -> list[StoredExpert]:
     """Return the experts of one module whose tensors have known names, are complete and have one shape."""
     known: set[str] = set()
-    found = []
+    experts = []
     for parts in PARTS:
         for parameter, names in parts.items():
-            several = [own[name] for name in names if name in own]
+            several = [shapes[name] for name in names if name in shapes]
             if len(several) < len(names) or known.intersection(names):
                 continue
-            (shape, *others) = {shape for one in several for shape in one.values()}
-            numbers = {frozenset(one) for one in several}
+            (shape, *others) = {shape for numbered in several for shape in numbered.values()}
+            numbers = {frozenset(numbered) for numbered in several}
             count = len(several[0])
             if others or numbers != {frozenset(range(count))}:
                 continue
@@ -211,8 +218,8 @@ def _joined(module: str, own: Mapping[str, Mapping[int, Shape]]) -> list[StoredE
             whole = Target(_in_memory(module), stored, "linear", parameter, None, False, _layer(module), 0)
             for index in range(count):
                 tensors = tuple(f"{module}.{index}.{name}.weight" for name in names)
-                found.append(StoredExpert(dataclasses.replace(whole, index=index), tensors))
-    return found
+                experts.append(StoredExpert(dataclasses.replace(whole, index=index), tensors))
+    return experts
 
 
 def _in_memory(module: str) -> str:

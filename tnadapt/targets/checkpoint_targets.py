@@ -91,7 +91,7 @@ def stored_rows(
     LayoutError
         If the layout cannot be determined.
     """
-    found: list[dict[str, Rows | None]] = []
+    layouts: list[dict[str, Rows | None]] = []
     reasons: list[str] = []
     parts = _parts_for(name, config or {})
     for part in parts:
@@ -102,10 +102,10 @@ def stored_rows(
         except LayoutError as error:
             reasons.append(str(error))
         else:
-            found += [rows] if rows not in found else []
-    if len(found) == 1:
-        return found[0]
-    why = _WHICH_PART if found else reasons[0]
+            layouts += [rows] if rows not in layouts else []
+    if len(layouts) == 1:
+        return layouts[0]
+    why = _WHICH_PART if layouts else reasons[0]
     raise LayoutError(
         f"{name} produces {', '.join(fused.letters)} with one weight of {fused.out} rows, in an unknown layout: {why}. "
         "Put the model's own config.json next to the weights, build the model and use tnadapt.torch, which reads its "
@@ -124,27 +124,27 @@ def is_transposed(name: str, shape: tuple[int, ...], config: Config | None) -> b
     if len(shape) != 2 or name.split(".")[-2:-1] not in _CONV1D:
         return False
     kinds = [part.get("model_type") for part in _parts_for(name, config or {})]
-    return any(isinstance(kind, str) and kind in TRANSPOSED for kind in kinds)
+    return any(isinstance(type_name, str) and type_name in TRANSPOSED for type_name in kinds)
 
 
-def _rows(stored: StoredWeight, fused: Fused, cols: int, config: Config, given: bool) -> dict[str, Rows | None]:
+def _rows(stored: StoredWeight, fused: Fused, cols: int, config: Config, has_config: bool) -> dict[str, Rows | None]:
     entry = of_config(config, stored)
     rule = by_name(stored.name) if entry is None else entry.rule
     if rule is None or (entry is None and contested(config, stored)):
-        kind = config.get("model_type") or config.get("architecture")
-        says = f"{safe_repr(kind)} has no known layout" if kind else "config.json has no model_type"
+        model_type = config.get("model_type") or config.get("architecture")
+        says = f"{safe_repr(model_type)} has no known layout" if model_type else "config.json has no model_type"
         raise LayoutError(
             f"libraries lay out {safe_repr(stored.name)} in different ways, and "
-            + (says if given else "there is no config.json that says what kind of model this is")
+            + (says if has_config else "there is no config.json that says what kind of model this is")
         )
     inner = config.get("attn_config")
     lookups = [config.get, *([inner.get] if isinstance(inner, Mapping) else [])]
     rows = place_rows(
-        rule(Facts(lookups, "config.json lacks" if given else "without a config.json, there is no"), fused), fused
+        rule(Facts(lookups, "config.json lacks" if has_config else "without a config.json, there is no"), fused), fused
     )
     if entry is None and fused.letters == "qkv" and fused.o_in is None:
         # There is no output projection to check the sizes against.
-        equal = len({one.length for one in rows.values() if one is not None}) == 1
+        equal = len({span.length for span in rows.values() if span is not None}) == 1
         if equal and fused.out != 3 * cols and _has_no_heads(config):
             raise LayoutError("no output projection and no numbers of heads determine its sizes")
         if not equal and fused.out == 3 * cols:
@@ -223,13 +223,13 @@ class StoredModel:
 
     def projections(self, path: str, child: str) -> list[str]:
         """Return the weights of a projection, which may be wrapped: just one if it is the only one or is named so."""
-        found = [name for name in self.children[path][child] if _projects(self.weights.get(name))]
-        return main_projection(found, _join(path, child), lambda name: name.removesuffix(".weight"))
+        weights = [name for name in self.children[path][child] if _projects(self.weights.get(name))]
+        return main_projection(weights, _join(path, child), lambda name: name.removesuffix(".weight"))
 
     def outputs(self, path: str, names: frozenset[str]) -> list[str]:
         """Return the weights of the children with these names that hold exactly one weight."""
-        found = [self.projections(path, child) for child in self.children.get(path, {}) if child in names]
-        return [weights[0] for weights in found if len(weights) == 1]
+        candidates = [self.projections(path, child) for child in self.children.get(path, {}) if child in names]
+        return [weights[0] for weights in candidates if len(weights) == 1]
 
 
 def _is_weight(name: str, shape: Sequence[int]) -> bool:
@@ -280,14 +280,14 @@ def targets_of(model: StoredModel, roles: str) -> list[Target]:
     >>> [(target.role, target.rows) for target in targets_of(model, "q")]
     [('q', Rows(start=0, length=2, stride=6, count=2))]
     """
-    found: list[Target] = []
+    targets: list[Target] = []
     for attention in _attentions(model):
         _check_clear(model, attention, roles)
         inputs = [target for entry in attention.inputs for target in _inputs(model, attention, entry, roles)]
-        found += sorted(inputs, key=lambda target: (ROLES.index(target.role), natural(target.module)))
+        targets += sorted(inputs, key=lambda target: (ROLES.index(target.role), natural(target.module)))
         if "o" in roles:
-            found += [model.whole(name, "o", layer_of(attention.path)) for name in attention.outputs]
-    return found
+            targets += [model.whole(name, "o", layer_of(attention.path)) for name in attention.outputs]
+    return targets
 
 
 def _attentions(model: StoredModel) -> Iterator[_StoredAttention]:
@@ -321,13 +321,13 @@ def _is_attention(path: str) -> bool:
 
 def _called(model: StoredModel, path: str, named: bool) -> list[_Input]:
     """Return the parameters and children of a module that are named as projections to q, k or v."""
-    found = []
+    inputs = []
     for child in model.children[path]:
         says = parse_projection_name(child, named)
         weights = model.projections(path, child) if says is not None else []
         if says is not None and weights:
-            found.append((child, says, weights))
-    return settled_names(found)
+            inputs.append((child, says, weights))
+    return settled_names(inputs)
 
 
 def _check_clear(model: StoredModel, attention: _StoredAttention, roles: str) -> None:
@@ -354,8 +354,8 @@ def _inputs(model: StoredModel, attention: _StoredAttention, entry: _Input, role
     rows: dict[str, Rows | None] = dict.fromkeys(says.letters)
     if len(says.letters) > 1:
         rows = _rows_in(model, attention, child, says, whole)
-    for letter, own in distinct_rows(wanted, rows):
-        yield Target(whole.module, whole.stored, letter, whole.parameter, own, whole.transposed, whole.layer)
+    for letter, letter_rows in distinct_rows(wanted, rows):
+        yield Target(whole.module, whole.stored, letter, whole.parameter, letter_rows, whole.transposed, whole.layer)
 
 
 def _rows_in(
@@ -460,14 +460,14 @@ def find_stored(
         return [_stored_as_given(target, shapes) for target in targets]
     model = StoredModel(shapes, config)
     if isinstance(targets, str) and targets and _LETTERS.issuperset(targets):
-        found = targets_of(model, targets)
+        selected = targets_of(model, targets)
     elif isinstance(targets, str) and targets == "embeddings":
-        found = [_whole(model, name) for name in model.weights if _is_embedding(model, name)]
+        selected = [_whole(model, name) for name in model.weights if _is_embedding(model, name)]
     else:
-        found = _named(model, shapes, targets)
-    if not found:
+        selected = _named(model, shapes, targets)
+    if not selected:
         raise _nothing(targets, model.weights)
-    return sorted(found, key=lambda target: _order(model, target))
+    return sorted(selected, key=lambda target: _order(model, target))
 
 
 def _stored_as_given(target: Target, shapes: Mapping[str, tuple[int, ...]]) -> Target:
@@ -502,9 +502,9 @@ def _named(model: StoredModel, shapes: Mapping[str, tuple[int, ...]], targets: A
         lambda module, parameter: chosen(module) or (several and chosen(f"{module}.{parameter}")),
     )
     # A pattern that also fits the single tensors of experts selects them once, as the model has them in memory.
-    theirs = {name for one in experts for name in one.tensors}
+    theirs = {name for expert in experts for name in expert.tensors}
     names = [name for name in model.weights if name not in theirs and chosen(_module(name))]
-    return [*(_whole(model, name) for name in names), *(one.target for one in experts)]
+    return [*(_whole(model, name) for name in names), *(expert.target for expert in experts)]
 
 
 def _module(name: str) -> str:
@@ -537,14 +537,14 @@ def _nothing(targets: Any, weights: Mapping[str, Any]) -> TargetError:
     wanted = targets if isinstance(targets, str) else str(next(iter(targets), ""))
     last = {path.rpartition(".")[2]: path for path in reversed(paths)}
     close = [last[near] for near in difflib.get_close_matches(wanted, list(last), 4)] or paths[:6]
-    there = (
+    reason = (
         f"it has {len(paths)} weights, such as {', '.join(close)}" if paths else "it has no weights of layers at all"
     )
     if targets in _KINDS:
-        there = "a checkpoint does not say which layer a tensor is of"
+        reason = "a checkpoint does not say which layer a tensor is of"
     return TargetError(
-        f"no tensor of the checkpoint is a target for {safe_repr(targets)}; {there}. Give roles such as 'qv', paths in "
-        "a list, or a regular expression for whole paths"
+        f"no tensor of the checkpoint is a target for {safe_repr(targets)}; {reason}. Give roles such as 'qv', paths "
+        "in a list, or a regular expression for whole paths"
     )
 
 

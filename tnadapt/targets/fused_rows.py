@@ -99,7 +99,7 @@ class Facts:
 
     def value(self, name: str) -> Any:
         """Return the first value that the lookups find for a name; None if there is none."""
-        return next((found for lookup in self._lookups if (found := lookup(name)) is not None), None)
+        return next((value for lookup in self._lookups if (value := lookup(name)) is not None), None)
 
     def number(self, *names: str) -> int | None:
         """Return the first positive integer under these names below 2**62, which no size of a tensor exceeds."""
@@ -114,17 +114,17 @@ class Facts:
 
     def need(self, *names: str) -> int:
         """Return :meth:`number`, or raise :class:`LayoutError` if there is none."""
-        found = self.number(*names)
-        if found is None:
+        number = self.number(*names)
+        if number is None:
             raise LayoutError(f"{self._lacks} {names[0]}")
-        return found
+        return number
 
     def flag(self, name: str) -> bool:
         """Return a boolean that must be present, as its default differs between releases."""
-        found = self.value(name)
-        if not isinstance(found, bool):
+        flag = self.value(name)
+        if not isinstance(flag, bool):
             raise LayoutError(f"{self._lacks} {name}")
-        return found
+        return flag
 
     @property
     def heads(self) -> int | None:
@@ -159,11 +159,6 @@ class Facts:
 def place_rows(blocks: Blocks, fused: Fused) -> dict[str, Rows | None]:
     """Return the rows of each letter.
 
-    Parameters
-    ----------
-    blocks : (int, list of (str, int))
-    fused : Fused
-
     Returns
     -------
     dict of str to Rows or None
@@ -186,13 +181,13 @@ def place_rows(blocks: Blocks, fused: Fused) -> dict[str, Rows | None]:
     stride = sum(size for _, size in parts)
     if count < 1 or stride * count != fused.out or any(size < 1 for letter, size in parts if letter != "-"):
         raise LayoutError(f"{count} blocks of {stride} rows were expected")
-    found: dict[str, Rows | None] = {}
+    rows: dict[str, Rows | None] = {}
     start = 0
     for letter, size in parts:
         if letter != "-":
-            found[letter] = Rows(start, size, stride, count)
+            rows[letter] = Rows(start, size, stride, count)
         start += size
-    return found
+    return rows
 
 
 # -- Rules for how libraries lay out q, k and v ------------------------------------------------------------------------

@@ -96,9 +96,9 @@ def found_prefix(targets: Sequence[Target], stored: Mapping[str, tuple[int, ...]
         return Prefix()
     fitting = [prefix for prefix in _prefixes(stored, names[0]) if all(prefix.of(name) in stored for name in names)]
     if len(fitting) > 1:
-        shaped = [one for one in fitting if all(stored[one.of(t.name) or ""] == t.stored for t in targets)]
+        shaped = [prefix for prefix in fitting if all(stored[prefix.of(t.name) or ""] == t.stored for t in targets)]
         if len(shaped) != 1:
-            several = ", ".join(safe_repr(one.of(names[0])) for one in fitting[:4])
+            several = ", ".join(safe_repr(prefix.of(names[0])) for prefix in fitting[:4])
             raise TargetError(
                 f"{safe_repr(names[0])} may be any of {several}, and it is unclear which: give a checkpoint of "
                 "the model "
@@ -121,8 +121,8 @@ def stored_names(
     Examples
     --------
     >>> tied = Target("embed", (9, 4), tied=("head.weight",))
-    >>> found, prefix = stored_names([tied], {"model.head.weight": (9, 4)})
-    >>> found[0].name, found[0].tied, prefix
+    >>> targets, prefix = stored_names([tied], {"model.head.weight": (9, 4)})
+    >>> targets[0].name, targets[0].tied, prefix
     ('head.weight', ('embed.weight',), Prefix(taken='', given='model.'))
     """
     most = max((len(target.tied) for target in targets), default=0)
@@ -156,8 +156,8 @@ def renamed_targets(
     --------
     >>> target = Target("vit.layers.0.q_proj", (4, 4))
     >>> known = {"vit.layers.0.q_proj.weight": ["vit.layer.0.query.weight"]}
-    >>> found, prefix = renamed_targets([target], {"layer.0.query.weight": (4, 4)}, known.__getitem__)
-    >>> found[0].name, prefix
+    >>> renamed, prefix = renamed_targets([target], {"layer.0.query.weight": (4, 4)}, known.__getitem__)
+    >>> renamed[0].name, prefix
     ('vit.layer.0.query.weight', Prefix(taken='vit.', given=''))
     """
     options = [[_under(target, name) for name in names(target.name)] for target in targets]
@@ -166,16 +166,17 @@ def renamed_targets(
         whole = []
         for prefix in prefixes:
             chosen = [
-                [one for one in known if stored.get(prefix.of(one.name) or "") == one.stored] for known in options
+                [target for target in known if stored.get(prefix.of(target.name) or "") == target.stored]
+                for known in options
             ]
             if all(len(known) == 1 for known in chosen):
                 whole.append(([known[0] for known in chosen], prefix))
         return whole
 
-    found = fitting([Prefix()])
-    if not found:
-        found = fitting(dict.fromkeys(prefix for known in options[0] for prefix in _prefixes(stored, known.name)))
-    return found[0] if len(found) == 1 else None
+    choices = fitting([Prefix()])
+    if not choices:
+        choices = fitting(dict.fromkeys(prefix for known in options[0] for prefix in _prefixes(stored, known.name)))
+    return choices[0] if len(choices) == 1 else None
 
 
 def _under(target: Target, name: str) -> Target:
@@ -228,16 +229,12 @@ def near_names(name: str, stored: Collection[str]) -> str:
 _ROTARY = frozenset({"wq", "wk", "wqkv"})
 
 
-def paired(wanted: Sequence[Target], found: Sequence[Target]) -> list[Target] | None:
-    """Return, for each wanted target, the found target that is the same weight.
+def paired(wanted: Sequence[Target], candidates: Sequence[Target]) -> list[Target] | None:
+    """Return, for each wanted target, the candidate that is the same weight.
 
     Targets are paired by role, shape and the numbers in the path: layer 3 is layer 3. If the numbers changed as well,
     targets whose paths differ only in numbers form a stack and are paired in order. Remaining ties, as between an
     encoder and a decoder, are broken by path components that only some of them have.
-
-    Parameters
-    ----------
-    wanted, found : sequence of Target
 
     Returns
     -------
@@ -248,19 +245,19 @@ def paired(wanted: Sequence[Target], found: Sequence[Target]) -> list[Target] | 
     --------
     >>> def queries(*paths):
     ...     return [Target(path, (4, 4), "q") for path in paths]
-    >>> found = queries("decoder.block.0.query", "encoder.block.0.query")
-    >>> [target.module for target in paired(queries("encoder.layers.0.q", "decoder.layers.0.q"), found)]
+    >>> ours = queries("decoder.block.0.query", "encoder.block.0.query")
+    >>> [target.module for target in paired(queries("encoder.layers.0.q", "decoder.layers.0.q"), ours)]
     ['encoder.block.0.query', 'decoder.block.0.query']
-    >>> paired(queries("first.q", "second.q"), found) is None
+    >>> paired(queries("first.q", "second.q"), ours) is None
     True
     """
-    if len(wanted) != len(found):
+    if len(wanted) != len(candidates):
         return None
     for grouped in (_by_numbers, _by_stack):
-        theirs, ours = grouped(wanted), grouped(found)
+        theirs, ours = grouped(wanted), grouped(candidates)
         partner: dict[Target, Target] = {}
-        for kind, stacks in theirs.items():
-            for mine, other in _matched(stacks, ours.get(kind, {})):
+        for key, stacks in theirs.items():
+            for mine, other in _matched(stacks, ours.get(key, {})):
                 partner.update(zip(mine, other, strict=True))
         if len(partner) == len(wanted):
             same = not any(_reordered(target, other) for target, other in partner.items())
@@ -309,10 +306,10 @@ def _told_apart(stacks: dict[str, list[Target]]) -> dict[frozenset[str], list[Ta
     """Key the stacks by the path words that not all of them have; empty if two stacks have the same ones."""
     words = {path: frozenset(re.split(r"[._]", re.sub(r"\b\d+\b", "*", path))) for path in stacks}
     common = frozenset.intersection(*words.values()) if words else frozenset()
-    found = {words[path] - common: stack for path, stack in stacks.items()}
-    return found if len(found) == len(stacks) else {}
+    by_words = {words[path] - common: stack for path, stack in stacks.items()}
+    return by_words if len(by_words) == len(stacks) else {}
 
 
 def _reordered(target: Target, other: Target) -> bool:
-    names = {one.module.rpartition(".")[2] in _ROTARY for one in (target, other)}
+    names = {weight.module.rpartition(".")[2] in _ROTARY for weight in (target, other)}
     return target.role in ("q", "k") and len(names) == 2

@@ -119,11 +119,11 @@ def parse_projection_name(name: str, attention: bool = False) -> ProjectionName 
     letters, family, long = "", [], False
     previous = False
     for word in _words(name):
-        found = _LETTERS.get(word)
-        if found is not None:
+        word_letters = _LETTERS.get(word)
+        if word_letters is not None:
             if letters and not previous:
                 return None
-            letters += found
+            letters += word_letters
             long = long or (len(word) > 2 and word not in ("qkv", "qkvz"))
             if not previous:
                 family.append("*")
@@ -131,7 +131,7 @@ def parse_projection_name(name: str, attention: bool = False) -> ProjectionName 
             family.append(word)
         else:
             return None
-        previous = found is not None
+        previous = word_letters is not None
     if letters not in ("q", "k", "v", "qk", "kv", "qkv"):
         return None
     plain = not _PROJECTION.isdisjoint(family) or (long and _HEAD.isdisjoint(family))
@@ -180,8 +180,8 @@ def attention_group(names: Sequence[ProjectionName], named: bool, has_output: bo
     >>> attention_group([value], named=True, has_output=True)
     []
     """
-    made = _letters(names)
-    if named and ({"q", "v"} <= made or {"k", "v"} <= made or ("q" in made and has_output)):
+    produced = _letters(names)
+    if named and ({"q", "v"} <= produced or {"k", "v"} <= produced or ("q" in produced and has_output)):
         return list(range(len(names)))
     families: dict[str, list[int]] = {}
     for place, name in enumerate(names):
@@ -189,8 +189,8 @@ def attention_group(names: Sequence[ProjectionName], named: bool, has_output: bo
     kept = []
     for places in families.values():
         family = [names[place] for place in places]
-        made = _letters(family)
-        if made == {"q", "k", "v"} or (made == {"q", "v"} and all(name.plain for name in family)):
+        produced = _letters(family)
+        if produced == {"q", "k", "v"} or (produced == {"q", "v"} and all(name.plain for name in family)):
             kept += places
     return kept
 
@@ -221,7 +221,7 @@ def natural(path: str) -> list[tuple[bool, int, str]]:
     ['layers.2', 'layers.10']
     """
     numbers = ((number(part), part) for part in path.split("."))
-    return [(found is not None, found or 0, part) for found, part in numbers]
+    return [(value is not None, value or 0, part) for value, part in numbers]
 
 
 def number(part: str) -> int | None:
@@ -238,14 +238,14 @@ def number(part: str) -> int | None:
 
 
 def _words(name: str) -> list[str]:
-    found = []
+    words = []
     for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name):
         word = word.lower()
         if word not in _LETTERS and word[0] == "w" and word[1:] in _LETTERS:
-            found += ["w", word[1:]]
+            words += ["w", word[1:]]
         else:
-            found.append(word)
-    return found
+            words.append(word)
+    return words
 
 
 # -- Sibling names that are the projections of one attention -----------------------------------------------------------
@@ -268,12 +268,12 @@ PARENT_OUTPUTS = frozenset({"output", "out_proj", "dense"})
 _PROJECTIONS = ("linear", "proj", "projection")
 
 
-def main_projection(found: Sequence[Weight], path: str, path_of: Callable[[Weight], str]) -> list[Weight]:
+def main_projection(weights: Sequence[Weight], path: str, path_of: Callable[[Weight], str]) -> list[Weight]:
     """Return the weight at or below a path that is named as the projection; all weights if there is not exactly one.
 
     Parameters
     ----------
-    found : sequence
+    weights : sequence
         Weights of any kind.
     path : str
     path_of : callable
@@ -285,11 +285,11 @@ def main_projection(found: Sequence[Weight], path: str, path_of: Callable[[Weigh
     (['q.proj'], ['q.down', 'q.up'])
     """
     inner = [f"{path}.{name}" if path else name for name in _PROJECTIONS]
-    called = [weight for weight in found if path_of(weight) in inner]
-    return called if len(called) == 1 else list(found)
+    called = [weight for weight in weights if path_of(weight) in inner]
+    return called if len(called) == 1 else list(weights)
 
 
-def settled_names(found: Sequence[Called[Weight]]) -> list[Called[Weight]]:
+def settled_names(inputs: Sequence[Called[Weight]]) -> list[Called[Weight]]:
     """Resolve names whose letters depend on the sibling names.
 
     Examples
@@ -299,7 +299,7 @@ def settled_names(found: Sequence[Called[Weight]]) -> list[Called[Weight]]:
     >>> [(name, says.letters) for name, says, _ in settled_names(beside)]
     [('q_attn', 'q'), ('c_attn', 'kv')]
     """
-    settled = list(found)
+    settled = list(inputs)
     if any(says.letters == "q" for _, says, _ in settled):
         # GPT-2: c_attn produces q, k and v, but in cross-attention only k and v, as q_attn produces the queries.
         settled = [
@@ -339,9 +339,9 @@ def unclear_children(
     [('v_gate_proj', 'v')]
     """
     unclear = [(child, says.letters) for child, says, weights in inputs if len(weights) > 1]
-    made = {letter for _, says, _ in inputs for letter in says.letters}
+    produced = {letter for _, says, _ in inputs for letter in says.letters}
     for child in children:
-        missing = "".join(letter for letter in projection_letters(child) if letter in "qv" and letter not in made)
+        missing = "".join(letter for letter in projection_letters(child) if letter in "qv" and letter not in produced)
         if missing and holds_weights(child):
             unclear.append((child, missing))
     return unclear
@@ -355,8 +355,8 @@ def distinct_rows(letters: Iterable[str], rows: Mapping[str, Rows | None]) -> It
     >>> list(distinct_rows("kv", {"k": None, "v": None}))  # one product is used as keys and values
     [('k', None)]
     """
-    given = set()
+    seen = set()
     for letter in letters:
-        if letter in rows and rows[letter] not in given:
-            given.add(rows[letter])
+        if letter in rows and rows[letter] not in seen:
+            seen.add(rows[letter])
             yield letter, rows[letter]

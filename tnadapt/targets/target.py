@@ -97,11 +97,11 @@ class RowIndices:
     def __post_init__(self) -> None:
         if not isinstance(self.numbers, (tuple, list, range)) or not self.numbers:
             raise TargetError(f"indices of rows must be a list of at least one integer; got {safe_repr(self.numbers)}")
-        found = tuple(integer("an index of a row", number, 0, MAX_SIZE, TargetError) for number in self.numbers)
-        for one, two in itertools.pairwise(found):
-            if two <= one:
-                raise TargetError(f"indices of rows must increase; {two} follows {one}")
-        object.__setattr__(self, "numbers", found)
+        numbers = tuple(integer("an index of a row", number, 0, MAX_SIZE, TargetError) for number in self.numbers)
+        for before, after in itertools.pairwise(numbers):
+            if after <= before:
+                raise TargetError(f"indices of rows must increase; {after} follows {before}")
+        object.__setattr__(self, "numbers", numbers)
 
     @property
     def number(self) -> int:
@@ -246,8 +246,8 @@ class Target:
 
     def __repr__(self) -> str:
         rare = {"index": None, "tied": (), "groups": 1}
-        own = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
-        settings = (f"{name}={value!r}" for name, value in own if name not in rare or value != rare[name])
+        fields = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        settings = (f"{name}={value!r}" for name, value in fields if name not in rare or value != rare[name])
         return escaped(f"Target({', '.join(settings)})")
 
     @property
@@ -264,11 +264,11 @@ class Target:
         >>> Target("experts", (8, 6, 4), parameter="down_proj", index=3).label
         'experts.down_proj[3]'
         """
-        found = self.name if self.index is None else f"{self.name}[{self.index}]"
+        label = self.name if self.index is None else f"{self.name}[{self.index}]"
         if isinstance(self.rows, RowIndices):
             more = ", …" if self.rows.number > 1 else ""
-            return f"{found}[{self.rows.numbers[0]}{more}]"
-        return found if self.rows is None else f"{found}[{self.rows.start}:{self.rows.start + self.rows.length}]"
+            return f"{label}[{self.rows.numbers[0]}{more}]"
+        return label if self.rows is None else f"{label}[{self.rows.start}:{self.rows.start + self.rows.length}]"
 
     @property
     def is_whole(self) -> bool:
@@ -363,8 +363,8 @@ class Target:
         """Return the whole weight as an ``(out, cols)`` view of the stored array."""
         if tuple(stored.shape) != self.stored:
             raise TargetError(f"stored must have the shape {self.stored} of {self.name}; got {tuple(stored.shape)}")
-        own = stored if self.index is None else stored[self.index]
-        matrix = own.T if self.transposed else own
+        weight = stored if self.index is None else stored[self.index]
+        matrix = weight.T if self.transposed else weight
         return matrix if matrix.ndim == 2 else matrix.reshape((matrix.shape[0], -1))
 
     @checks_arguments
@@ -385,7 +385,7 @@ class Target:
         >>> Target.from_list(q.to_list()) == q
         True
         """
-        found: list[Any] = [self.module, list(self.stored), self.role]
+        fields: list[Any] = [self.module, list(self.stored), self.role]
         rest: dict[str, Any] = {}
         if self.parameter != "weight":
             rest["parameter"] = self.parameter
@@ -401,7 +401,7 @@ class Target:
             rest["tied"] = list(self.tied)
         if self.groups > 1:
             rest["groups"] = self.groups
-        return [*found, rest] if rest else found
+        return [*fields, rest] if rest else fields
 
     @classmethod
     def from_list(cls, value: Sequence[Any]) -> Target:
@@ -523,9 +523,9 @@ def _check_matrix(targets: Sequence[Target], numbers: Sequence[int]) -> None:
         )
     for parts in by_stride.values():
         parts.sort()
-        for one, two in itertools.pairwise(parts):
-            if two.start < one.stop:
-                raise _overlap(targets, one.number, two.number)
+        for before, after in itertools.pairwise(parts):
+            if after.start < before.stop:
+                raise _overlap(targets, before.number, after.number)
     for (stride, several), (longer, others) in itertools.combinations(by_stride.items(), 2):
         # Both patterns repeat over all rows, so every multiple of the strides' greatest common divisor occurs as an
         # offset between two blocks: two spans share a row if and only if they do so modulo that divisor.
@@ -560,8 +560,8 @@ def _check_folded(targets: Sequence[Target], ones: Sequence[_Part], twos: Sequen
                 raise _overlap(targets, furthest[place].number, part.number)
 
 
-def _further(one: _Part, two: _Part) -> _Part:
-    return one if one.stop >= two.stop else two
+def _further(first: _Part, second: _Part) -> _Part:
+    return first if first.stop >= second.stop else second
 
 
 def _folded(part: _Part, period: int) -> list[_Part]:
@@ -579,27 +579,27 @@ def _rows(target: Target) -> Rows:
     return Rows(0, target.out, target.out) if target.rows is None else target.rows
 
 
-def _overlap(targets: Sequence[Target], one: int, two: int, row: int | None = None) -> TargetError:
-    one, two = sorted((one, two))
-    first, second = targets[one], targets[two]
+def _overlap(targets: Sequence[Target], number: int, other: int, row: int | None = None) -> TargetError:
+    number, other = sorted((number, other))
+    first, second = targets[number], targets[other]
     row = _shared(_rows(first), _rows(second)) if row is None else row
     name = safe_repr(first.name) if first.index is None else f"matrix {first.index} of {safe_repr(first.name)}"
     return TargetError(
-        f"targets {one} and {two} overlap: both update row {row} of {name} ({one}: {_words(first)}; "
-        f"{two}: {_words(second)}). Give each row of a weight to one target"
+        f"targets {number} and {other} overlap: both update row {row} of {name} ({number}: {_words(first)}; "
+        f"{other}: {_words(second)}). Give each row of a weight to one target"
     )
 
 
-def _shared(one: Rows, two: Rows) -> int:
+def _shared(first: Rows, second: Rows) -> int:
     """Return a row that two overlapping patterns share, by the Chinese remainder theorem."""
-    period = math.gcd(one.stride, two.stride)
-    ahead = (two.start - one.start) % period
+    period = math.gcd(first.stride, second.stride)
+    ahead = (second.start - first.start) % period
     # Modulo the period, either the second span begins within the first, or the other way round.
-    within, beyond = (ahead, 0) if ahead < one.length else (0, -ahead % period)
-    offset = two.start + beyond - one.start - within
-    steps, turns = one.stride // period, two.stride // period
+    within, beyond = (ahead, 0) if ahead < first.length else (0, -ahead % period)
+    offset = second.start + beyond - first.start - within
+    steps, turns = first.stride // period, second.stride // period
     block = offset // period * pow(steps, -1, turns) % turns if turns > 1 else 0
-    return one.start + within + block * one.stride
+    return first.start + within + block * first.stride
 
 
 def _words(target: Target) -> str:

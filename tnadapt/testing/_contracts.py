@@ -157,21 +157,21 @@ class FormatContract:
 
     def test_the_tensor_is_the_einsum_of_the_formula(self) -> None:
         for split, arrays in self._each():
-            found = split.tensor(get_backend(*arrays.values()), arrays, [(0, d) for d in split.sizes])
+            tensor = split.tensor(get_backend(*arrays.values()), arrays, [(0, d) for d in split.sizes])
             expected = np.einsum(split.formula, *arrays.values(), optimize=True)
-            np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(tensor, expected, rtol=1e-12, atol=1e-12)
 
     def test_the_factors_of_a_matrix_make_it(self) -> None:
         for sizes, rank in itertools.product(((9, 8), (8, 9), (4, 3)), self.ranks):
             split, rng = self.kind(sizes, rank), np.random.default_rng(0)
             arrays = {name: rng.normal(size=shape) for name, shape in split.shapes.items()}
             backend = get_backend(*arrays.values())
-            found = split.factors(backend, arrays)
+            factors = split.factors(backend, arrays)
             whole = split.tensor(backend, arrays, [(0, size) for size in sizes])
-            if found is None:
+            if factors is None:
                 assert split.rank_of_legs(((sizes[0], 1), (1, sizes[1]))) == min(sizes)
             else:
-                np.testing.assert_allclose(found[0] @ found[1], whole, rtol=1e-12, atol=1e-12)
+                np.testing.assert_allclose(factors[0] @ factors[1], whole, rtol=1e-12, atol=1e-12)
 
     def test_ranks_of_unfoldings_are_limited_as_it_says(self) -> None:
         for split, arrays in self._each():
@@ -220,21 +220,23 @@ class FormatContract:
             backend = get_backend(*arrays.values())
             whole = [(0, d) for d in split.sizes]
             tensor = rng.normal(size=split.sizes)
-            found = split.adjoint(backend, arrays, tensor)
-            assert {name: tuple(gradient.shape) for name, gradient in found.items()} == split.shapes
+            gradients = split.adjoint(backend, arrays, tensor)
+            assert {name: tuple(gradient.shape) for name, gradient in gradients.items()} == split.shapes
             for name, array in arrays.items():
                 # At another array than the gradient's, which tests that the map is linear in it.
                 other = rng.normal(size=array.shape)
-                made = split.tensor(backend, {**arrays, name: other}, whole)
-                np.testing.assert_allclose((other * found[name]).sum(), (made * tensor).sum(), rtol=1e-9, atol=1e-9)
+                image = split.tensor(backend, {**arrays, name: other}, whole)
+                np.testing.assert_allclose(
+                    (other * gradients[name]).sum(), (image * tensor).sum(), rtol=1e-9, atol=1e-9
+                )
 
     def test_paths_count_the_elements_that_an_element_is_made_of(self) -> None:
         """Check that an element depends on ``num_terms_per_array(name)`` elements of an array, by its gradient."""
         for split, arrays in self._each():
-            one = np.zeros(split.sizes)
-            one[tuple(size // 2 for size in split.sizes)] = 1.0
-            found = split.adjoint(get_backend(*arrays.values()), arrays, one)
-            for name, gradient in found.items():
+            cotangent = np.zeros(split.sizes)
+            cotangent[tuple(size // 2 for size in split.sizes)] = 1.0
+            gradients = split.adjoint(get_backend(*arrays.values()), arrays, cotangent)
+            for name, gradient in gradients.items():
                 assert np.count_nonzero(gradient) == split.num_terms_per_array(name), (
                     f"{type(split).__name__}.num_terms_per_array({name!r})"
                 )
@@ -267,8 +269,8 @@ class FormatContract:
                     always = form.endswith("full") or "rank" in options
                     assert not always, what
                     continue
-                found, expected = (_updates(each) for each in (tna.convert(path).file, file))
-                error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+                updates, expected = (_updates(each) for each in (tna.convert(path).file, file))
+                error = float(np.linalg.norm(updates - expected) / np.linalg.norm(expected))
                 assert abs(error - report.error) <= _ROUNDING, f"{what}: the error is {error}, and not {report.error}"
                 assert report.exact or options.get("rank") == 1, f"{what}: the error is {error}"
 
@@ -284,15 +286,15 @@ class FormatContract:
         if importlib.util.find_spec("gguf") is None:
             forms = [each for each in forms if each[0] != "gguf"]
         for file in self._adapters():
-            for library, _, kind in forms:
+            for library, _, method in forms:
                 if library not in _WRITTEN:
                     continue
                 options = _WRITTEN[library] | ({"base": base} if library == "gguf" else {})
-                yield file, f"{library}-{kind}", options
+                yield file, f"{library}-{method}", options
                 if library == "peft":
-                    yield file, f"{library}-{kind}", {**options, "rank": 20}
-                if (library, kind) == ("peft", "lora"):
-                    yield file, f"{library}-{kind}", {**options, "rank": 1, "max_error": 1.0}
+                    yield file, f"{library}-{method}", {**options, "rank": 20}
+                if (library, method) == ("peft", "lora"):
+                    yield file, f"{library}-{method}", {**options, "rank": 1, "max_error": 1.0}
 
     def _adapters(self) -> Iterator[tna.AdapterFile]:
         """Yield small adapters with random arrays: a matrix a weight, sums and products of two, and a joint tensor."""
@@ -367,22 +369,21 @@ class MapContract:
                 extra: dict[str, Any] = {} if settings is None else {"settings": settings}
                 if self.kind.two_sided:
                     extra["shape"] = space.shape
-                found = self.kind(n_in, space.length, seed, 0, **extra)
-                yield found
+                yield self.kind(n_in, space.length, seed, 0, **extra)
 
     def test_lengths_and_batches(self) -> None:
         b = load_backend("numpy")
         for f in self._each():
             x = np.random.default_rng(0).normal(size=(2, 3, f.n_in))
-            found = np.asarray(f.forward(b, x))
-            assert found.shape == (2, 3, f.n_out)
-            np.testing.assert_allclose(found[1, 2], f.forward(b, x[1, 2]), rtol=1e-12, atol=1e-12)
+            outputs = np.asarray(f.forward(b, x))
+            assert outputs.shape == (2, 3, f.n_out)
+            np.testing.assert_allclose(outputs[1, 2], f.forward(b, x[1, 2]), rtol=1e-12, atol=1e-12)
             y = np.random.default_rng(1).normal(size=(2, 3, f.n_out))
             back = np.asarray(f.linear_part.adjoint(b, y))
             assert back.shape == (2, 3, f.n_in)
             np.testing.assert_allclose(back[1, 2], f.linear_part.adjoint(b, y[1, 2]), rtol=1e-12, atol=1e-12)
             if f.exact_in_batches:
-                assert np.array_equal(found[1, 2], f.forward(b, x[1, 2]))
+                assert np.array_equal(outputs[1, 2], f.forward(b, x[1, 2]))
                 y = np.random.default_rng(1).normal(size=(4, f.n_out))
                 alone = f.linear_part.adjoint(b, y[3])
                 assert np.array_equal(np.asarray(f.linear_part.adjoint(b, y))[3], alone)
@@ -400,8 +401,8 @@ class MapContract:
         b = load_backend("numpy")
         for f in self._each():
             part = f.linear_part
-            found = np.asarray(part.forward(b, np.eye(f.n_in))).T
-            np.testing.assert_allclose(found, reference.matrix_of(part), rtol=1e-10, atol=1e-10)
+            matrix = np.asarray(part.forward(b, np.eye(f.n_in))).T
+            np.testing.assert_allclose(matrix, reference.matrix_of(part), rtol=1e-10, atol=1e-10)
 
     def test_the_adjoint_is_that_of_the_derivative(self) -> None:
         b, rng = load_backend("numpy"), np.random.default_rng(1)
@@ -410,13 +411,13 @@ class MapContract:
             y = rng.normal(size=f.n_out)
             h = 1e-6
             if f.linear:
-                moved = np.asarray(f.forward(b, way))
+                tangent = np.asarray(f.forward(b, way))
             else:
-                moved = (np.asarray(f.forward(b, x + h * way)) - np.asarray(f.forward(b, x - h * way))) / (2.0 * h)
-            reached = np.asarray(f.adjoint_at(b, y, x))
-            assert reached.shape == (f.n_in,)
+                tangent = (np.asarray(f.forward(b, x + h * way)) - np.asarray(f.forward(b, x - h * way))) / (2.0 * h)
+            gradient = np.asarray(f.adjoint_at(b, y, x))
+            assert gradient.shape == (f.n_in,)
             tight = 1e-10 if f.linear else 1e-6
-            np.testing.assert_allclose(moved @ y, way @ reached, rtol=tight, atol=tight)
+            np.testing.assert_allclose(tangent @ y, way @ gradient, rtol=tight, atol=tight)
 
     def test_its_sides_make_the_whole(self) -> None:
         b, rng = load_backend("numpy"), np.random.default_rng(4)
@@ -516,18 +517,18 @@ class SourceContract:
     def test_frozen_arrays_are_finite_and_of_their_shape(self) -> None:
         for source in self._frozen():
             for shape in self.shapes:
-                found = source.array(shape, Stream(3, 1, 1 << 16))
-                assert found.shape == shape
-                assert found.dtype == np.float32
-                assert np.isfinite(found).all()
+                array = source.array(shape, Stream(3, 1, 1 << 16))
+                assert array.shape == shape
+                assert array.dtype == np.float32
+                assert np.isfinite(array).all()
 
     def test_equal_streams_give_equal_arrays(self) -> None:
         state = repr(np.random.get_state(legacy=False))
         for source in self._frozen():
             for shape in self.shapes:
-                found, again = (source.array(shape, Stream(2**64 - 1, 5, 1 << 16)) for _ in range(2))
-                assert found.tobytes() == again.tobytes()
-                assert not np.shares_memory(found, again)
+                array, again = (source.array(shape, Stream(2**64 - 1, 5, 1 << 16)) for _ in range(2))
+                assert array.tobytes() == again.tobytes()
+                assert not np.shares_memory(array, again)
         assert repr(np.random.get_state(legacy=False)) == state
 
     def test_a_plan_uses_what_they_compute(self) -> None:
@@ -548,8 +549,8 @@ class SourceContract:
                     fresh = plan.init(dtype="float64")
                     assert not any(delta.any() for delta in plan.deltas(fresh))
                     if not plan.groups[0].projection.linear:
-                        own = {full: array + 0.1 for full, array in fresh.items()}
-                        assert any(delta.any() for delta in plan.deltas(own))
+                        params = {full: array + 0.1 for full, array in fresh.items()}
+                        assert any(delta.any() for delta in plan.deltas(params))
                     else:
                         whole = dict(arrays)
                         own_shapes = [every.param_shapes[full] for full in frozen]
@@ -558,9 +559,9 @@ class SourceContract:
                             group, shape = int(full[5 : full.index(".")]), every.param_shapes[full]
                             stream = Stream(config.seed, group, (1 << 16) + number, largest)
                             whole[full] = source.array(shape, stream).astype(np.float64)
-                        own = {full: arrays[full] for full in plan.param_shapes}
-                        for found, expected in zip(plan.deltas(own), every.deltas(whole), strict=True):
-                            np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+                        params = {full: arrays[full] for full in plan.param_shapes}
+                        for update, expected in zip(plan.deltas(params), every.deltas(whole), strict=True):
+                            np.testing.assert_allclose(update, expected, rtol=1e-12, atol=1e-12)
 
     def _frozen(self) -> list[Source]:
         return [
@@ -594,9 +595,9 @@ class BackendContract:
     def _arange(self, *shape: int) -> Array:
         return self.backend.asarray(np.arange(math.prod(shape), dtype=np.float64).reshape(shape), "float32")
 
-    def _same(self, found: Array, expected: Any) -> None:
-        assert self.backend.owns(found)
-        np.testing.assert_array_equal(self.backend.to_numpy(found), expected)
+    def _same(self, actual: Array, expected: Any) -> None:
+        assert self.backend.owns(actual)
+        np.testing.assert_array_equal(self.backend.to_numpy(actual), expected)
 
     def test_owns_its_arrays_and_no_others(self) -> None:
         x = self._arange(2)
@@ -649,18 +650,18 @@ class BackendContract:
             assert self.backend.dtype_name(x) == np.dtype(dtype).name
 
     def test_fixed_arrays_are_made_once(self) -> None:
-        made = []
+        keys = []
 
         class Counted(FixedArrays):
             def make(self, key: Any) -> np.ndarray:
-                made.append(key)
+                keys.append(key)
                 return np.full(2, float(key), np.float32)
 
         source, like = Counted(), self._arange(1)
         for _ in range(2):
             self._same(source.on(self.backend, 3, like), [3.0, 3.0])
             self._same(source.on(self.backend, 4, like, "float32", keep=False), [4.0, 4.0])
-        assert made == [3, 4, 4]
+        assert keys == [3, 4, 4]
 
     def test_shapes(self) -> None:
         b, x = self.backend, self._arange(2, 3)
@@ -671,8 +672,8 @@ class BackendContract:
         self._same(b.moveaxis(self._arange(2, 3, 4), 0, -1), np.moveaxis(np.arange(24.0).reshape(2, 3, 4), 0, -1))
         self._same(b.flatten(x), host.reshape(-1))
         self._same(b.where(x < 2.0, x, -x), np.where(host < 2.0, host, -host))
-        for found, expected in zip(b.apart([x, x]), [host, host], strict=True):
-            self._same(found, expected)
+        for part, expected in zip(b.apart([x, x]), [host, host], strict=True):
+            self._same(part, expected)
         self._same(b.pad_last(x, 4), np.pad(host, ((0, 0), (0, 1))))
         self._same(b.zeros((2, 2), x), np.zeros((2, 2)))
         self._same(x[:, 1:], host[:, 1:])
@@ -728,16 +729,16 @@ class BackendContract:
         self._equal(b.matmul(square, b.solve(square, right)), right)
         assert b.conj(square) is square
 
-    def _found(self, method: str, found: Any) -> Any:
+    def _found(self, method: str, result: Any) -> Any:
         """Return the result of an optional method, which must be None exactly if lacks() lists the method."""
         listed = self.backend.lacks(self._arange(1))
         assert listed <= set(OPTIONAL), f"lacks() lists {set(listed) - set(OPTIONAL)}; expected names of {OPTIONAL}"
         name = type(self.backend).__name__
         if method in listed:
-            assert found is None, f"{name}.{method} returned a result, but lacks() lists it: remove it from lacks()"
+            assert result is None, f"{name}.{method} returned a result, but lacks() lists it: remove it from lacks()"
         else:
-            assert found is not None, f"{name}.{method} returned None: implement it, or list {method!r} in lacks()"
-        return found
+            assert result is not None, f"{name}.{method} returned None: implement it, or list {method!r} in lacks()"
+        return result
 
     def test_largest(self) -> None:
         b, device = self.backend, self.backend.device(self._arange(1))
@@ -748,16 +749,18 @@ class BackendContract:
 
     def test_gradient(self) -> None:
         b = self.backend
-        found = b.gradient(lambda arrays: b.sum(b.flatten(arrays["x"] * arrays["x"]), axis=0), {"x": self._arange(3)})
-        found = self._found("gradient", found)
-        if found is not None:
-            self._same(found["x"], [0.0, 2.0, 4.0])
+        gradients = b.gradient(
+            lambda arrays: b.sum(b.flatten(arrays["x"] * arrays["x"]), axis=0), {"x": self._arange(3)}
+        )
+        gradients = self._found("gradient", gradients)
+        if gradients is not None:
+            self._same(gradients["x"], [0.0, 2.0, 4.0])
 
-    def _equal(self, found: Array | None, expected: Array) -> None:
-        if found is not None:
-            assert self.backend.owns(found)
-            one, other = self.backend.to_numpy(found), self.backend.to_numpy(expected)
-            np.testing.assert_allclose(one, other, rtol=0.0, atol=1e-5 * float(np.max(np.abs(other))))
+    def _equal(self, result: Array | None, expected: Array) -> None:
+        if result is not None:
+            assert self.backend.owns(result)
+            actual, desired = self.backend.to_numpy(result), self.backend.to_numpy(expected)
+            np.testing.assert_allclose(actual, desired, rtol=0.0, atol=1e-5 * float(np.max(np.abs(desired))))
 
     def test_the_kernel_of_fwht(self) -> None:
         b, x = self.backend, self._arange(3, 8)
@@ -765,13 +768,13 @@ class BackendContract:
         def plain(x: Array) -> Array:
             return fwht_plain(b, x, normalize=False)
 
-        found = b.fwht(x, 1.0, -1, plain)
-        self._equal(self._found("fwht", found), plain(x))
+        transformed = b.fwht(x, 1.0, -1, plain)
+        self._equal(self._found("fwht", transformed), plain(x))
 
     def test_the_kernels_of_fastfood(self) -> None:
-        for kind in (Linear, LinearV2):
+        for map_class in (Linear, LinearV2):
             # Long enough for backends to compile a kernel.
-            b, f = self.backend, kind(300, 9000, seed=5)
+            b, f = self.backend, map_class(300, 9000, seed=5)
             forward, adjoint = both = functools.partial(f.forward_plain, b), functools.partial(f.adjoint_plain, b)
             x, y = self._arange(2, f.n_in), self._arange(2, f.n_out)
             self._equal(
@@ -790,9 +793,9 @@ class BackendContract:
             def plain(x: Array, order: np.ndarray = order) -> Array:
                 return b.take(x, b.constant(order, b.device(x)))
 
-            found = b.shuffle(x, "5 0", inverse, fallback=(plain, plain))
-            if self._found("shuffle", found) is not None:
-                self._same(found, b.to_numpy(plain(x)))
+            shuffled = b.shuffle(x, "5 0", inverse, fallback=(plain, plain))
+            if self._found("shuffle", shuffled) is not None:
+                self._same(shuffled, b.to_numpy(plain(x)))
 
     def test_the_fft_of_dft2(self) -> None:
         b = self.backend
@@ -803,6 +806,6 @@ class BackendContract:
             def plain(x: Array, f: Dft2 = f) -> Array:
                 return b.reshape(f.forward_plain(b, b.reshape(x, (2, f.n_in))), x.shape)
 
-            found = self._found("dft2", b.dft2(x, plain))
-            self._equal(found, plain(x))
-            assert found is None or tuple(found.shape) == (2, rows, cols)
+            transformed = self._found("dft2", b.dft2(x, plain))
+            self._equal(transformed, plain(x))
+            assert transformed is None or tuple(transformed.shape) == (2, rows, cols)

@@ -116,12 +116,8 @@ LARGEST = 1 << 13
 LINEAR_PARTS = {"nonlinear": "linear", "nonlinear_v2": "linear_v2"}
 
 
-def matrix_of(found: Map) -> Float:
+def matrix_of(f: Map) -> Float:
     """Return the dense matrix of a linear map, or of the linear part of a nonlinear one.
-
-    Parameters
-    ----------
-    found : Map
 
     Returns
     -------
@@ -137,19 +133,19 @@ def matrix_of(found: Map) -> Float:
     >>> matrix_of(make_map(("shuffle", "shuffle"), 3, 3)).sum(axis=0)
     array([1., 1., 1.])
     """
-    if isinstance(found, Chain):
-        product = matrix_of(found.parts[0])
-        for part in found.parts[1:]:
+    if isinstance(f, Chain):
+        product = matrix_of(f.parts[0])
+        for part in f.parts[1:]:
             product = matrix_of(part) @ product
         return product
-    if isinstance(found, PerWeight):
+    if isinstance(f, PerWeight):
         from scipy.linalg import block_diag
 
-        return np.asarray(block_diag(*map(matrix_of, found.parts)))
-    if found.kind in KINDS:
-        return matrix(found.kind, found.n_in, found.n_out, found.seed, found.group)
-    _check_small(found.n_in, found.n_out)
-    return np.asarray(found.linear_part.matrix(), np.float64)
+        return np.asarray(block_diag(*map(matrix_of, f.parts)))
+    if f.kind in KINDS:
+        return matrix(f.kind, f.n_in, f.n_out, f.seed, f.group)
+    _check_small(f.n_in, f.n_out)
+    return np.asarray(f.linear_part.matrix(), np.float64)
 
 
 def _check_small(n_in: int, n_out: int) -> None:
@@ -385,8 +381,8 @@ def _split_sizes(config: Config, sizes: tuple[int, ...]) -> list[tuple[int, ...]
     if config.split_size == "balanced":
         per_mode = [_even_factors(d, k) for d in sizes]
         return [tuple(factors[split] for factors in per_mode) for split in range(k)]
-    own = isinstance(config.split_size, tuple)
-    f = [int(config.split_size[m] if own else config.split_size) for m in range(len(sizes))]  # type: ignore[index,arg-type]
+    is_tuple = isinstance(config.split_size, tuple)
+    f = [int(config.split_size[m] if is_tuple else config.split_size) for m in range(len(sizes))]  # type: ignore[index,arg-type]
     return [tuple(f)] * (k - 1) + [tuple(math.ceil(d / f[m] ** (k - 1)) for m, d in enumerate(sizes))]
 
 
@@ -396,9 +392,9 @@ def _network(config: Config, params: Params, group: int, sizes: tuple[int, ...])
         tensor: Float | None = None
         for k, split_sizes in enumerate(_split_sizes(config, sizes)):
             prefix = f"group{group}." + (f"term{term}." if config.terms > 1 else "") + f"split{k}."
-            own = {name.removeprefix(prefix): array for name, array in params.items() if name.startswith(prefix)}
+            arrays = {name.removeprefix(prefix): array for name, array in params.items() if name.startswith(prefix)}
             last = k == config.splits - 1
-            split = _split(config, config.format if last or config.leading == "same" else "dense", own, split_sizes)
+            split = _split(config, config.format if last or config.leading == "same" else "dense", arrays, split_sizes)
             if tensor is None:
                 tensor = split
             else:
@@ -415,39 +411,39 @@ def _network(config: Config, params: Params, group: int, sizes: tuple[int, ...])
     return np.asarray(total * (1.0 if config.alpha is None else config.alpha / rank))
 
 
-def _split(config: Config, kind: str, own: Params, sizes: tuple[int, ...]) -> Float:
+def _split(config: Config, format_name: str, arrays: Params, sizes: tuple[int, ...]) -> Float:
     order = len(sizes)
-    if kind not in FORMATS.built_in:
+    if format_name not in FORMATS.built_in:
         # The formula that a registered format declares, contracted by NumPy.
-        formula = FORMATS.find(kind)(sizes, config.rank).formula
-        return np.asarray(np.einsum(formula, *own.values(), optimize=True))
+        formula = FORMATS.find(format_name)(sizes, config.rank).formula
+        return np.asarray(np.einsum(formula, *arrays.values(), optimize=True))
     modes, ranks = string.ascii_lowercase[:order], string.ascii_uppercase[: order + 1]
-    if kind == "dense":
-        return own["dense"]
-    if kind in ("cp", "cp-weighted"):
-        operands = [own[f"factor{m}"] for m in range(order)]
+    if format_name == "dense":
+        return arrays["dense"]
+    if format_name in ("cp", "cp-weighted"):
+        operands = [arrays[f"factor{m}"] for m in range(order)]
         inputs = [f"{mode}R" for mode in modes]
-        if kind == "cp-weighted":
-            operands, inputs = [own["weights"], *operands], ["R", *inputs]
+        if format_name == "cp-weighted":
+            operands, inputs = [arrays["weights"], *operands], ["R", *inputs]
         return np.asarray(np.einsum(",".join(inputs) + "->" + modes, *operands, optimize=True))
-    if kind == "cp-batched":
+    if format_name == "cp-batched":
         if order < 3:
-            return own[f"factor{order - 1}"]
-        operands = [own[f"factor{m}"] for m in range(1, order)]
+            return arrays[f"factor{order - 1}"]
+        operands = [arrays[f"factor{m}"] for m in range(1, order)]
         inputs = [f"{modes[0]}{mode}R" for mode in modes[1:]]
         return np.asarray(np.einsum(",".join(inputs) + "->" + modes, *operands, optimize=True))
-    if kind == "tucker":
-        present = [m for m in range(order) if f"factor{m}" in own]
+    if format_name == "tucker":
+        present = [m for m in range(order) if f"factor{m}" in arrays]
         core = "".join(ranks[m] if m in present else modes[m] for m in range(order))
         inputs = [core, *(modes[m] + ranks[m] for m in present)]
-        operands = [own["core"], *(own[f"factor{m}"] for m in present)]
+        operands = [arrays["core"], *(arrays[f"factor{m}"] for m in present)]
         return np.asarray(np.einsum(",".join(inputs) + "->" + modes, *operands, optimize=True))
-    if kind == "circuit":
-        return circuit(own, sizes)
-    if kind != "tt":
-        raise ConfigError(f"format {kind!r} has no reference implementation")
+    if format_name == "circuit":
+        return circuit(arrays, sizes)
+    if format_name != "tt":
+        raise ConfigError(f"format {format_name!r} has no reference implementation")
     inputs = [ranks[m] + modes[m] + ranks[m + 1] for m in range(order)]
-    operands = [own[f"core{m}"] for m in range(order)]
+    operands = [arrays[f"core{m}"] for m in range(order)]
     # The outer bonds have size 1: summing over them changes nothing.
     return np.asarray(np.einsum(",".join(inputs) + "->" + modes, *operands, optimize=True))
 
@@ -479,11 +475,11 @@ def count(
     total = count_of_magnitudes(config, shapes)
     for where in positions(config, shapes, layers, roles):
         n_in = _length(config, len(where), _weights(config, shapes, owner[where]))
-        own = [shapes[weight] for weight in np.unique(owner[where])]
-        for k, sizes in enumerate(_split_sizes(config, _fold(config, n_in, own))):
+        group_shapes = [shapes[weight] for weight in np.unique(owner[where])]
+        for k, sizes in enumerate(_split_sizes(config, _fold(config, n_in, group_shapes))):
             last = k == config.splits - 1
-            kind = config.format if last or config.leading == "same" else "dense"
-            total += config.terms * _split_count(kind, config.rank, sizes)
+            format_name = config.format if last or config.leading == "same" else "dense"
+            total += config.terms * _split_count(format_name, config.rank, sizes)
     return total
 
 
@@ -502,26 +498,28 @@ def count_of_magnitudes(config: Config, shapes: Shapes) -> int:
     return sum(rows if config.magnitude_axis == "rows" else cols for rows, cols in shapes)
 
 
-def _split_count(kind: str, rank: Any, sizes: tuple[int, ...]) -> int:
+def _split_count(format_name: str, rank: Any, sizes: tuple[int, ...]) -> int:
     order = len(sizes)
-    if kind not in FORMATS.built_in:
-        return sum(math.prod(shape) for shape in FORMATS.find(kind)(sizes, rank).shapes.values())
-    if kind == "dense":
+    if format_name not in FORMATS.built_in:
+        return sum(math.prod(shape) for shape in FORMATS.find(format_name)(sizes, rank).shapes.values())
+    if format_name == "dense":
         return math.prod(sizes)
-    if kind == "cp":
+    if format_name == "cp":
         return int(rank) * sum(sizes)
-    if kind == "cp-weighted":
+    if format_name == "cp-weighted":
         return int(rank) + int(rank) * sum(sizes)
-    if kind == "cp-batched":
+    if format_name == "cp-batched":
         return int(rank) * sizes[0] * sum(sizes[1:]) if order > 2 else math.prod(sizes)
-    if kind == "tucker":
+    if format_name == "tucker":
         ranks = [rank] * order if isinstance(rank, int) else list(rank)
         cut = [d if r is None else min(r, d) for r, d in zip(ranks, sizes, strict=True)]
-        return math.prod(cut) + sum(d * r for d, r, given in zip(sizes, cut, ranks, strict=True) if given is not None)
-    if kind == "circuit":
+        return math.prod(cut) + sum(
+            d * r for d, r, mode_rank in zip(sizes, cut, ranks, strict=True) if mode_rank is not None
+        )
+    if format_name == "circuit":
         return circuit_count(sizes)
-    if kind != "tt":
-        raise ConfigError(f"format {kind!r} has no reference count")
+    if format_name != "tt":
+        raise ConfigError(f"format {format_name!r} has no reference count")
     wanted = [rank] * (order - 1) if isinstance(rank, int) else list(rank)
     bonds = [1, *(min(wanted[m], math.prod(sizes[: m + 1]), math.prod(sizes[m + 1 :])) for m in range(order - 1)), 1]
     return sum(bonds[m] * d * bonds[m + 1] for m, d in enumerate(sizes))
@@ -552,11 +550,11 @@ def project(config: Config, x: Float, n_out: int, stream: int = 0, weights: Shap
     """
     if config.projection == "identity":
         return np.asarray(x)
-    found = _map(config, len(x), n_out, stream, weights)
-    y = matrix_of(found) @ x
+    projection = _map(config, len(x), n_out, stream, weights)
+    y = matrix_of(projection) @ x
     if _last(config.projection) in LINEAR_PARTS:
         return tanhshrink(y)
-    if not found.linear:
+    if not projection.linear:
         raise ConfigError(f"projection {config.projection!r} is not linear and has no reference implementation")
     return np.asarray(y)
 
@@ -611,19 +609,19 @@ def network_arrays(config: Config, names: Names, params: Params, frozen: Params,
 
 def trained_shapes(config: Config, names: Names) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of the arrays and diagonals that are trained, or made from θ, in order."""
-    found: dict[str, tuple[int, ...]] = {}
+    trained: dict[str, tuple[int, ...]] = {}
     for group, arrays in enumerate(names):
         for name, shape in arrays.items():
             full, source = f"group{group}.{name}", _source(config, name)
             inner = source.of if isinstance(source, Multiplied) else source
             if isinstance(inner, Trained) or (isinstance(inner, Tied) and _target(inner, group) == (group, name)):
-                found[full] = shape
+                trained[full] = shape
             if isinstance(source, Scaled):
-                found |= {f"{full}.size": shape[:1]} if source.size else {}
-                found |= {f"{full}.rank": shape[1:]} if source.rank else {}
+                trained |= {f"{full}.size": shape[:1]} if source.size else {}
+                trained |= {f"{full}.rank": shape[1:]} if source.rank else {}
             if isinstance(source, Mixed):
-                found[f"{full}.mix"] = shape[1], shape[1]
-    return found
+                trained[f"{full}.mix"] = shape[1], shape[1]
+    return trained
 
 
 def _source(config: Config, name: str) -> Source:
@@ -650,11 +648,11 @@ def _value(config: Config, group: int, name: str, source: Source, params: Params
         other, theirs = _target(source, group)
         if (other, theirs) == (group, name):
             return params[full]
-        own = _source(config, theirs)
+        target_source = _source(config, theirs)
         # What has multipliers itself is tied to the array under the other one's multipliers.
-        if isinstance(own, Multiplied) and isinstance(_source(config, name), Multiplied):
-            own = own.of
-        return _value(config, other, theirs, own, params, frozen)
+        if isinstance(target_source, Multiplied) and isinstance(_source(config, name), Multiplied):
+            target_source = target_source.of
+        return _value(config, other, theirs, target_source, params, frozen)
     return params[full] if source.trained else frozen[full]
 
 
@@ -665,14 +663,14 @@ def _from_theta(
     for full in shapes:
         scope = {"plan": "", "group": full.split(".")[0] + ".", "array": full + "."}[config.scope]
         scopes.setdefault(scope + "theta", []).append(full)
-    found: dict[str, Float] = {}
+    arrays: dict[str, Float] = {}
     assert config.before is not None
-    for stream, (theta, made) in enumerate(scopes.items()):
-        sizes = [math.prod(shapes[full]) for full in made]
+    for stream, (theta, names) in enumerate(scopes.items()):
+        sizes = [math.prod(shapes[full]) for full in names]
         taken = make_map(config.before, len(params[theta]), sum(sizes), config.seed, _FIRST_STREAM + stream)
         if isinstance(taken, BroughtMap):
             taken.bring(frozen[f"{theta}.{taken.brings}"])
         parts = np.split(matrix_of(taken) @ params[theta], np.cumsum(sizes)[:-1])
-        for full, part in zip(made, parts, strict=True):
-            found[full] = part.reshape(shapes[full]) + (begun[full] if config.offset else 0.0)
-    return found
+        for full, part in zip(names, parts, strict=True):
+            arrays[full] = part.reshape(shapes[full]) + (begun[full] if config.offset else 0.0)
+    return arrays

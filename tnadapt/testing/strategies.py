@@ -33,7 +33,7 @@ def shapes(draw: st.DrawFn, max_weights: int = 4, max_side: int = 9) -> list[tup
     Examples
     --------
     >>> from hypothesis import find
-    >>> find(shapes(), lambda found: len(found) == 2)
+    >>> find(shapes(), lambda shapes: len(shapes) == 2)
     [(1, 1), (1, 1)]
     """
     side = st.integers(1, max_side)

@@ -81,15 +81,15 @@ class Law:
         return self.cases > 0 and self.error <= self.allowed
 
 
-def relative_error(found: Any, expected: Any) -> float:
+def relative_error(actual: Any, expected: Any) -> float:
     """Return the largest difference, relative to the largest expected element; infinite if the shapes differ."""
-    found, expected = np.asarray(found), np.asarray(expected)
-    if found.shape != expected.shape:
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    if actual.shape != expected.shape:
         return math.inf
     if not expected.size:
         return 0.0
     scale = float(np.max(np.abs(expected)))
-    return float(np.max(np.abs(found - expected))) / (scale or 1.0)
+    return float(np.max(np.abs(actual - expected))) / (scale or 1.0)
 
 
 class LawCollector:
@@ -128,11 +128,11 @@ def formula(config: Config, weight: np.ndarray, delta: np.ndarray, magnitude: np
     if config.apply != "magnitude":
         raise ConfigError(f"there is no reference for apply={safe_repr(config.apply)}")
     assert magnitude is not None
-    found = np.asarray(weight + delta)
-    turned = found if config.magnitude_axis == "rows" else found.T
+    updated = np.asarray(weight + delta)
+    turned = updated if config.magnitude_axis == "rows" else updated.T
     for row, length in zip(turned, magnitude.tolist(), strict=True):  # views: changed in place
         row *= length / math.hypot(*row.tolist())
-    return found
+    return updated
 
 
 class ChangeLaws:
@@ -167,11 +167,11 @@ class ChangeLaws:
         """Check all laws for parameters in float64; ``others`` are frozen arrays."""
         sent = [self.backend.asarray(weight, "float64") for weight in self.base]
         params = {name: self.backend.asarray(array, "float64") for name, array in host.items()}
-        found = _vector([self.backend.to_numpy(weight) for weight in self.plan.merged(params, sent)])
-        self.collector.add("W' = the textbook formula", [relative_error(found, self._formula(host))])
+        updated = _vector([self.backend.to_numpy(weight) for weight in self.plan.merged(params, sent)])
+        self.collector.add("W' = the textbook formula", [relative_error(updated, self._formula(host))])
         if self.label in methods.CHANGED:
-            own = methods.CHANGED[self.label]({**host, **others}, self.plan.config, self.base)
-            self.collector.add("W' = the method's own formula", [relative_error(found, _vector(own))])
+            expected = methods.CHANGED[self.label]({**host, **others}, self.plan.config, self.base)
+            self.collector.add("W' = the method's own formula", [relative_error(updated, _vector(expected))])
         self._start()
         if "gradient" not in self.backend.lacks(sent[0]):
             self._gradient(host, params, sent)
@@ -208,12 +208,12 @@ class ChangeLaws:
             ]
             return sum(total[1:], start=total[0])
 
-        found = self.backend.gradient(loss, params)
-        assert found is not None  # lacks() says so
+        gradients = self.backend.gradient(loss, params)
+        assert gradients is not None  # lacks() says so
         errors = []
         for name, array in host.items():
             way = self.rng.normal(size=array.shape)
-            got = float(np.sum(self.backend.to_numpy(found[name]) * way))
+            got = float(np.sum(self.backend.to_numpy(gradients[name]) * way))
             ahead, behind = (
                 float(_vector(targets) @ self._formula({**host, name: array + sign * _STEP * way})) for sign in (1, -1)
             )
@@ -313,16 +313,6 @@ def checkable(
 ) -> SuperLoRA:
     """Return the plan of a config, if it is small enough for its laws to be checked.
 
-    Parameters
-    ----------
-    config : Config
-    shapes : sequence of (rows, cols)
-    layers, roles : sequence of hashable, optional
-
-    Returns
-    -------
-    SuperLoRA
-
     Raises
     ------
     ConfigError
@@ -408,19 +398,23 @@ class _Case:
         return np.concatenate([self.backend.to_numpy(array).reshape(-1) for array in arrays])
 
     def _counts(self) -> None:
-        made = sum(math.prod(array.shape) for array in self.plan.init(self.backend.name, "float64").values())
+        created = sum(math.prod(array.shape) for array in self.plan.init(self.backend.name, "float64").values())
         formula = self._formula_count()
         counted = self.plan.num_parameters
-        self.collector.add("parameters counted = made = formula", [abs(counted - made) + abs(counted - formula)], 0.0)
+        self.collector.add(
+            "parameters counted = made = formula", [abs(counted - created) + abs(counted - formula)], 0.0
+        )
 
     def _formula_count(self) -> int:
         """The number of parameters by the formulas of the formats, and by what each source says is trained."""
-        own = reference.count_of_magnitudes(self.config, self.plan.shapes)
+        num_magnitudes = reference.count_of_magnitudes(self.config, self.plan.shapes)
         if self.config.before is not None:
             scopes = {"plan": 1, "group": self.plan.num_groups, "array": len(self.plan.array_shapes)}
-            return own + scopes[self.config.scope] * (self.config.parameters or 0)
+            return num_magnitudes + scopes[self.config.scope] * (self.config.parameters or 0)
         if self.config.sources:
-            return own + sum(math.prod(shape) for shape in reference.trained_shapes(self.config, self.names).values())
+            return num_magnitudes + sum(
+                math.prod(shape) for shape in reference.trained_shapes(self.config, self.names).values()
+            )
         return reference.count(self.config, self.plan.shapes, self.layers, self.roles)
 
     def _formulas(self, whole: np.ndarray) -> None:
@@ -428,9 +422,10 @@ class _Case:
         self.collector.add("ΔW = the textbook formula", [relative_error(whole, self._textbook(self.host))])
         if self.label in methods.METHODS:
             begun = {f"begun.{full}": array for full, array in self.begun.items()}
-            own = methods.METHODS[self.label]({**self.host, **self.frozen, **begun}, self.config, shapes)
+            deltas = methods.METHODS[self.label]({**self.host, **self.frozen, **begun}, self.config, shapes)
             self.collector.add(
-                "ΔW = the method's own formula", [relative_error(whole, np.concatenate([d.reshape(-1) for d in own]))]
+                "ΔW = the method's own formula",
+                [relative_error(whole, np.concatenate([d.reshape(-1) for d in deltas]))],
             )
         numpy = self.plan.deltas(self.host)
         self.collector.add("ΔW = NumPy's", [relative_error(whole, np.concatenate([d.reshape(-1) for d in numpy]))])
@@ -441,12 +436,12 @@ class _Case:
         # Errors are relative to the whole, because a slice may be almost zero.
         scale = float(np.max(np.abs(whole))) or 1.0
         for weight in range(len(self.plan.shapes)):
-            found = self._numbers([self.plan.delta(self.params, weight)])
-            errors.append(float(np.max(np.abs(found - whole[edges[weight] : edges[weight + 1]]))) / scale)
+            values = self._numbers([self.plan.delta(self.params, weight)])
+            errors.append(float(np.max(np.abs(values - whole[edges[weight] : edges[weight + 1]]))) / scale)
         for _ in range(4):
             start, stop = sorted(self.rng.choice(self.plan.size + 1, 2, replace=False).tolist())
-            found = self._numbers([self.plan.vector(self.params, start, stop)])
-            errors.append(float(np.max(np.abs(found - whole[start:stop]))) / scale)
+            values = self._numbers([self.plan.vector(self.params, start, stop)])
+            errors.append(float(np.max(np.abs(values - whole[start:stop]))) / scale)
         self.collector.add("a slice = the whole's", errors)
 
     def _begin(self) -> None:
@@ -461,11 +456,11 @@ class _Case:
         h = 1e-6
         alive = []
         for group in range(self.plan.num_groups):
-            made = self.plan.groups[group].names.values()
-            own = [name for name in self.start if name in made or self.plan.theta is not None]
-            own = [name for name in own if name not in self.plan.weight_param_shapes]
-            way = {name: self.rng.normal(size=self.start[name].shape) for name in own}
-            ahead, behind = ({**self.start, **{n: self.start[n] + s * h * way[n] for n in own}} for s in (1, -1))
+            group_names = self.plan.groups[group].names.values()
+            names = [name for name in self.start if name in group_names or self.plan.theta is not None]
+            names = [name for name in names if name not in self.plan.weight_param_shapes]
+            way = {name: self.rng.normal(size=self.start[name].shape) for name in names}
+            ahead, behind = ({**self.start, **{n: self.start[n] + s * h * way[n] for n in names}} for s in (1, -1))
             slope = (self._moved(ahead) - self._moved(behind)) / (2 * h)
             alive.append(0.0 if np.max(np.abs(slope)) > 1e-11 else 1.0)
         self.collector.add("at the start the gradient is not 0", alive, 0.0)
@@ -485,8 +480,8 @@ class _Case:
 
         if "gradient" in self.backend.lacks(weights):
             return
-        found = self.backend.gradient(loss, {name: self.params[name] for name in host})
-        if found is None:
+        gradients = self.backend.gradient(loss, {name: self.params[name] for name in host})
+        if gradients is None:
             raise BackendError(
                 f"the backend {self.backend.name!r} returned None for a gradient, and its lacks() does not list "
                 "'gradient'; return the derivatives, or list it"
@@ -495,7 +490,7 @@ class _Case:
         linear = self.plan.groups[0].projection.linear and not self._powers
         for name, array in host.items():
             way = self.rng.normal(size=array.shape)
-            got = float(np.sum(self.backend.to_numpy(found[name]) * way))
+            got = float(np.sum(self.backend.to_numpy(gradients[name]) * way))
             if linear:
                 # ΔW is affine in each array, so its derivative is ΔW with the direction in place of the array, minus ΔW
                 # with zeros in its place.
@@ -518,10 +513,10 @@ class _Case:
         return self.config.before is not None or any(isinstance(source, Tied) for source in inner)
 
     def _textbook(self, host: dict[str, np.ndarray]) -> np.ndarray:
-        found = reference.deltas(
+        deltas = reference.deltas(
             self.config, self.plan.shapes, self._whole(host), self.layers, self._whole(self.start), self.roles
         )
-        return np.concatenate([delta.reshape(-1) for delta in found])
+        return np.concatenate([delta.reshape(-1) for delta in deltas])
 
     def _whole(self, host: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return reference.network_arrays(self.config, self.names, host, self.frozen, self.begun)
@@ -562,22 +557,22 @@ def of_library(backend: Backend, rng: np.random.Generator) -> list[Law]:
     _draw_laws(collector)
     _fwht_laws(collector, rng)
     _product_laws(collector, rng)
-    for kind in ("shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2"):
+    for map_name in ("shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2"):
         for n_in, n_out in ((1, 1), (7, 7), (37, 509), (64, 64), (40, 7)):
-            if kind == "shuffle":
+            if map_name == "shuffle":
                 n_in = n_out
-            collector.found += of_projection("library", Projection(kind, n_in, n_out, seed=5), backend, rng)
+            collector.found += of_projection("library", Projection(map_name, n_in, n_out, seed=5), backend, rng)
     return collector.found
 
 
 def _draw_laws(collector: LawCollector) -> None:
     wrong = 0
     for (seed, group, purpose, first), expected in KNOWN_WORDS:
-        found = rng.words(seed, group, purpose, first, first + len(expected))
-        wrong += [f"{word:08x}" for word in found.tolist()] != list(expected)
-    made = {name: _drawn(name, 0, length) for name, (length, _) in KNOWN_DIGESTS.items()}
-    wrong += sum(rng.digest(iter([array.tobytes()]))[:16] != KNOWN_DIGESTS[name][1] for name, array in made.items())
-    for name, array in made.items():
+        words = rng.words(seed, group, purpose, first, first + len(expected))
+        wrong += [f"{word:08x}" for word in words.tolist()] != list(expected)
+    arrays = {name: _drawn(name, 0, length) for name, (length, _) in KNOWN_DIGESTS.items()}
+    wrong += sum(rng.digest(iter([array.tobytes()]))[:16] != KNOWN_DIGESTS[name][1] for name, array in arrays.items())
+    for name, array in arrays.items():
         # A round trip through the library, whole or in pieces, preserves the bits.
         whole = collector.backend.to_numpy(collector.backend.constant(array, None))
         cut = len(array) // 3
@@ -620,8 +615,8 @@ def _product_laws(collector: LawCollector, rng: np.random.Generator) -> None:
     def sent(arrays: Sequence[np.ndarray]) -> list[Array]:
         return [backend.asarray(array, "float64") for array in arrays]
 
-    def compare(found: Array, expected: Any) -> None:
-        errors.append(relative_error(backend.to_numpy(found), expected))
+    def compare(actual: Array, expected: Any) -> None:
+        errors.append(relative_error(backend.to_numpy(actual), expected))
 
     # TensorLy's backend is a process-wide setting: set it for this thread only, and restore it.
     with tensorly.backend_context("numpy", local_threadsafe=True):
@@ -778,31 +773,31 @@ def verify(
     seed = integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
     where = shapes if shapes is not None else ((12, 8), (12, 8), (8, 12))
     if config is not None:  # before the libraries are imported, which takes longer
-        for _, own, weights, keys, own_roles in _parts(config, where, layers, roles):
-            checkable(own, weights, keys, own_roles)
+        for _, part, weights, keys, own_roles in _parts(config, where, layers, roles):
+            checkable(part, weights, keys, own_roles)
     names, absent = _usable(backends)
     tell = progress or (lambda line: None)
-    found: list[Law] = []
+    laws: list[Law] = []
     for name in names:
         backend = load_backend(name)
         with backend.double_precision():
             rng = np.random.default_rng(seed)
             tell(f"{name}: {'the operations' if config is None else 'the config'}")
             if config is not None:
-                for label, own, weights, keys, own_roles in _parts(config, where, layers, roles):
-                    found += of_config(label, own, weights, keys, backend, rng, own_roles)
+                for label, part, weights, keys, own_roles in _parts(config, where, layers, roles):
+                    laws += of_config(label, part, weights, keys, backend, rng, own_roles)
                 continue
-            found += of_library(backend, rng)
+            laws += of_library(backend, rng)
             for label, (example, weights) in {**examples(), **_starts()}.items():
                 tell(f"{name}: {label}")
-                found += of_config(label, example, weights, None, backend, rng)
-    return Report(tuple(found), absent)
+                laws += of_config(label, example, weights, None, backend, rng)
+    return Report(tuple(laws), absent)
 
 
 def examples() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
     """Return a small instance of every preset: name -> (config, shapes)."""
     four: dict[str, Any] = {"weights": 4, "rows": 12, "cols": 8}
-    made = {
+    configs = {
         "dense": presets.dense(),
         "dora": presets.dora(3, alpha=6),
         "hira": presets.hira(3, alpha=6),
@@ -841,7 +836,7 @@ def examples() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
         "c3a": presets.c3a(4),
         "miss": presets.miss(3),
     }
-    return {name: (config, [(12, 8)] * 4) for name, config in made.items()}
+    return {name: (config, [(12, 8)] * 4) for name, config in configs.items()}
 
 
 def _starts() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
@@ -865,9 +860,9 @@ def _parts(
     if len(parts) == 1:
         yield "config", config, shapes, layers, roles
         return
-    for number, (own, places) in enumerate(parts):
-        keys = [None if given is None else [given[place] for place in places] for given in (layers, roles)]
-        yield f"part {number}", own, [shapes[place] for place in places], keys[0], keys[1]
+    for number, (part, places) in enumerate(parts):
+        keys = [None if labels is None else [labels[place] for place in places] for labels in (layers, roles)]
+        yield f"part {number}", part, [shapes[place] for place in places], keys[0], keys[1]
 
 
 def _usable(wanted: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:

@@ -54,7 +54,7 @@ _INSTEAD = {
 }
 
 
-def refuse_attribute(kind: str, name: str) -> NoReturn:
+def refuse_attribute(class_name: str, name: str) -> NoReturn:
     """Raise the AttributeError of an attribute that is missing.
 
     Examples
@@ -65,7 +65,7 @@ def refuse_attribute(kind: str, name: str) -> NoReturn:
     AttributeError: 'Adapter' object has no attribute 'merge_and_unload'; PEFT's merge_and_unload is bake() here
     """
     hint = f"; PEFT's {name} is {_INSTEAD[name]} here" if name in _INSTEAD else ""
-    raise AttributeError(f"{kind!r} object has no attribute {safe_repr(name)}{hint}")
+    raise AttributeError(f"{class_name!r} object has no attribute {safe_repr(name)}{hint}")
 
 
 # -- The summary: the slices of groups that each weight's update consists of -------------------------------------------
@@ -184,18 +184,18 @@ class Summary:
 def _sizes(adapter: AdapterState) -> dict[str, int]:
     """Return the elements of each of the base's parameters; of a quantized weight, those that it stands for."""
     model = adapter.model
-    own = {id(parameter) for _, parameter in named_parameters(adapter)}
+    adapter_ids = {id(parameter) for _, parameter in named_parameters(adapter)}
     sizes = {
         name: parameter.numel()
         for name, parameter in model.named_parameters()
-        if not is_array(name) and id(parameter) not in own
+        if not is_array(name) and id(parameter) not in adapter_ids
     }
     for path, module in model.named_modules():
-        kind = quantized_type(module)
-        if kind is not None:
-            for name in kind.stored:
+        layer_type = quantized_type(module)
+        if layer_type is not None:
+            for name in layer_type.stored:
                 sizes.pop(join(path, name), None)
-            sizes[join(path, "weight")] = math.prod(kind.shape(module))
+            sizes[join(path, "weight")] = math.prod(layer_type.shape(module))
     return sizes
 
 

@@ -182,11 +182,11 @@ def attach_file(
             )
         )  # fmt: skip
         state = adapter._state
-        state.alone += tuple(one for one, others in file.ties.items() if not others and one not in state.alone)
+        state.alone += tuple(weight for weight, others in file.ties.items() if not others and weight not in state.alone)
         state.pretrained = _recorded(model, file.pretrained, check_base)
-        own = kept_pairs(model, file)
-        before = [(tensor, tensor.detach().clone()) for tensor, _ in own]
-        copy_all([*checked_pairs(state, file.arrays), *own])
+        pairs = kept_pairs(model, file)
+        before = [(tensor, tensor.detach().clone()) for tensor, _ in pairs]
+        copy_all([*checked_pairs(state, file.arrays), *pairs])
         keep(state, file.trained)
     except BaseException:  # KeyboardInterrupt, too, at any point after attaching
         with torch.no_grad():
@@ -233,10 +233,10 @@ def _dtype_on_load(file: AdapterFile) -> torch.dtype:
 
 def _recorded(model: nn.Module, about: Pretrained | None, check_base: bool) -> Pretrained | None:
     """Return what the file says about its base; of another base, only what does not depend on it."""
-    if about is None or check_base or (own := describe(model)) is None:
+    if about is None or check_base or (pretrained := describe(model)) is None:
         return about
-    labels = about.labels if len(about.labels) == len(own.labels) else own.labels
-    return dataclasses.replace(own, labels=labels, inputs=about.inputs)
+    labels = about.labels if len(about.labels) == len(pretrained.labels) else pretrained.labels
+    return dataclasses.replace(pretrained, labels=labels, inputs=about.inputs)
 
 
 def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
@@ -252,11 +252,11 @@ def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
     if not set(roles) <= set("qkvo"):
         raise FileError(f"this {type(model).__name__} does not have its weights: {wrong}")
     try:
-        found = find_targets(model, roles)
+        candidates = find_targets(model, roles)
     except TargetError:
-        found = []
-    theirs, ours = ([(target.role, target.shape) for target in targets] for targets in (file.targets, found))
-    partners = paired(file.targets, found)
+        candidates = []
+    theirs, ours = ([(target.role, target.shape) for target in targets] for targets in (file.targets, candidates))
+    partners = paired(file.targets, candidates)
     if partners is None:
         unclear = " that can be matched unambiguously" if sorted(theirs) == sorted(ours) else ""
         raise FileError(
@@ -283,8 +283,8 @@ def _renamed(model: nn.Module, targets: Sequence[Target]) -> list[Target] | None
     if not callable(getattr(config, "to_dict", None)) or all(target.name in shapes for target in targets):
         return None
     names = ModuleNames({**config.to_dict(), "architectures": [type(model).__name__]}).inverse(shapes)
-    found = renamed_targets(targets, shapes, lambda name: names.get(name, []))
-    return None if found is None else [found[1].target(target) for target in found[0]]
+    renamed = renamed_targets(targets, shapes, lambda name: names.get(name, []))
+    return None if renamed is None else [renamed[1].target(target) for target in renamed[0]]
 
 
 def _in_the_file(error: str, targets: Sequence[Target]) -> str:
@@ -463,10 +463,10 @@ def load_processor(
     with FileErrorContext(path):
         if about is None:
             raise FileError("it does not say what its base model is: load its tokenizer or processor yourself")
-        own = _own_folder(where, path, revision, token)
-        if own is None:
+        folder = _own_folder(where, path, revision, token)
+        if folder is None:
             _refuse_remote(about)
-        return LIBRARIES[about.library].processor(about, own, token)
+        return LIBRARIES[about.library].processor(about, folder, token)
 
 
 def _refuse_remote(about: Pretrained) -> None:

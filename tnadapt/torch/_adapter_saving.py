@@ -71,7 +71,7 @@ def check_same(adapter: AdapterState, file: AdapterFile) -> None:
     """Raise a FileError unless config, activation, targets and kept parameters are the same."""
     names = names_of_shared(adapter.model)
     # Of a tied weight, an adapter keeps the first name, and a file any of them.
-    their_kept, our_kept = (sorted({names.get(name, [name])[0] for name in own}) for own in (file.kept, adapter.kept))
+    their_kept, our_kept = (sorted({names.get(name, [name])[0] for name in kept}) for kept in (file.kept, adapter.kept))
     compared: list[tuple[str, Any, Any, Callable[[Any, Any], str]]] = [
         # How it is trained changes no array.
         ("config", file.config.replace(rate="sgd"), adapter.plan.config.replace(rate="sgd"), _settings),
@@ -146,14 +146,14 @@ def to_file(adapter: AdapterState, store_bases: bool = False) -> AdapterFile:
             tensor = tensor.float()
         return tensor.numpy().copy()
 
-    own, shared = _tensors(adapter.model), names_of_shared(adapter.model)
+    tensors, shared = _tensors(adapter.model), names_of_shared(adapter.model)
     ties: dict[str, tuple[str, ...]] = dict.fromkeys(adapter.alone, ())
-    ties |= {name: tuple(one for one in shared[name] if one != name) for name in adapter.kept if name in shared}
+    ties |= {name: tuple(other for other in shared[name] if other != name) for name in adapter.kept if name in shared}
     return AdapterFile(
         config=plan.config,
         targets=adapter.targets,
         arrays=adapter.plan.to_arrays({name: host(name, parameter) for name, parameter in named_parameters(adapter)}),
-        kept={name: host(KEPT + name, own[name]) for name in adapter.kept},
+        kept={name: host(KEPT + name, tensors[name]) for name in adapter.kept},
         dtypes=dtypes,
         base=base,
         activation=adapter.activation,
@@ -178,20 +178,20 @@ def fingerprint_of(weights: list[Tensor | None], expected: Fingerprint | None = 
     Where it is probably the expected one, only the SHA-256 is computed, which takes a fraction of the time.
     """
     known = [weight for weight in weights if weight is not None and weight.device.type != "meta"]
-    kinds = {weight.dtype for weight in known}
-    if len(known) != len(weights) or not known or not kinds <= _NAMES.keys():
+    dtypes = {weight.dtype for weight in known}
+    if len(known) != len(weights) or not known or not dtypes <= _NAMES.keys():
         return None
     # Several dtypes are promoted to one that represents all their values.
-    kind = functools.reduce(torch.promote_types, kinds)
+    dtype = functools.reduce(torch.promote_types, dtypes)
 
     def host() -> Iterator[np.ndarray]:
         for weight in known:
-            one = weight.detach().cpu().to(kind).contiguous()
-            yield one.view(torch.int16).numpy().view(np.uint16) if one.dtype is torch.bfloat16 else one.numpy()
+            tensor = weight.detach().cpu().to(dtype).contiguous()
+            yield tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype is torch.bfloat16 else tensor.numpy()
 
-    if expected is not None and expected.dtype == _NAMES[kind] and compare(expected, host(), _NAMES[kind]) is None:
+    if expected is not None and expected.dtype == _NAMES[dtype] and compare(expected, host(), _NAMES[dtype]) is None:
         return expected
-    return fingerprint(host(), _NAMES[kind])
+    return fingerprint(host(), _NAMES[dtype])
 
 
 def need_base(model: nn.Module, but: AdapterState | None = None) -> None:
@@ -226,10 +226,10 @@ def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
         base = base_fingerprint(adapter)
         if file.base is not None and base is not None and not file.base.matches(base):
             raise FileError(f"it was trained on another base model: {file.base.difference(base)}")
-        own = adapter.plan.given
-        brought = [name for name in own if name not in adapter.plan.base_shapes]
+        frozen = adapter.plan.given
+        brought = [name for name in frozen if name not in adapter.plan.base_shapes]
         for array in dict.fromkeys([*file.given, *brought]):
-            if array not in own or array not in file.given or not np.array_equal(file.given[array], own[array]):
+            if array not in frozen or array not in file.given or not np.array_equal(file.given[array], frozen[array]):
                 raise FileError(
                     f"its frozen array {array!r} differs from that of adapter {adapter.name!r}: load it under another "
                     "name"
@@ -246,7 +246,7 @@ class FileErrorContext:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, TnadaptError):
             raise FileError(f"{self.path}: {error}") from error
 
@@ -255,12 +255,12 @@ def check_kept(model: nn.Module, file: AdapterFile) -> None:
     """Raise a FileError if the model lacks a parameter that the file keeps, or its shape differs."""
     tensors = _tensors(model)
     for name, array in file.kept.items():
-        there = tensors.get(name)
-        if there is None:
+        tensor = tensors.get(name)
+        if tensor is None:
             raise FileError(f"it keeps {name!r}, which this {type(model).__name__} does not have")
-        if tuple(there.shape) != array.shape:
+        if tuple(tensor.shape) != array.shape:
             raise FileError(
-                f"it keeps {name!r} of shape {array.shape}, and this model's is {tuple(there.shape)}: "
+                f"it keeps {name!r} of shape {array.shape}, and this model's is {tuple(tensor.shape)}: "
                 "build the model with the head that it was trained with"
             )
 
@@ -273,8 +273,8 @@ def kept_pairs(model: nn.Module, file: AdapterFile) -> list[tuple[Tensor, np.nda
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers of a model, of a tied weight by each of its names."""
-    own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    return {**own, **dict(model.named_buffers(remove_duplicate=False))}
+    parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
 
 
 # -- The Hugging Face Hub: where an adapter is, downloads of its file, uploads of its folder ---------------------------
@@ -429,9 +429,9 @@ def marked(text: str) -> str:
 
 def unmarked(card: str) -> str | None:
     """Return a card without its mark, or None if it has none or was edited."""
-    found = _MARK.search(card)
-    text = card[: found.start()] if found is not None else ""
-    return text if found is not None and _digest(text) == found[1] else None
+    mark = _MARK.search(card)
+    text = card[: mark.start()] if mark is not None else ""
+    return text if mark is not None and _digest(text) == mark[1] else None
 
 
 def write_card(folder: Path, text: str, overwrite: bool) -> bool:
@@ -497,8 +497,8 @@ def _configs(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Return a row for the config, or one for each of several."""
     if "parts" not in settings:
         yield "Config", _config(settings)
-    for own, weights in settings.get("parts", ()):
-        yield "Config", f"{_config(own)} for {pluralize(weights, 'weight')}"
+    for part, weights in settings.get("parts", ()):
+        yield "Config", f"{_config(part)} for {pluralize(weights, 'weight')}"
 
 
 def _config(settings: dict[str, Any]) -> str:
@@ -581,10 +581,11 @@ def save_folder(
     """Write a folder; see :meth:`Adapter.save_pretrained`. The card loads the adapter from ``where``."""
     need_attached(adapter)
     numbers = {name: float(value) for name, value in (metrics or {}).items()}
-    for one in processors:
-        if one is not None and not callable(getattr(one, "save_pretrained", None)):
+    for processor in processors:
+        if processor is not None and not callable(getattr(processor, "save_pretrained", None)):
             raise ConfigError(
-                f"tokenizer and processor must have save_pretrained, as those of transformers; got {type(one).__name__}"
+                "tokenizer and processor must have save_pretrained, as those of transformers; got "
+                f"{type(processor).__name__}"
             )
     file = dataclasses.replace(to_file(adapter, store_bases), pretrained=about)
     if not is_writer():
@@ -594,9 +595,9 @@ def save_folder(
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"{os.fspath(folder)}: cannot create this folder: {error}") from None
-    for one in processors:
-        if one is not None:
-            one.save_pretrained(path)
+    for processor in processors:
+        if processor is not None:
+            processor.save_pretrained(path)
     write_card(path, model_card(file, where or path.absolute().name, numbers), overwrite_card)
     # Last: a folder with this file is complete.
     adapter_format.save(path / FILE_NAME, file)

@@ -241,9 +241,9 @@ class TransformersModels(ModelLibrary):
         task = _task_of(model, config)
         settings = {}
         if task == "text-classification":
-            found = {name: getattr(config, name, None) for name in ("problem_type", "pad_token_id")}
+            values = {name: getattr(config, name, None) for name in ("problem_type", "pad_token_id")}
             # Some configs have -1 for no padding token.
-            settings = {name: value for name, value in found.items() if value is not None and value != -1}
+            settings = {name: value for name, value in values.items() if value is not None and value != -1}
         labels = _labels(config) if task and TASKS[task].labelled else ()
         try:
             return Pretrained(name, revision, file, self.name, task, labels, _dtype(model), settings)
@@ -299,18 +299,21 @@ class TransformersModels(ModelLibrary):
             refusing(f"cannot load the {task.processor} from {safe_repr(folder)}", "load it yourself"),
             _silent(transformers),
         ):
-            found = getattr(transformers, task.processor).from_pretrained(folder, trust_remote_code=False, **settings)
-        if task.processor == "AutoTokenizer" and not isinstance(found, transformers.PreTrainedTokenizerBase):
+            processor = getattr(transformers, task.processor).from_pretrained(
+                folder, trust_remote_code=False, **settings
+            )
+        if task.processor == "AutoTokenizer" and not isinstance(processor, transformers.PreTrainedTokenizerBase):
             # Some classes, such as RAG's, hold tokenizers and are none.
             raise FileError(
-                f"the tokenizer in {safe_repr(folder)} is a {type(found).__name__}, not one for texts: load it yourself"
+                f"the tokenizer in {safe_repr(folder)} is a {type(processor).__name__}, not one for texts: load "
+                "it yourself"
             )
         # Where there are no files of a tokenizer, transformers makes one without words, or with a space alone.
-        if task.processor == "AutoTokenizer" and len(found.get_vocab()) <= len(set(found.all_special_ids)) + 1:
+        if task.processor == "AutoTokenizer" and len(processor.get_vocab()) <= len(set(processor.all_special_ids)) + 1:
             raise FileError(
                 f"there is no tokenizer in {safe_repr(folder)}: save one with the adapter, or load it yourself"
             )
-        return found
+        return processor
 
     def set_labels(self, model: nn.Module, about: Pretrained) -> None:
         """Set ``id2label`` and ``label2id`` of the model's config."""
@@ -341,7 +344,7 @@ def _task_of(model: nn.Module, config: Any) -> str:
     for name, task in TASKS.items():
         built = getattr(getattr(transformers, task.model, None), "_model_mapping", {}).get(type(config), ())
         # Sharding derives a class from the model's.
-        if any(one in type(model).__mro__ for one in (built if isinstance(built, tuple) else (built,))):
+        if any(cls in type(model).__mro__ for cls in (built if isinstance(built, tuple) else (built,))):
             return name
     return ""
 
@@ -369,9 +372,13 @@ def _labels(config: Any) -> list[str]:
 
 def _dtype(model: nn.Module) -> str:
     """Return the dtype of the base's first weights that have one."""
-    kinds = (one.dtype for name, one in model.named_parameters() if one.is_floating_point() and not is_array(name))
-    found = str(next(kinds, "")).removeprefix("torch.")
-    return found if found in ("float64", "float32", "float16", "bfloat16") else ""
+    dtypes = (
+        parameter.dtype
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and not is_array(name)
+    )
+    dtype = str(next(dtypes, "")).removeprefix("torch.")
+    return dtype if dtype in ("float64", "float32", "float16", "bfloat16") else ""
 
 
 def _shown(about: Pretrained) -> str:
@@ -399,5 +406,5 @@ LIBRARIES: Mapping[str, ModelLibrary] = {library.name: library for library in (T
 
 def describe(model: nn.Module) -> Pretrained | None:
     """Return what a model says about its base, task and labels; None if it is of no known library."""
-    found = (library.describe(model) for library in LIBRARIES.values())
-    return next((about for about in found if about is not None), None)
+    descriptions = (library.describe(model) for library in LIBRARIES.values())
+    return next((about for about in descriptions if about is not None), None)

@@ -85,16 +85,16 @@ def write(target: Target, weight: Tensor, matrix: Tensor) -> None:
 
 def checksum(tensor: Tensor) -> int:
     """Return a checksum of the bits: the sum, and the sum weighted by position, of the elements as integers."""
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    bits = tensor.contiguous().view(kind).reshape(-1).to(torch.int64)
+    dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.contiguous().view(dtype).reshape(-1).to(torch.int64)
     place = torch.arange(1, bits.numel() + 1, device=bits.device)
     return hash((int(bits.sum()), int((bits * place).sum())))
 
 
 def _weight(target: Target, owner: nn.Module) -> Tensor:
     held: Any = owner._parameters[target.parameter]
-    found: Tensor = held.detach()
-    return found
+    weight: Tensor = held.detach()
+    return weight
 
 
 # -- Quantized weights: dequantized, added to, quantized again by their library ----------------------------------------
@@ -163,8 +163,8 @@ class MergedCodes(NamedTuple):
     @property
     def before(self) -> Tensor:
         """The original rows as numbers."""
-        found: Tensor = self.target.select(_dequantized(self.kind, self.owner, self.state))
-        return found
+        rows: Tensor = self.target.select(_dequantized(self.kind, self.owner, self.state))
+        return rows
 
     def check(self, state: AdapterState, target: Target, owner: nn.Module) -> None:
         """Raise a TargetError if the layer stands for other numbers by now, or is elsewhere."""
@@ -225,14 +225,14 @@ def requantized(adapter: AdapterState, added: Sum) -> Iterator[Requantized]:
 def _layer(adapter: AdapterState, indices: Sequence[int], added: Sum) -> Requantized:
     owner = adapter.slots[indices[0]].owner
     targets = [adapter.targets[index] for index in indices]
-    kind, name = quantized_type(owner), targets[0].name
-    assert kind is not None
+    layer_type, name = quantized_type(owner), targets[0].name
+    assert layer_type is not None
     if any(slot.index in indices and slot.owner is not owner for slot in adapter.slots):
         raise TargetError(
             f"{name} is quantized and tied to another weight, which would keep the codes without the update: keep the "
             "adapter attached, or attach with untie=True"
         )
-    numbers = kind.dequantize(owner)
+    numbers = layer_type.dequantize(owner)
     if numbers is None:
         raise TargetError(
             f"{name} of {type(owner).__name__} cannot be merged into: it is on the meta device, or in a layout whose "
@@ -243,50 +243,50 @@ def _layer(adapter: AdapterState, indices: Sequence[int], added: Sum) -> Requant
     for index, target in zip(indices, targets, strict=True):
         # The sums of rows that do not overlap are independent of each other.
         target.write(wanted, added(index, target, before))
-    state = _quantize(kind, owner, name, wanted)
+    state = _quantize(layer_type, owner, name, wanted)
     changed = (wanted != before).any(1)
     if not bool(changed.any()):
-        state = kind.state(owner)  # a library may round even its own numbers to others
+        state = layer_type.state(owner)  # a library may round even its own numbers to others
     elif not bool(changed.all()):
-        state = kind.keep_rows(owner, state, changed)
-    after = _dequantized(kind, owner, state)
+        state = layer_type.keep_rows(owner, state, changed)
+    after = _dequantized(layer_type, owner, state)
     if not bool(torch.isfinite(after).all()):
         raise BackendError(
             f"{name} plus its update cannot be quantized as {_kind_name(owner)}: the result is not finite; no weight "
             "was changed"
         )
-    kept = [MergedCodes(kind, owner, target, kind.state(owner), checksum(after)) for target in targets]
-    return Requantized(indices, kept, kind, owner, state, _measured(name, owner, before, wanted, after))
+    kept = [MergedCodes(layer_type, owner, target, layer_type.state(owner), checksum(after)) for target in targets]
+    return Requantized(indices, kept, layer_type, owner, state, _measured(name, owner, before, wanted, after))
 
 
-def _quantize(kind: QuantizedLayer, owner: nn.Module, name: str, wanted: Tensor) -> Mapping[str, Any]:
+def _quantize(layer_type: QuantizedLayer, owner: nn.Module, name: str, wanted: Tensor) -> Mapping[str, Any]:
     try:
-        state = kind.requantize(owner, wanted)
+        state = layer_type.requantize(owner, wanted)
     except TargetError as error:
         raise TargetError(f"{name} is quantized: {error}") from None
-    if set(state) != set(kind.stored):
+    if set(state) != set(layer_type.stored):
         raise TargetError(
-            f"{type(kind).__name__}.requantize() returned {', '.join(sorted(state)) or 'nothing'}, and its stored is "
-            f"{', '.join(kind.stored) or 'empty'}: it must return these names"
+            f"{type(layer_type).__name__}.requantize() returned {', '.join(sorted(state)) or 'nothing'}, and its "
+            f"stored is {', '.join(layer_type.stored) or 'empty'}: it must return these names"
         )
     return state
 
 
-def _dequantized(kind: QuantizedLayer, owner: nn.Module, state: Mapping[str, Any]) -> Tensor:
+def _dequantized(layer_type: QuantizedLayer, owner: nn.Module, state: Mapping[str, Any]) -> Tensor:
     """Return what a state of a layer stands for; the layer keeps its own."""
     other = twin(owner)
-    kind.restore(other, state)
-    found = kind.dequantize(other)
-    if found is None:
-        raise TargetError(f"{type(kind).__name__} cannot dequantize what its requantize() returned")
-    return found
+    layer_type.restore(other, state)
+    numbers = layer_type.dequantize(other)
+    if numbers is None:
+        raise TargetError(f"{type(layer_type).__name__} cannot dequantize what its requantize() returned")
+    return numbers
 
 
 def _measured(name: str, owner: nn.Module, before: Tensor, wanted: Tensor, after: Tensor) -> RequantizedWeight:
-    base, goal, found = (tensor.double() for tensor in (before, wanted, after))
-    change, off = goal - base, float((found - goal).norm())
+    base, goal, requantized = (tensor.double() for tensor in (before, wanted, after))
+    change, off = goal - base, float((requantized - goal).norm())
     size = float(change.norm())
-    kept = float(((found - base) * change).sum()) / size**2 if size else 1.0
+    kept = float(((requantized - base) * change).sum()) / size**2 if size else 1.0
     whole = float(goal.norm())
     return RequantizedWeight(name, _kind_name(owner), off / whole if whole else 0.0, off / size if size else 0.0, kept)
 
@@ -392,15 +392,15 @@ class _Exact:
         if self.adapter.weight != 1.0:
             pieces = ((start, piece * self.adapter.weight) for start, piece in pieces)
         flat, plan = after.view(-1), self.adapter.plan
-        own = [self._arrays[name].to(where) for name in plan.weight_param_names[index]]
+        weight_params = [self._arrays[name].to(where) for name in plan.weight_param_names[index]]
         if where.type == "cpu":
             problem = change_in_place(
-                plan.applying, _bits(flat), target.shape, dtype, pieces, [_numbers(array) for array in own],
+                plan.applying, _bits(flat), target.shape, dtype, pieces, [_numbers(array) for array in weight_params],
                 self._trained,
             )  # fmt: skip
         else:
             if not plan.applying.additive:
-                pieces = self._changes(flat, target, pieces, own)
+                pieces = self._changes(flat, target, pieces, weight_params)
             problem = _add_in_place(flat, pieces) if plan.applying.additive else _replace(flat, pieces)
         if problem == "update":
             raise BackendError(
@@ -415,20 +415,20 @@ class _Exact:
         return cast(Tensor, after.to(weight.device))
 
     def _changes(
-        self, flat: Tensor, target: Target, pieces: Iterator[tuple[int, Tensor]], own: Sequence[Tensor]
+        self, flat: Tensor, target: Target, pieces: Iterator[tuple[int, Tensor]], weight_params: Sequence[Tensor]
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield the changed weight in float64, where it is not a sum."""
-        wide = [array.double() for array in own]
+        wide = [array.double() for array in weight_params]
         spans = changed_spans(
             self.adapter.plan.applying, load_backend("torch"), target.shape,
             lambda start, stop: flat[start:stop].double(), pieces, wide, self._trained,
         )  # fmt: skip
-        return ((start, found) for start, found, _ in spans)
+        return ((start, values) for start, values, _ in spans)
 
     def _on(self, where: torch.device) -> Float64Deltas:
         if where not in self._updates:
-            moved = {name: array.to(where) for name, array in self._arrays.items()}
-            arrays = {name: _numbers(array) for name, array in moved.items()} if where.type == "cpu" else moved
+            tensors = {name: array.to(where) for name, array in self._arrays.items()}
+            arrays = {name: _numbers(array) for name, array in tensors.items()} if where.type == "cpu" else tensors
             self._updates[where] = Float64Deltas(self.adapter.plan, arrays, self._trained, _PIECES[where.type])
         return self._updates[where]
 
@@ -456,11 +456,11 @@ def _add_in_place(flat: Tensor, pieces: Iterator[tuple[int, Tensor]]) -> str | N
 
 def _replace(flat: Tensor, spans: Iterator[tuple[int, Tensor]]) -> str | None:
     """Do :func:`tnadapt.algebra.rounding.change_in_place` on the weight's device."""
-    for start, found in spans:
-        part = flat[start : start + found.numel()]
-        after = (found if part.dtype is torch.float64 else found.float()).to(part.dtype)
+    for start, values in spans:
+        part = flat[start : start + values.numel()]
+        after = (values if part.dtype is torch.float64 else values.float()).to(part.dtype)
         if bool((~torch.isfinite(after) & torch.isfinite(part)).any()):
-            return "range" if bool(torch.isfinite(found).all()) else "update"
+            return "range" if bool(torch.isfinite(values).all()) else "update"
         part.copy_(after)
     return None
 
@@ -471,10 +471,10 @@ def unmerge(adapter: AdapterState) -> None:
     if adapter.merged is None:
         raise TargetError(f"adapter {adapter.name!r} is not merged; there is nothing to undo")
     before = adapter.merged
-    for index, (target, one) in enumerate(zip(adapter.targets, before, strict=True)):
+    for index, (target, original) in enumerate(zip(adapter.targets, before, strict=True)):
         if not _requantizes(adapter, index):
             _writable(adapter, index)
-        one.check(adapter, target, owner_of(adapter, index))
+        original.check(adapter, target, owner_of(adapter, index))
     try:
         _put_back(adapter, before)
     except BaseException:  # finish when interrupted: half of it would be neither the merged model nor the base
@@ -507,8 +507,9 @@ def _enable(adapter: AdapterState, enabled: bool, merged: bool) -> None:
 
 def _put_back(adapter: AdapterState, merged: Sequence[Merged]) -> None:
     """Write the original rows back into the weights; can be repeated."""
-    for target, slot, one in zip(adapter.targets, adapter.slots, merged, strict=False):  # tied weights have more slots
-        one.put_back(target, slot.owner)
+    # Tied weights have more slots.
+    for target, slot, original in zip(adapter.targets, adapter.slots, merged, strict=False):
+        original.put_back(target, slot.owner)
     adapter.merged = None
 
 

@@ -113,30 +113,30 @@ def extract(
     for other in overlapping(base):
         if other.merged is not None:
             raise TargetError(f"adapter {other.name!r} is merged into the base: unmerge it first")
-    found = find_targets(base, targets, keep_tied=keep_tied)
+    resolved = find_targets(base, targets, keep_tied=keep_tied)
     # Raise the errors of attach() now rather than after the fit.
-    check_distinct(found)
+    check_distinct(resolved)
     check_name(base, name)
-    matching(base, keep_trainable, {target.name for target in found})
+    matching(base, keep_trainable, {target.name for target in resolved})
     theirs = _state(tuned)
-    weights = [(_weight(base, target), _theirs(theirs, target)) for target in found]
-    kind = torch.float64 if weights[0][0].dtype is torch.float64 else torch.float32
-    like = torch.zeros(0, dtype=kind, device=weights[0][0].device)
+    weights = [(_weight(base, target), _theirs(theirs, target)) for target in resolved]
+    dtype = torch.float64 if weights[0][0].dtype is torch.float64 else torch.float32
+    like = torch.zeros(0, dtype=dtype, device=weights[0][0].device)
 
     def read(weight: int) -> Tensor:
         before, after = weights[weight]
         # The difference of two close half-precision numbers is exact in single precision.
-        difference: Tensor = found[weight].select(after).to(like) - found[weight].select(before).to(like)
+        difference: Tensor = resolved[weight].select(after).to(like) - resolved[weight].select(before).to(like)
         return difference
 
     def fit(config: Config) -> tuple[dict[str, Tensor], FitReport]:
         plan = SuperLoRA(
             config,
-            [target.shape for target in found],
-            [target.layer for target in found],
-            [target.role for target in found],
+            [target.shape for target in resolved],
+            [target.layer for target in resolved],
+            [target.role for target in resolved],
         )
-        plan = plan.with_base(lambda weight: found[weight].select(weights[weight][0]).to(kind).cpu())
+        plan = plan.with_base(lambda weight: resolved[weight].select(weights[weight][0]).to(dtype).cpu())
         return chosen.fit(load_backend("torch"), like, plan, read, progress)
 
     with torch.no_grad():
@@ -144,7 +144,7 @@ def extract(
             arrays, report = fit(cfg)
         else:
             _, cfg, arrays, report = smallest_rank(fit, cfg, max_error, max_rank)
-        adapter = attach(base, cfg, found, name, keep_trainable=keep_trainable, dtype=kind)
+        adapter = attach(base, cfg, resolved, name, keep_trainable=keep_trainable, dtype=dtype)
         try:
             _copy_kept(adapter._state, theirs)
             adapter.load_arrays(arrays)
@@ -152,7 +152,7 @@ def extract(
             adapter.detach()
             raise
     adapter.report = report
-    others = list(_others(base, theirs, found, adapter._state))
+    others = list(_others(base, theirs, resolved, adapter._state))
     if others:
         more = f" and {len(others) - 4} more" if len(others) > 4 else ""
         warn(
@@ -184,29 +184,29 @@ def _weight(base: nn.Module, target: Target) -> Tensor:
 
 
 def _theirs(state: Mapping[str, Tensor], target: Target) -> Tensor:
-    found = state.get(target.name)
-    if found is None:
+    tensor = state.get(target.name)
+    if tensor is None:
         raise TargetError(f"the tuned model has no {safe_repr(target.name)}: give a fine-tuned version of the base")
-    found = gather_full(found.detach())
-    if tuple(found.shape) != target.stored or not found.is_floating_point():
+    tensor = gather_full(tensor.detach())
+    if tuple(tensor.shape) != target.stored or not tensor.is_floating_point():
         raise TargetError(
-            f"{target.name} is {tuple(found.shape)}, {found.dtype} in the tuned model and {target.stored} in the base: "
-            "give a fine-tuned version of the base"
+            f"{target.name} is {tuple(tensor.shape)}, {tensor.dtype} in the tuned model and {target.stored} in the "
+            "base: give a fine-tuned version of the base"
         )
-    return found
+    return tensor
 
 
 def _copy_kept(adapter: AdapterState, theirs: Mapping[str, Tensor]) -> None:
-    own = {**dict(adapter.model.named_parameters()), **dict(adapter.model.named_buffers())}
+    tensors = {**dict(adapter.model.named_parameters()), **dict(adapter.model.named_buffers())}
     for name in adapter.kept:
-        if name not in theirs or theirs[name].shape != own[name].shape:
-            there = tuple(theirs[name].shape) if name in theirs else "missing"
+        if name not in theirs or theirs[name].shape != tensors[name].shape:
+            shape = tuple(theirs[name].shape) if name in theirs else "missing"
             raise ShapeError(
-                f"keep_trainable names {name}; it is {there} in the tuned model, {tuple(own[name].shape)} in the base: "
-                "build the base with the head of the tuned model"
+                f"keep_trainable names {name}; it is {shape} in the tuned model, {tuple(tensors[name].shape)} in the "
+                "base: build the base with the head of the tuned model"
             )
     for name in adapter.kept:
-        own[name].copy_(theirs[name])
+        tensors[name].copy_(theirs[name])
 
 
 def _others(
@@ -215,17 +215,17 @@ def _others(
     """Yield the parameters and buffers that differ and are neither targets nor kept."""
     kept = set(adapter.kept)
     adapted = {name for target in targets for name in (target.name, *target.tied)}
-    own = set(adapter.parameter_names.values())
+    adapter_names = set(adapter.parameter_names.values())
     parameters = dict(base.named_parameters(remove_duplicate=False))  # a tied weight under each of its names
     ours = {**parameters, **dict(base.named_buffers())}
-    for name, there in theirs.items():
+    for name, tuned in theirs.items():
         before = ours.get(name)
         if name in kept or (before is not None and before.device.type == "meta"):
             continue
-        if before is None or there.shape != before.shape:
+        if before is None or tuned.shape != before.shape:
             yield name
             continue
-        before, after = gather_full(before.detach()), gather_full(there.detach()).to(before)
+        before, after = gather_full(before.detach()), gather_full(tuned.detach()).to(before)
         if name in adapted:
             mine = [target for target in targets if name in (target.name, *target.tied)]
             if any(target.is_whole for target in mine):
@@ -236,4 +236,4 @@ def _others(
         if not torch.equal(before, after):
             yield name
     # Only parameters: a state dict omits buffers that the model recomputes.
-    yield from (name for name in parameters if name not in theirs and name not in own)
+    yield from (name for name in parameters if name not in theirs and name not in adapter_names)

@@ -159,16 +159,18 @@ class QuantizedLayer:
     def restore(self, module: nn.Module, state: Mapping[str, Any]) -> None:
         """Put a state in place, as :meth:`state` or :meth:`requantize` returned it; can be repeated."""
         for name, value in state.items():
-            held = next((own for own in (module._parameters, module._buffers) if name in own), module.__dict__)
+            held = next(
+                (tensors for tensors in (module._parameters, module._buffers) if name in tensors), module.__dict__
+            )
             held[name] = value
 
 
-def is_instance(found: object, *names: str) -> bool:
+def is_instance(value: object, *names: str) -> bool:
     """Return whether an object is of one of these classes, or of a subclass, without importing them.
 
     Parameters
     ----------
-    found : object
+    value : object
     *names : str
         Full names: ``"package.module.Class"``.
 
@@ -177,18 +179,18 @@ def is_instance(found: object, *names: str) -> bool:
     >>> is_instance(nn.Linear(2, 2), "torch.nn.modules.linear.Linear"), is_instance(nn.ReLU(), "other.ReLU")
     (True, False)
     """
-    return any(f"{cls.__module__}.{cls.__qualname__}" in names for cls in type(found).__mro__)
+    return any(f"{cls.__module__}.{cls.__qualname__}" in names for cls in type(value).__mro__)
 
 
 def twin(module: nn.Module) -> Any:
     """Return a module with the same tensors and attributes, on which others can be set without changing the first."""
-    found = copy.copy(module)
+    duplicate = copy.copy(module)
     for name in ("_parameters", "_buffers", "_modules"):
-        found.__dict__[name] = dict(module.__dict__[name])
-    return found
+        duplicate.__dict__[name] = dict(module.__dict__[name])
+    return duplicate
 
 
-def rows_of(changed: Tensor, new: Tensor, own: Tensor) -> Tensor:
+def rows_of(changed: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """Return the rows of one tensor where a mask is true, and those of another elsewhere.
 
     Examples
@@ -197,7 +199,7 @@ def rows_of(changed: Tensor, new: Tensor, own: Tensor) -> Tensor:
     tensor([[1., 1.],
             [0., 0.]])
     """
-    return torch.where(changed.to(own.device).view(-1, *[1] * (own.ndim - 1)), new, own)
+    return torch.where(changed.to(old.device).view(-1, *[1] * (old.ndim - 1)), new, old)
 
 
 # -- bitsandbytes: 4-bit codes of nf4 and fp4, and int8 rows with a scale each (LLM.int8()) ----------------------------
@@ -223,8 +225,8 @@ class FourBitLayer(QuantizedLayer):
             return cast(Tensor, weight.detach()) if weight.is_floating_point() else None
         _unpack(module)
         weight = module._parameters["weight"]
-        found: Tensor = _functional().dequantize_4bit(weight.data, _quant_state(module))
-        return found.reshape(self.shape(module))
+        numbers: Tensor = _functional().dequantize_4bit(weight.data, _quant_state(module))
+        return numbers.reshape(self.shape(module))
 
     def while_attached(self, module: nn.Module) -> Mapping[str, Any]:
         """Keep the weight as it is in evaluation on CPUs with AVX-512 BF16.
@@ -246,7 +248,7 @@ class FourBitLayer(QuantizedLayer):
         known = _quant_state(module)
         if known is None:
             return {"weight": _same_class(held, weight.to(held.dtype)), "quant_state": None}
-        codes, found = _functional().quantize_4bit(
+        codes, state = _functional().quantize_4bit(
             weight.to(known.dtype).contiguous(),
             blocksize=known.blocksize,
             compress_statistics=known.nested,
@@ -254,8 +256,8 @@ class FourBitLayer(QuantizedLayer):
             quant_storage=held.dtype,
         )
         new = _same_class(held, codes.reshape(held.shape))
-        new.quant_state = found
-        return {"weight": new, "quant_state": found}
+        new.quant_state = state
+        return {"weight": new, "quant_state": state}
 
 
 class Int8Layer(QuantizedLayer):
@@ -283,16 +285,16 @@ class Int8Layer(QuantizedLayer):
     def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
         """Quantize by ``int8_vectorwise_quant`` from float16, as the library does when a layer is moved."""
         held: Any = module._parameters["weight"]
-        found: dict[str, Any] = {}
+        state: dict[str, Any] = {}
         if "state" in self.stored:
-            found["state"] = copy.copy(module.state)
-            found["state"].reset_grads()  # forgets the codes and scales of the original
+            state["state"] = copy.copy(module.state)
+            state["state"].reset_grads()  # forgets the codes and scales of the original
         if held.dtype is not torch.int8:
-            return {**found, "weight": _same_class(held, weight.to(held.dtype))}
+            return {**state, "weight": _same_class(held, weight.to(held.dtype))}
         codes, scales, _ = _functional().int8_vectorwise_quant(weight.to(torch.float16).contiguous())
         new = _same_class(held, codes)
         new.CB, new.SCB = codes, scales
-        return {**found, "weight": new}
+        return {**state, "weight": new}
 
 
 def _functional() -> Any:
@@ -301,8 +303,8 @@ def _functional() -> Any:
 
 def _quant_state(module: nn.Module) -> Any:
     # A parameter that was converted, as by FSDP, has lost it, and the module still has it.
-    found = getattr(module._parameters["weight"], "quant_state", None)
-    return getattr(module, "quant_state", None) if found is None else found
+    state = getattr(module._parameters["weight"], "quant_state", None)
+    return getattr(module, "quant_state", None) if state is None else state
 
 
 def _unpack(module: Any) -> None:
@@ -375,8 +377,8 @@ class Int4Embedding(QuantizedLayer):
         if layer.weight.device.type == "meta":
             return None
         with torch.no_grad():
-            found: Tensor = type(layer).forward(layer, torch.arange(layer.num_embeddings, device=layer.weight.device))
-        return found
+            table: Tensor = type(layer).forward(layer, torch.arange(layer.num_embeddings, device=layer.weight.device))
+        return table
 
     def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
         """Quantize by the functions of torchao that its quantizer calls, with the layer's group size and dtypes."""
@@ -395,7 +397,7 @@ class Int4Embedding(QuantizedLayer):
 
     def keep_rows(self, module: nn.Module, state: Mapping[str, Any], changed: Tensor) -> Mapping[str, Any]:
         """Keep codes, scales and zero points, which are row by row."""
-        return {name: rows_of(changed, state[name], own) for name, own in self.state(module).items()}
+        return {name: rows_of(changed, state[name], old) for name, old in self.state(module).items()}
 
 
 # -- Small integers packed into words of 32 bits, as GPTQ and AWQ store codes and zero points --------------------------
@@ -423,8 +425,8 @@ def unpacked(words: Tensor, bits: int, count: int, axis: int) -> Tensor:
     tensor([[0, 1, 2, 3, 4, 5, 6, 7]], dtype=torch.int32)
     """
     words = words.movedim(axis, -1)
-    found = _aligned(words, bits, count) if 32 % bits == 0 else crossing(words, bits, count)
-    return found.movedim(-1, axis)
+    integers = _aligned(words, bits, count) if 32 % bits == 0 else crossing(words, bits, count)
+    return integers.movedim(-1, axis)
 
 
 def planar(words: Tensor, bits: int, count: int, axis: int) -> Tensor:
@@ -453,13 +455,13 @@ def planar(words: Tensor, bits: int, count: int, axis: int) -> Tensor:
     """
     words = words.movedim(axis, -1)
     blocks = words.reshape(*words.shape[:-1], -1, bits)
-    found = torch.zeros(*blocks.shape[:-1], 32, dtype=torch.int32, device=words.device)
+    integers = torch.zeros(*blocks.shape[:-1], 32, dtype=torch.int32, device=words.device)
     low = 0
     for width in (8, 4, 2, 1):
         if bits & width:
-            found |= _aligned(blocks[..., low : low + width], width, 32) << low
+            integers |= _aligned(blocks[..., low : low + width], width, 32) << low
             low += width
-    return found.flatten(-2)[..., :count].movedim(-1, axis)
+    return integers.flatten(-2)[..., :count].movedim(-1, axis)
 
 
 def _aligned(words: Tensor, bits: int, count: int) -> Tensor:
@@ -534,7 +536,7 @@ def is_readable(module: nn.Module) -> bool:
         return False
     # SpinQuant's and QuaRot's layers rotate their input.
     rotates = getattr(layer, "online_full_had", False) or getattr(layer, "online_partial_had", False)
-    return not rotates and not any(own in _names(module) for own in _OWN_LAYOUT)
+    return not rotates and not any(name in _names(module) for name in _OWN_LAYOUT)
 
 
 def _names(module: nn.Module) -> str:
@@ -575,8 +577,8 @@ class AWQLayer(CalibratedLayer):
         rows, cols = self.shape(module)
         groups, words = layer.scales.shape[0], -(-rows * bits // 32)
         expected = (cols, words), (groups, words), (groups, rows)
-        found = tuple(tuple(tensor.shape) for tensor in (layer.qweight, layer.qzeros, layer.scales))
-        if found != expected or cols % groups or (bits == 4 and rows % 8):
+        shapes = tuple(tuple(tensor.shape) for tensor in (layer.qweight, layer.qzeros, layer.scales))
+        if shapes != expected or cols % groups or (bits == 4 and rows % 8):
             return None
         codes, zeros = (_in_order(unpacked(held, bits, rows, axis=1), bits) for held in (layer.qweight, layer.qzeros))
         size = cols // groups
@@ -585,8 +587,8 @@ class AWQLayer(CalibratedLayer):
 
 
 def _bits(module: Any) -> int | None:
-    found = getattr(module, "w_bit", getattr(module, "bits", None))
-    return found if isinstance(found, int) else None
+    bits = getattr(module, "w_bit", getattr(module, "bits", None))
+    return bits if isinstance(bits, int) else None
 
 
 def _in_order(codes: Tensor, bits: int) -> Tensor:
@@ -651,8 +653,8 @@ class GPTQEmbedding(GPTQLayer):
 
     def dequantize(self, module: nn.Module) -> Tensor | None:
         """Return the table of vectors in the dtype of the scales."""
-        found = super().dequantize(module)
-        return None if found is None else found.T.contiguous()
+        weight = super().dequantize(module)
+        return None if weight is None else weight.T.contiguous()
 
     def looks_up(self, module: nn.Module) -> bool:
         """Return True."""
@@ -670,9 +672,9 @@ def _less_one(layer: Any) -> bool:
     GPTQModel's kernels with REQUIRES_FORMAT_V2 take them as they are. Their zeros are converted when a "gptq" model is
     loaded; those of a "gptq_v2" model need no conversion, and ``qzero_format()`` goes on saying 1.
     """
-    own = getattr(layer, "REQUIRES_FORMAT_V2", None)
+    needs_v2 = getattr(layer, "REQUIRES_FORMAT_V2", None)
     method = getattr(layer, "qzero_format", None)
-    return own is not True and (method is None or method() == 1)
+    return needs_v2 is not True and (method is None or method() == 1)
 
 
 # -- HQQ: packed codes of 1 to 8 bits, with scales and zeros of groups -------------------------------------------------
@@ -701,8 +703,8 @@ class HQQLayer(QuantizedLayer):
         if other.W_q.device.type == "meta":
             return None
         with torch.no_grad():
-            found: Tensor = other.dequantize()
-        return found
+            weight: Tensor = other.dequantize()
+        return weight
 
     def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
         """Quantize by the layer's own ``quantize`` and settings, which fit scales and zeros."""
@@ -755,11 +757,11 @@ class TorchAOLayer(QuantizedLayer):
         method = getattr(weight, "get_original_weight", weight.dequantize)  # nf4's own name
         with torch.no_grad():
             try:
-                found: Tensor = method()
+                numbers: Tensor = method()
             except (AttributeError, NotImplementedError):
                 return None
             # A class that does not define the method inherits torch's, which returns something else.
-            return found if type(found) is Tensor and found.shape == weight.shape else None
+            return numbers if type(numbers) is Tensor and numbers.shape == weight.shape else None
 
     def passes_gradient(self, module: nn.Module) -> bool:
         """Return False for weights whose layer quantizes its input, too."""
@@ -792,11 +794,13 @@ class TorchAOLayer(QuantizedLayer):
         parts = {name: (getattr(new, name), getattr(held, name)) for name in names}
         # Blocks of one row: codes and scales have a row for each.
         by_rows = tuple(getattr(held, "block_size", ()))[:1] == (1,)
-        if not by_rows or any(len(own) != rows or one.shape != own.shape for one, own in parts.values()):
+        if not by_rows or any(
+            len(old_part) != rows or new_part.shape != old_part.shape for new_part, old_part in parts.values()
+        ):
             return state
-        kept = {name: rows_of(changed, one, own) for name, (one, own) in parts.items()}
-        found = type(held).__tensor_unflatten__(kept, settings, held.shape, held.stride())
-        return {"weight": nn.Parameter(found, requires_grad=False)}
+        kept = {name: rows_of(changed, new_part, old_part) for name, (new_part, old_part) in parts.items()}
+        tensor = type(held).__tensor_unflatten__(kept, settings, held.shape, held.stride())
+        return {"weight": nn.Parameter(tensor, requires_grad=False)}
 
 
 def _is_torchao(tensor: Tensor) -> bool:
@@ -805,19 +809,19 @@ def _is_torchao(tensor: Tensor) -> bool:
 
 def _granularity(held: Any) -> Any:
     """Return the granularity that a block size stands for."""
-    found = importlib.import_module("torchao.quantization.granularity")
+    granularity = importlib.import_module("torchao.quantization.granularity")
     block = tuple(held.block_size)
     if block == tuple(held.shape):
-        return found.PerTensor()
+        return granularity.PerTensor()
     if block == (1, held.shape[1]):
-        return found.PerRow()
-    return found.PerGroup(block[1]) if block[0] == 1 else found.PerBlock(block)
+        return granularity.PerRow()
+    return granularity.PerGroup(block[1]) if block[0] == 1 else granularity.PerBlock(block)
 
 
 def _mapping(held: Any) -> Any:
-    found = importlib.import_module("torchao.quantization.quant_primitives").MappingType
+    mapping = importlib.import_module("torchao.quantization.quant_primitives").MappingType
     plain = held.zero_point is None or not bool(held.zero_point.any())
-    return found.SYMMETRIC if plain else found.ASYMMETRIC
+    return mapping.SYMMETRIC if plain else mapping.ASYMMETRIC
 
 
 def _int8(held: Any, weight: Tensor) -> Any:
@@ -894,8 +898,8 @@ class QuantoLayer(QuantizedLayer):
             return None
         anything: Any = module
         with torch.no_grad():
-            found: Tensor = anything.qweight.dequantize()
-        return found
+            numbers: Tensor = anything.qweight.dequantize()
+        return numbers
 
     def requantize(self, module: nn.Module, weight: Tensor) -> Mapping[str, Any]:
         """Quantize by the layer's own optimizer of scales; a layer that is not frozen keeps a float weight."""
@@ -937,9 +941,9 @@ class GgufLayer(QuantizedLayer):
         rows, cols = self.shape(module)
         kernels = importlib.import_module(f"{_MODULE}.kernels")
         with torch.no_grad():
-            found: Tensor = kernels.dequantize_blocks(layer.weight, layer.ggml_type, rows, cols, torch.float32)
+            numbers: Tensor = kernels.dequantize_blocks(layer.weight, layer.ggml_type, rows, cols, torch.float32)
         order = getattr(layer, "input_permutation", None)
-        return found if order is None else torch.empty_like(found).index_copy_(1, order, found)
+        return numbers if order is None else torch.empty_like(numbers).index_copy_(1, order, numbers)
 
     def passes_gradient(self, module: nn.Module) -> bool:
         """Return False: kernels for few tokens have no backward."""
@@ -952,19 +956,19 @@ class GgufLayer(QuantizedLayer):
         weight = weight if order is None else weight.index_select(1, order)
         try:
             gguf: Any = importlib.import_module("gguf")
-            kind = gguf.GGMLQuantizationType(layer.ggml_type)
-            blocks = gguf.quants.quantize(weight.float().cpu().numpy(), kind)
+            block_type = gguf.GGMLQuantizationType(layer.ggml_type)
+            blocks = gguf.quants.quantize(weight.float().cpu().numpy(), block_type)
         except ImportError:
             raise TargetError(
                 "merging into GGUF's blocks needs the package gguf: pip install 'tnadapt[gguf]'"
             ) from None
         except NotImplementedError:
             raise TargetError(
-                f"the package gguf cannot quantize to {kind.name}: keep the adapter attached, or merge into the "
+                f"the package gguf cannot quantize to {block_type.name}: keep the adapter attached, or merge into the "
                 "unquantized model and quantize that"
             ) from None
-        found = torch.from_numpy(blocks).to(layer.weight.device).reshape(layer.weight.shape)
-        return {"weight": nn.Parameter(found, requires_grad=False)}
+        codes = torch.from_numpy(blocks).to(layer.weight.device).reshape(layer.weight.shape)
+        return {"weight": nn.Parameter(codes, requires_grad=False)}
 
     def keep_rows(self, module: nn.Module, state: Mapping[str, Any], changed: Tensor) -> Mapping[str, Any]:
         """Keep the blocks of rows, each of which has its own."""
@@ -1054,9 +1058,9 @@ def quantized_type(module: nn.Module) -> QuantizedLayer | None:
     """Return the type that matches a module, or None."""
     load_plugins()
     for name in sorted(QUANTIZED, key=QUANTIZED.built_in.__contains__):
-        found = QUANTIZED[name]()
-        if found.matches(module):
-            return found
+        layer_type = QUANTIZED[name]()
+        if layer_type.matches(module):
+            return layer_type
     return None
 
 
@@ -1070,8 +1074,8 @@ def is_embedding(module: nn.Module) -> bool:
     """
     if isinstance(module, nn.Embedding):
         return True
-    kind = quantized_type(module)
-    return kind is not None and kind.looks_up(module)
+    layer_type = quantized_type(module)
+    return layer_type is not None and layer_type.looks_up(module)
 
 
 def is_packed(weight: Tensor) -> bool:

@@ -49,9 +49,9 @@ def choose(adapter: AdapterState, groups: Any, arrays: Any) -> None:
     numbers, words = _listed(groups, known), _listed(arrays, last)
     chosen = [
         name
-        for name, (number, own) in places.items()
+        for name, (number, array_words) in places.items()
         # A θ of the whole plan belongs to all groups, as does the magnitude of a weight in several of them.
-        if (number in numbers or (number is None and numbers)) and not own.isdisjoint(words)
+        if (number in numbers or (number is None and numbers)) and not array_words.isdisjoint(words)
     ]
     if not chosen:
         raise ConfigError(
@@ -64,13 +64,13 @@ def choose(adapter: AdapterState, groups: Any, arrays: Any) -> None:
 
 def _places(plan: SuperLoRA) -> dict[str, tuple[int | None, set[str]]]:
     """Return the group of each parameter, and the words by which its array can be chosen."""
-    found = {name: _place(name) for name in plan.param_shapes if name not in plan.weight_param_shapes}
+    places = {name: _place(name) for name in plan.param_shapes if name not in plan.weight_param_shapes}
     for index, names in enumerate(plan.weight_param_names):
         # A weight that is cut into several groups is part of each.
         groups = {piece.group for piece in plan.layout.of_weight(index)} if names else set()
         for name in names:
-            found[name] = groups.pop() if len(groups) == 1 else None, {name.rpartition(".")[2]}
-    return found
+            places[name] = groups.pop() if len(groups) == 1 else None, {name.rpartition(".")[2]}
+    return places
 
 
 def _place(name: str) -> tuple[int | None, set[str]]:
@@ -124,7 +124,7 @@ def _moved_zero(adapter: AdapterState, trained: Collection[str]) -> dict[str, np
     plan, everything = adapter.plan, dict(named_parameters(adapter))
     if plan.theta is not None or next(iter(everything.values())).device.type == "meta":
         return {}  # each θ moves all of its arrays; on the meta device, reset() fills them in
-    moved: dict[str, np.ndarray] = {}
+    new_values: dict[str, np.ndarray] = {}
     able, unable = list[int](), list[int]()
     for number, (group, old, new) in enumerate(
         zip(plan.groups, plan.starts(adapter.trained), plan.starts(trained), strict=True)
@@ -132,31 +132,31 @@ def _moved_zero(adapter: AdapterState, trained: Collection[str]) -> dict[str, np
         names = {name for name, full in group.names.items() if full in trained}
         if not names or (len(names) == len(group.names) and new.zeros == old.zeros):
             continue
-        own = {name: gather_full(everything[full]).detach() for name, full in group.names.items()}
-        if new.zeros != old.zeros and _is_start(old, own):
+        values = {name: gather_full(everything[full]).detach() for name, full in group.names.items()}
+        if new.zeros != old.zeros and _is_start(old, values):
             if adapter.activation == "relu" and new is not group.start:
                 raise ConfigError(
                     f"adapter {adapter.name!r} has 'relu' between its factors, whose derivative at zero is zero: "
                     f"{_last_words(names)} alone could never be trained from ΔW = 0. Train "
                     f"{_last_words(group.start.zeros)} too, or use another activation"
                 )
-            moved.update({full: new.host(name) for name, full in group.names.items()})
-        elif not can_learn(group, own, names):
+            new_values.update({full: new.host(name) for name, full in group.names.items()})
+        elif not can_learn(group, values, names):
             unable.append(number)
             continue
         able.append(number)
     _refuse_or_warn(adapter, trained, able, unable)
-    return moved
+    return new_values
 
 
-def _is_start(start: Initializer, own: Mapping[str, Tensor]) -> bool:
+def _is_start(start: Initializer, values: Mapping[str, Tensor]) -> bool:
     """Return whether arrays are bit for bit those of a start."""
     return all(
-        torch.equal(array.cpu(), torch.from_numpy(start.host(name)).to(array.dtype)) for name, array in own.items()
+        torch.equal(array.cpu(), torch.from_numpy(start.host(name)).to(array.dtype)) for name, array in values.items()
     )
 
 
-def can_learn(group: Group, own: Mapping[str, Tensor], trained: Collection[str]) -> bool:
+def can_learn(group: Group, values: Mapping[str, Tensor], trained: Collection[str]) -> bool:
     """Return whether some trained array has a nonzero gradient.
 
     With a linear F the gradient of an array is the product of the others of its term, so it is zero where one of those
@@ -164,7 +164,7 @@ def can_learn(group: Group, own: Mapping[str, Tensor], trained: Collection[str])
     """
     if not group.projection.linear:
         return True
-    alive = {name for name, array in own.items() if bool(array.any())} | group.frozen_names.keys()
+    alive = {name for name, array in values.items() if bool(array.any())} | group.frozen_names.keys()
     parts = {
         array: [
             array,
@@ -204,12 +204,12 @@ def _last_words(names: Iterable[str]) -> str:
     return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
 
-def _listed(given: Any, known: Sequence[Any]) -> list[Any]:
+def _listed(value: Any, known: Sequence[Any]) -> list[Any]:
     """Return what was asked for as a list: everything known for None, and an empty list if any entry is unknown."""
-    if given is None:
+    if value is None:
         return list(known)
-    listed = list(given) if is_sequence(given) else [given]
-    return listed if all(type(one) in (int, str) and one in known for one in listed) else []
+    listed = list(value) if is_sequence(value) else [value]
+    return listed if all(type(item) in (int, str) and item in known for item in listed) else []
 
 
 def parameter_groups(adapter: AdapterState, lr: float, ratio: float) -> list[dict[str, Any]]:
@@ -225,11 +225,11 @@ def parameter_groups(adapter: AdapterState, lr: float, ratio: float) -> list[dic
 def adam_groups(adapter: AdapterState, lr: float) -> list[dict[str, Any]]:
     """Return parameter groups of equal rates; see :meth:`Adapter.adam_groups`."""
     plan = adapter.plan.file_plan
-    wanted, own = plan.units_for("adam"), plan.units
+    wanted, units = plan.units_for("adam"), plan.units
     groups: dict[float, list[Tensor]] = {}
     for name, parameter in named_parameters(adapter):
         if parameter.requires_grad:
-            groups.setdefault(lr * wanted[name] / own[name], []).append(parameter)
+            groups.setdefault(lr * wanted[name] / units[name], []).append(parameter)
     return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
 
@@ -255,8 +255,8 @@ def start_from(adapter: AdapterState, arrays: Mapping[str, Any]) -> None:
             "start_from()"
         )
     for name, start in adapter.plan.init(trained=adapter.trained).items():
-        there = gather_full(current[name]).detach().cpu()
-        if not torch.equal(there, torch.from_numpy(start).to(there.dtype)):
+        value = gather_full(current[name]).detach().cpu()
+        if not torch.equal(value, torch.from_numpy(start).to(value.dtype)):
             raise ConfigError(
                 f"adapter {adapter.name!r} has been trained or loaded, and another start would change its ΔW: call "
                 "reset(), which discards what was trained, before start_from(), or attach another adapter"
@@ -295,8 +295,8 @@ def _check_gradient(adapter: AdapterState, plan: SuperLoRA) -> None:
     trained, unable, able = set(adapter.trained or plan.param_shapes), list[int](), 0
     for number, group in enumerate(plan.groups):
         names = {name for name, full in group.names.items() if full in trained}
-        own = {name: torch.from_numpy(group.start.host(name)) for name in group.names}
-        if names and not can_learn(group, own, names):
+        values = {name: torch.from_numpy(group.start.host(name)) for name in group.names}
+        if names and not can_learn(group, values, names):
             unable.append(number)
         able += bool(names)
     if not unable:

@@ -88,8 +88,8 @@ def _without_comments(text: str) -> str:
 def _front_matter(card: str) -> dict[str, Any]:
     from huggingface_hub import ModelCard
 
-    found: dict[str, Any] = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
-    return found
+    metadata: dict[str, Any] = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
+    return metadata
 
 
 def _body(card: str) -> str:
@@ -205,11 +205,11 @@ class _AdapterCheckpoints:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        found = [getattr(trainer, name) for name in _METHODS]
+        methods = [getattr(trainer, name) for name in _METHODS]
         # Called a second time, it still falls back to the trainer's own methods.
-        own = [getattr(getattr(method, "__self__", None), "otherwise", {}) for method in found]
+        originals = [getattr(getattr(method, "__self__", None), "otherwise", {}) for method in methods]
         self.otherwise: dict[str, Callable[..., Any]] = {
-            name: before.get(name, method) for name, before, method in zip(_METHODS, own, found, strict=True)
+            name: before.get(name, method) for name, before, method in zip(_METHODS, originals, methods, strict=True)
         }
 
     @property

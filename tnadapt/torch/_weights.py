@@ -113,8 +113,8 @@ def _dequantized_rows(plan: SuperLoRA, target: Target, owner: nn.Module) -> Tens
             f"{target.name} cannot be read: register its layer type with tnadapt.torch.register_quantized"
             + ("" if plan.weight_param_shapes else ", or give the arrays as given=")
         )
-    found: Tensor = target.select(weight)
-    return found
+    rows: Tensor = target.select(weight)
+    return rows
 
 
 # -- Stacks: the matrices of experts that a module keeps in parameters of three axes -----------------------------------
@@ -132,10 +132,6 @@ _TRANSPOSED = {
 
 def stacks_of(module: nn.Module) -> list[tuple[str, tuple[int, int, int], bool]]:
     """Return the parameters of a module that stack the matrices of experts along their first axis.
-
-    Parameters
-    ----------
-    module : Module
 
     Returns
     -------
@@ -180,9 +176,9 @@ def tokens_of_one(module: Any, tokens: int, experts: int) -> int:
 
 def _is_transposed(module: Any) -> bool | None:
     # Set on every module by transformers.integrations.moe.use_experts_implementation.
-    own: Any = module.__dict__.get("is_transposed")
-    if isinstance(own, bool) and isinstance(module.__dict__.get("is_concatenated"), bool):
-        return own
+    transposed: Any = module.__dict__.get("is_transposed")
+    if isinstance(transposed, bool) and isinstance(module.__dict__.get("is_concatenated"), bool):
+        return transposed
     return next((_TRANSPOSED[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _TRANSPOSED), None)
 
 
@@ -334,19 +330,19 @@ def weights_of(path: str, module: nn.Module) -> list[Weight]:
     """
     if isinstance(module, _NOT_LINEAR) or wraps(module):
         return []
-    own = [
+    weights = [
         Weight(path, name, module, tuple(tensor.shape), "linear")
         for name, tensor in module._parameters.items()
         if name.endswith("_proj_weight") or name == "in_proj_weight"
         if tensor is not None and tensor.ndim == 2 and tensor.is_floating_point()
     ]
-    own += [
+    weights += [
         Weight(path, name, module, stored, "linear", transposed, index)
         for name, stored, transposed in stacks_of(module)
         for index in range(stored[0])
     ]
-    one = _weight(path, module)
-    return [*own, one] if one is not None else own
+    weight = _weight(path, module)
+    return [*weights, weight] if weight is not None else weights
 
 
 def projections_in(path: str, module: nn.Module) -> list[Weight]:
@@ -360,7 +356,7 @@ def projections_in(path: str, module: nn.Module) -> list[Weight]:
     >>> [weight.path for weight in projections_in("q", nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))]
     ['q.0']
     """
-    found = [
+    weights = [
         weight
         for below, inner in modules_of(module)
         for weight in weights_of(join(path, below), inner)
@@ -368,14 +364,14 @@ def projections_in(path: str, module: nn.Module) -> list[Weight]:
         if not is_embedding(inner)
         if not (isinstance(inner, nn.modules.conv._ConvNd) and inner.groups == inner.in_channels > 1)
     ]
-    return main_projection(found, path, lambda weight: weight.path)
+    return main_projection(weights, path, lambda weight: weight.path)
 
 
 def _weight(path: str, module: nn.Module) -> Weight | None:
     anything: Any = module
-    own = quantized_type(module)
-    if own is not None:
-        return Weight(path, "weight", module, own.shape(module), "other" if is_embedding(module) else "linear")
+    layer_type = quantized_type(module)
+    if layer_type is not None:
+        return Weight(path, "weight", module, layer_type.shape(module), "other" if is_embedding(module) else "linear")
     # It need not be a parameter: it may be parametrized, quantized, or a method of this name.
     weight: Any = module._parameters.get("weight")
     weight = getattr(module, "weight", None) if weight is None else weight
@@ -449,10 +445,10 @@ def token_targets(model: nn.Module, tokens: Iterable[int], module: str | None = 
     if not isinstance(model, nn.Module):
         raise TargetError(f"tokens are rows of an embedding in a torch module; got {type(model).__name__}")
     try:
-        given = list(tokens)
+        token_list = list(tokens)
     except TypeError:
         raise TargetError(f"tokens must be indices of a vocabulary; got {safe_repr(tokens)}") from None
-    numbers = {integer("a token", token, 0, MAX_SIZE, TargetError) for token in given}
+    numbers = {integer("a token", token, 0, MAX_SIZE, TargetError) for token in token_list}
     if not numbers:
         raise TargetError("tokens must be at least one index of a vocabulary; got none")
     whole = _embedding(model, module)
@@ -467,18 +463,18 @@ def _embedding(model: nn.Module, path: str | None) -> Target:
     """Return the whole weight of a model's token embedding."""
     embeddings = {name: module for name, module in modules_of(model) if is_embedding(module)}
     if path is not None:
-        found = [name for name in embeddings if name == path]
+        names = [name for name in embeddings if name == path]
     else:
-        own = _input_embeddings(model)
-        found = [name for name, module in embeddings.items() if own is None or module is own]
-    if len(found) != 1:
-        there = f"it has {', '.join(embeddings)}" if embeddings else "it has none"
+        embedding = _input_embeddings(model)
+        names = [name for name, module in embeddings.items() if embedding is None or module is embedding]
+    if len(names) != 1:
+        hint = f"it has {', '.join(embeddings)}" if embeddings else "it has none"
         raise TargetError(
-            f"{safe_repr(path)} is not an embedding of {type(model).__name__}; {there}"
+            f"{safe_repr(path)} is not an embedding of {type(model).__name__}; {hint}"
             if path is not None
-            else f"which embedding of {type(model).__name__} has the tokens is unclear; {there}: give module='path'"
+            else f"which embedding of {type(model).__name__} has the tokens is unclear; {hint}: give module='path'"
         )
-    (weight,) = weights_of(found[0], embeddings[found[0]])
+    (weight,) = weights_of(names[0], embeddings[names[0]])
     return weight.target("embedding", "")
 
 
@@ -534,14 +530,14 @@ def with_tied(model: nn.Module, targets: Sequence[Target], keep: bool) -> list[T
     if not keep and not any(target.tied for target in targets):
         return list(targets)
     names = names_of_shared(model)
-    found = []
+    resolved = []
     for target in targets:
         same = names.get(target.name, [target.name])
         if target.tied and {target.name, *target.tied} != set(same):
-            there = f"it is tied to {', '.join(same[1:])}" if len(same) > 1 else "it is not tied"
+            ties = f"it is tied to {', '.join(same[1:])}" if len(same) > 1 else "it is not tied"
             raise TargetError(
                 f"{target.name} is updated together with {', '.join(target.tied)}, as one tensor, and in this "
-                f"{type(model).__name__} {there}: tie the weights of the model as they were"
+                f"{type(model).__name__} {ties}: tie the weights of the model as they were"
             )
         if len(same) > 1 and (keep or target.tied):
             module, _, parameter = same[0].rpartition(".")
@@ -551,8 +547,8 @@ def with_tied(model: nn.Module, targets: Sequence[Target], keep: bool) -> list[T
                 target, module=module, parameter=parameter, tied=tuple(same[1:]),
                 role="embedding" if embeds else target.role,
             )  # fmt: skip
-        found.append(target)
-    return found
+        resolved.append(target)
+    return resolved
 
 
 def split_by_file(model: nn.Module, file: AdapterFile, untie: bool, keep_tied: bool = False) -> list[str]:
@@ -586,12 +582,14 @@ def split_by_file(model: nn.Module, file: AdapterFile, untie: bool, keep_tied: b
                     f"{same[0]} and {same[1]} are one tensor (tied weights) in this {type(model).__name__}, and it has "
                     f"{name} of that module alone: load it with untie=True, which gives the second its own copy"
                 )
-            copies += [one for one in same[1:] if one not in copies]
+            copies += [other for other in same[1:] if other not in copies]
         elif not alone and name in file.ties and {name, *file.ties[name]} != set(same):
-            there = f"it is tied to {', '.join(one for one in same if one != name)}" if len(same) > 1 else "it is not"
+            ties = (
+                f"it is tied to {', '.join(other for other in same if other != name)}" if len(same) > 1 else "it is not"
+            )
             raise FileError(
                 f"it keeps {name}, which is tied to {', '.join(file.ties[name])}, and in this {type(model).__name__} "
-                f"{there}: tie the weights of the model as they were"
+                f"{ties}: tie the weights of the model as they were"
             )
     return copies
 
@@ -651,10 +649,10 @@ def paths_of(model: nn.Module) -> Paths:
     >>> paths_of(nn.Sequential(linear, linear))[id(linear)]
     ['0', '1']
     """
-    found: dict[int, list[str]] = {}
+    paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        found.setdefault(id(module), []).append(path)
-    return found
+        paths.setdefault(id(module), []).append(path)
+    return paths
 
 
 def host_of(model: nn.Module, target: Target, paths: Paths | None = None) -> str:
@@ -712,10 +710,10 @@ def reads_outside(model: nn.Module, target: Target, paths: Paths | None = None) 
     True
     """
     owner = model.get_submodule(target.module)
-    found: dict[str, None] = {}
+    readers: dict[str, None] = {}
     for path in (paths_of(model) if paths is None else paths)[id(owner)]:
-        found.update(dict.fromkeys(_readers(model, path, target.parameter)))
-    return sorted(found, key=lambda path: path.count(".") + bool(path))
+        readers.update(dict.fromkeys(_readers(model, path, target.parameter)))
+    return sorted(readers, key=lambda path: path.count(".") + bool(path))
 
 
 def _readers(model: nn.Module, path: str, parameter: str) -> Iterator[str]:
@@ -730,30 +728,32 @@ def _readers(model: nn.Module, path: str, parameter: str) -> Iterator[str]:
 
 
 def _same(read: tuple[str, ...], path: tuple[str, ...]) -> bool:
-    return len(read) == len(path) and all(one in (other, _ANY) for one, other in zip(read, path, strict=True))
+    return len(read) == len(path) and all(
+        read_name in (other, _ANY) for read_name, other in zip(read, path, strict=True)
+    )
 
 
 @functools.lru_cache(maxsize=1024)
 def _reads(cls: type) -> frozenset[tuple[str, ...]]:
     """Return the chains of attributes of ``self`` that the forward reads, each ending at a child's attribute."""
-    found: set[tuple[str, ...]] = set()
+    chains: set[tuple[str, ...]] = set()
     waiting, known = ["forward"], {"forward"}
     while waiting:
         for chain in _chains(_source(cls, waiting.pop())):
             if len(chain) > 1:
-                found.add(chain)
+                chains.add(chain)
             if chain[0] not in known:
                 known.add(chain[0])
                 waiting.append(chain[0])
-    return frozenset(found)
+    return frozenset(chains)
 
 
 def _source(cls: type, name: str) -> ast.FunctionDef | None:
     """Return the parsed function behind a method or property; None if there is none or its source is unavailable."""
-    found = inspect.getattr_static(cls, name, None)
+    attribute = inspect.getattr_static(cls, name, None)
     for holder in ("fget", "func", "__func__"):
-        found = getattr(found, holder, found)
-    function = inspect.unwrap(found) if inspect.isfunction(found) else None
+        attribute = getattr(attribute, holder, attribute)
+    function = inspect.unwrap(attribute) if inspect.isfunction(attribute) else None
     if function is None or function in _ONLY_LOOK or inspect.getattr_static(nn.Module, name, None) is function:
         return None
     try:
@@ -790,17 +790,17 @@ def _named(node: ast.AST, known: dict[str, tuple[str, ...]]) -> Iterator[tuple[s
         yield from _assigned(node.target, node.value, known)
     elif isinstance(node, (ast.For, ast.comprehension)) and isinstance(node.target, ast.Name):
         several = isinstance(node.iter, (ast.Tuple, ast.List))
-        found = _common(node.iter, known) if several else _chain(node.iter, known)
-        if found:
-            yield node.target.id, found if several else (*found, _ANY)
+        chain = _common(node.iter, known) if several else _chain(node.iter, known)
+        if chain:
+            yield node.target.id, chain if several else (*chain, _ANY)
 
 
 def _assigned(
     target: ast.AST, value: ast.AST, known: dict[str, tuple[str, ...]]
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
     if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-        for one, other in zip(target.elts, value.elts, strict=False):
-            yield from _assigned(one, other, known)
+        for part, part_value in zip(target.elts, value.elts, strict=False):
+            yield from _assigned(part, part_value, known)
     elif isinstance(target, ast.Name) and (chain := _chain(value, known)):
         yield target.id, chain
 

@@ -57,19 +57,19 @@ class StartTarget(NamedTuple):
     scale: float
 
 
-def adapter_of(given: Adapter | nn.Module) -> Adapter:
+def adapter_of(handle: Adapter | nn.Module) -> Adapter:
     """Return an adapter, or the only one on a model."""
-    if isinstance(given, Adapter):
-        return given
-    if not isinstance(given, nn.Module):
-        raise TargetError(f"expected an adapter, or a model with one; got {type(given).__name__}")
-    found = list(adapters(given).values())
-    if len(found) != 1:
+    if isinstance(handle, Adapter):
+        return handle
+    if not isinstance(handle, nn.Module):
+        raise TargetError(f"expected an adapter, or a model with one; got {type(handle).__name__}")
+    attached = list(adapters(handle).values())
+    if len(attached) != 1:
         raise TargetError(
-            f"this {type(given).__name__} has {len(found)} adapters"
-            + ("; give one of them instead of the model" if found else ": attach one first")
+            f"this {type(handle).__name__} has {len(attached)} adapters"
+            + ("; give one of them instead of the model" if attached else ": attach one first")
         )
-    return found[0]
+    return attached[0]
 
 
 def start_targets(adapter: Adapter, what: str) -> list[StartTarget]:
@@ -87,7 +87,7 @@ def start_targets(adapter: Adapter, what: str) -> list[StartTarget]:
             f"{what} observes one layer for each weight, and {shared.name} is tied to {', '.join(shared.tied)}: leave "
             "it out of the targets"
         )
-    found = []
+    targets = []
     for slot, patch in zip(state.slots, state.patches, strict=True):
         layer, target = slot.owner, slot.target
         linear = type(layer).forward is nn.Linear.forward or type(layer).__name__ == "Conv1D"
@@ -104,8 +104,8 @@ def start_targets(adapter: Adapter, what: str) -> list[StartTarget]:
                 f"{', '.join(group.names.values())}: attach with tnadapt.presets.lora(rank, start='given')"
             )
         left, right = group.names.values()
-        found.append(StartTarget(layer, target, left, right, place.shapes["split0.factor0"][1], place.scale))
-    return found
+        targets.append(StartTarget(layer, target, left, right, place.shapes["split0.factor0"][1], place.scale))
+    return targets
 
 
 def called(model: nn.Module, batch: Any) -> Any:
@@ -230,13 +230,13 @@ def eva(
     finally:
         for hook in hooks:
             hook.remove()
-    found = {}
+    arrays = {}
     for target in targets:
         size, _ = target.target.shape
         right = observed[target.layer].leading(target.target.name)
-        found[target.left] = torch.zeros(size, target.rank, device=right.device)
-        found[target.right] = right.float()
-    return found
+        arrays[target.left] = torch.zeros(size, target.rank, device=right.device)
+        arrays[target.right] = right.float()
+    return arrays
 
 
 def _kept(rank: int, keep: int | None, cols: int) -> int:
@@ -322,9 +322,9 @@ class PrincipalComponents:
             raise ShapeError(
                 f"the inputs of {what} vary in fewer than {self.rank} directions: give more batches, or a smaller rank"
             )
-        found = (self._rows[: self.rank] / values[: self.rank, None]).T
-        signs = torch.sign(torch.gather(found, 0, found.abs().argmax(0, keepdim=True)))
-        signed: Tensor = found * signs
+        components = (self._rows[: self.rank] / values[: self.rank, None]).T
+        signs = torch.sign(torch.gather(components, 0, components.abs().argmax(0, keepdim=True)))
+        signed: Tensor = components * signs
         return signed
 
 
@@ -434,9 +434,9 @@ def lora_ga(
     >>> all(p.grad.any() for p in adapter.parameters())
     True
     """
-    for what, given, known in (("direction", direction, _DIRECTIONS), ("scale", scale, _SCALES)):
-        if given not in known:
-            raise ConfigError(f"{what} must be one of {', '.join(map(repr, known))}; got {safe_repr(given)}")
+    for what, value, known in (("direction", direction, _DIRECTIONS), ("scale", scale, _SCALES)):
+        if value not in known:
+            raise ConfigError(f"{what} must be one of {', '.join(map(repr, known))}; got {safe_repr(value)}")
     if not 0.0 < gamma <= sys.float_info.max:
         raise ConfigError(f"gamma must be a positive number; got {safe_repr(gamma)}")
     adapter = adapter_of(adapter)
@@ -449,7 +449,7 @@ def lora_ga(
                 f"{min(target.target.shape) // 2} or less"
             )
     gradients = _gradients(adapter, targets, batches, loss, progress)
-    found = {}
+    arrays = {}
     for target in targets:
         whole = gradients[target.layer]
         left, values, right = torch.linalg.svd(target.target.select(whole).double(), full_matrices=False)
@@ -461,9 +461,9 @@ def lora_ga(
         signs = torch.sign(torch.gather(left, 0, left.abs().argmax(0, keepdim=True)))[0]
         of_a, of_b = _DIRECTIONS[direction](target.rank)
         by_a, by_b = _SCALES[scale](target, values[of_b], gamma)
-        found[target.left] = ((left * signs)[:, of_b] * by_b).float()
-        found[target.right] = ((right.T * signs)[:, of_a] * by_a).float()
-    return found
+        arrays[target.left] = ((left * signs)[:, of_b] * by_b).float()
+        arrays[target.right] = ((right.T * signs)[:, of_a] * by_a).float()
+    return arrays
 
 
 def _gradients(
@@ -508,10 +508,10 @@ def _gradients(
 
 
 def _of(value: Tensor, weights: dict[nn.Module, nn.Parameter], adapter: Adapter) -> tuple[Tensor, ...]:
-    found = torch.autograd.grad(value.reshape(()), list(weights.values()), allow_unused=True)
-    if any(gradient is None for gradient in found):
+    gradients = torch.autograd.grad(value.reshape(()), list(weights.values()), allow_unused=True)
+    if any(gradient is None for gradient in gradients):
         raise ShapeError(
             f"the loss does not depend on every weight of adapter {adapter.name!r}: give a loss of the model's output "
             "that does, or adapt fewer weights"
         )
-    return found
+    return gradients

@@ -36,8 +36,8 @@ class Belonging:
     >>> Path("model").mkdir(exist_ok=True)
     >>> _ = Path("model/config.json").write_text("{}")
     >>> os.symlink(os.path.abspath("/etc/passwd"), "model/notes.txt")
-    >>> own = Belonging("model")
-    >>> own.file("config.json") == os.path.realpath("model/config.json"), own.file("notes.txt")
+    >>> belonging = Belonging("model")
+    >>> belonging.file("config.json") == os.path.realpath("model/config.json"), belonging.file("notes.txt")
     (True, None)
     """
 
@@ -150,23 +150,23 @@ def destination(out: Any, checkpoint: Checkpoint, adapter: str | None) -> Destin
         kind (a file or a folder); is a pipe, a device or a socket; or is in a folder that does not exist. Also if a
         file of the base's weights is a link that leaves the checkpoint (:class:`Belonging`).
     """
-    given = path_of(out)
-    path = os.path.realpath(given)
+    out = path_of(out)
+    path = os.path.realpath(out)
     single = checkpoint.index is None and not os.path.isdir(checkpoint.path)
 
     def refuse(why: str) -> FileError:
-        return FileError(f"{given}: {why}")
+        return FileError(f"{out}: {why}")
 
     _check_links(checkpoint)
-    own = [os.path.realpath(file) for file in checkpoint.files]
-    if path in own or (adapter is not None and path == os.path.realpath(adapter)):
+    base_files = [os.path.realpath(file) for file in checkpoint.files]
+    if path in base_files or (adapter is not None and path == os.path.realpath(adapter)):
         raise refuse("is an input of the merge: give another name for the output")
-    there = _state(path)
-    kind = 0 if there is None else stat.S_IFMT(there.st_mode)
-    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+    state = _state(path)
+    file_type = 0 if state is None else stat.S_IFMT(state.st_mode)
+    if file_type not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise refuse("is neither a file nor a folder but a pipe, a device or the like, and is never replaced")
     if single:
-        if kind == stat.S_IFDIR:
+        if file_type == stat.S_IFDIR:
             raise refuse("is a folder, and the base is one file: give the path of a file in it")
         if not path.endswith(SUFFIX):
             raise refuse(f"must end with {SUFFIX}, as the base is one file")
@@ -176,12 +176,12 @@ def destination(out: Any, checkpoint: Checkpoint, adapter: str | None) -> Destin
             raise refuse("is the folder of the base: give another folder for the output")
         if _inside(path, folder):
             raise refuse("is in the folder of the base: give a place outside of it")
-        inside = [*own, folder, *([os.path.realpath(adapter)] if adapter is not None else [])]
-        if any(_inside(one, path) for one in inside):
+        inside = [*base_files, folder, *([os.path.realpath(adapter)] if adapter is not None else [])]
+        if any(_inside(source, path) for source in inside):
             raise refuse("contains an input of the merge: give another place")
         if path.endswith((SUFFIX, ".json")):
             raise refuse("would be a folder, as the base is one: give the name of a folder")
-        if kind == stat.S_IFREG:
+        if file_type == stat.S_IFREG:
             raise refuse("is a file, and the base is a folder: give the name of a folder")
     if not os.path.isdir(os.path.dirname(path)):
         raise refuse(f"the folder {os.path.dirname(path)} does not exist; make it first")
@@ -205,9 +205,9 @@ def _is_checkpoint(folder: str) -> bool:
 def _others(checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the other files of the base's folder: those to copy, and those to leave out."""
     belonging = Belonging(checkpoint.folder)
-    own = {os.path.basename(file) for file in checkpoint.files}
+    model_files = {os.path.basename(file) for file in checkpoint.files}
     if checkpoint.index is not None:
-        own.add(os.path.basename(checkpoint.index))
+        model_files.add(os.path.basename(checkpoint.index))
     copied: list[str] = []
     left: list[str] = []
     for root, folders, files in os.walk(checkpoint.folder):
@@ -220,7 +220,7 @@ def _others(checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
                 left.append(path + os.sep)
         for name in sorted(files):
             path = os.path.normpath(os.path.join(here, name))
-            if here == "." and name in own:
+            if here == "." and name in model_files:
                 continue
             usable = not name.endswith(_WEIGHTS) and belonging.file(path) is not None
             (copied if usable else left).append(path)
@@ -230,12 +230,12 @@ def _others(checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _check_links(checkpoint: Checkpoint) -> None:
     """Raise FileError if weights would be read from outside of the checkpoint, which the user did not ask for."""
     belonging = Belonging(checkpoint.folder)
-    given = os.path.abspath(checkpoint.path)
-    one = ", or give the path of that one file" if checkpoint.index is None else ""
+    model_path = os.path.abspath(checkpoint.path)
+    hint = ", or give the path of that one file" if checkpoint.index is None else ""
     for path in (*checkpoint.files, *([checkpoint.index] if checkpoint.index is not None else [])):
         name = os.path.basename(path)
-        if path != given and (outside := belonging.leaves(name)) is not None:
+        if path != model_path and (outside := belonging.leaves(name)) is not None:
             raise FileError(
                 f"{checkpoint.path}: {name} is a link to {outside}, which is outside of the checkpoint, and is not "
-                f"followed: copy the folder with its links followed (cp -rL){one}"
+                f"followed: copy the folder with its links followed (cp -rL){hint}"
             )

@@ -86,14 +86,14 @@ class LeftoverError(FileError):
     """An earlier run moved content away, and something else now has its path."""
 
 
-def place(made: str, out: str, aside: str, refusal: Refusal | None, compare: bool = False) -> None:
+def place(source: str, out: str, aside: str, refusal: Refusal | None, compare: bool = False) -> None:
     """Rename new content to its final path.
 
     Parameters
     ----------
-    made, out : str
-        The new content and its final path, on one file system. Previous content of ``out`` is afterwards at ``made``,
-        at ``aside``, or deleted.
+    source, out : str
+        The new content and its final path, on one file system. Previous content of ``out`` is afterwards at
+        ``source``, at ``aside``, or deleted.
     aside : str
         A free name for the previous folder, used only if two renames are needed.
     refusal : callable, optional
@@ -111,11 +111,11 @@ def place(made: str, out: str, aside: str, refusal: Refusal | None, compare: boo
     """
     for _ in range(_ATTEMPTS):
         try:
-            return rename_new(made, out)
+            return rename_new(source, out)
         except FileExistsError:
             pass
         if refusal is None:
-            if compare and same_content(made, out):
+            if compare and same_content(source, out):
                 return None
             raise FileError(
                 "is not the output of an earlier run, which was killed during publishing: remove it, or "
@@ -125,9 +125,9 @@ def place(made: str, out: str, aside: str, refusal: Refusal | None, compare: boo
             )
         _check(refusal, out)
         try:
-            return _replace(made, out, aside, refusal)
+            return _replace(source, out, aside, refusal)
         except FileNotFoundError:
-            if not os.path.lexists(made):
+            if not os.path.lexists(source):
                 raise
             # The previous content has disappeared, so the name is free: try again.
     raise FileError("is created and removed by something else again and again: choose another name")
@@ -138,25 +138,25 @@ def _check(refusal: Refusal, path: str) -> None:
         raise FileError(why)
 
 
-def _replace(made: str, out: str, aside: str, refusal: Refusal) -> None:
-    if exchange(made, out):
-        if (why := refusal(made)) is not None:
+def _replace(source: str, out: str, aside: str, refusal: Refusal) -> None:
+    if exchange(source, out):
+        if (why := refusal(source)) is not None:
             try:
-                exchange(made, out)
+                exchange(source, out)
             except FileNotFoundError:
-                rename_new(made, out)
+                rename_new(source, out)
             raise FileError(why)
         return
-    if not os.path.isdir(made):
-        os.replace(made, out)
+    if not os.path.isdir(source):
+        os.replace(source, out)
         return
     # A folder cannot be renamed onto one with files in it.
     try:
         os.rename(out, aside)
         _check(refusal, aside)
-        rename_new(made, out)
+        rename_new(source, out)
     except BaseException:
-        if os.path.lexists(aside) and os.path.lexists(made):
+        if os.path.lexists(aside) and os.path.lexists(source):
             put_back(aside, out)
         raise
 
@@ -259,12 +259,12 @@ def _check_own(root: str) -> None:
     that begin with a dot belong to the system (.DS_Store, NFS's .nfs…) and are ignored.
     """
     try:
-        own = stat.S_ISDIR(os.lstat(root).st_mode)
-        own = own and all(name.startswith(".") or _OWN.fullmatch(name) for name in os.listdir(root))
-        own = own and stat.S_ISREG(_mode(os.path.join(root, LOCK)))
+        is_merge = stat.S_ISDIR(os.lstat(root).st_mode)
+        is_merge = is_merge and all(name.startswith(".") or _OWN.fullmatch(name) for name in os.listdir(root))
+        is_merge = is_merge and stat.S_ISREG(_mode(os.path.join(root, LOCK)))
     except FileNotFoundError:
         return
-    if not own:
+    if not is_merge:
         raise FileError(f"{root} is in the way, and is not an unfinished merge: remove it, or choose another name")
 
 
@@ -284,9 +284,9 @@ def _sign(handle: int) -> None:
 
 def _holder(handle: int) -> str:
     with contextlib.suppress(OSError):
-        found = os.pread(handle, 200, 0).decode(errors="replace")
-        if found and found.isprintable():
-            return f" ({found})"
+        text = os.pread(handle, 200, 0).decode(errors="replace")
+        if text and text.isprintable():
+            return f" ({text})"
     return ""
 
 
@@ -326,8 +326,8 @@ class MergeJournal:
     def _enter(self, run: str) -> None:
         self.run, self.folder = run, os.path.join(run, _FILES)
 
-    def _new(self, kind: str) -> str:
-        return os.path.join(self.root, kind + secrets.token_hex(8))
+    def _new(self, prefix: str) -> str:
+        return os.path.join(self.root, prefix + secrets.token_hex(8))
 
     def path(self, name: str) -> str:
         """Return the path at which a file is written."""
@@ -360,20 +360,20 @@ class MergeJournal:
             If the path exists and must not be replaced. The new files are kept then.
         """
         # The state is on disk before the rename: a kill from here on leaves `publishing`, and the next run trusts
-        # neither `files` nor `out`. After an error, the inode of `made` tells whether the rename has happened.
-        made = self.folder if name is None else self.path(name)
+        # neither `files` nor `out`. After an error, the inode of `source` tells whether the rename has happened.
+        source = self.folder if name is None else self.path(name)
         sync_tree(self.folder)
-        before = _identity(made)
+        before = _identity(source)
         finished, self.done, self._publishing = self.done, {}, True
         old, refusal = os.path.join(self.run, _OLD), self._refusal if self._overwrite else None
         try:
             self._write(name)
-            place(made, self.out, old, refusal, self.maybe_published)
+            place(source, self.out, old, refusal, self.maybe_published)
         except BaseException:
-            if before is not None and _identity(made) == before:  # not published
+            if before is not None and _identity(source) == before:  # not published
                 self.done, self._publishing = finished, False
             raise
-        for folder in (os.path.dirname(self.out), os.path.dirname(made)):
+        for folder in (os.path.dirname(self.out), os.path.dirname(source)):
             sync_folder(folder)
         self._publishing, self._published = False, True
 
@@ -387,19 +387,19 @@ class MergeJournal:
             if name.startswith(TRASH):
                 _delete(path)
             elif name.startswith(RUN):
-                own = self._new(RUN)
+                run = self._new(RUN)
                 try:
-                    os.rename(path, own)
+                    os.rename(path, run)
                 except FileNotFoundError:  # another process took it over first, as locks do not work
                     continue
-                state = _read(os.path.join(own, _STATE))
-                if self._is_needed(own, state):
-                    self._leftovers.append(own)
+                state = _read(os.path.join(run, _STATE))
+                if self._is_needed(run, state):
+                    self._leftovers.append(run)
                 elif taken or {key: state.get(key) for key in self.identity} != self.identity:
-                    self._discard(own)
+                    self._discard(run)
                 else:
                     taken = True
-                    self._enter(own)
+                    self._enter(run)
                     self._resume(state)
         if not taken:
             os.makedirs(self.root, exist_ok=True)
@@ -508,17 +508,17 @@ def _delete(path: str) -> None:
 
 def _identity(path: str) -> tuple[int, int] | None:
     try:
-        found = os.lstat(path)
+        status = os.lstat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _stamp(path: str) -> list[int]:
     if not os.path.isfile(path) or os.path.islink(path):
         return []
-    found = os.stat(path)
-    return [found.st_size, found.st_mtime_ns]
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _listed(folder: str) -> list[str]:

@@ -76,35 +76,35 @@ class Job:
         known, entries = self.file.base, self.checkpoint.entries
         if known is None:
             return
-        kinds = {FLOATS[entries[name].dtype] for name in self.of}
+        dtypes = {FLOATS[entries[name].dtype] for name in self.of}
         # For several dtypes, use one that represents all their values, as when the fingerprint was taken.
-        kind = kinds.pop() if len(kinds) == 1 else "float64" if "float64" in kinds else "float32"
-        difference = compare(known, self._weights(kind), kind)
+        dtype = dtypes.pop() if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32"
+        difference = compare(known, self._weights(dtype), dtype)
         if difference is not None:
             raise Unfit(
                 f"is another base model than the one that the adapter was trained on: for the adapted weights, "
                 f"{difference}. Give that one, or check_base=False (--no-check-base)"
             )
 
-    def _weights(self, kind: str) -> Iterator[np.ndarray]:
+    def _weights(self, dtype: str) -> Iterator[np.ndarray]:
         last: tuple[str, np.ndarray] | None = None
         for index, target in enumerate(self.placed.targets):
             if index in self.placed.parts:
-                yield self._joined(index, kind)
+                yield self._joined(index, dtype)
                 continue
             if last is None or last[0] != target.name:
                 last = None
                 last = target.name, self.checkpoint.array(target.name)
-            weight, own = target.select(last[1]), FLOATS[self.checkpoint.entries[target.name].dtype]
-            yield weight if own == kind else widened(weight, own).astype(kind)
+            weight, stored_dtype = target.select(last[1]), FLOATS[self.checkpoint.entries[target.name].dtype]
+            yield weight if stored_dtype == dtype else widened(weight, stored_dtype).astype(dtype)
 
-    def _joined(self, index: int, kind: str) -> np.ndarray:
+    def _joined(self, index: int, dtype: str) -> np.ndarray:
         """Return a weight that is stored as several tensors, in a dtype that represents its values."""
-        found = []
+        arrays = []
         for part in self.placed.parts[index]:
-            array, own = self.checkpoint.array(part.name), FLOATS[self.checkpoint.entries[part.name].dtype]
-            found.append(array if own == kind else widened(array, own).astype(kind))
-        return np.concatenate(found)
+            array, stored_dtype = self.checkpoint.array(part.name), FLOATS[self.checkpoint.entries[part.name].dtype]
+            arrays.append(array if stored_dtype == dtype else widened(array, stored_dtype).astype(dtype))
+        return np.concatenate(arrays)
 
     def _compute_from_base(self, check_base: bool) -> None:
         """Compute the arrays that come from the base weights, of the base that the adapter was trained on."""
@@ -126,8 +126,8 @@ class Job:
         if index in self.placed.parts:
             return self._joined(index, "float64")
         target = self.placed.targets[index]
-        own = FLOATS[self.checkpoint.entries[target.name].dtype]
-        return np.asarray(widened(target.select(self.checkpoint.array(target.name)), own).reshape(target.shape))
+        dtype = FLOATS[self.checkpoint.entries[target.name].dtype]
+        return np.asarray(widened(target.select(self.checkpoint.array(target.name)), dtype).reshape(target.shape))
 
     # -- Writing -----------------------------------------------------------------------------
 
@@ -192,13 +192,13 @@ class Job:
     def _changes(self, file: str) -> dict[str, Change]:
         """Return the changed tensors of a file, in the order of the long vector, in which F is computed."""
         shard = self.checkpoint.shard
-        found: dict[str, Change] = {
+        changes: dict[str, Change] = {
             name: functools.partial(self._updated, name) for name in self.of if shard[name] == file
         }
         for name, stored in self.placed.kept.items():
             if shard[stored] == file:
-                found[stored] = functools.partial(self._replaced, name, stored)
-        return found
+                changes[stored] = functools.partial(self._replaced, name, stored)
+        return changes
 
     def _updated(self, name: str, stored: np.ndarray) -> np.ndarray:
         dtype = FLOATS[self.checkpoint.entries[name].dtype]
@@ -207,9 +207,9 @@ class Job:
             whole = self._with_others(index, name, stored) if index in self.placed.parts else target.select(stored)
             flat = np.ascontiguousarray(whole).reshape(-1)
             plan, arrays = self.file.plan, self.file.arrays
-            own = [arrays[name] for name in plan.weight_param_names[index]]
+            weight_params = [arrays[name] for name in plan.weight_param_names[index]]
             problem = change_in_place(
-                plan.applying, flat, whole.shape, dtype, self.updates.of(index), own, self.file.dtype
+                plan.applying, flat, whole.shape, dtype, self.updates.of(index), weight_params, self.file.dtype
             )
             if problem == "update":
                 raise Unfit(f"the update of {safe_repr(name)} is not finite; nothing was merged")
@@ -251,18 +251,18 @@ class Job:
         if tag not in FLOATS:
             return array.astype(array.dtype.newbyteorder("<"), copy=False)
         with np.errstate(over="ignore"):
-            found = rounded(array.astype(np.float64), FLOATS[tag])
-        if not np.isfinite(widened(found, FLOATS[tag])).all():
+            values = rounded(array.astype(np.float64), FLOATS[tag])
+        if not np.isfinite(widened(values, FLOATS[tag])).all():
             raise Unfit(f"what the adapter keeps as {safe_repr(name)} leaves the range of {FLOATS[tag]}")
-        return np.asarray(found.astype(found.dtype.newbyteorder("<"), copy=False), order="C")
+        return np.asarray(values.astype(values.dtype.newbyteorder("<"), copy=False), order="C")
 
     @functools.cached_property
     def _added(self) -> dict[str, tuple[str, np.ndarray]]:
-        found = {}
+        tensors = {}
         for name, new in self.placed.added.items():
             tag = TAG_OF[self.file.dtypes.get(KEPT + name, self.file.kept[name].dtype.name)]
-            found[new] = tag, self._cast(name, tag)
-        return found
+            tensors[new] = tag, self._cast(name, tag)
+        return tensors
 
     def _write_index(self, path: str) -> None:
         assert self.checkpoint.index is not None
@@ -441,11 +441,11 @@ def merge(
     return _report(job, check_base)
 
 
-def _adapter(given: str | os.PathLike[str] | AdapterFile) -> tuple[AdapterFile, str, str | None]:
+def _adapter(adapter: str | os.PathLike[str] | AdapterFile) -> tuple[AdapterFile, str, str | None]:
     """Return the adapter, the SHA-256 of its file, and its path if it has one."""
-    if isinstance(given, AdapterFile):
-        return given, hashlib.sha256(content_of(given)).hexdigest(), None
-    path = path_of(given)
+    if isinstance(adapter, AdapterFile):
+        return adapter, hashlib.sha256(content_of(adapter)).hexdigest(), None
+    path = path_of(adapter)
     with file_error_context(path):
         before = file_state(path)
     file = load(path)

@@ -108,9 +108,9 @@ def _by_sendfile(source: BinaryIO, start: int, target: BinaryIO, at: int, count:
 
 def _by_hand(source: BinaryIO, start: int, target: BinaryIO, at: int, count: int) -> int:
     source.seek(start)
-    found = source.read(min(count, _PIECE))
-    write_at(target, at, found)
-    return len(found)
+    content = source.read(min(count, _PIECE))
+    write_at(target, at, content)
+    return len(content)
 
 
 _WAYS: list[Callable[[BinaryIO, int, BinaryIO, int, int], int]] = [
@@ -257,13 +257,13 @@ class Writer:
                     for other in others:
                         if other.done():
                             other.result()  # stop at their errors, such as a full disk, before computing more
-                    made = change(self.checkpoint.array(name))
+                    tensor = change(self.checkpoint.array(name))
                     if written is not None:
                         written.result()
-                    written = writer.submit(self._put, target, new + entries[name].start, raw_bytes(made))
-                    if made.nbytes > _LARGE:
+                    written = writer.submit(self._put, target, new + entries[name].start, raw_bytes(tensor))
+                    if tensor.nbytes > _LARGE:
                         written.result()
-                    del made
+                    del tensor
             finally:
                 if written is not None:
                     written.result()

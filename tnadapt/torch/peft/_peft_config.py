@@ -179,8 +179,8 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
                 raise UnexpectedKeywordError(
                     f"TnadaptConfig got an unexpected keyword argument {name!r}: {_instead(name, known)}"
                 )
-        made: Self = super().__new__(cls)
-        return made
+        config: Self = super().__new__(cls)
+        return config
 
     def __post_init__(self, preset: str | None) -> None:
         known: Mapping[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
@@ -239,8 +239,8 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
             words = _list("layers_pattern", [patterns] if isinstance(patterns, str) else patterns)
             _check_expressions("layers_pattern", words)
             self.layers_pattern = patterns if isinstance(patterns, str) else words
-        for name, given in (("layers_to_transform", layers), ("layers_pattern", patterns)):
-            if given is not None and isinstance(self.target_modules, str) and not set(self.target_modules) <= _ROLES:
+        for name, value in (("layers_to_transform", layers), ("layers_pattern", patterns)):
+            if value is not None and isinstance(self.target_modules, str) and not set(self.target_modules) <= _ROLES:
                 raise ConfigError(
                     f"`{name}` cannot be used when `target_modules` is a str. It is "
                     f"{safe_repr(self.target_modules)}: give "
@@ -315,10 +315,10 @@ def _settings(preset: Any, settings: Any) -> dict[str, Any]:
     if settings is not None and not isinstance(settings, Mapping):
         raise ConfigError(f"with a preset, settings must be a mapping of its arguments; got {safe_repr(settings)}")
     try:
-        found: Config = getattr(presets, preset)(**(settings or {}))
+        config: Config = getattr(presets, preset)(**(settings or {}))
     except TypeError as error:
         raise ConfigError(f"preset {preset!r} does not take settings={safe_repr(settings)}: {error}") from None
-    return found.to_dict()
+    return config.to_dict()
 
 
 def as_words(name: str, value: Any) -> Any:
@@ -366,9 +366,9 @@ def select_targets(model: nn.Module, config: TnadaptConfig, model_type: Any = No
         If nothing is found, or nothing is left after ``exclude_modules``, ``modules_to_save`` and
         ``layers_to_transform``.
     """
-    found = _found(model, config, model_type)
-    kept = [target for target in found if not _excluded(plain(target.module), config.exclude_modules)]
-    if config.exclude_modules and len(kept) == len(found):
+    targets = _found(model, config, model_type)
+    kept = [target for target in targets if not _excluded(plain(target.module), config.exclude_modules)]
+    if config.exclude_modules and len(kept) == len(targets):
         _warn_if_unused(model, config.exclude_modules)
     saved = [f".{module}." for module in config.modules_to_save or ()]
     saved += [f".{path}." for path, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
@@ -398,10 +398,10 @@ def _found(model: nn.Module, config: TnadaptConfig, model_type: Any) -> list[Tar
         words = default if isinstance(default, str) else [name for name in default if _is_there(model, name)]
         if not words:
             raise
-    found = _search(model, words)
+    targets = _search(model, words)
     # Stored, so that the file records the choice: the table may change.
     config.target_modules = as_words("target_modules", words)
-    return found
+    return targets
 
 
 def _is_there(model: nn.Module, name: str) -> bool:
@@ -454,9 +454,11 @@ def _of_layers(targets: list[Target], config: TnadaptConfig) -> list[Target]:
     kept = [t for t in targets if _named_whole(t, config.target_modules) or layers[t.module] in numbers]
     if not kept:
         pattern = f" (layers_pattern={safe_repr(config.layers_pattern)})" if config.layers_pattern else ""
-        there = ", ".join(map(str, sorted({layer for layer in layers.values() if layer is not None})))
+        present = ", ".join(map(str, sorted({layer for layer in layers.values() if layer is not None})))
         way = (
-            f"their layers are {there}" if there else f"no layer number is in their paths, such as {targets[0].module}"
+            f"their layers are {present}"
+            if present
+            else f"no layer number is in their paths, such as {targets[0].module}"
         )
         raise TargetError(
             f"layers_to_transform={safe_repr(wanted)}{pattern} selects none of the {len(targets)} weights of "

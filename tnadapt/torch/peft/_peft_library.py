@@ -119,8 +119,8 @@ def in_file(key: str, adapter_name: str) -> str | None:
     >>> in_file("base_model.model.lm_head.weight", "v1.0")
     """
     # Whatever is in an adapter's container is one of its arrays: formats and sources of other packages name theirs.
-    found = re.fullmatch(rf"(.*\.)?tnadapt\.tnadapt_arrays\.{re.escape(encoded(adapter_name))}\.([^.]+)", key)
-    return None if found is None else f"{found[1] or ''}model.tnadapt.{found[2].replace('_', '.')}"
+    match = re.fullmatch(rf"(.*\.)?tnadapt\.tnadapt_arrays\.{re.escape(encoded(adapter_name))}\.([^.]+)", key)
+    return None if match is None else f"{match[1] or ''}model.tnadapt.{match[2].replace('_', '.')}"
 
 
 def check_adapter_name(name: str) -> None:

@@ -140,8 +140,8 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
             If there is none of that name.
         """
         if name not in self.handles:
-            there = ", ".join(map(repr, self.handles)) or "none"
-            raise TargetError(f"no tnadapt adapter {name!r} on this model; there are: {there}")
+            names = ", ".join(map(repr, self.handles)) or "none"
+            raise TargetError(f"no tnadapt adapter {name!r} on this model; there are: {names}")
         return self.handles[name]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -287,8 +287,8 @@ def mixed_batch(
 
 def _samples(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     """Return the tensor whose first dimension consists of the samples, as far as it is known."""
-    found = next((kwargs[name] for name in _INPUTS if kwargs.get(name) is not None), args[0] if args else None)
-    return found if isinstance(found, Tensor) and found.ndim else None
+    samples = next((kwargs[name] for name in _INPUTS if kwargs.get(name) is not None), args[0] if args else None)
+    return samples if isinstance(samples, Tensor) and samples.ndim else None
 
 
 def _wrong_length(names: Sequence[Any], x: Tensor) -> TargetError:
@@ -371,18 +371,13 @@ def _computed_from(handle: Adapter, base: dict[str, Any] | None) -> dict[str, An
 def _check_base(handle: Adapter, saved: dict[str, Any] | None, source: dict[str, Any] | None) -> None:
     """Raise a FileError unless the adapter was trained on these weights and with the same draws.
 
-    Parameters
-    ----------
-    handle : Adapter
-    saved : dict or None
-        What :func:`_describe_base` returned for the base that it was trained on; None if nothing of it is compared.
-    source : dict or None
-        What :func:`_computed_from` returned. On another base, the arrays that the adapter does not store would differ.
+    ``saved`` is from :func:`_describe_base`, or None if nothing of it is compared; ``source`` from
+    :func:`_computed_from`: on another base, the arrays that the adapter does not store would differ.
     """
     computed = handle.plan.base_shapes
     if saved is None and (source is None or not computed):
         return
-    here, kind = _describe_base(handle), type(handle.model).__name__
+    here, class_name = _describe_base(handle), type(handle.model).__name__
     way = (
         "Give the base model that it was trained on; or, to use it here anyway, load its TnadaptConfig, set "
         "config.base = None, and pass it as config="
@@ -391,14 +386,14 @@ def _check_base(handle: Adapter, saved: dict[str, Any] | None, source: dict[str,
         raise FileError(
             f"the adapter was trained on weights of the shapes {safe_repr(saved.get('weights'))}, and "
             "target_modules find "
-            f"{here['weights']} in this {kind}. {way}"
+            f"{here['weights']} in this {class_name}. {way}"
         )
     if saved is not None and saved.get("draws") != here["draws"]:
         raise FileError(
             f"the adapter was trained with fixed draws whose digest is {safe_repr(saved.get('draws'))}; on this "
             f"machine it is {here['draws']}. Its updates would differ: run tnadapt.verify to see why"
         )
-    other = f"the adapter was trained on another base model than this {kind}: of its weights"
+    other = f"the adapter was trained on another base model than this {class_name}: of its weights"
     if computed and (difference := _difference(source, here["fingerprint"])) is not None:
         raise FileError(
             f"{other}, {difference}. Arrays such as {next(iter(computed))!r} are computed from the base weights and "
@@ -464,10 +459,10 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Attach an adapter; the first one becomes active."""
-        there, trainable = list[AdapterState](), dict[nn.Parameter, bool]()
+        earlier, trainable = list[AdapterState](), dict[nn.Parameter, bool]()
         attaching = False
         try:
-            there = overlapping(model)
+            earlier = overlapping(model)
             attaching = True
             config: Any = self.peft_config[adapter_name]
             layer = self.tnadapt
@@ -504,12 +499,12 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
             )
         except BaseException:  # KeyboardInterrupt, too: PEFT does not roll back
             for other in overlapping(model):
-                if attaching and other not in there:
+                if attaching and other not in earlier:
                     take_off(other)
                     self.tnadapt.drop(adapter_name)
             _restore(trainable)
             # A second tuner on the same base shares this dictionary with the first.
-            if adapter_name not in [other.name for other in there]:
+            if adapter_name not in [other.name for other in earlier]:
                 self.peft_config.pop(adapter_name, None)
             raise
 
@@ -533,8 +528,8 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
             If there is none of that name, or it is merged.
         """
         if adapter_name not in self.tnadapt.handles:
-            there = ", ".join(map(repr, self.tnadapt.handles)) or "none"
-            raise TargetError(f"Adapter {adapter_name} does not exist; there are: {there}")
+            names = ", ".join(map(repr, self.tnadapt.handles)) or "none"
+            raise TargetError(f"Adapter {adapter_name} does not exist; there are: {names}")
         if adapter_name in self.tnadapt.merged_adapters:
             raise TargetError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first. "
@@ -622,9 +617,9 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
             base = layer.base_of(adapter_name)
             config.keep_base(base, _computed_from(handle, base))
         config.keep_trained(handle.trained)
-        own = {key: tensor for key, tensor in state_dict.items() if in_file(key, adapter_name) is not None}
+        tensors = {key: tensor for key, tensor in state_dict.items() if in_file(key, adapter_name) is not None}
         # PEFT's files have the arrays, as tnadapt's do.
-        return _converted(own, handle._state, handle._state.plan.to_arrays)
+        return _converted(tensors, handle._state, handle._state.plan.to_arrays)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -641,28 +636,28 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
             key = in_file(name, adapter_name)
             if key is not None:
                 names[key], expected[key] = name, tuple(tensor.shape)
-        found = {key: tuple(tensor.shape) for key, tensor in state_dict.items() if ".tnadapt." in f".{key}"}
-        if found != expected:
-            wrong = sorted(set(found.items()) ^ set(expected.items()))[:4]
+        shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items() if ".tnadapt." in f".{key}"}
+        if shapes != expected:
+            wrong = sorted(set(shapes.items()) ^ set(expected.items()))[:4]
             raise FileError(
                 f"these arrays do not fit adapter {adapter_name!r}, and none was loaded; they differ in: {wrong}"
             )
         renamed = {names.get(key, key): tensor for key, tensor in state_dict.items()}
         state = _layer_of(model).handle(adapter_name)._state
-        own = {key: tensor for key, tensor in renamed.items() if in_file(key, adapter_name) is not None}
-        return renamed | _converted(own, state, state.plan.from_arrays)
+        tensors = {key: tensor for key, tensor in renamed.items() if in_file(key, adapter_name) is not None}
+        return renamed | _converted(tensors, state, state.plan.from_arrays)
 
 
 def _converted(
-    own: Mapping[str, Tensor], state: AdapterState, convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+    tensors: Mapping[str, Tensor], state: AdapterState, convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
     """Convert an adapter's tensors in a state dict between parameters and arrays, which their units are between."""
     arrays = {name: array for array, name in state.parameter_names.items()}
-    found = {}
-    for key, tensor in own.items():
+    converted = {}
+    for key, tensor in tensors.items():
         array = arrays[key.rpartition(".")[2]]
-        found[key] = convert({array: tensor})[array]
-    return found
+        converted[key] = convert({array: tensor})[array]
+    return converted
 
 
 def _layer_of(model: nn.Module) -> TnadaptLayer:
@@ -691,12 +686,12 @@ def _check_saved_modules(config: TnadaptConfig, name: str) -> None:
 
 def _choose(handle: Adapter, trained: Sequence[str]) -> None:
     """Train only these arrays of a fresh adapter, with the zero in one of them."""
-    there = handle.plan.param_shapes
-    unknown = sorted(set(trained) - set(there))
+    shapes = handle.plan.param_shapes
+    unknown = sorted(set(trained) - set(shapes))
     if unknown:
         raise ConfigError(
             f"trained={safe_repr(unknown)} of the config are not arrays of adapter {handle.name!r}, which has "
-            f"{safe_repr(list(there))}: give some of these names, or None to train all"
+            f"{safe_repr(list(shapes))}: give some of these names, or None to train all"
         )
     meta = any(array.device.type == "meta" for _, array in handle.named_parameters())
     keep(handle._state, trained, None if meta else handle._state.plan.init(trained=trained))
