@@ -146,8 +146,8 @@ class Applying:
             Whether the norm counts as a constant for the gradient.
         """
         total = weight + self.change(backend, weight, delta)
-        found = self.rescaling(backend, backend.detached(total) if detach else total, own, trained)
-        return total if found is None else total * found.quotient
+        rescaling = self.rescaling(backend, backend.detached(total) if detach else total, own, trained)
+        return total if rescaling is None else total * rescaling.quotient
 
     # -- Gradients, for callers that differentiate by hand -----------------------------------
 
@@ -172,11 +172,11 @@ class Applying:
     ) -> tuple[Array, Array, list[Array]]:
         """Return the gradients of W, ΔW and the own parameters, given that of W'."""
         total = weight + self.change(backend, weight, delta)
-        found, own_gradients = self.rescaling(backend, total, own), list[Array]()
-        if found is not None:
+        rescaling, own_gradients = self.rescaling(backend, total, own), list[Array]()
+        if rescaling is not None:
             of_quotient = _summed(backend, gradient * total, AXES[self.axis])
-            through, own_gradients = self.rescaling_pulled(backend, total, found, of_quotient)
-            gradient = gradient * found.quotient
+            through, own_gradients = self.rescaling_pulled(backend, total, rescaling, of_quotient)
+            gradient = gradient * rescaling.quotient
             gradient = gradient if detach else gradient + through
         return *self.change_pulled(backend, weight, delta, gradient), own_gradients
 
@@ -236,9 +236,8 @@ class Magnitude(Applying):
         return {f"weight{index}.magnitude": (shape[1 - AXES[self.axis]],)}
 
     def starts(self, index: int, weight: np.ndarray) -> dict[str, np.ndarray]:
-        found = norms(load_backend("numpy"), weight, AXES[self.axis])
         (name,) = self.param_shapes(index, (weight.shape[0], weight.shape[1]))
-        return {name: found}
+        return {name: norms(load_backend("numpy"), weight, AXES[self.axis])}
 
     @property
     def rescales(self) -> bool:
@@ -258,14 +257,14 @@ class Magnitude(Applying):
         self, backend: Backend, total: Array, own: Sequence[Array], trained: str | None = None
     ) -> Rescaling | None:
         (magnitude,) = own
-        kind = backend.dtype_name(total)
-        found = norms(backend, total, AXES[self.axis])
-        found = backend.astype(_stored(backend, found, trained or backend.dtype_name(magnitude)), kind)
-        zero = found == 0.0
-        ones = backend.detached(found) * 0.0 + 1.0
-        quotient = backend.where(zero, ones, backend.astype(magnitude, kind) / backend.where(zero, ones, found))
+        dtype = backend.dtype_name(total)
+        norm = norms(backend, total, AXES[self.axis])
+        norm = backend.astype(_stored(backend, norm, trained or backend.dtype_name(magnitude)), dtype)
+        zero = norm == 0.0
+        ones = backend.detached(norm) * 0.0 + 1.0
+        quotient = backend.where(zero, ones, backend.astype(magnitude, dtype) / backend.where(zero, ones, norm))
         shape = (-1, 1) if self.axis == "rows" else (1, -1)
-        infinite = backend.where(zero, ones * float("inf"), found)
+        infinite = backend.where(zero, ones * float("inf"), norm)
         return Rescaling(backend.reshape(quotient, shape), backend.reshape(infinite, shape))
 
     def rescaling_pulled(

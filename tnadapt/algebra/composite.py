@@ -169,24 +169,24 @@ def _checked_parts(parts: Any) -> tuple[ConfigPart, ...]:
         raise ConfigError(
             f"parts must be a list of two or more pairs of a config and a number of weights; got {safe_repr(parts)}"
         )
-    found = list[ConfigPart]()
+    pairs = list[ConfigPart]()
     for place, (config, weights) in enumerate(parts):
         if not isinstance(config, Config) or isinstance(config, CompositeConfig):
             raise ConfigError(f"part {place} must be a tnadapt.Config; got {type(config).__name__}")
-        found.append(ConfigPart(config, integer(f"the weights of part {place}", weights, 1, MAX_SIZE, ConfigError)))
+        pairs.append(ConfigPart(config, integer(f"the weights of part {place}", weights, 1, MAX_SIZE, ConfigError)))
         if config.before is not None:
             raise ConfigError(
                 f"part {place} makes its arrays from θ by before={safe_repr(config.before)}, which one config of "
                 "several cannot: attach it as an adapter of its own, under another name"
             )
         for name in _SAME:
-            first, own = getattr(found[0].config, name), getattr(config, name)
-            if own != first:
+            first, value = getattr(pairs[0].config, name), getattr(config, name)
+            if value != first:
                 raise ConfigError(
                     f"all configs of one adapter must have the same {name}; part 0 has {first!r}, part {place} "
-                    f"{own!r}: attach one of them as an adapter of its own, under another name"
+                    f"{value!r}: attach one of them as an adapter of its own, under another name"
                 )
-    return tuple(found)
+    return tuple(pairs)
 
 
 # -- The layout of several parts ---------------------------------------------------------------------------------------

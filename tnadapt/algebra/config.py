@@ -70,18 +70,18 @@ def checked_axes(axes: Any, fold: Any, order: int) -> Axes | None:
     what = f"axes must name each of the positions 0 to {len(fold) - 1} of fold={tuple(fold)} once"
     if not isinstance(axes, (tuple, list)):
         raise ConfigError(f"{what}, such as {tuple(range(len(fold)))}; got {safe_repr(axes)}")
-    found = tuple(
+    modes = tuple(
         tuple(
             integer(f"axes[{mode}]", digit, 0, len(fold) - 1, ConfigError)
             for digit in (axis if isinstance(axis, (tuple, list)) else (axis,))
         )
         for mode, axis in enumerate(axes)
     )
-    if not all(found) or sorted(itertools.chain.from_iterable(found)) != list(range(len(fold))):
+    if not all(modes) or sorted(itertools.chain.from_iterable(modes)) != list(range(len(fold))):
         raise ConfigError(f"{what}, in the order of the network's modes; got {safe_repr(axes)}")
-    if len(found) != order:
-        raise ConfigError(f"axes={safe_repr(axes)} are {len(found)} modes and order is {order}; set order={len(found)}")
-    return found
+    if len(modes) != order:
+        raise ConfigError(f"axes={safe_repr(axes)} are {len(modes)} modes and order is {order}; set order={len(modes)}")
+    return modes
 
 
 # -- Folds in names: ("weights", "rows", "cols") stands for the numbers of each group ----------------------------------
@@ -127,10 +127,10 @@ def check_fold(fold: Sequence[int | str]) -> None:
     name, product = "", Fraction(1)
     for size in reversed(parsed):
         if isinstance(size, tuple):
-            found, divisor = size
-            if name or not blocks or found != blocks[-1]:
+            block, divisor = size
+            if name or not blocks or block != blocks[-1]:
                 raise _misplaced(fold)
-            name, product = found, product / divisor
+            name, product = block, product / divisor
         else:
             product *= size
         if name and product == 1:
@@ -190,23 +190,23 @@ def group_fold(fold: Sequence[int | str], layout: Layout, group: int) -> tuple[i
 
 def _quotient(fold: Sequence[int | str], size: str, known: dict[str, int], group: int) -> int:
     name, divisor = _parsed(0, size)  # valid, as check_fold has found
-    found, rest = divmod(known[name], divisor)
+    quotient, rest = divmod(known[name], divisor)
     if rest:
         raise ConfigError(
             f"fold={tuple(fold)} divides the {name} of each group by {divisor}, and group {group} has {known[name]} "
             f"{name}: give a divisor of it, or groups whose {name} it divides"
         )
-    return found
+    return quotient
 
 
 def _parsed(mode: int, size: str) -> tuple[str, int]:
-    found = _SIZE.fullmatch(size)
-    if found is None:
+    match = _SIZE.fullmatch(size)
+    if match is None:
         raise ConfigError(
             f"fold[{mode}] must be an integer, one of {', '.join(map(repr, NAMES))}, or one of these divided by an "
             f"integer, such as 'rows/12'; got {safe_repr(size)}"
         )
-    return found[1], int(found[2] or 1)
+    return match[1], int(match[2] or 1)
 
 
 def _misplaced(fold: Sequence[int | str]) -> ConfigError:
@@ -248,29 +248,29 @@ def checked_before(
                 )
         return None, None
     try:
-        found = checked_projection(before)
+        recipe = checked_projection(before)
     except ConfigError as error:
         raise ConfigError(f"before: {error}") from error
-    if not is_linear(found) or not takes_ratio(found):
+    if not is_linear(recipe) or not takes_ratio(recipe):
         raise ConfigError(
             f"before must be a linear map from vectors of any length, such as 'one-hot', 'normal' or 'linear'; got "
-            f"{projection_name(found)}"
+            f"{projection_name(recipe)}"
         )
-    if isinstance(found, tuple) and len(found) > MAX_BEFORE:
-        raise ConfigError(f"before composes at most {MAX_BEFORE} maps; got {len(found)}")
-    if isinstance(found, tuple) and is_brought(found):
+    if isinstance(recipe, tuple) and len(recipe) > MAX_BEFORE:
+        raise ConfigError(f"before composes at most {MAX_BEFORE} maps; got {len(recipe)}")
+    if isinstance(recipe, tuple) and is_brought(recipe):
         raise ConfigError(
-            f"before={projection_name(found)} composes a map whose array the caller brings, which must be the only "
+            f"before={projection_name(recipe)} composes a map whose array the caller brings, which must be the only "
             "map: compose its array with the others"
         )
     if parameters is None:
-        raise ConfigError(f"before={found!r} needs the number of parameters: parameters=p, an integer")
+        raise ConfigError(f"before={recipe!r} needs the number of parameters: parameters=p, an integer")
     if not offset and not is_linear(projection):
         raise ConfigError(
             f"offset=False starts the arrays at zero, where projection={projection_name(projection)!r} has no "
             "gradient: use offset=True"
         )
-    return found, parameters
+    return recipe, parameters
 
 
 def checked_weight_shape(weight_shape: Any, fold: str | tuple[int | str, ...]) -> tuple[int, int] | None:
@@ -383,13 +383,13 @@ def checked_sources(sources: Any) -> SourceMap:
             f"sources must be a mapping of array names to sources, such as {{'factor0': Trained()}}; got "
             f"{safe_repr(sources)}"
         )
-    found = {}
+    by_name = {}
     for name, source in sources.items():
         try:
-            found[name] = source_from_dict(source) if isinstance(source, Mapping) else source
+            by_name[name] = source_from_dict(source) if isinstance(source, Mapping) else source
         except ConfigError as error:
             raise ConfigError(f"sources[{safe_repr(name)}]: {error}") from error
-    return SourceMap(found)
+    return SourceMap(by_name)
 
 
 # -- Names of the optimizers that tnadapt.algebra.units has units for --------------------------------------------------
@@ -682,14 +682,14 @@ class Config:
         >>> Config.from_dict(Config(groups=[[0, 1]]).to_dict()) == Config(groups=[[0, 1]])
         True
         """
-        found = {field.name: _listed(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        found["projection"] = projection_to_json(self.projection)
-        found["before"] = None if self.before is None else projection_to_json(self.before)
-        found["sources"] = {name: source_to_dict(self.sources[name]) for name in sorted(self.sources)}
+        fields = {field.name: _listed(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        fields["projection"] = projection_to_json(self.projection)
+        fields["before"] = None if self.before is None else projection_to_json(self.before)
+        fields["sources"] = {name: source_to_dict(self.sources[name]) for name in sorted(self.sources)}
         for name, default in _NEWER.items():
-            if found[name] == default:
-                del found[name]
-        return found
+            if fields[name] == default:
+                del fields[name]
+        return fields
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Config:

@@ -88,13 +88,13 @@ class Factored(NamedTuple):
 
     def dense(self, backend: Backend) -> Array:
         """Compute the update itself, ``(rows, cols)``."""
-        found = []
+        products = []
         for term in self.terms:
-            made = [
+            matrices = [
                 m.left if m.right is None else backend.matmul(m.left, backend.matrix_transpose(m.right)) for m in term
             ]
-            found.append(kronecker_tensor(backend, made))
-        total = functools.reduce(lambda a, b: a + b, found)
+            products.append(kronecker_tensor(backend, matrices))
+        total = functools.reduce(lambda a, b: a + b, products)
         if self.sides is not None:
             rows, cols = self.sides
             total = mapped(backend, rows, cols.forward(backend, total))
@@ -228,22 +228,23 @@ class Factoring:
             if self.group.subtracts:
                 pair = difference(backend, pair, self._two(backend, self.group.begun(backend, params, trained)))
             return Factored([[self._through(backend, pair)]], network.scale)
-        found = self._kronecker(backend, arrays)
+        terms = self._kronecker(backend, arrays)
         if self.group.subtracts:
             begun = self._kronecker(backend, self.group.begun(backend, params, trained))
-            found = [
+            terms = [
                 [*now[:k], difference(backend, now[k], then[k]), *then[k + 1 :]]
-                for now, then in zip(found, begun, strict=True)
+                for now, then in zip(terms, begun, strict=True)
                 for k in range(len(now))
             ]
-        return Factored(found, network.scale, self.sides)
+        return Factored(terms, network.scale, self.sides)
 
     def _kronecker(self, backend: Backend, arrays: Mapping[str, Array]) -> list[list[Matrix]]:
-        found = []
+        terms = []
         for prefixes in self.network.prefixes:
-            own = zip(self.network.splits, self.network.of_term(prefixes, arrays), self.cuts, self.sizes, strict=True)
-            found.append([_matrix(backend, split, mine, cut, size) for split, mine, cut, size in own])
-        return found
+            factors = self.network.of_term(prefixes, arrays)
+            splits = zip(self.network.splits, factors, self.cuts, self.sizes, strict=True)
+            terms.append([_matrix(backend, split, mine, cut, size) for split, mine, cut, size in splits])
+        return terms
 
     def _stored(self) -> tuple[str, str] | None:
         group, split = self.group, self.network.splits[0]
@@ -268,15 +269,15 @@ class Factoring:
         """Return the factors of the update, given those of X."""
         if self.separation is None:
             return pair
-        kind = backend.dtype_name(pair.left)
+        dtype = backend.dtype_name(pair.left)
         # As a map's own output: computed in single precision at least, and rounded once.
-        wide = kind if kind == "float64" else "float32"
-        found = []
+        wide = dtype if dtype == "float64" else "float32"
+        halves = []
         for side, half in enumerate(pair):
             half = backend.astype(half, wide)
             several = [mapped(backend, maps[side], half) for maps in self.separation.sides]
-            found.append(backend.astype(backend.concat(several, axis=1), kind))
-        return Matrix(*found)
+            halves.append(backend.astype(backend.concat(several, axis=1), dtype))
+        return Matrix(*halves)
 
     def _one(self, backend: Backend, arrays: Mapping[str, Array]) -> Array:
         """Compute X, times the scale."""
@@ -338,26 +339,26 @@ def factoring(plan: SuperLoRA, i: int, single: bool = False) -> Factoring | None
         return None
     shared = len(group.pieces) > 1
     start, shape, sides = separation
-    found = _of_modes(group, start, shape, shared)
-    if found is None or (single and len(found.sizes) > 1):
-        found = _of_cut(group, start, shape, shared)
-    return _behind(group, found, separation, plan.shapes[i], shared) if sides else found
+    factored = _of_modes(group, start, shape, shared)
+    if factored is None or (single and len(factored.sizes) > 1):
+        factored = _of_cut(group, start, shape, shared)
+    return _behind(group, factored, separation, plan.shapes[i], shared) if sides else factored
 
 
 def _behind(
-    group: Group, found: Factoring | None, separation: Separation, whole: tuple[int, int], shared: bool
+    group: Group, factoring: Factoring | None, separation: Separation, whole: tuple[int, int], shared: bool
 ) -> Factoring | None:
     """Return the factorization of ``sum_t A_t X B_tᵀ``, given that of X."""
     number, shape = len(separation.sides), separation.shape
-    if found is not None and len(found.sizes) == 1:
-        (size,) = found.sizes
+    if factoring is not None and len(factoring.sizes) == 1:
+        (size,) = factoring.sizes
         if size.width is not None and size.width < min(shape) and size.width * number < min(whole):
             sizes = (Size(*whole, size.width * number),)
-            return dataclasses.replace(found, sizes=sizes, separation=separation)
+            return dataclasses.replace(factoring, sizes=sizes, separation=separation)
     if number > 1 or shape == whole:
         return None
-    if found is not None and len(found.sizes) > 1:
-        return dataclasses.replace(found, separation=separation)
+    if factoring is not None and len(factoring.sizes) > 1:
+        return dataclasses.replace(factoring, separation=separation)
     return Factoring(group, (), 1, (Size(*shape, None),), shared, separation=separation)
 
 
@@ -398,10 +399,10 @@ def _of_kronecker(group: Group, cut: int, rows: tuple[int, int], shared: bool) -
     each mode is a box of the splits' digits.
     """
     network = group.network
-    found = boxes(network.sizes[:cut], *rows)
-    if len(found) > 1 or _extent(found[0].ranges) != rows[1] - rows[0]:
+    row_boxes = boxes(network.sizes[:cut], *rows)
+    if len(row_boxes) > 1 or _extent(row_boxes[0].ranges) != rows[1] - rows[0]:
         return None
-    ranges = [*found[0].ranges, *((0, size) for size in network.sizes[cut:])]
+    ranges = [*row_boxes[0].ranges, *((0, size) for size in network.sizes[cut:])]
     if any(sum(hi - lo > 1 for lo, hi in side) > 1 for side in (ranges[:cut], ranges[cut:])):
         return None
     digits = []
@@ -412,9 +413,9 @@ def _of_kronecker(group: Group, cut: int, rows: tuple[int, int], shared: bool) -
         digits.append(inner[0].ranges)
     cuts, sizes = [], []
     for k, split in enumerate(network.splits):
-        own = [digit[k] for digit in digits]
-        run = _run(split.sizes[:cut], own[:cut])
-        if run is None or any(bounds != (0, size) for bounds, size in zip(own[cut:], split.sizes[cut:], strict=True)):
+        box = [digit[k] for digit in digits]
+        run = _run(split.sizes[:cut], box[:cut])
+        if run is None or any(bounds != (0, size) for bounds, size in zip(box[cut:], split.sizes[cut:], strict=True)):
             return None
         r, c, width = run[1] - run[0], math.prod(split.sizes[cut:]), split.inner(cut)
         cuts.append(Cut(cut, run, (0, c), run[0] * c))
@@ -430,8 +431,8 @@ def _run(sizes: Sequence[int], ranges: Ranges) -> tuple[int, int] | None:
     for size, (lo, _) in zip(sizes, ranges, strict=True):
         start = start * size + lo
     length = _extent(ranges)
-    found = boxes(sizes, start, start + length)
-    return (start, start + length) if [list(box.ranges) for box in found] == [list(ranges)] else None
+    covering = boxes(sizes, start, start + length)
+    return (start, start + length) if [list(box.ranges) for box in covering] == [list(ranges)] else None
 
 
 def _extent(ranges: Ranges) -> int:
@@ -500,11 +501,13 @@ class KroneckerRows(FixedArrays):
     def __call__(self, backend: Backend, arrays: Mapping[str, Array]) -> tuple[Array, Array]:
         """Compute the two vectors of each row, without the scale, shapes (rows, p) and (rows, q); differentiable."""
         (prefixes,) = self.network.prefixes
-        found = []
-        for k, (split, own) in enumerate(zip(self.network.splits, self.network.of_term(prefixes, arrays), strict=True)):
-            matrix = split.tensor(backend, own, [(0, size) for size in split.sizes])
-            found.append(backend.take(matrix, self.on(backend, k, matrix), axis=0))
-        *others, right = found
+        rows = []
+        for k, (split, factors) in enumerate(
+            zip(self.network.splits, self.network.of_term(prefixes, arrays), strict=True)
+        ):
+            matrix = split.tensor(backend, factors, [(0, size) for size in split.sizes])
+            rows.append(backend.take(matrix, self.on(backend, k, matrix), axis=0))
+        *others, right = rows
         while len(others) > 1 and right.shape[-1] < LONG:
             right = row_wise_khatri_rao(backend, [others.pop(), right])
         return _row_wise(backend, others), right

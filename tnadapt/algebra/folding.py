@@ -236,16 +236,16 @@ def balanced_factors(size: int, parts: int) -> tuple[int, ...]:
     def best(rest: int, parts: int, least: int) -> tuple[int, ...] | None:
         if parts == 1:
             return (rest,) if rest >= least else None
-        found = None
+        factors = None
         for d in divisors:
             if d < least or rest % d:
                 continue
             if d**parts > rest:
                 break
             tail = best(rest // d, parts - 1, d)
-            if tail is not None and (found is None or d + sum(tail) <= sum(found)):
-                found = (d, *tail)
-        return found
+            if tail is not None and (factors is None or d + sum(tail) <= sum(factors)):
+                factors = (d, *tail)
+        return factors
 
     return best(size, parts, 1)  # type: ignore[return-value]  # (1, …, 1, size) always exists
 
@@ -295,10 +295,12 @@ def kronecker_sizes(sizes: Sequence[int], splits: int, split_size: int | str | S
     """
     if isinstance(split_size, str) and split_size == "balanced":
         return list(zip(*(balanced_factors(d, splits) for d in sizes), strict=True))
-    given = split_size if isinstance(split_size, (tuple, list)) else (split_size,) * len(sizes)
-    if len(given) != len(sizes):
-        raise ConfigError(f"split_size={tuple(given)} has {len(given)} sizes for {len(sizes)} modes: give one per mode")
-    first = tuple(integer("split_size", f, 1, MAX_SIZE, ConfigError, 'or "balanced"') for f in given)
+    per_mode = split_size if isinstance(split_size, (tuple, list)) else (split_size,) * len(sizes)
+    if len(per_mode) != len(sizes):
+        raise ConfigError(
+            f"split_size={tuple(per_mode)} has {len(per_mode)} sizes for {len(sizes)} modes: give one per mode"
+        )
+    first = tuple(integer("split_size", f, 1, MAX_SIZE, ConfigError, 'or "balanced"') for f in per_mode)
     last = tuple(-(-d // f ** (splits - 1)) for d, f in zip(sizes, first, strict=True))
     return [first] * (splits - 1) + [last]
 
@@ -444,7 +446,7 @@ def best_cut(sizes: Sequence[int], start: int, stop: int, rank: Callable[[int], 
     >>> best_cut((4, 10), 12, 15, lambda modes: 1)
     Cut(modes=1, rows=(1, 2), cols=(2, 5), start=12)
     """
-    found: tuple[int, Cut] | None = None
+    cheapest: tuple[int, Cut] | None = None
     for modes in range(1, len(sizes)):
         inner = rank(modes)
         if inner is None:
@@ -457,9 +459,9 @@ def best_cut(sizes: Sequence[int], start: int, stop: int, rank: Callable[[int], 
         if height * width > (1 + SLACK) * (stop - start):
             continue
         cost = height * width * (_WRITTEN + inner) + (height + width) * inner * _FORMED
-        if found is None or cost < found[0]:
-            found = cost, Cut(modes, (first, end), cols, first * length + cols[0])
-    return None if found is None else found[1]
+        if cheapest is None or cost < cheapest[0]:
+            cheapest = cost, Cut(modes, (first, end), cols, first * length + cols[0])
+    return None if cheapest is None else cheapest[1]
 
 
 def along(

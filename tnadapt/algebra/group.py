@@ -105,15 +105,15 @@ class Group(NamedTuple):
         if not self.frozen_names and not self.multiplied:
             return own
         like = next(iter(own.values()))  # a plan refuses groups without a trained array
-        kind = backend.dtype_name(like)
-        found = {}
+        dtype = backend.dtype_name(like)
+        arrays = {}
         for name in self.network.shapes:
-            array = own[name] if name in own else self.frozen.on(backend, (name, trained or kind), like, kind)
+            array = own[name] if name in own else self.frozen.on(backend, (name, trained or dtype), like, dtype)
             if name in self.multiplied:
                 multipliers = {part: own[f"{name}.{part}"] for part in self.multiplied[name].multipliers}
                 array = self.multiplied[name].product(backend, array, multipliers)
-            found[name] = array
-        return found
+            arrays[name] = array
+        return arrays
 
     @property
     def subtracts(self) -> bool:
@@ -123,9 +123,9 @@ class Group(NamedTuple):
     def begun(self, backend: Backend, params: Mapping[str, Array], trained: str | None = None) -> Mapping[str, Array]:
         """Return all arrays of the network at the start, as :meth:`arrays` returns the current ones."""
         like = next(params[full] for full in self.names.values())
-        kind = backend.dtype_name(like)
-        own = {name: self.start.on(backend, (name, trained or kind), like, kind) for name in self.names}
-        return self.with_frozen(backend, own, trained)
+        dtype = backend.dtype_name(like)
+        arrays = {name: self.start.on(backend, (name, trained or dtype), like, dtype) for name in self.names}
+        return self.with_frozen(backend, arrays, trained)
 
     def update(
         self, backend: Backend, params: Mapping[str, Array], start: int, stop: int, trained: str | None = None
@@ -165,19 +165,20 @@ def updates(
     if not groups[0].subtracts:
         return _projected(backend, groups, arrays, start, stop, trained)
     like = next(iter(arrays[0].values()))
-    kind = backend.dtype_name(like)
+    dtype = backend.dtype_name(like)
     # The difference of two near numbers: taken in single precision at least, and rounded once.
-    wide = kind if kind == "float64" else "float32"
-    begun = [group.start.on(backend, (name, trained or kind), like, wide) for group in groups for name in group.names]
-    moved = [backend.astype(array, wide) for own in arrays for array in own.values()]
+    wide = dtype if dtype == "float64" else "float32"
+    begun = [group.start.on(backend, (name, trained or dtype), like, wide) for group in groups for name in group.names]
+    current = [backend.astype(array, wide) for of_group in arrays for array in of_group.values()]
     # A compiler that computed the two by different routes would not find them equal at the start.
-    both = iter(backend.apart([*moved, *begun]))
+    both = iter(backend.apart([*current, *begun]))
     now = [{name: next(both) for name in group.names} for group in groups]
     then = [{name: next(both) for name in group.names} for group in groups]
-    halves = [_projected(backend, groups, half, start, stop, trained or kind) for half in (now, then)]
-    found = backend.apart([part for half in halves for part in half])
+    halves = [_projected(backend, groups, half, start, stop, trained or dtype) for half in (now, then)]
+    outputs = backend.apart([part for half in halves for part in half])
     return [
-        backend.astype(new - old, kind) for new, old in zip(found[: len(groups)], found[len(groups) :], strict=True)
+        backend.astype(new - old, dtype)
+        for new, old in zip(outputs[: len(groups)], outputs[len(groups) :], strict=True)
     ]
 
 
@@ -189,10 +190,13 @@ def _projected(
     stop: int,
     trained: str | None,
 ) -> list[Array]:
-    every = [group.with_frozen(backend, own, trained) for group, own in zip(groups, arrays, strict=True)]
+    completed = [group.with_frozen(backend, of_group, trained) for group, of_group in zip(groups, arrays, strict=True)]
     if groups[0].projection.map.identity:
-        return [group.network.slice(backend, own, start, stop) for group, own in zip(groups, every, strict=True)]
-    vectors = [group.network.whole(backend, own) for group, own in zip(groups, every, strict=True)]
+        return [
+            group.network.slice(backend, of_group, start, stop)
+            for group, of_group in zip(groups, completed, strict=True)
+        ]
+    vectors = [group.network.whole(backend, of_group) for group, of_group in zip(groups, completed, strict=True)]
     return slices(backend, groups[0].projection, vectors, start, stop)
 
 
@@ -229,9 +233,9 @@ def updates_of_runs(
     # The runs of a group whose weights are not adjacent are cut from the whole, which takes one call of F and not many.
     wanted = list(map(_whole_if_all(runs), runs))
     distinct = list({_key(run): run for run in wanted}.values())
-    made = dict(zip(map(_key, distinct), _updates_of(backend, distinct, params, trained), strict=True))
+    update_of = dict(zip(map(_key, distinct), _updates_of(backend, distinct, params, trained), strict=True))
     return [
-        made[_key(whole)] if run[1:] == whole[1:] else made[_key(whole)][run[1] : run[2]]
+        update_of[_key(whole)] if run[1:] == whole[1:] else update_of[_key(whole)][run[1] : run[2]]
         for run, whole in zip(runs, wanted, strict=True)
     ]
 
@@ -257,12 +261,12 @@ def _whole_if_all(runs: Sequence[Run]) -> Callable[[Run], Run]:
 
 
 def _updates_of(backend: Backend, runs: Sequence[Run], params: Mapping[str, Array], trained: str | None) -> list[Array]:
-    found: dict[int, Array] = {}
+    by_number: dict[int, Array] = {}
     for numbers in batches(backend, params[next(iter(runs[0][0].names.values()))], runs):
         _, start, stop = runs[numbers[0]]
-        made = updates(backend, [runs[number][0] for number in numbers], params, start, stop, trained)
-        found.update(zip(numbers, made, strict=True))
-    return [found[number] for number in range(len(runs))]
+        batch = updates(backend, [runs[number][0] for number in numbers], params, start, stop, trained)
+        by_number.update(zip(numbers, batch, strict=True))
+    return [by_number[number] for number in range(len(runs))]
 
 
 def batches(backend: Backend, like: Array, runs: Sequence[Run]) -> list[list[int]]:
@@ -272,7 +276,7 @@ def batches(backend: Backend, like: Array, runs: Sequence[Run]) -> list[list[int
     groups are alone, and so are groups whose F has other bits in a batch.
     """
     limit = backend.at_once(like)
-    found: list[list[int]] = []
+    batched: list[list[int]] = []
     current: dict[Hashable, list[int]] = {}
     for number, (group, start, stop) in enumerate(runs):
         projection = group.projection
@@ -282,9 +286,9 @@ def batches(backend: Backend, like: Array, runs: Sequence[Run]) -> list[list[int
         batch = current.get(key)
         if batch is None or len(batch) >= most:
             batch = current[key] = []
-            found.append(batch)
+            batched.append(batch)
         batch.append(number)
-    return found
+    return batched
 
 
 # -- Where rows and columns of a weight stay separate ------------------------------------------------------------------
@@ -315,14 +319,14 @@ def separation_of(group: Group, piece: Piece, cols: int) -> Separation | None:
     --------
     >>> import tnadapt as tna
     >>> plan = tna.SuperLoRA(tna.presets.miss(4), [(8, 16)])
-    >>> found = separation_of(plan.groups[0], plan.groups[0].pieces[0], 16)
-    >>> found.shape, found.sides
+    >>> separation = separation_of(plan.groups[0], plan.groups[0].pieces[0], 16)
+    >>> separation.shape, separation.sides
     ((8, 4), [(Identity(n_in=8, n_out=8, seed=0, group=0), Repeat(n_in=4, n_out=16, seed=0, group=0))])
     """
-    found = group.projection.map
-    if found.identity:
+    f = group.projection.map
+    if f.identity:
         return Separation(piece.group_start, (piece.length // cols, cols))
-    start, part = found.part_at(piece.group_start) if isinstance(found, PerWeight) else (0, found)
+    start, part = f.part_at(piece.group_start) if isinstance(f, PerWeight) else (0, f)
     sides = part.sides()
     if not sides or part.n_out != piece.length:
         return None
@@ -412,11 +416,11 @@ def _of_piece(group: Group, piece: Piece, cols: int) -> int:
     touched = min(last - first, cols)
     if piece.weight_start % cols or piece.length % cols:
         return touched
-    found = separation_of(group, piece, cols)
-    if found is None:
+    separation = separation_of(group, piece, cols)
+    if separation is None:
         return touched
-    place = place_of(group.network.sizes, found.start, math.prod(found.shape), found.shape[1])
+    place = place_of(group.network.sizes, separation.start, math.prod(separation.shape), separation.shape[1])
     width = None if place is None else width_at(group.network, place)
     # The difference of two updates, that of the arrays and that of their start.
-    before = min(found.shape) if width is None else min(width * (2 if group.subtracts else 1), *found.shape)
-    return min(touched, before * max(1, len(found.sides)))
+    before = min(separation.shape) if width is None else min(width * (2 if group.subtracts else 1), *separation.shape)
+    return min(touched, before * max(1, len(separation.sides)))

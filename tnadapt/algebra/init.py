@@ -132,10 +132,10 @@ def zero_arrays(groups: Sequence[StartingGroup]) -> dict[int, list[ZeroArray]]:
     zero = {part for choice in choices for part in choice.by_start()}
     # What occurs in a term that has its zero must not become another one.
     settled = set[_Part]()
-    found = {choice.group.number: choice.chosen(zero, settled) for choice in choices}
+    zeros = {choice.group.number: choice.chosen(zero, settled) for choice in choices}
     for choice in choices:
         choice.check(zero)
-    return found
+    return zeros
 
 
 class _GroupChoice:
@@ -148,7 +148,7 @@ class _GroupChoice:
 
     def by_start(self) -> list[_Part]:
         """Return the multipliers that the ``start`` of their source makes zero, if they are trained."""
-        found = []
+        zeros = []
         for array, origin in self.group.origins.items():
             if (
                 origin.multiplied is not None
@@ -157,19 +157,19 @@ class _GroupChoice:
             ):
                 part = f"{array}.{origin.multiplied.zero}"
                 if self._trains(part):
-                    found.append((self.group.number, part))
-        return found
+                    zeros.append((self.group.number, part))
+        return zeros
 
     def chosen(self, zero: set[_Part], settled: set[_Part]) -> list[ZeroArray]:
         """Return the zero of each term, and add what is chosen here to the two sets."""
-        found = []
+        zeros = []
         for prefixes in self.group.network.prefixes:
-            one = self._of_term(prefixes, zero, settled)
-            zero.add(one.part)
+            zero_array = self._of_term(prefixes, zero, settled)
+            zero.add(zero_array.part)
             if self.group.origins:
                 settled |= {part for array, _, _ in self._arrays(prefixes) for _, part in self._parts(array)}
-            found.append(one)
-        return found
+            zeros.append(zero_array)
+        return zeros
 
     def check(self, zero: Collection[_Part]) -> None:
         """Raise a ConfigError if a term has more than one array that is zero."""
@@ -223,11 +223,11 @@ class _GroupChoice:
         origin = self.group.origins.get(array)
         if origin is None:
             return [(array, (self.group.number, array))]
-        found = [(array, origin.key)] if origin.source.trained else []
+        parts = [(array, origin.key)] if origin.source.trained else []
         if origin.multiplied is not None:
             group, owner = origin.owner
-            found += [(f"{array}.{name}", (group, f"{owner}.{name}")) for name in origin.multiplied.multipliers]
-        return found
+            parts += [(f"{array}.{name}", (group, f"{owner}.{name}")) for name in origin.multiplied.multipliers]
+        return parts
 
     def _zero_part(self, array: str, zero: Collection[_Part]) -> _Part | None:
         """Return what makes an array zero already; None if nothing does."""
@@ -324,12 +324,12 @@ class Initializer(FixedArrays):
 
     def in_units(self, units: Mapping[str, float]) -> Initializer:
         """Return the same start for parameters in units, by the names of arrays: an array is its unit times one."""
-        found = Initializer(
+        rescaled = Initializer(
             self.network, self.projection, self.seed, self.group, self.frozen, self.trained, self.origins,
             self._starts, self._table, self.point, self._given,
         )  # fmt: skip
-        found._units = units
-        return found
+        rescaled._units = units
+        return rescaled
 
     @functools.cached_property
     def _zero(self) -> list[ZeroArray]:
@@ -369,13 +369,13 @@ class Initializer(FixedArrays):
         """
         if self.subtracts:
             return self
-        found = Initializer(
+        initializer = Initializer(
             self.network, self.projection, self.seed, self.group, self.frozen, trained, self.origins, starts, table
         )
-        found._units = self._units
+        initializer._units = self._units
         if table is not None:
-            return found
-        return self if found.zeros == self.zeros else found
+            return initializer
+        return self if initializer.zeros == self.zeros else initializer
 
     @functools.cached_property
     def std(self) -> float:
@@ -398,18 +398,18 @@ class Initializer(FixedArrays):
         try:
             frozen = self._frozen_in_term(term)
             if not self.point.leaves_zero and _random_arrays(self.network) - frozen[1] == 1:
-                found = STEP  # of the only random array, which is zero otherwise
+                std = STEP  # of the only random array, which is zero otherwise
             elif self.projection.linear:
-                found = _linear_std(self.network, self.projection, self._zero[term], frozen, self._source_of_zero(term))
+                std = _linear_std(self.network, self.projection, self._zero[term], frozen, self._source_of_zero(term))
             else:
-                found = _nonlinear_std(self.network, self.projection, frozen)
+                std = _nonlinear_std(self.network, self.projection, frozen)
         except OverflowError:
             raise ConfigError(
                 f"so many arrays of such ranks are multiplied that their initial scale is out of floating-point range "
                 f"({len(self.network.shapes)} arrays per group); use a smaller rank, order or number of splits"
             ) from None
         # Round to single precision: the last bit of a power differs between machines, and x_start must not.
-        return float(np.float32(found))
+        return float(np.float32(std))
 
     def std_of(self, name: str) -> float:
         """Return σ of an array that is random, by its name in the network; 1 for CP weights, which start at one."""
@@ -424,13 +424,7 @@ class Initializer(FixedArrays):
         return None if origin is None else origin.multiplied
 
     def _frozen_in_term(self, term: int) -> tuple[float, int]:
-        """Describe the frozen arrays of a term.
-
-        Returns
-        -------
-        (float, int)
-            The product of their mean squares, and how many of them would be random if they were trained.
-        """
+        """Return the product of the mean squares of a term's frozen arrays, and how many would be random if trained."""
         if not self.frozen.entries and not self.origins:
             return 1.0, 0
         squares, count = [1.0], 0
@@ -452,8 +446,8 @@ class Initializer(FixedArrays):
         """Compute an array in float32, by its name, or by (name, dtype) to round its values to that dtype."""
         if isinstance(key, tuple):
             return rounded_to(self.make(key[0]), key[1])
-        found, unit = self._array(key), self._units.get(key, 1.0)
-        return found if unit == 1.0 else found * np.float32(1.0 / unit)  # exact: units are powers of two
+        array, unit = self._array(key), self._units.get(key, 1.0)
+        return array if unit == 1.0 else array * np.float32(1.0 / unit)  # exact: units are powers of two
 
     def _array(self, key: str) -> np.ndarray:
         """Compute an array itself, whatever its unit is."""
@@ -484,14 +478,14 @@ class Initializer(FixedArrays):
         return f"{PREFIX}group{self.group}.{name}"
 
     def _brought(self, name: str) -> np.ndarray:
-        found = self._given.get(self._full(name))
-        if found is None:
+        array = self._given.get(self._full(name))
+        if array is None:
             raise ConfigError(
                 f"the start of 'group{self.group}.{name}' is computed from the base weights: bind the plan to them "
                 "with plan.with_base(weights), or save the adapter with store_bases=True; on a model that was on the "
                 "meta device, call adapter.reset() once it has its weights"
             )
-        return found
+        return array
 
     def _multiplier(self, key: str) -> np.ndarray:
         """Compute a multiplier, such as ``split0.factor0.size``."""
@@ -526,7 +520,7 @@ def _linear_std(
     # Frozen arrays contribute their own mean squares to V instead of σ².
     arrays = _random_arrays(network) - frozen[1]
     # V = paths * std ** (2 * arrays), where paths is the number of products that multiply an entry of Z.
-    paths = math.prod(one.num_terms for one in network.splits) / split.num_terms_per_array(name)
+    paths = math.prod(each.num_terms for each in network.splits) / split.num_terms_per_array(name)
     if multiplier:
         # Z multiplies an array, which is one of the factors of V.
         assert source is not None

@@ -149,20 +149,20 @@ class Layout:
 
     @cached_property
     def _kinds_by_size(self) -> list[tuple[int, int]]:
-        found: dict[int, tuple[int, int]] = {}
+        kinds: dict[int, tuple[int, int]] = {}
         for first, count, size in self.same_size():
-            group, known = found.get(size, (first, 0))
-            found[size] = group, known + count
-        return list(found.values())
+            group, known = kinds.get(size, (first, 0))
+            kinds[size] = group, known + count
+        return list(kinds.values())
 
     @cached_property
     def _kinds_by_columns(self) -> list[tuple[int, int]]:
-        found: dict[tuple[int, int], tuple[int, int]] = {}
+        kinds: dict[tuple[int, int], tuple[int, int]] = {}
         for group in range(self.num_groups):
             key = self.group_size(group), self.columns(group)
-            first, known = found.get(key, (group, 0))
-            found[key] = first, known + 1
-        return list(found.values())
+            first, known = kinds.get(key, (group, 0))
+            kinds[key] = first, known + 1
+        return list(kinds.values())
 
     @cached_property
     def shape_counts(self) -> collections.Counter[tuple[int, int]]:
@@ -215,10 +215,10 @@ class Layout:
         """Return the pieces of one group, in order; together they cover it. Do not change the list."""
         if group in self._long:
             return self._long[group]
-        found = self._of_group(group)
-        if len(found) > _LONG:
-            self._long[group] = found
-        return found
+        pieces = self._of_group(group)
+        if len(pieces) > _LONG:
+            self._long[group] = pieces
+        return pieces
 
     def _of_group(self, group: int) -> list[Piece]:
         if self._members is not None:
@@ -250,12 +250,12 @@ class Layout:
                 hi = min(stop, base + piece.weight_start + piece.length)
                 if lo < hi:
                     skip = lo - base - piece.weight_start
-                    found = Piece(weight, piece.weight_start + skip, piece.group, piece.group_start + skip, hi - lo)
+                    run = Piece(weight, piece.weight_start + skip, piece.group, piece.group_start + skip, hi - lo)
                     last = pieces[-1] if pieces else None
-                    if last and (last.group, last.group_start + last.length) == (found.group, found.group_start):
-                        pieces[-1] = last._replace(length=last.length + found.length)
+                    if last and (last.group, last.group_start + last.length) == (run.group, run.group_start):
+                        pieces[-1] = last._replace(length=last.length + run.length)
                     else:
-                        pieces.append(found)
+                        pieces.append(run)
         return pieces
 
 
@@ -351,9 +351,9 @@ def require_alike(layout: Layout, shape: tuple[int, int], fold: Sequence[int]) -
         )
     for _, _, size in layout.same_size():
         if size != math.prod(fold):
-            found, rest = divmod(size, rows * cols)
+            whole, rest = divmod(size, rows * cols)
             raise ConfigError(
-                f"{meant}, and a group has {found} of them{f' and {rest} elements of another' if rest else ''}: give "
+                f"{meant}, and a group has {whole} of them{f' and {rest} elements of another' if rest else ''}: give "
                 "the preset the number of adapted weights, and use groups of whole weights"
             )
 
@@ -383,8 +383,8 @@ def checked_shapes(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         checked = [tuple(operator.index(size) for size in shape) for shape in shapes]
     except TypeError as error:
         if hasattr(shapes, "named_modules"):
-            found = "[target.shape for target in tnadapt.torch.find_targets(model)]"
-            raise ShapeError(f"shapes must be a list of (rows, cols) integers; got a model: give {found}") from error
+            advice = "[target.shape for target in tnadapt.torch.find_targets(model)]"
+            raise ShapeError(f"shapes must be a list of (rows, cols) integers; got a model: give {advice}") from error
         raise ShapeError(f"shapes must be a list of (rows, cols) integers; got {safe_repr(shapes)}") from error
     if not checked:
         raise ShapeError("shapes is empty: there is no weight to update")
@@ -435,11 +435,11 @@ class WeightPlace(NamedTuple):
     def legs(self) -> Legs:
         """Return for each mode how many rows and columns its range stands for."""
         lengths = [stop - start for start, stop in self.ranges]
-        found = [(length, 1) for length in lengths[: self.modes]]
-        found += [(1, length) for length in lengths[self.modes :]]
+        legs = [(length, 1) for length in lengths[: self.modes]]
+        legs += [(1, length) for length in lengths[self.modes :]]
         if self.across > 1:
-            found[self.modes] = (lengths[self.modes] // self.across, self.across)
-        return tuple(found)
+            legs[self.modes] = (lengths[self.modes] // self.across, self.across)
+        return tuple(legs)
 
 
 def place_of(sizes: Sequence[int], start: int, length: int, cols: int) -> WeightPlace | None:
@@ -484,8 +484,8 @@ def place_of(sizes: Sequence[int], start: int, length: int, cols: int) -> Weight
 
 def enclosing(sizes: Sequence[int], start: int, stop: int) -> Box:
     """Return the smallest box that contains a run of ``vec``."""
-    found = boxes(sizes, start, stop) if sizes else []
-    sides = [[box.ranges[mode] for box in found] for mode in range(len(sizes))]
+    covering = boxes(sizes, start, stop) if sizes else []
+    sides = [[box.ranges[mode] for box in covering] for mode in range(len(sizes))]
     return tuple((min(lo for lo, _ in side), max(hi for _, hi in side)) for side in sides)
 
 
@@ -525,8 +525,8 @@ class KnownWeights(tuple[tuple[int, int], ...]):
     --------
     >>> import tnadapt as tna
     >>> weights = KnownWeights([(2, 3), (2, 2)])
-    >>> one, other = (tna.SuperLoRA(tna.presets.superlora(rank, groups=2), weights) for rank in (1, 2))
-    >>> one.layout is other.layout, one.shapes
+    >>> plan, other = (tna.SuperLoRA(tna.presets.superlora(rank, groups=2), weights) for rank in (1, 2))
+    >>> plan.layout is other.layout, plan.shapes
     (True, ((2, 3), (2, 2)))
     """
 
@@ -540,9 +540,9 @@ class KnownWeights(tuple[tuple[int, int], ...]):
         layers: Sequence[Hashable] | None = None,
         roles: Sequence[Hashable] | None = None,
     ) -> KnownWeights:
-        made = super().__new__(cls, checked_shapes(shapes))
-        made.layers, made.roles, made._layouts = layers, roles, {}
-        return made
+        weights = super().__new__(cls, checked_shapes(shapes))
+        weights.layers, weights.roles, weights._layouts = layers, roles, {}
+        return weights
 
     def __reduce__(self) -> tuple[Any, ...]:
         return tuple, (list(self),)

@@ -77,10 +77,10 @@ def config_of(
                 f"got the preset {preset} itself: give its name, {preset!r}, or what it returns, "
                 f"tnadapt.presets.{preset}(…)"
             )
-        kind = type(cfg).__name__
+        type_name = type(cfg).__name__
         raise ConfigError(
-            f"expected a tnadapt.Config, the name of a preset such as 'lora', or None; got {kind}"
-            + (f". PEFT's LoraConfig(r=8) is {function}(…, 'lora', rank=8) here" if kind == "LoraConfig" else "")
+            f"expected a tnadapt.Config, the name of a preset such as 'lora', or None; got {type_name}"
+            + (f". PEFT's LoraConfig(r=8) is {function}(…, 'lora', rank=8) here" if type_name == "LoraConfig" else "")
         )
     for name in settings:
         hint = keyword_hint(name)
@@ -113,20 +113,20 @@ def named_config(
     and any field of tnadapt.Config
     """
     require_preset(name, function)
-    preset, own = getattr(presets, name), _own(name)
+    preset, parameters = getattr(presets, name), _own(name)
     for setting in settings:
-        if setting not in own and setting not in _fields():
+        if setting not in parameters and setting not in _fields():
             raise UnexpectedKeywordError(
                 f"preset {name!r} has no setting {setting!r}; {_meant(name, setting, keywords)}"
             )
-    missing = [each for each, entry in own.items() if entry.default is entry.empty and each not in settings]
+    missing = [each for each, entry in parameters.items() if entry.default is entry.empty and each not in settings]
     if missing:
         raise ConfigError(
             f"preset {name!r} needs {' and '.join(missing)}, which depend on the weights of the model: give "
             f"{', '.join(f'{each}=…' for each in missing)}"
         )
-    found: Config = preset(**settings)
-    return found
+    config: Config = preset(**settings)
+    return config
 
 
 def require_preset(name: str, function: str | None = None) -> None:
@@ -167,7 +167,7 @@ def require_setting(name: str, of: Sequence[str] = ()) -> None:
     """
     if is_setting(name):
         return
-    known = dict.fromkeys([*_fields(), *(own for preset in of or presets.__all__ for own in _own(preset))])
+    known = dict.fromkeys([*_fields(), *(setting for preset in of or presets.__all__ for setting in _own(preset))])
     hint, close = keyword_hint(name), difflib.get_close_matches(name, known, n=1)
     way = hint or (f"did you mean {close[0]!r}?" if close else f"the settings are {', '.join(known)}")
     raise ConfigError(f"no setting {safe_repr(name)}; {way}")
@@ -201,11 +201,11 @@ def close_presets(name: str) -> list[str]:
 
 
 def _meant(name: str, setting: str, keywords: Collection[str]) -> str:
-    own = _own(name)
+    parameters = _own(name)
     hint = keyword_hint(setting)
-    close = difflib.get_close_matches(setting, [*own, *_fields(), *keywords], n=1)
+    close = difflib.get_close_matches(setting, [*parameters, *_fields(), *keywords], n=1)
     meant = f"{hint}. It takes " if hint else f"did you mean {close[0]!r}? It takes " if close else "it takes "
-    return f"{meant}{''.join(f'{each}, ' for each in own)}{'and ' * bool(own)}any field of tnadapt.Config"
+    return f"{meant}{''.join(f'{each}, ' for each in parameters)}{'and ' * bool(parameters)}any field of tnadapt.Config"
 
 
 def is_setting(name: Any) -> bool:
@@ -221,8 +221,8 @@ def is_setting(name: Any) -> bool:
 
 def _own(name: str) -> dict[str, inspect.Parameter]:
     """Return the preset's own parameters, without the fields of Config that all take."""
-    found = inspect.signature(getattr(presets, name)).parameters
-    return {each: entry for each, entry in found.items() if entry.kind is not entry.VAR_KEYWORD}
+    parameters = inspect.signature(getattr(presets, name)).parameters
+    return {each: entry for each, entry in parameters.items() if entry.kind is not entry.VAR_KEYWORD}
 
 
 def _fields() -> list[str]:

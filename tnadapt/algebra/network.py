@@ -97,8 +97,8 @@ def _in_order(name: str, sizes: tuple[int, ...], config: Config) -> Format:
     if config.axes is None:
         return make_format(name, sizes, config.rank)
     axes = tuple(axis if isinstance(axis, tuple) else (axis,) for axis in config.axes)
-    own = make_format(name, [math.prod(sizes[digit] for digit in axis) for axis in axes], config.rank)
-    return Permuted(own, sizes, axes)
+    inner = make_format(name, [math.prod(sizes[digit] for digit in axis) for axis in axes], config.rank)
+    return Permuted(inner, sizes, axes)
 
 
 class Network:
@@ -172,8 +172,8 @@ class Network:
         """Return the mode whose factor an array is, of shape ``(sizes[mode], rank)``; None if it is none."""
         if self.kronecker and len(self.splits) > 1:
             return None
-        prefix, _, own = name.rpartition(".")
-        return self.splits[int(prefix.rpartition("split")[2])].mode_of(own)
+        prefix, _, array = name.rpartition(".")
+        return self.splits[int(prefix.rpartition("split")[2])].mode_of(array)
 
     @property
     def num_parameters(self) -> int:
@@ -245,15 +245,15 @@ class Network:
         """
         scaled = vec if self.scale == 1.0 else vec * self.scale
         tensor = backend.reshape(backend.pad_last(scaled, math.prod(self.sizes)), self.sizes)
-        found: dict[str, Array] = {}
+        gradients: dict[str, Array] = {}
         for prefixes in self.prefixes:
-            own = self.of_term(prefixes, arrays)
+            factors = self.of_term(prefixes, arrays)
             for k, (prefix, split) in enumerate(zip(prefixes, self.splits, strict=True)):
                 if only is not None and only.rpartition(".")[0] + "." != prefix:
                     continue
-                reached = self._reached(backend, own, tensor, k)
-                found |= {prefix + name: g for name, g in split.adjoint(backend, own[k], reached).items()}
-        return {name: found[name] for name in self.shapes if name in found}
+                reached = self._reached(backend, factors, tensor, k)
+                gradients |= {prefix + name: g for name, g in split.adjoint(backend, factors[k], reached).items()}
+        return {name: gradients[name] for name in self.shapes if name in gradients}
 
     def of_term(self, prefixes: Sequence[str], arrays: Mapping[str, Array]) -> list[dict[str, Array]]:
         """Return the arrays of one term, split by split, by the names that their formats use."""
@@ -262,12 +262,12 @@ class Network:
             for prefix, split in zip(prefixes, self.splits, strict=True)
         ]
 
-    def _reached(self, backend: Backend, own: Sequence[Mapping[str, Array]], tensor: Array, k: int) -> Array:
+    def _reached(self, backend: Backend, factors: Sequence[Mapping[str, Array]], tensor: Array, k: int) -> Array:
         """Compute the gradient of ``<tensor, T>`` with respect to the tensor of one split of a term."""
         if len(self.splits) == 1:
             return tensor
         others = [
-            None if j == k else split.tensor(backend, own[j], [(0, size) for size in split.sizes])
+            None if j == k else split.tensor(backend, factors[j], [(0, size) for size in split.sizes])
             for j, split in enumerate(self.splits)
         ]
         if not self.kronecker:
@@ -281,10 +281,10 @@ class Network:
             return None
         inner = self.terms
         for split in self.splits:
-            found = split.inner(modes)
-            if found is None:
+            width = split.inner(modes)
+            if width is None:
                 return None
-            inner *= found
+            inner *= width
         return inner
 
     def unfolded(self, backend: Backend, arrays: Mapping[str, Array], cut: Cut) -> tuple[Array, Array]:
@@ -304,8 +304,8 @@ class Network:
         """
         lefts, rights = [], []
         for prefixes in self.prefixes:
-            own = self.of_term(prefixes, arrays)
-            halves = [split.unfolded(backend, mine, cut) for split, mine in zip(self.splits, own, strict=True)]
+            factors = self.of_term(prefixes, arrays)
+            halves = [split.unfolded(backend, mine, cut) for split, mine in zip(self.splits, factors, strict=True)]
             # For an elementwise product, L has all products of columns, and R all products of rows.
             lefts.append(row_wise_khatri_rao(backend, [left for left, _ in halves]))
             rights.append(khatri_rao(backend, [right for _, right in halves]))
@@ -348,28 +348,28 @@ class Network:
         )
 
     def _kronecker(
-        self, backend: Backend, own: Sequence[Mapping[str, Array]], ranges: Sequence[tuple[int, int]]
+        self, backend: Backend, factors: Sequence[Mapping[str, Array]], ranges: Sequence[tuple[int, int]]
     ) -> Array:
         if len(self.splits) == 1:
-            return self.splits[0].tensor(backend, own[0], ranges)
+            return self.splits[0].tensor(backend, factors[0], ranges)
         # In each mode the index is a K-digit number with one digit per split, most significant first. A range of
         # indices is a box of digits, or a sequence of a few such boxes.
         digits = []
         for mode, (lo, hi) in enumerate(ranges):
-            found = boxes([split.sizes[mode] for split in self.splits], lo, hi)
-            if len(found) > 1:
-                edges = [lo, *(box.start for box in found[1:]), hi]
+            digit_boxes = boxes([split.sizes[mode] for split in self.splits], lo, hi)
+            if len(digit_boxes) > 1:
+                edges = [lo, *(box.start for box in digit_boxes[1:]), hi]
                 parts = [
-                    self._kronecker(backend, own, [*ranges[:mode], edge, *ranges[mode + 1 :]])
+                    self._kronecker(backend, factors, [*ranges[:mode], edge, *ranges[mode + 1 :]])
                     for edge in itertools.pairwise(edges)
                 ]
                 return backend.concat(parts, axis=mode)
-            digits.append(found[0])
+            digits.append(digit_boxes[0])
         tensor = kronecker_tensor(
             backend,
             [
                 split.tensor(backend, arrays, [box.ranges[k] for box in digits])
-                for k, (split, arrays) in enumerate(zip(self.splits, own, strict=True))
+                for k, (split, arrays) in enumerate(zip(self.splits, factors, strict=True))
             ],
         )
         cut = tuple(slice(lo - box.start, hi - box.start) for (lo, hi), box in zip(ranges, digits, strict=True))
@@ -468,18 +468,18 @@ class NetworkHalves(FixedArrays):
 
     def make(self, key: Hashable) -> np.ndarray:
         """Return positions that are no slice: of the rows, or of a mode's indices in the box of their digits."""
-        found = self._rows if key == "rows" else self._within[key]  # type: ignore[call-overload]
-        assert isinstance(found, np.ndarray)
-        return found
+        positions = self._rows if key == "rows" else self._within[key]  # type: ignore[call-overload]
+        assert isinstance(positions, np.ndarray)
+        return positions
 
     def __call__(self, backend: Backend, arrays: Mapping[str, Array]) -> tuple[Array, Array]:
         """Compute L and R without the scale, shapes (rows, inner) and (inner, columns); differentiable."""
         lefts, rights = [], []
         for prefixes in self.network.prefixes:
-            own = self.network.of_term(prefixes, arrays)
+            factors = self.network.of_term(prefixes, arrays)
             halves = [
-                made(backend, list(mine.values()), ranges)
-                for made, mine, ranges in zip(self._halves, own, self._ranges, strict=True)
+                halves_of_split(backend, list(mine.values()), ranges)
+                for halves_of_split, mine, ranges in zip(self._halves, factors, self._ranges, strict=True)
             ]
             lefts.append(self._joined(backend, [left for left, _ in halves], range(self.place.modes)))
             after = range(self.place.modes, len(self.place.ranges))

@@ -41,8 +41,8 @@ def scaled_by(array: np.ndarray, exponent: int) -> np.ndarray:
     >>> scaled_by(np.array([1e-310]), 1030)[0].item() == 1e-310 * 2.0**515 * 2.0**515
     True
     """
-    found: np.ndarray = np.ldexp(array.astype(np.float64), exponent)
-    return found
+    scaled: np.ndarray = np.ldexp(array.astype(np.float64), exponent)
+    return scaled
 
 
 def norm(array: np.ndarray) -> float:
@@ -65,8 +65,7 @@ def norm_of_difference(one: np.ndarray, other: np.ndarray) -> float:
     >>> norm_of_difference(np.full(4, 1e-300), np.zeros(4))
     2e-300
     """
-    found, exponent = _difference(one, other)
-    return _times_power(found, exponent)
+    return _times_power(*_difference(one, other))
 
 
 def relative_difference(whole: np.ndarray, other: np.ndarray) -> float:
@@ -78,8 +77,8 @@ def relative_difference(whole: np.ndarray, other: np.ndarray) -> float:
     (1.0, inf)
     """
     off, exponent = _difference(whole, other)
-    own = exponent_of(whole)
-    return _times_power(relative(off, float(np.linalg.norm(scaled_by(whole, -own)))), exponent - own)
+    power = exponent_of(whole)
+    return _times_power(relative(off, float(np.linalg.norm(scaled_by(whole, -power)))), exponent - power)
 
 
 def _difference(one: np.ndarray, other: np.ndarray) -> tuple[float, int]:

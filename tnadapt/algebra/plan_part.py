@@ -494,8 +494,8 @@ def checked_given(
         raise ConfigError(f"given must be a mapping of names to arrays; got {type(given).__name__}")
     unknown = [name for name in given if name not in shapes]
     if unknown:
-        there = f"are {summarize(list(shapes))}" if shapes else "are none: use tnadapt.sources.Given()"
-        raise ConfigError(f"given names {safe_repr(unknown[0])}; the arrays that a caller can give {there}")
+        known = f"are {summarize(list(shapes))}" if shapes else "are none: use tnadapt.sources.Given()"
+        raise ConfigError(f"given names {safe_repr(unknown[0])}; the arrays that a caller can give {known}")
     return {name: _single(f"given[{name!r}]", array, shapes[name], name in integers) for name, array in given.items()}
 
 
@@ -536,16 +536,16 @@ def checked_start(
 
 def _single(label: str, array: Any, shape: tuple[int, ...], integers: bool = False) -> np.ndarray:
     try:
-        found = np.asarray(get_backend(array).to_numpy(array))
+        numbers = np.asarray(get_backend(array).to_numpy(array))
     except TnadaptError as error:
         raise ConfigError(f"{label} must be an array; {error}") from error
-    if found.shape != shape:
-        raise ShapeError(f"{label} has shape {found.shape}; expected {shape}")
+    if numbers.shape != shape:
+        raise ShapeError(f"{label} has shape {numbers.shape}; expected {shape}")
     with np.errstate(over="ignore"):
-        single = np.array(found, np.float32, order="C")  # parameters that start there must be contiguous
-    if found.dtype.kind not in ("fiu" if integers else "f") or not np.isfinite(single).all():
+        single = np.array(numbers, np.float32, order="C")  # parameters that start there must be contiguous
+    if numbers.dtype.kind not in ("fiu" if integers else "f") or not np.isfinite(single).all():
         what = "finite numbers" if integers else "finite floating-point numbers"
-        raise ConfigError(f"{label} must hold {what} that float32 can represent; its dtype is {found.dtype}")
+        raise ConfigError(f"{label} must hold {what} that float32 can represent; its dtype is {numbers.dtype}")
     return single
 
 

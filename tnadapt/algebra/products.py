@@ -670,9 +670,9 @@ def rearranged(backend: Backend, tensor: Array, sizes: Sequence[Sequence[int]]) 
     # One axis per (mode, split). Axes of length 1 are left out: NumPy allows at most 64 axes, and a tensor with more
     # than 64 axes of length 2 or more fits in no memory.
     digits = [(k, mode) for mode in range(order) for k in range(splits) if sizes[k][mode] > 1]
-    found = backend.reshape(tensor, [sizes[k][mode] for k, mode in digits])
-    found = backend.permute_dims(found, sorted(range(len(digits)), key=lambda place: digits[place]))
-    return backend.reshape(found, [math.prod(split) for split in sizes])
+    split_digits = backend.reshape(tensor, [sizes[k][mode] for k, mode in digits])
+    split_digits = backend.permute_dims(split_digits, sorted(range(len(digits)), key=lambda place: digits[place]))
+    return backend.reshape(split_digits, [math.prod(split) for split in sizes])
 
 
 def contracted(backend: Backend, tensor: Array, splits: Sequence[Array | None], sizes: Sequence[int]) -> Array:
@@ -694,13 +694,13 @@ def contracted(backend: Backend, tensor: Array, splits: Sequence[Array | None], 
     kept = next(k for k, split in enumerate(splits) if split is None)
     shape = [int(size) for size in tensor.shape]
     left, right = (_outer(backend, [s for s in part if s is not None]) for part in (splits[:kept], splits[kept:]))
-    found = backend.reshape(tensor, (math.prod(shape[:kept]), math.prod(shape[kept:])))
+    matrix = backend.reshape(tensor, (math.prod(shape[:kept]), math.prod(shape[kept:])))
     if left is not None:
-        found = backend.matmul(backend.reshape(left, (1, -1)), found)
-    found = backend.reshape(found, (shape[kept], math.prod(shape[kept + 1 :])))
+        matrix = backend.matmul(backend.reshape(left, (1, -1)), matrix)
+    matrix = backend.reshape(matrix, (shape[kept], math.prod(shape[kept + 1 :])))
     if right is not None:
-        found = backend.matmul(found, backend.reshape(right, (-1, 1)))
-    return backend.reshape(found, sizes)
+        matrix = backend.matmul(matrix, backend.reshape(right, (-1, 1)))
+    return backend.reshape(matrix, sizes)
 
 
 def _outer(backend: Backend, tensors: Sequence[Array]) -> Array | None:

@@ -224,9 +224,9 @@ def rounded(numbers: np.ndarray, dtype: str) -> np.ndarray:
 
 def _bfloat16(single: np.ndarray) -> np.ndarray:
     """Return the bits of float32 numbers rounded to bfloat16."""
-    found = np.empty(single.shape, np.uint32)
-    _to_bfloat16(single, found)
-    return found.astype(np.uint16)
+    bits = np.empty(single.shape, np.uint32)
+    _to_bfloat16(single, bits)
+    return bits.astype(np.uint16)
 
 
 def _to_bfloat16(single: np.ndarray, out: np.ndarray) -> None:
@@ -312,9 +312,9 @@ def change_in_place(
         return widened(weight[start:stop], dtype).astype(np.float64)
 
     with np.errstate(over="ignore", invalid="ignore"):  # checked below
-        for start, found, piece in changed_spans(applying, backend, shape, read, pieces, wide, trained):
-            part = weight[start : start + found.size]
-            stored = rounded(found, dtype)
+        for start, merged, piece in changed_spans(applying, backend, shape, read, pieces, wide, trained):
+            part = weight[start : start + merged.size]
+            stored = rounded(merged, dtype)
             if (~np.isfinite(widened(stored, dtype)) & np.isfinite(widened(part, dtype))).any():
                 return "range" if finite and np.isfinite(piece).all() else "update"
             part[...] = stored
@@ -349,8 +349,8 @@ def changed_spans(
         stop = start + piece.shape[0]
         some = applying.of_rows(own, start // cols, stop // cols) if span % cols == 0 else own
         weight, delta = (backend.reshape(vec, matrix) for vec in (read(start, stop), piece))
-        found = applying.merged(backend, weight, delta, some, trained)
-        yield start, backend.reshape(found, (-1,)), piece
+        merged = applying.merged(backend, weight, delta, some, trained)
+        yield start, backend.reshape(merged, (-1,)), piece
 
 
 def _joined(backend: Backend, pieces: Iterable[tuple[int, Array]], span: int) -> Iterator[tuple[int, Array]]:

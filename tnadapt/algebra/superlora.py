@@ -764,16 +764,16 @@ class SuperLoRA:
             raise BackendError(f"dtype must be a name such as 'float32'; got {safe_repr(dtype)}")
         # Try an empty array first, to refuse an unavailable dtype or device before anything is drawn.
         library.asarray(np.zeros(0), dtype, device)
-        made = self._weight_params(library, dtype, device)
+        params = self._weight_params(library, dtype, device)
         if self.theta is not None:
             self.theta.require_brought()
             self._require_gradient()
             for name, shape in self.theta.shapes.items():
-                made[name] = library.asarray(np.zeros(shape), dtype, device)
-            return {name: made[name] for name in self.param_shapes}
+                params[name] = library.asarray(np.zeros(shape), dtype, device)
+            return {name: params[name] for name in self.param_shapes}
         for group, start in zip(self.groups, self.starts(trained), strict=True):
             for name, full in group.names.items():
-                if full in made:
+                if full in params:
                     continue  # arrays that are tied
                 host = start.host(name)
                 if dtype == "float16" and np.max(np.abs(host)) > np.finfo(np.float16).max:
@@ -781,8 +781,8 @@ class SuperLoRA:
                         f"{full} starts at numbers of up to {np.max(np.abs(host)):.1e}, which float16 cannot hold; "
                         f"use float32, or a larger alpha than {self.config.alpha}"
                     )
-                made[full] = library.asarray(host, dtype, device)
-        return {name: made[name] for name in self.param_shapes}
+                params[full] = library.asarray(host, dtype, device)
+        return {name: params[name] for name in self.param_shapes}
 
     def _weight_params(self, library: Backend, dtype: str, device: Any) -> dict[str, Array]:
         """Return the initial values of the parameters in ``weight_param_shapes``."""
@@ -792,7 +792,7 @@ class SuperLoRA:
                 f"{missing[0]} starts at the norms of its base weight, which this plan has not seen: call "
                 "plan.with_base(weights) first, or attach the config to a model"
             )
-        found = {}
+        params = {}
         for name in self.weight_param_shapes:
             # To float32 first, as the norm is rounded where it is divided by.
             host = self._base_starts[name] if dtype == "float64" else self._base_starts[name].astype(np.float32)
@@ -800,8 +800,8 @@ class SuperLoRA:
                 raise ConfigError(
                     f"{name} starts at norms of up to {np.max(host):.1e}, which float16 cannot hold; use float32"
                 )
-            found[name] = library.asarray(host, dtype, device)
-        return found
+            params[name] = library.asarray(host, dtype, device)
+        return params
 
     # -- Units of the parameters, and plans of the same updates ------------------------------
 
@@ -991,8 +991,8 @@ class SuperLoRA:
         parts: dict[int, list[Array]] = {weight: [] for weight in range(len(self.shapes))}
         vectors = updates_of_runs(backend, [(group, 0, group.size) for group in self.groups], arrays, dtype)
         for group, vec in zip(self.groups, vectors, strict=True):
-            found = backend.split(vec, [piece.length for piece in group.pieces])
-            for piece, part in zip(group.pieces, found, strict=True):
+            pieces = backend.split(vec, [piece.length for piece in group.pieces])
+            for piece, part in zip(group.pieces, pieces, strict=True):
                 parts[piece.weight].append(part)
         # Groups cut the long vector in order, so that the parts of each weight are in order, too.
         return [backend.reshape(backend.concat(parts[weight]), shape) for weight, shape in enumerate(self.shapes)]
@@ -1036,10 +1036,10 @@ class SuperLoRA:
         backend = self._checked(params)
         i = integer("i", i, 0, len(self.shapes) - 1, ShapeError)
         arrays = self._arrays(backend, params, dtype)
-        found: ArrayT = backend.reshape(
+        delta: ArrayT = backend.reshape(
             self._assembled(backend, arrays, self.layout.of_weight(i), dtype), self.shapes[i]
         )
-        return found
+        return delta
 
     def merged(
         self,
@@ -1096,7 +1096,7 @@ class SuperLoRA:
         weights = list(weights)
         if len(weights) != len(self.shapes):
             raise ShapeError(f"weights must be the {len(self.shapes)} base weights; got {len(weights)}")
-        deltas, found = self.deltas(params, dtype), list[Array]()
+        deltas, merged = self.deltas(params, dtype), list[Array]()
         backend = get_backend(*deltas)
         for index, delta in enumerate(deltas):
             # Weights and parameters may be of different dtypes.
@@ -1106,12 +1106,12 @@ class SuperLoRA:
                     f"{backend.name}: convert it"
                 )
             weight = base_weight(backend, weights[index], index, self.shapes[index])
-            kinds = backend.dtype_name(weight), backend.dtype_name(delta)
-            kind = "float64" if "float64" in kinds else "float32"
-            own = [params[name] for name in self.weight_param_names[index]]
-            weight, delta = backend.astype(weight, kind), backend.astype(delta, kind)
-            found.append(self.applying.merged(backend, weight, delta, own, dtype, detach_norm))
-        return found
+            dtypes = backend.dtype_name(weight), backend.dtype_name(delta)
+            wide = "float64" if "float64" in dtypes else "float32"
+            weight_params = [params[name] for name in self.weight_param_names[index]]
+            weight, delta = backend.astype(weight, wide), backend.astype(delta, wide)
+            merged.append(self.applying.merged(backend, weight, delta, weight_params, dtype, detach_norm))
+        return merged
 
     def vector(
         self, params: Mapping[str, ArrayT], start: int = 0, stop: int | None = None, dtype: str | None = None
@@ -1153,8 +1153,8 @@ class SuperLoRA:
         if start >= stop:
             raise ShapeError(f"no slice {start}:{stop} of a vector of {self.size} elements; start must be below stop")
         arrays = self._arrays(backend, params, dtype)
-        found: ArrayT = self._assembled(backend, arrays, self.layout.of_slice(start, stop), dtype)
-        return found
+        vec: ArrayT = self._assembled(backend, arrays, self.layout.of_slice(start, stop), dtype)
+        return vec
 
     def _assembled(
         self, backend: Backend, arrays: Mapping[str, Array], pieces: Sequence[Piece], dtype: str | None
@@ -1211,8 +1211,8 @@ class SuperLoRA:
         ``dtype`` is the dtype to which it is rounded, if that is not like's.
         """
         index, _, name = full.removeprefix("group").partition(".")
-        kind = backend.dtype_name(like)
-        return self.groups[int(index)].start.on(backend, (name, dtype or kind), like, kind)
+        like_dtype = backend.dtype_name(like)
+        return self.groups[int(index)].start.on(backend, (name, dtype or like_dtype), like, like_dtype)
 
     def _require_gradient(self) -> None:
         """Raise a ConfigError if θ = 0 has no gradient: without an offset, where two arrays of a product are zero."""
@@ -1220,10 +1220,10 @@ class SuperLoRA:
             return
         for group in self.groups:
             for prefixes in group.network.prefixes:
-                made = [name for name in group.names if name.startswith(tuple(prefixes))]
-                if len(made) > 1:
+                names = [name for name in group.names if name.startswith(tuple(prefixes))]
+                if len(names) > 1:
                     raise ConfigError(
-                        f"offset=False starts {' and '.join(made[:2])} at zero, whose product has no gradient there: "
+                        f"offset=False starts {' and '.join(names[:2])} at zero, whose product has no gradient there: "
                         "use offset=True, or sources that leave one array per term to train"
                     )
 
@@ -1338,16 +1338,16 @@ def share_maps(plan: SuperLoRA, others: Iterable[SuperLoRA], digests: bool = Fal
     Examples
     --------
     >>> import tnadapt as tna
-    >>> one, other = (SuperLoRA(tna.presets.fastfood(0.1), [(10, 10)]) for _ in range(2))
-    >>> share_maps(one, [other])
-    >>> one.groups[0].projection.map is other.groups[0].projection.map
+    >>> plan, other = (SuperLoRA(tna.presets.fastfood(0.1), [(10, 10)]) for _ in range(2))
+    >>> share_maps(plan, [other])
+    >>> plan.groups[0].projection.map is other.groups[0].projection.map
     True
     """
-    there = {one.key: one for other in others for one in _projections(other)}
-    for one in _projections(plan):
-        same = there.get(one.key)
+    by_key = {projection.key: projection for other in others for projection in _projections(other)}
+    for projection in _projections(plan):
+        same = by_key.get(projection.key)
         if same is not None:
-            one.share(same, digests)
+            projection.share(same, digests)
 
 
 def _projections(plan: SuperLoRA) -> Iterator[Projection]:

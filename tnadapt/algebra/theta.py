@@ -52,8 +52,8 @@ class ThetaPart(NamedTuple):
 
     def adjoint(self, gradient: Array) -> Array:
         """Compute ``Pᵀ g``, the gradient of θ from that of the vector."""
-        found = self.projection.adjoint(gradient)
-        return found if self.unit == 1.0 else found * self.unit
+        product = self.projection.adjoint(gradient)
+        return product if self.unit == 1.0 else product * self.unit
 
 
 class Theta:
@@ -197,14 +197,14 @@ class Theta:
             Differentiable; equal to a_start to the bit if θ is 0.
         """
         self.require_brought()
-        found = {}
+        arrays = {}
         for part in self.parts:
             theta = params[part.name]
             cast = dtype if dtype != backend.dtype_name(theta) else None
             for full, moved in self.moved(backend, part, theta).items():
                 moved = _rounded(backend, moved, cast)
-                found[full] = _rounded(backend, start(full, moved, cast) + moved, cast) if self.offset else moved
-        return found
+                arrays[full] = _rounded(backend, start(full, moved, cast) + moved, cast) if self.offset else moved
+        return arrays
 
     @staticmethod
     def moved(backend: Backend, part: ThetaPart, theta: Array) -> dict[str, Array]:

@@ -49,22 +49,22 @@ class TorchStream:
         """Return what ``torch.empty(shape, dtype=dtype).uniform_(low, high)`` holds, of "float32" or "bfloat16"."""
         unit = (self.words(math.prod(shape)) & np.uint32((1 << 24) - 1)) * 2.0**-24
         ends = np.array([low, high], np.float32)
-        found = (unit * np.float64(ends[1] - ends[0]) + np.float64(ends[0])).astype(np.float32)
+        uniforms = (unit * np.float64(ends[1] - ends[0]) + np.float64(ends[0])).astype(np.float32)
         if dtype == "bfloat16":
-            found, ends = bfloat16_of(found), bfloat16_of(ends)
-        return np.where(found == ends[1], ends[0], found).reshape(tuple(shape)).astype(np.float32)
+            uniforms, ends = bfloat16_of(uniforms), bfloat16_of(ends)
+        return np.where(uniforms == ends[1], ends[0], uniforms).reshape(tuple(shape)).astype(np.float32)
 
     def normals(self, count: int) -> NDArray[np.float64]:
         """Return what ``torch.randn(count)`` of 16 elements or more holds, but for rounding."""
         if count < 16:
             raise ConfigError(f"torch draws fewer than 16 normal numbers in another way; got {count}")
         full = count // 16 * 16
-        found = np.zeros(count)
+        normals = np.zeros(count)
         words = self.words(count)
-        found[:full] = _box_muller(words[:full])
+        normals[:full] = _box_muller(words[:full])
         if count > full:
-            found[-16:] = _box_muller(self.words(16))
-        return found
+            normals[-16:] = _box_muller(self.words(16))
+        return normals
 
 
 def bfloat16_of(values: np.ndarray) -> NDArray[np.float32]:
@@ -101,11 +101,11 @@ def permutation_head(length: int, count: int, seed: int) -> NDArray[np.int64]:
         )
     words = TorchStream(seed).words(min(count, length - 1)).tolist()
     # A Fisher-Yates shuffle from the front, of which only the elements that have moved are kept.
-    moved, found = dict[int, int](), list[int]()
+    moved, head = dict[int, int](), list[int]()
     for place, word in enumerate(words):
         other = place + word % (length - place)
-        found.append(moved.get(other, other))
+        head.append(moved.get(other, other))
         moved[other] = moved.get(place, place)
     if count == length:
-        found.append(moved.get(length - 1, length - 1))
-    return np.array(found, np.int64)
+        head.append(moved.get(length - 1, length - 1))
+    return np.array(head, np.int64)

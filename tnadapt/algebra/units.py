@@ -315,5 +315,5 @@ def in_units(group: Group, units: Mapping[str, float], networks: dict[tuple[int,
     if network is None:
         network = networks[key] = copy.copy(group.network)
         network.scale = group.network.scale * product
-    own = {name: units[full] for name, full in group.names.items()}
-    return group._replace(network=network, start=group.start.in_units(own))
+    own_units = {name: units[full] for name, full in group.names.items()}
+    return group._replace(network=network, start=group.start.in_units(own_units))

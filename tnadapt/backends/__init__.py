@@ -127,17 +127,19 @@ class Backend:
 
     def dtype(self, name: str) -> Any:
         """Return the library's dtype with that name, or raise a BackendError."""
-        found = getattr(self.xp, name, None) if name in FLOAT_DTYPES + COMPLEX_DTYPES else None
-        if found is None:
+        dtype = getattr(self.xp, name, None) if name in FLOAT_DTYPES + COMPLEX_DTYPES else None
+        if dtype is None:
             raise BackendError(
                 f"{self.name} has no floating dtype {safe_repr(name)}; expected one of {', '.join(FLOAT_DTYPES)}"
             )
-        return found
+        return dtype
 
     def asarray(self, array: np.ndarray, dtype: str | None = None, device: Any = None) -> Array:
         """Convert a NumPy array to an array of this library, rounded to ``dtype``; never a view of the input."""
-        kind = self.dtype(dtype) if dtype is not None else None
-        return self.xp.asarray(array.tolist() if array.ndim == 0 else array, dtype=kind, device=device, copy=True)
+        library_dtype = self.dtype(dtype) if dtype is not None else None
+        return self.xp.asarray(
+            array.tolist() if array.ndim == 0 else array, dtype=library_dtype, device=device, copy=True
+        )
 
     def constant(self, array: np.ndarray, device: Any) -> Array:
         """Convert a NumPy array without changing its dtype, on a device (None: the default); may share memory."""
@@ -433,33 +435,33 @@ class FixedArrays:
 
     def host(self, key: Hashable) -> np.ndarray:
         """Return the array with that key on the host, from the cache or computed, not cached. Do not write to it."""
-        found = self.kept.get(key)
-        return self.make(key) if found is None else found
+        array = self.kept.get(key)
+        return self.make(key) if array is None else array
 
     def held(self, key: Hashable) -> np.ndarray:
         """Return the array with that key on the host, computed once and cached. Do not write to it."""
-        found = self.kept.get(key)
-        if found is None:
-            found = self.kept[key] = self.make(key)
-        return found
+        array = self.kept.get(key)
+        if array is None:
+            array = self.kept[key] = self.make(key)
+        return array
 
     def on(self, backend: Any, key: Hashable, like: Array, dtype: str | None = None, keep: bool = True) -> Array:
         """Return the array with that key in like's library, on its device, and in ``dtype`` if one is given."""
-        found = backend.fixed(self, key, backend.device(like), keep)
-        return found if dtype is None else backend.astype(found, dtype)
+        array = backend.fixed(self, key, backend.device(like), keep)
+        return array if dtype is None else backend.astype(array, dtype)
 
     def put_on(self, backend: Any, key: Hashable, device: Any, keep: bool = True) -> Array:
         """Return the array with that key on a device of a library; cached if ``keep``, unless it is a placeholder."""
         where = (backend.name, str(device), key)
-        found = self.placed.get(where)
-        if found is None:
+        array = self.placed.get(where)
+        if array is None:
             host = self.host(key)
-            found = backend.constant(host, device)
+            array = backend.constant(host, device)
             if keep:
                 self.kept[key] = host
-                if backend.is_concrete(found):
-                    self.placed[where] = found
-        return found
+                if backend.is_concrete(array):
+                    self.placed[where] = array
+        return array
 
     def free(self) -> None:
         """Give back the memory of everything that can be computed again."""
@@ -475,9 +477,9 @@ class FixedArrays:
         """Yield this object and those that it is made of, such as the maps of a chain."""
         yield self
         for value in self.__dict__.values():
-            for one in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(one, FixedArrays):
-                    yield from one.components()
+            for part in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(part, FixedArrays):
+                    yield from part.components()
 
     def name_of(self, backend: str, key: Hashable, device: Any) -> str:
         """Return the name of the attribute that is the array with that key on a device; create it if necessary.
@@ -613,10 +615,10 @@ def dft2_in_chunks(xp: Any, x: Array, empty: Callable[[Array], Array]) -> Array:
     if math.prod(x.shape[:-2]) <= some:
         return dft2_by_fft(xp, x)
     matrices = xp.reshape(x, (-1, *x.shape[-2:]))
-    found = empty(matrices)
-    for first in range(0, found.shape[0], some):
-        found[first : first + some] = dft2_by_fft(xp, matrices[first : first + some])
-    return xp.reshape(found, x.shape)
+    transformed = empty(matrices)
+    for first in range(0, transformed.shape[0], some):
+        transformed[first : first + some] = dft2_by_fft(xp, matrices[first : first + some])
+    return xp.reshape(transformed, x.shape)
 
 
 # -- Matrix products in one thread -------------------------------------------------------------------------------------
@@ -747,8 +749,8 @@ def register_backend(name: str, factory: Callable[[], Backend]) -> None:
     if name in BUILT_IN:
         raise BackendError(f"{name!r} is a built-in backend and cannot be replaced; choose another name")
     _instances.pop(name, None)
-    for kind in [kind for kind, backend in _by_type.items() if backend.name == name]:
-        del _by_type[kind]
+    for array_type in [array_type for array_type, backend in _by_type.items() if backend.name == name]:
+        del _by_type[array_type]
     _factories[name] = factory
 
 
@@ -870,36 +872,37 @@ def get_backend(*arrays: Any, what: str = "") -> Backend:
     backend = _by_type.get(type(first)) or _backend_of(first, what)
     if len(arrays) == 1:
         return backend
-    kind, dtype, place = type(first), first.dtype, backend.device(first)
+    array_type, dtype, place = type(first), first.dtype, backend.device(first)
     for other in arrays[1:]:
-        found = backend if type(other) is kind else _backend_of(other, what)
-        if found is not backend:
+        library = backend if type(other) is array_type else _backend_of(other, what)
+        if library is not backend:
             raise BackendError(
-                f"arrays of two libraries in one call: {backend.name} and {found.name}; convert one of them first"
+                f"arrays of two libraries in one call: {backend.name} and {library.name}; convert one of them first"
             )
         if other.dtype != dtype:
             raise BackendError(
                 f"arrays of two dtypes in one call: {backend.dtype_name(first)} and {backend.dtype_name(other)}; "
                 "cast one of them first"
             )
-        there = backend.device(other)
-        if there != place and there is not None and place is not None:
-            raise BackendError(f"arrays on two devices in one call: {place} and {there}; move one of them first")
+        other_place = backend.device(other)
+        if other_place != place and other_place is not None and place is not None:
+            raise BackendError(f"arrays on two devices in one call: {place} and {other_place}; move one of them first")
     return backend
 
 
 def _backend_of(array: Any, what: str) -> Backend:
-    kind = type(array)
-    backend = _by_type.get(kind)
+    array_type = type(array)
+    backend = _by_type.get(array_type)
     if backend is not None:
         return backend
     for name in _factories:
         if name in sys.modules:
             backend = load_backend(name)
             if backend.owns(array):
-                _by_type[kind] = backend
+                _by_type[array_type] = backend
                 return backend
     wanted = f"{what} must be an array" if what else "expected an array"
     raise BackendError(
-        f"{wanted} of one of {', '.join(_factories)}; got {kind.__name__}: convert it first, e.g. by numpy.asarray"
+        f"{wanted} of one of {', '.join(_factories)}; got {array_type.__name__}: convert it first, e.g. by "
+        "numpy.asarray"
     )

@@ -54,9 +54,9 @@ class JaxBackend(Backend):
                 device = jax.devices(platform)[int(number or 0)]
             except (RuntimeError, ValueError, IndexError) as error:
                 raise BackendError(f"JAX has no device {device!r} here: {error}") from error
-        kind = None if dtype is None else self.dtype(dtype)
+        library_dtype = None if dtype is None else self.dtype(dtype)
         try:
-            return jnp.array(array, dtype=kind, device=device)
+            return jnp.array(array, dtype=library_dtype, device=device)
         except (TypeError, ValueError) as error:
             raise BackendError(f"JAX cannot use device {device!r}: {error}") from error
 

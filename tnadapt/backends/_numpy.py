@@ -90,9 +90,9 @@ class NumpyBackend(Backend):
         return np.split(x, np.cumsum(sizes)[:-1].tolist())
 
     def matmul(self, a: Array, b: Array) -> Array:
-        found = thin_product(a, b)
-        if found is not None:
-            return found
+        product = thin_product(a, b)
+        if product is not None:
+            return product
         # OpenBLAS's kernels of short vectors may read beyond them, and what they find there raises the flag of an
         # invalid operation: a warning, and an error where warnings are errors, about a correct product.
         with np.errstate(invalid="ignore"):
@@ -204,11 +204,11 @@ def thin_product(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
     if inner != b.shape[0] or not 1 <= inner <= _THIN or width < _LEAST_COLUMNS or height * width < _LEAST:
         return None
     a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
-    made = np.empty((height, width), a.dtype)
+    product = np.empty((height, width), a.dtype)
     columns = max(_COLUMNS, _BLOCK // height)
     rows = max(1, _BLOCK // min(columns, width))
     for left in range(0, width, columns):
         part = b[:, left : left + columns]
         for top in range(0, height, rows):
-            np.matmul(a[top : top + rows], part, out=made[top : top + rows, left : left + columns])
-    return made
+            np.matmul(a[top : top + rows], part, out=product[top : top + rows, left : left + columns])
+    return product

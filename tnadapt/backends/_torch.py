@@ -66,8 +66,8 @@ def hadamard_at_once(x: Tensor, normalize: bool) -> Tensor | None:
     if x.ndim != 1 or x.dtype not in _DTYPES or not (x.is_cpu and in_memory(x)) or recorded(x):
         return None
     compiled = kernels("walsh")
-    found = None if compiled is None else compiled.transform_at_once(on_memory(_array, x), normalize)
-    return None if found is None else torch.from_numpy(found)
+    transformed = None if compiled is None else compiled.transform_at_once(on_memory(_array, x), normalize)
+    return None if transformed is None else torch.from_numpy(transformed)
 
 
 def hadamard_into(x: Tensor, scale: float, axis: int, out: Tensor) -> bool:
@@ -173,9 +173,9 @@ class TorchBackend(Backend):
             place = torch.device("cpu" if device is None else device)
         except (RuntimeError, TypeError) as error:
             raise BackendError(f"torch knows no device {device!r}: {error}") from error
-        kind = None if dtype is None else self.dtype(dtype)
+        library_dtype = None if dtype is None else self.dtype(dtype)
         try:
-            return torch.tensor(array, dtype=kind, device=place)
+            return torch.tensor(array, dtype=library_dtype, device=place)
         except (RuntimeError, AssertionError) as error:
             raise BackendError(f"torch cannot use device {device!r} here: {error}") from error
 
@@ -209,8 +209,8 @@ class TorchBackend(Backend):
         self, function: Callable[[dict[str, Array]], Array], arrays: dict[str, Array]
     ) -> dict[str, Array] | None:
         leaves = {name: array.detach().requires_grad_() for name, array in arrays.items()}
-        found = torch.autograd.grad(function(leaves), list(leaves.values()))
-        return dict(zip(leaves, found, strict=True))
+        gradients = torch.autograd.grad(function(leaves), list(leaves.values()))
+        return dict(zip(leaves, gradients, strict=True))
 
     def matmul(self, a: Array, b: Array) -> Array:
         return self._plain(torch.matmul, a, b)
@@ -265,8 +265,8 @@ class TorchBackend(Backend):
         if torch_gpu.there_are_kernels(x):
             return torch_gpu.lacking()
         compiled = {"fwht": "walsh", "fastfood": "fastfood"} if x.device.type == "cpu" else {}
-        there = {"gradient", "dft2", *(name for name, part in compiled.items() if kernels(part))}
-        return frozenset(set(OPTIONAL) - there)
+        present = {"gradient", "dft2", *(name for name, part in compiled.items() if kernels(part))}
+        return frozenset(set(OPTIONAL) - present)
 
     def at_once(self, x: Array) -> int:
         return {"cpu": CALLED_AT_ONCE, "cuda": LAUNCHED_AT_ONCE}.get(x.device.type, 0)
@@ -318,10 +318,10 @@ class _WithPullback(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Array) -> Any:
         (x,) = ctx.saved_tensors
         with torch.no_grad():
-            found = ctx.pullback(x.detach(), [cotangent.detach() for cotangent in cotangents])
+            gradient = ctx.pullback(x.detach(), [cotangent.detach() for cotangent in cotangents])
         if torch.is_grad_enabled():
-            found = _OnceDifferentiable.apply(found, x, *cotangents)  # type: ignore[no-untyped-call]
-        return None, found, *[None] * len(cotangents)
+            gradient = _OnceDifferentiable.apply(gradient, x, *cotangents)  # type: ignore[no-untyped-call]
+        return None, gradient, *[None] * len(cotangents)
 
 
 class _OnceDifferentiable(torch.autograd.Function):

@@ -197,8 +197,8 @@ def dft2(x: Tensor, fallback: Map) -> Tensor | None:
 def _transformed(x: Tensor) -> Tensor:
     x = x.detach()
     chunked = x.device.type == "cpu"
-    found: Tensor = dft2_in_chunks(namespace, x, torch.empty_like) if chunked else dft2_by_fft(namespace, x)
-    return found
+    transformed: Tensor = dft2_in_chunks(namespace, x, torch.empty_like) if chunked else dft2_by_fft(namespace, x)
+    return transformed
 
 
 # -- The Triton kernels as operators, for programs of torch.compile ----------------------------------------------------
@@ -209,21 +209,21 @@ def _transformed(x: Tensor) -> Tensor:
 
 
 def _launcher(x: Tensor) -> Any:
-    found = kernels("gpu.triton_launcher")
-    if found is None:
+    launcher = kernels("gpu.triton_launcher")
+    if launcher is None:
         raise RuntimeError(
             f"this program was compiled with Triton kernels for a tensor on {x.device}, and Triton 3.5 or newer cannot "
             "be imported here: install it, or compile the program again"
         )
-    return found
+    return launcher
 
 
 @torch.library.custom_op("tnadapt::fwht", mutates_args=())
 def fwht(x: Tensor, scale: float) -> Tensor:
     """Compute ``scale * H x`` of every row."""
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        found: Tensor = _launcher(x).fwht(x.contiguous(), x.shape[1], scale, x.shape[1])
-    return found
+        transformed: Tensor = _launcher(x).fwht(x.contiguous(), x.shape[1], scale, x.shape[1])
+    return transformed
 
 
 @torch.library.custom_op("tnadapt::fastfood", mutates_args=())
@@ -237,8 +237,8 @@ def fastfood(x: Tensor, gain: Tensor | None, recipe: str, n_in: int, n_out: int,
     length, period, seed, group, signs = map(int, recipe.split())
     f = launcher.Drawn(n_in, n_out, length, period, seed, group, bool(signs), gain)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        found: Tensor = (launcher.fastfood_adjoint if adjoint else launcher.fastfood)(x.contiguous(), f)
-    return found
+        result: Tensor = (launcher.fastfood_adjoint if adjoint else launcher.fastfood)(x.contiguous(), f)
+    return result
 
 
 @torch.library.custom_op("tnadapt::shuffle", mutates_args=())
@@ -246,8 +246,8 @@ def shuffle(x: Tensor, recipe: str, inverse: bool) -> Tensor:
     """Permute every row, or invert the permutation; the recipe has seed and group."""
     seed, group = map(int, recipe.split())
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        found: Tensor = _launcher(x).shuffle(x.contiguous(), seed, group, inverse)
-    return found
+        shuffled: Tensor = _launcher(x).shuffle(x.contiguous(), seed, group, inverse)
+    return shuffled
 
 
 # -- Shapes ----------------------------------------------------------------------------------------------------
@@ -302,8 +302,8 @@ def _more_rows(operator: Any) -> Any:
         dim = in_dims[0]
         assert dim is not None, "vmap calls a rule only where something is batched"
         x = x.movedim(dim, 0)
-        found = operator(x.reshape(math.prod(x.shape[:2]), x.shape[2]), *settings)
-        return found.reshape(*x.shape[:2], found.shape[-1]), 0
+        rows = operator(x.reshape(math.prod(x.shape[:2]), x.shape[2]), *settings)
+        return rows.reshape(*x.shape[:2], rows.shape[-1]), 0
 
     return rule
 

@@ -245,8 +245,8 @@ def _labels(axes: Any, points: Sequence[Mark], levels: Sequence[float], up: floa
     left, right = map(math.log, axes.get_xlim())
     for mark in sorted((mark for mark in points if mark.front and mark.label), key=lambda mark: mark.parameters):
         # If two are at almost the same height, the second label moves up.
-        own = up * mark.mean + mark.spread
-        height = max(own, last + 0.028 * (high - low))
+        top = up * mark.mean + mark.spread
+        height = max(top, last + 0.028 * (high - low))
         # The names of reference lines are at the left end, just above them.
         share = (math.log(mark.parameters) - left) / (right - left)
         for level in sorted(up * level for level in levels):
@@ -255,7 +255,7 @@ def _labels(axes: Any, points: Sequence[Mark], levels: Sequence[float], up: floa
         last = height
         inside = _WIDTH * share > wide(mark.label, 7.5)
         colour = colours[mark.family]
-        if height > own:
+        if height > top:
             ends = (mark.parameters, mark.parameters), (up * mark.mean, up * height)
             axes.plot(*ends, color=colour, linewidth=0.7, linestyle=(0, (1, 2)), zorder=3)
         axes.annotate(

@@ -428,29 +428,29 @@ def _network(split: _Split) -> None:
     size = formula.sizes(list(split.shapes.values()))
     names = list(split.shapes)
     mode_of = {index: mode for mode, index in enumerate(formula.output)}
-    shared = {index for index in mode_of if sum(index in own for own in formula.inputs) > 1}
+    shared = {index for index in mode_of if sum(index in indices for indices in formula.inputs) > 1}
     # The first array with a mode takes that mode's column; arrays without a mode take further columns on the right.
     column: dict[str, float] = {}
     bonds = [index for index in size if index not in mode_of]
     labels = [wide(f"{size[index]:,}", BOND_POINTS) for index in bonds]
     pitch = max(_PITCH, 2 * RADIUS + 0.2 + max([0.0, *labels]))
     split.columns(lambda mode: pitch)
-    for name, own in zip(names, formula.inputs, strict=True):
-        for index in own:
+    for name, indices in zip(names, formula.inputs, strict=True):
+        for index in indices:
             mode = None if index in shared else mode_of.get(index)
             if mode is not None and mode in split.middles and split.middles[mode] not in column.values():
                 column[name] = split.middles[mode]
                 break
         else:
-            if any(index in mode_of for index in own):
+            if any(index in mode_of for index in indices):
                 continue  # all its modes are omitted
             column[name] = split.width + pitch / 2
             split.width += pitch
     for name, x in column.items():
         split.node(name, "array", x, 0.0)
     drawn = set[int]()
-    for name, own in zip(names, formula.inputs, strict=True):
-        for index in own:
+    for name, indices in zip(names, formula.inputs, strict=True):
+        for index in indices:
             mode = mode_of.get(index)
             if name not in column or mode is None or mode not in split.middles or mode in drawn or index in shared:
                 continue
@@ -462,12 +462,14 @@ def _network(split: _Split) -> None:
     level = 0
     crossing = sorted(split.middles[mode_of[index]] for index in shared if mode_of[index] in split.middles)
     for index in bonds:
-        on = [name for name, own in zip(names, formula.inputs, strict=True) if index in own and name in column]
+        on = [name for name, indices in zip(names, formula.inputs, strict=True) if index in indices and name in column]
         level += _bond(split, [split.names[name] for name in on], sorted(column[name] for name in on), size[index],
                        sorted(column.values()), level, crossing)  # fmt: skip
     for index in sorted(shared, key=mode_of.__getitem__):
         if mode_of[index] in split.middles:
-            on = [name for name, own in zip(names, formula.inputs, strict=True) if index in own and name in column]
+            on = [
+                name for name, indices in zip(names, formula.inputs, strict=True) if index in indices and name in column
+            ]
             level += 1
             _shared_mode(split, on, [column[name] for name in on], mode_of[index], size[index], level)
 
@@ -643,20 +645,20 @@ def diagram(plan: SuperLoRA, group: int = 0) -> Diagram:
     LoRA has two factors, which share one index of size 4 through a dot:
 
     >>> import tnadapt as tna
-    >>> found = diagram(tna.SuperLoRA(tna.presets.lora(rank=4), [(768, 512)]))
-    >>> [(node.name, node.size) for part in found.parts for node in part.nodes]
+    >>> drawing = diagram(tna.SuperLoRA(tna.presets.lora(rank=4), [(768, 512)]))
+    >>> [(node.name, node.size) for part in drawing.parts for node in part.nodes]
     [('group0.split0.factor0', 3072), ('group0.split0.dot', 0), ('group0.split0.factor1', 2048)]
-    >>> [leg.size for part in found.parts for leg in part.legs]
+    >>> [leg.size for part in drawing.parts for leg in part.legs]
     [768, 512]
-    >>> found.words
+    >>> drawing.words
     '5,120 trainable parameters, all in this group'
     """
     group = integer("group", group, 0, plan.num_groups - 1, ShapeError)
-    own = plan.groups[group]
-    shown, hidden = some(len(own.network.splits), _SPLITS, _FIRST)
-    splits = _Splits(own.network, {k: laid_out(plan, own, k) for k in shown}, hidden)
-    steps = _steps(plan, own, group)
-    words = _words(plan, own)
+    drawn_group = plan.groups[group]
+    shown, hidden = some(len(drawn_group.network.splits), _SPLITS, _FIRST)
+    splits = _Splits(drawn_group.network, {k: laid_out(plan, drawn_group, k) for k in shown}, hidden)
+    steps = _steps(plan, drawn_group, group)
+    words = _words(plan, drawn_group)
     width = max(
         _NARROWEST,
         splits.outer + 2 * _MARGIN,
@@ -677,7 +679,7 @@ def diagram(plan: SuperLoRA, group: int = 0) -> Diagram:
     return Diagram(
         parts=tuple(splits.placed), signs=tuple(splits.signs), frames=tuple(splits.frames), brackets=splits.brackets,
         brace=(width / 2 - half, width / 2 + half, low), steps=tuple(placed), key=key, words=words,
-        parameters=own.num_parameters, splits_left_out=hidden, width=width, height=-y,
+        parameters=drawn_group.num_parameters, splits_left_out=hidden, width=width, height=-y,
     )  # fmt: skip
 
 
@@ -771,30 +773,30 @@ class _Splits:
 
 def _key(kinds: Sequence[str], width: float) -> tuple[tuple[KeyEntry, ...], float]:
     """Lay out the key in lines of a width; return its entries and the height of their lower end."""
-    x, y, found = _MARGIN, -0.1, []
+    x, y, entries = _MARGIN, -0.1, []
     for kind in kinds:
         text = KINDS[kind][1]
         needed = 0.27 + wide(text, _KEY_POINTS) + 0.2
         if x > _MARGIN and x + needed > width:
             x, y = _MARGIN, y - 0.2
-        found.append(KeyEntry(kind, text, x, y))
+        entries.append(KeyEntry(kind, text, x, y))
         x += needed
-    return tuple(found), y - 0.1
+    return tuple(entries), y - 0.1
 
 
 def _words(plan: SuperLoRA, group: Group) -> str:
-    own = group.num_parameters
-    told = f"{_number(own)} trainable {_plural(own, 'parameter')}"
+    parameters = group.num_parameters
+    told = f"{_number(parameters)} trainable {_plural(parameters, 'parameter')}"
     # Magnitudes belong to weights, not to a group.
     rest = sum(map(math.prod, plan.weight_param_shapes.values()))
     beside = f", and {_number(rest)} {_plural(rest, 'magnitude')} of weights" if rest else ""
     total = plan.num_parameters - rest
     if plan.config.before is not None:
         trained = f"computed from {_number(total)} trainable {_plural(total, 'parameter')}"
-        return f"{_number(own)} {_plural(own, 'element')} in this group's arrays, {trained}{beside}"
+        return f"{_number(parameters)} {_plural(parameters, 'element')} in this group's arrays, {trained}{beside}"
     if plan.num_groups == 1:
         return f"{told}, all in this group{beside}"
-    shared = ", some shared" if sum(one.num_parameters for one in plan.groups) != total else ""
+    shared = ", some shared" if sum(each.num_parameters for each in plan.groups) != total else ""
     return f"{told} in this group{shared}, {_number(total)} in all {plan.num_groups:,} groups{beside}"
 
 
@@ -833,8 +835,8 @@ def _steps(plan: SuperLoRA, group: Group, index: int) -> list[FlowStep]:
     steps = [FlowStep((f"{tensor} {_times(network.sizes)}",), _combined(network))]
     first = network.splits[0]
     if isinstance(first, Permuted):
-        made = FlowStep((f"tensor {_times(first.own.sizes)}",), _combined(network))
-        steps = [made, FlowStep((f"tensor {_times(network.sizes)}",), "reorder axes")]
+        unordered = FlowStep((f"tensor {_times(first.own.sizes)}",), _combined(network))
+        steps = [unordered, FlowStep((f"tensor {_times(network.sizes)}",), "reorder axes")]
     held = math.prod(network.sizes)
     cut = f"keep the first {network.size:,} of {_number(held)}" if held > network.size else ""
     note = f"unfold, {cut}".removesuffix(", ") if len(network.sizes) > 1 else cut
@@ -860,14 +862,14 @@ def _ratio(plan: SuperLoRA, projection: Projection) -> str:
 
 def _combined(network: Network) -> str:
     """Describe what is done to the result of the drawn network: cropping and scaling."""
-    found = []
+    changes = []
     if network.kronecker:
-        made = tuple(math.prod(sizes) for sizes in zip(*(split.sizes for split in network.splits), strict=True))
-        if made != network.sizes:
-            found.append(f"cut from {_times(made)}")
+        product = tuple(math.prod(sizes) for sizes in zip(*(split.sizes for split in network.splits), strict=True))
+        if product != network.sizes:
+            changes.append(f"cut from {_times(product)}")
     if network.scale != 1.0:
-        found.append(f"times {network.scale:.6g}, the scale α / r")
-    return ", ".join(found)
+        changes.append(f"times {network.scale:.6g}, the scale α / r")
+    return ", ".join(changes)
 
 
 def _covered(plan: SuperLoRA, pieces: Sequence[Piece]) -> Iterator[str]:

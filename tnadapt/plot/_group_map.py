@@ -78,9 +78,9 @@ def layout(
     weights = len(plan.shapes)
     names = [str(weight) for weight in range(weights)] if names is None else list(names)
     roles = [""] * weights if roles is None else list(roles)
-    for what, given in (("names", names), ("roles", roles)):
-        if len(given) != weights:
-            raise ShapeError(f"{what} has {len(given)} entries for {weights} weights; give one per weight")
+    for what, entries in (("names", names), ("roles", roles)):
+        if len(entries) != weights:
+            raise ShapeError(f"{what} has {len(entries)} entries for {weights} weights; give one per weight")
     bars, hidden = _bars(plan)
     lines = len(bars) + bool(hidden)
     drawn, axes = figure(_WIDTH, 1.4 + _BAR * lines)
@@ -136,11 +136,11 @@ def _told(group: Group) -> str:
 def _colours(roles: Sequence[str]) -> list[str]:
     """Return each weight's color: the hue of its role, alternately darker and lighter."""
     hues, seen = _hues(roles), dict.fromkeys(roles, 0)
-    found = []
+    colours = []
     for role in roles:
-        found.append(_lighter(hues[role], 0.1 if seen[role] % 2 == 0 else 0.42))
+        colours.append(_lighter(hues[role], 0.1 if seen[role] % 2 == 0 else 0.42))
         seen[role] += 1
-    return found
+    return colours
 
 
 def _hues(roles: Sequence[str]) -> dict[str, str]:

@@ -82,29 +82,29 @@ def network(
         network(tna.presets.lora(rank=4), [(768, 768)] * 24, "lora.svg", title="LoRA")
     """
     checked_text(title=title, note=note)
-    found = diagram(SuperLoRA(config, shapes, layers, roles), group)
-    head = textwrap.wrap(title, int((found.width - 2 * _MARGIN) / 0.092))
-    foot = textwrap.wrap(note, int((found.width - 2 * _MARGIN) / 0.059))
+    drawing = diagram(SuperLoRA(config, shapes, layers, roles), group)
+    head = textwrap.wrap(title, int((drawing.width - 2 * _MARGIN) / 0.092))
+    foot = textwrap.wrap(note, int((drawing.width - 2 * _MARGIN) / 0.059))
     above = 0.15 + 0.2 * len(head)
     below = 0.62 + 0.13 * len(foot)
-    drawn, axes = figure(found.width, above + found.height + below)
+    drawn, axes = figure(drawing.width, above + drawing.height + below)
     # One unit is an inch.
     drawn.set_layout_engine("none")
     axes.set_position((0, 0, 1, 1))
     axes.set_axis_off()
-    axes.set_xlim(0, found.width)
-    axes.set_ylim(-found.height - below, above)
+    axes.set_xlim(0, drawing.width)
+    axes.set_ylim(-drawing.height - below, above)
     style: dict[str, Any] = {"va": "top", "parse_math": False}
     axes.text(_MARGIN, above - 0.12, "\n".join(head), fontsize=11, color=ink(), **style)
-    _key(axes, found)
-    _frames(axes, found)
-    for part in found.parts:
+    _key(axes, drawing)
+    _frames(axes, drawing)
+    for part in drawing.parts:
         _part(axes, part)
-    for sign in found.signs:
+    for sign in drawing.signs:
         _label(axes, sign)
-    _steps(axes, found)
-    axes.text(found.width / 2, -found.height - 0.2, found.words, ha="center", fontsize=8.5, color=ink(), **style)
-    axes.text(_MARGIN, -found.height - 0.5, "\n".join(foot), fontsize=7, color=pale(), **style)
+    _steps(axes, drawing)
+    axes.text(drawing.width / 2, -drawing.height - 0.2, drawing.words, ha="center", fontsize=8.5, color=ink(), **style)
+    axes.text(_MARGIN, -drawing.height - 0.5, "\n".join(foot), fontsize=7, color=pale(), **style)
     saved(drawn, path)
 
 
@@ -176,26 +176,26 @@ def _label(axes: Any, label: Label, x: float = 0.0, y: float = 0.0) -> None:
     )  # fmt: skip
 
 
-def _key(axes: Any, found: Diagram) -> None:
-    for entry in found.key:
+def _key(axes: Any, drawing: Diagram) -> None:
+    for entry in drawing.key:
         size = 0.05 if entry.kind == "dot" else 0.14
         axes.add_patch(_shape(entry.kind, entry.x + 0.08, entry.y, size if entry.kind == "dot" else 0.15, size))
         axes.text(entry.x + 0.24, entry.y, entry.text, va="center_baseline", fontsize=7.5, color=tone(1 / 3))
 
 
-def _frames(axes: Any, found: Diagram) -> None:
+def _frames(axes: Any, drawing: Diagram) -> None:
     """Draw the frames behind several splits, and the brackets of a sum."""
     from matplotlib.patches import FancyBboxPatch
 
-    for left, bottom, right, top in found.frames:
+    for left, bottom, right, top in drawing.frames:
         axes.add_patch(
             FancyBboxPatch(
                 (left, bottom), right - left, top - bottom, facecolor=tone(0.949), edgecolor="none", zorder=1,
                 boxstyle="round,pad=0,rounding_size=0.1",
             )
         )  # fmt: skip
-    if found.brackets:
-        left, bottom, right, top = found.brackets
+    if drawing.brackets:
+        left, bottom, right, top = drawing.brackets
         for x, inward in ((left, 0.09), (right, -0.09)):
             axes.plot(
                 [x + inward, x, x, x + inward], [top, top, bottom, bottom], color=ink(), linewidth=1.2,
@@ -203,13 +203,13 @@ def _frames(axes: Any, found: Diagram) -> None:
             )  # fmt: skip
 
 
-def _steps(axes: Any, found: Diagram) -> None:
+def _steps(axes: Any, drawing: Diagram) -> None:
     from matplotlib.patches import FancyBboxPatch
 
-    middle = found.width / 2
-    left, right, above = found.brace
+    middle = drawing.width / 2
+    left, right, above = drawing.brace
     axes.plot([left, left, right, right], [above + 0.06, above, above, above + 0.06], color=pale(), linewidth=0.9)
-    for step in found.steps:
+    for step in drawing.steps:
         top = step.y + step.height / 2
         arrow = {
             "arrowstyle": "-|>,head_length=0.35,head_width=0.18",

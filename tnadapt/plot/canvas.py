@@ -95,12 +95,12 @@ def legible(colour: str, text: bool = False) -> str:
     """
     if not text and _luminance(ground()) > 0.5:
         return colour
-    back, front, found = ground(), tone(0.0), colour
+    back, front, shade = ground(), tone(0.0), colour
     for step in range(1, 11):
-        if _contrast(found, back) >= (_TEXT_CONTRAST if text else _CONTRAST):
+        if _contrast(shade, back) >= (_TEXT_CONTRAST if text else _CONTRAST):
             break
-        found = _between(_rgb(colour), _rgb(front), step / 10)
-    return found
+        shade = _between(_rgb(colour), _rgb(front), step / 10)
+    return shade
 
 
 def _rgb(colour: Any) -> tuple[float, ...]:
@@ -168,9 +168,9 @@ def figure(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor=ground())
-    FigureCanvasAgg(made)
-    return made, made.add_subplot(facecolor=ground())
+    drawn = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor=ground())
+    FigureCanvasAgg(drawn)
+    return drawn, drawn.add_subplot(facecolor=ground())
 
 
 def quiet(axes: Any) -> None:
@@ -217,10 +217,10 @@ def saved(drawn: Any, path: str | os.PathLike[str]) -> None:
         If matplotlib does not support the format.
     """
     place = path_of(path)
-    kind = os.path.splitext(place)[1][1:]
-    if not kind:  # as matplotlib does
-        kind, place = "png", place.rstrip(".") + ".png"
+    suffix = os.path.splitext(place)[1][1:]
+    if not suffix:  # as matplotlib does
+        suffix, place = "png", place.rstrip(".") + ".png"
     content = io.BytesIO()
-    drawn.savefig(content, format=kind)
+    drawn.savefig(content, format=suffix)
     with file_error_context(place):
         replace_file(place, content.getvalue())

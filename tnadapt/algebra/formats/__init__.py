@@ -179,21 +179,21 @@ class CP(Format):
     def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
         factors = [arrays[f"factor{mode}"] for mode in range(len(self.sizes))]
         weights = arrays.get("weights")
-        found: dict[str, Array] = {}
+        gradients: dict[str, Array] = {}
         for mode, factor in enumerate(factors):
             others = factors[:mode] + factors[mode + 1 :]
             rows = unfolded(backend, tensor, mode)
             # With a single mode, each component is a column itself: the tensor is the gradient of all r columns.
             product = backend.matmul(rows, khatri_rao(backend, others)) if others else rows + 0.0 * factor
             if mode == 0 and weights is not None:
-                found["weights"] = backend.sum(factor * product, axis=0)
-            found[f"factor{mode}"] = product if weights is None else product * weights
-        return found
+                gradients["weights"] = backend.sum(factor * product, axis=0)
+            gradients[f"factor{mode}"] = product if weights is None else product * weights
+        return gradients
 
     def boxed(self, lengths: Sequence[int]) -> Self:
-        found = copy.copy(self)
-        found.sizes = tuple(lengths)
-        return found
+        boxed = copy.copy(self)
+        boxed.sizes = tuple(lengths)
+        return boxed
 
     def summed(self, terms: int) -> Self:
         return type(self)(self.sizes, terms * self.rank)
@@ -321,22 +321,22 @@ class Tucker(Format):
         The core goes to the side that leaves the smaller inner dimension.
         """
         core, order = self.core, len(self.sizes)
-        found: list[tuple[int, bool]] = []
+        choices: list[tuple[int, bool]] = []
         # The half without the core is the Kronecker product of its factors, so each of its modes needs a factor.
         if all(mode in self.modes for mode in range(modes, order)):
-            found.append((math.prod(core[modes:]), True))
+            choices.append((math.prod(core[modes:]), True))
         if all(mode in self.modes for mode in range(modes)):
-            found.append((math.prod(core[:modes]), False))
-        return min(found, default=None)
+            choices.append((math.prod(core[:modes]), False))
+        return min(choices, default=None)
 
     def inner(self, modes: int) -> int | None:
-        found = self._inner(modes)
-        return None if found is None else found[0]
+        choice = self._inner(modes)
+        return None if choice is None else choice[0]
 
     def unfolded(self, backend: Backend, arrays: Mapping[str, Array], cut: Cut) -> tuple[Array, Array]:
-        found = self._inner(cut.modes)
-        assert found is not None
-        inner, core_left = found
+        choice = self._inner(cut.modes)
+        assert choice is not None
+        inner, core_left = choice
         before, after = range(cut.modes), range(cut.modes, len(self.sizes))
 
         def bare(modes: range, bounds: tuple[int, int]) -> Array:
@@ -353,8 +353,8 @@ class Tucker(Format):
             core = backend.reshape(arrays["core"], shape)
 
             def on_box(box: Ranges) -> Array:
-                made = self._expanded(backend, arrays, core, axes, box)
-                return backend.reshape(made, (-1, inner) if core_left else (inner, -1))
+                half = self._expanded(backend, arrays, core, axes, box)
+                return backend.reshape(half, (-1, inner) if core_left else (inner, -1))
 
             return along(backend, sizes, *bounds, on_box, axis=0 if core_left else 1)
 
@@ -369,11 +369,11 @@ class Tucker(Format):
             factors = [None if mode == skipped else turned.get(mode) for mode in range(len(self.sizes))]
             return tucker_tensor(backend, tensor, factors)
 
-        found = {"core": projected(None)}
+        gradients = {"core": projected(None)}
         for mode in self.modes:
             rows, core = unfolded(backend, projected(mode), mode), unfolded(backend, arrays["core"], mode)
-            found[f"factor{mode}"] = backend.matmul(rows, backend.matrix_transpose(core))
-        return found
+            gradients[f"factor{mode}"] = backend.matmul(rows, backend.matrix_transpose(core))
+        return gradients
 
     def unfolding_rank(self, modes: Sequence[int]) -> int:
         rows = math.prod(self.sizes[mode] for mode in modes)
@@ -453,13 +453,13 @@ class TensorTrain(Format):
         )
 
     def boxed(self, lengths: Sequence[int]) -> Self:
-        found = copy.copy(self)
-        found.sizes = tuple(lengths)
-        return found
+        boxed = copy.copy(self)
+        boxed.sizes = tuple(lengths)
+        return boxed
 
     def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
         cores = [arrays[f"core{mode}"] for mode in range(len(self.sizes))]
-        found = {}
+        gradients = {}
         # The tensor contracted with all cores before this one: (r, d_m, …, d_M).
         rest = backend.reshape(tensor, (1, math.prod(self.sizes)))
         for mode, core in enumerate(cores):
@@ -470,13 +470,13 @@ class TensorTrain(Format):
                 flat = backend.reshape(later, (-1, later.shape[2]))
                 after = flat if after is None else backend.matmul(flat, after)
                 after = backend.reshape(after, (later.shape[0], -1))
-            found[f"core{mode}"] = (
+            gradients[f"core{mode}"] = (
                 backend.reshape(rows, core.shape)
                 if after is None
                 else backend.reshape(backend.matmul(rows, backend.matrix_transpose(after)), core.shape)
             )
             rest = backend.matmul(backend.matrix_transpose(backend.reshape(core, (left * size, right))), rows)
-        return found
+        return gradients
 
     def unfolding_rank(self, modes: Sequence[int]) -> int:
         rows = math.prod(self.sizes[mode] for mode in modes)
@@ -542,30 +542,30 @@ class Circuit(Format):
         uses = collections.Counter(axis for pair in pairs for axis in pair)
         # What each axis is so far: the column digit, or nothing for a row digit without one.
         current = {axis: ("mode", axes + axis) for axis in range(order - axes)}
-        found = []
+        gates = []
         for number, pair in enumerate(pairs):
             before = [current[axis] for axis in pair if axis in current]
             for axis in pair:
                 uses[axis] -= 1
                 current[axis] = (f"bond{number}", axis) if uses[axis] else ("mode", axis)
-            found.append([*(current[axis] for axis in pair), *before])
-        return found
+            gates.append([*(current[axis] for axis in pair), *before])
+        return gates
 
     def array_shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
         # A bond has the size of its axis's row digit, which is mode ``axis``.
         return {
-            f"gate{number}": tuple(self.sizes[mode] for _, mode in own)
-            for number, own in enumerate(self._gates(len(self.sizes)))
+            f"gate{number}": tuple(self.sizes[mode] for _, mode in indices)
+            for number, indices in enumerate(self._gates(len(self.sizes)))
         }
 
     @property
     def formula(self) -> str:
         order = len(self.sizes)
         gates = self._gates(order)
-        bonds = list(dict.fromkeys(index for own in gates for index in own if index[0] != "mode"))
+        bonds = list(dict.fromkeys(index for gate in gates for index in gate if index[0] != "mode"))
         modes, others = letters(order, len(bonds))
-        letter = dict(zip(bonds, others, strict=True)) | {("mode", m): own for m, own in enumerate(modes)}
-        return ",".join("".join(letter[index] for index in own) for own in gates) + "->" + modes
+        letter = dict(zip(bonds, others, strict=True)) | {("mode", m): mode for m, mode in enumerate(modes)}
+        return ",".join("".join(letter[index] for index in gate) for gate in gates) + "->" + modes
 
     def useful_rank(self) -> None:
         return None
@@ -629,8 +629,8 @@ class Permuted(Format):
 
     def tensor(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges) -> Array:
         covers = [self._cover(axis, [ranges[digit] for digit in axis]) for axis in self.axes]
-        found = self.own.tensor(backend, arrays, [cover.bounds for cover in covers])
-        return backend.permute_dims(self._cropped(backend, found, covers), self._back)
+        tensor = self.own.tensor(backend, arrays, [cover.bounds for cover in covers])
+        return backend.permute_dims(self._cropped(backend, tensor, covers), self._back)
 
     def turned(self, backend: Backend, tensor: Array) -> Array:
         """Return a tensor of the fold's sizes as one of the sizes of the format that makes it."""
@@ -646,8 +646,8 @@ class Permuted(Format):
         """Return an array over the ranges of some modes, and axes of other lengths, as one over the box's digits."""
         shape = [length for cover in covers for length in cover.lengths]
         cut = tuple(part for cover in covers for part in cover.crop)
-        found = backend.reshape(array, (*shape, *more))
-        return found if all(part == slice(None) for part in cut) else found[cut]
+        reshaped = backend.reshape(array, (*shape, *more))
+        return reshaped if all(part == slice(None) for part in cut) else reshaped[cut]
 
     # -- Unfoldings ----------------------------------------------------------------------------
 
@@ -694,8 +694,8 @@ class Permuted(Format):
         def on_box(box: Ranges) -> Array:
             known = dict(zip(digits, box, strict=True))
             covers = [self._cover(axis, [known[digit] for digit in axis]) for axis in axes]
-            own = [cover.bounds for cover in covers]
-            ranges = [*own, *others] if first else [*others, *own]
+            bounds = [cover.bounds for cover in covers]
+            ranges = [*bounds, *others] if first else [*others, *bounds]
             lengths = [hi - lo for lo, hi in ranges]
             boxed = self.own.boxed(lengths)
             assert boxed is not None
@@ -710,13 +710,13 @@ class Permuted(Format):
         return along(backend, [self.sizes[digit] for digit in digits], *bounds, on_box)
 
     def _restricted(self, arrays: Mapping[str, Array], ranges: Ranges) -> dict[str, Array]:
-        found = {}
+        restricted = {}
         for name, legs in zip(self.shapes, self._legs, strict=True):
             array = arrays[name]
             for axis, mode in legs:
                 array = rows_of(array, ranges[mode], axis)
-            found[name] = array
-        return found
+            restricted[name] = array
+        return restricted
 
     # -- Used by the start, the planner and the solvers ----------------------------------------
 
@@ -732,8 +732,8 @@ class Permuted(Format):
         return self.own.products
 
     def summed(self, terms: int) -> Self | None:
-        own = self.own.summed(terms)
-        return None if own is None else type(self)(own, self.sizes, self.axes)
+        inner = self.own.summed(terms)
+        return None if inner is None else type(self)(inner, self.sizes, self.axes)
 
     def _merged(self, sizes: Sequence[int]) -> list[int]:
         return [math.prod(sizes[digit] for digit in axis) for axis in self.axes]

@@ -106,7 +106,7 @@ class Formula(NamedTuple):
             raise ConfigError(
                 f"formula {text!r} must be an einsum string for {arrays} arrays and {order} modes, such as 'ar,br->ab'"
             )
-        if any(len(set(own)) != len(own) for own in inputs) or not set(output) <= known:
+        if any(len(set(indices)) != len(indices) for indices in inputs) or not set(output) <= known:
             raise ConfigError(f"formula {text!r} repeats an index on one array, or its output names an unknown index")
         return cls(inputs, output)
 
@@ -118,11 +118,15 @@ class Formula(NamedTuple):
         ConfigError
             If the shapes do not fit the indices.
         """
-        found: dict[str, int] = {}
-        for own, shape in zip(self.inputs, shapes, strict=True):
-            if len(own) != len(shape) or any(found.setdefault(i, d) != d for i, d in zip(own, shape, strict=True)):
-                raise ConfigError(f"an array of shape {tuple(shape)} does not fit its indices {own!r} in the formula")
-        return found
+        sizes: dict[str, int] = {}
+        for indices, shape in zip(self.inputs, shapes, strict=True):
+            if len(indices) != len(shape) or any(
+                sizes.setdefault(i, d) != d for i, d in zip(indices, shape, strict=True)
+            ):
+                raise ConfigError(
+                    f"an array of shape {tuple(shape)} does not fit its indices {indices!r} in the formula"
+                )
+        return sizes
 
 
 class _Pair(NamedTuple):
@@ -274,7 +278,7 @@ def minimal_cut(
     (4, (True, True, False))
     """
     lengths = dict(zip(formula.output, legs, strict=True))
-    holders = {index: [k for k, own in enumerate(formula.inputs) if index in own] for index in size}
+    holders = {index: [k for k, indices in enumerate(formula.inputs) if index in indices] for index in size}
     count = len(formula.inputs)
 
     def cost(side: Sequence[bool]) -> int:
@@ -292,8 +296,8 @@ def minimal_cut(
     if count <= _ALL:
         return min((cost(side), side) for side in itertools.product((False, True), repeat=count))
     # True is the side of the rows. Arrays without a leg begin on one side, and on the other.
-    held = [[lengths[index] for index in own if index in lengths] for own in formula.inputs]
-    starts = [any(rows > 1 for rows, _ in own) for own in held], [all(cols == 1 for _, cols in own) for own in held]
+    held = [[lengths[index] for index in indices if index in lengths] for indices in formula.inputs]
+    starts = [any(rows > 1 for rows, _ in legs) for legs in held], [all(cols == 1 for _, cols in legs) for legs in held]
     return min(_descended(cost, list(side)) for side in starts)
 
 
@@ -416,22 +420,23 @@ class Halves:
         for side, letters in enumerate((rows, cols)):
             length |= {letter: legs[mode][side] for mode, letter in letters.items()}
         digits = {
-            index: "".join(letters[mode] for mode in own for letters in (rows, cols) if mode in letters)
-            for index, own in zip(formula.output, axes, strict=True)
+            index: "".join(letters[mode] for mode in modes for letters in (rows, cols) if mode in letters)
+            for index, modes in zip(formula.output, axes, strict=True)
         }
         self._legs = [
-            [(axis, axes[formula.output.index(index)]) for axis, index in enumerate(own) if index in digits]
-            for own in formula.inputs
+            [(axis, axes[formula.output.index(index)]) for axis, index in enumerate(indices) if index in digits]
+            for indices in formula.inputs
         ]
-        inputs = ["".join(digits.get(index, index) for index in own) for own in formula.inputs]
-        self._shapes = [[length.get(index) or size[index] for index in own] for own in inputs]
+        inputs = ["".join(digits.get(index, index) for index in indices) for indices in formula.inputs]
+        self._shapes = [[length.get(index) or size[index] for index in indices] for indices in inputs]
         bonds = {index: size[index] for index in dict.fromkeys("".join(formula.inputs)) if index not in formula.output}
         length |= bonds
         outer = "".join([*rows.values(), *cols.values()])
         open_legs = [(length[letter], 1) if letter in rows.values() else (1, length[letter]) for letter in outer]
         self.width, self.sides = minimal_cut(Formula(tuple(inputs), outer), length, open_legs)
         held = [
-            "".join(own for own, mine in zip(inputs, self.sides, strict=True) if mine is side) for side in (True, False)
+            "".join(indices for indices, mine in zip(inputs, self.sides, strict=True) if mine is side)
+            for side in (True, False)
         ]
         shared = [bond for bond in bonds if bond in held[0] and bond in held[1]]
         crossed = [[c for c in mine.values() if c in other] for mine, other in ((rows, held[1]), (cols, held[0]))]
@@ -440,14 +445,14 @@ class Halves:
         self._identities = [[length[letter] for letter in crossed[side]] for side in (0, 1)]
         self._halves: list[Contraction | None] = []
         for side, letters, foreign in ((0, rows, crossed[1]), (1, cols, crossed[0])):
-            own = [
+            operands = [
                 "".join(renamed[index] if index in foreign else index for index in each)
                 for each, mine in zip(inputs, self.sides, strict=True)
                 if mine is (side == 0)
             ]
-            own += [letter + renamed[letter] for letter in crossed[side]]
+            operands += [letter + renamed[letter] for letter in crossed[side]]
             # One side has no arrays if the box has a single row, or a single column.
-            self._halves.append(Contraction(own, "".join(letters.values()) + inner) if own else None)
+            self._halves.append(Contraction(operands, "".join(letters.values()) + inner) if operands else None)
 
     @classmethod
     @functools.lru_cache(maxsize=1024)
@@ -469,17 +474,17 @@ class Halves:
             One axis per mode, of its rows in the first and its columns in the second, and the inner one.
         """
         parts = [
-            self._restricted(backend, array, own, shape, ranges)
-            for array, own, shape in zip(arrays, self._legs, self._shapes, strict=True)
+            self._restricted(backend, array, legs, shape, ranges)
+            for array, legs, shape in zip(arrays, self._legs, self._shapes, strict=True)
         ]
-        kind = backend.dtype_name(arrays[0])
-        found = []
+        dtype = backend.dtype_name(arrays[0])
+        halves = []
         for side, half in enumerate(self._halves):
             mine = [part for part, on_rows in zip(parts, self.sides, strict=True) if on_rows is (side == 0)]
-            mine += [_IDENTITIES.on(backend, size, arrays[0], kind) for size in self._identities[side]]
-            made = _IDENTITIES.on(backend, 1, arrays[0], kind) if half is None else half(backend, mine)
-            found.append(backend.reshape(made, (*(leg[side] for leg in self.legs), self.width)))
-        return found[0], found[1]
+            mine += [_IDENTITIES.on(backend, size, arrays[0], dtype) for size in self._identities[side]]
+            result = _IDENTITIES.on(backend, 1, arrays[0], dtype) if half is None else half(backend, mine)
+            halves.append(backend.reshape(result, (*(leg[side] for leg in self.legs), self.width)))
+        return halves[0], halves[1]
 
     def _restricted(
         self,
@@ -567,12 +572,12 @@ def of_tucker(sizes: Sequence[int], ranks: Sequence[int]) -> int:
 
 def multilinear(sizes: Sequence[int], ranks: Sequence[int]) -> list[int]:
     """Return the ranks of the unfoldings: each at most its mode's size and the product of the other ranks."""
-    found = [min(rank, size) for rank, size in zip(ranks, sizes, strict=True)]
-    largest = max(range(len(found)), key=lambda mode: found[mode])
-    rest = math.prod(found[:largest] + found[largest + 1 :])
+    bounded = [min(rank, size) for rank, size in zip(ranks, sizes, strict=True)]
+    largest = max(range(len(bounded)), key=lambda mode: bounded[mode])
+    rest = math.prod(bounded[:largest] + bounded[largest + 1 :])
     # Only the largest rank can exceed the product of the others, since every other product contains the largest one.
-    found[largest] = min(found[largest], rest)
-    return found
+    bounded[largest] = min(bounded[largest], rest)
+    return bounded
 
 
 def of_train(sizes: Sequence[int], ranks: Sequence[int]) -> int:
@@ -687,28 +692,30 @@ class Format:
 
     @functools.cached_property
     def _parsed(self) -> tuple[Formula, dict[str, int]]:
-        found = Formula.parsed(self.formula, len(self.shapes), len(self.sizes))
-        sizes = found.sizes(list(self.shapes.values()))
-        made = tuple(sizes[index] for index in found.output)
-        if made != self.sizes:
+        formula = Formula.parsed(self.formula, len(self.shapes), len(self.sizes))
+        sizes = formula.sizes(list(self.shapes.values()))
+        output = tuple(sizes[index] for index in formula.output)
+        if output != self.sizes:
             raise ConfigError(
-                f"the formula of {type(self).__name__} gives a tensor of sizes {made}; expected {self.sizes}"
+                f"the formula of {type(self).__name__} gives a tensor of sizes {output}; expected {self.sizes}"
             )
-        return found, sizes
+        return formula, sizes
 
     @property
     def zero(self) -> str:
         """Name of the array that starts at zero in a linear adapter; by default the first one with the leading mode."""
         formula, _ = self._parsed
-        return next(name for name, own in zip(self.shapes, formula.inputs, strict=True) if formula.output[0] in own)
+        return next(
+            name for name, indices in zip(self.shapes, formula.inputs, strict=True) if formula.output[0] in indices
+        )
 
     def mode_of(self, name: str) -> int | None:
         """Return the mode whose factor an array is: a matrix of its size and a bond. None for any other array."""
         formula, _ = self._parsed
-        own = formula.inputs[list(self.shapes).index(name)]
-        if len(own) != 2 or own[0] not in formula.output or own[1] in formula.output:
+        indices = formula.inputs[list(self.shapes).index(name)]
+        if len(indices) != 2 or indices[0] not in formula.output or indices[1] in formula.output:
             return None
-        return formula.output.index(own[0])
+        return formula.output.index(indices[0])
 
     @property
     def num_parameters(self) -> int:
@@ -736,9 +743,9 @@ class Format:
         """
         whole, axes, _ = self._contractions
         parts = []
-        for name, own in zip(self.shapes, axes, strict=True):
+        for name, legs in zip(self.shapes, axes, strict=True):
             part = arrays[name]
-            for axis, mode in own:
+            for axis, mode in legs:
                 part = rows_of(part, ranges[mode], axis)
             parts.append(part)
         return whole(backend, parts)
@@ -751,15 +758,15 @@ class Format:
         """
         formula, _ = self._parsed
         modes = {index: mode for mode, index in enumerate(formula.output)}
-        axes = [[(axis, modes[i]) for axis, i in enumerate(own) if i in modes] for own in formula.inputs]
+        axes = [[(axis, modes[i]) for axis, i in enumerate(indices) if i in modes] for indices in formula.inputs]
         adjoints = []
-        for k, (own, shape) in enumerate(zip(formula.inputs, self.shapes.values(), strict=True)):
+        for k, (indices, shape) in enumerate(zip(formula.inputs, self.shapes.values(), strict=True)):
             inputs = [formula.output, *formula.inputs[:k], *formula.inputs[k + 1 :]]
-            reached = "".join(i for i in own if any(i in each for each in inputs))
+            reached = "".join(i for i in indices if any(i in each for each in inputs))
             # An index on this array alone is summed over, so the gradient is constant along that axis: length 1 here,
             # broadcast in :meth:`adjoint`.
-            kept = [d if i in reached else 1 for i, d in zip(own, shape, strict=True)]
-            adjoints.append((Contraction(inputs, reached), kept, len(reached) < len(own)))
+            kept = [d if i in reached else 1 for i, d in zip(indices, shape, strict=True)]
+            adjoints.append((Contraction(inputs, reached), kept, len(reached) < len(indices)))
         return Contraction(formula.inputs, formula.output), axes, adjoints
 
     def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
@@ -780,12 +787,12 @@ class Format:
             With the shapes in ``shapes``.
         """
         _, _, adjoints = self._contractions
-        names, found = list(self.shapes), dict[str, Array]()
+        names, gradients = list(self.shapes), dict[str, Array]()
         for k, (name, (contraction, kept, shared)) in enumerate(zip(names, adjoints, strict=True)):
             others = [arrays[other] for other in names[:k] + names[k + 1 :]]
             gradient = backend.reshape(contraction(backend, [tensor, *others]), kept)
-            found[name] = gradient + arrays[name] * 0.0 if shared else gradient
-        return found
+            gradients[name] = gradient + arrays[name] * 0.0 if shared else gradient
+        return gradients
 
     def stored_halves(self, cut: Cut) -> tuple[str, str] | None:
         """Return the names of two arrays that are L and Rᵀ of a part of the unfolding; None if they are computed."""
@@ -856,8 +863,8 @@ class Format:
     def num_terms_per_array(self, name: str) -> int:
         """Return how many elements of one array each element of the tensor sums over. Default: from the formula."""
         formula, size = self._parsed
-        own = formula.inputs[list(self.shapes).index(name)]
-        return math.prod(size[index] for index in own if index not in formula.output)
+        indices = formula.inputs[list(self.shapes).index(name)]
+        return math.prod(size[index] for index in indices if index not in formula.output)
 
     @property
     def num_terms(self) -> int:
@@ -931,8 +938,8 @@ class Format:
         elements = math.prod(sizes)
         if power > 1:
             return elements
-        own = type(self)(sizes, self.rank_given)
-        return min(elements, jacobian_rank(own, times) or times * own.num_parameters)
+        smaller = type(self)(sizes, self.rank_given)
+        return min(elements, jacobian_rank(smaller, times) or times * smaller.num_parameters)
 
     def useful_rank(self) -> int | None:
         """Return the rank beyond which the format gains no expressiveness; None if the format has no rank.

@@ -344,8 +344,8 @@ class Map(FixedArrays):
         part, total = self.linear_part, 0.0
         for probe in range(probes):
             signs = rng.signs(self.seed, self.group, probe * self.n_in, (probe + 1) * self.n_in)
-            made = np.asarray(part.forward(backend, signs.astype(np.float64)))
-            total += float(made @ made)
+            image = np.asarray(part.forward(backend, signs.astype(np.float64)))
+            total += float(image @ image)
         mantissa, exponent = math.frexp(total / probes)
         return math.ldexp(round(mantissa * 256.0), exponent - 8)
 
@@ -414,19 +414,19 @@ class _Drawn(Protocol):
     def part(self, name: str, start: int, stop: int) -> np.ndarray: ...
 
 
-def digest_of(found: _Drawn, lengths: Mapping[str, int]) -> str:
+def digest_of(drawn: _Drawn, lengths: Mapping[str, int]) -> str:
     """Return the hex SHA-256 of kind, lengths and streams; beyond 2**20 elements, of the first and last 2**19."""
-    head = f"tnadapt {found.kind} {found.n_in} {found.n_out}".encode()
-    return rng.digest(iter([head]), *(_bytes(found, *stream) for stream in lengths.items()))
+    head = f"tnadapt {drawn.kind} {drawn.n_in} {drawn.n_out}".encode()
+    return rng.digest(iter([head]), *(_bytes(drawn, *stream) for stream in lengths.items()))
 
 
-def _bytes(found: _Drawn, name: str, length: int) -> Iterator[bytes]:
+def _bytes(drawn: _Drawn, name: str, length: int) -> Iterator[bytes]:
     ends = [(0, length)]
     if length > 2 * ENDS:
         ends = [(0, ENDS), (length - ENDS, length)]
     for first, last in ends:
         for lo, hi in rng.chunks(first, last):
-            yield found.part(name, lo, hi).astype("<i8" if name == "perm" else "<f4").tobytes()
+            yield drawn.part(name, lo, hi).astype("<i8" if name == "perm" else "<f4").tobytes()
 
 
 # -- The identity map --------------------------------------------------------------------------------------------------

@@ -75,8 +75,8 @@ class Normal(Map):
         parts = []
         for lo, hi in self._blocks(start, stop):
             block = self._block(backend, x, (lo, hi))[max(start - lo, 0) : stop - lo, :]
-            made = backend.precise_matmul(row, backend.matrix_transpose(block))
-            parts.append(backend.reshape(made, (*x.shape[:-1], block.shape[0])))
+            product = backend.precise_matmul(row, backend.matrix_transpose(block))
+            parts.append(backend.reshape(product, (*x.shape[:-1], block.shape[0])))
         return backend.concat(parts, axis=-1)
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
@@ -135,13 +135,13 @@ class GivenMatrix(BroughtMap):
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
         row = backend.reshape(x, (*x.shape[:-1], 1, self.n_in))
-        found = backend.precise_matmul(row, backend.matrix_transpose(self._rows(backend, x, start, stop)))
-        return backend.reshape(found, (*x.shape[:-1], stop - start))
+        product = backend.precise_matmul(row, backend.matrix_transpose(self._rows(backend, x, start, stop)))
+        return backend.reshape(product, (*x.shape[:-1], stop - start))
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
         row = backend.reshape(y, (*y.shape[:-1], 1, self.n_out))
-        found = backend.precise_matmul(row, self._rows(backend, y, 0, self.n_out))
-        return backend.reshape(found, (*y.shape[:-1], self.n_in))
+        product = backend.precise_matmul(row, self._rows(backend, y, 0, self.n_out))
+        return backend.reshape(product, (*y.shape[:-1], self.n_in))
 
     def squared_norm(self) -> float:
         return float(np.sum(self.brought.astype(np.float64) ** 2))
@@ -222,10 +222,10 @@ class CirculantMap(Map):
         b = self.settings.block
         places = np.arange(b)
         if key == "differences":
-            found = (places[None, :] - places[:, None]) % b
+            index = (places[None, :] - places[:, None]) % b
         else:
-            found = places[None, :] * b + (places[:, None] + places[None, :]) % b
-        return found.reshape(-1).astype(np.int64)
+            index = places[None, :] * b + (places[:, None] + places[None, :]) % b
+        return index.reshape(-1).astype(np.int64)
 
     def forward(self, backend: Backend, x: Array) -> Array:
         return self._block_rows(backend, x, 0, self.shape[0] // self.settings.block)
@@ -236,8 +236,8 @@ class CirculantMap(Map):
         kernels = backend.reshape(x[..., first * across * b : last * across * b], (*batch, last - first, across, b))
         blocks = backend.take(kernels, self.on(backend, "differences", x))
         blocks = backend.reshape(blocks, (*batch, last - first, across, b, b))
-        found = backend.reshape(backend.moveaxis(blocks, -3, -2), (*batch, (last - first) * b * self.shape[1]))
-        return found * self._factor if self.settings.average else found
+        rows = backend.reshape(backend.moveaxis(blocks, -3, -2), (*batch, (last - first) * b * self.shape[1]))
+        return rows * self._factor if self.settings.average else rows
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
         length = self.settings.block * self.shape[1]
@@ -252,9 +252,9 @@ class CirculantMap(Map):
         blocks = backend.reshape(blocks, (*batch, down, across, b * b))
         # Sum each difference (t - s) mod b over the rows s.
         sorted_blocks = backend.take(blocks, self.on(backend, "shifts", y))
-        found = backend.sum(backend.reshape(sorted_blocks, (*batch, down, across, b, b)), axis=-1)
-        found = backend.reshape(found, (*batch, self.n_in))
-        return found * self._factor if self.settings.average else found
+        sums = backend.sum(backend.reshape(sorted_blocks, (*batch, down, across, b, b)), axis=-1)
+        sums = backend.reshape(sums, (*batch, self.n_in))
+        return sums * self._factor if self.settings.average else sums
 
     def squared_norm(self) -> float:
         return self.n_out * self._factor**2
@@ -264,12 +264,12 @@ class CirculantMap(Map):
 
     def matrix(self) -> np.ndarray:
         b, cols = self.settings.block, self.shape[1]
-        found = np.zeros((self.n_out, self.n_in))
+        matrix = np.zeros((self.n_out, self.n_in))
         for row in range(self.shape[0]):
             for col in range(cols):
                 kernel = (row // b) * (cols // b) + col // b
-                found[row * cols + col, kernel * b + (col - row) % b] = 1.0
-        return found / cols if self.settings.average else found
+                matrix[row * cols + col, kernel * b + (col - row) % b] = 1.0
+        return matrix / cols if self.settings.average else matrix
 
 
 # -- Repeat: a vector, repeated and cut; one side of a tile ------------------------------------------------------------
@@ -354,9 +354,9 @@ class Tile(MapSettings):
 
     def __post_init__(self) -> None:
         for name in ("rows", "cols"):
-            given = getattr(self, name)
-            if given is not None:
-                object.__setattr__(self, name, integer(f"Tile's {name}", given, 1, MAX_SIZE, ConfigError))
+            size = getattr(self, name)
+            if size is not None:
+                object.__setattr__(self, name, integer(f"Tile's {name}", size, 1, MAX_SIZE, ConfigError))
         super().__post_init__()
 
 
@@ -374,14 +374,14 @@ class TileMap(ByRows):
     @classmethod
     def domain(cls, codomain: Space, settings: Tile) -> Space:
         assert codomain.shape is not None
-        given = (settings.rows, settings.cols)
-        for side, size, whole in zip(("rows", "cols"), given, codomain.shape, strict=True):
+        sizes = (settings.rows, settings.cols)
+        for side, size, whole in zip(("rows", "cols"), sizes, codomain.shape, strict=True):
             if size is not None and size > whole:
                 raise ConfigError(
                     f"Tile has {side}={size}, and a weight of {codomain.shape[0]}×{codomain.shape[1]} has {whole}: "
                     f"give at most {whole}"
                 )
-        rows, cols = (whole if size is None else size for size, whole in zip(given, codomain.shape, strict=True))
+        rows, cols = (whole if size is None else size for size, whole in zip(sizes, codomain.shape, strict=True))
         return Space(rows * cols, (rows, cols))
 
     @property
@@ -397,20 +397,20 @@ class TileMap(ByRows):
 
     def _rows(self, backend: Backend, x: Array, first: int, last: int) -> Array:
         batch = tuple(x.shape[:-1])
-        found = backend.reshape(x, (*batch, *self._tile))
-        found = backend.take(found, self.on(backend, "rows", x)[first:last], axis=-2)
-        found = backend.take(found, self.on(backend, "cols", x), axis=-1)
-        return backend.reshape(found, (*batch, (last - first) * self.shape[1]))
+        tiled = backend.reshape(x, (*batch, *self._tile))
+        tiled = backend.take(tiled, self.on(backend, "rows", x)[first:last], axis=-2)
+        tiled = backend.take(tiled, self.on(backend, "cols", x), axis=-1)
+        return backend.reshape(tiled, (*batch, (last - first) * self.shape[1]))
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
         batch = tuple(y.shape[:-1])
         rows, cols = self._tile
         down, across = -(-self.shape[0] // rows), -(-self.shape[1] // cols)
-        found = backend.pad_last(backend.reshape(y, (*batch, *self.shape)), across * cols)
-        found = backend.sum(backend.reshape(found, (*batch, self.shape[0], across, cols)), axis=-2)
-        found = backend.reshape(found, (*batch, self.shape[0] * cols))
-        found = backend.pad_last(found, down * rows * cols)
-        return backend.sum(backend.reshape(found, (*batch, down, rows * cols)), axis=-2)
+        summed = backend.pad_last(backend.reshape(y, (*batch, *self.shape)), across * cols)
+        summed = backend.sum(backend.reshape(summed, (*batch, self.shape[0], across, cols)), axis=-2)
+        summed = backend.reshape(summed, (*batch, self.shape[0] * cols))
+        summed = backend.pad_last(summed, down * rows * cols)
+        return backend.sum(backend.reshape(summed, (*batch, down, rows * cols)), axis=-2)
 
     def sides(self) -> Sequence[tuple[Map, Map]]:
         rows, cols = (

@@ -83,21 +83,21 @@ class Scatter(MapSettings):
             object.__setattr__(self, "size", len(self.positions))
         super().__post_init__()
 
-    def _checked_positions(self, given: Any) -> tuple[int, ...]:
-        if not isinstance(given, (tuple, list, np.ndarray)) or getattr(given, "shape", given) == () or not len(given):
-            raise ConfigError(f"Scatter's positions must be a tuple of integers, or None; got {safe_repr(given)}")
-        found = tuple(integer("one of Scatter's positions", place, 0, MAX_SIZE - 1, ConfigError) for place in given)
-        if len(set(found)) < len(found):
-            (twice, _), *_ = collections.Counter(found).most_common(1)
+    def _checked_positions(self, value: Any) -> tuple[int, ...]:
+        if not isinstance(value, (tuple, list, np.ndarray)) or getattr(value, "shape", value) == () or not len(value):
+            raise ConfigError(f"Scatter's positions must be a tuple of integers, or None; got {safe_repr(value)}")
+        positions = tuple(integer("one of Scatter's positions", place, 0, MAX_SIZE - 1, ConfigError) for place in value)
+        if len(set(positions)) < len(positions):
+            (twice, _), *_ = collections.Counter(positions).most_common(1)
             raise ConfigError(f"Scatter's positions must be distinct; {twice} is given twice or more often")
-        if self.size not in (None, len(found)):
-            raise ConfigError(f"Scatter has size={self.size} and {len(found)} positions: leave size out")
-        if sum(len(str(place)) + 1 for place in found) > _MOST_DIGITS:
+        if self.size not in (None, len(positions)):
+            raise ConfigError(f"Scatter has size={self.size} and {len(positions)} positions: leave size out")
+        if sum(len(str(place)) + 1 for place in positions) > _MOST_DIGITS:
             raise ConfigError(
-                f"Scatter's {len(found)} positions have more digits than an adapter file's config may hold "
-                f"({_MOST_DIGITS}): use seeded positions, Scatter(size={len(found)})"
+                f"Scatter's {len(positions)} positions have more digits than an adapter file's config may hold "
+                f"({_MOST_DIGITS}): use seeded positions, Scatter(size={len(positions)})"
             )
-        return found
+        return positions
 
 
 class ScatterMap(Map):
@@ -154,12 +154,12 @@ class ScatterMap(Map):
             positions = self.make("positions")
         if positions is None:  # a slice: drawn without the rest
             inverse = rng.permutation(self.n_out, self.seed, self.group, start, stop, inverse=True)
-            found = np.minimum(inverse, self.n_in)
+            sources = np.minimum(inverse, self.n_in)
         else:
-            found = np.full(stop - start, self.n_in)
+            sources = np.full(stop - start, self.n_in)
             inside = np.flatnonzero((start <= positions) & (positions < stop))
-            found[positions[inside] - start] = inside
-        return found.astype(np.int32) if self.n_in < 1 << 31 else found
+            sources[positions[inside] - start] = inside
+        return sources.astype(np.int32) if self.n_in < 1 << 31 else sources
 
     def forward(self, backend: Backend, x: Array) -> Array:
         return backend.take(backend.pad_last(x, self.n_in + 1), self.on(backend, "sources", x))
@@ -181,10 +181,10 @@ class ScatterMap(Map):
         return 0
 
     def matrix(self) -> np.ndarray:
-        found = np.zeros((self.n_out, self.n_in))
+        matrix = np.zeros((self.n_out, self.n_in))
         for column, place in enumerate(self.make("positions")):
-            found[place, column] = 1.0
-        return found
+            matrix[place, column] = 1.0
+        return matrix
 
 
 # -- Scatter at the positions that torch's generator draws: PEFT's FourierFT and SHiRA ---------------------------------
@@ -334,10 +334,10 @@ class GatherMap(Map):
         draw = (self.seed, self.group, start, stop)
         if name == "signs":
             return rng.signs(*draw, purpose=rng.PURPOSE["gather_signs"])
-        found = rng.permutation(self.n_out, *draw, inverse=name == "back", purpose=rng.PURPOSE["gather"])
+        positions = rng.permutation(self.n_out, *draw, inverse=name == "back", purpose=rng.PURPOSE["gather"])
         if name == "index":
-            found %= self.n_in
-        return found.astype(np.int32) if self.n_out < 1 << 31 else found
+            positions %= self.n_in
+        return positions.astype(np.int32) if self.n_out < 1 << 31 else positions
 
     def streams(self) -> Iterator[np.ndarray]:
         # Long streams by their two ends: each element is a pure function of its index.
@@ -378,10 +378,10 @@ class GatherMap(Map):
         return 0
 
     def matrix(self) -> np.ndarray:
-        found = np.zeros((self.n_out, self.n_in))
+        matrix = np.zeros((self.n_out, self.n_in))
         for row, place in enumerate(rng.permutation(self.n_out, self.seed, self.group, purpose=rng.PURPOSE["gather"])):
-            found[row, place % self.n_in] = 1.0
-        return found
+            matrix[row, place % self.n_in] = 1.0
+        return matrix
 
 
 class SignGatherMap(GatherMap):
@@ -456,26 +456,26 @@ class OneHot(Map):
         return self.slice(backend, x, 0, self.n_out)
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
-        kind = backend.dtype_name(x)
-        scaled = x * self._in_dtype(backend, x, kind)
-        found = backend.take(scaled, self.on(backend, "index", x)[start:stop])
+        dtype = backend.dtype_name(x)
+        scaled = x * self._in_dtype(backend, x, dtype)
+        taken = backend.take(scaled, self.on(backend, "index", x)[start:stop])
         if self.signed:
-            found = found * self.on(backend, "signs", x, kind)[start:stop]
-        return found
+            taken = taken * self.on(backend, "signs", x, dtype)[start:stop]
+        return taken
 
-    def _in_dtype(self, backend: Backend, x: Array, kind: str) -> Array:
-        return self.on(backend, "coefficients", x, kind)
+    def _in_dtype(self, backend: Backend, x: Array, dtype: str) -> Array:
+        return self.on(backend, "coefficients", x, dtype)
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
         # In the order of the permutation, every run of n_in outputs takes each input once.
-        kind = backend.dtype_name(y)
+        dtype = backend.dtype_name(y)
         if self.signed:
-            y = y * self.on(backend, "signs", y, kind)
+            y = y * self.on(backend, "signs", y, dtype)
         rows = -(-self.n_out // self.n_in)
         sorted_ = backend.take(y, self.on(backend, "order", y))
         padded = backend.pad_last(sorted_, rows * self.n_in)
         summed = backend.sum(backend.reshape(padded, (*y.shape[:-1], rows, self.n_in)), axis=-2)
-        return summed * self._in_dtype(backend, y, kind)
+        return summed * self._in_dtype(backend, y, dtype)
 
     def gain(self) -> float:
         return min(self.n_in, self.n_out) / math.sqrt(self.n_in * self.n_out)
@@ -487,13 +487,13 @@ class OneHot(Map):
         return 0
 
     def matrix(self) -> np.ndarray:
-        found = np.zeros((self.n_out, self.n_in))
+        matrix = np.zeros((self.n_out, self.n_in))
         places = rng.permutation(self.n_out, self.seed, self.group)
         for row, place in enumerate(places.tolist()):
-            found[row, place % self.n_in] = 1.0
+            matrix[row, place % self.n_in] = 1.0
         if self.signed:
-            found *= rng.signs(self.seed, self.group, 0, self.n_out)[:, None]
-        return np.asarray(found / np.sqrt(np.maximum(1.0, np.abs(found).sum(axis=0))))
+            matrix *= rng.signs(self.seed, self.group, 0, self.n_out)[:, None]
+        return np.asarray(matrix / np.sqrt(np.maximum(1.0, np.abs(matrix).sum(axis=0))))
 
 
 class SignedOneHot(OneHot):
@@ -645,12 +645,12 @@ class TiedMap(BroughtMap):
         return int(np.unique(self.brought).size)
 
     def matrix(self) -> np.ndarray:
-        found = np.zeros((self.n_out, self.n_in))
+        matrix = np.zeros((self.n_out, self.n_in))
         for row, column in enumerate(self.brought.tolist()):
-            found[row, int(column)] = 1.0
+            matrix[row, int(column)] = 1.0
         if self.settings.normalized:
-            found /= np.sqrt(np.maximum(found.sum(axis=0), 1.0))
-        return found
+            matrix /= np.sqrt(np.maximum(matrix.sum(axis=0), 1.0))
+        return matrix
 
 
 # -- A permutation of the long vector ----------------------------------------------------------------------------------
@@ -686,21 +686,21 @@ class Shuffle(Map):
         return self._shuffled(backend, y, inverse=True)
 
     def _shuffled(self, backend: Backend, x: Array, inverse: bool) -> Array:
-        def there(x: Array) -> Array:
+        def forward(x: Array) -> Array:
             return backend.take(x, self.on(backend, "perm", x))
 
-        def back(x: Array) -> Array:
+        def adjoint(x: Array) -> Array:
             return backend.take(x, self.on(backend, "inverse", x))
 
-        found = backend.shuffle(x, self.recipe, inverse, fallback=(there, back))
-        return (back if inverse else there)(x) if found is None else found
+        shuffled = backend.shuffle(x, self.recipe, inverse, fallback=(forward, adjoint))
+        return (adjoint if inverse else forward)(x) if shuffled is None else shuffled
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
         kept = "perm" in self.kept
-        own = (
+        positions = (
             self.on(backend, "perm", x)[start:stop] if kept else self.on(backend, ("perm", start, stop), x, keep=False)
         )
-        return backend.take(x, own)
+        return backend.take(x, positions)
 
     def gain(self) -> float:
         return 1.0

@@ -99,24 +99,24 @@ class TwoSided(ByRows):
         """Compute some rows of Y, flattened."""
         batch = tuple(x.shape[:-1])
         x = backend.reshape(x, (*batch, *self.shape_in))
-        found = None
+        total = None
         for left, right in self.side_keys:
             some = self._side(backend, left, x)[first:last, :]
             part = backend.precise_matmul(
                 some, backend.precise_matmul(x, backend.matrix_transpose(self._side(backend, right, x)))
             )
-            found = part if found is None else found + part
-        return backend.reshape(found, (*batch, (last - first) * self.shape[1]))
+            total = part if total is None else total + part
+        return backend.reshape(total, (*batch, (last - first) * self.shape[1]))
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
         batch = tuple(y.shape[:-1])
         y = backend.reshape(y, (*batch, *self.shape))
-        found = None
+        total = None
         for left, right in self.side_keys:
             back = backend.precise_matmul(backend.matrix_transpose(self._side(backend, left, y)), y)
             part = backend.precise_matmul(back, self._side(backend, right, y))
-            found = part if found is None else found + part
-        return backend.reshape(found, (*batch, self.n_in))
+            total = part if total is None else total + part
+        return backend.reshape(total, (*batch, self.n_in))
 
     def _side(self, backend: Backend, key: Hashable, like: Array) -> Array:
         return self.matrices.on(backend, key, like, backend.dtype_name(like))
@@ -136,9 +136,9 @@ class _Cosines(FixedArrays):
         size = int(key)
         # Reduced modulo the period in integers, so that the cosine of a large argument loses nothing.
         turns = ((2 * np.arange(size)[:, None] + 1) * np.arange(size)[None, :]) % (4 * size)
-        found = np.cos(turns * (math.pi / (2 * size))) * math.sqrt(2.0 / size)
-        found[:, 0] = 1.0 / math.sqrt(size)
-        return np.asarray(found)
+        cosines = np.cos(turns * (math.pi / (2 * size))) * math.sqrt(2.0 / size)
+        cosines[:, 0] = 1.0 / math.sqrt(size)
+        return np.asarray(cosines)
 
 
 class Dct2(TwoSided):
@@ -203,15 +203,15 @@ class Dft2(TwoSided):
         return [(("cos", rows), ("cos", cols)), (("-sin", rows), ("sin", cols))]
 
     def forward(self, backend: Backend, x: Array) -> Array:
-        found = self._by_fft(backend, x)
-        return self.forward_plain(backend, x) if found is None else found
+        transformed = self._by_fft(backend, x)
+        return self.forward_plain(backend, x) if transformed is None else transformed
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
         return self.forward(backend, y)  # the matrix is symmetric
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
-        found = self._by_fft(backend, x)
-        return super().slice(backend, x, start, stop) if found is None else found[..., start:stop]
+        transformed = self._by_fft(backend, x)
+        return super().slice(backend, x, start, stop) if transformed is None else transformed[..., start:stop]
 
     def forward_plain(self, backend: Backend, x: Array) -> Array:
         """Compute F by matrix products: the reference implementation for every FFT."""
@@ -221,8 +221,8 @@ class Dft2(TwoSided):
         if not self._fft_is_faster:
             return None
         matrices = backend.reshape(x, (*x.shape[:-1], *self.shape))
-        found = backend.dft2(matrices, functools.partial(self._plain_matrices, backend))
-        return None if found is None else backend.reshape(found, x.shape)
+        transformed = backend.dft2(matrices, functools.partial(self._plain_matrices, backend))
+        return None if transformed is None else backend.reshape(transformed, x.shape)
 
     def _plain_matrices(self, backend: Backend, matrices: Array) -> Array:
         batch = matrices.shape[:-2]
@@ -483,8 +483,8 @@ class _Taps(FixedArrays):
         length, half = len(low), Wavelet(family, periodic).coefficients(samples) // 2
         shift = length // 2 - 1 if periodic else length - 2
         if name == "sample":
-            found = 2 * np.arange(half)[None, :] - shift + np.arange(length)[:, None]
-            return found % samples if periodic else np.where((found >= 0) & (found < samples), found, samples)
+            index = 2 * np.arange(half)[None, :] - shift + np.arange(length)[:, None]
+            return index % samples if periodic else np.where((index >= 0) & (index < samples), index, samples)
         places = np.arange(samples)[None, :] + shift
         number = np.arange(length // 2)[:, None]
         if name == "coefficient":
@@ -547,16 +547,16 @@ class WaveletMap(ByRows):
 
     def _synthesis(self, backend: Backend, x: Array, side: int, first: int, last: int) -> Array:
         """Compute some samples of one side, the last axis, from all of its coefficients."""
-        kind = backend.dtype_name(x)
+        dtype = backend.dtype_name(x)
         half = x.shape[-1] // 2
         index = _taps.on(backend, self._key("coefficient", side), x)
-        found = None
+        total = None
         for name, part in (("low", x[..., :half]), ("high", x[..., half:])):
-            taps = _taps.on(backend, self._key(name, side), x, kind)
+            taps = _taps.on(backend, self._key(name, side), x, dtype)
             for number in range(index.shape[0]):
-                own = backend.take(part, index[number, first:last]) * taps[number, first:last]
-                found = own if found is None else found + own
-        return found
+                term = backend.take(part, index[number, first:last]) * taps[number, first:last]
+                total = term if total is None else total + term
+        return total
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
         batch = tuple(y.shape[:-1])
@@ -592,14 +592,14 @@ class WaveletMap(ByRows):
         return len(_FILTERS[self.settings.family]) * rows * (cols_in + cols)
 
     def matrix(self) -> np.ndarray:
-        found = np.zeros((*self.shape, *self._shape_in))
-        for (row, col), _ in np.ndenumerate(found[0, 0]):
+        matrix = np.zeros((*self.shape, *self._shape_in))
+        for (row, col), _ in np.ndenumerate(matrix[0, 0]):
             unit = np.zeros(self._shape_in)
             unit[row, col] = 1.0
             for axis in (0, 1):
                 unit = np.apply_along_axis(self._synthesized, axis, unit, self.shape[axis])
-            found[:, :, row, col] = unit
-        return found.reshape(self.n_out, self.n_in)
+            matrix[:, :, row, col] = unit
+        return matrix.reshape(self.n_out, self.n_in)
 
     def _synthesized(self, coefficients: np.ndarray, samples: int) -> np.ndarray:
         """Compute one side by upsampling and convolution, as a filter bank does."""
@@ -610,10 +610,10 @@ class WaveletMap(ByRows):
         full = np.convolve(halves[0], low) + np.convolve(halves[1], high)
         if not self.settings.periodic:
             return full[len(low) - 2 :][:samples]
-        found = np.zeros(samples)
+        wrapped = np.zeros(samples)
         for place, value in enumerate(full, 1 - len(low) // 2):
-            found[place % samples] += value
-        return found
+            wrapped[place % samples] += value
+        return wrapped
 
 
 # -- The inverse wavelet transform of as many coefficients as elements: PEFT's WaveFT ----------------------------------
@@ -688,9 +688,9 @@ class CenteredWaveletMap(Map):
         places = (row * wide + col).reshape(-1)
         if key == "places":
             return places.astype(np.int64)
-        found = np.full(high * wide, self.n_in, np.int64)  # a zero that is appended
-        found[places] = np.arange(self.n_in)
-        return found
+        element_at = np.full(high * wide, self.n_in, np.int64)  # a zero that is appended
+        element_at[places] = np.arange(self.n_in)
+        return element_at
 
     def _embedded(self, backend: Backend, x: Array) -> Array:
         return backend.take(backend.pad_last(x, self.n_in + 1), self.on(backend, "sources", x))
@@ -712,6 +712,6 @@ class CenteredWaveletMap(Map):
         whole = np.zeros((high, wide, rows * cols))
         for number in range(rows * cols):
             whole[number // cols + (high - rows) // 2, number % cols + (wide - cols) // 2, number] = 1.0
-        (one, two), (three, four) = (np.split(half, 2, axis=1) for half in np.split(whole, 2))
-        turned = np.concatenate([np.concatenate([one, three], axis=1), np.concatenate([two, four], axis=1)])
+        (a, b), (c, d) = (np.split(half, 2, axis=1) for half in np.split(whole, 2))
+        turned = np.concatenate([np.concatenate([a, c], axis=1), np.concatenate([b, d], axis=1)])
         return np.asarray(self._inner.matrix() @ turned.reshape(high * wide, -1))

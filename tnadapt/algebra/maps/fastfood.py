@@ -210,11 +210,11 @@ def fwht(x: Array, axis: int = -1, normalize: bool = True, *, out: Array | None 
     if normalize is not True and normalize is not False:
         normalize = flag("normalize", normalize)  # type: ignore[unreachable]
     if out is None and axis is _LAST:  # of equal integers as small as this there is only one
-        found = backend.fwht_at_once(x, normalize)
-        if found is not None:
-            return found
-    kind, shape = backend.dtype_name(x), x.shape
-    if kind not in FLOAT_DTYPES:
+        result = backend.fwht_at_once(x, normalize)
+        if result is not None:
+            return result
+    dtype, shape = backend.dtype_name(x), x.shape
+    if dtype not in FLOAT_DTYPES:
         backend.require_float(x, "x, the input of fwht,")
     ndim = len(shape)
     if type(axis) is not int or not -ndim <= axis < ndim:
@@ -227,11 +227,11 @@ def fwht(x: Array, axis: int = -1, normalize: bool = True, *, out: Array | None 
         )
     axis = axis - ndim if axis >= 0 else axis
     if out is None:
-        return _fwht_along(backend, x, kind, axis, normalize)
+        return _fwht_along(backend, x, dtype, axis, normalize)
     if tuple(out.shape) != tuple(shape):
         raise ShapeError(f"out has shape {tuple(out.shape)}; expected that of the input, {tuple(shape)}")
-    if kind in _HALF or length == 1 or not backend.fwht_into(x, _scale(length, normalize), axis, out):
-        backend.write(out, _fwht_along(backend, x, kind, axis, normalize))
+    if dtype in _HALF or length == 1 or not backend.fwht_into(x, _scale(length, normalize), axis, out):
+        backend.write(out, _fwht_along(backend, x, dtype, axis, normalize))
     return out
 
 
@@ -251,10 +251,10 @@ def _scale(length: int, normalize: bool) -> float:
     return 1.0 / math.sqrt(length) if normalize else 1.0
 
 
-def _fwht_along(backend: Backend, x: Array, kind: str, axis: int, normalize: bool) -> Array:
+def _fwht_along(backend: Backend, x: Array, dtype: str, axis: int, normalize: bool) -> Array:
     """Transform along an axis that is counted from the last."""
-    if kind in _HALF:
-        return backend.astype(_fwht_along(backend, backend.astype(x, "float32"), "float32", axis, normalize), kind)
+    if dtype in _HALF:
+        return backend.astype(_fwht_along(backend, backend.astype(x, "float32"), "float32", axis, normalize), dtype)
     shape = x.shape
     length = shape[axis]
     if length == 1 or 0 in shape:
@@ -263,8 +263,8 @@ def _fwht_along(backend: Backend, x: Array, kind: str, axis: int, normalize: boo
     def plain(x: Array) -> Array:
         return backend.moveaxis(fwht_plain(backend, backend.moveaxis(x, axis, -1), normalize), -1, axis)
 
-    found = backend.fwht(x, _scale(length, normalize), axis, plain)
-    return plain(x) if found is None else found
+    transformed = backend.fwht(x, _scale(length, normalize), axis, plain)
+    return plain(x) if transformed is None else transformed
 
 
 def fwht_plain(backend: Backend, x: Array, normalize: bool = True) -> Array:
@@ -272,7 +272,7 @@ def fwht_plain(backend: Backend, x: Array, normalize: bool = True) -> Array:
 
     For float32 and float64 and a batch that is not empty.
     """
-    kind = backend.dtype_name(x)
+    dtype = backend.dtype_name(x)
     shape = x.shape
     length = shape[-1]
     bits = length.bit_length() - 1
@@ -283,7 +283,7 @@ def fwht_plain(backend: Backend, x: Array, normalize: bool = True) -> Array:
         step = min(_RADIX_BITS, bits)
         bits -= step
         key = (step, length if normalize and not bits else 1)
-        matrix = _small_matrices.on(backend, key, like=x, dtype=kind)
+        matrix = _small_matrices.on(backend, key, like=x, dtype=dtype)
         rows = min(length >> step, _ROWS)
         x = backend.reshape(x, (*batch, 1 << step, (length >> step) // rows, rows))
         x = backend.precise_matmul(backend.moveaxis(x, -3, -1), matrix)
@@ -336,31 +336,31 @@ class Linear(Map):
         self.draws = FastfoodDraws(self.normal, n_out, self.padded, self._pruned, seed, group)
 
     def forward(self, backend: Backend, x: Array) -> Array:
-        found = backend.fastfood(x, self.draws, self.n_in, adjoint=False, fallback=self._fallback(backend))
-        return self.forward_plain(backend, x) if found is None else found
+        y = backend.fastfood(x, self.draws, self.n_in, adjoint=False, fallback=self._fallback(backend))
+        return self.forward_plain(backend, x) if y is None else y
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
-        found = backend.fastfood(y, self.draws, self.n_in, adjoint=True, fallback=self._fallback(backend))
-        return self.adjoint_plain(backend, y) if found is None else found
+        x = backend.fastfood(y, self.draws, self.n_in, adjoint=True, fallback=self._fallback(backend))
+        return self.adjoint_plain(backend, y) if x is None else x
 
     def _fallback(self, backend: Backend) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
         return functools.partial(self.forward_plain, backend), functools.partial(self.adjoint_plain, backend)
 
     def forward_plain(self, backend: Backend, x: Array) -> Array:
         """Compute F in the library's own operations: the reference implementation for every kernel."""
-        kind = backend.dtype_name(x)
+        dtype = backend.dtype_name(x)
         z = backend.take(self._small_transform(backend, x), self.draws.on(backend, "index", x))
-        z = z * self.draws.on(backend, "gain", x, kind)
-        return fwht_last(backend, z)[..., : self.n_out] * self.draws.on(backend, "diagonal", x, kind)
+        z = z * self.draws.on(backend, "gain", x, dtype)
+        return fwht_last(backend, z)[..., : self.n_out] * self.draws.on(backend, "diagonal", x, dtype)
 
     def _small_transform(self, backend: Backend, x: Array) -> Array:
         """Compute one period of ``H pad(x)``, which is periodic because the padding is zero."""
         return fwht_last(backend, backend.pad_last(x, self._pruned)) * math.sqrt(self._pruned / self.padded)
 
     def adjoint_plain(self, backend: Backend, y: Array) -> Array:
-        kind = backend.dtype_name(y)
-        u = fwht_last(backend, backend.pad_last(y * self.draws.on(backend, "diagonal", y, kind), self.padded))
-        v = backend.take(u * self.draws.on(backend, "gain", y, kind), self.draws.on(backend, "inverse", y))
+        dtype = backend.dtype_name(y)
+        u = fwht_last(backend, backend.pad_last(y * self.draws.on(backend, "diagonal", y, dtype), self.padded))
+        v = backend.take(u * self.draws.on(backend, "gain", y, dtype), self.draws.on(backend, "inverse", y))
         # The adjoint of repeating is summing over the repeats.
         v = backend.reshape(v, (*v.shape[:-1], self.padded // self._pruned, self._pruned))
         v = backend.sum(v, axis=-2) * math.sqrt(self._pruned / self.padded)
@@ -371,16 +371,16 @@ class Linear(Map):
 
         Rows of ``H_high`` combine the blocks of z; ``H_low`` then transforms only the combined blocks.
         """
-        kind = backend.dtype_name(x)
+        dtype = backend.dtype_name(x)
         low = min(self.padded, max(_LEAST_BLOCK, 1 << (stop - start).bit_length() - 1))
         first, end = start // low, (stop - 1) // low + 1
         y = fwht_last(backend, self._mixed(backend, x, low, first, end))
         y = backend.reshape(y, (*x.shape[:-1], (end - first) * low))[..., start - first * low : stop - first * low]
-        return y * self.draws.piece(backend, "diagonal", start, stop, x, kind)
+        return y * self.draws.piece(backend, "diagonal", start, stop, x, dtype)
 
     def _mixed(self, backend: Backend, x: Array, low: int, first: int, end: int) -> Array:
         """Multiply rows ``first`` to ``end - 1`` of H_high by z in blocks of ``low``: shape (…, end - first, low)."""
-        kind, high = backend.dtype_name(x), self.padded // low
+        dtype, high = backend.dtype_name(x), self.padded // low
         small = self._small_transform(backend, x)
         # One part of the columns at a time, so that besides the sum only part of a block is in memory.
         step, width = max(1, _SLICE_CHUNK // low), min(low, _SLICE_PART)
@@ -393,9 +393,9 @@ class Linear(Map):
                 # Contiguous: either there is one block (step is 1), or its columns are all there (width is low).
                 hi = lo + blocks * width
                 z = backend.take(small, self.draws.piece(backend, "index", lo, hi, x))
-                z = z * self.draws.piece(backend, "gain", lo, hi, x, kind)
+                z = z * self.draws.piece(backend, "gain", lo, hi, x, dtype)
                 z = backend.reshape(z, (*x.shape[:-1], blocks, width))
-                rows = hadamard_rows.on(backend, (first, end, block, block + blocks, high), x, kind, keep=False)
+                rows = hadamard_rows.on(backend, (first, end, block, block + blocks, high), x, dtype, keep=False)
                 part = backend.precise_matmul(rows, z)
                 mixed = part if mixed is None else mixed + part
             parts.append(mixed)

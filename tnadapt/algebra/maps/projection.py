@@ -82,11 +82,11 @@ class Chain(Map):
         if not parts or not all(isinstance(part, Map) for part in parts):
             raise ConfigError(f"parts must be one or more maps; got {safe_repr(parts)}")
         super().__init__(parts[0].n_in, parts[-1].n_out, parts[0].seed, parts[0].group)
-        for one, after in itertools.pairwise(parts):
-            if one.n_out != after.n_in:
+        for before, after in itertools.pairwise(parts):
+            if before.n_out != after.n_in:
                 raise ConfigError(
-                    f"parts must fit each other; {one.kind!r} makes {one.n_out} elements, and {after.kind!r} takes "
-                    f"{after.n_in}"
+                    f"parts must fit each other; {before.kind!r} makes {before.n_out} elements, and {after.kind!r} "
+                    f"takes {after.n_in}"
                 )
         self.parts = parts
         self.kind = " → ".join(part.kind for part in parts)
@@ -164,10 +164,10 @@ class Chain(Map):
         return sum(known) if len(known) == len(costs) else None
 
     def matrix(self) -> np.ndarray:
-        found = self.parts[0].matrix()
+        matrix = self.parts[0].matrix()
         for part in self.parts[1:]:
-            found = part.matrix() @ found
-        return np.asarray(found)
+            matrix = part.matrix() @ matrix
+        return np.asarray(matrix)
 
 
 def _composed(parts: Sequence[Map]) -> Map:
@@ -251,11 +251,11 @@ class PerWeight(Map):
 
     @functools.cached_property
     def _places(self) -> dict[int, tuple[int, Map]]:
-        found, first_in, first_out = dict[int, tuple[int, Map]](), 0, 0
+        places, first_in, first_out = dict[int, tuple[int, Map]](), 0, 0
         for part in self.parts:
-            found[first_out] = first_in, part
+            places[first_out] = first_in, part
             first_in, first_out = first_in + part.n_in, first_out + part.n_out
-        return found
+        return places
 
     def __repr__(self) -> str:
         return f"PerWeight({list(self.parts)!r})"
@@ -274,10 +274,10 @@ class PerWeight(Map):
         ]
         pieces = []
         for number, part in enumerate(self.parts):
-            own = [
+            blocks = [
                 array[..., edges[number] : edges[number + 1]] for (array, _), edges in zip(arrays, starts, strict=True)
             ]
-            pieces.append(apply(part, backend, *own))
+            pieces.append(apply(part, backend, *blocks))
         return backend.concat(pieces, axis=-1)
 
     def forward(self, backend: Backend, x: Array) -> Array:
@@ -298,9 +298,9 @@ class PerWeight(Map):
         for part in self.parts:
             lo, hi = max(start - first_out, 0), min(stop - first_out, part.n_out)
             if lo < hi:
-                own = x[..., first_in : first_in + part.n_in]
+                block = x[..., first_in : first_in + part.n_in]
                 whole = (lo, hi) == (0, part.n_out)
-                pieces.append(part.forward(backend, own) if whole else part.slice(backend, own, lo, hi))
+                pieces.append(part.forward(backend, block) if whole else part.slice(backend, block, lo, hi))
             first_in, first_out = first_in + part.n_in, first_out + part.n_out
         return backend.concat(pieces, axis=-1)
 
@@ -398,7 +398,7 @@ def _fields(cls: type[MapSettings]) -> list[str]:
 
 def _steps(projection: Recipe) -> list[_Step]:
     listed = projection if isinstance(projection, tuple) else (projection,)
-    return [_step_of(given) for given in listed]
+    return [_step_of(step) for step in listed]
 
 
 # -- Configs ---------------------------------------------------------------------------------------
@@ -429,30 +429,30 @@ def checked_projection(given: Any) -> Recipe:
         return _checked_step(given)
     if not 1 <= len(given) <= _MOST:
         raise ConfigError(f"a projection that is a list composes 1 to {_MOST} maps; got {len(given)}")
-    found = [step for step in map(_checked_step, given) if step != "identity"]
-    for step in map(_step_of, found[:-1]):
+    steps = [step for step in map(_checked_step, given) if step != "identity"]
+    for step in map(_step_of, steps[:-1]):
         if not step.cls.linear:
             raise ConfigError(
                 f"projection {step.name!r} is not linear, and only the last map of a chain may be nonlinear: put it "
                 "last"
             )
-    if len(found) > 1:
-        return tuple(found)
-    return found[0] if found else "identity"
+    if len(steps) > 1:
+        return tuple(steps)
+    return steps[0] if steps else "identity"
 
 
-def _checked_step(given: Any) -> str | MapSettings:
-    if isinstance(given, Mapping):
-        given = _settings_of(given)
-    if isinstance(given, MapSettings):
-        step = _step_of(given)
+def _checked_step(value: Any) -> str | MapSettings:
+    if isinstance(value, Mapping):
+        value = _settings_of(value)
+    if isinstance(value, MapSettings):
+        step = _step_of(value)
         try:
-            return step.name if type(given)() == given else given
+            return step.name if type(value)() == value else value
         except (TypeError, TnadaptError):  # it has no defaults
-            return given
-    MAPS.find(given, "or the settings of a map, such as tnadapt.maps.Scatter(size=1000), or a list of these")
-    _step_of(given)
-    return str(given)
+            return value
+    MAPS.find(value, "or the settings of a map, such as tnadapt.maps.Scatter(size=1000), or a list of these")
+    _step_of(value)
+    return str(value)
 
 
 def _settings_of(stored: Mapping[str, Any]) -> MapSettings:
@@ -465,8 +465,8 @@ def _settings_of(stored: Mapping[str, Any]) -> MapSettings:
     known = _fields(cls)
     for key in stored:
         if key not in ("map", *known):
-            there = f"its settings are {', '.join(known)}" if known else "it has none"
-            raise ConfigError(f"map {name!r} has no setting {safe_repr(key)}; {there}")
+            advice = f"its settings are {', '.join(known)}" if known else "it has none"
+            raise ConfigError(f"map {name!r} has no setting {safe_repr(key)}; {advice}")
     try:
         return cls(**{key: _tuples(value) for key, value in stored.items() if key != "map"})
     except TnadaptError:
@@ -494,7 +494,7 @@ def projection_to_json(projection: Recipe) -> Any:
     if isinstance(projection, str):
         return projection
     if isinstance(projection, tuple):
-        return [projection_to_json(given) for given in projection]
+        return [projection_to_json(step) for step in projection]
     name = _step_of(projection).name
     return {"map": name, **{field: _lists(getattr(projection, field)) for field in _fields(type(projection))}}
 
@@ -513,7 +513,7 @@ def projection_name(projection: Recipe) -> str:
     'scatter(size=5) → dct2'
     """
     if isinstance(projection, tuple):
-        return " → ".join(projection_name(given) for given in projection)
+        return " → ".join(projection_name(step) for step in projection)
     step = _step_of(projection)
     told = "" if step.settings is None else settings_text(step.settings, short=True)
     return f"{step.name}({told})" if told else step.name
@@ -627,9 +627,9 @@ def _build(steps: Sequence[_Step], codomain: Space, free_length: int | None, see
         extra: dict[str, Any] = {} if settings is None else {"settings": settings}
         if cls.two_sided:
             extra["shape"] = codomain.shape
-        made = cls(domain.length, codomain.length, seed, group + number * _STREAMS, **extra)
-        made.kind = step.name
-        parts.insert(0, made)
+        part = cls(domain.length, codomain.length, seed, group + number * _STREAMS, **extra)
+        part.kind = step.name
+        parts.insert(0, part)
         codomain = domain
     return parts[0] if len(parts) == 1 else Chain(parts)
 
@@ -677,12 +677,12 @@ def make_map(
     n_in = None if n_in is None else integer("n_in", n_in, 1, MAX_SIZE, ConfigError)
     n_out = integer("n_out", n_out, 1, MAX_SIZE, ConfigError)
     length = _length(1.0 if ratio is None else ratio, n_out) if n_in is None else n_in
-    found = _build(steps, Space(n_out), length, seed, group)
-    if n_in is not None and found.n_in != n_in:
+    f = _build(steps, Space(n_out), length, seed, group)
+    if n_in is not None and f.n_in != n_in:
         if all(step.cls.square for step in steps):
             raise ConfigError(f"{kind!r} keeps the length; got n_in={n_in}, n_out={n_out}: use 'linear'")
-        raise ConfigError(f"{projection_name(kind)} takes n_in={found.n_in}; got n_in={n_in}: leave n_in out")
-    return found
+        raise ConfigError(f"{projection_name(kind)} takes n_in={f.n_in}; got n_in={n_in}: leave n_in out")
+    return f
 
 
 @checks_arguments
@@ -704,14 +704,14 @@ def make_map_on_weights(
     >>> make_map_on_weights("dct2", [(2, 3), (4, 4)]).n_in
     22
     """
-    steps, made, shapes = _steps(kind), dict[tuple[int, int], Map](), list(shapes)
+    steps, map_of, shapes = _steps(kind), dict[tuple[int, int], Map](), list(shapes)
     if not shapes:
         raise ConfigError("shapes must be those of at least one weight; got none")
     for rows, cols in shapes:
-        if (rows, cols) not in made:
+        if (rows, cols) not in map_of:
             size = rows * cols
-            made[rows, cols] = _build(steps, Space(size, (rows, cols)), _length(ratio, size), seed, group)
-    parts = [made[shape] for shape in shapes]
+            map_of[rows, cols] = _build(steps, Space(size, (rows, cols)), _length(ratio, size), seed, group)
+    parts = [map_of[shape] for shape in shapes]
     return parts[0] if len(parts) == 1 else PerWeight(parts)
 
 
@@ -819,14 +819,14 @@ class Projection:
         (4, (14,))
         """
         kind = checked_projection(kind)
-        found = cls.__new__(cls)
-        found._hold(kind, make_map_on_weights(kind, shapes, ratio, *_stream(seed, group)))
-        found.key = (kind, tuple(shapes), ratio, seed, group)
-        return found
+        projection = cls.__new__(cls)
+        projection._hold(kind, make_map_on_weights(kind, shapes, ratio, *_stream(seed, group)))
+        projection.key = (kind, tuple(shapes), ratio, seed, group)
+        return projection
 
-    def _hold(self, kind: Any, found: Map) -> None:
-        self.kind, self.map = kind, found
-        self.n_in, self.n_out, self.seed, self.group = found.n_in, found.n_out, found.seed, found.group
+    def _hold(self, kind: Any, map: Map) -> None:
+        self.kind, self.map = kind, map
+        self.n_in, self.n_out, self.seed, self.group = map.n_in, map.n_out, map.seed, map.group
 
     @checks_arguments
     def share(self, other: Projection, digest: bool = False) -> None:
@@ -836,8 +836,8 @@ class Projection:
             self.__dict__["digest"] = other.digest
 
     def __repr__(self) -> str:
-        kind = self.kind if isinstance(self.kind, str) else projection_name(self.kind)
-        return f"Projection({kind!r}, n_in={self.n_in}, n_out={self.n_out}, seed={self.seed}, group={self.group})"
+        recipe = self.kind if isinstance(self.kind, str) else projection_name(self.kind)
+        return f"Projection({recipe!r}, n_in={self.n_in}, n_out={self.n_out}, seed={self.seed}, group={self.group})"
 
     @property
     def padded(self) -> int:
@@ -855,10 +855,10 @@ class Projection:
         part = self.map.linear_part
         if part is self.map:
             return self
-        found = Projection.__new__(Projection)
-        found._hold(part.kind, part)
-        found.key = ("linear part", *self.key)
-        return found
+        projection = Projection.__new__(Projection)
+        projection._hold(part.kind, part)
+        projection.key = ("linear part", *self.key)
+        return projection
 
     # -- F -----------------------------------------------------------------------------------
 
@@ -1004,9 +1004,9 @@ def _stream(seed: int, group: int) -> tuple[int, int]:
 def _in_float32(compute: Callable[..., Array], *arrays: Array) -> Array:
     """Call ``compute`` on arrays of at least single precision; round half precision once, at the end."""
     backend = get_backend(*arrays)
-    kind = backend.dtype_name(arrays[0])
-    if kind in ("float16", "bfloat16"):
-        return backend.astype(compute(backend, *(backend.astype(x, "float32") for x in arrays)), kind)
+    dtype = backend.dtype_name(arrays[0])
+    if dtype in ("float16", "bfloat16"):
+        return backend.astype(compute(backend, *(backend.astype(x, "float32") for x in arrays)), dtype)
     return compute(backend, *arrays)
 
 
@@ -1039,5 +1039,5 @@ def adjoints(backend: Backend, projection: Projection, vectors: Sequence[Array])
 def _by_rows(backend: Backend, compute: Callable[[Array], Array], vectors: Sequence[Array]) -> list[Array]:
     if len(vectors) == 1:
         return [compute(vectors[0])]
-    found = compute(backend.reshape(backend.concat(vectors), (len(vectors), vectors[0].shape[0])))
-    return backend.split(backend.flatten(found), [found.shape[1]] * len(vectors))
+    rows = compute(backend.reshape(backend.concat(vectors), (len(vectors), vectors[0].shape[0])))
+    return backend.split(backend.flatten(rows), [rows.shape[1]] * len(vectors))

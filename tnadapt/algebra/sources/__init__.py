@@ -181,8 +181,8 @@ def _from_dict(settings: Any, depth: int) -> Source:
     known = [field.name for field in dataclasses.fields(cls)]
     for key in settings:
         if key not in ("source", *known):
-            there = f"its fields are {', '.join(known)}" if known else "it has no fields"
-            raise ConfigError(f"source {name!r} has no field {safe_repr(key)}; {there}")
+            advice = f"its fields are {', '.join(known)}" if known else "it has no fields"
+            raise ConfigError(f"source {name!r} has no field {safe_repr(key)}; {advice}")
     try:
         return cls(**{key: _read(value, depth) for key, value in settings.items() if key != "source"})
     except TnadaptError:

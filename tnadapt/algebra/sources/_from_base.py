@@ -94,33 +94,33 @@ def dominant_basis(matrix: np.ndarray, normals: np.ndarray, rank: int, vectors: 
         raise ConfigError(f"{what} is computed from the base weight, which holds NaN or infinity")
     width = min(rank + OVERSAMPLING, *matrix.shape)
     # Only float64 weights can be so large or small that their squares overflow or underflow.
-    own = matrix if 1e-60 < largest < 1e60 or largest == 0.0 else matrix / largest
+    scaled = matrix if 1e-60 < largest < 1e60 or largest == 0.0 else matrix / largest
     q = _orthonormal(normals[:, :width])
     if width < matrix.shape[0]:
         for _ in range(PASSES):
-            q = _orthonormal(own @ (own.T @ q))
+            q = _orthonormal(scaled @ (scaled.T @ q))
     # Rayleigh-Ritz: the singular vectors of the part of the matrix in that space.
-    left, values, _ = np.linalg.svd(q.T @ own, full_matrices=False)
+    left, values, _ = np.linalg.svd(q.T @ scaled, full_matrices=False)
     if values[rank - 1] <= _NOISE * values[0]:
         raise ConfigError(
             f"{what} needs {rank} singular vectors of the base weight, which has only "
             f"{int((values > _NOISE * values[0]).sum())} singular values above rounding errors: use a smaller rank"
         )
-    found = q @ left[:, :rank]
+    basis = q @ left[:, :rank]
     if not vectors:
         if rank < len(values) and values[rank - 1] - values[rank] < _LOST * values[rank - 1]:
             warn(
                 f"{what} takes singular vectors of a base weight up to a value that is nearer than {_LOST:g} to the "
                 "next one: another machine may take another part. Save with store_bases=True, or use another rank",
             )
-        return _orthonormal(found @ (found.T @ normals[:, :rank]))
+        return _orthonormal(basis @ (basis.T @ normals[:, :rank]))
     values = values[: rank + 1]
     if _tied(values):
         warn(
             f"{what} takes single singular vectors of a base weight, two of whose singular values are nearer than "
             f"{_TIE:g}: another machine may compute other vectors. Save with store_bases=True, or use vectors=False",
         )
-    return np.asarray(found * _signs(found))
+    return np.asarray(basis * _signs(basis))
 
 
 def _tied(values: np.ndarray) -> bool:
@@ -169,12 +169,12 @@ def dominant_svd(matrix: np.ndarray, normals: np.ndarray, rank: int, what: str) 
            [0., 0., 0.]])
     """
     largest = float(np.abs(matrix).max())
-    own = matrix / (largest or 1.0)
+    scaled = matrix / (largest or 1.0)
     q = _orthonormal(normals)
     if q.shape[1] < matrix.shape[0]:
         for _ in range(START_PASSES):
-            q = _orthonormal(own @ (own.T @ q))
-    inner, values, right = np.linalg.svd(q.T @ own, full_matrices=False)
+            q = _orthonormal(scaled @ (scaled.T @ q))
+    inner, values, right = np.linalg.svd(q.T @ scaled, full_matrices=False)
     return _signed(q @ inner, largest * values, right.T, slice(0, rank), what)
 
 
@@ -217,21 +217,21 @@ def leading_qr(matrix: np.ndarray, rank: int, what: str) -> np.ndarray:
 
 def _signed(left: np.ndarray, values: np.ndarray, right: np.ndarray, part: slice, what: str) -> Triples:
     """Return some of the triples, each with the largest entry of its left vector positive."""
-    found = values[part]
-    if found[-1] <= _NOISE * values[0]:
+    selected = values[part]
+    if selected[-1] <= _NOISE * values[0]:
         raise ConfigError(
-            f"{what} needs {len(found)} singular values of the base weight that are not zero, and only "
+            f"{what} needs {len(selected)} singular values of the base weight that are not zero, and only "
             f"{int((values > _NOISE * values[0]).sum())} are above rounding errors: use a smaller rank, or start='zero'"
         )
     first = part.start or 0
-    edge = first or first + len(found)
+    edge = first or first + len(selected)
     if 0 < edge < len(values) and _tied(values[edge - 1 : edge + 1]):
         warn(
             f"{what} takes singular vectors of a base weight up to a value that is nearer than {_TIE:g} to the next "
             "one: another machine may take another part. Save with store_bases=True",
         )
     signs = _signs(left[:, part])
-    return left[:, part] * signs, found, right[:, part] * signs
+    return left[:, part] * signs, selected, right[:, part] * signs
 
 
 def _orthonormal(matrix: np.ndarray) -> np.ndarray:
@@ -411,8 +411,8 @@ class BaseCore(Source):
     def array(self, shape: tuple[int, ...], stream: Stream) -> np.ndarray:
         """See :meth:`Source.array`."""
         assert stream.base is not None  # the plan gives both to a source that needs them
-        found = stream.base
+        core = stream.base
         for mode, factor in stream.factors.items():
             wide = factor.astype(np.float64)
-            found = np.moveaxis(np.tensordot(wide.T, found, axes=(1, mode)), 0, mode)
-        return np.ascontiguousarray(found, np.float32)
+            core = np.moveaxis(np.tensordot(wide.T, core, axes=(1, mode)), 0, mode)
+        return np.ascontiguousarray(core, np.float32)

@@ -257,9 +257,9 @@ class Tied(Source):
 
     def target(self, group: int) -> tuple[int, str]:
         """Return the group and the network's name of the other array, for an array of this group."""
-        found = _NAME.fullmatch(self.to)
-        assert found is not None  # checked above
-        return group if found[1] is None else int(found[1]), found[2]
+        match = _NAME.fullmatch(self.to)
+        assert match is not None  # checked above
+        return group if match[1] is None else int(match[1]), match[2]
 
 
 # -- Given arrays: frozen, and brought by the caller -------------------------------------------------------------------
@@ -282,8 +282,8 @@ class Given(Source):
     --------
     >>> import numpy as np, tnadapt as tna
     >>> config = tna.presets.lora(2).replace(sources={"factor1": tna.sources.Given(shared=True)})
-    >>> given = {"group0.split0.factor1": np.eye(4, 2)}
-    >>> plan = tna.SuperLoRA(config, [(3, 4), (3, 4)], given=given)
+    >>> arrays = {"group0.split0.factor1": np.eye(4, 2)}
+    >>> plan = tna.SuperLoRA(config, [(3, 4), (3, 4)], given=arrays)
     >>> plan.num_parameters
     12
     """
@@ -421,9 +421,9 @@ def _one_hot(shape: Shape, stream: Stream) -> np.ndarray:
     words = rng.words(stream.seed, stream.group, stream.purpose, 0, rows * -(-columns // rows))
     # Each block of so many columns as there are rows takes the rows in the order of its words.
     order = np.argsort(words.reshape(-1, rows), axis=1, kind="stable").reshape(-1)[:columns]
-    found = np.zeros((rows, columns))
-    found[order, np.arange(columns)] = 1.0
-    return found.reshape(shape)
+    matrix = np.zeros((rows, columns))
+    matrix[order, np.arange(columns)] = 1.0
+    return matrix.reshape(shape)
 
 
 def _eye(shape: Shape, stream: Stream) -> np.ndarray:
@@ -649,20 +649,20 @@ class Scaled(Multiplied):
             raise ConfigError("Scaled needs a diagonal: size=True, rank=True, or both")
         if self.start is None:
             return
-        given = self.start if isinstance(self.start, tuple) else (self.start,)
-        for number in given:
+        numbers = self.start if isinstance(self.start, tuple) else (self.start,)
+        for number in numbers:
             known = isinstance(number, (int, float)) and not isinstance(number, bool)
             if not known or not abs(number) <= 1e30:  # NaN is not either
                 raise ConfigError(
                     "start must be a finite number of at most 1e30, a tuple of one per diagonal, or None; got "
                     f"{safe_repr(self.start)}"
                 )
-        if isinstance(self.start, tuple) and (len(given) != len(self.multipliers) or given.count(0.0) > 1):
+        if isinstance(self.start, tuple) and (len(numbers) != len(self.multipliers) or numbers.count(0.0) > 1):
             raise ConfigError(
                 f"start={safe_repr(self.start)} must have one number for each of {', '.join(self.multipliers)}, at "
                 "most one of them 0"
             )
-        floats = tuple(map(float, given))
+        floats = tuple(map(float, numbers))
         object.__setattr__(self, "start", floats if isinstance(self.start, tuple) else floats[0])  # the class is frozen
 
     @property
@@ -691,8 +691,8 @@ class Scaled(Multiplied):
     def product(self, backend: Backend, array: Array, multipliers: Mapping[str, Array]) -> Array:
         """Compute the array times its diagonals, which are given by name."""
         for name in self.multipliers:
-            own: Any = multipliers[name]
-            array = array * backend.reshape(own, (-1, 1) if _AXES[name] == 0 else (1, -1))
+            diagonal: Any = multipliers[name]
+            array = array * backend.reshape(diagonal, (-1, 1) if _AXES[name] == 0 else (1, -1))
         return array
 
     def gradients(
@@ -700,11 +700,11 @@ class Scaled(Multiplied):
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Return the gradients of A and of each diagonal."""
         wide = {name: multipliers[name].reshape((-1, 1) if _AXES[name] == 0 else (1, -1)) for name in self.multipliers}
-        found = {}
+        gradients = {}
         for name in self.multipliers:
-            others = math.prod((own for other, own in wide.items() if other != name), start=np.float64(1.0))
-            found[name] = (gradient * array * others).sum(axis=1 - _AXES[name])
-        return gradient * math.prod(wide.values(), start=np.float64(1.0)), found
+            others = math.prod((diagonal for other, diagonal in wide.items() if other != name), start=np.float64(1.0))
+            gradients[name] = (gradient * array * others).sum(axis=1 - _AXES[name])
+        return gradient * math.prod(wide.values(), start=np.float64(1.0)), gradients
 
 
 # -- The sources that a config names, by the names of arrays -----------------------------------------------------------
@@ -733,8 +733,8 @@ class SourceMap(Mapping[str, Source]):
     Examples
     --------
     >>> from tnadapt.algebra.sources import Trained
-    >>> found = SourceMap({"factor0": Trained()})
-    >>> found.of("split2.factor0"), found == {"factor0": Trained()}
+    >>> sources = SourceMap({"factor0": Trained()})
+    >>> sources.of("split2.factor0"), sources == {"factor0": Trained()}
     (Trained(), True)
     """
 
@@ -889,10 +889,10 @@ def origins_of(sources: SourceMap, group: int, names: Collection[str], num_group
 def _origin(sources: SourceMap, array: tuple[int, str], names: Collection[str], num_groups: int) -> Origin:
     source = sources.of(array[1]) or Trained()
     scaled = source if isinstance(source, Multiplied) else None
-    root, own, ended, owner = _root(sources, array, source if scaled is None else scaled.of, names, num_groups)
+    root, root_source, ended, owner = _root(sources, array, source if scaled is None else scaled.of, names, num_groups)
     if scaled is None and ended is not None:
-        return Origin(*root, own, ended, owner)
-    return Origin(*root, own, scaled, array)
+        return Origin(*root, root_source, ended, owner)
+    return Origin(*root, root_source, scaled, array)
 
 
 def _root(
@@ -916,8 +916,8 @@ def _root(
         seen.append(array)
         source = sources.of(name) or Trained()
         if isinstance(source, Multiplied):
-            inner, own, _, _ = _root(sources, array, source.of, names, num_groups)
-            return inner, own, source, array
+            inner, root_source, _, _ = _root(sources, array, source.of, names, num_groups)
+            return inner, root_source, source, array
     return array, source, None, array
 
 
@@ -959,20 +959,20 @@ class FrozenArray(NamedTuple):
         """Compute the array in float32, or raise a ConfigError that names it; with another stream if one is given."""
         source, shape = self.source, self.shape
         try:
-            found = np.asarray(source.array(shape, self.stream if stream is None else stream))
+            numbers = np.asarray(source.array(shape, self.stream if stream is None else stream))
         except TnadaptError:
             raise
         except Exception as error:  # whatever another package raises
             raise ConfigError(
                 f"{safe_repr(source)} failed to compute {self.full!r}: {type(error).__name__}: {error}"
             ) from error
-        if found.shape != shape or found.dtype.kind != "f":
+        if numbers.shape != shape or numbers.dtype.kind != "f":
             raise ConfigError(
                 f"{safe_repr(source)} must compute floating-point numbers of shape {shape} for {self.full!r}; it "
-                f"returned {found.dtype} of shape {found.shape}"
+                f"returned {numbers.dtype} of shape {numbers.shape}"
             )
         with np.errstate(over="ignore"):
-            single = found.astype(np.float32)
+            single = numbers.astype(np.float32)
         if not np.isfinite(single).all():
             raise ConfigError(
                 f"{safe_repr(source)} computes NaN, infinity, or numbers beyond float32 for {self.full!r}"
@@ -1017,9 +1017,9 @@ class FrozenArrays(FixedArrays):
                 )
             return rounded
         entry = self.entries[key]
-        given = self._given.get(entry.full)
-        if given is not None:
-            return given[tuple(map(slice, entry.shape))]
+        array = self._given.get(entry.full)
+        if array is not None:
+            return array[tuple(map(slice, entry.shape))]
         if entry.source.brought:
             raise ConfigError(
                 f"{entry.full!r} is an array that the caller brings: tnadapt.SuperLoRA(…, given={{{entry.full!r}: "

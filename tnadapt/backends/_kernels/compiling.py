@@ -28,13 +28,13 @@ _ROOMS = Path(__file__).parent
 def compiled(function: Function) -> Function:
     """Decorate a function to be compiled for each combination of argument types, or loaded from the cache on disk."""
     # Division by zero behaves as in NumPy; Python's check for it would prevent vectorized loops.
-    made: Any = numba.njit(nogil=True, error_model="numpy")(function)
+    dispatcher: Any = numba.njit(nogil=True, error_model="numpy")(function)
     try:
-        made._cache = _Kept(function)
+        dispatcher._cache = _Kept(function)
     except RuntimeError as error:  # none of numba's cache folders is writable
         _say_once("compiled kernels are not cached, so that each process recompiles them (NUMBA_CACHE_DIR)", str(error))
-    found: Function = made
-    return found
+    result: Function = dispatcher
+    return result
 
 
 class _Kept(FunctionCache):  # type: ignore[misc]

@@ -454,14 +454,14 @@ def linear(x: np.ndarray, draws: Draws, n_in: int, adjoint: bool) -> np.ndarray:
     rows = x.reshape(-1, x.shape[-1])
     way = f.backward if adjoint else f.forward
     if len(rows) == 1:
-        made = way(_row(rows[0]))[:length]
+        output = way(_row(rows[0]))[:length]
         # The result is a view that keeps the whole padded vector alive; copy it if more than a fifth would be wasted.
-        made = made if 5 * length >= 4 * draws.padded else made.copy()
+        output = output if 5 * length >= 4 * draws.padded else output.copy()
     else:
-        made = aligned_empty((len(rows), length), x.dtype)
-        for row, result in zip(rows, made, strict=True):
+        output = aligned_empty((len(rows), length), x.dtype)
+        for row, result in zip(rows, output, strict=True):
             result[:] = way(_row(row))[:length]
-    return made.reshape(*x.shape[:-1], length)
+    return output.reshape(*x.shape[:-1], length)
 
 
 def _row(x: np.ndarray) -> np.ndarray:

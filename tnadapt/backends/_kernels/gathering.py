@@ -52,13 +52,13 @@ def round_keys(keys):
     A half of a number is stored with the key of its next use added (XOR), so that a round adds a key together with
     its change: the first keys of both halves, their changes in each pass, and the last key of the high half.
     """
-    found = np.zeros(2 * _PASSES + 3, np.uint32)
-    found[0], found[1] = keys[0], keys[1]
+    packed = np.zeros(2 * _PASSES + 3, np.uint32)
+    packed[0], packed[1] = keys[0], keys[1]
     for i in range(_PASSES):
-        found[2 + i] = keys[2 * i - 1] ^ keys[2 * i + 1] if i > 0 else 0
-        found[2 + _PASSES + i] = keys[2 * i] ^ keys[2 * i + 2] if i < _PASSES - 1 else keys[2 * i]
-    found[2 + 2 * _PASSES] = keys[2 * _PASSES - 1]
-    return found
+        packed[2 + i] = keys[2 * i - 1] ^ keys[2 * i + 1] if i > 0 else 0
+        packed[2 + _PASSES + i] = keys[2 * i] ^ keys[2 * i + 2] if i < _PASSES - 1 else keys[2 * i]
+    packed[2 + 2 * _PASSES] = keys[2 * _PASSES - 1]
+    return packed
 
 
 class _FeistelRounds:
@@ -72,8 +72,8 @@ class _FeistelRounds:
         self.shift = self.spread(low_bits)
 
     def spread(self, number: Any) -> Any:
-        one = self.builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, ir.Constant(_INT32, 0))
-        return self.builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), _all(0))
+        lane = self.builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, ir.Constant(_INT32, 0))
+        return self.builder.shuffle_vector(lane, ir.Constant(_VECTOR, ir.Undefined), _all(0))
 
     def _mask(self, size: Any) -> Any:
         one = ir.Constant(_INT32, 1)
@@ -102,8 +102,8 @@ class _FeistelRounds:
         """Return the halves after an even and an odd round."""
         key = [self.key(self.builder.add(number, ir.Constant(_INT64, 2 + i))) for i in (0, _PASSES)]
         low, high = values[:_VECTORS], values[_VECTORS:]
-        high = [self.round(one, other, self.high_mask, key[0]) for one, other in zip(low, high, strict=True)]
-        low = [self.round(one, other, self.low_mask, key[1]) for one, other in zip(high, low, strict=True)]
+        high = [self.round(x, other, self.high_mask, key[0]) for x, other in zip(low, high, strict=True)]
+        low = [self.round(x, other, self.low_mask, key[1]) for x, other in zip(high, low, strict=True)]
         return [*low, *high]
 
     def images(self, values: Sequence[Any]) -> list[Any]:
@@ -145,7 +145,7 @@ def _meanwhile(use: Callable[..., None], doc: str) -> Any:
             b.branch(loop)
             b.position_at_end(loop)
             number, halves = b.phi(_INT64), [b.phi(_VECTOR) for _ in values]
-            found = network.passed(halves, number)
+            passed = network.passed(halves, number)
             quarter = ir.Constant(_INT64, _AHEAD // _PASSES)
             first = b.mul(number, quarter)
             for i in range(0, _AHEAD // _PASSES, 2):
@@ -156,14 +156,14 @@ def _meanwhile(use: Callable[..., None], doc: str) -> Any:
                     use(b, b.gep(table, [image]), b.gep(vector, [b.add(where, b.add(n, ir.Constant(_INT64, j)))]))
             following = b.add(number, ir.Constant(_INT64, 1))
             for phi, value, later in zip(
-                (number, *halves), (ir.Constant(_INT64, 0), *values), (following, *found), strict=True
+                (number, *halves), (ir.Constant(_INT64, 0), *values), (following, *passed), strict=True
             ):
                 phi.add_incoming(value, before)
                 phi.add_incoming(later, loop)
             b.cbranch(b.icmp_signed("<", following, ir.Constant(_INT64, _PASSES)), loop, after)
             b.position_at_end(after)
             only = network.spread(mask)
-            for i, image in enumerate(network.images(found)):
+            for i, image in enumerate(network.images(passed)):
                 place = b.gep(images, [b.add(to, ir.Constant(_INT64, i * _LANES))])
                 b.store(b.and_(image, only), b.bitcast(place, _VECTOR.as_pointer()), align=4)
             return context.get_dummy_value()

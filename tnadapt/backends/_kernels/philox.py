@@ -207,14 +207,14 @@ def _of_words(word, u, where, power, out):
 
 @compiled
 def _normals(start, purpose, group, seed, out):
-    word, made = np.empty(_SHORT, np.uint32), np.empty(_SHORT, np.float32)
+    word, normals = np.empty(_SHORT, np.uint32), np.empty(_SHORT, np.float32)
     u, power, where = np.empty(_SHORT), np.empty(_SHORT), np.empty(_SHORT, np.int64)
     stop = start + out.size
     for first in range(start - start % 4, stop, _SHORT):
         _blocks(uint64(first // 4), purpose, group, seed, word)
-        _of_words(word, u, where, power, made)
+        _of_words(word, u, where, power, normals)
         lo, hi = max(first, start), min(first + _SHORT, stop)
-        out[lo - start : hi - start] = made[lo - first : hi - first]
+        out[lo - start : hi - start] = normals[lo - first : hi - first]
 
 
 @compiled
@@ -360,13 +360,13 @@ def _network_of_many(inverse: bool) -> Any:
         def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             start, bits, keys, dst, to = args
             keys, dst = (
-                context.make_array(kind)(context, builder, array).data
-                for kind, array in ((signature.args[2], keys), (signature.args[3], dst))
+                context.make_array(array_type)(context, builder, array).data
+                for array_type, array in ((signature.args[2], keys), (signature.args[3], dst))
             )
 
             def spread(number: Any) -> Any:
-                one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, ir.Constant(_INT32, 0))
-                return builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), _all(0))
+                lane = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, ir.Constant(_INT32, 0))
+                return builder.shuffle_vector(lane, ir.Constant(_VECTOR, ir.Undefined), _all(0))
 
             def mask(size: Any) -> Any:
                 one = ir.Constant(_INT32, 1)

@@ -92,9 +92,9 @@ class _Lanes:
         """Return a mask of the first lanes, as many as ``count``."""
         numbers = ir.VectorType(count.type, self.lanes)
         each = ir.Constant(numbers, list(range(self.lanes)))
-        one = self.builder.insert_element(ir.Constant(numbers, ir.Undefined), count, ir.Constant(_INT32, 0))
+        lane = self.builder.insert_element(ir.Constant(numbers, ir.Undefined), count, ir.Constant(_INT32, 0))
         zeros = ir.Constant(ir.VectorType(_INT32, self.lanes), [0] * self.lanes)
-        spread = self.builder.shuffle_vector(one, ir.Constant(numbers, ir.Undefined), zeros)
+        spread = self.builder.shuffle_vector(lane, ir.Constant(numbers, ir.Undefined), zeros)
         return self.builder.icmp_signed("<", each, spread)
 
     def load_few(self, data: Any, offset: Any, count: Any) -> Any:
@@ -121,9 +121,9 @@ class _Lanes:
     def spread(self, number: Any) -> Any:
         if self.lanes == 1:
             return number
-        one = self.builder.insert_element(ir.Constant(self.type, ir.Undefined), number, ir.Constant(_INT32, 0))
+        lane = self.builder.insert_element(ir.Constant(self.type, ir.Undefined), number, ir.Constant(_INT32, 0))
         zeros = ir.Constant(ir.VectorType(_INT32, self.lanes), [0] * self.lanes)
-        return self.builder.shuffle_vector(one, ir.Constant(self.type, ir.Undefined), zeros)
+        return self.builder.shuffle_vector(lane, ir.Constant(self.type, ir.Undefined), zeros)
 
     def between(self, values: Sequence[Any], stages: Sequence[int]) -> list[Any]:
         """Do stages that combine whole vectors: stage s pairs vector i with vector i + 2**s."""
@@ -144,8 +144,8 @@ class _Lanes:
             return self.builder.fsub(a, b)
         # LLVM would make a subtraction of a product with a constant that it sees.
         name = f"llvm.arithmetic.fence.{f'v{self.lanes}' if self.lanes > 1 else ''}f{self.itemsize * 8}"
-        kind = ir.FunctionType(self.type, [self.type])
-        hidden = self.builder.module.globals.get(name) or ir.Function(self.builder.module, kind, name)
+        function_type = ir.FunctionType(self.type, [self.type])
+        hidden = self.builder.module.globals.get(name) or ir.Function(self.builder.module, function_type, name)
         minus = ir.Constant(self.type, [-1.0] * self.lanes if self.lanes > 1 else -1.0)
         product = self.builder.fmul(b, self.builder.call(hidden, [minus]), flags=("contract",))
         return self.builder.fadd(a, product, flags=("contract",))
@@ -351,9 +351,9 @@ def signed(typing: Any, src: Any, dst: Any, at: Any, word: Any, scale: Any) -> A
         element = context.get_data_type(src.dtype)
         vector = ir.VectorType(element, _SIGNED)
         align = src.dtype.bitwidth // 8
-        one = builder.insert_element(ir.Constant(vector, ir.Undefined), args[4], ir.Constant(_I32, 0))
+        lane = builder.insert_element(ir.Constant(vector, ir.Undefined), args[4], ir.Constant(_I32, 0))
         zeros = ir.Constant(ir.VectorType(_I32, _SIGNED), [0] * _SIGNED)
-        factor = builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
+        factor = builder.shuffle_vector(lane, ir.Constant(vector, ir.Undefined), zeros)
         x = builder.load(_place(context, builder, signature.args[0], args[0], args[2], vector), align=align)
         positive = builder.fmul(x, factor)
         set_bits = builder.bitcast(args[3], ir.VectorType(_BIT, _SIGNED))

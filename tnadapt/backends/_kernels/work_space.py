@@ -70,15 +70,15 @@ class _Writeable:
 @functools.cache
 def cache_sizes() -> tuple[int, int]:
     """Return the bytes of a core's level 1 data and level 2 caches; those of a small core if they are unknown."""
-    found = {1: 32 << 10, 2: 512 << 10}
+    sizes = {1: 32 << 10, 2: 512 << 10}
     for index in _CACHES.glob("index*"):
         try:
-            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
-            if kind != "Instruction" and int(level) in found and size.endswith("K"):
-                found[int(level)] = int(size[:-1]) << 10
+            level, content, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+            if content != "Instruction" and int(level) in sizes and size.endswith("K"):
+                sizes[int(level)] = int(size[:-1]) << 10
         except (OSError, ValueError):
             continue
-    return found[1], found[2]
+    return sizes[1], sizes[2]
 
 
 # -- Memory that repeated calls reuse ----------------------------------------------------------------------------------
@@ -196,13 +196,13 @@ def share(work: Callable[[int], object], count: int, threads: int) -> None:
 
 
 def _helpers(pieces: Callable[[], None], count: int) -> list[Future[None]]:
-    found: list[Future[None]] = []
+    futures: list[Future[None]] = []
     for _ in range(count):
         try:
-            found.append(_pool().submit(pieces))
+            futures.append(_pool().submit(pieces))
         except RuntimeError:
             break  # the interpreter is shutting down, or no thread can be started: the caller does all the work
-    return found
+    return futures
 
 
 @functools.cache

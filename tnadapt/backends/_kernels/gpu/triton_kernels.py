@@ -141,10 +141,10 @@ def _normal(index, purpose, group, seed):
 def normal(index, purpose, group, seed):
     """Draw elements of a normal vector at any positions."""
     if _MAPPED:
-        found = tl.map_elementwise(_normal, index, tl.full((), purpose, tl.int32), group, seed)
+        normals = tl.map_elementwise(_normal, index, tl.full((), purpose, tl.int32), group, seed)
     else:
-        found = _normal(index, purpose, group, seed)
-    return found
+        normals = _normal(index, purpose, group, seed)
+    return normals
 
 
 @triton.jit
@@ -155,13 +155,13 @@ def normal_row(first, COLUMNS: tl.constexpr, purpose, group, seed):
     """
     ROWS: tl.constexpr = first.shape[0]
     if COLUMNS < 4:
-        found = normal(first[:, None] + tl.arange(0, COLUMNS)[None, :], purpose, group, seed)
+        normals = normal(first[:, None] + tl.arange(0, COLUMNS)[None, :], purpose, group, seed)
     else:
         block = (first >> 2)[:, None] + tl.arange(0, COLUMNS // 4)[None, :]
         w0, w1, w2, w3 = philox(block, purpose, group, seed)
         words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, COLUMNS))
-        found = tl.map_elementwise(normal_of, words) if _MAPPED else normal_of(words)
-    return found
+        normals = tl.map_elementwise(normal_of, words) if _MAPPED else normal_of(words)
+    return normals
 
 
 @triton.jit
@@ -177,13 +177,13 @@ def sign_row(first, COLUMNS: tl.constexpr, group, seed):
         # A row needs a single word: select it before broadcasting over the columns.
         low = tl.where(bit < 32, w0, w1)
         high = tl.where(bit < 96, w2, w3)
-        found = tl.where(bit < 64, low, high)[:, None] >> ((bit & 31)[:, None] + column)
+        bits = tl.where(bit < 64, low, high)[:, None] >> ((bit & 31)[:, None] + column)
     else:
         bit = bit[:, None] + column
         low = tl.where(bit < 32, w0[:, None], w1[:, None])
         high = tl.where(bit < 96, w2[:, None], w3[:, None])
-        found = tl.where(bit < 64, low, high) >> (bit & 31)
-    return found & 1
+        bits = tl.where(bit < 64, low, high) >> (bit & 31)
+    return bits & 1
 
 
 @triton.jit
