@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.algebra.random_parameters import drawn
 from tests.conftest import relative_error
-from tests.support.references import methods
 from tnadapt.testing.verification import examples
 
 
@@ -27,14 +26,17 @@ def held_to_its_formula(name: str, config: tna.Config, shapes: list[tuple[int, i
     for index, group in enumerate(plan.groups):
         arrays |= {full: group.frozen.host(key).astype(np.float64) for key, full in group.frozen_names.items()}
         arrays |= {f"begun.group{index}.{key}": group.start.host(key).astype(np.float64) for key in group.names}
-    expected = methods.METHODS[name](arrays, config, shapes)
+    expected = tna.presets.PRESETS[name].formula(arrays, config, shapes)  # type: ignore[misc]
     for found, own in zip(plan.deltas(params), expected, strict=True):
         assert relative_error(found, own) < 1e-12
 
 
 @pytest.mark.law("presets")
 def test_every_preset_has_a_formula_and_an_example() -> None:
-    assert set(tna.presets.__all__) == set(methods.METHODS) == set(examples())
+    assert tna.presets.__all__ == list(tna.presets.PRESETS) == list(examples())
+    for preset in tna.presets.PRESETS.values():
+        assert preset.formula is not None
+        assert (preset.changed is None) == (preset.config(**preset.example).apply == "add")
 
 
 @pytest.mark.parametrize("name", tna.presets.__all__)
