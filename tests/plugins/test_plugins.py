@@ -33,6 +33,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "sketch of a group each": {"rank": 2, "ratio": 0.5, **SKETCH, "groups": "weight", "shared": False},
     "sketch of a ring": {"rank": 2, "ratio": 0.3, **RING, **SKETCH, "order": 3},
 }
+CONFIGS["blocks"] = {**CONFIGS["ring"], "rank": (2, 2), "format": "block-term"}
 ROWS = {"source": "hadamard-rows", "permuted": True}
 CONFIGS |= {
     "rows": {"rank": 2, "sources": {"factor1": ROWS}},
@@ -187,7 +188,8 @@ def test_a_file_needs_the_plug_in_and_says_so(name: str, plugins: Path, tmp_path
     assert again.config == plan.config
     for found, expected in zip(again.deltas(), plan.deltas(arrays), strict=True):
         assert np.array_equal(found, expected)
-    missing = "tensor-ring" if "ring" in name else "count-sketch" if "sketch" in name else "hadamard-rows"
+    of = {"blocks": "block-term", "ring": "tensor-ring", "sketch": "count-sketch", "rows": "hadamard-rows"}
+    missing = next(plug_in for word, plug_in in of.items() if word in name)
     sys.path.remove(str(plugins))
     forget_registered()
     with pytest.raises(tna.FileError, match=rf"adapter\.safetensors.*got '{missing}'.*install the plug-in"):

@@ -164,14 +164,15 @@ def usual(shapes: Shapes) -> list[Family]:
     8
     """
     weights = AdaptedWeights(shapes)
+    lorta = PRESETS["lorta"].ladders(weights)  # of orders 3, 4 and 5
     return [
         PRESETS["lora"].ladders(weights),
         PRESETS["lokr"].ladders(weights),
-        _lonkr(1, weights.size),
-        [_lorta(3, 1)],
-        [_lorta(5, 1)],
+        PRESETS["lonkr"].ladders(weights),
+        lorta[:1],
+        lorta[2:],
         PRESETS["superlora"].ladders(weights),
-        projected(),
+        projected(weights),
         PRESETS["fastfood"].ladders(weights),
     ]
 
@@ -195,13 +196,15 @@ def families(
     if roles is not None and 1 < len(set(roles)) < len(shapes):
         # Left out by the search where the weights of a role differ in shape.
         found.append([Ladder(functools.partial(presets.lotr, groups="role"), by_factors)])
-    found += [[_lorta(4, 1)], [_projected(functools.partial(presets.lorta, order=5), 0.01)]]
+    lorta = PRESETS["lorta"].ladders(weights)
+    found += [lorta[1:2], _changed(lorta[2:], projection="linear", ratio=0.01)]
     found += [[_cp(order, 1)] for order in ORDERS] + [[_train(order, 1)] for order in ORDERS]
     for groups in _groups(shapes, layers, roles):
         # For square weights, one group per weight is LoRA.
         if groups != "weight" or any(rows != cols for rows, cols in shapes):
-            found.append([Ladder(functools.partial(presets.superlora, groups=groups), by_factors)])
-        found += [[_cp(3, groups)], [_lorta(3, groups)], _lonkr(groups, weights.size)]
+            found.append(_changed(PRESETS["superlora"].ladders(weights), groups=groups))
+        found += [[_cp(3, groups)], _changed(lorta[:1], groups=groups)]
+        found.append(_changed(PRESETS["lonkr"].ladders(weights), groups=groups))
     return [*found, *few(weights), PRESETS["dense"].ladders(weights)]
 
 
@@ -239,29 +242,14 @@ def _groups(shapes: Shapes, layers: Sequence[Hashable] | None, roles: Sequence[H
     return [*groups_between(len(shapes)), *several, "weight"]
 
 
-def _lonkr(groups: Any, size: int) -> Family:
-    """Return ladders for several K and f whose dense splits together are no larger than the hypercube."""
-    side = math.isqrt(size - 1) + 1
-    factors = [f for f in (*range(2, 33), *range(33, 257, 4)) if f <= side]
-    return [
-        Ladder(functools.partial(presets.lonkr, groups=groups, splits=k, split_size=f), by_factors)
-        for k in (2, 3, 4)
-        for f in factors
-        if f ** (k - 1) <= side
-    ]
-
-
-def _lorta(order: int, groups: Any) -> Ladder:
-    return Ladder(functools.partial(presets.lorta, order=order, groups=groups), by_factors)
-
-
-def projected() -> Family:
+def projected(weights: AdaptedWeights) -> Family:
     """Return SuperLoRA with the linear F, at several ratios."""
-    return [_projected(presets.superlora, ratio) for ratio in RATIOS]
+    ladders = PRESETS["superlora"].ladders(weights)
+    return [ladder for ratio in RATIOS for ladder in _changed(ladders, projection="linear", ratio=ratio)]
 
 
-def _projected(preset: Any, ratio: float) -> Ladder:
-    return Ladder(functools.partial(preset, projection="linear", ratio=ratio), by_factors)
+def _changed(family: Family, **changes: Any) -> Family:
+    return [Ladder(functools.partial(ladder.config, **changes), ladder.most) for ladder in family]
 
 
 def _cp(order: int, groups: Any) -> Ladder:

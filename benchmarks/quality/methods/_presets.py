@@ -70,7 +70,7 @@ def _search(facts: Facts) -> Search:
 
 PRESETS = (
     *(Preset(name, record.title, record.ladders) for name, record in RECORDS.items() if name != "dense"),
-    Preset("superlora-projected", "SuperLoRA + F", lambda weights: projected()),
+    Preset("superlora-projected", "SuperLoRA + F", projected),
 )
 
 

@@ -530,7 +530,7 @@ def _lonkr_sizes(weights: AdaptedWeights) -> list[Ladder]:
     return [
         Ladder(functools.partial(lonkr, splits=splits, split_size=f), by_factors)
         for splits in (2, 3, 4)
-        for f in range(2, min(33, side + 1))
+        for f in (*range(2, 33), *range(33, 257, 4))
         if f ** (splits - 1) <= side
     ]
 
@@ -562,13 +562,13 @@ def _quanta_sizes(weights: AdaptedWeights) -> list[Ladder]:
 
 
 def _superlora_label(config: Config) -> str | None:
-    if config != made(superlora, config.rank, config.groups):
+    if config.format != "cp" or config != made(superlora, config.rank, config.groups):
         return None
     return ", ".join([*groups_label(config), f"r = {config.rank}"])
 
 
 def _lorta_label(config: Config) -> str | None:
-    if config.order < 3 or config != made(lorta, config.rank, config.order, config.groups):
+    if config.format != "tucker" or config.order < 3 or config != made(lorta, config.rank, config.order, config.groups):
         return None
     return ", ".join([f"M = {config.order}", *groups_label(config), f"r = {rank_label(config.rank)}"])
 

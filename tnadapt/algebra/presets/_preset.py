@@ -186,7 +186,13 @@ def made(make: Make, *settings: Any, **changes: Any) -> Config | None:
 def recognized_by(make: Make, **symbols: str) -> Recognize:
     """Recognize the configs that a preset makes of these fields, and label each by its symbol."""
 
+    @functools.cache
+    def smallest() -> tuple[Any, ...]:
+        return _outline(make(**dict.fromkeys(symbols, 1)))
+
     def recognize(config: Config) -> str | None:
+        if _outline(config) != smallest():  # most configs: making one of the values takes longer
+            return None
         values = {name: getattr(config, name) for name in symbols}
         if not all(isinstance(value, (int, float)) for value in values.values()) or config != made(make, **values):
             return None
@@ -194,6 +200,11 @@ def recognized_by(make: Make, **symbols: str) -> Recognize:
         return ", ".join(f"{symbol} = {word}" for symbol, word in zip(symbols.values(), words, strict=True))
 
     return recognize
+
+
+def _outline(config: Config) -> tuple[Any, ...]:
+    """Return what no number in a config changes."""
+    return config.groups, config.fold, config.format, config.before, config.apply, tuple(config.sources)
 
 
 def groups_label(config: Config) -> list[str]:

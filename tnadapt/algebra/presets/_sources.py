@@ -469,14 +469,18 @@ def _randlora_sizes(weights: AdaptedWeights) -> list[Ladder]:
 def _craft_label(config: Config) -> str | None:
     rank = config.rank
     last, weights = (rank, None) if isinstance(rank, int) else (rank[-1], rank[0])
-    if last is None or config != made(craft, last, weights=weights, groups=config.groups):
+    if (
+        "core" not in config.sources
+        or last is None
+        or config != made(craft, last, weights=weights, groups=config.groups)
+    ):
         return None
     return ", ".join([*groups_label(config), f"r = {last}", *([f"{weights} of weights"] if weights else [])])
 
 
 def _randlora_label(config: Config) -> str | None:
     rank = config.rank
-    if not isinstance(rank, int):
+    if not config.sources or not isinstance(rank, int):
         return None
     for shape in ((config.terms * rank, 1 << 40), (1 << 40, config.terms * rank)):
         # The initial diagonals depend on the longer side, which does not matter here.
