@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tnadapt.algebra.composite import CompositeConfig, CompositePlan
+from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.planning import degrees_of_freedom, largest_rank
 from tnadapt.testing.strategies import base_weights, parameters, plans
 
@@ -34,7 +34,7 @@ def renamed(name: str, groups: int, weights: int) -> str:
     )
 
 
-def whole_of(parts: list[tna.SuperLoRA]) -> CompositePlan:
+def whole_of(parts: list[tna.SuperLoRA]) -> tna.SuperLoRA:
     """The plan of several plans' configs and weights, with what they were given."""
     config = CompositeConfig([(part.config, len(part.shapes)) for part in parts])
     given, groups, weights = dict[str, np.ndarray](), 0, 0
@@ -45,9 +45,7 @@ def whole_of(parts: list[tna.SuperLoRA]) -> CompositePlan:
         [(place, key) for place, part in enumerate(parts) for key in (part._layers or range(len(part.shapes)))]
         for _ in "lr"
     ]
-    found = tna.SuperLoRA(config, [shape for part in parts for shape in part.shapes], *keys, given=given)
-    assert isinstance(found, CompositePlan)
-    return found
+    return tna.SuperLoRA(config, [shape for part in parts for shape in part.shapes], *keys, given=given)
 
 
 def numbered(parts: list[tna.SuperLoRA]) -> list[tuple[tna.SuperLoRA, int, int]]:
@@ -266,7 +264,7 @@ def test_measures_of_a_composite_plan() -> None:
     assert [largest_rank(plan, weight).value for weight in range(4)] == [
         2, *(largest_rank(tna.SuperLoRA(P.superlora(3), shapes[1:3]), weight).value for weight in (0, 1)), 3,
     ]  # fmt: skip
-    assert degrees_of_freedom(plan) == sum(map(degrees_of_freedom, plan.parts))
+    assert degrees_of_freedom(plan) == sum(degrees_of_freedom(of_config) for of_config, _, _ in plan.config_plans)
     rng = np.random.default_rng(0)
     params, report = tna.decompose([rng.normal(size=shape) for shape in shapes], config)
     assert params.keys() == plan.param_shapes.keys()

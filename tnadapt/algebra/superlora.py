@@ -1,26 +1,44 @@
 """SuperLoRA: from a config and the shapes of weights to parameters, and from parameters to the ΔW of every weight.
 
-``Config`` + shapes -> :class:`SuperLoRA` (integers) -> ``init`` (arrays) -> ``deltas`` (arrays). Everything else in the
-library builds on these steps; no other code computes a ΔW.
+``Config`` + shapes -> :class:`SuperLoRA` (integers) -> ``init`` (arrays) -> ``deltas`` (arrays).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import itertools
+import math
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Self, overload
+
+import numpy as np
 
 from tnadapt.argument_checks import checks_arguments, flag, is_sequence, wrong_argument
-from tnadapt.backends import Array, ArrayT, Backend, get_backend
-from tnadapt.errors import BackendError, ShapeError, integer
+from tnadapt.backends import (
+    Array,
+    ArrayT,
+    Backend,
+    JaxArray,
+    TorchArray,
+    get_backend,
+    load_backend,
+    load_imported,
+)
+from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, safe_repr, summarize
 from tnadapt.report import fact_table
 
+from .applying import Applying, applying_of
+from .composite import CompositeConfig, CompositeLayout
 from .config import Config
-from .group import updates_of_runs
-from .layout import Piece
+from .group import Group, lora_rank, rank_bound, rank_bounds, updates_of_runs
+from .init import Initializer
+from .layout import Layout, Piece, require_keys
 from .maps.projection import Projection
-from .plan import base_weight
-from .units import UnitPlan
+from .network import Network
+from .plan_part import PlanPart, base_weight, checked_given, checked_start, from_base
+from .starting_points import PREFIX, Start, StartPlace
+from .theta import Theta
+from .units import RATES, in_units
 
 __all__ = [
     "SuperLoRA",
@@ -29,10 +47,14 @@ __all__ = [
 ]
 
 
+# Plans of up to this many groups are laid out when they are made; larger ones when their arrays are asked for.
+LAID_OUT = 4096
+
+
 # -- SuperLoRA: from parameters to weight updates ----------------------------------------------------------------------
 
 
-class SuperLoRA(UnitPlan):
+class SuperLoRA:
     """The weight updates of a model as one long vector, cut into groups, each made from a small tensor network.
 
     ``ΔW_group = F(scale * sum_t kron_k(core_k x_1 A_k1 … x_M A_kM))``, unfolded and cut to length.
@@ -53,6 +75,9 @@ class SuperLoRA(UnitPlan):
     start_from : mapping of str to array, optional
         For ``config.start="given"``: the arrays at which training starts, of some or all names in ``array_shapes``;
         the others start as usual. Copied, in float32.
+    lay_out : bool
+        Whether to lay up to 4,096 groups out now, so that torch.compile and jax.jit never trace that. False makes a
+        plan faster of which only integers are read.
 
     Attributes
     ----------
@@ -89,6 +114,48 @@ class SuperLoRA(UnitPlan):
     (24, (768, 768), False)
     """
 
+    def __init__(
+        self,
+        config: Config,
+        shapes: Sequence[tuple[int, int]],
+        layers: Sequence[Hashable] | None = None,
+        roles: Sequence[Hashable] | None = None,
+        *,
+        given: Mapping[str, Any] | None = None,
+        start_from: Mapping[str, Any] | None = None,
+        lay_out: bool = True,
+    ) -> None:
+        if not isinstance(config, Config):
+            raise ConfigError(f"config must be a tnadapt.Config; got {type(config).__name__}")
+        require_keys(layers, roles)
+        lay_out = flag("lay_out", lay_out)
+        self.config = config
+        self._parts = _parts_of(config, shapes, layers, roles)
+        layouts = [part.layout for part in self._parts]
+        self.layout: Layout = layouts[0] if len(layouts) == 1 else CompositeLayout(layouts)
+        self._layers = None if layers is None else list(layers)
+        self._roles = None if roles is None else list(roles)
+        self._units: Mapping[str, float] = {}
+        self._file_plan: Self | None = None
+        self._base_starts: dict[str, np.ndarray] = {}
+        if given is not None:
+            self._bring(checked_given(given, self.fixed_shapes, self.brought_shapes))
+        if start_from is not None:
+            self._bring(checked_start(config.start, self.point.brought, start_from, self.array_shapes))
+        _ = self.theta  # raises a ConfigError if it has more elements than what is made from it
+        if lay_out:
+            load_imported()
+            if self.num_groups <= LAID_OUT:
+                _ = self.param_shapes, self.weight_param_names, self.groups
+
+    def _view(self, **fields: Any) -> Self:
+        """Return a plan of the same parts with other fields, which computes again what this one has cached."""
+        view = type(self).__new__(type(self))
+        cached = {name for name, value in vars(SuperLoRA).items() if isinstance(value, functools.cached_property)}
+        view.__dict__.update({name: value for name, value in self.__dict__.items() if name not in cached})
+        view.__dict__.update(fields)
+        return view
+
     def __repr__(self) -> str:
         return f"SuperLoRA({self.config!r}, {len(self.shapes)} weights, {self.num_groups} groups, {self.size} elements)"
 
@@ -101,7 +168,9 @@ class SuperLoRA(UnitPlan):
         ]  # fmt: skip
         return fact_table(type(self).__name__, facts)
 
-    def _reduced(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._units:
+            return _with_units, (self.file_plan, dict(self._units))
         # Recompute it from its few integers, instead of pickling the cached draws.
         arguments = self.config, self.shapes, self._layers, self._roles
         return functools.partial(SuperLoRA, given=self.given), arguments, {"_base_starts": self._base_starts}
@@ -109,7 +178,775 @@ class SuperLoRA(UnitPlan):
     def __deepcopy__(self, memo: dict[int, Any]) -> SuperLoRA:
         return self  # immutable
 
-    # -- Arrays ------------------------------------------------------------------------------
+    # -- Weights, groups and parts -----------------------------------------------------------
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """Shapes ``(rows, cols)`` of the weights."""
+        return self.layout.shapes
+
+    @property
+    def size(self) -> int:
+        """N, the number of elements of all weights."""
+        return self.layout.size
+
+    @property
+    def num_groups(self) -> int:
+        """G, the number of groups."""
+        return self.layout.num_groups
+
+    @functools.cached_property
+    def applying(self) -> Applying:
+        """How an update changes its weight, as ``config.apply`` says."""
+        return applying_of(self.config.apply, self.config.magnitude_axis)
+
+    @property
+    def point(self) -> Start:
+        """What the arrays start from, as ``config.start`` says."""
+        return self._parts[0].point
+
+    @functools.cached_property
+    def _firsts(self) -> list[tuple[int, int]]:
+        """The numbers of the first weight and of the first group of each part."""
+        return self.layout.firsts if isinstance(self.layout, CompositeLayout) else [(0, 0)]
+
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        """The groups: the network, map and weight slices of each.
+
+        Groups of equal length share their network, and their F if ``config.shared``.
+
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> SuperLoRA(tna.presets.fastfood(ratio=0.1), [(10, 10)]).groups[0].projection
+        Projection('linear', n_in=10, n_out=100, seed=0, group=0)
+        """
+        if self._units and self.theta is None:
+            networks: dict[tuple[int, float], Network] = {}
+            return [in_units(group, self._units, networks) for group in self.file_plan.groups]
+        if len(self._parts) == 1:
+            return self._parts[0].groups
+        return [
+            group._replace(
+                names={name: _renumbered(full, first) for name, full in group.names.items()},
+                frozen_names={name: _renumbered(full, first) for name, full in group.frozen_names.items()},
+                pieces=[
+                    piece._replace(weight=piece.weight + weight, group=piece.group + first) for piece in group.pieces
+                ],
+            )
+            for part, (weight, first) in zip(self._parts, self._firsts, strict=True)
+            for group in part.groups
+        ]
+
+    @functools.cached_property
+    def alike(self) -> list[tuple[Group, int]]:
+        """A group of each kind, and the number of groups that have its network, map, and kinds of arrays.
+
+        For what is counted in integers, without laying all groups out. Groups with tied arrays stand for themselves.
+        """
+        return [kind for part in self._parts for kind in part.alike]
+
+    @functools.cached_property
+    def kinds(self) -> list[tuple[int, int]]:
+        """The groups that may differ in their network: the index of the first of each kind, and how many have it."""
+        return [
+            (start + first, count)
+            for part, (_, start) in zip(self._parts, self._firsts, strict=True)
+            for first, count in part.kinds
+        ]
+
+    @checks_arguments
+    def part_of(self, i: int) -> tuple[SuperLoRA, int]:
+        """Return the plan of the one config that weight ``i`` has, and the weight's number in it."""
+        place = max(place for place, (first, _) in enumerate(self._firsts) if first <= i)
+        return self._plans[place], i - self._firsts[place][0]
+
+    @property
+    def config_plans(self) -> list[tuple[SuperLoRA, dict[str, str], int]]:
+        """The plan of the updates of each config, the names here of its arrays, and the number of its first weight."""
+        return [
+            (plan.arrays_plan, self._names(place, plan.array_shapes), self._firsts[place][0])
+            for place, plan in enumerate(self._plans)
+        ]
+
+    @functools.cached_property
+    def _plans(self) -> list[SuperLoRA]:
+        """The plan of each config, whose weights and groups are numbered from 0."""
+        if len(self._parts) == 1:
+            return [self]
+        keys = self._layers or [None] * len(self.shapes), self._roles or [None] * len(self.shapes)
+        plans = list[SuperLoRA]()
+        for place, (config, of_weights) in enumerate(self.config.split(list(zip(*keys, strict=True)))):
+            part = self._parts[place]
+            plan = self._view(
+                config=config, layout=part.layout, _parts=(part,), _units={}, _file_plan=None, _base_starts={},
+                _layers=None if self._layers is None else [layer for layer, _ in of_weights],
+                _roles=None if self._roles is None else [role for _, role in of_weights],
+            )  # fmt: skip
+            if self._units:
+                names = self._names(place, plan.param_shapes)
+                plan = plan.with_units({name: self._units.get(full, 1.0) for name, full in names.items()})
+            plans.append(plan)
+        return plans
+
+    def _names(self, place: int, names: Iterable[str]) -> dict[str, str]:
+        """Map names of arrays of a part to their names in the plan."""
+        _, first = self._firsts[place]
+        return {name: _renumbered(name, first) for name in names}
+
+    def _joined(self, of_part: Callable[[PlanPart], dict[str, Any]]) -> dict[str, Any]:
+        """Return what each part has by the names of arrays there, by their names in the plan."""
+        if len(self._parts) == 1:
+            return of_part(self._parts[0])
+        joined: dict[str, Any] = {}
+        for part, (_, first) in zip(self._parts, self._firsts, strict=True):
+            joined |= {_renumbered(name, first): value for name, value in of_part(part).items()}
+        return joined
+
+    # -- Names, shapes and counts ------------------------------------------------------------
+
+    @functools.cached_property
+    def num_parameters(self) -> int:
+        """Number of trained elements; counted without allocating anything."""
+        of_weights = sum(map(math.prod, self.weight_param_shapes.values()))
+        if self.theta is not None:
+            return of_weights + sum(map(math.prod, self.theta.shapes.values()))
+        return of_weights + sum(part.num_elements for part in self._parts)
+
+    @functools.cached_property
+    def theta(self) -> Theta | None:
+        """The map before the network; None if there is none, and the arrays themselves are trained."""
+        if self.config.before is None:
+            return None
+        (part,) = self._parts  # a composite config has none
+        return part.theta.in_units(self._units) if part.theta and self._units else part.theta
+
+    @functools.cached_property
+    def param_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter, in order: the arrays in ``array_shapes``, or θ; ``weight_param_shapes``.
+
+        With ``config.before``, θ is named ``theta``, ``group{g}.theta`` or ``group{g}.split{k}.{array}.theta``,
+        depending on ``config.scope``.
+        """
+        of_groups = self.array_shapes if self.theta is None else self.theta.shapes
+        return {**of_groups, **self.weight_param_shapes} if self.weight_param_shapes else of_groups
+
+    @functools.cached_property
+    def weight_param_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter that belongs to a weight, not to its update, in order.
+
+        ``weight{i}.magnitude`` with ``apply="magnitude"``. They start at numbers of the base weights.
+        """
+        if self.applying.additive:
+            return {}
+        of_weights = [self.applying.param_shapes(index, shape) for index, shape in enumerate(self.shapes)]
+        return {name: shape for shapes in of_weights for name, shape in shapes.items()}
+
+    @functools.cached_property
+    def weight_param_names(self) -> list[tuple[str, ...]]:
+        """The names in ``weight_param_shapes`` of each weight."""
+        return [tuple(self.applying.param_shapes(index, shape)) for index, shape in enumerate(self.shapes)]
+
+    @functools.cached_property
+    def array_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every array that is trained, or made from θ, in order.
+
+        Names are ``group{g}.split{k}.{array}``, with ``term{t}.`` before the split where there are several
+        terms; ``array`` is dense, factor0 …, weights, core, or core0 … (tensor train). The trained diagonals of a
+        frozen array are ``.size`` and ``.rank`` after its name.
+        """
+        return self._joined(lambda part: part.array_shapes)
+
+    @functools.cached_property
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every array that ``config.sources`` freezes, in order; named as in ``array_shapes``."""
+        return self._joined(lambda part: part.frozen_shapes)
+
+    @functools.cached_property
+    def given_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every array that the caller brings, in order.
+
+        Frozen arrays whose source is :class:`tnadapt.sources.Given`, and those of P for ``before="tied"``
+        (``theta.index``) and ``before="given"`` (``theta.matrix``).
+        """
+        return {**self._joined(lambda part: part.given_shapes), **self.brought_shapes}
+
+    @property
+    def brought_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every array of the map before the network that the caller brings."""
+        return {} if self.theta is None else self.theta.brought_shapes
+
+    @functools.cached_property
+    def base_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every array that is computed from the base weights, in order: frozen ones, and the start.
+
+        The start of an array is named ``start.`` and the array's name.
+        """
+        return self._joined(lambda part: part.base_shapes)
+
+    @functools.cached_property
+    def start_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every array of x_0 that is not drawn: ``start.`` and its name in ``array_shapes``.
+
+        With ``config.start="given"``, of all those that a caller may bring.
+        """
+        return self._joined(lambda part: part.start_shapes)
+
+    @property
+    def fixed_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every array that ``given`` may have: those in given, base and start shapes."""
+        return {**self.given_shapes, **self.base_shapes, **self.start_shapes}
+
+    # -- Ranks of the updates ----------------------------------------------------------------
+
+    @checks_arguments
+    def largest_rank(self, i: int) -> int:
+        """Return a matrix rank that the update of a weight never exceeds, whatever the arrays are.
+
+        LoRA of that rank holds the update exactly, and :func:`tnadapt.convert` writes it from the factors.
+
+        Parameters
+        ----------
+        i : int
+            Index of the weight, ``0 <= i < len(shapes)``.
+
+        Returns
+        -------
+        int
+            At most ``min(shapes[i])``.
+
+        Raises
+        ------
+        ShapeError
+            If there is no weight i.
+
+        Notes
+        -----
+        The bound follows from the integers of the plan: the least product of bonds of the network between the rows and
+        the columns of the weight, as a slice of the folded tensor. It holds for frozen arrays as well. Terms add up,
+        and ranks of the splits of Kronecker and Hadamard products multiply. Behind a map F that mixes rows with
+        columns, or where a fold cuts through rows, only ``min(rows, cols)`` is known. Random arrays usually attain it;
+        see :func:`tnadapt.planning.largest_rank` for the rank that they have.
+
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> vit, P = [(768, 768)] * 24, tna.presets
+        >>> for config in (P.lora(4), P.lotr(4), P.cara(4, heads=12), P.lokr(4), P.superlora(4)):
+        ...     print(tna.SuperLoRA(config, vit).largest_rank(0))
+        4
+        4
+        4
+        96
+        768
+        """
+        i = integer("i", i, 0, len(self.shapes) - 1, ShapeError)
+        return rank_bound(self.layout, self.groups, i)
+
+    @functools.cached_property
+    def lora_rank(self) -> int | None:
+        """The rank of LoRA that holds the update of every weight exactly: the maximum of :meth:`largest_rank`.
+
+        None if for some weight two factors of its rank are no smaller than the update itself, or if ``config.apply``
+        does more than add the update.
+
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> gqa = [(64, 32), (16, 32)] * 3
+        >>> tna.SuperLoRA(tna.presets.fact_tk(2, groups="role"), gqa, roles="qvqvqv").lora_rank
+        2
+        >>> tna.SuperLoRA(tna.presets.superlora(2), gqa).lora_rank is None
+        True
+        """
+        if not self.applying.additive:
+            return None
+        return lora_rank(self.shapes, self.largest_ranks)
+
+    @functools.cached_property
+    def largest_ranks(self) -> list[int]:
+        """:meth:`largest_rank` of every weight."""
+        return list(rank_bounds(self.layout, self.groups))
+
+    def full_rank_bound(self) -> int | None:
+        """Return the rank of the weights' smaller sides if some update may have it and is no smaller as LoRA.
+
+        None if not; no other rank has to be known then.
+        """
+        most = max(map(min, self.shapes))
+        for (rows, cols), rank in zip(self.shapes, rank_bounds(self.layout, self.groups), strict=True):
+            if rank * (rows + cols) < rows * cols:
+                return None
+            if rank == most:
+                return most
+        return None
+
+    # -- Arrays that are given, or computed from base weights --------------------------------
+
+    @property
+    def given(self) -> dict[str, np.ndarray]:
+        """The arrays in ``fixed_shapes`` that the plan has, by name, in float32."""
+        arrays = self._joined(lambda part: part.given)
+        return dict(arrays) if self.theta is None else {**arrays, **self.theta.brought}
+
+    @property
+    def base_starts(self) -> dict[str, np.ndarray]:
+        """The initial values of the parameters in ``weight_param_shapes`` that the plan has, by name, in float64."""
+        return dict(self._base_starts)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the plan lacks arrays or initial values that are computed from the base weights."""
+        return not (
+            self.base_shapes.keys() <= self.given.keys() and self.weight_param_shapes.keys() <= self._base_starts.keys()
+        )
+
+    def _bring(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Put checked arrays where the groups and the map before them look for them."""
+        if self.theta is not None:
+            self.theta.bring({name: arrays[name] for name in self.brought_shapes if name in arrays})
+        for place, part in enumerate(self._parts):
+            names = self._names(place, {**part.given_shapes, **part.base_shapes, **part.start_shapes})
+            part.given.update({name: arrays[full] for name, full in names.items() if full in arrays})
+
+    @checks_arguments
+    def with_base(
+        self, weights: Sequence[Any] | Callable[[int], Any], progress: Callable[[int, int], None] | None = None
+    ) -> Self:
+        """Return this plan with what is computed from the base weights: frozen arrays, the start, and magnitudes.
+
+        Parameters
+        ----------
+        weights : sequence of array, or callable
+            The base weight of each update, ``(rows, cols)``, of any library; or a function that returns the weight with
+            an index, so that only one group's weights are in memory at a time.
+        progress : callable, optional
+            Called with the numbers of frozen arrays that are computed and of all, after each array.
+
+        Returns
+        -------
+        SuperLoRA
+            Itself if nothing of it is computed from the base.
+
+        Raises
+        ------
+        ShapeError
+            If a weight is missing or has another shape.
+        ConfigError
+            If an array cannot be computed from its weight: NaN, or too few singular values.
+
+        Notes
+        -----
+        For :class:`tnadapt.sources.FromBase`; for starts that are computed from the base weights; and for
+        ``apply="magnitude"``, whose magnitudes start at the norms of the weights. Memory: a group's weights in float64;
+        for starts, those of as many groups as there are cores, up to 8.
+
+        Examples
+        --------
+        >>> import numpy as np, tnadapt as tna
+        >>> sources = {"factor0": tna.sources.FromBase("rows")}
+        >>> plan = tna.SuperLoRA(tna.presets.lora(2, sources=sources), [(6, 4)])
+        >>> plan.base_shapes, plan.with_base([np.diag([3.0, 2, 1, 1, 1, 1])[:, :4]]).given.keys()
+        ({'group0.split0.factor0': (6, 2)}, dict_keys(['group0.split0.factor0']))
+        """
+        if not self.base_shapes and not self.weight_param_shapes:
+            return self
+        if not callable(weights) and len(weights) != len(self.shapes):
+            raise ShapeError(f"with_base needs the {len(self.shapes)} base weights; got {len(weights)}")
+        computed = itertools.count(1)
+
+        def on_array() -> None:
+            if progress is not None:
+                progress(next(computed), len(self.base_shapes))
+
+        given = self.given
+        for place, (part, (first, _)) in enumerate(zip(self._parts, self._firsts, strict=True)):
+            if part.base_shapes:
+                arrays = from_base(part, functools.partial(self._base_vector, weights, first), on_array)
+                given |= {full: arrays[name] for name, full in self._names(place, arrays).items()}
+        plan = type(self)(self.config, self.shapes, self._layers, self._roles, given=given)
+        plan._base_starts = self._starts_of_weights(weights)
+        return plan
+
+    def _base_vector(self, weights: Sequence[Any] | Callable[[int], Any], first: int, index: int) -> np.ndarray:
+        """Return a base weight as a vector, in float64 or float32, by its number after the first of a part."""
+        index += first
+        weight = weights(index) if callable(weights) else weights[index]
+        backend = get_backend(weight)
+        weight = base_weight(backend, weight, index, self.shapes[index])
+        # bfloat16 has no NumPy dtype; every bfloat16 and float16 number is a float32 number.
+        wide = weight if backend.dtype_name(weight) == "float64" else backend.astype(weight, "float32")
+        return np.asarray(backend.to_numpy(wide)).reshape(-1)
+
+    def _starts_of_weights(self, weights: Sequence[Any] | Callable[[int], Any]) -> dict[str, np.ndarray]:
+        """Compute where the parameters in ``weight_param_shapes`` start."""
+        starts = dict[str, np.ndarray]()
+        for index, names in enumerate(self.weight_param_names):
+            if names:
+                weight = self._base_vector(weights, 0, index).reshape(self.shapes[index])
+                starts |= self.applying.starts(index, weight.astype(np.float64))
+        for name, start in starts.items():
+            if not np.isfinite(start).all():
+                raise ConfigError(f"{name} would start at the norms of a base weight that holds NaN or infinity")
+        return starts
+
+    def fill(self, other: SuperLoRA) -> None:
+        """Add what is computed from the base weights and this plan lacks, in place, from a plan that has it.
+
+        For an adapter that uses the plan already. What the plan has stays as it is.
+
+        Parameters
+        ----------
+        other : SuperLoRA
+            A plan of the same config and shapes, such as :meth:`with_base` returns.
+        """
+        present = self.given
+        self._bring({name: array for name, array in other.given.items() if name not in present})
+        # In place, like the given arrays: the plan in other units has the same ones.
+        self._base_starts.update(
+            {name: start for name, start in other.base_starts.items() if name not in self._base_starts}
+        )
+
+    @checks_arguments
+    def with_start(self, arrays: Mapping[str, Any]) -> Self:
+        """Return this plan with other initial arrays, as ``start_from=arrays`` gives it.
+
+        Parameters
+        ----------
+        arrays : mapping of str to array
+            Of any library, for some or all names in ``array_shapes``. The others start as usual.
+
+        Returns
+        -------
+        SuperLoRA
+            A new plan, with the given and base arrays of this one.
+
+        Raises
+        ------
+        ConfigError
+            If ``config.start`` is not "given", a name is unknown, or an array is not finite.
+        ShapeError
+            If an array has another shape.
+
+        Examples
+        --------
+        ΔW is the difference to the start, which itself is no zero:
+
+        >>> import numpy as np, tnadapt as tna
+        >>> plan = tna.SuperLoRA(tna.presets.lora(1, start="given"), [(2, 3)])
+        >>> plan = plan.with_start({"group0.split0.factor0": np.ones((2, 1))})
+        >>> params = plan.init()
+        >>> params["group0.split0.factor0"].tolist(), bool(plan.deltas(params)[0].any())
+        ([[1.0], [1.0]], False)
+        """
+        given = {name: array for name, array in self.given.items() if name not in self.start_shapes}
+        plan = type(self)(self.config, self.shapes, self._layers, self._roles, given=given, start_from=arrays)
+        plan._base_starts = self._base_starts
+        return plan
+
+    def start_place(self, group: int) -> StartPlace:
+        """Return what a start needs to know of a group."""
+        place = max(place for place, (_, first) in enumerate(self._firsts) if first <= group)
+        return self._parts[place].start_place(group - self._firsts[place][1])
+
+    @checks_arguments
+    def starts(self, trained: Collection[str] | None = None) -> list[Initializer]:
+        """Return each group's initial arrays, if only the parameters of these names are trained; None means all.
+
+        Which θ are trained does not affect them: the gradient of each θ comes through all of its arrays.
+        """
+        if trained is None:
+            return [group.start for group in self.groups]
+        trained = list(trained)
+        unknown = [name for name in trained if name not in self.param_shapes]
+        if unknown or not trained:
+            raise ConfigError(
+                f"trained must name some of the parameters in param_shapes; unknown: {_some_names(unknown)}; there are "
+                f"{_some_names(list(self.param_shapes))}"
+            )
+        if self.theta is not None:
+            return self.starts()
+        chosen, starts = set(trained), list[Initializer]()
+        for part, (_, first) in zip(self._parts, self._firsts, strict=True):
+            starts += part.starts_if(self.groups[first : first + part.num_groups], chosen)
+        return starts
+
+    @overload
+    def init(
+        self,
+        backend: Literal["numpy"] = "numpy",
+        dtype: str = "float32",
+        device: Any = None,
+        trained: Collection[str] | None = None,
+    ) -> dict[str, np.ndarray]: ...
+
+    @overload
+    def init(
+        self,
+        backend: Literal["torch"],
+        dtype: str = "float32",
+        device: Any = None,
+        trained: Collection[str] | None = None,
+    ) -> dict[str, TorchArray]: ...
+
+    @overload
+    def init(
+        self,
+        backend: Literal["jax"],
+        dtype: str = "float32",
+        device: Any = None,
+        trained: Collection[str] | None = None,
+    ) -> dict[str, JaxArray]: ...
+
+    @overload
+    def init(
+        self, backend: str, dtype: str = "float32", device: Any = None, trained: Collection[str] | None = None
+    ) -> dict[str, Any]: ...
+
+    def init(
+        self,
+        backend: str = "numpy",
+        dtype: str = "float32",
+        device: Any = None,
+        trained: Collection[str] | None = None,
+    ) -> dict[str, Array]:
+        """Return initial parameters, for which ΔW is exactly zero and its gradient is not.
+
+        Parameters
+        ----------
+        backend : str
+            ``"numpy"``, ``"torch"``, ``"jax"``, ``"cupy"`` or a registered name.
+        dtype : str
+            ``"float32"``, ``"float64"``, ``"float16"`` or ``"bfloat16"``.
+        device : optional
+            Device of the arrays; the library's default if None.
+        trained : collection of str, optional
+            Names of the arrays that will be trained while the others stay as returned. The array that starts at zero is
+            then one of these, so that it has a gradient.
+
+        Returns
+        -------
+        dict of str to array
+            In the order of ``param_shapes``, with the same numbers in every library.
+
+        Raises
+        ------
+        BackendError
+            If the library, dtype or device is not available.
+        ConfigError
+            If the dtype cannot represent the initial values (float16, a nonlinear F and a tiny alpha), or ``trained``
+            names no array.
+
+        Notes
+        -----
+        For a linear F, the factor of the leading mode of the last split is zero in every term, and the other arrays are
+        random. For a nonlinear F all arrays are random, and ``deltas`` subtracts the update of the initial values. The
+        random arrays are normal, drawn from ``config.seed``, and scaled to a common root mean square: the one for which
+        the first SGD step changes ΔW by 1/32 of what dense fine-tuning changes (for a white gradient and a scale of 1),
+        whatever rank, order, splits and ρ are. :mod:`tnadapt.algebra.init` has the formula, and the case of order 1.
+
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> params = tna.SuperLoRA(tna.Config(rank=1), [(2, 3)]).init()
+        >>> params["group0.split0.factor0"].tolist()
+        [[0.0], [0.0]]
+        >>> plan = tna.SuperLoRA(tna.Config(rank=1), [(2, 3)])
+        >>> params = plan.init(trained=["group0.split0.factor1"])
+        >>> [bool(array.any()) for array in params.values()]
+        [True, False]
+        """
+        library = load_backend(backend)
+        if not library.usable():
+            raise BackendError(f"{backend} is installed, but finds no device to compute on")
+        if not isinstance(dtype, str):
+            raise BackendError(f"dtype must be a name such as 'float32'; got {safe_repr(dtype)}")
+        # Try an empty array first, to refuse an unavailable dtype or device before anything is drawn.
+        library.asarray(np.zeros(0), dtype, device)
+        made = self._weight_params(library, dtype, device)
+        if self.theta is not None:
+            self.theta.require_brought()
+            self._require_gradient()
+            for name, shape in self.theta.shapes.items():
+                made[name] = library.asarray(np.zeros(shape), dtype, device)
+            return {name: made[name] for name in self.param_shapes}
+        for group, start in zip(self.groups, self.starts(trained), strict=True):
+            for name, full in group.names.items():
+                if full in made:
+                    continue  # arrays that are tied
+                host = start.host(name)
+                if dtype == "float16" and np.max(np.abs(host)) > np.finfo(np.float16).max:
+                    raise ConfigError(
+                        f"{full} starts at numbers of up to {np.max(np.abs(host)):.1e}, which float16 cannot hold; "
+                        f"use float32, or a larger alpha than {self.config.alpha}"
+                    )
+                made[full] = library.asarray(host, dtype, device)
+        return {name: made[name] for name in self.param_shapes}
+
+    def _weight_params(self, library: Backend, dtype: str, device: Any) -> dict[str, Array]:
+        """Return the initial values of the parameters in ``weight_param_shapes``."""
+        missing = [name for name in self.weight_param_shapes if name not in self._base_starts]
+        if missing:
+            raise ConfigError(
+                f"{missing[0]} starts at the norms of its base weight, which this plan has not seen: call "
+                "plan.with_base(weights) first, or attach the config to a model"
+            )
+        found = {}
+        for name in self.weight_param_shapes:
+            # To float32 first, as the norm is rounded where it is divided by.
+            host = self._base_starts[name] if dtype == "float64" else self._base_starts[name].astype(np.float32)
+            if dtype == "float16" and np.max(host) > np.finfo(np.float16).max:
+                raise ConfigError(
+                    f"{name} starts at norms of up to {np.max(host):.1e}, which float16 cannot hold; use float32"
+                )
+            found[name] = library.asarray(host, dtype, device)
+        return found
+
+    # -- Units of the parameters, and plans of the same updates ------------------------------
+
+    @functools.cached_property
+    def units(self) -> dict[str, float]:
+        """The unit of each parameter, by its name in ``param_shapes``: a power of two, as ``config.rate`` says.
+
+        Adam at the rate η in ``training_plan`` is Adam at the rate ``η * unit`` of each parameter in this plan. All are
+        1 for ``rate="sgd"``; docs/learning_rate.rst has the rule for "adam".
+
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> tna.SuperLoRA(tna.presets.lora(4), [(64, 64)] * 8).units["group0.split0.factor0"]
+        2.0
+        """
+        if self._units:
+            return dict.fromkeys(self.param_shapes, 1.0)
+        return self._units_for([part.config.rate for part in self._parts])
+
+    @checks_arguments
+    def units_for(self, rate: str) -> dict[str, float]:
+        """Return the units of another value of ``config.rate``.
+
+        Parameters
+        ----------
+        rate : "adam" or "sgd"
+
+        Returns
+        -------
+        dict of str to float
+            Powers of two, by the names in ``param_shapes``.
+        """
+        if rate not in RATES:
+            raise ConfigError(f"rate must be one of {', '.join(map(repr, RATES))}; got {safe_repr(rate)}")
+        return self._units_for([rate] * len(self._parts))
+
+    def _units_for(self, rates: Sequence[str]) -> dict[str, float]:
+        units = dict.fromkeys(self.param_shapes, 1.0)
+        for place, (part, rate) in enumerate(zip(self._parts, rates, strict=True)):
+            of_part = RATES[rate](part.groups, self.theta, self.shapes)
+            units |= {full: of_part[name] for name, full in self._names(place, of_part).items()}
+        return units
+
+    @property
+    def file_plan(self) -> Self:
+        """The plan whose parameters are the arrays in files: itself, unless it is a ``training_plan``."""
+        return self if self._file_plan is None else self._file_plan
+
+    @functools.cached_property
+    def training_plan(self) -> Self:
+        """The plan whose parameters an optimizer trains: ``array = unit * parameter``; itself if all units are 1.
+
+        It computes the same updates at the same cost, as the units become part of the scale of its networks.
+
+        Examples
+        --------
+        >>> import numpy as np, tnadapt as tna
+        >>> plan = tna.SuperLoRA(tna.presets.lora(4), [(64, 64)] * 8)
+        >>> training = plan.training_plan
+        >>> params = training.init()
+        >>> deltas = training.deltas(params)  # and after some steps of an optimizer
+        >>> arrays = training.to_arrays(params)  # for tnadapt.save
+        >>> bool(np.array_equal(plan.deltas(arrays)[0], deltas[0])), list(arrays) == list(plan.init())
+        (True, True)
+        """
+        if self._units or all(unit == 1.0 for unit in self.units.values()):
+            return self
+        return self.with_units(self.units)
+
+    @checks_arguments
+    def with_units(self, units: Mapping[str, float]) -> Self:
+        """Return the plan whose parameters are in these units; see :attr:`training_plan`.
+
+        Parameters
+        ----------
+        units : mapping of str to float
+            A power of two for each name in ``param_shapes``.
+
+        Raises
+        ------
+        ConfigError
+            If the units of the arrays of a term have another product than those of the other terms of its group.
+        """
+        if missing := self.param_shapes.keys() - units:
+            raise ConfigError(f"units must have each name of param_shapes; missing: {summarize(missing)}")
+        plan = self._view(_units=dict(units), _file_plan=self)
+        _ = plan.groups  # raises the error now, and torch.compile never traces it
+        return plan
+
+    @functools.cached_property
+    def arrays_plan(self) -> Self:
+        """The plan of the updates alone, whose parameters are the arrays of this one, in their units.
+
+        Itself, unless ``config.before`` makes them from θ, or ``config.apply`` adds parameters of the weights.
+        """
+        if self.theta is None and self.applying.additive:
+            return self
+        if self._units:
+            updates = self.file_plan.arrays_plan
+            if self.theta is not None:
+                return updates  # θ has a unit, and the arrays that it makes have none
+            return updates.with_units({name: self._units[name] for name in updates.param_shapes})
+        config = self.config.replace(
+            before=None, parameters=None, scope="plan", offset=True, apply="add", magnitude_axis="rows"
+        )
+        return self._view(config=config, _base_starts={})
+
+    @checks_arguments
+    def to_arrays(self, params: Mapping[str, ArrayT]) -> dict[str, ArrayT]:
+        """Return the arrays of the ``file_plan`` from the parameters of this plan, exactly.
+
+        Parameters
+        ----------
+        params : mapping of str to array
+            For all or some names in ``param_shapes``, of any library.
+
+        Returns
+        -------
+        dict of str to array
+            Of the same library and dtype; differentiable.
+
+        Notes
+        -----
+        Units are powers of two: nothing is rounded, unless a number leaves the range of its dtype (float16).
+        """
+        return {name: _times(param, self._units.get(name, 1.0)) for name, param in params.items()}
+
+    @checks_arguments
+    def from_arrays(self, arrays: Mapping[str, ArrayT]) -> dict[str, ArrayT]:
+        """Return the parameters of this plan from the arrays of its ``file_plan``: the inverse of :meth:`to_arrays`.
+
+        Parameters
+        ----------
+        arrays : mapping of str to array
+            For all or some names in ``param_shapes``, of any library.
+
+        Returns
+        -------
+        dict of str to array
+            Of the same library and dtype; differentiable.
+        """
+        return {name: _times(array, 1.0 / self._units.get(name, 1.0)) for name, array in arrays.items()}
+
+    # -- Updates -----------------------------------------------------------------------------
 
     def deltas(self, params: Mapping[str, ArrayT], dtype: str | None = None) -> list[ArrayT]:
         """Compute the update of every weight.
@@ -319,16 +1156,143 @@ class SuperLoRA(UnitPlan):
         found: ArrayT = self._assembled(backend, arrays, self.layout.of_slice(start, stop), dtype)
         return found
 
-    @checks_arguments
-    def part_of(self, i: int) -> tuple[SuperLoRA, int]:
-        """Return the plan of the one config that weight ``i`` has, and the weight's number in it."""
-        return self, i
-
     def _assembled(
         self, backend: Backend, arrays: Mapping[str, Array], pieces: Sequence[Piece], dtype: str | None
     ) -> Array:
         runs = [(self.groups[run.group], run.group_start, run.group_start + run.length) for run in pieces]
         return backend.concat(updates_of_runs(backend, runs, arrays, dtype))
+
+    # -- Arrays from parameters --------------------------------------------------------------
+
+    def arrays(self, params: Mapping[str, Array], dtype: str | None = None) -> dict[str, Array]:
+        """Compute the arrays in ``array_shapes`` from the parameters: ``a_start + P θ``, or the parameters themselves.
+
+        Parameters
+        ----------
+        params : mapping of str to array
+            Names and shapes as in ``param_shapes``; one library, dtype and device.
+        dtype : str, optional
+            The dtype in which the parameters were trained, if they have been cast since: the arrays then have the
+            numbers of training, and no gradient.
+
+        Returns
+        -------
+        dict of str to array
+            Differentiable in torch and JAX. ``arrays_plan`` computes updates from them.
+
+        Raises
+        ------
+        ShapeError, BackendError
+            As in :meth:`deltas`.
+
+        Notes
+        -----
+        One call of P. a_start is rounded to the dtype of the parameters, and the sum is exactly a_start if θ is 0.
+
+        Examples
+        --------
+        >>> import numpy as np, tnadapt as tna
+        >>> plan = tna.SuperLoRA(tna.presets.lora(1, before="one-hot", parameters=2), [(2, 3)])
+        >>> [array.shape for array in plan.arrays({"theta": np.ones(2)}).values()]
+        [(2, 1), (3, 1)]
+        """
+        return self._arrays(self._checked(params), params, dtype)
+
+    def _arrays(self, backend: Backend, params: Mapping[str, Array], dtype: str | None) -> dict[str, Array]:
+        if dtype is not None and not isinstance(dtype, str):
+            raise wrong_argument("dtype", "a string or None", dtype)
+        if self.theta is None:
+            return dict(params) if not self.weight_param_shapes else {name: params[name] for name in self.array_shapes}
+        return self.theta.arrays(backend, params, functools.partial(self.array_start, backend), dtype)
+
+    def array_start(self, backend: Backend, full: str, like: Array, dtype: str | None = None) -> Array:
+        """Return the initial value of an array in ``array_shapes``, in the library, dtype and device of ``like``.
+
+        ``dtype`` is the dtype to which it is rounded, if that is not like's.
+        """
+        index, _, name = full.removeprefix("group").partition(".")
+        kind = backend.dtype_name(like)
+        return self.groups[int(index)].start.on(backend, (name, dtype or kind), like, kind)
+
+    def _require_gradient(self) -> None:
+        """Raise a ConfigError if θ = 0 has no gradient: without an offset, where two arrays of a product are zero."""
+        if self.config.offset:
+            return
+        for group in self.groups:
+            for prefixes in group.network.prefixes:
+                made = [name for name in group.names if name.startswith(tuple(prefixes))]
+                if len(made) > 1:
+                    raise ConfigError(
+                        f"offset=False starts {' and '.join(made[:2])} at zero, whose product has no gradient there: "
+                        "use offset=True, or sources that leave one array per term to train"
+                    )
+
+    def _checked(self, params: Mapping[str, Array]) -> Backend:
+        """Return the backend of the parameters, after checking their names, shapes, dtypes and devices."""
+        if not isinstance(params, Mapping):
+            raise ShapeError(f"params must be a mapping of names to arrays; got {type(params).__name__}")
+        expected = self.param_shapes
+        if params.keys() != expected.keys():
+            missing = [name for name in expected if name not in params]
+            unknown = [name for name in params if name not in expected]
+            raise ShapeError(
+                f"params must have exactly the names of param_shapes; missing: {_some_names(missing)}; "
+                f"unknown: {_some_names(unknown)}"
+            )
+        backend = get_backend(*params.values())
+        for name, shape in expected.items():
+            backend.require_float(params[name], f"params[{name!r}]")
+            if tuple(params[name].shape) != shape:
+                raise ShapeError(f"params[{name!r}] has shape {tuple(params[name].shape)}; expected {shape}")
+        return backend
+
+
+def _parts_of(
+    config: Config,
+    shapes: Sequence[tuple[int, int]],
+    layers: Sequence[Hashable] | None,
+    roles: Sequence[Hashable] | None,
+) -> tuple[PlanPart, ...]:
+    if not isinstance(config, CompositeConfig):
+        return (PlanPart(config, shapes, layers, roles),)
+    shapes = list(shapes)
+    keys = [[None] * len(shapes) if keys is None else _as_many(keys, shapes) for keys in (layers, roles)]
+    return tuple(
+        PlanPart(
+            part_config,
+            [shape for shape, _, _ in weights],
+            None if layers is None else [layer for _, layer, _ in weights],
+            None if roles is None else [role for _, _, role in weights],
+        )
+        for part_config, weights in config.split(list(zip(shapes, *keys, strict=True)))
+    )
+
+
+def _as_many(keys: Sequence[Hashable], shapes: Sequence[tuple[int, int]]) -> list[Hashable]:
+    listed = list(keys)
+    if len(listed) != len(shapes):
+        raise ConfigError(f"layers and roles have one key per weight; got {len(listed)} for {len(shapes)} weights")
+    return listed
+
+
+def _renumbered(name: str, first: int) -> str:
+    """Return the name in the plan of an array of a part whose first group has the number ``first``."""
+    prefix = PREFIX if name.startswith(PREFIX) else ""
+    group, _, rest = name.removeprefix(prefix).removeprefix("group").partition(".")
+    return f"{prefix}group{int(group) + first}.{rest}" if first else name
+
+
+def _with_units(plan: SuperLoRA, units: Mapping[str, float]) -> SuperLoRA:
+    return plan.with_units(units)
+
+
+def _times(array: Array, factor: float) -> Array:
+    return array if factor == 1.0 else array * factor
+
+
+def _some_names(names: Sequence[str]) -> str:
+    """Return the first few names, for a message."""
+    return (", ".join(map(repr, names[:4])) or "none") + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 @checks_arguments
@@ -355,7 +1319,7 @@ def parameter_count(
     >>> parameter_count(tna.presets.lora(rank=4), [(768, 768)] * 24)
     147456
     """
-    return SuperLoRA(config, shapes, layers, roles).num_parameters
+    return SuperLoRA(config, shapes, layers, roles, lay_out=False).num_parameters
 
 
 # -- Equal maps of several plans ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ arXiv 2506.00799) or ``normal`` (NOLA, arXiv 2310.02556). Its draws are those of
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -62,15 +63,15 @@ class Theta:
     ----------
     config : Config
         With a ``before``.
-    array_shapes : mapping of str to tuple of int
-        The plan's trained arrays, in order.
+    elements : int
+        Number of elements of the plan's trained arrays.
+    array_shapes : callable
+        Returns their names and shapes, in order; called when they are needed.
 
     Attributes
     ----------
     shapes : dict of str to tuple of int
         Names and shapes of the parameters.
-    brought_shapes : dict of str to tuple of int
-        Names and shapes of the arrays of P that the caller brings, such as ``"theta.index"``.
 
     Raises
     ------
@@ -80,30 +81,67 @@ class Theta:
     Examples
     --------
     >>> config = Config(rank=2, before="one-hot", parameters=5)
-    >>> Theta(config, {"group0.split0.factor0": (6, 2), "group0.split0.factor1": (4, 2)}).shapes
+    >>> Theta(config, 20, lambda: {"group0.split0.factor0": (6, 2), "group0.split0.factor1": (4, 2)}).shapes
     {'theta': (5,)}
     """
 
-    def __init__(self, config: Config, array_shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.offset = config.offset
-        scoped: dict[str, dict[str, tuple[int, ...]]] = {}
-        for full, shape in array_shapes.items():
-            scoped.setdefault(_SCOPED[config.scope](full), {})[full] = shape
-        self.parts = [
-            ThetaPart(name, _projection(config, name, index, arrays), arrays)
-            for index, (name, arrays) in enumerate(scoped.items())
-        ]
+    def __init__(
+        self, config: Config, elements: int, array_shapes: Callable[[], Mapping[str, tuple[int, ...]]]
+    ) -> None:
         assert config.parameters is not None  # ensured by Config
-        self.shapes: dict[str, tuple[int, ...]] = {part.name: (config.parameters,) for part in self.parts}
-        self._takers = {f"{part.name}.{taker.brings}": taker for part in self.parts if (taker := _taker(part))}
-        self.brought_shapes = {name: taker.brought_shape for name, taker in self._takers.items()}
+        self.config, self.offset, self._array_shapes = config, config.offset, array_shapes
+        sizes = {"theta": elements} if config.scope == "plan" else self._sizes
+        for name, size in sizes.items():
+            if config.parameters > size:
+                raise ConfigError(
+                    f"parameters={config.parameters} is more than the {size} elements that {name!r} makes; use at most "
+                    f"{size}, or before=None to train the arrays themselves"
+                )
+        self.shapes: dict[str, tuple[int, ...]] = dict.fromkeys(sizes, (config.parameters,))
         self._brought: dict[str, np.ndarray] = {}
+
+    @functools.cached_property
+    def _scoped(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Names and shapes of the arrays that each θ makes."""
+        scoped: dict[str, dict[str, tuple[int, ...]]] = {}
+        for full, shape in self._array_shapes().items():
+            scoped.setdefault(_SCOPED[self.config.scope](full), {})[full] = shape
+        return scoped
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {name: sum(map(math.prod, arrays.values())) for name, arrays in self._scoped.items()}
+
+    @functools.cached_property
+    def parts(self) -> list[ThetaPart]:
+        """Each θ, its map, and the arrays made from it."""
+        before, parameters, seed = self.config.before, self.config.parameters, self.config.seed
+        assert before is not None  # ensured by Config, like the next
+        assert parameters is not None
+        return [
+            ThetaPart(name, Projection(before, parameters, size, seed, THETA_STREAMS + index), self._scoped[name])
+            for index, (name, size) in enumerate(self._sizes.items())
+        ]
+
+    @functools.cached_property
+    def _takers(self) -> dict[str, BroughtMap]:
+        """Maps that have an array that the caller brings; a chain has none."""
+        return {
+            f"{part.name}.{part.projection.map.brings}": part.projection.map
+            for part in self.parts
+            if isinstance(part.projection.map, BroughtMap)
+        }
+
+    @functools.cached_property
+    def brought_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the arrays of P that the caller brings, such as ``"theta.index"``."""
+        return {name: taker.brought_shape for name, taker in self._takers.items()}
 
     def in_units(self, units: Mapping[str, float]) -> Theta:
         """Return the same map for θ in these units, by its names."""
-        found = copy.copy(self)
-        found.parts = [part._replace(unit=units[part.name]) for part in self.parts]
-        return found
+        scaled = copy.copy(self)
+        scaled.parts = [part._replace(unit=units[part.name]) for part in self.parts]
+        return scaled
 
     # -- Arrays that the caller brings -------------------------------------------------------
 
@@ -196,21 +234,3 @@ _SCOPED: dict[str, Callable[[str], str]] = {
     "group": lambda full: full.partition(".")[0] + ".theta",
     "array": lambda full: full + ".theta",
 }
-
-
-def _taker(part: ThetaPart) -> BroughtMap | None:
-    """Return P if it has an array that the caller brings; a chain has none."""
-    found = part.projection.map
-    return found if isinstance(found, BroughtMap) else None
-
-
-def _projection(config: Config, name: str, index: int, arrays: Mapping[str, tuple[int, ...]]) -> Projection:
-    assert config.before is not None  # ensured by Config, like the next
-    assert config.parameters is not None
-    size = sum(math.prod(shape) for shape in arrays.values())
-    if config.parameters > size:
-        raise ConfigError(
-            f"parameters={config.parameters} is more than the {size} elements that {name!r} makes; use at most {size}, "
-            "or before=None to train the arrays themselves"
-        )
-    return Projection(config.before, config.parameters, size, config.seed, THETA_STREAMS + index)

@@ -30,20 +30,16 @@ constants are fits: docs/learning_rate.rst has the measurements.
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Self
 
-from tnadapt.argument_checks import checks_arguments
-from tnadapt.backends import Array, ArrayT
-from tnadapt.errors import ConfigError, safe_repr, summarize
+from tnadapt.errors import ConfigError
 
 from .group import Group
 from .init import Initializer
 from .maps.projection import Projection
 from .network import Network
-from .plan import GroupPlan, RankPlan
+from .theta import Theta
 
 __all__ = [
     "RATE",
@@ -52,7 +48,7 @@ __all__ = [
     "STEPS",
     "STEP_NORM",
     "WEIGHTS",
-    "UnitPlan",
+    "in_units",
     "step_norm",
     "term_product",
 ]
@@ -140,15 +136,16 @@ STEPS = 5
 SPREAD = 1.0 / 3.0
 
 
-def adam_units(plan: GroupPlan, shapes: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """Return the unit of each parameter of a plan, by its name in ``param_shapes``.
+def adam_units(groups: Sequence[Group], theta: Theta | None, shapes: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """Return the units of the arrays of groups, or of the θ that makes them, by name.
 
     Parameters
     ----------
-    plan : GroupPlan
-        One that is not composite.
+    groups : sequence of Group
+        Of one config.
+    theta : Theta or None
     shapes : sequence of (int, int)
-        Of all weights of the whole plan that it is a part of.
+        Of all weights of the plan, of which the groups may cover some.
 
     Returns
     -------
@@ -156,11 +153,10 @@ def adam_units(plan: GroupPlan, shapes: Sequence[tuple[int, int]]) -> dict[str, 
         Powers of two.
     """
     target = STEPS * step_norm(len(shapes)) / math.sqrt(sum(rows * cols for rows, cols in shapes))
-    steps = _steps_of_arrays(plan) if plan.theta is None else _steps_of_theta(plan)
+    steps = _steps_of_arrays(groups) if theta is None else _steps_of_theta(groups, theta)
     # What moves the same groups, as all arrays of a group do, has the same unit.
     distances = {key: step.distance(target) for key, step in {id(step): step for step in steps.values()}.items()}
-    found = {name: _power(distances[id(step)] / (STEPS * RATE * step.gain)) for name, step in steps.items()}
-    return {name: found.get(name, 1.0) for name in plan.param_shapes}
+    return {name: _power(distances[id(step)] / (STEPS * RATE * step.gain)) for name, step in steps.items()}
 
 
 def step_norm(weights: int) -> float:
@@ -233,23 +229,23 @@ class _UpdateStep:
         return float(2.0**high)
 
 
-def _steps_of_arrays(plan: GroupPlan) -> dict[str, _UpdateStep]:
+def _steps_of_arrays(groups: Sequence[Group]) -> dict[str, _UpdateStep]:
     """Return the step of each array; the same object for those that move the same groups."""
-    groups: dict[str, list[int]] = {}
-    for index, group in enumerate(plan.groups):
+    indices_of: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
         for full in group.names.values():
-            own = groups.setdefault(full, [])
-            if index not in own[-1:]:
-                own.append(index)
-    made: dict[tuple[int, ...], _UpdateStep] = {}
+            indices = indices_of.setdefault(full, [])
+            if index not in indices[-1:]:
+                indices.append(index)
+    step_of: dict[tuple[int, ...], _UpdateStep] = {}
     alike: dict[tuple[object, ...], _UpdateStep] = {}
-    found = {}
-    for full, indices in groups.items():
+    steps = {}
+    for full, indices in indices_of.items():
         key = tuple(indices)
-        if key not in made:
-            made[key] = _step_of([(plan.groups[index], plan.groups[index].names) for index in indices], alike)
-        found[full] = made[key]
-    return found
+        if key not in step_of:
+            step_of[key] = _step_of([(groups[index], groups[index].names) for index in indices], alike)
+        steps[full] = step_of[key]
+    return steps
 
 
 def _step_of(
@@ -262,16 +258,15 @@ def _step_of(
     return alike.setdefault(tuple(step.kinds), step) if len(moves) == 1 else step
 
 
-def _steps_of_theta(plan: GroupPlan) -> dict[str, _UpdateStep]:
-    assert plan.theta is not None
-    found = {}
-    for part in plan.theta.parts:
-        step = found[part.name] = _UpdateStep(math.sqrt(part.projection.map.variance()), spread(part.projection))
-        for group in plan.groups:
+def _steps_of_theta(groups: Sequence[Group], theta: Theta) -> dict[str, _UpdateStep]:
+    steps = {}
+    for part in theta.parts:
+        step = steps[part.name] = _UpdateStep(math.sqrt(part.projection.map.variance()), spread(part.projection))
+        for group in groups:
             # Other θ move the other arrays of the group at the same time.
             if not part.arrays.keys().isdisjoint(group.names.values()):
                 step.add(group, group.names)
-    return found
+    return steps
 
 
 def term_product(group: Group, units: Mapping[str, float]) -> float:
@@ -297,194 +292,23 @@ def term_product(group: Group, units: Mapping[str, float]) -> float:
 # -- Units by the name of the optimizer --------------------------------------------------------------------------------
 
 
-# A parametrization is a function of the plan and of the shapes of all adapted weights, which returns the unit of each
-# parameter by its name.
+def sgd_units(groups: Sequence[Group], theta: Theta | None, shapes: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """Return none, for 1 everywhere: :mod:`tnadapt.algebra.init` scales the arrays for equal steps of SGD."""
+    return {}
 
 
-def sgd_units(plan: GroupPlan, shapes: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """Return 1 for each parameter: :mod:`tnadapt.algebra.init` scales the arrays for equal steps of SGD."""
-    return dict.fromkeys(plan.param_shapes, 1.0)
-
-
-#: By the names in :data:`tnadapt.algebra.config.RATE_NAMES`.
-RATES: dict[str, Callable[[GroupPlan, Sequence[tuple[int, int]]], dict[str, float]]] = {
+#: By the names in :data:`tnadapt.algebra.config.RATE_NAMES`; a parameter that has no unit has the unit 1.
+RATES: dict[str, Callable[[Sequence[Group], Theta | None, Sequence[tuple[int, int]]], dict[str, float]]] = {
     "sgd": sgd_units,
     "adam": adam_units,
 }
 
 
-# -- Plans whose parameters are in units -------------------------------------------------------------------------------
+# -- Groups whose arrays are in units ----------------------------------------------------------------------------------
 
 
-class UnitPlan(RankPlan):
-    """A plan with units, in which its parameters are trained.
-
-    Files, :meth:`init` and :meth:`deltas` have the arrays themselves. ``training_plan`` is the same plan in units:
-    ``array = unit * parameter``.
-    """
-
-    _in_units = False
-
-    @functools.cached_property
-    def units(self) -> dict[str, float]:
-        """The unit of each parameter, by its name in ``param_shapes``: a power of two, as ``config.rate`` says.
-
-        Adam at the rate η in ``training_plan`` is Adam at the rate ``η * unit`` of each parameter in this plan. All are
-        1 for ``rate="sgd"``; docs/learning_rate.rst has the rule for "adam".
-
-        Examples
-        --------
-        >>> import tnadapt as tna
-        >>> tna.SuperLoRA(tna.presets.lora(4), [(64, 64)] * 8).units["group0.split0.factor0"]
-        2.0
-        """
-        return self.units_for(self.config.rate)
-
-    @checks_arguments
-    def units_for(self, rate: str) -> dict[str, float]:
-        """Return the units of another value of ``config.rate``.
-
-        Parameters
-        ----------
-        rate : "adam" or "sgd"
-
-        Returns
-        -------
-        dict of str to float
-            Powers of two, by the names in ``param_shapes``.
-        """
-        if rate not in RATES:
-            raise ConfigError(f"rate must be one of {', '.join(map(repr, RATES))}; got {safe_repr(rate)}")
-        return RATES[rate](self, self.shapes)
-
-    @functools.cached_property
-    def file_plan(self) -> Self:
-        """The plan whose parameters are the arrays in files: itself, unless it is a ``training_plan``."""
-        return self
-
-    @functools.cached_property
-    def training_plan(self) -> Self:
-        """The plan whose parameters an optimizer trains: ``array = unit * parameter``; itself if all units are 1.
-
-        It computes the same updates at the same cost, as the units become part of the scale of its networks.
-
-        Examples
-        --------
-        >>> import numpy as np, tnadapt as tna
-        >>> plan = tna.SuperLoRA(tna.presets.lora(4), [(64, 64)] * 8)
-        >>> training = plan.training_plan
-        >>> params = training.init()
-        >>> deltas = training.deltas(params)  # and after some steps of an optimizer
-        >>> arrays = training.to_arrays(params)  # for tnadapt.save
-        >>> bool(np.array_equal(plan.deltas(arrays)[0], deltas[0])), list(arrays) == list(plan.init())
-        (True, True)
-        """
-        if self._in_units or all(unit == 1.0 for unit in self.units.values()):
-            return self
-        return self.with_units(self.units)
-
-    @checks_arguments
-    def with_units(self, units: Mapping[str, float]) -> Self:
-        """Return the plan whose parameters are in these units; see :attr:`training_plan`.
-
-        Parameters
-        ----------
-        units : mapping of str to float
-            A power of two for each name in ``param_shapes``.
-
-        Raises
-        ------
-        ConfigError
-            If the units of the arrays of a term have another product than those of the other terms of its group.
-        """
-        if missing := self.param_shapes.keys() - units:
-            raise ConfigError(f"units must have each name of param_shapes; missing: {summarize(missing)}")
-        found = object.__new__(type(self))
-        own = {"units", "training_plan", "file_plan", "arrays_plan", "alike", "groups", "theta"}
-        found.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
-        found._in_units, found._units, found.file_plan = True, dict(units), self
-        found.units = dict.fromkeys(self.param_shapes, 1.0)
-        found.theta = None if self.theta is None else self.theta.in_units(units)
-        found.groups = self._groups_in(units)
-        return found
-
-    @functools.cached_property
-    def arrays_plan(self) -> Self:
-        """The plan of the updates alone, whose parameters are the arrays of this one, in their units.
-
-        Itself, unless ``config.before`` makes them from θ, or ``config.apply`` adds parameters of the weights.
-        """
-        if not self._in_units:
-            return super().arrays_plan
-        alone = self.file_plan.arrays_plan
-        if alone is self.file_plan:
-            return self
-        if self.theta is not None:
-            return alone  # θ has a unit, and the arrays that it makes have none
-        return alone.with_units({name: self._units[name] for name in alone.param_shapes})
-
-    def _groups_in(self, units: Mapping[str, float]) -> list[Group]:
-        if self.theta is not None:
-            return self.groups
-        networks: dict[tuple[int, float], Network] = {}
-        return [_in_units(group, units, networks) for group in self.groups]
-
-    @checks_arguments
-    def to_arrays(self, params: Mapping[str, ArrayT]) -> dict[str, ArrayT]:
-        """Return the arrays of the ``file_plan`` from the parameters of this plan, exactly.
-
-        Parameters
-        ----------
-        params : mapping of str to array
-            For all or some names in ``param_shapes``, of any library.
-
-        Returns
-        -------
-        dict of str to array
-            Of the same library and dtype; differentiable.
-
-        Notes
-        -----
-        Units are powers of two: nothing is rounded, unless a number leaves the range of its dtype (float16).
-        """
-        return {name: _times(param, self._units.get(name, 1.0)) for name, param in params.items()}
-
-    @checks_arguments
-    def from_arrays(self, arrays: Mapping[str, ArrayT]) -> dict[str, ArrayT]:
-        """Return the parameters of this plan from the arrays of its ``file_plan``: the inverse of :meth:`to_arrays`.
-
-        Parameters
-        ----------
-        arrays : mapping of str to array
-            For all or some names in ``param_shapes``, of any library.
-
-        Returns
-        -------
-        dict of str to array
-            Of the same library and dtype; differentiable.
-        """
-        return {name: _times(array, 1.0 / self._units.get(name, 1.0)) for name, array in arrays.items()}
-
-    _units: Mapping[str, float] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self._in_units:
-            return _with_units, (self.file_plan, dict(self._units))
-        return self._reduced()
-
-    def _reduced(self) -> tuple[Any, ...]:
-        raise NotImplementedError
-
-
-def _with_units(plan: UnitPlan, units: Mapping[str, float]) -> UnitPlan:
-    return plan.with_units(units)
-
-
-def _times(array: Array, factor: float) -> Array:
-    return array if factor == 1.0 else array * factor
-
-
-def _in_units(group: Group, units: Mapping[str, float], networks: dict[tuple[int, float], Network]) -> Group:
+def in_units(group: Group, units: Mapping[str, float], networks: dict[tuple[int, float], Network]) -> Group:
+    """Return a group whose arrays are ``unit * parameter``; the units of a term are a factor of its network's scale."""
     product = term_product(group, units)
     key = id(group.network), product
     network = networks.get(key)

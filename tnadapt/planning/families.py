@@ -33,22 +33,6 @@ __all__ = [
 Family = Sequence[Ladder]
 
 
-class CountedPlan(SuperLoRA):
-    """A plan whose arrays are counted, and whose groups are laid out only when they are used.
-
-    A search makes thousands of plans, of which it lays out a few.
-
-    Examples
-    --------
-    >>> from tnadapt import presets
-    >>> CountedPlan(presets.lora(4), [(768, 768)] * 10_000).num_parameters
-    61440000
-    """
-
-    def _lay_out(self) -> None:
-        """Do nothing."""
-
-
 class Found(NamedTuple):
     """A setting and its number of parameters.
 
@@ -115,7 +99,7 @@ class Search:
 
     def adapter(self, config: Config) -> SuperLoRA:
         """Return the plan of a setting on these weights, whose groups are laid out when they are used."""
-        return CountedPlan(config, self.shapes, self.layers, self.roles)
+        return SuperLoRA(config, self.shapes, self.layers, self.roles, lay_out=False)
 
     def freedom(self, found: Found) -> int:
         """Return the degrees of freedom of a setting; a ``worth`` for :meth:`largest`."""

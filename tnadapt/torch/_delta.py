@@ -30,7 +30,6 @@ from torch.nn import functional
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from tnadapt.algebra.applying import Applying
-from tnadapt.algebra.composite import CompositePlan
 from tnadapt.algebra.factoring import KroneckerRows
 from tnadapt.algebra.group import Group, batches
 from tnadapt.algebra.maps.projection import adjoints
@@ -847,12 +846,9 @@ class CachedPart:
 
 
 def _parts(plan: SuperLoRA) -> list[CachedPart]:
-    if not isinstance(plan, CompositePlan):
-        names = list(plan.param_shapes)
-        return [CachedPart(plan, names, names, 0, -1)]
     return [
         CachedPart(part, list(names), list(names.values()), first, -1 - place)
-        for place, (part, names, first) in enumerate(plan.alone)
+        for place, (part, names, first) in enumerate(plan.config_plans)
     ]
 
 
