@@ -18,6 +18,7 @@ __all__ = [
     "NameRegistry",
     "Registry",
     "checked_name",
+    "failed_plugins",
     "forget_registered",
     "load_plugins",
 ]
@@ -54,6 +55,11 @@ def load_plugins() -> tuple[str, ...]:
             package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown package"
             failures.append(f"plug-in {entry.name!r} of {package} failed to load: {type(error).__name__}: {error}")
     return tuple(failures)
+
+
+def failed_plugins() -> str:
+    """Return the end of a message about an unknown name: which plug-ins failed to load; empty if none did."""
+    return "".join(f"; {failure}" for failure in load_plugins())
 
 
 # -- Registries by name: what is built in, and what other packages register --------------------------------------------
@@ -155,12 +161,11 @@ class NameRegistry(Mapping[str, V], Generic[V]):
         """
         if isinstance(name, str) and self.knows(name):
             return self[name]
-        failed = "".join(f"; {failure}" for failure in load_plugins())
         listed = ", ".join(repr(known) for known in self)
         other = f" {other}" if other else ""
         raise ConfigError(
             f"{self.kind} must be one of {listed}{other}; got {safe_repr(name)}{self.suggestion(name) or '.'} If a "
-            f"plug-in provides it, install the plug-in{failed}"
+            f"plug-in provides it, install the plug-in{failed_plugins()}"
         )
 
     def suggestion(self, name: object) -> str:

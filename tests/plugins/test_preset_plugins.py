@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -46,6 +47,9 @@ runpy.run_module("tnadapt", run_name="__main__")
 @pytest.mark.usefixtures("plugins")
 def test_a_registered_preset_has_its_name() -> None:
     assert "btd" not in PRESETS
+    with pytest.raises(AttributeError, match=r"'tnadapt\.presets' has no attribute 'btdd'; did you mean 'btd'\? If"):
+        print(tna.presets.btdd)
+    forget_registered()
     assert tna.presets.btd(3, 2).rank == (3, 2)
     assert "btd" in dir(tna.presets)
     assert "btd" not in tna.presets.__all__
@@ -111,15 +115,12 @@ def test_commands_take_its_name(plugins: Path) -> None:
     assert "Traceback" not in missing.stderr
 
 
-def test_attach_trains_saves_and_loads_it(plugins: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("plugins")
+def test_attach_and_a_study_take_its_name(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
-
-    def network() -> Any:
-        return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
-
-    model, x = network(), torch.randn(5, 8)
-    base, before = {key: value.clone() for key, value in model.state_dict().items()}, model(x)
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)), torch.randn(5, 8)
+    fresh, before = copy.deepcopy(model), model(x)
     adapter = tna.torch.attach(model, "btd", blocks=3, targets="all-linear")
     assert adapter.plan.config == tna.presets.btd(3)
     assert torch.equal(model(x), before)
@@ -130,16 +131,12 @@ def test_attach_trains_saves_and_loads_it(plugins: Path, tmp_path: Path) -> None
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.9 * (before - 1.0).square().mean().item()
-    path = tmp_path / "adapter.safetensors"
-    adapter.save(path)
-    fresh = network()
-    fresh.load_state_dict(base)
-    tna.torch.load(fresh, path)
+    adapter.save(tmp_path / "adapter.safetensors")
+    tna.torch.load(fresh, tmp_path / "adapter.safetensors")
     assert torch.equal(fresh(x), model(x))
-    sys.path.remove(str(plugins))
-    forget_registered()
-    with pytest.raises(tna.FileError, match=r"got 'block-term'.*install the plug-in"):
-        tna.load(path)
+    grid = importlib.import_module("tnadapt.finetune.grid")
+    assert [str(method.name) for method in grid.methods_of(["btd"], [], {"blocks": 3}, SHAPES, 2)] == ["BTD blocks = 3"]
+    assert "BTD" in {method.family for method in grid.within(100, SHAPES)}
 
 
 # -- What is no preset ----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tnadapt.errors import ConfigError, UnexpectedKeywordError, keyword_hint, safe_repr
-from tnadapt.plugins import load_plugins
+from tnadapt.plugins import failed_plugins
 
 from . import presets
 from .config import Config
@@ -147,10 +147,9 @@ def require_preset(name: str, function: str | None = None) -> None:
     tnadapt.errors.ConfigError: no preset 'lorra'; did you mean 'lora'? The presets are c3a, cara, ...
     """
     if not PRESETS.knows(name):
-        failed = "".join(f"; {failure}" for failure in load_plugins())
         raise ConfigError(
             f"no preset {safe_repr(name)}; {_instead(name, function)}. If a plug-in provides it, install the plug-in"
-            f"{failed}"
+            f"{failed_plugins()}"
         )
 
 

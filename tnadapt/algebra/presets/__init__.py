@@ -20,7 +20,7 @@ import re
 from typing import Any
 
 from tnadapt.errors import ConfigError, safe_repr
-from tnadapt.plugins import NameRegistry
+from tnadapt.plugins import NameRegistry, failed_plugins
 
 from ._maps import *  # noqa: F403
 from ._maps import MAP_PRESETS
@@ -109,9 +109,13 @@ def register_preset(preset: Preset) -> None:
 def __getattr__(name: str) -> Any:
     if name == "__all__":
         return _METHODS
-    if not name.startswith("_") and PRESETS.knows(name):
+    message = f"module 'tnadapt.presets' has no attribute {name!r}"
+    if name.startswith("_"):  # as tools ask any module
+        raise AttributeError(message, name=name)
+    if PRESETS.knows(name):
         return PRESETS[name].make
-    raise AttributeError(f"module 'tnadapt.presets' has no attribute {name!r}{PRESETS.suggestion(name)}", name=name)
+    way_out = f"{PRESETS.suggestion(name) or '.'} If a plug-in provides it, install the plug-in{failed_plugins()}"
+    raise AttributeError(message + way_out, name=name)
 
 
 def __dir__() -> list[str]:

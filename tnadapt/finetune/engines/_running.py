@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from tnadapt.argument_checks import checks_arguments, wrong_argument
 from tnadapt.checkpoints.container import path_of
 from tnadapt.errors import ConfigError, TnadaptError, integer, safe_repr
-from tnadapt.plugins import Registry, load_plugins
+from tnadapt.plugins import Registry, failed_plugins
 
 from . import _engine
 from ._engine import AGAIN, Died, Do, Engine, Failed, Finished, Keyed, RunFolder, TaskCall, Work, as_json, name_of
@@ -109,8 +109,7 @@ def open_engine(
 
 def _engine_class(name: str) -> type[Engine]:
     if not ENGINES.knows(name):
-        failed = "".join(f"; {failure}" for failure in load_plugins())
-        raise TnadaptError(f"no engine {safe_repr(name)}; expected one of {', '.join(ENGINES)}{failed}")
+        raise TnadaptError(f"no engine {safe_repr(name)}; expected one of {', '.join(ENGINES)}{failed_plugins()}")
     return ENGINES[name]
 
 
