@@ -40,6 +40,19 @@ def test_every_preset_has_a_formula_and_an_example() -> None:
 
 
 @pytest.mark.parametrize("name", tna.presets.__all__)
+def test_larger_sizes_have_more_parameters_up_to_the_largest(name: str) -> None:
+    weights = tna.presets.AdaptedWeights([(24, 16)] * 4, [0, 0, 1, 1], "qvqv", 8)
+    on = weights.shapes, weights.layers, weights.roles
+    ladders = tna.presets.PRESETS[name].ladders(weights)
+    assert ladders
+    for ladder in ladders:
+        most = ladder.most(tna.SuperLoRA(ladder.config(1), *on))
+        counts = [tna.parameter_count(ladder.config(size), *on) for size in range(1, min(most, 6) + 1)]
+        assert counts == sorted(counts)
+        assert (counts[0] < counts[-1]) == (most > 1)
+
+
+@pytest.mark.parametrize("name", tna.presets.__all__)
 def test_every_preset_says_where_it_comes_from_and_what_it_sets(name: str) -> None:
     doc = inspect.getdoc(getattr(tna.presets, name)) or ""
     assert "Settings:" in doc

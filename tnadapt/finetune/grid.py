@@ -36,9 +36,6 @@ __all__ = [
 
 Shapes = Sequence[tuple[int, int]]
 
-# Presets that need the number of heads or their size.
-_WITH_HEADS = ("cara", "lorta_cp")
-
 HEAD = "head alone"
 #: The same for a model that needs no new head: nothing is trained.
 BASE = "untrained base"
@@ -180,11 +177,13 @@ def _presets(names: Sequence[str], changes: Mapping[str, Any]) -> Iterator[tuple
         )
     for name in dict.fromkeys(names or ["superlora"]):
         require_preset(name)
-        if name in _WITH_HEADS and changes.keys().isdisjoint({"heads", "head_size"}):
+        parameters = inspect.signature(PRESETS[name].make).parameters
+        needs_heads = "heads" in parameters and not PRESETS[name].ladders(AdaptedWeights([(1, 1)]))
+        if needs_heads and changes.keys().isdisjoint({"heads", "head_size"}):
             raise TnadaptError(
                 f"preset {name!r} needs the number of 'heads' or their 'head_size'; give it with --set NAME=VALUE"
             )
-        yield name, inspect.signature(PRESETS[name].make).parameters
+        yield name, parameters
 
 
 def _given(ranks: Sequence[int], changes: Mapping[str, Any]) -> Iterator[tuple[int | None, dict[str, Any]]]:

@@ -557,7 +557,7 @@ def _quanta_sizes(weights: AdaptedWeights) -> list[Ladder]:
     several = itertools.chain.from_iterable(
         itertools.combinations_with_replacement(divisors, number) for number in (1, 2, 3)
     )
-    fitting = [digits for digits in several if weights.side % math.prod(digits) == 0]
+    fitting = [digits for digits in several if math.prod(digits) in divisors]
     return [one_size(functools.partial(quanta, digits)) for digits in fitting]
 
 
