@@ -30,10 +30,10 @@ from ._preset import (
     each,
     each_shape,
     groups_label,
+    is_of,
     long_vector_cut,
     lora_config,
     lora_formula,
-    made,
     one_size,
     preset_config,
     rank_label,
@@ -562,19 +562,19 @@ def _quanta_sizes(weights: AdaptedWeights) -> list[Ladder]:
 
 
 def _superlora_label(config: Config) -> str | None:
-    if config.format != "cp" or config != made(superlora, config.rank, config.groups):
+    if config.format != "cp" or not is_of(config, superlora, config.rank, config.groups):
         return None
     return ", ".join([*groups_label(config), f"r = {config.rank}"])
 
 
 def _lorta_label(config: Config) -> str | None:
-    if config.format != "tucker" or config.order < 3 or config != made(lorta, config.rank, config.order, config.groups):
+    if config.order < 3 or not is_of(config, lorta, config.rank, config.order, config.groups):
         return None
     return ", ".join([f"M = {config.order}", *groups_label(config), f"r = {rank_label(config.rank)}"])
 
 
 def _lonkr_label(config: Config) -> str | None:
-    if config.splits < 2 or config != made(lonkr, config.rank, config.splits, config.groups, config.split_size):
+    if config.splits < 2 or not is_of(config, lonkr, config.rank, config.splits, config.groups, config.split_size):
         return None
     sizes = [f"K = {config.splits}", f"f = {config.split_size}"]
     return ", ".join([*sizes, *groups_label(config), f"r = {rank_label(config.rank)}"])
@@ -584,7 +584,7 @@ def _quanta_label(config: Config) -> str | None:
     if config.format != "circuit" or not isinstance(config.fold, tuple):
         return None
     digits = config.fold[1 : len(config.fold) // 2]
-    return "·".join(map(str, digits)) if config == made(quanta, digits) else None
+    return "·".join(map(str, digits)) if is_of(config, quanta, digits) else None
 
 
 # -- The records -------------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptedWeights",
-    "Change",
     "Float",
     "Formula",
     "Ladder",
@@ -36,10 +35,10 @@ __all__ = [
     "each",
     "each_shape",
     "groups_label",
+    "is_of",
     "long_vector_cut",
     "lora_config",
     "lora_formula",
-    "made",
     "of_theta",
     "one_size",
     "preset_config",
@@ -175,12 +174,12 @@ def _swapped(make: Make, rank: int, parameters: int) -> Config:
 Recognize = Callable[[Config], str | None]
 
 
-def made(make: Make, *settings: Any, **changes: Any) -> Config | None:
-    """Return a preset's config; None if it refuses the settings."""
+def is_of(config: Config, make: Make, *settings: Any, **changes: Any) -> bool:
+    """Return whether a preset returns this config for these settings."""
     try:
-        return make(*settings, **changes)
+        return config == make(*settings, **changes)
     except ConfigError:
-        return None
+        return False
 
 
 def recognized_by(make: Make, **symbols: str) -> Recognize:
@@ -194,7 +193,7 @@ def recognized_by(make: Make, **symbols: str) -> Recognize:
         if _outline(config) != smallest():  # most configs: making one of the values takes longer
             return None
         values = {name: getattr(config, name) for name in symbols}
-        if not all(isinstance(value, (int, float)) for value in values.values()) or config != made(make, **values):
+        if not all(isinstance(value, (int, float)) for value in values.values()) or not is_of(config, make, **values):
             return None
         words = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in values.values())
         return ", ".join(f"{symbol} = {word}" for symbol, word in zip(symbols.values(), words, strict=True))
@@ -223,7 +222,6 @@ def rank_label(rank: int | tuple[int | None, ...]) -> str:
 Float = NDArray[np.float64]
 Params = Mapping[str, Float]
 Formula = Callable[[Params, Config, Shapes], list[Float]]
-Change = Callable[[Params, Config, Sequence[Float]], list[Float]]
 Named = Callable[[str], Float]
 
 

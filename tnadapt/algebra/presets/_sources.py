@@ -26,9 +26,9 @@ from ._preset import (
     alpha_over_rank,
     each,
     groups_label,
+    is_of,
     lora_config,
     lora_formula,
-    made,
     of_theta,
     preset_config,
     recognized_by,
@@ -469,11 +469,9 @@ def _randlora_sizes(weights: AdaptedWeights) -> list[Ladder]:
 def _craft_label(config: Config) -> str | None:
     rank = config.rank
     last, weights = (rank, None) if isinstance(rank, int) else (rank[-1], rank[0])
-    if (
-        "core" not in config.sources
-        or last is None
-        or config != made(craft, last, weights=weights, groups=config.groups)
-    ):
+    if "core" not in config.sources or last is None:
+        return None
+    if not is_of(config, craft, last, weights=weights, groups=config.groups):
         return None
     return ", ".join([*groups_label(config), f"r = {last}", *([f"{weights} of weights"] if weights else [])])
 
