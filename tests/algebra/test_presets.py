@@ -54,9 +54,18 @@ def test_larger_sizes_have_more_parameters_up_to_the_largest(name: str) -> None:
 
 @pytest.mark.parametrize("name", tna.presets.__all__)
 def test_every_preset_says_where_it_comes_from_and_what_it_sets(name: str) -> None:
-    doc = inspect.getdoc(getattr(tna.presets, name)) or ""
+    preset = tna.presets.PRESETS[name]
+    assert preset.make is getattr(tna.presets, name)
+    doc = inspect.getdoc(preset.make) or ""
     assert "Settings:" in doc
-    assert "arXiv" in doc or "ICML" in doc or "table 1" in doc or "paper" in doc
+    of_the_paper = name in ("dense", "superlora", "lonkr", "lorta") and ("paper" in doc or "table 1" in doc)
+    assert of_the_paper or preset.reference.rpartition(", ")[2] in doc
+
+
+def test_names_in_peft_are_those_of_its_methods() -> None:
+    peft = pytest.importorskip("peft")
+    names = {preset.peers["PEFT"] for preset in tna.presets.PRESETS.values() if "PEFT" in preset.peers}
+    assert names <= {str(method.value) for method in peft.PeftType}
 
 
 SIDES = st.integers(1, 12)
