@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .algebra.maps import register_map
     from .algebra.maps.fastfood import fwht
     from .algebra.maps.projection import Projection
+    from .algebra.presets import register_preset
     from .algebra.products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
     from .algebra.sources import register_source
     from .algebra.starting_points import register_start
@@ -93,6 +94,7 @@ __all__ = [
     "register_format",
     "register_layout",
     "register_map",
+    "register_preset",
     "register_source",
     "register_start",
     "save",
@@ -141,9 +143,11 @@ _LAZY = {
     "parameter_count": "algebra.superlora",
     "plan": "planning",
     "register_backend": "backends",
+    "register_engine": "finetune.engines",  # not in __all__, as it needs torch
     "register_format": "algebra.formats",
     "register_layout": "targets.attention_layouts",
     "register_map": "algebra.maps",
+    "register_preset": "algebra.presets",
     "register_source": "algebra.sources",
     "register_start": "algebra.starting_points",
     "save": "checkpoints.adapter_format",

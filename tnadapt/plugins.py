@@ -1,8 +1,7 @@
-"""Registries of classes by name (formats, maps, sources, starts, file formats …), and the plug-ins that add to them.
+"""Registries by name (formats, maps, sources, presets, file formats …), and the plug-ins that add to them.
 
-Every choice that a setting names is a class in a :class:`Registry`. Another package adds its own classes through the
-``register_…`` functions of :mod:`tnadapt`, or, without having to be imported, through an entry point in the group
-``tnadapt.plugins``.
+Every choice that a setting names is in a registry. Another package adds its own through the ``register_…`` functions of
+:mod:`tnadapt`, or, without having to be imported, through an entry point in the group ``tnadapt.plugins``.
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ from typing import Any, Generic, TypeVar
 from .errors import ConfigError, safe_repr
 
 __all__ = [
+    "NameRegistry",
     "Registry",
     "checked_name",
+    "failed_plugins",
     "forget_registered",
     "load_plugins",
 ]
@@ -56,17 +57,125 @@ def load_plugins() -> tuple[str, ...]:
     return tuple(failures)
 
 
-# -- Registry of classes by name: the built-in ones, and those that other packages register ----------------------------
+def failed_plugins() -> str:
+    """Return the end of a message about an unknown name: which plug-ins failed to load; empty if none did."""
+    return "".join(f"; {failure}" for failure in load_plugins())
 
 
+# -- Registries by name: what is built in, and what other packages register --------------------------------------------
+
+
+V = TypeVar("V")
 T = TypeVar("T")
 
-_registries: list[Registry[Any]] = []
+_registries: list[NameRegistry[Any]] = []
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
-class Registry(Mapping[str, type[T]], Generic[T]):
-    """Classes of one kind, by the names that settings and files use for them.
+class NameRegistry(Mapping[str, V], Generic[V]):
+    """Things of one kind, by the names that settings, files and commands use for them.
+
+    Parameters
+    ----------
+    kind : str
+        Kind of thing, for messages: ``"format"``.
+    built_in : mapping of str to V
+        In the order in which messages list them.
+
+    Notes
+    -----
+    Plug-ins are loaded when an unknown name is looked up. Iteration yields the names registered so far, the built-in
+    ones first. What is built in cannot be replaced, because files refer to it by name. What was registered earlier can
+    be replaced by the same module, so that a notebook cell can be rerun; two packages that choose the same name get an
+    error.
+    """
+
+    def __init__(self, kind: str, built_in: Mapping[str, V]) -> None:
+        _registries.append(self)
+        self.kind = kind
+        self._built_in = dict(built_in)
+        self._added: dict[str, V] = {}
+        self._definitions: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> V:
+        return self._built_in[name] if name in self._built_in else self._added[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._built_in
+        yield from self._added
+
+    def __len__(self) -> int:
+        return len(self._built_in) + len(self._added)
+
+    @property
+    def built_in(self) -> tuple[str, ...]:
+        """Names of what is part of this library."""
+        return tuple(self._built_in)
+
+    def installed(self) -> tuple[str, ...]:
+        """Return all names, those of every installed plug-in included."""
+        load_plugins()
+        return tuple(self)
+
+    def knows(self, name: object) -> bool:
+        """Return whether there is one of that name; load the plug-ins if there is none yet."""
+        return isinstance(name, str) and (name in self or name in self.installed())
+
+    def add(self, name: str, value: V, definition: Any) -> None:
+        """Add a value that a class or function defines.
+
+        Raises
+        ------
+        ConfigError
+            If the name is not that of :func:`checked_name`, or another module has registered something under it.
+        """
+        checked_name(self.kind, name, self._built_in)
+        earlier = self._definitions.get(name, definition)
+        if earlier.__module__ != definition.__module__:
+            raise ConfigError(
+                f"{self.kind} {name!r} is already registered, by {earlier.__module__}.{earlier.__qualname__}: choose "
+                f"another name for {definition.__module__}.{definition.__qualname__}"
+            )
+        self._added.pop(name, None)
+        self._added[name], self._definitions[name] = value, definition
+
+    def forget(self) -> None:
+        """Remove all that was registered; for tests."""
+        self._added.clear()
+        self._definitions.clear()
+
+    def find(self, name: object, other: str = "") -> V:
+        """Return the value of a name; load the plug-ins if the name is unknown.
+
+        Parameters
+        ----------
+        name : object
+            As given by the user.
+        other : str
+            What the setting accepts other than a name, for the message.
+
+        Raises
+        ------
+        ConfigError
+            If there is none. The message lists the known names and the plug-ins that failed to load.
+        """
+        if isinstance(name, str) and self.knows(name):
+            return self[name]
+        listed = ", ".join(repr(known) for known in self)
+        other = f" {other}" if other else ""
+        raise ConfigError(
+            f"{self.kind} must be one of {listed}{other}; got {safe_repr(name)}{self.suggestion(name) or '.'} If a "
+            f"plug-in provides it, install the plug-in{failed_plugins()}"
+        )
+
+    def suggestion(self, name: object) -> str:
+        """Return words about the name that was probably meant; empty if there is none."""
+        close = get_close_matches(name.lower(), list(self), n=1) if isinstance(name, str) else []
+        return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class Registry(NameRegistry[type[T]], Generic[T]):
+    """Classes of one kind, by name.
 
     Parameters
     ----------
@@ -76,13 +185,6 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         Base class that each class must inherit from.
     built_in : mapping of str to type
         In the order in which messages list them.
-
-    Notes
-    -----
-    Plug-ins are loaded when an unknown name is looked up. Iteration yields the names registered so far, the built-in
-    ones first. A built-in class cannot be replaced, because files refer to it by name. A class that was registered
-    earlier can be replaced by one of the same module, so that a notebook cell can be rerun; two packages that choose
-    the same name get an error.
 
     Examples
     --------
@@ -96,33 +198,16 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     """
 
     def __init__(self, kind: str, contract: type[T], built_in: Mapping[str, type[T]]) -> None:
-        _registries.append(self)
-        self.kind, self.contract = kind, contract
-        self._built_in = dict(built_in)
-        self._added: dict[str, type[T]] = {}
-
-    def __getitem__(self, name: str) -> type[T]:
-        return self._built_in[name] if name in self._built_in else self._added[name]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._built_in
-        yield from self._added
-
-    def __len__(self) -> int:
-        return len(self._built_in) + len(self._added)
-
-    @property
-    def built_in(self) -> tuple[str, ...]:
-        """Names of the classes that are part of this library."""
-        return tuple(self._built_in)
+        super().__init__(kind, built_in)
+        self.contract = contract
 
     def check(self, name: str, cls: type[T]) -> None:
         """Raise the errors of :meth:`register` without registering anything."""
-        checked_name(self.kind, name, self._built_in)
         if not (isinstance(cls, type) and issubclass(cls, self.contract)):
             raise ConfigError(
-                f"a {self.kind} must be a class that inherits from {_public(self.contract)}; got {safe_repr(cls)}"
+                f"{_one(self.kind)} must be a class that inherits from {_public(self.contract)}; got {safe_repr(cls)}"
             )
+        checked_name(self.kind, name, self._built_in)
 
     def register(self, name: str, cls: type[T]) -> None:
         """Add a class.
@@ -135,52 +220,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
             contract.
         """
         self.check(name, cls)
-        earlier = self._added.get(name, cls)
-        if earlier.__module__ != cls.__module__:
-            raise ConfigError(
-                f"{self.kind} {name!r} is already registered, by {earlier.__module__}.{earlier.__qualname__}: choose "
-                f"another name for {cls.__module__}.{cls.__qualname__}"
-            )
-        self._added.pop(name, None)
-        self._added[name] = cls
-
-    def forget(self) -> None:
-        """Remove all registered classes; for tests."""
-        self._added.clear()
-
-    def find(self, name: object, other: str = "") -> type[T]:
-        """Return the class of a name; load the plug-ins if the name is unknown.
-
-        Parameters
-        ----------
-        name : object
-            As given by the user.
-        other : str
-            What the setting accepts other than a name, for the message.
-
-        Raises
-        ------
-        ConfigError
-            If there is no such class. The message lists the known names and the plug-ins that failed to load.
-        """
-        if isinstance(name, str):
-            if name not in self:
-                failures = load_plugins()
-            if name in self:
-                return self[name]
-        else:
-            failures = load_plugins()
-        listed = ", ".join(repr(known) for known in self)
-        other = f" {other}" if other else ""
-        failed = "".join(f"; {failure}" for failure in failures)
-        raise ConfigError(
-            f"{self.kind} must be one of {listed}{other}; got {safe_repr(name)}{self._meant(name)} If a plug-in "
-            f"provides it, install the plug-in{failed}"
-        )
-
-    def _meant(self, name: object) -> str:
-        close = get_close_matches(name.lower(), list(self), n=1) if isinstance(name, str) else []
-        return f"; did you mean {close[0]!r}?" if close else "."
+        self.add(name, cls, cls)
 
 
 def checked_name(kind: str, name: object, built_in: Container[str]) -> str:
@@ -199,12 +239,16 @@ def checked_name(kind: str, name: object, built_in: Container[str]) -> str:
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(
-            f"the name of a {kind} must consist of at most 64 lower-case letters, digits, '.', '_' and '-'; got "
+            f"the name of {_one(kind)} must consist of at most 64 lower-case letters, digits, '.', '_' and '-'; got "
             f"{safe_repr(name)}"
         )
     if name in built_in:
         raise ConfigError(f"{kind} {name!r} is built in and cannot be replaced: choose another name")
     return name
+
+
+def _one(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _public(cls: type) -> str:
@@ -214,7 +258,7 @@ def _public(cls: type) -> str:
 
 
 def forget_registered() -> None:
-    """Remove the registered classes of every registry, and let plug-ins be loaded again; for tests."""
+    """Remove what was registered in every registry, and let plug-ins be loaded again; for tests."""
     for registry in _registries:
         registry.forget()
     load_plugins.cache_clear()

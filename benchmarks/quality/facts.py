@@ -10,7 +10,7 @@ from torch import nn
 
 from tnadapt import torch as tnt
 from tnadapt.errors import TnadaptError
-from tnadapt.planning.families import AdaptedWeights
+from tnadapt.presets import AdaptedWeights
 
 
 @dataclasses.dataclass(frozen=True)

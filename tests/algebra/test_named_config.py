@@ -18,7 +18,6 @@ import tnadapt as tna
 from tests.algebra.internals import config_of, named_config
 from tests.algebra.random_parameters import drawn
 from tests.conftest import relative_error
-from tests.support.references import methods
 from tnadapt import errors
 from tnadapt.testing.strategies import base_weights, plans
 
@@ -220,7 +219,7 @@ def test_grouped_query_attention_is_the_methods_formula_for_each_role(name: str)
         own = [weight for weight, key in enumerate(ROLES) if key == role]
         prefix = f"group{group}."
         arrays = {f"group0.{n.removeprefix(prefix)}": a for n, a in params.items() if n.startswith(prefix)}
-        expected = methods.METHODS[name](arrays, config, [GROUPED[weight] for weight in own])
+        expected = tna.presets.PRESETS[name].formula(arrays, config, [GROUPED[weight] for weight in own])  # type: ignore[misc]
         for weight, delta in zip(own, expected, strict=True):
             # The formulas of Tucker leave the scale out.
             assert relative_error(found[weight], delta * (config.scale if name == "fact_tk" else 1)) < 1e-12

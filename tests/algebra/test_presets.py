@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.algebra.random_parameters import drawn
 from tests.conftest import relative_error
-from tests.support.references import methods
 from tnadapt.testing.verification import examples
 
 
@@ -27,21 +26,46 @@ def held_to_its_formula(name: str, config: tna.Config, shapes: list[tuple[int, i
     for index, group in enumerate(plan.groups):
         arrays |= {full: group.frozen.host(key).astype(np.float64) for key, full in group.frozen_names.items()}
         arrays |= {f"begun.group{index}.{key}": group.start.host(key).astype(np.float64) for key in group.names}
-    expected = methods.METHODS[name](arrays, config, shapes)
+    expected = tna.presets.PRESETS[name].formula(arrays, config, shapes)  # type: ignore[misc]
     for found, own in zip(plan.deltas(params), expected, strict=True):
         assert relative_error(found, own) < 1e-12
 
 
 @pytest.mark.law("presets")
 def test_every_preset_has_a_formula_and_an_example() -> None:
-    assert set(tna.presets.__all__) == set(methods.METHODS) == set(examples())
+    assert tna.presets.__all__ == list(tna.presets.PRESETS) == list(examples())
+    for preset in tna.presets.PRESETS.values():
+        assert preset.formula is not None
+        assert (preset.changed is None) == (preset.config(**preset.example).apply == "add")
+
+
+@pytest.mark.parametrize("name", tna.presets.__all__)
+def test_larger_sizes_have_more_parameters_up_to_the_largest(name: str) -> None:
+    weights = tna.presets.AdaptedWeights([(24, 16)] * 4, [0, 0, 1, 1], "qvqv", 8)
+    on = weights.shapes, weights.layers, weights.roles
+    ladders = tna.presets.PRESETS[name].ladders(weights)
+    assert ladders
+    for ladder in ladders:
+        most = ladder.most(tna.SuperLoRA(ladder.config(1), *on))
+        counts = [tna.parameter_count(ladder.config(size), *on) for size in range(1, min(most, 6) + 1)]
+        assert counts == sorted(counts)
+        assert (counts[0] < counts[-1]) == (most > 1)
 
 
 @pytest.mark.parametrize("name", tna.presets.__all__)
 def test_every_preset_says_where_it_comes_from_and_what_it_sets(name: str) -> None:
-    doc = inspect.getdoc(getattr(tna.presets, name)) or ""
+    preset = tna.presets.PRESETS[name]
+    assert preset.make is getattr(tna.presets, name)
+    doc = inspect.getdoc(preset.make) or ""
     assert "Settings:" in doc
-    assert "arXiv" in doc or "ICML" in doc or "table 1" in doc or "paper" in doc
+    of_the_paper = name in ("dense", "superlora", "lonkr", "lorta") and ("paper" in doc or "table 1" in doc)
+    assert of_the_paper or preset.reference.rpartition(", ")[2] in doc
+
+
+def test_names_in_peft_are_those_of_its_methods() -> None:
+    peft = pytest.importorskip("peft")
+    names = {preset.peers["PEFT"] for preset in tna.presets.PRESETS.values() if "PEFT" in preset.peers}
+    assert names <= {str(method.value) for method in peft.PeftType}
 
 
 SIDES = st.integers(1, 12)

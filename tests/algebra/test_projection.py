@@ -33,7 +33,7 @@ DIGESTS = {
 
 
 def dense(f: tna.Projection) -> np.ndarray:
-    return reference.matrix(f.kind.removeprefix("non"), f.n_in, f.n_out, f.seed, f.group)
+    return reference.matrix_of(f.map)
 
 
 def expected(f: tna.Projection, x: np.ndarray) -> np.ndarray:

@@ -32,6 +32,7 @@ import tnadapt as tna
 from tests.support.depth import in_depth, long_only
 from tnadapt.finetune import Engine, engines, open_engine, run_tasks
 from tnadapt.finetune.engines import Started
+from tnadapt.plugins import forget_registered
 
 from . import fake_slurm
 from .internals import run_folder
@@ -349,6 +350,26 @@ def test_another_engine(tmp_path: Path) -> None:
     assert not (tmp_path / "workers").exists()
     with pytest.raises(tna.TnadaptError, match="engine crowded has no option 'gpus'; it has cpus"):
         Crowded(options={"gpus": "1"})
+
+
+def test_a_registered_engine_is_opened_by_its_name(tmp_path: Path) -> None:
+    try:
+        engines.register_engine(Crowded)
+        opened = open_engine("crowded", 2, {"cpus": "2"})
+        assert (type(opened), opened.capacity) == (Crowded, 2)
+        assert len(list(run_tasks(Play(tmp_path), acts(*"ab"), tmp_path, engine=opened))) == 2
+        assert tna.register_engine is engines.register_engine
+        for wrong, message in (
+            (type("Mine", (Engine,), {"name": "ray"}), "engine 'ray' is built in and cannot be replaced"),
+            (type("Mine", (Engine,), {}), "the name of an engine must consist of .* lower-case letters"),
+            (Play, "an engine must be a class that inherits from tnadapt.finetune.engines.Engine; got"),
+        ):
+            with pytest.raises(tna.ConfigError, match=message):
+                engines.register_engine(wrong)
+    finally:
+        forget_registered()
+    with pytest.raises(tna.TnadaptError, match="no engine 'crowded'; expected one of local, ray, slurm"):
+        open_engine("crowded")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import tnadapt as tna
 from tests.planning.internals import measured
 from tnadapt.errors import FileError
 from tnadapt.planning import Plan
-from tnadapt.planning.families import PRESET_FAMILIES, AdaptedWeights
+from tnadapt.presets import PRESETS, AdaptedWeights
 
 WEIGHTS = AdaptedWeights([(64, 64)] * 8, [i // 2 for i in range(8)], ["q", "v"] * 4, 16)
 SHAPES = [(64, 64)] * 8
@@ -54,9 +54,9 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Any:
 # -- Settings of one method ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(PRESET_FAMILIES))
+@pytest.mark.parametrize("name", PRESETS)
 def test_settings_of_a_preset_are_of_one_kind_whatever_their_size(name: str) -> None:
-    ladders = PRESET_FAMILIES[name].family(WEIGHTS)
+    ladders = PRESETS[name].ladders(WEIGHTS)
     kinds = {kind_of(ladder.config(size).replace(seed=size)) for ladder in ladders for size in (1, 2)}
     # The size of these is in their map, fold or terms; plans do not compare them.
     several = {"quanta", "c3a", "miss", "shira", "fourierft", "loca", "waveft", "randlora"}
@@ -65,10 +65,11 @@ def test_settings_of_a_preset_are_of_one_kind_whatever_their_size(name: str) -> 
 
 def test_presets_are_of_different_kinds() -> None:
     kinds: dict[Any, str] = {}
-    for name, (_, family) in PRESET_FAMILIES.items():
-        for ladder in family(WEIGHTS)[:1]:
-            # On weights of one shape and one group, LoTR is FacT-TK.
-            assert kinds.setdefault(kind_of(ladder.config(1)), name) in (name, "lotr"), name
+    for name, preset in PRESETS.items():
+        for ladder in preset.ladders(WEIGHTS)[:1]:
+            # LoTR is FacT-TT, and on weights of one shape and one group FacT-TK.
+            same = {kinds.setdefault(kind_of(ladder.config(1)), name), name}
+            assert len(same) == 1 or same <= {"lotr", "fact_tk", "fact_tt"}
 
 
 # -- Which results apply ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Three plug-ins, each installed from its own package into a folder of its own, and gone again afterwards."""
+"""Four plug-ins, each installed from its own package into a folder of its own, and gone again afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from tnadapt.plugins import forget_registered
 
 HERE = Path(__file__).parent
-PACKAGES = ("tensor-ring", "count-sketch", "hadamard-rows")
+PACKAGES = ("tensor-ring", "count-sketch", "hadamard-rows", "block-term")
 
 
 @pytest.fixture(scope="session")
@@ -37,5 +37,5 @@ def plugins(installed_plugins: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     forget_registered()
     yield installed_plugins
     forget_registered()
-    for name in ("tnadapt_tensor_ring", "tnadapt_count_sketch", "tnadapt_hadamard_rows"):
-        sys.modules.pop(name, None)
+    for package in PACKAGES:
+        sys.modules.pop(f"tnadapt_{package.replace('-', '_')}", None)

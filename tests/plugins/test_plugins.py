@@ -32,6 +32,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "sketch of a group each": {"rank": 2, "ratio": 0.5, **SKETCH, "groups": "weight", "shared": False},
     "sketch of a ring": {"rank": 2, "ratio": 0.3, **RING, **SKETCH, "order": 3},
 }
+CONFIGS["blocks"] = {**CONFIGS["ring"], "rank": (2, 2), "format": "block-term"}
 ROWS = {"source": "hadamard-rows", "permuted": True}
 CONFIGS |= {
     "rows": {"rank": 2, "sources": {"factor1": ROWS}},
@@ -186,7 +187,8 @@ def test_a_file_needs_the_plug_in_and_says_so(name: str, plugins: Path, tmp_path
     assert again.config == plan.config
     for found, expected in zip(again.deltas(), plan.deltas(arrays), strict=True):
         assert np.array_equal(found, expected)
-    missing = "tensor-ring" if "ring" in name else "count-sketch" if "sketch" in name else "hadamard-rows"
+    of = {"blocks": "block-term", "ring": "tensor-ring", "sketch": "count-sketch", "rows": "hadamard-rows"}
+    missing = next(plug_in for word, plug_in in of.items() if word in name)
     sys.path.remove(str(plugins))
     forget_registered()
     with pytest.raises(tna.FileError, match=rf"adapter\.safetensors.*got '{missing}'.*install the plug-in"):
@@ -267,9 +269,11 @@ def test_a_plug_in_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     forget_registered()
     try:
         assert tna.Config(format="cp").format == "cp"
-        said = r"got 'tensor-ring'.*plug-in 'ring' of broken 2\.5 failed to load: RuntimeError: no license"
-        with pytest.raises(tna.ConfigError, match=said):
+        failed = r"plug-in 'ring' of broken 2\.5 failed to load: RuntimeError: no license"
+        with pytest.raises(tna.ConfigError, match=rf"got 'tensor-ring'.*{failed}"):
             tna.Config(format="tensor-ring")
+        with pytest.raises(AttributeError, match=rf"no attribute 'ringlora'.* install the plug-in; {failed}"):
+            print(tna.presets.ringlora)
     finally:
         forget_registered()
         sys.modules.pop("broken_plugin", None)

@@ -80,7 +80,7 @@ def test_shards_partition_the_settings(of: int) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: methods.find("lara"), "no method 'lara'; expected one of base, dense, lora"),
+        (lambda: methods.find("lara"), "no method 'lara'; expected one of base, dense, c3a"),
         (lambda: tasks.find("digit"), "no task 'digit'; expected one of digits, reviews"),
         (lambda: grid_of(tasks.find("digits"), budgets=[0]), "a budget must be at least 1 parameter; got 0"),
         (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tnadapt.testing import _methods as methods
 from tnadapt.testing import _reference as reference
 
-__all__ = ["methods", "reference"]
+__all__ = ["reference"]

@@ -298,6 +298,7 @@ CALLS: dict[str, Arguments] = {
         "layout": layouts.AttentionLayout(layouts.rules.by_head, ("qkv_proj",), ("MineAttention",), ("mine",)),
     },
     "register_map": lambda b: {"name": "mine", "cls": _mine(maps.Map)},
+    "register_preset": lambda b: {"preset": presets.Preset("mine", presets.lora, "Mine", "a paper")},
     "register_source": lambda b: {"name": "mine", "cls": _mine(sources.Source)},
     "register_start": lambda b: {"name": "mine", "cls": _mine(starting_points.Start)},
     # -- presets ---------------------------------------------------------------------------------
@@ -500,6 +501,7 @@ CALLS: dict[str, Arguments] = {
     "finetune.default_methods": lambda b: {},
     "finetune.within": lambda b: {"budget": 200, "shapes": [(16, 16)]},
     "finetune.open_engine": lambda b: {"name": "local", "jobs": 1},
+    "finetune.register_engine": lambda b: {"cls": type("Mine", (finetune.Engine,), {"name": "mine"})},
     "finetune.usable_device": lambda b: {"name": "cpu"},
     "finetune.check_out": lambda b: {"out": Path(b.new())},
     "finetune.require_data": lambda b: {"source": "digits"},

@@ -244,7 +244,7 @@ def checked_before(
             if value is not default and value != default:
                 raise ConfigError(
                     f"{name}={safe_repr(value)} is about the map before the network, and there is none: set "
-                    f"before='one-hot', take a preset that has one, such as unilora or tinylora, or leave {name} out"
+                    f"before='one-hot', take a preset that has one, such as unilora, or leave {name} out"
                 )
         return None, None
     try:
@@ -486,7 +486,7 @@ class Config:
         weights. Adapter files leave out "vector".
     before : str, settings of a map, or list of these, optional
         P, a linear map before the network: all trained arrays of the plan, in order, are ``a_start + P θ``, and θ alone
-        is trained. "one-hot" (Uni-LoRA), "signed-one-hot", "normal" (TinyLoRA, NOLA), "linear", or another registered
+        is trained. "one-hot" (Uni-LoRA), "signed-one-hot", "normal" (NOLA), "linear", or another registered
         linear map; "tied" and "given" take an index or a matrix of your own, ``SuperLoRA(…, given=…)``. None trains the
         arrays themselves. Adapter files leave out this field and the next three at their defaults.
     parameters : int, optional

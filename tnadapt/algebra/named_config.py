@@ -9,11 +9,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tnadapt.errors import ConfigError, UnexpectedKeywordError, keyword_hint, safe_repr
+from tnadapt.plugins import failed_plugins
 
 from . import presets
 from .config import Config
+from .presets import PRESETS
 
-__all__ = ["close_presets", "config_of", "is_setting", "named_config", "require_preset", "require_setting"]
+__all__ = ["config_of", "is_setting", "named_config", "require_preset", "require_setting"]
 
 # What a caller means who gives one of these as the config, which comes before the targets.
 _TARGETS = ("all-linear", "conv", "embeddings")
@@ -71,8 +73,8 @@ def config_of(
     if isinstance(cfg, str):
         return named_config(cfg, settings, function, keywords)
     if cfg is not None and not isinstance(cfg, Config):
-        preset = getattr(cfg, "__name__", "")
-        if preset in presets.__all__ and cfg is getattr(presets, preset):
+        preset = next((name for name, known in PRESETS.items() if known.make is cfg), None)
+        if preset is not None:
             raise ConfigError(
                 f"got the preset {preset} itself: give its name, {preset!r}, or what it returns, "
                 f"tnadapt.presets.{preset}(…)"
@@ -113,7 +115,7 @@ def named_config(
     and any field of tnadapt.Config
     """
     require_preset(name, function)
-    preset, parameters = getattr(presets, name), _own(name)
+    parameters = _own(name)
     for setting in settings:
         if setting not in parameters and setting not in _fields():
             raise UnexpectedKeywordError(
@@ -125,8 +127,7 @@ def named_config(
             f"preset {name!r} needs {' and '.join(missing)}, which depend on the weights of the model: give "
             f"{', '.join(f'{each}=…' for each in missing)}"
         )
-    config: Config = preset(**settings)
-    return config
+    return PRESETS[name].config(**settings)
 
 
 def require_preset(name: str, function: str | None = None) -> None:
@@ -145,8 +146,11 @@ def require_preset(name: str, function: str | None = None) -> None:
         ...
     tnadapt.errors.ConfigError: no preset 'lorra'; did you mean 'lora'? The presets are c3a, cara, ...
     """
-    if name not in presets.__all__:
-        raise ConfigError(f"no preset {safe_repr(name)}; {_instead(name, function)}")
+    if not PRESETS.knows(name):
+        raise ConfigError(
+            f"no preset {safe_repr(name)}; {_instead(name, function)}. If a plug-in provides it, install the plug-in"
+            f"{failed_plugins()}"
+        )
 
 
 def require_setting(name: str, of: Sequence[str] = ()) -> None:
@@ -167,14 +171,14 @@ def require_setting(name: str, of: Sequence[str] = ()) -> None:
     """
     if is_setting(name):
         return
-    known = dict.fromkeys([*_fields(), *(setting for preset in of or presets.__all__ for setting in _own(preset))])
+    known = dict.fromkeys([*_fields(), *(setting for preset in of or PRESETS for setting in _own(preset))])
     hint, close = keyword_hint(name), difflib.get_close_matches(name, known, n=1)
     way = hint or (f"did you mean {close[0]!r}?" if close else f"the settings are {', '.join(known)}")
     raise ConfigError(f"no setting {safe_repr(name)}; {way}")
 
 
 def _instead(name: str, function: str | None) -> str:
-    close = close_presets(name)
+    close = _close_presets(name)
     plain = name.lower().replace("-", "").replace("_", "").replace("+", "plus")
     if plain in _NO_PRESETS:
         meant = f"{_NO_PRESETS[plain].format(name=plain)}. The presets are "
@@ -186,18 +190,18 @@ def _instead(name: str, function: str | None) -> str:
         meant = f"to adapt these weights write {function}(…, targets={name!r}). The presets are "
     else:
         meant = "the presets are "
-    return f"{meant}{', '.join(presets.__all__)}"
+    return f"{meant}{', '.join(PRESETS)}"
 
 
-def close_presets(name: str) -> list[str]:
+def _close_presets(name: str) -> list[str]:
     """Return the preset that is meant by an unknown name, if there is one.
 
     Examples
     --------
-    >>> close_presets("LoRA"), close_presets("lora-fa"), close_presets("all-linear")
+    >>> _close_presets("LoRA"), _close_presets("lora-fa"), _close_presets("all-linear")
     (['lora'], ['lora_fa'], [])
     """
-    return difflib.get_close_matches(name.lower().replace("-", "_"), presets.__all__, n=1)
+    return difflib.get_close_matches(name.lower().replace("-", "_"), list(PRESETS), n=1)
 
 
 def _meant(name: str, setting: str, keywords: Collection[str]) -> str:
@@ -216,12 +220,12 @@ def is_setting(name: Any) -> bool:
     >>> is_setting("rank"), is_setting("split_size"), is_setting("qv"), is_setting(8)
     (True, True, False, False)
     """
-    return name in _fields() or any(name in _own(preset) for preset in presets.__all__)
+    return name in _fields() or any(name in _own(preset) for preset in PRESETS)
 
 
 def _own(name: str) -> dict[str, inspect.Parameter]:
     """Return the preset's own parameters, without the fields of Config that all take."""
-    parameters = inspect.signature(getattr(presets, name)).parameters
+    parameters = inspect.signature(PRESETS[name].make).parameters
     return {each: entry for each, entry in parameters.items() if entry.kind is not entry.VAR_KEYWORD}
 
 

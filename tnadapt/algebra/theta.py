@@ -1,8 +1,8 @@
 """θ: a map P before the network, by which the trained arrays of a plan are ``a_start + P θ``, and θ is trained.
 
 P is a map with a short input and a long output, one of :mod:`tnadapt.algebra.maps`, such as ``one-hot`` (Uni-LoRA,
-arXiv 2506.00799) or ``normal`` (TinyLoRA, arXiv 2602.04118; NOLA, arXiv 2310.02556). Its draws are those of that map
-with the group index ``2**31`` plus the index of θ, which no map after a network has.
+arXiv 2506.00799) or ``normal`` (NOLA, arXiv 2310.02556). Its draws are those of that map with the group index
+``2**31`` plus the index of θ, which no map after a network has.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def lora_export(plan: SuperLoRA, targets: Sequence[Target] | None = None, activa
     --------
     >>> import tnadapt as tna
     >>> vit = [(768, 768)] * 24
-    >>> for config in (tna.presets.tinylora(parameters=13), tna.presets.lotr(4), tna.presets.superlora(1)):
+    >>> for config in (tna.presets.lora_xs(2), tna.presets.lotr(4), tna.presets.superlora(1)):
     ...     print(lora_export(tna.SuperLoRA(config, vit)))
     exports exactly as LoRA of rank 2 (padded to 8 for vLLM)
     exports exactly as LoRA of rank 4 (padded to 8 for vLLM)

@@ -116,7 +116,7 @@ def presets_command(
     given = model is not None or shape is not None or targets is not None
     with stoppable("nothing was listed"):
         weights = _planned_weights(model, targets, shape) if given else USUAL
-        rows = [_row(name, weights) for name in tnadapt.presets.__all__]
+        rows = [_row(tnadapt.presets.PRESETS[name], weights) for name in tnadapt.presets.PRESETS.installed()]
     if as_json:
         echo_json({"weights": len(weights.shapes), "presets": rows})
         return
@@ -132,28 +132,24 @@ def presets_command(
     echo("tnadapt plan lists the settings that fit a budget of parameters")
 
 
-def _row(name: str, weights: _Weights) -> dict[str, Any]:
-    preset = getattr(tnadapt.presets, name)
+def _row(preset: tnadapt.presets.Preset, weights: _Weights) -> dict[str, Any]:
     arguments = [
         one.name if one.default is one.empty else f"{one.name}={one.default!r}"
-        for one in inspect.signature(preset).parameters.values()
+        for one in inspect.signature(preset.make).parameters.values()
         if one.kind is not one.VAR_KEYWORD and one.default is not None
     ]
-    fewest = _fewest(name, weights)
+    fewest = _fewest(preset, weights)
     return {
-        "preset": name, "arguments": ", ".join(arguments), "from": fewest,
-        "method": (inspect.getdoc(preset) or "").partition("\n")[0].replace("`", "").rstrip("."),
+        "preset": preset.name, "arguments": ", ".join(arguments), "from": fewest,
+        "method": (inspect.getdoc(preset.make) or "").partition("\n")[0].replace("`", "").rstrip("."),
     }  # fmt: skip
 
 
-def _fewest(name: str, weights: _Weights) -> int | None:
-    from tnadapt.planning.families import PRESET_FAMILIES, AdaptedWeights, Ladder, Search
+def _fewest(preset: tnadapt.presets.Preset, weights: _Weights) -> int | None:
+    from tnadapt.planning.families import Search
 
-    adapted = AdaptedWeights(weights.shapes, weights.layers, weights.roles)
-    # Dense updates have one size, and are no family.
-    dense = [Ladder(lambda size: tnadapt.presets.dense(), lambda plan: 1)]
-    family = dense if name == "dense" else PRESET_FAMILIES[name].family(adapted)
-    found = Search(weights.shapes, weights.layers, weights.roles).least(family)
+    adapted = tnadapt.presets.AdaptedWeights(weights.shapes, weights.layers, weights.roles)
+    found = Search(weights.shapes, weights.layers, weights.roles).least(preset.ladders(adapted))
     return None if found is None else found.parameters
 
 

@@ -118,7 +118,7 @@ def _presets_that_begin_with(incomplete: str) -> list[str]:
     >>> _presets_that_begin_with("lora_")
     ['lora_fa', 'lora_xs']
     """
-    return [name for name in tnadapt.presets.__all__ if name.startswith(incomplete)]
+    return [name for name in tnadapt.presets.PRESETS.installed() if name.startswith(incomplete)]
 
 
 def chosen_config(preset: str | None, settings: list[str], path: Path | None) -> tnadapt.Config | None:
@@ -137,10 +137,9 @@ def chosen_config(preset: str | None, settings: list[str], path: Path | None) ->
 
         require_preset(preset)
         try:
-            made = getattr(tnadapt.presets, preset)(**changes)
+            return tnadapt.presets.PRESETS[preset].config(**changes)
         except TypeError as error:
             raise TnadaptError(f"preset {preset!r}: {error}; give it by --set NAME=VALUE") from None
-        return made  # type: ignore[no-any-return]
     if path is not None:
         return tnadapt.Config.from_dict({**_read(path), **changes})
     return tnadapt.Config.from_dict(changes) if changes else None

@@ -82,19 +82,17 @@ def convert(
     Parameters
     ----------
     source : str, PathLike or AdapterFile
-        A tnadapt file; a folder that PEFT saved (LoRA, LoKr, LoHa, VeRA, RandLoRA, FourierFT, WaveFT, C3A, SHiRA, MiSS,
-        Uni-LoRA, TinyLoRA, VB-LoRA); a safetensors file of LyCORIS or kohya (LoRA,
-        LoKr, LoHa, full differences) or of diffusers (LoRA); a GGUF adapter that this library wrote; or any path that a
-        registered file format reads.
+        A tnadapt file; a folder that PEFT saved, with LoRA, LoKr, LoHa or one of the other methods that
+        :doc:`/convert` lists; a safetensors file of LyCORIS or kohya (LoRA, LoKr, LoHa, full differences) or of
+        diffusers (LoRA); a GGUF adapter that this library wrote; or any path that a registered file format reads.
     out : str or PathLike, optional
         Where to write the result: a folder for PEFT, otherwise a file. Nothing is written if None.
     to : str
         "tnadapt", "peft-lora", "peft-lokr", "peft-loha", "lycoris-lora", "lycoris-lokr", "lycoris-loha",
         "lycoris-full", the same with "kohya" for "lycoris", "diffusers-lora", "gguf-lora" for llama.cpp, "vllm-lora",
         or a form of a registered file format. A format alone, such as "kohya", takes the adapter's own method if all of
-        its updates have one, and otherwise LoRA. "peft-vera", "peft-randlora", "peft-fourierft", "peft-waveft",
-        "peft-c3a", "peft-shira", "peft-miss" and "peft-tinylora" are written from a config of that
-        structure only.
+        its updates have one, and otherwise LoRA. The other methods of PEFT, such as "peft-vera", are written from a
+        config of that structure only.
     rank : int, optional
         Largest rank allowed. Without it, an update keeps its rank; LoRA also finds the smallest rank within
         ``max_error``.

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from tnadapt.algebra.config import MAX_ALPHA, MIN_ALPHA, Config
+from tnadapt.algebra.presets import PRESETS
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.container import DTYPES, Container, raw_bytes, raw_dtype
 from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
@@ -483,8 +484,12 @@ class PeftMethod:
 
     Attributes
     ----------
+    preset : str
+        Name of the preset whose record has the title and PEFT's name; a method without one defines these itself.
     title : str
         Name in messages.
+    peft_type : str
+        PEFT's name.
     tensors, shared, integers, copies : tuple of str
         Names of its tensors in a module, of those of the whole adapter, of those of both that hold integers, and of
         those of the whole adapter that PEFT stores for each module once more.
@@ -498,7 +503,7 @@ class PeftMethod:
         Whether :meth:`write` is defined.
     """
 
-    title = ""
+    preset = ""
     tensors: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     integers: tuple[str, ...] = ()
@@ -509,9 +514,17 @@ class PeftMethod:
     writable = True
 
     @property
+    def title(self) -> str:
+        return PRESETS[self.preset].title
+
+    @property
+    def peft_type(self) -> str:
+        return PRESETS[self.preset].peers["PEFT"]
+
+    @property
     def kind(self) -> str:
         """The last part of the form's name: "vera"."""
-        return self.title.lower()
+        return self.peft_type.lower()
 
     # -- Reading -------------------------------------------------------------------------------
 

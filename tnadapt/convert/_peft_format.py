@@ -79,9 +79,9 @@ from ._peft_lora import (
     tied_paths,
     without_ties,
 )
-from ._peft_positions import PeftC3a, PeftFourierFT, PeftMiss, PeftShira, PeftWaveFT
+from ._peft_positions import FEW_VALUES
 from ._peft_settings import LOW_RANK, PeftSettings, config_of, origin_settings, settings_of
-from ._peft_shared_factors import PeftRandLora, PeftTinyLora, PeftUniLora, PeftVbLora, PeftVera
+from ._peft_shared_factors import SHARED_FACTORS
 from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, alpha_of, as_matrix, common_dtype, uniform, widen
 
 __all__ = ["METHODS", "PeftFormat", "VllmFormat"]
@@ -97,6 +97,7 @@ class PeftTrainableTokens(PeftMethod):
     """New rows, which replace those of the base; written as LoRA."""
 
     title = "Trainable_Tokens"
+    peft_type = "TRAINABLE_TOKENS"
     tensors = (_TENSOR,)
     fields = ("token_indices", "init_weights", "ensure_weight_tying")
     writable = False
@@ -112,21 +113,11 @@ class PeftTrainableTokens(PeftMethod):
         )  # fmt: skip
 
 
-# -- Methods with a structure of their own: a new one is one more line here --------------------------------------------
+# -- Methods with a structure of their own -----------------------------------------------------------------------------
 
 
 METHODS: dict[str, PeftMethod] = {
-    "VERA": PeftVera(),
-    "RANDLORA": PeftRandLora(),
-    "FOURIERFT": PeftFourierFT(),
-    "WAVEFT": PeftWaveFT(),
-    "C3A": PeftC3a(),
-    "SHIRA": PeftShira(),
-    "MISS": PeftMiss(),
-    "UNILORA": PeftUniLora(),
-    "TINYLORA": PeftTinyLora(),
-    "VBLORA": PeftVbLora(),
-    "TRAINABLE_TOKENS": PeftTrainableTokens(),
+    method.peft_type: method for method in (*SHARED_FACTORS, *FEW_VALUES, PeftTrainableTokens())
 }
 
 

@@ -34,7 +34,7 @@ from ._peft_content import (
 from ._peft_settings import integer_of, number_of
 from ._updates import Float, Module, ModuleUpdate
 
-__all__ = ["PeftC3a", "PeftFourierFT", "PeftMiss", "PeftShira", "PeftWaveFT"]
+__all__ = ["FEW_VALUES"]
 
 
 # -- Settings and names in common --------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def values_of(method: PeftMethod, module: Module, file: AdapterFile) -> tuple[Fl
     if config.on != "weight" or list(group.network.shapes) != ["split0.dense"] or group.frozen_names:
         method.refuse(
             "it needs one trained vector for each weight, order=1 and format='dense', and a map with on='weight', as "
-            f"presets.{method.kind} has them"
+            f"presets.{method.preset} has them"
         )
     vector: Float = file.arrays[group.names["split0.dense"]].astype(np.float64).reshape(-1)
     return vector, group.network.scale, config.projection
@@ -94,7 +94,7 @@ def values_of(method: PeftMethod, module: Module, file: AdapterFile) -> tuple[Fl
 class PeftShira(PeftMethod):
     """``r (rows + cols)`` trained elements per weight."""
 
-    title = "SHiRA"
+    preset = "shira"
     tensors = ("shira_weight", "shira_indices")
     integers = ("shira_indices",)
     fields = ("r", "mask_type", "random_seed", "init_weights")
@@ -221,7 +221,7 @@ _FOURIER_SEED = 777
 class PeftFourierFT(PeftMethod):
     """``ΔW = scaling Re(ifft2(E))``, E with n trained entries."""
 
-    title = "FourierFT"
+    preset = "fourierft"
     tensors = ("fourierft_spectrum",)
     fields = ("n_frequency", "n_frequency_pattern", "scaling", "random_loc_seed", "init_weights")
     may_transpose = True
@@ -286,7 +286,7 @@ _WAVELET_SEED = 777
 class PeftWaveFT(PeftMethod):
     """``ΔW = scaling`` times the inverse wavelet transform of n trained coefficients."""
 
-    title = "WaveFT"
+    preset = "waveft"
     tensors = ("waveft_spectrum",)
     fields = (
         "n_frequency", "n_frequency_pattern", "scaling", "random_loc_seed", "init_weights", "wavelet_family",
@@ -352,7 +352,7 @@ def _wavelet(family: object) -> CenteredWavelet:
 class PeftC3a(PeftMethod):
     """``ΔW[m b + s, n b + t] = w[m, n, (t - s) mod b] / cols``."""
 
-    title = "C3A"
+    preset = "c3a"
     tensors = ("c3a_kernel",)
     fields = ("block_size", "block_size_pattern", "init_weights")
 
@@ -397,7 +397,7 @@ def _delta(kernel: Float) -> Float:
 class PeftMiss(PeftMethod):
     """``ΔW[i, j] = D[j mod r, i]``."""
 
-    title = "MiSS"
+    preset = "miss"
     tensors = ("miss_block",)
     fields = ("r", "mini_r", "miss_dropout", "init_weights")
 
@@ -443,3 +443,6 @@ class PeftMiss(PeftMethod):
 
 def _fits(rank: int, height: int, repeated: bool, rows: int, cols: int) -> bool:
     return rank <= cols and (rows % height == 0 if repeated else rows == height)
+
+
+FEW_VALUES = (PeftFourierFT(), PeftWaveFT(), PeftC3a(), PeftShira(), PeftMiss())

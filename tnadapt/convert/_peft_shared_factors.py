@@ -29,13 +29,7 @@ from ._peft_content import DRAWN, OwnStructure, PeftContent, PeftMethod, rank_of
 from ._peft_settings import PathPatterns, integer_of, number_of
 from ._updates import Float, Module, ModuleUpdate, Pair
 
-__all__ = [
-    "PeftRandLora",
-    "PeftTinyLora",
-    "PeftUniLora",
-    "PeftVbLora",
-    "PeftVera",
-]
+__all__ = ["SHARED_FACTORS"]
 
 
 # -- VeRA: two frozen matrices, shared by all weights, and two trained diagonals per weight ----------------------------
@@ -47,7 +41,7 @@ _B, _D = "split0.factor0", "split0.factor1"
 class PeftVera(PeftMethod):
     """``ΔW = diag(b) B diag(d) A``."""
 
-    title = "VeRA"
+    preset = "vera"
     tensors = ("vera_lambda_b", "vera_lambda_d")
     shared = ("vera_A", "vera_B")
     fields = ("r", "projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights")
@@ -175,7 +169,7 @@ class _Weight(NamedTuple):
 class PeftRandLora(PeftMethod):
     """``ΔW = (alpha / r) sum_n B_n diag(λ_n) A diag(γ_n)``, transposed if there are more columns than rows."""
 
-    title = "RandLoRA"
+    preset = "randlora"
     tensors = ("randlora_lambda", "randlora_gamma")
     shared = ("randlora_A", "randlora_B")
     copies = shared
@@ -438,7 +432,7 @@ _ORDER = (
 class PeftTinyLora(PeftMethod):
     """``ΔW = B (sum_i v_i P_i) A``, A and B from the singular vectors of the base weight."""
 
-    title = "TinyLoRA"
+    preset = "tinylora"
     tensors = ("tinylora_A", "tinylora_B", "tinylora_P")
     shared = ("tinylora_v",)
     fields = (
@@ -611,7 +605,7 @@ class _Factors(NamedTuple):
 class PeftUniLora(PeftMethod):
     """``ΔW = B A``, where each element of A and B is an element of θ, divided by the root of how often that is used."""
 
-    title = "Uni-LoRA"
+    preset = "unilora"
     tensors = _TENSORS
     shared = ("unilora_theta_d",)
     integers = _TENSORS[:2]
@@ -619,11 +613,6 @@ class PeftUniLora(PeftMethod):
         "r", "proj_seed", "theta_d_length", "unilora_dropout", "init_theta_d_bound", "init_weights", "save_indices",
     )  # fmt: skip
     may_transpose = True
-
-    @property
-    def kind(self) -> str:
-        """The last part of the form's name."""
-        return "unilora"
 
     def read(self, content: PeftContent) -> OwnStructure:
         """Read the indices as given, and the trained numbers as θ."""
@@ -784,6 +773,7 @@ class PeftVbLora(PeftMethod):
     """``ΔW = B A``, whose parts are means of the k vectors with the largest logits, weighted by their softmax."""
 
     title = "VB-LoRA"
+    peft_type = "VBLORA"
     tensors = tuple(f"vblora_logits_{side}{end}" for side in "AB" for end in ("", "_topk_indices", "_topk_weights"))
     shared = ("vblora_vector_bank",)
     integers = ("vblora_logits_A_topk_indices", "vblora_logits_B_topk_indices")
@@ -793,11 +783,6 @@ class PeftVbLora(PeftMethod):
     )  # fmt: skip
     may_transpose = True
     writable = False
-
-    @property
-    def kind(self) -> str:
-        """The last part of the form's name."""
-        return "vblora"
 
     def read(self, content: PeftContent) -> OwnStructure:
         """Compute A and B."""
@@ -849,3 +834,6 @@ class PeftVbLora(PeftMethod):
             weights /= weights.sum(axis=2, keepdims=True)
         mixed: Float = np.einsum("abk,abkl->abl", weights, bank[index])
         return mixed
+
+
+SHARED_FACTORS = (PeftVera(), PeftRandLora(), PeftUniLora(), PeftTinyLora(), PeftVbLora())

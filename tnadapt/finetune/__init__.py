@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ._specification import Spec
     from ._study import BarReporter, Outcome, Reporter, Study
     from .data import require_data
-    from .engines import Engine, open_engine, run_tasks
+    from .engines import Engine, open_engine, register_engine, run_tasks
     from .grid import Choice, Method, default_methods, within
     from .pareto_report import Point, pareto_front
     from .problem import Problem
@@ -55,6 +55,7 @@ __all__ = [
     "open_problem",
     "pareto_front",
     "predict",
+    "register_engine",
     "require_data",
     "run_tasks",
     "usable_device",
@@ -82,6 +83,7 @@ _LAZY = {
     "open_problem": "_pretrained",
     "pareto_front": "pareto_report",
     "predict": "_prediction",
+    "register_engine": "engines",
     "require_data": "data",
     "run_tasks": "engines",
     "usable_device": "training",

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.named_config import require_preset
+from tnadapt.algebra.presets import PRESETS, AdaptedWeights
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import TnadaptError
 from tnadapt.planning import known_as
-from tnadapt.planning.families import FEWEST, PRESET_FAMILIES, AdaptedWeights, Family, Search, usual
+from tnadapt.planning.families import Family, Search, few, usual
 
 __all__ = [
     "BASE",
@@ -34,20 +35,6 @@ __all__ = [
 
 
 Shapes = Sequence[tuple[int, int]]
-
-# Method names as their papers write them; other presets use their own names.
-FAMILIES = {
-    "lora": "LoRA", "lokr": "LoKr", "lonkr": "LoNKr", "lorta": "LoRTA", "superlora": "SuperLoRA", "krona": "KronA",
-    "loha": "LoHa", "lotr": "LoTR", "fact_tt": "FacT-TT", "fact_tk": "FacT-TK", "cara": "CaRA",
-    "compacter": "Compacter", "lorta_cp": "LoRTA (CP)", "metatt": "MetaTT", "gralora": "GraLoRA",
-    "shira": "SHiRA", "fourierft": "FourierFT", "loca": "LoCA",
-    "waveft": "WaveFT", "c3a": "C3A", "miss": "MiSS", "lora_fa": "LoRA-FA", "share_lora": "ShareLoRA",
-    "tied_lora": "Tied-LoRA", "vera": "VeRA", "randlora": "RandLoRA", "lora_xs": "LoRA-XS", "svft": "SVFT",
-    "craft": "CRAFT", "quanta": "QuanTA", "tinylora": "TinyLoRA", "unilora": "Uni-LoRA", "nola": "NOLA",
-}  # fmt: skip
-
-# Presets that need the number of heads or their size.
-_WITH_HEADS = ("cara", "lorta_cp")
 
 HEAD = "head alone"
 #: The same for a model that needs no new head: nothing is trained.
@@ -190,11 +177,13 @@ def _presets(names: Sequence[str], changes: Mapping[str, Any]) -> Iterator[tuple
         )
     for name in dict.fromkeys(names or ["superlora"]):
         require_preset(name)
-        if name in _WITH_HEADS and changes.keys().isdisjoint({"heads", "head_size"}):
+        parameters = inspect.signature(PRESETS[name].make).parameters
+        needs_heads = "heads" in parameters and not PRESETS[name].ladders(AdaptedWeights([(1, 1)]))
+        if needs_heads and changes.keys().isdisjoint({"heads", "head_size"}):
             raise TnadaptError(
                 f"preset {name!r} needs the number of 'heads' or their 'head_size'; give it with --set NAME=VALUE"
             )
-        yield name, inspect.signature(getattr(presets, name)).parameters
+        yield name, parameters
 
 
 def _given(ranks: Sequence[int], changes: Mapping[str, Any]) -> Iterator[tuple[int | None, dict[str, Any]]]:
@@ -205,16 +194,15 @@ def _given(ranks: Sequence[int], changes: Mapping[str, Any]) -> Iterator[tuple[i
 
 def _config(name: str, settings: Mapping[str, Any]) -> Config:
     try:
-        made: Config = getattr(presets, name)(**settings)
+        return PRESETS[name].config(**settings)
     except TypeError as error:
         raise TnadaptError(f"preset {name!r}: {error}; give it with --set NAME=VALUE") from None
-    return made
 
 
 def _family(name: str, config: Config) -> str:
     if name == "superlora" and config.projection != "identity":
         return "SuperLoRA + F"
-    return FAMILIES.get(name, name)
+    return PRESETS[name].title
 
 
 def _stacked(name: str, parameters: Mapping[str, Any], shapes: Shapes, layers: int) -> dict[str, int]:
@@ -237,11 +225,6 @@ def _stacked(name: str, parameters: Mapping[str, Any], shapes: Shapes, layers: i
 
 
 # -- The largest settings within a budget ------------------------------------------------------------------------------
-
-
-#: Presets that join the usual families: those with the fewest parameters, and the one that did best with few on a task
-#: of docs/which.md.
-_FEW = (*FEWEST, "fourierft")
 
 
 @checks_arguments
@@ -282,8 +265,7 @@ def within(budget: int, shapes: Shapes) -> list[Method]:
     SuperLoRA + F r = 42, ρ = 0.001 9996
     fastfood ρ = 0.0007064 10000
     LoRA-XS r = 20 9600
-    TinyLoRA p = 4096, r = 16 4096
-    Uni-LoRA p = 10000, r = 4 10000
+    ...
     FourierFT n = 416 9984
     """
     _check_budget(budget)
@@ -300,7 +282,8 @@ def within(budget: int, shapes: Shapes) -> list[Method]:
 
 def _families(shapes: Shapes) -> list[Family]:
     weights = AdaptedWeights(shapes)
-    return [*usual(shapes), *(PRESET_FAMILIES[name].family(weights) for name in _FEW)]
+    # The last one did best with few parameters on a task of docs/which.md.
+    return [*usual(shapes), *few(weights), PRESETS["fourierft"].ladders(weights)]
 
 
 # -- The user's choice -------------------------------------------------------------------------------------------------

@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tnadapt.algebra import presets
-from tnadapt.algebra.config import Config, is_named
+from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import FORMATS
-from tnadapt.algebra.maps import Circulant, Scatter, Tile, Wavelet, projection_name, takes_ratio
-from tnadapt.algebra.sources import Scaled, Source, Trained
+from tnadapt.algebra.maps import projection_name, takes_ratio
+from tnadapt.algebra.presets import PRESETS, Preset, groups_label, rank_label
+from tnadapt.algebra.sources import Source, Trained
 from tnadapt.argument_checks import checks_arguments
-from tnadapt.errors import ConfigError, TnadaptError
-
-from .families import PRESET_FAMILIES
+from tnadapt.errors import TnadaptError
 
 __all__ = ["SYMBOLS", "Name", "PresetCall", "known_as", "preset_call"]
 
@@ -84,153 +82,26 @@ def known_as(config: Config) -> Name:
     >>> print(known_as(tna.presets.lora(8, start="pissa")))
     LoRA r = 8, pissa
     """
-    config = config.replace(rate="adam")  # as that of presets is
-    rank = config.rank
-    last, weights = (rank, None) if isinstance(rank, int) else (rank[-1], rank[0])
-    if last is not None and config == presets.craft(
-        last, weights=weights, groups=config.groups, alpha=config.alpha, seed=config.seed, shared=config.shared
-    ):
-        return Name("CRAFT", f"{_groups_label(config)}r = {last}" + (f", {weights} of weights" if weights else ""))
-    if config.format == "circuit" and isinstance(config.fold, tuple):
-        digits = config.fold[1 : len(config.fold) // 2]
-        if config.replace(alpha=None, seed=0, shared=True) == _made(presets.quanta, digits):
-            return Name("QuanTA", "·".join(map(str, digits)))
+    plain = config.replace(rate="adam", alpha=None, seed=0, shared=True)  # as those of presets are
+    for preset in PRESETS.values():
+        if preset.recognize is not None and (label := preset.recognize(plain)) is not None:
+            return Name(preset.title, label)
     if config.start != "zero":
         usual = known_as(config.replace(start="zero"))
         return usual._replace(label=f"{usual.label}, {config.start}".removeprefix(", "))
-    plain = config.replace(alpha=None, seed=0, shared=True)
-    if plain == presets.dense():
-        return Name("dense", "")
-    if plain == presets.fastfood(config.ratio):
-        return Name("fastfood", f"ρ = {config.ratio:.4g}")
-    if plain == presets.krona():
-        return Name("KronA", "")
-    if (mapped := _by_map(plain)) is not None:
-        return mapped
-    if (sourced := _by_sources(plain)) is not None:
-        return sourced
-    if isinstance(rank, int):
-        for family, preset in (
-            ("LoRA", presets.lora), ("LoHa", presets.loha), ("LoKr", presets.lokr), ("DoRA", presets.dora),
-            ("HiRA", presets.hira),
-        ):  # fmt: skip
-            if plain == preset(rank):
-                return Name(family, f"r = {rank}")
-        if plain == _made(presets.compacter, rank, plain.terms):
-            return Name("Compacter", f"n = {plain.terms}, r = {rank}")
-    return _lotr(plain) or _grouped(plain)
+    return _with_changes(plain)
 
 
-def _lotr(config: Config) -> Name | None:
-    rank, fold = config.rank, config.fold
-    if (
-        not isinstance(rank, tuple)
-        or len(rank) != 3
-        or rank[-1] is None
-        or not isinstance(fold, tuple)
-        or len(fold) != 3
-    ):
-        return None
-    if is_named(fold):
-        own = presets.lotr(rank[-1], groups=config.groups)
-    else:
-        weights, rows, cols = (int(size) for size in fold)
-        own = presets.lotr(rank[-1], weights=weights, rows=rows, cols=cols)
-    return Name("LoTR", f"{_groups_label(own)}r = {rank[-1]}") if config == own else None
-
-
-def _groups_label(config: Config) -> str:
-    groups = config.groups
-    return "" if groups == 1 else f"G = {groups if isinstance(groups, (str, int)) else len(groups)}, "
-
-
-def _by_map(config: Config) -> Name | None:
-    """Return the name of a method that is known by its map."""
-    listed = config.projection if isinstance(config.projection, tuple) else (config.projection,)
-    first, rest = listed[0], listed[1:]
-    if isinstance(first, Circulant) and config == presets.c3a(first.block, alpha=None):
-        return Name("C3A", f"b = {first.block}")
-    if isinstance(first, Tile) and first.cols and config == presets.miss(first.cols, first.rows, alpha=None):
-        return Name("MiSS", f"r = {first.cols}" + (f", mini = {first.rows}" if first.rows else ""))
-    if not isinstance(first, Scatter):
-        return None
-    n = first.size
-    assert n is not None  # or its positions set it
-    seeded = config.replace(projection=(Scatter(n), *rest))
-    for family, preset in (("SHiRA", presets.shira), ("FourierFT", presets.fourierft), ("LoCA", presets.loca)):
-        if seeded == preset(n, alpha=None):
-            return Name(family, f"n = {n}")
-    wavelet = rest[0].family if rest and isinstance(rest[0], Wavelet) else "haar"
-    if seeded == presets.waveft(n, family=wavelet, alpha=None):
-        return Name("WaveFT", f"n = {n}" + (f", {wavelet}" if wavelet != "haar" else ""))
-    return None
-
-
-def _by_sources(config: Config) -> Name | None:
-    """Return the name of a method that is known by where its numbers come from."""
-    rank, parameters = config.rank, config.parameters
-    if not isinstance(rank, int):
-        return None
-    for family, few in (("TinyLoRA", presets.tinylora), ("Uni-LoRA", presets.unilora), ("NOLA", presets.nola)):
-        if parameters is not None and config == few(parameters, rank):
-            return Name(family, f"{'k' if family == 'NOLA' else 'p'} = {parameters}, r = {rank}")
-    for family, preset in (
-        ("LoRA-FA", presets.lora_fa), ("ShareLoRA", presets.share_lora), ("Tied-LoRA", presets.tied_lora),
-        ("VeRA", presets.vera), ("LoRA-XS", presets.lora_xs), ("SVFT", presets.svft),
-    ):  # fmt: skip
-        if config == preset(rank):
-            return Name(family, f"r = {rank}")
-    for shape in ((config.terms * rank, 1 << 40), (1 << 40, config.terms * rank)):
-        # The initial diagonals depend on the longer side, which does not matter here.
-        if _without_starts(config) == _without_starts(presets.randlora(rank, rows=shape[0], cols=shape[1])):
-            return Name("RandLoRA", f"r = {rank}")
-    return None
-
-
-def _without_starts(config: Config) -> Config:
-    sources = {
-        name: dataclasses.replace(source, start=None) if isinstance(source, Scaled) else source
-        for name, source in config.sources.items()
-    }
-    return config.replace(sources=sources)
-
-
-def _made(preset: Callable[..., Config], *settings: Any) -> Config | None:
-    try:
-        return preset(*settings)
-    except ConfigError:
-        return None
-
-
-def _grouped(config: Config) -> Name:
-    """Return the name of a method with any number of groups; the paper's table has three such methods."""
+def _with_changes(config: Config) -> Name:
+    """Return the name of a preset of any number of groups with another F, or else all settings."""
     bare = config.replace(projection="identity", ratio=1.0, on="vector", apply="add", magnitude_axis="rows")
-    rank, groups = config.rank, config.groups
-    parts = []
-    if bare == _made(presets.superlora, rank, groups):
-        family = "SuperLoRA"
-    elif config.order > 2 and bare == _made(presets.lorta, rank, config.order, groups):
-        family, parts = "LoRTA", [f"M = {config.order}"]
-    elif config.splits > 1 and bare == _made(presets.lonkr, rank, config.splits, groups, config.split_size):
-        family, parts = "LoNKr", [f"K = {config.splits}", f"f = {config.split_size}"]
-    else:
-        family, parts = "SuperLoRA", _told(config)
-    if groups != 1:
-        parts.append(f"G = {groups if isinstance(groups, (str, int)) else len(groups)}")
-    if family == "SuperLoRA" and config.fold != "hypercube":
-        parts.append(config.fold if isinstance(config.fold, str) else " × ".join(map(str, config.fold)))
-    if config.axes is not None:
-        parts.append(
-            "axes "
-            + ", ".join("·".join(map(str, axis)) if isinstance(axis, tuple) else str(axis) for axis in config.axes)
-        )
-    if config.format != "dense":
-        shown = rank if isinstance(rank, int) else ", ".join("–" if r is None else str(r) for r in rank)
-        parts.append(f"r = {shown}")
-    parts += [f"{name}: {_short(source)}" for name, source in config.sources.items() if source != Trained()]
-    if config.before is not None:
-        each = "" if config.scope == "plan" else f" per {config.scope}"
-        parts.append(f"{projection_name(config.before)} of {config.parameters} parameters{each}")
+    family, parts = "SuperLoRA", _all_settings(config)
+    for preset in PRESETS.values():
+        if preset.recognize is None or "groups" not in inspect.signature(preset.make).parameters:
+            continue
+        if (label := preset.recognize(bare)) is not None:
+            family, parts = preset.title, [label]
+            break
     if config.apply != "add":
         parts.append(config.apply + (f" by {config.magnitude_axis}" if config.magnitude_axis != "rows" else ""))
     if config.projection != "identity":
@@ -242,6 +113,25 @@ def _grouped(config: Config) -> Name:
         if takes_ratio(config.projection):
             parts.append(f"ρ = {config.ratio:.4g}")
     return Name(family, ", ".join(parts))
+
+
+def _all_settings(config: Config) -> list[str]:
+    """Return the settings in which a config differs from two-dimensional CP on a hypercube, but F and apply."""
+    parts = [*_network_settings(config), *groups_label(config)]
+    if config.fold != "hypercube":
+        parts.append(config.fold if isinstance(config.fold, str) else " × ".join(map(str, config.fold)))
+    if config.axes is not None:
+        parts.append(
+            "axes "
+            + ", ".join("·".join(map(str, axis)) if isinstance(axis, tuple) else str(axis) for axis in config.axes)
+        )
+    if config.format != "dense":
+        parts.append(f"r = {rank_label(config.rank)}")
+    parts += [f"{name}: {_short(source)}" for name, source in config.sources.items() if source != Trained()]
+    if config.before is not None:
+        each = "" if config.scope == "plan" else f" per {config.scope}"
+        parts.append(f"{projection_name(config.before)} of {config.parameters} parameters{each}")
+    return parts
 
 
 def _short(source: Source) -> str:
@@ -257,7 +147,7 @@ def _short(source: Source) -> str:
     return f"{type(source).__name__}({', '.join(shown)})"
 
 
-def _told(config: Config) -> list[str]:
+def _network_settings(config: Config) -> list[str]:
     """Return the settings in which a config differs from two-dimensional CP with one split and term."""
     parts = [FORMATS.find(config.format).title or config.format] if config.format != "cp" else []
     if config.order != 2:
@@ -376,26 +266,21 @@ def preset_call(config: Config) -> PresetCall | None:
     >>> preset_call(presets.superlora(4, projection="linear", ratio=0.01)).options()
     '--preset superlora --set rank=4 --set projection=linear --set ratio=0.01'
     """
-    calls = [call for name in presets.__all__ if (call := _call(name, config)) is not None]
+    calls = [call for preset in PRESETS.values() if (call := _call(preset, config)) is not None]
     family = known_as(config).family.removesuffix(" + F")
-    return min(calls, key=lambda call: (_title(call.preset) != family, len(call.settings)), default=None)
+    return min(calls, key=lambda call: (PRESETS[call.preset].title != family, len(call.settings)), default=None)
 
 
-def _title(preset: str) -> str:
-    return PRESET_FAMILIES[preset].title if preset in PRESET_FAMILIES else preset
-
-
-def _call(name: str, config: Config) -> PresetCall | None:
-    preset = getattr(presets, name)
+def _call(preset: Preset, config: Config) -> PresetCall | None:
     own, usual = {}, {}
-    for argument in inspect.signature(preset).parameters.values():
+    for argument in inspect.signature(preset.make).parameters.values():
         if argument.kind is argument.VAR_KEYWORD:
             continue
         value = _value(argument.name, config)
         if value is not argument.empty:
             own[argument.name], usual[argument.name] = value, argument.default
     try:
-        closest = preset(**own)
+        closest = preset.make(**own)
         changes = {
             field.name: getattr(config, field.name)
             for field in dataclasses.fields(Config)
@@ -403,7 +288,7 @@ def _call(name: str, config: Config) -> PresetCall | None:
         }
         told = {argument: value for argument, value in own.items() if argument == "rank" or value != usual[argument]}
         settings = {**told, **changes}
-        return PresetCall(name, settings) if preset(**settings) == config else None
+        return PresetCall(preset.name, settings) if preset.make(**settings) == config else None
     except (TnadaptError, TypeError):
         return None
 

@@ -142,8 +142,8 @@ def styles(families: Iterable[str]) -> dict[str, tuple[str, str]]:
 
     Examples
     --------
-    >>> styles(["LoRA", "TinyLoRA"])
-    {'LoRA': ('#0072B2', 's'), 'TinyLoRA': ('#332288', 'h')}
+    >>> styles(["LoRA", "LoRA-XS"])
+    {'LoRA': ('#0072B2', 's'), 'LoRA-XS': ('#332288', 'h')}
     """
     colors, markers = zip(*OTHERS, strict=True)
     # After one round, the same colors again, each with the next marker.

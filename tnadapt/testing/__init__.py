@@ -10,8 +10,7 @@
 A new backend inherits :class:`BackendContract`, a new format :class:`FormatContract`, a new map :class:`MapContract`, a
 new source :class:`SourceContract`; the documentation's pages on backends and on extending tnadapt have examples. These
 names need ``pip install "tnadapt[testing]"``. ``tnadapt.verify`` (``verification``) runs the laws with NumPy alone:
-``_reference`` is the independent reference implementation in float64, and ``_methods`` has each named method's own
-formula.
+``_reference`` is the independent reference implementation in float64.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -17,16 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tnadapt.algebra import rng
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import FORMATS
 from tnadapt.algebra.maps import (
     KINDS,
     BroughtMap,
-    Chain,
     Map,
-    PerWeight,
-    Recipe,
     input_length,
     make_map,
     make_map_on_weights,
@@ -35,11 +31,9 @@ from tnadapt.algebra.sources import Mixed, Multiplied, Scaled, Source, Tied, Tra
 from tnadapt.errors import ConfigError
 
 __all__ = [
-    "LINEAR_PARTS",
     "count",
     "count_of_magnitudes",
     "deltas",
-    "matrix",
     "matrix_of",
     "network_arrays",
     "positions",
@@ -112,102 +106,33 @@ def _pairs(axes: int) -> list[tuple[int, ...]]:
 LARGEST = 1 << 13
 
 
-# The linear map before tanhshrink, for each nonlinear kind.
-LINEAR_PARTS = {"nonlinear": "linear", "nonlinear_v2": "linear_v2"}
-
-
 def matrix_of(f: Map) -> Float:
     """Return the dense matrix of a linear map, or of the linear part of a nonlinear one.
-
-    Returns
-    -------
-    ndarray of float64, shape (n_out, n_in)
-
-    Notes
-    -----
-    That of a chain is the product of its maps', and that of a map of each weight has theirs on its diagonal. Maps other
-    than the paper's define their own, independently of what they compute with.
-
-    Examples
-    --------
-    >>> matrix_of(make_map(("shuffle", "shuffle"), 3, 3)).sum(axis=0)
-    array([1., 1., 1.])
-    """
-    if isinstance(f, Chain):
-        product = matrix_of(f.parts[0])
-        for part in f.parts[1:]:
-            product = matrix_of(part) @ product
-        return product
-    if isinstance(f, PerWeight):
-        from scipy.linalg import block_diag
-
-        return np.asarray(block_diag(*map(matrix_of, f.parts)))
-    if f.kind in KINDS:
-        return matrix(f.kind, f.n_in, f.n_out, f.seed, f.group)
-    _check_small(f.n_in, f.n_out)
-    return np.asarray(f.linear_part.matrix(), np.float64)
-
-
-def _check_small(n_in: int, n_out: int) -> None:
-    if max(n_in, n_out) > LARGEST:
-        raise ConfigError(
-            f"the dense matrix of F has {n_out} x {n_in} elements; it is for checking small ones, of up to {LARGEST} "
-            "per side: give smaller shapes, or more groups"
-        )
-
-
-def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> Float:
-    """Return the dense matrix of a linear F, or of the linear part of a nonlinear one.
-
-    Parameters
-    ----------
-    kind : str
-        As for :class:`tnadapt.Projection`.
-    n_in, n_out, seed, group : int
-
-    Returns
-    -------
-    ndarray of float64, shape (n_out, n_in)
 
     Raises
     ------
     ConfigError
-        If a side is longer than 2**13, or there is no reference of that kind.
+        If a side is longer than 2**13, or the map defines no matrix.
 
     Notes
     -----
-    ``diag(B) H[:n] Π diag(G) H[:, :n_in]``: the transpose of the paper's equation (4), which applies F from the right.
-    H is ``scipy.linalg.hadamard``.
+    Maps define it independently of what they compute with.
 
     Examples
     --------
-    >>> matrix("shuffle", 4, 4, seed=0)
+    >>> matrix_of(make_map("shuffle", 4, 4, seed=0))
     array([[0., 0., 0., 1.],
            [0., 1., 0., 0.],
            [0., 0., 1., 0.],
            [1., 0., 0., 0.]])
     """
-    from scipy.linalg import hadamard
-
-    _check_small(n_in, n_out)
-    kind = LINEAR_PARTS.get(kind, kind)
-    if kind not in KINDS:
-        return np.asarray(make_map(kind, n_in, n_out, seed, group).matrix(), np.float64)
-    if kind == "identity":
-        return np.eye(n_out)
-    if kind == "shuffle":
-        return np.eye(n_out)[rng.permutation(n_out, seed, group)]
-    if kind not in ("linear", "linear_v2"):
-        raise ConfigError(f"there is no reference implementation of the map {kind!r}: add its matrix here")
-    length = 2 ** math.ceil(math.log2(max(n_in, n_out)))
-    h = hadamard(length) / math.sqrt(length)
-    g = rng.normals(seed, group, rng.PURPOSE["gaussian"], 0, length).astype(np.float64)
-    permuted = (g[:, None] * h[:, :n_in])[rng.permutation(length, seed, group)]
-    if kind.endswith("_v2"):
-        b = rng.normals(seed, group, rng.PURPOSE["gaussian_v2"], 0, n_out).astype(np.float64)
-    else:
-        b = rng.signs(seed, group, 0, n_out).astype(np.float64)
-    return np.asarray(b[:, None] * (h @ permuted)[:n_out])
+    n_in, n_out = f.n_in, f.n_out
+    if max(n_in, n_out) > LARGEST:
+        raise ConfigError(
+            f"the dense matrix of F has {n_out} x {n_in} elements; it is for checking small ones, of up to {LARGEST} "
+            "per side: give smaller shapes, or more groups"
+        )
+    return np.asarray(f.linear_part.matrix(), np.float64)
 
 
 def tanhshrink(t: Float) -> Float:
@@ -551,16 +476,13 @@ def project(config: Config, x: Float, n_out: int, stream: int = 0, weights: Shap
     if config.projection == "identity":
         return np.asarray(x)
     projection = _map(config, len(x), n_out, stream, weights)
-    y = matrix_of(projection) @ x
-    if _last(config.projection) in LINEAR_PARTS:
-        return tanhshrink(y)
-    if not projection.linear:
+    y: Float = matrix_of(projection) @ x
+    if projection.linear:
+        return y
+    last = config.projection[-1] if isinstance(config.projection, tuple) else config.projection
+    if last not in ("nonlinear", "nonlinear_v2"):
         raise ConfigError(f"projection {config.projection!r} is not linear and has no reference implementation")
-    return np.asarray(y)
-
-
-def _last(projection: Recipe) -> object:
-    return projection[-1] if isinstance(projection, tuple) else projection
+    return tanhshrink(y)
 
 
 # -- The arrays of a plan: sources, and the map before the network -----------------------------------------------------

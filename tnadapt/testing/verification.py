@@ -19,6 +19,7 @@ from tnadapt.algebra import presets, rng
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.maps.fastfood import fwht
 from tnadapt.algebra.maps.projection import Projection
+from tnadapt.algebra.presets import PRESETS, Preset
 from tnadapt.algebra.products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
 from tnadapt.algebra.sources import Tied, inner_source
 from tnadapt.algebra.starting_points import STARTS
@@ -28,7 +29,6 @@ from tnadapt.backends import Array, Backend, available_backends, load_backend
 from tnadapt.errors import BackendError, ConfigError, integer, safe_repr
 from tnadapt.report import html_table, text_table
 
-from . import _methods as methods
 from . import _reference as reference
 
 __all__ = [
@@ -140,8 +140,8 @@ class ChangeLaws:
 
     Parameters
     ----------
-    label : str
-        The subject; if it is a name in :data:`tnadapt.testing._methods.CHANGED`, that method's formula is checked, too.
+    preset : Preset, optional
+        The method whose formula is checked, too.
     plan : SuperLoRA
         With what it computes from the base.
     base : sequence of ndarray
@@ -153,14 +153,14 @@ class ChangeLaws:
 
     def __init__(
         self,
-        label: str,
+        preset: Preset | None,
         plan: SuperLoRA,
         base: Sequence[np.ndarray],
         backend: Backend,
         rng: np.random.Generator,
         collector: LawCollector,
     ) -> None:
-        self.label, self.plan, self.base, self.backend = label, plan, base, backend
+        self.preset, self.plan, self.base, self.backend = preset, plan, base, backend
         self.rng, self.collector = rng, collector
 
     def check(self, host: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> None:
@@ -169,8 +169,8 @@ class ChangeLaws:
         params = {name: self.backend.asarray(array, "float64") for name, array in host.items()}
         updated = _vector([self.backend.to_numpy(weight) for weight in self.plan.merged(params, sent)])
         self.collector.add("W' = the textbook formula", [relative_error(updated, self._formula(host))])
-        if self.label in methods.CHANGED:
-            expected = methods.CHANGED[self.label]({**host, **others}, self.plan.config, self.base)
+        if self.preset is not None and self.preset.changed is not None:
+            expected = self.preset.changed({**host, **others}, self.plan.config, self.base)
             self.collector.add("W' = the method's own formula", [relative_error(updated, _vector(expected))])
         self._start()
         if "gradient" not in self.backend.lacks(sent[0]):
@@ -260,8 +260,8 @@ def of_projection(label: str, f: Projection, backend: Backend, rng: np.random.Ge
 
 # -- Laws of one config: counts, formulas, slices, start and gradients -------------------------------------------------
 
-# Everything is computed in float64 on one array library and compared with :mod:`tnadapt.testing._reference` and
-# :mod:`tnadapt.testing._methods`, which are written independently of the library.
+# Everything is computed in float64 on one array library and compared with :mod:`tnadapt.testing._reference` and the
+# formula of the preset, which are written independently of the library.
 
 
 # A central difference of step 1e-5 has an error of about 1e-10 of the value it differentiates.
@@ -278,18 +278,21 @@ def of_config(
     backend: Backend,
     rng: np.random.Generator,
     roles: Sequence[Hashable] | None = None,
+    preset: Preset | None = None,
 ) -> list[Law]:
     """Check the laws of one config on one library.
 
     Parameters
     ----------
     label : str
-        The subject; if it is a name in :data:`tnadapt.testing._methods.METHODS`, that method's formula is checked, too.
+        The subject.
     config, shapes, layers, roles
         As for :class:`tnadapt.SuperLoRA`.
     backend : Backend
     rng : numpy.random.Generator
         Source of the random parameters.
+    preset : Preset, optional
+        The method whose formula is checked, too.
 
     Returns
     -------
@@ -302,7 +305,7 @@ def of_config(
     >>> all(law.holds for law in laws)
     True
     """
-    return _Case(label, config, shapes, layers, backend, rng, roles).laws()
+    return _Case(label, config, shapes, layers, backend, rng, roles, preset).laws()
 
 
 def checkable(
@@ -346,8 +349,9 @@ class _Case:
         backend: Backend,
         rng: np.random.Generator,
         roles: Sequence[Hashable] | None = None,
+        preset: Preset | None = None,
     ) -> None:
-        self.roles = roles
+        self.roles, self.preset = roles, preset
         self.label, self.config, self.layers, self.backend, self.rng = label, config, layers, backend, rng
         self.plan = checkable(config, shapes, layers, roles)
         if self.plan.theta is not None and self.plan.brought_shapes:
@@ -387,7 +391,7 @@ class _Case:
         if not all(group.projection.map.identity for group in self.plan.groups):
             self._projections()
         if not self.plan.applying.additive:
-            laws = ChangeLaws(self.label, self.plan, self.base, self.backend, self.rng, self.collector)
+            laws = ChangeLaws(self.preset, self.plan, self.base, self.backend, self.rng, self.collector)
             laws.check(self.host, self.frozen)
         return self.collector.found
 
@@ -420,13 +424,10 @@ class _Case:
     def _formulas(self, whole: np.ndarray) -> None:
         shapes = self.plan.shapes
         self.collector.add("ΔW = the textbook formula", [relative_error(whole, self._textbook(self.host))])
-        if self.label in methods.METHODS:
+        if self.preset is not None and self.preset.formula is not None:
             begun = {f"begun.{full}": array for full, array in self.begun.items()}
-            deltas = methods.METHODS[self.label]({**self.host, **self.frozen, **begun}, self.config, shapes)
-            self.collector.add(
-                "ΔW = the method's own formula",
-                [relative_error(whole, np.concatenate([d.reshape(-1) for d in deltas]))],
-            )
+            expected = self.preset.formula({**self.host, **self.frozen, **begun}, self.config, shapes)
+            self.collector.add("ΔW = the method's own formula", [relative_error(whole, _vector(expected))])
         numpy = self.plan.deltas(self.host)
         self.collector.add("ΔW = NumPy's", [relative_error(whole, np.concatenate([d.reshape(-1) for d in numpy]))])
 
@@ -723,7 +724,7 @@ def verify(
     config : Config, optional
         The config to check; of a :class:`tnadapt.CompositeConfig` every part, on its own of the shapes. If None, the
         draws, the products, fwht and F of the library, every preset of :mod:`tnadapt.presets` against the formula of
-        its method, and every start.
+        its method, those of plug-ins included, and every start.
     shapes : sequence of (rows, cols), optional
         Shapes of the weights for ``config``; ``[(12, 8), (12, 8), (8, 12)]`` by default. A projection is compared with
         its dense matrix, so use at most a few thousand elements per group.
@@ -790,53 +791,13 @@ def verify(
             laws += of_library(backend, rng)
             for label, (example, weights) in {**examples(), **_starts()}.items():
                 tell(f"{name}: {label}")
-                laws += of_config(label, example, weights, None, backend, rng)
+                laws += of_config(label, example, weights, None, backend, rng, preset=PRESETS.get(label))
     return Report(tuple(laws), absent)
 
 
 def examples() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
-    """Return a small instance of every preset: name -> (config, shapes)."""
-    four: dict[str, Any] = {"weights": 4, "rows": 12, "cols": 8}
-    configs = {
-        "dense": presets.dense(),
-        "dora": presets.dora(3, alpha=6),
-        "hira": presets.hira(3, alpha=6),
-        "lora": presets.lora(3, alpha=6),
-        "lokr": presets.lokr(2, alpha=3),
-        "krona": presets.krona(),
-        "loha": presets.loha(2, alpha=3),
-        "lonkr": presets.lonkr(2, splits=3, split_size=2),
-        "lotr": presets.lotr(3, **four),
-        "lorta": presets.lorta(2, order=4),
-        "lorta_cp": presets.lorta_cp(3, layers=2, rows=12, cols=8, heads=3),
-        "fastfood": presets.fastfood(0.1),
-        "superlora": presets.superlora(2, projection="linear", ratio=0.3),
-        "fact_tt": presets.fact_tt(3, **four),
-        "fact_tk": presets.fact_tk(3, **four),
-        "cara": presets.cara(3, heads=3, **four),
-        "metatt": presets.metatt(2, layers=2, rows=12, cols=8, alpha=3),
-        "gralora": presets.gralora(4, blocks=2, alpha=3),
-        "compacter": presets.compacter(1, terms=2),
-        "quanta": presets.quanta((2, 2)),
-        "craft": presets.craft(3, groups=1),
-        "lora_fa": presets.lora_fa(3, alpha=6),
-        "lora_xs": presets.lora_xs(3),
-        "nola": presets.nola(5, rank=2),
-        "randlora": presets.randlora(3, rows=12, cols=8, alpha=6),
-        "share_lora": presets.share_lora(3),
-        "svft": presets.svft(8),
-        "tied_lora": presets.tied_lora(3, alpha=6),
-        "tinylora": presets.tinylora(5),
-        "unilora": presets.unilora(11, rank=3),
-        "vera": presets.vera(5),
-        "shira": presets.shira(10),
-        "fourierft": presets.fourierft(10),
-        "loca": presets.loca(10),
-        "waveft": presets.waveft(10, family="db2"),
-        "c3a": presets.c3a(4),
-        "miss": presets.miss(3),
-    }
-    return {name: (config, [(12, 8)] * 4) for name, config in configs.items()}
+    """Return a small instance of every preset, those of plug-ins included: name -> (config, shapes)."""
+    return {name: (PRESETS[name].config(**PRESETS[name].example), [(12, 8)] * 4) for name in PRESETS.installed()}
 
 
 def _starts() -> dict[str, tuple[Config, list[tuple[int, int]]]]:

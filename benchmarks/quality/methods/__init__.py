@@ -1,6 +1,6 @@
 """The methods, by name: tnadapt's presets, methods of PEFT, and controls.
 
-A new preset is one line in the table of ``_presets.py``, a new method of PEFT one in that of ``_peft_methods.py``.
+Presets come from their records; a new method of PEFT is one line in the table of ``_peft_methods.py``.
 Anything else is a subclass of :class:`Method` that is given to :func:`register`.
 """
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tnadapt.planning.families import LARGEST_DENSE
+from tnadapt.algebra.presets import LARGEST_DENSE
 
 from ..facts import Facts
 from ._method import Method, Setting, UnfitError

@@ -15,7 +15,9 @@ from tnadapt import presets
 from tnadapt import torch as tnt
 from tnadapt.algebra.config import Config
 from tnadapt.planning import known_as
-from tnadapt.planning.families import PRESET_FAMILIES, AdaptedWeights, Family, Search
+from tnadapt.planning.families import Family, Search, projected
+from tnadapt.presets import PRESETS as RECORDS
+from tnadapt.presets import AdaptedWeights
 
 from ..facts import Facts
 from ._method import Method, Setting, UnfitError
@@ -66,7 +68,10 @@ def _search(facts: Facts) -> Search:
     return Search(facts.shapes, facts.layers, facts.roles)
 
 
-PRESETS = tuple(Preset(name, *row) for name, row in PRESET_FAMILIES.items())
+PRESETS = (
+    *(Preset(name, record.title, record.ladders) for name, record in RECORDS.items() if name != "dense"),
+    Preset("superlora-projected", "SuperLoRA + F", projected),
+)
 
 
 # -- Controls -----------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ class Normal(Map):
     """``y = N x``, where N has independent normal entries of variance 1 / n_out, so that ``FᵀF`` is about 1.
 
     Entry (i, j) is word ``i n_in + j`` of the stream with purpose 5. For inputs of up to some thousands of elements, as
-    in TinyLoRA and NOLA: one call costs ``n_in n_out`` multiply-adds, and as many draws if the matrix has more than
+    in NOLA: one call costs ``n_in n_out`` multiply-adds, and as many draws if the matrix has more than
     2**24 elements, which are then not kept.
     """
 
@@ -109,7 +109,7 @@ class Normal(Map):
 class GivenMatrix(BroughtMap):
     """``y = G x`` with a given matrix, which files store in float32: ``given={"theta.matrix": G}``.
 
-    For few parameters, with a P that was drawn elsewhere, such as that of PEFT's TinyLoRA.
+    For few parameters, with a P that was drawn elsewhere, such as that of a PEFT adapter.
     """
 
     kind = "given"

@@ -711,5 +711,8 @@ class Shuffle(Map):
     def cost(self) -> int:
         return 0
 
+    def matrix(self) -> np.ndarray:
+        return np.eye(self.n_out)[rng.permutation(self.n_out, self.seed, self.group)]
+
     def digest(self) -> str:
         return digest_of(self, {"perm": self.n_out})

@@ -422,6 +422,21 @@ class Linear(Map):
         small, length = 1 << (self.n_in - 1).bit_length(), self.padded
         return small * (small.bit_length() - 1) + length * (length.bit_length() - 1) + 3 * length
 
+    def matrix(self) -> np.ndarray:
+        """Return F, or its linear part, as a matrix, by SciPy's Hadamard matrix."""
+        # diag(B) H[:n] Π diag(G) H[:, :n_in], the transpose of the paper's equation (4): it applies F from the right.
+        from scipy.linalg import hadamard
+
+        length = 2 ** math.ceil(math.log2(max(self.n_in, self.n_out)))
+        h = hadamard(length) / math.sqrt(length)
+        g = rng.normals(self.seed, self.group, rng.PURPOSE["gaussian"], 0, length).astype(np.float64)
+        permuted = (g[:, None] * h[:, : self.n_in])[rng.permutation(length, self.seed, self.group)]
+        if self.normal:
+            b = rng.normals(self.seed, self.group, rng.PURPOSE["gaussian_v2"], 0, self.n_out).astype(np.float64)
+        else:
+            b = rng.signs(self.seed, self.group, 0, self.n_out).astype(np.float64)
+        return np.asarray(b[:, None] * (h @ permuted)[: self.n_out])
+
     def digest(self) -> str:
         return digest_of(self, {"perm": self.padded, "g": self.padded, "diagonal": self.n_out})
 

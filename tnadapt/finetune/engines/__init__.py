@@ -1,7 +1,7 @@
 """Engines: where tasks run in parallel. :func:`run_tasks` runs any tasks on one of them.
 
-An engine is a subclass of :class:`Engine` in a file of its own here, and a name in ``ENGINES``; or pass an object of
-your own class to :func:`run_tasks`.
+An engine is a subclass of :class:`Engine` in a file of its own here, and a name in ``ENGINES``. Another package makes
+its own class known by :func:`register_engine`, or passes an object of it to :func:`run_tasks`.
 """
 
 from ._engine import (
@@ -19,7 +19,7 @@ from ._engine import (
     run_call,
     threads,
 )
-from ._running import ENGINES, engine_options, open_engine, run_tasks
+from ._running import ENGINES, engine_options, open_engine, register_engine, run_tasks
 
 __all__ = [
     "ENGINES",
@@ -36,6 +36,7 @@ __all__ = [
     "discard",
     "engine_options",
     "open_engine",
+    "register_engine",
     "run_call",
     "run_tasks",
     "threads",

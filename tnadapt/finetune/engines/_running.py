@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from tnadapt.argument_checks import checks_arguments, wrong_argument
 from tnadapt.checkpoints.container import path_of
 from tnadapt.errors import ConfigError, TnadaptError, integer, safe_repr
+from tnadapt.plugins import Registry, failed_plugins
 
 from . import _engine
 from ._engine import AGAIN, Died, Do, Engine, Failed, Finished, Keyed, RunFolder, TaskCall, Work, as_json, name_of
@@ -24,6 +25,7 @@ __all__ = [
     "ENGINES",
     "engine_options",
     "open_engine",
+    "register_engine",
     "run_tasks",
 ]
 
@@ -31,7 +33,43 @@ __all__ = [
 # -- The engines by name -----------------------------------------------------------------------------------------------
 
 
-ENGINES: Mapping[str, type[Engine]] = {engine.name: engine for engine in (LocalEngine, RayEngine, SlurmEngine)}
+ENGINES: Registry[Engine] = Registry(
+    "engine",
+    Engine,  # type: ignore[type-abstract]  # only to check the classes of plug-ins
+    {engine.name: engine for engine in (LocalEngine, RayEngine, SlurmEngine)},
+)
+
+
+def register_engine(cls: type[Engine]) -> None:
+    """Make an engine known by its ``name``, for ``--engine`` and :func:`open_engine`.
+
+    Parameters
+    ----------
+    cls : type
+        A subclass of :class:`tnadapt.finetune.Engine`.
+
+    Raises
+    ------
+    ConfigError
+        If its name is built in, registered by another module or of another form, or the class is not such a subclass.
+
+    Examples
+    --------
+    >>> from tnadapt.finetune.engines import Engine
+    >>> class Kubernetes(Engine):
+    ...     name = "kubernetes"
+    ...     known = {"namespace": "of the jobs"}
+    ...
+    ...     def start(self, folder, threads):
+    ...         raise NotImplementedError("return an object that submits jobs and says which have ended")
+    ...
+    ...     def advice(self, folder):
+    ...         return "see kubectl describe job"
+    >>> register_engine(Kubernetes)
+    >>> open_engine("kubernetes", jobs=8, options={"namespace": "lab"}).capacity
+    8
+    """
+    ENGINES.register(getattr(cls, "name", ""), cls)
 
 
 @checks_arguments
@@ -70,8 +108,8 @@ def open_engine(
 
 
 def _engine_class(name: str) -> type[Engine]:
-    if name not in ENGINES:
-        raise TnadaptError(f"no engine {safe_repr(name)}; expected one of {', '.join(ENGINES)}")
+    if not ENGINES.knows(name):
+        raise TnadaptError(f"no engine {safe_repr(name)}; expected one of {', '.join(ENGINES)}{failed_plugins()}")
     return ENGINES[name]
 
 

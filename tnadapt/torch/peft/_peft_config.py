@@ -14,7 +14,7 @@ from torch import nn
 from tnadapt.algebra import presets
 from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.named_config import close_presets
+from tnadapt.algebra.named_config import require_preset
 from tnadapt.algebra.starting_points import starting_point
 from tnadapt.argument_checks import flag
 from tnadapt.errors import ConfigError, TargetError, UnexpectedKeywordError, safe_repr
@@ -308,17 +308,15 @@ def _settings(preset: Any, settings: Any) -> dict[str, Any]:
                 "each, or use tnadapt.torch.attach, which takes a mapping of patterns to configs"
             )
         return (settings if isinstance(settings, Config) else Config.from_dict(settings)).to_dict()
-    if not isinstance(preset, str) or preset not in presets.__all__:
-        close = close_presets(preset) if isinstance(preset, str) else []
-        meant = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"preset must be one of {', '.join(presets.__all__)}; got {safe_repr(preset)}{meant}")
+    if not isinstance(preset, str):
+        raise ConfigError(f"preset must be a name of tnadapt.presets, such as 'lora'; got {safe_repr(preset)}")
+    require_preset(preset)
     if settings is not None and not isinstance(settings, Mapping):
         raise ConfigError(f"with a preset, settings must be a mapping of its arguments; got {safe_repr(settings)}")
     try:
-        config: Config = getattr(presets, preset)(**(settings or {}))
+        return presets.PRESETS[preset].config(**(settings or {})).to_dict()
     except TypeError as error:
         raise ConfigError(f"preset {preset!r} does not take settings={safe_repr(settings)}: {error}") from None
-    return config.to_dict()
 
 
 def as_words(name: str, value: Any) -> Any:

@@ -1,0 +1,348 @@
+"""Preset, the record of a named method: how it is made, counted, recognized and checked, and helpers to write one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tnadapt.algebra.config import Config
+from tnadapt.argument_checks import checks_arguments
+from tnadapt.errors import ConfigError, safe_repr
+
+if TYPE_CHECKING:
+    from tnadapt.algebra.superlora import SuperLoRA
+
+__all__ = [
+    "AdaptedWeights",
+    "Float",
+    "Formula",
+    "Ladder",
+    "Named",
+    "Params",
+    "Preset",
+    "Recognize",
+    "Shapes",
+    "Sizes",
+    "alpha_over_rank",
+    "by_factors",
+    "each",
+    "each_shape",
+    "groups_label",
+    "is_of",
+    "long_vector_cut",
+    "lora_config",
+    "lora_formula",
+    "of_theta",
+    "one_size",
+    "preset_config",
+    "rank_label",
+    "ranks",
+    "recognized_by",
+    "up_to",
+]
+
+Shapes = Sequence[tuple[int, int]]
+
+
+# -- Configs -----------------------------------------------------------------------------------------------------------
+
+
+def preset_config(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> Config:
+    """Return the config of a preset: its settings, what the caller changes, and the rate that all presets share."""
+    return Config.from_dict({"rate": "adam", **settings, **changes})
+
+
+def lora_config(rank: int, changes: dict[str, Any], **settings: Any) -> Config:
+    """LoRA's settings, and others of the preset: one group per weight, stack, M = 2, CP."""
+    base = {"groups": "weight", "fold": "stack", "order": 2, "format": "cp", "rank": rank}
+    return preset_config({**base, **settings}, changes)
+
+
+# -- Sizes: settings in order of their number of parameters ------------------------------------------------------------
+
+
+class Ladder(NamedTuple):
+    """Settings indexed by a size from 1 upward, with a growing number of parameters.
+
+    Attributes
+    ----------
+    config : callable
+        Returns the setting of a size.
+    most : callable
+        Returns, given the plan of size 1, the size beyond which more parameters gain nothing.
+    """
+
+    config: Callable[[int], Config]
+    most: Callable[[SuperLoRA], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedWeights:
+    """The weights for which a preset offers sizes.
+
+    Attributes
+    ----------
+    shapes : sequence of (rows, cols)
+    layers, roles : sequence of hashable, optional
+        One key per weight.
+    head_size : int, optional
+        Rows of an attention head, if every weight consists of heads.
+    """
+
+    shapes: Shapes
+    layers: Sequence[Hashable] | None = None
+    roles: Sequence[Hashable] | None = None
+    head_size: int | None = None
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Number of elements of all weights."""
+        return sum(rows * cols for rows, cols in self.shapes)
+
+    @functools.cached_property
+    def side(self) -> int:
+        """The shorter side of the smallest weight, beyond which a matrix rank gains nothing."""
+        return min(min(shape) for shape in self.shapes)
+
+    @functools.cached_property
+    def uniform(self) -> bool:
+        """Whether all weights have one shape."""
+        return len(set(self.shapes)) == 1
+
+    @functools.cached_property
+    def divisors(self) -> list[int]:
+        """The common divisors of all sides."""
+        common = math.gcd(*itertools.chain(*self.shapes))
+        return [size for size in range(1, common + 1) if common % size == 0]
+
+
+Make = Callable[..., Config]
+Sizes = Callable[[AdaptedWeights], Sequence[Ladder]]
+
+
+def up_to(most: int) -> Callable[[SuperLoRA], int]:
+    return lambda plan: most
+
+
+def by_factors(plan: SuperLoRA) -> int:
+    """Return the smallest size of a factored mode, beyond which a rank gains nothing."""
+    return min(shape[0] for group, _ in plan.alike for name, shape in group.network.shapes.items() if ".factor" in name)
+
+
+def one_size(make: Callable[[], Config]) -> Ladder:
+    return Ladder(lambda _: make(), up_to(1))
+
+
+def ranks(make: Make) -> Sizes:
+    """Return the ranks up to the shorter side of the weights."""
+    return lambda weights: [Ladder(make, up_to(weights.side))]
+
+
+def of_theta(
+    make: Make, dimensions: Callable[[AdaptedWeights, int], int], first_rank: int, most: int = 1 << 40
+) -> Sizes:
+    """Return the sizes of θ, up to the dimensions of what it determines; ranks in powers of two.
+
+    Of equal sizes, a search takes the first: the smallest rank with enough dimensions.
+    """
+
+    def sizes(weights: AdaptedWeights) -> list[Ladder]:
+        powers = [first_rank << step for step in range(16) if first_rank << step <= max(first_rank, weights.side)]
+        return [
+            Ladder(functools.partial(_swapped, make, rank), up_to(min(most, dimensions(weights, rank))))
+            for rank in powers
+            if dimensions(weights, rank) >= 1
+        ]
+
+    return sizes
+
+
+def _swapped(make: Make, rank: int, parameters: int) -> Config:
+    return make(parameters, rank)
+
+
+# -- Recognition: which configs are those of a preset, and the label of their setting ----------------------------------
+
+
+Recognize = Callable[[Config], str | None]
+
+
+def is_of(config: Config, make: Make, *settings: Any, **changes: Any) -> bool:
+    """Return whether a preset returns this config for these settings."""
+    try:
+        return config == make(*settings, **changes)
+    except ConfigError:
+        return False
+
+
+def recognized_by(make: Make, **symbols: str) -> Recognize:
+    """Recognize the configs that a preset makes of these fields, and label each by its symbol."""
+
+    @functools.cache
+    def smallest() -> tuple[Any, ...]:
+        return _outline(make(**dict.fromkeys(symbols, 1)))
+
+    def recognize(config: Config) -> str | None:
+        if _outline(config) != smallest():  # most configs: making one of the values takes longer
+            return None
+        values = {name: getattr(config, name) for name in symbols}
+        if not all(isinstance(value, (int, float)) for value in values.values()) or not is_of(config, make, **values):
+            return None
+        words = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in values.values())
+        return ", ".join(f"{symbol} = {word}" for symbol, word in zip(symbols.values(), words, strict=True))
+
+    return recognize
+
+
+def _outline(config: Config) -> tuple[Any, ...]:
+    """Return what no number in a config changes."""
+    return config.groups, config.fold, config.format, config.before, config.apply, tuple(config.sources)
+
+
+def groups_label(config: Config) -> list[str]:
+    """Return the words of a label that say how many groups there are, unless there is one."""
+    groups = config.groups
+    return [] if groups == 1 else [f"G = {groups if isinstance(groups, (str, int)) else len(groups)}"]
+
+
+def rank_label(rank: int | tuple[int | None, ...]) -> str:
+    return str(rank) if isinstance(rank, int) else ", ".join("–" if size is None else str(size) for size in rank)
+
+
+# -- Formulas, written from the papers alone and independently of the library but for the draws ------------------------
+
+
+Float = NDArray[np.float64]
+Params = Mapping[str, Float]
+Formula = Callable[[Params, Config, Shapes], list[Float]]
+Named = Callable[[str], Float]
+
+
+def each(formula: Callable[[Named, Config], Float]) -> Formula:
+    """Apply the formula of one weight to all."""
+    return each_shape(lambda arrays, config, shape: formula(arrays, config))
+
+
+def each_shape(formula: Callable[[Named, Config, tuple[int, int]], Float]) -> Formula:
+    """Apply the formula of one weight, which depends on its shape, to all."""
+
+    def all_weights(params: Params, config: Config, shapes: Shapes) -> list[Float]:
+        deltas = []
+        for group, shape in enumerate(shapes):
+            prefix = f"group{group}."
+            arrays = {name.removeprefix(prefix): array for name, array in params.items() if name.startswith(prefix)}
+            deltas.append(formula(arrays.__getitem__, config, shape).reshape(shape))
+        return deltas
+
+    return all_weights
+
+
+def alpha_over_rank(config: Config) -> float:
+    assert isinstance(config.rank, int)
+    return 1.0 if config.alpha is None else config.alpha / config.rank
+
+
+def lora_formula(p: Named, config: Config) -> Float:
+    # ΔW = (alpha / r) B A; Hu et al.
+    lora_b, lora_a = p("split0.factor0"), p("split0.factor1").T
+    return alpha_over_rank(config) * lora_b @ lora_a
+
+
+def long_vector_cut(vector: Float, shapes: Shapes) -> list[Float]:
+    """Cut the vector of all updates into the weights."""
+    edges = np.cumsum([rows * cols for rows, cols in shapes]).tolist()
+    return [part.reshape(shape) for part, shape in zip(np.split(vector[: edges[-1]], edges[:-1]), shapes, strict=True)]
+
+
+# -- The record --------------------------------------------------------------------------------------------------------
+
+
+@checks_arguments
+@dataclasses.dataclass(frozen=True, eq=False)
+class Preset:
+    """A named method. Planning, verification, the command line and conversions read what they need from it.
+
+    Attributes
+    ----------
+    name : str
+        ``tnadapt.presets.NAME`` and ``--preset NAME``: a Python identifier in lower case.
+    make : callable
+        Returns a :class:`~tnadapt.Config`. Takes its own arguments, and fields of ``Config`` as further keywords.
+    title : str
+        The name in the paper.
+    reference : str
+        The paper.
+    example : mapping
+        Arguments of ``make`` for four weights of 12 × 8: the instance that :func:`tnadapt.verify` checks.
+    sizes : callable, optional
+        Maps the weights (:class:`AdaptedWeights`) to a sequence of :class:`Ladder`, which the planner searches; empty
+        if the method does not fit the weights. By default the ranks, which are the first argument of ``make``, up to
+        the shorter side of the weights.
+    recognize : callable, optional
+        Maps a config to the label of its setting, such as ``"r = 4"``, or to None if it is not of this method. The
+        config's alpha, seed and rate are those of a preset. Without it, no config has the title as its name.
+    formula : callable, optional
+        Maps arrays by name, config and shapes to the list of ΔW, in NumPy and float64, as the paper defines them. The
+        arrays are the trained and the frozen ones, and the initial values of all under ``"begun."`` and the name.
+    changed : callable, optional
+        The same for W', of a method that does not add ΔW; takes the base weights in place of the shapes.
+    planned : bool
+        Whether ``plan`` compares it with the paper's methods. Presets of other packages are always compared.
+    peers : mapping of str to str
+        Names in other libraries: ``{"PEFT": "LORA"}``.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.presets.PRESETS["vera"].reference, dict(tna.presets.PRESETS["vera"].peers)
+    ('Kopiczko et al., arXiv 2310.11454', {'PEFT': 'VERA'})
+    """
+
+    name: str
+    make: Callable[..., Config]
+    title: str
+    reference: str
+    example: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sizes: Callable[[AdaptedWeights], Sequence[Ladder]] | None = None
+    recognize: Callable[[Config], str | None] | None = None
+    formula: Callable[[Params, Config, Shapes], list[Float]] | None = None
+    changed: Callable[[Params, Config, Sequence[Float]], list[Float]] | None = None
+    planned: bool = False
+    peers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def config(self, **settings: Any) -> Config:
+        """Return the config that ``make`` returns for these settings.
+
+        Raises
+        ------
+        ConfigError
+            If it refuses them, or returns something else.
+        """
+        config = self.make(**settings)
+        if not isinstance(config, Config):
+            raise ConfigError(
+                f"preset {self.name!r} must return a tnadapt.Config; got {safe_repr(config)}: correct its make"
+            )
+        return config
+
+    def ladders(self, weights: AdaptedWeights) -> Sequence[Ladder]:
+        """Return the settings for these weights in order of size."""
+        sizes: Sizes = ranks(self.make) if self.sizes is None else self.sizes
+        return sizes(weights)
+
+    @property
+    def served_as_lora(self) -> bool:
+        """Whether its smallest updates of 768 × 768 are exactly LoRA, as engines such as vLLM serve it."""
+        from tnadapt.algebra.superlora import SuperLoRA
+
+        roles = ["q", "v"] * 12
+        weights = AdaptedWeights([(768, 768)] * 24, [place // 2 for place in range(24)], roles, head_size=64)
+        smallest = self.ladders(weights)[0].config(1)
+        return SuperLoRA(smallest, weights.shapes, weights.layers, roles).lora_rank is not None
