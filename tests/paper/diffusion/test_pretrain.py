@@ -88,12 +88,3 @@ def test_a_damaged_file_is_made_anew_and_others_get_their_own(images: ImageSet, 
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(tna.errors.FileError, match="--cache"):
         trained(tmp_path / "file" / "cache", images)
-
-
-def test_the_rate_goes_up_a_tenth_and_down_to_nothing() -> None:
-    how = Pretraining(100)
-    factors = [how.factor(step) for step in range(100)]
-    assert factors[0] == pytest.approx(0.1)
-    assert max(factors) == factors[9] == 1.0
-    assert factors[10:] == sorted(factors[10:], reverse=True)
-    assert 0 < factors[-1] < 0.001
