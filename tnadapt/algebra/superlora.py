@@ -13,7 +13,7 @@ from typing import Any
 from tnadapt.argument_checks import checks_arguments, flag, is_sequence, wrong_argument
 from tnadapt.backends import Array, ArrayT, Backend, get_backend
 from tnadapt.errors import BackendError, ShapeError, integer
-from tnadapt.report import fact_table
+from tnadapt.report import TextTable
 
 from .config import Config
 from .group import updates_of_runs
@@ -99,7 +99,7 @@ class SuperLoRA(UnitPlan):
             ("parameters", f"{self.num_parameters:,} ({share:.3g} % of the elements)"),
             ("config", repr(self.config)),
         ]  # fmt: skip
-        return fact_table(type(self).__name__, facts)
+        return TextTable(facts, caption=type(self).__name__).html()
 
     def _reduced(self) -> tuple[Any, ...]:
         # Recompute it from its few integers, instead of pickling the cached draws.
