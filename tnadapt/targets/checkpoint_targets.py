@@ -6,7 +6,6 @@ from its name and the model's ``config.json``, it is rejected: wrong rows would 
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,14 +22,18 @@ from .roles import (
     PARENT_OUTPUTS,
     Called,
     ProjectionName,
+    are_roles,
     attention_group,
     distinct_rows,
+    ends_in,
     is_attention,
     layer_of,
     main_projection,
     natural,
     parse_projection_name,
+    path_matcher,
     settled_names,
+    similar_paths,
     unclear_children,
 )
 from .target import ROLES, Rows, Target
@@ -381,8 +384,6 @@ def _join(path: str, name: str) -> str:
 # -- Selection of targets ----------------------------------------------------------------------------------------------
 
 
-_LETTERS = frozenset("qkvo")
-
 # What attach takes besides, as it knows the layers.
 _KINDS = ("all-linear", "conv")
 
@@ -459,7 +460,7 @@ def find_stored(
     if isinstance(targets, (list, tuple)) and targets and all(isinstance(target, Target) for target in targets):
         return [_stored_as_given(target, shapes) for target in targets]
     model = StoredModel(shapes, config)
-    if isinstance(targets, str) and targets and _LETTERS.issuperset(targets):
+    if isinstance(targets, str) and are_roles(targets):
         found = targets_of(model, targets)
     elif isinstance(targets, str) and targets == "embeddings":
         found = [_whole(model, name) for name in model.weights if _is_embedding(model, name)]
@@ -517,26 +518,19 @@ def _is_embedding(model: StoredModel, name: str) -> bool:
 
 def _chosen(targets: Any) -> Callable[[str], bool]:
     if isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise TargetError(
-                f"targets={safe_repr(targets)} is neither a set of roles nor a regular expression: {error}"
-            ) from None
-        return lambda path: pattern.fullmatch(path) is not None
+        return path_matcher(targets, "targets")
     if not isinstance(targets, (list, tuple)) or not all(isinstance(entry, str) and entry for entry in targets):
         raise TargetError(
             "targets must be roles such as 'qv', a regular expression, or a list of paths or of tnadapt.Target; got "
             f"{safe_repr(targets)}"
         )
-    return lambda path: any(f".{path}".endswith(f".{entry}") for entry in targets)
+    return lambda path: any(ends_in(path, entry) for entry in targets)
 
 
 def _nothing(targets: Any, weights: Mapping[str, Any]) -> TargetError:
     paths = [_module(name) for name in weights]
     wanted = targets if isinstance(targets, str) else str(next(iter(targets), ""))
-    last = {path.rpartition(".")[2]: path for path in reversed(paths)}
-    close = [last[near] for near in difflib.get_close_matches(wanted, list(last), 4)] or paths[:6]
+    close = similar_paths(wanted, paths) or paths[:6]
     there = (
         f"it has {len(paths)} weights, such as {', '.join(close)}" if paths else "it has no weights of layers at all"
     )

@@ -1,37 +1,48 @@
-"""Names of projections in attention modules: which of q, k, v and o a weight is, and which belong together.
+"""Names of projections in attention modules (q, k, v, o), and the words by which targets are chosen.
 
 A name is read word by word. One word, or several in a row, says which of q, k and v a weight produces (``query``,
 ``kv``, ``query_key_value``). Every other word must merely say "projection" (``to``, ``proj``, ``lin``) or name the
 stream that it reads (``add``, ``text``, ``global``). So ``to_q``, ``q_proj``, ``add_q_proj`` and ``Wq`` are queries,
 while ``pool_q``, ``pos_query_proj`` and ``q_norm`` are not. The words are those of transformers, timm, diffusers and
 torchvision.
+
+Targets are chosen by roles, keywords, regular expressions or parts of paths, on models and in checkpoints alike.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
+from tnadapt.errors import TargetError, safe_repr
+
 from .target import Rows
 
 __all__ = [
     "AMBIGUOUS_OUTPUTS",
+    "KEYWORDS",
     "OUTPUTS",
     "PARENT_OUTPUTS",
     "Called",
     "ProjectionName",
+    "are_roles",
     "attention_group",
     "distinct_rows",
+    "ends_in",
     "is_attention",
+    "is_within",
     "layer_of",
     "main_projection",
     "natural",
     "number",
     "parse_projection_name",
+    "path_matcher",
     "projection_letters",
     "settled_names",
+    "similar_paths",
     "unclear_children",
 ]
 
@@ -360,3 +371,78 @@ def distinct_rows(letters: Iterable[str], rows: Mapping[str, Rows | None]) -> It
         if letter in rows and rows[letter] not in given:
             given.add(rows[letter])
             yield letter, rows[letter]
+
+
+# -- The words by which targets and kept parameters are chosen ---------------------------------------------------------
+
+
+#: Words that name targets, besides roles.
+KEYWORDS = ("all-linear", "conv", "embeddings")
+_ROLES = frozenset("qkvo")
+
+
+def are_roles(word: str) -> bool:
+    """Return whether a word consists of the letters of roles.
+
+    Examples
+    --------
+    >>> are_roles("qv"), are_roles("query"), are_roles("")
+    (True, False, False)
+    """
+    return bool(word) and _ROLES.issuperset(word)
+
+
+def path_matcher(pattern: str, argument: str = "", ends: bool = False) -> Callable[[str], bool]:
+    """Return a function that tells whether a regular expression matches a whole path, or also its last whole parts.
+
+    Raises
+    ------
+    TargetError
+        If it is not a regular expression; the message names the argument that has it.
+
+    Examples
+    --------
+    >>> [path_matcher("mlp.*", ends=ends)("h.0.mlp.fc") for ends in (False, True)]
+    [False, True]
+    """
+    try:
+        compiled = re.compile(rf"(?:.*\.)?(?:{pattern})" if ends else pattern)
+    except re.error as error:
+        given = f"{argument}={safe_repr(pattern)}" if argument else safe_repr(pattern)
+        raise TargetError(f"{given} is not a role, keyword or regular expression: {error}") from None
+    return lambda path: compiled.fullmatch(path) is not None
+
+
+def ends_in(path: str, entry: str) -> bool:
+    """Return whether a path is the entry or ends in it, by whole parts.
+
+    Examples
+    --------
+    >>> ends_in("h.0.mlp.fc", "mlp.fc"), ends_in("h.0.mlp.fc", "p.fc")
+    (True, False)
+    """
+    return f".{path}".endswith(f".{entry}")
+
+
+def is_within(path: str, entry: str) -> bool:
+    """Return whether a path has the entry among its whole parts: what a kept module's name stands for.
+
+    Examples
+    --------
+    >>> is_within("model.head.weight", "head"), is_within("header.weight", "head")
+    (True, False)
+    """
+    return f".{entry}." in f".{path}."
+
+
+def similar_paths(name: str, paths: Sequence[str]) -> list[str]:
+    """Return up to four paths that resemble a name, or whose last part does.
+
+    Examples
+    --------
+    >>> similar_paths("qurey", ["h.0.query", "h.1.query", "h.0.fc"])
+    ['h.0.query']
+    """
+    last = {path.rpartition(".")[2]: path for path in reversed(paths)}
+    close = (last.get(near, near) for near in difflib.get_close_matches(name, [*last, *paths], 4))
+    return list(dict.fromkeys(close))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,17 +24,22 @@ from tnadapt.targets.attention_layouts import AttentionLayout, by_name, of_class
 from tnadapt.targets.fused_rows import Facts, Fused, LayoutError, place_rows
 from tnadapt.targets.roles import (
     AMBIGUOUS_OUTPUTS,
+    KEYWORDS,
     OUTPUTS,
     PARENT_OUTPUTS,
     Called,
     ProjectionName,
+    are_roles,
     attention_group,
     distinct_rows,
+    ends_in,
     is_attention,
     layer_of,
     number,
     parse_projection_name,
+    path_matcher,
     settled_names,
+    similar_paths,
     unclear_children,
 )
 from tnadapt.targets.target import ROLES, Rows, Target, check_distinct
@@ -290,10 +294,6 @@ def _outputs_of_parent(path: str, by_plain_path: dict[str, nn.Module]) -> list[W
 # -- The search of one model for what ``targets`` asks for -------------------------------------------------------------
 
 
-_ROLES = frozenset("qkvo")
-#: Words that name targets, besides roles.
-WORDS = ("all-linear", "conv", "embeddings")
-
 # Names of a model's direct children that hold the output head, which is trained whole rather than adapted.
 _HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs", "head", "heads", "fc", "classification_head")
 _WRAPPERS = ("module", "_orig_mod", "base_model", "model")
@@ -351,7 +351,7 @@ class TargetSearch:
     # -- Words -------------------------------------------------------------------------------
 
     def _by_word(self, word: str) -> list[Target]:
-        if word and _ROLES.issuperset(word):
+        if are_roles(word):
             return [target for found in self.attentions for target in found.targets(word)]
         if word == "all-linear":
             heads = _heads(self.model)
@@ -362,36 +362,28 @@ class TargetSearch:
             return [_whole(weight) for weight in self.weights if is_embedding(weight.module)]
         if word == "conv":
             return [_whole(weight) for weight in self.weights if weight.kind == "conv"]
-        try:
-            pattern = re.compile(word)
-        except re.error as error:
-            raise TargetError(
-                f"targets={safe_repr(word)} is not a role, keyword or regular expression: {error}"
-            ) from None
-        found = []
-        for path, module in self.places:
-            # PEFT's wrapper is skipped: the layer in it has the same plain path.
-            if not wraps(module) and (pattern.fullmatch(path) or pattern.fullmatch(plain(path))):
-                found += self._whole_of(path, module)
+        matching = self._matching(path_matcher(word, "targets"))
+        found = [target for path, module in matching for target in self._whole_of(path, module)]
         if not found:
             raise self._no_match(word)
         return found
+
+    def _matching(self, is_match: Callable[[str], bool]) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the modules whose path matches, with or without PEFT's wrapping."""
+        for path, module in self.places:
+            # PEFT's wrapper is skipped: the layer in it has the same plain path.
+            if not wraps(module) and (is_match(path) or is_match(plain(path))):
+                yield path, module
 
     def by_pattern(self, pattern: str) -> list[Target]:
         """Return the targets of a word, or of a regular expression for the whole path or its last whole parts.
 
         Of a module that holds no weight itself, those are all linear weights in it.
         """
-        if pattern in WORDS or (pattern and _ROLES.issuperset(pattern)):
+        if pattern in KEYWORDS or are_roles(pattern):
             return self._by_word(pattern)
-        try:
-            ends = re.compile(rf"(?:.*\.)?(?:{pattern})")
-        except re.error as error:
-            raise TargetError(f"{safe_repr(pattern)} is not a role, keyword or regular expression: {error}") from None
         found = []
-        for path, module in self.places:
-            if wraps(module) or not (ends.fullmatch(path) or ends.fullmatch(plain(path))):
-                continue
+        for path, module in self._matching(path_matcher(pattern, ends=True)):
             own = weights_of(path, module)
             inside = [weight for weight in self.weights if weight.path.startswith(f"{path}." if path else "")]
             found += [_whole(weight) for weight in own or inside if own or weight.kind == "linear"]
@@ -418,7 +410,7 @@ class TargetSearch:
         if found:
             return found
         path, colon, letters = entry.rpartition(":")
-        if colon and letters and _ROLES.issuperset(letters):
+        if colon and are_roles(letters):
             return self._roles_at(path, letters, _ends)
         for path, module in self.places:
             if _ends(entry, path):
@@ -442,15 +434,14 @@ class TargetSearch:
     def _no_match(self, name: str, what: str = "", among: list[str] | None = None) -> TargetError:
         own = (plain(weight.path) for weight in self.weights if weight.kind != "other")
         names = among or list(dict.fromkeys(own))
-        last = {path.rpartition(".")[2]: path for path in reversed(names)}
-        close = [last.get(near, near) for near in difflib.get_close_matches(name, [*last, *names], 4)]
-        some = list(dict.fromkeys(close)) or names[:6]
+        close = similar_paths(name, names)
+        some = close or names[:6]
         there = f"{'close matches' if close else 'it has'}: {', '.join(some)}" if some else "the model has none at all"
         # A word in another spelling is meant, whatever modules have similar names.
         spelled = name.lower().replace("_", "-")
-        word = [spelled] if spelled in WORDS and not what else []
+        word = [spelled] if spelled in KEYWORDS and not what else []
         if not (word or close or what):
-            word = difflib.get_close_matches(spelled, WORDS, 1, 0.75)
+            word = difflib.get_close_matches(spelled, KEYWORDS, 1, 0.75)
         meant = f"did you mean {word[0]!r}? " if word else ""
         listed = len({weight.path for weight in self.weights if _ends(name, weight.path)})
         way = f": [{name!r}] matches {listed} of them" if listed else ""
@@ -471,7 +462,7 @@ class TargetSearch:
                 continue
             if given is True:
                 found += self._whole_of(path, module)
-            elif isinstance(given, str) and given and _ROLES.issuperset(given):
+            elif isinstance(given, str) and are_roles(given):
                 found += self._roles_at(path, given, str.__eq__)
             elif isinstance(given, Target):
                 found.append(self._checked(given))
@@ -526,8 +517,8 @@ def _order(transposed: bool) -> str:
 
 
 def _ends(entry: str, path: str) -> bool:
-    """Return whether a path equals the entry or ends in it, by whole components, with or without PEFT's wrapping."""
-    return any(one == entry or one.endswith(f".{entry}") for one in (path, plain(path)))
+    """Return whether a path equals the entry or ends in it, by whole parts, with or without PEFT's wrapping."""
+    return ends_in(path, entry) or ends_in(plain(path), entry)
 
 
 def _is_name(entry: str, weight: Weight) -> bool:
@@ -716,16 +707,11 @@ def without(search: TargetSearch, found: Sequence[Target], exclude: Any) -> list
 def _excluded(search: TargetSearch, exclude: Any) -> tuple[set[str], list[Target]]:
     """Return the paths of modules that are excluded with everything below, and the targets that are."""
     paths = [path for path, _ in search.places]
-    if isinstance(exclude, str) and exclude and (exclude in WORDS or _ROLES.issuperset(exclude)):
+    if isinstance(exclude, str) and (exclude in KEYWORDS or are_roles(exclude)):
         return set(), search.find(exclude)
     if isinstance(exclude, str):
-        try:
-            pattern = re.compile(exclude)
-        except re.error as error:
-            raise TargetError(
-                f"exclude={safe_repr(exclude)} is not a role, keyword or regular expression: {error}"
-            ) from None
-        return {path for path in paths if any(pattern.fullmatch(one) for one in (path, plain(path)))}, []
+        is_match = path_matcher(exclude, "exclude")
+        return {path for path in paths if is_match(path) or is_match(plain(path))}, []
     if callable(exclude):
         below: set[str] = set()
         return below, search.find(_apart(exclude, below))
