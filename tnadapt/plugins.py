@@ -8,10 +8,11 @@ Every choice that a setting names is a class in a :class:`Registry`. Another pac
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 from collections.abc import Container, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from .errors import ConfigError, safe_repr
 
@@ -74,8 +75,8 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         Kind of class, for messages: ``"format"``.
     contract : type
         Base class that each class must inherit from.
-    built_in : mapping of str to type
-        In the order in which messages list them.
+    built_in : mapping of str to type or str
+        In the order in which messages list them; ``"package.module:Class"`` is imported when it is first looked up.
 
     Notes
     -----
@@ -95,14 +96,20 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     tnadapt.errors.ConfigError: shape must be one of 'true'; got 'round'. If a plug-in provides it, install the plug-in
     """
 
-    def __init__(self, kind: str, contract: type[T], built_in: Mapping[str, type[T]]) -> None:
+    def __init__(self, kind: str, contract: type[T], built_in: Mapping[str, type[T] | str]) -> None:
         _registries.append(self)
         self.kind, self.contract = kind, contract
-        self._built_in = dict(built_in)
+        self._built_in: dict[str, type[T] | str] = dict(built_in)
         self._added: dict[str, type[T]] = {}
 
     def __getitem__(self, name: str) -> type[T]:
-        return self._built_in[name] if name in self._built_in else self._added[name]
+        if name not in self._built_in:
+            return self._added[name]
+        cls = self._built_in[name]
+        if isinstance(cls, str):
+            module, _, qualname = cls.partition(":")
+            cls = self._built_in[name] = cast("type[T]", getattr(importlib.import_module(module), qualname))
+        return cls
 
     def __iter__(self) -> Iterator[str]:
         yield from self._built_in

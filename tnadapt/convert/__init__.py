@@ -2,9 +2,9 @@
 
 :func:`convert` is the entry point, and ``_pipeline`` runs its steps: read, choose, write, measure. The
 :class:`FileFormat` of a library (such as ``_peft_format``) reads its files as one ``ModuleUpdate`` per
-module, and ``_updates`` joins these into an adapter file. For export, ``_updates`` determines the form of each module's
-update, ``_nearest`` chooses the form to write, and the format encodes and writes it. The result is read back to measure
-the error. Other packages add a format with a class and :func:`register_file_format`.
+module, and ``_file_format`` joins these into an adapter file. For export, ``_updates`` determines the form of each
+module's update, ``_nearest`` chooses the form to write, and the format encodes and writes it. The result is read back
+to measure the error. Other packages add a format with a class and :func:`register_file_format`.
 """
 
 from __future__ import annotations

@@ -15,32 +15,11 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.norms import norm, relative, together
 from tnadapt.errors import ConfigError, safe_repr
 
-from ._file_format import ExportChoice, FileFormat
+from ._file_format import ExportChoice, ExportSpec
 from ._files import factorization
 from ._updates import Float, Module, ModuleUpdate, Pair, Unpacked, as_matrix
 
-__all__ = ["ExportSpec", "choose"]
-
-
-class ExportSpec(NamedTuple):
-    """The requested form of a conversion.
-
-    Attributes
-    ----------
-    form : str
-        Name of the form, such as "peft-lora".
-    format : FileFormat
-    kind : {"lora", "lokr", "loha", "full"}
-    rank : int or None
-        Largest rank allowed.
-    max_error : float or None
-    """
-
-    form: str
-    format: FileFormat
-    kind: str
-    rank: int | None
-    max_error: float | None
+__all__ = ["choose"]
 
 
 class Chosen(NamedTuple):

@@ -792,7 +792,6 @@ class PeftVbLora(PeftMethod):
         "init_vector_bank_bound", "init_logits_std",
     )  # fmt: skip
     may_transpose = True
-    writable = False
 
     @property
     def kind(self) -> str:

@@ -24,26 +24,19 @@ from tnadapt.plugins import Registry, load_plugins
 from tnadapt.targets.target import Target
 
 from ._base_model import Base, as_base, check_base, with_base_arrays
-from ._diffusers_format import DiffusersFormat
-from ._file_format import KINDS, FileFormat, application_of, not_additive, with_application
+from ._file_format import KINDS, ExportSpec, FileFormat, application_of, file_of, not_additive
 from ._files import StoredFiles, replace_folder
-from ._gguf_format import GgufFormat
-from ._lycoris_format import KohyaFormat, LycorisFormat
-from ._nearest import ExportSpec, choose
-from ._peft_format import PeftFormat, VllmFormat
-from ._peft_lora import check_method, is_embedding
 from ._updates import (
     Module,
     ModuleUpdate,
     Unpacked,
     check_range,
-    check_size,
     errors_of,
+    is_embedding,
+    is_expert,
     is_rounding,
-    join,
     modules_of,
     narrow,
-    norms_of,
     place_of,
     round_to,
 )
@@ -62,8 +55,12 @@ _formats: Registry[FileFormat] = Registry(
     "file format",
     FileFormat,
     {
-        "peft": PeftFormat, "lycoris": LycorisFormat, "kohya": KohyaFormat, "diffusers": DiffusersFormat,
-        "gguf": GgufFormat, "vllm": VllmFormat,
+        "peft": "tnadapt.convert._peft_format:PeftFormat",
+        "lycoris": "tnadapt.convert._lycoris_format:LycorisFormat",
+        "kohya": "tnadapt.convert._lycoris_format:KohyaFormat",
+        "diffusers": "tnadapt.convert._diffusers_format:DiffusersFormat",
+        "gguf": "tnadapt.convert._gguf_format:GgufFormat",
+        "vllm": "tnadapt.convert._peft_format:VllmFormat",
     },
 )  # fmt: skip
 
@@ -114,9 +111,12 @@ def forms() -> tuple[str, ...]:
     return tuple(found)
 
 
-def format_names() -> tuple[str, ...]:
-    """Return the names of all formats, in the order in which they are asked to detect a path."""
-    return tuple(reversed(tuple(_formats)))
+def _is_form(to: str) -> bool:
+    name, dash, kind = to.partition("-")
+    if name not in _formats:
+        return to == OWN
+    cls = _formats[name]
+    return kind in (*cls.kinds, *cls.structures) if dash else bool(cls.kinds)
 
 
 def format_of(name: str) -> FileFormat:
@@ -124,11 +124,6 @@ def format_of(name: str) -> FileFormat:
     found = _formats.find(name)()
     found.name = name
     return found
-
-
-def is_built_in(name: str) -> bool:
-    """Return whether a format is part of this library."""
-    return name in _formats.built_in
 
 
 # -- The request: checked arguments, and the method where only a format is named ---------------------------------------
@@ -139,10 +134,10 @@ _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 def checked_request(to: Any, rank: Any, max_error: Any, dtype: Any) -> ExportSpec | None:
     """Check the arguments; return the requested form, or None for a file of this library."""
-    if to not in forms():
+    if not _is_form(to):
         load_plugins()
-    if to not in (known := forms()):
-        raise _no_choice("to", to, known)
+        if not _is_form(to):
+            raise _no_choice("to", to, forms())
     if dtype is not None and dtype not in _DTYPES:
         raise ConfigError(f"dtype (--dtype) must be one of {', '.join(_DTYPES)}; got {safe_repr(dtype)}")
     if max_error is not None and (
@@ -479,45 +474,41 @@ def _read(source: Any, base: Any, part: str | None, target: FileFormat | None) -
             check_part(part, None, target)
             with file_error_context(path):
                 return _from_own(file, known, base)
-    name, place = found
-    check_part(part, format_of(name), target)
+    reader, place = found
+    check_part(part, reader, target)
     with file_error_context(path):
         # A format without parts to read is not asked for one: the caller means that of the result.
-        return _read_foreign(name, StoredFiles(place), known, part if format_of(name).parts_read else None)
+        return _read_foreign(reader, StoredFiles(place), known, part if reader.parts_read else None)
 
 
-def _detect(path: str) -> tuple[str, str] | None:
-    """Return the name of the format that detects a path, and the path of its adapter."""
-    for name in format_names():
-        if (place := format_of(name).detect(path)) is not None:
-            return name, place
+def _detect(path: str) -> tuple[FileFormat, str] | None:
+    """Return the format that detects a path, and the path of its adapter; formats registered last are asked first."""
+    names = [name for name in reversed(tuple(_formats)) if name not in _formats.built_in]
+    # Of the built-in formats only PEFT's has folders, and the others are not imported for one.
+    names += ["peft"] if os.path.isdir(path) else reversed(_formats.built_in)
+    for reader in map(format_of, names):
+        if (place := reader.detect(path)) is not None:
+            return reader, place
     return None
 
 
-def _read_foreign(name: str, files: StoredFiles, base: Base | None, part: str | None) -> ConvertedFrom:
-    reader = format_of(name)
+def _read_foreign(reader: FileFormat, files: StoredFiles, base: Base | None, part: str | None) -> ConvertedFrom:
     try:
         adapter = reader.read(files, base, part)
     except (TnadaptError, OSError, MemoryError):
         raise
     except Exception as error:
-        if is_built_in(name):
+        if reader.name in _formats.built_in:
             raise  # a bug of ours must not look like a damaged file
         # Damaged files raise whatever another package's libraries raise.
         raise FileError(
-            f"the file format {name!r} ({reader.library}) cannot read it: {type(error).__name__}: {error}"
+            f"the file format {reader.name!r} ({reader.library}) cannot read it: {type(error).__name__}: {error}"
         ) from error
-    updates = tuple(one.update for one in adapter.updates)
-    kind = f"{name}-{adapter.kind}" if adapter.kind else name
+    kind = f"{reader.name}-{adapter.kind}" if adapter.kind else reader.name
+    file, updates = file_of(adapter)
     count = adapter.parameters
     if count is None:
         count = sum(update.num_parameters for update in updates)
-    for one in adapter.updates:
-        check_size(one.target.label, one.update, adapter.dtype)
-    if adapter.file is not None:
-        return ConvertedFrom(kind, adapter.file, count, adapter.notes, updates, adapter.part, base)
-    file, updates = join(adapter.updates, adapter.dtype, adapter.kept, adapter.kept_dtypes, adapter.model, adapter.ties)
-    file = with_application(file, adapter.application, adapter.dtype)
     return ConvertedFrom(kind, file, count, adapter.notes, updates, adapter.part, base)
 
 
@@ -552,10 +543,10 @@ def _own(found: ConvertedFrom, dtype: str | None) -> Conversion:
     if file.activation is not None:
         names = [target.name for target in file.targets]
         return Conversion(OWN, found.kind, True, 0.0, dict.fromkeys(names, 0.0), sizes, found.notes, file)
-    before, after, norms = Unpacked(found.file, found.updates), Unpacked(file), {}
-    for number, target in enumerate(file.targets):
-        norms[target.label] = norms_of(before.update(number), after.update(number))
-    error, errors = errors_of(norms)
+    before, after = Unpacked(found.file, found.updates), Unpacked(file)
+    error, errors = errors_of(
+        (target.label, before.update(number), after.update(number)) for number, target in enumerate(file.targets)
+    )
     exact = all(is_rounding(one, file.dtype, True) for one in (error, *errors.values()))
     return Conversion(OWN, found.kind, exact, error, errors, sizes, found.notes, file)
 
@@ -585,6 +576,8 @@ def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None, part: str
     if spec.kind in form.structures:
         encoded, known = form.encode_file(spec.kind, modules, file), True
     else:
+        from ._nearest import choose
+
         choice = choose(modules, unpacked, spec)
         encoded, known = form.encode(spec.kind, modules, choice, list(file.kept)), choice.exact
         if not file.plan.applying.additive:
@@ -622,7 +615,13 @@ def _check_modules(file: AdapterFile, modules: Sequence[Module], spec: ExportSpe
                 "layer: convert to 'peft-lora' (--to peft-lora), or merge the adapter into the base with tnadapt.merge "
                 "(tnadapt merge)"
             )
-        check_method(module, spec.form)
+        if is_expert(module) and spec.form != "peft-lora":
+            target = module.targets[0][1]
+            raise ConfigError(
+                f"{target.label} cannot be converted to {spec.form!r}: it is one of the {target.stored[0]} matrices of "
+                "a parameter, as experts are kept, which only PEFT's LoRA adapts: convert to 'peft-lora' (--to "
+                "peft-lora), or merge the adapter into the base with tnadapt.merge (tnadapt merge)"
+            )
         spec.format.check_module(module, spec.kind)
     spec.format.check_adapter(modules, file.kept)
 
@@ -634,7 +633,7 @@ def _measured(
     modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec, files: Mapping[str, bytes]
 ) -> tuple[float, dict[str, float]]:
     """Read the written bytes back, and return their error."""
-    back = _read_foreign(spec.format.name, StoredFiles(contents=files), None, None).file
+    back = _read_foreign(format_of(spec.format.name), StoredFiles(contents=files), None, None).file
     again, wanted = Unpacked(back), {module.place for module in modules}
     places, others = dict[str, int](), list[Target]()
     for number, target in enumerate(back.targets):
@@ -644,8 +643,4 @@ def _measured(
         others += [target] if target.index is None and wanted.isdisjoint(own) else []
     if others or not places.keys() >= wanted:
         raise FileError("what was written does not read back: please report this")
-    norms = {}
-    for module in modules:
-        number = places[module.place]
-        norms[module.name] = norms_of(module.update(unpacked), again.update(number))
-    return errors_of(norms)
+    return errors_of((module.name, module.update(unpacked), again.update(places[module.place])) for module in modules)
