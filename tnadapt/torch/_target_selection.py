@@ -23,15 +23,12 @@ from tnadapt.errors import ConfigError, TargetError, TnadaptError, pluralize, sa
 from tnadapt.targets.attention_layouts import AttentionLayout, by_name, of_class
 from tnadapt.targets.fused_rows import Facts, Fused, LayoutError, place_rows
 from tnadapt.targets.roles import (
-    AMBIGUOUS_OUTPUTS,
     KEYWORDS,
-    OUTPUTS,
-    PARENT_OUTPUTS,
+    AttentionWeights,
     Called,
     ProjectionName,
     are_roles,
-    attention_group,
-    distinct_rows,
+    attentions_in,
     ends_in,
     is_attention,
     layer_of,
@@ -88,10 +85,8 @@ def is_known(parent: Any) -> bool:
 # checked against the width of the output projection. Where the name is ambiguous, the caller must give the rows.
 
 
-def rows_of(
-    parent: Any, name: str, letters: str, out: int, path: str, q_out: int | None = None, o_in: int | None = None
-) -> dict[str, Rows | None]:
-    """Return the rows of a fused weight that produce q, k and v.
+def fused_rows(parent: Any, name: str, fused: Fused, path: str) -> dict[str, Rows | None]:
+    """Return the rows of a fused weight that produce q, k and v; None where the whole weight produces one.
 
     Parameters
     ----------
@@ -99,19 +94,9 @@ def rows_of(
         The attention module.
     name : str
         The weight's name there.
-    letters : {"qkv", "qk", "kv"}
-        The projections in the weight, in the order of its name.
-    out : int
-        Number of output rows.
+    fused : Fused
     path : str
         Dotted path of the weight, for the error message.
-    q_out, o_in : int, optional
-        Rows of a separate query projection, and columns of the output projection, where the attention has them.
-
-    Returns
-    -------
-    dict of str to Rows or None
-        The rows of each letter; None where the whole weight produces it.
 
     Raises
     ------
@@ -120,7 +105,6 @@ def rows_of(
     """
     entry = layout_of(parent, name)
     rule = by_name(name) if entry is None else entry.rule
-    fused = Fused(letters, out, q_out, o_in)
     try:
         if rule is None:
             raise LayoutError("libraries lay it out in different ways")
@@ -128,17 +112,14 @@ def rows_of(
     except LayoutError as error:
         why = str(error)
     raise TargetError(
-        f"{path} computes {', '.join(letters)} with one weight of {out} rows, and the layout of the rows in a "
-        f"{type(parent).__name__} is unknown: {why}; give the rows, targets=[tnadapt.Target({path!r}, stored shape, "
-        "'q', rows=tnadapt.Rows(start, length, stride, count)), …], or leave it out with a list of paths or a function"
+        f"{path} computes {', '.join(fused.letters)} with one weight of {fused.out} rows, and the layout of the rows "
+        f"in a {type(parent).__name__} is unknown: {why}; give the rows, targets=[tnadapt.Target({path!r}, stored "
+        "shape, 'q', rows=tnadapt.Rows(start, length, stride, count)), …], or leave it out with a list of paths or a "
+        "function"
     )
 
 
 # -- The query, key, value and output projections of every attention ---------------------------------------------------
-
-# A module is an attention if it holds projections to q and v next to each other (one weight or several, or only k and v
-# if the query is learned). A single ``value`` or ``query`` elsewhere does not count, nor does deformable attention,
-# which has only values.
 
 
 class AttentionModule(NamedTuple):
@@ -177,22 +158,13 @@ class AttentionModule(NamedTuple):
                     "or name other targets in a list of paths or with a function"
                 )
         layer = layer_of(plain(self.path))
-        whole_q = [weight for _, found, weight in self.inputs if found.letters == "q"]
-        q_out = whole_q[0].shape[0] if whole_q else None
-        o_in = self.outputs[0].shape[1] if len(self.outputs) == 1 else None
-        for name, found, weight in self.inputs:
-            wanted = [letter for letter in "qkv" if letter in found.letters and letter in letters]
-            if not wanted:
-                continue
-            rows: dict[str, Rows | None] = dict.fromkeys(found.letters)
-            if len(found.letters) > 1:
-                out = weight.shape[0]
-                rows = rows_of(self.module, name, found.letters, out, weight.path, q_out, o_in)
-            for letter, own in distinct_rows(wanted, rows):
-                yield weight.target(letter, layer, own)
-        if "o" in letters:
-            for weight in self.outputs:
-                yield weight.target("o", layer)
+
+        def rows_of(name: str, weight: Weight, fused: Fused) -> dict[str, Rows | None]:
+            return fused_rows(self.module, name, fused, weight.path)
+
+        attention = AttentionWeights(self.path, self.inputs, self.outputs, self.unclear)
+        for weight, role, rows in attention.parts(letters, lambda weight: weight.shape, rows_of):
+            yield weight.target(role, layer, rows)
 
 
 def attentions(model: nn.Module) -> Iterator[AttentionModule]:
@@ -203,59 +175,66 @@ def attentions(model: nn.Module) -> Iterator[AttentionModule]:
     >>> [found.path for found in attentions(nn.TransformerEncoderLayer(8, 2, 8))]
     ['self_attn']
     """
-    places = list(modules_of(model))
-    by_plain_path = {plain(path): module for path, module in places}
-    first = {id(module): path for path, module in places}
-    seen: set[tuple[int, str]] = set()
-
-    def new(weight: Weight) -> bool:
-        key = id(weight.module), weight.parameter
-        known = key in seen
-        seen.add(key)
-        return not known
+    tree = _ModelTree(model)
 
     def named_first(weight: Weight) -> Weight:
-        return weight._replace(path=first[id(weight.module)])
+        return weight._replace(path=tree.first[id(weight.module)])
 
-    for path, module in places:
-        named = is_attention(type(module).__name__, plain(path).rpartition(".")[2])
-        called = _called(path, module, named or is_known(module))
-        outputs = _children(path, module, OUTPUTS)
-        called = [called[place] for place in attention_group([name for _, name, _ in called], named, bool(outputs))]
-        inputs = [
-            (child, name, named_first(weights[0]))
-            for child, name, weights in called
-            if len(weights) == 1 and new(weights[0])
-        ]
-        unclear = _unclear(module, called)
-        if not inputs and not unclear:
-            continue
-        outputs = outputs or _children(path, module, AMBIGUOUS_OUTPUTS) or _outputs_of_parent(path, by_plain_path)
-        outputs = [named_first(weight) for weight in outputs if new(weight)]
-        yield AttentionModule(path, module, _in_use(module, inputs), outputs, unclear)
+    for path, inputs, outputs, unclear in attentions_in(tree):
+        module = tree.modules[path]
+        renamed = [(name, says, named_first(weight)) for name, says, weight in inputs]
+        yield AttentionModule(path, module, _in_use(module, renamed), list(map(named_first, outputs)), unclear)
 
 
-def _called(path: str, module: nn.Module, attention: bool) -> list[Called[Weight]]:
-    """Return a module's parameters and children whose names say that they project to q, k or v."""
-    found: list[Called[Weight]] = []
-    for weight in weights_of(path, module):
-        name = parse_projection_name(weight.parameter, attention=True)
-        if name is not None:
-            found.append((weight.parameter, name, [weight]))
-    for child_name, child in module._modules.items():
-        name = parse_projection_name(child_name, attention)
-        weights = [] if name is None or child is None else projections_in(join(path, child_name), child)
-        if name is not None and weights:
-            found.append((child_name, name, weights))
-    return settled_names(found)
+class _ModelTree:
+    """The modules of a model by their paths, as :func:`attentions_in` asks for them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        places = list(modules_of(model))
+        self._paths = [path for path, _ in places]
+        self.modules = {plain(path): module for path, module in places} | dict(places)
+        self.first = {id(module): path for path, module in places}
+
+    def paths(self) -> list[str]:
+        return self._paths
+
+    def is_attention(self, path: str) -> bool:
+        return is_attention(type(self.modules[path]).__name__, plain(path).rpartition(".")[2])
+
+    def called(self, path: str) -> list[Called[Weight]]:
+        module, found = self.modules[path], list[Called[Weight]]()
+        for weight in weights_of(path, module):
+            name = parse_projection_name(weight.parameter, attention=True)
+            if name is not None:
+                found.append((weight.parameter, name, [weight]))
+        attention = self.is_attention(path) or is_known(module)
+        for child_name, child in _children(module):
+            name = parse_projection_name(child_name, attention)
+            weights = [] if name is None else projections_in(join(path, child_name), child)
+            if name is not None and weights:
+                found.append((child_name, name, weights))
+        return settled_names(found)
+
+    def unclear(self, path: str, called: list[Called[Weight]]) -> list[tuple[str, str]]:
+        children = dict(_children(self.modules[path]))
+        return unclear_children(called, children, lambda name: bool(projections_in(name, children[name])))
+
+    def outputs(self, path: str, names: frozenset[str]) -> list[Weight]:
+        children = [(name, child) for name, child in _children(self.modules[path]) if name in names]
+        weights = [projections_in(join(path, name), child) for name, child in children]
+        return [projections[0] for projections in weights if len(projections) == 1]
+
+    def attention_above(self, path: str) -> str | None:
+        above = plain(path).rpartition(".")[0]
+        parent = self.modules.get(above)
+        return above if parent is not None and is_attention(type(parent).__name__) else None
+
+    def key(self, weight: Weight) -> tuple[int, str]:
+        return id(weight.module), weight.parameter
 
 
-def _unclear(module: nn.Module, called: list[Called[Weight]]) -> list[tuple[str, str]]:
-    """Return an attention's children with the name of a projection but several weights, or with a partial name."""
-    if not called:
-        return []
-    children = {name: child for name, child in module._modules.items() if child is not None}
-    return unclear_children(called, children, lambda name: bool(projections_in(name, children[name])))
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, child) for name, child in module._modules.items() if child is not None]
 
 
 def _in_use(
@@ -270,25 +249,6 @@ def _in_use(
 
     fused = {(stream(name), letter) for _, name, _ in inputs if len(name.letters) > 1 for letter in name.letters}
     return [entry for entry in inputs if len(entry[1].letters) > 1 or (stream(entry[1]), entry[1].letters) not in fused]
-
-
-def _children(path: str, module: nn.Module, names: frozenset[str]) -> list[Weight]:
-    """Return the weights of the children with these names, of children that hold a single weight."""
-    found = [
-        projections_in(join(path, name), child)
-        for name, child in module._modules.items()
-        if child is not None and name in names
-    ]
-    return [weights[0] for weights in found if len(weights) == 1]
-
-
-def _outputs_of_parent(path: str, by_plain_path: dict[str, nn.Module]) -> list[Weight]:
-    """Return the output projections of the attention's parent, if that is an attention itself."""
-    above = plain(path).rpartition(".")[0]
-    parent = by_plain_path.get(above)
-    if parent is None or not is_attention(type(parent).__name__):
-        return []
-    return _children(above, parent, PARENT_OUTPUTS)
 
 
 # -- The search of one model for what ``targets`` asks for -------------------------------------------------------------
