@@ -1,6 +1,7 @@
-"""The steps of a conversion: its request, reading, choice, writing and measuring; its result; the table of formats.
+"""The steps of a conversion: its request, reading and writing; its result; the table of formats.
 
-:func:`run` is the whole of it, and :class:`Conversion` its result. :func:`register_file_format` adds a format.
+:func:`requested` checks what is asked, and :func:`run` does it: read any file as an AdapterFile, write that as a
+:class:`Conversion`. :func:`register_file_format` adds a format.
 """
 
 from __future__ import annotations
@@ -41,7 +42,14 @@ from ._updates import (
     round_to,
 )
 
-__all__ = ["Conversion", "format_of", "forms", "register_file_format", "run"]
+__all__ = [
+    "Conversion",
+    "format_of",
+    "forms",
+    "register_file_format",
+    "requested",
+    "run",
+]
 
 
 # -- The table of file formats, and the names of the forms that they write ---------------------------------------------
@@ -132,8 +140,34 @@ def format_of(name: str) -> FileFormat:
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
-def checked_request(to: Any, rank: Any, max_error: Any, dtype: Any) -> ExportSpec | None:
-    """Check the arguments; return the requested form, or None for a file of this library."""
+class ConversionRequest(NamedTuple):
+    """What a conversion is asked for, checked.
+
+    Attributes
+    ----------
+    spec : ExportSpec or None
+        The form of another library; None for a file of this library.
+    base, part, dtype, max_error, without_kept
+        Arguments of :func:`tnadapt.convert`.
+    """
+
+    spec: ExportSpec | None
+    base: Any
+    part: str | None
+    dtype: str | None
+    max_error: float | None
+    without_kept: bool
+
+    @property
+    def form(self) -> FileFormat | None:
+        """The format of the result; None for a file of this library."""
+        return None if self.spec is None else self.spec.format
+
+
+def requested(
+    to: str, rank: Any, max_error: Any, *, base: Any, part: str | None, dtype: str | None, without_kept: bool
+) -> ConversionRequest:
+    """Check the arguments of :func:`tnadapt.convert`; the part is checked when the source is known."""
     if not _is_form(to):
         load_plugins()
         if not _is_form(to):
@@ -148,10 +182,9 @@ def checked_request(to: Any, rank: Any, max_error: Any, dtype: Any) -> ExportSpe
         rank = integer("rank", rank, 1, 1 << 40, ConfigError)
         if not has_rank(to):
             raise ConfigError(f"rank={rank} (--rank) applies to LoRA, LoKr and LoHa only; {to!r} has no rank to choose")
-    if to == OWN:
-        return None
     name, _, kind = to.partition("-")
-    return ExportSpec(to, format_of(name), kind, rank, max_error)
+    spec = None if to == OWN else ExportSpec(to, format_of(name), kind, rank, max_error)
+    return ConversionRequest(spec, base, part, dtype, max_error, without_kept)
 
 
 def _no_choice(what: str, given: Any, known: Sequence[str]) -> ConfigError:
@@ -320,8 +353,9 @@ class Conversion:
                 replace_folder(where, self.files, overwrite)
 
 
-def check_free(path: str, names: Sequence[str], overwrite: bool) -> None:
+def check_free(path: str | os.PathLike[str], names: Sequence[str], overwrite: bool) -> None:
     """Raise FileError unless a file, or a folder with the given files, may be written at a path."""
+    path = path_of(path)
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
         raise FileError(f"{path}: the folder {folder} does not exist; make it first")
@@ -332,81 +366,30 @@ def check_free(path: str, names: Sequence[str], overwrite: bool) -> None:
         raise FileError(f"{path}: exists; give another path, or overwrite=True (--overwrite)")
 
 
-# -- The steps ---------------------------------------------------------------------------------------------------------
-
-
-# In a folder written by save_pretrained of tnadapt.torch.
-_OWN_FILE = "adapter.safetensors"
-
-
-# -- The call ------------------------------------------------------------------------------------
+# -- The whole of a conversion -----------------------------------------------------------------------------------------
 
 
 def run(
     source: str | os.PathLike[str] | AdapterFile,
     out: str | os.PathLike[str] | None,
-    to: str,
-    rank: int | None,
-    max_error: float | None,
-    *,
-    base: Any,
-    part: str | None,
-    dtype: str | None,
-    without_kept: bool,
+    request: ConversionRequest,
     overwrite: bool,
 ) -> Conversion:
-    """Run a conversion with the arguments of :func:`tnadapt.convert`."""
-    spec = checked_request(to, rank, max_error, dtype)
+    """Read an adapter, write it in the requested form, and save that if ``out`` is given."""
     if out is not None:
-        check_free(path_of(out), spec.format.folder if spec else (), overwrite)
-    target = None if spec is None else spec.format
-    found = _read(source, base if target is None else target.configure(base), part, target)
-    if without_kept:
-        found = found._replace(file=_without_kept(found.file))
-    found.file.check_finite()
-    try:
-        result = _own(found, dtype) if spec is None else _export(found, spec, dtype, part)
-    except MemoryError as error:
-        rows, cols = max((target.shape for target in found.file.targets), key=math.prod)
-        raise ConfigError(
-            f"there is not enough memory for the largest update, {rows} × {cols}: check that the adapter is not damaged"
-        ) from error
-    _check_error(result, max_error)
+        check_free(out, request.form.folder if request.form else (), overwrite)
+    adapter = read(source, request)
+    result = write(adapter, request)
     if out is not None:
         result.save(out, overwrite)
     return result
 
 
-def _without_kept(file: AdapterFile) -> AdapterFile:
-    dtypes = {name: dtype for name, dtype in file.dtypes.items() if name in file.arrays}
-    ties = {name: others for name, others in file.ties.items() if name not in file.kept}
-    return dataclasses.replace(file, kept={}, dtypes=dtypes, ties=ties)
+# -- Reading: any file as an AdapterFile -------------------------------------------------------------------------------
 
 
-def _check_error(result: Conversion, max_error: float | None) -> None:
-    if result.error <= (max_error or 0.0) or (result.exact and max_error is None):
-        return
-    limit = "nothing but rounding" if max_error is None else f"max_error={max_error:g} (--max-error)"
-    whole = not has_rank(result.kind)
-    ways = "a wider dtype" if whole else "a larger rank or a wider dtype"
-    full = "" if whole else ", or to='lycoris-full' (--to lycoris-full), which holds every update"
-    least = f"{_rounded_up(result.error):g}"
-    accept = f", max_error={least} (--max-error {least}) to accept it" if math.isfinite(result.error) else ""
-    worst = max(result.errors, key=lambda name: result.errors[name])
-    raise ConfigError(
-        f"the conversion to {result.kind} would change the updates by a relative error of {result.error:.3g}, that of "
-        f"{worst} by {result.errors[worst]:.3g}, and "
-        f"{limit} is allowed: give {ways}{accept}{full}"
-    )
-
-
-def _rounded_up(error: float) -> float:
-    """Round up to two significant digits."""
-    unit = 10.0 ** (math.floor(math.log10(error)) - 1)
-    return min(1.0, math.ceil(error / unit) * unit)
-
-
-# -- Reading -------------------------------------------------------------------------------------
+# In a folder written by save_pretrained of tnadapt.torch.
+_OWN_FILE = "adapter.safetensors"
 
 
 class ConvertedFrom(NamedTuple):
@@ -437,17 +420,27 @@ class ConvertedFrom(NamedTuple):
     base: Base | None = None
 
 
-def _read(source: Any, base: Any, part: str | None, target: FileFormat | None) -> ConvertedFrom:
-    """Read the adapter at a path, in any format.
+def read(source: Any, request: ConversionRequest) -> ConvertedFrom:
+    """Read an adapter in any format.
 
     Raises
     ------
     FileError
         If there is no such file, or it is damaged or cannot be converted. The message begins with the path.
     ConfigError
-        If neither the source nor the target has such a part.
+        If neither the source nor the result has such a part.
     """
+    found = _read(source, request.form, request.part, request.base)
+    if request.without_kept:
+        found = found._replace(file=_without_kept(found.file))
+    found.file.check_finite()
+    return found
+
+
+def _read(source: Any, target: FileFormat | None, part: str | None, base: Any) -> ConvertedFrom:
     known = None
+    if target is not None:
+        base = target.configure(base)
     if base is not None:
         with file_error_context("base"):
             known = as_base(base)
@@ -527,6 +520,57 @@ def _in_folder(folder: str) -> str:
     return path
 
 
+def _without_kept(file: AdapterFile) -> AdapterFile:
+    dtypes = {name: dtype for name, dtype in file.dtypes.items() if name in file.arrays}
+    ties = {name: others for name, others in file.ties.items() if name not in file.kept}
+    return dataclasses.replace(file, kept={}, dtypes=dtypes, ties=ties)
+
+
+# -- Writing: the AdapterFile in the requested form --------------------------------------------------------------------
+
+
+def write(found: ConvertedFrom, request: ConversionRequest) -> Conversion:
+    """Return an adapter in the requested form, with its error.
+
+    Raises
+    ------
+    ConfigError
+        If the error is larger than requested, or the form cannot represent the adapter.
+    """
+    try:
+        result = _own(found, request.dtype) if request.spec is None else _export(found, request.spec, request)
+    except MemoryError as error:
+        rows, cols = max((target.shape for target in found.file.targets), key=math.prod)
+        raise ConfigError(
+            f"there is not enough memory for the largest update, {rows} × {cols}: check that the adapter is not damaged"
+        ) from error
+    _check_error(result, request.max_error)
+    return result
+
+
+def _check_error(result: Conversion, max_error: float | None) -> None:
+    if result.error <= (max_error or 0.0) or (result.exact and max_error is None):
+        return
+    limit = "nothing but rounding" if max_error is None else f"max_error={max_error:g} (--max-error)"
+    whole = not has_rank(result.kind)
+    ways = "a wider dtype" if whole else "a larger rank or a wider dtype"
+    full = "" if whole else ", or to='lycoris-full' (--to lycoris-full), which holds every update"
+    least = f"{_rounded_up(result.error):g}"
+    accept = f", max_error={least} (--max-error {least}) to accept it" if math.isfinite(result.error) else ""
+    worst = max(result.errors, key=lambda name: result.errors[name])
+    raise ConfigError(
+        f"the conversion to {result.kind} would change the updates by a relative error of {result.error:.3g}, that of "
+        f"{worst} by {result.errors[worst]:.3g}, and "
+        f"{limit} is allowed: give {ways}{accept}{full}"
+    )
+
+
+def _rounded_up(error: float) -> float:
+    """Round up to two significant digits."""
+    unit = 10.0 ** (math.floor(math.log10(error)) - 1)
+    return min(1.0, math.ceil(error / unit) * unit)
+
+
 # -- To a file of this library -------------------------------------------------------------------
 
 
@@ -554,7 +598,7 @@ def _own(found: ConvertedFrom, dtype: str | None) -> Conversion:
 # -- To another library's form -------------------------------------------------------------------
 
 
-def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None, part: str | None) -> Conversion:
+def _export(found: ConvertedFrom, spec: ExportSpec, request: ConversionRequest) -> Conversion:
     """Encode an adapter in another library's form, and measure its error on the bytes to write.
 
     Raises
@@ -562,12 +606,12 @@ def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None, part: str
     ConfigError
         If that form cannot represent it.
     """
-    file, form = found.file, spec.format
+    file, form, dtype = found.file, spec.format, request.dtype
     if file.activation is not None:
         file.deltas()  # raises an error, as an activation has no ΔW
     modules, unpacked = modules_of(file), Unpacked(file, found.updates)
     spec = with_method(spec, modules, unpacked)
-    form.choose_part(modules, part, found.part)
+    form.choose_part(modules, request.part, found.part)
     _check_modules(file, modules, spec)
     if not file.plan.applying.additive:
         if spec.kind in form.structures:
