@@ -87,7 +87,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
     Examples
     --------
-    >>> registry = Registry("shape", int, {"true": bool})
+    >>> registry = Registry("shape", int, {"true": "builtins:bool"})
     >>> registry.find("true")
     <class 'bool'>
     >>> registry.find("round")

@@ -1,4 +1,4 @@
-"""The interface of file formats, and the way from what one reads to an adapter file, with DoRA's and HiRA's settings.
+"""The interface of file formats, how updates meet weights (DoRA, HiRA), and adapter files made of what a format reads.
 
 One class implements one format: it recognizes, reads, encodes and writes the files. The defaults of
 :class:`FileFormat` reject everything that a format does not explicitly support.

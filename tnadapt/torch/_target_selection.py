@@ -127,20 +127,12 @@ class AttentionModule(NamedTuple):
 
     Attributes
     ----------
-    path : str
     module : Module
-    inputs : list of (str, ProjectionName, Weight)
-        Name in the module, what the name says about q, k and v, and the weight; in the module's order.
-    outputs : list of Weight
-    unclear : list of (str, str)
-        Children that seem to produce q, k or v in an unknown way, and the letters they seem to produce.
+    weights : AttentionWeights
     """
 
-    path: str
     module: nn.Module
-    inputs: list[tuple[str, ProjectionName, Weight]]
-    outputs: list[Weight]
-    unclear: list[tuple[str, str]]
+    weights: AttentionWeights[Weight]
 
     def targets(self, letters: str) -> Iterator[Target]:
         """Yield each weight, or part of one, that produces one of the letters.
@@ -150,20 +142,20 @@ class AttentionModule(NamedTuple):
         TargetError
             If a fused weight's layout is unknown, or it is unclear what produces a letter.
         """
-        for name, makes in self.unclear:
+        path = self.weights.path
+        for name, makes in self.weights.unclear:
             if not set(makes).isdisjoint(letters):
                 raise TargetError(
-                    f"{join(self.path, name)} of {type(self.module).__name__} seems to compute {makes}, but with which "
+                    f"{join(path, name)} of {type(self.module).__name__} seems to compute {makes}, but with which "
                     "weight or rows is unknown: give tnadapt.Target(path, shape, role, rows=tnadapt.Rows(…)) for it, "
                     "or name other targets in a list of paths or with a function"
                 )
-        layer = layer_of(plain(self.path))
+        layer = layer_of(plain(path))
 
         def rows_of(name: str, weight: Weight, fused: Fused) -> dict[str, Rows | None]:
             return fused_rows(self.module, name, fused, weight.path)
 
-        attention = AttentionWeights(self.path, self.inputs, self.outputs, self.unclear)
-        for weight, role, rows in attention.parts(letters, lambda weight: weight.shape, rows_of):
+        for weight, role, rows in self.weights.parts(letters, lambda weight: weight.shape, rows_of):
             yield weight.target(role, layer, rows)
 
 
@@ -172,7 +164,7 @@ def attentions(model: nn.Module) -> Iterator[AttentionModule]:
 
     Examples
     --------
-    >>> [found.path for found in attentions(nn.TransformerEncoderLayer(8, 2, 8))]
+    >>> [attention.weights.path for attention in attentions(nn.TransformerEncoderLayer(8, 2, 8))]
     ['self_attn']
     """
     tree = _ModelTree(model)
@@ -180,10 +172,11 @@ def attentions(model: nn.Module) -> Iterator[AttentionModule]:
     def named_first(weight: Weight) -> Weight:
         return weight._replace(path=tree.first[id(weight.module)])
 
-    for path, inputs, outputs, unclear in attentions_in(tree):
-        module = tree.modules[path]
-        renamed = [(name, says, named_first(weight)) for name, says, weight in inputs]
-        yield AttentionModule(path, module, _in_use(module, renamed), list(map(named_first, outputs)), unclear)
+    for weights in attentions_in(tree):
+        module = tree.modules[weights.path]
+        inputs = [(name, says, named_first(weight)) for name, says, weight in weights.inputs]
+        outputs = list(map(named_first, weights.outputs))
+        yield AttentionModule(module, weights._replace(inputs=_in_use(module, inputs), outputs=outputs))
 
 
 class _ModelTree:
@@ -381,13 +374,14 @@ class TargetSearch:
         """Return the targets with these roles in the attention or weight at a path."""
         found = []
         for attention in self.attentions:
-            weights = [weight for _, _, weight in attention.inputs] + attention.outputs
-            whole = same(path, attention.path)
+            place, inputs, outputs, _ = attention.weights
+            weights = [weight for _, _, weight in inputs] + outputs
+            whole = same(path, place)
             if whole or any(same(path, weight.path) for weight in weights):
                 found += [target for target in attention.targets(letters) if whole or same(path, target.module)]
         if not found:
             raise self._no_match(
-                path, f" with the roles {letters!r}", [attention.path for attention in self.attentions]
+                path, f" with the roles {letters!r}", [attention.weights.path for attention in self.attentions]
             )
         return found
 

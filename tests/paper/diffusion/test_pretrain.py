@@ -88,3 +88,9 @@ def test_a_damaged_file_is_made_anew_and_others_get_their_own(images: ImageSet, 
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(tna.errors.FileError, match="--cache"):
         trained(tmp_path / "file" / "cache", images)
+
+
+def test_a_training_that_diverges_keeps_nothing(images: ImageSet, tmp_path: Path) -> None:
+    with threads(1), pytest.raises(tna.TnadaptError, match=r"the loss of pretraining is nan at step 2; give a lower"):
+        pretrained(tmp_path, Pretraining(3, batch=2, rate=float("inf")), Process(), images, 32)
+    assert not list(tmp_path.iterdir())
