@@ -28,9 +28,9 @@ from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, Unpacked,
 __all__ = [
     "KINDS",
     "Application",
+    "ConversionRequest",
     "EncodedAdapter",
     "ExportChoice",
-    "ExportSpec",
     "FileFormat",
     "ForeignAdapter",
     "application_of",
@@ -471,18 +471,19 @@ class FileFormat:
         return ConfigError(f"the file format {self.name!r} lacks a method: define {type(self).__name__}.{method}")
 
 
-class ExportSpec(NamedTuple):
-    """The requested form of a conversion.
+class ConversionRequest(NamedTuple):
+    """What a conversion is asked for, checked.
 
     Attributes
     ----------
     form : str
         Name of the form, such as "peft-lora".
     format : FileFormat
-    kind : {"lora", "lokr", "loha", "full"}
-    rank : int or None
-        Largest rank allowed.
-    max_error : float or None
+        Its format; :class:`FileFormat` itself for a file of this library.
+    kind : str
+        Its method, such as "lora"; "" if only the format was named.
+    rank, max_error, base, part, dtype, without_kept
+        Arguments of :func:`tnadapt.convert`.
     """
 
     form: str
@@ -490,6 +491,10 @@ class ExportSpec(NamedTuple):
     kind: str
     rank: int | None
     max_error: float | None
+    base: Any
+    part: str | None
+    dtype: str | None
+    without_kept: bool
 
 
 # -- An adapter of another library as a file of this one ---------------------------------------------------------------

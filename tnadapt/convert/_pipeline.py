@@ -25,7 +25,7 @@ from tnadapt.plugins import Registry, load_plugins
 from tnadapt.targets.target import Target
 
 from ._base_model import Base, as_base, check_base, with_base_arrays
-from ._file_format import KINDS, ExportSpec, FileFormat, application_of, file_of, not_additive
+from ._file_format import KINDS, ConversionRequest, FileFormat, application_of, file_of, not_additive
 from ._files import StoredFiles, replace_folder
 from ._updates import (
     Module,
@@ -42,14 +42,7 @@ from ._updates import (
     round_to,
 )
 
-__all__ = [
-    "Conversion",
-    "format_of",
-    "forms",
-    "register_file_format",
-    "requested",
-    "run",
-]
+__all__ = ["Conversion", "format_of", "forms", "register_file_format", "requested", "run"]
 
 
 # -- The table of file formats, and the names of the forms that they write ---------------------------------------------
@@ -128,8 +121,8 @@ def _is_form(to: str) -> bool:
 
 
 def format_of(name: str) -> FileFormat:
-    """Return a format by its name."""
-    found = _formats.find(name)()
+    """Return a format by its name; that of this library reads and writes nothing."""
+    found = FileFormat() if name == OWN else _formats.find(name)()
     found.name = name
     return found
 
@@ -138,30 +131,6 @@ def format_of(name: str) -> FileFormat:
 
 
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
-
-
-class ConversionRequest(NamedTuple):
-    """What a conversion is asked for, checked.
-
-    Attributes
-    ----------
-    spec : ExportSpec or None
-        The form of another library; None for a file of this library.
-    base, part, dtype, max_error, without_kept
-        Arguments of :func:`tnadapt.convert`.
-    """
-
-    spec: ExportSpec | None
-    base: Any
-    part: str | None
-    dtype: str | None
-    max_error: float | None
-    without_kept: bool
-
-    @property
-    def form(self) -> FileFormat | None:
-        """The format of the result; None for a file of this library."""
-        return None if self.spec is None else self.spec.format
 
 
 def requested(
@@ -183,8 +152,7 @@ def requested(
         if not has_rank(to):
             raise ConfigError(f"rank={rank} (--rank) applies to LoRA, LoKr and LoHa only; {to!r} has no rank to choose")
     name, _, kind = to.partition("-")
-    spec = None if to == OWN else ExportSpec(to, format_of(name), kind, rank, max_error)
-    return ConversionRequest(spec, base, part, dtype, max_error, without_kept)
+    return ConversionRequest(to, format_of(name), kind, rank, max_error, base, part, dtype, without_kept)
 
 
 def _no_choice(what: str, given: Any, known: Sequence[str]) -> ConfigError:
@@ -193,24 +161,15 @@ def _no_choice(what: str, given: Any, known: Sequence[str]) -> ConfigError:
     return ConfigError(f"{what} (--{what}) must be one of {', '.join(known)}; got {safe_repr(given)}{meant}")
 
 
-def check_part(part: Any, source: FileFormat | None, target: FileFormat | None) -> None:
-    """Raise ConfigError unless ``part`` is None, or a part that the source may have or the result may be.
-
-    Parameters
-    ----------
-    part : str or None
-        The argument of the caller.
-    source, target : FileFormat or None
-        The formats of both; None for a file of this library.
-    """
+def check_part(part: str | None, source: FileFormat, target: FileFormat) -> None:
+    """Raise ConfigError unless ``part`` is None, or a part that the source may have or the result may be."""
     if part is None:
         return
-    known = [*(source.parts_read if source else ()), *(target.parts_written if target else ())]
+    known = [*source.parts_read, *target.parts_written]
     if not known:
-        one, other = (form.name if form else OWN for form in (source, target))
         raise ConfigError(
-            f"part={safe_repr(part)} (--part) has no effect on a conversion from {one} to {other}: only files of "
-            "kohya and diffusers have parts. Leave it out"
+            f"part={safe_repr(part)} (--part) has no effect on a conversion from {source.name} to {target.name}: only "
+            "files of kohya and diffusers have parts. Leave it out"
         )
     if part not in known:
         raise _no_choice("part", part, list(dict.fromkeys(known)))
@@ -222,15 +181,15 @@ def has_rank(form: str) -> bool:
     return form != OWN and kind in ("", *KINDS) and kind != "full"
 
 
-def with_method(spec: ExportSpec, modules: Sequence[Module], unpacked: Unpacked) -> ExportSpec:
-    """Return a form with its method; for a format alone, that of all updates, or else the format's first: LoRA."""
-    if spec.kind:
-        return spec
-    kinds = spec.format.kinds
+def with_method(request: ConversionRequest, modules: Sequence[Module], unpacked: Unpacked) -> ConversionRequest:
+    """Return a request with its method; for a format alone, that of all updates, or else the format's first: LoRA."""
+    if request.kind:
+        return request
+    kinds = request.format.kinds
     found = {form.kind if (form := module.form(unpacked)) is not None else "" for module in modules}
     own = found.pop() if len(found) == 1 else ""
     kind = own if own in kinds else kinds[0]
-    return spec._replace(form=f"{spec.format.name}-{kind}", kind=kind)
+    return request._replace(form=f"{request.format.name}-{kind}", kind=kind)
 
 
 # -- The result: the adapter in its new form, its error, and how to save it --------------------------------------------
@@ -377,7 +336,7 @@ def run(
 ) -> Conversion:
     """Read an adapter, write it in the requested form, and save that if ``out`` is given."""
     if out is not None:
-        check_free(out, request.form.folder if request.form else (), overwrite)
+        check_free(out, request.format.folder, overwrite)
     adapter = read(source, request)
     result = write(adapter, request)
     if out is not None:
@@ -430,22 +389,20 @@ def read(source: Any, request: ConversionRequest) -> ConvertedFrom:
     ConfigError
         If neither the source nor the result has such a part.
     """
-    found = _read(source, request.form, request.part, request.base)
+    found = _read(source, request.format, request.part, request.format.configure(request.base))
     if request.without_kept:
         found = found._replace(file=_without_kept(found.file))
     found.file.check_finite()
     return found
 
 
-def _read(source: Any, target: FileFormat | None, part: str | None, base: Any) -> ConvertedFrom:
+def _read(source: Any, target: FileFormat, part: str | None, base: Any) -> ConvertedFrom:
     known = None
-    if target is not None:
-        base = target.configure(base)
     if base is not None:
         with file_error_context("base"):
             known = as_base(base)
     if isinstance(source, AdapterFile):
-        check_part(part, None, target)
+        check_part(part, format_of(OWN), target)
         return _from_own(source, known, base)
     path = path_of(source)
     with file_error_context(path):
@@ -464,7 +421,7 @@ def _read(source: Any, target: FileFormat | None, part: str | None, base: Any) -
             if found is None:
                 raise
         else:
-            check_part(part, None, target)
+            check_part(part, format_of(OWN), target)
             with file_error_context(path):
                 return _from_own(file, known, base)
     reader, place = found
@@ -538,7 +495,7 @@ def write(found: ConvertedFrom, request: ConversionRequest) -> Conversion:
         If the error is larger than requested, or the form cannot represent the adapter.
     """
     try:
-        result = _own(found, request.dtype) if request.spec is None else _export(found, request.spec, request)
+        result = _own(found, request.dtype) if request.form == OWN else _export(found, request)
     except MemoryError as error:
         rows, cols = max((target.shape for target in found.file.targets), key=math.prod)
         raise ConfigError(
@@ -598,7 +555,7 @@ def _own(found: ConvertedFrom, dtype: str | None) -> Conversion:
 # -- To another library's form -------------------------------------------------------------------
 
 
-def _export(found: ConvertedFrom, spec: ExportSpec, request: ConversionRequest) -> Conversion:
+def _export(found: ConvertedFrom, request: ConversionRequest) -> Conversion:
     """Encode an adapter in another library's form, and measure its error on the bytes to write.
 
     Raises
@@ -606,26 +563,26 @@ def _export(found: ConvertedFrom, spec: ExportSpec, request: ConversionRequest) 
     ConfigError
         If that form cannot represent it.
     """
-    file, form, dtype = found.file, spec.format, request.dtype
+    file, form, dtype = found.file, request.format, request.dtype
     if file.activation is not None:
         file.deltas()  # raises an error, as an activation has no ΔW
     modules, unpacked = modules_of(file), Unpacked(file, found.updates)
-    spec = with_method(spec, modules, unpacked)
+    request = with_method(request, modules, unpacked)
     form.choose_part(modules, request.part, found.part)
-    _check_modules(file, modules, spec)
+    _check_modules(file, modules, request)
     if not file.plan.applying.additive:
-        if spec.kind in form.structures:
-            raise not_additive(file.config.apply, spec.form)
-        form.check_applied(spec.kind, file.config.apply, file.config.magnitude_axis)
-    if spec.kind in form.structures:
-        encoded, known = form.encode_file(spec.kind, modules, file), True
+        if request.kind in form.structures:
+            raise not_additive(file.config.apply, request.form)
+        form.check_applied(request.kind, file.config.apply, file.config.magnitude_axis)
+    if request.kind in form.structures:
+        encoded, known = form.encode_file(request.kind, modules, file), True
     else:
         from ._nearest import choose
 
-        choice = choose(modules, unpacked, spec)
-        encoded, known = form.encode(spec.kind, modules, choice, list(file.kept)), choice.exact
+        choice = choose(modules, unpacked, request)
+        encoded, known = form.encode(request.kind, modules, choice, list(file.kept)), choice.exact
         if not file.plan.applying.additive:
-            encoded = form.applied(encoded, spec.kind, modules, choice, application_of(file, modules))
+            encoded = form.applied(encoded, request.kind, modules, choice, application_of(file, modules))
     encoded = form.with_kept(encoded, modules, file, found.base)
     encoded = form.of_base(encoded, file.pretrained)
     stored, kinds = (round_to if dtype is not None else narrow)(encoded.tensors, dtype or file.dtype)
@@ -636,48 +593,59 @@ def _export(found: ConvertedFrom, spec: ExportSpec, request: ConversionRequest) 
         for stored_name in encoded.kept_names.get(name) or [form.kept_name(name)]:
             tensors[stored_name] = array
             kinds |= {stored_name: "bfloat16"} if f"kept.{name}" in file.dtypes else {}
-    record = {"from": found.kind, "to": spec.form, "config": file.config.to_dict(), **encoded.record}
-    error, errors = _measured(modules, unpacked, spec, form.write(tensors, kinds, record, encoded.config))
+    record = {"from": found.kind, "to": request.form, "config": file.config.to_dict(), **encoded.record}
+    error, errors = _measured(modules, unpacked, request, form.write(tensors, kinds, record, encoded.config))
     written = next(kinds.get(name, array.dtype.name) for name, array in stored.items())
     exact = all(is_rounding(one, written, known) for one in (error, *errors.values()))
     record |= {"exact": exact, "error": float(f"{error:.2e}")}
     files = form.write(tensors, kinds, record, encoded.config)
     sizes = found.parameters, sum(array.size for array in stored.values())
     return Conversion(
-        spec.form, found.kind, exact, error, errors, sizes, encoded.notes, None, tensors, kinds, encoded.config, files
+        request.form,
+        found.kind,
+        exact,
+        error,
+        errors,
+        sizes,
+        encoded.notes,
+        None,
+        tensors,
+        kinds,
+        encoded.config,
+        files,
     )
 
 
-def _check_modules(file: AdapterFile, modules: Sequence[Module], spec: ExportSpec) -> None:
+def _check_modules(file: AdapterFile, modules: Sequence[Module], request: ConversionRequest) -> None:
     """Raise ConfigError unless the form supports all adapted modules."""
     for target in file.targets:
-        spec.format.check_target(target)
+        request.format.check_target(target)
     for module in modules:
-        if is_embedding(module) and spec.kind not in spec.format.embeddings:
+        if is_embedding(module) and request.kind not in request.format.embeddings:
             raise ConfigError(
-                f"{safe_repr(module.path)} is an embedding, and {spec.format.library} has no {spec.kind} of such a "
-                "layer: convert to 'peft-lora' (--to peft-lora), or merge the adapter into the base with tnadapt.merge "
-                "(tnadapt merge)"
+                f"{safe_repr(module.path)} is an embedding, and {request.format.library} has no {request.kind} of such "
+                "a layer: convert to 'peft-lora' (--to peft-lora), or merge the adapter into the base with "
+                "tnadapt.merge (tnadapt merge)"
             )
-        if is_expert(module) and spec.form != "peft-lora":
+        if is_expert(module) and request.form != "peft-lora":
             target = module.targets[0][1]
             raise ConfigError(
-                f"{target.label} cannot be converted to {spec.form!r}: it is one of the {target.stored[0]} matrices of "
-                "a parameter, as experts are kept, which only PEFT's LoRA adapts: convert to 'peft-lora' (--to "
+                f"{target.label} cannot be converted to {request.form!r}: it is one of the {target.stored[0]} matrices "
+                "of a parameter, as experts are kept, which only PEFT's LoRA adapts: convert to 'peft-lora' (--to "
                 "peft-lora), or merge the adapter into the base with tnadapt.merge (tnadapt merge)"
             )
-        spec.format.check_module(module, spec.kind)
-    spec.format.check_adapter(modules, file.kept)
+        request.format.check_module(module, request.kind)
+    request.format.check_adapter(modules, file.kept)
 
 
 # -- Measuring -----------------------------------------------------------------------------------
 
 
 def _measured(
-    modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec, files: Mapping[str, bytes]
+    modules: Sequence[Module], unpacked: Unpacked, request: ConversionRequest, files: Mapping[str, bytes]
 ) -> tuple[float, dict[str, float]]:
     """Read the written bytes back, and return their error."""
-    back = _read_foreign(format_of(spec.format.name), StoredFiles(contents=files), None, None).file
+    back = _read_foreign(format_of(request.format.name), StoredFiles(contents=files), None, None).file
     again, wanted = Unpacked(back), {module.place for module in modules}
     places, others = dict[str, int](), list[Target]()
     for number, target in enumerate(back.targets):
