@@ -23,17 +23,6 @@ def folded(summary: str, text: str) -> str:
     return f"<details>\n<summary>{summary}</summary>\n\n{text.strip()}\n\n</details>\n"
 
 
-def row(cells: Iterable[str]) -> str:
-    """Return a row of a table in Markdown."""
-    return f"| {' | '.join(cells)} |"
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown, the first row of which has the titles."""
-    first, *others = rows
-    return "".join(f"{line}\n" for line in (row(first), f"|{'---|' * len(first)}", *map(row, others)))
-
-
 def list_table(rows: Iterable[Sequence[object]], *options: str) -> str:
     """Return a table in reStructuredText, the first row of which has the titles."""
     lines = [".. list-table::", "   :header-rows: 1", *(f"   {option}" for option in options), ""]

@@ -11,17 +11,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from formatting import folded, table
+from formatting import folded
 from machine import machine
 
 import tnadapt as tna
 from tnadapt.algebra.maps import KINDS, SQUARE
+from tnadapt.report import TextTable
 
 RESULTS = Path(__file__).parent / "results"
 BITS = (6, 10, 14, 18, 22)
@@ -168,11 +169,11 @@ def page(rows: Rows) -> str:
     first, *rest = rows
     errors = [row for row in rest if "largest" in row]
     limits = ", ".join(f"{limit:g} units in {dtype}" for dtype, limit in LIMITS.items())
-    worst = [["", *UNITS]]
+    worst = []
     for group, title in GROUPS.items():
         each = [max(row["largest"] for row in _of(errors, group, dtype)) for dtype in UNITS]
         worst.append([title, *(f"{number:.2g}" for number in each)])
-    text = [HEAD.format(limits=limits, bits=max(row["bits"] for row in errors)), table(worst)]
+    text = [HEAD.format(limits=limits, bits=max(row["bits"] for row in errors)), _table(worst, UNITS)]
     known = ", ".join(f"{name} {value}" for name, value in first["machine"].items())
     text += [PICTURE, "\n", folded("How this was measured", f"{ABOUT}\nOn {known}.")]
     for group, title in GROUPS.items():
@@ -189,21 +190,25 @@ def _of(errors: Rows, group: str, dtype: str) -> Rows:
 def _by_size(own: Rows) -> str:
     """Return a table with a row for each operation, and the largest and mean error at each size."""
     sizes = sorted({row["bits"] for row in own})
-    lines = [["", *(f"2^{bits}: largest, mean" for bits in sizes)]]
+    lines = []
     for name in dict.fromkeys(row["name"] for row in own):
         at = {row["bits"]: row for row in own if row["name"] == name}
         lines.append([name, *(f"{at[bits]['largest']:.2g}, {at[bits]['mean']:.2g}" for bits in sizes)])
-    return table(lines)
+    return _table(lines, [f"2^{bits}: largest, mean" for bits in sizes])
 
 
 def _by_dtype(small: Rows) -> str:
     """Return a table with a row for each operation, and its error at each dtype and size."""
     columns = list(itertools.product(TINY, TINY_BITS))
-    lines = [["", *(f"{dtype}, 2^{bits}" for dtype, bits in columns)]]
+    lines = []
     for name in dict.fromkeys(row["name"] for row in small):
         off = {(row["dtype"], row["bits"]): row["distances"] for row in small if row["name"] == name}
         lines.append([name, *(f"{off[column]:.2g}" for column in columns)])
-    return table(lines)
+    return _table(lines, [f"{dtype}, 2^{bits}" for dtype, bits in columns])
+
+
+def _table(rows: Sequence[Sequence[str]], columns: Iterable[str]) -> str:
+    return TextTable(rows, ("", *columns)).markdown() + "\n"
 
 
 def picture(rows: Rows, path: Path) -> None:

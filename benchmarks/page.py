@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from formatting import folded, number, table
+from formatting import folded, number
+
+from tnadapt.report import TextTable
 
 Rows = Sequence[Mapping[str, Any]]
 Find = Callable[[Rows], float | None]
@@ -201,7 +203,8 @@ def _table(rows: Rows) -> Iterable[str]:
     for one in rows:
         kinds.setdefault(tuple(one), []).append(one)
     for columns, several in kinds.items():
-        yield table([columns, *([number(one[column]) for column in columns] for one in several)]) + "\n"
+        table = TextTable([[number(one[column]) for column in columns] for one in several], columns)
+        yield f"{table.markdown()}\n\n"
 
 
 def _on(machine: Mapping[str, Any]) -> str:

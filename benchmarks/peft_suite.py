@@ -29,6 +29,8 @@ from typing import Any
 
 from machine import machine
 
+from tnadapt.report import TextTable
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "peft_suite.jsonl"
 PAGE = HERE / "results" / "peft_suite.md"
@@ -154,22 +156,25 @@ def _page(found: Rows, reasons: Sequence[Mapping[str, str]]) -> Iterator[str]:
     yield "includes plain LoRA is run for LoRA, and for the plug-in with the same target modules and several presets."
     yield "Language models are tiny ones with the same architectures as those on the hub."
     yield ""
-    yield "| | passed | failed | skipped |"
-    yield "|---|---:|---:|---:|"
-    for name, own in (("LoRA", True), ("tnadapt", False)):
-        yield _line(name, [row for row in rows if (row["method"] == CONTROL) == own])
-    for preset in dict.fromkeys(row["method"] for row in rows if row["method"] != CONTROL):
-        yield _line(f"– {preset}", [row for row in rows if row["method"] == preset])
+    lines = [
+        _line(name, [row for row in rows if (row["method"] == CONTROL) == own])
+        for name, own in (("LoRA", True), ("tnadapt", False))
+    ]
+    lines += [
+        _line(f"– {preset}", [row for row in rows if row["method"] == preset])
+        for preset in dict.fromkeys(row["method"] for row in rows if row["method"] != CONTROL)
+    ]
+    yield TextTable(lines, ("", "passed", "failed", "skipped"), range(1, 4)).markdown()
     yield ""
     yield "## What LoRA passes and the plug-in does not"
     yield ""
-    yield "| tests | how many | why |"
-    yield "|---|---:|---|"
+    differing = []
     for reason, several in zip(reasons, by_reason, strict=True):
         outcomes = Counter(row["outcome"] for row in several)
         names = ", ".join(f"`{name}`" for name in dict.fromkeys(row["test"] for row in several))
         counts = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
-        yield f"| {names} | {counts} | {' '.join(reason['reason'].split())} |"
+        differing.append((names, counts, " ".join(reason["reason"].split())))
+    yield TextTable(differing, ("tests", "how many", "why"), [1]).markdown()
     yield from ("", "**Without a reason:**", "", *(f"- {line}" for line in wrong)) if wrong else ()
     failed = [row for row in rows if row["method"] == CONTROL and row["outcome"] == "failed"]
     names = ", ".join(f"`{row['test']}` ({row['row']})" for row in failed)
@@ -179,16 +184,18 @@ def _page(found: Rows, reasons: Sequence[Mapping[str, str]]) -> Iterator[str]:
     yield ", ".join(f"`{name}` ({number})" for name, number in sorted(left_out.items())) + "; and tests that are not"
     yield "parametrized over configs, among them those of mixed batches (`adapter_names=`)."
     for file in dict.fromkeys(row["file"] for row in rows):
-        yield from ("", f"## {file}", "", "| test | LoRA | tnadapt |", "|---|---|---|")
+        yield from ("", f"## {file}", "")
         here = [row for row in rows if row["file"] == file]
+        tests = []
         for test in dict.fromkeys(row["test"] for row in here):
             both = [[r for r in here if r["test"] == test and (r["method"] == CONTROL) == own] for own in (True, False)]
-            yield f"| `{test}` | {_counts(both[0])} | {_counts(both[1])} |"
+            tests.append((f"`{test}`", *map(_counts, both)))
+        yield TextTable(tests, ("test", "LoRA", "tnadapt")).markdown()
 
 
-def _line(name: str, rows: Rows) -> str:
+def _line(name: str, rows: Rows) -> tuple[str, ...]:
     counts = Counter(row["outcome"] for row in rows)
-    return f"| {name} | {counts['passed']} | {counts['failed']} | {counts['skipped']} |"
+    return (name, *(str(counts[outcome]) for outcome in ("passed", "failed", "skipped")))
 
 
 def _counts(rows: Rows) -> str:

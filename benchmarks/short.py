@@ -31,6 +31,8 @@ from typing import Any, NamedTuple
 
 from short_cases import CASES, GROUPS, Case, Run, one_thread
 
+from tnadapt.report import TextTable
+
 __all__ = ["Line", "compare", "main", "measure", "read", "table", "turns"]
 
 HERE = Path(__file__).parent
@@ -139,16 +141,11 @@ def compare(rows: Sequence[Mapping[str, Any]], committed: Sequence[Mapping[str, 
 
 def table(lines: Sequence[Line]) -> str:
     """Render the lines for a terminal."""
-    rows = [("case", "over", "ratio", "committed", "quotient", "")]
+    rows = []
     for line in lines:
         numbers = ["–" if one is None else f"{one:.3g}" for one in (line.ratio, line.committed, line.quotient)]
-        rows.append((line.case, line.over, *numbers, line.mark))  # type: ignore[arg-type]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    aligned = [
-        [cell.rjust(width) if 2 <= column <= 4 else cell.ljust(width) for column, (cell, width) in enumerate(cells)]
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
-    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
+        rows.append((line.case, line.over, *numbers, line.mark))
+    return str(TextTable(rows, ("case", "over", "ratio", "committed", "quotient", ""), range(2, 5)))
 
 
 def read() -> list[Row]:

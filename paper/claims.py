@@ -6,6 +6,8 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 
+from tnadapt.report import TextTable
+
 from .compared_studies import ComparedPair, ComparedStudy, Setting
 from .geometry_section import distances, geometry_section
 from .paired_statistics import interval, pooled
@@ -23,7 +25,7 @@ from .pairings import (
     where,
     within,
 )
-from .phrases import anchor, folded, mean_and_spread, table_row
+from .phrases import anchor, folded, mean_and_spread
 
 __all__ = ["CLAIMS", "Claim", "page"]
 
@@ -184,16 +186,16 @@ CLAIMS = (
 def page(found: dict[str, ComparedStudy]) -> str:
     """Return the page as Markdown."""
     compared = [study for study in found.values() if study.settings]
-    text = [HEAD, table_row(["claim", *(study.name for study in compared)])]
-    text += [table_row(["---"] * (len(compared) + 1))]
-    for claim in CLAIMS:
-        link = f"[{claim.title}](#{anchor(claim.title)})"
-        text += [table_row([link, *(_verdict(claim, study) for study in compared)])]
+    verdicts = [
+        [f"[{claim.title}](#{anchor(claim.title)})", *(_verdict(claim, study) for study in compared)]
+        for claim in CLAIMS
+    ]
+    text = [HEAD, _table(verdicts, ["claim", *(study.name for study in compared)])]
     if "geometry" in found:
         text += [f"\nThe Euclidean distance to the dense update (geometry; the last section): {distances(found)}.\n"]
     text += ["\n", folded("How settings are compared", METHOD)]
-    ran = "".join(f"| {study.name} | {study.title}: {study.about} |\n" for study in found.values())
-    text += ["\n", folded("What was run", f"| study | what |\n|---|---|\n{ran}")]
+    ran = [(study.name, f"{study.title}: {study.about}") for study in found.values()]
+    text += ["\n", folded("What was run", _table(ran, ("study", "what")))]
     for study in compared:
         if study.pictured:
             text += [f"\n## {study.name}: {study.title}\n\n", folded("Figures", _figures(study))]
@@ -206,8 +208,7 @@ def page(found: dict[str, ComparedStudy]) -> str:
 
 
 def _compared(claim: Claim, study: ComparedStudy, pairs: Sequence[ComparedPair]) -> str:
-    table = "".join(_table(pairs, study.decimals))
-    return f"\n{study.name}, {study.quality}: {_told(claim, study, pairs)}.\n\n{table}"
+    return f"\n{study.name}, {study.quality}: {_told(claim, study, pairs)}.\n\n{_rows(pairs, study.decimals)}"
 
 
 def _figures(study: ComparedStudy) -> str:
@@ -270,13 +271,17 @@ def _told(claim: Claim, study: ComparedStudy, pairs: Sequence[ComparedPair]) -> 
     return told + (f"; in {edges}, a setting has the lowest or highest rate tried (°)" if edges else "")
 
 
-def _table(pairs: Sequence[ComparedPair], decimals: int = 1) -> list[str]:
-    text = [table_row(["first", "parameters", "", "second", "parameters", "", "gain"]), table_row(["---"] * 7)]
+def _rows(pairs: Sequence[ComparedPair], decimals: int) -> str:
+    rows = []
     for pair in pairs:
         mean, low, high = interval(pair.gains)
         cells = [cell for one in (pair.first, pair.second) for cell in _cells(one, decimals)]
-        text.append(table_row([*cells, f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"]))
-    return text
+        rows.append([*cells, f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"])
+    return _table(rows, ["first", "parameters", "", "second", "parameters", "", "gain"])
+
+
+def _table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
+    return TextTable(rows, head).markdown() + "\n"
 
 
 def _cells(one: Setting, decimals: int) -> tuple[str, str, str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tnadapt.report import TextTable
+
 from .compared_studies import ComparedStudy
 from .paired_statistics import interval
-from .phrases import folded, several, table_row
+from .phrases import folded, several
 from .similarity import summary
 
 __all__ = ["distances", "geometry_section"]
@@ -22,9 +24,9 @@ def geometry_section(found: dict[str, ComparedStudy]) -> list[str]:
         return []
     study = found["geometry"]
     inside = [
-        "Each at its own best rate:\n\n", *_spaces(_own_rate(study)),
+        "Each at its own best rate:\n\n", _spaces(_own_rate(study)),
         "\nAll at the dense update's best rate, since the paper has one rate for all; also drawn below:\n\n",
-        *_spaces(_one_rate(study)), f"\n![Singular spaces and distance, weight by weight]({study.name}/figure.png)\n",
+        _spaces(_one_rate(study)), f"\n![Singular spaces and distance, weight by weight]({study.name}/figure.png)\n",
     ]  # fmt: skip
     return [
         "\n## The distance to the dense update shrinks, most of all with reshaping\n\n",
@@ -75,15 +77,15 @@ def _apart(rows: Sequence[dict[str, Any]], arm: str, other: str = "LoRA") -> lis
     return [_space(rows, arm, seed)["d_euclid"] - _space(rows, other, seed)["d_euclid"] for seed in seeds]
 
 
-def _spaces(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _spaces(rows: Sequence[dict[str, Any]]) -> str:
     """Return one line per arm: the mean similarities, the distance, and its difference from LoRA's."""
     heads = ["method", "parameters", "rate", "d_L", "d_R", "d_E", "d_E minus LoRA's"]
-    text = [table_row(heads), table_row(["---"] * len(heads))]
+    lines = []
     for arm in _arms(rows):
         mean, low, high = interval(_apart(rows, arm))
         rate = next(row["rate"] for row in rows if row["arm"] == arm)
         means = _space(rows, arm)
         spaces = [f"{means[name]:.3f}" for name in ("d_left", "d_right", "d_euclid")]
         told = "" if arm == "LoRA" else f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
-        text.append(table_row([arm, f"{means['parameters']:,}", f"{rate:g}", *spaces, told]))
-    return text
+        lines.append([arm, f"{means['parameters']:,}", f"{rate:g}", *spaces, told])
+    return TextTable(lines, heads).markdown() + "\n"

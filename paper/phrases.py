@@ -1,4 +1,4 @@
-"""Words, numbers and table rows of the page of claims."""
+"""Words and numbers of the page of claims."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import statistics
 from collections.abc import Sequence
 
-__all__ = ["anchor", "folded", "mean_and_spread", "several", "table_row"]
+__all__ = ["anchor", "folded", "mean_and_spread", "several"]
 
 
 def several(count: int, what: str) -> str:
@@ -18,11 +18,6 @@ def mean_and_spread(values: Sequence[float], decimals: int) -> str:
     """Return the absolute value of the mean, and the standard deviation if there are several values."""
     spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
     return f"{abs(statistics.fmean(values)):.{decimals}f}{spread}"
-
-
-def table_row(cells: Sequence[str]) -> str:
-    """Return a row of a Markdown table."""
-    return f"| {' | '.join(cells)} |\n"
 
 
 def folded(summary: str, text: str) -> str:

@@ -7,10 +7,11 @@ Every choice that a setting names is in a registry. Another package adds its own
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 from collections.abc import Container, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from .errors import ConfigError, safe_repr
 
@@ -183,12 +184,12 @@ class Registry(NameRegistry[type[T]], Generic[T]):
         Kind of class, for messages: ``"format"``.
     contract : type
         Base class that each class must inherit from.
-    built_in : mapping of str to type
-        In the order in which messages list them.
+    built_in : mapping of str to type or str
+        In the order in which messages list them; ``"package.module:Class"`` is imported when it is first looked up.
 
     Examples
     --------
-    >>> registry = Registry("shape", int, {"true": bool})
+    >>> registry = Registry("shape", int, {"true": "builtins:bool"})
     >>> registry.find("true")
     <class 'bool'>
     >>> registry.find("round")
@@ -197,9 +198,16 @@ class Registry(NameRegistry[type[T]], Generic[T]):
     tnadapt.errors.ConfigError: shape must be one of 'true'; got 'round'. If a plug-in provides it, install the plug-in
     """
 
-    def __init__(self, kind: str, contract: type[T], built_in: Mapping[str, type[T]]) -> None:
-        super().__init__(kind, built_in)
+    def __init__(self, kind: str, contract: type[T], built_in: Mapping[str, type[T] | str]) -> None:
+        super().__init__(kind, cast("Mapping[str, type[T]]", built_in))
         self.contract = contract
+
+    def __getitem__(self, name: str) -> type[T]:
+        cls: type[T] | str = super().__getitem__(name)
+        if isinstance(cls, str):
+            module, _, qualname = cls.partition(":")
+            cls = self._built_in[name] = cast("type[T]", getattr(importlib.import_module(module), qualname))
+        return cls
 
     def check(self, name: str, cls: type[T]) -> None:
         """Raise the errors of :meth:`register` without registering anything."""

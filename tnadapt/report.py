@@ -1,117 +1,104 @@
-"""Tables of results, in text and in HTML, and the progress bar of what takes long."""
+"""The table of results, as text, Markdown and HTML, and the progress bar of what takes long."""
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import importlib
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol, Self
 
 from tnadapt.argument_checks import checks_arguments, wrong_argument
 
 from .errors import escaped
 
-__all__ = ["ProgressBar", "fact_table", "html_table", "text_table"]
+__all__ = ["ProgressBar", "TextTable"]
 
-_LEFT, _RIGHT = "text-align:left", "text-align:right"
 # Seconds between two updates: a notebook stores each of them in turn.
 _PERIOD = 0.1
 
 # -- Tables ----------------------------------------------------------------------------------------
 
 
-def text_table(rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """Align cells with spaces; return one line for each row.
+@dataclasses.dataclass(frozen=True)
+class TextTable:
+    """Rows of text, for a terminal, in Markdown, or in HTML.
 
     Parameters
     ----------
-    rows : iterable of sequence of str
-        At least one, of equal lengths; the titles may be the first.
+    rows : sequence of sequence of str
+        Cells, as many in each row.
+    head : sequence of str
+        The titles of the columns. A table without them lists names and their values.
     right : collection of int
         The columns that are aligned to the right, as numbers are.
-
-    Returns
-    -------
-    list of str
+    caption : str
+        Above it, in HTML.
+    notes : sequence of str
+        Lines below it, as text and in HTML.
 
     Examples
     --------
-    >>> print(*text_table([["name", "size"], ["q", "12"]], right=[1]), sep="\\n")
+    >>> table = TextTable([("q", "12")], head=("name", "size"), right=[1], notes=["one weight"])
+    >>> print(table)
     name  size
     q       12
+    one weight
+    >>> print(table.markdown())
+    | name | size |
+    |---|--:|
+    | q | 12 |
     """
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
+    rows: Sequence[Sequence[str]]
+    head: Sequence[str] = ()
+    right: Collection[int] = ()
+    caption: str = ""
+    notes: Sequence[str] = ()
 
-def html_table(
-    caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], notes: Iterable[str] = (), right: int = 0
-) -> str:
-    """Return a table.
+    def __str__(self) -> str:
+        return "\n".join([*self.lines(), *self.notes])
 
-    Parameters
-    ----------
-    caption : str
-    head : sequence of str
-        The titles of the columns.
-    rows : iterable of sequence of str
-        Cells. Everything is escaped: names may come from files.
-    notes : iterable of str
-        Lines below it.
-    right : int
-        The first of the columns that are aligned to the right, as numbers are; 0 for none.
+    def lines(self) -> list[str]:
+        """Return one line for each row, with columns that are aligned by spaces."""
+        rows = [self.head, *self.rows] if self.head else self.rows
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return [
+            "  ".join(
+                cell.rjust(width) if column in self.right else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
 
-    Returns
-    -------
-    str
+    def markdown(self) -> str:
+        """Return the table in Markdown, without its notes; the cells are Markdown, too."""
+        rule = "".join("--:|" if column in self.right else "---|" for column in range(len(self.head)))
+        head, *rows = (f"| {' | '.join(row)} |" for row in (self.head, *self.rows))
+        return "\n".join([head, f"|{rule}", *rows])
 
-    Examples
-    --------
-    >>> html_table("weights", ["name"], [["<q>"]], ["one weight"])  # doctest: +ELLIPSIS
-    '<table><caption>weights</caption>...<td style="text-align:left">&lt;q&gt;</td>...<div>one weight</div>'
-    """
-    titles = "".join(_cell("th", text, place, right) for place, text in enumerate(head))
-    body = "".join(
-        f"<tr>{''.join(_cell('td', text, place, right) for place, text in enumerate(row))}</tr>" for row in rows
-    )
-    below = "".join(f"<div>{_text(note)}</div>" for note in notes)
-    table = f"<table><caption>{_text(caption)}</caption><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
-    return table + below
+    def html(self) -> str:
+        """Return the table in HTML. Everything is escaped: names may come from files.
 
+        Examples
+        --------
+        >>> TextTable([("<rank>", "4")], caption="Config").html()  # doctest: +ELLIPSIS
+        '<table><caption>Config</caption><tbody><tr><th style="text-align:left">&lt;rank&gt;</th><td ...>4</td>...'
+        """
+        head = f"<thead>{self._row(self.head, 'th', 'th')}</thead>" if self.head else ""
+        body = "".join(self._row(row, "td" if self.head else "th", "td") for row in self.rows)
+        notes = "".join(f"<div>{_text(note)}</div>" for note in self.notes)
+        return f"<table><caption>{_text(self.caption)}</caption>{head}<tbody>{body}</tbody></table>{notes}"
 
-def fact_table(caption: str, facts: Iterable[tuple[str, str]]) -> str:
-    """Return a table of names and values, one a line.
-
-    Parameters
-    ----------
-    caption : str
-    facts : iterable of (str, str)
-
-    Returns
-    -------
-    str
-
-    Examples
-    --------
-    >>> fact_table("Config", [("rank", "4")])
-    '<table><caption>Config</caption><tbody><tr><th style="text-align:left">rank</th><td>4</td></tr></tbody></table>'
-    """
-    body = "".join(f'<tr><th style="{_LEFT}">{_text(name)}</th><td>{_text(value)}</td></tr>' for name, value in facts)
-    return f"<table><caption>{_text(caption)}</caption><tbody>{body}</tbody></table>"
-
-
-def _cell(tag: str, text: str, place: int, right: int) -> str:
-    return f'<{tag} style="{_RIGHT if right and place >= right else _LEFT}">{_text(text)}</{tag}>'
+    def _row(self, row: Sequence[str], first: str, others: str) -> str:
+        cells = []
+        for column, text in enumerate(row):
+            tag, side = others if column else first, "right" if column in self.right else "left"
+            cells.append(f'<{tag} style="text-align:{side}">{_text(text)}</{tag}>')
+        return f"<tr>{''.join(cells)}</tr>"
 
 
 def _text(text: str) -> str:

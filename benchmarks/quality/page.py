@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tnadapt.checkpoints.atomic_files import replace_file
+from tnadapt.report import TextTable
 
-from ..formatting import folded, row, wrapped
+from ..formatting import folded, wrapped
 from . import methods, replication, report, store, tasks, which
 from .comparison import at_budget, outcomes_of
 from .grid import BUDGETS
@@ -112,13 +113,14 @@ def _commands(task: str) -> Iterator[str]:
 
 def _coverage(folder: Path) -> Iterator[str]:
     """Yield the lines of a table: for each task and budget, how many methods have results."""
-    yield row(["task", *(f"{budget:,}" for budget in BUDGETS)])
-    yield "|---|" + "--:|" * len(BUDGETS)
+    rows = []
     for name in tasks.TASKS:
         found = store.read(folder, name, "small")
         outcomes = [] if found is None else outcomes_of(tasks.find(name), found.records.values())
         counts = [len(at_budget(outcomes, budget)) for budget in BUDGETS]
-        yield row([f"`{name}`", *(str(count) if count else "–" for count in counts)])
+        rows.append([f"`{name}`", *(str(count) if count else "–" for count in counts)])
+    head = ["task", *(f"{budget:,}" for budget in BUDGETS)]
+    yield TextTable(rows, head, range(1, len(head))).markdown()
 
 
 def _has(studies: list[tuple[tasks.QualityTask, str]], name: str) -> bool:

@@ -15,8 +15,8 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.checkpoints.lora_export import lora_export
 from tnadapt.errors import FileError
+from tnadapt.report import TextTable
 
-from ..formatting import row
 from . import store, tasks
 from .comparison import Outcome, at_budget, base_of, improves, outcomes_of, share
 from .facts import Facts
@@ -104,8 +104,7 @@ def recommendations(studies: Sequence[Study], library: str | None = None) -> lis
 def table(answers: Sequence[Recommendation], ratios: Mapping[str, float]) -> Iterator[str]:
     """Yield the lines of a table with a row for each budget; ``ratios`` are the times of steps by case."""
     title = ["parameters", "method", "of the gain", "step", "served as LoRA", "of the gain", "step", "methods", "tasks"]
-    yield row(title)
-    yield "|--:|---|--:|--:|---|--:|--:|--:|---|"
+    rows = []
     for one in answers:
         served = ["–", "–", "–"]
         if one.served is not None:
@@ -114,8 +113,8 @@ def table(answers: Sequence[Recommendation], ratios: Mapping[str, float]) -> Ite
         idle = f"; no gain by any method: {', '.join(one.idle)}" if one.idle else ""
         last = [str(one.compared), ", ".join(one.tasks) + idle]
         best = [one.best.shown, _percent(one.best.shares), step_ratio(ratios, one.best.method)]
-        cells = [f"{one.budget:,}", *best, *served, *last]
-        yield row(cells)
+        rows.append([f"{one.budget:,}", *best, *served, *last])
+    yield TextTable(rows, title, (0, 2, 3, 5, 6, 7)).markdown()
 
 
 def _decides(study: Study, budget: int) -> bool:

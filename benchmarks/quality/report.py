@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tnadapt.checkpoints.atomic_files import replace_file
+from tnadapt.report import TextTable
 
-from ..formatting import folded, row
+from ..formatting import folded
 from . import store
 from .comparison import Difference, Outcome, at_budget, base_of, difference, leader_of, outcomes_of
 from .figures import LIBRARIES, budgets_of, draw_methods, draw_scores
@@ -81,11 +82,11 @@ def _section(task: QualityTask, found: store.TaskResults, name: str) -> Iterator
     controls = [one for one in outcomes if one.library == "control" and one.measured]
     if controls:
         yield from ("", "**Controls**", "")
-        yield f"| control | parameters | rate | held-out {task.chosen_by} | test {task.metric} |"
-        yield "|---|--:|--:|--:|--:|"
-        for one in controls:
-            cells = (one.title, f"{one.parameters:,}", _rate(one), _held_out(task, one), scored(task, one))
-            yield row(cells)
+        head = ("control", "parameters", "rate", f"held-out {task.chosen_by}", f"test {task.metric}")
+        rows = [
+            (one.title, f"{one.parameters:,}", _rate(one), _held_out(task, one), scored(task, one)) for one in controls
+        ]
+        yield TextTable(rows, head, range(1, 5)).markdown()
     base = base_of(outcomes)
     for budget in budgets_of(outcomes):
         some = at_budget(outcomes, budget)
@@ -149,21 +150,20 @@ def _machine(session: dict[str, Any]) -> str:
 
 
 def _budget(task: QualityTask, outcomes: Sequence[Outcome], leader: Outcome, base: Outcome | None) -> Iterator[str]:
-    yield (
-        f"| | method | setting | parameters | rate | held-out {task.chosen_by} | test {task.metric} | "
-        f"gain over {'no adapter' if base is None else base.title} | behind ● |"
-    )
-    yield "|---|---|---|--:|--:|--:|--:|--:|--:|"
+    head = (
+        "", "method", "setting", "parameters", "rate", f"held-out {task.chosen_by}", f"test {task.metric}",
+        f"gain over {'no adapter' if base is None else base.title}", "behind ●",
+    )  # fmt: skip
+    rows = []
     for one in sorted(outcomes, key=lambda one: (-task.quality(one.mean), one.name)):
         behind = None if one is leader else difference(task, leader, one)
         tied = behind is not None and not behind.decided
         mark = "●" if one is leader else "○" if tied else ""
-        yield row(
-            (
-                mark, one.name, one.label, f"{one.parameters:,}", _rate(one), _held_out(task, one), scored(task, one),
-                "" if base is None else shown(task, difference(task, one, base)), shown(task, behind),
-            )
-        )  # fmt: skip
+        rows.append((
+            mark, one.name, one.label, f"{one.parameters:,}", _rate(one), _held_out(task, one), scored(task, one),
+            "" if base is None else shown(task, difference(task, one, base)), shown(task, behind),
+        ))  # fmt: skip
+    yield TextTable(rows, head, range(3, 9)).markdown()
 
 
 def _rate(one: Outcome) -> str:

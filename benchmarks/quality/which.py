@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tnadapt.checkpoints.atomic_files import replace_file
+from tnadapt.report import TextTable
 
-from ..formatting import row, wrapped
+from ..formatting import wrapped
 from . import replication, store, tasks
 from .comparison import Outcome, at_budget, base_of, dense_of, difference, improves, leader_of, outcomes_of
 from .facts import Facts
@@ -65,8 +66,8 @@ def _section(task: QualityTask, scale: str, outcomes: Sequence[Outcome]) -> Iter
     yield _controls(task, outcomes, facts)
     yield ""
     score = f"test {task.metric}"
-    yield row(["parameters", "best", score, "statistically tied", "best as LoRA", score, "behind best"])
-    yield "|--:|---|--:|---|---|--:|--:|"
+    head = ["parameters", "best", score, "statistically tied", "best as LoRA", score, "behind best"]
+    rows = []
     base = base_of(outcomes)
     for budget in budgets_of(outcomes):
         here = at_budget(outcomes, budget)
@@ -79,7 +80,8 @@ def _section(task: QualityTask, scale: str, outcomes: Sequence[Outcome]) -> Iter
         if lora is not None:
             behind = "" if lora is best else shown(task, difference(task, best, lora))
             cells = [f"{_named(lora)} (rank {lora_rank(lora, facts)})", scored(task, lora), behind]
-        yield row([f"{budget:,}", name, scored(task, best), _tied(task, here, best), *cells])
+        rows.append([f"{budget:,}", name, scored(task, best), _tied(task, here, best), *cells])
+    yield TextTable(rows, head, (0, 2, 5, 6)).markdown()
     yield ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from tnadapt import torch as tnt
 from tnadapt.checkpoints.atomic_files import atomic_write
 from tnadapt.errors import FileError
 from tnadapt.finetune import Task
-from tnadapt.finetune.loop import Schedule
+from tnadapt.finetune.loop import Schedule, train_steps
 from tnadapt.finetune.problem import base_digest
 
 from .features import Extractor
@@ -224,28 +225,20 @@ class Bench:
         return quality(self.extractor.see(some.pixels), self.real, some.labels), some.pixels[: SHOWN * CLASSES]
 
     def _fit(self, model: Generator, how: Adapting, task: Task, progress: Callable[[float], None]) -> float:
-        parameters = [one for one in model.parameters() if one.requires_grad]
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         steps = how.steps or how.epochs * math.ceil(len(self.training) / how.batch)
-        optimiser, rates = how.schedule(task.rate).begin(parameters, steps)
+        schedule = how.schedule(task.rate)
         generator = torch.Generator().manual_seed(task.seed)
-        order = torch.empty(0, dtype=torch.int64)
+        epochs = (torch.randperm(len(self.training), generator=generator) for _ in itertools.count())
+        batches = (chosen for order in epochs for chosen in torch.split(order, how.batch))
         value = math.nan
         model.train()
-        for step in range(steps):
-            if len(order) == 0:
-                order = torch.randperm(len(self.training), generator=generator)
-            chosen, order = self.training[order[: how.batch]], order[how.batch :]
-            loss = self._noised(model, chosen, generator)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                break
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-            if step + 1 < steps:
-                rates.step()
-            progress((step + 1) / steps)
+        for step in train_steps(
+            lambda _: self._noised(model, self.training[next(batches)], generator), parameters,
+            *schedule.begin(parameters, steps), steps, schedule.clip,
+        ):  # fmt: skip
+            value = step.loss
+            progress(step.done / steps)
         return value
 
     def _noised(self, model: Generator, images: ImageSet, generator: torch.Generator) -> Tensor:

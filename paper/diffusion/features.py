@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tnadapt.errors import TnadaptError
+from tnadapt.finetune.loop import train_steps
 
 from .images import ImageSet
 from .metrics import Seen
@@ -108,16 +109,15 @@ def train_classifier(
         optimiser = torch.optim.AdamW(model.parameters(), 2e-3)
         steps = epochs * math.ceil(len(images) / BATCH)
         rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+        batches = (some for _ in range(epochs) for some in torch.split(torch.randperm(len(images)), BATCH))
+
+        def loss_of(step: int) -> Tensor:
+            part = images[next(batches)]
+            return nn.functional.cross_entropy(model(part.pixels)[1], part.labels)
+
         model.train()
-        for epoch in range(epochs):
-            for number, some in enumerate(torch.split(torch.randperm(len(images)), BATCH)):
-                optimiser.zero_grad()
-                part = images[some]
-                loss = nn.functional.cross_entropy(model(part.pixels)[1], part.labels)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimiser.step()
-                rates.step()
-                progress((epoch * math.ceil(len(images) / BATCH) + number + 1) / steps)
+        for step in train_steps(loss_of, list(model.parameters()), optimiser, rates, steps):
+            progress(step.done / steps)
     return model.eval()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from tnadapt.checkpoints.atomic_files import atomic_write
-from tnadapt.errors import FileError
+from tnadapt.errors import FileError, TnadaptError
+from tnadapt.finetune.loop import Schedule, train_steps
 
 from .images import ImageSet
 from .process import Process
@@ -31,7 +32,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclasses.dataclass(frozen=True)
 class Pretraining:
-    """The settings of pretraining: AdamW, with a warmup over a tenth of the steps and then half a cosine.
+    """The settings of pretraining: those of :class:`~tnadapt.finetune.loop.Schedule`, and the number of steps.
 
     Attributes
     ----------
@@ -45,13 +46,6 @@ class Pretraining:
     batch: int = 256
     rate: float = 2e-4
     weight_decay: float = 1e-4
-
-    def factor(self, step: int) -> float:
-        """Return the factor of the rate at a step, counted from 0."""
-        warm = math.ceil(0.1 * self.steps)
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
 
 
 def images_digest(images: ImageSet) -> str:
@@ -117,13 +111,19 @@ def pretrained(
         if state is not None and state[0] == how.steps:
             return state[1]
         model = model.to(device).train()
-        optimiser = torch.optim.AdamW(model.parameters(), how.rate, weight_decay=how.weight_decay)
+        parameters, schedule = list(model.parameters()), Schedule(how.rate, weight_decay=how.weight_decay)
+        optimiser = torch.optim.AdamW(parameters, how.rate, weight_decay=how.weight_decay)
         first = 0 if state is None else _go_on(model, optimiser, *state)
-        for step in range(first, how.steps):
-            _step(model, optimiser, how, process, images, step, device)
-            progress((step + 1) / how.steps)
-            if (step + 1) % KEPT == 0 and step + 1 < how.steps:
-                _write(path, step + 1, model, optimiser)
+        rates = LambdaLR(optimiser, lambda step: schedule.factor(first + step, how.steps))
+        for taken in train_steps(
+            lambda step: _loss(model, how, process, images, step, device), parameters, optimiser, rates, how.steps,
+            schedule.clip, first,
+        ):  # fmt: skip
+            if taken.gradient_norm is None:
+                raise TnadaptError(f"the loss of pretraining is {taken.loss} at step {taken.done}; give a lower rate")
+            progress(taken.done / how.steps)
+            if taken.done % KEPT == 0 and taken.done < how.steps:
+                _write(path, taken.done, model, optimiser)
         _write(path, how.steps, model, None)
     except OSError as error:
         raise FileError(
@@ -138,20 +138,12 @@ def _fresh(channels: int, base: int) -> Generator:
         return Generator(channels, base)
 
 
-def _step(
-    model: Generator, optimiser: Any, how: Pretraining, process: Process, images: ImageSet, step: int, device: str
-) -> None:
+def _loss(model: Generator, how: Pretraining, process: Process, images: ImageSet, step: int, device: str) -> Tensor:
     generator = torch.Generator().manual_seed(step)
     chosen = images[torch.randint(len(images), (how.batch,), generator=generator)]
     with torch.random.fork_rng(devices=[torch.device(device)] if device.startswith("cuda") else []):
         torch.manual_seed(step)
-        loss = process.loss(model, chosen.pixels.to(device), chosen.labels.to(device), generator)
-    for group in optimiser.param_groups:
-        group["lr"] = how.rate * how.factor(step)
-    optimiser.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimiser.step()
+        return process.loss(model, chosen.pixels.to(device), chosen.labels.to(device), generator)
 
 
 # -- The file ----------------------------------------------------------------------------------

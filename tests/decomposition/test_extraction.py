@@ -315,7 +315,7 @@ def test_the_command(pair: Any, tmp_path: Path) -> None:
         (["--preset", "lora", "--max-error", "3"], "max_error must be"),
         (["--preset", "lorra"], "no preset 'lorra'"),
         (["--set", "rnak=3"], "did you mean 'rank'"),
-        (["--targets", "("], "nor a regular expression"),
+        (["--targets", "("], "or regular expression"),
         (["--svd", "best"], "svd must be one of"),
         (["--max-rank", "3"], "is the largest rank that --max-error tries"),
         (["--rank", "3", "--set", "rank=4"], "--set gives rank twice; leave one of them out"),

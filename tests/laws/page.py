@@ -12,10 +12,12 @@ import platform
 import re
 import textwrap
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from tnadapt.report import TextTable
 
 from .book import laws
 
@@ -115,18 +117,20 @@ def page(counted: Mapping[str, Any]) -> str:
         groups.setdefault(law["group"], []).append(law)
     titles = {group: f"{number}. {group}" for number, group in enumerate(groups, 1)}
     text = [HEAD.format(laws=_several(len(held), "law"), cases=counted["cases"], failed=failed)]
-    text += [_row(["group", "laws", "cases", "of them drawn", "libraries"]), _row(["---", "--:", "--:", "--:", "---"])]
-    text += [_row(_summary(titles[group], own)) for group, own in groups.items()]
+    summaries = [_summary(titles[group], own) for group, own in groups.items()]
+    text += [_table(summaries, ["group", "laws", "cases", "of them drawn", "libraries"], range(1, 4))]
     text += ["\n", _folded("How this is counted", ABOUT.format(**{**counted, "versions": versions}))]
     for group, own in groups.items():
-        table = [_row(["law", "cases", "drawn", "libraries", "dtypes", "of"]), _row(["---"] * 6)]
-        table += [_row(_cells(law)) for law in own]
+        table = _table([_cells(law) for law in own], ["law", "cases", "drawn", "libraries", "dtypes", "of"])
         # The heading stays outside: links to it work, and the groups can be skimmed.
-        text += [f"\n## {titles[group]}\n\n", _folded(_several(len(own), "law"), "".join(table))]
-    table = [_row(["law", "cases", "why"]), _row(["---"] * 3)]
-    for law in counted["laws"]:
-        table += [_row([law["says"], f"{count:,}", _plain(reason)]) for reason, count in law["skipped"].items()]
-    text += ["\n## Skipped\n\n", _folded(_several(len(table) - 2, "reason"), "".join(table))]
+        text += [f"\n## {titles[group]}\n\n", _folded(_several(len(own), "law"), table)]
+    skipped = [
+        [law["says"], f"{count:,}", _plain(reason)]
+        for law in counted["laws"]
+        for reason, count in law["skipped"].items()
+    ]
+    table = _table(skipped, ["law", "cases", "why"])
+    text += ["\n## Skipped\n\n", _folded(_several(len(skipped), "reason"), table)]
     return "".join(text)
 
 
@@ -165,8 +169,8 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
 
 
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |\n"
+def _table(rows: Sequence[Sequence[str]], head: Sequence[str], right: Collection[int] = ()) -> str:
+    return TextTable(rows, head, right).markdown() + "\n"
 
 
 def shortcomings(counted: Mapping[str, Any], stated: Mapping[str, Any]) -> list[str]:

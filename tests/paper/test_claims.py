@@ -224,4 +224,4 @@ def test_what_stands_at_an_edge_is_marked_and_what_diverged_left_out(tmp_path: P
     assert "left out: 1 setting that diverged at every rate" in found.about
     assert "2 epochs, 6 steps, of AdamW with a cosine, batches of 4" in found.about
     pair = compared_studies.ComparedPair(found.settings[0], found.settings[0])
-    assert "90.0 ± 0.0°" in "".join(claims._table([pair]))
+    assert "90.0 ± 0.0°" in claims._rows([pair], 1)

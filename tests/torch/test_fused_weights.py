@@ -781,7 +781,7 @@ def test_plain_names_need_no_config() -> None:
     ("targets", "message"),
     [
         (["qery"], "such as .*query"),
-        ("(", "nor a regular expression"),
+        ("(", "or regular expression"),
         (3, "must be roles"),
         ("nothing.*", "no tensor of the checkpoint"),
         ("qv", "no weights of layers at all"),

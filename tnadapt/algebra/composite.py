@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from tnadapt.argument_checks import is_sequence, wrong_argument
 from tnadapt.errors import ConfigError, ShapeError, integer, safe_repr
-from tnadapt.report import html_table
+from tnadapt.report import TextTable
 
 from .config import Config
 from .folding import MAX_SIZE
@@ -100,7 +100,7 @@ class CompositeConfig(Config):
 
     def _repr_html_(self) -> str:
         rows = [(f"{part.weights:,}", repr(part.config)) for part in self.parts]
-        return html_table(type(self).__name__, ("weights", "config"), rows)
+        return TextTable(rows, ("weights", "config"), caption=type(self).__name__).html()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CompositeConfig) and self.parts == other.parts

@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import Any, TypeVar
 
 from tnadapt.errors import ConfigError, integer, keyword_hint, safe_repr
-from tnadapt.report import fact_table
+from tnadapt.report import TextTable
 
 from .applying import APPLYING, AXES
 from .folding import FOLDS, MAX_ORDER
@@ -662,7 +662,7 @@ class Config:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._chosen())})"
 
     def _repr_html_(self) -> str:
-        return fact_table(type(self).__name__, [(name, repr(value)) for name, value in self._chosen()])
+        return TextTable([(name, repr(value)) for name, value in self._chosen()], caption=type(self).__name__).html()
 
     def _chosen(self) -> list[tuple[str, Any]]:
         """Return rank and all fields that differ from their defaults, by name."""

@@ -25,7 +25,7 @@ from tnadapt.backends import (
     load_imported,
 )
 from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, safe_repr, summarize
-from tnadapt.report import fact_table
+from tnadapt.report import TextTable
 
 from .applying import Applying, applying_of
 from .composite import CompositeConfig, CompositeLayout
@@ -166,7 +166,7 @@ class SuperLoRA:
             ("parameters", f"{self.num_parameters:,} ({share:.3g} % of the elements)"),
             ("config", repr(self.config)),
         ]  # fmt: skip
-        return fact_table(type(self).__name__, facts)
+        return TextTable(facts, caption=type(self).__name__).html()
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._units:

@@ -26,6 +26,7 @@ from tnadapt.targets.checkpoint_experts import expert_tensors
 from tnadapt.targets.checkpoint_targets import find_stored, is_transposed
 from tnadapt.targets.fused_rows import LayoutError
 from tnadapt.targets.prefixes import Prefix, found_prefix, near_names, paired, renamed_targets, stored_names
+from tnadapt.targets.roles import are_roles
 from tnadapt.targets.target import Target, check_distinct
 
 from .adapter_file import AdapterFile
@@ -397,7 +398,7 @@ def _by_role(checkpoint: Checkpoint, file: AdapterFile, names: ModuleNames) -> t
     missing = [target.name for target in file.targets if target.name not in checkpoint.entries]
     roles = "".join(dict.fromkeys(target.role for target in file.targets))
     candidates: list[Target] = []
-    if set(roles) <= set("qkvo"):
+    if are_roles(roles):
         shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
         try:
             candidates = find_stored(shapes, roles, checkpoint.config)

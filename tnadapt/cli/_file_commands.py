@@ -12,7 +12,7 @@ import typer
 
 import tnadapt
 from tnadapt.errors import TnadaptError
-from tnadapt.report import text_table
+from tnadapt.report import TextTable
 
 from ._options import AsJson, ConfigFile, OwnSettings, TargetsOfHeaders, chosen_config, preset_option, targets_of
 from .terminal import cell, echo, echo_json, echo_table, stoppable
@@ -393,8 +393,8 @@ def _times(shape: Sequence[int]) -> str:
 
 
 def _aligned(rows: Sequence[tuple[str, str]]) -> Iterable[str]:
-    return (f"  {line}" for line in text_table([(cell(name), text) for name, text in rows]))
+    return (f"  {line}" for line in TextTable([(cell(name), text) for name, text in rows]).lines())
 
 
 def _table(rows: list[list[str]]) -> Iterable[str]:
-    return (f"    {line}" for line in text_table([list(map(cell, row)) for row in rows]))
+    return (f"    {line}" for line in TextTable([list(map(cell, row)) for row in rows]).lines())

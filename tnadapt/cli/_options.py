@@ -44,9 +44,6 @@ __all__ = [
 # Maximum number of weights: a plan of this size takes half a minute, and no model's attention has as many.
 MOST = 10_000
 
-_ROLES = frozenset("qkvo")
-# Words that select weights, besides roles.
-_SELECTORS = ("all-linear", "conv", "embeddings")
 # What tells a regular expression from a name. Names have dots, too.
 _PATTERN = frozenset(r"\^$*+?{}[]|()")
 
@@ -204,10 +201,12 @@ def targets_of(given: Sequence[str] | None) -> str | list[str]:
         return "qv"
     if not all(text.strip() for text in given):
         raise TnadaptError("--targets is empty; give roles such as qv, names of modules, or a regular expression")
-    if all(_ROLES.issuperset(text) for text in given):
+    from tnadapt.targets.roles import KEYWORDS, are_roles  # imports NumPy
+
+    if all(map(are_roles, given)):
         return "".join(dict.fromkeys("".join(given)))
     first = given[0]
-    if len(given) == 1 and (first in _SELECTORS or not _PATTERN.isdisjoint(first)):
+    if len(given) == 1 and (first in KEYWORDS or not _PATTERN.isdisjoint(first)):
         return first
     return list(given)
 

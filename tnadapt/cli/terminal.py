@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from tnadapt.errors import TnadaptError, escaped
-from tnadapt.report import text_table
+from tnadapt.report import TextTable
 
 from ._options import ENGINE_HELP, ENGINE_OPTION_HELP, engine_options
 
@@ -134,7 +134,7 @@ def echo_json(value: Any) -> None:
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int]) -> None:
     """Print a table with the columns ``right`` aligned to the right, and rows that begin with ● in bold."""
-    for line in text_table([list(map(cell, row)) for row in (titles, *rows)], right):
+    for line in TextTable([list(map(cell, row)) for row in rows], list(map(cell, titles)), right).lines():
         # Escape sequences are left out where stdout is no terminal.
         typer.echo(typer.style(line, bold=True) if line.startswith("●") else line)
 

@@ -1,10 +1,10 @@
 """Convert adapters from and to PEFT, LyCORIS and other libraries: exactly if possible, otherwise with a known error.
 
-:func:`convert` is the entry point, and ``_pipeline`` runs its steps: read, choose, write, measure. The
-:class:`FileFormat` of a library (such as ``_peft_format``) reads its files as one ``ModuleUpdate`` per
-module, and ``_updates`` joins these into an adapter file. For export, ``_updates`` determines the form of each module's
-update, ``_nearest`` chooses the form to write, and the format encodes and writes it. The result is read back to measure
-the error. Other packages add a format with a class and :func:`register_file_format`.
+:func:`convert` reads any file as an :class:`~tnadapt.AdapterFile`, and writes that in another form (``_pipeline``).
+The :class:`FileFormat` of a library (such as ``_peft_format``) reads its files as one ``ModuleUpdate`` per module, and
+``_file_format`` joins these into an adapter file. For export, ``_updates`` determines the form of each module's update,
+``_nearest`` chooses the form to write, and the format encodes and writes it. The result is read back to measure the
+error. Other packages add a format with a class and :func:`register_file_format`.
 """
 
 from __future__ import annotations
@@ -158,10 +158,10 @@ def convert(
     that of blocks.0.query.weight by 0.293, and nothing but rounding is allowed: give a larger rank or a wider dtype,
     max_error=0.3 (--max-error 0.3) to accept it, or to='lycoris-full' (--to lycoris-full), which holds every update
     """
-    from ._pipeline import run
+    from ._pipeline import requested, run
 
-    options = {"base": base, "part": part, "dtype": dtype, "without_kept": without_kept, "overwrite": overwrite}
-    return run(source, out, to, rank, max_error, **options)
+    request = requested(to, rank, max_error, base=base, part=part, dtype=dtype, without_kept=without_kept)
+    return run(source, out, request, overwrite)
 
 
 def __getattr__(name: str) -> Any:

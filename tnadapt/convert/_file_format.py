@@ -1,4 +1,4 @@
-"""The interface of file formats, and how updates meet their weights (DoRA, HiRA), as other libraries store it.
+"""The interface of file formats, how updates meet weights (DoRA, HiRA), and adapter files made of what a format reads.
 
 One class implements one format: it recognizes, reads, encodes and writes the files. The defaults of
 :class:`FileFormat` reject everything that a format does not explicitly support.
@@ -7,11 +7,15 @@ One class implements one format: it recognizes, reads, encodes and writes the fi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tnadapt.algebra.composite import CompositeConfig
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.folding import kronecker_sizes
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
@@ -19,18 +23,19 @@ from tnadapt.targets.target import Target
 
 from ._base_model import Base, target_of
 from ._files import StoredFiles
-from ._updates import Float, Module, ModuleUpdate, TargetUpdate, Unpacked, narrow
+from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, Unpacked, alpha_of, as_matrix, check_size, narrow
 
 __all__ = [
     "KINDS",
     "Application",
+    "ConversionRequest",
     "EncodedAdapter",
     "ExportChoice",
     "FileFormat",
     "ForeignAdapter",
     "application_of",
+    "file_of",
     "not_additive",
-    "with_application",
 ]
 
 
@@ -51,34 +56,6 @@ class Application(NamedTuple):
     apply: str = "add"
     magnitude_axis: str = "rows"
     magnitudes: Mapping[str, Float] = {}
-
-
-def with_application(file: AdapterFile, application: Application, dtype: str) -> AdapterFile:
-    """Return a file of added updates with another application; its arrays are stored in a dtype if they can be.
-
-    Raises
-    ------
-    FileError
-        If the magnitude of a weight is missing or has another length.
-    """
-    if application == Application():
-        return file
-    config = file.config.replace(apply=application.apply, magnitude_axis=application.magnitude_axis)
-    arrays = dict(Unpacked(file).arrays)
-    if application.magnitudes:
-        for number, target in enumerate(file.targets):
-            found = application.magnitudes.get(target.module)
-            if found is None:
-                raise FileError(f"{safe_repr(target.module)} has no magnitude, and other modules have one")
-            if found.shape != (target.shape[0],):
-                raise FileError(
-                    f"the magnitude of {safe_repr(target.module)} has {found.size} elements; expected "
-                    f"{target.shape[0]}, one for each output"
-                )
-            arrays[f"weight{number}.magnitude"] = found
-    stored, kinds = narrow(arrays, dtype)
-    kept = {name: kind for name, kind in file.dtypes.items() if name not in file.arrays}
-    return dataclasses.replace(file, config=config, arrays=stored, dtypes={**kept, **kinds})
 
 
 def not_additive(apply: str, form: str) -> ConfigError:
@@ -492,3 +469,186 @@ class FileFormat:
 
     def _lacks(self, method: str) -> ConfigError:
         return ConfigError(f"the file format {self.name!r} lacks a method: define {type(self).__name__}.{method}")
+
+
+class ConversionRequest(NamedTuple):
+    """What a conversion is asked for, checked.
+
+    Attributes
+    ----------
+    form : str
+        Name of the form, such as "peft-lora".
+    format : FileFormat
+        Its format; :class:`FileFormat` itself for a file of this library.
+    kind : str
+        Its method, such as "lora"; "" if only the format was named.
+    rank, max_error, base, part, dtype, without_kept
+        Arguments of :func:`tnadapt.convert`.
+    """
+
+    form: str
+    format: FileFormat
+    kind: str
+    rank: int | None
+    max_error: float | None
+    base: Any
+    part: str | None
+    dtype: str | None
+    without_kept: bool
+
+
+# -- An adapter of another library as a file of this one ---------------------------------------------------------------
+
+# Each weight keeps its own form, rank and scale: where they differ, the file has several configs.
+
+
+# Divisions up to which factoring the sides evenly is worth a shorter config; readers of the file refuse twice as many.
+_MAX_BALANCED = 1 << 17
+
+
+def file_of(adapter: ForeignAdapter) -> tuple[AdapterFile, tuple[ModuleUpdate, ...]]:
+    """Return an adapter of another library as a file of this one, exactly, and the update of each of its targets.
+
+    Notes
+    -----
+    The file has a :class:`tnadapt.CompositeConfig` if the weights differ in form, rank or scale. In LoKr, a W1 or W2
+    that is full in one weight and low-rank in another gets a form that fits both. A scale that is not ``alpha / rank``
+    for any alpha is multiplied into a factor.
+
+    Raises
+    ------
+    FileError
+        If an array overflows when its scale is multiplied in, or a magnitude is missing or has another length.
+    """
+    for one in adapter.updates:
+        check_size(one.target.label, one.update, adapter.dtype)
+    if adapter.file is not None:
+        return adapter.file, tuple(one.update for one in adapter.updates)
+    parts = [
+        own
+        for part in _alike(adapter.updates, _key)
+        for own in ([part] if _common([one.update for one in part]) is not None else _alike(part, _sizes))
+    ]
+    configs, arrays, number = list[tuple[Config, int]](), dict[str, Float](), 0
+    for part in parts:
+        config, updates = _conformed([one.update for one in part])
+        configs.append((config, len(part)))
+        for update in updates:
+            arrays |= {f"group{number}.{name}": array for name, array in update.arrays().items()}
+            number += 1
+    config = configs[0][0] if len(configs) == 1 else CompositeConfig(configs)
+    ordered = [one for part in parts for one in part]
+    stored, dtypes = narrow(arrays, adapter.dtype)
+    for name, array in stored.items():
+        if not np.isfinite(array).all():
+            target = ordered[int(name.partition(".")[0].removeprefix("group"))].target
+            raise FileError(f"the scale of {safe_repr(target.label)} makes numbers that are too large for float32")
+    file = AdapterFile(
+        config, [one.target for one in ordered], stored, kept=adapter.kept, dtypes={**adapter.kept_dtypes, **dtypes},
+        model=adapter.model, ties=adapter.ties,
+    )  # fmt: skip
+    return _with_application(file, adapter.application, adapter.dtype), tuple(one.update for one in ordered)
+
+
+def _alike(found: Iterable[TargetUpdate], key: Callable[[ModuleUpdate], Hashable]) -> Iterable[list[TargetUpdate]]:
+    """Return the updates of each key, in the order of its first one."""
+    parts: dict[Hashable, list[TargetUpdate]] = {}
+    for one in found:
+        parts.setdefault(key(one.update), []).append(one)
+    return parts.values()
+
+
+def _key(update: ModuleUpdate) -> Hashable:
+    """Return what updates of one config have in common, apart from the sizes of LoKr."""
+    # The rank of LoKr is that of the factors that it has; those without any are padded.
+    return update.kind, update.scale, None if update.kind == "lokr" else update.rank
+
+
+def _sizes(update: ModuleUpdate) -> Hashable:
+    return update.parts[0].shape if update.kind == "lokr" else None
+
+
+def _conformed(updates: Sequence[ModuleUpdate]) -> tuple[Config, list[ModuleUpdate]]:
+    """Return the config of updates that have one, and the updates in its form."""
+    config = _common(updates)
+    assert config is not None  # of updates of one key and size
+    assert isinstance(config.rank, int)
+    scale = updates[0].scale
+    alpha = None if scale == 1.0 else alpha_of([scale], config.rank)
+    if alpha is None:
+        updates = [update.absorb_scale() for update in updates]
+    return config.replace(alpha=alpha), [_conform(update, config) for update in updates]
+
+
+def _common(updates: Sequence[ModuleUpdate]) -> Config | None:
+    """Return the common config of updates of one key, or None for LoKr of sizes that no one config gives."""
+    config = updates[0].config()
+    if updates[0].kind != "lokr":
+        return config
+    size = _split_size(updates)
+    if size is None:
+        return None
+    firsts, lasts = ([update.parts[place] for update in updates] for place in (0, 1))
+    if not any(isinstance(last, Pair) for last in lasts):
+        return config.replace(rank=1, split_size=size, leading="dense", format="dense")
+    same = all(isinstance(first, Pair) for first in firsts)
+    rank = max(_factored(last).rank for last in lasts)
+    if same:
+        rank = max(rank, *(first.rank for first in firsts if isinstance(first, Pair)))
+    return config.replace(rank=rank, split_size=size, leading="same" if same else "dense", format="cp")
+
+
+def _split_size(updates: Sequence[ModuleUpdate]) -> str | int | tuple[int, ...] | None:
+    """Return the shortest ``split_size`` that gives every update its sizes, or None."""
+    first = updates[0].parts[0].shape
+    small = sum(math.isqrt(size) for size in {math.prod(update.shape) for update in updates}) <= _MAX_BALANCED
+    candidates: list[str | int | tuple[int, ...]] = ["balanced"] if small else []
+    candidates += [first[0]] if len(set(first)) == 1 else []
+    candidates.append(first)
+    for size in candidates:
+        if all(kronecker_sizes(update.shape, 2, size) == [part.shape for part in update.parts] for update in updates):
+            return size
+    return None
+
+
+def _factored(part: Pair | Float) -> Pair:
+    """Return a full matrix as an exact Pair: the matrix and an identity."""
+    if isinstance(part, Pair):
+        return part
+    rows, cols = part.shape
+    return Pair(part, np.eye(cols)) if cols <= rows else Pair(np.eye(rows), part.T)
+
+
+def _conform(update: ModuleUpdate, config: Config) -> ModuleUpdate:
+    """Return an update with its parts in the form that a common config requires."""
+    if update.kind == "dense":
+        return update
+    parts = list(update.parts)
+    if update.kind == "lokr":
+        parts[0] = as_matrix(parts[0]) if config.leading == "dense" else parts[0]
+        parts[1] = _factored(parts[1]) if config.format == "cp" else as_matrix(parts[1])
+    assert isinstance(config.rank, int)
+    rank = config.rank
+    return update._replace(parts=tuple(part.padded(rank) if isinstance(part, Pair) else part for part in parts))
+
+
+def _with_application(file: AdapterFile, application: Application, dtype: str) -> AdapterFile:
+    """Return a file of added updates with another application; its arrays are stored in a dtype if they can be."""
+    if application == Application():
+        return file
+    config = file.config.replace(apply=application.apply, magnitude_axis=application.magnitude_axis)
+    arrays = dict(Unpacked(file).arrays)
+    if application.magnitudes:
+        for number, target in enumerate(file.targets):
+            found = application.magnitudes.get(target.module)
+            if found is None:
+                raise FileError(f"{safe_repr(target.module)} has no magnitude, and other modules have one")
+            if found.shape != (target.shape[0],):
+                raise FileError(
+                    f"the magnitude of {safe_repr(target.module)} has {found.size} elements; expected "
+                    f"{target.shape[0]}, one for each output"
+                )
+            arrays[f"weight{number}.magnitude"] = found
+    stored, kinds = narrow(arrays, dtype)
+    kept = {name: kind for name, kind in file.dtypes.items() if name not in file.arrays}
+    return dataclasses.replace(file, config=config, arrays=stored, dtypes={**kept, **kinds})

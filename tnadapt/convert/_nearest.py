@@ -15,32 +15,11 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.norms import norm, relative, together
 from tnadapt.errors import ConfigError, safe_repr
 
-from ._file_format import ExportChoice, FileFormat
+from ._file_format import ConversionRequest, ExportChoice
 from ._files import factorization
 from ._updates import Float, Module, ModuleUpdate, Pair, Unpacked, as_matrix
 
-__all__ = ["ExportSpec", "choose"]
-
-
-class ExportSpec(NamedTuple):
-    """The requested form of a conversion.
-
-    Attributes
-    ----------
-    form : str
-        Name of the form, such as "peft-lora".
-    format : FileFormat
-    kind : {"lora", "lokr", "loha", "full"}
-    rank : int or None
-        Largest rank allowed.
-    max_error : float or None
-    """
-
-    form: str
-    format: FileFormat
-    kind: str
-    rank: int | None
-    max_error: float | None
+__all__ = ["choose"]
 
 
 class Chosen(NamedTuple):
@@ -57,7 +36,7 @@ class Chosen(NamedTuple):
     exact: bool
 
 
-def choose(modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec) -> ExportChoice:
+def choose(modules: Sequence[Module], unpacked: Unpacked, request: ConversionRequest) -> ExportChoice:
     """Choose the form of every module's update.
 
     Raises
@@ -65,7 +44,7 @@ def choose(modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec) -> E
     ConfigError
         If the form needs a rank, and none is given.
     """
-    return _CHOOSERS[spec.kind](modules, unpacked, spec)
+    return _CHOOSERS[request.kind](modules, unpacked, request)
 
 
 def _choice_of(chosen: Sequence[Chosen]) -> ExportChoice:
@@ -73,7 +52,7 @@ def _choice_of(chosen: Sequence[Chosen]) -> ExportChoice:
     return ExportChoice(updates, [update.rank for update in updates], all(one.exact for one in chosen), {})
 
 
-def _full(modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec) -> ExportChoice:
+def _full(modules: Sequence[Module], unpacked: Unpacked, request: ConversionRequest) -> ExportChoice:
     updates = [ModuleUpdate("dense", module.shape, (module.delta(unpacked),)) for module in modules]
     return _choice_of([Chosen(update, True) for update in updates])
 
@@ -169,13 +148,13 @@ def _exact_pair(module: Module, unpacked: Unpacked, form: ModuleUpdate | None, r
     return spectrum.pair(spectrum.rank) if small else spectrum
 
 
-def _lora(modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec) -> ExportChoice:
+def _lora(modules: Sequence[Module], unpacked: Unpacked, request: ConversionRequest) -> ExportChoice:
     """Choose LoRA for every module.
 
     With a maximum error but no rank, all modules that must be truncated get the same rank: the smallest within the
     error.
     """
-    rank = spec.rank
+    rank = request.rank
     found: list[Chosen | Spectrum] = []
     for module in modules:
         form = module.form(unpacked)
@@ -186,7 +165,7 @@ def _lora(modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec) -> Ex
         found.append(Chosen(ModuleUpdate("lora", module.shape, (own,)), True) if isinstance(own, Pair) else own)
     cut = rank
     if rank is None and any(isinstance(one, Spectrum) for one in found):
-        cut = _smallest_rank(modules, unpacked, found, spec.max_error)
+        cut = _smallest_rank(modules, unpacked, found, request.max_error)
     chosen = []
     for module, one in zip(modules, found, strict=True):
         if isinstance(one, Spectrum):
@@ -223,8 +202,8 @@ def _smallest_rank(
 # -- LoHa ----------------------------------------------------------------------------------------
 
 
-def _loha(modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec) -> ExportChoice:
-    return _choice_of([_one_loha(module, unpacked, spec.rank) for module in modules])
+def _loha(modules: Sequence[Module], unpacked: Unpacked, request: ConversionRequest) -> ExportChoice:
+    return _choice_of([_one_loha(module, unpacked, request.rank) for module in modules])
 
 
 def _one_loha(module: Module, unpacked: Unpacked, rank: int | None) -> Chosen:
@@ -253,7 +232,7 @@ def _times_ones(module: Module, pair: Pair) -> ModuleUpdate:
 # -- LoKr ----------------------------------------------------------------------------------------
 
 
-def _lokr(modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec) -> ExportChoice:
+def _lokr(modules: Sequence[Module], unpacked: Unpacked, request: ConversionRequest) -> ExportChoice:
     """Choose LoKr for every module.
 
     Kronecker products are kept if the library can load them. Low-rank updates become a low-rank W2 with a W1 of 1 × 1.
@@ -262,32 +241,32 @@ def _lokr(modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec) -> Ex
     stored = [module.stored for module in modules]
     forms = [module.form(unpacked) for module in modules]
     products = [form for form in forms if form is not None and form.kind == "lokr"]
-    if len(products) == len(modules) and all(spec.rank is None or form.rank <= spec.rank for form in products):
-        found = spec.format.fit_kronecker(products, stored)
+    if len(products) == len(modules) and all(request.rank is None or form.rank <= request.rank for form in products):
+        found = request.format.fit_kronecker(products, stored)
         if found is not None:
             return found
-    own = [_exact_pair(module, unpacked, form, spec.rank) for module, form in zip(modules, forms, strict=True)]
+    own = [_exact_pair(module, unpacked, form, request.rank) for module, form in zip(modules, forms, strict=True)]
     pairs = [pair for pair in own if isinstance(pair, Pair)]
     if len(pairs) == len(modules):
         # A W1 of 1 × 1 fits a weight of any size.
-        found = spec.format.fit_kronecker([_times_one(pair) for pair in pairs], stored)
+        found = request.format.fit_kronecker([_times_one(pair) for pair in pairs], stored)
         if found is None:
-            raise ConfigError(spec.format.no_kronecker)
+            raise ConfigError(request.format.no_kronecker)
         return found
-    if spec.rank is None:
+    if request.rank is None:
         raise _no_rank(next(m for m, pair in zip(modules, own, strict=True) if isinstance(pair, Spectrum)), "LoKr")
     deltas = [module.delta(unpacked) for module in modules]
-    fitted = [_nearest_lokr(module, unpacked, spec.rank) for module in modules]
+    fitted = [_nearest_lokr(module, unpacked, request.rank) for module in modules]
     # LoRA is LoKr of the same rank with a W1 of 1 × 1, and is often nearer.
-    plain = [_times_one(pair if isinstance(pair, Pair) else pair.pair(spec.rank)) for pair in own]
+    plain = [_times_one(pair if isinstance(pair, Pair) else pair.pair(request.rank)) for pair in own]
 
     def squared_error(updates: Sequence[ModuleUpdate]) -> float:
         return math.fsum(float(np.sum((u.delta() - d) ** 2)) for u, d in zip(updates, deltas, strict=True))
 
     nearest = sorted((fitted, plain), key=squared_error)
-    found = next((choice for updates in nearest if (choice := spec.format.fit_kronecker(updates, stored))), None)
+    found = next((choice for updates in nearest if (choice := request.format.fit_kronecker(updates, stored))), None)
     if found is None:
-        raise ConfigError(spec.format.no_kronecker)
+        raise ConfigError(request.format.no_kronecker)
     return found._replace(exact=False)
 
 
@@ -324,6 +303,6 @@ def _no_rank(module: Module, method: str) -> ConfigError:
     )
 
 
-_CHOOSERS: dict[str, Callable[[Sequence[Module], Unpacked, ExportSpec], ExportChoice]] = {
+_CHOOSERS: dict[str, Callable[[Sequence[Module], Unpacked, ConversionRequest], ExportChoice]] = {
     "lora": _lora, "lokr": _lokr, "loha": _loha, "full": _full
 }  # fmt: skip

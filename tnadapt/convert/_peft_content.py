@@ -28,7 +28,6 @@ from tnadapt.targets.target import Target
 from ._base_model import Base, target_of
 from ._file_format import EncodedAdapter, ForeignAdapter
 from ._files import RECORD
-from ._peft_lora import is_head
 from ._peft_settings import CommonSettings, PeftSettings, common_config, common_settings, integer_of
 from ._updates import Float, Module, ModuleUpdate, TargetUpdate, common_dtype, narrow, widen
 
@@ -42,6 +41,7 @@ __all__ = [
     "PeftMethod",
     "check_transposed",
     "is_conv1d",
+    "is_head",
     "is_saved",
     "other_tensors",
     "rank_of",
@@ -407,6 +407,19 @@ def _kept_name(path: str, names: Collection[str], saved: Sequence[str], bias: st
     return None
 
 
+# All names of the heads that transformers ties to embeddings.
+_HEADS = (
+    "decoder", "embed_out", "generator_lm_head", "head", "lm_head", "lm_loss", "out_proj", "output",
+    "output_projection", "proj", "proj_out", "vocab_projector",
+)  # fmt: skip
+
+
+def is_head(path: str) -> bool:
+    """Return whether a module is an output head, by its name outside of all numbered layers."""
+    *outer, last = path.split(".")
+    return last in _HEADS and not any(map(str.isdecimal, outer))
+
+
 def is_saved(path: str, saved: Sequence[str]) -> bool:
     """Return whether PEFT's ``modules_to_save`` name a module that has the parameter: by the end of its path."""
     modules = itertools.accumulate(path.split(".")[:-1], "{}.{}".format)
@@ -499,8 +512,6 @@ class PeftMethod:
         Settings that cannot be converted, with the reason.
     may_transpose : bool
         Whether PEFT applies it to weights that are stored as (in, out).
-    writable : bool
-        Whether :meth:`write` is defined.
     """
 
     preset = ""
@@ -511,7 +522,6 @@ class PeftMethod:
     fields: tuple[str, ...] = ()
     refused: Mapping[str, str] = {}
     may_transpose = False
-    writable = True
 
     @property
     def title(self) -> str:

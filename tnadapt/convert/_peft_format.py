@@ -1,7 +1,7 @@
 """The formats of PEFT and vLLM: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-LoRA, DoRA, HiRA, LoKr, LoHa and TrainableTokens are here; ``METHODS`` lists the classes of methods with a structure of
-their own.
+``_peft_lora`` reads LoRA, DoRA, HiRA, LoKr and LoHa; ``METHODS`` lists the classes of methods with a structure of their
+own, which are imported when an adapter has them.
 
 Every tensor and setting of such a folder is either read exactly or rejected by name. PEFT loads written folders to the
 same update.
@@ -9,116 +9,90 @@ same update.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from tnadapt.checkpoints.adapter_file import AdapterFile
-from tnadapt.checkpoints.container import DTYPES, Container
 from tnadapt.checkpoints.lora_export import SERVED_EMBEDDING, SERVED_RANKS, served_rank
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
-from tnadapt.targets.roles import natural
+from tnadapt.plugins import Registry
 from tnadapt.targets.target import Target
 
-from ._base_model import Base, target_of
+from ._base_model import Base
 from ._file_format import Application, EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter, not_additive
 from ._files import (
-    LOHA,
-    LOKR,
     RECORD,
     StoredFiles,
     are_both_low,
-    decode,
     decompose_factor,
     encode,
     foreign_tensor_names,
     is_low,
     json_text,
-    kind_of,
     kronecker_sizes_of,
     pickle_error,
     safetensors_content,
     spread_over_groups,
-    without_groups,
 )
 from ._peft_content import (
     CONFIG_NAME,
     PREFIX,
     TRANSPOSED,
-    OwnStructure,
-    PeftContent,
     PeftMethod,
-    check_transposed,
-    is_conv1d,
     is_saved,
-    other_tensors,
-    recorded,
 )
 from ._peft_lora import (
-    EMBEDDING,
     EXPERTS,
-    TOKENS,
-    as_embedding,
-    decoded_embedding,
-    decoded_experts,
-    decoded_tokens,
+    MAGNITUDES,
+    NO_GROUPS,
     encoded_embedding,
     encoded_experts,
-    is_embedding,
-    is_expert,
-    is_head,
-    joined_ties,
+    low_rank_adapter,
     record_of,
-    separate_rows,
     tied_paths,
     without_ties,
 )
-from ._peft_positions import FEW_VALUES
-from ._peft_settings import LOW_RANK, PeftSettings, config_of, origin_settings, settings_of
-from ._peft_shared_factors import SHARED_FACTORS
-from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, alpha_of, as_matrix, common_dtype, uniform, widen
+from ._peft_settings import LOW_RANK, config_of, origin_settings, settings_of
+from ._updates import (
+    Float,
+    Module,
+    ModuleUpdate,
+    Pair,
+    alpha_of,
+    as_matrix,
+    is_embedding,
+    is_expert,
+    uniform,
+)
 
 __all__ = ["METHODS", "PeftFormat", "VllmFormat"]
 
 
-# -- TrainableTokens: rows of an embedding that were trained for single tokens, and nothing else -----------------------
+# -- Methods with a structure of their own: a new one is one more line here --------------------------------------------
 
-
-_TENSOR = "trainable_tokens_delta"
-
-
-class PeftTrainableTokens(PeftMethod):
-    """New rows, which replace those of the base; written as LoRA."""
-
-    title = "Trainable_Tokens"
-    peft_type = "TRAINABLE_TOKENS"
-    tensors = (_TENSOR,)
-    fields = ("token_indices", "init_weights", "ensure_weight_tying")
-    writable = False
-
-    def read(self, content: PeftContent) -> OwnStructure:
-        """Read the rows; an update is their difference from the base's."""
-        content.require_modules()
-        rows = {path: content.tensor(path, _TENSOR, 2) for path in content.modules}
-        found = decoded_tokens(rows, content.config.get("token_indices"), content.base)
-        return OwnStructure(
-            [one.target for one in found], updates=[one.update for one in found],
-            alone=separate_rows(found, content.base),
-        )  # fmt: skip
-
-
-# -- Methods with a structure of their own -----------------------------------------------------------------------------
-
-
-METHODS: dict[str, PeftMethod] = {
-    method.peft_type: method for method in (*SHARED_FACTORS, *FEW_VALUES, PeftTrainableTokens())
+_WRITTEN = {
+    "VERA": "_peft_shared_factors:PeftVera",
+    "RANDLORA": "_peft_shared_factors:PeftRandLora",
+    "FOURIERFT": "_peft_positions:PeftFourierFT",
+    "WAVEFT": "_peft_positions:PeftWaveFT",
+    "C3A": "_peft_positions:PeftC3a",
+    "SHIRA": "_peft_positions:PeftShira",
+    "MISS": "_peft_positions:PeftMiss",
+    "UNILORA": "_peft_shared_factors:PeftUniLora",
+    "TINYLORA": "_peft_shared_factors:PeftTinyLora",
 }
+_READ_ONLY = {"VBLORA": "_peft_shared_factors:PeftVbLora", "TRAINABLE_TOKENS": "_peft_lora:PeftTrainableTokens"}
+
+METHODS: Registry[PeftMethod] = Registry(
+    "method of PEFT",
+    PeftMethod,
+    {name: f"tnadapt.convert.{place}" for name, place in {**_WRITTEN, **_READ_ONLY}.items()},
+)
 
 
 # -- The format of PEFT ------------------------------------------------------------------------------------------------
@@ -126,20 +100,6 @@ METHODS: dict[str, PeftMethod] = {
 
 _WEIGHTS = "adapter_model.safetensors"
 _A = "lora_A.weight"
-_NO_GROUPS = "PEFT's DoRA of it takes the norms of other numbers than the weight's, and it has no HiRA"
-
-# Maps suffixes of names in the file to the names under which the tensors are decoded.
-_SUFFIXES = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up"} | {name: name for name in (*LOKR, *LOHA)}
-# Those of HiRA are not in "LORA" adapters, nor the others in "HIRA" ones.
-_HIRA = {"hira_A": "lora_down", "hira_B": "lora_up"}
-_NAMES = {"magnitude": "DoRA", "hadamard": "HiRA"}
-_MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
-_REFUSED = {
-    "lora_A.bias": "a bias",
-    "lora_B.bias": "it adds to the layer's bias, which is not in the file",
-    "trainable_tokens_delta": "rows of an embedding, of a method of their own",
-}
-
 
 # PEFT's methods without the setting "bias".
 _WITHOUT_BIASES = ("LOKR", "LOHA", "HIRA", "SHIRA")
@@ -150,7 +110,7 @@ class PeftFormat(FileFormat):
 
     library = "PEFT"
     kinds: tuple[str, ...] = ("lora", "lokr", "loha")
-    structures = tuple(name.lower() for name, method in METHODS.items() if method.writable)
+    structures = tuple(map(str.lower, _WRITTEN))
     embeddings = ("lora",)
     ties: ClassVar[bool] = True
     folder = (_WEIGHTS, CONFIG_NAME)
@@ -185,13 +145,13 @@ class PeftFormat(FileFormat):
         kind = str(config.get("peft_type", "")).upper()
         if kind in METHODS:
             with files.container(_WEIGHTS) as container:
-                return METHODS[kind].load(container, config, base)
+                return METHODS[kind]().load(container, config, base)
         if kind not in LOW_RANK:
             known = ", ".join((*LOW_RANK, *METHODS))
             raise FileError(f"peft_type is {safe_repr(config.get('peft_type'))}; only {known} can be converted")
         settings = settings_of(config)
         with files.container(_WEIGHTS) as container:
-            return _read(container, settings, base)
+            return low_rank_adapter(container, settings, base)
 
     def check_target(self, target: Target) -> None:
         """Allow the matrices of experts, and heads tied to embeddings; raise ConfigError as usual for others."""
@@ -201,7 +161,7 @@ class PeftFormat(FileFormat):
     def check_module(self, module: Module, kind: str) -> None:
         """Raise ConfigError for kernels with too many axes and, except for LoRA, for weights stored as (in, out)."""
         if kind in self.structures:
-            METHODS[kind.upper()].check_module(module)
+            METHODS[kind.upper()]().check_module(module)
             return
         if module.transposed and kind != "lora":
             raise ConfigError(
@@ -294,7 +254,7 @@ class PeftFormat(FileFormat):
 
     def encode_file(self, kind: str, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode the tensors and settings of a method with a structure of its own."""
-        return METHODS[kind.upper()].encoded(modules, file)
+        return METHODS[kind.upper()]().encoded(modules, file)
 
     def check_applied(self, kind: str, apply: str, magnitude_axis: str) -> None:
         """Allow HiRA, and DoRA by rows."""
@@ -314,7 +274,7 @@ class PeftFormat(FileFormat):
         grouped = next((module for module in modules if _groups_of(module) > 1), None)
         if grouped is not None:
             raise ConfigError(
-                f"{safe_repr(grouped.path)} is a convolution in {_groups_of(grouped)} groups: {_NO_GROUPS}; merge the "
+                f"{safe_repr(grouped.path)} is a convolution in {_groups_of(grouped)} groups: {NO_GROUPS}; merge the "
                 "adapter into the base with tnadapt.merge (tnadapt merge)"
             )
         other = next((module for module in modules if is_embedding(module) or is_expert(module)), None)
@@ -326,7 +286,7 @@ class PeftFormat(FileFormat):
             )
         if kind == "lora" and application.apply == "magnitude" and application.magnitude_axis == "rows":
             found = {
-                f"{PREFIX}{m.path}.{_MAGNITUDES[0]}": application.magnitudes[m.path].reshape(
+                f"{PREFIX}{m.path}.{MAGNITUDES[0]}": application.magnitudes[m.path].reshape(
                     (1, -1, *[1] * (len(m.stored) - 2)) if len(m.stored) > 2 else (-1,)
                 )
                 for m in modules
@@ -450,125 +410,6 @@ def _check_weights(folder: str) -> None:
     if os.path.exists(os.path.join(folder, "adapter_model.bin")):
         raise pickle_error()
     raise FileError(f"has {CONFIG_NAME} and no {_WEIGHTS} next to it")
-
-
-# -- Reading the weights -------------------------------------------------------------------------
-
-
-def _read(container: Container, settings: PeftSettings, base: Base | None) -> ForeignAdapter:
-    """Read the adapter of an open file of weights."""
-    modules: dict[str, dict[str, Float]] = {}
-    dtypes, unread, linear = set[str](), list[str](), set[str]()
-    magnitudes, hira = dict[str, Float](), settings.apply == "hadamard"
-    embeddings, tokens = dict[str, list[str]](), dict[str, Float]()
-    for name, entry in container.entries.items():
-        path, suffix = _split_name(name)
-        if suffix in (*EMBEDDING, TOKENS) and settings.apply != "add":
-            raise FileError(
-                f"{safe_repr(path)} is an embedding next to layers with {_NAMES[settings.apply]}, which an embedding "
-                "cannot have here: merge the adapter with PEFT, and extract one from the merged weights"
-            )
-        if suffix in EMBEDDING and settings.kind == "lora":
-            array = widen(name, entry.dtype, container.array(name))
-            modules.setdefault(path, {})[EMBEDDING[suffix]] = decoded_embedding(suffix, array)
-            embeddings.setdefault(path, []).append(suffix)
-            dtypes.add(DTYPES[entry.dtype])
-        elif suffix in (_HIRA if hira else _SUFFIXES):
-            own_name = (_HIRA if hira else _SUFFIXES)[suffix]
-            linear.add(path)
-            modules.setdefault(path, {})[own_name] = widen(name, entry.dtype, container.array(name))
-            dtypes.add(DTYPES[entry.dtype])
-        elif suffix == TOKENS:
-            tokens[path] = widen(name, entry.dtype, container.array(name))
-            dtypes.add(DTYPES[entry.dtype])
-        elif suffix in _MAGNITUDES:
-            if settings.apply != "magnitude":
-                raise FileError(f"{safe_repr(name)} is a magnitude of DoRA, and use_dora of {CONFIG_NAME} is not true")
-            magnitudes[path] = widen(name, entry.dtype, container.array(name)).reshape(-1)
-            dtypes.add(DTYPES[entry.dtype])
-        elif suffix in _REFUSED:
-            raise FileError(f"{safe_repr(name)} cannot be converted: {_REFUSED[suffix]}")
-        else:
-            unread.append(name)
-    both = sorted(linear.intersection(embeddings) | tokens.keys() & modules.keys())
-    if both:
-        raise FileError(f"{safe_repr(both[0])} has tensors of an embedding next to those of another layer")
-    others = other_tensors(container, unread, modules, settings, settings.kind, base)
-    if not modules and not tokens:
-        raise FileError("has no adapted weight")
-    found, rest = decoded_experts(modules, settings, recorded(container.metadata, EXPERTS, list), base)
-    wrapped = next((path for path in rest if ".base_layer." in f".{path}."), None)
-    if wrapped is not None:
-        raise FileError(
-            f"{safe_repr(wrapped)} cannot be converted: it is PEFT's LoRA on nn.MultiheadAttention, which adds "
-            "its update "
-            "of the output projection twice, and of q, k and v to a parameter that is no module's weight"
-        )
-    transposed, conv1ds = recorded(container.metadata, TRANSPOSED, bool), set[str]()
-    for path in sorted(rest, key=natural):
-        kind = kind_of(path, rest[path])
-        if kind != settings.kind:
-            raise FileError(f"{safe_repr(path)} has tensors of {kind}, and {CONFIG_NAME} says {settings.kind}")
-        scale: Callable[[int | None], float] = functools.partial(settings.scale, path)
-        tensors, groups = without_groups(path, rest[path])
-        if groups > 1:
-            if settings.apply != "add":
-                raise FileError(f"{safe_repr(path)} is a convolution in {groups} groups: {_NO_GROUPS}")
-            scale = functools.partial(_constant, scale(len(rest[path]["lora_down"])))
-        update, shape = decode(path, tensors, scale, kron_last_axes=True)
-        conv1d = settings.kind == "lora" and path not in embeddings and is_conv1d(path, settings.model_type, base)
-        conv1ds |= {path} if conv1d else set()
-        says = transposed.get(path, settings.transposed or conv1d) and path not in embeddings
-        target = target_of(path, shape, base, says and len(shape) == 2, settings.kind == "lora")
-        target = dataclasses.replace(target, groups=groups)
-        found.append(as_embedding(TargetUpdate(target, update), embeddings))
-    if base is not None and settings.kind == "lora":
-        known = {*transposed, *embeddings, *conv1ds}
-        check_transposed([one.target for one in found if one.target.module not in known], settings.transposed)
-    if settings.ties:
-        found = joined_ties(found)
-    rows = decoded_tokens(tokens, settings.tokens, base)
-    ties = others.ties | dict.fromkeys([*_alone(found, others.bases), *separate_rows(rows, base)], ())
-    found += rows
-    notes = others.notes
-    if any(not one.target.tied for one in rows) and base is not None and base.unknown_heads:
-        notes += (
-            "base ties an embedding to its output head, which PEFT's rows of tokens change as well: load the result "
-            "with keep_tied=True, and save it again for PEFT, so that the file says so",
-        )
-    if settings.apply == "magnitude" and magnitudes.keys() != modules.keys():
-        wrong = summarize(magnitudes.keys() ^ modules.keys())
-        raise FileError(f"use_dora of {CONFIG_NAME} is true, and these lack a magnitude or factors: {wrong}")
-    application = Application(settings.apply, magnitudes=magnitudes)
-    kind = settings.kind if settings.apply == "add" else _NAMES[settings.apply].lower()
-    return ForeignAdapter(
-        kind, found, common_dtype(dtypes), others.kept, others.dtypes, settings.model, notes=notes,
-        application=application, ties=ties,
-    )  # fmt: skip
-
-
-def _alone(found: Sequence[TargetUpdate], bases: Collection[str]) -> list[str]:
-    """Return the names of embeddings and heads that PEFT adapts alone, also where the model ties them."""
-    targets = [one.target for one in found if not one.target.tied]
-    return [
-        target.name
-        for target in targets
-        if target.role == "embedding" or target.module in bases or is_head(target.module)
-    ]
-
-
-def _constant(scale: float, _: int | None) -> float:
-    """Return a scale that was computed for the rank of PEFT's factors, whatever the rank of ours."""
-    return scale
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """Split a name into the module's path and the suffix of an adapter's tensor, "" if it has none."""
-    path = name.removeprefix(PREFIX)
-    for suffix in (TOKENS, *_SUFFIXES, *EMBEDDING, *_HIRA, *_MAGNITUDES, *_REFUSED):
-        if path != name and path.endswith(f".{suffix}"):
-            return path.removesuffix(f".{suffix}"), suffix
-    return path, ""
 
 
 # -- The format that vLLM serves: LoRA with one rank that vLLM takes, and a scale of 1 ---------------------------------

@@ -1,38 +1,63 @@
-"""PEFT's LoRA of embeddings, of single tokens' rows, and of stacked experts (``target_parameters``)."""
+"""PEFT's folders of LoRA, DoRA, HiRA, LoKr and LoHa, read: layers, embeddings, single tokens' rows and stacked experts.
+
+The parts of LoRA that PEFT stores in its own way, those of embeddings and experts, are written here, too.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tnadapt.checkpoints.container import DTYPES, Container
 from tnadapt.errors import ConfigError, FileError, TargetError, safe_repr, summarize
 from tnadapt.targets.checkpoint_experts import PARAMETERS
+from tnadapt.targets.roles import natural
 from tnadapt.targets.target import RowIndices, Target
 
-from ._base_model import Base
+from ._base_model import Base, target_of
+from ._file_format import Application, ForeignAdapter
+from ._files import LOHA, LOKR, decode, kind_of, without_groups
+from ._peft_content import (
+    CONFIG_NAME,
+    PREFIX,
+    TRANSPOSED,
+    OwnStructure,
+    PeftContent,
+    PeftMethod,
+    check_transposed,
+    is_conv1d,
+    is_head,
+    other_tensors,
+    recorded,
+)
 from ._peft_settings import PeftSettings
-from ._updates import Float, Module, ModuleUpdate, Pair, TargetUpdate, alpha_of, uniform
+from ._updates import (
+    Float,
+    Module,
+    ModuleUpdate,
+    Pair,
+    TargetUpdate,
+    alpha_of,
+    common_dtype,
+    is_embedding,
+    is_expert,
+    uniform,
+    widen,
+)
 
 __all__ = [
-    "EMBEDDING",
     "EXPERTS",
-    "TOKENS",
-    "as_embedding",
-    "check_method",
-    "decoded_embedding",
-    "decoded_experts",
-    "decoded_tokens",
+    "MAGNITUDES",
+    "NO_GROUPS",
+    "PeftTrainableTokens",
     "encoded_embedding",
     "encoded_experts",
-    "is_embedding",
-    "is_expert",
-    "is_head",
-    "joined_ties",
+    "low_rank_adapter",
     "record_of",
-    "separate_rows",
     "tied_paths",
     "without_ties",
 ]
@@ -48,17 +73,6 @@ __all__ = [
 #: Maps suffixes of names in the file to the names under which the transposed tensors are decoded_embedding.
 EMBEDDING = {"lora_embedding_A": "lora_up", "lora_embedding_B": "lora_down"}
 
-# All names of the heads that transformers ties to embeddings.
-_HEADS = (
-    "decoder", "embed_out", "generator_lm_head", "head", "lm_head", "lm_loss", "out_proj", "output",
-    "output_projection", "proj", "proj_out", "vocab_projector",
-)  # fmt: skip
-
-
-def is_embedding(module: Module) -> bool:
-    """Return whether a module is an embedding."""
-    return module.targets[0][1].role == "embedding"
-
 
 def encoded_embedding(module: Module, factors: Mapping[str, Float]) -> dict[str, Float]:
     """Return the tensors of a module's update, given the factors of a linear layer's: by path and name."""
@@ -71,12 +85,6 @@ def encoded_embedding(module: Module, factors: Mapping[str, Float]) -> dict[str,
         for path in (module.path, *tied_paths(module))
         for name, array in (factors if path != module.path and is_head(path) else turned).items()
     }
-
-
-def is_head(path: str) -> bool:
-    """Return whether a module is an output head, by its name outside of all numbered layers."""
-    *outer, last = path.split(".")
-    return last in _HEADS and not any(map(str.isdecimal, outer))
 
 
 def decoded_embedding(suffix: str, array: Float) -> Float:
@@ -212,6 +220,27 @@ def _numbers(path: str, indices: Any) -> list[int]:
     if not whole or not indices or len(set(indices)) < len(indices):
         raise FileError(f"the settings have no list of different tokens for {safe_repr(path)}")
     return list(indices)
+
+
+_TENSOR = "trainable_tokens_delta"
+
+
+class PeftTrainableTokens(PeftMethod):
+    """New rows, which replace those of the base; written as LoRA."""
+
+    title = "Trainable_Tokens"
+    tensors = (_TENSOR,)
+    fields = ("token_indices", "init_weights", "ensure_weight_tying")
+
+    def read(self, content: PeftContent) -> OwnStructure:
+        """Read the rows; an update is their difference from the base's."""
+        content.require_modules()
+        rows = {path: content.tensor(path, _TENSOR, 2) for path in content.modules}
+        found = decoded_tokens(rows, content.config.get("token_indices"), content.base)
+        return OwnStructure(
+            [one.target for one in found], updates=[one.update for one in found],
+            alone=separate_rows(found, content.base),
+        )  # fmt: skip
 
 
 # -- Experts: the matrices that a parameter stacks ---------------------------------------------------------------------
@@ -352,22 +381,6 @@ def _experts(
 # -- Writing -----------------------------------------------------------------------------------------------------
 
 
-def is_expert(module: Module) -> bool:
-    """Return whether a module stands for one of the matrices of a parameter."""
-    return module.targets[0][1].index is not None
-
-
-def check_method(module: Module, form: str) -> None:
-    """Raise ConfigError for an expert, unless it is to be LoRA of PEFT."""
-    if is_expert(module) and form != "peft-lora":
-        target = module.targets[0][1]
-        raise ConfigError(
-            f"{target.label} cannot be converted to {form!r}: it is one of the {target.stored[0]} matrices of a "
-            "parameter, as experts are kept, which only PEFT's LoRA adapts: convert to 'peft-lora' (--to peft-lora), "
-            "or merge the adapter into the base with tnadapt.merge (tnadapt merge)"
-        )
-
-
 class EncodedExperts(NamedTuple):
     """The tensors of all experts, and the rank and alpha of each parameter by its name."""
 
@@ -418,3 +431,137 @@ def record_of(modules: Sequence[Module]) -> dict[str, Any]:
         row = [target.parameter, list(target.stored), target.transposed, target.layer]
         found.setdefault(target.module, {})[target.parameter] = row
     return {path: list(rows.values()) for path, rows in found.items()}
+
+
+# -- A folder, with all that may be in it ------------------------------------------------------------------------------
+
+
+NO_GROUPS = "PEFT's DoRA of it takes the norms of other numbers than the weight's, and it has no HiRA"
+
+# Maps suffixes of names in the file to the names under which the tensors are decoded.
+_SUFFIXES = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up"} | {name: name for name in (*LOKR, *LOHA)}
+# Those of HiRA are not in "LORA" adapters, nor the others in "HIRA" ones.
+_HIRA = {"hira_A": "lora_down", "hira_B": "lora_up"}
+_NAMES = {"magnitude": "DoRA", "hadamard": "HiRA"}
+MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
+_REFUSED = {
+    "lora_A.bias": "a bias",
+    "lora_B.bias": "it adds to the layer's bias, which is not in the file",
+    "trainable_tokens_delta": "rows of an embedding, of a method of their own",
+}
+
+
+def low_rank_adapter(container: Container, settings: PeftSettings, base: Base | None) -> ForeignAdapter:
+    """Read the adapter of an open file of weights, of any of these methods."""
+    modules: dict[str, dict[str, Float]] = {}
+    dtypes, unread, linear = set[str](), list[str](), set[str]()
+    magnitudes, hira = dict[str, Float](), settings.apply == "hadamard"
+    embeddings, tokens = dict[str, list[str]](), dict[str, Float]()
+    for name, entry in container.entries.items():
+        path, suffix = _split_name(name)
+        if suffix in (*EMBEDDING, TOKENS) and settings.apply != "add":
+            raise FileError(
+                f"{safe_repr(path)} is an embedding next to layers with {_NAMES[settings.apply]}, which an embedding "
+                "cannot have here: merge the adapter with PEFT, and extract one from the merged weights"
+            )
+        if suffix in EMBEDDING and settings.kind == "lora":
+            array = widen(name, entry.dtype, container.array(name))
+            modules.setdefault(path, {})[EMBEDDING[suffix]] = decoded_embedding(suffix, array)
+            embeddings.setdefault(path, []).append(suffix)
+            dtypes.add(DTYPES[entry.dtype])
+        elif suffix in (_HIRA if hira else _SUFFIXES):
+            own_name = (_HIRA if hira else _SUFFIXES)[suffix]
+            linear.add(path)
+            modules.setdefault(path, {})[own_name] = widen(name, entry.dtype, container.array(name))
+            dtypes.add(DTYPES[entry.dtype])
+        elif suffix == TOKENS:
+            tokens[path] = widen(name, entry.dtype, container.array(name))
+            dtypes.add(DTYPES[entry.dtype])
+        elif suffix in MAGNITUDES:
+            if settings.apply != "magnitude":
+                raise FileError(f"{safe_repr(name)} is a magnitude of DoRA, and use_dora of {CONFIG_NAME} is not true")
+            magnitudes[path] = widen(name, entry.dtype, container.array(name)).reshape(-1)
+            dtypes.add(DTYPES[entry.dtype])
+        elif suffix in _REFUSED:
+            raise FileError(f"{safe_repr(name)} cannot be converted: {_REFUSED[suffix]}")
+        else:
+            unread.append(name)
+    both = sorted(linear.intersection(embeddings) | tokens.keys() & modules.keys())
+    if both:
+        raise FileError(f"{safe_repr(both[0])} has tensors of an embedding next to those of another layer")
+    others = other_tensors(container, unread, modules, settings, settings.kind, base)
+    if not modules and not tokens:
+        raise FileError("has no adapted weight")
+    found, rest = decoded_experts(modules, settings, recorded(container.metadata, EXPERTS, list), base)
+    wrapped = next((path for path in rest if ".base_layer." in f".{path}."), None)
+    if wrapped is not None:
+        raise FileError(
+            f"{safe_repr(wrapped)} cannot be converted: it is PEFT's LoRA on nn.MultiheadAttention, which adds "
+            "its update "
+            "of the output projection twice, and of q, k and v to a parameter that is no module's weight"
+        )
+    transposed, conv1ds = recorded(container.metadata, TRANSPOSED, bool), set[str]()
+    for path in sorted(rest, key=natural):
+        kind = kind_of(path, rest[path])
+        if kind != settings.kind:
+            raise FileError(f"{safe_repr(path)} has tensors of {kind}, and {CONFIG_NAME} says {settings.kind}")
+        scale: Callable[[int | None], float] = functools.partial(settings.scale, path)
+        tensors, groups = without_groups(path, rest[path])
+        if groups > 1:
+            if settings.apply != "add":
+                raise FileError(f"{safe_repr(path)} is a convolution in {groups} groups: {NO_GROUPS}")
+            scale = functools.partial(_constant, scale(len(rest[path]["lora_down"])))
+        update, shape = decode(path, tensors, scale, kron_last_axes=True)
+        conv1d = settings.kind == "lora" and path not in embeddings and is_conv1d(path, settings.model_type, base)
+        conv1ds |= {path} if conv1d else set()
+        says = transposed.get(path, settings.transposed or conv1d) and path not in embeddings
+        target = target_of(path, shape, base, says and len(shape) == 2, settings.kind == "lora")
+        target = dataclasses.replace(target, groups=groups)
+        found.append(as_embedding(TargetUpdate(target, update), embeddings))
+    if base is not None and settings.kind == "lora":
+        known = {*transposed, *embeddings, *conv1ds}
+        check_transposed([one.target for one in found if one.target.module not in known], settings.transposed)
+    if settings.ties:
+        found = joined_ties(found)
+    rows = decoded_tokens(tokens, settings.tokens, base)
+    ties = others.ties | dict.fromkeys([*_alone(found, others.bases), *separate_rows(rows, base)], ())
+    found += rows
+    notes = others.notes
+    if any(not one.target.tied for one in rows) and base is not None and base.unknown_heads:
+        notes += (
+            "base ties an embedding to its output head, which PEFT's rows of tokens change as well: load the result "
+            "with keep_tied=True, and save it again for PEFT, so that the file says so",
+        )
+    if settings.apply == "magnitude" and magnitudes.keys() != modules.keys():
+        wrong = summarize(magnitudes.keys() ^ modules.keys())
+        raise FileError(f"use_dora of {CONFIG_NAME} is true, and these lack a magnitude or factors: {wrong}")
+    application = Application(settings.apply, magnitudes=magnitudes)
+    kind = settings.kind if settings.apply == "add" else _NAMES[settings.apply].lower()
+    return ForeignAdapter(
+        kind, found, common_dtype(dtypes), others.kept, others.dtypes, settings.model, notes=notes,
+        application=application, ties=ties,
+    )  # fmt: skip
+
+
+def _alone(found: Sequence[TargetUpdate], bases: Collection[str]) -> list[str]:
+    """Return the names of embeddings and heads that PEFT adapts alone, also where the model ties them."""
+    targets = [one.target for one in found if not one.target.tied]
+    return [
+        target.name
+        for target in targets
+        if target.role == "embedding" or target.module in bases or is_head(target.module)
+    ]
+
+
+def _constant(scale: float, _: int | None) -> float:
+    """Return a scale that was computed for the rank of PEFT's factors, whatever the rank of ours."""
+    return scale
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Split a name into the module's path and the suffix of an adapter's tensor, "" if it has none."""
+    path = name.removeprefix(PREFIX)
+    for suffix in (TOKENS, *_SUFFIXES, *EMBEDDING, *_HIRA, *MAGNITUDES, *_REFUSED):
+        if path != name and path.endswith(f".{suffix}"):
+            return path.removesuffix(f".{suffix}"), suffix
+    return path, ""

@@ -34,7 +34,7 @@ from ._peft_content import (
 from ._peft_settings import integer_of, number_of
 from ._updates import Float, Module, ModuleUpdate
 
-__all__ = ["FEW_VALUES"]
+__all__ = ["PeftC3a", "PeftFourierFT", "PeftMiss", "PeftShira", "PeftWaveFT"]
 
 
 # -- Settings and names in common --------------------------------------------------------------------------------------
@@ -443,6 +443,3 @@ class PeftMiss(PeftMethod):
 
 def _fits(rank: int, height: int, repeated: bool, rows: int, cols: int) -> bool:
     return rank <= cols and (rows % height == 0 if repeated else rows == height)
-
-
-FEW_VALUES = (PeftFourierFT(), PeftWaveFT(), PeftC3a(), PeftShira(), PeftMiss())

@@ -29,7 +29,13 @@ from ._peft_content import DRAWN, OwnStructure, PeftContent, PeftMethod, rank_of
 from ._peft_settings import PathPatterns, integer_of, number_of
 from ._updates import Float, Module, ModuleUpdate, Pair
 
-__all__ = ["SHARED_FACTORS"]
+__all__ = [
+    "PeftRandLora",
+    "PeftTinyLora",
+    "PeftUniLora",
+    "PeftVbLora",
+    "PeftVera",
+]
 
 
 # -- VeRA: two frozen matrices, shared by all weights, and two trained diagonals per weight ----------------------------
@@ -782,7 +788,6 @@ class PeftVbLora(PeftMethod):
         "init_vector_bank_bound", "init_logits_std",
     )  # fmt: skip
     may_transpose = True
-    writable = False
 
     def read(self, content: PeftContent) -> OwnStructure:
         """Compute A and B."""
@@ -834,6 +839,3 @@ class PeftVbLora(PeftMethod):
             weights /= weights.sum(axis=2, keepdims=True)
         mixed: Float = np.einsum("abk,abkl->abl", weights, bank[index])
         return mixed
-
-
-SHARED_FACTORS = (PeftVera(), PeftRandLora(), PeftUniLora(), PeftTinyLora(), PeftVbLora())

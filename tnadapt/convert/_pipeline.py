@@ -1,6 +1,7 @@
-"""The steps of a conversion: its request, reading, choice, writing and measuring; its result; the table of formats.
+"""The steps of a conversion: its request, reading and writing; its result; the table of formats.
 
-:func:`run` is the whole of it, and :class:`Conversion` its result. :func:`register_file_format` adds a format.
+:func:`requested` checks what is asked, and :func:`run` does it: read any file as an AdapterFile, write that as a
+:class:`Conversion`. :func:`register_file_format` adds a format.
 """
 
 from __future__ import annotations
@@ -24,31 +25,24 @@ from tnadapt.plugins import Registry, load_plugins
 from tnadapt.targets.target import Target
 
 from ._base_model import Base, as_base, check_base, with_base_arrays
-from ._diffusers_format import DiffusersFormat
-from ._file_format import KINDS, FileFormat, application_of, not_additive, with_application
+from ._file_format import KINDS, ConversionRequest, FileFormat, application_of, file_of, not_additive
 from ._files import StoredFiles, replace_folder
-from ._gguf_format import GgufFormat
-from ._lycoris_format import KohyaFormat, LycorisFormat
-from ._nearest import ExportSpec, choose
-from ._peft_format import PeftFormat, VllmFormat
-from ._peft_lora import check_method, is_embedding
 from ._updates import (
     Module,
     ModuleUpdate,
     Unpacked,
     check_range,
-    check_size,
     errors_of,
+    is_embedding,
+    is_expert,
     is_rounding,
-    join,
     modules_of,
     narrow,
-    norms_of,
     place_of,
     round_to,
 )
 
-__all__ = ["Conversion", "format_of", "forms", "register_file_format", "run"]
+__all__ = ["Conversion", "format_of", "forms", "register_file_format", "requested", "run"]
 
 
 # -- The table of file formats, and the names of the forms that they write ---------------------------------------------
@@ -62,8 +56,12 @@ _formats: Registry[FileFormat] = Registry(
     "file format",
     FileFormat,
     {
-        "peft": PeftFormat, "lycoris": LycorisFormat, "kohya": KohyaFormat, "diffusers": DiffusersFormat,
-        "gguf": GgufFormat, "vllm": VllmFormat,
+        "peft": "tnadapt.convert._peft_format:PeftFormat",
+        "lycoris": "tnadapt.convert._lycoris_format:LycorisFormat",
+        "kohya": "tnadapt.convert._lycoris_format:KohyaFormat",
+        "diffusers": "tnadapt.convert._diffusers_format:DiffusersFormat",
+        "gguf": "tnadapt.convert._gguf_format:GgufFormat",
+        "vllm": "tnadapt.convert._peft_format:VllmFormat",
     },
 )  # fmt: skip
 
@@ -114,21 +112,19 @@ def forms() -> tuple[str, ...]:
     return tuple(found)
 
 
-def format_names() -> tuple[str, ...]:
-    """Return the names of all formats, in the order in which they are asked to detect a path."""
-    return tuple(reversed(tuple(_formats)))
+def _is_form(to: str) -> bool:
+    name, dash, kind = to.partition("-")
+    if name not in _formats:
+        return to == OWN
+    cls = _formats[name]
+    return kind in (*cls.kinds, *cls.structures) if dash else bool(cls.kinds)
 
 
 def format_of(name: str) -> FileFormat:
-    """Return a format by its name."""
-    found = _formats.find(name)()
+    """Return a format by its name; that of this library reads and writes nothing."""
+    found = FileFormat() if name == OWN else _formats.find(name)()
     found.name = name
     return found
-
-
-def is_built_in(name: str) -> bool:
-    """Return whether a format is part of this library."""
-    return name in _formats.built_in
 
 
 # -- The request: checked arguments, and the method where only a format is named ---------------------------------------
@@ -137,12 +133,14 @@ def is_built_in(name: str) -> bool:
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
-def checked_request(to: Any, rank: Any, max_error: Any, dtype: Any) -> ExportSpec | None:
-    """Check the arguments; return the requested form, or None for a file of this library."""
-    if to not in forms():
+def requested(
+    to: str, rank: Any, max_error: Any, *, base: Any, part: str | None, dtype: str | None, without_kept: bool
+) -> ConversionRequest:
+    """Check the arguments of :func:`tnadapt.convert`; the part is checked when the source is known."""
+    if not _is_form(to):
         load_plugins()
-    if to not in (known := forms()):
-        raise _no_choice("to", to, known)
+        if not _is_form(to):
+            raise _no_choice("to", to, forms())
     if dtype is not None and dtype not in _DTYPES:
         raise ConfigError(f"dtype (--dtype) must be one of {', '.join(_DTYPES)}; got {safe_repr(dtype)}")
     if max_error is not None and (
@@ -153,10 +151,8 @@ def checked_request(to: Any, rank: Any, max_error: Any, dtype: Any) -> ExportSpe
         rank = integer("rank", rank, 1, 1 << 40, ConfigError)
         if not has_rank(to):
             raise ConfigError(f"rank={rank} (--rank) applies to LoRA, LoKr and LoHa only; {to!r} has no rank to choose")
-    if to == OWN:
-        return None
     name, _, kind = to.partition("-")
-    return ExportSpec(to, format_of(name), kind, rank, max_error)
+    return ConversionRequest(to, format_of(name), kind, rank, max_error, base, part, dtype, without_kept)
 
 
 def _no_choice(what: str, given: Any, known: Sequence[str]) -> ConfigError:
@@ -165,24 +161,15 @@ def _no_choice(what: str, given: Any, known: Sequence[str]) -> ConfigError:
     return ConfigError(f"{what} (--{what}) must be one of {', '.join(known)}; got {safe_repr(given)}{meant}")
 
 
-def check_part(part: Any, source: FileFormat | None, target: FileFormat | None) -> None:
-    """Raise ConfigError unless ``part`` is None, or a part that the source may have or the result may be.
-
-    Parameters
-    ----------
-    part : str or None
-        The argument of the caller.
-    source, target : FileFormat or None
-        The formats of both; None for a file of this library.
-    """
+def check_part(part: str | None, source: FileFormat, target: FileFormat) -> None:
+    """Raise ConfigError unless ``part`` is None, or a part that the source may have or the result may be."""
     if part is None:
         return
-    known = [*(source.parts_read if source else ()), *(target.parts_written if target else ())]
+    known = [*source.parts_read, *target.parts_written]
     if not known:
-        one, other = (form.name if form else OWN for form in (source, target))
         raise ConfigError(
-            f"part={safe_repr(part)} (--part) has no effect on a conversion from {one} to {other}: only files of "
-            "kohya and diffusers have parts. Leave it out"
+            f"part={safe_repr(part)} (--part) has no effect on a conversion from {source.name} to {target.name}: only "
+            "files of kohya and diffusers have parts. Leave it out"
         )
     if part not in known:
         raise _no_choice("part", part, list(dict.fromkeys(known)))
@@ -194,15 +181,15 @@ def has_rank(form: str) -> bool:
     return form != OWN and kind in ("", *KINDS) and kind != "full"
 
 
-def with_method(spec: ExportSpec, modules: Sequence[Module], unpacked: Unpacked) -> ExportSpec:
-    """Return a form with its method; for a format alone, that of all updates, or else the format's first: LoRA."""
-    if spec.kind:
-        return spec
-    kinds = spec.format.kinds
+def with_method(request: ConversionRequest, modules: Sequence[Module], unpacked: Unpacked) -> ConversionRequest:
+    """Return a request with its method; for a format alone, that of all updates, or else the format's first: LoRA."""
+    if request.kind:
+        return request
+    kinds = request.format.kinds
     found = {form.kind if (form := module.form(unpacked)) is not None else "" for module in modules}
     own = found.pop() if len(found) == 1 else ""
     kind = own if own in kinds else kinds[0]
-    return spec._replace(form=f"{spec.format.name}-{kind}", kind=kind)
+    return request._replace(form=f"{request.format.name}-{kind}", kind=kind)
 
 
 # -- The result: the adapter in its new form, its error, and how to save it --------------------------------------------
@@ -325,8 +312,9 @@ class Conversion:
                 replace_folder(where, self.files, overwrite)
 
 
-def check_free(path: str, names: Sequence[str], overwrite: bool) -> None:
+def check_free(path: str | os.PathLike[str], names: Sequence[str], overwrite: bool) -> None:
     """Raise FileError unless a file, or a folder with the given files, may be written at a path."""
+    path = path_of(path)
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
         raise FileError(f"{path}: the folder {folder} does not exist; make it first")
@@ -337,81 +325,30 @@ def check_free(path: str, names: Sequence[str], overwrite: bool) -> None:
         raise FileError(f"{path}: exists; give another path, or overwrite=True (--overwrite)")
 
 
-# -- The steps ---------------------------------------------------------------------------------------------------------
-
-
-# In a folder written by save_pretrained of tnadapt.torch.
-_OWN_FILE = "adapter.safetensors"
-
-
-# -- The call ------------------------------------------------------------------------------------
+# -- The whole of a conversion -----------------------------------------------------------------------------------------
 
 
 def run(
     source: str | os.PathLike[str] | AdapterFile,
     out: str | os.PathLike[str] | None,
-    to: str,
-    rank: int | None,
-    max_error: float | None,
-    *,
-    base: Any,
-    part: str | None,
-    dtype: str | None,
-    without_kept: bool,
+    request: ConversionRequest,
     overwrite: bool,
 ) -> Conversion:
-    """Run a conversion with the arguments of :func:`tnadapt.convert`."""
-    spec = checked_request(to, rank, max_error, dtype)
+    """Read an adapter, write it in the requested form, and save that if ``out`` is given."""
     if out is not None:
-        check_free(path_of(out), spec.format.folder if spec else (), overwrite)
-    target = None if spec is None else spec.format
-    found = _read(source, base if target is None else target.configure(base), part, target)
-    if without_kept:
-        found = found._replace(file=_without_kept(found.file))
-    found.file.check_finite()
-    try:
-        result = _own(found, dtype) if spec is None else _export(found, spec, dtype, part)
-    except MemoryError as error:
-        rows, cols = max((target.shape for target in found.file.targets), key=math.prod)
-        raise ConfigError(
-            f"there is not enough memory for the largest update, {rows} × {cols}: check that the adapter is not damaged"
-        ) from error
-    _check_error(result, max_error)
+        check_free(out, request.format.folder, overwrite)
+    adapter = read(source, request)
+    result = write(adapter, request)
     if out is not None:
         result.save(out, overwrite)
     return result
 
 
-def _without_kept(file: AdapterFile) -> AdapterFile:
-    dtypes = {name: dtype for name, dtype in file.dtypes.items() if name in file.arrays}
-    ties = {name: others for name, others in file.ties.items() if name not in file.kept}
-    return dataclasses.replace(file, kept={}, dtypes=dtypes, ties=ties)
+# -- Reading: any file as an AdapterFile -------------------------------------------------------------------------------
 
 
-def _check_error(result: Conversion, max_error: float | None) -> None:
-    if result.error <= (max_error or 0.0) or (result.exact and max_error is None):
-        return
-    limit = "nothing but rounding" if max_error is None else f"max_error={max_error:g} (--max-error)"
-    whole = not has_rank(result.kind)
-    ways = "a wider dtype" if whole else "a larger rank or a wider dtype"
-    full = "" if whole else ", or to='lycoris-full' (--to lycoris-full), which holds every update"
-    least = f"{_rounded_up(result.error):g}"
-    accept = f", max_error={least} (--max-error {least}) to accept it" if math.isfinite(result.error) else ""
-    worst = max(result.errors, key=lambda name: result.errors[name])
-    raise ConfigError(
-        f"the conversion to {result.kind} would change the updates by a relative error of {result.error:.3g}, that of "
-        f"{worst} by {result.errors[worst]:.3g}, and "
-        f"{limit} is allowed: give {ways}{accept}{full}"
-    )
-
-
-def _rounded_up(error: float) -> float:
-    """Round up to two significant digits."""
-    unit = 10.0 ** (math.floor(math.log10(error)) - 1)
-    return min(1.0, math.ceil(error / unit) * unit)
-
-
-# -- Reading -------------------------------------------------------------------------------------
+# In a folder written by save_pretrained of tnadapt.torch.
+_OWN_FILE = "adapter.safetensors"
 
 
 class ConvertedFrom(NamedTuple):
@@ -442,22 +379,30 @@ class ConvertedFrom(NamedTuple):
     base: Base | None = None
 
 
-def _read(source: Any, base: Any, part: str | None, target: FileFormat | None) -> ConvertedFrom:
-    """Read the adapter at a path, in any format.
+def read(source: Any, request: ConversionRequest) -> ConvertedFrom:
+    """Read an adapter in any format.
 
     Raises
     ------
     FileError
         If there is no such file, or it is damaged or cannot be converted. The message begins with the path.
     ConfigError
-        If neither the source nor the target has such a part.
+        If neither the source nor the result has such a part.
     """
+    found = _read(source, request.format, request.part, request.format.configure(request.base))
+    if request.without_kept:
+        found = found._replace(file=_without_kept(found.file))
+    found.file.check_finite()
+    return found
+
+
+def _read(source: Any, target: FileFormat, part: str | None, base: Any) -> ConvertedFrom:
     known = None
     if base is not None:
         with file_error_context("base"):
             known = as_base(base)
     if isinstance(source, AdapterFile):
-        check_part(part, None, target)
+        check_part(part, format_of(OWN), target)
         return _from_own(source, known, base)
     path = path_of(source)
     with file_error_context(path):
@@ -476,48 +421,44 @@ def _read(source: Any, base: Any, part: str | None, target: FileFormat | None) -
             if found is None:
                 raise
         else:
-            check_part(part, None, target)
+            check_part(part, format_of(OWN), target)
             with file_error_context(path):
                 return _from_own(file, known, base)
-    name, place = found
-    check_part(part, format_of(name), target)
+    reader, place = found
+    check_part(part, reader, target)
     with file_error_context(path):
         # A format without parts to read is not asked for one: the caller means that of the result.
-        return _read_foreign(name, StoredFiles(place), known, part if format_of(name).parts_read else None)
+        return _read_foreign(reader, StoredFiles(place), known, part if reader.parts_read else None)
 
 
-def _detect(path: str) -> tuple[str, str] | None:
-    """Return the name of the format that detects a path, and the path of its adapter."""
-    for name in format_names():
-        if (place := format_of(name).detect(path)) is not None:
-            return name, place
+def _detect(path: str) -> tuple[FileFormat, str] | None:
+    """Return the format that detects a path, and the path of its adapter; formats registered last are asked first."""
+    names = [name for name in reversed(tuple(_formats)) if name not in _formats.built_in]
+    # Of the built-in formats only PEFT's has folders, and the others are not imported for one.
+    names += ["peft"] if os.path.isdir(path) else reversed(_formats.built_in)
+    for reader in map(format_of, names):
+        if (place := reader.detect(path)) is not None:
+            return reader, place
     return None
 
 
-def _read_foreign(name: str, files: StoredFiles, base: Base | None, part: str | None) -> ConvertedFrom:
-    reader = format_of(name)
+def _read_foreign(reader: FileFormat, files: StoredFiles, base: Base | None, part: str | None) -> ConvertedFrom:
     try:
         adapter = reader.read(files, base, part)
     except (TnadaptError, OSError, MemoryError):
         raise
     except Exception as error:
-        if is_built_in(name):
+        if reader.name in _formats.built_in:
             raise  # a bug of ours must not look like a damaged file
         # Damaged files raise whatever another package's libraries raise.
         raise FileError(
-            f"the file format {name!r} ({reader.library}) cannot read it: {type(error).__name__}: {error}"
+            f"the file format {reader.name!r} ({reader.library}) cannot read it: {type(error).__name__}: {error}"
         ) from error
-    updates = tuple(one.update for one in adapter.updates)
-    kind = f"{name}-{adapter.kind}" if adapter.kind else name
+    kind = f"{reader.name}-{adapter.kind}" if adapter.kind else reader.name
+    file, updates = file_of(adapter)
     count = adapter.parameters
     if count is None:
         count = sum(update.num_parameters for update in updates)
-    for one in adapter.updates:
-        check_size(one.target.label, one.update, adapter.dtype)
-    if adapter.file is not None:
-        return ConvertedFrom(kind, adapter.file, count, adapter.notes, updates, adapter.part, base)
-    file, updates = join(adapter.updates, adapter.dtype, adapter.kept, adapter.kept_dtypes, adapter.model, adapter.ties)
-    file = with_application(file, adapter.application, adapter.dtype)
     return ConvertedFrom(kind, file, count, adapter.notes, updates, adapter.part, base)
 
 
@@ -536,6 +477,57 @@ def _in_folder(folder: str) -> str:
     return path
 
 
+def _without_kept(file: AdapterFile) -> AdapterFile:
+    dtypes = {name: dtype for name, dtype in file.dtypes.items() if name in file.arrays}
+    ties = {name: others for name, others in file.ties.items() if name not in file.kept}
+    return dataclasses.replace(file, kept={}, dtypes=dtypes, ties=ties)
+
+
+# -- Writing: the AdapterFile in the requested form --------------------------------------------------------------------
+
+
+def write(found: ConvertedFrom, request: ConversionRequest) -> Conversion:
+    """Return an adapter in the requested form, with its error.
+
+    Raises
+    ------
+    ConfigError
+        If the error is larger than requested, or the form cannot represent the adapter.
+    """
+    try:
+        result = _own(found, request.dtype) if request.form == OWN else _export(found, request)
+    except MemoryError as error:
+        rows, cols = max((target.shape for target in found.file.targets), key=math.prod)
+        raise ConfigError(
+            f"there is not enough memory for the largest update, {rows} × {cols}: check that the adapter is not damaged"
+        ) from error
+    _check_error(result, request.max_error)
+    return result
+
+
+def _check_error(result: Conversion, max_error: float | None) -> None:
+    if result.error <= (max_error or 0.0) or (result.exact and max_error is None):
+        return
+    limit = "nothing but rounding" if max_error is None else f"max_error={max_error:g} (--max-error)"
+    whole = not has_rank(result.kind)
+    ways = "a wider dtype" if whole else "a larger rank or a wider dtype"
+    full = "" if whole else ", or to='lycoris-full' (--to lycoris-full), which holds every update"
+    least = f"{_rounded_up(result.error):g}"
+    accept = f", max_error={least} (--max-error {least}) to accept it" if math.isfinite(result.error) else ""
+    worst = max(result.errors, key=lambda name: result.errors[name])
+    raise ConfigError(
+        f"the conversion to {result.kind} would change the updates by a relative error of {result.error:.3g}, that of "
+        f"{worst} by {result.errors[worst]:.3g}, and "
+        f"{limit} is allowed: give {ways}{accept}{full}"
+    )
+
+
+def _rounded_up(error: float) -> float:
+    """Round up to two significant digits."""
+    unit = 10.0 ** (math.floor(math.log10(error)) - 1)
+    return min(1.0, math.ceil(error / unit) * unit)
+
+
 # -- To a file of this library -------------------------------------------------------------------
 
 
@@ -552,10 +544,10 @@ def _own(found: ConvertedFrom, dtype: str | None) -> Conversion:
     if file.activation is not None:
         names = [target.name for target in file.targets]
         return Conversion(OWN, found.kind, True, 0.0, dict.fromkeys(names, 0.0), sizes, found.notes, file)
-    before, after, norms = Unpacked(found.file, found.updates), Unpacked(file), {}
-    for number, target in enumerate(file.targets):
-        norms[target.label] = norms_of(before.update(number), after.update(number))
-    error, errors = errors_of(norms)
+    before, after = Unpacked(found.file, found.updates), Unpacked(file)
+    error, errors = errors_of(
+        (target.label, before.update(number), after.update(number)) for number, target in enumerate(file.targets)
+    )
     exact = all(is_rounding(one, file.dtype, True) for one in (error, *errors.values()))
     return Conversion(OWN, found.kind, exact, error, errors, sizes, found.notes, file)
 
@@ -563,7 +555,7 @@ def _own(found: ConvertedFrom, dtype: str | None) -> Conversion:
 # -- To another library's form -------------------------------------------------------------------
 
 
-def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None, part: str | None) -> Conversion:
+def _export(found: ConvertedFrom, request: ConversionRequest) -> Conversion:
     """Encode an adapter in another library's form, and measure its error on the bytes to write.
 
     Raises
@@ -571,24 +563,26 @@ def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None, part: str
     ConfigError
         If that form cannot represent it.
     """
-    file, form = found.file, spec.format
+    file, form, dtype = found.file, request.format, request.dtype
     if file.activation is not None:
         file.deltas()  # raises an error, as an activation has no ΔW
     modules, unpacked = modules_of(file), Unpacked(file, found.updates)
-    spec = with_method(spec, modules, unpacked)
-    form.choose_part(modules, part, found.part)
-    _check_modules(file, modules, spec)
+    request = with_method(request, modules, unpacked)
+    form.choose_part(modules, request.part, found.part)
+    _check_modules(file, modules, request)
     if not file.plan.applying.additive:
-        if spec.kind in form.structures:
-            raise not_additive(file.config.apply, spec.form)
-        form.check_applied(spec.kind, file.config.apply, file.config.magnitude_axis)
-    if spec.kind in form.structures:
-        encoded, known = form.encode_file(spec.kind, modules, file), True
+        if request.kind in form.structures:
+            raise not_additive(file.config.apply, request.form)
+        form.check_applied(request.kind, file.config.apply, file.config.magnitude_axis)
+    if request.kind in form.structures:
+        encoded, known = form.encode_file(request.kind, modules, file), True
     else:
-        choice = choose(modules, unpacked, spec)
-        encoded, known = form.encode(spec.kind, modules, choice, list(file.kept)), choice.exact
+        from ._nearest import choose
+
+        choice = choose(modules, unpacked, request)
+        encoded, known = form.encode(request.kind, modules, choice, list(file.kept)), choice.exact
         if not file.plan.applying.additive:
-            encoded = form.applied(encoded, spec.kind, modules, choice, application_of(file, modules))
+            encoded = form.applied(encoded, request.kind, modules, choice, application_of(file, modules))
     encoded = form.with_kept(encoded, modules, file, found.base)
     encoded = form.of_base(encoded, file.pretrained)
     stored, kinds = (round_to if dtype is not None else narrow)(encoded.tensors, dtype or file.dtype)
@@ -599,42 +593,59 @@ def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None, part: str
         for stored_name in encoded.kept_names.get(name) or [form.kept_name(name)]:
             tensors[stored_name] = array
             kinds |= {stored_name: "bfloat16"} if f"kept.{name}" in file.dtypes else {}
-    record = {"from": found.kind, "to": spec.form, "config": file.config.to_dict(), **encoded.record}
-    error, errors = _measured(modules, unpacked, spec, form.write(tensors, kinds, record, encoded.config))
+    record = {"from": found.kind, "to": request.form, "config": file.config.to_dict(), **encoded.record}
+    error, errors = _measured(modules, unpacked, request, form.write(tensors, kinds, record, encoded.config))
     written = next(kinds.get(name, array.dtype.name) for name, array in stored.items())
     exact = all(is_rounding(one, written, known) for one in (error, *errors.values()))
     record |= {"exact": exact, "error": float(f"{error:.2e}")}
     files = form.write(tensors, kinds, record, encoded.config)
     sizes = found.parameters, sum(array.size for array in stored.values())
     return Conversion(
-        spec.form, found.kind, exact, error, errors, sizes, encoded.notes, None, tensors, kinds, encoded.config, files
+        request.form,
+        found.kind,
+        exact,
+        error,
+        errors,
+        sizes,
+        encoded.notes,
+        None,
+        tensors,
+        kinds,
+        encoded.config,
+        files,
     )
 
 
-def _check_modules(file: AdapterFile, modules: Sequence[Module], spec: ExportSpec) -> None:
+def _check_modules(file: AdapterFile, modules: Sequence[Module], request: ConversionRequest) -> None:
     """Raise ConfigError unless the form supports all adapted modules."""
     for target in file.targets:
-        spec.format.check_target(target)
+        request.format.check_target(target)
     for module in modules:
-        if is_embedding(module) and spec.kind not in spec.format.embeddings:
+        if is_embedding(module) and request.kind not in request.format.embeddings:
             raise ConfigError(
-                f"{safe_repr(module.path)} is an embedding, and {spec.format.library} has no {spec.kind} of such a "
-                "layer: convert to 'peft-lora' (--to peft-lora), or merge the adapter into the base with tnadapt.merge "
-                "(tnadapt merge)"
+                f"{safe_repr(module.path)} is an embedding, and {request.format.library} has no {request.kind} of such "
+                "a layer: convert to 'peft-lora' (--to peft-lora), or merge the adapter into the base with "
+                "tnadapt.merge (tnadapt merge)"
             )
-        check_method(module, spec.form)
-        spec.format.check_module(module, spec.kind)
-    spec.format.check_adapter(modules, file.kept)
+        if is_expert(module) and request.form != "peft-lora":
+            target = module.targets[0][1]
+            raise ConfigError(
+                f"{target.label} cannot be converted to {request.form!r}: it is one of the {target.stored[0]} matrices "
+                "of a parameter, as experts are kept, which only PEFT's LoRA adapts: convert to 'peft-lora' (--to "
+                "peft-lora), or merge the adapter into the base with tnadapt.merge (tnadapt merge)"
+            )
+        request.format.check_module(module, request.kind)
+    request.format.check_adapter(modules, file.kept)
 
 
 # -- Measuring -----------------------------------------------------------------------------------
 
 
 def _measured(
-    modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec, files: Mapping[str, bytes]
+    modules: Sequence[Module], unpacked: Unpacked, request: ConversionRequest, files: Mapping[str, bytes]
 ) -> tuple[float, dict[str, float]]:
     """Read the written bytes back, and return their error."""
-    back = _read_foreign(spec.format.name, StoredFiles(contents=files), None, None).file
+    back = _read_foreign(format_of(request.format.name), StoredFiles(contents=files), None, None).file
     again, wanted = Unpacked(back), {module.place for module in modules}
     places, others = dict[str, int](), list[Target]()
     for number, target in enumerate(back.targets):
@@ -644,8 +655,4 @@ def _measured(
         others += [target] if target.index is None and wanted.isdisjoint(own) else []
     if others or not places.keys() >= wanted:
         raise FileError("what was written does not read back: please report this")
-    norms = {}
-    for module in modules:
-        number = places[module.place]
-        norms[module.name] = norms_of(module.update(unpacked), again.update(number))
-    return errors_of(norms)
+    return errors_of((module.name, module.update(unpacked), again.update(places[module.place])) for module in modules)

@@ -25,6 +25,7 @@ from tnadapt.checkpoints.stored_weights import FLOATS, StoredWeights, numbers
 from tnadapt.errors import FileError, ShapeError, TargetError, safe_repr
 from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.prefixes import Prefix
+from tnadapt.targets.roles import is_within
 from tnadapt.targets.target import Target, check_distinct
 
 from . import FitReport, Settings, Step, smallest_rank
@@ -199,7 +200,7 @@ def _kept(tuned: Checkpoint, patterns: str | Sequence[str], targets: set[str]) -
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     found: dict[str, None] = {}
     for pattern in patterns:
-        own = [name for name in tuned.entries if f".{pattern}." in f".{name}."]
+        own = [name for name in tuned.entries if is_within(name, pattern)]
         if not own:
             some = ", ".join(list(tuned.entries)[:6])
             raise TargetError(

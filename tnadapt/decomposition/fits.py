@@ -13,7 +13,7 @@ import numpy as np
 from tnadapt.algebra.norms import relative, together
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import Array
-from tnadapt.report import html_table
+from tnadapt.report import TextTable
 
 __all__ = [
     "OPEN",
@@ -349,7 +349,7 @@ class FitReport:
             for number, group in enumerate(self.groups)
         ]  # fmt: skip
         more = [f"{len(rows) - _SHOWN} more groups in .groups"] if len(rows) > _SHOWN else []
-        return html_table("Fit", head, rows[:_SHOWN], [*more, str(self)])
+        return TextTable(rows[:_SHOWN], head, caption="Fit", notes=[*more, str(self)]).html()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a dictionary for JSON."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,17 @@ from tnadapt.errors import TnadaptError, safe_repr
 from ._learning_task import LearningTask
 from ._specification import Part
 
-__all__ = ["OwnRates", "Schedule", "TrainingStep", "accuracy", "batches", "evaluate", "fit", "steps_of"]
+__all__ = [
+    "OwnRates",
+    "Schedule",
+    "TrainingStep",
+    "accuracy",
+    "batches",
+    "evaluate",
+    "fit",
+    "steps_of",
+    "train_steps",
+]
 
 Logits = Callable[[nn.Module, Any], Tensor]
 
@@ -126,7 +137,7 @@ class Schedule:
 
 
 class TrainingStep(NamedTuple):
-    """A step of :func:`fit`.
+    """A step of :func:`train_steps`.
 
     Attributes
     ----------
@@ -152,6 +163,53 @@ def steps_of(part: Part, epochs: int, batch: int, steps: int | None = None) -> i
     return epochs * math.ceil(len(part.labels) / batch) if steps is None else steps
 
 
+def train_steps(
+    loss_of: Callable[[int], Tensor],
+    parameters: Sequence[nn.Parameter],
+    optimiser: Optimizer,
+    rates: LRScheduler,
+    steps: int,
+    clip: float = math.inf,
+    first: int = 0,
+) -> Iterator[TrainingStep]:
+    """Take every step of a training, and yield each after it was taken: the only training loop here.
+
+    Parameters
+    ----------
+    loss_of : callable
+        ``loss_of(step)`` returns the loss of a step, counted from 0, on a batch of its choice.
+    parameters : sequence of nn.Parameter
+        All parameters of the optimizer.
+    optimiser : Optimizer
+    rates : LRScheduler
+        Stepped after each step but the last.
+    steps : int
+    clip : float
+        The gradient is clipped to this norm.
+    first : int
+        The number of steps that were taken before, in a training that is resumed.
+
+    Yields
+    ------
+    TrainingStep
+        A loss that is not finite is yielded, and ends the training before its step.
+    """
+    for number in range(first, steps):
+        optimiser.zero_grad(set_to_none=True)
+        loss = loss_of(number)
+        value = float(loss.detach())
+        step = TrainingStep(number + 1, steps, value, optimiser.param_groups[0]["lr"])
+        if not math.isfinite(value):
+            yield step
+            return
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(parameters, clip)
+        optimiser.step()
+        if number + 1 < steps:
+            rates.step()
+        yield step._replace(gradient_norm=norm)
+
+
 def fit(
     model: nn.Module,
     logits: Logits,
@@ -165,31 +223,19 @@ def fit(
     steps: int | None = None,
     own_rates: OwnRates | None = None,
 ) -> Iterator[TrainingStep]:
-    """Train for ``steps`` steps, or else ``epochs`` epochs; yield each step after it was taken.
+    """Train on labeled samples for ``steps`` steps, or else ``epochs`` epochs, as :func:`train_steps` does.
 
-    The order of the samples and dropout use torch's global generator, which the caller seeds. A loss that is not finite
-    is yielded and ends the training before its step.
+    The order of the samples and dropout use torch's global generator, which the caller seeds.
     """
     steps = steps_of(part, epochs, batch, steps)
-    optimiser, rates = schedule.begin(parameters, steps, own_rates)
-    done = 0
+    order = (indices for _ in itertools.count() for indices in batches(part, batch))
+
+    def loss_of(step: int) -> Tensor:
+        indices = next(order)
+        return task.loss(logits(model, part.batch(indices, device)), part.labels[indices].to(device))
+
     model.train()
-    while done < steps:
-        for indices in batches(part, batch)[: steps - done]:
-            optimiser.zero_grad(set_to_none=True)
-            loss = task.loss(logits(model, part.batch(indices, device)), part.labels[indices].to(device))
-            value = float(loss.detach())
-            done += 1
-            step = TrainingStep(done, steps, value, optimiser.param_groups[0]["lr"])
-            if not math.isfinite(value):
-                yield step
-                return
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = nn.utils.clip_grad_norm_(parameters, schedule.clip)
-            optimiser.step()
-            if done < steps:
-                rates.step()
-            yield step._replace(gradient_norm=norm)
+    return train_steps(loss_of, parameters, *schedule.begin(parameters, steps, own_rates), steps, schedule.clip)
 
 
 def batches(part: Part, size: int) -> list[Tensor]:

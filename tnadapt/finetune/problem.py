@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tnadapt.errors import TargetError
+from tnadapt.targets.roles import is_within
 
 from ._learning_task import LearningTask
 from ._specification import Part
@@ -70,7 +71,7 @@ def under(name: str, keep: Sequence[str]) -> bool:
     >>> under("model.head.weight", ["head"]), under("header.weight", ["head"])
     (True, False)
     """
-    return any(f".{kept}." in f".{name}." for kept in keep)
+    return any(is_within(name, kept) for kept in keep)
 
 
 def check_kept(model: nn.Module, keep: Sequence[str]) -> None:

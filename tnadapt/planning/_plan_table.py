@@ -18,7 +18,7 @@ from tnadapt.argument_checks import checks_arguments, is_sequence
 from tnadapt.backends import FLOAT_DTYPES
 from tnadapt.checkpoints.lora_export import LoraExport, lora_export
 from tnadapt.errors import ConfigError, integer, safe_repr
-from tnadapt.report import html_table, text_table
+from tnadapt.report import TextTable
 
 from ._flops import step_cost
 from ._matrix_rank import Rank, degrees_of_freedom, largest_rank
@@ -253,12 +253,15 @@ class Plan:
 
     def __str__(self) -> str:
         """Return the table as plain text."""
-        return "\n".join([*text_table(self.table(), range(3, len(TITLES))), *self.notes()])
+        return str(self._table())
 
     def _repr_html_(self) -> str:
+        return self._table().html()
+
+    def _table(self) -> TextTable:
         head, *rows = self.table()
         caption = f"{_counted(len(self.shapes), 'weight')}, at most {_counted(self.budget, 'parameter')}"
-        return html_table(caption, head, rows, self.notes(), right=3)
+        return TextTable(rows, head, range(3, len(head)), caption, self.notes())
 
     def notes(self, targets: str | Sequence[str] = ()) -> list[str]:
         """Return the lines that explain the table.

@@ -6,10 +6,10 @@ from its name and the model's ``config.json``, it is rejected: wrong rows would 
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.errors import TargetError, safe_repr
@@ -18,19 +18,19 @@ from .attention_layouts import TRANSPOSED, StoredWeight, by_name, contested, of_
 from .checkpoint_experts import PARAMETERS, experts_of
 from .fused_rows import Facts, Fused, LayoutError, place_rows
 from .roles import (
-    AMBIGUOUS_OUTPUTS,
-    OUTPUTS,
-    PARENT_OUTPUTS,
+    AttentionWeights,
     Called,
-    ProjectionName,
-    attention_group,
-    distinct_rows,
+    are_roles,
+    attentions_in,
+    ends_in,
     is_attention,
     layer_of,
     main_projection,
     natural,
     parse_projection_name,
+    path_matcher,
     settled_names,
+    similar_paths,
     unclear_children,
 )
 from .target import ROLES, Rows, Target
@@ -226,6 +226,38 @@ class StoredModel:
         weights = [name for name in self.children[path][child] if _projects(self.weights.get(name))]
         return main_projection(weights, _join(path, child), lambda name: name.removesuffix(".weight"))
 
+    def paths(self) -> list[str]:
+        """Return the paths of all modules, numbers in them in the order of numbers."""
+        return sorted(self.children, key=natural)
+
+    def is_attention(self, path: str) -> bool:
+        """Return whether a module is named as an attention, or lies in one: BERT's attention.self, attentions.3."""
+        above, _, last = path.rpartition(".")
+        return is_attention(last) or ((last == "self" or last.isdecimal()) and is_attention(above.rpartition(".")[2]))
+
+    def called(self, path: str) -> list[Called[str]]:
+        """Return the parameters and children of a module that are named as projections to q, k or v."""
+        named, found = self.is_attention(path), list[Called[str]]()
+        for child in self.children[path]:
+            says = parse_projection_name(child, named)
+            weights = [] if says is None else self.projections(path, child)
+            if says is not None and weights:
+                found.append((child, says, weights))
+        return settled_names(found)
+
+    def unclear(self, path: str, called: list[Called[str]]) -> list[tuple[str, str]]:
+        """Return the children with several weights, or a name that is understood in part."""
+        return unclear_children(called, self.children[path], lambda child: bool(self.projections(path, child)))
+
+    def attention_above(self, path: str) -> str | None:
+        """Return the path of the module that holds a module, if that is named as an attention."""
+        above = path.rpartition(".")[0]
+        return above if is_attention(above.rpartition(".")[2]) else None
+
+    def key(self, weight: str) -> str:
+        """Return the name of a weight."""
+        return weight
+
     def outputs(self, path: str, names: frozenset[str]) -> list[str]:
         """Return the weights of the children with these names that hold exactly one weight."""
         candidates = [self.projections(path, child) for child in self.children.get(path, {}) if child in names]
@@ -244,15 +276,6 @@ def _is_weight(name: str, shape: Sequence[int]) -> bool:
 def _projects(shape: tuple[int, ...] | None) -> bool:
     # A depthwise convolution is no projection.
     return shape is not None and (len(shape) == 2 or shape[1] > 1 or shape[0] == 1)
-
-
-_Input = Called[str]
-
-
-class _StoredAttention(NamedTuple):
-    path: str
-    inputs: list[_Input]
-    outputs: list[str]
 
 
 def targets_of(model: StoredModel, roles: str) -> list[Target]:
@@ -280,98 +303,34 @@ def targets_of(model: StoredModel, roles: str) -> list[Target]:
     >>> [(target.role, target.rows) for target in targets_of(model, "q")]
     [('q', Rows(start=0, length=2, stride=6, count=2))]
     """
-    targets: list[Target] = []
-    for attention in _attentions(model):
-        _check_clear(model, attention, roles)
-        inputs = [target for entry in attention.inputs for target in _inputs(model, attention, entry, roles)]
-        targets += sorted(inputs, key=lambda target: (ROLES.index(target.role), natural(target.module)))
-        if "o" in roles:
-            targets += [model.whole(name, "o", layer_of(attention.path)) for name in attention.outputs]
-    return targets
+    found: list[Target] = []
+    for attention in attentions_in(model):
+        for child, makes in attention.unclear:
+            if not set(makes).isdisjoint(roles):
+                raise LayoutError(
+                    f"{_join(attention.path, child)} of the checkpoint seems to produce {makes}, but it is unclear "
+                    "with which weight or rows: build the model and use tnadapt.torch, or name whole weights by a list "
+                    "of paths"
+                )
+        found += sorted(
+            _targets(model, attention, roles), key=lambda target: (ROLES.index(target.role), natural(target.module))
+        )
+    return found
 
 
-def _attentions(model: StoredModel) -> Iterator[_StoredAttention]:
-    seen: set[str] = set()
-
-    def new(name: str) -> bool:
-        known = name in seen
-        seen.add(name)
-        return not known
-
-    for path in sorted(model.children, key=natural):
-        named = _is_attention(path)
-        called = _called(model, path, named)
-        outputs = model.outputs(path, OUTPUTS)
-        called = [called[place] for place in attention_group([says for _, says, _ in called], named, bool(outputs))]
-        inputs = [entry for entry in called if len(entry[2]) > 1 or new(entry[2][0])]
-        if not inputs:
-            continue
-        above = path.rpartition(".")[0]
-        outputs = outputs or model.outputs(path, AMBIGUOUS_OUTPUTS)
-        if not outputs and is_attention(above.rpartition(".")[2]):
-            outputs = model.outputs(above, PARENT_OUTPUTS)
-        yield _StoredAttention(path, inputs, [name for name in outputs if new(name)])
-
-
-def _is_attention(path: str) -> bool:
-    """Return whether a module is named as an attention, or lies in one: BERT's attention.self, XLM's attentions.3."""
-    above, _, last = path.rpartition(".")
-    return is_attention(last) or ((last == "self" or last.isdecimal()) and is_attention(above.rpartition(".")[2]))
-
-
-def _called(model: StoredModel, path: str, named: bool) -> list[_Input]:
-    """Return the parameters and children of a module that are named as projections to q, k or v."""
-    inputs = []
-    for child in model.children[path]:
-        says = parse_projection_name(child, named)
-        weights = model.projections(path, child) if says is not None else []
-        if says is not None and weights:
-            inputs.append((child, says, weights))
-    return settled_names(inputs)
-
-
-def _check_clear(model: StoredModel, attention: _StoredAttention, roles: str) -> None:
-    """Raise an error if it is ambiguous which weight produces a requested role."""
-    path = attention.path
-    unclear = unclear_children(
-        attention.inputs, model.children[path], lambda child: bool(model.projections(path, child))
-    )
-    for child, makes in unclear:
-        if not set(makes).isdisjoint(roles):
-            raise LayoutError(
-                f"{_join(attention.path, child)} of the checkpoint seems to produce {makes}, but it is unclear with "
-                "which weight or rows: build the model and use tnadapt.torch, or name whole weights by a list of paths"
-            )
-
-
-def _inputs(model: StoredModel, attention: _StoredAttention, entry: _Input, roles: str) -> Iterator[Target]:
-    child, says, weights = entry
-    wanted = [letter for letter in "qkv" if letter in roles and letter in says.letters]
-    if not wanted or len(weights) > 1:
-        return
+def _targets(model: StoredModel, attention: AttentionWeights[str], roles: str) -> Iterator[Target]:
     layer = layer_of(attention.path)
-    whole = model.whole(weights[0], "linear", layer)
-    rows: dict[str, Rows | None] = dict.fromkeys(says.letters)
-    if len(says.letters) > 1:
-        rows = _rows_in(model, attention, child, says, whole)
-    for letter, letter_rows in distinct_rows(wanted, rows):
-        yield Target(whole.module, whole.stored, letter, whole.parameter, letter_rows, whole.transposed, whole.layer)
 
+    def rows_of(child: str, name: str, fused: Fused) -> dict[str, Rows | None]:
+        whole = model.whole(name, "linear", layer)
+        below = whole.module.removeprefix(_join(attention.path, child)).lstrip(".")
+        beside = [other for other in model.children[attention.path] if other != child]
+        return stored_rows(
+            name, StoredWeight(child, below, beside, len(whole.stored)), fused, whole.shape[1], model.config
+        )
 
-def _rows_in(
-    model: StoredModel, attention: _StoredAttention, child: str, says: ProjectionName, whole: Target
-) -> dict[str, Rows | None]:
-    path = _join(attention.path, child)
-    below = whole.module.removeprefix(path).lstrip(".")
-    beside = [name for name in model.children[attention.path] if name != child]
-    stored = StoredWeight(child, below, beside, len(whole.stored))
-    out, cols = whole.shape
-    queries = [
-        model.whole(weights[0], "q", "").shape[0] for _, other, weights in attention.inputs if other.letters == "q"
-    ]
-    o_in = model.whole(attention.outputs[0], "o", "").shape[1] if len(attention.outputs) == 1 else None
-    fused = Fused(says.letters, out, queries[0] if queries else None, o_in)
-    return stored_rows(whole.name, stored, fused, cols, model.config)
+    for name, role, rows in attention.parts(roles, lambda name: model.whole(name, "linear", "").shape, rows_of):
+        yield dataclasses.replace(model.whole(name, role, layer), rows=rows)
 
 
 def _join(path: str, name: str) -> str:
@@ -380,8 +339,6 @@ def _join(path: str, name: str) -> str:
 
 # -- Selection of targets ----------------------------------------------------------------------------------------------
 
-
-_LETTERS = frozenset("qkvo")
 
 # What attach takes besides, as it knows the layers.
 _KINDS = ("all-linear", "conv")
@@ -459,7 +416,7 @@ def find_stored(
     if isinstance(targets, (list, tuple)) and targets and all(isinstance(target, Target) for target in targets):
         return [_stored_as_given(target, shapes) for target in targets]
     model = StoredModel(shapes, config)
-    if isinstance(targets, str) and targets and _LETTERS.issuperset(targets):
+    if isinstance(targets, str) and are_roles(targets):
         selected = targets_of(model, targets)
     elif isinstance(targets, str) and targets == "embeddings":
         selected = [_whole(model, name) for name in model.weights if _is_embedding(model, name)]
@@ -517,26 +474,19 @@ def _is_embedding(model: StoredModel, name: str) -> bool:
 
 def _chosen(targets: Any) -> Callable[[str], bool]:
     if isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise TargetError(
-                f"targets={safe_repr(targets)} is neither a set of roles nor a regular expression: {error}"
-            ) from None
-        return lambda path: pattern.fullmatch(path) is not None
+        return path_matcher(targets, "targets")
     if not isinstance(targets, (list, tuple)) or not all(isinstance(entry, str) and entry for entry in targets):
         raise TargetError(
             "targets must be roles such as 'qv', a regular expression, or a list of paths or of tnadapt.Target; got "
             f"{safe_repr(targets)}"
         )
-    return lambda path: any(f".{path}".endswith(f".{entry}") for entry in targets)
+    return lambda path: any(ends_in(path, entry) for entry in targets)
 
 
 def _nothing(targets: Any, weights: Mapping[str, Any]) -> TargetError:
     paths = [_module(name) for name in weights]
     wanted = targets if isinstance(targets, str) else str(next(iter(targets), ""))
-    last = {path.rpartition(".")[2]: path for path in reversed(paths)}
-    close = [last[near] for near in difflib.get_close_matches(wanted, list(last), 4)] or paths[:6]
+    close = similar_paths(wanted, paths) or paths[:6]
     reason = (
         f"it has {len(paths)} weights, such as {', '.join(close)}" if paths else "it has no weights of layers at all"
     )

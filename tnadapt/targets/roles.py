@@ -1,37 +1,47 @@
-"""Names of projections in attention modules: which of q, k, v and o a weight is, and which belong together.
+"""Names of projections in attention modules (q, k, v, o), and the words by which targets are chosen.
 
 A name is read word by word. One word, or several in a row, says which of q, k and v a weight produces (``query``,
 ``kv``, ``query_key_value``). Every other word must merely say "projection" (``to``, ``proj``, ``lin``) or name the
 stream that it reads (``add``, ``text``, ``global``). So ``to_q``, ``q_proj``, ``add_q_proj`` and ``Wq`` are queries,
 while ``pool_q``, ``pos_query_proj`` and ``q_norm`` are not. The words are those of transformers, timm, diffusers and
 torchvision.
+
+Targets are chosen by roles, keywords, regular expressions or parts of paths, on models and in checkpoints alike.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
+from tnadapt.errors import TargetError, safe_repr
+
+from .fused_rows import Fused
 from .target import Rows
 
 __all__ = [
-    "AMBIGUOUS_OUTPUTS",
-    "OUTPUTS",
-    "PARENT_OUTPUTS",
+    "KEYWORDS",
+    "AttentionWeights",
     "Called",
     "ProjectionName",
+    "are_roles",
     "attention_group",
-    "distinct_rows",
+    "attentions_in",
+    "ends_in",
     "is_attention",
+    "is_within",
     "layer_of",
     "main_projection",
     "natural",
     "number",
     "parse_projection_name",
+    "path_matcher",
     "projection_letters",
     "settled_names",
+    "similar_paths",
     "unclear_children",
 ]
 
@@ -360,3 +370,180 @@ def distinct_rows(letters: Iterable[str], rows: Mapping[str, Rows | None]) -> It
         if letter in rows and rows[letter] not in seen:
             seen.add(rows[letter])
             yield letter, rows[letter]
+
+
+# -- The attentions of a model, or of a checkpoint ---------------------------------------------------------------------
+
+# A module is an attention if it holds projections to q and v next to each other (one weight or several, or only k and v
+# if the query is learned). A single ``value`` or ``query`` elsewhere does not count, nor does deformable attention,
+# which has only values.
+
+
+class AttentionWeights(NamedTuple, Generic[Weight]):
+    """The projections of one attention.
+
+    Attributes
+    ----------
+    path : str
+    inputs : list of (str, ProjectionName, Weight)
+        Name in the module, what the name says about q, k and v, and the weight; in the module's order.
+    outputs : list of Weight
+    unclear : list of (str, str)
+        Children that seem to produce q, k or v in an unknown way, and the letters they seem to produce.
+    """
+
+    path: str
+    inputs: list[tuple[str, ProjectionName, Weight]]
+    outputs: list[Weight]
+    unclear: list[tuple[str, str]]
+
+    def parts(
+        self,
+        letters: str,
+        shape_of: Callable[[Weight], tuple[int, int]],
+        rows_of: Callable[[str, Weight, Fused], dict[str, Rows | None]],
+    ) -> Iterator[tuple[Weight, str, Rows | None]]:
+        """Yield each weight that produces one of the letters, with the letter, and the rows if it has several.
+
+        ``rows_of(name, weight, fused)`` places the letters of a fused weight in its rows.
+        """
+        queries = [weight for _, says, weight in self.inputs if says.letters == "q"]
+        q_out = shape_of(queries[0])[0] if queries else None
+        o_in = shape_of(self.outputs[0])[1] if len(self.outputs) == 1 else None
+        for name, says, weight in self.inputs:
+            wanted = [letter for letter in "qkv" if letter in says.letters and letter in letters]
+            rows: dict[str, Rows | None] = dict.fromkeys(says.letters)
+            if wanted and len(says.letters) > 1:
+                rows = rows_of(name, weight, Fused(says.letters, shape_of(weight)[0], q_out, o_in))
+            for letter, place in distinct_rows(wanted, rows):
+                yield weight, letter, place
+        if "o" in letters:
+            for weight in self.outputs:
+                yield weight, "o", None
+
+
+class ModuleTree(Protocol[Weight]):
+    """What :func:`attentions_in` asks of a model, or of a checkpoint's tensors; modules are named by their paths."""
+
+    def paths(self) -> Iterable[str]:
+        """Return the paths of all modules, in order."""
+
+    def is_attention(self, path: str) -> bool:
+        """Return whether a module is named as an attention."""
+
+    def called(self, path: str) -> list[Called[Weight]]:
+        """Return a module's parameters and children whose names say that they project to q, k or v."""
+
+    def unclear(self, path: str, called: list[Called[Weight]]) -> list[tuple[str, str]]:
+        """Return a module's :func:`unclear_children`."""
+
+    def outputs(self, path: str, names: frozenset[str]) -> list[Weight]:
+        """Return the weights of the children with these names that hold exactly one weight."""
+
+    def attention_above(self, path: str) -> str | None:
+        """Return the path of the module that holds a module, if that is named as an attention."""
+
+    def key(self, weight: Weight) -> Hashable:
+        """Return what tells weights apart."""
+
+
+def attentions_in(tree: ModuleTree[Weight]) -> Iterator[AttentionWeights[Weight]]:
+    """Yield every attention, each weight in the first that has it."""
+    seen: set[Hashable] = set()
+
+    def is_new(weight: Weight) -> bool:
+        key = tree.key(weight)
+        known = key in seen
+        seen.add(key)
+        return not known
+
+    for path in tree.paths():
+        called, outputs = tree.called(path), tree.outputs(path, OUTPUTS)
+        group = attention_group([name for _, name, _ in called], tree.is_attention(path), bool(outputs))
+        called = [called[place] for place in group]
+        inputs = [
+            (child, name, weights[0]) for child, name, weights in called if len(weights) == 1 and is_new(weights[0])
+        ]
+        unclear = tree.unclear(path, called) if called else []
+        if not inputs and not unclear:
+            continue
+        outputs = outputs or tree.outputs(path, AMBIGUOUS_OUTPUTS)
+        above = tree.attention_above(path)
+        if not outputs and above is not None:
+            outputs = tree.outputs(above, PARENT_OUTPUTS)
+        yield AttentionWeights(path, inputs, [weight for weight in outputs if is_new(weight)], unclear)
+
+
+# -- The words by which targets and kept parameters are chosen ---------------------------------------------------------
+
+
+#: Words that name targets, besides roles.
+KEYWORDS = ("all-linear", "conv", "embeddings")
+_ROLES = frozenset("qkvo")
+
+
+def are_roles(word: str) -> bool:
+    """Return whether a word consists of the letters of roles.
+
+    Examples
+    --------
+    >>> are_roles("qv"), are_roles("query"), are_roles("")
+    (True, False, False)
+    """
+    return bool(word) and _ROLES.issuperset(word)
+
+
+def path_matcher(pattern: str, argument: str = "", ends: bool = False) -> Callable[[str], bool]:
+    """Return a function that tells whether a regular expression matches a whole path, or also its last whole parts.
+
+    Raises
+    ------
+    TargetError
+        If it is not a regular expression; the message names the argument that has it.
+
+    Examples
+    --------
+    >>> [path_matcher("mlp.*", ends=ends)("h.0.mlp.fc") for ends in (False, True)]
+    [False, True]
+    """
+    try:
+        compiled = re.compile(rf"(?:.*\.)?(?:{pattern})" if ends else pattern)
+    except re.error as error:
+        given = f"{argument}={safe_repr(pattern)}" if argument else safe_repr(pattern)
+        raise TargetError(f"{given} is not a role, keyword or regular expression: {error}") from None
+    return lambda path: compiled.fullmatch(path) is not None
+
+
+def ends_in(path: str, entry: str) -> bool:
+    """Return whether a path is the entry or ends in it, by whole parts.
+
+    Examples
+    --------
+    >>> ends_in("h.0.mlp.fc", "mlp.fc"), ends_in("h.0.mlp.fc", "p.fc")
+    (True, False)
+    """
+    return f".{path}".endswith(f".{entry}")
+
+
+def is_within(path: str, entry: str) -> bool:
+    """Return whether a path has the entry among its whole parts: what a kept module's name stands for.
+
+    Examples
+    --------
+    >>> is_within("model.head.weight", "head"), is_within("header.weight", "head")
+    (True, False)
+    """
+    return f".{entry}." in f".{path}."
+
+
+def similar_paths(name: str, paths: Sequence[str]) -> list[str]:
+    """Return up to four paths that resemble a name, or whose last part does.
+
+    Examples
+    --------
+    >>> similar_paths("qurey", ["h.0.query", "h.1.query", "h.0.fc"])
+    ['h.0.query']
+    """
+    last = {path.rpartition(".")[2]: path for path in reversed(paths)}
+    close = (last.get(near, near) for near in difflib.get_close_matches(name, [*last, *paths], 4))
+    return list(dict.fromkeys(close))

@@ -17,7 +17,7 @@ from tnadapt.backends import Array, Backend, get_backend
 from tnadapt.decomposition.fits import Contraction, Optimality
 from tnadapt.decomposition.linear_algebra import with_value
 from tnadapt.errors import BackendError, ShapeError, safe_repr
-from tnadapt.report import fact_table
+from tnadapt.report import TextTable
 
 from ._checks import alike, as_tensor, as_tensors, integer_of, mode_of, scalar_of
 from ._matrix_products import mode_dot, row_khatri_rao, unfold
@@ -328,7 +328,7 @@ class Decomposed(abc.ABC):
         return f"<{type(self).__name__}: {facts}>"
 
     def _repr_html_(self) -> str:
-        return fact_table(type(self).__name__, self._facts())
+        return TextTable(self._facts(), caption=type(self).__name__).html()
 
     def _facts(self) -> list[tuple[str, str]]:
         share = self.num_parameters / max(1, self.size)

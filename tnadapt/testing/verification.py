@@ -27,7 +27,7 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.argument_checks import checks_arguments
 from tnadapt.backends import Array, Backend, available_backends, load_backend
 from tnadapt.errors import BackendError, ConfigError, integer, safe_repr
-from tnadapt.report import html_table, text_table
+from tnadapt.report import TextTable
 
 from . import _reference as reference
 
@@ -697,10 +697,13 @@ class Report:
 
     def __str__(self) -> str:
         """Return the table as plain text."""
-        return "\n".join([*text_table([_HEAD, *self.rows()]), *self._notes()])
+        return str(self._table())
 
     def _repr_html_(self) -> str:
-        return html_table("Laws", _HEAD, self.rows(), self._notes())
+        return self._table().html()
+
+    def _table(self) -> TextTable:
+        return TextTable(list(self.rows()), _HEAD, caption="Laws", notes=self._notes())
 
     def _notes(self) -> list[str]:
         absent = [f"{name}: not checked: {why}" for name, why in self.absent.items()]

@@ -21,7 +21,7 @@ from tnadapt.argument_checks import checks_arguments
 from tnadapt.checkpoints.lora_export import LoraExport, lora_export
 from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, escaped, pluralize, safe_repr
-from tnadapt.report import html_table, text_table
+from tnadapt.report import TextTable
 
 from . import _adapter_saving as saving
 from . import _merging, _registry, _state, _trainable
@@ -156,12 +156,15 @@ class Summary:
         return f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100.0 * trained / every:.4f}"
 
     def __str__(self) -> str:
-        return "\n".join([self.title, *text_table([_HEAD, *map(self._cells, self.rows)]), *self._notes()])
+        return f"{self.title}\n{self._table()}"
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html_table(self.title, _HEAD, map(self._cells, self.rows), self._notes())
+        return self._table().html()
+
+    def _table(self) -> TextTable:
+        return TextTable(list(map(self._cells, self.rows)), _HEAD, caption=self.title, notes=self._notes())
 
     def _notes(self) -> list[str]:
         share = 100.0 * self.parameters / self.base

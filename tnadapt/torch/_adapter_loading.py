@@ -21,6 +21,7 @@ from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.checkpoints.stored_weights import ModuleNames
 from tnadapt.errors import ConfigError, FileError, TargetError, safe_repr, summarize
 from tnadapt.targets.prefixes import paired, renamed_targets
+from tnadapt.targets.roles import are_roles
 from tnadapt.targets.target import Target
 
 from ._adapter import Adapter
@@ -249,7 +250,7 @@ def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
     if renamed is not None:
         return find_targets(model, renamed, untie=True)
     roles = "".join(dict.fromkeys(target.role for target in file.targets))
-    if not set(roles) <= set("qkvo"):
+    if not are_roles(roles):
         raise FileError(f"this {type(model).__name__} does not have its weights: {wrong}")
     try:
         candidates = find_targets(model, roles)

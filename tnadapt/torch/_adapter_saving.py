@@ -29,6 +29,7 @@ from tnadapt.checkpoints.container import path_of
 from tnadapt.checkpoints.fingerprint import Fingerprint, compare, fingerprint
 from tnadapt.checkpoints.pretrained_model import Pretrained, is_local
 from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError, escaped, pluralize, safe_repr
+from tnadapt.report import TextTable
 from tnadapt.targets.target import Target
 
 from . import _merging as merging
@@ -490,7 +491,7 @@ def _what(file: AdapterFile, about: Pretrained) -> Iterator[str]:
         rows.append(("Also trained", ", ".join(kept[:6]) + (f" and {len(kept) - 6} more" if len(kept) > 6 else "")))
     if about.task:
         rows.append(("Task", about.task))
-    yield from _table(("", ""), rows)
+    yield TextTable(rows, ("", "")).markdown()
 
 
 def _configs(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -527,7 +528,8 @@ def _labels(about: Pretrained) -> Iterator[str]:
 def _metrics(metrics: Mapping[str, float]) -> Iterator[str]:
     if metrics:
         yield from ("## Results", "")
-        yield from _table(("metric", "value"), [(_text(name), f"{value:.6g}") for name, value in metrics.items()])
+        rows = [(_text(name), f"{value:.6g}") for name, value in metrics.items()]
+        yield TextTable(rows, ("metric", "value")).markdown()
         yield ""
 
 
@@ -546,12 +548,6 @@ def _use(about: Pretrained, where: str) -> Iterator[str]:
     yield "`load_pretrained(…, merge=True)` adds the update to the weights, so that the model runs as fast as its base."
     yield "`tnadapt merge` writes a checkpoint with the update in its weights, which loads as that of the base does."
     yield "`tnadapt info` describes the file."
-
-
-def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> Iterator[str]:
-    yield f"| {head[0]} | {head[1]} |"
-    yield "|---|---|"
-    yield from (f"| {name} | {value} |" for name, value in rows)
 
 
 def _text(text: str) -> str:

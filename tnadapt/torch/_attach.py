@@ -27,6 +27,7 @@ from tnadapt.algebra.superlora import SuperLoRA, share_maps
 from tnadapt.argument_checks import flag, is_sequence, wrong_argument
 from tnadapt.backends import load_backend
 from tnadapt.errors import BackendError, ConfigError, TargetError, integer, safe_repr, warn
+from tnadapt.targets.roles import is_within
 from tnadapt.targets.target import Target, check_distinct
 
 from . import _registry
@@ -217,7 +218,7 @@ def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[
     names = {name: first[id(tensor)] for name, tensor in tensors if name not in left_out and not is_array(name)}
     kept: dict[str, None] = {}
     for pattern in patterns:
-        found = [own for name, own in names.items() if f".{pattern}." in f".{name}."]
+        found = [own for name, own in names.items() if is_within(name, pattern)]
         if not found:
             modules = ", ".join(name for name, _ in model.named_children())
             raise TargetError(

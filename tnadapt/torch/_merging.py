@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tnadapt.algebra.rounding import PIECE, Float64Deltas, change_in_place, changed_spans
 from tnadapt.backends import load_backend
 from tnadapt.errors import BackendError, ConfigError, TargetError, safe_repr
-from tnadapt.report import text_table
+from tnadapt.report import TextTable
 from tnadapt.targets.target import Target
 
 from ._delta import is_sharded
@@ -148,7 +148,7 @@ class RequantizationReport(tuple[RequantizedWeight, ...]):
             return "no quantized weight was merged into"
         head = ("weight", "layer", "error", "update's", "kept")
         rows = [(row.name, row.kind, *(f"{number:.4f}" for number in row[2:])) for row in self]
-        return "\n".join(text_table([head, *rows]))
+        return str(TextTable(rows, head))
 
 
 class MergedCodes(NamedTuple):

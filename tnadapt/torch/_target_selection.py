@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,18 +23,20 @@ from tnadapt.errors import ConfigError, TargetError, TnadaptError, pluralize, sa
 from tnadapt.targets.attention_layouts import AttentionLayout, by_name, of_class
 from tnadapt.targets.fused_rows import Facts, Fused, LayoutError, place_rows
 from tnadapt.targets.roles import (
-    AMBIGUOUS_OUTPUTS,
-    OUTPUTS,
-    PARENT_OUTPUTS,
+    KEYWORDS,
+    AttentionWeights,
     Called,
     ProjectionName,
-    attention_group,
-    distinct_rows,
+    are_roles,
+    attentions_in,
+    ends_in,
     is_attention,
     layer_of,
     number,
     parse_projection_name,
+    path_matcher,
     settled_names,
+    similar_paths,
     unclear_children,
 )
 from tnadapt.targets.target import ROLES, Rows, Target, check_distinct
@@ -84,10 +85,8 @@ def is_known(parent: Any) -> bool:
 # checked against the width of the output projection. Where the name is ambiguous, the caller must give the rows.
 
 
-def rows_of(
-    parent: Any, name: str, letters: str, out: int, path: str, q_out: int | None = None, o_in: int | None = None
-) -> dict[str, Rows | None]:
-    """Return the rows of a fused weight that produce q, k and v.
+def fused_rows(parent: Any, name: str, fused: Fused, path: str) -> dict[str, Rows | None]:
+    """Return the rows of a fused weight that produce q, k and v; None where the whole weight produces one.
 
     Parameters
     ----------
@@ -95,19 +94,9 @@ def rows_of(
         The attention module.
     name : str
         The weight's name there.
-    letters : {"qkv", "qk", "kv"}
-        The projections in the weight, in the order of its name.
-    out : int
-        Number of output rows.
+    fused : Fused
     path : str
         Dotted path of the weight, for the error message.
-    q_out, o_in : int, optional
-        Rows of a separate query projection, and columns of the output projection, where the attention has them.
-
-    Returns
-    -------
-    dict of str to Rows or None
-        The rows of each letter; None where the whole weight produces it.
 
     Raises
     ------
@@ -116,7 +105,6 @@ def rows_of(
     """
     entry = layout_of(parent, name)
     rule = by_name(name) if entry is None else entry.rule
-    fused = Fused(letters, out, q_out, o_in)
     try:
         if rule is None:
             raise LayoutError("libraries lay it out in different ways")
@@ -124,17 +112,14 @@ def rows_of(
     except LayoutError as error:
         why = str(error)
     raise TargetError(
-        f"{path} computes {', '.join(letters)} with one weight of {out} rows, and the layout of the rows in a "
-        f"{type(parent).__name__} is unknown: {why}; give the rows, targets=[tnadapt.Target({path!r}, stored shape, "
-        "'q', rows=tnadapt.Rows(start, length, stride, count)), …], or leave it out with a list of paths or a function"
+        f"{path} computes {', '.join(fused.letters)} with one weight of {fused.out} rows, and the layout of the rows "
+        f"in a {type(parent).__name__} is unknown: {why}; give the rows, targets=[tnadapt.Target({path!r}, stored "
+        "shape, 'q', rows=tnadapt.Rows(start, length, stride, count)), …], or leave it out with a list of paths or a "
+        "function"
     )
 
 
 # -- The query, key, value and output projections of every attention ---------------------------------------------------
-
-# A module is an attention if it holds projections to q and v next to each other (one weight or several, or only k and v
-# if the query is learned). A single ``value`` or ``query`` elsewhere does not count, nor does deformable attention,
-# which has only values.
 
 
 class AttentionModule(NamedTuple):
@@ -142,20 +127,12 @@ class AttentionModule(NamedTuple):
 
     Attributes
     ----------
-    path : str
     module : Module
-    inputs : list of (str, ProjectionName, Weight)
-        Name in the module, what the name says about q, k and v, and the weight; in the module's order.
-    outputs : list of Weight
-    unclear : list of (str, str)
-        Children that seem to produce q, k or v in an unknown way, and the letters they seem to produce.
+    weights : AttentionWeights
     """
 
-    path: str
     module: nn.Module
-    inputs: list[tuple[str, ProjectionName, Weight]]
-    outputs: list[Weight]
-    unclear: list[tuple[str, str]]
+    weights: AttentionWeights[Weight]
 
     def targets(self, letters: str) -> Iterator[Target]:
         """Yield each weight, or part of one, that produces one of the letters.
@@ -165,30 +142,21 @@ class AttentionModule(NamedTuple):
         TargetError
             If a fused weight's layout is unknown, or it is unclear what produces a letter.
         """
-        for name, makes in self.unclear:
+        path = self.weights.path
+        for name, makes in self.weights.unclear:
             if not set(makes).isdisjoint(letters):
                 raise TargetError(
-                    f"{join(self.path, name)} of {type(self.module).__name__} seems to compute {makes}, but with which "
+                    f"{join(path, name)} of {type(self.module).__name__} seems to compute {makes}, but with which "
                     "weight or rows is unknown: give tnadapt.Target(path, shape, role, rows=tnadapt.Rows(…)) for it, "
                     "or name other targets in a list of paths or with a function"
                 )
-        layer = layer_of(plain(self.path))
-        whole_q = [weight for _, found, weight in self.inputs if found.letters == "q"]
-        q_out = whole_q[0].shape[0] if whole_q else None
-        o_in = self.outputs[0].shape[1] if len(self.outputs) == 1 else None
-        for name, found, weight in self.inputs:
-            wanted = [letter for letter in "qkv" if letter in found.letters and letter in letters]
-            if not wanted:
-                continue
-            rows: dict[str, Rows | None] = dict.fromkeys(found.letters)
-            if len(found.letters) > 1:
-                out = weight.shape[0]
-                rows = rows_of(self.module, name, found.letters, out, weight.path, q_out, o_in)
-            for letter, own in distinct_rows(wanted, rows):
-                yield weight.target(letter, layer, own)
-        if "o" in letters:
-            for weight in self.outputs:
-                yield weight.target("o", layer)
+        layer = layer_of(plain(path))
+
+        def rows_of(name: str, weight: Weight, fused: Fused) -> dict[str, Rows | None]:
+            return fused_rows(self.module, name, fused, weight.path)
+
+        for weight, role, rows in self.weights.parts(letters, lambda weight: weight.shape, rows_of):
+            yield weight.target(role, layer, rows)
 
 
 def attentions(model: nn.Module) -> Iterator[AttentionModule]:
@@ -196,62 +164,70 @@ def attentions(model: nn.Module) -> Iterator[AttentionModule]:
 
     Examples
     --------
-    >>> [found.path for found in attentions(nn.TransformerEncoderLayer(8, 2, 8))]
+    >>> [attention.weights.path for attention in attentions(nn.TransformerEncoderLayer(8, 2, 8))]
     ['self_attn']
     """
-    places = list(modules_of(model))
-    by_plain_path = {plain(path): module for path, module in places}
-    first = {id(module): path for path, module in places}
-    seen: set[tuple[int, str]] = set()
-
-    def new(weight: Weight) -> bool:
-        key = id(weight.module), weight.parameter
-        known = key in seen
-        seen.add(key)
-        return not known
+    tree = _ModelTree(model)
 
     def named_first(weight: Weight) -> Weight:
-        return weight._replace(path=first[id(weight.module)])
+        return weight._replace(path=tree.first[id(weight.module)])
 
-    for path, module in places:
-        named = is_attention(type(module).__name__, plain(path).rpartition(".")[2])
-        called = _called(path, module, named or is_known(module))
-        outputs = _children(path, module, OUTPUTS)
-        called = [called[place] for place in attention_group([name for _, name, _ in called], named, bool(outputs))]
-        inputs = [
-            (child, name, named_first(weights[0]))
-            for child, name, weights in called
-            if len(weights) == 1 and new(weights[0])
-        ]
-        unclear = _unclear(module, called)
-        if not inputs and not unclear:
-            continue
-        outputs = outputs or _children(path, module, AMBIGUOUS_OUTPUTS) or _outputs_of_parent(path, by_plain_path)
-        outputs = [named_first(weight) for weight in outputs if new(weight)]
-        yield AttentionModule(path, module, _in_use(module, inputs), outputs, unclear)
+    for weights in attentions_in(tree):
+        module = tree.modules[weights.path]
+        inputs = [(name, says, named_first(weight)) for name, says, weight in weights.inputs]
+        outputs = list(map(named_first, weights.outputs))
+        yield AttentionModule(module, weights._replace(inputs=_in_use(module, inputs), outputs=outputs))
 
 
-def _called(path: str, module: nn.Module, attention: bool) -> list[Called[Weight]]:
-    """Return a module's parameters and children whose names say that they project to q, k or v."""
-    found: list[Called[Weight]] = []
-    for weight in weights_of(path, module):
-        name = parse_projection_name(weight.parameter, attention=True)
-        if name is not None:
-            found.append((weight.parameter, name, [weight]))
-    for child_name, child in module._modules.items():
-        name = parse_projection_name(child_name, attention)
-        weights = [] if name is None or child is None else projections_in(join(path, child_name), child)
-        if name is not None and weights:
-            found.append((child_name, name, weights))
-    return settled_names(found)
+class _ModelTree:
+    """The modules of a model by their paths, as :func:`attentions_in` asks for them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        places = list(modules_of(model))
+        self._paths = [path for path, _ in places]
+        self.modules = {plain(path): module for path, module in places} | dict(places)
+        self.first = {id(module): path for path, module in places}
+
+    def paths(self) -> list[str]:
+        return self._paths
+
+    def is_attention(self, path: str) -> bool:
+        return is_attention(type(self.modules[path]).__name__, plain(path).rpartition(".")[2])
+
+    def called(self, path: str) -> list[Called[Weight]]:
+        module, found = self.modules[path], list[Called[Weight]]()
+        for weight in weights_of(path, module):
+            name = parse_projection_name(weight.parameter, attention=True)
+            if name is not None:
+                found.append((weight.parameter, name, [weight]))
+        attention = self.is_attention(path) or is_known(module)
+        for child_name, child in _children(module):
+            name = parse_projection_name(child_name, attention)
+            weights = [] if name is None else projections_in(join(path, child_name), child)
+            if name is not None and weights:
+                found.append((child_name, name, weights))
+        return settled_names(found)
+
+    def unclear(self, path: str, called: list[Called[Weight]]) -> list[tuple[str, str]]:
+        children = dict(_children(self.modules[path]))
+        return unclear_children(called, children, lambda name: bool(projections_in(name, children[name])))
+
+    def outputs(self, path: str, names: frozenset[str]) -> list[Weight]:
+        children = [(name, child) for name, child in _children(self.modules[path]) if name in names]
+        weights = [projections_in(join(path, name), child) for name, child in children]
+        return [projections[0] for projections in weights if len(projections) == 1]
+
+    def attention_above(self, path: str) -> str | None:
+        above = plain(path).rpartition(".")[0]
+        parent = self.modules.get(above)
+        return above if parent is not None and is_attention(type(parent).__name__) else None
+
+    def key(self, weight: Weight) -> tuple[int, str]:
+        return id(weight.module), weight.parameter
 
 
-def _unclear(module: nn.Module, called: list[Called[Weight]]) -> list[tuple[str, str]]:
-    """Return an attention's children with the name of a projection but several weights, or with a partial name."""
-    if not called:
-        return []
-    children = {name: child for name, child in module._modules.items() if child is not None}
-    return unclear_children(called, children, lambda name: bool(projections_in(name, children[name])))
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, child) for name, child in module._modules.items() if child is not None]
 
 
 def _in_use(
@@ -268,31 +244,8 @@ def _in_use(
     return [entry for entry in inputs if len(entry[1].letters) > 1 or (stream(entry[1]), entry[1].letters) not in fused]
 
 
-def _children(path: str, module: nn.Module, names: frozenset[str]) -> list[Weight]:
-    """Return the weights of the children with these names, of children that hold a single weight."""
-    found = [
-        projections_in(join(path, name), child)
-        for name, child in module._modules.items()
-        if child is not None and name in names
-    ]
-    return [weights[0] for weights in found if len(weights) == 1]
-
-
-def _outputs_of_parent(path: str, by_plain_path: dict[str, nn.Module]) -> list[Weight]:
-    """Return the output projections of the attention's parent, if that is an attention itself."""
-    above = plain(path).rpartition(".")[0]
-    parent = by_plain_path.get(above)
-    if parent is None or not is_attention(type(parent).__name__):
-        return []
-    return _children(above, parent, PARENT_OUTPUTS)
-
-
 # -- The search of one model for what ``targets`` asks for -------------------------------------------------------------
 
-
-_ROLES = frozenset("qkvo")
-#: Words that name targets, besides roles.
-WORDS = ("all-linear", "conv", "embeddings")
 
 # Names of a model's direct children that hold the output head, which is trained whole rather than adapted.
 _HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs", "head", "heads", "fc", "classification_head")
@@ -351,7 +304,7 @@ class TargetSearch:
     # -- Words -------------------------------------------------------------------------------
 
     def _by_word(self, word: str) -> list[Target]:
-        if word and _ROLES.issuperset(word):
+        if are_roles(word):
             return [target for found in self.attentions for target in found.targets(word)]
         if word == "all-linear":
             heads = _heads(self.model)
@@ -362,36 +315,28 @@ class TargetSearch:
             return [_whole(weight) for weight in self.weights if is_embedding(weight.module)]
         if word == "conv":
             return [_whole(weight) for weight in self.weights if weight.kind == "conv"]
-        try:
-            pattern = re.compile(word)
-        except re.error as error:
-            raise TargetError(
-                f"targets={safe_repr(word)} is not a role, keyword or regular expression: {error}"
-            ) from None
-        found = []
-        for path, module in self.places:
-            # PEFT's wrapper is skipped: the layer in it has the same plain path.
-            if not wraps(module) and (pattern.fullmatch(path) or pattern.fullmatch(plain(path))):
-                found += self._whole_of(path, module)
+        matching = self._matching(path_matcher(word, "targets"))
+        found = [target for path, module in matching for target in self._whole_of(path, module)]
         if not found:
             raise self._no_match(word)
         return found
+
+    def _matching(self, is_match: Callable[[str], bool]) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the modules whose path matches, with or without PEFT's wrapping."""
+        for path, module in self.places:
+            # PEFT's wrapper is skipped: the layer in it has the same plain path.
+            if not wraps(module) and (is_match(path) or is_match(plain(path))):
+                yield path, module
 
     def by_pattern(self, pattern: str) -> list[Target]:
         """Return the targets of a word, or of a regular expression for the whole path or its last whole parts.
 
         Of a module that holds no weight itself, those are all linear weights in it.
         """
-        if pattern in WORDS or (pattern and _ROLES.issuperset(pattern)):
+        if pattern in KEYWORDS or are_roles(pattern):
             return self._by_word(pattern)
-        try:
-            ends = re.compile(rf"(?:.*\.)?(?:{pattern})")
-        except re.error as error:
-            raise TargetError(f"{safe_repr(pattern)} is not a role, keyword or regular expression: {error}") from None
         found = []
-        for path, module in self.places:
-            if wraps(module) or not (ends.fullmatch(path) or ends.fullmatch(plain(path))):
-                continue
+        for path, module in self._matching(path_matcher(pattern, ends=True)):
             own = weights_of(path, module)
             inside = [weight for weight in self.weights if weight.path.startswith(f"{path}." if path else "")]
             found += [_whole(weight) for weight in own or inside if own or weight.kind == "linear"]
@@ -418,7 +363,7 @@ class TargetSearch:
         if found:
             return found
         path, colon, letters = entry.rpartition(":")
-        if colon and letters and _ROLES.issuperset(letters):
+        if colon and are_roles(letters):
             return self._roles_at(path, letters, _ends)
         for path, module in self.places:
             if _ends(entry, path):
@@ -429,28 +374,28 @@ class TargetSearch:
         """Return the targets with these roles in the attention or weight at a path."""
         found = []
         for attention in self.attentions:
-            weights = [weight for _, _, weight in attention.inputs] + attention.outputs
-            whole = same(path, attention.path)
+            place, inputs, outputs, _ = attention.weights
+            weights = [weight for _, _, weight in inputs] + outputs
+            whole = same(path, place)
             if whole or any(same(path, weight.path) for weight in weights):
                 found += [target for target in attention.targets(letters) if whole or same(path, target.module)]
         if not found:
             raise self._no_match(
-                path, f" with the roles {letters!r}", [attention.path for attention in self.attentions]
+                path, f" with the roles {letters!r}", [attention.weights.path for attention in self.attentions]
             )
         return found
 
     def _no_match(self, name: str, what: str = "", among: list[str] | None = None) -> TargetError:
         own = (plain(weight.path) for weight in self.weights if weight.kind != "other")
         names = among or list(dict.fromkeys(own))
-        last = {path.rpartition(".")[2]: path for path in reversed(names)}
-        close = [last.get(near, near) for near in difflib.get_close_matches(name, [*last, *names], 4)]
-        some = list(dict.fromkeys(close)) or names[:6]
+        close = similar_paths(name, names)
+        some = close or names[:6]
         there = f"{'close matches' if close else 'it has'}: {', '.join(some)}" if some else "the model has none at all"
         # A word in another spelling is meant, whatever modules have similar names.
         spelled = name.lower().replace("_", "-")
-        word = [spelled] if spelled in WORDS and not what else []
+        word = [spelled] if spelled in KEYWORDS and not what else []
         if not (word or close or what):
-            word = difflib.get_close_matches(spelled, WORDS, 1, 0.75)
+            word = difflib.get_close_matches(spelled, KEYWORDS, 1, 0.75)
         meant = f"did you mean {word[0]!r}? " if word else ""
         listed = len({weight.path for weight in self.weights if _ends(name, weight.path)})
         way = f": [{name!r}] matches {listed} of them" if listed else ""
@@ -471,7 +416,7 @@ class TargetSearch:
                 continue
             if given is True:
                 found += self._whole_of(path, module)
-            elif isinstance(given, str) and given and _ROLES.issuperset(given):
+            elif isinstance(given, str) and are_roles(given):
                 found += self._roles_at(path, given, str.__eq__)
             elif isinstance(given, Target):
                 found.append(self._checked(given))
@@ -526,8 +471,8 @@ def _order(transposed: bool) -> str:
 
 
 def _ends(entry: str, path: str) -> bool:
-    """Return whether a path equals the entry or ends in it, by whole components, with or without PEFT's wrapping."""
-    return any(one == entry or one.endswith(f".{entry}") for one in (path, plain(path)))
+    """Return whether a path equals the entry or ends in it, by whole parts, with or without PEFT's wrapping."""
+    return ends_in(path, entry) or ends_in(plain(path), entry)
 
 
 def _is_name(entry: str, weight: Weight) -> bool:
@@ -716,16 +661,11 @@ def without(search: TargetSearch, found: Sequence[Target], exclude: Any) -> list
 def _excluded(search: TargetSearch, exclude: Any) -> tuple[set[str], list[Target]]:
     """Return the paths of modules that are excluded with everything below, and the targets that are."""
     paths = [path for path, _ in search.places]
-    if isinstance(exclude, str) and exclude and (exclude in WORDS or _ROLES.issuperset(exclude)):
+    if isinstance(exclude, str) and (exclude in KEYWORDS or are_roles(exclude)):
         return set(), search.find(exclude)
     if isinstance(exclude, str):
-        try:
-            pattern = re.compile(exclude)
-        except re.error as error:
-            raise TargetError(
-                f"exclude={safe_repr(exclude)} is not a role, keyword or regular expression: {error}"
-            ) from None
-        return {path for path in paths if any(pattern.fullmatch(one) for one in (path, plain(path)))}, []
+        is_match = path_matcher(exclude, "exclude")
+        return {path for path in paths if is_match(path) or is_match(plain(path))}, []
     if callable(exclude):
         below: set[str] = set()
         return below, search.find(_apart(exclude, below))

@@ -90,10 +90,7 @@ def test_a_damaged_file_is_made_anew_and_others_get_their_own(images: ImageSet, 
         trained(tmp_path / "file" / "cache", images)
 
 
-def test_the_rate_goes_up_a_tenth_and_down_to_nothing() -> None:
-    how = Pretraining(100)
-    factors = [how.factor(step) for step in range(100)]
-    assert factors[0] == pytest.approx(0.1)
-    assert max(factors) == factors[9] == 1.0
-    assert factors[10:] == sorted(factors[10:], reverse=True)
-    assert 0 < factors[-1] < 0.001
+def test_a_training_that_diverges_keeps_nothing(images: ImageSet, tmp_path: Path) -> None:
+    with threads(1), pytest.raises(tna.TnadaptError, match=r"the loss of pretraining is nan at step 2; give a lower"):
+        pretrained(tmp_path, Pretraining(3, batch=2, rate=float("inf")), Process(), images, 32)
+    assert not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ from tnadapt.algebra.named_config import require_preset
 from tnadapt.algebra.starting_points import starting_point
 from tnadapt.argument_checks import flag
 from tnadapt.errors import ConfigError, TargetError, UnexpectedKeywordError, safe_repr
+from tnadapt.targets.roles import are_roles, ends_in, path_matcher
 from tnadapt.targets.target import Target
 from tnadapt.torch._forward_pass import check_dropout
 from tnadapt.torch._forward_patch import ACTIVATIONS, STRATEGIES
@@ -53,9 +54,6 @@ class _PeftTypeName(str):
     def __str__(self) -> str:
         return f"PeftType.{self.value}"
 
-
-# The letters that a target_modules string may consist of if layers are chosen.
-_ROLES = frozenset("qkvo")
 
 #: The equivalents of keywords of other methods' configs and of :func:`tnadapt.torch.attach`.
 _ELSEWHERE = {
@@ -239,8 +237,8 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
             words = _list("layers_pattern", [patterns] if isinstance(patterns, str) else patterns)
             _check_expressions("layers_pattern", words)
             self.layers_pattern = patterns if isinstance(patterns, str) else words
-        for name, value in (("layers_to_transform", layers), ("layers_pattern", patterns)):
-            if value is not None and isinstance(self.target_modules, str) and not set(self.target_modules) <= _ROLES:
+        for name, given in (("layers_to_transform", layers), ("layers_pattern", patterns)):
+            if given is not None and isinstance(self.target_modules, str) and not are_roles(self.target_modules):
                 raise ConfigError(
                     f"`{name}` cannot be used when `target_modules` is a str. It is "
                     f"{safe_repr(self.target_modules)}: give "
@@ -428,8 +426,8 @@ def _excluded(path: str, exclude: Any) -> bool:
     if not exclude:
         return False
     if isinstance(exclude, str):
-        return re.fullmatch(exclude, path) is not None
-    return path in exclude or any(path.endswith(f".{name}") for name in exclude)
+        return path_matcher(exclude)(path)
+    return any(ends_in(path, name) for name in exclude)
 
 
 def _warn_if_unused(model: nn.Module, exclude: Any) -> None:
