@@ -80,7 +80,7 @@ def damped_gauss_newton(
     norm : float
         Norm of what is fitted, to which errors are relative.
     limits : Limits
-        It ends where a step has converged, as :meth:`Limits.converged` says of a superlinear method.
+        It ends where a step has converged, as :meth:`Limits.converged` says.
     watch : callable
         Called with each step's number and relative error; stops the iteration if it returns True.
 
@@ -133,7 +133,7 @@ def _descent(
         history.append(error / norm)
         if watch(len(history), error / norm) is True:
             return Descent(x, error, False, tuple(history))
-        if limits.converged(before / norm, error / norm, superlinear=True):
+        if limits.converged(before / norm, error / norm):
             return Descent(x, error, True, tuple(history))
     return Descent(x, error, not error > floor, tuple(history))
 

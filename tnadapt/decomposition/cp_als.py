@@ -32,14 +32,13 @@ __all__ = ["CPSweeps", "fit_cp"]
 # them at a saddle point.
 _MOVED = 0.01
 # Sweeps crawl if they have not converged after so many, of which the last ten have reduced the relative error by more
-# than this. If it is below the next number, there may be an exact answer, which Gauss-Newton looks for from there and
-# from so many other starts, after ten sweeps each.
-_CRAWLS = (20, 1e-5), (30, 0.0)
-_SWEEPS, _NEAR, _OTHER_STARTS = 10, 0.3, 15
+# than this, but not to this part of it.
+_CRAWLS, _SWEEPS, _FAST = ((20, 1e-5), (30, 0.0)), 10, 0.1
+# If the error is then below this, there may be an exact answer, which Gauss-Newton looks for from there and from so
+# many other starts, after ten sweeps each.
+_NEAR, _OTHER_STARTS = 0.3, 15
 # Starts for a tensor of at most so many elements, unless there are fewer sweeps than this.
 _STARTS, _SMALL, _FEW_SWEEPS = 3, 1 << 14, 10
-# Another start is given up if it would take more sweeps than this, as fast as the last ones, to reach the best.
-_REACH = 100
 # An error of this many times epsilon is rounding. Starts whose errors differ by less than this found the same optimum.
 _ROUNDING, _SAME = 64.0, 1e-7
 
@@ -147,11 +146,12 @@ class _CPSearch:
             run = _Run(self.sweeps, self._start(number), self.norm, steps)
             for most, least in _CRAWLS:
                 run.advance(most)
-                crawls = not number and not steps.stopped and steps.history[-_SWEEPS - 1] - steps.history[-1] > least
-                if automatic and crawls and self._near(run.error):
+                if automatic and not number and not steps.stopped and self._crawls(steps.history, least):
                     return self._refined(run, steps)
-            if starts or best is None or run.reaches(best.error):
+            if starts or best is None:
                 run.advance(self.limits.iterations)
+            while best is not None and not steps.stopped and run.reaches(best.error, self.limits.iterations):
+                run.advance(run.count + _SWEEPS)
             if best is None or run.error < best.error * (1.0 - _SAME):
                 best, best_stopped = run, steps.stopped
             if best.error <= _ROUNDING * self.sweeps.epsilon * self.norm or steps.stopped == "callback":
@@ -164,11 +164,12 @@ class _CPSearch:
         arrays = {f"factor{mode}": factor for mode, factor in enumerate(factors)}
         return Fit(arrays, False, len(steps.history), method, stopped, error, tuple(steps.history))
 
-    def _near(self, error: float) -> bool:
-        """Return whether there may be an exact answer, and the tensor is small enough for Gauss-Newton."""
-        if not _ROUNDING * self.sweeps.epsilon < error / self.norm <= _NEAR or self.limits.iterations <= _CRAWLS[-1][0]:
-            return False
-        return refinable(CP(self.sweeps.sizes, self.rank))
+    def _crawls(self, history: Sequence[float], least: float) -> bool:
+        """Return whether sweeps crawl where there may be an exact answer that Gauss-Newton can reach."""
+        before, error = history[-_SWEEPS - 1], history[-1]
+        crawls = before - error > least and error > _FAST * before and self.limits.iterations > _CRAWLS[-1][0]
+        near = _ROUNDING * self.sweeps.epsilon < error <= _NEAR
+        return crawls and near and refinable(CP(self.sweeps.sizes, self.rank))
 
     def _refined(self, run: _Run, steps: Iteration) -> Fit:
         """Run Gauss-Newton from the factors that sweeps have reached, and from those of other starts after a few.
@@ -368,10 +369,14 @@ class _Run:
 
     def __init__(self, sweeps: CPSweeps, start: Sequence[Array], norm: float, steps: Iteration) -> None:
         self.sweeps, self.norm, self.steps = sweeps, norm, steps
-        self.factors, self.error, self.count = list(start), math.inf, 0
+        self.factors, self.error, self.errors = list(start), math.inf, list[float]()
         self.ridges = [0.0, 100.0 * sweeps.epsilon, sweeps.epsilon**0.5]
-        self.recent = math.inf
         steps.begin()
+
+    @property
+    def count(self) -> int:
+        """Number of sweeps."""
+        return len(self.errors)
 
     def advance(self, most: int) -> None:
         """Run sweeps, up to a number of all, or until the iteration stops."""
@@ -388,10 +393,8 @@ class _Run:
                 else:
                     steps.stopped = "singular"
                 continue
-            self.count += 1
             previous, self.factors, self.error = self.factors, factors, min(error, self.error)
-            if self.count == _CRAWLS[-1][0] - _SWEEPS:
-                self.recent = self.error
+            self.errors.append(self.error)
             if steps.step(self.error / norm):
                 return
             if not sweeps.fixed and self.count >= _BEFORE and self.count % _BETWEEN == 0:
@@ -401,9 +404,10 @@ class _Run:
                 if (error := sweeps.residual(longer)) < self.error:
                     self.factors, self.error = longer, error
 
-    def reaches(self, least: float) -> bool:
-        """Return whether the error would fall below another one in some more sweeps, as fast as in the last ones."""
-        return self.error - (self.recent - self.error) * (_REACH / _SWEEPS) < least
+    def reaches(self, least: float, most: int) -> bool:
+        """Return whether the error would fall below another one in the sweeps that are left, as fast as in the last."""
+        gain = (self.errors[-_SWEEPS - 1] - self.error) / _SWEEPS
+        return self.error - gain * (most - self.count) < least
 
     def _swept(self) -> list[Array] | None:
         """Return the factors after a sweep; None if the equations are singular or the factors diverge."""

@@ -44,7 +44,7 @@ class Limits(NamedTuple):
     Attributes
     ----------
     tol : float
-        Stop when a step reduces the relative error by no more than this.
+        Stop when a step reduces the relative error by no more than this: see :meth:`converged`.
     iterations : int
         Maximum number of iterations.
     """
@@ -52,15 +52,14 @@ class Limits(NamedTuple):
     tol: float = 1e-6
     iterations: int = 100
 
-    def converged(self, before: float, error: float, superlinear: bool = False) -> bool:
+    def converged(self, before: float, error: float) -> bool:
         """Return whether a step that changed the relative error has gained too little to go on.
 
-        That is no more than ``tol``. A method that converges faster than linearly near an answer also goes on while a
-        step reduces the error itself by a tenth, or by a thousandth below an error of a hundredth, where it may be on
-        its way to an exact one.
+        That is no more than ``tol``, and less than a tenth of the error itself; below an error of a hundredth, where it
+        may be on its way to an exact answer, less than a thousandth of it.
         """
         least = 1e-3 if error <= 1e-2 else 0.1
-        return before - error <= self.tol and (not superlinear or error > before * (1.0 - least))
+        return before - error <= self.tol and error >= before * (1.0 - least)
 
 
 def limits_of(tol: Any, max_iterations: Any, least: int = 1) -> Limits:
